@@ -1,0 +1,65 @@
+# `make demo` and `make test` are all a newcomer needs; everything is installed into .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+NATIVE := $(shell find kernels/cpu -name '*.cpp' -o -name '*.h' -o -name CMakeLists.txt 2>/dev/null)
+MODEL ?= smollm2-135m-instruct
+
+.PHONY: demo test lint format build proto bench system-deps clean links
+
+demo: build ## a real model on two worker processes answers a question
+	$(BIN)/python examples/demo.py
+
+test: build $(VENV)/.test ## every test; downloads the demo model once
+	$(BIN)/llamaclust model pull $(MODEL)
+	$(BIN)/python -m pytest
+
+lint: build $(VENV)/.lint ## format, style, types, arrows
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+format: $(VENV)/.lint
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: build ## engine speed on the demo model, beside this machine's own limits
+	$(BIN)/llamaclust bench $(MODEL)
+
+build: $(VENV)/.installed ## the program, editable, in .venv
+
+proto: ## regenerate the stubs in proto/ with pinned tools in an environment of their own
+	./proto/generate.sh $(PYTHON)
+
+links:
+	@for d in cli tools cluster worker kernels model wire proto; do \
+	  [ -L src/llamaclust/$$d ] || { echo "restoring the symbolic link src/llamaclust/$$d (the checkout lost it)" >&2; rm -rf src/llamaclust/$$d; ln -s ../../$$d src/llamaclust/$$d; }; done
+
+system-deps: ## Debian/Ubuntu packages (needs root): a compiler and Python's headers
+	apt-get update && apt-get install -y --no-install-recommends g++ make python3-venv python3-dev iproute2
+
+$(VENV)/.pip: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install 'pip>=25.1'
+	@touch $@
+
+$(VENV)/.deps: $(VENV)/.pip pyproject.toml
+	$(PIP) install -c constraints.txt --group build
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.deps $(NATIVE) CMakeLists.txt | links
+	$(PIP) install -c constraints.txt --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.installed
+	$(PIP) install -c constraints.txt --group test
+	@touch $@
+
+$(VENV)/.lint: $(VENV)/.installed
+	$(PIP) install -c constraints.txt --group lint
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist

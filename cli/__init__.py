@@ -1,0 +1,1 @@
+"""The `llamaclust` command, one file a command group."""

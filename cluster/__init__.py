@@ -1,0 +1,1 @@
+"""Requests, plans and processes: config, planner, scheduler, engine, launchers, HTTP API, clients."""

@@ -1,0 +1,1 @@
+"""Arithmetic: quant types x operations, a folder a backend."""

@@ -1,0 +1,1 @@
+"""The NumPy backend: slow and obvious, what every kernel is tested against."""

@@ -1,0 +1,1 @@
+"""What a model file says: GGUF, quant types, architectures, tokenizer, chat template."""

@@ -1,0 +1,1 @@
+"""Architectures as pages that emit programs."""

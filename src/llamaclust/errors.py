@@ -1,0 +1,73 @@
+"""Every error a user can cause, each with the numbers in its message and the exit code or HTTP status it maps to."""
+
+from __future__ import annotations
+
+
+class LlamaclustError(Exception):
+    """Base of all errors with a message meant for a user: one line, what is wrong, where, what to do."""
+
+    exit_code = 1
+    http_status = 500
+    code = "internal_error"
+
+
+class UsageError(LlamaclustError):
+    """A bad argument on the command line or in a cluster file."""
+
+    exit_code = 2
+    http_status = 400
+    code = "invalid_request_error"
+
+
+class ModelFileError(UsageError):
+    """A model file that is damaged, hostile, incomplete or not supported; the message names the file and the place."""
+
+    code = "model_file_error"
+
+
+class DoesNotFitError(LlamaclustError):
+    """A plan or a load that needs more memory than there is; the message carries the missing MiB."""
+
+    exit_code = 3
+    http_status = 507
+    code = "does_not_fit"
+
+
+class RequestError(LlamaclustError):
+    """A request to the API that is refused before it runs."""
+
+    exit_code = 2
+    http_status = 400
+    code = "invalid_request_error"
+
+
+class QueueFullError(LlamaclustError):
+    """More requests wait than the queue's bound allows; try again after `retry_after_s`."""
+
+    http_status = 429
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class WireError(LlamaclustError):
+    """A frame or message from a peer that breaks the protocol: too large, out of bounds, of another version."""
+
+    http_status = 502
+    code = "protocol_error"
+
+
+class WorkerError(LlamaclustError):
+    """A worker that failed, was lost or cannot be reached; the message names it, its layers and its last words."""
+
+    http_status = 503
+    code = "worker_failed"
+
+
+class DeadlineError(LlamaclustError):
+    """An await that ran past its own, named deadline."""
+
+    http_status = 504
+    code = "deadline_exceeded"

@@ -1,0 +1,1 @@
+"""Programs on the layers below: benchmark, perplexity, model catalog."""

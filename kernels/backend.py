@@ -1,0 +1,86 @@
+"""The executor seam: what a backend promises. A backend loads a program once and runs it on microbatches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llamaclust.model.program import Program
+from llamaclust.model.tensors import Tensor
+
+Float32 = NDArray[np.float32]
+Int32 = NDArray[np.int32]
+
+Progress = Callable[[int], None]
+"""Called with the number of weight bytes made ready since the last call, from the loading thread."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What buffers are planned for, fixed at load. Exceeding one in `run` is a mistake of the caller (assert)."""
+
+    max_tokens: int
+    max_outputs: int
+    max_sequences: int
+    max_context_tokens: int
+    kv_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The rows of one microbatch, grouped by sequence.
+
+    Rows sequence_starts[s] .. sequence_starts[s + 1] belong to sequence s, at ascending, consecutive positions.
+    Position p of sequence s lives in KV block block_tables[table_starts[s] + p // KV_BLOCK_TOKENS].
+    """
+
+    tokens: Int32  # [rows] token ids; read by a first stage only
+    positions: Int32  # [rows]
+    sequence_starts: Int32  # [sequences + 1]
+    table_starts: Int32  # [sequences + 1]
+    block_tables: Int32  # [sum of table lengths] KV block ids
+    output_rows: Int32  # [outputs] ascending row numbers whose logits are wanted; read by a last stage only
+
+    @property
+    def rows(self) -> int:
+        return len(self.positions)
+
+
+class Stage(Protocol):
+    """A loaded program with its weights, KV memory and buffers. One `run` at a time."""
+
+    weight_bytes: int
+    kv_bytes: int
+
+    def run(self, batch: Batch, hidden: Float32 | None) -> Float32:
+        """Computes the batch. `hidden` [rows, embedding] for any but a first stage.
+
+        Returns hidden [rows, embedding], or on a last stage logits [outputs, vocabulary]: a view that the next `run`
+        overwrites.
+        """
+        ...
+
+    def close(self) -> None:
+        """Frees weights and KV memory; the stage must not run again."""
+        ...
+
+
+class Backend(Protocol):
+    """A device that can load programs."""
+
+    name: str
+    feature_level: str
+
+    def load(self, program: Program, tensors: dict[str, Tensor], limits: Limits, progress: Progress) -> Stage: ...
+
+    def kv_block_bytes(self, program: Program) -> int:
+        """Bytes of KV memory that one block id costs over all layers of the program."""
+        ...
+
+    def workspace_bytes(self, program: Program, limits: Limits) -> int: ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,184 @@
+"""A stage as a program: the flat list of typed steps that an architecture emits and every backend runs.
+
+Buffers are float32 matrices [rows, width]. All rows of a microbatch go through a step, until `SelectRows` keeps only
+the rows whose logits are wanted. Weights are named by their GGUF tensor names; a backend looks them up at load.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+KV_BLOCK_TOKENS = 16
+"""Positions in one KV block: the unit that the coordinator hands out and that block tables name."""
+
+SPAN_TOKENS = 512
+"""Positions in one attention span, counted from absolute position 0: a span is computed whole, spans merge in order."""
+
+
+class RopeStyle(StrEnum):
+    """Which pairs of a head's channels rotate together: (2i, 2i+1) or (i, i + rotary/2)."""
+
+    NORM = "norm"
+    NEOX = "neox"
+
+
+@dataclass(frozen=True, slots=True)
+class Buffer:
+    """One activation matrix [rows, width] of float32, by name; equal names are the same memory."""
+
+    name: str
+    width: int
+
+
+@dataclass(frozen=True, slots=True)
+class RopeTable:
+    """Rotation angles: angle(position, i) = position * frequencies[i], both factors float64; cos and sin times `scale`.
+
+    `frequencies` has rotary_dim / 2 entries and is computed in decimal arithmetic, so it is the same on every machine.
+    """
+
+    frequencies: tuple[float, ...]
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Embed:
+    """out[r] = dequantized row tokens[r] of `weight`, in float32."""
+
+    out: Buffer
+    weight: str
+
+
+@dataclass(frozen=True, slots=True)
+class RmsNorm:
+    """out = x / sqrt(mean(x^2) + epsilon) * weight, a row at a time."""
+
+    x: Buffer
+    out: Buffer
+    weight: str
+    epsilon: float
+
+
+@dataclass(frozen=True, slots=True)
+class MatMul:
+    """out = x @ weight^T (+ bias), weight [out.width, x.width] in GGUF's row order."""
+
+    x: Buffer
+    out: Buffer
+    weight: str
+    bias: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """Rotates the first 2 * len(table.frequencies) channels of each head of x in place, by the row's position."""
+
+    x: Buffer
+    heads: int
+    head_dim: int
+    style: RopeStyle
+    table: RopeTable
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """Rounds k and v to the KV type, stores them at the rows' positions in KV memory of `layer`, then out = attention.
+
+    q, out [rows, heads * head_dim]; k, v [rows, kv_heads * head_dim]; query head h reads KV head h // (heads / kv_heads).
+    Causal over the positions 0..position of the row's own sequence. scores = (q . k) * scale.
+    """
+
+    q: Buffer
+    k: Buffer
+    v: Buffer
+    out: Buffer
+    layer: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class SiluMul:
+    """out = silu(gate) * up."""
+
+    gate: Buffer
+    up: Buffer
+    out: Buffer
+
+
+@dataclass(frozen=True, slots=True)
+class Add:
+    """out = x + y; out may be x."""
+
+    x: Buffer
+    y: Buffer
+    out: Buffer
+
+
+@dataclass(frozen=True, slots=True)
+class Moe:
+    """Mixture of experts: softmax(router @ x) -> the `used` best of `experts` (ties to the lower id), weights divided by
+    their sum, out = sum in rank order of weight * down_e(silu(gate_e(x)) * up_e(x)).
+
+    router [experts, x.width]; gate, up [experts, ffn, x.width]; down [experts, x.width, ffn].
+    """
+
+    x: Buffer
+    out: Buffer
+    router: str
+    gate: str
+    up: str
+    down: str
+    experts: int
+    used: int
+    ffn_width: int
+
+
+@dataclass(frozen=True, slots=True)
+class SelectRows:
+    """out = the rows of x whose logits are wanted (the microbatch's output rows); every later step has only these."""
+
+    x: Buffer
+    out: Buffer
+
+
+Step = Embed | RmsNorm | MatMul | Rope | Attention | SiluMul | Add | Moe | SelectRows
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """The steps of layers [start, end) of a model.
+
+    The first stage begins with `Embed`, others are given `hidden_in`; the last stage ends with the logits in `out`
+    [output rows, vocabulary], others with the hidden state [rows, embedding].
+    """
+
+    start: int
+    end: int
+    layers: int
+    hidden: Buffer
+    out: Buffer
+    steps: tuple[Step, ...]
+
+    @property
+    def is_first(self) -> bool:
+        return self.start == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.end == self.layers
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """Names of every tensor the steps read, in first-use order, each once."""
+        fields = ("weight", "bias", "router", "gate", "up", "down")
+        names = (getattr(step, field, None) for step in self.steps for field in fields)
+        return tuple(dict.fromkeys(name for name in names if isinstance(name, str)))
+
+    @property
+    def kv_layers(self) -> tuple[Attention, ...]:
+        """The attention steps, one a layer: what KV memory is laid out for."""
+        return tuple(step for step in self.steps if isinstance(step, Attention))

@@ -1,0 +1,39 @@
+// Matrix products of tiled weights, the part of a level that is compiled per instruction set.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace llamaclust {
+
+// ggml's numbers.
+enum class QuantType : int32_t { F32 = 0, F16 = 1, Q4_0 = 2, Q4_1 = 3, Q8_0 = 8, Q4_K = 12, Q6_K = 14, BF16 = 30 };
+
+// How a row of activations is stored for a product: float32, or int8 with one float scale per 32 or per 256 values.
+enum class ActivationFormat : int32_t { F32, Q8_32, Q8_256 };
+
+inline constexpr int kTileRows = 16;
+
+// A weight matrix [rows, cols] in tiles of 16 rows, one SIMD lane a row; rows past the end hold zero weights.
+struct Matrix {
+  QuantType type;
+  int32_t rows;
+  int32_t cols;
+  size_t tile_bytes;     // from one tile (16 rows, all columns) to the next; a multiple of 64
+  const uint8_t* tiles;  // aligned to 64
+  int32_t tile_count() const { return (rows + kTileRows - 1) / kTileRows; }
+};
+
+struct MatmulOps {
+  // Quantizes x[cols] into one activation row of activation_bytes(format, cols) (see matrix.h).
+  void (*quantize)(ActivationFormat format, const float* x, int cols, void* out);
+  // out[t * out_stride + row] = dot(weights of row, activations of token t) for the rows of tiles [tile_begin, tile_end)
+  // and tokens [0, tokens); rows past the matrix's end are not written. bias may be null. `scratch` holds
+  // matmul_scratch_bytes(cols) bytes private to the calling thread.
+  void (*matmul)(const Matrix& weights, const uint8_t* activations, int tokens, float* out, size_t out_stride,
+                 const float* bias, int tile_begin, int tile_end, uint8_t* scratch);
+  // out[cols] = the row's weights as float32.
+  void (*dequantize_row)(const Matrix& weights, int row, float* out);
+};
+
+}  // namespace llamaclust

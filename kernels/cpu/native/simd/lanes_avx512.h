@@ -1,0 +1,64 @@
+// Lanes on AVX-512F/BW/DQ/VL: one register.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace llamaclust::LLAMACLUST_LEVEL {
+namespace {
+
+using F32x16 = __m512;
+using I32x16 = __m512i;
+
+#define LANES [[maybe_unused]] inline __attribute__((always_inline))
+
+LANES F32x16 load(const float* p) { return _mm512_loadu_ps(p); }
+LANES void store(float* p, F32x16 x) { _mm512_storeu_ps(p, x); }
+LANES F32x16 broadcast(float x) { return _mm512_set1_ps(x); }
+LANES F32x16 zero() { return _mm512_setzero_ps(); }
+LANES F32x16 add(F32x16 a, F32x16 b) { return _mm512_add_ps(a, b); }
+LANES F32x16 sub(F32x16 a, F32x16 b) { return _mm512_sub_ps(a, b); }
+LANES F32x16 mul(F32x16 a, F32x16 b) { return _mm512_mul_ps(a, b); }
+LANES F32x16 div(F32x16 a, F32x16 b) { return _mm512_div_ps(a, b); }
+LANES F32x16 sqrt(F32x16 a) { return _mm512_sqrt_ps(a); }
+LANES F32x16 fma(F32x16 a, F32x16 b, F32x16 c) { return _mm512_fmadd_ps(a, b, c); }    // a * b + c
+LANES F32x16 fnma(F32x16 a, F32x16 b, F32x16 c) { return _mm512_fnmadd_ps(a, b, c); }  // c - a * b
+LANES F32x16 max(F32x16 a, F32x16 b) { return _mm512_max_ps(a, b); }                   // a > b ? a : b
+LANES F32x16 min(F32x16 a, F32x16 b) { return _mm512_min_ps(a, b); }                   // a < b ? a : b
+// Lanes [0, n) from a, the others from b.
+LANES F32x16 first(int n, F32x16 a, F32x16 b) {
+  return _mm512_mask_blend_ps(static_cast<__mmask16>((1u << n) - 1), b, a);
+}
+// a < b ? x : y
+LANES F32x16 select_less(F32x16 a, F32x16 b, F32x16 x, F32x16 y) {
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), y, x);
+}
+LANES F32x16 from_f16(const uint16_t* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+LANES void to_f16(uint16_t* p, F32x16 x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+LANES F32x16 from_bf16(const uint16_t* p) {
+  return _mm512_castsi512_ps(
+      _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
+}
+LANES I32x16 broadcast(int32_t x) { return _mm512_set1_epi32(x); }
+LANES I32x16 load(const int32_t* p) { return _mm512_loadu_si512(p); }
+LANES void store(int32_t* p, I32x16 x) { _mm512_storeu_si512(p, x); }
+LANES I32x16 add(I32x16 a, I32x16 b) { return _mm512_add_epi32(a, b); }
+LANES I32x16 sub(I32x16 a, I32x16 b) { return _mm512_sub_epi32(a, b); }
+LANES I32x16 mul(I32x16 a, I32x16 b) { return _mm512_mullo_epi32(a, b); }
+template <int n>
+LANES I32x16 shift_left(I32x16 a) { return _mm512_slli_epi32(a, n); }
+LANES F32x16 to_float(I32x16 a) { return _mm512_cvtepi32_ps(a); }
+// Nearest, ties to even; |x| < 2^31 is the caller's duty (out of range differs between machines).
+LANES I32x16 to_int(F32x16 a) { return _mm512_cvtps_epi32(a); }
+LANES F32x16 bits_to_float(I32x16 a) { return _mm512_castsi512_ps(a); }
+LANES I32x16 float_to_bits(F32x16 a) { return _mm512_castps_si512(a); }
+
+#undef LANES
+
+}  // namespace
+}  // namespace llamaclust::LLAMACLUST_LEVEL

@@ -1,0 +1,88 @@
+// Lanes in plain C++: no instruction set is assumed; what a compiler can vectorize keeps its IEEE meaning.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace llamaclust::LLAMACLUST_LEVEL {
+namespace {
+
+struct F32x16 {
+  float v[16];
+};
+struct I32x16 {
+  int32_t v[16];
+};
+
+#define LANES [[maybe_unused]] inline __attribute__((always_inline))
+#define EACH(T, expression)                    \
+  T r;                                         \
+  for (int i = 0; i < 16; i++) r.v[i] = (expression); \
+  return r
+
+LANES F32x16 load(const float* p) { EACH(F32x16, p[i]); }
+LANES void store(float* p, F32x16 x) { memcpy(p, x.v, sizeof x.v); }
+LANES F32x16 broadcast(float x) { EACH(F32x16, x); }
+LANES F32x16 zero() { EACH(F32x16, 0.0f); }
+LANES F32x16 add(F32x16 a, F32x16 b) { EACH(F32x16, a.v[i] + b.v[i]); }
+LANES F32x16 sub(F32x16 a, F32x16 b) { EACH(F32x16, a.v[i] - b.v[i]); }
+LANES F32x16 mul(F32x16 a, F32x16 b) { EACH(F32x16, a.v[i] * b.v[i]); }
+LANES F32x16 div(F32x16 a, F32x16 b) { EACH(F32x16, a.v[i] / b.v[i]); }
+LANES F32x16 sqrt(F32x16 a) { EACH(F32x16, __builtin_sqrtf(a.v[i])); }
+LANES F32x16 fma(F32x16 a, F32x16 b, F32x16 c) { EACH(F32x16, __builtin_fmaf(a.v[i], b.v[i], c.v[i])); }    // a * b + c
+LANES F32x16 fnma(F32x16 a, F32x16 b, F32x16 c) { EACH(F32x16, __builtin_fmaf(-a.v[i], b.v[i], c.v[i])); }  // c - a * b
+LANES F32x16 max(F32x16 a, F32x16 b) { EACH(F32x16, a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
+LANES F32x16 min(F32x16 a, F32x16 b) { EACH(F32x16, a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
+// Lanes [0, n) from a, the others from b.
+LANES F32x16 first(int n, F32x16 a, F32x16 b) { EACH(F32x16, i < n ? a.v[i] : b.v[i]); }
+// a < b ? x : y
+LANES F32x16 select_less(F32x16 a, F32x16 b, F32x16 x, F32x16 y) { EACH(F32x16, a.v[i] < b.v[i] ? x.v[i] : y.v[i]); }
+LANES float half_to_float(uint16_t h) {
+  _Float16 x;
+  memcpy(&x, &h, 2);
+  return static_cast<float>(x);
+}
+LANES uint16_t float_to_half(float x) {
+  const _Float16 h = static_cast<_Float16>(x);
+  uint16_t r;
+  memcpy(&r, &h, 2);
+  return r;
+}
+LANES float bfloat_to_float(uint16_t h) {
+  const uint32_t bits = static_cast<uint32_t>(h) << 16;
+  float r;
+  memcpy(&r, &bits, 4);
+  return r;
+}
+LANES F32x16 from_f16(const uint16_t* p) { EACH(F32x16, half_to_float(p[i])); }
+LANES void to_f16(uint16_t* p, F32x16 x) {
+  for (int i = 0; i < 16; i++) p[i] = float_to_half(x.v[i]);
+}
+LANES F32x16 from_bf16(const uint16_t* p) { EACH(F32x16, bfloat_to_float(p[i])); }
+LANES I32x16 broadcast(int32_t x) { EACH(I32x16, x); }
+LANES I32x16 load(const int32_t* p) { EACH(I32x16, p[i]); }
+LANES void store(int32_t* p, I32x16 x) { memcpy(p, x.v, sizeof x.v); }
+LANES I32x16 add(I32x16 a, I32x16 b) { EACH(I32x16, a.v[i] + b.v[i]); }
+LANES I32x16 sub(I32x16 a, I32x16 b) { EACH(I32x16, a.v[i] - b.v[i]); }
+LANES I32x16 mul(I32x16 a, I32x16 b) { EACH(I32x16, a.v[i] * b.v[i]); }
+template <int n>
+LANES I32x16 shift_left(I32x16 a) { EACH(I32x16, static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) << n)); }
+LANES F32x16 to_float(I32x16 a) { EACH(F32x16, static_cast<float>(a.v[i])); }
+// Nearest, ties to even; |x| < 2^31 is the caller's duty (out of range differs between machines).
+LANES I32x16 to_int(F32x16 a) { EACH(I32x16, static_cast<int32_t>(__builtin_lrintf(a.v[i]))); }
+LANES F32x16 bits_to_float(I32x16 a) {
+  F32x16 r;
+  memcpy(r.v, a.v, sizeof r.v);
+  return r;
+}
+LANES I32x16 float_to_bits(F32x16 a) {
+  I32x16 r;
+  memcpy(r.v, a.v, sizeof r.v);
+  return r;
+}
+
+#undef EACH
+#undef LANES
+
+}  // namespace
+}  // namespace llamaclust::LLAMACLUST_LEVEL

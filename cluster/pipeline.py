@@ -24,7 +24,7 @@ class Pipeline(Protocol):
     stages: tuple[StageInfo, ...]
 
     async def submit(self, microbatch: Microbatch, inputs: SamplingInputs) -> None:
-        """Hands a microbatch to the first stage and its sampling inputs to the last; returns when both are on the way."""
+        """Hands a microbatch to the first stage and its sampling inputs to the last; returns when both are sent."""
         ...
 
     async def next_result(self) -> Result:

@@ -85,8 +85,8 @@ class Rope:
 class Attention:
     """Rounds k and v to the KV type, stores them at the rows' positions in KV memory of `layer`, then out = attention.
 
-    q, out [rows, heads * head_dim]; k, v [rows, kv_heads * head_dim]; query head h reads KV head h // (heads / kv_heads).
-    Causal over the positions 0..position of the row's own sequence. scores = (q . k) * scale.
+    q, out [rows, heads * head_dim]; k, v [rows, kv_heads * head_dim]; query head h reads KV head
+    h // (heads / kv_heads). Causal over the positions 0..position of the row's own sequence. scores = (q . k) * scale.
     """
 
     q: Buffer
@@ -120,8 +120,8 @@ class Add:
 
 @dataclass(frozen=True, slots=True)
 class Moe:
-    """Mixture of experts: softmax(router @ x) -> the `used` best of `experts` (ties to the lower id), weights divided by
-    their sum, out = sum in rank order of weight * down_e(silu(gate_e(x)) * up_e(x)).
+    """Mixture of experts: softmax(router @ x) -> the `used` best of `experts` (ties to the lower id), weights divided
+    by their sum, out = sum in rank order of weight * down_e(silu(gate_e(x)) * up_e(x)).
 
     router [experts, x.width]; gate, up [experts, ffn, x.width]; down [experts, x.width, ffn].
     """

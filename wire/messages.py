@@ -1,4 +1,4 @@
-"""What travels, as dataclasses: microbatches between stages, sampling inputs to the last stage, results to the coordinator.
+"""What travels, as dataclasses: microbatches between stages, sampling inputs to the last stage, results back.
 
 The codec checks every bound named here; nobody else sees protobuf.
 """

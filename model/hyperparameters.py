@@ -1,0 +1,200 @@
+"""The numbers of a llama-family model, read from its metadata and checked to be sane and to fit together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+
+from llamaclust.errors import ModelFileError
+from llamaclust.model.gguf import ModelFile
+from llamaclust.model.gguf_values import shown
+
+_MAX_WIDTH = 1 << 20
+_MAX_CONTEXT = 1 << 30
+
+
+class RopeScaling(StrEnum):
+    """How positions past the trained context are handled."""
+
+    NONE = "none"
+    LINEAR = "linear"
+    YARN = "yarn"
+
+
+@dataclass(frozen=True, slots=True)
+class RopeParameters:
+    """Rotary embedding: the first `dimension_count` channels of a head turn. Frequency factors are a tensor.
+
+    `extrapolation_factor`, `beta_fast`, `beta_slow` matter to YaRN only; `factor` is 1 without scaling.
+    """
+
+    dimension_count: int
+    frequency_base: float
+    scaling: RopeScaling
+    factor: float
+    original_context_length: int
+    attention_factor: float
+    extrapolation_factor: float
+    beta_fast: float
+    beta_slow: float
+
+
+@dataclass(frozen=True, slots=True)
+class Hyperparameters:
+    """Widths in channels, counts a layer. `expert_count` is 0 for a model without experts."""
+
+    architecture: str
+    block_count: int
+    context_length: int
+    embedding_length: int
+    feed_forward_length: int
+    head_count: int
+    head_count_kv: int
+    key_length: int
+    rms_epsilon: float
+    rope: RopeParameters
+    expert_count: int
+    expert_used_count: int
+    expert_feed_forward_length: int
+    vocabulary_size: int
+
+    @property
+    def query_width(self) -> int:
+        """Channels of all query heads together."""
+        return self.head_count * self.key_length
+
+    @property
+    def kv_width(self) -> int:
+        """Channels of all key (or value) heads together."""
+        return self.head_count_kv * self.key_length
+
+
+def read_architecture(model: ModelFile) -> str:
+    """`general.architecture`, the prefix of the model's own keys."""
+    return model.metadata_str("general.architecture")
+
+
+def read_hyperparameters(model: ModelFile) -> Hyperparameters:
+    """Reads `{architecture}.*`; ModelFileError naming the key that is missing, out of bounds or contradicts another."""
+    architecture = read_architecture(model)
+    keys = _Keys(model, architecture)
+    embedding_length = keys.count("embedding_length", maximum=_MAX_WIDTH)
+    head_count = keys.count("attention.head_count", maximum=1 << 14)
+    head_count_kv = keys.count("attention.head_count_kv", head_count, maximum=head_count)
+    if head_count % head_count_kv:
+        raise keys.error("attention.head_count_kv", f"{head_count_kv}, which does not divide {head_count} heads")
+    feed_forward_length = keys.count("feed_forward_length", maximum=_MAX_WIDTH)
+    expert_count = keys.count("expert_count", 0, minimum=0, maximum=1 << 10)
+    context_length = keys.count("context_length", maximum=_MAX_CONTEXT)
+    key_length = _read_key_length(keys, embedding_length, head_count)
+    return Hyperparameters(
+        architecture=architecture,
+        block_count=keys.count("block_count", maximum=1 << 10),
+        context_length=context_length,
+        embedding_length=embedding_length,
+        feed_forward_length=feed_forward_length,
+        head_count=head_count,
+        head_count_kv=head_count_kv,
+        key_length=key_length,
+        rms_epsilon=keys.real("attention.layer_norm_rms_epsilon", minimum=1e-12, maximum=0.1),
+        rope=_read_rope(keys, key_length, context_length),
+        expert_count=expert_count,
+        expert_used_count=_read_used_experts(keys, expert_count),
+        expert_feed_forward_length=keys.count("expert_feed_forward_length", feed_forward_length, maximum=_MAX_WIDTH),
+        vocabulary_size=_read_vocabulary_size(model, keys),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Keys:
+    """Reads a model's own keys, given without the architecture's name."""
+
+    model: ModelFile
+    architecture: str
+
+    def full(self, key: str) -> str:
+        return f"{self.architecture}.{key}"
+
+    def has(self, key: str) -> bool:
+        return self.full(key) in self.model.metadata
+
+    def error(self, key: str, what: str) -> ModelFileError:
+        return self.model.error(self.full(key), what)
+
+    def count(self, key: str, default: int | None = None, *, minimum: int = 1, maximum: int) -> int:
+        """A whole number; an array with one number a layer is taken where all of them are equal."""
+        value: Any = self.model.metadata.get(self.full(key))
+        if isinstance(value, np.ndarray) and value.dtype.kind in "iu" and len(value):
+            if (value != value[0]).any():
+                raise self.error(key, "differs from layer to layer, which is not supported")
+            default = int(value[0])
+            if not minimum <= default <= maximum:
+                raise self.error(key, f"{default}, {minimum} to {maximum} expected")
+            return default
+        return self.model.metadata_int(self.full(key), default, minimum=minimum, maximum=maximum)
+
+    def real(self, key: str, default: float | None = None, *, minimum: float, maximum: float) -> float:
+        return self.model.metadata_float(self.full(key), default, minimum=minimum, maximum=maximum)
+
+
+def _read_key_length(keys: _Keys, embedding_length: int, head_count: int) -> int:
+    key_length = keys.count("attention.key_length", embedding_length // head_count, maximum=1 << 12)
+    if not keys.has("attention.key_length") and embedding_length % head_count:
+        raise keys.error("attention.head_count", f"{head_count}, which does not divide a width of {embedding_length}")
+    value_length = keys.count("attention.value_length", key_length, maximum=1 << 12)
+    if value_length != key_length:
+        raise keys.error("attention.value_length", f"{value_length}, keys have {key_length}: not supported")
+    return key_length
+
+
+def _read_used_experts(keys: _Keys, expert_count: int) -> int:
+    if expert_count == 0:
+        return keys.count("expert_used_count", 0, minimum=0, maximum=0)
+    return keys.count("expert_used_count", maximum=expert_count)
+
+
+def _read_vocabulary_size(model: ModelFile, keys: _Keys) -> int:
+    if "tokenizer.ggml.tokens" not in model.metadata:
+        return keys.count("vocab_size", maximum=1 << 24)
+    words = len(model.metadata_strings("tokenizer.ggml.tokens"))
+    if words == 0:
+        raise model.error("tokenizer.ggml.tokens", "empty")
+    return words
+
+
+def _read_rope(keys: _Keys, key_length: int, context_length: int) -> RopeParameters:
+    dimension_count = keys.count("rope.dimension_count", key_length, maximum=key_length)
+    if dimension_count % 2:
+        raise keys.error("rope.dimension_count", f"{dimension_count}, an even number expected")
+    factor = _read_factor(keys)
+    scaling = _read_scaling(keys, factor)
+    return RopeParameters(
+        dimension_count=dimension_count,
+        frequency_base=keys.real("rope.freq_base", 10000.0, minimum=1.0, maximum=1e12),
+        scaling=scaling,
+        factor=1.0 if scaling is RopeScaling.NONE else factor,
+        original_context_length=keys.count(
+            "rope.scaling.original_context_length", context_length, maximum=_MAX_CONTEXT
+        ),
+        attention_factor=keys.real("rope.scaling.attn_factor", 1.0, minimum=1e-3, maximum=1e3),
+        extrapolation_factor=keys.real("rope.scaling.yarn_ext_factor", 1.0, minimum=0.0, maximum=1.0),
+        beta_fast=keys.real("rope.scaling.yarn_beta_fast", 32.0, minimum=1e-3, maximum=1e6),
+        beta_slow=keys.real("rope.scaling.yarn_beta_slow", 1.0, minimum=1e-3, maximum=1e6),
+    )
+
+
+def _read_factor(keys: _Keys) -> float:
+    """The stretch of positions; older files call it `rope.scale_linear`, and 0 stands for none."""
+    key = "rope.scaling.factor" if keys.has("rope.scaling.factor") else "rope.scale_linear"
+    return keys.real(key, 1.0, minimum=0.0, maximum=1e6) or 1.0
+
+
+def _read_scaling(keys: _Keys, factor: float) -> RopeScaling:
+    """The named scaling; a factor without a name is linear, as in llama.cpp."""
+    name = keys.model.metadata_str(keys.full("rope.scaling.type"), "none" if factor == 1.0 else "linear")
+    if name not in set(RopeScaling):
+        raise keys.error("rope.scaling.type", f"{shown(name)} is not supported")
+    return RopeScaling(name)

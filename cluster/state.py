@@ -1,0 +1,148 @@
+"""What a cluster leaves on disk: its lock, the record that `status` and `down` read, logs, measurements.
+
+Everything lies under `<state_dir>/<cluster name>/`, readable by its owner alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from llamaclust.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterRecord:
+    """A running cluster, as other processes of the same user find it."""
+
+    name: str
+    pid: int
+    api: str  # http://HOST:PORT
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """What a worker measured of its machine when it registered."""
+
+    read_gb_s: float
+    int8_gmac_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterDir:
+    """The folder of one cluster name."""
+
+    path: Path
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    def log_file(self, worker: str) -> Path:
+        return self.logs / f"{worker}.log"
+
+    @property
+    def _record(self) -> Path:
+        return self.path / "cluster.json"
+
+    @property
+    def _lock(self) -> Path:
+        return self.path / "lock"
+
+    def create(self) -> None:
+        self.logs.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.path.chmod(0o700)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the cluster's name for this process; the kernel releases it however the process ends."""
+        self.create()
+        descriptor = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UsageError(self._taken()) from error
+            yield
+        finally:
+            os.close(descriptor)
+
+    def _taken(self) -> str:
+        record = self.read_record()
+        where = f" (pid {record.pid}, {record.api})" if record else ""
+        name = self.path.name
+        return f"a cluster named {name!r} is already running{where}: `llamaclust down --cluster {name}` or another `name:`"
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a process holds the lock now."""
+        try:
+            descriptor = os.open(self._lock, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(descriptor)
+        return False
+
+    def write_record(self, record: ClusterRecord) -> None:
+        write_private(self._record, json.dumps(asdict(record)))
+
+    def read_record(self) -> ClusterRecord | None:
+        try:
+            return ClusterRecord(**json.loads(self._record.read_text()))
+        except (FileNotFoundError, ValueError, TypeError):
+            return None
+
+    def remove_record(self) -> None:
+        self._record.unlink(missing_ok=True)
+
+    def write_measurements(self, measured: dict[str, Measurement]) -> None:
+        write_private(self.path / "measurements.json", json.dumps({k: asdict(m) for k, m in measured.items()}))
+
+    def read_measurements(self) -> dict[str, Measurement]:
+        """By worker name; empty before the first start."""
+        try:
+            values = json.loads((self.path / "measurements.json").read_text())
+            return {name: Measurement(**value) for name, value in values.items()}
+        except (FileNotFoundError, ValueError, TypeError, AttributeError):
+            return {}
+
+
+def write_private(path: Path, text: str) -> None:
+    """Writes a file of mode 0600 so that a reader sees the old text or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(text)
+    temporary.replace(path)
+
+
+def running_clusters(state_dir: Path) -> dict[str, ClusterRecord]:
+    """Clusters of this user whose coordinator is alive and serving, by name."""
+    folders = [ClusterDir(path) for path in sorted(state_dir.glob("*")) if path.is_dir()]
+    records = {folder.path.name: folder.read_record() for folder in folders if folder.is_running}
+    return {name: record for name, record in records.items() if record is not None}
+
+
+def find_running(state_dir: Path, name: str | None) -> tuple[ClusterDir, ClusterRecord]:
+    """The running cluster of that name, or the only one. Raises UsageError that lists what runs."""
+    running = running_clusters(state_dir)
+    if name is None and len(running) == 1:
+        name = next(iter(running))
+    if name is not None and name in running:
+        return ClusterDir(state_dir / name), running[name]
+    if not running:
+        raise UsageError("no cluster is running: start one with `llamaclust up`")
+    names = ", ".join(running)
+    asked = f"no cluster named {name!r} is running" if name else "several clusters are running"
+    raise UsageError(f"{asked}: choose one of {names} with --cluster")

@@ -115,6 +115,7 @@ class RowResult:
     token: int
     logprob: float
     top_logprobs: tuple[tuple[int, float], ...] = ()  # (token, logprob), best first
+    failure: str | None = None  # why this row has no answer (logits not finite); then token is -1, logprob NaN
 
 
 @dataclass(frozen=True, slots=True)

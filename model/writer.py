@@ -1,0 +1,131 @@
+"""Writes GGUF version 3 files, one tensor at a time, so that a model larger than memory can be written."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from struct import pack
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llamaclust.errors import LlamaclustError
+from llamaclust.model.gguf_header import ARRAY_TYPE, BOOL_TYPE, DEFAULT_ALIGNMENT, MAGIC, NUMBER_FORMATS, STRING_TYPE
+from llamaclust.model.gguf_values import LazyStrings
+from llamaclust.model.quant_types import QuantType
+
+_VERSION = 3
+_DISK_RESERVE_BYTES = 1 << 24
+_NUMBER_TYPES = {np.dtype(code): number for number, code in NUMBER_FORMATS.items()} | {np.dtype(np.bool_): BOOL_TYPE}
+
+WritableValue = bool | int | float | str | np.generic | NDArray[Any] | LazyStrings | Sequence[str]
+"""What metadata may hold. A Python int becomes uint32 where it fits, else int32 or a 64-bit type, a float becomes
+float32; a NumPy scalar or array keeps its type; a sequence of text becomes an array of strings."""
+
+Produce = Callable[[], bytes | bytearray | memoryview]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSource:
+    """A tensor to be written. `produce` is called once, when its turn comes, for exactly `n_bytes` bytes.
+
+    `shape` is row-major, slowest first; its last number is a multiple of the type's block size.
+    """
+
+    name: str
+    quant_type: QuantType
+    shape: tuple[int, ...]
+    produce: Produce
+
+    @property
+    def n_bytes(self) -> int:
+        return prod(self.shape[:-1]) * self.quant_type.info.row_bytes(self.shape[-1])
+
+
+def write_gguf(path: Path | str, metadata: Mapping[str, WritableValue], tensors: Iterable[TensorSource]) -> None:
+    """Writes a model file: it appears under its name when it is complete, or not at all.
+
+    `general.alignment` of the metadata is obeyed. LlamaclustError where the disk has too little room.
+    """
+    path, sources = Path(path), list(tensors)
+    alignment = int(metadata.get("general.alignment", DEFAULT_ALIGNMENT))  # type: ignore[arg-type]
+    header = _header(metadata, sources, alignment)
+    _check_room(path, len(header) + sum(_padded(source.n_bytes, alignment) for source in sources))
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("xb") as file:
+            file.write(header)
+            for source in sources:
+                _write_tensor(file, source, alignment)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _header(metadata: Mapping[str, WritableValue], sources: list[TensorSource], alignment: int) -> bytes:
+    header = bytearray(MAGIC + pack("<IQQ", _VERSION, len(sources), len(metadata)))
+    for key, value in metadata.items():
+        header += _text(key) + _value(value)
+    offset = 0
+    for source in sources:
+        header += _text(source.name) + pack("<I", len(source.shape))
+        header += b"".join(pack("<Q", size) for size in reversed(source.shape))
+        header += pack("<IQ", source.quant_type, offset)
+        offset += _padded(source.n_bytes, alignment)
+    return bytes(header.ljust(_padded(len(header), alignment), b"\0"))
+
+
+def _text(text: str) -> bytes:
+    data = text.encode()
+    return pack("<Q", len(data)) + data
+
+
+def _value(value: WritableValue) -> bytes:
+    """A value with its type before it."""
+    if isinstance(value, str):
+        return pack("<I", STRING_TYPE) + _text(value)
+    if isinstance(value, bool | int | float | np.generic):
+        scalar = value if isinstance(value, np.generic) else _scalar(value)
+        return pack("<I", _NUMBER_TYPES[scalar.dtype]) + scalar.tobytes()
+    if isinstance(value, np.ndarray):
+        return pack("<IIQ", ARRAY_TYPE, _NUMBER_TYPES[value.dtype], value.size) + value.tobytes()
+    return pack("<IIQ", ARRAY_TYPE, STRING_TYPE, len(value)) + b"".join(map(_text, value))
+
+
+def _scalar(value: bool | int | float) -> np.generic:
+    if isinstance(value, bool):
+        return np.bool_(value)
+    if isinstance(value, float):
+        return np.float32(value)
+    fitting = next(kind for kind in (np.uint32, np.int32, np.uint64, np.int64) if _fits(value, kind))
+    return fitting(value)
+
+
+def _fits(value: int, kind: type[np.integer[Any]]) -> bool:
+    return bool(np.iinfo(kind).min <= value <= np.iinfo(kind).max)
+
+
+def _padded(count: int, alignment: int) -> int:
+    return -(-count // alignment) * alignment
+
+
+def _write_tensor(file: BinaryIO, source: TensorSource, alignment: int) -> None:
+    data = memoryview(source.produce()).cast("B")
+    assert len(data) == source.n_bytes, f"{source.name}: {len(data)} bytes made, {source.n_bytes} announced"
+    file.write(data)
+    file.write(bytes(_padded(len(data), alignment) - len(data)))
+
+
+def _check_room(path: Path, wanted_bytes: int) -> None:
+    if not path.parent.is_dir():
+        raise LlamaclustError(f"{path}: the folder does not exist; make it first")
+    free_bytes = shutil.disk_usage(path.parent).free
+    if wanted_bytes + _DISK_RESERVE_BYTES > free_bytes:
+        raise LlamaclustError(f"{path}: needs {wanted_bytes >> 20} MiB, the disk has {free_bytes >> 20} MiB free")

@@ -1,3 +1,27 @@
-#include <nanobind/nanobind.h>
+#include "bindings.h"
+
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "levels.h"
+
 namespace nb = nanobind;
-NB_MODULE(_native, m) { m.doc() = "CPU kernels"; }
+using namespace llamaclust;
+
+namespace {
+
+std::vector<std::string> level_names() {
+  std::vector<std::string> names;
+  for (const Level& level : available_levels()) names.emplace_back(level.name);
+  return names;
+}
+
+}  // namespace
+
+NB_MODULE(_native, module) {
+  module.doc() = "Arithmetic of the CPU backend.";
+  module.def("available_levels", &level_names, "Feature levels this machine can run, slowest first.");
+  if (bind_matmul) bind_matmul(module);
+  if (bind_sampler) bind_sampler(module);
+  if (bind_executor) bind_executor(module);
+}

@@ -1,0 +1,27 @@
+# cmake -DNM=nm -DLEVEL=avx2 -DOBJECTS=a.o;b.o -P check_isa.cmake: fails where the objects of a feature level define
+# something that the linker may share with other code (weak symbols: it keeps any one copy, and one compiled for AVX-512
+# is an illegal instruction elsewhere), export a name outside the level's namespace, or run code at start-up.
+set(failures "")
+foreach(object IN LISTS OBJECTS)
+  execute_process(COMMAND ${NM} --defined-only -C ${object} OUTPUT_VARIABLE symbols RESULT_VARIABLE status
+                  ERROR_VARIABLE problem)
+  if(NOT status EQUAL 0)
+    message(FATAL_ERROR "${NM} ${object}: ${problem}")
+  endif()
+  string(REPLACE ";" "," symbols "${symbols}")
+  string(REPLACE "\n" ";" symbols "${symbols}")
+  foreach(symbol IN LISTS symbols)
+    if(symbol MATCHES "^[0-9a-f]+ [WVu] (.*)$")
+      list(APPEND failures "weak symbol: ${CMAKE_MATCH_1}")
+    elseif(symbol MATCHES "^[0-9a-f]+ [TDBRGSC] (.*)$" AND NOT CMAKE_MATCH_1 MATCHES "llamaclust::${LEVEL}::")
+      list(APPEND failures "external symbol: ${CMAKE_MATCH_1}")
+    elseif(symbol MATCHES "_GLOBAL__sub_I_|__static_initialization")
+      list(APPEND failures "code that runs at start-up: ${symbol}")
+    endif()
+  endforeach()
+endforeach()
+if(failures)
+  list(REMOVE_DUPLICATES failures)
+  list(JOIN failures "\n  " lines)
+  message(FATAL_ERROR "objects of feature level ${LEVEL} define what could run on a CPU without it:\n  ${lines}")
+endif()

@@ -1,0 +1,12 @@
+// The parts of the Python module, one file each; they share nothing but the module.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+namespace llamaclust {
+
+void bind_matmul(nanobind::module_& module) __attribute__((weak));
+void bind_sampler(nanobind::module_& module) __attribute__((weak));
+void bind_executor(nanobind::module_& module) __attribute__((weak));
+
+}  // namespace llamaclust

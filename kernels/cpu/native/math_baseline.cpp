@@ -1,0 +1,82 @@
+#include "math_baseline.h"
+
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+namespace llamaclust {
+namespace {
+
+// 2^n for n in [-126, 127].
+float power_of_two(float n) { return std::bit_cast<float>((static_cast<int32_t>(n) + 127) << 23); }
+
+// Coefficients of z^0 first.
+template <int n>
+double polynomial(const double (&coefficients)[n], double z) {
+  double r = coefficients[n - 1];
+  for (int i = n - 2; i >= 0; i--) r = std::fma(r, z, coefficients[i]);
+  return r;
+}
+
+// Minimax on |t| <= pi/4: sin t = t + t^3 S(t^2), cos t = 1 - t^2/2 + t^4 C(t^2).
+constexpr double kSine[] = {-0x1.555555555553dp-3,  0x1.111111110ea98p-7,   -0x1.a01a019aa6c46p-13,
+                            0x1.71de346ae5b0ap-19, -0x1.ae5dad1465d6cp-26, 0x1.5d62d067a859ap-33};
+constexpr double kCosine[] = {0x1.555555555554bp-5,   -0x1.6c16c16c1500ap-10, 0x1.a01a019c8ca0bp-16,
+                              -0x1.27e4f7eea2c35p-22, 0x1.1ee9d912724afp-29,  -0x1.8fa4bc3b018c2p-37};
+// atanh(s) = s + s^3 A(s^2), Taylor; |s| <= 0.1716 leaves 1e-19.
+constexpr double kArtanh[] = {1.0 / 3,  1.0 / 5,  1.0 / 7,  1.0 / 9,  1.0 / 11,
+                              1.0 / 13, 1.0 / 15, 1.0 / 17, 1.0 / 19, 1.0 / 21};
+
+}  // namespace
+
+float exp_scalar(float x) {
+  if (x != x) return x;
+  x = x < -104.0f ? -104.0f : x > 89.0f ? 89.0f : x;
+  const float shift = 0x1.8p23f;
+  const float n = std::fma(x, 0x1.715476p+0f, shift) - shift;
+  const float r = std::fma(-n, -0x1.05c61p-29f, std::fma(-n, 0x1.62e43p-1f, x));
+  float p = std::fma(0x1.6a4d5ap-10f, r, 0x1.12398ep-7f);
+  p = std::fma(p, r, 0x1.5558bp-5f);
+  p = std::fma(p, r, 0x1.555492p-3f);
+  p = std::fma(p, r, 0x1.fffffcp-2f);
+  p = std::fma(p, r, 1.0f);
+  p = std::fma(p, r, 1.0f);
+  const float half = std::fma(n, 0.5f, shift) - shift;
+  return p * power_of_two(half) * power_of_two(n - half);
+}
+
+double log_double(double x) {
+  if (x == 0) return -std::numeric_limits<double>::infinity();
+  if (!(x > 0) || x > std::numeric_limits<double>::max()) return x > 0 ? x : std::numeric_limits<double>::quiet_NaN();
+  const bool subnormal = x < std::numeric_limits<double>::min();
+  const uint64_t bits = std::bit_cast<uint64_t>(subnormal ? x * 0x1p54 : x);
+  // x = m 2^e, m in [sqrt(1/2), sqrt(2)): the exponent counts from sqrt(1/2)'s bits.
+  const uint64_t root_half = 0x3FE6A09E667F3BCD;
+  const int64_t e = static_cast<int64_t>(bits - root_half) >> 52;
+  const double m = std::bit_cast<double>(bits - (static_cast<uint64_t>(e) << 52));
+  const double s = (m - 1) / (m + 1);
+  const double z = s * s;
+  const double exponent = static_cast<double>(subnormal ? e - 54 : e);
+  const double tail = std::fma(s * z, 2 * polynomial(kArtanh, z), exponent * 0x1.ef35793c7673p-45);
+  return std::fma(exponent, 0x1.62e42fefa38p-1, 2 * s + tail);  // ln 2 in two parts, the first product exact
+}
+
+void sincos_double(double angle, double* sine, double* cosine) {
+  if (!(angle >= -4e6 && angle <= 4e6)) {
+    *sine = *cosine = std::numeric_limits<double>::quiet_NaN();
+    return;
+  }
+  const double shift = 0x1.8p52;
+  const double n = (angle * 0x1.45f306dc9c883p-1 + shift) - shift;  // angle / (pi/2), to nearest
+  const double t = std::fma(-n, 0x1.1a62633145c07p-54, std::fma(-n, 0x1.921fb54442d18p+0, angle));
+  const double z = t * t;
+  const double s = std::fma(t * z, polynomial(kSine, z), t);
+  const double c = std::fma(z * z, polynomial(kCosine, z), std::fma(-0.5, z, 1.0));
+  const int quadrant = static_cast<int>(n) & 3;
+  const double sine_part = quadrant & 1 ? c : s, cosine_part = quadrant & 1 ? s : c;
+  *sine = quadrant & 2 ? -sine_part : sine_part;
+  *cosine = (quadrant == 1 || quadrant == 2) ? -cosine_part : cosine_part;
+}
+
+}  // namespace llamaclust

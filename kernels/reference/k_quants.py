@@ -1,0 +1,94 @@
+"""Blocks of 256 weights with scales of 16 or 32 of them, and the ternary types; layouts and float order are ggml's."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from llamaclust.kernels.reference.bits import Bytes, Float32, fields, floats16
+
+
+def _scaled(weights: Float32, scales: Float32, minima: Float32 | None = None) -> Float32:
+    """weights [blocks, groups, size] * scales [blocks, groups] (- minima), as [blocks, 256]."""
+    out = weights * scales[:, :, None]
+    if minima is not None:
+        out = out - minima[:, :, None]
+    return out.reshape(len(weights), 256)
+
+
+def _grouped(weights: Bytes, groups: int) -> Bytes:
+    return weights.reshape(len(weights), groups, 256 // groups)
+
+
+def q2_k(blocks: Bytes) -> Float32:
+    """16 x (scale, min of 4 bits) | 256 x 2 bits | d f16 | dmin f16; 128 weights lie in 32 bytes."""
+    scales = blocks[:, :16]
+    weights = _grouped(fields(blocks[:, 16:80].reshape(-1, 2, 32), 2), 16).astype(np.float32)
+    d, dmin = floats16(blocks, 80), floats16(blocks, 82)
+    return _scaled(weights, d * (scales & 15).astype(np.float32), dmin * (scales >> 4).astype(np.float32))
+
+
+def q3_k(blocks: Bytes) -> Float32:
+    """256 x third bit | 256 x 2 bits | 16 scales of 6 bits, less 32 | d f16. A clear third bit subtracts 4."""
+    high = fields(blocks[:, :32], 1).reshape(-1, 16, 16)
+    low = _grouped(fields(blocks[:, 32:96].reshape(-1, 2, 32), 2), 16)
+    weights = (low | high << 2).astype(np.float32) - np.float32(4)
+    scale_low = fields(blocks[:, 96:104], 4).reshape(-1, 16)
+    scale_high = fields(blocks[:, 104:108], 2).reshape(-1, 16)
+    scales = (scale_low | scale_high << 4).astype(np.float32) - np.float32(32)
+    return _scaled(weights, floats16(blocks, 108) * scales)
+
+
+def six_bit_scales(packed: Bytes) -> tuple[Float32, Float32]:
+    """Twelve bytes -> eight scales and eight minima of 6 bits.
+
+    Bytes 0-3: scales 0-3, their top two bits those of scales 4-7. Bytes 4-7: the same for minima.
+    Bytes 8-11: the low four bits of scales 4-7 and, above them, of minima 4-7.
+    """
+    first, second, low = packed[:, :4], packed[:, 4:8], packed[:, 8:12]
+    scales = np.concatenate([first & 63, low & 15 | first >> 6 << 4], axis=1)
+    minima = np.concatenate([second & 63, low >> 4 | second >> 6 << 4], axis=1)
+    return scales.astype(np.float32), minima.astype(np.float32)
+
+
+def _q45(blocks: Bytes, weights: Bytes) -> Float32:
+    scales, minima = six_bit_scales(blocks[:, 4:16])
+    return _scaled(weights.astype(np.float32), floats16(blocks, 0) * scales, floats16(blocks, 2) * minima)
+
+
+def q4_k(blocks: Bytes) -> Float32:
+    """d f16 | dmin f16 | 12 bytes of scales | 256 x 4 bits, 64 weights in 32 bytes."""
+    return _q45(blocks, _grouped(fields(blocks[:, 16:].reshape(-1, 4, 32), 4), 8))
+
+
+def q5_k(blocks: Bytes) -> Float32:
+    """d f16 | dmin f16 | 12 bytes of scales | 256 x fifth bit, 32 a field | 256 x 4 bits, 64 weights in 32 bytes."""
+    low = _grouped(fields(blocks[:, 48:].reshape(-1, 4, 32), 4), 8)
+    return _q45(blocks, low | fields(blocks[:, 16:48], 1) << np.uint8(4))
+
+
+def q6_k(blocks: Bytes) -> Float32:
+    """256 x 4 bits, 128 weights in 64 bytes | 256 x upper 2 bits, 128 in 32 | 16 x int8 scale | d f16."""
+    low = _grouped(fields(blocks[:, :128].reshape(-1, 2, 64), 4), 16)
+    high = _grouped(fields(blocks[:, 128:192].reshape(-1, 2, 32), 2), 16)
+    weights = (low | high << 4).astype(np.float32) - np.float32(32)
+    return _scaled(weights, floats16(blocks, 208) * blocks[:, 192:208].view(np.int8).astype(np.float32))
+
+
+def _ternary_digits(data: Bytes, digits: int) -> Bytes:
+    """Base-3 digits 0..2 of each byte, a fraction of 256, the highest first: [blocks, n] -> [blocks, digits * n]."""
+    powers = np.array([3**i for i in range(digits)], np.uint8)[:, None]
+    fractions = data[:, None, :] * powers
+    return (fractions.astype(np.uint16) * 3 >> 8).astype(np.uint8).reshape(len(data), -1)
+
+
+def tq1_0(blocks: Bytes) -> Float32:
+    """160, 80 and 16 weights of -1, 0 or 1 in 32, 16 and 4 bytes (five, five and four digits each) | d f16."""
+    digits = [(blocks[:, :32], 5), (blocks[:, 32:48], 5), (blocks[:, 48:52], 4)]
+    weights = np.concatenate([_ternary_digits(data, count) for data, count in digits], axis=1)
+    return (weights.astype(np.float32) - np.float32(1)) * floats16(blocks, 52)
+
+
+def tq2_0(blocks: Bytes) -> Float32:
+    """256 weights of -1, 0 or 1 (2 for a bit pair that quantizers never write) in 2 bits, 128 in 32 bytes | d f16."""
+    weights = fields(blocks[:, :64].reshape(-1, 2, 32), 2).reshape(-1, 256)
+    return (weights.astype(np.float32) - np.float32(1)) * floats16(blocks, 64)

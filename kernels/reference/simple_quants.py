@@ -1,0 +1,72 @@
+"""Blocks of 32 weights (64 and 128 for two newer types) with one scale, or few; layouts and float order are ggml's."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from llamaclust.kernels.reference.bits import Bytes, Float32, fields, floats16, single_bits
+
+IQ4_VALUES = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
+FP4_VALUES = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.float32)
+"""Twice the numbers of E2M1, so that they are integers; the block scales are halved instead."""
+
+
+def _nibbles(data: Bytes) -> Bytes:
+    """Bytes [blocks, n] whose low halves are weights 0..n and whose high halves are weights n..2n -> [blocks, 2 n]."""
+    return fields(data, 4).reshape(len(data), -1)
+
+
+def q4_0(blocks: Bytes) -> Float32:
+    """d f16 | 32 x 4 bits."""
+    return (_nibbles(blocks[:, 2:]).astype(np.float32) - np.float32(8)) * floats16(blocks, 0)
+
+
+def q4_1(blocks: Bytes) -> Float32:
+    """d f16 | m f16 | 32 x 4 bits."""
+    return _nibbles(blocks[:, 4:]).astype(np.float32) * floats16(blocks, 0) + floats16(blocks, 2)
+
+
+def _five_bits(high: Bytes, low: Bytes) -> Float32:
+    return (_nibbles(low) | single_bits(high) << 4).astype(np.float32)
+
+
+def q5_0(blocks: Bytes) -> Float32:
+    """d f16 | 32 x fifth bit | 32 x 4 bits."""
+    return (_five_bits(blocks[:, 2:6], blocks[:, 6:]) - np.float32(16)) * floats16(blocks, 0)
+
+
+def q5_1(blocks: Bytes) -> Float32:
+    """d f16 | m f16 | 32 x fifth bit | 32 x 4 bits."""
+    return _five_bits(blocks[:, 4:8], blocks[:, 8:]) * floats16(blocks, 0) + floats16(blocks, 2)
+
+
+def q8_0(blocks: Bytes) -> Float32:
+    """d f16 | 32 x int8."""
+    return blocks[:, 2:].view(np.int8).astype(np.float32) * floats16(blocks, 0)
+
+
+def iq4_nl(blocks: Bytes) -> Float32:
+    """d f16 | 32 x 4 bits into a table of uneven steps."""
+    return IQ4_VALUES[_nibbles(blocks[:, 2:])] * floats16(blocks, 0)
+
+
+def mxfp4(blocks: Bytes) -> Float32:
+    """Exponent byte (E8M0) | 32 x E2M1. Half of 2^(e - 127); the two smallest are subnormal floats."""
+    exponent = blocks[:, :1].astype(np.uint32)
+    bits = np.where(exponent < 2, np.uint32(0x200000) << exponent, (exponent - np.uint32(1)) << np.uint32(23))
+    return FP4_VALUES[_nibbles(blocks[:, 1:])] * bits.view(np.float32)
+
+
+def nvfp4(blocks: Bytes) -> Float32:
+    """Four scale bytes (E4M3 without sign, halved) | four times 16 x E2M1."""
+    exponent, mantissa = (blocks[:, :4] >> 3 & 15).astype(np.int32), (blocks[:, :4] & 7).astype(np.float32)
+    normal = np.ldexp(1 + mantissa / np.float32(8), exponent - 7)
+    scale = np.where(exponent == 0, np.ldexp(mantissa, -9), normal) * np.float32(0.5)
+    scale[(blocks[:, :4] == 0) | (blocks[:, :4] == 0x7F)] = 0
+    weights = FP4_VALUES[fields(blocks[:, 4:].reshape(-1, 4, 8), 4).reshape(-1, 4, 16)]
+    return (weights * scale[:, :, None]).reshape(len(blocks), 64)
+
+
+def q1_0(blocks: Bytes) -> Float32:
+    """d f16 | 128 x one bit: d where it is set, -d where not."""
+    return np.where(single_bits(blocks[:, 2:]) == 1, floats16(blocks, 0), -floats16(blocks, 0))

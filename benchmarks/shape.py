@@ -1,0 +1,208 @@
+"""Writes a LLaMA-shaped model of random weights, for speed measurements: a kernel's speed does not depend on values.
+
+    python benchmarks/shape.py 1.1b Q4_K /tmp/shape.gguf
+
+All matrices and the embedding have the one type, norms are float32; the file also loads in llama.cpp.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from math import prod
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llamaclust.errors import LlamaclustError, UsageError
+from llamaclust.model.quant_types import QuantType
+from llamaclust.model.writer import TensorSource, WritableValue, write_gguf
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Widths in channels."""
+
+    hidden: int
+    layers: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    vocabulary: int = 32000
+    context: int = 8192
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden // self.heads
+
+
+SHAPES = {
+    "1.1b": Shape(2048, 22, 5632, 32, 4),
+    "7b": Shape(4096, 32, 11008, 32, 32),
+    "13b": Shape(5120, 40, 13824, 40, 40),
+    "70b": Shape(8192, 80, 28672, 64, 8),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where a block of random bytes needs sane float16 scales: byte offset and size relative to the first of them.
+
+    `deviation` is that of the block's weights when the first scale is 1.
+    """
+
+    file_type: int
+    scales: tuple[tuple[int, float], ...]
+    deviation: float
+
+
+LAYOUTS = {
+    QuantType.F16: Layout(1, (), 1.0),
+    QuantType.Q4_0: Layout(2, ((0, 1.0),), 4.6),
+    QuantType.Q4_1: Layout(3, ((0, 1.0), (2, -7.5)), 4.6),
+    QuantType.Q8_0: Layout(7, ((0, 1.0),), 74.0),
+    QuantType.Q4_K: Layout(15, ((0, 1.0), (2, 7.5)), 258.0),
+    QuantType.Q6_K: Layout(18, ((208, 1.0),), 1369.0),
+}
+
+_F16_SIGN_AND_MANTISSA = 0x83FF
+
+
+def random_matrix(generator: np.random.Generator, quant_type: QuantType, shape: tuple[int, ...]) -> memoryview:
+    """The bytes of a matrix whose weights have a deviation near 1 / sqrt(width)."""
+    layout, info = LAYOUTS[quant_type], quant_type.info
+    deviation = shape[-1] ** -0.5
+    words = -(-prod(shape) // info.block_size * info.block_bytes // 8)
+    data = generator.integers(0, 1 << 64, words, np.uint64).view(np.uint8)
+    data = data[: prod(shape) // info.block_size * info.block_bytes]
+    if quant_type is QuantType.F16:
+        return _signed_near(data.view(np.uint16), deviation).data
+    blocks = data.reshape(-1, info.block_bytes)
+    for offset, relative in layout.scales:
+        scale = np.array([relative * deviation / layout.deviation], np.float16)
+        blocks[:, offset : offset + 2] = scale.view(np.uint8)
+    return data.data
+
+
+def _signed_near(bits: NDArray[np.uint16], size: float) -> NDArray[np.uint16]:
+    """Float16 bits made to stand for +-[1, 2) times a power of two near `size`."""
+    exponent = np.array([size / 1.5], np.float16).view(np.uint16)[0] & 0x7C00
+    np.bitwise_and(bits, _F16_SIGN_AND_MANTISSA, out=bits)
+    np.bitwise_or(bits, exponent, out=bits)
+    return bits
+
+
+def tensors(shape: Shape, quant_type: QuantType, seed: int) -> Iterator[TensorSource]:
+    """Every tensor of the model, in file order, made when it is written."""
+    generator = np.random.default_rng(seed)
+
+    def matrix(name: str, rows: int, width: int) -> TensorSource:
+        size = (rows, width)
+        return TensorSource(f"{name}.weight", quant_type, size, lambda: random_matrix(generator, quant_type, size))
+
+    def norm(name: str) -> TensorSource:
+        ones = np.ones(shape.hidden, np.float32)
+        return TensorSource(f"{name}.weight", QuantType.F32, ones.shape, lambda: ones.data)
+
+    kv_width = shape.kv_heads * shape.head_dim
+    yield matrix("token_embd", shape.vocabulary, shape.hidden)
+    for layer in (f"blk.{number}" for number in range(shape.layers)):
+        yield norm(f"{layer}.attn_norm")
+        yield matrix(f"{layer}.attn_q", shape.hidden, shape.hidden)
+        yield matrix(f"{layer}.attn_k", kv_width, shape.hidden)
+        yield matrix(f"{layer}.attn_v", kv_width, shape.hidden)
+        yield matrix(f"{layer}.attn_output", shape.hidden, shape.hidden)
+        yield norm(f"{layer}.ffn_norm")
+        yield matrix(f"{layer}.ffn_gate", shape.ffn, shape.hidden)
+        yield matrix(f"{layer}.ffn_up", shape.ffn, shape.hidden)
+        yield matrix(f"{layer}.ffn_down", shape.hidden, shape.ffn)
+    yield norm("output_norm")
+    yield matrix("output", shape.vocabulary, shape.hidden)
+
+
+def metadata(name: str, shape: Shape, quant_type: QuantType) -> dict[str, WritableValue]:
+    """What both our engine and llama.cpp want to know."""
+    return {
+        "general.architecture": "llama",
+        "general.name": f"random {name} {quant_type.name}",
+        "general.file_type": LAYOUTS[quant_type].file_type,
+        "general.quantization_version": 2,
+        "llama.context_length": shape.context,
+        "llama.embedding_length": shape.hidden,
+        "llama.block_count": shape.layers,
+        "llama.feed_forward_length": shape.ffn,
+        "llama.attention.head_count": shape.heads,
+        "llama.attention.head_count_kv": shape.kv_heads,
+        "llama.attention.layer_norm_rms_epsilon": 1e-5,
+        "llama.rope.freq_base": 10000.0,
+        "llama.rope.dimension_count": shape.head_dim,
+        "llama.vocab_size": shape.vocabulary,
+        **tokenizer(shape.vocabulary),
+    }
+
+
+def tokenizer(vocabulary: int) -> dict[str, WritableValue]:
+    """A SentencePiece vocabulary: three special words, 256 bytes, letters, and words that only fill the table."""
+    special = ["<unk>", "<s>", "</s>"]
+    pieces = ["▁", *"etaoinshrdlucmfwgypbvkxqjz"]
+    fixed = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
+    words = [*fixed, *(f"▁word{number}" for number in range(vocabulary - len(fixed)))]
+    kinds = np.ones(vocabulary, np.int32)
+    kinds[:3], kinds[3:259] = (2, 3, 3), 6
+    scores = -np.maximum(np.arange(vocabulary, dtype=np.float32) - 259, 0)
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": words,
+        "tokenizer.ggml.scores": scores,
+        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.unknown_token_id": 0,
+    }
+
+
+def check(shape: Shape, quant_type: QuantType) -> None:
+    """UsageError where a model of that shape and type cannot be."""
+    if min(getattr(shape, field.name) for field in fields(shape)) < 1 or shape.vocabulary < 286:
+        raise UsageError("sizes must be at least 1, the vocabulary at least 286")
+    if shape.hidden % shape.heads or shape.heads % shape.kv_heads or shape.head_dim % 2:
+        raise UsageError(f"{shape.heads} heads and {shape.kv_heads} KV heads do not share a width of {shape.hidden}")
+    for width in (shape.hidden, shape.ffn):
+        if width % quant_type.info.block_size:
+            raise UsageError(f"{quant_type.name} needs widths in steps of {quant_type.info.block_size}, not {width}")
+
+
+def write_shape(path: Path, name: str, shape: Shape, quant_type: QuantType, seed: int = 1) -> None:
+    """Writes the model; see `check` for the errors."""
+    check(shape, quant_type)
+    write_gguf(path, metadata(name, shape, quant_type), tensors(shape, quant_type, seed))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Write a model of random weights.")
+    parser.add_argument("name", choices=SHAPES)
+    parser.add_argument("type", choices=[quant_type.name for quant_type in LAYOUTS])
+    parser.add_argument("path", type=Path)
+    parser.add_argument("--seed", type=int, default=1)
+    for field in fields(Shape):
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, help="instead of the shape's own")
+    arguments = parser.parse_args()
+    given = {field.name: getattr(arguments, field.name) for field in fields(Shape)}
+    shape = replace(SHAPES[arguments.name], **{name: value for name, value in given.items() if value is not None})
+    started = time.perf_counter()
+    try:
+        write_shape(arguments.path, arguments.name, shape, QuantType[arguments.type], arguments.seed)
+    except LlamaclustError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    size_mb = arguments.path.stat().st_size / 1e6
+    print(f"{arguments.path}: {size_mb:.0f} MB in {time.perf_counter() - started:.1f} s", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -11,9 +11,17 @@ inline constexpr int kSpanTokens = 512;
 inline constexpr int kSpanBlocks = kSpanTokens / kKvBlockTokens;
 inline constexpr int kTileQueries = 16;
 
+// Channels of a stored value or of a sum of values: lanes past head_dim hold anything.
+inline constexpr int padded_head(int head_dim) { return (head_dim + 15) / 16 * 16; }
+
+// Halves of one KV head in one block: keys [head_dim][16 positions], then values [16 positions][padded_head].
+inline constexpr size_t kv_piece_halves(int head_dim) {
+  return static_cast<size_t>(head_dim + padded_head(head_dim)) * kKvBlockTokens;
+}
+
 // Query vectors that share one KV head, over one span of positions.
 struct SpanTask {
-  const uint16_t* head;   // f16: the KV head's piece of block 0: keys [head_dim][16 positions], values [16][head_dim]
+  const uint16_t* head;   // f16: the KV head's piece of block 0 (kv_piece_halves)
   size_t block_stride;    // halves from a block to the next
   const int32_t* blocks;  // ids of the span's blocks
   int head_dim;
@@ -26,9 +34,9 @@ struct SpanTask {
 
 // What the positions so far give: the greatest score, sum of exp(score - maximum), values weighted by these.
 struct SpanSums {
-  float* maximum;  // [queries]
-  float* sum;      // [queries]
-  float* values;   // [queries][head_dim]
+  float* maximum;  // [kTileQueries]
+  float* sum;      // [kTileQueries]
+  float* values;   // [queries][padded_head]
 };
 
 struct AttentionOps {

@@ -1,2 +1,77 @@
+// Row by row arithmetic: every output is a fixed list of IEEE operations, whatever the register width.
 #include "vector_ops.h"
-namespace llamaclust::LLAMACLUST_LEVEL { extern const VectorOps vector_ops; const VectorOps vector_ops = {}; }
+
+#include "simd/math.h"
+
+namespace llamaclust::LLAMACLUST_LEVEL {
+namespace {
+
+// Calls f(i, load, store) for i = 0, 16, ... n; the last piece may be partial, its missing lanes read as zero.
+template <typename F>
+inline __attribute__((always_inline)) void each_lanes(int n, F f) {
+  int i = 0;
+  for (; i + 16 <= n; i += 16) f(i, [](const float* p) { return load(p); }, [](float* p, F32x16 x) { store(p, x); });
+  const int rest = n - i;
+  if (rest > 0)
+    f(i, [rest](const float* p) { return load_first(rest, p); },
+      [rest](float* p, F32x16 x) { store_first(rest, p, x); });
+}
+
+// Element i is added to lane i % 64 by `accumulate`; then halves are added: 32 + 32, 16 + 16, ... 1 + 1.
+template <typename Accumulate>
+inline __attribute__((always_inline)) float sum_interleaved(const float* x, int n, Accumulate accumulate) {
+  F32x16 lanes[4] = {zero(), zero(), zero(), zero()};
+  int i = 0;
+  for (; i + 64 <= n; i += 64)
+    for (int k = 0; k < 4; k++) lanes[k] = accumulate(lanes[k], load(x + i + 16 * k));
+  for (int k = 0; i < n; i += 16, k++)
+    lanes[k] = accumulate(lanes[k], n - i < 16 ? load_first(n - i, x + i) : load(x + i));
+  return sum_tree(add(add(lanes[0], lanes[2]), add(lanes[1], lanes[3])));
+}
+
+void rms_norm(const float* x, const float* weight, float epsilon, int n, float* out) {
+  const float squares = sum_interleaved(x, n, [](F32x16 sum, F32x16 v) { return fma(v, v, sum); });
+  const F32x16 scale = broadcast(1.0f / __builtin_sqrtf(squares / static_cast<float>(n) + epsilon));
+  each_lanes(n, [&](int i, auto read, auto write) { write(out + i, mul(mul(read(x + i), scale), read(weight + i))); });
+}
+
+void rope(const float* x, const float* rotation, int pairs, int head_dim, RopeStyle style, float* out) {
+  const float *cosine = rotation, *sine = rotation + pairs;
+  const int step = style == RopeStyle::Norm ? 2 : 1, partner = style == RopeStyle::Norm ? 1 : pairs;
+  for (int i = 0; i < pairs; i++) {
+    const float a = x[i * step], b = x[i * step + partner];
+    out[i * step] = __builtin_fmaf(-b, sine[i], a * cosine[i]);
+    out[i * step + partner] = __builtin_fmaf(b, cosine[i], a * sine[i]);
+  }
+  if (out != x)
+    for (int i = 2 * pairs; i < head_dim; i++) out[i] = x[i];
+}
+
+void silu_mul(const float* gate, const float* up, int n, float* out) {
+  each_lanes(n, [&](int i, auto read, auto write) { write(out + i, mul(silu(read(gate + i)), read(up + i))); });
+}
+
+void add_rows(const float* x, const float* y, int n, float* out) {
+  each_lanes(n, [&](int i, auto read, auto write) { write(out + i, add(read(x + i), read(y + i))); });
+}
+
+void add_scaled(const float* x, float scale, int n, float* out) {
+  const F32x16 factor = broadcast(scale);
+  each_lanes(n, [&](int i, auto read, auto write) { write(out + i, fma(read(x + i), factor, read(out + i))); });
+}
+
+void softmax(float* x, int n) {
+  float maximum = x[0];
+  for (int i = 1; i < n; i++) maximum = maximum > x[i] ? maximum : x[i];
+  const F32x16 shift = broadcast(maximum);
+  each_lanes(n, [&](int i, auto read, auto write) { write(x + i, exp(sub(read(x + i), shift))); });
+  const F32x16 sum = broadcast(sum_interleaved(x, n, [](F32x16 total, F32x16 v) { return add(total, v); }));
+  each_lanes(n, [&](int i, auto read, auto write) { write(x + i, div(read(x + i), sum)); });
+}
+
+}  // namespace
+
+extern const VectorOps vector_ops;
+const VectorOps vector_ops = {rms_norm, rope, silu_mul, add_rows, add_scaled, softmax};
+
+}  // namespace llamaclust::LLAMACLUST_LEVEL

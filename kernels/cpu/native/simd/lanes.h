@@ -7,6 +7,9 @@
 #error "level code is compiled with -DLLAMACLUST_LEVEL=<name>"
 #endif
 
+#include <cstddef>
+#include <cstring>
+
 #if defined(__AVX512F__)
 #include "lanes_avx512.h"
 #elif defined(__AVX2__)
@@ -17,6 +20,19 @@
 
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {
+
+// Lanes [0, n) from memory, the others zero.
+[[maybe_unused]] F32x16 load_first(int n, const float* p) {
+  alignas(64) float v[16] = {};
+  memcpy(v, p, static_cast<size_t>(n) * sizeof(float));
+  return load(v);
+}
+
+[[maybe_unused]] void store_first(int n, float* p, F32x16 x) {
+  alignas(64) float v[16];
+  store(v, x);
+  memcpy(p, v, static_cast<size_t>(n) * sizeof(float));
+}
 
 // Fixed tree over sixteen lanes: halves are added, 8 + 8, 4 + 4, 2 + 2, 1 + 1.
 [[maybe_unused]] float sum_tree(F32x16 x) {

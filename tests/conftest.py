@@ -1,0 +1,20 @@
+"""Fixtures that several areas share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from llamaclust.errors import UsageError
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """SmolLM2-135M-Instruct Q4_1, where `make test` puts it; tests that need it skip without it."""
+    from llamaclust.tools.catalog import resolve_model
+
+    try:
+        return resolve_model("smollm2-135m-instruct")
+    except UsageError as error:
+        pytest.skip(f"the demo model is missing ({error})")

@@ -1,0 +1,43 @@
+"""House rules that no linter checks: file sizes, file names, the links that make the package."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SOURCES = {".py", ".cpp", ".h", ".cu", ".cuh", ".proto", ".cmake", ".sh"}
+FOLDERS = ("cli", "tools", "cluster", "worker", "kernels", "model", "wire", "proto")
+VAGUE_NAMES = {"utils", "util", "helpers", "common", "misc"}
+
+
+def tracked_sources() -> list[Path]:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode != 0:
+        pytest.skip("not a git checkout")
+    paths = [ROOT / line for line in listed.stdout.splitlines()]
+    return [path for path in paths if path.suffix in SOURCES and path.is_file() and not path.is_symlink()]
+
+
+def is_generated(path: Path) -> bool:
+    return "_pb2" in path.name
+
+
+def test_no_file_passes_400_lines() -> None:
+    sources = [path for path in tracked_sources() if not is_generated(path)]
+    assert len(sources) > 50
+    lines = {str(path.relative_to(ROOT)): path.read_text().count("\n") for path in sources}
+    assert {name: count for name, count in lines.items() if count > 400} == {}
+
+
+def test_no_file_has_a_name_that_says_nothing() -> None:
+    assert [path for path in tracked_sources() if path.stem in VAGUE_NAMES] == []
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_the_package_is_made_of_links(folder: str) -> None:
+    link = ROOT / "src" / "llamaclust" / folder
+    assert link.is_symlink()
+    assert link.resolve() == ROOT / folder

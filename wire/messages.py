@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 PROTOCOL_VERSION = (1, 0)
 """(major, minor): another major is refused at the handshake; unknown fields of a newer minor are ignored."""
 
+NUMERICS_VERSION = 1
+"""Version of the arithmetic rules of docs/numerics.md: workers that compute by others are refused at the handshake."""
+
 MAX_SEQUENCES = 1024
 MAX_TOKENS = 8192
 MAX_CONTEXT_TOKENS = 1 << 20

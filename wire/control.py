@@ -1,0 +1,157 @@
+"""What a worker and its coordinator say to each other, as dataclasses: membership, loads, signs of life."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llamaclust.wire.messages import NUMERICS_VERSION, PROTOCOL_VERSION
+
+
+@dataclass(frozen=True, slots=True)
+class Register:
+    """Who a worker is; the first message of a membership."""
+
+    name: str
+    pid: int
+    host: str
+    address: str  # gRPC target of its Stage service
+    device: str  # "cpu" | "cuda:N"
+    threads: int
+    feature_level: str
+    total_memory_bytes: int
+    free_memory_bytes: int  # what it may still take, its cap considered
+    fingerprint: str  # equal for machines on which measurements would come out equal
+    protocol: tuple[int, int] = PROTOCOL_VERSION
+    numerics_version: int = NUMERICS_VERSION
+
+
+@dataclass(frozen=True, slots=True)
+class Deadlines:
+    """What a worker keeps to, in seconds."""
+
+    heartbeat_s: float = 1.0  # between heartbeats
+    sampling_inputs_s: float = 30.0  # a last stage waits so long for a microbatch's sampling inputs
+    forward_s: float = 30.0  # a stage waits so long for the next one to connect or to take a frame
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    """The worker is a member."""
+
+    deadlines: Deadlines
+    protocol: tuple[int, int] = PROTOCOL_VERSION
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The worker is not a member; the stream ends."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """Measure the machine."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What the worker's own kernels reach on its machine."""
+
+    read_bytes_s: float
+    int8_macs_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """An error as it crosses the wire: its class in llamaclust.errors and one line. As an answer: to Measure."""
+
+    kind: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class StageLimits:
+    """What a stage's buffers are planned for; nothing larger is sent to it."""
+
+    max_tokens: int
+    max_outputs: int
+    max_sequences: int
+    max_context_tokens: int
+    kv_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Load layers [start, end) as the stage of an epoch."""
+
+    epoch: int
+    model_path: str
+    model_id: str
+    start: int
+    end: int
+    limits: StageLimits
+    next_address: str | None  # gRPC target of the stage after this one; None: this is the last
+
+
+@dataclass(frozen=True, slots=True)
+class LoadProgress:
+    """How far a load is, in weight bytes."""
+
+    epoch: int
+    done_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What a loaded stage takes."""
+
+    epoch: int
+    weight_bytes: int
+    kv_bytes: int
+    workspace_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoadFailed:
+    """Nothing of the load is kept."""
+
+    epoch: int
+    failure: Failure
+
+
+@dataclass(frozen=True, slots=True)
+class Unload:
+    """Free weights and KV memory of an epoch's stage."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Unloaded:
+    """They are freed."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """A sign of life; counters since the worker's start."""
+
+    busy: float  # share of the last interval spent computing, 0 to 1
+    microbatches: int
+    tokens: int
+    resident_bytes: int
+    free_memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shutdown:
+    """The cluster ends."""
+
+    reason: str
+
+
+WorkerMessage = Register | Measured | Failure | LoadProgress | Loaded | LoadFailed | Unloaded | Heartbeat
+CoordinatorMessage = Welcome | Refused | Measure | Load | Unload | Shutdown

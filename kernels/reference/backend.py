@@ -1,0 +1,83 @@
+"""The executor of the reference backend: weights in float32, one step after the other."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from llamaclust.errors import ModelFileError
+from llamaclust.kernels.backend import Batch, Float32, Limits, Progress
+from llamaclust.kernels.reference.dequantize import SUPPORTED_TYPES, dequantize
+from llamaclust.kernels.reference.kv import LayerKv, block_bytes
+from llamaclust.kernels.reference.steps import State, run_step
+from llamaclust.model.program import Buffer, Program
+from llamaclust.model.tensors import Tensor
+
+
+class ReferenceStage:
+    """A loaded program; see `kernels.backend.Stage`. What it returns is not overwritten."""
+
+    def __init__(self, program: Program, weights: dict[str, Float32], limits: Limits) -> None:
+        self._program = program
+        self._weights = weights
+        self._limits = limits
+        self._kv = {step.layer: LayerKv(step, limits.kv_blocks) for step in program.kv_layers}
+        self.weight_bytes = sum(weight.nbytes for weight in weights.values())
+        self.kv_bytes = sum(layer.n_bytes for layer in self._kv.values())
+
+    def run(self, batch: Batch, hidden: Float32 | None) -> Float32:
+        self._check(batch)
+        state = State(self._weights, self._kv, batch)
+        assert (hidden is None) == self._program.is_first
+        if hidden is not None:
+            state[self._program.hidden] = hidden
+        for step in self._program.steps:
+            run_step(step, state)
+        return state[self._program.out]
+
+    def close(self) -> None:
+        self._weights.clear()
+        self._kv.clear()
+
+    def _check(self, batch: Batch) -> None:
+        limits = self._limits
+        assert 0 < batch.rows <= limits.max_tokens, batch.rows
+        assert len(batch.output_rows) <= limits.max_outputs, len(batch.output_rows)
+        assert len(batch.sequence_starts) - 1 <= limits.max_sequences, len(batch.sequence_starts)
+        assert int(batch.positions.max()) < limits.max_context_tokens, batch.positions.max()
+        assert int(batch.block_tables.max()) < limits.kv_blocks, batch.block_tables.max()
+
+
+class ReferenceBackend:
+    """See `kernels.backend.Backend`."""
+
+    name = "reference"
+    feature_level = "numpy"
+
+    def load(self, program: Program, tensors: dict[str, Tensor], limits: Limits, progress: Progress) -> ReferenceStage:
+        """ModelFileError for a weight type that no kernel exists for, or a file that changed."""
+        weights: dict[str, Float32] = {}
+        for name in program.weights:
+            weights[name] = _load(tensors[name])
+            progress(tensors[name].n_bytes)
+        return ReferenceStage(program, weights, limits)
+
+    def kv_block_bytes(self, program: Program) -> int:
+        return sum(block_bytes(step) for step in program.kv_layers)
+
+    def workspace_bytes(self, program: Program, limits: Limits) -> int:
+        """Bytes of all named buffers; temporaries of a step are not counted."""
+        fields = (getattr(step, name) for step in program.steps for name in step.__slots__)
+        widths = {field.name: field.width for field in fields if isinstance(field, Buffer)}
+        return sum(widths.values()) * limits.max_tokens * np.dtype(np.float32).itemsize
+
+    def close(self) -> None:
+        pass
+
+
+def _load(tensor: Tensor) -> Float32:
+    if tensor.quant_type not in SUPPORTED_TYPES:
+        known = ", ".join(sorted(kind.name for kind in SUPPORTED_TYPES))
+        what = f"type {tensor.quant_type.name} cannot be computed with, only {known}"
+        raise ModelFileError(f"{tensor.path}: tensor {tensor.name}: {what}; take another file of the model")
+    weights = dequantize(tensor.quant_type, tensor.read(), tensor.rows * tensor.shape[-1])
+    return weights.reshape(tensor.shape)

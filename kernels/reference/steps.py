@@ -1,0 +1,149 @@
+"""Every step kind in NumPy: sums in float64, in an order that no other row has a say in, results rounded to float32."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from llamaclust.kernels.backend import Batch, Float32
+from llamaclust.kernels.reference.kv import Float64, LayerKv
+from llamaclust.model.program import (
+    Add,
+    Attention,
+    Buffer,
+    Embed,
+    MatMul,
+    Moe,
+    RmsNorm,
+    Rope,
+    RopeStyle,
+    SelectRows,
+    SiluMul,
+    Step,
+)
+
+
+@dataclass(slots=True)
+class State:
+    """What steps read and write: weights and KV memory of the stage, and the buffers [rows, width] of one batch."""
+
+    weights: Mapping[str, Float32]
+    kv: Mapping[int, LayerKv]
+    batch: Batch
+    buffers: dict[str, Float32] = field(default_factory=dict)
+
+    def __getitem__(self, buffer: Buffer) -> Float32:
+        return self.buffers[buffer.name]
+
+    def __setitem__(self, buffer: Buffer, value: Float32 | Float64) -> None:
+        assert value.shape[1] == buffer.width, (buffer, value.shape)
+        with np.errstate(over="ignore"):
+            self.buffers[buffer.name] = value.astype(np.float32)
+
+
+def run_step(step: Step, state: State) -> None:
+    match step:
+        case Embed():
+            state[step.out] = state.weights[step.weight][state.batch.tokens]
+        case RmsNorm():
+            state[step.out] = rms_norm(state[step.x], state.weights[step.weight], step.epsilon)
+        case MatMul():
+            bias = state.weights[step.bias] if step.bias else None
+            state[step.out] = matmul(state[step.x], state.weights[step.weight], bias)
+        case Rope():
+            state[step.x] = rope(step, state[step.x], state.batch)
+        case Attention():
+            state[step.out] = attention(step, state)
+        case SiluMul():
+            state[step.out] = silu(state[step.gate].astype(np.float64)) * state[step.up]
+        case Add():
+            state[step.out] = state[step.x] + state[step.y]
+        case Moe():
+            state[step.out] = moe(step, state)
+        case SelectRows():
+            state[step.out] = state[step.x][state.batch.output_rows]
+
+
+def rms_norm(x: Float32, weight: Float32, epsilon: float) -> Float64:
+    wide = x.astype(np.float64)
+    mean: Float64 = np.mean(wide * wide, axis=1, keepdims=True)
+    return wide / np.sqrt(mean + epsilon) * weight.astype(np.float64)
+
+
+def matmul(x: Float32, weight: Float32, bias: Float32 | None = None) -> Float64:
+    """x [rows, k] @ weight [n, k]^T (+ bias [n]).
+
+    Not BLAS: how that splits k may depend on the number of rows.
+    """
+    out: Float64 = np.einsum("rk,nk->rn", x.astype(np.float64), weight.astype(np.float64))
+    return out if bias is None else out + bias
+
+
+def silu(x: Float64) -> Float64:
+    with np.errstate(over="ignore"):
+        out: Float64 = x / (1 + np.exp(-x))
+    return out
+
+
+def rope(step: Rope, x: Float32, batch: Batch) -> Float64:
+    pairs = len(step.table.frequencies)
+    angles = batch.positions[:, None, None] * np.array(step.table.frequencies)
+    cos, sin = np.cos(angles) * step.table.scale, np.sin(angles) * step.table.scale
+    heads = x.reshape(len(x), step.heads, step.head_dim).astype(np.float64)
+    if step.style is RopeStyle.NORM:
+        first, second = slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2)
+    else:
+        first, second = slice(0, pairs), slice(pairs, 2 * pairs)
+    out = heads.copy()
+    out[:, :, first] = heads[:, :, first] * cos - heads[:, :, second] * sin
+    out[:, :, second] = heads[:, :, first] * sin + heads[:, :, second] * cos
+    return out.reshape(x.shape)
+
+
+def attention(step: Attention, state: State) -> Float32:
+    """Stores the rows' keys and values first: a row sees its own position and every one before."""
+    batch, kv = state.batch, state.kv[step.layer]
+    out = np.empty((batch.rows, step.heads * step.head_dim), np.float32)
+    for sequence in range(len(batch.sequence_starts) - 1):
+        rows = slice(batch.sequence_starts[sequence], batch.sequence_starts[sequence + 1])
+        table = batch.block_tables[batch.table_starts[sequence] : batch.table_starts[sequence + 1]]
+        kv.store(table, batch.positions[rows], state[step.k][rows], state[step.v][rows])
+        keys, values = kv.load(table, int(batch.positions[rows][-1]) + 1)
+        for row in range(rows.start, rows.stop):
+            seen = int(batch.positions[row]) + 1
+            out[row] = attend(step, state[step.q][row], keys[:seen], values[:seen])
+    return out
+
+
+def attend(step: Attention, query: Float32, keys: Float64, values: Float64) -> Float64:
+    """One row: query [heads * head_dim], keys and values [positions, kv_heads, head_dim] -> [heads * head_dim]."""
+    grouped = query.astype(np.float64).reshape(step.kv_heads, -1, step.head_dim)
+    scores = np.einsum("kgd,pkd->kgp", grouped, keys) * step.scale
+    out: Float64 = np.einsum("kgp,pkd->kgd", softmax(scores), values)
+    return out.reshape(-1)
+
+
+def softmax(x: Float64) -> Float64:
+    powers: Float64 = np.exp(x - x.max(axis=-1, keepdims=True))
+    total: Float64 = powers.sum(axis=-1, keepdims=True)
+    return powers / total
+
+
+def moe(step: Moe, state: State) -> Float64:
+    x, weights = state[step.x], state.weights
+    shares = softmax(matmul(x, weights[step.router]))
+    chosen = np.argsort(-shares, axis=1, kind="stable")[:, : step.used]
+    out = np.zeros(x.shape)
+    for row, experts in enumerate(chosen):
+        total = shares[row, experts].sum()
+        for expert in experts:
+            out[row] += shares[row, expert] / total * _expert(step, weights, int(expert), x[row : row + 1])[0]
+    return out
+
+
+def _expert(step: Moe, weights: Mapping[str, Float32], expert: int, x: Float32) -> Float64:
+    gate = matmul(x, weights[step.gate][expert])
+    up = matmul(x, weights[step.up][expert])
+    return matmul((silu(gate) * up).astype(np.float32), weights[step.down][expert])

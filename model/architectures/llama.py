@@ -1,0 +1,22 @@
+"""llama: LLaMA 1 to 3.x, Mistral, Mixtral, SmolLM and everything else that GGUF files call by this name."""
+
+from __future__ import annotations
+
+from llamaclust.model.architectures.layers import ProgramBuilder
+from llamaclust.model.architectures.rope import rope_table
+from llamaclust.model.program import Program, RopeStyle
+
+
+def build(page: ProgramBuilder) -> Program:
+    """GGUF files of this architecture have the rows of Q and K permuted for neighbouring pairs."""
+    hyperparameters = page.hyperparameters
+    table = rope_table(hyperparameters.rope, page.rope_factors())
+    page.embed()
+    for layer in range(page.start, page.end):
+        page.attention(layer, RopeStyle.NORM, table)
+        if hyperparameters.expert_count:
+            page.experts(layer)
+        else:
+            page.feed_forward(layer)
+    page.head()
+    return page.program()

@@ -1,0 +1,18 @@
+"""qwen2: Qwen 2 and 2.5. LLaMA with biases on q, k and v, and pairs half a head apart."""
+
+from __future__ import annotations
+
+from llamaclust.model.architectures.layers import ProgramBuilder
+from llamaclust.model.architectures.rope import rope_table
+from llamaclust.model.program import Program, RopeStyle
+
+
+def build(page: ProgramBuilder) -> Program:
+    table = rope_table(page.hyperparameters.rope)
+    page.embed()
+    for layer in range(page.start, page.end):
+        page.require(layer, "attn_q.bias", "attn_k.bias", "attn_v.bias")
+        page.attention(layer, RopeStyle.NEOX, table)
+        page.feed_forward(layer)
+    page.head()
+    return page.program()

@@ -1,0 +1,55 @@
+"""Rotation frequencies of a model, in decimal arithmetic: the same numbers on every machine, whatever its libm."""
+
+from __future__ import annotations
+
+from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal, localcontext
+from functools import lru_cache
+
+from llamaclust.errors import ModelFileError
+from llamaclust.model.hyperparameters import RopeParameters, RopeScaling
+from llamaclust.model.program import RopeTable
+
+_DIGITS = Context(prec=50)
+_PI = Decimal("3.14159265358979323846264338327950288419716939937510")
+
+
+@lru_cache(maxsize=64)
+def rope_table(rope: RopeParameters, factors: tuple[float, ...] | None = None) -> RopeTable:
+    """frequency(i) = base^(-2 i / dimensions), divided by factors[i] where a model brings them, then scaled."""
+    with localcontext(_DIGITS):
+        plain = _plain_frequencies(rope, factors)
+        stretched = [frequency / Decimal(rope.factor) for frequency in plain]
+        if rope.scaling is RopeScaling.YARN and rope.extrapolation_factor != 0:
+            shares = _yarn_shares(rope)
+            mixed = [s * (1 - share) + p * share for s, p, share in zip(stretched, plain, shares, strict=True)]
+            magnitude = Decimal(rope.attention_factor) * (1 + Decimal(rope.factor).ln() / 10)
+            return RopeTable(tuple(map(float, mixed)), float(magnitude))
+        return RopeTable(tuple(map(float, stretched)), rope.attention_factor)
+
+
+def _plain_frequencies(rope: RopeParameters, factors: tuple[float, ...] | None) -> list[Decimal]:
+    pairs = rope.dimension_count // 2
+    log_base = Decimal(rope.frequency_base).ln()
+    frequencies = [(-log_base * i / pairs).exp() for i in range(pairs)]
+    if factors is None:
+        return frequencies
+    return [frequency / Decimal(factor) for frequency, factor in zip(frequencies, factors, strict=True)]
+
+
+def _yarn_shares(rope: RopeParameters) -> list[Decimal]:
+    """How much of each pair's own frequency stays: 1 for pairs that turn often over the original context, 0 for slow
+    ones, a ramp between. (YaRN, arXiv 2309.00071, section 3.2.)"""
+    if rope.frequency_base <= 1:
+        raise ModelFileError(f"metadata rope.freq_base: {rope.frequency_base:g}, more than 1 expected with YaRN")
+    last = Decimal(rope.dimension_count - 1)
+    low = max(Decimal(0), _pair_with_turns(rope, rope.beta_fast).to_integral_value(ROUND_FLOOR))
+    high = min(last, _pair_with_turns(rope, rope.beta_slow).to_integral_value(ROUND_CEILING))
+    width = max(Decimal("0.001"), high - low)
+    slow = [min(Decimal(1), max(Decimal(0), (i - low) / width)) for i in range(rope.dimension_count // 2)]
+    return [(1 - share) * Decimal(rope.extrapolation_factor) for share in slow]
+
+
+def _pair_with_turns(rope: RopeParameters, turns: float) -> Decimal:
+    """The (fractional) pair that turns `turns` times over the original context."""
+    per_turn = Decimal(rope.original_context_length) / (Decimal(turns) * 2 * _PI)
+    return rope.dimension_count * per_turn.ln() / (2 * Decimal(rope.frequency_base).ln())

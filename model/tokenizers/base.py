@@ -1,0 +1,158 @@
+"""What both kinds of tokenizer share: special tokens are cut out of a text first; BOS and EOS; the way back to text."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+
+from llamaclust.errors import RequestError
+from llamaclust.model.tokenizers.vocabulary import TokenType, Vocabulary
+
+_CONTROL = (TokenType.CONTROL, TokenType.UNKNOWN)
+
+
+class VocabularyTokenizer(ABC):
+    """A tokenizer over a vocabulary. `encode` may be called from any thread."""
+
+    def __init__(self, vocabulary: Vocabulary, *, add_bos: bool, add_eos: bool, add_space_prefix: bool) -> None:
+        self._vocabulary = vocabulary
+        self.add_bos = add_bos and vocabulary.bos_id is not None
+        self.add_eos = add_eos and vocabulary.eos_id is not None
+        self.add_space_prefix = add_space_prefix
+        self._user_defined = self._texts_of(TokenType.USER_DEFINED)
+        self._special = self._texts_of(TokenType.USER_DEFINED, *_CONTROL)
+        self._bytes: dict[int, bytes] = {}
+
+    @property
+    def vocabulary_size(self) -> int:
+        return len(self._vocabulary)
+
+    @property
+    def bos_id(self) -> int | None:
+        return self._vocabulary.bos_id
+
+    @property
+    def eos_id(self) -> int | None:
+        return self._vocabulary.eos_id
+
+    @property
+    def end_of_generation(self) -> frozenset[int]:
+        return self._vocabulary.end_of_generation
+
+    @property
+    def control_texts(self) -> Sequence[str]:
+        """Texts that mean a control token where special tokens are parsed, the longest first."""
+        return [text for text, token_id in self._special if self.is_control(token_id)]
+
+    def is_control(self, token_id: int) -> bool:
+        """Whether a token stands for no text of its own. RequestError for an id outside the vocabulary."""
+        return self._type_of(token_id) in _CONTROL
+
+    def token_id(self, word: str) -> int | None:
+        """The id of a word as it stands in the vocabulary."""
+        return self._vocabulary.ids.get(word)
+
+    def token_text(self, token_id: int) -> str:
+        """The word as it stands in the vocabulary. RequestError for an id outside it."""
+        self._type_of(token_id)
+        return self._vocabulary.words[token_id]
+
+    def encode(self, text: str, add_special: bool = True, parse_special: bool = False) -> list[int]:
+        """Token ids of a text. `add_special` adds BOS and EOS where the model wants them; `parse_special` turns control
+        words in the text into their tokens, else they are ordinary text."""
+        parts = self.split_special(text, parse_special)
+        first = [self.bos_id] if add_special and self.add_bos and self.bos_id is not None else []
+        last = [self.eos_id] if add_special and self.add_eos and self.eos_id is not None else []
+        return [*first, *self.encode_parts(parts), *last]
+
+    def split_special(self, text: str, parse_special: bool) -> list[str | int]:
+        """A text cut at special tokens: pieces of plain text and token ids. User-defined words are always found."""
+        return _split(_without_surrogates(text), self._special if parse_special else self._user_defined)
+
+    def encode_parts(self, parts: Sequence[str | int]) -> list[int]:
+        """Ids of what `split_special` gives."""
+        ids: list[int] = []
+        after_special = True
+        for part in parts:
+            ids += self.encode_plain(part, after_special) if isinstance(part, str) else [part]
+            after_special = isinstance(part, int)
+        return ids
+
+    def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
+        """The text of some tokens; bytes that are not UTF-8 become U+FFFD. RequestError for an unknown id."""
+        return self.decode_bytes(ids, skip_special).decode("utf-8", "replace")
+
+    def decode_bytes(self, ids: Sequence[int], skip_special: bool = False) -> bytes:
+        """As `decode`, before the bytes are read as UTF-8. The space that `encode` puts first is taken off."""
+        data = b"".join(self.token_bytes(i) for i in ids if not (skip_special and self.is_control(i)))
+        return data[1:] if self.add_space_prefix and data.startswith(b" ") else data
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes a token stands for; a control token's own name. RequestError for an id outside the vocabulary."""
+        data = self._bytes.get(token_id)
+        if data is None:
+            data = self._bytes[token_id] = self._bytes_of(token_id)
+        return data
+
+    @abstractmethod
+    def encode_plain(self, text: str, after_special: bool) -> list[int]:
+        """Ids of text without special tokens; `after_special`: it stands first or behind a special token."""
+
+    @abstractmethod
+    def word_bytes(self, word: str) -> bytes:
+        """The bytes of a word of type NORMAL."""
+
+    def _bytes_of(self, token_id: int) -> bytes:
+        kind = self._type_of(token_id)
+        word = self._vocabulary.words[token_id]
+        if kind == TokenType.BYTE:
+            return bytes([int(word[3:5], 16)])
+        if kind in (*_CONTROL, TokenType.USER_DEFINED):
+            return word.encode()
+        return self.word_bytes(word)
+
+    def _type_of(self, token_id: int) -> int:
+        if not 0 <= token_id < len(self._vocabulary):
+            raise RequestError(f"token id {token_id} is outside the vocabulary [0, {len(self._vocabulary)})")
+        return self._vocabulary.types[token_id]
+
+    def _texts_of(self, *kinds: TokenType) -> list[tuple[str, int]]:
+        words, types = self._vocabulary.words, self._vocabulary.types
+        found = [(words[i], i) for kind in kinds for i in _positions(types, kind)]
+        return sorted(found, key=lambda pair: (-len(pair[0].encode()), pair[1]))
+
+
+def _positions(types: bytes, kind: int) -> Iterator[int]:
+    at = types.find(kind)
+    while at >= 0:
+        yield at
+        at = types.find(kind, at + 1)
+
+
+def _split(text: str, special: Sequence[tuple[str, int]]) -> list[str | int]:
+    """Text cut at special tokens: pieces of text and token ids. A longer token is cut out before any shorter one."""
+    parts: list[str | int] = [text] if text else []
+    for word, token_id in special:
+        if word in text:
+            parts = [piece for part in parts for piece in _cut(part, word, token_id)]
+    return parts
+
+
+def _cut(part: str | int, word: str, token_id: int) -> Iterator[str | int]:
+    if isinstance(part, int):
+        yield part
+        return
+    for index, piece in enumerate(part.split(word)):
+        if index:
+            yield token_id
+        if piece:
+            yield piece
+
+
+def _without_surrogates(text: str) -> str:
+    """Text that UTF-8 can carry: halves of surrogate pairs, which JSON may hold, are joined or become U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text

@@ -1,0 +1,74 @@
+"""Byte-level BPE vocabularies (`tokenizer.ggml.model` = gpt2): words are spelled in printable stand-ins for bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+import tokenizers
+from tokenizers import models, pre_tokenizers
+
+from llamaclust.errors import ModelFileError
+from llamaclust.model.tokenizers.base import VocabularyTokenizer
+from llamaclust.model.tokenizers.pre_tokenizers import PreTokenizer, pre_tokenizer
+from llamaclust.model.tokenizers.vocabulary import TokenType, Vocabulary, key, read_flag, read_strings
+
+_NEVER_FROM_TEXT: Final = frozenset({TokenType.CONTROL, TokenType.UNKNOWN, TokenType.UNUSED})
+
+
+def _stand_ins() -> dict[str, bytes]:
+    """GPT-2's alphabet: printable Latin-1 characters stand for themselves, the other bytes follow from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    pairs = [(chr(byte), byte) for byte in printable] + [(chr(256 + i), byte) for i, byte in enumerate(others)]
+    return {character: bytes([byte]) for character, byte in pairs}
+
+
+_BYTE_OF: Final = _stand_ins()
+
+
+class BytePairTokenizer(VocabularyTokenizer):
+    """Merges by rank inside the words that the pre-tokenizer cuts."""
+
+    def __init__(self, vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> None:
+        name = metadata.get(key("pre"), "default")
+        kind = pre_tokenizer(str(name))
+        super().__init__(
+            vocabulary,
+            add_bos=read_flag(metadata, "add_bos_token", kind.add_bos),
+            add_eos=read_flag(metadata, "add_eos_token", False),
+            add_space_prefix=False,
+        )
+        self._tokenizer = tokenizers.Tokenizer(_merge_model(vocabulary, read_strings(metadata, "merges"), kind))
+        self._tokenizer.pre_tokenizer = _splitter(kind)
+
+    def encode_plain(self, text: str, after_special: bool) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def word_bytes(self, word: str) -> bytes:
+        return b"".join(_BYTE_OF.get(character) or character.encode() for character in word)
+
+
+def _splitter(kind: PreTokenizer) -> Any:
+    splits = [pre_tokenizers.Split(tokenizers.Regex(regex), behavior="isolated") for regex in kind.expressions]
+    return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def _merge_model(vocabulary: Vocabulary, merges: list[str], kind: PreTokenizer) -> models.BPE:
+    """Control tokens are left out: no plain text may ever become one. So are merges of words that are not there."""
+    types = vocabulary.types
+    words = {word: i for i, word in enumerate(vocabulary.words) if types[i] not in _NEVER_FROM_TEXT}
+    pairs = [_pair(merge) for merge in merges]
+    known = [pair for pair in pairs if pair[0] in words and pair[1] in words and pair[0] + pair[1] in words]
+    try:
+        return models.BPE(vocab=words, merges=known, ignore_merges=kind.ignore_merges)
+    except Exception as error:  # the library knows no narrower type
+        raise ModelFileError(f"{key('merges')}: not usable: {error}") from error
+
+
+def _pair(merge: str) -> tuple[str, str]:
+    at = merge.find(" ", 1)
+    if at < 0:
+        raise ModelFileError(f"{key('merges')}: {ascii(merge)[:66]} is not two words with a space between")
+    return merge[:at], merge[at + 1 :]

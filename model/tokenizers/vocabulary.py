@@ -1,0 +1,204 @@
+"""What a GGUF file says about its vocabulary: words, their types and scores, and the tokens with a special part."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, Final
+
+from llamaclust.errors import ModelFileError
+
+END_OF_GENERATION_TEXTS: Final = frozenset(
+    {
+        "</s>",
+        "<EOT>",
+        "<REPO>",
+        "<eos>",
+        "<end_of_turn>",
+        "<end_of_utterance>",
+        "<fim-pad>",
+        "<fim_pad>",
+        "<fim-repo>",
+        "<reponame>",
+        "<turn|>",
+        "<|call|>",
+        "<|calls|>",
+        "<|end_of_text|>",
+        "<|endoftext|>",
+        "<|end|>",
+        "<|eom_id|>",
+        "<|eot_id|>",
+        "<|file_sep|>",
+        "<|fim_pad|>",
+        "<|fim_repo|>",
+        "<|flush|>",
+        "<|im_end|>",
+        "<|repo_name|>",
+        "<|return|>",
+        "<|tool_response>",
+        "<｜end▁of▁sentence｜>",
+        "[EOS]",
+        "[EOT]",
+        "[e~[",
+        "_<EOT>",
+    }
+)
+"""Texts that end a generation whatever the file's own ids say, as llama.cpp knows them."""
+
+_PADDING_TEXTS: Final = frozenset({"<PAD>", "[PAD]"})
+_PLAIN_TEXTS: Final = frozenset({"<|channel|>", "<|message|>", "<|start|>", "<|constrain|>"})
+_BYTE_TEXT: Final = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+_END_KEYS: Final = ("eos_token_id", "eot_token_id", "eom_token_id")
+
+
+class TokenType(IntEnum):
+    """GGUF's own numbers."""
+
+    UNDEFINED = 0
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """Words by id. `types` holds a TokenType a word; `scores` is None where the file has none."""
+
+    words: Sequence[str]
+    types: bytes
+    scores: Sequence[float] | None
+    ids: Mapping[str, int]
+    bos_id: int | None
+    eos_id: int | None
+    unknown_id: int | None
+    end_of_generation: frozenset[int]
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+
+def key(name: str) -> str:
+    return f"tokenizer.ggml.{name}"
+
+
+def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
+    """The vocabulary of a GGUF file; ModelFileError where a field is missing, of the wrong kind or inconsistent."""
+    words = _read_words(metadata)
+    ids = _ids_by_word(words)
+    types = _read_types(metadata, len(words))
+    ends = _end_of_generation(metadata, ids, types)
+    _check_byte_words(words, types)
+    return Vocabulary(
+        words=words,
+        types=bytes(types),
+        scores=_read_numbers(metadata, "scores", len(words)),
+        ids=ids,
+        bos_id=read_token_id(metadata, "bos_token_id", len(words)),
+        eos_id=read_token_id(metadata, "eos_token_id", len(words)),
+        unknown_id=read_token_id(metadata, "unknown_token_id", len(words)),
+        end_of_generation=ends,
+    )
+
+
+def read_token_id(metadata: Mapping[str, Any], name: str, count: int) -> int | None:
+    """A token id, or None where the field is missing or outside the vocabulary (files use 2^32 - 1 for none)."""
+    value = metadata.get(key(name))
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ModelFileError(f"{key(name)} is not a whole number")
+    return value if 0 <= value < count else None
+
+
+def read_flag(metadata: Mapping[str, Any], name: str, default: bool) -> bool:
+    """A truth value; ModelFileError where the field is something else."""
+    value = metadata.get(key(name), default)
+    if not isinstance(value, bool):
+        raise ModelFileError(f"{key(name)} is not a truth value")
+    return value
+
+
+def read_strings(metadata: Mapping[str, Any], name: str) -> list[str]:
+    """An array of text; ModelFileError where the field is missing or something else."""
+    value = metadata.get(key(name))
+    if value is None or isinstance(value, str) or not isinstance(value, Sequence):
+        raise ModelFileError(f"{key(name)} is missing or not an array of text; the model cannot read or write text")
+    words = value[:]
+    if not all(isinstance(word, str) for word in words):
+        raise ModelFileError(f"{key(name)} is not an array of text")
+    return list(words)
+
+
+def _read_words(metadata: Mapping[str, Any]) -> list[str]:
+    words = read_strings(metadata, "tokens")
+    if not words:
+        raise ModelFileError(f"{key('tokens')} is empty")
+    if "" in words:
+        words = [word or f"[EMPTY_{index}]" for index, word in enumerate(words)]
+    return words
+
+
+def _ids_by_word(words: list[str]) -> dict[str, int]:
+    ids = {word: index for index, word in enumerate(words)}
+    if len(ids) != len(words):
+        again = next(index for index, word in enumerate(words) if ids[word] != index)
+        raise ModelFileError(f"{key('tokens')}: {ascii(words[again])[:66]} is there twice, as {again} and later")
+    return ids
+
+
+def _read_numbers(metadata: Mapping[str, Any], name: str, count: int) -> list[Any] | None:
+    value = metadata.get(key(name))
+    if value is None:
+        return None
+    numbers = value.tolist() if hasattr(value, "tolist") else value
+    if not isinstance(numbers, Sequence) or isinstance(numbers, str) or len(numbers) < count:
+        raise ModelFileError(f"{key(name)} is not an array of {count} numbers, one a token")
+    numbers = list(numbers[:count])
+    if not all(isinstance(number, int | float) for number in numbers):
+        raise ModelFileError(f"{key(name)} is not an array of numbers")
+    return numbers
+
+
+def _read_types(metadata: Mapping[str, Any], count: int) -> bytearray:
+    numbers = _read_numbers(metadata, "token_type", count)
+    if numbers is None:
+        return bytearray([TokenType.NORMAL]) * count
+    known = {int(kind) for kind in TokenType}
+    return bytearray(number if number in known else TokenType.UNDEFINED for number in numbers)
+
+
+def _end_of_generation(metadata: Mapping[str, Any], ids: Mapping[str, int], types: bytearray) -> frozenset[int]:
+    """Ids that end a generation. Words that look like control tokens get that type, whatever the file says."""
+    padding = {ids[text] for text in _PADDING_TEXTS if text in ids and types[ids[text]] == TokenType.CONTROL}
+    by_text = {ids[text] for text in END_OF_GENERATION_TEXTS if text in ids}
+    for token_id in by_text:
+        types[token_id] = TokenType.CONTROL
+    for text in _PLAIN_TEXTS & ids.keys():
+        types[ids[text]] = TokenType.USER_DEFINED
+    by_key = {read_token_id(metadata, name, len(types)) for name in _END_KEYS} - {None}
+    ends = padding | by_text | by_key
+    _keep_inner_marks(ids, types, ends)
+    return frozenset(token_id for token_id in ends if token_id is not None)
+
+
+def _keep_inner_marks(ids: Mapping[str, int], types: bytearray, ends: set[int | None]) -> None:
+    """In some chat formats `<|end|>` ends a part of an answer and `</s>` is an ordinary word: neither ends it all."""
+    found = {text for text in END_OF_GENERATION_TEXTS if ids.get(text) in ends}
+    calls = {"<|call|>", "<|calls|>"} & found
+    if "<|end|>" in found and calls and found & {"<|return|>", "<|flush|>"}:
+        ends.discard(ids["<|end|>"])
+        types[ids["<|end|>"]] = TokenType.USER_DEFINED
+    if {"<|tool_response>", "</s>"} <= found:
+        ends.discard(ids["</s>"])
+        types[ids["</s>"]] = TokenType.NORMAL
+
+
+def _check_byte_words(words: list[str], types: bytearray) -> None:
+    for index in (i for i, kind in enumerate(types) if kind == TokenType.BYTE):
+        if not _BYTE_TEXT.fullmatch(words[index]):
+            raise ModelFileError(f"{key('tokens')}: byte token {index} is {ascii(words[index])[:66]}, not <0xNN>")

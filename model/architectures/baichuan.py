@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from llamaclust.model.architectures.layers import ProgramBuilder
-from llamaclust.model.architectures.rope import rope_table
 from llamaclust.model.program import Program, RopeStyle
 
 _LAYERS_7B = 32
@@ -14,7 +13,7 @@ def build(page: ProgramBuilder) -> Program:
     if layers != _LAYERS_7B:
         what = f"{layers} layers; only the {_LAYERS_7B} of the 7B model are supported, others have ALiBi"
         raise page.model.error("baichuan.block_count", what, "take another model")
-    table = rope_table(page.hyperparameters.rope)
+    table = page.rope_table()
     page.embed()
     for layer in range(page.start, page.end):
         page.attention(layer, RopeStyle.NORM, table)

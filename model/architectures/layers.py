@@ -7,6 +7,7 @@ import math
 import numpy as np
 
 from llamaclust.errors import ModelFileError
+from llamaclust.model.architectures.rope import rope_table
 from llamaclust.model.gguf import ModelFile
 from llamaclust.model.hyperparameters import Hyperparameters
 from llamaclust.model.program import (
@@ -28,7 +29,8 @@ from llamaclust.model.program import (
 from llamaclust.model.quant_types import QuantType
 
 _EMBEDDING = "token_embd.weight"
-_ROPE_FACTORS = "rope_freqs.weight"
+ROPE_FACTORS = "rope_freqs.weight"
+"""The one tensor that becomes part of the program and not one of its weights."""
 
 
 class ProgramBuilder:
@@ -130,14 +132,18 @@ class ProgramBuilder:
             Add(self._hidden, self._projected, self._hidden),
         ]
 
-    def rope_factors(self) -> tuple[float, ...] | None:
+    def rope_table(self) -> RopeTable:
+        """The rotation of every layer."""
+        return rope_table(self.hyperparameters.rope, self._rope_factors())
+
+    def _rope_factors(self) -> tuple[float, ...] | None:
         """What `rope_freqs.weight` divides the frequencies by (since llama 3.1), None where there is no such tensor."""
-        if _ROPE_FACTORS not in self.model.tensors:
+        if ROPE_FACTORS not in self.model.tensors:
             return None
-        self._vector(_ROPE_FACTORS, self.hyperparameters.rope.dimension_count // 2)
-        values = np.frombuffer(self.model.tensor(_ROPE_FACTORS).read(), "<f4")
+        self._vector(ROPE_FACTORS, self.hyperparameters.rope.dimension_count // 2)
+        values = np.frombuffer(self.model.tensor(ROPE_FACTORS).read(), "<f4")
         if not (np.isfinite(values) & (values > 0)).all():
-            raise self.error(_ROPE_FACTORS, "holds factors that are not positive numbers")
+            raise self.error(ROPE_FACTORS, "holds factors that are not positive numbers")
         return tuple(values.tolist())
 
     def require(self, layer: int, *names: str) -> None:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from llamaclust.model.architectures.layers import ProgramBuilder
-from llamaclust.model.architectures.rope import rope_table
 from llamaclust.model.program import Program, RopeStyle
 
 
 def build(page: ProgramBuilder) -> Program:
     """GGUF files of this architecture have the rows of Q and K permuted for neighbouring pairs."""
-    hyperparameters = page.hyperparameters
-    table = rope_table(hyperparameters.rope, page.rope_factors())
+    table = page.rope_table()
     page.embed()
     for layer in range(page.start, page.end):
         page.attention(layer, RopeStyle.NORM, table)
-        if hyperparameters.expert_count:
+        if page.hyperparameters.expert_count:
             page.experts(layer)
         else:
             page.feed_forward(layer)

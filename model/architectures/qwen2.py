@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from llamaclust.model.architectures.layers import ProgramBuilder
-from llamaclust.model.architectures.rope import rope_table
 from llamaclust.model.program import Program, RopeStyle
 
 
 def build(page: ProgramBuilder) -> Program:
-    table = rope_table(page.hyperparameters.rope)
+    table = page.rope_table()
     page.embed()
     for layer in range(page.start, page.end):
         page.require(layer, "attn_q.bias", "attn_k.bias", "attn_v.bias")

@@ -1,0 +1,137 @@
+"""A model that can be run, as upper layers hold it: programs, the tensors they name, costs of layers, its tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import dropwhile, takewhile
+from pathlib import Path
+
+from llamaclust.errors import ModelFileError
+from llamaclust.model.architectures import build_program, check_architecture
+from llamaclust.model.architectures.layers import ROPE_FACTORS
+from llamaclust.model.gguf import ModelFile, open_model
+from llamaclust.model.gguf_values import shown
+from llamaclust.model.hyperparameters import Hyperparameters, read_hyperparameters
+from llamaclust.model.program import Embed, MatMul, Moe, Program, SelectRows, Step
+from llamaclust.model.tensors import Tensor
+from llamaclust.model.tokenizer import Tokenizer, load_tokenizer
+
+_KV_VALUE_BYTES = 2
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCost:
+    """One layer. `idle_bytes`: those of its weights that a token does not read, since it chooses other experts.
+
+    Multiply-accumulates are those of weights; attention's grow with the context and are not in them.
+    """
+
+    weight_bytes: int
+    macs_per_token: int
+    kv_bytes_per_token: int
+    idle_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCosts:
+    """The first stage holds the embedding, the last one the head, which may be the same tensor (counted in both)."""
+
+    embedding_bytes: int
+    head_bytes: int
+    head_macs: int
+    layers: tuple[LayerCost, ...]
+
+
+class Model:
+    """An opened model file whose every tensor is known to the program of its architecture."""
+
+    def __init__(self, file: ModelFile) -> None:
+        """ModelFileError where the file is no model of an architecture that is supported."""
+        check_architecture(file)
+        self.file = file
+        self.hyperparameters: Hyperparameters = read_hyperparameters(file)
+        self._whole = self.program(0, self.layer_count)
+        self._refuse_unknown_tensors()
+
+    @classmethod
+    def open(cls, path: Path | str) -> Model:
+        """Reads headers only. ModelFileError as for `open_model`, and for parts that do not fit together."""
+        return cls(open_model(path))
+
+    @property
+    def model_id(self) -> str:
+        """Hex digits that tell this model from any other."""
+        return self.file.identity
+
+    @property
+    def layer_count(self) -> int:
+        return self.hyperparameters.block_count
+
+    def program(self, start: int, end: int) -> Program:
+        """The program of layers [start, end)."""
+        return build_program(self.file, start, end)
+
+    def tensors_for(self, program: Program) -> dict[str, Tensor]:
+        """The tensors that the program names."""
+        return {name: self.file.tensor(name) for name in program.weights}
+
+    @cached_property
+    def costs(self) -> ModelCosts:
+        embedding = [step for step in self._whole.steps if isinstance(step, Embed)]
+        head = list(dropwhile(_is_before_head, self._whole.steps))
+        return ModelCosts(
+            embedding_bytes=self._weight_bytes(embedding),
+            head_bytes=self._weight_bytes(head),
+            head_macs=sum(map(_macs, head)),
+            layers=tuple(self._layer_cost(self.program(layer, layer + 1)) for layer in range(self.layer_count)),
+        )
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Built on first use. ModelFileError where the file has none, or one that is not supported."""
+        return load_tokenizer(self.file.metadata)
+
+    def _layer_cost(self, program: Program) -> LayerCost:
+        """Of a program of one layer, without the embedding and the head of a first or last stage."""
+        steps = [step for step in takewhile(_is_before_head, program.steps) if not isinstance(step, Embed)]
+        kv_values = sum(2 * step.kv_heads * step.head_dim for step in program.kv_layers)
+        return LayerCost(
+            weight_bytes=self._weight_bytes(steps),
+            macs_per_token=sum(map(_macs, steps)),
+            kv_bytes_per_token=kv_values * _KV_VALUE_BYTES,
+            idle_bytes=sum(map(self._idle_bytes, steps)),
+        )
+
+    def _weight_bytes(self, steps: Iterable[Step]) -> int:
+        names = replace(self._whole, steps=tuple(steps)).weights
+        return sum(self.file.tensor(name).n_bytes for name in names)
+
+    def _idle_bytes(self, step: Step) -> int:
+        if not isinstance(step, Moe):
+            return 0
+        held = sum(self.file.tensor(name).n_bytes for name in (step.gate, step.up, step.down))
+        return held // step.experts * (step.experts - step.used)
+
+    def _refuse_unknown_tensors(self) -> None:
+        """A tensor that nobody reads may be a scale or a norm without which every answer is wrong."""
+        unknown = set(self.file.tensors) - set(self._whole.weights) - {ROPE_FACTORS}
+        if unknown:
+            what = f"not part of architecture {self.hyperparameters.architecture} as it is known here"
+            raise ModelFileError(f"{self.file.path}: tensor {shown(min(unknown))}: {what}; take another model")
+
+
+def _is_before_head(step: Step) -> bool:
+    return not isinstance(step, SelectRows)
+
+
+def _macs(step: Step) -> int:
+    """Multiply-accumulates of the step's weights for one row."""
+    match step:
+        case MatMul():
+            return step.x.width * step.out.width
+        case Moe():
+            return step.x.width * (step.experts + 3 * step.used * step.ffn_width)
+        case _:
+            return 0

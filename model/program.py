@@ -102,7 +102,7 @@ class Attention:
 
 @dataclass(frozen=True, slots=True)
 class SiluMul:
-    """out = silu(gate) * up."""
+    """out = silu(gate) * up; out may be gate."""
 
     gate: Buffer
     up: Buffer

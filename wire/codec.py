@@ -1,0 +1,214 @@
+"""Microbatches, sampling inputs and results as bytes and back; every field from a peer is checked here or not at all.
+
+What depends on a loaded stage (vocabulary, KV blocks, limits) is checked by the stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from llamaclust.errors import WireError
+from llamaclust.proto import microbatch_pb2 as microbatch_proto
+from llamaclust.proto import sampling_pb2 as sampling_proto
+from llamaclust.wire.bounds import bounded, finite, line, one_line, parse
+from llamaclust.wire.messages import (
+    MAX_CONTEXT_TOKENS,
+    MAX_SEQUENCES,
+    MAX_TOKENS,
+    MAX_TOP_LOGPROBS,
+    MAX_VOCABULARY,
+    Chunk,
+    Microbatch,
+    Result,
+    RowResult,
+    RowTask,
+    Run,
+    SampleTask,
+    SamplingInputs,
+    SamplingParams,
+    ScoreTask,
+    StageTiming,
+)
+
+MAX_MICROBATCH_BYTES = 1 << 23
+MAX_INPUTS_BYTES = 1 << 26
+MAX_STAGES = 255
+
+_MAX_BLOCK = (1 << 31) - 1
+_MAX_MAGNITUDE = 1e6
+
+
+def encode_microbatch(microbatch: Microbatch) -> bytes:
+    message = microbatch_proto.Microbatch(
+        model_id=microbatch.model_id, epoch=microbatch.epoch, number=microbatch.number
+    )
+    for chunk in microbatch.chunks:
+        to = message.chunks.add(tokens=chunk.tokens, position=chunk.position, outputs=chunk.outputs)
+        for run in chunk.table:
+            to.table.add(start=run.start, count=run.count)
+    return message.SerializeToString()
+
+
+def decode_microbatch(data: bytes) -> Microbatch:
+    """Raises WireError for bytes that are no microbatch or break a bound."""
+    message = parse(microbatch_proto.Microbatch, data, MAX_MICROBATCH_BYTES)
+    bounded("chunks", len(message.chunks), 1, MAX_SEQUENCES)
+    microbatch = Microbatch(
+        line("model_id", message.model_id, 128),
+        message.epoch,
+        message.number,
+        tuple(_chunk(chunk) for chunk in message.chunks),
+    )
+    bounded("tokens of a microbatch", microbatch.rows, 1, MAX_TOKENS)
+    return microbatch
+
+
+def _chunk(message: microbatch_proto.Chunk) -> Chunk:
+    tokens = tuple(message.tokens)
+    bounded("tokens of a chunk", len(tokens), 1, MAX_TOKENS)
+    bounded("token", max(tokens), 0, MAX_VOCABULARY - 1)
+    bounded("last position", message.position + len(tokens) - 1, 0, MAX_CONTEXT_TOKENS - 1)
+    bounded("outputs", message.outputs, 0, len(tokens))
+    bounded("runs of a table", len(message.table), 1, MAX_CONTEXT_TOKENS)
+    return Chunk(tokens, message.position, tuple(_run(run) for run in message.table), message.outputs)
+
+
+def _run(message: microbatch_proto.Run) -> Run:
+    bounded("blocks of a run", message.count, 1, MAX_CONTEXT_TOKENS)
+    bounded("last block of a run", message.start + message.count - 1, 0, _MAX_BLOCK)
+    return Run(message.start, message.count)
+
+
+def encode_inputs(inputs: SamplingInputs) -> bytes:
+    message = sampling_proto.SamplingInputs(epoch=inputs.epoch, number=inputs.number)
+    for task in inputs.tasks:
+        if isinstance(task, SampleTask):
+            message.tasks.add(sample=_sample_out(task))
+        else:
+            message.tasks.add(score=sampling_proto.ScoreTask(token=task.token, top_logprobs=task.top_logprobs))
+    return message.SerializeToString()
+
+
+def _sample_out(task: SampleTask) -> sampling_proto.SampleTask:
+    return sampling_proto.SampleTask(
+        params=_params_out(task.params),
+        seed=task.seed,
+        choice=task.choice,
+        position=task.position,
+        history=task.history,
+        suppressed=task.suppressed,
+        top_logprobs=task.top_logprobs,
+    )
+
+
+def _params_out(params: SamplingParams) -> sampling_proto.SamplingParams:
+    return sampling_proto.SamplingParams(
+        temperature=params.temperature,
+        top_k=params.top_k,
+        top_p=params.top_p,
+        min_p=params.min_p,
+        repetition_penalty=params.repetition_penalty,
+        frequency_penalty=params.frequency_penalty,
+        presence_penalty=params.presence_penalty,
+        logit_bias=[sampling_proto.LogitBias(token=token, bias=bias) for token, bias in params.logit_bias],
+    )
+
+
+def decode_inputs(data: bytes) -> SamplingInputs:
+    """Raises WireError for bytes that are no sampling inputs or break a bound."""
+    message = parse(sampling_proto.SamplingInputs, data, MAX_INPUTS_BYTES)
+    bounded("tasks", len(message.tasks), 0, MAX_TOKENS)
+    return SamplingInputs(message.epoch, message.number, tuple(_task(task) for task in message.tasks))
+
+
+def _task(message: sampling_proto.RowTask) -> RowTask:
+    match message.WhichOneof("task"):
+        case "sample":
+            return _sample_in(message.sample)
+        case "score":
+            return ScoreTask(_token(message.score.token), _top(message.score.top_logprobs))
+        case _:
+            raise WireError("a row task of a kind that this version does not know")
+
+
+def _sample_in(message: sampling_proto.SampleTask) -> SampleTask:
+    bounded("history", len(message.history), 0, MAX_CONTEXT_TOKENS)
+    bounded("suppressed", len(message.suppressed), 0, MAX_VOCABULARY)
+    return SampleTask(
+        _params_in(message.params),
+        message.seed,
+        message.choice,
+        bounded("position", message.position, 0, MAX_CONTEXT_TOKENS),
+        _tokens(message.history),
+        _tokens(message.suppressed),
+        _top(message.top_logprobs),
+    )
+
+
+def _params_in(message: sampling_proto.SamplingParams) -> SamplingParams:
+    bounded("logit biases", len(message.logit_bias), 0, MAX_VOCABULARY)
+    return SamplingParams(
+        temperature=finite("temperature", message.temperature, 0.0, _MAX_MAGNITUDE),
+        top_k=bounded("top_k", message.top_k, 0, _MAX_BLOCK),
+        top_p=finite("top_p", message.top_p, 0.0, 1.0),
+        min_p=finite("min_p", message.min_p, 0.0, 1.0),
+        repetition_penalty=finite("repetition_penalty", message.repetition_penalty, 0.0, _MAX_MAGNITUDE),
+        frequency_penalty=finite("frequency_penalty", message.frequency_penalty, -_MAX_MAGNITUDE, _MAX_MAGNITUDE),
+        presence_penalty=finite("presence_penalty", message.presence_penalty, -_MAX_MAGNITUDE, _MAX_MAGNITUDE),
+        logit_bias=tuple(_bias(bias) for bias in message.logit_bias),
+    )
+
+
+def _bias(message: sampling_proto.LogitBias) -> tuple[int, float]:
+    return _token(message.token), finite("logit_bias", message.bias)
+
+
+def _token(value: int) -> int:
+    return bounded("token", value, 0, MAX_VOCABULARY - 1)
+
+
+def _tokens(values: Iterable[int]) -> tuple[int, ...]:
+    tokens = tuple(values)
+    bounded("token", max(tokens, default=0), 0, MAX_VOCABULARY - 1)
+    return tokens
+
+
+def _top(value: int) -> int:
+    return bounded("top_logprobs", value, 0, MAX_TOP_LOGPROBS)
+
+
+def encode_result(result: Result) -> bytes:
+    message = sampling_proto.Result(epoch=result.epoch, number=result.number)
+    for row in result.rows:
+        to = message.rows.add()
+        to.chosen.token, to.chosen.logprob = row.token, row.logprob
+        for token, logprob in row.top_logprobs:
+            to.top.add(token=token, logprob=logprob)
+    for timing in result.timings:
+        message.timings.add(
+            queue_ns=timing.queue_ns, compute_ns=timing.compute_ns, wire_ns=timing.wire_ns, rows=timing.rows
+        )
+    if result.failure is not None:
+        message.failure = one_line(result.failure)
+    return message.SerializeToString()
+
+
+def decode_result(data: bytes) -> Result:
+    """Raises WireError for bytes that are no result or break a bound."""
+    message = parse(sampling_proto.Result, data, MAX_INPUTS_BYTES)
+    bounded("rows", len(message.rows), 0, MAX_TOKENS)
+    bounded("timings", len(message.timings), 0, MAX_STAGES)
+    return Result(
+        message.epoch,
+        message.number,
+        tuple(_row(row) for row in message.rows),
+        tuple(StageTiming(t.queue_ns, t.compute_ns, t.wire_ns, t.rows) for t in message.timings),
+        line("failure", message.failure) if message.HasField("failure") else None,
+    )
+
+
+def _row(message: sampling_proto.RowResult) -> RowResult:
+    bounded("top_logprobs", len(message.top), 0, MAX_TOP_LOGPROBS)
+    return RowResult(
+        _token(message.chosen.token), message.chosen.logprob, tuple((_token(t.token), t.logprob) for t in message.top)
+    )

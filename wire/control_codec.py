@@ -1,0 +1,249 @@
+"""Control messages as bytes and back. A kind of message that a newer minor version added decodes to None."""
+
+from __future__ import annotations
+
+from llamaclust.errors import WireError
+from llamaclust.proto import control_pb2 as proto
+from llamaclust.wire.bounds import UINT64, bounded, finite, line, one_line, parse, worker_name
+from llamaclust.wire.control import (
+    CoordinatorMessage,
+    Deadlines,
+    Failure,
+    Heartbeat,
+    Load,
+    Loaded,
+    LoadFailed,
+    LoadProgress,
+    Measure,
+    Measured,
+    Refused,
+    Register,
+    Shutdown,
+    StageLimits,
+    Unload,
+    Unloaded,
+    Welcome,
+    WorkerMessage,
+)
+from llamaclust.wire.messages import MAX_CONTEXT_TOKENS, MAX_SEQUENCES, MAX_TOKENS
+
+MAX_CONTROL_BYTES = 1 << 18
+
+_MAX_LAYERS = 1 << 16
+_MAX_RATE = 1e18
+_MAX_DEADLINE_S = 86400.0
+
+
+def encode_worker_message(message: WorkerMessage) -> bytes:
+    match message:
+        case Register():
+            out = proto.WorkerMessage(register=_register_out(message))
+        case Measured():
+            measured = proto.Measured(read_bytes_s=message.read_bytes_s, int8_macs_s=message.int8_macs_s)
+            out = proto.WorkerMessage(measured=measured)
+        case Failure():
+            out = proto.WorkerMessage(measure_failed=_failure_out(message))
+        case Heartbeat():
+            out = proto.WorkerMessage(heartbeat=_heartbeat_out(message))
+        case _:
+            out = _about_load(message)
+    return out.SerializeToString()
+
+
+def _about_load(message: LoadProgress | Loaded | LoadFailed | Unloaded) -> proto.WorkerMessage:
+    epoch = message.epoch
+    match message:
+        case LoadProgress(_, done, total):
+            return proto.WorkerMessage(
+                load_progress=proto.LoadProgress(epoch=epoch, done_bytes=done, total_bytes=total)
+            )
+        case Loaded(_, weights, kv, workspace):
+            loaded = proto.Loaded(epoch=epoch, weight_bytes=weights, kv_bytes=kv, workspace_bytes=workspace)
+            return proto.WorkerMessage(loaded=loaded)
+        case LoadFailed(_, failure):
+            return proto.WorkerMessage(load_failed=proto.LoadFailed(epoch=epoch, failure=_failure_out(failure)))
+        case Unloaded():
+            return proto.WorkerMessage(unloaded=proto.Unloaded(epoch=epoch))
+
+
+def _register_out(message: Register) -> proto.Register:
+    return proto.Register(
+        name=message.name,
+        pid=message.pid,
+        host=message.host,
+        address=message.address,
+        protocol_major=message.protocol[0],
+        protocol_minor=message.protocol[1],
+        numerics_version=message.numerics_version,
+        device=message.device,
+        threads=message.threads,
+        feature_level=message.feature_level,
+        total_memory_bytes=message.total_memory_bytes,
+        free_memory_bytes=message.free_memory_bytes,
+        fingerprint=message.fingerprint,
+    )
+
+
+def _heartbeat_out(message: Heartbeat) -> proto.Heartbeat:
+    return proto.Heartbeat(
+        busy=message.busy,
+        microbatches=message.microbatches,
+        tokens=message.tokens,
+        resident_bytes=message.resident_bytes,
+        free_memory_bytes=message.free_memory_bytes,
+    )
+
+
+def _failure_out(failure: Failure) -> proto.Failure:
+    return proto.Failure(kind=failure.kind, message=one_line(failure.message))
+
+
+def decode_worker_message(data: bytes) -> WorkerMessage | None:
+    """None for a kind that is not known; WireError for bytes that are no message or break a bound."""
+    message = parse(proto.WorkerMessage, data, MAX_CONTROL_BYTES)
+    match message.WhichOneof("kind"):
+        case "register":
+            return _register_in(message.register)
+        case "measured":
+            measured = message.measured
+            read = finite("read_bytes_s", measured.read_bytes_s, 0.0, _MAX_RATE)
+            return Measured(read, finite("int8_macs_s", measured.int8_macs_s, 0.0, _MAX_RATE))
+        case "measure_failed":
+            return _failure_in(message.measure_failed)
+        case "load_progress":
+            progress = message.load_progress
+            done = bounded("done_bytes", progress.done_bytes, 0, progress.total_bytes)
+            return LoadProgress(progress.epoch, done, progress.total_bytes)
+        case "loaded":
+            loaded = message.loaded
+            return Loaded(loaded.epoch, loaded.weight_bytes, loaded.kv_bytes, loaded.workspace_bytes)
+        case "load_failed":
+            return LoadFailed(message.load_failed.epoch, _failure_in(message.load_failed.failure))
+        case "unloaded":
+            return Unloaded(message.unloaded.epoch)
+        case "heartbeat":
+            return _heartbeat_in(message.heartbeat)
+    return None
+
+
+def _register_in(message: proto.Register) -> Register:
+    return Register(
+        name=worker_name(message.name),
+        pid=message.pid,
+        host=line("host", message.host, 255),
+        address=line("address", message.address, 512),
+        device=line("device", message.device, 64),
+        threads=bounded("threads", message.threads, 1, 1 << 16),
+        feature_level=line("feature_level", message.feature_level, 64),
+        total_memory_bytes=message.total_memory_bytes,
+        free_memory_bytes=message.free_memory_bytes,
+        fingerprint=line("fingerprint", message.fingerprint, 512),
+        protocol=(message.protocol_major, message.protocol_minor),
+        numerics_version=message.numerics_version,
+    )
+
+
+def _heartbeat_in(message: proto.Heartbeat) -> Heartbeat:
+    busy = finite("busy", message.busy, 0.0, 1.0)
+    counters = message.microbatches, message.tokens
+    return Heartbeat(busy, *counters, message.resident_bytes, message.free_memory_bytes)
+
+
+def _failure_in(message: proto.Failure) -> Failure:
+    return Failure(line("kind", message.kind, 64), line("message", message.message))
+
+
+def encode_coordinator_message(message: CoordinatorMessage) -> bytes:
+    match message:
+        case Welcome():
+            out = proto.CoordinatorMessage(welcome=_welcome_out(message))
+        case Refused():
+            out = proto.CoordinatorMessage(refused=proto.Refused(reason=one_line(message.reason)))
+        case Measure():
+            out = proto.CoordinatorMessage(measure=proto.Measure())
+        case Load():
+            out = proto.CoordinatorMessage(load=_load_out(message))
+        case Unload():
+            out = proto.CoordinatorMessage(unload=proto.Unload(epoch=message.epoch))
+        case Shutdown():
+            out = proto.CoordinatorMessage(shutdown=proto.Shutdown(reason=one_line(message.reason)))
+    return out.SerializeToString()
+
+
+def _welcome_out(message: Welcome) -> proto.Welcome:
+    return proto.Welcome(
+        protocol_major=message.protocol[0],
+        protocol_minor=message.protocol[1],
+        heartbeat_s=message.deadlines.heartbeat_s,
+        sampling_inputs_s=message.deadlines.sampling_inputs_s,
+        forward_s=message.deadlines.forward_s,
+    )
+
+
+def _load_out(message: Load) -> proto.Load:
+    limits = message.limits
+    return proto.Load(
+        epoch=message.epoch,
+        model_path=message.model_path,
+        model_id=message.model_id,
+        start=message.start,
+        end=message.end,
+        limits=proto.StageLimits(
+            max_tokens=limits.max_tokens,
+            max_outputs=limits.max_outputs,
+            max_sequences=limits.max_sequences,
+            max_context_tokens=limits.max_context_tokens,
+            kv_blocks=limits.kv_blocks,
+        ),
+        next_address=message.next_address or "",
+    )
+
+
+def decode_coordinator_message(data: bytes) -> CoordinatorMessage | None:
+    """None for a kind that is not known; WireError for bytes that are no message or break a bound."""
+    message = parse(proto.CoordinatorMessage, data, MAX_CONTROL_BYTES)
+    match message.WhichOneof("kind"):
+        case "welcome":
+            return _welcome_in(message.welcome)
+        case "refused":
+            return Refused(line("reason", message.refused.reason))
+        case "measure":
+            return Measure()
+        case "load":
+            return _load_in(message.load)
+        case "unload":
+            return Unload(message.unload.epoch)
+        case "shutdown":
+            return Shutdown(line("reason", message.shutdown.reason))
+    return None
+
+
+def _welcome_in(message: proto.Welcome) -> Welcome:
+    values = (message.heartbeat_s, message.sampling_inputs_s, message.forward_s)
+    deadlines = Deadlines(*(finite("deadline", value, 0.01, _MAX_DEADLINE_S) for value in values))
+    return Welcome(deadlines, (message.protocol_major, message.protocol_minor))
+
+
+def _load_in(message: proto.Load) -> Load:
+    if "\0" in message.model_path or not message.model_path:
+        raise WireError("model_path is empty or holds a zero byte")
+    end = bounded("end", message.end, 1, _MAX_LAYERS)
+    return Load(
+        epoch=bounded("epoch", message.epoch, 0, UINT64 - 1),
+        model_path=message.model_path,
+        model_id=line("model_id", message.model_id, 128),
+        start=bounded("start", message.start, 0, end - 1),
+        end=end,
+        limits=_limits_in(message.limits),
+        next_address=line("next_address", message.next_address, 512) or None,
+    )
+
+
+def _limits_in(message: proto.StageLimits) -> StageLimits:
+    return StageLimits(
+        bounded("max_tokens", message.max_tokens, 1, MAX_TOKENS),
+        bounded("max_outputs", message.max_outputs, 1, MAX_TOKENS),
+        bounded("max_sequences", message.max_sequences, 1, MAX_SEQUENCES),
+        bounded("max_context_tokens", message.max_context_tokens, 1, MAX_CONTEXT_TOKENS),
+        bounded("kv_blocks", message.kv_blocks, 1, (1 << 31) - 1),
+    )

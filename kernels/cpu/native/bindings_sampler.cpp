@@ -1,0 +1,79 @@
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/array.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "bindings.h"
+#include "levels.h"
+#include "math_baseline.h"
+#include "sampler.h"
+#include "sampler_random.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace llamaclust {
+namespace {
+
+using Logits = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+RowTask sample_task(float temperature, int32_t top_k, double top_p, double min_p, float repetition_penalty,
+                    float frequency_penalty, float presence_penalty, std::vector<TokenValue> logit_bias, uint64_t seed,
+                    uint32_t choice, uint32_t position, std::vector<int32_t> history, std::vector<int32_t> suppressed,
+                    int32_t top_logprobs) {
+  return {false, -1,
+          Choice{temperature, top_k, top_p, min_p, repetition_penalty, frequency_penalty, presence_penalty,
+                 std::move(logit_bias), seed, choice, position, std::move(history), std::move(suppressed)},
+          top_logprobs};
+}
+
+std::vector<RowOutcome> run(Sampler& sampler, Logits logits, const std::vector<RowTask>& tasks) {
+  if (static_cast<int>(logits.shape(1)) != sampler.vocabulary() || logits.shape(0) != tasks.size())
+    throw nb::value_error("logits must be [tasks, vocabulary]");
+  const nb::gil_scoped_release released;
+  std::vector<RowOutcome> outcomes;
+  for (size_t row = 0; row < tasks.size(); row++)
+    outcomes.push_back(sampler.run(logits.data() + row * logits.shape(1), tasks[row]));
+  return outcomes;
+}
+
+void exp_of(nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu> x,
+            nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu> out, const std::string& level) {
+  if (x.size() != out.size()) throw nb::value_error("x and out differ in length");
+  find_level(level).sampler.exp(x.data(), static_cast<int>(x.size()), out.data());
+}
+
+std::pair<double, double> sincos_of(double angle) {
+  double sine, cosine;
+  sincos_double(angle, &sine, &cosine);
+  return {sine, cosine};
+}
+
+}  // namespace
+
+void bind_sampler(nb::module_& module) {
+  nb::class_<RowTask>(module, "RowTask")
+      .def_static("sample", &sample_task, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a, "repetition_penalty"_a,
+                  "frequency_penalty"_a, "presence_penalty"_a, "logit_bias"_a, "seed"_a, "choice"_a, "position"_a,
+                  "history"_a, "suppressed"_a, "top_logprobs"_a)
+      .def_static("score", [](int32_t token, int32_t top) { return RowTask{true, token, {}, top}; }, "token"_a,
+                  "top_logprobs"_a);
+  nb::class_<RowOutcome>(module, "RowOutcome")
+      .def_ro("token", &RowOutcome::token)
+      .def_ro("logprob", &RowOutcome::logprob)
+      .def_ro("top_logprobs", &RowOutcome::top_logprobs)
+      .def_ro("failure", &RowOutcome::failure);
+  nb::class_<Sampler>(module, "Sampler")
+      .def("__init__", [](Sampler* self, int vocabulary, const std::string& level) {
+             new (self) Sampler(find_level(level).sampler, vocabulary);
+           }, "vocabulary"_a, "feature_level"_a)
+      .def("run", &run, "logits"_a, "tasks"_a);
+  module.def("philox", &philox, "counter"_a, "key"_a);
+  module.def("exp", &exp_of, "x"_a, "out"_a, "feature_level"_a);
+  module.def("log", &log_double, "x"_a);
+  module.def("sincos", &sincos_of, "angle"_a);
+}
+
+}  // namespace llamaclust

@@ -1,0 +1,144 @@
+#include "sampler.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <optional>
+
+#include "math_baseline.h"
+#include "sampler_random.h"
+#include "sampler_ranking.h"
+
+namespace llamaclust {
+namespace {
+
+constexpr float kLargest = std::numeric_limits<float>::max();
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+std::optional<int32_t> foreign_token(const RowTask& task, int vocabulary) {
+  const auto foreign = [vocabulary](int32_t id) { return id < 0 || id >= vocabulary; };
+  if (task.scored) return foreign(task.token) ? std::optional(task.token) : std::nullopt;
+  for (const auto& [id, bias] : task.choice.logit_bias)
+    if (foreign(id)) return id;
+  for (const auto* ids : {&task.choice.history, &task.choice.suppressed})
+    for (int32_t id : *ids)
+      if (foreign(id)) return id;
+  return std::nullopt;
+}
+
+bool penalizes(const Choice& c) {
+  return !c.history.empty() && (c.repetition_penalty != 1 || c.frequency_penalty != 0 || c.presence_penalty != 0);
+}
+
+// What cannot be ordered or subtracted becomes the nearest thing that can.
+float orderly(float logit) { return logit != logit ? -kLargest : std::min(logit, kLargest); }
+
+void penalize(const Choice& c, float* logits) {
+  std::vector<int32_t> seen(c.history);
+  std::sort(seen.begin(), seen.end());
+  for (size_t i = 0; i < seen.size();) {
+    size_t end = i;
+    while (end < seen.size() && seen[end] == seen[i]) end++;
+    float& logit = logits[seen[i]];
+    logit = logit <= 0 ? logit * c.repetition_penalty : logit / c.repetition_penalty;
+    logit = orderly(logit - (static_cast<float>(end - i) * c.frequency_penalty + c.presence_penalty));
+    i = end;
+  }
+}
+
+// How many of the best candidates top-k, top-p and min-p keep; the vocabulary's size where they keep all.
+int kept_candidates(Ranking& ranking, const Choice& c) {
+  const int limit = c.top_k > 0 ? std::min(c.top_k, ranking.size()) : ranking.size();
+  if (c.top_p >= 1 && c.min_p <= 0) return limit;
+  RankedWeights weights(ranking, 1.0f);
+  const int64_t total = limit < ranking.size() ? weights.sum(limit) : ranking.total(1.0f);
+  const double nucleus = c.top_p < 1 ? c.top_p * static_cast<double>(total) : kInfinity;
+  const double least = c.min_p * static_cast<double>(kUnitWeight);
+  int64_t sum = 0;
+  for (int i = 0; i < limit && weights.has(i); i++) {
+    if (i > 0 && static_cast<double>(weights[i]) < least) return i;
+    sum += weights[i];
+    if (static_cast<double>(sum) >= nucleus) return i + 1;
+  }
+  return limit;
+}
+
+// The high 64 bits of the product: uniform over [0, bound) for uniform bits.
+int64_t scaled(uint64_t bits, int64_t bound) {
+  return static_cast<int64_t>(static_cast<unsigned __int128>(bits) * static_cast<uint64_t>(bound) >> 64);
+}
+
+int draw(Ranking& ranking, const Choice& c) {
+  const int kept = kept_candidates(ranking, c);
+  RankedWeights weights(ranking, std::min(c.temperature, kLargest));
+  const int64_t total = kept < ranking.size() ? weights.sum(kept) : ranking.total(std::min(c.temperature, kLargest));
+  const int64_t target = scaled(random_bits(c.seed, c.choice, c.position), total);
+  int rank = 0;
+  for (int64_t sum = 0; weights.has(rank); rank++) {
+    sum += weights[rank];
+    if (sum > target) break;
+  }
+  return ranking.id(rank);
+}
+
+int choose(Ranking& ranking, const Choice& c) { return c.temperature > 0 ? draw(ranking, c) : ranking.best(); }
+
+// Log-softmax over raw logits.
+class Logprobs {
+ public:
+  Logprobs(float maximum, int64_t total)
+      : maximum_(maximum), log_sum_(log_double(static_cast<double>(total) / static_cast<double>(kUnitWeight))) {}
+  float of(float logit) const { return static_cast<float>(static_cast<double>(logit) - maximum_ - log_sum_); }
+
+ private:
+  double maximum_, log_sum_;
+};
+
+std::vector<TokenValue> top_logprobs(Ranking& raw, const Logprobs& logprobs, int count) {
+  std::vector<TokenValue> top;
+  const int ready = std::min(count, raw.extend(count));
+  for (int i = 0; i < ready; i++) top.emplace_back(raw.id(i), logprobs.of(raw.ready_values()[i]));
+  return top;
+}
+
+RowOutcome failed(std::string why) {
+  RowOutcome outcome;
+  outcome.failure = std::move(why);
+  outcome.logprob = std::numeric_limits<float>::quiet_NaN();
+  return outcome;
+}
+
+}  // namespace
+
+// The logits themselves where the task changes none of them.
+const float* Sampler::adjusted(const float* logits, const Choice& c) {
+  if (c.logit_bias.empty() && c.suppressed.empty() && !penalizes(c)) return logits;
+  scratch_.assign(logits, logits + vocabulary_);
+  for (const auto& [id, bias] : c.logit_bias) scratch_[id] = orderly(scratch_[id] + bias);
+  if (penalizes(c)) penalize(c, scratch_.data());
+  for (int32_t id : c.suppressed) scratch_[id] = -kInfinity;
+  return scratch_.data();
+}
+
+RowOutcome Sampler::run(const float* logits, const RowTask& task) {
+  if (const auto id = foreign_token(task, vocabulary_))
+    return failed("token " + std::to_string(*id) + " is outside the vocabulary of " + std::to_string(vocabulary_));
+  Ranking raw(ops_, logits, vocabulary_);
+  const int64_t total = raw.total(1.0f);
+  if (total == 0) return failed("the logits are not finite numbers: damaged weights, or values beyond the KV type's range");
+  RowOutcome outcome;
+  outcome.token = task.token;
+  if (!task.scored) {
+    const float* values = adjusted(logits, task.choice);
+    std::optional<Ranking> changed;
+    Ranking& ranking = values == logits ? raw : changed.emplace(ops_, values, vocabulary_);
+    if (ranking.maximum() == -kInfinity) return failed("every token is suppressed");
+    outcome.token = choose(ranking, task.choice);
+  }
+  const Logprobs logprobs(raw.maximum(), total);
+  outcome.logprob = logprobs.of(logits[outcome.token]);
+  outcome.top_logprobs = top_logprobs(raw, logprobs, task.top_logprobs);
+  return outcome;
+}
+
+}  // namespace llamaclust

@@ -50,9 +50,8 @@ SHAPES = {
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where a block of random bytes needs sane float16 scales: byte offset and size relative to the first of them.
-
-    `deviation` is that of the block's weights when the first scale is 1.
+    """How random bytes become sane blocks: each of `scales` is the byte offset of a float16 in the block, and its size
+    relative to the first one. `deviation` is that of the weights where the first scale is 1.
     """
 
     file_type: int
@@ -90,7 +89,7 @@ def random_matrix(generator: np.random.Generator, quant_type: QuantType, shape: 
 
 def _signed_near(bits: NDArray[np.uint16], size: float) -> NDArray[np.uint16]:
     """Float16 bits made to stand for +-[1, 2) times a power of two near `size`."""
-    exponent = np.array([size / 1.5], np.float16).view(np.uint16)[0] & 0x7C00
+    exponent = np.array([size / 1.08], np.float16).view(np.uint16)[0] & 0x7C00
     np.bitwise_and(bits, _F16_SIGN_AND_MANTISSA, out=bits)
     np.bitwise_or(bits, exponent, out=bits)
     return bits

@@ -169,9 +169,10 @@ _GET_PART = "get the missing part of the same model"
 
 def _part(first: Header, name: str, number: int, count: int, seen: dict[tuple[int, int], Path]) -> Header:
     path = first.path.with_name(name)
-    if not path.exists():
-        raise fail_at(path, "split model", f"part {number + 1} of {count} is missing", _GET_PART)
-    header = read_header(path)
+    try:
+        header = read_header(path)
+    except ModelFileError as error:
+        raise ModelFileError(f"{error} (part {number + 1} of {count} of {first.path.name})") from error
     key = _file_key(header)
     if key in seen:
         raise fail_at(path, "split model", f"the same file as {seen[key].name}", _GET_PART)

@@ -60,7 +60,7 @@ class HeaderCursor:
         self.need(count)
         start = self.position
         self.position = start + count
-        return bytes(self._buffer[start : self.position])
+        return bytes(memoryview(self._buffer)[start : self.position])
 
     def u32(self) -> int:
         value: int = _U32.unpack(self.take(4))[0]
@@ -86,7 +86,7 @@ class HeaderCursor:
             raise self.error(f"an array of {count} strings")
         start = self.position
         self._skip_strings(count)
-        return LazyStrings(bytes(self._buffer[start : self.position]), count, f"{self._path}: {shown(key)}")
+        return LazyStrings(bytes(memoryview(self._buffer)[start : self.position]), count, f"{self._path}: {shown(key)}")
 
     def _skip_strings(self, count: int) -> None:
         buffer, unpack = self._buffer, LENGTH.unpack_from

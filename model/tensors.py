@@ -40,6 +40,8 @@ def open_regular(path: Path) -> Iterator[int]:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
         raise ModelFileError(f"{path}: no such file; check the path") from None
+    except ValueError:
+        raise ModelFileError(f"{str(path)!a}: not a file name; check the path") from None
     except OSError as error:
         raise ModelFileError(f"{path}: cannot be opened: {error.strerror}; check its permissions") from error
     try:

@@ -12,20 +12,20 @@ from struct import pack
 from typing import Any, BinaryIO
 
 import numpy as np
-from numpy.typing import NDArray
 
 from llamaclust.errors import LlamaclustError
 from llamaclust.model.gguf_header import ARRAY_TYPE, BOOL_TYPE, DEFAULT_ALIGNMENT, MAGIC, NUMBER_FORMATS, STRING_TYPE
-from llamaclust.model.gguf_values import LazyStrings
+from llamaclust.model.gguf_values import MetadataValue
 from llamaclust.model.quant_types import QuantType
 
 _VERSION = 3
 _DISK_RESERVE_BYTES = 1 << 24
 _NUMBER_TYPES = {np.dtype(code): number for number, code in NUMBER_FORMATS.items()} | {np.dtype(np.bool_): BOOL_TYPE}
 
-WritableValue = bool | int | float | str | np.generic | NDArray[Any] | LazyStrings | Sequence[str]
+WritableValue = MetadataValue | np.generic | Sequence[str]
 """What metadata may hold. A Python int becomes uint32 where it fits, else int32 or a 64-bit type, a float becomes
-float32; a NumPy scalar or array keeps its type; a sequence of text becomes an array of strings."""
+float32; a NumPy scalar or array keeps its type; a sequence of text becomes an array of strings, any other an array of
+arrays."""
 
 Produce = Callable[[], bytes | bytearray | memoryview]
 
@@ -96,7 +96,10 @@ def _value(value: WritableValue) -> bytes:
         return pack("<I", _NUMBER_TYPES[scalar.dtype]) + scalar.tobytes()
     if isinstance(value, np.ndarray):
         return pack("<IIQ", ARRAY_TYPE, _NUMBER_TYPES[value.dtype], value.size) + value.tobytes()
-    return pack("<IIQ", ARRAY_TYPE, STRING_TYPE, len(value)) + b"".join(map(_text, value))
+    if all(isinstance(item, str) for item in value):
+        return pack("<IIQ", ARRAY_TYPE, STRING_TYPE, len(value)) + b"".join(_text(str(item)) for item in value)
+    arrays = b"".join(_value(item).removeprefix(pack("<I", ARRAY_TYPE)) for item in value)
+    return pack("<IIQ", ARRAY_TYPE, ARRAY_TYPE, len(value)) + arrays
 
 
 def _scalar(value: bool | int | float) -> np.generic:

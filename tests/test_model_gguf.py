@@ -106,12 +106,15 @@ def test_arrays_of_every_kind(tmp_path: Path) -> None:
             assert isinstance(read, LazyStrings) and list(read) == value and read[1:] == ["", "ü▁"]
 
 
-def test_nested_arrays(tmp_path: Path) -> None:
+def test_nested_arrays_are_read_and_written(tmp_path: Path) -> None:
     inner = b"\x08\0\0\0" + (2).to_bytes(8, "little") + text("a") + text("b")
     content = gguf([array("nested", 9, 2, inner + inner)])
-    outer = open_model(write(tmp_path / "nested.gguf", content)).metadata["nested"]
+    model = open_model(write(tmp_path / "nested.gguf", content))
+    outer = model.metadata["nested"]
     assert isinstance(outer, tuple)
     assert [list(item) for item in outer if isinstance(item, LazyStrings)] == [["a", "b"], ["a", "b"]]
+    write_gguf(tmp_path / "again.gguf", model.metadata, [])
+    assert (tmp_path / "again.gguf").read_bytes() == content
 
 
 def test_getters_refuse_missing_wrong_and_out_of_bounds_values(tmp_path: Path) -> None:
@@ -198,7 +201,7 @@ def test_ranges_of_a_tensor(matrix: Tensor) -> None:
     assert matrix.read() == whole
     assert matrix.read_range(4, 12) == whole[4:12] and matrix.read_range(9, 9) == b""
     buffer = np.zeros(256, np.float32)
-    matrix.read_into(memoryview(buffer), matrix.row_bytes)
+    matrix.read_into(buffer.data, matrix.row_bytes)
     assert buffer.tobytes() == whole[1024:]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ def test_values_are_read_back_with_their_types(tmp_path: Path) -> None:
 
 def test_tensors_lie_aligned_and_are_read_back(tmp_path: Path) -> None:
     data = {f"t{size}": bytes(range(size)) for size in (1, 32, 33)}
-    sources = [TensorSource(name, QuantType.I8, (len(item),), lambda item=item: item) for name, item in data.items()]
+    sources = [TensorSource(name, QuantType.I8, (len(item),), partial(bytes, item)) for name, item in data.items()]
     write_gguf(tmp_path / "m.gguf", {"general.alignment": 64}, sources)
     model = open_model(tmp_path / "m.gguf")
     assert {name: tensor.read() for name, tensor in model.tensors.items()} == data

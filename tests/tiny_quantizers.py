@@ -27,7 +27,7 @@ def _bf16(blocks: Float32) -> NDArray[Any]:
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
-def _halves(values: Float32) -> tuple[Bytes, Float32]:
+def _halves(values: NDArray[np.floating[Any]]) -> tuple[Bytes, Float32]:
     """float16 bytes [blocks, 2] of one value a block, and the values as they will be read back [blocks, 1]."""
     halves = values.astype(np.float16).reshape(-1, 1)
     return halves.view(np.uint8), halves.astype(np.float32)

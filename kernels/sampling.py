@@ -1,0 +1,61 @@
+"""Chooses and scores tokens: the last stage's sampler, on the CPU for every backend. docs/numerics.md says the rules."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llamaclust.kernels.cpu import _native
+from llamaclust.wire.messages import RowResult, RowTask, SampleTask, ScoreTask
+
+
+class Sampler:
+    """The sampler of one stage. One call at a time; the GIL is released meanwhile.
+
+    A token is chosen in llama.cpp's default order: logit bias, repetition penalty, frequency and presence penalties,
+    suppressed tokens to -infinity; at temperature 0 the greatest logit, ties to the lower id; else top-k, top-p and
+    min-p, all three on probabilities at temperature 1, then temperature, then a draw. (OpenAI and vLLM apply the
+    temperature before top-p.) Logprobs are the log-softmax of the raw logits, before all of this.
+    """
+
+    def __init__(self, vocabulary_size: int, feature_level: str = "") -> None:
+        """`feature_level` "" takes the best this machine has; ValueError names the levels there are."""
+        self._native = _native.Sampler(vocabulary_size, feature_level)
+
+    def run(self, logits: NDArray[np.float32], tasks: tuple[RowTask, ...]) -> tuple[RowResult, ...]:
+        """One result a row of logits [tasks, vocabulary]. A row that has no answer says so in `failure`."""
+        return tuple(_result(outcome) for outcome in self._native.run(logits, [_native_task(task) for task in tasks]))
+
+    def sample(self, logits_row: NDArray[np.float32], task: SampleTask) -> RowResult:
+        """Chooses a token after one row [vocabulary]."""
+        return self.run(logits_row[np.newaxis], (task,))[0]
+
+    def score(self, logits_row: NDArray[np.float32], task: ScoreTask) -> RowResult:
+        """The logprob of a given token after one row [vocabulary]."""
+        return self.run(logits_row[np.newaxis], (task,))[0]
+
+
+def _native_task(task: RowTask) -> _native.RowTask:
+    if isinstance(task, ScoreTask):
+        return _native.RowTask.score(token=task.token, top_logprobs=task.top_logprobs)
+    params = task.params
+    return _native.RowTask.sample(
+        temperature=params.temperature,
+        top_k=params.top_k,
+        top_p=params.top_p,
+        min_p=params.min_p,
+        repetition_penalty=params.repetition_penalty,
+        frequency_penalty=params.frequency_penalty,
+        presence_penalty=params.presence_penalty,
+        logit_bias=params.logit_bias,
+        seed=task.seed,
+        choice=task.choice,
+        position=task.position,
+        history=task.history,
+        suppressed=task.suppressed,
+        top_logprobs=task.top_logprobs,
+    )
+
+
+def _result(outcome: _native.RowOutcome) -> RowResult:
+    return RowResult(outcome.token, outcome.logprob, tuple(outcome.top_logprobs), outcome.failure or None)

@@ -1,0 +1,126 @@
+"""The calling side of gRPC: channel options, the token on every call, broken streams as errors.
+
+This file and `server.py` alone make channels and servers. Streams carry bytes; what they mean is the codecs' matter.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+from typing import Any
+
+import grpc
+from grpc import aio
+
+from llamaclust.errors import UsageError, WorkerError
+from llamaclust.wire.bounds import line
+from llamaclust.wire.frames import MAX_FRAME_BYTES
+from llamaclust.wire.token import ClusterToken
+
+JOIN = "/llamaclust.v1.Coordinator/Join"
+FORWARD = "/llamaclust.v1.Stage/Forward"
+SAMPLE = "/llamaclust.v1.Stage/Sample"
+
+TOKEN_KEY = "llamaclust-token"
+EPOCH_KEY = "llamaclust-epoch"
+
+OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_FRAME_BYTES),
+    ("grpc.max_send_message_length", MAX_FRAME_BYTES),
+    ("grpc.enable_retries", 0),
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.so_reuseport", 0),
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.max_ping_strikes", 0),
+)
+
+_EOF: Any = aio.EOF  # type: ignore[attr-defined]
+_TRANSPORT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN)
+
+
+class StreamBrokenError(WorkerError):
+    """A stream that ended otherwise than by agreement. `told`: the other side is alive and said why."""
+
+    def __init__(self, message: str, *, told: bool) -> None:
+        super().__init__(message)
+        self.told = told
+
+
+def check_private(address: str) -> None:
+    """UsageError for an address where other machines could listen in: links are not encrypted."""
+    host = address.rpartition(":")[0].strip("[]")
+    if not (address.startswith("unix:") or host == "localhost" or _is_loopback(host)):
+        what = "only unix:PATH and loopback HOST:PORT are supported, because links are not encrypted"
+        raise UsageError(f"address {address!r}: {what}")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+class ClientStream:
+    """Our end of a bidirectional stream that we opened."""
+
+    def __init__(self, call: Any) -> None:
+        self._call = call
+
+    async def opened(self) -> None:
+        """Returns when the other side has accepted the stream; StreamBrokenError where it does not."""
+        await self._call.initial_metadata()
+        if self._call.done():
+            raise await self._broken()
+
+    async def write(self, data: bytes) -> None:
+        """Returns when the network has taken the message; StreamBrokenError where it does not."""
+        try:
+            await self._call.write(data)
+        except (grpc.RpcError, asyncio.InvalidStateError) as error:
+            raise await self._broken() from error
+
+    async def read(self) -> bytes | None:
+        """The next message; None once the other side has ended the stream in order."""
+        try:
+            data = await self._call.read()
+        except grpc.RpcError as error:
+            raise await self._broken() from error
+        return None if data is _EOF else data
+
+    async def done_writing(self) -> None:
+        await self._call.done_writing()
+
+    def cancel(self) -> None:
+        self._call.cancel()
+
+    async def _broken(self) -> StreamBrokenError:
+        code = await self._call.code()
+        details = line("details", (await self._call.details() or "")[:2000])
+        if code in _TRANSPORT:
+            return StreamBrokenError(f"connection lost ({details or code.name})", told=False)
+        return StreamBrokenError(details or code.name, told=True)
+
+
+class Peer:
+    """A channel to one process; every call on it shows the token."""
+
+    def __init__(self, address: str, token: ClusterToken) -> None:
+        check_private(address)
+        self.address = address
+        self._token = token
+        self._channel: Any = aio.insecure_channel(address, options=OPTIONS)
+
+    def open(self, method: str, *, epoch: int | None = None, wait_for_ready: bool = False) -> ClientStream:
+        """Begins a stream. With `wait_for_ready` it waits for the other side to come up instead of failing."""
+        metadata = [(TOKEN_KEY, self._token.value)]
+        if epoch is not None:
+            metadata.append((EPOCH_KEY, str(epoch)))
+        call = self._channel.stream_stream(method)
+        return ClientStream(call(metadata=metadata, wait_for_ready=wait_for_ready))
+
+    async def close(self) -> None:
+        await self._channel.close(grace=None)

@@ -1,0 +1,119 @@
+"""The serving side of channels: the token is checked before anything is read, errors become status codes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+import grpc
+from grpc import aio
+
+from llamaclust.errors import DeadlineError, LlamaclustError, UsageError, WireError
+from llamaclust.wire.bounds import UINT64, one_line
+from llamaclust.wire.channels import EPOCH_KEY, OPTIONS, TOKEN_KEY, check_private
+from llamaclust.wire.token import ClusterToken
+
+_EOF: Any = aio.EOF  # type: ignore[attr-defined]
+_log = logging.getLogger(__name__)
+
+_CODES: tuple[tuple[type[LlamaclustError], grpc.StatusCode], ...] = (
+    (WireError, grpc.StatusCode.INVALID_ARGUMENT),
+    (DeadlineError, grpc.StatusCode.DEADLINE_EXCEEDED),
+    (UsageError, grpc.StatusCode.FAILED_PRECONDITION),
+    (LlamaclustError, grpc.StatusCode.ABORTED),
+)
+
+
+class ServerStream:
+    """Our end of a bidirectional stream that a peer opened."""
+
+    def __init__(self, context: Any) -> None:
+        self._context = context
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that the stream is for; WireError where its metadata names none."""
+        text = str(dict(self._context.invocation_metadata()).get(EPOCH_KEY, ""))
+        if not (text.isascii() and text.isdigit() and len(text) <= 20 and int(text) <= UINT64):
+            raise WireError(f"metadata {EPOCH_KEY}: a number is expected")
+        return int(text)
+
+    async def accept(self) -> None:
+        """Tells the other side that the stream is open."""
+        await self._context.send_initial_metadata(())
+
+    async def read(self) -> bytes | None:
+        """The next message; None once the other side has said its last."""
+        data = await self._context.read()
+        return None if data is _EOF else data
+
+    async def write(self, data: bytes) -> None:
+        """Returns when the network has taken the message; cancelled where the other side has gone."""
+        await self._context.write(data)
+
+
+Handler = Callable[[ServerStream], Awaitable[None]]
+
+
+class _Gate(aio.ServerInterceptor):  # type: ignore[type-arg]
+    """Refuses calls that do not show the token."""
+
+    def __init__(self, token: ClusterToken) -> None:
+        self._token = token
+        self._refuse = grpc.stream_stream_rpc_method_handler(_refuse)
+
+    async def intercept_service(self, continuation: Any, details: Any) -> Any:
+        shown = dict(details.invocation_metadata).get(TOKEN_KEY)
+        return await continuation(details) if self._token.matches(shown) else self._refuse
+
+
+async def _refuse(_: Any, context: Any) -> None:
+    await context.abort(grpc.StatusCode.UNAUTHENTICATED, "the cluster token is missing or wrong")
+
+
+def _guarded(handler: Handler) -> Any:
+    """The handler as gRPC wants it: an error ends the stream with a status code and one line."""
+
+    async def serve(_: Any, context: Any) -> None:
+        try:
+            await handler(ServerStream(context))
+        except LlamaclustError as error:
+            code = next(code for kind, code in _CODES if isinstance(error, kind))
+            await context.abort(code, one_line(str(error)))
+        except (aio.AbortError, asyncio.CancelledError):
+            raise
+        except Exception as error:  # noqa: BLE001  a border: the process serves on
+            _log.exception("a stream failed")
+            await context.abort(grpc.StatusCode.INTERNAL, one_line(f"{type(error).__name__}: {error}"))
+
+    return grpc.stream_stream_rpc_method_handler(serve)
+
+
+class Server:
+    """A running gRPC server and the target under which it is reached."""
+
+    def __init__(self, server: Any, address: str) -> None:
+        self._server = server
+        self.address = address
+
+    @classmethod
+    async def start(cls, address: str, token: ClusterToken, handlers: Mapping[str, Handler]) -> Server:
+        """Serves streams by full method name; UsageError where the address cannot be had. Port 0 is any free port."""
+        check_private(address)
+        server = aio.server(interceptors=(_Gate(token),), options=OPTIONS)
+        for method, handler in handlers.items():
+            service, _, name = method.strip("/").rpartition("/")
+            generic = grpc.method_handlers_generic_handler(service, {name: _guarded(handler)})
+            server.add_generic_rpc_handlers((generic,))
+        try:
+            port = server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise UsageError(f"cannot listen on {address}: in use or not allowed") from error
+        await server.start()
+        return cls(server, address if address.startswith("unix:") else f"{address.rpartition(':')[0]}:{port}")
+
+    async def stop(self, grace_s: float) -> None:
+        """Ends streams after `grace_s` at the latest."""
+        await self._server.stop(grace_s)

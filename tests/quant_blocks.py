@@ -1,0 +1,36 @@
+"""Blocks of every weight type filled with bytes that are the same for ever, all of them finite numbers."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llamaclust.model.quant_types import QuantType
+
+_HIGH_FLOAT_BYTES: dict[QuantType, tuple[int, ...]] = {
+    QuantType.F32: (3,),
+    QuantType.Q4_1: (1, 3),
+    QuantType.Q5_1: (1, 3),
+    QuantType.Q2_K: (81, 83),
+    QuantType.Q3_K: (109,),
+    QuantType.Q4_K: (1, 3),
+    QuantType.Q5_K: (1, 3),
+    QuantType.Q6_K: (209,),
+    QuantType.IQ1_M: (55,),
+    QuantType.TQ1_0: (53,),
+    QuantType.TQ2_0: (65,),
+    QuantType.MXFP4: (0,),
+}
+"""Where the sign and upper exponent bits of a block's floats are; byte 1 for all other types."""
+
+
+def stream_blocks(quant_type: QuantType, count: int) -> NDArray[np.uint8]:
+    """Blocks [count, block_bytes] out of a hash of the type's name; the top exponent bit of floats is cleared."""
+    width = quant_type.info.block_bytes
+    data = hashlib.shake_128(quant_type.name.encode()).digest(count * width)
+    blocks = np.frombuffer(data, np.uint8).reshape(count, width).copy()
+    for place in _HIGH_FLOAT_BYTES.get(quant_type, (1,)):
+        blocks[:, place] &= 0xBF
+    return blocks

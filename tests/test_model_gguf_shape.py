@@ -1,0 +1,41 @@
+"""The benchmark's random models: whole files of the asked shape, with weights of the size that training would give."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llamaclust.kernels.reference.dequantize import dequantize
+from llamaclust.model.gguf import open_model
+from llamaclust.model.hyperparameters import read_hyperparameters
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks/shape.py"
+SMALL = ["--layers", "2", "--hidden", "256", "--ffn", "512", "--heads", "8", "--kv-heads", "2", "--vocabulary", "300"]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("quant_type", ["F16", "Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q6_K"])
+def test_a_small_shape_of_every_type(tmp_path: Path, quant_type: str) -> None:
+    path = tmp_path / "shape.gguf"
+    done = run("1.1b", quant_type, str(path), *SMALL)
+    assert done.returncode == 0, done.stderr
+    model = open_model(path)
+    parameters = read_hyperparameters(model)
+    assert (parameters.block_count, parameters.kv_width, parameters.vocabulary_size) == (2, 64, 300)
+    matrix = model.tensor("blk.1.ffn_down.weight")
+    assert matrix.shape == (256, 512) and matrix.quant_type.name == quant_type
+    weights = dequantize(matrix.quant_type, matrix.read(), 256 * 512) * np.sqrt(512)
+    assert np.isfinite(weights).all() and 0.7 < float(weights.std()) < 1.5 and abs(float(weights.mean())) < 0.2
+
+
+def test_a_shape_that_cannot_be_is_one_line(tmp_path: Path) -> None:
+    done = run("1.1b", "Q4_K", str(tmp_path / "shape.gguf"), "--hidden", "96")
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,255 @@
+"""The cluster file as classes, and the environment variables: the only place that reads either."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from llamaclust.cluster.config_file import Document, Place, override, read_document
+from llamaclust.cluster.config_values import (
+    Address,
+    Duration,
+    FilePath,
+    Layers,
+    Name,
+    OrAuto,
+    Size,
+    is_loopback,
+    not_built,
+    parse_device,
+    split_address,
+)
+from llamaclust.errors import UsageError
+from llamaclust.wire.messages import MAX_CONTEXT_TOKENS, MAX_SEQUENCES, MAX_TOKENS
+
+FEATURE_LEVELS = ("generic", "avx2", "avxvnni", "avx512", "avx512vnni", "neon", "neon_dotprod")
+DEMO_MODEL = "smollm2-135m-instruct"
+SCHEMA_ADDRESS = "https://json-schema.org/draft/2020-12/schema"
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """What LLAMACLUST_* variables say. Empty ones count as not set."""
+
+    state_dir: Path  # LLAMACLUST_STATE_DIR; else $XDG_STATE_HOME/llamaclust or ~/.local/state/llamaclust
+    home: Path  # LLAMACLUST_HOME: models and caches; else $XDG_CACHE_HOME/llamaclust or ~/.cache/llamaclust
+    feature_level: str | None  # LLAMACLUST_FEATURE_LEVEL: forces the kernels' level; None: the best there is
+
+
+def environment(variables: Mapping[str, str] | None = None) -> Environment:
+    """Reads the variables (those of this process by default). UsageError names the one with a bad value."""
+    variables = os.environ if variables is None else variables
+    level = variables.get("LLAMACLUST_FEATURE_LEVEL") or None
+    if level is not None and level not in FEATURE_LEVELS:
+        raise UsageError(f"LLAMACLUST_FEATURE_LEVEL={level}: not one of {', '.join(FEATURE_LEVELS)}")
+    return Environment(
+        state_dir=_folder(variables, "LLAMACLUST_STATE_DIR", "XDG_STATE_HOME", "~/.local/state"),
+        home=_folder(variables, "LLAMACLUST_HOME", "XDG_CACHE_HOME", "~/.cache"),
+        feature_level=level,
+    )
+
+
+def _folder(variables: Mapping[str, str], own: str, base: str, default: str) -> Path:
+    if variables.get(own):
+        return Path(variables[own]).expanduser()
+    return Path(variables.get(base) or default).expanduser() / "llamaclust"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class WorkerConfig(_Section):
+    """One worker process."""
+
+    name: Name
+    """How plans, logs and errors call it."""
+    device: Annotated[Literal["cpu"], BeforeValidator(parse_device)] = "cpu"
+    """What it computes on."""
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """Threads that compute; by default the machine's cores, shared out among its workers."""
+    memory: Size | None = None
+    """Cap on weights, KV memory and workspace together; by default what is free, shared out among its workers."""
+    bandwidth: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] | None = None
+    """Memory read bandwidth in GB/s, for plans; measured when the worker starts where it is not given."""
+    int8: Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)] | None = None
+    """Integer multiply-accumulates in GMAC/s, for plans; measured when the worker starts where it is not given."""
+
+
+class PlanEntry(_Section):
+    """One stage of a plan made by hand."""
+
+    worker: Name
+    """Name of the worker that holds these layers."""
+    layers: Layers
+    """Half-open range [start, end)."""
+
+
+class Timeouts(_Section):
+    """Durations, in seconds once read."""
+
+    request: Duration = 600.0
+    """From a request's arrival to its last token."""
+    worker: Duration = 5.0
+    """Silence after which a worker counts as lost."""
+    recovery: Duration = 120.0
+    """From a worker's loss until the cluster gives up."""
+    coordinator: Duration = 600.0
+    """How long workers that are not local wait for their coordinator."""
+
+
+class ClusterConfig(_Section):
+    """A cluster of llamaclust: one model on one or more workers, and its HTTP API."""
+
+    name: Name = "default"
+    """Tells clusters of one machine apart."""
+    model: Annotated[str, Field(min_length=1, max_length=4096)]
+    """Catalog name, path to a .gguf file (the first of a split one), hf:REPO/FILE or pypi:PACKAGE==VERSION/FILE."""
+    context_length: Annotated[int, Field(ge=1, le=MAX_CONTEXT_TOKENS)] = 4096
+    """Tokens per sequence, prompt and answer together."""
+    launcher: Annotated[Literal["local"], not_built(launcher=("static", "ray", "mpi"))] = "local"
+    """Who starts the workers."""
+    listen: Address = "127.0.0.1:8080"
+    """HOST:PORT of the HTTP API; port 0 takes a free one."""
+    workers: Annotated[tuple[WorkerConfig, ...], Field(min_length=1, max_length=256, strict=False)]
+    """The workers, in the order in which layers go to them."""
+    plan: Annotated[tuple[PlanEntry, ...] | None, Field(min_length=1, max_length=256, strict=False), OrAuto()] = None
+    """auto, or the layers of each worker."""
+    objective: Literal["latency", "throughput"] = "latency"
+    """What an automatic plan is good at: one request's speed, or many requests' together."""
+    wire: Annotated[Literal["f32"], not_built(wire_type=("f16", "q8_0"))] = "f32"
+    """Type of activations between workers; f32 is exact."""
+    kv_type: Annotated[Literal["f16"], not_built(kv_type=("q8_0",))] = "f16"
+    """Type of keys and values in KV memory."""
+    kv_memory: Annotated[Size | None, OrAuto()] = None
+    """KV memory per worker, at most; auto: up to half of what weights and workspace leave."""
+    max_sequences: Annotated[int, Field(ge=1, le=MAX_SEQUENCES)] = 32
+    """Sequences decoded together; more wait."""
+    max_waiting: Annotated[int, Field(ge=0, le=100_000)] = 256
+    """Requests that may wait; more are answered 429."""
+    prefill_chunk: Annotated[Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None, OrAuto()] = None
+    """Prompt tokens in one microbatch, at most; auto: as many as the measured stage times advise."""
+    prefix_cache: bool = True
+    """Whether requests share the KV memory of equal beginnings."""
+    api_keys_file: FilePath | None = None
+    """File of API keys, one a line, mode 0600; needed when `listen` is not a loopback address."""
+    state_dir: FilePath = Field(default_factory=lambda: environment().state_dir)
+    """Plans, measurements, logs. By default $LLAMACLUST_STATE_DIR or ~/.local/state/llamaclust."""
+    timeouts: Timeouts = Timeouts()
+    """After how long to give up."""
+
+    @property
+    def host(self) -> str:
+        return split_address(self.listen)[0]
+
+    @property
+    def port(self) -> int:
+        return split_address(self.listen)[1]
+
+    @model_validator(mode="after")
+    def _check_names(self) -> Self:
+        names = [worker.name for worker in self.workers]
+        twice = next((name for index, name in enumerate(names) if name in names[:index]), None)
+        if twice is not None:
+            raise ValueError(f"workers: two are named {twice!r}; give each a name of its own")
+        for entry in self.plan or ():
+            if entry.worker not in names:
+                raise ValueError(f"plan: unknown worker {entry.worker!r}{_hint(entry.worker, names)}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_keys(self) -> Self:
+        if self.api_keys_file is None and not is_loopback(self.host):
+            raise ValueError(f"listen: {self.listen} can be reached from other machines: set api_keys_file as well")
+        return self
+
+
+def load_config(path: Path | None, overrides: Sequence[str] = ()) -> ClusterConfig:
+    """The cluster that a file and KEY=VALUE overrides describe; without a file, the demo's.
+
+    Relative paths in the file are relative to its folder. UsageError names the place, what is wrong and what to do.
+    """
+    document = _demo() if path is None else _anchored(read_document(path), path.absolute().parent)
+    document = override(document, overrides)
+    try:
+        return ClusterConfig.model_validate(document.values)
+    except ValidationError as error:
+        raise UsageError(_first_error(error, document)) from error
+
+
+def default_config() -> ClusterConfig:
+    """The demo: a small model on two workers of this machine."""
+    return load_config(None)
+
+
+def json_schema() -> str:
+    """What deploy/cluster.schema.json holds."""
+    schema = {"$schema": SCHEMA_ADDRESS, **ClusterConfig.model_json_schema()}
+    return json.dumps(schema, indent=2) + "\n"
+
+
+def _demo() -> Document:
+    values = {"name": "demo", "model": DEMO_MODEL, "workers": [{"name": "a"}, {"name": "b"}]}
+    return Document("the demo cluster", values, {})
+
+
+def _anchored(document: Document, folder: Path) -> Document:
+    """The document with its relative paths made absolute."""
+    values = dict(document.values)
+    model = values.get("model")
+    keys = ["api_keys_file", "state_dir"]
+    if isinstance(model, str) and model.endswith(".gguf") and not model.startswith(("hf:", "pypi:")):
+        keys.append("model")
+    for key in keys:
+        if isinstance(values.get(key), str) and values[key]:
+            values[key] = str(folder / Path(values[key]).expanduser())
+    return Document(document.name, values, document.lines)
+
+
+def _first_error(error: ValidationError, document: Document) -> str:
+    """One line about the first mistake; a key that is unknown comes before a value that is missing because of it."""
+    details = error.errors(include_url=False)
+    first: Any = min(details, key=lambda detail: detail["type"] != "extra_forbidden")
+    place: Place = first["loc"]
+    where = document.where(place)
+    if first["type"] == "extra_forbidden":
+        return f"{where}: unknown key {str(place[-1])!r}{_shown_in(place[:-1])}{_hint(str(place[-1]), _keys(place))}"
+    if first["type"] == "missing":
+        return f"{where}: key {str(place[-1])!r} is missing{_shown_in(place[:-1])}"
+    reason = str(first["ctx"]["error"]) if first["type"] == "value_error" else _lowered(first["msg"])
+    given = "" if first["type"] == "value_error" else f" (it is {str(first['input'])[:60]!r})"
+    return f"{where}: {_shown(place)}{': ' if place else ''}{reason}{given}"
+
+
+def _keys(place: Place) -> list[str]:
+    sections: dict[str | int, type[BaseModel]] = {"workers": WorkerConfig, "plan": PlanEntry, "timeouts": Timeouts}
+    section = sections[place[0]] if len(place) > 1 else ClusterConfig
+    return list(section.model_fields)
+
+
+def _hint(word: str, known: list[str]) -> str:
+    near = get_close_matches(word, known, 1, 0.5)
+    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+
+
+def _shown(place: Place) -> str:
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).removeprefix(".")
+
+
+def _shown_in(place: Place) -> str:
+    return f" in {_shown(place)}" if place else ""
+
+
+def _lowered(text: str) -> str:
+    return text[:1].lower() + text[1:]
+
+
+if __name__ == "__main__":
+    print(json_schema(), end="")

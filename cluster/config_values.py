@@ -1,0 +1,134 @@
+"""The kinds of values a cluster file has: sizes, durations, addresses, layer ranges, names that are not built yet."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, WithJsonSchema
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, core_schema
+
+MAX_BYTES = 1 << 50
+MAX_SECONDS = 30 * 86_400
+
+_SIZE = r"(\d{1,15}(?:\.\d{1,6})?) ?(B|[kKMGT]B|[KMGT]iB)"
+_SIZE_UNITS = {"B": 1} | {f"{p}B": 1000 ** (i + 1) for i, p in enumerate("KMGT")}
+_SIZE_UNITS |= {"kB": 1000} | {f"{p}iB": 1024 ** (i + 1) for i, p in enumerate("KMGT")}
+_DURATION = r"(\d{1,15}(?:\.\d{1,6})?) ?(ms|s|min|h)"
+_DURATION_UNITS = {"ms": 0.001, "s": 1.0, "min": 60.0, "h": 3600.0}
+
+
+def parse_size(value: object) -> int:
+    """Bytes of '8GiB', '512 MiB', '1.5TB' or a whole number of bytes. Raises ValueError."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        size = value
+    else:
+        match = re.fullmatch(_SIZE, value) if isinstance(value, str) else None
+        if match is None:
+            raise ValueError(f"{value!r} is not a size; write it like 8GiB or 512MiB")
+        size = round(float(match[1]) * _SIZE_UNITS[match[2]])
+    if not 0 < size <= MAX_BYTES:
+        raise ValueError(f"{value!r} is not a possible size; 1B to 1024TiB are")
+    return size
+
+
+def parse_duration(value: object) -> float:
+    """Seconds of '600s', '10min', '250ms' or a number of seconds. Raises ValueError."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        seconds = float(value)
+    else:
+        match = re.fullmatch(_DURATION, value) if isinstance(value, str) else None
+        if match is None:
+            raise ValueError(f"{value!r} is not a duration; write it like 600s, 10min or 250ms")
+        seconds = float(match[1]) * _DURATION_UNITS[match[2]]
+    if not 0 < seconds <= MAX_SECONDS:
+        raise ValueError(f"{value!r} is not a possible duration; more than 0 and up to 30 days is")
+    return seconds
+
+
+def split_address(value: str) -> tuple[str, int]:
+    """(host, port) of 'HOST:PORT' or '[IPV6]:PORT'. Raises ValueError."""
+    match = re.fullmatch(r"(\[[0-9a-fA-F:.%]{2,60}\]|[A-Za-z0-9._-]{1,255}):(\d{1,5})", value)
+    if match is None or int(match[2]) > 65535:
+        raise ValueError(f"{value!r} is not an address; write it like 127.0.0.1:8080 or [::1]:8080")
+    return match[1].strip("[]"), int(match[2])
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can connect to an address of this host. Names other than localhost are not trusted."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _parse_address(value: object) -> object:
+    if isinstance(value, str):
+        split_address(value)
+    return value
+
+
+def _parse_layers(value: object) -> tuple[int, int]:
+    pair = isinstance(value, list | tuple) and len(value) == 2 and all(type(item) is int for item in value)
+    if not pair:
+        raise ValueError(f"{value!r} is not a layer range; write it like [0, 12], the end not included")
+    start, end = value  # type: ignore[misc]
+    if not 0 <= start < end:
+        raise ValueError(f"[{start}, {end}] holds no layer; ranges are half-open: [start, end) with start < end")
+    return start, end
+
+
+def _parse_path(value: object) -> object:
+    return Path(value).expanduser() if isinstance(value, str) and value else value
+
+
+def not_built(**reasons: tuple[str, ...]) -> BeforeValidator:
+    """Refuses names that the contract has and this build lacks: not_built(feature=(name, ...))."""
+    missing = {name: feature for feature, names in reasons.items() for name in names}
+
+    def check(value: object) -> object:
+        feature = missing.get(value) if isinstance(value, str) else None
+        if feature is not None:
+            raise ValueError(f"this build has no {feature} {value} yet")
+        return value
+
+    return BeforeValidator(check)
+
+
+def parse_device(value: object) -> object:
+    if isinstance(value, str) and re.fullmatch(r"cuda(:\d+)?", value):
+        raise ValueError(f"this build has no cuda backend yet ({value}); use cpu")
+    return value
+
+
+class OrAuto:
+    """Marks an optional field whose absence is written `auto`, in files and in the JSON schema."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        read: Callable[[Any], Any] = lambda value: None if value == "auto" else value  # noqa: E731
+        return core_schema.no_info_before_validator_function(read, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        json = handler(schema)
+        json["anyOf"] = [{"const": "auto"}] + [option for option in json["anyOf"] if option.get("type") != "null"]
+        return json
+
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?$")]
+Size = Annotated[
+    int, BeforeValidator(parse_size), WithJsonSchema({"type": ["string", "integer"], "pattern": f"^{_SIZE}$"})
+]
+Duration = Annotated[
+    float, BeforeValidator(parse_duration), WithJsonSchema({"type": ["string", "number"], "pattern": f"^{_DURATION}$"})
+]
+Address = Annotated[str, BeforeValidator(_parse_address)]
+FilePath = Annotated[Path, BeforeValidator(_parse_path), WithJsonSchema({"type": "string"})]
+Layers = Annotated[
+    tuple[int, int],
+    BeforeValidator(_parse_layers),
+    WithJsonSchema({"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 2, "maxItems": 2}),
+]

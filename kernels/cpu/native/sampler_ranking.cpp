@@ -1,6 +1,7 @@
 #include "sampler_ranking.h"
 
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <functional>
 #include <limits>
@@ -22,6 +23,23 @@ float value_of(uint64_t key) {
   return std::bit_cast<float>(ascending & 0x80000000 ? ascending & 0x7FFFFFFF : ~ascending);
 }
 
+// Sorts by the values in the upper halves; keys that come in order of id stay so within a value.
+void sort_by_value(std::vector<uint64_t>& keys) {
+  std::vector<uint64_t> other(keys.size());
+  for (int shift = 32; shift < 64; shift += 8) {
+    std::array<size_t, 257> starts{};
+    for (uint64_t key : keys) starts[(key >> shift & 0xFF) + 1]++;
+    for (int digit = 0; digit < 256; digit++) starts[digit + 1] += starts[digit];
+    for (uint64_t key : keys) other[starts[key >> shift & 0xFF]++] = key;
+    keys.swap(other);
+  }
+}
+
+float nth_greatest(std::vector<float> values, int n) {
+  std::nth_element(values.begin(), values.begin() + n, values.end(), std::greater<float>());
+  return values[n];
+}
+
 }  // namespace
 
 Ranking::Ranking(const SamplerOps& ops, const float* values, int n)
@@ -34,37 +52,42 @@ int Ranking::best() const {
   return static_cast<int>(std::find(values_ + (block - blocks_.begin()) * kRankBlock, values_ + n_, maximum_) - values_);
 }
 
-// Fills keys_ with the `count` best, or all there are, and perhaps some more.
-void Ranking::collect(int count) {
-  float threshold = kLowest;
-  if (count <= static_cast<int>(blocks_.size())) {
-    // `count` blocks reach this value, so at least as many entries do.
-    std::vector<float> greatest(blocks_);
-    std::nth_element(greatest.begin(), greatest.begin() + (count - 1), greatest.end(), std::greater<float>());
-    threshold = greatest[count - 1];
-  }
+// A value that probably at least `count` entries reach, and not many more.
+float Ranking::threshold(int count) const {
+  // `count` blocks reach it, so certainly as many entries do.
+  if (2 * count <= static_cast<int>(blocks_.size())) return nth_greatest(blocks_, count - 1);
+  constexpr int kStride = 37;
+  std::vector<float> sample;
+  for (int i = 0; i < n_; i += kStride) sample.push_back(values_[i]);
+  const int rank = count / kStride + count / (8 * kStride) + 16;
+  return rank < static_cast<int>(sample.size()) ? nth_greatest(std::move(sample), rank) : kLowest;
+}
+
+// Makes every entry ready that reaches the threshold.
+void Ranking::collect(float threshold) {
   complete_ = threshold == kLowest;
-  keys_.clear();
-  ready_values_.clear();
+  size_t count = 0;
   for (size_t b = 0; b < blocks_.size(); b++) {
     if (blocks_[b] < threshold) continue;
     const int begin = static_cast<int>(b) * kRankBlock, end = std::min(begin + kRankBlock, n_);
-    for (int i = begin; i < end; i++)
-      if (values_[i] >= threshold && values_[i] != kLowest) keys_.push_back(key_of(values_[i], i));
+    if (keys_.size() < count + kRankBlock) keys_.resize(2 * count + kRankBlock);
+    for (int i = begin; i < end; i++) {
+      keys_[count] = key_of(values_[i], i);
+      count += values_[i] >= threshold && values_[i] != kLowest;
+    }
   }
+  keys_.resize(count);
+  sort_by_value(keys_);
+  ready_values_.resize(count);
+  std::transform(keys_.begin(), keys_.end(), ready_values_.begin(), value_of);
 }
 
 int Ranking::extend(int count) {
   count = std::min(count, n_);
-  if (count > static_cast<int>(keys_.size()) && !complete_) collect(count);
-  const size_t ready = ready_values_.size(), end = std::min<size_t>(count, keys_.size());
-  if (end > ready) {
-    if (end < keys_.size()) std::nth_element(keys_.begin() + ready, keys_.begin() + end, keys_.end());
-    std::sort(keys_.begin() + ready, keys_.begin() + end);
-    ready_values_.reserve(end);
-    for (size_t i = ready; i < end; i++) ready_values_.push_back(value_of(keys_[i]));
-  }
-  return static_cast<int>(ready_values_.size());
+  const auto lacking = [&] { return count > static_cast<int>(keys_.size()) && !complete_; };
+  if (lacking()) collect(threshold(count));
+  if (lacking()) collect(kLowest);
+  return static_cast<int>(keys_.size());
 }
 
 bool RankedWeights::grow(int count) {

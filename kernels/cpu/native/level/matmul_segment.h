@@ -1,0 +1,139 @@
+// The order of operations of every product with quantized weights, in one place (docs/numerics.md): integers exact in a
+// segment, then, in k order, total = fma(scale_w * scale_a, sum, total), and a second fma for types with a min.
+#pragma once
+
+#include "quants/fields.h"
+
+#define UNROLL _Pragma("GCC unroll 16")
+
+namespace llamaclust::LLAMACLUST_LEVEL {
+namespace {
+
+template <class Type>
+constexpr bool kWide = Type::kLayout.segment_cols == 256;
+
+template <class Type>
+constexpr int kGroups = Type::kLayout.segment_cols / Type::kSubBlocks / 4;  // k-groups in a sub-block
+
+// What a decoder prepares once per segment, however many tokens follow.
+template <class Type, bool wide = kWide<Type>>
+struct SubScales {
+  DECODE explicit SubScales(const uint8_t*) {}
+};
+template <class Type>
+struct SubScales<Type, true> {
+  Scale scales[Type::kSubBlocks];
+  DECODE explicit SubScales(const uint8_t* body) { Type::sub_scales(body, scales); }
+};
+template <class Type, bool has = kWide<Type> && Type::kHasMin>
+struct SubMins {
+  DECODE explicit SubMins(const uint8_t*) {}
+};
+template <class Type>
+struct SubMins<Type, true> {
+  Bytes mins[2];
+  DECODE explicit SubMins(const uint8_t* body) { Type::sub_mins(body, mins); }
+};
+
+// A segment of a tile, decoded as it is read.
+template <class Type>
+struct TileSegment {
+  const uint8_t *body, *tail;
+  SubScales<Type> sub_scales;
+  SubMins<Type> sub_mins;
+  DECODE TileSegment(const uint8_t* body_, const uint8_t* tail_)
+      : body(body_), tail(tail_), sub_scales(body_), sub_mins(body_) {}
+  DECODE Bytes group(int j, int g) const { return Type::group(body, j, g); }
+  DECODE Scale sub_scale(int j) const { return sub_scales.scales[j]; }
+  DECODE Bytes mins(int i) const { return sub_mins.mins[i]; }
+  DECODE F32x16 scale() const { return Type::scale(tail); }
+  DECODE F32x16 min() const { return Type::min(tail); }
+};
+
+DECODE int32_t load_four(const int8_t* p) {
+  int32_t r;
+  memcpy(&r, p, 4);
+  return r;
+}
+
+// Sum of the activations that sub-block j meets.
+template <class Type>
+DECODE int32_t sub_sum(const Q8_256& a, int j) {
+  return Type::kSubBlocks == 16 ? a.sums[j] : a.sums[2 * j] + a.sums[2 * j + 1];
+}
+
+// total = what sub-block j adds, before the segment's float scale.
+template <class Type, class Segment, class Activations, int R, int T>
+DECODE void add_sub_block(const Segment (&w)[R], const Activations* const (&a)[T], int j, I32x16 (&total)[R][T]) {
+  constexpr int bits = Type::kBits, groups = kGroups<Type>;
+  constexpr int chunk = groups < kGroupsPerSum<bits> ? groups : kGroupsPerSum<bits>;
+  constexpr int offset = kCentred<bits> ? 0 : Type::kOffset;
+  UNROLL for (int first = 0; first < groups; first += chunk) {
+    Sums sums[R][T];
+    UNROLL for (int r = 0; r < R; r++) UNROLL for (int t = 0; t < T; t++) sums[r][t] = no_sums();
+    UNROLL for (int g = first; g < first + chunk; g++) {
+      Bytes group[R];
+      UNROLL for (int r = 0; r < R; r++) group[r] = w[r].group(j, g);
+      UNROLL for (int t = 0; t < T; t++) {
+        const int32_t four = load_four(a[t]->q + 4 * (j * groups + g));
+        UNROLL for (int r = 0; r < R; r++) sums[r][t] = step<bits>(sums[r][t], group[r], four);
+      }
+    }
+    UNROLL for (int r = 0; r < R; r++) UNROLL for (int t = 0; t < T; t++) {
+      if constexpr (!kWide<Type>)
+        total[r][t] = add_sums(total[r][t], sums[r][t]);
+      else if (offset != 0 && first + chunk == groups)
+        total[r][t] = add_scaled(total[r][t], sums[r][t], offset * sub_sum<Type>(*a[t], j), w[r].sub_scale(j));
+      else
+        total[r][t] = add_scaled(total[r][t], sums[r][t], w[r].sub_scale(j));
+    }
+  }
+}
+
+// Sum over sub-blocks of min times the sum of its activations: 128 * high + low, each an exact dot product.
+template <class Segment>
+DECODE I32x16 sum_of_mins(const Segment& w, const Q8_256& a) {
+  I32x16 high = broadcast(0), low = broadcast(0);
+  UNROLL for (int i = 0; i < 2; i++) {
+    high = add_sums(high, step<6>(no_sums(), w.mins(i), load_four(a.sums_high + 4 * i)));
+    low = add_sums(low, step<6>(no_sums(), w.mins(i), load_four(a.sums_low + 4 * i)));
+  }
+  return add(shift_left<7>(high), low);
+}
+
+template <class Type, class Segment, int R, int T>
+DECODE void add_segment(const Segment (&w)[R], const Q8_32* const (&a)[T], F32x16 (&acc)[R][T]) {
+  I32x16 total[R][T];
+  UNROLL for (int r = 0; r < R; r++) UNROLL for (int t = 0; t < T; t++) total[r][t] = broadcast(0);
+  add_sub_block<Type>(w, a, 0, total);
+  UNROLL for (int t = 0; t < T; t++) {
+    const F32x16 scale = broadcast(a[t]->scale), scaled_sum = broadcast(a[t]->scaled_sum);
+    const I32x16 offset = broadcast(Type::kOffset * a[t]->sum);
+    UNROLL for (int r = 0; r < R; r++) {
+      if (Type::kOffset != 0 && !kCentred<Type::kBits>) total[r][t] = sub(total[r][t], offset);
+      acc[r][t] = fma(mul(w[r].scale(), scale), to_float(total[r][t]), acc[r][t]);
+      if constexpr (Type::kHasMin) acc[r][t] = fma(w[r].min(), scaled_sum, acc[r][t]);
+    }
+  }
+}
+
+template <class Type, class Segment, int R, int T>
+DECODE void add_segment(const Segment (&w)[R], const Q8_256* const (&a)[T], F32x16 (&acc)[R][T]) {
+  I32x16 total[R][T];
+  UNROLL for (int r = 0; r < R; r++) UNROLL for (int t = 0; t < T; t++) total[r][t] = broadcast(0);
+#pragma GCC unroll 1
+  for (int j = 0; j < Type::kSubBlocks; j++) add_sub_block<Type>(w, a, j, total);
+  UNROLL for (int t = 0; t < T; t++) {
+    const F32x16 scale = broadcast(a[t]->scale);
+    UNROLL for (int r = 0; r < R; r++) {
+      acc[r][t] = fma(mul(w[r].scale(), scale), to_float(total[r][t]), acc[r][t]);
+      if constexpr (Type::kHasMin) {
+        const I32x16 mins = sub(broadcast(0), sum_of_mins(w[r], *a[t]));
+        acc[r][t] = fma(mul(w[r].min(), scale), to_float(mins), acc[r][t]);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace llamaclust::LLAMACLUST_LEVEL

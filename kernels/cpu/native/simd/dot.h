@@ -1,0 +1,22 @@
+// Integer dot products on every instruction set: sixteen rows a step, four columns each.
+//
+// A `Bytes` is a k-group: 64 unsigned bytes, byte 4 * row + column. `step` adds one k-group times four activation bytes
+// (each in [-127, 127], packed in an int32) to `Sums`, which hold kGroupsPerSum<kBits> such steps, where no byte has more
+// than kBits bits; then they go to int32 lanes, once, plain or times a scale per row. All of it is exact.
+#pragma once
+
+#include "lanes.h"
+
+#define DOT [[maybe_unused]] inline __attribute__((always_inline))
+
+#if defined(__AVX512VNNI__)
+#include "dot_avx512vnni.h"
+#elif defined(__AVX512BW__)
+#include "dot_avx512.h"
+#elif defined(__AVX2__)
+#include "dot_avx2.h"
+#else
+#include "dot_generic.h"
+#endif
+
+#undef DOT

@@ -1,0 +1,78 @@
+// Integer dot products on AVX2: pairs of columns in 16 bits, eight rows a register.
+#pragma once
+
+namespace llamaclust::LLAMACLUST_LEVEL {
+namespace {
+
+using Bytes = I32x16;
+using Sums = I32x16;   // [row][2 pairs of columns], 16 bits
+using Scale = I32x16;  // [row][2 times the same], 16 bits
+
+// 2 columns * 127 * the greatest byte (128 for eight bits, see step) * groups stays below 32768.
+template <int kBits>
+constexpr int kGroupsPerSum = kBits <= 4 ? 8 : kBits == 5 ? 4 : kBits == 6 ? 2 : 1;
+// Whether `step` takes bytes of eight bits as signed, less 128, so that the caller need not subtract it.
+template <int kBits>
+constexpr bool kCentred = kBits == 8;
+
+DOT Bytes load_bytes(const uint8_t* p) {
+  return {_mm256_load_si256(reinterpret_cast<const __m256i*>(p)),
+          _mm256_load_si256(reinterpret_cast<const __m256i*>(p + 32))};
+}
+DOT void store_bytes(uint8_t* p, Bytes b) {
+  _mm256_store_si256(reinterpret_cast<__m256i*>(p), b.lo);
+  _mm256_store_si256(reinterpret_cast<__m256i*>(p + 32), b.hi);
+}
+template <int shift, int mask>
+DOT __m256i field(__m256i b) {
+  const __m256i shifted = shift >= 0 ? _mm256_srli_epi16(b, shift & 7) : _mm256_slli_epi16(b, -shift & 7);
+  return _mm256_and_si256(shifted, _mm256_set1_epi8(static_cast<char>(mask)));
+}
+// Each byte shifted right (left where negative), then masked; no bit that crosses into another byte may be in the mask.
+template <int shift, int mask>
+DOT Bytes field(Bytes b) { return {field<shift, mask>(b.lo), field<shift, mask>(b.hi)}; }
+DOT Bytes merge(Bytes a, Bytes b) { return {_mm256_or_si256(a.lo, b.lo), _mm256_or_si256(a.hi, b.hi)}; }
+// Column n of the k-group as lanes.
+template <int n>
+DOT I32x16 column(Bytes b) {
+  const __m256i mask = _mm256_set1_epi32(255);
+  return {_mm256_and_si256(_mm256_srli_epi32(b.lo, 8 * n), mask), _mm256_and_si256(_mm256_srli_epi32(b.hi, 8 * n), mask)};
+}
+template <int n>
+DOT I32x16 signed_column(Bytes b) {
+  return {_mm256_srai_epi32(_mm256_slli_epi32(b.lo, 24 - 8 * n), 24),
+          _mm256_srai_epi32(_mm256_slli_epi32(b.hi, 24 - 8 * n), 24)};
+}
+
+DOT Sums no_sums() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+DOT Sums sums_of_one() { return broadcast(1); }  // per row
+template <int kBits>
+DOT __m256i step(__m256i sums, __m256i w, __m256i a) {
+  if constexpr (kBits < 8) return _mm256_add_epi16(sums, _mm256_maddubs_epi16(w, a));
+  const __m256i centred = _mm256_xor_si256(w, _mm256_set1_epi8(static_cast<char>(0x80)));
+  return _mm256_add_epi16(sums, _mm256_maddubs_epi16(_mm256_abs_epi8(centred), _mm256_sign_epi8(a, centred)));
+}
+template <int kBits>
+DOT Sums step(Sums sums, Bytes w, int32_t activations) {
+  const __m256i a = _mm256_set1_epi32(activations);
+  return {step<kBits>(sums.lo, w.lo, a), step<kBits>(sums.hi, w.hi, a)};
+}
+DOT I32x16 add_scaled(I32x16 total, Sums sums, Scale scale) {
+  return {_mm256_add_epi32(total.lo, _mm256_madd_epi16(sums.lo, scale.lo)),
+          _mm256_add_epi32(total.hi, _mm256_madd_epi16(sums.hi, scale.hi))};
+}
+DOT I32x16 add_sums(I32x16 total, Sums sums) {
+  return add_scaled(total, sums, {_mm256_set1_epi16(1), _mm256_set1_epi16(1)});
+}
+DOT Scale make_scale(I32x16 scale) {
+  return {_mm256_blend_epi16(scale.lo, _mm256_slli_epi32(scale.lo, 16), 0xAA),
+          _mm256_blend_epi16(scale.hi, _mm256_slli_epi32(scale.hi, 16), 0xAA)};
+}
+// total + scale * (sums - offset); offset is even.
+DOT I32x16 add_scaled(I32x16 total, Sums sums, int32_t offset, Scale scale) {
+  const __m256i halves = _mm256_set1_epi16(static_cast<int16_t>(-offset / 2));
+  return add_scaled(add_scaled(total, sums, scale), {halves, halves}, scale);
+}
+
+}  // namespace
+}  // namespace llamaclust::LLAMACLUST_LEVEL

@@ -1,0 +1,33 @@
+// Integer dot products with vpdpbusd.
+#pragma once
+
+#include "bytes_avx512.h"
+
+namespace llamaclust::LLAMACLUST_LEVEL {
+namespace {
+
+using Sums = __m512i;
+using Scale = __m512i;
+
+template <int kBits>
+constexpr int kGroupsPerSum = 64;
+// Whether `step` takes bytes of eight bits as signed, less 128, so that the caller need not subtract it.
+template <int kBits>
+constexpr bool kCentred = false;
+
+DOT Sums no_sums() { return _mm512_setzero_si512(); }
+DOT Sums sums_of_one() { return broadcast(1); }  // per row
+template <int kBits>
+DOT Sums step(Sums sums, Bytes w, int32_t activations) {
+  return _mm512_dpbusd_epi32(sums, w, _mm512_set1_epi32(activations));
+}
+DOT I32x16 add_sums(I32x16 total, Sums sums) { return add(total, sums); }
+DOT Scale make_scale(I32x16 scale) { return scale; }
+DOT I32x16 add_scaled(I32x16 total, Sums sums, Scale scale) { return add(total, mul(sums, scale)); }
+// total + scale * (sums - offset); offset is even.
+DOT I32x16 add_scaled(I32x16 total, Sums sums, int32_t offset, Scale scale) {
+  return add(total, mul(sub(sums, broadcast(offset)), scale));
+}
+
+}  // namespace
+}  // namespace llamaclust::LLAMACLUST_LEVEL

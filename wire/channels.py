@@ -67,8 +67,9 @@ def _is_loopback(host: str) -> bool:
 class ClientStream:
     """Our end of a bidirectional stream that we opened."""
 
-    def __init__(self, call: Any) -> None:
+    def __init__(self, call: Any, address: str) -> None:
         self._call = call
+        self.address = address
 
     async def opened(self) -> None:
         """Returns when the other side has accepted the stream; StreamBrokenError where it does not."""
@@ -101,7 +102,7 @@ class ClientStream:
         code = await self._call.code()
         details = line("details", (await self._call.details() or "")[:2000])
         if code in _TRANSPORT:
-            return StreamBrokenError(f"connection lost ({details or code.name})", told=False)
+            return StreamBrokenError(f"connection to {self.address} lost ({details or code.name})", told=False)
         return StreamBrokenError(details or code.name, told=True)
 
 
@@ -120,7 +121,7 @@ class Peer:
         if epoch is not None:
             metadata.append((EPOCH_KEY, str(epoch)))
         call = self._channel.stream_stream(method)
-        return ClientStream(call(metadata=metadata, wait_for_ready=wait_for_ready))
+        return ClientStream(call(metadata=metadata, wait_for_ready=wait_for_ready), self.address)
 
     async def close(self) -> None:
         await self._channel.close(grace=None)

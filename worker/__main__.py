@@ -1,0 +1,37 @@
+"""`python -m llamaclust.worker`: how a launcher starts a worker process; people use `llamaclust worker`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+from llamaclust.wire.tuning import tune_grpc
+from llamaclust.worker.settings import WorkerSettings
+
+
+def parse_settings(arguments: list[str]) -> WorkerSettings:
+    """Options are the fields of WorkerSettings."""
+    parser = argparse.ArgumentParser(prog="llamaclust.worker")
+    for name in ("--name", "--join", "--listen", "--device", "--feature-level"):
+        parser.add_argument(name, required=name in ("--name", "--join"))
+    parser.add_argument("--token-file", type=Path, required=True)
+    for name in ("--threads", "--memory-bytes", "--parent-pid"):
+        parser.add_argument(name, type=int)
+    parser.add_argument("--join-s", type=float)
+    given = {key: value for key, value in vars(parser.parse_args(arguments)).items() if value is not None}
+    assert given.keys() <= {field.name for field in fields(WorkerSettings)}
+    return WorkerSettings(**given)
+
+
+def main() -> None:
+    settings = parse_settings(sys.argv[1:])
+    tune_grpc()
+    from llamaclust.worker.main import run_worker
+
+    sys.exit(run_worker(settings))
+
+
+if __name__ == "__main__":
+    main()

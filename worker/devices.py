@@ -1,0 +1,74 @@
+"""What a worker computes on: its backend, the memory it may take and what the machine reaches."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+
+from llamaclust.errors import UsageError
+from llamaclust.kernels.backend import Backend
+from llamaclust.wire.control import Measured, Register
+from llamaclust.worker.machine import available_memory_bytes, processor_name, resident_bytes, total_memory_bytes
+from llamaclust.worker.settings import WorkerSettings
+
+
+@dataclass(slots=True)
+class Device:
+    """A backend and its share of the machine."""
+
+    kind: str
+    threads: int
+    feature_level: str  # as asked for; "" is the best there is
+    memory_cap_bytes: int | None
+    backend: Backend
+
+    @classmethod
+    def open(cls, settings: WorkerSettings) -> Device:
+        """UsageError for a device or feature level that this machine does not have."""
+        threads = settings.threads or len(os.sched_getaffinity(0))
+        level = settings.feature_level
+        return cls(settings.device, threads, level, settings.memory_bytes, _backend(settings.device, threads, level))
+
+    @property
+    def free_memory_bytes(self) -> int:
+        """What may still be taken: of the machine, and of the cap that holds for all this process has."""
+        available = available_memory_bytes()
+        if self.memory_cap_bytes is None:
+            return available
+        return max(0, min(available, self.memory_cap_bytes - resident_bytes()))
+
+    def measure(self) -> Measured:
+        """What this backend's kernels reach here; blocks for a fraction of a second."""
+        from llamaclust.kernels.probes import measure_machine
+
+        speed = measure_machine(self.threads)
+        return Measured(speed.read_gb_s * 1e9, speed.int8_gmac_s * 1e9)
+
+    def registration(self, name: str, address: str) -> Register:
+        level = self.backend.feature_level
+        cores = len(os.sched_getaffinity(0))
+        return Register(
+            name=name,
+            pid=os.getpid(),
+            host=socket.gethostname(),
+            address=address,
+            device=self.kind,
+            threads=self.threads,
+            feature_level=level,
+            total_memory_bytes=total_memory_bytes(),
+            free_memory_bytes=self.free_memory_bytes,
+            fingerprint=f"{processor_name()}, {cores} cores, {self.threads} threads, {self.kind} {level}",
+        )
+
+
+def _backend(device: str, threads: int, feature_level: str) -> Backend:
+    if device == "cpu":
+        from llamaclust.kernels.cpu.backend import CpuBackend
+
+        return CpuBackend(threads, feature_level)
+    if device == "reference":
+        from llamaclust.kernels.reference.backend import ReferenceBackend
+
+        return ReferenceBackend()
+    raise UsageError(f"device {device!r}: only cpu and reference are supported")

@@ -1,0 +1,156 @@
+"""Microbatches of one epoch through one stage: received, computed and passed on at the same time, in number order."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from functools import partial
+from time import perf_counter_ns
+from typing import Protocol
+
+from llamaclust.errors import WireError, WorkerError
+from llamaclust.wire.channels import FORWARD, ClientStream, Peer
+from llamaclust.wire.codec import decode_inputs, decode_microbatch
+from llamaclust.wire.control import Deadlines
+from llamaclust.wire.deadlines import deadline
+from llamaclust.wire.frames import decode_frame
+from llamaclust.wire.messages import Microbatch
+from llamaclust.wire.server import ServerStream
+from llamaclust.worker.compute import ComputeThread
+from llamaclust.worker.inputs import InputsBox
+from llamaclust.worker.stage_runner import StageRunner
+from llamaclust.worker.steps import Arrival, Counters, StageStep
+
+_DEPTH = 4
+"""Microbatches that a stage takes in before it has passed on the first: then the network holds back the sender."""
+
+
+class _Outlet(Protocol):
+    async def write(self, data: bytes) -> None: ...
+
+
+async def together(*work: Coroutine[None, None, None]) -> None:
+    """Runs all to their end; the first error cancels the others and is raised as it is."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            for one in work:
+                group.create_task(one)
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+
+
+class StageFlow:
+    """One loaded stage and its streams: from the stage before, to the one after, or to and from the coordinator."""
+
+    def __init__(
+        self,
+        epoch: int,
+        runner: StageRunner,
+        worker: str,
+        compute: ComputeThread,
+        counters: Counters,
+        deadlines: Deadlines,
+        next_stage: Peer | None,
+    ) -> None:
+        self.epoch = epoch
+        self.runner = runner
+        self._compute = compute
+        self._deadlines = deadlines
+        self._next_stage = next_stage
+        self._inputs = InputsBox(epoch, deadlines.sampling_inputs_s)
+        self._step = StageStep(runner, worker, self._inputs, counters)
+        self._results: ServerStream | None = None
+        self._forwarding = False
+        self._wire_ns = 0
+
+    async def sample(self, stream: ServerStream) -> None:
+        """The coordinator's stream to the last stage: sampling inputs come, results go."""
+        if self._next_stage is not None:
+            raise WireError("sampling inputs for a stage that is not the last")
+        if self._results is not None:
+            raise WireError(f"a second sampling stream for epoch {self.epoch}")
+        self._results = stream
+        await stream.accept()
+        while (data := await stream.read()) is not None:
+            self._inputs.put(decode_inputs(data))
+
+    async def forward(self, stream: ServerStream) -> None:
+        """The stream from the stage before, or from the coordinator. It is accepted once the whole chain is open."""
+        if self._forwarding:
+            raise WireError(f"a second stream of microbatches for epoch {self.epoch}")
+        self._forwarding = True
+        if self._next_stage is None:
+            await self._forward_to_coordinator(stream)
+            return
+        to_next = self._next_stage.open(FORWARD, epoch=self.epoch)
+        try:
+            await self._forward_to(to_next, stream)
+        finally:
+            to_next.cancel()
+
+    async def _forward_to_coordinator(self, stream: ServerStream) -> None:
+        if self._results is None:
+            raise WireError("microbatches for a last stage before its sampling stream")
+        await stream.accept()
+        await self._pass_on(stream, self._results)
+
+    async def _forward_to(self, to_next: ClientStream, stream: ServerStream) -> None:
+        assert self._next_stage is not None
+        async with deadline(f"connecting to the next stage at {self._next_stage.address}", self._deadlines.forward_s):
+            await to_next.opened()
+        await stream.accept()
+        ended = asyncio.Event()
+
+        async def passing() -> None:
+            await self._pass_on(stream, to_next)
+            ended.set()
+            await to_next.done_writing()
+
+        async def watching() -> None:
+            await to_next.read()
+            if not ended.is_set():
+                raise WorkerError(f"the next stage at {to_next.address} ended its stream")
+
+        await together(passing(), watching())
+
+    async def _pass_on(self, stream: ServerStream, outlet: _Outlet) -> None:
+        slots = asyncio.Semaphore(_DEPTH)
+        outbox: asyncio.Queue[bytes | Exception] = asyncio.Queue()
+        await together(self._receive(stream, slots, outbox), self._send(outlet, slots, outbox))
+
+    async def _receive(
+        self, stream: ServerStream, slots: asyncio.Semaphore, outbox: asyncio.Queue[bytes | Exception]
+    ) -> None:
+        number = 0
+        while (data := await stream.read()) is not None:
+            received_ns = perf_counter_ns()
+            frame = decode_frame(data)
+            microbatch = decode_microbatch(frame.header)
+            self._check_turn(microbatch, number)
+            number += 1
+            await slots.acquire()
+            arrival = Arrival(frame, microbatch, received_ns, self._wire_ns)
+            self._compute.submit(partial(self._step.run, arrival), outbox.put_nowait)
+        self._compute.submit(bytes, outbox.put_nowait)
+
+    def _check_turn(self, microbatch: Microbatch, number: int) -> None:
+        if (microbatch.epoch, microbatch.number) != (self.epoch, number):
+            found = f"({microbatch.epoch}, {microbatch.number})"
+            raise WireError(f"microbatch {found} where ({self.epoch}, {number}) was expected")
+
+    async def _send(self, outlet: _Outlet, slots: asyncio.Semaphore, outbox: asyncio.Queue[bytes | Exception]) -> None:
+        """Until the empty answer that stands for the end."""
+        while data := await outbox.get():
+            if isinstance(data, Exception):
+                raise data
+            begun_ns = perf_counter_ns()
+            async with deadline("handing a microbatch to the next stage", self._deadlines.forward_s):
+                await outlet.write(data)
+            self._wire_ns = perf_counter_ns() - begun_ns
+            slots.release()
+
+    async def close(self) -> None:
+        """Frees the stage after what is being computed; its streams have ended or end now."""
+        if self._next_stage is not None:
+            await self._next_stage.close()
+        await self._compute.call(self.runner.close)

@@ -1,0 +1,70 @@
+"""Loads a stage as the coordinator ordered it, on a thread of its own, with progress."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import astuple
+from pathlib import Path
+
+from llamaclust.errors import DoesNotFitError, ModelFileError
+from llamaclust.kernels.backend import Limits
+from llamaclust.model.loader import Model
+from llamaclust.wire.control import Load, LoadProgress
+from llamaclust.worker.devices import Device
+from llamaclust.worker.stage_runner import StageMemory, StageRunner, plan_memory
+
+Report = Callable[[LoadProgress], Awaitable[None]]
+
+_REPORT_S = 0.1
+_MIB = 1 << 20
+
+
+async def load_stage(order: Load, device: Device, report: Report) -> StageRunner:
+    """The stage of `order`. ModelFileError for another or a damaged file, DoesNotFitError where memory is short."""
+    limits = Limits(*astuple(order.limits))
+    model = await asyncio.to_thread(_open, order)
+    planned = await asyncio.to_thread(plan_memory, device.backend, model, order.start, order.end, limits)
+    _check_memory(order, planned, device.free_memory_bytes)
+    done_bytes = 0
+
+    def progress(more_bytes: int) -> None:
+        nonlocal done_bytes
+        done_bytes += more_bytes
+
+    def load() -> StageRunner:
+        level = device.feature_level
+        backend = device.backend
+        return StageRunner(backend, model, order.start, order.end, limits, feature_level=level, progress=progress)
+
+    loading = asyncio.ensure_future(asyncio.to_thread(load))
+    while not (await asyncio.wait((loading,), timeout=_REPORT_S))[0]:
+        total_bytes = planned.weight_bytes
+        await report(LoadProgress(order.epoch, min(done_bytes, total_bytes), total_bytes))
+    return loading.result()
+
+
+def _open(order: Load) -> Model:
+    model = Model.open(Path(order.model_path))
+    if model.model_id != order.model_id:
+        what = "not the file that the coordinator opened: it was changed or replaced"
+        raise ModelFileError(f"{order.model_path}: {what}; restore it, or start the cluster again")
+    return model
+
+
+def _check_memory(order: Load, planned: StageMemory, free_bytes: int) -> None:
+    if planned.total_bytes <= free_bytes:
+        return
+    parts = ", ".join(
+        f"{what} {-(-size // _MIB)}"
+        for what, size in (
+            ("weights", planned.weight_bytes),
+            ("KV memory", planned.kv_bytes),
+            ("workspace", planned.workspace_bytes),
+        )
+    )
+    needed, missing = -(-planned.total_bytes // _MIB), -(-(planned.total_bytes - free_bytes) // _MIB)
+    raise DoesNotFitError(
+        f"layers [{order.start}, {order.end}) need {needed} MiB ({parts}), {free_bytes // _MIB} MiB are free: "
+        f"{missing} MiB are missing"
+    )

@@ -1,0 +1,61 @@
+"""What the operating system says about this machine and this process. Linux first; elsewhere less is known."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+
+
+def total_memory_bytes() -> int:
+    """Of the machine, or of the control group that this process is confined to."""
+    machine = os.sysconf("SC_PHYS_PAGES") * _PAGE_BYTES
+    confined = _number(_group_file("memory.max"))
+    return machine if confined is None else min(machine, confined)
+
+
+def available_memory_bytes() -> int:
+    """What may still be taken without swapping: the kernel's own estimate, less in a confined control group."""
+    available = _meminfo("MemAvailable") or os.sysconf("SC_AVPHYS_PAGES") * _PAGE_BYTES
+    most, used = _number(_group_file("memory.max")), _number(_group_file("memory.current"))
+    return available if most is None or used is None else max(0, min(available, most - used))
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is in RAM."""
+    text = _read(Path("/proc/self/statm"))
+    return int(text.split()[1]) * _PAGE_BYTES if text else 0
+
+
+def processor_name() -> str:
+    for line in _read(Path("/proc/cpuinfo")).splitlines():
+        if line.startswith(("model name", "Model")):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _meminfo(key: str) -> int | None:
+    for line in _read(Path("/proc/meminfo")).splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _group_file(name: str) -> Path:
+    """A file of this process's control group (version 2); one that does not exist where there is none."""
+    group = _read(Path("/proc/self/cgroup")).strip().rpartition("0::/")[2]
+    return Path("/sys/fs/cgroup") / group / name
+
+
+def _number(path: Path) -> int | None:
+    text = _read(path).strip()
+    return int(text) if text.isdigit() else None
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""

@@ -1,0 +1,85 @@
+"""The worker process: opens its device, serves stages, joins the coordinator, and ends when that ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+
+from llamaclust.errors import LlamaclustError, WorkerError
+from llamaclust.wire.channels import Peer
+from llamaclust.wire.server import Server
+from llamaclust.wire.token import ClusterToken
+from llamaclust.worker.compute import ComputeThread
+from llamaclust.worker.devices import Device
+from llamaclust.worker.membership import Member
+from llamaclust.worker.parent import die_with
+from llamaclust.worker.service import StageService
+from llamaclust.worker.settings import WorkerSettings
+
+_log = logging.getLogger("llamaclust.worker")
+
+_SWITCH_INTERVAL_S = 0.0005
+"""The compute thread must not wait Python's usual 5 ms for the interpreter after a native call."""
+_GRACE_S = 0.5
+
+
+def run_worker(settings: WorkerSettings) -> int:
+    """Runs a worker to its end and returns the process's exit code. Errors are one line each on standard error.
+
+    Does not return while a native call still computes: then it ends the process itself.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    try:
+        if settings.parent_pid is not None:
+            die_with(settings.parent_pid)
+        return asyncio.run(_until_signal(settings))
+    except LlamaclustError as error:
+        _log.error("%s", error)
+        return error.exit_code
+    except Exception:
+        _log.exception("the worker failed")
+        return 1
+
+
+async def _until_signal(settings: WorkerSettings) -> int:
+    """0 after SIGTERM, SIGINT or the coordinator's word."""
+    life = asyncio.create_task(_live(settings))
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, life.cancel)
+    with contextlib.suppress(asyncio.CancelledError):
+        _log.info("ends: %s", await life)
+    return 0
+
+
+async def _live(settings: WorkerSettings) -> str:
+    token = ClusterToken.read(settings.token_file)
+    device = Device.open(settings)
+    service = StageService(settings.name)
+    compute = ComputeThread()
+    coordinator = Peer(settings.join, token)
+    server = await Server.start(settings.listen, token, service.handlers)
+    try:
+        member = Member(settings.name, token, device, service, compute)
+        await member.join(coordinator, device.registration(settings.name, server.address), settings.join_s)
+        _log.info("worker %s is a member, its stages are served at %s", settings.name, server.address)
+        return await member.serve()
+    except WorkerError as error:
+        raise WorkerError(f"the coordinator is gone: {error}") from error
+    finally:
+        await _stop(server, coordinator, compute)
+        device.backend.close()
+
+
+async def _stop(server: Server, coordinator: Peer, compute: ComputeThread) -> None:
+    await coordinator.close()
+    await server.stop(0.0)
+    if not await asyncio.to_thread(compute.stop, _GRACE_S):
+        _log.info("ends in the midst of a computation")
+        logging.shutdown()
+        os._exit(1)

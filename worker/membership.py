@@ -1,0 +1,179 @@
+"""A worker's life as a member of a cluster: it joins, obeys its coordinator, and ends with it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Coroutine
+from time import perf_counter_ns
+
+from llamaclust.errors import LlamaclustError, UsageError, WireError, WorkerError
+from llamaclust.wire.bounds import one_line
+from llamaclust.wire.channels import JOIN, ClientStream, Peer
+from llamaclust.wire.control import (
+    CoordinatorMessage,
+    Deadlines,
+    Failure,
+    Heartbeat,
+    Load,
+    Loaded,
+    LoadFailed,
+    Measure,
+    Refused,
+    Register,
+    Shutdown,
+    Unload,
+    Unloaded,
+    Welcome,
+    WorkerMessage,
+)
+from llamaclust.wire.control_codec import decode_coordinator_message, encode_worker_message
+from llamaclust.wire.deadlines import deadline
+from llamaclust.wire.messages import PROTOCOL_VERSION
+from llamaclust.wire.token import ClusterToken
+from llamaclust.worker.compute import ComputeThread
+from llamaclust.worker.devices import Device
+from llamaclust.worker.flow import StageFlow
+from llamaclust.worker.loading import load_stage
+from llamaclust.worker.machine import resident_bytes
+from llamaclust.worker.service import StageService
+from llamaclust.worker.steps import Counters
+
+_log = logging.getLogger(__name__)
+
+
+class Member:
+    """One membership, from the handshake until the coordinator ends it or is gone."""
+
+    def __init__(
+        self, name: str, token: ClusterToken, device: Device, service: StageService, compute: ComputeThread
+    ) -> None:
+        self._name = name
+        self._token = token
+        self._device = device
+        self._service = service
+        self._compute = compute
+        self._counters = Counters()
+        self._deadlines = Deadlines()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._writing = asyncio.Lock()
+        self._one_order = asyncio.Lock()
+        self._stream: ClientStream | None = None
+
+    async def join(self, coordinator: Peer, registration: Register, join_s: float) -> None:
+        """Registers. UsageError where the coordinator refuses, DeadlineError where it is not there."""
+        self._stream = coordinator.open(JOIN, wait_for_ready=True)
+        async with deadline(f"joining the coordinator at {coordinator.address}", join_s):
+            await self._stream.opened()
+            await self._say(registration)
+            welcome = await self._hear()
+        if isinstance(welcome, Refused):
+            raise UsageError(f"the coordinator refused: {welcome.reason}")
+        if not isinstance(welcome, Welcome):
+            raise WireError(f"the coordinator answered {type(welcome).__name__} to a registration")
+        if welcome.protocol[0] != PROTOCOL_VERSION[0]:
+            raise UsageError(
+                f"the coordinator speaks protocol {welcome.protocol[0]}, this worker {PROTOCOL_VERSION[0]}"
+            )
+        self._deadlines = welcome.deadlines
+
+    async def serve(self) -> str:
+        """Obeys until the coordinator ends the membership; returns its reason. WorkerError where it is gone."""
+        beating = asyncio.create_task(self._beat())
+        try:
+            while not isinstance(message := await self._hear(), Shutdown):
+                self._obey(message)
+            return message.reason
+        finally:
+            for task in (beating, *self._tasks):
+                task.cancel()
+
+    def _obey(self, message: CoordinatorMessage) -> None:
+        match message:
+            case Load():
+                self._start(self._load(message))
+            case Unload():
+                self._start(self._unload(message))
+            case Measure():
+                self._start(self._measure())
+            case _:
+                raise WireError(f"the coordinator sent {type(message).__name__} to a member")
+
+    def _start(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _load(self, order: Load) -> None:
+        async with self._one_order:
+            try:
+                loaded = await self._loaded(order)
+            except Exception as error:  # noqa: BLE001  a border: the coordinator is told, the worker stays
+                _log.error("layers [%d, %d) of epoch %d: %s", order.start, order.end, order.epoch, error)
+                await self._say(LoadFailed(order.epoch, _failure(error)))
+                return
+            await self._say(loaded)
+
+    async def _loaded(self, order: Load) -> Loaded:
+        if order.epoch in self._service:
+            raise WireError(f"epoch {order.epoch} is loaded already")
+        runner = await load_stage(order, self._device, self._say)
+        next_stage = Peer(order.next_address, self._token) if order.next_address else None
+        flow = StageFlow(order.epoch, runner, self._name, self._compute, self._counters, self._deadlines, next_stage)
+        self._service.add(flow)
+        memory = runner.memory
+        _log.info("layers [%d, %d) are loaded as epoch %d", order.start, order.end, order.epoch)
+        return Loaded(order.epoch, memory.weight_bytes, memory.kv_bytes, memory.workspace_bytes)
+
+    async def _unload(self, order: Unload) -> None:
+        async with self._one_order:
+            await self._service.remove(order.epoch)
+            await self._say(Unloaded(order.epoch))
+
+    async def _measure(self) -> None:
+        async with self._one_order:
+            try:
+                answer: WorkerMessage = await asyncio.to_thread(self._device.measure)
+            except Exception as error:  # noqa: BLE001  a border: the coordinator is told, the worker stays
+                _log.error("measuring the machine: %s", error)
+                answer = _failure(error)
+            await self._say(answer)
+
+    async def _beat(self) -> None:
+        """Signs of life, until the stream ends; that it ended is the reader's matter."""
+        with contextlib.suppress(WorkerError):
+            last_ns, busy_ns = perf_counter_ns(), self._counters.busy_ns
+            while True:
+                await asyncio.sleep(self._deadlines.heartbeat_s)
+                now_ns, total_ns = perf_counter_ns(), self._counters.busy_ns
+                await self._say(self._heartbeat(min(1.0, (total_ns - busy_ns) / (now_ns - last_ns))))
+                last_ns, busy_ns = now_ns, total_ns
+
+    def _heartbeat(self, busy: float) -> Heartbeat:
+        counters = self._counters
+        free = self._device.free_memory_bytes
+        return Heartbeat(busy, counters.microbatches, counters.tokens, resident_bytes(), free)
+
+    async def _say(self, message: WorkerMessage) -> None:
+        assert self._stream is not None
+        async with self._writing:
+            await self._stream.write(encode_worker_message(message))
+
+    async def _hear(self) -> CoordinatorMessage:
+        """The next message of a kind that this version knows."""
+        assert self._stream is not None
+        while True:
+            data = await self._stream.read()
+            if data is None:
+                raise WorkerError("the coordinator ended the stream")
+            message = decode_coordinator_message(data)
+            if message is not None:
+                return message
+            _log.warning("ignored a message of a kind that this version does not know")
+
+
+def _failure(error: Exception) -> Failure:
+    known = isinstance(error, LlamaclustError)
+    text = str(error) if known else f"{type(error).__name__}: {error}"
+    return Failure(type(error).__name__ if known else LlamaclustError.__name__, one_line(text))

@@ -1,0 +1,22 @@
+"""What a worker process is started with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSettings:
+    """`parent_pid`: the process with which this one ends, for workers that a launcher on this machine started."""
+
+    name: str
+    join: str  # gRPC target of the coordinator
+    token_file: Path
+    listen: str = "127.0.0.1:0"  # gRPC target of this worker's Stage service; port 0: any free one
+    device: str = "cpu"  # "cpu" | "reference"
+    threads: int | None = None  # None: one a core
+    memory_bytes: int | None = None  # cap on weights, KV memory and workspace; None: what is free
+    feature_level: str = ""  # "": the best there is
+    join_s: float = 60.0  # how long to wait for the coordinator
+    parent_pid: int | None = None

@@ -1,0 +1,88 @@
+"""One loaded stage: microbatches in, hidden states or row results out. Knows no network; one call at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llamaclust.errors import UsageError, WireError
+from llamaclust.kernels.backend import Backend, Float32, Limits, Progress
+from llamaclust.kernels.sampling import Sampler
+from llamaclust.model.loader import Model
+from llamaclust.model.program import Program
+from llamaclust.wire.messages import Microbatch, RowResult, SamplingInputs
+from llamaclust.worker.batches import build_batch
+
+
+@dataclass(frozen=True, slots=True)
+class StageMemory:
+    """What a stage takes, in bytes: of weights as they stand in the file before, as laid out in memory after loading."""
+
+    weight_bytes: int
+    kv_bytes: int
+    workspace_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weight_bytes + self.kv_bytes + self.workspace_bytes
+
+
+def plan_memory(backend: Backend, model: Model, start: int, end: int, limits: Limits) -> StageMemory:
+    """What layers [start, end) will take."""
+    program = model_program(model, start, end)
+    weights = sum(tensor.n_bytes for tensor in model.tensors_for(program).values())
+    kv_bytes = backend.kv_block_bytes(program) * limits.kv_blocks
+    return StageMemory(weights, kv_bytes, backend.workspace_bytes(program, limits))
+
+
+def model_program(model: Model, start: int, end: int) -> Program:
+    """The program of layers [start, end); UsageError where the model has no such layers."""
+    if not 0 <= start < end <= model.layer_count:
+        raise UsageError(f"layers [{start}, {end}) of a model that has {model.layer_count}")
+    return model.program(start, end)
+
+
+class StageRunner:
+    """Layers [start, end) of a model on a backend."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        model: Model,
+        start: int,
+        end: int,
+        limits: Limits,
+        *,
+        feature_level: str = "",
+        progress: Progress = lambda done_bytes: None,
+    ) -> None:
+        """Loads weights, which may take long. `feature_level` is the sampler's: "" takes this machine's best."""
+        program = model_program(model, start, end)
+        self.program = program
+        self.model_id = model.model_id
+        self.limits = limits
+        self._vocabulary = model.hyperparameters.vocabulary_size
+        self._sampler = Sampler(self._vocabulary, feature_level) if program.is_last else None
+        self._stage = backend.load(program, model.tensors_for(program), limits, progress)
+        workspace = backend.workspace_bytes(program, limits)
+        self.memory = StageMemory(self._stage.weight_bytes, self._stage.kv_bytes, workspace)
+
+    def run(self, microbatch: Microbatch, hidden: Float32 | None) -> Float32:
+        """Computes a microbatch; `hidden` [rows, embedding] for any but a first stage.
+
+        Returns hidden [rows, embedding], or on a last stage logits [outputs, vocabulary], valid until the next run.
+        WireError where the microbatch does not fit this stage.
+        """
+        if microbatch.model_id != self.model_id:
+            raise WireError(f"microbatch of model {microbatch.model_id}, this stage holds {self.model_id}")
+        return self._stage.run(build_batch(microbatch, self.limits, self._vocabulary), hidden)
+
+    def finish(self, logits: Float32, inputs: SamplingInputs) -> tuple[RowResult, ...]:
+        """Samples and scores logits [outputs, vocabulary] of a last stage's run. WireError for tasks that do not fit."""
+        assert self._sampler is not None, "only a last stage has logits"
+        if len(inputs.tasks) != len(logits):
+            raise WireError(f"{len(inputs.tasks)} tasks for {len(logits)} output rows")
+        return self._sampler.run(logits, inputs.tasks) if inputs.tasks else ()
+
+    def close(self) -> None:
+        """Frees weights and KV memory."""
+        self._stage.close()

@@ -1,0 +1,93 @@
+"""The life of the process that renders chat templates, seen from its parent: started, asked with a deadline, ended."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from typing import Any
+
+from llamaclust.model.template_frames import FRAME_LENGTH
+
+
+class RenderingStopped(Exception):
+    """The child ended, or did not answer in time; the message says how."""
+
+
+class TemplateProcess:
+    """The rendering process and its two pipes."""
+
+    def __init__(self, max_reply_bytes: int) -> None:
+        self._max_reply_bytes = max_reply_bytes
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "llamaclust.model.template_child"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._input = self._process.stdin.fileno()
+        self._output = self._process.stdout.fileno()
+        os.set_blocking(self._input, False)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def ask(self, frame: bytes, timeout_s: float) -> dict[str, Any]:
+        """Sends a request and waits for the reply."""
+        deadline = time.monotonic() + timeout_s
+        try:
+            self._write(frame, deadline)
+            length = FRAME_LENGTH.unpack(self._read(FRAME_LENGTH.size, deadline))[0]
+            if length > self._max_reply_bytes:
+                raise RenderingStopped(f"a reply of {length} bytes")
+            reply: dict[str, Any] = json.loads(self._read(length, deadline))
+        except TimeoutError:
+            raise RenderingStopped(f"it did not end within {timeout_s:g} s") from None
+        except (BrokenPipeError, EOFError):
+            raise RenderingStopped(self._last_words()) from None
+        return reply
+
+    def stop(self) -> None:
+        """Makes the process end; may be called from any thread."""
+        self._process.kill()
+
+    def kill(self) -> None:
+        """Ends the process and its pipes."""
+        self._process.kill()
+        self._process.communicate()
+
+    def _last_words(self) -> str:
+        self._process.kill()
+        code = self._process.wait()
+        if code == -signal.SIGXCPU:
+            return "it used more CPU time than a template may"
+        return "it crashed the process that rendered it"
+
+    def _write(self, data: bytes, deadline: float) -> None:
+        rest = memoryview(data)
+        while rest:
+            _wait_for(self._input, select.POLLOUT, deadline)
+            rest = rest[os.write(self._input, rest) :]
+
+    def _read(self, count: int, deadline: float) -> bytes:
+        data = bytearray()
+        while len(data) < count:
+            _wait_for(self._output, select.POLLIN, deadline)
+            chunk = os.read(self._output, min(count - len(data), 1 << 20))
+            if not chunk:
+                raise EOFError
+            data += chunk
+        return bytes(data)
+
+
+def _wait_for(descriptor: int, event: int, deadline: float) -> None:
+    poll = select.poll()
+    poll.register(descriptor, event)
+    if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+        raise TimeoutError

@@ -231,9 +231,9 @@ def moe_case(quant_type: QuantType, experts: int, used: int, ffn: int) -> Case:
     step = Moe(x, out, "router", "gate", "up", "down", experts, used, ffn)
     weights = {
         "router": Weight(router),
-        "gate": Weight(normal(generator, experts, ffn, 256) / 16, quant_type),
-        "up": Weight(normal(generator, experts, ffn, 256) / 16, quant_type),
-        "down": Weight(normal(generator, experts, 256, ffn) / 16, quant_type),
+        "gate": Weight(normal(generator, experts, ffn, 256) * np.float32(1 / 16), quant_type),
+        "up": Weight(normal(generator, experts, ffn, 256) * np.float32(1 / 16), quant_type),
+        "down": Weight(normal(generator, experts, 256, ffn) * np.float32(1 / 16), quant_type),
     }
     hidden = [whole_numbers(generator, rows, 256) for rows in (1, 2, 9, 40)]
     return Case(program_of(x, out, step), weights, [(rows_at(range(len(part))), part) for part in hidden])
@@ -257,6 +257,6 @@ def test_select_rows(tmp_path: Path) -> None:
     generator, x, few, out = generator_of("select"), Buffer("x", 64), Buffer("few", 64), Buffer("out", 40)
     sequences = [([0] * 9, range(9), [0]), ([0] * 30, range(30), [1, 2])]
     runs = [(batch_of(sequences, outputs=rows), normal(generator, 39, 64)) for rows in ([8, 38], [0], range(39))]
-    steps = [SelectRows(x, few), MatMul(few, out, "w")]
-    case = Case(program_of(x, out, *steps, last=True), {"w": Weight(normal(generator, 40, 64))}, runs)
+    program = program_of(x, out, SelectRows(x, few), MatMul(few, out, "w"), last=True)
+    case = Case(program, {"w": Weight(normal(generator, 40, 64))}, runs)
     check_conformance(tmp_path, case, EXACT)

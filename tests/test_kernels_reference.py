@@ -205,7 +205,7 @@ def test_chunks_and_neighbours_do_not_change_a_bit(stage: ReferenceStage) -> Non
 
 def test_what_memory_is_said_to_cost(tmp_path: Path) -> None:
     model = Model.open(build_tiny_model(tmp_path / "m.gguf", layers=3, hidden=64, heads=4, kv_heads=2, ffn=96))
-    program, limits, done = model.program(0, 3), Limits(8, 8, 2, 64, 4), []
+    program, limits, done = model.program(0, 3), Limits(8, 8, 2, 64, 4), list[int]()
     backend = ReferenceBackend()
     loaded = backend.load(program, model.tensors_for(program), limits, done.append)
     assert loaded.kv_bytes == 4 * backend.kv_block_bytes(program) == 4 * 3 * 16 * 2 * 32 * 2

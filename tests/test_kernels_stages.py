@@ -101,9 +101,9 @@ def test_neighbours_in_a_batch_do_not_matter(
 def test_levels_and_thread_counts_of_the_cpu_agree(make_whole: Callable[[str, str], Whole]) -> None:
     names = [name for name in BACKENDS if name != "reference"]
     for model_name in MODELS:
-        first, *others = (make_whole(name, model_name).logits.view(np.uint32) for name in names)
-        for name, logits in zip(names[1:], others, strict=True):
-            np.testing.assert_array_equal(logits, first, f"{model_name} on {name}")
+        found = {name: make_whole(name, model_name).logits.view(np.uint32) for name in names}
+        for name, logits in found.items():
+            np.testing.assert_array_equal(logits, found[names[0]], f"{model_name} on {name}")
 
 
 @pytest.mark.parametrize("model_name", MODELS)

@@ -1,0 +1,130 @@
+"""Text in, text out: prompts and chats to tokens, through the engine and back. For HTTP and the in-process client."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llamaclust.cluster.requests import Generation
+from llamaclust.cluster.text_choice import ChoiceText, TextChunk
+from llamaclust.cluster.text_request import SEEDS, CompletionRequest, ParameterError, check_request
+from llamaclust.cluster.text_stream import CompletionStream, TextEngine
+from llamaclust.model.chat_prompt import encode_chat, guard_messages, unguarded
+from llamaclust.model.chat_template import ChatTemplate
+from llamaclust.model.tokenizer import Tokenizer
+
+_DRAWN_SEED_BITS = 53
+"""A drawn seed survives JSON readers that know only doubles."""
+
+_BLOCKING_CHARACTERS = 2048
+"""Texts longer than this are tokenized on a thread of their own."""
+
+
+@dataclass(frozen=True, slots=True)
+class TextSettings:
+    """What a served model is called and how much it takes."""
+
+    model_name: str
+    context_length: int  # tokens of a sequence, prompt and answer together
+    max_sequences: int = 32
+
+
+class TextService:
+    """One served model. Use from one event loop."""
+
+    def __init__(
+        self, engine: TextEngine, tokenizer: Tokenizer, chat_template: ChatTemplate, settings: TextSettings
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.chat_template = chat_template
+        self.settings = settings
+        self._engine = engine
+        self._active: set[CompletionStream] = set()
+
+    @property
+    def active_requests(self) -> int:
+        """Requests that were accepted and have not ended."""
+        return len(self._active)
+
+    async def complete(self, request: CompletionRequest) -> AsyncIterator[TextChunk]:
+        """Chunks of the request's choices. The request ends where the iterator is closed. Raises as `start`."""
+        async with await self.start(request) as stream:
+            async for chunk in stream:
+                yield chunk
+
+    async def start(self, request: CompletionRequest) -> CompletionStream:
+        """Submits a request; whoever asked must close the stream.
+
+        Raises ParameterError for a value out of bounds, QueueFullError, WorkerError. Later errors come from the stream.
+        """
+        check_request(request, self.tokenizer.vocabulary_size)
+        prompt = await self._prompt_ids(request)
+        generation = self._generation(request, prompt)
+        ends = generation.stop_token_ids
+        choices = [
+            ChoiceText(index, self.tokenizer, ends, request.stop, request.min_tokens) for index in range(request.n)
+        ]
+        stream = CompletionStream(self._engine, generation, choices, self._active.discard)
+        self._active.add(stream)
+        return stream
+
+    async def tokenize(self, text: str, add_special: bool = True, parse_special: bool = True) -> list[int]:
+        """Token ids of a text."""
+        if len(text) <= _BLOCKING_CHARACTERS:
+            return self.tokenizer.encode(text, add_special, parse_special)
+        return await asyncio.to_thread(self.tokenizer.encode, text, add_special, parse_special)
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """The text of some tokens. RequestError for an id outside the vocabulary."""
+        return self.tokenizer.decode(ids)
+
+    async def chat_prompt(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> tuple[int, ...]:
+        """Token ids of a chat, ready for the answer. Control words in the messages stay text. `variables` are the
+        template's. Raises RequestError where the template refuses the messages."""
+        rendered = await self._render(messages, variables)
+        return tuple(await asyncio.to_thread(encode_chat, self.tokenizer, rendered))
+
+    async def chat_text(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
+        """A chat as the model will see it."""
+        return unguarded(await self._render(messages, variables))
+
+    async def _render(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
+        guarded = await asyncio.to_thread(guard_messages, messages, self.tokenizer)
+        return await self.chat_template.render_async(guarded, **variables)
+
+    async def _prompt_ids(self, request: CompletionRequest) -> tuple[int, ...]:
+        if isinstance(request.prompt, str):
+            prompt = tuple(await self.tokenize(request.prompt, request.add_special, request.parse_special))
+        else:
+            prompt = request.prompt
+        self._check_length(len(prompt), request.max_tokens != 0)
+        return prompt
+
+    def _check_length(self, tokens: int, wants_answer: bool) -> None:
+        context = self.settings.context_length
+        if tokens == 0:
+            raise ParameterError("prompt", "is empty; give at least one token")
+        if tokens + wants_answer > context:
+            room = " with no room for an answer" if tokens == context else ""
+            reason = f"has {tokens} tokens{room}, but the model's context length is {context} tokens; shorten it"
+            raise ParameterError("prompt", reason)
+
+    def _generation(self, request: CompletionRequest, prompt: tuple[int, ...]) -> Generation:
+        room = self.settings.context_length - len(prompt)
+        max_tokens = room if request.max_tokens is None else min(request.max_tokens, room)
+        window = self.settings.context_length if request.penalty_window is None else request.penalty_window
+        return Generation(
+            request_id=secrets.token_hex(12),
+            prompt=prompt,
+            max_tokens=max_tokens,
+            params=request.params,
+            seed=secrets.randbits(_DRAWN_SEED_BITS) if request.seed is None else request.seed % SEEDS,
+            stop_token_ids=self.tokenizer.end_of_generation | request.stop_token_ids,
+            min_tokens=max_tokens if request.ignore_eos else min(request.min_tokens, max_tokens),
+            top_logprobs=request.top_logprobs,
+            penalty_window=window,
+            score_from=request.score_from,
+        )

@@ -1,0 +1,125 @@
+"""A completion as it is asked for, in text, and the bounds it must keep."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from llamaclust.errors import RequestError
+from llamaclust.wire.messages import MAX_CONTEXT_TOKENS, MAX_TOP_LOGPROBS, SamplingParams
+
+MAX_CHOICES = 128
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARACTERS = 4096
+MAX_STOP_TOKENS = 1024
+MAX_LOGIT_BIASES = 1024
+MAX_TEMPERATURE = 100.0
+MAX_PENALTY = 1000.0
+SEEDS = 1 << 64
+
+_BIAS_NEVER = 1e9
+
+
+class ParameterError(RequestError):
+    """A request that is refused because of one of its parameters."""
+
+    def __init__(self, param: str, reason: str) -> None:
+        super().__init__(f"{param}: {reason}")
+        self.param = param
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionRequest:
+    """A prompt and how to go on from it. Texts are tokenized as the model file says."""
+
+    prompt: str | tuple[int, ...]
+    max_tokens: int | None = None  # None: until the context is full; 0: the prompt is computed, nothing chosen
+    params: SamplingParams = field(default_factory=SamplingParams)
+    seed: int | None = None  # -2**63 .. 2**64 - 1, negative ones as two's complement; None: one is drawn
+    stop: tuple[str, ...] = ()  # the answer ends before the first of them
+    stop_token_ids: frozenset[int] = frozenset()  # beside the model's own end-of-generation tokens
+    min_tokens: int = 0  # nothing stops the answer before
+    ignore_eos: bool = False  # end-of-generation tokens are never chosen
+    n: int = 1
+    top_logprobs: int = 0
+    score_from: int | None = None  # prompt tokens [max(score_from, 1), end) get logprobs; None: none
+    penalty_window: int | None = None  # last tokens that penalties count; None: all
+    add_special: bool = True  # BOS (and EOS) where the model wants them
+    parse_special: bool = True  # control words in a prompt's text become their tokens
+
+
+def check_request(request: CompletionRequest, vocabulary: int) -> None:
+    """Raises ParameterError for a value that breaks a bound. A prompt's length is checked once its tokens are known."""
+    _within("max_tokens", request.max_tokens, 0, MAX_CONTEXT_TOKENS)
+    _within("min_tokens", request.min_tokens, 0, MAX_CONTEXT_TOKENS)
+    most = request.max_tokens
+    if most is not None and request.min_tokens > most:
+        raise ParameterError("min_tokens", f"{request.min_tokens} is more than max_tokens, which is {most}")
+    _within("n", request.n, 1, MAX_CHOICES)
+    _within("top_logprobs", request.top_logprobs, 0, MAX_TOP_LOGPROBS)
+    _within("seed", request.seed, -SEEDS // 2, SEEDS - 1)
+    _within("penalty_window", request.penalty_window, 0, MAX_CONTEXT_TOKENS)
+    if request.ignore_eos and request.stop_token_ids:
+        raise ParameterError("stop_token_ids", "cannot be used together with ignore_eos")
+    _check_stop(request.stop)
+    _check_tokens("stop_token_ids", sorted(request.stop_token_ids), MAX_STOP_TOKENS, vocabulary)
+    _check_sampling(request.params, vocabulary)
+    if not isinstance(request.prompt, str):
+        _check_tokens("prompt", request.prompt, MAX_CONTEXT_TOKENS, vocabulary)
+
+
+def _check_stop(stop: Sequence[str]) -> None:
+    if len(stop) > MAX_STOP_STRINGS:
+        raise ParameterError("stop", f"{len(stop)} stop strings, at most {MAX_STOP_STRINGS} are taken")
+    for text in stop:
+        if not text:
+            raise ParameterError("stop", "a stop string must not be empty")
+        if len(text) > MAX_STOP_CHARACTERS:
+            reason = f"a stop string of {len(text)} characters, at most {MAX_STOP_CHARACTERS} are taken"
+            raise ParameterError("stop", reason)
+
+
+def _check_sampling(params: SamplingParams, vocabulary: int) -> None:
+    _finite("temperature", params.temperature, 0.0, MAX_TEMPERATURE)
+    _within("top_k", params.top_k, 0, (1 << 31) - 1)
+    _finite("top_p", params.top_p, 0.0, 1.0)
+    _finite("min_p", params.min_p, 0.0, 1.0)
+    _finite("repetition_penalty", params.repetition_penalty, 1 / MAX_PENALTY, MAX_PENALTY)
+    _finite("frequency_penalty", params.frequency_penalty, -MAX_PENALTY, MAX_PENALTY)
+    _finite("presence_penalty", params.presence_penalty, -MAX_PENALTY, MAX_PENALTY)
+    _check_tokens("logit_bias", [token for token, _ in params.logit_bias], MAX_LOGIT_BIASES, vocabulary)
+    for _, bias in params.logit_bias:
+        _finite("logit_bias", bias, -_BIAS_NEVER, _BIAS_NEVER)
+
+
+def _check_tokens(name: str, ids: Sequence[int], most: int, vocabulary: int) -> None:
+    if len(ids) > most:
+        raise ParameterError(name, f"{len(ids)} token ids, at most {most} are taken")
+    wrong = next((i for i in ids if not _is_int(i) or not 0 <= i < vocabulary), None)
+    if wrong is not None:
+        raise ParameterError(name, f"token id {_shown(wrong)} is outside the vocabulary [0, {vocabulary})")
+
+
+def _within(name: str, value: int | None, low: int, high: int) -> None:
+    if value is None:
+        return
+    if not _is_int(value) or not low <= value <= high:
+        raise ParameterError(name, f"must be a whole number within {low}..{high}, is {_shown(value)}")
+
+
+def _finite(name: str, value: float, low: float, high: float) -> None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or not low <= value <= high:
+        raise ParameterError(name, f"must be a number within {low:g}..{high:g}, is {_shown(value)}")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, int) and value.bit_length() > 200:
+        return "a number of more than 60 digits"
+    return repr(value)[:60]

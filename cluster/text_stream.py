@@ -1,0 +1,137 @@
+"""A running completion: the choices of one request, their events as chunks of text, and their end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
+from types import TracebackType
+from typing import Protocol, Self
+
+from llamaclust.cluster.requests import Event, Generation, Timings
+from llamaclust.cluster.text_choice import ChoiceText, TextChunk
+from llamaclust.errors import QueueFullError, WorkerError
+
+
+class EventStream(Protocol):
+    """What the engine gives for one generation."""
+
+    def __aiter__(self) -> AsyncIterator[Event]: ...
+
+    @property
+    def timings(self) -> Timings:
+        """As far as the request came."""
+        ...
+
+    def abort(self) -> None:
+        """Ends the generation where it has not ended, and frees what it holds."""
+        ...
+
+
+class TextEngine(Protocol):
+    """The engine as far as text needs it."""
+
+    def submit(self, generation: Generation) -> EventStream:
+        """Queues a generation. Raises RequestError, QueueFullError, WorkerError."""
+        ...
+
+
+class CompletionStream:
+    """Chunks of all choices of one request, in the order in which they come. `aclose` ends what still runs.
+
+    Choices behind the first are submitted once the first has computed the prompt, so that they find it in the prefix
+    cache; the request counts as accepted by then, so they wait where the queue is full.
+    """
+
+    def __init__(
+        self,
+        engine: TextEngine,
+        generation: Generation,
+        choices: Sequence[ChoiceText],
+        on_close: Callable[[CompletionStream], None],
+    ) -> None:
+        """Submits the first choice; raises what the engine raises."""
+        self.request_id = generation.request_id
+        self.prompt_token_ids = generation.prompt
+        self.seed = generation.seed
+        self._engine = engine
+        self._generation = generation
+        self._on_close = on_close
+        self._chunks: asyncio.Queue[TextChunk | BaseException] = asyncio.Queue()
+        self._unfinished = len(choices)
+        self._is_primed = asyncio.Event()
+        self._is_closed = False
+        self._streams = [engine.submit(generation)]
+        self._tasks = [asyncio.create_task(self._run(i, choice)) for i, choice in enumerate(choices)]
+        for task in self._tasks:
+            task.add_done_callback(self._ended)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> TextChunk:
+        """The next chunk; may be cancelled and called again. Raises the error that ended a choice."""
+        if self._unfinished == 0 and self._chunks.empty():
+            raise StopAsyncIteration
+        item = await self._chunks.get()
+        if isinstance(item, BaseException):
+            raise item
+        self._unfinished -= item.finish_reason is not None
+        return item
+
+    async def aclose(self) -> None:
+        """Aborts choices that have not ended. Nothing of the request is left in the engine afterwards."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        for stream in self._streams:
+            stream.abort()
+        for task in self._tasks:
+            task.cancel()
+        self._on_close(self)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _run(self, index: int, choice: ChoiceText) -> None:
+        try:
+            await self._follow(self._streams[0] if index == 0 else await self._submit(index), choice)
+        finally:
+            self._is_primed.set()
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            self._chunks.put_nowait(error)
+
+    async def _submit(self, index: int) -> EventStream:
+        await self._is_primed.wait()
+        generation = self._generation
+        generation = replace(generation, request_id=f"{generation.request_id}-{index}", choice=index)
+        while True:
+            try:
+                stream = self._engine.submit(generation)
+            except QueueFullError as full:
+                await asyncio.sleep(full.retry_after_s)
+            else:
+                self._streams.append(stream)
+                return stream
+
+    async def _follow(self, stream: EventStream, choice: ChoiceText) -> None:
+        async for event in stream:
+            self._is_primed.set()
+            chunk = choice.take(event)
+            self._chunks.put_nowait(chunk)
+            if choice.is_stopped and chunk.finish_reason is None:
+                stream.abort()
+                self._chunks.put_nowait(choice.stopped(stream.timings))
+                return
+            if chunk.finish_reason is not None:
+                return
+        raise WorkerError("the request was ended before its answer was complete")

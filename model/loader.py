@@ -1,4 +1,4 @@
-"""A model that can be run, as upper layers hold it: programs, the tensors they name, costs of layers, its tokenizer."""
+"""A model that can be run, as upper layers hold it: programs, the tensors they name, costs, its text side."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import dropwhile, takewhile
 from pathlib import Path
+from typing import Self
 
 from llamaclust.errors import ModelFileError
 from llamaclust.model.architectures import build_program, check_architecture
 from llamaclust.model.architectures.layers import ROPE_FACTORS
+from llamaclust.model.chat_template import ChatTemplate, load_chat_template
 from llamaclust.model.gguf import ModelFile, open_model
 from llamaclust.model.gguf_values import shown
 from llamaclust.model.hyperparameters import Hyperparameters, read_hyperparameters
@@ -60,6 +62,12 @@ class Model:
         """Reads headers only. ModelFileError as for `open_model`, and for parts that do not fit together."""
         return cls(open_model(path))
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
     @property
     def model_id(self) -> str:
         """Hex digits that tell this model from any other."""
@@ -92,6 +100,16 @@ class Model:
     def tokenizer(self) -> Tokenizer:
         """Built on first use. ModelFileError where the file has none, or one that is not supported."""
         return load_tokenizer(self.file.metadata)
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate:
+        """Made on first use; its child process ends with `close`. ModelFileError as for `tokenizer`."""
+        return load_chat_template(self.file.metadata, self.tokenizer)
+
+    def close(self) -> None:
+        """Ends what was started on first use; no file is held open."""
+        if "chat_template" in vars(self):
+            self.chat_template.close()
 
     def _layer_cost(self, program: Program) -> LayerCost:
         """Of a program of one layer, without the embedding and the head of a first or last stage."""

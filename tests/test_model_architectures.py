@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -285,6 +286,15 @@ def test_a_stage_is_given_its_own_tensors_only(make: Callable[..., ModelFile]) -
     assert len(tensors) == 9
     assert not any(isinstance(step, Embed | SelectRows) for step in program.steps)
     assert [step.layer for step in program.steps if isinstance(step, Attention)] == [1]
+
+
+def test_the_chat_template_ends_with_the_model(make: Callable[..., ModelFile]) -> None:
+    before = psutil.Process().children()
+    with Model(make()) as model:
+        assert "hello" in model.chat_template.render([{"role": "user", "content": "hello"}])
+        assert len(psutil.Process().children()) == len(before) + 1
+    assert psutil.Process().children() == before
+    Model(make()).close()
 
 
 def test_the_tokenizer_is_built_on_first_use(make: Callable[..., ModelFile]) -> None:

@@ -21,7 +21,7 @@ std::vector<std::string> level_names() {
 NB_MODULE(_native, module) {
   module.doc() = "Arithmetic of the CPU backend.";
   module.def("available_levels", &level_names, "Feature levels this machine can run, slowest first.");
-  if (bind_matmul) bind_matmul(module);
-  if (bind_sampler) bind_sampler(module);
-  if (bind_executor) bind_executor(module);
+  bind_matmul(module);
+  bind_sampler(module);
+  bind_executor(module);
 }

@@ -5,8 +5,8 @@
 
 namespace llamaclust {
 
-void bind_matmul(nanobind::module_& module) __attribute__((weak));
-void bind_sampler(nanobind::module_& module) __attribute__((weak));
-void bind_executor(nanobind::module_& module) __attribute__((weak));
+void bind_matmul(nanobind::module_& module);
+void bind_sampler(nanobind::module_& module);
+void bind_executor(nanobind::module_& module);
 
 }  // namespace llamaclust

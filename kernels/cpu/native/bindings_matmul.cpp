@@ -12,6 +12,7 @@
 #include "bindings.h"
 #include "levels.h"
 #include "pack.h"
+#include "packed_matrix.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -34,43 +35,10 @@ class AlignedBytes {
   uint8_t* data_;
 };
 
-class PackedMatrix {
- public:
-  PackedMatrix(int type, int rows, int cols) : PackedMatrix(checked(type, rows, cols), rows, cols) {}
-
-  void pack_rows(int first_row, nb::bytes data) {
-    const size_t row_bytes = file_row_bytes(matrix_.type, matrix_.cols), rows = data.size() / row_bytes;
-    if (data.size() % row_bytes != 0) throw std::invalid_argument("not whole rows of " + std::to_string(row_bytes) + " bytes");
-    if (first_row < 0 || first_row % kTileRows != 0) throw std::invalid_argument("the first row does not begin a tile");
-    if (rows > static_cast<size_t>(matrix_.rows - std::min(first_row, matrix_.rows)))
-      throw std::invalid_argument("more rows than the matrix has");
-    const auto* source = static_cast<const uint8_t*>(data.data());
-    for (size_t r = 0; r < rows; r += kTileRows)
-      pack_tile(matrix_.type, source + r * row_bytes, static_cast<int>(std::min<size_t>(kTileRows, rows - r)),
-                matrix_.cols, tiles_.data() + (first_row + r) / kTileRows * matrix_.tile_bytes);
-  }
-
-  const Matrix& matrix() const { return matrix_; }
-  size_t bytes() const { return matrix_.tile_count() * matrix_.tile_bytes; }
-
- private:
-  static QuantType checked(int type, int rows, int cols) {
-    const auto quant_type = static_cast<QuantType>(type);
-    if (!is_supported(quant_type)) throw std::invalid_argument("no matrix products with quant type " + std::to_string(type));
-    const int segment = tile_layout(quant_type).segment_cols;
-    if (rows < 1 || cols < 1 || cols % segment != 0)
-      throw std::invalid_argument("[" + std::to_string(rows) + ", " + std::to_string(cols) + "] is not a number of rows and a multiple of " + std::to_string(segment));
-    return quant_type;
-  }
-  PackedMatrix(QuantType type, int rows, int cols)
-      : matrix_{type, rows, cols, llamaclust::tile_bytes(type, cols), nullptr}, tiles_(bytes()) {
-    std::fill_n(tiles_.data(), bytes(), uint8_t{0});
-    matrix_.tiles = tiles_.data();
-  }
-
-  Matrix matrix_;
-  AlignedBytes tiles_;
-};
+void pack_rows(PackedMatrix& matrix, int first_row, nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu> data) {
+  const nb::gil_scoped_release unlocked;
+  matrix.pack_rows(first_row, {data.data(), data.size()});
+}
 
 template <typename T>
 nb::object new_array(std::initializer_list<size_t> shape, T** data) {
@@ -152,7 +120,7 @@ nb::object dequantize(const std::string& level, const PackedMatrix& packed) {
 void bind_matmul(nb::module_& module) {
   nb::class_<PackedMatrix>(module, "PackedMatrix", "Weights [rows, cols] in tiles; all zero at first.")
       .def(nb::init<int, int, int>(), "quant_type"_a, "rows"_a, "cols"_a)
-      .def("pack_rows", &PackedMatrix::pack_rows, "first_row"_a, "data"_a,
+      .def("pack_rows", &pack_rows, "first_row"_a, "data"_a,
            "Packs rows as a model file holds them; first_row is a multiple of 16, as is their number but at the end.")
       .def_prop_ro("bytes", &PackedMatrix::bytes);
   module.def("matmul", &multiply, "level"_a, "matrix"_a, "x"_a, "threads"_a = 1,

@@ -7,13 +7,12 @@
 // Copied here and not in level/: code of a level must not run before its CPU was asked.
 #define DECLARE(name)                    \
   namespace llamaclust::name {           \
-  extern const MatmulOps matmul_ops __attribute__((weak));     \
-  extern const VectorOps vector_ops __attribute__((weak));     \
-  extern const AttentionOps attention_ops __attribute__((weak)); \
-  extern const SamplerOps sampler_ops __attribute__((weak)); \
+  extern const MatmulOps matmul_ops;     \
+  extern const VectorOps vector_ops;     \
+  extern const AttentionOps attention_ops; \
+  extern const SamplerOps sampler_ops; \
   }
-#define COPY(ops) (&ops ? ops : decltype(ops){})
-#define LEVEL(name) Level{#name, COPY(name::matmul_ops), COPY(name::vector_ops), COPY(name::attention_ops), COPY(name::sampler_ops)}
+#define LEVEL(name) Level{#name, name::matmul_ops, name::vector_ops, name::attention_ops, name::sampler_ops}
 
 DECLARE(generic)
 #ifdef LLAMACLUST_HAS_AVX512VNNI

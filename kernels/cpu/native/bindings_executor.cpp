@@ -1,0 +1,169 @@
+// Plans and stages for Python: a plan is built step by step, a stage runs it in one call without the interpreter's lock.
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "bindings.h"
+#include "executor.h"
+#include "levels.h"
+#include "packed_matrix.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace llamaclust {
+namespace {
+
+using Ints = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using FloatRows = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using PythonRotation = std::optional<std::pair<int, bool>>;  // table, neox
+
+std::vector<float> vector_of(const Floats& x) { return {x.data(), x.data() + x.size()}; }
+std::span<const int32_t> span_of(const Ints& x) { return {x.data(), x.size()}; }
+
+std::optional<Rotation> rotation_of(const PythonRotation& rotation) {
+  if (!rotation) return std::nullopt;
+  return Rotation{rotation->first, rotation->second ? RopeStyle::Neox : RopeStyle::Norm};
+}
+
+// A plan and the Python objects whose memory it points into.
+struct PlanBuilder {
+  Plan plan;
+  std::vector<nb::object> kept;
+
+  const Matrix& keep(nb::handle matrix) {
+    kept.push_back(nb::borrow(matrix));
+    return nb::cast<const PackedMatrix&>(matrix).matrix();
+  }
+};
+
+struct NativeStage {
+  NativeStage(PlanBuilder& builder, const std::string& feature_level, nb::object pool)
+      : kept(std::move(builder.kept)),
+        pool(std::move(pool)),
+        level(find_level(feature_level)),
+        executor(std::move(builder.plan), level, nb::cast<ThreadPool&>(this->pool)) {}
+
+  int run(const Ints& tokens, const Ints& positions, const Ints& sequence_starts, const Ints& table_starts,
+          const Ints& block_tables, const Ints& output_rows, const std::optional<FloatRows>& hidden) {
+    if (hidden && (hidden->shape(0) != positions.size() ||
+                   hidden->shape(1) != static_cast<size_t>(executor.hidden_width())))
+      throw std::invalid_argument("batch: hidden states must be [rows, " + std::to_string(executor.hidden_width()) + "]");
+    const Batch batch{span_of(tokens),       span_of(positions),    span_of(sequence_starts),
+                      span_of(table_starts), span_of(block_tables), span_of(output_rows),
+                      hidden ? hidden->data() : nullptr};
+    const nb::gil_scoped_release unlocked;
+    return executor.run(batch);
+  }
+
+  std::vector<nb::object> kept;
+  nb::object pool;
+  const Level level;
+  Executor executor;
+};
+
+nb::object result_of(nb::handle self) {
+  const Executor& executor = nb::cast<NativeStage&>(self).executor;
+  const size_t shape[2] = {static_cast<size_t>(executor.result_capacity()), static_cast<size_t>(executor.result_width())};
+  return nb::cast(nb::ndarray<nb::numpy, float>(executor.result(), 2, shape, self));
+}
+
+void add_products(PlanBuilder& builder,
+                  const std::vector<std::tuple<nb::object, std::optional<Floats>, int, int>>& products) {
+  ProductsStep step;
+  for (const auto& [weight, bias, out, slot] : products)
+    step.products.push_back({builder.keep(weight), bias ? vector_of(*bias) : std::vector<float>{}, out, slot});
+  builder.plan.add(std::move(step));
+}
+
+void add_experts(PlanBuilder& builder, const std::vector<std::pair<std::vector<nb::object>, int>>& products, int choice,
+                 int slot, int used, bool per_rank) {
+  ExpertsStep step{{}, choice, slot, used, per_rank};
+  for (const auto& [experts, out] : products) {
+    step.products.push_back({{}, out});
+    for (const nb::object& expert : experts) step.products.back().experts.push_back(builder.keep(expert));
+  }
+  builder.plan.add(std::move(step));
+}
+
+void add_attention(PlanBuilder& builder, int q, int k, int v, int out, int layer, int heads, int kv_heads, int head_dim,
+                   float scale, PythonRotation rotate_q, PythonRotation rotate_k) {
+  builder.plan.add(AttentionStep{q, k, v, out, layer, heads, kv_heads, head_dim, scale, rotation_of(rotate_q),
+                                 rotation_of(rotate_k)});
+}
+
+void bind_row_steps(nb::class_<PlanBuilder>& plan) {
+  plan.def("embed", [](PlanBuilder& b, nb::handle weight, int out) { b.plan.add(EmbedStep{b.keep(weight), out}); })
+      .def("read_hidden", [](PlanBuilder& b, int out) { b.plan.add(InputStep{out}); })
+      .def("rms_norm",
+           [](PlanBuilder& b, int x, int out, const Floats& weight, float epsilon) {
+             b.plan.add(NormStep{x, out, vector_of(weight), epsilon});
+           })
+      .def("rope",
+           [](PlanBuilder& b, int x, int out, int heads, int head_dim, std::pair<int, bool> rotation) {
+             b.plan.add(RopeStep{x, out, heads, head_dim, *rotation_of(rotation)});
+           })
+      .def("silu_mul", [](PlanBuilder& b, int gate, int up, int out) { b.plan.add(SiluMulStep{gate, up, out}); })
+      .def("add", [](PlanBuilder& b, int x, int y, int out) { b.plan.add(AddStep{x, y, out}); })
+      .def("quantize",
+           [](PlanBuilder& b, int x, int slot, int format) {
+             require(format >= 0 && format <= static_cast<int>(ActivationFormat::Q8_256), "unknown activation format");
+             b.plan.add(QuantizeStep{x, slot, static_cast<ActivationFormat>(format)});
+           })
+      .def("choose_experts",
+           [](PlanBuilder& b, int logits, int out, int experts, int used) {
+             b.plan.add(ChooseStep{logits, out, experts, used});
+           })
+      .def("combine_experts",
+           [](PlanBuilder& b, int choice, int x, int out, int used) { b.plan.add(CombineStep{choice, x, out, used}); })
+      .def("select_rows", [](PlanBuilder& b, int x, int out) { b.plan.add(SelectStep{x, out}); })
+      .def("write_result", [](PlanBuilder& b, int x, int out) { b.plan.add(OutputStep{x, out}); });
+}
+
+}  // namespace
+
+void bind_executor(nb::module_& module) {
+  nb::class_<ThreadPool>(module, "ThreadPool").def(nb::init<int>(), "threads"_a).def_prop_ro("threads", &ThreadPool::threads);
+
+  nb::class_<PlanBuilder> plan(module, "Plan");
+  plan.def(
+          "__init__",
+          [](PlanBuilder* self, int max_tokens, int max_outputs, int max_sequences, int max_context_tokens, int kv_blocks) {
+            new (self) PlanBuilder{Plan({max_tokens, max_outputs, max_sequences, max_context_tokens, kv_blocks}), {}};
+          },
+          "max_tokens"_a, "max_outputs"_a, "max_sequences"_a, "max_context_tokens"_a, "kv_blocks"_a)
+      .def(
+          "add_buffer",
+          [](PlanBuilder& b, int width, int multiple, bool private_copy, bool outputs_only) {
+            return b.plan.add_buffer({width, multiple, private_copy, outputs_only});
+          },
+          "width"_a, "multiple"_a, "private_copy"_a, "outputs_only"_a)
+      .def("add_rotation",
+           [](PlanBuilder& b, const std::vector<double>& frequencies, double scale) {
+             const nb::gil_scoped_release unlocked;
+             return b.plan.add_rotation(frequencies, scale);
+           })
+      .def("add_kv_layer", [](PlanBuilder& b, int kv_heads, int head_dim) { return b.plan.add_kv_layer({kv_heads, head_dim}); })
+      .def("set_result", [](PlanBuilder& b, int buffer) { b.plan.set_result(buffer); })
+      .def("multiply", &add_products)
+      .def("multiply_experts", &add_experts, "products"_a, "choice"_a, "slot"_a, "used"_a, "per_rank"_a)
+      .def("attend", &add_attention, "q"_a, "k"_a, "v"_a, "out"_a, "layer"_a, "heads"_a, "kv_heads"_a, "head_dim"_a,
+           "scale"_a, "rotate_q"_a.none(), "rotate_k"_a.none());
+  bind_row_steps(plan);
+
+  nb::class_<NativeStage>(module, "Stage")
+      .def(nb::init<PlanBuilder&, const std::string&, nb::object>(), "plan"_a, "feature_level"_a, "pool"_a)
+      .def("run", &NativeStage::run, "tokens"_a, "positions"_a, "sequence_starts"_a, "table_starts"_a, "block_tables"_a,
+           "output_rows"_a, "hidden"_a.none())
+      .def_prop_ro("result", &result_of)
+      .def_prop_ro("kv_bytes", [](const NativeStage& stage) { return stage.executor.kv_bytes(); })
+      .def_prop_ro("workspace_bytes", [](const NativeStage& stage) { return stage.executor.workspace_bytes(); });
+
+  module.def("kv_block_bytes", [](int kv_heads, int head_dim) { return kv_block_bytes({kv_heads, head_dim}); },
+             "Bytes that one block of KV memory costs in a layer.");
+}
+
+}  // namespace llamaclust

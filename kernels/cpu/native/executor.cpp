@@ -1,0 +1,76 @@
+#include "executor.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "executor_worker.h"
+
+namespace llamaclust {
+namespace {
+
+struct WorkerJob final : ThreadPool::Job {
+  explicit WorkerJob(const Worker::Run& run) : run(run) {}
+  void work(int thread) noexcept override { Worker(run, thread).work(); }
+  const Worker::Run& run;
+};
+
+std::vector<Tiling> tilings_of(const Plan& plan) {
+  std::vector<Tiling> tilings;
+  for (const PlannedStep& planned : plan.steps)
+    if (const auto* step = std::get_if<AttentionStep>(&planned.step)) {
+      const int rows = tile_rows(step->heads / step->kv_heads);
+      if (std::ranges::count(tilings, rows, &Tiling::rows) > 0) continue;
+      tilings.push_back({rows, {}});
+      tilings.back().tiles.reserve(static_cast<size_t>(plan.limits.max_tokens));
+    }
+  return tilings;
+}
+
+void cut_into_tiles(const Batch& batch, Tiling& tiling) {
+  tiling.tiles.clear();
+  for (int sequence = 0; sequence < batch.sequences(); sequence++) {
+    const int end = batch.sequence_starts[static_cast<size_t>(sequence) + 1];
+    for (int row = batch.sequence_starts[static_cast<size_t>(sequence)]; row < end; row += tiling.rows)
+      tiling.tiles.push_back({sequence, row, std::min(row + tiling.rows, end)});
+  }
+}
+
+}  // namespace
+
+void Worker::work() {
+  for (const PlannedStep& planned : run_.plan.steps) {
+    if (planned.before == Meeting::Always || (planned.before == Meeting::IfShared && !alone_)) meet();
+    std::visit([this](const auto& step) { execute(step); }, planned.step);
+  }
+}
+
+Executor::Executor(Plan plan, const Level& level, ThreadPool& pool)
+    : plan_((require(plan.result.has_value(), "a program without a result"), std::move(plan))),
+      level_(level),
+      pool_(pool),
+      workspace_(plan_, pool.threads()),
+      kv_(plan_.kv_layers, plan_.limits.kv_blocks),
+      tilings_(tilings_of(plan_)) {}
+
+int Executor::run(const Batch& batch) {
+  check_batch(batch, plan_);
+  for (Tiling& tiling : tilings_) cut_into_tiles(batch, tiling);
+  for (Shares::Counter& counter : shares_.counters) counter.taken.store(0, std::memory_order_relaxed);
+  const Worker::Run run{plan_, level_, workspace_, kv_, batch, tilings_, shares_, pool_.barrier(), pool_.threads()};
+  WorkerJob job(run);
+  pool_.run(job);
+  return plan_.selects ? static_cast<int>(batch.output_rows.size()) : batch.rows();
+}
+
+int Executor::result_capacity() const {
+  return plan_.buffers[static_cast<size_t>(*plan_.result)].outputs_only ? plan_.limits.max_outputs
+                                                                        : plan_.limits.max_tokens;
+}
+
+size_t Executor::workspace_bytes() const {
+  size_t bytes = workspace_.bytes();
+  for (const RotationTable& table : plan_.rotations) bytes += table.values.size() * sizeof(float);
+  return bytes;
+}
+
+}  // namespace llamaclust

@@ -1,0 +1,222 @@
+// Attention: work is cut into units (rows of one sequence x query heads of one KV head), and long contexts of few units
+// into spans. A unit's spans are merged in ascending order wherever they were computed.
+#include <algorithm>
+
+#include "executor_worker.h"
+
+namespace llamaclust {
+
+int tile_rows(int group) { return std::max(1, kTileQueries / group); }
+
+// One attention step in one thread.
+class AttentionWork {
+ public:
+  AttentionWork(Worker& worker, const AttentionStep& step)
+      : worker_(worker),
+        step_(step),
+        level_(worker.run_.level),
+        batch_(worker.run_.batch),
+        group_(step.heads / step.kv_heads),
+        parts_((group_ + kTileQueries - 1) / kTileQueries),
+        tiles_(find_tiles()),
+        scratch_(worker.run_.workspace.attention_scratch(worker.thread_, step.head_dim)) {}
+
+  void run() {
+    stores_ = parts_ == 1 && static_cast<int>(tiles_.size()) == batch_.sequences();
+    if (!stores_) store_all();
+    if (splits_spans())
+      run_spans();
+    else
+      worker_.share(unit_count(), 1, [this](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; i++) whole_unit(i);
+      });
+  }
+
+ private:
+  // Query heads [head, head + heads) of one KV head, for a tile of rows.
+  struct Unit {
+    RowTile tile;
+    int kv_head, head, heads;
+  };
+
+  const std::vector<RowTile>& find_tiles() const {
+    const auto& all = worker_.run_.tilings;
+    return std::ranges::find(all, tile_rows(group_), &Tiling::rows)->tiles;
+  }
+  int64_t heads_per_tile() const { return static_cast<int64_t>(step_.kv_heads) * parts_; }
+  int64_t unit_count() const { return static_cast<int64_t>(tiles_.size()) * heads_per_tile(); }
+  int position(int row) const { return batch_.positions[static_cast<size_t>(row)]; }
+  int spans(const RowTile& tile) const { return position(tile.row_end - 1) / kSpanTokens + 1; }
+
+  // The last rows, which see the most, come first: what is left at the end is short.
+  Unit unit(int64_t index) const {
+    const RowTile& tile = tiles_[tiles_.size() - 1 - static_cast<size_t>(index / heads_per_tile())];
+    const int rest = static_cast<int>(index % heads_per_tile()), kv_head = rest / parts_, part = rest % parts_;
+    const int first = part * kTileQueries;
+    return {tile, kv_head, kv_head * group_ + first, std::min(kTileQueries, group_ - first)};
+  }
+
+  uint16_t* piece(int kv_head, int block) const {
+    const size_t piece_index = static_cast<size_t>(block) * static_cast<size_t>(step_.kv_heads) + static_cast<size_t>(kv_head);
+    return worker_.run_.kv.layer(step_.layer) + piece_index * kv_piece_halves(step_.head_dim);
+  }
+  const int32_t* table(int sequence) const {
+    return batch_.block_tables.data() + batch_.table_starts[static_cast<size_t>(sequence)];
+  }
+
+  const float* rotated(const std::optional<Rotation>& rotation, const float* x, int row, float* out) const {
+    if (!rotation) return x;
+    const RotationTable& angles = worker_.run_.plan.rotations[static_cast<size_t>(rotation->table)];
+    level_.vector.rope(x, angles.row(position(row)), angles.pairs, step_.head_dim, rotation->style, out);
+    return out;
+  }
+
+  void store(int sequence, int row, int kv_head) const {
+    const int at = position(row), offset = kv_head * step_.head_dim;
+    const float* key = rotated(step_.rotate_k, worker_.line(step_.k, row) + offset, row, scratch_.key);
+    level_.attention.store(key, worker_.line(step_.v, row) + offset, step_.head_dim, at % kKvBlockTokens,
+                           piece(kv_head, table(sequence)[at / kKvBlockTokens]));
+  }
+
+  // Keys and values of all rows, before anyone reads them.
+  void store_all() const {
+    worker_.share(static_cast<int64_t>(tiles_.size()), 1, [this](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++) {
+        const RowTile& tile = tiles_[static_cast<size_t>(i)];
+        for (int row = tile.row_begin; row < tile.row_end; row++)
+          for (int kv_head = 0; kv_head < step_.kv_heads; kv_head++) store(tile.sequence, row, kv_head);
+      }
+    });
+    worker_.meet();
+  }
+
+  // Where every sequence has one tile, a unit stores the rows that only it reads, and nobody waits.
+  void store_span(const Unit& unit, int span) const {
+    for (int row = unit.tile.row_begin; stores_ && row < unit.tile.row_end; row++)
+      if (position(row) / kSpanTokens == span) store(unit.tile.sequence, row, unit.kv_head);
+  }
+
+  void load_queries(const Unit& unit) const {
+    float* q = scratch_.q;
+    for (int row = unit.tile.row_begin; row < unit.tile.row_end; row++)
+      for (int head = unit.head; head < unit.head + unit.heads; head++, q += step_.head_dim) {
+        const float* x = worker_.line(step_.q, row) + head * step_.head_dim;
+        if (rotated(step_.rotate_q, x, row, q) != q) std::copy_n(x, step_.head_dim, q);
+      }
+  }
+
+  // Computes one span of the loaded queries and returns how many of them, the first ones, lie before it.
+  int compute_span(const Unit& unit, int span, const SpanSums& sums) const {
+    int positions[kTileQueries], queries = 0, before = 0;
+    for (int row = unit.tile.row_begin; row < unit.tile.row_end; row++) {
+      const int seen = std::min(position(row) + 1 - span * kSpanTokens, kSpanTokens);
+      for (int i = 0; i < unit.heads; i++)
+        if (seen > 0)
+          positions[queries++] = seen;
+        else
+          before++;
+    }
+    store_span(unit, span);
+    const size_t stride = static_cast<size_t>(step_.kv_heads) * kv_piece_halves(step_.head_dim);
+    const SpanTask task{piece(unit.kv_head, 0), stride, table(unit.tile.sequence) + span * kSpanBlocks, step_.head_dim,
+                        step_.scale, queries, scratch_.q + before * step_.head_dim, positions, scratch_.scores};
+    level_.attention.span(task, from(sums, before));
+    return before;
+  }
+
+  SpanSums from(const SpanSums& sums, int query) const {
+    return {sums.maximum + query, sums.sum + query, sums.values + query * padded_head(step_.head_dim)};
+  }
+  static int queries(const Unit& unit) { return (unit.tile.row_end - unit.tile.row_begin) * unit.heads; }
+
+  void merge(const Unit& unit, const SpanSums& total, const SpanSums& next, int before) const {
+    level_.attention.merge(from(total, before), from(next, before), queries(unit) - before, step_.head_dim);
+  }
+
+  void finish(const Unit& unit, const SpanSums& total) const {
+    int query = 0;
+    for (int row = unit.tile.row_begin; row < unit.tile.row_end; row++)
+      for (int head = unit.head; head < unit.head + unit.heads; head++, query++)
+        level_.attention.finish(from(total, query).values, total.sum[query], step_.head_dim,
+                                worker_.line(step_.out, row) + head * step_.head_dim);
+  }
+
+  void whole_unit(int64_t index) const {
+    const Unit unit = this->unit(index);
+    load_queries(unit);
+    compute_span(unit, 0, scratch_.total);
+    for (int span = 1; span < spans(unit.tile); span++) {
+      const int before = compute_span(unit, span, scratch_.next);
+      merge(unit, scratch_.total, scratch_.next, before);
+    }
+    finish(unit, scratch_.total);
+  }
+
+  // Few long units: their spans go to different threads, if there is room for all their sums.
+  size_t partial_floats() const {
+    int rows = 0;
+    for (const RowTile& tile : tiles_) rows = std::max(rows, tile.row_end - tile.row_begin);
+    return span_sums_floats(rows * std::min(group_, kTileQueries), step_.head_dim);
+  }
+  int64_t span_count() const {
+    int64_t count = 0;
+    for (const RowTile& tile : tiles_) count += spans(tile);
+    return count * heads_per_tile();
+  }
+  bool splits_spans() const {
+    const int threads = worker_.run_.threads;
+    if (threads == 1 || unit_count() >= 4 * threads) return false;
+    const int64_t count = span_count();
+    return count > unit_count() && static_cast<size_t>(count) * partial_floats() <= worker_.run_.workspace.partial_floats();
+  }
+  SpanSums partial(int64_t index) const {
+    return span_sums_at(worker_.run_.workspace.partials() + static_cast<size_t>(index) * partial_floats());
+  }
+
+  void run_spans() const {
+    worker_.share(span_count(), 1, [this](int64_t begin, int64_t end) {
+      int64_t first = 0;
+      for (int64_t i = 0; i < unit_count() && first < end; i++) {
+        const Unit unit = this->unit(i);
+        const int64_t count = spans(unit.tile);
+        if (first + count > begin) load_queries(unit);
+        for (int64_t span = std::max(begin - first, int64_t{0}); span < std::min(end - first, count); span++)
+          compute_span(unit, static_cast<int>(span), partial(first + span));
+        first += count;
+      }
+    });
+    worker_.meet();
+    worker_.share(unit_count(), 1, [this](int64_t begin, int64_t end) {
+      int64_t first = 0;
+      for (int64_t i = 0; i < end; i++) {
+        const Unit unit = this->unit(i);
+        if (i >= begin) merge_spans(unit, first);
+        first += spans(unit.tile);
+      }
+    });
+  }
+
+  void merge_spans(const Unit& unit, int64_t first) const {
+    const SpanSums total = partial(first);
+    for (int span = 1; span < spans(unit.tile); span++) {
+      int before = 0;
+      for (int row = unit.tile.row_begin; row < unit.tile.row_end && position(row) < span * kSpanTokens; row++)
+        before += unit.heads;
+      merge(unit, total, partial(first + span), before);
+    }
+    finish(unit, total);
+  }
+
+  Worker& worker_;
+  const AttentionStep& step_;
+  const Level& level_;
+  const Batch& batch_;
+  const int group_, parts_;
+  const std::vector<RowTile>& tiles_;
+  const AttentionScratch scratch_;
+  bool stores_ = false;
+};
+
+void Worker::execute(const AttentionStep& step) { AttentionWork(*this, step).run(); }
+
+}  // namespace llamaclust

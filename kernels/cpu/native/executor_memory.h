@@ -1,0 +1,56 @@
+// Where the buffers of a plan lie: once for all threads, and for few rows once more for each thread.
+#pragma once
+
+#include <vector>
+
+#include "attention_ops.h"
+#include "executor_plan.h"
+#include "memory.h"
+
+namespace llamaclust {
+
+// Up to this many rows, every thread does the row by row steps for itself.
+inline constexpr int kPrivateRows = 8;
+
+// Room for a unit of attention in one thread.
+struct AttentionScratch {
+  float* q;       // [kTileQueries][head_dim]
+  float* scores;  // [kTileQueries][kSpanTokens]
+  float* key;     // [head_dim]
+  SpanSums total, next;
+};
+
+class Workspace {
+ public:
+  Workspace(const Plan& plan, int threads);
+
+  // First line of a buffer; `thread` >= 0 asks for that thread's own copy, which holds kPrivateRows rows.
+  float* shared(BufferId id) const { return reinterpret_cast<float*>(memory_.data() + shared_[index(id)]); }
+  float* own(BufferId id, int thread) const { return reinterpret_cast<float*>(thread_base(thread) + own_[index(id)]); }
+  uint8_t* shared_slot(int slot) const { return memory_.data() + shared_slots_[index(slot)]; }
+  uint8_t* own_slot(int slot, int thread) const { return thread_base(thread) + own_slots_[index(slot)]; }
+  uint8_t* scratch(int thread) const { return thread_base(thread) + scratch_; }
+  AttentionScratch attention_scratch(int thread, int head_dim) const;
+
+  // Sums of spans that went to different threads; float32 values that fit.
+  float* partials() const { return reinterpret_cast<float*>(memory_.data() + partials_); }
+  size_t partial_floats() const { return partial_floats_; }
+
+  size_t bytes() const { return memory_.bytes(); }
+
+ private:
+  static size_t index(int id) { return static_cast<size_t>(id); }
+  uint8_t* thread_base(int thread) const { return memory_.data() + threads_ + index(thread) * thread_bytes_; }
+
+  std::vector<size_t> shared_, own_, shared_slots_, own_slots_;
+  size_t scratch_, partials_, partial_floats_, threads_, thread_bytes_;
+  Memory memory_;
+};
+
+// Floats of a SpanSums of that many queries. Maxima and sums are loaded sixteen at a time, from any query on.
+constexpr size_t span_sums_floats(int queries, int head_dim) {
+  return 4 * kTileQueries + static_cast<size_t>(queries) * static_cast<size_t>(padded_head(head_dim));
+}
+SpanSums span_sums_at(float* memory);
+
+}  // namespace llamaclust

@@ -1,0 +1,112 @@
+// One thread's part in a run.
+#pragma once
+
+#include <algorithm>
+
+#include "executor.h"
+
+namespace llamaclust {
+
+class Worker {
+ public:
+  struct Run {
+    const Plan& plan;
+    const Level& level;
+    const Workspace& workspace;
+    const KvCache& kv;
+    const Batch& batch;
+    const std::vector<Tiling>& tilings;
+    Shares& shares;
+    Barrier& barrier;
+    int threads;
+  };
+
+  Worker(const Run& run, int thread) : run_(run), thread_(thread) { set_rows(run.batch.rows()); }
+
+  void work();
+
+ private:
+  struct Range {
+    int begin, end;
+  };
+
+  void execute(const EmbedStep& step);
+  void execute(const InputStep& step);
+  void execute(const NormStep& step);
+  void execute(const RopeStep& step);
+  void execute(const SiluMulStep& step);
+  void execute(const AddStep& step);
+  void execute(const QuantizeStep& step);
+  void execute(const ChooseStep& step);
+  void execute(const CombineStep& step);
+  void execute(const SelectStep& step);
+  void execute(const OutputStep& step);
+  void execute(const ProductsStep& step);
+  void execute(const ExpertsStep& step);
+  void execute(const AttentionStep& step);
+
+  void multiply(const Product& product, int tile_begin, int tile_end);
+  void multiply_line(const ExpertsStep& step, int line, int tile_begin, int tile_end);
+  void multiply_experts(const ExpertsStep& step, int line, int tile_begin, int tile_end);
+
+  void set_rows(int rows) {
+    rows_ = rows;
+    alone_ = rows <= kPrivateRows || run_.threads == 1;
+  }
+
+  const Buffer& buffer(BufferId id) const { return run_.plan.buffers[static_cast<size_t>(id)]; }
+  int line_width(BufferId id) const { return buffer(id).width * buffer(id).multiple; }
+
+  // A row's lines: this thread's own copy where it does all rows for itself.
+  float* line(BufferId id, int row) const {
+    const bool own = rows_ <= kPrivateRows && buffer(id).private_copy;
+    float* base = own ? run_.workspace.own(id, thread_) : run_.workspace.shared(id);
+    return base + static_cast<size_t>(row) * static_cast<size_t>(line_width(id));
+  }
+  uint8_t* slot(int index) const {
+    return rows_ <= kPrivateRows ? run_.workspace.own_slot(index, thread_) : run_.workspace.shared_slot(index);
+  }
+
+  // Rows of the row by row steps that are this thread's.
+  Range own_rows() const {
+    if (alone_) return {0, rows_};
+    const int64_t rows = rows_;
+    return {static_cast<int>(rows * thread_ / run_.threads), static_cast<int>(rows * (thread_ + 1) / run_.threads)};
+  }
+
+  void meet() { run_.barrier.arrive(); }
+
+  // Calls f(begin, end) with pieces of [0, count) so that the threads together cover it: first an equal share each of
+  // one half, then shrinking pieces for whoever is ready. Pieces are multiples of `grain` but for the last. Between two
+  // calls the threads meet.
+  template <typename F>
+  void share(int64_t count, int64_t grain, F f) {
+    if (run_.threads == 1) {
+      if (count > 0) f(int64_t{0}, count);
+      return;
+    }
+    std::atomic<int64_t>& taken = run_.shares.counters[round_ % 3].taken;
+    if (thread_ == 0) run_.shares.counters[(round_ + 2) % 3].taken.store(0, std::memory_order_relaxed);
+    round_++;
+    const int64_t fixed = count / (2 * run_.threads) / grain * grain, rest = count - fixed * run_.threads;
+    if (fixed > 0) f(fixed * thread_, fixed * (thread_ + 1));
+    int64_t begin = taken.load(std::memory_order_relaxed);
+    while (begin < rest) {
+      const int64_t fair = (rest - begin) / (2 * run_.threads) / grain * grain;
+      const int64_t end = std::min(rest, begin + std::max(fair, grain));
+      if (!taken.compare_exchange_weak(begin, end, std::memory_order_relaxed)) continue;
+      f(count - rest + begin, count - rest + end);
+      begin = taken.load(std::memory_order_relaxed);
+    }
+  }
+
+  friend class AttentionWork;
+
+  const Run& run_;
+  const int thread_;
+  int rows_ = 0;
+  bool alone_ = false;  // row by row steps are not shared out
+  uint32_t round_ = 0;
+};
+
+}  // namespace llamaclust

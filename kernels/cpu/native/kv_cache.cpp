@@ -1,0 +1,20 @@
+#include "kv_cache.h"
+
+namespace llamaclust {
+
+size_t kv_block_bytes(const KvShape& shape) {
+  return static_cast<size_t>(shape.kv_heads) * kv_piece_halves(shape.head_dim) * sizeof(uint16_t);
+}
+
+KvCache::KvCache(const std::vector<KvShape>& layers, int blocks) {
+  Layout layout;
+  for (const KvShape& shape : layers)
+    offsets_.push_back(layout.add(kv_block_bytes(shape) * static_cast<size_t>(blocks)));
+  memory_ = Memory(layout.bytes());
+}
+
+uint16_t* KvCache::layer(int index) const {
+  return reinterpret_cast<uint16_t*>(memory_.data() + offsets_[static_cast<size_t>(index)]);
+}
+
+}  // namespace llamaclust

@@ -1,0 +1,33 @@
+// Paged KV memory of a stage: for each layer, pieces of 16 positions of one KV head (attention_ops.h), by block id.
+#pragma once
+
+#include <vector>
+
+#include "attention_ops.h"
+#include "memory.h"
+
+namespace llamaclust {
+
+struct KvShape {
+  int kv_heads;
+  int head_dim;
+};
+
+// Bytes that one block costs in a layer of this shape.
+size_t kv_block_bytes(const KvShape& shape);
+
+class KvCache {
+ public:
+  KvCache() = default;
+  KvCache(const std::vector<KvShape>& layers, int blocks);
+
+  // The piece of KV head 0 in block 0; heads lie one after another, then comes the next block.
+  uint16_t* layer(int index) const;
+  size_t bytes() const { return memory_.bytes(); }
+
+ private:
+  std::vector<size_t> offsets_;
+  Memory memory_;
+};
+
+}  // namespace llamaclust

@@ -27,6 +27,7 @@ class Generation:
     stop_token_ids: frozenset[int] = frozenset()
     min_tokens: int = 0  # stop tokens are suppressed until that many are generated
     top_logprobs: int = 0
+    penalty_window: int = 64  # tokens (prompt and answer) before the one to be chosen that penalties count
     score_from: int | None = None  # prompt tokens [max(score_from, 1), end) get logprobs; None: none are scored
 
 

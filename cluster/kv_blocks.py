@@ -1,0 +1,116 @@
+"""KV blocks as numbers: who holds which, which may be found again by their content, and tables as runs of ids."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+
+from llamaclust.wire.messages import Run
+
+
+class KvBlocks:
+    """Blocks 0..count, the same ids on every stage. A block is free, held (by one or more tables), or idle.
+
+    A held block may be labelled with a key that stands for its content. When nobody holds it any more it stays idle:
+    it can be held again by its key, until its memory is needed (the block idle for longest goes first).
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._free = list(range(count - 1, -1, -1))  # the last one is taken first: low ids, memory that is warm
+        self._holders = [0] * count
+        self._keys: dict[int, bytes] = {}
+        self._by_key: dict[bytes, int] = {}
+        self._idle: OrderedDict[int, None] = OrderedDict()
+
+    @property
+    def available(self) -> int:
+        """Blocks that `take` can still give."""
+        return len(self._free) + len(self._idle)
+
+    @property
+    def held(self) -> int:
+        return self.count - self.available
+
+    def holders(self, block: int) -> int:
+        return self._holders[block]
+
+    def is_labelled(self, block: int) -> bool:
+        return block in self._keys
+
+    def take(self) -> int:
+        """A block of one's own, its content undefined. There must be one available."""
+        if self._free:
+            block = self._free.pop()
+        else:
+            block, _ = self._idle.popitem(last=False)
+            del self._by_key[self._keys.pop(block)]
+        assert self._holders[block] == 0
+        self._holders[block] = 1
+        return block
+
+    def hold(self, key: bytes) -> int:
+        """The block with this content, which there must be, held once more; nobody may write it."""
+        block = self._by_key[key]
+        self._idle.pop(block, None)
+        self._holders[block] += 1
+        return block
+
+    def holds_idle(self, key: bytes) -> bool | None:
+        """Whether the block with this content is idle; None where there is none."""
+        block = self._by_key.get(key)
+        return None if block is None else block in self._idle
+
+    def label(self, block: int, key: bytes) -> None:
+        """Lets `hold` find a full block that is never written again. The first block with a content keeps the key."""
+        assert self._holders[block] > 0
+        if key not in self._by_key and block not in self._keys:
+            self._by_key[key] = block
+            self._keys[block] = key
+
+    def release(self, blocks: Iterable[int]) -> None:
+        """Gives back one hold on each block; those at the end of a table are the first to be taken again."""
+        for block in reversed(list(blocks)):
+            self._holders[block] -= 1
+            assert self._holders[block] >= 0, "a block was released twice"
+            if self._holders[block] == 0:
+                if block in self._keys:
+                    self._idle[block] = None
+                else:
+                    self._free.append(block)
+
+
+class BlockTable:
+    """The blocks of one sequence: position p lives in block p // KV_BLOCK_TOKENS of the table."""
+
+    __slots__ = ("_runs", "_shown", "blocks")
+
+    def __init__(self) -> None:
+        self.blocks: list[int] = []
+        self._runs: list[Run] = []
+        self._shown: tuple[Run, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        if self._shown is None:
+            self._shown = tuple(self._runs)
+        return self._shown
+
+    def append(self, block: int) -> None:
+        self.blocks.append(block)
+        self._shown = None
+        last = self._runs[-1] if self._runs else None
+        if last is not None and last.start + last.count == block:
+            self._runs[-1] = Run(last.start, last.count + 1)
+        else:
+            self._runs.append(Run(block, 1))
+
+    def clear(self) -> list[int]:
+        """Empties the table; the blocks it had."""
+        blocks, self.blocks = self.blocks, []
+        self._runs.clear()
+        self._shown = None
+        return blocks

@@ -1,0 +1,317 @@
+"""Decides what the stages compute next: continuous batching, chunked prefill, preemption. Pure: times come in.
+
+Blocks are given up at once when a sequence finishes, is aborted or preempted, although microbatches in flight may still
+read them: stages run microbatches in number order, and whoever gets the blocks writes them in a later one.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import deque
+from dataclasses import dataclass
+from itertools import islice
+from operator import attrgetter
+
+from llamaclust.cluster.kv_memory import KvMemory
+from llamaclust.cluster.requests import Finished, Generation
+from llamaclust.cluster.scheduler_checks import check_generation
+from llamaclust.cluster.scheduler_chunks import chunk_rows
+from llamaclust.cluster.scheduler_split import DecodeSplit
+from llamaclust.cluster.sequences import Failed, Part, Sequence, Update
+from llamaclust.cluster.settings import SchedulerSettings
+from llamaclust.cluster.stage_times import StageTimes
+from llamaclust.errors import QueueFullError, WireError
+from llamaclust.wire.messages import Microbatch, Result, SamplingInputs
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledMicrobatch:
+    """What goes to the pipeline."""
+
+    microbatch: Microbatch
+    inputs: SamplingInputs
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """A moment of the scheduler, for metrics."""
+
+    running: int
+    waiting: int
+    in_flight: int
+    kv_blocks: int
+    kv_blocks_held: int
+    preemptions: int
+    cached_tokens: int  # prompt tokens found in the prefix cache, in all
+    computed_tokens: int  # prompt tokens computed, in all; those computed again after a preemption count again
+
+
+@dataclass(frozen=True, slots=True)
+class _InFlight:
+    number: int
+    parts: tuple[Part, ...]
+    decoding: int  # parts that are decode: the first ones
+    others: int  # microbatches in flight when this one was sent
+    sent_ns: int
+
+
+_RESERVE_BLOCKS = 2
+"""Left for each running sequence when another one starts: it must not be preempted again at once."""
+
+_SEEN_AHEAD = 8
+"""Waiting sequences that count as work to come."""
+
+_by_arrival = attrgetter("key")
+_by_remaining = attrgetter("remaining")
+
+
+class Scheduler:
+    """All running and waiting sequences of one pipeline."""
+
+    def __init__(self, settings: SchedulerSettings, epoch: int, stages: int) -> None:
+        self.settings = settings
+        self.times = StageTimes(stages)
+        self.memory = KvMemory(settings)
+        self._split = DecodeSplit(self.times)
+        self._epoch = epoch
+        self._sequences: dict[int, Sequence] = {}
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []  # by arrival
+        self._in_flight: deque[_InFlight] = deque()
+        self._next_key = 0
+        self._next_number = 0
+        self._preemptions = 0
+        self._cached_tokens = 0
+        self._computed_tokens = 0
+
+    @property
+    def counts(self) -> Counts:
+        return Counts(
+            running=len(self._running),
+            waiting=len(self._waiting),
+            in_flight=len(self._in_flight),
+            kv_blocks=self.memory.blocks.count,
+            kv_blocks_held=self.memory.blocks.held,
+            preemptions=self._preemptions,
+            cached_tokens=self._cached_tokens,
+            computed_tokens=self._computed_tokens,
+        )
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        """All that are not finished, by arrival."""
+        return list(self._sequences.values())
+
+    def oldest_sent_ns(self) -> int | None:
+        """When the microbatch that is in flight for longest was sent."""
+        return self._in_flight[0].sent_ns if self._in_flight else None
+
+    def add(self, ask: Generation, now_ns: int) -> Sequence:
+        """Takes a request into the queue, unless it has no work. Raises RequestError or QueueFullError."""
+        check_generation(ask, self.settings)
+        sequence = self._sequence(ask, now_ns)
+        if sequence.has_work:
+            starting = self.settings.max_sequences - len(self._running)
+            if len(self._waiting) >= self.settings.max_waiting + starting:
+                raise QueueFullError(f"{len(self._waiting)} requests wait already, more may not: try again later")
+            self._sequences[sequence.key] = sequence
+            self._waiting.append(sequence)
+        return sequence
+
+    def _sequence(self, ask: Generation, now_ns: int) -> Sequence:
+        room = self.settings.max_tokens - len(ask.prompt)
+        last = len(ask.prompt) - 1
+        first_score = last if ask.score_from is None else min(max(ask.score_from, 1) - 1, last)
+        self._next_key += 1
+        return Sequence(
+            key=self._next_key,
+            generation=ask,
+            max_tokens=min(ask.max_tokens, room),
+            arrived_ns=now_ns,
+            tokens=list(ask.prompt),
+            next_score=first_score,
+        )
+
+    def abort(self, key: int) -> Sequence | None:
+        """Forgets a sequence and frees its blocks; None where it is finished already."""
+        sequence = self._sequences.get(key)
+        if sequence is not None:
+            self._drop(sequence)
+        return sequence
+
+    def next_microbatch(self, now_ns: int) -> ScheduledMicrobatch | None:
+        """The next unit of work; None where there is none or enough of it is in flight."""
+        if len(self._in_flight) >= self.times.in_flight:
+            return None
+        self.memory.begin_microbatch()
+        ready = self._ready_to_decode()
+        prefill = self._prefill_parts(len(ready), now_ns)
+        if not prefill:
+            ready = ready[: self._decode_rows(len(ready))]
+        parts = (*(sequence.take(1) for sequence in ready), *prefill)
+        return self._launch(parts, len(ready), now_ns) if parts else None
+
+    def complete(self, result: Result, now_ns: int) -> list[tuple[int, list[Update]]]:
+        """Takes in a result without a failure; for each sequence that has news, its key and the news.
+
+        WireError where it is not the answer to the microbatch that is due.
+        """
+        done = self._due(result)
+        self._learn(done, result, now_ns)
+        news: list[tuple[int, list[Update]]] = []
+        row = 0
+        for part in done.parts:
+            sequence, count = part.sequence, len(part.tasks)
+            rows = result.rows[row : row + count]
+            row += count
+            sequence.in_flight -= 1
+            if count and not sequence.is_finished:
+                updates = sequence.answered(part, rows, now_ns)
+                if isinstance(updates[-1], Finished | Failed):
+                    self._drop(sequence)
+                news.append((sequence.key, updates))
+        return news
+
+    def _due(self, result: Result) -> _InFlight:
+        due = self._in_flight[0] if self._in_flight else None
+        if due is None or (result.epoch, result.number) != (self._epoch, due.number):
+            expected = f"microbatch {due.number} of epoch {self._epoch}" if due else "nothing"
+            raise WireError(f"a result for microbatch {result.number} of epoch {result.epoch}, but {expected} is due")
+        outputs = sum(len(part.tasks) for part in due.parts)
+        if len(result.rows) != outputs:
+            raise WireError(f"microbatch {due.number} came back with {len(result.rows)} results instead of {outputs}")
+        return self._in_flight.popleft()
+
+    def _learn(self, done: _InFlight, result: Result, now_ns: int) -> None:
+        elapsed_ns = now_ns - done.sent_ns
+        rows = sum(len(part.chunk.tokens) for part in done.parts)
+        if done.decoding == len(done.parts):
+            was_alone = done.others == 0 and self._next_number == done.number + 1
+            self.times.learn_decode(rows, result.timings, elapsed_ns, was_alone)
+        else:
+            self.times.learn_prefill(rows, result.timings, elapsed_ns)
+
+    # -- decode ----------------------------------------------------------------------------------------------------
+
+    def _ready_to_decode(self) -> list[Sequence]:
+        """Sequences whose last token is to be computed, oldest first, each with a block for it."""
+        for sequence in list(self._running):
+            if sequence.is_decoding and sequence.remaining:
+                self._grow(sequence)
+        return [sequence for sequence in self._running if sequence.is_decoding and sequence.remaining]
+
+    def _grow(self, sequence: Sequence) -> None:
+        """Gives a sequence the block it needs, at the cost of the youngest; it may be the youngest itself."""
+        while sequence.is_decoding and not self.memory.grow(sequence):
+            self._preempt(self._running[-1])
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Back to the front of the queue: computed again from its tokens, it goes on as if nothing had happened."""
+        self._running.remove(sequence)
+        self.memory.release(sequence)
+        self._waiting.appendleft(sequence)
+        self._preemptions += 1
+
+    def _decode_rows(self, ready: int) -> int:
+        """How many of the ready ones form a microbatch of their own now.
+
+        While as many groups as pay are under way, the ready ones wait for a group to come back and join it.
+        """
+        if not ready:
+            return 0
+        decoding = sum(sequence.is_decoding for sequence in self._running)
+        groups = self._split.groups(decoding)
+        under_way = sum(sent.decoding > 0 for sent in self._in_flight)
+        return 0 if under_way >= groups else -(-decoding // groups)
+
+    # -- prefill ---------------------------------------------------------------------------------------------------
+
+    def _prefill_parts(self, decoding: int, now_ns: int) -> list[Part]:
+        """Chunks for one microbatch: half for whoever has least left to do, the rest in order of arrival.
+
+        So a short prompt does not wait for a long one, and the oldest never stands still.
+        """
+        prefilling = [sequence for sequence in self._running if not sequence.is_decoding and sequence.remaining]
+        if not prefilling and (not self._waiting or len(self._running) >= self.settings.max_sequences):
+            return []
+        pending = sum(map(_by_remaining, prefilling)) + sum(map(_by_remaining, islice(self._waiting, _SEEN_AHEAD)))
+        rows_left = chunk_rows(self.settings, self.times, pending, decoding)
+        outputs_left = self.settings.max_outputs - decoding
+        chunks: dict[int, Part] = {}
+
+        def give(sequence: Sequence, most: int) -> None:
+            nonlocal rows_left, outputs_left
+            rows = sequence.rows_within(min(most, rows_left), outputs_left)
+            if rows > 0 and sequence.key not in chunks:
+                sequence.started_ns = sequence.started_ns or now_ns
+                part = chunks[sequence.key] = sequence.take(rows)
+                self.memory.filled(sequence)
+                rows_left -= rows
+                outputs_left -= len(part.tasks)
+
+        shortest = self._shortest(prefilling)
+        if shortest is not None:
+            give(shortest, max(1, rows_left // 2))
+        for sequence in prefilling:
+            give(sequence, rows_left)
+        while rows_left > 0 and (admitted := self._admit()) is not None:
+            give(admitted, rows_left)
+        self._computed_tokens += sum(len(part.chunk.tokens) for part in chunks.values())
+        return list(chunks.values())
+
+    def _shortest(self, prefilling: list[Sequence]) -> Sequence | None:
+        """Who has less left to do than the oldest; None where nobody has."""
+        if not prefilling:
+            return None
+        oldest = prefilling[0]
+        if self._waiting and self._waiting[0].remaining < oldest.remaining:
+            admitted = self._admit()
+            if admitted is not None:
+                prefilling = [*prefilling, admitted]
+        shortest = min(prefilling, key=_by_remaining)
+        return None if shortest is oldest else shortest
+
+    def _admit(self) -> Sequence | None:
+        """Starts the first one that waits, with blocks for all of its tokens; None where it has to wait on.
+
+        What is in flight for a preempted one is waited for: its answer may be one more token.
+        """
+        if not self._waiting or len(self._running) >= self.settings.max_sequences:
+            return None
+        sequence = self._waiting[0]
+        if sequence.in_flight:
+            return None
+        if not self.memory.admit(sequence, _RESERVE_BLOCKS * len(self._running)):
+            return None
+        self._waiting.popleft()
+        if sequence.cached_tokens is None:
+            sequence.cached_tokens = sequence.scheduled
+            self._cached_tokens += sequence.cached_tokens
+        insort(self._running, sequence, key=_by_arrival)
+        return sequence
+
+    # -- both ------------------------------------------------------------------------------------------------------
+
+    def _launch(self, parts: tuple[Part, ...], decoding: int, now_ns: int) -> ScheduledMicrobatch:
+        number = self._next_number
+        self._next_number += 1
+        self._in_flight.append(_InFlight(number, parts, decoding, len(self._in_flight), now_ns))
+        if decoding == len(parts):
+            self._split.launched()
+        for part in parts[:decoding]:
+            self.memory.filled(part.sequence)
+        chunks = tuple(part.chunk for part in parts)
+        tasks = tuple(task for part in parts for task in part.tasks)
+        return ScheduledMicrobatch(
+            Microbatch(self.settings.model_id, self._epoch, number, chunks),
+            SamplingInputs(self._epoch, number, tasks),
+        )
+
+    def _drop(self, sequence: Sequence) -> None:
+        sequence.is_finished = True
+        del self._sequences[sequence.key]
+        if sequence in self._running:
+            self._running.remove(sequence)
+        else:
+            self._waiting.remove(sequence)
+        self.memory.release(sequence)

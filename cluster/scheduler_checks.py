@@ -1,0 +1,68 @@
+"""Which requests are taken: every field of one within bounds, before anything is spent on it."""
+
+from __future__ import annotations
+
+from math import inf, isfinite
+
+from llamaclust.cluster.requests import Generation
+from llamaclust.cluster.settings import SchedulerSettings
+from llamaclust.errors import RequestError
+from llamaclust.wire.messages import MAX_TOP_LOGPROBS, SamplingParams
+
+_MOST = 1e6
+_MOST_TOP_K = (1 << 31) - 1
+
+
+def check_generation(ask: Generation, settings: SchedulerSettings) -> None:
+    """Raises RequestError that names the field, its value and the bound."""
+    _check_prompt(ask, settings)
+    _within("max_tokens", ask.max_tokens, 0, inf)
+    _within("min_tokens", ask.min_tokens, 0, inf)
+    _within("seed", ask.seed, 0, (1 << 64) - 1)
+    _within("choice", ask.choice, 0, (1 << 32) - 1)
+    _within("top_logprobs", ask.top_logprobs, 0, min(MAX_TOP_LOGPROBS, settings.vocabulary))
+    _within("penalty_window", ask.penalty_window, 0, inf)
+    _within("score_from", ask.score_from or 0, 0, inf)
+    _check_tokens("stop_token_ids", ask.stop_token_ids, settings.vocabulary)
+    _check_params(ask.params, settings.vocabulary)
+
+
+def _check_prompt(ask: Generation, settings: SchedulerSettings) -> None:
+    length, most = len(ask.prompt), settings.max_tokens
+    if length == 0:
+        raise RequestError("the prompt is empty: give at least one token")
+    if length > most:
+        raise RequestError(f"the prompt has {length} tokens, the context {most}: shorten it or raise context_length")
+    if length == most and ask.max_tokens > 0:
+        raise RequestError(f"the prompt fills the whole context of {most} tokens and leaves no room for an answer")
+    _check_tokens("prompt", ask.prompt, settings.vocabulary)
+
+
+def _check_params(params: SamplingParams, vocabulary: int) -> None:
+    _within("temperature", params.temperature, 0, _MOST)
+    _within("top_k", params.top_k, 0, _MOST_TOP_K)
+    _within("top_p", params.top_p, 0, 1)
+    _within("min_p", params.min_p, 0, 1)
+    _within("repetition_penalty", params.repetition_penalty, 1e-6, _MOST)
+    _within("frequency_penalty", params.frequency_penalty, -_MOST, _MOST)
+    _within("presence_penalty", params.presence_penalty, -_MOST, _MOST)
+    biased = [token for token, _ in params.logit_bias]
+    _check_tokens("logit_bias", biased, vocabulary)
+    if biased != sorted(set(biased)):
+        raise RequestError("logit_bias: token ids must be ascending, each once")
+    for token, bias in params.logit_bias:
+        if not isfinite(bias):
+            raise RequestError(f"logit_bias of token {token} is {bias}, must be finite")
+
+
+def _check_tokens(name: str, tokens: tuple[int, ...] | frozenset[int] | list[int], vocabulary: int) -> None:
+    for bad in (min(tokens, default=0), max(tokens, default=0)):
+        if not 0 <= bad < vocabulary:
+            raise RequestError(f"{name}: token id {bad} is not one of the model's [0, {vocabulary})")
+
+
+def _within(name: str, value: float, low: float, high: float) -> None:
+    """Not a number is within no bounds."""
+    if not low <= value <= high:
+        limit = f"at least {low}" if high == inf else f"within {low}..{high}"
+        raise RequestError(f"{name} is {value}, must be {limit}")

@@ -1,0 +1,45 @@
+"""How many prompt tokens go into one microbatch."""
+
+from __future__ import annotations
+
+from math import sqrt
+
+from llamaclust.cluster.settings import SchedulerSettings
+from llamaclust.cluster.stage_times import StageTimes
+
+_FIRST_ROWS = 64
+"""Before anything was measured: small enough for a slow machine, large enough not to matter on a fast one."""
+
+_LEAST_ROWS = 16
+
+
+def chunk_rows(settings: SchedulerSettings, times: StageTimes, pending: int, decoding: int) -> int:
+    """Prefill rows of the next microbatch, which also has `decoding` rows; `pending` prompt tokens wait in all.
+
+    A chunk takes the slowest stage `prefill_ms` at most, so that those who decode do not wait longer; and no more than
+    what finishes the pending tokens soonest: k chunks on S stages end after (k + S - 1) * (a + b * pending / k), with
+    stage time a + b * rows, which is least at pending / k = sqrt(pending * a / ((S - 1) * b)).
+    """
+    most = settings.max_rows - decoding
+    if settings.prefill_chunk is not None:
+        return min(settings.prefill_chunk, most)
+    slowest = _slowest(times)
+    if slowest is None:
+        return min(_FIRST_ROWS, most)
+    fixed_ns, row_ns = slowest
+    fit = (settings.prefill_ms * 1e6 - fixed_ns) / row_ns - decoding
+    rows = min(most, max(fit, _LEAST_ROWS))
+    if times.stages > 1:
+        soonest = sqrt(pending * max(fixed_ns, row_ns) / ((times.stages - 1) * row_ns))
+        rows = min(rows, max(soonest, _LEAST_ROWS))
+    return min(most, max(1, int(rows) // _LEAST_ROWS * _LEAST_ROWS))
+
+
+def _slowest(times: StageTimes) -> tuple[float, float] | None:
+    """(ns of a microbatch, ns of a row): a line through the slowest stage's times of small and large chunks."""
+    small, large = times.prefill.predict(_LEAST_ROWS), times.prefill.predict(8 * _LEAST_ROWS)
+    if small is None or large is None:
+        return None
+    stage = large.index(max(large))
+    row_ns = max((large[stage] - small[stage]) / (7 * _LEAST_ROWS), 1.0)
+    return max(small[stage] - row_ns * _LEAST_ROWS, 0.0), row_ns

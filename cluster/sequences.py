@@ -1,0 +1,178 @@
+"""One request's state: tokens, block table, progress, times. Its tokens alone are enough to run it again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from llamaclust.cluster.kv_blocks import BlockTable
+from llamaclust.cluster.requests import Event, Finished, FinishReason, Generation, PromptScored, Timings, TokenChosen
+from llamaclust.model.program import KV_BLOCK_TOKENS
+from llamaclust.wire.messages import Chunk, RowResult, RowTask, SampleTask, ScoreTask
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The last update of a request whose own row had no answer; others go on."""
+
+    message: str
+
+
+Update = Event | Failed
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Some rows of a sequence in a microbatch, and what its output rows are for."""
+
+    sequence: Sequence
+    chunk: Chunk
+    tasks: tuple[RowTask, ...]
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A prompt and the tokens chosen so far, and how far their keys and values are computed."""
+
+    key: int  # ascending with arrival
+    generation: Generation
+    max_tokens: int  # chosen tokens at most, the context considered
+    arrived_ns: int
+    tokens: list[int]  # prompt, then answer
+    table: BlockTable = field(default_factory=BlockTable)
+    chain: list[bytes] = field(default_factory=list)  # prefix cache keys of the tokens' full blocks
+    labelled: int = 0  # blocks of the table that the prefix cache knows
+    scheduled: int = 0  # tokens whose keys and values are computed or under way
+    next_score: int = 0  # first prompt row that is still to be scored
+    in_flight: int = 0  # microbatches
+    is_decoding: bool = False  # tokens[:-1] are computed and the last one was chosen
+    is_finished: bool = False
+    cached_tokens: int | None = None  # found in the prefix cache at first admission
+    started_ns: int = 0
+    first_ns: int = 0  # first answer
+    last_ns: int = 0
+
+    @property
+    def prompt_length(self) -> int:
+        return len(self.generation.prompt)
+
+    @property
+    def generated(self) -> int:
+        return len(self.tokens) - len(self.generation.prompt)
+
+    @property
+    def target(self) -> int:
+        """Rows to compute: all tokens, but the last one where nothing is chosen after it."""
+        return len(self.tokens) if self.max_tokens else len(self.tokens) - 1
+
+    @property
+    def remaining(self) -> int:
+        return self.target - self.scheduled
+
+    @property
+    def first_output(self) -> int:
+        """Rows [first_output, target) are scored or sampled."""
+        if self.next_score < self.prompt_length - 1:
+            return self.next_score
+        return len(self.tokens) - 1
+
+    @property
+    def has_work(self) -> bool:
+        """Whether there is anything to compute for it: a prompt with no token to score and none to choose has not."""
+        return self.max_tokens > 0 or self.next_score < self.prompt_length - 1
+
+    @property
+    def blocks_needed(self) -> int:
+        """Blocks that the rows to compute take."""
+        return -(-self.target // KV_BLOCK_TOKENS)
+
+    def rows_within(self, rows: int, outputs: int) -> int:
+        """How many of the next rows fit where at most that many rows and output rows do."""
+        before_outputs = max(0, self.first_output - self.scheduled)
+        return min(rows, self.remaining, before_outputs + outputs)
+
+    def take(self, rows: int) -> Part:
+        """The next rows as a part of a microbatch."""
+        start, end = self.scheduled, self.scheduled + rows
+        first = max(start, self.first_output)
+        tasks = self._tasks(first, end)
+        self.scheduled = end
+        self.next_score = max(self.next_score, min(end, self.prompt_length - 1)) if tasks else self.next_score
+        self.in_flight += 1
+        return Part(self, Chunk(tuple(self.tokens[start:end]), start, self.table.runs, len(tasks)), tasks)
+
+    def rewind(self, cached: int) -> None:
+        """Only the keys and values of tokens[:cached] are there."""
+        self.scheduled = cached
+        self.labelled = cached // KV_BLOCK_TOKENS
+        self.is_decoding = False
+
+    def _tasks(self, start: int, end: int) -> tuple[RowTask, ...]:
+        if self.is_decoding:
+            return (self._sample_task(),)
+        score_end = min(end, self.prompt_length - 1)
+        top = self.generation.top_logprobs
+        scores = [ScoreTask(self.tokens[row + 1], top) for row in range(start, score_end)]
+        samples = [self._sample_task()] if self.max_tokens and start < end == len(self.tokens) else []
+        return (*scores, *samples)
+
+    def _sample_task(self) -> SampleTask:
+        ask = self.generation
+        window = ask.penalty_window
+        return SampleTask(
+            ask.params,
+            ask.seed,
+            ask.choice,
+            position=len(self.tokens),
+            history=tuple(self.tokens[-window:]) if ask.params.needs_history and window else (),
+            suppressed=tuple(sorted(ask.stop_token_ids)) if self.generated < ask.min_tokens else (),
+            top_logprobs=ask.top_logprobs,
+        )
+
+    def answered(self, part: Part, rows: tuple[RowResult, ...], now_ns: int) -> list[Update]:
+        """Takes in the results of a part's output rows."""
+        self.first_ns = self.first_ns or now_ns
+        self.last_ns = now_ns
+        failure = next((row.failure for row in rows if row.failure is not None), None)
+        if failure is not None:
+            return [Failed(failure)]
+        updates: list[Update] = []
+        is_sampled = isinstance(part.tasks[-1], SampleTask)
+        scored = rows[:-1] if is_sampled else rows
+        if scored:
+            first_row = part.chunk.position + len(part.chunk.tokens) - len(rows)
+            updates.append(PromptScored(first_row + 1, scored))
+        if is_sampled:
+            self.tokens.append(rows[-1].token)
+            self.is_decoding = self.scheduled == len(self.tokens) - 1
+            updates.append(TokenChosen(rows[-1]))
+        reason = self._finish_reason(is_sampled)
+        if reason is not None:
+            updates.append(Finished(reason, self.timings()))
+        return updates
+
+    def _finish_reason(self, is_sampled: bool) -> FinishReason | None:
+        if not is_sampled:
+            is_scored = self.next_score >= self.prompt_length - 1 and self.in_flight == 0
+            return FinishReason.LENGTH if self.max_tokens == 0 and is_scored else None
+        if self.tokens[-1] in self.generation.stop_token_ids:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if self.generated >= self.max_tokens else None
+
+    def timings(self) -> Timings:
+        """In milliseconds from arrival, as far as it came."""
+        started, first = self.started_ns or self.last_ns, self.first_ns or self.last_ns
+        cached = self.cached_tokens or 0
+        return Timings(
+            queue_ms=(started - self.arrived_ns) / 1e6,
+            ttft_ms=(first - self.arrived_ns) / 1e6,
+            prefill_tok_s=_rate(self.prompt_length - cached, first - started),
+            decode_tok_s=_rate(self.generated - 1, self.last_ns - first),
+            prompt_tokens=self.prompt_length,
+            cached_tokens=cached,
+            generated_tokens=self.generated,
+        )
+
+
+def _rate(tokens: int, ns: int) -> float:
+    """Tokens per second; 0 where there was nothing to measure."""
+    return tokens / ns * 1e9 if tokens > 0 and ns > 0 else 0.0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import signal
@@ -41,7 +40,7 @@ def run_worker(settings: WorkerSettings) -> int:
     except LlamaclustError as error:
         _log.error("%s", error)
         return error.exit_code
-    except Exception:
+    except Exception:  # noqa: BLE001  the border of the process
         _log.exception("the worker failed")
         return 1
 
@@ -52,8 +51,10 @@ async def _until_signal(settings: WorkerSettings) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, life.cancel)
-    with contextlib.suppress(asyncio.CancelledError):
+    try:
         _log.info("ends: %s", await life)
+    except asyncio.CancelledError:
+        _log.info("ends: told so by a signal")
     return 0
 
 

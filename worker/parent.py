@@ -11,7 +11,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def die_with(parent_pid: int) -> None:
-    """Asks the kernel to kill this process, native calls or not, when its parent ends; ends it now if that is so already.
+    """Has the kernel kill this process, native calls or not, when its parent ends; ends it now if it has ended.
 
     The kernel means the thread that started this process: the starter does so from a thread that lives as long as it.
     """

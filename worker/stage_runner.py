@@ -15,7 +15,7 @@ from llamaclust.worker.batches import build_batch
 
 @dataclass(frozen=True, slots=True)
 class StageMemory:
-    """What a stage takes, in bytes: of weights as they stand in the file before, as laid out in memory after loading."""
+    """What a stage takes: weights as they stand in the file when planned, as they lie in memory when loaded."""
 
     weight_bytes: int
     kv_bytes: int
@@ -77,7 +77,7 @@ class StageRunner:
         return self._stage.run(build_batch(microbatch, self.limits, self._vocabulary), hidden)
 
     def finish(self, logits: Float32, inputs: SamplingInputs) -> tuple[RowResult, ...]:
-        """Samples and scores logits [outputs, vocabulary] of a last stage's run. WireError for tasks that do not fit."""
+        """Samples and scores logits [outputs, vocabulary] of a last stage's run. WireError where tasks do not fit."""
         assert self._sampler is not None, "only a last stage has logits"
         if len(inputs.tasks) != len(logits):
             raise WireError(f"{len(inputs.tasks)} tasks for {len(logits)} output rows")

@@ -1,9 +1,8 @@
-"""What the compute thread does with one microbatch: frame in; frame for the next stage or result for the coordinator out."""
+"""What the compute thread does with one microbatch: frame in; frame for the next stage, or result, out."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter_ns
 

@@ -1,0 +1,42 @@
+"""What every launcher does: it starts worker processes somewhere, watches them and ends them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+Exited = Callable[[str, str], None]
+"""Called with a worker's name and how its process ended, such as "killed by signal 9 (SIGKILL)"."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSpec:
+    """One worker to start. None and "" leave the choice to the worker."""
+
+    name: str
+    device: str = "cpu"
+    threads: int | None = None
+    memory_bytes: int | None = None
+    feature_level: str = ""
+
+
+class Launcher(Protocol):
+    """Workers of one cluster, from start to stop."""
+
+    @property
+    def pids(self) -> Mapping[str, int]:
+        """Process ids of workers that run, by name, where they are known."""
+        ...
+
+    async def start(self, workers: Sequence[WorkerSpec], join: str, exited: Exited) -> None:
+        """Starts all; they register with the coordinator at `join`. `exited` hears of every end but `stop`'s."""
+        ...
+
+    async def stop(self) -> None:
+        """Ends all and returns when they are gone."""
+        ...
+
+    def last_words(self, name: str) -> str:
+        """The last line that a worker logged; empty where there is none."""
+        ...

@@ -1,0 +1,191 @@
+"""The coordinator's side of membership: who is there, who is ready, who was lost and how."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable, Collection, Mapping
+from types import MappingProxyType
+
+from llamaclust.cluster.worker_handle import WorkerHandle, WorkerState
+from llamaclust.errors import DeadlineError, WireError, WorkerError
+from llamaclust.wire.channels import JOIN
+from llamaclust.wire.control import CoordinatorMessage, Deadlines, Refused, Register, Shutdown, Welcome
+from llamaclust.wire.control_codec import decode_worker_message, encode_coordinator_message
+from llamaclust.wire.deadlines import deadline
+from llamaclust.wire.messages import NUMERICS_VERSION, PROTOCOL_VERSION
+from llamaclust.wire.server import Server, ServerStream
+from llamaclust.wire.token import ClusterToken
+
+_HANDSHAKE_S = 10.0
+_GOODBYE_S = 0.5
+_EXIT_NEWS_S = 0.5
+"""A stream breaks a moment before the launcher hears why the process ended."""
+
+OnLost = Callable[[WorkerHandle], None]
+
+
+class Registry:
+    """Serves the Coordinator service while it is entered."""
+
+    def __init__(
+        self,
+        listen: str,
+        token: ClusterToken,
+        *,
+        silence_s: float = 5.0,
+        deadlines: Deadlines | None = None,
+        last_words: Callable[[str], str] = lambda name: "",
+        on_lost: OnLost = lambda worker: None,
+    ) -> None:
+        """`silence_s`: without a heartbeat for so long a worker is lost. `last_words`: of a worker's log, by name."""
+        self._listen = listen
+        self._token = token
+        self._silence_s = silence_s
+        self._deadlines = deadlines or Deadlines()
+        self._last_words = last_words
+        self._on_lost = on_lost
+        self._workers: dict[str, WorkerHandle] = {}
+        self._exits: dict[str, str] = {}
+        self._changed = asyncio.Event()
+        self._mourning: set[asyncio.Task[None]] = set()
+        self._server: Server | None = None
+
+    @property
+    def address(self) -> str:
+        """gRPC target that workers join."""
+        assert self._server is not None
+        return self._server.address
+
+    @property
+    def workers(self) -> Mapping[str, WorkerHandle]:
+        """By name; lost ones stay until another of that name joins."""
+        return MappingProxyType(self._workers)
+
+    async def __aenter__(self) -> Registry:
+        self._server = await Server.start(self._listen, self._token, {JOIN: self._join})
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Tells every worker to end."""
+        present = [handle for handle in self._workers.values() if handle.loss is None]
+        for handle in present:
+            handle.left = True
+        goodbye = Shutdown("the cluster was stopped")
+        with contextlib.suppress(DeadlineError):
+            async with deadline("saying goodbye", _GOODBYE_S):
+                await asyncio.gather(*(handle.say(goodbye) for handle in present), return_exceptions=True)
+        assert self._server is not None
+        await self._server.stop(_GOODBYE_S)
+        for task in self._mourning:
+            task.cancel()
+
+    async def wait_for(self, names: Collection[str], deadline_s: float) -> None:
+        """Returns when all have joined. DeadlineError names those that have not, WorkerError one that ended before."""
+        missing = sorted(names)
+        try:
+            async with deadline("workers joining", deadline_s):
+                while missing := [name for name in names if name not in self._workers]:
+                    self._check_alive(missing)
+                    await self._changed.wait()
+        except DeadlineError as error:
+            raise DeadlineError(f"workers {', '.join(missing)} have not joined within {deadline_s:g} s") from error
+
+    def _check_alive(self, names: Collection[str]) -> None:
+        for name in names:
+            if name in self._exits:
+                words = self._last_words(name)
+                last = f"; its last words: {words}" if words else ""
+                raise WorkerError(f"worker {name} did not start: {self._exits[name]}{last}")
+
+    def _tell_change(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def process_exited(self, name: str, how: str) -> None:
+        """News from the launcher that a worker's process is gone."""
+        self._exits[name] = how
+        if name in self._workers:
+            self._lose(self._workers[name], how)
+        self._tell_change()
+
+    def _lose(self, handle: WorkerHandle, reason: str) -> None:
+        if handle.state not in (WorkerState.LOST, WorkerState.LEFT):
+            handle.lose(reason)
+            self._on_lost(handle)
+
+    async def _mourn(self, handle: WorkerHandle, reason: str) -> None:
+        """Declares the loss; what the launcher says comes first, for it knows of signals and exit codes."""
+        with contextlib.suppress(DeadlineError):
+            async with deadline("news of its process", _EXIT_NEWS_S):
+                await handle.lost.wait()
+        self._lose(handle, reason)
+
+    async def _join(self, stream: ServerStream) -> None:
+        await stream.accept()
+        async with deadline("a worker's registration", _HANDSHAKE_S):
+            data = await stream.read()
+        register = None if data is None else decode_worker_message(data)
+        if not isinstance(register, Register):
+            raise WireError("a worker must register first")
+        if refusal := self._refusal(register):
+            await stream.write(encode_coordinator_message(Refused(refusal)))
+            return
+        await self._serve(register, stream)
+
+    def _refusal(self, register: Register) -> str | None:
+        name, ours = register.name, PROTOCOL_VERSION
+        same = "install the same version of llamaclust everywhere"
+        if register.protocol[0] != ours[0]:
+            theirs = f"{register.protocol[0]}.{register.protocol[1]}"
+            return f"worker {name} speaks protocol {theirs}, this coordinator {ours[0]}.{ours[1]}: {same}"
+        if register.numerics_version != NUMERICS_VERSION:
+            theirs = f"numerics_version {register.numerics_version}"
+            return f"worker {name} computes by {theirs}, this coordinator needs {NUMERICS_VERSION}: {same}"
+        present = self._workers.get(name)
+        if present is not None and present.loss is None:
+            return f"a worker named {name} is a member already (pid {present.registration.pid}): choose another name"
+        return None
+
+    async def _serve(self, register: Register, stream: ServerStream) -> None:
+        name = register.name
+        handle = WorkerHandle(register, _speaker(stream), lambda: self._last_words(name))
+        self._workers[name] = handle
+        self._exits.pop(name, None)
+        reason = "its connection broke"
+        try:
+            await handle.say(Welcome(self._deadlines))
+            self._tell_change()
+            reason = await self._listen_to(handle, stream)
+        except WireError as error:
+            reason = str(error)
+            raise
+        finally:
+            mourning = asyncio.create_task(self._mourn(handle, reason))
+            self._mourning.add(mourning)
+            mourning.add_done_callback(self._mourning.discard)
+
+    async def _listen_to(self, handle: WorkerHandle, stream: ServerStream) -> str:
+        """Until the worker is heard of no more; returns why."""
+        while True:
+            try:
+                async with deadline("heartbeat", self._silence_s):
+                    data = await stream.read()
+            except DeadlineError:
+                return f"no sign of life for {self._silence_s:g} s"
+            if data is None:
+                return "it ended its membership"
+            message = decode_worker_message(data)
+            if message is not None:
+                handle.hear(message)
+
+
+def _speaker(stream: ServerStream) -> Callable[[CoordinatorMessage], Awaitable[None]]:
+    """Writes messages one at a time, as gRPC wants it."""
+    writing = asyncio.Lock()
+
+    async def say(message: CoordinatorMessage) -> None:
+        async with writing:
+            await stream.write(encode_coordinator_message(message))
+
+    return say

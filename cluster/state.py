@@ -28,8 +28,9 @@ class ClusterRecord:
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """What a worker measured of its machine when it registered."""
+    """What a worker measured of its machine, and of which machine and in which company."""
 
+    fingerprint: str
     read_gb_s: float
     int8_gmac_s: float
 
@@ -77,7 +78,9 @@ class ClusterDir:
         record = self.read_record()
         where = f" (pid {record.pid}, {record.api})" if record else ""
         name = self.path.name
-        return f"a cluster named {name!r} is already running{where}: `llamaclust down --cluster {name}` or another `name:`"
+        return (
+            f"a cluster named {name!r} is already running{where}: `llamaclust down --cluster {name}` or another `name:`"
+        )
 
     @property
     def is_running(self) -> bool:

@@ -1,0 +1,80 @@
+"""`up`, `down`, `status`, `plan`, `logs`, `worker`: clusters from start to stop."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ConfigFile = Annotated[Path | None, typer.Argument(metavar="[FILE]", help="Cluster file (YAML). Without it: the demo.")]
+Overrides = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Overrides a key of the file.")]
+ClusterName = Annotated[str | None, typer.Option("--cluster", metavar="NAME", help="Which, where several run.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
+
+
+def up(
+    file: ConfigFile = None,
+    overrides: Overrides = [],  # noqa: B006  typer reads the default
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port of the HTTP API; 0: any free one.")] = None,
+    detach: Annotated[bool, typer.Option("--detach", "-d", help="Return when the cluster is ready.")] = False,
+    notify: Annotated[int | None, typer.Option("--notify", hidden=True)] = None,
+) -> None:
+    """Start the cluster that FILE describes and serve its API until Ctrl-C."""
+    from llamaclust.cli import start
+
+    start.up(file, overrides, port, detach=detach, notify=notify)
+
+
+def down(cluster: ClusterName = None) -> None:
+    """Stop a running cluster: running requests are finished first, for a while."""
+    from llamaclust.cli import running
+
+    running.stop(cluster)
+
+
+def status(cluster: ClusterName = None, as_json: Json = False) -> None:
+    """Show a running cluster: workers, layers, memory, requests, speed."""
+    from llamaclust.cli import running
+
+    running.show(cluster, as_json)
+
+
+def logs(
+    worker: Annotated[str, typer.Argument(help="A worker's name, or `coordinator` for a detached one.")],
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on as the log grows.")] = False,
+    cluster: ClusterName = None,
+) -> None:
+    """Print a worker's log."""
+    from llamaclust.cli import running
+
+    running.print_log(cluster, worker, follow)
+
+
+def plan(file: ConfigFile = None, overrides: Overrides = [], as_json: Json = False) -> None:  # noqa: B006
+    """Show which layers would go where, and how fast that will be, without starting anything."""
+    from llamaclust.cli import planning
+
+    result = planning.plan_of(file, overrides)
+    print(json.dumps(planning.to_json(result)) if as_json else "\n".join(planning.to_lines(result)))
+
+
+def worker(
+    join: Annotated[str, typer.Option(metavar="HOST:PORT", help="Address of the coordinator.")],
+    token_file: Annotated[Path, typer.Option(help="File with the cluster's token, mode 0600.")],
+    name: Annotated[str | None, typer.Option(help="The worker's name; by default this machine's.")] = None,
+    listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where it serves; port 0: any.")] = "127.0.0.1:0",
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads that compute; by default one a core.")] = None,
+    memory: Annotated[str | None, typer.Option(help="Cap, such as 8GiB; by default what is free.")] = None,
+) -> None:
+    """Run one worker on this machine that joins a cluster."""
+    from llamaclust.cli import start
+
+    raise typer.Exit(start.worker(join, token_file, name, listen, threads, memory))
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands of this file."""
+    for command in (up, down, status, plan, logs, worker):
+        app.command()(command)

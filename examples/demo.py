@@ -1,0 +1,47 @@
+"""The demo: starts a cluster of two workers, asks it a question, shows what it did, stops it.
+
+Every command it runs is printed, so that you can type it yourself.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+LLAMACLUST = str(Path(sys.executable).parent / "llamaclust")
+NAME = f"demo-{os.getpid()}"
+QUESTION = "What is the capital of France?"
+DEADLINE_S = 600
+
+
+def run(*arguments: str, question: str | None = None) -> str:
+    """Runs one llamaclust command, shows it and what it prints, and returns what it printed."""
+    typed = shlex.join(("llamaclust", *arguments))
+    print(f"\n$ {f'echo {shlex.quote(question)} | ' if question else ''}{typed}", flush=True)
+    done = subprocess.run(
+        [LLAMACLUST, *arguments], input=question, stdout=subprocess.PIPE, text=True, timeout=DEADLINE_S, check=False
+    )
+    print(done.stdout, end="", flush=True)
+    if done.returncode != 0:
+        raise SystemExit(done.returncode)
+    return done.stdout
+
+
+def main() -> None:
+    run("model", "pull", "smollm2-135m-instruct")
+    try:
+        run("up", "--detach", "--port", "0", "--set", f"name={NAME}")
+        answer = run("chat", "--cluster", NAME, question=QUESTION)
+        run("status", "--cluster", NAME)
+    finally:
+        run("down", "--cluster", NAME)
+    if "Paris" not in answer:
+        raise SystemExit("the answer is wrong: please report this with the output above")
+    print("\nThe answer came through both workers. Start your own cluster with `.venv/bin/llamaclust up`.")
+
+
+if __name__ == "__main__":
+    main()

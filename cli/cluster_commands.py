@@ -1,4 +1,4 @@
-"""`up`, `down`, `status`, `plan`, `logs`, `worker`: clusters from start to stop."""
+"""`up`, `down`, `status`, `plan`, `logs`: clusters from start to stop."""
 
 from __future__ import annotations
 
@@ -60,21 +60,7 @@ def plan(file: ConfigFile = None, overrides: Overrides = [], as_json: Json = Fal
     print(json.dumps(planning.to_json(result)) if as_json else "\n".join(planning.to_lines(result)))
 
 
-def worker(
-    join: Annotated[str, typer.Option(metavar="HOST:PORT", help="Address of the coordinator.")],
-    token_file: Annotated[Path, typer.Option(help="File with the cluster's token, mode 0600.")],
-    name: Annotated[str | None, typer.Option(help="The worker's name; by default this machine's.")] = None,
-    listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where it serves; port 0: any.")] = "127.0.0.1:0",
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads that compute; by default one a core.")] = None,
-    memory: Annotated[str | None, typer.Option(help="Cap, such as 8GiB; by default what is free.")] = None,
-) -> None:
-    """Run one worker on this machine that joins a cluster."""
-    from llamaclust.cli import start
-
-    raise typer.Exit(start.worker(join, token_file, name, listen, threads, memory))
-
-
 def register(app: typer.Typer) -> None:
     """Adds the commands of this file."""
-    for command in (up, down, status, plan, logs, worker):
+    for command in (up, down, status, plan, logs):
         app.command()(command)

@@ -24,6 +24,7 @@ class ClusterRecord:
     pid: int
     api: str  # http://HOST:PORT
     model: str
+    api_keys_file: str | None = None  # where this user's programs find a key, if the API wants one
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 
 from llamaclust.cluster.pipeline import StageInfo
@@ -194,36 +194,45 @@ def expected(ask: Generation, context_length: int) -> tuple[list[RowResult], dic
 
 
 class FakePipeline:
-    """A `Pipeline` of stages that answer at once. `fail` makes the next result a failure, `lose` loses the workers."""
+    """A `Pipeline` of stages that answer at once, except while `gate` (results) or `takes` (microbatches) is clear."""
 
     def __init__(self, kv_blocks: int, stages: int = 2) -> None:
         self.epoch = 1
         self.stages = tuple(StageInfo(f"w{i}", i * 2, i * 2 + 2) for i in range(stages))
         self.fake = FakeStages(FakeModel(kv_blocks), [linear(100, 10)] * stages)
         self.microbatches: list[Microbatch] = []
-        self.is_closed = False
-        self.gate = asyncio.Event()  # results are held back while it is clear
+        self.failure: str | None = None  # of the next result
+        self.replaced: Result | None = None  # comes instead of the next result
+        self.gate = asyncio.Event()
+        self.taken = asyncio.Event()  # a microbatch came
+        self.takes = asyncio.Event()
         self.gate.set()
+        self.takes.set()
         self._results: asyncio.Queue[Result | Exception] = asyncio.Queue()
 
     async def submit(self, microbatch: Microbatch, inputs: SamplingInputs) -> None:
+        await self.takes.wait()
         self.microbatches.append(microbatch)
+        self.taken.set()
         _, result = self.fake.send(ScheduledMicrobatch(microbatch, inputs), 0)
         self._results.put_nowait(result)
 
     def lose(self, error: Exception) -> None:
+        """From now on there are no results but this error."""
+        self._results = asyncio.Queue()
         self._results.put_nowait(error)
         self.gate.set()
 
     async def next_result(self) -> Result:
+        await self.gate.wait()
         result = await self._results.get()
         await self.gate.wait()
         if isinstance(result, Exception):
             raise result
-        return result
+        return self.replaced or replace(result, failure=self.failure)
 
     async def close(self) -> None:
-        self.is_closed = True
+        self.takes.clear()
 
 
 def tokens_of(events: Sequence[Event]) -> list[int]:

@@ -4,6 +4,7 @@ import random
 from dataclasses import replace
 
 import pytest
+from fakes import VOCABULARY, FakeModel, FakeStages, Simulation, expected, linear, reason_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,7 +14,6 @@ from llamaclust.cluster.settings import SchedulerSettings
 from llamaclust.errors import QueueFullError, RequestError, WireError
 from llamaclust.model.program import KV_BLOCK_TOKENS
 from llamaclust.wire.messages import Result, RowResult, SamplingParams
-from tests.fakes import VOCABULARY, FakeModel, FakeStages, Simulation, expected, linear, reason_of
 
 BASE = SchedulerSettings(
     model_id="m",

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 
+import psutil
 import pytest
 
 from llamaclust.errors import LlamaclustError, RequestError
@@ -42,10 +43,12 @@ def test_chatml(chatml: ChatTemplate) -> None:
 
 def test_a_render_is_quick_once_the_process_runs(chatml: ChatTemplate) -> None:
     chatml.render(HELLO)
-    start = time.perf_counter()
+    took = []
     for _ in range(50):
+        start = time.perf_counter()
         chatml.render(HELLO)
-    assert (time.perf_counter() - start) / 50 < 0.02
+        took.append(time.perf_counter() - start)
+    assert min(took) < 0.01
 
 
 @pytest.mark.parametrize(
@@ -123,7 +126,10 @@ def test_cpu_time_is_limited_even_if_nobody_waits() -> None:
 def test_renders_are_not_charged_for_the_time_of_earlier_ones() -> None:
     source = "{% for a in range(99999) %}{% for b in range(40) %}{% endfor %}{% endfor %}ok"
     with ChatTemplate(source, "", "", TemplateLimits(cpu_seconds=1)) as template:
-        assert [template.render(HELLO) for _ in range(12)] == ["ok"] * 12
+        assert template.render(HELLO) == "ok"
+        process = psutil.Process(child_pid(template))
+        while process.cpu_times().user < 2.5:
+            assert template.render(HELLO) == "ok"
 
 
 def test_a_killed_process_is_replaced(chatml: ChatTemplate) -> None:

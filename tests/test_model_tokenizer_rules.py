@@ -80,17 +80,16 @@ def test_user_defined_words_are_always_found_and_the_longest_wins() -> None:
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_no_text_becomes_a_control_token(kind: str) -> None:
-    """Though merges would lead to it: every step from `<` to `<x>` is a word here."""
+    """Though merges lead to it, and though llama-bpe takes words of the vocabulary whole."""
     if kind == "llama":
-        words = dict.fromkeys(["▁", "<", ">", "<x", "x"], 1) | {"<x>": CONTROL}
-        tokenizer = load_tokenizer(spm(words))
+        tokenizer = load_tokenizer(spm(dict.fromkeys(["▁", "s", "t", "st", "o", "p", "op"], 1) | {"stop": CONTROL}))
     else:
-        tokenizer = load_tokenizer(bpe(["< x", "<x >"], {"<x>": CONTROL}, pre="llama-bpe"))
-    plain = tokenizer.encode("<x>", add_special=False)
+        tokenizer = load_tokenizer(bpe(["s t", "o p", "st op"], {"stop": CONTROL}, pre="llama-bpe"))
+    plain = tokenizer.encode("stop", add_special=False)
     assert not any(tokenizer.is_control(token_id) for token_id in plain)
-    assert tokenizer.decode(plain) == "<x>"
-    parsed = tokenizer.encode("<x>", add_special=False, parse_special=True)
-    assert words_of(tokenizer, parsed) == ["<x>"]
+    assert tokenizer.decode(plain) == "stop"
+    parsed = tokenizer.encode("stop", add_special=False, parse_special=True)
+    assert words_of(tokenizer, parsed) == ["stop"]
 
 
 def test_whole_words_of_the_vocabulary_are_not_merged_in_llama_3_models() -> None:
@@ -166,6 +165,8 @@ def test_vocabularies_that_lack_the_usual_still_work() -> None:
     tokenizer = load_tokenizer(bare)
     assert tokenizer.encode("abc") == [0, 1]
     assert tokenizer.token_text(2) == "[EMPTY_2]"
+    two_unknown = {"tokenizer.ggml.token_type": np.array([2, 2, 1])}
+    assert load_tokenizer(bare | two_unknown).encode("b", add_special=False) == [0]
     lone_byte = {"tokenizer.ggml.tokens": ["<unk>", "a", "<0x41>"], "tokenizer.ggml.token_type": np.array([2, 1, 6])}
     tokenizer = load_tokenizer(bare | lone_byte)
     assert tokenizer.token_bytes(2) == b"A"

@@ -3,6 +3,7 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include "bindings.h"
@@ -33,16 +34,19 @@ std::optional<Rotation> rotation_of(const PythonRotation& rotation) {
 struct PlanBuilder {
   Plan plan;
   std::vector<nb::object> kept;
+  bool is_runnable = true;  // no weight is a mere shape
 
   const Matrix& keep(nb::handle matrix) {
     kept.push_back(nb::borrow(matrix));
-    return nb::cast<const PackedMatrix&>(matrix).matrix();
+    const PackedMatrix& packed = nb::cast<const PackedMatrix&>(matrix);
+    is_runnable = is_runnable && packed.bytes() > 0;
+    return packed.matrix();
   }
 };
 
 struct NativeStage {
   NativeStage(PlanBuilder& builder, const std::string& feature_level, nb::object pool)
-      : kept(std::move(builder.kept)),
+      : kept((require(builder.is_runnable, "weights that were not loaded"), std::move(builder.kept))),
         pool(std::move(pool)),
         level(find_level(feature_level)),
         executor(std::move(builder.plan), level, nb::cast<ThreadPool&>(this->pool)) {}
@@ -142,9 +146,8 @@ void bind_executor(nb::module_& module) {
           },
           "width"_a, "multiple"_a, "private_copy"_a, "outputs_only"_a)
       .def("add_rotation",
-           [](PlanBuilder& b, const std::vector<double>& frequencies, double scale) {
-             const nb::gil_scoped_release unlocked;
-             return b.plan.add_rotation(frequencies, scale);
+           [](PlanBuilder& b, std::vector<double> frequencies, double scale) {
+             return b.plan.add_rotation({std::move(frequencies), scale});
            })
       .def("add_kv_layer", [](PlanBuilder& b, int kv_heads, int head_dim) { return b.plan.add_kv_layer({kv_heads, head_dim}); })
       .def("set_result", [](PlanBuilder& b, int buffer) { b.plan.set_result(buffer); })
@@ -159,9 +162,10 @@ void bind_executor(nb::module_& module) {
       .def("run", &NativeStage::run, "tokens"_a, "positions"_a, "sequence_starts"_a, "table_starts"_a, "block_tables"_a,
            "output_rows"_a, "hidden"_a.none())
       .def_prop_ro("result", &result_of)
-      .def_prop_ro("kv_bytes", [](const NativeStage& stage) { return stage.executor.kv_bytes(); })
-      .def_prop_ro("workspace_bytes", [](const NativeStage& stage) { return stage.executor.workspace_bytes(); });
+      .def_prop_ro("kv_bytes", [](const NativeStage& stage) { return stage.executor.kv_bytes(); });
 
+  module.def("workspace_bytes", [](const PlanBuilder& b, int threads) { return workspace_bytes(b.plan, threads); },
+             "plan"_a, "threads"_a, "Bytes that a stage of the plan needs besides weights and KV memory.");
   module.def("kv_block_bytes", [](int kv_heads, int head_dim) { return kv_block_bytes({kv_heads, head_dim}); },
              "Bytes that one block of KV memory costs in a layer.");
 }

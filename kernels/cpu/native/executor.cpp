@@ -14,6 +14,12 @@ struct WorkerJob final : ThreadPool::Job {
   const Worker::Run& run;
 };
 
+std::vector<RotationTable> tables_of(const Plan& plan) {
+  std::vector<RotationTable> tables;
+  for (const RotationAngles& angles : plan.rotations) tables.emplace_back(angles, plan.limits.max_context_tokens);
+  return tables;
+}
+
 std::vector<Tiling> tilings_of(const Plan& plan) {
   std::vector<Tiling> tilings;
   for (const PlannedStep& planned : plan.steps)
@@ -50,13 +56,14 @@ Executor::Executor(Plan plan, const Level& level, ThreadPool& pool)
       pool_(pool),
       workspace_(plan_, pool.threads()),
       kv_(plan_.kv_layers, plan_.limits.kv_blocks),
+      rotations_(tables_of(plan_)),
       tilings_(tilings_of(plan_)) {}
 
 int Executor::run(const Batch& batch) {
   check_batch(batch, plan_);
   for (Tiling& tiling : tilings_) cut_into_tiles(batch, tiling);
   for (Shares::Counter& counter : shares_.counters) counter.taken.store(0, std::memory_order_relaxed);
-  const Worker::Run run{plan_, level_, workspace_, kv_, batch, tilings_, shares_, pool_.barrier(), pool_.threads()};
+  const Worker::Run run{plan_, level_, workspace_, kv_, rotations_, batch, tilings_, shares_, pool_.barrier(), pool_.threads()};
   WorkerJob job(run);
   pool_.run(job);
   return plan_.selects ? static_cast<int>(batch.output_rows.size()) : batch.rows();
@@ -67,9 +74,10 @@ int Executor::result_capacity() const {
                                                                         : plan_.limits.max_tokens;
 }
 
-size_t Executor::workspace_bytes() const {
-  size_t bytes = workspace_.bytes();
-  for (const RotationTable& table : plan_.rotations) bytes += table.values.size() * sizeof(float);
+size_t workspace_bytes(const Plan& plan, int threads) {
+  size_t bytes = Workspace(plan, threads).bytes();
+  for (const RotationAngles& angles : plan.rotations)
+    bytes += static_cast<size_t>(plan.limits.max_context_tokens) * 2 * angles.frequencies.size() * sizeof(float);
   return bytes;
 }
 

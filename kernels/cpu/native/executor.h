@@ -7,6 +7,7 @@
 
 #include "executor_batch.h"
 #include "executor_memory.h"
+#include "executor_rotation.h"
 #include "level.h"
 #include "thread_pool.h"
 
@@ -34,6 +35,9 @@ struct Shares {
   Counter counters[3];
 };
 
+// Bytes that an executor of this plan needs besides weights and KV memory.
+size_t workspace_bytes(const Plan& plan, int threads);
+
 class Executor {
  public:
   // Level and pool outlive the executor, and so do the weights of the plan.
@@ -47,7 +51,6 @@ class Executor {
   int result_width() const { return plan_.buffers[static_cast<size_t>(*plan_.result)].width; }
   int hidden_width() const { return plan_.hidden_width; }
   size_t kv_bytes() const { return kv_.bytes(); }
-  size_t workspace_bytes() const;
 
  private:
   const Plan plan_;
@@ -55,6 +58,7 @@ class Executor {
   ThreadPool& pool_;
   Workspace workspace_;
   KvCache kv_;
+  std::vector<RotationTable> rotations_;
   std::vector<Tiling> tilings_;
   Shares shares_;
 };

@@ -66,8 +66,8 @@ class AttentionWork {
 
   const float* rotated(const std::optional<Rotation>& rotation, const float* x, int row, float* out) const {
     if (!rotation) return x;
-    const RotationTable& angles = worker_.run_.plan.rotations[static_cast<size_t>(rotation->table)];
-    level_.vector.rope(x, angles.row(position(row)), angles.pairs, step_.head_dim, rotation->style, out);
+    const RotationTable& angles = worker_.run_.rotations[static_cast<size_t>(rotation->table)];
+    level_.vector.rope(x, angles.row(position(row)), angles.pairs(), step_.head_dim, rotation->style, out);
     return out;
   }
 

@@ -14,7 +14,7 @@ void Plan::check_alike(BufferId a, BufferId b) const {
 
 void Plan::check_rotation(const Rotation& rotation, int head_dim) const {
   require(rotation.table >= 0 && static_cast<size_t>(rotation.table) < rotations.size(), "unknown rotation table");
-  require(2 * rotations[static_cast<size_t>(rotation.table)].pairs <= head_dim, "rotation wider than a head");
+  require(2 * rotations[static_cast<size_t>(rotation.table)].pairs() <= head_dim, "rotation wider than a head");
 }
 
 void Plan::check_product(const Matrix& weight, const std::vector<float>& bias, BufferId out, int index) const {

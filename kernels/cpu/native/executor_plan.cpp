@@ -5,7 +5,6 @@
 #include <stdexcept>
 #include <string>
 
-#include "math_baseline.h"
 
 namespace llamaclust {
 
@@ -16,6 +15,7 @@ void require(bool holds, const char* what) {
 namespace {
 
 constexpr int kMaxWidth = 1 << 24;
+constexpr double kMaxAngle = 4e6;  // of sincos_double
 
 }  // namespace
 
@@ -41,21 +41,12 @@ BufferId Plan::add_buffer(const Buffer& buffer) {
   return static_cast<BufferId>(buffers.size()) - 1;
 }
 
-int Plan::add_rotation(const std::vector<double>& frequencies, double scale) {
-  const int pairs = static_cast<int>(frequencies.size());
-  require(pairs > 0 && pairs <= kMaxHeadChannels / 2, "rotation of no or too many channels");
-  RotationTable table{pairs, std::vector<float>(static_cast<size_t>(limits.max_context_tokens) * 2 * frequencies.size())};
-  for (int position = 0; position < limits.max_context_tokens; position++) {
-    float* row = table.values.data() + static_cast<size_t>(position) * 2 * frequencies.size();
-    for (int i = 0; i < pairs; i++) {
-      double sine, cosine;
-      sincos_double(static_cast<double>(position) * frequencies[static_cast<size_t>(i)], &sine, &cosine);
-      row[i] = static_cast<float>(cosine * scale);
-      row[pairs + i] = static_cast<float>(sine * scale);
-      require(std::isfinite(row[i]) && std::isfinite(row[pairs + i]), "rotation angles out of range");
-    }
-  }
-  rotations.push_back(std::move(table));
+int Plan::add_rotation(RotationAngles angles) {
+  require(angles.pairs() > 0 && angles.pairs() <= kMaxHeadChannels / 2, "rotation of no or too many channels");
+  for (const double frequency : angles.frequencies)
+    require(std::abs(frequency) * limits.max_context_tokens <= kMaxAngle, "rotation angles out of range");
+  require(std::isfinite(angles.scale), "a rotation scale that is no number");
+  rotations.push_back(std::move(angles));
   return static_cast<int>(rotations.size()) - 1;
 }
 

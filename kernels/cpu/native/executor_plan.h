@@ -126,11 +126,11 @@ struct PlannedStep {
   Meeting before;
 };
 
-// cos then sin, [max_context_tokens][2 * pairs].
-struct RotationTable {
-  int pairs;
-  std::vector<float> values;
-  const float* row(int position) const { return values.data() + static_cast<size_t>(position) * 2 * pairs; }
+// angle(position, i) = position * frequencies[i]; cos and sin are multiplied by `scale`.
+struct RotationAngles {
+  std::vector<double> frequencies;
+  double scale;
+  int pairs() const { return static_cast<int>(frequencies.size()); }
 };
 
 // Room for the activations of one step's products; what stands in it changes from step to step.
@@ -154,7 +154,7 @@ class Plan {
 
   // All of these throw std::invalid_argument for widths, ids or shapes that do not fit together.
   BufferId add_buffer(const Buffer& buffer);
-  int add_rotation(const std::vector<double>& frequencies, double scale);
+  int add_rotation(RotationAngles angles);
   int add_kv_layer(const KvShape& shape);
   void add(Step step);
   void set_result(BufferId buffer);  // what run() leaves for the caller; without private copies
@@ -162,7 +162,7 @@ class Plan {
   const Limits limits;
   std::vector<Buffer> buffers;
   std::vector<PlannedStep> steps;
-  std::vector<RotationTable> rotations;
+  std::vector<RotationAngles> rotations;
   std::vector<KvShape> kv_layers;
   std::vector<ActivationSlot> slots;
   std::optional<BufferId> result;

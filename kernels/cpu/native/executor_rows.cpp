@@ -31,11 +31,11 @@ void Worker::execute(const NormStep& step) {
 
 void Worker::execute(const RopeStep& step) {
   const Range rows = own_rows();
-  const RotationTable& table = run_.plan.rotations[static_cast<size_t>(step.rotation.table)];
+  const RotationTable& table = run_.rotations[static_cast<size_t>(step.rotation.table)];
   for (int row = rows.begin; row < rows.end; row++) {
     const float* angles = table.row(run_.batch.positions[static_cast<size_t>(row)]);
     for (int head = 0; head < step.heads; head++)
-      run_.level.vector.rope(line(step.x, row) + head * step.head_dim, angles, table.pairs, step.head_dim,
+      run_.level.vector.rope(line(step.x, row) + head * step.head_dim, angles, table.pairs(), step.head_dim,
                              step.rotation.style, line(step.out, row) + head * step.head_dim);
   }
 }

@@ -14,6 +14,7 @@ class Worker {
     const Level& level;
     const Workspace& workspace;
     const KvCache& kv;
+    const std::vector<RotationTable>& rotations;
     const Batch& batch;
     const std::vector<Tiling>& tilings;
     Shares& shares;

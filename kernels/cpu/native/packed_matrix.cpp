@@ -28,7 +28,13 @@ PackedMatrix::PackedMatrix(int type, int rows, int cols)
   matrix_.tiles = memory_.data();
 }
 
+PackedMatrix PackedMatrix::shape_only(int rows, int cols) {
+  const QuantType type = checked(static_cast<int>(QuantType::F32), rows, cols);
+  return PackedMatrix({type, rows, cols, tile_bytes(type, cols), nullptr}, Memory());
+}
+
 void PackedMatrix::pack_rows(int first_row, std::span<const uint8_t> data) {
+  if (matrix_.tiles == nullptr) throw std::invalid_argument("a mere shape has no room for rows");
   const size_t row_bytes = file_row_bytes(matrix_.type, matrix_.cols), rows = data.size() / row_bytes;
   if (data.size() % row_bytes != 0) throw std::invalid_argument("not whole rows of " + std::to_string(row_bytes) + " bytes");
   if (first_row < 0 || first_row % kTileRows != 0) throw std::invalid_argument("the first row does not begin a tile");

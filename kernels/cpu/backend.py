@@ -1,0 +1,98 @@
+"""The CPU backend: a program runs in one native call on a pool of threads."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from llamaclust.errors import DoesNotFitError, ModelFileError, UsageError
+from llamaclust.kernels.backend import Batch, Float32, Limits, Progress
+from llamaclust.kernels.cpu import _native
+from llamaclust.kernels.cpu.compile import compile_program
+from llamaclust.kernels.cpu.weights import Weight, WeightStore, shapes_only
+from llamaclust.model.program import Program
+from llamaclust.model.tensors import Tensor
+
+_MIB = 1 << 20
+
+
+class CpuStage:
+    """A loaded program; see `kernels.backend.Stage`. A batch that is out of bounds is a ValueError."""
+
+    def __init__(self, native: _native.Stage, weights: dict[str, Weight]) -> None:
+        self._native: _native.Stage | None = native
+        self._result: Float32 = native.result
+        self._weights = weights
+        self.weight_bytes = sum(weight.n_bytes for weight in weights.values())
+        self.kv_bytes = native.kv_bytes
+
+    def run(self, batch: Batch, hidden: Float32 | None) -> Float32:
+        assert self._native is not None, "the stage was closed"
+        lines = self._native.run(
+            batch.tokens,
+            batch.positions,
+            batch.sequence_starts,
+            batch.table_starts,
+            batch.block_tables,
+            batch.output_rows,
+            hidden,
+        )
+        return self._result[:lines]
+
+    def close(self) -> None:
+        self._native = None
+        self._result = np.empty((0, self._result.shape[1]), np.float32)
+        self._weights = {}
+
+
+class CpuBackend:
+    """See `kernels.backend.Backend`. `threads` compute, the caller of `run` being one of them; an empty or absent
+    `feature_level` takes the best this machine has."""
+
+    name = "cpu"
+
+    def __init__(self, threads: int, feature_level: str | None = None) -> None:
+        """UsageError for a feature level that is not available here, or too many threads."""
+        levels = _native.available_levels()
+        self.feature_level = feature_level or levels[-1]
+        if self.feature_level not in levels:
+            there = ", ".join(levels)
+            raise UsageError(
+                f"feature level {self.feature_level!r} is not available on this machine; there is: {there}"
+            )
+        try:
+            self._pool = _native.ThreadPool(threads)
+        except (ValueError, RuntimeError) as error:
+            raise UsageError(f"{threads} threads: {error}; give another number") from error
+        self.threads = threads
+        self._weights = WeightStore(threads)
+
+    def load(self, program: Program, tensors: dict[str, Tensor], limits: Limits, progress: Progress) -> CpuStage:
+        """ModelFileError for weights without kernels or figures that do not fit together; DoesNotFitError where the
+        system refuses the memory."""
+        try:
+            weights = self._weights.load(program, tensors, progress)
+            plan = compile_program(program, weights, limits)
+            return CpuStage(_native.Stage(plan, self.feature_level, self._pool), weights)
+        except ValueError as error:
+            raise ModelFileError(f"layers {program.start} to {program.end} cannot be computed: {error}") from error
+        except MemoryError as error:
+            raise DoesNotFitError(self._does_not_fit(program, tensors, limits)) from error
+
+    def kv_block_bytes(self, program: Program) -> int:
+        return sum(_native.kv_block_bytes(step.kv_heads, step.head_dim) for step in program.kv_layers)
+
+    def workspace_bytes(self, program: Program, limits: Limits) -> int:
+        plan = compile_program(program, shapes_only(program), limits)
+        return _native.workspace_bytes(plan, self.threads)
+
+    def close(self) -> None:
+        """Loaded stages go on; the threads end with the last of them."""
+        self._weights = WeightStore(self.threads)
+
+    def _does_not_fit(self, program: Program, tensors: dict[str, Tensor], limits: Limits) -> str:
+        weights = sum(tensors[name].n_bytes for name in program.weights)
+        kv = self.kv_block_bytes(program) * limits.kv_blocks
+        return (
+            f"layers {program.start} to {program.end} need {weights // _MIB} MiB of weights and {kv // _MIB} MiB of KV "
+            "memory, which the system refuses; take fewer layers or a shorter context"
+        )

@@ -1,0 +1,199 @@
+"""From a program to a plan of the native executor: steps are fused, names become numbered buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from llamaclust.kernels.backend import Limits
+from llamaclust.kernels.cpu._native import Plan
+from llamaclust.kernels.cpu.fuse import Attend, Products, fuse
+from llamaclust.kernels.cpu.weights import Weight
+from llamaclust.model.program import (
+    Add,
+    Attention,
+    Buffer,
+    Embed,
+    MatMul,
+    Moe,
+    Program,
+    RmsNorm,
+    Rope,
+    RopeStyle,
+    RopeTable,
+    SelectRows,
+    SiluMul,
+)
+from llamaclust.model.quant_types import ActivationFormat, QuantType
+
+_FORMATS = (ActivationFormat.F32, ActivationFormat.Q8_32, ActivationFormat.Q8_256)
+"""In the order of the native module's numbers."""
+
+
+@dataclass(slots=True)
+class _Buffers:
+    """Numbers for buffers. A name has up to two: row by row steps write copies that each thread may keep for itself,
+    matrix products and attention write what all threads share."""
+
+    plan: Plan
+    ids: dict[tuple[str, bool, bool], int] = field(default_factory=dict)
+    current: dict[str, tuple[int, bool]] = field(default_factory=dict)
+    selected: bool = False
+
+    def read(self, buffer: Buffer) -> int:
+        return self.current[buffer.name][0]
+
+    def is_shared(self, buffer: Buffer) -> bool:
+        return not self.current[buffer.name][1]
+
+    def write_rows(self, buffer: Buffer, multiple: int = 1) -> int:
+        return self._write(buffer, multiple, True)
+
+    def write_shared(self, buffer: Buffer, multiple: int = 1) -> int:
+        return self._write(buffer, multiple, False)
+
+    def _write(self, buffer: Buffer, multiple: int, private: bool) -> int:
+        key = (buffer.name, private, self.selected)
+        if key not in self.ids:
+            self.ids[key] = self.plan.add_buffer(buffer.width, multiple, private, self.selected)
+        self.current[buffer.name] = (self.ids[key], private)
+        return self.ids[key]
+
+
+class _Compiler:
+    def __init__(self, program: Program, weights: Mapping[str, Weight], limits: Limits) -> None:
+        self.plan = Plan(
+            limits.max_tokens, limits.max_outputs, limits.max_sequences, limits.max_context_tokens, limits.kv_blocks
+        )
+        self._program = program
+        self._weights = weights
+        self._buffers = _Buffers(self.plan)
+        self._rotations: dict[RopeTable, int] = {}
+
+    def run(self) -> Plan:
+        if not self._program.is_first:
+            self.plan.read_hidden(self._buffers.write_rows(self._program.hidden))
+        for step in fuse(self._program):
+            self._emit(step)
+        self._finish(self._program.out)
+        return self.plan
+
+    def _emit(self, step: Embed | RmsNorm | Products | Rope | Attend | SiluMul | Add | Moe | SelectRows) -> None:
+        buffers = self._buffers
+        match step:
+            case Embed():
+                self.plan.embed(self._weights[step.weight].matrix, buffers.write_rows(step.out))
+            case RmsNorm():
+                x = buffers.read(step.x)
+                vector = self._weights[step.weight].vector
+                self.plan.rms_norm(x, buffers.write_rows(step.out), vector, step.epsilon)
+            case Products():
+                self._products(step.x, step.steps)
+            case Rope():
+                x = buffers.read(step.x)
+                out = buffers.write_rows(step.x)
+                self.plan.rope(x, out, step.heads, step.head_dim, self._rotation(step))
+            case Attend():
+                self._attend(step.attention, step.rotate_q, step.rotate_k)
+            case SiluMul():
+                gate, up = buffers.read(step.gate), buffers.read(step.up)
+                self.plan.silu_mul(gate, up, buffers.write_rows(step.out))
+            case Add():
+                x, y = buffers.read(step.x), buffers.read(step.y)
+                self.plan.add(x, y, buffers.write_rows(step.out))
+            case Moe():
+                self._experts(step)
+            case SelectRows():
+                x = buffers.read(step.x)
+                buffers.selected = True
+                self.plan.select_rows(x, buffers.write_rows(step.out))
+
+    def _finish(self, out: Buffer) -> None:
+        if self._buffers.is_shared(out):
+            self.plan.set_result(self._buffers.read(out))
+            return
+        result = self.plan.add_buffer(out.width, 1, False, self._buffers.selected)
+        self.plan.write_result(self._buffers.read(out), result)
+        self.plan.set_result(result)
+
+    def _rotation(self, step: Rope) -> tuple[int, bool]:
+        if step.table not in self._rotations:
+            self._rotations[step.table] = self.plan.add_rotation(list(step.table.frequencies), step.table.scale)
+        return self._rotations[step.table], step.style is RopeStyle.NEOX
+
+    def _quantize(self, x: int, types: Sequence[QuantType]) -> list[int]:
+        """Quantizes x once for each activation format that the weight types ask for; slots in the order of `types`."""
+        slots: dict[ActivationFormat, int] = {}
+        for kind in types:
+            activation = kind.info.activation
+            assert activation is not None
+            if activation not in slots:
+                slots[activation] = len(slots)
+                self.plan.quantize(x, slots[activation], _FORMATS.index(activation))
+        return [slots[kind.info.activation] for kind in types if kind.info.activation is not None]
+
+    def _products(self, x: Buffer, steps: Sequence[MatMul]) -> None:
+        weights = [self._weights[step.weight] for step in steps]
+        slots = self._quantize(self._buffers.read(x), [weight.quant_type for weight in weights])
+        self.plan.multiply(
+            [
+                (
+                    weight.matrix,
+                    None if step.bias is None else self._weights[step.bias].vector,
+                    self._buffers.write_shared(step.out),
+                    slot,
+                )
+                for step, weight, slot in zip(steps, weights, slots, strict=True)
+            ]
+        )
+
+    def _attend(self, step: Attention, rotate_q: Rope | None, rotate_k: Rope | None) -> None:
+        q, k, v = (self._buffers.read(buffer) for buffer in (step.q, step.k, step.v))
+        self.plan.attend(
+            q,
+            k,
+            v,
+            self._buffers.write_shared(step.out),
+            self.plan.add_kv_layer(step.kv_heads, step.head_dim),
+            step.heads,
+            step.kv_heads,
+            step.head_dim,
+            step.scale,
+            None if rotate_q is None else self._rotation(rotate_q),
+            None if rotate_k is None else self._rotation(rotate_k),
+        )
+
+    def _experts(self, step: Moe) -> None:
+        buffers, used = self._buffers, step.used
+        x = buffers.read(step.x)
+        router, gate, up, down = (self._weights[name] for name in (step.router, step.gate, step.up, step.down))
+        logits = buffers.write_shared(Buffer("router logits", step.experts))
+        (slot,) = self._quantize(x, [router.quant_type])
+        self.plan.multiply([(router.matrix, None, logits, slot)])
+        choice = buffers.write_rows(Buffer("chosen experts", 2 * used))
+        self.plan.choose_experts(logits, choice, step.experts, used)
+        inner = {name: Buffer(f"expert {name}", step.ffn_width) for name in ("gate", "up", "activated")}
+        products = [(weight, buffers.write_shared(inner[name], used)) for name, weight in (("gate", gate), ("up", up))]
+        self._multiply_experts(x, products, choice, used, per_rank=False)
+        activated = buffers.write_rows(inner["activated"], used)
+        self.plan.silu_mul(buffers.read(inner["gate"]), buffers.read(inner["up"]), activated)
+        projected = buffers.write_shared(Buffer("expert down", step.out.width), used)
+        self._multiply_experts(activated, [(down, projected)], choice, used, per_rank=True)
+        self.plan.combine_experts(choice, projected, buffers.write_rows(step.out), used)
+
+    def _multiply_experts(
+        self, x: int, products: Sequence[tuple[Weight, int]], choice: int, used: int, per_rank: bool
+    ) -> None:
+        slots = self._quantize(x, [weight.quant_type for weight, _ in products])
+        for slot in dict.fromkeys(slots):
+            chosen = [
+                (list(weight.matrices), out)
+                for (weight, out), its_slot in zip(products, slots, strict=True)
+                if its_slot == slot
+            ]
+            self.plan.multiply_experts(chosen, choice, slot, used, per_rank)
+
+
+def compile_program(program: Program, weights: Mapping[str, Weight], limits: Limits) -> Plan:
+    """ValueError where the program does not hold together (widths, heads, angles)."""
+    return _Compiler(program, weights, limits).run()

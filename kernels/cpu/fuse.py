@@ -1,0 +1,123 @@
+"""Fusion over a program: products of one input go together, rotations go into the attention that follows them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from llamaclust.model.program import (
+    Add,
+    Attention,
+    Buffer,
+    Embed,
+    MatMul,
+    Moe,
+    Program,
+    RmsNorm,
+    Rope,
+    SelectRows,
+    SiluMul,
+    Step,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Products:
+    """Matrix products of the same x: it is quantized once, and the threads meet once."""
+
+    x: Buffer
+    steps: tuple[MatMul, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Attend:
+    """Attention that rotates queries and keys on the way."""
+
+    attention: Attention
+    rotate_q: Rope | None = None
+    rotate_k: Rope | None = None
+
+
+FusedStep = Embed | RmsNorm | Products | Rope | Attend | SiluMul | Add | Moe | SelectRows
+
+
+def fuse(program: Program) -> Iterator[FusedStep]:
+    """The program's steps in groups; nothing that a later step can see is different."""
+    steps, at = program.steps, 0
+    while at < len(steps):
+        step = steps[at]
+        if isinstance(step, MatMul):
+            products = _products(steps[at:])
+            yield Products(step.x, products)
+            at += len(products)
+        elif (attend := _attend(program, at)) is not None:
+            yield attend
+            at += 1 + (attend.rotate_q is not None) + (attend.rotate_k is not None)
+        else:
+            assert not isinstance(step, Attention)
+            yield step
+            at += 1
+
+
+def _products(steps: Sequence[Step]) -> tuple[MatMul, ...]:
+    """The products at the front of `steps` that read one buffer and write others."""
+    found: list[MatMul] = []
+    written: set[str] = set()
+    for step in steps:
+        if not isinstance(step, MatMul) or step.out.name in written:
+            break
+        if found and (step.x != found[0].x or step.x.name in written):
+            break
+        found.append(step)
+        written.add(step.out.name)
+    return tuple(found)
+
+
+def _attend(program: Program, at: int) -> Attend | None:
+    """Attention at `at`, with the rotations of its q and k in front of it if nobody else sees what they write."""
+    ropes: dict[str, Rope] = {}
+    step = program.steps[at]
+    while isinstance(step, Rope):
+        if step.x.name in ropes or at + 1 == len(program.steps):
+            return None
+        ropes[step.x.name] = step
+        at += 1
+        step = program.steps[at]
+    if not isinstance(step, Attention):
+        return None
+    parts = {step.q.name: step.heads, step.k.name: step.kv_heads}
+    fits = all(
+        rope.heads == parts.get(name) and rope.head_dim == step.head_dim and not _is_read(program, at + 1, name)
+        for name, rope in ropes.items()
+    )
+    if not fits or len({step.q.name, step.k.name, step.v.name}) < 3:
+        return None if ropes else Attend(step)
+    return Attend(step, ropes.get(step.q.name), ropes.get(step.k.name))
+
+
+def _is_read(program: Program, at: int, name: str) -> bool:
+    """Whether a step from `at` on reads what stands in the buffer now."""
+    for step in program.steps[at:]:
+        if any(buffer.name == name for buffer in reads_of(step)):
+            return True
+        if written_by(step).name == name:
+            return False
+    return program.out.name == name
+
+
+def reads_of(step: Step) -> tuple[Buffer, ...]:
+    match step:
+        case Embed():
+            return ()
+        case Attention():
+            return step.q, step.k, step.v
+        case SiluMul():
+            return step.gate, step.up
+        case Add():
+            return step.x, step.y
+        case RmsNorm() | MatMul() | Rope() | Moe() | SelectRows():
+            return (step.x,)
+
+
+def written_by(step: Step) -> Buffer:
+    return step.x if isinstance(step, Rope) else step.out

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from llamaclust.kernels.backend import Backend
+from llamaclust.kernels.cpu._native import available_levels
+from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.kernels.reference.backend import ReferenceBackend
 
 BACKENDS: dict[str, Callable[[], Backend]] = {"reference": ReferenceBackend}
+for level in available_levels():
+    BACKENDS[f"cpu-{level}"] = partial(CpuBackend, 2, level)
+BACKENDS["cpu-1-thread"] = partial(CpuBackend, 1)
+BACKENDS["cpu-3-threads"] = partial(CpuBackend, 3)

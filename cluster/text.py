@@ -22,6 +22,8 @@ _DRAWN_SEED_BITS = 53
 _BLOCKING_CHARACTERS = 2048
 """Texts longer than this are tokenized on a thread of their own."""
 
+_TEMPLATE_ARGUMENTS = frozenset({"self", "messages", "add_generation_prompt"})
+
 
 @dataclass(frozen=True, slots=True)
 class TextSettings:
@@ -81,19 +83,24 @@ class TextService:
         """The text of some tokens. RequestError for an id outside the vocabulary."""
         return self.tokenizer.decode(ids)
 
-    async def chat_prompt(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> tuple[int, ...]:
+    async def chat_prompt(
+        self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None = None
+    ) -> tuple[int, ...]:
         """Token ids of a chat, ready for the answer. Control words in the messages stay text. `variables` are the
         template's. Raises RequestError where the template refuses the messages."""
-        rendered = await self._render(messages, variables)
+        rendered = await self._render(messages, variables or {})
         return tuple(await asyncio.to_thread(encode_chat, self.tokenizer, rendered))
 
-    async def chat_text(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
+    async def chat_text(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None = None) -> str:
         """A chat as the model will see it."""
-        return unguarded(await self._render(messages, variables))
+        return unguarded(await self._render(messages, variables or {}))
 
     async def _render(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
-        guarded = await asyncio.to_thread(guard_messages, messages, self.tokenizer)
-        return await self.chat_template.render_async(guarded, **variables)
+        taken = _TEMPLATE_ARGUMENTS & variables.keys()
+        if taken:
+            raise ParameterError("chat_template_kwargs", f"{min(taken)!r} cannot be set here")
+        *guarded, more = await asyncio.to_thread(guard_messages, [*messages, variables], self.tokenizer)
+        return await self.chat_template.render_async(guarded, **more)
 
     async def _prompt_ids(self, request: CompletionRequest) -> tuple[int, ...]:
         if isinstance(request.prompt, str):
@@ -110,7 +117,7 @@ class TextService:
         if tokens + wants_answer > context:
             room = " with no room for an answer" if tokens == context else ""
             reason = f"has {tokens} tokens{room}, but the model's context length is {context} tokens; shorten it"
-            raise ParameterError("prompt", reason)
+            raise ParameterError("prompt", reason, "context_length_exceeded")
 
     def _generation(self, request: CompletionRequest, prompt: tuple[int, ...]) -> Generation:
         room = self.settings.context_length - len(prompt)

@@ -25,9 +25,10 @@ _BIAS_NEVER = 1e9
 class ParameterError(RequestError):
     """A request that is refused because of one of its parameters."""
 
-    def __init__(self, param: str, reason: str) -> None:
+    def __init__(self, param: str, reason: str, code: str = RequestError.code) -> None:
         super().__init__(f"{param}: {reason}")
         self.param = param
+        self.code = code
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,6 +61,7 @@ class CompletionStream:
         self._unfinished = len(choices)
         self._is_primed = asyncio.Event()
         self._is_closed = False
+        self._head: TextChunk | None = None
         self._streams = [engine.submit(generation)]
         self._tasks = [asyncio.create_task(self._run(i, choice)) for i, choice in enumerate(choices)]
         for task in self._tasks:
@@ -79,6 +80,9 @@ class CompletionStream:
 
     async def __anext__(self) -> TextChunk:
         """The next chunk; may be cancelled and called again. Raises the error that ended a choice."""
+        head, self._head = self._head, None
+        if head is not None:
+            return head
         if self._unfinished == 0 and self._chunks.empty():
             raise StopAsyncIteration
         item = await self._chunks.get()
@@ -86,6 +90,14 @@ class CompletionStream:
             raise item
         self._unfinished -= item.finish_reason is not None
         return item
+
+    async def wait_first(self, timeout_s: float) -> None:
+        """Waits until there is a chunk, that long at most. Raises where the request has failed by then."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                self._head = await anext(self)
+        except TimeoutError:
+            return
 
     async def aclose(self) -> None:
         """Aborts choices that have not ended. Nothing of the request is left in the engine afterwards."""
@@ -135,3 +147,17 @@ class CompletionStream:
             if chunk.finish_reason is not None:
                 return
         raise WorkerError("the request was ended before its answer was complete")
+
+
+async def chunks_or_silence(stream: CompletionStream, silence_s: float) -> AsyncIterator[TextChunk | None]:
+    """The stream's chunks; None each time that nothing came for so long."""
+    while True:
+        try:
+            async with asyncio.timeout(silence_s):
+                chunk = await anext(stream)
+        except TimeoutError:
+            yield None
+        except StopAsyncIteration:
+            return
+        else:
+            yield chunk

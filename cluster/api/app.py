@@ -1,0 +1,93 @@
+"""The HTTP API of one served model, put together."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+from fastapi import FastAPI
+from pydantic import BaseModel
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+
+import llamaclust
+from llamaclust.cluster.api.errors import add_error_handlers
+from llamaclust.cluster.api.llamacpp import LlamaCppEndpoints
+from llamaclust.cluster.api.llamacpp_schema import DetokenizeBody, LlamaCppBody, TemplateBody, TokenizeBody
+from llamaclust.cluster.api.openai_chat import ChatEndpoint
+from llamaclust.cluster.api.openai_completions import CompletionEndpoint
+from llamaclust.cluster.api.openai_models import ModelsEndpoint
+from llamaclust.cluster.api.openai_schema import ChatBody, CompletionBody
+from llamaclust.cluster.api.operations import Operations, ServingEngine
+from llamaclust.cluster.api.security import Security
+from llamaclust.cluster.api.settings import ApiSettings
+from llamaclust.cluster.text import TextService
+
+Endpoint = Callable[[Request], Awaitable[Response]]
+
+
+def create_app(
+    service: TextService,
+    settings: ApiSettings,
+    engine: ServingEngine,
+    cluster_status: Callable[[], Mapping[str, Any]],
+) -> FastAPI:
+    """The app. `cluster_status` gives what `GET /cluster` answers, as JSON can say it."""
+    docs = "/docs" if settings.with_docs else None
+    app = FastAPI(title="llamaclust", version=llamaclust.__version__, docs_url=docs, redoc_url=None)
+    add_error_handlers(app)
+    _add_openai(app, service, settings)
+    _add_llamacpp(app, service, settings)
+    _add_operations(app, Operations(service, engine, cluster_status))
+    if settings.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=settings.allowed_origins, allow_methods=["*"], allow_headers=["*"]
+        )
+    app.add_middleware(Security, settings=settings)
+    return app
+
+
+def _add_openai(app: FastAPI, service: TextService, settings: ApiSettings) -> None:
+    models = ModelsEndpoint(service)
+    _post(app, "/v1/chat/completions", ChatEndpoint(service, settings).create, ChatBody)
+    _post(app, "/v1/completions", CompletionEndpoint(service, settings).create, CompletionBody)
+    _get(app, "/v1/models", models.list)
+    _get(app, "/v1/models/{model:path}", models.retrieve)
+
+
+def _add_llamacpp(app: FastAPI, service: TextService, settings: ApiSettings) -> None:
+    llamacpp = LlamaCppEndpoints(service, settings)
+    _post(app, "/completion", llamacpp.complete, LlamaCppBody)
+    _post(app, "/tokenize", llamacpp.tokenize, TokenizeBody)
+    _post(app, "/detokenize", llamacpp.detokenize, DetokenizeBody)
+    _post(app, "/apply-template", llamacpp.apply_template, TemplateBody)
+
+
+def _add_operations(app: FastAPI, operations: Operations) -> None:
+    for name in ("health", "metrics", "cluster", "props", "slots"):
+        _get(app, f"/{name}", getattr(operations, name))
+
+
+def _get(app: FastAPI, path: str, endpoint: Endpoint) -> None:
+    app.add_api_route(path, endpoint, methods=["GET"], response_model=None)
+
+
+def _post(app: FastAPI, path: str, endpoint: Endpoint, body: type[BaseModel]) -> None:
+    """The endpoint reads its body itself; the schema is for openapi.json."""
+    schema = _inlined(body.model_json_schema())
+    content = {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+    app.add_api_route(path, endpoint, methods=["POST"], response_model=None, openapi_extra=content)
+
+
+def _inlined(schema: Any, definitions: Mapping[str, Any] | None = None) -> Any:
+    """A JSON schema without references, which would point outside of it once it is a part of openapi.json."""
+    if definitions is None:
+        definitions = schema.pop("$defs", {})
+    if isinstance(schema, list):
+        return [_inlined(item, definitions) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if "$ref" in schema:
+        return _inlined(definitions[schema["$ref"].rpartition("/")[2]], definitions)
+    return {key: _inlined(value, definitions) for key, value in schema.items()}

@@ -1,0 +1,113 @@
+"""llama.cpp's own endpoints: /completion, /tokenize, /detokenize, /apply-template."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from llamaclust.cluster.api.body import read_body
+from llamaclust.cluster.api.errors import JsonResponse
+from llamaclust.cluster.api.llamacpp_schema import (
+    RANDOM_SEEDS,
+    DetokenizeBody,
+    LlamaCppBody,
+    PromptParts,
+    TemplateBody,
+    TokenizeBody,
+)
+from llamaclust.cluster.api.llamacpp_shapes import LlamaCppShape, piece_entry
+from llamaclust.cluster.api.neutral import LLAMACPP, SAMPLER_ORDER, SAMPLERS_NOT_BUILT, TEMPLATE
+from llamaclust.cluster.api.settings import ApiSettings
+from llamaclust.cluster.api.sse import WAITING, EventResponse, event, unless_disconnected
+from llamaclust.cluster.text import TextService
+from llamaclust.cluster.text_answer import collect
+from llamaclust.cluster.text_request import CompletionRequest, ParameterError
+from llamaclust.cluster.text_stream import CompletionStream, chunks_or_silence
+
+
+class LlamaCppEndpoints:
+    """One served model under llama.cpp's names."""
+
+    def __init__(self, service: TextService, settings: ApiSettings) -> None:
+        self._service = service
+        self._settings = settings
+
+    async def complete(self, request: Request) -> Response:
+        body = await read_body(request, LlamaCppBody, LLAMACPP, self._settings)
+        stream = await self._service.start(await self._request(body))
+        shape = LlamaCppShape(self._service, body, stream)
+        if body.stream:
+            return await self._respond_stream(request, stream, shape)
+        try:
+            answers = await unless_disconnected(request, collect(stream))
+            return JsonResponse(shape.whole(answers[0]))
+        finally:
+            await stream.aclose()
+
+    async def tokenize(self, request: Request) -> Response:
+        body = await read_body(request, TokenizeBody, {}, self._settings)
+        ids = await self._service.tokenize(body.content, body.add_special, body.parse_special)
+        if body.with_pieces:
+            return JsonResponse({"tokens": [piece_entry(self._service.tokenizer, token) for token in ids]})
+        return JsonResponse({"tokens": ids})
+
+    async def detokenize(self, request: Request) -> Response:
+        body = await read_body(request, DetokenizeBody, {}, self._settings)
+        return JsonResponse({"content": self._service.detokenize(body.tokens)})
+
+    async def apply_template(self, request: Request) -> Response:
+        body = await read_body(request, TemplateBody, TEMPLATE, self._settings)
+        messages = [message.as_variables() for message in body.messages]
+        return JsonResponse({"prompt": await self._service.chat_text(messages, body.chat_template_kwargs)})
+
+    async def _respond_stream(self, request: Request, stream: CompletionStream, shape: LlamaCppShape) -> Response:
+        try:
+            await unless_disconnected(request, stream.wait_first(self._settings.first_chunk_s))
+        except BaseException:
+            await stream.aclose()
+            raise
+        return EventResponse(self._events(stream, shape), stream.aclose)
+
+    async def _events(self, stream: CompletionStream, shape: LlamaCppShape) -> AsyncGenerator[bytes, None]:
+        async for chunk in chunks_or_silence(stream, self._settings.keepalive_s):
+            if chunk is None:
+                yield WAITING
+            else:
+                yield event(shape.chunk(chunk))
+
+    async def _request(self, body: LlamaCppBody) -> CompletionRequest:
+        _check_samplers(body.samplers)
+        return CompletionRequest(
+            await self._prompt(body.prompt),
+            body.max_tokens,
+            body.sampling(await self._biases(body.logit_bias)),
+            seed=None if body.seed in RANDOM_SEEDS else body.seed,
+            stop=body.stop,
+            ignore_eos=body.ignore_eos,
+            top_logprobs=body.n_probs,
+            penalty_window=None if body.repeat_last_n == -1 else body.repeat_last_n,
+        )
+
+    async def _prompt(self, prompt: str | PromptParts) -> str | tuple[int, ...]:
+        if isinstance(prompt, str):
+            return prompt
+        ids: list[int] = []
+        for place, part in enumerate(prompt):
+            ids += [part] if isinstance(part, int) else await self._service.tokenize(part, add_special=place == 0)
+        return tuple(ids)
+
+    async def _biases(self, given: Sequence[tuple[int | str, float]]) -> tuple[tuple[int, float], ...]:
+        """A text's bias goes to each of its tokens."""
+        biases: dict[int, float] = {}
+        for token, bias in given:
+            ids = [token] if isinstance(token, int) else await self._service.tokenize(token, add_special=False)
+            biases.update(dict.fromkeys(ids, bias))
+        return tuple(sorted(biases.items()))
+
+
+def _check_samplers(samplers: Sequence[str]) -> None:
+    built = [name for name in samplers if name not in SAMPLERS_NOT_BUILT]
+    if samplers and built != list(SAMPLER_ORDER):
+        raise ParameterError("samplers", f"only the order {', '.join(SAMPLER_ORDER)} is supported")

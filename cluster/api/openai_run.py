@@ -1,0 +1,143 @@
+"""Runs the completions of one request: all its prompts, streamed or whole, until the client goes away."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from llamaclust.cluster.api.errors import JsonResponse
+from llamaclust.cluster.api.openai_shapes import FINGERPRINT, usage
+from llamaclust.cluster.api.settings import ApiSettings
+from llamaclust.cluster.api.sse import DONE, WAITING, EventResponse, event, unless_disconnected
+from llamaclust.cluster.requests import Timings
+from llamaclust.cluster.text import TextService
+from llamaclust.cluster.text_answer import Answer, collect
+from llamaclust.cluster.text_choice import TextChunk
+from llamaclust.cluster.text_request import CompletionRequest
+from llamaclust.cluster.text_stream import CompletionStream, chunks_or_silence
+
+Choice = dict[str, Any]
+
+
+class Shape(Protocol):
+    """How an endpoint shows choices."""
+
+    id_prefix: str
+    whole_object: str
+    chunk_object: str
+
+    def opening(self, prompt: int, index: int, stream: CompletionStream) -> Choice | None:
+        """What a streamed choice begins with."""
+        ...
+
+    def chunk(self, prompt: int, chunk: TextChunk) -> Choice | None:
+        """What a chunk adds; None where there is nothing to see."""
+        ...
+
+    def whole(self, prompt: int, answer: Answer, stream: CompletionStream) -> Choice: ...
+
+
+class OpenAiRun:
+    """The streams of one request, one a prompt, and what their replies have in common."""
+
+    def __init__(self, service: TextService, settings: ApiSettings, shape: Shape) -> None:
+        self.streams: list[CompletionStream] = []
+        self._service = service
+        self._settings = settings
+        self._shape = shape
+        self._id = shape.id_prefix + secrets.token_hex(12)
+        self._created = int(time.time())
+        self._opened: set[tuple[int, int]] = set()
+
+    async def start(self, requests: Sequence[CompletionRequest]) -> None:
+        """Submits all prompts, with one seed; where one is refused, none stays."""
+        try:
+            for request in requests:
+                seed = self.streams[0].seed if self.streams else request.seed
+                self.streams.append(await self._service.start(replace(request, seed=seed)))
+        except BaseException:
+            await self.close()
+            raise
+
+    async def respond(self, request: Request, is_stream: bool, with_usage: bool) -> Response:
+        """The reply, or its beginning where it is streamed. Whatever happens, nothing runs on when it ends."""
+        if is_stream:
+            return await self._respond_stream(request, with_usage)
+        try:
+            return JsonResponse(await unless_disconnected(request, self._whole()))
+        finally:
+            await self.close()
+
+    async def close(self) -> None:
+        for stream in self.streams:
+            await stream.aclose()
+
+    async def _whole(self) -> dict[str, Any]:
+        answers = [await collect(stream) for stream in self.streams]
+        choices = [
+            self._shape.whole(prompt, answer, self.streams[prompt])
+            for prompt, prompt_answers in enumerate(answers)
+            for answer in prompt_answers
+        ]
+        tokens = sum(len(answer.rows) for prompt_answers in answers for answer in prompt_answers)
+        counts = self._usage(tokens, [prompt_answers[0].timings for prompt_answers in answers])
+        return {**self._reply(self._shape.whole_object, choices), "usage": counts}
+
+    async def _respond_stream(self, request: Request, with_usage: bool) -> Response:
+        """Failures within the first moments still get a status of their own."""
+        try:
+            await unless_disconnected(request, self.streams[0].wait_first(self._settings.first_chunk_s))
+        except BaseException:
+            await self.close()
+            raise
+        return EventResponse(self._events(with_usage), self.close)
+
+    def _reply(self, kind: str, choices: list[Choice]) -> dict[str, Any]:
+        return {
+            "id": self._id,
+            "object": kind,
+            "created": self._created,
+            "model": self._service.settings.model_name,
+            "system_fingerprint": FINGERPRINT,
+            "seed": self.streams[0].seed,
+            "choices": choices,
+        }
+
+    def _usage(self, tokens: int, timings: Sequence[Timings]) -> dict[str, Any]:
+        return usage([len(stream.prompt_token_ids) for stream in self.streams], tokens, timings)
+
+    async def _events(self, with_usage: bool) -> AsyncGenerator[bytes, None]:
+        tokens, timings = 0, []
+        more = {"usage": None} if with_usage else {}
+        async for prompt, chunk in self._chunks():
+            if chunk is None:
+                yield WAITING
+                continue
+            tokens += len(chunk.rows)
+            if chunk.timings is not None and chunk.index == 0:
+                timings.append(chunk.timings)
+            for choice in self._choices(prompt, chunk):
+                yield event({**self._reply(self._shape.chunk_object, [choice]), **more})
+        if with_usage:
+            counts = self._usage(tokens, timings)
+            yield event({**self._reply(self._shape.chunk_object, []), "usage": counts})
+        yield DONE
+
+    async def _chunks(self) -> AsyncIterator[tuple[int, TextChunk | None]]:
+        """All prompts' chunks, prompt by prompt; None where nothing came for a while."""
+        for prompt, stream in enumerate(self.streams):
+            async for chunk in chunks_or_silence(stream, self._settings.keepalive_s):
+                yield prompt, chunk
+
+    def _choices(self, prompt: int, chunk: TextChunk) -> list[Choice]:
+        opening = None
+        if (prompt, chunk.index) not in self._opened:
+            self._opened.add((prompt, chunk.index))
+            opening = self._shape.opening(prompt, chunk.index, self.streams[prompt])
+        return [choice for choice in (opening, self._shape.chunk(prompt, chunk)) if choice is not None]

@@ -1,0 +1,80 @@
+"""What operators and tools ask: /health, /metrics, /cluster, /props, /slots."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from llamaclust.cluster.api.errors import HttpError, JsonResponse
+from llamaclust.cluster.api.openai_shapes import FINGERPRINT
+from llamaclust.cluster.engine import EngineState
+from llamaclust.cluster.metrics import CONTENT_TYPE, Metrics
+from llamaclust.cluster.scheduler import Scheduler
+from llamaclust.cluster.text import TextService
+from llamaclust.errors import LlamaclustError
+
+
+class ServingEngine(Protocol):
+    """The engine as far as operators see it."""
+
+    @property
+    def state(self) -> EngineState: ...
+    @property
+    def error(self) -> LlamaclustError | None: ...
+    @property
+    def metrics(self) -> Metrics: ...
+    @property
+    def scheduler(self) -> Scheduler: ...
+
+
+class Operations:
+    """Reads only."""
+
+    def __init__(
+        self, service: TextService, engine: ServingEngine, cluster_status: Callable[[], Mapping[str, Any]]
+    ) -> None:
+        self._service = service
+        self._engine = engine
+        self._cluster_status = cluster_status
+
+    async def health(self, request: Request) -> Response:
+        """200 while requests are taken; else 503 and why not."""
+        state = self._engine.state
+        if state is EngineState.READY:
+            return JsonResponse({"status": "ok"})
+        reason = str(self._engine.error or f"the cluster is {state}")
+        raise HttpError(503, f"cluster_{state}", reason, {"Retry-After": "5"})
+
+    async def metrics(self, request: Request) -> Response:
+        return Response(self._engine.metrics.render(), media_type=CONTENT_TYPE)
+
+    async def cluster(self, request: Request) -> Response:
+        return JsonResponse(self._cluster_status())
+
+    async def props(self, request: Request) -> Response:
+        settings, tokenizer = self._service.settings, self._service.tokenizer
+        return JsonResponse(
+            {
+                "default_generation_settings": {"n_ctx": settings.context_length},
+                "total_slots": settings.max_sequences,
+                "model_path": settings.model_name,
+                "model_alias": settings.model_name,
+                "chat_template": self._service.chat_template.source or "",
+                "bos_token": "" if tokenizer.bos_id is None else tokenizer.token_text(tokenizer.bos_id),
+                "eos_token": "" if tokenizer.eos_id is None else tokenizer.token_text(tokenizer.eos_id),
+                "modalities": {"vision": False, "audio": False},
+                "build_info": FINGERPRINT,
+            }
+        )
+
+    async def slots(self, request: Request) -> Response:
+        """The sequences that can run together; the first ones are those that do."""
+        settings, running = self._service.settings, self._engine.scheduler.counts.running
+        slots = [
+            {"id": slot, "n_ctx": settings.context_length, "speculative": False, "is_processing": slot < running}
+            for slot in range(settings.max_sequences)
+        ]
+        return JsonResponse(slots)

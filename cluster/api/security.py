@@ -1,0 +1,83 @@
+"""Who may use the API: API keys; no foreign Host (DNS rebinding); no foreign web page."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from llamaclust.cluster.api.errors import HttpError, error_response
+from llamaclust.cluster.api.settings import ApiSettings
+from llamaclust.cluster.config_values import is_loopback
+
+OPEN_PATHS = frozenset({"/health"})
+
+_HOST = re.compile(r"(\[[0-9a-fA-F:.]{2,60}\]|[A-Za-z0-9._-]{1,255})(?::\d{1,5})?")
+
+
+class Security:
+    """Refuses requests before the app sees them."""
+
+    def __init__(self, app: ASGIApp, settings: ApiSettings) -> None:
+        self._app = app
+        self._keys = [_digest(key) for key in settings.api_keys]
+        self._hosts = {name.lower() for name in (*settings.allowed_hosts, settings.listen_host)}
+        self._origins = {origin.lower().rstrip("/") for origin in settings.allowed_origins}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            try:
+                self._check(scope)
+            except HttpError as error:
+                await error_response(error)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+    def _check(self, scope: Scope) -> None:
+        headers = Headers(scope=scope)
+        self._check_host(headers, scope)
+        self._check_origin(headers)
+        is_preflight = scope["method"] == "OPTIONS" and "access-control-request-method" in headers
+        if self._keys and scope["path"] not in OPEN_PATHS and not is_preflight:
+            self._check_key(headers.get("authorization", ""))
+
+    def _check_host(self, headers: Headers, scope: Scope) -> None:
+        given = headers.getlist("host")
+        match = _HOST.fullmatch(given[0]) if len(given) == 1 else None
+        if match is None:
+            raise HttpError(400, "bad_host", "the request needs one valid Host header")
+        host = match[1].strip("[]").lower()
+        server = scope.get("server")
+        own = {str(server[0]).lower()} if server else set()
+        if "*" in self._hosts or host in self._hosts | own or is_loopback(host):
+            return
+        message = f"Host {host!r} is not a name of this API; add it to the allowed hosts if it should be"
+        raise HttpError(403, "host_not_allowed", message)
+
+    def _check_origin(self, headers: Headers) -> None:
+        origin = headers.get("origin")
+        if origin is None or "*" in self._origins or origin.lower() in self._origins:
+            return
+        if origin.partition("://")[2].lower() == headers["host"].lower():
+            return
+        message = f"web pages of {origin[:200]!r} may not use this API; add it to the allowed origins if they should"
+        raise HttpError(403, "origin_not_allowed", message)
+
+    def _check_key(self, authorization: str) -> None:
+        scheme, _, key = authorization.partition(" ")
+        if scheme.lower() != "bearer" or not key:
+            raise _unauthorized("this API needs a key: send the header Authorization: Bearer KEY")
+        given = _digest(key.strip())
+        if not sum(hmac.compare_digest(given, known) for known in self._keys):
+            raise _unauthorized("the API key is not known here")
+
+
+def _unauthorized(message: str) -> HttpError:
+    return HttpError(401, "invalid_api_key", message, {"WWW-Authenticate": "Bearer"})
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()

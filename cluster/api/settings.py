@@ -1,0 +1,50 @@
+"""What the HTTP API is set to."""
+
+from __future__ import annotations
+
+import re
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from llamaclust.errors import UsageError
+
+_KEY = re.compile(r"[\x21-\x7e]{8,512}")
+
+
+@dataclass(frozen=True, slots=True)
+class ApiSettings:
+    """Fixed for the life of an app. Durations are in seconds."""
+
+    listen_host: str = "127.0.0.1"
+    api_keys: tuple[str, ...] = ()  # none: no key is asked for
+    allowed_hosts: tuple[str, ...] = ()  # names beside loopback, listen_host and the address that was connected to
+    allowed_origins: tuple[str, ...] = ()  # web pages that may use the API, like "https://chat.example"
+    max_body_bytes: int = 16 << 20
+    body_s: float = 30.0  # until a request's body has arrived
+    keepalive_s: float = 5.0  # silence of a stream after which it gets a comment
+    first_chunk_s: float = 1.0  # a stream that fails within it gets a status of its own
+    with_docs: bool = False  # /docs loads scripts from a CDN
+
+
+def read_api_keys(path: Path | None) -> tuple[str, ...]:
+    """The keys of a file, one a line; empty lines and lines that begin with # are skipped. None without a file.
+
+    Raises UsageError where it cannot be read, others may read it, or it holds no key or a bad one.
+    """
+    if path is None:
+        return ()
+    try:
+        mode = stat.S_IMODE(path.stat().st_mode)
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: cannot read the API keys: {error}") from error
+    if mode & 0o077:
+        raise UsageError(f"{path}: others may read these API keys (mode {mode:04o}): chmod 600 {path}")
+    keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    if not keys:
+        raise UsageError(f"{path}: holds no API key; put one a line")
+    bad = next((number for number, key in enumerate(keys, 1) if not _KEY.fullmatch(key)), None)
+    if bad is not None:
+        raise UsageError(f"{path}: key {bad} is not 8 to 512 printable ASCII characters without spaces")
+    return tuple(keys)

@@ -1,0 +1,89 @@
+"""Answers as server-sent events, with signs of life while nothing comes, and an end when the client goes away."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from typing import Any, TypeVar
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from llamaclust.cluster.api.errors import error_body, to_json
+from llamaclust.errors import LlamaclustError
+
+WAITING = b": waiting\n\n"
+DONE = b"data: [DONE]\n\n"
+
+_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+_Value = TypeVar("_Value")
+
+
+def event(value: Any) -> bytes:
+    """One event whose data is JSON."""
+    return b"data: " + to_json(value) + b"\n\n"
+
+
+class EventResponse(Response):
+    """Sends events as they come. However it ends, the events' generator and then `close` are run to their ends."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[bytes, None], close: Callable[[], Awaitable[None]]) -> None:
+        super().__init__(headers=_HEADERS)
+        del self.headers["content-length"]
+        self._events = events
+        self._close = close
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await first_of(self._send(send), wait_for_disconnect(receive))
+        finally:
+            await self._events.aclose()
+            await self._close()
+
+    async def _send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async for data in self._guarded():
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _guarded(self) -> AsyncGenerator[bytes, None]:
+        try:
+            async for data in self._events:
+                yield data
+        except LlamaclustError as error:
+            yield event(error_body(error))
+
+
+async def unless_disconnected(request: Request, work: Awaitable[_Value]) -> _Value:
+    """Does the work; cancels it and raises ClientDisconnect where the client goes away meanwhile. The request's body
+    must have been read."""
+    results: list[_Value] = []
+
+    async def do_it() -> None:
+        results.append(await work)
+
+    await first_of(do_it(), wait_for_disconnect(request.receive))
+    if not results:
+        raise ClientDisconnect
+    return results[0]
+
+
+async def first_of(*works: Awaitable[None]) -> None:
+    """Waits until one is done, cancels the others and waits for their ends. Raises what the done ones raised."""
+    tasks = [asyncio.ensure_future(work) for work in works]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    for task in done:
+        task.result()
+
+
+async def wait_for_disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -23,6 +23,7 @@ SAMPLE = "/llamaclust.v1.Stage/Sample"
 
 TOKEN_KEY = "llamaclust-token"
 EPOCH_KEY = "llamaclust-epoch"
+ACCEPTED_KEY = "llamaclust-accepted"
 
 OPTIONS = (
     ("grpc.max_receive_message_length", MAX_FRAME_BYTES),
@@ -73,8 +74,7 @@ class ClientStream:
 
     async def opened(self) -> None:
         """Returns when the other side has accepted the stream; StreamBrokenError where it does not."""
-        await self._call.initial_metadata()
-        if self._call.done():
+        if ACCEPTED_KEY not in dict(await self._call.initial_metadata() or ()):
             raise await self._broken()
 
     async def write(self, data: bytes) -> None:

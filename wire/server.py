@@ -12,7 +12,7 @@ from grpc import aio
 
 from llamaclust.errors import DeadlineError, LlamaclustError, UsageError, WireError
 from llamaclust.wire.bounds import UINT64, one_line
-from llamaclust.wire.channels import EPOCH_KEY, OPTIONS, TOKEN_KEY, check_private
+from llamaclust.wire.channels import ACCEPTED_KEY, EPOCH_KEY, OPTIONS, TOKEN_KEY, check_private
 from llamaclust.wire.token import ClusterToken
 
 _EOF: Any = aio.EOF  # type: ignore[attr-defined]
@@ -42,7 +42,7 @@ class ServerStream:
 
     async def accept(self) -> None:
         """Tells the other side that the stream is open."""
-        await self._context.send_initial_metadata(())
+        await self._context.send_initial_metadata(((ACCEPTED_KEY, "yes"),))
 
     async def read(self) -> bytes | None:
         """The next message; None once the other side has said its last."""

@@ -1,0 +1,252 @@
+"""Messages and frames: what is sent is what arrives, and hostile bytes are errors and nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llamaclust.errors import WireError
+from llamaclust.proto import microbatch_pb2, sampling_pb2
+from llamaclust.wire.codec import (
+    decode_inputs,
+    decode_microbatch,
+    decode_result,
+    encode_inputs,
+    encode_microbatch,
+    encode_result,
+)
+from llamaclust.wire.frames import FrameKind, decode_frame, encode_failure, encode_hidden
+from llamaclust.wire.messages import (
+    MAX_CONTEXT_TOKENS,
+    MAX_SEQUENCES,
+    MAX_TOKENS,
+    MAX_VOCABULARY,
+    Chunk,
+    Microbatch,
+    Result,
+    RowResult,
+    Run,
+    SampleTask,
+    SamplingInputs,
+    SamplingParams,
+    ScoreTask,
+    StageTiming,
+)
+
+PROTO = Path(__file__).parents[1] / "proto"
+
+tokens = st.integers(0, MAX_VOCABULARY - 1)
+uint64 = st.integers(0, 2**64 - 1)
+reals = st.floats(-100, 100)
+logprobs = st.floats(width=32, allow_nan=False)
+tops = st.lists(st.tuples(tokens, logprobs), max_size=3).map(tuple)
+runs = st.builds(Run, st.integers(0, 2**30), st.integers(1, 1000))
+chunks = st.lists(tokens, min_size=1, max_size=9).flatmap(
+    lambda ids: st.builds(
+        Chunk,
+        st.just(tuple(ids)),
+        st.integers(0, MAX_CONTEXT_TOKENS - 10),
+        st.lists(runs, min_size=1, max_size=4).map(tuple),
+        st.integers(0, len(ids)),
+    )
+)
+many_chunks = st.lists(chunks, min_size=1, max_size=5).map(tuple)
+microbatches = st.builds(Microbatch, st.text("0123456789abcdef", max_size=64), uint64, uint64, many_chunks)
+params = st.builds(
+    SamplingParams,
+    temperature=st.floats(0, 10),
+    top_k=st.integers(0, 2**31 - 1),
+    top_p=st.floats(0, 1),
+    min_p=st.floats(0, 1),
+    repetition_penalty=st.floats(0, 10),
+    frequency_penalty=reals,
+    presence_penalty=reals,
+    logit_bias=st.lists(st.tuples(tokens, reals), max_size=3).map(tuple),
+)
+ids = st.lists(tokens, max_size=5).map(tuple)
+samples = st.builds(
+    SampleTask,
+    params,
+    uint64,
+    st.integers(0, 2**32 - 1),
+    st.integers(0, MAX_CONTEXT_TOKENS),
+    ids,
+    ids,
+    st.integers(0, 128),
+)
+tasks = st.lists(samples | st.builds(ScoreTask, tokens, st.integers(0, 128)), max_size=4).map(tuple)
+inputs = st.builds(SamplingInputs, uint64, uint64, tasks)
+timings = st.lists(st.builds(StageTiming, uint64, uint64, uint64, st.integers(0, MAX_TOKENS)), max_size=3).map(tuple)
+rows = st.lists(st.builds(RowResult, tokens, logprobs, tops), max_size=4).map(tuple)
+lines = st.text(st.characters(codec="ascii", categories=("L", "N")), min_size=1, max_size=50)
+results = st.builds(Result, uint64, uint64, rows, timings, st.none() | lines)
+
+
+@given(microbatches, inputs, results)
+def test_what_is_sent_arrives(microbatch: Microbatch, wanted: SamplingInputs, result: Result) -> None:
+    assert decode_microbatch(encode_microbatch(microbatch)) == microbatch
+    assert decode_inputs(encode_inputs(wanted)) == wanted
+    assert decode_result(encode_result(result)) == result
+
+
+def test_a_failed_row_arrives_alone() -> None:
+    rows = (RowResult(3, -1.5), RowResult(-1, math.nan, failure="logits are not finite"))
+    decoded = decode_result(encode_result(Result(1, 2, rows)))
+    assert decoded.rows[0] == rows[0]
+    failed = decoded.rows[1]
+    assert (failed.token, failed.failure) == (-1, "logits are not finite")
+    assert math.isnan(failed.logprob)
+
+
+def test_unknown_fields_of_a_newer_minor_version_are_ignored() -> None:
+    result = Result(1, 2, (RowResult(3, -1.5),))
+    unknown = b"\xa2\x1f\x05hello"  # field 500, five bytes
+    assert decode_result(encode_result(result) + unknown) == result
+
+
+GOOD_CHUNK = Chunk((1, 2), 0, (Run(0, 1),), 1)
+BAD_CHUNKS = {
+    "no tokens": Chunk((), 0, (Run(0, 1),), 0),
+    "token": Chunk((MAX_VOCABULARY,), 0, (Run(0, 1),), 0),
+    "last position": Chunk((1, 2), MAX_CONTEXT_TOKENS - 1, (Run(0, 1),), 0),
+    "outputs": Chunk((1, 2), 0, (Run(0, 1),), 3),
+    "runs": Chunk((1,), 0, (), 0),
+    "empty run": Chunk((1,), 0, (Run(0, 0),), 0),
+    "last block": Chunk((1,), 0, (Run(2**31 - 1, 2),), 0),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CHUNKS)
+def test_chunks_out_of_bounds_are_refused(name: str) -> None:
+    assert decode_microbatch(encode_microbatch(Microbatch("m", 1, 0, (GOOD_CHUNK,))))
+    with pytest.raises(WireError):
+        decode_microbatch(encode_microbatch(Microbatch("m", 1, 0, (BAD_CHUNKS[name],))))
+
+
+def test_microbatches_out_of_bounds_are_refused() -> None:
+    for chunk, count in ((GOOD_CHUNK, 0), (GOOD_CHUNK, MAX_SEQUENCES + 1), (Chunk((1,) * 8192, 0, (Run(0, 1),), 0), 2)):
+        with pytest.raises(WireError):
+            decode_microbatch(encode_microbatch(Microbatch("m", 1, 0, (chunk,) * count)))
+
+
+BAD_PARAMS = [
+    SamplingParams(temperature=math.nan),
+    SamplingParams(temperature=-1.0),
+    SamplingParams(top_p=1.5),
+    SamplingParams(min_p=math.inf),
+    SamplingParams(repetition_penalty=-0.1),
+    SamplingParams(frequency_penalty=math.nan),
+    SamplingParams(logit_bias=((5, math.nan),)),
+    SamplingParams(logit_bias=((MAX_VOCABULARY, 1.0),)),
+]
+
+
+@pytest.mark.parametrize("params", BAD_PARAMS)
+def test_sampling_parameters_out_of_bounds_are_refused(params: SamplingParams) -> None:
+    with pytest.raises(WireError):
+        decode_inputs(encode_inputs(SamplingInputs(1, 0, (SampleTask(params, 0, 0, 0),))))
+
+
+def test_a_task_of_no_kind_is_refused() -> None:
+    message = sampling_pb2.SamplingInputs(tasks=[sampling_pb2.RowTask()])
+    with pytest.raises(WireError, match="does not know"):
+        decode_inputs(message.SerializeToString())
+
+
+@given(st.binary(max_size=200))
+def test_random_bytes_are_refused_or_decoded(data: bytes) -> None:
+    for decode in (decode_microbatch, decode_inputs, decode_result, decode_frame):
+        try:
+            decode(data)
+        except WireError:
+            pass
+
+
+def _frame(rng: np.random.Generator) -> bytes:
+    header = encode_microbatch(Microbatch("m", 1, 0, (GOOD_CHUNK,)))
+    return encode_hidden(header, (StageTiming(1, 2, 3, 4),), rng.standard_normal((2, 8), np.float32))
+
+
+@settings(max_examples=300)
+@given(st.data())
+def test_damaged_frames_are_refused_or_decoded(data: st.DataObject) -> None:
+    """Flips, cuts and insertions of good messages: deeper than random bytes get."""
+    good = [
+        (decode_frame, _frame(np.random.default_rng(1))),
+        (decode_microbatch, encode_microbatch(Microbatch("m", 1, 0, (GOOD_CHUNK,) * 3))),
+        (decode_inputs, encode_inputs(SamplingInputs(1, 0, (SampleTask(SamplingParams(), 1, 2, 3), ScoreTask(4))))),
+    ]
+    decode, message = data.draw(st.sampled_from(good))
+    damaged = bytearray(message)
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(damaged) - 1))
+        damaged[at] = data.draw(st.integers(0, 255))
+    cut = damaged[: data.draw(st.integers(0, len(damaged)))] if data.draw(st.booleans()) else damaged
+    try:
+        decoded = decode(bytes(cut))
+        if decode is decode_frame:
+            decoded.hidden(2, 8)
+    except WireError:
+        pass
+
+
+def test_a_frame_carries_the_bits_of_the_hidden_state_without_a_copy() -> None:
+    rng = np.random.default_rng(2)
+    hidden = rng.standard_normal((5, 12), np.float32)
+    hidden[0, :4] = np.nan, np.inf, -0.0, np.finfo(np.float32).smallest_subnormal
+    data = encode_hidden(b"header", (StageTiming(2**64 - 1, 2, 3, 4),) * 2, hidden)
+    frame = decode_frame(data)
+    assert (frame.kind, frame.header, frame.timings) == (
+        FrameKind.HIDDEN,
+        b"header",
+        (StageTiming(2**64 - 1, 2, 3, 4),) * 2,
+    )
+    received = frame.hidden(5, 12)
+    assert received.tobytes() == hidden.tobytes()
+    assert np.shares_memory(received, np.frombuffer(data, np.uint8))
+    assert received.ctypes.data % 16 == 0
+    with pytest.raises(WireError, match="240 bytes"):
+        frame.hidden(5, 11)
+
+
+def test_a_failure_frame_is_one_safe_line() -> None:
+    frame = decode_frame(encode_failure(b"header", (), "worker b:\nout of \x1b[31mmemory" + "!" * 5000))
+    assert frame.failure.startswith("worker b: out of [31mmemory!!!")
+    assert len(frame.failure) <= 1000
+
+
+def test_a_frame_of_another_version_is_refused_by_name() -> None:
+    data = bytearray(_frame(np.random.default_rng(3)))
+    data[4] = 2
+    with pytest.raises(WireError, match="version 2"):
+        decode_frame(bytes(data))
+
+
+def test_stubs_belong_to_the_proto_files() -> None:
+    """`make proto` writes both."""
+    names = ("control.proto", "microbatch.proto", "sampling.proto")
+    text = b"".join((PROTO / name).read_bytes() for name in names)
+    assert (PROTO / "protos.sha256").read_text().strip() == hashlib.sha256(text).hexdigest()
+    assert {path.name for path in PROTO.glob("*.proto")} == set(names)
+
+
+def test_every_field_of_a_proto_file_has_a_comment() -> None:
+    for path in PROTO.glob("*.proto"):
+        lines = path.read_text().splitlines()
+        for before, text in zip(lines, lines[1:], strict=False):
+            if text.strip().endswith((";", "{")) and not text.startswith(("syntax", "package")):
+                assert before.strip().startswith("//"), f"{path.name}: {text.strip()}"
+
+
+def test_the_numbers_of_a_microbatch_are_unsigned_on_the_wire() -> None:
+    message = microbatch_pb2.Microbatch(
+        epoch=2**64 - 1, number=2**64 - 1, chunks=[{"tokens": [1], "table": [{"count": 1}]}]
+    )
+    decoded = decode_microbatch(message.SerializeToString())
+    assert (decoded.epoch, decoded.number) == (2**64 - 1, 2**64 - 1)

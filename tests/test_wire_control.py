@@ -1,0 +1,124 @@
+"""Control messages: what is sent is what arrives, bounds hold, newer versions are understood as far as they can be."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llamaclust.errors import WireError
+from llamaclust.proto import control_pb2
+from llamaclust.wire.control import (
+    CoordinatorMessage,
+    Deadlines,
+    Failure,
+    Heartbeat,
+    Load,
+    Loaded,
+    LoadFailed,
+    LoadProgress,
+    Measure,
+    Measured,
+    Refused,
+    Register,
+    Shutdown,
+    StageLimits,
+    Unload,
+    Unloaded,
+    Welcome,
+    WorkerMessage,
+)
+from llamaclust.wire.control_codec import (
+    decode_coordinator_message,
+    decode_worker_message,
+    encode_coordinator_message,
+    encode_worker_message,
+)
+
+REGISTER = Register("a", 7, "host", "unix:/run/a.sock", "cpu", 2, "avx2", 1 << 35, 1 << 34, "a chip, 2 cores")
+LOAD = Load(3, "/models/m.gguf", "ab" * 32, 2, 4, StageLimits(64, 8, 8, 4096, 1000), "unix:/run/b.sock")
+
+WORKER_MESSAGES: list[WorkerMessage] = [
+    REGISTER,
+    replace(REGISTER, protocol=(1, 9), numerics_version=2),
+    Measured(4e10, 5e11),
+    Failure("WorkerError", "no"),
+    LoadProgress(3, 10, 20),
+    Loaded(3, 1, 2, 3),
+    LoadFailed(3, Failure("DoesNotFitError", "12 MiB are missing")),
+    Unloaded(3),
+    Heartbeat(0.5, 10, 20, 30, 40),
+]
+COORDINATOR_MESSAGES: list[CoordinatorMessage] = [
+    Welcome(Deadlines(0.5, 2.0, 3.0), (1, 3)),
+    Refused("no"),
+    Measure(),
+    LOAD,
+    replace(LOAD, start=0, next_address=None),
+    Unload(3),
+    Shutdown("end"),
+]
+
+
+@pytest.mark.parametrize("message", WORKER_MESSAGES, ids=lambda message: type(message).__name__)
+def test_what_a_worker_says_arrives(message: WorkerMessage) -> None:
+    assert decode_worker_message(encode_worker_message(message)) == message
+
+
+@pytest.mark.parametrize("message", COORDINATOR_MESSAGES, ids=lambda message: type(message).__name__)
+def test_what_a_coordinator_says_arrives(message: CoordinatorMessage) -> None:
+    assert decode_coordinator_message(encode_coordinator_message(message)) == message
+
+
+def test_kinds_of_a_newer_minor_version_are_told_apart_from_damage() -> None:
+    unknown = b"\xa2\x1f\x00"  # field 500, empty
+    assert decode_worker_message(unknown) is None
+    assert decode_coordinator_message(unknown) is None
+    with pytest.raises(WireError):
+        decode_worker_message(b"\xff")
+
+
+@pytest.mark.parametrize("name", ["", "../a", "a/b", "a b", ".a", "x" * 64, "a\n"])
+def test_worker_names_that_are_no_file_names_are_refused(name: str) -> None:
+    with pytest.raises(WireError, match="worker name"):
+        decode_worker_message(encode_worker_message(replace(REGISTER, name=name)))
+
+
+BAD_LOADS = [
+    replace(LOAD, end=LOAD.start),
+    replace(LOAD, model_path=""),
+    replace(LOAD, model_path="/a\0b"),
+    replace(LOAD, limits=replace(LOAD.limits, max_tokens=0)),
+    replace(LOAD, limits=replace(LOAD.limits, kv_blocks=0)),
+    replace(LOAD, limits=replace(LOAD.limits, max_sequences=1 << 20)),
+]
+
+
+@pytest.mark.parametrize("order", BAD_LOADS)
+def test_loads_out_of_bounds_are_refused(order: Load) -> None:
+    with pytest.raises(WireError):
+        decode_coordinator_message(encode_coordinator_message(order))
+
+
+def test_numbers_that_are_none_are_refused() -> None:
+    for message in (Measured(math.nan, 1.0), Heartbeat(math.inf, 0, 0, 0, 0), LoadProgress(1, 3, 2)):
+        with pytest.raises(WireError):
+            decode_worker_message(encode_worker_message(message))
+
+
+def test_text_from_a_peer_is_safe_to_print() -> None:
+    failure = control_pb2.Failure(kind="X", message="two\nlines \x1b]0;title\x07\u202e")
+    message = control_pb2.WorkerMessage(measure_failed=failure).SerializeToString()
+    assert decode_worker_message(message) == Failure("X", "two lines ]0;title")
+
+
+@given(st.binary(max_size=200))
+def test_random_bytes_are_refused_or_decoded(data: bytes) -> None:
+    for decode in (decode_worker_message, decode_coordinator_message):
+        try:
+            decode(data)
+        except WireError:
+            pass

@@ -1,0 +1,276 @@
+"""The streams of a worker: microbatches through stages in one process over real gRPC, hostile peers, failures."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import astuple, dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from real_cluster import LIMITS, microbatches
+from tiny_model import build_tiny_model
+
+from llamaclust.kernels.backend import Limits
+from llamaclust.kernels.reference.backend import ReferenceBackend
+from llamaclust.model.loader import Model
+from llamaclust.wire.channels import FORWARD, SAMPLE, ClientStream, Peer, StreamBrokenError
+from llamaclust.wire.codec import decode_result, encode_inputs, encode_microbatch
+from llamaclust.wire.control import Deadlines
+from llamaclust.wire.frames import encode_hidden
+from llamaclust.wire.messages import Chunk, Microbatch, Result, Run, SamplingInputs
+from llamaclust.wire.server import Server
+from llamaclust.wire.token import ClusterToken
+from llamaclust.worker.compute import ComputeThread
+from llamaclust.worker.flow import StageFlow
+from llamaclust.worker.service import StageService
+from llamaclust.worker.stage_runner import StageRunner
+from llamaclust.worker.steps import Counters
+
+TOKEN = ClusterToken("t" * 40)
+DEADLINES = Deadlines(sampling_inputs_s=0.2, forward_s=5.0)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    path = tmp_path_factory.mktemp("model") / "tiny.gguf"
+    return Model.open(build_tiny_model(path, hidden=64, layers=3, heads=4, ffn=96))
+
+
+def _runner(model: Model, start: int, end: int) -> StageRunner:
+    return StageRunner(ReferenceBackend(), model, start, end, Limits(*astuple(LIMITS)))
+
+
+@dataclass(slots=True)
+class Chain:
+    """Stages of epoch 1, each behind a server of its own; streams to the first and the last."""
+
+    model_id: str
+    runners: list[StageRunner]
+    first: Peer
+    last: Peer
+    forward: ClientStream
+    sample: ClientStream
+
+    async def submit(self, microbatch: Microbatch, inputs: SamplingInputs | None) -> None:
+        await self.forward.write(encode_hidden(encode_microbatch(microbatch), (), None))
+        if inputs is not None:
+            await self.sample.write(encode_inputs(inputs))
+
+    async def result(self) -> Result:
+        data = await self.sample.read()
+        assert data is not None
+        return decode_result(data)
+
+
+@asynccontextmanager
+async def chain(model: Model, folder: Path, cuts: Sequence[int] = (0, 1, 3)) -> AsyncIterator[Chain]:
+    compute, servers, runners, services = ComputeThread(), [], [], []
+    peers = [Peer(f"unix:{folder}/{index}.sock", TOKEN) for index in range(len(cuts) - 1)]
+    for index, peer in enumerate(peers):
+        runners.append(_runner(model, cuts[index], cuts[index + 1]))
+        service = StageService(f"w{index}")
+        after = Peer(peers[index + 1].address, TOKEN) if index + 1 < len(peers) else None
+        service.add(StageFlow(1, runners[-1], f"w{index}", compute, Counters(), DEADLINES, after))
+        services.append(service)
+        servers.append(await Server.start(peer.address, TOKEN, service.handlers))
+    sample = peers[-1].open(SAMPLE, epoch=1)
+    await sample.opened()
+    forward = peers[0].open(FORWARD, epoch=1)
+    await forward.opened()
+    try:
+        yield Chain(model.model_id, runners, peers[0], peers[-1], forward, sample)
+    finally:
+        await asyncio.gather(*(peer.close() for peer in peers))
+        await asyncio.gather(*(server.stop(0.0) for server in servers))
+        await asyncio.gather(*(service.close() for service in services))
+        assert compute.stop(5.0)
+
+
+@pytest.mark.parametrize("cuts", [(0, 3), (0, 1, 3), (0, 1, 2, 3)], ids=str)
+def test_results_come_in_order_with_a_timing_a_stage(model: Model, tmp_path: Path, cuts: tuple[int, ...]) -> None:
+    work = microbatches(model.model_id, 1, 9)
+    whole = _runner(model, 0, 3)
+
+    async def run() -> list[Result]:
+        async with chain(model, tmp_path, cuts) as stages:
+            for microbatch, inputs in work:
+                await stages.submit(microbatch, inputs)
+            results = [await stages.result() for _ in work]
+            await stages.forward.done_writing()
+            assert await stages.forward.read() is None
+            return results
+
+    for (microbatch, inputs), result in zip(work, asyncio.run(run()), strict=True):
+        assert (result.epoch, result.number, result.failure) == (1, microbatch.number, None)
+        assert result.rows == whole.finish(whole.run(microbatch, None), inputs)
+        assert [timing.rows for timing in result.timings] == [microbatch.rows] * (len(cuts) - 1)
+        assert all(timing.compute_ns > 0 and timing.queue_ns > 0 for timing in result.timings)
+
+
+def test_sampling_inputs_may_come_late_but_not_never(model: Model, tmp_path: Path) -> None:
+    (first, first_inputs), (second, second_inputs), (third, third_inputs), *_ = microbatches(model.model_id, 1, 3)
+
+    async def run() -> None:
+        async with chain(model, tmp_path) as stages:
+            await stages.submit(first, None)
+            await asyncio.sleep(0.05)
+            await stages.sample.write(encode_inputs(first_inputs))
+            assert (await stages.result()).failure is None
+            await stages.submit(second, None)
+            failed = await stages.result()
+            assert failed.failure is not None
+            assert "worker w1 (layers [1, 3)): sampling inputs of microbatch 1: not within 0.2 s" in failed.failure
+            await stages.sample.write(encode_inputs(second_inputs))  # too late: dropped
+            await stages.submit(third, third_inputs)
+            assert (await stages.result()).failure is None
+
+    asyncio.run(run())
+
+
+def test_a_microbatch_that_fails_is_answered_in_its_turn(model: Model, tmp_path: Path) -> None:
+    work = microbatches(model.model_id, 1, 4)
+
+    async def run() -> list[Result]:
+        async with chain(model, tmp_path, (0, 1, 2, 3)) as stages:
+            for stage, number in ((stages.runners[1], 1), (stages.runners[2], 2)):
+                _fail_at(stage, number)
+            for microbatch, inputs in work:
+                await stages.submit(microbatch, inputs)
+            return [await stages.result() for _ in work]
+
+    results = asyncio.run(run())
+    assert [result.number for result in results] == [0, 1, 2, 3]
+    assert [result.failure for result in results] == [
+        None,
+        "worker w1 (layers [1, 2)): MemoryError: no more",
+        "worker w2 (layers [2, 3)): MemoryError: no more",
+        None,
+    ]
+    assert [len(result.timings) for result in results] == [3, 1, 2, 3]
+
+
+def _fail_at(runner: StageRunner, number: int) -> None:
+    whole = runner.run
+
+    def run(microbatch: Microbatch, hidden: object) -> object:
+        if microbatch.number == number:
+            raise MemoryError("no more")
+        return whole(microbatch, hidden)  # type: ignore[arg-type]
+
+    runner.run = run  # type: ignore[method-assign,assignment]
+
+
+def _good(model: Model) -> Microbatch:
+    return Microbatch(model.model_id, 1, 0, (Chunk((1,), 0, (Run(0, 1),), 1),))
+
+
+def _hostile(model: Model) -> dict[str, bytes]:
+    good = _good(model)
+    changed = {
+        "another epoch": replace(good, epoch=2),
+        "number out of turn": replace(good, number=1),
+        "another model": replace(good, model_id="00"),
+        "foreign token": replace(good, chunks=(Chunk((320,), 0, (Run(0, 1),), 1),)),
+        "foreign block": replace(good, chunks=(Chunk((1,), 0, (Run(64, 1),), 1),)),
+        "too many rows": replace(good, chunks=(Chunk((1,) * 65, 0, (Run(0, 5),), 1),)),
+    }
+    frames = {name: encode_hidden(encode_microbatch(one), (), None) for name, one in changed.items()}
+    frames["no frame"] = b"GET / HTTP/1.1"
+    frames["empty"] = b""
+    frames["hidden state for a first stage"] = encode_hidden(encode_microbatch(good), (), np.zeros((1, 64), np.float32))
+    return frames
+
+
+HOSTILE = list(_hostile(SimpleNamespace(model_id="")))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_frame_that_breaks_the_protocol_ends_the_stream_by_name(model: Model, tmp_path: Path, name: str) -> None:
+    async def run() -> None:
+        async with chain(model, tmp_path, (0, 3)) as stages:
+            await stages.forward.write(_hostile(model)[name])
+            with pytest.raises(StreamBrokenError) as caught:
+                await stages.forward.read()
+            assert caught.value.told
+            print(caught.value)
+
+    asyncio.run(run())
+
+
+def test_a_hidden_state_of_another_size_is_refused(model: Model, tmp_path: Path) -> None:
+    async def run() -> None:
+        async with chain(model, tmp_path) as stages:
+            forward = stages.last.open(FORWARD, epoch=1)
+            with pytest.raises(StreamBrokenError, match="second stream"):
+                await forward.opened()
+        async with chain(model, tmp_path, (0, 3)) as stages:
+            hidden = encode_hidden(encode_microbatch(_good(model)), (), np.zeros((1, 63), np.float32))
+            await stages.forward.write(hidden)
+            with pytest.raises(StreamBrokenError, match="252 bytes, 1 x 0"):
+                await stages.forward.read()
+
+    asyncio.run(run())
+
+
+def test_streams_that_do_not_belong_are_refused_by_name(model: Model, tmp_path: Path) -> None:
+    async def run() -> None:
+        async with chain(model, tmp_path) as stages:
+            for peer, method, epoch, why in (
+                (stages.first, FORWARD, 2, "worker w0 holds no stage for epoch 2"),
+                (stages.first, SAMPLE, 1, "not the last"),
+                (stages.first, FORWARD, 1, "second stream"),
+                (stages.last, SAMPLE, 1, "second sampling stream"),
+                (stages.first, FORWARD, None, "a number is expected"),
+            ):
+                with pytest.raises(StreamBrokenError, match=why):
+                    await peer.open(method, epoch=epoch).opened()
+            for microbatch, inputs in microbatches(model.model_id, 1, 2):  # nothing else is disturbed
+                await stages.submit(microbatch, inputs)
+                assert (await stages.result()).failure is None
+
+    asyncio.run(run())
+
+
+def test_bad_sampling_inputs_end_the_stream_by_name(model: Model, tmp_path: Path) -> None:
+    async def run(data: bytes, why: str) -> None:
+        async with chain(model, tmp_path, (0, 3)) as stages:
+            await stages.sample.write(data)
+            with pytest.raises(StreamBrokenError, match=why):
+                await stages.sample.read()
+
+    asyncio.run(run(b"\xff", "damaged"))
+    asyncio.run(run(encode_inputs(SamplingInputs(1, 1, ())), r"\(1, 1\) where \(1, 0\)"))
+    asyncio.run(run(encode_inputs(SamplingInputs(2, 0, ())), r"\(2, 0\) where \(1, 0\)"))
+
+
+def test_another_number_of_tasks_than_rows_ends_the_stream(model: Model, tmp_path: Path) -> None:
+    async def run() -> None:
+        async with chain(model, tmp_path, (0, 3)) as stages:
+            await stages.submit(_good(model), SamplingInputs(1, 0, ()))
+            with pytest.raises(StreamBrokenError, match="0 tasks for 1 output rows"):
+                await stages.forward.read()
+
+    asyncio.run(run())
+
+
+def test_the_loss_of_the_next_stage_reaches_the_coordinator(model: Model, tmp_path: Path) -> None:
+    async def run() -> None:
+        compute = ComputeThread()
+        runner = _runner(model, 0, 1)
+        service = StageService("w0")
+        nobody = Peer(f"unix:{tmp_path}/nobody.sock", TOKEN)
+        service.add(StageFlow(1, runner, "w0", compute, Counters(), DEADLINES, nobody))
+        server = await Server.start(f"unix:{tmp_path}/a.sock", TOKEN, service.handlers)
+        first = Peer(server.address, TOKEN)
+        with pytest.raises(StreamBrokenError, match=r"connection to unix:.*nobody\.sock lost"):
+            await first.open(FORWARD, epoch=1).opened()
+        await first.close()
+        await server.stop(0.0)
+        await service.close()
+        assert compute.stop(5.0)
+
+    asyncio.run(run())

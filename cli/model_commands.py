@@ -36,7 +36,7 @@ def pull(model: ModelArgument) -> None:
     """Download a model; goes on where an interrupted download stopped and checks the bytes before they are used."""
     from llamaclust.tools.pull import pull_model
 
-    with _progress_bar() as progress:
+    with progress_bar() as progress:
         path = pull_model(model, progress)
     print(path)
 
@@ -119,7 +119,7 @@ def _given_or_read(text: str | None) -> str:
 
 
 @contextmanager
-def _progress_bar() -> Iterator[Progress]:
+def progress_bar() -> Iterator[Progress]:
     """A bar on standard error for whatever step is going on."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn

@@ -1,0 +1,115 @@
+"""A running cluster: starts workers, measures, plans, loads, opens pipeline and engine; undoes it all at the end."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from llamaclust.cluster.config import ClusterConfig, environment
+from llamaclust.cluster.engine import Engine
+from llamaclust.cluster.events import PlanMade, Watch, WorkerLoading
+from llamaclust.cluster.launchers.base import Launcher, WorkerSpec
+from llamaclust.cluster.launchers.local import LocalLauncher
+from llamaclust.cluster.launchers.run_directory import run_directory
+from llamaclust.cluster.loading import load_stages
+from llamaclust.cluster.measuring import measure_workers
+from llamaclust.cluster.pipeline import StageInfo
+from llamaclust.cluster.plan import Plan
+from llamaclust.cluster.plan_inputs import make_plan, scheduler_settings, stage_limits
+from llamaclust.cluster.plan_text import plan_lines
+from llamaclust.cluster.registry import Registry
+from llamaclust.cluster.remote import RemotePipeline
+from llamaclust.cluster.settings import EngineSettings
+from llamaclust.cluster.state import ClusterDir
+from llamaclust.model.loader import Model
+from llamaclust.wire.control import LoadProgress
+from llamaclust.wire.token import ClusterToken
+
+_JOIN_S = 60.0
+_EPOCH = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """What runs while `open_cluster` is entered."""
+
+    config: ClusterConfig
+    model: Model
+    plan: Plan
+    registry: Registry
+    launcher: Launcher
+    engine: Engine
+
+
+@asynccontextmanager
+async def open_cluster(
+    config: ClusterConfig, model_path: Path, folder: ClusterDir, watch: Watch = lambda event: None
+) -> AsyncIterator[Cluster]:
+    """A cluster that is ready for requests. The caller holds `folder`'s lock. On the way out every worker ends.
+
+    Raises DoesNotFitError, ModelFileError, WorkerError or DeadlineError where a start fails; nothing is left running.
+    """
+    with run_directory(folder.path) as run:
+        launcher = LocalLauncher(run, folder.logs)
+        silence_s = config.timeouts.worker
+        registry = Registry(run.coordinator, run.token, silence_s=silence_s, last_words=launcher.last_words)
+        model = await asyncio.to_thread(Model.open, model_path)
+        with closing(model):
+            async with registry, _launched(launcher, registry, config):
+                await registry.wait_for([worker.name for worker in config.workers], _JOIN_S)
+                measured = await measure_workers(config, registry.workers, folder)
+                plan = make_plan(config, model, registry.workers, measured)
+                watch(PlanMade(tuple(plan_lines(plan))))
+                async with _pipeline(config, model, plan, registry, run.token, watch) as pipeline:
+                    settings = scheduler_settings(config, model, plan)
+                    async with Engine(pipeline, settings, EngineSettings(request_s=config.timeouts.request)) as engine:
+                        yield Cluster(config, model, plan, registry, launcher, engine)
+
+
+@asynccontextmanager
+async def _launched(launcher: Launcher, registry: Registry, config: ClusterConfig) -> AsyncIterator[None]:
+    try:
+        await launcher.start(_specs(config), registry.address, registry.process_exited)
+        yield
+    finally:
+        await launcher.stop()
+
+
+def _specs(config: ClusterConfig) -> list[WorkerSpec]:
+    """Workers that name no threads share this machine's cores out."""
+    share = max(1, len(os.sched_getaffinity(0)) // len(config.workers))
+    level = environment().feature_level or ""
+    return [
+        WorkerSpec(worker.name, worker.device, worker.threads or share, worker.memory, level)
+        for worker in config.workers
+    ]
+
+
+@asynccontextmanager
+async def _pipeline(
+    config: ClusterConfig, model: Model, plan: Plan, registry: Registry, token: ClusterToken, watch: Watch
+) -> AsyncIterator[RemotePipeline]:
+    """The plan's stages, loaded and connected."""
+
+    def tell(worker: str, progress: LoadProgress) -> None:
+        stage = next(stage for stage in plan.stages if stage.worker == worker)
+        watch(WorkerLoading(worker, stage.start, stage.end, progress.done_bytes, progress.total_bytes))
+
+    workers = await load_stages(
+        _EPOCH,
+        [StageInfo(stage.worker, stage.start, stage.end) for stage in plan.stages],
+        registry.workers,
+        model_path=str(model.file.path),
+        model_id=model.model_id,
+        limits=stage_limits(config, plan),
+        on_progress=tell,
+    )
+    pipeline = await RemotePipeline.open(_EPOCH, workers, token)
+    try:
+        yield pipeline
+    finally:
+        await pipeline.close()

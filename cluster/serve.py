@@ -1,0 +1,142 @@
+"""A cluster and its HTTP API in one process, from the first lock to the last worker's end."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import uvicorn
+
+from llamaclust.cluster.api.app import create_app
+from llamaclust.cluster.api.settings import ApiSettings, read_api_keys
+from llamaclust.cluster.config import ClusterConfig
+from llamaclust.cluster.coordinator import Cluster, open_cluster
+from llamaclust.cluster.events import Ready, Watch
+from llamaclust.cluster.state import ClusterDir, ClusterRecord
+from llamaclust.cluster.status import cluster_status
+from llamaclust.cluster.text import TextService, TextSettings
+from llamaclust.errors import UsageError
+
+_DRAIN_S = 30.0
+_START_S = 10.0
+_BACKLOG = 128
+
+
+def serve(config: ClusterConfig, model_path: Path, watch: Watch) -> None:
+    """Runs a cluster until SIGINT or SIGTERM; running requests are finished first, a second signal ends them.
+
+    Raises UsageError for a name or port that is taken, and what `open_cluster` raises.
+    """
+    folder = ClusterDir(config.state_dir / config.name)
+    with folder.locked(), _listening(config) as listener:
+        asyncio.run(_until_signal(config, model_path, folder, listener, watch))
+
+
+class _Signals:
+    """The first signal ends a start at once and a running cluster after its requests; the second ends both at once."""
+
+    def __init__(self) -> None:
+        self.asked = asyncio.Event()
+        self.ready = False
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, self._hear)
+
+    def _hear(self) -> None:
+        if not self.ready or self.asked.is_set():
+            self._task.cancel()
+        self.asked.set()
+
+
+async def _until_signal(
+    config: ClusterConfig, model_path: Path, folder: ClusterDir, listener: socket.socket, watch: Watch
+) -> None:
+    signals = _Signals()
+    try:
+        async with open_cluster(config, model_path, folder, watch) as cluster:
+            await _answer(cluster, folder, listener, watch, signals)
+    except asyncio.CancelledError:
+        if not signals.asked.is_set():
+            raise
+    finally:
+        folder.remove_record()
+
+
+async def _answer(
+    cluster: Cluster, folder: ClusterDir, listener: socket.socket, watch: Watch, signals: _Signals
+) -> None:
+    """Serves the API of a cluster until it is asked to stop."""
+    config, record = cluster.config, _record(cluster, listener)
+    text = TextSettings(record.model, config.context_length, config.max_sequences)
+    service = TextService(cluster.engine, cluster.model.tokenizer, cluster.model.chat_template, text)
+    settings = ApiSettings(listen_host=config.host, api_keys=read_api_keys(config.api_keys_file))
+    app = create_app(service, settings, cluster.engine, lambda: cluster_status(cluster, record))
+    server = _Server(uvicorn.Config(app, log_config=None, lifespan="off", access_log=False, server_header=False))
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    try:
+        await asyncio.wait_for(server.answers.wait(), _START_S)
+        folder.write_record(record)
+        signals.ready = True
+        watch(Ready(record.name, record.api, record.model))
+        await signals.asked.wait()
+        await cluster.engine.drain(_DRAIN_S)
+    finally:
+        server.should_exit = server.force_exit = True
+        await serving
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to its owner, and says when it answers."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.answers = asyncio.Event()
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.answers.set()
+
+
+@contextmanager
+def _listening(config: ClusterConfig) -> Iterator[socket.socket]:
+    """The API's socket, taken before anything is started."""
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((config.host, config.port))
+            listener.listen(_BACKLOG)
+        except OSError as error:
+            what = f"cannot listen on {config.host} port {config.port}: {error.strerror}"
+            raise UsageError(f"{what}; choose another with `--port N` or `listen:` (0: any free one)") from error
+        listener.setblocking(False)
+        yield listener
+
+
+def _record(cluster: Cluster, listener: socket.socket) -> ClusterRecord:
+    host, port = listener.getsockname()[:2]
+    host = f"[{host}]" if ":" in host else host
+    keys = cluster.config.api_keys_file
+    return ClusterRecord(
+        name=cluster.config.name,
+        pid=os.getpid(),
+        api=f"http://{host}:{port}",
+        model=_model_name(cluster.config.model),
+        api_keys_file=None if keys is None else str(keys),
+    )
+
+
+def _model_name(spec: str) -> str:
+    """What clients call the model: its catalog name, or its file's name without the ending."""
+    return Path(spec).stem if spec.endswith(".gguf") else spec

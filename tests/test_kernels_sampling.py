@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import ctypes.util
 import math
+import platform
 from typing import Any
 
 import numpy as np
@@ -115,3 +118,20 @@ def test_ties_go_to_the_lower_id(level: str) -> None:
     task = SampleTask(SamplingParams(), 0, 0, 0, top_logprobs=4)
     result = Sampler(1_000, level).sample(logits, task)
     assert result.token == 400 and [token for token, _ in result.top_logprobs] == [400, 999, 0, 1]
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the number of a rounding mode is known for x86-64 only")
+def test_the_callers_rounding_mode_changes_nothing() -> None:
+    rng = np.random.default_rng(8)
+    sampler, logits = Sampler(900), random_logits(rng, 900)
+    task = SampleTask(SamplingParams(temperature=0.5), 3, 0, 1, top_logprobs=100)
+    expected = sampler.sample(logits, task)
+    libm = ctypes.CDLL(ctypes.util.find_library("m"))
+    upward, nearest = 0x800, 0
+    try:
+        assert libm.fesetround(upward) == 0
+        got = sampler.sample(logits, task)
+        assert libm.fegetround() == upward
+    finally:
+        libm.fesetround(nearest)
+    assert got == expected

@@ -6,8 +6,10 @@
 #include <nanobind/stl/vector.h>
 
 #include "bindings.h"
+#include "float_mode.h"
 #include "levels.h"
 #include "math_baseline.h"
+#include "probes.h"
 #include "sampler.h"
 #include "sampler_random.h"
 
@@ -33,6 +35,7 @@ std::vector<RowOutcome> run(Sampler& sampler, Logits logits, const std::vector<R
   if (static_cast<int>(logits.shape(1)) != sampler.vocabulary() || logits.shape(0) != tasks.size())
     throw nb::value_error("logits must be [tasks, vocabulary]");
   const nb::gil_scoped_release released;
+  const FloatMode mode;
   std::vector<RowOutcome> outcomes;
   for (size_t row = 0; row < tasks.size(); row++)
     outcomes.push_back(sampler.run(logits.data() + row * logits.shape(1), tasks[row]));
@@ -70,6 +73,10 @@ void bind_sampler(nb::module_& module) {
              new (self) Sampler(find_level(level).sampler, vocabulary);
            }, "vocabulary"_a, "feature_level"_a)
       .def("run", &run, "logits"_a, "tasks"_a);
+  const nb::call_guard<nb::gil_scoped_release> released;
+  module.def("read_bandwidth", &read_bandwidth, "threads"_a, "seconds"_a, "cache_multiple"_a, released);
+  module.def("int8_peak", &int8_peak, "threads"_a, "seconds"_a, released);
+  module.def("fma_peak", &fma_peak, "threads"_a, "seconds"_a, released);
   module.def("philox", &philox, "counter"_a, "key"_a);
   module.def("exp", &exp_of, "x"_a, "out"_a, "feature_level"_a);
   module.def("log", &log_double, "x"_a);

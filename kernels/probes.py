@@ -1,0 +1,40 @@
+"""What this machine can do at best on some threads: read bandwidth and multiply-add peaks, the limits of kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llamaclust.kernels.cpu import _native
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """Measured limits: gigabytes (10^9) a second read from memory, 10^9 8-bit multiply-adds a second."""
+
+    read_gb_s: float
+    int8_gmac_s: float
+
+
+def read_bandwidth(threads: int, seconds: float = 1.0) -> float:
+    """GB/s read from memory by `threads` together: the best of several plain patterns over 16 times the last cache.
+
+    Filling that much memory comes on top of `seconds`. ValueError outside 1..1024 threads and 0..60 seconds.
+    """
+    return _native.read_bandwidth(threads, seconds, 16) / 1e9
+
+
+def int8_peak(threads: int, seconds: float = 0.2) -> float:
+    """10^9 8-bit multiply-adds a second of `threads` together, by the widest dot product the CPU has."""
+    return _native.int8_peak(threads, seconds) / 1e9
+
+
+def fma_peak(threads: int, seconds: float = 0.2) -> float:
+    """10^9 float32 multiply-adds a second of `threads` together."""
+    return _native.fma_peak(threads, seconds) / 1e9
+
+
+def measure_machine(threads: int) -> Machine:
+    """Both limits in less than half a second, over a smaller buffer: for a worker's registration."""
+    return Machine(
+        read_gb_s=_native.read_bandwidth(threads, 0.15, 3) / 1e9, int8_gmac_s=_native.int8_peak(threads, 0.05) / 1e9
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any, Final
 
 from llamaclust.model.tokenizer import Tokenizer
@@ -14,9 +15,9 @@ GUARD: Final = "\ufdd0"
 def guard_messages(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> list[dict[str, Any]]:
     """Messages to be rendered by a template, with every control word in their text made harmless. `encode_chat` and
     `unguarded` give the text back as it was."""
-    words = [text for text in tokenizer.control_texts if len(text) > 1]
-    starts = frozenset(word[:length] for word in words for length in range(1, len(word)))
-    longest = max((len(start) for start in starts), default=0)
+    words = tuple(text for text in tokenizer.control_texts if len(text) > 1)
+    starts = _starts_of(words)
+    longest = max(map(len, words), default=1) - 1
 
     def guarded(value: Any) -> Any:
         if isinstance(value, str):
@@ -41,6 +42,11 @@ def encode_chat(tokenizer: Tokenizer, rendered: str) -> list[int]:
 def unguarded(rendered: str) -> str:
     """A rendered template as a reader should see it."""
     return rendered.replace(GUARD, "")
+
+
+@lru_cache(maxsize=8)
+def _starts_of(words: tuple[str, ...]) -> frozenset[str]:
+    return frozenset(word[:length] for word in words for length in range(1, len(word)))
 
 
 def _guard_words(text: str, words: Sequence[str]) -> str:

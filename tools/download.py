@@ -123,6 +123,8 @@ def _fetch_with_patience(
     while True:
         try:
             return _fetch_once(client, state, progress, checked, room_bytes, deadline)
+        except (httpx.UnsupportedProtocol, httpx.TooManyRedirects, httpx.InvalidURL) as error:
+            raise PullError(f"{state.url}: {error}") from error
         except (_TryAgain, httpx.TransportError) as error:
             failures = 1 if state.size_bytes > best else failures + 1
             best = max(best, state.size_bytes)

@@ -8,6 +8,7 @@ import re
 import ssl
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from html.parser import HTMLParser
@@ -22,6 +23,7 @@ from llamaclust.tools.sources import PackageFile
 _ACCEPT = "application/vnd.pypi.simple.v1+json, application/vnd.pypi.simple.v1+html;q=0.2, text/html;q=0.1"
 _DEFAULT_INDEX = re.compile(r"--index-url <url> .*?\(default (?P<url>[^)\s]+)\)")
 _PIP_TIMEOUT_S = 60.0
+_PAUSES_S = (0.2, 1.0)
 _PAGE_LIMIT_BYTES = 1 << 26
 
 
@@ -39,7 +41,10 @@ class PipSettings:
 
     def tls_context(self) -> ssl.SSLContext | bool:
         """For httpx's `verify`: pip's bundle where one is set, else httpx's own choice."""
-        return ssl.create_default_context(cafile=self.certificates) if self.certificates else True
+        try:
+            return ssl.create_default_context(cafile=self.certificates) if self.certificates else True
+        except OSError as error:
+            raise PullError(f"{self.certificates}: pip's certificate bundle cannot be read: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +74,8 @@ def find_wheel(client: httpx.Client, settings: PipSettings, wanted: PackageFile)
     problems: list[str] = []
     for place in (*settings.find_links, *(_project_page(url, wanted.package) for url in settings.index_urls)):
         try:
-            links = [link for link in _links_at(client, place) if _is_wheel_of(link.file_name, wanted)]
-        except (httpx.HTTPError, OSError, ValueError) as error:
+            links = [link for link in _read_links(client, place) if _is_wheel_of(link.file_name, wanted)]
+        except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
             problems.append(f"{_shown(place)}: {error}")
             continue
         if links:
@@ -118,6 +123,18 @@ def _project_page(index_url: str, package: str) -> str:
 
 def _normalized(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _read_links(client: httpx.Client, place: str) -> list[WheelLink]:
+    """All links of a place; a server that is busy or cannot be reached is asked again."""
+    for pause_s in _PAUSES_S:
+        try:
+            return list(_links_at(client, place))
+        except (httpx.TransportError, httpx.HTTPStatusError) as error:
+            if isinstance(error, httpx.HTTPStatusError) and not error.response.is_server_error:
+                raise
+            time.sleep(pause_s)
+    return list(_links_at(client, place))
 
 
 def _links_at(client: httpx.Client, place: str) -> Iterator[WheelLink]:

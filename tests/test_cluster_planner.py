@@ -1,0 +1,259 @@
+from __future__ import annotations
+
+import itertools
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_model import build_tiny_model
+
+from llamaclust.cluster.costs import StageCosts, WorkerFacts, Workspace, workspace
+from llamaclust.cluster.plan import MIB, Plan
+from llamaclust.cluster.planner import PlanRequest, make_plan
+from llamaclust.cluster.planner_search import Table, best_order, least_sum, slowest_cut
+from llamaclust.errors import DoesNotFitError, UsageError
+from llamaclust.model.loader import LayerCost, Model, ModelCosts
+
+LAYER = LayerCost(weight_bytes=10 * MIB, macs_per_token=20_000_000, kv_bytes_per_token=4096)
+SMALL = ModelCosts(20 * MIB, 20 * MIB, 30_000_000, (LAYER,) * 12)
+DEMO = ModelCosts(  # SmolLM2-135M in Q4_1
+    30_000_000, 30_000_000, 28_311_552, (LayerCost(2_217_600, 3_538_944, 768),) * 30
+)
+ASK = PlanRequest(context_length=1024, max_sequences=8, workspace=Workspace(5 * MIB, 3 * MIB))
+
+
+def worker(
+    name: str, memory_mib: int | None = 10_000, read: float | None = 20, int8: float | None = 300
+) -> WorkerFacts:
+    return WorkerFacts(name, None if memory_mib is None else memory_mib * MIB, read, int8)
+
+
+def layers(plan: Plan) -> list[tuple[str, int, int]]:
+    return [(stage.worker, stage.start, stage.end) for stage in plan.stages]
+
+
+def random_tables(random_: random.Random, workers: int, count: int) -> list[Table]:
+    tables = []
+    for _ in range(workers):
+        table = np.full((count + 1, count + 1), np.inf)
+        speed, most = random_.choice([1, 2, 5]), random_.randint(1, count)
+        for start, end in itertools.combinations(range(count + 1), 2):
+            if end - start <= most:
+                table[start, end] = (end - start) / speed + (end == count) * random_.choice([0, 1]) + random_.random()
+        tables.append(table)
+    return tables
+
+
+def all_cuts(workers: int, count: int, may_skip: bool) -> list[tuple[int, ...]]:
+    between = itertools.combinations_with_replacement(range(count + 1), workers - 1)
+    cuts = [(0, *bounds, count) for bounds in between]
+    return [cut for cut in cuts if may_skip or all(a < b for a, b in itertools.pairwise(cut))]
+
+
+def costs_of(tables: list[Table], cut: tuple[int, ...]) -> list[float]:
+    ranges = zip(tables, cut[:-1], cut[1:], strict=True)
+    return [float(table[start, end]) for table, start, end in ranges if start < end]
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_cuts_are_those_of_brute_force(seed: int) -> None:
+    random_ = random.Random(seed)
+    workers, count, may_skip = random_.randint(1, 4), random_.randint(2, 7), random_.random() < 0.5
+    tables = random_tables(random_, workers, count)
+    extra = [random_.random() + table for table in tables]
+    cuts = [cut for cut in all_cuts(workers, count, may_skip) if np.isfinite(max(costs_of(tables, cut)))]
+    found = slowest_cut(tables, extra, may_skip)
+    if not cuts:
+        assert found is None and least_sum(tables, may_skip) is None
+        return
+    slowest = min(max(costs_of(tables, cut)) for cut in cuts)
+    ties = [cut for cut in cuts if max(costs_of(tables, cut)) <= slowest * (1 + 1e-9)]
+    assert found is not None
+    assert found[0] == pytest.approx(slowest)
+    assert sum(costs_of(extra, found[1])) == pytest.approx(min(sum(costs_of(extra, cut)) for cut in ties))
+    least = least_sum(tables, may_skip)
+    assert least is not None
+    assert least[0] == pytest.approx(min(sum(costs_of(tables, cut)) for cut in cuts))
+    assert sum(costs_of(tables, least[1])) == pytest.approx(least[0])
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_orders_are_those_of_brute_force(seed: int) -> None:
+    random_ = random.Random(seed)
+    tables = random_tables(random_, random_.randint(1, 4), random_.randint(4, 6))
+    by_order = {}
+    for order in itertools.permutations(range(len(tables))):
+        arranged = [tables[index] for index in order]
+        found = slowest_cut(arranged, arranged, may_skip=False)
+        by_order[order] = found[0] if found else np.inf
+    best = best_order(tables)
+    if min(by_order.values()) == np.inf:
+        assert best is None
+    else:
+        assert best is not None
+        assert best[0] == pytest.approx(min(by_order.values())) == pytest.approx(by_order[best[1]])
+
+
+@pytest.mark.parametrize("measured", [True, False])
+def test_the_demo_gives_both_workers_half(measured: bool) -> None:
+    workers = [worker(name, read=20 if measured else None) for name in "ab"]
+    plan = make_plan(DEMO, workers, replace(ASK, context_length=4096, max_sequences=32))
+    (a, b) = plan.stages
+    assert (a.start, b.end) == (0, 30) and a.end == b.start
+    assert 15 <= a.end <= 17
+    assert plan.spares == ()
+    known = [plan.token_ms, plan.ttft_ms, plan.tokens_per_s, plan.limiting, a.decode_ms, b.prefill_ms]
+    assert all(value is not None for value in known) if measured else all(value is None for value in known)
+
+
+def test_predictions_follow_the_measurements() -> None:
+    plan = make_plan(SMALL, [worker("a"), worker("b")], replace(ASK, hop_ms=0.5))
+    read_ms = (12 * 10 + 20) * MIB / 20e9 * 1e3
+    assert plan.token_ms == pytest.approx(read_ms + 3 * 0.5)
+    assert sum(stage.decode_ms or 0 for stage in plan.stages) == pytest.approx(read_ms)
+    macs_ms = 12 * 20e6 / 300e9 * 1e3
+    assert sum(stage.prefill_ms or 0 for stage in plan.stages) == pytest.approx(macs_ms)
+    assert plan.ttft_ms is not None and 512 * macs_ms / 2 < plan.ttft_ms < 512 * macs_ms
+    assert plan.tokens_per_s is not None and plan.tokens_per_s == pytest.approx(8e3 / (read_ms + 1.5), rel=0.01)
+    faster = make_plan(
+        SMALL, [worker("a", read=40, int8=600), worker("b", read=40, int8=600)], replace(ASK, hop_ms=0.0)
+    )
+    assert faster.token_ms == pytest.approx(read_ms / 2)
+
+
+def test_slow_workers_are_spares_for_latency_but_not_for_throughput() -> None:
+    workers = [worker("slow", read=15, int8=200), worker("fast", read=40, int8=600), worker("same", read=38, int8=580)]
+    plan = make_plan(SMALL, workers, ASK)
+    assert [stage.worker for stage in plan.stages] == ["fast", "same"]
+    assert plan.spares == ("slow",)
+    plan = make_plan(SMALL, workers, replace(ASK, objective="throughput"))
+    assert {stage.worker for stage in plan.stages} == {"slow", "fast", "same"}
+    assert min(plan.stages, key=lambda stage: stage.end - stage.start).worker == "slow"
+
+
+def test_memory_uses_workers_that_speed_would_leave_out() -> None:
+    workers = [worker("slow", read=5, int8=75), worker("fast", memory_mib=100, read=40, int8=600)]
+    plan = make_plan(SMALL, workers, ASK)
+    assert plan.spares == ()
+    assert all(stage.bytes <= (stage.memory_bytes or 0) for stage in plan.stages)
+
+
+def test_the_order_changes_only_where_it_must() -> None:
+    tiny, big = worker("tiny", memory_mib=24), worker("big")
+    assert [stage.worker for stage in make_plan(SMALL, [big, worker("b")], ASK).stages] == ["big", "b"]
+    no_head = ModelCosts(100 * MIB, MIB, 1, (replace(LAYER, weight_bytes=MIB),) * 12)
+    plan = make_plan(no_head, [tiny, worker("big", memory_mib=120)], replace(ASK, context_length=16, max_sequences=1))
+    assert [stage.worker for stage in plan.stages] == ["big", "tiny"]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_plans_cover_all_layers_and_keep_to_memory(seed: int) -> None:
+    random_ = random.Random(seed)
+    workers = [
+        worker(f"w{i}", random_.choice([60, 100, 200, 1000]), random_.choice([5, 20, 40]), random_.choice([100, 500]))
+        for i in range(random_.randint(1, 12))
+    ]
+    ask = replace(
+        ASK, objective=random_.choice(["latency", "throughput"]), context_length=random_.choice([16, 1024, 8192])
+    )
+    try:
+        plan = make_plan(SMALL, workers, ask)
+    except DoesNotFitError as error:
+        assert "MiB are missing" in str(error)
+        return
+    assert layers(plan)[0][1] == 0 and layers(plan)[-1][2] == 12
+    assert all(before.end == after.start for before, after in itertools.pairwise(plan.stages))
+    assert all(stage.start < stage.end and stage.bytes <= (stage.memory_bytes or 0) for stage in plan.stages)
+    assert {stage.worker for stage in plan.stages} | set(plan.spares) == {facts.name for facts in workers}
+    assert -(-ask.context_length // 16) <= plan.kv_blocks <= ask.max_sequences * -(-ask.context_length // 16)
+
+
+def test_more_workers_than_layers() -> None:
+    plan = make_plan(SMALL, [worker(f"w{i}") for i in range(20)], ASK)
+    assert len(plan.stages) == 12 and len(plan.spares) == 8
+
+
+def test_kv_memory() -> None:
+    plan = make_plan(SMALL, [worker("a", memory_mib=None)], ASK)
+    assert plan.kv_blocks == 8 * 1024 // 16
+    plan = make_plan(SMALL, [worker("a", memory_mib=300)], ASK)
+    left = 300 - 160 - 8
+    assert plan.kv_blocks == max(left // 2, 48) * MIB // (12 * 4096 * 16)
+    plan = make_plan(SMALL, [worker("a", memory_mib=300)], replace(ASK, kv_memory_bytes=100 * MIB))
+    assert plan.kv_blocks == 100 * MIB // (12 * 4096 * 16)
+    with pytest.raises(DoesNotFitError, match=r"kv_memory is 10 MiB: 38 MiB are missing"):
+        make_plan(SMALL, [worker("a")], replace(ASK, kv_memory_bytes=10 * MIB, manual=(("a", 0, 12),)))
+
+
+def test_what_does_not_fit_says_how_much_is_missing() -> None:
+    workers = [worker("a", memory_mib=120), worker("b", memory_mib=110)]
+    with pytest.raises(DoesNotFitError) as caught:
+        make_plan(SMALL, workers, replace(ASK, context_length=4096))
+    message = str(caught.value)
+    assert "needs 160 MiB of weights, 192 MiB of KV for 4096 tokens" in message
+    assert "in MiB: a 120, b 110" in message and caught.value.exit_code == 3
+    least = 160 + 192 + 5 + 8 - 230
+    missing = int(message.split("; ")[-1].split()[0])
+    assert least <= missing <= least + 20
+    longest = int(message.split("context_length to ")[1].split()[0])
+    make_plan(SMALL, workers, replace(ASK, context_length=longest))
+    with pytest.raises(DoesNotFitError):
+        make_plan(SMALL, workers, replace(ASK, context_length=longest + 512))
+    with pytest.raises(DoesNotFitError, match="take a smaller model"):
+        make_plan(SMALL, [worker("a", memory_mib=20)], ASK)
+
+
+def test_plans_by_hand() -> None:
+    workers = [worker("a"), worker("b"), worker("c")]
+    plan = make_plan(SMALL, workers, replace(ASK, manual=(("c", 7, 12), ("a", 0, 7))))
+    assert layers(plan) == [("a", 0, 7), ("c", 7, 12)]
+    assert plan.spares == ("b",)
+    assert plan.token_ms is not None
+
+
+@pytest.mark.parametrize(
+    ("manual", "message"),
+    [
+        ((("a", 0, 7), ("b", 6, 12)), r"layers \[6, 7\) of worker 'b' are on another one too"),
+        ((("a", 0, 5), ("b", 6, 12)), r"layers \[5, 6\) are on no worker"),
+        ((("a", 0, 5), ("b", 5, 11)), r"layers \[11, 12\) are on no worker"),
+        ((("a", 1, 12),), r"layers \[0, 1\) are on no worker"),
+        ((("a", 0, 13),), r"layers \[0, 13\) of worker 'a': the model has layers \[0, 12\)"),
+        ((("x", 0, 12),), "unknown worker 'x'; known: a, b"),
+        ((("a", 0, 5), ("a", 5, 12)), "worker 'a' has two ranges"),
+    ],
+)
+def test_wrong_plans_by_hand_are_refused(manual: tuple[tuple[str, int, int], ...], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        make_plan(SMALL, [worker("a"), worker("b")], replace(ASK, manual=manual))
+
+
+def test_a_plan_by_hand_that_does_not_fit_names_the_worker() -> None:
+    with pytest.raises(DoesNotFitError, match=r"layers \[0, 10\) do not fit on worker 'a': .* 65 MiB are missing"):
+        make_plan(SMALL, [worker("a", memory_mib=100), worker("b")], replace(ASK, manual=(("a", 0, 10), ("b", 10, 12))))
+
+
+def test_experts_that_a_token_does_not_choose_are_not_read() -> None:
+    layer = replace(LAYER, idle_bytes=8 * MIB)
+    stages = StageCosts.of(ModelCosts(0, 0, 0, (layer,) * 4))
+    facts = worker("a", int8=1e6)
+    assert stages.decode_ms(facts, 0, 4) == pytest.approx(4 * 2 * MIB / 20e6)
+    assert stages.decode_ms(facts, 0, 4, 8) == pytest.approx(4 * 10 * MIB / 20e6)
+
+
+def test_large_clusters_are_planned_quickly() -> None:
+    large = ModelCosts(500 * MIB, 500 * MIB, 10**9, (LAYER,) * 80)
+    workers = [worker(f"w{i}", read=20 + i % 3, int8=300) for i in range(40)]
+    plan = make_plan(large, workers, replace(ASK, objective="throughput"))
+    assert plan.stages[-1].end == 80
+
+
+def test_workspace_counts_every_buffer_once(tmp_path: Path) -> None:
+    model = Model.open(build_tiny_model(tmp_path / "tiny.gguf"))
+    whole = model.program(0, model.layer_count)
+    one, more = workspace(whole, 1, 1), workspace(whole, 100, 7)
+    assert more.stage_bytes == 100 * one.stage_bytes and more.head_bytes == 7 * one.head_bytes
+    assert one.head_bytes >= 4 * whole.out.width
+    assert one.stage_bytes == workspace(model.program(0, 1), 1, 1).stage_bytes

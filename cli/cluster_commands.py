@@ -55,9 +55,10 @@ def logs(
 def plan(file: ConfigFile = None, overrides: Overrides = [], as_json: Json = False) -> None:  # noqa: B006
     """Show which layers would go where, and how fast that will be, without starting anything."""
     from llamaclust.cli import planning
+    from llamaclust.cluster.plan_text import plan_json, plan_lines
 
     result = planning.plan_of(file, overrides)
-    print(json.dumps(planning.to_json(result)) if as_json else "\n".join(planning.to_lines(result)))
+    print(json.dumps(plan_json(result)) if as_json else "\n".join(plan_lines(result)))
 
 
 def register(app: typer.Typer) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from llamaclust.cluster.loading import load_stages
 from llamaclust.cluster.measuring import measure_workers
 from llamaclust.cluster.pipeline import StageInfo
 from llamaclust.cluster.plan import Plan
-from llamaclust.cluster.plan_inputs import make_plan, scheduler_settings, stage_limits
+from llamaclust.cluster.plan_inputs import plan_cluster, scheduler_settings, stage_limits
 from llamaclust.cluster.plan_text import plan_lines
 from llamaclust.cluster.registry import Registry
 from llamaclust.cluster.remote import RemotePipeline
@@ -62,7 +63,7 @@ async def open_cluster(
             async with registry, _launched(launcher, registry, config):
                 await registry.wait_for([worker.name for worker in config.workers], _JOIN_S)
                 measured = await measure_workers(config, registry.workers, folder)
-                plan = make_plan(config, model, registry.workers, measured)
+                plan = plan_cluster(config, model, _memory(config, registry), measured)
                 watch(PlanMade(tuple(plan_lines(plan))))
                 async with _pipeline(config, model, plan, registry, run.token, watch) as pipeline:
                     settings = scheduler_settings(config, model, plan)
@@ -87,6 +88,17 @@ def _specs(config: ClusterConfig) -> list[WorkerSpec]:
         WorkerSpec(worker.name, worker.device, worker.threads or share, worker.memory, level)
         for worker in config.workers
     ]
+
+
+def _memory(config: ClusterConfig, registry: Registry) -> dict[str, int | None]:
+    """What each worker may take; workers of one machine that name no cap share what is free there."""
+    registered = {worker.name: registry.workers[worker.name].registration for worker in config.workers}
+    sharing = Counter(registered[worker.name].host for worker in config.workers if worker.memory is None)
+    return {
+        worker.name: registered[worker.name].free_memory_bytes
+        // (sharing[registered[worker.name].host] if worker.memory is None else 1)
+        for worker in config.workers
+    }
 
 
 @asynccontextmanager

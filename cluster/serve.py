@@ -74,7 +74,7 @@ async def _answer(
 ) -> None:
     """Serves the API of a cluster until it is asked to stop."""
     config, record = cluster.config, _record(cluster, listener)
-    text = TextSettings(record.model, config.context_length, config.max_sequences)
+    text = TextSettings(record.model, cluster.plan.context_length, config.max_sequences)
     service = TextService(cluster.engine, cluster.model.tokenizer, cluster.model.chat_template, text)
     settings = ApiSettings(listen_host=config.host, api_keys=read_api_keys(config.api_keys_file))
     app = create_app(service, settings, cluster.engine, lambda: cluster_status(cluster, record))

@@ -1,0 +1,95 @@
+"""From a cluster file, a model and what is known of workers to a plan, and from that to what stages load with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from llamaclust.cluster.config import ClusterConfig
+from llamaclust.cluster.costs import WorkerFacts, workspace
+from llamaclust.cluster.plan import Plan
+from llamaclust.cluster.planner import PlanRequest, make_plan
+from llamaclust.cluster.settings import SchedulerSettings
+from llamaclust.cluster.state import Measurement
+from llamaclust.errors import UsageError
+from llamaclust.model.loader import Model
+from llamaclust.wire.control import StageLimits
+
+_ROWS = 512
+_OUTPUTS = 64
+
+
+def context_length(config: ClusterConfig, model: Model) -> int:
+    """Tokens per sequence: what the file asks for, or what the model was made for where the file does not say.
+
+    UsageError for more than the model was made for.
+    """
+    trained = model.hyperparameters.context_length
+    if "context_length" in config.model_fields_set and config.context_length > trained:
+        asked = f"context_length: {config.context_length}"
+        raise UsageError(f"{asked}: the model was made for {trained} tokens; set {trained} or less")
+    return min(config.context_length, trained)
+
+
+def max_rows(config: ClusterConfig) -> int:
+    """Rows of a microbatch, at most: a prefill chunk beside all that decode."""
+    return max(_ROWS, config.prefill_chunk or 0) + config.max_sequences
+
+
+def max_outputs(config: ClusterConfig) -> int:
+    return max(_OUTPUTS, config.max_sequences)
+
+
+def plan_cluster(
+    config: ClusterConfig, model: Model, memory_bytes: Mapping[str, int | None], measured: Mapping[str, Measurement]
+) -> Plan:
+    """The plan of `config`'s workers; `memory_bytes` is what each may take, None where nobody knows.
+
+    Raises DoesNotFitError with the missing MiB, UsageError for a plan by hand that is wrong.
+    """
+    length = context_length(config, model)
+    manual = None if config.plan is None else tuple((one.worker, *one.layers) for one in config.plan)
+    whole = model.program(0, model.layer_count)
+    ask = PlanRequest(
+        context_length=length,
+        max_sequences=config.max_sequences,
+        workspace=workspace(whole, max_rows(config), max_outputs(config)),
+        objective=config.objective,
+        manual=manual,
+        kv_memory_bytes=config.kv_memory,
+    )
+    facts = [_facts(name, memory_bytes.get(name), measured.get(name)) for name in (w.name for w in config.workers)]
+    return make_plan(model.costs, facts, ask)
+
+
+def _facts(name: str, memory_bytes: int | None, measured: Measurement | None) -> WorkerFacts:
+    if measured is None:
+        return WorkerFacts(name, memory_bytes, None, None)
+    return WorkerFacts(name, memory_bytes, measured.read_gb_s, measured.int8_gmac_s)
+
+
+def stage_limits(config: ClusterConfig, plan: Plan) -> StageLimits:
+    """What every stage of the plan is loaded with."""
+    return StageLimits(
+        max_tokens=max_rows(config),
+        max_outputs=max_outputs(config),
+        max_sequences=config.max_sequences,
+        max_context_tokens=plan.context_length,
+        kv_blocks=plan.kv_blocks,
+    )
+
+
+def scheduler_settings(config: ClusterConfig, model: Model, plan: Plan) -> SchedulerSettings:
+    """What the scheduler keeps to: the limits that the stages were loaded with."""
+    return SchedulerSettings(
+        model_id=model.model_id,
+        vocabulary=model.hyperparameters.vocabulary_size,
+        context_length=plan.context_length,
+        kv_blocks=plan.kv_blocks,
+        kv_type=config.kv_type,
+        max_sequences=config.max_sequences,
+        max_waiting=config.max_waiting,
+        max_rows=max_rows(config),
+        max_outputs=max_outputs(config),
+        prefill_chunk=config.prefill_chunk,
+        prefix_cache=config.prefix_cache,
+    )

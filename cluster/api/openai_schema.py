@@ -10,7 +10,7 @@ from llamaclust.cluster.api.body import Body, validate, without_neutral
 from llamaclust.cluster.api.fields import BiasField, ContentField, Prompt, PromptsField, StopField
 from llamaclust.cluster.api.neutral import MESSAGE
 from llamaclust.cluster.text_request import CompletionRequest, ParameterError
-from llamaclust.wire.messages import MAX_CONTEXT_TOKENS, SamplingParams
+from llamaclust.wire.messages import MAX_CONTEXT_TOKENS, MAX_TOP_LOGPROBS, SamplingParams
 
 DEFAULT_TEMPERATURE = 1.0
 DEFAULT_COMPLETION_TOKENS = 16
@@ -177,7 +177,7 @@ class CompletionBody(_Sampling):
     """Text, token ids, or a list of either."""
     max_tokens: int = DEFAULT_COMPLETION_TOKENS
     """Tokens of an answer, at most; 0 with `echo` and `logprobs` gives the prompt's logprobs alone."""
-    logprobs: int | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     """Logprobs of the chosen tokens and of that many of the likeliest."""
     echo: bool = False
     """The prompt stands before the answer, its logprobs too where they are asked for."""

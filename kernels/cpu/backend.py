@@ -73,8 +73,10 @@ class CpuBackend:
             weights = self._weights.load(program, tensors, progress)
             plan = compile_program(program, weights, limits)
             return CpuStage(_native.Stage(plan, self.feature_level, self._pool), weights)
-        except ValueError as error:
-            raise ModelFileError(f"layers {program.start} to {program.end} cannot be computed: {error}") from error
+        except (ValueError, TypeError) as error:
+            # A number that no int32 holds is a TypeError of the native module, several lines long.
+            what = error if isinstance(error, ValueError) else "a size that is out of range"
+            raise ModelFileError(f"layers {program.start} to {program.end} cannot be computed: {what}") from error
         except MemoryError as error:
             raise DoesNotFitError(self._does_not_fit(program, tensors, limits)) from error
 

@@ -1,0 +1,203 @@
+"""Attention of the CPU backend: the same bits however positions are cut into chunks, batches, blocks and spans."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from batches import batch_of
+from numpy.typing import NDArray
+from single_steps import error, normal, program_of, splitter
+
+from llamaclust.kernels.backend import Batch, Limits
+from llamaclust.kernels.cpu._native import available_levels
+from llamaclust.kernels.cpu.backend import CpuBackend, CpuStage
+from llamaclust.model.gguf import open_model
+from llamaclust.model.program import KV_BLOCK_TOKENS, Attention, Buffer, Program, Rope, RopeStyle, RopeTable
+from llamaclust.model.tensors import Tensor
+from llamaclust.model.writer import write_gguf
+
+Float32 = NDArray[np.float32]
+
+LIMITS = Limits(max_tokens=1200, max_outputs=1, max_sequences=8, max_context_tokens=1200, kv_blocks=256)
+LEVELS = available_levels()
+MAKERS: dict[str, Callable[[], CpuBackend]] = {level: partial(CpuBackend, 2, level) for level in LEVELS}
+MAKERS |= {f"{threads} threads": partial(CpuBackend, threads) for threads in (1, 3)}
+
+
+@dataclass(frozen=True)
+class Model:
+    """Rotation and attention of queries, keys and values that come side by side in the hidden state."""
+
+    folder: Path
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    @cached_property
+    def program(self) -> Program:
+        query, out = Buffer("q", self.heads * self.head_dim), Buffer("out", self.heads * self.head_dim)
+        key, value = Buffer("k", self.kv_heads * self.head_dim), Buffer("v", self.kv_heads * self.head_dim)
+        hidden = Buffer("x", query.width + 2 * key.width)
+        table = RopeTable(tuple(10000.0 ** (-2 * i / self.head_dim) for i in range(self.head_dim // 2)))
+        copies, _ = splitter(hidden, [query, key, value])
+        return program_of(
+            hidden,
+            out,
+            *copies,
+            Rope(query, self.heads, self.head_dim, RopeStyle.NEOX, table),
+            Rope(key, self.kv_heads, self.head_dim, RopeStyle.NEOX, table),
+            Attention(
+                query, key, value, out, 1, self.heads, self.kv_heads, self.head_dim, scale=1 / self.head_dim**0.5
+            ),
+        )
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        program = self.program
+        parts = [step.out for step in program.steps[:3]]  # type: ignore[union-attr]
+        _, weights = splitter(program.hidden, parts)
+        path = self.folder / "weights.gguf"
+        write_gguf(path, {}, [weight.source(name) for name, weight in weights.items()])
+        return dict(open_model(path).tensors)
+
+    def hidden(self, rows: int, seed: int = 1) -> Float32:
+        return normal(np.random.default_rng([self.heads, self.head_dim, seed]), rows, self.program.hidden.width)
+
+    @contextmanager
+    def stage(self, make: Callable[[], CpuBackend], limits: Limits = LIMITS) -> Iterator[CpuStage]:
+        backend = make()
+        stage = backend.load(self.program, self.tensors, limits, lambda done_bytes: None)
+        yield stage
+        stage.close()
+        backend.close()
+
+
+def rows_of(positions: range, table: Sequence[int]) -> Batch:
+    return batch_of([([0] * len(positions), positions, table)], outputs=[])
+
+
+def run_chunks(stage: CpuStage, hidden: Float32, chunks: Iterable[range], table: Sequence[int] = range(75)) -> Float32:
+    """Attention of one sequence whose positions come in chunks."""
+    parts = [stage.run(rows_of(chunk, table), hidden[chunk.start : chunk.stop]).copy() for chunk in chunks]
+    return np.concatenate(parts)
+
+
+def chunks_of(total: int, size: int) -> list[range]:
+    return [range(start, min(start + size, total)) for start in range(0, total, size)]
+
+
+def assert_same_bits(found: Float32, wanted: Float32) -> None:
+    assert np.isfinite(wanted).all()
+    np.testing.assert_array_equal(found.view(np.uint32), wanted.view(np.uint32))
+
+
+def in_float64(model: Model, hidden: Float32) -> NDArray[np.float64]:
+    """Attention by its definition, on keys and values rounded to float16."""
+    step = model.program.kv_layers[0]
+    heads, kv_heads, dim, rows = step.heads, step.kv_heads, step.head_dim, len(hidden)
+    q, k, v = np.split(hidden.astype(np.float64), [heads * dim, (heads + kv_heads) * dim], axis=1)
+    angles = np.arange(rows)[:, None] * 10000.0 ** (-2 * np.arange(dim // 2) / dim)
+
+    def rotate(x: NDArray[np.float64], count: int) -> NDArray[np.float64]:
+        a, b = np.split(x.reshape(rows, count, dim), 2, axis=2)
+        cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]
+        return np.concatenate([a * cos - b * sin, a * sin + b * cos], axis=2)
+
+    queries = rotate(q, heads)
+    keys = rotate(k, kv_heads).astype(np.float16).astype(np.float64).repeat(heads // kv_heads, axis=1)
+    values = v.reshape(rows, kv_heads, dim).astype(np.float16).astype(np.float64).repeat(heads // kv_heads, axis=1)
+    scores = np.einsum("ihd,jhd->hij", queries, keys) * step.scale
+    scores[:, np.triu(np.ones((rows, rows), bool), 1)] = -np.inf
+    weights = np.exp(scores - scores.max(axis=2, keepdims=True))
+    weights /= weights.sum(axis=2, keepdims=True)
+    return np.einsum("hij,jhd->ihd", weights, values).reshape(rows, -1)
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+@pytest.mark.parametrize("shape", [(9, 3, 64), (2, 2, 32), (3, 1, 40), (20, 1, 32), (34, 2, 8), (2, 1, 256)])
+def test_close_to_float64(tmp_path: Path, shape: tuple[int, int, int], make: Callable[[], CpuBackend]) -> None:
+    """Groups of 1 to 20 query heads; heads that are no whole number of lanes. A rounding of a key to float16 that falls
+    the other way is what the bound is for."""
+    model = Model(tmp_path, *shape)
+    hidden = model.hidden(600 if shape == (9, 3, 64) else 90)
+    with model.stage(make) as stage:
+        found = run_chunks(stage, hidden, [range(len(hidden))])
+    assert error(found, in_float64(model, hidden).astype(np.float32)) < 1e-8
+
+
+@pytest.mark.parametrize(("shape", "rows"), [((4, 2, 32), 1100), ((9, 3, 64), 530), ((20, 1, 24), 530)])
+def test_same_bits_in_any_chunks_on_any_level_and_threads(
+    tmp_path: Path, shape: tuple[int, int, int], rows: int
+) -> None:
+    model = Model(tmp_path, *shape)
+    hidden = model.hidden(rows)
+    with model.stage(partial(CpuBackend, 1)) as stage:
+        wanted = run_chunks(stage, hidden, [range(rows)])
+    for make in MAKERS.values():
+        with model.stage(make) as stage:
+            assert_same_bits(run_chunks(stage, hidden, [range(rows)]), wanted)
+            assert_same_bits(run_chunks(stage, hidden, chunks_of(rows, 63)), wanted)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_same_bits_one_token_at_a_time(tmp_path: Path, threads: int) -> None:
+    """Decoding; over 512 positions, spans go to different threads."""
+    model = Model(tmp_path, 4, 2, 32)
+    hidden = model.hidden(1100)
+    steps = itertools.chain(chunks_of(500, 250), (range(i, i + 1) for i in range(500, 540)), [range(540, 1020)])
+    chunks = [*steps, *(range(i, i + 1) for i in range(1020, 1030)), range(1030, 1037), range(1037, 1100)]
+    with model.stage(partial(CpuBackend, threads)) as stage:
+        wanted = run_chunks(stage, hidden, [range(1100)])
+        assert_same_bits(run_chunks(stage, hidden, chunks), wanted)
+
+
+def test_same_bits_in_any_blocks(tmp_path: Path) -> None:
+    model = Model(tmp_path, 6, 2, 32)
+    hidden = model.hidden(700)
+    scattered = np.random.default_rng(5).permutation(LIMITS.kv_blocks)[:44].tolist()
+    with model.stage(partial(CpuBackend, 2)) as stage:
+        wanted = run_chunks(stage, hidden, chunks_of(700, 128), range(44))
+        assert_same_bits(run_chunks(stage, hidden, chunks_of(700, 128), scattered), wanted)
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 40])
+def test_what_memory_held_before_does_not_matter(tmp_path: Path, chunk: int) -> None:
+    model = Model(tmp_path, 4, 2, 40)
+    hidden = model.hidden(80)
+    with model.stage(partial(CpuBackend, 2)) as stage:
+        wanted = run_chunks(stage, hidden, [range(80)])
+    for stale in (np.nan, np.inf, -np.inf):
+        with model.stage(partial(CpuBackend, 2)) as stage:
+            run_chunks(stage, np.full((96, hidden.shape[1]), stale, np.float32), [range(96)])
+            assert_same_bits(run_chunks(stage, hidden, chunks_of(80, chunk)), wanted)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_same_bits_beside_other_sequences(tmp_path: Path, threads: int) -> None:
+    """Decoding and prefill of several lengths in one batch, each as if it were alone."""
+    model = Model(tmp_path, 6, 2, 32)
+    before, now = [600, 0, 17, 1050], [1, 33, 1, 7]
+    hidden = [model.hidden(a + b, seed) for seed, (a, b) in enumerate(zip(before, now, strict=True))]
+    free = iter(np.random.default_rng(3).permutation(LIMITS.kv_blocks).tolist())
+    tables = [[next(free) for _ in range(-(-len(rows) // KV_BLOCK_TOKENS))] for rows in hidden]
+    with model.stage(partial(CpuBackend, threads)) as stage:
+        wanted = [
+            run_chunks(stage, rows, [range(len(rows))], table) for rows, table in zip(hidden, tables, strict=True)
+        ]
+        for rows, table, length in zip(hidden, tables, before, strict=True):
+            run_chunks(stage, rows, [range(length)] if length else [], table) if length else None
+        parts = [
+            ([0] * count, range(length, length + count), table)
+            for length, count, table in zip(before, now, tables, strict=True)
+        ]
+        together = stage.run(
+            batch_of(parts, outputs=[]), np.concatenate([rows[n:] for rows, n in zip(hidden, before, strict=True)])
+        )
+        assert_same_bits(together, np.concatenate([rows[n:] for rows, n in zip(wanted, before, strict=True)]))

@@ -13,12 +13,11 @@ import threading
 import time
 import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
 import pytest
+from download_server import Handler, Server, running_server
 
 from llamaclust.errors import UsageError
 from llamaclust.tools import catalog, download
@@ -42,107 +41,15 @@ def wheel_of(content: bytes, member: str = MEMBER) -> bytes:
     return data.getvalue()
 
 
-@dataclass
-class Behaviour:
-    """What the server does. `drop_after` ends a connection after so many bytes of a body, `drops` times."""
-
-    files: dict[str, bytes] = field(default_factory=dict)
-    drop_after: int = 0
-    drops: int = 0
-    fail_first: int = 0
-    ranges: bool = True
-    etag: str | None = '"v1"'
-    bytes_per_s: float = 0.0
-    ranges_asked: list[str | None] = field(default_factory=list)
-    requests: int = 0
-
-
-class Handler(BaseHTTPRequestHandler):
-    behaviour: Behaviour
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self) -> None:
-        does = self.behaviour
-        body = does.files.get(self.path)
-        if body is None:
-            return self.send_error(404)
-        if does.fail_first > 0:
-            does.fail_first -= 1
-            return self.send_error(503)
-        is_page = self.path.endswith("/")
-        if not is_page:
-            does.requests += 1
-            does.ranges_asked.append(self.headers.get("Range"))
-        start = 0 if is_page else self._start(does)
-        if start > 0 and start >= len(body):
-            self.send_response(416)
-            self.send_header("Content-Range", f"bytes */{len(body)}")
-            self.send_header("Content-Length", "0")
-            return self.end_headers()
-        self._answer(body, start, is_page)
-        return None
-
-    def _start(self, does: Behaviour) -> int:
-        asked = self.headers.get("Range")
-        unchanged = self.headers.get("If-Range") in (None, does.etag)
-        return int(asked.removeprefix("bytes=").rstrip("-")) if asked and does.ranges and unchanged else 0
-
-    def _answer(self, body: bytes, start: int, is_page: bool) -> None:
-        does = self.behaviour
-        self.send_response(206 if start else 200)
-        if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
-        if does.etag:
-            self.send_header("ETag", does.etag)
-        self.send_header("Content-Type", "text/html" if is_page else "application/octet-stream")
-        self.send_header("Content-Length", str(len(body) - start))
-        self.end_headers()
-        rest = body[start:]
-        if not is_page and does.drops > 0 and len(rest) > does.drop_after:
-            does.drops -= 1
-            self.wfile.write(rest[: does.drop_after])
-            self.close_connection = True
-            return
-        self._write(rest, 0.0 if is_page else does.bytes_per_s)
-
-    def _write(self, rest: bytes, bytes_per_s: float) -> None:
-        piece = 8192 if bytes_per_s else max(1, len(rest))
-        for at in range(0, len(rest), piece):
-            try:
-                self.wfile.write(rest[at : at + piece])
-            except OSError:
-                return
-            if bytes_per_s:
-                time.sleep(piece / bytes_per_s)
-
-    def log_message(self, *arguments: object) -> None:
-        pass
-
-
-@dataclass
-class Server:
-    url: str
-    does: Behaviour
-
-
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
-    behaviour = Behaviour()
-    handler = type("BoundHandler", (Handler,), {"behaviour": behaviour})
-    web = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    web.daemon_threads = True
-    thread = threading.Thread(target=web.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    url = f"http://127.0.0.1:{web.server_port}"
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    monkeypatch.setenv("PIP_INDEX_URL", f"{url}/simple")
-    for name in ("PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS", "PIP_NO_INDEX", "PIP_CERT"):
-        monkeypatch.delenv(name, raising=False)
-    yield Server(url, behaviour)
-    web.shutdown()
-    thread.join()
-    web.server_close()
+    with running_server() as served:
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+        monkeypatch.setenv("PIP_INDEX_URL", f"{served.url}/simple")
+        for name in ("PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS", "PIP_NO_INDEX", "PIP_CERT"):
+            monkeypatch.delenv(name, raising=False)
+        yield served
 
 
 @pytest.fixture

@@ -59,16 +59,14 @@ def _merge_model(vocabulary: Vocabulary, merges: list[str], kind: PreTokenizer) 
     """Control tokens are left out: no plain text may ever become one. So are merges of words that are not there."""
     types = vocabulary.types
     words = {word: i for i, word in enumerate(vocabulary.words) if types[i] not in _NEVER_FROM_TEXT}
-    pairs = [_pair(merge) for merge in merges]
-    known = [pair for pair in pairs if pair[0] in words and pair[1] in words and pair[0] + pair[1] in words]
-    try:
-        return models.BPE(vocab=words, merges=known, ignore_merges=kind.ignore_merges)
-    except Exception as error:  # the library knows no narrower type
-        raise ModelFileError(f"{key('merges')}: not usable: {error}") from error
+    # The library does not refuse a merge of words that are missing: it panics.
+    known = [pair for pair in _pairs(merges) if pair[0] in words and pair[1] in words and pair[0] + pair[1] in words]
+    return models.BPE(vocab=words, merges=known, ignore_merges=kind.ignore_merges)
 
 
-def _pair(merge: str) -> tuple[str, str]:
-    at = merge.find(" ", 1)
-    if at < 0:
-        raise ModelFileError(f"{key('merges')}: {ascii(merge)[:66]} is not two words with a space between")
-    return merge[:at], merge[at + 1 :]
+def _pairs(merges: list[str]) -> list[tuple[str, str]]:
+    pairs = [(left, right) for left, _, right in (merge.partition(" ") for merge in merges)]
+    bad = next((merge for merge, pair in zip(merges, pairs, strict=True) if not (pair[0] and pair[1])), None)
+    if bad is not None:
+        raise ModelFileError(f"{key('merges')}: {ascii(bad)[:66]} is not two words with a space between")
+    return pairs

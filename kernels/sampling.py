@@ -18,9 +18,9 @@ class Sampler:
     temperature before top-p.) Logprobs are the log-softmax of the raw logits, before all of this.
     """
 
-    def __init__(self, vocabulary_size: int, feature_level: str = "") -> None:
-        """`feature_level` "" takes the best this machine has; ValueError names the levels there are."""
-        self._native = _native.Sampler(vocabulary_size, feature_level)
+    def __init__(self, vocabulary_size: int, feature_level: str = "", threads: int = 1) -> None:
+        """Rows are spread over `threads`. `feature_level` "" takes the best; ValueError names the levels there are."""
+        self._native = _native.Sampler(vocabulary_size, feature_level, threads)
 
     def run(self, logits: NDArray[np.float32], tasks: tuple[RowTask, ...]) -> tuple[RowResult, ...]:
         """One result a row of logits [tasks, vocabulary]. A row that has no answer says so in `failure`."""

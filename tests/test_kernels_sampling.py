@@ -74,14 +74,14 @@ def test_sampler_matches_the_reference(level: str, vocabulary: int) -> None:
         assert same(got, expected), f"{task}: {got} for {expected}"
 
 
-def test_all_levels_and_a_batch_give_the_same_bits() -> None:
+def test_all_levels_thread_counts_and_batches_give_the_same_bits() -> None:
     rng = np.random.default_rng(3)
     rows = np.stack([random_logits(rng, 20_001) for _ in range(12)])
     tasks = tuple(random_task(rng, 20_001) for _ in range(12))
-    batched = {level: Sampler(20_001, level).run(rows, tasks) for level in LEVELS}
+    batched = {(level, n): Sampler(20_001, level, n).run(rows, tasks) for level in LEVELS for n in (1, 2, 3)}
     assert len(set(batched.values())) == 1
     alone = Sampler(20_001, LEVELS[-1])
-    assert tuple(alone.sample(row, task) for row, task in zip(rows, tasks, strict=True)) == batched["generic"]
+    assert tuple(alone.sample(row, task) for row, task in zip(rows, tasks, strict=True)) == batched["generic", 1]
 
 
 @pytest.mark.parametrize("level", LEVELS)

@@ -36,10 +36,7 @@ std::vector<RowOutcome> run(Sampler& sampler, Logits logits, const std::vector<R
     throw nb::value_error("logits must be [tasks, vocabulary]");
   const nb::gil_scoped_release released;
   const FloatMode mode;
-  std::vector<RowOutcome> outcomes;
-  for (size_t row = 0; row < tasks.size(); row++)
-    outcomes.push_back(sampler.run(logits.data() + row * logits.shape(1), tasks[row]));
-  return outcomes;
+  return sampler.run(logits.data(), tasks);
 }
 
 void exp_of(nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu> x,
@@ -69,9 +66,9 @@ void bind_sampler(nb::module_& module) {
       .def_ro("top_logprobs", &RowOutcome::top_logprobs)
       .def_ro("failure", &RowOutcome::failure);
   nb::class_<Sampler>(module, "Sampler")
-      .def("__init__", [](Sampler* self, int vocabulary, const std::string& level) {
-             new (self) Sampler(find_level(level).sampler, vocabulary);
-           }, "vocabulary"_a, "feature_level"_a)
+      .def("__init__", [](Sampler* self, int vocabulary, const std::string& level, int threads) {
+             new (self) Sampler(find_level(level).sampler, vocabulary, threads);
+           }, "vocabulary"_a, "feature_level"_a, "threads"_a)
       .def("run", &run, "logits"_a, "tasks"_a);
   const nb::call_guard<nb::gil_scoped_release> released;
   module.def("read_bandwidth", &read_bandwidth, "threads"_a, "seconds"_a, "cache_multiple"_a, released);

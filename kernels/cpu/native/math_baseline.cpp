@@ -8,9 +8,6 @@
 namespace llamaclust {
 namespace {
 
-// 2^n for n in [-126, 127].
-float power_of_two(float n) { return std::bit_cast<float>((static_cast<int32_t>(n) + 127) << 23); }
-
 // Coefficients of z^0 first.
 template <int n>
 double polynomial(const double (&coefficients)[n], double z) {
@@ -29,22 +26,6 @@ constexpr double kArtanh[] = {1.0 / 3,  1.0 / 5,  1.0 / 7,  1.0 / 9,  1.0 / 11,
                               1.0 / 13, 1.0 / 15, 1.0 / 17, 1.0 / 19, 1.0 / 21};
 
 }  // namespace
-
-float exp_scalar(float x) {
-  if (x != x) return x;
-  x = x < -104.0f ? -104.0f : x > 89.0f ? 89.0f : x;
-  const float shift = 0x1.8p23f;
-  const float n = std::fma(x, 0x1.715476p+0f, shift) - shift;
-  const float r = std::fma(-n, -0x1.05c61p-29f, std::fma(-n, 0x1.62e43p-1f, x));
-  float p = std::fma(0x1.6a4d5ap-10f, r, 0x1.12398ep-7f);
-  p = std::fma(p, r, 0x1.5558bp-5f);
-  p = std::fma(p, r, 0x1.555492p-3f);
-  p = std::fma(p, r, 0x1.fffffcp-2f);
-  p = std::fma(p, r, 1.0f);
-  p = std::fma(p, r, 1.0f);
-  const float half = std::fma(n, 0.5f, shift) - shift;
-  return p * power_of_two(half) * power_of_two(n - half);
-}
 
 double log_double(double x) {
   if (x == 0) return -std::numeric_limits<double>::infinity();

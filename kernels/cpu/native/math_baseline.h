@@ -4,8 +4,6 @@
 
 namespace llamaclust {
 
-float exp_scalar(float x);  // the same bits as exp in simd/math.h
-
 // Natural logarithm, error below 1e-15 relative or absolute; -infinity of 0, NaN of what is negative.
 double log_double(double x);
 

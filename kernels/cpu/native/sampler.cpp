@@ -1,6 +1,7 @@
 #include "sampler.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <limits>
 #include <optional>
@@ -110,17 +111,20 @@ RowOutcome failed(std::string why) {
 
 }  // namespace
 
+Sampler::Sampler(const SamplerOps& ops, int vocabulary, int threads)
+    : ops_(ops), vocabulary_(vocabulary), pool_(threads), scratch_(threads) {}
+
 // The logits themselves where the task changes none of them.
-const float* Sampler::adjusted(const float* logits, const Choice& c) {
+const float* Sampler::adjusted(const float* logits, const Choice& c, Scratch& scratch) const {
   if (c.logit_bias.empty() && c.suppressed.empty() && !penalizes(c)) return logits;
-  scratch_.assign(logits, logits + vocabulary_);
-  for (const auto& [id, bias] : c.logit_bias) scratch_[id] = orderly(scratch_[id] + bias);
-  if (penalizes(c)) penalize(c, scratch_.data());
-  for (int32_t id : c.suppressed) scratch_[id] = -kInfinity;
-  return scratch_.data();
+  scratch.assign(logits, logits + vocabulary_);
+  for (const auto& [id, bias] : c.logit_bias) scratch[id] = orderly(scratch[id] + bias);
+  if (penalizes(c)) penalize(c, scratch.data());
+  for (int32_t id : c.suppressed) scratch[id] = -kInfinity;
+  return scratch.data();
 }
 
-RowOutcome Sampler::run(const float* logits, const RowTask& task) {
+RowOutcome Sampler::run_row(const float* logits, const RowTask& task, Scratch& scratch) const {
   if (const auto id = foreign_token(task, vocabulary_))
     return failed("token " + std::to_string(*id) + " is outside the vocabulary of " + std::to_string(vocabulary_));
   Ranking raw(ops_, logits, vocabulary_);
@@ -129,7 +133,7 @@ RowOutcome Sampler::run(const float* logits, const RowTask& task) {
   RowOutcome outcome;
   outcome.token = task.token;
   if (!task.scored) {
-    const float* values = adjusted(logits, task.choice);
+    const float* values = adjusted(logits, task.choice, scratch);
     std::optional<Ranking> changed;
     Ranking& ranking = values == logits ? raw : changed.emplace(ops_, values, vocabulary_);
     if (ranking.maximum() == -kInfinity) return failed("every token is suppressed");
@@ -139,6 +143,37 @@ RowOutcome Sampler::run(const float* logits, const RowTask& task) {
   outcome.logprob = logprobs.of(logits[outcome.token]);
   outcome.top_logprobs = top_logprobs(raw, logprobs, task.top_logprobs);
   return outcome;
+}
+
+// The rows of one call; each thread takes the next that nobody has.
+class Sampler::Rows final : public ThreadPool::Job {
+ public:
+  Rows(Sampler& sampler, const float* logits, const std::vector<RowTask>& tasks)
+      : outcomes(tasks.size()), sampler_(sampler), logits_(logits), tasks_(tasks) {}
+
+  void work(int thread) noexcept override {
+    for (size_t row = next_++; row < tasks_.size(); row = next_++)
+      outcomes[row] =
+          sampler_.run_row(logits_ + row * sampler_.vocabulary_, tasks_[row], sampler_.scratch_[thread]);
+  }
+
+  std::vector<RowOutcome> outcomes;
+
+ private:
+  Sampler& sampler_;
+  const float* logits_;
+  const std::vector<RowTask>& tasks_;
+  std::atomic<size_t> next_ = 0;
+};
+
+std::vector<RowOutcome> Sampler::run(const float* logits, const std::vector<RowTask>& tasks) {
+  constexpr size_t kWorthWaking = 4;  // fewer rows are done before another core is awake
+  Rows rows(*this, logits, tasks);
+  if (tasks.size() < kWorthWaking || pool_.threads() == 1)
+    rows.work(0);
+  else
+    pool_.run(rows);
+  return std::move(rows.outcomes);
 }
 
 }  // namespace llamaclust

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "sampler_ops.h"
+#include "thread_pool.h"
 
 namespace llamaclust {
 
@@ -45,18 +46,24 @@ struct RowOutcome {
 
 class Sampler {
  public:
-  Sampler(const SamplerOps& ops, int vocabulary) : ops_(ops), vocabulary_(vocabulary) {}
+  // std::invalid_argument outside 1..1024 threads.
+  Sampler(const SamplerOps& ops, int vocabulary, int threads);
   int vocabulary() const { return vocabulary_; }
 
-  // logits[vocabulary]. One call at a time.
-  RowOutcome run(const float* logits, const RowTask& task);
+  // logits[tasks][vocabulary]; rows are spread over the threads. One call at a time.
+  std::vector<RowOutcome> run(const float* logits, const std::vector<RowTask>& tasks);
 
  private:
-  const float* adjusted(const float* logits, const Choice& choice);
+  class Rows;
+  using Scratch = std::vector<float>;  // [vocabulary] logits after bias, penalties and suppression
+
+  RowOutcome run_row(const float* logits, const RowTask& task, Scratch& scratch) const;
+  const float* adjusted(const float* logits, const Choice& choice, Scratch& scratch) const;
 
   SamplerOps ops_;
   int vocabulary_;
-  std::vector<float> scratch_;  // [vocabulary] logits after bias, penalties and suppression
+  ThreadPool pool_;
+  std::vector<Scratch> scratch_;  // a thread each
 };
 
 }  // namespace llamaclust

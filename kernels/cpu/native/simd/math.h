@@ -1,5 +1,4 @@
 // exp and silu on sixteen lanes: a fixed list of IEEE operations, so every feature level gives the same bits.
-// exp_scalar in math_baseline.cpp is the same list on one float.
 #pragma once
 
 #include "lanes.h"

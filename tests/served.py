@@ -189,10 +189,9 @@ async def serving(app: FastAPI) -> AsyncIterator[str]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         config = uvicorn.Config(app, log_config=None, lifespan="off", access_log=False)
         server = uvicorn.Server(config)
-        task = asyncio.create_task(server._serve([listener]))
+        task = asyncio.create_task(server.serve([listener]))
         try:
-            while not server.started:
-                await asyncio.sleep(0.005)
+            await until(lambda: server.started)
             yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         finally:
             server.should_exit = server.force_exit = True
@@ -201,11 +200,11 @@ async def serving(app: FastAPI) -> AsyncIterator[str]:
 
 def events_of(text: str) -> list[Any]:
     """The data of server-sent events; comments are skipped, [DONE] stays a string."""
-    lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line.startswith("data: ")]
+    lines = [line.removeprefix("data: ").strip() for line in text.split("\n\n") if line.startswith("data: ")]
     return [line if line == "[DONE]" else json.loads(line) for line in lines]
 
 
 async def until(condition: Callable[[], bool]) -> None:
     """Waits for a condition; the test's own deadline ends a wait in vain."""
-    while not condition():
+    while not condition():  # noqa: ASYNC110  conditions of all kinds, most of them without an event
         await asyncio.sleep(0.005)

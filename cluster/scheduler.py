@@ -78,6 +78,7 @@ class Scheduler:
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []  # by arrival
         self._in_flight: deque[_InFlight] = deque()
+        self._burst_tokens = 0  # prompt tokens to compute, when there were most since there were none
         self._next_key = 0
         self._next_number = 0
         self._preemptions = 0
@@ -235,7 +236,8 @@ class Scheduler:
         if not prefilling and (not self._waiting or len(self._running) >= self.settings.max_sequences):
             return []
         pending = sum(map(_by_remaining, prefilling)) + sum(map(_by_remaining, islice(self._waiting, _SEEN_AHEAD)))
-        rows_left = chunk_rows(self.settings, self.times, pending, decoding)
+        self._burst_tokens = max(pending, self._burst_tokens if prefilling else 0)
+        rows_left = chunk_rows(self.settings, self.times, self._burst_tokens, decoding)
         outputs_left = self.settings.max_outputs - decoding
         chunks: dict[int, Part] = {}
 

@@ -13,12 +13,12 @@ _FIRST_ROWS = 64
 _LEAST_ROWS = 16
 
 
-def chunk_rows(settings: SchedulerSettings, times: StageTimes, pending: int, decoding: int) -> int:
-    """Prefill rows of the next microbatch, which also has `decoding` rows; `pending` prompt tokens wait in all.
+def chunk_rows(settings: SchedulerSettings, times: StageTimes, burst: int, decoding: int) -> int:
+    """Prefill rows of the next microbatch, which also has `decoding` rows; `burst` prompt tokens came together.
 
     A chunk takes the slowest stage `prefill_ms` at most, so that those who decode do not wait longer; and no more than
-    what finishes the pending tokens soonest: k chunks on S stages end after (k + S - 1) * (a + b * pending / k), with
-    stage time a + b * rows, which is least at pending / k = sqrt(pending * a / ((S - 1) * b)).
+    what finishes the burst soonest: k chunks on S stages end after (k + S - 1) * (a + b * burst / k), with stage time
+    a + b * rows, which is least at burst / k = sqrt(burst * a / ((S - 1) * b)).
     """
     most = settings.max_rows - decoding
     if settings.prefill_chunk is not None:
@@ -30,7 +30,7 @@ def chunk_rows(settings: SchedulerSettings, times: StageTimes, pending: int, dec
     fit = (settings.prefill_ms * 1e6 - fixed_ns) / row_ns - decoding
     rows = min(most, max(fit, _LEAST_ROWS))
     if times.stages > 1:
-        soonest = sqrt(pending * max(fixed_ns, row_ns) / ((times.stages - 1) * row_ns))
+        soonest = sqrt(burst * max(fixed_ns, row_ns) / ((times.stages - 1) * row_ns))
         rows = min(rows, max(soonest, _LEAST_ROWS))
     return min(most, max(1, int(rows) // _LEAST_ROWS * _LEAST_ROWS))
 

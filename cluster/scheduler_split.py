@@ -11,10 +11,10 @@ the way of one microbatch through all stages, or the slowest stage's time for al
 
 from __future__ import annotations
 
-from llamaclust.cluster.stage_times import StageCurves, StageTimes
+from llamaclust.cluster.stage_times import StageTimes
 
 _MARGIN = 0.05
-"""A split must promise this much; a split that runs must not cost this much."""
+"""A split must promise this much before it is tried; one that runs must not cost anything."""
 
 _DECIDE_EVERY = 16
 _RETRY_EVERY = 4096
@@ -30,12 +30,11 @@ def predicted_cycle_ns(times: StageTimes, sequences: int, groups: int) -> float 
     """None without measurements.
 
     Stages that work at the same time may slow each other down (cores, memory), so one group and several are predicted
-    from measurements of their own, and from the other's only until there are some.
+    from measurements of their own, and with the other's help only until there are enough.
     """
     own, other = (times.alone, times.beside) if groups == 1 else (times.beside, times.alone)
-    curves: StageCurves = own or other
-    stage_ns = curves.predict(-(-sequences // groups))
-    return None if stage_ns is None else cycle_ns(stage_ns, groups, curves.transit_ns or 0.0)
+    stage_ns = own.predict(-(-sequences // groups), other)
+    return None if stage_ns is None else cycle_ns(stage_ns, groups, own.transit_ns or other.transit_ns or 0.0)
 
 
 class DecodeSplit:
@@ -66,7 +65,8 @@ class DecodeSplit:
         best, best_ns = 1, predicted_cycle_ns(self._times, sequences, 1)
         if best_ns is None:
             return 1
-        best_ns *= 1 + (_MARGIN if self._groups > 1 else -_MARGIN)
+        if self._groups == 1:
+            best_ns *= 1 - _MARGIN
         for groups in range(2, min(self._times.in_flight, sequences) + 1):
             ns = predicted_cycle_ns(self._times, sequences, groups)
             if ns is not None and ns < best_ns:

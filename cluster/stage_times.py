@@ -11,8 +11,8 @@ _SLOW_WEIGHT = 0.1
 _FAST_WEIGHT = 0.4
 """A sample above the estimate weighs less than one below it: hiccups make a step slow, nothing makes one too fast."""
 
-_FIXED_SHARE = 0.5
-"""Share of a time that is taken not to depend on the rows while only one number of rows has been seen."""
+_FIXED_ROWS = 10
+"""Reading the weights is taken to cost as much as computing that many rows, while only one number of rows was seen."""
 
 _NEGLIGIBLE = 0.02
 """A bubble of this share of a stage's time is not worth one more microbatch in flight."""
@@ -31,9 +31,6 @@ class Curve:
     def __init__(self) -> None:
         self._points: dict[int, tuple[float, float]] = {}  # bucket: (rows, ns), buckets ascending
 
-    def __bool__(self) -> bool:
-        return bool(self._points)
-
     def learn(self, rows: int, ns: float) -> None:
         bucket = (rows - 1).bit_length()
         point = self._points.get(bucket)
@@ -43,14 +40,19 @@ class Curve:
         else:
             self._points[bucket] = (point[0] + 0.25 * (rows - point[0]), _moved(point[1], ns))
 
-    def predict(self, rows: float) -> float | None:
-        """Nanoseconds for that many rows; None before the first sample."""
+    def predict(self, rows: float, other: Curve | None = None) -> float | None:
+        """Nanoseconds for that many rows; None before the first sample.
+
+        One point alone says nothing about the slope: `other`, a curve learned in other circumstances, adds its points.
+        """
         points = list(self._points.values())
+        if len(points) < 2 and other is not None:
+            points = sorted((other._points | self._points).values())
         if not points:
             return None
         if len(points) == 1:
             (seen, ns) = points[0]
-            return ns * (_FIXED_SHARE + (1 - _FIXED_SHARE) * rows / seen)
+            return ns * (_FIXED_ROWS + rows) / (_FIXED_ROWS + seen)
         index = next((i for i in range(1, len(points) - 1) if rows <= points[i][0]), len(points) - 1)
         (low, low_ns), (high, high_ns) = points[index - 1], points[index]
         slope = min(max(0.0, (high_ns - low_ns) / max(high - low, 0.5)), high_ns / high)
@@ -64,17 +66,15 @@ class StageCurves:
         self._curves = [Curve() for _ in range(stages)]
         self.transit_ns: float | None = None  # links and coordinator
 
-    def __bool__(self) -> bool:
-        return bool(self._curves[0])
-
     def learn(self, rows: int, timings: Sequence[StageTiming], transit_ns: float) -> None:
         for curve, timing in zip(self._curves, timings, strict=True):
             curve.learn(rows, timing.compute_ns)
         self.transit_ns = transit_ns if self.transit_ns is None else _moved(self.transit_ns, transit_ns)
 
-    def predict(self, rows: float) -> list[float] | None:
-        """Nanoseconds on each stage; None before the first sample."""
-        times = [curve.predict(rows) for curve in self._curves]
+    def predict(self, rows: float, other: StageCurves | None = None) -> list[float] | None:
+        """Nanoseconds on each stage; None before the first sample. `other` as for curves."""
+        helpers = other._curves if other is not None else [None] * len(self._curves)
+        times = [curve.predict(rows, helper) for curve, helper in zip(self._curves, helpers, strict=True)]
         return None if None in times else [ns for ns in times if ns is not None]
 
 

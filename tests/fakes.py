@@ -82,6 +82,13 @@ class FakeModel:
             self.writes += 1
 
 
+class ConstantModel(FakeModel):
+    """Says the same for every row, at no cost."""
+
+    def run(self, microbatch: Microbatch, inputs: SamplingInputs) -> tuple[RowResult, ...]:
+        return (RowResult(1, -1.0),) * len(inputs.tasks)
+
+
 StageNs = Callable[[int], float]
 
 
@@ -92,6 +99,7 @@ class FakeStages:
     model: FakeModel
     stage_ns: Sequence[StageNs]
     hop_ns: int = 1000
+    beside: float = 1.0  # how much slower a stage is while another one works too
     free_at: list[int] = field(default_factory=list)
     busy_ns: list[int] = field(default_factory=list)
 
@@ -106,7 +114,8 @@ class FakeStages:
         for stage, stage_ns in enumerate(self.stage_ns):
             now_ns += self.hop_ns
             start = max(now_ns, self.free_at[stage])
-            compute = round(stage_ns(microbatch.rows))
+            is_beside = any(at > start for other, at in enumerate(self.free_at) if other != stage)
+            compute = round(stage_ns(microbatch.rows) * (self.beside if is_beside else 1.0))
             timings.append(StageTiming(start - now_ns, compute, 0, microbatch.rows))
             now_ns = self.free_at[stage] = start + compute
             self.busy_ns[stage] += compute

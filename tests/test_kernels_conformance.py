@@ -67,8 +67,8 @@ def matmul_case(quant_type: QuantType, cols: int, rows: int, hidden: list[Float3
     return Case(program_of(x, out, step), weights, [(rows_at(range(len(part))), part) for part in hidden])
 
 
-@pytest.mark.parametrize("rows", [1, 15, 16, 17, 40, 160])
-@pytest.mark.parametrize("cols", [256, 768, 1536])
+@pytest.mark.parametrize("rows", [1, 15, 16, 40, 161])
+@pytest.mark.parametrize("cols", [256, 1536])
 @pytest.mark.parametrize("quant_type", TYPES, ids=lambda kind: kind.name)
 def test_matmul(tmp_path: Path, quant_type: QuantType, cols: int, rows: int) -> None:
     """With activations that need no rounding: what is left is the order of float additions."""
@@ -199,7 +199,7 @@ def test_attention_with_one_score_far_above(tmp_path: Path) -> None:
     check_conformance(tmp_path, Case(case.program, case.weights, runs), EXACT)
 
 
-@pytest.mark.parametrize("width", [16, 96, 1536])
+@pytest.mark.parametrize("width", [16, 96, 512])
 @pytest.mark.parametrize("in_place", [True, False])
 def test_silu_mul_and_add(tmp_path: Path, width: int, in_place: bool) -> None:
     generator = generator_of(width)

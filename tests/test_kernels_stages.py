@@ -20,13 +20,14 @@ from llamaclust.model.loader import Model
 from llamaclust.model.quant_types import QuantType
 
 LAYERS, TOKENS = 4, 40
+SMALL = {"hidden": 64, "heads": 2, "kv_heads": 1, "ffn": 96}
 
 MODELS: dict[str, dict[str, Any]] = {
-    "llama": {"quant_type": QuantType.Q4_K},
-    "llama-tied": {"quant_type": QuantType.Q8_0, "tied": True, "hidden": 64, "heads": 2, "kv_heads": 1, "ffn": 96},
-    "llama3": {"quant_type": QuantType.Q4_1, "rope_factors": True},
-    "qwen2": {"architecture": "qwen2", "quant_type": QuantType.Q6_K},
-    "moe": {"experts": 4, "quant_type": QuantType.F16},
+    "llama": {"quant_type": QuantType.Q4_K, "ffn": 256},
+    "llama-tied": {"quant_type": QuantType.Q8_0, "tied": True, **SMALL},
+    "llama3": {"quant_type": QuantType.Q4_1, "rope_factors": True, **SMALL},
+    "qwen2": {"architecture": "qwen2", "quant_type": QuantType.Q6_K, "ffn": 256},
+    "moe": {"experts": 4, "quant_type": QuantType.F16, **SMALL},
 }
 
 
@@ -62,7 +63,7 @@ def make_whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str],
 
 @pytest.mark.parametrize("model_name", MODELS)
 @pytest.mark.parametrize("backend_name", BACKENDS)
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(data=st.data())
 def test_stages_in_a_chain_give_the_bits_of_one(
     make_whole: Callable[[str, str], Whole], backend_name: str, model_name: str, data: st.DataObject

@@ -41,7 +41,7 @@ async def measure_workers(
 
 
 def _evened(measured: dict[str, Measurement], hosts: dict[str, str]) -> dict[str, Measurement]:
-    """Workers that are alike and share a machine get their mean: what tells them apart is noise, and they take turns."""
+    """Workers that are alike and share a machine get their mean: what tells them apart is noise."""
     groups: dict[tuple[str, str], list[Measurement]] = {}
     for name, one in measured.items():
         groups.setdefault((hosts[name], one.fingerprint), []).append(one)

@@ -13,11 +13,11 @@ from llamaclust.cluster.launchers.local import LocalLauncher
 from llamaclust.cluster.launchers.run_directory import RunDirectory, run_directory
 from llamaclust.cluster.loading import load_stages
 from llamaclust.cluster.pipeline import StageInfo
-from llamaclust.cluster.registry import Registry
+from llamaclust.cluster.registry import OnLost, Registry
 from llamaclust.cluster.remote import RemotePipeline
 from llamaclust.cluster.worker_handle import WorkerHandle
 from llamaclust.model.loader import Model
-from llamaclust.wire.control import Deadlines, StageLimits
+from llamaclust.wire.control import StageLimits
 from llamaclust.wire.messages import Chunk, Microbatch, Run, SampleTask, SamplingInputs, SamplingParams, ScoreTask
 
 LIMITS = StageLimits(max_tokens=64, max_outputs=64, max_sequences=8, max_context_tokens=256, kv_blocks=64)
@@ -44,19 +44,24 @@ class RealCluster:
 
 @asynccontextmanager
 async def real_cluster(
-    folder: Path, workers: int, *, device: str = "cpu", silence_s: float = 5.0, deadlines: Deadlines | None = None
+    folder: Path,
+    workers: int,
+    *,
+    device: str = "cpu",
+    silence_s: float = 5.0,
+    on_lost: OnLost = lambda worker: None,
 ) -> AsyncIterator[RealCluster]:
     """Workers a, b, ... have joined; their processes are gone at the end."""
     logs = folder / "logs"
     logs.mkdir(exist_ok=True)
     with run_directory(folder) as run:
         launcher = LocalLauncher(run, logs)
-        registry = Registry(
-            run.coordinator, run.token, silence_s=silence_s, deadlines=deadlines, last_words=launcher.last_words
-        )
+        last_words = launcher.last_words
+        registry = Registry(run.coordinator, run.token, silence_s=silence_s, last_words=last_words, on_lost=on_lost)
         async with registry:
             try:
-                specs = [WorkerSpec(name, device, threads=1) for name in NAMES[:workers]]
+                level = "generic" if device == "cpu" else ""
+                specs = [WorkerSpec(name, device, threads=1, feature_level=level) for name in NAMES[:workers]]
                 await launcher.start(specs, registry.address, registry.process_exited)
                 await registry.wait_for(NAMES[:workers], 30.0)
                 yield RealCluster(run, launcher, registry)

@@ -14,6 +14,7 @@ from llamaclust.proto import sampling_pb2 as sampling_proto
 from llamaclust.wire.bounds import bounded, finite, line, one_line, parse
 from llamaclust.wire.messages import (
     MAX_CONTEXT_TOKENS,
+    MAX_KV_BLOCKS,
     MAX_SEQUENCES,
     MAX_TOKENS,
     MAX_TOP_LOGPROBS,
@@ -35,7 +36,7 @@ MAX_MICROBATCH_BYTES = 1 << 23
 MAX_INPUTS_BYTES = 1 << 26
 MAX_STAGES = 255
 
-_MAX_BLOCK = (1 << 31) - 1
+_MAX_TOP_K = (1 << 31) - 1
 _MAX_MAGNITUDE = 1e6
 
 
@@ -76,7 +77,7 @@ def _chunk(message: microbatch_proto.Chunk) -> Chunk:
 
 def _run(message: microbatch_proto.Run) -> Run:
     bounded("blocks of a run", message.count, 1, MAX_CONTEXT_TOKENS)
-    bounded("last block of a run", message.start + message.count - 1, 0, _MAX_BLOCK)
+    bounded("last block of a run", message.start + message.count - 1, 0, MAX_KV_BLOCKS - 1)
     return Run(message.start, message.count)
 
 
@@ -150,7 +151,7 @@ def _params_in(message: sampling_proto.SamplingParams) -> SamplingParams:
     bounded("logit biases", len(message.logit_bias), 0, MAX_VOCABULARY)
     return SamplingParams(
         temperature=finite("temperature", message.temperature, 0.0, _MAX_MAGNITUDE),
-        top_k=bounded("top_k", message.top_k, 0, _MAX_BLOCK),
+        top_k=bounded("top_k", message.top_k, 0, _MAX_TOP_K),
         top_p=finite("top_p", message.top_p, 0.0, 1.0),
         min_p=finite("min_p", message.min_p, 0.0, 1.0),
         repetition_penalty=finite("repetition_penalty", message.repetition_penalty, 0.0, _MAX_MAGNITUDE),

@@ -25,7 +25,7 @@ from llamaclust.wire.control import (
     Welcome,
     WorkerMessage,
 )
-from llamaclust.wire.messages import MAX_CONTEXT_TOKENS, MAX_SEQUENCES, MAX_TOKENS
+from llamaclust.wire.messages import MAX_CONTEXT_TOKENS, MAX_KV_BLOCKS, MAX_SEQUENCES, MAX_TOKENS
 
 MAX_CONTROL_BYTES = 1 << 18
 
@@ -245,5 +245,5 @@ def _limits_in(message: proto.StageLimits) -> StageLimits:
         bounded("max_outputs", message.max_outputs, 1, MAX_TOKENS),
         bounded("max_sequences", message.max_sequences, 1, MAX_SEQUENCES),
         bounded("max_context_tokens", message.max_context_tokens, 1, MAX_CONTEXT_TOKENS),
-        bounded("kv_blocks", message.kv_blocks, 1, (1 << 31) - 1),
+        bounded("kv_blocks", message.kv_blocks, 1, MAX_KV_BLOCKS),
     )

@@ -18,6 +18,7 @@ MAX_TOKENS = 8192
 MAX_CONTEXT_TOKENS = 1 << 20
 MAX_TOP_LOGPROBS = 128
 MAX_VOCABULARY = 1 << 20
+MAX_KV_BLOCKS = 1 << 26
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,132 @@
+"""The oracle: token ids and logprob bits of any cluster equal those of one undisturbed worker."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import struct
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from llamaclust.cluster.config import load_config
+from llamaclust.cluster.coordinator import Cluster, open_cluster
+from llamaclust.cluster.requests import Generation, PromptScored, TokenChosen
+from llamaclust.cluster.state import ClusterDir
+from llamaclust.model.program import KV_BLOCK_TOKENS
+from llamaclust.wire.messages import RowResult, SamplingParams
+
+Answer = tuple[tuple[int, bytes], ...]
+"""(token id, the four bytes of its float32 logprob) of every scored prompt token, then of every generated one."""
+
+_DEADLINE_S = 240.0
+_SEEDED = SamplingParams(temperature=0.9, top_k=40, top_p=0.95, repetition_penalty=1.1, frequency_penalty=0.1)
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One way to run the same requests. `cut`: bounds of the stages, one worker a stage."""
+
+    cut: tuple[int, ...]
+    threads: int = 1
+    company: bool = False  # all requests at once, else one after the other
+    prefill_chunk: int | None = None
+    cached: bool = False  # asked twice; the second answer counts, with the prompt in the prefix cache
+    preempted: bool = False  # KV memory is so short that sequences are put back
+    feature_level: str | None = None
+
+    @property
+    def workers(self) -> int:
+        return len(self.cut) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Requests to compare: one greedy, one seeded whose context is longer than a span, one that scores its prompt, and
+    seven that grow long enough to be preempted when KV memory is short."""
+
+    asks: tuple[Generation, ...]
+    kv_layer_bytes: int  # KV memory of one position in one layer
+
+    @property
+    def longest(self) -> int:
+        return max(len(ask.prompt) + ask.max_tokens for ask in self.asks)
+
+
+@cache
+def make_work(seed: int, vocabulary: int, kv_layer_bytes: int, long: int = 540, tokens: int = 16) -> Work:
+    """Random prompts; `long`: tokens of the longest one."""
+    print(f"work: seed {seed}")
+    source = random.Random(seed)
+
+    def prompt(length: int) -> tuple[int, ...]:
+        return tuple(source.randrange(3, vocabulary) for _ in range(length))
+
+    own = (
+        Generation("greedy", prompt(37), tokens),
+        Generation("seeded", prompt(long), tokens, _SEEDED, seed=source.getrandbits(64)),
+        Generation("scored", prompt(70), 2, score_from=1),
+    )
+    others = tuple(
+        Generation(f"other {i}", prompt(source.randrange(5, 90)), 10 * tokens, _SEEDED, seed=i) for i in range(7)
+    )
+    return Work(own + others, kv_layer_bytes)
+
+
+def run(model: Path, way: Way, work: Work, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Answer]:
+    """Starts a cluster of real processes, runs the work and returns the answers in the order of `work.asks`."""
+    if way.feature_level is not None:
+        monkeypatch.setenv("LLAMACLUST_FEATURE_LEVEL", way.feature_level)
+    return asyncio.run(_run(model, way, work, folder))
+
+
+async def _run(model: Path, way: Way, work: Work, folder: Path) -> list[Answer]:
+    names = [f"w{index}" for index in range(way.workers)]
+    stages = zip(names, pairwise(way.cut), strict=True)
+    overrides = [
+        f"model={model}",
+        "workers=[" + ", ".join(f"{{name: {name}, threads: {way.threads}, {_FACTS}}}" for name in names) + "]",
+        "plan=[" + ", ".join(f"{{worker: {name}, layers: [{a}, {b}]}}" for name, (a, b) in stages) + "]",
+        f"context_length={max(work.longest, 1024)}",
+        f"prefill_chunk={way.prefill_chunk or 'auto'}",
+    ]
+    if way.preempted:
+        most_layers = max(b - a for a, b in pairwise(way.cut))
+        tokens = -(-work.longest // KV_BLOCK_TOKENS) * KV_BLOCK_TOKENS
+        overrides += [f"kv_memory={tokens * most_layers * work.kv_layer_bytes}", f"context_length={work.longest}"]
+    config = load_config(None, overrides)
+    directory = ClusterDir(folder / "cluster")
+    directory.create()
+    async with asyncio.timeout(_DEADLINE_S), open_cluster(config, model, directory) as cluster:
+        answers = await _answers(cluster, way, work)
+        if way.cached:
+            before = cluster.engine.scheduler.counts.cached_tokens
+            answers = await _answers(cluster, way, work)
+            assert cluster.engine.scheduler.counts.cached_tokens > before, "the prefix cache was not hit"
+        if way.preempted:
+            assert cluster.engine.scheduler.counts.preemptions > 0, "nothing was preempted"
+        return answers
+
+
+_FACTS = "bandwidth: 20, int8: 300"
+"""Stated, so that nothing is measured."""
+
+
+async def _answers(cluster: Cluster, way: Way, work: Work) -> list[Answer]:
+    if way.company or way.preempted:
+        return await asyncio.gather(*(_ask(cluster, ask) for ask in work.asks))
+    return [await _ask(cluster, ask) for ask in work.asks]
+
+
+async def _ask(cluster: Cluster, ask: Generation) -> Answer:
+    rows: list[RowResult] = []
+    async for event in cluster.engine.submit(ask):
+        match event:
+            case PromptScored():
+                rows += event.rows
+            case TokenChosen():
+                rows.append(event.row)
+    return tuple((row.token, struct.pack("<f", row.logprob)) for row in rows)

@@ -1,0 +1,149 @@
+"""Promise 1 on tiny models: pairwise over cuts, threads, company, chunks, cache, preemption, levels and model kinds."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import combinations, product
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from invariance import Answer, Way, make_work, run
+from tiny_model import build_tiny_model
+
+from llamaclust.kernels.cpu import _native
+from llamaclust.model.quant_types import QuantType
+
+VOCABULARY = 320
+KV_LAYER_BYTES = 2 * 2 * 32 * 2  # keys and values of 2 heads of 32 channels in f16
+SEED = 20
+CUTS = ((0, 6), (0, 3, 6), (0, 1, 6), (0, 5, 6), (0, 2, 4, 6), (0, 1, 2, 3, 5, 6))
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    architecture: str
+    quant_type: QuantType
+    experts: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.architecture}-{self.quant_type.name}{'-moe' if self.experts else ''}"
+
+
+KINDS = (
+    Kind("llama", QuantType.Q4_K),
+    Kind("llama", QuantType.F16),
+    Kind("llama", QuantType.Q4_1),
+    Kind("llama", QuantType.Q8_0, experts=4),
+    Kind("qwen2", QuantType.Q6_K),
+    Kind("qwen2", QuantType.Q4_0),
+)
+FACTORS: dict[str, tuple[Any, ...]] = {
+    "cut": CUTS,
+    "kind": KINDS,
+    "feature_level": tuple(_native.available_levels()),
+    "prefill_chunk": (1, 7, 64, 2048),
+    "threads": (1, 2, 3),
+    "company": (False, True),
+    "cached": (False, True),
+    "preempted": (False, True),
+}
+
+
+def pairwise_rows(factors: dict[str, tuple[Any, ...]], seed: int) -> list[dict[str, Any]]:
+    """Rows in which every two values of two factors meet: greedy, the best of some random rows each time."""
+    source = random.Random(seed)
+    names = list(factors)
+    pairs = {
+        frozenset({(a, i), (b, j)})
+        for a, b in combinations(names, 2)
+        for i, j in product(range(len(factors[a])), range(len(factors[b])))
+    }
+
+    def met(row: dict[str, int]) -> set[frozenset[tuple[str, int]]]:
+        return {frozenset(pair) for pair in combinations(row.items(), 2)} & pairs
+
+    rows = []
+    while pairs:
+        fixed = dict(min(pairs, key=sorted))
+        tries = [{n: source.randrange(len(factors[n])) for n in names} | fixed for _ in range(200)]
+        best = max(tries, key=lambda row: len(met(row)))
+        pairs -= met(best)
+        rows.append({name: factors[name][index] for name, index in best.items()})
+    return rows
+
+
+Models = Callable[[Kind], tuple[Path, list[Answer]]]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    """A model of each kind and its answers on one undisturbed worker."""
+    made: dict[Kind, tuple[Path, list[Answer]]] = {}
+
+    def get(kind: Kind) -> tuple[Path, list[Answer]]:
+        if kind not in made:
+            folder = tmp_path_factory.mktemp("model")
+            model = build_tiny_model(
+                folder / f"{kind}.gguf",
+                architecture=kind.architecture,
+                quant_type=kind.quant_type,
+                experts=kind.experts,
+                vocabulary=VOCABULARY,
+            )
+            with pytest.MonkeyPatch.context() as patch:
+                work = make_work(SEED, VOCABULARY, KV_LAYER_BYTES)
+                made[kind] = model, run(model, Way((0, 6)), work, folder, patch)
+        return made[kind]
+
+    return get
+
+
+def show(row: dict[str, Any]) -> str:
+    return " ".join(f"{name}={value}" for name, value in row.items()).replace(", ", "-")
+
+
+@pytest.mark.parametrize("row", pairwise_rows(FACTORS, SEED), ids=show)
+def test_every_pair_of_ways(
+    row: dict[str, Any], models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, expected = models(row["kind"])
+    way = Way(**{name: value for name, value in row.items() if name != "kind"})
+    work = make_work(SEED, VOCABULARY, KV_LAYER_BYTES)
+    assert run(model, way, work, tmp_path, monkeypatch) == expected
+
+
+def test_answers_are_worth_comparing(models: Models) -> None:
+    """Different requests differ, ids vary and probabilities are no constant."""
+    _, answers = models(KINDS[0])
+    greedy, seeded, scored, *_ = answers
+    assert len(greedy) == len(seeded) == 16
+    assert len(scored) == 69 + 2
+    for answer in answers:
+        assert len({token for token, _ in answer}) > 1
+        assert len({bits for _, bits in answer}) > len(answer) // 2
+
+
+ways = st.builds(
+    Way,
+    cut=st.lists(st.integers(1, 5), unique=True, max_size=3).map(lambda inner: (0, *sorted(inner), 6)),
+    threads=st.integers(1, 3),
+    company=st.booleans(),
+    prefill_chunk=st.none() | st.integers(1, 600),
+    cached=st.booleans(),
+    preempted=st.booleans(),
+    feature_level=st.sampled_from(tuple(_native.available_levels())),
+)
+
+
+@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
+@given(way=ways)
+def test_random_ways(way: Way, models: Models, tmp_path_factory: pytest.TempPathFactory) -> None:
+    model, expected = models(KINDS[0])
+    with pytest.MonkeyPatch.context() as patch:
+        work = make_work(SEED, VOCABULARY, KV_LAYER_BYTES)
+        assert run(model, way, work, tmp_path_factory.mktemp("way"), patch) == expected

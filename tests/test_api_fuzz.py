@@ -97,10 +97,10 @@ def test_random_fields() -> None:
             path, body = request
             status = post(path, json.dumps(body).encode())
             seen.add(status)
-            assert status in (200, 400)
+            assert status in (200, 400) or (status == 404 and "model" in body)
 
         check()
-    assert seen == {200, 400}, "the random bodies were all alike"
+    assert seen >= {200, 400}, "the random bodies were all alike"
 
 
 def test_random_bytes() -> None:

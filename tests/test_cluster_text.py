@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import product
 
 import pytest
 from hypothesis import given
@@ -57,6 +58,14 @@ def test_stop_strings_do_not_depend_on_how_the_text_comes(text: str, stops: list
         at = end
     expected, stopped_by = naive(text, stops)
     assert (shown + search.flush(), search.matched) == (expected, stopped_by)
+
+
+def test_every_short_stop_string_in_every_short_text() -> None:
+    words = ["".join(letters) for length in range(1, 9) for letters in product("ab", repeat=length)]
+    for stop in words[:30]:
+        for text in words:
+            search = StopStrings([stop])
+            assert search.push(text) + search.flush() == text.partition(stop)[0]
 
 
 def test_long_stop_strings_cost_little() -> None:

@@ -58,15 +58,15 @@ async def real_cluster(
         launcher = LocalLauncher(run, logs)
         last_words = launcher.last_words
         registry = Registry(run.coordinator, run.token, silence_s=silence_s, last_words=last_words, on_lost=on_lost)
-        async with registry:
-            try:
-                level = "generic" if device == "cpu" else ""
-                specs = [WorkerSpec(name, device, threads=1, feature_level=level) for name in NAMES[:workers]]
+        level = "generic" if device == "cpu" else ""
+        specs = [WorkerSpec(name, device, threads=1, feature_level=level) for name in NAMES[:workers]]
+        try:
+            async with registry:
                 await launcher.start(specs, registry.address, registry.process_exited)
                 await registry.wait_for(NAMES[:workers], 30.0)
                 yield RealCluster(run, launcher, registry)
-            finally:
-                await launcher.stop()
+        finally:
+            await launcher.stop()
 
 
 def microbatches(model_id: str, epoch: int, steps: int) -> list[tuple[Microbatch, SamplingInputs]]:

@@ -33,9 +33,16 @@ async def load_stage(order: Load, device: Device, report: Report) -> StageRunner
         done_bytes += more_bytes
 
     def load() -> StageRunner:
-        level = device.feature_level
-        backend = device.backend
-        return StageRunner(backend, model, order.start, order.end, limits, feature_level=level, progress=progress)
+        return StageRunner(
+            device.backend,
+            model,
+            order.start,
+            order.end,
+            limits,
+            feature_level=device.feature_level,
+            threads=device.threads,
+            progress=progress,
+        )
 
     loading = asyncio.ensure_future(asyncio.to_thread(load))
     while not (await asyncio.wait((loading,), timeout=_REPORT_S))[0]:

@@ -53,15 +53,16 @@ class StageRunner:
         limits: Limits,
         *,
         feature_level: str = "",
+        threads: int = 1,
         progress: Progress = lambda done_bytes: None,
     ) -> None:
-        """Loads weights, which may take long. `feature_level` is the sampler's: "" takes this machine's best."""
+        """Loads weights, which may take long. `feature_level` ("": the best) and `threads` are the sampler's."""
         program = model_program(model, start, end)
         self.program = program
         self.model_id = model.model_id
         self.limits = limits
         self._vocabulary = model.hyperparameters.vocabulary_size
-        self._sampler = Sampler(self._vocabulary, feature_level) if program.is_last else None
+        self._sampler = Sampler(self._vocabulary, feature_level, threads) if program.is_last else None
         self._stage = backend.load(program, model.tensors_for(program), limits, progress)
         workspace = backend.workspace_bytes(program, limits)
         self.memory = StageMemory(self._stage.weight_bytes, self._stage.kv_bytes, workspace)

@@ -34,7 +34,7 @@ class Way:
     threads: int = 1
     company: bool = False  # all requests at once, else one after the other
     prefill_chunk: int | None = None
-    cached: bool = False  # asked twice; the second answer counts, with the prompt in the prefix cache
+    cached: bool = False  # asked twice; the second answers count, with prompts in the prefix cache while it has room
     preempted: bool = False  # KV memory is so short that sequences are put back
     feature_level: str | None = None
 
@@ -57,7 +57,7 @@ class Work:
 
 
 @cache
-def make_work(seed: int, vocabulary: int, kv_layer_bytes: int, long: int = 540, tokens: int = 16) -> Work:
+def make_work(seed: int, vocabulary: int, kv_layer_bytes: int, long: int = 530, tokens: int = 12) -> Work:
     """Random prompts; `long`: tokens of the longest one."""
     print(f"work: seed {seed}")
     source = random.Random(seed)
@@ -71,7 +71,7 @@ def make_work(seed: int, vocabulary: int, kv_layer_bytes: int, long: int = 540, 
         Generation("scored", prompt(70), 2, score_from=1),
     )
     others = tuple(
-        Generation(f"other {i}", prompt(source.randrange(5, 90)), 10 * tokens, _SEEDED, seed=i) for i in range(7)
+        Generation(f"other {i}", prompt(source.randrange(5, 12)), 8 * tokens, _SEEDED, seed=i) for i in range(7)
     )
     return Work(own + others, kv_layer_bytes)
 
@@ -105,7 +105,8 @@ async def _run(model: Path, way: Way, work: Work, folder: Path) -> list[Answer]:
         if way.cached:
             before = cluster.engine.scheduler.counts.cached_tokens
             answers = await _answers(cluster, way, work)
-            assert cluster.engine.scheduler.counts.cached_tokens > before, "the prefix cache was not hit"
+            hits = cluster.engine.scheduler.counts.cached_tokens - before
+            assert hits > 0 or way.preempted, "the prefix cache was not hit"
         if way.preempted:
             assert cluster.engine.scheduler.counts.preemptions > 0, "nothing was preempted"
         return answers

@@ -1,0 +1,154 @@
+"""`chat`: a conversation on a terminal or through a pipe, one line a turn."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+from llamaclust.cluster.client_base import TextClient
+from llamaclust.cluster.client_types import Options
+from llamaclust.errors import LlamaclustError, UsageError
+
+_HELP = """\
+/save FILE  write the conversation to FILE
+/load FILE  go on with the conversation of FILE
+/clear      forget the conversation, but not what --system said
+/help       this
+/exit       leave, as Ctrl-D does
+Ctrl-C interrupts an answer. A line that begins with a space is sent as it is."""
+
+_ROLES = ("system", "user", "assistant")
+
+
+class Chat:
+    """A conversation and its commands. What is not part of an answer goes to standard error."""
+
+    def __init__(self, client: TextClient, system: str | None, options: Options) -> None:
+        self.messages: list[dict[str, str]] = []
+        self._client = client
+        self._first = [] if system is None else [{"role": "system", "content": system}]
+        self._options = options
+        self._is_terminal = sys.stdin.isatty()
+        self._commands: dict[str, Callable[[str], None]] = {
+            "/save": self._save,
+            "/load": self._load,
+            "/clear": lambda rest: self._clear(),
+            "/help": lambda rest: _tell(_HELP),
+        }
+        self._clear()
+
+    def run(self) -> None:
+        """Until the end of the input or /exit. On a terminal an error ends a turn, else the chat."""
+        if self._is_terminal:
+            with suppress(ImportError):
+                import readline  # noqa: F401  gives input() a history and keys to edit with
+            _tell("/help shows commands, Ctrl-D leaves")
+        for line in self._lines():
+            if line.strip() in ("/exit", "/quit"):
+                return
+            try:
+                self._take(line)
+            except LlamaclustError as error:
+                if not self._is_terminal:
+                    raise
+                _tell(f"error: {error}")
+
+    def _lines(self) -> Iterator[str]:
+        while True:
+            try:
+                yield input("> ") if self._is_terminal else _piped_line()
+            except EOFError:
+                if self._is_terminal:
+                    _tell("")
+                return
+            except KeyboardInterrupt:
+                if not self._is_terminal:
+                    raise
+                _tell("\n/exit or Ctrl-D leaves")
+
+    def _take(self, line: str) -> None:
+        if not line.strip():
+            return
+        name, _, rest = line.partition(" ")
+        if not name.startswith("/"):
+            self._answer(line.strip())
+        elif name in self._commands:
+            self._commands[name](rest.strip())
+        else:
+            raise UsageError(f"{name} is no command; /help shows them, and a space before the line sends it as it is")
+
+    def _answer(self, text: str) -> None:
+        """One turn. An answer that is interrupted stays as far as it came; a turn without one is forgotten."""
+        self.messages.append({"role": "user", "content": text})
+        parts: list[str] = []
+        try:
+            self._print_answer(parts)
+        except KeyboardInterrupt:
+            _tell("\n(interrupted)")
+        finally:
+            if parts:
+                self.messages.append({"role": "assistant", "content": "".join(parts)})
+            else:
+                self.messages.pop()
+
+    def _print_answer(self, parts: list[str]) -> None:
+        with self._client.chat(self.messages, stream=True, **self._options) as chunks:
+            for chunk in chunks:
+                if chunk.text:
+                    parts.append(chunk.text)
+                    sys.stdout.write(chunk.text)
+                    sys.stdout.flush()
+        print()
+
+    def _clear(self) -> None:
+        self.messages = list(self._first)
+
+    def _save(self, name: str) -> None:
+        path = _path(name, "/save")
+        try:
+            path.write_text(json.dumps({"messages": self.messages}, ensure_ascii=False, indent=1) + "\n", "utf-8")
+        except OSError as error:
+            raise UsageError(f"{path}: cannot save: {error.strerror}") from error
+        _tell(f"saved {len(self.messages)} messages to {path}")
+
+    def _load(self, name: str) -> None:
+        path = _path(name, "/load")
+        try:
+            messages = json.loads(path.read_text("utf-8"))["messages"]
+            self.messages = [_message(message) for message in messages]
+        except OSError as error:
+            raise UsageError(f"{path}: cannot load: {error.strerror}") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"{path}: not a conversation that /save wrote") from error
+        _tell(f"loaded {len(self.messages)} messages from {path}")
+
+
+def _message(value: dict[str, str]) -> dict[str, str]:
+    """ValueError, KeyError or TypeError for what is none."""
+    role, content = value["role"], value["content"]
+    if role not in _ROLES or not isinstance(content, str):
+        raise ValueError(role)
+    return {"role": role, "content": content}
+
+
+def _path(name: str, command: str) -> Path:
+    if not name:
+        raise UsageError(f"{command} needs the name of a file")
+    return Path(name).expanduser()
+
+
+def _piped_line() -> str:
+    try:
+        line = sys.stdin.readline()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"standard input is not {sys.stdin.encoding}: {error.reason}") from error
+    if not line:
+        raise EOFError
+    return line.rstrip("\r\n")
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr)

@@ -1,0 +1,58 @@
+"""Whom `generate` and `chat` talk to: the running cluster, an address, or a model in this process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from llamaclust.cluster.client import Client
+from llamaclust.cluster.client_base import TextClient
+from llamaclust.cluster.config import environment
+from llamaclust.cluster.state import find_running
+from llamaclust.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What the command line names; nothing: the cluster that runs on this machine."""
+
+    cluster: str | None = None
+    endpoint: str | None = None
+    api_key_file: Path | None = None
+    model: str | None = None
+    threads: int | None = None
+
+    def open(self) -> TextClient:
+        """A client of it. UsageError where the options contradict each other or no cluster runs."""
+        self._check()
+        if self.model is not None:
+            from llamaclust.tools.catalog import resolve_model
+
+            return Client.local(resolve_model(self.model), self.threads)
+        if self.endpoint is not None:
+            return Client(self.endpoint, self.api_key_file and first_key(self.api_key_file))
+        _, record = find_running(environment().state_dir, self.cluster)
+        keys = self.api_key_file or (Path(record.api_keys_file) if record.api_keys_file else None)
+        return Client(record.api, keys and first_key(keys))
+
+    def _check(self) -> None:
+        places = {"--cluster": self.cluster, "--endpoint": self.endpoint, "--model": self.model}
+        given = [option for option, value in places.items() if value is not None]
+        if len(given) > 1:
+            raise UsageError(f"{' and '.join(given)} name different places: give one of them")
+        if self.threads is not None and self.model is None:
+            raise UsageError("--threads is for --model: a cluster's workers have theirs in the cluster file")
+        if self.api_key_file is not None and self.model is not None:
+            raise UsageError("--api-key-file is for a cluster: a model in this process asks for no key")
+
+
+def first_key(path: Path) -> str:
+    """The first API key of a file. UsageError where there is none."""
+    try:
+        lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: cannot read the API key: {error}") from error
+    key = next((line for line in lines if line and not line.startswith("#")), None)
+    if key is None:
+        raise UsageError(f"{path}: holds no API key; put one a line")
+    return key

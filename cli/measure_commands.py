@@ -1,0 +1,66 @@
+"""`bench` and `model perplexity`: how fast a model runs here, and how well it predicts a text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Catalog name or path of a .gguf.")]
+Threads = Annotated[
+    int | None, typer.Option("--threads", "-t", min=1, max=1024, help="Threads of each worker; all cores by default.")
+]
+Workers = Annotated[
+    int, typer.Option("--workers", min=1, max=64, metavar="K", help="Cut the model over that many local processes.")
+]
+
+
+def bench(
+    model: ModelArgument,
+    threads: Threads = None,
+    prompt: Annotated[int, typer.Option("--prompt", "-p", min=1, help="Prompt tokens of a prefill.")] = 512,
+    generate: Annotated[int, typer.Option("--generate", "-n", min=1, help="Tokens that are decoded.")] = 128,
+    batch: Annotated[int, typer.Option("--batch", "-b", min=1, max=256, help="Sequences at a time.")] = 1,
+    depth: Annotated[int, typer.Option("--depth", "-d", min=0, help="Tokens in memory before decode begins.")] = 0,
+    repeats: Annotated[int, typer.Option("--repeats", "-r", min=1, max=100, help="Runs; medians are shown.")] = 3,
+    workers: Workers = 1,
+    as_json: Json = False,
+) -> None:
+    """Measure prefill and decode, beside what this machine could do at best."""
+    from llamaclust.cli import measuring
+    from llamaclust.tools.bench import BenchTask
+    from llamaclust.tools.catalog import resolve_model
+
+    task = BenchTask(resolve_model(model), threads, prompt, generate, batch, depth, repeats, workers)
+    measuring.print_bench(task, as_json)
+
+
+def perplexity(
+    model: ModelArgument,
+    text: Annotated[Path, typer.Option("-f", "--file", metavar="TEXT", help="UTF-8 text to predict.")],
+    context: Annotated[int, typer.Option("-c", "--context", min=4, help="Tokens of a chunk.")] = 512,
+    chunks: Annotated[int | None, typer.Option("--chunks", min=1, metavar="N", help="Only the first N.")] = None,
+    threads: Threads = None,
+    workers: Workers = 1,
+    endpoint: Annotated[
+        str | None, typer.Option("--endpoint", metavar="URL", help="Ask a running cluster that serves MODEL.")
+    ] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option("--api-key-file", metavar="FILE", help="File whose first line is the API key.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure how well MODEL predicts a text, as llama.cpp's llama-perplexity does; less is better."""
+    from llamaclust.cli import measuring
+    from llamaclust.tools.catalog import resolve_model
+
+    source = measuring.Source(resolve_model(model), threads, workers, endpoint, api_key_file)
+    measuring.print_perplexity(source, text, context, chunks, as_json)
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands of this file but `perplexity`, which is one of `model`'s."""
+    app.command()(bench)

@@ -158,14 +158,17 @@ def says(text: str) -> Script:
     return lambda ask: tokens
 
 
-def make_service(engine: Any) -> TextService:
-    return TextService(engine, tokenizer(), chat_template(), TextSettings(MODEL, CONTEXT, SETTINGS.max_sequences))
+def make_service(engine: Any, template: ChatTemplate | None = None) -> TextService:
+    settings = TextSettings(MODEL, CONTEXT, SETTINGS.max_sequences)
+    return TextService(engine, tokenizer(), template or chat_template(), settings)
 
 
-def make_app(engine: Any, **settings: Any) -> FastAPI:
+def make_app(engine: Any, chat_template: ChatTemplate | None = None, **settings: Any) -> FastAPI:
     """An app on a scripted engine; operators see an engine that does nothing."""
     idle = engine if isinstance(engine, Engine) else Engine(FakePipeline(SETTINGS.kv_blocks), SETTINGS)
-    return create_app(make_service(engine), ApiSettings(**settings), idle, lambda: {"status": {"name": "test"}})
+    return create_app(
+        make_service(engine, chat_template), ApiSettings(**settings), idle, lambda: {"status": {"name": "test"}}
+    )
 
 
 def client(app: FastAPI, **options: Any) -> httpx.AsyncClient:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -28,6 +29,7 @@ from served import (
 )
 
 from llamaclust.errors import QueueFullError, WorkerError
+from llamaclust.model.chat_template import ChatTemplate, TemplateLimits
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
 ANSWER = "The cat sat."
@@ -209,6 +211,33 @@ async def test_prompt_logprobs_alone() -> None:
     assert choice["text"] == "Hello" and choice["finish_reason"] == "length"
     assert len(choice["logprobs"]["token_logprobs"]) == len(ids("Hello"))
     assert reply["usage"]["completion_tokens"] == 0
+
+
+@run_async
+async def test_prompt_logprobs_from_a_token_on() -> None:
+    engine = ScriptedEngine(says(ANSWER))
+    reply = await complete(engine, echo=True, logprobs=0, max_tokens=1, score_from=3)
+    logprobs = reply["choices"][0]["logprobs"]
+    count = len(ids("Hello"))
+    assert logprobs["token_logprobs"][:3] == [None] * 3
+    assert logprobs["token_logprobs"][3:] == [*map(logprob, range(3, count)), logprob(0)]
+    assert len(logprobs["tokens"]) == len(logprobs["text_offset"]) == count + 1
+    assert engine.submitted[0].score_from == 3
+    refused = await post("/v1/completions", {"prompt": "a", "score_from": 1, "echo": True})
+    assert refused.json()["error"]["param"] == "score_from"
+
+
+@run_async
+async def test_a_template_that_loops_for_ever_hurts_nobody_else() -> None:
+    source = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    with ChatTemplate(source, "", "", TemplateLimits(wall_s=0.5)) as template:
+        app = make_app(ScriptedEngine(says(ANSWER)), chat_template=template)
+        async with client(app) as http:
+            looping = asyncio.create_task(http.post("/v1/chat/completions", json=CHAT))
+            assert (await http.post("/v1/completions", json={"prompt": "a"})).status_code == 200
+            assert not looping.done()
+            reply = await looping
+            assert reply.status_code == 400 and "template was stopped" in reply.json()["error"]["message"]
 
 
 @run_async

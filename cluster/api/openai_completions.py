@@ -50,6 +50,8 @@ def _check(body: CompletionBody) -> None:
     body.check_stream()
     if body.best_of not in (None, body.n):
         raise ParameterError("best_of", f"is {body.best_of}, but only n, which is {body.n}, is supported")
+    if body.score_from is not None and (not body.echo or body.logprobs is None):
+        raise ParameterError("score_from", "only makes sense with echo and logprobs")
     if len(body.prompt) * body.n > MAX_CHOICES:
         raise ParameterError(
             "n", f"{len(body.prompt)} prompts with {body.n} answers each; at most {MAX_CHOICES} in all"
@@ -61,7 +63,7 @@ def _request(body: CompletionBody, prompt: Prompt) -> CompletionRequest:
         prompt,
         body.max_tokens,
         body.logprobs or 0,
-        score_from=0 if body.echo and body.logprobs is not None else None,
+        score_from=(body.score_from or 0) if body.echo and body.logprobs is not None else None,
         add_special=body.add_special_tokens,
         parse_special=body.parse_special,
     )
@@ -81,7 +83,7 @@ class _CompletionShape:
         if not (self._body.echo or self._body.return_token_ids):
             return None
         echo = self._echo(prompt, stream)
-        logprobs = self._logprobs(echo.first)
+        logprobs = self._logprobs(echo.unscored)
         choice = {"index": self._index(prompt, index), "text": echo.text, "logprobs": logprobs, "finish_reason": None}
         return choice | self._ids(token_ids=(), prompt_token_ids=stream.prompt_token_ids)
 
@@ -103,7 +105,7 @@ class _CompletionShape:
         return {
             "index": self._index(prompt, answer.index),
             "text": echo.text + answer.text,
-            "logprobs": self._logprobs([*echo.first, *self._tokens(prompt, answer)]),
+            "logprobs": self._logprobs([*echo.unscored, *self._tokens(prompt, answer)]),
             **self._ids(token_ids=answer.token_ids, prompt_token_ids=stream.prompt_token_ids),
             **ending(answer),
         }
@@ -118,7 +120,9 @@ class _CompletionShape:
         """Made once a prompt."""
         if prompt not in self._echoes:
             given = self._body.prompt[prompt]
-            self._echoes[prompt] = make_echo(self._tokenizer, given, stream) if self._body.echo else NO_ECHO
+            score_from = self._body.score_from or 0
+            echo = make_echo(self._tokenizer, given, stream, score_from) if self._body.echo else NO_ECHO
+            self._echoes[prompt] = echo
         return self._echoes[prompt]
 
     def _tokens(self, prompt: int, part: TextChunk | Answer) -> list[ShownToken]:

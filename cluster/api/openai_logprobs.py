@@ -25,18 +25,18 @@ class ShownToken:
 
 @dataclass(frozen=True, slots=True)
 class Echo:
-    """A prompt that stands before its answers: its text, where each of its tokens begins, and the first of them."""
+    """A prompt that stands before its answers: its text, where each of its tokens begins, those without a logprob."""
 
     text: str
     offsets: tuple[int, ...]
-    first: tuple[ShownToken, ...]
+    unscored: tuple[ShownToken, ...]
 
 
 NO_ECHO = Echo("", (), ())
 
 
-def make_echo(tokenizer: Tokenizer, prompt: Prompt, stream: CompletionStream) -> Echo:
-    """The prompt as it was given, or the text of its token ids."""
+def make_echo(tokenizer: Tokenizer, prompt: Prompt, stream: CompletionStream, score_from: int) -> Echo:
+    """The prompt as it was given, or the text of its token ids. Its first token never has a logprob."""
     ids = stream.prompt_token_ids
     text = prompt if isinstance(prompt, str) else tokenizer.decode(ids, skip_special=True)
     detokenizer = Detokenizer(tokenizer, text_start=True)
@@ -44,7 +44,8 @@ def make_echo(tokenizer: Tokenizer, prompt: Prompt, stream: CompletionStream) ->
     for token in ids:
         offsets.append(min(length, len(text)))
         length += len(detokenizer.push(token))
-    return Echo(text, tuple(offsets), (ShownToken(ids[0], 0, None),))
+    unscored = zip(ids, offsets[: max(1, score_from)], strict=False)
+    return Echo(text, tuple(offsets), tuple(ShownToken(token, offset, None) for token, offset in unscored))
 
 
 def completion_logprobs(tokenizer: Tokenizer, tokens: Sequence[ShownToken]) -> dict[str, Any]:

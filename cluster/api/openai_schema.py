@@ -181,6 +181,8 @@ class CompletionBody(_Sampling):
     """Logprobs of the chosen tokens and of that many of the likeliest."""
     echo: bool = False
     """The prompt stands before the answer, its logprobs too where they are asked for."""
+    score_from: Annotated[int, Field(ge=0, le=MAX_CONTEXT_TOKENS)] | None = None
+    """With `echo` and `logprobs`: only the prompt's tokens from this one on get logprobs; saves work."""
     best_of: int | None = None
     """Only n is supported."""
     add_special_tokens: bool = True

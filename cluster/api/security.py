@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import ipaddress
 import re
 
 from starlette.datastructures import Headers
@@ -24,6 +25,7 @@ class Security:
     def __init__(self, app: ASGIApp, settings: ApiSettings) -> None:
         self._app = app
         self._keys = [_digest(key) for key in settings.api_keys]
+        self._takes_any_ip = not is_loopback(settings.listen_host)
         self._hosts = {name.lower() for name in (*settings.allowed_hosts, settings.listen_host)}
         self._origins = {origin.lower().rstrip("/") for origin in settings.allowed_origins}
 
@@ -54,6 +56,8 @@ class Security:
         own = {str(server[0]).lower()} if server else set()
         if "*" in self._hosts or host in self._hosts | own or is_loopback(host):
             return
+        if self._takes_any_ip and _is_ip(host):  # a page needs a name to be rebound
+            return
         message = f"Host {host!r} is not a name of this API; add it to the allowed hosts if it should be"
         raise HttpError(403, "host_not_allowed", message)
 
@@ -77,6 +81,14 @@ class Security:
 
 def _unauthorized(message: str) -> HttpError:
     return HttpError(401, "invalid_api_key", message, {"WWW-Authenticate": "Bearer"})
+
+
+def _is_ip(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def _digest(key: str) -> bytes:

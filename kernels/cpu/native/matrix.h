@@ -2,8 +2,8 @@
 //
 // A tile holds 16 rows. Its columns are cut into segments: the stretch of k over which integer sums are exact and after
 // which floats come in (32 or 256 columns). A segment is a body (quants and sub-block scales, whole cache lines) and a
-// tail (its float16 scales). Where a tail is less than a cache line, bodies of 2 or 4 segments stand before their tails,
-// so that everything loaded is aligned; only the last group of a tile may be short.
+// tail (its float16 scales). Where a tail is less than a cache line, the bodies of 2 or 4 segments stand before their
+// tails, so that everything loaded is aligned; only the last group of a tile may be short.
 //
 // Inside a body, a k-group is 64 bytes: four columns of sixteen rows, byte 4 * row + column. Tiles of float types are
 // columns of sixteen values.

@@ -132,6 +132,15 @@ size_t file_row_bytes(QuantType type, int cols) {
 
 size_t tile_bytes(QuantType type, int cols) { return whole_lines(kTileRows * file_row_bytes(type, cols)); }
 
+int segment_cols(ActivationFormat format) {
+  switch (format) {
+    case ActivationFormat::F32: return 1;
+    case ActivationFormat::Q8_32: return 32;
+    case ActivationFormat::Q8_256: return 256;
+  }
+  return 0;
+}
+
 size_t activation_bytes(ActivationFormat format, int cols) {
   const size_t n = static_cast<size_t>(cols);
   switch (format) {

@@ -13,6 +13,8 @@ const TileLayout& tile_layout(QuantType type);
 size_t file_row_bytes(QuantType type, int cols);
 // Bytes of a tile of 16 rows, a multiple of 64.
 size_t tile_bytes(QuantType type, int cols);
+// Columns that an activation format quantizes together.
+int segment_cols(ActivationFormat format);
 // Bytes of one token's activations, a multiple of 64.
 size_t activation_bytes(ActivationFormat format, int cols);
 // Bytes of scratch memory that one thread needs for a product with any matrix of that many columns.

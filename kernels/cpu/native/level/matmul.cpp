@@ -30,7 +30,7 @@ void quantized(const Call& call) {
   const int segments = call.weights.cols / Type::kLayout.segment_cols;
   const Product product{call.weights.tiles, call.weights.tile_bytes, call.activations,
                         whole_lines(static_cast<size_t>(segments) * sizeof(Activation<Type>)), segments, call.output};
-  multiply_quantized<Type>(product, call.tokens, call.tile_begin, call.tile_end);
+  multiply_quantized<Type>(product, call.tokens, call.tile_begin, call.tile_end, call.scratch);
 }
 
 template <class Type>

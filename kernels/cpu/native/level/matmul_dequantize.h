@@ -25,7 +25,7 @@ RowScale row_scale(const TileSegment<Type>& w, int j, int row) {
   if constexpr (Type::kHasMin) min = lane(w.min(), row);
   if constexpr (!kWide<Type>) return {scale, min};
   if constexpr (kWide<Type>) {
-    const F32x16 sub_scale = to_float(add_scaled(broadcast(0), sums_of_one(), w.sub_scale(j)));
+    const F32x16 sub_scale = to_float(scale_lanes(w.sub_scale(j)));
     if constexpr (Type::kHasMin) {
       alignas(64) uint8_t mins[64];
       store_bytes(mins, w.mins(j / 4));

@@ -29,8 +29,8 @@ struct FloatProduct {
   Output output;
 };
 
-// R tiles times T tokens: as many independent sums as hide the latency of a multiply-add. Tiles and tokens past the last
-// are computed like it and thrown away.
+// R tiles times T tokens: as many independent sums as hide the latency of a multiply-add. Tiles and tokens past the
+// last are computed like it and thrown away.
 template <class Type, int R, int T>
 void multiply_floats(const FloatProduct& p, int first_tile, int tile_end, int first_token, int tokens) {
   const uint8_t* w[R];
@@ -47,7 +47,11 @@ void multiply_floats(const FloatProduct& p, int first_tile, int tile_end, int fi
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int t = 0; t < T; t++) acc[r][t] = zero();
   for (int k = 0; k < p.cols; k++) {
     F32x16 weights[R];
-    UNROLL for (int r = 0; r < R; r++) weights[r] = Type::column(w[r] + static_cast<size_t>(k) * Type::kColumnBytes);
+    UNROLL for (int r = 0; r < R; r++) {
+      weights[r] = Type::column(w[r]);
+      __builtin_prefetch(w[r] + 2048);
+      w[r] += Type::kColumnBytes;
+    }
     UNROLL for (int t = 0; t < T; t++) {
       const F32x16 activation = broadcast(a[t][k]);
       UNROLL for (int r = 0; r < R; r++) acc[r][t] = fma(weights[r], activation, acc[r][t]);
@@ -58,15 +62,17 @@ void multiply_floats(const FloatProduct& p, int first_tile, int tile_end, int fi
       store_rows(p.output, first_tile + r, first_token + t, acc[r][t]);
 }
 
+template <class Type, int R, int T>
+void multiply_in_blocks(const FloatProduct& p, int tokens, int tile_begin, int tile_end) {
+  for (int tile = tile_begin; tile < tile_end; tile += R)
+    for (int t = 0; t < tokens; t += T) multiply_floats<Type, R, T>(p, tile, tile_end, t, tokens);
+}
+
 template <class Type>
 void multiply_all_floats(const FloatProduct& p, int tokens, int tile_begin, int tile_end) {
-  constexpr int R = 4;
-  for (int tile = tile_begin; tile < tile_end; tile += R) {
-    int t = 0;
-    for (; t + 2 < tokens; t += 4) multiply_floats<Type, R, 4>(p, tile, tile_end, t, tokens);
-    if (t + 1 < tokens) multiply_floats<Type, R, 2>(p, tile, tile_end, t, tokens);
-    else if (t < tokens) multiply_floats<Type, R, 1>(p, tile, tile_end, t, tokens);
-  }
+  if (tokens == 1) return multiply_in_blocks<Type, 4, 1>(p, tokens, tile_begin, tile_end);
+  if (tokens == 2) return multiply_in_blocks<Type, kFloatRows < 2 ? 2 : kFloatRows, 2>(p, tokens, tile_begin, tile_end);
+  multiply_in_blocks<Type, kFloatRows, kFloatTokens>(p, tokens, tile_begin, tile_end);
 }
 
 }  // namespace

@@ -1,10 +1,39 @@
-// Where the segments of a tile stand (see matrix.h).
+// A product with quantized weights as its loops see it, and where the segments of a tile stand (see matrix.h).
 #pragma once
 
 #include "matmul_segment.h"
+#include "matmul_store.h"
 
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {
+
+template <class Type, bool wide = kWide<Type>>
+struct ActivationOf {
+  using type = Q8_32;
+};
+template <class Type>
+struct ActivationOf<Type, true> {
+  using type = Q8_256;
+};
+template <class Type>
+using Activation = typename ActivationOf<Type>::type;
+
+// One product as the loops below see it.
+struct Product {
+  const uint8_t* tiles;
+  size_t tile_bytes;
+  const uint8_t* activations;
+  size_t activation_stride;
+  int segments;
+  Output output;
+};
+
+// Where a token's activations begin; tokens past the last are computed like it and thrown away.
+template <class Type>
+DECODE const Activation<Type>* token_activations(const Product& p, int token, int tokens) {
+  const int t = token < tokens ? token : tokens - 1;
+  return reinterpret_cast<const Activation<Type>*>(p.activations + static_cast<size_t>(t) * p.activation_stride);
+}
 
 template <class Type>
 DECODE TileSegment<Type> segment_of(const uint8_t* tile, int s, int segments) {

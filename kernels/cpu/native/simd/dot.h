@@ -1,11 +1,18 @@
 // Integer dot products on every instruction set: sixteen rows a step, four columns each.
 //
 // A `Bytes` is a k-group: 64 unsigned bytes, byte 4 * row + column. `step` adds one k-group times four activation bytes
-// (each in [-127, 127], packed in an int32) to `Sums`, which hold kGroupsPerSum<kBits> such steps, where no byte has more
-// than kBits bits; then they go to int32 lanes, once, plain or times a scale per row. All of it is exact.
+// (each in [-127, 127], packed in an int32) to `Sums`, which hold kGroupsPerSum<kBits> such steps if no byte has more
+// than kBits bits; then they go to int32 lanes, plain or times a scale per row. All of it is exact.
 #pragma once
 
 #include "lanes.h"
+
+// Loops over rows, tokens and k-groups whose counts are constants: unrolled, so that arrays of registers are registers.
+#if defined(__AVX2__)
+#define UNROLL _Pragma("GCC unroll 16")
+#else
+#define UNROLL
+#endif
 
 #define DOT [[maybe_unused]] inline __attribute__((always_inline))
 

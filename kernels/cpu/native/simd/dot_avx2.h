@@ -15,6 +15,13 @@ constexpr int kGroupsPerSum = kBits <= 4 ? 8 : kBits == 5 ? 4 : kBits == 6 ? 2 :
 template <int kBits>
 constexpr bool kCentred = kBits == 8;
 
+// Tiles times tokens whose sums fit in the registers, for quantized and for float weights; and up to how many tokens
+// decoding a tile again for every eight costs less than a panel.
+constexpr int kPanelRows = 1, kPanelTokens = 4;
+constexpr int kFloatRows = 1, kFloatTokens = 5;
+template <int kBits>
+constexpr int kDirectTokens = 16;
+
 DOT Bytes load_bytes(const uint8_t* p) {
   return {_mm256_load_si256(reinterpret_cast<const __m256i*>(p)),
           _mm256_load_si256(reinterpret_cast<const __m256i*>(p + 32))};
@@ -36,7 +43,8 @@ DOT Bytes merge(Bytes a, Bytes b) { return {_mm256_or_si256(a.lo, b.lo), _mm256_
 template <int n>
 DOT I32x16 column(Bytes b) {
   const __m256i mask = _mm256_set1_epi32(255);
-  return {_mm256_and_si256(_mm256_srli_epi32(b.lo, 8 * n), mask), _mm256_and_si256(_mm256_srli_epi32(b.hi, 8 * n), mask)};
+  return {_mm256_and_si256(_mm256_srli_epi32(b.lo, 8 * n), mask),
+          _mm256_and_si256(_mm256_srli_epi32(b.hi, 8 * n), mask)};
 }
 template <int n>
 DOT I32x16 signed_column(Bytes b) {
@@ -45,12 +53,16 @@ DOT I32x16 signed_column(Bytes b) {
 }
 
 DOT Sums no_sums() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
-DOT Sums sums_of_one() { return broadcast(1); }  // per row
+DOT __m256i add_pairs(__m256i sums, __m256i products) {
+  __m256i r = _mm256_add_epi16(sums, products);
+  asm("" : "+x"(r));  // else the compiler adds in a tree, for which it must keep every product
+  return r;
+}
 template <int kBits>
 DOT __m256i step(__m256i sums, __m256i w, __m256i a) {
-  if constexpr (kBits < 8) return _mm256_add_epi16(sums, _mm256_maddubs_epi16(w, a));
+  if constexpr (kBits < 8) return add_pairs(sums, _mm256_maddubs_epi16(w, a));
   const __m256i centred = _mm256_xor_si256(w, _mm256_set1_epi8(static_cast<char>(0x80)));
-  return _mm256_add_epi16(sums, _mm256_maddubs_epi16(_mm256_abs_epi8(centred), _mm256_sign_epi8(a, centred)));
+  return add_pairs(sums, _mm256_maddubs_epi16(_mm256_abs_epi8(centred), _mm256_sign_epi8(a, centred)));
 }
 template <int kBits>
 DOT Sums step(Sums sums, Bytes w, int32_t activations) {
@@ -68,6 +80,7 @@ DOT Scale make_scale(I32x16 scale) {
   return {_mm256_blend_epi16(scale.lo, _mm256_slli_epi32(scale.lo, 16), 0xAA),
           _mm256_blend_epi16(scale.hi, _mm256_slli_epi32(scale.hi, 16), 0xAA)};
 }
+DOT I32x16 scale_lanes(Scale scale) { return {_mm256_srai_epi32(scale.lo, 16), _mm256_srai_epi32(scale.hi, 16)}; }
 // total + scale * (sums - offset); offset is even.
 DOT I32x16 add_scaled(I32x16 total, Sums sums, int32_t offset, Scale scale) {
   const __m256i halves = _mm256_set1_epi16(static_cast<int16_t>(-offset / 2));

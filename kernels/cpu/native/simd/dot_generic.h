@@ -1,4 +1,4 @@
-// Integer dot products in plain C++.
+// Integer dot products in plain C++: pairs of columns in 16 bits, loops that a compiler turns into whatever there is.
 #pragma once
 
 namespace llamaclust::LLAMACLUST_LEVEL {
@@ -7,14 +7,24 @@ namespace {
 struct Bytes {
   uint8_t v[64];
 };
-using Sums = I32x16;
+struct Sums {
+  int16_t v[32];  // [row][columns 0 and 1, columns 2 and 3]
+};
 using Scale = I32x16;
 
+// 2 columns * 127 * the greatest byte (128 for eight bits, see step) * groups stays below 32768.
 template <int kBits>
-constexpr int kGroupsPerSum = 64;
+constexpr int kGroupsPerSum = kBits <= 4 ? 8 : kBits == 5 ? 4 : kBits == 6 ? 2 : 1;
 // Whether `step` takes bytes of eight bits as signed, less 128, so that the caller need not subtract it.
 template <int kBits>
-constexpr bool kCentred = false;
+constexpr bool kCentred = kBits == 8;
+
+// Tiles times tokens whose sums fit in the registers, for quantized and for float weights; and up to how many tokens
+// decoding a tile again for every eight costs less than a panel.
+constexpr int kPanelRows = 1, kPanelTokens = 4;
+constexpr int kFloatRows = 1, kFloatTokens = 4;
+template <int kBits>
+constexpr int kDirectTokens = 16;
 
 DOT Bytes load_bytes(const uint8_t* p) {
   Bytes r;
@@ -49,23 +59,47 @@ DOT I32x16 signed_column(const Bytes& b) {
   return r;
 }
 
-DOT Sums no_sums() { return broadcast(0); }
-DOT Sums sums_of_one() { return broadcast(1); }  // per row
+DOT Sums no_sums() { return {}; }
+// Bytes 0 and 2, or 1 and 3, of four activations as every pair's factors.
+DOT void broadcast_pair(int32_t even, int16_t (&out)[32]) {
+  const int32_t low = static_cast<int8_t>(even), high = static_cast<int8_t>(even >> 16);
+  const uint32_t pair = (static_cast<uint32_t>(low) & 0xffff) | static_cast<uint32_t>(high) << 16;
+  uint32_t pairs[16];
+  for (int i = 0; i < 16; i++) pairs[i] = pair;
+  memcpy(out, pairs, sizeof out);
+}
+template <int kBits>
+DOT int16_t low_byte(uint16_t pair) {
+  return kBits == 8 ? static_cast<int8_t>(pair ^ 0x80) : static_cast<int16_t>(pair & 255);
+}
 template <int kBits>
 DOT Sums step(const Sums& sums, const Bytes& w, int32_t activations) {
-  int8_t a[4];
-  memcpy(a, &activations, 4);
+  uint16_t pairs[32];
+  int16_t first[32], second[32];
+  memcpy(pairs, w.v, sizeof pairs);
+  broadcast_pair(activations, first);
+  broadcast_pair(activations >> 8, second);
   Sums r;
-  for (int i = 0; i < 16; i++)
-    r.v[i] = sums.v[i] + w.v[4 * i] * a[0] + w.v[4 * i + 1] * a[1] + w.v[4 * i + 2] * a[2] + w.v[4 * i + 3] * a[3];
+  for (int i = 0; i < 32; i++)
+    r.v[i] = static_cast<int16_t>(sums.v[i] + low_byte<kBits>(pairs[i]) * first[i] +
+                                  low_byte<kBits>(static_cast<uint16_t>(pairs[i] >> 8)) * second[i]);
   return r;
 }
-DOT I32x16 add_sums(const I32x16& total, const Sums& sums) { return add(total, sums); }
+DOT I32x16 in_lanes(const Sums& sums) {
+  I32x16 pairs, r;
+  memcpy(pairs.v, sums.v, sizeof pairs);
+  for (int i = 0; i < 16; i++) r.v[i] = static_cast<int16_t>(pairs.v[i]) + (pairs.v[i] >> 16);
+  return r;
+}
+DOT I32x16 add_sums(const I32x16& total, const Sums& sums) { return add(total, in_lanes(sums)); }
 DOT Scale make_scale(const I32x16& scale) { return scale; }
-DOT I32x16 add_scaled(const I32x16& total, const Sums& sums, const Scale& scale) { return add(total, mul(sums, scale)); }
+DOT I32x16 scale_lanes(const Scale& scale) { return scale; }
+DOT I32x16 add_scaled(const I32x16& total, const Sums& sums, const Scale& scale) {
+  return add(total, mul(in_lanes(sums), scale));
+}
 // total + scale * (sums - offset); offset is even.
 DOT I32x16 add_scaled(const I32x16& total, const Sums& sums, int32_t offset, const Scale& scale) {
-  return add(total, mul(sub(sums, broadcast(offset)), scale));
+  return add(total, mul(sub(in_lanes(sums), broadcast(offset)), scale));
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 // Q4_K: weight = scale * s[j] * q - min * m[j] in sub-block j of 32; s and m have 6 bits.
-// Body: nibbles of 8 sub-blocks; then three lines as k-groups over j: s[0-3] | m[4-7] bits 0-1, s[4-7] | m[4-7] bits 2-3,
-// m[0-3] | m[4-7] bits 4-5, six bits and two. Tail: scale, min.
+// Body: nibbles of 8 sub-blocks; then three lines as k-groups over j, six bits and two: s[0-3] | m[4-7] bits 0-1,
+// s[4-7] | m[4-7] bits 2-3, m[0-3] | m[4-7] bits 4-5. Tail: scale, min.
 #pragma once
 
 #include "fields.h"

@@ -1,5 +1,5 @@
 // Q6_K: weight = scale * s[j] * (q - 32) in sub-block j of 16; s is signed.
-// Body: per sub-block a line of nibbles for k-groups 0 (low) and 2 (high), one for 1 and 3, one of bits 4-5 of the four;
+// Body: per sub-block a line of nibbles for k-groups 0 (low) and 2 (high), one for 1 and 3, one of bits 4-5 of them;
 // then four lines of s as k-groups over j. Tail: scale.
 #pragma once
 

@@ -30,10 +30,10 @@ class Target:
 
             return Client.local(resolve_model(self.model), self.threads)
         if self.endpoint is not None:
-            return Client(self.endpoint, self.api_key_file and first_key(self.api_key_file))
+            return connect(self.endpoint, self.api_key_file)
         _, record = find_running(environment().state_dir, self.cluster)
         keys = self.api_key_file or (Path(record.api_keys_file) if record.api_keys_file else None)
-        return Client(record.api, keys and first_key(keys))
+        return connect(record.api, keys)
 
     def _check(self) -> None:
         places = {"--cluster": self.cluster, "--endpoint": self.endpoint, "--model": self.model}
@@ -46,8 +46,12 @@ class Target:
             raise UsageError("--api-key-file is for a cluster: a model in this process asks for no key")
 
 
-def first_key(path: Path) -> str:
-    """The first API key of a file. UsageError where there is none."""
+def connect(endpoint: str, api_key_file: Path | None) -> Client:
+    """A client of an address, with the first key of a file. UsageError where there is none in it."""
+    return Client(endpoint, None if api_key_file is None else _first_key(api_key_file))
+
+
+def _first_key(path: Path) -> str:
     try:
         lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:

@@ -35,7 +35,7 @@ from llamaclust.cluster.config_values import is_loopback
 from llamaclust.errors import LlamaclustError, UsageError, WireError
 
 if TYPE_CHECKING:
-    from llamaclust.cluster.local import LocalClient
+    from llamaclust.cluster.local import LocalClient, LocalSettings
 
 __all__ = ["AsyncChunkStream", "AsyncClient", "Chunk", "ChunkStream", "Client", "Message", "Options", "Reply"]
 
@@ -57,12 +57,15 @@ class Client(TextClient):
 
     @staticmethod
     def local(
-        path: str | PathLike[str], threads: int | None = None, feature_level: str | None = None, **settings: Any
+        path: str | PathLike[str],
+        threads: int | None = None,
+        feature_level: str | None = None,
+        settings: LocalSettings | None = None,
     ) -> LocalClient:
-        """A model file in this process: the same interface, and `logits`. Arguments as `LocalClient`."""
+        """A model file in this process: the same interface, and `logits`. Arguments and errors as for `LocalClient`."""
         from llamaclust.cluster.local import LocalClient
 
-        return LocalClient(path, threads, feature_level, **settings)
+        return LocalClient(path, threads, feature_level, settings)
 
     def tokenize(self, text: str, add_special: bool = True) -> list[int]:
         ids: list[int] = field_of(self._post("tokenize", _tokenize_body(text, add_special)), "tokens")

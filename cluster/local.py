@@ -1,0 +1,202 @@
+"""A model in this process: the real engine on one stage that computes on a thread of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from time import perf_counter_ns
+
+import numpy as np
+
+from llamaclust.cluster.client_service import ServiceClient
+from llamaclust.cluster.config import environment
+from llamaclust.cluster.engine import Engine
+from llamaclust.cluster.pipeline import StageInfo
+from llamaclust.cluster.settings import EngineSettings, SchedulerSettings
+from llamaclust.cluster.text import TextService, TextSettings
+from llamaclust.errors import DoesNotFitError, LlamaclustError, RequestError, UsageError
+from llamaclust.kernels.backend import Float32, Limits
+from llamaclust.kernels.cpu.backend import CpuBackend
+from llamaclust.model.loader import Model
+from llamaclust.model.program import KV_BLOCK_TOKENS
+from llamaclust.wire.messages import MAX_TOKENS, Chunk, Microbatch, Result, Run, SamplingInputs, StageTiming
+from llamaclust.worker.machine import available_memory_bytes
+from llamaclust.worker.stage_runner import StageRunner, plan_memory
+
+_CONTEXT_TOKENS = 4096
+_EPOCH = 1
+_ROWS = 512
+_OUTPUTS = 256
+_MIB = 1 << 20
+_DEADLINES = EngineSettings(request_s=86_400.0, result_s=3_600.0)
+"""No worker can be lost here, and a large model may take its time."""
+
+
+@dataclass(frozen=True, slots=True)
+class LocalSettings:
+    """What a model in this process is loaded for."""
+
+    context_length: int | None = None  # tokens of a sequence; None: what the model was made for, 4096 at most
+    max_sequences: int = 8  # together; more wait
+    prefill_chunk: int | None = None  # prompt tokens computed at once, at most; None: as the scheduler thinks best
+    prefix_cache: bool = True
+    kv_blocks: int | None = None  # of 16 tokens; None: two whole contexts
+
+
+class LocalClient(ServiceClient):
+    """`Client` without a server. `threads`: all cores by default; `feature_level`: the best there is, or what
+    LLAMACLUST_FEATURE_LEVEL says."""
+
+    def __init__(
+        self,
+        path: str | PathLike[str],
+        threads: int | None = None,
+        feature_level: str | None = None,
+        settings: LocalSettings | None = None,
+    ) -> None:
+        """Loads the model. ModelFileError, UsageError for settings that cannot be, DoesNotFitError."""
+        self._stage = LocalStage(Path(path).expanduser(), threads, feature_level, settings or LocalSettings())
+        super().__init__(self._stage.serve)
+
+    @property
+    def feature_level(self) -> str:
+        """What the kernels run at."""
+        return self._stage.feature_level
+
+    def logits(self, token_ids: Sequence[int]) -> Float32:
+        """Float32 [tokens, vocabulary]: what the model says after each token. RequestError for ids it does not have,
+        none, or more than the context."""
+        return self._stage.logits(tuple(token_ids))
+
+
+class LocalStage:
+    """All layers of a model, and the thread that runs them. KV blocks behind the scheduler's are for `logits`."""
+
+    def __init__(self, path: Path, threads: int | None, feature_level: str | None, settings: LocalSettings) -> None:
+        self.model = Model.open(path)
+        self.scheduling = _scheduler_settings(self.model, settings)
+        backend = CpuBackend(threads or len(os.sched_getaffinity(0)), feature_level or environment().feature_level)
+        self.feature_level = backend.feature_level
+        own = Run(self.scheduling.kv_blocks, _blocks(self.scheduling.context_length))
+        limits = _limits(self.scheduling, own)
+        _check_memory(backend, self.model, limits)
+        layers = self.model.layer_count
+        self._runner = StageRunner(backend, self.model, 0, layers, limits, feature_level=self.feature_level)
+        self._own = own
+        self._thread = ThreadPoolExecutor(1, "compute")
+
+    @asynccontextmanager
+    async def serve(self) -> AsyncIterator[TextService]:
+        """The model's text service; the stage is closed with it."""
+        scheduling = self.scheduling
+        try:
+            async with Engine(LocalPipeline(self), scheduling, _DEADLINES) as engine:
+                text = TextSettings(self.model.file.path.stem, scheduling.context_length, scheduling.max_sequences)
+                yield TextService(engine, self.model.tokenizer, self.model.chat_template, text)
+        finally:
+            self._thread.shutdown()
+            self._runner.close()
+            self.model.close()
+
+    def start(self, microbatch: Microbatch, inputs: SamplingInputs) -> asyncio.Future[Result]:
+        """Queues a microbatch behind those that are there."""
+        loop = asyncio.get_running_loop()
+        return loop.run_in_executor(self._thread, self._compute, microbatch, inputs, perf_counter_ns())
+
+    def _compute(self, microbatch: Microbatch, inputs: SamplingInputs, queued_ns: int) -> Result:
+        started_ns = perf_counter_ns()
+        rows = self._runner.finish(self._runner.run(microbatch, None), inputs)
+        timing = StageTiming(started_ns - queued_ns, perf_counter_ns() - started_ns, 0, microbatch.rows)
+        return Result(microbatch.epoch, microbatch.number, rows, (timing,))
+
+    def logits(self, tokens: tuple[int, ...]) -> Float32:
+        """[tokens, vocabulary], computed between what the engine runs."""
+        most, vocabulary = self.scheduling.context_length, self.scheduling.vocabulary
+        if not 0 < len(tokens) <= most:
+            raise RequestError(f"logits of {len(tokens)} tokens: give 1 to {most}, the context length")
+        if not 0 <= min(tokens) <= max(tokens) < vocabulary:
+            raise RequestError(f"a token id is outside the vocabulary [0, {vocabulary})")
+        try:
+            return self._thread.submit(self._logits, tokens).result()
+        except RuntimeError as error:
+            raise LlamaclustError("the client is closed") from error
+
+    def _logits(self, tokens: tuple[int, ...]) -> Float32:
+        parts = []
+        for start in range(0, len(tokens), _OUTPUTS):
+            part = tokens[start : start + _OUTPUTS]
+            chunk = Chunk(part, start, (self._own,), len(part))
+            parts.append(self._runner.run(Microbatch(self.model.model_id, _EPOCH, 0, (chunk,)), None).copy())
+        return np.concatenate(parts)
+
+
+class LocalPipeline:
+    """See `Pipeline`: one stage, which answers in order since one thread computes."""
+
+    def __init__(self, stage: LocalStage) -> None:
+        self.epoch = _EPOCH
+        self.stages: tuple[StageInfo, ...] = (StageInfo("this process", 0, stage.model.layer_count),)
+        self._stage = stage
+        self._results: asyncio.Queue[asyncio.Future[Result]] = asyncio.Queue()
+
+    async def submit(self, microbatch: Microbatch, inputs: SamplingInputs) -> None:
+        self._results.put_nowait(self._stage.start(microbatch, inputs))
+
+    async def next_result(self) -> Result:
+        return await (await self._results.get())
+
+    async def close(self) -> None:
+        """Its owner closes the stage."""
+
+
+def _scheduler_settings(model: Model, settings: LocalSettings) -> SchedulerSettings:
+    trained = model.hyperparameters.context_length
+    context = settings.context_length or min(trained, _CONTEXT_TOKENS)
+    chunk = settings.prefill_chunk
+    if not 0 < context <= trained:
+        raise UsageError(f"context_length: {context}: the model was made for {trained} tokens; set {trained} or less")
+    if not 0 < settings.max_sequences <= _OUTPUTS:
+        raise UsageError(f"max_sequences: {settings.max_sequences}: set 1 to {_OUTPUTS}")
+    if chunk is not None and not 0 < chunk <= MAX_TOKENS - settings.max_sequences:
+        raise UsageError(f"prefill_chunk: {chunk}: set 1 to {MAX_TOKENS - settings.max_sequences}")
+    if settings.kv_blocks is not None and settings.kv_blocks < 1:
+        raise UsageError(f"kv_blocks: {settings.kv_blocks}: set 1 or more")
+    return SchedulerSettings(
+        model_id=model.model_id,
+        vocabulary=model.hyperparameters.vocabulary_size,
+        context_length=context,
+        kv_blocks=settings.kv_blocks or 2 * _blocks(context),
+        max_sequences=settings.max_sequences,
+        max_rows=max(_ROWS, chunk or 0) + settings.max_sequences,
+        max_outputs=_OUTPUTS,
+        prefill_chunk=chunk,
+        prefix_cache=settings.prefix_cache,
+    )
+
+
+def _blocks(tokens: int) -> int:
+    return -(-tokens // KV_BLOCK_TOKENS)
+
+
+def _limits(scheduling: SchedulerSettings, own: Run) -> Limits:
+    return Limits(
+        max_tokens=scheduling.max_rows,
+        max_outputs=scheduling.max_outputs,
+        max_sequences=scheduling.max_sequences,
+        max_context_tokens=scheduling.context_length,
+        kv_blocks=scheduling.kv_blocks + own.count,
+    )
+
+
+def _check_memory(backend: CpuBackend, model: Model, limits: Limits) -> None:
+    """Memory is taken as it is used: a model that is too large would end the process while it answers."""
+    needed, there = plan_memory(backend, model, 0, model.layer_count, limits).total_bytes, available_memory_bytes()
+    if needed > there:
+        what = f"{model.file.path} needs {needed // _MIB} MiB in this process, {there // _MIB} MiB are free"
+        raise DoesNotFitError(f"{what}: {(needed - there) // _MIB + 1} MiB are missing; take a smaller context_length")

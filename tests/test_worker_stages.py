@@ -24,7 +24,7 @@ from llamaclust.wire.frames import encode_hidden
 from llamaclust.wire.messages import Chunk, Microbatch, Result, Run, SamplingInputs
 from llamaclust.wire.server import Server
 from llamaclust.wire.token import ClusterToken
-from llamaclust.worker.compute import ComputeThread
+from llamaclust.worker.compute import Compute
 from llamaclust.worker.flow import StageFlow
 from llamaclust.worker.service import StageService
 from llamaclust.worker.stage_runner import StageRunner
@@ -68,7 +68,7 @@ class Chain:
 
 @asynccontextmanager
 async def chain(model: Model, folder: Path, cuts: Sequence[int] = (0, 1, 3)) -> AsyncIterator[Chain]:
-    compute, servers, runners, services = ComputeThread(), [], [], []
+    compute, servers, runners, services = Compute(), [], [], []
     peers = [Peer(f"unix:{folder}/{index}.sock", TOKEN) for index in range(len(cuts) - 1)]
     for index, peer in enumerate(peers):
         runners.append(_runner(model, cuts[index], cuts[index + 1]))
@@ -259,7 +259,7 @@ def test_another_number_of_tasks_than_rows_ends_the_stream(model: Model, tmp_pat
 
 def test_the_loss_of_the_next_stage_reaches_the_coordinator(model: Model, tmp_path: Path) -> None:
     async def run() -> None:
-        compute = ComputeThread()
+        compute = Compute()
         runner = _runner(model, 0, 1)
         service = StageService("w0")
         nobody = Peer(f"unix:{tmp_path}/nobody.sock", TOKEN)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
-from functools import partial
+from itertools import count
 from time import perf_counter_ns
 from typing import Protocol
 
@@ -16,13 +16,10 @@ from llamaclust.wire.deadlines import deadline
 from llamaclust.wire.frames import decode_frame
 from llamaclust.wire.messages import Microbatch
 from llamaclust.wire.server import ServerStream
-from llamaclust.worker.compute import ComputeThread
+from llamaclust.worker.compute import Compute
 from llamaclust.worker.inputs import InputsBox
 from llamaclust.worker.stage_runner import StageRunner
 from llamaclust.worker.steps import Arrival, Counters, StageStep
-
-_DEPTH = 4
-"""Microbatches that a stage takes in before it has passed on the first: then the network holds back the sender."""
 
 
 class _Outlet(Protocol):
@@ -47,7 +44,7 @@ class StageFlow:
         epoch: int,
         runner: StageRunner,
         worker: str,
-        compute: ComputeThread,
+        compute: Compute,
         counters: Counters,
         deadlines: Deadlines,
         next_stage: Peer | None,
@@ -58,7 +55,7 @@ class StageFlow:
         self._deadlines = deadlines
         self._next_stage = next_stage
         self._inputs = InputsBox(epoch, deadlines.sampling_inputs_s)
-        self._step = StageStep(runner, worker, self._inputs, counters)
+        self._step = StageStep(runner, worker, self._inputs, compute, counters)
         self._results: ServerStream | None = None
         self._forwarding = False
         self._wire_ns = 0
@@ -114,43 +111,45 @@ class StageFlow:
         await together(passing(), watching())
 
     async def _pass_on(self, stream: ServerStream, outlet: _Outlet) -> None:
-        slots = asyncio.Semaphore(_DEPTH)
-        outbox: asyncio.Queue[bytes | Exception] = asyncio.Queue()
-        await together(self._receive(stream, slots, outbox), self._send(outlet, slots, outbox))
-
-    async def _receive(
-        self, stream: ServerStream, slots: asyncio.Semaphore, outbox: asyncio.Queue[bytes | Exception]
-    ) -> None:
-        number = 0
-        while (data := await stream.read()) is not None:
-            received_ns = perf_counter_ns()
-            frame = decode_frame(data)
-            microbatch = decode_microbatch(frame.header)
-            self._check_turn(microbatch, number)
-            number += 1
-            await slots.acquire()
-            arrival = Arrival(frame, microbatch, received_ns, self._wire_ns)
-            self._compute.submit(partial(self._step.run, arrival), outbox.put_nowait)
-        self._compute.submit(bytes, outbox.put_nowait)
+        """While one microbatch is computed, the next one is received and the one before is sent."""
+        reading = asyncio.create_task(stream.read())
+        sending: asyncio.Task[None] | None = None
+        try:
+            for number in count():
+                data = await reading
+                if data is None:
+                    break
+                received_ns = perf_counter_ns()
+                frame = decode_frame(data)
+                microbatch = decode_microbatch(frame.header)
+                self._check_turn(microbatch, number)
+                reading = asyncio.create_task(stream.read())
+                await asyncio.sleep(0)  # reading begins before a short computation takes the event loop
+                answer = await self._step.run(Arrival(frame, microbatch, received_ns, self._wire_ns))
+                if sending is not None:
+                    await sending
+                sending = asyncio.create_task(self._send(outlet, answer))
+                await asyncio.sleep(0)
+            if sending is not None:
+                await sending
+        finally:
+            reading.cancel()
+            if sending is not None:
+                sending.cancel()
 
     def _check_turn(self, microbatch: Microbatch, number: int) -> None:
         if (microbatch.epoch, microbatch.number) != (self.epoch, number):
             found = f"({microbatch.epoch}, {microbatch.number})"
             raise WireError(f"microbatch {found} where ({self.epoch}, {number}) was expected")
 
-    async def _send(self, outlet: _Outlet, slots: asyncio.Semaphore, outbox: asyncio.Queue[bytes | Exception]) -> None:
-        """Until the empty answer that stands for the end."""
-        while data := await outbox.get():
-            if isinstance(data, Exception):
-                raise data
-            begun_ns = perf_counter_ns()
-            async with deadline("handing a microbatch to the next stage", self._deadlines.forward_s):
-                await outlet.write(data)
-            self._wire_ns = perf_counter_ns() - begun_ns
-            slots.release()
+    async def _send(self, outlet: _Outlet, data: bytes) -> None:
+        begun_ns = perf_counter_ns()
+        async with deadline("handing on a microbatch", self._deadlines.forward_s):
+            await outlet.write(data)
+        self._wire_ns = perf_counter_ns() - begun_ns
 
     async def close(self) -> None:
         """Frees the stage after what is being computed; its streams have ended or end now."""
         if self._next_stage is not None:
             await self._next_stage.close()
-        await self._compute.call(self.runner.close)
+        await self._compute.run(self.runner.close)

@@ -1,25 +1,26 @@
-"""Sampling inputs that wait for their microbatch: put by the event loop, taken by the compute thread."""
+"""Sampling inputs that wait for their microbatch, or are waited for."""
 
 from __future__ import annotations
 
-import threading
+import asyncio
 
-from llamaclust.errors import DeadlineError, WireError
+from llamaclust.errors import WireError
+from llamaclust.wire.deadlines import deadline
 from llamaclust.wire.messages import SamplingInputs
 
 _MOST_WAITING = 256
 
 
 class InputsBox:
-    """The inputs of one epoch, by number."""
+    """The inputs of one epoch, by number. One microbatch takes at a time, in number order."""
 
     def __init__(self, epoch: int, deadline_s: float) -> None:
         self._epoch = epoch
         self._deadline_s = deadline_s
         self._waiting: dict[int, SamplingInputs] = {}
-        self._unwanted: set[int] = set()
+        self._done = 0
         self._next = 0
-        self._changed = threading.Condition()
+        self._came = asyncio.Event()
 
     def put(self, inputs: SamplingInputs) -> None:
         """WireError for inputs out of turn, or more than any coordinator has in flight."""
@@ -28,24 +29,21 @@ class InputsBox:
             raise WireError(f"sampling inputs {found} where ({self._epoch}, {self._next}) was expected")
         if len(self._waiting) >= _MOST_WAITING:
             raise WireError(f"sampling inputs for more than {_MOST_WAITING} microbatches that did not come")
-        with self._changed:
-            self._next += 1
-            if inputs.number in self._unwanted:
-                self._unwanted.remove(inputs.number)
-                return
+        self._next += 1
+        if inputs.number >= self._done:
             self._waiting[inputs.number] = inputs
-            self._changed.notify()
+            self._came.set()
 
-    def take(self, number: int) -> SamplingInputs:
+    async def take(self, number: int) -> SamplingInputs:
         """The inputs of microbatch `number`, which may still be on their way. DeadlineError where they do not come."""
-        with self._changed:
-            if not self._changed.wait_for(lambda: number in self._waiting, self._deadline_s):
-                raise DeadlineError(f"sampling inputs of microbatch {number}: not within {self._deadline_s:g} s")
-            return self._waiting.pop(number)
+        if number not in self._waiting:
+            async with deadline(f"sampling inputs of microbatch {number}", self._deadline_s):
+                while number not in self._waiting:
+                    self._came.clear()
+                    await self._came.wait()
+        return self._waiting[number]
 
-    def discard(self, number: int) -> None:
-        """Forgets the inputs of a microbatch that failed, be they here or on their way."""
-        with self._changed:
-            if number >= self._next:
-                self._unwanted.add(number)
-            self._waiting.pop(number, None)
+    def done(self, number: int) -> None:
+        """Forgets the inputs of microbatch `number`, be they here or on their way."""
+        self._waiting.pop(number, None)
+        self._done = number + 1

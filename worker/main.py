@@ -12,7 +12,7 @@ from llamaclust.errors import LlamaclustError, WorkerError
 from llamaclust.wire.channels import Peer
 from llamaclust.wire.server import Server
 from llamaclust.wire.token import ClusterToken
-from llamaclust.worker.compute import ComputeThread
+from llamaclust.worker.compute import Compute
 from llamaclust.worker.devices import Device
 from llamaclust.worker.membership import Member
 from llamaclust.worker.parent import die_with
@@ -62,7 +62,7 @@ async def _live(settings: WorkerSettings) -> str:
     token = ClusterToken.read(settings.token_file)
     device = Device.open(settings)
     service = StageService(settings.name)
-    compute = ComputeThread()
+    compute = Compute()
     coordinator = Peer(settings.join, token)
     server = await Server.start(settings.listen, token, service.handlers)
     try:
@@ -77,7 +77,7 @@ async def _live(settings: WorkerSettings) -> str:
         device.backend.close()
 
 
-async def _stop(server: Server, coordinator: Peer, compute: ComputeThread) -> None:
+async def _stop(server: Server, coordinator: Peer, compute: Compute) -> None:
     await coordinator.close()
     await server.stop(0.0)
     if not await asyncio.to_thread(compute.stop, _GRACE_S):

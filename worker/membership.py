@@ -32,7 +32,7 @@ from llamaclust.wire.control_codec import decode_coordinator_message, encode_wor
 from llamaclust.wire.deadlines import deadline
 from llamaclust.wire.messages import PROTOCOL_VERSION
 from llamaclust.wire.token import ClusterToken
-from llamaclust.worker.compute import ComputeThread
+from llamaclust.worker.compute import Compute
 from llamaclust.worker.devices import Device
 from llamaclust.worker.flow import StageFlow
 from llamaclust.worker.loading import load_stage
@@ -46,9 +46,7 @@ _log = logging.getLogger(__name__)
 class Member:
     """One membership, from the handshake until the coordinator ends it or is gone."""
 
-    def __init__(
-        self, name: str, token: ClusterToken, device: Device, service: StageService, compute: ComputeThread
-    ) -> None:
+    def __init__(self, name: str, token: ClusterToken, device: Device, service: StageService, compute: Compute) -> None:
         self._name = name
         self._token = token
         self._device = device

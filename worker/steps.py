@@ -1,10 +1,13 @@
-"""What the compute thread does with one microbatch: frame in; frame for the next stage, or result, out."""
+"""What a stage does with one microbatch: frame in; frame for the next stage, or result for the coordinator, out."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter_ns
+from typing import TypeVar
 
 from llamaclust.errors import LlamaclustError, WireError
 from llamaclust.kernels.backend import Float32
@@ -12,10 +15,13 @@ from llamaclust.wire.bounds import one_line
 from llamaclust.wire.codec import encode_result
 from llamaclust.wire.frames import Frame, FrameKind, encode_failure, encode_hidden
 from llamaclust.wire.messages import Microbatch, Result, StageTiming
+from llamaclust.worker.compute import SHORT_NS, Compute
 from llamaclust.worker.inputs import InputsBox
 from llamaclust.worker.stage_runner import StageRunner
 
 _log = logging.getLogger(__name__)
+
+_Answer = TypeVar("_Answer")
 
 
 @dataclass(slots=True)
@@ -40,21 +46,24 @@ class Arrival:
 class StageStep:
     """The step of one stage. A microbatch that cannot be computed is answered with its failure, in its turn."""
 
-    def __init__(self, runner: StageRunner, worker: str, inputs: InputsBox, counters: Counters) -> None:
+    def __init__(
+        self, runner: StageRunner, worker: str, inputs: InputsBox, compute: Compute, counters: Counters
+    ) -> None:
         program = runner.program
         self._runner = runner
         self._where = f"worker {worker} (layers [{program.start}, {program.end}))"
         self._inputs = inputs
+        self._compute = compute
         self._counters = counters
         self._width = 0 if program.is_first else program.hidden.width
-        self._answer = self._last if program.is_last else self._middle
+        self._taken_ns: dict[tuple[str, int], int] = {}  # by job and number of bits in the row count
 
-    def run(self, arrival: Arrival) -> bytes:
+    async def run(self, arrival: Arrival) -> bytes:
         """WireError where the frame itself breaks the protocol."""
-        if arrival.frame.kind is FrameKind.FAILURE:
-            return self._failed(arrival, arrival.frame.failure)
         try:
-            return self._answer(arrival, perf_counter_ns())
+            if arrival.frame.kind is FrameKind.FAILURE:
+                return self._failed(arrival, arrival.frame.failure)
+            return await self._answer(arrival)
         except WireError:
             raise
         except LlamaclustError as error:
@@ -63,26 +72,36 @@ class StageStep:
         except Exception as error:  # noqa: BLE001  a border: one microbatch fails, the worker serves on
             _log.exception("microbatch %d failed", arrival.microbatch.number)
             return self._failed(arrival, one_line(f"{self._where}: {type(error).__name__}: {error}"))
+        finally:
+            self._inputs.done(arrival.microbatch.number)
 
-    def _compute(self, arrival: Arrival) -> Float32:
-        rows = arrival.microbatch.rows
-        hidden = arrival.frame.hidden(rows, self._width)
+    async def _answer(self, arrival: Arrival) -> bytes:
+        microbatch = arrival.microbatch
+        size = microbatch.rows.bit_length()
+        out, started_ns, compute_ns = await self._timed(("run", size), partial(self._run, arrival))
+        if not self._runner.program.is_last:
+            timings = self._timings(arrival, started_ns, compute_ns)
+            return encode_hidden(arrival.frame.header, timings, out)
+        inputs = await self._inputs.take(microbatch.number)
+        rows, _, finish_ns = await self._timed(("finish", size), partial(self._runner.finish, out, inputs))
+        timings = self._timings(arrival, started_ns, compute_ns + finish_ns)
+        return encode_result(Result(microbatch.epoch, microbatch.number, rows, timings))
+
+    def _run(self, arrival: Arrival) -> Float32:
+        hidden = arrival.frame.hidden(arrival.microbatch.rows, self._width)
         return self._runner.run(arrival.microbatch, hidden if self._width else None)
 
-    def _middle(self, arrival: Arrival, started_ns: int) -> bytes:
-        hidden = self._compute(arrival)
-        timings = self._timings(arrival, started_ns, perf_counter_ns() - started_ns)
-        return encode_hidden(arrival.frame.header, timings, hidden)
+    async def _timed(self, kind: tuple[str, int], job: Callable[[], _Answer]) -> tuple[_Answer, int, int]:
+        """What `job` returns, when it began, what it took: as long as the last of its kind, it is expected."""
 
-    def _last(self, arrival: Arrival, started_ns: int) -> bytes:
-        microbatch = arrival.microbatch
-        logits = self._compute(arrival)
-        waits_ns = perf_counter_ns()
-        inputs = self._inputs.take(microbatch.number)
-        waited_ns = perf_counter_ns() - waits_ns
-        rows = self._runner.finish(logits, inputs)
-        timings = self._timings(arrival, started_ns, perf_counter_ns() - started_ns - waited_ns)
-        return encode_result(Result(microbatch.epoch, microbatch.number, rows, timings))
+        def timed() -> tuple[_Answer, int, int]:
+            begun_ns = perf_counter_ns()
+            answer = job()
+            return answer, begun_ns, perf_counter_ns() - begun_ns
+
+        answered = await self._compute.run(timed, self._taken_ns.get(kind, SHORT_NS))
+        self._taken_ns[kind] = answered[2]
+        return answered
 
     def _timings(self, arrival: Arrival, started_ns: int, compute_ns: int) -> tuple[StageTiming, ...]:
         rows = arrival.microbatch.rows
@@ -96,5 +115,4 @@ class StageStep:
         microbatch, timings = arrival.microbatch, arrival.frame.timings
         if not self._runner.program.is_last:
             return encode_failure(arrival.frame.header, timings, failure)
-        self._inputs.discard(microbatch.number)
         return encode_result(Result(microbatch.epoch, microbatch.number, (), timings, failure))

@@ -99,7 +99,7 @@ def test_the_longest_equal_beginning_is_found() -> None:
     assert cache.find([], tokens, 99) == (6, 0)
     assert cache.find([], tokens, 96) == (6, 0)
     assert cache.find([], tokens, 95) == (5, 0)
-    assert cache.find([], tokens[:40] + [7] + tokens[41:], 99) == (2, 0)
+    assert cache.find([], [*tokens[:40], 7, *tokens[41:]], 99) == (2, 0)
     assert cache.find([], [7, *tokens[1:]], 99) == (0, 0)
     assert cache.find([], tokens[16:], 80) == (0, 0), "the same tokens elsewhere are something else"
     blocks.release(table)

@@ -300,3 +300,17 @@ def test_the_oldest_is_never_preempted() -> None:
     assert run.scheduler.counts.preemptions > 0
     for start, key in enumerate(others, 2):
         check_answer(run, key, ask(20, 100, start=start))
+
+
+def test_a_preempted_sequence_waits_for_what_is_in_flight() -> None:
+    run = simulation()
+    request = ask(20, 10)
+    key = run.add(request)
+    run.step()
+    run.send_all()
+    (sequence,) = run.scheduler.sequences
+    assert sequence.in_flight == 1 and sequence.is_decoding
+    run.scheduler._preempt(sequence)
+    assert run.scheduler.next_microbatch(run.now_ns) is None, "its next token is not known yet"
+    run.finish()
+    check_answer(run, key, request)

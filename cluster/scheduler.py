@@ -149,7 +149,7 @@ class Scheduler:
         prefill = self._prefill_parts(len(ready), now_ns)
         if not prefill:
             ready = ready[: self._decode_rows(len(ready))]
-        parts = (*(sequence.take(1) for sequence in ready), *prefill)
+        parts = (*(sequence.take_token() for sequence in ready), *prefill)
         return self._launch(parts, len(ready), now_ns) if parts else None
 
     def complete(self, result: Result, now_ns: int) -> list[tuple[int, list[Update]]]:
@@ -196,10 +196,10 @@ class Scheduler:
 
     def _ready_to_decode(self) -> list[Sequence]:
         """Sequences whose last token is to be computed, oldest first, each with a block for it."""
-        for sequence in list(self._running):
-            if sequence.is_decoding and sequence.remaining:
-                self._grow(sequence)
-        return [sequence for sequence in self._running if sequence.is_decoding and sequence.remaining]
+        awaiting = [sequence for sequence in self._running if sequence.awaits_decode]
+        for sequence in awaiting:
+            self._grow(sequence)
+        return [sequence for sequence in awaiting if sequence.is_decoding]
 
     def _grow(self, sequence: Sequence) -> None:
         """Gives a sequence the block it needs, at the cost of the youngest; it may be the youngest itself."""

@@ -69,6 +69,11 @@ class Sequence:
         return self.target - self.scheduled
 
     @property
+    def awaits_decode(self) -> bool:
+        """Whether its last token is chosen and not yet on its way."""
+        return self.is_decoding and self.scheduled < len(self.tokens)
+
+    @property
     def first_output(self) -> int:
         """Rows [first_output, target) are scored or sampled."""
         if self.next_score < self.prompt_length - 1:
@@ -91,14 +96,22 @@ class Sequence:
         return min(rows, self.remaining, before_outputs + outputs)
 
     def take(self, rows: int) -> Part:
-        """The next rows as a part of a microbatch."""
+        """The next rows of a prompt, or of tokens that are computed again, as a part of a microbatch."""
         start, end = self.scheduled, self.scheduled + rows
-        first = max(start, self.first_output)
-        tasks = self._tasks(first, end)
-        self.scheduled = end
-        self.next_score = max(self.next_score, min(end, self.prompt_length - 1)) if tasks else self.next_score
+        tasks = self._tasks(max(start, self.first_output), end)
+        if tasks:
+            self.next_score = max(self.next_score, min(end, self.prompt_length - 1))
+        return self._part(tuple(self.tokens[start:end]), tasks)
+
+    def take_token(self) -> Part:
+        """The last token of one that awaits decode, as a part of a microbatch."""
+        return self._part((self.tokens[-1],), (self._sample_task(),))
+
+    def _part(self, tokens: tuple[int, ...], tasks: tuple[RowTask, ...]) -> Part:
+        chunk = Chunk(tokens, self.scheduled, self.table.runs, len(tasks))
+        self.scheduled += len(tokens)
         self.in_flight += 1
-        return Part(self, Chunk(tuple(self.tokens[start:end]), start, self.table.runs, len(tasks)), tasks)
+        return Part(self, chunk, tasks)
 
     def rewind(self, cached: int) -> None:
         """Only the keys and values of tokens[:cached] are there."""
@@ -107,8 +120,6 @@ class Sequence:
         self.is_decoding = False
 
     def _tasks(self, start: int, end: int) -> tuple[RowTask, ...]:
-        if self.is_decoding:
-            return (self._sample_task(),)
         score_end = min(end, self.prompt_length - 1)
         top = self.generation.top_logprobs
         scores = [ScoreTask(self.tokens[row + 1], top) for row in range(start, score_end)]

@@ -45,12 +45,12 @@ class CpuStage:
 
 
 class CpuBackend:
-    """See `kernels.backend.Backend`. `threads` compute, the caller of `run` being one of them; an empty or absent
-    `feature_level` takes the best this machine has."""
+    """See `kernels.backend.Backend`. `threads` compute, the caller of `run` being one of them; fewer while other programs
+    keep the cores busy, unless `yields` is false. No or an empty `feature_level` takes the best this machine has."""
 
     name = "cpu"
 
-    def __init__(self, threads: int, feature_level: str | None = None) -> None:
+    def __init__(self, threads: int, feature_level: str | None = None, *, yields: bool = True) -> None:
         """UsageError for a feature level that is not available here, or too many threads."""
         levels = _native.available_levels()
         self.feature_level = feature_level or levels[-1]
@@ -60,7 +60,7 @@ class CpuBackend:
                 f"feature level {self.feature_level!r} is not available on this machine; there is: {there}"
             )
         try:
-            self._pool = _native.ThreadPool(threads)
+            self._pool = _native.ThreadPool(threads, yields)
         except (ValueError, RuntimeError) as error:
             raise UsageError(f"{threads} threads: {error}; give another number") from error
         self.threads = threads

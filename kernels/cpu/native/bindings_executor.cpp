@@ -130,7 +130,7 @@ void bind_row_steps(nb::class_<PlanBuilder>& plan) {
 }  // namespace
 
 void bind_executor(nb::module_& module) {
-  nb::class_<ThreadPool>(module, "ThreadPool").def(nb::init<int>(), "threads"_a).def_prop_ro("threads", &ThreadPool::threads);
+  nb::class_<ThreadPool>(module, "ThreadPool").def(nb::init<int, bool>(), "threads"_a, "yields"_a).def_prop_ro("threads", &ThreadPool::threads);
 
   nb::class_<PlanBuilder> plan(module, "Plan");
   plan.def(

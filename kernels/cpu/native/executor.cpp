@@ -9,9 +9,10 @@ namespace llamaclust {
 namespace {
 
 struct WorkerJob final : ThreadPool::Job {
-  explicit WorkerJob(const Worker::Run& run) : run(run) {}
-  void work(int thread) noexcept override { Worker(run, thread).work(); }
+  WorkerJob(const Worker::Run& run, const ThreadPool& pool) : run(run), pool(pool) {}
+  void work(int thread) noexcept override { Worker(run, thread, pool.taking_part()).work(); }
   const Worker::Run& run;
+  const ThreadPool& pool;
 };
 
 std::vector<RotationTable> tables_of(const Plan& plan) {
@@ -63,8 +64,8 @@ int Executor::run(const Batch& batch) {
   check_batch(batch, plan_);
   for (Tiling& tiling : tilings_) cut_into_tiles(batch, tiling);
   for (Shares::Counter& counter : shares_.counters) counter.taken.store(0, std::memory_order_relaxed);
-  const Worker::Run run{plan_, level_, workspace_, kv_, rotations_, batch, tilings_, shares_, pool_.barrier(), pool_.threads()};
-  WorkerJob job(run);
+  const Worker::Run run{plan_, level_, workspace_, kv_, rotations_, batch, tilings_, shares_, pool_.barrier()};
+  WorkerJob job(run, pool_);
   pool_.run(job);
   return plan_.selects ? static_cast<int>(batch.output_rows.size()) : batch.rows();
 }

@@ -164,7 +164,7 @@ class AttentionWork {
     return count * heads_per_tile();
   }
   bool splits_spans() const {
-    const int threads = worker_.run_.threads;
+    const int threads = worker_.threads_;
     if (threads == 1 || unit_count() >= 4 * threads) return false;
     const int64_t count = span_count();
     return count > unit_count() && static_cast<size_t>(count) * partial_floats() <= worker_.run_.workspace.partial_floats();

@@ -19,10 +19,9 @@ class Worker {
     const std::vector<Tiling>& tilings;
     Shares& shares;
     Barrier& barrier;
-    int threads;
   };
 
-  Worker(const Run& run, int thread) : run_(run), thread_(thread) { set_rows(run.batch.rows()); }
+  Worker(const Run& run, int thread, int threads) : run_(run), thread_(thread), threads_(threads) { set_rows(run.batch.rows()); }
 
   void work();
 
@@ -52,7 +51,7 @@ class Worker {
 
   void set_rows(int rows) {
     rows_ = rows;
-    alone_ = rows <= kPrivateRows || run_.threads == 1;
+    alone_ = rows <= kPrivateRows || threads_ == 1;
   }
 
   const Buffer& buffer(BufferId id) const { return run_.plan.buffers[static_cast<size_t>(id)]; }
@@ -72,7 +71,7 @@ class Worker {
   Range own_rows() const {
     if (alone_) return {0, rows_};
     const int64_t rows = rows_;
-    return {static_cast<int>(rows * thread_ / run_.threads), static_cast<int>(rows * (thread_ + 1) / run_.threads)};
+    return {static_cast<int>(rows * thread_ / threads_), static_cast<int>(rows * (thread_ + 1) / threads_)};
   }
 
   void meet() { run_.barrier.arrive(); }
@@ -82,18 +81,18 @@ class Worker {
   // calls the threads meet.
   template <typename F>
   void share(int64_t count, int64_t grain, F f) {
-    if (run_.threads == 1) {
+    if (threads_ == 1) {
       if (count > 0) f(int64_t{0}, count);
       return;
     }
     std::atomic<int64_t>& taken = run_.shares.counters[round_ % 3].taken;
     if (thread_ == 0) run_.shares.counters[(round_ + 2) % 3].taken.store(0, std::memory_order_relaxed);
     round_++;
-    const int64_t fixed = count / (2 * run_.threads) / grain * grain, rest = count - fixed * run_.threads;
+    const int64_t fixed = count / (2 * threads_) / grain * grain, rest = count - fixed * threads_;
     if (fixed > 0) f(fixed * thread_, fixed * (thread_ + 1));
     int64_t begin = taken.load(std::memory_order_relaxed);
     while (begin < rest) {
-      const int64_t fair = (rest - begin) / (2 * run_.threads) / grain * grain;
+      const int64_t fair = (rest - begin) / (2 * threads_) / grain * grain;
       const int64_t end = std::min(rest, begin + std::max(fair, grain));
       if (!taken.compare_exchange_weak(begin, end, std::memory_order_relaxed)) continue;
       f(count - rest + begin, count - rest + end);
@@ -104,7 +103,7 @@ class Worker {
   friend class AttentionWork;
 
   const Run& run_;
-  const int thread_;
+  const int thread_, threads_;
   int rows_ = 0;
   bool alone_ = false;  // row by row steps are not shared out
   uint32_t round_ = 0;

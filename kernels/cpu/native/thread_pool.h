@@ -4,65 +4,93 @@
 
 #include <atomic>
 #include <cstdint>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
 
+#include "thread_crowding.h"
+
 namespace llamaclust {
 
-// Waits until `word` is no longer `old`: spinning first, then parked.
-void wait_while_equal(const std::atomic<int32_t>& word, int32_t old);
+// Waits until `word` is no longer `old`, spinning first, then parked; returns nanoseconds if it took more than a moment.
+int64_t wait_while_equal(const std::atomic<int32_t>& word, int32_t old);
 
-// All `threads` callers of arrive() leave it together.
+// All callers of arrive() leave it together.
 class Barrier {
  public:
-  explicit Barrier(int threads) : threads_(threads) {}
+  // For that many callers from now on; nobody may be inside.
+  void open(int threads) {
+    threads_ = threads;
+    waited_ns_.store(0, std::memory_order_relaxed);
+  }
 
   void arrive() {
     if (threads_ == 1) return;
     const int32_t phase = phase_.load(std::memory_order_relaxed);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 < threads_) return wait_while_equal(phase_, phase);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 < threads_) {
+      const int64_t waited = wait_while_equal(phase_, phase);
+      if (waited > 0) waited_ns_.fetch_add(waited, std::memory_order_relaxed);
+      return;
+    }
     arrived_.store(0, std::memory_order_relaxed);
     phase_.store(phase + 1, std::memory_order_release);
     phase_.notify_all();
   }
 
+  // What all callers together have waited since open(), without short waits.
+  int64_t waited_ns() const { return waited_ns_.load(std::memory_order_relaxed); }
+
  private:
-  const int threads_;
+  int threads_ = 1;
   alignas(64) std::atomic<int32_t> arrived_{0};
   alignas(64) std::atomic<int32_t> phase_{0};
+  alignas(64) std::atomic<int64_t> waited_ns_{0};
 };
 
-// A job runs on every thread of the pool at once; it must not throw.
 class ThreadPool {
  public:
   class Job {
    public:
+    // Called at once on every thread that takes part; must not throw.
     virtual void work(int thread) noexcept = 0;
 
    protected:
     ~Job() = default;
   };
 
-  explicit ThreadPool(int threads);  // the caller of run() is one of them; std::invalid_argument outside 1..1024
+  // The caller of run() is one of the threads. Where `yields`, fewer take part while others keep the cores busy.
+  // std::invalid_argument outside 1 to 1024, std::runtime_error where the system refuses.
+  explicit ThreadPool(int threads, bool yields = false);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
 
-  int threads() const { return static_cast<int>(others_.size()) + 1; }
+  int threads() const { return threads_; }
+  // How many take part in the job that is running, all of them unless the pool yields.
+  int taking_part() const { return taking_part_; }
   Barrier& barrier() { return barrier_; }
 
-  // Calls job.work(thread) once on every thread, the caller being thread 0; jobs of several callers run one by one.
+  // The caller is thread 0; jobs of several callers run one by one.
   void run(Job& job);
 
  private:
+  struct alignas(64) Call {
+    std::atomic<int32_t> count{0};
+  };
+
   void serve(int thread);
+  void call(int thread);
   void stop();
 
+  const int threads_;
+  const bool yields_;
   std::mutex one_job_;
+  Crowding crowding_;
   Barrier barrier_;
-  Job* job_ = nullptr;  // null asks the threads to end
-  alignas(64) std::atomic<int32_t> jobs_{0};
+  Job* job_ = nullptr;  // null asks a called thread to end
+  int taking_part_ = 1;
+  const std::unique_ptr<Call[]> calls_;
   std::vector<std::thread> others_;
 };
 

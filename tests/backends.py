@@ -10,8 +10,11 @@ from llamaclust.kernels.cpu._native import available_levels
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.kernels.reference.backend import ReferenceBackend
 
+all_threads = partial(CpuBackend, yields=False)
+"""CPU backends whose threads take part however busy the machine is."""
+
 BACKENDS: dict[str, Callable[[], Backend]] = {"reference": ReferenceBackend}
 for level in available_levels():
-    BACKENDS[f"cpu-{level}"] = partial(CpuBackend, 2, level)
-BACKENDS["cpu-1-thread"] = partial(CpuBackend, 1)
-BACKENDS["cpu-3-threads"] = partial(CpuBackend, 3)
+    BACKENDS[f"cpu-{level}"] = partial(all_threads, 2, level)
+BACKENDS["cpu-1-thread"] = partial(all_threads, 1)
+BACKENDS["cpu-3-threads"] = partial(all_threads, 3)

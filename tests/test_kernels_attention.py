@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from backends import all_threads
 from batches import batch_of
 from numpy.typing import NDArray
 from single_steps import error, normal, program_of, splitter
@@ -27,8 +28,8 @@ Float32 = NDArray[np.float32]
 
 LIMITS = Limits(max_tokens=1200, max_outputs=1, max_sequences=8, max_context_tokens=1200, kv_blocks=256)
 LEVELS = available_levels()
-MAKERS: dict[str, Callable[[], CpuBackend]] = {level: partial(CpuBackend, 2, level) for level in LEVELS}
-MAKERS |= {f"{threads} threads": partial(CpuBackend, threads) for threads in (1, 3)}
+MAKERS: dict[str, Callable[[], CpuBackend]] = {level: partial(all_threads, 2, level) for level in LEVELS}
+MAKERS |= {f"{threads} threads": partial(all_threads, threads) for threads in (1, 3)}
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def test_same_bits_in_any_chunks_on_any_level_and_threads(
 ) -> None:
     model = Model(tmp_path, *shape)
     hidden = model.hidden(rows)
-    with model.stage(partial(CpuBackend, 1)) as stage:
+    with model.stage(partial(all_threads, 1)) as stage:
         wanted = run_chunks(stage, hidden, [range(rows)])
     for make in MAKERS.values():
         with model.stage(make) as stage:
@@ -153,7 +154,7 @@ def test_same_bits_one_token_at_a_time(tmp_path: Path, threads: int) -> None:
     hidden = model.hidden(1100)
     steps = itertools.chain(chunks_of(500, 250), (range(i, i + 1) for i in range(500, 540)), [range(540, 1020)])
     chunks = [*steps, *(range(i, i + 1) for i in range(1020, 1030)), range(1030, 1037), range(1037, 1100)]
-    with model.stage(partial(CpuBackend, threads)) as stage:
+    with model.stage(partial(all_threads, threads)) as stage:
         wanted = run_chunks(stage, hidden, [range(1100)])
         assert_same_bits(run_chunks(stage, hidden, chunks), wanted)
 
@@ -162,7 +163,7 @@ def test_same_bits_in_any_blocks(tmp_path: Path) -> None:
     model = Model(tmp_path, 6, 2, 32)
     hidden = model.hidden(700)
     scattered = np.random.default_rng(5).permutation(LIMITS.kv_blocks)[:44].tolist()
-    with model.stage(partial(CpuBackend, 2)) as stage:
+    with model.stage(partial(all_threads, 2)) as stage:
         wanted = run_chunks(stage, hidden, chunks_of(700, 128), range(44))
         assert_same_bits(run_chunks(stage, hidden, chunks_of(700, 128), scattered), wanted)
 
@@ -171,10 +172,10 @@ def test_same_bits_in_any_blocks(tmp_path: Path) -> None:
 def test_what_memory_held_before_does_not_matter(tmp_path: Path, chunk: int) -> None:
     model = Model(tmp_path, 4, 2, 40)
     hidden = model.hidden(80)
-    with model.stage(partial(CpuBackend, 2)) as stage:
+    with model.stage(partial(all_threads, 2)) as stage:
         wanted = run_chunks(stage, hidden, [range(80)])
     for stale in (np.nan, np.inf, -np.inf):
-        with model.stage(partial(CpuBackend, 2)) as stage:
+        with model.stage(partial(all_threads, 2)) as stage:
             run_chunks(stage, np.full((96, hidden.shape[1]), stale, np.float32), [range(96)])
             assert_same_bits(run_chunks(stage, hidden, chunks_of(80, chunk)), wanted)
 
@@ -187,7 +188,7 @@ def test_same_bits_beside_other_sequences(tmp_path: Path, threads: int) -> None:
     hidden = [model.hidden(a + b, seed) for seed, (a, b) in enumerate(zip(before, now, strict=True))]
     free = iter(np.random.default_rng(3).permutation(LIMITS.kv_blocks).tolist())
     tables = [[next(free) for _ in range(-(-len(rows) // KV_BLOCK_TOKENS))] for rows in hidden]
-    with model.stage(partial(CpuBackend, threads)) as stage:
+    with model.stage(partial(all_threads, threads)) as stage:
         wanted = [
             run_chunks(stage, rows, [range(len(rows))], table) for rows, table in zip(hidden, tables, strict=True)
         ]

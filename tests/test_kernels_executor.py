@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from backends import all_threads
 from batches import Chain, batch_of
 from numpy.typing import NDArray
 from tiny_model import build_tiny_model
@@ -39,7 +40,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture(scope="module")
 def wanted(model: Model) -> Float32:
     """Logits at every position, on one thread, all rows at once."""
-    found = logits(model, CpuBackend(1))
+    found = logits(model, all_threads(1))
     assert len(np.unique(found)) > 0.9 * found.size
     return found
 
@@ -60,24 +61,24 @@ def assert_same_bits(found: Float32, wanted: Float32) -> None:
 def test_any_chunks(model: Model, wanted: Float32, chunk: int) -> None:
     """Eight rows is where threads begin to share rows out."""
     for threads in (1, 2, 3):
-        assert_same_bits(logits(model, CpuBackend(threads), chunk=chunk), wanted)
+        assert_same_bits(logits(model, all_threads(threads), chunk=chunk), wanted)
 
 
 @pytest.mark.parametrize("level", available_levels())
 def test_any_level(model: Model, wanted: Float32, level: str) -> None:
-    assert_same_bits(logits(model, CpuBackend(2, level)), wanted)
-    assert_same_bits(logits(model, CpuBackend(1, level), chunk=3), wanted)
+    assert_same_bits(logits(model, all_threads(2, level)), wanted)
+    assert_same_bits(logits(model, all_threads(1, level), chunk=3), wanted)
 
 
 @pytest.mark.parametrize("cuts", [(1,), (2,), (1, 2)])
 def test_any_cut(model: Model, wanted: Float32, cuts: tuple[int, ...]) -> None:
-    assert_same_bits(logits(model, CpuBackend(2), cuts), wanted)
-    assert_same_bits(logits(model, CpuBackend(3), cuts, chunk=5), wanted)
+    assert_same_bits(logits(model, all_threads(2), cuts), wanted)
+    assert_same_bits(logits(model, all_threads(3), cuts, chunk=5), wanted)
 
 
 def test_any_neighbours_and_outputs(model: Model, wanted: Float32) -> None:
     """A chunk of the sequence between others, and logits of some rows only."""
-    chain = Chain(CpuBackend(2), model, (), LIMITS)
+    chain = Chain(all_threads(2), model, (), LIMITS)
     chain.run(batch_of([(TOKENS[:40], range(40), range(10))], outputs=[]))
     others = [([3], [0], [60]), (TOKENS[40:60], range(40, 60), range(10)), ([9, 8, 7], range(3), [61])]
     found = chain.run(batch_of(others, outputs=[0, 1, 5, 20, 23]))
@@ -86,7 +87,7 @@ def test_any_neighbours_and_outputs(model: Model, wanted: Float32) -> None:
 
 
 def test_no_outputs(model: Model) -> None:
-    chain = Chain(CpuBackend(2), model, (), LIMITS)
+    chain = Chain(all_threads(2), model, (), LIMITS)
     for rows in (1, 40):
         found = chain.run(batch_of([(TOKENS[:rows], range(rows), range(10))], outputs=[]))
         assert found.shape == (0, 320)
@@ -97,7 +98,7 @@ def test_the_callers_floating_point_mode_does_not_matter(model: Model, wanted: F
     """Rounding upward, as another library may have left it; it is still there afterwards."""
     libm = ctypes.CDLL("libm.so.6")
     upward, nearest = 0x800, 0
-    backend = CpuBackend(2)
+    backend = all_threads(2)
     chain = Chain(backend, model, (), LIMITS)
     assert libm.fesetround(upward) == 0
     try:
@@ -110,7 +111,7 @@ def test_the_callers_floating_point_mode_does_not_matter(model: Model, wanted: F
 
 
 def test_stages_of_one_backend_run_from_several_threads(model: Model, wanted: Float32) -> None:
-    backend = CpuBackend(2)
+    backend = all_threads(2)
     chains = [Chain(backend, model, (1,), LIMITS) for _ in range(3)]
     with ThreadPoolExecutor(3) as callers:
         for found in callers.map(lambda chain: chain.logits(TOKENS, 11), chains):
@@ -127,13 +128,13 @@ def test_one_wrong_bit_of_a_weight_is_noticed(model: Model, wanted: Float32, tmp
     changed = tmp_path / "changed.gguf"
     changed.write_bytes(data)
     with Model.open(changed) as other:
-        found = logits(other, CpuBackend(2))
+        found = logits(other, all_threads(2))
     assert (found.view(np.uint32) != wanted.view(np.uint32)).any()
     assert np.median(np.abs(found - wanted)) < 0.05
 
 
 def test_memory_is_as_promised(model: Model) -> None:
-    backend = CpuBackend(2)
+    backend = all_threads(2)
     program = model.program(0, model.layer_count)
     stage = backend.load(program, model.tensors_for(program), LIMITS, lambda done_bytes: None)
     assert stage.kv_bytes == backend.kv_block_bytes(program) * LIMITS.kv_blocks
@@ -146,7 +147,7 @@ def test_memory_is_as_promised(model: Model) -> None:
 
 
 def test_every_bound_of_a_batch_is_checked(model: Model) -> None:
-    backend = CpuBackend(1)
+    backend = all_threads(1)
     program = model.program(0, model.layer_count)
     stage = backend.load(program, model.tensors_for(program), LIMITS, lambda done_bytes: None)
     good = {
@@ -203,7 +204,7 @@ def test_every_bound_of_a_batch_is_checked(model: Model) -> None:
 
 
 def test_hidden_states_must_fit(model: Model) -> None:
-    backend = CpuBackend(1)
+    backend = all_threads(1)
     program = model.program(1, 2)
     stage = backend.load(program, model.tensors_for(program), LIMITS, lambda done_bytes: None)
     batch = batch_of([([0, 0], [0, 1], [0])])

@@ -1,0 +1,37 @@
+"""The arithmetic of docs/numerics.md, pinned: logits of fixed models, over more than one span, are these bits on every
+machine. A change that is meant raises NUMERICS_VERSION (wire/messages.py), so that clusters do not mix the two."""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from backends import all_threads
+from batches import Chain
+
+from llamaclust.model.loader import Model
+
+DATA = Path(__file__).parent / "data"
+TOKENS = (np.arange(700) * 37 % 311).tolist()
+CHECKSUMS = {
+    "tiny/llama": "2456842f",
+    "tiny/llama3-rope": "10810890",
+    "tiny/qwen2": "a4c2b964",
+    "quant/BF16": "bb4eeab6",
+    "quant/Q4_0": "56814d72",
+    "quant/Q4_K_M": "be0b537d",
+    "quant/Q6_K": "ac16d3e2",
+    "quant/Q8_0": "45c2cca0",
+}
+
+
+@pytest.mark.parametrize("name", CHECKSUMS)
+def test_logits_are_these_bits(name: str) -> None:
+    with Model.open(DATA / f"{name}.gguf") as model:
+        chain = Chain(all_threads(2), model)
+        found = chain.logits(TOKENS, 100)
+        chain.close()
+    assert np.isfinite(found).all()
+    assert f"{zlib.crc32(found.astype('<f4').tobytes()):08x}" == CHECKSUMS[name]

@@ -40,14 +40,17 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
-            raise yaml.MarkedYAMLError(None, None, "aliases (*name) are not accepted", self.peek_event().start_mark)
+            raise self._refusal("aliases (*name) are not accepted")
         if self.depth >= MAX_DEPTH:
-            mark = self.peek_event().start_mark
-            raise yaml.MarkedYAMLError(None, None, f"nested deeper than {MAX_DEPTH} levels", mark)
+            raise self._refusal(f"nested deeper than {MAX_DEPTH} levels")
         self.depth += 1
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node
+
+    def _refusal(self, why: str) -> yaml.MarkedYAMLError:
+        parser: Any = self  # its methods are untyped
+        return yaml.MarkedYAMLError(None, None, why, parser.peek_event().start_mark)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()

@@ -73,10 +73,11 @@ def _parse_address(value: object) -> object:
 
 
 def _parse_layers(value: object) -> tuple[int, int]:
-    pair = isinstance(value, list | tuple) and len(value) == 2 and all(type(item) is int for item in value)
-    if not pair:
-        raise ValueError(f"{value!r} is not a layer range; write it like [0, 12], the end not included")
-    start, end = value  # type: ignore[misc]
+    match value:
+        case [int(start), int(end)] if not isinstance(start, bool) and not isinstance(end, bool):
+            pass
+        case _:
+            raise ValueError(f"{value!r} is not a layer range; write it like [0, 12], the end not included")
     if not 0 <= start < end:
         raise ValueError(f"[{start}, {end}] holds no layer; ranges are half-open: [start, end) with start < end")
     return start, end

@@ -92,8 +92,7 @@ class Sizes:
         return max(short_of_given, self.fixed_bytes(start, end) + kv - worker.memory_bytes, 0)
 
     def _stage_does_not_fit(self, cut: Sequence[tuple[WorkerFacts, int, int]]) -> DoesNotFitError:
-        worst = max(cut, key=lambda stage: self.missing_bytes(*stage, 1))
-        worker, start, end = worst
+        worker, start, end = max(cut, key=lambda stage: self.missing_bytes(stage[0], stage[1], stage[2], 1))
         kv, given = self.context_bytes(start, end), self.limits.kv_memory_bytes
         if given is not None and given < kv:
             has = f"kv_memory is {_mib(given)} MiB"
@@ -103,7 +102,7 @@ class Sizes:
             f"layers [{start}, {end}) do not fit on worker {worker.name!r}: they need "
             f"{_mib(self.stages.weight_bytes(start, end))} MiB of weights, {_mib(kv)} MiB of KV for "
             f"{self.limits.context_length} tokens and {_mib(self.workspace_bytes(end))} MiB of workspace, {has}: "
-            f"{_mib(self.missing_bytes(*worst, 1))} MiB are missing; give it fewer layers or more memory"
+            f"{_mib(self.missing_bytes(worker, start, end, 1))} MiB are missing; give it fewer layers or more memory"
         )
 
 

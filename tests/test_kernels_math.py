@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from decimal import Decimal, getcontext
 
@@ -46,6 +47,13 @@ def test_exp_has_the_same_bits_at_every_level() -> None:
     with np.errstate(invalid="ignore"):
         bits = {level: np.nan_to_num(exp(x, level), nan=-1).tobytes() for level in LEVELS}
     assert len(set(bits.values())) == 1
+
+
+def test_exp_still_has_the_bits_that_answers_were_given_with() -> None:
+    """A change here changes tokens: raise NUMERICS_VERSION with it."""
+    x = every_nth_float(9_973)
+    finite = np.nan_to_num(exp(x[~np.isnan(x)], LEVELS[0]))
+    assert hashlib.sha256(finite.tobytes()).hexdigest()[:16] == "936f275735dd57e2"
 
 
 def test_exp_of_any_length_reads_and_writes_no_further() -> None:

@@ -111,6 +111,22 @@ def test_a_wide_flat_row_is_ranked_to_its_end() -> None:
         assert same(Sampler(30_000).sample(logits, task), reference.run(logits, task))
 
 
+def test_a_row_whose_sample_misleads_is_ranked_to_its_end() -> None:
+    """Every 37th value is what a guess of the threshold looks at, and only these are high."""
+    logits = np.random.default_rng(10).normal(0, 0.01, 30_000).astype(np.float32)
+    logits[::37] += 0.5
+    for position in range(12):
+        task = SampleTask(SamplingParams(temperature=1.0), 6, 0, position)
+        assert same(Sampler(30_000).sample(logits, task), reference.run(logits, task))
+
+
+def test_top_p_that_is_reached_exactly_ends_the_nucleus() -> None:
+    params = SamplingParams(temperature=1.0, top_p=0.5)
+    rows = np.zeros((60, 4), np.float32)
+    results = Sampler(4).run(rows, tuple(SampleTask(params, 1, 0, position) for position in range(60)))
+    assert {result.token for result in results} == {0, 1}
+
+
 @pytest.mark.parametrize("level", LEVELS)
 def test_ties_go_to_the_lower_id(level: str) -> None:
     logits = np.zeros(1_000, np.float32)

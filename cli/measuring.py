@@ -1,0 +1,81 @@
+"""What `bench` and `model perplexity` print: progress on standard error, figures on standard output."""
+
+from __future__ import annotations
+
+import json
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from llamaclust.cli.connect import connect
+from llamaclust.cluster.client_base import TextClient
+from llamaclust.errors import UsageError
+from llamaclust.model.loader import Model
+from llamaclust.tools.perplexity import Perplexity, check_same_model, cut, measure, read_text
+from llamaclust.wire.tuning import tune_grpc
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Who computes: this process, workers of this machine, or a cluster that runs already."""
+
+    model: Path
+    threads: int | None
+    workers: int
+    endpoint: str | None
+    api_key_file: Path | None
+
+    def open(self, context: int) -> TextClient:
+        """UsageError where the options contradict each other."""
+        if self.endpoint is not None:
+            if self.workers > 1 or self.threads is not None:
+                raise UsageError("--endpoint asks a cluster that runs already: --workers and --threads are not for it")
+            return connect(self.endpoint, self.api_key_file)
+        if self.api_key_file is not None:
+            raise UsageError("--api-key-file is for --endpoint")
+        return self._of_cluster(context) if self.workers > 1 else self._local(context)
+
+    def _of_cluster(self, context: int) -> TextClient:
+        tune_grpc()
+        from llamaclust.cluster.client_service import ServiceClient
+        from llamaclust.tools.temporary_cluster import cluster_service
+
+        return ServiceClient(cluster_service(self.model, self.workers, self.threads, context))
+
+    def _local(self, context: int) -> TextClient:
+        from llamaclust.cluster.local import LocalClient, LocalSettings
+
+        settings = LocalSettings(context_length=context, max_sequences=1, prefix_cache=False)
+        return LocalClient(self.model, self.threads, settings=settings)
+
+
+def print_perplexity(source: Source, file: Path, context: int, most: int | None, as_json: bool) -> None:
+    """Prints the figure with its standard error, or one JSON object."""
+    text = read_text(file)
+    with closing(Model.open(source.model)) as model:
+        tokenizer = model.tokenizer
+    chunks = cut(tokenizer, text, context, most)
+    with source.open(context) as client:
+        if source.endpoint is not None:
+            check_same_model(client, tokenizer, text)
+        result = _with_progress(client, chunks)
+    if as_json:
+        print(json.dumps(result.as_json()))
+    else:
+        print(
+            f"perplexity {result.perplexity:.4f} +/- {result.stderr:.4f} ({result.chunks} chunks of {context} tokens)"
+        )
+
+
+def _with_progress(client: TextClient, chunks: list[tuple[int, ...]]) -> Perplexity:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("perplexity", total=len(chunks))
+
+        def show(value: Perplexity) -> None:
+            bar.update(task, completed=value.chunks, description=f"perplexity {value.perplexity:.4f}")
+
+        return measure(client, chunks, show)

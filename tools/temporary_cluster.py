@@ -1,0 +1,56 @@
+"""A cluster of local workers for one measurement: real processes and links, gone at the end."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from llamaclust.cluster.client_service import OpenService
+from llamaclust.cluster.config import ClusterConfig
+from llamaclust.cluster.coordinator import Cluster, open_cluster
+from llamaclust.cluster.state import ClusterDir
+from llamaclust.cluster.text import TextService, TextSettings
+from llamaclust.errors import UsageError
+
+_ALIKE = {"bandwidth": 20.0, "int8": 300.0}
+"""The workers share one machine; equal figures give the same cut each time."""
+
+
+@asynccontextmanager
+async def temporary_cluster(
+    model: Path, workers: int, threads: int | None, context_length: int, max_sequences: int
+) -> AsyncIterator[Cluster]:
+    """The model cut over that many workers, each with `threads`. UsageError where it cannot be cut so often."""
+    names = [f"w{index}" for index in range(1, workers + 1)]
+    with TemporaryDirectory(prefix="llamaclust-") as folder:
+        values = {
+            "name": "measurement",
+            "model": str(model),
+            "context_length": context_length,
+            "workers": [{"name": name, "threads": threads, **_ALIKE} for name in names],
+            "objective": "throughput",
+            "max_sequences": max_sequences,
+            "prefix_cache": False,
+            "state_dir": folder,
+        }
+        config = ClusterConfig.model_validate(values)
+        directory = ClusterDir(config.state_dir / config.name)
+        with directory.locked():
+            async with open_cluster(config, model, directory) as cluster:
+                if len(cluster.plan.stages) < workers:
+                    raise UsageError(f"{model}: {workers} workers are more than its layers can make use of")
+                yield cluster
+
+
+def cluster_service(model: Path, workers: int, threads: int | None, context_length: int) -> OpenService:
+    """What opens such a cluster's text service, for a ServiceClient."""
+
+    @asynccontextmanager
+    async def open_service() -> AsyncIterator[TextService]:
+        async with temporary_cluster(model, workers, threads, context_length, 8) as cluster:
+            settings = TextSettings(model.stem, cluster.plan.context_length)
+            yield TextService(cluster.engine, cluster.model.tokenizer, cluster.model.chat_template, settings)
+
+    return open_service

@@ -11,6 +11,9 @@ from llamaclust.model.program import KV_BLOCK_TOKENS, Buffer, Program, SelectRow
 
 _FLOAT_BYTES = 4
 
+_BESIDE_BUFFERS = 2
+"""A backend keeps as much again beside the buffers: quantized activations, parts of attention, frames on their way."""
+
 
 @dataclass(frozen=True, slots=True)
 class WorkerFacts:
@@ -32,7 +35,7 @@ class Workspace:
 
 
 def workspace(program: Program, max_tokens: int, max_outputs: int) -> Workspace:
-    """Of stages of a model whose whole program is given: each buffer once, for as many rows as it may have."""
+    """Of stages of a model whose whole program is given: for each buffer as many rows as it may have, rather too much."""
     buffers: dict[str, int] = {}
     head: dict[str, int] = {}
     target = buffers
@@ -44,7 +47,10 @@ def workspace(program: Program, max_tokens: int, max_outputs: int) -> Workspace:
             if isinstance(value, Buffer):
                 target[value.name] = value.width
     head = {name: width for name, width in head.items() if name not in buffers}
-    return Workspace(sum(buffers.values()) * max_tokens * _FLOAT_BYTES, sum(head.values()) * max_outputs * _FLOAT_BYTES)
+    return Workspace(
+        _BESIDE_BUFFERS * sum(buffers.values()) * max_tokens * _FLOAT_BYTES,
+        sum(head.values()) * max_outputs * _FLOAT_BYTES,
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -100,7 +100,7 @@ class Timeouts(_Section):
     worker: Duration = 5.0
     """Silence after which a worker counts as lost."""
     recovery: Duration = 120.0
-    """From a worker's loss until the cluster gives up."""
+    """From a worker's loss until the cluster gives up, at most."""
     coordinator: Duration = 600.0
     """How long workers that are not local wait for their coordinator."""
 
@@ -134,7 +134,7 @@ class ClusterConfig(_Section):
     """Sequences decoded together; more wait."""
     max_waiting: Annotated[int, Field(ge=0, le=100_000)] = 256
     """Requests that may wait; more are answered 429."""
-    prefill_chunk: Annotated[Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None, OrAuto()] = None
+    prefill_chunk: Annotated[Annotated[int, Field(ge=1, le=MAX_TOKENS // 2)] | None, OrAuto()] = None
     """Prompt tokens in one microbatch, at most; auto: as many as the measured stage times advise."""
     prefix_cache: bool = True
     """Whether requests share the KV memory of equal beginnings."""

@@ -35,7 +35,7 @@ class Workspace:
 
 
 def workspace(program: Program, max_tokens: int, max_outputs: int) -> Workspace:
-    """Of stages of a model whose whole program is given: for each buffer as many rows as it may have, rather too much."""
+    """Of stages of a model whose whole program is given: each buffer for as many rows as it may have."""
     buffers: dict[str, int] = {}
     head: dict[str, int] = {}
     target = buffers

@@ -69,8 +69,9 @@ class RemotePipeline:
                 raise self._error
             try:
                 async with deadline(f"handing microbatch {microbatch.number} to the first stage", _WRITE_S):
-                    await self._forward.write(frame)
+                    forwarding = asyncio.create_task(self._forward.write(frame))
                     await self._sample.write(encode_inputs(inputs))
+                    await forwarding
             except LlamaclustError as error:
                 raise await self._lost(error) from error
 

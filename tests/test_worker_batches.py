@@ -58,11 +58,11 @@ BAD = {
     "tokens": (replace(GOOD, tokens=(1,) * 401, position=0, table=(Run(0, 26),)),),
     "sequences": (GOOD,) * 13,
     "output rows": (replace(GOOD, tokens=(1,) * 101, position=0, table=(Run(0, 7),), outputs=101),),
-    "positions of a sequence": (replace(GOOD, position=511, table=(Run(0, 33),)),),
+    "sequence of 513 positions": (replace(GOOD, position=511, table=(Run(0, 33),)),),
     "vocabulary": (replace(GOOD, tokens=(1, VOCABULARY)),),
     "KV block 200": (replace(GOOD, table=(Run(200, 1),)),),
     "block table": (replace(GOOD, position=15),),
-    "longer than 32 blocks": (replace(GOOD, table=(Run(0, 150), Run(0, 150))),),
+    "at most 32": (replace(GOOD, table=(Run(0, 150), Run(0, 150))),),
 }
 
 

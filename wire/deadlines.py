@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from types import TracebackType
 
 from llamaclust.errors import DeadlineError
 
 
-@asynccontextmanager
-async def deadline(what: str, seconds: float) -> AsyncIterator[None]:
-    """Cancels the block after `seconds` and raises a DeadlineError that names `what`."""
-    limit = asyncio.timeout(seconds)
-    try:
-        async with limit:
-            yield
-    except TimeoutError as error:
-        if not limit.expired():
-            raise
-        raise DeadlineError(f"{what}: not within {seconds:g} s") from error
+class deadline:  # noqa: N801  reads as a statement, like asyncio.timeout
+    """An async context manager that cancels its block after `seconds` and raises a DeadlineError that names `what`."""
+
+    __slots__ = ("_limit", "_seconds", "_what")
+
+    def __init__(self, what: str, seconds: float) -> None:
+        self._what = what
+        self._seconds = seconds
+        self._limit = asyncio.timeout(seconds)
+
+    async def __aenter__(self) -> None:
+        await self._limit.__aenter__()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            await self._limit.__aexit__(kind, error, trace)
+        except TimeoutError as late:
+            raise DeadlineError(f"{self._what}: not within {self._seconds:g} s") from late

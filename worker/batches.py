@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import chain
+from itertools import accumulate, chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,69 +12,71 @@ from llamaclust.kernels.backend import Batch, Limits
 from llamaclust.model.program import KV_BLOCK_TOKENS
 from llamaclust.wire.messages import Chunk, Microbatch
 
-Int64 = NDArray[np.int64]
+_FEW = 256
+"""So many numbers are made faster by plain Python than by NumPy's calls."""
 
 
 def build_batch(microbatch: Microbatch, limits: Limits, vocabulary: int) -> Batch:
     """The batch of a microbatch. WireError where it exceeds the limits, the vocabulary or its own block tables."""
     chunks = microbatch.chunks
-    lengths = np.array([len(chunk.tokens) for chunk in chunks])
-    positions = np.array([chunk.position for chunk in chunks])
-    outputs = np.array([chunk.outputs for chunk in chunks])
-    row_ends = np.cumsum(lengths)
-    _check_counts(int(row_ends[-1]), int(outputs.sum()), len(chunks), int((positions + lengths).max()), limits)
-    table_starts, block_tables = _tables(chunks, positions + lengths, limits)
+    lengths = [len(chunk.tokens) for chunk in chunks]
+    outputs = [chunk.outputs for chunk in chunks]
+    row_ends = list(accumulate(lengths))
+    _check_counts(chunks, row_ends[-1], sum(outputs), limits)
+    table_lengths = [_table_length(chunk, limits) for chunk in chunks]
+    runs = [run for chunk in chunks for run in chunk.table]
     return Batch(
-        tokens=_tokens(chunks, int(row_ends[-1]), vocabulary),
-        positions=_ranges(positions, lengths),
-        sequence_starts=_starts(row_ends),
-        table_starts=table_starts,
-        block_tables=block_tables,
-        output_rows=_ranges(row_ends - outputs, outputs),
+        tokens=_tokens(chunks, row_ends[-1], vocabulary),
+        positions=_ranges([chunk.position for chunk in chunks], lengths),
+        sequence_starts=np.array([0, *row_ends], np.int32),
+        table_starts=np.array([0, *accumulate(table_lengths)], np.int32),
+        block_tables=_ranges([run.start for run in runs], [run.count for run in runs]),
+        output_rows=_ranges([end - count for end, count in zip(row_ends, outputs, strict=True)], outputs),
     )
 
 
-def _check_counts(rows: int, outputs: int, sequences: int, context: int, limits: Limits) -> None:
-    """`context`: the longest sequence in positions, this microbatch included."""
+def _check_counts(chunks: tuple[Chunk, ...], rows: int, outputs: int, limits: Limits) -> None:
     for what, value, most in (
         ("tokens", rows, limits.max_tokens),
         ("output rows", outputs, limits.max_outputs),
-        ("sequences", sequences, limits.max_sequences),
-        ("positions of a sequence", context, limits.max_context_tokens),
+        ("sequences", len(chunks), limits.max_sequences),
     ):
         if value > most:
             raise WireError(f"microbatch with {value} {what}, this stage is planned for {most}")
 
 
-def _tokens(chunks: tuple[Chunk, ...], rows: int, vocabulary: int) -> NDArray[np.int32]:
-    tokens = np.fromiter(chain.from_iterable(chunk.tokens for chunk in chunks), np.int32, rows)
-    if tokens.min() < 0 or tokens.max() >= vocabulary:
-        raise WireError(f"token {tokens.max()} is not in the vocabulary of {vocabulary}")
-    return tokens
-
-
-def _tables(chunks: tuple[Chunk, ...], contexts: Int64, limits: Limits) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Table starts [sequences + 1] and block ids; lengths are checked before runs are expanded."""
-    runs = [run for chunk in chunks for run in chunk.table]
-    firsts = np.array([run.start for run in runs])
-    counts = np.array([run.count for run in runs])
-    lengths = np.array([sum([run.count for run in chunk.table]) for chunk in chunks])
+def _table_length(chunk: Chunk, limits: Limits) -> int:
+    """Blocks of a chunk's table, which is checked here before it is written out."""
+    context = chunk.position + len(chunk.tokens)
+    if context > limits.max_context_tokens:
+        raise WireError(f"sequence of {context} positions, this stage is planned for {limits.max_context_tokens}")
+    length = 0
+    for run in chunk.table:
+        length += run.count
+        if run.start < 0 or run.start + run.count > limits.kv_blocks:
+            raise WireError(f"KV block {run.start + run.count - 1} of {limits.kv_blocks}")
     most = -(-limits.max_context_tokens // KV_BLOCK_TOKENS)
-    if (lengths * KV_BLOCK_TOKENS < contexts).any() or lengths.max() > most:
-        raise WireError(f"block table shorter than its sequence or longer than {most} blocks")
-    if (firsts + counts).max() > limits.kv_blocks or firsts.min() < 0:
-        raise WireError(f"KV block {(firsts + counts).max() - 1} of {limits.kv_blocks}")
-    return _starts(np.cumsum(lengths)), _ranges(firsts, counts)
+    if length * KV_BLOCK_TOKENS < context or length > most:
+        raise WireError(f"block table of {length} blocks for {context} positions, at most {most}")
+    return length
 
 
-def _starts(ends: Int64) -> NDArray[np.int32]:
-    starts = np.zeros(len(ends) + 1, np.int32)
-    starts[1:] = ends
-    return starts
+def _tokens(chunks: tuple[Chunk, ...], rows: int, vocabulary: int) -> NDArray[np.int32]:
+    ids = chunks[0].tokens if len(chunks) == 1 else list(chain.from_iterable(chunk.tokens for chunk in chunks))
+    lowest, highest = min(ids), max(ids)
+    if lowest < 0 or highest >= vocabulary:
+        raise WireError(f"token {highest if lowest >= 0 else lowest} is not in the vocabulary of {vocabulary}")
+    return np.fromiter(ids, np.int32, rows)
 
 
-def _ranges(firsts: Int64, counts: Int64) -> NDArray[np.int32]:
+def _ranges(firsts: list[int], counts: list[int]) -> NDArray[np.int32]:
     """firsts[0] .. firsts[0] + counts[0] - 1, firsts[1] .. and so on."""
+    total = sum(counts)
+    if total <= _FEW:
+        numbers = [
+            number for first, count in zip(firsts, counts, strict=True) for number in range(first, first + count)
+        ]
+        return np.array(numbers, np.int32)
     ends = np.cumsum(counts)
-    offsets = np.repeat(firsts - ends + counts, counts)
-    return (offsets + np.arange(len(offsets))).astype(np.int32)
+    offsets = np.repeat(np.array(firsts) - ends + counts, counts)
+    return (offsets + np.arange(total)).astype(np.int32)

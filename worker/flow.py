@@ -21,6 +21,9 @@ from llamaclust.worker.inputs import InputsBox
 from llamaclust.worker.stage_runner import StageRunner
 from llamaclust.worker.steps import Arrival, Counters, StageStep
 
+_LITTLE_BYTES = 1 << 16
+"""What the network takes at once: to wait for that costs less than a task."""
+
 
 class _Outlet(Protocol):
     async def write(self, data: bytes) -> None: ...
@@ -120,22 +123,28 @@ class StageFlow:
                 if data is None:
                     break
                 received_ns = perf_counter_ns()
+                reading = asyncio.create_task(stream.read())
                 frame = decode_frame(data)
                 microbatch = decode_microbatch(frame.header)
                 self._check_turn(microbatch, number)
-                reading = asyncio.create_task(stream.read())
-                await asyncio.sleep(0)  # reading begins before a short computation takes the event loop
+                await asyncio.sleep(0)  # reading and sending begin before a short computation takes the event loop
                 answer = await self._step.run(Arrival(frame, microbatch, received_ns, self._wire_ns))
                 if sending is not None:
                     await sending
-                sending = asyncio.create_task(self._send(outlet, answer))
-                await asyncio.sleep(0)
+                sending = await self._hand_on(outlet, answer)
             if sending is not None:
                 await sending
         finally:
             reading.cancel()
             if sending is not None:
                 sending.cancel()
+
+    async def _hand_on(self, outlet: _Outlet, data: bytes) -> asyncio.Task[None] | None:
+        """Sends little at once and much in a task."""
+        if len(data) > _LITTLE_BYTES:
+            return asyncio.create_task(self._send(outlet, data))
+        await self._send(outlet, data)
+        return None
 
     def _check_turn(self, microbatch: Microbatch, number: int) -> None:
         if (microbatch.epoch, microbatch.number) != (self.epoch, number):

@@ -1,0 +1,129 @@
+"""What a hop costs: one-row microbatches, one at a time, through a stage in this process, through one worker and through two.
+
+    python benchmarks/hop.py MODEL.gguf --steps 500
+
+A worker's round trip less the compute time it reports is what gRPC and Python add; two workers less one is a hop.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import astuple
+from pathlib import Path
+from statistics import median, quantiles
+
+from llamaclust.cluster.launchers.base import WorkerSpec
+from llamaclust.cluster.launchers.local import LocalLauncher
+from llamaclust.cluster.launchers.run_directory import run_directory
+from llamaclust.cluster.loading import load_stages
+from llamaclust.cluster.pipeline import StageInfo
+from llamaclust.wire.control import StageLimits
+from llamaclust.wire.messages import Chunk, Microbatch, Result, Run, SampleTask, SamplingInputs, SamplingParams
+from llamaclust.wire.tuning import tune_grpc
+
+LIMITS = StageLimits(max_tokens=64, max_outputs=16, max_sequences=16, max_context_tokens=512, kv_blocks=512)
+_BLOCKS = LIMITS.max_context_tokens // 16
+
+
+def decode_step(model_id: str, epoch: int, number: int, rows: int) -> tuple[Microbatch, SamplingInputs]:
+    """One token for each of `rows` sequences."""
+    position = number % LIMITS.max_context_tokens
+    chunks = tuple(Chunk((number % 100,), position, (Run(row * _BLOCKS, _BLOCKS),), 1) for row in range(rows))
+    task = SampleTask(SamplingParams(), 0, 0, position)
+    return Microbatch(model_id, epoch, number, chunks), SamplingInputs(epoch, number, (task,) * rows)
+
+
+async def through_workers(path: Path, cuts: Sequence[int], steps: int, rows: int) -> list[tuple[int, Result]]:
+    """Nanoseconds from submission to result, and the result."""
+    from llamaclust.cluster.registry import Registry
+    from llamaclust.cluster.remote import RemotePipeline
+    from llamaclust.model.loader import Model
+
+    stages = [StageInfo(f"w{i}", start, end) for i, (start, end) in enumerate(zip(cuts, cuts[1:], strict=False))]
+    model_id = Model.open(path).model_id
+    with tempfile.TemporaryDirectory() as folder, run_directory(Path(folder)) as run:
+        launcher = LocalLauncher(run, Path(folder))
+        async with Registry(run.coordinator, run.token, last_words=launcher.last_words) as registry:
+            try:
+                specs = [WorkerSpec(stage.worker, threads=1) for stage in stages]
+                await launcher.start(specs, registry.address, registry.process_exited)
+                await registry.wait_for([spec.name for spec in specs], 60.0)
+                where = {"model_path": str(path), "model_id": model_id}
+                workers = await load_stages(1, stages, registry.workers, limits=LIMITS, **where)
+                pipeline = await RemotePipeline.open(1, workers, run.token)
+
+                async def step(microbatch: Microbatch, inputs: SamplingInputs) -> Result:
+                    await pipeline.submit(microbatch, inputs)
+                    return await pipeline.next_result()
+
+                measured = await timed(step, model_id, steps, rows)
+                await pipeline.close()
+                return measured
+            finally:
+                await launcher.stop()
+
+
+async def in_process(path: Path, steps: int, rows: int) -> list[tuple[int, Result]]:
+    from llamaclust.kernels.backend import Limits
+    from llamaclust.kernels.cpu.backend import CpuBackend
+    from llamaclust.model.loader import Model
+    from llamaclust.worker.stage_runner import StageRunner
+
+    model = Model.open(path)
+    runner = StageRunner(CpuBackend(1), model, 0, model.layer_count, Limits(*astuple(LIMITS)))
+
+    async def step(microbatch: Microbatch, inputs: SamplingInputs) -> Result:
+        return Result(1, 0, runner.finish(runner.run(microbatch, None), inputs))
+
+    return await timed(step, model.model_id, steps, rows)
+
+
+async def timed(
+    step: Callable[[Microbatch, SamplingInputs], Awaitable[Result]], model_id: str, steps: int, rows: int
+) -> list[tuple[int, Result]]:
+    measured = []
+    for number in range(steps):
+        microbatch, inputs = decode_step(model_id, 1, number, rows)
+        begun_ns = time.perf_counter_ns()
+        result = await step(microbatch, inputs)
+        measured.append((time.perf_counter_ns() - begun_ns, result))
+    return measured[steps // 10 :]
+
+
+def report(name: str, measured: list[tuple[int, Result]]) -> float:
+    """Prints medians in microseconds; returns the round trip's."""
+    trips = [trip / 1e3 for trip, _ in measured]
+    computed = [sum(timing.compute_ns for timing in result.timings) / 1e3 for _, result in measured]
+    added = median(trip - compute for trip, compute in zip(trips, computed, strict=True))
+    tail = quantiles(trips, n=100)[-1]
+    line = f"{name:12} p50 {median(trips):8.0f} us   p99 {tail:8.0f} us"
+    if any(computed):
+        line += f"   computed {median(computed):8.0f}   added {added:6.0f}"
+    print(line, flush=True)
+    return median(trips)
+
+
+async def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--rows", type=int, default=1)
+    given = parser.parse_args()
+    from llamaclust.model.loader import Model
+
+    layers = Model.open(given.model).layer_count
+    report("in process", await in_process(given.model, given.steps, given.rows))
+    one = report("one worker", await through_workers(given.model, (0, layers), given.steps, given.rows))
+    cuts = (0, layers // 2, layers)
+    two = report("two workers", await through_workers(given.model, cuts, given.steps, given.rows))
+    print(f"a hop {two - one:+.0f} us")
+
+
+if __name__ == "__main__":
+    tune_grpc()
+    sys.exit(asyncio.run(main()))

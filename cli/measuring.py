@@ -9,11 +9,13 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from llamaclust.cli.connect import connect
 from llamaclust.cluster.client_base import TextClient
 from llamaclust.errors import UsageError
 from llamaclust.model.loader import Model
+from llamaclust.tools.bench import BenchReport, BenchTask, run_bench
 from llamaclust.tools.perplexity import Perplexity, check_same_model, cut, measure, read_text
 from llamaclust.wire.tuning import tune_grpc
 
@@ -79,3 +81,30 @@ def _with_progress(client: TextClient, chunks: list[tuple[int, ...]]) -> Perplex
             bar.update(task, completed=value.chunks, description=f"perplexity {value.perplexity:.4f}")
 
         return measure(client, chunks, show)
+
+
+def print_bench(task: BenchTask, as_json: bool) -> None:
+    """Prints a table, or one JSON object."""
+    if task.workers > 1:
+        tune_grpc()
+    with Progress(TextColumn("{task.description}"), BarColumn(), console=Console(stderr=True), transient=True) as bar:
+        shown = bar.add_task("loading", total=task.steps)
+        report = run_bench(task, lambda what: bar.update(shown, description=what, advance=1))
+    if as_json:
+        print(json.dumps(report.as_json()))
+    else:
+        Console(highlight=False).print(_table(report))
+
+
+def _table(report: BenchReport) -> Table:
+    task, machine = report.task, report.machine
+    where = f"{task.workers} workers with {task.threads_each}" if task.workers > 1 else f"{task.threads_each}"
+    title = f"{task.model.stem} ({report.quant_type}), {where} threads, {report.feature_level}, batch {task.batch}"
+    table = Table("", "tokens", "tok/s", "achieved", "this machine", "share", title=title, title_justify="left")
+    for name, tokens, rate, unit, done, best in (
+        ("prefill", task.prompt, report.prefill_tok_s, "GMAC/s", report.prefill_gmac_s, machine.int8_gmac_s),
+        ("decode", task.generate, report.decode_tok_s, "GB/s", report.decode_gb_s, machine.read_gb_s),
+    ):
+        share = f"{done / best:.0%}"
+        table.add_row(name, str(tokens), f"{rate:.1f}", f"{done:.2f} {unit}", f"{best:.2f} {unit}", share)
+    return table

@@ -1,0 +1,100 @@
+"""Speed of one stage with a whole model, in this thread: what the engine would run, without the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from time import perf_counter_ns
+
+import numpy as np
+
+from llamaclust.cluster.scheduler_chunks import chunk_rows
+from llamaclust.cluster.settings import SchedulerSettings
+from llamaclust.cluster.stage_times import StageTimes
+from llamaclust.errors import LlamaclustError
+from llamaclust.kernels.backend import Limits
+from llamaclust.kernels.cpu.backend import CpuBackend
+from llamaclust.model.loader import Model
+from llamaclust.model.program import KV_BLOCK_TOKENS
+from llamaclust.wire.messages import (
+    Chunk,
+    Microbatch,
+    RowTask,
+    Run,
+    SampleTask,
+    SamplingInputs,
+    SamplingParams,
+    StageTiming,
+)
+from llamaclust.worker.stage_runner import StageRunner
+
+_EPOCH = 1
+_MOST_ROWS = 512
+_SEED = 20_240_601
+
+
+class BenchStage:
+    """A loaded stage and `batch` sequences of random tokens, each of `context` tokens at most."""
+
+    def __init__(self, model: Model, backend: CpuBackend, batch: int, context: int) -> None:
+        blocks = -(-context // KV_BLOCK_TOKENS)
+        rows = _MOST_ROWS + batch
+        limits = Limits(rows, batch, batch, context, blocks * batch)
+        level = backend.feature_level
+        self._runner = StageRunner(backend, model, 0, model.layer_count, limits, feature_level=level)
+        self._tables = [(Run(blocks * index, blocks),) for index in range(batch)]
+        self._model_id = model.model_id
+        vocabulary = model.hyperparameters.vocabulary_size
+        random = np.random.default_rng(_SEED)
+        self._tokens = [tuple(map(int, random.integers(0, vocabulary, context))) for _ in range(batch)]
+        self._times = StageTimes(1)
+        self._settings = SchedulerSettings(
+            self._model_id, vocabulary, context, blocks * batch, max_sequences=batch, max_rows=rows, max_outputs=batch
+        )
+
+    def prefill(self, tokens: int) -> float:
+        """Seconds to compute the first `tokens` of all sequences, one after the other, and to choose one after each."""
+        started_ns = perf_counter_ns()
+        for index in range(len(self._tables)):
+            for start, rows in self._chunks(tokens):
+                outputs = int(start + rows == tokens)
+                part = self._tokens[index][start : start + rows]
+                self._run([Chunk(part, start, self._tables[index], outputs)], [self._task(tokens)] * outputs)
+        return (perf_counter_ns() - started_ns) / 1e9
+
+    def decode(self, depth: int, steps: int) -> float:
+        """Seconds of `steps` in which all sequences get one more token together, the first one behind `depth`."""
+        last = [tokens[depth] for tokens in self._tokens]
+        started_ns = perf_counter_ns()
+        for position in range(depth, depth + steps):
+            chunks = [Chunk((token,), position, table, 1) for token, table in zip(last, self._tables, strict=True)]
+            last = self._run(chunks, [self._task(position + 1)] * len(chunks))
+        return (perf_counter_ns() - started_ns) / 1e9
+
+    def close(self) -> None:
+        self._runner.close()
+
+    def _chunks(self, tokens: int) -> Iterator[tuple[int, int]]:
+        """(first token, rows) as the scheduler would cut a prompt that comes alone, by what was measured so far."""
+        start = 0
+        while start < tokens:
+            rows = min(chunk_rows(self._settings, self._times, tokens, 0), tokens - start)
+            yield start, rows
+            start += rows
+
+    def _run(self, chunks: list[Chunk], tasks: list[RowTask]) -> list[int]:
+        """The chosen tokens."""
+        started_ns = perf_counter_ns()
+        microbatch = Microbatch(self._model_id, _EPOCH, 0, tuple(chunks))
+        logits = self._runner.run(microbatch, None)
+        rows = self._runner.finish(logits, SamplingInputs(_EPOCH, 0, tuple(tasks)))
+        if len(chunks[0].tokens) > 1:
+            elapsed_ns = perf_counter_ns() - started_ns
+            timing = StageTiming(0, elapsed_ns, 0, microbatch.rows)
+            self._times.learn_prefill(microbatch.rows, (timing,), elapsed_ns)
+        failure = next((row.failure for row in rows if row.failure is not None), None)
+        if failure is not None:
+            raise LlamaclustError(f"the model does not run: {failure}")
+        return [row.token for row in rows]
+
+    def _task(self, position: int) -> SampleTask:
+        return SampleTask(SamplingParams(), seed=0, choice=0, position=position)

@@ -1,6 +1,6 @@
-// What the decoders of several quant types share. A decoder tells how a segment lies in a tile (its body and tail, see
-// matrix.h): k-group g of sub-block j as unsigned bytes of kBits bits, each kOffset above the quant; the float scale and,
-// where the type has one, the min; the integer scales and mins of its sub-blocks where there is more than one.
+// What the decoders of several quant types share. A decoder tells how a segment lies in a tile (its body and tail in
+// matrix.h): k-group g of sub-block j as unsigned bytes of kBits bits, each kOffset above the quant; the float scale,
+// the min where the type has one, and the integer scales and mins of its sub-blocks where there is more than one.
 #pragma once
 
 #include "matrix.h"

@@ -1,0 +1,118 @@
+"""Products of quantized weights as docs/numerics.md orders them, to the bit, in NumPy: integers exact in a segment, then
+fused multiply-adds in k order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llamaclust.model.quant_types import QuantType
+
+Float32 = NDArray[np.float32]
+Integers = NDArray[np.int64]
+Bytes = NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """Weights [rows, segments, width] as integers: scale * quants - min * mins, the mins per 32 columns or one."""
+
+    scales: Float32  # [rows, segments]
+    quants: Integers  # [rows, segments, width], sub-block scales multiplied in
+    mins: Float32 | None  # [rows, segments]
+    sub_mins: Integers | None  # [rows, segments, width / 32]
+
+
+@dataclass(frozen=True, slots=True)
+class Activations:
+    """Tokens [tokens, segments, width] in eight bits."""
+
+    scales: Float32  # [tokens, segments]
+    quants: Integers  # [tokens, segments, width]
+
+
+def halves(blocks: Bytes, place: int) -> Float32:
+    return np.ascontiguousarray(blocks[..., place : place + 2]).view(np.float16)[..., 0].astype(np.float32)
+
+
+def nibbles(data: Bytes) -> Integers:
+    return np.concatenate([data & 15, data >> 4], axis=-1).astype(np.int64)
+
+
+def q4_0(blocks: Bytes) -> Segments:
+    return Segments(halves(blocks, 0), nibbles(blocks[..., 2:]) - 8, None, None)
+
+
+def q4_1(blocks: Bytes) -> Segments:
+    return Segments(halves(blocks, 0), nibbles(blocks[..., 4:]), halves(blocks, 2), None)
+
+
+def q8_0(blocks: Bytes) -> Segments:
+    return Segments(halves(blocks, 0), blocks[..., 2:].view(np.int8).astype(np.int64), None, None)
+
+
+def q4_k(blocks: Bytes) -> Segments:
+    packed = blocks[..., 4:16].astype(np.int64)
+    low, high = packed[..., :8] & 63, packed[..., :8] >> 6
+    scales = np.concatenate([low[..., :4], packed[..., 8:] & 15 | high[..., :4] << 4], axis=-1)
+    sub_mins = np.concatenate([low[..., 4:], packed[..., 8:] >> 4 | high[..., 4:] << 4], axis=-1)
+    quants = nibbles(blocks[..., 16:].reshape(*blocks.shape[:-1], 4, 32)).reshape(*blocks.shape[:-1], 8, 32)
+    scaled = (quants * scales[..., None]).reshape(*blocks.shape[:-1], 256)
+    return Segments(halves(blocks, 0), scaled, halves(blocks, 2), sub_mins)
+
+
+def q6_k(blocks: Bytes) -> Segments:
+    shape = blocks.shape[:-1]
+    low = nibbles(blocks[..., :128].reshape(*shape, 2, 64)).reshape(*shape, 2, 4, 32)
+    pairs = blocks[..., 128:192].reshape(*shape, 2, 1, 32).astype(np.int64)
+    high = pairs >> np.array([0, 2, 4, 6])[:, None] & 3
+    quants = (low | high << 4).reshape(*shape, 16, 16) - 32
+    scales = blocks[..., 192:208].view(np.int8).astype(np.int64)
+    return Segments(halves(blocks, 208), (quants * scales[..., None]).reshape(*shape, 256), None, None)
+
+
+DECODERS = {
+    QuantType.Q4_0: q4_0,
+    QuantType.Q4_1: q4_1,
+    QuantType.Q8_0: q8_0,
+    QuantType.Q4_K: q4_k,
+    QuantType.Q6_K: q6_k,
+}
+
+
+def segments_of(quant_type: QuantType, data: bytes, rows: int) -> Segments:
+    width = quant_type.info.block_bytes
+    return DECODERS[quant_type](np.frombuffer(data, np.uint8).reshape(rows, -1, width))
+
+
+def activations_of(x: Float32, width: int) -> Activations:
+    """Finite x [tokens, cols]; scale = maximum / 127, q = x * (127 / maximum) to nearest, ties to even."""
+    parts = x.reshape(len(x), -1, width)
+    maximum = np.abs(parts).max(axis=-1)
+    counts = maximum >= np.float32(2.0**-118)
+    inverse = np.where(counts, np.float32(127) / np.where(counts, maximum, 1), 0).astype(np.float32)
+    quants = np.rint(parts * inverse[..., None]).astype(np.int64)
+    return Activations(np.where(counts, maximum / np.float32(127), 0).astype(np.float32), quants)
+
+
+def fma(a: Float32, b: Float32, c: Float32) -> Float32:
+    """Rounded twice, but with 64 bits between: another result once in some 2^40."""
+    return (a.astype(np.longdouble) * b.astype(np.longdouble) + c.astype(np.longdouble)).astype(np.float32)
+
+
+def ordered_products(weights: Segments, activations: Activations) -> Float32:
+    """Products [tokens, rows]."""
+    total = np.zeros((len(activations.scales), len(weights.scales)), np.float32)
+    for s in range(weights.scales.shape[1]):
+        a, q = activations.scales[:, None, s], activations.quants[:, s]
+        sums = (q @ weights.quants[:, s].T).astype(np.float32)
+        total = fma(weights.scales[None, :, s] * a, sums, total)
+        if weights.mins is not None and weights.sub_mins is not None:
+            of_32 = q.reshape(len(q), -1, 32).sum(axis=-1)
+            offsets = -(of_32 @ weights.sub_mins[:, s].T).astype(np.float32)
+            total = fma(weights.mins[None, :, s] * a, offsets, total)
+        elif weights.mins is not None:
+            total = fma(weights.mins[None, :, s], a * q.sum(-1, keepdims=True).astype(np.float32), total)
+    return total

@@ -18,6 +18,11 @@ _NEGLIGIBLE = 0.02
 """A bubble of this share of a stage's time is not worth one more microbatch in flight."""
 
 
+def _occupied_ns(timing: StageTiming) -> int:
+    """How long a microbatch keeps a stage from the next one."""
+    return timing.compute_ns + timing.wire_ns
+
+
 def _moved(estimate: float, sample: float) -> float:
     weight = _SLOW_WEIGHT if sample > estimate else _FAST_WEIGHT
     return estimate + weight * (sample - estimate)
@@ -68,7 +73,7 @@ class StageCurves:
 
     def learn(self, rows: int, timings: Sequence[StageTiming], transit_ns: float) -> None:
         for curve, timing in zip(self._curves, timings, strict=True):
-            curve.learn(rows, timing.compute_ns)
+            curve.learn(rows, _occupied_ns(timing))
         self.transit_ns = transit_ns if self.transit_ns is None else _moved(self.transit_ns, transit_ns)
 
     def predict(self, rows: float, other: StageCurves | None = None) -> list[float] | None:
@@ -111,12 +116,12 @@ class StageTimes:
     def _learn(self, curves: StageCurves, rows: int, timings: Sequence[StageTiming], elapsed_ns: int) -> None:
         if len(timings) != self.stages:
             return
-        transit = max(0.0, elapsed_ns - sum(t.queue_ns + t.compute_ns + t.wire_ns for t in timings))
+        transit = max(0.0, elapsed_ns - sum(t.queue_ns + _occupied_ns(t) for t in timings))
         curves.learn(rows, timings, transit)
         if self._recent_ns is None:
-            self._recent_ns = [float(timing.compute_ns) for timing in timings]
+            self._recent_ns = [float(_occupied_ns(timing)) for timing in timings]
             self._transit_ns = transit
         else:
             pairs = zip(self._recent_ns, timings, strict=True)
-            self._recent_ns = [ns + 0.2 * (timing.compute_ns - ns) for ns, timing in pairs]
+            self._recent_ns = [ns + 0.2 * (_occupied_ns(timing) - ns) for ns, timing in pairs]
             self._transit_ns = _moved(self._transit_ns, transit)

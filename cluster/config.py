@@ -138,6 +138,10 @@ class ClusterConfig(_Section):
     """Prompt tokens in one microbatch, at most; auto: as many as the measured stage times advise."""
     prefix_cache: bool = True
     """Whether requests share the KV memory of equal beginnings."""
+    allowed_hosts: tuple[str, ...] = Field(default=(), max_length=64, strict=False)
+    """Names by which clients may call the API, beside this machine's own; another Host header is refused."""
+    allowed_origins: tuple[str, ...] = Field(default=(), max_length=64, strict=False)
+    """Web pages that may use the API, such as https://chat.example; none by default."""
     api_keys_file: FilePath | None = None
     """File of API keys, one a line, mode 0600; needed when `listen` is not a loopback address."""
     state_dir: FilePath = Field(default_factory=lambda: environment().state_dir)

@@ -120,6 +120,9 @@ async def _pipeline(
         limits=stage_limits(config, plan),
         on_progress=tell,
     )
+    for handle in workers:
+        order, loaded = handle.stages[_EPOCH]
+        watch(WorkerLoading(handle.name, order.start, order.end, loaded.weight_bytes, loaded.weight_bytes))
     pipeline = await RemotePipeline.open(_EPOCH, workers, token)
     try:
         yield pipeline

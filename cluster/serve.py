@@ -76,7 +76,12 @@ async def _answer(
     config, record = cluster.config, _record(cluster, listener)
     text = TextSettings(record.model, cluster.plan.context_length, config.max_sequences)
     service = TextService(cluster.engine, cluster.model.tokenizer, cluster.model.chat_template, text)
-    settings = ApiSettings(listen_host=config.host, api_keys=read_api_keys(config.api_keys_file))
+    settings = ApiSettings(
+        listen_host=config.host,
+        api_keys=read_api_keys(config.api_keys_file),
+        allowed_hosts=config.allowed_hosts,
+        allowed_origins=config.allowed_origins,
+    )
     app = create_app(service, settings, cluster.engine, lambda: cluster_status(cluster, record))
     server = _Server(uvicorn.Config(app, log_config=None, lifespan="off", access_log=False, server_header=False))
     serving = asyncio.create_task(server.serve(sockets=[listener]))

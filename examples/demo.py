@@ -13,6 +13,7 @@ from pathlib import Path
 
 LLAMACLUST = str(Path(sys.executable).parent / "llamaclust")
 NAME = f"demo-{os.getpid()}"
+SYSTEM = "You answer questions correctly and briefly, in English."
 QUESTION = "What is the capital of France?"
 DEADLINE_S = 600
 
@@ -34,7 +35,7 @@ def main() -> None:
     run("model", "pull", "smollm2-135m-instruct")
     try:
         run("up", "--detach", "--port", "0", "--set", f"name={NAME}")
-        answer = run("chat", "--cluster", NAME, question=QUESTION)
+        answer = run("chat", "--cluster", NAME, "--system", SYSTEM, question=QUESTION)
         run("status", "--cluster", NAME)
     finally:
         run("down", "--cluster", NAME)

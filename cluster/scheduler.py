@@ -184,13 +184,8 @@ class Scheduler:
         return self._in_flight.popleft()
 
     def _learn(self, done: _InFlight, result: Result, now_ns: int) -> None:
-        elapsed_ns = now_ns - done.sent_ns
-        rows = sum(len(part.chunk.tokens) for part in done.parts)
-        if done.decoding == len(done.parts):
-            was_alone = done.others == 0 and self._next_number == done.number + 1
-            self.times.learn_decode(rows, result.timings, elapsed_ns, was_alone)
-        else:
-            self.times.learn_prefill(rows, result.timings, elapsed_ns)
+        was_alone = done.others == 0 and self._next_number == done.number + 1
+        self.times.learn(result, done.decoding == len(done.parts), was_alone, now_ns - done.sent_ns)
 
     # -- decode ----------------------------------------------------------------------------------------------------
 

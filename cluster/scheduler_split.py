@@ -34,7 +34,7 @@ def predicted_cycle_ns(times: StageTimes, sequences: int, groups: int) -> float 
     """
     own, other = (times.alone, times.beside) if groups == 1 else (times.beside, times.alone)
     stage_ns = own.predict(-(-sequences // groups), other)
-    return None if stage_ns is None else cycle_ns(stage_ns, groups, own.transit_ns or other.transit_ns or 0.0)
+    return None if stage_ns is None else cycle_ns(stage_ns, groups, times.transit_ns)
 
 
 class DecodeSplit:

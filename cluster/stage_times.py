@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import ceil
 
-from llamaclust.wire.messages import StageTiming
+from llamaclust.wire.messages import Result, StageTiming
 
 _SLOW_WEIGHT = 0.1
 _FAST_WEIGHT = 0.4
@@ -65,16 +65,14 @@ class Curve:
 
 
 class StageCurves:
-    """The curves of all stages for one kind of microbatch, and what a round takes beyond their times."""
+    """The curves of all stages for one kind of microbatch."""
 
     def __init__(self, stages: int) -> None:
         self._curves = [Curve() for _ in range(stages)]
-        self.transit_ns: float | None = None  # links and coordinator
 
-    def learn(self, rows: int, timings: Sequence[StageTiming], transit_ns: float) -> None:
+    def learn(self, rows: int, timings: Sequence[StageTiming]) -> None:
         for curve, timing in zip(self._curves, timings, strict=True):
             curve.learn(rows, _occupied_ns(timing))
-        self.transit_ns = transit_ns if self.transit_ns is None else _moved(self.transit_ns, transit_ns)
 
     def predict(self, rows: float, other: StageCurves | None = None) -> list[float] | None:
         """Nanoseconds on each stage; None before the first sample. `other` as for curves."""
@@ -91,14 +89,20 @@ class StageTimes:
         self.alone = StageCurves(stages)
         self.beside = StageCurves(stages)
         self.prefill = StageCurves(stages)
+        self.transit_ns = 0.0  # of a round, beyond the stages' times: links and coordinator
         self._recent_ns: list[float] | None = None
-        self._transit_ns = 0.0
 
-    def learn_decode(self, rows: int, timings: Sequence[StageTiming], elapsed_ns: int, was_alone: bool) -> None:
-        self._learn(self.alone if was_alone else self.beside, rows, timings, elapsed_ns)
-
-    def learn_prefill(self, rows: int, timings: Sequence[StageTiming], elapsed_ns: int) -> None:
-        self._learn(self.prefill, rows, timings, elapsed_ns)
+    def learn(self, result: Result, is_decode: bool, was_alone: bool, elapsed_ns: int) -> None:
+        """From a microbatch that took `elapsed_ns` in all; `was_alone`: no other was in flight meanwhile."""
+        timings = result.timings
+        if len(timings) != self.stages:
+            return
+        decode = self.alone if was_alone else self.beside
+        (decode if is_decode else self.prefill).learn(timings[0].rows, timings)
+        self._learn_recent(timings)
+        if was_alone:  # behind others it would wait where no stage sees it
+            transit = max(0.0, elapsed_ns - sum(t.queue_ns + _occupied_ns(t) for t in timings))
+            self.transit_ns = _moved(self.transit_ns, transit) if self.transit_ns else transit
 
     def forget_beside(self) -> None:
         """Decode beside other microbatches is measured anew when it is next tried."""
@@ -110,18 +114,10 @@ class StageTimes:
         if self._recent_ns is None:
             return self.stages + 1
         slowest = max(*self._recent_ns, 1.0)
-        wanted = ceil((sum(self._recent_ns) + self._transit_ns) / slowest - _NEGLIGIBLE)
+        wanted = ceil((sum(self._recent_ns) + self.transit_ns) / slowest - _NEGLIGIBLE)
         return max(self.stages, min(wanted, 2 * self.stages + 1))
 
-    def _learn(self, curves: StageCurves, rows: int, timings: Sequence[StageTiming], elapsed_ns: int) -> None:
-        if len(timings) != self.stages:
-            return
-        transit = max(0.0, elapsed_ns - sum(t.queue_ns + _occupied_ns(t) for t in timings))
-        curves.learn(rows, timings, transit)
-        if self._recent_ns is None:
-            self._recent_ns = [float(_occupied_ns(timing)) for timing in timings]
-            self._transit_ns = transit
-        else:
-            pairs = zip(self._recent_ns, timings, strict=True)
-            self._recent_ns = [ns + 0.2 * (_occupied_ns(timing) - ns) for ns, timing in pairs]
-            self._transit_ns = _moved(self._transit_ns, transit)
+    def _learn_recent(self, timings: Sequence[StageTiming]) -> None:
+        now = [float(_occupied_ns(timing)) for timing in timings]
+        before = self._recent_ns or now
+        self._recent_ns = [old + 0.2 * (new - old) for old, new in zip(before, now, strict=True)]

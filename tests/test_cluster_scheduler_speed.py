@@ -15,7 +15,7 @@ from llamaclust.cluster.scheduler_chunks import chunk_rows
 from llamaclust.cluster.scheduler_split import cycle_ns
 from llamaclust.cluster.settings import SchedulerSettings
 from llamaclust.cluster.stage_times import Curve, StageTimes
-from llamaclust.wire.messages import StageTiming
+from llamaclust.wire.messages import Result, StageTiming
 
 SETTINGS = SchedulerSettings("m", VOCABULARY, context_length=1024, kv_blocks=2048, prefix_cache=False)
 
@@ -131,11 +131,24 @@ def test_prefill_chunks_take_a_tenth_of_a_second() -> None:
 
 def test_one_slow_microbatch_does_not_change_the_chunks() -> None:
     times = StageTimes(1)
+
+    def learn(rows: int, ns: int) -> None:
+        times.learn(Result(1, 0, timings=(StageTiming(0, ns, 0, rows),)), False, False, ns)
+
     for rows in itertools.chain(*[(64, 128, 256)] * 10):
-        times.learn_prefill(rows, [StageTiming(0, 1_000_000 + 100_000 * rows, 0, rows)], 1_000_000 + 100_000 * rows)
+        learn(rows, 1_000_000 + 100_000 * rows)
     before = chunk_rows(SETTINGS, times, 4000, 0)
-    times.learn_prefill(256, [StageTiming(0, 300_000_000, 0, 256)], 300_000_000)
+    learn(256, 300_000_000)
     assert chunk_rows(SETTINGS, times, 4000, 0) >= before / 2
+
+
+def test_waiting_behind_others_is_not_taken_for_the_links() -> None:
+    times = StageTimes(2)
+    timings = (StageTiming(0, 1_000_000, 0, 8), StageTiming(0, 1_000_000, 0, 8))
+    times.learn(Result(1, 0, timings=timings), True, True, 2_300_000)
+    assert times.transit_ns == 300_000 and times.in_flight == 3
+    times.learn(Result(1, 1, timings=timings), True, False, 9_000_000)
+    assert times.transit_ns == 300_000 and times.in_flight == 3
 
 
 def test_fixed_chunks_and_limits_of_rows() -> None:

@@ -1,0 +1,151 @@
+"""What a cut costs and brings: two workers of one thread each beside one worker of one thread, in turn, in one run.
+
+    python benchmarks/split.py MODEL.gguf [--repeats 5] [--json PATH]
+
+Prints medians of the ratios of pairs: decode of one request, prefill of 8 prompts of 512 tokens, decode of 8 requests
+together; the latter also beside the bound that the measured stage times give at the microbatch size that was chosen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import tempfile
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+
+from llamaclust.wire.tuning import tune_grpc
+
+tune_grpc()
+
+from llamaclust.cluster.config import load_config  # noqa: E402
+from llamaclust.cluster.coordinator import Cluster, open_cluster  # noqa: E402
+from llamaclust.cluster.metrics import StageReport  # noqa: E402
+from llamaclust.cluster.requests import Finished, Generation  # noqa: E402
+from llamaclust.cluster.state import ClusterDir  # noqa: E402
+
+_REQUESTS = 8
+_PROMPT_TOKENS = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One cluster in one turn."""
+
+    single_tok_s: float  # decode of one request alone
+    prefill_s: float  # 8 prompts of 512 tokens, from the first submission to the last first token
+    together_tok_s: float  # decode of 8 requests
+    bound_tok_s: float  # what the stages' computing times allow at the microbatch size that was chosen
+    microbatch_rows: float  # mean rows of a microbatch while 8 requests decoded
+    stage_ms: tuple[float, ...]  # mean computing time of a microbatch on each stage meanwhile
+
+
+@asynccontextmanager
+async def cluster_of(workers: int, model: Path, folder: Path) -> AsyncIterator[Cluster]:
+    names = ", ".join(f"{{name: w{index}, threads: 1}}" for index in range(workers))
+    overrides = [f"model={model}", f"workers=[{names}]", "context_length=1024", "objective=throughput"]
+    directory = ClusterDir(folder / f"{workers}")
+    directory.create()
+    async with open_cluster(load_config(None, overrides), model, directory) as cluster:
+        yield cluster
+
+
+def prompts(source: random.Random, count: int, tokens: int, vocabulary: int) -> list[tuple[int, ...]]:
+    """Random ids: nothing is found in the prefix cache."""
+    return [tuple(source.randrange(3, vocabulary) for _ in range(tokens)) for _ in range(count)]
+
+
+async def run(cluster: Cluster, prompt: tuple[int, ...], tokens: int) -> Finished:
+    ask = Generation("benchmark", prompt, tokens, min_tokens=tokens)
+    async for event in cluster.engine.submit(ask):
+        if isinstance(event, Finished):
+            return event
+    raise AssertionError("a request ends with Finished")
+
+
+async def measure(cluster: Cluster, source: random.Random, tokens: int) -> Sample:
+    vocabulary = cluster.model.hyperparameters.vocabulary_size
+    alone = await run(cluster, prompts(source, 1, 16, vocabulary)[0], tokens)
+    start = time.perf_counter()
+    await asyncio.gather(
+        *(run(cluster, prompt, 1) for prompt in prompts(source, _REQUESTS, _PROMPT_TOKENS, vocabulary))
+    )
+    prefill_s = time.perf_counter() - start
+    asks = prompts(source, _REQUESTS, 1, vocabulary)
+    before = cluster.engine.metrics.stage_report()
+    start = time.perf_counter()
+    await asyncio.gather(*(run(cluster, prompt, tokens) for prompt in asks))
+    together_s = time.perf_counter() - start
+    rows, stage_ms = difference(before, cluster.engine.metrics.stage_report())
+    rounds_ms = max(_REQUESTS / rows * max(stage_ms), sum(stage_ms))
+    return Sample(
+        single_tok_s=alone.timings.decode_tok_s,
+        prefill_s=prefill_s,
+        together_tok_s=_REQUESTS * tokens / together_s,
+        bound_tok_s=_REQUESTS / rounds_ms * 1e3,
+        microbatch_rows=rows,
+        stage_ms=stage_ms,
+    )
+
+
+def difference(before: Sequence[StageReport], after: Sequence[StageReport]) -> tuple[float, tuple[float, ...]]:
+    """(mean rows of a microbatch, mean computing time on each stage) between two reports."""
+    microbatches = after[0].microbatches - before[0].microbatches
+    rows = (after[0].rows - before[0].rows) / microbatches
+    pairs = zip(before, after, strict=True)
+    return rows, tuple((b.compute_ms * b.microbatches - a.compute_ms * a.microbatches) / microbatches for a, b in pairs)
+
+
+async def compare(model: Path, repeats: int, tokens: int) -> list[tuple[Sample, Sample]]:
+    """Pairs (one worker, two workers), after a turn that warms up both."""
+    source = random.Random(7)
+    pairs = []
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)
+        async with cluster_of(1, model, path) as one, cluster_of(2, model, path) as two:
+            for _ in range(repeats + 1):
+                pairs.append((await measure(one, source, tokens), await measure(two, source, tokens)))
+                print(".", end="", flush=True)
+    print()
+    return pairs[1:]
+
+
+def show(name: str, ratios: list[float], target: str) -> None:
+    spread = f"{min(ratios):.3f} .. {max(ratios):.3f}"
+    print(f"{name:58} {median(ratios):7.3f}   {spread:18} {target}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=64, help="tokens of each answer")
+    parser.add_argument("--json", type=Path, help="write every sample to this file, a JSON line a pair")
+    arguments = parser.parse_args()
+    pairs = asyncio.run(compare(arguments.model, arguments.repeats, arguments.tokens))
+    if arguments.json is not None:
+        lines = [json.dumps({"one": asdict(one), "two": asdict(two)}) for one, two in pairs]
+        arguments.json.write_text("\n".join(lines) + "\n")
+    one, two = pairs[-1]
+    print(f"one worker: {one.single_tok_s:.0f} tok/s alone, {one.prefill_s:.2f} s, {one.together_tok_s:.0f} tok/s of 8")
+    print(
+        f"two workers: {two.single_tok_s:.0f} tok/s alone, {two.prefill_s:.2f} s, {two.together_tok_s:.0f} tok/s of 8"
+    )
+    print(
+        f"two workers' microbatches: {two.microbatch_rows:.1f} rows, stages {[round(ms, 2) for ms in two.stage_ms]} ms"
+    )
+    print(f"{'two workers / one worker':58}  median   min .. max")
+    show("decode of one request, tok/s", [b.single_tok_s / a.single_tok_s for a, b in pairs], ">= 0.90 (1.1B: 0.97)")
+    show("prefill of 8 x 512 tokens, time", [b.prefill_s / a.prefill_s for a, b in pairs], "<= 0.60")
+    show("decode of 8 requests, tok/s", [b.together_tok_s / a.together_tok_s for a, b in pairs], ">= 1")
+    show("the same beside the stage times' bound", [b.together_tok_s / b.bound_tok_s for _, b in pairs], ">= 0.90")
+
+
+if __name__ == "__main__":
+    main()

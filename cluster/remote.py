@@ -37,8 +37,10 @@ class RemotePipeline:
                 await sample.opened()
                 forward = first.open(FORWARD, epoch=epoch)
                 await forward.opened()
-        except BaseException:
+        except BaseException as error:
             await asyncio.gather(first.close(), last.close())
+            if isinstance(error, LlamaclustError):
+                raise await _blame(epoch, workers, error) from error
             raise
         return cls(epoch, workers, (first, last), forward, sample)
 
@@ -98,7 +100,7 @@ class RemotePipeline:
         try:
             await asyncio.wait((reading, watching, *losses), return_when=asyncio.FIRST_COMPLETED)
             ended = [task.result() for task in (reading, watching) if task.done()]
-            self._fail(await self._blame(ended[0] if ended else None))
+            self._fail(await _blame(self.epoch, self._workers, ended[0] if ended else None))
         finally:
             for task in (reading, watching, *losses):
                 task.cancel()
@@ -126,18 +128,6 @@ class RemotePipeline:
             return error
         return WorkerError("the first stage ended its stream" if data is None else "the first stage sent a message")
 
-    async def _blame(self, ended: LlamaclustError | None) -> LlamaclustError:
-        """The loss of a worker, if there is one; else what the stream ended with."""
-        losses = [asyncio.create_task(worker.lost.wait()) for worker in self._workers]
-        await asyncio.wait(losses, timeout=_BLAME_S, return_when=asyncio.FIRST_COMPLETED)
-        for task in losses:
-            task.cancel()
-        lost = next((worker for worker in self._workers if worker.lost.is_set()), None)
-        if lost is not None:
-            return lost.error
-        names = ", ".join(f"{stage.worker} [{stage.start}, {stage.end})" for stage in self.stages)
-        return WorkerError(f"the pipeline of workers {names} broke: {ended}")
-
     async def _lost(self, error: LlamaclustError) -> LlamaclustError:
         """The error of the pipeline, once it is known; `error` is what a write met."""
         await asyncio.wait((self._guarding,), timeout=2 * _BLAME_S)
@@ -155,3 +145,17 @@ class RemotePipeline:
 def _stage(epoch: int, worker: WorkerHandle) -> StageInfo:
     order, _ = worker.stages[epoch]
     return StageInfo(worker.name, order.start, order.end)
+
+
+async def _blame(epoch: int, workers: Sequence[WorkerHandle], ended: LlamaclustError | None) -> LlamaclustError:
+    """The loss of a worker, if there is one or will be in a moment; else what a stream ended with."""
+    losses = [asyncio.create_task(worker.lost.wait()) for worker in workers]
+    await asyncio.wait(losses, timeout=_BLAME_S, return_when=asyncio.FIRST_COMPLETED)
+    for task in losses:
+        task.cancel()
+    lost = next((worker for worker in workers if worker.lost.is_set()), None)
+    if lost is not None:
+        return lost.error
+    stages = (_stage(epoch, worker) for worker in workers)
+    names = ", ".join(f"{stage.worker} [{stage.start}, {stage.end})" for stage in stages)
+    return WorkerError(f"the pipeline of workers {names} broke: {ended}")

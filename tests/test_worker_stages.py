@@ -87,7 +87,7 @@ async def chain(model: Model, folder: Path, cuts: Sequence[int] = (0, 1, 3)) -> 
         await asyncio.gather(*(peer.close() for peer in peers))
         await asyncio.gather(*(server.stop(0.0) for server in servers))
         await asyncio.gather(*(service.close() for service in services))
-        assert compute.stop(5.0)
+        compute.close()
 
 
 @pytest.mark.parametrize("cuts", [(0, 3), (0, 1, 3), (0, 1, 2, 3)], ids=str)
@@ -271,6 +271,6 @@ def test_the_loss_of_the_next_stage_reaches_the_coordinator(model: Model, tmp_pa
         await first.close()
         await server.stop(0.0)
         await service.close()
-        assert compute.stop(5.0)
+        compute.close()
 
     asyncio.run(run())

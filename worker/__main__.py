@@ -28,9 +28,9 @@ def parse_settings(arguments: list[str]) -> WorkerSettings:
 def main() -> None:
     settings = parse_settings(sys.argv[1:])
     tune_grpc()
-    from llamaclust.worker.main import run_worker
+    from llamaclust.worker.main import end_process, run_worker
 
-    sys.exit(run_worker(settings))
+    end_process(run_worker(settings))
 
 
 if __name__ == "__main__":

@@ -23,8 +23,7 @@ class Compute:
         self._loop = asyncio.get_running_loop()
         self._queue: SimpleQueue[_Entry | None] = SimpleQueue()
         self._queued = 0
-        self._thread = threading.Thread(target=self._work, name="compute", daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._work, name="compute", daemon=True).start()
 
     async def run(self, job: Callable[[], _Answer], expected_ns: int = SHORT_NS) -> _Answer:
         """What `job` returns or raises. A job that is cancelled while it computes still ends before the next begins."""
@@ -41,11 +40,9 @@ class Compute:
         if not answer.cancelled():
             answer.exception()  # whoever waited may be gone
 
-    def stop(self, wait_s: float) -> bool:
-        """Ends the thread after the jobs that are queued; False where it is still computing after `wait_s`."""
+    def close(self) -> None:
+        """Lets the thread end after the jobs that are queued, and does not wait for it."""
         self._queue.put(None)
-        self._thread.join(wait_s)
-        return not self._thread.is_alive()
 
     def _work(self) -> None:
         while (entry := self._queue.get()) is not None:

@@ -122,6 +122,7 @@ def _arguments(spec: WorkerSpec, join: str, listen: str, token_file: Path) -> It
 
 def _environment(variables: Mapping[str, str]) -> dict[str, str]:
     """What a worker inherits: nothing that may hold a secret."""
-    return {
+    inherited = {
         name: value for name, value in variables.items() if name in _INHERITED or name.startswith(_INHERITED_PREFIXES)
     }
+    return inherited | {"OPENBLAS_NUM_THREADS": "1"}  # NumPy's own threads, one a core otherwise, would only wait

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 
+from llamaclust.cli import given_text
 from llamaclust.cli.connect import Target
 from llamaclust.cluster.client_types import Options, Reply
 from llamaclust.errors import UsageError
@@ -12,14 +13,11 @@ from llamaclust.errors import UsageError
 
 def given_or_piped(prompt: str | None) -> str:
     """The prompt, or standard input without its last line break. UsageError where there is neither."""
-    if prompt not in (None, "-"):
-        return str(prompt)
+    if prompt is not None and prompt != "-":
+        return given_text.argument(prompt)
     if prompt is None and sys.stdin.isatty():
         raise UsageError('no prompt: give one, as in llamaclust generate "Once upon a time", or pipe it in')
-    try:
-        return sys.stdin.buffer.read().decode().removesuffix("\n").removesuffix("\r")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"standard input is not UTF-8: {error}") from error
+    return given_text.piped().removesuffix("\n").removesuffix("\r")
 
 
 def print_stream(target: Target, prompt: str, options: Options) -> None:

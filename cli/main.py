@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
 import typer
 
@@ -24,18 +25,43 @@ model_commands.app.command("perplexity")(measure_commands.perplexity)
 app.add_typer(model_commands.app, name="model")
 
 
+_BadUsage: type[Any] = typer.BadParameter.__mro__[1]
+"""The base of all mistakes on a command line, whose name is no part of typer's interface."""
+
+
 def main() -> None:
     """Runs the command line; exits 0 done, 1 failed, 2 bad usage or file, 3 does not fit."""
     try:
-        app()
+        code = app(standalone_mode=False)
+        print(end="", flush=True)
+        sys.exit(code if isinstance(code, int) else 0)
     except LlamaclustError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except _BadUsage as error:
+        _explain(error)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        _end_output()
+        if not isinstance(error, BrokenPipeError):
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+
+
+def _end_output() -> None:
+    """What is still buffered goes nowhere: to write it at the end of the process might fail again."""
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _explain(error: Any) -> None:
+    """One line for a mistake on the command line, unless the help was printed instead."""
+    words = " ".join(error.format_message().split())
+    if words:
+        command = error.ctx.command_path if error.ctx else app.info.name
+        print(f"error: {words.rstrip('.')}; see `{command} --help`", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llamaclust.errors import UsageError
+from llamaclust.cli import given_text
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -102,20 +101,12 @@ def tokenize(
     from llamaclust.tools.catalog import resolve_model
 
     tokenizer = load_tokenizer(open_model(resolve_model(model)).metadata)
-    ids = tokenizer.encode(_given_or_read(text), add_special=not no_special, parse_special=parse_special)
+    text = given_text.piped() if text is None else given_text.argument(text)
+    ids = tokenizer.encode(text, add_special=not no_special, parse_special=parse_special)
     if as_json:
         print(json.dumps({"token_ids": ids, "tokens": [tokenizer.token_text(token_id) for token_id in ids]}))
     else:
         print(" ".join(map(str, ids)))
-
-
-def _given_or_read(text: str | None) -> str:
-    if text is not None:
-        return text
-    try:
-        return sys.stdin.buffer.read().decode()
-    except UnicodeDecodeError as error:
-        raise UsageError(f"standard input is not UTF-8: {error}") from error
 
 
 @contextmanager

@@ -11,9 +11,14 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColum
 
 from llamaclust.cluster.events import Event, PlanMade, Ready, StartFailed, WorkerLoading
 
+_MIB = 1 << 20
+
 
 class StartView:
-    """Draws the events of a start on stderr; a context manager that leaves the terminal as it was."""
+    """Draws the events of a start on stderr; a context manager that leaves the terminal as it was.
+
+    Where stderr is no terminal each worker gets a line instead of a bar.
+    """
 
     def __init__(self) -> None:
         self._console = Console(stderr=True, highlight=False)
@@ -23,6 +28,7 @@ class StartView:
             DownloadColumn(binary_units=True),
             TransferSpeedColumn(),
             console=self._console,
+            disable=not self._console.is_terminal,
         )
         self._bars: dict[str, TaskID] = {}
 
@@ -49,6 +55,8 @@ class StartView:
         bar = self._bars.get(event.worker)
         if bar is None:
             label = f"worker {event.worker}, layers {event.start}-{event.end - 1}"
+            if self._progress.disable:
+                print(f"{label}: loading {event.total_bytes / _MIB:.1f} MiB", file=sys.stderr)
             bar = self._bars[event.worker] = self._progress.add_task(label, total=event.total_bytes)
         self._progress.update(bar, completed=event.done_bytes, total=event.total_bytes)
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -148,3 +149,12 @@ def test_two_swapped_additions_are_noticed(build: Build, model: Path) -> None:
     for name, swap in SWAPS.items():
         with applied(swap, build.tree):
             assert build.answers(model) != expected, name
+
+
+def test_every_test_that_the_numerics_page_names_is_there() -> None:
+    named = re.findall(r"`(test_\w+)::(test_\w+)`", (ROOT / "docs" / "numerics.md").read_text())
+    assert len(named) > 40
+    for file, test in named:
+        assert re.search(rf"^(async )?def {test}\(", (ROOT / "tests" / f"{file}.py").read_text(), re.M), (
+            f"{file}::{test}"
+        )

@@ -6,8 +6,8 @@ import asyncio
 import threading
 import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping, Sequence
-from concurrent.futures import Future
-from contextlib import AbstractAsyncContextManager
+from concurrent.futures import CancelledError, Future
+from contextlib import AbstractAsyncContextManager, suppress
 from typing import Any, TypeVar
 
 from llamaclust.cluster.api.openai_shapes import json_logprob
@@ -23,6 +23,7 @@ from llamaclust.wire.messages import SamplingParams
 OpenService = Callable[[], AbstractAsyncContextManager[TextService]]
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+_CLOSED = "the client is closed"
 _Value = TypeVar("_Value")
 
 
@@ -37,25 +38,47 @@ class ServiceThread:
         )
         self._thread.start()
         self._loop, self._stop, self.service = ready.result()
+        self._lock = threading.RLock()  # the garbage collector may end a stream within `call`
+        self._pending: set[Future[Any]] = set()
+        self._is_closed = False
 
     def call(self, work: Coroutine[Any, Any, _Value]) -> _Value:
-        """Runs `work` in the loop; whoever is interrupted meanwhile ends it."""
-        try:
+        """Runs `work` in the loop; whoever is interrupted meanwhile ends it. LlamaclustError once it is closed."""
+        with self._lock:
+            if self._is_closed:
+                work.close()
+                raise LlamaclustError(_CLOSED)
             future = asyncio.run_coroutine_threadsafe(work, self._loop)
-        except RuntimeError as error:
-            work.close()
-            raise LlamaclustError("the client is closed") from error
+            self._pending.add(future)
         try:
             return future.result()
+        except CancelledError as error:
+            raise LlamaclustError(_CLOSED) from error
         except BaseException:
             future.cancel()
             raise
+        finally:
+            self._pending.discard(future)
+
+    def finish(self, work: Coroutine[Any, Any, None]) -> None:
+        """Runs `work`, which gives something back; what a closed service held is back already."""
+        if self._is_closed:
+            work.close()
+        elif threading.current_thread() is self._thread:  # the garbage collector may run in any thread
+            asyncio.run_coroutine_threadsafe(work, self._loop)
+        else:
+            with suppress(LlamaclustError):  # closed meanwhile
+                self.call(work)
 
     def close(self) -> None:
         """Ends what still runs, closes the service and waits for its end."""
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._stop.set)
+        with self._lock:
+            if not self._is_closed:
+                self._is_closed = True
+                self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join()
+        for future in tuple(self._pending):  # the loop ended before it came to these
+            future.cancel()
 
 
 async def _serve(
@@ -113,7 +136,7 @@ class ServiceClient(TextClient):
             while (chunk := self._thread.call(_next(stream))) is not None:
                 yield _chunk(chunk)
         finally:
-            self._thread.call(stream.aclose())
+            self._thread.finish(stream.aclose())
 
 
 async def _next(stream: CompletionStream) -> TextChunk | None:

@@ -25,7 +25,16 @@ from llamaclust.kernels.backend import Float32, Limits
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.model.loader import Model
 from llamaclust.model.program import KV_BLOCK_TOKENS
-from llamaclust.wire.messages import MAX_TOKENS, Chunk, Microbatch, Result, Run, SamplingInputs, StageTiming
+from llamaclust.wire.messages import (
+    MAX_KV_BLOCKS,
+    MAX_TOKENS,
+    Chunk,
+    Microbatch,
+    Result,
+    Run,
+    SamplingInputs,
+    StageTiming,
+)
 from llamaclust.worker.machine import available_memory_bytes
 from llamaclust.worker.stage_runner import StageRunner, plan_memory
 
@@ -165,8 +174,8 @@ def _scheduler_settings(model: Model, settings: LocalSettings) -> SchedulerSetti
         raise UsageError(f"max_sequences: {settings.max_sequences}: set 1 to {_OUTPUTS}")
     if chunk is not None and not 0 < chunk <= MAX_TOKENS - settings.max_sequences:
         raise UsageError(f"prefill_chunk: {chunk}: set 1 to {MAX_TOKENS - settings.max_sequences}")
-    if settings.kv_blocks is not None and settings.kv_blocks < 1:
-        raise UsageError(f"kv_blocks: {settings.kv_blocks}: set 1 or more")
+    if settings.kv_blocks is not None and not 0 < settings.kv_blocks <= MAX_KV_BLOCKS - _blocks(context):
+        raise UsageError(f"kv_blocks: {settings.kv_blocks}: set 1 to {MAX_KV_BLOCKS - _blocks(context)}")
     return SchedulerSettings(
         model_id=model.model_id,
         vocabulary=model.hyperparameters.vocabulary_size,

@@ -97,7 +97,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
             )
             with pytest.MonkeyPatch.context() as patch:
                 work = make_work(SEED, VOCABULARY, KV_LAYER_BYTES)
-                made[kind] = model, run(model, Way((0, 6)), work, folder, patch)
+                made[kind] = model, run(model, Way((0, 6), every=True), work, folder, patch)
         return made[kind]
 
     return get
@@ -114,7 +114,8 @@ def test_every_pair_of_ways(
     model, expected = models(row["kind"])
     way = Way(**{name: value for name, value in row.items() if name != "kind"})
     work = make_work(SEED, VOCABULARY, KV_LAYER_BYTES)
-    assert run(model, way, work, tmp_path, monkeypatch) == expected
+    answers = run(model, way, work, tmp_path, monkeypatch)
+    assert answers == expected[: len(answers)]
 
 
 def test_answers_are_worth_comparing(models: Models) -> None:
@@ -146,4 +147,5 @@ def test_random_ways(way: Way, models: Models, tmp_path_factory: pytest.TempPath
     model, expected = models(KINDS[0])
     with pytest.MonkeyPatch.context() as patch:
         work = make_work(SEED, VOCABULARY, KV_LAYER_BYTES)
-        assert run(model, way, work, tmp_path_factory.mktemp("way"), patch) == expected
+        answers = run(model, way, work, tmp_path_factory.mktemp("way"), patch)
+        assert answers == expected[: len(answers)]

@@ -10,6 +10,7 @@ from llamaclust.cluster.plan_inputs import plan_cluster
 from llamaclust.cluster.state import ClusterDir, Measurement
 from llamaclust.model.loader import Model
 from llamaclust.tools.catalog import resolve_model
+from llamaclust.worker.devices import check_model
 from llamaclust.worker.machine import available_memory_bytes
 
 
@@ -17,6 +18,8 @@ def plan_of(file: Path | None, overrides: list[str]) -> Plan:
     """The plan of a cluster file. UsageError for a wrong file, DoesNotFitError with the missing MiB."""
     config = load_config(file, overrides)
     model = Model.open(resolve_model(config.model))
+    for device in {worker.device for worker in config.workers}:
+        check_model(device, model)
     return plan_cluster(config, model, _memory(config), _measured(config))
 
 

@@ -20,7 +20,7 @@ from llamaclust.cluster.loading import load_stages
 from llamaclust.cluster.measuring import measure_workers
 from llamaclust.cluster.pipeline import StageInfo
 from llamaclust.cluster.plan import Plan
-from llamaclust.cluster.plan_inputs import plan_cluster, scheduler_settings, stage_limits
+from llamaclust.cluster.plan_inputs import check_plan, plan_cluster, scheduler_settings, stage_limits
 from llamaclust.cluster.plan_text import plan_lines
 from llamaclust.cluster.registry import Registry
 from llamaclust.cluster.remote import RemotePipeline
@@ -60,6 +60,8 @@ async def open_cluster(
         registry = Registry(run.coordinator, run.token, silence_s=silence_s, last_words=launcher.last_words)
         model = await asyncio.to_thread(Model.open, model_path)
         with closing(model):
+            check_plan(config, model)
+            launcher.check(_specs(config), model)
             async with registry, _launched(launcher, registry, config):
                 await registry.wait_for([worker.name for worker in config.workers], _JOIN_S)
                 measured = await measure_workers(config, registry.workers, folder)

@@ -8,6 +8,7 @@ from llamaclust.cluster.config import ClusterConfig
 from llamaclust.cluster.costs import WorkerFacts, workspace
 from llamaclust.cluster.plan import Plan
 from llamaclust.cluster.planner import PlanRequest, make_plan
+from llamaclust.cluster.planner_manual import Assignment, checked
 from llamaclust.cluster.settings import SchedulerSettings
 from llamaclust.cluster.state import Measurement
 from llamaclust.errors import UsageError
@@ -30,6 +31,17 @@ def context_length(config: ClusterConfig, model: Model) -> int:
     return min(config.context_length, trained)
 
 
+def check_plan(config: ClusterConfig, model: Model) -> None:
+    """UsageError for what is wrong whatever the workers turn out to be: the context, a plan by hand."""
+    context_length(config, model)
+    if config.plan is not None:
+        checked(_by_hand(config), [worker.name for worker in config.workers], model.layer_count)
+
+
+def _by_hand(config: ClusterConfig) -> tuple[Assignment, ...]:
+    return tuple((one.worker, *one.layers) for one in config.plan or ())
+
+
 def max_rows(config: ClusterConfig) -> int:
     """Rows of a microbatch, at most: a prefill chunk beside all that decode."""
     return max(_ROWS, config.prefill_chunk or 0) + config.max_sequences
@@ -47,14 +59,13 @@ def plan_cluster(
     Raises DoesNotFitError with the missing MiB, UsageError for a plan by hand that is wrong.
     """
     length = context_length(config, model)
-    manual = None if config.plan is None else tuple((one.worker, *one.layers) for one in config.plan)
     whole = model.program(0, model.layer_count)
     ask = PlanRequest(
         context_length=length,
         max_sequences=config.max_sequences,
         workspace=workspace(whole, max_rows(config), max_outputs(config)),
         objective=config.objective,
-        manual=manual,
+        manual=None if config.plan is None else _by_hand(config),
         kv_memory_bytes=config.kv_memory,
     )
     facts = [_facts(name, memory_bytes.get(name), measured.get(name)) for name in (w.name for w in config.workers)]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from llamaclust.errors import UsageError
 from llamaclust.kernels.backend import Backend
+from llamaclust.model.loader import Model
 from llamaclust.wire.control import Measured, Register
 from llamaclust.worker.machine import available_memory_bytes, processor_name, resident_bytes, total_memory_bytes
 from llamaclust.worker.settings import WorkerSettings
@@ -60,6 +61,15 @@ class Device:
             free_memory_bytes=self.free_memory_bytes,
             fingerprint=f"{processor_name()}, {cores} cores, {self.threads} threads, {self.kind} {level}",
         )
+
+
+def check_model(kind: str, model: Model) -> None:
+    """ModelFileError where it is clear without reading weights that a device of this kind cannot run the model."""
+    if kind == "cpu":
+        from llamaclust.kernels.cpu.weights import check_weights
+
+        program = model.program(0, model.layer_count)
+        check_weights(program, model.tensors_for(program))
 
 
 def _backend(device: str, threads: int, feature_level: str) -> Backend:

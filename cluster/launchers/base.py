@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from llamaclust.model.loader import Model
+
 Exited = Callable[[str, str], None]
 """Called with a worker's name and how its process ended, such as "killed by signal 9 (SIGKILL)"."""
 
@@ -27,6 +29,10 @@ class Launcher(Protocol):
     @property
     def pids(self) -> Mapping[str, int]:
         """Process ids of workers that run, by name, where they are known."""
+        ...
+
+    def check(self, workers: Sequence[WorkerSpec], model: Model) -> None:
+        """ModelFileError where it is known before a start that one of the workers cannot run the model."""
         ...
 
     async def start(self, workers: Sequence[WorkerSpec], join: str, exited: Exited) -> None:

@@ -13,7 +13,9 @@ from pathlib import Path
 
 from llamaclust.cluster.launchers.base import Exited, WorkerSpec
 from llamaclust.cluster.launchers.run_directory import RunDirectory
+from llamaclust.model.loader import Model
 from llamaclust.wire.bounds import line
+from llamaclust.worker.devices import check_model
 
 _GRACE_S = 1.0
 _LAST_WORDS_BYTES = 4096
@@ -34,6 +36,10 @@ class LocalLauncher:
     @property
     def pids(self) -> Mapping[str, int]:
         return {name: process.pid for name, process in self._processes.items() if process.returncode is None}
+
+    def check(self, workers: Sequence[WorkerSpec], model: Model) -> None:
+        for device in {worker.device for worker in workers}:
+            check_model(device, model)
 
     async def start(self, workers: Sequence[WorkerSpec], join: str, exited: Exited) -> None:
         for spec in workers:

@@ -142,10 +142,8 @@ class WeightStore:
 
     def load(self, program: Program, tensors: Mapping[str, Tensor], progress: Progress) -> dict[str, Weight]:
         """ModelFileError for a tensor of the wrong shape or of a type without kernels, or a file that changed."""
+        check_weights(program, tensors)
         needs = needs_of(program)
-        for name, wanted in needs.items():
-            for need in wanted:
-                _check(tensors[name], need)
         with self._lock:
             weights = {name: self._loaded.get(_key(tensors[name])) for name in needs}
             present = {name: weight for name, weight in weights.items() if weight is not None}
@@ -165,6 +163,13 @@ class WeightStore:
 
 def _key(tensor: Tensor) -> tuple[object, ...]:
     return tensor.path, tensor.file_identity, tensor.name
+
+
+def check_weights(program: Program, tensors: Mapping[str, Tensor]) -> None:
+    """ModelFileError for a tensor of the wrong shape or of a type without kernels. Reads no weights."""
+    for name, wanted in needs_of(program).items():
+        for need in wanted:
+            _check(tensors[name], need)
 
 
 def _check(tensor: Tensor, need: Need) -> None:

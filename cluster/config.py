@@ -100,9 +100,16 @@ class Timeouts(_Section):
     worker: Duration = 5.0
     """Silence after which a worker counts as lost."""
     recovery: Duration = 120.0
-    """From a worker's loss until the cluster gives up, at most."""
+    """From a worker's loss until the cluster gives up. Only the default is taken: a lost worker ends its requests."""
     coordinator: Duration = 600.0
-    """How long workers that are not local wait for their coordinator."""
+    """How long workers that are not local wait for their coordinator. Only the default is taken: all are local."""
+
+    @model_validator(mode="after")
+    def _check_built(self) -> Self:
+        for name in ("recovery", "coordinator"):
+            if getattr(self, name) != Timeouts.model_fields[name].default:
+                raise ValueError(f"{name}: this build has no use for it yet; leave it out")
+        return self
 
 
 class ClusterConfig(_Section):

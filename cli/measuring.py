@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from llamaclust.cli.connect import connect
@@ -74,7 +74,7 @@ def print_perplexity(source: Source, file: Path, context: int, most: int | None,
 
 def _with_progress(client: TextClient, chunks: list[tuple[int, ...]]) -> Perplexity:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with _bar(*columns) as bar:
         task = bar.add_task("perplexity", total=len(chunks))
 
         def show(value: Perplexity) -> None:
@@ -83,11 +83,17 @@ def _with_progress(client: TextClient, chunks: list[tuple[int, ...]]) -> Perplex
         return measure(client, chunks, show)
 
 
+def _bar(*columns: ProgressColumn) -> Progress:
+    """On standard error, where that is a terminal; gone at the end."""
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
 def print_bench(task: BenchTask, as_json: bool) -> None:
     """Prints a table, or one JSON object."""
     if task.workers > 1:
         tune_grpc()
-    with Progress(TextColumn("{task.description}"), BarColumn(), console=Console(stderr=True), transient=True) as bar:
+    with _bar(TextColumn("{task.description}"), BarColumn()) as bar:
         shown = bar.add_task("loading", total=task.steps)
         report = run_bench(task, lambda what: bar.update(shown, description=what, advance=1))
     if as_json:

@@ -24,6 +24,7 @@ struct SpanTask {
   const uint16_t* head;   // f16: the KV head's piece of block 0 (kv_piece_halves)
   size_t block_stride;    // halves from a block to the next
   const int32_t* blocks;  // ids of the span's blocks
+  int blocks_after;       // ids that follow these and are read next
   int head_dim;
   float scale;
   int queries;           // <= kTileQueries

@@ -118,8 +118,17 @@ class AttentionWork {
     }
     store_span(unit, span);
     const size_t stride = static_cast<size_t>(step_.kv_heads) * kv_piece_halves(step_.head_dim);
-    const SpanTask task{piece(unit.kv_head, 0), stride, table(unit.tile.sequence) + span * kSpanBlocks, step_.head_dim,
-                        step_.scale, queries, scratch_.q + before * step_.head_dim, positions, scratch_.scores};
+    const int blocks_after = position(unit.tile.row_end - 1) / kKvBlockTokens + 1 - (span + 1) * kSpanBlocks;
+    const SpanTask task{piece(unit.kv_head, 0),
+                        stride,
+                        table(unit.tile.sequence) + span * kSpanBlocks,
+                        std::max(blocks_after, 0),
+                        step_.head_dim,
+                        step_.scale,
+                        queries,
+                        scratch_.q + before * step_.head_dim,
+                        positions,
+                        scratch_.scores};
     level_.attention.span(task, from(sums, before));
     return before;
   }

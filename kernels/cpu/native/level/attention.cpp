@@ -7,11 +7,16 @@
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {
 
-// Registers' worth of queries, position groups and channel groups that are computed together.
+// Queries that are computed together at most, and for R of them how many blocks of positions and groups of 16 channels:
+// as many sums as registers hold, and no fewer than hide the latency of a multiply-add.
 #if defined(__AVX512F__)
-constexpr int kQueries = 4, kGroups = 4, kChannels = 4;
+constexpr int kQueries = 8;
+constexpr int blocks_at_once(int queries) { return queries <= 2 ? 8 : queries <= 4 ? 4 : 2; }
+constexpr int channels_at_once(int queries) { return queries <= 2 ? 8 : queries <= 6 ? 4 : 2; }
 #else
-constexpr int kQueries = 2, kGroups = 2, kChannels = 2;
+constexpr int kQueries = 2;
+constexpr int blocks_at_once(int queries) { return queries == 1 ? 4 : 2; }
+constexpr int channels_at_once(int queries) { return queries == 1 ? 4 : 2; }
 #endif
 
 #define INLINE inline __attribute__((always_inline))
@@ -20,18 +25,35 @@ INLINE const uint16_t* piece(const SpanTask& task, int block) {
   return task.head + static_cast<size_t>(task.blocks[block]) * task.block_stride;
 }
 
-// scores[query][position] of R queries and P blocks of 16 positions.
+// Blocks of values between what is computed and what is fetched into the cache.
+constexpr int kBlocksAhead = 4;
+
+constexpr int kLineHalves = 64 / sizeof(uint16_t);
+
+INLINE const uint16_t* keys_at(const SpanTask& task, int block) { return piece(task, block); }
+INLINE const uint16_t* values_at(const SpanTask& task, int block) {
+  return piece(task, block) + task.head_dim * kKvBlockTokens;
+}
+
+// scores[query][position] of R queries and P blocks of 16 positions. The first queries fetch what is read next: the
+// following blocks, and at the end the first values.
 template <int R, int P>
-void score_tile(const SpanTask& task, int query, int block) {
+void score_tile(const SpanTask& task, int query, int block, int blocks) {
   F32x16 sums[R][P];
-  const uint16_t* keys[P];
+  const uint16_t *keys[P], *next[P];
   const float* q = task.q + query * task.head_dim;
-  for (int p = 0; p < P; p++) keys[p] = piece(task, block + p);
+  for (int p = 0; p < P; p++) {
+    const int after = block + P + p;
+    keys[p] = keys_at(task, block + p);
+    next[p] = after < blocks ? keys_at(task, after) : values_at(task, (after - blocks) % blocks);
+  }
   for (int r = 0; r < R; r++)
     for (int p = 0; p < P; p++) sums[r][p] = zero();
   for (int d = 0; d < task.head_dim; d++) {
     F32x16 k[P];
     for (int p = 0; p < P; p++) k[p] = from_f16(keys[p] + d * kKvBlockTokens);
+    if (query == 0 && d % 2 == 0)
+      for (int p = 0; p < P; p++) __builtin_prefetch(next[p] + d * kKvBlockTokens);
     for (int r = 0; r < R; r++) {
       const F32x16 x = broadcast(q[r * task.head_dim + d]);
       for (int p = 0; p < P; p++) sums[r][p] = fma(x, k[p], sums[r][p]);
@@ -45,9 +67,10 @@ void score_tile(const SpanTask& task, int query, int block) {
 
 template <int R>
 void score_queries(const SpanTask& task, int query, int blocks) {
+  constexpr int P = blocks_at_once(R);
   int block = 0;
-  for (; block + kGroups <= blocks; block += kGroups) score_tile<R, kGroups>(task, query, block);
-  for (; block < blocks; block++) score_tile<R, 1>(task, query, block);
+  for (; block + P <= blocks; block += P) score_tile<R, P>(task, query, block, blocks);
+  for (; block < blocks; block++) score_tile<R, 1>(task, query, block, blocks);
 }
 
 // Turns one query's scores into exp(score - maximum); lanes past its last position count as nothing.
@@ -73,10 +96,17 @@ void weigh(float* scores, int positions, float* maximum, float* sum) {
   *sum = sum_tree(total);
 }
 
+// What is read after the values of a span: the keys of the next.
+INLINE const uint16_t* fetched_at(const SpanTask& task, int block) {
+  const int blocks = (task.positions[task.queries - 1] + kKvBlockTokens - 1) / kKvBlockTokens;
+  if (block < blocks) return values_at(task, block);
+  return keys_at(task, block < blocks + task.blocks_after ? block : blocks - 1);
+}
+
 // values[query][channel] += weight * value over positions [begin, end), for R queries and C groups of 16 channels.
 template <int R, int C>
 void value_tile(const SpanTask& task, int query, int channel, int begin, int end, float* values) {
-  const int width = padded_head(task.head_dim);
+  const int width = padded_head(task.head_dim), lines = query + channel == 0 ? task.head_dim / kLineHalves : 0;
   float* out = values + query * width + channel;
   const float* weights = task.scores + query * kSpanTokens;
   F32x16 sums[R][C];
@@ -85,10 +115,11 @@ void value_tile(const SpanTask& task, int query, int channel, int begin, int end
   for (int start = begin; start < end;) {
     const int block = start / kKvBlockTokens, block_end = (block + 1) * kKvBlockTokens;
     const int stop = block_end < end ? block_end : end;
-    const uint16_t* v = piece(task, block) + task.head_dim * kKvBlockTokens + channel;
+    const uint16_t *v = values_at(task, block) + channel, *next = fetched_at(task, block + kBlocksAhead);
     for (int i = start; i < stop; i++) {
       F32x16 x[C];
       for (int c = 0; c < C; c++) x[c] = from_f16(v + (i % kKvBlockTokens) * width + c * 16);
+      for (int l = 0; l < lines; l++) __builtin_prefetch(next + (i % kKvBlockTokens * lines + l) * kLineHalves);
       for (int r = 0; r < R; r++) {
         const F32x16 weight = broadcast(weights[r * kSpanTokens + i]);
         for (int c = 0; c < C; c++) sums[r][c] = fma(weight, x[c], sums[r][c]);
@@ -102,10 +133,12 @@ void value_tile(const SpanTask& task, int query, int channel, int begin, int end
 
 template <int R>
 void value_range(const SpanTask& task, int query, int begin, int end, float* values) {
+  constexpr int C = channels_at_once(R);
   const int width = padded_head(task.head_dim);
   int channel = 0;
-  for (; channel + 16 * kChannels <= width; channel += 16 * kChannels)
-    value_tile<R, kChannels>(task, query, channel, begin, end, values);
+  for (; channel + 16 * C <= width; channel += 16 * C) value_tile<R, C>(task, query, channel, begin, end, values);
+  if constexpr (C > 4)
+    for (; channel + 64 <= width; channel += 64) value_tile<R, 4>(task, query, channel, begin, end, values);
   for (; channel < width; channel += 16) value_tile<R, 1>(task, query, channel, begin, end, values);
 }
 
@@ -128,15 +161,15 @@ void span_queries(const SpanTask& task, int query, const SpanSums& sums) {
   value_queries<R>(task, query, sums.values);
 }
 
-void span(const SpanTask& task, const SpanSums& sums) {
-  int query = 0;
-  for (; query + kQueries <= task.queries; query += kQueries) span_queries<kQueries>(task, query, sums);
-#if defined(__AVX512F__)
-  if (task.queries - query == 3) return span_queries<3>(task, query, sums);
-  if (task.queries - query == 2) return span_queries<2>(task, query, sums);
-#endif
-  if (task.queries - query == 1) span_queries<1>(task, query, sums);
+// All queries, R at a time, then the rest.
+template <int R>
+void span_from(const SpanTask& task, int query, const SpanSums& sums) {
+  for (; query + R <= task.queries; query += R) span_queries<R>(task, query, sums);
+  if constexpr (R > 1)
+    if (query < task.queries) span_from<R - 1>(task, query, sums);
 }
+
+void span(const SpanTask& task, const SpanSums& sums) { span_from<kQueries>(task, 0, sums); }
 
 void merge(const SpanSums& total, const SpanSums& next, int queries, int head_dim) {
   const int width = padded_head(head_dim);

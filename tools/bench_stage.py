@@ -88,9 +88,8 @@ class BenchStage:
         logits = self._runner.run(microbatch, None)
         rows = self._runner.finish(logits, SamplingInputs(_EPOCH, 0, tuple(tasks)))
         if len(chunks[0].tokens) > 1:
-            elapsed_ns = perf_counter_ns() - started_ns
-            timing = StageTiming(0, elapsed_ns, 0, microbatch.rows)
-            self._times.learn_prefill(microbatch.rows, (timing,), elapsed_ns)
+            timing = StageTiming(0, perf_counter_ns() - started_ns, 0, microbatch.rows)
+            self._times.prefill.learn(microbatch.rows, (timing,))
         failure = next((row.failure for row in rows if row.failure is not None), None)
         if failure is not None:
             raise LlamaclustError(f"the model does not run: {failure}")

@@ -40,15 +40,25 @@ void pack_q8_0(const Blocks& blocks, uint8_t* body, uint8_t* tail) {
   put_half(blocks, 0, tail);
 }
 
+// Four quants of a row as one word, and back.
+uint32_t word_at(const uint8_t* p) {
+  uint32_t word;
+  memcpy(&word, p, 4);
+  return word;
+}
+void put_word(uint32_t word, uint8_t* out) { memcpy(out, &word, 4); }
+
+constexpr uint32_t kLowHalves = 0x0f0f0f0f, kLowPairs = 0x03030303;
+
 // File: d, dmin, 8 scales and 8 mins of 6 bits in 12 bytes, then per 64 columns 32 bytes: low halves the first 32
 // columns, high halves the others.
 void pack_q4_k_row(const uint8_t* block, int row, uint8_t* body) {
   const uint8_t *packed = block + 4, *quants = block + 16;
   for (int j = 0; j < 8; j++)
-    for (int i = 0; i < 16; i++) {
-      const uint8_t *source = quants + j / 2 * 32, shift = j % 2 * 4;
-      const int first = source[i] >> shift & 15, second = source[i + 16] >> shift & 15;
-      body[256 * j + 64 * (i / 4) + 4 * row + i % 4] = static_cast<uint8_t>(first | second << 4);
+    for (int g = 0; g < 4; g++) {
+      const uint8_t* source = quants + j / 2 * 32 + 4 * g;
+      const uint32_t first = word_at(source) >> (j % 2 * 4), second = word_at(source + 16) >> (j % 2 * 4);
+      put_word((first & kLowHalves) | (second & kLowHalves) << 4, body + 256 * j + 64 * g + 4 * row);
     }
   uint8_t* lines = body + 2048 + 4 * row;
   for (int j = 0; j < 4; j++) {
@@ -67,27 +77,31 @@ void pack_q4_k(const Blocks& blocks, uint8_t* body, uint8_t* tail) {
   put_half(blocks, 2, tail + 32);
 }
 
+// The quants of columns 4 * group to 4 * group + 3.
 // File: per 128 columns 64 bytes of low nibbles and 32 bytes of high bit pairs; 16 signed scales; d.
-int q6_k_quant(const uint8_t* block, int column) {
-  const int half = column / 128, quarter = column % 128 / 32, i = column % 32;
-  const int low = block[64 * half + 32 * (quarter % 2) + i] >> (quarter / 2 * 4) & 15;
-  const int high = block[128 + 32 * half + i] >> (2 * quarter) & 3;
-  return low | high << 4;
+uint32_t q6_k_group(const uint8_t* block, int group) {
+  const int half = group / 32, quarter = group % 32 / 8, i = group % 8 * 4;
+  const uint32_t low = word_at(block + 64 * half + 32 * (quarter % 2) + i) >> (quarter / 2 * 4);
+  const uint32_t high = word_at(block + 128 + 32 * half + i) >> (2 * quarter);
+  return (low & kLowHalves) | (high & kLowPairs) << 4;
 }
 
 // Tile: per sub-block of 16 two lines of nibbles (k-groups 0 and 2, 1 and 3) and one of bit pairs (k-groups 0 to 3);
 // then the scales of sub-blocks 4 i to 4 i + 3 as k-group i.
 void pack_q6_k_row(const uint8_t* block, int row, uint8_t* body) {
-  for (int j = 0; j < 16; j++)
-    for (int i = 0; i < 4; i++) {
-      int q[4];
-      for (int g = 0; g < 4; g++) q[g] = q6_k_quant(block, 16 * j + 4 * g + i);
-      uint8_t* out = body + 192 * j + 4 * row + i;
-      out[0] = static_cast<uint8_t>((q[0] & 15) | (q[2] & 15) << 4);
-      out[64] = static_cast<uint8_t>((q[1] & 15) | (q[3] & 15) << 4);
-      out[128] = static_cast<uint8_t>(q[0] >> 4 | q[1] >> 4 << 2 | q[2] >> 4 << 4 | q[3] >> 4 << 6);
+  for (int j = 0; j < 16; j++) {
+    uint32_t low[4], high[4];
+    for (int g = 0; g < 4; g++) {
+      const uint32_t group = q6_k_group(block, 4 * j + g);
+      low[g] = group & kLowHalves;
+      high[g] = group >> 4 & kLowPairs;
     }
-  for (int j = 0; j < 16; j++) body[3072 + 64 * (j / 4) + 4 * row + j % 4] = block[192 + j];
+    uint8_t* out = body + 192 * j + 4 * row;
+    put_word(low[0] | low[2] << 4, out);
+    put_word(low[1] | low[3] << 4, out + 64);
+    put_word(high[0] | high[1] << 2 | high[2] << 4 | high[3] << 6, out + 128);
+  }
+  for (int i = 0; i < 4; i++) memcpy(body + 3072 + 64 * i + 4 * row, block + 192 + 4 * i, 4);
 }
 
 void pack_q6_k(const Blocks& blocks, uint8_t* body, uint8_t* tail) {

@@ -1,63 +1,78 @@
-// Activations as int8 with one scale a segment (matrix.h says how each value comes about).
+// Activations as int8 with one scale a segment (matrix.h says how each value comes about). Plain loops: what they do is
+// exact or one IEEE operation a value, and compilers make vectors of them.
 #pragma once
 
+#include <cstring>
+
 #include "matrix.h"
-#include "simd/lanes.h"
 
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {
 
+#define QUANTIZE inline __attribute__((always_inline))
+
 // Below this a segment counts as zero: 127 / maximum would not be finite much further down.
-constexpr float kSmallestMaximum = 0x1p-118f;
+constexpr int32_t kSmallestMaximum = 0x04800000;  // 2^-118
+constexpr int32_t kInfinity = 0x7f800000;
 
 struct SegmentScale {
   float scale;
   float inverse;  // 0: every q is 0
 };
 
+// The loops below are not to be unrolled before they become vectors.
+#define AS_VECTORS _Pragma("GCC unroll 1")
+
 template <int n>
-inline __attribute__((always_inline)) SegmentScale scale_of(const float* x) {
-  F32x16 maximum = zero(), defect = zero();
-  for (int i = 0; i < n; i += 16) {
-    const F32x16 v = load(x + i);
-    maximum = max(max(v, sub(zero(), v)), maximum);
-    defect = fma(v, zero(), defect);  // NaN where v is an infinity or a NaN
+QUANTIZE SegmentScale scale_of(const float* x) {
+  int32_t greatest = 0;  // magnitudes of floats are in the order of their bits, infinities and NaNs last
+  AS_VECTORS for (int i = 0; i < n; i++) {
+    const int32_t magnitude = __builtin_bit_cast(int32_t, x[i]) & 0x7fffffff;
+    greatest = magnitude > greatest ? magnitude : greatest;
   }
-  const float worst = sum_tree(defect), greatest = max_tree(maximum);
-  if (worst != worst) return {__builtin_nanf(""), 0.0f};
+  if (greatest >= kInfinity) return {__builtin_nanf(""), 0.0f};
   if (greatest < kSmallestMaximum) return {0.0f, 0.0f};
-  return {greatest / 127.0f, 127.0f / greatest};
+  const float maximum = __builtin_bit_cast(float, greatest);
+  return {maximum / 127.0f, 127.0f / maximum};
 }
 
-// Quantizes 16 values and returns their sum.
-inline __attribute__((always_inline)) int32_t quantize_16(const float* x, float inverse, int8_t* out) {
-  alignas(64) int32_t q[16] = {};
-  if (inverse != 0.0f) store(q, to_int(mul(load(x), broadcast(inverse))));
+// Quantizes n values and returns their sum. Adding 1.5 * 2^23 rounds to nearest, ties to even, and leaves the integer in
+// the low bits.
+template <int n>
+QUANTIZE int32_t quantize_values(const float* __restrict x, float inverse, int8_t* __restrict out) {
+  if (inverse == 0.0f) {
+    memset(out, 0, n);
+    return 0;
+  }
   int32_t sum = 0;
-  for (int i = 0; i < 16; i++) {
-    out[i] = static_cast<int8_t>(q[i]);
-    sum += q[i];
+  AS_VECTORS for (int i = 0; i < n; i++) {
+    const int32_t q = __builtin_bit_cast(int32_t, x[i] * inverse + 0x1.8p23f) - 0x4b400000;
+    out[i] = static_cast<int8_t>(q);
+    sum += q;
   }
   return sum;
 }
 
-inline void quantize_segment(const float* x, Q8_32& out) {
+QUANTIZE void quantize_segment(const float* x, Q8_32& out) {
   const SegmentScale s = scale_of<32>(x);
   out.scale = s.scale;
-  out.sum = quantize_16(x, s.inverse, out.q) + quantize_16(x + 16, s.inverse, out.q + 16);
+  out.sum = quantize_values<32>(x, s.inverse, out.q);
   out.scaled_sum = s.scale * static_cast<float>(out.sum);
 }
 
-inline void quantize_segment(const float* x, Q8_256& out) {
+QUANTIZE void quantize_segment(const float* x, Q8_256& out) {
   const SegmentScale s = scale_of<256>(x);
   out.scale = s.scale;
-  for (int i = 0; i < 16; i++) out.sums[i] = quantize_16(x + 16 * i, s.inverse, out.q + 16 * i);
+  for (int i = 0; i < 16; i++) out.sums[i] = quantize_values<16>(x + 16 * i, s.inverse, out.q + 16 * i);
   for (int j = 0; j < 8; j++) {
     const int32_t sum = out.sums[2 * j] + out.sums[2 * j + 1], high = (sum + 64) >> 7;
     out.sums_high[j] = static_cast<int8_t>(high);
     out.sums_low[j] = static_cast<int8_t>(sum - 128 * high);
   }
 }
+
+#undef AS_VECTORS
+#undef QUANTIZE
 
 void quantize(ActivationFormat format, const float* x, int cols, void* out) {
   if (format == ActivationFormat::Q8_32)

@@ -9,7 +9,8 @@ namespace llamaclust {
 inline constexpr int kKvBlockTokens = 16;
 inline constexpr int kSpanTokens = 512;
 inline constexpr int kSpanBlocks = kSpanTokens / kKvBlockTokens;
-inline constexpr int kTileQueries = 16;
+inline constexpr int kTileQueries = 64;
+inline constexpr int kScoredQueries = 8;  // scores of these are held at once
 
 // Channels of a stored value or of a sum of values: lanes past head_dim hold anything.
 inline constexpr int padded_head(int head_dim) { return (head_dim + 15) / 16 * 16; }
@@ -30,13 +31,14 @@ struct SpanTask {
   int queries;           // <= kTileQueries
   const float* q;        // [queries][head_dim]
   const int* positions;  // [queries] how many of the span's positions each one sees: 1 to 512, ascending
-  float* scores;         // [kTileQueries][kSpanTokens] scratch
+  float* scores;         // [kScoredQueries][kSpanTokens] scratch
 };
 
-// What the positions so far give: the greatest score, sum of exp(score - maximum), values weighted by these.
+// What the positions so far give: the greatest score, sum of exp(score - maximum), values weighted by these. Sixteen more
+// than `queries` of the first two are read and written.
 struct SpanSums {
-  float* maximum;  // [kTileQueries]
-  float* sum;      // [kTileQueries]
+  float* maximum;  // [queries + 16]
+  float* sum;      // [queries + 16]
   float* values;   // [queries][padded_head]
 };
 

@@ -107,12 +107,12 @@ class AttentionWork {
 
   // Computes one span of the loaded queries and returns how many of them, the first ones, lie before it.
   int compute_span(const Unit& unit, int span, const SpanSums& sums) const {
-    int positions[kTileQueries], queries = 0, before = 0;
+    int queries = 0, before = 0;
     for (int row = unit.tile.row_begin; row < unit.tile.row_end; row++) {
       const int seen = std::min(position(row) + 1 - span * kSpanTokens, kSpanTokens);
       for (int i = 0; i < unit.heads; i++)
         if (seen > 0)
-          positions[queries++] = seen;
+          scratch_.positions[queries++] = seen;
         else
           before++;
     }
@@ -127,7 +127,7 @@ class AttentionWork {
                         step_.scale,
                         queries,
                         scratch_.q + before * step_.head_dim,
-                        positions,
+                        scratch_.positions,
                         scratch_.scores};
     level_.attention.span(task, from(sums, before));
     return before;
@@ -162,11 +162,12 @@ class AttentionWork {
   }
 
   // Few long units: their spans go to different threads, if there is room for all their sums.
-  size_t partial_floats() const {
+  int most_queries() const {
     int rows = 0;
     for (const RowTile& tile : tiles_) rows = std::max(rows, tile.row_end - tile.row_begin);
-    return span_sums_floats(rows * std::min(group_, kTileQueries), step_.head_dim);
+    return rows * std::min(group_, kTileQueries);
   }
+  size_t partial_floats() const { return span_sums_floats(most_queries(), step_.head_dim); }
   int64_t span_count() const {
     int64_t count = 0;
     for (const RowTile& tile : tiles_) count += spans(tile);
@@ -179,7 +180,7 @@ class AttentionWork {
     return count > unit_count() && static_cast<size_t>(count) * partial_floats() <= worker_.run_.workspace.partial_floats();
   }
   SpanSums partial(int64_t index) const {
-    return span_sums_at(worker_.run_.workspace.partials() + static_cast<size_t>(index) * partial_floats());
+    return span_sums_at(worker_.run_.workspace.partials() + static_cast<size_t>(index) * partial_floats(), most_queries());
   }
 
   void run_spans() const {

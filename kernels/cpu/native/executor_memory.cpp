@@ -11,7 +11,7 @@ constexpr size_t kPage = 4096;
 
 size_t attention_scratch_bytes(int head_dim) {
   const size_t channels = static_cast<size_t>(head_dim) + 16;
-  return sizeof(float) * (kTileQueries * channels + kTileQueries * kSpanTokens + channels +
+  return sizeof(float) * (kTileQueries * channels + kScoredQueries * kSpanTokens + channels + kTileQueries +
                           2 * span_sums_floats(kTileQueries, head_dim));
 }
 
@@ -75,11 +75,21 @@ AttentionScratch Workspace::attention_scratch(int thread, int head_dim) const {
   const size_t channels = static_cast<size_t>(head_dim) + 16;
   float* q = reinterpret_cast<float*>(scratch(thread));
   float* scores = q + kTileQueries * channels;
-  float* key = scores + kTileQueries * kSpanTokens;
-  float* total = key + channels;
-  return {q, scores, key, span_sums_at(total), span_sums_at(total + span_sums_floats(kTileQueries, head_dim))};
+  float* key = scores + kScoredQueries * kSpanTokens;
+  float* positions = key + channels;
+  float* total = positions + kTileQueries;
+  float* next = total + span_sums_floats(kTileQueries, head_dim);
+  return {q,
+          scores,
+          key,
+          reinterpret_cast<int*>(positions),
+          span_sums_at(total, kTileQueries),
+          span_sums_at(next, kTileQueries)};
 }
 
-SpanSums span_sums_at(float* memory) { return {memory, memory + 2 * kTileQueries, memory + 4 * kTileQueries}; }
+SpanSums span_sums_at(float* memory, int queries) {
+  const size_t padded = (static_cast<size_t>(queries) + 15) / 16 * 16 + 16;
+  return {memory, memory + padded, memory + 2 * padded};
+}
 
 }  // namespace llamaclust

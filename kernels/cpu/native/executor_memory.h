@@ -14,9 +14,10 @@ inline constexpr int kPrivateRows = 8;
 
 // Room for a unit of attention in one thread.
 struct AttentionScratch {
-  float* q;       // [kTileQueries][head_dim]
-  float* scores;  // [kTileQueries][kSpanTokens]
-  float* key;     // [head_dim]
+  float* q;        // [kTileQueries][head_dim]
+  float* scores;   // [kScoredQueries][kSpanTokens]
+  float* key;      // [head_dim]
+  int* positions;  // [kTileQueries]
   SpanSums total, next;
 };
 
@@ -47,10 +48,11 @@ class Workspace {
   Memory memory_;
 };
 
-// Floats of a SpanSums of that many queries. Maxima and sums are loaded sixteen at a time, from any query on.
+// Floats of a SpanSums of that many queries, a multiple of 16.
 constexpr size_t span_sums_floats(int queries, int head_dim) {
-  return 4 * kTileQueries + static_cast<size_t>(queries) * static_cast<size_t>(padded_head(head_dim));
+  const size_t count = static_cast<size_t>(queries);
+  return 2 * ((count + 15) / 16 * 16 + 16) + count * static_cast<size_t>(padded_head(head_dim));
 }
-SpanSums span_sums_at(float* memory);
+SpanSums span_sums_at(float* memory, int queries);
 
 }  // namespace llamaclust

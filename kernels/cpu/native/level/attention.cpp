@@ -10,7 +10,7 @@ namespace {
 // Queries that are computed together at most, and for R of them how many blocks of positions and groups of 16 channels:
 // as many sums as registers hold, and no fewer than hide the latency of a multiply-add.
 #if defined(__AVX512F__)
-constexpr int kQueries = 8;
+constexpr int kQueries = kScoredQueries;
 constexpr int blocks_at_once(int queries) { return queries <= 2 ? 8 : queries <= 4 ? 4 : 2; }
 constexpr int channels_at_once(int queries) { return queries <= 2 ? 8 : queries <= 6 ? 4 : 2; }
 #else
@@ -61,7 +61,7 @@ void score_tile(const SpanTask& task, int query, int block, int blocks) {
   }
   for (int r = 0; r < R; r++)
     for (int p = 0; p < P; p++)
-      store(task.scores + (query + r) * kSpanTokens + (block + p) * kKvBlockTokens,
+      store(task.scores + r * kSpanTokens + (block + p) * kKvBlockTokens,
             mul(sums[r][p], broadcast(task.scale)));
 }
 
@@ -105,10 +105,10 @@ INLINE const uint16_t* fetched_at(const SpanTask& task, int block) {
 
 // values[query][channel] += weight * value over positions [begin, end), for R queries and C groups of 16 channels.
 template <int R, int C>
-void value_tile(const SpanTask& task, int query, int channel, int begin, int end, float* values) {
+void value_tile(const SpanTask& task, const float* weights, int query, int channel, int begin, int end,
+                float* values) {
   const int width = padded_head(task.head_dim), lines = query + channel == 0 ? task.head_dim / kLineHalves : 0;
   float* out = values + query * width + channel;
-  const float* weights = task.scores + query * kSpanTokens;
   F32x16 sums[R][C];
   for (int r = 0; r < R; r++)
     for (int c = 0; c < C; c++) sums[r][c] = load(out + r * width + c * 16);
@@ -132,14 +132,14 @@ void value_tile(const SpanTask& task, int query, int channel, int begin, int end
 }
 
 template <int R>
-void value_range(const SpanTask& task, int query, int begin, int end, float* values) {
+void value_range(const SpanTask& task, const float* weights, int query, int begin, int end, float* values) {
   constexpr int C = channels_at_once(R);
   const int width = padded_head(task.head_dim);
   int channel = 0;
-  for (; channel + 16 * C <= width; channel += 16 * C) value_tile<R, C>(task, query, channel, begin, end, values);
+  for (; channel + 16 * C <= width; channel += 16 * C) value_tile<R, C>(task, weights, query, channel, begin, end, values);
   if constexpr (C > 4)
-    for (; channel + 64 <= width; channel += 64) value_tile<R, 4>(task, query, channel, begin, end, values);
-  for (; channel < width; channel += 16) value_tile<R, 1>(task, query, channel, begin, end, values);
+    for (; channel + 64 <= width; channel += 64) value_tile<R, 4>(task, weights, query, channel, begin, end, values);
+  for (; channel < width; channel += 16) value_tile<R, 1>(task, weights, query, channel, begin, end, values);
 }
 
 // Positions that all R queries see are walked together, the rest one query at a time.
@@ -147,17 +147,17 @@ template <int R>
 void value_queries(const SpanTask& task, int query, float* values) {
   const int width = padded_head(task.head_dim), common = task.positions[query];
   for (int i = 0; i < R * width; i++) values[query * width + i] = 0.0f;
-  value_range<R>(task, query, 0, common, values);
+  value_range<R>(task, task.scores, query, 0, common, values);
   for (int r = 1; r < R; r++)
     if (task.positions[query + r] > common)
-      value_range<1>(task, query + r, common, task.positions[query + r], values);
+      value_range<1>(task, task.scores + r * kSpanTokens, query + r, common, task.positions[query + r], values);
 }
 
 template <int R>
 void span_queries(const SpanTask& task, int query, const SpanSums& sums) {
   score_queries<R>(task, query, (task.positions[query + R - 1] + kKvBlockTokens - 1) / kKvBlockTokens);
-  for (int r = query; r < query + R; r++)
-    weigh(task.scores + r * kSpanTokens, task.positions[r], sums.maximum + r, sums.sum + r);
+  for (int r = 0; r < R; r++)
+    weigh(task.scores + r * kSpanTokens, task.positions[query + r], sums.maximum + query + r, sums.sum + query + r);
   value_queries<R>(task, query, sums.values);
 }
 
@@ -171,10 +171,9 @@ void span_from(const SpanTask& task, int query, const SpanSums& sums) {
 
 void span(const SpanTask& task, const SpanSums& sums) { span_from<kQueries>(task, 0, sums); }
 
-void merge(const SpanSums& total, const SpanSums& next, int queries, int head_dim) {
-  const int width = padded_head(head_dim);
-  alignas(64) float kept[kTileQueries], added[kTileQueries];
-  static_assert(kTileQueries == 16);
+// Sixteen queries at most.
+void merge_some(const SpanSums& total, const SpanSums& next, int queries, int width) {
+  alignas(64) float kept[16], added[16];
   const F32x16 a = load(total.maximum), b = load(next.maximum), top = max(a, b);
   const F32x16 keep = exp(sub(a, top)), gain = exp(sub(b, top));
   store(kept, keep);
@@ -186,6 +185,15 @@ void merge(const SpanSums& total, const SpanSums& next, int queries, int head_di
     for (int c = query * width; c < (query + 1) * width; c += 16)
       store(total.values + c, fma(load(next.values + c), g, mul(load(total.values + c), f)));
   }
+}
+
+void merge(const SpanSums& total, const SpanSums& next, int queries, int head_dim) {
+  const int width = padded_head(head_dim);
+  const auto from = [=](const SpanSums& sums, int query) {
+    return SpanSums{sums.maximum + query, sums.sum + query, sums.values + query * width};
+  };
+  for (int query = 0; query < queries; query += 16)
+    merge_some(from(total, query), from(next, query), queries - query < 16 ? queries - query : 16, width);
 }
 
 void finish(const float* values, float sum, int head_dim, float* out) {

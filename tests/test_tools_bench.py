@@ -1,0 +1,140 @@
+"""`bench`: what it counts, what it prints, in this process and on workers."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from tiny_model import build_tiny_model
+
+from llamaclust.cli.main import main
+from llamaclust.kernels import probes
+from llamaclust.kernels.cpu.backend import CpuBackend
+from llamaclust.model.loader import Model
+from llamaclust.model.quant_types import QuantType
+from llamaclust.tools.bench import BenchTask, Work, run_bench
+from llamaclust.tools.bench_stage import BenchStage
+
+HIDDEN, FFN, LAYERS, VOCABULARY, KV_WIDTH = 256, 512, 3, 320, 64
+MATRICES = LAYERS * (2 * HIDDEN * HIDDEN + 2 * HIDDEN * KV_WIDTH + 3 * HIDDEN * FFN)
+
+
+@pytest.fixture(autouse=True)
+def quick_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The probes have tests of their own, and a machine that is asked for half a gigabyte may need long to find it."""
+    monkeypatch.setattr(probes, "read_bandwidth", lambda threads, seconds: 10.0)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("bench") / "tiny.gguf"
+    return build_tiny_model(path, layers=LAYERS, quant_type=QuantType.Q8_0, hidden=HIDDEN, ffn=FFN)
+
+
+def bench(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(sys, "argv", ["llamaclust", "bench", *arguments])
+        main()
+    out, err = capsys.readouterr()
+    assert isinstance(ended.value.code, int)
+    return ended.value.code, out, err
+
+
+def test_work_counts_what_is_read_and_multiplied(tiny: Path) -> None:
+    task = BenchTask(tiny, 1, prompt=10, generate=9, batch=2, depth=5)
+    work = Work.of(Model.open(tiny), task)
+    assert work.prefill_macs == 2 * (10 * MATRICES + HIDDEN * VOCABULARY)
+    weights = (MATRICES + HIDDEN * VOCABULARY) * 34 / 32  # 34 bytes hold 32 weights of Q8_0
+    norms = (2 * LAYERS + 1) * HIDDEN * 4
+    keys_and_values = (
+        LAYERS * 2 * KV_WIDTH * 2 * 2 * 10
+    )  # float16; two sequences, behind 5, 6, ... 13 tokens and its own
+    assert work.decode_bytes == pytest.approx(weights + norms + keys_and_values)
+
+
+def test_a_stage_does_the_steps_that_are_timed(tiny: Path) -> None:
+    with Model.open(tiny) as model:
+        stage = BenchStage(model, CpuBackend(1), batch=3, context=100)
+        seen: list[tuple[int, int]] = []
+        run = stage._runner.run
+
+        def spy(microbatch, hidden):  # type: ignore[no-untyped-def]
+            seen.append((microbatch.rows, microbatch.outputs))
+            return run(microbatch, hidden)
+
+        stage._runner.run = spy  # type: ignore[method-assign]
+        assert stage.prefill(90) > 0
+        assert sum(rows for rows, _ in seen) == 3 * 90
+        assert sum(outputs for _, outputs in seen) == 3
+        seen.clear()
+        assert stage.decode(20, 7) > 0
+        assert seen == [(3, 3)] * 7
+        stage.close()
+
+
+def check(report: dict[str, object], **expected: object) -> None:
+    assert {
+        "model", "quant_type", "threads", "workers", "feature_level", "prefill", "decode", "machine",
+        "decode_roofline", "prefill_roofline",
+    } <= report.keys()  # fmt: skip
+    prefill, decode, machine = report["prefill"], report["decode"], report["machine"]
+    assert isinstance(prefill, dict) and isinstance(decode, dict) and isinstance(machine, dict)
+    assert prefill["tok_s"] > 0 and decode["tok_s"] > 0
+    assert report["decode_roofline"] == decode["gb_s"] / machine["read_gb_s"] > 0
+    assert report["prefill_roofline"] == prefill["gmac_s"] / machine["int8_gmac_s"] > 0
+    assert {name: report[name] for name in expected} == expected
+
+
+def test_json_of_one_process(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("-t", "1", "-p", "40", "-n", "5", "-b", "2", "-d", "3", "-r", "2", "--json")
+    code, out, err = bench(capsys, str(tiny), *options)
+    assert (code, err) == (0, "")
+    report = json.loads(out)
+    check(report, model="tiny", quant_type="Q8_0", threads=1, workers=1, batch=2, depth=3)
+    assert (report["prefill"]["tokens"], report["decode"]["tokens"]) == (40, 5)
+    work = Work.of(Model.open(tiny), BenchTask(tiny, 1, 40, 5, 2, 3))
+    assert report["decode"]["gb_s"] == pytest.approx(report["decode"]["tok_s"] / 2 * work.decode_bytes / 1e9)
+    assert report["prefill"]["gmac_s"] == pytest.approx(report["prefill"]["tok_s"] / 80 * work.prefill_macs / 1e9)
+
+
+def test_the_feature_level_may_be_forced(
+    tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLAMACLUST_FEATURE_LEVEL", "generic")
+    code, out, _ = bench(capsys, str(tiny), "-t", "1", "-p", "8", "-n", "2", "-r", "1")
+    assert code == 0
+    assert all(word in out for word in ("generic", "Q8_0", "tok/s", "GB/s", "GMAC/s", "%"))
+
+
+def test_workers_are_measured_as_a_cluster(tiny: Path) -> None:
+    steps: list[str] = []
+    report = run_bench(BenchTask(tiny, 1, prompt=20, generate=4, batch=2, repeats=1, workers=2), steps.append)
+    check(report.as_json(), workers=2, threads=1, batch=2)
+    assert steps[0] == "starting the workers" and len(steps) == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("TINY", "-p", "2048"), "the model was made for 2048"),
+        (("TINY", "-d", "2000", "-n", "100"), "2101 tokens are asked for"),
+        (("/nonexistent.gguf",), "no such file"),
+        (("TINY", "-p", "0"), "--prompt"),
+        (("TINY", "--workers", "0"), "--workers"),
+    ],
+)
+def test_mistakes_get_one_line(
+    arguments: tuple[str, ...], words: str, tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = bench(capsys, *(str(tiny) if word == "TINY" else word for word in arguments))
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ") and words in err and err.count("\n") == 1
+
+
+def test_cores_are_shared_out(tiny: Path) -> None:
+    task = BenchTask(tiny, None)
+    assert replace(task, workers=2).threads_each == max(1, task.threads_each // 2)
+    assert replace(task, threads=3, workers=2).threads_each == 3

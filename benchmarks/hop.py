@@ -1,4 +1,4 @@
-"""What a hop costs: one-row microbatches, one at a time, through a stage in this process, through one worker and through two.
+"""What a hop costs: one-row microbatches, one at a time, through a stage in this process, one worker and two.
 
     python benchmarks/hop.py MODEL.gguf --steps 500
 
@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import astuple
+from itertools import pairwise
 from pathlib import Path
 from statistics import median, quantiles
 
@@ -44,7 +45,7 @@ async def through_workers(path: Path, cuts: Sequence[int], steps: int, rows: int
     from llamaclust.cluster.remote import RemotePipeline
     from llamaclust.model.loader import Model
 
-    stages = [StageInfo(f"w{i}", start, end) for i, (start, end) in enumerate(zip(cuts, cuts[1:], strict=False))]
+    stages = [StageInfo(f"w{i}", start, end) for i, (start, end) in enumerate(pairwise(cuts))]
     model_id = Model.open(path).model_id
     with tempfile.TemporaryDirectory() as folder, run_directory(Path(folder)) as run:
         launcher = LocalLauncher(run, Path(folder))
@@ -53,8 +54,9 @@ async def through_workers(path: Path, cuts: Sequence[int], steps: int, rows: int
                 specs = [WorkerSpec(stage.worker, threads=1) for stage in stages]
                 await launcher.start(specs, registry.address, registry.process_exited)
                 await registry.wait_for([spec.name for spec in specs], 60.0)
-                where = {"model_path": str(path), "model_id": model_id}
-                workers = await load_stages(1, stages, registry.workers, limits=LIMITS, **where)
+                workers = await load_stages(
+                    1, stages, registry.workers, model_path=str(path), model_id=model_id, limits=LIMITS
+                )
                 pipeline = await RemotePipeline.open(1, workers, run.token)
 
                 async def step(microbatch: Microbatch, inputs: SamplingInputs) -> Result:

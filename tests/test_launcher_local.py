@@ -131,18 +131,17 @@ def test_a_worker_of_no_launcher_ends_when_its_coordinator_is_gone(tmp_path: Pat
     """It has no parent to end with: the end of the control stream is what it sees."""
     command = [sys.executable, "-P", "-m", "llamaclust.worker", "--name", "x", "--device", "reference"]
 
-    async def run() -> tuple[int, str]:
+    async def run() -> tuple[int | None, str]:
         async with real_cluster(tmp_path, 1, device="reference") as cluster:
             options = ["--join", cluster.registry.address, "--token-file", str(cluster.run.token_file)]
-            process = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True)
+            process = await asyncio.create_subprocess_exec(*command, *options, stderr=subprocess.PIPE)
             await cluster.registry.wait_for({"x"}, 30.0)
             server = cluster.registry._server
             assert isinstance(server, Server)
             await server.stop(0.0)
-            try:
-                return await asyncio.to_thread(process.wait, 2.0), process.communicate()[1]
-            finally:
-                process.kill()
+            async with asyncio.timeout(2.0):
+                _, log = await process.communicate()
+            return process.returncode, log.decode()
 
     code, log = asyncio.run(run())
     assert code == 1

@@ -37,7 +37,7 @@ def test_batches_are_what_a_plain_loop_builds(seed: int) -> None:
     microbatch = _random_microbatch(np.random.default_rng(seed))
     batch = build_batch(microbatch, LIMITS, VOCABULARY)
     row = 0
-    outputs = []
+    outputs: list[int] = []
     for number, chunk in enumerate(microbatch.chunks):
         assert batch.sequence_starts[number] == row
         blocks = [run.start + i for run in chunk.table for i in range(run.count)]

@@ -1,0 +1,115 @@
+"""The small parts of a worker: where jobs run, inputs that wait, settings, the machine."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from pathlib import Path
+
+import pytest
+
+from llamaclust.errors import DeadlineError, UsageError, WireError
+from llamaclust.wire.messages import SamplingInputs
+from llamaclust.worker import machine
+from llamaclust.worker.__main__ import parse_settings
+from llamaclust.worker.compute import SHORT_NS, Compute
+from llamaclust.worker.devices import Device
+from llamaclust.worker.inputs import InputsBox
+from llamaclust.worker.settings import WorkerSettings
+
+
+def test_short_jobs_run_on_the_event_loop_and_long_ones_beside_it() -> None:
+    async def run() -> None:
+        compute = Compute()
+        here = threading.get_ident()
+        assert await compute.run(threading.get_ident, SHORT_NS - 1) == here
+        assert await compute.run(threading.get_ident, SHORT_NS) != here
+        assert await compute.run(threading.get_ident) != here
+        for expected_ns in (0, SHORT_NS):
+            with pytest.raises(ZeroDivisionError):
+                await compute.run(lambda: 1 // 0, expected_ns)
+        compute.close()
+
+    asyncio.run(run())
+
+
+def test_jobs_never_overlap_not_even_after_a_cancelled_one() -> None:
+    async def run() -> None:
+        compute, begun, go_on = Compute(), threading.Event(), threading.Event()
+
+        def long_job() -> None:
+            begun.set()
+            go_on.wait(10)
+
+        cancelled = asyncio.create_task(compute.run(long_job))
+        await asyncio.to_thread(begun.wait, 10)
+        cancelled.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await cancelled
+        after = asyncio.create_task(compute.run(threading.get_ident, 0))
+        await asyncio.sleep(0.01)
+        assert not after.done()
+        go_on.set()
+        assert await after != threading.get_ident()  # it waited its turn in the queue
+        assert await compute.run(threading.get_ident, 0) == threading.get_ident()
+        compute.close()
+
+    asyncio.run(run())
+
+
+def test_inputs_wait_or_are_waited_for_and_late_ones_are_dropped() -> None:
+    async def run() -> None:
+        box = InputsBox(epoch=1, deadline_s=0.05)
+        inputs = [SamplingInputs(1, number, ()) for number in range(300)]
+        box.put(inputs[0])
+        assert await box.take(0) is inputs[0]
+        box.done(0)
+        taking = asyncio.create_task(box.take(1))
+        await asyncio.sleep(0)
+        box.put(inputs[1])
+        assert await taking is inputs[1]
+        box.done(1)
+        with pytest.raises(DeadlineError, match="sampling inputs of microbatch 2"):
+            await box.take(2)
+        box.done(2)
+        box.put(inputs[2])
+        assert not box._waiting
+        with pytest.raises(WireError, match=r"\(1, 5\) where \(1, 3\)"):
+            box.put(inputs[5])
+        for number in range(3, 3 + 256):
+            box.put(inputs[number])
+        with pytest.raises(WireError, match="more than 256"):
+            box.put(inputs[3 + 256])
+
+    asyncio.run(run())
+
+
+def test_a_launcher_says_all_settings_on_the_command_line() -> None:
+    given = "--name a --join unix:/c --token-file /t --listen unix:/a --device cpu --threads 3 --memory-bytes 5"
+    more = "--feature-level avx2 --join-s 0.5 --parent-pid 7"
+    assert parse_settings([*given.split(), *more.split()]) == WorkerSettings(
+        "a", "unix:/c", Path("/t"), "unix:/a", "cpu", 3, 5, "avx2", 0.5, 7
+    )
+    assert parse_settings(["--name", "a", "--join", "x:1", "--token-file", "t"]) == WorkerSettings(
+        "a", "x:1", Path("t")
+    )
+
+
+def test_a_device_that_is_not_there_is_refused_by_name() -> None:
+    settings = WorkerSettings("a", "x:1", Path("t"), device="cuda:0")
+    with pytest.raises(UsageError, match="device 'cuda:0'"):
+        Device.open(settings)
+    with pytest.raises(UsageError, match="feature level 'sse9'"):
+        Device.open(WorkerSettings("a", "x:1", Path("t"), feature_level="sse9", threads=1))
+
+
+def test_a_cap_on_memory_counts_what_the_process_has() -> None:
+    capped = Device.open(WorkerSettings("a", "x:1", Path("t"), device="reference", memory_bytes=1 << 30))
+    assert 0 < capped.free_memory_bytes < 1 << 30
+    assert Device.open(WorkerSettings("a", "x:1", Path("t"), device="reference", memory_bytes=1)).free_memory_bytes == 0
+
+
+def test_the_machine_is_known() -> None:
+    assert 0 < machine.resident_bytes() < machine.total_memory_bytes()
+    assert 0 < machine.available_memory_bytes() <= machine.total_memory_bytes()
+    assert machine.processor_name()

@@ -34,8 +34,8 @@ struct SpanTask {
   float* scores;         // [kScoredQueries][kSpanTokens] scratch
 };
 
-// What the positions so far give: the greatest score, sum of exp(score - maximum), values weighted by these. Sixteen more
-// than `queries` of the first two are read and written.
+// What the positions so far give: the greatest score, sum of exp(score - maximum), values weighted by these. Sixteen
+// more than `queries` of the first two are read and written.
 struct SpanSums {
   float* maximum;  // [queries + 16]
   float* sum;      // [queries + 16]

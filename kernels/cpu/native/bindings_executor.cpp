@@ -1,4 +1,5 @@
-// Plans and stages for Python: a plan is built step by step, a stage runs it in one call without the interpreter's lock.
+// Plans and stages for Python: a plan is built step by step, a stage runs it in one call without the interpreter's
+// lock.
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
@@ -53,12 +54,13 @@ struct NativeStage {
 
   int run(const Ints& tokens, const Ints& positions, const Ints& sequence_starts, const Ints& table_starts,
           const Ints& block_tables, const Ints& output_rows, const std::optional<FloatRows>& hidden) {
-    if (hidden && (hidden->shape(0) != positions.size() ||
-                   hidden->shape(1) != static_cast<size_t>(executor.hidden_width())))
-      throw std::invalid_argument("batch: hidden states must be [rows, " + std::to_string(executor.hidden_width()) + "]");
-    const Batch batch{span_of(tokens),       span_of(positions),    span_of(sequence_starts),
-                      span_of(table_starts), span_of(block_tables), span_of(output_rows),
-                      hidden ? hidden->data() : nullptr};
+    if (hidden &&
+        (hidden->shape(0) != positions.size() || hidden->shape(1) != static_cast<size_t>(executor.hidden_width())))
+      throw std::invalid_argument("batch: hidden states must be [rows, " + std::to_string(executor.hidden_width()) +
+                                  "]");
+    const Batch batch{
+        span_of(tokens),       span_of(positions),   span_of(sequence_starts),         span_of(table_starts),
+        span_of(block_tables), span_of(output_rows), hidden ? hidden->data() : nullptr};
     const nb::gil_scoped_release unlocked;
     return executor.run(batch);
   }
@@ -71,7 +73,8 @@ struct NativeStage {
 
 nb::object result_of(nb::handle self) {
   const Executor& executor = nb::cast<NativeStage&>(self).executor;
-  const size_t shape[2] = {static_cast<size_t>(executor.result_capacity()), static_cast<size_t>(executor.result_width())};
+  const size_t shape[2] = {static_cast<size_t>(executor.result_capacity()),
+                           static_cast<size_t>(executor.result_width())};
   return nb::cast(nb::ndarray<nb::numpy, float>(executor.result(), 2, shape, self));
 }
 
@@ -102,10 +105,8 @@ void add_attention(PlanBuilder& builder, int q, int k, int v, int out, int layer
 void bind_row_steps(nb::class_<PlanBuilder>& plan) {
   plan.def("embed", [](PlanBuilder& b, nb::handle weight, int out) { b.plan.add(EmbedStep{b.keep(weight), out}); })
       .def("read_hidden", [](PlanBuilder& b, int out) { b.plan.add(InputStep{out}); })
-      .def("rms_norm",
-           [](PlanBuilder& b, int x, int out, const Floats& weight, float epsilon) {
-             b.plan.add(NormStep{x, out, vector_of(weight), epsilon});
-           })
+      .def("rms_norm", [](PlanBuilder& b, int x, int out, const Floats& weight,
+                          float epsilon) { b.plan.add(NormStep{x, out, vector_of(weight), epsilon}); })
       .def("rope",
            [](PlanBuilder& b, int x, int out, int heads, int head_dim, std::pair<int, bool> rotation) {
              b.plan.add(RopeStep{x, out, heads, head_dim, *rotation_of(rotation)});
@@ -117,10 +118,8 @@ void bind_row_steps(nb::class_<PlanBuilder>& plan) {
              require(format >= 0 && format <= static_cast<int>(ActivationFormat::Q8_256), "unknown activation format");
              b.plan.add(QuantizeStep{x, slot, static_cast<ActivationFormat>(format)});
            })
-      .def("choose_experts",
-           [](PlanBuilder& b, int logits, int out, int experts, int used) {
-             b.plan.add(ChooseStep{logits, out, experts, used});
-           })
+      .def("choose_experts", [](PlanBuilder& b, int logits, int out, int experts,
+                                int used) { b.plan.add(ChooseStep{logits, out, experts, used}); })
       .def("combine_experts",
            [](PlanBuilder& b, int choice, int x, int out, int used) { b.plan.add(CombineStep{choice, x, out, used}); })
       .def("select_rows", [](PlanBuilder& b, int x, int out) { b.plan.add(SelectStep{x, out}); })
@@ -130,12 +129,15 @@ void bind_row_steps(nb::class_<PlanBuilder>& plan) {
 }  // namespace
 
 void bind_executor(nb::module_& module) {
-  nb::class_<ThreadPool>(module, "ThreadPool").def(nb::init<int, bool>(), "threads"_a, "yields"_a).def_prop_ro("threads", &ThreadPool::threads);
+  nb::class_<ThreadPool>(module, "ThreadPool")
+      .def(nb::init<int, bool>(), "threads"_a, "yields"_a)
+      .def_prop_ro("threads", &ThreadPool::threads);
 
   nb::class_<PlanBuilder> plan(module, "Plan");
   plan.def(
           "__init__",
-          [](PlanBuilder* self, int max_tokens, int max_outputs, int max_sequences, int max_context_tokens, int kv_blocks) {
+          [](PlanBuilder* self, int max_tokens, int max_outputs, int max_sequences, int max_context_tokens,
+             int kv_blocks) {
             new (self) PlanBuilder{Plan({max_tokens, max_outputs, max_sequences, max_context_tokens, kv_blocks}), {}};
           },
           "max_tokens"_a, "max_outputs"_a, "max_sequences"_a, "max_context_tokens"_a, "kv_blocks"_a)
@@ -145,11 +147,10 @@ void bind_executor(nb::module_& module) {
             return b.plan.add_buffer({width, multiple, private_copy, outputs_only});
           },
           "width"_a, "multiple"_a, "private_copy"_a, "outputs_only"_a)
-      .def("add_rotation",
-           [](PlanBuilder& b, std::vector<double> frequencies, double scale) {
-             return b.plan.add_rotation({std::move(frequencies), scale});
-           })
-      .def("add_kv_layer", [](PlanBuilder& b, int kv_heads, int head_dim) { return b.plan.add_kv_layer({kv_heads, head_dim}); })
+      .def("add_rotation", [](PlanBuilder& b, std::vector<double> frequencies,
+                              double scale) { return b.plan.add_rotation({std::move(frequencies), scale}); })
+      .def("add_kv_layer",
+           [](PlanBuilder& b, int kv_heads, int head_dim) { return b.plan.add_kv_layer({kv_heads, head_dim}); })
       .def("set_result", [](PlanBuilder& b, int buffer) { b.plan.set_result(buffer); })
       .def("multiply", &add_products)
       .def("multiply_experts", &add_experts, "products"_a, "choice"_a, "slot"_a, "used"_a, "per_rank"_a)
@@ -164,10 +165,12 @@ void bind_executor(nb::module_& module) {
       .def_prop_ro("result", &result_of)
       .def_prop_ro("kv_bytes", [](const NativeStage& stage) { return stage.executor.kv_bytes(); });
 
-  module.def("workspace_bytes", [](const PlanBuilder& b, int threads) { return workspace_bytes(b.plan, threads); },
-             "plan"_a, "threads"_a, "Bytes that a stage of the plan needs besides weights and KV memory.");
-  module.def("kv_block_bytes", [](int kv_heads, int head_dim) { return kv_block_bytes({kv_heads, head_dim}); },
-             "Bytes that one block of KV memory costs in a layer.");
+  module.def(
+      "workspace_bytes", [](const PlanBuilder& b, int threads) { return workspace_bytes(b.plan, threads); }, "plan"_a,
+      "threads"_a, "Bytes that a stage of the plan needs besides weights and KV memory.");
+  module.def(
+      "kv_block_bytes", [](int kv_heads, int head_dim) { return kv_block_bytes({kv_heads, head_dim}); },
+      "Bytes that one block of KV memory costs in a layer.");
 }
 
 }  // namespace llamaclust

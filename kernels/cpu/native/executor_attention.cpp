@@ -57,7 +57,8 @@ class AttentionWork {
   }
 
   uint16_t* piece(int kv_head, int block) const {
-    const size_t piece_index = static_cast<size_t>(block) * static_cast<size_t>(step_.kv_heads) + static_cast<size_t>(kv_head);
+    const size_t piece_index =
+        static_cast<size_t>(block) * static_cast<size_t>(step_.kv_heads) + static_cast<size_t>(kv_head);
     return worker_.run_.kv.layer(step_.layer) + piece_index * kv_piece_halves(step_.head_dim);
   }
   const int32_t* table(int sequence) const {
@@ -177,10 +178,12 @@ class AttentionWork {
     const int threads = worker_.threads_;
     if (threads == 1 || unit_count() >= 4 * threads) return false;
     const int64_t count = span_count();
-    return count > unit_count() && static_cast<size_t>(count) * partial_floats() <= worker_.run_.workspace.partial_floats();
+    return count > unit_count() &&
+           static_cast<size_t>(count) * partial_floats() <= worker_.run_.workspace.partial_floats();
   }
   SpanSums partial(int64_t index) const {
-    return span_sums_at(worker_.run_.workspace.partials() + static_cast<size_t>(index) * partial_floats(), most_queries());
+    return span_sums_at(worker_.run_.workspace.partials() + static_cast<size_t>(index) * partial_floats(),
+                        most_queries());
   }
 
   void run_spans() const {

@@ -54,7 +54,8 @@ void check_batch(const Batch& batch, const Plan& plan) {
     for (const int32_t token : batch.tokens) check_range("token", token, 0, plan.vocabulary);
   if (plan.hidden_width > 0 && batch.hidden == nullptr) refuse("hidden states", 0, rows);
   if (!plan.selects) return;
-  check_range("outputs", static_cast<int64_t>(batch.output_rows.size()), 0, static_cast<int64_t>(limits.max_outputs) + 1);
+  check_range("outputs", static_cast<int64_t>(batch.output_rows.size()), 0,
+              static_cast<int64_t>(limits.max_outputs) + 1);
   int64_t least = 0;
   for (const int32_t row : batch.output_rows) {
     check_range("output row", row, least, rows);

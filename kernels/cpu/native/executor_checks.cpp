@@ -1,5 +1,5 @@
-// What each step needs of its buffers and weights, checked before anything runs: a program made from a hostile file must
-// not reach memory that is not its own.
+// What each step needs of its buffers and weights, checked before anything runs: a program made from a hostile file
+// must not reach memory that is not its own.
 #include <algorithm>
 #include <cmath>
 
@@ -143,7 +143,8 @@ Access Plan::check(const AttentionStep& step) {
   const int width = step.heads * step.head_dim, kv_width = step.kv_heads * step.head_dim;
   require(buffer(step.q).width == width && buffer(step.out).width == width, "query width");
   require(buffer(step.k).width == kv_width && buffer(step.v).width == kv_width, "key and value width");
-  for (BufferId id : {step.q, step.k, step.v, step.out}) require(buffer(id).multiple == 1 && !selects, "one line a row");
+  for (BufferId id : {step.q, step.k, step.v, step.out})
+    require(buffer(id).multiple == 1 && !selects, "one line a row");
   require(step.out != step.q && step.out != step.k && step.out != step.v, "attention in place");
   require(std::isfinite(step.scale), "an attention scale that is no number");
   for (const auto& rotation : {step.rotate_q, step.rotate_k})

@@ -41,7 +41,8 @@ size_t partial_floats_of(const Plan& plan) {
   for (const PlannedStep& planned : plan.steps)
     if (const auto* step = std::get_if<AttentionStep>(&planned.step)) {
       const int group = step->heads / step->kv_heads;
-      const size_t units = static_cast<size_t>(step->kv_heads) * static_cast<size_t>((group + kTileQueries - 1) / kTileQueries);
+      const size_t units =
+          static_cast<size_t>(step->kv_heads) * static_cast<size_t>((group + kTileQueries - 1) / kTileQueries);
       floats = std::max(floats, 2 * units * spans * span_sums_floats(std::min(group, kTileQueries), step->head_dim));
     }
   return floats;
@@ -51,7 +52,8 @@ size_t partial_floats_of(const Plan& plan) {
 
 Workspace::Workspace(const Plan& plan, int threads) {
   Layout all, each;
-  const size_t tokens = static_cast<size_t>(plan.limits.max_tokens), outputs = static_cast<size_t>(plan.limits.max_outputs);
+  const size_t tokens = static_cast<size_t>(plan.limits.max_tokens),
+               outputs = static_cast<size_t>(plan.limits.max_outputs);
   for (const Buffer& buffer : plan.buffers) {
     const size_t row_bytes = sizeof(float) * static_cast<size_t>(buffer.width) * static_cast<size_t>(buffer.multiple);
     shared_.push_back(all.add((buffer.outputs_only ? outputs : tokens) * row_bytes));

@@ -5,7 +5,6 @@
 #include <stdexcept>
 #include <string>
 
-
 namespace llamaclust {
 
 void require(bool holds, const char* what) {
@@ -68,8 +67,8 @@ void Plan::set_result(BufferId id) {
 }
 
 // Rows are shared out among the threads, or computed by each thread for itself where there are few of them; either way
-// row by row steps follow each other without waiting. A shared step has to wait for the rows of the others (if they were
-// shared out), and for slow threads that still read what it is about to overwrite.
+// row by row steps follow each other without waiting. A shared step has to wait for the rows of the others (if they
+// were shared out), and for slow threads that still read what it is about to overwrite.
 Meeting Plan::meeting_before(const Access& access, bool selects) {
   Meeting meeting = after_shared_ ? Meeting::Always : Meeting::None;
   if (meeting == Meeting::None && (!access.row_by_row || selects)) {

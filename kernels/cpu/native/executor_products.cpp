@@ -6,9 +6,10 @@
 namespace llamaclust {
 
 void Worker::multiply(const Product& product, int tile_begin, int tile_end) {
-  run_.level.matmul.matmul(product.weight, slot(product.slot), rows_ * buffer(product.out).multiple, line(product.out, 0),
-                           static_cast<size_t>(product.weight.rows), product.bias.empty() ? nullptr : product.bias.data(),
-                           tile_begin, tile_end, run_.workspace.scratch(thread_));
+  run_.level.matmul.matmul(product.weight, slot(product.slot), rows_ * buffer(product.out).multiple,
+                           line(product.out, 0), static_cast<size_t>(product.weight.rows),
+                           product.bias.empty() ? nullptr : product.bias.data(), tile_begin, tile_end,
+                           run_.workspace.scratch(thread_));
 }
 
 void Worker::execute(const ProductsStep& step) {
@@ -35,9 +36,10 @@ void Worker::multiply_experts(const ExpertsStep& step, int line_index, int tile_
     const size_t bytes = activation_bytes(tile_layout(weight.type).activation, weight.cols);
     const int from = std::max(tile_begin - first, 0), to = std::min(tile_end - first, weight.tile_count());
     if (from < to)
-      run_.level.matmul.matmul(weight, slot(step.slot) + static_cast<size_t>(activation_line) * bytes, 1,
-                               line(product.out, 0) + static_cast<size_t>(line_index) * static_cast<size_t>(weight.rows),
-                               static_cast<size_t>(weight.rows), nullptr, from, to, run_.workspace.scratch(thread_));
+      run_.level.matmul.matmul(
+          weight, slot(step.slot) + static_cast<size_t>(activation_line) * bytes, 1,
+          line(product.out, 0) + static_cast<size_t>(line_index) * static_cast<size_t>(weight.rows),
+          static_cast<size_t>(weight.rows), nullptr, from, to, run_.workspace.scratch(thread_));
     first += weight.tile_count();
   }
 }

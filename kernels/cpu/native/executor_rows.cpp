@@ -92,7 +92,8 @@ void Worker::execute(const CombineStep& step) {
     float* out = line(step.out, row);
     memset(out, 0, static_cast<size_t>(width) * sizeof(float));
     for (int rank = 0; rank < step.used; rank++)
-      run_.level.vector.add_scaled(x + static_cast<size_t>(rank) * static_cast<size_t>(width), weights[rank], width, out);
+      run_.level.vector.add_scaled(x + static_cast<size_t>(rank) * static_cast<size_t>(width), weights[rank], width,
+                                   out);
   }
 }
 

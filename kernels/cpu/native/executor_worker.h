@@ -21,7 +21,9 @@ class Worker {
     Barrier& barrier;
   };
 
-  Worker(const Run& run, int thread, int threads) : run_(run), thread_(thread), threads_(threads) { set_rows(run.batch.rows()); }
+  Worker(const Run& run, int thread, int threads) : run_(run), thread_(thread), threads_(threads) {
+    set_rows(run.batch.rows());
+  }
 
   void work();
 

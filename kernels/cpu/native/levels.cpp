@@ -5,14 +5,15 @@
 #include "cpu_features.h"
 
 // Copied here and not in level/: code of a level must not run before its CPU was asked.
-#define DECLARE(name)                    \
-  namespace llamaclust::name {           \
-  extern const MatmulOps matmul_ops;     \
-  extern const VectorOps vector_ops;     \
+#define DECLARE(name)                      \
+  namespace llamaclust::name {             \
+  extern const MatmulOps matmul_ops;       \
+  extern const VectorOps vector_ops;       \
   extern const AttentionOps attention_ops; \
-  extern const SamplerOps sampler_ops; \
+  extern const SamplerOps sampler_ops;     \
   }
-#define LEVEL(name) Level{#name, name::matmul_ops, name::vector_ops, name::attention_ops, name::sampler_ops}
+#define LEVEL(name) \
+  Level { #name, name::matmul_ops, name::vector_ops, name::attention_ops, name::sampler_ops }
 
 DECLARE(generic)
 #ifdef LLAMACLUST_HAS_AVX512VNNI

@@ -1,5 +1,5 @@
-// Threads that work on one job together and meet at barriers. They spin for some microseconds, then sleep in the kernel:
-// two workers on one machine must not burn each other's cores.
+// Threads that work on one job together and meet at barriers. They spin for some microseconds, then sleep in the
+// kernel: two workers on one machine must not burn each other's cores.
 #pragma once
 
 #include <atomic>
@@ -13,7 +13,8 @@
 
 namespace llamaclust {
 
-// Waits until `word` is no longer `old`, spinning first, then parked; returns nanoseconds if it took more than a moment.
+// Waits until `word` is no longer `old`, spinning first, then parked; returns nanoseconds if it took more than a
+// moment.
 int64_t wait_while_equal(const std::atomic<int32_t>& word, int32_t old);
 
 // All callers of arrive() leave it together.

@@ -1,7 +1,6 @@
 // Attention over one span: keys one lane a position, values one lane a channel, both walked in order, so that register
 // tiles and the number of queries computed together change nothing.
 #include "attention_ops.h"
-
 #include "simd/math.h"
 
 namespace llamaclust::LLAMACLUST_LEVEL {
@@ -61,8 +60,7 @@ void score_tile(const SpanTask& task, int query, int block, int blocks) {
   }
   for (int r = 0; r < R; r++)
     for (int p = 0; p < P; p++)
-      store(task.scores + r * kSpanTokens + (block + p) * kKvBlockTokens,
-            mul(sums[r][p], broadcast(task.scale)));
+      store(task.scores + r * kSpanTokens + (block + p) * kKvBlockTokens, mul(sums[r][p], broadcast(task.scale)));
 }
 
 template <int R>
@@ -105,8 +103,7 @@ INLINE const uint16_t* fetched_at(const SpanTask& task, int block) {
 
 // values[query][channel] += weight * value over positions [begin, end), for R queries and C groups of 16 channels.
 template <int R, int C>
-void value_tile(const SpanTask& task, const float* weights, int query, int channel, int begin, int end,
-                float* values) {
+void value_tile(const SpanTask& task, const float* weights, int query, int channel, int begin, int end, float* values) {
   const int width = padded_head(task.head_dim), lines = query + channel == 0 ? task.head_dim / kLineHalves : 0;
   float* out = values + query * width + channel;
   F32x16 sums[R][C];
@@ -136,7 +133,8 @@ void value_range(const SpanTask& task, const float* weights, int query, int begi
   constexpr int C = channels_at_once(R);
   const int width = padded_head(task.head_dim);
   int channel = 0;
-  for (; channel + 16 * C <= width; channel += 16 * C) value_tile<R, C>(task, weights, query, channel, begin, end, values);
+  for (; channel + 16 * C <= width; channel += 16 * C)
+    value_tile<R, C>(task, weights, query, channel, begin, end, values);
   if constexpr (C > 4)
     for (; channel + 64 <= width; channel += 64) value_tile<R, 4>(task, weights, query, channel, begin, end, values);
   for (; channel < width; channel += 16) value_tile<R, 1>(task, weights, query, channel, begin, end, values);

@@ -1,7 +1,6 @@
 // Row by row arithmetic: every output is a fixed list of IEEE operations, whatever the register width.
-#include "vector_ops.h"
-
 #include "simd/math.h"
+#include "vector_ops.h"
 
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {
@@ -13,8 +12,9 @@ inline __attribute__((always_inline)) void each_lanes(int n, F f) {
   for (; i + 16 <= n; i += 16) f(i, [](const float* p) { return load(p); }, [](float* p, F32x16 x) { store(p, x); });
   const int rest = n - i;
   if (rest > 0)
-    f(i, [rest](const float* p) { return load_first(rest, p); },
-      [rest](float* p, F32x16 x) { store_first(rest, p, x); });
+    f(
+        i, [rest](const float* p) { return load_first(rest, p); },
+        [rest](float* p, F32x16 x) { store_first(rest, p, x); });
 }
 
 // Element i is added to lane i % 64 by `accumulate`; then halves are added: 32 + 32, 16 + 16, ... 1 + 1.

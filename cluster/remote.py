@@ -71,9 +71,9 @@ class RemotePipeline:
                 raise self._error
             try:
                 async with deadline(f"handing microbatch {microbatch.number} to the first stage", _WRITE_S):
-                    forwarding = asyncio.create_task(self._forward.write(frame))
-                    await self._sample.write(encode_inputs(inputs))
-                    await forwarding
+                    sampling = asyncio.create_task(self._sample.write(encode_inputs(inputs)))
+                    await self._forward.write(frame)
+                    await sampling
             except LlamaclustError as error:
                 raise await self._lost(error) from error
 
@@ -116,6 +116,7 @@ class RemotePipeline:
                     return WireError(f"result {found} where ({self.epoch}, {number}) was expected")
                 self._results.put_nowait(result)
                 number += 1
+                await asyncio.sleep(0)  # whoever waits for it goes first
         except LlamaclustError as error:
             return error
         return WorkerError("the last stage ended its stream")

@@ -43,9 +43,9 @@ def finite(what: str, value: float, low: float = -math.inf, high: float = math.i
 
 def line(what: str, value: str, most: int = MAX_TEXT) -> str:
     """Printable text: white space folded, control characters dropped, so that it is safe in any terminal."""
-    bounded(f"length of {what}", len(value), 0, most)
-    if value.isalnum():
+    if value.isalnum() and len(value) <= most:
         return value
+    bounded(f"length of {what}", len(value), 0, most)
     return "".join(c for c in " ".join(value.split()) if c.isprintable())
 
 

@@ -14,7 +14,6 @@ from llamaclust.wire.codec import decode_inputs, decode_microbatch
 from llamaclust.wire.control import Deadlines
 from llamaclust.wire.deadlines import deadline
 from llamaclust.wire.frames import decode_frame
-from llamaclust.wire.messages import Microbatch
 from llamaclust.wire.server import ServerStream
 from llamaclust.worker.compute import Compute
 from llamaclust.worker.inputs import InputsBox
@@ -114,21 +113,25 @@ class StageFlow:
         await together(passing(), watching())
 
     async def _pass_on(self, stream: ServerStream, outlet: _Outlet) -> None:
-        """While one microbatch is computed, the next one is received and the one before is sent."""
+        """While one microbatch is computed, the next one is received and the one before is sent.
+
+        Where microbatches do not follow each other closely, none waits for the next one's receipt to be prepared.
+        """
         reading = asyncio.create_task(stream.read())
         sending: asyncio.Task[None] | None = None
         try:
             for number in count():
+                follows = reading.done()
                 data = await reading
                 if data is None:
                     break
-                received_ns = perf_counter_ns()
-                reading = asyncio.create_task(stream.read())
-                frame = decode_frame(data)
-                microbatch = decode_microbatch(frame.header)
-                self._check_turn(microbatch, number)
-                await asyncio.sleep(0)  # reading and sending begin before a short computation takes the event loop
-                answer = await self._step.run(Arrival(frame, microbatch, received_ns, self._wire_ns))
+                arrival = self._arrival(data, number)
+                if follows:
+                    reading = asyncio.create_task(stream.read())
+                    await asyncio.sleep(0)  # it begins before a short computation takes the event loop
+                answer = await self._step.run(arrival)
+                if not follows:
+                    reading = asyncio.create_task(stream.read())
                 if sending is not None:
                     await sending
                 sending = await self._hand_on(outlet, answer)
@@ -146,10 +149,14 @@ class StageFlow:
         await self._send(outlet, data)
         return None
 
-    def _check_turn(self, microbatch: Microbatch, number: int) -> None:
+    def _arrival(self, data: bytes, number: int) -> Arrival:
+        received_ns = perf_counter_ns()
+        frame = decode_frame(data)
+        microbatch = decode_microbatch(frame.header)
         if (microbatch.epoch, microbatch.number) != (self.epoch, number):
             found = f"({microbatch.epoch}, {microbatch.number})"
             raise WireError(f"microbatch {found} where ({self.epoch}, {number}) was expected")
+        return Arrival(frame, microbatch, received_ns, self._wire_ns)
 
     async def _send(self, outlet: _Outlet, data: bytes) -> None:
         begun_ns = perf_counter_ns()

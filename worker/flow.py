@@ -20,9 +20,6 @@ from llamaclust.worker.inputs import InputsBox
 from llamaclust.worker.stage_runner import StageRunner
 from llamaclust.worker.steps import Arrival, Counters, StageStep
 
-_LITTLE_BYTES = 1 << 16
-"""What the network takes at once: to wait for that costs less than a task."""
-
 
 class _Outlet(Protocol):
     async def write(self, data: bytes) -> None: ...
@@ -115,10 +112,11 @@ class StageFlow:
     async def _pass_on(self, stream: ServerStream, outlet: _Outlet) -> None:
         """While one microbatch is computed, the next one is received and the one before is sent.
 
-        Where microbatches do not follow each other closely, none waits for the next one's receipt to be prepared.
+        Where microbatches do not follow each other closely, none waits until the next one's receipt is prepared.
         """
         reading = asyncio.create_task(stream.read())
-        sending: asyncio.Task[None] | None = None
+        sending: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        sending.set_result(None)
         try:
             for number in count():
                 follows = reading.done()
@@ -130,24 +128,16 @@ class StageFlow:
                     reading = asyncio.create_task(stream.read())
                     await asyncio.sleep(0)  # it begins before a short computation takes the event loop
                 answer = await self._step.run(arrival)
-                if not follows:
-                    reading = asyncio.create_task(stream.read())
-                if sending is not None:
-                    await sending
-                sending = await self._hand_on(outlet, answer)
-            if sending is not None:
                 await sending
+                if follows:
+                    sending = asyncio.create_task(self._send(outlet, answer))
+                else:
+                    reading = asyncio.create_task(stream.read())
+                    await self._send(outlet, answer)
+            await sending
         finally:
             reading.cancel()
-            if sending is not None:
-                sending.cancel()
-
-    async def _hand_on(self, outlet: _Outlet, data: bytes) -> asyncio.Task[None] | None:
-        """Sends little at once and much in a task."""
-        if len(data) > _LITTLE_BYTES:
-            return asyncio.create_task(self._send(outlet, data))
-        await self._send(outlet, data)
-        return None
+            sending.cancel()
 
     def _arrival(self, data: bytes, number: int) -> Arrival:
         received_ns = perf_counter_ns()

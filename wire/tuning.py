@@ -14,9 +14,10 @@ _MEASURED_VERSIONS = ("1.85.",)
 def tune_grpc() -> None:
     """For process mains, as early as possible: the event loop that answers faster, and no chatter on standard error.
 
-    What the user has set stays.
+    What the user has set stays. Without effect once gRPC is imported.
     """
-    assert "grpc" not in sys.modules, "too late: gRPC has read its environment"
+    if "grpc" in sys.modules:
+        return
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     if version("grpcio").startswith(_MEASURED_VERSIONS):
         os.environ.setdefault("GRPC_EXPERIMENTS", _EXPERIMENTS)

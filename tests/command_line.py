@@ -81,7 +81,7 @@ class Running:
 
     def wait(self, within_s: float = 30.0) -> Done:
         code = self.process.wait(within_s)
-        return Done(code, self.out.read_text(), self.err.read_text())
+        return Done(code, self.out.read_text() if self.out.is_file() else "", self.err.read_text())
 
     def kill(self) -> None:
         self.process.kill()
@@ -144,10 +144,10 @@ class CommandLine:
         others = {name: value for name, value in os.environ.items() if not name.startswith("LLAMACLUST_")}
         return others | own
 
-    def start(self, *arguments: str | bytes | Path) -> Running:
-        """A command in its own session; it reads nothing."""
+    def start(self, *arguments: str | bytes | Path, out: Path | None = None) -> Running:
+        """A command in its own session; it reads nothing. `out` is where its standard output goes."""
         number = len(self._started)
-        out, err = self.folder / f"{number}.out", self.folder / f"{number}.err"
+        out, err = out or self.folder / f"{number}.out", self.folder / f"{number}.err"
         with out.open("wb") as to_out, err.open("wb") as to_err:
             process = subprocess.Popen(
                 [*COMMAND, *arguments],

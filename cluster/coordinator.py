@@ -63,7 +63,8 @@ async def open_cluster(
             check_plan(config, model)
             launcher.check(_specs(config), model)
             async with registry, _launched(launcher, registry, config):
-                await registry.wait_for([worker.name for worker in config.workers], _JOIN_S)
+                joined = registry.wait_for([worker.name for worker in config.workers], _JOIN_S)
+                await asyncio.gather(joined, asyncio.to_thread(lambda: model.tokenizer))  # named now if it cannot be used
                 measured = await measure_workers(config, registry.workers, folder)
                 plan = plan_cluster(config, model, _memory(config, registry), measured)
                 watch(PlanMade(tuple(plan_lines(plan))))

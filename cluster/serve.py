@@ -8,6 +8,7 @@ import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import uvicorn
@@ -30,11 +31,22 @@ _BACKLOG = 128
 def serve(config: ClusterConfig, model_path: Path, watch: Watch) -> None:
     """Runs a cluster until SIGINT or SIGTERM; running requests are finished first, a second signal ends them.
 
-    Raises UsageError for a name or port that is taken, and what `open_cluster` raises.
+    Raises UsageError for a name or port that is taken and for API keys that cannot be used, and what `open_cluster`
+    raises.
     """
     folder = ClusterDir(config.state_dir / config.name)
+    settings = _api_settings(config)
     with folder.locked(), _listening(config) as listener:
-        asyncio.run(_until_signal(config, model_path, folder, listener, watch))
+        asyncio.run(_until_signal(config, model_path, folder, _Front(listener, settings, watch)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Front:
+    """What the world sees of a cluster: its socket, who may use it, who watches its start."""
+
+    listener: socket.socket
+    settings: ApiSettings
+    watch: Watch
 
 
 class _Signals:
@@ -55,13 +67,11 @@ class _Signals:
         self.asked.set()
 
 
-async def _until_signal(
-    config: ClusterConfig, model_path: Path, folder: ClusterDir, listener: socket.socket, watch: Watch
-) -> None:
+async def _until_signal(config: ClusterConfig, model_path: Path, folder: ClusterDir, front: _Front) -> None:
     signals = _Signals()
     try:
-        async with open_cluster(config, model_path, folder, watch) as cluster:
-            await _answer(cluster, folder, listener, watch, signals)
+        async with open_cluster(config, model_path, folder, front.watch) as cluster:
+            await _answer(cluster, folder, front, signals)
     except asyncio.CancelledError:
         if not signals.asked.is_set():
             raise
@@ -69,27 +79,19 @@ async def _until_signal(
         folder.remove_record()
 
 
-async def _answer(
-    cluster: Cluster, folder: ClusterDir, listener: socket.socket, watch: Watch, signals: _Signals
-) -> None:
+async def _answer(cluster: Cluster, folder: ClusterDir, front: _Front, signals: _Signals) -> None:
     """Serves the API of a cluster until it is asked to stop."""
-    config, record = cluster.config, _record(cluster, listener)
+    config, record = cluster.config, _record(cluster, front.listener)
     text = TextSettings(record.model, cluster.plan.context_length, config.max_sequences)
     service = TextService(cluster.engine, cluster.model.tokenizer, cluster.model.chat_template, text)
-    settings = ApiSettings(
-        listen_host=config.host,
-        api_keys=read_api_keys(config.api_keys_file),
-        allowed_hosts=config.allowed_hosts,
-        allowed_origins=config.allowed_origins,
-    )
-    app = create_app(service, settings, cluster.engine, lambda: cluster_status(cluster, record))
+    app = create_app(service, front.settings, cluster.engine, lambda: cluster_status(cluster, record))
     server = _Server(uvicorn.Config(app, log_config=None, lifespan="off", access_log=False, server_header=False))
-    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    serving = asyncio.create_task(server.serve(sockets=[front.listener]))
     try:
         await asyncio.wait_for(server.answers.wait(), _START_S)
         folder.write_record(record)
         signals.ready = True
-        watch(Ready(record.name, record.api, record.model))
+        front.watch(Ready(record.name, record.api, record.model))
         await signals.asked.wait()
         await cluster.engine.drain(_DRAIN_S)
     finally:
@@ -111,6 +113,15 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         self.answers.set()
+
+
+def _api_settings(config: ClusterConfig) -> ApiSettings:
+    return ApiSettings(
+        listen_host=config.host,
+        api_keys=read_api_keys(config.api_keys_file),
+        allowed_hosts=config.allowed_hosts,
+        allowed_origins=config.allowed_origins,
+    )
 
 
 @contextmanager

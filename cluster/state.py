@@ -58,8 +58,13 @@ class ClusterDir:
         return self.path / "lock"
 
     def create(self) -> None:
-        self.logs.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self.path.chmod(0o700)
+        """UsageError where the state directory cannot be written to."""
+        try:
+            self.logs.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.path.chmod(0o700)
+        except OSError as error:
+            what = f"{self.path}: cannot be made: {error.strerror}"
+            raise UsageError(f"{what}; set `state_dir:` or LLAMACLUST_STATE_DIR to a folder of your own") from error
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -88,7 +93,7 @@ class ClusterDir:
         """Whether a process holds the lock now."""
         try:
             descriptor = os.open(self._lock, os.O_RDWR | os.O_CLOEXEC)
-        except FileNotFoundError:
+        except OSError:
             return False
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -104,7 +109,7 @@ class ClusterDir:
     def read_record(self) -> ClusterRecord | None:
         try:
             return ClusterRecord(**json.loads(self._record.read_text()))
-        except (FileNotFoundError, ValueError, TypeError):
+        except (OSError, ValueError, TypeError):
             return None
 
     def remove_record(self) -> None:
@@ -118,7 +123,7 @@ class ClusterDir:
         try:
             values = json.loads((self.path / "measurements.json").read_text())
             return {name: Measurement(**value) for name, value in values.items()}
-        except (FileNotFoundError, ValueError, TypeError, AttributeError):
+        except (OSError, ValueError, TypeError, AttributeError):
             return {}
 
 

@@ -18,7 +18,7 @@ from llamaclust import AsyncClient, Client
 from llamaclust.cluster.client_base import TextClient
 from llamaclust.cluster.client_service import ServiceClient
 from llamaclust.cluster.client_types import Chunk, Options, Settings, join
-from llamaclust.cluster.client_wire import EventReader
+from llamaclust.cluster.client_wire import CompletionReader, EventReader
 from llamaclust.cluster.requests import Generation
 from llamaclust.cluster.text import TextService
 from llamaclust.errors import (
@@ -371,3 +371,11 @@ def test_an_error_event_is_raised() -> None:
     assert (type(caught.value).__name__, caught.value.code) == ("DeadlineError", "deadline_exceeded")
     with pytest.raises(WireError):
         list(EventReader().feed(b"data: {\n"))
+
+
+def test_scored_rows_that_come_in_several_events() -> None:
+    rows, reader, seen = [[0.5, 1.5], [2.5], [3.5, 4.5]], CompletionReader(score_from=4), []
+    for logprobs in rows:
+        choice = {"text": "", "token_ids": [], "logprobs": {"token_logprobs": logprobs}, "finish_reason": None}
+        seen += reader.read({"choices": [choice]}).prompt_logprobs
+    assert seen == [3.5, 4.5]

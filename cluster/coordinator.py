@@ -64,7 +64,7 @@ async def open_cluster(
             launcher.check(_specs(config), model)
             async with registry, _launched(launcher, registry, config):
                 joined = registry.wait_for([worker.name for worker in config.workers], _JOIN_S)
-                await asyncio.gather(joined, asyncio.to_thread(lambda: model.tokenizer))  # named now if it cannot be used
+                await asyncio.gather(joined, asyncio.to_thread(lambda: model.tokenizer))  # a bad one is named now
                 measured = await measure_workers(config, registry.workers, folder)
                 plan = plan_cluster(config, model, _memory(config, registry), measured)
                 watch(PlanMade(tuple(plan_lines(plan))))

@@ -36,25 +36,28 @@ RowScale row_scale(const TileSegment<Type>& w, int j, int row) {
 }
 
 template <class Type>
-void quantized_row(const uint8_t* tile, int row, int cols, float* out) {
-  const int segments = cols / Type::kLayout.segment_cols;
-  for (int s = 0; s < segments; s++) {
-    const TileSegment<Type> w = segment_of<Type>(tile, s, segments);
-    for (int j = 0; j < Type::kSubBlocks; j++) {
-      const RowScale scale = row_scale<Type>(w, j, row);
-      UNROLL for (int g = 0; g < kGroups<Type>; g++, out += 4) {
-        alignas(64) uint8_t q[64];
-        store_bytes(q, w.group(j, g));
-        for (int i = 0; i < 4; i++)
-          out[i] = scale.scale * static_cast<float>(q[4 * row + i] - Type::kOffset) + scale.min;
-      }
+void dequantize_segment(const TileSegment<Type>& w, int row, float* out) {
+  for (int j = 0; j < Type::kSubBlocks; j++) {
+    const RowScale scale = row_scale<Type>(w, j, row);
+    UNROLL for (int g = 0; g < kGroups<Type>; g++, out += 4) {
+      alignas(64) uint8_t q[64];
+      store_bytes(q, w.group(j, g));
+      for (int i = 0; i < 4; i++)
+        out[i] = scale.scale * static_cast<float>(q[4 * row + i] - Type::kOffset) + scale.min;
     }
   }
 }
 
 template <class Type>
-void float_row(const uint8_t* tile, int row, int cols, float* out) {
-  for (int k = 0; k < cols; k++) out[k] = lane(Type::column(tile + static_cast<size_t>(k) * Type::kColumnBytes), row);
+void dequantize_tile_row(const uint8_t* tile, int row, int cols, float* out) {
+  constexpr int width = Type::kLayout.segment_cols;
+  const int segments = cols / width;
+  for (int s = 0; s < segments; s++) {
+    if constexpr (Type::kLayout.activation == ActivationFormat::F32)
+      out[s] = lane(Type::column(tile + static_cast<size_t>(s) * Type::kLayout.body_bytes), row);
+    else
+      dequantize_segment<Type>(segment_of<Type>(tile, s, segments), row, out + s * width);
+  }
 }
 
 }  // namespace

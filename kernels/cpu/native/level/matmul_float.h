@@ -8,15 +8,18 @@ namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {
 
 struct F32 {
-  static constexpr int kColumnBytes = 64;
+  static constexpr QuantType kType = QuantType::F32;
+  static constexpr TileLayout kLayout = kF32Layout;
   static DECODE F32x16 column(const uint8_t* p) { return load(reinterpret_cast<const float*>(p)); }
 };
 struct F16 {
-  static constexpr int kColumnBytes = 32;
+  static constexpr QuantType kType = QuantType::F16;
+  static constexpr TileLayout kLayout = kF16Layout;
   static DECODE F32x16 column(const uint8_t* p) { return from_f16(reinterpret_cast<const uint16_t*>(p)); }
 };
 struct BF16 {
-  static constexpr int kColumnBytes = 32;
+  static constexpr QuantType kType = QuantType::BF16;
+  static constexpr TileLayout kLayout = kF16Layout;
   static DECODE F32x16 column(const uint8_t* p) { return from_bf16(reinterpret_cast<const uint16_t*>(p)); }
 };
 
@@ -32,7 +35,7 @@ struct FloatProduct {
 // R tiles times T tokens: as many independent sums as hide the latency of a multiply-add. Tiles and tokens past the
 // last are computed like it and thrown away.
 template <class Type, int R, int T>
-void multiply_floats(const FloatProduct& p, int first_tile, int tile_end, int first_token, int tokens) {
+void multiply_float_block(const FloatProduct& p, int first_tile, int tile_end, int first_token, int tokens) {
   const uint8_t* w[R];
   const float* a[T];
   F32x16 acc[R][T];
@@ -50,7 +53,7 @@ void multiply_floats(const FloatProduct& p, int first_tile, int tile_end, int fi
     UNROLL for (int r = 0; r < R; r++) {
       weights[r] = Type::column(w[r]);
       __builtin_prefetch(w[r] + 2048);
-      w[r] += Type::kColumnBytes;
+      w[r] += Type::kLayout.body_bytes;
     }
     UNROLL for (int t = 0; t < T; t++) {
       const F32x16 activation = broadcast(a[t][k]);
@@ -65,11 +68,11 @@ void multiply_floats(const FloatProduct& p, int first_tile, int tile_end, int fi
 template <class Type, int R, int T>
 void multiply_in_blocks(const FloatProduct& p, int tokens, int tile_begin, int tile_end) {
   for (int tile = tile_begin; tile < tile_end; tile += R)
-    for (int t = 0; t < tokens; t += T) multiply_floats<Type, R, T>(p, tile, tile_end, t, tokens);
+    for (int t = 0; t < tokens; t += T) multiply_float_block<Type, R, T>(p, tile, tile_end, t, tokens);
 }
 
 template <class Type>
-void multiply_all_floats(const FloatProduct& p, int tokens, int tile_begin, int tile_end) {
+void multiply_floats(const FloatProduct& p, int tokens, int tile_begin, int tile_end) {
   if (tokens == 1) return multiply_in_blocks<Type, 4, 1>(p, tokens, tile_begin, tile_end);
   if (tokens == 2) return multiply_in_blocks<Type, kFloatRows < 2 ? 2 : kFloatRows, 2>(p, tokens, tile_begin, tile_end);
   multiply_in_blocks<Type, kFloatRows, kFloatTokens>(p, tokens, tile_begin, tile_end);

@@ -45,7 +45,8 @@ DECODE void unpack_tile(const Product& p, int tile, PanelSegment<Type>* out) {
 
 static_assert(kPanelTiles % kPanelRows == 0);
 
-// kPanelRows tiles of the panel times kPanelTokens tokens.
+// kPanelRows tiles of the panel times kPanelTokens tokens. Tiles and tokens past the last are computed from whatever is
+// there and thrown away.
 template <class Type>
 void multiply_panel(const Product& p, const PanelSegment<Type>* panel, int first_tile, int tile_end, int first_token,
                     int tokens) {

@@ -36,8 +36,8 @@ QUANTIZE SegmentScale scale_of(const float* x) {
   return {maximum / 127.0f, 127.0f / maximum};
 }
 
-// Quantizes n values and returns their sum. Adding 1.5 * 2^23 rounds to nearest, ties to even, and leaves the integer in
-// the low bits.
+// Quantizes n values and returns their sum. Adding 1.5 * 2^23 rounds to nearest, ties to even, and leaves the integer
+// in the low bits.
 template <int n>
 QUANTIZE int32_t quantize_values(const float* __restrict x, float inverse, int8_t* __restrict out) {
   if (inverse == 0.0f) {

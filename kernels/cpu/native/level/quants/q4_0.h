@@ -7,6 +7,7 @@ namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {
 
 struct Q4_0 {
+  static constexpr QuantType kType = QuantType::Q4_0;
   static constexpr TileLayout kLayout = kQ4_0Layout;
   static constexpr int kSubBlocks = 1, kBits = 4, kOffset = 8;
   static constexpr bool kHasMin = false;

@@ -7,6 +7,7 @@ namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {
 
 struct Q4_1 {
+  static constexpr QuantType kType = QuantType::Q4_1;
   static constexpr TileLayout kLayout = kQ4_1Layout;
   static constexpr int kSubBlocks = 1, kBits = 4, kOffset = 0;
   static constexpr bool kHasMin = true;

@@ -9,6 +9,7 @@ namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {
 
 struct Q4_K {
+  static constexpr QuantType kType = QuantType::Q4_K;
   static constexpr TileLayout kLayout = kQ4_KLayout;
   static constexpr int kSubBlocks = 8, kBits = 4, kOffset = 0;
   static constexpr bool kHasMin = true;

@@ -9,6 +9,7 @@ namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {
 
 struct Q6_K {
+  static constexpr QuantType kType = QuantType::Q6_K;
   static constexpr TileLayout kLayout = kQ6_KLayout;
   static constexpr int kSubBlocks = 16, kBits = 6, kOffset = 32;
   static constexpr bool kHasMin = false;

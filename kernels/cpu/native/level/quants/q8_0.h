@@ -7,6 +7,7 @@ namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {
 
 struct Q8_0 {
+  static constexpr QuantType kType = QuantType::Q8_0;
   static constexpr TileLayout kLayout = kQ8_0Layout;
   static constexpr int kSubBlocks = 1, kBits = 8, kOffset = 128;
   static constexpr bool kHasMin = false;

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import psutil
 
 COMMAND = (sys.executable, "-P", "-m", "llamaclust")
@@ -121,7 +122,12 @@ class Cluster:
         reply = self.http.post("/v1/completions", json=body | fields)
         assert reply.status_code == 200, reply.text
         choice = reply.json()["choices"][0]
-        return choice["token_ids"], choice["logprobs"]["token_logprobs"]
+        return choice["token_ids"], float32(choice["logprobs"]["token_logprobs"])
+
+
+def float32(written: list[float]) -> list[float]:
+    """The float32 values that were written with nine digits or more."""
+    return [float(np.float32(value)) for value in written]
 
 
 @dataclass(frozen=True)

@@ -64,11 +64,11 @@ def chat(
     max_tokens: Annotated[
         int | None, typer.Option("-n", "--max-tokens", metavar="N", help="Tokens of an answer, at most.")
     ] = None,
-    temperature: Temperature = 0.0,
+    temperature: Temperature = 0.8,
     seed: Seed = None,
-    top_k: TopK = 0,
-    top_p: TopP = 1.0,
-    min_p: MinP = 0.0,
+    top_k: TopK = 40,
+    top_p: TopP = 0.95,
+    min_p: MinP = 0.05,
     endpoint: Endpoint = None,
     api_key_file: KeyFile = None,
     model: ModelFile = None,

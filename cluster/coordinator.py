@@ -62,7 +62,8 @@ async def open_cluster(
         with closing(model):
             check_plan(config, model)
             launcher.check(_specs(config), model)
-            async with registry, _launched(launcher, registry, config):
+            async with _stopping(launcher), registry:
+                await launcher.start(_specs(config), registry.address, registry.process_exited)
                 joined = registry.wait_for([worker.name for worker in config.workers], _JOIN_S)
                 await asyncio.gather(joined, asyncio.to_thread(lambda: model.tokenizer))  # a bad one is named now
                 measured = await measure_workers(config, registry.workers, folder)
@@ -75,9 +76,9 @@ async def open_cluster(
 
 
 @asynccontextmanager
-async def _launched(launcher: Launcher, registry: Registry, config: ClusterConfig) -> AsyncIterator[None]:
+async def _stopping(launcher: Launcher) -> AsyncIterator[None]:
+    """Ends the workers last: those that heard the registry's goodbye have gone by then."""
     try:
-        await launcher.start(_specs(config), registry.address, registry.process_exited)
         yield
     finally:
         await launcher.stop()

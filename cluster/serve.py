@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import socket
@@ -24,6 +25,8 @@ from llamaclust.cluster.text import TextService, TextSettings
 from llamaclust.errors import UsageError
 
 _DRAIN_S = 30.0
+_COLLECT_EVERY = 20_000
+"""Objects between two looks for garbage, 700 by default."""
 _START_S = 10.0
 _BACKLOG = 128
 
@@ -71,12 +74,20 @@ async def _until_signal(config: ClusterConfig, model_path: Path, folder: Cluster
     signals = _Signals()
     try:
         async with open_cluster(config, model_path, folder, front.watch) as cluster:
+            _settle_memory()
             await _answer(cluster, folder, front, signals)
     except asyncio.CancelledError:
         if not signals.asked.is_set():
             raise
     finally:
         folder.remove_record()
+
+
+def _settle_memory() -> None:
+    """What is there now stays: looking through it for garbage again and again would hold up every request."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(_COLLECT_EVERY)
 
 
 async def _answer(cluster: Cluster, folder: ClusterDir, front: _Front, signals: _Signals) -> None:

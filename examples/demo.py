@@ -35,7 +35,7 @@ def main() -> None:
     run("model", "pull", "smollm2-135m-instruct")
     try:
         run("up", "--detach", "--port", "0", "--set", f"name={NAME}")
-        answer = run("chat", "--cluster", NAME, "--system", SYSTEM, question=QUESTION)
+        answer = run("chat", "--cluster", NAME, "--temperature", "0", "--system", SYSTEM, question=QUESTION)
         run("status", "--cluster", NAME)
     finally:
         run("down", "--cluster", NAME)

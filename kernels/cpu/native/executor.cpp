@@ -45,10 +45,35 @@ void cut_into_tiles(const Batch& batch, Tiling& tiling) {
 }  // namespace
 
 void Worker::work() {
-  for (const PlannedStep& planned : run_.plan.steps) {
-    if (planned.before == Meeting::Always || (planned.before == Meeting::IfShared && !alone_)) meet();
-    std::visit([this](const auto& step) { execute(step); }, planned.step);
+  const std::vector<PlannedStep>& steps = run_.plan.steps;
+  for (size_t at = 0, end; at < steps.size(); at = end) {
+    const Meeting before = steps[at].before;
+    if (before == Meeting::Always || (before == Meeting::IfShared && !alone_)) meet();
+    for (end = at + 1; end < steps.size() && steps[at].row_by_row; end++)
+      if (!steps[end].row_by_row || steps[end].before != Meeting::None) break;
+    compute(at, end);
   }
+}
+
+// Row by row steps that follow each other are done for a few rows at a time, which then are still in the cache.
+void Worker::compute(size_t begin, size_t end) {
+  constexpr int kRowsAtOnce = 4;
+  const std::vector<PlannedStep>& steps = run_.plan.steps;
+  if (!steps[begin].row_by_row) return compute_step(steps[begin].step, {0, 0});
+  const Range mine = own_rows();
+  for (int row = mine.begin; row < mine.end; row += kRowsAtOnce)
+    for (size_t i = begin; i < end; i++) compute_step(steps[i].step, {row, std::min(row + kRowsAtOnce, mine.end)});
+}
+
+void Worker::compute_step(const Step& step, Range rows) {
+  std::visit(
+      [&](const auto& body) {
+        if constexpr (requires { compute(body, rows); })
+          compute(body, rows);
+        else
+          execute(body);
+      },
+      step);
 }
 
 Executor::Executor(Plan plan, const Level& level, ThreadPool& pool)

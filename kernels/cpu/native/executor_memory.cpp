@@ -27,6 +27,7 @@ struct ScratchBytes {
       bytes = std::max(bytes, matmul_scratch_bytes(product.experts[0].cols));
     return bytes;
   }
+  size_t operator()(const ChooseStep& step) const { return static_cast<size_t>(step.experts) * sizeof(float); }
   size_t operator()(const AttentionStep& step) const { return attention_scratch_bytes(step.head_dim); }
   template <typename Other>
   size_t operator()(const Other&) const {

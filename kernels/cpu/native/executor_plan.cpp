@@ -97,8 +97,9 @@ void Plan::add(Step step) {
     require(buffer(id).private_copy == (access.row_by_row && !output), "a buffer written by both kinds of steps");
     require(!buffer(id).outputs_only || selects, "a buffer for wanted rows written before they are selected");
   }
-  const Meeting before = meeting_before(access, std::holds_alternative<SelectStep>(step));
-  steps.push_back({std::move(step), before});
+  const bool is_select = std::holds_alternative<SelectStep>(step);
+  const Meeting before = meeting_before(access, is_select);
+  steps.push_back({std::move(step), before, access.row_by_row && !is_select});
 }
 
 }  // namespace llamaclust

@@ -124,6 +124,7 @@ enum class Meeting { None, IfShared, Always };
 struct PlannedStep {
   Step step;
   Meeting before;
+  bool row_by_row;
 };
 
 // angle(position, i) = position * frequencies[i]; cos and sin are multiplied by `scale`.

@@ -6,21 +6,18 @@
 
 namespace llamaclust {
 
-void Worker::execute(const EmbedStep& step) {
-  const Range rows = own_rows();
+void Worker::compute(const EmbedStep& step, Range rows) {
   for (int row = rows.begin; row < rows.end; row++)
     run_.level.matmul.dequantize_row(step.weight, run_.batch.tokens[static_cast<size_t>(row)], line(step.out, row));
 }
 
-void Worker::execute(const InputStep& step) {
-  const Range rows = own_rows();
+void Worker::compute(const InputStep& step, Range rows) {
   const size_t width = static_cast<size_t>(line_width(step.out));
   for (int row = rows.begin; row < rows.end; row++)
     memcpy(line(step.out, row), run_.batch.hidden + static_cast<size_t>(row) * width, width * sizeof(float));
 }
 
-void Worker::execute(const NormStep& step) {
-  const Range rows = own_rows();
+void Worker::compute(const NormStep& step, Range rows) {
   const Buffer& x = buffer(step.x);
   for (int i = rows.begin * x.multiple; i < rows.end * x.multiple; i++) {
     const size_t offset = static_cast<size_t>(i) * static_cast<size_t>(x.width);
@@ -29,8 +26,7 @@ void Worker::execute(const NormStep& step) {
   }
 }
 
-void Worker::execute(const RopeStep& step) {
-  const Range rows = own_rows();
+void Worker::compute(const RopeStep& step, Range rows) {
   const RotationTable& table = run_.rotations[static_cast<size_t>(step.rotation.table)];
   for (int row = rows.begin; row < rows.end; row++) {
     const float* angles = table.row(run_.batch.positions[static_cast<size_t>(row)]);
@@ -40,20 +36,17 @@ void Worker::execute(const RopeStep& step) {
   }
 }
 
-void Worker::execute(const SiluMulStep& step) {
-  const Range rows = own_rows();
+void Worker::compute(const SiluMulStep& step, Range rows) {
   for (int row = rows.begin; row < rows.end; row++)
     run_.level.vector.silu_mul(line(step.gate, row), line(step.up, row), line_width(step.out), line(step.out, row));
 }
 
-void Worker::execute(const AddStep& step) {
-  const Range rows = own_rows();
+void Worker::compute(const AddStep& step, Range rows) {
   for (int row = rows.begin; row < rows.end; row++)
     run_.level.vector.add(line(step.x, row), line(step.y, row), line_width(step.out), line(step.out, row));
 }
 
-void Worker::execute(const QuantizeStep& step) {
-  const Range rows = own_rows();
+void Worker::compute(const QuantizeStep& step, Range rows) {
   const Buffer& x = buffer(step.x);
   const size_t bytes = activation_bytes(step.format, x.width);
   const float* from = line(step.x, 0);
@@ -64,8 +57,7 @@ void Worker::execute(const QuantizeStep& step) {
 }
 
 // The best experts first, ties to the lower id; their weights are divided by their sum, added in that order.
-void Worker::execute(const ChooseStep& step) {
-  const Range rows = own_rows();
+void Worker::compute(const ChooseStep& step, Range rows) {
   float* probabilities = reinterpret_cast<float*>(run_.workspace.scratch(thread_));
   for (int row = rows.begin; row < rows.end; row++) {
     float *ids = line(step.out, row), *weights = ids + step.used, sum = 0.0f;
@@ -84,8 +76,7 @@ void Worker::execute(const ChooseStep& step) {
   }
 }
 
-void Worker::execute(const CombineStep& step) {
-  const Range rows = own_rows();
+void Worker::compute(const CombineStep& step, Range rows) {
   const int width = buffer(step.out).width;
   for (int row = rows.begin; row < rows.end; row++) {
     const float *weights = line(step.choice, row) + step.used, *x = line(step.x, row);
@@ -108,9 +99,8 @@ void Worker::execute(const SelectStep& step) {
   }
 }
 
-void Worker::execute(const OutputStep& step) {
+void Worker::compute(const OutputStep& step, Range rows) {
   if (alone_ && thread_ != 0) return;
-  const Range rows = own_rows();
   for (int row = rows.begin; row < rows.end; row++)
     memcpy(line(step.out, row), line(step.x, row), static_cast<size_t>(line_width(step.x)) * sizeof(float));
 }

@@ -32,24 +32,28 @@ class Worker {
     int begin, end;
   };
 
-  void execute(const EmbedStep& step);
-  void execute(const InputStep& step);
-  void execute(const NormStep& step);
-  void execute(const RopeStep& step);
-  void execute(const SiluMulStep& step);
-  void execute(const AddStep& step);
-  void execute(const QuantizeStep& step);
-  void execute(const ChooseStep& step);
-  void execute(const CombineStep& step);
+  // Row by row steps, for some rows.
+  void compute(const EmbedStep& step, Range rows);
+  void compute(const InputStep& step, Range rows);
+  void compute(const NormStep& step, Range rows);
+  void compute(const RopeStep& step, Range rows);
+  void compute(const SiluMulStep& step, Range rows);
+  void compute(const AddStep& step, Range rows);
+  void compute(const QuantizeStep& step, Range rows);
+  void compute(const ChooseStep& step, Range rows);
+  void compute(const CombineStep& step, Range rows);
+  void compute(const OutputStep& step, Range rows);
+
+  // Steps of their own.
   void execute(const SelectStep& step);
-  void execute(const OutputStep& step);
   void execute(const ProductsStep& step);
   void execute(const ExpertsStep& step);
   void execute(const AttentionStep& step);
 
+  void compute(size_t begin, size_t end);
+  void compute_step(const Step& step, Range rows);
   void multiply(const Product& product, int tile_begin, int tile_end);
-  void multiply_line(const ExpertsStep& step, int line, int tile_begin, int tile_end);
-  void multiply_experts(const ExpertsStep& step, int line, int tile_begin, int tile_end);
+  void multiply_experts(const ExpertsStep& step, int line_index, int tile_begin, int tile_end);
 
   void set_rows(int rows) {
     rows_ = rows;

@@ -180,7 +180,7 @@ class CommandLine:
         return path
 
     @contextmanager
-    def cluster(self, model: Path, name: str = "tiny", **keys: Any) -> Iterator[Cluster]:
+    def cluster(self, model: Path | str, name: str = "tiny", **keys: Any) -> Iterator[Cluster]:
         """`up` in front, until it is ready; at the end it is killed if it still runs."""
         running = self.start("up", self.cluster_file(model, name, **keys))
         try:

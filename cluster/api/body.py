@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from typing import Any, TypeVar
 
@@ -14,6 +15,8 @@ from starlette.requests import Request
 from llamaclust.cluster.api.errors import HttpError
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.text_request import ParameterError
+
+_DISCARD_S = 2.0
 
 Neutral = Callable[[Any], bool]
 """Whether a value of a field asks for nothing that is not done anyway."""
@@ -71,27 +74,37 @@ def validate(kind: type[_Body], fields: Mapping[str, Any]) -> _Body:
 
 async def _read(request: Request, settings: ApiSettings) -> bytes:
     length = request.headers.get("content-length", "")
-    if length.isascii() and length.isdigit() and int(length[:18]) > settings.max_body_bytes:
-        raise _too_large(settings)
+    too_large = length.isascii() and length.isdigit() and int(length[:18]) > settings.max_body_bytes
     try:
         async with asyncio.timeout(settings.body_s):
-            return await _read_all(request, settings)
+            data = None if too_large else await _read_all(request, settings.max_body_bytes)
     except TimeoutError:
         raise HttpError(408, "request_timeout", f"the body did not arrive within {settings.body_s:g} s") from None
+    if data is None:
+        await _discard(request)
+        most = f"{settings.max_body_bytes} bytes"
+        raise HttpError(413, "body_too_large", f"the body is larger than {most}", {"Connection": "close"})
+    return data
 
 
-async def _read_all(request: Request, settings: ApiSettings) -> bytes:
+async def _read_all(request: Request, max_bytes: int) -> bytes | None:
+    """None where there is more; the rest is still to come then."""
     data = bytearray()
     async for part in request.stream():
         data += part
-        if len(data) > settings.max_body_bytes:
-            raise _too_large(settings)
+        if len(data) > max_bytes:
+            return None
     return bytes(data)
 
 
-def _too_large(settings: ApiSettings) -> HttpError:
-    most = f"{settings.max_body_bytes} bytes"
-    return HttpError(413, "body_too_large", f"the body is larger than {most}", {"Connection": "close"})
+async def _discard(request: Request) -> None:
+    """Takes in what a client is still sending: to close the connection under it would lose the answer on its way."""
+    if "expect" in request.headers:  # it waits for leave to send
+        return
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_DISCARD_S):
+            async for _ in request.stream():
+                pass
 
 
 def _first_error(error: ValidationError, kind: type[Body]) -> ParameterError:

@@ -38,7 +38,7 @@ links:
 	  [ -L src/llamaclust/$$d ] || { echo "restoring the symbolic link src/llamaclust/$$d (the checkout lost it)" >&2; rm -rf src/llamaclust/$$d; ln -s ../../$$d src/llamaclust/$$d; }; done
 
 system-deps: ## Debian/Ubuntu packages (needs root): a compiler and Python's headers
-	apt-get update && apt-get install -y --no-install-recommends g++ make python3-venv python3-dev iproute2
+	apt-get update && apt-get install -y --no-install-recommends g++ make python3-venv python3-dev
 
 $(VENV)/.pip: constraints.txt
 	$(PYTHON) -m venv $(VENV)

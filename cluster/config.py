@@ -82,6 +82,12 @@ class WorkerConfig(_Section):
     int8: Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)] | None = None
     """Integer multiply-accumulates in GMAC/s, for plans; measured when the worker starts where it is not given."""
 
+    @model_validator(mode="after")
+    def _check_speeds(self) -> Self:
+        if (self.bandwidth is None) != (self.int8 is None):
+            raise ValueError("bandwidth and int8 go together: give both, or none to have them measured")
+        return self
+
 
 class PlanEntry(_Section):
     """One stage of a plan made by hand."""

@@ -62,11 +62,11 @@ def test_the_whole_contract_is_read(tmp_path: Path) -> None:
 
 def test_plan_by_hand_sizes_and_measurements(tmp_path: Path) -> None:
     plan = "plan: [{worker: a, layers: [0, 12]}, {worker: b, layers: [12, 30]}]\nkv_memory: 512MiB\n"
-    config = load(tmp_path, SMALL + plan, "workers.b.bandwidth=40", "workers.0.int8=900.5")
+    config = load(tmp_path, SMALL + plan, "workers.b.bandwidth=40", "workers.b.int8=900.5")
     assert config.plan is not None
     assert [(entry.worker, entry.layers) for entry in config.plan] == [("a", (0, 12)), ("b", (12, 30))]
     assert config.kv_memory == 512 << 20
-    assert (config.workers[1].bandwidth, config.workers[0].int8) == (40, 900.5)
+    assert (config.workers[1].bandwidth, config.workers[1].int8) == (40, 900.5)
 
 
 def test_demo_cluster() -> None:

@@ -27,7 +27,7 @@ INLINE const uint16_t* piece(const SpanTask& task, int block) {
 // Blocks of values between what is computed and what is fetched into the cache.
 constexpr int kBlocksAhead = 4;
 
-constexpr int kLineHalves = 64 / sizeof(uint16_t);
+INLINE void fetch(const uint16_t* line) { __builtin_prefetch(line, 0, 2); }
 
 INLINE const uint16_t* keys_at(const SpanTask& task, int block) { return piece(task, block); }
 INLINE const uint16_t* values_at(const SpanTask& task, int block) {
@@ -52,7 +52,7 @@ void score_tile(const SpanTask& task, int query, int block, int blocks) {
     F32x16 k[P];
     for (int p = 0; p < P; p++) k[p] = from_f16(keys[p] + d * kKvBlockTokens);
     if (query == 0 && d % 2 == 0)
-      for (int p = 0; p < P; p++) __builtin_prefetch(next[p] + d * kKvBlockTokens);
+      for (int p = 0; p < P; p++) fetch(next[p] + d * kKvBlockTokens);
     for (int r = 0; r < R; r++) {
       const F32x16 x = broadcast(q[r * task.head_dim + d]);
       for (int p = 0; p < P; p++) sums[r][p] = fma(x, k[p], sums[r][p]);
@@ -104,7 +104,7 @@ INLINE const uint16_t* fetched_at(const SpanTask& task, int block) {
 // values[query][channel] += weight * value over positions [begin, end), for R queries and C groups of 16 channels.
 template <int R, int C>
 void value_tile(const SpanTask& task, const float* weights, int query, int channel, int begin, int end, float* values) {
-  const int width = padded_head(task.head_dim), lines = query + channel == 0 ? task.head_dim / kLineHalves : 0;
+  const int width = padded_head(task.head_dim);
   float* out = values + query * width + channel;
   F32x16 sums[R][C];
   for (int r = 0; r < R; r++)
@@ -112,11 +112,12 @@ void value_tile(const SpanTask& task, const float* weights, int query, int chann
   for (int start = begin; start < end;) {
     const int block = start / kKvBlockTokens, block_end = (block + 1) * kKvBlockTokens;
     const int stop = block_end < end ? block_end : end;
-    const uint16_t *v = values_at(task, block) + channel, *next = fetched_at(task, block + kBlocksAhead);
+    const uint16_t *v = values_at(task, block) + channel, *next = fetched_at(task, block + kBlocksAhead) + channel;
     for (int i = start; i < stop; i++) {
       F32x16 x[C];
       for (int c = 0; c < C; c++) x[c] = from_f16(v + (i % kKvBlockTokens) * width + c * 16);
-      for (int l = 0; l < lines; l++) __builtin_prefetch(next + (i % kKvBlockTokens * lines + l) * kLineHalves);
+      if (query == 0)
+        for (int c = 0; c < C; c += 2) fetch(next + (i % kKvBlockTokens) * width + c * 16);
       for (int r = 0; r < R; r++) {
         const F32x16 weight = broadcast(weights[r * kSpanTokens + i]);
         for (int c = 0; c < C; c++) sums[r][c] = fma(weight, x[c], sums[r][c]);

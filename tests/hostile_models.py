@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from functools import partial
 from pathlib import Path
+from struct import pack
 
 from gguf_bytes import F32, STRING, array, gguf, key, number, tensor
 from tiny_model import build_tiny_model
@@ -33,7 +34,7 @@ HEADERS: dict[str, tuple[bytes, str]] = {
 
 def tiny(path: Path, **options: object) -> Path:
     """A good model of 4 layers, 0.4 MB."""
-    return build_tiny_model(path, hidden=64, layers=4, heads=4, ffn=128, **options)  # type: ignore[arg-type]
+    return build_tiny_model(path, **{"hidden": 64, "layers": 4, "heads": 4, "ffn": 128, **options})  # type: ignore[arg-type]
 
 
 def damaged_files(folder: Path, good: Path) -> dict[str, tuple[Path, str]]:
@@ -105,3 +106,24 @@ def retyped(good: Path, path: Path, kind: QuantType, vectors: bool) -> Path:
         sources.append(source)
     write_gguf(path, model.metadata, sources)
     return path
+
+
+def slow_to_load(path: Path, experts: int = 1024) -> Path:
+    """A model whose weights are mostly holes in the file, which cost nothing to make and a while to load."""
+    few = open_model(tiny(path.with_suffix(".small.gguf"), experts=4, ffn=256))
+    metadata = dict(few.metadata) | {"llama.expert_count": experts, "general.alignment": 1}
+    write_gguf(path, metadata, [])
+    keys = path.read_bytes()[len(_start(0, 0)) :]
+    infos, offset = [], 0
+    for one in few.tensors.values():
+        shape = (experts, *one.shape[1:]) if "exps" in one.name or "inp" in one.name else one.shape
+        infos.append(tensor(one.name, list(reversed(shape)), one.quant_type, offset))
+        offset += one.n_bytes // one.shape[0] * shape[0]
+    header = _start(len(infos), len(metadata)) + keys + b"".join(infos)
+    path.write_bytes(header)
+    os.truncate(path, len(header) + offset)
+    return path
+
+
+def _start(tensor_count: int, key_count: int) -> bytes:
+    return b"GGUF" + pack("<IQQ", 3, tensor_count, key_count)

@@ -1,0 +1,176 @@
+"""Signals and lost processes, end to end: clean ends, errors that name who was lost and how, and nobody left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from command_line import Cluster, CommandLine, command_line, eventually
+from hostile_models import slow_to_load, tiny
+
+COMPLETIONS = "/v1/completions"
+LONG = {"prompt": "the", "max_tokens": 2000, "ignore_eos": True, "stream": True}
+CHAT = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}
+
+
+@pytest.fixture(scope="module")
+def line() -> Iterator[CommandLine]:
+    with command_line() as line:
+        tiny(line.folder / "good.gguf")
+        slow_to_load(line.folder / "slow.gguf")
+        yield line
+
+
+def events(reply: httpx.Response) -> Iterator[Any]:
+    """The data of a stream's events; its end mark is the last of a good one."""
+    for text in reply.iter_lines():
+        if text.startswith("data: "):
+            data = text.removeprefix("data: ")
+            yield data if data == "[DONE]" else json.loads(data)
+
+
+def nothing_left(line: CommandLine, name: str = "tiny") -> None:
+    assert not line.left_running()
+    folder = line.cluster_dir(name)
+    assert not (folder / "cluster.json").exists() and not (folder / "run").exists()
+
+
+def test_a_killed_worker_ends_its_requests_by_name_and_the_cluster_says_so(line: CommandLine) -> None:
+    with line.cluster("good.gguf") as cluster:
+        with cluster.http.stream("POST", COMPLETIONS, json=LONG) as reply:
+            stream = events(reply)
+            assert next(stream)["choices"]
+            os.kill(cluster.worker_pids["b"], signal.SIGKILL)
+            *_, last = stream
+        message = last["error"]["message"]
+        assert "worker b (layers [2, 4)) is lost" in message and "SIGKILL" in message
+        assert "its last words: " in message and "layers [2, 4) are loaded as epoch 1" in message
+        health = cluster.http.get("/health")
+        assert health.status_code == 503 and "worker b" in health.text
+        refused = cluster.http.post(COMPLETIONS, json={"prompt": "a"})
+        assert refused.status_code == 503 and refused.json()["error"]["message"] == message
+        assert cluster.metric('llamaclust_kv_blocks{state="used"}') == 0
+        status = line.run("status", "--json").json
+        assert status["state"] == "down" and status["reason"] == message
+        assert [worker["state"] for worker in status["workers"]] == ["ready", "lost"]
+        done = line.run("generate", "hello")
+        assert done.code == 1 and message in done.error
+        assert line.run("down").code == 0
+        ended = cluster.command.wait()
+        assert ended.code == 0 and "Traceback" not in ended.err
+    nothing_left(line)
+
+
+def test_no_process_outlives_a_coordinator_that_was_killed(line: CommandLine) -> None:
+    with line.cluster("good.gguf") as cluster:
+        assert cluster.http.post("/v1/chat/completions", json=CHAT).status_code == 200
+        with cluster.http.stream("POST", COMPLETIONS, json=LONG) as reply:
+            assert next(events(reply))
+            assert len(line.left_running()) == 4  # with the one that renders templates
+            os.kill(cluster.pid, signal.SIGKILL)
+            eventually(lambda: len(line.left_running()) == 0, 2.0, "the end of all processes")
+    assert line.run("status").code == 2
+    with line.cluster("good.gguf") as again:
+        assert again.answer()
+
+
+@pytest.mark.parametrize("how", ["SIGTERM", "Ctrl-C"])
+def test_a_signal_lets_requests_finish_and_ends_with_0(line: CommandLine, how: str) -> None:
+    with line.cluster("good.gguf") as cluster:
+        assert cluster.http.post("/v1/chat/completions", json=CHAT).status_code == 200
+        with cluster.http.stream("POST", COMPLETIONS, json={**LONG, "max_tokens": 300}) as reply:
+            stream = events(reply)
+            assert next(stream)
+            end(cluster, how)
+            eventually(lambda: cluster.http.get("/health").status_code == 503, 5.0, "draining")
+            assert cluster.http.post(COMPLETIONS, json={"prompt": "a"}).status_code == 503
+            assert list(stream)[-1] == "[DONE]"
+        done = cluster.command.wait(5.0)
+    assert done.code == 0 and "Traceback" not in done.err
+    nothing_left(line)
+
+
+def end(cluster: Cluster, how: str) -> None:
+    if how == "Ctrl-C":
+        cluster.command.press_ctrl_c()
+    else:
+        os.kill(cluster.pid, signal.SIGTERM)
+
+
+def test_a_second_signal_ends_requests_too(line: CommandLine) -> None:
+    with line.cluster("good.gguf") as cluster:
+        with cluster.http.stream("POST", COMPLETIONS, json=LONG) as reply:
+            stream = events(reply)
+            assert next(stream)
+            end(cluster, "Ctrl-C")
+            eventually(lambda: cluster.http.get("/health").status_code == 503, 5.0, "draining")
+            end(cluster, "Ctrl-C")
+            *_, last = stream
+            assert "stopping" in last["error"]["message"]
+        done = cluster.command.wait(5.0)
+    assert done.code == 0 and "Traceback" not in done.err
+    nothing_left(line)
+
+
+@pytest.mark.parametrize("sign", ["plan:", "loading"])
+def test_ctrl_c_while_weights_load_ends_everything(line: CommandLine, sign: str) -> None:
+    running = line.start("up", line.cluster_file("slow.gguf", context_length=64, max_sequences=2))
+    running.says(sign)
+    running.press_ctrl_c()
+    started = time.monotonic()
+    done = running.wait(10.0)
+    assert "is ready" not in done.err and "Traceback" not in done.err
+    assert done.code == 0 and time.monotonic() - started < 4.0
+    nothing_left(line)
+
+
+def test_ctrl_c_while_workers_start_ends_them_even_if_they_hang(line: CommandLine) -> None:
+    running = line.start("up", line.cluster_file("good.gguf"))
+    coordinator = psutil.Process(running.process.pid)
+    eventually(lambda: len(coordinator.children()) == 2, 30.0, "the workers' processes")
+    for worker in coordinator.children():
+        worker.suspend()
+    running.press_ctrl_c()
+    done = running.wait(10.0)
+    assert done.code == 0 and "Traceback" not in done.err
+    nothing_left(line)
+
+
+def test_a_worker_that_dies_before_it_joins_is_an_error_with_its_name(line: CommandLine) -> None:
+    running = line.start("up", line.cluster_file("good.gguf"))
+    coordinator = psutil.Process(running.process.pid)
+    eventually(lambda: len(coordinator.children()) == 2, 30.0, "the workers' processes")
+    victim = next(child for child in coordinator.children() if child.cmdline()[5:7] == ["b", "--join"])
+    victim.kill()
+    done = running.wait(10.0)
+    assert done.code == 1 and "worker b did not start" in done.error and "SIGKILL" in done.error
+    nothing_left(line)
+
+
+def test_a_detached_start_that_is_interrupted_leaves_nothing(line: CommandLine) -> None:
+    """Ctrl-C reaches the command in front alone: the cluster must not go on behind its back."""
+    running = line.start("up", line.cluster_file("slow.gguf", "apart", context_length=64, max_sequences=2), "--detach")
+    running.says("plan:")
+    running.press_ctrl_c()
+    done = running.wait(10.0)
+    assert done.code == 130 and "Traceback" not in done.err
+    nothing_left(line, "apart")
+
+
+def test_a_worker_that_hangs_is_lost_by_name(line: CommandLine) -> None:
+    """A worker that is stopped says nothing more: it counts as lost after `timeouts.worker`."""
+    with line.cluster("good.gguf", timeouts={"worker": "1s"}) as cluster, ThreadPoolExecutor(1) as pool:
+        psutil.Process(cluster.worker_pids["a"]).suspend()
+        reply = pool.submit(cluster.http.post, COMPLETIONS, json={"prompt": "a"}).result(20.0)
+        assert reply.status_code == 503
+        assert "worker a (layers [0, 2)) is lost: no sign of life for 1 s" in reply.json()["error"]["message"]
+        assert line.run("down").code == 0
+    nothing_left(line)

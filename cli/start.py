@@ -18,6 +18,8 @@ from llamaclust.cluster.events import Event, Ready, StartFailed, Watch, from_lin
 from llamaclust.cluster.state import ClusterDir  # noqa: E402
 from llamaclust.errors import LlamaclustError  # noqa: E402
 
+_END_S = 10.0
+
 
 def up(file: Path | None, overrides: list[str], port: int | None, *, detach: bool, notify: int | None) -> None:
     """Runs a cluster to its end, or returns when a detached one is ready."""
@@ -79,7 +81,7 @@ def _detach(config: ClusterConfig, file: Path | None, overrides: list[str]) -> N
         arguments += ["--set", override]
     log = os.open(folder.log_file("coordinator"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
-        subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-P", "-m", "llamaclust", "up", *arguments, "--notify", str(writing)],
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -90,7 +92,12 @@ def _detach(config: ClusterConfig, file: Path | None, overrides: list[str]) -> N
     finally:
         os.close(writing)
         os.close(log)
-    _watch_start(_events(reading), folder.log_file("coordinator"))
+    try:
+        _watch_start(_events(reading), folder.log_file("coordinator"))
+    except KeyboardInterrupt:
+        process.terminate()
+        process.wait(_END_S)
+        raise
 
 
 def _events(descriptor: int) -> Iterator[Event]:

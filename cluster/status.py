@@ -24,6 +24,7 @@ def cluster_status(cluster: Cluster, record: ClusterRecord) -> dict[str, Any]:
 
 def _status(cluster: Cluster, record: ClusterRecord, reports: dict[str, StageReport]) -> dict[str, Any]:
     counts, error = cluster.engine.scheduler.counts, cluster.engine.error
+    workers = cluster.registry.workers
     return {
         "name": record.name,
         "api": record.api,
@@ -31,7 +32,7 @@ def _status(cluster: Cluster, record: ClusterRecord, reports: dict[str, StageRep
         "state": str(cluster.engine.state),
         "reason": None if error is None else str(error),
         "model": record.model,
-        "workers": [_worker(handle, reports.get(handle.name)) for handle in cluster.registry.workers.values()],
+        "workers": [_worker(workers[one.name], reports.get(one.name)) for one in cluster.config.workers],
         "requests": {"running": counts.running, "waiting": counts.waiting},
     }
 

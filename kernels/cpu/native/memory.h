@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <new>
 
 namespace llamaclust {
 
@@ -25,14 +26,18 @@ class Memory {
 // Offsets of things that lie one after another, each on a cache line of its own.
 class Layout {
  public:
+  // std::bad_alloc before sizes that no machine has could overflow.
   size_t add(size_t bytes) {
     const size_t offset = bytes_;
+    if (bytes > kMostBytes || offset > kMostBytes) throw std::bad_alloc();
     bytes_ += (bytes + 63) / 64 * 64;
     return offset;
   }
   size_t bytes() const { return bytes_; }
 
  private:
+  static constexpr size_t kMostBytes = size_t{1} << 60;
+
   size_t bytes_ = 0;
 };
 

@@ -52,7 +52,11 @@ LANES float half_to_float(uint16_t h) {
   return r;
 }
 LANES uint16_t float_to_half(float x) {
+#if defined(__aarch64__)
+  const __fp16 h = static_cast<__fp16>(x);  // g++ 12 knows the other name on x86 only
+#else
   const _Float16 h = static_cast<_Float16>(x);
+#endif
   uint16_t r;
   memcpy(&r, &h, 2);
   return r;

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import dropwhile, takewhile
@@ -99,12 +100,15 @@ class Model:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """Built on first use. ModelFileError where the file has none, or one that is not supported."""
-        return load_tokenizer(self.file.metadata)
+        with _named(self.file.path):
+            return load_tokenizer(self.file.metadata)
 
     @cached_property
     def chat_template(self) -> ChatTemplate:
         """Made on first use; its child process ends with `close`. ModelFileError as for `tokenizer`."""
-        return load_chat_template(self.file.metadata, self.tokenizer)
+        tokenizer = self.tokenizer
+        with _named(self.file.path):
+            return load_chat_template(self.file.metadata, tokenizer)
 
     def close(self) -> None:
         """Ends what was started on first use; no file is held open."""
@@ -138,6 +142,15 @@ class Model:
         if unknown:
             what = f"not part of architecture {self.hyperparameters.architecture} as it is known here"
             raise ModelFileError(f"{self.file.path}: tensor {shown(min(unknown))}: {what}; take another model")
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Adds the file to errors that name only a place in it."""
+    try:
+        yield
+    except ModelFileError as error:
+        raise ModelFileError(f"{path}: {error}") from error
 
 
 def _is_before_head(step: Step) -> bool:

@@ -68,3 +68,10 @@ def test_a_model_that_cannot_run_here_is_refused_before_a_worker_starts(
 
 def test_such_a_model_can_still_be_looked_into(line: CommandLine, files: dict[str, tuple[Path, str]]) -> None:
     assert "martian" in line.run("model", "info", files["architecture"][0]).out
+
+
+def test_a_tokenizer_that_is_not_supported_is_named_with_its_file(line: CommandLine) -> None:
+    path = tiny(line.folder / "no tokenizer.gguf", extra={"tokenizer.ggml.model": "martian"})
+    for error in refusals(line, path, "generate"):
+        assert f"{path}: tokenizer.ggml.model: " in error and "'martian'" in error
+    assert not line.left_running()

@@ -1,7 +1,8 @@
-# cmake -DNM=nm -DLEVEL=avx2 -DOBJECTS=a.o;b.o -P check_isa.cmake: fails where the objects of a feature level define
+# cmake -DNM=nm -DLEVEL=avx2 "-DOBJECTS=a.o|b.o" -P check_isa.cmake: fails where the objects of a feature level define
 # something that the linker may share with other code (weak symbols: it keeps any one copy, and one compiled for AVX-512
 # is an illegal instruction elsewhere), export a name outside the level's namespace, or run code at start-up.
 set(failures "")
+string(REPLACE "|" ";" OBJECTS "${OBJECTS}")
 foreach(object IN LISTS OBJECTS)
   execute_process(COMMAND ${NM} --defined-only -C ${object} OUTPUT_VARIABLE symbols RESULT_VARIABLE status
                   ERROR_VARIABLE problem)

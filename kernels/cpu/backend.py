@@ -45,8 +45,8 @@ class CpuStage:
 
 
 class CpuBackend:
-    """See `kernels.backend.Backend`. `threads` compute, the caller of `run` being one of them; fewer while other programs
-    keep the cores busy, unless `yields` is false. No or an empty `feature_level` takes the best this machine has."""
+    """See `kernels.backend.Backend`. `threads` compute, the caller of `run` being one of them; fewer while other
+    programs keep the cores busy, unless `yields` is false. Without a `feature_level`, the best this machine has."""
 
     name = "cpu"
 

@@ -80,6 +80,20 @@ class Running:
 
         eventually(said, within_s, f"{text!r} on standard error")
 
+    def workers(self, count: int) -> dict[str, psutil.Process]:
+        """Its worker processes by name, as soon as there are so many."""
+        found: dict[str, psutil.Process] = {}
+
+        def there() -> bool:
+            children = [(child, child.cmdline()) for child in psutil.Process(self.process.pid).children()]
+            found.update(
+                (words[words.index("--name") + 1], child) for child, words in children if "llamaclust.worker" in words
+            )
+            return len(found) == count
+
+        eventually(there, _START_S, f"{count} workers")
+        return found
+
     def wait(self, within_s: float = 30.0) -> Done:
         code = self.process.wait(within_s)
         return Done(code, self.out.read_text() if self.out.is_file() else "", self.err.read_text())
@@ -197,10 +211,14 @@ class CommandLine:
         found = {process.pid: _description(process) for process in psutil.process_iter()}
         return {pid: what for pid, what in found.items() if str(self.folder) in what}
 
-    def close(self) -> None:
-        """Kills what runs in front. Fails where anything else stays for more than two seconds."""
+    def end_commands(self) -> None:
+        """Kills what runs in front."""
         for running in self._started:
             running.kill()
+
+    def close(self) -> None:
+        """Kills what runs in front. Fails where anything else stays for more than two seconds."""
+        self.end_commands()
         try:
             eventually(lambda: not self.left_running(), 2.0, "the end of every process")
         finally:

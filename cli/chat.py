@@ -122,7 +122,7 @@ class Chat:
             self.messages = [_message(message) for message in messages]
         except OSError as error:
             raise UsageError(f"{path}: cannot load: {error.strerror}") from error
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UsageError(f"{path}: not a conversation that /save wrote") from error
         _tell(f"loaded {len(self.messages)} messages from {path}")
 

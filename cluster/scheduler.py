@@ -142,7 +142,7 @@ class Scheduler:
 
     def next_microbatch(self, now_ns: int) -> ScheduledMicrobatch | None:
         """The next unit of work; None where there is none or enough of it is in flight."""
-        if len(self._in_flight) >= self.times.in_flight:
+        if len(self._in_flight) >= self.times.in_flight + self._is_prefill_alone:
             return None
         self.memory.begin_microbatch()
         ready = self._ready_to_decode()
@@ -151,6 +151,12 @@ class Scheduler:
             ready = ready[: self._decode_rows(len(ready))]
         parts = (*(sequence.take_token() for sequence in ready), *prefill)
         return self._launch(parts, len(ready), now_ns) if parts else None
+
+    @property
+    def _is_prefill_alone(self) -> bool:
+        """Then one more microbatch in flight keeps a stage from standing still after a chunk that was quicker than
+        expected; beside decode it would make everybody wait longer for a token."""
+        return not any(sequence.is_decoding for sequence in self._running)
 
     def complete(self, result: Result, now_ns: int) -> list[tuple[int, list[Update]]]:
         """Takes in a result without a failure; for each sequence that has news, its key and the news.

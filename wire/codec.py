@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import lru_cache
 
 from llamaclust.errors import WireError
 from llamaclust.proto import microbatch_pb2 as microbatch_proto
@@ -38,6 +39,7 @@ MAX_STAGES = 255
 
 _MAX_TOP_K = (1 << 31) - 1
 _MAX_MAGNITUDE = 1e6
+_PLAIN_PARAMS = 256
 
 
 def encode_microbatch(microbatch: Microbatch) -> bytes:
@@ -93,7 +95,7 @@ def encode_inputs(inputs: SamplingInputs) -> bytes:
 
 def _sample_out(task: SampleTask) -> sampling_proto.SampleTask:
     return sampling_proto.SampleTask(
-        params=_params_out(task.params),
+        params=_params_out(task.params) if task.params.logit_bias else _plain_params_out(task.params),
         seed=task.seed,
         choice=task.choice,
         position=task.position,
@@ -101,6 +103,12 @@ def _sample_out(task: SampleTask) -> sampling_proto.SampleTask:
         suppressed=task.suppressed,
         top_logprobs=task.top_logprobs,
     )
+
+
+@lru_cache(_PLAIN_PARAMS)
+def _plain_params_out(params: SamplingParams) -> sampling_proto.SamplingParams:
+    """Without biases: made once, since a sequence brings the same ones with every token."""
+    return _params_out(params)
 
 
 def _params_out(params: SamplingParams) -> sampling_proto.SamplingParams:
@@ -137,7 +145,9 @@ def _sample_in(message: sampling_proto.SampleTask) -> SampleTask:
     bounded("history", len(message.history), 0, MAX_CONTEXT_TOKENS)
     bounded("suppressed", len(message.suppressed), 0, MAX_VOCABULARY)
     return SampleTask(
-        _params_in(message.params),
+        _params_in(message.params)
+        if message.params.logit_bias
+        else _plain_params_in(message.params.SerializeToString()),
         message.seed,
         message.choice,
         bounded("position", message.position, 0, MAX_CONTEXT_TOKENS),
@@ -145,6 +155,12 @@ def _sample_in(message: sampling_proto.SampleTask) -> SampleTask:
         _tokens(message.suppressed),
         _top(message.top_logprobs),
     )
+
+
+@lru_cache(_PLAIN_PARAMS)
+def _plain_params_in(data: bytes) -> SamplingParams:
+    """Without biases: checked once, since a sequence brings the same ones with every token."""
+    return _params_in(sampling_proto.SamplingParams.FromString(data))
 
 
 def _params_in(message: sampling_proto.SamplingParams) -> SamplingParams:

@@ -171,7 +171,8 @@ class Sequence:
 
     def timings(self) -> Timings:
         """In milliseconds from arrival, as far as it came."""
-        started, first = self.started_ns or self.last_ns, self.first_ns or self.last_ns
+        started = self.started_ns or self.arrived_ns
+        first = self.first_ns or started
         cached = self.cached_tokens or 0
         return Timings(
             queue_ms=(started - self.arrived_ns) / 1e6,

@@ -72,7 +72,18 @@ async def test_scoring_and_nothing_to_do() -> None:
         scored = [row for event in events if isinstance(event, PromptScored) for row in event.rows]
         assert [row.token for row in scored] == list(range(2, 21))
         events = await collect(engine.submit(ask(max_tokens=0)))
-        assert [type(event) for event in events] == [Finished]
+        (last,) = events
+        assert isinstance(last, Finished) and (last.timings.queue_ms, last.timings.ttft_ms) == (0.0, 0.0)
+
+
+@run_async
+async def test_aborted_while_it_waits_it_has_taken_no_time() -> None:
+    async with running() as (engine, _):
+        stream = engine.submit(ask())
+        stream.abort()
+        (last,) = await collect(stream)
+        assert isinstance(last, Finished) and last.reason is FinishReason.ABORT
+        assert (last.timings.queue_ms, last.timings.ttft_ms) == (0.0, 0.0)
 
 
 @run_async

@@ -78,17 +78,35 @@ def _guarded(handler: Handler) -> Any:
 
     async def serve(_: Any, context: Any) -> None:
         try:
-            await handler(ServerStream(context))
-        except LlamaclustError as error:
-            code = next(code for kind, code in _CODES if isinstance(error, kind))
-            await context.abort(code, one_line(str(error)))
-        except (aio.AbortError, asyncio.CancelledError):
+            await _handle(handler, context)
+        except aio.BaseError as error:
+            if _has_stopped(error):
+                raise asyncio.CancelledError from error
             raise
-        except Exception as error:  # noqa: BLE001  a border: the process serves on
-            _log.exception("a stream failed")
-            await context.abort(grpc.StatusCode.INTERNAL, one_line(f"{type(error).__name__}: {error}"))
 
     return grpc.stream_stream_rpc_method_handler(serve)
+
+
+async def _handle(handler: Handler, context: Any) -> None:
+    try:
+        await handler(ServerStream(context))
+    except LlamaclustError as error:
+        code = next(code for kind, code in _CODES if isinstance(error, kind))
+        await context.abort(code, one_line(str(error)))
+    except (aio.AbortError, asyncio.CancelledError):
+        raise
+    except Exception as error:  # a border: the process serves on
+        if _has_stopped(error):
+            raise
+        _log.exception("a stream failed")
+        await context.abort(grpc.StatusCode.INTERNAL, one_line(f"{type(error).__name__}: {error}"))
+
+
+def _has_stopped(error: Exception) -> bool:
+    """Whether a stream was used after its server was stopped, for which gRPC has no public class."""
+    return isinstance(error, aio.BaseError) and not isinstance(
+        error, aio.AbortError | aio.InternalError | aio.UsageError
+    )
 
 
 class Server:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,15 +21,16 @@ from llamaclust.model.loader import Model
 from llamaclust.wire.channels import FORWARD, SAMPLE, ClientStream, Peer, StreamBrokenError
 from llamaclust.wire.codec import decode_result, encode_inputs, encode_microbatch
 from llamaclust.wire.control import Deadlines
-from llamaclust.wire.frames import encode_hidden
+from llamaclust.wire.frames import decode_frame, encode_hidden
 from llamaclust.wire.messages import Chunk, Microbatch, Result, Run, SamplingInputs
 from llamaclust.wire.server import Server
 from llamaclust.wire.token import ClusterToken
-from llamaclust.worker.compute import Compute
+from llamaclust.worker.compute import SHORT_NS, Compute
 from llamaclust.worker.flow import StageFlow
+from llamaclust.worker.inputs import InputsBox
 from llamaclust.worker.service import StageService
 from llamaclust.worker.stage_runner import StageRunner
-from llamaclust.worker.steps import Counters
+from llamaclust.worker.steps import Arrival, Counters, StageStep
 
 TOKEN = ClusterToken("t" * 40)
 DEADLINES = Deadlines(sampling_inputs_s=0.2, forward_s=5.0)
@@ -109,6 +111,26 @@ def test_results_come_in_order_with_a_timing_a_stage(model: Model, tmp_path: Pat
         assert result.rows == whole.finish(whole.run(microbatch, None), inputs)
         assert [timing.rows for timing in result.timings] == [microbatch.rows] * (len(cuts) - 1)
         assert all(timing.compute_ns > 0 and timing.queue_ns > 0 for timing in result.timings)
+
+
+def test_the_first_chunk_with_a_long_context_is_not_expected_to_be_short(model: Model) -> None:
+    class Recording(Compute):
+        async def run(self, job: Callable[[], Any], expected_ns: int = SHORT_NS) -> Any:
+            seen.append(expected_ns)
+            return await super().run(job, expected_ns)
+
+    async def run() -> None:
+        compute = Recording()
+        step = StageStep(_runner(model, 0, 1), "w", InputsBox(1, 1.0), compute, Counters())
+        for number, position in enumerate((0, 0, 240, 240)):
+            microbatch = Microbatch(model.model_id, 1, number, (Chunk((1,) * 8, position, (Run(0, 16),), 0),))
+            header = encode_microbatch(microbatch)
+            await step.run(Arrival(decode_frame(encode_hidden(header, (), None)), microbatch, 0, 0))
+        compute.close()
+
+    seen: list[int] = []
+    asyncio.run(run())
+    assert [expected_ns < SHORT_NS for expected_ns in seen] == [False, True, False, True]
 
 
 def test_sampling_inputs_may_come_late_but_not_never(model: Model, tmp_path: Path) -> None:

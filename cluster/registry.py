@@ -19,6 +19,7 @@ from llamaclust.wire.token import ClusterToken
 
 _HANDSHAKE_S = 10.0
 _GOODBYE_S = 0.5
+_LISTEN_S = 0.1
 _EXIT_NEWS_S = 0.5
 """A stream breaks a moment before the launcher hears why the process ended."""
 
@@ -167,17 +168,29 @@ class Registry:
 
     async def _listen_to(self, handle: WorkerHandle, stream: ServerStream) -> str:
         """Until the worker is heard of no more; returns why."""
-        while True:
-            try:
-                async with deadline("heartbeat", self._silence_s):
-                    data = await stream.read()
-            except DeadlineError:
-                return f"no sign of life for {self._silence_s:g} s"
-            if data is None:
-                return "it ended its membership"
-            message = decode_worker_message(data)
-            if message is not None:
-                handle.hear(message)
+        reading = asyncio.create_task(stream.read())
+        try:
+            while await self._comes(reading):
+                data = reading.result()
+                if data is None:
+                    return "it ended its membership"
+                reading = asyncio.create_task(stream.read())
+                message = decode_worker_message(data)
+                if message is not None:
+                    handle.hear(message)
+            return f"no sign of life for {self._silence_s:g} s"
+        finally:
+            reading.cancel()
+
+    async def _comes(self, reading: asyncio.Task[bytes | None]) -> bool:
+        """False after silence in which this loop had time to listen: it may have been busy while messages waited."""
+        await asyncio.wait((reading,), timeout=self._silence_s)
+        clock, late = asyncio.get_running_loop().time, True
+        while late and not reading.done():
+            begun = clock()
+            await asyncio.wait((reading,), timeout=_LISTEN_S)
+            late = clock() - begun > 2 * _LISTEN_S
+        return reading.done()
 
 
 def _speaker(stream: ServerStream) -> Callable[[CoordinatorMessage], Awaitable[None]]:

@@ -17,7 +17,7 @@ from llamaclust.cluster.registry import OnLost, Registry
 from llamaclust.cluster.remote import RemotePipeline
 from llamaclust.cluster.worker_handle import WorkerHandle
 from llamaclust.model.loader import Model
-from llamaclust.wire.control import StageLimits
+from llamaclust.wire.control import Deadlines, StageLimits
 from llamaclust.wire.messages import Chunk, Microbatch, Run, SampleTask, SamplingInputs, SamplingParams, ScoreTask
 
 LIMITS = StageLimits(max_tokens=64, max_outputs=64, max_sequences=8, max_context_tokens=256, kv_blocks=64)
@@ -49,6 +49,7 @@ async def real_cluster(
     *,
     device: str = "cpu",
     silence_s: float = 5.0,
+    deadlines: Deadlines | None = None,
     on_lost: OnLost = lambda worker: None,
 ) -> AsyncIterator[RealCluster]:
     """Workers a, b, ... have joined; their processes are gone at the end."""
@@ -57,7 +58,14 @@ async def real_cluster(
     with run_directory(folder) as run:
         launcher = LocalLauncher(run, logs)
         last_words = launcher.last_words
-        registry = Registry(run.coordinator, run.token, silence_s=silence_s, last_words=last_words, on_lost=on_lost)
+        registry = Registry(
+            run.coordinator,
+            run.token,
+            silence_s=silence_s,
+            deadlines=deadlines,
+            last_words=last_words,
+            on_lost=on_lost,
+        )
         level = "generic" if device == "cpu" else ""
         specs = [WorkerSpec(name, device, threads=1, feature_level=level) for name in NAMES[:workers]]
         try:

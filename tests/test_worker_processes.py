@@ -21,7 +21,7 @@ from llamaclust.kernels.backend import Limits
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.model.loader import Model
 from llamaclust.wire.channels import JOIN, Peer, StreamBrokenError
-from llamaclust.wire.control import Load, LoadProgress, Refused, Register
+from llamaclust.wire.control import Deadlines, Load, LoadProgress, Refused, Register
 from llamaclust.wire.control_codec import decode_coordinator_message, encode_worker_message
 from llamaclust.wire.messages import Result
 from llamaclust.wire.token import ClusterToken
@@ -139,6 +139,18 @@ def test_a_silent_worker_is_lost_after_the_timeout(model: Path, tmp_path: Path) 
             finally:
                 os.kill(pid, signal.SIGCONT)
             await pipeline.close()
+
+    asyncio.run(run())
+
+
+def test_a_coordinator_that_was_busy_hears_the_heartbeats_that_waited(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with real_cluster(tmp_path, 2, silence_s=0.5, deadlines=Deadlines(heartbeat_s=0.1)) as cluster:
+            await asyncio.sleep(0.2)
+            for _ in range(3):
+                time.sleep(0.8)  # noqa: ASYNC251  the loop stands still
+                await asyncio.sleep(0.2)
+            assert {worker.state for worker in cluster.registry.workers.values()} == {WorkerState.JOINED}
 
     asyncio.run(run())
 

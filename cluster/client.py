@@ -80,7 +80,7 @@ class Client(TextClient):
 
     def _complete(self, prompt: Prompt, settings: Settings, score_from: int | None) -> Generator[Chunk, None, None]:
         body = completion_body(prompt, settings, score_from)
-        return self._stream("v1/completions", body, CompletionReader(score_from))
+        return self._stream("v1/completions", body, CompletionReader())
 
     def _chat(self, messages: Sequence[Message], settings: Settings) -> Generator[Chunk, None, None]:
         return self._stream("v1/chat/completions", chat_body(messages, settings), ChatReader())
@@ -131,7 +131,7 @@ class AsyncClient:
     ) -> Coroutine[None, None, Reply] | AsyncChunkStream:
         """As `Client.generate`."""
         body = completion_body(prompt, Settings(**options), score_from)
-        chunks = self._stream("v1/completions", body, CompletionReader(score_from))
+        chunks = self._stream("v1/completions", body, CompletionReader())
         return AsyncChunkStream(chunks) if stream else _collect(chunks)
 
     @overload

@@ -37,6 +37,7 @@ def completion_body(prompt: str | Sequence[int], settings: Settings, score_from:
         "max_tokens": most,
         "logprobs": 0,
         "echo": score_from is not None,
+        "score_from": score_from,
         **_shared(settings),
     }
 
@@ -124,18 +125,13 @@ class ChunkReader(ABC):
 
 
 class CompletionReader(ChunkReader):
-    """Reads `/v1/completions`. The server scores the whole prompt; tokens [score_from, end) are kept."""
-
-    def __init__(self, score_from: int | None) -> None:
-        self._unwanted = max(score_from or 0, 1) - 1  # scored tokens before those; the first token has no score
+    """Reads `/v1/completions`."""
 
     def _chunk(self, choice: Mapping[str, Any]) -> Chunk:
         ids = tuple(choice["token_ids"])
         logprobs = tuple((choice["logprobs"] or {}).get("token_logprobs", ()))
         of_prompt = len(logprobs) - len(ids)
-        dropped = min(of_prompt, self._unwanted)
-        self._unwanted -= dropped
-        return Chunk(choice["text"], ids, logprobs[of_prompt:], (), logprobs[dropped:of_prompt], **_ending(choice))
+        return Chunk(choice["text"], ids, logprobs[of_prompt:], (), logprobs[:of_prompt], **_ending(choice))
 
 
 class ChatReader(ChunkReader):

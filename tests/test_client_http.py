@@ -121,13 +121,14 @@ async def test_a_chat_and_the_tokens_of_its_prompt() -> None:
 
 @run_async
 async def test_scored_prompt_tokens_begin_where_they_are_asked_for() -> None:
-    async with scripted() as (url, _):
+    async with scripted() as (url, engine):
         for start in (0, 1, 2, 4, 6):
 
             def scored(client: Client, start: int = start) -> tuple[float, ...]:
                 return client.generate([9, 8, 7, 6, 5], max_tokens=0, score_from=start).prompt_logprobs
 
             assert await with_client(url, scored) == tuple(logprob(place) for place in range(max(start, 1), 5))
+            assert engine.submitted[-1].score_from == start
 
 
 @run_async
@@ -374,8 +375,8 @@ def test_an_error_event_is_raised() -> None:
 
 
 def test_scored_rows_that_come_in_several_events() -> None:
-    rows, reader, seen = [[0.5, 1.5], [2.5], [3.5, 4.5]], CompletionReader(score_from=4), []
+    rows, reader, seen = [[0.5, 1.5], [2.5], [3.5, 4.5]], CompletionReader(), []
     for logprobs in rows:
         choice = {"text": "", "token_ids": [], "logprobs": {"token_logprobs": logprobs}, "finish_reason": None}
         seen += reader.read({"choices": [choice]}).prompt_logprobs
-    assert seen == [3.5, 4.5]
+    assert seen == [0.5, 1.5, 2.5, 3.5, 4.5]

@@ -96,7 +96,8 @@ class LocalStage:
         limits = _limits(self.scheduling, own)
         _check_memory(backend, self.model, limits)
         layers = self.model.layer_count
-        self._runner = StageRunner(backend, self.model, 0, layers, limits, feature_level=self.feature_level)
+        level, threads = self.feature_level, backend.threads
+        self._runner = StageRunner(backend, self.model, 0, layers, limits, feature_level=level, threads=threads)
         self._own = own
         self._thread = ThreadPoolExecutor(1, "compute")
 

@@ -39,8 +39,8 @@ class BenchStage:
         blocks = -(-context // KV_BLOCK_TOKENS)
         rows = _MOST_ROWS + batch
         limits = Limits(rows, batch, batch, context, blocks * batch)
-        level = backend.feature_level
-        self._runner = StageRunner(backend, model, 0, model.layer_count, limits, feature_level=level)
+        level, threads = backend.feature_level, backend.threads
+        self._runner = StageRunner(backend, model, 0, model.layer_count, limits, feature_level=level, threads=threads)
         self._tables = [(Run(blocks * index, blocks),) for index in range(batch)]
         self._model_id = model.model_id
         vocabulary = model.hyperparameters.vocabulary_size

@@ -62,6 +62,8 @@ class TextService:
 
         Raises ParameterError for a value out of bounds, QueueFullError, WorkerError. Later errors come from the stream.
         """
+        if not isinstance(request.prompt, str):
+            self._check_length(len(request.prompt), request.max_tokens != 0)
         check_request(request, self.tokenizer.vocabulary_size)
         prompt = await self._prompt_ids(request)
         generation = self._generation(request, prompt)
@@ -79,6 +81,16 @@ class TextService:
             return self.tokenizer.encode(text, add_special, parse_special)
         return await asyncio.to_thread(self.tokenizer.encode, text, add_special, parse_special)
 
+    async def tokenize_all(
+        self, parts: Sequence[str | int], most_tokens: int, param: str, add_special: bool = False
+    ) -> list[list[int]]:
+        """Token ids of each part of a request's field `param`; an id stands for itself, `add_special` is for the first
+        part. ParameterError, before any work, where the parts are more than so many tokens can hold."""
+        if len(parts) > most_tokens:
+            raise ParameterError(param, f"has {len(parts)} parts, at most {most_tokens} tokens are taken")
+        self._check_characters(sum(len(part) for part in parts if isinstance(part, str)), most_tokens, param)
+        return await asyncio.to_thread(self._encode_all, parts, add_special)
+
     def detokenize(self, ids: Sequence[int]) -> str:
         """The text of some tokens. RequestError for an id outside the vocabulary."""
         return self.tokenizer.decode(ids)
@@ -89,6 +101,7 @@ class TextService:
         """Token ids of a chat, ready for the answer. Control words in the messages stay text. `variables` are the
         template's. Raises RequestError where the template refuses the messages."""
         rendered = await self._render(messages, variables or {})
+        self._check_characters(len(unguarded(rendered)), self.settings.context_length, "prompt")
         return tuple(await asyncio.to_thread(encode_chat, self.tokenizer, rendered))
 
     async def chat_text(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None = None) -> str:
@@ -104,11 +117,25 @@ class TextService:
 
     async def _prompt_ids(self, request: CompletionRequest) -> tuple[int, ...]:
         if isinstance(request.prompt, str):
+            self._check_characters(len(request.prompt), self.settings.context_length, "prompt")
             prompt = tuple(await self.tokenize(request.prompt, request.add_special, request.parse_special))
         else:
             prompt = request.prompt
         self._check_length(len(prompt), request.max_tokens != 0)
         return prompt
+
+    def _encode_all(self, parts: Sequence[str | int], add_special: bool) -> list[list[int]]:
+        encode = self.tokenizer.encode
+        return [
+            [part] if isinstance(part, int) else encode(part, add_special and place == 0, parse_special=True)
+            for place, part in enumerate(parts)
+        ]
+
+    def _check_characters(self, characters: int, most_tokens: int, param: str) -> None:
+        """Refuses without work what is surely too long."""
+        if characters > most_tokens * self.tokenizer.longest_word:
+            reason = f"has {characters} characters, more than {most_tokens} tokens can hold; shorten it"
+            raise ParameterError(param, reason, "context_length_exceeded")
 
     def _check_length(self, tokens: int, wants_answer: bool) -> None:
         context = self.settings.context_length

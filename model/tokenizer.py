@@ -15,6 +15,8 @@ class Tokenizer(Protocol):
     add_bos: bool
     add_eos: bool
     add_space_prefix: bool
+    longest_word: int
+    """Characters of the vocabulary's longest word; no token stands for more."""
 
     @property
     def vocabulary_size(self) -> int: ...

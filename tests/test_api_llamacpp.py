@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from typing import Any
 
 import httpx
@@ -158,6 +160,37 @@ async def test_tokenize_and_detokenize() -> None:
     assert (await post("/detokenize", {"tokens": []})).json() == {"content": ""}
     for bad in ([320], [-1], ["a"], [1.0]):
         assert (await post("/detokenize", {"tokens": bad})).status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param"),
+    [
+        ("/tokenize", {"content": "é" * (1 << 19) + "a"}, "content"),
+        ("/tokenize", {"content": "\U0001f999" * (1 << 16), "with_pieces": True}, "with_pieces"),
+        ("/completion", {"prompt": [1, *[""] * 300_000]}, "prompt"),
+        ("/completion", {"prompt": "a", "logit_bias": [["", 1]] * 300_000}, "logit_bias"),
+        ("/completion", {"prompt": "a", "logit_bias": [["a" * 200_000, 1]]}, "logit_bias"),
+        ("/v1/completions", {"prompt": "a", "logit_bias": dict.fromkeys(map(str, range(300_000)), 1)}, "logit_bias"),
+        ("/v1/completions", {"prompt": "a", "stop_token_ids": [*range(300_000)]}, "stop_token_ids"),
+    ],
+)
+def test_too_much_of_anything_is_refused_at_once(path: str, fields: dict[str, Any], param: str) -> None:
+    """At once: the loop, which others wait for, takes its turns meanwhile."""
+
+    @run_async
+    async def check() -> None:
+        call = asyncio.create_task(post(path, fields))
+        longest = 0.0
+        while not call.done():
+            start = time.monotonic()
+            await asyncio.sleep(0.001)
+            longest = max(longest, time.monotonic() - start)
+        reply = await call
+        assert reply.status_code == 400, reply.text
+        assert reply.json()["error"]["param"].startswith(param)
+        assert longest < 1.0, longest
+
+    check()
 
 
 @run_async

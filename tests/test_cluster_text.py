@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from dataclasses import replace
 from itertools import product
@@ -329,6 +330,34 @@ async def test_tokens_and_back() -> None:
     assert END not in await service.tokenize("<|im_end|>", parse_special=False)
     with pytest.raises(RequestError, match="320"):
         service.detokenize([320])
+
+
+@run_async
+async def test_the_loop_goes_on_while_a_long_text_is_tokenized() -> None:
+    """A thread cannot help where the library holds the interpreter: the library must let go of it."""
+    text = "hello there " * 40_000
+    done = asyncio.create_task(make_service(ScriptedEngine(says("a"))).tokenize(text, add_special=False))
+    turns = 0
+    while not done.done():
+        await asyncio.sleep(0.001)
+        turns += 1
+    assert tokenizer().decode(await done) == text
+    assert turns > 5, "the loop stood still"
+
+
+@run_async
+async def test_what_is_surely_too_long_is_refused_before_it_is_tokenized(monkeypatch: pytest.MonkeyPatch) -> None:
+    service = make_service(ScriptedEngine(says("a")))
+    longest = service.tokenizer.longest_word
+    monkeypatch.setattr(type(service.tokenizer), "encode_plain", None)
+    for call in (
+        service.start(replace(ASK, prompt="a" * (CONTEXT * longest + 1))),
+        service.chat_prompt([{"role": "user", "content": "a" * (CONTEXT * longest + 1)}]),
+        service.tokenize_all(["a"] * (CONTEXT + 1), CONTEXT, "prompt"),
+        service.tokenize_all(["a" * (CONTEXT * longest), "a"], CONTEXT, "prompt"),
+    ):
+        with pytest.raises(ParameterError, match=r"more than 200 tokens|at most 200 tokens"):
+            await call
 
 
 @run_async

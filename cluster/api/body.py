@@ -17,6 +17,8 @@ from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.text_request import ParameterError
 
 _DISCARD_S = 2.0
+_BLOCKING_BYTES = 1 << 16
+"""Larger bodies are looked through on a thread of their own."""
 
 Neutral = Callable[[Any], bool]
 """Whether a value of a field asks for nothing that is not done anyway."""
@@ -40,8 +42,12 @@ async def read_body(
 
     `unsupported` are fields that other servers have: dropped where neutral, else refused.
     """
-    payload = parse_object(await _read(request, settings))
-    return validate(kind, without_neutral(payload, unsupported))
+    data = await _read(request, settings)
+
+    def parse() -> _Body:
+        return validate(kind, without_neutral(parse_object(data), unsupported))
+
+    return parse() if len(data) <= _BLOCKING_BYTES else await asyncio.to_thread(parse)
 
 
 def parse_object(data: bytes) -> dict[str, Any]:

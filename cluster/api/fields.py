@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, WithJsonSchema
 
+from llamaclust.cluster.text_request import MAX_LOGIT_BIASES
+
 Prompt = str | tuple[int, ...]
 
 MAX_PROMPTS = 64
@@ -65,6 +67,8 @@ def _biases(value: Any) -> tuple[tuple[int, float], ...]:
     """{"token id": bias}."""
     if not isinstance(value, dict):
         raise ValueError("must be an object of token ids and biases")
+    if len(value) > MAX_LOGIT_BIASES:
+        raise ValueError(f"{len(value)} token ids, at most {MAX_LOGIT_BIASES} are taken")
     biases = {_token_id(token): _bias(bias) for token, bias in value.items()}
     return tuple(sorted(biases.items()))
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Sequence
+from itertools import chain
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -23,8 +25,10 @@ from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.api.sse import WAITING, EventResponse, event, unless_disconnected
 from llamaclust.cluster.text import TextService
 from llamaclust.cluster.text_answer import collect
-from llamaclust.cluster.text_request import CompletionRequest, ParameterError
+from llamaclust.cluster.text_request import MAX_LOGIT_BIASES, CompletionRequest, ParameterError
 from llamaclust.cluster.text_stream import CompletionStream, chunks_or_silence
+
+_MAX_PIECES = 1 << 16
 
 
 class LlamaCppEndpoints:
@@ -50,12 +54,15 @@ class LlamaCppEndpoints:
         body = await read_body(request, TokenizeBody, {}, self._settings)
         ids = await self._service.tokenize(body.content, body.add_special, body.parse_special)
         if body.with_pieces:
+            if len(ids) > _MAX_PIECES:
+                reason = f"the text has {len(ids)} tokens, at most {_MAX_PIECES} are shown as pieces; send less at once"
+                raise ParameterError("with_pieces", reason)
             return JsonResponse({"tokens": [piece_entry(self._service.tokenizer, token) for token in ids]})
         return JsonResponse({"tokens": ids})
 
     async def detokenize(self, request: Request) -> Response:
         body = await read_body(request, DetokenizeBody, {}, self._settings)
-        return JsonResponse({"content": self._service.detokenize(body.tokens)})
+        return JsonResponse({"content": await asyncio.to_thread(self._service.detokenize, body.tokens)})
 
     async def apply_template(self, request: Request) -> Response:
         body = await read_body(request, TemplateBody, TEMPLATE, self._settings)
@@ -93,17 +100,16 @@ class LlamaCppEndpoints:
     async def _prompt(self, prompt: str | PromptParts) -> str | tuple[int, ...]:
         if isinstance(prompt, str):
             return prompt
-        ids: list[int] = []
-        for place, part in enumerate(prompt):
-            ids += [part] if isinstance(part, int) else await self._service.tokenize(part, add_special=place == 0)
-        return tuple(ids)
+        context = self._service.settings.context_length
+        return tuple(chain(*await self._service.tokenize_all(prompt, context, "prompt", add_special=True)))
 
     async def _biases(self, given: Sequence[tuple[int | str, float]]) -> tuple[tuple[int, float], ...]:
         """A text's bias goes to each of its tokens."""
+        tokens = [token for token, _ in given]
+        ids = await self._service.tokenize_all(tokens, MAX_LOGIT_BIASES, "logit_bias") if tokens else []
         biases: dict[int, float] = {}
-        for token, bias in given:
-            ids = [token] if isinstance(token, int) else await self._service.tokenize(token, add_special=False)
-            biases.update(dict.fromkeys(ids, bias))
+        for part, (_, bias) in zip(ids, given, strict=True):
+            biases.update(dict.fromkeys(part, bias))
         return tuple(sorted(biases.items()))
 
 

@@ -16,6 +16,8 @@ RANDOM_SEEDS = (-1, 0xFFFFFFFF)
 NEVER = -1e9
 """The bias of a token that may not be chosen, which llama.cpp writes as false."""
 
+MAX_TOKENIZED_BYTES = 1 << 20
+
 PromptParts = tuple[str | int, ...]
 
 
@@ -117,11 +119,18 @@ class LlamaCppBody(Body):
         return None if self.n_predict < 0 else self.n_predict
 
 
+def _text(value: Any) -> Any:
+    """Text of so many bytes, and so of no more tokens."""
+    if isinstance(value, str) and len(value.encode("utf-8", "surrogatepass")) > MAX_TOKENIZED_BYTES:
+        raise ValueError(f"more than {MAX_TOKENIZED_BYTES} bytes of text; send less at once")
+    return value
+
+
 class TokenizeBody(Body):
     """`POST /tokenize`."""
 
-    content: str
-    """The text."""
+    content: Annotated[str, BeforeValidator(_text)]
+    """The text, 1 MiB of UTF-8 at most."""
     add_special: bool = False
     """BOS and EOS where the model wants them."""
     parse_special: bool = True

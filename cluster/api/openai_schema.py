@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field
 from llamaclust.cluster.api.body import Body, validate, without_neutral
 from llamaclust.cluster.api.fields import BiasField, ContentField, Prompt, PromptsField, StopField
 from llamaclust.cluster.api.neutral import MESSAGE
-from llamaclust.cluster.text_request import CompletionRequest, ParameterError
+from llamaclust.cluster.text_request import MAX_STOP_TOKENS, CompletionRequest, ParameterError
 from llamaclust.wire.messages import MAX_CONTEXT_TOKENS, MAX_TOP_LOGPROBS, SamplingParams
 
 DEFAULT_TEMPERATURE = 1.0
@@ -84,7 +84,7 @@ class _Sampling(Body):
     """The same seed gives the same answer; drawn and returned where it is absent."""
     stop: StopField = ()
     """The answer ends before the first of these."""
-    stop_token_ids: list[int] = Field(default_factory=list)
+    stop_token_ids: Annotated[list[int], Field(default_factory=list, max_length=MAX_STOP_TOKENS)]
     """More tokens that end an answer."""
     min_tokens: int = 0
     """Nothing ends the answer before."""

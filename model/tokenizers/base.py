@@ -16,6 +16,7 @@ class VocabularyTokenizer(ABC):
 
     def __init__(self, vocabulary: Vocabulary, *, add_bos: bool, add_eos: bool, add_space_prefix: bool) -> None:
         self._vocabulary = vocabulary
+        self.longest_word = max(map(len, vocabulary.words))
         self.add_bos = add_bos and vocabulary.bos_id is not None
         self.add_eos = add_eos and vocabulary.eos_id is not None
         self.add_space_prefix = add_space_prefix

@@ -13,6 +13,9 @@ from llamaclust.model.tokenizers.base import VocabularyTokenizer
 from llamaclust.model.tokenizers.pre_tokenizers import PreTokenizer, pre_tokenizer
 from llamaclust.model.tokenizers.vocabulary import TokenType, Vocabulary, key, read_flag, read_strings
 
+_HOLDING_CHARACTERS: Final = 2048
+"""The library's `encode` holds the interpreter until it is done; what encodes longer texts lets go of it."""
+
 _NEVER_FROM_TEXT: Final = frozenset({TokenType.CONTROL, TokenType.UNKNOWN, TokenType.UNUSED})
 
 
@@ -43,7 +46,11 @@ class BytePairTokenizer(VocabularyTokenizer):
         self._tokenizer.pre_tokenizer = _splitter(kind)
 
     def encode_plain(self, text: str, after_special: bool) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        if len(text) > _HOLDING_CHARACTERS:
+            (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
+        else:
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        ids: list[int] = encoding.ids
         return ids
 
     def word_bytes(self, word: str) -> bytes:

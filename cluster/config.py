@@ -30,6 +30,7 @@ from llamaclust.errors import UsageError
 from llamaclust.wire.messages import MAX_CONTEXT_TOKENS, MAX_SEQUENCES, MAX_TOKENS
 
 FEATURE_LEVELS = ("generic", "avx2", "avxvnni", "avx512", "avx512vnni", "neon", "neon_dotprod")
+_LEAST_SILENCE_S = 0.5
 DEMO_MODEL = "smollm2-135m-instruct"
 SCHEMA_ADDRESS = "https://json-schema.org/draft/2020-12/schema"
 
@@ -104,11 +105,17 @@ class Timeouts(_Section):
     request: Duration = 600.0
     """From a request's arrival to its last token."""
     worker: Duration = 5.0
-    """Silence after which a worker counts as lost."""
+    """Silence after which a worker counts as lost; 500 ms at least."""
     recovery: Duration = 120.0
     """From a worker's loss until the cluster gives up. Only the default is taken: a lost worker ends its requests."""
     coordinator: Duration = 600.0
     """How long workers that are not local wait for their coordinator. Only the default is taken: all are local."""
+
+    @model_validator(mode="after")
+    def _check_worker(self) -> Self:
+        if self.worker < _LEAST_SILENCE_S:
+            raise ValueError(f"worker: {self.worker:g} s is too short to tell a lost worker; set 500ms or more")
+        return self
 
     @model_validator(mode="after")
     def _check_built(self) -> Self:

@@ -15,7 +15,7 @@ from llamaclust.cluster.engine import Engine
 from llamaclust.cluster.events import PlanMade, Watch, WorkerLoading
 from llamaclust.cluster.launchers.base import Launcher, WorkerSpec
 from llamaclust.cluster.launchers.local import LocalLauncher
-from llamaclust.cluster.launchers.run_directory import run_directory
+from llamaclust.cluster.launchers.run_directory import RunDirectory, run_directory
 from llamaclust.cluster.loading import load_stages
 from llamaclust.cluster.measuring import measure_workers
 from llamaclust.cluster.pipeline import StageInfo
@@ -27,11 +27,14 @@ from llamaclust.cluster.remote import RemotePipeline
 from llamaclust.cluster.settings import EngineSettings
 from llamaclust.cluster.state import ClusterDir
 from llamaclust.model.loader import Model
-from llamaclust.wire.control import LoadProgress
+from llamaclust.wire.control import Deadlines, LoadProgress
 from llamaclust.wire.token import ClusterToken
 
 _JOIN_S = 60.0
 _EPOCH = 1
+_HEARTBEAT_S = 1.0
+_HEARTBEATS = 5
+"""In the time after which a silent worker counts as lost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +59,7 @@ async def open_cluster(
     """
     with run_directory(folder.path) as run:
         launcher = LocalLauncher(run, folder.logs)
-        silence_s = config.timeouts.worker
-        registry = Registry(run.coordinator, run.token, silence_s=silence_s, last_words=launcher.last_words)
+        registry = _registry(config, run, launcher)
         model = await asyncio.to_thread(Model.open, model_path)
         with closing(model):
             check_plan(config, model)
@@ -73,6 +75,14 @@ async def open_cluster(
                     settings = scheduler_settings(config, model, plan)
                     async with Engine(pipeline, settings, EngineSettings(request_s=config.timeouts.request)) as engine:
                         yield Cluster(config, model, plan, registry, launcher, engine)
+
+
+def _registry(config: ClusterConfig, run: RunDirectory, launcher: LocalLauncher) -> Registry:
+    """Workers show so many signs of life that a few may come late."""
+    silence_s = config.timeouts.worker
+    deadlines = Deadlines(heartbeat_s=min(_HEARTBEAT_S, silence_s / _HEARTBEATS))
+    words = launcher.last_words
+    return Registry(run.coordinator, run.token, silence_s=silence_s, deadlines=deadlines, last_words=words)
 
 
 @asynccontextmanager

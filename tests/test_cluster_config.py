@@ -200,3 +200,8 @@ def test_any_text_is_a_config_or_one_clear_line(tmp_path_factory: pytest.TempPat
 def test_schema_file_is_current() -> None:
     current = Path(__file__).parent.parent / "deploy/cluster.schema.json"
     assert current.read_text() == json_schema(), "run: python -m llamaclust.cluster.config > deploy/cluster.schema.json"
+
+
+def test_a_silence_too_short_to_tell_a_lost_worker_is_refused(tmp_path: Path) -> None:
+    assert load(tmp_path, SMALL, "timeouts.worker=500ms").timeouts.worker == 0.5
+    assert "timeouts: worker: 0.4 s is too short" in failure(tmp_path, SMALL, "timeouts.worker=400ms")

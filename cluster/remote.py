@@ -16,7 +16,8 @@ from llamaclust.wire.messages import Microbatch, Result, SamplingInputs
 from llamaclust.wire.token import ClusterToken
 
 _OPEN_S = 30.0
-_WRITE_S = 30.0
+_WRITE_S = 20.0
+"""Shorter than a stage waits for sampling inputs or the next stage (`wire.control.Deadlines`)."""
 _BLAME_S = 1.0
 """A stream breaks before the loss of the worker behind it is known."""
 
@@ -70,12 +71,20 @@ class RemotePipeline:
             if self._error is not None:
                 raise self._error
             try:
-                async with deadline(f"handing microbatch {microbatch.number} to the first stage", _WRITE_S):
-                    sampling = asyncio.create_task(self._sample.write(encode_inputs(inputs)))
-                    await self._forward.write(frame)
-                    await sampling
+                async with deadline(f"handing out microbatch {microbatch.number}", _WRITE_S):
+                    await self._write(frame, encode_inputs(inputs))
             except LlamaclustError as error:
                 raise await self._lost(error) from error
+
+    async def _write(self, frame: bytes, inputs: bytes) -> None:
+        """Both at the same time; nothing goes on where one fails."""
+        sampling = asyncio.create_task(self._sample.write(inputs))
+        try:
+            await self._forward.write(frame)
+            await sampling
+        finally:
+            sampling.cancel()
+            await asyncio.gather(sampling, return_exceptions=True)
 
     async def next_result(self) -> Result:
         """See `Pipeline`; results that came before the loss come first."""
@@ -99,7 +108,7 @@ class RemotePipeline:
         losses = [asyncio.create_task(worker.lost.wait()) for worker in self._workers]
         try:
             await asyncio.wait((reading, watching, *losses), return_when=asyncio.FIRST_COMPLETED)
-            ended = [task.result() for task in (reading, watching) if task.done()]
+            ended = [_ending(task) for task in (reading, watching) if task.done()]
             self._fail(await _blame(self.epoch, self._workers, ended[0] if ended else None))
         finally:
             for task in (reading, watching, *losses):
@@ -141,6 +150,16 @@ class RemotePipeline:
         if self._error is None:
             self._error = error
             self._results.put_nowait(None)
+
+
+def _ending(task: asyncio.Task[LlamaclustError]) -> LlamaclustError:
+    """What a reader ended with, in order or not."""
+    if task.cancelled():
+        return WorkerError("a stream was cancelled")
+    error = task.exception()
+    if error is None:
+        return task.result()
+    return error if isinstance(error, LlamaclustError) else WorkerError(f"{type(error).__name__}: {error}")
 
 
 def _stage(epoch: int, worker: WorkerHandle) -> StageInfo:

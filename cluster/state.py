@@ -9,11 +9,15 @@ import contextlib
 import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from llamaclust.errors import UsageError
+
+_PROBE_S = 0.05
+"""Longer than whoever looks whether a cluster runs has its lock."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +76,10 @@ class ClusterDir:
         self.create()
         descriptor = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UsageError(self._taken()) from error
+            if not _lock(descriptor, fcntl.LOCK_EX):
+                time.sleep(_PROBE_S)
+                if not _lock(descriptor, fcntl.LOCK_EX):
+                    raise UsageError(self._taken())
             yield
         finally:
             os.close(descriptor)
@@ -96,12 +100,9 @@ class ClusterDir:
         except OSError:
             return False
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
+            return not _lock(descriptor, fcntl.LOCK_SH)
         finally:
             os.close(descriptor)
-        return False
 
     def write_record(self, record: ClusterRecord) -> None:
         write_private(self._record, json.dumps(asdict(record)))
@@ -125,6 +126,15 @@ class ClusterDir:
             return {name: Measurement(**value) for name, value in values.items()}
         except (OSError, ValueError, TypeError, AttributeError):
             return {}
+
+
+def _lock(descriptor: int, kind: int) -> bool:
+    """Whether the lock could be had at once."""
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def write_private(path: Path, text: str) -> None:

@@ -18,6 +18,7 @@ from real_cluster import real_cluster
 from llamaclust.cluster.launchers.base import WorkerSpec
 from llamaclust.cluster.launchers.local import LocalLauncher, describe_exit
 from llamaclust.cluster.launchers.run_directory import run_directory
+from llamaclust.errors import UsageError
 from llamaclust.wire.server import Server
 from llamaclust.wire.token import ClusterToken
 
@@ -175,12 +176,31 @@ def test_a_run_directory_too_deep_for_sockets_moves(tmp_path: Path) -> None:
         assert not path.is_relative_to(tmp_path)
         assert path.stat().st_mode & 0o777 == 0o700
         assert len(run.worker(1000).removeprefix("unix:")) <= 107
+        with run_directory(deep) as after_a_kill:
+            assert not path.exists()
+            assert after_a_kill.path.exists()
     assert not path.exists()
+    assert list(deep.iterdir()) == []
     with run_directory(tmp_path / "x") as run:
         assert run.path == tmp_path / "x" / "run"
         (run.path / "left.sock").touch()
         with run_directory(tmp_path / "x") as after_a_kill:
             assert not (after_a_kill.path / "left.sock").exists()
+
+
+def test_what_is_in_the_way_of_a_run_directory_is_named(tmp_path: Path) -> None:
+    (tmp_path / "run").touch()
+    with pytest.raises(UsageError, match="run is in the way"), run_directory(tmp_path):
+        pass
+
+
+def test_a_link_to_somewhere_else_is_removed_and_not_followed(tmp_path: Path) -> None:
+    precious = tmp_path / "llamaclust-precious"
+    precious.mkdir()
+    (tmp_path / "run").symlink_to(precious)
+    with run_directory(tmp_path) as run:
+        assert precious.exists() and not run.path.is_symlink()
+    assert precious.exists()
 
 
 def test_last_words_are_one_safe_line(tmp_path: Path) -> None:

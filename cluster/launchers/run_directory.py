@@ -10,10 +10,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from llamaclust.errors import UsageError
 from llamaclust.wire.token import ClusterToken
 
 _MAX_SOCKET_BYTES = 107
 """What fits in a socket address (Linux)."""
+_PREFIX = "llamaclust-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,15 +43,32 @@ class RunDirectory:
 def run_directory(parent: Path) -> Iterator[RunDirectory]:
     """A new run directory in `parent`, or in the machine's temporary directory where paths would be too long.
 
-    What a cluster that was killed has left in `parent` is removed: the caller holds the lock on it.
+    What a cluster that was killed has left is removed: the caller holds the lock on `parent`, where a link tells of
+    the temporary directory. UsageError where something else is in the way.
     """
-    path = parent / "run"
-    if len(os.fsencode(path / "w1000.sock")) > _MAX_SOCKET_BYTES:
-        path = Path(tempfile.mkdtemp(prefix="llamaclust-"))
+    path = place = parent / "run"
+    _clear(place)
+    if place.exists():
+        raise UsageError(f"{place} is in the way: remove it")
+    parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if len(os.fsencode(place / "w1000.sock")) > _MAX_SOCKET_BYTES:
+        path = Path(tempfile.mkdtemp(prefix=_PREFIX))
+        place.symlink_to(path)
     else:
-        shutil.rmtree(path, ignore_errors=True)
-        path.mkdir(mode=0o700, parents=True)
+        path.mkdir(mode=0o700)
     try:
         yield RunDirectory(path, ClusterToken.create(path / "token"))
     finally:
         shutil.rmtree(path, ignore_errors=True)
+        _clear(place)
+
+
+def _clear(place: Path) -> None:
+    """Removes a run directory or the link to one, and what the link names if it is one of ours."""
+    if not place.is_symlink():
+        shutil.rmtree(place, ignore_errors=True)
+        return
+    target = place.readlink()
+    if target.parent == Path(tempfile.gettempdir()) and target.name.startswith(_PREFIX):
+        shutil.rmtree(target, ignore_errors=True)
+    place.unlink()

@@ -13,7 +13,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import astuple
 from itertools import pairwise
 from pathlib import Path
 from statistics import median, quantiles
@@ -71,13 +70,12 @@ async def through_workers(path: Path, cuts: Sequence[int], steps: int, rows: int
 
 
 async def in_process(path: Path, steps: int, rows: int) -> list[tuple[int, Result]]:
-    from llamaclust.kernels.backend import Limits
     from llamaclust.kernels.cpu.backend import CpuBackend
     from llamaclust.model.loader import Model
     from llamaclust.worker.stage_runner import StageRunner
 
     model = Model.open(path)
-    runner = StageRunner(CpuBackend(1), model, 0, model.layer_count, Limits(*astuple(LIMITS)))
+    runner = StageRunner(CpuBackend(1), model, 0, model.layer_count, LIMITS)
 
     async def step(microbatch: Microbatch, inputs: SamplingInputs) -> Result:
         return Result(1, 0, runner.finish(runner.run(microbatch, None), inputs))

@@ -21,10 +21,11 @@ from llamaclust.cluster.pipeline import StageInfo
 from llamaclust.cluster.settings import EngineSettings, SchedulerSettings
 from llamaclust.cluster.text import TextService, TextSettings
 from llamaclust.errors import DoesNotFitError, LlamaclustError, RequestError, UsageError
-from llamaclust.kernels.backend import Float32, Limits
+from llamaclust.kernels.backend import Float32
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.model.loader import Model
 from llamaclust.model.program import KV_BLOCK_TOKENS
+from llamaclust.wire.control import StageLimits
 from llamaclust.wire.messages import (
     MAX_KV_BLOCKS,
     MAX_TOKENS,
@@ -194,8 +195,8 @@ def _blocks(tokens: int) -> int:
     return -(-tokens // KV_BLOCK_TOKENS)
 
 
-def _limits(scheduling: SchedulerSettings, own: Run) -> Limits:
-    return Limits(
+def _limits(scheduling: SchedulerSettings, own: Run) -> StageLimits:
+    return StageLimits(
         max_tokens=scheduling.max_rows,
         max_outputs=scheduling.max_outputs,
         max_sequences=scheduling.max_sequences,
@@ -204,7 +205,7 @@ def _limits(scheduling: SchedulerSettings, own: Run) -> Limits:
     )
 
 
-def _check_memory(backend: CpuBackend, model: Model, limits: Limits) -> None:
+def _check_memory(backend: CpuBackend, model: Model, limits: StageLimits) -> None:
     """Memory is taken as it is used: a model that is too large would end the process while it answers."""
     needed, there = plan_memory(backend, model, 0, model.layer_count, limits).total_bytes, available_memory_bytes()
     if needed > there:

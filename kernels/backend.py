@@ -11,23 +11,13 @@ from numpy.typing import NDArray
 
 from llamaclust.model.program import Program
 from llamaclust.model.tensors import Tensor
+from llamaclust.wire.control import StageLimits
 
 Float32 = NDArray[np.float32]
 Int32 = NDArray[np.int32]
 
 Progress = Callable[[int], None]
 """Called with the number of weight bytes made ready since the last call, from the loading thread."""
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What buffers are planned for, fixed at load. Exceeding one in `run` is a mistake of the caller (assert)."""
-
-    max_tokens: int
-    max_outputs: int
-    max_sequences: int
-    max_context_tokens: int
-    kv_blocks: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +65,12 @@ class Backend(Protocol):
     name: str
     feature_level: str
 
-    def load(self, program: Program, tensors: dict[str, Tensor], limits: Limits, progress: Progress) -> Stage: ...
+    def load(self, program: Program, tensors: dict[str, Tensor], limits: StageLimits, progress: Progress) -> Stage: ...
 
     def kv_block_bytes(self, program: Program) -> int:
         """Bytes of KV memory that one block id costs over all layers of the program."""
         ...
 
-    def workspace_bytes(self, program: Program, limits: Limits) -> int: ...
+    def workspace_bytes(self, program: Program, limits: StageLimits) -> int: ...
 
     def close(self) -> None: ...

@@ -8,11 +8,12 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from llamaclust.kernels.backend import Backend, Batch, Float32, Limits, Stage
+from llamaclust.kernels.backend import Backend, Batch, Float32, Stage
 from llamaclust.model.loader import Model
 from llamaclust.model.program import KV_BLOCK_TOKENS
+from llamaclust.wire.control import StageLimits
 
-LIMITS = Limits(max_tokens=128, max_outputs=128, max_sequences=8, max_context_tokens=1024, kv_blocks=80)
+LIMITS = StageLimits(max_tokens=128, max_outputs=128, max_sequences=8, max_context_tokens=1024, kv_blocks=80)
 
 Rows = tuple[Iterable[int], Iterable[int], Iterable[int]]
 """Tokens, positions and block table of one sequence."""
@@ -38,7 +39,7 @@ def _starts(parts: Iterable[NDArray[np.int32]]) -> NDArray[np.int32]:
 
 
 def load_stage(
-    backend: Backend, model: Model, start: int = 0, end: int | None = None, limits: Limits = LIMITS
+    backend: Backend, model: Model, start: int = 0, end: int | None = None, limits: StageLimits = LIMITS
 ) -> Stage:
     program = model.program(start, model.layer_count if end is None else end)
     return backend.load(program, model.tensors_for(program), limits, lambda done_bytes: None)
@@ -47,7 +48,7 @@ def load_stage(
 class Chain:
     """A model cut into stages at layers `cuts`."""
 
-    def __init__(self, backend: Backend, model: Model, cuts: Sequence[int] = (), limits: Limits = LIMITS) -> None:
+    def __init__(self, backend: Backend, model: Model, cuts: Sequence[int] = (), limits: StageLimits = LIMITS) -> None:
         bounds = [0, *cuts, model.layer_count]
         self.stages = [load_stage(backend, model, start, end, limits) for start, end in pairwise(bounds)]
 

@@ -12,17 +12,18 @@ from batches import batch_of
 from numpy.typing import NDArray
 from tiny_quantizers import quantize
 
-from llamaclust.kernels.backend import Backend, Batch, Limits
+from llamaclust.kernels.backend import Backend, Batch
 from llamaclust.kernels.reference.backend import ReferenceBackend
 from llamaclust.model.gguf import open_model
 from llamaclust.model.program import KV_BLOCK_TOKENS, Buffer, MatMul, Program, Step
 from llamaclust.model.quant_types import QuantType
 from llamaclust.model.tensors import Tensor
 from llamaclust.model.writer import TensorSource, write_gguf
+from llamaclust.wire.control import StageLimits
 
 Float32 = NDArray[np.float32]
 
-LIMITS = Limits(max_tokens=160, max_outputs=160, max_sequences=8, max_context_tokens=4096, kv_blocks=300)
+LIMITS = StageLimits(max_tokens=160, max_outputs=160, max_sequences=8, max_context_tokens=4096, kv_blocks=300)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,17 +16,18 @@ from batches import batch_of
 from numpy.typing import NDArray
 from single_steps import error, normal, program_of, splitter
 
-from llamaclust.kernels.backend import Batch, Limits
+from llamaclust.kernels.backend import Batch
 from llamaclust.kernels.cpu._native import available_levels
 from llamaclust.kernels.cpu.backend import CpuBackend, CpuStage
 from llamaclust.model.gguf import open_model
 from llamaclust.model.program import KV_BLOCK_TOKENS, Attention, Buffer, Program, Rope, RopeStyle, RopeTable
 from llamaclust.model.tensors import Tensor
 from llamaclust.model.writer import write_gguf
+from llamaclust.wire.control import StageLimits
 
 Float32 = NDArray[np.float32]
 
-LIMITS = Limits(max_tokens=1200, max_outputs=1, max_sequences=8, max_context_tokens=1200, kv_blocks=256)
+LIMITS = StageLimits(max_tokens=1200, max_outputs=1, max_sequences=8, max_context_tokens=1200, kv_blocks=256)
 LEVELS = available_levels()
 MAKERS: dict[str, Callable[[], CpuBackend]] = {level: partial(all_threads, 2, level) for level in LEVELS}
 MAKERS |= {f"{threads} threads": partial(all_threads, threads) for threads in (1, 3)}
@@ -72,7 +73,7 @@ class Model:
         return normal(np.random.default_rng([self.heads, self.head_dim, seed]), rows, self.program.hidden.width)
 
     @contextmanager
-    def stage(self, make: Callable[[], CpuBackend], limits: Limits = LIMITS) -> Iterator[CpuStage]:
+    def stage(self, make: Callable[[], CpuBackend], limits: StageLimits = LIMITS) -> Iterator[CpuStage]:
         backend = make()
         stage = backend.load(self.program, self.tensors, limits, lambda done_bytes: None)
         yield stage

@@ -15,15 +15,15 @@ from batches import Chain, batch_of
 from numpy.typing import NDArray
 from tiny_model import build_tiny_model
 
-from llamaclust.kernels.backend import Limits
 from llamaclust.kernels.cpu._native import available_levels
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.model.loader import Model
 from llamaclust.model.quant_types import QuantType
+from llamaclust.wire.control import StageLimits
 
 Float32 = NDArray[np.float32]
 
-LIMITS = Limits(max_tokens=128, max_outputs=128, max_sequences=8, max_context_tokens=1024, kv_blocks=80)
+LIMITS = StageLimits(max_tokens=128, max_outputs=128, max_sequences=8, max_context_tokens=1024, kv_blocks=80)
 TOKENS = np.random.default_rng(7).integers(0, 320, 100).tolist()
 
 
@@ -140,7 +140,7 @@ def test_memory_is_as_promised(model: Model) -> None:
     assert stage.kv_bytes == backend.kv_block_bytes(program) * LIMITS.kv_blocks
     tensors = model.tensors_for(program)
     assert stage.weight_bytes == pytest.approx(sum(tensor.n_bytes for tensor in tensors.values()), rel=0.02)
-    smaller, larger = (backend.workspace_bytes(program, Limits(rows, rows, 8, 1024, 80)) for rows in (64, 128))
+    smaller, larger = (backend.workspace_bytes(program, StageLimits(rows, rows, 8, 1024, 80)) for rows in (64, 128))
     widths = 256 * 5 + 64 * 2 + 512 * 2 + 320
     assert 4 * 64 * widths < larger - smaller < 12 * 64 * widths + (1 << 20)
     stage.close()

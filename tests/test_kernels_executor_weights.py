@@ -14,7 +14,6 @@ from batches import batch_of
 from single_steps import LIMITS, Weight, normal, program_of, rows_at
 
 from llamaclust.errors import DoesNotFitError, ModelFileError, UsageError
-from llamaclust.kernels.backend import Limits
 from llamaclust.kernels.cpu.backend import CpuBackend, CpuStage
 from llamaclust.model.gguf import open_model
 from llamaclust.model.program import (
@@ -34,6 +33,7 @@ from llamaclust.model.program import (
 from llamaclust.model.quant_types import QuantType
 from llamaclust.model.tensors import Tensor
 from llamaclust.model.writer import write_gguf
+from llamaclust.wire.control import StageLimits
 
 X, Y, OUT = Buffer("x", 256), Buffer("y", 64), Buffer("out", 256)
 
@@ -49,7 +49,11 @@ def random_weight(*shape: int, kind: QuantType = QuantType.F32) -> Weight:
 
 
 def load(
-    steps: Sequence[Step], tensors: dict[str, Tensor], out: Buffer = OUT, limits: Limits = LIMITS, first: bool = False
+    steps: Sequence[Step],
+    tensors: dict[str, Tensor],
+    out: Buffer = OUT,
+    limits: StageLimits = LIMITS,
+    first: bool = False,
 ) -> CpuStage:
     program = program_of(X, out, *steps, first=first)
     return CpuBackend(1).load(program, tensors, limits, lambda done_bytes: None)

@@ -15,7 +15,7 @@ from quant_blocks import stream_blocks
 from tiny_model import build_tiny_model
 
 from llamaclust.errors import ModelFileError
-from llamaclust.kernels.backend import Batch, Limits
+from llamaclust.kernels.backend import Batch
 from llamaclust.kernels.reference.backend import ReferenceBackend, ReferenceStage
 from llamaclust.kernels.reference.dequantize import SUPPORTED_TYPES, dequantize
 from llamaclust.kernels.reference.kv import LayerKv
@@ -23,6 +23,7 @@ from llamaclust.kernels.reference.steps import State, attention, moe, rms_norm, 
 from llamaclust.model.loader import Model
 from llamaclust.model.program import Add, Attention, Buffer, Moe, Rope, RopeStyle, RopeTable, SelectRows, SiluMul
 from llamaclust.model.quant_types import QuantType
+from llamaclust.wire.control import StageLimits
 
 GOLDEN = Path(__file__).parent / "data" / "dequantize.npz"
 """Of gguf-py 0.19, on `stream_blocks(type, 1024)`: the first weights and the SHA-256 of all as float32."""
@@ -61,7 +62,7 @@ def test_a_type_without_kernel_is_refused_by_name(tmp_path: Path) -> None:
     tensors = model.tensors_for(program)
     tensors["output.weight"] = replace(tensors["output.weight"], quant_type=QuantType.I8)
     with pytest.raises(ModelFileError, match=r"m\.gguf: tensor output\.weight: type I8 cannot"):
-        ReferenceBackend().load(program, tensors, Limits(1, 1, 1, 16, 1), lambda done: None)
+        ReferenceBackend().load(program, tensors, StageLimits(1, 1, 1, 16, 1), lambda done: None)
 
 
 def test_rms_norm() -> None:
@@ -205,7 +206,7 @@ def test_chunks_and_neighbours_do_not_change_a_bit(stage: ReferenceStage) -> Non
 
 def test_what_memory_is_said_to_cost(tmp_path: Path) -> None:
     model = Model.open(build_tiny_model(tmp_path / "m.gguf", layers=3, hidden=64, heads=4, kv_heads=2, ffn=96))
-    program, limits, done = model.program(0, 3), Limits(8, 8, 2, 64, 4), list[int]()
+    program, limits, done = model.program(0, 3), StageLimits(8, 8, 2, 64, 4), list[int]()
     backend = ReferenceBackend()
     loaded = backend.load(program, model.tensors_for(program), limits, done.append)
     assert loaded.kv_bytes == 4 * backend.kv_block_bytes(program) == 4 * 3 * 16 * 2 * 32 * 2

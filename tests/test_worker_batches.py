@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from llamaclust.errors import WireError
-from llamaclust.kernels.backend import Limits
+from llamaclust.wire.control import StageLimits
 from llamaclust.wire.messages import Chunk, Microbatch, Run
 from llamaclust.worker.batches import build_batch
 
-LIMITS = Limits(max_tokens=400, max_outputs=100, max_sequences=12, max_context_tokens=512, kv_blocks=200)
+LIMITS = StageLimits(max_tokens=400, max_outputs=100, max_sequences=12, max_context_tokens=512, kv_blocks=200)
 VOCABULARY = 1000
 
 

@@ -7,7 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import astuple, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,6 @@ from tiny_model import build_tiny_model
 from llamaclust.cluster.remote import RemotePipeline
 from llamaclust.cluster.worker_handle import WorkerState
 from llamaclust.errors import DoesNotFitError, LlamaclustError, ModelFileError, UsageError, WorkerError
-from llamaclust.kernels.backend import Limits
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.model.loader import Model
 from llamaclust.wire.channels import JOIN, Peer, StreamBrokenError
@@ -44,7 +43,7 @@ async def _run(pipeline: RemotePipeline, model: Path, steps: int = 8) -> list[Re
 
 def _alone(model: Path, epoch: int, steps: int = 8) -> list[object]:
     opened = Model.open(model)
-    runner = StageRunner(CpuBackend(1, "generic"), opened, 0, opened.layer_count, Limits(*astuple(LIMITS)))
+    runner = StageRunner(CpuBackend(1, "generic"), opened, 0, opened.layer_count, LIMITS)
     work = microbatches(opened.model_id, epoch, steps)
     return [runner.finish(runner.run(microbatch, None), inputs) for microbatch, inputs in work]
 

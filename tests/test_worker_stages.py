@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +15,6 @@ import pytest
 from real_cluster import LIMITS, microbatches
 from tiny_model import build_tiny_model
 
-from llamaclust.kernels.backend import Limits
 from llamaclust.kernels.reference.backend import ReferenceBackend
 from llamaclust.model.loader import Model
 from llamaclust.wire.channels import FORWARD, SAMPLE, ClientStream, Peer, StreamBrokenError
@@ -43,7 +42,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 
 def _runner(model: Model, start: int, end: int) -> StageRunner:
-    return StageRunner(ReferenceBackend(), model, start, end, Limits(*astuple(LIMITS)))
+    return StageRunner(ReferenceBackend(), model, start, end, LIMITS)
 
 
 @dataclass(slots=True)

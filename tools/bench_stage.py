@@ -11,10 +11,10 @@ from llamaclust.cluster.scheduler_chunks import chunk_rows
 from llamaclust.cluster.settings import SchedulerSettings
 from llamaclust.cluster.stage_times import StageTimes
 from llamaclust.errors import LlamaclustError
-from llamaclust.kernels.backend import Limits
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.model.loader import Model
 from llamaclust.model.program import KV_BLOCK_TOKENS
+from llamaclust.wire.control import StageLimits
 from llamaclust.wire.messages import (
     Chunk,
     Microbatch,
@@ -38,7 +38,7 @@ class BenchStage:
     def __init__(self, model: Model, backend: CpuBackend, batch: int, context: int) -> None:
         blocks = -(-context // KV_BLOCK_TOKENS)
         rows = _MOST_ROWS + batch
-        limits = Limits(rows, batch, batch, context, blocks * batch)
+        limits = StageLimits(rows, batch, batch, context, blocks * batch)
         level, threads = backend.feature_level, backend.threads
         self._runner = StageRunner(backend, model, 0, model.layer_count, limits, feature_level=level, threads=threads)
         self._tables = [(Run(blocks * index, blocks),) for index in range(batch)]

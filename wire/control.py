@@ -72,7 +72,10 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class StageLimits:
-    """What a stage's buffers are planned for; nothing larger is sent to it."""
+    """What a stage's buffers are planned for, fixed at load; nothing larger is sent to it.
+
+    Exceeding one in a stage's `run` is a mistake of the caller (assert).
+    """
 
     max_tokens: int
     max_outputs: int

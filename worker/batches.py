@@ -8,15 +8,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamaclust.errors import WireError
-from llamaclust.kernels.backend import Batch, Limits
+from llamaclust.kernels.backend import Batch
 from llamaclust.model.program import KV_BLOCK_TOKENS
+from llamaclust.wire.control import StageLimits
 from llamaclust.wire.messages import Chunk, Microbatch
 
 _FEW = 256
 """So many numbers are made faster by plain Python than by NumPy's calls."""
 
 
-def build_batch(microbatch: Microbatch, limits: Limits, vocabulary: int) -> Batch:
+def build_batch(microbatch: Microbatch, limits: StageLimits, vocabulary: int) -> Batch:
     """The batch of a microbatch. WireError where it exceeds the limits, the vocabulary or its own block tables."""
     chunks = microbatch.chunks
     lengths = [len(chunk.tokens) for chunk in chunks]
@@ -35,7 +36,7 @@ def build_batch(microbatch: Microbatch, limits: Limits, vocabulary: int) -> Batc
     )
 
 
-def _check_counts(chunks: tuple[Chunk, ...], rows: int, outputs: int, limits: Limits) -> None:
+def _check_counts(chunks: tuple[Chunk, ...], rows: int, outputs: int, limits: StageLimits) -> None:
     for what, value, most in (
         ("tokens", rows, limits.max_tokens),
         ("output rows", outputs, limits.max_outputs),
@@ -45,7 +46,7 @@ def _check_counts(chunks: tuple[Chunk, ...], rows: int, outputs: int, limits: Li
             raise WireError(f"microbatch with {value} {what}, this stage is planned for {most}")
 
 
-def _table_length(chunk: Chunk, limits: Limits) -> int:
+def _table_length(chunk: Chunk, limits: StageLimits) -> int:
     """Blocks of a chunk's table, which is checked here before it is written out."""
     context = chunk.position + len(chunk.tokens)
     if context > limits.max_context_tokens:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import astuple
 from pathlib import Path
 
 from llamaclust.errors import DoesNotFitError, ModelFileError
-from llamaclust.kernels.backend import Limits
 from llamaclust.model.loader import Model
 from llamaclust.wire.control import Load, LoadProgress
 from llamaclust.worker.devices import Device
@@ -22,7 +20,7 @@ _MIB = 1 << 20
 
 async def load_stage(order: Load, device: Device, report: Report) -> StageRunner:
     """The stage of `order`. ModelFileError for another or a damaged file, DoesNotFitError where memory is short."""
-    limits = Limits(*astuple(order.limits))
+    limits = order.limits
     model = await asyncio.to_thread(_open, order)
     planned = await asyncio.to_thread(plan_memory, device.backend, model, order.start, order.end, limits)
     _check_memory(order, planned, device.free_memory_bytes)

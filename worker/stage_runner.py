@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llamaclust.errors import UsageError, WireError
-from llamaclust.kernels.backend import Backend, Float32, Limits, Progress
+from llamaclust.kernels.backend import Backend, Float32, Progress
 from llamaclust.kernels.sampling import Sampler
 from llamaclust.model.loader import Model
 from llamaclust.model.program import Program
+from llamaclust.wire.control import StageLimits
 from llamaclust.wire.messages import Microbatch, RowResult, SamplingInputs
 from llamaclust.worker.batches import build_batch
 
@@ -26,7 +27,7 @@ class StageMemory:
         return self.weight_bytes + self.kv_bytes + self.workspace_bytes
 
 
-def plan_memory(backend: Backend, model: Model, start: int, end: int, limits: Limits) -> StageMemory:
+def plan_memory(backend: Backend, model: Model, start: int, end: int, limits: StageLimits) -> StageMemory:
     """What layers [start, end) will take."""
     program = model_program(model, start, end)
     weights = sum(tensor.n_bytes for tensor in model.tensors_for(program).values())
@@ -50,7 +51,7 @@ class StageRunner:
         model: Model,
         start: int,
         end: int,
-        limits: Limits,
+        limits: StageLimits,
         *,
         feature_level: str = "",
         threads: int = 1,

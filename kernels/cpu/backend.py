@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 
 from llamaclust.errors import DoesNotFitError, ModelFileError, UsageError
-from llamaclust.kernels.backend import Batch, Float32, Limits, Progress
+from llamaclust.kernels.backend import Batch, Float32, Progress
 from llamaclust.kernels.cpu import _native
 from llamaclust.kernels.cpu.compile import compile_program
 from llamaclust.kernels.cpu.weights import Weight, WeightStore, shapes_only
 from llamaclust.model.program import Program
 from llamaclust.model.tensors import Tensor
+from llamaclust.wire.control import StageLimits
 
 _MIB = 1 << 20
 
@@ -66,7 +67,7 @@ class CpuBackend:
         self.threads = threads
         self._weights = WeightStore(threads)
 
-    def load(self, program: Program, tensors: dict[str, Tensor], limits: Limits, progress: Progress) -> CpuStage:
+    def load(self, program: Program, tensors: dict[str, Tensor], limits: StageLimits, progress: Progress) -> CpuStage:
         """ModelFileError for weights without kernels or figures that do not fit together; DoesNotFitError where the
         system refuses the memory."""
         try:
@@ -83,7 +84,7 @@ class CpuBackend:
     def kv_block_bytes(self, program: Program) -> int:
         return sum(_native.kv_block_bytes(step.kv_heads, step.head_dim) for step in program.kv_layers)
 
-    def workspace_bytes(self, program: Program, limits: Limits) -> int:
+    def workspace_bytes(self, program: Program, limits: StageLimits) -> int:
         plan = compile_program(program, shapes_only(program), limits)
         return _native.workspace_bytes(plan, self.threads)
 
@@ -91,7 +92,7 @@ class CpuBackend:
         """Loaded stages go on; the threads end with the last of them."""
         self._weights = WeightStore(self.threads)
 
-    def _does_not_fit(self, program: Program, tensors: dict[str, Tensor], limits: Limits) -> str:
+    def _does_not_fit(self, program: Program, tensors: dict[str, Tensor], limits: StageLimits) -> str:
         weights = sum(tensors[name].n_bytes for name in program.weights)
         kv = self.kv_block_bytes(program) * limits.kv_blocks
         return (

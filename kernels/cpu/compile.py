@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from llamaclust.kernels.backend import Limits
 from llamaclust.kernels.cpu._native import Plan
 from llamaclust.kernels.cpu.fuse import Attend, Products, fuse
 from llamaclust.kernels.cpu.weights import Weight
@@ -25,6 +24,7 @@ from llamaclust.model.program import (
     SiluMul,
 )
 from llamaclust.model.quant_types import ActivationFormat, QuantType
+from llamaclust.wire.control import StageLimits
 
 _FORMATS = (ActivationFormat.F32, ActivationFormat.Q8_32, ActivationFormat.Q8_256)
 """In the order of the native module's numbers."""
@@ -61,7 +61,7 @@ class _Buffers:
 
 
 class _Compiler:
-    def __init__(self, program: Program, weights: Mapping[str, Weight], limits: Limits) -> None:
+    def __init__(self, program: Program, weights: Mapping[str, Weight], limits: StageLimits) -> None:
         self.plan = Plan(
             limits.max_tokens, limits.max_outputs, limits.max_sequences, limits.max_context_tokens, limits.kv_blocks
         )
@@ -194,6 +194,6 @@ class _Compiler:
             self.plan.multiply_experts(chosen, choice, slot, used, per_rank)
 
 
-def compile_program(program: Program, weights: Mapping[str, Weight], limits: Limits) -> Plan:
+def compile_program(program: Program, weights: Mapping[str, Weight], limits: StageLimits) -> Plan:
     """ValueError where the program does not hold together (widths, heads, angles)."""
     return _Compiler(program, weights, limits).run()

@@ -5,18 +5,19 @@ from __future__ import annotations
 import numpy as np
 
 from llamaclust.errors import ModelFileError
-from llamaclust.kernels.backend import Batch, Float32, Limits, Progress
+from llamaclust.kernels.backend import Batch, Float32, Progress
 from llamaclust.kernels.reference.dequantize import SUPPORTED_TYPES, dequantize
 from llamaclust.kernels.reference.kv import LayerKv, block_bytes
 from llamaclust.kernels.reference.steps import State, run_step
 from llamaclust.model.program import Buffer, Program
 from llamaclust.model.tensors import Tensor
+from llamaclust.wire.control import StageLimits
 
 
 class ReferenceStage:
     """A loaded program; see `kernels.backend.Stage`. What it returns is not overwritten."""
 
-    def __init__(self, program: Program, weights: dict[str, Float32], limits: Limits) -> None:
+    def __init__(self, program: Program, weights: dict[str, Float32], limits: StageLimits) -> None:
         self._program = program
         self._weights = weights
         self._limits = limits
@@ -53,7 +54,9 @@ class ReferenceBackend:
     name = "reference"
     feature_level = "numpy"
 
-    def load(self, program: Program, tensors: dict[str, Tensor], limits: Limits, progress: Progress) -> ReferenceStage:
+    def load(
+        self, program: Program, tensors: dict[str, Tensor], limits: StageLimits, progress: Progress
+    ) -> ReferenceStage:
         """ModelFileError for a weight type that no kernel exists for, or a file that changed."""
         weights: dict[str, Float32] = {}
         for name in program.weights:
@@ -64,7 +67,7 @@ class ReferenceBackend:
     def kv_block_bytes(self, program: Program) -> int:
         return sum(block_bytes(step) for step in program.kv_layers)
 
-    def workspace_bytes(self, program: Program, limits: Limits) -> int:
+    def workspace_bytes(self, program: Program, limits: StageLimits) -> int:
         """Bytes of all named buffers; temporaries of a step are not counted."""
         fields = (getattr(step, name) for step in program.steps for name in step.__slots__)
         widths = {field.name: field.width for field in fields if isinstance(field, Buffer)}

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from llamaclust.cli.interrupts import ends_at_once
+
 ConfigFile = Annotated[Path | None, typer.Argument(metavar="[FILE]", help="Cluster file (YAML). Without it: the demo.")]
 Overrides = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Overrides a key of the file.")]
 ClusterName = Annotated[str | None, typer.Option("--cluster", metavar="NAME", help="Which, where several run.")]
@@ -22,7 +24,8 @@ def up(
     notify: Annotated[int | None, typer.Option("--notify", hidden=True)] = None,
 ) -> None:
     """Start the cluster that FILE describes and serve its API until Ctrl-C."""
-    from llamaclust.cli import start
+    with ends_at_once():
+        from llamaclust.cli import start
 
     start.up(file, overrides, port, detach=detach, notify=notify)
 

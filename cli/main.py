@@ -1,4 +1,4 @@
-"""The `llamaclust` command: groups its commands and turns errors into one line and an exit code."""
+"""The entry of the `llamaclust` command: turns errors into one line and an exit code."""
 
 from __future__ import annotations
 
@@ -6,31 +6,14 @@ import os
 import sys
 from typing import Any
 
-import typer
-
-from llamaclust.cli import cluster_commands, generate_commands, measure_commands, model_commands
+from llamaclust.cli.interrupts import ends_at_once
 from llamaclust.errors import LlamaclustError
-
-app = typer.Typer(
-    name="llamaclust",
-    help="Runs one language model on several machines: the same tokens however the cluster is cut.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-cluster_commands.register(app)
-generate_commands.register(app)
-measure_commands.register(app)
-model_commands.app.command("perplexity")(measure_commands.perplexity)
-app.add_typer(model_commands.app, name="model")
-
-
-_BadUsage: type[Any] = typer.BadParameter.__mro__[1]
-"""The base of all mistakes on a command line, whose name is no part of typer's interface."""
 
 
 def main() -> None:
     """Runs the command line; exits 0 done, 1 failed, 2 bad usage or file, 3 does not fit."""
+    with ends_at_once():
+        from llamaclust.cli.app import BadUsage, app
     try:
         code = app(standalone_mode=False)
         print(end="", flush=True)
@@ -38,7 +21,7 @@ def main() -> None:
     except LlamaclustError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except _BadUsage as error:
+    except BadUsage as error:
         _explain(error)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -60,7 +43,7 @@ def _explain(error: Any) -> None:
     """One line for a mistake on the command line, unless the help was printed instead."""
     words = " ".join(error.format_message().split())
     if words:
-        command = error.ctx.command_path if error.ctx else app.info.name
+        command = error.ctx.command_path if error.ctx else "llamaclust"
         print(f"error: {words.rstrip('.')}; see `{command} --help`", file=sys.stderr)
 
 

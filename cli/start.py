@@ -12,9 +12,10 @@ from llamaclust.wire.tuning import tune_grpc
 
 tune_grpc()
 
+from llamaclust.cli.interrupts import ends_at_once  # noqa: E402
 from llamaclust.cli.watch import StartView  # noqa: E402
 from llamaclust.cluster.config import ClusterConfig, load_config  # noqa: E402
-from llamaclust.cluster.events import Event, Ready, StartFailed, Watch, from_line, to_line  # noqa: E402
+from llamaclust.cluster.events import Event, Ready, StartFailed, from_line, to_line  # noqa: E402
 from llamaclust.cluster.state import ClusterDir  # noqa: E402
 from llamaclust.errors import LlamaclustError  # noqa: E402
 
@@ -33,8 +34,10 @@ def up(file: Path | None, overrides: list[str], port: int | None, *, detach: boo
     if detach:
         _detach(config, file, overrides)
         return
+    with ends_at_once():
+        from llamaclust.cluster.serve import serve
     with StartView() as view:
-        _serve(config, model, view.show)
+        serve(config, model, view.show)
 
 
 def pull(config: ClusterConfig) -> Path:
@@ -44,14 +47,10 @@ def pull(config: ClusterConfig) -> Path:
     return pull_model(config.model)
 
 
-def _serve(config: ClusterConfig, model: Path, watch: Watch) -> None:
-    from llamaclust.cluster.serve import serve
-
-    serve(config, model, watch)
-
-
 def _run_notifying(config: ClusterConfig, descriptor: int) -> None:
     """Serves as the detached process; events go to the pipe of the one that waits."""
+    from llamaclust.cluster.serve import serve
+
     pipe = os.fdopen(descriptor, "w", buffering=1)
 
     def watch(event: Event) -> None:
@@ -66,7 +65,7 @@ def _run_notifying(config: ClusterConfig, descriptor: int) -> None:
             pipe = open(os.devnull, "w")  # noqa: SIM115, PTH123  the one that waited is gone
 
     try:
-        _serve(config, pull(config), watch)
+        serve(config, pull(config), watch)
     except LlamaclustError as error:
         watch(StartFailed(str(error), error.exit_code))
         raise

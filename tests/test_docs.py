@@ -18,7 +18,7 @@ from served import run_async, serving
 from tiny_model import build_tiny_model
 from typer.main import get_command
 
-from llamaclust.cli.main import app
+from llamaclust.cli.app import app
 from llamaclust.cli.planning import plan_of
 from llamaclust.cluster.api.app import create_app
 from llamaclust.cluster.api.settings import ApiSettings

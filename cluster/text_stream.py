@@ -10,7 +10,13 @@ from typing import Protocol, Self
 
 from llamaclust.cluster.requests import Event, Generation, Timings
 from llamaclust.cluster.text_choice import ChoiceText, TextChunk
-from llamaclust.errors import QueueFullError, WorkerError
+from llamaclust.errors import DeadlineError, QueueFullError, WorkerError
+
+_MAX_UNREAD_ROWS = 4096
+"""Rows that may wait for a reader beside those that were there when it began."""
+
+_QUEUE_S = 120.0
+"""How long a later choice waits for a place in a full queue."""
 
 
 class EventStream(Protocol):
@@ -40,7 +46,9 @@ class CompletionStream:
     """Chunks of all choices of one request, in the order in which they come. `aclose` ends what still runs.
 
     Choices behind the first are submitted once the first has computed the prompt, so that they find it in the prefix
-    cache; the request counts as accepted by then, so they wait where the queue is full.
+    cache; the request counts as accepted by then, so they wait where the queue is full, though not for ever.
+
+    A reader that falls too far behind ends the request, and gets the error after what is there.
     """
 
     def __init__(
@@ -58,6 +66,8 @@ class CompletionStream:
         self._generation = generation
         self._on_close = on_close
         self._chunks: asyncio.Queue[TextChunk | BaseException] = asyncio.Queue()
+        self._unread_rows = 0
+        self._most_unread_rows: int | None = None  # None: nobody reads yet, as where prompts are read one by one
         self._unfinished = len(choices)
         self._is_primed = asyncio.Event()
         self._is_closed = False
@@ -83,11 +93,14 @@ class CompletionStream:
         head, self._head = self._head, None
         if head is not None:
             return head
+        if self._most_unread_rows is None:
+            self._most_unread_rows = self._unread_rows + _MAX_UNREAD_ROWS
         if self._unfinished == 0 and self._chunks.empty():
             raise StopAsyncIteration
         item = await self._chunks.get()
         if isinstance(item, BaseException):
             raise item
+        self._unread_rows -= _rows(item)
         self._unfinished -= item.finish_reason is not None
         return item
 
@@ -126,10 +139,14 @@ class CompletionStream:
         await self._is_primed.wait()
         generation = self._generation
         generation = replace(generation, request_id=f"{generation.request_id}-{index}", choice=index)
+        clock = asyncio.get_running_loop().time
+        end = clock() + _QUEUE_S
         while True:
             try:
                 stream = self._engine.submit(generation)
             except QueueFullError as full:
+                if clock() > end:
+                    raise
                 await asyncio.sleep(full.retry_after_s)
             else:
                 self._streams.append(stream)
@@ -139,7 +156,7 @@ class CompletionStream:
         async for event in stream:
             self._is_primed.set()
             chunk = choice.take(event)
-            self._chunks.put_nowait(chunk)
+            self._put(chunk)
             if choice.is_stopped and chunk.finish_reason is None:
                 stream.abort()
                 self._chunks.put_nowait(choice.stopped(stream.timings))
@@ -147,6 +164,18 @@ class CompletionStream:
             if chunk.finish_reason is not None:
                 return
         raise WorkerError("the request was ended before its answer was complete")
+
+    def _put(self, chunk: TextChunk) -> None:
+        self._unread_rows += _rows(chunk)
+        if self._most_unread_rows is not None and self._unread_rows > self._most_unread_rows:
+            for stream in self._streams:
+                stream.abort()
+            raise DeadlineError(f"the answer was read too slowly: {self._unread_rows} tokens waited for their reader")
+        self._chunks.put_nowait(chunk)
+
+
+def _rows(chunk: TextChunk) -> int:
+    return len(chunk.rows) + len(chunk.prompt_rows)
 
 
 async def chunks_or_silence(stream: CompletionStream, silence_s: float) -> AsyncIterator[TextChunk | None]:

@@ -208,11 +208,6 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> ClusterConf
         raise UsageError(_first_error(error, document)) from error
 
 
-def default_config() -> ClusterConfig:
-    """The demo: a small model on two workers of this machine."""
-    return load_config(None)
-
-
 def json_schema() -> str:
     """What deploy/cluster.schema.json holds."""
     schema = {"$schema": SCHEMA_ADDRESS, **ClusterConfig.model_json_schema()}

@@ -35,9 +35,6 @@ class KvBlocks:
     def holders(self, block: int) -> int:
         return self._holders[block]
 
-    def is_labelled(self, block: int) -> bool:
-        return block in self._keys
-
     def take(self) -> int:
         """A block of one's own, its content undefined. There must be one available."""
         if self._free:

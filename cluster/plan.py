@@ -31,7 +31,6 @@ class StagePlan:
 class Plan:
     """Stages in order, from the embedding to the head. Predictions are None where something was not measured."""
 
-    epoch: int
     stages: tuple[StagePlan, ...]
     kv_blocks: int
     context_length: int

@@ -45,7 +45,6 @@ class PlanRequest:
     manual: tuple[Assignment, ...] | None = None
     kv_memory_bytes: int | None = None  # per worker, at most; None: up to half of what weights and workspace leave
     hop_ms: float = 0.15  # one way, from worker to worker or coordinator
-    epoch: int = 1
 
 
 def make_plan(costs: ModelCosts, workers: Sequence[WorkerFacts], ask: PlanRequest) -> Plan:
@@ -61,7 +60,6 @@ def make_plan(costs: ModelCosts, workers: Sequence[WorkerFacts], ask: PlanReques
     planned = tuple(_stage(stages, sizes, by_name[name], start, end, kv_blocks) for name, start, end in cut)
     used = {name for name, _, _ in cut}
     plan = Plan(
-        epoch=ask.epoch,
         stages=planned,
         kv_blocks=kv_blocks,
         context_length=ask.context_length,

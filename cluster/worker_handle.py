@@ -49,7 +49,6 @@ class WorkerHandle:
         self.registration = registration
         self.stages: dict[int, tuple[Load, Loaded]] = {}  # by epoch
         self.heartbeat: Heartbeat | None = None
-        self.measured: Measured | None = None
         self.lost = asyncio.Event()
         self.loss: str | None = None
         self.left = False
@@ -110,9 +109,8 @@ class WorkerHandle:
 
     async def measure(self, deadline_s: float = _MEASURE_S) -> Measured:
         """Has the worker measure its machine; it should do nothing else meanwhile."""
-        self.measured = await self._ask("measurement", Measure(), deadline_s)
-        assert self.measured is not None
-        return self.measured
+        measured: Measured = await self._ask("measurement", Measure(), deadline_s)
+        return measured
 
     async def _ask(self, what: str, message: CoordinatorMessage, deadline_s: float) -> Any:
         if self.loss is not None:

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamaclust.kernels.cpu import _native
-from llamaclust.wire.messages import RowResult, RowTask, SampleTask, ScoreTask
+from llamaclust.wire.messages import RowResult, RowTask, ScoreTask
 
 
 class Sampler:
@@ -25,14 +25,6 @@ class Sampler:
     def run(self, logits: NDArray[np.float32], tasks: tuple[RowTask, ...]) -> tuple[RowResult, ...]:
         """One result a row of logits [tasks, vocabulary]. A row that has no answer says so in `failure`."""
         return tuple(_result(outcome) for outcome in self._native.run(logits, [_native_task(task) for task in tasks]))
-
-    def sample(self, logits_row: NDArray[np.float32], task: SampleTask) -> RowResult:
-        """Chooses a token after one row [vocabulary]."""
-        return self.run(logits_row[np.newaxis], (task,))[0]
-
-    def score(self, logits_row: NDArray[np.float32], task: ScoreTask) -> RowResult:
-        """The logprob of a given token after one row [vocabulary]."""
-        return self.run(logits_row[np.newaxis], (task,))[0]
 
 
 def _native_task(task: RowTask) -> _native.RowTask:

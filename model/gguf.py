@@ -10,9 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-import numpy as np
-from numpy.typing import NDArray
-
 from llamaclust.errors import ModelFileError
 from llamaclust.model.gguf_header import Header, read_header
 from llamaclust.model.gguf_values import LazyStrings, MetadataValue, fail_at, kind_of, shown
@@ -68,12 +65,6 @@ class ModelFile:
             raise self.error(key, f"{value:g}, {minimum:g} to {maximum:g} expected")
         return value
 
-    def metadata_bool(self, key: str, default: bool | None = None) -> bool:
-        value = self._value(key, default)
-        if not isinstance(value, bool):
-            raise self.error(key, f"{kind_of(value)}, a truth value expected")
-        return value
-
     def metadata_str(self, key: str, default: str | None = None) -> str:
         value = self._value(key, default)
         if not isinstance(value, str):
@@ -87,32 +78,10 @@ class ModelFile:
             raise self.error(key, f"{kind_of(value)}, an array of text expected")
         return value
 
-    def metadata_ints(self, key: str, *, length: int | None = None) -> NDArray[np.int64]:
-        """An array of whole numbers, of `length` where that is given; a missing key is an error."""
-        values = self._array(key, "iu", "whole numbers", length)
-        if values.dtype == np.uint64 and values.size and values.max() > np.iinfo(np.int64).max:
-            raise self.error(key, f"an array that holds {values.max()}")
-        return values.astype(np.int64)
-
-    def metadata_floats(self, key: str, *, length: int | None = None) -> NDArray[np.float32]:
-        """An array of finite decimal numbers, of `length` where that is given; a missing key is an error."""
-        values = self._array(key, "f", "decimal numbers", length)
-        if not np.isfinite(values).all():
-            raise self.error(key, "an array that holds numbers that are not finite")
-        return values.astype(np.float32)
-
     def _value(self, key: str, default: MetadataValue | None) -> MetadataValue:
         value = self.metadata.get(key, default)
         if value is None:
             raise self.error(key, "missing")
-        return value
-
-    def _array(self, key: str, kinds: str, expected: str, length: int | None) -> NDArray[np.generic]:
-        value = self._value(key, None)
-        if not isinstance(value, np.ndarray) or value.dtype.kind not in kinds:
-            raise self.error(key, f"{kind_of(value)}, an array of {expected} expected")
-        if length is not None and len(value) != length:
-            raise self.error(key, f"{len(value)} items, {length} expected")
         return value
 
 

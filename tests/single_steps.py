@@ -87,7 +87,6 @@ def run_case(backend: Backend, case: Case, tensors: Mapping[str, Tensor]) -> lis
     stage = backend.load(case.program, dict(tensors), LIMITS, lambda done_bytes: None)
     outputs = [stage.run(batch, hidden).copy() for batch, hidden in case.runs]
     stage.close()
-    backend.close()
     return outputs
 
 

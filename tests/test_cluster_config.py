@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamaclust.cluster.config import ClusterConfig, default_config, environment, json_schema, load_config
+from llamaclust.cluster.config import ClusterConfig, environment, json_schema, load_config
 from llamaclust.cluster.config_file import MAX_FILE_BYTES
 from llamaclust.cluster.config_values import is_loopback, parse_duration, parse_size, split_address
 from llamaclust.errors import UsageError
@@ -70,7 +70,7 @@ def test_plan_by_hand_sizes_and_measurements(tmp_path: Path) -> None:
 
 
 def test_demo_cluster() -> None:
-    config = default_config()
+    config = load_config(None)
     assert (config.model, [worker.name for worker in config.workers]) == ("smollm2-135m-instruct", ["a", "b"])
 
 

@@ -78,7 +78,6 @@ class Model:
         stage = backend.load(self.program, self.tensors, limits, lambda done_bytes: None)
         yield stage
         stage.close()
-        backend.close()
 
 
 def rows_of(positions: range, table: Sequence[int]) -> Batch:

@@ -49,7 +49,6 @@ def logits(model: Model, backend: CpuBackend, cuts: tuple[int, ...] = (), chunk:
     chain = Chain(backend, model, cuts, LIMITS)
     found = chain.logits(TOKENS, chunk)
     chain.close()
-    backend.close()
     return found
 
 
@@ -220,5 +219,4 @@ def test_hidden_states_must_fit(model: Model) -> None:
 def test_steps_follow_each_other_without_waiting_for_ever() -> None:
     """Pools of more threads than cores come and go."""
     for threads, _ in itertools.product((1, 2, 5, 16), range(5)):
-        backend = CpuBackend(threads)
-        backend.close()
+        CpuBackend(threads)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from sampled import sampled
 
 from llamaclust.kernels.cpu import _native
 from llamaclust.kernels.reference import sampling as reference
@@ -70,7 +71,7 @@ def test_sampler_matches_the_reference(level: str, vocabulary: int) -> None:
         logits, task = random_logits(rng, vocabulary), random_task(rng, vocabulary)
         if task.suppressed and vocabulary == 1:
             continue
-        got, expected = sampler.sample(logits, task), reference.run(logits, task)
+        got, expected = sampled(sampler, logits, task), reference.run(logits, task)
         assert same(got, expected), f"{task}: {got} for {expected}"
 
 
@@ -81,7 +82,7 @@ def test_all_levels_thread_counts_and_batches_give_the_same_bits() -> None:
     batched = {(level, n): Sampler(20_001, level, n).run(rows, tasks) for level in LEVELS for n in (1, 2, 3)}
     assert len(set(batched.values())) == 1
     alone = Sampler(20_001, LEVELS[-1])
-    assert tuple(alone.sample(row, task) for row, task in zip(rows, tasks, strict=True)) == batched["generic", 1]
+    assert tuple(sampled(alone, row, task) for row, task in zip(rows, tasks, strict=True)) == batched["generic", 1]
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -90,13 +91,13 @@ def test_scores_match_the_reference(level: str) -> None:
     logits = random_logits(rng, 700)
     for token in (0, 350, 699):
         task = ScoreTask(token, top_logprobs=700)
-        assert same(Sampler(700, level).score(logits, task), reference.run(logits, task))
+        assert same(sampled(Sampler(700, level), logits, task), reference.run(logits, task))
 
 
 def test_logprob_is_of_the_raw_logits() -> None:
     logits = np.array([1.0, 3.0, 2.0], np.float32)
     params = SamplingParams(temperature=0.0, logit_bias=((0, 50.0),))
-    result = Sampler(3).sample(logits, SampleTask(params, 1, 0, 0))
+    result = sampled(Sampler(3), logits, SampleTask(params, 1, 0, 0))
     assert result.token == 0
     assert math.isclose(result.logprob, 1 - math.log(sum(math.exp(v) for v in (1, 2, 3))), rel_tol=1e-6)
 
@@ -108,7 +109,7 @@ def test_a_wide_flat_row_is_ranked_to_its_end() -> None:
     params = SamplingParams(temperature=1.5)
     for seed in range(12):
         task = SampleTask(params, seed << 60 | seed, 0, seed, top_logprobs=3)
-        assert same(Sampler(30_000).sample(logits, task), reference.run(logits, task))
+        assert same(sampled(Sampler(30_000), logits, task), reference.run(logits, task))
 
 
 def test_a_row_whose_sample_misleads_is_ranked_to_its_end() -> None:
@@ -117,7 +118,7 @@ def test_a_row_whose_sample_misleads_is_ranked_to_its_end() -> None:
     logits[::37] += 0.5
     for position in range(12):
         task = SampleTask(SamplingParams(temperature=1.0), 6, 0, position)
-        assert same(Sampler(30_000).sample(logits, task), reference.run(logits, task))
+        assert same(sampled(Sampler(30_000), logits, task), reference.run(logits, task))
 
 
 def test_top_p_that_is_reached_exactly_ends_the_nucleus() -> None:
@@ -132,7 +133,7 @@ def test_ties_go_to_the_lower_id(level: str) -> None:
     logits = np.zeros(1_000, np.float32)
     logits[[77, 400, 999]] = [-0.0, 0.5, 0.5]
     task = SampleTask(SamplingParams(), 0, 0, 0, top_logprobs=4)
-    result = Sampler(1_000, level).sample(logits, task)
+    result = sampled(Sampler(1_000, level), logits, task)
     assert result.token == 400 and [token for token, _ in result.top_logprobs] == [400, 999, 0, 1]
 
 
@@ -141,12 +142,12 @@ def test_the_callers_rounding_mode_changes_nothing() -> None:
     rng = np.random.default_rng(8)
     sampler, logits = Sampler(900), random_logits(rng, 900)
     task = SampleTask(SamplingParams(temperature=0.5), 3, 0, 1, top_logprobs=100)
-    expected = sampler.sample(logits, task)
+    expected = sampled(sampler, logits, task)
     libm = ctypes.CDLL(ctypes.util.find_library("m"))
     upward, nearest = 0x800, 0
     try:
         assert libm.fesetround(upward) == 0
-        got = sampler.sample(logits, task)
+        got = sampled(sampler, logits, task)
         assert libm.fegetround() == upward
     finally:
         libm.fesetround(nearest)

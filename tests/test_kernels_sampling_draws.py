@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from sampled import sampled
 
 from llamaclust.kernels.cpu import _native
 from llamaclust.kernels.reference import sampling as reference
@@ -76,7 +77,7 @@ def test_a_row_that_is_no_number_fails_alone(level: str, value: float, place: in
 
 def test_a_row_without_any_finite_value_fails() -> None:
     for value in (-np.inf, np.nan, np.inf):
-        assert Sampler(100).score(np.full(100, value, np.float32), ScoreTask(3)).failure
+        assert sampled(Sampler(100), np.full(100, value, np.float32), ScoreTask(3)).failure
 
 
 def test_minus_infinity_is_never_chosen() -> None:
@@ -86,20 +87,20 @@ def test_minus_infinity_is_never_chosen() -> None:
     for temperature in (0.5, 3e38, math.inf):
         for position in range(30):
             task = SampleTask(SamplingParams(temperature=temperature), 1, 0, position, top_logprobs=9)
-            result = sampler.sample(logits, task)
+            result = sampled(sampler, logits, task)
             assert result.token in (4, 150) and len(result.top_logprobs) == 2
 
 
 def test_suppressing_everything_is_a_failure() -> None:
     task = SampleTask(SamplingParams(), 1, 0, 0, suppressed=(0, 1, 2))
-    assert Sampler(3).sample(np.zeros(3, np.float32), task).failure == "every token is suppressed"
+    assert sampled(Sampler(3), np.zeros(3, np.float32), task).failure == "every token is suppressed"
 
 
 @pytest.mark.parametrize("temperature", [1e-45, 1e-30, 0.001])
 def test_a_tiny_temperature_takes_the_greatest(temperature: float) -> None:
     logits = np.random.default_rng(4).normal(0, 3, 3_000).astype(np.float32)
     task = SampleTask(SamplingParams(temperature=temperature), 1, 0, 0)
-    assert Sampler(3_000).sample(logits, task).token == int(np.argmax(logits))
+    assert sampled(Sampler(3_000), logits, task).token == int(np.argmax(logits))
 
 
 def test_extreme_parameters_still_choose_a_token() -> None:
@@ -107,7 +108,7 @@ def test_extreme_parameters_still_choose_a_token() -> None:
     bias = ((0, 3e38), (1, -3e38), (2, math.inf), (3, -math.inf))
     for temperature in (0.0, 1.0):
         params = SamplingParams(temperature, 0, 0.9, 0.0, 1e-30, 3e38, -3e38, bias)
-        assert Sampler(300).sample(logits, SampleTask(params, 1, 0, 0, history=(0, 1, 2, 5, 5))).failure is None
+        assert sampled(Sampler(300), logits, SampleTask(params, 1, 0, 0, history=(0, 1, 2, 5, 5))).failure is None
 
 
 @pytest.mark.parametrize("token", [-1, 10, 2**31 - 1])
@@ -118,8 +119,8 @@ def test_tokens_outside_the_vocabulary_are_named(token: int) -> None:
         SampleTask(params, 1, 0, 0, suppressed=(token,)),
         SampleTask(SamplingParams(logit_bias=((token, 1.0),)), 1, 0, 0),
     ):
-        assert f"token {token} is outside the vocabulary of 10" == Sampler(10).sample(logits, task).failure
-    assert Sampler(10).score(logits, ScoreTask(token)).failure
+        assert f"token {token} is outside the vocabulary of 10" == sampled(Sampler(10), logits, task).failure
+    assert sampled(Sampler(10), logits, ScoreTask(token)).failure
 
 
 def test_unknown_levels_and_wrong_shapes_are_refused() -> None:

@@ -62,9 +62,8 @@ def test_a_wrong_or_missing_token_is_refused_before_anything_is_read(address: st
         server = await Server.start(address, TOKEN, {FORWARD: handler})
         for token in (WRONG, ClusterToken("")):
             stream = Peer(server.address, token).open(FORWARD)
-            with pytest.raises(StreamBrokenError, match="token is missing or wrong") as caught:
+            with pytest.raises(StreamBrokenError, match="token is missing or wrong"):
                 await stream.opened()
-            assert caught.value.told
         await server.stop(0.0)
 
     asyncio.run(run())
@@ -79,9 +78,8 @@ def test_an_error_of_the_server_reaches_the_client_in_one_line(address: str, sen
         server = await Server.start(address, TOKEN, {FORWARD: _echo})
         stream = Peer(server.address, TOKEN).open(FORWARD, epoch=1)
         await stream.write(sent)
-        with pytest.raises(StreamBrokenError, match=heard) as caught:
+        with pytest.raises(StreamBrokenError, match=heard):
             await stream.read()
-        assert caught.value.told
         with pytest.raises(StreamBrokenError):
             await stream.write(b"more")
         await server.stop(0.0)
@@ -101,13 +99,11 @@ def test_an_epoch_that_is_no_number_is_refused(epoch: str) -> None:
 
 def test_nobody_there_and_unknown_methods_are_told_apart(address: str, tmp_path: Path) -> None:
     async def run() -> None:
-        with pytest.raises(StreamBrokenError, match="lost") as caught:
+        with pytest.raises(StreamBrokenError, match="lost"):
             await Peer(f"unix:{tmp_path}/nobody.sock", TOKEN).open(FORWARD).opened()
-        assert not caught.value.told
         server = await Server.start(address, TOKEN, {FORWARD: _echo})
-        with pytest.raises(StreamBrokenError, match="Method not found") as caught:
+        with pytest.raises(StreamBrokenError, match="Method not found"):
             await Peer(server.address, TOKEN).open(SAMPLE).opened()
-        assert caught.value.told
         await server.stop(0.0)
 
     asyncio.run(run())

@@ -87,7 +87,7 @@ async def chain(model: Model, folder: Path, cuts: Sequence[int] = (0, 1, 3)) -> 
     finally:
         await asyncio.gather(*(peer.close() for peer in peers))
         await asyncio.gather(*(server.stop(0.0) for server in servers))
-        await asyncio.gather(*(service.close() for service in services))
+        await asyncio.gather(*(service.remove(1) for service in services))
         compute.close()
 
 
@@ -216,7 +216,6 @@ def test_a_frame_that_breaks_the_protocol_ends_the_stream_by_name(model: Model, 
             await stages.forward.write(_hostile(model)[name])
             with pytest.raises(StreamBrokenError) as caught:
                 await stages.forward.read()
-            assert caught.value.told
             print(caught.value)
 
     asyncio.run(run())
@@ -291,7 +290,7 @@ def test_the_loss_of_the_next_stage_reaches_the_coordinator(model: Model, tmp_pa
             await first.open(FORWARD, epoch=1).opened()
         await first.close()
         await server.stop(0.0)
-        await service.close()
+        await service.remove(1)
         compute.close()
 
     asyncio.run(run())

@@ -43,11 +43,7 @@ _TRANSPORT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.Statu
 
 
 class StreamBrokenError(WorkerError):
-    """A stream that ended otherwise than by agreement. `told`: the other side is alive and said why."""
-
-    def __init__(self, message: str, *, told: bool) -> None:
-        super().__init__(message)
-        self.told = told
+    """A stream that ended otherwise than by agreement."""
 
 
 def check_private(address: str) -> None:
@@ -102,8 +98,8 @@ class ClientStream:
         code = await self._call.code()
         details = line("details", (await self._call.details() or "")[:2000])
         if code in _TRANSPORT:
-            return StreamBrokenError(f"connection to {self.address} lost ({details or code.name})", told=False)
-        return StreamBrokenError(details or code.name, told=True)
+            return StreamBrokenError(f"connection to {self.address} lost ({details or code.name})")
+        return StreamBrokenError(details or code.name)
 
 
 class Peer:

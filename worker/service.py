@@ -34,10 +34,6 @@ class StageService:
         if flow is not None:
             await flow.close()
 
-    async def close(self) -> None:
-        for epoch in tuple(self._flows):
-            await self.remove(epoch)
-
     async def _forward(self, stream: ServerStream) -> None:
         await self._flow(stream).forward(stream)
 

@@ -34,8 +34,7 @@ def create_app(
     cluster_status: Callable[[], Mapping[str, Any]],
 ) -> FastAPI:
     """The app. `cluster_status` gives what `GET /cluster` answers, as JSON can say it."""
-    docs = "/docs" if settings.with_docs else None
-    app = FastAPI(title="llamaclust", version=llamaclust.__version__, docs_url=docs, redoc_url=None)
+    app = FastAPI(title="llamaclust", version=llamaclust.__version__, docs_url=None, redoc_url=None)
     add_error_handlers(app)
     _add_openai(app, service, settings)
     _add_llamacpp(app, service, settings)

@@ -24,7 +24,6 @@ class ApiSettings:
     body_s: float = 30.0  # until a request's body has arrived
     keepalive_s: float = 5.0  # silence of a stream after which it gets a comment
     first_chunk_s: float = 1.0  # a stream that fails within it gets a status of its own
-    with_docs: bool = False  # /docs loads scripts from a CDN
 
 
 def read_api_keys(path: Path | None) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,11 +25,6 @@ class WorkerSpec:
 
 class Launcher(Protocol):
     """Workers of one cluster, from start to stop."""
-
-    @property
-    def pids(self) -> Mapping[str, int]:
-        """Process ids of workers that run, by name, where they are known."""
-        ...
 
     def check(self, workers: Sequence[WorkerSpec], model: Model) -> None:
         """ModelFileError where it is known before a start that one of the workers cannot run the model."""

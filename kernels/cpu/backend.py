@@ -88,10 +88,6 @@ class CpuBackend:
         plan = compile_program(program, shapes_only(program), limits)
         return _native.workspace_bytes(plan, self.threads)
 
-    def close(self) -> None:
-        """Loaded stages go on; the threads end with the last of them."""
-        self._weights = WeightStore(self.threads)
-
     def _does_not_fit(self, program: Program, tensors: dict[str, Tensor], limits: StageLimits) -> str:
         weights = sum(tensors[name].n_bytes for name in program.weights)
         kv = self.kv_block_bytes(program) * limits.kv_blocks

@@ -73,9 +73,6 @@ class ReferenceBackend:
         widths = {field.name: field.width for field in fields if isinstance(field, Buffer)}
         return sum(widths.values()) * limits.max_tokens * np.dtype(np.float32).itemsize
 
-    def close(self) -> None:
-        pass
-
 
 def _load(tensor: Tensor) -> Float32:
     if tensor.quant_type not in SUPPORTED_TYPES:

@@ -61,8 +61,11 @@ class Engine:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def submit(self, ask: Generation) -> RequestStream:
-        """Takes a request. Raises RequestError, QueueFullError, or WorkerError where the engine runs no more."""
-        if self.state is not EngineState.READY:
+        """Takes a request. Raises RequestError, QueueFullError, or WorkerError where the engine runs no more.
+
+        While it drains it still takes later choices: they belong to requests it has accepted.
+        """
+        if self.state is EngineState.DOWN or (self.state is EngineState.DRAINING and not ask.choice):
             raise WorkerError(str(self.error or f"{_STOPPING} and takes no more requests"))
         sequence = self.scheduler.add(ask, monotonic_ns())
         mailbox = Mailbox(sequence)

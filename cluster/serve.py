@@ -8,7 +8,7 @@ import os
 import signal
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from llamaclust.cluster.api.app import create_app
 from llamaclust.cluster.api.settings import ApiSettings, read_api_keys
 from llamaclust.cluster.config import ClusterConfig
 from llamaclust.cluster.coordinator import Cluster, open_cluster
+from llamaclust.cluster.engine import Engine
 from llamaclust.cluster.events import Ready, Watch
 from llamaclust.cluster.state import ClusterDir, ClusterRecord
 from llamaclust.cluster.status import cluster_status
@@ -28,6 +29,9 @@ _DRAIN_S = 30.0
 _COLLECT_EVERY = 20_000
 """Objects between two looks for garbage, 700 by default."""
 _START_S = 10.0
+_GRACE_S = 1
+"""For what is still being written to clients at the end; the server takes whole seconds."""
+_END_S = 5.0
 _BACKLOG = 128
 
 
@@ -96,7 +100,16 @@ async def _answer(cluster: Cluster, folder: ClusterDir, front: _Front, signals: 
     text = TextSettings(record.model, cluster.plan.context_length, config.max_sequences)
     service = TextService(cluster.engine, cluster.model.tokenizer, cluster.model.chat_template, text)
     app = create_app(service, front.settings, cluster.engine, lambda: cluster_status(cluster, record))
-    server = _Server(uvicorn.Config(app, log_config=None, lifespan="off", access_log=False, server_header=False))
+    server = _Server(
+        uvicorn.Config(
+            app,
+            log_config=None,
+            lifespan="off",
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=_GRACE_S,
+        )
+    )
     serving = asyncio.create_task(server.serve(sockets=[front.listener]))
     try:
         await asyncio.wait_for(server.answers.wait(), _START_S)
@@ -104,10 +117,25 @@ async def _answer(cluster: Cluster, folder: ClusterDir, front: _Front, signals: 
         signals.ready = True
         front.watch(Ready(record.name, record.api, record.model))
         await signals.asked.wait()
-        await cluster.engine.drain(_DRAIN_S)
+        await _drain(cluster.engine, service)
+        server.should_exit = True  # replies that are being written have a moment
+        await _ended(serving)
     finally:
         server.should_exit = server.force_exit = True
-        await serving
+        await _ended(serving)
+
+
+async def _ended(serving: asyncio.Task[None]) -> None:
+    with suppress(TimeoutError):  # then it is cancelled
+        await asyncio.wait_for(serving, _END_S)
+
+
+async def _drain(engine: Engine, service: TextService) -> None:
+    """No new requests; those that were accepted are answered, with all their choices."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_DRAIN_S):
+            await engine.drain(_DRAIN_S)
+            await service.wait_idle()
 
 
 class _Server(uvicorn.Server):

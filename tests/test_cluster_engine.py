@@ -222,6 +222,15 @@ async def test_draining_finishes_what_is_there() -> None:
 
 
 @run_async
+async def test_draining_takes_later_choices_of_what_was_accepted() -> None:
+    async with running() as (engine, _):
+        assert await engine.drain(1)
+        with pytest.raises(WorkerError, match="stopping"):
+            engine.submit(ask())
+        assert len(tokens_of(await collect(engine.submit(ask(choice=1))))) == 30
+
+
+@run_async
 async def test_closing_the_engine_ends_every_stream() -> None:
     pipeline = FakePipeline(SETTINGS.kv_blocks)
     pipeline.gate.clear()

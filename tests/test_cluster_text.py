@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from served import CONTEXT, END, ScriptedEngine, ids, make_service, real_engine, run_async, says, tokenizer, until
 
 from llamaclust.cluster import text_stream
+from llamaclust.cluster.engine import EngineState
 from llamaclust.cluster.requests import FinishReason
 from llamaclust.cluster.text_answer import Answer, collect
 from llamaclust.cluster.text_request import CompletionRequest, ParameterError
@@ -279,6 +280,27 @@ async def test_a_reader_that_falls_behind_ends_the_request(monkeypatch: pytest.M
         await until(lambda: engine.running == 0)
         with pytest.raises(DeadlineError, match="read too slowly: 21 tokens"):
             await collect(stream)
+
+
+@run_async
+async def test_a_drained_service_has_answered_every_choice() -> None:
+    async with real_engine() as (engine, pipeline):
+        service = make_service(engine)
+        await service.wait_idle()
+        pipeline.gate.clear()
+        stream = await service.start(replace(ASK, n=4, max_tokens=5))
+
+        async def read() -> list[Answer]:
+            async with stream:
+                return await collect(stream)
+
+        reading = asyncio.create_task(read())
+        draining = asyncio.create_task(engine.drain(10))
+        await until(lambda: engine.state is EngineState.DRAINING)
+        pipeline.gate.set()
+        await draining
+        await service.wait_idle()
+        assert len(await reading) == 4
 
 
 @run_async

@@ -18,16 +18,16 @@ from llamaclust.wire.control import Load, Loaded, Register, StageLimits
 class Stream:
     """Reads end with `read`, writes with `write`; what is None does not end."""
 
-    def __init__(self, read: Exception | None = None, write: Exception | None = None) -> None:
+    def __init__(self, read: BaseException | None = None, write: BaseException | None = None) -> None:
         self._ends = {"read": read, "write": write}
         self.cancelled = False
 
     async def _end(self, which: str) -> None:
-        await asyncio.sleep(0)
-        error = self._ends[which]
-        if error is not None:
-            raise error
         try:
+            await asyncio.sleep(0)
+            error = self._ends[which]
+            if error is not None:
+                raise error
             await asyncio.Event().wait()
         except asyncio.CancelledError:
             self.cancelled = True
@@ -63,7 +63,7 @@ async def test_nothing_writes_on_after_a_write_that_failed() -> None:
 
 @run_async
 @pytest.mark.parametrize("error", [RuntimeError("a mistake of ours"), asyncio.CancelledError()], ids=str)
-async def test_a_reader_that_ends_otherwise_is_heard_of(error: Exception) -> None:
+async def test_a_reader_that_ends_otherwise_is_heard_of(error: BaseException) -> None:
     pipeline = _pipeline(Stream(), Stream(read=error))
     async with asyncio.timeout(5):
         with pytest.raises(

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import os
-from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from llamaclust.cluster.config import ClusterConfig, environment
+from llamaclust.cluster.config import ClusterConfig
 from llamaclust.cluster.engine import Engine
 from llamaclust.cluster.events import PlanMade, Watch, WorkerLoading
-from llamaclust.cluster.launchers.base import Launcher, WorkerSpec
+from llamaclust.cluster.launchers.base import Launcher
 from llamaclust.cluster.launchers.local import LocalLauncher
 from llamaclust.cluster.launchers.run_directory import RunDirectory, run_directory
 from llamaclust.cluster.loading import load_stages
@@ -25,10 +23,12 @@ from llamaclust.cluster.plan_text import plan_lines
 from llamaclust.cluster.registry import Registry
 from llamaclust.cluster.remote import RemotePipeline
 from llamaclust.cluster.settings import EngineSettings
+from llamaclust.cluster.shares import memory_shares, worker_specs
 from llamaclust.cluster.state import ClusterDir
 from llamaclust.model.loader import Model
 from llamaclust.wire.control import Deadlines, LoadProgress
 from llamaclust.wire.token import ClusterToken
+from llamaclust.worker.machine import available_memory_bytes
 
 _JOIN_S = 60.0
 _EPOCH = 1
@@ -63,12 +63,12 @@ async def open_cluster(
         model = await asyncio.to_thread(Model.open, model_path)
         with closing(model):
             check_plan(config, model)
-            launcher.check(_specs(config), model)
+            launcher.check(worker_specs(config), model)
             async with _stopping(launcher), registry:
-                await launcher.start(_specs(config), registry.address, registry.process_exited)
+                await launcher.start(worker_specs(config), registry.address, registry.process_exited)
                 joined = registry.wait_for([worker.name for worker in config.workers], _JOIN_S)
                 await asyncio.gather(joined, asyncio.to_thread(lambda: model.tokenizer))  # a bad one is named now
-                measured = await measure_workers(config, registry.workers, folder)
+                measured = await measure_workers(config, registry.workers, folder.path.parent)
                 plan = plan_cluster(config, model, _memory(config, registry), measured)
                 watch(PlanMade(tuple(plan_lines(plan))))
                 async with _pipeline(config, model, plan, registry, run.token, watch) as pipeline:
@@ -94,25 +94,11 @@ async def _stopping(launcher: Launcher) -> AsyncIterator[None]:
         await launcher.stop()
 
 
-def _specs(config: ClusterConfig) -> list[WorkerSpec]:
-    """Workers that name no threads share this machine's cores out."""
-    share = max(1, len(os.sched_getaffinity(0)) // len(config.workers))
-    level = environment().feature_level or ""
-    return [
-        WorkerSpec(worker.name, worker.device, worker.threads or share, worker.memory, level)
-        for worker in config.workers
-    ]
-
-
-def _memory(config: ClusterConfig, registry: Registry) -> dict[str, int | None]:
-    """What each worker may take; workers of one machine that name no cap share what is free there."""
-    registered = {worker.name: registry.workers[worker.name].registration for worker in config.workers}
-    sharing = Counter(registered[worker.name].host for worker in config.workers if worker.memory is None)
-    return {
-        worker.name: registered[worker.name].free_memory_bytes
-        // (sharing[registered[worker.name].host] if worker.memory is None else 1)
-        for worker in config.workers
-    }
+def _memory(config: ClusterConfig, registry: Registry) -> dict[str, int]:
+    """What each worker may take of this machine, where all of them are."""
+    free = {worker.name: registry.workers[worker.name].registration.free_memory_bytes for worker in config.workers}
+    caps = {worker.name: None if worker.memory is None else free[worker.name] for worker in config.workers}
+    return memory_shares(caps, available_memory_bytes())
 
 
 @asynccontextmanager

@@ -3,57 +3,59 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from statistics import fmean
 
-from llamaclust.cluster.config import ClusterConfig, WorkerConfig
-from llamaclust.cluster.state import ClusterDir, Measurement
+from llamaclust.cluster.config import ClusterConfig
+from llamaclust.cluster.shares import measurement_key
+from llamaclust.cluster.state import Measurement, read_measurements, write_measurements
 from llamaclust.cluster.worker_handle import WorkerHandle
 
 
 async def measure_workers(
-    config: ClusterConfig, workers: Mapping[str, WorkerHandle], folder: ClusterDir
+    config: ClusterConfig, workers: Mapping[str, WorkerHandle], state_dir: Path
 ) -> dict[str, Measurement]:
     """By worker name. Keys of the cluster file come first, then what was measured on the same hardware before."""
-    company = Counter(worker.registration.host for worker in workers.values())
-    kept = folder.read_measurements()
-    found: dict[str, Measurement] = {}
-    for spec in config.workers:
-        registration = workers[spec.name].registration
-        fingerprint = f"{registration.fingerprint}, {company[registration.host]} workers"
-        stated = _stated(spec, fingerprint)
-        if stated is not None:
-            found[spec.name] = stated
-        elif spec.name in kept and kept[spec.name].fingerprint == fingerprint:
-            found[spec.name] = kept[spec.name]
-    missing = [spec.name for spec in config.workers if spec.name not in found]
-    answers = await asyncio.gather(*(workers[name].measure() for name in missing))
-    for name, answer in zip(missing, answers, strict=True):
-        registration = workers[name].registration
-        fingerprint = f"{registration.fingerprint}, {company[registration.host]} workers"
-        found[name] = Measurement(fingerprint, answer.read_bytes_s / 1e9, answer.int8_macs_s / 1e9)
-    found |= _evened(
-        {name: found[name] for name in missing}, {name: workers[name].registration.host for name in missing}
-    )
-    folder.write_measurements(found)
-    return found
+    stated = stated_speeds(config)
+    keys = {spec.name: _key(spec.name, workers) for spec in config.workers if spec.name not in stated}
+    known = read_measurements(state_dir)
+    missing = [name for name, key in keys.items() if key not in known]
+    if missing:
+        measured = await asyncio.gather(*(_measure(workers[name]) for name in missing))
+        new = _evened([keys[name] for name in missing], measured)
+        write_measurements(state_dir, new)
+        known |= new
+    return stated | {name: known[key] for name, key in keys.items()}
 
 
-def _evened(measured: dict[str, Measurement], hosts: dict[str, str]) -> dict[str, Measurement]:
+def stated_speeds(config: ClusterConfig) -> dict[str, Measurement]:
+    """What the cluster file says itself, by worker name."""
+    return {
+        spec.name: Measurement(spec.bandwidth, spec.int8)
+        for spec in config.workers
+        if spec.bandwidth is not None and spec.int8 is not None
+    }
+
+
+def _key(name: str, workers: Mapping[str, WorkerHandle]) -> str:
+    one = workers[name].registration
+    company = [other.registration for other in workers.values() if other.registration.host == one.host]
+    return measurement_key(one.fingerprint, len(company), sum(other.threads for other in company))
+
+
+async def _measure(worker: WorkerHandle) -> Measurement:
+    answer = await worker.measure()
+    return Measurement(answer.read_bytes_s / 1e9, answer.int8_macs_s / 1e9)
+
+
+def _evened(keys: list[str], measured: list[Measurement]) -> dict[str, Measurement]:
     """Workers that are alike and share a machine get their mean: what tells them apart is noise."""
-    groups: dict[tuple[str, str], list[Measurement]] = {}
-    for name, one in measured.items():
-        groups.setdefault((hosts[name], one.fingerprint), []).append(one)
-    return {name: _mean(groups[hosts[name], one.fingerprint]) for name, one in measured.items()}
+    groups: dict[str, list[Measurement]] = {}
+    for key, one in zip(keys, measured, strict=True):
+        groups.setdefault(key, []).append(one)
+    return {key: _mean(group) for key, group in groups.items()}
 
 
 def _mean(group: list[Measurement]) -> Measurement:
-    read_gb_s = fmean(one.read_gb_s for one in group)
-    return Measurement(group[0].fingerprint, read_gb_s, fmean(one.int8_gmac_s for one in group))
-
-
-def _stated(spec: WorkerConfig, fingerprint: str) -> Measurement | None:
-    if spec.bandwidth is None or spec.int8 is None:
-        return None
-    return Measurement(fingerprint, spec.bandwidth, spec.int8)
+    return Measurement(fmean(one.read_gb_s for one in group), fmean(one.int8_gmac_s for one in group))

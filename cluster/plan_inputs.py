@@ -52,9 +52,9 @@ def max_outputs(config: ClusterConfig) -> int:
 
 
 def plan_cluster(
-    config: ClusterConfig, model: Model, memory_bytes: Mapping[str, int | None], measured: Mapping[str, Measurement]
+    config: ClusterConfig, model: Model, memory_bytes: Mapping[str, int], measured: Mapping[str, Measurement]
 ) -> Plan:
-    """The plan of `config`'s workers; `memory_bytes` is what each may take, None where nobody knows.
+    """The plan of `config`'s workers; `memory_bytes` is what each may take.
 
     Raises DoesNotFitError with the missing MiB, UsageError for a plan by hand that is wrong.
     """
@@ -68,11 +68,11 @@ def plan_cluster(
         manual=None if config.plan is None else _by_hand(config),
         kv_memory_bytes=config.kv_memory,
     )
-    facts = [_facts(name, memory_bytes.get(name), measured.get(name)) for name in (w.name for w in config.workers)]
+    facts = [_facts(name, memory_bytes[name], measured.get(name)) for name in (w.name for w in config.workers)]
     return make_plan(model.costs, facts, ask)
 
 
-def _facts(name: str, memory_bytes: int | None, measured: Measurement | None) -> WorkerFacts:
+def _facts(name: str, memory_bytes: int, measured: Measurement | None) -> WorkerFacts:
     if measured is None:
         return WorkerFacts(name, memory_bytes, None, None)
     return WorkerFacts(name, memory_bytes, measured.read_gb_s, measured.int8_gmac_s)

@@ -1,6 +1,6 @@
 """What a cluster leaves on disk: its lock, the record that `status` and `down` read, logs, measurements.
 
-Everything lies under `<state_dir>/<cluster name>/`, readable by its owner alone.
+A cluster's lie under `<state_dir>/<cluster name>/`, measurements in `<state_dir>`; all is readable by its owner alone.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 
 from llamaclust.errors import UsageError
 
+_MEASUREMENTS = ".measurements.json"  # no cluster's name begins with a dot
 _PROBE_S = 0.05
 """Longer than whoever looks whether a cluster runs has its lock."""
 
@@ -33,9 +34,8 @@ class ClusterRecord:
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """What a worker measured of its machine, and of which machine and in which company."""
+    """What a worker measured of its machine."""
 
-    fingerprint: str
     read_gb_s: float
     int8_gmac_s: float
 
@@ -116,16 +116,20 @@ class ClusterDir:
     def remove_record(self) -> None:
         self._record.unlink(missing_ok=True)
 
-    def write_measurements(self, measured: dict[str, Measurement]) -> None:
-        write_private(self.path / "measurements.json", json.dumps({k: asdict(m) for k, m in measured.items()}))
 
-    def read_measurements(self) -> dict[str, Measurement]:
-        """By worker name; empty before the first start."""
-        try:
-            values = json.loads((self.path / "measurements.json").read_text())
-            return {name: Measurement(**value) for name, value in values.items()}
-        except (OSError, ValueError, TypeError, AttributeError):
-            return {}
+def write_measurements(state_dir: Path, measured: dict[str, Measurement]) -> None:
+    """Adds to what is known already."""
+    known = read_measurements(state_dir) | measured
+    write_private(state_dir / _MEASUREMENTS, json.dumps({key: asdict(one) for key, one in known.items()}))
+
+
+def read_measurements(state_dir: Path) -> dict[str, Measurement]:
+    """Of all clusters, by `shares.measurement_key`; empty before the first start."""
+    try:
+        values = json.loads((state_dir / _MEASUREMENTS).read_text())
+        return {key: Measurement(float(v["read_gb_s"]), float(v["int8_gmac_s"])) for key, v in values.items()}
+    except (OSError, ValueError, TypeError, AttributeError, KeyError):
+        return {}
 
 
 def _lock(descriptor: int, kind: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -11,9 +12,11 @@ import pytest
 from served import run_async
 from tiny_model import build_tiny_model
 
+from llamaclust.cli.planning import plan_of
 from llamaclust.cluster.config import ClusterConfig
 from llamaclust.cluster.coordinator import Cluster, open_cluster
-from llamaclust.cluster.state import ClusterDir
+from llamaclust.cluster.shares import memory_shares
+from llamaclust.cluster.state import ClusterDir, Measurement, read_measurements, write_measurements
 
 
 @pytest.fixture(scope="module")
@@ -39,3 +42,33 @@ async def test_heartbeats_keep_up_with_a_short_timeout(tiny: Path, tmp_path: Pat
         await asyncio.sleep(1.0)
         assert cluster.engine.error is None
         assert all(worker.heartbeat is not None for worker in cluster.registry.workers.values())
+
+
+@run_async
+async def test_measurements_are_kept_for_every_cluster_of_the_machine(tiny: Path, tmp_path: Path) -> None:
+    """A cluster of another name measures nothing; what a file states is not kept as measured."""
+    async with opened(tiny, tmp_path):
+        assert read_measurements(tmp_path) == {}
+    workers = [{"name": "a", "threads": 1}, {"name": "b", "threads": 1}]
+    async with opened(tiny, tmp_path, name="first", workers=workers):
+        (key,) = read_measurements(tmp_path)
+    made_up = {key: Measurement(7.0, 8.0)}
+    write_measurements(tmp_path, made_up)
+    async with opened(
+        tiny, tmp_path, name="second", workers=[{**one, "name": f"{one['name']}2"} for one in workers]
+    ) as cluster:
+        assert read_measurements(tmp_path) == made_up
+        plan = cluster.plan
+    file = tmp_path / "cluster.yaml"
+    values = {"name": "third", "model": str(tiny), "objective": "throughput", "context_length": 256}
+    file.write_text(json.dumps({**values, "state_dir": str(tmp_path), "workers": workers}))
+    planned = plan_of(file, [])
+    assert planned.token_ms is not None and planned.token_ms == plan.token_ms
+    assert plan_of(file, ["workers.a.threads=2"]).token_ms is None
+
+
+def test_memory_is_promised_once() -> None:
+    assert memory_shares({"a": 60, "b": None}, 100) == {"a": 50, "b": 50}
+    assert memory_shares({"a": 20, "b": None, "c": None}, 100) == {"a": 20, "b": 40, "c": 40}
+    assert memory_shares({"a": 30, "b": 20}, 100) == {"a": 30, "b": 20}
+    assert memory_shares({"a": 300, "b": 20}, 100) == {"a": 80, "b": 20}

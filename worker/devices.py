@@ -48,7 +48,6 @@ class Device:
 
     def registration(self, name: str, address: str) -> Register:
         level = self.backend.feature_level
-        cores = len(os.sched_getaffinity(0))
         return Register(
             name=name,
             pid=os.getpid(),
@@ -59,8 +58,15 @@ class Device:
             feature_level=level,
             total_memory_bytes=total_memory_bytes(),
             free_memory_bytes=self.free_memory_bytes,
-            fingerprint=f"{processor_name()}, {cores} cores, {self.threads} threads, {self.kind} {level}",
+            fingerprint=fingerprint(self.kind, self.threads, level),
         )
+
+
+def fingerprint(kind: str, threads: int, feature_level: str) -> str:
+    """Of this machine as such a device uses it; a feature level of "" is the best there is."""
+    cores = len(os.sched_getaffinity(0))
+    level = feature_level or _backend(kind, 1, "").feature_level
+    return f"{processor_name()}, {cores} cores, {threads} threads, {kind} {level}"
 
 
 def check_model(kind: str, model: Model) -> None:

@@ -1,0 +1,34 @@
+"""How the workers of a cluster file share this machine: threads, memory, and by what their measurements are known."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+from llamaclust.cluster.config import ClusterConfig, environment
+from llamaclust.cluster.launchers.base import WorkerSpec
+
+
+def worker_specs(config: ClusterConfig) -> list[WorkerSpec]:
+    """Workers that name no threads share this machine's cores out."""
+    share = max(1, len(os.sched_getaffinity(0)) // len(config.workers))
+    level = environment().feature_level or ""
+    return [
+        WorkerSpec(worker.name, worker.device, worker.threads or share, worker.memory, level)
+        for worker in config.workers
+    ]
+
+
+def memory_shares(caps_bytes: Mapping[str, int | None], free_bytes: int) -> dict[str, int]:
+    """What each worker may take: its cap at most, and all together what is free. Small caps leave the others more."""
+    shares, left = {}, free_bytes
+    caps = sorted((free_bytes if cap is None else cap, name) for name, cap in caps_bytes.items())
+    for index, (cap, name) in enumerate(caps):
+        shares[name] = min(cap, left // (len(caps) - index))
+        left -= shares[name]
+    return shares
+
+
+def measurement_key(fingerprint: str, company: int, threads: int) -> str:
+    """Equal where measurements would come out equal: `company` workers with `threads` in all share the machine."""
+    return f"{fingerprint}, one of {company} workers with {threads} threads"

@@ -33,6 +33,8 @@ _GRACE_S = 1
 """For what is still being written to clients at the end; the server takes whole seconds."""
 _END_S = 5.0
 _BACKLOG = 128
+_MORE_REQUESTS = 64
+"""Requests beside those that run and wait: they are read, refused, or their replies are written."""
 
 
 def serve(config: ClusterConfig, model_path: Path, watch: Watch) -> None:
@@ -160,6 +162,7 @@ def _api_settings(config: ClusterConfig) -> ApiSettings:
         api_keys=read_api_keys(config.api_keys_file),
         allowed_hosts=config.allowed_hosts,
         allowed_origins=config.allowed_origins,
+        max_requests=config.max_sequences + config.max_waiting + _MORE_REQUESTS,
     )
 
 

@@ -135,6 +135,30 @@ async def test_a_full_queue_tells_when_to_come_back() -> None:
 
 
 @run_async
+async def test_more_requests_than_can_be_held_are_refused() -> None:
+    async with served(max_requests=3) as (engine, pipeline, http):
+        pipeline.gate.clear()
+        body = body_of("/v1/completions")
+        tasks = [asyncio.create_task(http.post("/v1/completions", json=body)) for _ in range(3)]
+        await until(lambda: engine.scheduler.counts.running == 3)
+        busy = await http.post("/v1/completions", json=body)
+        assert busy.status_code == 503 and busy.json()["error"]["code"] == "server_busy"
+        assert (await http.get("/health")).status_code == 200
+        pipeline.gate.set()
+        assert {reply.status_code for reply in await asyncio.gather(*tasks)} == {200}
+        assert (await http.post("/v1/completions", json=body)).status_code == 200
+
+
+@run_async
+async def test_more_bytes_than_can_be_held_are_refused() -> None:
+    async with served(max_held_bytes=10_000) as (_, _, http):
+        large = await http.post("/tokenize", json={"content": "a" * 20_000})
+        assert large.status_code == 503 and large.json()["error"]["code"] == "server_busy"
+        for _ in range(3):
+            assert (await http.post("/tokenize", json={"content": "a" * 9_000})).status_code == 200
+
+
+@run_async
 async def test_http_answers_what_the_engine_chose() -> None:
     """The same request, streamed or not, by either API, gives the same tokens and float32 bits."""
     async with served() as (_, _, http):

@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 import llamaclust
+from llamaclust.cluster.api.admission import Admission
 from llamaclust.cluster.api.errors import add_error_handlers
 from llamaclust.cluster.api.llamacpp import LlamaCppEndpoints
 from llamaclust.cluster.api.llamacpp_schema import DetokenizeBody, LlamaCppBody, TemplateBody, TokenizeBody
@@ -43,6 +44,7 @@ def create_app(
         app.add_middleware(
             CORSMiddleware, allow_origins=settings.allowed_origins, allow_methods=["*"], allow_headers=["*"]
         )
+    app.add_middleware(Admission, settings=settings)
     app.add_middleware(Security, settings=settings)
     return app
 

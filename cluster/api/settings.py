@@ -21,6 +21,8 @@ class ApiSettings:
     allowed_hosts: tuple[str, ...] = ()  # names beside loopback, listen_host and the address that was connected to
     allowed_origins: tuple[str, ...] = ()  # web pages that may use the API, like "https://chat.example"
     max_body_bytes: int = 16 << 20
+    max_held_bytes: int = 256 << 20  # of the bodies of all requests that have no whole reply yet
+    max_requests: int = 512  # that have no whole reply yet
     body_s: float = 30.0  # until a request's body has arrived
     keepalive_s: float = 5.0  # silence of a stream after which it gets a comment
     first_chunk_s: float = 1.0  # a stream that fails within it gets a status of its own

@@ -14,8 +14,9 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
+from llamaclust.cluster.api.settings import first_key
 from llamaclust.cluster.config import environment
-from llamaclust.cluster.state import ClusterDir, ClusterRecord, find_running
+from llamaclust.cluster.state import ClusterDir, ClusterRecord, find_running, running_clusters
 from llamaclust.errors import LlamaclustError, UsageError
 
 _ANSWER_S = 10.0
@@ -60,8 +61,7 @@ def fetch_status(record: ClusterRecord) -> dict[str, Any]:
     """The `status` part of GET /cluster."""
     headers = {}
     if record.api_keys_file is not None:
-        keys = [line.strip() for line in Path(record.api_keys_file).read_text().splitlines()]
-        headers["Authorization"] = f"Bearer {next(key for key in keys if key and not key.startswith('#'))}"
+        headers["Authorization"] = f"Bearer {first_key(Path(record.api_keys_file))}"
     try:
         with httpx.Client(timeout=_ANSWER_S, trust_env=False) as client:
             answer = client.get(f"{record.api}/cluster", headers=headers)
@@ -105,6 +105,6 @@ def print_log(name: str | None, worker: str, follow: bool) -> None:
 
 def _log_folder(name: str | None) -> ClusterDir:
     state_dir = environment().state_dir
-    if name is not None and (state_dir / name).is_dir():
+    if name is not None and name not in running_clusters(state_dir) and (state_dir / name).is_dir():
         return ClusterDir(state_dir / name)
     return find_running(state_dir, name)[0]

@@ -14,9 +14,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from llamaclust.cluster.config import environment
 from llamaclust.errors import UsageError
 
 _MEASUREMENTS = ".measurements.json"  # no cluster's name begins with a dot
+_ELSEWHERE = ".elsewhere"
 _PROBE_S = 0.05
 """Longer than whoever looks whether a cluster runs has its lock."""
 
@@ -105,7 +107,18 @@ class ClusterDir:
             os.close(descriptor)
 
     def write_record(self, record: ClusterRecord) -> None:
+        """From now on other processes find the cluster, through a link where they would not look in its folder."""
         write_private(self._record, json.dumps(asdict(record)))
+        if self._link is not None:
+            with contextlib.suppress(OSError):  # it serves all the same
+                self._link.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                self._link.unlink(missing_ok=True)
+                self._link.symlink_to(self.path.absolute())
+
+    @property
+    def _link(self) -> Path | None:
+        usual = environment().state_dir
+        return None if self.path.parent.absolute() == usual.absolute() else usual / _ELSEWHERE / self.path.name
 
     def read_record(self) -> ClusterRecord | None:
         try:
@@ -115,6 +128,10 @@ class ClusterDir:
 
     def remove_record(self) -> None:
         self._record.unlink(missing_ok=True)
+        if self._link is not None:
+            with contextlib.suppress(OSError):
+                if self._link.readlink() == self.path.absolute():
+                    self._link.unlink()
 
 
 def write_measurements(state_dir: Path, measured: dict[str, Measurement]) -> None:
@@ -150,11 +167,12 @@ def write_private(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def running_clusters(state_dir: Path) -> dict[str, ClusterRecord]:
-    """Clusters of this user whose coordinator is alive and serving, by name."""
-    folders = [ClusterDir(path) for path in sorted(state_dir.glob("*")) if path.is_dir()]
-    records = {folder.path.name: folder.read_record() for folder in folders if folder.is_running}
-    return {name: record for name, record in records.items() if record is not None}
+def running_clusters(state_dir: Path) -> dict[str, tuple[ClusterDir, ClusterRecord]]:
+    """Clusters of this user whose coordinator is alive and serving, by name; `state_dir` comes before elsewhere."""
+    paths = [*sorted((state_dir / _ELSEWHERE).glob("*")), *sorted(state_dir.glob("*"))]
+    folders = [ClusterDir(path) for path in paths if path.is_dir()]
+    found = {folder.path.name: (folder, folder.read_record()) for folder in folders if folder.is_running}
+    return {name: (folder, record) for name, (folder, record) in found.items() if record is not None}
 
 
 def find_running(state_dir: Path, name: str | None) -> tuple[ClusterDir, ClusterRecord]:
@@ -163,7 +181,7 @@ def find_running(state_dir: Path, name: str | None) -> tuple[ClusterDir, Cluster
     if name is None and len(running) == 1:
         name = next(iter(running))
     if name is not None and name in running:
-        return ClusterDir(state_dir / name), running[name]
+        return running[name]
     if not running:
         raise UsageError("no cluster is running: start one with `llamaclust up`")
     names = ", ".join(running)

@@ -130,7 +130,8 @@ async def test_a_model_in_the_process(tiny: Path) -> None:
 
 
 @run_async
-async def test_the_running_cluster_is_found_with_its_key(tmp_path: Path) -> None:
+async def test_the_running_cluster_is_found_with_its_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLAMACLUST_STATE_DIR", str(tmp_path / "state"))
     keys = tmp_path / "keys"
     keys.write_text("# ours\n\nsecret-key\nother-key\n")
     folder = ClusterDir(tmp_path / "state" / "home")

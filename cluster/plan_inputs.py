@@ -13,7 +13,9 @@ from llamaclust.cluster.settings import SchedulerSettings
 from llamaclust.cluster.state import Measurement
 from llamaclust.errors import UsageError
 from llamaclust.model.loader import Model
+from llamaclust.wire.codec import MAX_MICROBATCH_BYTES, MAX_STAGES
 from llamaclust.wire.control import StageLimits
+from llamaclust.wire.frames import MAX_FRAME_BYTES
 
 _ROWS = 512
 _OUTPUTS = 64
@@ -32,10 +34,20 @@ def context_length(config: ClusterConfig, model: Model) -> int:
 
 
 def check_plan(config: ClusterConfig, model: Model) -> None:
-    """UsageError for what is wrong whatever the workers turn out to be: the context, a plan by hand."""
+    """UsageError for what is wrong whatever the workers turn out to be: the context, frames, a plan by hand."""
     context_length(config, model)
+    _check_frames(config, model)
     if config.plan is not None:
         checked(_by_hand(config), [worker.name for worker in config.workers], model.layer_count)
+
+
+def _check_frames(config: ClusterConfig, model: Model) -> None:
+    """Between stages, a microbatch and its hidden state are one message."""
+    width = model.hyperparameters.embedding_length
+    room = (MAX_FRAME_BYTES - MAX_MICROBATCH_BYTES) // (4 * width)
+    if len(config.workers) > 1 and max_rows(config) > room:
+        asked = f"prefill_chunk and max_sequences make microbatches of {max_rows(config)} tokens"
+        raise UsageError(f"{asked}: {room} tokens of {4 * width} bytes fit in a message between workers; lower them")
 
 
 def _by_hand(config: ClusterConfig) -> tuple[Assignment, ...]:
@@ -69,7 +81,10 @@ def plan_cluster(
         kv_memory_bytes=config.kv_memory,
     )
     facts = [_facts(name, memory_bytes[name], measured.get(name)) for name in (w.name for w in config.workers)]
-    return make_plan(model.costs, facts, ask)
+    plan = make_plan(model.costs, facts, ask)
+    if len(plan.stages) > MAX_STAGES:
+        raise UsageError(f"the plan has {len(plan.stages)} stages, {MAX_STAGES} are possible: use fewer workers")
+    return plan
 
 
 def _facts(name: str, memory_bytes: int, measured: Measurement | None) -> WorkerFacts:

@@ -43,9 +43,12 @@ def _worker(handle: WorkerHandle, report: StageReport | None) -> dict[str, Any]:
         "pid": handle.registration.pid,
         "address": handle.registration.address,
         "device": handle.registration.device,
+        "threads": handle.registration.threads,
+        "feature_level": handle.registration.feature_level,
         "layers": handle.layers,
         "state": str(handle.state),
         "memory_bytes": handle.memory_bytes,
         "busy": 0.0 if report is None else report.busy,
         "tokens_per_s": 0.0 if report is None else report.tokens_per_s,
+        "heartbeat": None if handle.heartbeat is None else asdict(handle.heartbeat),
     }

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from served import run_async
@@ -15,8 +17,12 @@ from tiny_model import build_tiny_model
 from llamaclust.cli.planning import plan_of
 from llamaclust.cluster.config import ClusterConfig
 from llamaclust.cluster.coordinator import Cluster, open_cluster
+from llamaclust.cluster.plan_inputs import check_plan, plan_cluster
 from llamaclust.cluster.shares import memory_shares
-from llamaclust.cluster.state import ClusterDir, Measurement, read_measurements, write_measurements
+from llamaclust.cluster.state import ClusterDir, ClusterRecord, Measurement, read_measurements, write_measurements
+from llamaclust.cluster.status import cluster_status
+from llamaclust.errors import UsageError
+from llamaclust.model.loader import Model
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +47,13 @@ async def test_heartbeats_keep_up_with_a_short_timeout(tiny: Path, tmp_path: Pat
     async with opened(tiny, tmp_path, timeouts={"worker": 0.6}) as cluster:
         await asyncio.sleep(1.0)
         assert cluster.engine.error is None
-        assert all(worker.heartbeat is not None for worker in cluster.registry.workers.values())
+        status = cluster_status(cluster, ClusterRecord("default", 1, "http://127.0.0.1:1", "tiny"))
+    for worker in status["status"]["workers"]:
+        assert worker["heartbeat"]["resident_bytes"] > 1 << 20 and worker["heartbeat"]["free_memory_bytes"] > 0
+        assert (worker["threads"], worker["feature_level"]) == (
+            1,
+            cluster.registry.workers["a"].registration.feature_level,
+        )
 
 
 @run_async
@@ -65,6 +77,25 @@ async def test_measurements_are_kept_for_every_cluster_of_the_machine(tiny: Path
     planned = plan_of(file, [])
     assert planned.token_ms is not None and planned.token_ms == plan.token_ms
     assert plan_of(file, ["workers.a.threads=2"]).token_ms is None
+
+
+@pytest.mark.parametrize(("workers", "refused"), [(1, False), (2, True)])
+def test_microbatches_that_fit_in_no_message_are_refused(tiny: Path, workers: int, refused: bool) -> None:
+    model: Any = SimpleNamespace(hyperparameters=SimpleNamespace(embedding_length=1 << 17, context_length=256))
+    values = {"model": "m", "context_length": 256, "workers": [{"name": f"w{index}"} for index in range(workers)]}
+    config = ClusterConfig.model_validate(values)
+    with pytest.raises(UsageError, match="544 tokens: 496 tokens") if refused else nullcontext():
+        check_plan(config, model)
+
+
+def test_more_stages_than_a_result_can_name_are_refused(tmp_path: Path) -> None:
+    model = Model.open(build_tiny_model(tmp_path / "deep.gguf", layers=256, context=64))
+    names = [f"w{index}" for index in range(256)]
+    plan = [{"worker": name, "layers": [index, index + 1]} for index, name in enumerate(names)]
+    values = {"model": "m", "context_length": 64, "workers": [{"name": name} for name in names], "plan": plan}
+    config = ClusterConfig.model_validate(values)
+    with pytest.raises(UsageError, match="256 stages, 255 are possible"):
+        plan_cluster(config, model, dict.fromkeys(names, 1 << 40), {})
 
 
 def test_memory_is_promised_once() -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from math import inf, isfinite
+from math import inf
 
 from llamaclust.cluster.requests import Generation
 from llamaclust.cluster.settings import SchedulerSettings
 from llamaclust.errors import RequestError
 from llamaclust.wire.messages import MAX_TOP_LOGPROBS, SamplingParams
-
-_MOST = 1e6
-_MOST_TOP_K = (1 << 31) - 1
+from llamaclust.wire.sampling_bounds import MAX_BIAS, MAX_TOP_K, REAL_BOUNDS
 
 
 def check_generation(ask: Generation, settings: SchedulerSettings) -> None:
@@ -39,20 +37,15 @@ def _check_prompt(ask: Generation, settings: SchedulerSettings) -> None:
 
 
 def _check_params(params: SamplingParams, vocabulary: int) -> None:
-    _within("temperature", params.temperature, 0, _MOST)
-    _within("top_k", params.top_k, 0, _MOST_TOP_K)
-    _within("top_p", params.top_p, 0, 1)
-    _within("min_p", params.min_p, 0, 1)
-    _within("repetition_penalty", params.repetition_penalty, 1e-6, _MOST)
-    _within("frequency_penalty", params.frequency_penalty, -_MOST, _MOST)
-    _within("presence_penalty", params.presence_penalty, -_MOST, _MOST)
+    for name, (low, high) in REAL_BOUNDS.items():
+        _within(name, getattr(params, name), low, high)
+    _within("top_k", params.top_k, 0, MAX_TOP_K)
     biased = [token for token, _ in params.logit_bias]
     _check_tokens("logit_bias", biased, vocabulary)
     if biased != sorted(set(biased)):
         raise RequestError("logit_bias: token ids must be ascending, each once")
     for token, bias in params.logit_bias:
-        if not isfinite(bias):
-            raise RequestError(f"logit_bias of token {token} is {bias}, must be finite")
+        _within(f"logit_bias of token {token}", bias, -MAX_BIAS, MAX_BIAS)
 
 
 def _check_tokens(name: str, tokens: tuple[int, ...] | frozenset[int] | list[int], vocabulary: int) -> None:

@@ -9,17 +9,14 @@ from typing import Any
 
 from llamaclust.errors import RequestError
 from llamaclust.wire.messages import MAX_CONTEXT_TOKENS, MAX_TOP_LOGPROBS, SamplingParams
+from llamaclust.wire.sampling_bounds import MAX_BIAS, MAX_TOP_K, REAL_BOUNDS
 
 MAX_CHOICES = 128
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 4096
 MAX_STOP_TOKENS = 1024
 MAX_LOGIT_BIASES = 1024
-MAX_TEMPERATURE = 100.0
-MAX_PENALTY = 1000.0
 SEEDS = 1 << 64
-
-_BIAS_NEVER = 1e9
 
 
 class ParameterError(RequestError):
@@ -83,16 +80,12 @@ def _check_stop(stop: Sequence[str]) -> None:
 
 
 def _check_sampling(params: SamplingParams, vocabulary: int) -> None:
-    _finite("temperature", params.temperature, 0.0, MAX_TEMPERATURE)
-    _within("top_k", params.top_k, 0, (1 << 31) - 1)
-    _finite("top_p", params.top_p, 0.0, 1.0)
-    _finite("min_p", params.min_p, 0.0, 1.0)
-    _finite("repetition_penalty", params.repetition_penalty, 1 / MAX_PENALTY, MAX_PENALTY)
-    _finite("frequency_penalty", params.frequency_penalty, -MAX_PENALTY, MAX_PENALTY)
-    _finite("presence_penalty", params.presence_penalty, -MAX_PENALTY, MAX_PENALTY)
+    for name, (low, high) in REAL_BOUNDS.items():
+        _finite(name, getattr(params, name), low, high)
+    _within("top_k", params.top_k, 0, MAX_TOP_K)
     _check_tokens("logit_bias", [token for token, _ in params.logit_bias], MAX_LOGIT_BIASES, vocabulary)
     for _, bias in params.logit_bias:
-        _finite("logit_bias", bias, -_BIAS_NEVER, _BIAS_NEVER)
+        _finite("logit_bias", bias, -MAX_BIAS, MAX_BIAS)
 
 
 def _check_tokens(name: str, ids: Sequence[int], most: int, vocabulary: int) -> None:

@@ -205,7 +205,7 @@ def test_nothing_to_compute_is_no_work() -> None:
         ({"score_from": -1}, "score_from is -1"),
         ({"stop_token_ids": frozenset({500})}, "stop_token_ids: token id 500"),
         ({"params": SamplingParams(temperature=float("nan"))}, "temperature is nan"),
-        ({"params": SamplingParams(top_p=1.5)}, r"top_p is 1.5, must be within 0\.\.1"),
+        ({"params": SamplingParams(top_p=1.5)}, r"top_p is 1.5, must be within 0\.0\.\.1\.0"),
         ({"params": SamplingParams(repetition_penalty=0.0)}, "repetition_penalty is 0.0"),
         ({"params": SamplingParams(logit_bias=((3, 1.0), (2, 1.0)))}, "must be ascending"),
         ({"params": SamplingParams(logit_bias=((3, float("inf")),))}, "logit_bias of token 3 is inf"),

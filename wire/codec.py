@@ -32,13 +32,12 @@ from llamaclust.wire.messages import (
     ScoreTask,
     StageTiming,
 )
+from llamaclust.wire.sampling_bounds import MAX_BIAS, MAX_TOP_K, REAL_BOUNDS
 
 MAX_MICROBATCH_BYTES = 1 << 23
 MAX_INPUTS_BYTES = 1 << 26
 MAX_STAGES = 255
 
-_MAX_TOP_K = (1 << 31) - 1
-_MAX_MAGNITUDE = 1e6
 _PLAIN_PARAMS = 256
 
 
@@ -166,19 +165,14 @@ def _plain_params_in(data: bytes) -> SamplingParams:
 def _params_in(message: sampling_proto.SamplingParams) -> SamplingParams:
     bounded("logit biases", len(message.logit_bias), 0, MAX_VOCABULARY)
     return SamplingParams(
-        temperature=finite("temperature", message.temperature, 0.0, _MAX_MAGNITUDE),
-        top_k=bounded("top_k", message.top_k, 0, _MAX_TOP_K),
-        top_p=finite("top_p", message.top_p, 0.0, 1.0),
-        min_p=finite("min_p", message.min_p, 0.0, 1.0),
-        repetition_penalty=finite("repetition_penalty", message.repetition_penalty, 0.0, _MAX_MAGNITUDE),
-        frequency_penalty=finite("frequency_penalty", message.frequency_penalty, -_MAX_MAGNITUDE, _MAX_MAGNITUDE),
-        presence_penalty=finite("presence_penalty", message.presence_penalty, -_MAX_MAGNITUDE, _MAX_MAGNITUDE),
+        top_k=bounded("top_k", message.top_k, 0, MAX_TOP_K),
         logit_bias=tuple(_bias(bias) for bias in message.logit_bias),
+        **{name: finite(name, getattr(message, name), *bounds) for name, bounds in REAL_BOUNDS.items()},
     )
 
 
 def _bias(message: sampling_proto.LogitBias) -> tuple[int, float]:
-    return _token(message.token), finite("logit_bias", message.bias)
+    return _token(message.token), finite("logit_bias", message.bias, -MAX_BIAS, MAX_BIAS)
 
 
 def _token(value: int) -> int:

@@ -9,8 +9,8 @@ from pydantic import BeforeValidator, Field, WithJsonSchema
 from llamaclust.cluster.api.body import Body
 from llamaclust.cluster.api.fields import StopField, is_int
 from llamaclust.cluster.api.openai_schema import MessagesField
-from llamaclust.cluster.text_request import MAX_PENALTY
 from llamaclust.wire.messages import MAX_CONTEXT_TOKENS, MAX_TOP_LOGPROBS, SamplingParams
+from llamaclust.wire.sampling_bounds import MAX_PENALTY
 
 RANDOM_SEEDS = (-1, 0xFFFFFFFF)
 NEVER = -1e9

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from llamaclust.cluster.api.settings import first_key
 from llamaclust.cluster.client import Client
 from llamaclust.cluster.client_base import TextClient
 from llamaclust.cluster.config import environment
@@ -48,15 +49,4 @@ class Target:
 
 def connect(endpoint: str, api_key_file: Path | None) -> Client:
     """A client of an address, with the first key of a file. UsageError where there is none in it."""
-    return Client(endpoint, None if api_key_file is None else _first_key(api_key_file))
-
-
-def _first_key(path: Path) -> str:
-    try:
-        lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: cannot read the API key: {error}") from error
-    key = next((line for line in lines if line and not line.startswith("#")), None)
-    if key is None:
-        raise UsageError(f"{path}: holds no API key; put one a line")
-    return key
+    return Client(endpoint, None if api_key_file is None else first_key(api_key_file))

@@ -9,7 +9,7 @@ import httpx
 import pytest
 from served import MODEL, SETTINGS, ScriptedEngine, client, make_app, real_engine, run_async, says
 
-from llamaclust.cluster.api.settings import read_api_keys
+from llamaclust.cluster.api.settings import first_key, read_api_keys
 from llamaclust.errors import UsageError, WorkerError
 
 
@@ -158,6 +158,11 @@ def test_api_keys_file(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="mode 0640"):
         read_api_keys(path)
     path.chmod(0o600)
+    path.write_text("\n # a comment\ngood-key-1\ngood-key-2\n")
+    assert first_key(path) == "good-key-1"
+    path.write_text("# emptied meanwhile\n")
+    with pytest.raises(UsageError, match="no API key"):
+        first_key(path)
     for text, message in (("\n#\n", "no API key"), ("short\n", "key 1"), ("good-key-1\nwith space\n", "key 2")):
         path.write_text(text)
         with pytest.raises(UsageError, match=message):

@@ -35,17 +35,30 @@ def read_api_keys(path: Path | None) -> tuple[str, ...]:
     """
     if path is None:
         return ()
-    try:
-        mode = stat.S_IMODE(path.stat().st_mode)
-        lines = path.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: cannot read the API keys: {error}") from error
+    keys = _keys_of(path)
+    mode = stat.S_IMODE(path.stat().st_mode)
     if mode & 0o077:
         raise UsageError(f"{path}: others may read these API keys (mode {mode:04o}): chmod 600 {path}")
-    keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-    if not keys:
-        raise UsageError(f"{path}: holds no API key; put one a line")
     bad = next((number for number, key in enumerate(keys, 1) if not _KEY.fullmatch(key)), None)
     if bad is not None:
         raise UsageError(f"{path}: key {bad} is not 8 to 512 printable ASCII characters without spaces")
     return tuple(keys)
+
+
+def first_key(path: Path) -> str:
+    """The key that a client shows, from a file as `read_api_keys` takes it; others may read this one.
+
+    Raises UsageError where it cannot be read or holds no key.
+    """
+    return _keys_of(path)[0]
+
+
+def _keys_of(path: Path) -> list[str]:
+    try:
+        lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: cannot read the API keys: {error}") from error
+    keys = [line for line in lines if line and not line.startswith("#")]
+    if not keys:
+        raise UsageError(f"{path}: holds no API key; put one a line")
+    return keys

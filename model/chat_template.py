@@ -63,7 +63,9 @@ class ChatTemplate:
         self.close()
 
     def close(self) -> None:
-        """Ends the child process; renders in progress and those that wait fail."""
+        """Ends the child process; renders in progress and those that wait fail. May be called again."""
+        if self._closed:
+            return
         self._closed = True
         child = self._child
         if child is not None:

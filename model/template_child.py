@@ -25,6 +25,7 @@ from llamaclust.model.template_frames import FRAME_LENGTH, frame_of
 
 _MAX_REQUEST_BYTES: Final = 1 << 28
 _MAX_MESSAGE_CHARACTERS: Final = 500
+_MAX_FILES: Final = 16
 _SET_PARENT_DEATH_SIGNAL: Final = 1
 
 
@@ -127,9 +128,12 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
 
 
-def _limit_memory(memory_bytes: int) -> None:
+def _limit_resources(memory_bytes: int) -> None:
+    """Little memory, no files but those that the interpreter itself reads, nothing written but the replies."""
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (_MAX_FILES, _MAX_FILES))
 
 
 def _limit_cpu(seconds: int) -> None:
@@ -143,7 +147,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _die_with_parent()
     first = _read_frame()
-    _limit_memory(first["memory_bytes"])
+    _limit_resources(first["memory_bytes"])
     _limit_cpu(first["cpu_seconds"])
     template: jinja2.Template | None = None
 

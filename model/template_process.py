@@ -13,6 +13,9 @@ from typing import Any
 
 from llamaclust.model.template_frames import FRAME_LENGTH
 
+_KEPT_VARIABLES = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "TZ", "LANG", "LC_ALL")
+"""What Python needs to start, and templates to tell the date; keys and tokens stay here."""
+
 
 class RenderingStopped(Exception):
     """The child ended, or did not answer in time; the message says how."""
@@ -28,6 +31,7 @@ class TemplateProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
+            env={name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ},
         )
         assert self._process.stdin is not None and self._process.stdout is not None
         self._input = self._process.stdin.fileno()

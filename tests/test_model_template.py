@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
+from pathlib import Path
 
 import psutil
 import pytest
@@ -186,10 +188,23 @@ def test_a_closed_template_refuses_and_its_process_is_gone() -> None:
         pid = wait_for_child(template)
         start = time.monotonic()
         template.close()
+        template.close()
         assert time.monotonic() - start < 3
         with pytest.raises(LlamaclustError):
             running.result()
     assert not alive(pid)
+
+
+def test_the_process_knows_no_secrets_and_can_write_no_file(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SOME_TOKEN", "secret")
+    with ChatTemplate("a", "", "") as template:
+        assert template.render(HELLO) == "a"
+        pid = child_pid(template)
+        assert b"SOME_TOKEN" not in Path(f"/proc/{pid}/environ").read_bytes()
+        assert resource.prlimit(pid, resource.RLIMIT_FSIZE) == (0, 0)
+        assert resource.prlimit(pid, resource.RLIMIT_NOFILE)[1] <= 16
 
 
 def test_the_process_dies_with_its_parent() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Final
 
+from llamaclust.errors import RequestError
 from llamaclust.model.tokenizer import Tokenizer
 
 GUARD: Final = "\ufdd0"
@@ -14,13 +15,15 @@ GUARD: Final = "\ufdd0"
 
 def guard_messages(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> list[dict[str, Any]]:
     """Messages to be rendered by a template, with every control word in their text made harmless. `encode_chat` and
-    `unguarded` give the text back as it was."""
+    `unguarded` give the text back as it was. RequestError for a text that holds GUARD itself."""
     words = tuple(text for text in tokenizer.control_texts if len(text) > 1)
     starts = _starts_of(words)
     longest = max(map(len, words), default=1) - 1
 
     def guarded(value: Any) -> Any:
         if isinstance(value, str):
+            if GUARD in value:
+                raise RequestError("the messages hold U+FDD0, which is no character; take it out")
             return _guard_end(_guard_words(value, words), starts, longest)
         if isinstance(value, Mapping):
             return {guarded(key): guarded(item) for key, item in value.items()}

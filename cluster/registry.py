@@ -140,13 +140,18 @@ class Registry:
         if register.protocol[0] != ours[0]:
             theirs = f"{register.protocol[0]}.{register.protocol[1]}"
             return f"worker {name} speaks protocol {theirs}, this coordinator {ours[0]}.{ours[1]}: {same}"
-        if register.numerics_version != NUMERICS_VERSION:
+        if register.numerics_version != (needed := self._numerics_version(register)):
             theirs = f"numerics_version {register.numerics_version}"
-            return f"worker {name} computes by {theirs}, this coordinator needs {NUMERICS_VERSION}: {same}"
+            return f"worker {name} computes by {theirs}, this cluster needs {needed}: {same}"
         present = self._workers.get(name)
         if present is not None and present.loss is None:
             return f"a worker named {name} is a member already (pid {present.registration.pid}): choose another name"
         return None
+
+    def _numerics_version(self, register: Register) -> int:
+        """What the first member computes by; of a first member, what this version of its device does."""
+        members = (handle.registration.numerics_version for handle in self._workers.values() if handle.loss is None)
+        return next(members, 0 if register.device == "reference" else NUMERICS_VERSION)
 
     async def _serve(self, register: Register, stream: ServerStream) -> None:
         name = register.name

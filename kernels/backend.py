@@ -64,6 +64,7 @@ class Backend(Protocol):
 
     name: str
     feature_level: str
+    numerics_version: int  # equal ones give the same bits; 0: the reference
 
     def load(self, program: Program, tensors: dict[str, Tensor], limits: StageLimits, progress: Progress) -> Stage: ...
 

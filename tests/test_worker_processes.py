@@ -223,6 +223,10 @@ REFUSED: dict[str, tuple[Callable[[Register], Register], str]] = {
         "worker x speaks protocol 2.0, this coordinator 1.0",
     ),
     "numerics": (lambda register: replace(register, numerics_version=99), "worker x computes by numerics_version 99"),
+    "reference": (
+        lambda register: replace(register, device="reference", numerics_version=0),
+        "worker x computes by numerics_version 0, this cluster needs 1",
+    ),
     "name": (lambda register: replace(register, name="a"), "a worker named a is a member already"),
 }
 
@@ -267,5 +271,15 @@ def test_a_worker_that_does_not_start_is_named_with_its_last_words(tmp_path: Pat
         ):
             async with real_cluster(tmp_path, 1, device="toaster"):
                 pass
+
+    asyncio.run(run())
+
+
+def test_workers_on_the_reference_are_a_cluster_among_themselves(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with real_cluster(tmp_path, 2, device="reference") as cluster:
+            assert {one.registration.numerics_version for one in cluster.registry.workers.values()} == {0}
+            answer = await _say_hello(cluster, REGISTER)
+            assert isinstance(answer, Refused) and answer.reason.startswith("worker x computes by numerics_version 1")
 
     asyncio.run(run())

@@ -59,6 +59,7 @@ class Device:
             total_memory_bytes=total_memory_bytes(),
             free_memory_bytes=self.free_memory_bytes,
             fingerprint=fingerprint(self.kind, self.threads, level),
+            numerics_version=self.backend.numerics_version,
         )
 
 

@@ -12,6 +12,7 @@ from llamaclust.kernels.cpu.weights import Weight, WeightStore, shapes_only
 from llamaclust.model.program import Program
 from llamaclust.model.tensors import Tensor
 from llamaclust.wire.control import StageLimits
+from llamaclust.wire.messages import NUMERICS_VERSION
 
 _MIB = 1 << 20
 
@@ -50,6 +51,7 @@ class CpuBackend:
     programs keep the cores busy, unless `yields` is false. Without a `feature_level`, the best this machine has."""
 
     name = "cpu"
+    numerics_version = NUMERICS_VERSION
 
     def __init__(self, threads: int, feature_level: str | None = None, *, yields: bool = True) -> None:
         """UsageError for a feature level that is not available here, or too many threads."""

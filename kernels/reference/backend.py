@@ -53,6 +53,7 @@ class ReferenceBackend:
 
     name = "reference"
     feature_level = "numpy"
+    numerics_version = 0
 
     def load(
         self, program: Program, tensors: dict[str, Tensor], limits: StageLimits, progress: Progress

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 LLAMACLUST = str(Path(sys.executable).parent / "llamaclust")
@@ -32,6 +34,7 @@ def run(*arguments: str, question: str | None = None) -> str:
 
 
 def main() -> None:
+    state_dir = os.environ["LLAMACLUST_STATE_DIR"] = tempfile.mkdtemp(prefix="llamaclust-")
     run("model", "pull", "smollm2-135m-instruct")
     try:
         run("up", "--detach", "--port", "0", "--set", f"name={NAME}")
@@ -41,6 +44,7 @@ def main() -> None:
         run("down", "--cluster", NAME)
     if "Paris" not in answer:
         raise SystemExit("the answer is wrong: please report this with the output above")
+    shutil.rmtree(state_dir)  # logs of a demo that failed stay
     print("\nThe answer came through both workers. Start your own cluster with `.venv/bin/llamaclust up`.")
 
 

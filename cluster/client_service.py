@@ -76,6 +76,8 @@ class ServiceThread:
             if not self._is_closed:
                 self._is_closed = True
                 self._loop.call_soon_threadsafe(self._stop.set)
+        if threading.current_thread() is self._thread:  # the garbage collector may run in any thread
+            return
         self._thread.join()
         for future in tuple(self._pending):  # the loop ended before it came to these
             future.cancel()

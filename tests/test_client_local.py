@@ -7,7 +7,7 @@ import gc
 import threading
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -225,6 +225,19 @@ def test_a_stream_may_be_collected_on_the_services_own_thread(tiny: Path) -> Non
 
         client._thread.call(drop())
         assert client.generate([5], max_tokens=1).token_ids
+
+
+def test_a_client_may_be_collected_on_its_services_own_thread(tiny: Path) -> None:
+    client = Client.local(tiny, 1)
+    thread = client._thread
+
+    async def close() -> None:
+        client.close()
+
+    with suppress(LlamaclustError):  # it ends with the service
+        thread.call(close())
+    thread._thread.join(10)
+    assert not thread._thread.is_alive()
 
 
 def test_closing_ends_what_runs(tiny: Path) -> None:

@@ -19,11 +19,11 @@ import httpx
 import pytest
 from download_server import Handler, Server, running_server
 
-from llamaclust.errors import UsageError
+from llamaclust.errors import PullError, UsageError
 from llamaclust.tools import catalog, download
 from llamaclust.tools.catalog import CatalogEntry, locate, remove_model, resolve_model, stored_models
 from llamaclust.tools.download import Patience, fetch
-from llamaclust.tools.package_index import PullError, pip_settings
+from llamaclust.tools.package_index import pip_settings
 from llamaclust.tools.pull import pull_model
 
 QUICK = Patience(tries=4, first_pause_s=0.01, longest_pause_s=0.05, deadline_s=30.0)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import httpx
 
-from llamaclust.tools.package_index import PullError
+from llamaclust.errors import PullError
 
 Progress = Callable[[str, int, int | None], None]
 """Told what is being done, bytes done and bytes in all (None where unknown)."""

@@ -17,7 +17,7 @@ from urllib.parse import unquote, urljoin, urlsplit
 
 import httpx
 
-from llamaclust.errors import LlamaclustError
+from llamaclust.errors import PullError
 from llamaclust.tools.sources import PackageFile
 
 _ACCEPT = "application/vnd.pypi.simple.v1+json, application/vnd.pypi.simple.v1+html;q=0.2, text/html;q=0.1"
@@ -25,10 +25,6 @@ _DEFAULT_INDEX = re.compile(r"--index-url <url> .*?\(default (?P<url>[^)\s]+)\)"
 _PIP_TIMEOUT_S = 60.0
 _PAUSES_S = (0.2, 1.0)
 _PAGE_LIMIT_BYTES = 1 << 26
-
-
-class PullError(LlamaclustError):
-    """A download that failed; the message says what was fetched from where, and what to do."""
 
 
 @dataclass(frozen=True, slots=True)

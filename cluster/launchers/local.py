@@ -15,6 +15,7 @@ from llamaclust.cluster.launchers.base import Exited, WorkerSpec
 from llamaclust.cluster.launchers.run_directory import RunDirectory
 from llamaclust.model.loader import Model
 from llamaclust.wire.bounds import line
+from llamaclust.worker.machine import available_memory_bytes
 from llamaclust.worker.devices import check_model
 
 _GRACE_S = 1.0
@@ -56,6 +57,10 @@ class LocalLauncher:
             await asyncio.wait(self._watches, timeout=_GRACE_S)
             self._signal(signal.SIGKILL)
             await asyncio.wait(self._watches, timeout=_GRACE_S)
+
+    def free_memory_bytes(self) -> int:
+        """Of this machine, where all of them are."""
+        return available_memory_bytes()
 
     def last_words(self, name: str) -> str:
         try:

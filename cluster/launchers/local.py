@@ -15,8 +15,8 @@ from llamaclust.cluster.launchers.base import Exited, WorkerSpec
 from llamaclust.cluster.launchers.run_directory import RunDirectory
 from llamaclust.model.loader import Model
 from llamaclust.wire.bounds import line
-from llamaclust.worker.machine import available_memory_bytes
 from llamaclust.worker.devices import check_model
+from llamaclust.worker.machine import available_memory_bytes
 
 _GRACE_S = 1.0
 _LAST_WORDS_BYTES = 4096

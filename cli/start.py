@@ -34,9 +34,9 @@ def up(file: Path | None, overrides: list[str], port: int | None, *, detach: boo
     if detach:
         _detach(config, file, overrides)
         return
-    with ends_at_once():
+    with ends_at_once(), StartView() as view:  # until the cluster handles signals itself
         from llamaclust.cluster.serve import serve
-    with StartView() as view:
+
         serve(config, model, view.show)
 
 

@@ -33,7 +33,6 @@ class StartView:
         self._bars: dict[str, TaskID] = {}
 
     def __enter__(self) -> Self:
-        self._progress.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -57,6 +56,7 @@ class StartView:
             label = f"worker {event.worker}, layers {event.start}-{event.end - 1}"
             if self._progress.disable:
                 print(f"{label}: loading {event.total_bytes / _MIB:.1f} MiB", file=sys.stderr)
+            self._progress.start()
             bar = self._bars[event.worker] = self._progress.add_task(label, total=event.total_bytes)
         self._progress.update(bar, completed=event.done_bytes, total=event.total_bytes)
 

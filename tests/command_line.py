@@ -177,6 +177,7 @@ class CommandLine:
                 cwd=self.folder,
                 env=self._environment,
                 start_new_session=True,
+                preexec_fn=_hear_ctrl_c,
             )
         self._started.append(Running(process, out, err))
         return self._started[-1]
@@ -226,6 +227,11 @@ class CommandLine:
             for pid in left:
                 os.kill(pid, signal.SIGKILL)
             assert not left
+
+
+def _hear_ctrl_c() -> None:
+    """Also where the tests run in the background of a shell that has its jobs ignore it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _description(process: psutil.Process) -> str:

@@ -1,8 +1,9 @@
-"""A server that stops while streams are still used: they end without a word."""
+"""Servers that stop while they start or while streams are still used: all of it ends without a word."""
 
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 from contextlib import suppress
 from pathlib import Path
@@ -50,4 +51,21 @@ def test_a_stream_that_is_used_after_its_server_has_stopped_ends_quietly(
     with caplog.at_level(logging.INFO):
         asyncio.run(run())
     assert ended == ["_ServerStoppedError"]
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("steps", range(6))
+def test_a_start_that_is_cancelled_ends_quietly(tmp_path: Path, caplog: pytest.LogCaptureFixture, steps: int) -> None:
+    async def run() -> None:
+        token = ClusterToken.create(tmp_path / "token")
+        starting = asyncio.create_task(Server.start(f"unix:{tmp_path}/s.sock", token, {}))
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        starting.cancel()
+        with suppress(asyncio.CancelledError):
+            await (await starting).stop(0.0)
+        del starting
+        gc.collect()
+
+    asyncio.run(run())
     assert not caplog.records

@@ -109,6 +109,17 @@ def _has_stopped(error: Exception) -> bool:
     )
 
 
+async def _started(server: Any) -> None:
+    """Starts the server; one whose start is cancelled is stopped, for gRPC breaks where that happens within it."""
+    starting = asyncio.ensure_future(server.start())
+    try:
+        await asyncio.shield(starting)
+    except asyncio.CancelledError:
+        await starting
+        await server.stop(0.0)
+        raise
+
+
 class Server:
     """A running gRPC server and the target under which it is reached."""
 
@@ -129,7 +140,7 @@ class Server:
             port = server.add_insecure_port(address)
         except RuntimeError as error:
             raise UsageError(f"cannot listen on {address}: in use or not allowed") from error
-        await server.start()
+        await _started(server)
         return cls(server, address if address.startswith("unix:") else f"{address.rpartition(':')[0]}:{port}")
 
     async def stop(self, grace_s: float) -> None:

@@ -33,6 +33,14 @@ def eventually(happens: Callable[[], bool], within_s: float, what: str) -> None:
         time.sleep(_POLL_S)
 
 
+def is_there(process: psutil.Process) -> bool:
+    """Whether it runs: neither gone nor dead and not yet reaped."""
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
 @dataclass(frozen=True, slots=True)
 class Done:
     """A command that has ended."""
@@ -124,6 +132,11 @@ class Cluster:
     @property
     def worker_pids(self) -> dict[str, int]:
         return {worker["name"]: worker["pid"] for worker in self.status["workers"]}
+
+    @property
+    def processes(self) -> list[psutil.Process]:
+        """All it has started."""
+        return psutil.Process(self.pid).children(recursive=True)
 
     def metric(self, line_start: str) -> float:
         """The value of the line of /metrics that begins so."""

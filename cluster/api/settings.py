@@ -10,6 +10,7 @@ from pathlib import Path
 from llamaclust.errors import UsageError
 
 _KEY = re.compile(r"[\x21-\x7e]{8,512}")
+_MOST_KEY_CHARACTERS = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,10 @@ def first_key(path: Path) -> str:
 
 def _keys_of(path: Path) -> list[str]:
     try:
-        lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
+        if path.exists() and not path.is_file():
+            raise UsageError(f"{path}: cannot read the API keys: not a regular file")
+        with path.open(encoding="utf-8") as file:
+            lines = [line.strip() for line in file.read(_MOST_KEY_CHARACTERS).splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: cannot read the API keys: {error}") from error
     keys = [line for line in lines if line and not line.startswith("#")]

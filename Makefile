@@ -50,6 +50,7 @@ $(VENV)/.deps: $(VENV)/.pip pyproject.toml
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.deps $(NATIVE) CMakeLists.txt | links
+	@echo "compiling the kernels: a minute or two"
 	$(PIP) install -c constraints.txt --no-build-isolation -e .
 	@touch $@
 

@@ -73,7 +73,8 @@ def _run_notifying(config: ClusterConfig, descriptor: int) -> None:
 
 def _detach(config: ClusterConfig, file: Path | None, overrides: list[str]) -> None:
     folder = ClusterDir(config.state_dir / config.name)
-    folder.create()
+    with folder.locked():  # refuses a name that is taken before its log is begun anew
+        pass
     reading, writing = os.pipe()
     arguments = [str(file.absolute())] if file else []
     for override in overrides:

@@ -7,7 +7,6 @@ experts is too big for the repository: name the folder that has `tiny/llama-moe.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -54,10 +53,9 @@ def error(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> float:
 
 
 @pytest.fixture(scope="module", params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
-    made = BACKENDS[request.param]()
-    yield made
-    made.close()
+def backend(request: pytest.FixtureRequest) -> Backend:
+    made: Backend = BACKENDS[request.param]()
+    return made
 
 
 @pytest.mark.parametrize("name", BOUNDS)

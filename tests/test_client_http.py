@@ -271,7 +271,9 @@ async def test_no_server() -> None:
 
 async def _answering(reply: bytes) -> tuple[asyncio.Server, str]:
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.read(1 << 16)
+        head = await reader.readuntil(b"\r\n\r\n")  # all of the request: what is left unread resets the connection
+        length = next(line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:"))
+        await reader.readexactly(int(length.partition(b":")[2]))
         writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n" + reply)
         await writer.drain()
         writer.close()

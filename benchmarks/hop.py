@@ -57,12 +57,15 @@ async def through_workers(path: Path, cuts: Sequence[int], steps: int, rows: int
                     1, stages, registry.workers, model_path=str(path), model_id=model_id, limits=LIMITS
                 )
                 pipeline = await RemotePipeline.open(1, workers, run.token)
+                results: asyncio.Queue[Result] = asyncio.Queue()
+                at_work = asyncio.create_task(pipeline.run(results.put_nowait))
 
                 async def step(microbatch: Microbatch, inputs: SamplingInputs) -> Result:
-                    await pipeline.submit(microbatch, inputs)
-                    return await pipeline.next_result()
+                    pipeline.submit(microbatch, inputs)
+                    return await results.get()
 
                 measured = await timed(step, model_id, steps, rows)
+                at_work.cancel()
                 await pipeline.close()
                 return measured
             finally:

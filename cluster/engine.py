@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+from collections.abc import Callable
 from collections.abc import Sequence as ListLike
 from enum import StrEnum
-from functools import partial
+from functools import partial, wraps
 from time import monotonic_ns
 from types import TracebackType
-from typing import Self
+from typing import Concatenate, ParamSpec, Self
 
 from llamaclust.cluster.metrics import Metrics
 from llamaclust.cluster.pipeline import Pipeline
@@ -18,15 +20,35 @@ from llamaclust.cluster.scheduler import Scheduler
 from llamaclust.cluster.sequences import Failed, Sequence, Update
 from llamaclust.cluster.settings import EngineSettings, SchedulerSettings
 from llamaclust.errors import DeadlineError, LlamaclustError, WorkerError
+from llamaclust.wire.messages import Result
 
 _WATCH_S = 1.0
 _STOPPING = "the cluster is stopping"
+
+_log = logging.getLogger(__name__)
+
+_Given = ParamSpec("_Given")
 
 
 class EngineState(StrEnum):
     READY = "ready"
     DRAINING = "draining"  # finishes what it has, takes no more
     DOWN = "down"
+
+
+def _step(step: Callable[Concatenate[Engine, _Given], None]) -> Callable[Concatenate[Engine, _Given], None]:
+    """A step of an engine, called by the event loop: its error takes the engine down, so that readers learn of it."""
+
+    @wraps(step)
+    def run(engine: Engine, /, *given: _Given.args, **named: _Given.kwargs) -> None:
+        if engine.state is EngineState.DOWN:
+            return
+        try:
+            step(engine, *given, **named)
+        except Exception as error:  # noqa: BLE001  a border
+            engine.break_down(error)
+
+    return run
 
 
 class Engine:
@@ -42,14 +64,14 @@ class Engine:
         self._pipeline = pipeline
         self._deadlines = deadlines or EngineSettings()
         self._mailboxes: dict[int, Mailbox] = {}
-        self._work = asyncio.Event()
+        self._is_scheduling = False  # soon
         self._empty = asyncio.Event()
         self._empty.set()
         self._tasks: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> Self:
         loop = asyncio.get_running_loop()
-        self._tasks = [loop.create_task(run()) for run in (self._send, self._receive, self._watch)]
+        self._tasks = [loop.create_task(part) for part in (self._pipeline.run(self._complete), self._watch())]
         for task in self._tasks:
             task.add_done_callback(self._ended)
         return self
@@ -89,25 +111,27 @@ class Engine:
 
     # -- schedule, run, complete -----------------------------------------------------------------------------------
 
-    async def _send(self) -> None:
-        while True:
-            await self._work.wait()
-            self._work.clear()
-            while (scheduled := self.scheduler.next_microbatch(monotonic_ns())) is not None:
-                async with asyncio.timeout(self._deadlines.submit_s):
-                    await self._pipeline.submit(scheduled.microbatch, scheduled.inputs)
+    def _schedule_soon(self) -> None:
+        """Once everybody who comes now is there: requests that come together start together."""
+        if not self._is_scheduling:
+            self._is_scheduling = True
+            asyncio.get_running_loop().call_soon(self._schedule)
 
-    async def _receive(self) -> None:
-        while True:
-            result = await self._pipeline.next_result()
-            if result.failure is not None:
-                raise WorkerError(result.failure)
-            now_ns = monotonic_ns()
-            news = self.scheduler.complete(result, now_ns)
-            self._work.set()
-            tokens = sum(self._deliver(key, updates) for key, updates in news)
-            await asyncio.sleep(0)  # what comes next is on its way before this is counted
-            self.metrics.completed(result, tokens, now_ns)
+    @_step
+    def _schedule(self) -> None:
+        self._is_scheduling = False
+        while (scheduled := self.scheduler.next_microbatch(monotonic_ns())) is not None:
+            self._pipeline.submit(scheduled.microbatch, scheduled.inputs)
+
+    @_step
+    def _complete(self, result: Result) -> None:
+        if result.failure is not None:
+            raise WorkerError(result.failure)
+        now_ns = monotonic_ns()
+        news = self.scheduler.complete(result, now_ns)
+        self._schedule()
+        tokens = sum(self._deliver(key, updates) for key, updates in news)
+        self.metrics.completed(result, tokens, now_ns)
 
     async def _watch(self) -> None:
         """A microbatch that never comes back takes the engine down: nobody waits for ever."""
@@ -129,7 +153,7 @@ class Engine:
         mailbox.deadline = asyncio.get_running_loop().call_later(self._deadlines.request_s, expire)
         self._mailboxes[sequence.key] = mailbox
         self._empty.clear()
-        self._work.set()
+        self._schedule_soon()
 
     def _deliver(self, key: int, updates: ListLike[Update]) -> int:
         """Hands a sequence's news to its reader; how many tokens were among them."""
@@ -150,13 +174,13 @@ class Engine:
             self.scheduler.abort(key)
             mailbox.put(Finished(FinishReason.ABORT, mailbox.sequence.timings()))
             self._close(key, FinishReason.ABORT)
-            self._work.set()
+            self._schedule_soon()
 
     def _expire(self, key: int) -> None:
         self.scheduler.abort(key)
         limit = f"the request took longer than {self._deadlines.request_s:g} s (timeouts.request)"
         self._close(key, "error", DeadlineError(limit))
-        self._work.set()
+        self._schedule_soon()
 
     def _close(self, key: int, reason: str, error: LlamaclustError | None = None) -> None:
         mailbox = self._mailboxes.pop(key)
@@ -170,13 +194,16 @@ class Engine:
     def _ended(self, task: asyncio.Task[None]) -> None:
         """A task ends only when the engine is closed or something broke; a reader must learn of either."""
         error = None if task.cancelled() else task.exception()
-        if isinstance(error, TimeoutError):
-            self._go_down(DeadlineError(f"the {self._workers} took no microbatch for {self._deadlines.submit_s:g} s"))
-        elif isinstance(error, LlamaclustError):
+        if error is not None:
+            self.break_down(error)
+
+    def break_down(self, error: BaseException) -> None:
+        """Ends every request with `error`; no more are taken."""
+        if isinstance(error, LlamaclustError):
             self._go_down(error)
-        elif error is not None:
+        else:
+            _log.error("the engine broke", exc_info=error)
             self._go_down(LlamaclustError(f"the engine broke: {type(error).__name__}: {error}"))
-            raise error
 
     def _go_down(self, error: LlamaclustError) -> None:
         if self.state is EngineState.DOWN:

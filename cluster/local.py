@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -156,11 +156,12 @@ class LocalPipeline:
         self._stage = stage
         self._results: asyncio.Queue[asyncio.Future[Result]] = asyncio.Queue()
 
-    async def submit(self, microbatch: Microbatch, inputs: SamplingInputs) -> None:
+    def submit(self, microbatch: Microbatch, inputs: SamplingInputs) -> None:
         self._results.put_nowait(self._stage.start(microbatch, inputs))
 
-    async def next_result(self) -> Result:
-        return await (await self._results.get())
+    async def run(self, on_result: Callable[[Result], None]) -> None:
+        while True:
+            on_result(await (await self._results.get()))
 
     async def close(self) -> None:
         """Its owner closes the stage."""

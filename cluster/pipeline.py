@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,12 +24,13 @@ class Pipeline(Protocol):
     epoch: int
     stages: tuple[StageInfo, ...]
 
-    async def submit(self, microbatch: Microbatch, inputs: SamplingInputs) -> None:
-        """Hands a microbatch to the first stage and its sampling inputs to the last; returns when both are sent."""
+    def submit(self, microbatch: Microbatch, inputs: SamplingInputs) -> None:
+        """Sends a microbatch to the first stage and its sampling inputs to the last, and does not wait for it."""
         ...
 
-    async def next_result(self) -> Result:
-        """The next result, in number order. Waits without end for one; raises WorkerError once the pipeline is lost."""
+    async def run(self, on_result: Callable[[Result], None]) -> None:
+        """Works while it runs: gives each result, in number order, to `on_result`. Ends with a LlamaclustError once the
+        pipeline is lost."""
         ...
 
     async def close(self) -> None: ...

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from llamaclust.cluster.pipeline import StageInfo
 from llamaclust.cluster.worker_handle import WorkerHandle
@@ -13,6 +13,7 @@ from llamaclust.wire.codec import decode_result, encode_inputs, encode_microbatc
 from llamaclust.wire.deadlines import deadline
 from llamaclust.wire.frames import encode_hidden
 from llamaclust.wire.messages import Microbatch, Result, SamplingInputs
+from llamaclust.wire.outbox import Outbox
 from llamaclust.wire.token import ClusterToken
 
 _OPEN_S = 30.0
@@ -59,106 +60,61 @@ class RemotePipeline:
         self._peers = peers
         self._forward = forward
         self._sample = sample
-        self._submitting = asyncio.Lock()
-        self._results: asyncio.Queue[Result | None] = asyncio.Queue()
-        self._error: LlamaclustError | None = None
-        self._guarding = asyncio.create_task(self._guard())
+        self._microbatches = Outbox(forward, "handing out a microbatch", _WRITE_S)
+        self._inputs = Outbox(sample, "handing out sampling inputs", _WRITE_S)
 
-    async def submit(self, microbatch: Microbatch, inputs: SamplingInputs) -> None:
-        """WorkerError once the pipeline is lost."""
-        frame = encode_hidden(encode_microbatch(microbatch), (), None)
-        async with self._submitting:
-            if self._error is not None:
-                raise self._error
-            try:
-                async with deadline(f"handing out microbatch {microbatch.number}", _WRITE_S):
-                    await self._write(frame, encode_inputs(inputs))
-            except LlamaclustError as error:
-                raise await self._lost(error) from error
+    def submit(self, microbatch: Microbatch, inputs: SamplingInputs) -> None:
+        """See `Pipeline`. How much waits to be sent is bounded by whoever counts the microbatches in flight."""
+        self._microbatches.put(encode_hidden(encode_microbatch(microbatch), (), None))
+        self._inputs.put(encode_inputs(inputs))
 
-    async def _write(self, frame: bytes, inputs: bytes) -> None:
-        """Both at the same time; nothing goes on where one fails."""
-        sampling = asyncio.create_task(self._sample.write(inputs))
+    async def run(self, on_result: Callable[[Result], None]) -> None:
+        """See `Pipeline`: until a stream ends, a write takes too long or a worker is lost, and then says which."""
+        work = [
+            asyncio.create_task(part)
+            for part in (
+                self._microbatches.run(),
+                self._inputs.run(),
+                self._read_results(on_result),
+                self._watch_forward(),
+            )
+        ]
+        losses = [asyncio.create_task(worker.lost.wait()) for worker in self._workers]
         try:
-            await self._forward.write(frame)
-            await sampling
+            await asyncio.wait((*work, *losses), return_when=asyncio.FIRST_COMPLETED)
+            ended = next((_ending(task) for task in work if task.done()), None)
+            raise await _blame(self.epoch, self._workers, ended)
         finally:
-            sampling.cancel()
-            await asyncio.gather(sampling, return_exceptions=True)
-
-    async def next_result(self) -> Result:
-        """See `Pipeline`; results that came before the loss come first."""
-        result = await self._results.get()
-        if result is None:
-            self._results.put_nowait(None)
-            assert self._error is not None
-            raise self._error
-        return result
+            for task in (*work, *losses):
+                task.cancel()
+            await asyncio.gather(*work, *losses, return_exceptions=True)
 
     async def close(self) -> None:
         """Ends the streams. What is in flight is abandoned."""
-        self._fail(WorkerError(f"the pipeline of epoch {self.epoch} is closed"))
-        self._guarding.cancel()
         await asyncio.gather(*(peer.close() for peer in self._peers))
 
-    async def _guard(self) -> None:
-        """Takes in results until a stream ends or a worker is lost; then everybody who waits hears of it."""
-        reading = asyncio.create_task(self._read_results())
-        watching = asyncio.create_task(self._watch_forward())
-        losses = [asyncio.create_task(worker.lost.wait()) for worker in self._workers]
-        try:
-            await asyncio.wait((reading, watching, *losses), return_when=asyncio.FIRST_COMPLETED)
-            ended = [_ending(task) for task in (reading, watching) if task.done()]
-            self._fail(await _blame(self.epoch, self._workers, ended[0] if ended else None))
-        finally:
-            for task in (reading, watching, *losses):
-                task.cancel()
-
-    async def _read_results(self) -> LlamaclustError:
-        """Returns why there are no more."""
+    async def _read_results(self, on_result: Callable[[Result], None]) -> None:
         number = 0
-        try:
-            while (data := await self._sample.read()) is not None:
-                result = decode_result(data)
-                if (result.epoch, result.number) != (self.epoch, number):
-                    found = f"({result.epoch}, {result.number})"
-                    return WireError(f"result {found} where ({self.epoch}, {number}) was expected")
-                self._results.put_nowait(result)
-                number += 1
-                await asyncio.sleep(0)  # whoever waits for it goes first
-        except LlamaclustError as error:
-            return error
-        return WorkerError("the last stage ended its stream")
+        while (data := await self._sample.read()) is not None:
+            result = decode_result(data)
+            if (result.epoch, result.number) != (self.epoch, number):
+                found = f"({result.epoch}, {result.number})"
+                raise WireError(f"result {found} where ({self.epoch}, {number}) was expected")
+            on_result(result)
+            number += 1
+        raise WorkerError("the last stage ended its stream")
 
-    async def _watch_forward(self) -> LlamaclustError:
+    async def _watch_forward(self) -> None:
         """Nothing comes back from the first stage but the end."""
-        try:
-            data = await self._forward.read()
-        except LlamaclustError as error:
-            return error
-        return WorkerError("the first stage ended its stream" if data is None else "the first stage sent a message")
-
-    async def _lost(self, error: LlamaclustError) -> LlamaclustError:
-        """The error of the pipeline, once it is known; `error` is what a write met."""
-        await asyncio.wait((self._guarding,), timeout=2 * _BLAME_S)
-        self._fail(error)
-        assert self._error is not None
-        return self._error
-
-    def _fail(self, error: LlamaclustError) -> None:
-        """The first error stays."""
-        if self._error is None:
-            self._error = error
-            self._results.put_nowait(None)
+        data = await self._forward.read()
+        raise WorkerError("the first stage ended its stream" if data is None else "the first stage sent a message")
 
 
-def _ending(task: asyncio.Task[LlamaclustError]) -> LlamaclustError:
-    """What a reader ended with, in order or not."""
+def _ending(task: asyncio.Task[None]) -> LlamaclustError:
+    """What one part of the work ended with, in order or not."""
     if task.cancelled():
         return WorkerError("a stream was cancelled")
     error = task.exception()
-    if error is None:
-        return task.result()
     return error if isinstance(error, LlamaclustError) else WorkerError(f"{type(error).__name__}: {error}")
 
 

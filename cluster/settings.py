@@ -40,5 +40,4 @@ class EngineSettings:
     """Deadlines, in seconds."""
 
     request_s: float = 600.0  # from a request's arrival to its last token
-    submit_s: float = 30.0  # until the pipeline takes a microbatch
     result_s: float = 300.0  # from a microbatch's start to its result

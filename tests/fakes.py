@@ -203,7 +203,7 @@ def expected(ask: Generation, context_length: int) -> tuple[list[RowResult], dic
 
 
 class FakePipeline:
-    """A `Pipeline` of stages that answer at once, except while `gate` (results) or `takes` (microbatches) is clear."""
+    """A `Pipeline` of stages that answer at once, except while `gate` is clear."""
 
     def __init__(self, kv_blocks: int, stages: int = 2) -> None:
         self.epoch = 1
@@ -214,13 +214,10 @@ class FakePipeline:
         self.replaced: Result | None = None  # comes instead of the next result
         self.gate = asyncio.Event()
         self.taken = asyncio.Event()  # a microbatch came
-        self.takes = asyncio.Event()
         self.gate.set()
-        self.takes.set()
         self._results: asyncio.Queue[Result | Exception] = asyncio.Queue()
 
-    async def submit(self, microbatch: Microbatch, inputs: SamplingInputs) -> None:
-        await self.takes.wait()
+    def submit(self, microbatch: Microbatch, inputs: SamplingInputs) -> None:
         self.microbatches.append(microbatch)
         self.taken.set()
         _, result = self.fake.send(ScheduledMicrobatch(microbatch, inputs), 0)
@@ -232,16 +229,17 @@ class FakePipeline:
         self._results.put_nowait(error)
         self.gate.set()
 
-    async def next_result(self) -> Result:
-        await self.gate.wait()
-        result = await self._results.get()
-        await self.gate.wait()
-        if isinstance(result, Exception):
-            raise result
-        return self.replaced or replace(result, failure=self.failure)
+    async def run(self, on_result: Callable[[Result], None]) -> None:
+        while True:
+            result = await self._results.get()
+            await asyncio.sleep(0)  # no stream answers without letting others run
+            await self.gate.wait()
+            if isinstance(result, Exception):
+                raise result
+            on_result(self.replaced or replace(result, failure=self.failure))
 
     async def close(self) -> None:
-        self.takes.clear()
+        self.gate.clear()
 
 
 def tokens_of(events: Sequence[Event]) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -18,7 +19,16 @@ from llamaclust.cluster.remote import RemotePipeline
 from llamaclust.cluster.worker_handle import WorkerHandle
 from llamaclust.model.loader import Model
 from llamaclust.wire.control import Deadlines, StageLimits
-from llamaclust.wire.messages import Chunk, Microbatch, Run, SampleTask, SamplingInputs, SamplingParams, ScoreTask
+from llamaclust.wire.messages import (
+    Chunk,
+    Microbatch,
+    Result,
+    Run,
+    SampleTask,
+    SamplingInputs,
+    SamplingParams,
+    ScoreTask,
+)
 
 LIMITS = StageLimits(max_tokens=64, max_outputs=64, max_sequences=8, max_context_tokens=256, kv_blocks=64)
 NAMES = ("a", "b", "c", "d", "e")
@@ -96,3 +106,38 @@ def microbatches(model_id: str, epoch: int, steps: int) -> list[tuple[Microbatch
         microbatch = Microbatch(model_id, epoch, number, tuple(chunks))
         work.append((microbatch, SamplingInputs(epoch, number, tuple(tasks))))
     return work
+
+
+class Running:
+    """A pipeline at work, its results one by one."""
+
+    def __init__(self, pipeline: RemotePipeline) -> None:
+        self._results: asyncio.Queue[Result] = asyncio.Queue()
+        self._work = asyncio.create_task(pipeline.run(self._results.put_nowait))
+
+    async def next_result(self) -> Result:
+        """The next one, or the pipeline's error. A deadline of its own: the tests' pipelines answer soon."""
+        getting = asyncio.create_task(self._results.get())
+        try:
+            async with asyncio.timeout(30):
+                await asyncio.wait((getting, self._work), return_when=asyncio.FIRST_COMPLETED)
+            if not getting.done():
+                await self._work
+            return await getting
+        finally:
+            getting.cancel()
+
+    async def stop(self) -> None:
+        self._work.cancel()
+        await asyncio.gather(self._work, return_exceptions=True)
+
+
+@asynccontextmanager
+async def running(pipeline: RemotePipeline) -> AsyncIterator[Running]:
+    """The pipeline works meanwhile, and is closed at the end."""
+    work = Running(pipeline)
+    try:
+        yield work
+    finally:
+        await work.stop()
+        await pipeline.close()

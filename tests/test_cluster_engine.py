@@ -191,14 +191,6 @@ async def test_a_microbatch_that_never_comes_back_takes_the_engine_down(
 
 
 @run_async
-async def test_a_pipeline_that_takes_nothing_takes_the_engine_down() -> None:
-    async with running(submit_s=0.02) as (engine, pipeline):
-        pipeline.takes.clear()
-        with pytest.raises(DeadlineError, match=r"w0 \(layers 0-1\), w1 \(layers 2-3\) took no microbatch for 0.02 s"):
-            await collect(engine.submit(ask()))
-
-
-@run_async
 async def test_a_request_ends_at_its_deadline_and_others_go_on() -> None:
     async with running(request_s=0.05) as (engine, pipeline):
         pipeline.gate.clear()

@@ -55,9 +55,22 @@ def _pipeline(forward: Stream, sample: Stream) -> RemotePipeline:
 async def test_nothing_writes_on_after_a_write_that_failed() -> None:
     sample = Stream()
     pipeline = _pipeline(Stream(write=WorkerError("gone")), sample)
-    with pytest.raises(WorkerError, match="gone"):
-        await pipeline.submit(*microbatches("m", 1, 1)[0])
+    pipeline.submit(*microbatches("m", 1, 1)[0])
+    async with asyncio.timeout(5):
+        with pytest.raises(WorkerError, match="gone"):
+            await pipeline.run(lambda result: None)
     assert sample.cancelled
+    await pipeline.close()
+
+
+@run_async
+async def test_a_network_that_takes_nothing_ends_the_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llamaclust.cluster.remote._WRITE_S", 0.02)
+    pipeline = _pipeline(Stream(), Stream())
+    pipeline.submit(*microbatches("m", 1, 1)[0])
+    async with asyncio.timeout(5):
+        with pytest.raises(WorkerError, match=r"handing out a microbatch: not within 0\.02 s"):
+            await pipeline.run(lambda result: None)
     await pipeline.close()
 
 
@@ -69,5 +82,5 @@ async def test_a_reader_that_ends_otherwise_is_heard_of(error: BaseException) ->
         with pytest.raises(
             WorkerError, match=r"workers a \[0, 2\) broke: (RuntimeError: a mistake|a stream was cancel)"
         ):
-            await pipeline.next_result()
+            await pipeline.run(lambda result: None)
     await pipeline.close()

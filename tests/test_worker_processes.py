@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from real_cluster import LIMITS, NAMES, RealCluster, microbatches, real_cluster
+from real_cluster import LIMITS, NAMES, RealCluster, microbatches, real_cluster, running
 from tiny_model import build_tiny_model
 
 from llamaclust.cluster.remote import RemotePipeline
@@ -36,9 +36,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 async def _run(pipeline: RemotePipeline, model: Path, steps: int = 8) -> list[Result]:
     work = microbatches(Model.open(model).model_id, pipeline.epoch, steps)
-    for microbatch, inputs in work:
-        await pipeline.submit(microbatch, inputs)
-    return [await pipeline.next_result() for _ in work]
+    async with running(pipeline) as at_work:
+        for microbatch, inputs in work:
+            pipeline.submit(microbatch, inputs)
+        return [await at_work.next_result() for _ in work]
 
 
 def _alone(model: Path, epoch: int, steps: int = 8) -> list[object]:
@@ -58,9 +59,7 @@ def test_processes_give_the_bits_of_one_stage_in_this_process(
             assert [(stage.worker, stage.start, stage.end) for stage in pipeline.stages] == [
                 (name, start, end) for name, start, end in zip(NAMES, cuts, cuts[1:], strict=False)
             ]
-            results = await _run(pipeline, model)
-            await pipeline.close()
-            return results
+            return await _run(pipeline, model)
 
     results = asyncio.run(run())
     assert [result.failure for result in results] == [None] * len(results)
@@ -78,11 +77,9 @@ def test_two_epochs_live_side_by_side_and_memory_is_given_back(model: Path, tmp_
             worker = cluster.registry.workers["a"]
             assert worker.layers == (0, 4)
             both = worker.memory_bytes
-            await old.close()
             await worker.unload(1)
             assert 0 < worker.memory_bytes < both
             assert list(worker.stages) == [2]
-            await new.close()
             order, _ = worker.stages[2]
             await worker.load(replace(order, epoch=3), seen.append)
             assert all(one.epoch == 3 and one.done_bytes <= one.total_bytes for one in seen)
@@ -97,13 +94,13 @@ def test_a_killed_worker_is_an_error_that_names_it(model: Path, tmp_path: Path, 
     async def run() -> None:
         async with real_cluster(tmp_path, 3, on_lost=lambda worker: lost.append(worker.name)) as cluster:
             pipeline = await cluster.load(model, (0, 2, 3, 5))
-            await _run(pipeline, model)
-            waiting = asyncio.create_task(pipeline.next_result())
-            await asyncio.sleep(0)
-            os.kill(cluster.launcher.pids[victim], signal.SIGKILL)
-            begun = time.monotonic()
-            with pytest.raises(WorkerError) as caught:
-                await waiting
+            async with running(pipeline) as at_work:
+                pipeline.submit(*microbatches(Model.open(model).model_id, 1, 1)[0])
+                await at_work.next_result()
+                os.kill(cluster.launcher.pids[victim], signal.SIGKILL)
+                begun = time.monotonic()
+                with pytest.raises(WorkerError) as caught:
+                    await at_work.next_result()
             assert time.monotonic() - begun < 2.0
             start, end = {"a": (0, 2), "b": (2, 3), "c": (3, 5)}[victim]
             assert f"worker {victim} (layers [{start}, {end})) is lost: its process was killed by signal 9" in str(
@@ -111,13 +108,10 @@ def test_a_killed_worker_is_an_error_that_names_it(model: Path, tmp_path: Path, 
             )
             assert "last words: " in str(caught.value)
             assert "are loaded as epoch 1" in str(caught.value)
-            with pytest.raises(WorkerError, match=f"worker {victim}"):
-                await pipeline.submit(*microbatches("m", 1, 9)[8])
             states = {name: worker.state for name, worker in cluster.registry.workers.items()}
             assert states == {
                 name: WorkerState.LOST if name == victim else WorkerState.READY for name in ("a", "b", "c")
             }
-            await pipeline.close()
 
     asyncio.run(run())
     assert lost == [victim]
@@ -127,17 +121,16 @@ def test_a_silent_worker_is_lost_after_the_timeout(model: Path, tmp_path: Path) 
     async def run() -> None:
         async with real_cluster(tmp_path, 2, silence_s=1.5) as cluster:
             pipeline = await cluster.load(model, (0, 2, 5))
-            await _run(pipeline, model)
             pid = cluster.launcher.pids["b"]
             os.kill(pid, signal.SIGSTOP)
             try:
                 begun = time.monotonic()
-                with pytest.raises(WorkerError, match=r"worker b .* is lost: no sign of life for 1\.5 s"):
-                    await pipeline.next_result()
+                async with running(pipeline) as at_work:
+                    with pytest.raises(WorkerError, match=r"worker b .* is lost: no sign of life for 1\.5 s"):
+                        await at_work.next_result()
                 assert time.monotonic() - begun < 4.0
             finally:
                 os.kill(pid, signal.SIGCONT)
-            await pipeline.close()
 
     asyncio.run(run())
 

@@ -7,12 +7,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from llamaclust.model.loader import LayerCost, ModelCosts
-from llamaclust.model.program import KV_BLOCK_TOKENS, Buffer, Program, SelectRows
-
-_FLOAT_BYTES = 4
-
-_BESIDE_BUFFERS = 2
-"""A backend keeps as much again beside the buffers: quantized activations, parts of attention, frames on their way."""
+from llamaclust.model.program import KV_BLOCK_TOKENS
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,34 +18,7 @@ class WorkerFacts:
     memory_bytes: int | None  # what it may take, in all
     read_gb_s: float | None
     int8_gmac_s: float | None
-    threads: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Workspace:
-    """Buffers of a stage, and those that a last stage has besides."""
-
-    stage_bytes: int
-    head_bytes: int
-
-
-def workspace(program: Program, max_tokens: int, max_outputs: int) -> Workspace:
-    """Of stages of a model whose whole program is given: each buffer for as many rows as it may have."""
-    buffers: dict[str, int] = {}
-    head: dict[str, int] = {}
-    target = buffers
-    for step in program.steps:
-        if isinstance(step, SelectRows):
-            target = head
-        for name in step.__slots__:
-            value = getattr(step, name)
-            if isinstance(value, Buffer):
-                target[value.name] = value.width
-    head = {name: width for name, width in head.items() if name not in buffers}
-    return Workspace(
-        _BESIDE_BUFFERS * sum(buffers.values()) * max_tokens * _FLOAT_BYTES,
-        sum(head.values()) * max_outputs * _FLOAT_BYTES,
-    )
+    threads: int = 1
 
 
 @dataclass(frozen=True, slots=True)

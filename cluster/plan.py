@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-MIB = 1 << 20
-
 
 @dataclass(frozen=True, slots=True)
 class StagePlan:
@@ -28,6 +26,14 @@ class StagePlan:
 
 
 @dataclass(frozen=True, slots=True)
+class Spare:
+    """A worker without layers, and why."""
+
+    worker: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """Stages in order, from the embedding to the head. Predictions are None where something was not measured."""
 
@@ -38,4 +44,4 @@ class Plan:
     ttft_ms: float | None  # first token after a prompt of 512 tokens
     tokens_per_s: float | None  # of as many sequences as may run together
     limiting: str | None  # worker whose stage takes longest
-    spares: tuple[str, ...]  # workers without layers
+    spares: tuple[Spare, ...]

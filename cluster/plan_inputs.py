@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from llamaclust.cluster.config import ClusterConfig
-from llamaclust.cluster.costs import WorkerFacts, workspace
+from llamaclust.cluster.costs import WorkerFacts
 from llamaclust.cluster.plan import Plan
 from llamaclust.cluster.planner import PlanRequest, make_plan
 from llamaclust.cluster.planner_manual import Assignment, checked
+from llamaclust.cluster.planner_workspace import ModelWorkspace
 from llamaclust.cluster.settings import SchedulerSettings
+from llamaclust.cluster.shares import thread_shares
 from llamaclust.cluster.state import Measurement
 from llamaclust.errors import UsageError
 from llamaclust.model.loader import Model
@@ -71,26 +73,26 @@ def plan_cluster(
     Raises DoesNotFitError with the missing MiB, UsageError for a plan by hand that is wrong.
     """
     length = context_length(config, model)
-    whole = model.program(0, model.layer_count)
     ask = PlanRequest(
         context_length=length,
         max_sequences=config.max_sequences,
-        workspace=workspace(whole, max_rows(config), max_outputs(config)),
+        workspace=ModelWorkspace.of(model.program(0, model.layer_count), max_rows(config), max_outputs(config)),
         objective=config.objective,
         manual=None if config.plan is None else _by_hand(config),
         kv_memory_bytes=config.kv_memory,
     )
-    facts = [_facts(name, memory_bytes[name], measured.get(name)) for name in (w.name for w in config.workers)]
+    threads = thread_shares(config)
+    facts = [_facts(name, memory_bytes[name], measured.get(name), threads[name]) for name in threads]
     plan = make_plan(model.costs, facts, ask)
     if len(plan.stages) > MAX_STAGES:
         raise UsageError(f"the plan has {len(plan.stages)} stages, {MAX_STAGES} are possible: use fewer workers")
     return plan
 
 
-def _facts(name: str, memory_bytes: int, measured: Measurement | None) -> WorkerFacts:
+def _facts(name: str, memory_bytes: int, measured: Measurement | None, threads: int) -> WorkerFacts:
     if measured is None:
-        return WorkerFacts(name, memory_bytes, None, None)
-    return WorkerFacts(name, memory_bytes, measured.read_gb_s, measured.int8_gmac_s)
+        return WorkerFacts(name, memory_bytes, None, None, threads)
+    return WorkerFacts(name, memory_bytes, measured.read_gb_s, measured.int8_gmac_s, threads)
 
 
 def stage_limits(config: ClusterConfig, plan: Plan) -> StageLimits:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from llamaclust.cluster.plan import MIB, Plan, StagePlan
+from llamaclust.cluster.plan import Plan, StagePlan
 from llamaclust.model.program import KV_BLOCK_TOKENS
+from llamaclust.sizes import MIB
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:
@@ -22,7 +23,7 @@ def plan_lines(plan: Plan) -> tuple[str, ...]:
         f"{_number(plan.tokens_per_s)} tok/s for many requests",
         f"limited by {plan.limiting or '?'}",
     ]
-    spares = (f"  not used, as they would slow it down: {', '.join(plan.spares)}",) if plan.spares else ()
+    spares = (f"  {spare.worker}: not used: {spare.reason}" for spare in plan.spares)
     kv = f"  KV memory for {plan.kv_blocks * KV_BLOCK_TOKENS} tokens, {plan.context_length} per sequence at most"
     return ("plan:", *map(_stage_line, plan.stages), *spares, kv, f"  predicted: {', '.join(expected)}")
 

@@ -16,12 +16,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from llamaclust.cluster.costs import StageCosts, WorkerFacts, Workspace
+from llamaclust.cluster.costs import StageCosts, WorkerFacts
 from llamaclust.cluster.plan import Plan, StagePlan
-from llamaclust.cluster.planner_fit import PlanLimits, Sizes, does_not_fit, fits
+from llamaclust.cluster.planner_fit import PlanLimits, Sizes
 from llamaclust.cluster.planner_manual import Assignment, checked
 from llamaclust.cluster.planner_predict import predict
 from llamaclust.cluster.planner_search import MAX_ORDERED, Table, best_order, slowest_cut
+from llamaclust.cluster.planner_shortage import cut_does_not_fit, does_not_fit
+from llamaclust.cluster.planner_spares import spares
+from llamaclust.cluster.planner_workspace import ModelWorkspace
 from llamaclust.model.loader import ModelCosts
 
 PROMPT_TOKENS = 512
@@ -40,7 +43,7 @@ class PlanRequest:
 
     context_length: int
     max_sequences: int
-    workspace: Workspace
+    workspace: ModelWorkspace
     objective: str = "latency"  # latency | throughput
     manual: tuple[Assignment, ...] | None = None
     kv_memory_bytes: int | None = None  # per worker, at most; None: up to half of what weights and workspace leave
@@ -52,12 +55,15 @@ def make_plan(costs: ModelCosts, workers: Sequence[WorkerFacts], ask: PlanReques
     stages = StageCosts.of(costs)
     sizes = Sizes(stages, PlanLimits(ask.context_length, ask.max_sequences, ask.workspace, ask.kv_memory_bytes))
     if ask.manual is not None:
-        cut = checked(ask.manual, [worker.name for worker in workers], stages.layers)
+        contexts, cut = 1, checked(ask.manual, [worker.name for worker in workers], stages.layers)
     else:
-        cut = _automatic(stages, sizes, workers, ask.objective)
+        contexts, cut = _automatic(stages, sizes, workers, ask.objective)
     by_name = {worker.name: worker for worker in workers}
-    kv_blocks = sizes.kv_blocks([(by_name[name], start, end) for name, start, end in cut])
-    planned = tuple(_stage(stages, sizes, by_name[name], start, end, kv_blocks) for name, start, end in cut)
+    ranges = [(by_name[name], start, end) for name, start, end in cut]
+    kv_blocks = sizes.kv_blocks(ranges)
+    if kv_blocks < sizes.limits.context_blocks:
+        raise cut_does_not_fit(sizes, ranges)
+    planned = tuple(_stage(stages, sizes, *stage, kv_blocks) for stage in ranges)
     used = {name for name, _, _ in cut}
     plan = Plan(
         stages=planned,
@@ -67,7 +73,7 @@ def make_plan(costs: ModelCosts, workers: Sequence[WorkerFacts], ask: PlanReques
         ttft_ms=None,
         tokens_per_s=None,
         limiting=None,
-        spares=tuple(worker.name for worker in workers if worker.name not in used),
+        spares=spares(sizes, workers, used, by_hand=ask.manual is not None, contexts=contexts),
     )
     facts = [by_name[stage.worker] for stage in planned]
     return predict(plan, stages, facts, ask.max_sequences, ask.hop_ms) if _measured(facts) else plan
@@ -80,7 +86,7 @@ def _stage(stages: StageCosts, sizes: Sizes, worker: WorkerFacts, start: int, en
         end=end,
         weight_bytes=stages.weight_bytes(start, end),
         kv_bytes=kv_blocks * stages.kv_block_bytes(start, end),
-        workspace_bytes=sizes.workspace_bytes(end),
+        workspace_bytes=sizes.workspace_bytes(worker, end),
         memory_bytes=worker.memory_bytes,
         decode_ms=None,
         prefill_ms=None,
@@ -93,17 +99,17 @@ def _measured(workers: Sequence[WorkerFacts]) -> bool:
 
 def _automatic(
     stages: StageCosts, sizes: Sizes, workers: Sequence[WorkerFacts], objective: str
-) -> tuple[Assignment, ...]:
+) -> tuple[int, tuple[Assignment, ...]]:
+    """(for how many whole contexts there is KV memory at least, the cut)."""
     if not _measured(workers):
         workers = [
             replace(worker, read_gb_s=_NOMINAL_READ_GB_S, int8_gmac_s=_NOMINAL_INT8_GMAC_S) for worker in workers
         ]
-    if len(workers) > stages.layers:
-        workers = workers[: stages.layers]
     for contexts in sizes.wanted_contexts:
-        cut = _cut(stages, sizes, workers, objective, contexts)
+        able = [worker for worker in workers if sizes.holds_a_layer(worker, contexts)]
+        cut = _cut(stages, sizes, able[: stages.layers], objective, contexts) if able else None
         if cut is not None:
-            return cut
+            return contexts, cut
     raise does_not_fit(sizes, workers)
 
 
@@ -136,7 +142,7 @@ def _tables(stages: StageCosts, sizes: Sizes, worker: WorkerFacts, contexts: int
     for start in range(stages.layers):
         for end in range(start + 1, stages.layers + 1):
             token[start, end] = stages.decode_ms(worker, start, end)
-            if fits(sizes, worker, start, end, contexts):
+            if sizes.fits(worker, start, end, contexts):
                 answer = stages.decode_ms(worker, start, end, _TOGETHER) * _ANSWER_TOKENS / _TOGETHER
                 mix[start, end] = stages.prefill_ms(worker, start, end, PROMPT_TOKENS) + answer
     return mix, token

@@ -9,13 +9,16 @@ from llamaclust.cluster.config import ClusterConfig, environment
 from llamaclust.cluster.launchers.base import WorkerSpec
 
 
-def worker_specs(config: ClusterConfig) -> list[WorkerSpec]:
-    """Workers that name no threads share this machine's cores out."""
+def thread_shares(config: ClusterConfig) -> dict[str, int]:
+    """Threads of each worker: those that name none share this machine's cores out."""
     share = max(1, len(os.sched_getaffinity(0)) // len(config.workers))
-    level = environment().feature_level or ""
+    return {worker.name: worker.threads or share for worker in config.workers}
+
+
+def worker_specs(config: ClusterConfig) -> list[WorkerSpec]:
+    threads, level = thread_shares(config), environment().feature_level or ""
     return [
-        WorkerSpec(worker.name, worker.device, worker.threads or share, worker.memory, level)
-        for worker in config.workers
+        WorkerSpec(worker.name, worker.device, threads[worker.name], worker.memory, level) for worker in config.workers
     ]
 
 

@@ -3,25 +3,27 @@ from __future__ import annotations
 import itertools
 import random
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_model import build_tiny_model
 
-from llamaclust.cluster.costs import StageCosts, WorkerFacts, Workspace, workspace
-from llamaclust.cluster.plan import MIB, Plan
+from llamaclust.cluster.costs import StageCosts, WorkerFacts
+from llamaclust.cluster.plan import Plan, Spare
+from llamaclust.cluster.plan_text import plan_lines
 from llamaclust.cluster.planner import PlanRequest, make_plan
 from llamaclust.cluster.planner_search import Table, best_order, least_sum, slowest_cut
+from llamaclust.cluster.planner_workspace import ModelWorkspace, Workspace
 from llamaclust.errors import DoesNotFitError, UsageError
-from llamaclust.model.loader import LayerCost, Model, ModelCosts
+from llamaclust.model.loader import LayerCost, ModelCosts
+from llamaclust.sizes import MIB
 
 LAYER = LayerCost(weight_bytes=10 * MIB, macs_per_token=20_000_000, kv_bytes_per_token=4096)
 SMALL = ModelCosts(20 * MIB, 20 * MIB, 30_000_000, (LAYER,) * 12)
 DEMO = ModelCosts(  # SmolLM2-135M in Q4_1
     30_000_000, 30_000_000, 28_311_552, (LayerCost(2_217_600, 3_538_944, 768),) * 30
 )
-ASK = PlanRequest(context_length=1024, max_sequences=8, workspace=Workspace(5 * MIB, 3 * MIB))
+WORKSPACE = ModelWorkspace(inner=Workspace(4 * MIB, MIB), last=Workspace(7 * MIB, MIB))
+ASK = PlanRequest(context_length=1024, max_sequences=8, workspace=WORKSPACE)
 
 
 def worker(
@@ -127,7 +129,8 @@ def test_slow_workers_are_spares_for_latency_but_not_for_throughput() -> None:
     workers = [worker("slow", read=15, int8=200), worker("fast", read=40, int8=600), worker("same", read=38, int8=580)]
     plan = make_plan(SMALL, workers, ASK)
     assert [stage.worker for stage in plan.stages] == ["fast", "same"]
-    assert plan.spares == ("slow",)
+    assert [spare.worker for spare in plan.spares] == ["slow"]
+    assert "  slow: not used: it would make the others slower" in plan_lines(plan)
     plan = make_plan(SMALL, workers, replace(ASK, objective="throughput"))
     assert {stage.worker for stage in plan.stages} == {"slow", "fast", "same"}
     assert min(plan.stages, key=lambda stage: stage.end - stage.start).worker == "slow"
@@ -166,13 +169,16 @@ def test_plans_cover_all_layers_and_keep_to_memory(seed: int) -> None:
     assert layers(plan)[0][1] == 0 and layers(plan)[-1][2] == 12
     assert all(before.end == after.start for before, after in itertools.pairwise(plan.stages))
     assert all(stage.start < stage.end and stage.bytes <= (stage.memory_bytes or 0) for stage in plan.stages)
-    assert {stage.worker for stage in plan.stages} | set(plan.spares) == {facts.name for facts in workers}
+    assert {stage.worker for stage in plan.stages} | {spare.worker for spare in plan.spares} == {
+        facts.name for facts in workers
+    }
     assert -(-ask.context_length // 16) <= plan.kv_blocks <= ask.max_sequences * -(-ask.context_length // 16)
 
 
 def test_more_workers_than_layers() -> None:
     plan = make_plan(SMALL, [worker(f"w{i}") for i in range(20)], ASK)
     assert len(plan.stages) == 12 and len(plan.spares) == 8
+    assert {spare.reason for spare in plan.spares} == {"the model has 12 layers, one for each of the others"}
 
 
 def test_kv_memory() -> None:
@@ -183,7 +189,7 @@ def test_kv_memory() -> None:
     assert plan.kv_blocks == max(left // 2, 48) * MIB // (12 * 4096 * 16)
     plan = make_plan(SMALL, [worker("a", memory_mib=300)], replace(ASK, kv_memory_bytes=100 * MIB))
     assert plan.kv_blocks == 100 * MIB // (12 * 4096 * 16)
-    with pytest.raises(DoesNotFitError, match=r"kv_memory is 10 MiB: 38 MiB are missing"):
+    with pytest.raises(DoesNotFitError, match=r"KV memory 48\), kv_memory is 10 MiB: 38 MiB are missing"):
         make_plan(SMALL, [worker("a")], replace(ASK, kv_memory_bytes=10 * MIB, manual=(("a", 0, 12),)))
 
 
@@ -192,7 +198,7 @@ def test_what_does_not_fit_says_how_much_is_missing() -> None:
     with pytest.raises(DoesNotFitError) as caught:
         make_plan(SMALL, workers, replace(ASK, context_length=4096))
     message = str(caught.value)
-    assert "needs 160 MiB of weights, 192 MiB of KV for 4096 tokens" in message
+    assert "needs 352 MiB (weights 160, KV memory 192) for 4096 tokens" in message
     assert "in MiB: a 120, b 110" in message and caught.value.exit_code == 3
     least = 160 + 192 + 5 + 8 - 230
     missing = int(message.split("; ")[-1].split()[0])
@@ -209,7 +215,7 @@ def test_plans_by_hand() -> None:
     workers = [worker("a"), worker("b"), worker("c")]
     plan = make_plan(SMALL, workers, replace(ASK, manual=(("c", 7, 12), ("a", 0, 7))))
     assert layers(plan) == [("a", 0, 7), ("c", 7, 12)]
-    assert plan.spares == ("b",)
+    assert plan.spares == (Spare("b", "the plan gives it no layers"),)
     assert plan.token_ms is not None
 
 
@@ -230,9 +236,41 @@ def test_wrong_plans_by_hand_are_refused(manual: tuple[tuple[str, int, int], ...
         make_plan(SMALL, [worker("a"), worker("b")], replace(ASK, manual=manual))
 
 
-def test_a_plan_by_hand_that_does_not_fit_names_the_worker() -> None:
-    with pytest.raises(DoesNotFitError, match=r"layers \[0, 10\) do not fit on worker 'a': .* 65 MiB are missing"):
-        make_plan(SMALL, [worker("a", memory_mib=100), worker("b")], replace(ASK, manual=(("a", 0, 10), ("b", 10, 12))))
+def test_a_plan_by_hand_that_does_not_fit_names_the_mib_of_every_worker() -> None:
+    workers = [worker("a", memory_mib=100), worker("b", memory_mib=40), worker("c")]
+    by_hand = (("a", 0, 10), ("b", 10, 11), ("c", 11, 12))
+    with pytest.raises(DoesNotFitError) as caught:
+        make_plan(SMALL, workers, replace(ASK, manual=by_hand, context_length=8192))
+    assert caught.value.exit_code == 3
+    assert str(caught.value) == (
+        "the plan does not fit for 8192 tokens of context: "
+        "worker 'a': layers [0, 10) need 445 MiB (weights 120, KV memory 320, workspace 5), it has 100 MiB: "
+        "345 MiB are missing; "
+        "worker 'b': layers [10, 11) need 47 MiB (weights 10, KV memory 32, workspace 5), it has 40 MiB: "
+        "7 MiB are missing; change the layers, or give more memory"
+    )
+
+
+def test_a_worker_with_too_little_memory_is_not_called_slow() -> None:
+    workers = [worker("fast", memory_mib=10, read=80, int8=900), worker("a"), worker("b")]
+    for objective in ("latency", "throughput"):
+        plan = make_plan(SMALL, workers, replace(ASK, objective=objective))
+        assert [stage.worker for stage in plan.stages] == ["a", "b"]
+        assert plan.spares == (Spare("fast", "too little memory: it has 10 MiB, a layer needs 31 MiB"),)
+
+
+def test_a_worker_that_can_hold_nothing_does_not_keep_others_from_being_spares() -> None:
+    workers = [worker("none", memory_mib=10, read=80, int8=900), worker("fast"), worker("slow", read=5, int8=75)]
+    plan = make_plan(SMALL, workers, ASK)
+    assert [stage.worker for stage in plan.stages] == ["fast"]
+
+
+def test_workspace_grows_with_the_threads_of_a_worker() -> None:
+    workers = [replace(worker("a"), threads=3), worker("b")]
+    plan = make_plan(SMALL, workers, replace(ASK, manual=(("a", 0, 6), ("b", 6, 12))))
+    assert [stage.workspace_bytes for stage in plan.stages] == [7 * MIB, 8 * MIB]
+    with pytest.raises(DoesNotFitError, match="up to 10 MiB of workspace a worker"):
+        make_plan(SMALL, [replace(one, memory_bytes=MIB) for one in workers], ASK)
 
 
 def test_experts_that_a_token_does_not_choose_are_not_read() -> None:
@@ -248,12 +286,3 @@ def test_large_clusters_are_planned_quickly() -> None:
     workers = [worker(f"w{i}", read=20 + i % 3, int8=300) for i in range(40)]
     plan = make_plan(large, workers, replace(ASK, objective="throughput"))
     assert plan.stages[-1].end == 80
-
-
-def test_workspace_counts_every_buffer_once(tmp_path: Path) -> None:
-    model = Model.open(build_tiny_model(tmp_path / "tiny.gguf"))
-    whole = model.program(0, model.layer_count)
-    one, more = workspace(whole, 1, 1), workspace(whole, 100, 7)
-    assert more.stage_bytes == 100 * one.stage_bytes and more.head_bytes == 7 * one.head_bytes
-    assert one.head_bytes >= 4 * whole.out.width
-    assert one.stage_bytes == workspace(model.program(0, 1), 1, 1).stage_bytes

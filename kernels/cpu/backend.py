@@ -11,10 +11,9 @@ from llamaclust.kernels.cpu.compile import compile_program
 from llamaclust.kernels.cpu.weights import Weight, WeightStore, shapes_only
 from llamaclust.model.program import Program
 from llamaclust.model.tensors import Tensor
+from llamaclust.sizes import needed
 from llamaclust.wire.control import StageLimits
 from llamaclust.wire.messages import NUMERICS_VERSION
-
-_MIB = 1 << 20
 
 
 class CpuStage:
@@ -91,9 +90,9 @@ class CpuBackend:
         return _native.workspace_bytes(plan, self.threads)
 
     def _does_not_fit(self, program: Program, tensors: dict[str, Tensor], limits: StageLimits) -> str:
-        weights = sum(tensors[name].n_bytes for name in program.weights)
-        kv = self.kv_block_bytes(program) * limits.kv_blocks
-        return (
-            f"layers {program.start} to {program.end} need {weights // _MIB} MiB of weights and {kv // _MIB} MiB of KV "
-            "memory, which the system refuses; take fewer layers or a shorter context"
-        )
+        parts = {
+            "weights": sum(tensors[name].n_bytes for name in program.weights),
+            "KV memory": self.kv_block_bytes(program) * limits.kv_blocks,
+        }
+        what = f"layers [{program.start}, {program.end}) need {needed(parts)}"
+        return f"{what}, which the system refuses; take fewer layers or a shorter context"

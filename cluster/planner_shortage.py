@@ -1,0 +1,78 @@
+"""What to say where a model does not fit: who lacks how much, and what it would take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from llamaclust.cluster.costs import WorkerFacts
+from llamaclust.cluster.planner_fit import Cut, Sizes
+from llamaclust.cluster.planner_search import Table, least_sum
+from llamaclust.errors import DoesNotFitError
+from llamaclust.sizes import MIB, mib, missing, needed
+
+_CONTEXT_STEP = 256
+
+
+def cut_does_not_fit(sizes: Sizes, cut: Cut) -> DoesNotFitError:
+    """Says what every worker of a cut lacks."""
+    lacking = "; ".join(_lacking(sizes, cut))
+    tokens = sizes.limits.context_length
+    return DoesNotFitError(
+        f"the plan does not fit for {tokens} tokens of context: {lacking}; change the layers, or give more memory"
+    )
+
+
+def _lacking(sizes: Sizes, cut: Cut) -> Iterator[str]:
+    for worker, start, end in cut:
+        stage, given = f"worker {worker.name!r}: layers [{start}, {end}) need", sizes.limits.kv_memory_bytes
+        if given is not None and sizes.missing_kv_bytes(start, end):
+            yield f"{stage} {missing({'KV memory': sizes.context_bytes(start, end)}, given, 'kv_memory is {} MiB')}"
+        elif worker.memory_bytes is not None and not sizes.fits(worker, start, end, 1):
+            yield f"{stage} {missing(sizes.parts(worker, start, end, 1), worker.memory_bytes, 'it has {} MiB')}"
+
+
+def does_not_fit(sizes: Sizes, workers: Sequence[WorkerFacts]) -> DoesNotFitError:
+    """Says what is missing at least, over all cuts in the given order, and what it would take."""
+    layers = sizes.stages.layers
+    parts = {"weights": sizes.stages.weight_bytes(0, layers), "KV memory": sizes.context_bytes(0, layers)}
+    workspace = max(sizes.workspace_bytes(worker, layers) for worker in workers)
+    given, have = sizes.limits.kv_memory_bytes, [worker for worker in workers if worker.memory_bytes is not None]
+    rooms = [f"{worker.name} {(worker.memory_bytes or 0) // MIB}" for worker in have]
+    return DoesNotFitError(
+        f"the model does not fit: it needs {needed(parts)} for {sizes.limits.context_length} tokens of context, and "
+        f"up to {mib(workspace)} MiB of workspace a worker; the workers have, in MiB: {', '.join(rooms) or '?'}"
+        f"{'' if given is None else f', and kv_memory is {given // MIB} MiB each'}; "
+        f"{mib(_least_missing(sizes, workers))} MiB are missing. Add a worker, give them more memory"
+        f"{_shorter_context(sizes, workers)}"
+    )
+
+
+def _least_missing(sizes: Sizes, workers: Sequence[WorkerFacts]) -> float:
+    """Bytes that memory lacks in the best of all cuts."""
+    kinds = [(worker.memory_bytes, worker.threads) for worker in workers]
+    tables = {kind: _missing(sizes, worker) for kind, worker in dict(zip(kinds, workers, strict=True)).items()}
+    found = least_sum([tables[kind] for kind in kinds], may_skip=True)
+    assert found is not None
+    return found[0]
+
+
+def _missing(sizes: Sizes, worker: WorkerFacts) -> Table:
+    layers = sizes.stages.layers
+    table = np.full((layers + 1, layers + 1), np.inf)
+    for start in range(layers):
+        for end in range(start + 1, layers + 1):
+            table[start, end] = sizes.missing_bytes(worker, start, end, 1)
+    return table
+
+
+def _shorter_context(sizes: Sizes, workers: Sequence[WorkerFacts]) -> str:
+    """The longest context that fits, as a piece of advice."""
+    low, high = 0, sizes.limits.context_length // _CONTEXT_STEP
+    while low < high:
+        middle = (low + high + 1) // 2
+        shorter = replace(sizes, limits=replace(sizes.limits, context_length=middle * _CONTEXT_STEP))
+        low, high = (middle, high) if _least_missing(shorter, workers) == 0 else (low, middle - 1)
+    return f", or set context_length to {low * _CONTEXT_STEP} or less" if low else ", or take a smaller model"

@@ -1,0 +1,33 @@
+"""Why a plan has no layers for some workers."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from llamaclust.cluster.costs import WorkerFacts
+from llamaclust.cluster.plan import Spare
+from llamaclust.cluster.planner_fit import Sizes
+from llamaclust.sizes import MIB, mib
+
+
+def spares(
+    sizes: Sizes, workers: Sequence[WorkerFacts], used: Collection[str], *, by_hand: bool, contexts: int
+) -> tuple[Spare, ...]:
+    """Those that are not used. `contexts`: how many whole contexts the plan was made to hold."""
+    idle = [worker for worker in workers if worker.name not in used]
+    if by_hand:
+        return tuple(Spare(worker.name, "the plan gives it no layers") for worker in idle)
+    return tuple(Spare(worker.name, _reason(sizes, worker, len(used), contexts)) for worker in idle)
+
+
+def _reason(sizes: Sizes, worker: WorkerFacts, stages: int, contexts: int) -> str:
+    if worker.memory_bytes is not None and not sizes.holds_a_layer(worker, contexts):
+        least = min(_layer_bytes(sizes, worker, layer, contexts) for layer in range(sizes.stages.layers))
+        return f"too little memory: it has {worker.memory_bytes // MIB} MiB, a layer needs {mib(least)} MiB"
+    if stages == sizes.stages.layers:
+        return f"the model has {stages} layers, one for each of the others"
+    return "it would make the others slower"
+
+
+def _layer_bytes(sizes: Sizes, worker: WorkerFacts, layer: int, contexts: int) -> int:
+    return sum(sizes.parts(worker, layer, layer + 1, contexts).values())

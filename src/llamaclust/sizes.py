@@ -1,0 +1,23 @@
+"""Sizes as messages show them: whole MiB, needs rounded up, what there is rounded down."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+MIB = 1 << 20
+
+
+def mib(size_bytes: float) -> int:
+    """MiB that hold so many bytes."""
+    return -int(-size_bytes // MIB)
+
+
+def needed(parts: Mapping[str, int]) -> str:
+    """'12 MiB (weights 8, KV memory 4)' of named sizes in bytes."""
+    return f"{mib(sum(parts.values()))} MiB ({', '.join(f'{name} {mib(size)}' for name, size in parts.items())})"
+
+
+def missing(parts: Mapping[str, int], room_bytes: int, room: str = "{} MiB are free") -> str:
+    """'12 MiB (weights 8, KV memory 4), 10 MiB are free: 2 MiB are missing'; `room` says what the room is."""
+    there = room.format(room_bytes // MIB)
+    return f"{needed(parts)}, {there}: {mib(sum(parts.values()) - room_bytes)} MiB are missing"

@@ -23,7 +23,7 @@ from llamaclust.cluster.launchers.run_directory import run_directory
 from llamaclust.cluster.loading import load_stages
 from llamaclust.cluster.pipeline import StageInfo
 from llamaclust.wire.control import StageLimits
-from llamaclust.wire.messages import Chunk, Microbatch, Result, Run, SampleTask, SamplingInputs, SamplingParams
+from llamaclust.wire.messages import Chunk, Microbatch, Result, SampleTask, SamplingInputs, SamplingParams
 from llamaclust.wire.tuning import tune_grpc
 
 LIMITS = StageLimits(max_tokens=64, max_outputs=16, max_sequences=16, max_context_tokens=512, kv_blocks=512)
@@ -33,7 +33,7 @@ _BLOCKS = LIMITS.max_context_tokens // 16
 def decode_step(model_id: str, epoch: int, number: int, rows: int) -> tuple[Microbatch, SamplingInputs]:
     """One token for each of `rows` sequences."""
     position = number % LIMITS.max_context_tokens
-    chunks = tuple(Chunk((number % 100,), position, (Run(row * _BLOCKS, _BLOCKS),), 1) for row in range(rows))
+    chunks = tuple(Chunk((number % 100,), position, (row * _BLOCKS, _BLOCKS), 1) for row in range(rows))
     task = SampleTask(SamplingParams(), 0, 0, position)
     return Microbatch(model_id, epoch, number, chunks), SamplingInputs(epoch, number, (task,) * rows)
 

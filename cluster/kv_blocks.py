@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable
 
-from llamaclust.wire.messages import Run
-
 
 class KvBlocks:
     """Blocks 0..count, the same ids on every stage. A block is free, held (by one or more tables), or idle.
@@ -84,14 +82,15 @@ class BlockTable:
 
     def __init__(self) -> None:
         self.blocks: list[int] = []
-        self._runs: list[Run] = []
-        self._shown: tuple[Run, ...] | None = None
+        self._runs: list[int] = []  # as in `Chunk.table`
+        self._shown: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.blocks)
 
     @property
-    def runs(self) -> tuple[Run, ...]:
+    def runs(self) -> tuple[int, ...]:
+        """As in `Chunk.table`."""
         if self._shown is None:
             self._shown = tuple(self._runs)
         return self._shown
@@ -99,11 +98,10 @@ class BlockTable:
     def append(self, block: int) -> None:
         self.blocks.append(block)
         self._shown = None
-        last = self._runs[-1] if self._runs else None
-        if last is not None and last.start + last.count == block:
-            self._runs[-1] = Run(last.start, last.count + 1)
+        if self._runs and sum(self._runs[-2:]) == block:
+            self._runs[-1] += 1
         else:
-            self._runs.append(Run(block, 1))
+            self._runs += (block, 1)
 
     def clear(self) -> list[int]:
         """Empties the table; the blocks it had."""

@@ -32,7 +32,6 @@ from llamaclust.wire.messages import (
     Chunk,
     Microbatch,
     Result,
-    Run,
     SamplingInputs,
     StageTiming,
 )
@@ -93,7 +92,7 @@ class LocalStage:
         self.scheduling = _scheduler_settings(self.model, settings)
         backend = CpuBackend(threads or len(os.sched_getaffinity(0)), feature_level or environment().feature_level)
         self.feature_level = backend.feature_level
-        own = Run(self.scheduling.kv_blocks, _blocks(self.scheduling.context_length))
+        own = (self.scheduling.kv_blocks, _blocks(self.scheduling.context_length))
         limits = _limits(self.scheduling, own)
         _check_memory(backend, self.model, limits)
         layers = self.model.layer_count
@@ -142,7 +141,7 @@ class LocalStage:
         parts = []
         for start in range(0, len(tokens), _OUTPUTS):
             part = tokens[start : start + _OUTPUTS]
-            chunk = Chunk(part, start, (self._own,), len(part))
+            chunk = Chunk(part, start, self._own, len(part))
             parts.append(self._runner.run(Microbatch(self.model.model_id, _EPOCH, 0, (chunk,)), None).copy())
         return np.concatenate(parts)
 
@@ -196,13 +195,13 @@ def _blocks(tokens: int) -> int:
     return -(-tokens // KV_BLOCK_TOKENS)
 
 
-def _limits(scheduling: SchedulerSettings, own: Run) -> StageLimits:
+def _limits(scheduling: SchedulerSettings, own: tuple[int, int]) -> StageLimits:
     return StageLimits(
         max_tokens=scheduling.max_rows,
         max_outputs=scheduling.max_outputs,
         max_sequences=scheduling.max_sequences,
         max_context_tokens=scheduling.context_length,
-        kv_blocks=scheduling.kv_blocks + own.count,
+        kv_blocks=scheduling.kv_blocks + own[1],
     )
 
 

@@ -24,17 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!llamaclust/proto/microbatch.proto\x12\rllamaclust.v1\"#\n\x03Run\x12\r\n\x05start\x18\x01 \x01(\r\x12\r\n\x05\x63ount\x18\x02 \x01(\r\"]\n\x05\x43hunk\x12\x0e\n\x06tokens\x18\x01 \x03(\r\x12\x10\n\x08position\x18\x02 \x01(\r\x12!\n\x05table\x18\x03 \x03(\x0b\x32\x12.llamaclust.v1.Run\x12\x0f\n\x07outputs\x18\x04 \x01(\r\"c\n\nMicrobatch\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06number\x18\x03 \x01(\x04\x12$\n\x06\x63hunks\x18\x04 \x03(\x0b\x32\x14.llamaclust.v1.Chunkb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!llamaclust/proto/microbatch.proto\x12\rllamaclust.v1\"I\n\x05\x43hunk\x12\x0e\n\x06tokens\x18\x01 \x03(\r\x12\x10\n\x08position\x18\x02 \x01(\r\x12\r\n\x05table\x18\x03 \x03(\r\x12\x0f\n\x07outputs\x18\x04 \x01(\r\"c\n\nMicrobatch\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06number\x18\x03 \x01(\x04\x12$\n\x06\x63hunks\x18\x04 \x03(\x0b\x32\x14.llamaclust.v1.Chunkb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'llamaclust.proto.microbatch_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_RUN']._serialized_start=52
-  _globals['_RUN']._serialized_end=87
-  _globals['_CHUNK']._serialized_start=89
-  _globals['_CHUNK']._serialized_end=182
-  _globals['_MICROBATCH']._serialized_start=184
-  _globals['_MICROBATCH']._serialized_end=283
+  _globals['_CHUNK']._serialized_start=52
+  _globals['_CHUNK']._serialized_end=125
+  _globals['_MICROBATCH']._serialized_start=127
+  _globals['_MICROBATCH']._serialized_end=226
 # @@protoc_insertion_point(module_scope)

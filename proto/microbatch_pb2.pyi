@@ -22,32 +22,6 @@ else:
 DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
-class Run(_message.Message):
-    """KV blocks with consecutive ids."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    START_FIELD_NUMBER: _builtins.int
-    COUNT_FIELD_NUMBER: _builtins.int
-    start: _builtins.int
-    """Id of the first block."""
-    count: _builtins.int
-    """How many blocks, at least 1."""
-    def __init__(
-        self,
-        *,
-        start: _builtins.int = ...,
-        count: _builtins.int = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "start", b"start"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___Run: _TypeAlias = Run  # noqa: Y015
-
-@_typing.final
 class Chunk(_message.Message):
     """Consecutive tokens of one sequence to compute now: one in decode, more in prefill."""
 
@@ -66,15 +40,17 @@ class Chunk(_message.Message):
         """Token ids, at least one."""
 
     @_builtins.property
-    def table(self) -> _containers.RepeatedCompositeFieldContainer[Global___Run]:
-        """The sequence's KV blocks in order of position, up to its last token at least."""
+    def table(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The sequence's KV blocks in order of position, up to its last token at least, as runs of consecutive ids: for each
+        run the id of its first block and how many there are, at least 1.
+        """
 
     def __init__(
         self,
         *,
         tokens: _abc.Iterable[_builtins.int] | None = ...,
         position: _builtins.int = ...,
-        table: _abc.Iterable[Global___Run] | None = ...,
+        table: _abc.Iterable[_builtins.int] | None = ...,
         outputs: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015

@@ -28,6 +28,12 @@ from llamaclust.wire.messages import (
 VOCABULARY = 101
 
 
+def blocks_of(chunk: Chunk) -> list[int]:
+    """The blocks of a chunk's table, one by one."""
+    runs = zip(chunk.table[::2], chunk.table[1::2], strict=True)
+    return [block for start, count in runs for block in range(start, start + count)]
+
+
 def answer(tokens: Sequence[int], task: RowTask) -> RowResult:
     """What the fake model says after these tokens: anything else than these tokens gives another answer."""
     if isinstance(task, SampleTask):
@@ -68,7 +74,7 @@ class FakeModel:
         return tuple(rows)
 
     def _table(self, chunk: Chunk) -> list[int]:
-        table = [block for run in chunk.table for block in range(run.start, run.start + run.count)]
+        table = blocks_of(chunk)
         assert all(0 <= block < self.kv_blocks for block in table)
         assert len(set(table)) == len(table)
         return table

@@ -23,7 +23,6 @@ from llamaclust.wire.messages import (
     Chunk,
     Microbatch,
     Result,
-    Run,
     SampleTask,
     SamplingInputs,
     SamplingParams,
@@ -90,7 +89,7 @@ async def real_cluster(
 def microbatches(model_id: str, epoch: int, steps: int) -> list[tuple[Microbatch, SamplingInputs]]:
     """Two sequences: a prefill in chunks of 16 with scored rows, then decodes with sampling, tokens made up."""
     work = []
-    tables = ((Run(3, 2), Run(20, 6)), (Run(40, 8),))
+    tables = ((3, 2, 20, 6), (40, 8))
     for number in range(steps):
         chunks, tasks = [], []
         for sequence, table in enumerate(tables):

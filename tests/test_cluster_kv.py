@@ -8,7 +8,6 @@ import pytest
 from llamaclust.cluster.kv_blocks import BlockTable, KvBlocks
 from llamaclust.cluster.prefix_cache import PrefixCache
 from llamaclust.model.program import KV_BLOCK_TOKENS
-from llamaclust.wire.messages import Run
 
 
 def test_blocks_are_taken_from_below_and_given_back() -> None:
@@ -78,9 +77,9 @@ def test_tables_are_runs() -> None:
     table = BlockTable()
     for block in (5, 6, 7, 2, 3, 9):
         table.append(block)
-    assert table.runs == (Run(5, 3), Run(2, 2), Run(9, 1))
+    assert table.runs == (5, 3, 2, 2, 9, 1)
     table.append(10)
-    assert table.runs == (Run(5, 3), Run(2, 2), Run(9, 2))
+    assert table.runs == (5, 3, 2, 2, 9, 2)
     assert table.clear() == [5, 6, 7, 2, 3, 9, 10]
     assert table.runs == () and len(table) == 0
 

@@ -4,7 +4,7 @@ import random
 from dataclasses import replace
 
 import pytest
-from fakes import VOCABULARY, FakeModel, FakeStages, Simulation, expected, linear, reason_of
+from fakes import VOCABULARY, FakeModel, FakeStages, Simulation, blocks_of, expected, linear, reason_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -50,7 +50,7 @@ def check_writes(run: Simulation) -> None:
     def check(scheduled: ScheduledMicrobatch) -> None:
         written: list[int] = []
         for chunk in scheduled.microbatch.chunks:
-            table = [block for part in chunk.table for block in range(part.start, part.start + part.count)]
+            table = blocks_of(chunk)
             end = chunk.position + len(chunk.tokens)
             written += table[chunk.position // KV_BLOCK_TOKENS : (end - 1) // KV_BLOCK_TOKENS + 1]
         assert len(set(written)) == len(written), "two sequences write one block"

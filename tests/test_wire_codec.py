@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import itertools
 import math
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,6 @@ from llamaclust.wire.messages import (
     Microbatch,
     Result,
     RowResult,
-    Run,
     SampleTask,
     SamplingInputs,
     SamplingParams,
@@ -49,13 +49,13 @@ uint64 = st.integers(0, 2**64 - 1)
 reals = st.floats(-100, 100)
 logprobs = st.floats(width=32, allow_nan=False)
 tops = st.lists(st.tuples(tokens, logprobs), max_size=3).map(tuple)
-runs = st.builds(Run, st.integers(0, MAX_KV_BLOCKS - 1000), st.integers(1, 1000))
+runs = st.tuples(st.integers(0, MAX_KV_BLOCKS - 1000), st.integers(1, 1000))
 chunks = st.lists(tokens, min_size=1, max_size=9).flatmap(
     lambda ids: st.builds(
         Chunk,
         st.just(tuple(ids)),
         st.integers(0, MAX_CONTEXT_TOKENS - 10),
-        st.lists(runs, min_size=1, max_size=4).map(tuple),
+        st.lists(runs, min_size=1, max_size=4).map(lambda runs: tuple(chain.from_iterable(runs))),
         st.integers(0, len(ids)),
     )
 )
@@ -113,15 +113,16 @@ def test_unknown_fields_of_a_newer_minor_version_are_ignored() -> None:
     assert decode_result(encode_result(result) + unknown) == result
 
 
-GOOD_CHUNK = Chunk((1, 2), 0, (Run(0, 1),), 1)
+GOOD_CHUNK = Chunk((1, 2), 0, (0, 1), 1)
 BAD_CHUNKS = {
-    "no tokens": Chunk((), 0, (Run(0, 1),), 0),
-    "token": Chunk((MAX_VOCABULARY,), 0, (Run(0, 1),), 0),
-    "last position": Chunk((1, 2), MAX_CONTEXT_TOKENS - 1, (Run(0, 1),), 0),
-    "outputs": Chunk((1, 2), 0, (Run(0, 1),), 3),
+    "no tokens": Chunk((), 0, (0, 1), 0),
+    "token": Chunk((MAX_VOCABULARY,), 0, (0, 1), 0),
+    "last position": Chunk((1, 2), MAX_CONTEXT_TOKENS - 1, (0, 1), 0),
+    "outputs": Chunk((1, 2), 0, (0, 1), 3),
     "runs": Chunk((1,), 0, (), 0),
-    "empty run": Chunk((1,), 0, (Run(0, 0),), 0),
-    "last block": Chunk((1,), 0, (Run(MAX_KV_BLOCKS - 1, 2),), 0),
+    "half a run": Chunk((1,), 0, (0, 1, 2), 0),
+    "empty run": Chunk((1,), 0, (0, 0), 0),
+    "last block": Chunk((1,), 0, (MAX_KV_BLOCKS - 1, 2), 0),
 }
 
 
@@ -133,7 +134,7 @@ def test_chunks_out_of_bounds_are_refused(name: str) -> None:
 
 
 def test_microbatches_out_of_bounds_are_refused() -> None:
-    for chunk, count in ((GOOD_CHUNK, 0), (GOOD_CHUNK, MAX_SEQUENCES + 1), (Chunk((1,) * 8192, 0, (Run(0, 1),), 0), 2)):
+    for chunk, count in ((GOOD_CHUNK, 0), (GOOD_CHUNK, MAX_SEQUENCES + 1), (Chunk((1,) * 8192, 0, (0, 1), 0), 2)):
         with pytest.raises(WireError):
             decode_microbatch(encode_microbatch(Microbatch("m", 1, 0, (chunk,) * count)))
 
@@ -249,7 +250,7 @@ def test_every_field_of_a_proto_file_has_a_comment() -> None:
 
 
 def test_numbers_of_64_bits_arrive() -> None:
-    chunk = microbatch_pb2.Chunk(tokens=[1], table=[microbatch_pb2.Run(count=1)])
+    chunk = microbatch_pb2.Chunk(tokens=[1], table=[0, 1])
     message = microbatch_pb2.Microbatch(epoch=2**64 - 1, number=2**64 - 1, chunks=[chunk])
     decoded = decode_microbatch(message.SerializeToString())
     assert (decoded.epoch, decoded.number) == (2**64 - 1, 2**64 - 1)

@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from fakes import blocks_of
 
 from llamaclust.errors import WireError
 from llamaclust.wire.control import StageLimits
-from llamaclust.wire.messages import Chunk, Microbatch, Run
+from llamaclust.wire.messages import Chunk, Microbatch
 from llamaclust.worker.batches import build_batch
 
 LIMITS = StageLimits(max_tokens=400, max_outputs=100, max_sequences=12, max_context_tokens=512, kv_blocks=200)
@@ -22,10 +23,10 @@ def _random_microbatch(rng: np.random.Generator) -> Microbatch:
         length = int(rng.choice([1, 1, 1, 2, 17, 33]))
         position = int(rng.integers(0, LIMITS.max_context_tokens - length))
         blocks = -(-(position + length) // 16) + int(rng.integers(0, 1 + (512 - position - length) // 16))
-        table = []
+        table: list[int] = []
         while blocks:
             count = int(rng.integers(1, blocks + 1))
-            table.append(Run(int(rng.integers(0, LIMITS.kv_blocks - count + 1)), count))
+            table += (int(rng.integers(0, LIMITS.kv_blocks - count + 1)), count)
             blocks -= count
         tokens = tuple(int(token) for token in rng.integers(0, VOCABULARY, length))
         chunks.append(Chunk(tokens, position, tuple(table), int(rng.integers(0, min(length, 8) + 1))))
@@ -40,7 +41,7 @@ def test_batches_are_what_a_plain_loop_builds(seed: int) -> None:
     outputs: list[int] = []
     for number, chunk in enumerate(microbatch.chunks):
         assert batch.sequence_starts[number] == row
-        blocks = [run.start + i for run in chunk.table for i in range(run.count)]
+        blocks = blocks_of(chunk)
         assert batch.block_tables[batch.table_starts[number] : batch.table_starts[number + 1]].tolist() == blocks
         rows = slice(row, row + len(chunk.tokens))
         assert batch.tokens[rows].tolist() == list(chunk.tokens)
@@ -53,16 +54,16 @@ def test_batches_are_what_a_plain_loop_builds(seed: int) -> None:
     assert all(array.dtype == np.int32 and array.flags.c_contiguous for array in (*arrays, batch.output_rows))
 
 
-GOOD = Chunk((1, 2), 14, (Run(0, 1),), 2)
+GOOD = Chunk((1, 2), 14, (0, 1), 2)
 BAD = {
-    "tokens": (replace(GOOD, tokens=(1,) * 401, position=0, table=(Run(0, 26),)),),
+    "tokens": (replace(GOOD, tokens=(1,) * 401, position=0, table=(0, 26)),),
     "sequences": (GOOD,) * 13,
-    "output rows": (replace(GOOD, tokens=(1,) * 101, position=0, table=(Run(0, 7),), outputs=101),),
-    "sequence of 513 positions": (replace(GOOD, position=511, table=(Run(0, 33),)),),
+    "output rows": (replace(GOOD, tokens=(1,) * 101, position=0, table=(0, 7), outputs=101),),
+    "sequence of 513 positions": (replace(GOOD, position=511, table=(0, 33)),),
     "vocabulary": (replace(GOOD, tokens=(1, VOCABULARY)),),
-    "KV block 200": (replace(GOOD, table=(Run(200, 1),)),),
+    "KV block 200": (replace(GOOD, table=(200, 1)),),
     "block table": (replace(GOOD, position=15),),
-    "at most 32": (replace(GOOD, table=(Run(0, 150), Run(0, 150))),),
+    "at most 32": (replace(GOOD, table=(0, 150, 0, 150)),),
 }
 
 

@@ -21,7 +21,7 @@ from llamaclust.wire.channels import FORWARD, SAMPLE, ClientStream, Peer, Stream
 from llamaclust.wire.codec import decode_result, encode_inputs, encode_microbatch
 from llamaclust.wire.control import Deadlines
 from llamaclust.wire.frames import decode_frame, encode_hidden
-from llamaclust.wire.messages import Chunk, Microbatch, Result, Run, SamplingInputs
+from llamaclust.wire.messages import Chunk, Microbatch, Result, SamplingInputs
 from llamaclust.wire.server import Server
 from llamaclust.wire.token import ClusterToken
 from llamaclust.worker.compute import SHORT_NS, Compute
@@ -122,7 +122,7 @@ def test_the_first_chunk_with_a_long_context_is_not_expected_to_be_short(model: 
         compute = Recording()
         step = StageStep(_runner(model, 0, 1), "w", InputsBox(1, 1.0), compute, Counters())
         for number, position in enumerate((0, 0, 240, 240)):
-            microbatch = Microbatch(model.model_id, 1, number, (Chunk((1,) * 8, position, (Run(0, 16),), 0),))
+            microbatch = Microbatch(model.model_id, 1, number, (Chunk((1,) * 8, position, (0, 16), 0),))
             header = encode_microbatch(microbatch)
             await step.run(Arrival(decode_frame(encode_hidden(header, (), None)), microbatch, 0, 0))
         compute.close()
@@ -186,7 +186,7 @@ def _fail_at(runner: StageRunner, number: int) -> None:
 
 
 def _good(model: Model) -> Microbatch:
-    return Microbatch(model.model_id, 1, 0, (Chunk((1,), 0, (Run(0, 1),), 1),))
+    return Microbatch(model.model_id, 1, 0, (Chunk((1,), 0, (0, 1), 1),))
 
 
 def _hostile(model: Model) -> dict[str, bytes]:
@@ -195,9 +195,9 @@ def _hostile(model: Model) -> dict[str, bytes]:
         "another epoch": replace(good, epoch=2),
         "number out of turn": replace(good, number=1),
         "another model": replace(good, model_id="00"),
-        "foreign token": replace(good, chunks=(Chunk((320,), 0, (Run(0, 1),), 1),)),
-        "foreign block": replace(good, chunks=(Chunk((1,), 0, (Run(64, 1),), 1),)),
-        "too many rows": replace(good, chunks=(Chunk((1,) * 65, 0, (Run(0, 5),), 1),)),
+        "foreign token": replace(good, chunks=(Chunk((320,), 0, (0, 1), 1),)),
+        "foreign block": replace(good, chunks=(Chunk((1,), 0, (64, 1), 1),)),
+        "too many rows": replace(good, chunks=(Chunk((1,) * 65, 0, (0, 5), 1),)),
     }
     frames = {name: encode_hidden(encode_microbatch(one), (), None) for name, one in changed.items()}
     frames["no frame"] = b"GET / HTTP/1.1"

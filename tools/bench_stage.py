@@ -19,7 +19,6 @@ from llamaclust.wire.messages import (
     Chunk,
     Microbatch,
     RowTask,
-    Run,
     SampleTask,
     SamplingInputs,
     SamplingParams,
@@ -41,7 +40,7 @@ class BenchStage:
         limits = StageLimits(rows, batch, batch, context, blocks * batch)
         level, threads = backend.feature_level, backend.threads
         self._runner = StageRunner(backend, model, 0, model.layer_count, limits, feature_level=level, threads=threads)
-        self._tables = [(Run(blocks * index, blocks),) for index in range(batch)]
+        self._tables = [(blocks * index, blocks) for index in range(batch)]
         self._model_id = model.model_id
         vocabulary = model.hyperparameters.vocabulary_size
         random = np.random.default_rng(_SEED)

@@ -6,8 +6,9 @@ What depends on a loaded stage (vocabulary, KV blocks, limits) is checked by the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from operator import add
 
 from llamaclust.errors import WireError
 from llamaclust.proto import microbatch_pb2 as microbatch_proto
@@ -25,7 +26,6 @@ from llamaclust.wire.messages import (
     Result,
     RowResult,
     RowTask,
-    Run,
     SampleTask,
     SamplingInputs,
     SamplingParams,
@@ -46,9 +46,7 @@ def encode_microbatch(microbatch: Microbatch) -> bytes:
         model_id=microbatch.model_id, epoch=microbatch.epoch, number=microbatch.number
     )
     for chunk in microbatch.chunks:
-        to = message.chunks.add(tokens=chunk.tokens, position=chunk.position, outputs=chunk.outputs)
-        for run in chunk.table:
-            to.table.add(start=run.start, count=run.count)
+        message.chunks.add(tokens=chunk.tokens, position=chunk.position, table=chunk.table, outputs=chunk.outputs)
     return message.SerializeToString()
 
 
@@ -72,14 +70,17 @@ def _chunk(message: microbatch_proto.Chunk) -> Chunk:
     bounded("token", max(tokens), 0, MAX_VOCABULARY - 1)
     bounded("last position", message.position + len(tokens) - 1, 0, MAX_CONTEXT_TOKENS - 1)
     bounded("outputs", message.outputs, 0, len(tokens))
-    bounded("runs of a table", len(message.table), 1, MAX_CONTEXT_TOKENS)
-    return Chunk(tokens, message.position, tuple(_run(run) for run in message.table), message.outputs)
+    return Chunk(tokens, message.position, _table(message.table), message.outputs)
 
 
-def _run(message: microbatch_proto.Run) -> Run:
-    bounded("blocks of a run", message.count, 1, MAX_CONTEXT_TOKENS)
-    bounded("last block of a run", message.start + message.count - 1, 0, MAX_KV_BLOCKS - 1)
-    return Run(message.start, message.count)
+def _table(numbers: Sequence[int]) -> tuple[int, ...]:
+    table = tuple(numbers)
+    starts, counts = table[::2], table[1::2]
+    bounded("runs of a table", len(counts), 1, MAX_CONTEXT_TOKENS)
+    bounded("numbers of a table", len(table), 2 * len(counts), 2 * len(counts))
+    bounded("blocks of a run", min(counts), 1, MAX_CONTEXT_TOKENS)
+    bounded("last block of a run", max(map(add, starts, counts)) - 1, 0, MAX_KV_BLOCKS - 1)
+    return table
 
 
 def encode_inputs(inputs: SamplingInputs) -> bytes:

@@ -22,24 +22,17 @@ MAX_KV_BLOCKS = 1 << 26
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
-    """`count` KV blocks with consecutive ids from `start`."""
-
-    start: int
-    count: int
-
-
-@dataclass(frozen=True, slots=True)
 class Chunk:
     """Some consecutive tokens of one sequence to compute now: one in decode, more in prefill.
 
     tokens[i] stands at `position` + i and is stored there in KV memory, which `table` maps in order: position p lives
-    in the table's block p // 16. The last `outputs` rows are sampled or scored.
+    in the table's block p // 16. The table is written as runs of consecutive ids, (start, count, start, count, ...).
+    The last `outputs` rows are sampled or scored.
     """
 
     tokens: tuple[int, ...]
     position: int
-    table: tuple[Run, ...]
+    table: tuple[int, ...]
     outputs: int
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import accumulate, chain
+from operator import add
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,13 +26,15 @@ def build_batch(microbatch: Microbatch, limits: StageLimits, vocabulary: int) ->
     row_ends = list(accumulate(lengths))
     _check_counts(chunks, row_ends[-1], sum(outputs), limits)
     table_lengths = [_table_length(chunk, limits) for chunk in chunks]
-    runs = [run for chunk in chunks for run in chunk.table]
     return Batch(
         tokens=_tokens(chunks, row_ends[-1], vocabulary),
         positions=_ranges([chunk.position for chunk in chunks], lengths),
         sequence_starts=np.array([0, *row_ends], np.int32),
         table_starts=np.array([0, *accumulate(table_lengths)], np.int32),
-        block_tables=_ranges([run.start for run in runs], [run.count for run in runs]),
+        block_tables=_ranges(
+            [start for chunk in chunks for start in chunk.table[::2]],
+            [count for chunk in chunks for count in chunk.table[1::2]],
+        ),
         output_rows=_ranges([end - count for end, count in zip(row_ends, outputs, strict=True)], outputs),
     )
 
@@ -51,11 +54,10 @@ def _table_length(chunk: Chunk, limits: StageLimits) -> int:
     context = chunk.position + len(chunk.tokens)
     if context > limits.max_context_tokens:
         raise WireError(f"sequence of {context} positions, this stage is planned for {limits.max_context_tokens}")
-    length = 0
-    for run in chunk.table:
-        length += run.count
-        if run.start < 0 or run.start + run.count > limits.kv_blocks:
-            raise WireError(f"KV block {run.start + run.count - 1} of {limits.kv_blocks}")
+    starts, counts = chunk.table[::2], chunk.table[1::2]
+    length, end = sum(counts), max(map(add, starts, counts))
+    if end > limits.kv_blocks:
+        raise WireError(f"KV block {end - 1} of {limits.kv_blocks}")
     most = -(-limits.max_context_tokens // KV_BLOCK_TOKENS)
     if length * KV_BLOCK_TOKENS < context or length > most:
         raise WireError(f"block table of {length} blocks for {context} positions, at most {most}")

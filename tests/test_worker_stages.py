@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -110,6 +111,28 @@ def test_results_come_in_order_with_a_timing_a_stage(model: Model, tmp_path: Pat
         assert result.rows == whole.finish(whole.run(microbatch, None), inputs)
         assert [timing.rows for timing in result.timings] == [microbatch.rows] * (len(cuts) - 1)
         assert all(timing.compute_ns > 0 and timing.queue_ns > 0 for timing in result.timings)
+
+
+def test_wire_time_is_not_what_is_computed_while_a_result_is_sent(model: Model, tmp_path: Path) -> None:
+    slow_ns = 30_000_000
+    work = microbatches(model.model_id, 1, 8)
+
+    async def run() -> list[Result]:
+        async with chain(model, tmp_path, (0, 3)) as stages:
+            whole = stages.runners[0].run
+
+            def slow(microbatch: Microbatch, hidden: Any) -> Any:
+                time.sleep(slow_ns / 1e9)
+                return whole(microbatch, hidden)
+
+            stages.runners[0].run = slow  # type: ignore[method-assign]
+            for microbatch, inputs in work:
+                await stages.submit(microbatch, inputs)
+            return [await stages.result() for _ in work]
+
+    timings = [result.timings[0] for result in asyncio.run(run())]
+    assert all(timing.compute_ns >= slow_ns for timing in timings)
+    assert max(timing.wire_ns for timing in timings) < slow_ns
 
 
 def test_the_first_chunk_with_a_long_context_is_not_expected_to_be_short(model: Model) -> None:

@@ -12,7 +12,7 @@ from llamaclust.errors import WireError, WorkerError
 from llamaclust.wire.channels import FORWARD, ClientStream, Peer
 from llamaclust.wire.codec import decode_inputs, decode_microbatch
 from llamaclust.wire.control import Deadlines
-from llamaclust.wire.deadlines import deadline
+from llamaclust.wire.deadlines import deadline, recurring_deadline
 from llamaclust.wire.frames import decode_frame
 from llamaclust.wire.server import ServerStream
 from llamaclust.worker.compute import Compute
@@ -54,6 +54,7 @@ class StageFlow:
         self._deadlines = deadlines
         self._next_stage = next_stage
         self._inputs = InputsBox(epoch, deadlines.sampling_inputs_s)
+        self._counters = counters
         self._step = StageStep(runner, worker, self._inputs, compute, counters)
         self._results: ServerStream | None = None
         self._forwarding = False
@@ -88,7 +89,11 @@ class StageFlow:
         if self._results is None:
             raise WireError("microbatches for a last stage before its sampling stream")
         await stream.accept()
-        await self._pass_on(stream, self._results)
+        async with self._handing_on() as limit:
+            await self._pass_on(stream, self._results, limit)
+
+    def _handing_on(self) -> recurring_deadline:
+        return recurring_deadline("handing on a microbatch", self._deadlines.forward_s)
 
     async def _forward_to(self, to_next: ClientStream, stream: ServerStream) -> None:
         assert self._next_stage is not None
@@ -98,7 +103,8 @@ class StageFlow:
         ended = asyncio.Event()
 
         async def passing() -> None:
-            await self._pass_on(stream, to_next)
+            async with self._handing_on() as limit:
+                await self._pass_on(stream, to_next, limit)
             ended.set()
             await to_next.done_writing()
 
@@ -109,7 +115,7 @@ class StageFlow:
 
         await together(passing(), watching())
 
-    async def _pass_on(self, stream: ServerStream, outlet: _Outlet) -> None:
+    async def _pass_on(self, stream: ServerStream, outlet: _Outlet, limit: recurring_deadline) -> None:
         """While one microbatch is computed, the next one is received and the one before is sent.
 
         Where microbatches do not follow each other closely, none waits until the next one's receipt is prepared.
@@ -130,10 +136,10 @@ class StageFlow:
                 answer = await self._step.run(arrival)
                 await sending
                 if follows:
-                    sending = asyncio.create_task(self._send(outlet, answer))
+                    sending = asyncio.create_task(self._send(outlet, answer, limit))
                 else:
                     reading = asyncio.create_task(stream.read())
-                    await self._send(outlet, answer)
+                    await self._send(outlet, answer, limit)
             await sending
         finally:
             reading.cancel()
@@ -148,11 +154,12 @@ class StageFlow:
             raise WireError(f"microbatch {found} where ({self.epoch}, {number}) was expected")
         return Arrival(frame, microbatch, received_ns, self._wire_ns)
 
-    async def _send(self, outlet: _Outlet, data: bytes) -> None:
-        begun_ns = perf_counter_ns()
-        async with deadline("handing on a microbatch", self._deadlines.forward_s):
+    async def _send(self, outlet: _Outlet, data: bytes, limit: recurring_deadline) -> None:
+        begun_ns, busy_ns = perf_counter_ns(), self._counters.busy_ns
+        with limit:
             await outlet.write(data)
-        self._wire_ns = perf_counter_ns() - begun_ns
+        computed_ns = self._counters.busy_ns - busy_ns  # meanwhile, on the event loop
+        self._wire_ns = max(0, perf_counter_ns() - begun_ns - computed_ns)
 
     async def close(self) -> None:
         """Frees the stage after what is being computed; its streams have ended or end now."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from llamaclust.model.loader import Model
 from llamaclust.wire.channels import FORWARD, SAMPLE, ClientStream, Peer, StreamBrokenError
 from llamaclust.wire.codec import decode_result, encode_inputs, encode_microbatch
 from llamaclust.wire.control import Deadlines
+from llamaclust.wire.deadlines import recurring_deadline
 from llamaclust.wire.frames import decode_frame, encode_hidden
 from llamaclust.wire.messages import Chunk, Microbatch, Result, SamplingInputs
 from llamaclust.wire.server import Server
@@ -113,26 +113,23 @@ def test_results_come_in_order_with_a_timing_a_stage(model: Model, tmp_path: Pat
         assert all(timing.compute_ns > 0 and timing.queue_ns > 0 for timing in result.timings)
 
 
-def test_wire_time_is_not_what_is_computed_while_a_result_is_sent(model: Model, tmp_path: Path) -> None:
-    slow_ns = 30_000_000
-    work = microbatches(model.model_id, 1, 8)
+def test_wire_time_is_not_what_is_computed_while_a_result_is_sent(model: Model) -> None:
+    counters, computed_ns = Counters(), 50_000_000
 
-    async def run() -> list[Result]:
-        async with chain(model, tmp_path, (0, 3)) as stages:
-            whole = stages.runners[0].run
+    class Outlet:
+        async def write(self, data: bytes) -> None:
+            await asyncio.sleep(computed_ns / 1e9)
+            counters.busy_ns += computed_ns
 
-            def slow(microbatch: Microbatch, hidden: Any) -> Any:
-                time.sleep(slow_ns / 1e9)
-                return whole(microbatch, hidden)
+    async def run() -> int:
+        compute = Compute()
+        flow = StageFlow(1, _runner(model, 0, 3), "w", compute, counters, DEADLINES, None)
+        async with recurring_deadline("handing on", 5.0) as limit:
+            await flow._send(Outlet(), b"", limit)
+        compute.close()
+        return flow._wire_ns
 
-            stages.runners[0].run = slow  # type: ignore[method-assign]
-            for microbatch, inputs in work:
-                await stages.submit(microbatch, inputs)
-            return [await stages.result() for _ in work]
-
-    timings = [result.timings[0] for result in asyncio.run(run())]
-    assert all(timing.compute_ns >= slow_ns for timing in timings)
-    assert max(timing.wire_ns for timing in timings) < slow_ns
+    assert asyncio.run(run()) < computed_ns
 
 
 def test_the_first_chunk_with_a_long_context_is_not_expected_to_be_short(model: Model) -> None:

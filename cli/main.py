@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any
+from contextlib import suppress
+from typing import Any, NoReturn
 
 from llamaclust.cli.interrupts import ends_at_once
 from llamaclust.errors import LlamaclustError
 
+_INTERRUPTED = 130
+"""What typer, too, makes of a KeyboardInterrupt."""
+
 
 def main() -> None:
-    """Runs the command line; exits 0 done, 1 failed, 2 bad usage or file, 3 does not fit."""
+    """Runs the command line; exits 0 done, 1 failed, 2 bad usage or file, 3 does not fit, 130 interrupted."""
     with ends_at_once():
         from llamaclust.cli.app import BadUsage, app
     try:
         code = app(standalone_mode=False)
+        if code == _INTERRUPTED:
+            _end_interrupted()
         print(end="", flush=True)
         sys.exit(code if isinstance(code, int) else 0)
     except LlamaclustError as error:
@@ -25,7 +31,7 @@ def main() -> None:
         _explain(error)
         sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit(130)
+        _end_interrupted()
     except OSError as error:
         _end_output()
         if not isinstance(error, BrokenPipeError):
@@ -37,6 +43,15 @@ def _end_output() -> None:
     """What is still buffered goes nowhere: to write it at the end of the process might fail again."""
     if sys.stdout is not None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _end_interrupted() -> NoReturn:
+    """Not by the interpreter's own end, which would wait for threads that compute, or break them off half-way."""
+    with suppress(OSError):
+        sys.stdout.flush()
+    with suppress(OSError):
+        sys.stderr.flush()
+    os._exit(_INTERRUPTED)
 
 
 def _explain(error: Any) -> None:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Awaitable, Callable
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, Protocol
@@ -17,14 +18,17 @@ from llamaclust.kernels import probes
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.kernels.probes import Machine
 from llamaclust.model.loader import Model
+from llamaclust.tools.background import in_background
 from llamaclust.tools.bench_stage import BenchStage
 from llamaclust.tools.model_info import describe
+from llamaclust.wire.deadlines import deadline
 
 OnStep = Callable[[str], None]
 """Told what is measured next."""
 
 _READ_S = 0.3
 _INT8_S = 0.15
+_PROBE_S = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,10 +163,14 @@ def run_bench(task: BenchTask, on_step: OnStep) -> BenchReport:
         if task.workers > 1:
             measured = asyncio.run(_cluster_runs(task, on_step))
         else:
-            with closing(BenchStage(model, backend, task.batch, task.context)) as stage:
-                measured = asyncio.run(_runs(_StageRunner(stage, task), task, on_step))
+            measured = in_background(partial(_stage_runs, model, backend, task, on_step)).result()
         quant_type = max(describe(model.file).by_type, key=lambda share: share.bytes).name
         return _report(task, Work.of(model, task), measured, quant_type, backend.feature_level)
+
+
+def _stage_runs(model: Model, backend: CpuBackend, task: BenchTask, on_step: OnStep) -> _Measured:
+    with closing(BenchStage(model, backend, task.batch, task.context)) as stage:
+        return asyncio.run(_runs(_StageRunner(stage, task), task, on_step))
 
 
 async def _cluster_runs(task: BenchTask, on_step: OnStep) -> _Measured:
@@ -182,13 +190,18 @@ async def _runs(runner: Runner, task: BenchTask, on_step: OnStep) -> _Measured:
     await runner.prefill()
     for number in range(1, task.repeats + 1):
         on_step(f"limits of this machine {number}/{task.repeats}")
-        measured.read_gb_s.append(await asyncio.to_thread(probes.read_bandwidth, threads, _READ_S))
-        measured.int8_gmac_s.append(await asyncio.to_thread(probes.int8_peak, threads, _INT8_S))
+        measured.read_gb_s.append(await _limit(partial(probes.read_bandwidth, threads, _READ_S)))
+        measured.int8_gmac_s.append(await _limit(partial(probes.int8_peak, threads, _INT8_S)))
         on_step(f"decode {number}/{task.repeats}")
         measured.decode_s.append(await runner.decode())
         on_step(f"prefill {number}/{task.repeats}")
         measured.prefill_s.append(await runner.prefill())
     return measured
+
+
+async def _limit(probe: Callable[[], float]) -> float:
+    async with deadline("measuring the machine's limits", _PROBE_S):
+        return await asyncio.wrap_future(in_background(probe))
 
 
 def _report(task: BenchTask, work: Work, measured: _Measured, quant_type: str, feature_level: str) -> BenchReport:

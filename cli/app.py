@@ -2,24 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
+from llamaclust import __version__
 from llamaclust.cli import cluster_commands, generate_commands, measure_commands, model_commands
+from llamaclust.cli.help import PlainCommand, PlainGroup
 
 BadUsage: type[Any] = typer.BadParameter.__mro__[1]
 """The base of all mistakes on a command line, whose name is no part of typer's interface."""
 
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"llamaclust {__version__}")
+        raise typer.Exit
+
+
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Runs one language model on several machines: the same tokens however the cluster is cut."""
+
+
 app = typer.Typer(
     name="llamaclust",
-    help="Runs one language model on several machines: the same tokens however the cluster is cut.",
+    cls=PlainGroup,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.callback(cls=PlainGroup)(_options)
 cluster_commands.register(app)
 generate_commands.register(app)
 measure_commands.register(app)
-model_commands.app.command("perplexity")(measure_commands.perplexity)
+model_commands.app.command("perplexity", cls=PlainCommand)(measure_commands.perplexity)
 app.add_typer(model_commands.app, name="model")

@@ -8,9 +8,10 @@ from typing import Annotated
 
 import typer
 
+from llamaclust.cli.help import PlainCommand
 from llamaclust.cli.interrupts import ends_at_once
 
-ConfigFile = Annotated[Path | None, typer.Argument(metavar="[FILE]", help="Cluster file (YAML). Without it: the demo.")]
+ConfigFile = Annotated[Path | None, typer.Argument(metavar="FILE", help="Cluster file (YAML). Without it: the demo.")]
 Overrides = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Overrides a key of the file.")]
 ClusterName = Annotated[str | None, typer.Option("--cluster", metavar="NAME", help="Which, where several run.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
@@ -19,7 +20,9 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard 
 def up(
     file: ConfigFile = None,
     overrides: Overrides = [],  # noqa: B006  typer reads the default
-    port: Annotated[int | None, typer.Option(min=0, max=65535, help="Port of the HTTP API; 0: any free one.")] = None,
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65535, metavar="N", help="Port of the HTTP API; 0: any free one.")
+    ] = None,
     detach: Annotated[bool, typer.Option("--detach", "-d", help="Return when the cluster is ready.")] = False,
     notify: Annotated[int | None, typer.Option("--notify", hidden=True)] = None,
 ) -> None:
@@ -45,7 +48,9 @@ def status(cluster: ClusterName = None, as_json: Json = False) -> None:
 
 
 def logs(
-    worker: Annotated[str, typer.Argument(help="A worker's name, or `coordinator` for a detached one.")],
+    worker: Annotated[
+        str, typer.Argument(metavar="WORKER", help="A worker's name, or `coordinator` for a detached one.")
+    ],
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on as the log grows.")] = False,
     cluster: ClusterName = None,
 ) -> None:
@@ -67,4 +72,4 @@ def plan(file: ConfigFile = None, overrides: Overrides = [], as_json: Json = Fal
 def register(app: typer.Typer) -> None:
     """Adds the commands of this file."""
     for command in (up, down, status, plan, logs):
-        app.command()(command)
+        app.command(cls=PlainCommand)(command)

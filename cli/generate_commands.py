@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from llamaclust.cli.help import PlainCommand
+
 if TYPE_CHECKING:
     from llamaclust.cluster.client_types import Options
 
@@ -19,13 +21,19 @@ ModelFile = Annotated[
     str | None, typer.Option("--model", metavar="FILE", help="Run this model in this process, without a cluster.")
 ]
 Threads = Annotated[
-    int | None, typer.Option("--threads", "-t", min=1, max=1024, help="Threads that compute, for --model.")
+    int | None, typer.Option("--threads", "-t", metavar="N", min=1, max=1024, help="Threads that compute, for --model.")
 ]
-Temperature = Annotated[float, typer.Option("--temperature", help="0 chooses the likeliest token.")]
-Seed = Annotated[int | None, typer.Option("--seed", help="The same seed gives the same answer; drawn by default.")]
-TopK = Annotated[int, typer.Option("--top-k", help="Only that many of the likeliest tokens; 0: all.")]
-TopP = Annotated[float, typer.Option("--top-p", help="Only the likeliest tokens that reach this probability.")]
-MinP = Annotated[float, typer.Option("--min-p", help="Only tokens at least this likely, as a share of the likeliest.")]
+Temperature = Annotated[float, typer.Option("--temperature", metavar="X", help="0 chooses the likeliest token.")]
+Seed = Annotated[
+    int | None, typer.Option("--seed", metavar="N", help="The same seed gives the same answer; drawn by default.")
+]
+TopK = Annotated[int, typer.Option("--top-k", metavar="N", help="Only that many of the likeliest tokens; 0: all.")]
+TopP = Annotated[
+    float, typer.Option("--top-p", metavar="P", help="Only the likeliest tokens that reach this probability.")
+]
+MinP = Annotated[
+    float, typer.Option("--min-p", metavar="P", help="Only tokens at least this likely, as a share of the likeliest.")
+]
 
 
 def generate(
@@ -38,7 +46,7 @@ def generate(
     top_k: TopK = 0,
     top_p: TopP = 1.0,
     min_p: MinP = 0.0,
-    stop: Annotated[list[str], typer.Option("--stop", help="End before this text.")] = [],  # noqa: B006
+    stop: Annotated[list[str], typer.Option("--stop", metavar="TEXT", help="End before this text.")] = [],  # noqa: B006
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
     endpoint: Endpoint = None,
     api_key_file: KeyFile = None,
@@ -100,5 +108,5 @@ def sampling(
 
 def register(app: typer.Typer) -> None:
     """Adds the commands of this file."""
-    app.command()(generate)
-    app.command()(chat)
+    app.command(cls=PlainCommand)(generate)
+    app.command(cls=PlainCommand)(chat)

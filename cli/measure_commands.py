@@ -7,10 +7,13 @@ from typing import Annotated
 
 import typer
 
+from llamaclust.cli.help import PlainCommand
+
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Catalog name or path of a .gguf.")]
 Threads = Annotated[
-    int | None, typer.Option("--threads", "-t", min=1, max=1024, help="Threads of each worker; all cores by default.")
+    int | None,
+    typer.Option("--threads", "-t", metavar="N", min=1, max=1024, help="Threads of each worker; all cores by default."),
 ]
 Workers = Annotated[
     int, typer.Option("--workers", min=1, max=64, metavar="K", help="Cut the model over that many local processes.")
@@ -20,11 +23,19 @@ Workers = Annotated[
 def bench(
     model: ModelArgument,
     threads: Threads = None,
-    prompt: Annotated[int, typer.Option("--prompt", "-p", min=1, help="Prompt tokens of a prefill.")] = 512,
-    generate: Annotated[int, typer.Option("--generate", "-n", min=1, help="Tokens that are decoded.")] = 128,
-    batch: Annotated[int, typer.Option("--batch", "-b", min=1, max=256, help="Sequences at a time.")] = 1,
-    depth: Annotated[int, typer.Option("--depth", "-d", min=0, help="Tokens in memory before decode begins.")] = 0,
-    repeats: Annotated[int, typer.Option("--repeats", "-r", min=1, max=100, help="Runs; medians are shown.")] = 3,
+    prompt: Annotated[
+        int, typer.Option("--prompt", "-p", metavar="N", min=1, help="Prompt tokens of a prefill.")
+    ] = 512,
+    generate: Annotated[
+        int, typer.Option("--generate", "-n", metavar="N", min=1, help="Tokens that are decoded.")
+    ] = 128,
+    batch: Annotated[int, typer.Option("--batch", "-b", metavar="N", min=1, max=256, help="Sequences at a time.")] = 1,
+    depth: Annotated[
+        int, typer.Option("--depth", "-d", metavar="N", min=0, help="Tokens in memory before decode begins.")
+    ] = 0,
+    repeats: Annotated[
+        int, typer.Option("--repeats", "-r", metavar="N", min=1, max=100, help="Runs; medians are shown.")
+    ] = 3,
     workers: Workers = 1,
     as_json: Json = False,
 ) -> None:
@@ -40,7 +51,7 @@ def bench(
 def perplexity(
     model: ModelArgument,
     text: Annotated[Path, typer.Option("-f", "--file", metavar="TEXT", help="UTF-8 text to predict.")],
-    context: Annotated[int, typer.Option("-c", "--context", min=4, help="Tokens of a chunk.")] = 512,
+    context: Annotated[int, typer.Option("-c", "--context", metavar="N", min=4, help="Tokens of a chunk.")] = 512,
     chunks: Annotated[int | None, typer.Option("--chunks", min=1, metavar="N", help="Only the first N.")] = None,
     threads: Threads = None,
     workers: Workers = 1,
@@ -62,4 +73,4 @@ def perplexity(
 
 def register(app: typer.Typer) -> None:
     """Adds the commands of this file but `perplexity`, which is one of `model`'s."""
-    app.command()(bench)
+    app.command(cls=PlainCommand)(bench)

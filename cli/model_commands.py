@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from llamaclust.cli import given_text
+from llamaclust.cli.help import PlainCommand, PlainGroup
 
 if TYPE_CHECKING:
-    from rich.progress import TaskID
-
     from llamaclust.model.gguf import ModelFile
-    from llamaclust.tools.download import Progress
     from llamaclust.tools.model_info import ModelInfo, Share
 
-app = typer.Typer(name="model", help="Fetch, list and look into model files.", no_args_is_help=True)
+app = typer.Typer(name="model", cls=PlainGroup, help="Fetch, list and look into model files.", no_args_is_help=True)
 
 _MIB = 1 << 20
 _TEXT_WIDTH = 100
@@ -30,17 +26,18 @@ ModelArgument = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 def pull(model: ModelArgument) -> None:
     """Download a model; goes on where an interrupted download stopped and checks the bytes before they are used."""
+    from llamaclust.cli.progress import shown_progress
     from llamaclust.tools.pull import pull_model
 
-    with progress_bar() as progress:
+    with shown_progress() as progress:
         path = pull_model(model, progress)
     print(path)
 
 
-@app.command("list")
+@app.command("list", cls=PlainCommand)
 def list_models(as_json: JsonOption = False) -> None:
     """Show the models that are known by name and those that are downloaded."""
     from llamaclust.tools.catalog import CATALOG, stored_models
@@ -61,7 +58,7 @@ def list_models(as_json: JsonOption = False) -> None:
         print(f"{row['name']:32} {_mib(int(str(row['size_bytes'])))}  {where}")
 
 
-@app.command("rm")
+@app.command("rm", cls=PlainCommand)
 def remove(model: ModelArgument) -> None:
     """Delete a downloaded model. Files outside the models directory are never touched."""
     from llamaclust.tools.catalog import remove_model
@@ -69,7 +66,7 @@ def remove(model: ModelArgument) -> None:
     print(remove_model(model))
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 def info(model: ModelArgument, as_json: JsonOption = False) -> None:
     """Show what a model file holds: metadata, parameters, bits a weight, bytes a quant type and a layer."""
     from llamaclust.model.gguf import open_model
@@ -85,10 +82,12 @@ def info(model: ModelArgument, as_json: JsonOption = False) -> None:
         _print_info(file, found)
 
 
-@app.command()
+@app.command(cls=PlainCommand)
 def tokenize(
     model: ModelArgument,
-    text: Annotated[str | None, typer.Argument(help="The text; standard input where it is left out.")] = None,
+    text: Annotated[
+        str | None, typer.Argument(metavar="TEXT", help="The text; standard input where it is left out.")
+    ] = None,
     no_special: Annotated[bool, typer.Option("--no-special", help="Add no BOS or EOS token.")] = False,
     parse_special: Annotated[
         bool, typer.Option("--parse-special", help="Read control words in the text as their tokens.")
@@ -107,25 +106,6 @@ def tokenize(
         print(json.dumps({"token_ids": ids, "tokens": [tokenizer.token_text(token_id) for token_id in ids]}))
     else:
         print(" ".join(map(str, ids)))
-
-
-@contextmanager
-def progress_bar() -> Iterator[Progress]:
-    """A bar on standard error for whatever step is going on."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-    from rich.progress import Progress as Bar
-
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Bar(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
-        tasks: dict[str, TaskID] = {}
-
-        def show(what: str, done_bytes: int, total_bytes: int | None) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=total_bytes)
-            bar.update(tasks[what], completed=done_bytes, total=total_bytes)
-
-        yield show
 
 
 def _print_info(model: ModelFile, info: ModelInfo) -> None:

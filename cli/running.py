@@ -77,7 +77,7 @@ def _print_table(state: dict[str, Any]) -> None:
     requests = state["requests"]
     print(f"{state['name']}: {state['state']}, {state['model']} at {state['api']} (pid {state['pid']})")
     if state["reason"] is not None:
-        print(f"{state['reason']}\nstop it with `llamaclust down` and start it again")
+        print(f"{state['reason']}\nstop it with `llamaclust down --cluster {state['name']}` and start it again")
     print(f"requests: {requests['running']} running, {requests['waiting']} waiting")
     table = Table(box=None, pad_edge=False)
     for title in ("worker", "pid", "device", "layers", "state"):

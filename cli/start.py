@@ -7,17 +7,22 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llamaclust.wire.tuning import tune_grpc
 
 tune_grpc()
 
 from llamaclust.cli.interrupts import ends_at_once  # noqa: E402
-from llamaclust.cli.watch import StartView  # noqa: E402
+from llamaclust.cli.progress import shown_progress  # noqa: E402
+from llamaclust.cli.watch import ClusterView  # noqa: E402
 from llamaclust.cluster.config import ClusterConfig, load_config  # noqa: E402
 from llamaclust.cluster.events import Event, Ready, StartFailed, from_line, to_line  # noqa: E402
 from llamaclust.cluster.state import ClusterDir  # noqa: E402
 from llamaclust.errors import LlamaclustError  # noqa: E402
+
+if TYPE_CHECKING:
+    from llamaclust.tools.download import Progress
 
 _END_S = 10.0
 
@@ -30,32 +35,36 @@ def up(file: Path | None, overrides: list[str], port: int | None, *, detach: boo
     if notify is not None:
         _run_notifying(config, notify)
         return
-    model = pull(config)
+    with shown_progress() as progress:
+        model = pull(config, progress)
     if detach:
         _detach(config, file, overrides)
         return
-    with ends_at_once(), StartView() as view:  # until the cluster handles signals itself
+    with ends_at_once(), ClusterView() as view:  # until the cluster handles signals itself
         from llamaclust.cluster.serve import serve
 
         serve(config, model, view.show)
 
 
-def pull(config: ClusterConfig) -> Path:
+def pull(config: ClusterConfig, progress: Progress) -> Path:
     """The model's file, downloaded first where it is a catalog's and not there yet."""
     from llamaclust.tools.pull import pull_model
 
-    return pull_model(config.model)
+    return pull_model(config.model, progress)
 
 
 def _run_notifying(config: ClusterConfig, descriptor: int) -> None:
-    """Serves as the detached process; events go to the pipe of the one that waits."""
+    """Serves as the detached process; events go to the pipe of the one that waits, later ones to the log."""
     from llamaclust.cluster.serve import serve
+    from llamaclust.tools.pull import silent
 
     pipe = os.fdopen(descriptor, "w", buffering=1)
+    view = ClusterView()
 
     def watch(event: Event) -> None:
         nonlocal pipe
         if pipe.closed:
+            view.show(event)
             return
         try:
             pipe.write(to_line(event))
@@ -65,7 +74,7 @@ def _run_notifying(config: ClusterConfig, descriptor: int) -> None:
             pipe = open(os.devnull, "w")  # noqa: SIM115, PTH123  the one that waited is gone
 
     try:
-        serve(config, pull(config), watch)
+        serve(config, pull(config, silent), watch)
     except LlamaclustError as error:
         watch(StartFailed(str(error), error.exit_code))
         raise
@@ -117,7 +126,7 @@ def _events(descriptor: int) -> Iterator[Event]:
 
 def _watch_start(events: Iterator[Event], log: Path) -> None:
     """Shows the events; returns when the cluster is ready. LlamaclustError where it is not to be."""
-    with StartView() as view:
+    with ClusterView() as view:
         for event in events:
             view.show(event)
             if isinstance(event, Ready):

@@ -1,23 +1,35 @@
-"""What a person sees while a cluster starts: a progress bar a worker, the plan, where the API is and how to try it."""
+"""What a person sees of a cluster: bars while it starts, how to try it, and later what becomes of it."""
 
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 
-from llamaclust.cluster.events import Event, PlanMade, Ready, StartFailed, WorkerLoading
+from llamaclust.cluster.events import (
+    Draining,
+    Event,
+    Measuring,
+    PlanMade,
+    Ready,
+    StartFailed,
+    WorkerLoading,
+    WorkerLost,
+)
 
 _MIB = 1 << 20
+_UNNAMED = ("default", "demo")
+"""Names of clusters whose user chose none: their commands do without."""
 
 
-class StartView:
-    """Draws the events of a start on stderr; a context manager that leaves the terminal as it was.
+class ClusterView:
+    """Shows the events of a cluster on stderr; a context manager that leaves the terminal as it was.
 
-    Where stderr is no terminal each worker gets a line instead of a bar.
+    Where stderr is no terminal there are lines instead of bars.
     """
 
     def __init__(self) -> None:
@@ -30,25 +42,56 @@ class StartView:
             console=self._console,
             disable=not self._console.is_terminal,
         )
+        self._measuring = self._console.status("measuring what this machine can do, once")
         self._bars: dict[str, TaskID] = {}
+        self._is_draining = False
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._progress.stop()
+        with suppress(OSError):
+            self._clear()
 
     def show(self, event: Event) -> None:
+        """A terminal that is gone is no reason to end."""
+        with suppress(OSError):
+            self._show(event)
+
+    def _show(self, event: Event) -> None:
         match event:
             case WorkerLoading():
                 self._load(event)
-            case PlanMade():
-                self._console.print("\n".join(event.lines), markup=False, soft_wrap=True)
-            case Ready():
-                self._progress.stop()
-                print(ready_text(event), file=sys.stderr)
+            case Measuring():
+                self._measure()
             case StartFailed():
-                self._progress.stop()
+                self._clear()
+            case _:
+                self._clear()
+                print(self._text(event), file=sys.stderr)
+
+    def _text(self, event: PlanMade | Ready | WorkerLost | Draining) -> str:
+        match event:
+            case PlanMade():
+                return "\n".join(event.lines)
+            case Ready():
+                return ready_text(event)
+            case WorkerLost():
+                return loss_text(event)
+            case Draining():
+                text = left_text(event) if self._is_draining else draining_text(event)
+                self._is_draining = True
+                return text
+
+    def _clear(self) -> None:
+        self._measuring.stop()
+        self._progress.stop()
+
+    def _measure(self) -> None:
+        if self._console.is_terminal:
+            self._measuring.start()
+        else:
+            print(f"{self._measuring.status}: some seconds", file=sys.stderr)
 
     def _load(self, event: WorkerLoading) -> None:
         bar = self._bars.get(event.worker)
@@ -62,9 +105,33 @@ class StartView:
 
 
 def ready_text(ready: Ready) -> str:
-    """How to try a cluster that is ready."""
-    return (
-        f"\n{ready.name} is ready: {ready.model} at {ready.api}\n"
-        f'  llamaclust chat                                 or   llamaclust generate "Once upon a time"\n'
-        f"  OpenAI clients: base_url={ready.api}/v1         status: llamaclust status --cluster {ready.name}\n"
-    )
+    """How to try a cluster that is ready: a command a line, to be copied."""
+    name = "" if ready.name in _UNNAMED else f" --cluster {ready.name}"
+    return f"""
+{ready.name} is ready: {ready.model} at {ready.api}
+  llamaclust chat{name}
+  llamaclust generate "Once upon a time"{name}
+  llamaclust status{name}
+  OpenAI clients: base_url={ready.api}/v1
+"""
+
+
+def loss_text(lost: WorkerLost) -> str:
+    """Who is lost, how, and what to do."""
+    words = f"its last words: {lost.last_words}" if lost.last_words else "its log has no error"
+    where = f"worker {lost.worker} (layers [{lost.start}, {lost.end}))"
+    return f"{where} is lost: {lost.how}; {words}; requests are refused: stop the cluster and start it again"
+
+
+def draining_text(draining: Draining) -> str:
+    """What a cluster that was told to end waits for."""
+    what = f"{_requests(draining)} finished first, for {draining.limit_s:.0f} s at most"
+    return f"stopping: {what}; Ctrl-C again stops at once"
+
+
+def left_text(draining: Draining) -> str:
+    return f"stopping: {_requests(draining)} left"
+
+
+def _requests(draining: Draining) -> str:
+    return "1 request is" if draining.requests == 1 else f"{draining.requests} requests are"

@@ -67,7 +67,7 @@ async def open_cluster(
                 await launcher.start(worker_specs(config), registry.address, registry.process_exited)
                 joined = registry.wait_for([worker.name for worker in config.workers], _JOIN_S)
                 await asyncio.gather(joined, asyncio.to_thread(lambda: model.tokenizer))  # a bad one is named now
-                measured = await measure_workers(config, registry.workers, folder.path.parent)
+                measured = await measure_workers(config, registry.workers, folder.path.parent, watch)
                 plan = plan_cluster(config, model, _memory(config, registry, launcher), measured)
                 watch(PlanMade(tuple(plan_lines(plan))))
                 async with _pipeline(config, model, plan, registry, run.token, watch) as pipeline:

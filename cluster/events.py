@@ -1,4 +1,4 @@
-"""What a coordinator tells whoever watches its start: loading progress, the plan, the address, the end.
+"""What a coordinator tells whoever watches it: how its start goes, lost workers, requests that hold up its end.
 
 Events cross a pipe as JSON lines when the coordinator runs detached from the command that started it.
 """
@@ -8,7 +8,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, get_args
+
+
+@dataclass(frozen=True, slots=True)
+class Measuring:
+    """Workers measure their machine, which takes some seconds; the next start knows the figures."""
+
+    workers: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +53,29 @@ class StartFailed:
     exit_code: int
 
 
-Event = WorkerLoading | PlanMade | Ready | StartFailed
+@dataclass(frozen=True, slots=True)
+class WorkerLost:
+    """A worker of a cluster that was ready is gone, and with it the layers [start, end)."""
+
+    worker: str
+    start: int
+    end: int
+    how: str
+    last_words: str  # of its log, where that tells of an error
+
+
+@dataclass(frozen=True, slots=True)
+class Draining:
+    """The cluster is to end: so many requests are finished first, for `limit_s` at most."""
+
+    requests: int
+    limit_s: float
+
+
+Event = Measuring | PlanMade | WorkerLoading | Ready | StartFailed | WorkerLost | Draining
 Watch = Callable[[Event], None]
 
-_KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in (WorkerLoading, PlanMade, Ready, StartFailed)}
+_KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in get_args(Event)}
 
 
 def to_line(event: Event) -> str:

@@ -8,13 +8,14 @@ from pathlib import Path
 from statistics import fmean
 
 from llamaclust.cluster.config import ClusterConfig
+from llamaclust.cluster.events import Measuring, Watch
 from llamaclust.cluster.shares import measurement_key
 from llamaclust.cluster.state import Measurement, read_measurements, write_measurements
 from llamaclust.cluster.worker_handle import WorkerHandle
 
 
 async def measure_workers(
-    config: ClusterConfig, workers: Mapping[str, WorkerHandle], state_dir: Path
+    config: ClusterConfig, workers: Mapping[str, WorkerHandle], state_dir: Path, watch: Watch
 ) -> dict[str, Measurement]:
     """By worker name. Keys of the cluster file come first, then what was measured on the same hardware before."""
     stated = stated_speeds(config)
@@ -22,6 +23,7 @@ async def measure_workers(
     known = read_measurements(state_dir)
     missing = [name for name, key in keys.items() if key not in known]
     if missing:
+        watch(Measuring(tuple(missing)))
         measured = await asyncio.gather(*(_measure(workers[name]) for name in missing))
         new = _evened([keys[name] for name in missing], measured)
         write_measurements(state_dir, new)

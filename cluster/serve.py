@@ -20,6 +20,7 @@ from llamaclust.cluster.config import ClusterConfig
 from llamaclust.cluster.coordinator import Cluster, open_cluster
 from llamaclust.cluster.engine import Engine
 from llamaclust.cluster.events import Ready, Watch
+from llamaclust.cluster.news import losses_told, requests_told
 from llamaclust.cluster.state import ClusterDir, ClusterRecord
 from llamaclust.cluster.status import cluster_status
 from llamaclust.cluster.text import TextService, TextSettings
@@ -38,7 +39,7 @@ _MORE_REQUESTS = 64
 
 
 def serve(config: ClusterConfig, model_path: Path, watch: Watch) -> None:
-    """Runs a cluster until SIGINT or SIGTERM; running requests are finished first, a second signal ends them.
+    """Runs a cluster until SIGINT, SIGTERM or SIGHUP; running requests are finished first, a second signal ends them.
 
     Raises UsageError for a name or port that is taken and for API keys that cannot be used, and what `open_cluster`
     raises.
@@ -51,7 +52,7 @@ def serve(config: ClusterConfig, model_path: Path, watch: Watch) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Front:
-    """What the world sees of a cluster: its socket, who may use it, who watches its start."""
+    """What the world sees of a cluster: its socket, who may use it, who watches it."""
 
     listener: socket.socket
     settings: ApiSettings
@@ -67,8 +68,16 @@ class _Signals:
         task = asyncio.current_task()
         assert task is not None
         self._task = task
+        loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, self._hear)
+            loop.add_signal_handler(number, self._hear)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
+            loop.add_signal_handler(signal.SIGHUP, self._lose_terminal)
+
+    def _lose_terminal(self) -> None:
+        """Shell and kernel may both tell of it: that makes no second signal."""
+        if not self.asked.is_set():
+            self._hear()
 
     def _hear(self) -> None:
         if not self.ready or self.asked.is_set():
@@ -118,8 +127,10 @@ async def _answer(cluster: Cluster, folder: ClusterDir, front: _Front, signals: 
         folder.write_record(record)
         signals.ready = True
         front.watch(Ready(record.name, record.api, record.model))
-        await signals.asked.wait()
-        await _drain(cluster.engine, service)
+        async with losses_told(cluster.registry, folder, front.watch):
+            await signals.asked.wait()
+            async with requests_told(service, _DRAIN_S, front.watch):
+                await _drain(cluster.engine, service)
         server.should_exit = True  # replies that are being written have a moment
         await _ended(serving)
     finally:

@@ -1,0 +1,63 @@
+"""How a download goes, on standard error: a bar on a terminal, else a line now and then."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
+
+    from llamaclust.tools.download import Progress as Told
+
+_MIB = 1 << 20
+_STEPS = 10
+_LINE_S = 10.0
+
+
+@contextmanager
+def shown_progress() -> Iterator[Told]:
+    """What to tell of a download; nothing is shown before something is told."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield ProgressLines()
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+        tasks: dict[str, TaskID] = {}
+
+        def show(what: str, done_bytes: int, total_bytes: int | None) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=total_bytes)
+            bar.update(tasks[what], completed=done_bytes, total=total_bytes)
+
+        yield show
+
+
+class ProgressLines:
+    """A line for each new thing that is done, then one for every tenth of it, and one where ten seconds passed."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._told: tuple[str, int] | None = None
+        self._told_at = 0.0
+
+    def __call__(self, what: str, done_bytes: int, total_bytes: int | None) -> None:
+        step = (what, _STEPS * done_bytes // total_bytes if total_bytes else 0)
+        now = self._clock()
+        if step == self._told and now - self._told_at < _LINE_S:
+            return
+        self._told, self._told_at = step, now
+        print(_line(what, done_bytes, total_bytes), file=sys.stderr)
+
+
+def _line(what: str, done_bytes: int, total_bytes: int | None) -> str:
+    if total_bytes:
+        return f"{what}: {done_bytes / _MIB:.1f} of {total_bytes / _MIB:.1f} MiB"
+    return f"{what}: {done_bytes / _MIB:.1f} MiB" if done_bytes else what

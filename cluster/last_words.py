@@ -1,0 +1,34 @@
+"""What a worker's log says last of what went wrong."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from llamaclust.wire.bounds import line, one_line
+
+_READ_BYTES = 1 << 16
+_RECORD = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (?P<level>[A-Z]+) (?P<message>.*)")
+_HARMLESS = ("DEBUG", "INFO")
+
+
+def last_words(log: Path) -> str:
+    """The last line that tells of trouble: a warning, an error, or what a traceback or the C library ends with. Empty
+    where there is none."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - _READ_BYTES))
+            lines = file.read(_READ_BYTES).decode("utf-8", "replace").splitlines()
+    except OSError:
+        return ""
+    words = next(filter(None, map(_trouble, reversed(lines))), "")
+    return line("last words", one_line(words))
+
+
+def _trouble(text: str) -> str:
+    """What a line tells of trouble. Lines that no logger has written do; indented ones belong to those around them."""
+    record = _RECORD.fullmatch(text)
+    if record is not None:
+        return "" if record["level"] in _HARMLESS else record["message"]
+    return "" if text.startswith((" ", "\t")) else text.strip()

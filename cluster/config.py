@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from difflib import get_close_matches
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from llamaclust.cluster.config_file import Document, Place, override, read_document
+from llamaclust.cluster.config_errors import PlaceError, explain, hint
+from llamaclust.cluster.config_file import Document, override, read_document
 from llamaclust.cluster.config_values import (
     Address,
     Duration,
@@ -86,7 +86,8 @@ class WorkerConfig(_Section):
     @model_validator(mode="after")
     def _check_speeds(self) -> Self:
         if (self.bandwidth is None) != (self.int8 is None):
-            raise ValueError("bandwidth and int8 go together: give both, or none to have them measured")
+            given = "bandwidth" if self.int8 is None else "int8"
+            raise PlaceError((given,), "bandwidth and int8 go together: give both, or none to have them measured")
         return self
 
 
@@ -114,14 +115,15 @@ class Timeouts(_Section):
     @model_validator(mode="after")
     def _check_worker(self) -> Self:
         if self.worker < _LEAST_SILENCE_S:
-            raise ValueError(f"worker: {self.worker:g} s is too short to tell a lost worker; set 500ms or more")
+            why = "is too short to tell a lost worker; set 500ms or more"
+            raise PlaceError(("worker",), f"{self.worker:g} s {why}")
         return self
 
     @model_validator(mode="after")
     def _check_built(self) -> Self:
         for name in ("recovery", "coordinator"):
             if getattr(self, name) != Timeouts.model_fields[name].default:
-                raise ValueError(f"{name}: this build has no use for it yet; leave it out")
+                raise PlaceError((name,), "this build has no use for it yet; leave it out")
         return self
 
 
@@ -180,18 +182,20 @@ class ClusterConfig(_Section):
     @model_validator(mode="after")
     def _check_names(self) -> Self:
         names = [worker.name for worker in self.workers]
-        twice = next((name for index, name in enumerate(names) if name in names[:index]), None)
-        if twice is not None:
-            raise ValueError(f"workers: two are named {twice!r}; give each a name of its own")
-        for entry in self.plan or ():
+        for index, name in enumerate(names):
+            if name in names[:index]:
+                raise PlaceError(("workers", index, "name"), f"two workers are named {name!r}; give each its own name")
+        for index, entry in enumerate(self.plan or ()):
             if entry.worker not in names:
-                raise ValueError(f"plan: unknown worker {entry.worker!r}{_hint(entry.worker, names)}")
+                what = f"unknown worker {entry.worker!r}{hint(entry.worker, names)}"
+                raise PlaceError(("plan", index, "worker"), what)
         return self
 
     @model_validator(mode="after")
     def _check_keys(self) -> Self:
         if self.api_keys_file is None and not is_loopback(self.host):
-            raise ValueError(f"listen: {self.listen} can be reached from other machines: set api_keys_file as well")
+            why = "can be reached from other machines: set api_keys_file as well"
+            raise PlaceError(("listen",), f"{self.listen} {why}")
         return self
 
 
@@ -205,7 +209,7 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> ClusterConf
     try:
         return ClusterConfig.model_validate(document.values)
     except ValidationError as error:
-        raise UsageError(_first_error(error, document)) from error
+        raise UsageError(explain(error, document, ClusterConfig.model_json_schema())) from error
 
 
 def json_schema() -> str:
@@ -229,45 +233,7 @@ def _anchored(document: Document, folder: Path) -> Document:
     for key in keys:
         if isinstance(values.get(key), str) and values[key]:
             values[key] = str(folder / Path(values[key]).expanduser())
-    return Document(document.name, values, document.lines)
-
-
-def _first_error(error: ValidationError, document: Document) -> str:
-    """One line about the first mistake; a key that is unknown comes before a value that is missing because of it."""
-    details = error.errors(include_url=False)
-    first: Any = min(details, key=lambda detail: detail["type"] != "extra_forbidden")
-    place: Place = first["loc"]
-    where = document.where(place)
-    if first["type"] == "extra_forbidden":
-        return f"{where}: unknown key {str(place[-1])!r}{_shown_in(place[:-1])}{_hint(str(place[-1]), _keys(place))}"
-    if first["type"] == "missing":
-        return f"{where}: key {str(place[-1])!r} is missing{_shown_in(place[:-1])}"
-    reason = str(first["ctx"]["error"]) if first["type"] == "value_error" else _lowered(first["msg"])
-    given = "" if first["type"] == "value_error" else f" (it is {str(first['input'])[:60]!r})"
-    return f"{where}: {_shown(place)}{': ' if place else ''}{reason}{given}"
-
-
-def _keys(place: Place) -> list[str]:
-    sections: dict[str | int, type[BaseModel]] = {"workers": WorkerConfig, "plan": PlanEntry, "timeouts": Timeouts}
-    section = sections[place[0]] if len(place) > 1 else ClusterConfig
-    return list(section.model_fields)
-
-
-def _hint(word: str, known: list[str]) -> str:
-    near = get_close_matches(word, known, 1, 0.5)
-    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
-
-
-def _shown(place: Place) -> str:
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).removeprefix(".")
-
-
-def _shown_in(place: Place) -> str:
-    return f" in {_shown(place)}" if place else ""
-
-
-def _lowered(text: str) -> str:
-    return text[:1].lower() + text[1:]
+    return replace(document, values=values)
 
 
 if __name__ == "__main__":

@@ -8,18 +8,49 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, WithJsonSchema
+from pydantic import BeforeValidator, GetCoreSchemaHandler, GetJsonSchemaHandler, WithJsonSchema
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
 MAX_BYTES = 1 << 50
 MAX_SECONDS = 30 * 86_400
 
+_NAME = r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
 _SIZE = r"(\d{1,15}(?:\.\d{1,6})?) ?(B|[kKMGT]B|[KMGT]iB)"
 _SIZE_UNITS = {"B": 1} | {f"{p}B": 1000 ** (i + 1) for i, p in enumerate("KMGT")}
 _SIZE_UNITS |= {"kB": 1000} | {f"{p}iB": 1024 ** (i + 1) for i, p in enumerate("KMGT")}
 _DURATION = r"(\d{1,15}(?:\.\d{1,6})?) ?(ms|s|min|h)"
 _DURATION_UNITS = {"ms": 0.001, "s": 1.0, "min": 60.0, "h": 3600.0}
+
+
+_MOST_SHOWN = 60
+
+
+def shown(value: object) -> str:
+    """A value as a message shows it: as in the file where that is short and plain."""
+    match value:
+        case None:
+            return "nothing"
+        case bool():
+            return str(value).lower()
+        case dict():
+            return "a section of keys"
+        case list() if len(value) > 4:
+            return f"a list of {len(value)} items"
+    text = repr(value)
+    return text if len(text) <= _MOST_SHOWN else text[:_MOST_SHOWN] + "..."
+
+
+def parse_name(value: object) -> str:
+    """A name that can be a file's and stand in any message. Raises ValueError."""
+    if not isinstance(value, str):
+        raise ValueError(f"{shown(value)} is not a name; put it in quotes")
+    if not re.fullmatch(_NAME, value):
+        raise ValueError(
+            f"{shown(value)} is not a name; write 1 to 63 letters, digits, dots, dashes or underscores, "
+            "a letter or digit at either end"
+        )
+    return value
 
 
 def parse_size(value: object) -> int:
@@ -29,10 +60,10 @@ def parse_size(value: object) -> int:
     else:
         match = re.fullmatch(_SIZE, value) if isinstance(value, str) else None
         if match is None:
-            raise ValueError(f"{value!r} is not a size; write it like 8GiB or 512MiB")
+            raise ValueError(f"{shown(value)} is not a size; write it like 8GiB or 512MiB")
         size = round(float(match[1]) * _SIZE_UNITS[match[2]])
     if not 0 < size <= MAX_BYTES:
-        raise ValueError(f"{value!r} is not a possible size; 1B to 1024TiB are")
+        raise ValueError(f"{shown(value)} is not a possible size; 1B to 1024TiB are")
     return size
 
 
@@ -43,18 +74,19 @@ def parse_duration(value: object) -> float:
     else:
         match = re.fullmatch(_DURATION, value) if isinstance(value, str) else None
         if match is None:
-            raise ValueError(f"{value!r} is not a duration; write it like 600s, 10min or 250ms")
+            raise ValueError(f"{shown(value)} is not a duration; write it like 600s, 10min or 250ms")
         seconds = float(match[1]) * _DURATION_UNITS[match[2]]
     if not 0 < seconds <= MAX_SECONDS:
-        raise ValueError(f"{value!r} is not a possible duration; more than 0 and up to 30 days is")
+        raise ValueError(f"{shown(value)} is not a possible duration; more than 0 and up to 30 days is")
     return seconds
 
 
-def split_address(value: str) -> tuple[str, int]:
+def split_address(value: object) -> tuple[str, int]:
     """(host, port) of 'HOST:PORT' or '[IPV6]:PORT'. Raises ValueError."""
-    match = re.fullmatch(r"(\[[0-9a-fA-F:.%]{2,60}\]|[A-Za-z0-9._-]{1,255}):(\d{1,5})", value)
+    text = value if isinstance(value, str) else ""
+    match = re.fullmatch(r"(\[[0-9a-fA-F:.%]{2,60}\]|[A-Za-z0-9._-]{1,255}):(\d{1,5})", text)
     if match is None or int(match[2]) > 65535:
-        raise ValueError(f"{value!r} is not an address; write it like 127.0.0.1:8080 or [::1]:8080")
+        raise ValueError(f"{shown(value)} is not an address; write it like 127.0.0.1:8080 or [::1]:8080")
     return match[1].strip("[]"), int(match[2])
 
 
@@ -67,8 +99,7 @@ def is_loopback(host: str) -> bool:
 
 
 def _parse_address(value: object) -> object:
-    if isinstance(value, str):
-        split_address(value)
+    split_address(value)
     return value
 
 
@@ -77,7 +108,7 @@ def _parse_layers(value: object) -> tuple[int, int]:
         case [int(start), int(end)] if not isinstance(start, bool) and not isinstance(end, bool):
             pass
         case _:
-            raise ValueError(f"{value!r} is not a layer range; write it like [0, 12], the end not included")
+            raise ValueError(f"{shown(value)} is not a layer range; write it like [0, 12], the end not included")
     if not 0 <= start < end:
         raise ValueError(f"[{start}, {end}] holds no layer; ranges are half-open: [start, end) with start < end")
     return start, end
@@ -119,7 +150,7 @@ class OrAuto:
         return json
 
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?$")]
+Name = Annotated[str, BeforeValidator(parse_name), WithJsonSchema({"type": "string", "pattern": f"^{_NAME}$"})]
 Size = Annotated[
     int, BeforeValidator(parse_size), WithJsonSchema({"type": ["string", "integer"], "pattern": f"^{_SIZE}$"})
 ]

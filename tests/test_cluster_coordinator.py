@@ -21,8 +21,10 @@ from llamaclust.cluster.plan_inputs import check_plan, plan_cluster
 from llamaclust.cluster.shares import memory_shares
 from llamaclust.cluster.state import ClusterDir, ClusterRecord, Measurement, read_measurements, write_measurements
 from llamaclust.cluster.status import cluster_status
+from llamaclust.cluster.worker_handle import WorkerHandle
 from llamaclust.errors import UsageError
 from llamaclust.model.loader import Model
+from llamaclust.wire.deadlines import deadline
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +44,23 @@ async def opened(model: Path, folder: Path, **values: object) -> AsyncIterator[C
             yield cluster
 
 
+async def next_heartbeat(worker: WorkerHandle) -> None:
+    """Waits until the worker has shown another sign of life."""
+    last = worker.heartbeat
+    while worker.heartbeat is last:
+        assert worker.loss is None, worker.loss
+        await asyncio.sleep(0.01)
+
+
 @run_async
 async def test_heartbeats_keep_up_with_a_short_timeout(tiny: Path, tmp_path: Path) -> None:
-    async with opened(tiny, tmp_path, timeouts={"worker": 0.6}) as cluster:
-        await asyncio.sleep(1.0)
+    """For longer than the timeout."""
+    silence_s = 0.6
+    async with opened(tiny, tmp_path, timeouts={"worker": silence_s}) as cluster:
+        begun = asyncio.get_running_loop().time()
+        async with deadline("signs of life", 30):
+            while asyncio.get_running_loop().time() < begun + silence_s:
+                await asyncio.gather(*map(next_heartbeat, cluster.registry.workers.values()))
         assert cluster.engine.error is None
         status = cluster_status(cluster, ClusterRecord("default", 1, "http://127.0.0.1:1", "tiny"))
     for worker in status["status"]["workers"]:
@@ -96,6 +111,15 @@ def test_more_stages_than_a_result_can_name_are_refused(tmp_path: Path) -> None:
     config = ClusterConfig.model_validate(values)
     with pytest.raises(UsageError, match="256 stages, 255 are possible"):
         plan_cluster(config, model, dict.fromkeys(names, 1 << 40), {})
+
+
+@run_async
+async def test_stages_take_what_the_plan_promised(tiny: Path, tmp_path: Path) -> None:
+    async with opened(tiny, tmp_path) as cluster:
+        for stage in cluster.plan.stages:
+            ((_, loaded),) = cluster.registry.workers[stage.worker].stages.values()
+            assert (loaded.kv_bytes, loaded.workspace_bytes) == (stage.kv_bytes, stage.workspace_bytes)
+            assert loaded.weight_bytes == pytest.approx(stage.weight_bytes, rel=0.02)
 
 
 def test_memory_is_promised_once() -> None:

@@ -1,0 +1,70 @@
+"""The command as a whole: its version, its help, and that Ctrl-C ends what no signal reaches."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tiny_model import build_tiny_model
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from llamaclust import __version__
+from llamaclust.cli.app import app
+
+SLOW_PROBE = """
+import ctypes, sys
+from llamaclust.kernels import probes
+
+def slow(threads, seconds):
+    print("measuring", file=sys.stderr, flush=True)
+    return ctypes.CDLL(None).sleep(60)
+
+probes.read_bandwidth = slow
+from llamaclust.cli.main import main
+main()
+"""
+
+
+def commands() -> Iterator[tuple[str, ...]]:
+    yield ()
+    for name, command in get_command(app).commands.items():  # type: ignore[attr-defined]
+        yield (name,)
+        yield from ((name, word) for word in getattr(command, "commands", ()))
+
+
+def test_version() -> None:
+    result = CliRunner().invoke(app, ["--version"])
+    assert (result.exit_code, result.stdout) == (0, f"llamaclust {__version__}\n")
+
+
+@pytest.mark.parametrize("words", list(commands()), ids=" ".join)
+def test_help_names_no_types(words: tuple[str, ...]) -> None:
+    result = CliRunner().invoke(app, [*words, "--help"], env={"COLUMNS": "200"})
+    assert result.exit_code == 0 and "--help" in result.stdout
+    assert re.findall(r"<[a-z]+.*?>|\[\[", result.stdout) == []
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_bench_ends_at_once_though_a_native_call_goes_on(workers: str, tmp_path: Path) -> None:
+    model = build_tiny_model(tmp_path / "tiny.gguf", layers=2)
+    command = [sys.executable, "-c", SLOW_PROBE, "bench", str(model), "-t", "1", "-p", "8", "-n", "2"]
+    with subprocess.Popen(
+        [*command, "--workers", workers],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    ) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline() == "measuring\n"
+        asked = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20.0) == 130
+        assert process.stderr.read() == ""
+    assert time.monotonic() - asked < 5.0

@@ -6,6 +6,18 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 NATIVE := $(shell find kernels/cpu -name '*.cpp' -o -name '*.h' -o -name CMakeLists.txt 2>/dev/null)
 MODEL ?= smollm2-135m-instruct
 
+# What is missing is said in a line each, before anything is fetched or compiled.
+define need_python
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+  echo "error: $(PYTHON) is not Python 3.11 or later: install one, and name it if need be, as in make PYTHON=python3.12" >&2; exit 1; }
+@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+  echo "error: $(PYTHON) makes no virtual environments: install python3-venv (Debian, Ubuntu: sudo make system-deps)" >&2; exit 1; }
+endef
+define need_compiler
+@for compiler in "$$CXX" c++ g++ clang++; do command -v $${compiler:-none} >/dev/null && exit 0; done; \
+  echo "error: no C++ compiler found: install g++ or clang++ (Debian, Ubuntu: sudo make system-deps), or name one in CXX" >&2; exit 1
+endef
+
 .PHONY: demo test lint format build proto bench system-deps clean links
 
 demo: build ## a real model on two worker processes answers a question
@@ -41,6 +53,8 @@ system-deps: ## Debian/Ubuntu packages (needs root): a compiler and Python's hea
 	apt-get update && apt-get install -y --no-install-recommends g++ make python3-venv python3-dev
 
 $(VENV)/.pip: constraints.txt
+	$(need_python)
+	$(need_compiler)
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install 'pip>=25.1'
 	@touch $@
@@ -50,6 +64,7 @@ $(VENV)/.deps: $(VENV)/.pip pyproject.toml
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.deps $(NATIVE) CMakeLists.txt | links
+	$(need_compiler)
 	@echo "compiling the kernels: a minute or two"
 	$(PIP) install -c constraints.txt --no-build-isolation -e .
 	@touch $@
@@ -62,5 +77,6 @@ $(VENV)/.lint: $(VENV)/.installed
 	$(PIP) install -c constraints.txt --group lint
 	@touch $@
 
-clean:
-	rm -rf $(VENV) build dist
+clean: ## all that make, the tests and the linters have left here
+	rm -rf $(VENV) build dist .hypothesis
+	find . -type d \( -name __pycache__ -o -name '.*_cache' \) -prune -exec rm -rf {} +

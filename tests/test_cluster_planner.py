@@ -222,18 +222,27 @@ def test_plans_by_hand() -> None:
 @pytest.mark.parametrize(
     ("manual", "message"),
     [
-        ((("a", 0, 7), ("b", 6, 12)), r"layers \[6, 7\) of worker 'b' are on another one too"),
-        ((("a", 0, 5), ("b", 6, 12)), r"layers \[5, 6\) are on no worker"),
-        ((("a", 0, 5), ("b", 5, 11)), r"layers \[11, 12\) are on no worker"),
-        ((("a", 1, 12),), r"layers \[0, 1\) are on no worker"),
-        ((("a", 0, 13),), r"layers \[0, 13\) of worker 'a': the model has layers \[0, 12\)"),
+        (
+            (("a", 0, 7), ("b", 6, 12)),
+            "layers [6, 7) of worker 'b' are on another one too: worker 'a' has [0, 7)",
+        ),
+        (
+            (("b", 2, 3), ("a", 0, 12)),
+            "layers [2, 3) of worker 'b' are on another one too: worker 'a' has [0, 12)",
+        ),
+        ((("a", 0, 5), ("b", 6, 12)), "layers [5, 6) are on no worker; the model has layers [0, 12)"),
+        ((("a", 0, 5), ("b", 5, 11)), "layers [11, 12) are on no worker; the model has layers [0, 12)"),
+        ((("a", 1, 12),), "layers [0, 1) are on no worker; the model has layers [0, 12)"),
+        ((("a", 0, 13),), "layers [0, 13) of worker 'a': the model has layers [0, 12)"),
+        ((("a", 0, 5), ("b", 5, 5)), "layers [5, 5) of worker 'b': that is no layer"),
         ((("x", 0, 12),), "unknown worker 'x'; known: a, b"),
-        ((("a", 0, 5), ("a", 5, 12)), "worker 'a' has two ranges"),
+        ((("a", 0, 5), ("a", 5, 12)), "worker 'a' has layers [0, 5) and [5, 12); a worker holds one range"),
     ],
 )
 def test_wrong_plans_by_hand_are_refused(manual: tuple[tuple[str, int, int], ...], message: str) -> None:
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises(UsageError) as caught:
         make_plan(SMALL, [worker("a"), worker("b")], replace(ASK, manual=manual))
+    assert (str(caught.value), caught.value.exit_code) == (f"plan: {message}", 2)
 
 
 def test_a_plan_by_hand_that_does_not_fit_names_the_mib_of_every_worker() -> None:

@@ -62,7 +62,10 @@ class Client(TextClient):
         feature_level: str | None = None,
         settings: LocalSettings | None = None,
     ) -> LocalClient:
-        """A model file in this process: the same interface, and `logits`. Arguments and errors as for `LocalClient`."""
+        """A model file in this process: the same interface, and `logits`. Arguments and errors as for `LocalClient`.
+
+        The model is given by its path: `llamaclust model pull NAME` prints that of one known by name.
+        """
         from llamaclust.cluster.local import LocalClient
 
         return LocalClient(path, threads, feature_level, settings)

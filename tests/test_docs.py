@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import runpy
+import subprocess
 import tomllib
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -208,6 +210,22 @@ def test_make_targets_and_scripts_exist(page: Path) -> None:
         script = re.search(r"python (benchmarks/\w+\.py)(.*)", line.partition(" #")[0])
         for option in re.findall(r"--[\w-]+", script[2]) if script else ():
             assert f'"{option}"' in (ROOT / script[1]).read_text(), line
+
+
+def test_the_readmes_demo_runs_what_the_demo_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LLAMACLUST_STATE_DIR", "restored by this")
+    done = subprocess.CompletedProcess([], 0, stdout="Paris\n")
+    monkeypatch.setattr(subprocess, "run", lambda *arguments, **options: done)
+    demo = runpy.run_path(str(ROOT / "examples/demo.py"))
+    demo["main"]()
+    shown = capsys.readouterr().out.splitlines()
+    excerpt = fences(README, "text")[0].splitlines()
+    asked = [re.sub(r"demo-\d+", "demo", line) for line in excerpt if line.startswith("$ ")]
+    ran = [line.replace(demo["NAME"], "demo") for line in shown if line.startswith("$ ")]
+    assert asked and asked == ran[-len(asked) :]
+    assert excerpt[-1] == shown[-1]
 
 
 # -- the cluster file --------------------------------------------------------------------------------------------------

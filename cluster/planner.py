@@ -127,12 +127,12 @@ def _cut(
     best_ms = np.inf
     for count in range(1, len(workers) + 1):
         chosen = [worker for worker in workers if worker in fastest[:count]]
-        cut = _ordered(chosen, tables, may_skip=False)
+        cut = _ordered(chosen, tables, may_skip=False) or _ordered(chosen, tables, may_skip=True)
         if cut is not None:
             ms = sum(float(tables[name][1][start, end]) for name, start, end in cut)
             if ms <= best_ms * _ALIKE:
                 best, best_ms = cut, min(ms, best_ms)
-    return best or _ordered(workers, tables, may_skip=True)
+    return best
 
 
 def _tables(stages: StageCosts, sizes: Sizes, worker: WorkerFacts, contexts: int) -> tuple[Table, Table]:

@@ -21,13 +21,13 @@ def spares(
 
 
 def _reason(sizes: Sizes, worker: WorkerFacts, stages: int, contexts: int) -> str:
-    if worker.memory_bytes is not None and not sizes.holds_a_layer(worker, contexts):
-        least = min(_layer_bytes(sizes, worker, layer, contexts) for layer in range(sizes.stages.layers))
-        return f"too little memory: it has {worker.memory_bytes // MIB} MiB, a layer needs {mib(least)} MiB"
-    if stages == sizes.stages.layers:
-        return f"the model has {stages} layers, one for each of the others"
+    layers = sizes.stages.layers
+    open_to = range(layers) if stages > 1 else (0, layers - 1)  # beside one other worker, it is the first or the last
+    least = min(sum(sizes.parts(worker, layer, layer + 1, contexts).values()) for layer in open_to)
+    if worker.memory_bytes is not None and worker.memory_bytes < least:
+        return (
+            f"too little memory: it has {worker.memory_bytes // MIB} MiB, a stage of one layer needs {mib(least)} MiB"
+        )
+    if stages == layers:
+        return f"the model has {layers} layers, one for each of the others"
     return "it would make the others slower"
-
-
-def _layer_bytes(sizes: Sizes, worker: WorkerFacts, layer: int, contexts: int) -> int:
-    return sum(sizes.parts(worker, layer, layer + 1, contexts).values())

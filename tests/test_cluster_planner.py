@@ -265,7 +265,17 @@ def test_a_worker_with_too_little_memory_is_not_called_slow() -> None:
     for objective in ("latency", "throughput"):
         plan = make_plan(SMALL, workers, replace(ASK, objective=objective))
         assert [stage.worker for stage in plan.stages] == ["a", "b"]
-        assert plan.spares == (Spare("fast", "too little memory: it has 10 MiB, a layer needs 31 MiB"),)
+        assert plan.spares == (Spare("fast", "too little memory: it has 10 MiB, a stage of one layer needs 31 MiB"),)
+
+
+def test_a_worker_that_holds_a_layer_but_neither_end_of_the_model_is_not_called_slow() -> None:
+    workers = [worker("fast", memory_mib=32, read=80, int8=900), worker("a"), worker("slow", read=5, int8=75)]
+    plan = make_plan(SMALL, workers, ASK)
+    assert [stage.worker for stage in plan.stages] == ["a"]
+    assert plan.spares == (
+        Spare("fast", "too little memory: it has 32 MiB, a stage of one layer needs 51 MiB"),
+        Spare("slow", "it would make the others slower"),
+    )
 
 
 def test_a_worker_that_can_hold_nothing_does_not_keep_others_from_being_spares() -> None:

@@ -15,7 +15,7 @@ from served import run_async
 from tiny_model import build_tiny_model
 
 from llamaclust.cli.planning import plan_of
-from llamaclust.cluster.config import ClusterConfig
+from llamaclust.cluster.config import FEATURE_LEVELS, ClusterConfig
 from llamaclust.cluster.coordinator import Cluster, open_cluster
 from llamaclust.cluster.plan_inputs import check_plan, plan_cluster
 from llamaclust.cluster.shares import memory_shares
@@ -23,6 +23,7 @@ from llamaclust.cluster.state import ClusterDir, ClusterRecord, Measurement, rea
 from llamaclust.cluster.status import cluster_status
 from llamaclust.cluster.worker_handle import WorkerHandle
 from llamaclust.errors import UsageError
+from llamaclust.kernels.cpu import _native
 from llamaclust.model.loader import Model
 from llamaclust.wire.deadlines import deadline
 
@@ -92,6 +93,22 @@ async def test_measurements_are_kept_for_every_cluster_of_the_machine(tiny: Path
     planned = plan_of(file, [])
     assert planned.token_ms is not None and planned.token_ms == plan.token_ms
     assert plan_of(file, ["workers.a.threads=2"]).token_ms is None
+
+
+def test_a_feature_level_that_is_not_there_is_refused_by_plan(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = _native.available_levels()
+    level = next(level for level in FEATURE_LEVELS if level not in there)
+    monkeypatch.setenv("LLAMACLUST_FEATURE_LEVEL", level)
+    file = tmp_path / "cluster.yaml"
+    file.write_text(json.dumps({"model": str(tiny), "state_dir": str(tmp_path), "workers": [{"name": "a"}]}))
+    with pytest.raises(UsageError) as caught:
+        plan_of(file, [])
+    assert caught.value.exit_code == 2
+    assert str(caught.value) == (
+        f"feature level {level!r} is not available on this machine; there is: {', '.join(there)}"
+    )
 
 
 @pytest.mark.parametrize(("workers", "refused"), [(1, False), (2, True)])

@@ -64,9 +64,10 @@ class Device:
 
 
 def fingerprint(kind: str, threads: int, feature_level: str) -> str:
-    """Of this machine as such a device uses it; a feature level of "" is the best there is."""
+    """Of this machine as such a device uses it; a feature level of "" is the best there is. UsageError for one that is
+    not available here."""
     cores = len(os.sched_getaffinity(0))
-    level = feature_level or _backend(kind, 1, "").feature_level
+    level = _backend(kind, 1, feature_level).feature_level
     return f"{processor_name()}, {cores} cores, {threads} threads, {kind} {level}"
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 from command_line import COMMAND, CommandLine, command_line, eventually, is_there
+from download_server import running_server
 from hostile_models import tiny
 
 LONG = {"prompt": "the", "max_tokens": 2000, "ignore_eos": True, "stream": True}
@@ -41,6 +42,17 @@ def test_the_first_start_says_that_it_measures(line: CommandLine) -> None:
         assert said.index("measuring what this machine can do") < said.index("plan:")
     with line.cluster("good.gguf", workers=workers) as cluster:
         assert "measuring" not in cluster.command.err.read_text()
+
+
+def test_a_first_download_is_shown(line: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with running_server() as server:
+        server.does.files |= {"/m.gguf": b"GGUF" + bytes(1 << 20), "/page.gguf": b"<html>"}
+        start = line.run("up", line.cluster_file("good.gguf", "web"), "--set", f"model={server.url}/m.gguf")
+        assert "downloading: 1.0 of 1.0 MiB" in start.err and start.code == 2  # it is no whole model
+        pull = line.run("model", "pull", f"{server.url}/page.gguf")
+    assert pull.code == 2 and pull.out == ""
+    assert pull.err.splitlines()[-1].startswith("error: ") and "not a GGUF file" in pull.err
 
 
 def test_a_lost_worker_gets_a_line(line: CommandLine) -> None:
@@ -89,6 +101,17 @@ def test_a_closed_terminal_ends_it_as_sigterm_does(line: CommandLine) -> None:
             assert [part for part in text if part][-1] == "data: [DONE]"
         assert cluster.command.wait(10.0).code == 0
     assert not any(map(is_there, processes))
+    nothing_left(line)
+
+
+def test_nohup_is_obeyed(line: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("command_line.COMMAND", ("nohup", *COMMAND))
+    with line.cluster("good.gguf") as cluster:
+        os.kill(cluster.pid, signal.SIGHUP)
+        os.kill(cluster.pid, signal.SIGHUP)
+        assert cluster.answer()[0]
+        os.kill(cluster.pid, signal.SIGTERM)
+        assert cluster.command.wait(10.0).code == 0
     nothing_left(line)
 
 

@@ -20,6 +20,7 @@ from fastapi import FastAPI
 from tiny_tokenizers import byte_level
 
 from llamaclust.cluster.api.app import create_app
+from llamaclust.cluster.api.server import server_config
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.engine import Engine
 from llamaclust.cluster.requests import Event, Finished, FinishReason, Generation, PromptScored, Timings, TokenChosen
@@ -187,11 +188,10 @@ async def real_engine(**deadlines: float) -> AsyncIterator[tuple[Engine, FakePip
 
 
 @asynccontextmanager
-async def serving(app: FastAPI) -> AsyncIterator[str]:
-    """A real server on a free port of this machine; its address."""
+async def serving(app: FastAPI, settings: ApiSettings | None = None) -> AsyncIterator[str]:
+    """A real server on a free port of this machine; its address. `settings` are for its connections."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        config = uvicorn.Config(app, log_config=None, lifespan="off", access_log=False)
-        server = uvicorn.Server(config)
+        server = uvicorn.Server(server_config(app, settings or ApiSettings()))
         task = asyncio.create_task(server.serve([listener]))
         try:
             await until(lambda: server.started)

@@ -24,9 +24,16 @@ class ApiSettings:
     max_body_bytes: int = 16 << 20
     max_held_bytes: int = 256 << 20  # of the bodies of all requests that have no whole reply yet
     max_requests: int = 512  # that have no whole reply yet
+    head_s: float = 10.0  # until the head of a connection's next request has arrived
     body_s: float = 30.0  # until a request's body has arrived
     keepalive_s: float = 5.0  # silence of a stream after which it gets a comment
     first_chunk_s: float = 1.0  # a stream that fails within it gets a status of its own
+    unread_s: float = 60.0  # a client that takes nothing of its reply for so long has gone
+
+    @property
+    def max_connections(self) -> int:
+        """Open at once; idle ones give their places to others."""
+        return 2 * self.max_requests
 
 
 def read_api_keys(path: Path | None) -> tuple[str, ...]:

@@ -1,0 +1,128 @@
+"""The HTTP server under the app: how many connections it holds, and how long one may ask for nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+import socket
+from typing import ClassVar
+
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from llamaclust.cluster.api.settings import ApiSettings
+
+_BACKLOG = 128
+"""The event loop accepts so many connections before it looks at the first."""
+_GRACE_S = 1
+"""For what is still being written to clients at the end; the server takes whole seconds."""
+_SHARE_OF_FILES = 2
+"""Connections may be one in so many of the files that this process may open."""
+_MANY_FILES = 1 << 16
+_BUSY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
+
+
+def server_config(app: FastAPI, settings: ApiSettings) -> uvicorn.Config:
+    """How an app is served. Warnings are not logged: anybody who can connect can cause them without end."""
+    return uvicorn.Config(
+        app,
+        http=_protocol(settings),
+        ws="none",
+        backlog=_BACKLOG,
+        lifespan="off",
+        log_config=None,
+        log_level="error",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=_GRACE_S,
+    )
+
+
+def allow_many_files() -> None:
+    """Lets this process open as many files as it may give itself leave to."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (_MANY_FILES if hard == resource.RLIM_INFINITY else hard, hard))
+
+
+class _Room:
+    """The places for connections of one server, and those that are idle, the longest first."""
+
+    def __init__(self, settings: ApiSettings) -> None:
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        bound = settings.max_connections
+        self.places = bound if files == resource.RLIM_INFINITY else min(bound, files // _SHARE_OF_FILES)
+        self.settings = settings
+        self._idle: dict[_Connection, asyncio.TimerHandle] = {}
+
+    def enter(self, connection: _Connection) -> None:
+        """It must ask for something in time from now on; bytes that are no whole head of a request do not count."""
+        if connection not in self._idle:
+            self._idle[connection] = connection.loop.call_later(self.settings.head_s, self._close, connection)
+
+    def leave(self, connection: _Connection) -> None:
+        timer = self._idle.pop(connection, None)
+        if timer is not None:
+            timer.cancel()
+
+    def make_place(self) -> bool:
+        """Closes the connection that was idle longest. False where none is."""
+        if not self._idle:
+            return False
+        self._close(next(iter(self._idle)))
+        return True
+
+    def _close(self, connection: _Connection) -> None:
+        self.leave(connection)
+        connection.connections.discard(connection)
+        connection.transport.close()
+
+
+class _Connection(H11Protocol):
+    """Idle until the whole head of a request is there, and again when its reply is written."""
+
+    room: ClassVar[_Room]
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        is_full = len(self.connections) >= self.room.places and not self.room.make_place()
+        super().connection_made(transport)
+        _end_unread(transport, self.room.settings.unread_s)
+        if is_full:
+            transport.write(_BUSY)
+            transport.close()
+        else:
+            self.room.enter(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.room.leave(self)
+        super().connection_lost(exc)
+
+    def handle_events(self) -> None:
+        super().handle_events()
+        if not self._is_idle:
+            self.room.leave(self)
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._is_idle and not self.transport.is_closing():
+            self.room.enter(self)
+
+    @property
+    def _is_idle(self) -> bool:
+        return self.cycle is None or self.cycle.response_complete
+
+
+def _protocol(settings: ApiSettings) -> type[asyncio.Protocol]:
+    """The server makes connections of a class; this one's share a room."""
+
+    class Connection(_Connection):
+        room = _Room(settings)
+
+    return Connection
+
+
+def _end_unread(transport: asyncio.Transport, unread_s: float) -> None:
+    """The system ends a connection whose other side takes nothing of what is sent for so long."""
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
+        connection = transport.get_extra_info("socket")
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(unread_s * 1000))

@@ -15,6 +15,7 @@ from pathlib import Path
 import uvicorn
 
 from llamaclust.cluster.api.app import create_app
+from llamaclust.cluster.api.server import allow_many_files, server_config
 from llamaclust.cluster.api.settings import ApiSettings, read_api_keys
 from llamaclust.cluster.config import ClusterConfig
 from llamaclust.cluster.coordinator import Cluster, open_cluster
@@ -30,8 +31,6 @@ _DRAIN_S = 30.0
 _COLLECT_EVERY = 20_000
 """Objects between two looks for garbage, 700 by default."""
 _START_S = 10.0
-_GRACE_S = 1
-"""For what is still being written to clients at the end; the server takes whole seconds."""
 _END_S = 5.0
 _BACKLOG = 128
 _MORE_REQUESTS = 64
@@ -111,16 +110,8 @@ async def _answer(cluster: Cluster, folder: ClusterDir, front: _Front, signals: 
     text = TextSettings(record.model, cluster.plan.context_length, config.max_sequences)
     service = TextService(cluster.engine, cluster.model.tokenizer, cluster.model.chat_template, text)
     app = create_app(service, front.settings, cluster.engine, lambda: cluster_status(cluster, record))
-    server = _Server(
-        uvicorn.Config(
-            app,
-            log_config=None,
-            lifespan="off",
-            access_log=False,
-            server_header=False,
-            timeout_graceful_shutdown=_GRACE_S,
-        )
-    )
+    allow_many_files()
+    server = _Server(server_config(app, front.settings))
     serving = asyncio.create_task(server.serve(sockets=[front.listener]))
     try:
         await asyncio.wait_for(server.answers.wait(), _START_S)

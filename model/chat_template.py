@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from llamaclust.errors import DeadlineError, ModelFileError, RequestError
 from llamaclust.model.template_frames import frame_of
-from llamaclust.model.template_process import RenderingStopped, TemplateProcess
+from llamaclust.model.template_process import ProcessKilled, RenderingStopped, TemplateProcess
 from llamaclust.model.tokenizer import Tokenizer
 
 CHATML: Final = (
@@ -113,18 +113,31 @@ class ChatTemplate:
         return DeadlineError(f"the chat template was busy with other requests for {self._limits.wait_s:g} s; try again")
 
     def _render(self, frame: bytes) -> str:
+        try:
+            reply = self._ask_again(frame)
+        except RenderingStopped as failure:
+            raise RequestError(f"the model's chat template was stopped: {failure}") from None
+        if "error" in reply:
+            raise RequestError(f"the model's chat template: {reply['error']}")
+        return str(reply["text"])
+
+    def _ask_again(self, frame: bytes) -> dict[str, Any]:
+        """The child's reply; where others killed it, at work or before, that of the next one."""
+        try:
+            return self._ask(frame)
+        except ProcessKilled:
+            return self._ask(frame)
+
+    def _ask(self, frame: bytes) -> dict[str, Any]:
         if self._closed or self._broken is not None:
             raise RequestError(self._broken or "the chat template was closed")
         if self._child is None:
             self._child = self._start()
         try:
-            reply = self._child.ask(frame, self._limits.wall_s)
-        except RenderingStopped as failure:
+            return self._child.ask(frame, self._limits.wall_s)
+        except RenderingStopped:
             self._drop_child()
-            raise RequestError(f"the model's chat template was stopped: {failure}") from None
-        if "error" in reply:
-            raise RequestError(f"the model's chat template: {reply['error']}")
-        return str(reply["text"])
+            raise
 
     def _start(self) -> TemplateProcess:
         """A child that has compiled the template. A template that does not compile is remembered, not tried again."""

@@ -15,10 +15,17 @@ from llamaclust.model.template_frames import FRAME_LENGTH
 
 _KEPT_VARIABLES = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "TZ", "LANG", "LC_ALL")
 """What Python needs to start, and templates to tell the date; keys and tokens stay here."""
+_OTHERS_SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP)
+_END_S = 1.0
+"""From the last byte of the child to its end."""
 
 
 class RenderingStopped(Exception):
     """The child ended, or did not answer in time; the message says how."""
+
+
+class ProcessKilled(RenderingStopped):
+    """Somebody else ended the child: nothing that a template does."""
 
 
 class TemplateProcess:
@@ -54,7 +61,7 @@ class TemplateProcess:
         except TimeoutError:
             raise RenderingStopped(f"it did not end within {timeout_s:g} s") from None
         except (BrokenPipeError, EOFError):
-            raise RenderingStopped(self._last_words()) from None
+            raise self._ending() from None
         return reply
 
     def stop(self) -> None:
@@ -66,12 +73,17 @@ class TemplateProcess:
         self._process.kill()
         self._process.communicate()
 
-    def _last_words(self) -> str:
-        self._process.kill()
-        code = self._process.wait()
+    def _ending(self) -> RenderingStopped:
+        """How the child ended, which has closed its pipes."""
+        try:
+            code = self._process.wait(_END_S)
+        except subprocess.TimeoutExpired:
+            return RenderingStopped("its process does not answer")
+        if -code in _OTHERS_SIGNALS:
+            return ProcessKilled(f"its process was killed by {signal.Signals(-code).name}")
         if code == -signal.SIGXCPU:
-            return "it used more CPU time than a template may"
-        return "it crashed the process that rendered it"
+            return RenderingStopped("it used more CPU time than a template may")
+        return RenderingStopped("it crashed the process that rendered it")
 
     def _write(self, data: bytes, deadline: float) -> None:
         rest = memoryview(data)

@@ -134,10 +134,43 @@ def test_renders_are_not_charged_for_the_time_of_earlier_ones() -> None:
             assert template.render(HELLO) == "ok"
 
 
-def test_a_killed_process_is_replaced(chatml: ChatTemplate) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_process_that_others_killed_is_replaced_unnoticed(chatml: ChatTemplate, number: int) -> None:
     expected = chatml.render(HELLO)
-    os.kill(child_pid(chatml), signal.SIGKILL)
-    with pytest.raises(RequestError, match="crashed"):
+    for _ in range(3):
+        os.kill(child_pid(chatml), number)
+        assert chatml.render(HELLO) == expected
+
+
+def test_a_process_that_was_gone_before_the_render_is_replaced_unnoticed(chatml: ChatTemplate) -> None:
+    expected = chatml.render(HELLO)
+    pid = child_pid(chatml)
+    os.kill(pid, signal.SIGKILL)
+    while alive(pid):
+        time.sleep(0.001)
+    assert chatml.render(HELLO) == expected
+
+
+def test_a_process_that_is_killed_at_every_render_is_an_error() -> None:
+    with ChatTemplate(FOR_EVER, "", "") as template, ThreadPoolExecutor(1) as threads:
+        running = threads.submit(template.render, HELLO)
+        killed = []
+        while not running.done():
+            pid = None if template._child is None else template._child.pid
+            if pid is not None and pid not in killed:
+                os.kill(pid, signal.SIGKILL)
+                killed.append(pid)
+            time.sleep(0.001)
+        with pytest.raises(RequestError, match="killed by SIGKILL"):
+            running.result()
+        assert len(killed) == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGSEGV, signal.SIGXCPU])
+def test_what_a_template_does_to_its_process_is_an_error(chatml: ChatTemplate, number: int) -> None:
+    expected = chatml.render(HELLO)
+    os.kill(child_pid(chatml), number)
+    with pytest.raises(RequestError, match=r"crashed|CPU time"):
         chatml.render(HELLO)
     assert chatml.render(HELLO) == expected
 

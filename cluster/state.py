@@ -6,21 +6,24 @@ A cluster's lie under `<state_dir>/<cluster name>/`, measurements in `<state_dir
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
+import threading
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from llamaclust.cluster.config import environment
-from llamaclust.errors import UsageError
+from llamaclust.cluster.file_lock import FileLock, is_locked
+from llamaclust.errors import LlamaclustError, UsageError
 
 _MEASUREMENTS = ".measurements.json"  # no cluster's name begins with a dot
 _ELSEWHERE = ".elsewhere"
 _PROBE_S = 0.05
 """Longer than whoever looks whether a cluster runs has its lock."""
+_LOOK_S = 0.5
+"""Between two looks whether a running cluster's folder is still there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +47,10 @@ class Measurement:
 
 @dataclass(frozen=True, slots=True)
 class ClusterDir:
-    """The folder of one cluster name."""
+    """The folder of one cluster name, and what this process has written into it."""
 
     path: Path
+    _published: list[ClusterRecord] = field(default_factory=list, init=False, compare=False, repr=False)
 
     @property
     def logs(self) -> Path:
@@ -74,17 +78,41 @@ class ClusterDir:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Holds the cluster's name for this process; the kernel releases it however the process ends."""
+        """Holds the cluster's name for this process; what somebody deletes meanwhile comes back."""
         self.create()
-        descriptor = os.open(self._lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        lock = FileLock(self._lock)
         try:
-            if not _lock(descriptor, fcntl.LOCK_EX):
+            if not lock.take():
                 time.sleep(_PROBE_S)
-                if not _lock(descriptor, fcntl.LOCK_EX):
+                if not lock.take():
                     raise UsageError(self._taken())
+            with self._watched(lock):
+                yield
+        finally:
+            lock.release()
+
+    @contextlib.contextmanager
+    def _watched(self, lock: FileLock) -> Iterator[None]:
+        """Somebody may delete the folder under a cluster: without lock and record nobody would find it any more, and a
+        second one could take its name."""
+        end = threading.Event()
+        watch = threading.Thread(target=self._bring_back, args=(lock, end), name="state", daemon=True)
+        watch.start()
+        try:
             yield
         finally:
-            os.close(descriptor)
+            end.set()
+            watch.join()
+
+    def _bring_back(self, lock: FileLock, end: threading.Event) -> None:
+        """Until `end`. Where it fails, as on a full disk or while another has the name, it is tried again."""
+        while not end.wait(_LOOK_S):
+            with contextlib.suppress(OSError, LlamaclustError):
+                if not lock.is_held:
+                    self.create()
+                    if lock.take():
+                        for record in tuple(self._published):
+                            self.write_record(record)
 
     def _taken(self) -> str:
         record = self.read_record()
@@ -97,18 +125,12 @@ class ClusterDir:
     @property
     def is_running(self) -> bool:
         """Whether a process holds the lock now."""
-        try:
-            descriptor = os.open(self._lock, os.O_RDWR | os.O_CLOEXEC)
-        except OSError:
-            return False
-        try:
-            return not _lock(descriptor, fcntl.LOCK_SH)
-        finally:
-            os.close(descriptor)
+        return is_locked(self._lock)
 
     def write_record(self, record: ClusterRecord) -> None:
         """From now on other processes find the cluster, through a link where they would not look in its folder."""
         write_private(self._record, json.dumps(asdict(record)))
+        self._published[:] = [record]
         if self._link is not None:
             with contextlib.suppress(OSError):  # it serves all the same
                 self._link.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -127,6 +149,11 @@ class ClusterDir:
             return None
 
     def remove_record(self) -> None:
+        """At the end of a cluster. Another one that runs under its name meanwhile stays to be found."""
+        self._published.clear()
+        record = self.read_record()
+        if record is not None and record.pid != os.getpid() and self.is_running:
+            return
         self._record.unlink(missing_ok=True)
         if self._link is not None:
             with contextlib.suppress(OSError):
@@ -149,22 +176,22 @@ def read_measurements(state_dir: Path) -> dict[str, Measurement]:
         return {}
 
 
-def _lock(descriptor: int, kind: int) -> bool:
-    """Whether the lock could be had at once."""
-    try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
 def write_private(path: Path, text: str) -> None:
-    """Writes a file of mode 0600 so that a reader sees the old text or the new, never a part."""
+    """Writes a file of mode 0600 so that a reader sees the old text or the new, never a part.
+
+    LlamaclustError that names the file where it cannot be written, as on a full disk; nothing new stays then.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(text)
-    temporary.replace(path)
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(text)
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        what = f"{path}: cannot be written: {error.strerror}"
+        raise LlamaclustError(f"{what}; make room, or set `state_dir:` or LLAMACLUST_STATE_DIR") from error
 
 
 def running_clusters(state_dir: Path) -> dict[str, tuple[ClusterDir, ClusterRecord]]:

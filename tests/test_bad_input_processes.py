@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -173,4 +174,18 @@ def test_a_worker_that_hangs_is_lost_by_name(line: CommandLine) -> None:
         assert reply.status_code == 503
         assert "worker a (layers [0, 2)) is lost: no sign of life for 1 s" in reply.json()["error"]["message"]
         assert line.run("down").code == 0
+    nothing_left(line)
+
+
+def test_a_cluster_whose_state_directory_is_deleted_is_found_again(line: CommandLine) -> None:
+    with line.cluster("good.gguf") as cluster:
+        record = line.cluster_dir("tiny") / "cluster.json"
+        shutil.rmtree(line.state_dir)
+        eventually(record.exists, 5.0, "the record again")
+        assert line.run("status", "--json").json["state"] == "ready"
+        assert cluster.http.post(COMPLETIONS, json={"prompt": "a", "max_tokens": 2}).status_code == 200
+        second = line.run("up", line.folder / "tiny.yaml")
+        assert second.code == 2 and "already running" in second.err
+        assert line.run("down").code == 0
+        assert cluster.command.wait().code == 0
     nothing_left(line)

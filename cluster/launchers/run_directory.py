@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from llamaclust.errors import UsageError
+from llamaclust.errors import LlamaclustError, UsageError
 from llamaclust.wire.token import ClusterToken
 
 _MAX_SOCKET_BYTES = 107
@@ -57,10 +57,17 @@ def run_directory(parent: Path) -> Iterator[RunDirectory]:
     else:
         path.mkdir(mode=0o700)
     try:
-        yield RunDirectory(path, ClusterToken.create(path / "token"))
+        yield RunDirectory(path, _new_token(path / "token"))
     finally:
         shutil.rmtree(path, ignore_errors=True)
         _clear(place)
+
+
+def _new_token(path: Path) -> ClusterToken:
+    try:
+        return ClusterToken.create(path)
+    except OSError as error:
+        raise LlamaclustError(f"{path}: cannot be written: {error.strerror}; make room there") from error
 
 
 def _clear(place: Path) -> None:

@@ -1,0 +1,62 @@
+"""A lock that is a file: one process has it, others see so, and the kernel releases it however its holder ends."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+
+
+class FileLock:
+    """The lock at a path, once `take` succeeded. A file that is deleted is no lock any more: take it anew."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._descriptor: int | None = None
+
+    def take(self) -> bool:
+        """Whether it could be had at once."""
+        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        if not _lock(descriptor, fcntl.LOCK_EX) or not _is_at(descriptor, self._path):
+            os.close(descriptor)
+            return False
+        self.release()
+        self._descriptor = descriptor
+        return True
+
+    @property
+    def is_held(self) -> bool:
+        """Whether others who look at the path find it locked by this one."""
+        return self._descriptor is not None and _is_at(self._descriptor, self._path)
+
+    def release(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the lock now. Who looks has a lock of its own for a moment."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        return not _lock(descriptor, fcntl.LOCK_SH)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, kind: int) -> bool:
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False

@@ -9,6 +9,7 @@ import typer
 
 from llamaclust.cli import given_text
 from llamaclust.cli.help import PlainCommand, PlainGroup
+from llamaclust.sizes import MIB
 
 if TYPE_CHECKING:
     from llamaclust.model.gguf import ModelFile
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(name="model", cls=PlainGroup, help="Fetch, list and look into model files.", no_args_is_help=True)
 
-_MIB = 1 << 20
 _TEXT_WIDTH = 100
 
 ModelArgument = Annotated[
@@ -139,4 +139,4 @@ def _one_line(value: object) -> str:
 
 
 def _mib(size_bytes: int) -> str:
-    return f"{size_bytes / _MIB:10,.2f} MiB"
+    return f"{size_bytes / MIB:10,.2f} MiB"

@@ -12,7 +12,7 @@ from llamaclust.cluster.shares import measurement_key, memory_shares, worker_spe
 from llamaclust.cluster.state import Measurement, read_measurements
 from llamaclust.model.loader import Model
 from llamaclust.tools.catalog import resolve_model
-from llamaclust.worker.devices import check_model, fingerprint
+from llamaclust.worker.devices import check_devices, fingerprint
 from llamaclust.worker.machine import available_memory_bytes, resident_bytes
 
 
@@ -20,8 +20,7 @@ def plan_of(file: Path | None, overrides: list[str]) -> Plan:
     """The plan of a cluster file. UsageError for a wrong file, DoesNotFitError with the missing MiB."""
     config = load_config(file, overrides)
     model = Model.open(resolve_model(config.model))
-    for device in {worker.device for worker in config.workers}:
-        check_model(device, model)
+    check_devices(((spec.device, spec.feature_level) for spec in worker_specs(config)), model)
     return plan_cluster(config, model, _memory(config), _measured(config))
 
 

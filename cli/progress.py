@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from llamaclust.sizes import MIB
+
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
     from llamaclust.tools.download import Progress as Told
 
-_MIB = 1 << 20
 _STEPS = 10
 _LINE_S = 10.0
 
@@ -59,5 +60,5 @@ class ProgressLines:
 
 def _line(what: str, done_bytes: int, total_bytes: int | None) -> str:
     if total_bytes:
-        return f"{what}: {done_bytes / _MIB:.1f} of {total_bytes / _MIB:.1f} MiB"
-    return f"{what}: {done_bytes / _MIB:.1f} MiB" if done_bytes else what
+        return f"{what}: {done_bytes / MIB:.1f} of {total_bytes / MIB:.1f} MiB"
+    return f"{what}: {done_bytes / MIB:.1f} MiB" if done_bytes else what

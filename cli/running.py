@@ -18,11 +18,11 @@ from llamaclust.cluster.api.settings import first_key
 from llamaclust.cluster.config import environment
 from llamaclust.cluster.state import ClusterDir, ClusterRecord, find_running, running_clusters
 from llamaclust.errors import LlamaclustError, UsageError
+from llamaclust.sizes import MIB
 
 _ANSWER_S = 10.0
 _DRAIN_S = 60.0
 _POLL_S = 0.05
-_MIB = 1 << 20
 
 
 def stop(name: str | None) -> None:
@@ -86,7 +86,7 @@ def _print_table(state: dict[str, Any]) -> None:
         table.add_column(title, justify="right")
     for worker in state["workers"]:
         layers = "-" if worker["layers"] is None else "[{}, {})".format(*worker["layers"])
-        figures = (f"{worker['memory_bytes'] / _MIB:.0f}", f"{worker['busy']:.0%}", f"{worker['tokens_per_s']:.1f}")
+        figures = (f"{worker['memory_bytes'] / MIB:.0f}", f"{worker['busy']:.0%}", f"{worker['tokens_per_s']:.1f}")
         table.add_row(worker["name"], str(worker["pid"]), worker["device"], layers, worker["state"], *figures)
     Console(highlight=False).print(table)
 

@@ -20,8 +20,8 @@ from llamaclust.cluster.events import (
     WorkerLoading,
     WorkerLost,
 )
+from llamaclust.sizes import MIB
 
-_MIB = 1 << 20
 _UNNAMED = ("default", "demo")
 """Names of clusters whose user chose none: their commands do without."""
 
@@ -98,7 +98,7 @@ class ClusterView:
         if bar is None:
             label = f"worker {event.worker}, layers {event.start}-{event.end - 1}"
             if self._progress.disable:
-                print(f"{label}: loading {event.total_bytes / _MIB:.1f} MiB", file=sys.stderr)
+                print(f"{label}: loading {event.total_bytes / MIB:.1f} MiB", file=sys.stderr)
             self._progress.start()
             bar = self._bars[event.worker] = self._progress.add_task(label, total=event.total_bytes)
         self._progress.update(bar, completed=event.done_bytes, total=event.total_bytes)

@@ -25,6 +25,7 @@ from llamaclust.kernels.backend import Float32
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.model.loader import Model
 from llamaclust.model.program import KV_BLOCK_TOKENS
+from llamaclust.sizes import missing
 from llamaclust.wire.control import StageLimits
 from llamaclust.wire.messages import (
     MAX_KV_BLOCKS,
@@ -42,7 +43,6 @@ _CONTEXT_TOKENS = 4096
 _EPOCH = 1
 _ROWS = 512
 _OUTPUTS = 256
-_MIB = 1 << 20
 _DEADLINES = EngineSettings(request_s=86_400.0, result_s=3_600.0)
 """No worker can be lost here, and a large model may take its time."""
 
@@ -207,7 +207,7 @@ def _limits(scheduling: SchedulerSettings, own: tuple[int, int]) -> StageLimits:
 
 def _check_memory(backend: CpuBackend, model: Model, limits: StageLimits) -> None:
     """Memory is taken as it is used: a model that is too large would end the process while it answers."""
-    needed, there = plan_memory(backend, model, 0, model.layer_count, limits).total_bytes, available_memory_bytes()
-    if needed > there:
-        what = f"{model.file.path} needs {needed // _MIB} MiB in this process, {there // _MIB} MiB are free"
-        raise DoesNotFitError(f"{what}: {(needed - there) // _MIB + 1} MiB are missing; take a smaller context_length")
+    planned, free_bytes = plan_memory(backend, model, 0, model.layer_count, limits), available_memory_bytes()
+    if planned.total_bytes > free_bytes:
+        what = f"{model.file.path} needs {missing(planned.parts, free_bytes)}"
+        raise DoesNotFitError(f"{what}; take a smaller context_length")

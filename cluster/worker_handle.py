@@ -88,7 +88,7 @@ class WorkerHandle:
         """What a request hears that was lost with this worker."""
         layers = f" (layers [{self.layers[0]}, {self.layers[1]}))" if self.layers else ""
         words = self._last_words()
-        last = f"; its last words: {words}" if words else ""
+        last = f"; its last words: {words}" if words else "; its log has no error"
         return WorkerError(f"worker {self.name}{layers} is lost: {self.loss or 'no reason is known'}{last}")
 
     async def load(self, order: Load, on_progress: OnProgress | None = None, deadline_s: float = _LOAD_S) -> Loaded:

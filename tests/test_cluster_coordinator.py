@@ -95,20 +95,27 @@ async def test_measurements_are_kept_for_every_cluster_of_the_machine(tiny: Path
     assert plan_of(file, ["workers.a.threads=2"]).token_ms is None
 
 
-def test_a_feature_level_that_is_not_there_is_refused_by_plan(
+def test_a_feature_level_that_is_not_there_is_refused_before_a_worker_starts(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     there = _native.available_levels()
     level = next(level for level in FEATURE_LEVELS if level not in there)
     monkeypatch.setenv("LLAMACLUST_FEATURE_LEVEL", level)
+    says = f"feature level {level!r} is not available on this machine; there is: {', '.join(there)}"
+
+    async def start() -> None:
+        async with opened(tiny, tmp_path):
+            pass
+
+    with pytest.raises(UsageError) as caught:
+        asyncio.run(start())
+    assert (str(caught.value), caught.value.exit_code) == (says, 2)
+    assert not list(tmp_path.rglob("*.log"))
     file = tmp_path / "cluster.yaml"
     file.write_text(json.dumps({"model": str(tiny), "state_dir": str(tmp_path), "workers": [{"name": "a"}]}))
     with pytest.raises(UsageError) as caught:
         plan_of(file, [])
-    assert caught.value.exit_code == 2
-    assert str(caught.value) == (
-        f"feature level {level!r} is not available on this machine; there is: {', '.join(there)}"
-    )
+    assert str(caught.value) == says
 
 
 @pytest.mark.parametrize(("workers", "refused"), [(1, False), (2, True)])

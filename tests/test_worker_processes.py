@@ -106,8 +106,7 @@ def test_a_killed_worker_is_an_error_that_names_it(model: Path, tmp_path: Path, 
             assert f"worker {victim} (layers [{start}, {end})) is lost: its process was killed by signal 9" in str(
                 caught.value
             )
-            assert "last words: " in str(caught.value)
-            assert "are loaded as epoch 1" in str(caught.value)
+            assert str(caught.value).endswith("; its log has no error")
             states = {name: worker.state for name, worker in cluster.registry.workers.items()}
             assert states == {
                 name: WorkerState.LOST if name == victim else WorkerState.READY for name in ("a", "b", "c")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from llamaclust.errors import UsageError
@@ -71,8 +72,17 @@ def fingerprint(kind: str, threads: int, feature_level: str) -> str:
     return f"{processor_name()}, {cores} cores, {threads} threads, {kind} {level}"
 
 
-def check_model(kind: str, model: Model) -> None:
-    """ModelFileError where it is clear without reading weights that a device of this kind cannot run the model."""
+def check_devices(devices: Iterable[tuple[str, str]], model: Model) -> None:
+    """What is clear of devices, each with its feature level, before a start and without reading weights.
+
+    UsageError for what this machine does not have, ModelFileError where a device cannot run the model.
+    """
+    for kind, feature_level in sorted(set(devices)):
+        _backend(kind, 1, feature_level)
+        _check_model(kind, model)
+
+
+def _check_model(kind: str, model: Model) -> None:
     if kind == "cpu":
         from llamaclust.kernels.cpu.weights import check_weights
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from llamaclust.errors import DoesNotFitError, ModelFileError
 from llamaclust.model.loader import Model
+from llamaclust.sizes import missing
 from llamaclust.wire.control import Load, LoadProgress
 from llamaclust.worker.devices import Device
 from llamaclust.worker.stage_runner import StageMemory, StageRunner, plan_memory
@@ -15,7 +16,6 @@ from llamaclust.worker.stage_runner import StageMemory, StageRunner, plan_memory
 Report = Callable[[LoadProgress], Awaitable[None]]
 
 _REPORT_S = 0.1
-_MIB = 1 << 20
 
 
 async def load_stage(order: Load, device: Device, report: Report) -> StageRunner:
@@ -58,18 +58,5 @@ def _open(order: Load) -> Model:
 
 
 def _check_memory(order: Load, planned: StageMemory, free_bytes: int) -> None:
-    if planned.total_bytes <= free_bytes:
-        return
-    parts = ", ".join(
-        f"{what} {-(-size // _MIB)}"
-        for what, size in (
-            ("weights", planned.weight_bytes),
-            ("KV memory", planned.kv_bytes),
-            ("workspace", planned.workspace_bytes),
-        )
-    )
-    needed, missing = -(-planned.total_bytes // _MIB), -(-(planned.total_bytes - free_bytes) // _MIB)
-    raise DoesNotFitError(
-        f"layers [{order.start}, {order.end}) need {needed} MiB ({parts}), {free_bytes // _MIB} MiB are free: "
-        f"{missing} MiB are missing"
-    )
+    if planned.total_bytes > free_bytes:
+        raise DoesNotFitError(f"layers [{order.start}, {order.end}) need {missing(planned.parts, free_bytes)}")

@@ -23,6 +23,11 @@ class StageMemory:
     workspace_bytes: int
 
     @property
+    def parts(self) -> dict[str, int]:
+        """By name, for messages."""
+        return {"weights": self.weight_bytes, "KV memory": self.kv_bytes, "workspace": self.workspace_bytes}
+
+    @property
     def total_bytes(self) -> int:
         return self.weight_bytes + self.kv_bytes + self.workspace_bytes
 

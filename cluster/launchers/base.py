@@ -27,7 +27,7 @@ class Launcher(Protocol):
     """Workers of one cluster, from start to stop."""
 
     def check(self, workers: Sequence[WorkerSpec], model: Model) -> None:
-        """ModelFileError where it is known before a start that one of the workers cannot run the model."""
+        """UsageError or ModelFileError where it is known before a start that a worker cannot run the model."""
         ...
 
     async def start(self, workers: Sequence[WorkerSpec], join: str, exited: Exited) -> None:
@@ -43,5 +43,5 @@ class Launcher(Protocol):
         ...
 
     def last_words(self, name: str) -> str:
-        """The last line that a worker logged; empty where there is none."""
+        """The last trouble that a worker logged; empty where there was none."""
         ...

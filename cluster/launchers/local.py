@@ -11,15 +11,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from llamaclust.cluster.last_words import last_words
 from llamaclust.cluster.launchers.base import Exited, WorkerSpec
 from llamaclust.cluster.launchers.run_directory import RunDirectory
 from llamaclust.model.loader import Model
-from llamaclust.wire.bounds import line
-from llamaclust.worker.devices import check_model
+from llamaclust.worker.devices import check_devices
 from llamaclust.worker.machine import available_memory_bytes
 
 _GRACE_S = 1.0
-_LAST_WORDS_BYTES = 4096
 _INHERITED = ("PATH", "HOME", "LANG", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV")
 _INHERITED_PREFIXES = ("LC_", "PYTHON", "GRPC_", "ASAN_", "TSAN_", "UBSAN_")
 
@@ -39,8 +38,7 @@ class LocalLauncher:
         return {name: process.pid for name, process in self._processes.items() if process.returncode is None}
 
     def check(self, workers: Sequence[WorkerSpec], model: Model) -> None:
-        for device in {worker.device for worker in workers}:
-            check_model(device, model)
+        check_devices(((worker.device, worker.feature_level) for worker in workers), model)
 
     async def start(self, workers: Sequence[WorkerSpec], join: str, exited: Exited) -> None:
         for spec in workers:
@@ -63,13 +61,7 @@ class LocalLauncher:
         return available_memory_bytes()
 
     def last_words(self, name: str) -> str:
-        try:
-            with self._log_file(name).open("rb") as file:
-                file.seek(max(0, os.fstat(file.fileno()).st_size - _LAST_WORDS_BYTES))
-                lines = file.read(_LAST_WORDS_BYTES).decode("utf-8", "replace").splitlines()
-        except OSError:
-            return ""
-        return next((line("last words", text) for text in reversed(lines) if text.strip()), "")
+        return last_words(self._log_file(name))
 
     def _log_file(self, name: str) -> Path:
         return self._logs / f"{name}.log"

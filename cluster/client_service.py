@@ -54,10 +54,8 @@ class ServiceThread:
             return future.result()
         except CancelledError as error:
             raise LlamaclustError(_CLOSED) from error
-        except BaseException:
-            future.cancel()
-            raise
         finally:
+            future.cancel()  # where the caller was interrupted
             self._pending.discard(future)
 
     def finish(self, work: Coroutine[Any, Any, None]) -> None:
@@ -91,7 +89,7 @@ async def _serve(
         async with open_service() as service:
             ready.set_result((asyncio.get_running_loop(), stop, service))
             await stop.wait()
-    except BaseException as error:
+    except BaseException as error:  # the thread's border: whoever waits is told
         if ready.done():
             raise
         ready.set_exception(error)

@@ -58,14 +58,19 @@ def test_a_stream_shows_signs_of_life(path: str) -> None:
     check()
 
 
-@pytest.mark.parametrize("path", PATHS)
+ASKED = [*((path, {}) for path in PATHS), *((path, {"n": 3}) for path in PATHS[:2])]
+
+
+@pytest.mark.parametrize(("path", "fields"), ASKED)
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_goes_away_frees_its_memory(path: str, stream: bool) -> None:
+def test_a_client_that_goes_away_frees_its_memory(path: str, fields: dict[str, Any], stream: bool) -> None:
+    """While its prompt is computed."""
+
     @run_async
     async def check() -> None:
         async with served(first_chunk_s=5) as (engine, pipeline, http):
             pipeline.gate.clear()
-            task = asyncio.create_task(http.post(path, json=body_of(path, stream=stream)))
+            task = asyncio.create_task(http.post(path, json=body_of(path, stream=stream, **fields)))
             await until(lambda: engine.scheduler.counts.kv_blocks_held > 0)
             task.cancel()
             await until(lambda: is_idle(engine))
@@ -75,15 +80,32 @@ def test_a_client_that_goes_away_frees_its_memory(path: str, stream: bool) -> No
     check()
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_a_client_that_goes_away_in_the_middle_of_a_stream(path: str) -> None:
+@pytest.mark.parametrize(("path", "fields"), ASKED)
+def test_a_client_that_goes_away_in_the_middle_of_a_stream(path: str, fields: dict[str, Any]) -> None:
     @run_async
     async def check() -> None:
         async with served() as (engine, pipeline, http):
-            async with http.stream("POST", path, json=body_of(path, stream=True)) as reply:
+            async with http.stream("POST", path, json=body_of(path, stream=True, **fields)) as reply:
                 await anext(reply.aiter_lines())
                 pipeline.gate.clear()
-                await until(lambda: engine.scheduler.counts.kv_blocks_held > 0)
+                await until(lambda: engine.scheduler.counts.running == fields.get("n", 1))
+                assert engine.scheduler.counts.kv_blocks_held > 0
+            await until(lambda: is_idle(engine))
+            pipeline.gate.set()
+
+    check()
+
+
+@pytest.mark.parametrize(("path", "fields"), ASKED)
+def test_a_client_that_goes_away_before_its_whole_answer_is_there(path: str, fields: dict[str, Any]) -> None:
+    @run_async
+    async def check() -> None:
+        async with served() as (engine, pipeline, http):
+            task = asyncio.create_task(http.post(path, json=body_of(path, **fields)))
+            await until(lambda: engine.scheduler.counts.running == fields.get("n", 1))
+            pipeline.gate.clear()
+            assert engine.scheduler.counts.kv_blocks_held > 0
+            task.cancel()
             await until(lambda: is_idle(engine))
             pipeline.gate.set()
 

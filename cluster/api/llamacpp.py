@@ -22,7 +22,7 @@ from llamaclust.cluster.api.llamacpp_schema import (
 from llamaclust.cluster.api.llamacpp_shapes import LlamaCppShape, piece_entry
 from llamaclust.cluster.api.neutral import LLAMACPP, SAMPLER_ORDER, SAMPLERS_NOT_BUILT, TEMPLATE
 from llamaclust.cluster.api.settings import ApiSettings
-from llamaclust.cluster.api.sse import WAITING, EventResponse, event, unless_disconnected
+from llamaclust.cluster.api.sse import WAITING, begin_events, event, unless_disconnected
 from llamaclust.cluster.text import TextService
 from llamaclust.cluster.text_answer import collect
 from llamaclust.cluster.text_request import MAX_LOGIT_BIASES, CompletionRequest, ParameterError
@@ -43,7 +43,8 @@ class LlamaCppEndpoints:
         stream = await self._service.start(await self._request(body))
         shape = LlamaCppShape(self._service, body, stream)
         if body.stream:
-            return await self._respond_stream(request, stream, shape)
+            first = stream.wait_first(self._settings.first_chunk_s)
+            return await begin_events(request, first, self._events(stream, shape), stream.aclose)
         try:
             answers = await unless_disconnected(request, collect(stream))
             return JsonResponse(shape.whole(answers[0]))
@@ -68,14 +69,6 @@ class LlamaCppEndpoints:
         body = await read_body(request, TemplateBody, TEMPLATE, self._settings)
         messages = [message.as_variables() for message in body.messages]
         return JsonResponse({"prompt": await self._service.chat_text(messages, body.chat_template_kwargs)})
-
-    async def _respond_stream(self, request: Request, stream: CompletionStream, shape: LlamaCppShape) -> Response:
-        try:
-            await unless_disconnected(request, stream.wait_first(self._settings.first_chunk_s))
-        except BaseException:
-            await stream.aclose()
-            raise
-        return EventResponse(self._events(stream, shape), stream.aclose)
 
     async def _events(self, stream: CompletionStream, shape: LlamaCppShape) -> AsyncGenerator[bytes, None]:
         async for chunk in chunks_or_silence(stream, self._settings.keepalive_s):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -14,7 +15,7 @@ from starlette.responses import Response
 from llamaclust.cluster.api.errors import JsonResponse
 from llamaclust.cluster.api.openai_shapes import FINGERPRINT, usage
 from llamaclust.cluster.api.settings import ApiSettings
-from llamaclust.cluster.api.sse import DONE, WAITING, EventResponse, event, unless_disconnected
+from llamaclust.cluster.api.sse import DONE, WAITING, begin_events, event, unless_disconnected
 from llamaclust.cluster.requests import Timings
 from llamaclust.cluster.text import TextService
 from llamaclust.cluster.text_answer import Answer, collect
@@ -57,18 +58,18 @@ class OpenAiRun:
 
     async def start(self, requests: Sequence[CompletionRequest]) -> None:
         """Submits all prompts, with one seed; where one is refused, none stays."""
-        try:
+        async with AsyncExitStack() as cleanup:
+            cleanup.push_async_callback(self.close)
             for request in requests:
                 seed = self.streams[0].seed if self.streams else request.seed
                 self.streams.append(await self._service.start(replace(request, seed=seed)))
-        except BaseException:
-            await self.close()
-            raise
+            cleanup.pop_all()
 
     async def respond(self, request: Request, is_stream: bool, with_usage: bool) -> Response:
         """The reply, or its beginning where it is streamed. Whatever happens, nothing runs on when it ends."""
         if is_stream:
-            return await self._respond_stream(request, with_usage)
+            first = self.streams[0].wait_first(self._settings.first_chunk_s)
+            return await begin_events(request, first, self._events(with_usage), self.close)
         try:
             return JsonResponse(await unless_disconnected(request, self._whole()))
         finally:
@@ -88,15 +89,6 @@ class OpenAiRun:
         tokens = sum(len(answer.rows) for prompt_answers in answers for answer in prompt_answers)
         counts = self._usage(tokens, [prompt_answers[0].timings for prompt_answers in answers])
         return {**self._reply(self._shape.whole_object, choices), "usage": counts}
-
-    async def _respond_stream(self, request: Request, with_usage: bool) -> Response:
-        """Failures within the first moments still get a status of their own."""
-        try:
-            await unless_disconnected(request, self.streams[0].wait_first(self._settings.first_chunk_s))
-        except BaseException:
-            await self.close()
-            raise
-        return EventResponse(self._events(with_usage), self.close)
 
     def _reply(self, kind: str, choices: list[Choice]) -> dict[str, Any]:
         return {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import AsyncExitStack
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
@@ -55,6 +56,18 @@ class EventResponse(Response):
                 yield data
         except LlamaclustError as error:
             yield event(error_body(error))
+
+
+async def begin_events(
+    request: Request, first: Awaitable[None], events: AsyncGenerator[bytes, None], close: Callable[[], Awaitable[None]]
+) -> EventResponse:
+    """A stream's reply once there is something to say: what fails before gets a status of its own. `close` is run at
+    the reply's end, or here where there will be none."""
+    async with AsyncExitStack() as cleanup:
+        cleanup.push_async_callback(close)
+        await unless_disconnected(request, first)
+        cleanup.pop_all()
+    return EventResponse(events, close)
 
 
 async def unless_disconnected(request: Request, work: Awaitable[_Value]) -> _Value:

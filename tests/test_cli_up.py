@@ -79,7 +79,8 @@ def test_a_lost_worker_of_a_detached_cluster_is_in_its_log(line: CommandLine) ->
 
 def test_ctrl_c_says_what_it_waits_for_and_a_second_one_waits_no_more(line: CommandLine) -> None:
     with line.cluster("good.gguf") as cluster, cluster.http.stream("POST", "/v1/completions", json=LONG) as reply:
-        assert next(reply.iter_raw())
+        parts = reply.iter_raw()  # held, for dropping it is to go away
+        assert next(parts)
         os.kill(cluster.worker_pids["b"], signal.SIGSTOP)  # so that the request is not finished before
         cluster.command.press_ctrl_c()
         cluster.command.says("stopping: 1 request is finished first, for 30 s at most; Ctrl-C again stops at once")

@@ -1,28 +1,29 @@
-"""A client of a text service in this process, which runs in an event loop on a thread of its own."""
+"""A client of a text service in this process, which runs in an event loop on a thread of its own. It asks with the
+HTTP API's bodies, so that both are checked alike."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
 import weakref
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import AbstractAsyncContextManager, suppress
 from typing import Any, TypeVar
 
-from llamaclust.cluster.api.openai_shapes import json_logprob
+from llamaclust.cluster.api.openai_schema import ChatBody, CompletionBody
+from llamaclust.cluster.api.schema import read_fields
 from llamaclust.cluster.client_base import Prompt, TextClient
 from llamaclust.cluster.client_types import Chunk, Message, Settings
+from llamaclust.cluster.client_wire import chat_body, completion_body
 from llamaclust.cluster.text import TextService
-from llamaclust.cluster.text_choice import TextChunk
+from llamaclust.cluster.text_choice import TextChunk, json_logprob
 from llamaclust.cluster.text_request import CompletionRequest, ParameterError
 from llamaclust.cluster.text_stream import CompletionStream
 from llamaclust.errors import LlamaclustError
-from llamaclust.wire.messages import SamplingParams
 
 OpenService = Callable[[], AbstractAsyncContextManager[TextService]]
 
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 _CLOSED = "the client is closed"
 _Value = TypeVar("_Value")
 
@@ -115,14 +116,17 @@ class ServiceClient(TextClient):
 
     def _complete(self, prompt: Prompt, settings: Settings, score_from: int | None) -> Generator[Chunk, None, None]:
         async def request() -> CompletionRequest:
-            return _request(prompt, settings, score_from)
+            requests = read_fields(CompletionBody, completion_body(prompt, settings, score_from)).requests()
+            if len(requests) != 1:
+                raise ParameterError("prompt", f"{len(requests)} prompts in one call; give them one by one")
+            return requests[0]
 
         return self._stream(request)
 
     def _chat(self, messages: Sequence[Message], settings: Settings) -> Generator[Chunk, None, None]:
         async def request() -> CompletionRequest:
-            prompt = await self._service.chat_prompt(list(map(_message, messages, range(len(messages)))))
-            return _request(prompt, settings, None)
+            body = read_fields(ChatBody, chat_body(messages, settings))
+            return body.request(await self._service.chat_prompt(body.variables), body.most_tokens, body.top)
 
         return self._stream(request)
 
@@ -152,41 +156,3 @@ def _chunk(chunk: TextChunk) -> Chunk:
         finish_reason=None if chunk.finish_reason is None else str(chunk.finish_reason),
         timings=chunk.timings,
     )
-
-
-def _request(prompt: Prompt, settings: Settings, score_from: int | None) -> CompletionRequest:
-    return CompletionRequest(
-        prompt if isinstance(prompt, str) else tuple(prompt),
-        settings.max_tokens,
-        _sampling(settings),
-        seed=settings.seed,
-        stop=settings.stop_strings,
-        stop_token_ids=frozenset(settings.stop_token_ids),
-        min_tokens=settings.min_tokens,
-        ignore_eos=settings.ignore_eos,
-        score_from=score_from,
-        penalty_window=settings.penalty_window,
-    )
-
-
-def _sampling(settings: Settings) -> SamplingParams:
-    return SamplingParams(
-        temperature=settings.temperature,
-        top_k=settings.top_k,
-        top_p=settings.top_p,
-        min_p=settings.min_p,
-        repetition_penalty=settings.repetition_penalty,
-        frequency_penalty=settings.frequency_penalty,
-        presence_penalty=settings.presence_penalty,
-        logit_bias=tuple(sorted(settings.logit_bias.items())),
-    )
-
-
-def _message(message: Mapping[str, Any], place: int) -> dict[str, str]:
-    """A message as chat templates know it, checked as the HTTP API does. ParameterError names its place."""
-    role, content, name = message.get("role"), message.get("content"), message.get("name")
-    if role not in _ROLES:
-        raise ParameterError(f"messages[{place}]", f"role must be one of {', '.join(_ROLES)}, is {str(role)[:60]!r}")
-    if not isinstance(content, str):
-        raise ParameterError(f"messages[{place}]", "content must be a string")
-    return {"role": _ROLES[role], "content": content} | ({"name": name} if isinstance(name, str) else {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from llamaclust.cluster.requests import Event, Finished, FinishReason, PromptScored, Timings, TokenChosen
@@ -9,6 +10,13 @@ from llamaclust.cluster.text_stop import StopStrings
 from llamaclust.model.detokenizer import Detokenizer
 from llamaclust.model.tokenizer import Tokenizer
 from llamaclust.wire.messages import RowResult
+
+_LEAST_LOGPROB = -9999.0
+
+
+def json_logprob(value: float) -> float:
+    """A float32 logprob, whole: reading it gives the same float32. Minus infinity, which JSON lacks, as -9999."""
+    return value if math.isfinite(value) else _LEAST_LOGPROB
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -135,6 +136,51 @@ async def test_http_gives_the_same_bits(client: LocalClient, tiny: Path) -> None
             assert await asyncio.to_thread(_answers, remote) == _answers(client)
 
 
+def _refusals(client: Client | LocalClient) -> list[str]:
+    options: list[Options] = [
+        {"temperature": -1.0},
+        {"top_k": -2},
+        {"top_p": 2.0},
+        {"repetition_penalty": 0.0},
+        {"penalty_window": -7},
+        {"logit_bias": {5: 1000.0}},
+        {"logit_bias": {400: 1.0}},
+        {"stop": ""},
+        {"stop_token_ids": [400]},
+        {"min_tokens": 5, "max_tokens": 4},
+        {"seed": 1 << 64},
+    ]
+    chats: list[list[dict[str, object]]] = [
+        [],
+        [CHAT[0], {"role": "tool", "content": "x"}],
+        [{"role": "nobody", "content": "x"}],
+        [{"role": "user", "content": 5}],
+        [{"role": "user"}],
+        [{"role": "user", "content": "x", "name": 5}],
+        [{"role": "user", "content": "x", "mood": "good"}],
+    ]
+    calls: list[Callable[[], object]] = [
+        *(partial(client.generate, "x", **chosen) for chosen in options),
+        *(partial(client.chat, messages) for messages in chats),
+        partial(client.generate, [5] * 700),
+        partial(client.generate, []),
+        partial(client.generate, "x", score_from=-1),
+    ]
+    messages = []
+    for call in calls:
+        with pytest.raises(RequestError) as caught:
+            call()
+        messages.append(str(caught.value))
+    return messages
+
+
+@run_async
+async def test_http_refuses_in_the_same_words(client: LocalClient, tiny: Path) -> None:
+    async with http(tiny) as url:
+        with Client(url) as remote:
+            assert await asyncio.to_thread(_refusals, remote) == _refusals(client)
+
+
 def test_a_stream_that_is_left_frees_its_memory(tiny: Path) -> None:
     settings = LocalSettings(context_length=64, max_sequences=1, kv_blocks=4)
     with LocalClient(tiny, 1, settings=settings) as client:
@@ -162,10 +208,12 @@ def test_mistakes_are_named(client: LocalClient) -> None:
         client.generate("x", temperature=float("nan"))
     with pytest.raises(RequestError, match="context length is 640"):
         client.generate([5] * 700)
-    with pytest.raises(RequestError, match=r"messages\[1\]: role"):
+    with pytest.raises(RequestError, match=r"messages\[1\]: messages of role 'tool'"):
         client.chat([CHAT[0], {"role": "tool", "content": "x"}])
     with pytest.raises(RequestError, match=r"messages\[0\]: content"):
         client.chat([{"role": "user", "content": 5}])
+    with pytest.raises(RequestError, match="2 prompts in one call"):
+        client.generate(["a", "b"])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,9 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
-from llamaclust.cluster.api.body import Body
 from llamaclust.cluster.api.fields import StopField, is_int
 from llamaclust.cluster.api.openai_schema import MessagesField
+from llamaclust.cluster.api.schema import Body
 from llamaclust.wire.messages import MAX_CONTEXT_TOKENS, MAX_TOP_LOGPROBS, SamplingParams
 from llamaclust.wire.sampling_bounds import MAX_PENALTY
 

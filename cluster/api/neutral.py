@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from llamaclust.cluster.api.body import Neutral
+from llamaclust.cluster.api.schema import Neutral
 
 
 def only(*values: Any) -> Neutral:

@@ -40,8 +40,7 @@ class ChatEndpoint:
 
     async def _request(self, body: ChatBody) -> CompletionRequest:
         max_tokens, top = body.most_tokens, body.top
-        messages = [message.as_variables() for message in body.messages]
-        prompt = await self._service.chat_prompt(messages, body.chat_template_kwargs)
+        prompt = await self._service.chat_prompt(body.variables, body.chat_template_kwargs)
         return body.request(prompt, max_tokens, top)
 
 

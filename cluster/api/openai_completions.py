@@ -9,7 +9,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from llamaclust.cluster.api.body import read_body
-from llamaclust.cluster.api.fields import Prompt
 from llamaclust.cluster.api.neutral import COMPLETION
 from llamaclust.cluster.api.openai_logprobs import (
     NO_ECHO,
@@ -26,7 +25,7 @@ from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.text import TextService
 from llamaclust.cluster.text_answer import Answer
 from llamaclust.cluster.text_choice import TextChunk
-from llamaclust.cluster.text_request import MAX_CHOICES, CompletionRequest, ParameterError
+from llamaclust.cluster.text_request import MAX_CHOICES, ParameterError
 from llamaclust.cluster.text_stream import CompletionStream
 
 
@@ -42,7 +41,7 @@ class CompletionEndpoint:
         check_model(body.model, self._service)
         _check(body)
         run = OpenAiRun(self._service, self._settings, _CompletionShape(self._service, body))
-        await run.start([_request(body, prompt) for prompt in body.prompt])
+        await run.start(body.requests())
         return await run.respond(request, body.stream, body.includes_usage)
 
 
@@ -56,17 +55,6 @@ def _check(body: CompletionBody) -> None:
         raise ParameterError(
             "n", f"{len(body.prompt)} prompts with {body.n} answers each; at most {MAX_CHOICES} in all"
         )
-
-
-def _request(body: CompletionBody, prompt: Prompt) -> CompletionRequest:
-    return body.request(
-        prompt,
-        body.max_tokens,
-        body.logprobs or 0,
-        score_from=(body.score_from or 0) if body.echo and body.logprobs is not None else None,
-        add_special=body.add_special_tokens,
-        parse_special=body.parse_special,
-    )
 
 
 class _CompletionShape:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llamaclust.cluster.api.fields import Prompt
-from llamaclust.cluster.api.openai_shapes import json_logprob
+from llamaclust.cluster.text_choice import json_logprob
 from llamaclust.cluster.text_stream import CompletionStream
 from llamaclust.model.detokenizer import Detokenizer
 from llamaclust.model.tokenizer import Tokenizer

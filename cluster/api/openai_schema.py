@@ -6,9 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from llamaclust.cluster.api.body import Body, validate, without_neutral
 from llamaclust.cluster.api.fields import BiasField, ContentField, Prompt, PromptsField, StopField
 from llamaclust.cluster.api.neutral import MESSAGE
+from llamaclust.cluster.api.schema import Body, read_fields
 from llamaclust.cluster.text_request import MAX_STOP_TOKENS, CompletionRequest, ParameterError
 from llamaclust.wire.messages import MAX_CONTEXT_TOKENS, MAX_TOP_LOGPROBS, SamplingParams
 
@@ -48,7 +48,7 @@ def _message(value: Any) -> Any:
     if value.get("role") in ("tool", "function"):
         raise ValueError(f"messages of role {value['role']!r} are not supported: there are no tools yet")
     try:
-        message = validate(Message, without_neutral(value, MESSAGE))
+        message = read_fields(Message, value, MESSAGE)
     except ParameterError as error:
         raise ValueError(str(error)) from error
     if "content" not in message.model_fields_set and message.role != "assistant":
@@ -156,6 +156,11 @@ class ChatBody(_Sampling):
     """More variables for the chat template."""
 
     @property
+    def variables(self) -> list[dict[str, str]]:
+        """The messages as chat templates know them."""
+        return [message.as_variables() for message in self.messages]
+
+    @property
     def most_tokens(self) -> int | None:
         """max_tokens under either name."""
         old, new = self.max_tokens, self.max_completion_tokens
@@ -189,3 +194,9 @@ class CompletionBody(_Sampling):
     """BOS where the model wants it."""
     parse_special: bool = True
     """Control words in a prompt's text become their tokens."""
+
+    def requests(self) -> list[CompletionRequest]:
+        """A completion for each prompt."""
+        score_from = (self.score_from or 0) if self.echo and self.logprobs is not None else None
+        more = {"score_from": score_from, "add_special": self.add_special_tokens, "parse_special": self.parse_special}
+        return [self.request(prompt, self.max_tokens, self.logprobs or 0, **more) for prompt in self.prompt]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -10,19 +9,12 @@ from typing import Any
 import llamaclust
 from llamaclust.cluster.requests import Timings
 from llamaclust.cluster.text_answer import Answer
-from llamaclust.cluster.text_choice import TextChunk
+from llamaclust.cluster.text_choice import TextChunk, json_logprob
 from llamaclust.model.tokenizer import Tokenizer
 from llamaclust.wire.messages import NUMERICS_VERSION, RowResult
 
 FINGERPRINT = f"llamaclust-{llamaclust.__version__}-numerics-{NUMERICS_VERSION}"
 """`system_fingerprint`: equal ones compute alike."""
-
-_LEAST_LOGPROB = -9999.0
-
-
-def json_logprob(value: float) -> float:
-    """A float32 logprob, whole: reading it gives the same float32. Minus infinity, which JSON lacks, as -9999."""
-    return value if math.isfinite(value) else _LEAST_LOGPROB
 
 
 def token_entry(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def test_a_killed_worker_ends_its_requests_by_name_and_the_cluster_says_so(line:
             *_, last = stream
         message = last["error"]["message"]
         assert "worker b (layers [2, 4)) is lost" in message and "SIGKILL" in message
-        assert "its last words: " in message and "layers [2, 4) are loaded as epoch 1" in message
+        assert "; its log has no error" in message
         health = cluster.http.get("/health")
         assert health.status_code == 503 and "worker b" in health.text
         refused = cluster.http.post(COMPLETIONS, json={"prompt": "a"})

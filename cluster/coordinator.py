@@ -27,6 +27,7 @@ from llamaclust.cluster.shares import memory_shares, worker_specs
 from llamaclust.cluster.state import ClusterDir
 from llamaclust.model.loader import Model
 from llamaclust.wire.control import Deadlines, LoadProgress
+from llamaclust.wire.time_slices import short_slices
 from llamaclust.wire.token import ClusterToken
 
 _JOIN_S = 60.0
@@ -56,7 +57,7 @@ async def open_cluster(
 
     Raises DoesNotFitError, ModelFileError, WorkerError or DeadlineError where a start fails; nothing is left running.
     """
-    with run_directory(folder.path) as run:
+    with short_slices(), run_directory(folder.path) as run:
         launcher = LocalLauncher(run, folder.logs)
         registry = _registry(config, run, launcher)
         model = await asyncio.to_thread(Model.open, model_path)

@@ -15,6 +15,7 @@ from llamaclust.errors import DeadlineError, LlamaclustError, WorkerError
 from llamaclust.wire.channels import Peer
 from llamaclust.wire.deadlines import deadline
 from llamaclust.wire.server import Server
+from llamaclust.wire.time_slices import short_slices
 from llamaclust.wire.token import ClusterToken
 from llamaclust.worker.compute import Compute
 from llamaclust.worker.devices import Device
@@ -78,9 +79,10 @@ async def _live(settings: WorkerSettings) -> str:
     token = ClusterToken.read(settings.token_file)
     device = Device.open(settings)
     service = StageService(settings.name)
+    with short_slices():  # gRPC's threads
+        coordinator = Peer(settings.join, token)
+        server = await Server.start(settings.listen, token, service.handlers)
     compute = Compute()
-    coordinator = Peer(settings.join, token)
-    server = await Server.start(settings.listen, token, service.handlers)
     try:
         member = Member(settings.name, token, device, service, compute)
         await member.join(coordinator, device.registration(settings.name, server.address), settings.join_s)

@@ -1,0 +1,58 @@
+"""Time slices: threads that hand messages on ask for short ones, so that on cores where others compute their turn comes
+soon. Linux 6.12 and later obey, for any user; elsewhere nothing changes. Figures: benchmarks/split.py."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+USUAL_NS = 0
+SHORT_NS = 100_000
+
+_CALLS = {"x86_64": (314, 315), "aarch64": (274, 275)}  # sched_setattr, sched_getattr
+_ATTRIBUTES = struct.Struct("=IIQiIQQQ")  # struct sched_attr: size, policy, flags, nice, priority, runtime, ...
+
+
+def time_slice_ns(thread_id: int = 0) -> int | None:
+    """What a thread asks for, 0 being this one; None where that cannot be known, or it is no ordinary thread."""
+    attributes = _attributes(thread_id)
+    return None if attributes is None else attributes[5]
+
+
+def ask_for_slices(slice_ns: int) -> None:
+    """Of this thread, and of those that it starts from now on: SHORT_NS or USUAL_NS."""
+    attributes = _attributes(0)
+    if attributes is not None:
+        size, policy, flags, nice, priority, _, deadline, period = attributes
+        packed = _ATTRIBUTES.pack(size, policy, flags, nice, priority, slice_ns, deadline, period)
+        _call(0, 0, ctypes.create_string_buffer(packed), 0)
+
+
+@contextmanager
+def short_slices() -> Iterator[None]:
+    """For this thread meanwhile, and for those that it starts."""
+    ask_for_slices(SHORT_NS)
+    try:
+        yield
+    finally:
+        ask_for_slices(USUAL_NS)
+
+
+def _attributes(thread_id: int) -> tuple[int, ...] | None:
+    """None where the system has no such call, and for threads of a real-time, batch or idle class, which stay so."""
+    buffer = ctypes.create_string_buffer(_ATTRIBUTES.size)
+    if not _call(1, thread_id, buffer, _ATTRIBUTES.size, 0):
+        return None
+    attributes = _ATTRIBUTES.unpack(buffer.raw)
+    return attributes if attributes[1] == os.SCHED_OTHER else None
+
+
+def _call(which: int, *arguments: object) -> bool:
+    calls = _CALLS.get(platform.machine())
+    if os.uname().sysname != "Linux" or calls is None:
+        return False
+    return bool(ctypes.CDLL(None).syscall(calls[which], *arguments) == 0)

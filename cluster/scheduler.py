@@ -238,7 +238,7 @@ class Scheduler:
             return []
         pending = sum(map(_by_remaining, prefilling)) + sum(map(_by_remaining, islice(self._waiting, _SEEN_AHEAD)))
         self._burst_tokens = max(pending, self._burst_tokens if prefilling else 0)
-        rows_left = chunk_rows(self.settings, self.times, self._burst_tokens, decoding)
+        rows_left = chunk_rows(self.settings, self.times, self._burst_tokens, pending, decoding)
         outputs_left = self.settings.max_outputs - decoding
         chunks: dict[int, Part] = {}
 

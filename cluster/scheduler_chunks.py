@@ -13,12 +13,18 @@ _FIRST_ROWS = 64
 _LEAST_ROWS = 16
 
 
-def chunk_rows(settings: SchedulerSettings, times: StageTimes, burst: int, decoding: int) -> int:
-    """Prefill rows of the next microbatch, which also has `decoding` rows; `burst` prompt tokens came together.
+_EFFICIENT = 4
+"""Computing a chunk's rows is to take so many times as long as what a chunk costs by itself."""
+
+
+def chunk_rows(settings: SchedulerSettings, times: StageTimes, burst: int, left: int, decoding: int) -> int:
+    """Prefill rows of the next microbatch, which also has `decoding` rows; `burst` prompt tokens came together, `left`
+    of them are still to be computed.
 
     A chunk takes the slowest stage `prefill_ms` at most, so that those who decode do not wait longer; and no more than
     what finishes the burst soonest: k chunks on S stages end after (k + S - 1) * (a + b * burst / k), with stage time
-    a + b * rows, which is least at burst / k = sqrt(burst * a / ((S - 1) * b)).
+    a + b * rows, which is least at burst / k = sqrt(burst * a / ((S - 1) * b)). The last chunks are smaller yet,
+    half of what is left each: while later stages compute them, the first ones have nothing to do.
     """
     most = settings.max_rows - decoding
     if settings.prefill_chunk is not None:
@@ -31,7 +37,8 @@ def chunk_rows(settings: SchedulerSettings, times: StageTimes, burst: int, decod
     rows = min(most, max(fit, _LEAST_ROWS))
     if times.stages > 1:
         soonest = sqrt(burst * max(fixed_ns, row_ns) / ((times.stages - 1) * row_ns))
-        rows = min(rows, max(soonest, _LEAST_ROWS))
+        last = max(left / 2, _EFFICIENT * fixed_ns / row_ns)
+        rows = min(rows, max(min(soonest, last), _LEAST_ROWS))
     return min(most, max(1, int(rows) // _LEAST_ROWS * _LEAST_ROWS))
 
 

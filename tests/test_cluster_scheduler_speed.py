@@ -129,6 +129,18 @@ def test_prefill_chunks_take_a_tenth_of_a_second() -> None:
     assert faster.microbatches[-10].microbatch.rows == SETTINGS.max_rows
 
 
+def test_the_last_chunks_are_small_where_later_stages_wait_for_them() -> None:
+    times = {stages: StageTimes(stages) for stages in (1, 2)}
+    for stages, rows in itertools.product((1, 2), (16, 64, 128, 256)):
+        timings = (StageTiming(0, 1_000_000 + 100_000 * rows, 0, rows),) * stages
+        times[stages].learn(Result(1, 0, timings=timings), False, False, 1)
+    rows = {
+        stages: [chunk_rows(SETTINGS, times[stages], 4000, left, 0) for left in (4000, 200, 64)] for stages in (1, 2)
+    }
+    assert rows[2] == sorted(rows[2], reverse=True) and rows[2][1] == 96 and rows[2][2] == 32
+    assert len(set(rows[1])) == 1
+
+
 def test_one_slow_microbatch_does_not_change_the_chunks() -> None:
     times = StageTimes(1)
 
@@ -137,9 +149,9 @@ def test_one_slow_microbatch_does_not_change_the_chunks() -> None:
 
     for rows in itertools.chain(*[(64, 128, 256)] * 10):
         learn(rows, 1_000_000 + 100_000 * rows)
-    before = chunk_rows(SETTINGS, times, 4000, 0)
+    before = chunk_rows(SETTINGS, times, 4000, 4000, 0)
     learn(256, 300_000_000)
-    assert chunk_rows(SETTINGS, times, 4000, 0) >= before / 2
+    assert chunk_rows(SETTINGS, times, 4000, 4000, 0) >= before / 2
 
 
 def test_waiting_behind_others_is_not_taken_for_the_links() -> None:
@@ -153,9 +165,9 @@ def test_waiting_behind_others_is_not_taken_for_the_links() -> None:
 
 def test_fixed_chunks_and_limits_of_rows() -> None:
     times = StageTimes(2)
-    assert chunk_rows(replace(SETTINGS, prefill_chunk=7), times, 1000, 3) == 7
-    assert chunk_rows(replace(SETTINGS, prefill_chunk=8192), times, 1000, 3) == SETTINGS.max_rows - 3
-    assert chunk_rows(SETTINGS, times, 1000, SETTINGS.max_rows - 10) == 10
+    assert chunk_rows(replace(SETTINGS, prefill_chunk=7), times, 1000, 1000, 3) == 7
+    assert chunk_rows(replace(SETTINGS, prefill_chunk=8192), times, 1000, 1000, 3) == SETTINGS.max_rows - 3
+    assert chunk_rows(SETTINGS, times, 1000, 1000, SETTINGS.max_rows - 10) == 10
 
 
 @pytest.mark.parametrize("seed", range(10))

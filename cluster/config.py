@@ -199,6 +199,10 @@ class ClusterConfig(_Section):
         return self
 
 
+_ELSEWHERE = ("hf:", "pypi:", "http:", "https:")
+"""How models begin that are no paths."""
+
+
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> ClusterConfig:
     """The cluster that a file and KEY=VALUE overrides describe; without a file, the demo's.
 
@@ -228,7 +232,7 @@ def _anchored(document: Document, folder: Path) -> Document:
     values = dict(document.values)
     model = values.get("model")
     keys = ["api_keys_file", "state_dir"]
-    if isinstance(model, str) and model.endswith(".gguf") and not model.startswith(("hf:", "pypi:")):
+    if isinstance(model, str) and model.endswith(".gguf") and not model.startswith(_ELSEWHERE):
         keys.append("model")
     for key in keys:
         if isinstance(values.get(key), str) and values[key]:

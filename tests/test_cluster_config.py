@@ -94,7 +94,8 @@ def test_overrides(tmp_path: Path) -> None:
 def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
     config = load(tmp_path, "model: files/m.gguf\napi_keys_file: keys\nworkers: [{name: a}]\n")
     assert (config.model, config.api_keys_file) == (str(tmp_path / "files/m.gguf"), tmp_path / "keys")
-    assert load(tmp_path, "model: hf:a/b/m.gguf\nworkers: [{name: a}]\n").model == "hf:a/b/m.gguf"
+    for model in ("hf:a/b/m.gguf", "pypi:a==1/m.gguf", "https://example.org/m.gguf", "http://[::1]:80/m.gguf"):
+        assert load(tmp_path, f"model: '{model}'\nworkers: [{{name: a}}]\n").model == model
 
 
 def test_environment() -> None:

@@ -120,6 +120,9 @@ class Engine:
     @_step
     def _schedule(self) -> None:
         self._is_scheduling = False
+        self._launch()
+
+    def _launch(self) -> None:
         while (scheduled := self.scheduler.next_microbatch(monotonic_ns())) is not None:
             self._pipeline.submit(scheduled.microbatch, scheduled.inputs)
 
@@ -129,7 +132,7 @@ class Engine:
             raise WorkerError(result.failure)
         now_ns = monotonic_ns()
         news = self.scheduler.complete(result, now_ns)
-        self._schedule()
+        self._launch()
         tokens = sum(self._deliver(key, updates) for key, updates in news)
         self.metrics.completed(result, tokens, now_ns)
 

@@ -130,7 +130,8 @@ class Registry:
         if not isinstance(register, Register):
             raise WireError("a worker must register first")
         if refusal := self._refusal(register):
-            await stream.write(encode_coordinator_message(Refused(refusal)))
+            async with deadline("refusing a worker", _HANDSHAKE_S):
+                await stream.write(encode_coordinator_message(Refused(refusal)))
             return
         await self._serve(register, stream)
 
@@ -160,7 +161,8 @@ class Registry:
         self._exits.pop(name, None)
         reason = "its connection broke"
         try:
-            await handle.say(Welcome(self._deadlines))
+            async with deadline("welcoming a worker", _HANDSHAKE_S):
+                await handle.say(Welcome(self._deadlines))
             self._tell_change()
             reason = await self._listen_to(handle, stream)
         except WireError as error:

@@ -93,27 +93,28 @@ def _check_tokens(name: str, ids: Sequence[int], most: int, vocabulary: int) -> 
         raise ParameterError(name, f"{len(ids)} token ids, at most {most} are taken")
     wrong = next((i for i in ids if not _is_int(i) or not 0 <= i < vocabulary), None)
     if wrong is not None:
-        raise ParameterError(name, f"token id {_shown(wrong)} is outside the vocabulary [0, {vocabulary})")
+        raise ParameterError(name, f"token id {shown(wrong)} is outside the vocabulary [0, {vocabulary})")
 
 
 def _within(name: str, value: int | None, low: int, high: int) -> None:
     if value is None:
         return
     if not _is_int(value) or not low <= value <= high:
-        raise ParameterError(name, f"must be a whole number within {low}..{high}, is {_shown(value)}")
+        raise ParameterError(name, f"must be a whole number within {low}..{high}, is {shown(value)}")
 
 
 def _finite(name: str, value: float, low: float, high: float) -> None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not math.isfinite(value) or not low <= value <= high:
-        raise ParameterError(name, f"must be a number within {low:g}..{high:g}, is {_shown(value)}")
+        raise ParameterError(name, f"must be a number within {low:g}..{high:g}, is {shown(value)}")
 
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """A value that a user gave, short enough for a message."""
     if isinstance(value, int) and value.bit_length() > 200:
         return "a number of more than 60 digits"
     return repr(value)[:60]

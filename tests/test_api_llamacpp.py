@@ -188,7 +188,7 @@ def test_too_much_of_anything_is_refused_at_once(path: str, fields: dict[str, An
         reply = await call
         assert reply.status_code == 400, reply.text
         assert reply.json()["error"]["param"].startswith(param)
-        assert longest < 1.0, longest
+        assert longest < 3.0, longest  # long before a worker counts as lost
 
     check()
 

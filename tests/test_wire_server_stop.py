@@ -50,7 +50,7 @@ def test_a_stream_that_is_used_after_its_server_has_stopped_ends_quietly(
 
     with caplog.at_level(logging.INFO):
         asyncio.run(run())
-    assert ended == ["_ServerStoppedError"]
+    assert ended == ["StreamBrokenError"]
     assert not caplog.records
 
 

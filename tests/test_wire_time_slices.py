@@ -11,7 +11,7 @@ import psutil
 import pytest
 from real_cluster import real_cluster
 
-from llamaclust.wire.time_slices import SHORT_NS, short_slices, time_slice_ns
+from llamaclust.wire.time_slices import SHORT_SLICE_NS, short_slices, time_slice_ns
 
 
 def _obeys() -> bool:
@@ -25,10 +25,10 @@ pytestmark = pytest.mark.skipif(not _obeys(), reason="time slices of one's own a
 def test_threads_inherit_short_slices_and_the_usual_ones_come_back() -> None:
     usual = time_slice_ns()
     with short_slices():
-        assert time_slice_ns() == SHORT_NS
+        assert time_slice_ns() == SHORT_SLICE_NS
         with ThreadPoolExecutor(1) as pool:
-            assert pool.submit(time_slice_ns).result() == SHORT_NS
-    assert time_slice_ns() == usual != SHORT_NS
+            assert pool.submit(time_slice_ns).result() == SHORT_SLICE_NS
+    assert time_slice_ns() == usual != SHORT_SLICE_NS
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(time_slice_ns).result() == usual
 
@@ -39,6 +39,6 @@ def test_a_worker_computes_in_usual_slices_and_talks_in_short_ones(tmp_path: Pat
             pid = cluster.launcher.pids["a"]
             threads = [thread.id for thread in psutil.Process(pid).threads()]
             assert time_slice_ns(pid) == time_slice_ns()
-            assert SHORT_NS in map(time_slice_ns, threads)
+            assert SHORT_SLICE_NS in map(time_slice_ns, threads)
 
     asyncio.run(run())

@@ -12,7 +12,7 @@ from llamaclust.errors import DeadlineError, UsageError, WireError
 from llamaclust.wire.messages import SamplingInputs
 from llamaclust.worker import machine
 from llamaclust.worker.__main__ import parse_settings
-from llamaclust.worker.compute import SHORT_NS, Compute
+from llamaclust.worker.compute import INLINE_NS, Compute
 from llamaclust.worker.devices import Device
 from llamaclust.worker.inputs import InputsBox
 from llamaclust.worker.settings import WorkerSettings
@@ -22,10 +22,10 @@ def test_short_jobs_run_on_the_event_loop_and_long_ones_beside_it() -> None:
     async def run() -> None:
         compute = Compute()
         here = threading.get_ident()
-        assert await compute.run(threading.get_ident, SHORT_NS - 1) == here
-        assert await compute.run(threading.get_ident, SHORT_NS) != here
+        assert await compute.run(threading.get_ident, INLINE_NS - 1) == here
+        assert await compute.run(threading.get_ident, INLINE_NS) != here
         assert await compute.run(threading.get_ident) != here
-        for expected_ns in (0, SHORT_NS):
+        for expected_ns in (0, INLINE_NS):
             with pytest.raises(ZeroDivisionError):
                 await compute.run(lambda: 1 // 0, expected_ns)
         compute.close()

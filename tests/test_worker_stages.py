@@ -25,7 +25,7 @@ from llamaclust.wire.frames import decode_frame, encode_hidden
 from llamaclust.wire.messages import Chunk, Microbatch, Result, SamplingInputs
 from llamaclust.wire.server import Server
 from llamaclust.wire.token import ClusterToken
-from llamaclust.worker.compute import SHORT_NS, Compute
+from llamaclust.worker.compute import INLINE_NS, Compute
 from llamaclust.worker.flow import StageFlow
 from llamaclust.worker.inputs import InputsBox
 from llamaclust.worker.service import StageService
@@ -134,7 +134,7 @@ def test_wire_time_is_not_what_is_computed_while_a_result_is_sent(model: Model) 
 
 def test_the_first_chunk_with_a_long_context_is_not_expected_to_be_short(model: Model) -> None:
     class Recording(Compute):
-        async def run(self, job: Callable[[], Any], expected_ns: int = SHORT_NS) -> Any:
+        async def run(self, job: Callable[[], Any], expected_ns: int = INLINE_NS) -> Any:
             seen.append(expected_ns)
             return await super().run(job, expected_ns)
 
@@ -149,7 +149,7 @@ def test_the_first_chunk_with_a_long_context_is_not_expected_to_be_short(model: 
 
     seen: list[int] = []
     asyncio.run(run())
-    assert [expected_ns < SHORT_NS for expected_ns in seen] == [False, True, False, True]
+    assert [expected_ns < INLINE_NS for expected_ns in seen] == [False, True, False, True]
 
 
 def test_sampling_inputs_may_come_late_but_not_never(model: Model, tmp_path: Path) -> None:

@@ -22,9 +22,11 @@ def parse(kind: type[_Message], data: bytes, most_bytes: int) -> _Message:
     if len(data) > most_bytes:
         raise WireError(f"{kind.__name__}: {len(data)} bytes, at most {most_bytes} are taken")
     try:
-        return kind.FromString(data)
+        message = kind.FromString(data)
     except DecodeError as error:
         raise WireError(f"{kind.__name__}: damaged, cannot be decoded") from error
+    message.DiscardUnknownFields()  # of a newer version; nothing of a peer's is kept that is not checked
+    return message
 
 
 def bounded(what: str, value: int, low: int, high: int) -> int:

@@ -89,7 +89,11 @@ class ClientStream:
         return None if data is _EOF else data
 
     async def done_writing(self) -> None:
-        await self._call.done_writing()
+        """StreamBrokenError where the stream has ended otherwise."""
+        try:
+            await self._call.done_writing()
+        except (grpc.RpcError, asyncio.InvalidStateError) as error:
+            raise await self._broken() from error
 
     def cancel(self) -> None:
         self._call.cancel()

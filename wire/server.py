@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import grpc
@@ -12,7 +13,7 @@ from grpc import aio
 
 from llamaclust.errors import DeadlineError, LlamaclustError, UsageError, WireError
 from llamaclust.wire.bounds import UINT64, one_line
-from llamaclust.wire.channels import ACCEPTED_KEY, EPOCH_KEY, OPTIONS, TOKEN_KEY, check_private
+from llamaclust.wire.channels import ACCEPTED_KEY, EPOCH_KEY, OPTIONS, TOKEN_KEY, StreamBrokenError, check_private
 from llamaclust.wire.token import ClusterToken
 
 _EOF: Any = aio.EOF  # type: ignore[attr-defined]
@@ -24,6 +25,15 @@ _CODES: tuple[tuple[type[LlamaclustError], grpc.StatusCode], ...] = (
     (UsageError, grpc.StatusCode.FAILED_PRECONDITION),
     (LlamaclustError, grpc.StatusCode.ABORTED),
 )
+
+
+@contextmanager
+def _peer_here() -> Iterator[None]:
+    """gRPC's errors, of which it documents none, when the peer or the server has gone."""
+    try:
+        yield
+    except aio.BaseError as error:
+        raise StreamBrokenError("the peer has gone") from error
 
 
 class ServerStream:
@@ -42,16 +52,19 @@ class ServerStream:
 
     async def accept(self) -> None:
         """Tells the other side that the stream is open."""
-        await self._context.send_initial_metadata(((ACCEPTED_KEY, "yes"),))
+        with _peer_here():
+            await self._context.send_initial_metadata(((ACCEPTED_KEY, "yes"),))
 
     async def read(self) -> bytes | None:
-        """The next message; None once the other side has said its last."""
-        data = await self._context.read()
+        """The next message; None once the other side has said its last. StreamBrokenError where it has gone."""
+        with _peer_here():
+            data = await self._context.read()
         return None if data is _EOF else data
 
     async def write(self, data: bytes) -> None:
-        """Returns when the network has taken the message; cancelled where the other side has gone."""
-        await self._context.write(data)
+        """Returns when the network has taken the message. StreamBrokenError, or cancelled, where the peer has gone."""
+        with _peer_here():
+            await self._context.write(data)
 
 
 Handler = Callable[[ServerStream], Awaitable[None]]
@@ -78,35 +91,25 @@ def _guarded(handler: Handler) -> Any:
 
     async def serve(_: Any, context: Any) -> None:
         try:
-            await _handle(handler, context)
-        except aio.BaseError as error:
-            if _has_stopped(error):
-                raise asyncio.CancelledError from error
-            raise
+            await handler(ServerStream(context))
+        except LlamaclustError as error:
+            code = next(code for kind, code in _CODES if isinstance(error, kind))
+            await _end(context, code, str(error))
+        except Exception as error:  # noqa: BLE001  a border: the process serves on
+            _log.exception("a stream failed")
+            await _end(context, grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}")
 
     return grpc.stream_stream_rpc_method_handler(serve)
 
 
-async def _handle(handler: Handler, context: Any) -> None:
+async def _end(context: Any, code: grpc.StatusCode, why: str) -> None:
+    """Ends a stream with an error. Where the peer or the server has gone before, nobody is left to tell."""
     try:
-        await handler(ServerStream(context))
-    except LlamaclustError as error:
-        code = next(code for kind, code in _CODES if isinstance(error, kind))
-        await context.abort(code, one_line(str(error)))
-    except (aio.AbortError, asyncio.CancelledError):
+        await context.abort(code, one_line(why))
+    except aio.AbortError:
         raise
-    except Exception as error:  # a border: the process serves on
-        if _has_stopped(error):
-            raise
-        _log.exception("a stream failed")
-        await context.abort(grpc.StatusCode.INTERNAL, one_line(f"{type(error).__name__}: {error}"))
-
-
-def _has_stopped(error: Exception) -> bool:
-    """Whether a stream was used after its server was stopped, for which gRPC has no public class."""
-    return isinstance(error, aio.BaseError) and not isinstance(
-        error, aio.AbortError | aio.InternalError | aio.UsageError
-    )
+    except aio.BaseError as error:
+        raise asyncio.CancelledError from error
 
 
 async def _started(server: Any) -> None:

@@ -10,8 +10,8 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-USUAL_NS = 0
-SHORT_NS = 100_000
+USUAL_SLICE_NS = 0
+SHORT_SLICE_NS = 100_000
 
 _CALLS = {"x86_64": (314, 315), "aarch64": (274, 275)}  # sched_setattr, sched_getattr
 _ATTRIBUTES = struct.Struct("=IIQiIQQQ")  # struct sched_attr: size, policy, flags, nice, priority, runtime, ...
@@ -24,7 +24,7 @@ def time_slice_ns(thread_id: int = 0) -> int | None:
 
 
 def ask_for_slices(slice_ns: int) -> None:
-    """Of this thread, and of those that it starts from now on: SHORT_NS or USUAL_NS."""
+    """Of this thread, and of those that it starts from now on: SHORT_SLICE_NS or USUAL_SLICE_NS."""
     attributes = _attributes(0)
     if attributes is not None:
         size, policy, flags, nice, priority, _, deadline, period = attributes
@@ -35,11 +35,11 @@ def ask_for_slices(slice_ns: int) -> None:
 @contextmanager
 def short_slices() -> Iterator[None]:
     """For this thread meanwhile, and for those that it starts."""
-    ask_for_slices(SHORT_NS)
+    ask_for_slices(SHORT_SLICE_NS)
     try:
         yield
     finally:
-        ask_for_slices(USUAL_NS)
+        ask_for_slices(USUAL_SLICE_NS)
 
 
 def _attributes(thread_id: int) -> tuple[int, ...] | None:

@@ -1,4 +1,4 @@
-"""`python -m llamaclust.worker`: how a launcher starts a worker process; people use `llamaclust worker`."""
+"""`python -m llamaclust.worker`: how a launcher starts a worker process."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
-SHORT_NS = 200_000_000
+INLINE_NS = 200_000_000
 """What signs of life and the coordinator's orders may wait; a change of thread and back takes 0.1 to 0.3 ms."""
 
 _Answer = TypeVar("_Answer")
@@ -25,9 +25,9 @@ class Compute:
         self._queued = 0
         threading.Thread(target=self._work, name="compute", daemon=True).start()
 
-    async def run(self, job: Callable[[], _Answer], expected_ns: int = SHORT_NS) -> _Answer:
+    async def run(self, job: Callable[[], _Answer], expected_ns: int = INLINE_NS) -> _Answer:
         """What `job` returns or raises. A job that is cancelled while it computes still ends before the next begins."""
-        if expected_ns < SHORT_NS and self._queued == 0:
+        if expected_ns < INLINE_NS and self._queued == 0:
             return job()
         answer: asyncio.Future[_Answer] = self._loop.create_future()
         answer.add_done_callback(self._settled)

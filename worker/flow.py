@@ -144,6 +144,7 @@ class StageFlow:
         finally:
             reading.cancel()
             sending.cancel()
+            await asyncio.gather(reading, sending, return_exceptions=True)
 
     def _arrival(self, data: bytes, number: int) -> Arrival:
         received_ns = perf_counter_ns()
@@ -162,7 +163,7 @@ class StageFlow:
         self._wire_ns = max(0, perf_counter_ns() - begun_ns - computed_ns)
 
     async def close(self) -> None:
-        """Frees the stage after what is being computed; its streams have ended or end now."""
+        """Frees the stage after what is being computed. Its streams have ended."""
         if self._next_stage is not None:
             await self._next_stage.close()
         await self._compute.run(self.runner.close)

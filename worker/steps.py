@@ -15,7 +15,7 @@ from llamaclust.wire.bounds import one_line
 from llamaclust.wire.codec import encode_result
 from llamaclust.wire.frames import Frame, FrameKind, encode_failure, encode_hidden
 from llamaclust.wire.messages import Microbatch, Result, StageTiming
-from llamaclust.worker.compute import SHORT_NS, Compute
+from llamaclust.worker.compute import INLINE_NS, Compute
 from llamaclust.worker.inputs import InputsBox
 from llamaclust.worker.stage_runner import StageRunner
 
@@ -99,7 +99,7 @@ class StageStep:
             answer = job()
             return answer, begun_ns, perf_counter_ns() - begun_ns
 
-        answered = await self._compute.run(timed, self._taken_ns.get(kind, SHORT_NS))
+        answered = await self._compute.run(timed, self._taken_ns.get(kind, INLINE_NS))
         self._taken_ns[kind] = answered[2]
         return answered
 

@@ -73,8 +73,13 @@ def _biases(value: Any) -> tuple[tuple[int, float], ...]:
     return tuple(sorted(biases.items()))
 
 
+def is_token_id(text: str) -> bool:
+    """Whether text is a number that may be a token's."""
+    return text.isascii() and text.isdigit() and len(text) <= 9
+
+
 def _token_id(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or len(text) > 9:
+    if not is_token_id(text):
         raise ValueError(f"{text[:60]!r} is not a token id")
     return int(text)
 

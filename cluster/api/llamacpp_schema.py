@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
-from llamaclust.cluster.api.fields import StopField, is_int
+from llamaclust.cluster.api.fields import StopField, is_int, is_token_id
 from llamaclust.cluster.api.openai_schema import MessagesField
 from llamaclust.cluster.api.schema import Body
 from llamaclust.wire.messages import MAX_CONTEXT_TOKENS, MAX_TOP_LOGPROBS, SamplingParams
@@ -35,7 +35,7 @@ def _prompt(value: Any) -> str | PromptParts:
 def _biases(value: Any) -> tuple[tuple[int | str, float], ...]:
     """[[token id or text, bias or false], ...] or {"token id or text": bias or false}."""
     if isinstance(value, dict):
-        pairs = [[int(key) if key.isdecimal() and len(key) < 10 else key, bias] for key, bias in value.items()]
+        pairs = [[int(key) if is_token_id(key) else key, bias] for key, bias in value.items()]
     else:
         pairs = value
     if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):

@@ -25,7 +25,7 @@ from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.text import TextService
 from llamaclust.cluster.text_answer import Answer
 from llamaclust.cluster.text_choice import TextChunk
-from llamaclust.cluster.text_request import MAX_CHOICES, ParameterError
+from llamaclust.cluster.text_request import MAX_CHOICES, ParameterError, shown
 from llamaclust.cluster.text_stream import CompletionStream
 
 
@@ -48,12 +48,12 @@ class CompletionEndpoint:
 def _check(body: CompletionBody) -> None:
     body.check_stream()
     if body.best_of not in (None, body.n):
-        raise ParameterError("best_of", f"is {body.best_of}, but only n, which is {body.n}, is supported")
+        raise ParameterError("best_of", f"is {shown(body.best_of)}, but only n, {shown(body.n)}, is supported")
     if body.score_from is not None and (not body.echo or body.logprobs is None):
         raise ParameterError("score_from", "only makes sense with echo and logprobs")
     if len(body.prompt) * body.n > MAX_CHOICES:
         raise ParameterError(
-            "n", f"{len(body.prompt)} prompts with {body.n} answers each; at most {MAX_CHOICES} in all"
+            "n", f"{len(body.prompt)} prompts with {shown(body.n)} answers each; at most {MAX_CHOICES} in all"
         )
 
 

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field
 from llamaclust.cluster.api.fields import BiasField, ContentField, Prompt, PromptsField, StopField
 from llamaclust.cluster.api.neutral import MESSAGE
 from llamaclust.cluster.api.schema import Body, read_fields
-from llamaclust.cluster.text_request import MAX_STOP_TOKENS, CompletionRequest, ParameterError
+from llamaclust.cluster.text_request import MAX_STOP_TOKENS, CompletionRequest, ParameterError, shown
 from llamaclust.wire.messages import MAX_CONTEXT_TOKENS, MAX_TOP_LOGPROBS, SamplingParams
 
 DEFAULT_TEMPERATURE = 1.0
@@ -165,7 +165,9 @@ class ChatBody(_Sampling):
         """max_tokens under either name."""
         old, new = self.max_tokens, self.max_completion_tokens
         if old is not None and new is not None and old != new:
-            raise ParameterError("max_completion_tokens", f"is {new}, but max_tokens is {old}: give one of them")
+            raise ParameterError(
+                "max_completion_tokens", f"is {shown(new)}, but max_tokens is {shown(old)}: give one of them"
+            )
         return new if old is None else old
 
     @property

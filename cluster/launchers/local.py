@@ -94,7 +94,7 @@ class LocalLauncher:
         for process in self._processes.values():
             if process.returncode is None:
                 with suppress(ProcessLookupError):
-                    process.send_signal(number)
+                    os.kill(process.pid, number)  # `send_signal` would reap it before `_watch` hears of its end
 
 
 def describe_exit(code: int) -> str:

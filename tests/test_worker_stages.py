@@ -15,6 +15,7 @@ import pytest
 from real_cluster import LIMITS, microbatches
 from tiny_model import build_tiny_model
 
+from llamaclust.errors import WorkerError
 from llamaclust.kernels.reference.backend import ReferenceBackend
 from llamaclust.model.loader import Model
 from llamaclust.wire.channels import FORWARD, SAMPLE, ClientStream, Peer, StreamBrokenError
@@ -69,14 +70,16 @@ class Chain:
 
 
 @asynccontextmanager
-async def chain(model: Model, folder: Path, cuts: Sequence[int] = (0, 1, 3)) -> AsyncIterator[Chain]:
+async def chain(
+    model: Model, folder: Path, cuts: Sequence[int] = (0, 1, 3), deadlines: Deadlines = DEADLINES
+) -> AsyncIterator[Chain]:
     compute, servers, runners, services = Compute(), [], [], []
     peers = [Peer(f"unix:{folder}/{index}.sock", TOKEN) for index in range(len(cuts) - 1)]
     for index, peer in enumerate(peers):
         runners.append(_runner(model, cuts[index], cuts[index + 1]))
         service = StageService(f"w{index}")
         after = Peer(peers[index + 1].address, TOKEN) if index + 1 < len(peers) else None
-        service.add(StageFlow(1, runners[-1], f"w{index}", compute, Counters(), DEADLINES, after))
+        service.add(StageFlow(1, runners[-1], f"w{index}", compute, Counters(), deadlines, after))
         services.append(service)
         servers.append(await Server.start(peer.address, TOKEN, service.handlers))
     sample = peers[-1].open(SAMPLE, epoch=1)
@@ -170,6 +173,27 @@ def test_sampling_inputs_may_come_late_but_not_never(model: Model, tmp_path: Pat
             assert (await stages.result()).failure is None
 
     asyncio.run(run())
+
+
+def test_inputs_that_break_the_protocol_end_both_streams_at_once(
+    model: Model, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def run() -> list[str]:
+        async with chain(model, tmp_path, deadlines=Deadlines(sampling_inputs_s=60.0, forward_s=60.0)) as stages:
+            await stages.sample.write(b"\xff\xff")
+            await stages.submit(_good(model), None)
+            return [await _why(stream) for stream in (stages.sample, stages.forward)]
+
+    for why in asyncio.run(asyncio.wait_for(run(), 20.0)):
+        assert "SamplingInputs: damaged" in why
+    assert "Traceback" not in caplog.text
+
+
+async def _why(stream: ClientStream) -> str:
+    """The error that ends it."""
+    with pytest.raises(WorkerError) as caught:
+        await stream.read()
+    return str(caught.value)
 
 
 def test_a_microbatch_that_fails_is_answered_in_its_turn(model: Model, tmp_path: Path) -> None:

@@ -9,14 +9,16 @@ from typing import NoReturn, Protocol
 from llamaclust.wire.deadlines import recurring_deadline
 
 
-class _Stream(Protocol):
+class Writable(Protocol):
+    """Either end of a stream."""
+
     async def write(self, data: bytes) -> None: ...
 
 
 class Outbox:
     """Messages for one stream, sent in order by `run`. What comes after how many others is its users' matter."""
 
-    def __init__(self, stream: _Stream, what: str, seconds: float) -> None:
+    def __init__(self, stream: Writable, what: str, seconds: float) -> None:
         """`what`: a message, for errors; `seconds`: what handing on one of them may take."""
         self._stream = stream
         self._what = what

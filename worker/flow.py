@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Coroutine
 from itertools import count
 from time import perf_counter_ns
-from typing import Protocol
 
 from llamaclust.errors import WireError, WorkerError
 from llamaclust.wire.channels import FORWARD, ClientStream, Peer
@@ -14,15 +13,12 @@ from llamaclust.wire.codec import decode_inputs, decode_microbatch
 from llamaclust.wire.control import Deadlines
 from llamaclust.wire.deadlines import deadline, recurring_deadline
 from llamaclust.wire.frames import decode_frame
+from llamaclust.wire.outbox import Writable
 from llamaclust.wire.server import ServerStream
 from llamaclust.worker.compute import Compute
 from llamaclust.worker.inputs import InputsBox
 from llamaclust.worker.stage_runner import StageRunner
 from llamaclust.worker.steps import Arrival, Counters, StageStep
-
-
-class _Outlet(Protocol):
-    async def write(self, data: bytes) -> None: ...
 
 
 async def together(*work: Coroutine[None, None, None]) -> None:
@@ -68,8 +64,12 @@ class StageFlow:
             raise WireError(f"a second sampling stream for epoch {self.epoch}")
         self._results = stream
         await stream.accept()
-        while (data := await stream.read()) is not None:
-            self._inputs.put(decode_inputs(data))
+        try:
+            while (data := await stream.read()) is not None:
+                self._inputs.put(decode_inputs(data))
+        except WireError as error:
+            self._inputs.fail(error)
+            raise
 
     async def forward(self, stream: ServerStream) -> None:
         """The stream from the stage before, or from the coordinator. It is accepted once the whole chain is open."""
@@ -115,7 +115,7 @@ class StageFlow:
 
         await together(passing(), watching())
 
-    async def _pass_on(self, stream: ServerStream, outlet: _Outlet, limit: recurring_deadline) -> None:
+    async def _pass_on(self, stream: ServerStream, outlet: Writable, limit: recurring_deadline) -> None:
         """While one microbatch is computed, the next one is received and the one before is sent.
 
         Where microbatches do not follow each other closely, none waits until the next one's receipt is prepared.
@@ -155,7 +155,7 @@ class StageFlow:
             raise WireError(f"microbatch {found} where ({self.epoch}, {number}) was expected")
         return Arrival(frame, microbatch, received_ns, self._wire_ns)
 
-    async def _send(self, outlet: _Outlet, data: bytes, limit: recurring_deadline) -> None:
+    async def _send(self, outlet: Writable, data: bytes, limit: recurring_deadline) -> None:
         begun_ns, busy_ns = perf_counter_ns(), self._counters.busy_ns
         with limit:
             await outlet.write(data)

@@ -21,6 +21,7 @@ class InputsBox:
         self._done = 0
         self._next = 0
         self._came = asyncio.Event()
+        self._broken: WireError | None = None
 
     def put(self, inputs: SamplingInputs) -> None:
         """WireError for inputs out of turn, or more than any coordinator has in flight."""
@@ -34,11 +35,21 @@ class InputsBox:
             self._waiting[inputs.number] = inputs
             self._came.set()
 
+    def fail(self, error: WireError) -> None:
+        """No more will come, since their stream broke the protocol."""
+        self._broken = error
+        self._came.set()
+
     async def take(self, number: int) -> SamplingInputs:
-        """The inputs of microbatch `number`, which may still be on their way. DeadlineError where they do not come."""
+        """The inputs of microbatch `number`, which may still be on their way.
+
+        DeadlineError where they do not come, WireError where they cannot any more.
+        """
         if number not in self._waiting:
             async with deadline(f"sampling inputs of microbatch {number}", self._deadline_s):
                 while number not in self._waiting:
+                    if self._broken is not None:
+                        raise WireError(str(self._broken))
                     self._came.clear()
                     await self._came.wait()
         return self._waiting[number]

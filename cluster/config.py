@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from llamaclust.cluster.config_errors import PlaceError, explain, hint
 from llamaclust.cluster.config_file import Document, override, read_document
@@ -21,6 +21,7 @@ from llamaclust.cluster.config_values import (
     Name,
     OrAuto,
     Size,
+    expand_home,
     is_loopback,
     not_built,
     parse_device,
@@ -58,9 +59,12 @@ def environment(variables: Mapping[str, str] | None = None) -> Environment:
 
 
 def _folder(variables: Mapping[str, str], own: str, base: str, default: str) -> Path:
-    if variables.get(own):
-        return Path(variables[own]).expanduser()
-    return Path(variables.get(base) or default).expanduser() / "llamaclust"
+    name = own if variables.get(own) else base
+    try:
+        folder = Path(expand_home(variables.get(name) or default))
+    except ValueError as error:
+        raise UsageError(f"{name}={error}") from error
+    return folder if name == own else folder / "llamaclust"
 
 
 class _Section(BaseModel):
@@ -132,7 +136,7 @@ class ClusterConfig(_Section):
 
     name: Name = "default"
     """Tells clusters of one machine apart."""
-    model: Annotated[str, Field(min_length=1, max_length=4096)]
+    model: Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(expand_home)]
     """Catalog name, path to a .gguf file (the first of a split one), hf:REPO/FILE or pypi:PACKAGE==VERSION/FILE."""
     context_length: Annotated[int, Field(ge=1, le=MAX_CONTEXT_TOKENS)] = 4096
     """Tokens per sequence, prompt and answer together."""
@@ -236,7 +240,7 @@ def _anchored(document: Document, folder: Path) -> Document:
         keys.append("model")
     for key in keys:
         if isinstance(values.get(key), str) and values[key]:
-            values[key] = str(folder / Path(values[key]).expanduser())
+            values[key] = values[key] if values[key].startswith("~") else str(folder / values[key])
     return replace(document, values=values)
 
 

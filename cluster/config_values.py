@@ -69,8 +69,9 @@ def parse_size(value: object) -> int:
 
 def parse_duration(value: object) -> float:
     """Seconds of '600s', '10min', '250ms' or a number of seconds. Raises ValueError."""
+    seconds: float
     if isinstance(value, int | float) and not isinstance(value, bool):
-        seconds = float(value)
+        seconds = value
     else:
         match = re.fullmatch(_DURATION, value) if isinstance(value, str) else None
         if match is None:
@@ -78,7 +79,7 @@ def parse_duration(value: object) -> float:
         seconds = float(match[1]) * _DURATION_UNITS[match[2]]
     if not 0 < seconds <= MAX_SECONDS:
         raise ValueError(f"{shown(value)} is not a possible duration; more than 0 and up to 30 days is")
-    return seconds
+    return float(seconds)
 
 
 def split_address(value: object) -> tuple[str, int]:
@@ -114,8 +115,18 @@ def _parse_layers(value: object) -> tuple[int, int]:
     return start, end
 
 
+def expand_home(path: str) -> str:
+    """The path with `~` replaced. Raises ValueError for one that no file can have."""
+    if "\0" in path:
+        raise ValueError("no path has a zero byte in it; write the place of a file or folder")
+    try:
+        return str(Path(path).expanduser()) if path.startswith("~") else path
+    except RuntimeError as error:
+        raise ValueError(f"{shown(path)} begins in a home directory that is not there; write the whole path") from error
+
+
 def _parse_path(value: object) -> object:
-    return Path(value).expanduser() if isinstance(value, str) and value else value
+    return Path(expand_home(value)) if isinstance(value, str) and value else value
 
 
 def not_built(**reasons: tuple[str, ...]) -> BeforeValidator:

@@ -104,6 +104,10 @@ def test_environment() -> None:
     assert environment({}).home == Path.home() / ".cache/llamaclust"
     with pytest.raises(UsageError, match="LLAMACLUST_FEATURE_LEVEL=avx3: not one of generic"):
         environment({"LLAMACLUST_FEATURE_LEVEL": "avx3"})
+    with pytest.raises(
+        UsageError, match="LLAMACLUST_HOME='~no-such-user' begins in a home directory that is not there"
+    ):
+        environment({"LLAMACLUST_HOME": "~no-such-user"})
 
 
 def test_values() -> None:

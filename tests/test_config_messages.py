@@ -18,6 +18,8 @@ SMALL = "model: m\nworkers: [{name: a}, {name: b}]\n"
 NAME = "is not a name; write 1 to 63 letters, digits, dots, dashes or underscores, a letter or digit at either end"
 COUNT = "give a whole number from 1 to"
 ADDRESS = "is not an address; write it like 127.0.0.1:8080 or [::1]:8080"
+NO_PATH = "no path has a zero byte in it; write the place of a file or folder"
+NO_HOME = "begins in a home directory that is not there; write the whole path"
 SIZE = "is not a size; write it like 8GiB or 512MiB"
 
 TOP_KEYS = {
@@ -66,11 +68,18 @@ TOP_KEYS = {
     "allowed_hosts: x.org": "allowed_hosts: 'x.org' is not possible; give a list of 0 to 64 items",
     "allowed_hosts: [5]": "allowed_hosts[0]: 5 is not possible; give text",
     "state_dir: 5": "state_dir: 5 is not possible; give text",
+    'state_dir: "a\\0b"': f"state_dir: {NO_PATH}",
+    'state_dir: "~a\\0b"': f"state_dir: {NO_PATH}",
+    'api_keys_file: "k\\0"': f"api_keys_file: {NO_PATH}",
+    "state_dir: ~no-such-user/x": f"state_dir: '~no-such-user/x' {NO_HOME}",
     "api_keys_file: ''": "api_keys_file: '' is not possible; give text",
     "timeouts: 5s": ("timeouts: '5s' is not possible; give keys with values: request, worker, recovery, coordinator"),
     "timeouts: {request: soon}": "timeouts.request: 'soon' is not a duration; write it like 600s, 10min or 250ms",
     "timeouts: {request: null}": "timeouts.request: nothing is not a duration; write it like 600s, 10min or 250ms",
     "timeouts: {request: 31d}": "timeouts.request: '31d' is not a duration; write it like 600s, 10min or 250ms",
+    f"timeouts: {{request: 1{'0' * 400}}}": (
+        f"timeouts.request: 1{'0' * 59}... is not a possible duration; more than 0 and up to 30 days is"
+    ),
     "timeouts: {worker: 10ms}": "timeouts.worker: 0.01 s is too short to tell a lost worker; set 500ms or more",
     "timeouts: {recovery: 60s}": "timeouts.recovery: this build has no use for it yet; leave it out",
     "model: x": "not valid YAML: key 'model' stands here twice",

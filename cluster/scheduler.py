@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from operator import attrgetter
 
@@ -63,6 +63,31 @@ _SEEN_AHEAD = 8
 
 _by_arrival = attrgetter("key")
 _by_remaining = attrgetter("remaining")
+
+
+@dataclass(slots=True)
+class _Chunks:
+    """The chunks of prompts in one microbatch, given out one by one: each sequence gets one at most."""
+
+    memory: KvMemory
+    now_ns: int
+    rows_left: int
+    outputs_left: int
+    parts: dict[int, Part] = field(default_factory=dict)  # by the sequence's key
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(part.chunk.tokens) for part in self.parts.values())
+
+    def give(self, sequence: Sequence, most: int) -> None:
+        """A chunk of up to `most` rows, as far as rows and outputs go."""
+        rows = sequence.rows_within(min(most, self.rows_left), self.outputs_left)
+        if rows > 0 and sequence.key not in self.parts:
+            sequence.started_ns = sequence.started_ns or self.now_ns
+            part = self.parts[sequence.key] = sequence.take(rows)
+            self.memory.filled(sequence)
+            self.rows_left -= rows
+            self.outputs_left -= len(part.tasks)
 
 
 class Scheduler:
@@ -236,31 +261,22 @@ class Scheduler:
         prefilling = [sequence for sequence in self._running if not sequence.is_decoding and sequence.remaining]
         if not prefilling and (not self._waiting or len(self._running) >= self.settings.max_sequences):
             return []
-        pending = sum(map(_by_remaining, prefilling)) + sum(map(_by_remaining, islice(self._waiting, _SEEN_AHEAD)))
-        self._burst_tokens = max(pending, self._burst_tokens if prefilling else 0)
-        rows_left = chunk_rows(self.settings, self.times, self._burst_tokens, pending, decoding)
-        outputs_left = self.settings.max_outputs - decoding
-        chunks: dict[int, Part] = {}
-
-        def give(sequence: Sequence, most: int) -> None:
-            nonlocal rows_left, outputs_left
-            rows = sequence.rows_within(min(most, rows_left), outputs_left)
-            if rows > 0 and sequence.key not in chunks:
-                sequence.started_ns = sequence.started_ns or now_ns
-                part = chunks[sequence.key] = sequence.take(rows)
-                self.memory.filled(sequence)
-                rows_left -= rows
-                outputs_left -= len(part.tasks)
-
+        rows = self._prefill_rows(prefilling, decoding)
+        chunks = _Chunks(self.memory, now_ns, rows, self.settings.max_outputs - decoding)
         shortest = self._shortest(prefilling)
         if shortest is not None:
-            give(shortest, max(1, rows_left // 2))
+            chunks.give(shortest, max(1, chunks.rows_left // 2))
         for sequence in prefilling:
-            give(sequence, rows_left)
-        while rows_left > 0 and (admitted := self._admit()) is not None:
-            give(admitted, rows_left)
-        self._computed_tokens += sum(len(part.chunk.tokens) for part in chunks.values())
-        return list(chunks.values())
+            chunks.give(sequence, chunks.rows_left)
+        while chunks.rows_left > 0 and (admitted := self._admit()) is not None:
+            chunks.give(admitted, chunks.rows_left)
+        self._computed_tokens += chunks.tokens
+        return list(chunks.parts.values())
+
+    def _prefill_rows(self, prefilling: list[Sequence], decoding: int) -> int:
+        pending = sum(map(_by_remaining, prefilling)) + sum(map(_by_remaining, islice(self._waiting, _SEEN_AHEAD)))
+        self._burst_tokens = max(pending, self._burst_tokens if prefilling else 0)
+        return chunk_rows(self.settings, self.times, self._burst_tokens, pending, decoding)
 
     def _shortest(self, prefilling: list[Sequence]) -> Sequence | None:
         """Who has less left to do than the oldest; None where nobody has."""

@@ -22,9 +22,10 @@ def chunk_rows(settings: SchedulerSettings, times: StageTimes, burst: int, left:
     of them are still to be computed.
 
     A chunk takes the slowest stage `prefill_ms` at most, or 16 rows where they take longer, so that those who decode do
-    not wait longer; and no more than what finishes the burst soonest: k chunks on S stages end after (k + S - 1) * (a + b * burst / k), with stage time
-    a + b * rows, which is least at burst / k = sqrt(burst * a / ((S - 1) * b)). The last chunks are smaller yet,
-    half of what is left each: while later stages compute them, the first ones have nothing to do.
+    not wait longer; and no more than what finishes the burst soonest: k chunks on S stages end after
+    (k + S - 1) * (a + b * burst / k), with stage time a + b * rows, which is least at
+    burst / k = sqrt(burst * a / ((S - 1) * b)). The last chunks are smaller yet, half of what is left each: while later
+    stages compute them, the first ones have nothing to do.
     """
     most = settings.max_rows - decoding
     if settings.prefill_chunk is not None:

@@ -119,7 +119,8 @@ class ClusterDir:
         where = f" (pid {record.pid}, {record.api})" if record else ""
         name = self.path.name
         return (
-            f"a cluster named {name!r} is already running{where}: `llamaclust down --cluster {name}` or another `name:`"
+            f"a cluster named {name!r} is already running{where}: `llamaclust status --cluster {name}` shows it, "
+            f"`llamaclust down --cluster {name}` stops it; or choose another name (`--set name=...`)"
         )
 
     @property
@@ -202,6 +203,12 @@ def running_clusters(state_dir: Path) -> dict[str, tuple[ClusterDir, ClusterReco
     return {name: (folder, record) for name, (folder, record) in found.items() if record is not None}
 
 
+def _last_logs(state_dir: Path) -> str:
+    """Where the last cluster's logs are, for somebody who wants to know why it ended."""
+    logs = sorted(state_dir.glob("*/logs"), key=lambda folder: folder.stat().st_mtime)
+    return f"; the last one's logs: {logs[-1]}" if logs else ""
+
+
 def find_running(state_dir: Path, name: str | None) -> tuple[ClusterDir, ClusterRecord]:
     """The running cluster of that name, or the only one. Raises UsageError that lists what runs."""
     running = running_clusters(state_dir)
@@ -210,7 +217,7 @@ def find_running(state_dir: Path, name: str | None) -> tuple[ClusterDir, Cluster
     if name is not None and name in running:
         return running[name]
     if not running:
-        raise UsageError("no cluster is running: start one with `llamaclust up`")
+        raise UsageError(f"no cluster is running: start one with `llamaclust up`{_last_logs(state_dir)}")
     names = ", ".join(running)
     asked = f"no cluster named {name!r} is running" if name else "several clusters are running"
     raise UsageError(f"{asked}: choose one of {names} with --cluster")

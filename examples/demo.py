@@ -10,8 +10,9 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
+
+from llamaclust.cluster.config import environment
 
 LLAMACLUST = str(Path(sys.executable).parent / "llamaclust")
 NAME = f"demo-{os.getpid()}"
@@ -34,7 +35,6 @@ def run(*arguments: str, question: str | None = None) -> str:
 
 
 def main() -> None:
-    state_dir = os.environ["LLAMACLUST_STATE_DIR"] = tempfile.mkdtemp(prefix="llamaclust-")
     run("model", "pull", "smollm2-135m-instruct")
     try:
         run("up", "--detach", "--port", "0", "--set", f"name={NAME}")
@@ -44,7 +44,7 @@ def main() -> None:
         run("down", "--cluster", NAME)
     if "Paris" not in answer:
         raise SystemExit("the answer is wrong: please report this with the output above")
-    shutil.rmtree(state_dir)  # logs of a demo that failed stay
+    shutil.rmtree(environment().state_dir / NAME)  # logs of a demo that failed stay, and what the machine can do
     print("\nThe answer came through both workers. Start your own cluster with `.venv/bin/llamaclust up`.")
 
 

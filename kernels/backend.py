@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -45,6 +45,7 @@ class Stage(Protocol):
 
     weight_bytes: int
     kv_bytes: int
+    workspace_bytes: int
 
     def run(self, batch: Batch, hidden: Float32 | None) -> Float32:
         """Computes the batch. `hidden` [rows, embedding] for any but a first stage.
@@ -72,4 +73,6 @@ class Backend(Protocol):
         """Bytes of KV memory that one block id costs over all layers of the program."""
         ...
 
-    def workspace_bytes(self, program: Program, limits: StageLimits) -> int: ...
+    def workspace_bytes(self, program: Program, tensors: Mapping[str, Tensor], limits: StageLimits) -> int:
+        """What the loaded stage will take beside weights and KV memory. Errors as of `load`; reads no weights."""
+        ...

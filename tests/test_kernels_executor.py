@@ -139,7 +139,10 @@ def test_memory_is_as_promised(model: Model) -> None:
     assert stage.kv_bytes == backend.kv_block_bytes(program) * LIMITS.kv_blocks
     tensors = model.tensors_for(program)
     assert stage.weight_bytes == pytest.approx(sum(tensor.n_bytes for tensor in tensors.values()), rel=0.02)
-    smaller, larger = (backend.workspace_bytes(program, StageLimits(rows, rows, 8, 1024, 80)) for rows in (64, 128))
+    assert stage.workspace_bytes == backend.workspace_bytes(program, tensors, LIMITS)
+    smaller, larger = (
+        backend.workspace_bytes(program, tensors, StageLimits(rows, rows, 8, 1024, 80)) for rows in (64, 128)
+    )
     widths = 256 * 5 + 64 * 2 + 512 * 2 + 320
     assert 4 * 64 * widths < larger - smaller < 12 * 64 * widths + (1 << 20)
     stage.close()

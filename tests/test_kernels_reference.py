@@ -211,7 +211,8 @@ def test_what_memory_is_said_to_cost(tmp_path: Path) -> None:
     loaded = backend.load(program, model.tensors_for(program), limits, done.append)
     assert loaded.kv_bytes == 4 * backend.kv_block_bytes(program) == 4 * 3 * 16 * 2 * 32 * 2
     assert sum(done) == sum(tensor.n_bytes for tensor in model.file.tensors.values())
-    assert backend.workspace_bytes(program, limits) == 8 * 4 * (64 * 6 + 32 * 2 + 96 * 2 + 320)
+    said = backend.workspace_bytes(program, model.tensors_for(program), limits)
+    assert said == loaded.workspace_bytes == 8 * 4 * (64 * 6 + 32 * 2 + 96 * 2 + 320)
 
 
 def test_more_than_the_limits_is_a_mistake_of_the_caller(stage: ReferenceStage) -> None:

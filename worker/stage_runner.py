@@ -16,7 +16,7 @@ from llamaclust.worker.batches import build_batch
 
 @dataclass(frozen=True, slots=True)
 class StageMemory:
-    """What a stage takes: weights as they stand in the file when planned, as they lie in memory when loaded."""
+    """What a stage takes: weights as they stand in the file when planned, all as it lies in memory when loaded."""
 
     weight_bytes: int
     kv_bytes: int
@@ -35,9 +35,19 @@ class StageMemory:
 def plan_memory(backend: Backend, model: Model, start: int, end: int, limits: StageLimits) -> StageMemory:
     """What layers [start, end) will take."""
     program = model_program(model, start, end)
-    weights = sum(tensor.n_bytes for tensor in model.tensors_for(program).values())
+    tensors = model.tensors_for(program)
+    weights = sum(tensor.n_bytes for tensor in tensors.values())
     kv_bytes = backend.kv_block_bytes(program) * limits.kv_blocks
-    return StageMemory(weights, kv_bytes, backend.workspace_bytes(program, limits))
+    return StageMemory(weights, kv_bytes, backend.workspace_bytes(program, tensors, limits))
+
+
+def planned_workspace_bytes(model: Model, start: int, end: int, limits: StageLimits, threads: int) -> int:
+    """What layers [start, end) will take beside weights and KV memory on `threads` of a CPU. ModelFileError where they
+    cannot be computed."""
+    from llamaclust.kernels.cpu.backend import workspace_bytes
+
+    program = model_program(model, start, end)
+    return workspace_bytes(program, model.tensors_for(program), limits, threads)
 
 
 def model_program(model: Model, start: int, end: int) -> Program:
@@ -70,8 +80,8 @@ class StageRunner:
         self._vocabulary = model.hyperparameters.vocabulary_size
         self._sampler = Sampler(self._vocabulary, feature_level, threads) if program.is_last else None
         self._stage = backend.load(program, model.tensors_for(program), limits, progress)
-        workspace = backend.workspace_bytes(program, limits)
-        self.memory = StageMemory(self._stage.weight_bytes, self._stage.kv_bytes, workspace)
+        stage = self._stage
+        self.memory = StageMemory(stage.weight_bytes, stage.kv_bytes, stage.workspace_bytes)
 
     def run(self, microbatch: Microbatch, hidden: Float32 | None) -> Float32:
         """Computes a microbatch; `hidden` [rows, embedding] for any but a first stage.

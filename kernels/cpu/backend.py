@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
 import numpy as np
 
 from llamaclust.errors import DoesNotFitError, ModelFileError, UsageError
@@ -25,6 +28,7 @@ class CpuStage:
         self._weights = weights
         self.weight_bytes = sum(weight.n_bytes for weight in weights.values())
         self.kv_bytes = native.kv_bytes
+        self.workspace_bytes = native.workspace_bytes
 
     def run(self, batch: Batch, hidden: Float32 | None) -> Float32:
         assert self._native is not None, "the stage was closed"
@@ -43,6 +47,23 @@ class CpuStage:
         self._native = None
         self._result = np.empty((0, self._result.shape[1]), np.float32)
         self._weights = {}
+
+
+def workspace_bytes(program: Program, tensors: Mapping[str, Tensor], limits: StageLimits, threads: int) -> int:
+    """What a stage takes beside weights and KV memory where so many threads compute. Starts none of them."""
+    with _explained(program):
+        return _native.workspace_bytes(compile_program(program, shapes_only(program, tensors), limits), threads)
+
+
+@contextmanager
+def _explained(program: Program) -> Iterator[None]:
+    """ModelFileError for what does not fit together."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        # A number that no int32 holds is a TypeError of the native module, several lines long.
+        what = error if isinstance(error, ValueError) else "a size that is out of range"
+        raise ModelFileError(f"layers {program.start} to {program.end} cannot be computed: {what}") from error
 
 
 class CpuBackend:
@@ -72,22 +93,18 @@ class CpuBackend:
         """ModelFileError for weights without kernels or figures that do not fit together; DoesNotFitError where the
         system refuses the memory."""
         try:
-            weights = self._weights.load(program, tensors, progress)
-            plan = compile_program(program, weights, limits)
-            return CpuStage(_native.Stage(plan, self.feature_level, self._pool), weights)
-        except (ValueError, TypeError) as error:
-            # A number that no int32 holds is a TypeError of the native module, several lines long.
-            what = error if isinstance(error, ValueError) else "a size that is out of range"
-            raise ModelFileError(f"layers {program.start} to {program.end} cannot be computed: {what}") from error
+            with _explained(program):
+                weights = self._weights.load(program, tensors, progress)
+                plan = compile_program(program, weights, limits)
+                return CpuStage(_native.Stage(plan, self.feature_level, self._pool), weights)
         except MemoryError as error:
             raise DoesNotFitError(self._does_not_fit(program, tensors, limits)) from error
 
     def kv_block_bytes(self, program: Program) -> int:
         return sum(_native.kv_block_bytes(step.kv_heads, step.head_dim) for step in program.kv_layers)
 
-    def workspace_bytes(self, program: Program, limits: StageLimits) -> int:
-        plan = compile_program(program, shapes_only(program), limits)
-        return _native.workspace_bytes(plan, self.threads)
+    def workspace_bytes(self, program: Program, tensors: Mapping[str, Tensor], limits: StageLimits) -> int:
+        return workspace_bytes(program, tensors, limits, self.threads)
 
     def _does_not_fit(self, program: Program, tensors: dict[str, Tensor], limits: StageLimits) -> str:
         parts = {

@@ -97,17 +97,18 @@ class Weight:
         return sum(matrix.bytes for matrix in self.matrices) + self.vector.nbytes
 
 
-def shapes_only(program: Program) -> dict[str, Weight]:
-    """Stand-ins for the weights of a program, for planning."""
-    return {name: _shape_only(needs[-1].shape) for name, needs in needs_of(program).items()}
+def shapes_only(program: Program, tensors: Mapping[str, Tensor]) -> dict[str, Weight]:
+    """Stand-ins for the weights of a program, for planning. ModelFileError as for `check_weights`."""
+    check_weights(program, tensors)
+    return {name: _shape_only(tensors[name]) for name in program.weights}
 
 
-def _shape_only(shape: tuple[int, ...]) -> Weight:
-    if len(shape) == 1:
-        return Weight(QuantType.F32, vector=np.zeros(shape, np.float32))
-    rows, cols = shape[-2:]
-    count = prod(shape[:-2])
-    return Weight(QuantType.F32, tuple(PackedMatrix.shape_only(max(rows, 1), cols) for _ in range(count)))
+def _shape_only(tensor: Tensor) -> Weight:
+    if len(tensor.shape) == 1:
+        return Weight(tensor.quant_type, vector=np.zeros(tensor.shape, np.float32))
+    *count, rows, cols = tensor.shape
+    shape = PackedMatrix.shape_only(int(tensor.quant_type), rows, cols)
+    return Weight(tensor.quant_type, (shape,) * prod(count))
 
 
 @dataclass(frozen=True, slots=True)

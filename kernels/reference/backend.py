@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from llamaclust.errors import ModelFileError
@@ -24,6 +26,7 @@ class ReferenceStage:
         self._kv = {step.layer: LayerKv(step, limits.kv_blocks) for step in program.kv_layers}
         self.weight_bytes = sum(weight.nbytes for weight in weights.values())
         self.kv_bytes = sum(layer.n_bytes for layer in self._kv.values())
+        self.workspace_bytes = _workspace_bytes(program, limits)
 
     def run(self, batch: Batch, hidden: Float32 | None) -> Float32:
         self._check(batch)
@@ -68,11 +71,15 @@ class ReferenceBackend:
     def kv_block_bytes(self, program: Program) -> int:
         return sum(block_bytes(step) for step in program.kv_layers)
 
-    def workspace_bytes(self, program: Program, limits: StageLimits) -> int:
-        """Bytes of all named buffers; temporaries of a step are not counted."""
-        fields = (getattr(step, name) for step in program.steps for name in step.__slots__)
-        widths = {field.name: field.width for field in fields if isinstance(field, Buffer)}
-        return sum(widths.values()) * limits.max_tokens * np.dtype(np.float32).itemsize
+    def workspace_bytes(self, program: Program, tensors: Mapping[str, Tensor], limits: StageLimits) -> int:
+        return _workspace_bytes(program, limits)
+
+
+def _workspace_bytes(program: Program, limits: StageLimits) -> int:
+    """Bytes of all named buffers; temporaries of a step are not counted."""
+    fields = (getattr(step, name) for step in program.steps for name in step.__slots__)
+    widths = {field.name: field.width for field in fields if isinstance(field, Buffer)}
+    return sum(widths.values()) * limits.max_tokens * np.dtype(np.float32).itemsize
 
 
 def _load(tensor: Tensor) -> Float32:

@@ -163,7 +163,8 @@ void bind_executor(nb::module_& module) {
       .def("run", &NativeStage::run, "tokens"_a, "positions"_a, "sequence_starts"_a, "table_starts"_a, "block_tables"_a,
            "output_rows"_a, "hidden"_a.none())
       .def_prop_ro("result", &result_of)
-      .def_prop_ro("kv_bytes", [](const NativeStage& stage) { return stage.executor.kv_bytes(); });
+      .def_prop_ro("kv_bytes", [](const NativeStage& stage) { return stage.executor.kv_bytes(); })
+      .def_prop_ro("workspace_bytes", [](const NativeStage& stage) { return stage.executor.workspace_bytes(); });
 
   module.def(
       "workspace_bytes", [](const PlanBuilder& b, int threads) { return workspace_bytes(b.plan, threads); }, "plan"_a,

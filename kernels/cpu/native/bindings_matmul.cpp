@@ -174,7 +174,8 @@ void bind_matmul(nb::module_& module) {
       .def(nb::init<int, int, int>(), "quant_type"_a, "rows"_a, "cols"_a)
       .def("pack_rows", &pack_rows, "first_row"_a, "data"_a,
            "Packs rows as a model file holds them; first_row is a multiple of 16, as is their number but at the end.")
-      .def_static("shape_only", &PackedMatrix::shape_only, "rows"_a, "cols"_a, "A matrix without memory, for planning.")
+      .def_static("shape_only", &PackedMatrix::shape_only, "quant_type"_a, "rows"_a, "cols"_a,
+                  "A matrix without memory, for planning.")
       .def_prop_ro("bytes", &PackedMatrix::bytes);
   module.def("matmul", &multiply, "level"_a, "matrix"_a, "x"_a, "threads"_a = 1, "bias"_a = nb::none(),
              "Products [tokens, rows] of a matrix with activations x [tokens, cols], both float32.");

@@ -83,7 +83,9 @@ Executor::Executor(Plan plan, const Level& level, ThreadPool& pool)
       workspace_(plan_, pool.threads()),
       kv_(plan_.kv_layers, plan_.limits.kv_blocks),
       rotations_(tables_of(plan_)),
-      tilings_(tilings_of(plan_)) {}
+      tilings_(tilings_of(plan_)) {
+  workspace_.allocate();
+}
 
 int Executor::run(const Batch& batch) {
   check_batch(batch, plan_);
@@ -98,6 +100,12 @@ int Executor::run(const Batch& batch) {
 int Executor::result_capacity() const {
   return plan_.buffers[static_cast<size_t>(*plan_.result)].outputs_only ? plan_.limits.max_outputs
                                                                         : plan_.limits.max_tokens;
+}
+
+size_t Executor::workspace_bytes() const {
+  size_t bytes = workspace_.bytes();
+  for (const RotationTable& table : rotations_) bytes += table.bytes();
+  return bytes;
 }
 
 size_t workspace_bytes(const Plan& plan, int threads) {

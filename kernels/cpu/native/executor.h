@@ -35,7 +35,7 @@ struct Shares {
   Counter counters[3];
 };
 
-// Bytes that an executor of this plan needs besides weights and KV memory.
+// What `Executor::workspace_bytes` of this plan will be: all that it takes besides weights and KV memory.
 size_t workspace_bytes(const Plan& plan, int threads);
 
 class Executor {
@@ -51,6 +51,7 @@ class Executor {
   int result_width() const { return plan_.buffers[static_cast<size_t>(*plan_.result)].width; }
   int hidden_width() const { return plan_.hidden_width; }
   size_t kv_bytes() const { return kv_.bytes(); }
+  size_t workspace_bytes() const;
 
  private:
   const Plan plan_;

@@ -71,7 +71,7 @@ Workspace::Workspace(const Plan& plan, int threads) {
   partials_ = all.add(partial_floats_ * sizeof(float));
   threads_ = (all.bytes() + kPage - 1) / kPage * kPage;
   thread_bytes_ = (each.bytes() + kPage - 1) / kPage * kPage;
-  memory_ = Memory(threads_ + static_cast<size_t>(threads) * thread_bytes_);
+  bytes_ = threads_ + static_cast<size_t>(threads) * thread_bytes_;
 }
 
 AttentionScratch Workspace::attention_scratch(int thread, int head_dim) const {

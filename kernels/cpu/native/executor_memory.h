@@ -23,7 +23,11 @@ struct AttentionScratch {
 
 class Workspace {
  public:
+  // Only says where everything will lie.
   Workspace(const Plan& plan, int threads);
+
+  // Takes the memory, all zero. To be called once, before anything is read or written.
+  void allocate() { memory_ = Memory(bytes_); }
 
   // First line of a buffer; `thread` >= 0 asks for that thread's own copy, which holds kPrivateRows rows.
   float* shared(BufferId id) const { return reinterpret_cast<float*>(memory_.data() + shared_[index(id)]); }
@@ -37,14 +41,14 @@ class Workspace {
   float* partials() const { return reinterpret_cast<float*>(memory_.data() + partials_); }
   size_t partial_floats() const { return partial_floats_; }
 
-  size_t bytes() const { return memory_.bytes(); }
+  size_t bytes() const { return bytes_; }
 
  private:
   static size_t index(int id) { return static_cast<size_t>(id); }
   uint8_t* thread_base(int thread) const { return memory_.data() + threads_ + index(thread) * thread_bytes_; }
 
   std::vector<size_t> shared_, own_, shared_slots_, own_slots_;
-  size_t scratch_, partials_, partial_floats_, threads_, thread_bytes_;
+  size_t scratch_, partials_, partial_floats_, threads_, thread_bytes_, bytes_;
   Memory memory_;
 };
 

@@ -28,9 +28,9 @@ PackedMatrix::PackedMatrix(int type, int rows, int cols) : matrix_{checked(type,
   matrix_.tiles = memory_.data();
 }
 
-PackedMatrix PackedMatrix::shape_only(int rows, int cols) {
-  const QuantType type = checked(static_cast<int>(QuantType::F32), rows, cols);
-  return PackedMatrix({type, rows, cols, tile_bytes(type, cols), nullptr}, Memory());
+PackedMatrix PackedMatrix::shape_only(int type, int rows, int cols) {
+  const QuantType quant_type = checked(type, rows, cols);
+  return PackedMatrix({quant_type, rows, cols, tile_bytes(quant_type, cols), nullptr}, Memory());
 }
 
 void PackedMatrix::pack_rows(int first_row, std::span<const uint8_t> data) {

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 
-from llamaclust.model.loader import LayerCost, ModelCosts
+import numpy as np
+from numpy.typing import NDArray
+
+from llamaclust.model.loader import ModelCosts
 from llamaclust.model.program import KV_BLOCK_TOKENS
+
+Counts = NDArray[np.int64]
+Table = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,57 +27,75 @@ class WorkerFacts:
     threads: int = 1
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class StageCosts:
-    """Sums over layers [start, end) of a model, with embedding and head where they belong."""
+    """Sums over layers [start, end) of a model, with embedding and head where they belong.
 
-    costs: ModelCosts
-    _weights: tuple[int, ...]
-    _idle: tuple[int, ...]
-    _macs: tuple[int, ...]
-    _kv: tuple[int, ...]
+    Tables and counts are [layers + 1, layers + 1], by start and end; what stands where end <= start means nothing.
+    """
+
+    layers: int
+    held_bytes: Counts  # weights
+    kv_token_bytes: Counts  # KV memory of a token
+    _read: Counts  # weights that decoding may read: all but the embedding
+    _idle: Counts  # of them, those of experts that one token does not choose
+    _macs: Counts
+    _layers_read: Counts  # without the head, which prefill does not need
+    _layers_macs: Counts
 
     @classmethod
     def of(cls, costs: ModelCosts) -> StageCosts:
-        def sums(value: Callable[[LayerCost], int]) -> tuple[int, ...]:
-            return tuple(accumulate(map(value, costs.layers), initial=0))
-
+        read = _sums(layer.weight_bytes for layer in costs.layers)
+        macs = _sums(layer.macs_per_token for layer in costs.layers)
+        first, last = np.zeros_like(read), np.zeros_like(read)
+        first[0, :], last[:, -1] = 1, 1
+        with_head = read + last * costs.head_bytes
         return cls(
-            costs,
-            sums(lambda layer: layer.weight_bytes),
-            sums(lambda layer: layer.idle_bytes),
-            sums(lambda layer: layer.macs_per_token),
-            sums(lambda layer: layer.kv_bytes_per_token),
+            layers=len(costs.layers),
+            held_bytes=with_head + first * costs.embedding_bytes,
+            kv_token_bytes=_sums(layer.kv_bytes_per_token for layer in costs.layers),
+            _read=with_head,
+            _idle=_sums(layer.idle_bytes for layer in costs.layers),
+            _macs=macs + last * costs.head_macs,
+            _layers_read=read,
+            _layers_macs=macs,
         )
 
     @property
-    def layers(self) -> int:
-        return len(self.costs.layers)
+    def stages(self) -> NDArray[np.bool_]:
+        """Where start < end."""
+        return np.triu(np.ones(self.held_bytes.shape, np.bool_), 1)
 
     def weight_bytes(self, start: int, end: int) -> int:
-        embedding = self.costs.embedding_bytes if start == 0 else 0
-        return self._weights[end] - self._weights[start] + embedding + self._head(end, self.costs.head_bytes)
+        return int(self.held_bytes[start, end])
 
     def kv_block_bytes(self, start: int, end: int) -> int:
         """What one KV block takes on the stage."""
-        return (self._kv[end] - self._kv[start]) * KV_BLOCK_TOKENS
+        return int(self.kv_token_bytes[start, end]) * KV_BLOCK_TOKENS
 
     def decode_ms(self, worker: WorkerFacts, start: int, end: int, rows: int = 1) -> float:
         """One microbatch in which `rows` sequences get a token each. The worker must have been measured."""
-        held = self._weights[end] - self._weights[start] + self._head(end, self.costs.head_bytes)
-        read = min(held, rows * (held - self._idle[end] + self._idle[start]))
-        macs = self._macs[end] - self._macs[start] + self._head(end, self.costs.head_macs)
-        return _roofline_ms(worker, read, rows * macs)
+        return float(self.decode_table(worker, rows)[start, end])
 
     def prefill_ms(self, worker: WorkerFacts, start: int, end: int, rows: int) -> float:
         """One microbatch of that many prompt tokens, none of them an output row."""
-        read = self._weights[end] - self._weights[start]
-        return _roofline_ms(worker, read, rows * (self._macs[end] - self._macs[start]))
+        return float(self.prefill_table(worker, rows)[start, end])
 
-    def _head(self, end: int, value: int) -> int:
-        return value if end == self.layers else 0
+    def decode_table(self, worker: WorkerFacts, rows: int = 1) -> Table:
+        """`decode_ms` of all stages."""
+        read = np.minimum(self._read, rows * (self._read - self._idle))
+        return _roofline_ms(worker, read, rows * self._macs)
+
+    def prefill_table(self, worker: WorkerFacts, rows: int) -> Table:
+        """`prefill_ms` of all stages."""
+        return _roofline_ms(worker, self._layers_read, rows * self._layers_macs)
 
 
-def _roofline_ms(worker: WorkerFacts, read_bytes: int, macs: int) -> float:
+def _sums(values: Iterable[int]) -> Counts:
+    before: Counts = np.array([0, *accumulate(values)], np.int64)
+    return before - before[:, np.newaxis]
+
+
+def _roofline_ms(worker: WorkerFacts, read_bytes: Counts, macs: Counts) -> Table:
     assert worker.read_gb_s is not None and worker.int8_gmac_s is not None
-    return max(read_bytes / worker.read_gb_s, macs / worker.int8_gmac_s) / 1e6
+    return np.maximum(read_bytes / worker.read_gb_s, macs / worker.int8_gmac_s) / 1e6

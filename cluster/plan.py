@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+_PROMPT_TOKENS = 512
+
+
+def usual_prompt_tokens(context_length: int) -> int:
+    """Of the prompts that plans are made for."""
+    return min(_PROMPT_TOKENS, context_length)
+
 
 @dataclass(frozen=True, slots=True)
 class StagePlan:
-    """Layers [start, end) on a worker. Times are predictions; None where something was not measured."""
+    """Layers [start, end) on a worker."""
 
     worker: str
     start: int
@@ -16,8 +23,6 @@ class StagePlan:
     kv_bytes: int
     workspace_bytes: int
     memory_bytes: int | None  # what the worker may take; None: unknown
-    decode_ms: float | None  # of one token of one sequence
-    prefill_ms: float | None  # of each prompt token
 
     @property
     def bytes(self) -> int:
@@ -34,14 +39,36 @@ class Spare:
 
 
 @dataclass(frozen=True, slots=True)
+class StagePrediction:
+    """How long a stage computes."""
+
+    decode_ms: float  # one token of one sequence
+    prefill_ms: float  # each prompt token
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What a plan should bring."""
+
+    stages: tuple[StagePrediction, ...]
+    token_ms: float  # from token to token of one sequence alone
+    ttft_ms: float  # first token after a prompt of `prompt_tokens`
+    tokens_per_s: float  # of as many sequences as may run together
+    limiting: str  # worker whose stage takes longest
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
-    """Stages in order, from the embedding to the head. Predictions are None where something was not measured."""
+    """Stages in order, from the embedding to the head."""
 
     stages: tuple[StagePlan, ...]
     kv_blocks: int
     context_length: int
-    token_ms: float | None  # from token to token of one sequence alone
-    ttft_ms: float | None  # first token after a prompt of 512 tokens
-    tokens_per_s: float | None  # of as many sequences as may run together
-    limiting: str | None  # worker whose stage takes longest
     spares: tuple[Spare, ...]
+    prediction: Prediction | None  # None where something was not measured
+    excess: float | None = None  # how far it may be from the best plan; None: nothing better is possible, or by hand
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Of the prompts that plans are made for."""
+        return usual_prompt_tokens(self.context_length)

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 from llamaclust.cluster.config import ClusterConfig
 from llamaclust.cluster.costs import WorkerFacts
+from llamaclust.cluster.launchers.stage_memory import workspace_of
 from llamaclust.cluster.plan import Plan
 from llamaclust.cluster.planner import PlanRequest, make_plan
 from llamaclust.cluster.planner_manual import Assignment, checked
-from llamaclust.cluster.planner_workspace import ModelWorkspace
 from llamaclust.cluster.settings import SchedulerSettings
 from llamaclust.cluster.shares import thread_shares
 from llamaclust.cluster.state import Measurement
@@ -76,7 +76,7 @@ def plan_cluster(
     ask = PlanRequest(
         context_length=length,
         max_sequences=config.max_sequences,
-        workspace=ModelWorkspace.of(model.program(0, model.layer_count), max_rows(config), max_outputs(config)),
+        workspace=workspace_of(model, _limits(config, length, kv_blocks=1)),
         objective=config.objective,
         manual=None if config.plan is None else _by_hand(config),
         kv_memory_bytes=config.kv_memory,
@@ -97,12 +97,16 @@ def _facts(name: str, memory_bytes: int, measured: Measurement | None, threads: 
 
 def stage_limits(config: ClusterConfig, plan: Plan) -> StageLimits:
     """What every stage of the plan is loaded with."""
+    return _limits(config, plan.context_length, plan.kv_blocks)
+
+
+def _limits(config: ClusterConfig, context_length: int, kv_blocks: int) -> StageLimits:
     return StageLimits(
         max_tokens=max_rows(config),
         max_outputs=max_outputs(config),
         max_sequences=config.max_sequences,
-        max_context_tokens=plan.context_length,
-        kv_blocks=plan.kv_blocks,
+        max_context_tokens=context_length,
+        kv_blocks=kv_blocks,
     )
 
 

@@ -2,39 +2,56 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
+from itertools import starmap
+from math import ceil
 from typing import Any
 
-from llamaclust.cluster.plan import Plan, StagePlan
+from llamaclust.cluster.plan import Plan, Prediction, StagePlan, StagePrediction
 from llamaclust.model.program import KV_BLOCK_TOKENS
 from llamaclust.sizes import MIB
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:
     """Every figure of the plan; layers half-open, sizes in bytes, what nobody measured is null."""
-    return asdict(plan)
+    values, predicted = asdict(plan), plan.prediction
+    values |= {"prompt_tokens": plan.prompt_tokens} | _fields(Prediction, values.pop("prediction"))
+    times = [None] * len(plan.stages) if predicted is None else [asdict(stage) for stage in predicted.stages]
+    stages = zip(plan.stages, times, strict=True)
+    return values | {"stages": [asdict(stage) | _fields(StagePrediction, one) for stage, one in stages]}
+
+
+def _fields(kind: type[Prediction | StagePrediction], values: dict[str, Any] | None) -> dict[str, Any]:
+    return dict.fromkeys(field.name for field in fields(kind)) if values is None else values
 
 
 def plan_lines(plan: Plan) -> tuple[str, ...]:
     """One line a stage, then what to expect; `?` for what nobody measured."""
+    values = plan_json(plan)
     expected = [
-        f"{_number(plan.token_ms)} ms/token",
-        f"first token of a 512-token prompt after {_number(plan.ttft_ms)} ms",
-        f"{_number(plan.tokens_per_s)} tok/s for many requests",
-        f"limited by {plan.limiting or '?'}",
+        f"{_number(values['token_ms'])} ms/token",
+        f"first token of a {plan.prompt_tokens}-token prompt after {_number(values['ttft_ms'])} ms",
+        f"{_number(values['tokens_per_s'])} tok/s for many requests",
+        f"limited by {values['limiting'] or '?'}",
     ]
+    bound = [] if plan.excess is None else [f"  within {_percent(plan.excess)} of the best that could be"]
+    stages = zip(plan.stages, (stage["decode_ms"] for stage in values["stages"]), strict=True)
     spares = (f"  {spare.worker}: not used: {spare.reason}" for spare in plan.spares)
     kv = f"  KV memory for {plan.kv_blocks * KV_BLOCK_TOKENS} tokens, {plan.context_length} per sequence at most"
-    return ("plan:", *map(_stage_line, plan.stages), *spares, kv, f"  predicted: {', '.join(expected)}")
+    return ("plan:", *starmap(_stage_line, stages), *spares, kv, f"  predicted: {', '.join(expected)}", *bound)
 
 
-def _stage_line(stage: StagePlan) -> str:
+def _stage_line(stage: StagePlan, decode_ms: float | None) -> str:
     parts = {"weights": stage.weight_bytes, "KV": stage.kv_bytes, "workspace": stage.workspace_bytes}
     sizes = " + ".join(f"{value / MIB:.0f} MiB {name}" for name, value in parts.items())
     room = "" if stage.memory_bytes is None else f" of {stage.memory_bytes / MIB:.0f} MiB"
     layers = f"layers [{stage.start}, {stage.end})"
-    return f"  {stage.worker}: {layers}, {sizes} = {stage.bytes / MIB:.0f}{room}, {_number(stage.decode_ms)} ms/token"
+    return f"  {stage.worker}: {layers}, {sizes} = {stage.bytes / MIB:.0f}{room}, {_number(decode_ms)} ms/token"
 
 
 def _number(value: float | None) -> str:
     return "?" if value is None else f"{value:.2f}" if value < 10 else f"{value:.0f}"
+
+
+def _percent(share: float) -> str:
+    return f"{max(1, ceil(100 * share))} %"

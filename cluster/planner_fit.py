@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from llamaclust.cluster.costs import StageCosts, WorkerFacts
-from llamaclust.cluster.planner_workspace import ModelWorkspace
+import numpy as np
+
+from llamaclust.cluster.costs import StageCosts, Table, WorkerFacts
+from llamaclust.cluster.planner_workspace import StagePlace, Workspace
 from llamaclust.model.program import KV_BLOCK_TOKENS
 
 _WANTED_CONTEXTS = 4
@@ -21,7 +23,7 @@ class PlanLimits:
 
     context_length: int
     max_sequences: int
-    workspace: ModelWorkspace
+    workspace: Workspace
     kv_memory_bytes: int | None  # per worker, at most
 
     @property
@@ -43,8 +45,8 @@ class Sizes:
         return tuple(dict.fromkeys((min(_WANTED_CONTEXTS, self.limits.max_sequences), 1)))
 
     def workspace_bytes(self, worker: WorkerFacts, end: int) -> int:
-        place = self.limits.workspace.last if end == self.stages.layers else self.limits.workspace.inner
-        return place.bytes(worker.threads, self.limits.context_length)
+        limits = self.limits
+        return limits.workspace(StagePlace(worker.threads, limits.context_length, end == self.stages.layers))
 
     def context_bytes(self, start: int, end: int) -> int:
         """KV memory of one whole context."""
@@ -91,5 +93,13 @@ class Sizes:
     def fits(self, worker: WorkerFacts, start: int, end: int, contexts: int) -> bool:
         return self.missing_bytes(worker, start, end, contexts) == 0
 
-    def holds_a_layer(self, worker: WorkerFacts, contexts: int) -> bool:
-        return any(self.fits(worker, layer, layer + 1, contexts) for layer in range(self.stages.layers))
+    def missing_table(self, worker: WorkerFacts, contexts: int) -> Table:
+        """`missing_bytes` of all stages; infinite where start >= end."""
+        stages, given = self.stages, self.limits.kv_memory_bytes
+        context = self.limits.context_blocks * KV_BLOCK_TOKENS * stages.kv_token_bytes
+        missing = np.zeros_like(context) if given is None else np.maximum(context - given, 0)
+        if worker.memory_bytes is not None:
+            kv = contexts * context if given is None else np.minimum(contexts * context, given)
+            workspace = [self.workspace_bytes(worker, end) for end in range(stages.layers + 1)]
+            missing = np.maximum(missing, stages.held_bytes + kv + workspace - worker.memory_bytes)
+        return np.where(stages.stages, missing, np.inf)

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-import numpy as np
-
-from llamaclust.cluster.costs import WorkerFacts
+from llamaclust.cluster.costs import Table, WorkerFacts
 from llamaclust.cluster.planner_fit import Cut, Sizes
-from llamaclust.cluster.planner_search import Table, least_sum
+from llamaclust.cluster.planner_search import kinds_of, least_total
 from llamaclust.errors import DoesNotFitError
 from llamaclust.sizes import MIB, mib, missing, needed
 
@@ -35,7 +33,7 @@ def _lacking(sizes: Sizes, cut: Cut) -> Iterator[str]:
 
 
 def does_not_fit(sizes: Sizes, workers: Sequence[WorkerFacts]) -> DoesNotFitError:
-    """Says what is missing at least, over all cuts in the given order, and what it would take."""
+    """Says what is missing at least, over all cuts, and what it would take."""
     layers = sizes.stages.layers
     parts = {"weights": sizes.stages.weight_bytes(0, layers), "KV memory": sizes.context_bytes(0, layers)}
     workspace = max(sizes.workspace_bytes(worker, layers) for worker in workers)
@@ -52,20 +50,12 @@ def does_not_fit(sizes: Sizes, workers: Sequence[WorkerFacts]) -> DoesNotFitErro
 
 def _least_missing(sizes: Sizes, workers: Sequence[WorkerFacts]) -> float:
     """Bytes that memory lacks in the best of all cuts."""
-    kinds = [(worker.memory_bytes, worker.threads) for worker in workers]
-    tables = {kind: _missing(sizes, worker) for kind, worker in dict(zip(kinds, workers, strict=True)).items()}
-    found = least_sum([tables[kind] for kind in kinds], may_skip=True)
-    assert found is not None
-    return found[0]
 
+    def tables(worker: WorkerFacts) -> tuple[Table, Table]:
+        missing_bytes = sizes.missing_table(worker, 1)
+        return missing_bytes, missing_bytes
 
-def _missing(sizes: Sizes, worker: WorkerFacts) -> Table:
-    layers = sizes.stages.layers
-    table = np.full((layers + 1, layers + 1), np.inf)
-    for start in range(layers):
-        for end in range(start + 1, layers + 1):
-            table[start, end] = sizes.missing_bytes(worker, start, end, 1)
-    return table
+    return least_total(kinds_of([replace(worker, read_gb_s=None, int8_gmac_s=None) for worker in workers], tables))
 
 
 def _shorter_context(sizes: Sizes, workers: Sequence[WorkerFacts]) -> str:

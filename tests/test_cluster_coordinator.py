@@ -91,8 +91,9 @@ async def test_measurements_are_kept_for_every_cluster_of_the_machine(tiny: Path
     values = {"name": "third", "model": str(tiny), "objective": "throughput", "context_length": 256}
     file.write_text(json.dumps({**values, "state_dir": str(tmp_path), "workers": workers}))
     planned = plan_of(file, [])
-    assert planned.token_ms is not None and planned.token_ms == plan.token_ms
-    assert plan_of(file, ["workers.a.threads=2"]).token_ms is None
+    assert planned.prediction is not None and plan.prediction is not None
+    assert planned.prediction.token_ms == plan.prediction.token_ms
+    assert plan_of(file, ["workers.a.threads=2"]).prediction is None
 
 
 def test_a_feature_level_that_is_not_there_is_refused_before_a_worker_starts(

@@ -50,18 +50,20 @@ def build_tiny_model(
     tied: bool = False,
     rope_factors: bool = False,
     extra: Mapping[str, WritableValue] | None = None,
+    other_types: Mapping[str, QuantType] | None = None,
 ) -> Path:
     """Writes a model to `path` and returns it. The same arguments give the same bytes.
 
-    Matrices and embedding have `quant_type`, norms, biases and routers float32. `tied` leaves out `output.weight`,
-    `rope_factors` adds `rope_freqs.weight`, `experts` (2 of them used) replaces each feed-forward network, `extra` adds
-    or overrides metadata. The tokenizer is SentencePiece for `llama`, byte-level BPE for `qwen2`.
+    Matrices and embedding have `quant_type`, norms, biases and routers float32; `other_types` gives matrices another
+    type by a part of their name. `tied` leaves out `output.weight`, `rope_factors` adds `rope_freqs.weight`, `experts`
+    (2 of them used) replaces each feed-forward network, `extra` adds or overrides metadata. The tokenizer is
+    SentencePiece for `llama`, byte-level BPE for `qwen2`.
     """
     shape = _Shape(architecture, hidden, layers, heads, kv_heads, ffn, vocabulary, experts, context)
     tensors = [*_ends(shape, tied, rope_factors)]
     for layer in range(layers):
         tensors += _layer(shape, f"blk.{layer}")
-    sources = [_source(tensor, quant_type, seed) for tensor in tensors]
+    sources = [_source(tensor, _type_of(tensor, quant_type, other_types or {}), seed) for tensor in tensors]
     write_gguf(path, _metadata(shape) | dict(extra or {}), sources)
     return path
 
@@ -121,9 +123,13 @@ def _feed_forward(shape: _Shape, name: str) -> Iterator[_Random]:
     yield _matrix(f"{name}.ffn_down_exps", shape.experts, shape.hidden, shape.ffn)
 
 
-def _source(tensor: _Random, quant_type: QuantType, seed: int) -> TensorSource:
-    kind = QuantType.F32 if tensor.exact else quant_type
+def _type_of(tensor: _Random, quant_type: QuantType, others: Mapping[str, QuantType]) -> QuantType:
+    if tensor.exact:
+        return QuantType.F32
+    return next((kind for part, kind in others.items() if part in tensor.name), quant_type)
 
+
+def _source(tensor: _Random, kind: QuantType, seed: int) -> TensorSource:
     def produce() -> bytes:
         generator = np.random.default_rng([seed, zlib.crc32(tensor.name.encode())])
         values: NDArray[np.float32] = generator.standard_normal(tensor.shape, np.float32)

@@ -1,0 +1,24 @@
+"""What stages will take on a worker, asked of the worker's own code: nothing is loaded for it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+from llamaclust.cluster.planner_workspace import StagePlace, Workspace
+from llamaclust.model.loader import Model
+from llamaclust.wire.control import StageLimits
+from llamaclust.worker.stage_runner import planned_workspace_bytes
+
+
+def workspace_of(model: Model, limits: StageLimits) -> Workspace:
+    """Of stages that are loaded with these limits, whatever their context. A stage is taken to hold all layers: weights
+    of several types may make it take a little more than it will."""
+
+    @cache
+    def bytes_at(place: StagePlace) -> int:
+        end = model.layer_count if place.is_last else max(1, model.layer_count - 1)
+        at = replace(limits, max_context_tokens=place.context_length)
+        return planned_workspace_bytes(model, 0, end, at, place.threads)
+
+    return bytes_at

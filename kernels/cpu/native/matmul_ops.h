@@ -7,7 +7,16 @@
 namespace llamaclust {
 
 // ggml's numbers.
-enum class QuantType : int32_t { F32 = 0, F16 = 1, Q4_0 = 2, Q4_1 = 3, Q8_0 = 8, Q4_K = 12, Q6_K = 14, BF16 = 30 };
+enum class QuantType : int32_t {
+  F32 = 0,
+  F16 = 1,
+  Q4_0 = 2,
+  Q4_1 = 3,
+  Q8_0 = 8,
+  Q4_K = 12,
+  Q6_K = 14,
+  BF16 = 30,
+};
 
 // How a row of activations is stored for a product: float32, or int8 with one float scale per 32 or per 256 values.
 enum class ActivationFormat : int32_t { F32, Q8_32, Q8_256 };

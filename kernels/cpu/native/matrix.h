@@ -36,9 +36,13 @@ constexpr TileLayout kF16Layout{1, 2, 32, 0, ActivationFormat::F32};
 constexpr bool same_size_as_file(const TileLayout& t) {
   return t.body_bytes + t.tail_bytes == kTileRows * t.file_bytes;
 }
-static_assert(same_size_as_file(kQ4_0Layout) && same_size_as_file(kQ4_1Layout) && same_size_as_file(kQ8_0Layout));
-static_assert(same_size_as_file(kQ4_KLayout) && same_size_as_file(kQ6_KLayout));
-static_assert(same_size_as_file(kF32Layout) && same_size_as_file(kF16Layout));
+static_assert(same_size_as_file(kQ4_0Layout));
+static_assert(same_size_as_file(kQ4_1Layout));
+static_assert(same_size_as_file(kQ8_0Layout));
+static_assert(same_size_as_file(kQ4_KLayout));
+static_assert(same_size_as_file(kQ6_KLayout));
+static_assert(same_size_as_file(kF32Layout));
+static_assert(same_size_as_file(kF16Layout));
 
 // Activations of one segment. q = x * (127 / maximum) to nearest, ties to even; scale = maximum / 127; a maximum below
 // 2^-118 counts as zero. A segment with an infinity or a NaN has a NaN scale and zeros.

@@ -48,8 +48,16 @@ struct TypeOps {
 template <class Type>
 constexpr TypeOps kOps{Type::kType, multiply<Type>, dequantize_tile_row<Type>};
 
-constexpr TypeOps kTypes[] = {kOps<F32>,  kOps<F16>,  kOps<BF16>, kOps<Q8_0>,
-                              kOps<Q4_0>, kOps<Q4_1>, kOps<Q4_K>, kOps<Q6_K>};
+constexpr TypeOps kTypes[] = {
+    kOps<F32>,
+    kOps<F16>,
+    kOps<BF16>,
+    kOps<Q8_0>,
+    kOps<Q4_0>,
+    kOps<Q4_1>,
+    kOps<Q4_K>,
+    kOps<Q6_K>,
+};
 
 // Of a type that pack.h supports.
 const TypeOps& ops_of(QuantType type) {

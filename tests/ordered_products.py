@@ -49,18 +49,43 @@ def q4_1(blocks: Bytes) -> Segments:
     return Segments(halves(blocks, 0), nibbles(blocks[..., 4:]), halves(blocks, 2), None)
 
 
+def five_bits(high: Bytes, low: Bytes) -> Integers:
+    bits = np.unpackbits(np.ascontiguousarray(high), axis=-1, bitorder="little")
+    return nibbles(low) | bits.astype(np.int64) << 4
+
+
+def q5_0(blocks: Bytes) -> Segments:
+    return Segments(halves(blocks, 0), five_bits(blocks[..., 2:6], blocks[..., 6:]) - 16, None, None)
+
+
+def q5_1(blocks: Bytes) -> Segments:
+    return Segments(halves(blocks, 0), five_bits(blocks[..., 4:8], blocks[..., 8:]), halves(blocks, 2), None)
+
+
 def q8_0(blocks: Bytes) -> Segments:
     return Segments(halves(blocks, 0), blocks[..., 2:].view(np.int8).astype(np.int64), None, None)
 
 
-def q4_k(blocks: Bytes) -> Segments:
+def with_six_bit_scales(blocks: Bytes, quants: Integers) -> Segments:
+    """Of blocks that begin with scale, min and 12 bytes of scales and mins; quants [..., 8, 32]."""
     packed = blocks[..., 4:16].astype(np.int64)
     low, high = packed[..., :8] & 63, packed[..., :8] >> 6
     scales = np.concatenate([low[..., :4], packed[..., 8:] & 15 | high[..., :4] << 4], axis=-1)
     sub_mins = np.concatenate([low[..., 4:], packed[..., 8:] >> 4 | high[..., 4:] << 4], axis=-1)
-    quants = nibbles(blocks[..., 16:].reshape(*blocks.shape[:-1], 4, 32)).reshape(*blocks.shape[:-1], 8, 32)
     scaled = (quants * scales[..., None]).reshape(*blocks.shape[:-1], 256)
     return Segments(halves(blocks, 0), scaled, halves(blocks, 2), sub_mins)
+
+
+def q4_k(blocks: Bytes) -> Segments:
+    shape = blocks.shape[:-1]
+    return with_six_bit_scales(blocks, nibbles(blocks[..., 16:].reshape(*shape, 4, 32)).reshape(*shape, 8, 32))
+
+
+def q5_k(blocks: Bytes) -> Segments:
+    shape = blocks.shape[:-1]
+    low = nibbles(blocks[..., 48:].reshape(*shape, 4, 32)).reshape(*shape, 8, 32)
+    high = blocks[..., None, 16:48].astype(np.int64) >> np.arange(8)[:, None] & 1
+    return with_six_bit_scales(blocks, low | high << 4)
 
 
 def q6_k(blocks: Bytes) -> Segments:
@@ -76,8 +101,11 @@ def q6_k(blocks: Bytes) -> Segments:
 DECODERS = {
     QuantType.Q4_0: q4_0,
     QuantType.Q4_1: q4_1,
+    QuantType.Q5_0: q5_0,
+    QuantType.Q5_1: q5_1,
     QuantType.Q8_0: q8_0,
     QuantType.Q4_K: q4_k,
+    QuantType.Q5_K: q5_k,
     QuantType.Q6_K: q6_k,
 }
 

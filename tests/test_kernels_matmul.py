@@ -23,7 +23,13 @@ COLS = [32, 96, 256, 288, 576, 1536]
 TOKENS = [1, 2, 3, 5, 8, 17, 64]
 MANY = 131  # more than any level serves without panels
 
-SCALE_PLACES = {QuantType.Q4_1: (0, 2), QuantType.Q4_K: (0, 2), QuantType.Q6_K: (208,)}
+SCALE_PLACES = {
+    QuantType.Q4_1: (0, 2),
+    QuantType.Q5_1: (0, 2),
+    QuantType.Q4_K: (0, 2),
+    QuantType.Q5_K: (0, 2),
+    QuantType.Q6_K: (208,),
+}
 
 
 def generator_of(*what: object) -> np.random.Generator:

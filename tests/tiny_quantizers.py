@@ -17,7 +17,7 @@ Bytes = NDArray[np.uint8]
 def quantize(weights: Float32, quant_type: QuantType) -> bytes:
     """The bytes of `weights` [..., k] in a type's layout; k a multiple of its block size."""
     blocks = weights.astype(np.float32).reshape(-1, quant_type.info.block_size)
-    data = _QUANTIZERS[quant_type](blocks).tobytes()
+    data = QUANTIZERS[quant_type](blocks).tobytes()
     assert len(data) == len(blocks) * quant_type.info.block_bytes
     return data
 
@@ -64,23 +64,54 @@ def _q4_1(blocks: Float32) -> Bytes:
     return np.hstack([scale, minimum, _nibbles(quants)])
 
 
-def _q4_k(blocks: Float32) -> Bytes:
+def _fifth_bits(quants: Bytes) -> Bytes:
+    """Bit 4 of [blocks, 32] values, in four bytes."""
+    return np.packbits(quants >> 4, axis=1, bitorder="little")
+
+
+def _q5_0(blocks: Float32) -> Bytes:
+    extreme = np.take_along_axis(blocks, np.abs(blocks).argmax(1)[:, None], 1)[:, 0]
+    scale, d = _halves(extreme / -16)
+    quants = np.clip(np.rint(_divide(blocks, d)) + 16, 0, 31).astype(np.uint8)
+    return np.hstack([scale, _fifth_bits(quants), _nibbles(quants & 15)])
+
+
+def _q5_1(blocks: Float32) -> Bytes:
+    lowest = blocks.min(1)
+    scale, d = _halves((blocks.max(1) - lowest) / 31)
+    minimum, m = _halves(lowest)
+    quants = np.clip(np.rint(_divide(blocks - m, d)), 0, 31).astype(np.uint8)
+    return np.hstack([scale, minimum, _fifth_bits(quants), _nibbles(quants & 15)])
+
+
+def _with_mins(blocks: Float32, greatest: int) -> tuple[list[Bytes], Bytes]:
+    """Scales of 32 weights with a min, as Q4_K and Q5_K store them, and quants [blocks, 8, 32] up to `greatest`."""
     parts = blocks.reshape(-1, 8, 32)
     lows = np.minimum(parts.min(2), 0)
-    steps = (parts.max(2) - lows) / 15
+    steps = (parts.max(2) - lows) / greatest
     scale, d = _halves(steps.max(1) / 63)
     minimum, dmin = _halves((-lows).max(1) / 63)
     scales = np.clip(np.rint(_divide(steps, d)), 0, 63).astype(np.uint8)
     mins = np.clip(np.rint(_divide(-lows, dmin)), 0, 63).astype(np.uint8)
     step, offset = (d * scales)[..., None], (dmin * mins)[..., None]
-    quants = np.clip(np.rint(_divide(parts + offset, step)), 0, 15).astype(np.uint8)
+    quants = np.clip(np.rint(_divide(parts + offset, step)), 0, greatest).astype(np.uint8)
     packed = [
         scales[:, :4] | (scales[:, 4:] >> 4) << 6,
         mins[:, :4] | (mins[:, 4:] >> 4) << 6,
         (scales[:, 4:] & 15) | (mins[:, 4:] & 15) << 4,
     ]
-    pairs = _nibbles(quants.reshape(-1, 4, 64)).reshape(-1, 128)
-    return np.hstack([scale, minimum, *packed, pairs])
+    return [scale, minimum, *packed], quants
+
+
+def _q4_k(blocks: Float32) -> Bytes:
+    scales, quants = _with_mins(blocks, 15)
+    return np.hstack([*scales, _nibbles(quants.reshape(-1, 4, 64)).reshape(-1, 128)])
+
+
+def _q5_k(blocks: Float32) -> Bytes:
+    scales, quants = _with_mins(blocks, 31)
+    high = ((quants >> 4) << np.arange(8, dtype=np.uint8)[:, None]).sum(1, dtype=np.uint8)
+    return np.hstack([*scales, high, _nibbles((quants & 15).reshape(-1, 4, 64)).reshape(-1, 128)])
 
 
 def _q6_k(blocks: Float32) -> Bytes:
@@ -96,13 +127,16 @@ def _q6_k(blocks: Float32) -> Bytes:
     return np.hstack([low_bytes.reshape(-1, 128), high_bytes.reshape(-1, 64), scales.view(np.uint8), scale])
 
 
-_QUANTIZERS: dict[QuantType, Callable[[Float32], NDArray[Any]]] = {
+QUANTIZERS: dict[QuantType, Callable[[Float32], NDArray[Any]]] = {
     QuantType.F32: lambda blocks: blocks,
     QuantType.F16: lambda blocks: blocks.astype(np.float16),
     QuantType.BF16: _bf16,
     QuantType.Q8_0: _q8_0,
     QuantType.Q4_0: _q4_0,
     QuantType.Q4_1: _q4_1,
+    QuantType.Q5_0: _q5_0,
+    QuantType.Q5_1: _q5_1,
     QuantType.Q4_K: _q4_k,
+    QuantType.Q5_K: _q5_k,
     QuantType.Q6_K: _q6_k,
 }

@@ -30,8 +30,11 @@ SUPPORTED_TYPES = (
     QuantType.BF16,
     QuantType.Q4_0,
     QuantType.Q4_1,
+    QuantType.Q5_0,
+    QuantType.Q5_1,
     QuantType.Q8_0,
     QuantType.Q4_K,
+    QuantType.Q5_K,
     QuantType.Q6_K,
 )
 _VECTOR_TYPES = (QuantType.F32, QuantType.F16, QuantType.BF16)

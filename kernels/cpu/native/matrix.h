@@ -27,8 +27,11 @@ struct TileLayout {
 // How a type's bits stand in body and tail is told where they are read: level/quants/.
 constexpr TileLayout kQ4_0Layout{32, 18, 256, 32, ActivationFormat::Q8_32};
 constexpr TileLayout kQ4_1Layout{32, 20, 256, 64, ActivationFormat::Q8_32};
+constexpr TileLayout kQ5_0Layout{32, 22, 320, 32, ActivationFormat::Q8_32};
+constexpr TileLayout kQ5_1Layout{32, 24, 320, 64, ActivationFormat::Q8_32};
 constexpr TileLayout kQ8_0Layout{32, 34, 512, 32, ActivationFormat::Q8_32};
 constexpr TileLayout kQ4_KLayout{256, 144, 2240, 64, ActivationFormat::Q8_256};
+constexpr TileLayout kQ5_KLayout{256, 176, 2752, 64, ActivationFormat::Q8_256};
 constexpr TileLayout kQ6_KLayout{256, 210, 3328, 32, ActivationFormat::Q8_256};
 constexpr TileLayout kF32Layout{1, 4, 64, 0, ActivationFormat::F32};
 constexpr TileLayout kF16Layout{1, 2, 32, 0, ActivationFormat::F32};
@@ -38,8 +41,11 @@ constexpr bool same_size_as_file(const TileLayout& t) {
 }
 static_assert(same_size_as_file(kQ4_0Layout));
 static_assert(same_size_as_file(kQ4_1Layout));
+static_assert(same_size_as_file(kQ5_0Layout));
+static_assert(same_size_as_file(kQ5_1Layout));
 static_assert(same_size_as_file(kQ8_0Layout));
 static_assert(same_size_as_file(kQ4_KLayout));
+static_assert(same_size_as_file(kQ5_KLayout));
 static_assert(same_size_as_file(kQ6_KLayout));
 static_assert(same_size_as_file(kF32Layout));
 static_assert(same_size_as_file(kF16Layout));

@@ -30,17 +30,23 @@ inline uint32_t word_at(const uint8_t* p) {
 }
 inline void put_word(uint32_t word, uint8_t* out) { memcpy(out, &word, 4); }
 
-constexpr uint32_t kLowHalves = 0x0f0f0f0f, kLowPairs = 0x03030303;
+constexpr uint32_t kLowHalves = 0x0f0f0f0f, kLowTriples = 0x07070707, kLowPairs = 0x03030303, kLowBits = 0x01010101;
+
+// The five-bit quants of eight k-groups of one row, in five lines (level/quants/fields.h says how).
+void put_five_bits(const uint32_t (&groups)[8], uint8_t* lines);
 
 // Types of one or two scales a segment, in pack_simple.cpp.
 void pack_32_bits(const Blocks& blocks, uint8_t* body, uint8_t* tail);
 void pack_16_bits(const Blocks& blocks, uint8_t* body, uint8_t* tail);
 void pack_q4_0(const Blocks& blocks, uint8_t* body, uint8_t* tail);
 void pack_q4_1(const Blocks& blocks, uint8_t* body, uint8_t* tail);
+void pack_q5_0(const Blocks& blocks, uint8_t* body, uint8_t* tail);
+void pack_q5_1(const Blocks& blocks, uint8_t* body, uint8_t* tail);
 void pack_q8_0(const Blocks& blocks, uint8_t* body, uint8_t* tail);
 
 // Types with scales of sub-blocks, in pack_k.cpp.
 void pack_q4_k(const Blocks& blocks, uint8_t* body, uint8_t* tail);
+void pack_q5_k(const Blocks& blocks, uint8_t* body, uint8_t* tail);
 void pack_q6_k(const Blocks& blocks, uint8_t* body, uint8_t* tail);
 
 }  // namespace llamaclust

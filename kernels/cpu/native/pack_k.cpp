@@ -3,17 +3,9 @@
 namespace llamaclust {
 namespace {
 
-// File: d, dmin, 8 scales and 8 mins of 6 bits in 12 bytes, then per 64 columns 32 bytes: low halves the first 32
-// columns, high halves the others.
-void pack_q4_k_row(const uint8_t* block, int row, uint8_t* body) {
-  const uint8_t *packed = block + 4, *quants = block + 16;
-  for (int j = 0; j < 8; j++)
-    for (int g = 0; g < 4; g++) {
-      const uint8_t* source = quants + j / 2 * 32 + 4 * g;
-      const uint32_t first = word_at(source) >> (j % 2 * 4), second = word_at(source + 16) >> (j % 2 * 4);
-      put_word((first & kLowHalves) | (second & kLowHalves) << 4, body + 256 * j + 64 * g + 4 * row);
-    }
-  uint8_t* lines = body + 2048 + 4 * row;
+// Eight scales and eight mins of six bits: twelve bytes in the file, three lines in the tile.
+void pack_six_bit_scales(const uint8_t* packed, int row, uint8_t* out) {
+  uint8_t* lines = out + 4 * row;
   for (int j = 0; j < 4; j++) {
     const int scale = packed[j] & 63, min = packed[j + 4] & 63;
     const int late_scale = (packed[j + 8] & 15) | packed[j] >> 6 << 4;
@@ -22,6 +14,31 @@ void pack_q4_k_row(const uint8_t* block, int row, uint8_t* body) {
     lines[64 + j] = static_cast<uint8_t>(late_scale | (late_min >> 2 & 3) << 6);
     lines[128 + j] = static_cast<uint8_t>(min | late_min >> 4 << 6);
   }
+}
+
+// File: d, dmin, scales and mins, then per 64 columns 32 bytes: low halves the first 32 columns, high halves the others.
+void pack_q4_k_row(const uint8_t* block, int row, uint8_t* body) {
+  const uint8_t* quants = block + 16;
+  for (int j = 0; j < 8; j++)
+    for (int g = 0; g < 4; g++) {
+      const uint8_t* source = quants + j / 2 * 32 + 4 * g;
+      const uint32_t first = word_at(source) >> (j % 2 * 4), second = word_at(source + 16) >> (j % 2 * 4);
+      put_word((first & kLowHalves) | (second & kLowHalves) << 4, body + 256 * j + 64 * g + 4 * row);
+    }
+  pack_six_bit_scales(block + 4, row, body + 2048);
+}
+
+// File: as Q4_K with, before the halves, 32 bytes of fifth bits: bit j those of sub-block j.
+void pack_q5_k_row(const uint8_t* block, int row, uint8_t* body) {
+  const uint8_t *high = block + 16, *low = block + 48;
+  for (int j = 0; j < 8; j++) {
+    uint32_t groups[8];
+    for (int g = 0; g < 8; g++)
+      groups[g] = (word_at(low + j / 2 * 32 + 4 * g) >> (j % 2 * 4) & kLowHalves) |
+                  (word_at(high + 4 * g) >> j & kLowBits) << 4;
+    put_five_bits(groups, body + 320 * j + 4 * row);
+  }
+  pack_six_bit_scales(block + 4, row, body + 2560);
 }
 
 // The quants of columns 4 * group to 4 * group + 3.
@@ -55,6 +72,12 @@ void pack_q6_k_row(const uint8_t* block, int row, uint8_t* body) {
 
 void pack_q4_k(const Blocks& blocks, uint8_t* body, uint8_t* tail) {
   for (int r = 0; r < kTileRows; r++) pack_q4_k_row(blocks.row[r], r, body);
+  put_half(blocks, 0, tail);
+  put_half(blocks, 2, tail + 32);
+}
+
+void pack_q5_k(const Blocks& blocks, uint8_t* body, uint8_t* tail) {
+  for (int r = 0; r < kTileRows; r++) pack_q5_k_row(blocks.row[r], r, body);
   put_half(blocks, 0, tail);
   put_half(blocks, 2, tail + 32);
 }

@@ -9,6 +9,9 @@
 #include "quants/q4_0.h"
 #include "quants/q4_1.h"
 #include "quants/q4_k.h"
+#include "quants/q5_0.h"
+#include "quants/q5_1.h"
+#include "quants/q5_k.h"
 #include "quants/q6_k.h"
 #include "quants/q8_0.h"
 
@@ -55,7 +58,10 @@ constexpr TypeOps kTypes[] = {
     kOps<Q8_0>,
     kOps<Q4_0>,
     kOps<Q4_1>,
+    kOps<Q5_0>,
+    kOps<Q5_1>,
     kOps<Q4_K>,
+    kOps<Q5_K>,
     kOps<Q6_K>,
 };
 

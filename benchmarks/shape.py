@@ -66,6 +66,8 @@ LAYOUTS = {
     QuantType.Q5_0: Layout(8, ((0, 1.0),), 9.2),
     QuantType.Q5_1: Layout(9, ((0, 1.0), (2, -15.5)), 9.2),
     QuantType.Q8_0: Layout(7, ((0, 1.0),), 74.0),
+    QuantType.Q2_K: Layout(10, ((80, 1.0), (82, 1.5)), 13.9),
+    QuantType.Q3_K: Layout(12, ((108, 1.0),), 43.3),
     QuantType.Q4_K: Layout(15, ((0, 1.0), (2, 7.5)), 258.0),
     QuantType.Q5_K: Layout(17, ((0, 1.0), (2, 15.5)), 527.0),
     QuantType.Q6_K: Layout(18, ((208, 1.0),), 1369.0),

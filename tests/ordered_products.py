@@ -17,12 +17,12 @@ Bytes = NDArray[np.uint8]
 
 @dataclass(frozen=True, slots=True)
 class Segments:
-    """Weights [rows, segments, width] as integers: scale * quants - min * mins, the mins per 32 columns or one."""
+    """Weights [rows, segments, width] as integers: scale * quants - min * mins, the mins per sub-block or one."""
 
     scales: Float32  # [rows, segments]
     quants: Integers  # [rows, segments, width], sub-block scales multiplied in
     mins: Float32 | None  # [rows, segments]
-    sub_mins: Integers | None  # [rows, segments, width / 32]
+    sub_mins: Integers | None  # [rows, segments, sub-blocks]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +66,28 @@ def q8_0(blocks: Bytes) -> Segments:
     return Segments(halves(blocks, 0), blocks[..., 2:].view(np.int8).astype(np.int64), None, None)
 
 
+def bit_pairs(data: Bytes) -> Integers:
+    """Bytes [..., 64] -> quants [..., 16 sub-blocks, 16]: 128 in 32 bytes, the first 32 in the lowest bits."""
+    shape = data.shape[:-1]
+    pairs = data.reshape(*shape, 2, 1, 32).astype(np.int64) >> np.array([0, 2, 4, 6])[:, None] & 3
+    return pairs.reshape(*shape, 16, 16)
+
+
+def q2_k(blocks: Bytes) -> Segments:
+    scales, sub_mins = (blocks[..., :16] & 15).astype(np.int64), (blocks[..., :16] >> 4).astype(np.int64)
+    quants = (bit_pairs(blocks[..., 16:80]) * scales[..., None]).reshape(*blocks.shape[:-1], 256)
+    return Segments(halves(blocks, 80), quants, halves(blocks, 82), sub_mins)
+
+
+def q3_k(blocks: Bytes) -> Segments:
+    shape = blocks.shape[:-1]
+    third = blocks[..., None, :32].astype(np.int64) >> np.arange(8)[:, None] & 1
+    quants = (bit_pairs(blocks[..., 32:96]) | third.reshape(*shape, 16, 16) << 2) - 4
+    upper = blocks[..., None, 104:108].astype(np.int64) >> np.array([0, 2, 4, 6])[:, None] & 3
+    scales = (nibbles(blocks[..., 96:104]) | upper.reshape(*shape, 16) << 4) - 32
+    return Segments(halves(blocks, 108), (quants * scales[..., None]).reshape(*shape, 256), None, None)
+
+
 def with_six_bit_scales(blocks: Bytes, quants: Integers) -> Segments:
     """Of blocks that begin with scale, min and 12 bytes of scales and mins; quants [..., 8, 32]."""
     packed = blocks[..., 4:16].astype(np.int64)
@@ -104,6 +126,8 @@ DECODERS = {
     QuantType.Q5_0: q5_0,
     QuantType.Q5_1: q5_1,
     QuantType.Q8_0: q8_0,
+    QuantType.Q2_K: q2_k,
+    QuantType.Q3_K: q3_k,
     QuantType.Q4_K: q4_k,
     QuantType.Q5_K: q5_k,
     QuantType.Q6_K: q6_k,
@@ -138,8 +162,8 @@ def ordered_products(weights: Segments, activations: Activations) -> Float32:
         sums = (q @ weights.quants[:, s].T).astype(np.float32)
         total = fma(weights.scales[None, :, s] * a, sums, total)
         if weights.mins is not None and weights.sub_mins is not None:
-            of_32 = q.reshape(len(q), -1, 32).sum(axis=-1)
-            offsets = -(of_32 @ weights.sub_mins[:, s].T).astype(np.float32)
+            sub_sums = q.reshape(len(q), weights.sub_mins.shape[-1], -1).sum(axis=-1)
+            offsets = -(sub_sums @ weights.sub_mins[:, s].T).astype(np.float32)
             total = fma(weights.mins[None, :, s] * a, offsets, total)
         elif weights.mins is not None:
             total = fma(weights.mins[None, :, s], a * q.sum(-1, keepdims=True).astype(np.float32), total)

@@ -26,6 +26,8 @@ MANY = 131  # more than any level serves without panels
 SCALE_PLACES = {
     QuantType.Q4_1: (0, 2),
     QuantType.Q5_1: (0, 2),
+    QuantType.Q2_K: (80, 82),
+    QuantType.Q3_K: (108,),
     QuantType.Q4_K: (0, 2),
     QuantType.Q5_K: (0, 2),
     QuantType.Q6_K: (208,),
@@ -168,7 +170,7 @@ def test_activations_in_eight_bits(level: str, width: int) -> None:
     layout = [("q", np.int8, width), ("scale", np.float32), ("scaled_sum", np.float32), ("sum", np.int32)]
     if width == 256:
         layout = [("q", np.int8, width), ("sums", np.int32, 16), ("high", np.int8, 8), ("low", np.int8, 8)]
-        layout += [("scale", np.float32), ("padding", np.int32, 11)]
+        layout += [("high_16", np.int8, 16), ("low_16", np.int8, 16), ("scale", np.float32), ("padding", np.int32, 3)]
     kind = np.dtype(layout)
     rows = _native.quantize(level, f"Q8_{width}", x)
     actual = np.ascontiguousarray(rows[:, : 768 // width * kind.itemsize]).view(kind)
@@ -185,6 +187,7 @@ def test_activations_in_eight_bits(level: str, width: int) -> None:
         np.testing.assert_array_equal(actual["sums"], sums)
         of_32 = actual["high"].astype(np.int32) * 128 + actual["low"]
         np.testing.assert_array_equal(of_32, sums[..., ::2] + sums[..., 1::2])
+        np.testing.assert_array_equal(actual["high_16"].astype(np.int32) * 128 + actual["low_16"], sums)
 
 
 @pytest.mark.parametrize("quant_type", TYPES, ids=lambda kind: kind.name)

@@ -84,6 +84,36 @@ def _q5_1(blocks: Float32) -> Bytes:
     return np.hstack([scale, minimum, _fifth_bits(quants), _nibbles(quants & 15)])
 
 
+def _bit_pairs(quants: Bytes) -> Bytes:
+    """Values [blocks, 16, 16] below 4 in [blocks, 64] bytes: 128 in 32, the first 32 in the lowest bits."""
+    parts = quants.reshape(-1, 2, 4, 32) << np.array([0, 2, 4, 6], np.uint8)[:, None]
+    return parts.sum(2, dtype=np.uint8).reshape(-1, 64)
+
+
+def _q2_k(blocks: Float32) -> Bytes:
+    parts = blocks.reshape(-1, 16, 16)
+    lows = np.minimum(parts.min(2), 0)
+    steps = (parts.max(2) - lows) / 3
+    scale, d = _halves(steps.max(1) / 15)
+    minimum, dmin = _halves((-lows).max(1) / 15)
+    scales = np.clip(np.rint(_divide(steps, d)), 0, 15).astype(np.uint8)
+    mins = np.clip(np.rint(_divide(-lows, dmin)), 0, 15).astype(np.uint8)
+    quants = np.clip(np.rint(_divide(parts + (dmin * mins)[..., None], (d * scales)[..., None])), 0, 3).astype(np.uint8)
+    return np.hstack([scales | mins << 4, _bit_pairs(quants), scale, minimum])
+
+
+def _q3_k(blocks: Float32) -> Bytes:
+    parts = blocks.reshape(-1, 16, 16)
+    steps = np.abs(parts).max(2) / 3.5
+    scale, d = _halves(steps.max(1) / -32)
+    scales = (np.clip(np.rint(_divide(steps, d)), -32, 31) + 32).astype(np.uint8)
+    step = (d * (scales.astype(np.float32) - 32))[..., None]
+    quants = np.clip(np.rint(_divide(parts, step)) + 4, 0, 7).astype(np.uint8)
+    third = ((quants >> 2).reshape(-1, 8, 32) << np.arange(8, dtype=np.uint8)[:, None]).sum(1, dtype=np.uint8)
+    upper = (scales >> 4).reshape(-1, 4, 4) << np.array([0, 2, 4, 6], np.uint8)[:, None]
+    return np.hstack([third, _bit_pairs(quants & 3), _nibbles(scales & 15), upper.sum(1, dtype=np.uint8), scale])
+
+
 def _with_mins(blocks: Float32, greatest: int) -> tuple[list[Bytes], Bytes]:
     """Scales of 32 weights with a min, as Q4_K and Q5_K store them, and quants [blocks, 8, 32] up to `greatest`."""
     parts = blocks.reshape(-1, 8, 32)
@@ -136,6 +166,8 @@ QUANTIZERS: dict[QuantType, Callable[[Float32], NDArray[Any]]] = {
     QuantType.Q4_1: _q4_1,
     QuantType.Q5_0: _q5_0,
     QuantType.Q5_1: _q5_1,
+    QuantType.Q2_K: _q2_k,
+    QuantType.Q3_K: _q3_k,
     QuantType.Q4_K: _q4_k,
     QuantType.Q5_K: _q5_k,
     QuantType.Q6_K: _q6_k,

@@ -30,6 +30,8 @@ constexpr TileLayout kQ4_1Layout{32, 20, 256, 64, ActivationFormat::Q8_32};
 constexpr TileLayout kQ5_0Layout{32, 22, 320, 32, ActivationFormat::Q8_32};
 constexpr TileLayout kQ5_1Layout{32, 24, 320, 64, ActivationFormat::Q8_32};
 constexpr TileLayout kQ8_0Layout{32, 34, 512, 32, ActivationFormat::Q8_32};
+constexpr TileLayout kQ2_KLayout{256, 84, 1280, 64, ActivationFormat::Q8_256};
+constexpr TileLayout kQ3_KLayout{256, 110, 1728, 32, ActivationFormat::Q8_256};
 constexpr TileLayout kQ4_KLayout{256, 144, 2240, 64, ActivationFormat::Q8_256};
 constexpr TileLayout kQ5_KLayout{256, 176, 2752, 64, ActivationFormat::Q8_256};
 constexpr TileLayout kQ6_KLayout{256, 210, 3328, 32, ActivationFormat::Q8_256};
@@ -44,6 +46,8 @@ static_assert(same_size_as_file(kQ4_1Layout));
 static_assert(same_size_as_file(kQ5_0Layout));
 static_assert(same_size_as_file(kQ5_1Layout));
 static_assert(same_size_as_file(kQ8_0Layout));
+static_assert(same_size_as_file(kQ2_KLayout));
+static_assert(same_size_as_file(kQ3_KLayout));
 static_assert(same_size_as_file(kQ4_KLayout));
 static_assert(same_size_as_file(kQ5_KLayout));
 static_assert(same_size_as_file(kQ6_KLayout));
@@ -63,8 +67,10 @@ struct Q8_256 {
   int32_t sums[16];     // of q, per 16
   int8_t sums_high[8];  // sums per 32 are 128 * high + low, with low in [-64, 63]
   int8_t sums_low[8];
+  int8_t sums_16_high[16];  // sums per 16 likewise
+  int8_t sums_16_low[16];
   float scale;
-  int32_t padding[11];
+  int32_t padding[3];
 };
 // Weights unpacked for many tokens take up to this many bytes a column and tile, this many tiles at a time.
 constexpr int kPanelColumnBytes = 24;

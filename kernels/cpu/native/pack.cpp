@@ -24,6 +24,8 @@ constexpr Packer kPackers[] = {
     {QuantType::Q4_1, kQ4_1Layout, pack_q4_1},
     {QuantType::Q5_0, kQ5_0Layout, pack_q5_0},
     {QuantType::Q5_1, kQ5_1Layout, pack_q5_1},
+    {QuantType::Q2_K, kQ2_KLayout, pack_q2_k},
+    {QuantType::Q3_K, kQ3_KLayout, pack_q3_k},
     {QuantType::Q4_K, kQ4_KLayout, pack_q4_k},
     {QuantType::Q5_K, kQ5_KLayout, pack_q5_k},
     {QuantType::Q6_K, kQ6_KLayout, pack_q6_k},

@@ -45,6 +45,8 @@ void pack_q5_1(const Blocks& blocks, uint8_t* body, uint8_t* tail);
 void pack_q8_0(const Blocks& blocks, uint8_t* body, uint8_t* tail);
 
 // Types with scales of sub-blocks, in pack_k.cpp.
+void pack_q2_k(const Blocks& blocks, uint8_t* body, uint8_t* tail);
+void pack_q3_k(const Blocks& blocks, uint8_t* body, uint8_t* tail);
 void pack_q4_k(const Blocks& blocks, uint8_t* body, uint8_t* tail);
 void pack_q5_k(const Blocks& blocks, uint8_t* body, uint8_t* tail);
 void pack_q6_k(const Blocks& blocks, uint8_t* body, uint8_t* tail);

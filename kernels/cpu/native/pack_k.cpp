@@ -3,6 +3,52 @@
 namespace llamaclust {
 namespace {
 
+// Bit pairs of the four k-groups of sub-block j of 16, per 128 columns in 32 bytes: the first 32 columns lowest.
+void bit_pairs(const uint8_t* quants, int j, uint32_t (&groups)[4]) {
+  const uint8_t* source = quants + j / 8 * 32 + j % 2 * 16;
+  for (int g = 0; g < 4; g++) groups[g] = word_at(source + 4 * g) >> (j % 8 / 2 * 2) & kLowPairs;
+}
+
+// File: 16 bytes of scale and, above it, min; bit pairs; d, dmin.
+void pack_q2_k_row(const uint8_t* block, int row, uint8_t* body) {
+  for (int j = 0; j < 16; j++) {
+    uint32_t q[4];
+    bit_pairs(block + 16, j, q);
+    put_word(q[0] | q[1] << 2 | q[2] << 4 | q[3] << 6, body + 64 * j + 4 * row);
+  }
+  for (int i = 0; i < 4; i++) memcpy(body + 1024 + 64 * i + 4 * row, block + 4 * i, 4);
+}
+
+// Sixteen scales of six bits. File: low halves of the first and the last eight in eight bytes, then the upper bits of
+// scales 0-3, 4-7, 8-11, 12-15 from the lowest bit pair to the highest of four bytes.
+void pack_q3_k_scales(const uint8_t* packed, int row, uint8_t* out) {
+  const uint32_t first = word_at(packed), second = word_at(packed + 4), high = word_at(packed + 8);
+  const uint32_t low[4] = {first & kLowHalves, second & kLowHalves, first >> 4 & kLowHalves, second >> 4 & kLowHalves};
+  const uint32_t last = low[3] | (high >> 6 & kLowPairs) << 4;
+  for (int i = 0; i < 3; i++) {
+    const uint32_t scales = low[i] | (high >> (2 * i) & kLowPairs) << 4;
+    put_word(scales | (last >> (2 * i) & kLowPairs) << 6, out + 64 * i + 4 * row);
+  }
+}
+
+// File: 32 bytes of third bits, bit i those of columns 32 i to 32 i + 31; bit pairs; scales; d.
+void pack_q3_k_row(const uint8_t* block, int row, uint8_t* body) {
+  for (int pair = 0; pair < 8; pair++) {
+    uint32_t q[8];
+    for (int j = 0; j < 2; j++) {
+      uint32_t low[4];
+      bit_pairs(block + 32, 2 * pair + j, low);
+      for (int g = 0; g < 4; g++)
+        q[4 * j + g] = low[g] | (word_at(block + 16 * j + 4 * g) >> pair & kLowBits) << 2;
+    }
+    uint8_t* out = body + 192 * pair + 4 * row;
+    put_word(q[0] | q[1] << 3 | (q[6] & kLowPairs) << 6, out);
+    put_word(q[2] | q[3] << 3 | (q[7] & kLowPairs) << 6, out + 64);
+    put_word(q[4] | q[5] << 3 | (q[6] >> 2 & kLowBits) << 6 | (q[7] >> 2 & kLowBits) << 7, out + 128);
+  }
+  pack_q3_k_scales(block + 96, row, body + 1536);
+}
+
 // Eight scales and eight mins of six bits: twelve bytes in the file, three lines in the tile.
 void pack_six_bit_scales(const uint8_t* packed, int row, uint8_t* out) {
   uint8_t* lines = out + 4 * row;
@@ -69,6 +115,17 @@ void pack_q6_k_row(const uint8_t* block, int row, uint8_t* body) {
 }
 
 }  // namespace
+
+void pack_q2_k(const Blocks& blocks, uint8_t* body, uint8_t* tail) {
+  for (int r = 0; r < kTileRows; r++) pack_q2_k_row(blocks.row[r], r, body);
+  put_half(blocks, 80, tail);
+  put_half(blocks, 82, tail + 32);
+}
+
+void pack_q3_k(const Blocks& blocks, uint8_t* body, uint8_t* tail) {
+  for (int r = 0; r < kTileRows; r++) pack_q3_k_row(blocks.row[r], r, body);
+  put_half(blocks, 108, tail);
+}
 
 void pack_q4_k(const Blocks& blocks, uint8_t* body, uint8_t* tail) {
   for (int r = 0; r < kTileRows; r++) pack_q4_k_row(blocks.row[r], r, body);

@@ -6,6 +6,8 @@
 #include "matmul_quantize.h"
 #include "matmul_quantized.h"
 #include "pack.h"
+#include "quants/q2_k.h"
+#include "quants/q3_k.h"
 #include "quants/q4_0.h"
 #include "quants/q4_1.h"
 #include "quants/q4_k.h"
@@ -60,6 +62,8 @@ constexpr TypeOps kTypes[] = {
     kOps<Q4_1>,
     kOps<Q5_0>,
     kOps<Q5_1>,
+    kOps<Q2_K>,
+    kOps<Q3_K>,
     kOps<Q4_K>,
     kOps<Q5_K>,
     kOps<Q6_K>,

@@ -30,12 +30,13 @@ namespace {
 
 [[maybe_unused]] DECODE F32x16 load_f16(const uint8_t* p) { return from_f16(reinterpret_cast<const uint16_t*>(p)); }
 
-// The four columns of a k-group as scales per row.
+// The four columns of a k-group as scales per row, less `offset`.
+template <int offset = 0>
 [[maybe_unused]] DECODE void unsigned_scales(const Bytes& b, Scale* out) {
-  out[0] = make_scale(column<0>(b));
-  out[1] = make_scale(column<1>(b));
-  out[2] = make_scale(column<2>(b));
-  out[3] = make_scale(column<3>(b));
+  out[0] = make_scale(sub(column<0>(b), broadcast(offset)));
+  out[1] = make_scale(sub(column<1>(b), broadcast(offset)));
+  out[2] = make_scale(sub(column<2>(b), broadcast(offset)));
+  out[3] = make_scale(sub(column<3>(b), broadcast(offset)));
 }
 [[maybe_unused]] DECODE void signed_scales(const Bytes& b, Scale* out) {
   out[0] = make_scale(signed_column<0>(b));

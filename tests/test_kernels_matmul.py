@@ -121,6 +121,23 @@ def test_the_order_of_operations_is_the_documented_one(quant_type: QuantType) ->
         check_equal_bits(_native.matmul(LEVELS[-1], packed(quant_type, data, 33, cols), x), expected, cols)
 
 
+@pytest.mark.parametrize("quant_type", list(DECODERS), ids=lambda kind: kind.name)
+def test_the_greatest_sums_are_exact(quant_type: QuantType) -> None:
+    """Rows of the same bits in every quant, sub-block scale and min meet activations that are all 127 or all -127."""
+    cols, fills = 2 * quant_type.info.block_size, [0x00, 0xFF, 0x7F, 0x80, 0x55, 0xAA]
+    blocks = np.repeat(np.array(fills, np.uint8), 2 * quant_type.info.block_bytes)
+    blocks = blocks.reshape(-1, quant_type.info.block_bytes)
+    for place in SCALE_PLACES.get(quant_type, (0,)):
+        blocks[:, place : place + 2] = np.array([0.75], np.float16).view(np.uint8)
+    x = np.repeat(np.array([[2.0], [-2.0]], np.float32), cols, axis=1)
+    weights = segments_of(quant_type, blocks.tobytes(), len(fills))
+    expected = ordered_products(weights, activations_of(x, quant_type.info.block_size))
+    for level in LEVELS:
+        matrix = packed(quant_type, blocks.tobytes(), len(fills), cols)
+        check_equal_bits(_native.matmul(level, matrix, x), expected, level)
+        check_equal_bits(_native.matmul(level, matrix, np.tile(x, (70, 1))), np.tile(expected, (70, 1)), level)
+
+
 @pytest.mark.parametrize("quant_type", FLOAT_TYPES, ids=lambda kind: kind.name)
 def test_float_weights_are_multiplied_in_order(quant_type: QuantType) -> None:
     generator = generator_of(quant_type)

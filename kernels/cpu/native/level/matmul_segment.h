@@ -13,6 +13,9 @@ constexpr bool kWide = Type::kLayout.segment_cols == 256;
 template <class Type>
 constexpr int kGroups = Type::kLayout.segment_cols / Type::kSubBlocks / 4;  // k-groups in a sub-block
 
+// No sum of a segment overflows: 256 products of a quant, an activation and a sub-block scale of eight bits each.
+static_assert(256LL * 255 * 127 * 128 < 1LL << 31);
+
 // Sub-blocks that share lines of a body: loops take so many at a time, and which of them is meant is known when the code
 // is compiled.
 template <class Type>

@@ -120,6 +120,13 @@ def q6_k(blocks: Bytes) -> Segments:
     return Segments(halves(blocks, 208), (quants * scales[..., None]).reshape(*shape, 256), None, None)
 
 
+IQ4_VALUES = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113])
+
+
+def iq4_nl(blocks: Bytes) -> Segments:
+    return Segments(halves(blocks, 0), IQ4_VALUES[nibbles(blocks[..., 2:])], None, None)
+
+
 DECODERS = {
     QuantType.Q4_0: q4_0,
     QuantType.Q4_1: q4_1,
@@ -131,6 +138,7 @@ DECODERS = {
     QuantType.Q4_K: q4_k,
     QuantType.Q5_K: q5_k,
     QuantType.Q6_K: q6_k,
+    QuantType.IQ4_NL: iq4_nl,
 }
 
 

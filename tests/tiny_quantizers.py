@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from llamaclust.kernels.reference.simple_quants import IQ4_VALUES
 from llamaclust.model.quant_types import QuantType
 
 Float32 = NDArray[np.float32]
@@ -157,6 +158,16 @@ def _q6_k(blocks: Float32) -> Bytes:
     return np.hstack([low_bytes.reshape(-1, 128), high_bytes.reshape(-1, 64), scales.view(np.uint8), scale])
 
 
+def _nearest(values: Float32, scaled: Float32) -> Bytes:
+    """The index of the nearest of ascending `values` for each of `scaled`."""
+    return np.searchsorted((values[1:] + values[:-1]) / 2, scaled).astype(np.uint8)
+
+
+def _iq4_nl(blocks: Float32) -> Bytes:
+    scale, d = _halves(np.abs(blocks).max(1) / 113)
+    return np.hstack([scale, _nibbles(_nearest(IQ4_VALUES, _divide(blocks, d)))])
+
+
 QUANTIZERS: dict[QuantType, Callable[[Float32], NDArray[Any]]] = {
     QuantType.F32: lambda blocks: blocks,
     QuantType.F16: lambda blocks: blocks.astype(np.float16),
@@ -171,4 +182,5 @@ QUANTIZERS: dict[QuantType, Callable[[Float32], NDArray[Any]]] = {
     QuantType.Q4_K: _q4_k,
     QuantType.Q5_K: _q5_k,
     QuantType.Q6_K: _q6_k,
+    QuantType.IQ4_NL: _iq4_nl,
 }

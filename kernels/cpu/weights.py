@@ -38,6 +38,7 @@ SUPPORTED_TYPES = (
     QuantType.Q4_K,
     QuantType.Q5_K,
     QuantType.Q6_K,
+    QuantType.IQ4_NL,
 )
 _VECTOR_TYPES = (QuantType.F32, QuantType.F16, QuantType.BF16)
 

@@ -20,6 +20,7 @@ enum class QuantType : int32_t {
   Q4_K = 12,
   Q5_K = 13,
   Q6_K = 14,
+  IQ4_NL = 20,
   BF16 = 30,
 };
 

@@ -29,6 +29,7 @@ constexpr Packer kPackers[] = {
     {QuantType::Q4_K, kQ4_KLayout, pack_q4_k},
     {QuantType::Q5_K, kQ5_KLayout, pack_q5_k},
     {QuantType::Q6_K, kQ6_KLayout, pack_q6_k},
+    {QuantType::IQ4_NL, kQ4_0Layout, pack_q4_0},
 };
 
 const Packer* find_packer(QuantType type) {

@@ -6,6 +6,7 @@
 #include "matmul_quantize.h"
 #include "matmul_quantized.h"
 #include "pack.h"
+#include "quants/iq4_nl.h"
 #include "quants/q2_k.h"
 #include "quants/q3_k.h"
 #include "quants/q4_0.h"
@@ -67,6 +68,7 @@ constexpr TypeOps kTypes[] = {
     kOps<Q4_K>,
     kOps<Q5_K>,
     kOps<Q6_K>,
+    kOps<IQ4_NL>,
 };
 
 // Of a type that pack.h supports.

@@ -71,7 +71,8 @@ LAYOUTS = {
     QuantType.Q4_K: Layout(15, ((0, 1.0), (2, 7.5)), 258.0),
     QuantType.Q5_K: Layout(17, ((0, 1.0), (2, 15.5)), 527.0),
     QuantType.Q6_K: Layout(18, ((208, 1.0),), 1369.0),
-    QuantType.IQ4_NL: Layout(25, ((0, 1.0),), 69.0),
+    QuantType.IQ4_NL: Layout(25, ((0, 1.0),), 67.0),
+    QuantType.IQ4_XS: Layout(30, ((0, 1.0),), 1247.0),
 }
 
 _F16_SIGN_AND_MANTISSA = 0x83FF

@@ -127,6 +127,15 @@ def iq4_nl(blocks: Bytes) -> Segments:
     return Segments(halves(blocks, 0), IQ4_VALUES[nibbles(blocks[..., 2:])], None, None)
 
 
+def iq4_xs(blocks: Bytes) -> Segments:
+    shape = blocks.shape[:-1]
+    high = np.unpackbits(blocks[..., 2:4], axis=-1, bitorder="little").astype(np.int64).reshape(*shape, 8, 2)
+    low = np.stack([blocks[..., 4:8] & 15, blocks[..., 4:8] >> 4], axis=-1).astype(np.int64).reshape(*shape, 8)
+    scales = (low | high[..., 0] << 4 | high[..., 1] << 5) - 32
+    values = IQ4_VALUES[nibbles(blocks[..., 8:].reshape(*shape, 8, 16))]
+    return Segments(halves(blocks, 0), (values * scales[..., None]).reshape(*shape, 256), None, None)
+
+
 DECODERS = {
     QuantType.Q4_0: q4_0,
     QuantType.Q4_1: q4_1,
@@ -139,6 +148,7 @@ DECODERS = {
     QuantType.Q5_K: q5_k,
     QuantType.Q6_K: q6_k,
     QuantType.IQ4_NL: iq4_nl,
+    QuantType.IQ4_XS: iq4_xs,
 }
 
 

@@ -168,6 +168,17 @@ def _iq4_nl(blocks: Float32) -> Bytes:
     return np.hstack([scale, _nibbles(_nearest(IQ4_VALUES, _divide(blocks, d)))])
 
 
+def _iq4_xs(blocks: Float32) -> Bytes:
+    parts = blocks.reshape(-1, 8, 32)
+    steps = np.abs(parts).max(2) / 113
+    scale, d = _halves(steps.max(1) / -32)
+    scales = np.clip(np.rint(_divide(steps, d)), -32, 31)
+    quants = _nearest(IQ4_VALUES, _divide(parts, (d * scales)[..., None]))
+    biased = (scales + 32).astype(np.uint8)
+    high = ((biased >> 4).reshape(-1, 2, 4) << np.array([0, 2, 4, 6], np.uint8)).sum(2, dtype=np.uint8)
+    return np.hstack([scale, high, biased[:, ::2] & 15 | biased[:, 1::2] << 4, _nibbles(quants).reshape(-1, 128)])
+
+
 QUANTIZERS: dict[QuantType, Callable[[Float32], NDArray[Any]]] = {
     QuantType.F32: lambda blocks: blocks,
     QuantType.F16: lambda blocks: blocks.astype(np.float16),
@@ -183,4 +194,5 @@ QUANTIZERS: dict[QuantType, Callable[[Float32], NDArray[Any]]] = {
     QuantType.Q5_K: _q5_k,
     QuantType.Q6_K: _q6_k,
     QuantType.IQ4_NL: _iq4_nl,
+    QuantType.IQ4_XS: _iq4_xs,
 }

@@ -39,6 +39,7 @@ SUPPORTED_TYPES = (
     QuantType.Q5_K,
     QuantType.Q6_K,
     QuantType.IQ4_NL,
+    QuantType.IQ4_XS,
 )
 _VECTOR_TYPES = (QuantType.F32, QuantType.F16, QuantType.BF16)
 

@@ -35,6 +35,7 @@ constexpr TileLayout kQ3_KLayout{256, 110, 1728, 32, ActivationFormat::Q8_256};
 constexpr TileLayout kQ4_KLayout{256, 144, 2240, 64, ActivationFormat::Q8_256};
 constexpr TileLayout kQ5_KLayout{256, 176, 2752, 64, ActivationFormat::Q8_256};
 constexpr TileLayout kQ6_KLayout{256, 210, 3328, 32, ActivationFormat::Q8_256};
+constexpr TileLayout kIQ4_XSLayout{256, 136, 2176, 32, ActivationFormat::Q8_256};
 constexpr TileLayout kF32Layout{1, 4, 64, 0, ActivationFormat::F32};
 constexpr TileLayout kF16Layout{1, 2, 32, 0, ActivationFormat::F32};
 
@@ -53,6 +54,13 @@ static_assert(same_size_as_file(kQ5_KLayout));
 static_assert(same_size_as_file(kQ6_KLayout));
 static_assert(same_size_as_file(kF32Layout));
 static_assert(same_size_as_file(kF16Layout));
+
+// Decoding may be worth a tenth more bytes, a quarter for types below four bits a weight.
+constexpr bool near_size_of_file(const TileLayout& t) {
+  const int allowed_percent = 8 * t.file_bytes < 4 * t.segment_cols ? 125 : 110;
+  return 100 * (t.body_bytes + t.tail_bytes) <= allowed_percent * kTileRows * t.file_bytes;
+}
+static_assert(near_size_of_file(kIQ4_XSLayout));
 
 // Activations of one segment. q = x * (127 / maximum) to nearest, ties to even; scale = maximum / 127; a maximum below
 // 2^-118 counts as zero. A segment with an infinity or a NaN has a NaN scale and zeros.

@@ -30,6 +30,7 @@ constexpr Packer kPackers[] = {
     {QuantType::Q5_K, kQ5_KLayout, pack_q5_k},
     {QuantType::Q6_K, kQ6_KLayout, pack_q6_k},
     {QuantType::IQ4_NL, kQ4_0Layout, pack_q4_0},
+    {QuantType::IQ4_XS, kIQ4_XSLayout, pack_iq4_xs},
 };
 
 const Packer* find_packer(QuantType type) {
@@ -39,6 +40,11 @@ const Packer* find_packer(QuantType type) {
 }
 
 constexpr size_t whole_lines(size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+// Bytes of a tile's segments.
+size_t used_bytes(const TileLayout& layout, int cols) {
+  return static_cast<size_t>(cols / layout.segment_cols) * (layout.body_bytes + layout.tail_bytes);
+}
 
 }  // namespace
 
@@ -51,7 +57,7 @@ size_t file_row_bytes(QuantType type, int cols) {
   return static_cast<size_t>(cols / layout.segment_cols) * layout.file_bytes;
 }
 
-size_t tile_bytes(QuantType type, int cols) { return whole_lines(kTileRows * file_row_bytes(type, cols)); }
+size_t tile_bytes(QuantType type, int cols) { return whole_lines(used_bytes(tile_layout(type), cols)); }
 
 int segment_cols(ActivationFormat format) {
   switch (format) {
@@ -92,7 +98,7 @@ void pack_tile(QuantType type, const uint8_t* file_rows, int rows, int cols, uin
       packer.pack(blocks, bodies + i * layout.body_bytes, bodies + count * layout.body_bytes + i * layout.tail_bytes);
     }
   }
-  const size_t used = kTileRows * row_bytes;
+  const size_t used = used_bytes(layout, cols);
   memset(tile + used, 0, tile_bytes(type, cols) - used);
 }
 

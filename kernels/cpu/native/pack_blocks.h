@@ -51,4 +51,7 @@ void pack_q4_k(const Blocks& blocks, uint8_t* body, uint8_t* tail);
 void pack_q5_k(const Blocks& blocks, uint8_t* body, uint8_t* tail);
 void pack_q6_k(const Blocks& blocks, uint8_t* body, uint8_t* tail);
 
+// Types whose nibbles are places in a table, in pack_table.cpp.
+void pack_iq4_xs(const Blocks& blocks, uint8_t* body, uint8_t* tail);
+
 }  // namespace llamaclust

@@ -7,6 +7,7 @@
 #include "matmul_quantized.h"
 #include "pack.h"
 #include "quants/iq4_nl.h"
+#include "quants/iq4_xs.h"
 #include "quants/q2_k.h"
 #include "quants/q3_k.h"
 #include "quants/q4_0.h"
@@ -69,6 +70,7 @@ constexpr TypeOps kTypes[] = {
     kOps<Q5_K>,
     kOps<Q6_K>,
     kOps<IQ4_NL>,
+    kOps<IQ4_XS>,
 };
 
 // Of a type that pack.h supports.

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from math import prod
+from math import log2, prod
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +73,7 @@ LAYOUTS = {
     QuantType.Q6_K: Layout(18, ((208, 1.0),), 1369.0),
     QuantType.IQ4_NL: Layout(25, ((0, 1.0),), 67.0),
     QuantType.IQ4_XS: Layout(30, ((0, 1.0),), 1247.0),
+    QuantType.MXFP4: Layout(38, (), 5.9),
 }
 
 _F16_SIGN_AND_MANTISSA = 0x83FF
@@ -91,6 +92,8 @@ def random_matrix(generator: np.random.Generator, quant_type: QuantType, shape: 
     for offset, relative in layout.scales:
         scale = np.array([relative * deviation / layout.deviation], np.float16)
         blocks[:, offset : offset + 2] = scale.view(np.uint8)
+    if quant_type is QuantType.MXFP4:
+        blocks[:, 0] = 128 + round(log2(deviation / layout.deviation))
     return data.data
 
 

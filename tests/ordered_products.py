@@ -136,6 +136,12 @@ def iq4_xs(blocks: Bytes) -> Segments:
     return Segments(halves(blocks, 0), (values * scales[..., None]).reshape(*shape, 256), None, None)
 
 
+def mxfp4(blocks: Bytes) -> Segments:
+    twice = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12])
+    scales = np.ldexp(np.float32(1), blocks[..., 0].astype(np.int32) - 128)
+    return Segments(scales, twice[nibbles(blocks[..., 1:])], None, None)
+
+
 DECODERS = {
     QuantType.Q4_0: q4_0,
     QuantType.Q4_1: q4_1,
@@ -149,6 +155,7 @@ DECODERS = {
     QuantType.Q6_K: q6_k,
     QuantType.IQ4_NL: iq4_nl,
     QuantType.IQ4_XS: iq4_xs,
+    QuantType.MXFP4: mxfp4,
 }
 
 

@@ -33,7 +33,15 @@ from llamaclust.model.quant_types import ActivationFormat, QuantType
 Float32 = NDArray[np.float32]
 
 FLOAT_TYPES = [QuantType.F32, QuantType.F16, QuantType.BF16]
-SMALL_TYPES = [QuantType.Q8_0, QuantType.Q4_0, QuantType.Q4_1, QuantType.Q5_0, QuantType.Q5_1, QuantType.IQ4_NL]
+SMALL_TYPES = [
+    QuantType.Q8_0,
+    QuantType.Q4_0,
+    QuantType.Q4_1,
+    QuantType.Q5_0,
+    QuantType.Q5_1,
+    QuantType.IQ4_NL,
+    QuantType.MXFP4,
+]
 WIDE_TYPES = [QuantType.Q2_K, QuantType.Q3_K, QuantType.Q4_K, QuantType.Q5_K, QuantType.Q6_K, QuantType.IQ4_XS]
 TYPES = [*FLOAT_TYPES, *SMALL_TYPES, *WIDE_TYPES]
 

@@ -31,6 +31,7 @@ SCALE_PLACES = {
     QuantType.Q4_K: (0, 2),
     QuantType.Q5_K: (0, 2),
     QuantType.Q6_K: (208,),
+    QuantType.MXFP4: (),
 }
 
 
@@ -53,6 +54,8 @@ def random_weights(generator: np.random.Generator, quant_type: QuantType, rows: 
     for place in SCALE_PLACES.get(quant_type, (0,)):
         scales = np.exp2(generator.uniform(-9, -3, count)) * generator.choice([-1, 1], count)
         blocks[:, place : place + 2] = scales.astype(np.float16).view(np.uint8).reshape(count, 2)
+    if quant_type is QuantType.MXFP4:
+        blocks[:, 0] = generator.integers(118, 126, count)  # 2^-10 to 2^-3
     return blocks.tobytes()
 
 
@@ -174,6 +177,17 @@ def test_tiles_hold_the_weights(quant_type: QuantType, level: str) -> None:
         check_equal_bits(_native.dequantize(level, matrix) + 0.0, expected + 0.0, rows, cols)
 
 
+@pytest.mark.parametrize("level", LEVELS)
+def test_every_exponent_of_mxfp4(level: str) -> None:
+    blocks = generator_of("exponents").integers(0, 256, (256, 17), dtype=np.uint8)
+    blocks[:, 0] = range(256)
+    with np.errstate(over="ignore"):
+        expected = dequantize(QuantType.MXFP4, blocks.tobytes(), 256 * 32).reshape(256, 32)
+    assert np.isinf(expected[255]).any() and 0 < np.abs(expected[0][expected[0] != 0]).min() == 2.0**-128
+    actual = _native.dequantize(level, packed(QuantType.MXFP4, blocks.tobytes(), 256, 32))
+    check_equal_bits(actual + 0.0, expected + 0.0)
+
+
 @pytest.mark.parametrize("width", [32, 256])
 @pytest.mark.parametrize("level", LEVELS)
 def test_activations_in_eight_bits(level: str, width: int) -> None:
@@ -222,7 +236,7 @@ def test_numbers_that_are_none(quant_type: QuantType) -> None:
     matrix = packed(quant_type, bytes(data), 32, 512)
     expected = _native.matmul(LEVELS[-1], matrix, x)
     assert np.isnan(expected[1:4]).all() or quant_type in FLOAT_TYPES
-    assert np.isnan(expected[:, 2]).all()
+    assert np.isnan(expected[:, 2]).all() or quant_type is QuantType.MXFP4  # which knows no NaN
     assert set(expected[np.isnan(expected)].view(np.uint32)) == {0x7FC00000}
     others = [row for row in range(32) if row not in (2, 5)]
     check_equal_bits(expected[6:, others], sane[6:, others])

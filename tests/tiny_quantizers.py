@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llamaclust.kernels.reference.simple_quants import IQ4_VALUES
+from llamaclust.kernels.reference.simple_quants import FP4_VALUES, IQ4_VALUES
 from llamaclust.model.quant_types import QuantType
 
 Float32 = NDArray[np.float32]
@@ -179,6 +179,13 @@ def _iq4_xs(blocks: Float32) -> Bytes:
     return np.hstack([scale, high, biased[:, ::2] & 15 | biased[:, 1::2] << 4, _nibbles(quants).reshape(-1, 128)])
 
 
+def _mxfp4(blocks: Float32) -> Bytes:
+    exponents = np.frexp(np.abs(blocks).max(1, keepdims=True))[1] - 3
+    scaled = np.ldexp(blocks, 1 - exponents)
+    codes = _nearest(FP4_VALUES[:8], np.abs(scaled)) | np.where(scaled < 0, 8, 0).astype(np.uint8)
+    return np.hstack([(exponents + 127).astype(np.uint8), _nibbles(codes)])
+
+
 QUANTIZERS: dict[QuantType, Callable[[Float32], NDArray[Any]]] = {
     QuantType.F32: lambda blocks: blocks,
     QuantType.F16: lambda blocks: blocks.astype(np.float16),
@@ -195,4 +202,5 @@ QUANTIZERS: dict[QuantType, Callable[[Float32], NDArray[Any]]] = {
     QuantType.Q6_K: _q6_k,
     QuantType.IQ4_NL: _iq4_nl,
     QuantType.IQ4_XS: _iq4_xs,
+    QuantType.MXFP4: _mxfp4,
 }

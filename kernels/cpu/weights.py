@@ -40,6 +40,7 @@ SUPPORTED_TYPES = (
     QuantType.Q6_K,
     QuantType.IQ4_NL,
     QuantType.IQ4_XS,
+    QuantType.MXFP4,
 )
 _VECTOR_TYPES = (QuantType.F32, QuantType.F16, QuantType.BF16)
 

@@ -23,6 +23,7 @@ enum class QuantType : int32_t {
   IQ4_NL = 20,
   IQ4_XS = 23,
   BF16 = 30,
+  MXFP4 = 39,
 };
 
 // How a row of activations is stored for a product: float32, or int8 with one float scale per 32 or per 256 values.

@@ -2,7 +2,7 @@
 //
 // A tile holds 16 rows. Its columns are cut into segments: the stretch of k over which integer sums are exact and after
 // which floats come in (32 or 256 columns). A segment is a body (quants and sub-block scales, whole cache lines) and a
-// tail (its float16 scales). Where a tail is less than a cache line, the bodies of 2 or 4 segments stand before their
+// tail (its float scales). Where a tail is less than a cache line, the bodies of 2 or 4 segments stand before their
 // tails, so that everything loaded is aligned; only the last group of a tile may be short.
 //
 // Inside a body, a k-group is 64 bytes: four columns of sixteen rows, byte 4 * row + column. Tiles of float types are
@@ -36,6 +36,7 @@ constexpr TileLayout kQ4_KLayout{256, 144, 2240, 64, ActivationFormat::Q8_256};
 constexpr TileLayout kQ5_KLayout{256, 176, 2752, 64, ActivationFormat::Q8_256};
 constexpr TileLayout kQ6_KLayout{256, 210, 3328, 32, ActivationFormat::Q8_256};
 constexpr TileLayout kIQ4_XSLayout{256, 136, 2176, 32, ActivationFormat::Q8_256};
+constexpr TileLayout kMXFP4Layout{32, 17, 256, 16, ActivationFormat::Q8_32};
 constexpr TileLayout kF32Layout{1, 4, 64, 0, ActivationFormat::F32};
 constexpr TileLayout kF16Layout{1, 2, 32, 0, ActivationFormat::F32};
 
@@ -52,6 +53,7 @@ static_assert(same_size_as_file(kQ3_KLayout));
 static_assert(same_size_as_file(kQ4_KLayout));
 static_assert(same_size_as_file(kQ5_KLayout));
 static_assert(same_size_as_file(kQ6_KLayout));
+static_assert(same_size_as_file(kMXFP4Layout));
 static_assert(same_size_as_file(kF32Layout));
 static_assert(same_size_as_file(kF16Layout));
 

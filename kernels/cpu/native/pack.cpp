@@ -31,6 +31,7 @@ constexpr Packer kPackers[] = {
     {QuantType::Q6_K, kQ6_KLayout, pack_q6_k},
     {QuantType::IQ4_NL, kQ4_0Layout, pack_q4_0},
     {QuantType::IQ4_XS, kIQ4_XSLayout, pack_iq4_xs},
+    {QuantType::MXFP4, kMXFP4Layout, pack_mxfp4},
 };
 
 const Packer* find_packer(QuantType type) {

@@ -53,5 +53,6 @@ void pack_q6_k(const Blocks& blocks, uint8_t* body, uint8_t* tail);
 
 // Types whose nibbles are places in a table, in pack_table.cpp.
 void pack_iq4_xs(const Blocks& blocks, uint8_t* body, uint8_t* tail);
+void pack_mxfp4(const Blocks& blocks, uint8_t* body, uint8_t* tail);
 
 }  // namespace llamaclust

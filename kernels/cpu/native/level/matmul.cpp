@@ -8,6 +8,7 @@
 #include "pack.h"
 #include "quants/iq4_nl.h"
 #include "quants/iq4_xs.h"
+#include "quants/mxfp4.h"
 #include "quants/q2_k.h"
 #include "quants/q3_k.h"
 #include "quants/q4_0.h"
@@ -71,6 +72,7 @@ constexpr TypeOps kTypes[] = {
     kOps<Q6_K>,
     kOps<IQ4_NL>,
     kOps<IQ4_XS>,
+    kOps<MXFP4>,
 };
 
 // Of a type that pack.h supports.

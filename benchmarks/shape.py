@@ -74,6 +74,7 @@ LAYOUTS = {
     QuantType.IQ4_NL: Layout(25, ((0, 1.0),), 67.0),
     QuantType.IQ4_XS: Layout(30, ((0, 1.0),), 1247.0),
     QuantType.MXFP4: Layout(38, (), 5.9),
+    QuantType.TQ2_0: Layout(37, ((64, 1.0),), 0.71),
 }
 
 _F16_SIGN_AND_MANTISSA = 0x83FF
@@ -92,6 +93,8 @@ def random_matrix(generator: np.random.Generator, quant_type: QuantType, shape: 
     for offset, relative in layout.scales:
         scale = np.array([relative * deviation / layout.deviation], np.float16)
         blocks[:, offset : offset + 2] = scale.view(np.uint8)
+    if quant_type is QuantType.TQ2_0:
+        blocks[:, :64] ^= blocks[:, :64] & blocks[:, :64] << 1 & 0xAA  # 3, which quantizers never write, becomes 1
     if quant_type is QuantType.MXFP4:
         blocks[:, 0] = 128 + round(log2(deviation / layout.deviation))
     return data.data

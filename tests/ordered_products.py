@@ -142,6 +142,12 @@ def mxfp4(blocks: Bytes) -> Segments:
     return Segments(scales, twice[nibbles(blocks[..., 1:])], None, None)
 
 
+def tq2_0(blocks: Bytes) -> Segments:
+    pairs = blocks[..., :64].reshape(*blocks.shape[:-1], 2, 1, 32).astype(np.int64)
+    quants = (pairs >> np.array([0, 2, 4, 6])[:, None] & 3).reshape(*blocks.shape[:-1], 256)
+    return Segments(halves(blocks, 64), quants - 1, None, None)
+
+
 DECODERS = {
     QuantType.Q4_0: q4_0,
     QuantType.Q4_1: q4_1,
@@ -156,6 +162,7 @@ DECODERS = {
     QuantType.IQ4_NL: iq4_nl,
     QuantType.IQ4_XS: iq4_xs,
     QuantType.MXFP4: mxfp4,
+    QuantType.TQ2_0: tq2_0,
 }
 
 

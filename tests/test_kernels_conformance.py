@@ -42,7 +42,15 @@ SMALL_TYPES = [
     QuantType.IQ4_NL,
     QuantType.MXFP4,
 ]
-WIDE_TYPES = [QuantType.Q2_K, QuantType.Q3_K, QuantType.Q4_K, QuantType.Q5_K, QuantType.Q6_K, QuantType.IQ4_XS]
+WIDE_TYPES = [
+    QuantType.Q2_K,
+    QuantType.Q3_K,
+    QuantType.Q4_K,
+    QuantType.Q5_K,
+    QuantType.Q6_K,
+    QuantType.IQ4_XS,
+    QuantType.TQ2_0,
+]
 TYPES = [*FLOAT_TYPES, *SMALL_TYPES, *WIDE_TYPES]
 
 # Sums of float32 in another order. Activations in 8 bits cost some 2e-5 (a scale per 32) to 5e-5 (per 256).

@@ -32,6 +32,7 @@ SCALE_PLACES = {
     QuantType.Q5_K: (0, 2),
     QuantType.Q6_K: (208,),
     QuantType.MXFP4: (),
+    QuantType.TQ2_0: (64,),
 }
 
 

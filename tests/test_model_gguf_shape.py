@@ -38,6 +38,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         "IQ4_NL",
         "IQ4_XS",
         "MXFP4",
+        "TQ2_0",
     ],
 )
 def test_a_small_shape_of_every_type(tmp_path: Path, quant_type: str) -> None:

@@ -186,6 +186,18 @@ def _mxfp4(blocks: Float32) -> Bytes:
     return np.hstack([(exponents + 127).astype(np.uint8), _nibbles(codes)])
 
 
+def _ternary(blocks: Float32) -> tuple[Bytes, Bytes]:
+    """Scales of the least error for normal weights, and the nearest of -1, 0 and 1, plus 1."""
+    scale, d = _halves(1.22 * np.sqrt(np.square(blocks).mean(1)))
+    return scale, (np.clip(np.rint(_divide(blocks, d)), -1, 1) + 1).astype(np.uint8)
+
+
+def _tq2_0(blocks: Float32) -> Bytes:
+    scale, quants = _ternary(blocks)
+    pairs = quants.reshape(-1, 2, 4, 32) << np.array([0, 2, 4, 6], np.uint8)[:, None]
+    return np.hstack([pairs.sum(2, dtype=np.uint8).reshape(-1, 64), scale])
+
+
 QUANTIZERS: dict[QuantType, Callable[[Float32], NDArray[Any]]] = {
     QuantType.F32: lambda blocks: blocks,
     QuantType.F16: lambda blocks: blocks.astype(np.float16),
@@ -203,4 +215,5 @@ QUANTIZERS: dict[QuantType, Callable[[Float32], NDArray[Any]]] = {
     QuantType.IQ4_NL: _iq4_nl,
     QuantType.IQ4_XS: _iq4_xs,
     QuantType.MXFP4: _mxfp4,
+    QuantType.TQ2_0: _tq2_0,
 }

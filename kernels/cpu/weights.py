@@ -41,6 +41,7 @@ SUPPORTED_TYPES = (
     QuantType.IQ4_NL,
     QuantType.IQ4_XS,
     QuantType.MXFP4,
+    QuantType.TQ2_0,
 )
 _VECTOR_TYPES = (QuantType.F32, QuantType.F16, QuantType.BF16)
 

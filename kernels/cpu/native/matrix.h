@@ -37,6 +37,7 @@ constexpr TileLayout kQ5_KLayout{256, 176, 2752, 64, ActivationFormat::Q8_256};
 constexpr TileLayout kQ6_KLayout{256, 210, 3328, 32, ActivationFormat::Q8_256};
 constexpr TileLayout kIQ4_XSLayout{256, 136, 2176, 32, ActivationFormat::Q8_256};
 constexpr TileLayout kMXFP4Layout{32, 17, 256, 16, ActivationFormat::Q8_32};
+constexpr TileLayout kTQ2_0Layout{256, 66, 1024, 32, ActivationFormat::Q8_256};
 constexpr TileLayout kF32Layout{1, 4, 64, 0, ActivationFormat::F32};
 constexpr TileLayout kF16Layout{1, 2, 32, 0, ActivationFormat::F32};
 
@@ -54,6 +55,7 @@ static_assert(same_size_as_file(kQ4_KLayout));
 static_assert(same_size_as_file(kQ5_KLayout));
 static_assert(same_size_as_file(kQ6_KLayout));
 static_assert(same_size_as_file(kMXFP4Layout));
+static_assert(same_size_as_file(kTQ2_0Layout));
 static_assert(same_size_as_file(kF32Layout));
 static_assert(same_size_as_file(kF16Layout));
 

@@ -32,6 +32,7 @@ constexpr Packer kPackers[] = {
     {QuantType::IQ4_NL, kQ4_0Layout, pack_q4_0},
     {QuantType::IQ4_XS, kIQ4_XSLayout, pack_iq4_xs},
     {QuantType::MXFP4, kMXFP4Layout, pack_mxfp4},
+    {QuantType::TQ2_0, kTQ2_0Layout, pack_tq2_0},
 };
 
 const Packer* find_packer(QuantType type) {

@@ -55,4 +55,7 @@ void pack_q6_k(const Blocks& blocks, uint8_t* body, uint8_t* tail);
 void pack_iq4_xs(const Blocks& blocks, uint8_t* body, uint8_t* tail);
 void pack_mxfp4(const Blocks& blocks, uint8_t* body, uint8_t* tail);
 
+// Types of three values, in pack_ternary.cpp.
+void pack_tq2_0(const Blocks& blocks, uint8_t* body, uint8_t* tail);
+
 }  // namespace llamaclust

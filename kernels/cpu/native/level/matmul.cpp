@@ -19,6 +19,7 @@
 #include "quants/q5_k.h"
 #include "quants/q6_k.h"
 #include "quants/q8_0.h"
+#include "quants/tq2_0.h"
 
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {
@@ -73,6 +74,7 @@ constexpr TypeOps kTypes[] = {
     kOps<IQ4_NL>,
     kOps<IQ4_XS>,
     kOps<MXFP4>,
+    kOps<TQ2_0>,
 };
 
 // Of a type that pack.h supports.

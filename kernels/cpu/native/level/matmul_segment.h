@@ -24,8 +24,12 @@ template <class Type>
   requires requires { Type::kTogether; }
 constexpr int kTogether<Type> = Type::kTogether;
 
+// Whether sub-blocks have integer scales.
+template <class Type>
+constexpr bool kSubScaled = requires { Type::sub_scales; };
+
 // What a decoder prepares once per segment, however many tokens follow.
-template <class Type, bool wide = kWide<Type>>
+template <class Type, bool has = kSubScaled<Type>>
 struct SubScales {
   DECODE explicit SubScales(const uint8_t*) {}
 };
@@ -81,6 +85,13 @@ DECODE int32_t sub_sum(const Q8_256& a, int j) {
   return Type::kSubBlocks == 16 ? a.sums[j] : a.sums[2 * j] + a.sums[2 * j + 1];
 }
 
+// Sum of all activations of a segment.
+DECODE int32_t sum_of(const Q8_256& a) {
+  int32_t sum = 0;
+  for (int i = 0; i < 16; i++) sum += a.sums[i];
+  return sum;
+}
+
 // total = what sub-block j adds, before the segment's float scale.
 template <class Type, class Segment, class Activations, int R, int T>
 DECODE void add_sub_block(const Segment (&w)[R], const Activations* const (&a)[T], int j, I32x16 (&total)[R][T]) {
@@ -100,7 +111,7 @@ DECODE void add_sub_block(const Segment (&w)[R], const Activations* const (&a)[T
       }
     }
     UNROLL for (int r = 0; r < R; r++) UNROLL for (int t = 0; t < T; t++) {
-      if constexpr (!kWide<Type>)
+      if constexpr (!kSubScaled<Type>)
         total[r][t] = add_sums(total[r][t], sums[r][t]);
       else if (offset != 0 && first + chunk == groups)
         total[r][t] = add_scaled(total[r][t], sums[r][t], offset * sub_sum<Type>(*a[t], j), w[r].sub_scale(j));
@@ -149,6 +160,7 @@ DECODE void add_segment(const Segment (&w)[R], const Q8_256* const (&a)[T], F32x
   UNROLL for (int t = 0; t < T; t++) {
     const F32x16 scale = broadcast(a[t]->scale);
     UNROLL for (int r = 0; r < R; r++) {
+      if constexpr (!kSubScaled<Type>) total[r][t] = sub(total[r][t], broadcast(Type::kOffset * sum_of(*a[t])));
       acc[r][t] = fma(mul(w[r].scale(), scale), to_float(total[r][t]), acc[r][t]);
       if constexpr (Type::kHasMin) {
         const I32x16 mins = sub(broadcast(0), sum_of_mins<Type>(w[r], *a[t]));

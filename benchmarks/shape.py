@@ -75,6 +75,7 @@ LAYOUTS = {
     QuantType.IQ4_XS: Layout(30, ((0, 1.0),), 1247.0),
     QuantType.MXFP4: Layout(38, (), 5.9),
     QuantType.TQ2_0: Layout(37, ((64, 1.0),), 0.71),
+    QuantType.TQ1_0: Layout(36, ((52, 1.0),), 0.82),
 }
 
 _F16_SIGN_AND_MANTISSA = 0x83FF

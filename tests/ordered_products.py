@@ -148,6 +148,17 @@ def tq2_0(blocks: Bytes) -> Segments:
     return Segments(halves(blocks, 64), quants - 1, None, None)
 
 
+def tq1_0(blocks: Bytes) -> Segments:
+    """The first digit of a byte b is floor(3 b / 256), the next that of 3 b modulo 256."""
+    parts = []
+    for start, end, digits in ((0, 32, 5), (32, 48, 5), (48, 52, 4)):
+        rest = blocks[..., start:end].astype(np.int64)
+        for _ in range(digits):
+            parts.append(3 * rest // 256)
+            rest = 3 * rest % 256
+    return Segments(halves(blocks, 52), np.concatenate(parts, axis=-1) - 1, None, None)
+
+
 DECODERS = {
     QuantType.Q4_0: q4_0,
     QuantType.Q4_1: q4_1,
@@ -163,6 +174,7 @@ DECODERS = {
     QuantType.IQ4_XS: iq4_xs,
     QuantType.MXFP4: mxfp4,
     QuantType.TQ2_0: tq2_0,
+    QuantType.TQ1_0: tq1_0,
 }
 
 

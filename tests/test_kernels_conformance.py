@@ -50,6 +50,7 @@ WIDE_TYPES = [
     QuantType.Q6_K,
     QuantType.IQ4_XS,
     QuantType.TQ2_0,
+    QuantType.TQ1_0,
 ]
 TYPES = [*FLOAT_TYPES, *SMALL_TYPES, *WIDE_TYPES]
 

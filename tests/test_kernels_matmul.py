@@ -33,6 +33,7 @@ SCALE_PLACES = {
     QuantType.Q6_K: (208,),
     QuantType.MXFP4: (),
     QuantType.TQ2_0: (64,),
+    QuantType.TQ1_0: (52,),
 }
 
 

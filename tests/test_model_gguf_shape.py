@@ -39,6 +39,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         "IQ4_XS",
         "MXFP4",
         "TQ2_0",
+        "TQ1_0",
     ],
 )
 def test_a_small_shape_of_every_type(tmp_path: Path, quant_type: str) -> None:

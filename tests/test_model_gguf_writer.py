@@ -83,6 +83,7 @@ def test_quantizers_of_the_tests_are_near_the_weights(quant_type: QuantType) -> 
         "Q2_K": 0.2,
         "MXFP4": 2e-2,
         "TQ2_0": 0.2,
+        "TQ1_0": 0.2,
     }.get(quant_type.name, 1e-2)
     weights = np.random.default_rng(5).standard_normal((16, 512), np.float32)
     read = dequantize(quant_type, quantize(weights, quant_type), weights.size).reshape(weights.shape)

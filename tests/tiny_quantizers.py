@@ -198,6 +198,16 @@ def _tq2_0(blocks: Float32) -> Bytes:
     return np.hstack([pairs.sum(2, dtype=np.uint8).reshape(-1, 64), scale])
 
 
+def _tq1_0(blocks: Float32) -> Bytes:
+    scale, quants = _ternary(blocks)
+    data = []
+    for start, end, digits in ((0, 160, 5), (160, 240, 5), (240, 256, 4)):
+        parts = quants[:, start:end].reshape(len(quants), digits, -1)
+        numbers = sum(3 ** (4 - n) * parts[:, n].astype(np.int64) for n in range(digits))
+        data.append(((256 * numbers + 242) // 243).astype(np.uint8))
+    return np.hstack([*data, scale])
+
+
 QUANTIZERS: dict[QuantType, Callable[[Float32], NDArray[Any]]] = {
     QuantType.F32: lambda blocks: blocks,
     QuantType.F16: lambda blocks: blocks.astype(np.float16),
@@ -216,4 +226,5 @@ QUANTIZERS: dict[QuantType, Callable[[Float32], NDArray[Any]]] = {
     QuantType.IQ4_XS: _iq4_xs,
     QuantType.MXFP4: _mxfp4,
     QuantType.TQ2_0: _tq2_0,
+    QuantType.TQ1_0: _tq1_0,
 }

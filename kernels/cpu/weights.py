@@ -42,6 +42,7 @@ SUPPORTED_TYPES = (
     QuantType.IQ4_XS,
     QuantType.MXFP4,
     QuantType.TQ2_0,
+    QuantType.TQ1_0,
 )
 _VECTOR_TYPES = (QuantType.F32, QuantType.F16, QuantType.BF16)
 

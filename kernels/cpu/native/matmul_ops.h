@@ -23,6 +23,7 @@ enum class QuantType : int32_t {
   IQ4_NL = 20,
   IQ4_XS = 23,
   BF16 = 30,
+  TQ1_0 = 34,
   TQ2_0 = 35,
   MXFP4 = 39,
 };

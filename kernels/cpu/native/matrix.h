@@ -38,6 +38,7 @@ constexpr TileLayout kQ6_KLayout{256, 210, 3328, 32, ActivationFormat::Q8_256};
 constexpr TileLayout kIQ4_XSLayout{256, 136, 2176, 32, ActivationFormat::Q8_256};
 constexpr TileLayout kMXFP4Layout{32, 17, 256, 16, ActivationFormat::Q8_32};
 constexpr TileLayout kTQ2_0Layout{256, 66, 1024, 32, ActivationFormat::Q8_256};
+constexpr TileLayout kTQ1_0Layout{256, 54, 1024, 32, ActivationFormat::Q8_256};
 constexpr TileLayout kF32Layout{1, 4, 64, 0, ActivationFormat::F32};
 constexpr TileLayout kF16Layout{1, 2, 32, 0, ActivationFormat::F32};
 
@@ -65,6 +66,7 @@ constexpr bool near_size_of_file(const TileLayout& t) {
   return 100 * (t.body_bytes + t.tail_bytes) <= allowed_percent * kTileRows * t.file_bytes;
 }
 static_assert(near_size_of_file(kIQ4_XSLayout));
+static_assert(near_size_of_file(kTQ1_0Layout));
 
 // Activations of one segment. q = x * (127 / maximum) to nearest, ties to even; scale = maximum / 127; a maximum below
 // 2^-118 counts as zero. A segment with an infinity or a NaN has a NaN scale and zeros.

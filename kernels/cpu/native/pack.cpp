@@ -33,6 +33,7 @@ constexpr Packer kPackers[] = {
     {QuantType::IQ4_XS, kIQ4_XSLayout, pack_iq4_xs},
     {QuantType::MXFP4, kMXFP4Layout, pack_mxfp4},
     {QuantType::TQ2_0, kTQ2_0Layout, pack_tq2_0},
+    {QuantType::TQ1_0, kTQ1_0Layout, pack_tq1_0},
 };
 
 const Packer* find_packer(QuantType type) {

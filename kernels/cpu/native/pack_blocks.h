@@ -57,5 +57,6 @@ void pack_mxfp4(const Blocks& blocks, uint8_t* body, uint8_t* tail);
 
 // Types of three values, in pack_ternary.cpp.
 void pack_tq2_0(const Blocks& blocks, uint8_t* body, uint8_t* tail);
+void pack_tq1_0(const Blocks& blocks, uint8_t* body, uint8_t* tail);
 
 }  // namespace llamaclust

@@ -20,11 +20,32 @@ void pack_tq2_0_row(const uint8_t* block, uint8_t* lines) {
   put_pairs(quants, lines);
 }
 
+// Digits to base three of `count` bytes, the highest of each first: a byte is a fraction of 256.
+uint8_t* put_digits(const uint8_t* bytes, int count, int digits, uint8_t* out) {
+  for (int power = 1; digits > 0; digits--, power *= 3)
+    for (int i = 0; i < count; i++) *out++ = static_cast<uint8_t>((bytes[i] * power & 255) * 3 >> 8);
+  return out;
+}
+
+// File: 160 columns in 32 bytes, 80 in 16, 16 in 4; d.
+void pack_tq1_0_row(const uint8_t* block, uint8_t* lines) {
+  uint8_t quants[256];
+  uint8_t* next = put_digits(block, 32, 5, quants);
+  next = put_digits(block + 32, 16, 5, next);
+  put_digits(block + 48, 4, 4, next);
+  put_pairs(quants, lines);
+}
+
 }  // namespace
 
 void pack_tq2_0(const Blocks& blocks, uint8_t* body, uint8_t* tail) {
   for (int r = 0; r < kTileRows; r++) pack_tq2_0_row(blocks.row[r], body + 4 * r);
   put_half(blocks, 64, tail);
+}
+
+void pack_tq1_0(const Blocks& blocks, uint8_t* body, uint8_t* tail) {
+  for (int r = 0; r < kTileRows; r++) pack_tq1_0_row(blocks.row[r], body + 4 * r);
+  put_half(blocks, 52, tail);
 }
 
 }  // namespace llamaclust

@@ -19,6 +19,7 @@
 #include "quants/q5_k.h"
 #include "quants/q6_k.h"
 #include "quants/q8_0.h"
+#include "quants/tq1_0.h"
 #include "quants/tq2_0.h"
 
 namespace llamaclust::LLAMACLUST_LEVEL {
@@ -75,6 +76,7 @@ constexpr TypeOps kTypes[] = {
     kOps<IQ4_XS>,
     kOps<MXFP4>,
     kOps<TQ2_0>,
+    kOps<TQ1_0>,
 };
 
 // Of a type that pack.h supports.

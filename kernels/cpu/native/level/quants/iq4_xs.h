@@ -1,4 +1,5 @@
 // IQ4_XS: weight = scale * s[j] * value[q] in sub-block j of 32; s is signed, the values are those of IQ4_NL.
+// A segment's integers stay within 256 * 127 * 127 * 32 < 2^27.
 // Body: nibbles of 8 sub-blocks, then two lines of s as k-groups over j. Tail: scale.
 #pragma once
 

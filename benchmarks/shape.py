@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
-from math import prod
+from math import log2, prod
 from pathlib import Path
 
 import numpy as np
@@ -63,9 +63,19 @@ LAYOUTS = {
     QuantType.F16: Layout(1, (), 1.0),
     QuantType.Q4_0: Layout(2, ((0, 1.0),), 4.6),
     QuantType.Q4_1: Layout(3, ((0, 1.0), (2, -7.5)), 4.6),
+    QuantType.Q5_0: Layout(8, ((0, 1.0),), 9.2),
+    QuantType.Q5_1: Layout(9, ((0, 1.0), (2, -15.5)), 9.2),
     QuantType.Q8_0: Layout(7, ((0, 1.0),), 74.0),
+    QuantType.Q2_K: Layout(10, ((80, 1.0), (82, 1.5)), 13.9),
+    QuantType.Q3_K: Layout(12, ((108, 1.0),), 43.3),
     QuantType.Q4_K: Layout(15, ((0, 1.0), (2, 7.5)), 258.0),
+    QuantType.Q5_K: Layout(17, ((0, 1.0), (2, 15.5)), 527.0),
     QuantType.Q6_K: Layout(18, ((208, 1.0),), 1369.0),
+    QuantType.IQ4_NL: Layout(25, ((0, 1.0),), 67.0),
+    QuantType.IQ4_XS: Layout(30, ((0, 1.0),), 1247.0),
+    QuantType.MXFP4: Layout(38, (), 5.9),
+    QuantType.TQ2_0: Layout(37, ((64, 1.0),), 0.71),
+    QuantType.TQ1_0: Layout(36, ((52, 1.0),), 0.82),
 }
 
 _F16_SIGN_AND_MANTISSA = 0x83FF
@@ -84,6 +94,10 @@ def random_matrix(generator: np.random.Generator, quant_type: QuantType, shape: 
     for offset, relative in layout.scales:
         scale = np.array([relative * deviation / layout.deviation], np.float16)
         blocks[:, offset : offset + 2] = scale.view(np.uint8)
+    if quant_type is QuantType.TQ2_0:
+        blocks[:, :64] ^= blocks[:, :64] & blocks[:, :64] << 1 & 0xAA  # 3, which quantizers never write, becomes 1
+    if quant_type is QuantType.MXFP4:
+        blocks[:, 0] = 128 + round(log2(deviation / layout.deviation))
     return data.data
 
 

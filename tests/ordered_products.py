@@ -17,12 +17,12 @@ Bytes = NDArray[np.uint8]
 
 @dataclass(frozen=True, slots=True)
 class Segments:
-    """Weights [rows, segments, width] as integers: scale * quants - min * mins, the mins per 32 columns or one."""
+    """Weights [rows, segments, width] as integers: scale * quants - min * mins, the mins per sub-block or one."""
 
     scales: Float32  # [rows, segments]
     quants: Integers  # [rows, segments, width], sub-block scales multiplied in
     mins: Float32 | None  # [rows, segments]
-    sub_mins: Integers | None  # [rows, segments, width / 32]
+    sub_mins: Integers | None  # [rows, segments, sub-blocks]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,18 +49,65 @@ def q4_1(blocks: Bytes) -> Segments:
     return Segments(halves(blocks, 0), nibbles(blocks[..., 4:]), halves(blocks, 2), None)
 
 
+def five_bits(high: Bytes, low: Bytes) -> Integers:
+    bits = np.unpackbits(np.ascontiguousarray(high), axis=-1, bitorder="little")
+    return nibbles(low) | bits.astype(np.int64) << 4
+
+
+def q5_0(blocks: Bytes) -> Segments:
+    return Segments(halves(blocks, 0), five_bits(blocks[..., 2:6], blocks[..., 6:]) - 16, None, None)
+
+
+def q5_1(blocks: Bytes) -> Segments:
+    return Segments(halves(blocks, 0), five_bits(blocks[..., 4:8], blocks[..., 8:]), halves(blocks, 2), None)
+
+
 def q8_0(blocks: Bytes) -> Segments:
     return Segments(halves(blocks, 0), blocks[..., 2:].view(np.int8).astype(np.int64), None, None)
 
 
-def q4_k(blocks: Bytes) -> Segments:
+def bit_pairs(data: Bytes) -> Integers:
+    """Bytes [..., 64] -> quants [..., 16 sub-blocks, 16]: 128 in 32 bytes, the first 32 in the lowest bits."""
+    shape = data.shape[:-1]
+    pairs = data.reshape(*shape, 2, 1, 32).astype(np.int64) >> np.array([0, 2, 4, 6])[:, None] & 3
+    return pairs.reshape(*shape, 16, 16)
+
+
+def q2_k(blocks: Bytes) -> Segments:
+    scales, sub_mins = (blocks[..., :16] & 15).astype(np.int64), (blocks[..., :16] >> 4).astype(np.int64)
+    quants = (bit_pairs(blocks[..., 16:80]) * scales[..., None]).reshape(*blocks.shape[:-1], 256)
+    return Segments(halves(blocks, 80), quants, halves(blocks, 82), sub_mins)
+
+
+def q3_k(blocks: Bytes) -> Segments:
+    shape = blocks.shape[:-1]
+    third = blocks[..., None, :32].astype(np.int64) >> np.arange(8)[:, None] & 1
+    quants = (bit_pairs(blocks[..., 32:96]) | third.reshape(*shape, 16, 16) << 2) - 4
+    upper = blocks[..., None, 104:108].astype(np.int64) >> np.array([0, 2, 4, 6])[:, None] & 3
+    scales = (nibbles(blocks[..., 96:104]) | upper.reshape(*shape, 16) << 4) - 32
+    return Segments(halves(blocks, 108), (quants * scales[..., None]).reshape(*shape, 256), None, None)
+
+
+def with_six_bit_scales(blocks: Bytes, quants: Integers) -> Segments:
+    """Of blocks that begin with scale, min and 12 bytes of scales and mins; quants [..., 8, 32]."""
     packed = blocks[..., 4:16].astype(np.int64)
     low, high = packed[..., :8] & 63, packed[..., :8] >> 6
     scales = np.concatenate([low[..., :4], packed[..., 8:] & 15 | high[..., :4] << 4], axis=-1)
     sub_mins = np.concatenate([low[..., 4:], packed[..., 8:] >> 4 | high[..., 4:] << 4], axis=-1)
-    quants = nibbles(blocks[..., 16:].reshape(*blocks.shape[:-1], 4, 32)).reshape(*blocks.shape[:-1], 8, 32)
     scaled = (quants * scales[..., None]).reshape(*blocks.shape[:-1], 256)
     return Segments(halves(blocks, 0), scaled, halves(blocks, 2), sub_mins)
+
+
+def q4_k(blocks: Bytes) -> Segments:
+    shape = blocks.shape[:-1]
+    return with_six_bit_scales(blocks, nibbles(blocks[..., 16:].reshape(*shape, 4, 32)).reshape(*shape, 8, 32))
+
+
+def q5_k(blocks: Bytes) -> Segments:
+    shape = blocks.shape[:-1]
+    low = nibbles(blocks[..., 48:].reshape(*shape, 4, 32)).reshape(*shape, 8, 32)
+    high = blocks[..., None, 16:48].astype(np.int64) >> np.arange(8)[:, None] & 1
+    return with_six_bit_scales(blocks, low | high << 4)
 
 
 def q6_k(blocks: Bytes) -> Segments:
@@ -73,12 +120,61 @@ def q6_k(blocks: Bytes) -> Segments:
     return Segments(halves(blocks, 208), (quants * scales[..., None]).reshape(*shape, 256), None, None)
 
 
+IQ4_VALUES = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113])
+
+
+def iq4_nl(blocks: Bytes) -> Segments:
+    return Segments(halves(blocks, 0), IQ4_VALUES[nibbles(blocks[..., 2:])], None, None)
+
+
+def iq4_xs(blocks: Bytes) -> Segments:
+    shape = blocks.shape[:-1]
+    high = np.unpackbits(blocks[..., 2:4], axis=-1, bitorder="little").astype(np.int64).reshape(*shape, 8, 2)
+    low = np.stack([blocks[..., 4:8] & 15, blocks[..., 4:8] >> 4], axis=-1).astype(np.int64).reshape(*shape, 8)
+    scales = (low | high[..., 0] << 4 | high[..., 1] << 5) - 32
+    values = IQ4_VALUES[nibbles(blocks[..., 8:].reshape(*shape, 8, 16))]
+    return Segments(halves(blocks, 0), (values * scales[..., None]).reshape(*shape, 256), None, None)
+
+
+def mxfp4(blocks: Bytes) -> Segments:
+    twice = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12])
+    scales = np.ldexp(np.float32(1), blocks[..., 0].astype(np.int32) - 128)
+    return Segments(scales, twice[nibbles(blocks[..., 1:])], None, None)
+
+
+def tq2_0(blocks: Bytes) -> Segments:
+    pairs = blocks[..., :64].reshape(*blocks.shape[:-1], 2, 1, 32).astype(np.int64)
+    quants = (pairs >> np.array([0, 2, 4, 6])[:, None] & 3).reshape(*blocks.shape[:-1], 256)
+    return Segments(halves(blocks, 64), quants - 1, None, None)
+
+
+def tq1_0(blocks: Bytes) -> Segments:
+    """The first digit of a byte b is floor(3 b / 256), the next that of 3 b modulo 256."""
+    parts = []
+    for start, end, digits in ((0, 32, 5), (32, 48, 5), (48, 52, 4)):
+        rest = blocks[..., start:end].astype(np.int64)
+        for _ in range(digits):
+            parts.append(3 * rest // 256)
+            rest = 3 * rest % 256
+    return Segments(halves(blocks, 52), np.concatenate(parts, axis=-1) - 1, None, None)
+
+
 DECODERS = {
     QuantType.Q4_0: q4_0,
     QuantType.Q4_1: q4_1,
+    QuantType.Q5_0: q5_0,
+    QuantType.Q5_1: q5_1,
     QuantType.Q8_0: q8_0,
+    QuantType.Q2_K: q2_k,
+    QuantType.Q3_K: q3_k,
     QuantType.Q4_K: q4_k,
+    QuantType.Q5_K: q5_k,
     QuantType.Q6_K: q6_k,
+    QuantType.IQ4_NL: iq4_nl,
+    QuantType.IQ4_XS: iq4_xs,
+    QuantType.MXFP4: mxfp4,
+    QuantType.TQ2_0: tq2_0,
+    QuantType.TQ1_0: tq1_0,
 }
 
 
@@ -110,8 +206,8 @@ def ordered_products(weights: Segments, activations: Activations) -> Float32:
         sums = (q @ weights.quants[:, s].T).astype(np.float32)
         total = fma(weights.scales[None, :, s] * a, sums, total)
         if weights.mins is not None and weights.sub_mins is not None:
-            of_32 = q.reshape(len(q), -1, 32).sum(axis=-1)
-            offsets = -(of_32 @ weights.sub_mins[:, s].T).astype(np.float32)
+            sub_sums = q.reshape(len(q), weights.sub_mins.shape[-1], -1).sum(axis=-1)
+            offsets = -(sub_sums @ weights.sub_mins[:, s].T).astype(np.float32)
             total = fma(weights.mins[None, :, s] * a, offsets, total)
         elif weights.mins is not None:
             total = fma(weights.mins[None, :, s], a * q.sum(-1, keepdims=True).astype(np.float32), total)

@@ -96,7 +96,7 @@ def check_conformance(folder: Path, case: Case, bound: float) -> None:
     write_gguf(path, {}, [weight.source(name) for name, weight in case.weights.items()])
     tensors = open_model(path).tensors
     wanted = run_case(ReferenceBackend(), case, tensors)
-    assert all(len(np.unique(rows)) > min(8, rows.size // 2) for rows in wanted)
+    assert all(len(np.unique(rows)) > min(4, rows.size // 2) for rows in wanted)
     first: list[Float32] | None = None
     for name, make in BACKENDS.items():
         found = run_case(make(), case, tensors)

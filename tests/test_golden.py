@@ -32,6 +32,7 @@ BOUNDS = {
     "quant/Q8_0": 2e-3,
     "quant/Q6_K": 2e-3,
     "quant/Q4_K_M": 2e-3,
+    "quant/Q5_0": 2e-3,
     "quant/Q4_0": 2e-3,
 }
 

@@ -33,8 +33,26 @@ from llamaclust.model.quant_types import ActivationFormat, QuantType
 Float32 = NDArray[np.float32]
 
 FLOAT_TYPES = [QuantType.F32, QuantType.F16, QuantType.BF16]
-SMALL_TYPES = [QuantType.Q8_0, QuantType.Q4_0, QuantType.Q4_1]
-TYPES = [*FLOAT_TYPES, *SMALL_TYPES, QuantType.Q4_K, QuantType.Q6_K]
+SMALL_TYPES = [
+    QuantType.Q8_0,
+    QuantType.Q4_0,
+    QuantType.Q4_1,
+    QuantType.Q5_0,
+    QuantType.Q5_1,
+    QuantType.IQ4_NL,
+    QuantType.MXFP4,
+]
+WIDE_TYPES = [
+    QuantType.Q2_K,
+    QuantType.Q3_K,
+    QuantType.Q4_K,
+    QuantType.Q5_K,
+    QuantType.Q6_K,
+    QuantType.IQ4_XS,
+    QuantType.TQ2_0,
+    QuantType.TQ1_0,
+]
+TYPES = [*FLOAT_TYPES, *SMALL_TYPES, *WIDE_TYPES]
 
 # Sums of float32 in another order. Activations in 8 bits cost some 2e-5 (a scale per 32) to 5e-5 (per 256).
 EXACT = 1e-11

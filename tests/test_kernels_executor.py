@@ -27,7 +27,9 @@ LIMITS = StageLimits(max_tokens=128, max_outputs=128, max_sequences=8, max_conte
 TOKENS = np.random.default_rng(7).integers(0, 320, 100).tolist()
 
 
-@pytest.fixture(scope="module", params=["llama-Q8_0", "llama-Q4_K", "qwen2-F16", "llama-experts-Q4_1"])
+@pytest.fixture(
+    scope="module", params=["llama-Q8_0", "llama-Q4_K", "qwen2-F16", "llama-experts-Q4_1", "llama-Q2_K", "qwen2-Q3_K"]
+)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
     architecture, *experts, kind = request.param.split("-")
     path = tmp_path_factory.mktemp("models") / f"{request.param}.gguf"

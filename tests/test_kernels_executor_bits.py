@@ -22,6 +22,7 @@ CHECKSUMS = {
     "quant/BF16": "bb4eeab6",
     "quant/Q4_0": "56814d72",
     "quant/Q4_K_M": "be0b537d",
+    "quant/Q5_0": "73b966d6",
     "quant/Q6_K": "ac16d3e2",
     "quant/Q8_0": "45c2cca0",
 }

@@ -28,6 +28,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama3": {"quant_type": QuantType.Q4_1, "rope_factors": True, **SMALL},
     "qwen2": {"architecture": "qwen2", "quant_type": QuantType.Q6_K, "ffn": 256},
     "moe": {"experts": 4, "quant_type": QuantType.F16, **SMALL},
+    "table": {"quant_type": QuantType.IQ4_XS, "ffn": 256},
+    "table-moe": {"experts": 4, "quant_type": QuantType.MXFP4, **SMALL},
+    "ternary": {"quant_type": QuantType.TQ1_0, "ffn": 256},
 }
 
 

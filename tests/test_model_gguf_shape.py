@@ -21,7 +21,27 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True, timeout=60)
 
 
-@pytest.mark.parametrize("quant_type", ["F16", "Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q6_K"])
+@pytest.mark.parametrize(
+    "quant_type",
+    [
+        "F16",
+        "Q4_0",
+        "Q4_1",
+        "Q5_0",
+        "Q5_1",
+        "Q8_0",
+        "Q2_K",
+        "Q3_K",
+        "Q4_K",
+        "Q5_K",
+        "Q6_K",
+        "IQ4_NL",
+        "IQ4_XS",
+        "MXFP4",
+        "TQ2_0",
+        "TQ1_0",
+    ],
+)
 def test_a_small_shape_of_every_type(tmp_path: Path, quant_type: str) -> None:
     path = tmp_path / "shape.gguf"
     done = run("1.1b", quant_type, str(path), *SMALL)

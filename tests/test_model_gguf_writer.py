@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tiny_model import build_tiny_model
-from tiny_quantizers import quantize
+from tiny_quantizers import QUANTIZERS, quantize
 
 from llamaclust.errors import LlamaclustError
 from llamaclust.kernels.reference.dequantize import dequantize
@@ -71,10 +71,20 @@ def test_too_little_room_is_said_before_anything_is_written(tmp_path: Path) -> N
         write_gguf(tmp_path / "absent/m.gguf", {}, [])
 
 
-@pytest.mark.parametrize("name", ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K"])
-def test_quantizers_of_the_tests_are_near_the_weights(name: str) -> None:
-    quant_type = QuantType[name]
-    bound = {"F32": 0.0, "F16": 1e-7, "BF16": 1e-5, "Q8_0": 1e-4, "Q6_K": 1e-3}.get(name, 1e-2)
+@pytest.mark.parametrize("quant_type", list(QUANTIZERS), ids=lambda kind: kind.name)
+def test_quantizers_of_the_tests_are_near_the_weights(quant_type: QuantType) -> None:
+    bound = {
+        "F32": 0.0,
+        "F16": 1e-7,
+        "BF16": 1e-5,
+        "Q8_0": 1e-4,
+        "Q6_K": 1e-3,
+        "Q3_K": 0.05,
+        "Q2_K": 0.2,
+        "MXFP4": 2e-2,
+        "TQ2_0": 0.2,
+        "TQ1_0": 0.2,
+    }.get(quant_type.name, 1e-2)
     weights = np.random.default_rng(5).standard_normal((16, 512), np.float32)
     read = dequantize(quant_type, quantize(weights, quant_type), weights.size).reshape(weights.shape)
     assert float(np.square(read - weights).mean()) <= bound

@@ -30,9 +30,19 @@ SUPPORTED_TYPES = (
     QuantType.BF16,
     QuantType.Q4_0,
     QuantType.Q4_1,
+    QuantType.Q5_0,
+    QuantType.Q5_1,
     QuantType.Q8_0,
+    QuantType.Q2_K,
+    QuantType.Q3_K,
     QuantType.Q4_K,
+    QuantType.Q5_K,
     QuantType.Q6_K,
+    QuantType.IQ4_NL,
+    QuantType.IQ4_XS,
+    QuantType.MXFP4,
+    QuantType.TQ2_0,
+    QuantType.TQ1_0,
 )
 _VECTOR_TYPES = (QuantType.F32, QuantType.F16, QuantType.BF16)
 

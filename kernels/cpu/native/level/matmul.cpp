@@ -6,11 +6,21 @@
 #include "matmul_quantize.h"
 #include "matmul_quantized.h"
 #include "pack.h"
+#include "quants/iq4_nl.h"
+#include "quants/iq4_xs.h"
+#include "quants/mxfp4.h"
+#include "quants/q2_k.h"
+#include "quants/q3_k.h"
 #include "quants/q4_0.h"
 #include "quants/q4_1.h"
 #include "quants/q4_k.h"
+#include "quants/q5_0.h"
+#include "quants/q5_1.h"
+#include "quants/q5_k.h"
 #include "quants/q6_k.h"
 #include "quants/q8_0.h"
+#include "quants/tq1_0.h"
+#include "quants/tq2_0.h"
 
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {
@@ -48,8 +58,26 @@ struct TypeOps {
 template <class Type>
 constexpr TypeOps kOps{Type::kType, multiply<Type>, dequantize_tile_row<Type>};
 
-constexpr TypeOps kTypes[] = {kOps<F32>,  kOps<F16>,  kOps<BF16>, kOps<Q8_0>,
-                              kOps<Q4_0>, kOps<Q4_1>, kOps<Q4_K>, kOps<Q6_K>};
+constexpr TypeOps kTypes[] = {
+    kOps<F32>,
+    kOps<F16>,
+    kOps<BF16>,
+    kOps<Q8_0>,
+    kOps<Q4_0>,
+    kOps<Q4_1>,
+    kOps<Q5_0>,
+    kOps<Q5_1>,
+    kOps<Q2_K>,
+    kOps<Q3_K>,
+    kOps<Q4_K>,
+    kOps<Q5_K>,
+    kOps<Q6_K>,
+    kOps<IQ4_NL>,
+    kOps<IQ4_XS>,
+    kOps<MXFP4>,
+    kOps<TQ2_0>,
+    kOps<TQ1_0>,
+};
 
 // Of a type that pack.h supports.
 const TypeOps& ops_of(QuantType type) {

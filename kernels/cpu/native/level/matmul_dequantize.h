@@ -23,8 +23,8 @@ RowScale row_scale(const TileSegment<Type>& w, int j, int row) {
   const float scale = lane(w.scale(), row);
   float min = 0.0f;
   if constexpr (Type::kHasMin) min = lane(w.min(), row);
-  if constexpr (!kWide<Type>) return {scale, min};
-  if constexpr (kWide<Type>) {
+  if constexpr (!kSubScaled<Type>) return {scale, min};
+  if constexpr (kSubScaled<Type>) {
     const F32x16 sub_scale = to_float(scale_lanes(w.sub_scale(j)));
     if constexpr (Type::kHasMin) {
       alignas(64) uint8_t mins[64];

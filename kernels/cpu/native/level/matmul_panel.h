@@ -16,10 +16,11 @@ struct PanelSegment {
 
   DECODE explicit PanelSegment(const TileSegment<Type>& w) : sub_scales(w.sub_scales), sub_mins(w.sub_mins) {
 #pragma GCC unroll 1
-    for (int j = 0; j < Type::kSubBlocks; j++) {
-      w.prefetch(j);
-      UNROLL for (int g = 0; g < kGroups<Type>; g++) groups[j * kGroups<Type> + g] = w.group(j, g);
-    }
+    for (int first = 0; first < Type::kSubBlocks; first += kTogether<Type>)
+      UNROLL for (int j = first; j < first + kTogether<Type>; j++) {
+        w.prefetch(j);
+        UNROLL for (int g = 0; g < kGroups<Type>; g++) groups[j * kGroups<Type> + g] = w.group(j, g);
+      }
     scale_ = w.scale();
     if constexpr (Type::kHasMin) min_ = w.min();
   }

@@ -60,15 +60,19 @@ QUANTIZE void quantize_segment(const float* x, Q8_32& out) {
   out.scaled_sum = s.scale * static_cast<float>(out.sum);
 }
 
+// sum = 128 * high + low with low in [-64, 63].
+QUANTIZE void split_sum(int32_t sum, int8_t& high, int8_t& low) {
+  const int32_t multiple = (sum + 64) >> 7;
+  high = static_cast<int8_t>(multiple);
+  low = static_cast<int8_t>(sum - 128 * multiple);
+}
+
 QUANTIZE void quantize_segment(const float* x, Q8_256& out) {
   const SegmentScale s = scale_of<256>(x);
   out.scale = s.scale;
   for (int i = 0; i < 16; i++) out.sums[i] = quantize_values<16>(x + 16 * i, s.inverse, out.q + 16 * i);
-  for (int j = 0; j < 8; j++) {
-    const int32_t sum = out.sums[2 * j] + out.sums[2 * j + 1], high = (sum + 64) >> 7;
-    out.sums_high[j] = static_cast<int8_t>(high);
-    out.sums_low[j] = static_cast<int8_t>(sum - 128 * high);
-  }
+  for (int j = 0; j < 8; j++) split_sum(out.sums[2 * j] + out.sums[2 * j + 1], out.sums_high[j], out.sums_low[j]);
+  for (int j = 0; j < 16; j++) split_sum(out.sums[j], out.sums_16_high[j], out.sums_16_low[j]);
 }
 
 #undef AS_VECTORS

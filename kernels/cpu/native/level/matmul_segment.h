@@ -4,7 +4,6 @@
 
 #include "quants/fields.h"
 
-
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {
 
@@ -14,8 +13,23 @@ constexpr bool kWide = Type::kLayout.segment_cols == 256;
 template <class Type>
 constexpr int kGroups = Type::kLayout.segment_cols / Type::kSubBlocks / 4;  // k-groups in a sub-block
 
+// No sum of a segment overflows: 256 products of a quant, an activation and a sub-block scale of eight bits each.
+static_assert(256LL * 255 * 127 * 128 < 1LL << 31);
+
+// Sub-blocks that share lines of a body: loops take so many at a time, and which of them is meant is known when the code
+// is compiled.
+template <class Type>
+constexpr int kTogether = 1;
+template <class Type>
+  requires requires { Type::kTogether; }
+constexpr int kTogether<Type> = Type::kTogether;
+
+// Whether sub-blocks have integer scales.
+template <class Type>
+constexpr bool kSubScaled = requires { Type::sub_scales; };
+
 // What a decoder prepares once per segment, however many tokens follow.
-template <class Type, bool wide = kWide<Type>>
+template <class Type, bool has = kSubScaled<Type>>
 struct SubScales {
   DECODE explicit SubScales(const uint8_t*) {}
 };
@@ -30,7 +44,7 @@ struct SubMins {
 };
 template <class Type>
 struct SubMins<Type, true> {
-  Bytes mins[2];
+  Bytes mins[Type::kSubBlocks / 4];
   DECODE explicit SubMins(const uint8_t* body) { Type::sub_mins(body, mins); }
 };
 
@@ -71,6 +85,13 @@ DECODE int32_t sub_sum(const Q8_256& a, int j) {
   return Type::kSubBlocks == 16 ? a.sums[j] : a.sums[2 * j] + a.sums[2 * j + 1];
 }
 
+// Sum of all activations of a segment.
+DECODE int32_t sum_of(const Q8_256& a) {
+  int32_t sum = 0;
+  for (int i = 0; i < 16; i++) sum += a.sums[i];
+  return sum;
+}
+
 // total = what sub-block j adds, before the segment's float scale.
 template <class Type, class Segment, class Activations, int R, int T>
 DECODE void add_sub_block(const Segment (&w)[R], const Activations* const (&a)[T], int j, I32x16 (&total)[R][T]) {
@@ -90,7 +111,7 @@ DECODE void add_sub_block(const Segment (&w)[R], const Activations* const (&a)[T
       }
     }
     UNROLL for (int r = 0; r < R; r++) UNROLL for (int t = 0; t < T; t++) {
-      if constexpr (!kWide<Type>)
+      if constexpr (!kSubScaled<Type>)
         total[r][t] = add_sums(total[r][t], sums[r][t]);
       else if (offset != 0 && first + chunk == groups)
         total[r][t] = add_scaled(total[r][t], sums[r][t], offset * sub_sum<Type>(*a[t], j), w[r].sub_scale(j));
@@ -101,12 +122,14 @@ DECODE void add_sub_block(const Segment (&w)[R], const Activations* const (&a)[T
 }
 
 // Sum over sub-blocks of min times the sum of its activations: 128 * high + low, each an exact dot product.
-template <class Segment>
+template <class Type, class Segment>
 DECODE I32x16 sum_of_mins(const Segment& w, const Q8_256& a) {
+  constexpr bool of_16 = Type::kSubBlocks == 16;
+  const int8_t *sums_high = of_16 ? a.sums_16_high : a.sums_high, *sums_low = of_16 ? a.sums_16_low : a.sums_low;
   I32x16 high = broadcast(0), low = broadcast(0);
-  UNROLL for (int i = 0; i < 2; i++) {
-    high = add_sums(high, step<6>(no_sums(), w.mins(i), load_four(a.sums_high + 4 * i)));
-    low = add_sums(low, step<6>(no_sums(), w.mins(i), load_four(a.sums_low + 4 * i)));
+  UNROLL for (int i = 0; i < Type::kSubBlocks / 4; i++) {
+    high = add_sums(high, step<6>(no_sums(), w.mins(i), load_four(sums_high + 4 * i)));
+    low = add_sums(low, step<6>(no_sums(), w.mins(i), load_four(sums_low + 4 * i)));
   }
   return add(shift_left<7>(high), low);
 }
@@ -132,13 +155,15 @@ DECODE void add_segment(const Segment (&w)[R], const Q8_256* const (&a)[T], F32x
   I32x16 total[R][T];
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int t = 0; t < T; t++) total[r][t] = broadcast(0);
 #pragma GCC unroll 1
-  for (int j = 0; j < Type::kSubBlocks; j++) add_sub_block<Type>(w, a, j, total);
+  for (int j = 0; j < Type::kSubBlocks; j += kTogether<Type>)
+    UNROLL for (int i = 0; i < kTogether<Type>; i++) add_sub_block<Type>(w, a, j + i, total);
   UNROLL for (int t = 0; t < T; t++) {
     const F32x16 scale = broadcast(a[t]->scale);
     UNROLL for (int r = 0; r < R; r++) {
+      if constexpr (!kSubScaled<Type>) total[r][t] = sub(total[r][t], broadcast(Type::kOffset * sum_of(*a[t])));
       acc[r][t] = fma(mul(w[r].scale(), scale), to_float(total[r][t]), acc[r][t]);
       if constexpr (Type::kHasMin) {
-        const I32x16 mins = sub(broadcast(0), sum_of_mins(w[r], *a[t]));
+        const I32x16 mins = sub(broadcast(0), sum_of_mins<Type>(w[r], *a[t]));
         acc[r][t] = fma(mul(w[r].min(), scale), to_float(mins), acc[r][t]);
       }
     }

@@ -16,11 +16,11 @@ template <int kBits>
 constexpr bool kCentred = false;
 
 // Tiles times tokens whose sums fit in the registers, for quantized and for float weights; and up to how many tokens
-// decoding a tile again for every eight costs less than a panel.
+// decoding a tile again for every eight costs less than a panel: longer for quants that are not put together of parts.
 constexpr int kPanelRows = 2, kPanelTokens = 6;
 constexpr int kFloatRows = 4, kFloatTokens = 4;
 template <int kBits>
-constexpr int kDirectTokens = kBits <= 4 ? 128 : 32;
+constexpr int kDirectTokens = kBits == 2 || kBits == 4 ? 128 : 32;
 
 DOT Sums no_sums() { return _mm512_setzero_si512(); }
 template <int kBits>

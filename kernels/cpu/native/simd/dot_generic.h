@@ -45,6 +45,12 @@ DOT Bytes merge(const Bytes& a, const Bytes& b) {
   for (int i = 0; i < 64; i++) r.v[i] = a.v[i] | b.v[i];
   return r;
 }
+// Each byte, below 16, becomes an entry of the table.
+DOT Bytes lookup(const uint8_t (&table)[16], const Bytes& b) {
+  Bytes r;
+  for (int i = 0; i < 64; i++) r.v[i] = table[b.v[i]];
+  return r;
+}
 // Column n of the k-group as lanes.
 template <int n>
 DOT I32x16 column(const Bytes& b) {

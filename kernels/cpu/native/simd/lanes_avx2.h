@@ -64,6 +64,14 @@ LANES __m256 widen_bf16(const uint16_t* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(x, 16));
 }
 LANES F32x16 from_bf16(const uint16_t* p) { return {widen_bf16(p), widen_bf16(p + 8)}; }
+// 2^(e - 128) of exponent bytes e: exact, the two least are subnormal.
+LANES __m256 widen_halved_e8m0(const uint8_t* p) {
+  const __m256i e = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  const __m256i normal = _mm256_slli_epi32(_mm256_sub_epi32(e, _mm256_set1_epi32(1)), 23);
+  const __m256i subnormal = _mm256_sllv_epi32(_mm256_set1_epi32(0x200000), e);
+  return _mm256_castsi256_ps(_mm256_blendv_epi8(normal, subnormal, _mm256_cmpgt_epi32(_mm256_set1_epi32(2), e)));
+}
+LANES F32x16 from_halved_e8m0(const uint8_t* p) { return {widen_halved_e8m0(p), widen_halved_e8m0(p + 8)}; }
 LANES I32x16 broadcast(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
 LANES I32x16 load(const int32_t* p) {
   return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),

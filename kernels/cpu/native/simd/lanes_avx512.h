@@ -44,6 +44,13 @@ LANES F32x16 from_bf16(const uint16_t* p) {
   return _mm512_castsi512_ps(
       _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
 }
+// 2^(e - 128) of exponent bytes e: exact, the two least are subnormal.
+LANES F32x16 from_halved_e8m0(const uint8_t* p) {
+  const __m512i e = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  const __m512i normal = _mm512_slli_epi32(_mm512_sub_epi32(e, _mm512_set1_epi32(1)), 23);
+  const __mmask16 subnormal = _mm512_cmplt_epi32_mask(e, _mm512_set1_epi32(2));
+  return _mm512_castsi512_ps(_mm512_mask_sllv_epi32(normal, subnormal, _mm512_set1_epi32(0x200000), e));
+}
 LANES I32x16 broadcast(int32_t x) { return _mm512_set1_epi32(x); }
 LANES I32x16 load(const int32_t* p) { return _mm512_loadu_si512(p); }
 LANES void store(int32_t* p, I32x16 x) { _mm512_storeu_si512(p, x); }

@@ -72,6 +72,14 @@ LANES void to_f16(uint16_t* p, F32x16 x) {
   for (int i = 0; i < 16; i++) p[i] = float_to_half(x.v[i]);
 }
 LANES F32x16 from_bf16(const uint16_t* p) { EACH(F32x16, bfloat_to_float(p[i])); }
+// 2^(e - 128) of exponent bytes e: exact, the two least are subnormal.
+LANES float halved_e8m0_to_float(uint8_t e) {
+  const uint32_t bits = e < 2 ? 0x200000u << e : (e - 1u) << 23;
+  float r;
+  memcpy(&r, &bits, 4);
+  return r;
+}
+LANES F32x16 from_halved_e8m0(const uint8_t* p) { EACH(F32x16, halved_e8m0_to_float(p[i])); }
 LANES I32x16 broadcast(int32_t x) { EACH(I32x16, x); }
 LANES I32x16 load(const int32_t* p) { EACH(I32x16, p[i]); }
 LANES void store(int32_t* p, I32x16 x) { memcpy(p, x.v, sizeof x.v); }

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
 from dataclasses import replace
 
@@ -8,7 +9,7 @@ import pytest
 
 from llamaclust.cluster.costs import StageCosts, WorkerFacts
 from llamaclust.cluster.plan import Plan, Prediction, Spare
-from llamaclust.cluster.plan_text import plan_lines
+from llamaclust.cluster.plan_text import plan_json, plan_lines
 from llamaclust.cluster.planner import PlanRequest, make_plan
 from llamaclust.cluster.planner_workspace import StagePlace
 from llamaclust.errors import DoesNotFitError, UsageError
@@ -252,3 +253,29 @@ def test_large_clusters_are_planned_quickly() -> None:
     workers = [worker(f"w{i}", read=20 + i % 3, int8=300) for i in range(40)]
     plan = make_plan(large, workers, replace(ASK, objective="throughput"))
     assert plan.stages[-1].end == 80
+
+
+@pytest.mark.parametrize(("context", "prompt"), [(128, 128), (1024, 512)])
+@pytest.mark.parametrize("measured", [True, False])
+def test_the_prompt_of_a_prediction_fits_in_the_context(context: int, prompt: int, measured: bool) -> None:
+    workers = [worker("a", read=20 if measured else None), worker("b")]
+    plan = make_plan(SMALL, workers, replace(ASK, context_length=context))
+    assert f"first token of a {prompt}-token prompt after" in plan_lines(plan)[-1]
+    assert plan_json(plan)["prompt_tokens"] == prompt
+    rows_ms = plan_json(plan)["stages"][0]["prefill_ms"]
+    assert (rows_ms is not None) == measured
+
+
+@pytest.mark.parametrize("measured", [True, False])
+def test_every_figure_of_a_plan_is_in_its_json(measured: bool) -> None:
+    workers = [worker("a", read=20 if measured else None), worker("b")]
+    values = json.loads(json.dumps(plan_json(make_plan(SMALL, workers, ASK))))
+    predicted_keys = {"token_ms", "ttft_ms", "tokens_per_s", "limiting"}
+    assert values.keys() == predicted_keys | {
+        "stages", "kv_blocks", "context_length", "spares", "excess", "prompt_tokens",
+    }  # fmt: skip
+    assert values["stages"][0].keys() == {
+        "worker", "start", "end", "weight_bytes", "kv_bytes", "workspace_bytes", "memory_bytes",
+        "decode_ms", "prefill_ms",
+    }  # fmt: skip
+    assert all((values[key] is not None) == measured for key in predicted_keys)

@@ -1,0 +1,224 @@
+"""Plans beside every plan that there is, on clusters small enough to try all sets, orders and cuts."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations, pairwise, permutations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llamaclust.cluster import planner_search
+from llamaclust.cluster.costs import StageCosts, WorkerFacts
+from llamaclust.cluster.plan import Plan
+from llamaclust.cluster.plan_text import plan_lines
+from llamaclust.cluster.planner import PlanRequest, make_plan
+from llamaclust.cluster.planner_workspace import StagePlace
+from llamaclust.errors import DoesNotFitError
+from llamaclust.model.loader import LayerCost, ModelCosts
+
+GB = 10**9
+CONTEXT = 1024
+FILE_ORDER = 0.95  # of the best score that a plan in the file's order is preferred up to
+SLACK = 1.1  # of the least time per token, under `latency`
+
+Cut = tuple[tuple[WorkerFacts, int, int], ...]
+
+
+def workspace(place: StagePlace) -> int:
+    return GB // 10 * (2 if place.is_last else 1) * place.threads
+
+
+ASK = PlanRequest(context_length=CONTEXT, max_sequences=4, workspace=workspace)
+
+WORKERS = st.builds(
+    lambda memory, read, macs: WorkerFacts("", int(memory * GB), read, macs, 1),
+    st.sampled_from([1.3, 2.3, 4.0, 9.0, 30.0]),
+    st.sampled_from([1.0, 3.0, 3.2, 10.0, 50.0]),
+    st.sampled_from([50.0, 200.0, 1000.0]),
+)
+
+MODELS = st.builds(
+    lambda embedding, head, layers: ModelCosts(embedding * GB // 2, head * GB, head * 10**9, tuple(layers)),
+    st.integers(0, 2),
+    st.integers(0, 2),
+    st.lists(
+        st.builds(lambda tenths: LayerCost(tenths * GB // 10, tenths * 10**8, 100_000), st.sampled_from([8, 10, 10])),
+        min_size=1,
+        max_size=5,
+    ),
+)
+
+
+def named(workers: Sequence[WorkerFacts]) -> list[WorkerFacts]:
+    return [replace(worker, name=f"w{index}") for index, worker in enumerate(workers)]
+
+
+@dataclass(frozen=True)
+class Score:
+    slowest: float
+    total: float
+
+    @property
+    def latency(self) -> float:
+        return self.slowest * self.total**3
+
+
+@dataclass(frozen=True)
+class Every:
+    """All plans of a cluster."""
+
+    costs: ModelCosts
+    workers: Sequence[WorkerFacts]
+
+    def scores(self) -> list[Score]:
+        """Of all that fit, with the KV memory that plans try for first."""
+        for contexts in (4, 1):
+            found = [self.score(cut) for cut in self._cuts() if self._fits(cut, contexts)]
+            if found:
+                return found
+        return []
+
+    def score(self, cut: Cut) -> Score:
+        stages = StageCosts.of(self.costs)
+        mixes = (stages.prefill_ms(*stage, 512) + stages.decode_ms(*stage, 8) * 16 for stage in cut)
+        return Score(max(mixes), sum(stages.decode_ms(*stage) for stage in cut))
+
+    def score_of(self, plan: Plan) -> Score:
+        by_name = {worker.name: worker for worker in self.workers}
+        return self.score(tuple((by_name[stage.worker], stage.start, stage.end) for stage in plan.stages))
+
+    def _cuts(self) -> Iterator[Cut]:
+        layers = len(self.costs.layers)
+        for count in range(1, min(layers, len(self.workers)) + 1):
+            for order in permutations(self.workers, count):
+                for inner in combinations(range(1, layers), count - 1):
+                    bounds = pairwise((0, *inner, layers))
+                    yield tuple((worker, *bound) for worker, bound in zip(order, bounds, strict=True))
+
+    def _fits(self, cut: Cut, contexts: int) -> bool:
+        layers = self.costs.layers
+        for worker, start, end in cut:
+            held = sum(
+                layer.weight_bytes + contexts * CONTEXT * layer.kv_bytes_per_token for layer in layers[start:end]
+            )
+            ends = (start == 0) * self.costs.embedding_bytes + (end == len(layers)) * self.costs.head_bytes
+            place = StagePlace(worker.threads, CONTEXT, end == len(layers))
+            if held + ends + workspace(place) > (worker.memory_bytes or 0):
+                return False
+        return True
+
+
+def planned(costs: ModelCosts, workers: Sequence[WorkerFacts], objective: str) -> Plan | None:
+    try:
+        return make_plan(costs, workers, replace(ASK, objective=objective))
+    except DoesNotFitError:
+        return None
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    costs=MODELS,
+    workers=st.lists(WORKERS, min_size=1, max_size=4),
+    objective=st.sampled_from(["latency", "throughput"]),
+)
+def test_no_plan_is_clearly_better_in_whatever_order_workers_stand(
+    costs: ModelCosts, workers: list[WorkerFacts], objective: str
+) -> None:
+    workers = named(workers)
+    every = Every(costs, workers)
+    scores = every.scores()
+    fastest = min((score.total for score in scores), default=0.0) * SLACK
+    best = min((score.latency for score in scores if score.total <= fastest), default=0.0)
+    for order in permutations(workers):
+        plan = planned(costs, order, objective)
+        assert (plan is not None) == bool(scores)
+        if plan is None:
+            continue
+        assert plan.excess is None
+        found = every.score_of(plan)
+        if objective == "throughput":
+            assert found.slowest * FILE_ORDER <= min(score.slowest for score in scores) * 1.0001
+        else:
+            assert found.total <= fastest * 1.0001
+            assert found.latency * FILE_ORDER <= best * 1.0001
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    costs=MODELS,
+    workers=st.lists(WORKERS, min_size=2, max_size=4),
+    objective=st.sampled_from(["latency", "throughput"]),
+)
+def test_where_not_all_orders_are_tried_the_bound_holds(
+    costs: ModelCosts, workers: list[WorkerFacts], objective: str
+) -> None:
+    workers = named(workers)
+    every = Every(costs, workers)
+    scores = every.scores()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planner_search, "_MOST_STEPS", 0)
+        plan = planned(costs, workers, objective)
+    alike = len(set(costs.layers)) == 1
+    assert plan is not None or not scores or not alike
+    if plan is None or not scores or plan.excess is None:
+        return
+    found, slowest = every.score_of(plan), min(score.slowest for score in scores)
+    if objective == "throughput":
+        assert found.slowest / (1 + plan.excess) <= slowest * 1.0001
+        assert not alike or found.slowest * FILE_ORDER <= slowest * 1.02
+    else:
+        assert found.total / (1 + plan.excess) <= min(score.total for score in scores) * 1.0001
+
+
+def large(layers: int) -> ModelCosts:
+    return ModelCosts(GB // 2, GB, 10**9, (LayerCost(GB, 10**9, 1024),) * layers)
+
+
+@pytest.mark.parametrize("objective", ["latency", "throughput"])
+def test_the_best_of_more_workers_than_layers_are_taken(objective: str) -> None:
+    facts = [("a", 1.0), ("b", 1.0), ("c", 100.0)]
+    workers = [WorkerFacts(name, 6 * GB, read, 20 * read) for name, read in facts]
+    for order in permutations(workers):
+        plan = make_plan(large(2), order, replace(ASK, objective=objective))
+        assert [stage.worker for stage in plan.stages] == ["c"]
+
+
+def test_the_one_worker_with_room_for_the_head_is_the_last_wherever_it_stands() -> None:
+    small = [WorkerFacts(f"w{index}", 1_900_000_000, 1.0, 20.0) for index in range(9)]
+    big = WorkerFacts("big", 2_500_000_000, 1.1, 20.0)
+    for workers in ([*small, big], [big, *small], [*small[:4], big, *small[4:]]):
+        for objective in ("latency", "throughput"):
+            plan = make_plan(large(10), workers, replace(ASK, objective=objective))
+            assert plan.stages[-1].worker == "big" and len(plan.stages) == 10
+
+
+def test_both_ends_are_found_among_many_workers_that_are_all_different() -> None:
+    """Two have room for more than layers; the first must have the embedding, the last the head."""
+    shuffled = random.Random(3)
+    inner = [WorkerFacts(f"w{index}", 1_200_000_000 + index, 1.0 + index / 100, 20.0) for index in range(18)]
+    ends = [WorkerFacts("first", 1_650_000_000, 1.0, 20.0), WorkerFacts("last", 2_250_000_000, 1.0, 20.0)]
+    for objective in ("latency", "throughput"):
+        workers = [*inner, *ends]
+        shuffled.shuffle(workers)
+        plan = make_plan(large(20), workers, replace(ASK, objective=objective))
+        assert (plan.stages[0].worker, plan.stages[-1].worker) == ("first", "last")
+
+
+@pytest.mark.parametrize("objective", ["latency", "throughput"])
+def test_many_different_workers_are_planned_in_a_moment_with_a_bound(objective: str) -> None:
+    drawn = random.Random(7)
+    workers = [
+        WorkerFacts(f"w{index}", int(drawn.uniform(2, 6) * GB), drawn.uniform(5, 100), drawn.uniform(100, 1000))
+        for index in range(64)
+    ]
+    begun = time.process_time()
+    plan = make_plan(large(126), workers, replace(ASK, objective=objective))
+    assert time.process_time() - begun < 1.5
+    assert plan.excess is not None and plan.excess < (0.25 if objective == "latency" else 0.05)
+    assert "of the best that could be" in plan_lines(plan)[-1]
+    assert not any("of the best that could be" in line for line in plan_lines(make_plan(large(3), workers[:2], ASK)))

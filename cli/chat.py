@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from llamaclust.cli import given_text
+from llamaclust.cli import given_text, terminal
 from llamaclust.cluster.client_base import TextClient
 from llamaclust.cluster.client_types import Options
 from llamaclust.errors import LlamaclustError, UsageError
@@ -55,7 +55,7 @@ class Chat:
             except LlamaclustError as error:
                 if not self._is_terminal:
                     raise
-                _tell(f"error: {error}")
+                terminal.print_error(error)
 
     def _lines(self) -> Iterator[str]:
         while True:
@@ -100,8 +100,7 @@ class Chat:
             for chunk in chunks:
                 if chunk.text:
                     parts.append(chunk.text)
-                    sys.stdout.write(chunk.text)
-                    sys.stdout.flush()
+                    terminal.write(chunk.text)
         print()
 
     def _clear(self) -> None:

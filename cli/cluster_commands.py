@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -63,10 +62,8 @@ def logs(
 def plan(file: ConfigFile = None, overrides: Overrides = [], as_json: Json = False) -> None:  # noqa: B006
     """Show which layers would go where, and how fast that will be, without starting anything."""
     from llamaclust.cli import planning
-    from llamaclust.cluster.plan_text import plan_json, plan_lines
 
-    result = planning.plan_of(file, overrides)
-    print(json.dumps(plan_json(result)) if as_json else "\n".join(plan_lines(result)))
+    planning.show(file, overrides, as_json)
 
 
 def register(app: typer.Typer) -> None:

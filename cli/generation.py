@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 
-from llamaclust.cli import given_text
+from llamaclust.cli import given_text, terminal
 from llamaclust.cli.connect import Target
 from llamaclust.cluster.client_types import Options, Reply
 from llamaclust.errors import UsageError
@@ -26,8 +26,7 @@ def print_stream(target: Target, prompt: str, options: Options) -> None:
     with target.open() as client, client.generate(prompt, stream=True, **options) as chunks:
         for chunk in chunks:
             last = chunk.text or last
-            sys.stdout.write(chunk.text)
-            sys.stdout.flush()
+            terminal.write(chunk.text)
     print(end="" if last.endswith("\n") else "\n")
 
 

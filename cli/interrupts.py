@@ -1,10 +1,11 @@
-"""What Ctrl-C does while nothing has begun that would have to be tidied up: it ends the process without a word."""
+"""What Ctrl-C and other signals do to a command before, and beside, what a running cluster makes of them."""
 
 from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 
 @contextmanager
@@ -19,3 +20,23 @@ def ends_at_once() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextmanager
+def exits_when_told(*numbers: signal.Signals) -> Iterator[None]:
+    """For what has to be tidied up: the first of these signals is SystemExit with the code that a shell shows for it,
+    later ones are not heard. One that is ignored, as nohup has it, stays so."""
+    heard = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        for one in heard:
+            signal.signal(one, signal.SIG_IGN)
+        raise SystemExit(128 + number)
+
+    for number in heard:
+        signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number in heard:
+            signal.signal(number, signal.SIG_DFL)

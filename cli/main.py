@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import Any, NoReturn
 
 from llamaclust.cli.interrupts import ends_at_once
+from llamaclust.cli.terminal import print_error
 from llamaclust.errors import LlamaclustError
 
 _INTERRUPTED = 130
@@ -25,7 +26,7 @@ def main() -> None:
         print(end="", flush=True)
         sys.exit(code if isinstance(code, int) else 0)
     except LlamaclustError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         sys.exit(error.exit_code)
     except BadUsage as error:
         _explain(error)
@@ -35,7 +36,7 @@ def main() -> None:
     except OSError as error:
         _end_output()
         if not isinstance(error, BrokenPipeError):
-            print(f"error: {error}", file=sys.stderr)
+            print_error(error)
         sys.exit(1)
 
 
@@ -59,7 +60,7 @@ def _explain(error: Any) -> None:
     words = " ".join(error.format_message().split())
     if words:
         command = error.ctx.command_path if error.ctx else "llamaclust"
-        print(f"error: {words.rstrip('.')}; see `{command} --help`", file=sys.stderr)
+        print_error(f"{words.rstrip('.')}; see `{command} --help`")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 
 from llamaclust.cli.connect import connect
+from llamaclust.cli.terminal import printable
 from llamaclust.cluster.client_base import TextClient
 from llamaclust.errors import UsageError
 from llamaclust.model.loader import Model
@@ -104,8 +105,9 @@ def print_bench(task: BenchTask, as_json: bool) -> None:
 
 def _table(report: BenchReport) -> Table:
     task, machine = report.task, report.machine
+    model = printable(task.model.stem)
     where = f"{task.workers} workers with {task.threads_each}" if task.workers > 1 else f"{task.threads_each}"
-    title = f"{task.model.stem} ({report.quant_type}), {where} threads, {report.feature_level}, batch {task.batch}"
+    title = f"{model} ({report.quant_type}), {where} threads, {report.feature_level}, batch {task.batch}"
     table = Table("", "tokens", "tok/s", "achieved", "this machine", "share", title=title, title_justify="left")
     for name, tokens, rate, unit, done, best in (
         ("prefill", task.prompt, report.prefill_tok_s, "GMAC/s", report.prefill_gmac_s, machine.int8_gmac_s),

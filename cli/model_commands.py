@@ -9,6 +9,7 @@ import typer
 
 from llamaclust.cli import given_text
 from llamaclust.cli.help import PlainCommand, PlainGroup
+from llamaclust.cli.terminal import printable
 from llamaclust.sizes import MIB
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def _print_info(model: ModelFile, info: ModelInfo) -> None:
     )
     print(f"identity {model.identity}\n\nmetadata")
     for key, value in shown_metadata(model).items():
-        print(f"  {key} = {_one_line(value)}")
+        print(f"  {printable(key)} = {_one_line(value)}")
     total = info.total
     print(
         f"\nweights  {total.parameters:,} parameters in {total.tensors} tensors, {total.bits_per_weight:.2f} bits each"
@@ -130,7 +131,8 @@ def _print_shares(title: str, shares: tuple[Share, ...]) -> None:
     if shares:
         print(f"\n{title}")
     for share in shares:
-        print(f"  {share.name:24} {share.tensors:5} tensors {share.parameters:15,} parameters {_mib(share.bytes)}")
+        name = printable(share.name)
+        print(f"  {name:24} {share.tensors:5} tensors {share.parameters:15,} parameters {_mib(share.bytes)}")
 
 
 def _one_line(value: object) -> str:

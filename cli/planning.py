@@ -2,33 +2,60 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from llamaclust.cluster.config import ClusterConfig, load_config
 from llamaclust.cluster.measuring import stated_speeds
 from llamaclust.cluster.plan import Plan
 from llamaclust.cluster.plan_inputs import plan_cluster
+from llamaclust.cluster.plan_text import plan_json, plan_lines
 from llamaclust.cluster.shares import measurement_key, memory_shares, worker_specs
 from llamaclust.cluster.state import Measurement, read_measurements
+from llamaclust.errors import DoesNotFitError
 from llamaclust.model.loader import Model
+from llamaclust.sizes import mib
 from llamaclust.tools.catalog import resolve_model
 from llamaclust.worker.devices import check_devices, fingerprint
 from llamaclust.worker.machine import available_memory_bytes, resident_bytes
 
 
+def show(file: Path | None, overrides: list[str], as_json: bool) -> None:
+    """Prints the plan of a cluster file; raises what `plan_of` does."""
+    config = load_config(file, overrides)
+    plan, own_bytes = _planned(config)
+    print(json.dumps(plan_json(plan)) if as_json else "\n".join((*plan_lines(plan), *_room(config, own_bytes))))
+
+
 def plan_of(file: Path | None, overrides: list[str]) -> Plan:
     """The plan of a cluster file. UsageError for a wrong file, DoesNotFitError with the missing MiB."""
-    config = load_config(file, overrides)
+    return _planned(load_config(file, overrides))[0]
+
+
+def _planned(config: ClusterConfig) -> tuple[Plan, int]:
+    """The plan, and the bytes that a worker's process takes by itself: it is taken to be as large as this one, which
+    has loaded the kernels too and holds nothing of the model yet."""
+    measured = _measured(config)
+    own_bytes = resident_bytes()
     model = Model.open(resolve_model(config.model))
     check_devices(((spec.device, spec.feature_level) for spec in worker_specs(config)), model)
-    return plan_cluster(config, model, _memory(config), _measured(config))
+    try:
+        return plan_cluster(config, model, _memory(config, own_bytes), measured), own_bytes
+    except DoesNotFitError as error:
+        raise DoesNotFitError("; ".join((str(error), *map(str.strip, _room(config, own_bytes))))) from error
 
 
-def _memory(config: ClusterConfig) -> dict[str, int]:
-    """As a start would share it out; a worker that holds nothing yet is taken to be as large as this process."""
-    own = resident_bytes()
-    caps = {one.name: None if one.memory is None else max(0, one.memory - own) for one in config.workers}
+def _memory(config: ClusterConfig, own_bytes: int) -> dict[str, int]:
+    """As a start would share it out."""
+    caps = {one.name: None if one.memory is None else max(0, one.memory - own_bytes) for one in config.workers}
     return memory_shares(caps, available_memory_bytes())
+
+
+def _room(config: ClusterConfig, own_bytes: int) -> tuple[str, ...]:
+    """Why workers with `memory` have less than that, as lines; none where no worker has it."""
+    if all(one.memory is None for one in config.workers):
+        return ()
+    return (f"  `memory` is for all of a worker: its process itself takes about {mib(own_bytes)} MiB of it",)
 
 
 def _measured(config: ClusterConfig) -> dict[str, Measurement]:

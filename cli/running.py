@@ -14,6 +14,7 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
+from llamaclust.cli import terminal
 from llamaclust.cluster.api.settings import first_key
 from llamaclust.cluster.config import environment
 from llamaclust.cluster.state import ClusterDir, ClusterRecord, find_running, running_clusters
@@ -75,9 +76,11 @@ def fetch_status(record: ClusterRecord) -> dict[str, Any]:
 
 def _print_table(state: dict[str, Any]) -> None:
     requests = state["requests"]
-    print(f"{state['name']}: {state['state']}, {state['model']} at {state['api']} (pid {state['pid']})")
+    model = terminal.printable(state["model"])
+    print(f"{state['name']}: {state['state']}, {model} at {state['api']} (pid {state['pid']})")
     if state["reason"] is not None:
-        print(f"{state['reason']}\nstop it with `llamaclust down --cluster {state['name']}` and start it again")
+        print(terminal.printable(state["reason"]))
+        print(f"stop it with `llamaclust down --cluster {state['name']}` and start it again")
     print(f"requests: {requests['running']} running, {requests['waiting']} waiting")
     table = Table(box=None, pad_edge=False)
     for title in ("worker", "pid", "device", "layers", "state"):
@@ -93,20 +96,18 @@ def _print_table(state: dict[str, Any]) -> None:
 
 def print_log(name: str | None, worker: str, follow: bool) -> None:
     """Prints a worker's log, of a cluster that runs or of the one that ran last under that name."""
-    path = _log_folder(name).log_file(worker)
-    if not path.is_file():
-        known = ", ".join(sorted(log.stem for log in path.parent.glob("*.log"))) or "none"
-        raise UsageError(f"no log of a worker named {worker!r}; there are logs of: {known}")
-    with path.open(errors="replace") as file:
-        sys.stdout.write(file.read())
+    logs = {log.stem: log for log in sorted(_log_folder(name).logs.glob("*.log"))}
+    if worker not in logs:
+        raise UsageError(f"no log of a worker named {worker!r}; there are logs of: {', '.join(logs) or 'none'}")
+    with logs[worker].open(errors="replace") as file:
+        terminal.write(file.read())
         while follow:
-            sys.stdout.flush()
             time.sleep(_POLL_S)
-            sys.stdout.write(file.read())
+            terminal.write(file.read())
 
 
 def _log_folder(name: str | None) -> ClusterDir:
     state_dir = environment().state_dir
-    if name is not None and name not in running_clusters(state_dir) and (state_dir / name).is_dir():
+    if name in {path.name for path in state_dir.glob("*/")} - running_clusters(state_dir).keys():
         return ClusterDir(state_dir / name)
     return find_running(state_dir, name)[0]

@@ -10,6 +10,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 
+from llamaclust.cli.terminal import printable
 from llamaclust.cluster.events import (
     Draining,
     Event,
@@ -108,7 +109,7 @@ def ready_text(ready: Ready) -> str:
     """How to try a cluster that is ready: a command a line, to be copied."""
     name = "" if ready.name in _UNNAMED else f" --cluster {ready.name}"
     return f"""
-{ready.name} is ready: {ready.model} at {ready.api}
+{ready.name} is ready: {printable(ready.model)} at {ready.api}
   llamaclust chat{name}
   llamaclust generate "Once upon a time"{name}
   llamaclust status{name}

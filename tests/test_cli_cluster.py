@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 import stat
 from collections.abc import Iterator
@@ -58,6 +59,8 @@ def test_logs_are_those_of_the_worker(line: CommandLine, cluster: Cluster) -> No
     assert "layers [2, 4)" not in line.run("logs", "a").out
     done = line.run("logs", "c")
     assert done.code == 2 and "there are logs of: a, b" in done.error
+    done = line.run("logs", "x" * 4000)
+    assert done.code == 2 and "there are logs of: a, b" in done.error and len(done.error) < 300
     following = line.start("logs", "a", "-f")
     log = line.cluster_dir("tiny") / "logs" / "a.log"
     with log.open("a") as file:
@@ -128,3 +131,23 @@ def test_plan_json_says_what_a_start_would_do(line: CommandLine, cluster: Cluste
     assert [(stage["worker"], stage["end"]) for stage in by_hand["stages"]] == [("a", 4)]
     unknown = line.run("plan", line.cluster_file("good.gguf", "never", workers=[{"name": "a"}]))
     assert unknown.code == 0 and "? ms/token" in unknown.out
+
+
+def room_mib(said: str) -> int:
+    (room,) = re.findall(r"a: .* of (\d+) MiB", said)
+    return int(room)
+
+
+def test_plan_knows_what_memory_leaves_to_a_worker_and_says_why(line: CommandLine) -> None:
+    """A worker's process counts too: as much as a start finds, within what processes differ by."""
+    worker = {"name": "a", "threads": 1, "bandwidth": 10.0, "int8": 100.0, "memory": "300MiB"}
+    path = line.cluster_file("good.gguf", "capped", workers=[worker])
+    with line.cluster("good.gguf", "capped", workers=[worker]) as cluster:
+        started = room_mib(cluster.command.err.read_text())
+    planned = line.run("plan", path).out
+    (own,) = re.findall(r"`memory` is for all of a worker: its process itself takes about (\d+) MiB of it", planned)
+    assert abs(room_mib(planned) - started) <= 8
+    assert abs(300 - int(own) - room_mib(planned)) <= 1
+    lacking = line.run("plan", path, "--set", "workers.a.memory=10MiB")
+    assert lacking.code == 3 and "a 0;" in lacking.error and "its process itself takes about" in lacking.error
+    assert "its process itself" not in line.run("plan", line.cluster_file("good.gguf")).out

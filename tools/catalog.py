@@ -128,8 +128,11 @@ def _models(directory: Path) -> Iterator[Path]:
 
 
 def _existing(spec: str, path: Path, models_dir: Path | None) -> Path:
-    if path.is_file():
-        return path
+    try:
+        if path.is_file():
+            return path
+    except OSError as error:
+        raise UsageError(f"{spec}: cannot read it: {error.strerror}") from error
     if "/" in spec or spec.endswith(".gguf"):
         raise UsageError(f"{spec}: no such file")
     stored = {model.name: model.path for model in stored_models(models_dir)}

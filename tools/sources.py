@@ -10,7 +10,10 @@ from urllib.parse import unquote, urlsplit
 
 from llamaclust.errors import UsageError
 
-_PACKAGE = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]*)==(?P<version>[\w.+!-]+)/(?P<member>[^\s]+)")
+_PACKAGE = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]{0,99})==(?P<version>[\w.+!-]{1,99})/(?P<member>[^\s]+)")
+_MAX_NAME_BYTES = 200
+"""File systems take 255; a file that is not complete has a longer name."""
+_MAX_SLUG = 100
 _HASH_FRAGMENT = re.compile(r"sha256=([0-9a-fA-F]{64})")
 
 
@@ -99,10 +102,10 @@ def _file_path(spec: str) -> Path:
 
 
 def _safe_file_name(name: str, origin: str) -> str:
-    if name in ("", ".", "..") or "/" in name or "\0" in name or name.startswith("."):
-        raise UsageError(f"{origin}: does not end in a file name")
+    if not name.isprintable() or "/" in name or name.startswith(".") or not 0 < len(name.encode()) <= _MAX_NAME_BYTES:
+        raise UsageError(f"{origin}: does not end in a file name of up to {_MAX_NAME_BYTES} printable bytes")
     return name
 
 
 def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:_MAX_SLUG]

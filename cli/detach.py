@@ -1,0 +1,112 @@
+"""`up --detach`: a process of its own and the command that waits for it; until it is ready, both end together."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from threading import Lock, Thread
+
+from llamaclust.cli.interrupts import exits_when_told
+from llamaclust.cli.watch import ClusterView
+from llamaclust.cluster.config import ClusterConfig
+from llamaclust.cluster.events import Event, Ready, StartFailed, from_line, to_line
+from llamaclust.cluster.state import ClusterDir
+from llamaclust.errors import LlamaclustError
+
+_END_S = 10.0
+
+
+class Starter:
+    """The command that waits for this process, at the other end of a pipe; it waits until it is told of a last event.
+
+    If it goes before, however it went, this process is told to end as by SIGTERM.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self.waits = True
+        self._pipe = os.fdopen(descriptor, "w", buffering=1)
+        self._telling = Lock()
+        Thread(target=self._outlive, args=(descriptor,), name="starter", daemon=True).start()
+
+    def tell(self, event: Event) -> None:
+        with self._telling, suppress(BrokenPipeError):
+            self._pipe.write(to_line(event))
+            self.waits = not isinstance(event, Ready | StartFailed)
+
+    def _outlive(self, descriptor: int) -> None:
+        poll = select.poll()
+        poll.register(descriptor, 0)  # that nobody reads any more is always told
+        poll.poll()
+        with self._telling:
+            if self.waits:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+
+def run_detached(config: ClusterConfig, arguments: list[str]) -> None:
+    """Runs `up` with these arguments as a process of its own and returns when its cluster is ready.
+
+    LlamaclustError where it is not to be; then, and where this process is told to end, nothing is left running.
+    """
+    folder = ClusterDir(config.state_dir / config.name)
+    with folder.locked():  # refuses a name that is taken before its log is begun anew
+        pass
+    log = folder.log_file("coordinator")
+    with exits_when_told(signal.SIGTERM, signal.SIGHUP):
+        reading, process = _spawn(arguments, log)
+        with os.fdopen(reading) as events, ExitStack() as undo:  # the pipe outlives the end: one signal is enough
+            undo.callback(_end, process)
+            _watch_start(map(from_line, events), log)
+            undo.pop_all()
+
+
+def _spawn(arguments: list[str], log: Path) -> tuple[int, subprocess.Popen[bytes]]:
+    """The process, and the end of a pipe to read its events from."""
+    reading, writing = os.pipe()
+    to_log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "llamaclust", "up", *arguments, "--notify", str(writing)],
+            stdin=subprocess.DEVNULL,
+            stdout=to_log,
+            stderr=to_log,
+            pass_fds=(writing,),
+            start_new_session=True,
+        )
+    finally:
+        os.close(writing)
+        os.close(to_log)
+    return reading, process
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Returns when the process is gone; its workers end with it."""
+    process.terminate()
+    try:
+        process.wait(_END_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _watch_start(events: Iterator[Event], log: Path) -> None:
+    """Shows the events; returns when the cluster is ready. LlamaclustError where it is not to be."""
+    with ClusterView() as view:
+        for event in events:
+            view.show(event)
+            if isinstance(event, Ready):
+                return
+            if isinstance(event, StartFailed):
+                raise _failure(event)
+    raise LlamaclustError(f"the coordinator ended before the cluster was ready: see {log}")
+
+
+def _failure(event: StartFailed) -> LlamaclustError:
+    error = LlamaclustError(event.message)
+    error.exit_code = event.exit_code
+    return error

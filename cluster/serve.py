@@ -14,6 +14,7 @@ from pathlib import Path
 
 import uvicorn
 
+from llamaclust.cluster.api.admission import Admission
 from llamaclust.cluster.api.app import create_app
 from llamaclust.cluster.api.server import allow_many_files, server_config
 from llamaclust.cluster.api.settings import ApiSettings, read_api_keys
@@ -25,7 +26,7 @@ from llamaclust.cluster.news import losses_told, requests_told
 from llamaclust.cluster.state import ClusterDir, ClusterRecord
 from llamaclust.cluster.status import cluster_status
 from llamaclust.cluster.text import TextService, TextSettings
-from llamaclust.errors import UsageError
+from llamaclust.errors import UsageError, WorkerError
 
 _DRAIN_S = 30.0
 _COLLECT_EVERY = 20_000
@@ -109,7 +110,8 @@ async def _answer(cluster: Cluster, folder: ClusterDir, front: _Front, signals: 
     config, record = cluster.config, _record(cluster, front.listener)
     text = TextSettings(record.model, cluster.plan.context_length, config.max_sequences)
     service = TextService(cluster.engine, cluster.model.tokenizer, cluster.model.chat_template, text)
-    app = create_app(service, front.settings, cluster.engine, lambda: cluster_status(cluster, record))
+    admission = Admission(front.settings)
+    app = create_app(service, front.settings, cluster.engine, lambda: cluster_status(cluster, record), admission)
     allow_many_files()
     server = _Server(server_config(app, front.settings))
     serving = asyncio.create_task(server.serve(sockets=[front.listener]))
@@ -121,7 +123,7 @@ async def _answer(cluster: Cluster, folder: ClusterDir, front: _Front, signals: 
         async with losses_told(cluster.registry, folder, front.watch):
             await signals.asked.wait()
             async with requests_told(service, _DRAIN_S, front.watch):
-                await _drain(cluster.engine, service)
+                await _drain(cluster.engine, admission)
         server.should_exit = True  # replies that are being written have a moment
         await _ended(serving)
     finally:
@@ -134,12 +136,18 @@ async def _ended(serving: asyncio.Task[None]) -> None:
         await asyncio.wait_for(serving, _END_S)
 
 
-async def _drain(engine: Engine, service: TextService) -> None:
-    """No new requests; those that were accepted are answered, with all their choices."""
-    with suppress(TimeoutError):
-        async with asyncio.timeout(_DRAIN_S):
-            await engine.drain(_DRAIN_S)
-            await service.wait_idle()
+async def _drain(engine: Engine, admission: Admission) -> None:
+    """No new requests; those that were accepted are answered, with all their choices. What is left after that is told
+    why it ends."""
+    admission.stop()
+    try:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_DRAIN_S):
+                await engine.drain(_DRAIN_S)
+                await admission.wait_idle()
+    finally:
+        engine.break_down(WorkerError("the cluster is stopping"))
+        admission.end()
 
 
 class _Server(uvicorn.Server):

@@ -45,17 +45,11 @@ class TextService:
         self.settings = settings
         self._engine = engine
         self._active: set[CompletionStream] = set()
-        self._idle = asyncio.Event()
-        self._idle.set()
 
     @property
     def active_requests(self) -> int:
         """Requests that were accepted and have not ended."""
         return len(self._active)
-
-    async def wait_idle(self) -> None:
-        """Returns once every request that was accepted has ended and its reader has let go of it."""
-        await self._idle.wait()
 
     async def complete(self, request: CompletionRequest) -> AsyncIterator[TextChunk]:
         """Chunks of the request's choices. The request ends where the iterator is closed. Raises as `start`."""
@@ -77,15 +71,9 @@ class TextService:
         choices = [
             ChoiceText(index, self.tokenizer, ends, request.stop, request.min_tokens) for index in range(request.n)
         ]
-        stream = CompletionStream(self._engine, generation, choices, self._forget)
+        stream = CompletionStream(self._engine, generation, choices, self._active.discard)
         self._active.add(stream)
-        self._idle.clear()
         return stream
-
-    def _forget(self, stream: CompletionStream) -> None:
-        self._active.discard(stream)
-        if not self._active:
-            self._idle.set()
 
     async def tokenize(self, text: str, add_special: bool = True, parse_special: bool = True) -> list[int]:
         """Token ids of a text."""

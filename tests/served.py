@@ -19,6 +19,7 @@ from fakes import FakePipeline
 from fastapi import FastAPI
 from tiny_tokenizers import byte_level
 
+from llamaclust.cluster.api.admission import Admission
 from llamaclust.cluster.api.app import create_app
 from llamaclust.cluster.api.server import server_config
 from llamaclust.cluster.api.settings import ApiSettings
@@ -164,12 +165,13 @@ def make_service(engine: Any, template: ChatTemplate | None = None) -> TextServi
     return TextService(engine, tokenizer(), template or chat_template(), settings)
 
 
-def make_app(engine: Any, chat_template: ChatTemplate | None = None, **settings: Any) -> FastAPI:
+def make_app(
+    engine: Any, chat_template: ChatTemplate | None = None, admission: Admission | None = None, **settings: Any
+) -> FastAPI:
     """An app on a scripted engine; operators see an engine that does nothing."""
     idle = engine if isinstance(engine, Engine) else Engine(FakePipeline(SETTINGS.kv_blocks), SETTINGS)
-    return create_app(
-        make_service(engine, chat_template), ApiSettings(**settings), idle, lambda: {"status": {"name": "test"}}
-    )
+    service = make_service(engine, chat_template)
+    return create_app(service, ApiSettings(**settings), idle, lambda: {"status": {"name": "test"}}, admission)
 
 
 def client(app: FastAPI, **options: Any) -> httpx.AsyncClient:

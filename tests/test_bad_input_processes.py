@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -123,6 +124,30 @@ def test_a_second_signal_ends_requests_too(line: CommandLine) -> None:
             end(cluster, "Ctrl-C")
             *_, last = stream
             assert "stopping" in last["error"]["message"]
+        done = cluster.command.wait(5.0)
+    assert done.code == 0 and "Traceback" not in done.err
+    nothing_left(line)
+
+
+def test_requests_that_no_worker_has_seen_are_told_that_the_cluster_stops(line: CommandLine) -> None:
+    """One whose body is still to come at the first signal, one whose chat is being rendered at the second."""
+    slow = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    model = tiny(line.folder / "slow_chats.gguf", extra={"tokenizer.chat_template": slow})
+    with line.cluster(model) as cluster, ThreadPoolExecutor(1) as pool:
+        chat = pool.submit(cluster.http.post, "/v1/chat/completions", json=CHAT)
+        eventually(lambda: len(cluster.processes) == 3, 10.0, "the process that renders")
+        host, _, port = cluster.api.removeprefix("http://").rpartition(":")
+        with socket.create_connection((host, int(port)), timeout=10.0) as half:
+            half.sendall(f"POST {COMPLETIONS} HTTP/1.1\r\nHost: {host}\r\nContent-Length: 99\r\n\r\n{{".encode())
+            assert cluster.http.get("/health").status_code == 200  # which comes after it
+            end(cluster, "SIGTERM")
+            with half.makefile("rb") as reply:
+                text = reply.read()
+        assert text.startswith(b"HTTP/1.1 503 ") and b"the cluster is stopping" in text
+        assert not chat.done()
+        end(cluster, "SIGTERM")
+        told = chat.result(5.0)
+        assert told.status_code == 503 and told.json()["error"]["code"] == "cluster_stopping"
         done = cluster.command.wait(5.0)
     assert done.code == 0 and "Traceback" not in done.err
     nothing_left(line)

@@ -1,6 +1,13 @@
-"""How many requests, and how much of their bodies, the API holds at once; more are told to come back."""
+"""Which requests the API holds at once, and how much of their bodies. Others are told to come back; a server that stops
+takes no more, and answers every one it has."""
 
 from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -8,42 +15,116 @@ from llamaclust.cluster.api.errors import HttpError, error_response
 from llamaclust.cluster.api.settings import ApiSettings
 
 
-class Admission:
-    """Counts requests with a body from their first byte to the end of their reply."""
+@dataclass(slots=True, eq=False)
+class _Open:
+    """A request with a body, from its first byte to the end of its reply."""
 
-    def __init__(self, app: ASGIApp, settings: ApiSettings) -> None:
-        self._app = app
+    task: asyncio.Task[Any]
+    body_bytes: int = 0
+    is_whole: bool = False  # all of its body is there
+    is_answered: bool = False  # its reply has begun
+
+
+class Admission:
+    """The open requests of one app. Use from one event loop."""
+
+    def __init__(self, settings: ApiSettings) -> None:
+        self.is_stopping = False
         self._settings = settings
-        self._requests = 0
+        self._open: set[_Open] = set()
         self._body_bytes = 0
+
+    def stop(self) -> None:
+        """From now on requests are refused, also those whose bodies are still to come."""
+        self.is_stopping = True
+        self._cancel([request for request in self._open if not request.is_whole])
+
+    async def wait_idle(self) -> None:
+        """Returns once the replies of all requests are whole; its caller sets the deadline."""
+        while self._open:
+            await asyncio.wait([request.task for request in self._open])
+
+    def end(self) -> None:
+        """Ends requests whose replies have not begun: they are told that the cluster stops."""
+        self.is_stopping = True
+        self._cancel([request for request in self._open if not request.is_answered])
+
+    def check(self) -> None:
+        """Raises HttpError where no further request is taken."""
+        if self.is_stopping:
+            raise _stopping()
+        if len(self._open) >= self._settings.max_requests:
+            raise _busy(f"{len(self._open)} requests")
+
+    @contextmanager
+    def held(self) -> Iterator[_Open]:
+        """A request of the current task, open meanwhile."""
+        task = asyncio.current_task()
+        assert task is not None
+        request = _Open(task)
+        self._open.add(request)
+        try:
+            yield request
+        finally:
+            self._open.remove(request)
+            self._body_bytes -= request.body_bytes
+
+    def count(self, request: _Open, message: Message) -> None:
+        """A part of a request's body has come. Raises HttpError where all together are too much."""
+        size = len(message.get("body", b""))
+        request.body_bytes += size
+        request.is_whole = not message.get("more_body", False)
+        self._body_bytes += size
+        if self._body_bytes > self._settings.max_held_bytes:
+            raise _busy(f"{self._body_bytes} bytes of requests")
+
+    def _cancel(self, requests: list[_Open]) -> None:
+        for request in requests:
+            request.task.cancel()
+
+
+class AdmissionGate:
+    """Lets requests with a body through to an app as its admission says; what a stopping server cancels gets a 503."""
+
+    def __init__(self, app: ASGIApp, admission: Admission) -> None:
+        self._app = app
+        self._admission = admission
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] != "POST":
             await self._app(scope, receive, send)
-        elif self._requests >= self._settings.max_requests:
-            await error_response(_busy(f"{self._requests} requests"))(scope, receive, send)
+            return
+        try:
+            self._admission.check()
+        except HttpError as refusal:
+            await error_response(refusal)(scope, receive, send)
         else:
-            await self._admit(scope, receive, send)
+            with self._admission.held() as request:
+                await self._answer(request, scope, receive, send)
 
-    async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
-        held_bytes = 0
-
+    async def _answer(self, request: _Open, scope: Scope, receive: Receive, send: Send) -> None:
         async def counted() -> Message:
-            nonlocal held_bytes
             message = await receive()
-            size = len(message.get("body", b""))
-            held_bytes += size
-            self._body_bytes += size
-            if self._body_bytes > self._settings.max_held_bytes:
-                raise _busy(f"{self._body_bytes} bytes of requests")
+            self._admission.count(request, message)
             return message
 
-        self._requests += 1
+        async def noted(message: Message) -> None:
+            request.is_answered = True
+            await send(message)
+
         try:
-            await self._app(scope, counted, send)
-        finally:
-            self._requests -= 1
-            self._body_bytes -= held_bytes
+            await self._app(scope, counted, noted)
+        except asyncio.CancelledError:  # the task is the server's and ends here
+            if not self._admission.is_stopping:
+                raise
+            if not request.is_answered:
+                await error_response(_stopping())(scope, receive, send)
+
+
+def _stopping() -> HttpError:
+    return HttpError(
+        503, "cluster_stopping", "the cluster is stopping and takes no more requests", {"Connection": "close"}
+    )
 
 
 def _busy(what: str) -> HttpError:

@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 import llamaclust
-from llamaclust.cluster.api.admission import Admission
+from llamaclust.cluster.api.admission import Admission, AdmissionGate
 from llamaclust.cluster.api.errors import add_error_handlers
 from llamaclust.cluster.api.llamacpp import LlamaCppEndpoints
 from llamaclust.cluster.api.llamacpp_schema import DetokenizeBody, LlamaCppBody, TemplateBody, TokenizeBody
@@ -33,8 +33,10 @@ def create_app(
     settings: ApiSettings,
     engine: ServingEngine,
     cluster_status: Callable[[], Mapping[str, Any]],
+    admission: Admission | None = None,
 ) -> FastAPI:
-    """The app. `cluster_status` gives what `GET /cluster` answers, as JSON can say it."""
+    """The app. `cluster_status` gives what `GET /cluster` answers, as JSON can say it; `admission` is of who wants to
+    stop it in good order."""
     app = FastAPI(title="llamaclust", version=llamaclust.__version__, docs_url=None, redoc_url=None)
     add_error_handlers(app)
     _add_openai(app, service, settings)
@@ -44,7 +46,7 @@ def create_app(
         app.add_middleware(
             CORSMiddleware, allow_origins=settings.allowed_origins, allow_methods=["*"], allow_headers=["*"]
         )
-    app.add_middleware(Admission, settings=settings)
+    app.add_middleware(AdmissionGate, admission=admission or Admission(settings))
     app.add_middleware(Security, settings=settings)
     return app
 

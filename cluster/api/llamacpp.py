@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import AsyncExitStack
 from itertools import chain
 
 from starlette.requests import Request
@@ -40,20 +41,19 @@ class LlamaCppEndpoints:
 
     async def complete(self, request: Request) -> Response:
         body = await read_body(request, LlamaCppBody, LLAMACPP, self._settings)
-        stream = await self._service.start(await self._request(body))
-        shape = LlamaCppShape(self._service, body, stream)
-        if body.stream:
-            first = stream.wait_first(self._settings.first_chunk_s)
-            return await begin_events(request, first, self._events(stream, shape), stream.aclose)
-        try:
+        async with AsyncExitStack() as cleanup:
+            stream = await unless_disconnected(request, self._start(body, cleanup))
+            shape = LlamaCppShape(self._service, body, stream)
+            if body.stream:
+                first = stream.wait_first(self._settings.first_chunk_s)
+                return await begin_events(request, first, self._events(stream, shape), cleanup)
             answers = await unless_disconnected(request, collect(stream))
             return JsonResponse(shape.whole(answers[0]))
-        finally:
-            await stream.aclose()
 
     async def tokenize(self, request: Request) -> Response:
         body = await read_body(request, TokenizeBody, {}, self._settings)
-        ids = await self._service.tokenize(body.content, body.add_special, body.parse_special)
+        tokenizing = self._service.tokenize(body.content, body.add_special, body.parse_special)
+        ids = await unless_disconnected(request, tokenizing)
         if body.with_pieces:
             if len(ids) > _MAX_PIECES:
                 reason = f"the text has {len(ids)} tokens, at most {_MAX_PIECES} are shown as pieces; send less at once"
@@ -63,12 +63,14 @@ class LlamaCppEndpoints:
 
     async def detokenize(self, request: Request) -> Response:
         body = await read_body(request, DetokenizeBody, {}, self._settings)
-        return JsonResponse({"content": await asyncio.to_thread(self._service.detokenize, body.tokens)})
+        detokenizing = asyncio.to_thread(self._service.detokenize, body.tokens)
+        return JsonResponse({"content": await unless_disconnected(request, detokenizing)})
 
     async def apply_template(self, request: Request) -> Response:
         body = await read_body(request, TemplateBody, TEMPLATE, self._settings)
         messages = [message.as_variables() for message in body.messages]
-        return JsonResponse({"prompt": await self._service.chat_text(messages, body.chat_template_kwargs)})
+        rendering = self._service.chat_text(messages, body.chat_template_kwargs)
+        return JsonResponse({"prompt": await unless_disconnected(request, rendering)})
 
     async def _events(self, stream: CompletionStream, shape: LlamaCppShape) -> AsyncGenerator[bytes, None]:
         async for chunk in chunks_or_silence(stream, self._settings.keepalive_s):
@@ -76,6 +78,9 @@ class LlamaCppEndpoints:
                 yield WAITING
             else:
                 yield event(shape.chunk(chunk))
+
+    async def _start(self, body: LlamaCppBody, cleanup: AsyncExitStack) -> CompletionStream:
+        return await cleanup.enter_async_context(await self._service.start(await self._request(body)))
 
     async def _request(self, body: LlamaCppBody) -> CompletionRequest:
         _check_samplers(body.samplers)

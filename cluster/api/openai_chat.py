@@ -35,13 +35,12 @@ class ChatEndpoint:
         check_model(body.model, self._service)
         body.check_stream()
         run = OpenAiRun(self._service, self._settings, _ChatShape(self._service.tokenizer, body))
-        await run.start([await self._request(body)])
-        return await run.respond(request, body.stream, body.includes_usage)
+        return await run.respond(request, self._asked(body), body.stream, body.includes_usage)
 
-    async def _request(self, body: ChatBody) -> CompletionRequest:
+    async def _asked(self, body: ChatBody) -> list[CompletionRequest]:
         max_tokens, top = body.most_tokens, body.top
         prompt = await self._service.chat_prompt(body.variables, body.chat_template_kwargs)
-        return body.request(prompt, max_tokens, top)
+        return [body.request(prompt, max_tokens, top)]
 
 
 class _ChatShape:

@@ -25,7 +25,7 @@ from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.text import TextService
 from llamaclust.cluster.text_answer import Answer
 from llamaclust.cluster.text_choice import TextChunk
-from llamaclust.cluster.text_request import MAX_CHOICES, ParameterError, shown
+from llamaclust.cluster.text_request import MAX_CHOICES, CompletionRequest, ParameterError, shown
 from llamaclust.cluster.text_stream import CompletionStream
 
 
@@ -41,8 +41,11 @@ class CompletionEndpoint:
         check_model(body.model, self._service)
         _check(body)
         run = OpenAiRun(self._service, self._settings, _CompletionShape(self._service, body))
-        await run.start(body.requests())
-        return await run.respond(request, body.stream, body.includes_usage)
+        return await run.respond(request, _asked(body), body.stream, body.includes_usage)
+
+
+async def _asked(body: CompletionBody) -> list[CompletionRequest]:
+    return body.requests()
 
 
 def _check(body: CompletionBody) -> None:
@@ -51,10 +54,10 @@ def _check(body: CompletionBody) -> None:
         raise ParameterError("best_of", f"is {shown(body.best_of)}, but only n, {shown(body.n)}, is supported")
     if body.score_from is not None and (not body.echo or body.logprobs is None):
         raise ParameterError("score_from", "only makes sense with echo and logprobs")
-    if len(body.prompt) * body.n > MAX_CHOICES:
-        raise ParameterError(
-            "n", f"{len(body.prompt)} prompts with {shown(body.n)} answers each; at most {MAX_CHOICES} in all"
-        )
+    answers = len(body.prompt) * body.n
+    if answers > MAX_CHOICES:
+        prompts = f" to {len(body.prompt)} prompts" if len(body.prompt) > 1 else ""
+        raise ParameterError("n", f"asks for {shown(answers)} answers{prompts}, at most {MAX_CHOICES} are given")
 
 
 class _CompletionShape:

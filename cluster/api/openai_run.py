@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from typing import Any, Protocol
@@ -56,26 +56,26 @@ class OpenAiRun:
         self._created = int(time.time())
         self._opened: set[tuple[int, int]] = set()
 
-    async def start(self, requests: Sequence[CompletionRequest]) -> None:
-        """Submits all prompts, with one seed; where one is refused, none stays."""
+    async def respond(
+        self, request: Request, asked: Awaitable[Sequence[CompletionRequest]], is_stream: bool, with_usage: bool
+    ) -> Response:
+        """The reply to what is asked, or its beginning where it is streamed. Whatever happens, nothing runs on when it
+        ends; where one prompt is refused, none runs."""
         async with AsyncExitStack() as cleanup:
-            cleanup.push_async_callback(self.close)
-            for request in requests:
-                seed = self.streams[0].seed if self.streams else request.seed
-                self.streams.append(await self._service.start(replace(request, seed=seed)))
-            cleanup.pop_all()
-
-    async def respond(self, request: Request, is_stream: bool, with_usage: bool) -> Response:
-        """The reply, or its beginning where it is streamed. Whatever happens, nothing runs on when it ends."""
-        if is_stream:
-            first = self.streams[0].wait_first(self._settings.first_chunk_s)
-            return await begin_events(request, first, self._events(with_usage), self.close)
-        try:
+            cleanup.push_async_callback(self._close)
+            await unless_disconnected(request, self._start(asked))
+            if is_stream:
+                first = self.streams[0].wait_first(self._settings.first_chunk_s)
+                return await begin_events(request, first, self._events(with_usage), cleanup)
             return JsonResponse(await unless_disconnected(request, self._whole()))
-        finally:
-            await self.close()
 
-    async def close(self) -> None:
+    async def _start(self, asked: Awaitable[Sequence[CompletionRequest]]) -> None:
+        """Submits all prompts, with one seed."""
+        for request in await asked:
+            seed = self.streams[0].seed if self.streams else request.seed
+            self.streams.append(await self._service.start(replace(request, seed=seed)))
+
+    async def _close(self) -> None:
         for stream in self.streams:
             await stream.aclose()
 

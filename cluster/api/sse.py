@@ -59,20 +59,18 @@ class EventResponse(Response):
 
 
 async def begin_events(
-    request: Request, first: Awaitable[None], events: AsyncGenerator[bytes, None], close: Callable[[], Awaitable[None]]
+    request: Request, first: Awaitable[None], events: AsyncGenerator[bytes, None], cleanup: AsyncExitStack
 ) -> EventResponse:
-    """A stream's reply once there is something to say: what fails before gets a status of its own. `close` is run at
-    the reply's end, or here where there will be none."""
-    async with AsyncExitStack() as cleanup:
-        cleanup.push_async_callback(close)
-        await unless_disconnected(request, first)
-        cleanup.pop_all()
-    return EventResponse(events, close)
+    """A stream's reply once there is something to say: what fails before gets a status of its own. What `cleanup`
+    holds is the reply's from then on, until its end."""
+    await unless_disconnected(request, first)
+    return EventResponse(events, cleanup.pop_all().aclose)
 
 
 async def unless_disconnected(request: Request, work: Awaitable[_Value]) -> _Value:
     """Does the work; cancels it and raises ClientDisconnect where the client goes away meanwhile. The request's body
-    must have been read."""
+    must have been read. What the work leaves to be closed must be its caller's before it ends: a cancelled caller gets
+    no result."""
     results: list[_Value] = []
 
     async def do_it() -> None:

@@ -188,6 +188,16 @@ def test_places_are_bounded_by_the_files_that_may_be_open() -> None:
 
 
 @run_async
+async def test_writes_to_a_client_that_has_gone_leave_no_line_in_the_log() -> None:
+    """However many come before its end is noticed."""
+    async with served() as server:
+        (peer,) = await server.connect()
+        peer.writer.transport.abort()
+        for _ in range(20):
+            peer.writer.transport.write(HEALTH)
+
+
+@run_async
 async def test_garbage_leaves_no_line_in_the_log() -> None:
     async with served() as server:
         for peer in await server.connect(50):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import resource
 import socket
 from typing import ClassVar
@@ -25,6 +26,7 @@ _BUSY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: clos
 
 def server_config(app: FastAPI, settings: ApiSettings) -> uvicorn.Config:
     """How an app is served. Warnings are not logged: anybody who can connect can cause them without end."""
+    logging.getLogger("asyncio").setLevel(logging.ERROR)
     return uvicorn.Config(
         app,
         http=_protocol(settings),

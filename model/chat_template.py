@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from llamaclust.errors import DeadlineError, ModelFileError, RequestError
 from llamaclust.model.template_frames import frame_of
-from llamaclust.model.template_process import ProcessKilled, RenderingStopped, TemplateProcess
+from llamaclust.model.template_process import NotInTime, ProcessKilled, RenderingStopped, TemplateProcess
 from llamaclust.model.tokenizer import Tokenizer
 
 CHATML: Final = (
@@ -118,7 +118,7 @@ class ChatTemplate:
         except RenderingStopped as failure:
             raise RequestError(f"the model's chat template was stopped: {failure}") from None
         if "error" in reply:
-            raise RequestError(f"the model's chat template: {reply['error']}")
+            raise RequestError(f"the model's chat template: {_line(reply['error'])}")
         return str(reply["text"])
 
     def _ask_again(self, frame: bytes) -> dict[str, Any]:
@@ -140,7 +140,8 @@ class ChatTemplate:
             raise
 
     def _start(self) -> TemplateProcess:
-        """A child that has compiled the template. A template that does not compile is remembered, not tried again."""
+        """A child that has compiled the template. A template that does not compile, or not with what it may use, is
+        remembered, not tried again."""
         limits = self._limits
         child = TemplateProcess(limits.max_text_bytes * _MAX_REPLY_SHARE + (1 << 16))
         first = {
@@ -151,12 +152,14 @@ class ChatTemplate:
         }
         try:
             problem = child.ask(frame_of(first), limits.start_s).get("error")
-        except RenderingStopped as failure:
+        except (ProcessKilled, NotInTime):
             child.kill()
-            raise RequestError(f"the model's chat template could not be read: {failure}") from None
+            raise
+        except RenderingStopped as failure:
+            problem = str(failure)
         if problem is not None:
             child.kill()
-            self._broken = f"the model's chat template cannot be used: {problem}"
+            self._broken = f"the model's chat template cannot be used: {_line(problem)}"
             raise RequestError(self._broken)
         return child
 
@@ -179,6 +182,11 @@ def load_chat_template(
     if not source:
         source = CHATML if tokenizer.token_id("<|im_start|>") is not None else None
     return ChatTemplate(source, _text(tokenizer, tokenizer.bos_id), _text(tokenizer, tokenizer.eos_id), limits)
+
+
+def _line(text: object) -> str:
+    """What a template says, safe in any terminal and log."""
+    return "".join(character for character in " ".join(str(text).split()) if character.isprintable())
 
 
 def _text(tokenizer: Tokenizer, token_id: int | None) -> str:

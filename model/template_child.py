@@ -48,13 +48,13 @@ def environment() -> jinja2.Environment:
     made = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationTag]
     )
-    made.filters["tojson"] = _tojson
-    made.globals["raise_exception"] = _raise_exception
-    made.globals["strftime_now"] = _strftime_now
+    made.filters["tojson"] = tojson
+    made.globals["raise_exception"] = raise_exception
+    made.globals["strftime_now"] = strftime_now
     return made
 
 
-def _tojson(
+def tojson(
     value: Any,
     ensure_ascii: bool = False,
     indent: int | None = None,
@@ -65,11 +65,12 @@ def _tojson(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
+def raise_exception(message: object = None) -> None:
+    said = "" if message is None else str(message)
+    raise jinja2.TemplateError(said or "it refuses these messages and does not say why")
 
 
-def _strftime_now(form: str) -> str:
+def strftime_now(form: str) -> str:
     return datetime.now().astimezone().strftime(form)
 
 

@@ -28,6 +28,10 @@ class ProcessKilled(RenderingStopped):
     """Somebody else ended the child: nothing that a template does."""
 
 
+class NotInTime(RenderingStopped):
+    """No answer within the deadline: a template that takes long, or a machine that stood still."""
+
+
 class TemplateProcess:
     """The rendering process and its two pipes."""
 
@@ -59,7 +63,7 @@ class TemplateProcess:
                 raise RenderingStopped(f"a reply of {length} bytes")
             reply: dict[str, Any] = json.loads(self._read(length, deadline))
         except TimeoutError:
-            raise RenderingStopped(f"it did not end within {timeout_s:g} s") from None
+            raise NotInTime(f"it did not end within {timeout_s:g} s") from None
         except (BrokenPipeError, EOFError):
             raise self._ending() from None
         return reply

@@ -22,6 +22,10 @@ def check_generation(ask: Generation, settings: SchedulerSettings) -> None:
     _within("penalty_window", ask.penalty_window, 0, inf)
     _within("score_from", ask.score_from or 0, 0, inf)
     _check_tokens("stop_token_ids", ask.stop_token_ids, settings.vocabulary)
+    if ask.min_tokens and len(ask.stop_token_ids) == settings.vocabulary:
+        raise RequestError(
+            f"min_tokens is {ask.min_tokens}, but stop_token_ids are all {settings.vocabulary} tokens: none is left"
+        )
     _check_params(ask.params, settings.vocabulary)
 
 

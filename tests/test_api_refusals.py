@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
-from served import CONTEXT, ScriptedEngine, client, events_of, make_app, run_async, says
+from served import CONTEXT, VOCABULARY, ScriptedEngine, client, events_of, make_app, real_engine, run_async, says
 
 from llamaclust.errors import QueueFullError, WorkerError
 
@@ -127,6 +127,31 @@ def test_completion_refusals_name_the_field(fields: dict[str, Any], param: str) 
         assert engine.running == 0
 
     check()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"n": 129}, "n: asks for 129 answers, at most 128 are given"),
+        ({"prompt": ["a"] * 64, "n": 3}, "n: asks for 192 answers to 64 prompts, at most 128 are given"),
+    ],
+)
+def test_too_many_answers_are_counted_for_the_user(fields: dict[str, Any], message: str) -> None:
+    @run_async
+    async def check() -> None:
+        reply = await post("/v1/completions", {"prompt": "a"} | fields)
+        assert reply.status_code == 400 and reply.json()["error"]["message"] == message
+
+    check()
+
+
+@run_async
+async def test_tokens_that_may_neither_come_nor_end_the_answer_are_refused() -> None:
+    async with real_engine() as (engine, _), client(make_app(engine)) as http:
+        every = {"prompt": "a", "max_tokens": 9, "stop_token_ids": list(range(VOCABULARY))}
+        reply = await http.post("/v1/completions", json=every | {"min_tokens": 5})
+        assert reply.status_code == 400 and "none is left" in reply.json()["error"]["message"]
+        assert (await http.post("/v1/completions", json=every)).json()["choices"][0]["finish_reason"] == "stop"
 
 
 @run_async

@@ -204,6 +204,7 @@ def test_nothing_to_compute_is_no_work() -> None:
         ({"top_logprobs": 129}, "top_logprobs is 129"),
         ({"score_from": -1}, "score_from is -1"),
         ({"stop_token_ids": frozenset({500})}, "stop_token_ids: token id 500"),
+        ({"stop_token_ids": frozenset(range(101)), "min_tokens": 1}, "stop_token_ids are all 101 tokens"),
         ({"params": SamplingParams(temperature=float("nan"))}, "temperature is nan"),
         ({"params": SamplingParams(top_p=1.5)}, r"top_p is 1.5, must be within 0\.0\.\.1\.0"),
         ({"params": SamplingParams(repetition_penalty=0.0)}, "repetition_penalty is 0.0"),

@@ -49,12 +49,12 @@ async def test_a_template_that_refuses_says_so_in_one_line(tmp_path: Path) -> No
     model = build_tiny_model(tmp_path / "evil.gguf", layers=1, extra={"tokenizer.chat_template": TEMPLATE})
     ended = await command("chat", "--model", str(model), "--threads", "1", piped=b"hello\n")
     assert (ended.code, ended.out) == (2, "")
-    assert SEEN in ended.err and "\x1b" not in ended.err and ended.err.count("\n") == 1
+    assert "[2J evil" in ended.err and "\x1b" not in ended.err and ended.err.count("\n") == 1
     async with terminal("chat", "--model", str(model), "--threads", "1") as screen:
         await screen.shows("> ")
         screen.type("hello\n")
-        await screen.shows("evil  fake line")
-        assert SEEN in screen.seen and "\x1b]" not in screen.seen
+        await screen.shows("fake line")
+        assert "[2J evil" in screen.seen and "\x1b]" not in screen.seen
 
 
 @run_async

@@ -25,7 +25,7 @@ from llamaclust.kernels import probes
 from llamaclust.kernels.cpu import _native
 from llamaclust.model.quant_types import ActivationFormat, QuantType
 
-TYPES = "F32,F16,BF16,Q8_0,Q4_0,Q4_1,Q4_K,Q6_K"
+TYPES = "F32,F16,BF16,Q8_0,Q4_0,Q4_1,Q4_K,Q6_K,IQ2_XXS,IQ2_XS,IQ2_S,IQ3_XXS,IQ3_S,IQ1_S,IQ1_M"
 MEMORY_BYTES = 256 << 20
 """Weights that a measurement of few tokens goes through, several times what caches hold."""
 WORK = 4e9

@@ -66,6 +66,13 @@ LAYOUTS = {
     QuantType.Q8_0: Layout(7, ((0, 1.0),), 74.0),
     QuantType.Q4_K: Layout(15, ((0, 1.0), (2, 7.5)), 258.0),
     QuantType.Q6_K: Layout(18, ((208, 1.0),), 1369.0),
+    QuantType.IQ2_XXS: Layout(19, ((0, 1.0),), 53.0),
+    QuantType.IQ2_XS: Layout(20, ((0, 1.0),), 56.0),
+    QuantType.IQ2_S: Layout(28, ((0, 1.0),), 56.0),
+    QuantType.IQ3_XXS: Layout(23, ((0, 1.0),), 142.0),
+    QuantType.IQ3_S: Layout(26, ((0, 1.0),), 140.0),
+    QuantType.IQ1_S: Layout(24, ((0, 1.0),), 7.2),
+    QuantType.IQ1_M: Layout(31, (), 7.2),
 }
 
 _F16_SIGN_AND_MANTISSA = 0x83FF
@@ -84,7 +91,16 @@ def random_matrix(generator: np.random.Generator, quant_type: QuantType, shape: 
     for offset, relative in layout.scales:
         scale = np.array([relative * deviation / layout.deviation], np.float16)
         blocks[:, offset : offset + 2] = scale.view(np.uint8)
+    if quant_type is QuantType.IQ1_M:
+        _set_quarters(blocks, np.float16(deviation / layout.deviation))
     return data.data
+
+
+def _set_quarters(blocks: NDArray[np.uint8], scale: np.float16) -> None:
+    """The float16 of IQ1_M: four bits in each of the last four words of a block."""
+    for quarter in range(4):
+        place = blocks[:, 49 + 2 * quarter]
+        place[:] = place & 15 | (int(scale.view(np.uint16)) >> 4 * quarter & 15) << 4
 
 
 def _signed_near(bits: NDArray[np.uint16], size: float) -> NDArray[np.uint16]:

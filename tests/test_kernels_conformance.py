@@ -34,7 +34,8 @@ Float32 = NDArray[np.float32]
 
 FLOAT_TYPES = [QuantType.F32, QuantType.F16, QuantType.BF16]
 SMALL_TYPES = [QuantType.Q8_0, QuantType.Q4_0, QuantType.Q4_1]
-TYPES = [*FLOAT_TYPES, *SMALL_TYPES, QuantType.Q4_K, QuantType.Q6_K]
+GRID_TYPES = [kind for kind in QuantType if kind.name.startswith(("IQ1", "IQ2", "IQ3"))]
+TYPES = [*FLOAT_TYPES, *SMALL_TYPES, QuantType.Q4_K, QuantType.Q6_K, *GRID_TYPES]
 
 # Sums of float32 in another order. Activations in 8 bits cost some 2e-5 (a scale per 32) to 5e-5 (per 256).
 EXACT = 1e-11

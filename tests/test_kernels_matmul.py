@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from ordered_products import DECODERS, activations_of, ordered_products, segments_of
+from quant_blocks import set_scales
 
 from llamaclust.kernels.cpu import _native
 from llamaclust.kernels.reference.dequantize import dequantize
@@ -16,6 +17,7 @@ from llamaclust.model.quant_types import QuantType
 Float32 = NDArray[np.float32]
 
 FLOAT_TYPES = [QuantType.F32, QuantType.F16, QuantType.BF16]
+GRID_TYPES = [kind for kind in DECODERS if kind.name.startswith(("IQ1", "IQ2", "IQ3"))]
 TYPES = [*FLOAT_TYPES, *DECODERS]
 LEVELS = _native.available_levels()
 ROWS = [1, 15, 16, 17, 48, 320]
@@ -44,7 +46,7 @@ def random_weights(generator: np.random.Generator, quant_type: QuantType, rows: 
     blocks = generator.integers(0, 256, (count, info.block_bytes), dtype=np.uint8)
     for place in SCALE_PLACES.get(quant_type, (0,)):
         scales = np.exp2(generator.uniform(-9, -3, count)) * generator.choice([-1, 1], count)
-        blocks[:, place : place + 2] = scales.astype(np.float16).view(np.uint8).reshape(count, 2)
+        set_scales(quant_type, blocks, (place,), scales)
     return blocks.tobytes()
 
 
@@ -142,10 +144,20 @@ def test_tiles_hold_the_weights(quant_type: QuantType, level: str) -> None:
     for rows, cols in shapes(quant_type):
         data = random_weights(generator_of(quant_type, rows, cols), quant_type, rows, cols)
         matrix = packed(quant_type, data, rows, cols)
-        file_bytes = -(-rows // 16) * 16 * quant_type.info.row_bytes(cols)
-        assert file_bytes <= matrix.bytes < file_bytes + 64 * -(-rows // 16)
+        tiles, tile_bytes = -(-rows // 16), 16 * quant_type.info.row_bytes(cols)
+        most = tile_bytes * 5 // 4 if quant_type in GRID_TYPES else tile_bytes
+        assert tiles * tile_bytes <= matrix.bytes < tiles * (most + 64)
         expected = dequantize(quant_type, data, rows * cols).reshape(rows, cols)
         check_equal_bits(_native.dequantize(level, matrix) + 0.0, expected + 0.0, rows, cols)
+
+
+@pytest.mark.parametrize("quant_type", GRID_TYPES, ids=lambda kind: kind.name)
+def test_every_point_of_a_grid(quant_type: QuantType) -> None:
+    """The native tables are another copy of the reference's. Here, each of up to 2048 points comes 64 times or more."""
+    data = random_weights(generator_of(quant_type), quant_type, 512, 2048)
+    matrix, weights = packed(quant_type, data, 512, 2048), dequantize(quant_type, data, 512 * 2048).reshape(512, 2048)
+    for level in LEVELS:
+        check_equal_bits(_native.dequantize(level, matrix) + 0.0, weights + 0.0, level)
 
 
 @pytest.mark.parametrize("width", [32, 256])

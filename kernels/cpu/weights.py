@@ -33,6 +33,13 @@ SUPPORTED_TYPES = (
     QuantType.Q8_0,
     QuantType.Q4_K,
     QuantType.Q6_K,
+    QuantType.IQ2_XXS,
+    QuantType.IQ2_XS,
+    QuantType.IQ2_S,
+    QuantType.IQ3_XXS,
+    QuantType.IQ3_S,
+    QuantType.IQ1_S,
+    QuantType.IQ1_M,
 )
 _VECTOR_TYPES = (QuantType.F32, QuantType.F16, QuantType.BF16)
 

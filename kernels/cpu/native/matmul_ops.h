@@ -15,6 +15,13 @@ enum class QuantType : int32_t {
   Q8_0 = 8,
   Q4_K = 12,
   Q6_K = 14,
+  IQ2_XXS = 16,
+  IQ2_XS = 17,
+  IQ3_XXS = 18,
+  IQ1_S = 19,
+  IQ3_S = 21,
+  IQ2_S = 22,
+  IQ1_M = 29,
   BF16 = 30,
 };
 

@@ -24,6 +24,13 @@ constexpr Packer kPackers[] = {
     {QuantType::Q4_1, kQ4_1Layout, pack_q4_1},
     {QuantType::Q4_K, kQ4_KLayout, pack_q4_k},
     {QuantType::Q6_K, kQ6_KLayout, pack_q6_k},
+    {QuantType::IQ2_XXS, kIQ2_XXSLayout, pack_iq2_xxs},
+    {QuantType::IQ2_XS, kIQ2_XSLayout, pack_iq2_xs},
+    {QuantType::IQ2_S, kIQ2_SLayout, pack_iq2_s},
+    {QuantType::IQ3_XXS, kIQ3_XXSLayout, pack_iq3_xxs},
+    {QuantType::IQ3_S, kIQ3_SLayout, pack_iq3_s},
+    {QuantType::IQ1_S, kIQ1_SLayout, pack_iq1_s},
+    {QuantType::IQ1_M, kIQ1_MLayout, pack_iq1_m},
 };
 
 const Packer* find_packer(QuantType type) {
@@ -33,6 +40,11 @@ const Packer* find_packer(QuantType type) {
 }
 
 constexpr size_t whole_lines(size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+// Bytes of a tile that are used.
+size_t packed_bytes(const TileLayout& layout, int cols) {
+  return static_cast<size_t>(cols / layout.segment_cols) * (layout.body_bytes + layout.tail_bytes);
+}
 
 }  // namespace
 
@@ -45,7 +57,7 @@ size_t file_row_bytes(QuantType type, int cols) {
   return static_cast<size_t>(cols / layout.segment_cols) * layout.file_bytes;
 }
 
-size_t tile_bytes(QuantType type, int cols) { return whole_lines(kTileRows * file_row_bytes(type, cols)); }
+size_t tile_bytes(QuantType type, int cols) { return whole_lines(packed_bytes(tile_layout(type), cols)); }
 
 int segment_cols(ActivationFormat format) {
   switch (format) {
@@ -86,7 +98,7 @@ void pack_tile(QuantType type, const uint8_t* file_rows, int rows, int cols, uin
       packer.pack(blocks, bodies + i * layout.body_bytes, bodies + count * layout.body_bytes + i * layout.tail_bytes);
     }
   }
-  const size_t used = kTileRows * row_bytes;
+  const size_t used = packed_bytes(layout, cols);
   memset(tile + used, 0, tile_bytes(type, cols) - used);
 }
 

@@ -43,4 +43,13 @@ void pack_q8_0(const Blocks& blocks, uint8_t* body, uint8_t* tail);
 void pack_q4_k(const Blocks& blocks, uint8_t* body, uint8_t* tail);
 void pack_q6_k(const Blocks& blocks, uint8_t* body, uint8_t* tail);
 
+// Types whose weights are points of a grid, in pack_grid.cpp.
+void pack_iq2_xxs(const Blocks& blocks, uint8_t* body, uint8_t* tail);
+void pack_iq2_xs(const Blocks& blocks, uint8_t* body, uint8_t* tail);
+void pack_iq2_s(const Blocks& blocks, uint8_t* body, uint8_t* tail);
+void pack_iq3_xxs(const Blocks& blocks, uint8_t* body, uint8_t* tail);
+void pack_iq3_s(const Blocks& blocks, uint8_t* body, uint8_t* tail);
+void pack_iq1_s(const Blocks& blocks, uint8_t* body, uint8_t* tail);
+void pack_iq1_m(const Blocks& blocks, uint8_t* body, uint8_t* tail);
+
 }  // namespace llamaclust

@@ -25,7 +25,10 @@ from llamaclust.kernels import probes
 from llamaclust.kernels.cpu import _native
 from llamaclust.model.quant_types import ActivationFormat, QuantType
 
-TYPES = "F32,F16,BF16,Q8_0,Q4_0,Q4_1,Q5_0,Q5_1,Q2_K,Q3_K,Q4_K,Q5_K,Q6_K,IQ4_NL,IQ4_XS,MXFP4,TQ2_0,TQ1_0"
+TYPES = (
+    "F32,F16,BF16,Q8_0,Q4_0,Q4_1,Q5_0,Q5_1,Q2_K,Q3_K,Q4_K,Q5_K,Q6_K,IQ4_NL,IQ4_XS,MXFP4,TQ2_0,TQ1_0,"
+    "IQ2_XXS,IQ2_XS,IQ2_S,IQ3_XXS,IQ3_S,IQ1_S,IQ1_M"
+)
 MEMORY_BYTES = 256 << 20
 """Weights that a measurement of few tokens goes through, several times what caches hold."""
 WORK = 4e9

@@ -76,6 +76,13 @@ LAYOUTS = {
     QuantType.MXFP4: Layout(38, (), 5.9),
     QuantType.TQ2_0: Layout(37, ((64, 1.0),), 0.71),
     QuantType.TQ1_0: Layout(36, ((52, 1.0),), 0.82),
+    QuantType.IQ2_XXS: Layout(19, ((0, 1.0),), 53.0),
+    QuantType.IQ2_XS: Layout(20, ((0, 1.0),), 56.0),
+    QuantType.IQ2_S: Layout(28, ((0, 1.0),), 56.0),
+    QuantType.IQ3_XXS: Layout(23, ((0, 1.0),), 142.0),
+    QuantType.IQ3_S: Layout(26, ((0, 1.0),), 140.0),
+    QuantType.IQ1_S: Layout(24, ((0, 1.0),), 7.2),
+    QuantType.IQ1_M: Layout(31, (), 7.2),
 }
 
 _F16_SIGN_AND_MANTISSA = 0x83FF
@@ -98,7 +105,16 @@ def random_matrix(generator: np.random.Generator, quant_type: QuantType, shape: 
         blocks[:, :64] ^= blocks[:, :64] & blocks[:, :64] << 1 & 0xAA  # 3, which quantizers never write, becomes 1
     if quant_type is QuantType.MXFP4:
         blocks[:, 0] = 128 + round(log2(deviation / layout.deviation))
+    if quant_type is QuantType.IQ1_M:
+        _set_quarters(blocks, np.float16(deviation / layout.deviation))
     return data.data
+
+
+def _set_quarters(blocks: NDArray[np.uint8], scale: np.float16) -> None:
+    """The float16 of IQ1_M: four bits in each of the last four words of a block."""
+    for quarter in range(4):
+        place = blocks[:, 49 + 2 * quarter]
+        place[:] = place & 15 | (int(scale.view(np.uint16)) >> 4 * quarter & 15) << 4
 
 
 def _signed_near(bits: NDArray[np.uint16], size: float) -> NDArray[np.uint16]:

@@ -3,11 +3,13 @@ then fused multiply-adds in k order."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from llamaclust.kernels.reference.dequantize import dequantize
 from llamaclust.model.quant_types import QuantType
 
 Float32 = NDArray[np.float32]
@@ -159,6 +161,22 @@ def tq1_0(blocks: Bytes) -> Segments:
     return Segments(halves(blocks, 52), np.concatenate(parts, axis=-1) - 1, None, None)
 
 
+def on_a_grid(quant_type: QuantType, unit: float) -> Callable[[Bytes], Segments]:
+    """Weights that are whole multiples of a block's scale times `unit`: as many as there are in the reference's."""
+
+    def decode(blocks: Bytes) -> Segments:
+        scales = (iq1_m_scales(blocks) if quant_type is QuantType.IQ1_M else halves(blocks, 0)) * np.float32(unit)
+        weights = dequantize(quant_type, blocks.tobytes(), scales.size * 256).reshape(*scales.shape, 256)
+        return Segments(scales, np.rint(weights / scales[..., None]).astype(np.int64), None, None)
+
+    return decode
+
+
+def iq1_m_scales(blocks: Bytes) -> Float32:
+    quarters = (blocks[..., 49::2] >> 4).astype(np.uint16) << np.array([0, 4, 8, 12], np.uint16)
+    return quarters.sum(-1, dtype=np.uint16).view(np.float16).astype(np.float32)
+
+
 DECODERS = {
     QuantType.Q4_0: q4_0,
     QuantType.Q4_1: q4_1,
@@ -175,6 +193,13 @@ DECODERS = {
     QuantType.MXFP4: mxfp4,
     QuantType.TQ2_0: tq2_0,
     QuantType.TQ1_0: tq1_0,
+    QuantType.IQ2_XXS: on_a_grid(QuantType.IQ2_XXS, 1 / 8),
+    QuantType.IQ2_XS: on_a_grid(QuantType.IQ2_XS, 1 / 8),
+    QuantType.IQ2_S: on_a_grid(QuantType.IQ2_S, 1 / 8),
+    QuantType.IQ3_XXS: on_a_grid(QuantType.IQ3_XXS, 1 / 2),
+    QuantType.IQ3_S: on_a_grid(QuantType.IQ3_S, 1),
+    QuantType.IQ1_S: on_a_grid(QuantType.IQ1_S, 1 / 8),
+    QuantType.IQ1_M: on_a_grid(QuantType.IQ1_M, 1 / 8),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,17 @@ _HIGH_FLOAT_BYTES: dict[QuantType, tuple[int, ...]] = {
     QuantType.MXFP4: (0,),
 }
 """Where the sign and upper exponent bits of a block's floats are; byte 1 for all other types."""
+
+
+def set_scales(quant_type: QuantType, blocks: NDArray[np.uint8], places: tuple[int, ...], scales: Any) -> None:
+    """The float16 scales [blocks] of `blocks` [blocks, block_bytes], at each of `places`; IQ1_M has its in quarters."""
+    halves = np.ascontiguousarray(np.broadcast_to(np.asarray(scales, np.float16), len(blocks)))
+    if quant_type is QuantType.IQ1_M:
+        quarters = halves.view(np.uint16)[:, None] >> np.array([0, 4, 8, 12], np.uint16)
+        blocks[:, 49::2] = blocks[:, 49::2] & 15 | (quarters & 15).astype(np.uint8) << 4
+        return
+    for place in places:
+        blocks[:, place : place + 2] = halves[:, None].view(np.uint8)
 
 
 def stream_blocks(quant_type: QuantType, count: int) -> NDArray[np.uint8]:

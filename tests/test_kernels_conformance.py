@@ -52,7 +52,8 @@ WIDE_TYPES = [
     QuantType.TQ2_0,
     QuantType.TQ1_0,
 ]
-TYPES = [*FLOAT_TYPES, *SMALL_TYPES, *WIDE_TYPES]
+GRID_TYPES = [kind for kind in QuantType if kind.name.startswith(("IQ1", "IQ2", "IQ3"))]
+TYPES = [*FLOAT_TYPES, *SMALL_TYPES, *WIDE_TYPES, *GRID_TYPES]
 
 # Sums of float32 in another order. Activations in 8 bits cost some 2e-5 (a scale per 32) to 5e-5 (per 256).
 EXACT = 1e-11

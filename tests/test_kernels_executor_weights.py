@@ -122,7 +122,7 @@ def test_shapes_that_are_refused(
     assert all(name in str(refused.value) for name in [*names, str(tmp_path)])
 
 
-@pytest.mark.parametrize("kind", [QuantType.NVFP4, QuantType.F64, QuantType.IQ1_S, QuantType.Q8_K])
+@pytest.mark.parametrize("kind", [QuantType.NVFP4, QuantType.F64, QuantType.Q1_0, QuantType.Q8_K])
 def test_types_that_are_refused(tmp_path: Path, kind: QuantType) -> None:
     tensors = tensors_of(tmp_path, weight=random_weight(256, 256), norm=random_weight(256))
     for name, step in (("weight", MatMul(X, OUT, "weight")), ("norm", RmsNorm(X, OUT, "norm", 1e-5))):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from ordered_products import DECODERS, activations_of, ordered_products, segments_of
+from quant_blocks import set_scales
 
 from llamaclust.kernels.cpu import _native
 from llamaclust.kernels.reference.dequantize import dequantize
@@ -16,6 +17,7 @@ from llamaclust.model.quant_types import QuantType
 Float32 = NDArray[np.float32]
 
 FLOAT_TYPES = [QuantType.F32, QuantType.F16, QuantType.BF16]
+GRID_TYPES = [kind for kind in DECODERS if kind.name.startswith(("IQ1", "IQ2", "IQ3"))]
 TYPES = [*FLOAT_TYPES, *DECODERS]
 LEVELS = _native.available_levels()
 ROWS = [1, 15, 16, 17, 48, 320]
@@ -55,7 +57,7 @@ def random_weights(generator: np.random.Generator, quant_type: QuantType, rows: 
     blocks = generator.integers(0, 256, (count, info.block_bytes), dtype=np.uint8)
     for place in SCALE_PLACES.get(quant_type, (0,)):
         scales = np.exp2(generator.uniform(-9, -3, count)) * generator.choice([-1, 1], count)
-        blocks[:, place : place + 2] = scales.astype(np.float16).view(np.uint8).reshape(count, 2)
+        set_scales(quant_type, blocks, (place,), scales)
     if quant_type is QuantType.MXFP4:
         blocks[:, 0] = generator.integers(118, 126, count)  # 2^-10 to 2^-3
     return blocks.tobytes()
@@ -132,8 +134,7 @@ def test_the_greatest_sums_are_exact(quant_type: QuantType) -> None:
     cols, fills = 2 * quant_type.info.block_size, [0x00, 0xFF, 0x7F, 0x80, 0x55, 0xAA]
     blocks = np.repeat(np.array(fills, np.uint8), 2 * quant_type.info.block_bytes)
     blocks = blocks.reshape(-1, quant_type.info.block_bytes)
-    for place in SCALE_PLACES.get(quant_type, (0,)):
-        blocks[:, place : place + 2] = np.array([0.75], np.float16).view(np.uint8)
+    set_scales(quant_type, blocks, SCALE_PLACES.get(quant_type, (0,)), 0.75)
     x = np.repeat(np.array([[2.0], [-2.0]], np.float32), cols, axis=1)
     weights = segments_of(quant_type, blocks.tobytes(), len(fills))
     expected = ordered_products(weights, activations_of(x, quant_type.info.block_size))
@@ -188,6 +189,15 @@ def test_every_exponent_of_mxfp4(level: str) -> None:
     assert np.isinf(expected[255]).any() and 0 < np.abs(expected[0][expected[0] != 0]).min() == 2.0**-128
     actual = _native.dequantize(level, packed(QuantType.MXFP4, blocks.tobytes(), 256, 32))
     check_equal_bits(actual + 0.0, expected + 0.0)
+
+
+@pytest.mark.parametrize("quant_type", GRID_TYPES, ids=lambda kind: kind.name)
+def test_every_point_of_a_grid(quant_type: QuantType) -> None:
+    """The native tables are another copy of the reference's. Here, each of up to 2048 points comes 64 times or more."""
+    data = random_weights(generator_of(quant_type), quant_type, 512, 2048)
+    matrix, weights = packed(quant_type, data, 512, 2048), dequantize(quant_type, data, 512 * 2048).reshape(512, 2048)
+    for level in LEVELS:
+        check_equal_bits(_native.dequantize(level, matrix) + 0.0, weights + 0.0, level)
 
 
 @pytest.mark.parametrize("width", [32, 256])

@@ -27,6 +27,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama-tied": {"quant_type": QuantType.Q8_0, "tied": True, **SMALL},
     "llama3": {"quant_type": QuantType.Q4_1, "rope_factors": True, **SMALL},
     "qwen2": {"architecture": "qwen2", "quant_type": QuantType.Q6_K, "ffn": 256},
+    "grid": {"quant_type": QuantType.IQ2_XS, "ffn": 256},
     "moe": {"experts": 4, "quant_type": QuantType.F16, **SMALL},
     "table": {"quant_type": QuantType.IQ4_XS, "ffn": 256},
     "table-moe": {"experts": 4, "quant_type": QuantType.MXFP4, **SMALL},

@@ -14,6 +14,7 @@ from llamaclust.model.gguf import open_model
 from llamaclust.model.hyperparameters import read_hyperparameters
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks/shape.py"
+GRID_TYPES = ["IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ1_S", "IQ1_M"]
 SMALL = ["--layers", "2", "--hidden", "256", "--ffn", "512", "--heads", "8", "--kv-heads", "2", "--vocabulary", "300"]
 
 
@@ -40,6 +41,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         "MXFP4",
         "TQ2_0",
         "TQ1_0",
+        *GRID_TYPES,
     ],
 )
 def test_a_small_shape_of_every_type(tmp_path: Path, quant_type: str) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from quant_blocks import set_scales
 
 from llamaclust.kernels.reference.simple_quants import FP4_VALUES, IQ4_VALUES
 from llamaclust.model.quant_types import QuantType
@@ -18,8 +20,30 @@ Bytes = NDArray[np.uint8]
 def quantize(weights: Float32, quant_type: QuantType) -> bytes:
     """The bytes of `weights` [..., k] in a type's layout; k a multiple of its block size."""
     blocks = weights.astype(np.float32).reshape(-1, quant_type.info.block_size)
+    if quant_type in _OF_RANDOM_BITS:
+        return _random_bits(blocks, quant_type).tobytes()
     data = QUANTIZERS[quant_type](blocks).tobytes()
     assert len(data) == len(blocks) * quant_type.info.block_bytes
+    return data
+
+
+_OF_RANDOM_BITS = {
+    QuantType.IQ2_XXS: 53.0,
+    QuantType.IQ2_XS: 56.0,
+    QuantType.IQ2_S: 56.0,
+    QuantType.IQ3_XXS: 142.0,
+    QuantType.IQ3_S: 140.0,
+    QuantType.IQ1_S: 7.2,
+    QuantType.IQ1_M: 7.2,
+}
+"""Types without a quantizer here, and the deviation of their weights where all bits are random and the scale is 1."""
+
+
+def _random_bits(blocks: Float32, quant_type: QuantType) -> Bytes:
+    """Blocks that have nothing of `blocks` but their deviation; the same for the same."""
+    generator = np.random.default_rng(zlib.crc32(blocks.tobytes()))
+    data = generator.integers(0, 256, (len(blocks), quant_type.info.block_bytes), np.uint8)
+    set_scales(quant_type, data, (0,), blocks.std(1) / _OF_RANDOM_BITS[quant_type])
     return data
 
 

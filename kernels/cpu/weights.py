@@ -43,6 +43,13 @@ SUPPORTED_TYPES = (
     QuantType.MXFP4,
     QuantType.TQ2_0,
     QuantType.TQ1_0,
+    QuantType.IQ2_XXS,
+    QuantType.IQ2_XS,
+    QuantType.IQ2_S,
+    QuantType.IQ3_XXS,
+    QuantType.IQ3_S,
+    QuantType.IQ1_S,
+    QuantType.IQ1_M,
 )
 _VECTOR_TYPES = (QuantType.F32, QuantType.F16, QuantType.BF16)
 

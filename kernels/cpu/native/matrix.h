@@ -39,6 +39,13 @@ constexpr TileLayout kIQ4_XSLayout{256, 136, 2176, 32, ActivationFormat::Q8_256}
 constexpr TileLayout kMXFP4Layout{32, 17, 256, 16, ActivationFormat::Q8_32};
 constexpr TileLayout kTQ2_0Layout{256, 66, 1024, 32, ActivationFormat::Q8_256};
 constexpr TileLayout kTQ1_0Layout{256, 54, 1024, 32, ActivationFormat::Q8_256};
+constexpr TileLayout kIQ2_XXSLayout{256, 66, 1088, 32, ActivationFormat::Q8_256};
+constexpr TileLayout kIQ2_XSLayout{256, 74, 1216, 32, ActivationFormat::Q8_256};
+constexpr TileLayout kIQ2_SLayout{256, 82, 1536, 32, ActivationFormat::Q8_256};
+constexpr TileLayout kIQ3_XXSLayout{256, 98, 1600, 32, ActivationFormat::Q8_256};
+constexpr TileLayout kIQ3_SLayout{256, 110, 2112, 32, ActivationFormat::Q8_256};
+constexpr TileLayout kIQ1_SLayout{256, 50, 960, 32, ActivationFormat::Q8_256};
+constexpr TileLayout kIQ1_MLayout{256, 56, 1088, 0, ActivationFormat::Q8_256};
 constexpr TileLayout kF32Layout{1, 4, 64, 0, ActivationFormat::F32};
 constexpr TileLayout kF16Layout{1, 2, 32, 0, ActivationFormat::F32};
 
@@ -67,6 +74,17 @@ constexpr bool near_size_of_file(const TileLayout& t) {
 }
 static_assert(near_size_of_file(kIQ4_XSLayout));
 static_assert(near_size_of_file(kTQ1_0Layout));
+// Grids are resolved where that is far quicker than to look points up one by one, and costs a quarter at most.
+constexpr bool larger_by_a_quarter_at_most(const TileLayout& t) {
+  return 4 * (t.body_bytes + t.tail_bytes) <= 5 * kTileRows * t.file_bytes;
+}
+static_assert(larger_by_a_quarter_at_most(kIQ2_XXSLayout));
+static_assert(larger_by_a_quarter_at_most(kIQ2_XSLayout));
+static_assert(larger_by_a_quarter_at_most(kIQ2_SLayout));
+static_assert(larger_by_a_quarter_at_most(kIQ3_XXSLayout));
+static_assert(larger_by_a_quarter_at_most(kIQ3_SLayout));
+static_assert(larger_by_a_quarter_at_most(kIQ1_SLayout));
+static_assert(larger_by_a_quarter_at_most(kIQ1_MLayout));
 
 // Activations of one segment. q = x * (127 / maximum) to nearest, ties to even; scale = maximum / 127; a maximum below
 // 2^-118 counts as zero. A segment with an infinity or a NaN has a NaN scale and zeros.

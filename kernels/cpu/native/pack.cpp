@@ -34,6 +34,13 @@ constexpr Packer kPackers[] = {
     {QuantType::MXFP4, kMXFP4Layout, pack_mxfp4},
     {QuantType::TQ2_0, kTQ2_0Layout, pack_tq2_0},
     {QuantType::TQ1_0, kTQ1_0Layout, pack_tq1_0},
+    {QuantType::IQ2_XXS, kIQ2_XXSLayout, pack_iq2_xxs},
+    {QuantType::IQ2_XS, kIQ2_XSLayout, pack_iq2_xs},
+    {QuantType::IQ2_S, kIQ2_SLayout, pack_iq2_s},
+    {QuantType::IQ3_XXS, kIQ3_XXSLayout, pack_iq3_xxs},
+    {QuantType::IQ3_S, kIQ3_SLayout, pack_iq3_s},
+    {QuantType::IQ1_S, kIQ1_SLayout, pack_iq1_s},
+    {QuantType::IQ1_M, kIQ1_MLayout, pack_iq1_m},
 };
 
 const Packer* find_packer(QuantType type) {

@@ -59,4 +59,13 @@ void pack_mxfp4(const Blocks& blocks, uint8_t* body, uint8_t* tail);
 void pack_tq2_0(const Blocks& blocks, uint8_t* body, uint8_t* tail);
 void pack_tq1_0(const Blocks& blocks, uint8_t* body, uint8_t* tail);
 
+// Types whose weights are points of a grid, in pack_grid.cpp.
+void pack_iq2_xxs(const Blocks& blocks, uint8_t* body, uint8_t* tail);
+void pack_iq2_xs(const Blocks& blocks, uint8_t* body, uint8_t* tail);
+void pack_iq2_s(const Blocks& blocks, uint8_t* body, uint8_t* tail);
+void pack_iq3_xxs(const Blocks& blocks, uint8_t* body, uint8_t* tail);
+void pack_iq3_s(const Blocks& blocks, uint8_t* body, uint8_t* tail);
+void pack_iq1_s(const Blocks& blocks, uint8_t* body, uint8_t* tail);
+void pack_iq1_m(const Blocks& blocks, uint8_t* body, uint8_t* tail);
+
 }  // namespace llamaclust

@@ -6,6 +6,13 @@
 #include "matmul_quantize.h"
 #include "matmul_quantized.h"
 #include "pack.h"
+#include "quants/iq1_m.h"
+#include "quants/iq1_s.h"
+#include "quants/iq2_s.h"
+#include "quants/iq2_xs.h"
+#include "quants/iq2_xxs.h"
+#include "quants/iq3_s.h"
+#include "quants/iq3_xxs.h"
 #include "quants/iq4_nl.h"
 #include "quants/iq4_xs.h"
 #include "quants/mxfp4.h"
@@ -77,6 +84,13 @@ constexpr TypeOps kTypes[] = {
     kOps<MXFP4>,
     kOps<TQ2_0>,
     kOps<TQ1_0>,
+    kOps<IQ2_XXS>,
+    kOps<IQ2_XS>,
+    kOps<IQ2_S>,
+    kOps<IQ3_XXS>,
+    kOps<IQ3_S>,
+    kOps<IQ1_S>,
+    kOps<IQ1_M>,
 };
 
 // Of a type that pack.h supports.

@@ -23,9 +23,18 @@ void multiply_tile(const Product& p, int tile, int first_token, int tokens) {
     if (first_token + t < tokens) store_rows(p.output, tile, first_token + t, acc[0][t]);
 }
 
+// Up to how many tokens; types that take long to decode say less than others.
+template <class Type>
+constexpr int direct_tokens() {
+  if constexpr (requires { Type::kDirectTokens; })
+    return Type::kDirectTokens;
+  else
+    return kDirectTokens<Type::kBits>;
+}
+
 template <class Type>
 void multiply_quantized(const Product& p, int tokens, int tile_begin, int tile_end, uint8_t* scratch) {
-  if (tokens > kDirectTokens<Type::kBits>) return multiply_by_panels<Type>(p, tokens, tile_begin, tile_end, scratch);
+  if (tokens > direct_tokens<Type>()) return multiply_by_panels<Type>(p, tokens, tile_begin, tile_end, scratch);
   for (int tile = tile_begin; tile < tile_end; tile++) {
     int t = 0;
     for (; t + 4 < tokens; t += 8) multiply_tile<Type, 8>(p, tile, t, tokens);

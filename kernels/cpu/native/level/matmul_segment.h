@@ -98,6 +98,8 @@ DECODE void add_sub_block(const Segment (&w)[R], const Activations* const (&a)[T
   constexpr int bits = Type::kBits, groups = kGroups<Type>;
   constexpr int chunk = groups < kGroupsPerSum<bits> ? groups : kGroupsPerSum<bits>;
   constexpr int offset = kCentred<bits> ? 0 : Type::kOffset;
+  // Half of what the offset adds goes through 16 bits on some levels; there, bytes of eight bits are centred.
+  static_assert(!kWide<Type> || bits == 8 || Type::kOffset * 127 * (4 * groups) / 2 < 32768);
   UNROLL for (int r = 0; r < R; r++) w[r].prefetch(j);
   UNROLL for (int first = 0; first < groups; first += chunk) {
     Sums sums[R][T];

@@ -15,7 +15,7 @@ DOT Bytes field(Bytes b) {
   return _mm512_and_si512(shifted, _mm512_set1_epi8(static_cast<char>(mask)));
 }
 DOT Bytes merge(Bytes a, Bytes b) { return _mm512_or_si512(a, b); }
-// Each byte, below 16, becomes an entry of the table.
+// Each byte becomes an entry of the table, by its low four bits; the highest is clear.
 DOT Bytes lookup(const uint8_t (&table)[16], Bytes b) {
   const __m128i entries = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
   return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(entries), b);

@@ -26,4 +26,12 @@
 #include "dot_generic.h"
 #endif
 
+#if defined(__AVX512BW__)
+#include "points_avx512.h"
+#elif defined(__AVX2__)
+#include "points_avx2.h"
+#else
+#include "points_generic.h"
+#endif
+
 #undef DOT

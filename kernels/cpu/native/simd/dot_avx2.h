@@ -39,7 +39,7 @@ DOT __m256i field(__m256i b) {
 template <int shift, int mask>
 DOT Bytes field(Bytes b) { return {field<shift, mask>(b.lo), field<shift, mask>(b.hi)}; }
 DOT Bytes merge(Bytes a, Bytes b) { return {_mm256_or_si256(a.lo, b.lo), _mm256_or_si256(a.hi, b.hi)}; }
-// Each byte, below 16, becomes an entry of the table.
+// Each byte becomes an entry of the table, by its low four bits; the highest is clear.
 DOT Bytes lookup(const uint8_t (&table)[16], Bytes b) {
   const __m256i entries = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
   return {_mm256_shuffle_epi8(entries, b.lo), _mm256_shuffle_epi8(entries, b.hi)};

@@ -45,10 +45,10 @@ DOT Bytes merge(const Bytes& a, const Bytes& b) {
   for (int i = 0; i < 64; i++) r.v[i] = a.v[i] | b.v[i];
   return r;
 }
-// Each byte, below 16, becomes an entry of the table.
+// Each byte becomes an entry of the table, by its low four bits; the highest is clear.
 DOT Bytes lookup(const uint8_t (&table)[16], const Bytes& b) {
   Bytes r;
-  for (int i = 0; i < 64; i++) r.v[i] = table[b.v[i]];
+  for (int i = 0; i < 64; i++) r.v[i] = table[b.v[i] & 15];
   return r;
 }
 // Column n of the k-group as lanes.

@@ -59,6 +59,9 @@ LANES I32x16 sub(I32x16 a, I32x16 b) { return _mm512_sub_epi32(a, b); }
 LANES I32x16 mul(I32x16 a, I32x16 b) { return _mm512_mullo_epi32(a, b); }
 template <int n>
 LANES I32x16 shift_left(I32x16 a) { return _mm512_slli_epi32(a, n); }
+LANES I32x16 shift_right(I32x16 a, int n) { return _mm512_srl_epi32(a, _mm_cvtsi32_si128(n)); }
+LANES I32x16 keep(I32x16 a, int32_t mask) { return _mm512_and_si512(a, _mm512_set1_epi32(mask)); }
+LANES I32x16 either(I32x16 a, I32x16 b) { return _mm512_or_si512(a, b); }
 LANES F32x16 to_float(I32x16 a) { return _mm512_cvtepi32_ps(a); }
 // Nearest, ties to even; |x| < 2^31 is the caller's duty (out of range differs between machines).
 LANES I32x16 to_int(F32x16 a) { return _mm512_cvtps_epi32(a); }

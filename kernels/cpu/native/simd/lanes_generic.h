@@ -88,6 +88,9 @@ LANES I32x16 sub(I32x16 a, I32x16 b) { EACH(I32x16, a.v[i] - b.v[i]); }
 LANES I32x16 mul(I32x16 a, I32x16 b) { EACH(I32x16, a.v[i] * b.v[i]); }
 template <int n>
 LANES I32x16 shift_left(I32x16 a) { EACH(I32x16, static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) << n)); }
+LANES I32x16 shift_right(I32x16 a, int n) { EACH(I32x16, static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) >> n)); }
+LANES I32x16 keep(I32x16 a, int32_t mask) { EACH(I32x16, a.v[i] & mask); }
+LANES I32x16 either(I32x16 a, I32x16 b) { EACH(I32x16, a.v[i] | b.v[i]); }
 LANES F32x16 to_float(I32x16 a) { EACH(F32x16, static_cast<float>(a.v[i])); }
 // Nearest, ties to even; |x| < 2^31 is the caller's duty (out of range differs between machines).
 LANES I32x16 to_int(F32x16 a) { EACH(I32x16, static_cast<int32_t>(__builtin_lrintf(a.v[i]))); }

@@ -1,0 +1,30 @@
+// The grids of ggml's IQ types: for every index the levels of four or eight weights. What a level stands for is told
+// where it is used (level/quants/).
+#pragma once
+
+#include <cstdint>
+
+namespace llamaclust {
+
+// A point is 16 bits, two for each of eight levels or four for each of four: level i in byte i % 2, at bit i / 2 times
+// their number.
+template <int points>
+struct Grid {
+  static constexpr int kPoints = points;
+  alignas(64) uint16_t point[points];
+};
+
+extern const Grid<256> kIQ2_XXSGrid;
+extern const Grid<512> kIQ2_XSGrid;
+extern const Grid<1024> kIQ2_SGrid;
+extern const Grid<256> kIQ3_XXSGrid;
+extern const Grid<512> kIQ3_SGrid;
+extern const Grid<2048> kIQ1Grid;
+
+// Level i of a point of `count` levels.
+constexpr uint8_t level_of(uint16_t point, int count, int i) {
+  const int bits = 16 / count;
+  return static_cast<uint8_t>(point >> (8 * (i % 2) + i / 2 * bits) & ((1 << bits) - 1));
+}
+
+}  // namespace llamaclust

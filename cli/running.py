@@ -24,12 +24,15 @@ from llamaclust.sizes import MIB
 _ANSWER_S = 10.0
 _DRAIN_S = 60.0
 _POLL_S = 0.05
+_SILENCE_S = 1.5
 
 
 def stop(name: str | None) -> None:
     """Ends a cluster and waits until it is gone; running requests have a minute to finish."""
     folder, record = find_running(environment().state_dir, name)
     os.kill(record.pid, signal.SIGTERM)
+    if not _gone_within(folder, _SILENCE_S):
+        print("running requests are finished first; `llamaclust down` again stops at once", file=sys.stderr)
     if not _gone_within(folder, _DRAIN_S):
         print(f"{record.name} still answers requests after {_DRAIN_S:.0f} s: ending it now", file=sys.stderr)
         os.kill(record.pid, signal.SIGKILL)

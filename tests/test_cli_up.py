@@ -90,6 +90,19 @@ def test_ctrl_c_says_what_it_waits_for_and_a_second_one_waits_no_more(line: Comm
     nothing_left(line)
 
 
+def test_down_says_what_it_waits_for_and_a_second_one_waits_no_more(line: CommandLine) -> None:
+    with line.cluster("good.gguf") as cluster, cluster.http.stream("POST", "/v1/completions", json=LONG) as reply:
+        parts = reply.iter_raw()
+        assert next(parts)
+        os.kill(cluster.worker_pids["b"], signal.SIGSTOP)
+        down = line.start("down")
+        down.says("running requests are finished first; `llamaclust down` again stops at once")
+        assert line.run("down", within_s=15.0).code == 0
+        done = down.wait(15.0)
+    assert done.code == 0 and done.err.endswith("tiny is stopped\n")
+    nothing_left(line)
+
+
 def test_a_closed_terminal_ends_it_as_sigterm_does(line: CommandLine) -> None:
     """Requests are finished, although shell and kernel may both send the signal."""
     with line.cluster("good.gguf") as cluster:

@@ -143,5 +143,5 @@ def _existing(spec: str, path: Path, models_dir: Path | None) -> Path:
 
 
 def _nearest(spec: str, names: list[str]) -> str:
-    near = difflib.get_close_matches(spec, names, n=1, cutoff=0.3)
+    near = difflib.get_close_matches(spec, names, n=1, cutoff=0.4)
     return f", did you mean {near[0]}?" if near else ""

@@ -31,6 +31,7 @@ class SentencePieceTokenizer(VocabularyTokenizer):
             add_eos=read_flag(metadata, "add_eos_token", False),
             add_space_prefix=read_flag(metadata, "add_space_prefix", True),
         )
+        sentencepiece.set_min_log_level(2)  # what is wrong comes as an exception
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
             self._processor.LoadFromSerializedProto(_model_proto(vocabulary))

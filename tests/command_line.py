@@ -266,3 +266,13 @@ def command_line() -> Iterator[CommandLine]:
             yield line
         finally:
             line.close()
+
+
+@contextmanager
+def paused(pid: int) -> Iterator[None]:
+    """A process that stands still meanwhile, so that what it has to do is not done before it is looked at."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)

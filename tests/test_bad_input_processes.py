@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from command_line import Cluster, CommandLine, command_line, eventually, is_there
+from command_line import Cluster, CommandLine, command_line, eventually, is_there, paused
 from hostile_models import slow_to_load, tiny
 
 COMPLETIONS = "/v1/completions"
@@ -97,9 +97,10 @@ def test_a_signal_lets_requests_finish_and_ends_with_0(line: CommandLine, how: s
             stream = events(reply)
             assert next(stream)
             processes = cluster.processes
-            end(cluster, how)
-            eventually(lambda: cluster.http.get("/health").status_code == 503, 5.0, "draining")
-            assert cluster.http.post(COMPLETIONS, json={"prompt": "a"}).status_code == 503
+            with paused(cluster.worker_pids["b"]):  # so that it does not finish before it is looked at
+                end(cluster, how)
+                eventually(lambda: cluster.http.get("/health").status_code == 503, 5.0, "draining")
+                assert cluster.http.post(COMPLETIONS, json={"prompt": "a"}).status_code == 503
             assert list(stream)[-1] == "[DONE]"
         done = cluster.command.wait(5.0)
     assert done.code == 0 and "Traceback" not in done.err

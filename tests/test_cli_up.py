@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Iterator
 
 import pytest
-from command_line import COMMAND, CommandLine, command_line, eventually, is_there
+from command_line import COMMAND, CommandLine, command_line, eventually, is_there, paused
 from download_server import running_server
 from hostile_models import tiny
 
@@ -110,9 +110,10 @@ def test_a_closed_terminal_ends_it_as_sigterm_does(line: CommandLine) -> None:
             text = reply.iter_lines()
             assert next(text)
             processes = cluster.processes
-            for _ in range(2):
-                os.kill(cluster.pid, signal.SIGHUP)
-                cluster.command.says("stopping: 1 request")
+            with paused(cluster.worker_pids["b"]):
+                for _ in range(2):
+                    os.kill(cluster.pid, signal.SIGHUP)
+                    cluster.command.says("stopping: 1 request")
             assert [part for part in text if part][-1] == "data: [DONE]"
         assert cluster.command.wait(10.0).code == 0
     assert not any(map(is_there, processes))

@@ -32,7 +32,7 @@ _Given = ParamSpec("_Given")
 
 class EngineState(StrEnum):
     READY = "ready"
-    DRAINING = "draining"  # finishes what it has, takes no more
+    DRAINING = "draining"  # is asked for the last time by those it has been promised to
     DOWN = "down"
 
 
@@ -85,10 +85,11 @@ class Engine:
     def submit(self, ask: Generation) -> RequestStream:
         """Takes a request. Raises RequestError, QueueFullError, or WorkerError where the engine runs no more.
 
-        While it drains it still takes later choices: they belong to requests it has accepted.
+        While it drains as well: who comes from outside is refused there, and those who were let in have choices to come
+        or prompts that are still being made.
         """
-        if self.state is EngineState.DOWN or (self.state is EngineState.DRAINING and not ask.choice):
-            raise WorkerError(str(self.error or f"{_STOPPING} and takes no more requests"))
+        if self.state is EngineState.DOWN:
+            raise WorkerError(str(self.error or _STOPPING))
         sequence = self.scheduler.add(ask, monotonic_ns())
         mailbox = Mailbox(sequence)
         if sequence.has_work:
@@ -99,7 +100,7 @@ class Engine:
         return RequestStream(mailbox, partial(self._abort, sequence.key))
 
     async def drain(self, timeout_s: float) -> bool:
-        """Takes no more requests and waits for those it has; False where some are left after `timeout_s`."""
+        """Says that it drains, and waits for the requests it has; False where some are left after `timeout_s`."""
         if self.state is EngineState.READY:
             self.state = EngineState.DRAINING
         try:

@@ -17,6 +17,7 @@ from served import ScriptedEngine, ScriptedStream, events_of, make_app, real_eng
 from llamaclust.cluster import serve
 from llamaclust.cluster.api.admission import Admission
 from llamaclust.cluster.api.settings import ApiSettings
+from llamaclust.cluster.engine import EngineState
 from llamaclust.cluster.requests import Generation
 
 ASK = {"prompt": "Hello", "max_tokens": 3}
@@ -141,6 +142,18 @@ def test_a_request_that_ends_in_the_moment_in_which_it_starts_leaves_nothing(pat
             assert len(engine.submitted) == 1 and engine.running == 0
 
     check()
+
+
+@run_async
+async def test_a_chat_that_is_rendered_while_a_drain_begins_is_answered() -> None:
+    async with real_engine() as (engine, _), stoppable(engine) as server:
+        chat = server.post("/v1/chat/completions", {**CHAT, "max_tokens": 2})
+        await until(lambda: server.template.waiting == 1)
+        draining = asyncio.create_task(serve._drain(engine, server.admission))
+        await until(lambda: engine.state is EngineState.DRAINING)
+        server.template.may.set()
+        assert (await chat).status_code == 200
+        await draining
 
 
 @run_async

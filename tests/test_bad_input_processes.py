@@ -100,7 +100,6 @@ def test_a_signal_lets_requests_finish_and_ends_with_0(line: CommandLine, how: s
             with paused(cluster.worker_pids["b"]):  # so that it does not finish before it is looked at
                 end(cluster, how)
                 eventually(lambda: cluster.http.get("/health").status_code == 503, 5.0, "draining")
-                assert cluster.http.post(COMPLETIONS, json={"prompt": "a"}).status_code == 503
             assert list(stream)[-1] == "[DONE]"
         done = cluster.command.wait(5.0)
     assert done.code == 0 and "Traceback" not in done.err

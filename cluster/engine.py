@@ -32,7 +32,7 @@ _Given = ParamSpec("_Given")
 
 class EngineState(StrEnum):
     READY = "ready"
-    DRAINING = "draining"  # is asked for the last time by those it has been promised to
+    DRAINING = "draining"  # serves those who were let in to their end; others are refused by whoever lets in
     DOWN = "down"
 
 

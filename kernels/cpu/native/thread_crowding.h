@@ -14,29 +14,32 @@ class Crowding {
   // How many should take part in the next job.
   int threads() const { return threads_; }
 
-  // After a job. More than half of all time spent waiting: half the threads do as well, for some jobs, which are more
-  // each time that trying all threads again fails.
+  // After a job. Two in a row that spent more than half of all time waiting: half the threads do as well, for a while,
+  // which is longer each time that trying all threads again fails. One alone may be anything.
   void report(int threads, int64_t wall_ns, int64_t waited_ns) {
-    const bool crowded = waited_ns > wall_ns / 2 * threads;
-    if (crowded) {
+    const bool crowded = waited_ns > wall_ns / 2 * threads, again = crowded && crowded_;
+    crowded_ = crowded;
+    if (again) {
       if (threads == all_) {
         hold_ = std::min(2 * hold_, kLongestHold);
-        left_ = hold_;
+        left_ns_ = hold_ * wall_ns;
       }
       threads_ = std::max(threads / 2, 1);
     } else if (threads == all_) {
-      hold_ = kShortestHold;
+      if (!crowded) hold_ = kShortestHold;
+      return;
     }
-    if (threads < all_ && --left_ <= 0) threads_ = all_;
+    if (threads < all_ && (left_ns_ -= wall_ns) <= 0) threads_ = all_;
   }
 
  private:
-  static constexpr int kShortestHold = 4, kLongestHold = 512;
+  static constexpr int64_t kShortestHold = 4, kLongestHold = 512;
 
   const int all_;
   int threads_;
-  int hold_ = kShortestHold;  // jobs until all threads are tried again
-  int left_ = 0;
+  bool crowded_ = false;
+  int64_t hold_ = kShortestHold;  // how many times as long as the job that was crowded
+  int64_t left_ns_ = 0;           // until all threads are tried again
 };
 
 }  // namespace llamaclust

@@ -6,13 +6,21 @@
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {
 
+template <class Type, bool has = Type::kHasMin>
+struct SegmentMin {};
+template <class Type>
+struct SegmentMin<Type, true> {
+  F32x16 value;
+};
+
 // A decoded segment; the operations on it are those of TileSegment.
 template <class Type>
 struct PanelSegment {
   Bytes groups[Type::kSubBlocks * kGroups<Type>];
-  SubScales<Type> sub_scales;
-  SubMins<Type> sub_mins;
-  F32x16 scale_, min_;
+  F32x16 scale_;
+  [[no_unique_address]] SegmentMin<Type> min_;
+  [[no_unique_address]] SubScales<Type> sub_scales;
+  [[no_unique_address]] SubMins<Type> sub_mins;
 
   DECODE explicit PanelSegment(const TileSegment<Type>& w) : sub_scales(w.sub_scales), sub_mins(w.sub_mins) {
 #pragma GCC unroll 1
@@ -22,7 +30,7 @@ struct PanelSegment {
         UNROLL for (int g = 0; g < kGroups<Type>; g++) groups[j * kGroups<Type> + g] = w.group(j, g);
       }
     scale_ = w.scale();
-    if constexpr (Type::kHasMin) min_ = w.min();
+    if constexpr (Type::kHasMin) min_.value = w.min();
   }
 };
 
@@ -34,7 +42,7 @@ struct PanelView {
   DECODE Scale sub_scale(int j) const { return segment->sub_scales.scales[j]; }
   DECODE Bytes mins(int i) const { return segment->sub_mins.mins[i]; }
   DECODE F32x16 scale() const { return segment->scale_; }
-  DECODE F32x16 min() const { return segment->min_; }
+  DECODE F32x16 min() const { return segment->min_.value; }
   DECODE void prefetch(int) const {}
 };
 

@@ -92,18 +92,47 @@ DECODE int32_t sum_of(const Q8_256& a) {
   return sum;
 }
 
+// What the offset of the quants takes off the sum of sub-block j.
+template <class Type>
+DECODE I32x16 minus_offset(const Q8_32& a, int) {
+  return sub(broadcast(0), mul(broadcast(a.sum), broadcast(Type::kOffset)));
+}
+template <class Type>
+DECODE I32x16 minus_offset(const Q8_256& a, int j) {
+  const int32_t* sums = a.sums + (Type::kSubBlocks == 16 ? j : 2 * j);
+  const I32x16 sum = Type::kSubBlocks == 16 ? broadcast(sums[0]) : add(broadcast(sums[0]), broadcast(sums[1]));
+  return sub(broadcast(0), mul(sum, broadcast(Type::kOffset)));
+}
+
+// What the sums of a sub-block begin with, for every tile.
+template <class Type, bool from_offset, class Activations>
+DECODE Sums first_sums(const Activations& a, int j) {
+  if constexpr (from_offset)
+    return sums_from(minus_offset<Type>(a, j));
+  else
+    return no_sums();
+}
+
+// Whether sums begin with the offset, so that nobody needs to take it off.
+template <class Type>
+constexpr bool kOffsetFirst = kSumsFrom && Type::kOffset != 0 && (!kWide<Type> || kSubScaled<Type>);
+
 // total = what sub-block j adds, before the segment's float scale.
 template <class Type, class Segment, class Activations, int R, int T>
 DECODE void add_sub_block(const Segment (&w)[R], const Activations* const (&a)[T], int j, I32x16 (&total)[R][T]) {
   constexpr int bits = Type::kBits, groups = kGroups<Type>;
   constexpr int chunk = groups < kGroupsPerSum<bits> ? groups : kGroupsPerSum<bits>;
-  constexpr int offset = kCentred<bits> ? 0 : Type::kOffset;
+  constexpr int offset = kCentred<bits> || kOffsetFirst<Type> ? 0 : Type::kOffset;
+  static_assert(!kOffsetFirst<Type> || chunk == groups);
   // Half of what the offset adds goes through 16 bits on some levels; there, bytes of eight bits are centred.
   static_assert(!kWide<Type> || bits == 8 || Type::kOffset * 127 * (4 * groups) / 2 < 32768);
   UNROLL for (int r = 0; r < R; r++) w[r].prefetch(j);
   UNROLL for (int first = 0; first < groups; first += chunk) {
     Sums sums[R][T];
-    UNROLL for (int r = 0; r < R; r++) UNROLL for (int t = 0; t < T; t++) sums[r][t] = no_sums();
+    UNROLL for (int t = 0; t < T; t++) {
+      const Sums from = first_sums<Type, kOffsetFirst<Type>>(*a[t], j);
+      UNROLL for (int r = 0; r < R; r++) sums[r][t] = from;
+    }
     UNROLL for (int g = first; g < first + chunk; g++) {
       Bytes group[R];
       UNROLL for (int r = 0; r < R; r++) group[r] = w[r].group(j, g);
@@ -143,9 +172,9 @@ DECODE void add_segment(const Segment (&w)[R], const Q8_32* const (&a)[T], F32x1
   add_sub_block<Type>(w, a, 0, total);
   UNROLL for (int t = 0; t < T; t++) {
     const F32x16 scale = broadcast(a[t]->scale), scaled_sum = broadcast(a[t]->scaled_sum);
-    const I32x16 offset = broadcast(Type::kOffset * a[t]->sum);
     UNROLL for (int r = 0; r < R; r++) {
-      if (Type::kOffset != 0 && !kCentred<Type::kBits>) total[r][t] = sub(total[r][t], offset);
+      if constexpr (Type::kOffset != 0 && !kCentred<Type::kBits> && !kOffsetFirst<Type>)
+        total[r][t] = add(total[r][t], minus_offset<Type>(*a[t], 0));
       acc[r][t] = fma(mul(w[r].scale(), scale), to_float(total[r][t]), acc[r][t]);
       if constexpr (Type::kHasMin) acc[r][t] = fma(w[r].min(), scaled_sum, acc[r][t]);
     }

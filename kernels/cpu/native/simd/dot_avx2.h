@@ -15,6 +15,8 @@ constexpr int kGroupsPerSum = kBits <= 4 ? 8 : kBits == 5 ? 4 : kBits == 6 ? 2 :
 template <int kBits>
 constexpr bool kCentred = kBits == 8;
 
+constexpr bool kSumsFrom = false;
+
 // Tiles times tokens whose sums fit in the registers, for quantized and for float weights; and up to how many tokens
 // decoding a tile again for every eight costs less than a panel.
 constexpr int kPanelRows = 1, kPanelTokens = 4;

@@ -17,12 +17,12 @@ _EFFICIENT = 4
 """Computing a chunk's rows is to take so many times as long as what a chunk costs by itself."""
 
 
-def chunk_rows(settings: SchedulerSettings, times: StageTimes, burst: int, left: int, decoding: int) -> int:
+def chunk_rows(settings: SchedulerSettings, times: StageTimes, burst: int, left: int, decoding: int, alone: bool) -> int:
     """Prefill rows of the next microbatch, which also has `decoding` rows; `burst` prompt tokens came together, `left`
-    of them are still to be computed.
+    of them are still to be computed; `alone`: nobody decodes, in other microbatches neither.
 
     A chunk takes the slowest stage `prefill_ms` at most, or 16 rows where they take longer, so that those who decode do
-    not wait longer; and no more than what finishes the burst soonest: k chunks on S stages end after
+    not wait longer (`prefill_alone_ms` while there are none); and no more than what finishes the burst soonest: k chunks on S stages end after
     (k + S - 1) * (a + b * burst / k), with stage time a + b * rows, which is least at
     burst / k = sqrt(burst * a / ((S - 1) * b)). The last chunks are smaller yet, half of what is left each: while later
     stages compute them, the first ones have nothing to do.
@@ -34,7 +34,8 @@ def chunk_rows(settings: SchedulerSettings, times: StageTimes, burst: int, left:
     if slowest is None:
         return min(_FIRST_ROWS, most)
     fixed_ns, row_ns = slowest
-    fit = (settings.prefill_ms * 1e6 - fixed_ns) / row_ns - decoding
+    longest_ms = settings.prefill_alone_ms if alone else settings.prefill_ms
+    fit = (longest_ms * 1e6 - fixed_ns) / row_ns - decoding
     rows = min(most, max(fit, _LEAST_ROWS))
     if times.stages > 1:
         soonest = sqrt(burst * max(fixed_ns, row_ns) / ((times.stages - 1) * row_ns))

@@ -22,6 +22,7 @@ class SchedulerSettings:
     max_outputs: int = 64  # sampled and scored rows of one microbatch
     prefill_chunk: int | None = None  # prompt tokens of one microbatch, at most; None: by predicted time
     prefill_ms: float = 100.0  # predicted time of a microbatch with prefill on the slowest stage, at most
+    prefill_alone_ms: float = 400.0  # the same while nobody decodes: larger chunks read the weights less often
     prefix_cache: bool = True
 
     def __post_init__(self) -> None:

@@ -18,7 +18,7 @@ define need_compiler
   echo "error: no C++ compiler found: install g++ or clang++ (Debian, Ubuntu: sudo make system-deps), or name one in CXX" >&2; exit 1
 endef
 
-.PHONY: demo test lint format build proto bench system-deps clean links
+.PHONY: demo test lint format build proto bench system-deps system-deps-test clean links
 
 demo: build ## a real model on two worker processes answers a question
 	$(BIN)/python examples/demo.py
@@ -51,6 +51,9 @@ links:
 
 system-deps: ## Debian/Ubuntu packages (needs root): a compiler and Python's headers
 	apt-get update && apt-get install -y --no-install-recommends g++ make python3-venv python3-dev
+
+system-deps-test: ## what tests of the ARM kernels need besides (needs root); they are skipped without
+	apt-get update && apt-get install -y --no-install-recommends g++-aarch64-linux-gnu qemu-user-static
 
 $(VENV)/.pip: constraints.txt
 	$(need_python)

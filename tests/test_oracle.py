@@ -101,7 +101,7 @@ class Build:
         nanobind = self.run(sys.executable, "-m", "nanobind", "--cmake_dir").strip()
         self.run(
             "cmake", "-S", ".", "-B", "build", "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release",
-            "-DLLAMACLUST_GENERIC_ONLY=ON", f"-Dnanobind_DIR={nanobind}", f"-DPython_EXECUTABLE={sys.executable}",
+            "-DLLAMACLUST_LEVELS=generic", f"-Dnanobind_DIR={nanobind}", f"-DPython_EXECUTABLE={sys.executable}",
         )  # fmt: skip
 
     def answers(self, model: Path) -> list[Answer]:

@@ -3,10 +3,15 @@
 
 namespace llamaclust {
 
+// By feature level.
 struct CpuFeatures {
-  bool avx2;        // with FMA and F16C
-  bool avx512;      // F, BW, DQ, VL
-  bool avx512vnni;  // and the 8-bit dot product
+  bool generic = true;        // plain C++
+  bool avx2 = false;          // with FMA and F16C
+  bool avxvnni = false;       // and the 8-bit dot product in 256 bits
+  bool avx512 = false;        // F, BW, DQ, VL
+  bool avx512vnni = false;    // and the 8-bit dot product
+  bool neon = false;          // ARMv8's vectors
+  bool neon_dotprod = false;  // and its 8-bit dot product
 };
 
 CpuFeatures cpu_features();

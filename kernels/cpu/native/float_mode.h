@@ -6,6 +6,8 @@
 
 #if defined(__x86_64__)
 #include <xmmintrin.h>
+#elif !defined(__aarch64__)
+#include <cfenv>
 #endif
 
 namespace llamaclust {
@@ -33,7 +35,17 @@ class FloatMode {
   }
   static void write(Word word) { __asm__ volatile("msr fpcr, %0" : : "r"(word)); }
 #else
-#error "the floating-point environment of this architecture is not known here"
+  struct Word {
+    bool is_default;
+    std::fenv_t environment;
+  };
+  static constexpr Word kDefault{true, {}};
+  static Word read() {
+    Word word{};
+    std::fegetenv(&word.environment);
+    return word;
+  }
+  static void write(const Word& word) { std::fesetenv(word.is_default ? FE_DFL_ENV : &word.environment); }
 #endif
   Word before_;
 };

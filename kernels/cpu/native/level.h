@@ -12,7 +12,7 @@
 namespace llamaclust {
 
 struct Level {
-  const char* name;  // generic | avx2 | avx512 | avx512vnni
+  const char* name;  // generic | avx2 | avxvnni | avx512 | avx512vnni | neon | neon_dotprod
   MatmulOps matmul;
   VectorOps vector;
   AttentionOps attention;

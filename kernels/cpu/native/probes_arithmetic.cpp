@@ -35,6 +35,14 @@ double int8_avx512vnni() {
   return 24.0 * 64 * kRounds;
 }
 
+// As an instruction of AVX-VNNI, which an assembler would not choose by itself.
+#define DOT_VEX(i) "%{vex%} vpdpbusd %%ymm14, %%ymm15, %%ymm" #i "\n"
+
+double int8_avxvnni() {
+  LOOP(CLEAR_YMM, CLEAR_YMM(14) CLEAR_YMM(15), DOT_VEX);
+  return 24.0 * 32 * kRounds;
+}
+
 double int8_avx2() {
   LOOP(CLEAR_YMM, CLEAR_YMM(14) CLEAR_YMM(15), DOT_YMM);
   return 24.0 * 32 * kRounds;
@@ -48,6 +56,40 @@ double fma_avx512() {
 double fma_avx2() {
   LOOP(CLEAR_YMM, CLEAR_YMM(14) CLEAR_YMM(15), FMA_YMM);
   return 24.0 * 8 * kRounds;
+}
+
+#elif defined(__aarch64__)
+
+// Twenty-four independent accumulators: four pipes with a latency of four need sixteen.
+#define EIGHT(op, n) op(n##0) op(n##1) op(n##2) op(n##3) op(n##4) op(n##5) op(n##6) op(n##7)
+#define TWENTY_FOUR(op) EIGHT(op, ) EIGHT(op, 1) op(8) op(9) op(18) op(19) op(20) op(21) op(22) op(23)
+#define CLOBBERS                                                                                                     \
+  "v0", "v1", "v2", "v3", "v4", "v5", "v6", "v7", "v8", "v9", "v10", "v11", "v12", "v13", "v14", "v15", "v16", "v17", \
+      "v18", "v19", "v20", "v21", "v22", "v23", "v30", "v31"
+#define CLEAR(i) "movi v" #i ".4s, #0\n"
+#define DOT_V(i) "sdot v" #i ".4s, v30.16b, v31.16b\n"
+#define MLAL_V(i) "smlal v" #i ".8h, v30.8b, v31.8b\n"
+#define FMA_V(i) "fmla v" #i ".4s, v30.4s, v31.4s\n"
+#define LOOP(op)                                                                                                  \
+  int rounds = kRounds;                                                                                           \
+  __asm__ volatile(TWENTY_FOUR(CLEAR) CLEAR(30) CLEAR(31) "1:\n" TWENTY_FOUR(op) "subs %w0, %w0, #1\nb.ne 1b\n" \
+                   : "+r"(rounds)                                                                                 \
+                   :                                                                                              \
+                   : "cc", CLOBBERS)
+
+__attribute__((target("arch=armv8.2-a+dotprod"))) double int8_neon_dotprod() {
+  LOOP(DOT_V);
+  return 24.0 * 16 * kRounds;
+}
+
+double int8_neon() {
+  LOOP(MLAL_V);
+  return 24.0 * 8 * kRounds;
+}
+
+double fma_neon() {
+  LOOP(FMA_V);
+  return 24.0 * 4 * kRounds;
 }
 
 #endif
@@ -83,7 +125,11 @@ double fma_generic() {
 ArithmeticPiece int8_piece() {
 #if defined(__x86_64__)
   if (cpu_features().avx512vnni) return &int8_avx512vnni;
+  if (cpu_features().avxvnni) return &int8_avxvnni;
   if (cpu_features().avx2) return &int8_avx2;
+#elif defined(__aarch64__)
+  if (cpu_features().neon_dotprod) return &int8_neon_dotprod;
+  if (cpu_features().neon) return &int8_neon;
 #endif
   return &int8_generic;
 }
@@ -92,6 +138,8 @@ ArithmeticPiece fma_piece() {
 #if defined(__x86_64__)
   if (cpu_features().avx512) return &fma_avx512;
   if (cpu_features().avx2) return &fma_avx2;
+#elif defined(__aarch64__)
+  if (cpu_features().neon) return &fma_neon;
 #endif
   return &fma_generic;
 }

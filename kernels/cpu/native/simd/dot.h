@@ -8,7 +8,7 @@
 #include "lanes.h"
 
 // Loops over rows, tokens and k-groups whose counts are constants: unrolled, so that arrays of registers are registers.
-#if defined(__AVX2__)
+#if defined(__AVX2__) || defined(LLAMACLUST_NEON)
 #define UNROLL _Pragma("GCC unroll 16")
 #else
 #define UNROLL
@@ -20,8 +20,14 @@
 #include "dot_avx512vnni.h"
 #elif defined(__AVX512BW__)
 #include "dot_avx512.h"
+#elif defined(__AVXVNNI__)
+#include "dot_avxvnni.h"
 #elif defined(__AVX2__)
 #include "dot_avx2.h"
+#elif defined(LLAMACLUST_NEON) && defined(__ARM_FEATURE_DOTPROD)
+#include "dot_neon_dotprod.h"
+#elif defined(LLAMACLUST_NEON)
+#include "dot_neon.h"
 #else
 #include "dot_generic.h"
 #endif
@@ -30,6 +36,8 @@
 #include "points_avx512.h"
 #elif defined(__AVX2__)
 #include "points_avx2.h"
+#elif defined(LLAMACLUST_NEON)
+#include "points_neon.h"
 #else
 #include "points_generic.h"
 #endif

@@ -1,6 +1,7 @@
 // Sixteen float32 or int32 lanes on every instruction set: the vocabulary that level code is written in.
 // Every operation is one IEEE-754 operation per lane (fma rounds once), so all levels give the same bits.
-// LLAMACLUST_LEVEL names the namespace; the compiler's own macros choose the implementation.
+// LLAMACLUST_LEVEL names the namespace; the compiler's own macros choose the implementation, and LLAMACLUST_NEON, since
+// every ARMv8 compiler has NEON, also for the level that is to do without it.
 #pragma once
 
 #ifndef LLAMACLUST_LEVEL
@@ -14,6 +15,8 @@
 #include "lanes_avx512.h"
 #elif defined(__AVX2__)
 #include "lanes_avx2.h"
+#elif defined(LLAMACLUST_NEON)
+#include "lanes_neon.h"
 #else
 #include "lanes_generic.h"
 #endif

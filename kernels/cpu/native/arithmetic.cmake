@@ -1,0 +1,48 @@
+# The arithmetic as objects, for the Python module and for tests/native. The sources in level/ are compiled once per CPU
+# feature level, each into a namespace of its own, everything else once for any CPU. Sets `objects`, what to link, and
+# `checks`, commands that are to follow.
+set(native ${CMAKE_CURRENT_LIST_DIR})
+file(GLOB bindings CONFIGURE_DEPENDS ${native}/bindings*.cpp)
+file(GLOB baseline CONFIGURE_DEPENDS ${native}/*.cpp)
+file(GLOB_RECURSE level_sources CONFIGURE_DEPENDS ${native}/level/*.cpp)
+list(REMOVE_ITEM baseline ${bindings})
+
+set(levels generic)  # slowest first
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
+  list(APPEND levels avx2 avxvnni avx512 avx512vnni)
+elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "^(aarch64|arm64|ARM64)$")
+  list(APPEND levels neon neon_dotprod)
+endif()
+set(LLAMACLUST_LEVELS "${levels}" CACHE STRING "the feature levels to build, slowest first")
+
+set(flags_generic "")
+set(flags_avx2 -mavx2 -mfma -mf16c)
+set(flags_avxvnni ${flags_avx2} -mavxvnni)
+set(flags_avx512 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c)
+set(flags_avx512vnni ${flags_avx512} -mavx512vnni)
+set(flags_neon -DLLAMACLUST_NEON)
+set(flags_neon_dotprod ${flags_neon} -march=armv8.2-a+dotprod)
+
+# No multiplication and addition is ever joined by the compiler: every level rounds where the source says so.
+# The AVX-512 headers of g++ 12 are full of values that look uninitialized to it.
+set(arithmetic_flags -O3 -ffp-contract=off -Wall -Wextra -Wno-uninitialized -Wno-maybe-uninitialized)
+
+add_library(cpu_baseline OBJECT ${baseline})
+target_compile_options(cpu_baseline PRIVATE ${arithmetic_flags})
+target_include_directories(cpu_baseline PRIVATE ${native})
+
+set(objects $<TARGET_OBJECTS:cpu_baseline>)
+set(checks "")
+foreach(level IN LISTS LLAMACLUST_LEVELS)
+  add_library(cpu_${level} OBJECT ${level_sources})
+  target_compile_options(cpu_${level} PRIVATE ${arithmetic_flags} ${flags_${level}} -fno-exceptions -fno-rtti)
+  target_compile_definitions(cpu_${level} PRIVATE LLAMACLUST_LEVEL=${level})
+  target_include_directories(cpu_${level} PRIVATE ${native})
+  list(APPEND objects $<TARGET_OBJECTS:cpu_${level}>)
+  list(APPEND checks COMMAND ${CMAKE_COMMAND} -DNM=${CMAKE_NM} -DLEVEL=${level}
+                             "-DOBJECTS=$<JOIN:$<TARGET_OBJECTS:cpu_${level}>,|>"
+                             -P ${native}/../../../cmake/check_isa.cmake)
+endforeach()
+list(TRANSFORM LLAMACLUST_LEVELS REPLACE "(.+)" "X(\\1)" OUTPUT_VARIABLE built)
+list(JOIN built " " built)
+set_source_files_properties(${native}/levels.cpp PROPERTIES COMPILE_OPTIONS "-DLLAMACLUST_LEVELS(X)=${built}")

@@ -1,0 +1,172 @@
+// Prints a checksum of what each feature level of this machine computes from the same random values, a line an
+// operation: LEVEL OPERATION CRC. Equal lines on two levels, or on two machines, are equal bits.
+#include "level_bits.h"
+
+#include <utility>
+
+#include "float_mode.h"
+#include "levels.h"
+#include "math_baseline.h"
+#include "probes.h"
+#include "sampler.h"
+#include "sampler_random.h"
+
+using namespace llamaclust;
+
+namespace level_bits {
+namespace {
+
+void print_vectors(const Level& level) {
+  Random random(100);
+  Crc crc;
+  for (int n : {1, 15, 16, 63, 64, 100, 577}) {
+    const size_t size = static_cast<size_t>(n);
+    const std::vector<float> x = random.values(size, 3), y = random.values(size);
+    std::vector<float> out(size);
+    level.vector.rms_norm(x.data(), y.data(), 1e-5f, n, out.data());
+    crc.add(out);
+    level.vector.silu_mul(x.data(), y.data(), n, out.data());
+    crc.add(out);
+    level.vector.add(x.data(), y.data(), n, out.data());
+    level.vector.add_scaled(x.data(), 0.37f, n, out.data());
+    crc.add(out);
+    level.vector.softmax(out.data(), n);
+    crc.add(out);
+  }
+  for (const RopeStyle style : {RopeStyle::Norm, RopeStyle::Neox})
+    for (int pairs : {4, 24, 32}) {
+      const std::vector<float> x = random.values(64), rotation = random.values(2 * static_cast<size_t>(pairs));
+      std::vector<float> out(64);
+      level.vector.rope(x.data(), rotation.data(), pairs, 64, style, out.data());
+      crc.add(out);
+    }
+  print(level.name, "vectors", crc);
+}
+
+// Attention of some queries over three spans, the last of them short.
+struct Heads {
+  static constexpr int kBlocks = 3 * kSpanBlocks;
+
+  Random random{200};
+  int dim, queries;
+  size_t width = static_cast<size_t>(padded_head(dim)), count = static_cast<size_t>(queries);
+  std::vector<uint16_t> memory = std::vector<uint16_t>(kBlocks * kv_piece_halves(dim), 0x7e00);  // NaN where nothing is
+  std::vector<int32_t> blocks = std::vector<int32_t>(kBlocks);
+  std::vector<float> q = random.values(count * static_cast<size_t>(dim));
+  std::vector<float> scores = std::vector<float>(kScoredQueries * kSpanTokens);
+
+  Heads(int head_dim, int query_count) : dim(head_dim), queries(query_count) {
+    for (int i = 0; i < kBlocks; i++) blocks[static_cast<size_t>(i)] = i * 5 % kBlocks;
+  }
+
+  void store(const Level& level, int positions) {
+    for (int i = 0; i < positions; i++) {
+      const std::vector<float> k = random.values(static_cast<size_t>(dim)), v = random.values(static_cast<size_t>(dim));
+      const size_t block = static_cast<size_t>(blocks[static_cast<size_t>(i / kKvBlockTokens)]);
+      level.attention.store(k.data(), v.data(), dim, i % kKvBlockTokens, memory.data() + block * kv_piece_halves(dim));
+    }
+  }
+
+  SpanTask task(int span, const std::vector<int>& positions) {
+    const size_t piece = kv_piece_halves(dim);
+    return {memory.data(), piece, blocks.data() + span * kSpanBlocks, 0, dim, 0.125f, queries, q.data(),
+            positions.data(), scores.data()};
+  }
+};
+
+struct Sums {
+  std::vector<float> maximum, sum, values;
+  Sums(size_t queries, size_t width) : maximum(queries + 16), sum(queries + 16), values(queries * width + 16 * width) {}
+  SpanSums places() { return {maximum.data(), sum.data(), values.data()}; }
+};
+
+void print_attention(const Level& level) {
+  Crc crc;
+  for (const auto& [dim, queries] : {std::pair{64, 1}, std::pair{40, 5}, std::pair{128, 19}}) {
+    Heads heads(dim, queries);
+    const int positions = 2 * kSpanTokens + 77;
+    heads.store(level, positions);
+    Sums total(heads.count, heads.width), next(heads.count, heads.width);
+    for (int span = 0; span < 3; span++) {
+      std::vector<int> seen(heads.count, kSpanTokens);
+      for (int i = 0; span == 2 && i < queries; i++) seen[static_cast<size_t>(i)] = 77 - (queries - 1 - i);
+      level.attention.span(heads.task(span, seen), (span == 0 ? total : next).places());
+      if (span > 0) level.attention.merge(total.places(), next.places(), queries, dim);
+    }
+    for (size_t i = 0; i < heads.count; i++) {
+      std::vector<float> out(static_cast<size_t>(dim));
+      level.attention.finish(total.values.data() + i * heads.width, total.sum[i], dim, out.data());
+      crc.add(out);
+    }
+  }
+  print(level.name, "attention", crc);
+}
+
+Choice choice_of(Random& random, uint32_t row, int vocabulary) {
+  Choice choice{};
+  choice.temperature = 0.1f * static_cast<float>(row % 12);
+  choice.top_k = static_cast<int32_t>(row % 3 * 20);
+  choice.top_p = 1.0 - 0.05 * (row % 4);
+  choice.min_p = 0.01 * (row % 5);
+  choice.repetition_penalty = 1.0f + 0.1f * static_cast<float>(row % 2);
+  choice.frequency_penalty = 0.2f;
+  choice.logit_bias = {{3, 1.5f}, {7, -2.0f}};
+  choice.seed = random.bits();
+  choice.position = row;
+  for (int i = 0; i < 9; i++) choice.history.push_back(random.below(vocabulary));
+  return choice;
+}
+
+void print_sampling(const Level& level) {
+  constexpr int kVocabulary = 1003, kRows = 48;
+  Random random(300);
+  Crc crc;
+  std::vector<float> logits = random.values(kVocabulary * kRows, 4), exponentials(logits.size());
+  level.sampler.exp(logits.data(), static_cast<int>(logits.size()), exponentials.data());
+  crc.add(exponentials);
+  std::vector<RowTask> tasks;
+  for (uint32_t row = 0; row < kRows; row++)
+    tasks.push_back({row % 8 == 7, 11, choice_of(random, row, kVocabulary), 5});
+  for (const RowOutcome& outcome : Sampler(level.sampler, kVocabulary, 2).run(logits.data(), tasks)) {
+    crc.add_value(outcome.token);
+    crc.add_value(outcome.logprob);
+    for (const auto& [token, logprob] : outcome.top_logprobs) {
+      crc.add_value(token);
+      crc.add_value(logprob);
+    }
+  }
+  print(level.name, "sampling", crc);
+}
+
+void print_baseline() {
+  Random random(400);
+  Crc crc;
+  for (uint32_t i = 0; i < 2000; i++) {
+    const double x = random.value(static_cast<int>(i % 20));
+    double sine, cosine;
+    sincos_double(x, &sine, &cosine);
+    crc.add_value(sine);
+    crc.add_value(cosine);
+    crc.add_value(log_double(x < 0 ? -x : x));
+    crc.add_value(random_bits(random.bits(), i % 3, i));
+  }
+  print("any", "baseline", crc);
+}
+
+bool probes_work() { return int8_peak(2, 0.01) > 0 && fma_peak(1, 0.01) > 0; }
+
+}  // namespace
+}  // namespace level_bits
+
+int main() {
+  const FloatMode mode;
+  for (const Level& level : available_levels()) {
+    level_bits::print_products(level);
+    level_bits::print_vectors(level);
+    level_bits::print_attention(level);
+    level_bits::print_sampling(level);
+  }
+  level_bits::print_baseline();
+  std::printf("best %s\n", find_level("").name);
+  return level_bits::probes_work() ? 0 : 1;
+}

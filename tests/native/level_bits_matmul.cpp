@@ -29,20 +29,21 @@ const Kind kKinds[] = {
     {QuantType::MXFP4, "MXFP4", {}},
 };
 
-// One block of random bits whose floats are neither huge nor none.
-void fill_block(const Kind& kind, Random& random, uint8_t* block, int bytes) {
-  for (int i = 0; i < bytes; i++) block[i] = static_cast<uint8_t>(random.bits());
+// Floats of a block that are neither huge nor none.
+void tame_scales(const Kind& kind, uint8_t* block, int bytes) {
   for (int place : kind.high_bytes) block[place] = (block[place] & 0x8f) | 0x20;
   if (kind.type == QuantType::F32 || kind.type == QuantType::BF16) block[bytes - 1] = (block[bytes - 1] & 0x80) | 0x3e;
-  if (kind.type == QuantType::MXFP4) block[0] = random.below(8) == 0 ? block[0] % 3 : 118 + block[0] % 8;
+  if (kind.type == QuantType::MXFP4) block[0] = block[0] % 32 == 0 ? block[0] / 32 % 3 : 118 + block[0] % 8;
 }
 
-PackedMatrix random_matrix(const Kind& kind, Random& random, int rows, int cols) {
+// Rows whose bytes next() gives.
+template <typename Next>
+PackedMatrix matrix_of(const Kind& kind, int rows, int cols, Next next) {
   PackedMatrix matrix(static_cast<int>(kind.type), rows, cols);
   const int block = tile_layout(kind.type).file_bytes;
   std::vector<uint8_t> file(file_row_bytes(kind.type, cols) * static_cast<size_t>(rows));
-  for (size_t at = 0; at < file.size(); at += static_cast<size_t>(block))
-    fill_block(kind, random, file.data() + at, block);
+  for (size_t i = 0; i < file.size(); i++) file[i] = next(i / file_row_bytes(kind.type, cols));
+  for (size_t i = 0; i < file.size(); i += static_cast<size_t>(block)) tame_scales(kind, file.data() + i, block);
   matrix.pack_rows(0, file);
   return matrix;
 }
@@ -51,23 +52,19 @@ struct Product {
   const Level& level;
   const PackedMatrix& packed;
 
-  // Products of the tiles in two calls, as two threads would make them.
-  void add_to(Crc& crc, Random& random, int tokens, bool with_bias) const {
+  // Of activations x [tokens, cols]; the tiles in two calls, as two threads would make them.
+  void add_to(Crc& crc, const std::vector<float>& x, int tokens, const float* bias) const {
     const Matrix& matrix = packed.matrix();
     const ActivationFormat format = tile_layout(matrix.type).activation;
-    const size_t row_bytes = activation_bytes(format, matrix.cols);
+    const size_t row_bytes = activation_bytes(format, matrix.cols), rows = static_cast<size_t>(matrix.rows);
     Memory activations(row_bytes * static_cast<size_t>(tokens)), scratch(matmul_scratch_bytes(matrix.cols));
-    for (int t = 0; t < tokens; t++) {
-      const std::vector<float> x = random.values(static_cast<size_t>(matrix.cols), random.below(9) - 4);
-      level.matmul.quantize(format, x.data(), matrix.cols, activations.data() + static_cast<size_t>(t) * row_bytes);
-    }
-    const std::vector<float> bias = random.values(static_cast<size_t>(matrix.rows));
-    const size_t rows = static_cast<size_t>(matrix.rows);
+    for (size_t t = 0; t < static_cast<size_t>(tokens); t++)
+      level.matmul.quantize(format, x.data() + t * static_cast<size_t>(matrix.cols), matrix.cols,
+                            activations.data() + t * row_bytes);
     std::vector<float> out(rows * static_cast<size_t>(tokens));
     const int middle = matrix.tile_count() / 2;
     for (const auto& [begin, end] : {std::pair{0, middle}, std::pair{middle, matrix.tile_count()}})
-      level.matmul.matmul(matrix, activations.data(), tokens, out.data(), rows, with_bias ? bias.data() : nullptr,
-                          begin, end, scratch.data());
+      level.matmul.matmul(matrix, activations.data(), tokens, out.data(), rows, bias, begin, end, scratch.data());
     if (tokens == 2) crc.add(std::span<const uint8_t>(activations.data(), activations.bytes()));
     crc.add(out);
   }
@@ -81,21 +78,55 @@ void add_weights(Crc& crc, const Level& level, const Matrix& matrix) {
   }
 }
 
+void print(const Level& level, const std::string& what, const Kind& kind, const Crc& crc) {
+  level_bits::print(level.name, (what + kind.name).c_str(), crc);
+}
+
+int unit_of(const Kind& kind) {
+  const int segment = tile_layout(kind.type).segment_cols;
+  return segment == 1 ? 37 : segment;
+}
+
+void print_random(const Level& level, const Kind& kind) {
+  Random random(static_cast<uint64_t>(kind.type) + 1);
+  Crc products, weights;
+  for (const auto& [rows, segments] : {std::pair{1, 1}, std::pair{17, 9}, std::pair{83, 3}}) {
+    const int cols = unit_of(kind) * segments;
+    const auto next = [&](size_t) { return static_cast<uint8_t>(random.bits()); };
+    const PackedMatrix packed = matrix_of(kind, rows, cols, next);
+    add_weights(weights, level, packed.matrix());
+    for (int tokens : {1, 2, 3, 8, 21, 133}) {
+      const std::vector<float> x = random.values(static_cast<size_t>(cols * tokens), random.below(9) - 4);
+      const std::vector<float> bias = random.values(static_cast<size_t>(rows));
+      if (tokens < 100 || rows == 17)
+        Product{level, packed}.add_to(products, x, tokens, tokens % 2 == 0 ? bias.data() : nullptr);
+    }
+  }
+  print(level, "products:", kind, products);
+  print(level, "weights:", kind, weights);
+}
+
+// Rows of equal bytes times activations that are all 127 or all -127 once quantized: sums as great as they can be.
+void print_greatest(const Level& level, const Kind& kind) {
+  constexpr uint8_t kFills[] = {0x00, 0xff, 0x7f, 0x80, 0x55, 0xaa};
+  Crc crc;
+  const int cols = 2 * unit_of(kind);
+  const PackedMatrix packed = matrix_of(kind, 6, cols, [&](size_t row) { return kFills[row]; });
+  for (int tokens : {1, 2, 40}) {
+    std::vector<float> x(static_cast<size_t>(cols * tokens), 2.0f);
+    for (size_t i = 0; i < x.size(); i++)
+      if (i / static_cast<size_t>(cols) % 2 == 1) x[i] = -2.0f;
+    Product{level, packed}.add_to(crc, x, tokens, nullptr);
+  }
+  print(level, "greatest:", kind, crc);
+}
+
 }  // namespace
 
 void print_products(const Level& level) {
   for (const Kind& kind : kKinds) {
-    Random random(static_cast<uint64_t>(kind.type) + 1);
-    Crc products, weights;
-    const int segment = tile_layout(kind.type).segment_cols, unit = segment == 1 ? 37 : segment;
-    for (const auto& [rows, segments] : {std::pair{1, 1}, std::pair{17, 9}, std::pair{83, 3}}) {
-      const PackedMatrix packed = random_matrix(kind, random, rows, unit * segments);
-      add_weights(weights, level, packed.matrix());
-      for (int tokens : {1, 2, 3, 8, 21, 133})
-        if (tokens < 100 || rows == 17) Product{level, packed}.add_to(products, random, tokens, tokens % 2 == 0);
-    }
-    print(level.name, (std::string("products:") + kind.name).c_str(), products);
-    print(level.name, (std::string("weights:") + kind.name).c_str(), weights);
+    print_random(level, kind);
+    print_greatest(level, kind);
   }
 }
 

@@ -1,6 +1,6 @@
 # The arithmetic as objects, for the Python module and for tests/native. The sources in level/ are compiled once per CPU
 # feature level, each into a namespace of its own, everything else once for any CPU. Sets `objects`, what to link, and
-# `checks`, commands that are to follow.
+# `checks`, commands that are to follow; `check_isa` is the script that they run.
 set(native ${CMAKE_CURRENT_LIST_DIR})
 file(GLOB bindings CONFIGURE_DEPENDS ${native}/bindings*.cpp)
 file(GLOB baseline CONFIGURE_DEPENDS ${native}/*.cpp)
@@ -41,7 +41,7 @@ foreach(level IN LISTS LLAMACLUST_LEVELS)
   list(APPEND objects $<TARGET_OBJECTS:cpu_${level}>)
   list(APPEND checks COMMAND ${CMAKE_COMMAND} -DNM=${CMAKE_NM} -DLEVEL=${level}
                              "-DOBJECTS=$<JOIN:$<TARGET_OBJECTS:cpu_${level}>,|>"
-                             -P ${native}/../../../cmake/check_isa.cmake)
+                             -P ${check_isa})
 endforeach()
 list(TRANSFORM LLAMACLUST_LEVELS REPLACE "(.+)" "X(\\1)" OUTPUT_VARIABLE built)
 list(JOIN built " " built)

@@ -15,6 +15,10 @@ constexpr int kGroupsPerSum = 64;
 template <int kBits>
 constexpr bool kCentred = false;
 
+// Whether sums may begin with any int32: with what an offset takes off.
+constexpr bool kSumsFrom = true;
+DOT Sums sums_from(I32x16 x) { return x; }
+
 // Tiles times tokens whose sums fit in the registers, for quantized and for float weights; and up to how many tokens
 // decoding a tile again for every eight costs less than a panel.
 constexpr int kPanelRows = 1, kPanelTokens = 4;

@@ -12,6 +12,8 @@ using Scale = I32x16;
 template <int kBits>
 constexpr int kGroupsPerSum = 64;
 
+constexpr bool kSumsFrom = false;
+
 // Tiles times tokens whose sums fit in the registers, for quantized and for float weights; and up to how many tokens
 // decoding a tile again for every eight costs less than a panel.
 constexpr int kPanelRows = 1, kPanelTokens = 4;

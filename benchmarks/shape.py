@@ -25,7 +25,7 @@ from llamaclust.model.writer import TensorSource, WritableValue, write_gguf
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Widths in channels."""
+    """Widths in channels; `experts` replace each feed-forward network, unless there are none."""
 
     hidden: int
     layers: int
@@ -34,6 +34,8 @@ class Shape:
     kv_heads: int
     vocabulary: int = 32000
     context: int = 8192
+    experts: int = 0
+    experts_used: int = 2
 
     @property
     def head_dim(self) -> int:
@@ -129,13 +131,21 @@ def tensors(shape: Shape, quant_type: QuantType, seed: int) -> Iterator[TensorSo
     """Every tensor of the model, in file order, made when it is written."""
     generator = np.random.default_rng(seed)
 
-    def matrix(name: str, rows: int, width: int) -> TensorSource:
-        size = (rows, width)
+    def matrix(name: str, *size: int) -> TensorSource:
         return TensorSource(f"{name}.weight", quant_type, size, lambda: random_matrix(generator, quant_type, size))
 
     def norm(name: str) -> TensorSource:
         ones = np.ones(shape.hidden, np.float32)
         return TensorSource(f"{name}.weight", QuantType.F32, ones.shape, lambda: ones.data)
+
+    def feed_forward(layer: str) -> Iterator[TensorSource]:
+        experts, suffix = ((shape.experts,), "_exps") if shape.experts else ((), "")
+        if shape.experts:
+            router = generator.standard_normal((shape.experts, shape.hidden), np.float32) / shape.hidden**0.5
+            yield TensorSource(f"{layer}.ffn_gate_inp.weight", QuantType.F32, router.shape, lambda: router.data)
+        yield matrix(f"{layer}.ffn_gate{suffix}", *experts, shape.ffn, shape.hidden)
+        yield matrix(f"{layer}.ffn_up{suffix}", *experts, shape.ffn, shape.hidden)
+        yield matrix(f"{layer}.ffn_down{suffix}", *experts, shape.hidden, shape.ffn)
 
     kv_width = shape.kv_heads * shape.head_dim
     yield matrix("token_embd", shape.vocabulary, shape.hidden)
@@ -146,16 +156,19 @@ def tensors(shape: Shape, quant_type: QuantType, seed: int) -> Iterator[TensorSo
         yield matrix(f"{layer}.attn_v", kv_width, shape.hidden)
         yield matrix(f"{layer}.attn_output", shape.hidden, shape.hidden)
         yield norm(f"{layer}.ffn_norm")
-        yield matrix(f"{layer}.ffn_gate", shape.ffn, shape.hidden)
-        yield matrix(f"{layer}.ffn_up", shape.ffn, shape.hidden)
-        yield matrix(f"{layer}.ffn_down", shape.hidden, shape.ffn)
+        yield from feed_forward(layer)
     yield norm("output_norm")
     yield matrix("output", shape.vocabulary, shape.hidden)
 
 
 def metadata(name: str, shape: Shape, quant_type: QuantType) -> dict[str, WritableValue]:
     """What both our engine and llama.cpp want to know."""
+    experts: dict[str, WritableValue] = {
+        "llama.expert_count": shape.experts,
+        "llama.expert_used_count": shape.experts_used,
+    }
     return {
+        **(experts if shape.experts else {}),
         "general.architecture": "llama",
         "general.name": f"random {name} {quant_type.name}",
         "general.file_type": LAYOUTS[quant_type].file_type,
@@ -196,8 +209,11 @@ def tokenizer(vocabulary: int) -> dict[str, WritableValue]:
 
 def check(shape: Shape, quant_type: QuantType) -> None:
     """UsageError where a model of that shape and type cannot be."""
-    if min(getattr(shape, field.name) for field in fields(shape)) < 1 or shape.vocabulary < 286:
+    sizes = [getattr(shape, field.name) for field in fields(shape) if field.name != "experts"]
+    if min(sizes) < 1 or shape.vocabulary < 286:
         raise UsageError("sizes must be at least 1, the vocabulary at least 286")
+    if shape.experts < 0 or 0 < shape.experts < shape.experts_used:
+        raise UsageError(f"{shape.experts_used} of {shape.experts} experts cannot be used")
     if shape.hidden % shape.heads or shape.heads % shape.kv_heads or shape.head_dim % 2:
         raise UsageError(f"{shape.heads} heads and {shape.kv_heads} KV heads do not share a width of {shape.hidden}")
     for width in (shape.hidden, shape.ffn):

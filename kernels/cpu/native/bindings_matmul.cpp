@@ -84,7 +84,7 @@ class Products final : public ThreadPool::Job {
     for (const PackedMatrix* packed : matrices_) {
       const Matrix& matrix = packed->matrix();
       const auto border = [&](int64_t n) { return static_cast<int>(n * matrix.tile_count() / pool_->threads()); };
-      ops_.matmul(matrix, activations_.memory.data(), tokens_, out_, static_cast<size_t>(matrix.rows), bias_,
+      ops_.matmul(matrix, activations_.memory.data(), tokens_, {}, out_, static_cast<size_t>(matrix.rows), bias_,
                   border(thread), border(thread + 1), scratch.data());
     }
     pool_->barrier().arrive();

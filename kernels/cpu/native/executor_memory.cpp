@@ -49,6 +49,20 @@ size_t partial_floats_of(const Plan& plan) {
   return floats;
 }
 
+struct ExpertCounts {
+  size_t lines, experts;
+};
+
+ExpertCounts expert_counts_of(const Plan& plan) {
+  ExpertCounts most{0, 0};
+  for (const PlannedStep& planned : plan.steps)
+    if (const auto* step = std::get_if<ExpertsStep>(&planned.step)) {
+      most.lines = std::max(most.lines, static_cast<size_t>(plan.limits.max_tokens) * static_cast<size_t>(step->used));
+      most.experts = std::max(most.experts, step->products[0].experts.size());
+    }
+  return most;
+}
+
 }  // namespace
 
 Workspace::Workspace(const Plan& plan, int threads) {
@@ -67,6 +81,9 @@ Workspace::Workspace(const Plan& plan, int threads) {
   size_t scratch = 0;
   for (const PlannedStep& planned : plan.steps) scratch = std::max(scratch, std::visit(ScratchBytes{}, planned.step));
   scratch_ = each.add(scratch);
+  const ExpertCounts most = expert_counts_of(plan);
+  max_expert_lines_ = most.lines;
+  expert_lines_ = each.add(most.lines == 0 ? 0 : (2 * most.lines + most.experts + 1) * sizeof(int32_t));
   partial_floats_ = threads > 1 ? partial_floats_of(plan) : 0;
   partials_ = all.add(partial_floats_ * sizeof(float));
   threads_ = (all.bytes() + kPage - 1) / kPage * kPage;
@@ -88,6 +105,11 @@ AttentionScratch Workspace::attention_scratch(int thread, int head_dim) const {
           reinterpret_cast<int*>(positions),
           span_sums_at(total, kTileQueries),
           span_sums_at(next, kTileQueries)};
+}
+
+ExpertLines Workspace::expert_lines(int thread) const {
+  int32_t* lines = reinterpret_cast<int32_t*>(thread_base(thread) + expert_lines_);
+  return {lines, lines + max_expert_lines_, lines + 2 * max_expert_lines_};
 }
 
 SpanSums span_sums_at(float* memory, int queries) {

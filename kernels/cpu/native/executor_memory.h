@@ -21,6 +21,14 @@ struct AttentionScratch {
   SpanSums total, next;
 };
 
+// Lines of a microbatch (row * used + rank) in the order of the experts that compute them.
+struct ExpertLines {
+  int32_t* lines;
+  int32_t* rows;    // of the lines
+  int32_t* starts;  // [experts + 1], where in `lines` an expert's begin
+  int count(size_t expert) const { return starts[expert + 1] - starts[expert]; }
+};
+
 class Workspace {
  public:
   // Only says where everything will lie.
@@ -36,6 +44,7 @@ class Workspace {
   uint8_t* own_slot(int slot, int thread) const { return thread_base(thread) + own_slots_[index(slot)]; }
   uint8_t* scratch(int thread) const { return thread_base(thread) + scratch_; }
   AttentionScratch attention_scratch(int thread, int head_dim) const;
+  ExpertLines expert_lines(int thread) const;
 
   // Sums of spans that went to different threads; float32 values that fit.
   float* partials() const { return reinterpret_cast<float*>(memory_.data() + partials_); }
@@ -48,7 +57,7 @@ class Workspace {
   uint8_t* thread_base(int thread) const { return memory_.data() + threads_ + index(thread) * thread_bytes_; }
 
   std::vector<size_t> shared_, own_, shared_slots_, own_slots_;
-  size_t scratch_, partials_, partial_floats_, threads_, thread_bytes_, bytes_;
+  size_t scratch_, expert_lines_, max_expert_lines_, partials_, partial_floats_, threads_, thread_bytes_, bytes_;
   Memory memory_;
 };
 

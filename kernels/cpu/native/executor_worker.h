@@ -53,7 +53,8 @@ class Worker {
   void compute(size_t begin, size_t end);
   void compute_step(const Step& step, Range rows);
   void multiply(const Product& product, int tile_begin, int tile_end);
-  void multiply_experts(const ExpertsStep& step, int line_index, int tile_begin, int tile_end);
+  ExpertLines group_by_expert(const ExpertsStep& step) const;
+  void multiply_expert(const ExpertsStep& step, const ExpertLines& groups, size_t expert, int tile_begin, int tile_end);
 
   void set_rows(int rows) {
     rows_ = rows;

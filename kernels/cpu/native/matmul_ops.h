@@ -50,14 +50,20 @@ struct Matrix {
   int32_t tile_count() const { return (rows + kTileRows - 1) / kTileRows; }
 };
 
+// Which lines the tokens of a product read and write, where they do not lie one after the other; null where they do.
+struct TokenLines {
+  const int32_t* activations = nullptr;
+  const int32_t* out = nullptr;
+};
+
 struct MatmulOps {
   // Quantizes x[cols] into one activation row of activation_bytes(format, cols) (see matrix.h).
   void (*quantize)(ActivationFormat format, const float* x, int cols, void* out);
-  // out[t * out_stride + row] = dot(weights of row, activations of token t) for the rows of tiles [tile_begin, tile_end)
-  // and tokens [0, tokens); rows past the matrix's end are not written. bias may be null. `scratch` holds
+  // out[line of t * out_stride + row] = dot(weights of row, activations of token t) for the rows of tiles [tile_begin,
+  // tile_end) and tokens [0, tokens); rows past the matrix's end are not written. bias may be null. `scratch` holds
   // matmul_scratch_bytes(cols) bytes private to the calling thread.
-  void (*matmul)(const Matrix& weights, const uint8_t* activations, int tokens, float* out, size_t out_stride,
-                 const float* bias, int tile_begin, int tile_end, uint8_t* scratch);
+  void (*matmul)(const Matrix& weights, const uint8_t* activations, int tokens, const TokenLines& lines, float* out,
+                 size_t out_stride, const float* bias, int tile_begin, int tile_end, uint8_t* scratch);
   // out[cols] = the row's weights as float32.
   void (*dequantize_row)(const Matrix& weights, int row, float* out);
 };

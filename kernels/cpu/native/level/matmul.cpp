@@ -36,6 +36,7 @@ struct Call {
   const Matrix& weights;
   const uint8_t* activations;
   int tokens;
+  const int32_t* activation_lines;
   Output output;
   int tile_begin, tile_end;
   uint8_t* scratch;
@@ -47,11 +48,13 @@ void multiply(const Call& call) {
   const size_t activation_stride = activation_bytes(Type::kLayout.activation, w.cols);
   if constexpr (Type::kLayout.activation == ActivationFormat::F32) {
     const auto* x = reinterpret_cast<const float*>(call.activations);
-    const FloatProduct product{w.tiles, w.tile_bytes, x, activation_stride / sizeof(float), w.cols, call.output};
+    const FloatProduct product{
+        w.tiles, w.tile_bytes, x, activation_stride / sizeof(float), call.activation_lines, w.cols, call.output};
     multiply_floats<Type>(product, call.tokens, call.tile_begin, call.tile_end);
   } else {
     const int segments = w.cols / Type::kLayout.segment_cols;
-    const Product product{w.tiles, w.tile_bytes, call.activations, activation_stride, segments, call.output};
+    const Product product{w.tiles,  w.tile_bytes, call.activations, activation_stride, call.activation_lines,
+                          segments, call.output};
     multiply_quantized<Type>(product, call.tokens, call.tile_begin, call.tile_end, call.scratch);
   }
 }
@@ -100,10 +103,11 @@ const TypeOps& ops_of(QuantType type) {
   return *ops;
 }
 
-void matmul(const Matrix& weights, const uint8_t* activations, int tokens, float* out, size_t out_stride,
-            const float* bias, int tile_begin, int tile_end, uint8_t* scratch) {
-  const Output output{out, out_stride, bias, weights.rows};
-  ops_of(weights.type).multiply({weights, activations, tokens, output, tile_begin, tile_end, scratch});
+void matmul(const Matrix& weights, const uint8_t* activations, int tokens, const TokenLines& lines, float* out,
+            size_t out_stride, const float* bias, int tile_begin, int tile_end, uint8_t* scratch) {
+  const Output output{out, out_stride, lines.out, bias, weights.rows};
+  ops_of(weights.type).multiply(
+      {weights, activations, tokens, lines.activations, output, tile_begin, tile_end, scratch});
 }
 
 void dequantize_row(const Matrix& weights, int row, float* out) {

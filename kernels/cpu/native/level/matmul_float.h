@@ -27,7 +27,8 @@ struct FloatProduct {
   const uint8_t* tiles;
   size_t tile_bytes;
   const float* activations;
-  size_t activation_stride;  // floats
+  size_t activation_stride;         // floats
+  const int32_t* activation_lines;  // of the tokens, or null
   int cols;
   Output output;
 };
@@ -45,7 +46,7 @@ void multiply_float_block(const FloatProduct& p, int first_tile, int tile_end, i
   }
   UNROLL for (int t = 0; t < T; t++) {
     const int token = first_token + t < tokens ? first_token + t : tokens - 1;
-    a[t] = p.activations + static_cast<size_t>(token) * p.activation_stride;
+    a[t] = p.activations + line_of(p.activation_lines, token) * p.activation_stride;
   }
   UNROLL for (int r = 0; r < R; r++) UNROLL for (int t = 0; t < T; t++) acc[r][t] = zero();
   for (int k = 0; k < p.cols; k++) {

@@ -1,4 +1,4 @@
-// Where finished rows of a product go.
+// Where the tokens of a product lie, and where its finished rows go.
 #pragma once
 
 #include "matmul_ops.h"
@@ -7,10 +7,16 @@
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {
 
+// Of a token among lines that may be given by TokenLines.
+inline __attribute__((always_inline)) size_t line_of(const int32_t* lines, int token) {
+  return static_cast<size_t>(lines ? lines[token] : token);
+}
+
 struct Output {
   float* out;
-  size_t stride;      // from one token to the next
-  const float* bias;  // or null
+  size_t stride;         // from one line to the next
+  const int32_t* lines;  // of the tokens, or null
+  const float* bias;     // or null
   int rows;
 };
 
@@ -23,7 +29,7 @@ inline __attribute__((always_inline)) F32x16 canonical(F32x16 x) {
 [[maybe_unused]] inline __attribute__((always_inline)) void store_rows(const Output& output, int tile, int token,
                                                                        F32x16 x) {
   const int first_row = tile * kTileRows, rows = output.rows - first_row;
-  float* out = output.out + static_cast<size_t>(token) * output.stride + first_row;
+  float* out = output.out + line_of(output.lines, token) * output.stride + first_row;
   if (rows >= kTileRows) {
     if (output.bias) x = add(x, load(output.bias + first_row));
     store(out, canonical(x));

@@ -24,6 +24,7 @@ struct Product {
   size_t tile_bytes;
   const uint8_t* activations;
   size_t activation_stride;
+  const int32_t* activation_lines;  // of the tokens, or null
   int segments;
   Output output;
 };
@@ -31,8 +32,8 @@ struct Product {
 // Where a token's activations begin; tokens past the last are computed like it and thrown away.
 template <class Type>
 DECODE const Activation<Type>* token_activations(const Product& p, int token, int tokens) {
-  const int t = token < tokens ? token : tokens - 1;
-  return reinterpret_cast<const Activation<Type>*>(p.activations + static_cast<size_t>(t) * p.activation_stride);
+  const size_t line = line_of(p.activation_lines, token < tokens ? token : tokens - 1);
+  return reinterpret_cast<const Activation<Type>*>(p.activations + line * p.activation_stride);
 }
 
 template <class Type>

@@ -1,4 +1,4 @@
-"""Logits of llama.cpp for small random models, at every position, on every backend and feature level.
+"""Logits of llama.cpp for small models of all weight types, at every position, on every backend and feature level.
 
 `NAME.f32` beside `NAME.gguf` holds what llama.cpp computed for TOKENS: float32 [24, 320], little-endian. The model of
 experts is too big for the repository: name the folder that has `tiny/llama-moe.gguf` in LLAMACLUST_TEST_DATA.
@@ -16,6 +16,8 @@ from batches import Chain
 from numpy.typing import NDArray
 
 from llamaclust.kernels.backend import Backend
+from llamaclust.kernels.cpu.weights import SUPPORTED_TYPES
+from llamaclust.model.gguf import open_model
 from llamaclust.model.loader import Model
 
 DATA = Path(__file__).parent / "data"
@@ -34,6 +36,8 @@ BOUNDS = {
     "quant/Q4_K_M": 2e-3,
     "quant/Q5_0": 2e-3,
     "quant/Q4_0": 2e-3,
+    "quant/mixed": 2e-3,
+    "quant/mixed-experts": 2e-3,
 }
 
 
@@ -46,6 +50,11 @@ def golden_path(name: str) -> Path:
     if folder is None:
         pytest.skip(f"{name}.gguf is not in the repository: set LLAMACLUST_TEST_DATA to the folder that has it")
     return Path(folder) / f"{name}.gguf"
+
+
+def test_the_files_hold_every_type() -> None:
+    files = [open_model(path) for name in BOUNDS if (path := DATA / f"{name}.gguf").exists()]
+    assert {tensor.quant_type for file in files for tensor in file.tensors.values()} == set(SUPPORTED_TYPES)
 
 
 def error(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> float:

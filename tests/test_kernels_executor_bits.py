@@ -25,6 +25,8 @@ CHECKSUMS = {
     "quant/Q5_0": "73b966d6",
     "quant/Q6_K": "ac16d3e2",
     "quant/Q8_0": "45c2cca0",
+    "quant/mixed": "221e5282",
+    "quant/mixed-experts": "5c8a340f",
 }
 
 

@@ -42,7 +42,12 @@ def stream_blocks(quant_type: QuantType, count: int) -> NDArray[np.uint8]:
     """Blocks [count, block_bytes] out of a hash of the type's name; the top exponent bit of floats is cleared."""
     width = quant_type.info.block_bytes
     data = hashlib.shake_128(quant_type.name.encode()).digest(count * width)
-    blocks = np.frombuffer(data, np.uint8).reshape(count, width).copy()
+    return finite_blocks(quant_type, np.frombuffer(data, np.uint8).reshape(count, width))
+
+
+def finite_blocks(quant_type: QuantType, blocks: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """`blocks` [count, block_bytes] of any bytes, with the top exponent bit of floats cleared."""
+    finite = blocks.copy()
     for place in _HIGH_FLOAT_BYTES.get(quant_type, (1,)):
-        blocks[:, place] &= 0xBF
-    return blocks
+        finite[:, place] &= 0xBF
+    return finite

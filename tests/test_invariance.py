@@ -1,4 +1,5 @@
-"""Promise 1 on tiny models: pairwise over cuts, threads, company, chunks, cache, preemption, levels and model kinds."""
+"""Promise 1 on tiny models: pairwise over cuts, threads, company, chunks, cache, preemption, levels and model kinds, of
+which some hold every weight type."""
 
 from __future__ import annotations
 
@@ -13,9 +14,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from invariance import Answer, Way, make_work, run
-from tiny_model import build_tiny_model
+from tiny_model import build_tiny_model, every_type
 
 from llamaclust.kernels.cpu import _native
+from llamaclust.kernels.cpu.weights import SUPPORTED_TYPES
+from llamaclust.model.gguf import open_model
 from llamaclust.model.quant_types import QuantType
 
 VOCABULARY = 320
@@ -27,19 +30,25 @@ CUTS = ((0, 6), (0, 3, 6), (0, 1, 6), (0, 5, 6), (0, 2, 4, 6), (0, 1, 2, 3, 5, 6
 @dataclass(frozen=True, slots=True)
 class Kind:
     architecture: str
-    quant_type: QuantType
+    quant_type: QuantType | None  # None: of all types, matrix by matrix
     experts: int = 0
+    first_type: int = 0
 
     def __str__(self) -> str:
-        return f"{self.architecture}-{self.quant_type.name}{'-moe' if self.experts else ''}"
+        kind = "every_type" if self.quant_type is None else self.quant_type.name
+        return f"{self.architecture}-{kind}{'-moe' if self.experts else ''}"
+
+    @property
+    def other_types(self) -> dict[str, QuantType]:
+        return every_type(self.first_type) if self.quant_type is None else {}
 
 
 KINDS = (
+    Kind("llama", None),
     Kind("llama", QuantType.Q4_K),
-    Kind("llama", QuantType.F16),
     Kind("llama", QuantType.Q4_1),
-    Kind("llama", QuantType.Q8_0, experts=4),
-    Kind("qwen2", QuantType.Q6_K),
+    Kind("llama", None, experts=4, first_type=8),
+    Kind("qwen2", None, first_type=16),
     Kind("qwen2", QuantType.Q4_0),
 )
 FACTORS: dict[str, tuple[Any, ...]] = {
@@ -91,9 +100,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
             model = build_tiny_model(
                 folder / f"{kind}.gguf",
                 architecture=kind.architecture,
-                quant_type=kind.quant_type,
+                quant_type=kind.quant_type or QuantType.F16,
                 experts=kind.experts,
                 vocabulary=VOCABULARY,
+                other_types=kind.other_types,
             )
             with pytest.MonkeyPatch.context() as patch:
                 work = make_work(SEED, VOCABULARY, KV_LAYER_BYTES)
@@ -116,6 +126,12 @@ def test_every_pair_of_ways(
     work = make_work(SEED, VOCABULARY, KV_LAYER_BYTES)
     answers = run(model, way, work, tmp_path, monkeypatch)
     assert answers == expected[: len(answers)]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.quant_type is None], ids=str)
+def test_a_model_of_every_type_has_them_all(kind: Kind, models: Models) -> None:
+    path, _ = models(kind)
+    assert {tensor.quant_type for tensor in open_model(path).tensors.values()} == set(SUPPORTED_TYPES)
 
 
 def test_answers_are_worth_comparing(models: Models) -> None:

@@ -57,6 +57,20 @@ def test_a_small_shape_of_every_type(tmp_path: Path, quant_type: str) -> None:
     assert np.isfinite(weights).all() and 0.7 < float(weights.std()) < 1.5 and abs(float(weights.mean())) < 0.2
 
 
+def test_a_small_shape_of_experts(tmp_path: Path) -> None:
+    path = tmp_path / "shape.gguf"
+    done = run("1.1b", "Q4_K", str(path), *SMALL, "--experts", "4", "--experts-used", "3")
+    assert done.returncode == 0, done.stderr
+    model = open_model(path)
+    parameters = read_hyperparameters(model)
+    assert (parameters.expert_count, parameters.expert_used_count) == (4, 3)
+    assert model.tensor("blk.1.ffn_down_exps.weight").shape == (4, 256, 512)
+    assert model.tensor("blk.1.ffn_gate_inp.weight").shape == (4, 256)
+    assert "blk.1.ffn_down.weight" not in model.tensors
+    refused = run("1.1b", "Q4_K", str(path), *SMALL, "--experts", "1")
+    assert refused.returncode == 2 and "2 of 1 experts" in refused.stderr
+
+
 def test_a_shape_that_cannot_be_is_one_line(tmp_path: Path) -> None:
     done = run("1.1b", "Q4_K", str(tmp_path / "shape.gguf"), "--hidden", "96")
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from tiny_quantizers import quantize
 from tiny_tokenizers import byte_level, sentencepiece
 
+from llamaclust.kernels.cpu.weights import SUPPORTED_TYPES
 from llamaclust.model.quant_types import QuantType
 from llamaclust.model.writer import TensorSource, WritableValue, write_gguf
 
@@ -66,6 +67,14 @@ def build_tiny_model(
     sources = [_source(tensor, _type_of(tensor, quant_type, other_types or {}), seed) for tensor in tensors]
     write_gguf(path, _metadata(shape) | dict(extra or {}), sources)
     return path
+
+
+def every_type(first: int, layers: int = 6) -> dict[str, QuantType]:
+    """`other_types` for a model whose matrices take turns through all types of the CPU, from number `first` on."""
+    parts = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+    names = [*(f"blk.{layer}.{part}" for layer in range(layers) for part in parts), "token_embd", "output.weight"]
+    assert len(names) >= len(SUPPORTED_TYPES)
+    return {name: SUPPORTED_TYPES[(first + i) % len(SUPPORTED_TYPES)] for i, name in enumerate(names)}
 
 
 @dataclass(frozen=True, slots=True)

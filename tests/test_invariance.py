@@ -160,7 +160,7 @@ ways = st.builds(
 @settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
 @given(way=ways)
 def test_random_ways(way: Way, models: Models, tmp_path_factory: pytest.TempPathFactory) -> None:
-    model, expected = models(KINDS[0])
+    model, expected = models(KINDS[1])
     with pytest.MonkeyPatch.context() as patch:
         work = make_work(SEED, VOCABULARY, KV_LAYER_BYTES)
         answers = run(model, way, work, tmp_path_factory.mktemp("way"), patch)

@@ -23,7 +23,7 @@ Float32 = NDArray[np.float32]
 
 WIDTH, FFN, ROWS = 256, 320, 75
 TYPES = [QuantType.F16, QuantType.Q4_1, QuantType.Q8_0, QuantType.MXFP4]
-WAYS = [(level, threads) for level in available_levels() for threads in (1, 2, 3, 5)]
+WAYS = [(level, 2) for level in available_levels()] + [(available_levels()[-1], threads) for threads in (1, 3, 5)]
 
 
 def experts_of(folder: Path, quant_type: QuantType, router: Float32, used: int) -> tuple[Case, dict[str, Tensor]]:

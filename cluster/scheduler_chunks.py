@@ -17,13 +17,15 @@ _EFFICIENT = 4
 """Computing a chunk's rows is to take so many times as long as what a chunk costs by itself."""
 
 
-def chunk_rows(settings: SchedulerSettings, times: StageTimes, burst: int, left: int, decoding: int, alone: bool) -> int:
+def chunk_rows(
+    settings: SchedulerSettings, times: StageTimes, burst: int, left: int, decoding: int, alone: bool
+) -> int:
     """Prefill rows of the next microbatch, which also has `decoding` rows; `burst` prompt tokens came together, `left`
     of them are still to be computed; `alone`: nobody decodes, in other microbatches neither.
 
     A chunk takes the slowest stage `prefill_ms` at most, or 16 rows where they take longer, so that those who decode do
-    not wait longer (`prefill_alone_ms` while there are none); and no more than what finishes the burst soonest: k chunks on S stages end after
-    (k + S - 1) * (a + b * burst / k), with stage time a + b * rows, which is least at
+    not wait longer (`prefill_alone_ms` while there are none); and no more than what finishes the burst soonest: k
+    chunks on S stages end after (k + S - 1) * (a + b * burst / k), with stage time a + b * rows, which is least at
     burst / k = sqrt(burst * a / ((S - 1) * b)). The last chunks are smaller yet, half of what is left each: while later
     stages compute them, the first ones have nothing to do.
     """

@@ -135,7 +135,8 @@ def test_the_last_chunks_are_small_where_later_stages_wait_for_them() -> None:
         timings = (StageTiming(0, 1_000_000 + 100_000 * rows, 0, rows),) * stages
         times[stages].learn(Result(1, 0, timings=timings), False, False, 1)
     rows = {
-        stages: [chunk_rows(SETTINGS, times[stages], 4000, left, 0, False) for left in (4000, 200, 64)] for stages in (1, 2)
+        stages: [chunk_rows(SETTINGS, times[stages], 4000, left, 0, False) for left in (4000, 200, 64)]
+        for stages in (1, 2)
     }
     assert rows[2] == sorted(rows[2], reverse=True) and rows[2][1] == 96 and rows[2][2] == 32
     assert len(set(rows[1])) == 1

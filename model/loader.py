@@ -26,7 +26,8 @@ _KV_VALUE_BYTES = 2
 
 @dataclass(frozen=True, slots=True)
 class LayerCost:
-    """One layer. `idle_bytes`: those of its weights that a token does not read, since it chooses other experts.
+    """One layer; bytes are those that lie in memory. `idle_bytes`: weights that a token does not read, since it chooses
+    other experts.
 
     Multiply-accumulates are those of weights; attention's grow with the context and are not in them.
     """
@@ -128,12 +129,12 @@ class Model:
 
     def _weight_bytes(self, steps: Iterable[Step]) -> int:
         names = replace(self._whole, steps=tuple(steps)).weights
-        return sum(self.file.tensor(name).n_bytes for name in names)
+        return sum(self.file.tensor(name).resident_bytes for name in names)
 
     def _idle_bytes(self, step: Step) -> int:
         if not isinstance(step, Moe):
             return 0
-        held = sum(self.file.tensor(name).n_bytes for name in (step.gate, step.up, step.down))
+        held = sum(self.file.tensor(name).resident_bytes for name in (step.gate, step.up, step.down))
         return held // step.experts * (step.experts - step.used)
 
     def _refuse_unknown_tensors(self) -> None:

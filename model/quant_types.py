@@ -57,18 +57,32 @@ class ActivationFormat(Enum):
     Q8_256 = 256
 
 
+TILE_ROWS = 16
+_CACHE_LINE_BYTES = 64
+
+
 @dataclass(frozen=True, slots=True)
 class TypeInfo:
-    """One row of the table; `activation` is None where no dot product is defined (integers, ggml's internal types)."""
+    """One row of the table; `activation` is None where no dot product is defined (integers, ggml's internal types).
+
+    `tile_extra_bytes`: what a block takes in memory beyond its bytes in a file, where quick decoding is worth that.
+    """
 
     block_size: int
     block_bytes: int
     activation: ActivationFormat | None
+    tile_extra_bytes: int = 0
 
     def row_bytes(self, width: int) -> int:
         """Bytes of a row of `width` weights, a multiple of the block size."""
         assert width % self.block_size == 0
         return width // self.block_size * self.block_bytes
+
+    def tile_bytes(self, width: int) -> int:
+        """Bytes of sixteen such rows as they lie in memory to be computed with: whole cache lines."""
+        assert width % self.block_size == 0
+        blocks = TILE_ROWS * (width // self.block_size)
+        return -(-blocks * (self.block_bytes + self.tile_extra_bytes) // _CACHE_LINE_BYTES) * _CACHE_LINE_BYTES
 
 
 _F32, _Q8_32, _Q8_256 = ActivationFormat.F32, ActivationFormat.Q8_32, ActivationFormat.Q8_256
@@ -98,14 +112,14 @@ TYPE_INFO: dict[QuantType, TypeInfo] = {
     QuantType.Q5_K: TypeInfo(256, 176, _Q8_256),
     QuantType.Q6_K: TypeInfo(256, 210, _Q8_256),
     QuantType.Q8_K: TypeInfo(256, 292, None),
-    QuantType.IQ1_S: TypeInfo(256, 50, _Q8_256),
-    QuantType.IQ1_M: TypeInfo(256, 56, _Q8_256),
-    QuantType.IQ2_XXS: TypeInfo(256, 66, _Q8_256),
-    QuantType.IQ2_XS: TypeInfo(256, 74, _Q8_256),
-    QuantType.IQ2_S: TypeInfo(256, 82, _Q8_256),
-    QuantType.IQ3_XXS: TypeInfo(256, 98, _Q8_256),
-    QuantType.IQ3_S: TypeInfo(256, 110, _Q8_256),
-    QuantType.IQ4_XS: TypeInfo(256, 136, _Q8_256),
-    QuantType.TQ1_0: TypeInfo(256, 54, _Q8_256),
+    QuantType.IQ1_S: TypeInfo(256, 50, _Q8_256, 12),
+    QuantType.IQ1_M: TypeInfo(256, 56, _Q8_256, 12),
+    QuantType.IQ2_XXS: TypeInfo(256, 66, _Q8_256, 4),
+    QuantType.IQ2_XS: TypeInfo(256, 74, _Q8_256, 4),
+    QuantType.IQ2_S: TypeInfo(256, 82, _Q8_256, 16),
+    QuantType.IQ3_XXS: TypeInfo(256, 98, _Q8_256, 4),
+    QuantType.IQ3_S: TypeInfo(256, 110, _Q8_256, 24),
+    QuantType.IQ4_XS: TypeInfo(256, 136, _Q8_256, 2),
+    QuantType.TQ1_0: TypeInfo(256, 54, _Q8_256, 12),
     QuantType.TQ2_0: TypeInfo(256, 66, _Q8_256),
 }

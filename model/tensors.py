@@ -12,7 +12,7 @@ from math import prod
 from pathlib import Path
 
 from llamaclust.errors import ModelFileError
-from llamaclust.model.quant_types import QuantType
+from llamaclust.model.quant_types import TILE_ROWS, QuantType
 
 _READ_BYTES = 1 << 26
 """One read call; large enough for any disk, small enough that a load can be interrupted."""
@@ -29,7 +29,10 @@ class FileIdentity:
 
     @classmethod
     def of(cls, descriptor: int) -> FileIdentity:
-        status = os.fstat(descriptor)
+        return cls.from_status(os.fstat(descriptor))
+
+    @classmethod
+    def from_status(cls, status: os.stat_result) -> FileIdentity:
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
@@ -79,6 +82,12 @@ class Tensor:
     file_identity: FileIdentity
 
     @property
+    def layer(self) -> str | None:
+        """`blk.7` of a tensor of layer 7; None outside the layers."""
+        parts = self.name.split(".", 2)
+        return ".".join(parts[:2]) if len(parts) == 3 and parts[0] == "blk" else None
+
+    @property
     def rows(self) -> int:
         """Rows of `shape[-1]` weights, over all slower dimensions."""
         return prod(self.shape[:-1])
@@ -86,6 +95,14 @@ class Tensor:
     @property
     def row_bytes(self) -> int:
         return self.quant_type.info.row_bytes(self.shape[-1])
+
+    @property
+    def resident_bytes(self) -> int:
+        """What it takes in memory to be computed with: a vector as float32, matrices in tiles of sixteen rows."""
+        if len(self.shape) == 1:
+            return 4 * self.shape[0]
+        *count, rows, width = self.shape
+        return prod(count) * -(-rows // TILE_ROWS) * self.quant_type.info.tile_bytes(width)
 
     def read(self) -> bytes:
         """All bytes, as they stand in the file. ModelFileError where the file went away, shrank or changed."""

@@ -14,7 +14,9 @@ from batches import batch_of
 from single_steps import LIMITS, Weight, normal, program_of, rows_at
 
 from llamaclust.errors import DoesNotFitError, ModelFileError, UsageError
+from llamaclust.kernels.cpu._native import PackedMatrix
 from llamaclust.kernels.cpu.backend import CpuBackend, CpuStage
+from llamaclust.kernels.cpu.weights import SUPPORTED_TYPES
 from llamaclust.model.gguf import open_model
 from llamaclust.model.program import (
     Add,
@@ -31,7 +33,7 @@ from llamaclust.model.program import (
     Step,
 )
 from llamaclust.model.quant_types import QuantType
-from llamaclust.model.tensors import Tensor
+from llamaclust.model.tensors import FileIdentity, Tensor
 from llamaclust.model.writer import write_gguf
 from llamaclust.wire.control import StageLimits
 
@@ -66,7 +68,7 @@ def test_progress_covers_every_byte_once(tmp_path: Path) -> None:
     program = program_of(X, Buffer("big", 9000), *steps)
     backend = CpuBackend(2)
     stage = backend.load(program, tensors, LIMITS, done.append)
-    assert sum(done) == sum(tensor.n_bytes for tensor in tensors.values())
+    assert sum(done) == stage.weight_bytes == sum(tensor.resident_bytes for tensor in tensors.values())
     again: list[int] = []
     other = backend.load(program, tensors, LIMITS, again.append)
     assert sum(again) == sum(done)
@@ -93,6 +95,15 @@ def test_stages_share_weights_as_long_as_one_lives(tmp_path: Path) -> None:
     gc.collect()
     with pytest.raises(ModelFileError, match="shrank"):
         backend.load(program, tensors, LIMITS, lambda done_bytes: None)
+
+
+@pytest.mark.parametrize("kind", SUPPORTED_TYPES, ids=lambda kind: kind.name)
+def test_plans_know_what_tiles_take(kind: QuantType) -> None:
+    for rows in (1, 16, 17, 40):
+        for segments in (1, 2, 3, 4, 7, 18):
+            cols = segments * kind.info.block_size
+            tensor = Tensor("w", kind, (3, rows, cols), Path(), 0, 0, FileIdentity(0, 0, 0, 0))
+            assert tensor.resident_bytes == 3 * PackedMatrix(int(kind), rows, cols).bytes, (rows, cols)
 
 
 @pytest.mark.parametrize("kind", [QuantType.F16, QuantType.BF16])

@@ -16,7 +16,7 @@ from llamaclust.worker.batches import build_batch
 
 @dataclass(frozen=True, slots=True)
 class StageMemory:
-    """What a stage takes: weights as they stand in the file when planned, all as it lies in memory when loaded."""
+    """What a stage takes, as it lies in memory."""
 
     weight_bytes: int
     kv_bytes: int
@@ -36,7 +36,7 @@ def plan_memory(backend: Backend, model: Model, start: int, end: int, limits: St
     """What layers [start, end) will take."""
     program = model_program(model, start, end)
     tensors = model.tensors_for(program)
-    weights = sum(tensor.n_bytes for tensor in tensors.values())
+    weights = sum(tensor.resident_bytes for tensor in tensors.values())
     kv_bytes = backend.kv_block_bytes(program) * limits.kv_blocks
     return StageMemory(weights, kv_bytes, backend.workspace_bytes(program, tensors, limits))
 

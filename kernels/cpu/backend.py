@@ -11,7 +11,10 @@ from llamaclust.errors import DoesNotFitError, ModelFileError, UsageError
 from llamaclust.kernels.backend import Batch, Float32, Progress
 from llamaclust.kernels.cpu import _native
 from llamaclust.kernels.cpu.compile import compile_program
-from llamaclust.kernels.cpu.weights import Weight, WeightStore, shapes_only
+from llamaclust.kernels.cpu.prepared import PreparedLayers
+from llamaclust.kernels.cpu.prepared_files import PreparedFolder
+from llamaclust.kernels.cpu.weight_store import WeightStore
+from llamaclust.kernels.cpu.weights import Weight, shapes_only
 from llamaclust.model.program import Program
 from llamaclust.model.tensors import Tensor
 from llamaclust.sizes import needed
@@ -68,12 +71,20 @@ def _explained(program: Program) -> Iterator[None]:
 
 class CpuBackend:
     """See `kernels.backend.Backend`. `threads` compute, the caller of `run` being one of them; fewer while other
-    programs keep the cores busy, unless `yields` is false. Without a `feature_level`, the best this machine has."""
+    programs keep the cores busy, unless `yields` is false. Without a `feature_level`, the best this machine has. Layers
+    are kept `prepared` on disk for the next load, where a folder for them is given."""
 
     name = "cpu"
     numerics_version = NUMERICS_VERSION
 
-    def __init__(self, threads: int, feature_level: str | None = None, *, yields: bool = True) -> None:
+    def __init__(
+        self,
+        threads: int,
+        feature_level: str | None = None,
+        *,
+        yields: bool = True,
+        prepared: PreparedFolder | None = None,
+    ) -> None:
         """UsageError for a feature level that is not available here, or too many threads."""
         levels = _native.available_levels()
         self.feature_level = feature_level or levels[-1]
@@ -87,7 +98,8 @@ class CpuBackend:
         except (ValueError, RuntimeError) as error:
             raise UsageError(f"{threads} threads: {error}; give another number") from error
         self.threads = threads
-        self._weights = WeightStore(threads)
+        self.prepared = None if prepared is None else PreparedLayers(prepared)
+        self._weights = WeightStore(threads, self.prepared)
 
     def load(self, program: Program, tensors: dict[str, Tensor], limits: StageLimits, progress: Progress) -> CpuStage:
         """ModelFileError for weights without kernels or figures that do not fit together; DoesNotFitError where the
@@ -108,7 +120,7 @@ class CpuBackend:
 
     def _does_not_fit(self, program: Program, tensors: dict[str, Tensor], limits: StageLimits) -> str:
         parts = {
-            "weights": sum(tensors[name].n_bytes for name in program.weights),
+            "weights": sum(tensors[name].resident_bytes for name in program.weights),
             "KV memory": self.kv_block_bytes(program) * limits.kv_blocks,
         }
         what = f"layers [{program.start}, {program.end}) need {needed(parts)}"

@@ -1,28 +1,20 @@
-"""Weights of the CPU backend: read from the model file in pieces, packed into tiles, shared by stages."""
+"""Weights of the CPU backend: what a program takes tensors for, which of them can be computed with, and what they
+become."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
-from threading import Lock
-from weakref import WeakValueDictionary
 
 import numpy as np
-from numpy.typing import NDArray
 
 from llamaclust.errors import ModelFileError
-from llamaclust.kernels.backend import Float32, Progress
+from llamaclust.kernels.backend import Float32
 from llamaclust.kernels.cpu._native import PackedMatrix
 from llamaclust.model.program import Embed, MatMul, Moe, Program, RmsNorm, Step
 from llamaclust.model.quant_types import QuantType
 from llamaclust.model.tensors import Tensor
-
-_CHUNK_BYTES = 1 << 22
-"""Read and packed at once: progress moves, and little memory is held twice."""
-
-_TILE_ROWS = 16
 
 SUPPORTED_TYPES = (
     QuantType.F32,
@@ -128,61 +120,6 @@ def _shape_only(tensor: Tensor) -> Weight:
     return Weight(tensor.quant_type, (shape,) * prod(count))
 
 
-@dataclass(frozen=True, slots=True)
-class _Chunk:
-    """Rows [start, end) of a tensor's matrix number `index`, or a whole vector."""
-
-    tensor: Tensor
-    weight: Weight
-    index: int
-    start: int
-    end: int
-
-    def load(self) -> int:
-        """Reads and packs; returns the number of bytes."""
-        row_bytes, rows = self.tensor.row_bytes, self.tensor.rows // max(len(self.weight.matrices), 1)
-        data = np.empty((self.end - self.start) * row_bytes, np.uint8)
-        self.tensor.read_into(data.data, (self.index * rows + self.start) * row_bytes)
-        if self.weight.matrices:
-            self.weight.matrices[self.index].pack_rows(self.start, data)
-        else:
-            self.weight.vector[:] = _to_float(self.tensor.quant_type, data)
-        return data.nbytes
-
-
-class WeightStore:
-    """Loads tensors, each once for as long as any stage holds it."""
-
-    def __init__(self, threads: int) -> None:
-        self._threads = threads
-        self._lock = Lock()
-        self._loaded: WeakValueDictionary[tuple[object, ...], Weight] = WeakValueDictionary()
-
-    def load(self, program: Program, tensors: Mapping[str, Tensor], progress: Progress) -> dict[str, Weight]:
-        """ModelFileError for a tensor of the wrong shape or of a type without kernels, or a file that changed."""
-        check_weights(program, tensors)
-        needs = needs_of(program)
-        with self._lock:
-            weights = {name: self._loaded.get(_key(tensors[name])) for name in needs}
-            present = {name: weight for name, weight in weights.items() if weight is not None}
-            progress(sum(tensors[name].n_bytes for name in present))
-            missing = self._read([tensors[name] for name in needs if name not in present], progress)
-            self._loaded.update((_key(tensors[name]), weight) for name, weight in missing.items())
-        return present | missing
-
-    def _read(self, tensors: Sequence[Tensor], progress: Progress) -> dict[str, Weight]:
-        weights = {tensor.name: _allocate(tensor) for tensor in tensors}
-        chunks = [chunk for tensor in tensors for chunk in _chunks(tensor, weights[tensor.name])]
-        with ThreadPoolExecutor(self._threads, "load-weights") as pool:
-            for n_bytes in pool.map(_Chunk.load, chunks):
-                progress(n_bytes)
-        return weights
-
-
-def _key(tensor: Tensor) -> tuple[object, ...]:
-    return tensor.path, tensor.file_identity, tensor.name
-
-
 def check_weights(program: Program, tensors: Mapping[str, Tensor]) -> None:
     """ModelFileError for a tensor of the wrong shape or of a type without kernels. Reads no weights."""
     for name, wanted in needs_of(program).items():
@@ -200,33 +137,3 @@ def _check(tensor: Tensor, need: Need) -> None:
         wanted = [size if size >= 0 else "any" for size in need.shape]
         what = f"shape {list(tensor.shape)}, the model's own figures ask for {wanted}"
         raise ModelFileError(f"{tensor.path}: tensor {tensor.name}: {what}; the file is damaged")
-
-
-def _allocate(tensor: Tensor) -> Weight:
-    if len(tensor.shape) == 1:
-        return Weight(tensor.quant_type, vector=np.empty(tensor.shape, np.float32))
-    *count, rows, cols = tensor.shape
-    return Weight(
-        tensor.quant_type, tuple(PackedMatrix(int(tensor.quant_type), rows, cols) for _ in range(prod(count)))
-    )
-
-
-def _chunks(tensor: Tensor, weight: Weight) -> Iterator[_Chunk]:
-    if not weight.matrices:
-        yield _Chunk(tensor, weight, 0, 0, 1)
-        return
-    rows = tensor.shape[-2]
-    step = max(_CHUNK_BYTES // tensor.row_bytes // _TILE_ROWS, 1) * _TILE_ROWS
-    for index in range(len(weight.matrices)):
-        for start in range(0, rows, step):
-            yield _Chunk(tensor, weight, index, start, min(start + step, rows))
-
-
-def _to_float(kind: QuantType, data: NDArray[np.uint8]) -> Float32:
-    match kind:
-        case QuantType.F32:
-            return data.view(np.float32)
-        case QuantType.F16:
-            return data.view(np.float16).astype(np.float32)
-        case _:
-            return (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32)

@@ -5,6 +5,7 @@
 
 namespace llamaclust {
 
+void bind_memory(nanobind::module_& module);
 void bind_matmul(nanobind::module_& module);
 void bind_sampler(nanobind::module_& module);
 void bind_executor(nanobind::module_& module);

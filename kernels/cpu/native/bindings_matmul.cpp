@@ -1,6 +1,7 @@
 // Matrix products for tests, benchmarks and measurements of a machine; a model runs them through the executor.
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -172,6 +173,8 @@ nb::object dequantize(const std::string& level, const PackedMatrix& packed) {
 void bind_matmul(nb::module_& module) {
   nb::class_<PackedMatrix>(module, "PackedMatrix", "Weights [rows, cols] in tiles; all zero at first.")
       .def(nb::init<int, int, int>(), "quant_type"_a, "rows"_a, "cols"_a)
+      .def(nb::init<int, int, int, std::shared_ptr<const Memory>, size_t>(), "quant_type"_a, "rows"_a, "cols"_a,
+           "memory"_a, "offset"_a)
       .def("pack_rows", &pack_rows, "first_row"_a, "data"_a,
            "Packs rows as a model file holds them; first_row is a multiple of 16, as is their number but at the end.")
       .def_static("shape_only", &PackedMatrix::shape_only, "quant_type"_a, "rows"_a, "cols"_a,

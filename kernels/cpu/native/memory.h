@@ -1,4 +1,4 @@
-// Memory straight from the operating system: zero, aligned to pages, and not there until it is touched.
+// Memory straight from the operating system: its own, or a file's.
 #pragma once
 
 #include <cstddef>
@@ -9,18 +9,27 @@ namespace llamaclust {
 
 class Memory {
  public:
+  static constexpr size_t kHugePage = size_t{1} << 21;  // of x86-64, and of most ARM systems
+
   Memory() = default;
-  explicit Memory(size_t bytes);  // std::bad_alloc where the system refuses
+  // Zero, aligned to pages (to huge ones from their size on), and not there until it is touched. std::bad_alloc where
+  // the system refuses.
+  explicit Memory(size_t bytes);
+  // The first bytes of a file, aligned likewise, shared with everybody who maps it, and read-only. To read what was cut
+  // off the file is a crash: map only files that nobody shortens. std::bad_alloc where the system refuses.
+  static Memory mapped(int descriptor, size_t bytes);
   Memory(Memory&& other) noexcept;
   Memory& operator=(Memory&& other) noexcept;
   ~Memory();
 
   uint8_t* data() const { return data_; }
   size_t bytes() const { return bytes_; }
+  bool is_writable() const { return is_writable_; }
 
  private:
   uint8_t* data_ = nullptr;
   size_t bytes_ = 0;
+  bool is_writable_ = true;
 };
 
 // Offsets of things that lie one after another, each on a cache line of its own.

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from llamaclust import __version__
-from llamaclust.cli import cluster_commands, generate_commands, measure_commands, model_commands
+from llamaclust.cli import cache_commands, cluster_commands, generate_commands, measure_commands, model_commands
 from llamaclust.cli.help import PlainCommand, PlainGroup
 
 BadUsage: type[Any] = typer.BadParameter.__mro__[1]
@@ -40,4 +40,5 @@ cluster_commands.register(app)
 generate_commands.register(app)
 measure_commands.register(app)
 model_commands.app.command("perplexity", cls=PlainCommand)(measure_commands.perplexity)
+model_commands.app.add_typer(cache_commands.app, name="cache")
 app.add_typer(model_commands.app, name="model")

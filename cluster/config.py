@@ -25,6 +25,7 @@ from llamaclust.cluster.config_values import (
     is_loopback,
     not_built,
     parse_device,
+    parse_size,
     split_address,
 )
 from llamaclust.errors import UsageError
@@ -42,7 +43,13 @@ class Environment:
 
     state_dir: Path  # LLAMACLUST_STATE_DIR; else $XDG_STATE_HOME/llamaclust or ~/.local/state/llamaclust
     home: Path  # LLAMACLUST_HOME: models and caches; else $XDG_CACHE_HOME/llamaclust or ~/.cache/llamaclust
+    prepared_bytes: int  # LLAMACLUST_CACHE_SIZE: what prepared layers may take on disk; 0: none are kept
     feature_level: str | None  # LLAMACLUST_FEATURE_LEVEL: forces the kernels' level; None: the best there is
+
+    @property
+    def prepared_dir(self) -> Path:
+        """Where layers that were packed once are kept for the next start."""
+        return self.home / "prepared"
 
 
 def environment(variables: Mapping[str, str] | None = None) -> Environment:
@@ -54,8 +61,17 @@ def environment(variables: Mapping[str, str] | None = None) -> Environment:
     return Environment(
         state_dir=_folder(variables, "LLAMACLUST_STATE_DIR", "XDG_STATE_HOME", "~/.local/state"),
         home=_folder(variables, "LLAMACLUST_HOME", "XDG_CACHE_HOME", "~/.cache"),
+        prepared_bytes=_size(variables, "LLAMACLUST_CACHE_SIZE", default="32GiB"),
         feature_level=level,
     )
+
+
+def _size(variables: Mapping[str, str], name: str, default: str) -> int:
+    given = variables.get(name) or default
+    try:
+        return 0 if given == "0" else parse_size(given)
+    except ValueError as error:
+        raise UsageError(f"{name}={error}, or 0 for none") from error
 
 
 def _folder(variables: Mapping[str, str], own: str, base: str, default: str) -> Path:

@@ -23,6 +23,7 @@ from llamaclust.cluster.text import TextService, TextSettings
 from llamaclust.errors import DoesNotFitError, LlamaclustError, RequestError, UsageError
 from llamaclust.kernels.backend import Float32
 from llamaclust.kernels.cpu.backend import CpuBackend
+from llamaclust.kernels.cpu.prepared_files import PreparedFolder
 from llamaclust.model.loader import Model
 from llamaclust.model.program import KV_BLOCK_TOKENS
 from llamaclust.sizes import missing
@@ -90,7 +91,10 @@ class LocalStage:
     def __init__(self, path: Path, threads: int | None, feature_level: str | None, settings: LocalSettings) -> None:
         self.model = Model.open(path)
         self.scheduling = _scheduler_settings(self.model, settings)
-        backend = CpuBackend(threads or len(os.sched_getaffinity(0)), feature_level or environment().feature_level)
+        variables = environment()
+        kept = PreparedFolder(variables.prepared_dir, variables.prepared_bytes) if variables.prepared_bytes else None
+        threads = threads or len(os.sched_getaffinity(0))
+        backend = CpuBackend(threads, feature_level or variables.feature_level, prepared=kept)
         self.feature_level = backend.feature_level
         own = (self.scheduling.kv_blocks, _blocks(self.scheduling.context_length))
         limits = _limits(self.scheduling, own)

@@ -16,9 +16,18 @@ def thread_shares(config: ClusterConfig) -> dict[str, int]:
 
 
 def worker_specs(config: ClusterConfig) -> list[WorkerSpec]:
-    threads, level = thread_shares(config), environment().feature_level or ""
+    threads, variables = thread_shares(config), environment()
     return [
-        WorkerSpec(worker.name, worker.device, threads[worker.name], worker.memory, level) for worker in config.workers
+        WorkerSpec(
+            worker.name,
+            worker.device,
+            threads[worker.name],
+            worker.memory,
+            variables.feature_level or "",
+            variables.prepared_dir if variables.prepared_bytes else None,
+            variables.prepared_bytes,
+        )
+        for worker in config.workers
     ]
 
 

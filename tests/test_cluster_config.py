@@ -102,6 +102,10 @@ def test_environment() -> None:
     read = environment({"LLAMACLUST_STATE_DIR": "/s", "XDG_CACHE_HOME": "/c", "LLAMACLUST_FEATURE_LEVEL": "avx2"})
     assert (read.state_dir, read.home, read.feature_level) == (Path("/s"), Path("/c/llamaclust"), "avx2")
     assert environment({}).home == Path.home() / ".cache/llamaclust"
+    assert (environment({}).prepared_bytes, environment({"LLAMACLUST_CACHE_SIZE": "0"}).prepared_bytes) == (32 << 30, 0)
+    assert environment({"LLAMACLUST_CACHE_SIZE": "3MiB", "LLAMACLUST_HOME": "/h"}).prepared_dir == Path("/h/prepared")
+    with pytest.raises(UsageError, match="LLAMACLUST_CACHE_SIZE='much' is not a size; write it like 8GiB"):
+        environment({"LLAMACLUST_CACHE_SIZE": "much"})
     with pytest.raises(UsageError, match="LLAMACLUST_FEATURE_LEVEL=avx3: not one of generic"):
         environment({"LLAMACLUST_FEATURE_LEVEL": "avx3"})
     with pytest.raises(

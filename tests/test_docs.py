@@ -135,11 +135,15 @@ def test_every_dependency_has_a_line() -> None:
 
 def commands() -> dict[tuple[str, ...], Any]:
     """Every command of the program by its words."""
-    found = {}
-    for name, command in get_command(app).commands.items():
-        nested = getattr(command, "commands", None)
-        found |= {(name,): command} if nested is None else {(name, word): one for word, one in nested.items()}
-    return found
+    return dict(commands_below((), get_command(app)))
+
+
+def commands_below(words: tuple[str, ...], command: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
+    nested = getattr(command, "commands", None)
+    if nested is None:
+        yield words, command
+    for name, one in (nested or {}).items():
+        yield from commands_below((*words, name), one)
 
 
 def options(command: Any) -> dict[str, Any]:
@@ -195,8 +199,8 @@ def test_commands_in_examples_exist(page: Path) -> None:
 
 def check_command(words: list[str]) -> None:
     known = commands()
-    name = next((tuple(words[:n]) for n in (2, 1) if tuple(words[:n]) in known), None)
-    assert name is not None or words == ["model"], f"no command: llamaclust {' '.join(words)}"
+    name = next((tuple(words[:n]) for n in (3, 2, 1) if tuple(words[:n]) in known), None)
+    assert name is not None or words in (["model"], ["model", "cache"]), f"no command: llamaclust {' '.join(words)}"
     given = [word for word in words if word.startswith("-") and word != "-"]
     assert name is None or [one for one in given if one not in options(known[name])] == [], words
 

@@ -17,7 +17,8 @@ def parse_settings(arguments: list[str]) -> WorkerSettings:
     for name in ("--name", "--join", "--listen", "--device", "--feature-level"):
         parser.add_argument(name, required=name in ("--name", "--join"))
     parser.add_argument("--token-file", type=Path, required=True)
-    for name in ("--threads", "--memory-bytes", "--parent-pid"):
+    parser.add_argument("--prepared-dir", type=Path)
+    for name in ("--threads", "--memory-bytes", "--prepared-bytes", "--parent-pid"):
         parser.add_argument(name, type=int)
     parser.add_argument("--join-s", type=float)
     given = {key: value for key, value in vars(parser.parse_args(arguments)).items() if value is not None}

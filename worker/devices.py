@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from llamaclust.errors import UsageError
 from llamaclust.kernels.backend import Backend
+from llamaclust.kernels.cpu.prepared_files import PreparedFolder
 from llamaclust.model.loader import Model
 from llamaclust.wire.control import Measured, Register
 from llamaclust.worker.machine import available_memory_bytes, processor_name, resident_bytes, total_memory_bytes
@@ -30,7 +31,8 @@ class Device:
         """UsageError for a device or feature level that this machine does not have."""
         threads = settings.threads or len(os.sched_getaffinity(0))
         level = settings.feature_level
-        return cls(settings.device, threads, level, settings.memory_bytes, _backend(settings.device, threads, level))
+        backend = _backend(settings.device, threads, level, settings)
+        return cls(settings.device, threads, level, settings.memory_bytes, backend)
 
     @property
     def free_memory_bytes(self) -> int:
@@ -90,13 +92,19 @@ def _check_model(kind: str, model: Model) -> None:
         check_weights(program, model.tensors_for(program))
 
 
-def _backend(device: str, threads: int, feature_level: str) -> Backend:
+def _backend(device: str, threads: int, feature_level: str, settings: WorkerSettings | None = None) -> Backend:
     if device == "cpu":
         from llamaclust.kernels.cpu.backend import CpuBackend
 
-        return CpuBackend(threads, feature_level)
+        return CpuBackend(threads, feature_level, prepared=_prepared(settings))
     if device == "reference":
         from llamaclust.kernels.reference.backend import ReferenceBackend
 
         return ReferenceBackend()
     raise UsageError(f"device {device!r}: only cpu and reference are supported")
+
+
+def _prepared(settings: WorkerSettings | None) -> PreparedFolder | None:
+    if settings is None or settings.prepared_dir is None:
+        return None
+    return PreparedFolder(settings.prepared_dir, settings.prepared_bytes)

@@ -20,3 +20,5 @@ class WorkerSettings:
     feature_level: str = ""  # "": the best there is
     join_s: float = 60.0  # how long to wait for the coordinator
     parent_pid: int | None = None
+    prepared_dir: Path | None = None  # where layers are kept prepared for the next load; None: nowhere
+    prepared_bytes: int = 0  # what they may take

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from llamaclust.model.loader import Model
@@ -21,6 +22,8 @@ class WorkerSpec:
     threads: int | None = None
     memory_bytes: int | None = None
     feature_level: str = ""
+    prepared_dir: Path | None = None  # where it keeps prepared layers, if any; beside workers of the same machine
+    prepared_bytes: int = 0
 
 
 class Launcher(Protocol):

@@ -116,6 +116,8 @@ def _arguments(spec: WorkerSpec, join: str, listen: str, token_file: Path) -> It
         "--threads": spec.threads,
         "--memory-bytes": spec.memory_bytes,
         "--feature-level": spec.feature_level or None,
+        "--prepared-dir": spec.prepared_dir,
+        "--prepared-bytes": spec.prepared_bytes if spec.prepared_dir else None,
         "--parent-pid": os.getpid(),
     }
     for option, value in options.items():

@@ -35,7 +35,7 @@ def bench(
     ] = 0,
     repeats: Annotated[
         int, typer.Option("--repeats", "-r", metavar="N", min=1, max=100, help="Runs; medians are shown.")
-    ] = 3,
+    ] = 5,
     workers: Workers = 1,
     as_json: Json = False,
 ) -> None:

@@ -6,6 +6,7 @@ import json
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
@@ -104,15 +105,16 @@ def print_bench(task: BenchTask, as_json: bool) -> None:
 
 
 def _table(report: BenchReport) -> Table:
-    task, machine = report.task, report.machine
+    task = report.task
     model = printable(task.model.stem)
     where = f"{task.workers} workers with {task.threads_each}" if task.workers > 1 else f"{task.threads_each}"
     title = f"{model} ({report.quant_type}), {where} threads, {report.feature_level}, batch {task.batch}"
     table = Table("", "tokens", "tok/s", "achieved", "this machine", "share", title=title, title_justify="left")
-    for name, tokens, rate, unit, done, best in (
-        ("prefill", task.prompt, report.prefill_tok_s, "GMAC/s", report.prefill_gmac_s, machine.int8_gmac_s),
-        ("decode", task.generate, report.decode_tok_s, "GB/s", report.decode_gb_s, machine.read_gb_s),
+    prefill, decode = report.prefill_gmac_s, report.decode_gb_s
+    peak, read = median(pair.limit for pair in report.prefills), median(pair.limit for pair in report.decodes)
+    for name, tokens, rate, unit, done, best, share in (
+        ("prefill", task.prompt, report.prefill_tok_s, "GMAC/s", prefill, peak, report.prefill_roofline),
+        ("decode", task.generate, report.decode_tok_s, "GB/s", decode, read, report.decode_roofline),
     ):
-        share = f"{done / best:.0%}"
-        table.add_row(name, str(tokens), f"{rate:.1f}", f"{done:.2f} {unit}", f"{best:.2f} {unit}", share)
+        table.add_row(name, str(tokens), f"{rate:.1f}", f"{done:.2f} {unit}", f"{best:.2f} {unit}", f"{share:.0%}")
     return table

@@ -15,12 +15,18 @@ class Machine:
     int8_gmac_s: float
 
 
-def read_bandwidth(threads: int, seconds: float = 1.0) -> float:
-    """GB/s read from memory by `threads` together: the best of several plain patterns over 16 times the last cache.
+class ReadProbe:
+    """How fast `threads` together read memory, measured as often as wanted over one buffer of 16 times the last cache.
 
-    Filling that much memory comes on top of `seconds`. ValueError outside 1..1024 threads and 0..60 seconds.
+    ValueError outside 1..1024 threads.
     """
-    return _native.read_bandwidth(threads, seconds, 16) / 1e9
+
+    def __init__(self, threads: int) -> None:
+        self._probe = _native.ReadProbe(threads, 16)
+
+    def measure(self, seconds: float = 0.3) -> float:
+        """GB/s: the best of several plain patterns. ValueError outside 0..60 seconds."""
+        return self._probe.measure(seconds) / 1e9
 
 
 def int8_peak(threads: int, seconds: float = 0.2) -> float:
@@ -36,5 +42,6 @@ def fma_peak(threads: int, seconds: float = 0.2) -> float:
 def measure_machine(threads: int) -> Machine:
     """Both limits in less than half a second, over a smaller buffer: for a worker's registration."""
     return Machine(
-        read_gb_s=_native.read_bandwidth(threads, 0.15, 3) / 1e9, int8_gmac_s=_native.int8_peak(threads, 0.05) / 1e9
+        read_gb_s=_native.ReadProbe(threads, 3).measure(0.15) / 1e9,
+        int8_gmac_s=_native.int8_peak(threads, 0.05) / 1e9,
     )

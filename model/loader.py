@@ -18,10 +18,12 @@ from llamaclust.model.gguf import ModelFile, open_model
 from llamaclust.model.gguf_values import shown
 from llamaclust.model.hyperparameters import Hyperparameters, read_hyperparameters
 from llamaclust.model.program import Embed, MatMul, Moe, Program, SelectRows, Step
+from llamaclust.model.quant_types import ActivationFormat
 from llamaclust.model.tensors import Tensor
 from llamaclust.model.tokenizer import Tokenizer, load_tokenizer
 
 _KV_VALUE_BYTES = 2
+_F32 = ActivationFormat.F32
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +31,15 @@ class LayerCost:
     """One layer; bytes are those that lie in memory. `idle_bytes`: weights that a token does not read, since it chooses
     other experts.
 
-    Multiply-accumulates are those of weights; attention's grow with the context and are not in them.
+    Multiply-accumulates are those of weights, all of them and those of float weights; attention's grow with the context
+    and are not in them.
     """
 
     weight_bytes: int
     macs_per_token: int
     kv_bytes_per_token: int
     idle_bytes: int = 0
+    float_macs_per_token: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +50,7 @@ class ModelCosts:
     head_bytes: int
     head_macs: int
     layers: tuple[LayerCost, ...]
+    float_head_macs: int = 0
 
 
 class Model:
@@ -94,8 +99,9 @@ class Model:
         return ModelCosts(
             embedding_bytes=self._weight_bytes(embedding),
             head_bytes=self._weight_bytes(head),
-            head_macs=sum(map(_macs, head)),
+            head_macs=_all_macs(head),
             layers=tuple(self._layer_cost(self.program(layer, layer + 1)) for layer in range(self.layer_count)),
+            float_head_macs=sum(map(self._float_macs, head)),
         )
 
     @cached_property
@@ -122,9 +128,10 @@ class Model:
         kv_values = sum(2 * step.kv_heads * step.head_dim for step in program.kv_layers)
         return LayerCost(
             weight_bytes=self._weight_bytes(steps),
-            macs_per_token=sum(map(_macs, steps)),
+            macs_per_token=_all_macs(steps),
             kv_bytes_per_token=kv_values * _KV_VALUE_BYTES,
             idle_bytes=sum(map(self._idle_bytes, steps)),
+            float_macs_per_token=sum(map(self._float_macs, steps)),
         )
 
     def _weight_bytes(self, steps: Iterable[Step]) -> int:
@@ -136,6 +143,9 @@ class Model:
             return 0
         held = sum(self.file.tensor(name).resident_bytes for name in (step.gate, step.up, step.down))
         return held // step.experts * (step.experts - step.used)
+
+    def _float_macs(self, step: Step) -> int:
+        return sum(macs for name, macs in _macs(step) if self.file.tensor(name).quant_type.info.activation is _F32)
 
     def _refuse_unknown_tensors(self) -> None:
         """A tensor that nobody reads may be a scale or a norm without which every answer is wrong."""
@@ -158,12 +168,18 @@ def _is_before_head(step: Step) -> bool:
     return not isinstance(step, SelectRows)
 
 
-def _macs(step: Step) -> int:
-    """Multiply-accumulates of the step's weights for one row."""
+def _macs(step: Step) -> list[tuple[str, int]]:
+    """Multiply-accumulates of each of the step's weights for one row."""
     match step:
         case MatMul():
-            return step.x.width * step.out.width
+            return [(step.weight, step.x.width * step.out.width)]
         case Moe():
-            return step.x.width * (step.experts + 3 * step.used * step.ffn_width)
+            of_each = step.x.width * step.used * step.ffn_width
+            experts = [(name, of_each) for name in (step.gate, step.up, step.down)]
+            return [(step.router, step.x.width * step.experts), *experts]
         case _:
-            return 0
+            return []
+
+
+def _all_macs(steps: Iterable[Step]) -> int:
+    return sum(macs for step in steps for _, macs in _macs(step))

@@ -22,11 +22,11 @@ SLOW_PROBE = """
 import ctypes, sys
 from llamaclust.kernels import probes
 
-def slow(threads, seconds):
+def slow(threads):
     print("measuring", file=sys.stderr, flush=True)
     return ctypes.CDLL(None).sleep(60)
 
-probes.read_bandwidth = slow
+probes.ReadProbe = slow
 from llamaclust.cli.main import main
 main()
 """

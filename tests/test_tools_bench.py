@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 import pytest
 from tiny_model import build_tiny_model
@@ -16,6 +18,7 @@ from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.model.loader import Model
 from llamaclust.model.quant_types import QuantType
 from llamaclust.tools.bench import BenchTask, Work, run_bench
+from llamaclust.tools.bench_limits import Pair, Spread, paired
 from llamaclust.tools.bench_stage import BenchStage
 
 HIDDEN, FFN, LAYERS, VOCABULARY, KV_WIDTH = 256, 512, 3, 320, 64
@@ -25,7 +28,18 @@ MATRICES = LAYERS * (2 * HIDDEN * HIDDEN + 2 * HIDDEN * KV_WIDTH + 3 * HIDDEN * 
 @pytest.fixture(autouse=True)
 def quick_probes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The probes have tests of their own, and a machine that is asked for half a gigabyte may need long to find it."""
-    monkeypatch.setattr(probes, "read_bandwidth", lambda threads, seconds: 10.0)
+    monkeypatch.setattr(probes, "ReadProbe", FakeProbe)
+
+
+class FakeProbe:
+    """A machine that reads 10 GB/s, then 20, then 30, ..."""
+
+    def __init__(self, threads: int) -> None:
+        self._gb_s = 0.0
+
+    def measure(self, seconds: float) -> float:
+        self._gb_s += 10.0
+        return self._gb_s
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +67,37 @@ def test_work_counts_what_is_read_and_multiplied(tiny: Path) -> None:
         LAYERS * 2 * KV_WIDTH * 2 * 2 * 10
     )  # float16; two sequences, behind 5, 6, ... 13 tokens and its own
     assert work.decode_bytes == pytest.approx(weights + norms + keys_and_values)
+    assert work.float_share == 0
+
+
+def test_float_weights_are_told_apart(tmp_path: Path) -> None:
+    task = BenchTask(tmp_path, 1, prompt=10)
+    assert Work.of(Model.open(build_tiny_model(tmp_path / "f16.gguf", quant_type=QuantType.F16)), task).float_share == 1
+    mixture = Model.open(build_tiny_model(tmp_path / "moe.gguf", experts=4, quant_type=QuantType.Q8_0))
+    assert 0 < Work.of(mixture, task).float_share < 0.05  # routers
+
+
+def test_shares_are_those_of_pairs() -> None:
+    """A machine that reads 40 GB/s and then 80: the same kernel is near both limits, each at its time."""
+    pairs = [Pair(38, 40, 40), Pair(39, 40, 41), Pair(38, 40, 80), Pair(76, 79, 80), Pair(77, 80, 80)]
+    share = Spread.of(pair.share for pair in pairs)
+    assert (share.median, share.least, share.most) == (0.95, 38 / 80, 77 / 80)
+    assert f"{share:.0%}" == "95% (48% .. 96%)"
+
+
+def test_a_limit_is_measured_before_and_after() -> None:
+    seen: list[str] = []
+
+    async def run() -> float:
+        seen.append("run")
+        return 0.5
+
+    async def limit() -> float:
+        seen.append("limit")
+        return 10.0 * len(seen)
+
+    assert asyncio.run(paired(run, 4e9, limit)) == Pair(8.0, 10.0, 30.0)
+    assert seen == ["limit", "run", "limit"]
 
 
 def test_a_stage_does_the_steps_that_are_timed(tiny: Path) -> None:
@@ -83,8 +128,11 @@ def check(report: dict[str, object], **expected: object) -> None:
     prefill, decode, machine = report["prefill"], report["decode"], report["machine"]
     assert isinstance(prefill, dict) and isinstance(decode, dict) and isinstance(machine, dict)
     assert prefill["tok_s"] > 0 and decode["tok_s"] > 0
-    assert report["decode_roofline"] == decode["gb_s"] / machine["read_gb_s"] > 0
-    assert report["prefill_roofline"] == prefill["gmac_s"] / machine["int8_gmac_s"] > 0
+    assert machine["read_gb_s"] > 0 and machine["int8_gmac_s"] > 0 and machine["fma_gmac_s"] > 0
+    for name in ("prefill", "decode"):
+        pairs, (least, most) = report["pairs"][name], report[f"{name}_roofline_range"]  # type: ignore[index]
+        shares = [pair["speed"] / max(pair["before"], pair["after"]) for pair in pairs]
+        assert (min(shares), median(shares), max(shares)) == (least, report[f"{name}_roofline"], most)
     assert {name: report[name] for name in expected} == expected
 
 
@@ -95,6 +143,8 @@ def test_json_of_one_process(tiny: Path, capsys: pytest.CaptureFixture[str]) -> 
     report = json.loads(out)
     check(report, model="tiny", quant_type="Q8_0", threads=1, workers=1, batch=2, depth=3)
     assert (report["prefill"]["tokens"], report["decode"]["tokens"]) == (40, 5)
+    limits = [(pair["before"], pair["after"]) for pair in report["pairs"]["decode"]]
+    assert limits == [(10.0, 20.0), (30.0, 40.0)] and report["machine"]["read_gb_s"] == 25.0
     work = Work.of(Model.open(tiny), BenchTask(tiny, 1, 40, 5, 2, 3))
     assert report["decode"]["gb_s"] == pytest.approx(report["decode"]["tok_s"] / 2 * work.decode_bytes / 1e9)
     assert report["prefill"]["gmac_s"] == pytest.approx(report["prefill"]["tok_s"] / 80 * work.prefill_macs / 1e9)
@@ -113,7 +163,7 @@ def test_workers_are_measured_as_a_cluster(tiny: Path) -> None:
     steps: list[str] = []
     report = run_bench(BenchTask(tiny, 1, prompt=20, generate=4, batch=2, repeats=1, workers=2), steps.append)
     check(report.as_json(), workers=2, threads=1, batch=2)
-    assert steps[0] == "starting the workers" and len(steps) == 5
+    assert steps[0] == "starting the workers" and len(steps) == 4
 
 
 @pytest.mark.parametrize(

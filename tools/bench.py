@@ -6,7 +6,7 @@ import asyncio
 import os
 from collections.abc import Awaitable, Callable
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -14,21 +14,15 @@ from typing import Any, Protocol
 
 from llamaclust.cluster.config import environment
 from llamaclust.errors import UsageError
-from llamaclust.kernels import probes
 from llamaclust.kernels.cpu.backend import CpuBackend
-from llamaclust.kernels.probes import Machine
 from llamaclust.model.loader import Model
 from llamaclust.tools.background import in_background
+from llamaclust.tools.bench_limits import Limits, MachineLimits, Pair, Spread, paired
 from llamaclust.tools.bench_stage import BenchStage
 from llamaclust.tools.model_info import describe
-from llamaclust.wire.deadlines import deadline
 
 OnStep = Callable[[str], None]
 """Told what is measured next."""
-
-_READ_S = 0.3
-_INT8_S = 0.15
-_PROBE_S = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +35,12 @@ class BenchTask:
     generate: int = 128
     batch: int = 1  # sequences
     depth: int = 0
-    repeats: int = 3
+    repeats: int = 5
     workers: int = 1
 
     @property
     def threads_each(self) -> int:
-        return self.threads or max(1, len(os.sched_getaffinity(0)) // self.workers)
+        return self.threads or max(1, _cores() // self.workers)
 
     @property
     def context(self) -> int:
@@ -56,7 +50,7 @@ class BenchTask:
     @property
     def steps(self) -> int:
         """How often `OnStep` is called."""
-        return 1 + 3 * self.repeats
+        return 1 + 2 * self.repeats
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,53 +61,60 @@ class Work:
     """
 
     prefill_macs: int
+    float_share: float  # of them, those by float weights
     decode_bytes: float  # a step, all sequences together, with keys and values half-way through the run
 
     @classmethod
     def of(cls, model: Model, task: BenchTask) -> Work:
         costs = model.costs
-        layer_macs = sum(layer.macs_per_token for layer in costs.layers)
+        macs = task.prompt * sum(layer.macs_per_token for layer in costs.layers) + costs.head_macs
+        float_macs = task.prompt * sum(layer.float_macs_per_token for layer in costs.layers) + costs.float_head_macs
         weights = costs.head_bytes + sum(layer.weight_bytes - layer.idle_bytes for layer in costs.layers)
         kv = sum(layer.kv_bytes_per_token for layer in costs.layers)
         context = task.depth + (task.generate + 1) / 2
-        return cls(task.batch * (task.prompt * layer_macs + costs.head_macs), weights + task.batch * context * kv)
-
-
-@dataclass(slots=True)
-class _Measured:
-    """Of each repeat: seconds of a prefill and of a decode, and the machine's limits then."""
-
-    prefill_s: list[float] = field(default_factory=list)
-    decode_s: list[float] = field(default_factory=list)
-    read_gb_s: list[float] = field(default_factory=list)
-    int8_gmac_s: list[float] = field(default_factory=list)
+        return cls(task.batch * macs, float_macs / macs, weights + task.batch * context * kv)
 
 
 @dataclass(frozen=True, slots=True)
 class BenchReport:
-    """Medians of the runs; the machine's limits are the best that was seen. GB are 10^9 bytes."""
+    """What was measured, repeat by repeat; figures of the whole are medians. GB are 10^9 bytes."""
 
     task: BenchTask
     quant_type: str
     feature_level: str
-    prefill_tok_s: float
-    prefill_gmac_s: float
-    decode_tok_s: float
-    decode_gb_s: float
-    machine: Machine
+    work: Work
+    prefills: tuple[Pair, ...]  # GMAC/s
+    decodes: tuple[Pair, ...]  # GB/s
+    machine: MachineLimits
 
     @property
-    def decode_roofline(self) -> float:
-        """Share of the read bandwidth; more than 1 where weights stay in a cache."""
-        return self.decode_gb_s / self.machine.read_gb_s
+    def prefill_gmac_s(self) -> float:
+        return median(pair.speed for pair in self.prefills)
 
     @property
-    def prefill_roofline(self) -> float:
-        """Share of the peak of 8-bit multiply-adds."""
-        return self.prefill_gmac_s / self.machine.int8_gmac_s
+    def prefill_tok_s(self) -> float:
+        return self.task.batch * self.task.prompt * self.prefill_gmac_s * 1e9 / self.work.prefill_macs
+
+    @property
+    def decode_gb_s(self) -> float:
+        return median(pair.speed for pair in self.decodes)
+
+    @property
+    def decode_tok_s(self) -> float:
+        return self.task.batch * self.decode_gb_s * 1e9 / self.work.decode_bytes
+
+    @property
+    def decode_roofline(self) -> Spread:
+        """Shares of the read bandwidth; more than 1 where weights stay in a cache."""
+        return Spread.of(pair.share for pair in self.decodes)
+
+    @property
+    def prefill_roofline(self) -> Spread:
+        """Shares of the peak of 8-bit multiply-adds, or of float32 ones for float weights."""
+        return Spread.of(pair.share for pair in self.prefills)
 
     def as_json(self) -> dict[str, Any]:
-        task = self.task
+        task, prefills, decodes = self.task, self.prefill_roofline, self.decode_roofline
         return {
             "model": task.model.stem,
             "quant_type": self.quant_type,
@@ -124,9 +125,12 @@ class BenchReport:
             "feature_level": self.feature_level,
             "prefill": {"tokens": task.prompt, "tok_s": self.prefill_tok_s, "gmac_s": self.prefill_gmac_s},
             "decode": {"tokens": task.generate, "tok_s": self.decode_tok_s, "gb_s": self.decode_gb_s},
-            "machine": {"read_gb_s": self.machine.read_gb_s, "int8_gmac_s": self.machine.int8_gmac_s},
-            "decode_roofline": self.decode_roofline,
-            "prefill_roofline": self.prefill_roofline,
+            "machine": asdict(self.machine),
+            "decode_roofline": decodes.median,
+            "decode_roofline_range": [decodes.least, decodes.most],
+            "prefill_roofline": prefills.median,
+            "prefill_roofline_range": [prefills.least, prefills.most],
+            "pairs": {"prefill": list(map(asdict, self.prefills)), "decode": list(map(asdict, self.decodes))},
         }
 
 
@@ -160,59 +164,58 @@ def run_bench(task: BenchTask, on_step: OnStep) -> BenchReport:
         if task.context > trained:
             raise UsageError(f"{task.context} tokens are asked for, the model was made for {trained}")
         backend = CpuBackend(task.threads_each, environment().feature_level)
+        measurement = _Measurement(task, Work.of(model, task), on_step)
         if task.workers > 1:
-            measured = asyncio.run(_cluster_runs(task, on_step))
+            asyncio.run(_cluster_runs(measurement))
         else:
-            measured = in_background(partial(_stage_runs, model, backend, task, on_step)).result()
+            in_background(partial(_stage_runs, model, backend, measurement)).result()
         quant_type = max(describe(model.file).by_type, key=lambda share: share.bytes).name
-        return _report(task, Work.of(model, task), measured, quant_type, backend.feature_level)
+        return measurement.report(quant_type, backend.feature_level)
 
 
-def _stage_runs(model: Model, backend: CpuBackend, task: BenchTask, on_step: OnStep) -> _Measured:
+def _stage_runs(model: Model, backend: CpuBackend, measurement: _Measurement) -> None:
+    task = measurement.task
     with closing(BenchStage(model, backend, task.batch, task.context)) as stage:
-        return asyncio.run(_runs(_StageRunner(stage, task), task, on_step))
+        asyncio.run(measurement.run(_StageRunner(stage, task)))
 
 
-async def _cluster_runs(task: BenchTask, on_step: OnStep) -> _Measured:
+async def _cluster_runs(measurement: _Measurement) -> None:
     from llamaclust.tools.bench_cluster import ClusterRunner
     from llamaclust.tools.temporary_cluster import temporary_cluster
 
-    on_step("starting the workers")
+    task = measurement.task
+    measurement.on_step("starting the workers")
     async with temporary_cluster(task.model, task.workers, task.threads_each, task.context, task.batch) as cluster:
-        return await _runs(ClusterRunner(cluster, task), task, on_step)
+        await measurement.run(ClusterRunner(cluster, task))
 
 
-async def _runs(runner: Runner, task: BenchTask, on_step: OnStep) -> _Measured:
-    """In turns, so that a change of the machine's mood meets all of them."""
-    measured = _Measured()
-    threads = min(task.threads_each * task.workers, len(os.sched_getaffinity(0)))
-    on_step("warming up")
-    await runner.prefill()
-    for number in range(1, task.repeats + 1):
-        on_step(f"limits of this machine {number}/{task.repeats}")
-        measured.read_gb_s.append(await _limit(partial(probes.read_bandwidth, threads, _READ_S)))
-        measured.int8_gmac_s.append(await _limit(partial(probes.int8_peak, threads, _INT8_S)))
-        on_step(f"decode {number}/{task.repeats}")
-        measured.decode_s.append(await runner.decode())
-        on_step(f"prefill {number}/{task.repeats}")
-        measured.prefill_s.append(await runner.prefill())
-    return measured
+@dataclass(slots=True)
+class _Measurement:
+    task: BenchTask
+    work: Work
+    on_step: OnStep
+    prefills: list[Pair] = field(default_factory=list)
+    decodes: list[Pair] = field(default_factory=list)
+    machine: MachineLimits | None = None
+
+    async def run(self, runner: Runner) -> None:
+        """In turns, so that a change of the machine's mood meets all of them."""
+        task, work = self.task, self.work
+        self.on_step("warming up")
+        limits = await Limits.open(min(task.threads_each * task.workers, _cores()), work.float_share)
+        await runner.prefill()
+        for number in range(1, task.repeats + 1):
+            self.on_step(f"decode {number}/{task.repeats}")
+            self.decodes.append(await paired(runner.decode, work.decode_bytes * task.generate, limits.read))
+            self.on_step(f"prefill {number}/{task.repeats}")
+            self.prefills.append(await paired(runner.prefill, work.prefill_macs, limits.peak))
+        self.machine = limits.machine
+
+    def report(self, quant_type: str, feature_level: str) -> BenchReport:
+        assert self.machine is not None
+        pairs = (tuple(self.prefills), tuple(self.decodes))
+        return BenchReport(self.task, quant_type, feature_level, self.work, *pairs, self.machine)
 
 
-async def _limit(probe: Callable[[], float]) -> float:
-    async with deadline("measuring the machine's limits", _PROBE_S):
-        return await asyncio.wrap_future(in_background(probe))
-
-
-def _report(task: BenchTask, work: Work, measured: _Measured, quant_type: str, feature_level: str) -> BenchReport:
-    prefill_s, decode_s = median(measured.prefill_s), median(measured.decode_s)
-    return BenchReport(
-        task,
-        quant_type,
-        feature_level,
-        prefill_tok_s=task.batch * task.prompt / prefill_s,
-        prefill_gmac_s=work.prefill_macs / prefill_s / 1e9,
-        decode_tok_s=task.batch * task.generate / decode_s,
-        decode_gb_s=work.decode_bytes * task.generate / decode_s / 1e9,
-        machine=Machine(max(measured.read_gb_s), max(measured.int8_gmac_s)),
-    )
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))

@@ -71,7 +71,9 @@ void bind_sampler(nb::module_& module) {
            }, "vocabulary"_a, "feature_level"_a, "threads"_a)
       .def("run", &run, "logits"_a, "tasks"_a);
   const nb::call_guard<nb::gil_scoped_release> released;
-  module.def("read_bandwidth", &read_bandwidth, "threads"_a, "seconds"_a, "cache_multiple"_a, released);
+  nb::class_<ReadProbe>(module, "ReadProbe")
+      .def(nb::init<int, int>(), "threads"_a, "cache_multiple"_a, released)
+      .def("measure", &ReadProbe::measure, "seconds"_a, released);
   module.def("int8_peak", &int8_peak, "threads"_a, "seconds"_a, released);
   module.def("fma_peak", &fma_peak, "threads"_a, "seconds"_a, released);
   module.def("philox", &philox, "counter"_a, "key"_a);

@@ -9,7 +9,6 @@
 #include <vector>
 
 #include "probes_arithmetic.h"
-#include "probes_read.h"
 
 namespace llamaclust {
 namespace {
@@ -42,38 +41,45 @@ double rate(int threads, double seconds, const Piece& piece) {
   return sum;
 }
 
-void check(int threads, double seconds) {
-  if (threads < 1 || threads > 1024) throw std::invalid_argument("threads must be 1 to 1024");
+void check_seconds(double seconds) {
   if (!(seconds > 0 && seconds <= 60)) throw std::invalid_argument("seconds must be above 0 and at most 60");
+}
+
+int checked_threads(int threads) {
+  if (threads < 1 || threads > 1024) throw std::invalid_argument("threads must be 1 to 1024");
+  return threads;
+}
+
+int checked_multiple(int cache_multiple) {
+  if (cache_multiple < 1 || cache_multiple > 64) throw std::invalid_argument("cache_multiple must be 1 to 64");
+  return cache_multiple;
+}
+
+double peak(const ArithmeticPiece piece, int threads, double seconds) {
+  check_seconds(seconds);
+  return rate(checked_threads(threads), seconds, [piece](int) { return piece(); });
 }
 
 }  // namespace
 
-double read_bandwidth(int threads, double seconds, int cache_multiple) {
-  check(threads, seconds);
-  if (cache_multiple < 1 || cache_multiple > 64) throw std::invalid_argument("cache_multiple must be 1 to 64");
-  ReadBuffer buffer(threads, cache_multiple);
-  rate(threads, 0, [&](int thread) { return buffer.fill(thread), 1.0; });
+ReadProbe::ReadProbe(int threads, int cache_multiple)
+    : threads_(checked_threads(threads)), buffer_(threads, checked_multiple(cache_multiple)) {
+  rate(threads, 0, [this](int thread) { return buffer_.fill(thread), 1.0; });
+}
+
+double ReadProbe::measure(double seconds) {
+  check_seconds(seconds);
   constexpr int kRounds = 2;
+  const double slice = seconds / (kRounds * std::size(kReadPatterns));
   double best = 0;
   for (int round = 0; round < kRounds; round++)
-    for (const ReadPattern& pattern : kReadPatterns) {
-      const double slice = seconds / (kRounds * std::size(kReadPatterns));
-      best = std::max(best, rate(threads, slice, [&](int thread) { return buffer.read(thread, pattern); }));
-    }
+    for (const ReadPattern& pattern : kReadPatterns)
+      best = std::max(best, rate(threads_, slice, [&](int thread) { return buffer_.read(thread, pattern); }));
   return best;
 }
 
-double int8_peak(int threads, double seconds) {
-  check(threads, seconds);
-  const ArithmeticPiece piece = int8_piece();
-  return rate(threads, seconds, [piece](int) { return piece(); });
-}
+double int8_peak(int threads, double seconds) { return peak(int8_piece(), threads, seconds); }
 
-double fma_peak(int threads, double seconds) {
-  check(threads, seconds);
-  const ArithmeticPiece piece = fma_piece();
-  return rate(threads, seconds, [piece](int) { return piece(); });
-}
+double fma_peak(int threads, double seconds) { return peak(fma_piece(), threads, seconds); }
 
 }  // namespace llamaclust

@@ -2,7 +2,8 @@
 
     python benchmarks/shape.py 1.1b Q4_K /tmp/shape.gguf
 
-All matrices and the embedding have the one type, norms are float32; the file also loads in llama.cpp.
+All matrices and the embedding have the one type, norms and routers are float32; the file also loads in llama.cpp.
+Dimensions may be given instead of the named shape's own.
 """
 
 from __future__ import annotations
@@ -62,7 +63,9 @@ class Layout:
 
 
 LAYOUTS = {
+    QuantType.F32: Layout(0, (), 1.0),
     QuantType.F16: Layout(1, (), 1.0),
+    QuantType.BF16: Layout(32, (), 1.0),
     QuantType.Q4_0: Layout(2, ((0, 1.0),), 4.6),
     QuantType.Q4_1: Layout(3, ((0, 1.0), (2, -7.5)), 4.6),
     QuantType.Q5_0: Layout(8, ((0, 1.0),), 9.2),
@@ -87,7 +90,12 @@ LAYOUTS = {
     QuantType.IQ1_M: Layout(31, (), 7.2),
 }
 
-_F16_SIGN_AND_MANTISSA = 0x83FF
+_FLOATS = {
+    QuantType.F32: (np.dtype(np.uint32), 0x807FFFFF),
+    QuantType.F16: (np.dtype(np.uint16), 0x83FF),
+    QuantType.BF16: (np.dtype(np.uint16), 0x807F),
+}
+"""How wide, and which bits are sign and mantissa."""
 
 
 def random_matrix(generator: np.random.Generator, quant_type: QuantType, shape: tuple[int, ...]) -> memoryview:
@@ -97,8 +105,9 @@ def random_matrix(generator: np.random.Generator, quant_type: QuantType, shape: 
     words = -(-prod(shape) // info.block_size * info.block_bytes // 8)
     data = generator.integers(0, 1 << 64, words, np.uint64).view(np.uint8)
     data = data[: prod(shape) // info.block_size * info.block_bytes]
-    if quant_type is QuantType.F16:
-        return _signed_near(data.view(np.uint16), deviation).data
+    if quant_type in _FLOATS:
+        _make_signed_near(data, quant_type, deviation)
+        return data.data
     blocks = data.reshape(-1, info.block_bytes)
     for offset, relative in layout.scales:
         scale = np.array([relative * deviation / layout.deviation], np.float16)
@@ -119,12 +128,17 @@ def _set_quarters(blocks: NDArray[np.uint8], scale: np.float16) -> None:
         place[:] = place & 15 | (int(scale.view(np.uint16)) >> 4 * quarter & 15) << 4
 
 
-def _signed_near(bits: NDArray[np.uint16], size: float) -> NDArray[np.uint16]:
-    """Float16 bits made to stand for +-[1, 2) times a power of two near `size`."""
-    exponent = np.array([size / 1.08], np.float16).view(np.uint16)[0] & 0x7C00
-    np.bitwise_and(bits, _F16_SIGN_AND_MANTISSA, out=bits)
+def _make_signed_near(data: NDArray[np.uint8], quant_type: QuantType, size: float) -> None:
+    """Random bits are made to stand for +-[1, 2) times a power of two near `size`."""
+    word, kept = _FLOATS[quant_type]
+    bits, least = data.view(word), np.array([size / 1.08], np.float32)
+    if quant_type is QuantType.F16:
+        sample = least.astype(np.float16).view(np.uint16)
+    else:
+        sample = least.view(np.uint32) >> (0 if quant_type is QuantType.F32 else 16)
+    exponent = sample.astype(word)[0] & ~word.type(kept)
+    np.bitwise_and(bits, word.type(kept), out=bits)
     np.bitwise_or(bits, exponent, out=bits)
-    return bits
 
 
 def tensors(shape: Shape, quant_type: QuantType, seed: int) -> Iterator[TensorSource]:

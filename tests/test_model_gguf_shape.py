@@ -14,7 +14,10 @@ from llamaclust.model.gguf import open_model
 from llamaclust.model.hyperparameters import read_hyperparameters
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks/shape.py"
-GRID_TYPES = ["IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ1_S", "IQ1_M"]
+TYPES = (
+    "F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ1_S IQ1_M IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S "
+    "IQ4_NL IQ4_XS TQ1_0 TQ2_0 MXFP4"
+).split()
 SMALL = ["--layers", "2", "--hidden", "256", "--ffn", "512", "--heads", "8", "--kv-heads", "2", "--vocabulary", "300"]
 
 
@@ -22,28 +25,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True, timeout=60)
 
 
-@pytest.mark.parametrize(
-    "quant_type",
-    [
-        "F16",
-        "Q4_0",
-        "Q4_1",
-        "Q5_0",
-        "Q5_1",
-        "Q8_0",
-        "Q2_K",
-        "Q3_K",
-        "Q4_K",
-        "Q5_K",
-        "Q6_K",
-        "IQ4_NL",
-        "IQ4_XS",
-        "MXFP4",
-        "TQ2_0",
-        "TQ1_0",
-        *GRID_TYPES,
-    ],
-)
+@pytest.mark.parametrize("quant_type", TYPES)
 def test_a_small_shape_of_every_type(tmp_path: Path, quant_type: str) -> None:
     path = tmp_path / "shape.gguf"
     done = run("1.1b", quant_type, str(path), *SMALL)

@@ -1,0 +1,99 @@
+"""Speed of one shape in every weight type beside llama.cpp, in turns: a file at a time, gone when it was measured.
+
+    python benchmarks/all_types.py --llama-bench PATH --json types.jsonl [--types Q4_K,Q8_0] [--models DIR]
+    python benchmarks/all_types.py --table types.jsonl
+
+The first adds a JSON line a pair to the file; the second prints the table of docs/kernels.md from such a file. Files in
+`--models`, named like Q4_K.gguf, are used where they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from compare import Pair, Speed, add_options, as_line, show, task_of
+from shape import LAYOUTS, SHAPES, write_shape
+
+from llamaclust.kernels.cpu import _native
+from llamaclust.model.quant_types import ActivationFormat, QuantType
+from llamaclust.tools.bench_limits import Spread
+
+_SEGMENTS = {ActivationFormat.F32: "-", ActivationFormat.Q8_32: "32", ActivationFormat.Q8_256: "256"}
+
+
+@contextmanager
+def model_of(quant_type: QuantType, shape: str, models: Path | None) -> Iterator[Path]:
+    """A file of that type, made for the time it is needed where there is none."""
+    if models is not None and (models / f"{quant_type.name}.gguf").exists():
+        yield models / f"{quant_type.name}.gguf"
+        return
+    with TemporaryDirectory(prefix="llamaclust-") as folder:
+        path = Path(folder) / f"{quant_type.name}.gguf"
+        write_shape(path, shape, SHAPES[shape], quant_type)
+        yield path
+
+
+def measure(given: argparse.Namespace) -> None:
+    task = task_of(given)
+    for name in given.types.split(","):
+        with model_of(QuantType[name], given.shape, given.models) as path, given.json.open("a") as file:
+            pairs = []
+            for _ in range(given.repeats):
+                pairs.append(task.pair(path))
+                print(as_line(name, task, pairs[-1]), file=file, flush=True)
+        show(name, pairs)
+
+
+def table(path: Path) -> Iterator[str]:
+    """The lines of a table in Markdown, types in the file's order."""
+    by_type: dict[str, list[Pair]] = {}
+    for line in path.read_text().splitlines():
+        pair = json.loads(line)
+        by_type.setdefault(pair["model"], []).append(Pair(Speed(**pair["ours"]), Speed(**pair["llama.cpp"])))
+    facts = "type | bits | segment | tile bytes"
+    speeds = "tok/s | of limit | llama.cpp | ratio"
+    yield f"| {facts} | prefill {speeds} | decode {speeds} |"
+    yield "|---" + "|--:" * 11 + "|"
+    for name, pairs in by_type.items():
+        cells = [name, *_facts(QuantType[name]), *_speeds(pairs, "prefill"), *_speeds(pairs, "decode")]
+        yield f"| {' | '.join(cells)} |"
+
+
+def _facts(quant_type: QuantType) -> list[str]:
+    """Bits a weight in the file, weights of a segment, resident bytes beside the file's."""
+    info, rows, cols = quant_type.info, 16, 2048
+    resident = _native.PackedMatrix(quant_type, rows, cols).bytes / (rows * info.row_bytes(cols))
+    assert info.activation is not None
+    return [f"{8 * info.block_bytes / info.block_size:.4g}", _SEGMENTS[info.activation], f"{resident:.2f}"]
+
+
+def _speeds(pairs: list[Pair], name: str) -> list[str]:
+    ours, theirs = (Spread.of(getattr(getattr(pair, who), name) for pair in pairs) for who in ("ours", "theirs"))
+    share = Spread.of(getattr(pair.ours, f"{name}_share") for pair in pairs)
+    ratio = Spread.of(getattr(pair, name) for pair in pairs)
+    return [f"{ours.median:.0f}", f"{share.median:.2f}", f"{theirs.median:.0f}", f"{ratio.median:.2f}"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser, prompt=256, generate=32, repeats=2)
+    parser.add_argument("--types", default=",".join(quant_type.name for quant_type in LAYOUTS))
+    parser.add_argument("--shape", default="1.1b", choices=SHAPES)
+    parser.add_argument("--models", type=Path, help="a folder that holds files of some types already")
+    given = parser.parse_args()
+    if given.json is None:
+        parser.error("--json is needed: the table is made from that file")
+    measure(given)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--table"]:
+        print("\n".join(table(Path(sys.argv[2]))))
+    else:
+        main()

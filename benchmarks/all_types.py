@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from compare import Pair, Speed, add_options, as_line, show, task_of
+from compare import Pair, Speed, Task, as_line, show
 from shape import LAYOUTS, SHAPES, write_shape
 
 from llamaclust.kernels.cpu import _native
@@ -25,6 +24,9 @@ from llamaclust.model.quant_types import ActivationFormat, QuantType
 from llamaclust.tools.bench_limits import Spread
 
 _SEGMENTS = {ActivationFormat.F32: "-", ActivationFormat.Q8_32: "32", ActivationFormat.Q8_256: "256"}
+
+
+_PROMPT, _GENERATE = 256, 32
 
 
 @contextmanager
@@ -40,7 +42,7 @@ def model_of(quant_type: QuantType, shape: str, models: Path | None) -> Iterator
 
 
 def measure(given: argparse.Namespace) -> None:
-    task = task_of(given)
+    task = Task(given.llama_bench, given.threads, _PROMPT, _GENERATE)
     for name in given.types.split(","):
         with model_of(QuantType[name], given.shape, given.models) as path, given.json.open("a") as file:
             pairs = []
@@ -51,7 +53,7 @@ def measure(given: argparse.Namespace) -> None:
 
 
 def table(path: Path) -> Iterator[str]:
-    """The lines of a table in Markdown, types in the file's order."""
+    """The lines of a table in Markdown."""
     by_type: dict[str, list[Pair]] = {}
     for line in path.read_text().splitlines():
         pair = json.loads(line)
@@ -60,7 +62,8 @@ def table(path: Path) -> Iterator[str]:
     speeds = "tok/s | of limit | llama.cpp | ratio"
     yield f"| {facts} | prefill {speeds} | decode {speeds} |"
     yield "|---" + "|--:" * 11 + "|"
-    for name, pairs in by_type.items():
+    for name in sorted(by_type, key=[quant_type.name for quant_type in LAYOUTS].index):
+        pairs = by_type[name]
         cells = [name, *_facts(QuantType[name]), *_speeds(pairs, "prefill"), *_speeds(pairs, "decode")]
         yield f"| {' | '.join(cells)} |"
 
@@ -82,18 +85,22 @@ def _speeds(pairs: list[Pair], name: str) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_options(parser, prompt=256, generate=32, repeats=2)
+    parser.add_argument("--table", type=Path, metavar="FILE", help="print the table of such a file")
+    parser.add_argument("--llama-bench", type=Path, help="the program of that name")
+    parser.add_argument("--json", type=Path, help="add a JSON line a pair to this file")
     parser.add_argument("--types", default=",".join(quant_type.name for quant_type in LAYOUTS))
     parser.add_argument("--shape", default="1.1b", choices=SHAPES)
     parser.add_argument("--models", type=Path, help="a folder that holds files of some types already")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=2, help="pairs")
     given = parser.parse_args()
-    if given.json is None:
-        parser.error("--json is needed: the table is made from that file")
-    measure(given)
+    if given.table is not None:
+        print("\n".join(table(given.table)))
+    elif given.llama_bench is None or given.json is None:
+        parser.error("to measure, --llama-bench and --json are needed")
+    else:
+        measure(given)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--table"]:
-        print("\n".join(table(Path(sys.argv[2]))))
-    else:
-        main()
+    main()

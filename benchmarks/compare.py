@@ -89,22 +89,6 @@ def _output(command: list[str]) -> str:
     return done.stdout
 
 
-def add_options(parser: argparse.ArgumentParser, prompt: int, generate: int, repeats: int) -> None:
-    """What a task is made of."""
-    parser.add_argument("--llama-bench", type=Path, required=True, help="the program of that name")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--prompt", type=int, default=prompt)
-    parser.add_argument("--generate", type=int, default=generate)
-    parser.add_argument("--depth", type=int, default=0, help="tokens in memory before decode begins")
-    parser.add_argument("--runs", type=int, default=2, help="runs of each program in its turn")
-    parser.add_argument("--repeats", type=int, default=repeats, help="pairs")
-    parser.add_argument("--json", type=Path, help="add a JSON line a pair to this file")
-
-
-def task_of(given: argparse.Namespace) -> Task:
-    return Task(given.llama_bench, given.threads, given.prompt, given.generate, given.depth, given.runs)
-
-
 def as_line(model: str, task: Task, pair: Pair) -> str:
     what = {"threads": task.threads, "prompt": task.prompt, "generate": task.generate, "depth": task.depth}
     return json.dumps({"model": model, **what, "ours": asdict(pair.ours), "llama.cpp": asdict(pair.theirs)})
@@ -124,9 +108,16 @@ def show(model: str, pairs: Sequence[Pair]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", type=Path, nargs="+", metavar="MODEL")
-    add_options(parser, prompt=512, generate=128, repeats=5)
+    parser.add_argument("--llama-bench", type=Path, required=True, help="the program of that name")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--generate", type=int, default=128)
+    parser.add_argument("--depth", type=int, default=0, help="tokens in memory before decode begins")
+    parser.add_argument("--runs", type=int, default=2, help="runs of each program in its turn")
+    parser.add_argument("--repeats", type=int, default=5, help="pairs")
+    parser.add_argument("--json", type=Path, help="add a JSON line a pair to this file")
     given = parser.parse_args()
-    task = task_of(given)
+    task = Task(given.llama_bench, given.threads, given.prompt, given.generate, given.depth, given.runs)
     with given.json.open("a") if given.json is not None else nullcontext() as file:
         for model in given.models:
             pairs = []

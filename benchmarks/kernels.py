@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
-from shape import random_matrix
+from shape import LAYOUTS, random_matrix
 
 from llamaclust.kernels import probes
 from llamaclust.kernels.cpu import _native
@@ -28,10 +28,6 @@ from llamaclust.kernels.probes import ReadProbe
 from llamaclust.model.quant_types import ActivationFormat, QuantType
 from llamaclust.tools.bench_limits import Pair, Spread
 
-TYPES = (
-    "F32,F16,BF16,Q8_0,Q4_0,Q4_1,Q5_0,Q5_1,Q2_K,Q3_K,Q4_K,Q5_K,Q6_K,IQ4_NL,IQ4_XS,MXFP4,TQ2_0,TQ1_0,"
-    "IQ2_XXS,IQ2_XS,IQ2_S,IQ3_XXS,IQ3_S,IQ1_S,IQ1_M"
-)
 MEMORY_BYTES = 256 << 20
 """Weights that a measurement of few tokens goes through, several times what caches hold."""
 WORK = 4e9
@@ -155,7 +151,9 @@ def shape(text: str) -> tuple[int, int]:
 def parse(arguments: list[str]) -> argparse.Namespace:
     levels = _native.available_levels()
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--types", default=TYPES, help="weight types, separated by commas")
+    parser.add_argument(
+        "--types", default=",".join(quant_type.name for quant_type in LAYOUTS), help="weight types, separated by commas"
+    )
     parser.add_argument("--shapes", default="5632x2048", help="ROWSxCOLS, separated by commas")
     parser.add_argument("--tokens", default="1,4,8,16,64,512", help="rows of activations, separated by commas")
     parser.add_argument("--levels", default=levels[-1], help=f"feature levels out of {', '.join(levels)}")

@@ -16,7 +16,8 @@ class Machine:
 
 
 class ReadProbe:
-    """How fast `threads` together read memory, measured as often as wanted over one buffer of 16 times the last cache.
+    """How fast `threads` together read memory, measured as often as wanted over one buffer of 16 times the last cache,
+    or a GiB.
 
     ValueError outside 1..1024 threads.
     """

@@ -67,7 +67,7 @@ class MachineLimits:
 
 class Limits:
     """The machine's limits on some threads, and what was measured of them. `float_share` of a prefill's multiply-adds
-    are by float weights. Holds half a gigabyte to read from. Each probe runs in a thread that nobody waits for.
+    are by float weights. Holds up to a gigabyte to read from. Each probe runs in a thread that nobody waits for.
     """
 
     def __init__(self, probe: probes.ReadProbe, threads: int, float_share: float) -> None:

@@ -5,8 +5,8 @@
 
 namespace llamaclust {
 
-// How fast memory is read: a buffer of `cache_multiple` times the last-level cache (or a quarter of the free memory, if
-// that is less), filled once, so that many short measurements can stand beside other work.
+// How fast memory is read: a buffer of `cache_multiple` times the last-level cache (but no more than a GiB, or a
+// quarter of the free memory), filled once, so that many short measurements can stand beside other work.
 // std::invalid_argument outside 1..1024 threads, multiples 1..64, 0..60 seconds.
 class ReadProbe {
  public:

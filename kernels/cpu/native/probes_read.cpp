@@ -14,12 +14,14 @@ constexpr size_t kChunkBytes = 4096;
 constexpr size_t kPieceBytes = 64 * kChunkBytes;
 constexpr size_t kMaxStreams = 8;
 constexpr size_t kHugePageBytes = size_t{2} << 20;
+// Virtual machines report the caches of a whole processor, of which a core reaches a slice.
+constexpr size_t kMostBytes = size_t{1} << 30;
 
 size_t buffer_bytes(int cache_multiple) {
   const long reported = sysconf(_SC_LEVEL3_CACHE_SIZE);  // 0 or less where nobody says
   const size_t wanted = static_cast<size_t>(reported > 0 ? reported : 32 << 20) * cache_multiple;
   const size_t free = static_cast<size_t>(sysconf(_SC_AVPHYS_PAGES)) * static_cast<size_t>(sysconf(_SC_PAGESIZE));
-  return std::min(wanted, free / 4);
+  return std::min({wanted, free / 4, kMostBytes});
 }
 
 // Reads `lines` cache lines of each stream, in turn.

@@ -14,10 +14,33 @@ from llamaclust.model.gguf import open_model
 from llamaclust.model.hyperparameters import read_hyperparameters
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks/shape.py"
-TYPES = (
-    "F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ1_S IQ1_M IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S "
-    "IQ4_NL IQ4_XS TQ1_0 TQ2_0 MXFP4"
-).split()
+TYPES = [
+    "F32",
+    "F16",
+    "BF16",
+    "Q4_0",
+    "Q4_1",
+    "Q5_0",
+    "Q5_1",
+    "Q8_0",
+    "Q2_K",
+    "Q3_K",
+    "Q4_K",
+    "Q5_K",
+    "Q6_K",
+    "IQ1_S",
+    "IQ1_M",
+    "IQ2_XXS",
+    "IQ2_XS",
+    "IQ2_S",
+    "IQ3_XXS",
+    "IQ3_S",
+    "IQ4_NL",
+    "IQ4_XS",
+    "TQ1_0",
+    "TQ2_0",
+    "MXFP4",
+]
 SMALL = ["--layers", "2", "--hidden", "256", "--ffn", "512", "--heads", "8", "--kv-heads", "2", "--vocabulary", "300"]
 
 

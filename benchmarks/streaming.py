@@ -67,18 +67,19 @@ def stream(api: str, tokens: int) -> tuple[float, float]:
         "stream_options": {"include_usage": True},
     }
     command = ["curl", "-sN", f"{api}/v1/completions", "-H", "Content-Type: application/json", "-d", json.dumps(body)]
-    times, ending, usage = [], None, None
     with subprocess.Popen(command, stdout=subprocess.PIPE) as curl:
         assert curl.stdout is not None
-        for line in curl.stdout:
-            if line.startswith(b"data: {"):
-                answer = json.loads(line[6:])
-                if "error" in answer:
-                    raise SystemExit(f"{api}: {answer['error']['message']}")
-                if answer["choices"]:
-                    times.append(perf_counter())
-                    ending = answer["choices"][0].get("timings", ending)
-                usage = answer["usage"]
+        lines = [(perf_counter(), line) for line in curl.stdout]  # read later: this program shares the cores
+    times, ending, usage = [], None, None
+    for time_s, line in lines:
+        if line.startswith(b"data: {"):
+            answer = json.loads(line[6:])
+            if "error" in answer:
+                raise SystemExit(f"{api}: {answer['error']['message']}")
+            if answer["choices"]:
+                times.append(time_s)
+                ending = answer["choices"][0].get("timings", ending)
+            usage = answer["usage"]
     if ending is None or usage is None or usage["completion_tokens"] != tokens:
         raise SystemExit(f"{api}: the answer is not whole: {usage}")
     return (tokens - 1) / (times[-1] - times[0]), ending["decode_tok_s"]

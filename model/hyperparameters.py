@@ -60,6 +60,7 @@ class Hyperparameters:
     expert_used_count: int
     expert_feed_forward_length: int
     vocabulary_size: int
+    sliding_window: int | None  # positions that a token sees, its own among them; None: all before it
 
     @property
     def query_width(self) -> int:
@@ -105,6 +106,7 @@ def read_hyperparameters(model: ModelFile) -> Hyperparameters:
         expert_used_count=_read_used_experts(keys, expert_count),
         expert_feed_forward_length=keys.count("expert_feed_forward_length", feed_forward_length, maximum=_MAX_WIDTH),
         vocabulary_size=_read_vocabulary_size(model, keys),
+        sliding_window=keys.count("attention.sliding_window", 0, minimum=0, maximum=_MAX_CONTEXT) or None,
     )
 
 

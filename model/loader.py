@@ -17,12 +17,11 @@ from llamaclust.model.chat_template import ChatTemplate, load_chat_template
 from llamaclust.model.gguf import ModelFile, open_model
 from llamaclust.model.gguf_values import shown
 from llamaclust.model.hyperparameters import Hyperparameters, read_hyperparameters
-from llamaclust.model.program import Embed, MatMul, Moe, Program, SelectRows, Step
+from llamaclust.model.program import Embed, KvType, MatMul, Moe, Program, SelectRows, Step
 from llamaclust.model.quant_types import ActivationFormat
 from llamaclust.model.tensors import Tensor
 from llamaclust.model.tokenizer import Tokenizer, load_tokenizer
 
-_KV_VALUE_BYTES = 2
 _F32 = ActivationFormat.F32
 
 
@@ -84,23 +83,24 @@ class Model:
     def layer_count(self) -> int:
         return self.hyperparameters.block_count
 
-    def program(self, start: int, end: int) -> Program:
+    def program(self, start: int, end: int, kv_type: KvType = KvType.F16) -> Program:
         """The program of layers [start, end)."""
-        return build_program(self.file, start, end)
+        return build_program(self.file, start, end, kv_type)
 
     def tensors_for(self, program: Program) -> dict[str, Tensor]:
         """The tensors that the program names."""
         return {name: self.file.tensor(name) for name in program.weights}
 
-    @cached_property
-    def costs(self) -> ModelCosts:
+    def costs(self, kv_type: KvType) -> ModelCosts:
         embedding = [step for step in self._whole.steps if isinstance(step, Embed)]
         head = list(dropwhile(_is_before_head, self._whole.steps))
         return ModelCosts(
             embedding_bytes=self._weight_bytes(embedding),
             head_bytes=self._weight_bytes(head),
             head_macs=_all_macs(head),
-            layers=tuple(self._layer_cost(self.program(layer, layer + 1)) for layer in range(self.layer_count)),
+            layers=tuple(
+                self._layer_cost(self.program(layer, layer + 1, kv_type)) for layer in range(self.layer_count)
+            ),
             float_head_macs=sum(map(self._float_macs, head)),
         )
 
@@ -125,11 +125,10 @@ class Model:
     def _layer_cost(self, program: Program) -> LayerCost:
         """Of a program of one layer, without the embedding and the head of a first or last stage."""
         steps = [step for step in takewhile(_is_before_head, program.steps) if not isinstance(step, Embed)]
-        kv_values = sum(2 * step.kv_heads * step.head_dim for step in program.kv_layers)
         return LayerCost(
             weight_bytes=self._weight_bytes(steps),
             macs_per_token=_all_macs(steps),
-            kv_bytes_per_token=kv_values * _KV_VALUE_BYTES,
+            kv_bytes_per_token=sum(step.kv_token_bytes for step in program.kv_layers),
             idle_bytes=sum(map(self._idle_bytes, steps)),
             float_macs_per_token=sum(map(self._float_macs, steps)),
         )

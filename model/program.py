@@ -12,8 +12,22 @@ from enum import StrEnum
 KV_BLOCK_TOKENS = 16
 """Positions in one KV block: the unit that the coordinator hands out and that block tables name."""
 
+KV_GROUP_CHANNELS = 32
+"""Channels of a key or value that share a scale where the KV type has scales."""
+
 SPAN_TOKENS = 512
 """Positions in one attention span, counted from absolute position 0: a span is computed whole, spans merge in order."""
+
+
+class KvType(StrEnum):
+    """How keys and values are rounded before any use: float16, or int8 with a float16 scale for 32 channels."""
+
+    F16 = "f16"
+    Q8_0 = "q8_0"
+
+    def row_bytes(self, channels: int) -> int:
+        """Bytes of one head's key or value."""
+        return 2 * channels if self is KvType.F16 else channels + 2 * -(-channels // KV_GROUP_CHANNELS)
 
 
 class RopeStyle(StrEnum):
@@ -86,7 +100,8 @@ class Attention:
     """Rounds k and v to the KV type, stores them at the rows' positions in KV memory of `layer`, then out = attention.
 
     q, out [rows, heads * head_dim]; k, v [rows, kv_heads * head_dim]; query head h reads KV head
-    h // (heads / kv_heads). Causal over the positions 0..position of the row's own sequence. scores = (q . k) * scale.
+    h // (heads / kv_heads). A row sees its own position and all of its sequence before it, or the `window` - 1 before
+    it. scores = (q . k) * scale.
     """
 
     q: Buffer
@@ -98,6 +113,13 @@ class Attention:
     kv_heads: int
     head_dim: int
     scale: float
+    kv_type: KvType = KvType.F16
+    window: int | None = None
+
+    @property
+    def kv_token_bytes(self) -> int:
+        """KV memory of one position."""
+        return 2 * self.kv_heads * self.kv_type.row_bytes(self.head_dim)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,22 +5,27 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
 from backends import all_threads
-from batches import batch_of
+from batches import Chain, batch_of
 from numpy.typing import NDArray
 from single_steps import error, normal, program_of, splitter
+from tiny_model import build_tiny_model
 
 from llamaclust.kernels.backend import Batch
 from llamaclust.kernels.cpu._native import available_levels
 from llamaclust.kernels.cpu.backend import CpuBackend, CpuStage
+from llamaclust.kernels.reference.backend import ReferenceBackend
+from llamaclust.kernels.reference.kv import round_to_bytes
 from llamaclust.model.gguf import open_model
-from llamaclust.model.program import KV_BLOCK_TOKENS, Attention, Buffer, Program, Rope, RopeStyle, RopeTable
+from llamaclust.model.loader import Model as OpenModel
+from llamaclust.model.program import KV_BLOCK_TOKENS, Attention, Buffer, KvType, Program, Rope, RopeStyle, RopeTable
 from llamaclust.model.tensors import Tensor
 from llamaclust.model.writer import write_gguf
 from llamaclust.wire.control import StageLimits
@@ -41,6 +46,8 @@ class Model:
     heads: int
     kv_heads: int
     head_dim: int
+    kv_type: KvType = KvType.F16
+    window: int | None = None
 
     @cached_property
     def program(self) -> Program:
@@ -56,7 +63,17 @@ class Model:
             Rope(query, self.heads, self.head_dim, RopeStyle.NEOX, table),
             Rope(key, self.kv_heads, self.head_dim, RopeStyle.NEOX, table),
             Attention(
-                query, key, value, out, 1, self.heads, self.kv_heads, self.head_dim, scale=1 / self.head_dim**0.5
+                query,
+                key,
+                value,
+                out,
+                1,
+                self.heads,
+                self.kv_heads,
+                self.head_dim,
+                scale=1 / self.head_dim**0.5,
+                kv_type=self.kv_type,
+                window=self.window,
             ),
         )
 
@@ -99,8 +116,15 @@ def assert_same_bits(found: Float32, wanted: Float32) -> None:
     np.testing.assert_array_equal(found.view(np.uint32), wanted.view(np.uint32))
 
 
+def rounded(x: NDArray[np.float64], kv_type: KvType) -> NDArray[np.float64]:
+    """Keys or values [rows, heads, channels] as KV memory holds them."""
+    if kv_type is KvType.F16:
+        return x.astype(np.float16).astype(np.float64)
+    return round_to_bytes(x.astype(np.float32)).values()
+
+
 def in_float64(model: Model, hidden: Float32) -> NDArray[np.float64]:
-    """Attention by its definition, on keys and values rounded to float16."""
+    """Attention by its definition, on rounded keys and values."""
     step = model.program.kv_layers[0]
     heads, kv_heads, dim, rows = step.heads, step.kv_heads, step.head_dim, len(hidden)
     q, k, v = np.split(hidden.astype(np.float64), [heads * dim, (heads + kv_heads) * dim], axis=1)
@@ -112,10 +136,11 @@ def in_float64(model: Model, hidden: Float32) -> NDArray[np.float64]:
         return np.concatenate([a * cos - b * sin, a * sin + b * cos], axis=2)
 
     queries = rotate(q, heads)
-    keys = rotate(k, kv_heads).astype(np.float16).astype(np.float64).repeat(heads // kv_heads, axis=1)
-    values = v.reshape(rows, kv_heads, dim).astype(np.float16).astype(np.float64).repeat(heads // kv_heads, axis=1)
+    keys = rounded(rotate(k, kv_heads), step.kv_type).repeat(heads // kv_heads, axis=1)
+    values = rounded(v.reshape(rows, kv_heads, dim), step.kv_type).repeat(heads // kv_heads, axis=1)
     scores = np.einsum("ihd,jhd->hij", queries, keys) * step.scale
-    scores[:, np.triu(np.ones((rows, rows), bool), 1)] = -np.inf
+    ahead = np.arange(rows)[:, np.newaxis] - np.arange(rows)
+    scores[:, (ahead < 0) | (ahead >= (step.window or rows))] = -np.inf
     weights = np.exp(scores - scores.max(axis=2, keepdims=True))
     weights /= weights.sum(axis=2, keepdims=True)
     return np.einsum("hij,jhd->ihd", weights, values).reshape(rows, -1)
@@ -123,21 +148,79 @@ def in_float64(model: Model, hidden: Float32) -> NDArray[np.float64]:
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 @pytest.mark.parametrize("shape", [(9, 3, 64), (2, 2, 32), (3, 1, 40), (20, 1, 32), (34, 2, 8), (2, 1, 256)])
-def test_close_to_float64(tmp_path: Path, shape: tuple[int, int, int], make: Callable[[], CpuBackend]) -> None:
-    """Groups of 1 to 20 query heads; heads that are no whole number of lanes. A rounding of a key to float16 that falls
-    the other way is what the bound is for."""
-    model = Model(tmp_path, *shape)
+@pytest.mark.parametrize("kv_type", KvType)
+def test_close_to_float64(
+    tmp_path: Path, kv_type: KvType, shape: tuple[int, int, int], make: Callable[[], CpuBackend]
+) -> None:
+    """Groups of 1 to 20 query heads; heads that are no whole number of lanes. A rounding of a key that falls the other
+    way is what the bound is for: a step of int8 is 16 times one of float16."""
+    model = Model(tmp_path, *shape, kv_type)
     hidden = model.hidden(600 if shape == (9, 3, 64) else 90)
+    with model.stage(make) as stage:
+        found = run_chunks(stage, hidden, [range(len(hidden))])
+    bound = 1e-8 if kv_type is KvType.F16 else 1e-6
+    assert error(found, in_float64(model, hidden).astype(np.float32)) < bound
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+@pytest.mark.parametrize("dim", [30, 64, 80])
+def test_q8_0_rounds_as_the_reference_does(tmp_path: Path, dim: int, make: Callable[[], CpuBackend]) -> None:
+    """A sequence of one position attends to nothing but its own value, so the bits of that come out. Groups of all
+    sizes of numbers: zeros, those whose scale is subnormal in float16, a halfway case, and the largest."""
+    model = Model(tmp_path, 2, 2, dim, KvType.Q8_0)
+    step = model.program.kv_layers[0]
+    count, width = 64, step.kv_heads * step.head_dim
+    source = np.random.default_rng(dim)
+    hidden = model.hidden(count)
+    values = source.standard_normal((count, width)) * 10.0 ** source.uniform(-9, 6.5, (count, 1))
+    values[0], values[1, :3] = 0, (127.0, 2.5, -3.5)
+    hidden[:, -width:] = values
+    batch = batch_of([([0], [0], [index]) for index in range(count)], outputs=[])
+    with model.stage(make, replace(LIMITS, max_sequences=count)) as stage:
+        found = stage.run(batch, hidden)
+    wanted = round_to_bytes(hidden[:, -width:].reshape(count, step.kv_heads, step.head_dim)).values()
+    assert len(np.unique(wanted)) > 500
+    np.testing.assert_array_equal(found, wanted.reshape(count, width).astype(np.float32))
+
+
+def test_q8_0_is_near_f16(tmp_path: Path) -> None:
+    """What rounding to eight bits costs."""
+    models = [Model(tmp_path, 8, 2, 64, kv_type) for kv_type in KvType]
+    hidden = models[0].hidden(600)
+    exact, rounded = (in_float64(model, hidden) for model in models)
+    assert 1e-6 < error(rounded.astype(np.float32), exact.astype(np.float32)) < 2e-4
+
+
+WINDOWS = [1, 7, 16, 100, 512, 600]
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+@pytest.mark.parametrize("window", WINDOWS)
+def test_windows_are_close_to_float64(tmp_path: Path, window: int, make: Callable[[], CpuBackend]) -> None:
+    """Windows that lie in one span, at its edges and over two."""
+    model = Model(tmp_path, 4, 2, 32, window=window)
+    hidden = model.hidden(700)
     with model.stage(make) as stage:
         found = run_chunks(stage, hidden, [range(len(hidden))])
     assert error(found, in_float64(model, hidden).astype(np.float32)) < 1e-8
 
 
+@pytest.mark.parametrize("window", WINDOWS)
+def test_a_window_changes_nothing_before_it_is_full(tmp_path: Path, window: int) -> None:
+    plain, cut = Model(tmp_path, 4, 2, 32), Model(tmp_path, 4, 2, 32, window=window)
+    hidden = plain.hidden(window)
+    with plain.stage(partial(all_threads, 2)) as stage:
+        wanted = run_chunks(stage, hidden, [range(window)])
+    with cut.stage(partial(all_threads, 2)) as stage:
+        assert_same_bits(run_chunks(stage, hidden, chunks_of(window, 40)), wanted)
+
+
 @pytest.mark.parametrize(("shape", "rows"), [((4, 2, 32), 1100), ((9, 3, 64), 530), ((20, 1, 24), 530)])
+@pytest.mark.parametrize(("kv_type", "window"), [(KvType.F16, None), (KvType.Q8_0, None), (KvType.Q8_0, 300)])
 def test_same_bits_in_any_chunks_on_any_level_and_threads(
-    tmp_path: Path, shape: tuple[int, int, int], rows: int
+    tmp_path: Path, kv_type: KvType, window: int | None, shape: tuple[int, int, int], rows: int
 ) -> None:
-    model = Model(tmp_path, *shape)
+    model = Model(tmp_path, *shape, kv_type, window)
     hidden = model.hidden(rows)
     with model.stage(partial(all_threads, 1)) as stage:
         wanted = run_chunks(stage, hidden, [range(rows)])
@@ -148,9 +231,10 @@ def test_same_bits_in_any_chunks_on_any_level_and_threads(
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_same_bits_one_token_at_a_time(tmp_path: Path, threads: int) -> None:
+@pytest.mark.parametrize(("kv_type", "window"), [*product(KvType, (None, 520)), (KvType.F16, 9)])
+def test_same_bits_one_token_at_a_time(tmp_path: Path, kv_type: KvType, window: int | None, threads: int) -> None:
     """Decoding; over 512 positions, spans go to different threads."""
-    model = Model(tmp_path, 4, 2, 32)
+    model = Model(tmp_path, 4, 2, 32, kv_type, window)
     hidden = model.hidden(1100)
     steps = itertools.chain(chunks_of(500, 250), (range(i, i + 1) for i in range(500, 540)), [range(540, 1020)])
     chunks = [*steps, *(range(i, i + 1) for i in range(1020, 1030)), range(1030, 1037), range(1037, 1100)]
@@ -159,8 +243,9 @@ def test_same_bits_one_token_at_a_time(tmp_path: Path, threads: int) -> None:
         assert_same_bits(run_chunks(stage, hidden, chunks), wanted)
 
 
-def test_same_bits_in_any_blocks(tmp_path: Path) -> None:
-    model = Model(tmp_path, 6, 2, 32)
+@pytest.mark.parametrize("kv_type", KvType)
+def test_same_bits_in_any_blocks(tmp_path: Path, kv_type: KvType) -> None:
+    model = Model(tmp_path, 6, 2, 32, kv_type)
     hidden = model.hidden(700)
     scattered = np.random.default_rng(5).permutation(LIMITS.kv_blocks)[:44].tolist()
     with model.stage(partial(all_threads, 2)) as stage:
@@ -169,8 +254,11 @@ def test_same_bits_in_any_blocks(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 40])
-def test_what_memory_held_before_does_not_matter(tmp_path: Path, chunk: int) -> None:
-    model = Model(tmp_path, 4, 2, 40)
+@pytest.mark.parametrize(("kv_type", "window"), list(product(KvType, (None, 21))))
+def test_what_memory_held_before_does_not_matter(
+    tmp_path: Path, kv_type: KvType, window: int | None, chunk: int
+) -> None:
+    model = Model(tmp_path, 4, 2, 40, kv_type, window)
     hidden = model.hidden(80)
     with model.stage(partial(all_threads, 2)) as stage:
         wanted = run_chunks(stage, hidden, [range(80)])
@@ -181,9 +269,10 @@ def test_what_memory_held_before_does_not_matter(tmp_path: Path, chunk: int) -> 
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_same_bits_beside_other_sequences(tmp_path: Path, threads: int) -> None:
+@pytest.mark.parametrize(("kv_type", "window"), [(KvType.F16, None), (KvType.Q8_0, 530)])
+def test_same_bits_beside_other_sequences(tmp_path: Path, kv_type: KvType, window: int | None, threads: int) -> None:
     """Decoding and prefill of several lengths in one batch, each as if it were alone."""
-    model = Model(tmp_path, 6, 2, 32)
+    model = Model(tmp_path, 6, 2, 32, kv_type, window)
     before, now = [600, 0, 17, 1050], [1, 33, 1, 7]
     hidden = [model.hidden(a + b, seed) for seed, (a, b) in enumerate(zip(before, now, strict=True))]
     free = iter(np.random.default_rng(3).permutation(LIMITS.kv_blocks).tolist())
@@ -202,3 +291,19 @@ def test_same_bits_beside_other_sequences(tmp_path: Path, threads: int) -> None:
             batch_of(parts, outputs=[]), np.concatenate([rows[n:] for rows, n in zip(hidden, before, strict=True)])
         )
         assert_same_bits(together, np.concatenate([rows[n:] for rows, n in zip(wanted, before, strict=True)]))
+
+
+def test_the_window_of_a_model_file_is_obeyed(tmp_path: Path) -> None:
+    """Tokens within the first window are answered as without one, later ones are not; in any chunks, as the reference
+    has it."""
+    tokens, window = (np.arange(60) * 37 % 311).tolist(), 20
+    plain = build_tiny_model(tmp_path / "plain.gguf", layers=2)
+    cut = build_tiny_model(tmp_path / "cut.gguf", layers=2, extra={"llama.attention.sliding_window": window})
+    every, wanted, expected = (
+        Chain(backend, OpenModel.open(path)).logits(tokens, 60)
+        for backend, path in ((all_threads(2), plain), (all_threads(2), cut), (ReferenceBackend(), cut))
+    )
+    assert_same_bits(wanted[:window], every[:window])
+    assert (wanted[window:] != every[window:]).any(axis=1).all()
+    assert error(wanted, expected) < 2e-3 < error(wanted, every)
+    assert_same_bits(Chain(all_threads(2), OpenModel.open(cut)).logits(tokens, 7), wanted)

@@ -20,7 +20,7 @@ from llamaclust.model.architectures.rope import rope_table
 from llamaclust.model.gguf import ModelFile, open_model
 from llamaclust.model.hyperparameters import RopeParameters, RopeScaling
 from llamaclust.model.loader import Model
-from llamaclust.model.program import Attention, Embed, MatMul, Moe, Program, Rope, RopeStyle, SelectRows
+from llamaclust.model.program import Attention, Embed, KvType, MatMul, Moe, Program, Rope, RopeStyle, SelectRows
 from llamaclust.model.quant_types import QuantType
 
 PLAIN = RopeParameters(
@@ -267,7 +267,7 @@ def test_a_tensor_that_nobody_reads_is_refused(make: Callable[..., ModelFile]) -
 @pytest.mark.parametrize("experts", [0, 4])
 def test_costs_add_up_to_the_file(make: Callable[..., ModelFile], experts: int) -> None:
     model = Model(make(experts=experts))
-    costs = model.costs
+    costs = model.costs(KvType.F16)
     held = costs.embedding_bytes + costs.head_bytes + sum(layer.weight_bytes for layer in costs.layers)
     assert held == sum(tensor.n_bytes for tensor in model.file.tensors.values())
     layer, networks = costs.layers[1], 2 if experts else 1
@@ -275,6 +275,7 @@ def test_costs_add_up_to_the_file(make: Callable[..., ModelFile], experts: int) 
     assert layer.macs_per_token == attention + networks * 3 * 64 * 96 + 64 * experts
     assert layer.idle_bytes == (2 * 3 * 64 * 96 * 2 if experts else 0)
     assert layer.kv_bytes_per_token == 2 * 32 * 2
+    assert model.costs(KvType.Q8_0).layers[1].kv_bytes_per_token == 2 * 2 * (16 + 2)
     assert (costs.head_macs, costs.embedding_bytes) == (64 * 320, 64 * 320 * 2)
 
 

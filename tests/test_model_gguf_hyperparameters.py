@@ -45,6 +45,13 @@ def test_defaults(tmp_path: Path) -> None:
     assert (parameters.head_count_kv, parameters.key_length, parameters.rope.dimension_count) == (8, 8, 8)
     assert (parameters.rope.frequency_base, parameters.rope.factor) == (10000.0, 1.0)
     assert parameters.rope.original_context_length == 4096 and parameters.expert_count == 0
+    assert parameters.sliding_window is None and read(tmp_path, attention__sliding_window=0).sliding_window is None
+
+
+def test_sliding_window(tmp_path: Path) -> None:
+    assert read(tmp_path, attention__sliding_window=4096).sliding_window == 4096
+    with pytest.raises(ModelFileError, match="sliding_window': -1, 0 to"):
+        read(tmp_path, attention__sliding_window=-1)
 
 
 def test_scaling(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from llamaclust.errors import DoesNotFitError, ModelFileError, UsageError
 from llamaclust.kernels.backend import Batch, Float32, Progress
 from llamaclust.kernels.cpu import _native
-from llamaclust.kernels.cpu.compile import compile_program
+from llamaclust.kernels.cpu.compile import compile_program, kv_block_bytes
 from llamaclust.kernels.cpu.prepared import PreparedLayers
 from llamaclust.kernels.cpu.prepared_files import PreparedFolder
 from llamaclust.kernels.cpu.weight_store import WeightStore
@@ -113,7 +113,7 @@ class CpuBackend:
             raise DoesNotFitError(self._does_not_fit(program, tensors, limits)) from error
 
     def kv_block_bytes(self, program: Program) -> int:
-        return sum(_native.kv_block_bytes(step.kv_heads, step.head_dim) for step in program.kv_layers)
+        return sum(map(kv_block_bytes, program.kv_layers))
 
     def workspace_bytes(self, program: Program, tensors: Mapping[str, Tensor], limits: StageLimits) -> int:
         return workspace_bytes(program, tensors, limits, self.threads)

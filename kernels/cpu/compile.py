@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from llamaclust.kernels.cpu._native import Plan
+from llamaclust.kernels.cpu._native import kv_block_bytes as native_kv_block_bytes
 from llamaclust.kernels.cpu.fuse import Attend, Products, fuse
 from llamaclust.kernels.cpu.weights import Weight
 from llamaclust.model.program import (
@@ -13,6 +14,7 @@ from llamaclust.model.program import (
     Attention,
     Buffer,
     Embed,
+    KvType,
     MatMul,
     Moe,
     Program,
@@ -28,6 +30,14 @@ from llamaclust.wire.control import StageLimits
 
 _FORMATS = (ActivationFormat.F32, ActivationFormat.Q8_32, ActivationFormat.Q8_256)
 """In the order of the native module's numbers."""
+
+_KV_TYPES = (KvType.F16, KvType.Q8_0)
+"""Likewise."""
+
+
+def kv_block_bytes(step: Attention) -> int:
+    """Bytes that one KV block costs in the layer of `step`."""
+    return native_kv_block_bytes(step.kv_heads, step.head_dim, _KV_TYPES.index(step.kv_type))
 
 
 @dataclass(slots=True)
@@ -154,11 +164,12 @@ class _Compiler:
             k,
             v,
             self._buffers.write_shared(step.out),
-            self.plan.add_kv_layer(step.kv_heads, step.head_dim),
+            self.plan.add_kv_layer(step.kv_heads, step.head_dim, _KV_TYPES.index(step.kv_type)),
             step.heads,
             step.kv_heads,
             step.head_dim,
             step.scale,
+            step.window,
             None if rotate_q is None else self._rotation(rotate_q),
             None if rotate_k is None else self._rotation(rotate_k),
         )

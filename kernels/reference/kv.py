@@ -1,46 +1,130 @@
-"""KV memory in blocks, float16, one pair of arrays a layer."""
+"""KV memory in blocks, one pair of rounded arrays a layer."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llamaclust.kernels.backend import Float32, Int32
-from llamaclust.model.program import KV_BLOCK_TOKENS, Attention
+from llamaclust.model.program import KV_BLOCK_TOKENS, KV_GROUP_CHANNELS, Attention, KvType
 
 Float16 = NDArray[np.float16]
 Float64 = NDArray[np.float64]
+Int8 = NDArray[np.int8]
 
 
 def block_bytes(step: Attention) -> int:
     """Bytes of one layer's K and V of a KV block."""
-    return 2 * KV_BLOCK_TOKENS * step.kv_heads * step.head_dim * np.dtype(np.float16).itemsize
+    return KV_BLOCK_TOKENS * step.kv_token_bytes
 
 
-class LayerKv:
-    """K and V of one layer, [blocks * KV_BLOCK_TOKENS, kv_heads, head_dim]. What was never stored is NaN."""
+class _Rows(Protocol):
+    """Keys or values [positions, kv_heads, head_dim] of one KV type. What was never stored is NaN."""
 
-    def __init__(self, step: Attention, blocks: int) -> None:
-        shape = (blocks * KV_BLOCK_TOKENS, step.kv_heads, step.head_dim)
-        self._keys: Float16 = np.full(shape, np.nan, np.float16)
+    @property
+    def n_bytes(self) -> int: ...
+    def store(self, places: Int32, rows: Float32) -> None: ...
+    def load(self, places: Int32) -> Float64: ...
+
+
+class _HalfRows:
+    """Float16."""
+
+    def __init__(self, shape: tuple[int, int, int]) -> None:
         self._values: Float16 = np.full(shape, np.nan, np.float16)
 
     @property
     def n_bytes(self) -> int:
-        return self._keys.nbytes + self._values.nbytes
+        return self._values.nbytes
+
+    def store(self, places: Int32, rows: Float32) -> None:
+        with np.errstate(over="ignore"):
+            self._values[places] = rows.astype(np.float16)
+
+    def load(self, places: Int32) -> Float64:
+        return self._values[places].astype(np.float64)
+
+
+class _ByteRows:
+    """Int8, a float16 scale for each 32 channels of a head."""
+
+    def __init__(self, shape: tuple[int, int, int]) -> None:
+        groups = -(-shape[2] // KV_GROUP_CHANNELS)
+        self._quants: Int8 = np.zeros(shape, np.int8)
+        self._scales: Float16 = np.full((*shape[:2], groups), np.nan, np.float16)
+
+    @property
+    def n_bytes(self) -> int:
+        return self._quants.nbytes + self._scales.nbytes
+
+    def store(self, places: Int32, rows: Float32) -> None:
+        rounded = round_to_bytes(rows)
+        self._quants[places], self._scales[places] = rounded.quants, rounded.scales
+
+    def load(self, places: Int32) -> Float64:
+        return Rounded(self._quants[places], self._scales[places]).values()
+
+
+@dataclass(frozen=True, slots=True)
+class Rounded:
+    """Rows in q8_0: quants [..., channels] and scales [..., groups]."""
+
+    quants: Int8
+    scales: Float16
+
+    def values(self) -> Float64:
+        """What is computed with: exact products."""
+        channels = self.quants.shape[-1]
+        scales = self.scales.astype(np.float64).repeat(KV_GROUP_CHANNELS, axis=-1)[..., :channels]
+        with np.errstate(invalid="ignore"):
+            return self.quants * scales
+
+
+def round_to_bytes(rows: Float32) -> Rounded:
+    """Rows [..., channels] in q8_0. Of each 32 channels: m = the greatest magnitude, scale = m / 127 rounded to
+    float16, quant = x * (1 / scale) to nearest, ties to even, 127 in magnitude at most; all in float32. Where the scale
+    is zero the quants are; where a channel is infinite or no number, the scale is no number."""
+    channels = rows.shape[-1]
+    missing = -channels % KV_GROUP_CHANNELS
+    padded = np.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, missing)])
+    groups = padded.reshape(*rows.shape[:-1], -1, KV_GROUP_CHANNELS)
+    finite: NDArray[np.bool_] = np.asarray(np.isfinite(groups).all(axis=-1))
+    with np.errstate(all="ignore"):
+        scales = (np.abs(groups).max(axis=-1) / np.float32(127)).astype(np.float16)
+        wide = scales.astype(np.float32)
+        inverse = np.where(wide > 0, np.float32(1) / wide, np.float32(0))
+        quants = np.rint(np.clip(groups * inverse[..., np.newaxis], -127, 127))
+    quants = np.where(finite[..., np.newaxis], quants, 0).reshape(padded.shape)[..., :channels]
+    return Rounded(quants.astype(np.int8), np.where(finite, scales, np.float16(np.nan)))
+
+
+class LayerKv:
+    """K and V of one layer, [blocks * KV_BLOCK_TOKENS, kv_heads, head_dim]."""
+
+    def __init__(self, step: Attention, blocks: int) -> None:
+        self._shape = (blocks * KV_BLOCK_TOKENS, step.kv_heads, step.head_dim)
+        rows = _HalfRows if step.kv_type is KvType.F16 else _ByteRows
+        self._keys: _Rows = rows(self._shape)
+        self._values: _Rows = rows(self._shape)
+
+    @property
+    def n_bytes(self) -> int:
+        return self._keys.n_bytes + self._values.n_bytes
 
     def store(self, table: Int32, positions: Int32, keys: Float32, values: Float32) -> None:
-        """Rounds keys and values [rows, kv_heads * head_dim] to float16, for positions of the sequence of `table`."""
+        """Rounds keys and values [rows, kv_heads * head_dim], for positions of the sequence of `table`."""
         places = _places(table, positions)
-        shape = (len(positions), *self._keys.shape[1:])
-        with np.errstate(over="ignore"):
-            self._keys[places] = keys.reshape(shape).astype(np.float16)
-            self._values[places] = values.reshape(shape).astype(np.float16)
+        shape = (len(positions), *self._shape[1:])
+        self._keys.store(places, keys.reshape(shape))
+        self._values.store(places, values.reshape(shape))
 
     def load(self, table: Int32, count: int) -> tuple[Float64, Float64]:
         """Keys and values of positions [0, count), [count, kv_heads, head_dim]."""
         places = _places(table, np.arange(count, dtype=np.int32))
-        return self._keys[places].astype(np.float64), self._values[places].astype(np.float64)
+        return self._keys.load(places), self._values.load(places)
 
 
 def _places(table: Int32, positions: Int32) -> Int32:

@@ -103,7 +103,8 @@ def rope(step: Rope, x: Float32, batch: Batch) -> Float64:
 
 
 def attention(step: Attention, state: State) -> Float32:
-    """Stores the rows' keys and values first: a row sees its own position and every one before."""
+    """Stores the rows' keys and values first: a row sees its own position and every one before, or those of its
+    window."""
     batch, kv = state.batch, state.kv[step.layer]
     out = np.empty((batch.rows, step.heads * step.head_dim), np.float32)
     for sequence in range(len(batch.sequence_starts) - 1):
@@ -113,7 +114,8 @@ def attention(step: Attention, state: State) -> Float32:
         keys, values = kv.load(table, int(batch.positions[rows][-1]) + 1)
         for row in range(rows.start, rows.stop):
             seen = int(batch.positions[row]) + 1
-            out[row] = attend(step, state[step.q][row], keys[:seen], values[:seen])
+            first = 0 if step.window is None else max(0, seen - step.window)
+            out[row] = attend(step, state[step.q][row], keys[first:seen], values[first:seen])
     return out
 
 

@@ -15,6 +15,7 @@ from llamaclust.model.program import (
     Attention,
     Buffer,
     Embed,
+    KvType,
     MatMul,
     Moe,
     Program,
@@ -36,12 +37,15 @@ ROPE_FACTORS = "rope_freqs.weight"
 class ProgramBuilder:
     """Collects the steps of layers [start, end). Methods append in the order of computation."""
 
-    def __init__(self, model: ModelFile, hyperparameters: Hyperparameters, start: int, end: int) -> None:
+    def __init__(
+        self, model: ModelFile, hyperparameters: Hyperparameters, start: int, end: int, kv_type: KvType
+    ) -> None:
         assert 0 <= start < end <= hyperparameters.block_count, (start, end, hyperparameters.block_count)
         self.model = model
         self.hyperparameters = hyperparameters
         self.start = start
         self.end = end
+        self._kv_type = kv_type
         self._steps: list[Step] = []
         width = hyperparameters.embedding_length
         self._hidden = Buffer("hidden", width)
@@ -92,6 +96,8 @@ class ProgramBuilder:
                 kv_heads=hp.head_count_kv,
                 head_dim=hp.key_length,
                 scale=1 / math.sqrt(hp.key_length),
+                kv_type=self._kv_type,
+                window=hp.sliding_window,
             ),
         ]
         self._matmul(f"{prefix}.attn_output", out, self._projected)

@@ -12,26 +12,49 @@ inline constexpr int kSpanBlocks = kSpanTokens / kKvBlockTokens;
 inline constexpr int kTileQueries = 64;
 inline constexpr int kScoredQueries = 8;  // scores of these are held at once
 
+inline constexpr int kMaxHeadChannels = 512;
+inline constexpr int kKvGroup = 32;  // channels of a key or value that share a scale
+
+// How keys and values lie in memory: float16, or int8 with a float16 scale for each 32 channels.
+enum class KvType { F16, Q8_0 };
+inline constexpr int kKvTypes = 2;
+
 // Channels of a stored value or of a sum of values: lanes past head_dim hold anything.
 inline constexpr int padded_head(int head_dim) { return (head_dim + 15) / 16 * 16; }
+inline constexpr int kv_groups(int head_dim) { return (head_dim + kKvGroup - 1) / kKvGroup; }
 
-// Halves of one KV head in one block: keys [head_dim][16 positions], then values [16 positions][padded_head].
-inline constexpr size_t kv_piece_halves(int head_dim) {
-  return static_cast<size_t>(head_dim + padded_head(head_dim)) * kKvBlockTokens;
+// One KV head in one block, its piece: all keys, then all values.
+//   F16   keys [head_dim][16 positions], values [16 positions][padded_head]
+//   Q8_0  keys [pairs of channels][16 positions][2], their scales [groups][16 positions],
+//         values [16 positions][padded_head], their scales [groups][16 positions]
+inline constexpr size_t kv_key_bytes(KvType type, int head_dim) {
+  const int channels = (head_dim + 1) / 2 * 2;
+  return static_cast<size_t>(kKvBlockTokens) *
+         static_cast<size_t>(type == KvType::F16 ? 2 * head_dim : channels + 2 * kv_groups(head_dim));
+}
+inline constexpr size_t kv_value_bytes(KvType type, int head_dim) {
+  const int channels = padded_head(head_dim);
+  return static_cast<size_t>(kKvBlockTokens) *
+         static_cast<size_t>(type == KvType::F16 ? 2 * channels : channels + 2 * kv_groups(head_dim));
+}
+inline constexpr size_t kv_piece_bytes(KvType type, int head_dim) {
+  return kv_key_bytes(type, head_dim) + kv_value_bytes(type, head_dim);
 }
 
-// Query vectors that share one KV head, over one span of positions.
+// Query vectors that share one KV head, over one span of positions. Each sees positions [first, end) of the span, both
+// in ascending order from query to query.
 struct SpanTask {
-  const uint16_t* head;   // f16: the KV head's piece of block 0 (kv_piece_halves)
-  size_t block_stride;    // halves from a block to the next
-  const int32_t* blocks;  // ids of the span's blocks
-  int blocks_after;       // ids that follow these and are read next
+  const uint8_t* head;   // the KV head's piece of block 0
+  size_t block_stride;   // bytes from a block to the next
+  const int32_t* blocks; // ids of the span's blocks
+  int blocks_after;      // ids that follow these and are read next
   int head_dim;
   float scale;
-  int queries;           // <= kTileQueries
-  const float* q;        // [queries][head_dim]
-  const int* positions;  // [queries] how many of the span's positions each one sees: 1 to 512, ascending
-  float* scores;         // [kScoredQueries][kSpanTokens] scratch
+  int queries;        // <= kTileQueries
+  const float* q;     // [queries][head_dim]
+  const int* firsts;  // [queries] 0 to 511
+  const int* ends;    // [queries] first + 1 to 512
+  float* scores;      // [kScoredQueries][kSpanTokens] scratch
 };
 
 // What the positions so far give: the greatest score, sum of exp(score - maximum), values weighted by these. Sixteen
@@ -42,11 +65,16 @@ struct SpanSums {
   float* values;   // [queries][padded_head]
 };
 
-struct AttentionOps {
-  // Writes one row's key and value of a KV head, rounded to f16, as position `slot` of the head's piece of a block.
-  void (*store)(const float* key, const float* value, int head_dim, int slot, uint16_t* piece);
-  // sums = the span's. Memory beyond a query's positions is read and may hold anything.
+// What depends on how keys and values lie in memory.
+struct KvOps {
+  // Writes one row's key and value of a KV head, rounded to the type, as position `slot` of the head's piece of a block.
+  void (*store)(const float* key, const float* value, int head_dim, int slot, uint8_t* piece);
+  // sums = the span's. Memory outside a query's positions is read and may hold anything.
   void (*span)(const SpanTask& task, const SpanSums& sums);
+};
+
+struct AttentionOps {
+  KvOps kv[kKvTypes];
   // total = total and then the next span: m = max of both; each side times exp(its maximum - m), total's first.
   void (*merge)(const SpanSums& total, const SpanSums& next, int queries, int head_dim);
   // out[query][head_dim] = values / sum, for one query of the total.

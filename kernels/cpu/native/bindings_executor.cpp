@@ -7,6 +7,8 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <limits>
+
 #include "bindings.h"
 #include "executor.h"
 #include "levels.h"
@@ -29,6 +31,11 @@ std::span<const int32_t> span_of(const Ints& x) { return {x.data(), x.size()}; }
 std::optional<Rotation> rotation_of(const PythonRotation& rotation) {
   if (!rotation) return std::nullopt;
   return Rotation{rotation->first, rotation->second ? RopeStyle::Neox : RopeStyle::Norm};
+}
+
+KvType kv_type_of(int number) {
+  require(number >= 0 && number < kKvTypes, "unknown KV type");
+  return static_cast<KvType>(number);
 }
 
 // A plan and the Python objects whose memory it points into.
@@ -97,8 +104,9 @@ void add_experts(PlanBuilder& builder, const std::vector<std::pair<std::vector<n
 }
 
 void add_attention(PlanBuilder& builder, int q, int k, int v, int out, int layer, int heads, int kv_heads, int head_dim,
-                   float scale, PythonRotation rotate_q, PythonRotation rotate_k) {
-  builder.plan.add(AttentionStep{q, k, v, out, layer, heads, kv_heads, head_dim, scale, rotation_of(rotate_q),
+                   float scale, std::optional<int> window, PythonRotation rotate_q, PythonRotation rotate_k) {
+  builder.plan.add(AttentionStep{q, k, v, out, layer, heads, kv_heads, head_dim, scale,
+                                 window.value_or(std::numeric_limits<int>::max()), rotation_of(rotate_q),
                                  rotation_of(rotate_k)});
 }
 
@@ -150,12 +158,14 @@ void bind_executor(nb::module_& module) {
       .def("add_rotation", [](PlanBuilder& b, std::vector<double> frequencies,
                               double scale) { return b.plan.add_rotation({std::move(frequencies), scale}); })
       .def("add_kv_layer",
-           [](PlanBuilder& b, int kv_heads, int head_dim) { return b.plan.add_kv_layer({kv_heads, head_dim}); })
+           [](PlanBuilder& b, int kv_heads, int head_dim, int kv_type) {
+             return b.plan.add_kv_layer({kv_heads, head_dim, kv_type_of(kv_type)});
+           })
       .def("set_result", [](PlanBuilder& b, int buffer) { b.plan.set_result(buffer); })
       .def("multiply", &add_products)
       .def("multiply_experts", &add_experts, "products"_a, "choice"_a, "slot"_a, "used"_a, "per_rank"_a)
       .def("attend", &add_attention, "q"_a, "k"_a, "v"_a, "out"_a, "layer"_a, "heads"_a, "kv_heads"_a, "head_dim"_a,
-           "scale"_a, "rotate_q"_a.none(), "rotate_k"_a.none());
+           "scale"_a, "window"_a.none(), "rotate_q"_a.none(), "rotate_k"_a.none());
   bind_row_steps(plan);
 
   nb::class_<NativeStage>(module, "Stage")
@@ -170,7 +180,10 @@ void bind_executor(nb::module_& module) {
       "workspace_bytes", [](const PlanBuilder& b, int threads) { return workspace_bytes(b.plan, threads); }, "plan"_a,
       "threads"_a, "Bytes that a stage of the plan needs besides weights and KV memory.");
   module.def(
-      "kv_block_bytes", [](int kv_heads, int head_dim) { return kv_block_bytes({kv_heads, head_dim}); },
+      "kv_block_bytes",
+      [](int kv_heads, int head_dim, int kv_type) {
+        return kv_block_bytes({kv_heads, head_dim, kv_type_of(kv_type)});
+      },
       "Bytes that one block of KV memory costs in a layer.");
 }
 

@@ -16,6 +16,8 @@ class AttentionWork {
         step_(step),
         level_(worker.run_.level),
         batch_(worker.run_.batch),
+        type_(worker.run_.plan.kv_layers[static_cast<size_t>(step.layer)].type),
+        kv_(level_.attention.kv[static_cast<int>(type_)]),
         group_(step.heads / step.kv_heads),
         parts_((group_ + kTileQueries - 1) / kTileQueries),
         tiles_(find_tiles()),
@@ -46,7 +48,12 @@ class AttentionWork {
   int64_t heads_per_tile() const { return static_cast<int64_t>(step_.kv_heads) * parts_; }
   int64_t unit_count() const { return static_cast<int64_t>(tiles_.size()) * heads_per_tile(); }
   int position(int row) const { return batch_.positions[static_cast<size_t>(row)]; }
-  int spans(const RowTile& tile) const { return position(tile.row_end - 1) / kSpanTokens + 1; }
+  // The first position that a row sees.
+  int first_seen(int row) const { return std::max(0, position(row) - step_.window + 1); }
+  // Spans that a tile's rows see.
+  int span_begin(const RowTile& tile) const { return first_seen(tile.row_begin) / kSpanTokens; }
+  int span_end(const RowTile& tile) const { return position(tile.row_end - 1) / kSpanTokens + 1; }
+  int spans(const RowTile& tile) const { return span_end(tile) - span_begin(tile); }
 
   // The last rows, which see the most, come first: what is left at the end is short.
   Unit unit(int64_t index) const {
@@ -56,10 +63,10 @@ class AttentionWork {
     return {tile, kv_head, kv_head * group_ + first, std::min(kTileQueries, group_ - first)};
   }
 
-  uint16_t* piece(int kv_head, int block) const {
+  uint8_t* piece(int kv_head, int block) const {
     const size_t piece_index =
         static_cast<size_t>(block) * static_cast<size_t>(step_.kv_heads) + static_cast<size_t>(kv_head);
-    return worker_.run_.kv.layer(step_.layer) + piece_index * kv_piece_halves(step_.head_dim);
+    return worker_.run_.kv.layer(step_.layer) + piece_index * kv_piece_bytes(type_, step_.head_dim);
   }
   const int32_t* table(int sequence) const {
     return batch_.block_tables.data() + batch_.table_starts[static_cast<size_t>(sequence)];
@@ -75,8 +82,8 @@ class AttentionWork {
   void store(int sequence, int row, int kv_head) const {
     const int at = position(row), offset = kv_head * step_.head_dim;
     const float* key = rotated(step_.rotate_k, worker_.line(step_.k, row) + offset, row, scratch_.key);
-    level_.attention.store(key, worker_.line(step_.v, row) + offset, step_.head_dim, at % kKvBlockTokens,
-                           piece(kv_head, table(sequence)[at / kKvBlockTokens]));
+    kv_.store(key, worker_.line(step_.v, row) + offset, step_.head_dim, at % kKvBlockTokens,
+              piece(kv_head, table(sequence)[at / kKvBlockTokens]));
   }
 
   // Keys and values of all rows, before anyone reads them.
@@ -106,19 +113,32 @@ class AttentionWork {
       }
   }
 
-  // Computes one span of the loaded queries and returns how many of them, the first ones, lie before it.
-  int compute_span(const Unit& unit, int span, const SpanSums& sums) const {
-    int queries = 0, before = 0;
-    for (int row = unit.tile.row_begin; row < unit.tile.row_end; row++) {
-      const int seen = std::min(position(row) + 1 - span * kSpanTokens, kSpanTokens);
-      for (int i = 0; i < unit.heads; i++)
-        if (seen > 0)
-          scratch_.positions[queries++] = seen;
-        else
-          before++;
+  // Which queries of a unit have to do with a span: [before, end) see some of it, and of those [joined, end) nothing
+  // before it.
+  struct Part {
+    int before, joined, end;
+  };
+  Part part(const Unit& unit, int span) const {
+    const auto rows_while = [&](auto&& holds) {
+      int row = unit.tile.row_begin;
+      while (row < unit.tile.row_end && holds(row)) row++;
+      return (row - unit.tile.row_begin) * unit.heads;
+    };
+    return {rows_while([&](int row) { return position(row) / kSpanTokens < span; }),
+            rows_while([&](int row) { return first_seen(row) / kSpanTokens < span; }),
+            rows_while([&](int row) { return first_seen(row) / kSpanTokens <= span; })};
+  }
+
+  // Computes one span for those of the loaded queries that see some of it.
+  void compute_span(const Unit& unit, int span, const Part& part, const SpanSums& sums) const {
+    const int start = span * kSpanTokens;
+    for (int query = part.before; query < part.end; query++) {
+      const int row = unit.tile.row_begin + query / unit.heads;
+      scratch_.firsts[query - part.before] = std::max(first_seen(row) - start, 0);
+      scratch_.ends[query - part.before] = std::min(position(row) + 1 - start, kSpanTokens);
     }
     store_span(unit, span);
-    const size_t stride = static_cast<size_t>(step_.kv_heads) * kv_piece_halves(step_.head_dim);
+    const size_t stride = static_cast<size_t>(step_.kv_heads) * kv_piece_bytes(type_, step_.head_dim);
     const int blocks_after = position(unit.tile.row_end - 1) / kKvBlockTokens + 1 - (span + 1) * kSpanBlocks;
     const SpanTask task{piece(unit.kv_head, 0),
                         stride,
@@ -126,21 +146,28 @@ class AttentionWork {
                         std::max(blocks_after, 0),
                         step_.head_dim,
                         step_.scale,
-                        queries,
-                        scratch_.q + before * step_.head_dim,
-                        scratch_.positions,
+                        part.end - part.before,
+                        scratch_.q + part.before * step_.head_dim,
+                        scratch_.firsts,
+                        scratch_.ends,
                         scratch_.scores};
-    level_.attention.span(task, from(sums, before));
-    return before;
+    kv_.span(task, from(sums, part.before));
   }
 
   SpanSums from(const SpanSums& sums, int query) const {
     return {sums.maximum + query, sums.sum + query, sums.values + query * padded_head(step_.head_dim)};
   }
-  static int queries(const Unit& unit) { return (unit.tile.row_end - unit.tile.row_begin) * unit.heads; }
 
-  void merge(const Unit& unit, const SpanSums& total, const SpanSums& next, int before) const {
-    level_.attention.merge(from(total, before), from(next, before), queries(unit) - before, step_.head_dim);
+  // Adds a span's sums to those of the spans before it; queries that see nothing before it begin with them.
+  void merge(const Part& part, const SpanSums& total, const SpanSums& next) const {
+    const int head_dim = step_.head_dim;
+    if (part.joined > part.before)
+      level_.attention.merge(from(total, part.before), from(next, part.before), part.joined - part.before, head_dim);
+    const int count = part.end - part.joined;
+    const SpanSums to = from(total, part.joined), source = from(next, part.joined);
+    std::copy_n(source.maximum, count, to.maximum);
+    std::copy_n(source.sum, count, to.sum);
+    std::copy_n(source.values, count * padded_head(head_dim), to.values);
   }
 
   void finish(const Unit& unit, const SpanSums& total) const {
@@ -154,10 +181,11 @@ class AttentionWork {
   void whole_unit(int64_t index) const {
     const Unit unit = this->unit(index);
     load_queries(unit);
-    compute_span(unit, 0, scratch_.total);
-    for (int span = 1; span < spans(unit.tile); span++) {
-      const int before = compute_span(unit, span, scratch_.next);
-      merge(unit, scratch_.total, scratch_.next, before);
+    for (int span = span_begin(unit.tile); span < span_end(unit.tile); span++) {
+      const Part part = this->part(unit, span);
+      const bool begins = span == span_begin(unit.tile);
+      compute_span(unit, span, part, begins ? scratch_.total : scratch_.next);
+      if (!begins) merge(part, scratch_.total, scratch_.next);
     }
     finish(unit, scratch_.total);
   }
@@ -193,8 +221,10 @@ class AttentionWork {
         const Unit unit = this->unit(i);
         const int64_t count = spans(unit.tile);
         if (first + count > begin) load_queries(unit);
-        for (int64_t span = std::max(begin - first, int64_t{0}); span < std::min(end - first, count); span++)
-          compute_span(unit, static_cast<int>(span), partial(first + span));
+        for (int64_t at = std::max(begin - first, int64_t{0}); at < std::min(end - first, count); at++) {
+          const int span = span_begin(unit.tile) + static_cast<int>(at);
+          compute_span(unit, span, part(unit, span), partial(first + at));
+        }
         first += count;
       }
     });
@@ -211,12 +241,8 @@ class AttentionWork {
 
   void merge_spans(const Unit& unit, int64_t first) const {
     const SpanSums total = partial(first);
-    for (int span = 1; span < spans(unit.tile); span++) {
-      int before = 0;
-      for (int row = unit.tile.row_begin; row < unit.tile.row_end && position(row) < span * kSpanTokens; row++)
-        before += unit.heads;
-      merge(unit, total, partial(first + span), before);
-    }
+    for (int i = 1; i < spans(unit.tile); i++)
+      merge(part(unit, span_begin(unit.tile) + i), total, partial(first + i));
     finish(unit, total);
   }
 
@@ -224,6 +250,8 @@ class AttentionWork {
   const AttentionStep& step_;
   const Level& level_;
   const Batch& batch_;
+  const KvType type_;
+  const KvOps& kv_;
   const int group_, parts_;
   const std::vector<RowTile>& tiles_;
   const AttentionScratch scratch_;

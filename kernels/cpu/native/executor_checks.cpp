@@ -147,6 +147,7 @@ Access Plan::check(const AttentionStep& step) {
     require(buffer(id).multiple == 1 && !selects, "one line a row");
   require(step.out != step.q && step.out != step.k && step.out != step.v, "attention in place");
   require(std::isfinite(step.scale), "an attention scale that is no number");
+  require(step.window > 0, "an attention window of nothing");
   for (const auto& rotation : {step.rotate_q, step.rotate_k})
     if (rotation) check_rotation(*rotation, step.head_dim);
   return {{step.q, step.k, step.v}, {step.out}, false};

@@ -11,7 +11,7 @@ constexpr size_t kPage = 4096;
 
 size_t attention_scratch_bytes(int head_dim) {
   const size_t channels = static_cast<size_t>(head_dim) + 16;
-  return sizeof(float) * (kTileQueries * channels + kScoredQueries * kSpanTokens + channels + kTileQueries +
+  return sizeof(float) * (kTileQueries * channels + kScoredQueries * kSpanTokens + channels + 2 * kTileQueries +
                           2 * span_sums_floats(kTileQueries, head_dim));
 }
 
@@ -96,13 +96,14 @@ AttentionScratch Workspace::attention_scratch(int thread, int head_dim) const {
   float* q = reinterpret_cast<float*>(scratch(thread));
   float* scores = q + kTileQueries * channels;
   float* key = scores + kScoredQueries * kSpanTokens;
-  float* positions = key + channels;
-  float* total = positions + kTileQueries;
+  int* firsts = reinterpret_cast<int*>(key + channels);
+  float* total = key + channels + 2 * kTileQueries;
   float* next = total + span_sums_floats(kTileQueries, head_dim);
   return {q,
           scores,
           key,
-          reinterpret_cast<int*>(positions),
+          firsts,
+          firsts + kTileQueries,
           span_sums_at(total, kTileQueries),
           span_sums_at(next, kTileQueries)};
 }

@@ -14,10 +14,11 @@ inline constexpr int kPrivateRows = 8;
 
 // Room for a unit of attention in one thread.
 struct AttentionScratch {
-  float* q;        // [kTileQueries][head_dim]
-  float* scores;   // [kScoredQueries][kSpanTokens]
-  float* key;      // [head_dim]
-  int* positions;  // [kTileQueries]
+  float* q;       // [kTileQueries][head_dim]
+  float* scores;  // [kScoredQueries][kSpanTokens]
+  float* key;     // [head_dim]
+  int* firsts;    // [kTileQueries]
+  int* ends;      // [kTileQueries]
   SpanSums total, next;
 };
 

@@ -22,8 +22,6 @@ struct Limits {
   int kv_blocks;
 };
 
-inline constexpr int kMaxHeadChannels = 512;
-
 // std::invalid_argument where a program does not hold together.
 void require(bool holds, const char* what);
 
@@ -112,6 +110,7 @@ struct AttentionStep {
   int layer;  // of the stage's KV memory
   int heads, kv_heads, head_dim;
   float scale;
+  int window;  // a row sees its own position and window - 1 before it
   std::optional<Rotation> rotate_q, rotate_k;
 };
 

@@ -3,7 +3,7 @@
 namespace llamaclust {
 
 size_t kv_block_bytes(const KvShape& shape) {
-  return static_cast<size_t>(shape.kv_heads) * kv_piece_halves(shape.head_dim) * sizeof(uint16_t);
+  return static_cast<size_t>(shape.kv_heads) * kv_piece_bytes(shape.type, shape.head_dim);
 }
 
 KvCache::KvCache(const std::vector<KvShape>& layers, int blocks) {
@@ -13,8 +13,6 @@ KvCache::KvCache(const std::vector<KvShape>& layers, int blocks) {
   memory_ = Memory(layout.bytes());
 }
 
-uint16_t* KvCache::layer(int index) const {
-  return reinterpret_cast<uint16_t*>(memory_.data() + offsets_[static_cast<size_t>(index)]);
-}
+uint8_t* KvCache::layer(int index) const { return memory_.data() + offsets_[static_cast<size_t>(index)]; }
 
 }  // namespace llamaclust

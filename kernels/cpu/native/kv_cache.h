@@ -11,6 +11,7 @@ namespace llamaclust {
 struct KvShape {
   int kv_heads;
   int head_dim;
+  KvType type;
 };
 
 // Bytes that one block costs in a layer of this shape.
@@ -22,7 +23,7 @@ class KvCache {
   KvCache(const std::vector<KvShape>& layers, int blocks);
 
   // The piece of KV head 0 in block 0; heads lie one after another, then comes the next block.
-  uint16_t* layer(int index) const;
+  uint8_t* layer(int index) const;
   size_t bytes() const { return memory_.bytes(); }
 
  private:

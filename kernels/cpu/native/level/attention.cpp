@@ -1,6 +1,7 @@
 // Attention over one span: keys one lane a position, values one lane a channel, both walked in order, so that register
 // tiles and the number of queries computed together change nothing.
-#include "attention_ops.h"
+#include "attention_f16.h"
+#include "attention_q8_0.h"
 #include "simd/math.h"
 
 namespace llamaclust::LLAMACLUST_LEVEL {
@@ -18,91 +19,67 @@ constexpr int blocks_at_once(int queries) { return queries == 1 ? 4 : 2; }
 constexpr int channels_at_once(int queries) { return queries == 1 ? 4 : 2; }
 #endif
 
-#define INLINE inline __attribute__((always_inline))
+// scores[query][position] of R queries, P blocks of 16 positions at a time. The first queries fetch what is read next:
+// the following blocks, and at the end the first values.
+template <typename Kv, int R, int P>
+void score_tile(const SpanTask& task, const typename Kv::template Queries<R>& queries, int query, int block) {
+  const uint8_t *keys[P], *next[P];
+  const int begin = block_begin(task, query), end = block_end(task, query, R);
+  for (int p = 0; p < P; p++) {
+    const int after = block + P + p;
+    keys[p] = keys_at(task, block + p);
+    next[p] = after < end ? keys_at(task, after) : values_at<Kv>(task, begin + (after - end) % (end - begin));
+  }
+  float* out = task.scores + block * kKvBlockTokens;
+  Kv::template score<R, P>(task, queries, keys, query == 0 ? next : nullptr, out);
+}
 
-INLINE const uint16_t* piece(const SpanTask& task, int block) {
-  return task.head + static_cast<size_t>(task.blocks[block]) * task.block_stride;
+template <typename Kv, int R>
+void score_queries(const SpanTask& task, int query) {
+  constexpr int P = blocks_at_once(R);
+  const typename Kv::template Queries<R> queries(task, query);
+  int block = block_begin(task, query);
+  const int end = block_end(task, query, R);
+  for (; block + P <= end; block += P) score_tile<Kv, R, P>(task, queries, query, block);
+  for (; block < end; block++) score_tile<Kv, R, 1>(task, queries, query, block);
+}
+
+// The sixteen lanes from position `i`, those outside [first, end) replaced.
+INLINE F32x16 seen(F32x16 x, int i, int first_position, int end, F32x16 other) {
+  if (i < first_position) x = first(first_position - i, other, x);
+  return i + 16 > end ? first(end - i, x, other) : x;
+}
+
+// Turns one query's scores into exp(score - maximum); lanes of positions that it does not see count as nothing.
+void weigh(float* scores, int first_position, int end, float* maximum, float* sum) {
+  const int begin = first_position / 16 * 16;
+  const F32x16 lowest = broadcast(-__builtin_inff());
+  F32x16 top = lowest;
+  for (int i = begin; i < end; i += 16) top = max(top, seen(load(scores + i), i, first_position, end, lowest));
+  *maximum = max_tree(top);
+  const F32x16 shift = broadcast(*maximum);
+  F32x16 total = zero();
+  for (int i = begin; i < end; i += 16) {
+    const F32x16 weight = seen(exp(sub(load(scores + i), shift)), i, first_position, end, zero());
+    total = add(total, weight);
+    store(scores + i, weight);
+  }
+  *sum = sum_tree(total);
 }
 
 // Blocks of values between what is computed and what is fetched into the cache.
 constexpr int kBlocksAhead = 4;
 
-INLINE void fetch(const uint16_t* line) { __builtin_prefetch(line, 0, 2); }
-
-INLINE const uint16_t* keys_at(const SpanTask& task, int block) { return piece(task, block); }
-INLINE const uint16_t* values_at(const SpanTask& task, int block) {
-  return piece(task, block) + task.head_dim * kKvBlockTokens;
-}
-
-// scores[query][position] of R queries and P blocks of 16 positions. The first queries fetch what is read next: the
-// following blocks, and at the end the first values.
-template <int R, int P>
-void score_tile(const SpanTask& task, int query, int block, int blocks) {
-  F32x16 sums[R][P];
-  const uint16_t *keys[P], *next[P];
-  const float* q = task.q + query * task.head_dim;
-  for (int p = 0; p < P; p++) {
-    const int after = block + P + p;
-    keys[p] = keys_at(task, block + p);
-    next[p] = after < blocks ? keys_at(task, after) : values_at(task, (after - blocks) % blocks);
-  }
-  for (int r = 0; r < R; r++)
-    for (int p = 0; p < P; p++) sums[r][p] = zero();
-  for (int d = 0; d < task.head_dim; d++) {
-    F32x16 k[P];
-    for (int p = 0; p < P; p++) k[p] = from_f16(keys[p] + d * kKvBlockTokens);
-    if (query == 0 && d % 2 == 0)
-      for (int p = 0; p < P; p++) fetch(next[p] + d * kKvBlockTokens);
-    for (int r = 0; r < R; r++) {
-      const F32x16 x = broadcast(q[r * task.head_dim + d]);
-      for (int p = 0; p < P; p++) sums[r][p] = fma(x, k[p], sums[r][p]);
-    }
-  }
-  for (int r = 0; r < R; r++)
-    for (int p = 0; p < P; p++)
-      store(task.scores + r * kSpanTokens + (block + p) * kKvBlockTokens, mul(sums[r][p], broadcast(task.scale)));
-}
-
-template <int R>
-void score_queries(const SpanTask& task, int query, int blocks) {
-  constexpr int P = blocks_at_once(R);
-  int block = 0;
-  for (; block + P <= blocks; block += P) score_tile<R, P>(task, query, block, blocks);
-  for (; block < blocks; block++) score_tile<R, 1>(task, query, block, blocks);
-}
-
-// Turns one query's scores into exp(score - maximum); lanes past its last position count as nothing.
-void weigh(float* scores, int positions, float* maximum, float* sum) {
-  const int whole = positions / 16 * 16, rest = positions - whole;
-  const F32x16 lowest = broadcast(-__builtin_inff());
-  F32x16 top = lowest;
-  for (int i = 0; i < whole; i += 16) top = max(top, load(scores + i));
-  if (rest > 0) top = max(top, first(rest, load(scores + whole), lowest));
-  *maximum = max_tree(top);
-  const F32x16 shift = broadcast(*maximum);
-  F32x16 total = zero();
-  for (int i = 0; i < whole; i += 16) {
-    const F32x16 weight = exp(sub(load(scores + i), shift));
-    total = add(total, weight);
-    store(scores + i, weight);
-  }
-  if (rest > 0) {
-    const F32x16 weight = first(rest, exp(sub(load(scores + whole), shift)), zero());
-    total = add(total, weight);
-    store(scores + whole, weight);
-  }
-  *sum = sum_tree(total);
-}
-
 // What is read after the values of a span: the keys of the next.
-INLINE const uint16_t* fetched_at(const SpanTask& task, int block) {
-  const int blocks = (task.positions[task.queries - 1] + kKvBlockTokens - 1) / kKvBlockTokens;
-  if (block < blocks) return values_at(task, block);
-  return keys_at(task, block < blocks + task.blocks_after ? block : blocks - 1);
+template <typename Kv>
+INLINE const uint8_t* fetched_at(const SpanTask& task, int block) {
+  const int end = block_end(task, 0, task.queries);
+  if (block < end) return values_at<Kv>(task, block);
+  return keys_at(task, block < end + task.blocks_after ? block : end - 1);
 }
 
 // values[query][channel] += weight * value over positions [begin, end), for R queries and C groups of 16 channels.
-template <int R, int C>
+template <typename Kv, int R, int C>
 void value_tile(const SpanTask& task, const float* weights, int query, int channel, int begin, int end, float* values) {
   const int width = padded_head(task.head_dim);
   float* out = values + query * width + channel;
@@ -110,18 +87,16 @@ void value_tile(const SpanTask& task, const float* weights, int query, int chann
   for (int r = 0; r < R; r++)
     for (int c = 0; c < C; c++) sums[r][c] = load(out + r * width + c * 16);
   for (int start = begin; start < end;) {
-    const int block = start / kKvBlockTokens, block_end = (block + 1) * kKvBlockTokens;
-    const int stop = block_end < end ? block_end : end;
-    const uint16_t *v = values_at(task, block) + channel, *next = fetched_at(task, block + kBlocksAhead) + channel;
-    for (int i = start; i < stop; i++) {
+    const int block = start / kKvBlockTokens, block_start = block * kKvBlockTokens;
+    const int stop = block_start + kKvBlockTokens < end ? block_start + kKvBlockTokens : end;
+    const uint8_t *v = values_at<Kv>(task, block), *next = fetched_at<Kv>(task, block + kBlocksAhead);
+    const typename Kv::template Weights<R, C> block_weights(weights + block_start, v, width, channel);
+    for (int i = start - block_start; i < stop - block_start; i++) {
       F32x16 x[C];
-      for (int c = 0; c < C; c++) x[c] = from_f16(v + (i % kKvBlockTokens) * width + c * 16);
-      if (query == 0)
-        for (int c = 0; c < C; c += 2) fetch(next + (i % kKvBlockTokens) * width + c * 16);
-      for (int r = 0; r < R; r++) {
-        const F32x16 weight = broadcast(weights[r * kSpanTokens + i]);
-        for (int c = 0; c < C; c++) sums[r][c] = fma(weight, x[c], sums[r][c]);
-      }
+      for (int c = 0; c < C; c++) x[c] = Kv::channels(v, width, i, channel + c * 16);
+      if (query == 0) Kv::template fetch_channels<C>(next, width, i, channel);
+      for (int r = 0; r < R; r++)
+        for (int c = 0; c < C; c++) sums[r][c] = fma(block_weights.at(r, c, i), x[c], sums[r][c]);
     }
     start = stop;
   }
@@ -129,46 +104,57 @@ void value_tile(const SpanTask& task, const float* weights, int query, int chann
     for (int c = 0; c < C; c++) store(out + r * width + c * 16, sums[r][c]);
 }
 
-template <int R>
+template <typename Kv, int R>
 void value_range(const SpanTask& task, const float* weights, int query, int begin, int end, float* values) {
   constexpr int C = channels_at_once(R);
   const int width = padded_head(task.head_dim);
   int channel = 0;
   for (; channel + 16 * C <= width; channel += 16 * C)
-    value_tile<R, C>(task, weights, query, channel, begin, end, values);
+    value_tile<Kv, R, C>(task, weights, query, channel, begin, end, values);
   if constexpr (C > 4)
-    for (; channel + 64 <= width; channel += 64) value_tile<R, 4>(task, weights, query, channel, begin, end, values);
-  for (; channel < width; channel += 16) value_tile<R, 1>(task, weights, query, channel, begin, end, values);
+    for (; channel + 64 <= width; channel += 64) value_tile<Kv, R, 4>(task, weights, query, channel, begin, end, values);
+  for (; channel < width; channel += 16) value_tile<Kv, R, 1>(task, weights, query, channel, begin, end, values);
 }
 
-// Positions that all R queries see are walked together, the rest one query at a time.
-template <int R>
+// Positions that all R queries see are walked together, those before and after one query at a time.
+template <typename Kv, int R>
 void value_queries(const SpanTask& task, int query, float* values) {
-  const int width = padded_head(task.head_dim), common = task.positions[query];
+  const int width = padded_head(task.head_dim), last = query + R - 1;
+  const int common_end = task.ends[query];
+  const int common = task.firsts[last] < common_end ? task.firsts[last] : common_end;
   for (int i = 0; i < R * width; i++) values[query * width + i] = 0.0f;
-  value_range<R>(task, task.scores, query, 0, common, values);
-  for (int r = 1; r < R; r++)
-    if (task.positions[query + r] > common)
-      value_range<1>(task, task.scores + r * kSpanTokens, query + r, common, task.positions[query + r], values);
+  for (int r = 0; r < R - 1; r++)
+    if (task.firsts[query + r] < common)
+      value_range<Kv, 1>(task, task.scores + r * kSpanTokens, query + r, task.firsts[query + r], common, values);
+  value_range<Kv, R>(task, task.scores, query, common, common_end, values);
+  for (int r = 1; r < R; r++) {
+    const int begin = task.firsts[query + r] > common_end ? task.firsts[query + r] : common_end;
+    if (task.ends[query + r] > begin)
+      value_range<Kv, 1>(task, task.scores + r * kSpanTokens, query + r, begin, task.ends[query + r], values);
+  }
 }
 
-template <int R>
+template <typename Kv, int R>
 void span_queries(const SpanTask& task, int query, const SpanSums& sums) {
-  score_queries<R>(task, query, (task.positions[query + R - 1] + kKvBlockTokens - 1) / kKvBlockTokens);
+  score_queries<Kv, R>(task, query);
   for (int r = 0; r < R; r++)
-    weigh(task.scores + r * kSpanTokens, task.positions[query + r], sums.maximum + query + r, sums.sum + query + r);
-  value_queries<R>(task, query, sums.values);
+    weigh(task.scores + r * kSpanTokens, task.firsts[query + r], task.ends[query + r], sums.maximum + query + r,
+          sums.sum + query + r);
+  value_queries<Kv, R>(task, query, sums.values);
 }
 
 // All queries, R at a time, then the rest.
-template <int R>
+template <typename Kv, int R>
 void span_from(const SpanTask& task, int query, const SpanSums& sums) {
-  for (; query + R <= task.queries; query += R) span_queries<R>(task, query, sums);
+  for (; query + R <= task.queries; query += R) span_queries<Kv, R>(task, query, sums);
   if constexpr (R > 1)
-    if (query < task.queries) span_from<R - 1>(task, query, sums);
+    if (query < task.queries) span_from<Kv, R - 1>(task, query, sums);
 }
 
-void span(const SpanTask& task, const SpanSums& sums) { span_from<kQueries>(task, 0, sums); }
+template <typename Kv>
+void span(const SpanTask& task, const SpanSums& sums) {
+  span_from<Kv, kQueries>(task, 0, sums);
+}
 
 // Sixteen queries at most.
 void merge_some(const SpanSums& total, const SpanSums& next, int queries, int width) {
@@ -201,20 +187,10 @@ void finish(const float* values, float sum, int head_dim, float* out) {
     store_first(head_dim - c < 16 ? head_dim - c : 16, out + c, div(load(values + c), divisor));
 }
 
-void store_row(const float* key, const float* value, int head_dim, int slot, uint16_t* block) {
-  alignas(64) uint16_t halves[16];
-  uint16_t* v = block + head_dim * kKvBlockTokens + slot * padded_head(head_dim);
-  for (int c = 0; c < head_dim; c += 16) {
-    const int n = head_dim - c < 16 ? head_dim - c : 16;
-    to_f16(halves, load_first(n, key + c));
-    for (int i = 0; i < n; i++) block[(c + i) * kKvBlockTokens + slot] = halves[i];
-    to_f16(v + c, load_first(n, value + c));
-  }
-}
-
 }  // namespace
 
 extern const AttentionOps attention_ops;
-const AttentionOps attention_ops = {store_row, span, merge, finish};
+const AttentionOps attention_ops = {
+    {{F16Kv::store_row, span<F16Kv>}, {Q8Kv::store_row, span<Q8Kv>}}, merge, finish};
 
 }  // namespace llamaclust::LLAMACLUST_LEVEL

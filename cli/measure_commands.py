@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from llamaclust.cli.help import PlainCommand
+from llamaclust.model.program import KvType
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Catalog name or path of a .gguf.")]
@@ -17,6 +18,10 @@ Threads = Annotated[
 ]
 Workers = Annotated[
     int, typer.Option("--workers", min=1, max=64, metavar="K", help="Cut the model over that many local processes.")
+]
+
+KvTypeOption = Annotated[
+    KvType | None, typer.Option("--kv-type", metavar="TYPE", help="Keys and values in memory: f16 (default) or q8_0.")
 ]
 
 
@@ -37,6 +42,7 @@ def bench(
         int, typer.Option("--repeats", "-r", metavar="N", min=1, max=100, help="Runs; medians are shown.")
     ] = 5,
     workers: Workers = 1,
+    kv_type: KvTypeOption = None,
     as_json: Json = False,
 ) -> None:
     """Measure prefill and decode, beside what this machine could do at best."""
@@ -44,7 +50,9 @@ def bench(
     from llamaclust.tools.bench import BenchTask
     from llamaclust.tools.catalog import resolve_model
 
-    task = BenchTask(resolve_model(model), threads, prompt, generate, batch, depth, repeats, workers)
+    task = BenchTask(
+        resolve_model(model), threads, prompt, generate, batch, depth, repeats, workers, kv_type or KvType.F16
+    )
     measuring.print_bench(task, as_json)
 
 
@@ -55,6 +63,7 @@ def perplexity(
     chunks: Annotated[int | None, typer.Option("--chunks", min=1, metavar="N", help="Only the first N.")] = None,
     threads: Threads = None,
     workers: Workers = 1,
+    kv_type: KvTypeOption = None,
     endpoint: Annotated[
         str | None, typer.Option("--endpoint", metavar="URL", help="Ask a running cluster that serves MODEL.")
     ] = None,
@@ -67,7 +76,7 @@ def perplexity(
     from llamaclust.cli import measuring
     from llamaclust.tools.catalog import resolve_model
 
-    source = measuring.Source(resolve_model(model), threads, workers, endpoint, api_key_file)
+    source = measuring.Source(resolve_model(model), threads, workers, kv_type, endpoint, api_key_file)
     measuring.print_perplexity(source, text, context, chunks, as_json)
 
 

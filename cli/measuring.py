@@ -17,6 +17,7 @@ from llamaclust.cli.terminal import printable
 from llamaclust.cluster.client_base import TextClient
 from llamaclust.errors import UsageError
 from llamaclust.model.loader import Model
+from llamaclust.model.program import KvType
 from llamaclust.tools.bench import BenchReport, BenchTask, run_bench
 from llamaclust.tools.perplexity import Perplexity, check_same_model, cut, measure, read_text
 from llamaclust.wire.tuning import tune_grpc
@@ -29,14 +30,16 @@ class Source:
     model: Path
     threads: int | None
     workers: int
+    kv_type: KvType | None
     endpoint: str | None
     api_key_file: Path | None
 
     def open(self, context: int) -> TextClient:
         """UsageError where the options contradict each other."""
         if self.endpoint is not None:
-            if self.workers > 1 or self.threads is not None:
-                raise UsageError("--endpoint asks a cluster that runs already: --workers and --threads are not for it")
+            if self.workers > 1 or self.threads is not None or self.kv_type is not None:
+                given = "--workers, --threads and --kv-type"
+                raise UsageError(f"--endpoint asks a cluster that runs already: {given} are not for it")
             return connect(self.endpoint, self.api_key_file)
         if self.api_key_file is not None:
             raise UsageError("--api-key-file is for --endpoint")
@@ -47,12 +50,16 @@ class Source:
         from llamaclust.cluster.client_service import ServiceClient
         from llamaclust.tools.temporary_cluster import cluster_service
 
-        return ServiceClient(cluster_service(self.model, self.workers, self.threads, context))
+        return ServiceClient(
+            cluster_service(self.model, self.workers, self.threads, context, self.kv_type or KvType.F16)
+        )
 
     def _local(self, context: int) -> TextClient:
         from llamaclust.cluster.local import LocalClient, LocalSettings
 
-        settings = LocalSettings(context_length=context, max_sequences=1, prefix_cache=False)
+        settings = LocalSettings(
+            context_length=context, max_sequences=1, prefix_cache=False, kv_type=self.kv_type or KvType.F16
+        )
         return LocalClient(self.model, self.threads, settings=settings)
 
 

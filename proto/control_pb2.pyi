@@ -290,6 +290,7 @@ class StageLimits(_message.Message):
     MAX_SEQUENCES_FIELD_NUMBER: _builtins.int
     MAX_CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
     KV_BLOCKS_FIELD_NUMBER: _builtins.int
+    KV_TYPE_FIELD_NUMBER: _builtins.int
     max_tokens: _builtins.int
     """Rows of one microbatch."""
     max_outputs: _builtins.int
@@ -300,6 +301,8 @@ class StageLimits(_message.Message):
     """Positions of one sequence."""
     kv_blocks: _builtins.int
     """KV blocks; block ids are below it."""
+    kv_type: _builtins.str
+    """Type of keys and values in them: "f16" or "q8_0"."""
     def __init__(
         self,
         *,
@@ -308,10 +311,11 @@ class StageLimits(_message.Message):
         max_sequences: _builtins.int = ...,
         max_context_tokens: _builtins.int = ...,
         kv_blocks: _builtins.int = ...,
+        kv_type: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_blocks", b"kv_blocks", "max_context_tokens", b"max_context_tokens", "max_outputs", b"max_outputs", "max_sequences", b"max_sequences", "max_tokens", b"max_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_blocks", b"kv_blocks", "kv_type", b"kv_type", "max_context_tokens", b"max_context_tokens", "max_outputs", b"max_outputs", "max_sequences", b"max_sequences", "max_tokens", b"max_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -16,7 +16,7 @@ from llamaclust.cluster.config import load_config
 from llamaclust.cluster.coordinator import Cluster, open_cluster
 from llamaclust.cluster.requests import Generation, PromptScored, TokenChosen
 from llamaclust.cluster.state import ClusterDir
-from llamaclust.model.program import KV_BLOCK_TOKENS
+from llamaclust.model.program import KV_BLOCK_TOKENS, KvType
 from llamaclust.wire.messages import RowResult, SamplingParams
 
 Answer = tuple[tuple[int, bytes], ...]
@@ -38,6 +38,7 @@ class Way:
     cached: bool = False  # asked twice; the second answers count, with prompts in the prefix cache while it has room
     preempted: bool = False  # KV memory is so short that sequences are put back
     feature_level: str | None = None
+    kv_type: KvType = KvType.F16
     every: bool = False  # the seven that grow as well, although each is alone
 
     @property
@@ -51,7 +52,8 @@ class Work:
     seven that grow long enough to be preempted when KV memory is short."""
 
     asks: tuple[Generation, ...]
-    kv_layer_bytes: int  # KV memory of one position in one layer
+    kv_heads: int
+    head_dim: int
 
     @property
     def longest(self) -> int:
@@ -59,7 +61,7 @@ class Work:
 
 
 @cache
-def make_work(seed: int, vocabulary: int, kv_layer_bytes: int, long: int = 530, tokens: int = 12) -> Work:
+def make_work(seed: int, vocabulary: int, kv_heads: int, head_dim: int, long: int = 530, tokens: int = 12) -> Work:
     """Random prompts; `long`: tokens of the longest one."""
     print(f"work: seed {seed}")
     source = random.Random(seed)
@@ -75,7 +77,7 @@ def make_work(seed: int, vocabulary: int, kv_layer_bytes: int, long: int = 530, 
     others = tuple(
         Generation(f"other {i}", prompt(source.randrange(5, 12)), 8 * tokens, _SEEDED, seed=i) for i in range(7)
     )
-    return Work(own + others, kv_layer_bytes)
+    return Work(own + others, kv_heads, head_dim)
 
 
 def run(model: Path, way: Way, work: Work, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Answer]:
@@ -97,11 +99,13 @@ async def _run(model: Path, way: Way, work: Work, folder: Path) -> list[Answer]:
         "plan=[" + ", ".join(f"{{worker: {name}, layers: [{a}, {b}]}}" for name, (a, b) in stages) + "]",
         f"context_length={max(work.longest, 1024)}",
         f"prefill_chunk={way.prefill_chunk or 'auto'}",
+        f"kv_type={way.kv_type}",
     ]
     if way.preempted:
         most_layers = max(b - a for a, b in pairwise(way.cut))
         tokens = -(-work.longest // KV_BLOCK_TOKENS) * KV_BLOCK_TOKENS
-        overrides += [f"kv_memory={tokens * most_layers * work.kv_layer_bytes}", f"context_length={work.longest}"]
+        layer_bytes = 2 * work.kv_heads * way.kv_type.row_bytes(work.head_dim)
+        overrides += [f"kv_memory={tokens * most_layers * layer_bytes}", f"context_length={work.longest}"]
     config = load_config(None, overrides)
     directory = ClusterDir(folder / "cluster")
     directory.create()

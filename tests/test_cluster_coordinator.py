@@ -25,6 +25,7 @@ from llamaclust.cluster.worker_handle import WorkerHandle
 from llamaclust.errors import UsageError
 from llamaclust.kernels.cpu import _native
 from llamaclust.model.loader import Model
+from llamaclust.model.program import KvType
 from llamaclust.wire.deadlines import deadline
 
 
@@ -138,9 +139,13 @@ def test_more_stages_than_a_result_can_name_are_refused(tmp_path: Path) -> None:
         plan_cluster(config, model, dict.fromkeys(names, 1 << 40), {})
 
 
+@pytest.mark.parametrize("kv_type", KvType)
 @run_async
-async def test_stages_take_what_the_plan_promised(tiny: Path, tmp_path: Path) -> None:
-    async with opened(tiny, tmp_path) as cluster:
+async def test_stages_take_what_the_plan_promised(kv_type: KvType, tiny: Path, tmp_path: Path) -> None:
+    async with opened(tiny, tmp_path, kv_type=kv_type.value) as cluster:
+        layer = cluster.model.program(0, 1).kv_layers[0]
+        promised = cluster.plan.kv_blocks * 16 * 2 * layer.kv_heads * kv_type.row_bytes(layer.head_dim)
+        assert sum(stage.kv_bytes for stage in cluster.plan.stages) == cluster.model.layer_count * promised
         for stage in cluster.plan.stages:
             ((_, loaded),) = cluster.registry.workers[stage.worker].stages.values()
             assert (loaded.kv_bytes, loaded.workspace_bytes) == (stage.kv_bytes, stage.workspace_bytes)

@@ -19,10 +19,11 @@ from tiny_model import build_tiny_model, every_type
 from llamaclust.kernels.cpu import _native
 from llamaclust.kernels.cpu.weights import SUPPORTED_TYPES
 from llamaclust.model.gguf import open_model
+from llamaclust.model.program import KvType
 from llamaclust.model.quant_types import QuantType
 
 VOCABULARY = 320
-KV_LAYER_BYTES = 2 * 2 * 32 * 2  # keys and values of 2 heads of 32 channels in f16
+KV_HEADS, HEAD_DIM = 2, 32
 SEED = 20
 CUTS = ((0, 6), (0, 3, 6), (0, 1, 6), (0, 5, 6), (0, 2, 4, 6), (0, 1, 2, 3, 5, 6))
 
@@ -60,6 +61,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "company": (False, True),
     "cached": (False, True),
     "preempted": (False, True),
+    "kv_type": tuple(KvType),
 }
 
 
@@ -86,16 +88,16 @@ def pairwise_rows(factors: dict[str, tuple[Any, ...]], seed: int) -> list[dict[s
     return rows
 
 
-Models = Callable[[Kind], tuple[Path, list[Answer]]]
+Models = Callable[[Kind, KvType], tuple[Path, list[Answer]]]
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     """A model of each kind and its answers on one undisturbed worker."""
-    made: dict[Kind, tuple[Path, list[Answer]]] = {}
+    made: dict[tuple[Kind, KvType], tuple[Path, list[Answer]]] = {}
 
-    def get(kind: Kind) -> tuple[Path, list[Answer]]:
-        if kind not in made:
+    def get(kind: Kind, kv_type: KvType) -> tuple[Path, list[Answer]]:
+        if (kind, kv_type) not in made:
             folder = tmp_path_factory.mktemp("model")
             model = build_tiny_model(
                 folder / f"{kind}.gguf",
@@ -106,9 +108,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
                 other_types=kind.other_types,
             )
             with pytest.MonkeyPatch.context() as patch:
-                work = make_work(SEED, VOCABULARY, KV_LAYER_BYTES)
-                made[kind] = model, run(model, Way((0, 6), every=True), work, folder, patch)
-        return made[kind]
+                work = make_work(SEED, VOCABULARY, KV_HEADS, HEAD_DIM)
+                way = Way((0, 6), kv_type=kv_type, every=True)
+                made[kind, kv_type] = model, run(model, way, work, folder, patch)
+        return made[kind, kv_type]
 
     return get
 
@@ -121,28 +124,29 @@ def show(row: dict[str, Any]) -> str:
 def test_every_pair_of_ways(
     row: dict[str, Any], models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, expected = models(row["kind"])
+    model, expected = models(row["kind"], row["kv_type"])
     way = Way(**{name: value for name, value in row.items() if name != "kind"})
-    work = make_work(SEED, VOCABULARY, KV_LAYER_BYTES)
+    work = make_work(SEED, VOCABULARY, KV_HEADS, HEAD_DIM)
     answers = run(model, way, work, tmp_path, monkeypatch)
     assert answers == expected[: len(answers)]
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.quant_type is None], ids=str)
 def test_a_model_of_every_type_has_them_all(kind: Kind, models: Models) -> None:
-    path, _ = models(kind)
+    path, _ = models(kind, KvType.F16)
     assert {tensor.quant_type for tensor in open_model(path).tensors.values()} == set(SUPPORTED_TYPES)
 
 
 def test_answers_are_worth_comparing(models: Models) -> None:
-    """Different requests differ, ids vary and probabilities are no constant."""
-    _, answers = models(KINDS[0])
+    """Different requests differ, ids vary and probabilities are no constant; nor is the KV type without effect."""
+    _, answers = models(KINDS[0], KvType.F16)
     greedy, seeded, scored, *_ = answers
     assert len(greedy) == len(seeded) == 12
     assert len(scored) == 69 + 2
     for answer in answers:
         assert len({token for token, _ in answer}) > 1
         assert len({bits for _, bits in answer}) > len(answer) // 2
+    assert all(a != b for a, b in zip(answers, models(KINDS[0], KvType.Q8_0)[1], strict=True))
 
 
 ways = st.builds(
@@ -154,14 +158,15 @@ ways = st.builds(
     cached=st.booleans(),
     preempted=st.booleans(),
     feature_level=st.sampled_from(tuple(_native.available_levels())),
+    kv_type=st.sampled_from(KvType),
 )
 
 
 @settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
 @given(way=ways)
 def test_random_ways(way: Way, models: Models, tmp_path_factory: pytest.TempPathFactory) -> None:
-    model, expected = models(KINDS[1])
+    model, expected = models(KINDS[1], way.kv_type)
     with pytest.MonkeyPatch.context() as patch:
-        work = make_work(SEED, VOCABULARY, KV_LAYER_BYTES)
+        work = make_work(SEED, VOCABULARY, KV_HEADS, HEAD_DIM)
         answers = run(model, way, work, tmp_path_factory.mktemp("way"), patch)
         assert answers == expected[: len(answers)]

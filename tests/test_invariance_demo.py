@@ -9,7 +9,7 @@ from invariance import Answer, Way, Work, make_work, run
 
 LAYERS = 30
 VOCABULARY = 49152
-KV_LAYER_BYTES = 2 * 3 * 64 * 2  # keys and values of 3 heads of 64 channels in f16
+KV_HEADS, HEAD_DIM = 3, 64
 SEED = 21
 
 WAYS = (
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.model
 
 
 def work() -> Work:
-    return make_work(SEED, VOCABULARY, KV_LAYER_BYTES)
+    return make_work(SEED, VOCABULARY, KV_HEADS, HEAD_DIM)
 
 
 @pytest.fixture(scope="module")

@@ -59,6 +59,7 @@ COORDINATOR_MESSAGES: list[CoordinatorMessage] = [
     Measure(),
     LOAD,
     replace(LOAD, start=0, next_address=None),
+    replace(LOAD, limits=replace(LOAD.limits, kv_type="q8_0")),
     Unload(3),
     Shutdown("end"),
 ]
@@ -94,6 +95,8 @@ BAD_LOADS = [
     replace(LOAD, model_path="/a\0b"),
     replace(LOAD, limits=replace(LOAD.limits, max_tokens=0)),
     replace(LOAD, limits=replace(LOAD.limits, kv_blocks=0)),
+    replace(LOAD, limits=replace(LOAD.limits, kv_type="q4_0")),
+    replace(LOAD, limits=replace(LOAD.limits, kv_type="")),
     replace(LOAD, limits=replace(LOAD.limits, max_sequences=1 << 20)),
 ]
 

@@ -16,6 +16,7 @@ from llamaclust.cluster.config import environment
 from llamaclust.errors import UsageError
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.model.loader import Model
+from llamaclust.model.program import KvType
 from llamaclust.tools.background import in_background
 from llamaclust.tools.bench_limits import Limits, MachineLimits, Pair, Spread, paired
 from llamaclust.tools.bench_stage import BenchStage
@@ -37,6 +38,7 @@ class BenchTask:
     depth: int = 0
     repeats: int = 5
     workers: int = 1
+    kv_type: KvType = KvType.F16
 
     @property
     def threads_each(self) -> int:
@@ -66,7 +68,7 @@ class Work:
 
     @classmethod
     def of(cls, model: Model, task: BenchTask) -> Work:
-        costs = model.costs
+        costs = model.costs(task.kv_type)
         macs = task.prompt * sum(layer.macs_per_token for layer in costs.layers) + costs.head_macs
         float_macs = task.prompt * sum(layer.float_macs_per_token for layer in costs.layers) + costs.float_head_macs
         weights = costs.head_bytes + sum(layer.weight_bytes - layer.idle_bytes for layer in costs.layers)
@@ -122,6 +124,7 @@ class BenchReport:
             "workers": task.workers,
             "batch": task.batch,
             "depth": task.depth,
+            "kv_type": task.kv_type,
             "feature_level": self.feature_level,
             "prefill": {"tokens": task.prompt, "tok_s": self.prefill_tok_s, "gmac_s": self.prefill_gmac_s},
             "decode": {"tokens": task.generate, "tok_s": self.decode_tok_s, "gb_s": self.decode_gb_s},
@@ -175,7 +178,7 @@ def run_bench(task: BenchTask, on_step: OnStep) -> BenchReport:
 
 def _stage_runs(model: Model, backend: CpuBackend, measurement: _Measurement) -> None:
     task = measurement.task
-    with closing(BenchStage(model, backend, task.batch, task.context)) as stage:
+    with closing(BenchStage(model, backend, task.batch, task.context, task.kv_type)) as stage:
         asyncio.run(measurement.run(_StageRunner(stage, task)))
 
 
@@ -185,7 +188,8 @@ async def _cluster_runs(measurement: _Measurement) -> None:
 
     task = measurement.task
     measurement.on_step("starting the workers")
-    async with temporary_cluster(task.model, task.workers, task.threads_each, task.context, task.batch) as cluster:
+    ways = (task.workers, task.threads_each, task.context, task.batch, task.kv_type)
+    async with temporary_cluster(task.model, *ways) as cluster:
         await measurement.run(ClusterRunner(cluster, task))
 
 

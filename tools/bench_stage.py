@@ -13,7 +13,7 @@ from llamaclust.cluster.stage_times import StageTimes
 from llamaclust.errors import LlamaclustError
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.model.loader import Model
-from llamaclust.model.program import KV_BLOCK_TOKENS
+from llamaclust.model.program import KV_BLOCK_TOKENS, KvType
 from llamaclust.wire.control import StageLimits
 from llamaclust.wire.messages import (
     Chunk,
@@ -34,10 +34,12 @@ _SEED = 20_240_601
 class BenchStage:
     """A loaded stage and `batch` sequences of random tokens, each of `context` tokens at most."""
 
-    def __init__(self, model: Model, backend: CpuBackend, batch: int, context: int) -> None:
+    def __init__(
+        self, model: Model, backend: CpuBackend, batch: int, context: int, kv_type: KvType = KvType.F16
+    ) -> None:
         blocks = -(-context // KV_BLOCK_TOKENS)
         rows = _MOST_ROWS + batch
-        limits = StageLimits(rows, batch, batch, context, blocks * batch)
+        limits = StageLimits(rows, batch, batch, context, blocks * batch, kv_type)
         level, threads = backend.feature_level, backend.threads
         self._runner = StageRunner(backend, model, 0, model.layer_count, limits, feature_level=level, threads=threads)
         self._tables = [(blocks * index, blocks) for index in range(batch)]

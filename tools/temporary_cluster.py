@@ -20,7 +20,7 @@ _ALIKE = {"bandwidth": 20.0, "int8": 300.0}
 
 @asynccontextmanager
 async def temporary_cluster(
-    model: Path, workers: int, threads: int | None, context_length: int, max_sequences: int
+    model: Path, workers: int, threads: int | None, context_length: int, max_sequences: int, kv_type: str
 ) -> AsyncIterator[Cluster]:
     """The model cut over that many workers, each with `threads`. UsageError where it cannot be cut so often."""
     names = [f"w{index}" for index in range(1, workers + 1)]
@@ -32,6 +32,7 @@ async def temporary_cluster(
             "workers": [{"name": name, "threads": threads, **_ALIKE} for name in names],
             "objective": "throughput",
             "max_sequences": max_sequences,
+            "kv_type": kv_type,
             "prefix_cache": False,
             "state_dir": folder,
         }
@@ -44,12 +45,12 @@ async def temporary_cluster(
                 yield cluster
 
 
-def cluster_service(model: Path, workers: int, threads: int | None, context_length: int) -> OpenService:
+def cluster_service(model: Path, workers: int, threads: int | None, context_length: int, kv_type: str) -> OpenService:
     """What opens such a cluster's text service, for a ServiceClient."""
 
     @asynccontextmanager
     async def open_service() -> AsyncIterator[TextService]:
-        async with temporary_cluster(model, workers, threads, context_length, 8) as cluster:
+        async with temporary_cluster(model, workers, threads, context_length, 8, kv_type) as cluster:
             settings = TextSettings(model.stem, cluster.plan.context_length)
             yield TextService(cluster.engine, cluster.model.tokenizer, cluster.model.chat_template, settings)
 

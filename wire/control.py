@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from llamaclust.wire.messages import NUMERICS_VERSION, PROTOCOL_VERSION
 
+KV_TYPES = ("f16", "q8_0")
+"""How keys and values may lie in KV memory."""
+
 
 @dataclass(frozen=True, slots=True)
 class Register:
@@ -82,6 +85,7 @@ class StageLimits:
     max_sequences: int
     max_context_tokens: int
     kv_blocks: int
+    kv_type: str = "f16"  # one of KV_TYPES
 
 
 @dataclass(frozen=True, slots=True)

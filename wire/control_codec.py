@@ -6,6 +6,7 @@ from llamaclust.errors import WireError
 from llamaclust.proto import control_pb2 as proto
 from llamaclust.wire.bounds import UINT64, bounded, finite, line, one_line, parse, worker_name
 from llamaclust.wire.control import (
+    KV_TYPES,
     CoordinatorMessage,
     Deadlines,
     Failure,
@@ -194,6 +195,7 @@ def _load_out(message: Load) -> proto.Load:
             max_sequences=limits.max_sequences,
             max_context_tokens=limits.max_context_tokens,
             kv_blocks=limits.kv_blocks,
+            kv_type=limits.kv_type,
         ),
         next_address=message.next_address or "",
     )
@@ -240,10 +242,13 @@ def _load_in(message: proto.Load) -> Load:
 
 
 def _limits_in(message: proto.StageLimits) -> StageLimits:
+    if message.kv_type not in KV_TYPES:
+        raise WireError(f"kv_type {line('kv_type', message.kv_type, 16)!r} is not one of {', '.join(KV_TYPES)}")
     return StageLimits(
         bounded("max_tokens", message.max_tokens, 1, MAX_TOKENS),
         bounded("max_outputs", message.max_outputs, 1, MAX_TOKENS),
         bounded("max_sequences", message.max_sequences, 1, MAX_SEQUENCES),
         bounded("max_context_tokens", message.max_context_tokens, 1, MAX_CONTEXT_TOKENS),
         bounded("kv_blocks", message.kv_blocks, 1, MAX_KV_BLOCKS),
+        message.kv_type,
     )

@@ -8,7 +8,7 @@ from llamaclust.errors import UsageError, WireError
 from llamaclust.kernels.backend import Backend, Float32, Progress
 from llamaclust.kernels.sampling import Sampler
 from llamaclust.model.loader import Model
-from llamaclust.model.program import Program
+from llamaclust.model.program import KvType, Program
 from llamaclust.wire.control import StageLimits
 from llamaclust.wire.messages import Microbatch, RowResult, SamplingInputs
 from llamaclust.worker.batches import build_batch
@@ -34,7 +34,7 @@ class StageMemory:
 
 def plan_memory(backend: Backend, model: Model, start: int, end: int, limits: StageLimits) -> StageMemory:
     """What layers [start, end) will take."""
-    program = model_program(model, start, end)
+    program = model_program(model, start, end, limits)
     tensors = model.tensors_for(program)
     weights = sum(tensor.resident_bytes for tensor in tensors.values())
     kv_bytes = backend.kv_block_bytes(program) * limits.kv_blocks
@@ -46,15 +46,15 @@ def planned_workspace_bytes(model: Model, start: int, end: int, limits: StageLim
     cannot be computed."""
     from llamaclust.kernels.cpu.backend import workspace_bytes
 
-    program = model_program(model, start, end)
+    program = model_program(model, start, end, limits)
     return workspace_bytes(program, model.tensors_for(program), limits, threads)
 
 
-def model_program(model: Model, start: int, end: int) -> Program:
-    """The program of layers [start, end); UsageError where the model has no such layers."""
+def model_program(model: Model, start: int, end: int, limits: StageLimits) -> Program:
+    """The program of layers [start, end), with the limits' KV type; UsageError where the model has no such layers."""
     if not 0 <= start < end <= model.layer_count:
         raise UsageError(f"layers [{start}, {end}) of a model that has {model.layer_count}")
-    return model.program(start, end)
+    return model.program(start, end, KvType(limits.kv_type))
 
 
 class StageRunner:
@@ -73,7 +73,7 @@ class StageRunner:
         progress: Progress = lambda done_bytes: None,
     ) -> None:
         """Loads weights, which may take long. `feature_level` ("": the best) and `threads` are the sampler's."""
-        program = model_program(model, start, end)
+        program = model_program(model, start, end, limits)
         self.program = program
         self.model_id = model.model_id
         self.limits = limits

@@ -51,7 +51,7 @@ struct SpanTask {
   int head_dim;
   float scale;
   int queries;        // <= kTileQueries
-  const float* q;     // [queries][head_dim]
+  const float* q;     // [queries][padded_head], prepared
   const int* firsts;  // [queries] 0 to 511
   const int* ends;    // [queries] first + 1 to 512
   float* scores;      // [kScoredQueries][kSpanTokens] scratch
@@ -69,6 +69,8 @@ struct SpanSums {
 struct KvOps {
   // Writes one row's key and value of a KV head, rounded to the type, as position `slot` of the head's piece of a block.
   void (*store)(const float* key, const float* value, int head_dim, int slot, uint8_t* piece);
+  // Rewrites a query [padded_head] in place as `span` wants it.
+  void (*prepare)(float* query, int head_dim);
   // sums = the span's. Memory outside a query's positions is read and may hold anything.
   void (*span)(const SpanTask& task, const SpanSums& sums);
 };

@@ -107,9 +107,10 @@ class AttentionWork {
   void load_queries(const Unit& unit) const {
     float* q = scratch_.q;
     for (int row = unit.tile.row_begin; row < unit.tile.row_end; row++)
-      for (int head = unit.head; head < unit.head + unit.heads; head++, q += step_.head_dim) {
+      for (int head = unit.head; head < unit.head + unit.heads; head++, q += padded_head(step_.head_dim)) {
         const float* x = worker_.line(step_.q, row) + head * step_.head_dim;
         if (rotated(step_.rotate_q, x, row, q) != q) std::copy_n(x, step_.head_dim, q);
+        kv_.prepare(q, step_.head_dim);
       }
   }
 
@@ -147,7 +148,7 @@ class AttentionWork {
                         step_.head_dim,
                         step_.scale,
                         part.end - part.before,
-                        scratch_.q + part.before * step_.head_dim,
+                        scratch_.q + part.before * padded_head(step_.head_dim),
                         scratch_.firsts,
                         scratch_.ends,
                         scratch_.scores};

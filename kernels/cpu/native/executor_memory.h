@@ -14,7 +14,7 @@ inline constexpr int kPrivateRows = 8;
 
 // Room for a unit of attention in one thread.
 struct AttentionScratch {
-  float* q;       // [kTileQueries][head_dim]
+  float* q;       // [kTileQueries][padded_head]
   float* scores;  // [kScoredQueries][kSpanTokens]
   float* key;     // [head_dim]
   int* firsts;    // [kTileQueries]

@@ -19,29 +19,25 @@ constexpr int blocks_at_once(int queries) { return queries == 1 ? 4 : 2; }
 constexpr int channels_at_once(int queries) { return queries == 1 ? 4 : 2; }
 #endif
 
-// scores[query][position] of R queries, P blocks of 16 positions at a time. The first queries fetch what is read next:
-// the following blocks, and at the end the first values.
+// scores[query][position] of R queries, P blocks of 16 positions at a time.
 template <typename Kv, int R, int P>
-void score_tile(const SpanTask& task, const typename Kv::template Queries<R>& queries, int query, int block) {
+void score_tile(const SpanTask& task, const float* queries, int block, const Units<Kv>& units) {
   const uint8_t *keys[P], *next[P];
-  const int begin = block_begin(task, query), end = block_end(task, query, R);
-  for (int p = 0; p < P; p++) {
-    const int after = block + P + p;
+  UNROLL for (int p = 0; p < P; p++) {
     keys[p] = keys_at(task, block + p);
-    next[p] = after < end ? keys_at(task, after) : values_at<Kv>(task, begin + (after - end) % (end - begin));
+    next[p] = units.at(block - units.begin + p + kUnitsAhead, keys[p]);
   }
-  float* out = task.scores + block * kKvBlockTokens;
-  Kv::template score<R, P>(task, queries, keys, query == 0 ? next : nullptr, out);
+  Kv::template score<R, P>(task, queries, keys, next, task.scores + block * kKvBlockTokens);
 }
 
 template <typename Kv, int R>
-void score_queries(const SpanTask& task, int query) {
+void score_queries(const SpanTask& task, int query, const Units<Kv>& units) {
   constexpr int P = blocks_at_once(R);
-  const typename Kv::template Queries<R> queries(task, query);
-  int block = block_begin(task, query);
-  const int end = block_end(task, query, R);
-  for (; block + P <= end; block += P) score_tile<Kv, R, P>(task, queries, query, block);
-  for (; block < end; block++) score_tile<Kv, R, 1>(task, queries, query, block);
+  const float* queries = task.q + query * padded_head(task.head_dim);
+  const int end = units.begin + units.blocks;
+  int block = units.begin;
+  for (; block + P <= end; block += P) score_tile<Kv, R, P>(task, queries, block, units);
+  for (; block < end; block++) score_tile<Kv, R, 1>(task, queries, block, units);
 }
 
 // The sixteen lanes from position `i`, those outside [first, end) replaced.
@@ -51,7 +47,8 @@ INLINE F32x16 seen(F32x16 x, int i, int first_position, int end, F32x16 other) {
 }
 
 // Turns one query's scores into exp(score - maximum); lanes of positions that it does not see count as nothing.
-void weigh(float* scores, int first_position, int end, float* maximum, float* sum) {
+// Meanwhile `unit` of `bytes` is fetched.
+void weigh(float* scores, int first_position, int end, float* maximum, float* sum, const uint8_t* unit, int bytes) {
   const int begin = first_position / 16 * 16;
   const F32x16 lowest = broadcast(-__builtin_inff());
   F32x16 top = lowest;
@@ -63,90 +60,89 @@ void weigh(float* scores, int first_position, int end, float* maximum, float* su
     const F32x16 weight = seen(exp(sub(load(scores + i), shift)), i, first_position, end, zero());
     total = add(total, weight);
     store(scores + i, weight);
+    for (int at = (i - begin) * 4; at < bytes; at += 4 * kSpanTokens) fetch_line(unit, at);
   }
   *sum = sum_tree(total);
 }
 
-// Blocks of values between what is computed and what is fetched into the cache.
-constexpr int kBlocksAhead = 4;
-
-// What is read after the values of a span: the keys of the next.
-template <typename Kv>
-INLINE const uint8_t* fetched_at(const SpanTask& task, int block) {
-  const int end = block_end(task, 0, task.queries);
-  if (block < end) return values_at<Kv>(task, block);
-  return keys_at(task, block < end + task.blocks_after ? block : end - 1);
-}
-
 // values[query][channel] += weight * value over positions [begin, end), for R queries and C groups of 16 channels.
 template <typename Kv, int R, int C>
-void value_tile(const SpanTask& task, const float* weights, int query, int channel, int begin, int end, float* values) {
+void value_tile(const SpanTask& task, const float* weights, int query, int channel, int begin, int end, float* values,
+                const Units<Kv>& units) {
   const int width = padded_head(task.head_dim);
   float* out = values + query * width + channel;
   F32x16 sums[R][C];
-  for (int r = 0; r < R; r++)
-    for (int c = 0; c < C; c++) sums[r][c] = load(out + r * width + c * 16);
+  UNROLL for (int r = 0; r < R; r++)
+    UNROLL for (int c = 0; c < C; c++) sums[r][c] = load(out + r * width + c * 16);
   for (int start = begin; start < end;) {
     const int block = start / kKvBlockTokens, block_start = block * kKvBlockTokens;
     const int stop = block_start + kKvBlockTokens < end ? block_start + kKvBlockTokens : end;
-    const uint8_t *v = values_at<Kv>(task, block), *next = fetched_at<Kv>(task, block + kBlocksAhead);
+    const uint8_t* v = values_at<Kv>(task, block);
+    const uint8_t* next = units.at(units.blocks + block - units.begin + kMostAhead, v);
     const typename Kv::template Weights<R, C> block_weights(weights + block_start, v, width, channel);
+    if (channel == 0) Kv::fetch_value_scales(next, width);
     for (int i = start - block_start; i < stop - block_start; i++) {
       F32x16 x[C];
-      for (int c = 0; c < C; c++) x[c] = Kv::channels(v, width, i, channel + c * 16);
-      if (query == 0) Kv::template fetch_channels<C>(next, width, i, channel);
-      for (int r = 0; r < R; r++)
-        for (int c = 0; c < C; c++) sums[r][c] = fma(block_weights.at(r, c, i), x[c], sums[r][c]);
+      UNROLL for (int c = 0; c < C; c++) x[c] = Kv::channels(v, width, i, channel + c * 16);
+      Kv::template fetch_channels<C>(next, width, i, channel);
+      UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int c = 0; c < C; c++) sums[r][c] = fma(block_weights.at(r, c, i), x[c], sums[r][c]);
     }
     start = stop;
   }
-  for (int r = 0; r < R; r++)
-    for (int c = 0; c < C; c++) store(out + r * width + c * 16, sums[r][c]);
+  UNROLL for (int r = 0; r < R; r++)
+    UNROLL for (int c = 0; c < C; c++) store(out + r * width + c * 16, sums[r][c]);
 }
 
 template <typename Kv, int R>
-void value_range(const SpanTask& task, const float* weights, int query, int begin, int end, float* values) {
+void value_range(const SpanTask& task, const float* weights, int query, int begin, int end, float* values,
+                 const Units<Kv>& units) {
   constexpr int C = channels_at_once(R);
   const int width = padded_head(task.head_dim);
   int channel = 0;
   for (; channel + 16 * C <= width; channel += 16 * C)
-    value_tile<Kv, R, C>(task, weights, query, channel, begin, end, values);
+    value_tile<Kv, R, C>(task, weights, query, channel, begin, end, values, units);
   if constexpr (C > 4)
-    for (; channel + 64 <= width; channel += 64) value_tile<Kv, R, 4>(task, weights, query, channel, begin, end, values);
-  for (; channel < width; channel += 16) value_tile<Kv, R, 1>(task, weights, query, channel, begin, end, values);
+    for (; channel + 64 <= width; channel += 64) value_tile<Kv, R, 4>(task, weights, query, channel, begin, end, values, units);
+  for (; channel < width; channel += 16) value_tile<Kv, R, 1>(task, weights, query, channel, begin, end, values, units);
 }
 
 // Positions that all R queries see are walked together, those before and after one query at a time.
 template <typename Kv, int R>
-void value_queries(const SpanTask& task, int query, float* values) {
+void value_queries(const SpanTask& task, int query, float* values, const Units<Kv>& units) {
   const int width = padded_head(task.head_dim), last = query + R - 1;
   const int common_end = task.ends[query];
   const int common = task.firsts[last] < common_end ? task.firsts[last] : common_end;
   for (int i = 0; i < R * width; i++) values[query * width + i] = 0.0f;
   for (int r = 0; r < R - 1; r++)
     if (task.firsts[query + r] < common)
-      value_range<Kv, 1>(task, task.scores + r * kSpanTokens, query + r, task.firsts[query + r], common, values);
-  value_range<Kv, R>(task, task.scores, query, common, common_end, values);
+      value_range<Kv, 1>(task, task.scores + r * kSpanTokens, query + r, task.firsts[query + r], common, values, units);
+  value_range<Kv, R>(task, task.scores, query, common, common_end, values, units);
   for (int r = 1; r < R; r++) {
     const int begin = task.firsts[query + r] > common_end ? task.firsts[query + r] : common_end;
     if (task.ends[query + r] > begin)
-      value_range<Kv, 1>(task, task.scores + r * kSpanTokens, query + r, begin, task.ends[query + r], values);
+      value_range<Kv, 1>(task, task.scores + r * kSpanTokens, query + r, begin, task.ends[query + r], values, units);
   }
 }
 
 template <typename Kv, int R>
-void span_queries(const SpanTask& task, int query, const SpanSums& sums) {
-  score_queries<Kv, R>(task, query);
-  for (int r = 0; r < R; r++)
+void span_queries(const SpanTask& task, int query, const SpanSums& sums, const Units<Kv>& units) {
+  score_queries<Kv, R>(task, query, units);
+  const int bytes = static_cast<int>(kv_value_bytes(Kv::kType, task.head_dim));
+  for (int r = 0; r < R; r++) {
+    const uint8_t* unit = r < kMostAhead - kUnitsAhead ? units.at(units.blocks + kUnitsAhead + r, nullptr) : nullptr;
     weigh(task.scores + r * kSpanTokens, task.firsts[query + r], task.ends[query + r], sums.maximum + query + r,
-          sums.sum + query + r);
-  value_queries<Kv, R>(task, query, sums.values);
+          sums.sum + query + r, unit, unit == nullptr ? 0 : bytes);
+  }
+  value_queries<Kv, R>(task, query, sums.values, units);
 }
 
-// All queries, R at a time, then the rest.
+// All queries, R at a time, then the rest. The first ones fetch what is read next.
 template <typename Kv, int R>
 void span_from(const SpanTask& task, int query, const SpanSums& sums) {
-  for (; query + R <= task.queries; query += R) span_queries<Kv, R>(task, query, sums);
+  for (; query + R <= task.queries; query += R) {
+    span_queries<Kv, R>(task, query, sums, Units<Kv>(task, query, R));
+  }
   if constexpr (R > 1)
     if (query < task.queries) span_from<Kv, R - 1>(task, query, sums);
 }
@@ -191,6 +187,6 @@ void finish(const float* values, float sum, int head_dim, float* out) {
 
 extern const AttentionOps attention_ops;
 const AttentionOps attention_ops = {
-    {{F16Kv::store_row, span<F16Kv>}, {Q8Kv::store_row, span<Q8Kv>}}, merge, finish};
+    {{F16Kv::store_row, F16Kv::prepare, span<F16Kv>}, {Q8Kv::store_row, Q8Kv::prepare, span<Q8Kv>}}, merge, finish};
 
 }  // namespace llamaclust::LLAMACLUST_LEVEL

@@ -11,31 +11,28 @@ struct F16Kv {
 
   static INLINE const uint16_t* halves(const uint8_t* p) { return reinterpret_cast<const uint16_t*>(p); }
 
-  template <int R>
-  struct Queries {
-    Queries(const SpanTask& task, int query) : q(task.q + query * task.head_dim) {}
-    const float* q;
-  };
+  static void prepare(float*, int) {}
 
-  // out[query][position] of R queries and P blocks of 16 positions; `next`, unless null, is what to fetch meanwhile.
+  // out[query][position] of R queries and P blocks of 16 positions; `next` are units to fetch meanwhile.
   template <int R, int P>
-  static INLINE void score(const SpanTask& task, const Queries<R>& queries, const uint8_t* const* keys,
+  static INLINE void score(const SpanTask& task, const float* queries, const uint8_t* const* keys,
                            const uint8_t* const* next, float* out) {
+    const int stride = padded_head(task.head_dim);
     F32x16 sums[R][P];
-    for (int r = 0; r < R; r++)
-      for (int p = 0; p < P; p++) sums[r][p] = zero();
+    UNROLL for (int r = 0; r < R; r++)
+      UNROLL for (int p = 0; p < P; p++) sums[r][p] = zero();
     for (int d = 0; d < task.head_dim; d++) {
       F32x16 k[P];
-      for (int p = 0; p < P; p++) k[p] = from_f16(halves(keys[p]) + d * kKvBlockTokens);
-      if (next != nullptr && d % 2 == 0)
-        for (int p = 0; p < P; p++) fetch(next[p] + 2 * d * kKvBlockTokens);
-      for (int r = 0; r < R; r++) {
-        const F32x16 x = broadcast(queries.q[r * task.head_dim + d]);
-        for (int p = 0; p < P; p++) sums[r][p] = fma(x, k[p], sums[r][p]);
+      UNROLL for (int p = 0; p < P; p++) k[p] = from_f16(halves(keys[p]) + d * kKvBlockTokens);
+      if (d % 2 == 0)
+        UNROLL for (int p = 0; p < P; p++) fetch_line(next[p], 2 * d * kKvBlockTokens);
+      UNROLL for (int r = 0; r < R; r++) {
+        const F32x16 x = broadcast(queries[r * stride + d]);
+        UNROLL for (int p = 0; p < P; p++) sums[r][p] = fma(x, k[p], sums[r][p]);
       }
     }
-    for (int r = 0; r < R; r++)
-      for (int p = 0; p < P; p++)
+    UNROLL for (int r = 0; r < R; r++)
+      UNROLL for (int p = 0; p < P; p++)
         store(out + r * kSpanTokens + p * kKvBlockTokens, mul(sums[r][p], broadcast(task.scale)));
   }
 
@@ -54,8 +51,10 @@ struct F16Kv {
   // The cache lines of C groups of 16 channels.
   template <int C>
   static INLINE void fetch_channels(const uint8_t* values, int width, int position, int channel) {
-    for (int c = 0; c < C; c += 2) fetch(values + 2 * (position * width + channel + c * 16));
+    for (int c = 0; c < C; c += 2) fetch_line(values, 2 * (position * width + channel + c * 16));
   }
+
+  static INLINE void fetch_value_scales(const uint8_t*, int) {}
 
   static void store_row(const float* key, const float* value, int head_dim, int slot, uint8_t* piece) {
     alignas(64) uint16_t half[16];

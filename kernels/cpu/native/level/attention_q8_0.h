@@ -44,62 +44,72 @@ struct Q8Kv {
   static INLINE const int8_t* bytes(const uint8_t* p) { return reinterpret_cast<const int8_t*>(p); }
   static INLINE int pairs_of(int head_dim) { return (head_dim + 1) / 2; }
 
-  // R queries in int16, pairs of channels in an int32. q = x * (32767 / m), to nearest; scale = m / 32767.
-  template <int R>
-  struct Queries {
-    Queries(const SpanTask& task, int query) {
-      const int head_dim = task.head_dim;
-      for (int r = 0; r < R; r++) {
-        const float* x = task.q + (query + r) * head_dim;
-        if (head_dim % 2 != 0) q[r][head_dim] = 0;
-        for (int g = 0; g < kv_groups(head_dim); g++) {
-          const int begin = g * kKvGroup, n = head_dim - begin < kKvGroup ? head_dim - begin : kKvGroup;
-          scale[r][g] = narrow(x + begin, n, q[r] + begin);
-        }
-      }
+  // A query becomes int16s, as many as there are channels and one more if that is odd, then a scale for each group:
+  // q = x * (32767 / m) to nearest, scale = m / 32767.
+  static void prepare(float* query, int head_dim) {
+    float scales[kMaxHeadChannels / kKvGroup];
+    int16_t* q = reinterpret_cast<int16_t*>(query);
+    for (int g = 0; g < kv_groups(head_dim); g++) {
+      const int begin = g * kKvGroup, n = head_dim - begin < kKvGroup ? head_dim - begin : kKvGroup;
+      float x[kKvGroup];
+      memcpy(x, query + begin, static_cast<size_t>(n) * sizeof(float));
+      scales[g] = narrow(x, n, q + begin);
     }
-    static INLINE float narrow(const float* __restrict x, int n, int16_t* __restrict out) {
-      const int32_t greatest = greatest_magnitude(x, n);
-      const float maximum = __builtin_bit_cast(float, greatest);
-      const bool counts = greatest >= kLeastQuery && greatest < kNotFinite;
-      const float inverse = counts ? 32767.0f / maximum : 0.0f;
-      AS_VECTORS for (int i = 0; i < n; i++) out[i] = counts ? static_cast<int16_t>(nearest(x[i] * inverse)) : int16_t{0};
-      return greatest >= kNotFinite ? __builtin_nanf("") : counts ? maximum / 32767.0f : 0.0f;
-    }
-    INLINE int32_t pair(int r, int index) const {
-      int32_t two;
-      memcpy(&two, q[r] + 2 * index, sizeof two);
-      return two;
-    }
-    alignas(64) int16_t q[R][kMaxHeadChannels];
-    float scale[R][kMaxHeadChannels / kKvGroup];
-  };
+    if (head_dim % 2 != 0) q[head_dim] = 0;
+    memcpy(query + pairs_of(head_dim), scales, static_cast<size_t>(kv_groups(head_dim)) * sizeof(float));
+  }
+  static INLINE float narrow(const float* __restrict x, int n, int16_t* __restrict out) {
+    const int32_t greatest = greatest_magnitude(x, n);
+    const float maximum = __builtin_bit_cast(float, greatest);
+    const bool counts = greatest >= kLeastQuery && greatest < kNotFinite;
+    const float inverse = counts ? 32767.0f / maximum : 0.0f;
+    AS_VECTORS for (int i = 0; i < n; i++) out[i] = counts ? static_cast<int16_t>(nearest(x[i] * inverse)) : int16_t{0};
+    return greatest >= kNotFinite ? __builtin_nanf("") : counts ? maximum / 32767.0f : 0.0f;
+  }
+  static INLINE int32_t pair_of(const float* query, int index) {
+    int32_t two;
+    memcpy(&two, query + index, sizeof two);
+    return two;
+  }
 
   template <int R, int P>
-  static INLINE void score(const SpanTask& task, const Queries<R>& queries, const uint8_t* const* keys,
+  static INLINE void add_pair(I32x16 (&sums)[R][P], const uint8_t* const* keys, const float* queries, int stride,
+                              int pair) {
+    Pairs k[P];
+    UNROLL for (int p = 0; p < P; p++) k[p] = load_pairs(bytes(keys[p]) + pair * 32);
+    UNROLL for (int r = 0; r < R; r++)
+      UNROLL for (int p = 0; p < P; p++)
+        sums[r][p] = dot_pairs(sums[r][p], k[p], pair_of(queries + r * stride, pair));
+  }
+
+  template <int R, int P>
+  static INLINE void score(const SpanTask& task, const float* queries, const uint8_t* const* keys,
                            const uint8_t* const* next, float* out) {
     constexpr int kPairs = kKvGroup / 2;
-    const int pairs = pairs_of(task.head_dim), groups = kv_groups(task.head_dim);
+    const int pairs = pairs_of(task.head_dim), groups = kv_groups(task.head_dim), stride = padded_head(task.head_dim);
+    UNROLL for (int r = 0; r < R; r++)
+      UNROLL for (int p = 0; p < P; p++) store(out + r * kSpanTokens + p * kKvBlockTokens, zero());
     for (int g = 0; g < groups; g++) {
       I32x16 sums[R][P];
-      for (int r = 0; r < R; r++)
-        for (int p = 0; p < P; p++) sums[r][p] = broadcast(0);
+      UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int p = 0; p < P; p++) sums[r][p] = broadcast(0);
       const int end = (g + 1) * kPairs < pairs ? (g + 1) * kPairs : pairs;
-      for (int pair = g * kPairs; pair < end; pair++) {
-        Pairs k[P];
-        for (int p = 0; p < P; p++) k[p] = load_pairs(bytes(keys[p]) + pair * 32);
-        if (next != nullptr && pair % 2 == 0)
-          for (int p = 0; p < P; p++) fetch(next[p] + pair * 32);
-        for (int r = 0; r < R; r++)
-          for (int p = 0; p < P; p++) sums[r][p] = dot_pairs(sums[r][p], k[p], queries.pair(r, pair));
+      int pair = g * kPairs;
+      for (; pair + 2 <= end; pair += 2) {
+        UNROLL for (int p = 0; p < P; p++) fetch_line(next[p], pair * 32);
+        add_pair<R, P>(sums, keys, queries, stride, pair);
+        add_pair<R, P>(sums, keys, queries, stride, pair + 1);
       }
-      for (int p = 0; p < P; p++) {
+      if (pair < end) add_pair<R, P>(sums, keys, queries, stride, pair);
+      UNROLL for (int p = 0; p < P; p++) fetch_line(next[p], pairs * 32 + g * 32);
+      asm volatile("" ::: "memory");  // else totals of all tiles are kept beside the sums, for which there is no room
+      const F32x16 last = broadcast(g + 1 == groups ? task.scale : 1.0f);
+      UNROLL for (int p = 0; p < P; p++) {
         const F32x16 scale = from_f16(reinterpret_cast<const uint16_t*>(keys[p] + pairs * 32) + g * kKvBlockTokens);
-        for (int r = 0; r < R; r++) {
+        UNROLL for (int r = 0; r < R; r++) {
           float* at = out + r * kSpanTokens + p * kKvBlockTokens;
-          const F32x16 before = g == 0 ? zero() : load(at);
-          const F32x16 total = fma(mul(scale, broadcast(queries.scale[r][g])), to_float(sums[r][p]), before);
-          store(at, g + 1 == groups ? mul(total, broadcast(task.scale)) : total);
+          const F32x16 total = fma(mul(scale, broadcast(queries[r * stride + pairs + g])), to_float(sums[r][p]), load(at));
+          store(at, mul(total, last));
         }
       }
     }
@@ -110,23 +120,28 @@ struct Q8Kv {
   struct Weights {
     static constexpr int kGroups = (C + 1) / 2;
     Weights(const float* weights, const uint8_t* values, int width, int channel) {
-      const uint16_t* halves = reinterpret_cast<const uint16_t*>(values + kKvBlockTokens * width);
-      for (int g = 0; g < kGroups; g++) {
-        const F32x16 scale = from_f16(halves + (channel / kKvGroup + g) * kKvBlockTokens);
-        for (int r = 0; r < R; r++) store(scaled[r][g], mul(load(weights + r * kSpanTokens), scale));
+      const uint16_t* scales = reinterpret_cast<const uint16_t*>(values + kKvBlockTokens * width);
+      UNROLL for (int g = 0; g < kGroups; g++) {
+        const F32x16 scale = from_f16(scales + (channel / kKvGroup + g) * kKvBlockTokens);
+        UNROLL for (int r = 0; r < R; r++) store(scaled[g][r], mul(load(weights + r * kSpanTokens), scale));
       }
     }
-    INLINE F32x16 at(int r, int c, int position) const { return broadcast(scaled[r][c / 2][position]); }
-    alignas(64) float scaled[R][kGroups][16];
+    INLINE F32x16 at(int r, int c, int position) const { return broadcast(scaled[c / 2][r][position]); }
+    alignas(64) float scaled[kGroups][R][16];
   };
 
   static INLINE F32x16 channels(const uint8_t* values, int width, int position, int channel) {
     return from_i8(bytes(values) + position * width + channel);
   }
 
+  // The cache lines of C groups of 16 channels.
   template <int C>
   static INLINE void fetch_channels(const uint8_t* values, int width, int position, int channel) {
-    for (int c = channel % 64 == 0 ? 0 : C; c < C; c += 4) fetch(values + position * width + channel + c * 16);
+    for (int c = 0; c < C; c += 4) fetch_line(values, position * width + channel + c * 16);
+  }
+
+  static INLINE void fetch_value_scales(const uint8_t* values, int width) {
+    for (int byte = 0; byte < width; byte += 64) fetch_line(values, kKvBlockTokens * width + byte);
   }
 
   // A group in int8 and its scale: m / 127 rounded to float16; q = x * (1 / scale) to nearest, at most 127 in magnitude.

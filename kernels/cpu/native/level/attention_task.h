@@ -2,10 +2,14 @@
 #pragma once
 
 #include "attention_ops.h"
-#include "simd/lanes.h"
+#include "simd/dot.h"
 
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {
+
+// How many units ahead of what is computed others are fetched: enough for a memory that answers late, and more from
+// where weights are made of scores, which reads nothing, on.
+constexpr int kUnitsAhead = 8, kMostAhead = 16;
 
 #define INLINE inline __attribute__((always_inline))
 
@@ -23,7 +27,29 @@ INLINE int block_end(const SpanTask& task, int query, int count) {
   return (task.ends[query + count - 1] + kKvBlockTokens - 1) / kKvBlockTokens;
 }
 
-INLINE void fetch(const uint8_t* line) { __builtin_prefetch(line, 0, 2); }
+// What queries of a span read, in order, in units of the keys or the values of one block: keys, values, and then the keys
+// of the next span. Units are fetched into the cache some time before they are computed with.
+template <typename Kv>
+struct Units {
+  Units(const SpanTask& task, int query, int count)
+      : task(task),
+        begin(block_begin(task, query)),
+        blocks(block_end(task, query, count) - begin),
+        last(query > 0 ? 0 : 2 * blocks + task.blocks_after) {}
+
+  // `other`, which is in the cache, where there is nothing to fetch.
+  INLINE const uint8_t* at(int unit, const uint8_t* other) const {
+    if (unit >= last) return other;
+    const int block = begin + unit;
+    return unit < blocks || unit >= 2 * blocks ? keys_at(task, unit < blocks ? block : block - blocks)
+                                               : values_at<Kv>(task, block - blocks);
+  }
+
+  const SpanTask& task;
+  const int begin, blocks, last;
+};
+
+INLINE void fetch_line(const uint8_t* unit, int offset) { __builtin_prefetch(unit + offset, 0, 2); }
 
 }  // namespace
 }  // namespace llamaclust::LLAMACLUST_LEVEL

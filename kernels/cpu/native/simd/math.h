@@ -24,10 +24,14 @@ namespace {
   p = fma(p, r, broadcast(0x1.fffffcp-2f));
   p = fma(p, r, broadcast(1.0f));
   p = fma(p, r, broadcast(1.0f));
+#if defined(__AVX512F__)
+  return _mm512_scalef_ps(p, n);  // p * 2^n, rounded once: what the two factors below give
+#else
   // 2^n in two factors, so that n down to -150 rounds once into the subnormals and n = 128 overflows.
   const F32x16 half = fma(n, broadcast(0.5f), shift);
   const F32x16 rest = add(sub(n, sub(half, shift)), shift);
   return mul(mul(p, power_of_two(half)), power_of_two(rest));
+#endif
 }
 
 // x / (1 + e^-x)

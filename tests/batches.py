@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from llamaclust.kernels.backend import Backend, Batch, Float32, Stage
 from llamaclust.model.loader import Model
-from llamaclust.model.program import KV_BLOCK_TOKENS
+from llamaclust.model.program import KV_BLOCK_TOKENS, KvType
 from llamaclust.wire.control import StageLimits
 
 LIMITS = StageLimits(max_tokens=128, max_outputs=128, max_sequences=8, max_context_tokens=1024, kv_blocks=80)
@@ -41,7 +41,7 @@ def _starts(parts: Iterable[NDArray[np.int32]]) -> NDArray[np.int32]:
 def load_stage(
     backend: Backend, model: Model, start: int = 0, end: int | None = None, limits: StageLimits = LIMITS
 ) -> Stage:
-    program = model.program(start, model.layer_count if end is None else end)
+    program = model.program(start, model.layer_count if end is None else end, KvType(limits.kv_type))
     return backend.load(program, model.tensors_for(program), limits, lambda done_bytes: None)
 
 

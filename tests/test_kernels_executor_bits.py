@@ -4,12 +4,13 @@ machine. A change that is meant raises NUMERICS_VERSION (wire/messages.py), so t
 from __future__ import annotations
 
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from backends import all_threads
-from batches import Chain
+from batches import LIMITS, Chain
 
 from llamaclust.model.loader import Model
 
@@ -28,13 +29,23 @@ CHECKSUMS = {
     "quant/mixed": "221e5282",
     "quant/mixed-experts": "5c8a340f",
 }
+Q8_0_KV_CHECKSUMS = {"tiny/llama": "c8f7ab16", "quant/Q4_K_M": "e1c9a92b"}
+
+
+def checksum(name: str, kv_type: str) -> str:
+    with Model.open(DATA / f"{name}.gguf") as model:
+        chain = Chain(all_threads(2), model, limits=replace(LIMITS, kv_type=kv_type))
+        found = chain.logits(TOKENS, 100)
+        chain.close()
+    assert np.isfinite(found).all()
+    return f"{zlib.crc32(found.astype('<f4').tobytes()):08x}"
 
 
 @pytest.mark.parametrize("name", CHECKSUMS)
 def test_logits_are_these_bits(name: str) -> None:
-    with Model.open(DATA / f"{name}.gguf") as model:
-        chain = Chain(all_threads(2), model)
-        found = chain.logits(TOKENS, 100)
-        chain.close()
-    assert np.isfinite(found).all()
-    assert f"{zlib.crc32(found.astype('<f4').tobytes()):08x}" == CHECKSUMS[name]
+    assert checksum(name, "f16") == CHECKSUMS[name]
+
+
+@pytest.mark.parametrize("name", Q8_0_KV_CHECKSUMS)
+def test_logits_with_keys_and_values_in_q8_0_are_these_bits(name: str) -> None:
+    assert checksum(name, "q8_0") == Q8_0_KV_CHECKSUMS[name]

@@ -67,7 +67,7 @@ struct SpanSums {
 
 // What depends on how keys and values lie in memory.
 struct KvOps {
-  // Writes one row's key and value of a KV head, rounded to the type, as position `slot` of the head's piece of a block.
+  // Writes one row's key and value of a KV head, rounded to the type, as position `slot` of its piece of a block.
   void (*store)(const float* key, const float* value, int head_dim, int slot, uint8_t* piece);
   // Rewrites a query [padded_head] in place as `span` wants it.
   void (*prepare)(float* query, int head_dim);

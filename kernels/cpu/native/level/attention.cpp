@@ -103,7 +103,8 @@ void value_range(const SpanTask& task, const float* weights, int query, int begi
   for (; channel + 16 * C <= width; channel += 16 * C)
     value_tile<Kv, R, C>(task, weights, query, channel, begin, end, values, units);
   if constexpr (C > 4)
-    for (; channel + 64 <= width; channel += 64) value_tile<Kv, R, 4>(task, weights, query, channel, begin, end, values, units);
+    for (; channel + 64 <= width; channel += 64)
+      value_tile<Kv, R, 4>(task, weights, query, channel, begin, end, values, units);
   for (; channel < width; channel += 16) value_tile<Kv, R, 1>(task, weights, query, channel, begin, end, values, units);
 }
 

@@ -108,7 +108,8 @@ struct Q8Kv {
         const F32x16 scale = from_f16(reinterpret_cast<const uint16_t*>(keys[p] + pairs * 32) + g * kKvBlockTokens);
         UNROLL for (int r = 0; r < R; r++) {
           float* at = out + r * kSpanTokens + p * kKvBlockTokens;
-          const F32x16 total = fma(mul(scale, broadcast(queries[r * stride + pairs + g])), to_float(sums[r][p]), load(at));
+          const F32x16 scales = mul(scale, broadcast(queries[r * stride + pairs + g]));
+          const F32x16 total = fma(scales, to_float(sums[r][p]), load(at));
           store(at, mul(total, last));
         }
       }
@@ -144,7 +145,7 @@ struct Q8Kv {
     for (int byte = 0; byte < width; byte += 64) fetch_line(values, kKvBlockTokens * width + byte);
   }
 
-  // A group in int8 and its scale: m / 127 rounded to float16; q = x * (1 / scale) to nearest, at most 127 in magnitude.
+  // A group in int8 and its scale: m / 127 rounded to float16; q = x * (1 / scale) to nearest, 127 in magnitude at most.
   static INLINE uint16_t round_group(const float* __restrict x, int n, int8_t* __restrict out) {
     const int32_t greatest = greatest_magnitude(x, n);
     if (greatest >= kNotFinite) {

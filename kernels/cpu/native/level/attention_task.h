@@ -27,8 +27,8 @@ INLINE int block_end(const SpanTask& task, int query, int count) {
   return (task.ends[query + count - 1] + kKvBlockTokens - 1) / kKvBlockTokens;
 }
 
-// What queries of a span read, in order, in units of the keys or the values of one block: keys, values, and then the keys
-// of the next span. Units are fetched into the cache some time before they are computed with.
+// What queries of a span read, in order, in units of the keys or the values of one block: keys, values, and then the
+// keys of the next span. Units are fetched into the cache some time before they are computed with.
 template <typename Kv>
 struct Units {
   Units(const SpanTask& task, int query, int count)

@@ -48,29 +48,34 @@ struct Heads {
   static constexpr int kBlocks = 3 * kSpanBlocks;
 
   Random random{200};
+  KvType type;
   int dim, queries;
   size_t width = static_cast<size_t>(padded_head(dim)), count = static_cast<size_t>(queries);
-  std::vector<uint16_t> memory = std::vector<uint16_t>(kBlocks * kv_piece_halves(dim), 0x7e00);  // NaN where nothing is
+  size_t piece = kv_piece_bytes(type, dim);
+  std::vector<uint16_t> memory = std::vector<uint16_t>(kBlocks * piece / 2, 0x7e00);  // NaN where nothing is
   std::vector<int32_t> blocks = std::vector<int32_t>(kBlocks);
-  std::vector<float> q = random.values(count * static_cast<size_t>(dim));
+  std::vector<float> q = random.values(count * width);
   std::vector<float> scores = std::vector<float>(kScoredQueries * kSpanTokens);
 
-  Heads(int head_dim, int query_count) : dim(head_dim), queries(query_count) {
+  Heads(KvType kv_type, int head_dim, int query_count) : type(kv_type), dim(head_dim), queries(query_count) {
     for (int i = 0; i < kBlocks; i++) blocks[static_cast<size_t>(i)] = i * 5 % kBlocks;
   }
 
+  uint8_t* bytes() { return reinterpret_cast<uint8_t*>(memory.data()); }
+
   void store(const Level& level, int positions) {
+    const KvOps& kv = level.attention.kv[static_cast<int>(type)];
+    for (size_t i = 0; i < count; i++) kv.prepare(q.data() + i * width, dim);
     for (int i = 0; i < positions; i++) {
       const std::vector<float> k = random.values(static_cast<size_t>(dim)), v = random.values(static_cast<size_t>(dim));
       const size_t block = static_cast<size_t>(blocks[static_cast<size_t>(i / kKvBlockTokens)]);
-      level.attention.store(k.data(), v.data(), dim, i % kKvBlockTokens, memory.data() + block * kv_piece_halves(dim));
+      kv.store(k.data(), v.data(), dim, i % kKvBlockTokens, bytes() + block * piece);
     }
   }
 
-  SpanTask task(int span, const std::vector<int>& positions) {
-    const size_t piece = kv_piece_halves(dim);
-    return {memory.data(), piece, blocks.data() + span * kSpanBlocks, 0, dim, 0.125f, queries, q.data(),
-            positions.data(), scores.data()};
+  SpanTask task(int span, const std::vector<int>& firsts, const std::vector<int>& ends) {
+    return {bytes(), piece,         blocks.data() + span * kSpanBlocks, 0, dim, 0.125f, queries,
+            q.data(), firsts.data(), ends.data(), scores.data()};
   }
 };
 
@@ -80,17 +85,18 @@ struct Sums {
   SpanSums places() { return {maximum.data(), sum.data(), values.data()}; }
 };
 
-void print_attention(const Level& level) {
+void print_attention(const Level& level, KvType type, const char* name) {
   Crc crc;
   for (const auto& [dim, queries] : {std::pair{64, 1}, std::pair{40, 5}, std::pair{128, 19}}) {
-    Heads heads(dim, queries);
+    Heads heads(type, dim, queries);
     const int positions = 2 * kSpanTokens + 77;
     heads.store(level, positions);
     Sums total(heads.count, heads.width), next(heads.count, heads.width);
     for (int span = 0; span < 3; span++) {
-      std::vector<int> seen(heads.count, kSpanTokens);
-      for (int i = 0; span == 2 && i < queries; i++) seen[static_cast<size_t>(i)] = 77 - (queries - 1 - i);
-      level.attention.span(heads.task(span, seen), (span == 0 ? total : next).places());
+      std::vector<int> firsts(heads.count, 0), ends(heads.count, kSpanTokens);
+      for (int i = 0; span == 0 && i < queries; i++) firsts[static_cast<size_t>(i)] = 100 + i;
+      for (int i = 0; span == 2 && i < queries; i++) ends[static_cast<size_t>(i)] = 77 - (queries - 1 - i);
+      level.attention.kv[static_cast<int>(type)].span(heads.task(span, firsts, ends), (span == 0 ? total : next).places());
       if (span > 0) level.attention.merge(total.places(), next.places(), queries, dim);
     }
     for (size_t i = 0; i < heads.count; i++) {
@@ -99,7 +105,7 @@ void print_attention(const Level& level) {
       crc.add(out);
     }
   }
-  print(level.name, "attention", crc);
+  print(level.name, name, crc);
 }
 
 Choice choice_of(Random& random, uint32_t row, int vocabulary) {
@@ -163,7 +169,8 @@ int main() {
   for (const Level& level : available_levels()) {
     level_bits::print_products(level);
     level_bits::print_vectors(level);
-    level_bits::print_attention(level);
+    level_bits::print_attention(level, KvType::F16, "attention");
+    level_bits::print_attention(level, KvType::Q8_0, "attention-q8_0");
     level_bits::print_sampling(level);
   }
   level_bits::print_baseline();

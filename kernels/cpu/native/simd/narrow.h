@@ -1,7 +1,7 @@
 // Int8 values in memory: as float lanes, and in pairs for integer dot products with int16. All of it is exact.
 #pragma once
 
-#include "lanes.h"
+#include "dot.h"
 
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {
@@ -41,7 +41,35 @@ NARROW __m256i half_pairs(const int8_t* p) {
 NARROW Pairs load_pairs(const int8_t* p) { return {half_pairs(p), half_pairs(p + 16)}; }
 NARROW I32x16 dot_pairs(I32x16 sum, Pairs a, int32_t two) {
   const __m256i b = _mm256_set1_epi32(two);
+#if defined(__AVXVNNI__)
+  return {_mm256_dpwssd_avx_epi32(sum.lo, a.lo, b), _mm256_dpwssd_avx_epi32(sum.hi, a.hi, b)};
+#else
   return {_mm256_add_epi32(sum.lo, _mm256_madd_epi16(a.lo, b)), _mm256_add_epi32(sum.hi, _mm256_madd_epi16(a.hi, b))};
+#endif
+}
+
+#elif defined(LLAMACLUST_NEON)
+
+NARROW F32x16 from_i8(const int8_t* p) {
+  const int8x16_t q = vld1q_s8(p);
+  const int16x8_t low = vmovl_s8(vget_low_s8(q)), high = vmovl_s8(vget_high_s8(q));
+  return {{vcvtq_f32_s32(vmovl_s16(vget_low_s16(low))), vcvtq_f32_s32(vmovl_s16(vget_high_s16(low))),
+           vcvtq_f32_s32(vmovl_s16(vget_low_s16(high))), vcvtq_f32_s32(vmovl_s16(vget_high_s16(high)))}};
+}
+struct Pairs {
+  int16x8_t v[4];
+};
+NARROW Pairs load_pairs(const int8_t* p) {
+  const int8x16_t a = vld1q_s8(p), b = vld1q_s8(p + 16);
+  return {{vmovl_s8(vget_low_s8(a)), vmovl_s8(vget_high_s8(a)), vmovl_s8(vget_low_s8(b)), vmovl_s8(vget_high_s8(b))}};
+}
+NARROW I32x16 dot_pairs(I32x16 sum, Pairs a, int32_t two) {
+  const int16x8_t b = vreinterpretq_s16_s32(vdupq_n_s32(two));
+  UNROLL for (int i = 0; i < 4; i++) {
+    const int32x4_t low = vmull_s16(vget_low_s16(a.v[i]), vget_low_s16(b)), high = vmull_high_s16(a.v[i], b);
+    sum.v[i] = vaddq_s32(sum.v[i], vpaddq_s32(low, high));
+  }
+  return sum;
 }
 
 #else

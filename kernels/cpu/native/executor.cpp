@@ -33,6 +33,15 @@ std::vector<Tiling> tilings_of(const Plan& plan) {
   return tilings;
 }
 
+// For each step the products that come next, itself included; null after the last ones.
+std::vector<const ProductsStep*> products_from(const Plan& plan) {
+  std::vector<const ProductsStep*> found(plan.steps.size());
+  const ProductsStep* next = nullptr;
+  for (size_t i = plan.steps.size(); i-- > 0; found[i] = next)
+    if (const auto* step = std::get_if<ProductsStep>(&plan.steps[i].step)) next = step;
+  return found;
+}
+
 void cut_into_tiles(const Batch& batch, Tiling& tiling) {
   tiling.tiles.clear();
   for (int sequence = 0; sequence < batch.sequences(); sequence++) {
@@ -48,6 +57,8 @@ void Worker::work() {
   const std::vector<PlannedStep>& steps = run_.plan.steps;
   for (size_t at = 0, end; at < steps.size(); at = end) {
     const Meeting before = steps[at].before;
+    if (const ProductsStep* next = run_.products_from[at]; next != nullptr && rows_ <= kPrivateRows)
+      ahead_.aim(*next, thread_, threads_);
     if (before == Meeting::Always || (before == Meeting::IfShared && !alone_)) meet();
     for (end = at + 1; end < steps.size() && steps[at].row_by_row; end++)
       if (!steps[end].row_by_row || steps[end].before != Meeting::None) break;
@@ -62,7 +73,10 @@ void Worker::compute(size_t begin, size_t end) {
   if (!steps[begin].row_by_row) return compute_step(steps[begin].step, {0, 0});
   const Range mine = own_rows();
   for (int row = mine.begin; row < mine.end; row += kRowsAtOnce)
-    for (size_t i = begin; i < end; i++) compute_step(steps[i].step, {row, std::min(row + kRowsAtOnce, mine.end)});
+    for (size_t i = begin; i < end; i++) {
+      ahead_.fetch();
+      compute_step(steps[i].step, {row, std::min(row + kRowsAtOnce, mine.end)});
+    }
 }
 
 void Worker::compute_step(const Step& step, Range rows) {
@@ -83,7 +97,8 @@ Executor::Executor(Plan plan, const Level& level, ThreadPool& pool)
       workspace_(plan_, pool.threads()),
       kv_(plan_.kv_layers, plan_.limits.kv_blocks),
       rotations_(tables_of(plan_)),
-      tilings_(tilings_of(plan_)) {
+      tilings_(tilings_of(plan_)),
+      products_from_(products_from(plan_)) {
   workspace_.allocate();
 }
 
@@ -91,7 +106,8 @@ int Executor::run(const Batch& batch) {
   check_batch(batch, plan_);
   for (Tiling& tiling : tilings_) cut_into_tiles(batch, tiling);
   for (Shares::Counter& counter : shares_.counters) counter.taken.store(0, std::memory_order_relaxed);
-  const Worker::Run run{plan_, level_, workspace_, kv_, rotations_, batch, tilings_, shares_, pool_.barrier()};
+  const Worker::Run run{plan_,    level_,         workspace_, kv_, rotations_, batch,
+                        tilings_, products_from_, shares_,    pool_.barrier()};
   WorkerJob job(run, pool_);
   pool_.run(job);
   return plan_.selects ? static_cast<int>(batch.output_rows.size()) : batch.rows();

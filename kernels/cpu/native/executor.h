@@ -61,6 +61,7 @@ class Executor {
   KvCache kv_;
   std::vector<RotationTable> rotations_;
   std::vector<Tiling> tilings_;
+  const std::vector<const ProductsStep*> products_from_;
   Shares shares_;
 };
 

@@ -30,7 +30,10 @@ class AttentionWork {
       run_spans();
     else
       worker_.share(unit_count(), 1, [this](int64_t begin, int64_t end) {
-        for (int64_t i = begin; i < end; i++) whole_unit(i);
+        for (int64_t i = begin; i < end; i++) {
+          worker_.ahead_.fetch();
+          whole_unit(i);
+        }
       });
   }
 

@@ -14,7 +14,7 @@ void Worker::multiply(const Product& product, int tile_begin, int tile_end) {
 void Worker::execute(const ProductsStep& step) {
   int64_t tiles = 0;
   for (const Product& product : step.products) tiles += product.weight.tile_count();
-  share(rows_ > 0 ? tiles : 0, rows_ > kPrivateRows ? kPanelTiles : 1, [&](int64_t begin, int64_t end) {
+  const auto multiply_tiles = [&](int64_t begin, int64_t end) {
     int64_t first = 0;
     for (const Product& product : step.products) {
       const int64_t count = product.weight.tile_count();
@@ -22,7 +22,13 @@ void Worker::execute(const ProductsStep& step) {
       if (from < to) multiply(product, static_cast<int>(from), static_cast<int>(to));
       first += count;
     }
-  });
+  };
+  if (rows_ > kPrivateRows)
+    share(tiles, kPanelTiles, multiply_tiles);
+  else if (rows_ > 0)
+    share(tiles, 1, fixed_tiles(tiles, threads_), multiply_tiles);
+  else
+    share(0, 1, multiply_tiles);
 }
 
 }  // namespace llamaclust

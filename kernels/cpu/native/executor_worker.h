@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "executor.h"
+#include "executor_ahead.h"
 
 namespace llamaclust {
 
@@ -17,6 +18,7 @@ class Worker {
     const std::vector<RotationTable>& rotations;
     const Batch& batch;
     const std::vector<Tiling>& tilings;
+    const std::vector<const ProductsStep*>& products_from;  // each step
     Shares& shares;
     Barrier& barrier;
   };
@@ -81,13 +83,15 @@ class Worker {
     return {static_cast<int>(rows * thread_ / threads_), static_cast<int>(rows * (thread_ + 1) / threads_)};
   }
 
-  void meet() { run_.barrier.arrive(); }
+  void meet() {
+    run_.barrier.arrive([this] { return ahead_.fetch(); });
+  }
 
-  // Calls f(begin, end) with pieces of [0, count) so that the threads together cover it: first an equal share each of
-  // one half, then shrinking pieces for whoever is ready. Pieces are multiples of `grain` but for the last. Between two
-  // calls the threads meet.
+  // Calls f(begin, end) with pieces of [0, count) so that the threads together cover it: first `fixed` for each, then
+  // shrinking pieces for whoever is ready. Pieces are multiples of `grain` but for the last. Between two calls the
+  // threads meet.
   template <typename F>
-  void share(int64_t count, int64_t grain, F f) {
+  void share(int64_t count, int64_t grain, int64_t fixed, F f) {
     if (threads_ == 1) {
       if (count > 0) f(int64_t{0}, count);
       return;
@@ -95,7 +99,7 @@ class Worker {
     std::atomic<int64_t>& taken = run_.shares.counters[round_ % 3].taken;
     if (thread_ == 0) run_.shares.counters[(round_ + 2) % 3].taken.store(0, std::memory_order_relaxed);
     round_++;
-    const int64_t fixed = count / (2 * threads_) / grain * grain, rest = count - fixed * threads_;
+    const int64_t rest = count - fixed * threads_;
     if (fixed > 0) f(fixed * thread_, fixed * (thread_ + 1));
     int64_t begin = taken.load(std::memory_order_relaxed);
     while (begin < rest) {
@@ -107,6 +111,12 @@ class Worker {
     }
   }
 
+  // Half of all pieces are fixed.
+  template <typename F>
+  void share(int64_t count, int64_t grain, F f) {
+    share(count, grain, count / (2 * threads_) / grain * grain, f);
+  }
+
   friend class AttentionWork;
 
   const Run& run_;
@@ -114,6 +124,7 @@ class Worker {
   int rows_ = 0;
   bool alone_ = false;  // row by row steps are not shared out
   uint32_t round_ = 0;
+  Ahead ahead_;
 };
 
 }  // namespace llamaclust

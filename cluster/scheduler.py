@@ -277,7 +277,7 @@ class Scheduler:
         pending = sum(map(_by_remaining, prefilling)) + sum(map(_by_remaining, islice(self._waiting, _SEEN_AHEAD)))
         self._burst_tokens = max(pending, self._burst_tokens if prefilling else 0)
         alone = not any(sequence.is_decoding for sequence in self._running)
-        return chunk_rows(self.settings, self.times, self._burst_tokens, pending, decoding, alone)
+        return chunk_rows(self.settings, self.times, self._burst_tokens, pending, decoding, alone=alone)
 
     def _shortest(self, prefilling: list[Sequence]) -> Sequence | None:
         """Who has less left to do than the oldest; None where nobody has."""

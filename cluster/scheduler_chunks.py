@@ -18,7 +18,7 @@ _EFFICIENT = 4
 
 
 def chunk_rows(
-    settings: SchedulerSettings, times: StageTimes, burst: int, left: int, decoding: int, alone: bool
+    settings: SchedulerSettings, times: StageTimes, burst: int, left: int, decoding: int, *, alone: bool
 ) -> int:
     """Prefill rows of the next microbatch, which also has `decoding` rows; `burst` prompt tokens came together, `left`
     of them are still to be computed; `alone`: nobody decodes, in other microbatches neither.

@@ -135,7 +135,7 @@ def test_the_last_chunks_are_small_where_later_stages_wait_for_them() -> None:
         timings = (StageTiming(0, 1_000_000 + 100_000 * rows, 0, rows),) * stages
         times[stages].learn(Result(1, 0, timings=timings), False, False, 1)
     rows = {
-        stages: [chunk_rows(SETTINGS, times[stages], 4000, left, 0, False) for left in (4000, 200, 64)]
+        stages: [chunk_rows(SETTINGS, times[stages], 4000, left, 0, alone=False) for left in (4000, 200, 64)]
         for stages in (1, 2)
     }
     assert rows[2] == sorted(rows[2], reverse=True) and rows[2][1] == 96 and rows[2][2] == 32
@@ -146,7 +146,7 @@ def test_chunks_are_larger_where_nobody_decodes_meanwhile() -> None:
     times = StageTimes(1)
     for rows in (16, 64, 128):
         times.learn(Result(1, 0, timings=(StageTiming(0, 1_000_000 + 1_000_000 * rows, 0, rows),)), False, False, 1)
-    decoding, alone = (chunk_rows(SETTINGS, times, 4000, 4000, 0, alone) for alone in (False, True))
+    decoding, alone = (chunk_rows(SETTINGS, times, 4000, 4000, 0, alone=alone) for alone in (False, True))
     assert decoding == 96 and alone == 384
 
 
@@ -158,9 +158,9 @@ def test_one_slow_microbatch_does_not_change_the_chunks() -> None:
 
     for rows in itertools.chain(*[(64, 128, 256)] * 10):
         learn(rows, 1_000_000 + 100_000 * rows)
-    before = chunk_rows(SETTINGS, times, 4000, 4000, 0, False)
+    before = chunk_rows(SETTINGS, times, 4000, 4000, 0, alone=False)
     learn(256, 300_000_000)
-    assert chunk_rows(SETTINGS, times, 4000, 4000, 0, False) >= before / 2
+    assert chunk_rows(SETTINGS, times, 4000, 4000, 0, alone=False) >= before / 2
 
 
 def test_waiting_behind_others_is_not_taken_for_the_links() -> None:
@@ -174,9 +174,9 @@ def test_waiting_behind_others_is_not_taken_for_the_links() -> None:
 
 def test_fixed_chunks_and_limits_of_rows() -> None:
     times = StageTimes(2)
-    assert chunk_rows(replace(SETTINGS, prefill_chunk=7), times, 1000, 1000, 3, False) == 7
-    assert chunk_rows(replace(SETTINGS, prefill_chunk=8192), times, 1000, 1000, 3, False) == SETTINGS.max_rows - 3
-    assert chunk_rows(SETTINGS, times, 1000, 1000, SETTINGS.max_rows - 10, False) == 10
+    assert chunk_rows(replace(SETTINGS, prefill_chunk=7), times, 1000, 1000, 3, alone=False) == 7
+    assert chunk_rows(replace(SETTINGS, prefill_chunk=8192), times, 1000, 1000, 3, alone=False) == SETTINGS.max_rows - 3
+    assert chunk_rows(SETTINGS, times, 1000, 1000, SETTINGS.max_rows - 10, alone=False) == 10
 
 
 @pytest.mark.parametrize("seed", range(10))

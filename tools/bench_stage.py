@@ -78,7 +78,7 @@ class BenchStage:
         """(first token, rows) as the scheduler would cut a prompt that comes alone, by what was measured so far."""
         start = 0
         while start < tokens:
-            rows = min(chunk_rows(self._settings, self._times, tokens, tokens - start, 0, True), tokens - start)
+            rows = min(chunk_rows(self._settings, self._times, tokens, tokens - start, 0, alone=True), tokens - start)
             yield start, rows
             start += rows
 

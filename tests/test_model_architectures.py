@@ -265,11 +265,11 @@ def test_a_tensor_that_nobody_reads_is_refused(make: Callable[..., ModelFile]) -
 
 
 @pytest.mark.parametrize("experts", [0, 4])
-def test_costs_add_up_to_the_file(make: Callable[..., ModelFile], experts: int) -> None:
+def test_costs_add_up_to_all_tensors(make: Callable[..., ModelFile], experts: int) -> None:
     model = Model(make(experts=experts))
     costs = model.costs(KvType.F16)
     held = costs.embedding_bytes + costs.head_bytes + sum(layer.weight_bytes for layer in costs.layers)
-    assert held == sum(tensor.n_bytes for tensor in model.file.tensors.values())
+    assert held == sum(tensor.resident_bytes for tensor in model.file.tensors.values())
     layer, networks = costs.layers[1], 2 if experts else 1
     attention = 64 * (64 + 32 + 32 + 64)
     assert layer.macs_per_token == attention + networks * 3 * 64 * 96 + 64 * experts

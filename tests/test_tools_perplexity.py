@@ -142,7 +142,7 @@ async def test_a_server_with_another_vocabulary_is_found_out(
         (("-f", "TEXT", "-c", "4096"), "take a longer text"),
         (("-f", "TEXT", "-c", "2"), "-c"),
         (("-f", "TEXT", "-c", "32", "--chunks", "0"), "--chunks"),
-        (("-f", "TEXT", "-c", "32", "--endpoint", "http://a", "--workers", "2"), "--workers and --threads"),
+        (("-f", "TEXT", "-c", "32", "--endpoint", "http://a", "--workers", "2"), "--workers, --threads and --kv-type"),
         (("-f", "TEXT", "-c", "32", "--api-key-file", "TEXT"), "--api-key-file is for --endpoint"),
     ],
 )

@@ -44,7 +44,7 @@ LOAD = Load(3, "/models/m.gguf", "ab" * 32, 2, 4, StageLimits(64, 8, 8, 4096, 10
 
 WORKER_MESSAGES: list[WorkerMessage] = [
     REGISTER,
-    replace(REGISTER, protocol=(1, 9), numerics_version=2),
+    replace(REGISTER, protocol=(1, 9), numerics_version=99),
     Measured(4e10, 5e11),
     Failure("WorkerError", "no"),
     LoadProgress(3, 10, 20),

@@ -212,12 +212,15 @@ async def _say_hello(cluster: RealCluster, register: Register) -> object:
 REFUSED: dict[str, tuple[Callable[[Register], Register], str]] = {
     "protocol": (
         lambda register: replace(register, protocol=(2, 0)),
-        "worker x speaks protocol 2.0, this coordinator 1.0",
+        "worker x speaks protocol 2.0, this coordinator 1.1",
     ),
-    "numerics": (lambda register: replace(register, numerics_version=99), "worker x computes by numerics_version 99"),
+    "numerics": (  # version 1 has neither q8_0 KV nor sliding windows
+        lambda register: replace(register, numerics_version=1),
+        "worker x computes by numerics_version 1, this cluster needs 2",
+    ),
     "reference": (
         lambda register: replace(register, device="reference", numerics_version=0),
-        "worker x computes by numerics_version 0, this cluster needs 1",
+        "worker x computes by numerics_version 0, this cluster needs 2",
     ),
     "name": (lambda register: replace(register, name="a"), "a worker named a is a member already"),
 }
@@ -272,6 +275,6 @@ def test_workers_on_the_reference_are_a_cluster_among_themselves(tmp_path: Path)
         async with real_cluster(tmp_path, 2, device="reference") as cluster:
             assert {one.registration.numerics_version for one in cluster.registry.workers.values()} == {0}
             answer = await _say_hello(cluster, REGISTER)
-            assert isinstance(answer, Refused) and answer.reason.startswith("worker x computes by numerics_version 1")
+            assert isinstance(answer, Refused) and answer.reason.startswith("worker x computes by numerics_version 2")
 
     asyncio.run(run())

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-PROTOCOL_VERSION = (1, 0)
+PROTOCOL_VERSION = (1, 1)
 """(major, minor): another major is refused at the handshake; unknown fields of a newer minor are ignored."""
 
-NUMERICS_VERSION = 1
+NUMERICS_VERSION = 2
 """Version of the arithmetic rules of docs/numerics.md: workers that compute by others are refused at the handshake."""
 
 MAX_SEQUENCES = 1024

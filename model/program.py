@@ -15,6 +15,9 @@ KV_BLOCK_TOKENS = 16
 KV_GROUP_CHANNELS = 32
 """Channels of a key or value that share a scale where the KV type has scales."""
 
+KV_VALUE_CHANNELS = 16
+"""A stored value takes a multiple of these channels: the lanes that sum it."""
+
 SPAN_TOKENS = 512
 """Positions in one attention span, counted from absolute position 0: a span is computed whole, spans merge in order."""
 
@@ -25,9 +28,13 @@ class KvType(StrEnum):
     F16 = "f16"
     Q8_0 = "q8_0"
 
-    def row_bytes(self, channels: int) -> int:
-        """Bytes of one head's key or value."""
-        return 2 * channels if self is KvType.F16 else channels + 2 * -(-channels // KV_GROUP_CHANNELS)
+    def pair_bytes(self, channels: int) -> int:
+        """KV memory of one head's key and value at one position, padding and scales among it."""
+        value = -(-channels // KV_VALUE_CHANNELS) * KV_VALUE_CHANNELS
+        if self is KvType.F16:
+            return 2 * (channels + value)
+        key, groups = channels + channels % 2, -(-channels // KV_GROUP_CHANNELS)  # int8 keys lie in pairs of channels
+        return key + value + 2 * 2 * groups
 
 
 class RopeStyle(StrEnum):
@@ -119,7 +126,7 @@ class Attention:
     @property
     def kv_token_bytes(self) -> int:
         """KV memory of one position."""
-        return 2 * self.kv_heads * self.kv_type.row_bytes(self.head_dim)
+        return self.kv_heads * self.kv_type.pair_bytes(self.head_dim)
 
 
 @dataclass(frozen=True, slots=True)

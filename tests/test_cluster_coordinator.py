@@ -144,7 +144,7 @@ def test_more_stages_than_a_result_can_name_are_refused(tmp_path: Path) -> None:
 async def test_stages_take_what_the_plan_promised(kv_type: KvType, tiny: Path, tmp_path: Path) -> None:
     async with opened(tiny, tmp_path, kv_type=kv_type.value) as cluster:
         layer = cluster.model.program(0, 1).kv_layers[0]
-        promised = cluster.plan.kv_blocks * 16 * 2 * layer.kv_heads * kv_type.row_bytes(layer.head_dim)
+        promised = cluster.plan.kv_blocks * 16 * layer.kv_heads * kv_type.pair_bytes(layer.head_dim)
         assert sum(stage.kv_bytes for stage in cluster.plan.stages) == cluster.model.layer_count * promised
         for stage in cluster.plan.stages:
             ((_, loaded),) = cluster.registry.workers[stage.worker].stages.values()

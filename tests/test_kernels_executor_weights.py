@@ -16,13 +16,16 @@ from single_steps import LIMITS, Weight, normal, program_of, rows_at
 from llamaclust.errors import DoesNotFitError, ModelFileError, UsageError
 from llamaclust.kernels.cpu._native import PackedMatrix
 from llamaclust.kernels.cpu.backend import CpuBackend, CpuStage
+from llamaclust.kernels.cpu.compile import kv_block_bytes
 from llamaclust.kernels.cpu.weights import SUPPORTED_TYPES
 from llamaclust.model.gguf import open_model
 from llamaclust.model.program import (
+    KV_BLOCK_TOKENS,
     Add,
     Attention,
     Buffer,
     Embed,
+    KvType,
     MatMul,
     Moe,
     RmsNorm,
@@ -104,6 +107,21 @@ def test_plans_know_what_tiles_take(kind: QuantType) -> None:
             cols = segments * kind.info.block_size
             tensor = Tensor("w", kind, (3, rows, cols), Path(), 0, 0, FileIdentity(0, 0, 0, 0))
             assert tensor.resident_bytes == 3 * PackedMatrix(int(kind), rows, cols).bytes, (rows, cols)
+
+
+@pytest.mark.parametrize("kv_type", KvType)
+def test_plans_know_what_keys_and_values_take(kv_type: KvType) -> None:
+    """Head sizes that values or scales do not fill evenly among them; what a stage allocates, too."""
+    for dim in range(1, 513):
+        x, out = Buffer("x", 2 * dim), Buffer("out", 2 * dim)
+        step = Attention(x, x, x, out, 0, heads=2, kv_heads=2, head_dim=dim, scale=1.0, kv_type=kv_type)
+        assert kv_block_bytes(step) == KV_BLOCK_TOKENS * step.kv_token_bytes, dim
+        if dim not in (40, 80, 100, 128):
+            continue
+        program = program_of(x, out, step)
+        stage = CpuBackend(1).load(program, {}, LIMITS, lambda done_bytes: None)
+        assert stage.kv_bytes == LIMITS.kv_blocks * KV_BLOCK_TOKENS * step.kv_token_bytes, dim
+        stage.close()
 
 
 @pytest.mark.parametrize("kind", [QuantType.F16, QuantType.BF16])

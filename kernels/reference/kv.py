@@ -17,8 +17,8 @@ Int8 = NDArray[np.int8]
 
 
 def block_bytes(step: Attention) -> int:
-    """Bytes of one layer's K and V of a KV block."""
-    return KV_BLOCK_TOKENS * step.kv_token_bytes
+    """Bytes of one layer's K and V of a KV block; nothing is padded here."""
+    return LayerKv(step, 1).n_bytes
 
 
 class _Rows(Protocol):

@@ -60,7 +60,7 @@ class Hyperparameters:
     expert_used_count: int
     expert_feed_forward_length: int
     vocabulary_size: int
-    sliding_window: int | None  # positions that a token sees, its own among them; None: all before it
+    sliding_window: int | None  # positions that a token sees, its own among them, where the architecture has windows
 
     @property
     def query_width(self) -> int:

@@ -133,6 +133,12 @@ def test_llama_as_a_list_of_steps(make: Callable[..., ModelFile]) -> None:
     assert program.out.width == 320
 
 
+@pytest.mark.parametrize(("architecture", "window"), [("llama", 20), ("qwen2", None), ("baichuan", None)])
+def test_only_llama_has_a_sliding_window(make: Callable[..., ModelFile], architecture: str, window: int | None) -> None:
+    model = make(architecture=architecture, layers=32, extra={f"{architecture}.attention.sliding_window": 20})
+    assert {step.window for step in build_program(model, 0, 32).kv_layers} == {window}
+
+
 @pytest.mark.parametrize("options", [{}, {"experts": 4}, {"architecture": "qwen2"}, {"tied": True}], ids=str)
 @given(data=st.data())
 def test_stages_are_the_whole_program_cut(

@@ -9,6 +9,7 @@ _LAYERS_7B = 32
 
 
 def build(page: ProgramBuilder) -> Program:
+    """A sliding window that the file names is not used: the model was trained without."""
     layers = page.hyperparameters.block_count
     if layers != _LAYERS_7B:
         what = f"{layers} layers; only the {_LAYERS_7B} of the 7B model are supported, others have ALiBi"

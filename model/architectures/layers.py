@@ -74,8 +74,8 @@ class ProgramBuilder:
         weight = "output" if "output.weight" in self.model.tensors else _EMBEDDING.removesuffix(".weight")
         self._matmul(weight, self._normed, self._out)
 
-    def attention(self, layer: int, style: RopeStyle, table: RopeTable) -> None:
-        """hidden += output(attention(rope(q), rope(k), v)) of the normed hidden state."""
+    def attention(self, layer: int, style: RopeStyle, table: RopeTable, window: int | None = None) -> None:
+        """hidden += output(attention(rope(q), rope(k), v)) of the normed hidden state. `window`: as of `Attention`."""
         hp, prefix = self.hyperparameters, f"blk.{layer}"
         query, out = Buffer("query", hp.query_width), Buffer("attended", hp.query_width)
         key, value = Buffer("key", hp.kv_width), Buffer("value", hp.kv_width)
@@ -97,7 +97,7 @@ class ProgramBuilder:
                 head_dim=hp.key_length,
                 scale=1 / math.sqrt(hp.key_length),
                 kv_type=self._kv_type,
-                window=hp.sliding_window,
+                window=window,
             ),
         ]
         self._matmul(f"{prefix}.attn_output", out, self._projected)

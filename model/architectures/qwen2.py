@@ -7,6 +7,8 @@ from llamaclust.model.program import Program, RopeStyle
 
 
 def build(page: ProgramBuilder) -> Program:
+    """A sliding window that the file names is not used: the models' configurations name one and switch it off
+    (`use_sliding_window`), and GGUF has no key for the switch."""
     table = page.rope_table()
     page.embed()
     for layer in range(page.start, page.end):

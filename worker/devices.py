@@ -31,7 +31,7 @@ class Device:
         """UsageError for a device or feature level that this machine does not have."""
         threads = settings.threads or len(os.sched_getaffinity(0))
         level = settings.feature_level
-        backend = _backend(settings.device, threads, level, settings)
+        backend = _backend(settings.device, threads, level, _prepared(settings))
         return cls(settings.device, threads, level, settings.memory_bytes, backend)
 
     @property
@@ -92,11 +92,11 @@ def _check_model(kind: str, model: Model) -> None:
         check_weights(program, model.tensors_for(program))
 
 
-def _backend(device: str, threads: int, feature_level: str, settings: WorkerSettings | None = None) -> Backend:
+def _backend(device: str, threads: int, feature_level: str, prepared: PreparedFolder | None = None) -> Backend:
     if device == "cpu":
         from llamaclust.kernels.cpu.backend import CpuBackend
 
-        return CpuBackend(threads, feature_level, prepared=_prepared(settings))
+        return CpuBackend(threads, feature_level, prepared=prepared)
     if device == "reference":
         from llamaclust.kernels.reference.backend import ReferenceBackend
 
@@ -104,7 +104,7 @@ def _backend(device: str, threads: int, feature_level: str, settings: WorkerSett
     raise UsageError(f"device {device!r}: only cpu and reference are supported")
 
 
-def _prepared(settings: WorkerSettings | None) -> PreparedFolder | None:
-    if settings is None or settings.prepared_dir is None:
+def _prepared(settings: WorkerSettings) -> PreparedFolder | None:
+    if settings.prepared_dir is None:
         return None
     return PreparedFolder(settings.prepared_dir, settings.prepared_bytes)

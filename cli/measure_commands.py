@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from llamaclust.cli.help import PlainCommand
-from llamaclust.model.program import KvType
+
+if TYPE_CHECKING:
+    from llamaclust.model.program import KvType
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Catalog name or path of a .gguf.")]
@@ -21,8 +23,18 @@ Workers = Annotated[
 ]
 
 KvTypeOption = Annotated[
-    KvType | None, typer.Option("--kv-type", metavar="TYPE", help="Keys and values in memory: f16 (default) or q8_0.")
+    str | None, typer.Option("--kv-type", metavar="TYPE", help="Keys and values in memory: f16 (default) or q8_0.")
 ]
+
+
+def _known(kv_type: str | None) -> KvType | None:
+    """UsageError for a type that there is not."""
+    from llamaclust.errors import UsageError
+    from llamaclust.model.program import KvType
+
+    if kv_type is not None and kv_type not in set(KvType):
+        raise UsageError(f"--kv-type {kv_type}: give one of {', '.join(KvType)}")
+    return None if kv_type is None else KvType(kv_type)
 
 
 def bench(
@@ -47,12 +59,12 @@ def bench(
 ) -> None:
     """Measure prefill and decode, beside what this machine could do at best."""
     from llamaclust.cli import measuring
+    from llamaclust.model.program import KvType
     from llamaclust.tools.bench import BenchTask
     from llamaclust.tools.catalog import resolve_model
 
-    task = BenchTask(
-        resolve_model(model), threads, prompt, generate, batch, depth, repeats, workers, kv_type or KvType.F16
-    )
+    known = _known(kv_type) or KvType.F16
+    task = BenchTask(resolve_model(model), threads, prompt, generate, batch, depth, repeats, workers, known)
     measuring.print_bench(task, as_json)
 
 
@@ -76,7 +88,7 @@ def perplexity(
     from llamaclust.cli import measuring
     from llamaclust.tools.catalog import resolve_model
 
-    source = measuring.Source(resolve_model(model), threads, workers, kv_type, endpoint, api_key_file)
+    source = measuring.Source(resolve_model(model), threads, workers, _known(kv_type), endpoint, api_key_file)
     measuring.print_perplexity(source, text, context, chunks, as_json)
 
 

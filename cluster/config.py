@@ -29,6 +29,7 @@ from llamaclust.cluster.config_values import (
     split_address,
 )
 from llamaclust.errors import UsageError
+from llamaclust.model.program import KvType
 from llamaclust.wire.messages import MAX_CONTEXT_TOKENS, MAX_SEQUENCES, MAX_TOKENS
 
 FEATURE_LEVELS = ("generic", "avx2", "avxvnni", "avx512", "avx512vnni", "neon", "neon_dotprod")
@@ -168,7 +169,7 @@ class ClusterConfig(_Section):
     """What an automatic plan is good at: one request's speed, or many requests' together."""
     wire: Annotated[Literal["f32"], not_built(wire_type=("f16", "q8_0"))] = "f32"
     """Type of activations between workers; f32 is exact."""
-    kv_type: Literal["f16", "q8_0"] = "f16"
+    kv_type: Annotated[KvType, Field(strict=False)] = KvType.F16
     """Type of keys and values in KV memory; q8_0 takes about half of f16's, and gives slightly other answers."""
     kv_memory: Annotated[Size | None, OrAuto()] = None
     """KV memory per worker, at most; auto: up to half of what weights and workspace leave."""

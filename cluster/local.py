@@ -25,9 +25,9 @@ from llamaclust.kernels.backend import Float32
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.kernels.cpu.prepared_files import PreparedFolder
 from llamaclust.model.loader import Model
-from llamaclust.model.program import KV_BLOCK_TOKENS
+from llamaclust.model.program import KV_BLOCK_TOKENS, KvType
 from llamaclust.sizes import missing
-from llamaclust.wire.control import KV_TYPES, StageLimits
+from llamaclust.wire.control import StageLimits
 from llamaclust.wire.messages import (
     MAX_KV_BLOCKS,
     MAX_TOKENS,
@@ -57,7 +57,7 @@ class LocalSettings:
     prefill_chunk: int | None = None  # prompt tokens computed at once, at most; None: as the scheduler thinks best
     prefix_cache: bool = True
     kv_blocks: int | None = None  # of 16 tokens; None: two whole contexts
-    kv_type: str = "f16"  # of keys and values: f16 or q8_0
+    kv_type: KvType = KvType.F16  # of keys and values
 
 
 class LocalClient(ServiceClient):
@@ -183,14 +183,14 @@ def _scheduler_settings(model: Model, settings: LocalSettings) -> SchedulerSetti
         raise UsageError(f"prefill_chunk: {chunk}: set 1 to {MAX_TOKENS - settings.max_sequences}")
     if settings.kv_blocks is not None and not 0 < settings.kv_blocks <= MAX_KV_BLOCKS - _blocks(context):
         raise UsageError(f"kv_blocks: {settings.kv_blocks}: set 1 to {MAX_KV_BLOCKS - _blocks(context)}")
-    if settings.kv_type not in KV_TYPES:
-        raise UsageError(f"kv_type: {settings.kv_type}: set one of {', '.join(KV_TYPES)}")
+    if settings.kv_type not in set(KvType):
+        raise UsageError(f"kv_type: {settings.kv_type}: set one of {', '.join(KvType)}")
     return SchedulerSettings(
         model_id=model.model_id,
         vocabulary=model.hyperparameters.vocabulary_size,
         context_length=context,
         kv_blocks=settings.kv_blocks or 2 * _blocks(context),
-        kv_type=settings.kv_type,
+        kv_type=KvType(settings.kv_type),
         max_sequences=settings.max_sequences,
         max_rows=max(_ROWS, chunk or 0) + settings.max_sequences,
         max_outputs=_OUTPUTS,
@@ -210,7 +210,7 @@ def _limits(scheduling: SchedulerSettings, own: tuple[int, int]) -> StageLimits:
         max_sequences=scheduling.max_sequences,
         max_context_tokens=scheduling.context_length,
         kv_blocks=scheduling.kv_blocks + own[1],
-        kv_type=scheduling.kv_type,
+        kv_type=scheduling.kv_type.value,
     )
 
 

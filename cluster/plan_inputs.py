@@ -15,7 +15,6 @@ from llamaclust.cluster.shares import thread_shares
 from llamaclust.cluster.state import Measurement
 from llamaclust.errors import UsageError
 from llamaclust.model.loader import Model
-from llamaclust.model.program import KvType
 from llamaclust.wire.codec import MAX_MICROBATCH_BYTES, MAX_STAGES
 from llamaclust.wire.control import StageLimits
 from llamaclust.wire.frames import MAX_FRAME_BYTES
@@ -84,7 +83,7 @@ def plan_cluster(
     )
     threads = thread_shares(config)
     facts = [_facts(name, memory_bytes[name], measured.get(name), threads[name]) for name in threads]
-    plan = make_plan(model.costs(KvType(config.kv_type)), facts, ask)
+    plan = make_plan(model.costs(config.kv_type), facts, ask)
     if len(plan.stages) > MAX_STAGES:
         raise UsageError(f"the plan has {len(plan.stages)} stages, {MAX_STAGES} are possible: use fewer workers")
     return plan
@@ -108,7 +107,7 @@ def _limits(config: ClusterConfig, context_length: int, kv_blocks: int) -> Stage
         max_sequences=config.max_sequences,
         max_context_tokens=context_length,
         kv_blocks=kv_blocks,
-        kv_type=config.kv_type,
+        kv_type=config.kv_type.value,
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from hashlib import sha256
 
 from llamaclust.cluster.kv_blocks import KvBlocks
-from llamaclust.model.program import KV_BLOCK_TOKENS
+from llamaclust.model.program import KV_BLOCK_TOKENS, KvType
 
 
 class PrefixCache:
@@ -16,7 +16,7 @@ class PrefixCache:
     A chain is a list of keys, one a full block, that belongs to one sequence: it depends on its tokens alone and grows.
     """
 
-    def __init__(self, blocks: KvBlocks, model_id: str, kv_type: str, enabled: bool = True) -> None:
+    def __init__(self, blocks: KvBlocks, model_id: str, kv_type: KvType, enabled: bool = True) -> None:
         self._blocks = blocks
         self._root = sha256(f"{model_id}\0{kv_type}".encode()).digest()
         self._enabled = enabled

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llamaclust.model.program import KV_BLOCK_TOKENS
+from llamaclust.model.program import KV_BLOCK_TOKENS, KvType
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +15,7 @@ class SchedulerSettings:
     vocabulary: int
     context_length: int
     kv_blocks: int
-    kv_type: str = "f16"
+    kv_type: KvType = KvType.F16
     max_sequences: int = 32  # running together; each is in a microbatch at most once
     max_waiting: int = 256
     max_rows: int = 512  # of one microbatch; bounds the bytes of its hidden state on a link

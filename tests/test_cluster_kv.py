@@ -7,7 +7,7 @@ import pytest
 
 from llamaclust.cluster.kv_blocks import BlockTable, KvBlocks
 from llamaclust.cluster.prefix_cache import PrefixCache
-from llamaclust.model.program import KV_BLOCK_TOKENS
+from llamaclust.model.program import KV_BLOCK_TOKENS, KvType
 
 
 def test_blocks_are_taken_from_below_and_given_back() -> None:
@@ -92,7 +92,7 @@ def filled(cache: PrefixCache, blocks: KvBlocks, tokens: list[int]) -> list[int]
 
 def test_the_longest_equal_beginning_is_found() -> None:
     blocks = KvBlocks(20)
-    cache = PrefixCache(blocks, "model", "f16")
+    cache = PrefixCache(blocks, "model", KvType.F16)
     tokens = list(range(100))
     table = filled(cache, blocks, tokens)
     assert cache.find([], tokens, 99) == (6, 0)
@@ -108,8 +108,8 @@ def test_the_longest_equal_beginning_is_found() -> None:
 def test_another_model_or_kv_type_shares_nothing() -> None:
     blocks = KvBlocks(20)
     tokens = list(range(64))
-    filled(PrefixCache(blocks, "model", "f16"), blocks, tokens)
-    assert PrefixCache(blocks, "model", "f16").find([], tokens, 64) == (4, 0)
-    assert PrefixCache(blocks, "other", "f16").find([], tokens, 64) == (0, 0)
-    assert PrefixCache(blocks, "model", "q8_0").find([], tokens, 64) == (0, 0)
-    assert PrefixCache(blocks, "model", "f16", enabled=False).find([], tokens, 64) == (0, 0)
+    filled(PrefixCache(blocks, "model", KvType.F16), blocks, tokens)
+    assert PrefixCache(blocks, "model", KvType.F16).find([], tokens, 64) == (4, 0)
+    assert PrefixCache(blocks, "other", KvType.F16).find([], tokens, 64) == (0, 0)
+    assert PrefixCache(blocks, "model", KvType.Q8_0).find([], tokens, 64) == (0, 0)
+    assert PrefixCache(blocks, "model", KvType.F16, enabled=False).find([], tokens, 64) == (0, 0)

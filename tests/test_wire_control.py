@@ -11,8 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llamaclust.errors import WireError
+from llamaclust.model.program import KvType
 from llamaclust.proto import control_pb2
 from llamaclust.wire.control import (
+    KV_TYPES,
     CoordinatorMessage,
     Deadlines,
     Failure,
@@ -73,6 +75,10 @@ def test_what_a_worker_says_arrives(message: WorkerMessage) -> None:
 @pytest.mark.parametrize("message", COORDINATOR_MESSAGES, ids=lambda message: type(message).__name__)
 def test_what_a_coordinator_says_arrives(message: CoordinatorMessage) -> None:
     assert decode_coordinator_message(encode_coordinator_message(message)) == message
+
+
+def test_kv_types_of_the_wire_are_those_of_programs() -> None:
+    assert tuple(KvType) == KV_TYPES and StageLimits(1, 1, 1, 1, 1).kv_type in KV_TYPES
 
 
 def test_kinds_of_a_newer_minor_version_are_told_apart_from_damage() -> None:

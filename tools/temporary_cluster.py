@@ -13,6 +13,7 @@ from llamaclust.cluster.coordinator import Cluster, open_cluster
 from llamaclust.cluster.state import ClusterDir
 from llamaclust.cluster.text import TextService, TextSettings
 from llamaclust.errors import UsageError
+from llamaclust.model.program import KvType
 
 _ALIKE = {"bandwidth": 20.0, "int8": 300.0}
 """The workers share one machine; equal figures give the same cut each time."""
@@ -20,7 +21,7 @@ _ALIKE = {"bandwidth": 20.0, "int8": 300.0}
 
 @asynccontextmanager
 async def temporary_cluster(
-    model: Path, workers: int, threads: int | None, context_length: int, max_sequences: int, kv_type: str
+    model: Path, workers: int, threads: int | None, context_length: int, max_sequences: int, kv_type: KvType
 ) -> AsyncIterator[Cluster]:
     """The model cut over that many workers, each with `threads`. UsageError where it cannot be cut so often."""
     names = [f"w{index}" for index in range(1, workers + 1)]
@@ -45,7 +46,9 @@ async def temporary_cluster(
                 yield cluster
 
 
-def cluster_service(model: Path, workers: int, threads: int | None, context_length: int, kv_type: str) -> OpenService:
+def cluster_service(
+    model: Path, workers: int, threads: int | None, context_length: int, kv_type: KvType
+) -> OpenService:
     """What opens such a cluster's text service, for a ServiceClient."""
 
     @asynccontextmanager

@@ -31,8 +31,8 @@ from llamaclust.wire.control import StageLimits
 _FORMATS = (ActivationFormat.F32, ActivationFormat.Q8_32, ActivationFormat.Q8_256)
 """In the order of the native module's numbers."""
 
-_KV_TYPES = (KvType.F16, KvType.Q8_0)
-"""Likewise."""
+_KV_TYPES = tuple(KvType)
+"""Likewise: the native enum has the order of `KvType`."""
 
 
 def kv_block_bytes(step: Attention) -> int:

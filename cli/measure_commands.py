@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llamaclust.cli.help import PlainCommand
+from llamaclust.errors import UsageError
 
 if TYPE_CHECKING:
     from llamaclust.model.program import KvType
@@ -29,7 +30,6 @@ KvTypeOption = Annotated[
 
 def _known(kv_type: str | None) -> KvType | None:
     """UsageError for a type that there is not."""
-    from llamaclust.errors import UsageError
     from llamaclust.model.program import KvType
 
     if kv_type is not None and kv_type not in set(KvType):

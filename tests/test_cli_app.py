@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from llamaclust import __version__
 from llamaclust.cli.app import app
+from llamaclust.errors import UsageError
 
 SLOW_PROBE = """
 import ctypes, sys
@@ -49,6 +50,22 @@ def test_help_names_no_types(words: tuple[str, ...]) -> None:
     result = CliRunner().invoke(app, [*words, "--help"], env={"COLUMNS": "200"})
     assert result.exit_code == 0 and "--help" in result.stdout
     assert re.findall(r"<[a-z]+.*?>|\[\[", result.stdout) == []
+
+
+def test_commands_are_there_before_anything_heavy_is_imported() -> None:
+    code = (
+        "import sys, llamaclust.cli.app as _; print(*{name.split('.')[1] for name in sys.modules if 'clust.' in name})"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert set(found.split()) == {"cli", "errors", "sizes"}
+
+
+@pytest.mark.parametrize("command", [("bench",), ("model", "perplexity", "-f", "none.txt")])
+def test_kv_types_that_there_are_not(command: tuple[str, ...], tmp_path: Path) -> None:
+    model = build_tiny_model(tmp_path / "m.gguf", layers=1)
+    result = CliRunner().invoke(app, [*command, str(model), "--kv-type", "q9"])
+    assert isinstance(result.exception, UsageError)
+    assert str(result.exception) == "--kv-type q9: give one of f16, q8_0"
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])

@@ -4,7 +4,8 @@
 
 A row a KV type, level, depth and number of rows that are computed together behind so many positions: bytes of keys and
 values and multiply-adds a second, and their shares of the read bandwidth and of the float32 multiply-add peak. One row
-should be near the first limit, hundreds near the second.
+should be near the first limit, hundreds near the second. Limits and kernels are measured in turns; a share is the
+median over rounds of kernel to the greater of the limits right before and right after it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 from time import perf_counter
 
@@ -26,15 +29,18 @@ from llamaclust.kernels import probes
 from llamaclust.kernels.backend import Batch
 from llamaclust.kernels.cpu import _native
 from llamaclust.kernels.cpu.backend import CpuBackend, CpuStage
+from llamaclust.kernels.probes import ReadProbe
 from llamaclust.model.gguf import open_model
 from llamaclust.model.program import KV_BLOCK_TOKENS, Attention, Buffer, KvType, MatMul, Program
 from llamaclust.model.quant_types import QuantType
 from llamaclust.model.writer import TensorSource, write_gguf
+from llamaclust.tools.bench_limits import Pair, Spread
 from llamaclust.wire.control import StageLimits
 
 LAYERS = 22
 """Enough that memory and not a cache must serve a long context."""
 _INPUT = Buffer("input", 32)
+_READ_S, _PEAK_S = 0.2, 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +73,7 @@ class Setup:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the table."""
+    """One line of the table: medians, and the shares' least and most."""
 
     kv_type: str
     level: str
@@ -77,17 +83,17 @@ class Row:
     ms: float
     gb_s: float
     gmac_s: float
-    read_share: float
-    peak_share: float
+    read_share: Spread
+    peak_share: Spread
 
     def __str__(self) -> str:
         return (
             f"{self.kv_type:5} {self.level:>11} {self.threads:7} {self.depth:6} {self.rows:5} {self.ms:9.2f} "
-            f"{self.gb_s:8.1f} {self.read_share:7.2f} {self.gmac_s:8.1f} {self.peak_share:7.2f}"
+            f"{self.gb_s:8.1f} {self.read_share:.2f} {self.gmac_s:8.1f} {self.peak_share:.2f}"
         )
 
 
-HEADER = "KV          level threads  depth  rows        ms     GB/s of read   GMAC/s of peak"
+HEADER = "KV          level threads  depth  rows        ms     GB/s of read              GMAC/s of peak"
 
 
 def program_of(heads: Heads, kv_type: KvType) -> Program:
@@ -111,8 +117,8 @@ def load(heads: Heads, kv_type: KvType, level: str, threads: int, context: int, 
     for step in program.steps:
         if isinstance(step, MatMul):
             shape = (step.out.width, _INPUT.width)
-            data = random_matrix(generator, QuantType.Q8_0, shape)
-            sources.append(TensorSource(step.weight, QuantType.Q8_0, shape, lambda data=data: data))
+            data = partial(random_matrix, generator, QuantType.Q8_0, shape)
+            sources.append(TensorSource(step.weight, QuantType.Q8_0, shape, data))
     with TemporaryDirectory() as folder:
         path = Path(folder) / "weights.gguf"
         write_gguf(path, {}, sources)
@@ -138,26 +144,35 @@ def fill(stage: CpuStage, block: int, rows: int) -> None:
     run(stage, 0, rows, block)
 
 
-def measure(stage: CpuStage, heads: Heads, setup: Setup, rounds: int) -> Row:
-    read = peak = 0.0
-    best = float("inf")
+def measure(stage: CpuStage, heads: Heads, setup: Setup, probe: ReadProbe, rounds: int) -> Row:
+    def limits() -> tuple[float, float]:
+        return probe.measure(_READ_S), probes.fma_peak(setup.threads, _PEAK_S)
+
+    before, times, reads, peaks = limits(), [], [], []
     for _ in range(rounds):
-        read = max(read, probes.read_bandwidth(setup.threads, 0.2))
-        peak = max(peak, probes.fma_peak(setup.threads, 0.1))
-        best = min(best, *(run(stage, setup.depth, setup.rows) for _ in range(10 if setup.rows < 16 else 1)))
-    gb_s, gmac_s = setup.read_bytes(heads) / best / 1e9, setup.products(heads) / best / 1e9
+        seconds = min(run(stage, setup.depth, setup.rows) for _ in range(10 if setup.rows < 16 else 1))
+        after = limits()
+        times.append(seconds)
+        reads.append(Pair(setup.read_bytes(heads) / seconds / 1e9, before[0], after[0]))
+        peaks.append(Pair(setup.products(heads) / seconds / 1e9, before[1], after[1]))
+        before = after
     return Row(
-        **{name: getattr(setup, name) for name in ("kv_type", "level", "threads", "depth", "rows")},
-        ms=best * 1e3,
-        gb_s=gb_s,
-        gmac_s=gmac_s,
-        read_share=gb_s / read,
-        peak_share=gmac_s / peak,
+        kv_type=setup.kv_type,
+        level=setup.level,
+        threads=setup.threads,
+        depth=setup.depth,
+        rows=setup.rows,
+        ms=median(times) * 1e3,
+        gb_s=median(pair.speed for pair in reads),
+        gmac_s=median(pair.speed for pair in peaks),
+        read_share=Spread.of(pair.share for pair in reads),
+        peak_share=Spread.of(pair.share for pair in peaks),
     )
 
 
 def measure_all(options: argparse.Namespace) -> Iterator[Row]:
     heads, most = options.heads, max(options.rows)
+    probe = ReadProbe(options.threads)
     for kv_type in options.kv:
         for level in options.levels:
             context = max(options.depths) + most
@@ -166,7 +181,8 @@ def measure_all(options: argparse.Namespace) -> Iterator[Row]:
                     fill(stage, start // KV_BLOCK_TOKENS, min(512, context - start))
                 for depth in options.depths:
                     for rows in options.rows:
-                        yield measure(stage, heads, Setup(kv_type, level, options.threads, depth, rows), options.rounds)
+                        setup = Setup(kv_type, level, options.threads, depth, rows)
+                        yield measure(stage, heads, setup, probe, options.rounds)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -178,7 +194,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--rows", default="1,512", help="rows computed together, separated by commas")
     parser.add_argument("--levels", default=levels[-1], help=f"feature levels out of {', '.join(levels)}")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3, help="turns of limits and kernels; the best counts")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of limits and kernels")
     parser.add_argument("--json", type=Path, help="also write the rows there, a JSON object a line")
     options = parser.parse_args(arguments)
     try:

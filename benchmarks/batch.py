@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llamaclust.kernels.cpu.backend import CpuBackend
@@ -23,46 +24,53 @@ _SEQUENCES = 8
 _STEPS = 32
 _SHORT = 128
 _PROMPT = 512
+_CONTEXT = 8192
 
 
-@contextmanager
-def stage(path: Path, threads: int, batch: int, context: int) -> Iterator[BenchStage]:
-    with Model.open(path) as model:
-        opened = BenchStage(model, CpuBackend(threads), batch, context)
-        try:
-            yield opened
-        finally:
-            opened.close()
+@dataclass(frozen=True, slots=True)
+class Scaling:
+    """What is compared; each way returns its line. Decode behind a long context fills `context` tokens."""
+
+    path: Path
+    threads: int
+    repeats: int
+    context: int
+
+    def batch(self) -> str:
+        context = _STEPS + 1
+        with self._stage(_SEQUENCES, context) as many, self._stage(1, context) as one:
+            spread = self._ratios(lambda: _SEQUENCES / many.decode(0, _STEPS), lambda: 1 / one.decode(0, _STEPS))
+        return f"decode of {_SEQUENCES} sequences together, tok/s beside one: {spread:.2f}   (>= 5 for 1.1B in Q4_K)"
+
+    def depth(self) -> str:
+        far = self.context - _STEPS - 1
+        with self._stage(1, self.context) as one:
+            one.prefill(far)
+            spread = self._ratios(lambda: 1 / one.decode(far, _STEPS), lambda: 1 / one.decode(_SHORT, _STEPS))
+        return f"decode behind {far} tokens, tok/s beside {_SHORT}: {spread:.3f}   (>= 0.72 for 1.1B in Q4_K, f16 keys)"
+
+    def prefill(self) -> str:
+        alone = replace(self, threads=1)
+        with self._stage(1, _PROMPT + 1) as every, alone._stage(1, _PROMPT + 1) as one:
+            spread = self._ratios(lambda: 1 / every.prefill(_PROMPT), lambda: 1 / one.prefill(_PROMPT))
+        return f"prefill of {_PROMPT} tokens, {self.threads} threads beside one: {spread:.2f}   (>= 1.85 for two)"
+
+    @contextmanager
+    def _stage(self, batch: int, context: int) -> Iterator[BenchStage]:
+        with Model.open(self.path) as model:
+            opened = BenchStage(model, CpuBackend(self.threads), batch, context)
+            try:
+                yield opened
+            finally:
+                opened.close()
+
+    def _ratios(self, a: Callable[[], float], b: Callable[[], float]) -> Spread:
+        """Of what `a` tells to what `b` tells, after a turn of each that does not count."""
+        pairs = [(a(), b()) for _ in range(self.repeats + 1)][1:]
+        return Spread.of(one / other for one, other in pairs)
 
 
-def ratios(repeats: int, a: Callable[[], float], b: Callable[[], float]) -> Spread:
-    """Of what `a` tells to what `b` tells, after a turn of each that does not count."""
-    pairs = [(a(), b()) for _ in range(repeats + 1)][1:]
-    return Spread.of(one / other for one, other in pairs)
-
-
-def batch(path: Path, threads: int, repeats: int, _: int) -> str:
-    context = _STEPS + 1
-    with stage(path, threads, _SEQUENCES, context) as many, stage(path, threads, 1, context) as one:
-        spread = ratios(repeats, lambda: _SEQUENCES / many.decode(0, _STEPS), lambda: 1 / one.decode(0, _STEPS))
-    return f"decode of {_SEQUENCES} sequences together, tok/s beside one: {spread:.2f}   (>= 5 for 1.1B in Q4_K)"
-
-
-def depth(path: Path, threads: int, repeats: int, context: int) -> str:
-    far = context - _STEPS - 1
-    with stage(path, threads, 1, context) as one:
-        one.prefill(far)
-        spread = ratios(repeats, lambda: 1 / one.decode(far, _STEPS), lambda: 1 / one.decode(_SHORT, _STEPS))
-    return f"decode behind {far} tokens, tok/s beside {_SHORT}: {spread:.3f}   (>= 0.72 for 1.1B in Q4_K, f16 keys)"
-
-
-def threads(path: Path, threads: int, repeats: int, _: int) -> str:
-    with stage(path, threads, 1, _PROMPT + 1) as all_threads, stage(path, 1, 1, _PROMPT + 1) as one:
-        spread = ratios(repeats, lambda: 1 / all_threads.prefill(_PROMPT), lambda: 1 / one.prefill(_PROMPT))
-    return f"prefill of {_PROMPT} tokens, {threads} threads beside one: {spread:.2f}   (>= 1.85 for two)"
-
-
-WAYS = {"batch": batch, "depth": depth, "threads": threads}
+WAYS = {"batch": Scaling.batch, "depth": Scaling.depth, "threads": Scaling.prefill}
 
 
 def main() -> None:
@@ -71,10 +79,19 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(WAYS), help="some of these, separated by commas")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5, help="pairs")
-    parser.add_argument("--context", type=int, default=8192, help="tokens of the long context")
+    parser.add_argument("--context", type=int, help=f"tokens of the long context of `depth`, {_CONTEXT} unless given")
     given = parser.parse_args()
-    for name in given.only.split(","):
-        print(WAYS[name](given.model, given.threads, given.repeats, given.context), flush=True)
+    names = given.only.split(",")
+    if unknown := set(names) - set(WAYS):
+        parser.error(f"--only knows {', '.join(WAYS)}, not {min(unknown)!r}")
+    if given.context is not None and "depth" not in names:
+        parser.error("--context is for depth, which --only leaves out")
+    context = _CONTEXT if given.context is None else given.context
+    if context < _SHORT + _STEPS + 1:
+        parser.error(f"--context must be at least {_SHORT + _STEPS + 1}")
+    scaling = Scaling(given.model, given.threads, given.repeats, context)
+    for name in names:
+        print(WAYS[name](scaling), flush=True)
 
 
 if __name__ == "__main__":

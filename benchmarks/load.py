@@ -28,6 +28,7 @@ from llamaclust.sizes import MIB
 _MOST_BYTES = 1 << 40
 _ROWS = 512
 _OWN_BYTES = 150 * MIB
+_DEADLINE_S = 600
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +91,11 @@ def _peak_bytes() -> int:
 def load_elsewhere(model: Path, folder: Path | None, threads: int) -> Loaded:
     """The same in a process of its own."""
     words = [sys.executable, __file__, str(model), "--threads", str(threads), "--child", repr(time())]
-    said = subprocess.run([*words, *(["--folder", str(folder)] if folder else [])], capture_output=True, text=True)
+    words += ["--folder", str(folder)] if folder else []
+    try:
+        said = subprocess.run(words, capture_output=True, text=True, timeout=_DEADLINE_S, check=False)
+    except subprocess.TimeoutExpired:
+        raise LlamaclustError(f"{model}: a load took more than {_DEADLINE_S} s") from None
     if said.returncode != 0:
         raise LlamaclustError(said.stderr.strip().splitlines()[-1])
     return Loaded(*json.loads(said.stdout))

@@ -90,7 +90,7 @@ LAYOUTS = {
     QuantType.IQ1_M: Layout(31, (), 7.2),
 }
 
-_FLOATS = {
+_FLOATS: dict[QuantType, tuple[np.dtype[np.uint16 | np.uint32], int]] = {
     QuantType.F32: (np.dtype(np.uint32), 0x807FFFFF),
     QuantType.F16: (np.dtype(np.uint16), 0x83FF),
     QuantType.BF16: (np.dtype(np.uint16), 0x807F),
@@ -133,10 +133,10 @@ def _make_signed_near(data: NDArray[np.uint8], quant_type: QuantType, size: floa
     word, kept = _FLOATS[quant_type]
     bits, least = data.view(word), np.array([size / 1.08], np.float32)
     if quant_type is QuantType.F16:
-        sample = least.astype(np.float16).view(np.uint16)
+        sample = least.astype(np.float16).view(np.uint16).astype(word)
     else:
-        sample = least.view(np.uint32) >> (0 if quant_type is QuantType.F32 else 16)
-    exponent = sample.astype(word)[0] & ~word.type(kept)
+        sample = (least.view(np.uint32) >> np.uint32(0 if quant_type is QuantType.F32 else 16)).astype(word)
+    exponent = sample[0] & ~word.type(kept)
     np.bitwise_and(bits, word.type(kept), out=bits)
     np.bitwise_or(bits, exponent, out=bits)
 

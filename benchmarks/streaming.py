@@ -66,10 +66,13 @@ def stream(api: str, tokens: int) -> tuple[float, float]:
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    command = ["curl", "-sN", f"{api}/v1/completions", "-H", "Content-Type: application/json", "-d", json.dumps(body)]
+    command = ["curl", "-sN", "--max-time", str(_DEADLINE_S), f"{api}/v1/completions"]
+    command += ["-H", "Content-Type: application/json", "-d", json.dumps(body)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as curl:
         assert curl.stdout is not None
         lines = [(perf_counter(), line) for line in curl.stdout]  # read later: this program shares the cores
+    if curl.returncode != 0:
+        raise SystemExit(f"{api}: curl failed with {curl.returncode} (28: no whole answer in {_DEADLINE_S} s)")
     times, ending, usage = [], None, None
     for time_s, line in lines:
         if line.startswith(b"data: {"):

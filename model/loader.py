@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -28,7 +28,7 @@ _F32 = ActivationFormat.F32
 @dataclass(frozen=True, slots=True)
 class LayerCost:
     """One layer; bytes are those that lie in memory. `idle_bytes`: weights that a token does not read, since it chooses
-    other experts.
+    other experts. `used_file_bytes`: those that it reads, as the file holds them.
 
     Multiply-accumulates are those of weights, all of them and those of float weights; attention's grow with the context
     and are not in them.
@@ -39,6 +39,7 @@ class LayerCost:
     kv_bytes_per_token: int
     idle_bytes: int = 0
     float_macs_per_token: int = 0
+    used_file_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,7 @@ class ModelCosts:
     head_macs: int
     layers: tuple[LayerCost, ...]
     float_head_macs: int = 0
+    head_file_bytes: int = 0
 
 
 class Model:
@@ -95,13 +97,14 @@ class Model:
         embedding = [step for step in self._whole.steps if isinstance(step, Embed)]
         head = list(dropwhile(_is_before_head, self._whole.steps))
         return ModelCosts(
-            embedding_bytes=self._weight_bytes(embedding),
-            head_bytes=self._weight_bytes(head),
+            embedding_bytes=self._weight_bytes(embedding, _resident_bytes),
+            head_bytes=self._weight_bytes(head, _resident_bytes),
             head_macs=_all_macs(head),
             layers=tuple(
                 self._layer_cost(self.program(layer, layer + 1, kv_type)) for layer in range(self.layer_count)
             ),
             float_head_macs=sum(map(self._float_macs, head)),
+            head_file_bytes=self._weight_bytes(head, _file_bytes),
         )
 
     @cached_property
@@ -126,22 +129,26 @@ class Model:
         """Of a program of one layer, without the embedding and the head of a first or last stage."""
         steps = [step for step in takewhile(_is_before_head, program.steps) if not isinstance(step, Embed)]
         return LayerCost(
-            weight_bytes=self._weight_bytes(steps),
+            weight_bytes=self._weight_bytes(steps, _resident_bytes),
             macs_per_token=_all_macs(steps),
             kv_bytes_per_token=sum(step.kv_token_bytes for step in program.kv_layers),
-            idle_bytes=sum(map(self._idle_bytes, steps)),
+            idle_bytes=self._idle_bytes(steps, _resident_bytes),
             float_macs_per_token=sum(map(self._float_macs, steps)),
+            used_file_bytes=self._weight_bytes(steps, _file_bytes) - self._idle_bytes(steps, _file_bytes),
         )
 
-    def _weight_bytes(self, steps: Iterable[Step]) -> int:
+    def _weight_bytes(self, steps: Iterable[Step], size: Callable[[Tensor], int]) -> int:
         names = replace(self._whole, steps=tuple(steps)).weights
-        return sum(self.file.tensor(name).resident_bytes for name in names)
+        return sum(size(self.file.tensor(name)) for name in names)
 
-    def _idle_bytes(self, step: Step) -> int:
-        if not isinstance(step, Moe):
-            return 0
-        held = sum(self.file.tensor(name).resident_bytes for name in (step.gate, step.up, step.down))
-        return held // step.experts * (step.experts - step.used)
+    def _idle_bytes(self, steps: Iterable[Step], size: Callable[[Tensor], int]) -> int:
+        """Of the experts that a token does not choose."""
+        idle = 0
+        for step in steps:
+            if isinstance(step, Moe):
+                held = sum(size(self.file.tensor(name)) for name in (step.gate, step.up, step.down))
+                idle += held // step.experts * (step.experts - step.used)
+        return idle
 
     def _float_macs(self, step: Step) -> int:
         return sum(macs for name, macs in _macs(step) if self.file.tensor(name).quant_type.info.activation is _F32)
@@ -161,6 +168,14 @@ def _named(path: Path) -> Iterator[None]:
         yield
     except ModelFileError as error:
         raise ModelFileError(f"{path}: {error}") from error
+
+
+def _resident_bytes(tensor: Tensor) -> int:
+    return tensor.resident_bytes
+
+
+def _file_bytes(tensor: Tensor) -> int:
+    return tensor.n_bytes
 
 
 def _is_before_head(step: Step) -> bool:

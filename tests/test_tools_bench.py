@@ -70,6 +70,30 @@ def test_work_counts_what_is_read_and_multiplied(tiny: Path) -> None:
     assert work.float_share == 0
 
 
+def test_weights_count_as_the_file_holds_them(tmp_path: Path) -> None:
+    """Of IQ1_S a tile takes a quarter more; with two experts out of two and out of four, a token reads as much."""
+    path, task = tmp_path / "tiny.gguf", BenchTask(tmp_path, 1, generate=1)
+    shape = {"layers": LAYERS, "hidden": HIDDEN, "ffn": FFN, "quant_type": QuantType.IQ1_S}
+    read = Work.of(Model.open(build_tiny_model(path, **shape)), task).decode_bytes  # type: ignore[arg-type]
+    weights = (MATRICES + HIDDEN * VOCABULARY) * 50 / 256  # 50 bytes hold 256 weights
+    assert read == pytest.approx(weights + (2 * LAYERS + 1) * HIDDEN * 4 + LAYERS * 2 * KV_WIDTH * 2)
+    two, four = (
+        Work.of(Model.open(build_tiny_model(path, experts=n, **shape)), task).decode_bytes  # type: ignore[arg-type]
+        for n in (2, 4)
+    )
+    assert four - two == LAYERS * 2 * HIDDEN * 4  # of routers
+
+
+def test_keys_and_values_outside_the_window_are_not_read(tmp_path: Path) -> None:
+    path, task = tmp_path / "tiny.gguf", BenchTask(tmp_path, 1, depth=5, generate=9)
+    whole = Work.of(Model.open(build_tiny_model(path)), task).decode_bytes
+    seen = Model.open(build_tiny_model(path, extra={"llama.attention.sliding_window": 8}))
+    unseen = (1 + 2 + 3 + 4 + 5 + 6) / 9  # tokens of a step: 6, 7, 8, then 8 of 9, 10, ... 14
+    assert whole - Work.of(seen, task).decode_bytes == pytest.approx(
+        unseen * sum(layer.kv_bytes_per_token for layer in seen.costs(task.kv_type).layers)
+    )
+
+
 def test_float_weights_are_told_apart(tmp_path: Path) -> None:
     task = BenchTask(tmp_path, 1, prompt=10)
     assert Work.of(Model.open(build_tiny_model(tmp_path / "f16.gguf", quant_type=QuantType.F16)), task).float_share == 1

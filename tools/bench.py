@@ -59,22 +59,24 @@ class BenchTask:
 class Work:
     """What one prefill and one decode step cost by count: the weights' multiply-accumulates, bytes that must be read.
 
-    The embedding is not counted: of it one row a token is read. Nor are experts that a token does not choose.
+    Weights count as the file holds them: tiles that take more get no credit. The embedding is not counted: of it one
+    row a token is read. Nor are experts that a token does not choose, keys and values outside a sliding window.
     """
 
     prefill_macs: int
     float_share: float  # of them, those by float weights
-    decode_bytes: float  # a step, all sequences together, with keys and values half-way through the run
+    decode_bytes: float  # a step, all sequences together, with the keys and values of a step in the mean
 
     @classmethod
     def of(cls, model: Model, task: BenchTask) -> Work:
         costs = model.costs(task.kv_type)
         macs = task.prompt * sum(layer.macs_per_token for layer in costs.layers) + costs.head_macs
         float_macs = task.prompt * sum(layer.float_macs_per_token for layer in costs.layers) + costs.float_head_macs
-        weights = costs.head_bytes + sum(layer.weight_bytes - layer.idle_bytes for layer in costs.layers)
+        weights = costs.head_file_bytes + sum(layer.used_file_bytes for layer in costs.layers)
         kv = sum(layer.kv_bytes_per_token for layer in costs.layers)
-        context = task.depth + (task.generate + 1) / 2
-        return cls(task.batch * macs, float_macs / macs, weights + task.batch * context * kv)
+        window = model.hyperparameters.sliding_window or task.context
+        seen = sum(min(task.depth + step, window) for step in range(1, task.generate + 1)) / task.generate
+        return cls(task.batch * macs, float_macs / macs, weights + task.batch * seen * kv)
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,6 +39,8 @@ def test_peaks_are_plausible() -> None:
     ("function", "operations"),
     [
         ("int8_avx512vnni", ["vpdpbusd zmm"] * 24),
+        ("int8_avxvnni", ["{vex} vpdpbusd ymm"] * 24),
+        ("int8_avx512", ["vpmaddubsw zmm", "vpmaddwd zmm", "vpaddd zmm"] * 24),
         ("int8_avx2", ["vpmaddubsw ymm", "vpmaddwd ymm", "vpaddd ymm"] * 24),
         ("fma_avx512", ["vfmadd231ps zmm"] * 24),
         ("fma_avx2", ["vfmadd231ps ymm"] * 24),
@@ -52,7 +54,7 @@ def test_the_loops_that_show_a_peak_are_what_they_seem(
     end = next(index for index, (_, line) in enumerate(code) if line.startswith("jne"))
     first = [address for address, _ in code].index(code[end][1].split()[1])
     loop = [line for _, line in code[first : end + 1]]
-    assert [" ".join(re.findall(r"^\w+|[yz]mm", line)[:2]) for line in loop[:-2]] == operations
+    assert [" ".join(re.findall(r"^(?:{vex} )?\w+|[yz]mm", line)[:2]) for line in loop[:-2]] == operations
     assert re.match(r"(dec|sub)", loop[-2]) and not any("(" in line for line in loop[:-1])
     places = [line.rpartition(",")[2] for line in loop[:-2] if not re.match(r"vpmadd", line)]
     assert len(set(places)) == 12  # sums in a row do not wait for each other

@@ -19,10 +19,14 @@ constexpr int kRounds = 4000;
 #define FMA_ZMM(i) "vfmadd231ps %%zmm14, %%zmm15, %%zmm" #i "\n"
 #define CLEAR_YMM(i) "vpxor %%ymm" #i ", %%ymm" #i ", %%ymm" #i "\n"
 #define FMA_YMM(i) "vfmadd231ps %%ymm14, %%ymm15, %%ymm" #i "\n"
-#define DOT_YMM(i)                          \
+#define PAIRS_YMM(i)                        \
   "vpmaddubsw %%ymm14, %%ymm15, %%ymm12\n"  \
   "vpmaddwd %%ymm14, %%ymm12, %%ymm12\n"    \
   "vpaddd %%ymm12, %%ymm" #i ", %%ymm" #i "\n"
+#define PAIRS_ZMM(i)                        \
+  "vpmaddubsw %%zmm14, %%zmm15, %%zmm12\n"  \
+  "vpmaddwd %%zmm14, %%zmm12, %%zmm12\n"    \
+  "vpaddd %%zmm12, %%zmm" #i ", %%zmm" #i "\n"
 #define LOOP(clear, clear14, op)                                                                        \
   int rounds = kRounds;                                                                                 \
   __asm__ volatile(TWELVE(clear) clear14 "1:\n" TWELVE(op) TWELVE(op) "decl %0\njnz 1b\nvzeroupper\n" \
@@ -43,8 +47,13 @@ double int8_avxvnni() {
   return 24.0 * 32 * kRounds;
 }
 
+double int8_avx512() {
+  LOOP(CLEAR_ZMM, CLEAR_ZMM(14) CLEAR_ZMM(15), PAIRS_ZMM);
+  return 24.0 * 64 * kRounds;
+}
+
 double int8_avx2() {
-  LOOP(CLEAR_YMM, CLEAR_YMM(14) CLEAR_YMM(15), DOT_YMM);
+  LOOP(CLEAR_YMM, CLEAR_YMM(14) CLEAR_YMM(15), PAIRS_YMM);
   return 24.0 * 32 * kRounds;
 }
 
@@ -126,6 +135,7 @@ ArithmeticPiece int8_piece() {
 #if defined(__x86_64__)
   if (cpu_features().avx512vnni) return &int8_avx512vnni;
   if (cpu_features().avxvnni) return &int8_avxvnni;
+  if (cpu_features().avx512) return &int8_avx512;
   if (cpu_features().avx2) return &int8_avx2;
 #elif defined(__aarch64__)
   if (cpu_features().neon_dotprod) return &int8_neon_dotprod;

@@ -64,7 +64,7 @@ class Setup:
 
     def read_bytes(self, heads: Heads) -> int:
         """Keys and values, each once."""
-        return LAYERS * 2 * heads.kv * self.kv_type.row_bytes(heads.dim) * (self.depth + self.rows)
+        return LAYERS * heads.kv * self.kv_type.pair_bytes(heads.dim) * (self.depth + self.rows)
 
     def products(self, heads: Heads) -> int:
         seen = self.rows * self.depth + self.rows * (self.rows + 1) // 2

@@ -1,6 +1,9 @@
 // Memory that holds the tiles of several matrices, for loading.
 #include <nanobind/ndarray.h>
 
+#include <cerrno>
+#include <system_error>
+
 #include "bindings.h"
 #include "checksum.h"
 #include "memory.h"
@@ -21,6 +24,16 @@ nb::object view(nb::handle self) {
   return nb::cast(ReadOnlyView(memory.data(), {memory.bytes()}, self));
 }
 
+Memory mapped(int descriptor, size_t bytes) {
+  try {
+    return Memory::mapped(descriptor, bytes);
+  } catch (const std::system_error& error) {
+    errno = error.code().value();
+    PyErr_SetFromErrno(PyExc_OSError);
+    throw nb::python_error();
+  }
+}
+
 uint64_t checksum_of(const Memory& memory) {
   const nb::gil_scoped_release unlocked;
   return checksum(memory.data(), memory.bytes());
@@ -37,8 +50,8 @@ void touch(const Memory& memory) {
 void bind_memory(nb::module_& module) {
   nb::class_<Memory>(module, "Memory", nb::is_weak_referenceable(), "Zero at first, or a file's bytes; see memory.h.")
       .def(nb::init<size_t>(), "bytes"_a)
-      .def_static("mapped", &Memory::mapped, "descriptor"_a, "bytes"_a,
-                  "The first bytes of a file that nobody shortens, shared and read-only.")
+      .def_static("mapped", &mapped, "descriptor"_a, "bytes"_a,
+                  "The first bytes of a file that nobody shortens, shared and read-only; OSError where it has no maps.")
       .def_prop_ro("bytes", &Memory::bytes)
       .def_prop_ro("is_writable", &Memory::is_writable)
       .def_prop_ro("address", [](const Memory& memory) { return reinterpret_cast<uintptr_t>(memory.data()); })

@@ -3,7 +3,9 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <cerrno>
 #include <new>
+#include <system_error>
 #include <utility>
 
 namespace llamaclust {
@@ -11,21 +13,32 @@ namespace {
 
 constexpr size_t kHugePage = Memory::kHugePage;
 
-void* map(void* at, size_t bytes, int protection, int flags, int descriptor) {
-  void* data = mmap(at, bytes, protection, flags, descriptor, 0);
-  if (data == MAP_FAILED) throw std::bad_alloc();
+[[noreturn]] void refuse(int error, int flags) {
+  if (error == ENOMEM || (flags & MAP_ANONYMOUS) != 0) throw std::bad_alloc();
+  throw std::system_error(error, std::generic_category());
+}
+
+void* map(size_t bytes, int protection, int flags, int descriptor) {
+  void* data = mmap(nullptr, bytes, protection, flags, descriptor, 0);
+  if (data == MAP_FAILED) refuse(errno, flags);
   return data;
 }
 
 // Maps what begins on a huge page if it is as large as one: otherwise the system could use none at its ends.
 uint8_t* map_aligned(size_t bytes, int protection, int flags, int descriptor) {
-  if (bytes < kHugePage) return static_cast<uint8_t*>(map(nullptr, bytes, protection, flags, descriptor));
+  if (bytes < kHugePage) return static_cast<uint8_t*>(map(bytes, protection, flags, descriptor));
   const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE)), whole = (bytes + page - 1) / page * page;
-  auto* room = static_cast<uint8_t*>(map(nullptr, whole + kHugePage, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1));
+  auto* room = static_cast<uint8_t*>(map(whole + kHugePage, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1));
   const size_t before = -reinterpret_cast<uintptr_t>(room) % kHugePage;
   if (before != 0) munmap(room, before);
   munmap(room + before + whole, kHugePage - before);
-  return static_cast<uint8_t*>(map(room + before, bytes, protection, flags | MAP_FIXED, descriptor));
+  void* data = mmap(room + before, bytes, protection, flags | MAP_FIXED, descriptor, 0);
+  if (data == MAP_FAILED) {
+    const int error = errno;
+    munmap(room + before, whole);
+    refuse(error, flags);
+  }
+  return static_cast<uint8_t*>(data);
 }
 
 }  // namespace
@@ -41,6 +54,9 @@ Memory Memory::mapped(int descriptor, size_t bytes) {
   Memory memory;
   memory.is_writable_ = false;
   if (bytes == 0) return memory;
+  // A file that cannot be mapped is refused here. Refused over reserved room, it could leave a hole there, which the map
+  // of another thread may take before the room is given back.
+  munmap(map(1, PROT_READ, MAP_SHARED, descriptor), 1);
   memory.data_ = map_aligned(bytes, PROT_READ, MAP_SHARED, descriptor);
   memory.bytes_ = bytes;
   madvise(memory.data_, bytes, MADV_HUGEPAGE);  // what is not in the page cache yet is read into huge pages

@@ -10,36 +10,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
-from batches import batch_of
+from prepared_layers import IMAGES, LAYERS, images, run, settled
 from tiny_model import build_tiny_model
 from typer.testing import CliRunner
 
 from llamaclust.cli.app import app
 from llamaclust.kernels.cpu import prepared, prepared_files
 from llamaclust.kernels.cpu._native import Memory, available_levels, packing_fingerprint
-from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.kernels.cpu.layer_image import images_of
 from llamaclust.kernels.cpu.prepared_files import PreparedFolder
 from llamaclust.kernels.cpu.weights import SUPPORTED_TYPES
 from llamaclust.model.loader import Model
 from llamaclust.model.quant_types import QuantType
-from llamaclust.wire.control import StageLimits
-
-LIMITS = StageLimits(max_tokens=32, max_outputs=32, max_sequences=1, max_context_tokens=64, kv_blocks=4)
-TOKENS = list(range(3, 23))
-LAYERS = 3
-IMAGES = LAYERS + 2  # and the embedding, and the output
-
-
-def settled(path: Path) -> Path:
-    """A file so old that it is prepared."""
-    time.sleep(0.15)
-    return path
 
 
 @pytest.fixture
@@ -52,21 +38,6 @@ def folder(tmp_path: Path) -> PreparedFolder:
     return PreparedFolder(tmp_path / "home" / "prepared", 1 << 30)
 
 
-def run(path: Path, folder: PreparedFolder | None, level: str | None = None) -> bytes:
-    """Bits of the logits; all that was packed has been written when it returns."""
-    model, backend = Model.open(path), CpuBackend(2, level, prepared=folder)
-    program = model.program(0, model.layer_count)
-    with closing(backend.load(program, model.tensors_for(program), LIMITS, lambda done_bytes: None)) as stage:
-        if backend.prepared is not None:
-            backend.prepared.wait()
-        rows = range(len(TOKENS))
-        return stage.run(batch_of([(TOKENS, list(rows), range(2))]), None).tobytes()
-
-
-def images(folder: PreparedFolder) -> list[Path]:
-    return sorted(folder.path.glob("*.tiles"))
-
-
 @pytest.mark.parametrize("mapped", [True, False])
 def test_the_second_load_packs_nothing(
     model: Path, folder: PreparedFolder, monkeypatch: pytest.MonkeyPatch, mapped: bool
@@ -75,7 +46,7 @@ def test_the_second_load_packs_nothing(
     assert run(model, folder) == wanted
     assert len(images(folder)) == IMAGES and len(list(folder.path.glob("*.json"))) == IMAGES
     assert folder.path.stat().st_mode & 0o777 == 0o700
-    monkeypatch.setattr(prepared, "_in_huge_pages", lambda memories: [mapped] * len(memories))
+    monkeypatch.setattr(prepared, "in_huge_pages", lambda memories: [mapped] * len(memories))
     monkeypatch.setattr("llamaclust.kernels.cpu._native.PackedMatrix.pack_rows", None)
     for level in available_levels():
         assert run(model, folder, level) == wanted
@@ -127,7 +98,7 @@ def test_damage_is_found_and_mended(
 ) -> None:
     wanted = run(model, folder)
     whole = {path.name: path.read_bytes() for path in images(folder)}
-    monkeypatch.setattr(prepared, "_in_huge_pages", lambda memories: [mapped] * len(memories))
+    monkeypatch.setattr(prepared, "in_huge_pages", lambda memories: [mapped] * len(memories))
     damage(images(folder)[1])
     assert run(model, folder) == wanted
     assert ("is damaged" in caplog.text) == (damage is flip)
@@ -179,12 +150,16 @@ def test_a_file_that_may_be_changing_is_not_prepared(model: Path, folder: Prepar
 
 def test_a_copy_of_the_model_shares_the_images(model: Path, folder: PreparedFolder) -> None:
     wanted = run(model, folder)
+    before = {path: path.stat() for path in images(folder)}
+    folder = PreparedFolder(folder.path, folder.used_bytes())  # full
     copy = model.with_name("copy.gguf")
     copy.write_bytes(model.read_bytes())
     assert run(settled(copy), folder) == wanted
     assert len(images(folder)) == IMAGES and len(list(folder.path.glob("*.json"))) == 2 * IMAGES
     assert [(one.model, one.parts) for one in folder.list_models()] == [(str(copy), IMAGES), (str(model), IMAGES)]
     assert folder.used_bytes() == folder.list_models()[0].size_bytes
+    for path, was in before.items():
+        assert (path.stat().st_ino, path.stat().st_ctime_ns > was.st_ctime_ns) == (was.st_ino, True)
 
 
 def test_what_was_not_used_longest_makes_room(
@@ -233,46 +208,12 @@ def test_a_tenth_of_the_disk_stays_free(
     assert images(folder) == [] and "disk is to stay free" in caplog.text
 
 
-def no_folder(path: Path) -> None:
-    path.parent.mkdir(parents=True)
-    path.write_text("a file")
-
-
-def open_to_all(path: Path) -> None:
-    path.mkdir(parents=True)
-    path.chmod(0o777)
-
-
-@pytest.mark.parametrize("spoil", [no_folder, open_to_all])
-def test_a_folder_that_will_not_do_is_one_warning(
-    model: Path, folder: PreparedFolder, caplog: pytest.LogCaptureFixture, spoil: Callable[[Path], None]
-) -> None:
-    spoil(folder.path)
-    assert run(model, folder) == run(model, None)
-    (record,) = caplog.records
-    assert record.levelname == "WARNING" and str(folder.path) in record.getMessage()
-    assert not folder.path.is_dir() or list(folder.path.iterdir()) == []
-
-
-def test_a_write_that_fails_is_one_warning(
-    model: Path, folder: PreparedFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def full(descriptor: int, data: memoryview) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(prepared_files, "_write_all", full)
-    assert run(model, folder) == run(model, None)
-    (record,) = caplog.records
-    assert record.levelname == "WARNING" and "No space left on device" in record.getMessage()
-    assert [path.name for path in folder.path.iterdir()] == ["lock"]
-
-
 LOADER = """
 import sys
 from pathlib import Path
 sys.path[:0] = {path!r}
-import test_kernels_prepared as tests
-print(tests.run(Path(sys.argv[1]), tests.PreparedFolder(Path(sys.argv[2]), 1 << 30)).hex())
+import prepared_layers
+print(prepared_layers.run(Path(sys.argv[1]), prepared_layers.PreparedFolder(Path(sys.argv[2]), 1 << 30)).hex())
 """
 
 

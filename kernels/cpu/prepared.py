@@ -7,13 +7,13 @@ is packed anew.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-import re
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from functools import cache
@@ -23,13 +23,14 @@ from threading import Lock, Thread, get_native_id
 from weakref import ref
 
 from llamaclust.kernels.cpu._native import Memory, packing_fingerprint
+from llamaclust.kernels.cpu.file_systems import is_remote
+from llamaclust.kernels.cpu.huge_pages import in_huge_pages
 from llamaclust.kernels.cpu.layer_image import LayerImage
-from llamaclust.kernels.cpu.prepared_files import Entry, NoRoomError, PreparedFolder
+from llamaclust.kernels.cpu.prepared_files import BusyError, Entry, NoRoomError, PreparedFolder
 from llamaclust.model.tensors import FileIdentity
 
 _log = logging.getLogger(__name__)
 
-_HUGE_PAGE_BYTES = 1 << 21
 _READ_BYTES = 1 << 21
 _SETTLED_NS = 100_000_000
 """Older changes of a file have other times than newer ones: file systems count in up to hundredths of a second."""
@@ -42,7 +43,7 @@ class _Found:
     image: LayerImage
     key: str
     entry: Entry
-    memory: Memory | None  # mapped; None where a copy is quicker to compute with
+    memory: Memory | None  # mapped; None where it is to be copied
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +74,9 @@ class PreparedLayers:
             return {}
         self._started_ns = time.time_ns()
         self._keys = {image: key for image in images if (key := image_key(image)) is not None}
-        mapped = [one for one in pool.map(self._map, self._keys.items()) if one is not None]
-        huge = _in_huge_pages([one.memory for one in mapped if one.memory is not None])
-        found = [one if is_huge else replace(one, memory=None) for one, is_huge in zip(mapped, huge, strict=True)]
-        del mapped  # what will be copied is no longer mapped then
+        found = [one for one in pool.map(self._find, self._keys.items()) if one is not None]
+        if not is_remote(self._folder.path):
+            found = _quickest(list(pool.map(self._map, found)))
         memories = pool.map(self._checked, found)
         return {one.image: memory for one, memory in zip(found, memories, strict=True) if memory is not None}
 
@@ -113,7 +113,7 @@ class PreparedLayers:
         what = error if error.strerror is None else f"{self._folder.path}: {error.strerror}"
         _log.warning("layers are not kept prepared on disk: %s; the next load packs them anew", what)
 
-    def _map(self, wanted: tuple[LayerImage, str]) -> _Found | None:
+    def _find(self, wanted: tuple[LayerImage, str]) -> _Found | None:
         image, key = wanted
         entry = self._folder.find(key)
         if entry is None:
@@ -121,17 +121,23 @@ class PreparedLayers:
         if entry.n_bytes != image.n_bytes:
             self._folder.discard(key, entry)
             return None
+        return _Found(image, key, entry, memory=None)
+
+    def _map(self, found: _Found) -> _Found:
         try:
-            with self._folder.image_path(entry).open("rb") as file:
-                memory = Memory.mapped(file.fileno(), entry.n_bytes)
-        except OSError:
-            return None
+            with self._folder.image_path(found.entry).open("rb") as file:
+                memory = Memory.mapped(file.fileno(), found.entry.n_bytes)
+        except OSError:  # some file systems have no maps; what is the matter otherwise shows when it is read
+            return found
         memory.touch()
-        return _Found(image, key, entry, memory)
+        return replace(found, memory=memory)
 
     def _checked(self, found: _Found) -> Memory | None:
-        """The image's memory; None where what is there is damaged."""
-        memory = found.memory or _read(self._folder.image_path(found.entry), found.entry.n_bytes)
+        """The image's memory; None where what is there is damaged, or was deleted just now."""
+        try:
+            memory = found.memory or _read(self._folder.image_path(found.entry), found.entry.n_bytes)
+        except FileNotFoundError:
+            return None
         if memory is not None and memory.checksum() == found.entry.checksum:
             return memory
         _log.warning("prepared layer %s is damaged: %s", found.image.name, self._folder.image_path(found.entry))
@@ -139,8 +145,18 @@ class PreparedLayers:
         return None
 
     def _write(self) -> None:
+        try:
+            self._write_queue()
+        except Exception:  # noqa: BLE001  the border of the thread
+            _log.exception("layers are not kept prepared on disk; the next load packs them anew")
+            with self._lock:
+                self._usable, self._writer = False, None
+                self._queue.clear()
+
+    def _write_queue(self) -> None:
         if sys.platform == "linux":
-            os.setpriority(os.PRIO_PROCESS, get_native_id(), _LOWEST_PRIORITY)
+            with contextlib.suppress(OSError):  # in a sandbox
+                os.setpriority(os.PRIO_PROCESS, get_native_id(), _LOWEST_PRIORITY)
         while (made := self._next()) is not None:
             memory = made.memory()
             if memory is None:
@@ -151,6 +167,9 @@ class PreparedLayers:
                 self._folder.store(made.key, path, made.image.name, data, memory.checksum(), made.since_ns)
             except NoRoomError as error:
                 _log.info("layers from %s on are not kept prepared on disk: %s", made.image.name, error)
+                self._forget()
+            except BusyError as error:
+                _log.warning("layers from %s on are not kept prepared on disk: %s", made.image.name, error.strerror)
                 self._forget()
             except OSError as error:
                 self._give_up(error)
@@ -169,10 +188,13 @@ class PreparedLayers:
 
 
 def image_key(image: LayerImage) -> str | None:
-    """None where the file changed so lately that its times may not tell a further change."""
+    """None where the file is gone, or changed so lately that its times may not tell a further change."""
     parts: list[object] = [sys.byteorder]
     for tensor in image.tensors:
-        found = tensor.path.stat()
+        try:
+            found = tensor.path.stat()
+        except OSError:
+            return None
         newest_ns = max(found.st_mtime_ns, found.st_ctime_ns)
         if FileIdentity.from_status(found) != tensor.file_identity or time.time_ns() - newest_ns < _SETTLED_NS:
             return None
@@ -184,46 +206,25 @@ def image_key(image: LayerImage) -> str | None:
 _fingerprint = cache(packing_fingerprint)
 
 
+def _quickest(found: Sequence[_Found]) -> list[_Found]:
+    """Without the maps that are slower to compute from than a copy."""
+    maps = [one.memory for one in found if one.memory is not None]
+    huge = {memory.address for memory, is_huge in zip(maps, in_huge_pages(maps), strict=True) if is_huge}
+    return [
+        one if one.memory is not None and one.memory.address in huge else replace(one, memory=None) for one in found
+    ]
+
+
 def _read(path: Path, n_bytes: int) -> Memory | None:
-    """A file in memory of this process; None where it is not there or shorter."""
+    """A file in memory of this process; None where it is shorter or cannot be read. FileNotFoundError."""
     memory = Memory(n_bytes)
     view, done = memory.view.data, 0
     try:
         with path.open("rb", buffering=0) as file:
             while done < n_bytes and (count := os.preadv(file.fileno(), [view[done : done + _READ_BYTES]], done)):
                 done += count
+    except FileNotFoundError:
+        raise
     except OSError:
         return None
     return memory if done == n_bytes else None
-
-
-def _in_huge_pages(memories: Sequence[Memory]) -> list[bool]:
-    """Which of the maps are worth computing from. Without huge pages weights stream 6 to 8 % slower."""
-    if _no_huge_pages():
-        return [True] * len(memories)
-    try:
-        huge_bytes = dict(_huge_bytes(Path("/proc/self/smaps").read_text().splitlines()))
-    except OSError:
-        return [False] * len(memories)
-    return [
-        huge_bytes.get(memory.address, 0) >= 0.9 * (memory.bytes // _HUGE_PAGE_BYTES * _HUGE_PAGE_BYTES)
-        for memory in memories
-    ]
-
-
-def _no_huge_pages() -> bool:
-    """Whether this system gives none to anybody."""
-    try:
-        return "[never]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
-    except OSError:
-        return True
-
-
-def _huge_bytes(lines: Iterable[str]) -> Iterator[tuple[int, int]]:
-    """Address and bytes in huge pages of the maps of files that /proc/PID/smaps lists."""
-    address = 0
-    for line in lines:
-        if begin := re.match(r"([0-9a-f]+)-[0-9a-f]+ ", line):
-            address = int(begin[1], 16)
-        elif line.startswith(("FilePmdMapped:", "ShmemPmdMapped:")) and (size := int(line.split()[1])):
-            yield address, size * 1024

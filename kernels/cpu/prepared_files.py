@@ -7,10 +7,13 @@ One process writes at a time; readers need no lock.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
+import re
 import stat
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -26,6 +29,16 @@ _FREE_SHARE = 10
 """A tenth of the disk is left free."""
 
 
+_LOCK_WAIT_S = 10.0
+"""How long a writer waits for another one, which has the lock while it writes one image."""
+
+_LOCK_RETRY_S = 0.02
+
+
+class BusyError(OSError):
+    """Another process has the lock."""
+
+
 class NoRoomError(OSError):
     """An image that may not be written, with the reason."""
 
@@ -39,6 +52,9 @@ class Entry:
     image: str  # SHA-256 of its bytes, in hex
     n_bytes: int
     checksum: int
+
+
+_ENTRY_FIELDS: dict[str, type] = {"model": str, "layer": str, "image": str, "n_bytes": int, "checksum": int}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +95,7 @@ class PreparedFolder:
             if path.stat().st_size != entry.n_bytes:
                 self.discard(key, entry)
                 return None
-            os.utime(path)
+            _use(path)
         except OSError:
             return None
         return entry
@@ -91,16 +107,20 @@ class PreparedFolder:
                 path.unlink()
 
     def store(self, key: str, model: str, layer: str, data: memoryview, checksum: int, since_ns: int) -> None:
-        """Writes an image if it is not there. To make room, those go that were not used since `since_ns`, the oldest
-        first. OSError where it cannot be written, NoRoomError where it may not."""
+        """Writes an entry, and its image if that is not there. To make room, those go that were not used since
+        `since_ns`, the oldest first. OSError where it cannot be written, NoRoomError where it may not, BusyError where
+        others write long."""
+        if self.find(key) is not None:
+            return
+        entry = Entry(model, layer, sha256(data).hexdigest(), len(data), checksum)
         with self._locked():
             for left in self.path.glob("*.tmp"):  # by a process that was killed: who has the lock is the only one
                 left.unlink(missing_ok=True)
             if self.find(key) is not None:
                 return
-            entry = Entry(model, layer, sha256(data).hexdigest(), len(data), checksum)
-            self._make_room(len(data), since_ns)
-            self._write(self.image_path(entry), data)
+            if not self._has_image(entry):
+                self._make_room(len(data), since_ns)
+                self._write(self.image_path(entry), data)
             self._write(self._entry_path(key), memoryview(json.dumps(asdict(entry)).encode()))
 
     def list_models(self) -> list[Listed]:
@@ -118,28 +138,45 @@ class PreparedFolder:
 
     def used_bytes(self) -> int:
         """What all images take; those of several models, such as copies of one file, once."""
-        return _total(path.stat() for path in self.path.glob("*.tiles"))
+        return _total(found for _, found in self._files("*.tiles"))
 
     def clear(self) -> tuple[int, int]:
-        """Deletes all of it; how many files and bytes that were. Processes that use them go on."""
+        """Deletes all of it; how many files and bytes that were. Processes that use them go on.
+        OSError where that fails, BusyError where others write long."""
         if not self.path.is_dir():
             return 0, 0
         with self._locked():
-            paths = [path for pattern in ("*.json", "*.tiles", "*.tmp") for path in self.path.glob(pattern)]
-            n_bytes = _total(path.stat() for path in paths)
-            for path in paths:
+            files = [one for pattern in ("*.json", "*.tiles", "*.tmp") for one in self._files(pattern)]
+            for path, _ in files:
                 path.unlink(missing_ok=True)
-        return len(paths), n_bytes
+        return len(files), _total(found for _, found in files)
 
     def _entry_path(self, key: str) -> Path:
         return self.path / f"{key}.json"
 
+    def _files(self, pattern: str) -> Iterator[tuple[Path, os.stat_result]]:
+        """Without those that other processes delete meanwhile: to drop an entry takes no lock."""
+        for path in self.path.glob(pattern):
+            with contextlib.suppress(FileNotFoundError):
+                yield path, path.stat()
+
+    def _has_image(self, entry: Entry) -> bool:
+        """Whether the image is there with the right size, for another entry; it counts as used now."""
+        path = self.image_path(entry)
+        try:
+            if path.stat().st_size != entry.n_bytes:
+                return False
+            _use(path)
+        except FileNotFoundError:
+            return False
+        return True
+
     def _make_room(self, n_bytes: int, since_ns: int) -> None:
-        images = sorted(((path.stat(), path) for path in self.path.glob("*.tiles")), key=lambda one: one[0].st_mtime_ns)
-        held_bytes, evicted = _total(found for found, _ in images), False
+        images = sorted(self._files("*.tiles"), key=lambda one: one[1].st_mtime_ns)
+        held_bytes, evicted = _total(found for _, found in images), False
         disk = os.statvfs(self.path)
         room_bytes = (disk.f_bavail - disk.f_blocks // _FREE_SHARE) * disk.f_frsize
-        for found, path in images:
+        for path, found in images:
             if held_bytes + n_bytes <= self.most_bytes and n_bytes <= room_bytes:
                 break
             if found.st_mtime_ns >= since_ns:
@@ -166,6 +203,7 @@ class PreparedFolder:
                 for start in range(0, len(data), _WRITE_BYTES):
                     _write_all(file.fileno(), data[start : start + _WRITE_BYTES])
                 os.fsync(file.fileno())
+            _use(made)
             made.rename(path)
         finally:
             made.unlink(missing_ok=True)
@@ -174,10 +212,29 @@ class PreparedFolder:
     def _locked(self) -> Iterator[None]:
         descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            _lock(descriptor)
             yield
         finally:
             os.close(descriptor)
+
+
+def _lock(descriptor: int) -> None:
+    deadline = time.monotonic() + _LOCK_WAIT_S
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                reason = f"another process has written there for {_LOCK_WAIT_S:g} s; try again later"
+                raise BusyError(errno.EAGAIN, reason) from None
+            time.sleep(_LOCK_RETRY_S)
+
+
+def _use(path: Path) -> None:
+    """Not by the kernel's clock, which is some milliseconds behind the one of `since_ns`."""
+    now_ns = time.time_ns()
+    os.utime(path, ns=(now_ns, now_ns))
 
 
 def _write_all(descriptor: int, data: memoryview) -> None:
@@ -193,6 +250,8 @@ def _total(found: Iterable[os.stat_result]) -> int:
 def _read_entry(path: Path) -> Entry | None:
     """None where there is none, or a damaged one."""
     try:
-        return Entry(**json.loads(path.read_bytes()))
+        said = json.loads(path.read_bytes())
+        is_sound = set(said) == _ENTRY_FIELDS.keys() and all(type(said[name]) is _ENTRY_FIELDS[name] for name in said)
     except (OSError, ValueError, TypeError):
         return None
+    return Entry(**said) if is_sound and re.fullmatch("[0-9a-f]{64}", said["image"]) else None

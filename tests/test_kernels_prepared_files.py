@@ -67,10 +67,11 @@ def test_an_image_of_another_size_is_written_again(folder: PreparedFolder) -> No
 
 @pytest.mark.parametrize(
     "damage",
-    [{"checksum": "7"}, {"n_bytes": None}, {"image": 3}, {"image": "../" * 20 + "etcd"}, {"model": []}, {"more": 1}],
+    [{"checksum": "7"}, {"n_bytes": None}, {"image": 3}, {"image": "../other"}, {"model": []}, {"more": 1}],
 )
 def test_a_damaged_entry_is_none(folder: PreparedFolder, damage: dict[str, object]) -> None:
     store(folder, "a")
+    (folder.path.parent / "other.tiles").write_bytes(DATA)
     (path,) = folder.path.glob("*.json")
     path.write_text(json.dumps(json.loads(path.read_bytes()) | damage))
     assert folder.find("a") is None and folder.list_models() == []

@@ -57,7 +57,7 @@ void Worker::work() {
   const std::vector<PlannedStep>& steps = run_.plan.steps;
   for (size_t at = 0, end; at < steps.size(); at = end) {
     const Meeting before = steps[at].before;
-    if (const ProductsStep* next = run_.products_from[at]; next != nullptr && rows_ <= kPrivateRows)
+    if (const ProductsStep* next = run_.products_from[at]; next != nullptr && rows_ <= kFewRows)
       ahead_.aim(*next, thread_, threads_);
     if (before == Meeting::Always || (before == Meeting::IfShared && !alone_)) meet();
     for (end = at + 1; end < steps.size() && steps[at].row_by_row; end++)

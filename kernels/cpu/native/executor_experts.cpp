@@ -72,7 +72,7 @@ void Worker::execute(const ExpertsStep& step) {
   const size_t experts = step.products[0].experts.size();
   int tiles = 0;
   for (const ExpertProduct& product : step.products) tiles += product.experts[0].tile_count();
-  const int piece_tiles = rows_ > kPrivateRows ? kPanelTiles : 1;
+  const int piece_tiles = rows_ > kFewRows ? kPanelTiles : 1;
   const ExpertWork work{groups, (tiles + piece_tiles - 1) / piece_tiles};
   int64_t all = 0, greatest = 1;
   for (size_t expert = 0; expert < experts; expert++) {

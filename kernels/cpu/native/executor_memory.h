@@ -10,7 +10,9 @@
 namespace llamaclust {
 
 // Up to this many rows, every thread does the row by row steps for itself.
-inline constexpr int kPrivateRows = 8;
+inline constexpr int kPrivateRows = 4;
+// Up to this many, products wait for weights rather than for multipliers.
+inline constexpr int kFewRows = 8;
 
 // Room for a unit of attention in one thread.
 struct AttentionScratch {

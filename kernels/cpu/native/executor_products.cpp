@@ -23,7 +23,7 @@ void Worker::execute(const ProductsStep& step) {
       first += count;
     }
   };
-  if (rows_ > kPrivateRows)
+  if (rows_ > kFewRows)
     share(tiles, kPanelTiles, multiply_tiles);
   else if (rows_ > 0)
     share(tiles, 1, fixed_tiles(tiles, threads_), multiply_tiles);

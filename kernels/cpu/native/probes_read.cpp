@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <fstream>
 #include <new>
 
 namespace llamaclust {
@@ -14,12 +15,21 @@ constexpr size_t kChunkBytes = 4096;
 constexpr size_t kPieceBytes = 64 * kChunkBytes;
 constexpr size_t kMaxStreams = 8;
 constexpr size_t kHugePageBytes = size_t{2} << 20;
-// Virtual machines report the caches of a whole processor, of which a core reaches a slice.
 constexpr size_t kMostBytes = size_t{1} << 30;
+constexpr size_t kUsualCacheBytes = size_t{32} << 20;
 
-size_t buffer_bytes(int cache_multiple) {
-  const long reported = sysconf(_SC_LEVEL3_CACHE_SIZE);  // 0 or less where nobody says
-  const size_t wanted = static_cast<size_t>(reported > 0 ? reported : 32 << 20) * cache_multiple;
+// What `threads` reach of the last cache together, at most. The system's own figure may be that of a whole processor, of
+// which a core reaches a slice; Linux tells the slice.
+size_t cache_bytes(int threads) {
+  const long whole = sysconf(_SC_LEVEL3_CACHE_SIZE);  // 0 or less where nobody says
+  const size_t most = whole > 0 ? static_cast<size_t>(whole) : kUsualCacheBytes;
+  size_t slice_kib = 0;
+  std::ifstream("/sys/devices/system/cpu/cpu0/cache/index3/size") >> slice_kib;  // as in "32768K"
+  return slice_kib > 0 ? std::min(most, (slice_kib << 10) * static_cast<size_t>(threads)) : most;
+}
+
+size_t buffer_bytes(int threads, int cache_multiple) {
+  const size_t wanted = cache_bytes(threads) * static_cast<size_t>(cache_multiple);
   const size_t free = static_cast<size_t>(sysconf(_SC_AVPHYS_PAGES)) * static_cast<size_t>(sysconf(_SC_PAGESIZE));
   return std::min({wanted, free / 4, kMostBytes});
 }
@@ -53,7 +63,7 @@ Reader reader_of(int streams) {
 
 ReadBuffer::ReadBuffer(int threads, int cache_multiple)
     : threads_(threads),
-      chunks_(std::max<size_t>(buffer_bytes(cache_multiple) / kPieceBytes / threads, 1) * (kPieceBytes / kChunkBytes)),
+      chunks_(std::max<size_t>(buffer_bytes(threads, cache_multiple) / kPieceBytes / threads, 1) * (kPieceBytes / kChunkBytes)),
       places_(threads) {
   const size_t bytes = (chunks_ * kChunkBytes * threads + kHugePageBytes - 1) / kHugePageBytes * kHugePageBytes;
   memory_.reset(static_cast<uint8_t*>(std::aligned_alloc(kHugePageBytes, bytes)));

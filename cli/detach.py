@@ -57,12 +57,14 @@ def run_detached(config: ClusterConfig, arguments: list[str]) -> None:
     with folder.locked():  # refuses a name that is taken before its log is begun anew
         pass
     log = folder.log_file("coordinator")
-    with exits_when_told(signal.SIGTERM, signal.SIGHUP):
-        reading, process = _spawn(arguments, log)
-        with os.fdopen(reading) as events, ExitStack() as undo:  # the pipe outlives the end: one signal is enough
+    with exits_when_told(signal.SIGTERM, signal.SIGHUP) as held, ExitStack() as undo:
+        with held():  # else a process that is being made might be forgotten
+            reading, process = _spawn(arguments, log)
+            events = undo.enter_context(os.fdopen(reading))  # the pipe outlives the end: one signal is enough
             undo.callback(_end, process)
-            _watch_start(map(from_line, events), log)
-            undo.pop_all()
+        _watch_start(map(from_line, events), log)
+        undo.pop_all()
+        events.close()
 
 
 def _spawn(arguments: list[str], log: Path) -> tuple[int, subprocess.Popen[bytes]]:

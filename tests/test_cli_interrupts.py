@@ -1,0 +1,31 @@
+"""Signals that are heard when it is their time."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from llamaclust.cli.interrupts import exits_when_told
+
+
+def test_a_signal_is_heard_at_the_end_of_a_part_that_holds_it() -> None:
+    reached: list[str] = []
+    with pytest.raises(SystemExit) as ended, exits_when_told(signal.SIGTERM) as held:
+        with held():
+            os.kill(os.getpid(), signal.SIGTERM)
+            reached.append("the end of the part")
+        reached.append("what comes after")
+    assert (ended.value.code, reached) == (128 + signal.SIGTERM, ["the end of the part"])
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_other_signals_are_heard_at_once() -> None:
+    reached: list[str] = []
+    with pytest.raises(SystemExit) as ended, exits_when_told(signal.SIGHUP) as held:
+        with held():
+            pass
+        os.kill(os.getpid(), signal.SIGHUP)
+        reached.append("what comes after")
+    assert (ended.value.code, reached) == (128 + signal.SIGHUP, [])

@@ -41,7 +41,7 @@ class KvMemory:
         return True
 
     def grow(self, sequence: Sequence) -> bool:
-        """Gives a sequence the block for its last token; False where none is left."""
+        """Gives a sequence the block for its next row; False where none is left."""
         if len(sequence.table) < sequence.blocks_needed:
             if not self.blocks.available:
                 return False
@@ -49,8 +49,9 @@ class KvMemory:
         return True
 
     def filled(self, sequence: Sequence) -> None:
-        """Rows up to `scheduled` are in the microbatch that is being made: later ones may share full blocks."""
-        full = sequence.scheduled // KV_BLOCK_TOKENS
+        """Rows up to `scheduled` are in the microbatch that is being made: later ones may share full blocks of known
+        tokens."""
+        full = min(sequence.scheduled, len(sequence.tokens)) // KV_BLOCK_TOKENS
         if full > sequence.labelled:
             self._cache.label(sequence.chain, sequence.tokens, sequence.table.blocks, sequence.labelled, full)
             self._filling.update(sequence.chain[sequence.labelled : full])

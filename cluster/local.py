@@ -37,6 +37,7 @@ from llamaclust.wire.messages import (
     SamplingInputs,
     StageTiming,
 )
+from llamaclust.worker.chosen import ChosenTokens, chosen_in
 from llamaclust.worker.machine import available_memory_bytes
 from llamaclust.worker.stage_runner import StageRunner, plan_memory
 
@@ -104,6 +105,7 @@ class LocalStage:
         level, threads = self.feature_level, backend.threads
         self._runner = StageRunner(backend, self.model, 0, layers, limits, feature_level=level, threads=threads)
         self._own = own
+        self._chosen = ChosenTokens()
         self._thread = ThreadPoolExecutor(1, "compute")
 
     @asynccontextmanager
@@ -126,7 +128,9 @@ class LocalStage:
 
     def _compute(self, microbatch: Microbatch, inputs: SamplingInputs, queued_ns: int) -> Result:
         started_ns = perf_counter_ns()
-        rows = self._runner.finish(self._runner.run(microbatch, None), inputs)
+        logits = self._runner.run(self._chosen.fill(microbatch), None)
+        rows = self._runner.finish(logits, self._chosen.fill_inputs(inputs, microbatch))
+        self._chosen.put(chosen_in(microbatch.number, rows))
         timing = StageTiming(started_ns - queued_ns, perf_counter_ns() - started_ns, 0, microbatch.rows)
         return Result(microbatch.epoch, microbatch.number, rows, (timing,))
 

@@ -46,13 +46,15 @@ class Counts:
     computed_tokens: int  # prompt tokens computed, in all; those computed again after a preemption count again
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _InFlight:
     number: int
     parts: tuple[Part, ...]
     decoding: int  # parts that are decode: the first ones
-    others: int  # microbatches in flight when this one was sent
+    is_ahead: bool  # follows tokens that were not known when it was sent
+    alone: bool  # nothing is in flight meanwhile but what it follows or what follows it
     sent_ns: int
+    begun_ns: int  # sent, and what it follows came back
 
 
 _RESERVE_BLOCKS = 2
@@ -167,15 +169,15 @@ class Scheduler:
 
     def next_microbatch(self, now_ns: int) -> ScheduledMicrobatch | None:
         """The next unit of work; None where there is none or enough of it is in flight."""
-        if len(self._in_flight) >= self.times.in_flight + self._is_prefill_alone:
-            return None
         self.memory.begin_microbatch()
+        if len(self._in_flight) >= self.times.in_flight + self._is_prefill_alone:
+            return self._next_ahead(now_ns)
         ready = self._ready_to_decode()
         prefill = self._prefill_parts(len(ready), now_ns)
         if not prefill:
             ready = ready[: self._decode_rows(len(ready))]
         parts = (*(sequence.take_token() for sequence in ready), *prefill)
-        return self._launch(parts, len(ready), now_ns) if parts else None
+        return self._launch(parts, len(ready), now_ns) if parts else self._next_ahead(now_ns)
 
     @property
     def _is_prefill_alone(self) -> bool:
@@ -188,7 +190,7 @@ class Scheduler:
 
         WireError where it is not the answer to the microbatch that is due.
         """
-        done = self._due(result)
+        done = self._due(result, now_ns)
         self._learn(done, result, now_ns)
         news: list[tuple[int, list[Update]]] = []
         row = 0
@@ -197,6 +199,7 @@ class Scheduler:
             rows = result.rows[row : row + count]
             row += count
             sequence.in_flight -= 1
+            sequence.sampling -= part.is_sampled
             if count and not sequence.is_finished:
                 updates = sequence.answered(part, rows, now_ns)
                 if isinstance(updates[-1], Finished | Failed):
@@ -204,7 +207,7 @@ class Scheduler:
                 news.append((sequence.key, updates))
         return news
 
-    def _due(self, result: Result) -> _InFlight:
+    def _due(self, result: Result, now_ns: int) -> _InFlight:
         due = self._in_flight[0] if self._in_flight else None
         if due is None or (result.epoch, result.number) != (self._epoch, due.number):
             expected = f"microbatch {due.number} of epoch {self._epoch}" if due else "nothing"
@@ -212,11 +215,14 @@ class Scheduler:
         outputs = sum(len(part.tasks) for part in due.parts)
         if len(result.rows) != outputs:
             raise WireError(f"microbatch {due.number} came back with {len(result.rows)} results instead of {outputs}")
-        return self._in_flight.popleft()
+        self._in_flight.popleft()
+        if self._in_flight and self._in_flight[0].is_ahead:
+            self._in_flight[0].begun_ns = now_ns
+        return due
 
     def _learn(self, done: _InFlight, result: Result, now_ns: int) -> None:
-        was_alone = done.others == 0 and self._next_number == done.number + 1
-        self.times.learn(result, done.decoding == len(done.parts), was_alone, now_ns - done.sent_ns)
+        is_decode = done.decoding == len(done.parts)
+        self.times.learn(result, is_decode, done.alone, now_ns - done.begun_ns, was_ahead=done.is_ahead)
 
     # -- decode ----------------------------------------------------------------------------------------------------
 
@@ -250,6 +256,26 @@ class Scheduler:
         groups = self._split.groups(decoding)
         under_way = sum(sent.decoding > 0 for sent in self._in_flight)
         return 0 if under_way >= groups else -(-decoding // groups)
+
+    def _next_ahead(self, now_ns: int) -> ScheduledMicrobatch | None:
+        """A decode step that follows tokens which are not known yet: the stages go on while results travel and the
+        coordinator works. What a sequence that ends with such a token computes after it is thrown away.
+
+        One step ahead, where all decode together: with several groups, stages compute one while another one's results
+        travel. And only while nobody's prompt is there to be computed: that would wait behind it.
+        """
+        if len(self._in_flight) != 1 or not self.times.ahead_pays or self._has_prompts:
+            return None
+        if self._split.groups(sum(sequence.is_decoding for sequence in self._running)) > 1:
+            return None
+        ahead = [s for s in self._running if (s.awaits_decode or s.may_go_ahead) and self.memory.grow(s)]
+        return self._launch(tuple(s.take_token() for s in ahead), len(ahead), now_ns) if ahead else None
+
+    @property
+    def _has_prompts(self) -> bool:
+        if self._waiting and len(self._running) < self.settings.max_sequences:
+            return True
+        return any(not sequence.is_decoding and sequence.remaining for sequence in self._running)
 
     # -- prefill ---------------------------------------------------------------------------------------------------
 
@@ -315,7 +341,7 @@ class Scheduler:
     def _launch(self, parts: tuple[Part, ...], decoding: int, now_ns: int) -> ScheduledMicrobatch:
         number = self._next_number
         self._next_number += 1
-        self._in_flight.append(_InFlight(number, parts, decoding, len(self._in_flight), now_ns))
+        self._put_in_flight(number, parts, decoding, now_ns)
         if decoding == len(parts):
             self._split.launched()
         for part in parts[:decoding]:
@@ -326,6 +352,19 @@ class Scheduler:
             Microbatch(self.settings.model_id, self._epoch, number, chunks),
             SamplingInputs(self._epoch, number, tasks),
         )
+
+    def _put_in_flight(self, number: int, parts: tuple[Part, ...], decoding: int, now_ns: int) -> None:
+        is_ahead = any(part.chunk.follows for part in parts)
+        if not is_ahead:
+            for other in self._in_flight:
+                other.alone = False
+        alone = is_ahead or not self._in_flight
+        self._in_flight.append(_InFlight(number, parts, decoding, is_ahead, alone, now_ns, now_ns))
+        row = 0
+        for part in parts:
+            row += len(part.tasks)
+            if part.is_sampled:
+                part.sequence.sampled_at = (number, row - 1)
 
     def _drop(self, sequence: Sequence) -> None:
         sequence.is_finished = True

@@ -14,7 +14,7 @@ from __future__ import annotations
 from llamaclust.cluster.stage_times import StageTimes
 
 _MARGIN = 0.05
-"""A split must promise this much before it is tried; one that runs must not cost anything."""
+"""A split must promise this much before it is tried again; one that was never measured, or runs, must cost nothing."""
 
 _DECIDE_EVERY = 16
 _RETRY_EVERY = 4096
@@ -34,7 +34,9 @@ def predicted_cycle_ns(times: StageTimes, sequences: int, groups: int) -> float 
     """
     own, other = (times.alone, times.beside) if groups == 1 else (times.beside, times.alone)
     stage_ns = own.predict(-(-sequences // groups), other)
-    return None if stage_ns is None else cycle_ns(stage_ns, groups, times.transit_ns)
+    if stage_ns is None:
+        return None
+    return cycle_ns(stage_ns, groups, times.transit_ns if groups == 1 else times.whole_transit_ns)
 
 
 class DecodeSplit:
@@ -65,7 +67,7 @@ class DecodeSplit:
         best, best_ns = 1, predicted_cycle_ns(self._times, sequences, 1)
         if best_ns is None:
             return 1
-        if self._groups == 1:
+        if self._groups == 1 and self._times.beside.predict(1) is not None:
             best_ns *= 1 - _MARGIN
         for groups in range(2, min(self._times.in_flight, sequences) + 1):
             ns = predicted_cycle_ns(self._times, sequences, groups)

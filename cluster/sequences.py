@@ -28,6 +28,11 @@ class Part:
     chunk: Chunk
     tasks: tuple[RowTask, ...]
 
+    @property
+    def is_sampled(self) -> bool:
+        """Whether its last row chooses a token."""
+        return bool(self.tasks) and isinstance(self.tasks[-1], SampleTask)
+
 
 @dataclass(slots=True, eq=False)
 class Sequence:
@@ -44,6 +49,8 @@ class Sequence:
     scheduled: int = 0  # tokens whose keys and values are computed or under way
     next_score: int = 0  # first prompt row that is still to be scored
     in_flight: int = 0  # microbatches
+    sampling: int = 0  # tokens that microbatches in flight will choose: 2 at most
+    sampled_at: tuple[int, int] = (0, 0)  # where the last of them is, or was: microbatch and output row
     is_decoding: bool = False  # tokens[:-1] are computed and the last one was chosen
     is_finished: bool = False
     cached_tokens: int | None = None  # found in the prefix cache at first admission
@@ -74,6 +81,16 @@ class Sequence:
         return self.is_decoding and self.scheduled < len(self.tokens)
 
     @property
+    def may_go_ahead(self) -> bool:
+        """Whether the row after its last token can be sent now, before that row's token is known."""
+        return (
+            self.is_decoding
+            and self.sampling == 1
+            and self.scheduled == len(self.tokens)
+            and self.generated + 1 < self.max_tokens
+        )
+
+    @property
     def first_output(self) -> int:
         """Rows [first_output, target) are scored or sampled."""
         if self.next_score < self.prompt_length - 1:
@@ -88,7 +105,7 @@ class Sequence:
     @property
     def blocks_needed(self) -> int:
         """Blocks that the rows to compute take."""
-        return -(-self.target // KV_BLOCK_TOKENS)
+        return -(-max(self.target, self.scheduled + 1) // KV_BLOCK_TOKENS)
 
     def rows_within(self, rows: int, outputs: int) -> int:
         """How many of the next rows fit where at most that many rows and output rows do."""
@@ -104,14 +121,20 @@ class Sequence:
         return self._part(tuple(self.tokens[start:end]), tasks)
 
     def take_token(self) -> Part:
-        """The last token of one that awaits decode, as a part of a microbatch."""
+        """The last token of one that awaits decode or may go ahead, as a part of a microbatch."""
+        if self.sampling:
+            return self._part((0,), (self._sample_task(),), self.sampled_at)
         return self._part((self.tokens[-1],), (self._sample_task(),))
 
-    def _part(self, tokens: tuple[int, ...], tasks: tuple[RowTask, ...]) -> Part:
-        chunk = Chunk(tokens, self.scheduled, self.table.runs, len(tasks))
+    def _part(
+        self, tokens: tuple[int, ...], tasks: tuple[RowTask, ...], follows: tuple[int, int] | None = None
+    ) -> Part:
+        chunk = Chunk(tokens, self.scheduled, self.table.runs, len(tasks), follows)
         self.scheduled += len(tokens)
         self.in_flight += 1
-        return Part(self, chunk, tasks)
+        part = Part(self, chunk, tasks)
+        self.sampling += part.is_sampled
+        return part
 
     def rewind(self, cached: int) -> None:
         """Only the keys and values of tokens[:cached] are there."""
@@ -127,16 +150,19 @@ class Sequence:
         return (*scores, *samples)
 
     def _sample_task(self) -> SampleTask:
+        """For the token after the next row; `sampling` tokens before it are not known yet."""
         ask = self.generation
-        window = ask.penalty_window
+        has_history = ask.params.needs_history and ask.penalty_window > 0
+        known = max(0, len(self.tokens) - ask.penalty_window + self.sampling)
         return SampleTask(
             ask.params,
             ask.seed,
             ask.choice,
-            position=len(self.tokens),
-            history=tuple(self.tokens[-window:]) if ask.params.needs_history and window else (),
-            suppressed=tuple(sorted(ask.stop_token_ids)) if self.generated < ask.min_tokens else (),
+            position=len(self.tokens) + self.sampling,
+            history=tuple(self.tokens[known:]) if has_history else (),
+            suppressed=tuple(sorted(ask.stop_token_ids)) if self.generated + self.sampling < ask.min_tokens else (),
             top_logprobs=ask.top_logprobs,
+            history_follows=has_history and self.sampling > 0,
         )
 
     def answered(self, part: Part, rows: tuple[RowResult, ...], now_ns: int) -> list[Update]:
@@ -147,16 +173,15 @@ class Sequence:
         if failure is not None:
             return [Failed(failure)]
         updates: list[Update] = []
-        is_sampled = isinstance(part.tasks[-1], SampleTask)
-        scored = rows[:-1] if is_sampled else rows
+        scored = rows[:-1] if part.is_sampled else rows
         if scored:
             first_row = part.chunk.position + len(part.chunk.tokens) - len(rows)
             updates.append(PromptScored(first_row + 1, scored))
-        if is_sampled:
+        if part.is_sampled:
             self.tokens.append(rows[-1].token)
-            self.is_decoding = self.scheduled == len(self.tokens) - 1
+            self.is_decoding = self.scheduled >= len(self.tokens) - 1
             updates.append(TokenChosen(rows[-1]))
-        reason = self._finish_reason(is_sampled)
+        reason = self._finish_reason(part.is_sampled)
         if reason is not None:
             updates.append(Finished(reason, self.timings()))
         return updates

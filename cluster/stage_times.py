@@ -14,6 +14,9 @@ _FAST_WEIGHT = 0.4
 _FIXED_ROWS = 10
 """Reading the weights is taken to cost as much as computing that many rows, while only one number of rows was seen."""
 
+_WORTH_HIDING = 0.02
+"""Of a round: a smaller share for links and coordinator is not worth sending steps ahead, for which newcomers wait."""
+
 _NEGLIGIBLE = 0.02
 """A bubble of this share of a stage's time is not worth one more microbatch in flight."""
 
@@ -89,11 +92,15 @@ class StageTimes:
         self.alone = StageCurves(stages)
         self.beside = StageCurves(stages)
         self.prefill = StageCurves(stages)
-        self.transit_ns = 0.0  # of a round, beyond the stages' times: links and coordinator
+        self.transit_ns = 0.0  # of a round, beyond the stages' times: links, and the coordinator where it waits for it
+        self.whole_transit_ns = 0.0  # the same where no step was sent ahead
         self._recent_ns: list[float] | None = None
 
-    def learn(self, result: Result, is_decode: bool, was_alone: bool, elapsed_ns: int) -> None:
-        """From a microbatch that took `elapsed_ns` in all; `was_alone`: no other was in flight meanwhile."""
+    def learn(
+        self, result: Result, is_decode: bool, was_alone: bool, elapsed_ns: int, *, was_ahead: bool = False
+    ) -> None:
+        """From a microbatch that took `elapsed_ns` in all, or since the one before came back where it was sent ahead of
+        that; `was_alone`: no other was in flight meanwhile but one ahead of it."""
         timings = result.timings
         if len(timings) != self.stages:
             return
@@ -103,10 +110,18 @@ class StageTimes:
         if was_alone:  # behind others it would wait where no stage sees it
             transit = max(0.0, elapsed_ns - sum(t.queue_ns + _occupied_ns(t) for t in timings))
             self.transit_ns = _moved(self.transit_ns, transit) if self.transit_ns else transit
+            if not was_ahead:
+                whole = self.whole_transit_ns
+                self.whole_transit_ns = _moved(whole, transit) if whole else transit
 
     def forget_beside(self) -> None:
         """Decode beside other microbatches is measured anew when it is next tried."""
         self.beside = StageCurves(self.stages)
+
+    @property
+    def ahead_pays(self) -> bool:
+        """Whether decode steps are to be sent before the tokens that they follow are known."""
+        return self._recent_ns is not None and self.whole_transit_ns > _WORTH_HIDING * sum(self._recent_ns)
 
     @property
     def in_flight(self) -> int:

@@ -334,6 +334,7 @@ class Load(_message.Message):
     END_FIELD_NUMBER: _builtins.int
     LIMITS_FIELD_NUMBER: _builtins.int
     NEXT_ADDRESS_FIELD_NUMBER: _builtins.int
+    FIRST_ADDRESS_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """Counts plans; greater than any before."""
     model_path: _builtins.str
@@ -346,6 +347,8 @@ class Load(_message.Message):
     """One past the last layer."""
     next_address: _builtins.str
     """gRPC target of the stage after this one; empty for the last."""
+    first_address: _builtins.str
+    """For the last stage: gRPC target of the first one, which is told the tokens chosen; empty where it is the first."""
     @_builtins.property
     def limits(self) -> Global___StageLimits:
         """Sizes of its buffers."""
@@ -360,10 +363,11 @@ class Load(_message.Message):
         end: _builtins.int = ...,
         limits: Global___StageLimits | None = ...,
         next_address: _builtins.str = ...,
+        first_address: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "epoch", b"epoch", "limits", b"limits", "model_id", b"model_id", "model_path", b"model_path", "next_address", b"next_address", "start", b"start"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "epoch", b"epoch", "first_address", b"first_address", "limits", b"limits", "model_id", b"model_id", "model_path", b"model_path", "next_address", b"next_address", "start", b"start"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

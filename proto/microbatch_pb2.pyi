@@ -31,6 +31,7 @@ class Chunk(_message.Message):
     POSITION_FIELD_NUMBER: _builtins.int
     TABLE_FIELD_NUMBER: _builtins.int
     OUTPUTS_FIELD_NUMBER: _builtins.int
+    FOLLOWS_FIELD_NUMBER: _builtins.int
     position: _builtins.int
     """Absolute position of the first of them."""
     outputs: _builtins.int
@@ -45,6 +46,10 @@ class Chunk(_message.Message):
         run the id of its first block and how many there are, at least 1.
         """
 
+    @_builtins.property
+    def follows(self) -> Global___Follows:
+        """Set where the only token is one that an earlier microbatch chooses; then tokens is 0."""
+
     def __init__(
         self,
         *,
@@ -52,14 +57,71 @@ class Chunk(_message.Message):
         position: _builtins.int = ...,
         table: _abc.Iterable[_builtins.int] | None = ...,
         outputs: _builtins.int = ...,
+        follows: Global___Follows | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["follows", b"follows"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["outputs", b"outputs", "position", b"position", "table", b"table", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["follows", b"follows", "outputs", b"outputs", "position", b"position", "table", b"table", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Chunk: _TypeAlias = Chunk  # noqa: Y015
+
+@_typing.final
+class Follows(_message.Message):
+    """An output row of an earlier microbatch of the epoch."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    ROW_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """Number of that microbatch."""
+    row: _builtins.int
+    """Index among its output rows."""
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        row: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["number", b"number", "row", b"row"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Follows: _TypeAlias = Follows  # noqa: Y015
+
+@_typing.final
+class Chosen(_message.Message):
+    """The tokens that a microbatch's output rows chose. Goes from the last stage to the first, where they are two, on the
+    stream /llamaclust.v1.Stage/Chosen, so that a chunk that follows them need not wait for the coordinator.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """Number of the microbatch."""
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Token ids in row order: 0 for a row without an answer; none where the microbatch failed."""
+
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        tokens: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["number", b"number", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Chosen: _TypeAlias = Chosen  # noqa: Y015
 
 @_typing.final
 class Microbatch(_message.Message):

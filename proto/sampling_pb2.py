@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fllamaclust/proto/sampling.proto\x12\rllamaclust.v1\"(\n\tLogitBias\x12\r\n\x05token\x18\x01 \x01(\r\x12\x0c\n\x04\x62ias\x18\x02 \x01(\x01\"\xd1\x01\n\x0eSamplingParams\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\r\n\x05top_p\x18\x03 \x01(\x01\x12\r\n\x05min_p\x18\x04 \x01(\x01\x12\x1a\n\x12repetition_penalty\x18\x05 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\x06 \x01(\x01\x12\x18\n\x10presence_penalty\x18\x07 \x01(\x01\x12,\n\nlogit_bias\x18\x08 \x03(\x0b\x32\x18.llamaclust.v1.LogitBias\"\xa6\x01\n\nSampleTask\x12-\n\x06params\x18\x01 \x01(\x0b\x32\x1d.llamaclust.v1.SamplingParams\x12\x0c\n\x04seed\x18\x02 \x01(\x04\x12\x0e\n\x06\x63hoice\x18\x03 \x01(\r\x12\x10\n\x08position\x18\x04 \x01(\r\x12\x0f\n\x07history\x18\x05 \x03(\r\x12\x12\n\nsuppressed\x18\x06 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x07 \x01(\r\"0\n\tScoreTask\x12\r\n\x05token\x18\x01 \x01(\r\x12\x14\n\x0ctop_logprobs\x18\x02 \x01(\r\"i\n\x07RowTask\x12+\n\x06sample\x18\x01 \x01(\x0b\x32\x19.llamaclust.v1.SampleTaskH\x00\x12)\n\x05score\x18\x02 \x01(\x0b\x32\x18.llamaclust.v1.ScoreTaskH\x00\x42\x06\n\x04task\"V\n\x0eSamplingInputs\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0e\n\x06number\x18\x02 \x01(\x04\x12%\n\x05tasks\x18\x03 \x03(\x0b\x32\x16.llamaclust.v1.RowTask\".\n\x0cTokenLogprob\x12\r\n\x05token\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"\x84\x01\n\tRowResult\x12+\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x1b.llamaclust.v1.TokenLogprob\x12(\n\x03top\x18\x02 \x03(\x0b\x32\x1b.llamaclust.v1.TokenLogprob\x12\x14\n\x07\x66\x61ilure\x18\x03 \x01(\tH\x00\x88\x01\x01\x42\n\n\x08_failure\"R\n\x0bStageTiming\x12\x10\n\x08queue_ns\x18\x01 \x01(\x04\x12\x12\n\ncompute_ns\x18\x02 \x01(\x04\x12\x0f\n\x07wire_ns\x18\x03 \x01(\x04\x12\x0c\n\x04rows\x18\x04 \x01(\r\"\x9e\x01\n\x06Result\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0e\n\x06number\x18\x02 \x01(\x04\x12&\n\x04rows\x18\x03 \x03(\x0b\x32\x18.llamaclust.v1.RowResult\x12+\n\x07timings\x18\x04 \x03(\x0b\x32\x1a.llamaclust.v1.StageTiming\x12\x14\n\x07\x66\x61ilure\x18\x05 \x01(\tH\x00\x88\x01\x01\x42\n\n\x08_failure2K\n\x05Stage\x12\x42\n\x06Sample\x12\x1d.llamaclust.v1.SamplingInputs\x1a\x15.llamaclust.v1.Result(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fllamaclust/proto/sampling.proto\x12\rllamaclust.v1\"(\n\tLogitBias\x12\r\n\x05token\x18\x01 \x01(\r\x12\x0c\n\x04\x62ias\x18\x02 \x01(\x01\"\xd1\x01\n\x0eSamplingParams\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\r\n\x05top_p\x18\x03 \x01(\x01\x12\r\n\x05min_p\x18\x04 \x01(\x01\x12\x1a\n\x12repetition_penalty\x18\x05 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\x06 \x01(\x01\x12\x18\n\x10presence_penalty\x18\x07 \x01(\x01\x12,\n\nlogit_bias\x18\x08 \x03(\x0b\x32\x18.llamaclust.v1.LogitBias\"\xbf\x01\n\nSampleTask\x12-\n\x06params\x18\x01 \x01(\x0b\x32\x1d.llamaclust.v1.SamplingParams\x12\x0c\n\x04seed\x18\x02 \x01(\x04\x12\x0e\n\x06\x63hoice\x18\x03 \x01(\r\x12\x10\n\x08position\x18\x04 \x01(\r\x12\x0f\n\x07history\x18\x05 \x03(\r\x12\x12\n\nsuppressed\x18\x06 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x07 \x01(\r\x12\x17\n\x0fhistory_follows\x18\x08 \x01(\x08\"0\n\tScoreTask\x12\r\n\x05token\x18\x01 \x01(\r\x12\x14\n\x0ctop_logprobs\x18\x02 \x01(\r\"i\n\x07RowTask\x12+\n\x06sample\x18\x01 \x01(\x0b\x32\x19.llamaclust.v1.SampleTaskH\x00\x12)\n\x05score\x18\x02 \x01(\x0b\x32\x18.llamaclust.v1.ScoreTaskH\x00\x42\x06\n\x04task\"V\n\x0eSamplingInputs\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0e\n\x06number\x18\x02 \x01(\x04\x12%\n\x05tasks\x18\x03 \x03(\x0b\x32\x16.llamaclust.v1.RowTask\".\n\x0cTokenLogprob\x12\r\n\x05token\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"\x84\x01\n\tRowResult\x12+\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x1b.llamaclust.v1.TokenLogprob\x12(\n\x03top\x18\x02 \x03(\x0b\x32\x1b.llamaclust.v1.TokenLogprob\x12\x14\n\x07\x66\x61ilure\x18\x03 \x01(\tH\x00\x88\x01\x01\x42\n\n\x08_failure\"R\n\x0bStageTiming\x12\x10\n\x08queue_ns\x18\x01 \x01(\x04\x12\x12\n\ncompute_ns\x18\x02 \x01(\x04\x12\x0f\n\x07wire_ns\x18\x03 \x01(\x04\x12\x0c\n\x04rows\x18\x04 \x01(\r\"\x9e\x01\n\x06Result\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0e\n\x06number\x18\x02 \x01(\x04\x12&\n\x04rows\x18\x03 \x03(\x0b\x32\x18.llamaclust.v1.RowResult\x12+\n\x07timings\x18\x04 \x03(\x0b\x32\x1a.llamaclust.v1.StageTiming\x12\x14\n\x07\x66\x61ilure\x18\x05 \x01(\tH\x00\x88\x01\x01\x42\n\n\x08_failure2K\n\x05Stage\x12\x42\n\x06Sample\x12\x1d.llamaclust.v1.SamplingInputs\x1a\x15.llamaclust.v1.Result(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,21 +36,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SAMPLINGPARAMS']._serialized_start=93
   _globals['_SAMPLINGPARAMS']._serialized_end=302
   _globals['_SAMPLETASK']._serialized_start=305
-  _globals['_SAMPLETASK']._serialized_end=471
-  _globals['_SCORETASK']._serialized_start=473
-  _globals['_SCORETASK']._serialized_end=521
-  _globals['_ROWTASK']._serialized_start=523
-  _globals['_ROWTASK']._serialized_end=628
-  _globals['_SAMPLINGINPUTS']._serialized_start=630
-  _globals['_SAMPLINGINPUTS']._serialized_end=716
-  _globals['_TOKENLOGPROB']._serialized_start=718
-  _globals['_TOKENLOGPROB']._serialized_end=764
-  _globals['_ROWRESULT']._serialized_start=767
-  _globals['_ROWRESULT']._serialized_end=899
-  _globals['_STAGETIMING']._serialized_start=901
-  _globals['_STAGETIMING']._serialized_end=983
-  _globals['_RESULT']._serialized_start=986
-  _globals['_RESULT']._serialized_end=1144
-  _globals['_STAGE']._serialized_start=1146
-  _globals['_STAGE']._serialized_end=1221
+  _globals['_SAMPLETASK']._serialized_end=496
+  _globals['_SCORETASK']._serialized_start=498
+  _globals['_SCORETASK']._serialized_end=546
+  _globals['_ROWTASK']._serialized_start=548
+  _globals['_ROWTASK']._serialized_end=653
+  _globals['_SAMPLINGINPUTS']._serialized_start=655
+  _globals['_SAMPLINGINPUTS']._serialized_end=741
+  _globals['_TOKENLOGPROB']._serialized_start=743
+  _globals['_TOKENLOGPROB']._serialized_end=789
+  _globals['_ROWRESULT']._serialized_start=792
+  _globals['_ROWRESULT']._serialized_end=924
+  _globals['_STAGETIMING']._serialized_start=926
+  _globals['_STAGETIMING']._serialized_end=1008
+  _globals['_RESULT']._serialized_start=1011
+  _globals['_RESULT']._serialized_end=1169
+  _globals['_STAGE']._serialized_start=1171
+  _globals['_STAGE']._serialized_end=1246
 # @@protoc_insertion_point(module_scope)

@@ -109,6 +109,7 @@ class SampleTask(_message.Message):
     HISTORY_FIELD_NUMBER: _builtins.int
     SUPPRESSED_FIELD_NUMBER: _builtins.int
     TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
+    HISTORY_FOLLOWS_FIELD_NUMBER: _builtins.int
     seed: _builtins.int
     """First key of the draw."""
     choice: _builtins.int
@@ -117,6 +118,8 @@ class SampleTask(_message.Message):
     """Counter of the draw: absolute position of the token to be chosen."""
     top_logprobs: _builtins.int
     """How many of the likeliest tokens to report beside the chosen one."""
+    history_follows: _builtins.bool
+    """Whether the token that the row's chunk follows is the newest of the history, too."""
     @_builtins.property
     def params(self) -> Global___SamplingParams:
         """How."""
@@ -139,10 +142,11 @@ class SampleTask(_message.Message):
         history: _abc.Iterable[_builtins.int] | None = ...,
         suppressed: _abc.Iterable[_builtins.int] | None = ...,
         top_logprobs: _builtins.int = ...,
+        history_follows: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["params", b"params"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice", b"choice", "history", b"history", "params", b"params", "position", b"position", "seed", b"seed", "suppressed", b"suppressed", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice", b"choice", "history", b"history", "history_follows", b"history_follows", "params", b"params", "position", b"position", "seed", b"seed", "suppressed", b"suppressed", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

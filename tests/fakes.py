@@ -14,6 +14,7 @@ from llamaclust.cluster.scheduler import ScheduledMicrobatch, Scheduler
 from llamaclust.cluster.sequences import Finished, Update
 from llamaclust.model.program import KV_BLOCK_TOKENS
 from llamaclust.wire.messages import (
+    Chosen,
     Chunk,
     Microbatch,
     Result,
@@ -24,6 +25,7 @@ from llamaclust.wire.messages import (
     ScoreTask,
     StageTiming,
 )
+from llamaclust.worker.chosen import ChosenTokens
 
 VOCABULARY = 101
 
@@ -106,6 +108,8 @@ class FakeStages:
     stage_ns: Sequence[StageNs]
     hop_ns: int = 1000
     beside: float = 1.0  # how much slower a stage is while another one works too
+    chosen: ChosenTokens = field(default_factory=ChosenTokens)
+    chosen_ns: dict[int, int] = field(default_factory=dict)  # when a microbatch's tokens are at the first stage
     free_at: list[int] = field(default_factory=list)
     busy_ns: list[int] = field(default_factory=list)
 
@@ -116,16 +120,22 @@ class FakeStages:
     def send(self, scheduled: ScheduledMicrobatch, now_ns: int) -> tuple[int, Result]:
         """When the result is back, and the result."""
         microbatch = scheduled.microbatch
+        followed = [chunk.follows[0] for chunk in microbatch.chunks if chunk.follows]
         timings = []
         for stage, stage_ns in enumerate(self.stage_ns):
             now_ns += self.hop_ns
+            if stage == 0:
+                now_ns = max([now_ns, *(self.chosen_ns[number] for number in followed)])
             start = max(now_ns, self.free_at[stage])
             is_beside = any(at > start for other, at in enumerate(self.free_at) if other != stage)
             compute = round(stage_ns(microbatch.rows) * (self.beside if is_beside else 1.0))
             timings.append(StageTiming(start - now_ns, compute, 0, microbatch.rows))
             now_ns = self.free_at[stage] = start + compute
             self.busy_ns[stage] += compute
-        rows = self.model.run(microbatch, scheduled.inputs)
+        inputs = self.chosen.fill_inputs(scheduled.inputs, microbatch)
+        rows = self.model.run(self.chosen.fill(microbatch), inputs)
+        self.chosen.put(Chosen(microbatch.number, tuple(row.token for row in rows)))
+        self.chosen_ns[microbatch.number] = now_ns + self.hop_ns * (len(self.stage_ns) > 1)
         return now_ns + self.hop_ns, Result(microbatch.epoch, microbatch.number, rows, tuple(timings))
 
 

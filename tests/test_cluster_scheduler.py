@@ -26,9 +26,11 @@ BASE = SchedulerSettings(
 )
 
 
-def simulation(stages: int = 2, fixed_us: float = 100, row_us: float = 10, **changes: object) -> Simulation:
+def simulation(
+    stages: int = 2, fixed_us: float = 100, row_us: float = 10, hop_us: float = 1, **changes: object
+) -> Simulation:
     chosen = replace(BASE, **changes)  # type: ignore[arg-type]
-    fake = FakeStages(FakeModel(chosen.kv_blocks), [linear(fixed_us, row_us)] * stages)
+    fake = FakeStages(FakeModel(chosen.kv_blocks), [linear(fixed_us, row_us)] * stages, round(hop_us * 1000))
     return Simulation(Scheduler(chosen, epoch=1, stages=stages), fake)
 
 
@@ -83,6 +85,7 @@ def test_random_mixes_give_the_same_tokens_and_leak_nothing(seed: int) -> None:
         stages=random_.randint(1, 4),
         fixed_us=random_.choice([0, 100, 1000]),
         row_us=random_.choice([1, 10, 500]),
+        hop_us=random_.choice([0, 1, 50, 1000]),
         prefill_chunk=random_.choice([None, None, 1, 5, 16, 100]),
         kv_blocks=random_.randint(13, 40),
         max_sequences=random_.randint(1, 8),

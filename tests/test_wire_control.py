@@ -61,6 +61,7 @@ COORDINATOR_MESSAGES: list[CoordinatorMessage] = [
     Measure(),
     LOAD,
     replace(LOAD, start=0, next_address=None),
+    replace(LOAD, next_address=None, first_address="unix:/a"),
     replace(LOAD, limits=replace(LOAD.limits, kv_type="q8_0")),
     Unload(3),
     Shutdown("end"),

@@ -3,38 +3,34 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from real_cluster import LIMITS, microbatches
+from real_cluster import microbatches
+from stage_chain import DEADLINES, TOKEN, chain, runner_of
 from tiny_model import build_tiny_model
 
 from llamaclust.errors import WorkerError
-from llamaclust.kernels.reference.backend import ReferenceBackend
 from llamaclust.model.loader import Model
 from llamaclust.wire.channels import FORWARD, SAMPLE, ClientStream, Peer, StreamBrokenError
-from llamaclust.wire.codec import decode_result, encode_inputs, encode_microbatch
+from llamaclust.wire.codec import encode_inputs, encode_microbatch
 from llamaclust.wire.control import Deadlines
 from llamaclust.wire.deadlines import recurring_deadline
 from llamaclust.wire.frames import decode_frame, encode_hidden
 from llamaclust.wire.messages import Chunk, Microbatch, Result, SamplingInputs
 from llamaclust.wire.server import Server
-from llamaclust.wire.token import ClusterToken
+from llamaclust.worker.chosen import ChosenTokens
 from llamaclust.worker.compute import INLINE_NS, Compute
-from llamaclust.worker.flow import StageFlow
+from llamaclust.worker.flow import Neighbours, StageFlow
 from llamaclust.worker.inputs import InputsBox
 from llamaclust.worker.service import StageService
 from llamaclust.worker.stage_runner import StageRunner
-from llamaclust.worker.steps import Arrival, Counters, StageStep
-
-TOKEN = ClusterToken("t" * 40)
-DEADLINES = Deadlines(sampling_inputs_s=0.2, forward_s=5.0)
+from llamaclust.worker.steps import Answer, Arrival, Counters, StageStep
 
 
 @pytest.fixture(scope="module")
@@ -43,62 +39,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     return Model.open(build_tiny_model(path, hidden=64, layers=3, heads=4, ffn=96))
 
 
-def _runner(model: Model, start: int, end: int) -> StageRunner:
-    return StageRunner(ReferenceBackend(), model, start, end, LIMITS)
-
-
-@dataclass(slots=True)
-class Chain:
-    """Stages of epoch 1, each behind a server of its own; streams to the first and the last."""
-
-    model_id: str
-    runners: list[StageRunner]
-    first: Peer
-    last: Peer
-    forward: ClientStream
-    sample: ClientStream
-
-    async def submit(self, microbatch: Microbatch, inputs: SamplingInputs | None) -> None:
-        await self.forward.write(encode_hidden(encode_microbatch(microbatch), (), None))
-        if inputs is not None:
-            await self.sample.write(encode_inputs(inputs))
-
-    async def result(self) -> Result:
-        data = await self.sample.read()
-        assert data is not None
-        return decode_result(data)
-
-
-@asynccontextmanager
-async def chain(
-    model: Model, folder: Path, cuts: Sequence[int] = (0, 1, 3), deadlines: Deadlines = DEADLINES
-) -> AsyncIterator[Chain]:
-    compute, servers, runners, services = Compute(), [], [], []
-    peers = [Peer(f"unix:{folder}/{index}.sock", TOKEN) for index in range(len(cuts) - 1)]
-    for index, peer in enumerate(peers):
-        runners.append(_runner(model, cuts[index], cuts[index + 1]))
-        service = StageService(f"w{index}")
-        after = Peer(peers[index + 1].address, TOKEN) if index + 1 < len(peers) else None
-        service.add(StageFlow(1, runners[-1], f"w{index}", compute, Counters(), deadlines, after))
-        services.append(service)
-        servers.append(await Server.start(peer.address, TOKEN, service.handlers))
-    sample = peers[-1].open(SAMPLE, epoch=1)
-    await sample.opened()
-    forward = peers[0].open(FORWARD, epoch=1)
-    await forward.opened()
-    try:
-        yield Chain(model.model_id, runners, peers[0], peers[-1], forward, sample)
-    finally:
-        await asyncio.gather(*(peer.close() for peer in peers))
-        await asyncio.gather(*(server.stop(0.0) for server in servers))
-        await asyncio.gather(*(service.remove(1) for service in services))
-        compute.close()
-
-
 @pytest.mark.parametrize("cuts", [(0, 3), (0, 1, 3), (0, 1, 2, 3)], ids=str)
 def test_results_come_in_order_with_a_timing_a_stage(model: Model, tmp_path: Path, cuts: tuple[int, ...]) -> None:
     work = microbatches(model.model_id, 1, 9)
-    whole = _runner(model, 0, 3)
+    whole = runner_of(model, 0, 3)
 
     async def run() -> list[Result]:
         async with chain(model, tmp_path, cuts) as stages:
@@ -126,9 +70,9 @@ def test_wire_time_is_not_what_is_computed_while_a_result_is_sent(model: Model) 
 
     async def run() -> int:
         compute = Compute()
-        flow = StageFlow(1, _runner(model, 0, 3), "w", compute, counters, DEADLINES, None)
+        flow = StageFlow(1, runner_of(model, 0, 3), "w", compute, counters, DEADLINES, Neighbours())
         async with recurring_deadline("handing on", 5.0) as limit:
-            await flow._send(Outlet(), b"", limit)
+            await flow._send(Outlet(), Answer(b""), limit)
         compute.close()
         return flow._wire_ns
 
@@ -143,7 +87,7 @@ def test_the_first_chunk_with_a_long_context_is_not_expected_to_be_short(model: 
 
     async def run() -> None:
         compute = Recording()
-        step = StageStep(_runner(model, 0, 1), "w", InputsBox(1, 1.0), compute, Counters())
+        step = StageStep(runner_of(model, 0, 1), "w", InputsBox(1, 1.0), ChosenTokens(), compute, Counters())
         for number, position in enumerate((0, 0, 240, 240)):
             microbatch = Microbatch(model.model_id, 1, number, (Chunk((1,) * 8, position, (0, 16), 0),))
             header = encode_microbatch(microbatch)
@@ -324,10 +268,10 @@ def test_another_number_of_tasks_than_rows_ends_the_stream(model: Model, tmp_pat
 def test_the_loss_of_the_next_stage_reaches_the_coordinator(model: Model, tmp_path: Path) -> None:
     async def run() -> None:
         compute = Compute()
-        runner = _runner(model, 0, 1)
+        runner = runner_of(model, 0, 1)
         service = StageService("w0")
         nobody = Peer(f"unix:{tmp_path}/nobody.sock", TOKEN)
-        service.add(StageFlow(1, runner, "w0", compute, Counters(), DEADLINES, nobody))
+        service.add(StageFlow(1, runner, "w0", compute, Counters(), DEADLINES, Neighbours(nobody)))
         server = await Server.start(f"unix:{tmp_path}/a.sock", TOKEN, service.handlers)
         first = Peer(server.address, TOKEN)
         with pytest.raises(StreamBrokenError, match=r"connection to unix:.*nobody\.sock lost"):

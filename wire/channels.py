@@ -20,6 +20,7 @@ from llamaclust.wire.token import ClusterToken
 JOIN = "/llamaclust.v1.Coordinator/Join"
 FORWARD = "/llamaclust.v1.Stage/Forward"
 SAMPLE = "/llamaclust.v1.Stage/Sample"
+CHOSEN = "/llamaclust.v1.Stage/Chosen"
 
 TOKEN_KEY = "llamaclust-token"
 EPOCH_KEY = "llamaclust-epoch"

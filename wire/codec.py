@@ -21,6 +21,7 @@ from llamaclust.wire.messages import (
     MAX_TOKENS,
     MAX_TOP_LOGPROBS,
     MAX_VOCABULARY,
+    Chosen,
     Chunk,
     Microbatch,
     Result,
@@ -46,7 +47,11 @@ def encode_microbatch(microbatch: Microbatch) -> bytes:
         model_id=microbatch.model_id, epoch=microbatch.epoch, number=microbatch.number
     )
     for chunk in microbatch.chunks:
-        message.chunks.add(tokens=chunk.tokens, position=chunk.position, table=chunk.table, outputs=chunk.outputs)
+        added = message.chunks.add(
+            tokens=chunk.tokens, position=chunk.position, table=chunk.table, outputs=chunk.outputs
+        )
+        if chunk.follows is not None:
+            added.follows.number, added.follows.row = chunk.follows
     return message.SerializeToString()
 
 
@@ -58,19 +63,38 @@ def decode_microbatch(data: bytes) -> Microbatch:
         line("model_id", message.model_id, 128),
         message.epoch,
         message.number,
-        tuple(_chunk(chunk) for chunk in message.chunks),
+        tuple(_chunk(chunk, message.number) for chunk in message.chunks),
     )
     bounded("tokens of a microbatch", microbatch.rows, 1, MAX_TOKENS)
     return microbatch
 
 
-def _chunk(message: microbatch_proto.Chunk) -> Chunk:
+def _chunk(message: microbatch_proto.Chunk, number: int) -> Chunk:
     tokens = tuple(message.tokens)
     bounded("tokens of a chunk", len(tokens), 1, MAX_TOKENS)
     bounded("token", max(tokens), 0, MAX_VOCABULARY - 1)
     bounded("last position", message.position + len(tokens) - 1, 0, MAX_CONTEXT_TOKENS - 1)
     bounded("outputs", message.outputs, 0, len(tokens))
-    return Chunk(tokens, message.position, _table(message.table), message.outputs)
+    follows = _follows(message.follows, tokens, number) if message.HasField("follows") else None
+    return Chunk(tokens, message.position, _table(message.table), message.outputs, follows)
+
+
+def _follows(message: microbatch_proto.Follows, tokens: tuple[int, ...], number: int) -> tuple[int, int]:
+    if tokens != (0,):
+        raise WireError("a chunk that follows a row brings tokens of its own")
+    bounded("number of the microbatch that is followed", message.number, 0, number - 1)
+    return message.number, bounded("row that is followed", message.row, 0, MAX_TOKENS - 1)
+
+
+def encode_chosen(chosen: Chosen) -> bytes:
+    return microbatch_proto.Chosen(number=chosen.number, tokens=chosen.tokens).SerializeToString()
+
+
+def decode_chosen(data: bytes) -> Chosen:
+    """Raises WireError for bytes that are not chosen tokens or break a bound."""
+    message = parse(microbatch_proto.Chosen, data, MAX_MICROBATCH_BYTES)
+    bounded("chosen tokens", len(message.tokens), 0, MAX_TOKENS)
+    return Chosen(message.number, _tokens(message.tokens))
 
 
 def _table(numbers: Sequence[int]) -> tuple[int, ...]:
@@ -102,6 +126,7 @@ def _sample_out(task: SampleTask) -> sampling_proto.SampleTask:
         history=task.history,
         suppressed=task.suppressed,
         top_logprobs=task.top_logprobs,
+        history_follows=task.history_follows,
     )
 
 
@@ -154,6 +179,7 @@ def _sample_in(message: sampling_proto.SampleTask) -> SampleTask:
         _tokens(message.history),
         _tokens(message.suppressed),
         _top(message.top_logprobs),
+        message.history_follows,
     )
 
 

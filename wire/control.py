@@ -99,6 +99,7 @@ class Load:
     end: int
     limits: StageLimits
     next_address: str | None  # gRPC target of the stage after this one; None: this is the last
+    first_address: str | None = None  # for the last: gRPC target of the first stage; None: this is the first
 
 
 @dataclass(frozen=True, slots=True)

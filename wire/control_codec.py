@@ -198,6 +198,7 @@ def _load_out(message: Load) -> proto.Load:
             kv_type=limits.kv_type,
         ),
         next_address=message.next_address or "",
+        first_address=message.first_address or "",
     )
 
 
@@ -238,6 +239,7 @@ def _load_in(message: proto.Load) -> Load:
         end=end,
         limits=_limits_in(message.limits),
         next_address=line("next_address", message.next_address, 512) or None,
+        first_address=line("first_address", message.first_address, 512) or None,
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-PROTOCOL_VERSION = (1, 1)
+PROTOCOL_VERSION = (2, 0)
 """(major, minor): another major is refused at the handshake; unknown fields of a newer minor are ignored."""
 
 NUMERICS_VERSION = 2
@@ -27,13 +27,15 @@ class Chunk:
 
     tokens[i] stands at `position` + i and is stored there in KV memory, which `table` maps in order: position p lives
     in the table's block p // 16. The table is written as runs of consecutive ids, (start, count, start, count, ...).
-    The last `outputs` rows are sampled or scored.
+    The last `outputs` rows are sampled or scored. Where it `follows` a row, its only token is the one chosen there,
+    which nobody knew when it was sent; then tokens is (0,).
     """
 
     tokens: tuple[int, ...]
     position: int
     table: tuple[int, ...]
     outputs: int
+    follows: tuple[int, int] | None = None  # (number of an earlier microbatch, index among its output rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,7 @@ class SampleTask:
     history: tuple[int, ...] = ()  # tokens that penalties count, oldest first; empty unless params.needs_history
     suppressed: tuple[int, ...] = ()  # ids that may not be chosen (min_tokens)
     top_logprobs: int = 0
+    history_follows: bool = False  # the token that its chunk follows is the newest of the history, too
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,10 +119,18 @@ class RowResult:
 
 
 @dataclass(frozen=True, slots=True)
+class Chosen:
+    """What the last stage tells the first: the tokens of a microbatch's output rows, for chunks that follow them."""
+
+    number: int
+    tokens: tuple[int, ...]  # 0 for a row without an answer; none where the microbatch failed
+
+
+@dataclass(frozen=True, slots=True)
 class StageTiming:
     """What one stage did for one microbatch, in nanoseconds of that worker's monotonic clock."""
 
-    queue_ns: int  # received until started
+    queue_ns: int  # received, with the tokens it follows, until started
     compute_ns: int
     wire_ns: int  # serializing and handing the previous frame to the network
     rows: int

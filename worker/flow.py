@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
+from dataclasses import dataclass
 from itertools import count
 from time import perf_counter_ns
 
 from llamaclust.errors import WireError, WorkerError
-from llamaclust.wire.channels import FORWARD, ClientStream, Peer
-from llamaclust.wire.codec import decode_inputs, decode_microbatch
+from llamaclust.wire.channels import CHOSEN, FORWARD, ClientStream, Peer
+from llamaclust.wire.codec import decode_chosen, decode_inputs, decode_microbatch, encode_chosen
 from llamaclust.wire.control import Deadlines
 from llamaclust.wire.deadlines import deadline, recurring_deadline
 from llamaclust.wire.frames import decode_frame
 from llamaclust.wire.outbox import Writable
 from llamaclust.wire.server import ServerStream
+from llamaclust.worker.chosen import ChosenTokens
 from llamaclust.worker.compute import Compute
 from llamaclust.worker.inputs import InputsBox
 from llamaclust.worker.stage_runner import StageRunner
-from llamaclust.worker.steps import Arrival, Counters, StageStep
+from llamaclust.worker.steps import Answer, Arrival, Counters, StageStep
 
 
 async def together(*work: Coroutine[None, None, None]) -> None:
@@ -31,8 +33,20 @@ async def together(*work: Coroutine[None, None, None]) -> None:
         raise errors.exceptions[0] from None
 
 
+@dataclass(frozen=True, slots=True)
+class Neighbours:
+    """The stages that this one calls."""
+
+    next: Peer | None = None  # None: this is the last
+    first: Peer | None = None  # of the last stage, which tells it the tokens chosen; None: this is the first
+
+    async def close(self) -> None:
+        await asyncio.gather(*(peer.close() for peer in (self.next, self.first) if peer is not None))
+
+
 class StageFlow:
-    """One loaded stage and its streams: from the stage before, to the one after, or to and from the coordinator."""
+    """One loaded stage and its streams: from the stage before, to the one after, or to and from the coordinator; of
+    the last one also to the first."""
 
     def __init__(
         self,
@@ -42,23 +56,25 @@ class StageFlow:
         compute: Compute,
         counters: Counters,
         deadlines: Deadlines,
-        next_stage: Peer | None,
+        neighbours: Neighbours,
     ) -> None:
         self.epoch = epoch
         self.runner = runner
         self._compute = compute
         self._deadlines = deadlines
-        self._next_stage = next_stage
+        self._neighbours = neighbours
+        self._chosen = ChosenTokens()
         self._inputs = InputsBox(epoch, deadlines.sampling_inputs_s)
         self._counters = counters
-        self._step = StageStep(runner, worker, self._inputs, compute, counters)
+        self._step = StageStep(runner, worker, self._inputs, self._chosen, compute, counters)
+        self._to_first: ClientStream | None = None
         self._results: ServerStream | None = None
         self._forwarding = False
         self._wire_ns = 0
 
     async def sample(self, stream: ServerStream) -> None:
         """The coordinator's stream to the last stage: sampling inputs come, results go."""
-        if self._next_stage is not None:
+        if self._neighbours.next is not None:
             raise WireError("sampling inputs for a stage that is not the last")
         if self._results is not None:
             raise WireError(f"a second sampling stream for epoch {self.epoch}")
@@ -76,28 +92,47 @@ class StageFlow:
         if self._forwarding:
             raise WireError(f"a second stream of microbatches for epoch {self.epoch}")
         self._forwarding = True
-        if self._next_stage is None:
+        if self._neighbours.next is None:
             await self._forward_to_coordinator(stream)
             return
-        to_next = self._next_stage.open(FORWARD, epoch=self.epoch)
+        to_next = self._neighbours.next.open(FORWARD, epoch=self.epoch)
         try:
             await self._forward_to(to_next, stream)
         finally:
             to_next.cancel()
 
+    async def chosen(self, stream: ServerStream) -> None:
+        """The last stage's stream to the first one: tokens that it chose."""
+        if not self.runner.program.is_first or self._neighbours.next is None:
+            raise WireError("chosen tokens for a stage that is not the first of several")
+        await stream.accept()
+        try:
+            while (data := await stream.read()) is not None:
+                self._chosen.put(decode_chosen(data))
+        finally:
+            self._chosen.fail(WorkerError("the last stage tells no more tokens"))
+
     async def _forward_to_coordinator(self, stream: ServerStream) -> None:
         if self._results is None:
             raise WireError("microbatches for a last stage before its sampling stream")
-        await stream.accept()
-        async with self._handing_on() as limit:
-            await self._pass_on(stream, self._results, limit)
+        first = self._neighbours.first
+        if first is not None:
+            self._to_first = first.open(CHOSEN, epoch=self.epoch)
+            async with deadline(f"connecting to the first stage at {first.address}", self._deadlines.forward_s):
+                await self._to_first.opened()
+        try:
+            await stream.accept()
+            async with self._handing_on() as limit:
+                await self._pass_on(stream, self._results, limit)
+        finally:
+            if self._to_first is not None:
+                self._to_first.cancel()
 
     def _handing_on(self) -> recurring_deadline:
         return recurring_deadline("handing on a microbatch", self._deadlines.forward_s)
 
     async def _forward_to(self, to_next: ClientStream, stream: ServerStream) -> None:
-        assert self._next_stage is not None
-        async with deadline(f"connecting to the next stage at {self._next_stage.address}", self._deadlines.forward_s):
+        async with deadline(f"connecting to the next stage at {to_next.address}", self._deadlines.forward_s):
             await to_next.opened()
         await stream.accept()
         ended = asyncio.Event()
@@ -155,15 +190,16 @@ class StageFlow:
             raise WireError(f"microbatch {found} where ({self.epoch}, {number}) was expected")
         return Arrival(frame, microbatch, received_ns, self._wire_ns)
 
-    async def _send(self, outlet: Writable, data: bytes, limit: recurring_deadline) -> None:
+    async def _send(self, outlet: Writable, answer: Answer, limit: recurring_deadline) -> None:
         begun_ns, busy_ns = perf_counter_ns(), self._counters.busy_ns
         with limit:
-            await outlet.write(data)
+            if self._to_first is not None and answer.chosen is not None:
+                await self._to_first.write(encode_chosen(answer.chosen))
+            await outlet.write(answer.data)
         computed_ns = self._counters.busy_ns - busy_ns  # meanwhile, on the event loop
         self._wire_ns = max(0, perf_counter_ns() - begun_ns - computed_ns)
 
     async def close(self) -> None:
         """Frees the stage after what is being computed. Its streams have ended."""
-        if self._next_stage is not None:
-            await self._next_stage.close()
+        await self._neighbours.close()
         await self._compute.run(self.runner.close)

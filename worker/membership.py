@@ -34,7 +34,7 @@ from llamaclust.wire.messages import PROTOCOL_VERSION
 from llamaclust.wire.token import ClusterToken
 from llamaclust.worker.compute import Compute
 from llamaclust.worker.devices import Device
-from llamaclust.worker.flow import StageFlow
+from llamaclust.worker.flow import Neighbours, StageFlow
 from llamaclust.worker.loading import load_stage
 from llamaclust.worker.machine import resident_bytes
 from llamaclust.worker.service import StageService
@@ -117,8 +117,11 @@ class Member:
         if order.epoch in self._service:
             raise WireError(f"epoch {order.epoch} is loaded already")
         runner = await load_stage(order, self._device, self._say)
-        next_stage = Peer(order.next_address, self._token) if order.next_address else None
-        flow = StageFlow(order.epoch, runner, self._name, self._compute, self._counters, self._deadlines, next_stage)
+        next_stage, first_stage = (
+            Peer(address, self._token) if address else None for address in (order.next_address, order.first_address)
+        )
+        neighbours = Neighbours(next_stage, first_stage)
+        flow = StageFlow(order.epoch, runner, self._name, self._compute, self._counters, self._deadlines, neighbours)
         self._service.add(flow)
         memory = runner.memory
         _log.info("layers [%d, %d) are loaded as epoch %d", order.start, order.end, order.epoch)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from llamaclust.errors import WireError
-from llamaclust.wire.channels import FORWARD, SAMPLE
+from llamaclust.wire.channels import CHOSEN, FORWARD, SAMPLE
 from llamaclust.wire.server import Handler, ServerStream
 from llamaclust.worker.flow import StageFlow
 
@@ -19,7 +19,7 @@ class StageService:
 
     @property
     def handlers(self) -> Mapping[str, Handler]:
-        return {FORWARD: self._forward, SAMPLE: self._sample}
+        return {FORWARD: self._forward, SAMPLE: self._sample, CHOSEN: self._chosen}
 
     def __contains__(self, epoch: int) -> bool:
         return epoch in self._flows
@@ -39,6 +39,9 @@ class StageService:
 
     async def _sample(self, stream: ServerStream) -> None:
         await self._flow(stream).sample(stream)
+
+    async def _chosen(self, stream: ServerStream) -> None:
+        await self._flow(stream).chosen(stream)
 
     def _flow(self, stream: ServerStream) -> StageFlow:
         flow = self._flows.get(stream.epoch)

@@ -14,12 +14,16 @@ from llamaclust.kernels.backend import Float32
 from llamaclust.wire.bounds import one_line
 from llamaclust.wire.codec import encode_result
 from llamaclust.wire.frames import Frame, FrameKind, encode_failure, encode_hidden
-from llamaclust.wire.messages import Microbatch, Result, StageTiming
+from llamaclust.wire.messages import Chosen, Microbatch, Result, StageTiming
+from llamaclust.worker.chosen import ChosenTokens, chosen_in
 from llamaclust.worker.compute import INLINE_NS, Compute
 from llamaclust.worker.inputs import InputsBox
 from llamaclust.worker.stage_runner import StageRunner
 
 _log = logging.getLogger(__name__)
+
+_TOKENS_S = 600.0
+"""A microbatch waits so long for the tokens it follows; a coordinator that misses a result gives up earlier."""
 
 _Answer = TypeVar("_Answer")
 
@@ -43,22 +47,37 @@ class Arrival:
     wire_ns: int
 
 
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a step hands on, as bytes; of a last stage also the tokens it chose."""
+
+    data: bytes
+    chosen: Chosen | None = None
+
+
 class StageStep:
     """The step of one stage. A microbatch that cannot be computed is answered with its failure, in its turn."""
 
     def __init__(
-        self, runner: StageRunner, worker: str, inputs: InputsBox, compute: Compute, counters: Counters
+        self,
+        runner: StageRunner,
+        worker: str,
+        inputs: InputsBox,
+        chosen: ChosenTokens,
+        compute: Compute,
+        counters: Counters,
     ) -> None:
         program = runner.program
         self._runner = runner
         self._where = f"worker {worker} (layers [{program.start}, {program.end}))"
         self._inputs = inputs
+        self._chosen = chosen
         self._compute = compute
         self._counters = counters
         self._width = 0 if program.is_first else program.hidden.width
         self._taken_ns: dict[tuple[str, int, int], int] = {}  # by job and number of bits in rows and attended keys
 
-    async def run(self, arrival: Arrival) -> bytes:
+    async def run(self, arrival: Arrival) -> Answer:
         """WireError where the frame itself breaks the protocol."""
         try:
             if arrival.frame.kind is FrameKind.FAILURE:
@@ -75,21 +94,33 @@ class StageStep:
         finally:
             self._inputs.done(arrival.microbatch.number)
 
-    async def _answer(self, arrival: Arrival) -> bytes:
+    async def _answer(self, arrival: Arrival) -> Answer:
         microbatch = arrival.microbatch
+        ready_ns = arrival.received_ns
+        if self._runner.program.is_first:
+            ready_ns = max(ready_ns, await self._chosen.known(microbatch, _TOKENS_S))
         size, attended = microbatch.rows.bit_length(), _attended_keys(microbatch).bit_length()
         out, started_ns, compute_ns = await self._timed(("run", size, attended), partial(self._run, arrival))
+        queue_ns = started_ns - ready_ns
         if not self._runner.program.is_last:
-            timings = self._timings(arrival, started_ns, compute_ns)
-            return encode_hidden(arrival.frame.header, timings, out)
-        inputs = await self._inputs.take(microbatch.number)
+            timings = self._timings(arrival, queue_ns, compute_ns)
+            return Answer(encode_hidden(arrival.frame.header, timings, out))
+        inputs = self._chosen.fill_inputs(await self._inputs.take(microbatch.number), microbatch)
         rows, _, finish_ns = await self._timed(("finish", size, 0), partial(self._runner.finish, out, inputs))
-        timings = self._timings(arrival, started_ns, compute_ns + finish_ns)
-        return encode_result(Result(microbatch.epoch, microbatch.number, rows, timings))
+        timings = self._timings(arrival, queue_ns, compute_ns + finish_ns)
+        return self._result(Result(microbatch.epoch, microbatch.number, rows, timings))
 
     def _run(self, arrival: Arrival) -> Float32:
         hidden = arrival.frame.hidden(arrival.microbatch.rows, self._width)
-        return self._runner.run(arrival.microbatch, hidden if self._width else None)
+        if self._runner.program.is_first:
+            return self._runner.run(self._chosen.fill(arrival.microbatch), None)
+        return self._runner.run(arrival.microbatch, hidden)
+
+    def _result(self, result: Result) -> Answer:
+        chosen = chosen_in(result.number, result.rows)
+        if result.rows:
+            self._chosen.put(chosen)
+        return Answer(encode_result(result), chosen if result.rows or result.failure else None)
 
     async def _timed(self, kind: tuple[str, int, int], job: Callable[[], _Answer]) -> tuple[_Answer, int, int]:
         """What `job` returns, when it began, what it took: as long as the last of its kind, it is expected."""
@@ -103,19 +134,18 @@ class StageStep:
         self._taken_ns[kind] = answered[2]
         return answered
 
-    def _timings(self, arrival: Arrival, started_ns: int, compute_ns: int) -> tuple[StageTiming, ...]:
+    def _timings(self, arrival: Arrival, queue_ns: int, compute_ns: int) -> tuple[StageTiming, ...]:
         rows = arrival.microbatch.rows
         self._counters.busy_ns += compute_ns
         self._counters.microbatches += 1
         self._counters.tokens += rows
-        queue_ns = started_ns - arrival.received_ns
         return (*arrival.frame.timings, StageTiming(queue_ns, compute_ns, arrival.wire_ns, rows))
 
-    def _failed(self, arrival: Arrival, failure: str) -> bytes:
+    def _failed(self, arrival: Arrival, failure: str) -> Answer:
         microbatch, timings = arrival.microbatch, arrival.frame.timings
         if not self._runner.program.is_last:
-            return encode_failure(arrival.frame.header, timings, failure)
-        return encode_result(Result(microbatch.epoch, microbatch.number, (), timings, failure))
+            return Answer(encode_failure(arrival.frame.header, timings, failure))
+        return self._result(Result(microbatch.epoch, microbatch.number, (), timings, failure))
 
 
 def _attended_keys(microbatch: Microbatch) -> int:

@@ -156,9 +156,7 @@ def test_stages_put_in_the_tokens_that_they_chose(model: Model, tmp_path: Path, 
     assert [row for result in asyncio.run(run()) for row in result.rows] == rows
 
 
-def test_a_token_that_cannot_come_is_a_failure(
-    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_token_that_cannot_come_is_a_failure(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def explode(*_: object) -> None:
         raise WorkerError("it exploded")
 

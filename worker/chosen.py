@@ -19,6 +19,11 @@ def chosen_in(number: int, rows: tuple[RowResult, ...]) -> Chosen:
     return Chosen(number, tuple(max(row.token, 0) for row in rows))
 
 
+def _newest(microbatch: Microbatch) -> int:
+    """The last microbatch that it follows; -1 where it follows none."""
+    return max((chunk.follows[0] for chunk in microbatch.chunks if chunk.follows), default=-1)
+
+
 class ChosenTokens:
     """The tokens of one epoch's last microbatches. One microbatch waits at a time, in number order."""
 
@@ -44,21 +49,21 @@ class ChosenTokens:
         self._broken = error
         self._came.set()
 
-    async def known(self, microbatch: Microbatch, deadline_s: float) -> int:
-        """Returns when every token that the microbatch follows is there: the time (perf_counter_ns) when the last one
-        came, 0 where it follows none. DeadlineError where one does not come."""
-        newest = max((chunk.follows[0] for chunk in microbatch.chunks if chunk.follows), default=None)
-        if newest is None:
-            return 0
-        if newest in self._tokens:
-            return self._came_ns[newest]
+    def came_ns(self, microbatch: Microbatch) -> int:
+        """When the last token came that the microbatch follows (perf_counter_ns); 0 where there is none."""
+        return self._came_ns.get(_newest(microbatch), 0)
+
+    async def known(self, microbatch: Microbatch, deadline_s: float) -> None:
+        """Returns when every token that the microbatch follows is there. DeadlineError where one does not come."""
+        newest = _newest(microbatch)
+        if newest < 0 or newest in self._tokens:
+            return
         async with deadline(f"the tokens of microbatch {newest}", deadline_s):
             while newest not in self._tokens:
                 if self._broken is not None:
                     raise WorkerError(str(self._broken))
                 self._came.clear()
                 await self._came.wait()
-        return self._came_ns[newest]
 
     def fill(self, microbatch: Microbatch) -> Microbatch:
         """The microbatch with the tokens it follows. WorkerError where one is not known."""

@@ -29,11 +29,15 @@ class Compute:
         """What `job` returns or raises. A job that is cancelled while it computes still ends before the next begins."""
         if expected_ns < INLINE_NS and self._queued == 0:
             return job()
+        return await asyncio.shield(self.queue(job))
+
+    def queue(self, job: Callable[[], _Answer]) -> asyncio.Future[_Answer]:
+        """Has the thread run `job` right after those before it, whatever the event loop does meanwhile."""
         answer: asyncio.Future[_Answer] = self._loop.create_future()
         answer.add_done_callback(self._settled)
         self._queued += 1
         self._queue.put((job, answer))
-        return await asyncio.shield(answer)
+        return answer
 
     def _settled(self, answer: asyncio.Future[Any]) -> None:
         self._queued -= 1

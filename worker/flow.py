@@ -168,12 +168,13 @@ class StageFlow:
                 if follows:
                     reading = asyncio.create_task(stream.read())
                     await asyncio.sleep(0)  # it begins before a short computation takes the event loop
-                answer = await self._step.run(arrival)
+                answer = await self._step.begin(arrival)
                 await sending
-                if follows:
+                if not follows:
+                    reading = asyncio.create_task(stream.read())
+                if follows or not answer.done():
                     sending = asyncio.create_task(self._send(outlet, answer, limit))
                 else:
-                    reading = asyncio.create_task(stream.read())
                     await self._send(outlet, answer, limit)
             await sending
         finally:
@@ -190,7 +191,8 @@ class StageFlow:
             raise WireError(f"microbatch {found} where ({self.epoch}, {number}) was expected")
         return Arrival(frame, microbatch, received_ns, self._wire_ns)
 
-    async def _send(self, outlet: Writable, answer: Answer, limit: recurring_deadline) -> None:
+    async def _send(self, outlet: Writable, answering: asyncio.Future[Answer], limit: recurring_deadline) -> None:
+        answer = await asyncio.shield(answering)
         begun_ns, busy_ns = perf_counter_ns(), self._counters.busy_ns
         with limit:
             if self._to_first is not None and answer.chosen is not None:

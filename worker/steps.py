@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from llamaclust.kernels.backend import Float32
 from llamaclust.wire.bounds import one_line
 from llamaclust.wire.codec import encode_result
 from llamaclust.wire.frames import Frame, FrameKind, encode_failure, encode_hidden
-from llamaclust.wire.messages import Chosen, Microbatch, Result, StageTiming
+from llamaclust.wire.messages import Chosen, Microbatch, Result, SamplingInputs, StageTiming
 from llamaclust.worker.chosen import ChosenTokens, chosen_in
 from llamaclust.worker.compute import INLINE_NS, Compute
 from llamaclust.worker.inputs import InputsBox
@@ -74,31 +75,67 @@ class StageStep:
         self._chosen = chosen
         self._compute = compute
         self._counters = counters
+        self._is_whole = program.is_first and program.is_last
         self._width = 0 if program.is_first else program.hidden.width
         self._taken_ns: dict[tuple[str, int, int], int] = {}  # by job and number of bits in rows and attended keys
 
-    async def run(self, arrival: Arrival) -> Answer:
-        """WireError where the frame itself breaks the protocol."""
+    async def begin(self, arrival: Arrival) -> asyncio.Future[Answer]:
+        """Returns when the next microbatch may begin: with the answer, or while the thread computes it.
+
+        So steps of a whole model that are sent ahead follow each other on that thread without a pause, while messages
+        come and go on the event loop. The answer is a WireError where the frame itself breaks the protocol.
+        """
+        microbatch = arrival.microbatch
+        is_ahead = any(chunk.follows for chunk in microbatch.chunks)
+        if not (is_ahead and self._is_whole and microbatch.number in self._inputs):
+            return await self._answered(arrival)
+        inputs = await self._inputs.take(microbatch.number)
+        self._inputs.done(microbatch.number)
+        return self._compute.queue(partial(self._guarded, arrival, partial(self._both, arrival, inputs)))
+
+    async def _answered(self, arrival: Arrival) -> asyncio.Future[Answer]:
+        answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         try:
-            if arrival.frame.kind is FrameKind.FAILURE:
-                return self._failed(arrival, arrival.frame.failure)
-            return await self._answer(arrival)
-        except WireError:
-            raise
-        except LlamaclustError as error:
-            _log.error("microbatch %d: %s", arrival.microbatch.number, error)
-            return self._failed(arrival, f"{self._where}: {error}")
-        except Exception as error:  # noqa: BLE001  a border: one microbatch fails, the worker serves on
-            _log.exception("microbatch %d failed", arrival.microbatch.number)
-            return self._failed(arrival, one_line(f"{self._where}: {type(error).__name__}: {error}"))
+            computed = await self._answer(arrival)
+            answer.set_result(computed)
+        except Exception as error:  # noqa: BLE001  a border, see there
+            answer.set_result(self._failure(arrival, error))
         finally:
             self._inputs.done(arrival.microbatch.number)
+        return answer
+
+    def _guarded(self, arrival: Arrival, job: Callable[[], Answer]) -> Answer:
+        try:
+            return job()
+        except Exception as error:  # noqa: BLE001  a border, see there
+            return self._failure(arrival, error)
+
+    def _failure(self, arrival: Arrival, error: Exception) -> Answer:
+        """One microbatch fails, the worker serves on."""
+        if isinstance(error, WireError):
+            raise error
+        if isinstance(error, LlamaclustError):
+            _log.error("microbatch %d: %s", arrival.microbatch.number, error)
+            return self._failed(arrival, f"{self._where}: {error}")
+        _log.error("microbatch %d failed", arrival.microbatch.number, exc_info=error)
+        return self._failed(arrival, one_line(f"{self._where}: {type(error).__name__}: {error}"))
+
+    def _both(self, arrival: Arrival, inputs: SamplingInputs) -> Answer:
+        """A whole model's step, in the thread that computes."""
+        microbatch, started_ns = arrival.microbatch, perf_counter_ns()
+        ready_ns = max(arrival.received_ns, self._chosen.came_ns(microbatch))
+        logits = self._run(arrival)
+        rows = self._runner.finish(logits, self._chosen.fill_inputs(inputs, microbatch))
+        timings = self._timings(arrival, started_ns - ready_ns, perf_counter_ns() - started_ns)
+        return self._result(Result(microbatch.epoch, microbatch.number, rows, timings))
 
     async def _answer(self, arrival: Arrival) -> Answer:
         microbatch = arrival.microbatch
-        ready_ns = arrival.received_ns
-        if self._runner.program.is_first:
-            ready_ns = max(ready_ns, await self._chosen.known(microbatch, _TOKENS_S))
+        if arrival.frame.kind is FrameKind.FAILURE:
+            return self._failed(arrival, arrival.frame.failure)
+        if self._runner.program.is_first and not self._is_whole:
+            await self._chosen.known(microbatch, _TOKENS_S)
+        ready_ns = max(arrival.received_ns, self._chosen.came_ns(microbatch))
         size, attended = microbatch.rows.bit_length(), _attended_keys(microbatch).bit_length()
         out, started_ns, compute_ns = await self._timed(("run", size, attended), partial(self._run, arrival))
         queue_ns = started_ns - ready_ns

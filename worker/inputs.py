@@ -40,9 +40,6 @@ class InputsBox:
         self._broken = error
         self._came.set()
 
-    def __contains__(self, number: int) -> bool:
-        return number in self._waiting
-
     async def take(self, number: int) -> SamplingInputs:
         """The inputs of microbatch `number`, which may still be on their way.
 

@@ -87,7 +87,7 @@ class StageStep:
         """
         microbatch = arrival.microbatch
         is_ahead = any(chunk.follows for chunk in microbatch.chunks)
-        if not (is_ahead and self._is_whole and microbatch.number in self._inputs):
+        if not (is_ahead and self._is_whole):
             return await self._answered(arrival)
         inputs = await self._inputs.take(microbatch.number)
         self._inputs.done(microbatch.number)

@@ -133,8 +133,9 @@ class AttentionWork {
             rows_while([&](int row) { return first_seen(row) / kSpanTokens <= span; })};
   }
 
-  // Computes one span for those of the loaded queries that see some of it.
-  void compute_span(const Unit& unit, int span, const Part& part, const SpanSums& sums) const {
+  // Computes one span for those of the loaded queries that see some of it, and fetches the beginning of the next one if
+  // this thread goes on there.
+  void compute_span(const Unit& unit, int span, bool goes_on, const Part& part, const SpanSums& sums) const {
     const int start = span * kSpanTokens;
     for (int query = part.before; query < part.end; query++) {
       const int row = unit.tile.row_begin + query / unit.heads;
@@ -143,11 +144,11 @@ class AttentionWork {
     }
     store_span(unit, span);
     const size_t stride = static_cast<size_t>(step_.kv_heads) * kv_piece_bytes(type_, step_.head_dim);
-    const int blocks_after = position(unit.tile.row_end - 1) / kKvBlockTokens + 1 - (span + 1) * kSpanBlocks;
+    const int blocks = position(unit.tile.row_end - 1) / kKvBlockTokens + 1;
     const SpanTask task{piece(unit.kv_head, 0),
                         stride,
                         table(unit.tile.sequence) + span * kSpanBlocks,
-                        std::max(blocks_after, 0),
+                        goes_on ? std::max(blocks - (span + 1) * kSpanBlocks, 0) : 0,
                         step_.head_dim,
                         step_.scale,
                         part.end - part.before,
@@ -188,7 +189,7 @@ class AttentionWork {
     for (int span = span_begin(unit.tile); span < span_end(unit.tile); span++) {
       const Part part = this->part(unit, span);
       const bool begins = span == span_begin(unit.tile);
-      compute_span(unit, span, part, begins ? scratch_.total : scratch_.next);
+      compute_span(unit, span, true, part, begins ? scratch_.total : scratch_.next);
       if (!begins) merge(part, scratch_.total, scratch_.next);
     }
     finish(unit, scratch_.total);
@@ -219,15 +220,17 @@ class AttentionWork {
   }
 
   void run_spans() const {
-    worker_.share(span_count(), 1, [this](int64_t begin, int64_t end) {
+    const int64_t count = span_count();
+    worker_.share(count, 1, fixed_tiles(count, worker_.threads_), [this](int64_t begin, int64_t end) {
       int64_t first = 0;
       for (int64_t i = 0; i < unit_count() && first < end; i++) {
         const Unit unit = this->unit(i);
         const int64_t count = spans(unit.tile);
         if (first + count > begin) load_queries(unit);
-        for (int64_t at = std::max(begin - first, int64_t{0}); at < std::min(end - first, count); at++) {
+        const int64_t last = std::min(end - first, count);
+        for (int64_t at = std::max(begin - first, int64_t{0}); at < last; at++) {
           const int span = span_begin(unit.tile) + static_cast<int>(at);
-          compute_span(unit, span, part(unit, span), partial(first + at));
+          compute_span(unit, span, at + 1 < last, part(unit, span), partial(first + at));
         }
         first += count;
       }

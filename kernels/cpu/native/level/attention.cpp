@@ -7,6 +7,8 @@
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {
 
+#define INLINE_LAMBDA __attribute__((always_inline))
+
 // Queries that are computed together at most, and for R of them how many blocks of positions and groups of 16 channels:
 // as many sums as registers hold, and no fewer than hide the latency of a multiply-add.
 #if defined(__AVX512F__)
@@ -18,6 +20,9 @@ constexpr int kQueries = 2;
 constexpr int blocks_at_once(int queries) { return queries == 1 ? 4 : 2; }
 constexpr int channels_at_once(int queries) { return queries == 1 ? 4 : 2; }
 #endif
+// Queries whose scores become weights together: enough for their chains of operations to overlap, and their maxima and
+// sums beside what exp needs fit into the registers.
+constexpr int kWeighed = 4;
 
 // scores[query][position] of R queries, P blocks of 16 positions at a time.
 template <typename Kv, int R, int P>
@@ -40,29 +45,71 @@ void score_queries(const SpanTask& task, int query, const Units<Kv>& units) {
   for (; block < end; block++) score_tile<Kv, R, 1>(task, queries, block, units);
 }
 
-// The sixteen lanes from position `i`, those outside [first, end) replaced.
+// The sixteen lanes from position `i`, those outside [first_position, end) replaced.
 INLINE F32x16 seen(F32x16 x, int i, int first_position, int end, F32x16 other) {
-  if (i < first_position) x = first(first_position - i, other, x);
-  return i + 16 > end ? first(end - i, x, other) : x;
+  const int before = first_position - i, until = end - i;
+  if (before > 0) x = first(before < 16 ? before : 16, other, x);
+  return until < 16 ? first(until > 0 ? until : 0, x, other) : x;
 }
 
-// Turns one query's scores into exp(score - maximum); lanes of positions that it does not see count as nothing.
-// Meanwhile `unit` of `bytes` is fetched.
-void weigh(float* scores, int first_position, int end, float* maximum, float* sum, const uint8_t* unit, int bytes) {
-  const int begin = first_position / 16 * 16;
+// Calls f(i, seen) for the sixteen positions from i on, all that Q queries see; seen(q, x, other) replaces what query q
+// does not see.
+template <int Q, typename F>
+INLINE void for_lanes(const int* firsts, const int* ends, F f) {
+  const int end = ends[Q - 1];
+  int i = firsts[0] / 16 * 16;
+  const auto edge = [&](int q, F32x16 x, F32x16 other) { return seen(x, i, firsts[q], ends[q], other); };
+  const auto whole = [](int, F32x16 x, F32x16) { return x; };
+  for (; i < end && i < firsts[Q - 1]; i += 16) f(i, edge);
+  for (; i + 16 <= ends[0]; i += 16) f(i, whole);
+  for (; i < end; i += 16) f(i, edge);
+}
+
+// Turns scores of Q queries into exp(score - maximum); lanes of positions that a query does not see count as nothing.
+// Meanwhile `bytes` of `units` are fetched, one a query.
+template <int Q>
+void weigh(float* scores, const int* firsts, const int* ends, const SpanSums& sums, const uint8_t* const* units,
+           int bytes) {
   const F32x16 lowest = broadcast(-__builtin_inff());
-  F32x16 top = lowest;
-  for (int i = begin; i < end; i += 16) top = max(top, seen(load(scores + i), i, first_position, end, lowest));
-  *maximum = max_tree(top);
-  const F32x16 shift = broadcast(*maximum);
-  F32x16 total = zero();
-  for (int i = begin; i < end; i += 16) {
-    const F32x16 weight = seen(exp(sub(load(scores + i), shift)), i, first_position, end, zero());
-    total = add(total, weight);
-    store(scores + i, weight);
-    for (int at = (i - begin) * 4; at < bytes; at += 4 * kSpanTokens) fetch_line(unit, at);
+  F32x16 top[Q], total[Q];
+  UNROLL for (int q = 0; q < Q; q++) top[q] = lowest;
+  for_lanes<Q>(firsts, ends, [&](int i, auto seen) INLINE_LAMBDA {
+    UNROLL for (int q = 0; q < Q; q++) top[q] = max(top[q], seen(q, load(scores + q * kSpanTokens + i), lowest));
+  });
+  UNROLL for (int q = 0; q < Q; q++) {
+    sums.maximum[q] = max_tree(top[q]);
+    top[q] = broadcast(sums.maximum[q]);
+    total[q] = zero();
   }
-  *sum = sum_tree(total);
+  for_lanes<Q>(firsts, ends, [&](int i, auto seen) INLINE_LAMBDA {
+    UNROLL for (int q = 0; q < Q; q++) {
+      float* at = scores + q * kSpanTokens + i;
+      const F32x16 weight = seen(q, exp(sub(load(at), top[q])), zero());
+      total[q] = add(total[q], weight);
+      store(at, weight);
+    }
+    for (int at = (i - firsts[0] / 16 * 16) * 4; at < bytes; at += 4 * kSpanTokens)
+      UNROLL for (int q = 0; q < Q; q++) fetch_line(units[q], at);
+  });
+  UNROLL for (int q = 0; q < Q; q++) sums.sum[q] = sum_tree(total[q]);
+}
+
+// R queries, a few at a time.
+template <typename Kv, int R>
+void weigh_queries(const SpanTask& task, int query, const SpanSums& sums, const Units<Kv>& units) {
+  static_assert(R <= kMostAhead - kUnitsAhead);
+  const auto* cached = reinterpret_cast<const uint8_t*>(task.scores);
+  const uint8_t* next[R];
+  for (int r = 0; r < R; r++) next[r] = units.at(units.blocks + kUnitsAhead + r, cached);
+  const int bytes = units.last == 0 ? 0 : static_cast<int>(kv_value_bytes(Kv::kType, task.head_dim));
+  const auto some = [&]<int Q>(int r) {
+    const SpanSums to{sums.maximum + query + r, sums.sum + query + r, nullptr};
+    weigh<Q>(task.scores + r * kSpanTokens, task.firsts + query + r, task.ends + query + r, to, next + r, bytes);
+  };
+  int r = 0;
+  if constexpr (R >= kWeighed)
+    for (; r + kWeighed <= R; r += kWeighed) some.template operator()<kWeighed>(r);
+  if constexpr (R % kWeighed != 0) some.template operator()<R % kWeighed>(r);
 }
 
 // values[query][channel] += weight * value over positions [begin, end), for R queries and C groups of 16 channels.
@@ -129,12 +176,7 @@ void value_queries(const SpanTask& task, int query, float* values, const Units<K
 template <typename Kv, int R>
 void span_queries(const SpanTask& task, int query, const SpanSums& sums, const Units<Kv>& units) {
   score_queries<Kv, R>(task, query, units);
-  const int bytes = static_cast<int>(kv_value_bytes(Kv::kType, task.head_dim));
-  for (int r = 0; r < R; r++) {
-    const uint8_t* unit = r < kMostAhead - kUnitsAhead ? units.at(units.blocks + kUnitsAhead + r, nullptr) : nullptr;
-    weigh(task.scores + r * kSpanTokens, task.firsts[query + r], task.ends[query + r], sums.maximum + query + r,
-          sums.sum + query + r, unit, unit == nullptr ? 0 : bytes);
-  }
+  weigh_queries<Kv, R>(task, query, sums, units);
   value_queries<Kv, R>(task, query, sums.values, units);
 }
 

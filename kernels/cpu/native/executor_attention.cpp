@@ -1,7 +1,6 @@
-// Attention: work is cut into units (rows of one sequence x query heads of one KV head), and long contexts of few units
-// into spans. A unit's spans are merged in ascending order wherever they were computed.
-#include <algorithm>
-
+// Attention in the threads: whole units, or their spans apart. A unit's spans are merged in ascending order wherever
+// they were computed.
+#include "executor_attention_units.h"
 #include "executor_worker.h"
 
 namespace llamaclust {
@@ -10,6 +9,9 @@ int tile_rows(int group) { return std::max(1, kTileQueries / group); }
 
 // One attention step in one thread.
 class AttentionWork {
+  using Unit = AttentionUnits::Unit;
+  using Part = AttentionUnits::Part;
+
  public:
   AttentionWork(Worker& worker, const AttentionStep& step)
       : worker_(worker),
@@ -18,18 +20,16 @@ class AttentionWork {
         batch_(worker.run_.batch),
         type_(worker.run_.plan.kv_layers[static_cast<size_t>(step.layer)].type),
         kv_(level_.attention.kv[static_cast<int>(type_)]),
-        group_(step.heads / step.kv_heads),
-        parts_((group_ + kTileQueries - 1) / kTileQueries),
-        tiles_(find_tiles()),
+        units_(step, batch_, worker.run_.tilings),
         scratch_(worker.run_.workspace.attention_scratch(worker.thread_, step.head_dim)) {}
 
   void run() {
-    stores_ = parts_ == 1 && static_cast<int>(tiles_.size()) == batch_.sequences();
+    stores_ = units_.one_a_sequence();
     if (!stores_) store_all();
     if (splits_spans())
       run_spans();
     else
-      worker_.share(unit_count(), 1, [this](int64_t begin, int64_t end) {
+      worker_.share(units_.count(), 1, [this](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; i++) {
           worker_.ahead_.fetch();
           whole_unit(i);
@@ -38,34 +38,6 @@ class AttentionWork {
   }
 
  private:
-  // Query heads [head, head + heads) of one KV head, for a tile of rows.
-  struct Unit {
-    RowTile tile;
-    int kv_head, head, heads;
-  };
-
-  const std::vector<RowTile>& find_tiles() const {
-    const auto& all = worker_.run_.tilings;
-    return std::ranges::find(all, tile_rows(group_), &Tiling::rows)->tiles;
-  }
-  int64_t heads_per_tile() const { return static_cast<int64_t>(step_.kv_heads) * parts_; }
-  int64_t unit_count() const { return static_cast<int64_t>(tiles_.size()) * heads_per_tile(); }
-  int position(int row) const { return batch_.positions[static_cast<size_t>(row)]; }
-  // The first position that a row sees.
-  int first_seen(int row) const { return std::max(0, position(row) - step_.window + 1); }
-  // Spans that a tile's rows see.
-  int span_begin(const RowTile& tile) const { return first_seen(tile.row_begin) / kSpanTokens; }
-  int span_end(const RowTile& tile) const { return position(tile.row_end - 1) / kSpanTokens + 1; }
-  int spans(const RowTile& tile) const { return span_end(tile) - span_begin(tile); }
-
-  // The last rows, which see the most, come first: what is left at the end is short.
-  Unit unit(int64_t index) const {
-    const RowTile& tile = tiles_[tiles_.size() - 1 - static_cast<size_t>(index / heads_per_tile())];
-    const int rest = static_cast<int>(index % heads_per_tile()), kv_head = rest / parts_, part = rest % parts_;
-    const int first = part * kTileQueries;
-    return {tile, kv_head, kv_head * group_ + first, std::min(kTileQueries, group_ - first)};
-  }
-
   uint8_t* piece(int kv_head, int block) const {
     const size_t piece_index =
         static_cast<size_t>(block) * static_cast<size_t>(step_.kv_heads) + static_cast<size_t>(kv_head);
@@ -78,12 +50,12 @@ class AttentionWork {
   const float* rotated(const std::optional<Rotation>& rotation, const float* x, int row, float* out) const {
     if (!rotation) return x;
     const RotationTable& angles = worker_.run_.rotations[static_cast<size_t>(rotation->table)];
-    level_.vector.rope(x, angles.row(position(row)), angles.pairs(), step_.head_dim, rotation->style, out);
+    level_.vector.rope(x, angles.row(units_.position(row)), angles.pairs(), step_.head_dim, rotation->style, out);
     return out;
   }
 
   void store(int sequence, int row, int kv_head) const {
-    const int at = position(row), offset = kv_head * step_.head_dim;
+    const int at = units_.position(row), offset = kv_head * step_.head_dim;
     const float* key = rotated(step_.rotate_k, worker_.line(step_.k, row) + offset, row, scratch_.key);
     kv_.store(key, worker_.line(step_.v, row) + offset, step_.head_dim, at % kKvBlockTokens,
               piece(kv_head, table(sequence)[at / kKvBlockTokens]));
@@ -91,9 +63,9 @@ class AttentionWork {
 
   // Keys and values of all rows, before anyone reads them.
   void store_all() const {
-    worker_.share(static_cast<int64_t>(tiles_.size()), 1, [this](int64_t begin, int64_t end) {
+    worker_.share(static_cast<int64_t>(units_.tiles.size()), 1, [this](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) {
-        const RowTile& tile = tiles_[static_cast<size_t>(i)];
+        const RowTile& tile = units_.tiles[static_cast<size_t>(i)];
         for (int row = tile.row_begin; row < tile.row_end; row++)
           for (int kv_head = 0; kv_head < step_.kv_heads; kv_head++) store(tile.sequence, row, kv_head);
       }
@@ -104,7 +76,7 @@ class AttentionWork {
   // Where every sequence has one tile, a unit stores the rows that only it reads, and nobody waits.
   void store_span(const Unit& unit, int span) const {
     for (int row = unit.tile.row_begin; stores_ && row < unit.tile.row_end; row++)
-      if (position(row) / kSpanTokens == span) store(unit.tile.sequence, row, unit.kv_head);
+      if (units_.position(row) / kSpanTokens == span) store(unit.tile.sequence, row, unit.kv_head);
   }
 
   void load_queries(const Unit& unit) const {
@@ -117,34 +89,18 @@ class AttentionWork {
       }
   }
 
-  // Which queries of a unit have to do with a span: [before, end) see some of it, and of those [joined, end) nothing
-  // before it.
-  struct Part {
-    int before, joined, end;
-  };
-  Part part(const Unit& unit, int span) const {
-    const auto rows_while = [&](auto&& holds) {
-      int row = unit.tile.row_begin;
-      while (row < unit.tile.row_end && holds(row)) row++;
-      return (row - unit.tile.row_begin) * unit.heads;
-    };
-    return {rows_while([&](int row) { return position(row) / kSpanTokens < span; }),
-            rows_while([&](int row) { return first_seen(row) / kSpanTokens < span; }),
-            rows_while([&](int row) { return first_seen(row) / kSpanTokens <= span; })};
-  }
-
   // Computes one span for those of the loaded queries that see some of it, and fetches the beginning of the next one if
   // this thread goes on there.
   void compute_span(const Unit& unit, int span, bool goes_on, const Part& part, const SpanSums& sums) const {
     const int start = span * kSpanTokens;
     for (int query = part.before; query < part.end; query++) {
       const int row = unit.tile.row_begin + query / unit.heads;
-      scratch_.firsts[query - part.before] = std::max(first_seen(row) - start, 0);
-      scratch_.ends[query - part.before] = std::min(position(row) + 1 - start, kSpanTokens);
+      scratch_.firsts[query - part.before] = std::max(units_.first_seen(row) - start, 0);
+      scratch_.ends[query - part.before] = std::min(units_.position(row) + 1 - start, kSpanTokens);
     }
     store_span(unit, span);
     const size_t stride = static_cast<size_t>(step_.kv_heads) * kv_piece_bytes(type_, step_.head_dim);
-    const int blocks = position(unit.tile.row_end - 1) / kKvBlockTokens + 1;
+    const int blocks = units_.position(unit.tile.row_end - 1) / kKvBlockTokens + 1;
     const SpanTask task{piece(unit.kv_head, 0),
                         stride,
                         table(unit.tile.sequence) + span * kSpanBlocks,
@@ -184,11 +140,11 @@ class AttentionWork {
   }
 
   void whole_unit(int64_t index) const {
-    const Unit unit = this->unit(index);
+    const Unit unit = units_.unit(index);
     load_queries(unit);
-    for (int span = span_begin(unit.tile); span < span_end(unit.tile); span++) {
-      const Part part = this->part(unit, span);
-      const bool begins = span == span_begin(unit.tile);
+    for (int span = units_.span_begin(unit.tile); span < units_.span_end(unit.tile); span++) {
+      const Part part = units_.part(unit, span);
+      const bool begins = span == units_.span_begin(unit.tile);
       compute_span(unit, span, true, part, begins ? scratch_.total : scratch_.next);
       if (!begins) merge(part, scratch_.total, scratch_.next);
     }
@@ -196,60 +152,50 @@ class AttentionWork {
   }
 
   // Few long units: their spans go to different threads, if there is room for all their sums.
-  int most_queries() const {
-    int rows = 0;
-    for (const RowTile& tile : tiles_) rows = std::max(rows, tile.row_end - tile.row_begin);
-    return rows * std::min(group_, kTileQueries);
-  }
-  size_t partial_floats() const { return span_sums_floats(most_queries(), step_.head_dim); }
-  int64_t span_count() const {
-    int64_t count = 0;
-    for (const RowTile& tile : tiles_) count += spans(tile);
-    return count * heads_per_tile();
-  }
+  size_t partial_floats() const { return span_sums_floats(units_.most_queries(), step_.head_dim); }
   bool splits_spans() const {
     const int threads = worker_.threads_;
-    if (threads == 1 || unit_count() >= 4 * threads) return false;
-    const int64_t count = span_count();
-    return count > unit_count() &&
+    if (threads == 1 || units_.count() >= 4 * threads) return false;
+    const int64_t count = units_.span_count();
+    return count > units_.count() &&
            static_cast<size_t>(count) * partial_floats() <= worker_.run_.workspace.partial_floats();
   }
   SpanSums partial(int64_t index) const {
     return span_sums_at(worker_.run_.workspace.partials() + static_cast<size_t>(index) * partial_floats(),
-                        most_queries());
+                        units_.most_queries());
   }
 
   void run_spans() const {
-    const int64_t count = span_count();
-    worker_.share(count, 1, fixed_tiles(count, worker_.threads_), [this](int64_t begin, int64_t end) {
+    const int64_t all = units_.span_count();
+    worker_.share(all, 1, fixed_tiles(all, worker_.threads_), [this](int64_t begin, int64_t end) {
       int64_t first = 0;
-      for (int64_t i = 0; i < unit_count() && first < end; i++) {
-        const Unit unit = this->unit(i);
-        const int64_t count = spans(unit.tile);
+      for (int64_t i = 0; i < units_.count() && first < end; i++) {
+        const Unit unit = units_.unit(i);
+        const int64_t count = units_.spans(unit.tile);
         if (first + count > begin) load_queries(unit);
         const int64_t last = std::min(end - first, count);
         for (int64_t at = std::max(begin - first, int64_t{0}); at < last; at++) {
-          const int span = span_begin(unit.tile) + static_cast<int>(at);
-          compute_span(unit, span, at + 1 < last, part(unit, span), partial(first + at));
+          const int span = units_.span_begin(unit.tile) + static_cast<int>(at);
+          compute_span(unit, span, at + 1 < last, units_.part(unit, span), partial(first + at));
         }
         first += count;
       }
     });
     worker_.meet();
-    worker_.share(unit_count(), 1, [this](int64_t begin, int64_t end) {
+    worker_.share(units_.count(), 1, [this](int64_t begin, int64_t end) {
       int64_t first = 0;
       for (int64_t i = 0; i < end; i++) {
-        const Unit unit = this->unit(i);
+        const Unit unit = units_.unit(i);
         if (i >= begin) merge_spans(unit, first);
-        first += spans(unit.tile);
+        first += units_.spans(unit.tile);
       }
     });
   }
 
   void merge_spans(const Unit& unit, int64_t first) const {
     const SpanSums total = partial(first);
-    for (int i = 1; i < spans(unit.tile); i++)
-      merge(part(unit, span_begin(unit.tile) + i), total, partial(first + i));
+    for (int i = 1; i < units_.spans(unit.tile); i++)
+      merge(units_.part(unit, units_.span_begin(unit.tile) + i), total, partial(first + i));
     finish(unit, total);
   }
 
@@ -259,8 +205,7 @@ class AttentionWork {
   const Batch& batch_;
   const KvType type_;
   const KvOps& kv_;
-  const int group_, parts_;
-  const std::vector<RowTile>& tiles_;
+  const AttentionUnits units_;
   const AttentionScratch scratch_;
   bool stores_ = false;
 };

@@ -176,6 +176,19 @@ def test_a_token_that_cannot_come_is_a_failure(model: Model, tmp_path: Path, mon
     assert after.failure and "row 0 of microbatch 0 has no token to follow" in after.failure
 
 
+def test_a_step_ahead_without_sampling_inputs_is_a_failure(model: Model, tmp_path: Path) -> None:
+    async def run() -> tuple[Result, Result]:
+        async with chain(model, tmp_path, (0, 3)) as stages:
+            first = Microbatch(model.model_id, 1, 0, (Chunk((1,), 0, (0, 2), 1),))
+            await stages.submit(first, SamplingInputs(1, 0, (task(1, ()),)))
+            await stages.submit(Microbatch(model.model_id, 1, 1, (Chunk((0,), 1, (0, 2), 1, (0, 0)),)), None)
+            return await stages.result(), await stages.result()
+
+    first, after = asyncio.run(run())
+    assert first.failure is None
+    assert after.failure and "sampling inputs of microbatch 1: not within 0.2 s" in after.failure
+
+
 @pytest.mark.parametrize("stage", ["first of one", "last"])
 def test_only_the_first_of_several_stages_is_told_tokens(model: Model, tmp_path: Path, stage: str) -> None:
     async def run() -> None:

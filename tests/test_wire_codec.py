@@ -17,9 +17,11 @@ from hypothesis import strategies as st
 from llamaclust.errors import WireError
 from llamaclust.proto import microbatch_pb2, sampling_pb2
 from llamaclust.wire.codec import (
+    decode_chosen,
     decode_inputs,
     decode_microbatch,
     decode_result,
+    encode_chosen,
     encode_inputs,
     encode_microbatch,
     encode_result,
@@ -31,6 +33,7 @@ from llamaclust.wire.messages import (
     MAX_SEQUENCES,
     MAX_TOKENS,
     MAX_VOCABULARY,
+    Chosen,
     Chunk,
     Microbatch,
     Result,
@@ -60,7 +63,21 @@ chunks = st.lists(tokens, min_size=1, max_size=9).flatmap(
     )
 )
 many_chunks = st.lists(chunks, min_size=1, max_size=5).map(tuple)
-microbatches = st.builds(Microbatch, st.text("0123456789abcdef", max_size=64), uint64, uint64, many_chunks)
+followers = st.builds(
+    Chunk,
+    st.just((0,)),
+    st.integers(0, 99),
+    st.just((0, 9)),
+    st.integers(0, 1),
+    st.tuples(st.integers(0, 99), st.integers(0, 8191)),
+)
+microbatches = st.builds(Microbatch, st.text("0123456789abcdef", max_size=64), uint64, uint64, many_chunks) | st.builds(
+    Microbatch,
+    st.just("ab"),
+    uint64,
+    st.integers(100, 2**64 - 1),
+    st.lists(followers, min_size=1, max_size=5).map(tuple),
+)
 params = st.builds(
     SamplingParams,
     temperature=st.floats(0, 10),
@@ -82,6 +99,7 @@ samples = st.builds(
     ids,
     ids,
     st.integers(0, 128),
+    st.booleans(),
 )
 tasks = st.lists(samples | st.builds(ScoreTask, tokens, st.integers(0, 128)), max_size=4).map(tuple)
 inputs = st.builds(SamplingInputs, uint64, uint64, tasks)
@@ -96,6 +114,17 @@ def test_what_is_sent_arrives(microbatch: Microbatch, wanted: SamplingInputs, re
     assert decode_microbatch(encode_microbatch(microbatch)) == microbatch
     assert decode_inputs(encode_inputs(wanted)) == wanted
     assert decode_result(encode_result(result)) == result
+
+
+@given(st.builds(Chosen, uint64, ids))
+def test_chosen_tokens_arrive(chosen: Chosen) -> None:
+    assert decode_chosen(encode_chosen(chosen)) == chosen
+
+
+@pytest.mark.parametrize("bad", [Chosen(1, (MAX_VOCABULARY,)), Chosen(1, (0,) * (MAX_TOKENS + 1))], ids=["id", "many"])
+def test_chosen_tokens_out_of_bounds_are_refused(bad: Chosen) -> None:
+    with pytest.raises(WireError):
+        decode_chosen(encode_chosen(bad))
 
 
 def test_a_failed_row_arrives_alone() -> None:
@@ -123,14 +152,18 @@ BAD_CHUNKS = {
     "half a run": Chunk((1,), 0, (0, 1, 2), 0),
     "empty run": Chunk((1,), 0, (0, 0), 0),
     "last block": Chunk((1,), 0, (MAX_KV_BLOCKS - 1, 2), 0),
+    "follows itself": Chunk((0,), 0, (0, 1), 1, (7, 0)),
+    "follows a row that cannot be": Chunk((0,), 0, (0, 1), 1, (6, MAX_TOKENS)),
+    "follows, and brings a token": Chunk((3,), 0, (0, 1), 1, (6, 0)),
+    "follows with two rows": Chunk((0, 0), 0, (0, 1), 1, (6, 0)),
 }
 
 
 @pytest.mark.parametrize("name", BAD_CHUNKS)
 def test_chunks_out_of_bounds_are_refused(name: str) -> None:
-    assert decode_microbatch(encode_microbatch(Microbatch("m", 1, 0, (GOOD_CHUNK,))))
+    assert decode_microbatch(encode_microbatch(Microbatch("m", 1, 7, (GOOD_CHUNK,))))
     with pytest.raises(WireError):
-        decode_microbatch(encode_microbatch(Microbatch("m", 1, 0, (BAD_CHUNKS[name],))))
+        decode_microbatch(encode_microbatch(Microbatch("m", 1, 7, (BAD_CHUNKS[name],))))
 
 
 def test_microbatches_out_of_bounds_are_refused() -> None:

@@ -87,22 +87,17 @@ class StageStep:
         """
         microbatch = arrival.microbatch
         is_ahead = any(chunk.follows for chunk in microbatch.chunks)
-        if not (is_ahead and self._is_whole):
-            return await self._answered(arrival)
-        inputs = await self._inputs.take(microbatch.number)
-        self._inputs.done(microbatch.number)
-        return self._compute.queue(partial(self._guarded, arrival, partial(self._both, arrival, inputs)))
-
-    async def _answered(self, arrival: Arrival) -> asyncio.Future[Answer]:
-        answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        answered: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         try:
-            computed = await self._answer(arrival)
-            answer.set_result(computed)
+            if is_ahead and self._is_whole and arrival.frame.kind is not FrameKind.FAILURE:
+                inputs = await self._inputs.take(microbatch.number)
+                return self._compute.queue(partial(self._guarded, arrival, partial(self._both, arrival, inputs)))
+            answered.set_result(await self._answer(arrival))
         except Exception as error:  # noqa: BLE001  a border, see there
-            answer.set_result(self._failure(arrival, error))
+            answered.set_result(self._failure(arrival, error))
         finally:
-            self._inputs.done(arrival.microbatch.number)
-        return answer
+            self._inputs.done(microbatch.number)
+        return answered
 
     def _guarded(self, arrival: Arrival, job: Callable[[], Answer]) -> Answer:
         try:

@@ -7,7 +7,14 @@ from typing import Annotated, Any
 import typer
 
 from llamaclust import __version__
-from llamaclust.cli import cache_commands, cluster_commands, generate_commands, measure_commands, model_commands
+from llamaclust.cli import (
+    cache_commands,
+    cluster_commands,
+    generate_commands,
+    measure_commands,
+    model_commands,
+    worker_commands,
+)
 from llamaclust.cli.help import PlainCommand, PlainGroup
 
 BadUsage: type[Any] = typer.BadParameter.__mro__[1]
@@ -37,6 +44,7 @@ app = typer.Typer(
 )
 app.callback(cls=PlainGroup)(_options)
 cluster_commands.register(app)
+worker_commands.register(app)
 generate_commands.register(app)
 measure_commands.register(app)
 model_commands.app.command("perplexity", cls=PlainCommand)(measure_commands.perplexity)

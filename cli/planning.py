@@ -12,7 +12,7 @@ from llamaclust.cluster.plan_inputs import plan_cluster
 from llamaclust.cluster.plan_text import plan_json, plan_lines
 from llamaclust.cluster.shares import measurement_key, memory_shares, worker_specs
 from llamaclust.cluster.state import Measurement, read_measurements
-from llamaclust.errors import DoesNotFitError
+from llamaclust.errors import DoesNotFitError, UsageError
 from llamaclust.model.loader import Model
 from llamaclust.sizes import mib
 from llamaclust.tools.catalog import resolve_model
@@ -35,6 +35,9 @@ def plan_of(file: Path | None, overrides: list[str]) -> Plan:
 def _planned(config: ClusterConfig) -> tuple[Plan, int]:
     """The plan, and the bytes that a worker's process takes by itself: it is taken to be as large as this one, which
     has loaded the kernels too and holds nothing of the model yet."""
+    if config.launcher == "static":
+        why = "what its machines have is known once their workers have joined"
+        raise UsageError(f"launcher {config.launcher}: {why}; `llamaclust up` prints the plan then")
     measured = _measured(config)
     own_bytes = resident_bytes()
     model = Model.open(resolve_model(config.model))

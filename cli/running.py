@@ -81,6 +81,8 @@ def _print_table(state: dict[str, Any]) -> None:
     requests = state["requests"]
     model = terminal.printable(state["model"])
     print(f"{state['name']}: {state['state']}, {model} at {state['api']} (pid {state['pid']})")
+    if state["insecure"]:
+        print("INSECURE: links between machines are neither encrypted nor authenticated")
     if state["reason"] is not None:
         print(terminal.printable(state["reason"]))
         print(f"stop it with `llamaclust down --cluster {state['name']}` and start it again")

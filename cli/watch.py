@@ -12,12 +12,14 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColum
 
 from llamaclust.cli.terminal import printable
 from llamaclust.cluster.events import (
+    AwaitingWorkers,
     Draining,
     Event,
     Measuring,
     PlanMade,
     Ready,
     StartFailed,
+    WorkerJoined,
     WorkerLoading,
     WorkerLost,
 )
@@ -71,10 +73,12 @@ class ClusterView:
                 self._clear()
                 print(self._text(event), file=sys.stderr)
 
-    def _text(self, event: PlanMade | Ready | WorkerLost | Draining) -> str:
+    def _text(self, event: AwaitingWorkers | WorkerJoined | PlanMade | Ready | WorkerLost | Draining) -> str:
         match event:
-            case PlanMade():
+            case PlanMade() | AwaitingWorkers():
                 return "\n".join(event.lines)
+            case WorkerJoined():
+                return joined_text(event)
             case Ready():
                 return ready_text(event)
             case WorkerLost():
@@ -103,6 +107,12 @@ class ClusterView:
             self._progress.start()
             bar = self._bars[event.worker] = self._progress.add_task(label, total=event.total_bytes)
         self._progress.update(bar, completed=event.done_bytes, total=event.total_bytes)
+
+
+def joined_text(joined: WorkerJoined) -> str:
+    """Who has come, and who has not."""
+    missing = f"; still missing: {', '.join(joined.missing)}" if joined.missing else "; all are there"
+    return f"worker {joined.worker} on {printable(joined.host)} has joined{missing}"
 
 
 def ready_text(ready: Ready) -> str:

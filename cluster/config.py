@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -20,6 +20,7 @@ from llamaclust.cluster.config_values import (
     Layers,
     Name,
     OrAuto,
+    OrCount,
     Size,
     expand_home,
     is_loopback,
@@ -34,6 +35,7 @@ from llamaclust.wire.messages import MAX_CONTEXT_TOKENS, MAX_SEQUENCES, MAX_TOKE
 
 FEATURE_LEVELS = ("generic", "avx2", "avxvnni", "avx512", "avx512vnni", "neon", "neon_dotprod")
 _LEAST_SILENCE_S = 0.5
+MAX_WORKERS = 256
 DEMO_MODEL = "smollm2-135m-instruct"
 SCHEMA_ADDRESS = "https://json-schema.org/draft/2020-12/schema"
 
@@ -112,6 +114,23 @@ class WorkerConfig(_Section):
         return self
 
 
+class AnyWorker(WorkerConfig):
+    """A worker that may have any name: `workers: 3` stands for three of them."""
+
+
+class Join(_Section):
+    """Where the workers of a static cluster come in."""
+
+    listen: Address = "0.0.0.0:7100"
+    """HOST:PORT that workers are told to join: there they get their certificates, and nothing else is spoken."""
+    members: Address = "0.0.0.0:7101"
+    """HOST:PORT of the coordinator for workers that have certificates; these are told of it."""
+    wait: Duration = 600.0
+    """How long `up` waits for its workers."""
+    trust_dir: FilePath | None = None
+    """Folder of the certificate authority and the join token; by default `trust` in the cluster's state directory."""
+
+
 class PlanEntry(_Section):
     """One stage of a plan made by hand."""
 
@@ -131,7 +150,7 @@ class Timeouts(_Section):
     recovery: Duration = 120.0
     """From a worker's loss until the cluster gives up. Only the default is taken: a lost worker ends its requests."""
     coordinator: Duration = 600.0
-    """How long workers that are not local wait for their coordinator. Only the default is taken: all are local."""
+    """How long workers that are not local wait for a coordinator that is gone, their weights kept."""
 
     @model_validator(mode="after")
     def _check_worker(self) -> Self:
@@ -142,9 +161,8 @@ class Timeouts(_Section):
 
     @model_validator(mode="after")
     def _check_built(self) -> Self:
-        for name in ("recovery", "coordinator"):
-            if getattr(self, name) != Timeouts.model_fields[name].default:
-                raise PlaceError((name,), "this build has no use for it yet; leave it out")
+        if self.recovery != Timeouts.model_fields["recovery"].default:
+            raise PlaceError(("recovery",), "this build has no use for it yet; leave it out")
         return self
 
 
@@ -157,12 +175,20 @@ class ClusterConfig(_Section):
     """Catalog name, path to a .gguf file (the first of a split one), hf:REPO/FILE or pypi:PACKAGE==VERSION/FILE."""
     context_length: Annotated[int, Field(ge=1, le=MAX_CONTEXT_TOKENS)] = 4096
     """Tokens per sequence, prompt and answer together."""
-    launcher: Annotated[Literal["local"], not_built(launcher=("static", "ray", "mpi"))] = "local"
-    """Who starts the workers."""
+    launcher: Annotated[Literal["local", "static"], not_built(launcher=("ray", "mpi"))] = "local"
+    """Who starts the workers: local, this program on this machine; static, somebody, on any machine."""
+    join: Join = Join()
+    """Where the workers of a static cluster come in."""
+    insecure: bool = False
+    """A static cluster without encryption and authentication: whoever reaches its ports is trusted."""
     listen: Address = "127.0.0.1:8080"
     """HOST:PORT of the HTTP API; port 0 takes a free one."""
-    workers: Annotated[tuple[WorkerConfig, ...], Field(min_length=1, max_length=256, strict=False)]
-    """The workers, in the order in which layers go to them."""
+    workers: Annotated[
+        tuple[WorkerConfig, ...],
+        Field(min_length=1, max_length=MAX_WORKERS, strict=False),
+        OrCount(AnyWorker, MAX_WORKERS),
+    ]
+    """The workers, in the order in which layers go to them; of a static cluster also how many to wait for."""
     plan: Annotated[tuple[PlanEntry, ...] | None, Field(min_length=1, max_length=256, strict=False), OrAuto()] = None
     """auto, or the layers of each worker."""
     objective: Literal["latency", "throughput"] = "latency"
@@ -193,6 +219,11 @@ class ClusterConfig(_Section):
     """After how long to give up."""
 
     @property
+    def awaits_any(self) -> bool:
+        """Whether the file says how many workers there are, and not which."""
+        return isinstance(self.workers[0], AnyWorker)
+
+    @property
     def host(self) -> str:
         return split_address(self.listen)[0]
 
@@ -206,10 +237,28 @@ class ClusterConfig(_Section):
         for index, name in enumerate(names):
             if name in names[:index]:
                 raise PlaceError(("workers", index, "name"), f"two workers are named {name!r}; give each its own name")
-        for index, entry in enumerate(self.plan or ()):
+        for index, entry in enumerate(() if self.awaits_any else self.plan or ()):
             if entry.worker not in names:
                 what = f"unknown worker {entry.worker!r}{hint(entry.worker, names)}"
                 raise PlaceError(("plan", index, "worker"), what)
+        return self
+
+    @model_validator(mode="after")
+    def _check_launcher(self) -> Self:
+        if self.launcher == "static":
+            for index, worker in enumerate(self.workers):
+                if given := sorted(_THEIR_OWN & worker.model_fields_set):
+                    why = f"a worker of a static cluster is told so where it is started: --{given[0]}"
+                    raise PlaceError(("workers", index, given[0]), why)
+            return self
+        if self.awaits_any:
+            raise PlaceError(("workers",), f"name the workers: only launcher static waits for any {len(self.workers)}")
+        for name, is_set in (("join", self.join != Join()), ("insecure", self.insecure)):
+            if is_set:
+                raise PlaceError((name,), "is for launcher: static; local workers are reached by nobody else")
+        if self.timeouts.coordinator != Timeouts.model_fields["coordinator"].default:
+            why = "is for launcher: static; local workers end with their coordinator"
+            raise PlaceError(("timeouts", "coordinator"), why)
         return self
 
     @model_validator(mode="after")
@@ -220,6 +269,7 @@ class ClusterConfig(_Section):
         return self
 
 
+_THEIR_OWN = {"device", "threads", "memory"}
 _ELSEWHERE = ("hf:", "pypi:", "http:", "https:")
 """How models begin that are no paths."""
 
@@ -256,9 +306,17 @@ def _anchored(document: Document, folder: Path) -> Document:
     if isinstance(model, str) and model.endswith(".gguf") and not model.startswith(_ELSEWHERE):
         keys.append("model")
     for key in keys:
-        if isinstance(values.get(key), str) and values[key]:
-            values[key] = values[key] if values[key].startswith("~") else str(folder / values[key])
+        _anchor(values, key, folder)
+    if isinstance(values.get("join"), dict):
+        values["join"] = dict(values["join"])
+        _anchor(values["join"], "trust_dir", folder)
     return replace(document, values=values)
+
+
+def _anchor(values: dict[str, Any], key: str, folder: Path) -> None:
+    path = values.get(key)
+    if isinstance(path, str) and path:
+        values[key] = path if path.startswith("~") else str(folder / path)
 
 
 if __name__ == "__main__":

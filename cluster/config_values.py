@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, GetCoreSchemaHandler, GetJsonSchemaHandler, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, GetCoreSchemaHandler, GetJsonSchemaHandler, WithJsonSchema
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
@@ -159,6 +159,27 @@ class OrAuto:
         json = handler(schema)
         json["anyOf"] = [{"const": "auto"}] + [option for option in json["anyOf"] if option.get("type") != "null"]
         return json
+
+
+class OrCount:
+    """Marks a list of sections for which a number may stand: so many of `kind`, whose names say nothing."""
+
+    def __init__(self, kind: type[BaseModel], most: int) -> None:
+        self._kind = kind
+        self._most = most
+
+    def _read(self, value: Any) -> Any:
+        if not isinstance(value, int) or isinstance(value, bool):
+            return value
+        if not 1 <= value <= self._most:
+            raise ValueError(f"{value} is not possible; 1 to {self._most} are")
+        return [self._kind(name=f"any-{index + 1}") for index in range(value)]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_before_validator_function(self._read, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return {"anyOf": [handler(schema), {"type": "integer", "minimum": 1, "maximum": self._most}]}
 
 
 Name = Annotated[str, BeforeValidator(parse_name), WithJsonSchema({"type": "string", "pattern": f"^{_NAME}$"})]

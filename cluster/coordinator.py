@@ -12,8 +12,7 @@ from llamaclust.cluster.config import ClusterConfig
 from llamaclust.cluster.engine import Engine
 from llamaclust.cluster.events import PlanMade, Watch, WorkerLoading
 from llamaclust.cluster.launchers.base import Launcher
-from llamaclust.cluster.launchers.local import LocalLauncher
-from llamaclust.cluster.launchers.run_directory import RunDirectory, run_directory
+from llamaclust.cluster.launchers.launch import Launch, launching
 from llamaclust.cluster.loading import load_stages
 from llamaclust.cluster.measuring import measure_workers
 from llamaclust.cluster.pipeline import StageInfo
@@ -23,14 +22,13 @@ from llamaclust.cluster.plan_text import plan_lines
 from llamaclust.cluster.registry import Registry
 from llamaclust.cluster.remote import RemotePipeline
 from llamaclust.cluster.settings import EngineSettings
-from llamaclust.cluster.shares import memory_shares, worker_specs
+from llamaclust.cluster.shares import machine_shares, memory_shares, worker_specs
 from llamaclust.cluster.state import ClusterDir
 from llamaclust.model.loader import Model
 from llamaclust.wire.control import Deadlines, LoadProgress
+from llamaclust.wire.credentials import Credentials
 from llamaclust.wire.time_slices import short_slices
-from llamaclust.wire.token import ClusterToken
 
-_JOIN_S = 60.0
 _EPOCH = 1
 _HEARTBEAT_S = 1.0
 _HEARTBEATS = 5
@@ -57,32 +55,38 @@ async def open_cluster(
 
     Raises DoesNotFitError, ModelFileError, WorkerError or DeadlineError where a start fails; nothing is left running.
     """
-    with short_slices(), run_directory(folder.path) as run:
-        launcher = LocalLauncher(run, folder.logs)
-        registry = _registry(config, run, launcher)
+    with short_slices(), launching(config, folder, watch) as launch:
+        launcher, registry = launch.launcher, _registry(config, launch)
         model = await asyncio.to_thread(Model.open, model_path)
         with closing(model):
             check_plan(config, model)
             launcher.check(worker_specs(config), model)
             async with _stopping(launcher), registry:
                 await launcher.start(worker_specs(config), registry.address, registry.process_exited)
-                joined = registry.wait_for([worker.name for worker in config.workers], _JOIN_S)
-                await asyncio.gather(joined, asyncio.to_thread(lambda: model.tokenizer))  # a bad one is named now
+                named = asyncio.to_thread(lambda: model.tokenizer)  # a bad one is named now
+                config, _ = await asyncio.gather(launch.joined(registry), named)
                 measured = await measure_workers(config, registry.workers, folder.path.parent, watch)
                 plan = plan_cluster(config, model, _memory(config, registry, launcher), measured)
                 watch(PlanMade(tuple(plan_lines(plan))))
-                async with _pipeline(config, model, plan, registry, run.token, watch) as pipeline:
+                async with _pipeline(config, model, plan, registry, launch.credentials, watch) as pipeline:
                     settings = scheduler_settings(config, model, plan)
                     async with Engine(pipeline, settings, EngineSettings(request_s=config.timeouts.request)) as engine:
                         yield Cluster(config, model, plan, registry, launcher, engine)
 
 
-def _registry(config: ClusterConfig, run: RunDirectory, launcher: LocalLauncher) -> Registry:
+def _registry(config: ClusterConfig, launch: Launch) -> Registry:
     """Workers show so many signs of life that a few may come late."""
     silence_s = config.timeouts.worker
-    deadlines = Deadlines(heartbeat_s=min(_HEARTBEAT_S, silence_s / _HEARTBEATS))
-    words = launcher.last_words
-    return Registry(run.coordinator, run.token, silence_s=silence_s, deadlines=deadlines, last_words=words)
+    heartbeat_s = min(_HEARTBEAT_S, silence_s / _HEARTBEATS)
+    return Registry(
+        launch.listen,
+        launch.credentials,
+        silence_s=silence_s,
+        deadlines=Deadlines(heartbeat_s=heartbeat_s, coordinator_s=launch.coordinator_s),
+        last_words=launch.launcher.last_words,
+        welcomes=launch.welcomes,
+        certify=launch.certify,
+    )
 
 
 @asynccontextmanager
@@ -95,15 +99,18 @@ async def _stopping(launcher: Launcher) -> AsyncIterator[None]:
 
 
 def _memory(config: ClusterConfig, registry: Registry, launcher: Launcher) -> dict[str, int]:
-    """What each worker may take of this machine, where all of them are."""
-    free = {worker.name: registry.workers[worker.name].registration.free_memory_bytes for worker in config.workers}
-    caps = {worker.name: None if worker.memory is None else free[worker.name] for worker in config.workers}
-    return memory_shares(caps, launcher.free_memory_bytes())
+    """What each worker may take of its machine, which others may share with it."""
+    registrations = {worker.name: registry.workers[worker.name].registration for worker in config.workers}
+    here = launcher.free_memory_bytes()
+    if here is None:
+        return machine_shares(registrations)
+    free = {name: one.free_memory_bytes for name, one in registrations.items()}
+    return memory_shares({one.name: None if one.memory is None else free[one.name] for one in config.workers}, here)
 
 
 @asynccontextmanager
 async def _pipeline(
-    config: ClusterConfig, model: Model, plan: Plan, registry: Registry, token: ClusterToken, watch: Watch
+    config: ClusterConfig, model: Model, plan: Plan, registry: Registry, credentials: Credentials, watch: Watch
 ) -> AsyncIterator[RemotePipeline]:
     """The plan's stages, loaded and connected."""
 
@@ -123,7 +130,7 @@ async def _pipeline(
     for handle in workers:
         order, loaded = handle.stages[_EPOCH]
         watch(WorkerLoading(handle.name, order.start, order.end, loaded.weight_bytes, loaded.weight_bytes))
-    pipeline = await RemotePipeline.open(_EPOCH, workers, token)
+    pipeline = await RemotePipeline.open(_EPOCH, workers, credentials)
     try:
         yield pipeline
     finally:

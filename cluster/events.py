@@ -12,6 +12,22 @@ from typing import Any, get_args
 
 
 @dataclass(frozen=True, slots=True)
+class AwaitingWorkers:
+    """Workers are to be started elsewhere: what to do, one line an entry."""
+
+    lines: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerJoined:
+    """One of those is a member; who is missing still, in words."""
+
+    worker: str
+    host: str
+    missing: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Measuring:
     """Workers measure their machine, which takes some seconds; the next start knows the figures."""
 
@@ -72,7 +88,9 @@ class Draining:
     limit_s: float
 
 
-Event = Measuring | PlanMade | WorkerLoading | Ready | StartFailed | WorkerLost | Draining
+Event = (
+    AwaitingWorkers | WorkerJoined | Measuring | PlanMade | WorkerLoading | Ready | StartFailed | WorkerLost | Draining
+)
 Watch = Callable[[Event], None]
 
 _KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in get_args(Event)}

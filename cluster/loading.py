@@ -29,12 +29,13 @@ async def load_stages(
     The first error of a worker is raised when all have answered; then stages that did load are freed.
     """
     handles = tuple(workers[stage.worker] for stage in stages)
-    addresses = [*(handle.registration.address for handle in handles), None]
+    reached = [*((handle.registration.address, handle.name) for handle in handles), (None, None)]
     loads = []
-    for stage, handle, address in zip(stages, handles, addresses[1:], strict=True):
+    for stage, handle, (address, name) in zip(stages, handles, reached[1:], strict=True):
         own = limits if isinstance(limits, StageLimits) else limits[stage.worker]
-        first = addresses[0] if address is None and len(stages) > 1 else None
-        order = Load(epoch, model_path, model_id, stage.start, stage.end, own, address, first)
+        first, first_name = reached[0] if address is None and len(stages) > 1 else (None, None)
+        layers = (stage.start, stage.end)
+        order = Load(epoch, model_path, model_id, *layers, own, address, first, name, first_name)
         loads.append(handle.load(order, partial(on_progress, stage.worker)))
     errors = [one for one in await asyncio.gather(*loads, return_exceptions=True) if isinstance(one, BaseException)]
     if errors:

@@ -40,7 +40,8 @@ def check_plan(config: ClusterConfig, model: Model) -> None:
     context_length(config, model)
     _check_frames(config, model)
     if config.plan is not None:
-        checked(_by_hand(config), [worker.name for worker in config.workers], model.layer_count)
+        names = [one.worker for one in config.plan] if config.awaits_any else [one.name for one in config.workers]
+        checked(_by_hand(config), names, model.layer_count)
 
 
 def _check_frames(config: ClusterConfig, model: Model) -> None:

@@ -4,18 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from types import MappingProxyType
 
 from llamaclust.cluster.worker_handle import WorkerHandle, WorkerState
 from llamaclust.errors import DeadlineError, WireError, WorkerError
 from llamaclust.wire.channels import JOIN
-from llamaclust.wire.control import CoordinatorMessage, Deadlines, Refused, Register, Shutdown, Welcome
+from llamaclust.wire.control import (
+    CoordinatorMessage,
+    Deadlines,
+    Failure,
+    Refused,
+    Register,
+    Renew,
+    Renewed,
+    RenewFailed,
+    Shutdown,
+    Welcome,
+)
 from llamaclust.wire.control_codec import decode_worker_message, encode_coordinator_message
+from llamaclust.wire.credentials import Credentials, Principal
 from llamaclust.wire.deadlines import deadline
 from llamaclust.wire.messages import NUMERICS_VERSION, PROTOCOL_VERSION
+from llamaclust.wire.refusals import RefusalLog
 from llamaclust.wire.server import Server, ServerStream
-from llamaclust.wire.token import ClusterToken
 
 _HANDSHAKE_S = 10.0
 _GOODBYE_S = 0.5
@@ -24,6 +37,11 @@ _EXIT_NEWS_S = 0.5
 """A stream breaks a moment before the launcher hears why the process ended."""
 
 OnLost = Callable[[WorkerHandle], None]
+Welcomes = Callable[[str], str | None]
+Certify = Callable[[bytes, Principal], bytes]
+"""A certificate (DER) for a certificate request (DER) of who is named; WireError where that will not do."""
+
+_log = logging.getLogger(__name__)
 
 
 class Registry:
@@ -32,16 +50,22 @@ class Registry:
     def __init__(
         self,
         listen: str,
-        token: ClusterToken,
+        credentials: Credentials,
         *,
         silence_s: float = 5.0,
         deadlines: Deadlines | None = None,
         last_words: Callable[[str], str] = lambda name: "",
         on_lost: OnLost = lambda worker: None,
+        welcomes: Welcomes = lambda name: None,
+        certify: Certify | None = None,
     ) -> None:
-        """`silence_s`: without a heartbeat for so long a worker is lost. `last_words`: of a worker's log, by name."""
+        """`silence_s`: without a heartbeat for so long a worker is lost. `last_words`: of a worker's log, by name.
+        `welcomes`: why a worker of a name is refused. `certify`: renews certificates, where there are any."""
         self._listen = listen
-        self._token = token
+        self._credentials = credentials
+        self._welcomes = welcomes
+        self._certify = certify
+        self._refusals = RefusalLog(_log)
         self._silence_s = silence_s
         self._deadlines = deadlines or Deadlines()
         self._last_words = last_words
@@ -64,7 +88,7 @@ class Registry:
         return MappingProxyType(self._workers)
 
     async def __aenter__(self) -> Registry:
-        self._server = await Server.start(self._listen, self._token, {JOIN: self._join})
+        self._server = await Server.start(self._listen, self._credentials, {JOIN: self._join})
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -80,6 +104,15 @@ class Registry:
         await self._server.stop(_GOODBYE_S)
         for task in self._mourning:
             task.cancel()
+
+    @property
+    def present(self) -> tuple[str, ...]:
+        """Names of those that are members now, in the order in which they joined."""
+        return tuple(name for name, handle in self._workers.items() if handle.loss is None)
+
+    async def changed(self) -> None:
+        """Returns at the next change of who is there. For as long as it takes: the caller has a deadline."""
+        await self._changed.wait()
 
     async def wait_for(self, names: Collection[str], deadline_s: float) -> None:
         """Returns when all have joined. DeadlineError names those that have not, WorkerError one that ended before."""
@@ -129,14 +162,17 @@ class Registry:
         register = None if data is None else decode_worker_message(data)
         if not isinstance(register, Register):
             raise WireError("a worker must register first")
-        if refusal := self._refusal(register):
+        if refusal := self._refusal(register, stream.peer):
+            self._refusals.tell(refusal)
             async with deadline("refusing a worker", _HANDSHAKE_S):
                 await stream.write(encode_coordinator_message(Refused(refusal)))
             return
         await self._serve(register, stream)
 
-    def _refusal(self, register: Register) -> str | None:
+    def _refusal(self, register: Register, peer: Principal | None) -> str | None:
         name, ours = register.name, PROTOCOL_VERSION
+        if peer is not None and peer.worker != name:
+            return f"the certificate is of {peer}, which registers as worker {name}"
         same = "install the same version of llamaclust everywhere"
         if register.protocol[0] != ours[0]:
             theirs = f"{register.protocol[0]}.{register.protocol[1]}"
@@ -147,7 +183,7 @@ class Registry:
         present = self._workers.get(name)
         if present is not None and present.loss is None:
             return f"a worker named {name} is a member already (pid {present.registration.pid}): choose another name"
-        return None
+        return self._welcomes(name)
 
     def _numerics_version(self, register: Register) -> int:
         """What the first member computes by; of a first member, what this version of its device does."""
@@ -183,11 +219,23 @@ class Registry:
                     return "it ended its membership"
                 reading = asyncio.create_task(stream.read())
                 message = decode_worker_message(data)
-                if message is not None:
+                if isinstance(message, Renew):
+                    async with deadline("renewing a certificate", _HANDSHAKE_S):
+                        await handle.say(self._renewal(message, stream.peer))
+                elif message is not None:
                     handle.hear(message)
             return f"no sign of life for {self._silence_s:g} s"
         finally:
             reading.cancel()
+
+    def _renewal(self, request: Renew, peer: Principal | None) -> Renewed | RenewFailed:
+        """Of the name that the present certificate has."""
+        if self._certify is None or peer is None:
+            raise WireError("a certificate is to be renewed where there are none")
+        try:
+            return Renewed(self._certify(request.certificate_request, peer))
+        except WireError as error:
+            return RenewFailed(Failure(WireError.__name__, str(error)))
 
     async def _comes(self, reading: asyncio.Task[bytes | None]) -> bool:
         """False after silence in which this loop had time to listen: it may have been busy while messages waited."""

@@ -10,11 +10,11 @@ from llamaclust.cluster.worker_handle import WorkerHandle
 from llamaclust.errors import LlamaclustError, WireError, WorkerError
 from llamaclust.wire.channels import FORWARD, SAMPLE, ClientStream, Peer
 from llamaclust.wire.codec import decode_result, encode_inputs, encode_microbatch
+from llamaclust.wire.credentials import Credentials, Principal
 from llamaclust.wire.deadlines import deadline
 from llamaclust.wire.frames import encode_hidden
 from llamaclust.wire.messages import Microbatch, Result, SamplingInputs
 from llamaclust.wire.outbox import Outbox
-from llamaclust.wire.token import ClusterToken
 
 _OPEN_S = 30.0
 _WRITE_S = 20.0
@@ -27,12 +27,13 @@ class RemotePipeline:
     """See `Pipeline`. Its stages are loaded before and unloaded after by whoever owns the workers."""
 
     @classmethod
-    async def open(cls, epoch: int, workers: Sequence[WorkerHandle], token: ClusterToken) -> RemotePipeline:
+    async def open(cls, epoch: int, workers: Sequence[WorkerHandle], credentials: Credentials) -> RemotePipeline:
         """Opens the streams of an epoch that `workers` hold, given in the order of their stages.
 
         WorkerError where a stage refuses or cannot be reached, DeadlineError where it does not answer.
         """
-        first, last = (Peer(worker.registration.address, token) for worker in (workers[0], workers[-1]))
+        ends = (workers[0], workers[-1])
+        first, last = (Peer(one.registration.address, credentials, Principal(one.name)) for one in ends)
         try:
             async with deadline(f"opening the pipeline of epoch {epoch}", _OPEN_S):
                 sample = last.open(SAMPLE, epoch=epoch)

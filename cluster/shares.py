@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from llamaclust.cluster.config import ClusterConfig, environment
 from llamaclust.cluster.launchers.base import WorkerSpec
+from llamaclust.wire.control import Register
 
 
 def thread_shares(config: ClusterConfig) -> dict[str, int]:
@@ -38,6 +39,16 @@ def memory_shares(caps_bytes: Mapping[str, int | None], free_bytes: int) -> dict
     for index, (cap, name) in enumerate(caps):
         shares[name] = min(cap, left // (len(caps) - index))
         left -= shares[name]
+    return shares
+
+
+def machine_shares(registrations: Mapping[str, Register]) -> dict[str, int]:
+    """What each worker may take, by name: those of one machine share out what is free there."""
+    shares: dict[str, int] = {}
+    for host in {one.host for one in registrations.values()}:
+        here = {name: one for name, one in registrations.items() if one.host == host}
+        free = min(one.machine_free_bytes or one.free_memory_bytes for one in here.values())
+        shares |= memory_shares({name: one.free_memory_bytes for name, one in here.items()}, free)
     return shares
 
 

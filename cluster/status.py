@@ -32,6 +32,7 @@ def _status(cluster: Cluster, record: ClusterRecord, reports: dict[str, StageRep
         "state": str(cluster.engine.state),
         "reason": None if error is None else str(error),
         "model": record.model,
+        "insecure": cluster.config.insecure,
         "workers": [_worker(workers[one.name], reports.get(one.name)) for one in cluster.config.workers],
         "requests": {"running": counts.running, "waiting": counts.waiting},
     }

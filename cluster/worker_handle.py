@@ -20,6 +20,7 @@ from llamaclust.wire.control import (
     Measure,
     Measured,
     Register,
+    Renew,
     Unload,
     Unloaded,
     WorkerMessage,
@@ -142,8 +143,8 @@ class WorkerHandle:
                 self._answer(f"load of epoch {epoch}", _error(self.name, failure))
             case Unloaded(epoch):
                 self._answer(f"unload of epoch {epoch}", None)
-            case Register():
-                raise WireError(f"worker {self.name} registers a second time")
+            case Register() | Renew():
+                raise WireError(f"worker {self.name} sends {type(message).__name__} where it has no place")
 
     def _answer(self, what: str, answer: object) -> None:
         """Answers that come after their deadline are dropped."""

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ellamaclust/proto/control.proto\x12\rllamaclust.v1\"\x90\x03\n\rWorkerMessage\x12+\n\x08register\x18\x01 \x01(\x0b\x32\x17.llamaclust.v1.RegisterH\x00\x12+\n\x08measured\x18\x02 \x01(\x0b\x32\x17.llamaclust.v1.MeasuredH\x00\x12\x34\n\rload_progress\x18\x03 \x01(\x0b\x32\x1b.llamaclust.v1.LoadProgressH\x00\x12\'\n\x06loaded\x18\x04 \x01(\x0b\x32\x15.llamaclust.v1.LoadedH\x00\x12\x30\n\x0bload_failed\x18\x05 \x01(\x0b\x32\x19.llamaclust.v1.LoadFailedH\x00\x12+\n\x08unloaded\x18\x06 \x01(\x0b\x32\x17.llamaclust.v1.UnloadedH\x00\x12-\n\theartbeat\x18\x07 \x01(\x0b\x32\x18.llamaclust.v1.HeartbeatH\x00\x12\x30\n\x0emeasure_failed\x18\x08 \x01(\x0b\x32\x16.llamaclust.v1.FailureH\x00\x42\x06\n\x04kind\"\x98\x02\n\x12\x43oordinatorMessage\x12)\n\x07welcome\x18\x01 \x01(\x0b\x32\x16.llamaclust.v1.WelcomeH\x00\x12)\n\x07refused\x18\x02 \x01(\x0b\x32\x16.llamaclust.v1.RefusedH\x00\x12)\n\x07measure\x18\x03 \x01(\x0b\x32\x16.llamaclust.v1.MeasureH\x00\x12#\n\x04load\x18\x04 \x01(\x0b\x32\x13.llamaclust.v1.LoadH\x00\x12\'\n\x06unload\x18\x05 \x01(\x0b\x32\x15.llamaclust.v1.UnloadH\x00\x12+\n\x08shutdown\x18\x06 \x01(\x0b\x32\x17.llamaclust.v1.ShutdownH\x00\x42\x06\n\x04kind\"\x92\x02\n\x08Register\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\r\x12\x0c\n\x04host\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x16\n\x0eprotocol_major\x18\x05 \x01(\r\x12\x16\n\x0eprotocol_minor\x18\x06 \x01(\r\x12\x18\n\x10numerics_version\x18\x07 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x08 \x01(\t\x12\x0f\n\x07threads\x18\t \x01(\r\x12\x15\n\rfeature_level\x18\n \x01(\t\x12\x1a\n\x12total_memory_bytes\x18\x0b \x01(\x04\x12\x19\n\x11\x66ree_memory_bytes\x18\x0c \x01(\x04\x12\x13\n\x0b\x66ingerprint\x18\r \x01(\t\"\t\n\x07Measure\"5\n\x08Measured\x12\x14\n\x0cread_bytes_s\x18\x01 \x01(\x01\x12\x13\n\x0bint8_macs_s\x18\x02 \x01(\x01\"(\n\x07\x46\x61ilure\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"\x8d\x01\n\x0bStageLimits\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x13\n\x0bmax_outputs\x18\x02 \x01(\r\x12\x15\n\rmax_sequences\x18\x03 \x01(\r\x12\x1a\n\x12max_context_tokens\x18\x04 \x01(\r\x12\x11\n\tkv_blocks\x18\x05 \x01(\r\x12\x0f\n\x07kv_type\x18\x06 \x01(\t\"\xb0\x01\n\x04Load\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x12\n\nmodel_path\x18\x02 \x01(\t\x12\x10\n\x08model_id\x18\x03 \x01(\t\x12\r\n\x05start\x18\x04 \x01(\r\x12\x0b\n\x03\x65nd\x18\x05 \x01(\r\x12*\n\x06limits\x18\x06 \x01(\x0b\x32\x1a.llamaclust.v1.StageLimits\x12\x14\n\x0cnext_address\x18\x07 \x01(\t\x12\x15\n\rfirst_address\x18\x08 \x01(\t\"F\n\x0cLoadProgress\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x12\n\ndone_bytes\x18\x02 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04\"X\n\x06Loaded\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x14\n\x0cweight_bytes\x18\x02 \x01(\x04\x12\x10\n\x08kv_bytes\x18\x03 \x01(\x04\x12\x17\n\x0fworkspace_bytes\x18\x04 \x01(\x04\"D\n\nLoadFailed\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\'\n\x07\x66\x61ilure\x18\x02 \x01(\x0b\x32\x16.llamaclust.v1.Failure\"\x17\n\x06Unload\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\"\x19\n\x08Unloaded\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\"r\n\tHeartbeat\x12\x0c\n\x04\x62usy\x18\x01 \x01(\x01\x12\x14\n\x0cmicrobatches\x18\x02 \x01(\x04\x12\x0e\n\x06tokens\x18\x03 \x01(\x04\x12\x16\n\x0eresident_bytes\x18\x04 \x01(\x04\x12\x19\n\x11\x66ree_memory_bytes\x18\x05 \x01(\x04\"|\n\x07Welcome\x12\x16\n\x0eprotocol_major\x18\x01 \x01(\r\x12\x16\n\x0eprotocol_minor\x18\x02 \x01(\r\x12\x13\n\x0bheartbeat_s\x18\x03 \x01(\x01\x12\x19\n\x11sampling_inputs_s\x18\x04 \x01(\x01\x12\x11\n\tforward_s\x18\x05 \x01(\x01\"\x19\n\x07Refused\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\x1a\n\x08Shutdown\x12\x0e\n\x06reason\x18\x01 \x01(\t2Z\n\x0b\x43oordinator\x12K\n\x04Join\x12\x1c.llamaclust.v1.WorkerMessage\x1a!.llamaclust.v1.CoordinatorMessage(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ellamaclust/proto/control.proto\x12\rllamaclust.v1\"\xb7\x03\n\rWorkerMessage\x12+\n\x08register\x18\x01 \x01(\x0b\x32\x17.llamaclust.v1.RegisterH\x00\x12+\n\x08measured\x18\x02 \x01(\x0b\x32\x17.llamaclust.v1.MeasuredH\x00\x12\x34\n\rload_progress\x18\x03 \x01(\x0b\x32\x1b.llamaclust.v1.LoadProgressH\x00\x12\'\n\x06loaded\x18\x04 \x01(\x0b\x32\x15.llamaclust.v1.LoadedH\x00\x12\x30\n\x0bload_failed\x18\x05 \x01(\x0b\x32\x19.llamaclust.v1.LoadFailedH\x00\x12+\n\x08unloaded\x18\x06 \x01(\x0b\x32\x17.llamaclust.v1.UnloadedH\x00\x12-\n\theartbeat\x18\x07 \x01(\x0b\x32\x18.llamaclust.v1.HeartbeatH\x00\x12\x30\n\x0emeasure_failed\x18\x08 \x01(\x0b\x32\x16.llamaclust.v1.FailureH\x00\x12%\n\x05renew\x18\x0e \x01(\x0b\x32\x14.llamaclust.v1.RenewH\x00\x42\x06\n\x04kind\"\xf3\x02\n\x12\x43oordinatorMessage\x12)\n\x07welcome\x18\x01 \x01(\x0b\x32\x16.llamaclust.v1.WelcomeH\x00\x12)\n\x07refused\x18\x02 \x01(\x0b\x32\x16.llamaclust.v1.RefusedH\x00\x12)\n\x07measure\x18\x03 \x01(\x0b\x32\x16.llamaclust.v1.MeasureH\x00\x12#\n\x04load\x18\x04 \x01(\x0b\x32\x13.llamaclust.v1.LoadH\x00\x12\'\n\x06unload\x18\x05 \x01(\x0b\x32\x15.llamaclust.v1.UnloadH\x00\x12+\n\x08shutdown\x18\x06 \x01(\x0b\x32\x17.llamaclust.v1.ShutdownH\x00\x12)\n\x07renewed\x18\x0e \x01(\x0b\x32\x16.llamaclust.v1.RenewedH\x00\x12.\n\x0crenew_failed\x18\x0f \x01(\x0b\x32\x16.llamaclust.v1.FailureH\x00\x42\x06\n\x04kind\"\xae\x02\n\x08Register\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\r\x12\x0c\n\x04host\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x16\n\x0eprotocol_major\x18\x05 \x01(\r\x12\x16\n\x0eprotocol_minor\x18\x06 \x01(\r\x12\x18\n\x10numerics_version\x18\x07 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x08 \x01(\t\x12\x0f\n\x07threads\x18\t \x01(\r\x12\x15\n\rfeature_level\x18\n \x01(\t\x12\x1a\n\x12total_memory_bytes\x18\x0b \x01(\x04\x12\x19\n\x11\x66ree_memory_bytes\x18\x0c \x01(\x04\x12\x13\n\x0b\x66ingerprint\x18\r \x01(\t\x12\x1a\n\x12machine_free_bytes\x18\x0e \x01(\x04\"\t\n\x07Measure\"5\n\x08Measured\x12\x14\n\x0cread_bytes_s\x18\x01 \x01(\x01\x12\x13\n\x0bint8_macs_s\x18\x02 \x01(\x01\"(\n\x07\x46\x61ilure\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"\x8d\x01\n\x0bStageLimits\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x13\n\x0bmax_outputs\x18\x02 \x01(\r\x12\x15\n\rmax_sequences\x18\x03 \x01(\r\x12\x1a\n\x12max_context_tokens\x18\x04 \x01(\r\x12\x11\n\tkv_blocks\x18\x05 \x01(\r\x12\x0f\n\x07kv_type\x18\x06 \x01(\t\"\xdb\x01\n\x04Load\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x12\n\nmodel_path\x18\x02 \x01(\t\x12\x10\n\x08model_id\x18\x03 \x01(\t\x12\r\n\x05start\x18\x04 \x01(\r\x12\x0b\n\x03\x65nd\x18\x05 \x01(\r\x12*\n\x06limits\x18\x06 \x01(\x0b\x32\x1a.llamaclust.v1.StageLimits\x12\x14\n\x0cnext_address\x18\x07 \x01(\t\x12\x15\n\rfirst_address\x18\x08 \x01(\t\x12\x13\n\x0bnext_worker\x18\x0e \x01(\t\x12\x14\n\x0c\x66irst_worker\x18\x0f \x01(\t\"F\n\x0cLoadProgress\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x12\n\ndone_bytes\x18\x02 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04\"X\n\x06Loaded\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x14\n\x0cweight_bytes\x18\x02 \x01(\x04\x12\x10\n\x08kv_bytes\x18\x03 \x01(\x04\x12\x17\n\x0fworkspace_bytes\x18\x04 \x01(\x04\"D\n\nLoadFailed\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\'\n\x07\x66\x61ilure\x18\x02 \x01(\x0b\x32\x16.llamaclust.v1.Failure\"\x17\n\x06Unload\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\"\x19\n\x08Unloaded\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\"r\n\tHeartbeat\x12\x0c\n\x04\x62usy\x18\x01 \x01(\x01\x12\x14\n\x0cmicrobatches\x18\x02 \x01(\x04\x12\x0e\n\x06tokens\x18\x03 \x01(\x04\x12\x16\n\x0eresident_bytes\x18\x04 \x01(\x04\x12\x19\n\x11\x66ree_memory_bytes\x18\x05 \x01(\x04\"\x93\x01\n\x07Welcome\x12\x16\n\x0eprotocol_major\x18\x01 \x01(\r\x12\x16\n\x0eprotocol_minor\x18\x02 \x01(\r\x12\x13\n\x0bheartbeat_s\x18\x03 \x01(\x01\x12\x19\n\x11sampling_inputs_s\x18\x04 \x01(\x01\x12\x11\n\tforward_s\x18\x05 \x01(\x01\x12\x15\n\rcoordinator_s\x18\x0e \x01(\x01\"\x19\n\x07Refused\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\x1a\n\x08Shutdown\x12\x0e\n\x06reason\x18\x01 \x01(\t\"$\n\x05Renew\x12\x1b\n\x13\x63\x65rtificate_request\x18\x01 \x01(\x0c\"\x1e\n\x07Renewed\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\x32Z\n\x0b\x43oordinator\x12K\n\x04Join\x12\x1c.llamaclust.v1.WorkerMessage\x1a!.llamaclust.v1.CoordinatorMessage(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,39 +32,43 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'llamaclust.proto.control_pb
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_WORKERMESSAGE']._serialized_start=50
-  _globals['_WORKERMESSAGE']._serialized_end=450
-  _globals['_COORDINATORMESSAGE']._serialized_start=453
-  _globals['_COORDINATORMESSAGE']._serialized_end=733
-  _globals['_REGISTER']._serialized_start=736
-  _globals['_REGISTER']._serialized_end=1010
-  _globals['_MEASURE']._serialized_start=1012
-  _globals['_MEASURE']._serialized_end=1021
-  _globals['_MEASURED']._serialized_start=1023
-  _globals['_MEASURED']._serialized_end=1076
-  _globals['_FAILURE']._serialized_start=1078
-  _globals['_FAILURE']._serialized_end=1118
-  _globals['_STAGELIMITS']._serialized_start=1121
-  _globals['_STAGELIMITS']._serialized_end=1262
-  _globals['_LOAD']._serialized_start=1265
-  _globals['_LOAD']._serialized_end=1441
-  _globals['_LOADPROGRESS']._serialized_start=1443
-  _globals['_LOADPROGRESS']._serialized_end=1513
-  _globals['_LOADED']._serialized_start=1515
-  _globals['_LOADED']._serialized_end=1603
-  _globals['_LOADFAILED']._serialized_start=1605
-  _globals['_LOADFAILED']._serialized_end=1673
-  _globals['_UNLOAD']._serialized_start=1675
-  _globals['_UNLOAD']._serialized_end=1698
-  _globals['_UNLOADED']._serialized_start=1700
-  _globals['_UNLOADED']._serialized_end=1725
-  _globals['_HEARTBEAT']._serialized_start=1727
-  _globals['_HEARTBEAT']._serialized_end=1841
-  _globals['_WELCOME']._serialized_start=1843
-  _globals['_WELCOME']._serialized_end=1967
-  _globals['_REFUSED']._serialized_start=1969
-  _globals['_REFUSED']._serialized_end=1994
-  _globals['_SHUTDOWN']._serialized_start=1996
-  _globals['_SHUTDOWN']._serialized_end=2022
-  _globals['_COORDINATOR']._serialized_start=2024
-  _globals['_COORDINATOR']._serialized_end=2114
+  _globals['_WORKERMESSAGE']._serialized_end=489
+  _globals['_COORDINATORMESSAGE']._serialized_start=492
+  _globals['_COORDINATORMESSAGE']._serialized_end=863
+  _globals['_REGISTER']._serialized_start=866
+  _globals['_REGISTER']._serialized_end=1168
+  _globals['_MEASURE']._serialized_start=1170
+  _globals['_MEASURE']._serialized_end=1179
+  _globals['_MEASURED']._serialized_start=1181
+  _globals['_MEASURED']._serialized_end=1234
+  _globals['_FAILURE']._serialized_start=1236
+  _globals['_FAILURE']._serialized_end=1276
+  _globals['_STAGELIMITS']._serialized_start=1279
+  _globals['_STAGELIMITS']._serialized_end=1420
+  _globals['_LOAD']._serialized_start=1423
+  _globals['_LOAD']._serialized_end=1642
+  _globals['_LOADPROGRESS']._serialized_start=1644
+  _globals['_LOADPROGRESS']._serialized_end=1714
+  _globals['_LOADED']._serialized_start=1716
+  _globals['_LOADED']._serialized_end=1804
+  _globals['_LOADFAILED']._serialized_start=1806
+  _globals['_LOADFAILED']._serialized_end=1874
+  _globals['_UNLOAD']._serialized_start=1876
+  _globals['_UNLOAD']._serialized_end=1899
+  _globals['_UNLOADED']._serialized_start=1901
+  _globals['_UNLOADED']._serialized_end=1926
+  _globals['_HEARTBEAT']._serialized_start=1928
+  _globals['_HEARTBEAT']._serialized_end=2042
+  _globals['_WELCOME']._serialized_start=2045
+  _globals['_WELCOME']._serialized_end=2192
+  _globals['_REFUSED']._serialized_start=2194
+  _globals['_REFUSED']._serialized_end=2219
+  _globals['_SHUTDOWN']._serialized_start=2221
+  _globals['_SHUTDOWN']._serialized_end=2247
+  _globals['_RENEW']._serialized_start=2249
+  _globals['_RENEW']._serialized_end=2285
+  _globals['_RENEWED']._serialized_start=2287
+  _globals['_RENEWED']._serialized_end=2317
+  _globals['_COORDINATOR']._serialized_start=2319
+  _globals['_COORDINATOR']._serialized_end=2409
 # @@protoc_insertion_point(module_scope)

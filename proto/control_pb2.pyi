@@ -30,6 +30,7 @@ class WorkerMessage(_message.Message):
     UNLOADED_FIELD_NUMBER: _builtins.int
     HEARTBEAT_FIELD_NUMBER: _builtins.int
     MEASURE_FAILED_FIELD_NUMBER: _builtins.int
+    RENEW_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def register(self) -> Global___Register:
         """First message of the stream."""
@@ -62,6 +63,10 @@ class WorkerMessage(_message.Message):
     def measure_failed(self) -> Global___Failure:
         """Measure did not succeed."""
 
+    @_builtins.property
+    def renew(self) -> Global___Renew:
+        """A new certificate is wanted, before the old one ends."""
+
     def __init__(
         self,
         *,
@@ -73,12 +78,13 @@ class WorkerMessage(_message.Message):
         unloaded: Global___Unloaded | None = ...,
         heartbeat: Global___Heartbeat | None = ...,
         measure_failed: Global___Failure | None = ...,
+        renew: Global___Renew | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "kind", b"kind", "load_failed", b"load_failed", "load_progress", b"load_progress", "loaded", b"loaded", "measure_failed", b"measure_failed", "measured", b"measured", "register", b"register", "unloaded", b"unloaded"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "kind", b"kind", "load_failed", b"load_failed", "load_progress", b"load_progress", "loaded", b"loaded", "measure_failed", b"measure_failed", "measured", b"measured", "register", b"register", "renew", b"renew", "unloaded", b"unloaded"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "kind", b"kind", "load_failed", b"load_failed", "load_progress", b"load_progress", "loaded", b"loaded", "measure_failed", b"measure_failed", "measured", b"measured", "register", b"register", "unloaded", b"unloaded"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "kind", b"kind", "load_failed", b"load_failed", "load_progress", b"load_progress", "loaded", b"loaded", "measure_failed", b"measure_failed", "measured", b"measured", "register", b"register", "renew", b"renew", "unloaded", b"unloaded"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["register", "measured", "load_progress", "loaded", "load_failed", "unloaded", "heartbeat", "measure_failed"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["register", "measured", "load_progress", "loaded", "load_failed", "unloaded", "heartbeat", "measure_failed", "renew"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -96,6 +102,8 @@ class CoordinatorMessage(_message.Message):
     LOAD_FIELD_NUMBER: _builtins.int
     UNLOAD_FIELD_NUMBER: _builtins.int
     SHUTDOWN_FIELD_NUMBER: _builtins.int
+    RENEWED_FIELD_NUMBER: _builtins.int
+    RENEW_FAILED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome:
         """The worker is a member."""
@@ -120,6 +128,14 @@ class CoordinatorMessage(_message.Message):
     def shutdown(self) -> Global___Shutdown:
         """End the process."""
 
+    @_builtins.property
+    def renewed(self) -> Global___Renewed:
+        """Answer to Renew."""
+
+    @_builtins.property
+    def renew_failed(self) -> Global___Failure:
+        """Renew did not succeed."""
+
     def __init__(
         self,
         *,
@@ -129,12 +145,14 @@ class CoordinatorMessage(_message.Message):
         load: Global___Load | None = ...,
         unload: Global___Unload | None = ...,
         shutdown: Global___Shutdown | None = ...,
+        renewed: Global___Renewed | None = ...,
+        renew_failed: Global___Failure | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "load", b"load", "measure", b"measure", "refused", b"refused", "shutdown", b"shutdown", "unload", b"unload", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "load", b"load", "measure", b"measure", "refused", b"refused", "renew_failed", b"renew_failed", "renewed", b"renewed", "shutdown", b"shutdown", "unload", b"unload", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "load", b"load", "measure", b"measure", "refused", b"refused", "shutdown", b"shutdown", "unload", b"unload", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "load", b"load", "measure", b"measure", "refused", b"refused", "renew_failed", b"renew_failed", "renewed", b"renewed", "shutdown", b"shutdown", "unload", b"unload", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["welcome", "refused", "measure", "load", "unload", "shutdown"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["welcome", "refused", "measure", "load", "unload", "shutdown", "renewed", "renew_failed"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -159,6 +177,7 @@ class Register(_message.Message):
     TOTAL_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     FREE_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     FINGERPRINT_FIELD_NUMBER: _builtins.int
+    MACHINE_FREE_BYTES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name in the cluster file; unique in a cluster."""
     pid: _builtins.int
@@ -185,6 +204,8 @@ class Register(_message.Message):
     """What this worker may still take, its cap considered, in bytes."""
     fingerprint: _builtins.str
     """Equal for machines on which measurements would come out equal."""
+    machine_free_bytes: _builtins.int
+    """What all processes of its machine may still take together, in bytes; 0: not known."""
     def __init__(
         self,
         *,
@@ -201,10 +222,11 @@ class Register(_message.Message):
         total_memory_bytes: _builtins.int = ...,
         free_memory_bytes: _builtins.int = ...,
         fingerprint: _builtins.str = ...,
+        machine_free_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "device", b"device", "feature_level", b"feature_level", "fingerprint", b"fingerprint", "free_memory_bytes", b"free_memory_bytes", "host", b"host", "name", b"name", "numerics_version", b"numerics_version", "pid", b"pid", "protocol_major", b"protocol_major", "protocol_minor", b"protocol_minor", "threads", b"threads", "total_memory_bytes", b"total_memory_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "device", b"device", "feature_level", b"feature_level", "fingerprint", b"fingerprint", "free_memory_bytes", b"free_memory_bytes", "host", b"host", "machine_free_bytes", b"machine_free_bytes", "name", b"name", "numerics_version", b"numerics_version", "pid", b"pid", "protocol_major", b"protocol_major", "protocol_minor", b"protocol_minor", "threads", b"threads", "total_memory_bytes", b"total_memory_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -335,6 +357,8 @@ class Load(_message.Message):
     LIMITS_FIELD_NUMBER: _builtins.int
     NEXT_ADDRESS_FIELD_NUMBER: _builtins.int
     FIRST_ADDRESS_FIELD_NUMBER: _builtins.int
+    NEXT_WORKER_FIELD_NUMBER: _builtins.int
+    FIRST_WORKER_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """Counts plans; greater than any before."""
     model_path: _builtins.str
@@ -349,6 +373,10 @@ class Load(_message.Message):
     """gRPC target of the stage after this one; empty for the last."""
     first_address: _builtins.str
     """For the last stage: gRPC target of the first one, which is told the tokens chosen; empty where it is the first."""
+    next_worker: _builtins.str
+    """Name of the worker that holds the stage after this one; its certificate must say so."""
+    first_worker: _builtins.str
+    """Name of the worker at first_address."""
     @_builtins.property
     def limits(self) -> Global___StageLimits:
         """Sizes of its buffers."""
@@ -364,10 +392,12 @@ class Load(_message.Message):
         limits: Global___StageLimits | None = ...,
         next_address: _builtins.str = ...,
         first_address: _builtins.str = ...,
+        next_worker: _builtins.str = ...,
+        first_worker: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "epoch", b"epoch", "first_address", b"first_address", "limits", b"limits", "model_id", b"model_id", "model_path", b"model_path", "next_address", b"next_address", "start", b"start"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "epoch", b"epoch", "first_address", b"first_address", "first_worker", b"first_worker", "limits", b"limits", "model_id", b"model_id", "model_path", b"model_path", "next_address", b"next_address", "next_worker", b"next_worker", "start", b"start"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -558,6 +588,7 @@ class Welcome(_message.Message):
     HEARTBEAT_S_FIELD_NUMBER: _builtins.int
     SAMPLING_INPUTS_S_FIELD_NUMBER: _builtins.int
     FORWARD_S_FIELD_NUMBER: _builtins.int
+    COORDINATOR_S_FIELD_NUMBER: _builtins.int
     protocol_major: _builtins.int
     """The coordinator's protocol version."""
     protocol_minor: _builtins.int
@@ -568,6 +599,8 @@ class Welcome(_message.Message):
     """Seconds a last stage waits for a microbatch's SamplingInputs."""
     forward_s: _builtins.float
     """Seconds a stage waits for the next one to connect or to take a frame."""
+    coordinator_s: _builtins.float
+    """Seconds a worker waits for its coordinator to come back, its weights kept; 0: it ends at once."""
     def __init__(
         self,
         *,
@@ -576,10 +609,11 @@ class Welcome(_message.Message):
         heartbeat_s: _builtins.float = ...,
         sampling_inputs_s: _builtins.float = ...,
         forward_s: _builtins.float = ...,
+        coordinator_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["forward_s", b"forward_s", "heartbeat_s", b"heartbeat_s", "protocol_major", b"protocol_major", "protocol_minor", b"protocol_minor", "sampling_inputs_s", b"sampling_inputs_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["coordinator_s", b"coordinator_s", "forward_s", b"forward_s", "heartbeat_s", b"heartbeat_s", "protocol_major", b"protocol_major", "protocol_minor", b"protocol_minor", "sampling_inputs_s", b"sampling_inputs_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -628,3 +662,47 @@ class Shutdown(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Shutdown: _TypeAlias = Shutdown  # noqa: Y015
+
+@_typing.final
+class Renew(_message.Message):
+    """Ask for Renewed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CERTIFICATE_REQUEST_FIELD_NUMBER: _builtins.int
+    certificate_request: _builtins.bytes
+    """The worker's new key, in a PKCS #10 request (DER) that the key has signed."""
+    def __init__(
+        self,
+        *,
+        certificate_request: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate_request", b"certificate_request"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Renew: _TypeAlias = Renew  # noqa: Y015
+
+@_typing.final
+class Renewed(_message.Message):
+    """A certificate of the name that the worker's present one has."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CERTIFICATE_FIELD_NUMBER: _builtins.int
+    certificate: _builtins.bytes
+    """DER."""
+    def __init__(
+        self,
+        *,
+        certificate: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate", b"certificate"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Renewed: _TypeAlias = Renewed  # noqa: Y015

@@ -249,6 +249,7 @@ def minimal(tmp_path: Path) -> Path:
         ("workers", "WorkerConfig", "workers.0."),
         ("plan", "PlanEntry", "plan.0."),
         ("timeouts", "Timeouts", "timeouts."),
+        ("join", "Join", "join."),
     ],
 )
 def test_keys_and_defaults_are_those_of_the_schema(

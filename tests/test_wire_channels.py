@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from llamaclust.errors import DeadlineError, UsageError, WireError
-from llamaclust.wire.channels import FORWARD, SAMPLE, Peer, StreamBrokenError, check_private
+from llamaclust.wire.channels import FORWARD, SAMPLE, Peer, StreamBrokenError
+from llamaclust.wire.credentials import check_private
 from llamaclust.wire.deadlines import deadline
 from llamaclust.wire.server import Server, ServerStream
 from llamaclust.wire.token import ClusterToken

@@ -268,7 +268,7 @@ def test_a_frame_of_another_version_is_refused_by_name() -> None:
 
 def test_stubs_belong_to_the_proto_files() -> None:
     """`make proto` writes both."""
-    names = ("control.proto", "microbatch.proto", "sampling.proto")
+    names = ("control.proto", "enrolment.proto", "microbatch.proto", "sampling.proto")
     text = b"".join((PROTO / name).read_bytes() for name in names)
     assert (PROTO / "protos.sha256").read_text().strip() == hashlib.sha256(text).hexdigest()
     assert {path.name for path in PROTO.glob("*.proto")} == set(names)

@@ -27,6 +27,9 @@ from llamaclust.wire.control import (
     Measured,
     Refused,
     Register,
+    Renew,
+    Renewed,
+    RenewFailed,
     Shutdown,
     StageLimits,
     Unload,
@@ -42,7 +45,7 @@ from llamaclust.wire.control_codec import (
 )
 
 REGISTER = Register("a", 7, "host", "unix:/run/a.sock", "cpu", 2, "avx2", 1 << 35, 1 << 34, "a chip, 2 cores")
-LOAD = Load(3, "/models/m.gguf", "ab" * 32, 2, 4, StageLimits(64, 8, 8, 4096, 1000), "unix:/run/b.sock")
+LOAD = Load(3, "/models/m.gguf", "ab" * 32, 2, 4, StageLimits(64, 8, 8, 4096, 1000), "unix:/run/b.sock", next_worker="b")
 
 WORKER_MESSAGES: list[WorkerMessage] = [
     REGISTER,
@@ -54,17 +57,20 @@ WORKER_MESSAGES: list[WorkerMessage] = [
     LoadFailed(3, Failure("DoesNotFitError", "12 MiB are missing")),
     Unloaded(3),
     Heartbeat(0.5, 10, 20, 30, 40),
+    Renew(b"request"),
 ]
 COORDINATOR_MESSAGES: list[CoordinatorMessage] = [
-    Welcome(Deadlines(0.5, 2.0, 3.0), (1, 3)),
+    Welcome(Deadlines(0.5, 2.0, 3.0, 600.0), (1, 3)),
     Refused("no"),
     Measure(),
     LOAD,
-    replace(LOAD, start=0, next_address=None),
-    replace(LOAD, next_address=None, first_address="unix:/a"),
+    replace(LOAD, start=0, next_address=None, next_worker=None),
+    replace(LOAD, next_address=None, next_worker=None, first_address="unix:/a", first_worker="a"),
     replace(LOAD, limits=replace(LOAD.limits, kv_type="q8_0")),
     Unload(3),
     Shutdown("end"),
+    Renewed(b"certificate"),
+    RenewFailed(Failure("WireError", "no")),
 ]
 
 
@@ -90,7 +96,7 @@ def test_kinds_of_a_newer_minor_version_are_told_apart_from_damage() -> None:
         decode_worker_message(b"\xff")
 
 
-@pytest.mark.parametrize("name", ["", "../a", "a/b", "a b", ".a", "x" * 64, "a\n"])
+@pytest.mark.parametrize("name", ["", "../a", "a/b", "a b", ".a", "x" * 64, "a\n", "a-"])
 def test_worker_names_that_are_no_file_names_are_refused(name: str) -> None:
     with pytest.raises(WireError, match="worker name"):
         decode_worker_message(encode_worker_message(replace(REGISTER, name=name)))

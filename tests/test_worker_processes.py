@@ -211,8 +211,8 @@ async def _say_hello(cluster: RealCluster, register: Register) -> object:
 
 REFUSED: dict[str, tuple[Callable[[Register], Register], str]] = {
     "protocol": (
-        lambda register: replace(register, protocol=(3, 0)),
-        "worker x speaks protocol 3.0, this coordinator 2.0",
+        lambda register: replace(register, protocol=(2, 0)),
+        "worker x speaks protocol 2.0, this coordinator 1.2",
     ),
     "numerics": (  # version 1 has neither q8_0 KV nor sliding windows
         lambda register: replace(register, numerics_version=1),
@@ -236,7 +236,7 @@ def test_workers_that_do_not_fit_are_refused_by_name(tmp_path: Path, what: str) 
             assert isinstance(answer, Refused)
             assert answer.reason.startswith(reason)
             assert "x" not in cluster.registry.workers
-            newer = await _say_hello(cluster, replace(REGISTER, protocol=(REGISTER.protocol[0], 99)))
+            newer = await _say_hello(cluster, replace(REGISTER, protocol=(1, 99)))
             assert not isinstance(newer, Refused)
 
     asyncio.run(run())

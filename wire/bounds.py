@@ -13,7 +13,7 @@ from llamaclust.errors import WireError
 MAX_TEXT = 4096
 UINT64 = (1 << 64) - 1
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
+_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?")  # a cluster file has the same rule
 _Message = TypeVar("_Message", bound=Message)
 
 
@@ -60,5 +60,7 @@ def one_line(text: str, most: int = 1000) -> str:
 def worker_name(value: str) -> str:
     """A name that is safe as a file name."""
     if not _NAME.fullmatch(value):
-        raise WireError(f"worker name {value[:80]!r} must be 1 to 63 letters, digits, '_', '.' or '-'")
+        raise WireError(
+            f"worker name {value[:80]!r} must be 1 to 63 letters, digits, '_', '.' or '-', no sign at either end"
+        )
     return value

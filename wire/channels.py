@@ -1,4 +1,4 @@
-"""The calling side of gRPC: channel options, the token on every call, broken streams as errors.
+"""The calling side of gRPC: channel options, who we are and whom we expect, broken streams as errors.
 
 This file and `server.py` alone make channels and servers. Streams carry bytes; what they mean is the codecs' matter.
 """
@@ -6,14 +6,14 @@ This file and `server.py` alone make channels and servers. Streams carry bytes; 
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 from typing import Any
 
 import grpc
 from grpc import aio
 
-from llamaclust.errors import UsageError, WorkerError
+from llamaclust.errors import WorkerError
 from llamaclust.wire.bounds import line
+from llamaclust.wire.credentials import Credentials, Identity, KeyPair, Principal, check_address
 from llamaclust.wire.frames import MAX_FRAME_BYTES
 from llamaclust.wire.token import ClusterToken
 
@@ -45,21 +45,6 @@ _TRANSPORT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.Statu
 
 class StreamBrokenError(WorkerError):
     """A stream that ended otherwise than by agreement."""
-
-
-def check_private(address: str) -> None:
-    """UsageError for an address where other machines could listen in: links are not encrypted."""
-    host = address.rpartition(":")[0].strip("[]")
-    if not (address.startswith("unix:") or host == "localhost" or _is_loopback(host)):
-        what = "only unix:PATH and loopback HOST:PORT are supported, because links are not encrypted"
-        raise UsageError(f"address {address!r}: {what}")
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 class ClientStream:
@@ -108,21 +93,43 @@ class ClientStream:
 
 
 class Peer:
-    """A channel to one process; every call on it shows the token."""
+    """A channel to one process. With a token, every call on it shows that; with certificates, the other side must be
+    `principal`."""
 
-    def __init__(self, address: str, token: ClusterToken) -> None:
-        check_private(address)
+    def __init__(self, address: str, credentials: Credentials, principal: Principal | None = None) -> None:
+        check_address(address, credentials)
         self.address = address
-        self._token = token
-        self._channel: Any = aio.insecure_channel(address, options=OPTIONS)
+        self._credentials = credentials
+        self._principal = principal
+        self._channels: list[Any] = []
+        self._pair: KeyPair | None = None
 
     def open(self, method: str, *, epoch: int | None = None, wait_for_ready: bool = False) -> ClientStream:
         """Begins a stream. With `wait_for_ready` it waits for the other side to come up instead of failing."""
-        metadata = [(TOKEN_KEY, self._token.value)]
+        metadata = []
+        if isinstance(self._credentials, ClusterToken):
+            metadata.append((TOKEN_KEY, self._credentials.value))
         if epoch is not None:
             metadata.append((EPOCH_KEY, str(epoch)))
-        call = self._channel.stream_stream(method)
-        return ClientStream(call(metadata=metadata, wait_for_ready=wait_for_ready), self.address)
+        call = self._channel().stream_stream(method)
+        return ClientStream(call(metadata=metadata or None, wait_for_ready=wait_for_ready), self.address)
+
+    def _channel(self) -> Any:
+        """Another one after each renewal of our certificate: what a channel shows when it connects is fixed."""
+        if not isinstance(self._credentials, Identity):
+            if not self._channels:
+                self._channels.append(aio.insecure_channel(self.address, options=OPTIONS))
+        elif self._pair is not self._credentials.pair:
+            self._pair = self._credentials.pair
+            self._channels.append(self._secure(self._credentials))
+        return self._channels[-1]
+
+    def _secure(self, identity: Identity) -> Any:
+        from llamaclust.wire.tls import TARGET_NAME, channel_credentials
+
+        assert self._principal is not None, "whom to expect"
+        options = (*OPTIONS, (TARGET_NAME, self._principal.host(identity.cluster)))
+        return aio.secure_channel(f"dns:///{self.address}", channel_credentials(identity), options=options)
 
     async def close(self) -> None:
-        await self._channel.close(grace=None)
+        await asyncio.gather(*(channel.close(grace=None) for channel in self._channels))

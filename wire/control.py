@@ -24,6 +24,7 @@ class Register:
     total_memory_bytes: int
     free_memory_bytes: int  # what it may still take, its cap considered
     fingerprint: str  # equal for machines on which measurements would come out equal
+    machine_free_bytes: int = 0  # what all processes of its machine may still take together; 0: not known
     protocol: tuple[int, int] = PROTOCOL_VERSION
     numerics_version: int = NUMERICS_VERSION
 
@@ -35,6 +36,7 @@ class Deadlines:
     heartbeat_s: float = 1.0  # between heartbeats
     sampling_inputs_s: float = 30.0  # a last stage waits so long for a microbatch's sampling inputs
     forward_s: float = 30.0  # a stage waits so long for the next one to connect or to take a frame
+    coordinator_s: float = 0.0  # a worker waits so long for its coordinator to come back; 0: it ends at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +102,8 @@ class Load:
     limits: StageLimits
     next_address: str | None  # gRPC target of the stage after this one; None: this is the last
     first_address: str | None = None  # for the last: gRPC target of the first stage; None: this is the first
+    next_worker: str | None = None  # who holds that
+    first_worker: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,5 +165,26 @@ class Shutdown:
     reason: str
 
 
-WorkerMessage = Register | Measured | Failure | LoadProgress | Loaded | LoadFailed | Unloaded | Heartbeat
-CoordinatorMessage = Welcome | Refused | Measure | Load | Unload | Shutdown
+@dataclass(frozen=True, slots=True)
+class Renew:
+    """A new certificate is wanted, before the old one ends."""
+
+    certificate_request: bytes  # DER
+
+
+@dataclass(frozen=True, slots=True)
+class Renewed:
+    """A certificate of the name that the present one has."""
+
+    certificate: bytes  # DER
+
+
+@dataclass(frozen=True, slots=True)
+class RenewFailed:
+    """There is none."""
+
+    failure: Failure
+
+
+WorkerMessage = Register | Measured | Failure | LoadProgress | Loaded | LoadFailed | Unloaded | Heartbeat | Renew
+CoordinatorMessage = Welcome | Refused | Measure | Load | Unload | Shutdown | Renewed | RenewFailed

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from llamaclust.errors import WireError
 from llamaclust.proto import control_pb2 as proto
 from llamaclust.wire.bounds import UINT64, bounded, finite, line, one_line, parse, worker_name
@@ -19,6 +21,9 @@ from llamaclust.wire.control import (
     Measured,
     Refused,
     Register,
+    Renew,
+    Renewed,
+    RenewFailed,
     Shutdown,
     StageLimits,
     Unload,
@@ -33,6 +38,7 @@ MAX_CONTROL_BYTES = 1 << 18
 _MAX_LAYERS = 1 << 16
 _MAX_RATE = 1e18
 _MAX_DEADLINE_S = 86400.0
+_MAX_WAIT_S = 30 * 86400.0
 
 
 def encode_worker_message(message: WorkerMessage) -> bytes:
@@ -46,6 +52,8 @@ def encode_worker_message(message: WorkerMessage) -> bytes:
             out = proto.WorkerMessage(measure_failed=_failure_out(message))
         case Heartbeat():
             out = proto.WorkerMessage(heartbeat=_heartbeat_out(message))
+        case Renew(request):
+            out = proto.WorkerMessage(renew=proto.Renew(certificate_request=request))
         case _:
             out = _about_load(message)
     return out.SerializeToString()
@@ -82,6 +90,7 @@ def _register_out(message: Register) -> proto.Register:
         total_memory_bytes=message.total_memory_bytes,
         free_memory_bytes=message.free_memory_bytes,
         fingerprint=message.fingerprint,
+        machine_free_bytes=message.machine_free_bytes,
     )
 
 
@@ -124,6 +133,8 @@ def decode_worker_message(data: bytes) -> WorkerMessage | None:
             return Unloaded(message.unloaded.epoch)
         case "heartbeat":
             return _heartbeat_in(message.heartbeat)
+        case "renew":
+            return Renew(message.renew.certificate_request)
     return None
 
 
@@ -139,6 +150,7 @@ def _register_in(message: proto.Register) -> Register:
         total_memory_bytes=message.total_memory_bytes,
         free_memory_bytes=message.free_memory_bytes,
         fingerprint=line("fingerprint", message.fingerprint, 512),
+        machine_free_bytes=message.machine_free_bytes,
         protocol=(message.protocol_major, message.protocol_minor),
         numerics_version=message.numerics_version,
     )
@@ -168,6 +180,10 @@ def encode_coordinator_message(message: CoordinatorMessage) -> bytes:
             out = proto.CoordinatorMessage(unload=proto.Unload(epoch=message.epoch))
         case Shutdown():
             out = proto.CoordinatorMessage(shutdown=proto.Shutdown(reason=one_line(message.reason)))
+        case Renewed(certificate):
+            out = proto.CoordinatorMessage(renewed=proto.Renewed(certificate=certificate))
+        case RenewFailed(failure):
+            out = proto.CoordinatorMessage(renew_failed=_failure_out(failure))
     return out.SerializeToString()
 
 
@@ -178,6 +194,7 @@ def _welcome_out(message: Welcome) -> proto.Welcome:
         heartbeat_s=message.deadlines.heartbeat_s,
         sampling_inputs_s=message.deadlines.sampling_inputs_s,
         forward_s=message.deadlines.forward_s,
+        coordinator_s=message.deadlines.coordinator_s,
     )
 
 
@@ -199,6 +216,8 @@ def _load_out(message: Load) -> proto.Load:
         ),
         next_address=message.next_address or "",
         first_address=message.first_address or "",
+        next_worker=message.next_worker or "",
+        first_worker=message.first_worker or "",
     )
 
 
@@ -218,12 +237,18 @@ def decode_coordinator_message(data: bytes) -> CoordinatorMessage | None:
             return Unload(message.unload.epoch)
         case "shutdown":
             return Shutdown(line("reason", message.shutdown.reason))
+        case "renewed":
+            return Renewed(message.renewed.certificate)
+        case "renew_failed":
+            return RenewFailed(_failure_in(message.renew_failed))
     return None
 
 
 def _welcome_in(message: proto.Welcome) -> Welcome:
     values = (message.heartbeat_s, message.sampling_inputs_s, message.forward_s)
-    deadlines = Deadlines(*(finite("deadline", value, 0.01, _MAX_DEADLINE_S) for value in values))
+    checked = (finite("deadline", value, 0.01, _MAX_DEADLINE_S) for value in values)
+    wait_s = finite("coordinator_s", message.coordinator_s, 0.0, _MAX_WAIT_S)
+    deadlines = replace(Deadlines(*checked), coordinator_s=wait_s)
     return Welcome(deadlines, (message.protocol_major, message.protocol_minor))
 
 
@@ -240,6 +265,8 @@ def _load_in(message: proto.Load) -> Load:
         limits=_limits_in(message.limits),
         next_address=line("next_address", message.next_address, 512) or None,
         first_address=line("first_address", message.first_address, 512) or None,
+        next_worker=worker_name(message.next_worker) if message.next_worker else None,
+        first_worker=worker_name(message.first_worker) if message.first_worker else None,
     )
 
 

@@ -62,6 +62,7 @@ class Device:
             total_memory_bytes=total_memory_bytes(),
             free_memory_bytes=self.free_memory_bytes,
             fingerprint=fingerprint(self.kind, self.threads, level),
+            machine_free_bytes=available_memory_bytes(),
             numerics_version=self.backend.numerics_version,
         )
 

@@ -69,7 +69,7 @@ class StageFlow:
         self._step = StageStep(runner, worker, self._inputs, self._chosen, compute, counters)
         self._to_first: ClientStream | None = None
         self._results: ServerStream | None = None
-        self._forwarding = False
+        self._forwarding: asyncio.Task[None] | None = None
         self._wire_ns = 0
 
     async def sample(self, stream: ServerStream) -> None:
@@ -89,9 +89,9 @@ class StageFlow:
 
     async def forward(self, stream: ServerStream) -> None:
         """The stream from the stage before, or from the coordinator. It is accepted once the whole chain is open."""
-        if self._forwarding:
+        if self._forwarding is not None:
             raise WireError(f"a second stream of microbatches for epoch {self.epoch}")
-        self._forwarding = True
+        self._forwarding = asyncio.current_task()
         if self._neighbours.next is None:
             await self._forward_to_coordinator(stream)
             return
@@ -201,7 +201,13 @@ class StageFlow:
         computed_ns = self._counters.busy_ns - busy_ns  # meanwhile, on the event loop
         self._wire_ns = max(0, perf_counter_ns() - begun_ns - computed_ns)
 
+    async def release(self) -> StageRunner:
+        """Ends the stage's ways to others, and what comes to it; what is loaded is the caller's then."""
+        if self._forwarding is not None:
+            self._forwarding.cancel()
+        await self._neighbours.close()
+        return self.runner
+
     async def close(self) -> None:
         """Frees the stage after what is being computed. Its streams have ended."""
-        await self._neighbours.close()
-        await self._compute.run(self.runner.close)
+        await self._compute.run((await self.release()).close)

@@ -18,10 +18,13 @@ Report = Callable[[LoadProgress], Awaitable[None]]
 _REPORT_S = 0.1
 
 
-async def load_stage(order: Load, device: Device, report: Report) -> StageRunner:
-    """The stage of `order`. ModelFileError for another or a damaged file, DoesNotFitError where memory is short."""
+async def load_stage(order: Load, device: Device, report: Report, model_dir: Path | None = None) -> StageRunner:
+    """The stage of `order`; the file is looked for where the order says, then under its name in `model_dir`.
+
+    ModelFileError for a missing, another or a damaged file, DoesNotFitError where memory is short.
+    """
     limits = order.limits
-    model = await asyncio.to_thread(_open, order)
+    model = await asyncio.to_thread(_open, order, model_dir)
     planned = await asyncio.to_thread(plan_memory, device.backend, model, order.start, order.end, limits)
     _check_memory(order, planned, device.free_memory_bytes)
     done_bytes = 0
@@ -49,12 +52,21 @@ async def load_stage(order: Load, device: Device, report: Report) -> StageRunner
     return loading.result()
 
 
-def _open(order: Load) -> Model:
-    model = Model.open(Path(order.model_path))
-    if model.model_id != order.model_id:
+def _open(order: Load, model_dir: Path | None) -> Model:
+    """The file of the order's size and hash."""
+    path = Path(order.model_path)
+    places = [path] if model_dir is None else [path, model_dir / path.name]
+    there = [place for place in places if place.is_file()]
+    for place in there:
+        model = Model.open(place)
+        if model.model_id == order.model_id:
+            return model
+        model.close()
+    if there:
         what = "not the file that the coordinator opened: it was changed or replaced"
-        raise ModelFileError(f"{order.model_path}: {what}; restore it, or start the cluster again")
-    return model
+        raise ModelFileError(f"{there[0]}: {what}; restore it, or start the cluster again")
+    missing = " and ".join(str(place) for place in places)
+    raise ModelFileError(f"{missing}: no such file on this machine; copy it there, or name its folder by --model-dir")
 
 
 def _check_memory(order: Load, planned: StageMemory, free_bytes: int) -> None:

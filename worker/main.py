@@ -64,7 +64,7 @@ def end_process(code: int) -> NoReturn:
 
 async def _until_signal(settings: WorkerSettings) -> int:
     """0 after SIGTERM, SIGINT or the coordinator's word."""
-    life = asyncio.create_task(_live(settings))
+    life = asyncio.create_task(_chosen_life(settings))
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, life.cancel)
@@ -75,13 +75,22 @@ async def _until_signal(settings: WorkerSettings) -> int:
     return 0
 
 
+async def _chosen_life(settings: WorkerSettings) -> str:
+    if settings.static:
+        from llamaclust.worker.static import live_by_itself
+
+        return await live_by_itself(settings)
+    return await _live(settings)
+
+
 async def _live(settings: WorkerSettings) -> str:
+    assert settings.token_file is not None
     token = ClusterToken.read(settings.token_file)
     device = Device.open(settings)
     service = StageService(settings.name)
     with short_slices():  # gRPC's threads
         coordinator = Peer(settings.join, token)
-        server = await Server.start(settings.listen, token, service.handlers)
+        server = await Server.start(settings.listen or "127.0.0.1:0", token, service.handlers)
     compute = Compute()
     try:
         member = Member(settings.name, token, device, service, compute)

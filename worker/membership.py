@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Coroutine
+from pathlib import Path
 from time import perf_counter_ns
 
 from llamaclust.errors import LlamaclustError, UsageError, WireError, WorkerError
@@ -22,6 +23,8 @@ from llamaclust.wire.control import (
     Measure,
     Refused,
     Register,
+    Renewed,
+    RenewFailed,
     Shutdown,
     Unload,
     Unloaded,
@@ -29,14 +32,15 @@ from llamaclust.wire.control import (
     WorkerMessage,
 )
 from llamaclust.wire.control_codec import decode_coordinator_message, encode_worker_message
+from llamaclust.wire.credentials import Credentials, Identity, Principal
 from llamaclust.wire.deadlines import deadline
 from llamaclust.wire.messages import PROTOCOL_VERSION
-from llamaclust.wire.token import ClusterToken
 from llamaclust.worker.compute import Compute
 from llamaclust.worker.devices import Device
 from llamaclust.worker.flow import Neighbours, StageFlow
 from llamaclust.worker.loading import load_stage
 from llamaclust.worker.machine import resident_bytes
+from llamaclust.worker.renewal import Renewal
 from llamaclust.worker.service import StageService
 from llamaclust.worker.steps import Counters
 
@@ -46,9 +50,19 @@ _log = logging.getLogger(__name__)
 class Member:
     """One membership, from the handshake until the coordinator ends it or is gone."""
 
-    def __init__(self, name: str, token: ClusterToken, device: Device, service: StageService, compute: Compute) -> None:
+    def __init__(
+        self,
+        name: str,
+        credentials: Credentials,
+        device: Device,
+        service: StageService,
+        compute: Compute,
+        model_dir: Path | None = None,
+    ) -> None:
         self._name = name
-        self._token = token
+        self._model_dir = model_dir
+        self._credentials = credentials
+        self._renewal = Renewal(credentials, self._say) if isinstance(credentials, Identity) else None
         self._device = device
         self._service = service
         self._compute = compute
@@ -59,9 +73,11 @@ class Member:
         self._one_order = asyncio.Lock()
         self._stream: ClientStream | None = None
 
-    async def join(self, coordinator: Peer, registration: Register, join_s: float) -> None:
+    async def join(
+        self, coordinator: Peer, registration: Register, join_s: float, *, wait_for_ready: bool = True
+    ) -> None:
         """Registers. UsageError where the coordinator refuses, DeadlineError where it is not there."""
-        self._stream = coordinator.open(JOIN, wait_for_ready=True)
+        self._stream = coordinator.open(JOIN, wait_for_ready=wait_for_ready)
         async with deadline(f"joining the coordinator at {coordinator.address}", join_s):
             await self._stream.opened()
             await self._say(registration)
@@ -76,9 +92,16 @@ class Member:
             )
         self._deadlines = welcome.deadlines
 
+    @property
+    def coordinator_s(self) -> float:
+        """How long to wait for a coordinator that is gone."""
+        return self._deadlines.coordinator_s
+
     async def serve(self) -> str:
         """Obeys until the coordinator ends the membership; returns its reason. WorkerError where it is gone."""
         beating = asyncio.create_task(self._beat())
+        if self._renewal is not None:
+            self._start(self._renew(self._renewal))
         try:
             while not isinstance(message := await self._hear(), Shutdown):
                 self._obey(message)
@@ -95,6 +118,8 @@ class Member:
                 self._start(self._unload(message))
             case Measure():
                 self._start(self._measure())
+            case Renewed() | RenewFailed() if self._renewal is not None:
+                self._renewal.hear(message)
             case _:
                 raise WireError(f"the coordinator sent {type(message).__name__} to a member")
 
@@ -116,16 +141,22 @@ class Member:
     async def _loaded(self, order: Load) -> Loaded:
         if order.epoch in self._service:
             raise WireError(f"epoch {order.epoch} is loaded already")
-        runner = await load_stage(order, self._device, self._say)
-        next_stage, first_stage = (
-            Peer(address, self._token) if address else None for address in (order.next_address, order.first_address)
-        )
-        neighbours = Neighbours(next_stage, first_stage)
+        runner = await self._service.take_kept(order)
+        if runner is not None:
+            _log.info("layers [%d, %d): its weights were kept", order.start, order.end)
+        else:
+            runner = await load_stage(order, self._device, self._say, self._model_dir)
+        next_stage = self._peer(order.next_address, order.next_worker)
+        neighbours = Neighbours(next_stage, self._peer(order.first_address, order.first_worker))
         flow = StageFlow(order.epoch, runner, self._name, self._compute, self._counters, self._deadlines, neighbours)
         self._service.add(flow)
         memory = runner.memory
         _log.info("layers [%d, %d) are loaded as epoch %d", order.start, order.end, order.epoch)
         return Loaded(order.epoch, memory.weight_bytes, memory.kv_bytes, memory.workspace_bytes)
+
+    def _peer(self, address: str | None, worker: str | None) -> Peer | None:
+        """The way to another stage, and who must be there."""
+        return Peer(address, self._credentials, Principal(worker) if worker else None) if address else None
 
     async def _unload(self, order: Unload) -> None:
         async with self._one_order:
@@ -140,6 +171,10 @@ class Member:
                 _log.error("measuring the machine: %s", error)
                 answer = _failure(error)
             await self._say(answer)
+
+    async def _renew(self, renewal: Renewal) -> None:
+        with contextlib.suppress(WorkerError):  # as with heartbeats
+            await renewal.run()
 
     async def _beat(self) -> None:
         """Signs of life, until the stream ends; that it ended is the reader's matter."""

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from llamaclust.errors import WireError
 from llamaclust.wire.channels import CHOSEN, FORWARD, SAMPLE
+from llamaclust.wire.control import Load
+from llamaclust.wire.credentials import COORDINATOR
 from llamaclust.wire.server import Handler, ServerStream
 from llamaclust.worker.flow import StageFlow
+from llamaclust.worker.stage_runner import StageRunner
 
 
 class StageService:
@@ -16,6 +20,7 @@ class StageService:
     def __init__(self, worker: str) -> None:
         self._worker = worker
         self._flows: dict[int, StageFlow] = {}
+        self._kept: list[StageFlow] = []
 
     @property
     def handlers(self) -> Mapping[str, Handler]:
@@ -34,10 +39,32 @@ class StageService:
         if flow is not None:
             await flow.close()
 
+    def keep(self) -> None:
+        """The coordinator is gone, and with it all epochs; what is loaded waits for a load that wants the same."""
+        self._kept += self._flows.values()
+        self._flows.clear()
+
+    @property
+    def kept_bytes(self) -> int:
+        return sum(flow.runner.memory.total_bytes for flow in self._kept)
+
+    async def take_kept(self, order: Load) -> StageRunner | None:
+        """A kept stage's weights and KV memory, where they are what `order` wants; the other ones are freed."""
+        runner = None
+        while self._kept:
+            flow = self._kept.pop()
+            if runner is None and _serves(flow.runner, order):
+                runner = await flow.release()
+            else:
+                await flow.close()
+        return runner
+
     async def _forward(self, stream: ServerStream) -> None:
         await self._flow(stream).forward(stream)
 
     async def _sample(self, stream: ServerStream) -> None:
+        if stream.peer not in (None, COORDINATOR):
+            raise WireError(f"{stream.peer} opens the stream that is the coordinator's")
         await self._flow(stream).sample(stream)
 
     async def _chosen(self, stream: ServerStream) -> None:
@@ -48,3 +75,11 @@ class StageService:
         if flow is None:
             raise WireError(f"worker {self._worker} holds no stage for epoch {stream.epoch}")
         return flow
+
+
+def _serves(held: StageRunner, order: Load) -> bool:
+    """Whether a stage can do what an order wants of one: more KV blocks than asked for do no harm."""
+    same_layers = (held.program.start, held.program.end) == (order.start, order.end)
+    enough = held.limits.kv_blocks >= order.limits.kv_blocks
+    same_limits = replace(held.limits, kv_blocks=order.limits.kv_blocks) == order.limits
+    return held.model_id == order.model_id and same_layers and enough and same_limits

@@ -8,12 +8,15 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class WorkerSettings:
-    """`parent_pid`: the process with which this one ends, for workers that a launcher on this machine started."""
+    """`parent_pid`: the process with which this one ends, for workers that a launcher on this machine started.
+
+    A `static` worker joins by itself: `join` is the enrolment address then, and `token_file` holds a join token.
+    """
 
     name: str
     join: str  # gRPC target of the coordinator
-    token_file: Path
-    listen: str = "127.0.0.1:0"  # gRPC target of this worker's Stage service; port 0: any free one
+    token_file: Path | None  # None: insecure
+    listen: str = ""  # gRPC target of this worker's Stage service; port 0: any free one
     device: str = "cpu"  # "cpu" | "reference"
     threads: int | None = None  # None: one a core
     memory_bytes: int | None = None  # cap on weights, KV memory and workspace; None: what is free
@@ -22,3 +25,6 @@ class WorkerSettings:
     parent_pid: int | None = None
     prepared_dir: Path | None = None  # where layers are kept prepared for the next load; None: nowhere
     prepared_bytes: int = 0  # what they may take
+    static: bool = False
+    advertise: str = ""  # HOST or HOST:PORT by which others reach it; "": as it listens
+    model_dir: Path | None = None  # where model files lie that are not where the coordinator has them

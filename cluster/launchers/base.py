@@ -41,8 +41,8 @@ class Launcher(Protocol):
         """Ends all and returns when they are gone."""
         ...
 
-    def free_memory_bytes(self) -> int:
-        """What its workers may take, all together."""
+    def free_memory_bytes(self) -> int | None:
+        """What its workers may take of this machine, all together; None where they are elsewhere."""
         ...
 
     def last_words(self, name: str) -> str:

@@ -1,0 +1,87 @@
+"""`worker`: from options to a worker process."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn, TypeVar
+
+from llamaclust.wire.tuning import tune_grpc
+
+tune_grpc()
+
+from llamaclust.cluster.config import environment  # noqa: E402
+from llamaclust.cluster.config_values import expand_home, parse_device, parse_name, parse_size, split_address  # noqa: E402
+from llamaclust.errors import UsageError  # noqa: E402
+from llamaclust.worker.settings import WorkerSettings  # noqa: E402
+
+_TOKEN = "join-token"
+_JOIN_S = 15.0
+_Value = TypeVar("_Value")
+
+
+def settings(
+    join: str,
+    token_file: Path | None,
+    name: str | None,
+    listen: str,
+    advertise: str,
+    device: str,
+    threads: int | None,
+    memory: str | None,
+    model_dir: Path | None,
+    insecure: bool,
+) -> WorkerSettings:
+    """UsageError names the option with a bad value."""
+    variables = environment()
+    if insecure and token_file is not None:
+        raise UsageError("--insecure and --token-file: choose one; an insecure cluster has no token")
+    return WorkerSettings(
+        name=_option("--name", parse_name, name or socket.gethostname().split(".")[0]),
+        join=_option("--join", _address, join),
+        token_file=None if insecure else _token_file(token_file, variables.state_dir),
+        listen=_option("--listen", _address, listen) if listen else "",
+        advertise=_option("--advertise", _advertised, advertise) if advertise else "",
+        device=str(_option("--device", parse_device, device)),
+        threads=threads,
+        memory_bytes=None if memory is None else _option("--memory", parse_size, memory),
+        feature_level=variables.feature_level or "",
+        join_s=_JOIN_S,
+        prepared_dir=variables.prepared_dir if variables.prepared_bytes else None,
+        prepared_bytes=variables.prepared_bytes,
+        static=True,
+        model_dir=None if model_dir is None else Path(_option("--model-dir", expand_home, str(model_dir))),
+    )
+
+
+def work(settings: WorkerSettings) -> NoReturn:
+    """Runs the worker, and ends this process with it."""
+    from llamaclust.worker.main import end_process, run_worker
+
+    end_process(run_worker(settings))
+
+
+def _option(option: str, read: Callable[[str], _Value], given: str) -> _Value:
+    try:
+        return read(given)
+    except ValueError as error:
+        raise UsageError(f"{option}: {error}") from error
+
+
+def _address(value: str) -> str:
+    split_address(value)
+    return value
+
+
+def _advertised(value: str) -> str:
+    """HOST or HOST:PORT."""
+    split_address(value if ":" in value.rpartition("]")[2] else f"{value}:0")
+    return value
+
+
+def _token_file(given: Path | None, state_dir: Path) -> Path:
+    path = given or state_dir / _TOKEN
+    if given is None and not path.exists():
+        raise UsageError(f"--token-file: needed, since there is no {path}; `llamaclust up` prints where the token is")
+    return path

@@ -1,0 +1,147 @@
+"""Workers that somebody else starts, on any machine: they enrol and join by themselves, in any order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Collection, Sequence
+
+from llamaclust.cluster.config import ClusterConfig, WorkerConfig
+from llamaclust.cluster.config_values import is_loopback, split_address
+from llamaclust.cluster.events import AwaitingWorkers, Watch, WorkerJoined
+from llamaclust.cluster.launchers.base import Exited, WorkerSpec
+from llamaclust.cluster.launchers.launch import Launch
+from llamaclust.cluster.registry import Registry
+from llamaclust.cluster.state import ClusterDir
+from llamaclust.cluster.trust.authority import Authority
+from llamaclust.cluster.trust.enrolment import EnrolmentServer
+from llamaclust.errors import DeadlineError
+from llamaclust.model.loader import Model
+from llamaclust.wire.credentials import COORDINATOR, Identity, Insecure
+from llamaclust.wire.deadlines import deadline
+
+_TRUST = "trust"
+_log = logging.getLogger(__name__)
+
+INSECURE = "INSECURE: links between machines are neither encrypted nor authenticated; whoever reaches them is trusted"
+
+
+def static_launch(config: ClusterConfig, folder: ClusterDir, watch: Watch) -> Launch:
+    """Makes the cluster's certificate authority where there is none yet. Raises what `Authority.open` does."""
+    launcher = StaticLauncher(config, None if config.insecure else _authority(config, folder), watch)
+    return Launch(
+        launcher,
+        config.join.listen if config.insecure else config.join.members,
+        launcher.credentials,
+        launcher.joined,
+        launcher.refusal,
+        None if launcher.authority is None else launcher.authority.certify,
+        config.timeouts.coordinator,
+    )
+
+
+def _authority(config: ClusterConfig, folder: ClusterDir) -> Authority:
+    return Authority.open(config.join.trust_dir or folder.path / _TRUST)
+
+
+class StaticLauncher:
+    """See `Launcher`. It starts no process: it serves the enrolment port and says what to type elsewhere."""
+
+    def __init__(self, config: ClusterConfig, authority: Authority | None, watch: Watch) -> None:
+        """`authority`: None for a cluster that is insecure."""
+        self._config = config
+        self.authority = authority
+        self._watch = watch
+        self.credentials: Identity | Insecure = Insecure() if authority is None else authority.identity()
+        self._names = None if config.awaits_any else [worker.name for worker in config.workers]
+        self._ends = contextlib.AsyncExitStack()
+
+    def check(self, workers: Sequence[WorkerSpec], model: Model) -> None:
+        """Nothing is known of other machines yet; their workers say it when they load."""
+
+    async def start(self, workers: Sequence[WorkerSpec], join: str, exited: Exited) -> None:
+        if self.authority is None or not isinstance(self.credentials, Identity):
+            _log.warning(INSECURE)
+            where = join
+        else:
+            renewing = asyncio.create_task(_renew(self.authority, self.credentials))
+            self._ends.callback(renewing.cancel)
+            port = int(join.rpartition(":")[2])
+            server = EnrolmentServer(self._config.join.listen, self.authority, self.credentials, self.refusal, port)
+            where = (await self._ends.enter_async_context(server)).address
+        self._watch(AwaitingWorkers(tuple(self._instructions(where))))
+
+    async def stop(self) -> None:
+        """Workers have heard the registry's goodbye; they are not ours to kill."""
+        await self._ends.aclose()
+
+    def free_memory_bytes(self) -> None:
+        """Its workers' machines are others."""
+
+    def last_words(self, name: str) -> str:
+        """Logs stay where the worker is."""
+        return ""
+
+    def refusal(self, name: str) -> str | None:
+        """Why a worker of this name is none of the cluster's."""
+        if self._names is None or name in self._names:
+            return None
+        return f"the cluster file has no worker named {name}; it has {', '.join(self._names)}"
+
+    async def joined(self, registry: Registry) -> ClusterConfig:
+        """DeadlineError that names who is missing after `join.wait`."""
+        told: set[str] = set()
+        wait_s = self._config.join.wait
+        try:
+            async with deadline("workers joining", wait_s):
+                while True:
+                    missing = self._missing(registry.present)
+                    for name in registry.present:
+                        if name not in told:
+                            told.add(name)
+                            host = registry.workers[name].registration.host
+                            self._watch(WorkerJoined(name, host, tuple(missing)))
+                    if not missing:
+                        return self._with(registry)
+                    await registry.changed()
+        except DeadlineError as error:
+            who = ", ".join(self._missing(registry.present))
+            raise DeadlineError(f"not all workers have joined within {wait_s:g} s (`join.wait`): {who}") from error
+
+    def _missing(self, present: Collection[str]) -> list[str]:
+        """In words."""
+        if self._names is not None:
+            return [f"worker {name}" for name in self._names if name not in present]
+        left = len(self._config.workers) - len(present)
+        return [] if left <= 0 else [f"{left} more worker{'s' if left > 1 else ''}"]
+
+    def _with(self, registry: Registry) -> ClusterConfig:
+        """The cluster file with the workers that are there, and the threads that they have."""
+        if self._names is None:
+            chosen = sorted(registry.present)[: len(self._config.workers)]
+            workers = [WorkerConfig(name=name) for name in chosen]
+        else:
+            workers = list(self._config.workers)
+        threads = {worker.name: registry.workers[worker.name].registration.threads for worker in workers}
+        named = tuple(worker.model_copy(update={"threads": threads[worker.name]}) for worker in workers)
+        return self._config.model_copy(update={"workers": named})
+
+    def _instructions(self, listen: str) -> list[str]:
+        """What to type on the other machines; the secret itself is in a file."""
+        host, port = split_address(listen)
+        here = host if is_loopback(host) else "THIS_MACHINE" if host in ("0.0.0.0", "::") else host
+        command = f"llamaclust worker --join {f'[{here}]' if ':' in here else here}:{port}"
+        which = f"{len(self._config.workers)} workers" if self._names is None else f"workers {', '.join(self._names)}"
+        name = "" if self._names is None else " --name NAME"
+        if self.authority is None:
+            return [INSECURE, f"waiting for {which}; on each machine:", f"  {command}{name} --insecure"]
+        copy = f"copy {self.authority.token_file} to each machine (mode 0600: it is a secret), then there"
+        return [f"waiting for {which}; {copy}:", f"  {command}{name} --token-file FILE"]
+
+
+async def _renew(authority: Authority, identity: Identity) -> None:
+    """The coordinator's own certificate, for as long as the cluster lives."""
+    while True:
+        await asyncio.sleep(identity.pair.renewal_in_s)
+        identity.pair = authority.new_pair(COORDINATOR)

@@ -1,0 +1,419 @@
+"""Enrolment: who has the token gets a certificate of its name and nothing else; all others get one line in the log."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import ssl
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.serialization import Encoding
+from served import run_async
+from trust import A, authority, echo, enrolment, refusals
+
+from llamaclust.cluster.trust import enrolment as server_module
+from llamaclust.cluster.trust.authority import Authority
+from llamaclust.errors import LlamaclustError, UsageError, WireError, WorkerError
+from llamaclust.wire.certificates import NewKey, cluster_id
+from llamaclust.wire.credentials import COORDINATOR, Principal
+from llamaclust.wire.deadlines import deadline
+from llamaclust.wire.enrolment import (
+    MAX_ENROLMENT_BYTES,
+    Challenge,
+    Grant,
+    Refusal,
+    Request,
+    ServerMessage,
+    decode_request,
+    decode_server_message,
+    encode_request,
+    encode_server_message,
+    read_message,
+    write_message,
+)
+from llamaclust.wire.token import JoinToken
+from llamaclust.worker.enrolment import enrol
+
+NONCE = bytes(range(32))
+
+
+@pytest.fixture
+def trust(tmp_path: Path) -> Authority:
+    return authority(tmp_path)
+
+
+class Raw:
+    """A client that says what it likes."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader = reader
+        self.writer = writer
+
+    async def hear(self) -> ServerMessage | None:
+        async with deadline("an answer", 15):
+            data = await read_message(self.reader)
+        return None if data is None else decode_server_message(data)
+
+    async def challenge(self) -> Challenge:
+        challenge = await self.hear()
+        assert isinstance(challenge, Challenge)
+        return challenge
+
+    async def say(self, request: Request) -> ServerMessage | None:
+        await write_message(self.writer, encode_request(request))
+        return await self.hear()
+
+
+@asynccontextmanager
+async def raw(host: str, port: int) -> AsyncIterator[Raw]:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    reader, writer = await asyncio.open_connection(host, port, ssl=context)
+    try:
+        yield Raw(reader, writer)
+    finally:
+        writer.transport.abort()
+
+
+async def told(caplog: pytest.LogCaptureFixture, times: int) -> list[str]:
+    """Refusals that are logged, as soon as there are so many."""
+    async with deadline("lines in the log", 10):
+        while len(lines := refusals(caplog.records)) < times:
+            assert len(lines) <= times
+            await asyncio.sleep(0.01)
+    assert len(lines) == times, lines
+    return lines
+
+
+@run_async
+async def test_who_has_the_token_becomes_a_member(trust: Authority, caplog: pytest.LogCaptureFixture) -> None:
+    async with enrolment(trust, port=7101) as (host, port):
+        enrolled = await enrol(host, port, trust.token, "b")
+        assert enrolled.port == 7101
+        identity = enrolled.identity
+        assert (identity.cluster, identity.principal) == (trust.cluster, Principal("b"))
+        assert 23 * 3600 < identity.pair.life_s <= 24 * 3600 and identity.pair.renewal_in_s > 15 * 3600
+        async with echo(trust.identity(A)) as server:
+            await server.call(identity).opened()
+            assert server.callers == [Principal("b")]
+    assert refusals(caplog.records) == []
+
+
+def test_a_certificate_is_for_its_name_and_nothing_more(trust: Authority) -> None:
+    certificate = x509.load_der_x509_certificate(trust.certify(NewKey().request, Principal("b")))
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert list(names) == [x509.DNSName(f"b.worker.{trust.cluster}.llamaclust")]
+    assert list(certificate.subject) == []
+    assert not certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+    assert not certificate.extensions.get_extension_for_class(x509.KeyUsage).value.key_cert_sign
+
+
+@run_async
+async def test_a_wrong_secret_is_refused_and_logged_once(trust: Authority, caplog: pytest.LogCaptureFixture) -> None:
+    wrong = JoinToken(trust.token.ca_hash, b"w" * 43)
+    async with enrolment(trust) as (host, port):
+        with pytest.raises(UsageError, match="refused: its token is not this cluster's"):
+            await enrol(host, port, wrong, "b")
+        (line,) = await told(caplog, 1)
+        assert line.startswith("enrolment of 127.0.0.1: worker b: its token")
+        assert "www" not in line and trust.token.secret.decode() not in line
+        await enrol(host, port, trust.token, "b")
+
+
+@run_async
+async def test_a_coordinator_that_the_token_does_not_name_hears_nothing(trust: Authority, tmp_path: Path) -> None:
+    other = authority(tmp_path, "other")
+    async with enrolment(other) as (host, port):
+        with pytest.raises(UsageError, match="not the one that the token names"):
+            await enrol(host, port, trust.token, "b")
+
+
+@run_async
+async def test_a_server_with_the_right_ca_certificate_but_no_key_of_it_is_refused(
+    trust: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody in between may show the CA's certificate: it is public."""
+    other = authority(tmp_path, "other")
+    monkeypatch.setattr(Authority, "certificate", trust.certificate)
+    async with enrolment(other) as (host, port):
+        with pytest.raises(WorkerError, match=r"certificate that .* shows is refused"):
+            await enrol(host, port, trust.token, "b")
+
+
+@run_async
+async def test_a_member_cannot_play_the_coordinator(trust: Authority) -> None:
+    async with server_module.EnrolmentServer("127.0.0.1:0", trust, trust.identity(A), lambda name: None, 7) as server:
+        host, _, port = server.address.rpartition(":")
+        with pytest.raises(WorkerError, match=r"certificate that .* shows is refused"):
+            await enrol(host, int(port), trust.token, "b")
+
+
+@run_async
+async def test_a_server_that_does_not_know_the_secret_is_refused(
+    trust: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unproven(self: Grant, token: JoinToken, challenge: Challenge, request: Request) -> Grant:
+        return replace(self, proof=bytes(32))
+
+    async with enrolment(trust) as (host, port):
+        real = Grant.proven
+        monkeypatch.setattr(Grant, "proven", unproven)
+        monkeypatch.setattr(
+            Grant, "is_proven", lambda self, *given: secrets.compare_digest(self.proof, real(self, *given).proof)
+        )
+        with pytest.raises(UsageError, match="does not know this token's secret"):
+            await enrol(host, port, trust.token, "b")
+
+
+@run_async
+async def test_a_replayed_request_is_refused(trust: Authority, caplog: pytest.LogCaptureFixture) -> None:
+    async with enrolment(trust) as (host, port):
+        async with raw(host, port) as first:
+            request = Request("b", NewKey().request, NONCE).proven(trust.token, await first.challenge())
+            assert isinstance(await first.say(request), Grant)
+        async with raw(host, port) as second:
+            await second.challenge()
+            assert isinstance(await second.say(request), Refusal)
+        await told(caplog, 1)
+
+
+@pytest.mark.parametrize("what", ["name", "key", "nonce", "proof"])
+@run_async
+async def test_what_is_changed_on_the_way_is_refused(what: str, trust: Authority) -> None:
+    async with enrolment(trust) as (host, port), raw(host, port) as client:
+        request = Request("b", NewKey().request, NONCE).proven(trust.token, await client.challenge())
+        changes = {
+            "name": {"name": "c"},
+            "key": {"certificate_request": NewKey().request},
+            "nonce": {"nonce": bytes(32)},
+            "proof": {"proof": bytes(32)},
+        }
+        assert isinstance(await client.say(replace(request, **changes[what])), Refusal)
+
+
+def _request_of(key: ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey) -> bytes:
+    return (
+        x509.CertificateSigningRequestBuilder()
+        .subject_name(x509.Name([]))
+        .sign(key, hashes.SHA256())
+        .public_bytes(Encoding.DER)
+    )
+
+
+def _wrongly_signed() -> bytes:
+    request = bytearray(NewKey().request)
+    request[-1] ^= 1
+    return bytes(request)
+
+
+BAD_REQUESTS = {
+    "nothing": b"",
+    "noise": b"\x30\x82" + bytes(100),
+    "rsa": _request_of(rsa.generate_private_key(65537, 2048)),
+    "another curve": _request_of(ec.generate_private_key(ec.SECP384R1())),
+    "not its own": _wrongly_signed(),
+}
+
+
+@pytest.mark.parametrize("what", BAD_REQUESTS)
+@run_async
+async def test_keys_that_will_not_do_are_refused(what: str, trust: Authority) -> None:
+    async with enrolment(trust) as (host, port), raw(host, port) as client:
+        request = Request("b", BAD_REQUESTS[what], NONCE).proven(trust.token, await client.challenge())
+        answer = await client.say(request)
+        assert isinstance(answer, Refusal) and "certificate request" in answer.reason
+
+
+@run_async
+async def test_names_that_are_not_wanted_are_refused(trust: Authority, caplog: pytest.LogCaptureFixture) -> None:
+    async with enrolment(trust, lambda name: None if name == "a" else "there is no such worker") as (host, port):
+        await enrol(host, port, trust.token, "a")
+        with pytest.raises(UsageError, match="there is no such worker"):
+            await enrol(host, port, trust.token, "b")
+        async with raw(host, port) as client:
+            request = Request("../a", NewKey().request, NONCE).proven(trust.token, await client.challenge())
+            assert await client.say(request) is None
+        assert "worker name '../a'" in (await told(caplog, 2))[-1]
+
+
+@run_async
+async def test_another_major_version_is_refused_by_name(trust: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with enrolment(trust) as (host, port):
+        async with raw(host, port) as client:
+            challenge = await client.challenge()
+            request = Request("b", NewKey().request, NONCE, protocol=(2, 0)).proven(trust.token, challenge)
+            answer = await client.say(request)
+            assert isinstance(answer, Refusal) and "speaks protocol 2.0, this coordinator 1." in answer.reason
+        async with raw(host, port) as client:
+            request = Request("b", NewKey().request, NONCE, protocol=(1, 99)).proven(
+                trust.token, await client.challenge()
+            )
+            assert isinstance(await client.say(request), Grant)
+        monkeypatch.setattr("llamaclust.worker.enrolment.PROTOCOL_VERSION", (3, 0))
+        with pytest.raises(UsageError, match=r"speaks protocol 1\.\d+, this worker 3.0: install the same version"):
+            await enrol(host, port, trust.token, "b")
+
+
+MALFORMED = {
+    "http": b"GET / HTTP/1.1\r\nHost: a\r\n\r\n",
+    "too large": (MAX_ENROLMENT_BYTES + 1).to_bytes(4, "big"),
+    "huge": b"\xff\xff\xff\xff",
+    "empty": bytes(4),
+    "broken off": b"\0\0\0\x09half",
+    "noise": b"\0\0\0\x04\xff\xff\xff\xff",
+}
+
+
+@pytest.mark.parametrize("what", MALFORMED)
+@run_async
+async def test_malformed_messages_end_the_connection_with_a_line(
+    what: str, trust: Authority, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with enrolment(trust) as (host, port):
+        async with raw(host, port) as client:
+            await client.challenge()
+            client.writer.write(MALFORMED[what])
+            client.writer.write_eof() if client.writer.can_write_eof() else None
+            if what == "broken off":
+                client.writer.transport.abort()
+            else:
+                assert await client.hear() is None
+        await told(caplog, 1)
+        await enrol(host, port, trust.token, "b")
+
+
+@run_async
+async def test_plain_text_gets_no_answer(trust: Authority, caplog: pytest.LogCaptureFixture) -> None:
+    async with enrolment(trust) as (host, port):
+        reader, writer = await asyncio.open_connection(host, port)
+        writer.write(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+        async with deadline("the end", 10):
+            assert b"HTTP" not in await reader.read()
+        writer.close()
+        await told(caplog, 1)
+
+
+@run_async
+async def test_old_tls_is_refused(trust: Authority) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    async with enrolment(trust) as (host, port):
+        with pytest.raises(OSError):
+            await asyncio.open_connection(host, port, ssl=context)
+
+
+@run_async
+async def test_who_says_nothing_is_cut_off_and_more_than_so_many_are_not_heard(
+    trust: Authority, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(server_module, "_EXCHANGE_S", 1.0)
+    monkeypatch.setattr(server_module, "MAX_CONNECTIONS", 2)
+    async with enrolment(trust) as (host, port), raw(host, port) as first, raw(host, port) as second:
+        await first.challenge()
+        await second.challenge()
+        with pytest.raises(OSError):
+            async with raw(host, port):
+                pass
+        with pytest.raises(LlamaclustError):
+            await enrol(host, port, trust.token, "b")
+        assert "2 others are under way" in refusals(caplog.records)[0]
+        assert await first.hear() is None and await second.hear() is None
+        assert "an enrolment: not within 1 s" in (await told(caplog, 4))[-1]
+        await enrol(host, port, trust.token, "b")
+
+
+@run_async
+async def test_a_flood_of_refusals_does_not_fill_the_log(trust: Authority, caplog: pytest.LogCaptureFixture) -> None:
+    async with enrolment(trust) as (host, port):
+        for _ in range(60):
+            _, writer = await asyncio.open_connection(host, port)
+            writer.write(b"x" * 64)
+            writer.close()
+        await enrol(host, port, trust.token, "b")
+        assert len(refusals(caplog.records)) <= 20
+
+
+def test_messages_arrive_as_they_were_sent() -> None:
+    for message in (Challenge(b"ca", NONCE, (1, 9)), Grant(b"certificate", 65535, NONCE), Refusal("no")):
+        assert decode_server_message(encode_server_message(message)) == message
+    request = Request("b", b"request", NONCE, NONCE, (1, 9))
+    assert decode_request(encode_request(request)) == request
+    for nonce in (b"", bytes(31), bytes(33)):
+        with pytest.raises(WireError, match="nonce"):
+            decode_request(encode_request(replace(request, nonce=nonce)))
+    with pytest.raises(WireError, match="port"):
+        decode_server_message(encode_server_message(Grant(b"", 0, NONCE)))
+
+
+def test_proofs_hang_on_every_part_and_cannot_change_sides(trust: Authority) -> None:
+    challenge, key = Challenge(trust.certificate, NONCE), NewKey().request
+    request = Request("b", key, NONCE).proven(trust.token, challenge)
+    assert request.is_proven(trust.token, challenge)
+    assert not request.is_proven(trust.token, replace(challenge, nonce=bytes(32)))
+    assert not request.is_proven(replace(trust.token, ca_hash=bytes(32)), challenge)
+    grant = Grant(b"certificate", 7, b"").proven(trust.token, challenge, request)
+    assert grant.is_proven(trust.token, challenge, request) and grant.proof != request.proof
+    for changed in (replace(grant, certificate=b"x"), replace(grant, port=8)):
+        assert not changed.is_proven(trust.token, challenge, request)
+
+
+# -- what lies on disk -------------------------------------------------------------------------------------------------
+
+
+def test_an_authority_is_the_same_at_every_start_and_private(tmp_path: Path) -> None:
+    first, second = authority(tmp_path), authority(tmp_path)
+    assert first.certificate == second.certificate and first.token == second.token
+    assert first.cluster == cluster_id(first.token.ca_hash)
+    (tmp_path / "trust" / "ca.key").chmod(0o640)
+    with pytest.raises(UsageError, match="others may read it"):
+        authority(tmp_path)
+    (tmp_path / "trust" / "ca.key").chmod(0o600)
+    (tmp_path / "trust").chmod(0o750)
+    with pytest.raises(UsageError, match="others may read it"):
+        authority(tmp_path)
+
+
+def test_a_start_that_was_cut_short_leaves_no_half_of_an_authority(tmp_path: Path) -> None:
+    (tmp_path / ".trust.new").mkdir()
+    (tmp_path / ".trust.new" / "ca.key").write_text("half")
+    authority(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["trust"]
+
+
+@pytest.mark.parametrize("name", ["ca.key", "ca.crt", "token"])
+def test_a_damaged_authority_is_named(name: str, tmp_path: Path) -> None:
+    authority(tmp_path)
+    other = authority(tmp_path, "other").token_file.with_name(name).read_bytes()
+    for content in (b"", b"nonsense", other):
+        (tmp_path / "trust" / name).write_bytes(content)
+        with pytest.raises(UsageError, match=str(tmp_path / "trust")):
+            authority(tmp_path)
+
+
+def test_a_join_token_is_private_and_whole(tmp_path: Path, trust: Authority) -> None:
+    text = trust.token.text
+    assert JoinToken.read(trust.token_file) == trust.token and text.startswith("lc1.") and len(text) > 100
+    assert trust.token.secret.decode() not in repr(trust.token)
+    path = tmp_path / "copy"
+    path.touch(mode=0o600)
+    for wrong in ("", text[:-20], text.replace("lc1.", "lc2."), f"{text}\n{text}", text.replace(".", "-"), "x" * 2000):
+        path.write_text(wrong)
+        with pytest.raises(UsageError, match="token file"):
+            JoinToken.read(path)
+    path.write_text(f"{text}\n")
+    path.chmod(0o644)
+    with pytest.raises(UsageError, match="chmod 600"):
+        JoinToken.read(path)
+
+
+def test_the_coordinators_name_is_no_workers(trust: Authority) -> None:
+    named = {Principal(name).host(trust.cluster) for name in ("coordinator", "", "a")}
+    assert COORDINATOR.host(trust.cluster) not in named

@@ -1,0 +1,140 @@
+"""How a worker gets its certificate: it believes the CA that its token names, proves that it has the token, asks."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import ssl
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from llamaclust.errors import UsageError, WireError, WorkerError
+from llamaclust.wire.certificates import NewKey, ca_hash, cluster_id, pem
+from llamaclust.wire.credentials import COORDINATOR, Identity, Principal
+from llamaclust.wire.deadlines import deadline
+from llamaclust.wire.enrolment import (
+    MAX_ENROLMENT_BYTES,
+    NONCE_BYTES,
+    Challenge,
+    Grant,
+    Refusal,
+    Request,
+    decode_server_message,
+    encode_request,
+    read_message,
+    write_message,
+)
+from llamaclust.wire.messages import PROTOCOL_VERSION
+from llamaclust.wire.token import JoinToken
+
+_CONNECT_S = 10.0
+_EXCHANGE_S = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class Enrolled:
+    """Who the worker is now, and the port of the Coordinator service on the host that it asked."""
+
+    identity: Identity
+    port: int
+
+
+async def enrol(host: str, port: int, token: JoinToken, name: str) -> Enrolled:
+    """Raises UsageError where token and coordinator do not go together or it refuses, which another try will not mend;
+    WorkerError, WireError or DeadlineError where it cannot be reached or breaks off."""
+    where = f"{host}:{port}"
+    async with deadline(f"enrolling at {where}", _EXCHANGE_S):
+        authority = await _pinned(host, port, token, where)
+        cluster = cluster_id(token.ca_hash)
+        key = NewKey()
+        async with _connected(host, port, _verifying(authority), COORDINATOR.host(cluster)) as (reader, writer):
+            challenge = await _challenge(reader)
+            nonce = secrets.token_bytes(NONCE_BYTES)
+            request = Request(name, key.request, nonce).proven(token, challenge)
+            await write_message(writer, encode_request(request))
+            grant = _granted(await read_message(reader), where)
+        if not grant.is_proven(token, challenge, request):
+            raise UsageError(f"the coordinator at {where} does not know this token's secret: copy the token file again")
+        pair = key.with_certificate(grant.certificate)
+        return Enrolled(Identity(pem(authority), cluster, Principal(name), pair), grant.port)
+
+
+async def _pinned(host: str, port: int, token: JoinToken, where: str) -> bytes:
+    """The CA certificate (DER) that the token names, as the coordinator shows it: before, nothing is told."""
+    async with _connected(host, port, _unverifying(), None) as (reader, _):
+        challenge = await _challenge(reader)
+    if ca_hash(challenge.ca_certificate) != token.ca_hash:
+        why = "the token is another cluster's, or somebody is in between"
+        raise UsageError(f"the coordinator at {where} is not the one that the token names: {why}")
+    theirs, ours = challenge.protocol, PROTOCOL_VERSION
+    if theirs[0] != ours[0]:
+        versions = f"speaks protocol {theirs[0]}.{theirs[1]}, this worker {ours[0]}.{ours[1]}"
+        raise UsageError(f"the coordinator at {where} {versions}: install the same version of llamaclust everywhere")
+    return challenge.ca_certificate
+
+
+async def _challenge(reader: asyncio.StreamReader) -> Challenge:
+    data = await read_message(reader)
+    message = None if data is None else decode_server_message(data)
+    if not isinstance(message, Challenge):
+        raise WireError("no challenge came: is this the enrolment port of a coordinator?")
+    return message
+
+
+def _granted(data: bytes | None, where: str) -> Grant:
+    if data is None:
+        raise WireError(f"the coordinator at {where} ended the enrolment")
+    message = decode_server_message(data)
+    if isinstance(message, Refusal):
+        raise UsageError(f"the coordinator at {where} refused: {message.reason}")
+    if not isinstance(message, Grant):
+        raise WireError(f"the coordinator at {where} answered a request with a challenge")
+    return message
+
+
+def _unverifying() -> ssl.SSLContext:
+    """For the CA's certificate alone, which the token's hash vouches for."""
+    context = _client_context()
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+def _verifying(authority: bytes) -> ssl.SSLContext:
+    context = _client_context()
+    try:
+        context.load_verify_locations(cadata=authority)
+    except ssl.SSLError as error:
+        raise WireError("the CA certificate is damaged") from error
+    return context
+
+
+def _client_context() -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    return context
+
+
+@asynccontextmanager
+async def _connected(
+    host: str, port: int, context: ssl.SSLContext, name: str | None
+) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """`name`: what the other side's certificate must say; None where that is not looked at."""
+    try:
+        async with deadline(f"connecting to {host}:{port}", _CONNECT_S):
+            reader, writer = await asyncio.open_connection(
+                host, port, ssl=context, server_hostname=name or "", limit=MAX_ENROLMENT_BYTES, ssl_shutdown_timeout=1.0
+            )
+    except ssl.SSLCertVerificationError as error:
+        why = f"{error.verify_message}; are the clocks of both machines right?"
+        raise WorkerError(f"the certificate that {host}:{port} shows is refused: {why}") from error
+    except OSError as error:
+        raise WorkerError(f"{host}:{port} cannot be reached: {error.strerror or error}") from error
+    try:
+        yield reader, writer
+    finally:
+        writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()

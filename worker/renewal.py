@@ -1,0 +1,43 @@
+"""A worker's certificate is renewed in time: another key, certified over the membership stream."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+
+from llamaclust.errors import WireError
+from llamaclust.wire.certificates import NewKey
+from llamaclust.wire.control import Renew, Renewed, RenewFailed
+from llamaclust.wire.credentials import Identity
+
+_AGAIN_S = 60.0
+_log = logging.getLogger(__name__)
+
+
+class Renewal:
+    """Of the identity of one member."""
+
+    def __init__(self, identity: Identity, say: Callable[[Renew], Awaitable[None]]) -> None:
+        self._identity = identity
+        self._say = say
+        self._key: NewKey | None = None
+
+    async def run(self) -> None:
+        """Asks when two thirds of the certificate's life are over, and again where no answer came. Until cancelled."""
+        while True:
+            await asyncio.sleep(self._identity.pair.renewal_in_s)
+            self._key = NewKey()
+            await self._say(Renew(self._key.request))
+            await asyncio.sleep(min(_AGAIN_S, self._identity.pair.life_s / 10))
+
+    def hear(self, answer: Renewed | RenewFailed) -> None:
+        """WireError for an answer to nothing, or of another key."""
+        if isinstance(answer, RenewFailed):
+            _log.error("the certificate was not renewed: %s", answer.failure.message)
+            return
+        key, self._key = self._key, None
+        if key is None:
+            raise WireError("the coordinator renews a certificate that was not asked for")
+        self._identity.pair = key.with_certificate(answer.certificate)
+        _log.info("the certificate is renewed")

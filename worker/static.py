@@ -1,0 +1,170 @@
+"""A worker that joins by itself, and again, its weights kept, when its coordinator was gone."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+from dataclasses import replace
+
+from llamaclust.errors import DeadlineError, LlamaclustError, UsageError, WorkerError
+from llamaclust.wire.channels import Peer
+from llamaclust.wire.control import Register
+from llamaclust.wire.credentials import COORDINATOR, Credentials, Identity, Insecure, joined_address, split_address
+from llamaclust.wire.deadlines import deadline
+from llamaclust.wire.server import Server
+from llamaclust.wire.time_slices import short_slices
+from llamaclust.wire.token import JoinToken
+from llamaclust.worker.compute import Compute
+from llamaclust.worker.devices import Device
+from llamaclust.worker.enrolment import enrol
+from llamaclust.worker.membership import Member
+from llamaclust.worker.service import StageService
+from llamaclust.worker.settings import WorkerSettings
+
+_log = logging.getLogger(__name__)
+
+_LEAST_REST_S, _MOST_REST_S = 0.2, 5.0
+_TOLD_EVERY_S = 60.0
+_RESOLVE_S = 10.0
+_GRACE_S = 0.5
+
+
+async def live_by_itself(settings: WorkerSettings) -> str:
+    """Until the coordinator ends the cluster; returns its reason. UsageError where it refuses the worker at first,
+    WorkerError where it was gone for longer than it said to wait."""
+    worker = _StaticWorker(settings)
+    try:
+        return await worker.live()
+    finally:
+        await worker.close()
+
+
+class _StaticWorker:
+    def __init__(self, settings: WorkerSettings) -> None:
+        self._settings = settings
+        self._host, self._port = split_address(settings.join)
+        self._token = None if settings.token_file is None else JoinToken.read(settings.token_file)
+        self._device = Device.open(settings)
+        self._service = StageService(settings.name)
+        self._compute = Compute()
+        self._patience = _Patience(settings.join)
+        self._credentials: Credentials | None = None
+        self._server: Server | None = None
+        self._address = ""
+        self._coordinator_s: float | None = None  # None: it has never been a member
+
+    async def live(self) -> str:
+        while True:
+            try:
+                return await self._live_once()
+            except LlamaclustError as error:
+                if isinstance(error, UsageError) and self._coordinator_s is None:
+                    raise
+                await self._patience.rest(error, self._coordinator_s)
+
+    async def _live_once(self) -> str:
+        """One membership."""
+        target = await self._enrol()
+        assert self._credentials is not None
+        if self._server is None:
+            await self._listen(self._credentials)
+        peer = Peer(target, self._credentials, COORDINATOR)
+        member = Member(
+            self._settings.name, self._credentials, self._device, self._service, self._compute, self._settings.model_dir
+        )
+        try:
+            await member.join(peer, self._registration(), self._settings.join_s, wait_for_ready=False)
+            self._coordinator_s = member.coordinator_s
+            self._patience.end()
+            _log.info("worker %s is a member, its stages are served at %s", self._settings.name, self._address)
+            return await member.serve()
+        finally:
+            self._service.keep()
+            await peer.close()
+
+    async def _enrol(self) -> str:
+        """Where the Coordinator service is; from then on there are credentials."""
+        if self._token is None:
+            if self._credentials is None:
+                _log.warning("insecure: links are neither encrypted nor authenticated")
+            self._credentials = Insecure()
+            return self._settings.join
+        enrolled = await enrol(self._host, self._port, self._token, self._settings.name)
+        if isinstance(self._credentials, Identity):
+            self._credentials.pair = enrolled.identity.pair  # what serves already goes on
+        else:
+            self._credentials = enrolled.identity
+        return joined_address(self._host, enrolled.port)
+
+    async def _listen(self, credentials: Credentials) -> None:
+        settings = self._settings
+        listen = settings.listen or joined_address(await _own_host(self._host, self._port), 0)
+        with short_slices():
+            self._server = await Server.start(listen, credentials, self._service.handlers)
+        host, _ = split_address(listen)
+        if host in ("0.0.0.0", "::"):
+            host = await _own_host(self._host, self._port)
+        self._address = settings.advertise or joined_address(host, self._server.port)
+        if ":" not in self._address.rpartition("]")[2]:
+            self._address = f"{self._address}:{self._server.port}"
+        split_address(self._address)
+
+    def _registration(self) -> Register:
+        """What is kept from before can be had again."""
+        kept = self._service.kept_bytes
+        now = self._device.registration(self._settings.name, self._address)
+        free, machine = now.free_memory_bytes + kept, now.machine_free_bytes + kept
+        return replace(now, free_memory_bytes=free, machine_free_bytes=machine)
+
+    async def close(self) -> None:
+        self._compute.close()
+        if self._server is not None:
+            with contextlib.suppress(DeadlineError):
+                async with deadline("closing streams", _GRACE_S):
+                    await self._server.stop(0.0)
+
+
+class _Patience:
+    """Between two tries: longer and longer, and told what is waited for."""
+
+    def __init__(self, where: str) -> None:
+        self._where = where
+        self.end()
+
+    def end(self) -> None:
+        """There is nothing to wait for."""
+        self._begun_s: float | None = None
+        self._told: tuple[str, float] | None = None
+        self._rest_s = _LEAST_REST_S
+
+    async def rest(self, error: LlamaclustError, limit_s: float | None) -> None:
+        """WorkerError after `limit_s` of it; None: there is no limit."""
+        now_s = asyncio.get_running_loop().time()
+        if self._begun_s is None:
+            self._begun_s = now_s
+        if limit_s is not None and now_s + self._rest_s - self._begun_s > limit_s:
+            raise WorkerError(
+                f"the coordinator is gone, and has not come back within {limit_s:g} s: {error}"
+            ) from error
+        if self._told is None or self._told[0] != str(error) or now_s - self._told[1] >= _TOLD_EVERY_S:
+            limit = "" if limit_s is None else f" for {limit_s:g} s at most, weights kept"
+            _log.warning("waiting for the coordinator at %s%s: %s", self._where, limit, error)
+            self._told = (str(error), now_s)
+        await asyncio.sleep(self._rest_s)
+        self._rest_s = min(_MOST_REST_S, 2 * self._rest_s)
+
+
+async def _own_host(host: str, port: int) -> str:
+    """The address of this machine from which the coordinator is reached. WorkerError where its name leads nowhere."""
+    loop = asyncio.get_running_loop()
+    try:
+        async with deadline(f"looking up {host}", _RESOLVE_S):
+            found = await loop.getaddrinfo(host, port, type=socket.SOCK_DGRAM)
+        family, kind, _, _, address = found[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(address)  # sends nothing
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise WorkerError(f"{host} cannot be reached: {error.strerror or error}") from error

@@ -40,7 +40,6 @@ def settings(
     return WorkerSettings(
         name=_option("--name", parse_name, name or socket.gethostname().split(".")[0]),
         join=_option("--join", _address, join),
-        token_file=None if insecure else _token_file(token_file, variables.state_dir),
         listen=_option("--listen", _address, listen) if listen else "",
         advertise=_option("--advertise", _advertised, advertise) if advertise else "",
         device=str(_option("--device", parse_device, device)),
@@ -52,6 +51,7 @@ def settings(
         prepared_bytes=variables.prepared_bytes,
         static=True,
         model_dir=None if model_dir is None else Path(_option("--model-dir", expand_home, str(model_dir))),
+        token_file=None if insecure else _token_file(token_file, variables.state_dir),
     )
 
 

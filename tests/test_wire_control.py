@@ -45,7 +45,9 @@ from llamaclust.wire.control_codec import (
 )
 
 REGISTER = Register("a", 7, "host", "unix:/run/a.sock", "cpu", 2, "avx2", 1 << 35, 1 << 34, "a chip, 2 cores")
-LOAD = Load(3, "/models/m.gguf", "ab" * 32, 2, 4, StageLimits(64, 8, 8, 4096, 1000), "unix:/run/b.sock", next_worker="b")
+LOAD = Load(
+    3, "/models/m.gguf", "ab" * 32, 2, 4, StageLimits(64, 8, 8, 4096, 1000), "unix:/run/b.sock", next_worker="b"
+)
 
 WORKER_MESSAGES: list[WorkerMessage] = [
     REGISTER,

@@ -22,7 +22,7 @@ from llamaclust.model.loader import Model
 from llamaclust.wire.channels import JOIN, Peer, StreamBrokenError
 from llamaclust.wire.control import Deadlines, Load, LoadProgress, Refused, Register
 from llamaclust.wire.control_codec import decode_coordinator_message, encode_worker_message
-from llamaclust.wire.messages import Result
+from llamaclust.wire.messages import PROTOCOL_VERSION, Result
 from llamaclust.wire.token import ClusterToken
 from llamaclust.worker.stage_runner import StageRunner
 
@@ -209,10 +209,11 @@ async def _say_hello(cluster: RealCluster, register: Register) -> object:
     return None if data is None else decode_coordinator_message(data)
 
 
+MAJOR, MINOR = PROTOCOL_VERSION
 REFUSED: dict[str, tuple[Callable[[Register], Register], str]] = {
     "protocol": (
-        lambda register: replace(register, protocol=(2, 0)),
-        "worker x speaks protocol 2.0, this coordinator 1.2",
+        lambda register: replace(register, protocol=(MAJOR + 1, 0)),
+        f"worker x speaks protocol {MAJOR + 1}.0, this coordinator {MAJOR}.{MINOR}",
     ),
     "numerics": (  # version 1 has neither q8_0 KV nor sliding windows
         lambda register: replace(register, numerics_version=1),
@@ -236,7 +237,7 @@ def test_workers_that_do_not_fit_are_refused_by_name(tmp_path: Path, what: str) 
             assert isinstance(answer, Refused)
             assert answer.reason.startswith(reason)
             assert "x" not in cluster.registry.workers
-            newer = await _say_hello(cluster, replace(REGISTER, protocol=(1, 99)))
+            newer = await _say_hello(cluster, replace(REGISTER, protocol=(MAJOR, 99)))
             assert not isinstance(newer, Refused)
 
     asyncio.run(run())

@@ -1,0 +1,98 @@
+"""Malformed and oversized messages of every kind, seeded: refused in one line, and nobody else is disturbed."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from pathlib import Path
+
+import pytest
+from fuzzed import COUNT, SEED, Kind, damaged, kinds
+from served import run_async
+from test_trust_enrolment import raw
+from test_trust_members import join, registry
+from test_wire_control import REGISTER
+from trust import A, B, authority, enrolment, refusals
+
+from llamaclust.errors import LlamaclustError, WireError
+from llamaclust.wire.certificates import NewKey
+from llamaclust.wire.channels import JOIN, Peer, StreamBrokenError
+from llamaclust.wire.control import Heartbeat
+from llamaclust.wire.control_codec import encode_worker_message
+from llamaclust.wire.credentials import COORDINATOR
+from llamaclust.wire.deadlines import deadline
+from llamaclust.wire.enrolment import Challenge, Grant, Request, encode_request
+from llamaclust.worker.enrolment import enrol
+
+
+@pytest.mark.parametrize("kind", kinds(), ids=lambda kind: kind.name)
+def test_damaged_messages_are_refused_or_read(kind: Kind) -> None:
+    """A WireError of one line is the only way out beside a message."""
+    source = random.Random(f"{SEED} {kind.name}")
+    print(f"{COUNT} cases, FUZZ_SEED={SEED}")
+    refused = 0
+    for case in range(COUNT):
+        data = damaged(source, kind.good)
+        try:
+            kind.decode(data)
+        except WireError as error:
+            refused += 1
+            assert "\n" not in str(error) and len(str(error)) < 500, (case, data)
+    assert refused > COUNT / 4
+
+
+@pytest.mark.parametrize("kind", kinds(), ids=lambda kind: kind.name)
+def test_oversized_messages_are_refused_before_they_are_read(kind: Kind) -> None:
+    data = kind.good[0] + bytes(1 << 27)
+    with pytest.raises(WireError):
+        kind.decode(data)
+
+
+@run_async
+async def test_a_member_is_not_disturbed_by_another_that_sends_rubbish(tmp_path: Path) -> None:
+    """Over mutual TLS, from a member whose certificate is good."""
+    source = random.Random(SEED)
+    good = [encode_worker_message(REGISTER), encode_worker_message(Heartbeat(0.5, 1, 2, 3, 4))]
+    trust = authority(tmp_path)
+    async with registry(trust) as there:
+        member, _ = await join(there, trust.identity(A), REGISTER)
+        peer = Peer(there.address, trust.identity(B), COORDINATOR)
+        for case in range(COUNT):
+            stream = peer.open(JOIN)
+            async with deadline(f"the end of case {case} of FUZZ_SEED={SEED}", 10):
+                try:
+                    await stream.write(damaged(source, good))
+                    await stream.done_writing()
+                    while await stream.read() is not None:
+                        pass
+                except StreamBrokenError as error:
+                    assert "\n" not in str(error)
+            if case % 100 == 0:
+                await member.say(Heartbeat(0.5, case + 1, 2, 3, 4))
+        await member.say(Heartbeat(0.5, COUNT + 1, 2, 3, 4))
+        async with deadline("the last sign of life", 10):
+            while (heartbeat := there.workers["a"].heartbeat) is None or heartbeat.microbatches <= COUNT:
+                assert there.workers["a"].loss is None
+                await asyncio.sleep(0.01)
+        assert there.present == ("a",)
+        await peer.close()
+
+
+@run_async
+async def test_the_enrolment_port_outlives_rubbish(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = random.Random(SEED)
+    trust = authority(tmp_path)
+    async with enrolment(trust) as (host, port):
+        good = Request("b", NewKey().request, bytes(32)).proven(trust.token, Challenge(trust.certificate, bytes(32)))
+        framed = encode_request(good)
+        for case in range(max(50, COUNT // 20)):
+            data = damaged(source, [len(framed).to_bytes(4, "big") + framed])
+            async with deadline(f"the end of case {case} of FUZZ_SEED={SEED}", 15), raw(host, port) as client:
+                await client.challenge()
+                client.writer.write(data)
+                if int.from_bytes(data[:4], "big") <= len(data) - 4:
+                    with contextlib.suppress(LlamaclustError):
+                        assert not isinstance(await client.hear(), Grant)
+        await enrol(host, port, trust.token, "b")
+        assert len(refusals(caplog.records)) <= 20

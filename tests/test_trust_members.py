@@ -1,0 +1,210 @@
+"""A coordinator's registry over mutual TLS: who a worker says it is must be who its certificate says, and renewals."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import grpc
+import pytest
+from served import run_async
+from test_wire_control import REGISTER
+from trust import A, B, authority, refusals
+
+from llamaclust.cluster.registry import Registry
+from llamaclust.cluster.trust.authority import Authority
+from llamaclust.errors import WireError, WorkerError
+from llamaclust.wire.certificates import NewKey
+from llamaclust.wire.channels import FORWARD, JOIN, SAMPLE, ClientStream, Peer, StreamBrokenError
+from llamaclust.wire.control import (
+    CoordinatorMessage,
+    Deadlines,
+    Heartbeat,
+    Refused,
+    Register,
+    Renew,
+    Renewed,
+    RenewFailed,
+    Welcome,
+    WorkerMessage,
+)
+from llamaclust.wire.control_codec import decode_coordinator_message, encode_worker_message
+from llamaclust.wire.credentials import COORDINATOR, Credentials, Insecure, Principal
+from llamaclust.wire.deadlines import deadline
+from llamaclust.wire.messages import PROTOCOL_VERSION
+from llamaclust.wire.server import Server
+from llamaclust.worker.renewal import Renewal
+from llamaclust.worker.service import StageService
+
+ANY = "127.0.0.1:0"
+
+
+@pytest.fixture
+def trust(tmp_path: Path) -> Authority:
+    return authority(tmp_path)
+
+
+@asynccontextmanager
+async def registry(trust: Authority) -> AsyncIterator[Registry]:
+    deadlines = Deadlines(heartbeat_s=0.1)
+    async with Registry(ANY, trust.identity(), deadlines=deadlines, certify=trust.certify) as registry:
+        yield registry
+
+
+class Joined:
+    """A worker's end of a membership."""
+
+    def __init__(self, stream: ClientStream) -> None:
+        self.stream = stream
+
+    async def say(self, message: WorkerMessage) -> None:
+        await self.stream.write(encode_worker_message(message))
+
+    async def hear(self) -> CoordinatorMessage | None:
+        async with deadline("an answer", 10):
+            data = await self.stream.read()
+        return None if data is None else decode_coordinator_message(data)
+
+
+async def join(registry: Registry, credentials: Credentials, register: Register) -> tuple[Joined, object]:
+    """And the first answer."""
+    joined = Joined(Peer(registry.address, credentials, COORDINATOR).open(JOIN))
+    await joined.say(register)
+    return joined, await joined.hear()
+
+
+@run_async
+async def test_a_worker_that_poses_as_another_is_refused_and_logged_once(
+    trust: Authority, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with registry(trust) as there:
+        member, welcome = await join(there, trust.identity(A), REGISTER)
+        assert isinstance(welcome, Welcome)
+        for who, name in ((B, "a"), (B, "c"), (COORDINATOR, "b")):
+            _, refused = await join(there, trust.identity(who), replace(REGISTER, name=name))
+            assert isinstance(refused, Refused)
+            assert refused.reason == f"the certificate is of {who}, which registers as worker {name}"
+        assert len(refusals(caplog.records)) == 3
+        await member.say(Heartbeat(0.5, 1, 2, 3, 4))
+        assert there.present == ("a",)
+        _, second = await join(there, trust.identity(A), REGISTER)
+        assert isinstance(second, Refused) and "is a member already" in second.reason
+
+
+@run_async
+async def test_another_major_version_or_arithmetic_is_refused_by_name(trust: Authority) -> None:
+    major, minor = PROTOCOL_VERSION
+    async with registry(trust) as there:
+        for change, reason in (
+            ({"protocol": (major + 1, 0)}, f"worker a speaks protocol {major + 1}.0, this coordinator {major}.{minor}"),
+            ({"numerics_version": 99}, "worker a computes by numerics_version 99, this cluster needs"),
+        ):
+            _, refused = await join(there, trust.identity(A), replace(REGISTER, **change))
+            assert isinstance(refused, Refused) and refused.reason.startswith(reason)
+        _, welcome = await join(there, trust.identity(A), replace(REGISTER, protocol=(major, 99)))
+        assert isinstance(welcome, Welcome)
+
+
+@run_async
+async def test_certificates_are_renewed_over_the_membership(trust: Authority) -> None:
+    identity = trust.identity(A, timedelta(seconds=3))
+    short = identity.pair
+    async with registry(trust) as there:
+        member, _ = await join(there, identity, REGISTER)
+        renewal = Renewal(identity, member.say)
+        asking = asyncio.create_task(renewal.run())
+        answer = await member.hear()
+        assert isinstance(answer, Renewed)
+        renewal.hear(answer)
+        asking.cancel()
+        assert identity.pair is not short and identity.pair.ends_at_s > short.ends_at_s + 3600
+        with pytest.raises(WireError, match="was not asked for"):
+            renewal.hear(answer)
+        member.stream.cancel()
+        await there.workers["a"].lost.wait()
+        _, welcome = await join(there, identity, REGISTER)
+        assert isinstance(welcome, Welcome)
+
+
+@run_async
+async def test_a_renewal_is_for_the_name_of_the_present_certificate_and_a_bad_one_harms_nobody(
+    trust: Authority,
+) -> None:
+    async with registry(trust) as there:
+        member, _ = await join(there, trust.identity(A), REGISTER)
+        await member.say(Renew(b"nonsense"))
+        failed = await member.hear()
+        assert isinstance(failed, RenewFailed) and "certificate request" in failed.failure.message
+        key = NewKey()
+        await member.say(Renew(key.request))
+        renewed = await member.hear()
+        assert isinstance(renewed, Renewed)
+        identity = trust.identity(B)
+        identity.pair = key.with_certificate(renewed.certificate)
+        _, refused = await join(there, identity, replace(REGISTER, name="b"))
+        assert isinstance(refused, Refused) and "the certificate is of worker a" in refused.reason
+        with pytest.raises(WireError, match="another key"):
+            NewKey().with_certificate(renewed.certificate)
+
+
+@run_async
+async def test_where_there_are_no_certificates_none_is_renewed() -> None:
+    async with Registry(ANY, Insecure()) as there:
+        member, welcome = await join(there, Insecure(), REGISTER)
+        assert isinstance(welcome, Welcome)
+        await member.say(Renew(NewKey().request))
+        with pytest.raises(StreamBrokenError, match="where there are none"):
+            await member.hear()
+
+
+@run_async
+async def test_messages_that_are_too_large_end_their_own_stream(trust: Authority) -> None:
+    async with registry(trust) as there:
+        member, _ = await join(there, trust.identity(A), REGISTER)
+        for data in (b"x" * (1 << 20), bytes(1 << 28)):
+            other = Joined(Peer(there.address, trust.identity(B), COORDINATOR).open(JOIN))
+            with pytest.raises(StreamBrokenError, match="at most 262144 are taken"):
+                await other.stream.write(data)
+                await other.hear()
+        await member.say(Heartbeat(0.5, 1, 2, 3, 4))
+        assert there.workers["a"].loss is None
+
+
+@run_async
+async def test_stage_streams_are_for_members_and_sampling_for_the_coordinator(trust: Authority) -> None:
+    server = await Server.start(ANY, trust.identity(A), StageService("a").handlers)
+    try:
+        for who, method, message in (
+            (COORDINATOR, SAMPLE, "worker a holds no stage for epoch 1"),
+            (B, FORWARD, "worker a holds no stage for epoch 1"),
+            (B, SAMPLE, "worker b opens the stream that is the coordinator's"),
+        ):
+            peer = Peer(server.address, trust.identity(who), A)
+            with pytest.raises(StreamBrokenError, match=message):
+                await peer.open(method, epoch=1).opened()
+            await peer.close()
+        foreign = Authority.open(trust.token_file.parent.with_name("foreign")).identity(Principal("b"))
+        with pytest.raises(WorkerError):
+            await Peer(server.address, foreign, A).open(FORWARD, epoch=1).opened()
+    finally:
+        await server.stop(0.0)
+
+
+@run_async
+async def test_methods_that_there_are_not_are_refused(trust: Authority) -> None:
+    """Reflection, health and the like are not served."""
+    async with registry(trust) as there:
+        for method in (
+            "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+            "/grpc.health.v1.Health/Watch",
+            "/llamaclust.v1.Coordinator/Shutdown",
+            "/",
+        ):
+            peer = Peer(there.address, trust.identity(A), COORDINATOR)
+            with pytest.raises((StreamBrokenError, grpc.RpcError)):
+                await peer.open(method).opened()
+            await peer.close()

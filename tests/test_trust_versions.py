@@ -1,0 +1,133 @@
+"""Version rules, with stubs of versions that are not there yet: a newer minor is understood as far as it can be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from google.protobuf.message import Message
+from test_wire_control import COORDINATOR_MESSAGES, WORKER_MESSAGES
+
+from llamaclust.proto import control_pb2, enrolment_pb2, microbatch_pb2, sampling_pb2
+from llamaclust.wire.codec import (
+    decode_inputs,
+    decode_microbatch,
+    decode_result,
+    encode_inputs,
+    encode_microbatch,
+    encode_result,
+)
+from llamaclust.wire.control_codec import (
+    decode_coordinator_message,
+    decode_worker_message,
+    encode_coordinator_message,
+    encode_worker_message,
+)
+from llamaclust.wire.enrolment import (
+    Challenge,
+    Grant,
+    Refusal,
+    Request,
+    decode_request,
+    decode_server_message,
+    encode_request,
+    encode_server_message,
+)
+from llamaclust.wire.messages import (
+    PROTOCOL_VERSION,
+    Chunk,
+    Microbatch,
+    Result,
+    RowResult,
+    SampleTask,
+    SamplingInputs,
+    SamplingParams,
+    ScoreTask,
+    StageTiming,
+)
+
+NEW_FIELD = 1000
+NEW_KIND = 1001
+
+
+def newer(stubs: Any) -> dict[str, type[Message]]:
+    """The messages of a .proto file of a later minor version, by name: each has a field more, each choice one more."""
+    file = descriptor_pb2.FileDescriptorProto()
+    stubs.DESCRIPTOR.CopyToProto(file)
+    for message in file.message_type:
+        message.field.add(name="from_the_future", number=NEW_FIELD, type=9, label=1)
+        if any(choice.name in ("kind", "task") for choice in message.oneof_decl):
+            assert len(message.oneof_decl) == 1
+            message.field.add(name="kind_of_the_future", number=NEW_KIND, type=12, label=1, oneof_index=0)
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    names = [f"{file.package}.{message.name}" for message in file.message_type]
+    return {
+        name.rpartition(".")[2]: message_factory.GetMessageClass(pool.FindMessageTypeByName(name)) for name in names
+    }
+
+
+def with_new_fields(message: Any) -> bytes:
+    """Everywhere in the message, at every depth."""
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for part in value if hasattr(value, "append") or hasattr(value, "add") else (value,):
+                with_new_fields(part)
+    message.from_the_future = "x" * 40
+    return bytes(message.SerializeToString())
+
+
+NONCE = bytes(32)
+TASKS = (SampleTask(SamplingParams(0.8, 40, logit_bias=((1, 2.0),)), 7, 0, 5), ScoreTask(3, 2))
+RESULT = Result(1, 2, (RowResult(1, -0.5, ((1, -0.5),)),), (StageTiming(1, 2, 3, 4),))
+
+Case = tuple[str, Any, Callable[[Any], bytes], Callable[[bytes], Any], Any]
+CASES: list[Case] = [
+    *(("WorkerMessage", m, encode_worker_message, decode_worker_message, control_pb2) for m in WORKER_MESSAGES),
+    *(
+        ("CoordinatorMessage", m, encode_coordinator_message, decode_coordinator_message, control_pb2)
+        for m in COORDINATOR_MESSAGES
+    ),
+    *(
+        ("EnrolmentServerMessage", m, encode_server_message, decode_server_message, enrolment_pb2)
+        for m in (Challenge(b"ca", NONCE), Grant(b"certificate", 7, NONCE), Refusal("no"))
+    ),
+    ("EnrolmentRequest", Request("a", b"request", NONCE, NONCE), encode_request, decode_request, enrolment_pb2),
+    (
+        "Microbatch",
+        Microbatch("m", 1, 2, (Chunk((1, 2), 0, (3, 1), 1),)),
+        encode_microbatch,
+        decode_microbatch,
+        microbatch_pb2,
+    ),
+    ("SamplingInputs", SamplingInputs(1, 2, TASKS), encode_inputs, decode_inputs, sampling_pb2),
+    ("Result", RESULT, encode_result, decode_result, sampling_pb2),
+]
+
+
+@pytest.mark.parametrize(("name", "message", "encode", "decode", "stubs"), CASES, ids=lambda one: type(one).__name__)
+def test_fields_of_a_newer_minor_version_are_ignored_everywhere(
+    name: str, message: Any, encode: Callable[[Any], bytes], decode: Callable[[bytes], Any], stubs: Any
+) -> None:
+    sent = newer(stubs)[name].FromString(encode(message))
+    data = with_new_fields(sent)
+    assert len(data) > len(encode(message)) + 40
+    assert decode(data) == message
+
+
+@pytest.mark.parametrize(
+    ("name", "decode"),
+    [("WorkerMessage", decode_worker_message), ("CoordinatorMessage", decode_coordinator_message)],
+)
+def test_kinds_of_a_newer_minor_version_decode_to_nothing(name: str, decode: Callable[[bytes], Any]) -> None:
+    message: Any = newer(control_pb2)[name]()
+    message.kind_of_the_future = b"news"
+    assert decode(message.SerializeToString()) is None
+
+
+def test_a_newer_minor_version_is_told_as_it_is() -> None:
+    register = replace(WORKER_MESSAGES[0], protocol=(PROTOCOL_VERSION[0], 99))  # type: ignore[type-var]
+    assert decode_worker_message(encode_worker_message(register)) == register  # type: ignore[arg-type]

@@ -125,6 +125,12 @@ def test_hop(folder: Path) -> None:
     assert re.search(r"^a hop [+-]\d+ us$", output(folder, "hop.py", "Q8_0.gguf", "--steps", "20"), re.MULTILINE)
 
 
+def test_tls(folder: Path) -> None:
+    done = run(folder, "tls.py", "Q8_0.gguf", "--repeats", "1", "--tokens", "8", "--hops", "20")
+    assert "16 KiB" in done.stdout and "decode with mutual TLS / insecure" in done.stdout
+    assert done.returncode == 0 and done.stderr.startswith("INSECURE") and done.stderr.count("\n") == 1, done.stderr
+
+
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not here")
 def test_streaming(folder: Path) -> None:
     out = output(folder, "streaming.py", "Q8_0.gguf", "--threads", "1", "--tokens", "8", "--repeats", "1")

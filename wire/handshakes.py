@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import OrderedDict
 
 from llamaclust.wire.refusals import RefusalLog
@@ -28,7 +29,7 @@ class Handshakes:
 
     def begun(self) -> None:
         """Called on gRPC's threads."""
-        if not self._is_closed:
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and with it whoever would be told
             self._loop.call_soon_threadsafe(self._loop.call_later, self._due_s, self._judge)
 
     def done(self, caller: str) -> None:

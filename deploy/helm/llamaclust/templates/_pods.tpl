@@ -1,0 +1,115 @@
+{{/* What holds for every pod. */}}
+{{- define "llamaclust.podSecurity" -}}
+serviceAccountName: {{ include "llamaclust.serviceAccount" . }}
+automountServiceAccountToken: false
+enableServiceLinks: false
+{{- with .Values.image.pullSecrets }}
+imagePullSecrets: {{- toYaml . | nindent 2 }}
+{{- end }}
+securityContext:
+  runAsNonRoot: true
+  {{- with .Values.security.user }}
+  runAsUser: {{ . }}
+  runAsGroup: {{ . }}
+  fsGroup: {{ . }}
+  {{- end }}
+  fsGroupChangePolicy: OnRootMismatch
+  seccompProfile: {type: RuntimeDefault}
+{{- end }}
+
+{{/* What holds for every container. */}}
+{{- define "llamaclust.container" -}}
+image: {{ include "llamaclust.image" . }}
+imagePullPolicy: {{ .Values.image.pullPolicy }}
+securityContext:
+  allowPrivilegeEscalation: false
+  readOnlyRootFilesystem: true
+  capabilities: {drop: [ALL]}
+{{- end }}
+
+{{- define "llamaclust.folders" -}}
+- {name: HOME, value: /tmp}
+- {name: LLAMACLUST_HOME, value: /var/lib/llamaclust/home}
+- {name: LLAMACLUST_STATE_DIR, value: /var/lib/llamaclust/state}
+{{- end }}
+
+{{/* The pod's own volume, and the model's where that is another one. */}}
+{{- define "llamaclust.dataMounts" -}}
+- {name: tmp, mountPath: /tmp}
+- {name: data, mountPath: /var/lib/llamaclust}
+{{- if ne .Values.model.volume.kind "perPod" }}
+- name: models
+  mountPath: /var/lib/llamaclust/home/models
+  readOnly: {{ not .Values.model.pull }}
+{{- end }}
+{{- end }}
+
+{{- define "llamaclust.sharedVolumes" -}}
+- name: tmp
+  emptyDir: {}
+- name: private
+  emptyDir: {medium: Memory, sizeLimit: 1Mi}
+{{- with .Values.model.volume }}
+{{- if eq .kind "hostPath" }}
+- name: models
+  hostPath: {path: {{ required "model.volume.hostPath: which folder of the nodes?" .hostPath }}, type: Directory}
+{{- else if ne .kind "perPod" }}
+- name: models
+  persistentVolumeClaim:
+    claimName: {{ include "llamaclust.modelClaim" $ }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- define "llamaclust.modelClaim" -}}
+{{- if eq .Values.model.volume.kind "existingClaim" -}}
+{{ required "model.volume.claimName: which claim?" .Values.model.volume.claimName }}
+{{- else -}}
+{{ include "llamaclust.fullname" . }}-models
+{{- end }}
+{{- end }}
+
+{{/* What the program is told: where the file lies, or what was fetched. */}}
+{{- define "llamaclust.modelSource" -}}
+{{- if .Values.model.pull }}{{ .Values.model.source }}
+{{- else }}/var/lib/llamaclust/home/models/{{ .Values.model.source | trimPrefix "/" }}
+{{- end }}
+{{- end }}
+
+{{/* A volume of secrets belongs to root and its group; the program wants files that nobody else may read. */}}
+{{- define "llamaclust.privateFiles" -}}
+- name: private-files
+  {{- include "llamaclust.container" .root | nindent 2 }}
+  command: [install, -m, "0600", -t, /run/llamaclust]
+  args:
+    {{- range .files }}
+    - /run/secrets/llamaclust/{{ . }}
+    {{- end }}
+  resources: {requests: {cpu: 10m, memory: 16Mi}, limits: {memory: 64Mi}}
+  volumeMounts:
+    - {name: secrets, mountPath: /run/secrets/llamaclust, readOnly: true}
+    - {name: private, mountPath: /run/llamaclust}
+{{- end }}
+
+{{- define "llamaclust.pullModel" -}}
+{{- if .Values.model.pull }}
+- name: model
+  {{- include "llamaclust.container" . | nindent 2 }}
+  command: [timeout, {{ .Values.model.pullSeconds | quote }}, llamaclust, model, pull, {{ .Values.model.source | quote }}]
+  env: {{- include "llamaclust.folders" . | nindent 4 }}
+  resources: {requests: {cpu: 100m, memory: 256Mi}, limits: {memory: 1Gi}}
+  volumeMounts: {{- include "llamaclust.dataMounts" . | nindent 4 }}
+{{- end }}
+{{- end }}
+
+{{- define "llamaclust.placement" -}}
+{{- with .nodeSelector }}
+nodeSelector: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .tolerations }}
+tolerations: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .priorityClassName }}
+priorityClassName: {{ . }}
+{{- end }}
+{{- end }}

@@ -1,0 +1,51 @@
+{{- define "llamaclust.workerArguments" -}}
+- --join={{ include "llamaclust.fullname" . }}-coordinator:{{ .Values.coordinator.ports.join }}
+- --token-file=/run/llamaclust/token
+- --name=$(POD_NAME)
+- --listen=$(POD_IP):{{ .Values.workers.port }}
+- --threads={{ .Values.workers.threads | default "$(CORES)" }}
+{{- with .Values.workers.memory }}
+- --memory={{ . }}
+{{- end }}
+- --model-dir=/var/lib/llamaclust/home/models
+{{- if .Values.workers.gpu.count }}
+- --device=cuda
+{{- end }}
+{{- end }}
+
+{{/* Without a request Kubernetes would hand out all cores of the node as `requests.cpu`. */}}
+{{- define "llamaclust.workerResources" -}}
+{{- $resources := deepCopy .Values.workers.resources }}
+{{- if .Values.workers.gpu.count }}
+{{- $_ := set $resources "limits" (merge (dict .Values.workers.gpu.resource (toString .Values.workers.gpu.count)) ($resources.limits | default dict)) }}
+{{- end }}
+{{- toYaml $resources }}
+{{- end }}
+
+{{/* Workers away from each other: two on one node share its memory bandwidth. */}}
+{{- define "llamaclust.apart" -}}
+{{- $labels := printf "%s\napp.kubernetes.io/component: worker" (include "llamaclust.selector" .) | fromYaml }}
+{{- $term := dict "topologyKey" "kubernetes.io/hostname" "labelSelector" (dict "matchLabels" $labels) }}
+{{- if .Values.workers.affinity }}
+affinity: {{- toYaml .Values.workers.affinity | nindent 2 }}
+{{- else if eq .Values.workers.antiAffinity "required" }}
+affinity:
+  podAntiAffinity:
+    requiredDuringSchedulingIgnoredDuringExecution: {{- list $term | toYaml | nindent 6 }}
+{{- else if eq .Values.workers.antiAffinity "preferred" }}
+affinity:
+  podAntiAffinity:
+    preferredDuringSchedulingIgnoredDuringExecution:
+      - weight: 100
+        podAffinityTerm: {{- toYaml $term | nindent 10 }}
+{{- end }}
+{{- with .Values.workers.topologySpread }}
+topologySpreadConstraints:
+  {{- range . }}
+  - maxSkew: 1
+    topologyKey: {{ . }}
+    whenUnsatisfiable: ScheduleAnyway
+    labelSelector: {matchLabels: {{ toJson $labels }}}
+  {{- end }}
+{{- end }}
+{{- end }}

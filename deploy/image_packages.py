@@ -1,0 +1,45 @@
+"""What the image's environment is made of: the requirements that pip is given, and what is left out again at the end."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import sysconfig
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+_NO_USE = ("tests", "testing_data", "include")
+"""Folders of packages that no running program reads; `testing` is not among them, since numpy imports it."""
+
+
+def requirements(extras: str) -> list[str]:
+    """The package's own and those of comma-separated extras; ValueError for an extra that there is not."""
+    project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
+    known = project.get("optional-dependencies", {})
+    wanted = [name.strip() for name in extras.split(",") if name.strip()]
+    missing = [name for name in wanted if name not in known]
+    if missing:
+        raise ValueError(f"EXTRAS: no extra {missing[0]!r} in pyproject.toml; there is {', '.join(known) or 'none'}")
+    return [*project["dependencies"], *(one for name in wanted for one in known[name])]
+
+
+def useless(packages: Path) -> Iterator[Path]:
+    for folder in sorted(packages.rglob("*")):
+        if folder.is_dir() and folder.name in _NO_USE and "llamaclust" not in folder.parts[len(packages.parts) :]:
+            yield folder
+
+
+def main() -> None:
+    if sys.argv[1:] == ["--trim"]:
+        for folder in useless(Path(sysconfig.get_path("purelib"))):
+            shutil.rmtree(folder, ignore_errors=True)  # one below another is gone already
+        return
+    try:
+        print("\n".join(requirements(sys.argv[1] if sys.argv[1:] else "")))
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from error
+
+
+if __name__ == "__main__":
+    main()

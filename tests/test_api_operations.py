@@ -20,12 +20,13 @@ def app(**settings: Any) -> Any:
 @run_async
 async def test_health_says_why_not() -> None:
     async with real_engine() as (engine, pipeline), client(make_app(engine)) as http:
-        assert (await http.get("/health")).json() == {"status": "ok"}
+        assert (await http.get("/health")).json() == (await http.get("/live")).json() == {"status": "ok"}
         pipeline.lose(WorkerError("worker w1 (layers 2-3) was lost: killed"))
         await http.post("/v1/completions", json={"prompt": "a"})
         down = await http.get("/health")
         assert down.status_code == 503 and "layers 2-3" in down.json()["error"]["message"]
         assert down.json()["error"]["code"] == "cluster_down"
+        assert (await http.get("/live")).status_code == 503
         refused = await http.post("/v1/completions", json={"prompt": "a"})
         assert refused.status_code == 503 and "layers 2-3" in refused.json()["error"]["message"]
 
@@ -35,6 +36,7 @@ async def test_a_cluster_that_drains_says_so() -> None:
     async with real_engine() as (engine, _), client(make_app(engine)) as http:
         assert await engine.drain(5)
         assert (await http.get("/health")).json()["error"]["code"] == "cluster_draining"
+        assert (await http.get("/live")).status_code == 200  # no reason to restart it
 
 
 @run_async

@@ -68,7 +68,7 @@ def _add_llamacpp(app: FastAPI, service: TextService, settings: ApiSettings) -> 
 
 
 def _add_operations(app: FastAPI, operations: Operations) -> None:
-    for name in ("health", "metrics", "cluster", "props", "slots"):
+    for name in ("health", "live", "metrics", "cluster", "props", "slots"):
         _get(app, f"/{name}", getattr(operations, name))
 
 

@@ -1,4 +1,4 @@
-"""What operators and tools ask: /health, /metrics, /cluster, /props, /slots."""
+"""What operators and tools ask: /health, /live, /metrics, /cluster, /props, /slots."""
 
 from __future__ import annotations
 
@@ -47,6 +47,12 @@ class Operations:
             return JsonResponse({"status": "ok"})
         reason = str(self._engine.error or f"the cluster is {state}")
         raise HttpError(503, f"cluster_{state}", reason, {"Retry-After": "5"})
+
+    async def live(self, request: Request) -> Response:
+        """200 but where only a new start helps; whoever watches processes restarts one that answers something else."""
+        if self._engine.state is not EngineState.DOWN:
+            return JsonResponse({"status": "ok"})
+        raise HttpError(503, "cluster_down", str(self._engine.error or "the cluster is down"))
 
     async def metrics(self, request: Request) -> Response:
         return Response(self._engine.metrics.render(), media_type=CONTENT_TYPE)

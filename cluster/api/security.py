@@ -14,7 +14,7 @@ from llamaclust.cluster.api.errors import HttpError, error_response
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.config_values import is_loopback
 
-OPEN_PATHS = frozenset({"/health"})
+OPEN_PATHS = frozenset({"/health", "/live"})
 
 _HOST = re.compile(r"(\[[0-9a-fA-F:.]{2,60}\]|[A-Za-z0-9._-]{1,255})(?::\d{1,5})?")
 

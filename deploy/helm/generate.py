@@ -1,0 +1,81 @@
+"""What of the chart follows from elsewhere: README.md from the comments of values.yaml, the `config` part of values.schema.json
+from the cluster file's classes. Run after a change of either; tests compare."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llamaclust.cluster.config import ClusterConfig
+
+CHART = Path(__file__).parent / "llamaclust"
+OWNED = ("name", "model", "launcher", "listen", "join", "workers", "api_keys_file", "allowed_hosts", "state_dir")
+"""Keys of the cluster file that the chart sets itself."""
+_COMMENT = re.compile(r"^ *# -- (.*)$")
+_LONGEST_DEFAULT = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """One value of the chart."""
+
+    name: str  # with dots
+    default: Any
+    meaning: str
+
+
+def values(text: str) -> Iterator[Value]:
+    """Every value that has a comment; ValueError for one without."""
+    lines = text.splitlines()
+    yield from _below(yaml.compose(text), "", lines)
+
+
+def _below(node: yaml.MappingNode, prefix: str, lines: list[str]) -> Iterator[Value]:
+    for key, value in node.value:
+        name = f"{prefix}{key.value}"
+        comment = _COMMENT.match(lines[key.start_mark.line - 1]) if key.start_mark.line else None
+        if comment is not None:
+            yield Value(name, yaml.safe_load(yaml.serialize(value)), comment[1])
+        elif isinstance(value, yaml.MappingNode) and value.value:
+            yield from _below(value, f"{name}.", lines)
+        else:
+            raise ValueError(f"values.yaml: {name} has no comment that begins with `# --`")
+
+
+def _shown(default: Any) -> str:
+    if default in ("", None):
+        return ""
+    text = json.dumps(default) if not isinstance(default, str) else default
+    return f"`{text}`" if len(text) <= _LONGEST_DEFAULT else "see `values.yaml`"
+
+
+def readme() -> str:
+    """README.md: README.md.in with the table of values in its place."""
+    rows = [f"| `{one.name}` | {_shown(one.default)} | {one.meaning} |" for one in values((CHART / "values.yaml").read_text())]
+    table = "\n".join(["| value | default | meaning |", "|---|---|---|", *rows])
+    return (CHART / "README.md.in").read_text().replace("@VALUES@", table)
+
+
+def schema() -> str:
+    """values.schema.json with the cluster file's keys of today below `config`."""
+    ours = json.loads((CHART / "values.schema.json").read_text())
+    cluster = ClusterConfig.model_json_schema()
+    ours["properties"]["config"] = {
+        "type": "object",
+        "additionalProperties": False,
+        "properties": {key: part for key, part in cluster["properties"].items() if key not in OWNED},
+    }
+    own = {name: part for name, part in ours["$defs"].items() if name.startswith("chart")}
+    ours["$defs"] = own | cluster.get("$defs", {})
+    return json.dumps(ours, indent=2) + "\n"
+
+
+if __name__ == "__main__":
+    (CHART / "values.schema.json").write_text(schema())
+    (CHART / "README.md").write_text(readme())

@@ -76,15 +76,14 @@ securityContext:
 {{- end }}
 {{- end }}
 
-{{/* A volume of secrets belongs to root and its group; the program wants files that nobody else may read. */}}
+{{/* A volume of secrets belongs to root and its group; the program wants files and folders that nobody else may read. */}}
 {{- define "llamaclust.privateFiles" -}}
 - name: private-files
   {{- include "llamaclust.container" .root | nindent 2 }}
-  command: [install, -m, "0600", -t, /run/llamaclust]
-  args:
-    {{- range .files }}
-    - /run/secrets/llamaclust/{{ . }}
-    {{- end }}
+  command:
+    - sh
+    - -ec
+    - {{ .script }}
   resources: {requests: {cpu: 10m, memory: 16Mi}, limits: {memory: 64Mi}}
   volumeMounts:
     - {name: secrets, mountPath: /run/secrets/llamaclust, readOnly: true}

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -86,18 +87,27 @@ def named(manifests: Sequence[Manifest], kind: str, name: str) -> Manifest:
     return found[0]
 
 
-def pod_specs(manifests: Sequence[Manifest]) -> Iterator[tuple[str, Manifest]]:
-    """Every pod's name and specification, wherever it stands."""
+@dataclass(frozen=True, slots=True)
+class PodTemplate:
+    """What pods are made from, wherever it stands."""
+
+    owner: str  # kind and name
+    labels: dict[str, str]
+    spec: Manifest
+    claims: tuple[Manifest, ...] = ()  # templates of claims
+
+
+def pod_templates(manifests: Sequence[Manifest]) -> Iterator[PodTemplate]:
     for each in manifests:
-        name = f"{each['kind']}/{each['metadata']['name']}"
+        owner, spec = f"{each['kind']}/{each['metadata']['name']}", each.get("spec", {})
         if each["kind"] == "Pod":
-            yield name, each["spec"]
+            yield PodTemplate(owner, each["metadata"]["labels"], spec)
         elif each["kind"] in ("Deployment", "StatefulSet"):
-            yield name, each["spec"]["template"]["spec"]
+            claims = tuple(spec.get("volumeClaimTemplates", ()))
+            yield PodTemplate(owner, spec["template"]["metadata"]["labels"], spec["template"]["spec"], claims)
         elif each["kind"] == "RayCluster":
-            groups = [each["spec"]["headGroupSpec"], *each["spec"]["workerGroupSpecs"]]
-            for group in groups:
-                yield f"{name}/{group.get('groupName', 'head')}", group["template"]["spec"]
+            for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+                yield PodTemplate(owner, group["template"]["metadata"]["labels"], group["template"]["spec"])
 
 
 def containers(spec: Manifest) -> list[Manifest]:
@@ -172,6 +182,12 @@ MATRIX: dict[str, Mapping[str, Any]] = {
         "image": {"digest": "sha256:" + "0" * 64, "pullSecrets": [{"name": "registry"}]},
         "security": {"user": None},
     },
+    "ray": {
+        "ray": {"enabled": True},
+        "workers": {"threads": 2, "memory": "3GiB", "persistence": {"storageClass": "local"}},
+        "model": {"volume": {"kind": "shared"}},
+    },
+    "version six": {"ipv6": True},
     "settings of the cluster": {
         "config": {
             "context_length": 8192,

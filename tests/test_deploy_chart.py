@@ -11,7 +11,20 @@ from typing import Any
 
 import jsonschema
 import pytest
-from charts import CHART, MATRIX, RELEASE, ROOT, Manifest, containers, helm, named, one, pod_specs, refusal, render
+from charts import (
+    CHART,
+    MATRIX,
+    RELEASE,
+    ROOT,
+    Manifest,
+    PodTemplate,
+    containers,
+    helm,
+    one,
+    pod_templates,
+    refusal,
+    render,
+)
 from kubernetes_validate import utils as kubernetes
 
 VERSIONS = ("1.30", "1.31", "1.32", "1.33", "1.34", "1.35", "1.36", "1.37")
@@ -37,6 +50,9 @@ def validate(manifest: Manifest, version: str) -> None:
     if manifest["kind"] in OURS:
         schema = json.loads((ROOT / f"tests/data/deploy/{manifest['kind'].lower()}.schema.json").read_text())
         jsonschema.Draft202012Validator(schema).validate(manifest)
+        for template in pod_templates([manifest]):
+            pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "a"}, "spec": template.spec}
+            kubernetes.validate(pod, version, strict=True)
     else:
         assert kubernetes.validate(manifest, version, strict=True) == version
 
@@ -103,6 +119,8 @@ def test_strict_validation_notices_a_wrong_key() -> None:
         ({"networkPolicy": {"enabled": False, "apiFrom": [{"podSelector": {}}]}}, "there is no policy"),
         ({"workers": {"resources": {"requests": None}}}, "workers.threads"),
         ({"security": {"user": 0}}, "/security/user"),
+        ({"ray": {"enabled": True}}, "workers.threads"),
+        ({"ray": {"enabled": True}, "workers": {"threads": 1}, "joinToken": {"existingSecret": "a"}}, "no join token"),
     ],
     ids=str,
 )
@@ -141,15 +159,17 @@ def test_names_and_selectors_fit(values: Mapping[str, Any]) -> None:
     assert len(names) == len(set(names))
     assert all(len(name) <= 57 and name.startswith(tuple("abcdefghijklmnopqrstuvwxyz")) for _, name in names)
     assert all("namespace" not in each["metadata"] for each in manifests)  # whichever helm was told
-    pods = {}
     for each in manifests:
         if each["kind"] in ("Deployment", "StatefulSet"):
-            labels = each["spec"]["template"]["metadata"]["labels"]
-            assert each["spec"]["selector"]["matchLabels"].items() <= labels.items()
-            assert "app.kubernetes.io/version" not in each["spec"]["selector"]["matchLabels"]  # it could never change
-            pods[each["metadata"]["name"]] = labels, each["spec"]["template"]["spec"]
+            selector = each["spec"]["selector"]["matchLabels"]
+            assert selector.items() <= each["spec"]["template"]["metadata"]["labels"].items()
+            assert "app.kubernetes.io/version" not in selector  # it could never change
     for selector in selectors(manifests):
-        assert len([name for name, (labels, _) in pods.items() if selector.items() <= labels.items()]) == 1, selector
+        assert len(behind(selector, manifests)) == 1, selector
+
+
+def behind(selector: Mapping[str, str], manifests: tuple[Manifest, ...]) -> list[PodTemplate]:
+    return [pod for pod in pod_templates(manifests) if selector.items() <= pod.labels.items()]
 
 
 def selectors(manifests: tuple[Manifest, ...]) -> list[dict[str, str]]:
@@ -172,31 +192,21 @@ def test_references_lead_somewhere(values: Mapping[str, Any]) -> None:
     manifests = render(values)
     there = {(each["kind"], each["metadata"]["name"]) for each in manifests}
     outside = {"models", "join", "keys", "registry"}  # that the matrix says exist
-    for name, spec in pod_specs(manifests):
-        volumes = {volume["name"]: volume for volume in spec["volumes"]}
-        volumes |= {claim["metadata"]["name"]: claim for claim in claims_of(manifests, name)}
-        mounts = [mount["name"] for container in containers(spec) for mount in container["volumeMounts"]]
-        assert set(mounts) == set(volumes), name
-        for kind, wanted in referenced(spec):
-            assert (kind, wanted) in there or wanted in outside, f"{name}: {kind} {wanted}"
-        account = spec["serviceAccountName"]
+    for pod in pod_templates(manifests):
+        volumes = {volume["name"] for volume in pod.spec["volumes"]} | {one["metadata"]["name"] for one in pod.claims}
+        mounts = {mount["name"] for container in containers(pod.spec) for mount in container["volumeMounts"]}
+        assert mounts == volumes, pod.owner
+        for kind, wanted in referenced(pod.spec):
+            assert (kind, wanted) in there or wanted in outside, f"{pod.owner}: {kind} {wanted}"
+        account = pod.spec["serviceAccountName"]
         assert ("ServiceAccount", account) in there or account == "default"
     for each in manifests:
         if each["kind"] == "Service":
-            target = one(manifests, *pods_behind(each))
-            ports = {port["name"] for port in target["spec"]["template"]["spec"]["containers"][0]["ports"]}
+            (pod,) = behind(each["spec"]["selector"], manifests)
+            ports = {port["name"] for container in pod.spec["containers"] for port in container.get("ports", ())}
             assert {port["targetPort"] for port in each["spec"]["ports"]} <= ports
-    assert ("Service", one(manifests, "StatefulSet")["spec"]["serviceName"]) in there
-
-
-def pods_behind(service: Manifest) -> tuple[str, str]:
-    component = service["spec"]["selector"]["app.kubernetes.io/component"]
-    return {"coordinator": "Deployment", "worker": "StatefulSet"}[component], component
-
-
-def claims_of(manifests: tuple[Manifest, ...], name: str) -> list[Manifest]:
-    kind, _, own = name.partition("/")
-    return named(manifests, kind, own)["spec"].get("volumeClaimTemplates", []) if kind == "StatefulSet" else []
+        if each["kind"] == "StatefulSet":
+            assert ("Service", each["spec"]["serviceName"]) in there
 
 
 def referenced(spec: Manifest) -> list[tuple[str, str]]:
@@ -215,8 +225,8 @@ def referenced(spec: Manifest) -> list[tuple[str, str]]:
 @matrix
 def test_no_pod_may_do_more_than_it_must(values: Mapping[str, Any]) -> None:
     """What Kubernetes calls the restricted standard, and a root file system that nobody writes to."""
-    for name, spec in pod_specs(render(values)):
-        assert spec["automountServiceAccountToken"] is False, name
+    for spec in (pod.spec for pod in pod_templates(render(values))):
+        assert spec["automountServiceAccountToken"] is False
         assert not {"hostNetwork", "hostPID", "hostIPC"} & spec.keys()
         assert spec["securityContext"]["runAsNonRoot"] is True
         assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
@@ -229,13 +239,12 @@ def test_no_pod_may_do_more_than_it_must(values: Mapping[str, Any]) -> None:
 
 
 def test_secrets_reach_only_files() -> None:
-    """Neither environment nor command line of any container holds one, and only init containers see the Secret's own volume."""
-    for name, spec in pod_specs(rendered("defaults")):
-        for container in containers(spec):
-            assert "secretKeyRef" not in json.dumps(container), name
-        if "test" not in name:
-            mounts = [mount["name"] for container in spec["containers"] for mount in container["volumeMounts"]]
-            assert "secrets" not in mounts and "private" in mounts
+    """No environment and no command line holds one, and only init containers see the Secret's own volume."""
+    for pod in (*pod_templates(rendered("defaults")), *pod_templates(rendered("ray"))):
+        assert "secretKeyRef" not in json.dumps(pod.spec)
+        if pod.labels["app.kubernetes.io/component"] != "test":
+            mounts = [mount["name"] for container in pod.spec["containers"] for mount in container["volumeMounts"]]
+            assert "secrets" not in mounts
 
 
 def test_a_change_of_the_cluster_file_starts_the_coordinator_anew() -> None:

@@ -15,7 +15,7 @@ import yaml
 from llamaclust.cluster.config import ClusterConfig
 
 CHART = Path(__file__).parent / "llamaclust"
-OWNED = ("name", "model", "launcher", "listen", "join", "workers", "api_keys_file", "allowed_hosts", "state_dir")
+OWNED = ("name", "model", "launcher", "listen", "join", "insecure", "ray", "workers", "api_keys_file", "allowed_hosts", "state_dir")
 """Keys of the cluster file that the chart sets itself."""
 _COMMENT = re.compile(r"^ *# -- (.*)$")
 _LONGEST_DEFAULT = 60

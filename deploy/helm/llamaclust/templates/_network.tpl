@@ -1,3 +1,12 @@
+{{/* All addresses of a pod, and the one that others know, as a listener is told them. */}}
+{{- define "llamaclust.anywhere" -}}
+{{ ternary "[::]" "0.0.0.0" .Values.ipv6 }}
+{{- end }}
+
+{{- define "llamaclust.podAddress" -}}
+{{ ternary "[$(POD_IP)]" "$(POD_IP)" .Values.ipv6 }}
+{{- end }}
+
 {{/* What every pod may call: names, and the model's source. */}}
 {{- define "llamaclust.egress" -}}
 - ports:

@@ -47,8 +47,6 @@ securityContext:
 {{- define "llamaclust.sharedVolumes" -}}
 - name: tmp
   emptyDir: {}
-- name: private
-  emptyDir: {medium: Memory, sizeLimit: 1Mi}
 {{- with .Values.model.volume }}
 {{- if eq .kind "hostPath" }}
 - name: models
@@ -76,6 +74,11 @@ securityContext:
 {{- end }}
 {{- end }}
 
+{{- define "llamaclust.privateVolume" -}}
+- name: private
+  emptyDir: {medium: Memory, sizeLimit: 1Mi}
+{{- end }}
+
 {{/* A volume of secrets belongs to root and its group; the program wants files and folders that nobody else may read. */}}
 {{- define "llamaclust.privateFiles" -}}
 - name: private-files
@@ -83,7 +86,7 @@ securityContext:
   command:
     - sh
     - -ec
-    - {{ .script }}
+    - {{ .script | quote }}
   resources: {requests: {cpu: 10m, memory: 16Mi}, limits: {memory: 64Mi}}
   volumeMounts:
     - {name: secrets, mountPath: /run/secrets/llamaclust, readOnly: true}

@@ -2,14 +2,14 @@
 - --join={{ include "llamaclust.fullname" . }}-coordinator:{{ .Values.coordinator.ports.join }}
 - --token-file=/run/llamaclust/token
 - --name=$(POD_NAME)
-- --listen=$(POD_IP):{{ .Values.workers.port }}
+- --listen={{ include "llamaclust.podAddress" . }}:{{ .Values.workers.port }}
 - --threads={{ .Values.workers.threads | default "$(CORES)" }}
 {{- with .Values.workers.memory }}
 - --memory={{ . }}
 {{- end }}
 - --model-dir=/var/lib/llamaclust/home/models
 {{- if .Values.workers.gpu.count }}
-- --device=cuda
+- --device=cuda:0
 {{- end }}
 {{- end }}
 

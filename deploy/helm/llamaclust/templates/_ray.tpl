@@ -1,0 +1,22 @@
+{{/* Ray is told what each worker takes; it has no pod to read it from. */}}
+{{- define "llamaclust.rayWorkers" -}}
+{{- range $index := until (int .Values.workers.count) }}
+- name: worker-{{ $index }}
+  threads: {{ $.Values.workers.threads }}
+  {{- with $.Values.workers.memory }}
+  memory: {{ . }}
+  {{- end }}
+  {{- if $.Values.workers.gpu.count }}
+  device: cuda:0
+  {{- end }}
+{{- end }}
+{{- end }}
+
+{{/* KubeRay starts Ray in a group's first container by a command of its own, and adds what Ray needs of environment. */}}
+{{- define "llamaclust.rayContainer" -}}
+{{- include "llamaclust.container" . }}
+env:
+  {{- include "llamaclust.folders" . | nindent 2 }}
+  - {name: RAY_USAGE_STATS_ENABLED, value: "0"}
+  - {name: LLAMACLUST_CACHE_SIZE, value: {{ .Values.workers.preparedSize | quote }}}
+{{- end }}

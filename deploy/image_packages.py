@@ -1,4 +1,4 @@
-"""What the image's environment is made of: the requirements that pip is given, and what is left out again at the end."""
+"""What the image's environment is made of: what pip is told to install, and what is left out again at the end."""
 
 from __future__ import annotations
 

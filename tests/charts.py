@@ -38,10 +38,12 @@ def _home() -> dict[str, str]:
     """A helm of our own knows nothing of the user's clusters and plugins."""
     folder = tempfile.mkdtemp(prefix="helm-home-")
     names = ("HELM_CACHE_HOME", "HELM_CONFIG_HOME", "HELM_DATA_HOME")
-    return {name: folder for name in names} | {"KUBECONFIG": f"{folder}/none", "PATH": os.environ["PATH"]}
+    return dict.fromkeys(names, folder) | {"KUBECONFIG": f"{folder}/none", "PATH": os.environ["PATH"]}
 
 
-def helm(*arguments: str, values: Mapping[str, Any] | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
+def helm(
+    *arguments: str, values: Mapping[str, Any] | None = None, **variables: str
+) -> subprocess.CompletedProcess[str]:
     """One helm command; `values` come as a file on its standard input."""
     with_values = [*arguments, *(["-f", "-"] if values else [])]
     return subprocess.run(
@@ -133,7 +135,10 @@ MATRIX: dict[str, Mapping[str, Any]] = {
     "models on the nodes": {
         "model": {"pull": False, "source": "8b.gguf", "volume": {"kind": "hostPath", "hostPath": "/srv/models"}}
     },
-    "nothing kept": {"coordinator": {"persistence": {"enabled": False}}, "workers": {"persistence": {"enabled": False}}},
+    "nothing kept": {
+        "coordinator": {"persistence": {"enabled": False}},
+        "workers": {"persistence": {"enabled": False}},
+    },
     "own secrets": {"joinToken": {"existingSecret": "join"}, "apiKeys": {"existingSecret": "keys"}},
     "published": {
         "ingress": {

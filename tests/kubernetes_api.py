@@ -21,7 +21,11 @@ _KINDS = {
 
 
 def _plural(kind: str) -> str:
-    return kind.lower().removesuffix("y") + "ies" if kind.endswith("y") else kind.lower() + ("es" if kind[-1] == "s" else "s")
+    return (
+        kind.lower().removesuffix("y") + "ies"
+        if kind.endswith("y")
+        else kind.lower() + ("es" if kind[-1] == "s" else "s")
+    )
 
 
 class FakeApi(ThreadingHTTPServer):
@@ -61,7 +65,7 @@ def _resource(kind: str) -> dict[str, Any]:
 class _Handler(BaseHTTPRequestHandler):
     server: FakeApi
 
-    def do_GET(self) -> None:  # noqa: N802
+    def do_GET(self) -> None:
         found = self.server.answer(self.path.partition("?")[0])
         body = json.dumps(found or {"kind": "Status", "status": "Failure", "reason": "NotFound", "code": 404}).encode()
         self.send_response(200 if found else 404)

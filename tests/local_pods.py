@@ -1,4 +1,4 @@
-"""Pods of rendered manifests as processes of this machine: what a kubelet does with commands, environment, volumes, probes.
+"""Pods of rendered manifests as processes of this machine: what a kubelet makes of commands, volumes and probes.
 
 Each pod has a loopback address of its own, and a folder for each volume that paths of the manifests are mapped to.
 """
@@ -76,7 +76,7 @@ class LocalPod:
                     (folder / name).write_text(self.mapped(text, self.main))
 
     def mapped(self, text: str, container: Manifest) -> str:
-        """Paths below mounts as they are here, Services by address; in one pass, since results look like what is sought."""
+        """Paths below mounts as they are here, Services by address; in one pass: results look like what is sought."""
         places = {mount["mountPath"]: str(self.folder / mount["name"]) for mount in container["volumeMounts"]}
         paths = "|".join(re.escape(path) for path in sorted(places, key=len, reverse=True))
         text = re.sub(rf"(?<![\w/.-])({paths})(?![\w-])", lambda found: places[found[1]], text)
@@ -92,7 +92,11 @@ class LocalPod:
 
     def _from(self, source: dict[str, Any], container: Manifest) -> str:
         if "resourceFieldRef" in source:
-            assert source["resourceFieldRef"] == {"containerName": container["name"], "resource": "requests.cpu", "divisor": "1"}
+            assert source["resourceFieldRef"] == {
+                "containerName": container["name"],
+                "resource": "requests.cpu",
+                "divisor": "1",
+            }
             return str(math.ceil(_cores(container["resources"]["requests"]["cpu"])))
         fields = {"metadata.name": self.name, "status.podIP": self.address}
         return fields[source["fieldRef"]["fieldPath"]]

@@ -149,7 +149,7 @@ def test_every_value_is_in_the_schema_and_used() -> None:
     assert len(listed) > 70
 
 
-# -- objects that fit each other -----------------------------------------------------------------------------------------
+# -- objects that fit each other ---------------------------------------------------------------------------------------
 
 
 @matrix

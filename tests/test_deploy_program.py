@@ -1,11 +1,13 @@
-"""What the chart renders is what the program takes: cluster file, commands, environment; and it works, as processes here."""
+"""What the chart renders is what the program takes, and as processes of this machine it answers."""
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -16,78 +18,99 @@ from local_pods import LocalPod
 from typer.main import get_command
 
 from llamaclust.cli.app import app
+from llamaclust.cluster import config as config_module
 from llamaclust.cluster.config import ClusterConfig, load_config
-from llamaclust.errors import UsageError
 
 NAME = f"{RELEASE}-llamaclust"
 _START_S = 60.0
-_PATHS = ("/var/lib/llamaclust", "/run/llamaclust")
+_OWN_VARIABLES = {"HOME", "POD_NAME", "POD_IP", "CORES", "HTTPS_PROXY"}
+matrix = pytest.mark.parametrize("values", MATRIX.values(), ids=MATRIX.keys())
 
 
-def known_commands() -> dict[str, Any]:
-    found: dict[str, Any] = get_command(app).commands  # type: ignore[attr-defined]
-    return found
+def need_launcher(name: str) -> None:
+    """Skips the test where this build has no such launcher."""
+    if name not in json.dumps(ClusterConfig.model_json_schema()["properties"]["launcher"]):
+        pytest.skip(f"this build has no launcher {name}")
 
 
-def loaded(manifests: tuple[Manifest, ...], folder: Path) -> ClusterConfig:
+def launcher_of(values: Mapping[str, Any]) -> str:
+    return "ray" if values.get("ray", {}).get("enabled") else "static"
+
+
+def loaded(manifests: Sequence[Manifest], folder: Path) -> ClusterConfig:
     path = folder / "cluster.yaml"
     path.write_text(cluster_file(manifests))
     return load_config(path)
 
 
-@pytest.mark.parametrize("values", MATRIX.values(), ids=MATRIX.keys())
+@matrix
 def test_the_cluster_file_is_one(values: Mapping[str, Any], tmp_path: Path) -> None:
+    need_launcher(launcher_of(values))
     manifests = render(values)
     config = loaded(manifests, tmp_path)
-    service = named(manifests, "Service", config.name)
-    assert len(config.workers) == one(manifests, "StatefulSet")["spec"]["replicas"]
+    assert named(manifests, "Service", config.name)
+    assert config.launcher == launcher_of(values)
+    assert len(config.workers) == values.get("workers", {}).get("count", 2)
     assert config.api_keys_file == Path("/run/llamaclust/api-keys")
-    names = {f"{service['metadata']['name']}.models.svc", *values.get("ingress", {}).get("hosts", ())}
-    assert names <= set(config.allowed_hosts)
-    ports = {port["name"]: port["containerPort"] for port in one(manifests, "Deployment")["spec"]["template"]["spec"]["containers"][0]["ports"]}
-    assert (config.port, config.join.listen.rpartition(":")[2]) == (ports["api"], str(ports["join"]))
-    assert config.join.members.rpartition(":")[2] == str(ports["control"])
-    assert (config.host, config.join.listen.rpartition(":")[0]) == (("::", "[::]") if values.get("ipv6") else ("0.0.0.0",) * 2)
+    assert {f"{config.name}.models.svc", *values.get("ingress", {}).get("hosts", ())} <= set(config.allowed_hosts)
+    assert config.host == ("::" if values.get("ipv6") else "0.0.0.0")
 
 
-@pytest.mark.parametrize("values", MATRIX.values(), ids=MATRIX.keys())
-def test_commands_are_the_programs(values: Mapping[str, Any]) -> None:
-    """Every command line that begins with the program's name is parsed by the program."""
-    seen = []
+@matrix
+def test_ports_of_the_cluster_file_are_the_pods(values: Mapping[str, Any], tmp_path: Path) -> None:
+    need_launcher("static")
+    if launcher_of(values) != "static":
+        return
+    manifests = render(values)
+    config = loaded(manifests, tmp_path)
+    (coordinator,) = one(manifests, "Deployment")["spec"]["template"]["spec"]["containers"]
+    ports = {port["name"]: port["containerPort"] for port in coordinator["ports"]}
+    told = {"join": config.join.listen, "control": config.join.members, "api": config.listen}
+    assert {name: int(address.rpartition(":")[2]) for name, address in told.items()} == ports
+    assert {address.rpartition(":")[0] for address in told.values()} == {"[::]" if values.get("ipv6") else "0.0.0.0"}
+
+
+@matrix
+def test_commands_and_variables_are_the_programs(values: Mapping[str, Any]) -> None:
+    """Every command line with the program's name is parsed by the program; it reads every variable that it is given."""
+    need_launcher("static")
+    if values.get("workers", {}).get("gpu"):
+        pytest.skip("this build computes on CPUs only")
+    parsed = []
     for pod in pod_templates(render(values)):
         for container in containers(pod.spec):
-            words = [*container["command"], *container.get("args", ())]
+            words = [*container.get("command", ()), *container.get("args", ())]
             if "llamaclust" in words[:3]:
-                parsed = parse([word.replace("$(CORES)", "2") for word in words[words.index("llamaclust") + 1 :]])
-                assert parsed, f"{pod.owner}: {words}"
-                seen.append(parsed.pop("command"))
-                assert all(each["name"] in ("HOME", "POD_NAME", "POD_IP", "CORES", "HTTPS_PROXY") or each["name"].startswith("LLAMACLUST_") for each in container["env"])
-    pulls = values.get("model", {}).get("pull", True)
-    assert sorted(seen) == sorted(["up", "worker", "generate", *(["pull"] * 2 if pulls else [])])
+                parsed.append(parse([word.replace("$(CORES)", "2") for word in words[words.index("llamaclust") + 1 :]]))
+                given = {each["name"] for each in container["env"]} - _OWN_VARIABLES
+                assert {name for name in given if not name.startswith("RAY_")} <= variables(), pod.owner
+    pulls = ["pull", "pull"] if values.get("model", {}).get("pull", True) else []
+    workers = ["worker"] if launcher_of(values) == "static" else []
+    assert sorted(parsed) == sorted(["up", "generate", *workers, *pulls])
 
 
-def parse(words: list[str]) -> dict[str, Any]:
-    command = get_command(app)
+def parse(words: list[str]) -> str:
+    """Name of the command; click's UsageError for what the program would refuse."""
+    command: Any = get_command(app)
     while hasattr(command, "commands"):
-        command = command.commands[words[0]]
-        words = words[1:]
-    with command.make_context(command.name, words) as context:
-        return {"command": command.name, **context.params}
+        command, words = command.commands[words[0]], words[1:]
+    with command.make_context(command.name, words):
+        return str(command.name)
+
+
+def variables() -> set[str]:
+    """That the program reads."""
+    source = inspect.getsource(config_module)
+    return set(re.findall(r"LLAMACLUST_[A-Z_]+", source))
 
 
 def test_a_wrong_option_would_be_noticed() -> None:
+    need_launcher("static")
     with pytest.raises(Exception, match="No such option"):
         parse(["worker", "--join=a:1", "--tokenfile=x"])
 
 
-def test_variables_are_the_programs() -> None:
-    text = (Path(__file__).parent.parent / "cluster/config.py").read_text()
-    for pod in pod_templates(render()):
-        for container in containers(pod.spec):
-            assert all(f'"{each["name"]}"' in text for each in container.get("env", ()) if each["name"].startswith("LLAMACLUST_"))
-
-
-# -- a cluster of it -----------------------------------------------------------------------------------------------------
+# -- a cluster of it ---------------------------------------------------------------------------------------------------
 
 
 def free_ports(count: int) -> list[int]:
@@ -116,6 +139,7 @@ def eventually(check: Callable[[], bool], pods: list[LocalPod], what: str) -> No
 
 @pytest.fixture
 def manifests() -> tuple[Manifest, ...]:
+    need_launcher("static")
     api, join, grpc = free_ports(3)
     small = {"requests": {"cpu": "1", "memory": "512Mi"}, "limits": {"memory": "2Gi"}}
     values = {
@@ -129,11 +153,14 @@ def manifests() -> tuple[Manifest, ...]:
 
 @pytest.fixture
 def pods(manifests: tuple[Manifest, ...], tmp_path: Path, demo_model: Path) -> Iterator[list[LocalPod]]:
-    """The coordinator's and two workers', the model where `model pull` would have put it; workers first, as it may happen."""
+    """The coordinator's and two workers', the model where `model pull` puts it. Workers first, as may happen."""
     services = {f"{NAME}-coordinator": "127.0.0.1", NAME: "127.0.0.1"}
     coordinator = one(manifests, "Deployment")["spec"]["template"]["spec"]
     workers = one(manifests, "StatefulSet")["spec"]
-    specs = [(f"{NAME}-worker-{index}", f"127.0.0.{11 + index}", workers["template"]["spec"]) for index in range(workers["replicas"])]
+    specs = [
+        (f"{NAME}-worker-{index}", f"127.0.0.{11 + index}", workers["template"]["spec"])
+        for index in range(workers["replicas"])
+    ]
     specs.append((f"{NAME}-coordinator-0", "127.0.0.1", coordinator))
     with ExitStack() as stack:
         found = []

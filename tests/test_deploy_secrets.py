@@ -60,7 +60,9 @@ def test_an_upgrade_keeps_what_is_there(tmp_path: Path) -> None:
 
         installed = rendered()
         assert any(path.endswith(f"/namespaces/{NAMESPACE}/secrets/{JOIN}") for path in api.asked)
-        assert named(rendered(), "Secret", JOIN)["data"] != named(installed, "Secret", JOIN)["data"]  # nothing there yet
+        assert (
+            named(rendered(), "Secret", JOIN)["data"] != named(installed, "Secret", JOIN)["data"]
+        )  # nothing there yet
         api.secrets = {name: owned(named(installed, "Secret", name)) for name in (JOIN, KEYS)}
         for name in (JOIN, KEYS):
             assert named(rendered(), "Secret", name)["data"] == named(installed, "Secret", name)["data"]

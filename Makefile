@@ -51,7 +51,7 @@ chart: build $(VENV)/.helm ## the Helm chart's README and schema from its values
 	$(BIN)/helm lint --strict deploy/helm/llamaclust
 
 image: ## a container image by docker, podman or buildah; BASE, EXTRAS and IMAGE_FLAGS are handed on
-	builder=$$(deploy/builder.sh) && [ $$builder = docker ] || format="--format docker"; \
+	builder=$$(deploy/builder.sh) || exit 1; [ $$builder = docker ] || format="--format docker"; \
 	  $$builder build $$format $(if $(BASE),--build-arg BASE=$(BASE)) $(if $(EXTRAS),--build-arg EXTRAS=$(EXTRAS)) $(IMAGE_FLAGS) \
 	  -t $(IMAGE) -f deploy/Dockerfile .
 

@@ -10,6 +10,7 @@ import os
 import socket
 import sys
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.error import URLError
 
@@ -20,9 +21,17 @@ def arguments_of(process: int) -> list[str]:
     return [os.fsdecode(one) for one in Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")]
 
 
+def _listens(arguments: list[str]) -> Iterator[tuple[int, str]]:
+    """Where --listen stands, and what stands in the same word."""
+    for place, word in enumerate(arguments):
+        option, _, value = word.partition("=")
+        if option == "--listen":
+            yield place, value
+
+
 def check_worker(arguments: list[str]) -> str:
     """Raises OSError where nobody listens at --listen."""
-    listen = arguments[arguments.index("--listen") + 1]
+    listen = next(after or arguments[place + 1] for place, after in _listens(arguments))
     host, _, port = listen.rpartition(":")
     host = host.strip("[]")
     with socket.create_connection(("127.0.0.1" if host == "0.0.0.0" else host, int(port)), _DEADLINE_S):
@@ -43,7 +52,7 @@ def check_coordinator(state: Path) -> str:
 def main() -> None:
     arguments = arguments_of(1)
     try:
-        if "worker" in arguments and "--listen" in arguments:
+        if "worker" in arguments and list(_listens(arguments)):
             print(check_worker(arguments))
         else:
             print(check_coordinator(Path(os.environ["LLAMACLUST_STATE_DIR"])))

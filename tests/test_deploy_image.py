@@ -89,7 +89,7 @@ def test_what_is_left_out_is_no_programs(tmp_path: Path) -> None:
     assert found == ["numpy/_core/include", "numpy/tests"]
 
 
-# -- health --------------------------------------------------------------------------------------------------------------
+# -- health ------------------------------------------------------------------------------------------------------------
 
 
 class _Health(BaseHTTPRequestHandler):
@@ -141,7 +141,7 @@ def test_a_worker_is_healthy_while_it_listens() -> None:
         check(["llamaclust", "worker", "--listen", f"0.0.0.0:{port}"])
 
 
-# -- builders ------------------------------------------------------------------------------------------------------------
+# -- builders ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

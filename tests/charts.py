@@ -34,11 +34,16 @@ def helm_binary() -> str:
 
 
 @cache
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    """Goes with this process."""
+    return tempfile.TemporaryDirectory(prefix="helm-home-")
+
+
 def _home() -> dict[str, str]:
     """A helm of our own knows nothing of the user's clusters and plugins."""
-    folder = tempfile.mkdtemp(prefix="helm-home-")
-    names = ("HELM_CACHE_HOME", "HELM_CONFIG_HOME", "HELM_DATA_HOME")
-    return dict.fromkeys(names, folder) | {"KUBECONFIG": f"{folder}/none", "PATH": os.environ["PATH"]}
+    names = ("HOME", "HELM_CACHE_HOME", "HELM_CONFIG_HOME", "HELM_DATA_HOME")
+    folder = _folder().name
+    return {name: folder for name in names} | {"KUBECONFIG": f"{folder}/none", "PATH": os.environ["PATH"]}
 
 
 def helm(

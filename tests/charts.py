@@ -43,7 +43,7 @@ def _home() -> dict[str, str]:
     """A helm of our own knows nothing of the user's clusters and plugins."""
     names = ("HOME", "HELM_CACHE_HOME", "HELM_CONFIG_HOME", "HELM_DATA_HOME")
     folder = _folder().name
-    return {name: folder for name in names} | {"KUBECONFIG": f"{folder}/none", "PATH": os.environ["PATH"]}
+    return dict.fromkeys(names, folder) | {"KUBECONFIG": f"{folder}/none", "PATH": os.environ["PATH"]}
 
 
 def helm(
@@ -184,13 +184,14 @@ MATRIX: dict[str, Mapping[str, Any]] = {
             "nodeSelector": {"kubernetes.io/arch": "amd64"},
             "affinity": {"nodeAffinity": {}},
             "priorityClassName": "high",
-            "extraEnv": [{"name": "HTTPS_PROXY", "value": "http://proxy:3128"}],
+            "extraEnv": [{"name": "TZ", "value": "UTC"}],
             "podAnnotations": {"a": "b"},
             "podLabels": {"c": "d"},
         },
         "workers": {"affinity": {"podAntiAffinity": {}}, "podLabels": {"c": "d"}, "podAnnotations": {"a": "b"}},
         "image": {"digest": "sha256:" + "0" * 64, "pullSecrets": [{"name": "registry"}]},
         "security": {"user": None},
+        "model": {"env": [{"name": "HTTPS_PROXY", "value": "http://proxy:3128"}]},
     },
     "ray": {
         "ray": {"enabled": True},

@@ -128,6 +128,16 @@ def test_what_is_unknown_or_wrong_is_refused(values: Mapping[str, Any], said: st
     assert said in refusal(values)
 
 
+@pytest.mark.parametrize(
+    ("name", "said"), [("defaults", "port-forward"), ("published", "https://llm.example"), ("ray", "raycluster/")]
+)
+def test_notes_say_how_to_ask(name: str, said: str) -> None:
+    done = helm("install", RELEASE, str(CHART), "--dry-run=client", values=MATRIX[name])
+    assert done.returncode == 0, done.stderr
+    notes = done.stdout.partition("NOTES:")[2]
+    assert said in notes and "/v1/completions" in notes and "{{" not in notes
+
+
 def test_readme_and_schema_are_in_step() -> None:
     """Run `make chart` after a change of values.yaml, README.md.in or the cluster file's keys."""
     generated = runpy.run_path(str(ROOT / "deploy/helm/generate.py"), run_name="generate")

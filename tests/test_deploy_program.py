@@ -23,7 +23,7 @@ from llamaclust.cluster.config import ClusterConfig, load_config
 
 NAME = f"{RELEASE}-llamaclust"
 _START_S = 60.0
-_OWN_VARIABLES = {"HOME", "POD_NAME", "POD_IP", "CORES", "HTTPS_PROXY"}
+_OWN_VARIABLES = {"HOME", "POD_NAME", "POD_IP", "CORES", "HTTPS_PROXY", "TZ"}
 matrix = pytest.mark.parametrize("values", MATRIX.values(), ids=MATRIX.keys())
 
 
@@ -52,7 +52,9 @@ def test_the_cluster_file_is_one(values: Mapping[str, Any], tmp_path: Path) -> N
     assert config.launcher == launcher_of(values)
     assert len(config.workers) == values.get("workers", {}).get("count", 2)
     assert config.api_keys_file == Path("/run/llamaclust/api-keys")
-    assert {f"{config.name}.models.svc", *values.get("ingress", {}).get("hosts", ())} <= set(config.allowed_hosts)
+    assert {config.name, f"{config.name}.models.svc", *values.get("ingress", {}).get("hosts", ())} <= set(
+        config.allowed_hosts
+    )
     assert config.host == ("::" if values.get("ipv6") else "0.0.0.0")
 
 

@@ -77,17 +77,22 @@ def readme() -> str:
     return (CHART / "README.md.in").read_text().replace("@VALUES@", table)
 
 
+def _named_by(part: Any, definitions: dict[str, Any]) -> dict[str, Any]:
+    """The definitions that a part of a schema refers to, and those that they do."""
+    found: dict[str, Any] = {}
+    for name in re.findall(r'"#/\$defs/(\w+)"', json.dumps(part)):
+        found |= {name: definitions[name]} | _named_by(definitions[name], definitions)
+    return found
+
+
 def schema() -> str:
     """values.schema.json with the cluster file's keys of today below `config`."""
     ours = json.loads((CHART / "values.schema.json").read_text())
     cluster = ClusterConfig.model_json_schema()
-    ours["properties"]["config"] = {
-        "type": "object",
-        "additionalProperties": False,
-        "properties": {key: part for key, part in cluster["properties"].items() if key not in OWNED},
-    }
+    keys = {key: part for key, part in cluster["properties"].items() if key not in OWNED}
+    ours["properties"]["config"] = {"type": "object", "additionalProperties": False, "properties": keys}
     own = {name: part for name, part in ours["$defs"].items() if name.startswith("chart")}
-    ours["$defs"] = own | cluster.get("$defs", {})
+    ours["$defs"] = own | _named_by(keys, cluster.get("$defs", {}))
     return json.dumps(ours, indent=2) + "\n"
 
 

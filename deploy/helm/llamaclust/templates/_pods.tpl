@@ -98,7 +98,9 @@ securityContext:
 - name: model
   {{- include "llamaclust.container" . | nindent 2 }}
   command: [timeout, {{ .Values.model.pullSeconds | quote }}, llamaclust, model, pull, {{ .Values.model.source | quote }}]
-  env: {{- include "llamaclust.folders" . | nindent 4 }}
+  env:
+    {{- include "llamaclust.folders" . | nindent 4 }}
+    {{- with .Values.model.env }}{{ toYaml . | nindent 4 }}{{ end }}
   resources: {requests: {cpu: 100m, memory: 256Mi}, limits: {memory: 1Gi}}
   volumeMounts: {{- include "llamaclust.dataMounts" . | nindent 4 }}
 {{- end }}

@@ -7,6 +7,7 @@ import hashlib
 import re
 from pathlib import Path
 
+import pytest
 import yaml
 from charts import CHART, NAMESPACE, RELEASE, Manifest, helm, named, one, render
 from kubernetes_api import fake_api
@@ -30,6 +31,23 @@ def test_the_join_token_names_the_authority() -> None:
     token = re.fullmatch(r"lc1\.([0-9a-f]{64})\.([A-Za-z0-9_-]{43})", secret["token"])
     assert token is not None and token[1] == hashlib.sha256(base64.b64decode(body)).hexdigest()
     assert secret["ca.key"].startswith("-----BEGIN EC PRIVATE KEY-----\n")
+
+
+def test_the_program_signs_with_what_helm_made(tmp_path: Path) -> None:
+    """Certificates name the authority's key as Helm's library has it, or nobody would find it."""
+    trust = pytest.importorskip("llamaclust.cluster.trust.authority", reason="this build has no launcher static")
+    x509 = pytest.importorskip("cryptography.x509")
+    folder = tmp_path / "trust"
+    folder.mkdir(mode=0o700)
+    for name, text in data(named(render(), "Secret", JOIN)).items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o600)
+    authority = trust.Authority.open(folder)
+    signed = x509.load_pem_x509_certificate(authority.identity().pair.certificate)
+    ca = x509.load_der_x509_certificate(authority.certificate)
+    signed.verify_directly_issued_by(ca)
+    ours = signed.extensions.get_extension_for_class(x509.AuthorityKeyIdentifier).value.key_identifier
+    assert ours == ca.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value.key_identifier
 
 
 def test_every_release_has_secrets_of_its_own() -> None:

@@ -20,6 +20,7 @@ from typer.main import get_command
 from llamaclust.cli.app import app
 from llamaclust.cluster import config as config_module
 from llamaclust.cluster.config import ClusterConfig, load_config
+from llamaclust.errors import UsageError
 
 NAME = f"{RELEASE}-llamaclust"
 _START_S = 60.0
@@ -76,14 +77,12 @@ def test_ports_of_the_cluster_file_are_the_pods(values: Mapping[str, Any], tmp_p
 def test_commands_and_variables_are_the_programs(values: Mapping[str, Any]) -> None:
     """Every command line with the program's name is parsed by the program; it reads every variable that it is given."""
     need_launcher("static")
-    if values.get("workers", {}).get("gpu"):
-        pytest.skip("this build computes on CPUs only")
     parsed = []
     for pod in pod_templates(render(values)):
         for container in containers(pod.spec):
             words = [*container.get("command", ()), *container.get("args", ())]
             if "llamaclust" in words[:3]:
-                parsed.append(parse([word.replace("$(CORES)", "2") for word in words[words.index("llamaclust") + 1 :]]))
+                parsed.append(parse(words[words.index("llamaclust") + 1 :], container))
                 given = {each["name"] for each in container["env"]} - _OWN_VARIABLES
                 assert {name for name in given if not name.startswith("RAY_")} <= variables(), pod.owner
     pulls = ["pull", "pull"] if values.get("model", {}).get("pull", True) else []
@@ -91,13 +90,37 @@ def test_commands_and_variables_are_the_programs(values: Mapping[str, Any]) -> N
     assert sorted(parsed) == sorted(["up", "generate", *workers, *pulls])
 
 
-def parse(words: list[str]) -> str:
-    """Name of the command; click's UsageError for what the program would refuse."""
+def parse(words: list[str], container: Manifest) -> str:
+    """Name of the command; an error for what the program would refuse."""
+    samples = {
+        "POD_NAME": f"{NAME}-worker-0",
+        "POD_IP": "fd00::7" if "[$(POD_IP)]" in str(words) else "10.0.0.7",
+        "CORES": "2",
+    }
+    there = {each["name"] for each in container["env"]}
+    words = [
+        re.sub(r"\$\((\w+)\)", lambda found: samples[found[1]] if found[1] in there else "", word) for word in words
+    ]
     command: Any = get_command(app)
     while hasattr(command, "commands"):
         command, words = command.commands[words[0]], words[1:]
-    with command.make_context(command.name, words):
+    with command.make_context(command.name, words) as context:
+        if command.name == "worker":
+            check_worker(context.params)
         return str(command.name)
+
+
+def check_worker(options: Mapping[str, Any]) -> None:
+    """What the options of a worker say is looked at beyond the parser."""
+    from llamaclust.cli import joining
+
+    try:
+        settings = joining.settings(**options)
+    except UsageError as error:
+        if "cuda" not in str(error):
+            raise
+        pytest.skip(f"this build computes on CPUs only: {error}")
+    assert settings.join.startswith(f"{options['join'].partition(':')[0]}:") and settings.name.endswith("-worker-0")
 
 
 def variables() -> set[str]:
@@ -109,7 +132,9 @@ def variables() -> set[str]:
 def test_a_wrong_option_would_be_noticed() -> None:
     need_launcher("static")
     with pytest.raises(Exception, match="No such option"):
-        parse(["worker", "--join=a:1", "--tokenfile=x"])
+        parse(["worker", "--join=a:1", "--tokenfile=x"], {"env": []})
+    with pytest.raises(UsageError, match="--listen"):
+        parse(["worker", "--join=a:1", "--token-file=x", "--listen=$(POD_IP):7102"], {"env": []})
 
 
 # -- a cluster of it ---------------------------------------------------------------------------------------------------

@@ -97,9 +97,17 @@ class Authority:
             .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
             .add_extension(_usage(signs=True), critical=True)
             .add_extension(x509.ExtendedKeyUsage(_BOTH), critical=False)
-            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)
+            .add_extension(self._key_identifier(), critical=False)
         )
         return builder.sign(self._key, hashes.SHA256()).public_bytes(Encoding.DER)
+
+    def _key_identifier(self) -> x509.AuthorityKeyIdentifier:
+        """As the CA's certificate calls its key: whoever else made it, such as Helm, may number keys in another way."""
+        try:
+            named = self._certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
+        except x509.ExtensionNotFound:
+            return x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key())
+        return x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(named)
 
 
 def new_ca(life: timedelta = _CA_LIFE) -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:

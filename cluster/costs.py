@@ -9,6 +9,7 @@ from itertools import accumulate
 import numpy as np
 from numpy.typing import NDArray
 
+from llamaclust.cluster.links import NO_REACH, Reach
 from llamaclust.model.loader import ModelCosts
 from llamaclust.model.program import KV_BLOCK_TOKENS
 
@@ -25,6 +26,7 @@ class WorkerFacts:
     read_gb_s: float | None
     int8_gmac_s: float | None
     threads: int = 1
+    reach: Reach = NO_REACH  # what it adds to links
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,6 +37,7 @@ class StageCosts:
     """
 
     layers: int
+    hidden_bytes: int  # of a row, between stages
     held_bytes: Counts  # weights
     kv_token_bytes: Counts  # KV memory of a token
     _read: Counts  # weights that decoding may read: all but the embedding
@@ -52,6 +55,7 @@ class StageCosts:
         with_head = read + last * costs.head_bytes
         return cls(
             layers=len(costs.layers),
+            hidden_bytes=costs.hidden_bytes,
             held_bytes=with_head + first * costs.embedding_bytes,
             kv_token_bytes=_sums(layer.kv_bytes_per_token for layer in costs.layers),
             _read=with_head,

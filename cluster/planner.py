@@ -13,12 +13,13 @@ taken to be alike.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
 
 from llamaclust.cluster.costs import StageCosts, Table, WorkerFacts
+from llamaclust.cluster.links import Links
 from llamaclust.cluster.plan import Plan, StagePlan, usual_prompt_tokens
 from llamaclust.cluster.planner_fit import PlanLimits, Sizes
 from llamaclust.cluster.planner_manual import Assignment, checked
@@ -51,7 +52,7 @@ class PlanRequest:
     objective: str = "latency"  # latency | throughput
     manual: tuple[Assignment, ...] | None = None
     kv_memory_bytes: int | None = None  # per worker, at most; None: up to half of what weights and workspace leave
-    hop_ms: float = 0.15  # one way, from worker to worker or coordinator
+    links: Links = field(default_factory=Links)
 
 
 def make_plan(costs: ModelCosts, workers: Sequence[WorkerFacts], ask: PlanRequest) -> Plan:
@@ -76,7 +77,7 @@ def make_plan(costs: ModelCosts, workers: Sequence[WorkerFacts], ask: PlanReques
         kv_blocks=kv_blocks,
         context_length=ask.context_length,
         spares=spares(sizes, workers, used, by_hand=ask.manual is not None, contexts=found.contexts),
-        prediction=predict(stages, cut, prompt_tokens, ask.max_sequences, ask.hop_ms) if measured else None,
+        prediction=predict(stages, cut, prompt_tokens, ask.max_sequences, ask.links) if measured else None,
         excess=found.excess,
     )
 
@@ -123,4 +124,7 @@ def _times(stages: StageCosts, sizes: Sizes, contexts: int, worker: WorkerFacts)
     answers = stages.decode_table(worker, _TOGETHER) * _ANSWER_TOKENS / _TOGETHER
     mix = stages.prefill_table(worker, usual_prompt_tokens(sizes.limits.context_length)) + answers
     fits = sizes.missing_table(worker, contexts) == 0
-    return np.where(fits, mix, np.inf), stages.decode_table(worker) + _STAGE_MS
+    prompt_mb = usual_prompt_tokens(sizes.limits.context_length) * stages.hidden_bytes / 1e6
+    sent_ms = 2 * worker.reach.ms_per_mb * prompt_mb  # in and out, while it computes
+    hops_ms = 2 * worker.reach.one_way_ms
+    return np.where(fits, np.maximum(mix, sent_ms), np.inf), stages.decode_table(worker) + hops_ms + _STAGE_MS

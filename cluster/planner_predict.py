@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from itertools import pairwise
+
 from llamaclust.cluster.costs import StageCosts
+from llamaclust.cluster.links import COORDINATOR, Links
 from llamaclust.cluster.plan import Prediction, StagePrediction
 from llamaclust.cluster.planner_fit import Cut
 from llamaclust.cluster.scheduler_split import cycle_ns
@@ -11,32 +15,55 @@ _CHUNKS = (1, 2, 4, 8, 16)
 _NS = 1e6
 
 
-def predict(costs: StageCosts, cut: Cut, prompt_tokens: int, max_sequences: int, hop_ms: float) -> Prediction:
+@dataclass(frozen=True, slots=True)
+class _Path:
+    """The links that a token takes through the stages."""
+
+    round_ms: float  # from the first stage through all others to the first one again
+    there_ms: float  # from the coordinator through all of them to the coordinator
+    row_ms: tuple[float, ...]  # what each row adds between stages
+
+    @classmethod
+    def of(cls, links: Links, stages: list[str], hidden_bytes: int) -> _Path:
+        between = [links.between(one, other) for one, other in pairwise(stages)]
+        ends = [links.between(COORDINATOR, stages[0]), links.between(stages[-1], COORDINATOR)]
+        return cls(
+            round_ms=sum(link.one_way_ms for link in links.round(stages)),
+            there_ms=sum(link.one_way_ms for link in (*between, *ends)),
+            row_ms=tuple(link.ms_per_mb * hidden_bytes / 1e6 for link in between),
+        )
+
+
+def predict(costs: StageCosts, cut: Cut, prompt_tokens: int, max_sequences: int, links: Links) -> Prediction:
     """Of stages whose workers were all measured."""
+    path = _Path.of(links, [worker.name for worker, _, _ in cut], costs.hidden_bytes)
     stages = tuple(
         StagePrediction(costs.decode_ms(*stage), costs.prefill_ms(*stage, prompt_tokens) / prompt_tokens)
         for stage in cut
     )
-    round_ms = hop_ms * (len(cut) + 1)
     slowest = max(range(len(cut)), key=lambda index: stages[index].decode_ms)
     return Prediction(
         stages=stages,
-        token_ms=sum(stage.decode_ms for stage in stages) + round_ms,
-        ttft_ms=min(_ttft_ms(costs, cut, prompt_tokens, chunks, round_ms) for chunks in _CHUNKS),
-        tokens_per_s=max(_tokens_per_s(costs, cut, max_sequences, groups, round_ms) for groups in _CHUNKS),
+        token_ms=sum(stage.decode_ms for stage in stages) + path.round_ms,
+        ttft_ms=min(_ttft_ms(costs, cut, prompt_tokens, chunks, path) for chunks in _CHUNKS),
+        tokens_per_s=max(_tokens_per_s(costs, cut, max_sequences, groups, path) for groups in _CHUNKS),
         limiting=cut[slowest][0].name,
     )
 
 
-def _ttft_ms(costs: StageCosts, cut: Cut, prompt_tokens: int, chunks: int, round_ms: float) -> float:
-    """A prompt in equal chunks, one behind the other through the stages; the last stage's head for its last row."""
-    times = [costs.prefill_ms(*stage, -(-prompt_tokens // chunks)) for stage in cut]
+def _ttft_ms(costs: StageCosts, cut: Cut, prompt_tokens: int, chunks: int, path: _Path) -> float:
+    """A prompt in equal chunks, one behind the other through stages and links; the last stage's head for its last
+    row."""
+    rows = -(-prompt_tokens // chunks)
+    times = [costs.prefill_ms(*stage, rows) for stage in cut]
+    sent = [rows * ms for ms in path.row_ms]
     head_ms = costs.decode_ms(*cut[-1]) - costs.prefill_ms(*cut[-1], 1)
-    return sum(times) + (chunks - 1) * max(times) + max(head_ms, 0.0) + round_ms
+    return sum(times) + sum(sent) + (chunks - 1) * max(*times, *sent, 0.0) + max(head_ms, 0.0) + path.there_ms
 
 
-def _tokens_per_s(costs: StageCosts, cut: Cut, sequences: int, groups: int, round_ms: float) -> float:
+def _tokens_per_s(costs: StageCosts, cut: Cut, sequences: int, groups: int, path: _Path) -> float:
     """Decode of that many sequences in that many microbatches."""
     rows = -(-sequences // groups)
     times = [costs.decode_ms(*stage, rows) * _NS for stage in cut]
-    return sequences / cycle_ns(times, groups, round_ms * _NS) * 1e9
+    sent_ms = rows * sum(path.row_ms)
+    return sequences / cycle_ns(times, groups, (path.round_ms + sent_ms) * _NS) * 1e9

@@ -52,6 +52,7 @@ class ModelCosts:
     layers: tuple[LayerCost, ...]
     float_head_macs: int = 0
     head_file_bytes: int = 0
+    hidden_bytes: int = 0  # of one token, as it goes from stage to stage
 
 
 class Model:
@@ -105,6 +106,7 @@ class Model:
             ),
             float_head_macs=sum(map(self._float_macs, head)),
             head_file_bytes=self._weight_bytes(head, _file_bytes),
+            hidden_bytes=4 * self.hyperparameters.embedding_length,
         )
 
     @cached_property

@@ -3,8 +3,10 @@
 isort:skip_file
 Between a worker and its coordinator: who is there, which layers go where, and who is alive."""
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf.internal import containers as _containers
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -31,6 +33,8 @@ class WorkerMessage(_message.Message):
     HEARTBEAT_FIELD_NUMBER: _builtins.int
     MEASURE_FAILED_FIELD_NUMBER: _builtins.int
     RENEW_FIELD_NUMBER: _builtins.int
+    LINKS_MEASURED_FIELD_NUMBER: _builtins.int
+    MEASURE_LINKS_FAILED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def register(self) -> Global___Register:
         """First message of the stream."""
@@ -67,6 +71,14 @@ class WorkerMessage(_message.Message):
     def renew(self) -> Global___Renew:
         """A new certificate is wanted, before the old one ends."""
 
+    @_builtins.property
+    def links_measured(self) -> Global___LinksMeasured:
+        """Answer to MeasureLinks."""
+
+    @_builtins.property
+    def measure_links_failed(self) -> Global___Failure:
+        """MeasureLinks did not succeed."""
+
     def __init__(
         self,
         *,
@@ -79,12 +91,14 @@ class WorkerMessage(_message.Message):
         heartbeat: Global___Heartbeat | None = ...,
         measure_failed: Global___Failure | None = ...,
         renew: Global___Renew | None = ...,
+        links_measured: Global___LinksMeasured | None = ...,
+        measure_links_failed: Global___Failure | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "kind", b"kind", "load_failed", b"load_failed", "load_progress", b"load_progress", "loaded", b"loaded", "measure_failed", b"measure_failed", "measured", b"measured", "register", b"register", "renew", b"renew", "unloaded", b"unloaded"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "kind", b"kind", "links_measured", b"links_measured", "load_failed", b"load_failed", "load_progress", b"load_progress", "loaded", b"loaded", "measure_failed", b"measure_failed", "measure_links_failed", b"measure_links_failed", "measured", b"measured", "register", b"register", "renew", b"renew", "unloaded", b"unloaded"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "kind", b"kind", "load_failed", b"load_failed", "load_progress", b"load_progress", "loaded", b"loaded", "measure_failed", b"measure_failed", "measured", b"measured", "register", b"register", "renew", b"renew", "unloaded", b"unloaded"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "kind", b"kind", "links_measured", b"links_measured", "load_failed", b"load_failed", "load_progress", b"load_progress", "loaded", b"loaded", "measure_failed", b"measure_failed", "measure_links_failed", b"measure_links_failed", "measured", b"measured", "register", b"register", "renew", b"renew", "unloaded", b"unloaded"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["register", "measured", "load_progress", "loaded", "load_failed", "unloaded", "heartbeat", "measure_failed", "renew"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["register", "measured", "load_progress", "loaded", "load_failed", "unloaded", "heartbeat", "measure_failed", "renew", "links_measured", "measure_links_failed"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -104,6 +118,7 @@ class CoordinatorMessage(_message.Message):
     SHUTDOWN_FIELD_NUMBER: _builtins.int
     RENEWED_FIELD_NUMBER: _builtins.int
     RENEW_FAILED_FIELD_NUMBER: _builtins.int
+    MEASURE_LINKS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome:
         """The worker is a member."""
@@ -136,6 +151,10 @@ class CoordinatorMessage(_message.Message):
     def renew_failed(self) -> Global___Failure:
         """Renew did not succeed."""
 
+    @_builtins.property
+    def measure_links(self) -> Global___MeasureLinks:
+        """Measure the links to other workers."""
+
     def __init__(
         self,
         *,
@@ -147,12 +166,13 @@ class CoordinatorMessage(_message.Message):
         shutdown: Global___Shutdown | None = ...,
         renewed: Global___Renewed | None = ...,
         renew_failed: Global___Failure | None = ...,
+        measure_links: Global___MeasureLinks | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "load", b"load", "measure", b"measure", "refused", b"refused", "renew_failed", b"renew_failed", "renewed", b"renewed", "shutdown", b"shutdown", "unload", b"unload", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "load", b"load", "measure", b"measure", "measure_links", b"measure_links", "refused", b"refused", "renew_failed", b"renew_failed", "renewed", b"renewed", "shutdown", b"shutdown", "unload", b"unload", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "load", b"load", "measure", b"measure", "refused", b"refused", "renew_failed", b"renew_failed", "renewed", b"renewed", "shutdown", b"shutdown", "unload", b"unload", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "load", b"load", "measure", b"measure", "measure_links", b"measure_links", "refused", b"refused", "renew_failed", b"renew_failed", "renewed", b"renewed", "shutdown", b"shutdown", "unload", b"unload", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["welcome", "refused", "measure", "load", "unload", "shutdown", "renewed", "renew_failed"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["welcome", "refused", "measure", "load", "unload", "shutdown", "renewed", "renew_failed", "measure_links"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -274,6 +294,106 @@ class Measured(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Measured: _TypeAlias = Measured  # noqa: Y015
+
+@_typing.final
+class MeasureLinks(_message.Message):
+    """Ask for LinksMeasured."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def ends(self) -> _containers.RepeatedCompositeFieldContainer[Global___LinkEnd]:
+        """The other ends, one after the other."""
+
+    def __init__(
+        self,
+        *,
+        ends: _abc.Iterable[Global___LinkEnd] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ends", b"ends"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MeasureLinks: _TypeAlias = MeasureLinks  # noqa: Y015
+
+@_typing.final
+class LinkEnd(_message.Message):
+    """A worker at the other end of a link."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    worker: _builtins.str
+    """Its name."""
+    address: _builtins.str
+    """gRPC target of its Stage service."""
+    def __init__(
+        self,
+        *,
+        worker: _builtins.str = ...,
+        address: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "worker", b"worker"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LinkEnd: _TypeAlias = LinkEnd  # noqa: Y015
+
+@_typing.final
+class LinksMeasured(_message.Message):
+    """What the links reach, in the order of the question."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LINKS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def links(self) -> _containers.RepeatedCompositeFieldContainer[Global___LinkSpeed]:
+        """One for each end."""
+
+    def __init__(
+        self,
+        *,
+        links: _abc.Iterable[Global___LinkSpeed] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["links", b"links"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LinksMeasured: _TypeAlias = LinksMeasured  # noqa: Y015
+
+@_typing.final
+class LinkSpeed(_message.Message):
+    """Of one link, as the worker that measured it sees it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROUND_TRIP_S_FIELD_NUMBER: _builtins.int
+    BYTES_S_FIELD_NUMBER: _builtins.int
+    round_trip_s: _builtins.float
+    """Seconds until a token's hidden state was taken and answered."""
+    bytes_s: _builtins.float
+    """Bytes per second of a stream of large messages."""
+    def __init__(
+        self,
+        *,
+        round_trip_s: _builtins.float = ...,
+        bytes_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_s", b"bytes_s", "round_trip_s", b"round_trip_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LinkSpeed: _TypeAlias = LinkSpeed  # noqa: Y015
 
 @_typing.final
 class Failure(_message.Message):

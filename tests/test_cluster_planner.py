@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from llamaclust.cluster.costs import StageCosts, WorkerFacts
+from llamaclust.cluster.links import COORDINATOR, Link, Links
 from llamaclust.cluster.plan import Plan, Prediction, Spare
 from llamaclust.cluster.plan_text import plan_json, plan_lines
 from llamaclust.cluster.planner import PlanRequest, make_plan
@@ -27,6 +28,12 @@ def workspace(place: StagePlace) -> int:
     return (7 if place.is_last else 4) * MIB + place.threads * MIB
 
 
+def links(one_way_ms: float, names: str = "ab") -> Links:
+    ends = [COORDINATOR, *names]
+    return Links({frozenset(pair): Link(one_way_ms, 0.0) for pair in itertools.combinations(ends, 2)})
+
+
+AT_HALF_A_MS = links(0.5)
 ASK = PlanRequest(context_length=1024, max_sequences=8, workspace=workspace)
 
 
@@ -58,17 +65,17 @@ def test_the_demo_gives_both_workers_half(measured: bool) -> None:
 
 
 def test_predictions_follow_the_measurements() -> None:
-    plan = make_plan(SMALL, [worker("a"), worker("b")], replace(ASK, hop_ms=0.5))
+    plan = make_plan(SMALL, [worker("a"), worker("b")], replace(ASK, links=AT_HALF_A_MS))
     read_ms = (12 * 10 + 20) * MIB / 20e9 * 1e3
     found = predicted(plan)
-    assert found.token_ms == pytest.approx(read_ms + 3 * 0.5)
+    assert found.token_ms == pytest.approx(read_ms + 2 * 0.5)
     assert sum(stage.decode_ms for stage in found.stages) == pytest.approx(read_ms)
     macs_ms = 12 * 20e6 / 300e9 * 1e3
     assert sum(stage.prefill_ms for stage in found.stages) == pytest.approx(macs_ms)
     assert 512 * macs_ms / 2 < found.ttft_ms < 512 * macs_ms
-    assert found.tokens_per_s == pytest.approx(8e3 / (read_ms + 1.5), rel=0.01)
+    assert found.tokens_per_s == pytest.approx(8e3 / (read_ms + 1.0), rel=0.01)
     faster = make_plan(
-        SMALL, [worker("a", read=40, int8=600), worker("b", read=40, int8=600)], replace(ASK, hop_ms=0.0)
+        SMALL, [worker("a", read=40, int8=600), worker("b", read=40, int8=600)], replace(ASK, links=links(0.0))
     )
     assert predicted(faster).token_ms == pytest.approx(read_ms / 2)
 

@@ -19,12 +19,16 @@ from llamaclust.wire.control import (
     Deadlines,
     Failure,
     Heartbeat,
+    LinksMeasured,
+    LinkSpeed,
     Load,
     Loaded,
     LoadFailed,
     LoadProgress,
     Measure,
     Measured,
+    MeasureLinks,
+    MeasureLinksFailed,
     Refused,
     Register,
     Renew,
@@ -59,6 +63,8 @@ WORKER_MESSAGES: list[WorkerMessage] = [
     LoadFailed(3, Failure("DoesNotFitError", "12 MiB are missing")),
     Unloaded(3),
     Heartbeat(0.5, 10, 20, 30, 40),
+    LinksMeasured((LinkSpeed(0.001, 1e9), LinkSpeed(0.2, 1e6))),
+    MeasureLinksFailed(Failure("WorkerError", "no way")),
     Renew(b"request"),
 ]
 COORDINATOR_MESSAGES: list[CoordinatorMessage] = [
@@ -73,6 +79,7 @@ COORDINATOR_MESSAGES: list[CoordinatorMessage] = [
     Shutdown("end"),
     Renewed(b"certificate"),
     RenewFailed(Failure("WireError", "no")),
+    MeasureLinks((("a", "unix:/a"), ("b", "host:7102"))),
 ]
 
 

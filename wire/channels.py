@@ -21,6 +21,7 @@ JOIN = "/llamaclust.v1.Coordinator/Join"
 FORWARD = "/llamaclust.v1.Stage/Forward"
 SAMPLE = "/llamaclust.v1.Stage/Sample"
 CHOSEN = "/llamaclust.v1.Stage/Chosen"
+ECHO = "/llamaclust.v1.Stage/Echo"
 
 TOKEN_KEY = "llamaclust-token"
 EPOCH_KEY = "llamaclust-epoch"

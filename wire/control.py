@@ -186,5 +186,46 @@ class RenewFailed:
     failure: Failure
 
 
-WorkerMessage = Register | Measured | Failure | LoadProgress | Loaded | LoadFailed | Unloaded | Heartbeat | Renew
-CoordinatorMessage = Welcome | Refused | Measure | Load | Unload | Shutdown | Renewed | RenewFailed
+@dataclass(frozen=True, slots=True)
+class MeasureLinks:
+    """Measure the links to other workers, one after the other."""
+
+    ends: tuple[tuple[str, str], ...]  # (name, gRPC target of its Stage service)
+
+
+@dataclass(frozen=True, slots=True)
+class LinkSpeed:
+    """Of a link, as its caller sees it."""
+
+    round_trip_s: float  # until a token's hidden state was taken and answered
+    bytes_s: float  # of a stream of large messages
+
+
+@dataclass(frozen=True, slots=True)
+class LinksMeasured:
+    """In the order of the question."""
+
+    links: tuple[LinkSpeed, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MeasureLinksFailed:
+    """A link could not be measured."""
+
+    failure: Failure
+
+
+WorkerMessage = (
+    Register
+    | Measured
+    | Failure
+    | LoadProgress
+    | Loaded
+    | LoadFailed
+    | Unloaded
+    | Heartbeat
+    | Renew
+    | LinksMeasured
+    | MeasureLinksFailed
+)
+CoordinatorMessage = Welcome | Refused | Measure | Load | Unload | Shutdown | Renewed | RenewFailed | MeasureLinks

@@ -13,12 +13,16 @@ from llamaclust.wire.control import (
     Deadlines,
     Failure,
     Heartbeat,
+    LinksMeasured,
+    LinkSpeed,
     Load,
     Loaded,
     LoadFailed,
     LoadProgress,
     Measure,
     Measured,
+    MeasureLinks,
+    MeasureLinksFailed,
     Refused,
     Register,
     Renew,
@@ -54,6 +58,11 @@ def encode_worker_message(message: WorkerMessage) -> bytes:
             out = proto.WorkerMessage(heartbeat=_heartbeat_out(message))
         case Renew(request):
             out = proto.WorkerMessage(renew=proto.Renew(certificate_request=request))
+        case LinksMeasured(links):
+            speeds = [proto.LinkSpeed(round_trip_s=link.round_trip_s, bytes_s=link.bytes_s) for link in links]
+            out = proto.WorkerMessage(links_measured=proto.LinksMeasured(links=speeds))
+        case MeasureLinksFailed(failure):
+            out = proto.WorkerMessage(measure_links_failed=_failure_out(failure))
         case _:
             out = _about_load(message)
     return out.SerializeToString()
@@ -135,6 +144,10 @@ def decode_worker_message(data: bytes) -> WorkerMessage | None:
             return _heartbeat_in(message.heartbeat)
         case "renew":
             return Renew(message.renew.certificate_request)
+        case "links_measured":
+            return LinksMeasured(tuple(map(_link_in, message.links_measured.links)))
+        case "measure_links_failed":
+            return MeasureLinksFailed(_failure_in(message.measure_links_failed))
     return None
 
 
@@ -182,6 +195,9 @@ def encode_coordinator_message(message: CoordinatorMessage) -> bytes:
             out = proto.CoordinatorMessage(shutdown=proto.Shutdown(reason=one_line(message.reason)))
         case Renewed(certificate):
             out = proto.CoordinatorMessage(renewed=proto.Renewed(certificate=certificate))
+        case MeasureLinks(ends):
+            peers = [proto.LinkEnd(worker=worker, address=address) for worker, address in ends]
+            out = proto.CoordinatorMessage(measure_links=proto.MeasureLinks(ends=peers))
         case RenewFailed(failure):
             out = proto.CoordinatorMessage(renew_failed=_failure_out(failure))
     return out.SerializeToString()
@@ -239,6 +255,9 @@ def decode_coordinator_message(data: bytes) -> CoordinatorMessage | None:
             return Shutdown(line("reason", message.shutdown.reason))
         case "renewed":
             return Renewed(message.renewed.certificate)
+        case "measure_links":
+            ends = message.measure_links.ends
+            return MeasureLinks(tuple((worker_name(end.worker), line("address", end.address, 512)) for end in ends))
         case "renew_failed":
             return RenewFailed(_failure_in(message.renew_failed))
     return None
@@ -280,4 +299,11 @@ def _limits_in(message: proto.StageLimits) -> StageLimits:
         bounded("max_context_tokens", message.max_context_tokens, 1, MAX_CONTEXT_TOKENS),
         bounded("kv_blocks", message.kv_blocks, 1, MAX_KV_BLOCKS),
         message.kv_type,
+    )
+
+
+def _link_in(message: proto.LinkSpeed) -> LinkSpeed:
+    return LinkSpeed(
+        finite("round_trip_s", message.round_trip_s, 0.0, _MAX_DEADLINE_S),
+        finite("bytes_s", message.bytes_s, 1e-3, _MAX_RATE),
     )

@@ -17,10 +17,14 @@ from llamaclust.wire.control import (
     Deadlines,
     Failure,
     Heartbeat,
+    LinksMeasured,
+    LinkSpeed,
     Load,
     Loaded,
     LoadFailed,
     Measure,
+    MeasureLinks,
+    MeasureLinksFailed,
     Refused,
     Register,
     Renewed,
@@ -34,6 +38,7 @@ from llamaclust.wire.control import (
 from llamaclust.wire.control_codec import decode_coordinator_message, encode_worker_message
 from llamaclust.wire.credentials import Credentials, Identity, Principal
 from llamaclust.wire.deadlines import deadline
+from llamaclust.wire.links import measure_link
 from llamaclust.wire.messages import PROTOCOL_VERSION
 from llamaclust.worker.compute import Compute
 from llamaclust.worker.devices import Device
@@ -118,6 +123,8 @@ class Member:
                 self._start(self._unload(message))
             case Measure():
                 self._start(self._measure())
+            case MeasureLinks():
+                self._start(self._measure_links(message))
             case Renewed() | RenewFailed() if self._renewal is not None:
                 self._renewal.hear(message)
             case _:
@@ -175,6 +182,25 @@ class Member:
     async def _renew(self, renewal: Renewal) -> None:
         with contextlib.suppress(WorkerError):  # as with heartbeats
             await renewal.run()
+
+    async def _measure_links(self, order: MeasureLinks) -> None:
+        async with self._one_order:
+            answer: WorkerMessage
+            try:
+                answer = LinksMeasured(tuple([await self._measured_link(*end) for end in order.ends]))
+            except Exception as error:  # noqa: BLE001  a border: the coordinator is told, the worker stays
+                _log.error("measuring links: %s", error)
+                answer = MeasureLinksFailed(_failure(error))
+            await self._say(answer)
+
+    async def _measured_link(self, worker: str, address: str) -> LinkSpeed:
+        peer = Peer(address, self._credentials, Principal(worker))
+        try:
+            return await measure_link(peer)
+        except WorkerError as error:
+            raise WorkerError(f"it cannot reach worker {worker} at {address}: {error}") from error
+        finally:
+            await peer.close()
 
     async def _beat(self) -> None:
         """Signs of life, until the stream ends; that it ended is the reader's matter."""

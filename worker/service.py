@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from llamaclust.errors import WireError
-from llamaclust.wire.channels import CHOSEN, FORWARD, SAMPLE
+from llamaclust.wire.channels import CHOSEN, ECHO, FORWARD, SAMPLE
 from llamaclust.wire.control import Load
 from llamaclust.wire.credentials import COORDINATOR
+from llamaclust.wire.links import serve_echo
 from llamaclust.wire.server import Handler, ServerStream
 from llamaclust.worker.flow import StageFlow
 from llamaclust.worker.stage_runner import StageRunner
@@ -24,7 +25,7 @@ class StageService:
 
     @property
     def handlers(self) -> Mapping[str, Handler]:
-        return {FORWARD: self._forward, SAMPLE: self._sample, CHOSEN: self._chosen}
+        return {FORWARD: self._forward, SAMPLE: self._sample, CHOSEN: self._chosen, ECHO: serve_echo}
 
     def __contains__(self, epoch: int) -> bool:
         return epoch in self._flows

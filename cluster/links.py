@@ -1,0 +1,83 @@
+"""How far workers and coordinator are from each other. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations, pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+COORDINATOR = ""
+"""Its name among workers' names."""
+
+_NOISE_MS = 0.05
+_NOISE = 0.1
+"""Smaller differences, or shares, do not tell workers apart: whoever is equally far away is alike to the planner."""
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """Between two processes, whichever of them sends."""
+
+    one_way_ms: float  # of one token's hidden state
+    ms_per_mb: float  # that each further megabyte takes
+
+
+USUAL = Link(one_way_ms=0.15, ms_per_mb=1.0)
+"""Between processes of one machine, where nothing was measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """What one process adds to each link that it has."""
+
+    one_way_ms: float = 0.0
+    ms_per_mb: float = 0.0
+
+
+NO_REACH = Reach()
+
+
+@dataclass(frozen=True, slots=True)
+class Links:
+    """Links by pairs of names; `USUAL` where nothing is known of a pair."""
+
+    measured: Mapping[frozenset[str], Link] = field(default_factory=dict)
+
+    def between(self, one: str, other: str) -> Link:
+        return self.measured.get(frozenset((one, other)), USUAL)
+
+    def round(self, stages: Sequence[str]) -> Iterator[Link]:
+        """The links that a token takes from stage to stage and back to the first one."""
+        path = [*stages, stages[0]] if len(stages) > 1 else []
+        return (self.between(one, other) for one, other in pairwise(path))
+
+    def reaches(self, names: Collection[str]) -> dict[str, Reach]:
+        """Links as sums of what their two ends add, as far as that goes (least squares): then the order of stages does
+        not change what links take, and a plan can be searched worker by worker."""
+        pairs = [pair for pair in combinations(sorted(names), 2) if frozenset(pair) in self.measured]
+        if not pairs:
+            return {name: Reach() for name in names}
+        order = {name: index for index, name in enumerate(sorted(names))}
+        ends = np.zeros((len(pairs), len(order)))
+        for row, pair in enumerate(pairs):
+            ends[row, [order[name] for name in pair]] = 1.0
+        links = [self.measured[frozenset(pair)] for pair in pairs]
+        values = np.array([(link.one_way_ms, link.ms_per_mb) for link in links])
+        solved = np.linalg.lstsq(ends, values, rcond=None)[0]
+        solved = np.maximum(solved, 0.0)
+        one_way, per_mb = _alike(solved[:, 0]), _alike(solved[:, 1])
+        return {name: Reach(one_way[index], per_mb[index]) for name, index in order.items()}
+
+
+def _alike(values: NDArray[np.float64]) -> list[float]:
+    """Values that differ by noise become one, their mean."""
+    order = np.argsort(values, kind="stable")
+    ascending = values[order]
+    apart = np.diff(ascending) > np.maximum(_NOISE_MS, _NOISE * ascending[1:])
+    alike = np.empty_like(values)
+    for group in np.split(order, np.flatnonzero(apart) + 1):
+        alike[group] = values[group].mean()
+    return [float(value) for value in alike]

@@ -1,0 +1,94 @@
+"""Links in plans: what is made of measured ones, and which cuts they make better."""
+
+from __future__ import annotations
+
+import random
+from itertools import combinations
+
+import pytest
+
+from llamaclust.cluster.costs import WorkerFacts
+from llamaclust.cluster.links import COORDINATOR, USUAL, Link, Links, Reach
+from llamaclust.cluster.plan import Plan
+from llamaclust.cluster.planner import PlanRequest, make_plan
+from llamaclust.model.loader import LayerCost, ModelCosts
+from llamaclust.sizes import MIB
+
+MODEL = ModelCosts(20 * MIB, 20 * MIB, 30_000_000, (LayerCost(10 * MIB, 20_000_000, 4096),) * 12, hidden_bytes=16_384)
+
+
+def made(links: Links, names: str, memory_mib: int = 10_000, objective: str = "latency") -> Plan:
+    reaches = links.reaches(names)
+    workers = [WorkerFacts(name, memory_mib * MIB, 20, 300, 1, reaches[name]) for name in names]
+    ask = PlanRequest(1024, 8, lambda place: MIB, objective=objective, links=links)
+    return make_plan(MODEL, workers, ask)
+
+
+def star(reach: dict[str, Reach]) -> Links:
+    """Links whose ends add up."""
+    return Links(
+        {
+            frozenset((one, other)): Link(
+                reach[one].one_way_ms + reach[other].one_way_ms, reach[one].ms_per_mb + reach[other].ms_per_mb
+            )
+            for one, other in combinations(reach, 2)
+        }
+    )
+
+
+@pytest.mark.parametrize("count", [3, 5, 8])
+def test_links_that_add_up_are_taken_apart(count: int) -> None:
+    seed = random.randrange(2**32)
+    print("seed", seed)
+    random_ = random.Random(seed)
+    reach = {
+        f"w{i}": Reach(0.2 * 1.3 ** random_.randint(0, 20), 0.2 * 1.3 ** random_.randint(0, 20)) for i in range(count)
+    }
+    found = star(reach).reaches(list(reach))
+    for name, one in reach.items():
+        assert found[name].one_way_ms == pytest.approx(one.one_way_ms, abs=1e-6)
+        assert found[name].ms_per_mb == pytest.approx(one.ms_per_mb, abs=1e-6)
+
+
+def test_nothing_measured_adds_nothing() -> None:
+    assert Links().reaches("ab") == {"a": Reach(), "b": Reach()}
+    assert Links().between("a", "b") == USUAL
+
+
+def test_noise_keeps_workers_alike() -> None:
+    noisy = Links({frozenset(pair): Link(0.15 + 0.004 * i, 1.0) for i, pair in enumerate(combinations("abcd", 2))})
+    assert len(set(noisy.reaches("abcd").values())) == 1
+
+
+def test_a_token_goes_round_and_one_stage_has_no_link() -> None:
+    links = star({"a": Reach(1.0), "b": Reach(2.0), "c": Reach(4.0), COORDINATOR: Reach(8.0)})
+    assert [link.one_way_ms for link in links.round(["a", "b", "c"])] == [3.0, 6.0, 5.0]
+    assert list(links.round(["a"])) == []
+
+
+def test_a_worker_that_is_far_away_stays_a_spare() -> None:
+    near = {"a": Reach(0.1), "b": Reach(0.1), COORDINATOR: Reach(0.1)}
+    plan = made(star({**near, "c": Reach(20.0)}), "abc")
+    assert {stage.worker for stage in plan.stages} == {"a", "b"}
+    assert [spare.worker for spare in plan.spares] == ["c"]
+    plan = made(star({**near, "c": Reach(0.1)}), "abc")
+    assert len(plan.stages) == 3
+
+
+def test_memory_brings_it_in_and_the_prediction_says_what_that_costs() -> None:
+    far = star({"a": Reach(0.1), "b": Reach(20.0), COORDINATOR: Reach(0.1)})
+    plan = made(far, "ab", memory_mib=130)
+    assert len(plan.stages) == 2 and plan.prediction is not None
+    near = made(star({"a": Reach(0.1), "b": Reach(0.1), COORDINATOR: Reach(0.1)}), "ab", memory_mib=130)
+    assert near.prediction is not None
+    assert plan.prediction.token_ms - near.prediction.token_ms == pytest.approx(2 * 20.1 - 2 * 0.2)
+    assert plan.prediction.ttft_ms - near.prediction.ttft_ms == pytest.approx(2 * 19.9)
+
+
+def test_a_slow_link_makes_prompts_take_longer() -> None:
+    slow = made(star({"a": Reach(0.1, 10.0), "b": Reach(0.1, 70.0), COORDINATOR: Reach(0.1)}), "ab", memory_mib=130)
+    fast = made(star({"a": Reach(0.1, 0.5), "b": Reach(0.1, 0.5), COORDINATOR: Reach(0.1)}), "ab", memory_mib=130)
+    assert slow.prediction is not None and fast.prediction is not None
+    sent_ms = 512 * 16_384 / 1e6 * 80.0
+    assert slow.prediction.ttft_ms > sent_ms
+    assert slow.prediction.token_ms == pytest.approx(fast.prediction.token_ms)

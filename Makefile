@@ -65,8 +65,8 @@ links:
 system-deps: ## Debian/Ubuntu packages (needs root): a compiler and Python's headers
 	apt-get update && apt-get install -y --no-install-recommends g++ make python3-venv python3-dev
 
-system-deps-test: ## what tests of the ARM kernels need besides (needs root); they are skipped without
-	apt-get update && apt-get install -y --no-install-recommends g++-aarch64-linux-gnu qemu-user-static
+system-deps-test: ## what tests of the ARM kernels and of networks need besides (needs root); they are skipped without
+	apt-get update && apt-get install -y --no-install-recommends g++-aarch64-linux-gnu qemu-user-static iproute2 iptables
 
 $(VENV)/.pip: constraints.txt
 	$(need_python)

@@ -1,0 +1,50 @@
+"""What a host's cable is like, and the commands that make it so."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+_BURST = "128kb"
+_QUEUE = "50ms"  # a packet that would wait longer for its turn is dropped
+_NETEM_PACKETS = "100000"
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """Delay and rate are of what the host sends, loss of what it receives: between two equal hosts the round trip is
+    twice the delay."""
+
+    delay_s: float = 0.0
+    rate_bit_s: int | None = None
+    loss: float = 0.0  # share of packets
+
+    @classmethod
+    def of_round_trip(cls, round_trip_s: float, rate_bit_s: int | None = None, loss: float = 0.0) -> Link:
+        """All hosts have it."""
+        return cls(round_trip_s / 2, rate_bit_s, loss)
+
+
+def queue_commands(link: Link, device: str, *, netem: bool) -> list[list[str]]:
+    """Arguments of `tc` for a device without a queue of its own. Without netem somebody else makes the delay."""
+    add = ["qdisc", "add", "dev", device]
+    delayed = netem and link.delay_s > 0
+    commands = []
+    if delayed:
+        delay = f"{link.delay_s * 1e6:.0f}us"
+        commands.append([*add, "root", "handle", "1:", "netem", "delay", delay, "limit", _NETEM_PACKETS])
+    if link.rate_bit_s is not None:
+        parent = ["parent", "1:1"] if delayed else ["root"]
+        shape = ["tbf", "rate", f"{link.rate_bit_s}bit", "burst", _BURST, "latency", _QUEUE]
+        commands.append([*add, *parent, *shape])
+    return commands
+
+
+def loss_rule(loss: float) -> list[str]:
+    """Of iptables, for what comes in; what a host says to itself is not lost."""
+    chance = ["-m", "statistic", "--mode", "random", "--probability", f"{loss:.6f}"]
+    return ["INPUT", "!", "-i", "lo", *chance, "-j", "DROP"]
+
+
+def drop_rule(source: str) -> list[str]:
+    """Of iptables: nothing that comes from this address arrives, and nobody is told."""
+    return ["INPUT", "-s", source, "-j", "DROP"]

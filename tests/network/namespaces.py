@@ -1,0 +1,124 @@
+"""Network namespaces of ours: their names say which process they belong to, and none outlives that process.
+
+    python namespaces.py PREFIX
+
+waits until its standard input ends, which is when its owner has, however it did; then it removes what is left.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from itertools import count
+from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
+
+NAMESPACES = Path("/run/netns")
+_CLONE_NEWNET = 0x40000000
+_NAME = re.compile(r"lcbox-(\d+)-(\d+)-\d+-\w+")
+_serial = count(1)
+
+
+class BoxError(Exception):
+    """What went wrong with a network in a box, in a line."""
+
+
+def run(*command: str, text: str | None = None) -> str:
+    """Its standard output; a command that fails raises with what it said."""
+    done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=30.0, check=False)
+    if done.returncode != 0:
+        raise BoxError(f"{' '.join(command)}: {(done.stderr or done.stdout).strip()}")
+    return done.stdout
+
+
+def new_prefix() -> str:
+    """Of the names of one box: the owner's pid and start, since pids come again, and a number."""
+    return f"lcbox-{os.getpid()}-{_started(os.getpid())}-{next(_serial)}-"
+
+
+def _started(pid: int) -> int:
+    """In clock ticks since boot; 0 if there is no such process."""
+    try:
+        after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2]
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return int(after_name.split()[19])
+
+
+def named(prefix: str) -> list[str]:
+    return [path.name for path in NAMESPACES.glob(f"{prefix}*")]
+
+
+def stale() -> list[str]:
+    """Namespaces of boxes whose owner is gone."""
+    found = [(name, _NAME.fullmatch(name)) for name in named("lcbox-")]
+    return [name for name, owner in found if owner is not None and _started(int(owner[1])) != int(owner[2])]
+
+
+def remove(names: Iterable[str]) -> None:
+    """Ends every process in them, and them; one that somebody else removed meanwhile is no error."""
+    for name in names:
+        while pids := _pids(name):  # again, for what one of them started meanwhile
+            for pid in pids:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.01)
+        with suppress(BoxError):
+            run("ip", "netns", "delete", name)
+
+
+def _pids(namespace: str) -> list[int]:
+    with suppress(BoxError):
+        return [int(pid) for pid in run("ip", "netns", "pids", namespace).split()]
+    return []
+
+
+def inside(namespace: str, function: Callable[[], T]) -> T:
+    """What the function returns in a thread of its own in the namespace; sockets that it opens stay there."""
+    results: list[T] = []
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            enter(namespace)
+            results.append(function())
+        except BaseException as error:  # noqa: BLE001  raised again in the thread that asked
+            failures.append(error)
+
+    thread = threading.Thread(target=work, name=namespace)
+    thread.start()
+    thread.join()
+    if failures:
+        raise failures[0]
+    return results[0]
+
+
+def enter(namespace: str) -> None:
+    """This thread, and those that it starts, are in the namespace from now on."""
+    descriptor = os.open(NAMESPACES / namespace, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if ctypes.CDLL(None, use_errno=True).setns(descriptor, _CLONE_NEWNET) != 0:
+            raise OSError(ctypes.get_errno(), f"setns into {namespace}")
+    finally:
+        os.close(descriptor)
+
+
+def main() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # a Ctrl-C is for its owner; it goes when that has gone
+    sys.stdin.read()
+    remove(named(sys.argv[1]))
+
+
+if __name__ == "__main__":
+    main()

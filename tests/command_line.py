@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -177,13 +177,14 @@ class CommandLine:
         others = {name: value for name, value in os.environ.items() if not name.startswith("LLAMACLUST_")}
         return others | own
 
-    def start(self, *arguments: str | bytes | Path, out: Path | None = None) -> Running:
-        """A command in its own session; it reads nothing. `out` is where its standard output goes."""
+    def start(self, *arguments: str | bytes | Path, out: Path | None = None, before: Sequence[str] = ()) -> Running:
+        """A command in its own session; it reads nothing. `out` is where its standard output goes; `before` are words
+        that run the command in another place, and become it."""
         number = len(self._started)
         out, err = out or self.folder / f"{number}.out", self.folder / f"{number}.err"
         with out.open("wb") as to_out, err.open("wb") as to_err:
             process = subprocess.Popen(
-                [*COMMAND, *arguments],
+                [*before, *COMMAND, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=to_out,
                 stderr=to_err,

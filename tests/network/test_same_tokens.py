@@ -1,0 +1,60 @@
+"""Promise 1 over a network: a coordinator and three workers on hosts of their own, and one worker's bits."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from box import Box
+from distant_cluster import COORDINATOR, Answer, DistantCluster, distant_cluster, eight, undisturbed
+from link import Link
+
+pytestmark = pytest.mark.model
+
+ASKS = eight(max_tokens=12)
+HOSTS = (COORDINATOR, "a", "b", "c")
+
+
+@pytest.fixture(scope="module")
+def expected(demo_model: Path) -> list[Answer]:
+    return undisturbed(demo_model, ASKS)
+
+
+@pytest.fixture(scope="module")
+def cluster(demo_model: Path) -> Iterator[DistantCluster]:
+    with Box(HOSTS, delays=True) as box, distant_cluster(box, demo_model) as cluster:
+        yield cluster
+
+
+LINKS = {
+    "0 ms": Link(),
+    "0.5 ms": Link.of_round_trip(0.0005),
+    "20 ms": Link.of_round_trip(0.02),
+    "100 ms": Link.of_round_trip(0.1),
+    "100 Mbit/s": Link(rate_bit_s=100_000_000),
+    "1 % loss": Link(loss=0.01),
+    "5 % loss": Link(loss=0.05),
+    "all of them": Link.of_round_trip(0.02, 100_000_000, 0.01),
+}
+
+
+@pytest.mark.parametrize("link", LINKS.values(), ids=LINKS.keys())
+def test_same_tokens_and_bits(cluster: DistantCluster, expected: list[Answer], link: Link) -> None:
+    cluster.box.set_link(link)
+    begun = time.monotonic()
+    try:
+        assert cluster.answers(ASKS) == expected
+    finally:
+        cluster.box.set_link(Link())
+    rounds = ASKS[0].max_tokens
+    assert time.monotonic() - begun >= rounds * len(HOSTS) * link.delay_s, "every token goes through all links"
+
+
+def test_all_workers_take_part_from_hosts_of_their_own(cluster: DistantCluster) -> None:
+    workers = {worker["name"]: worker for worker in cluster.status["workers"]}
+    assert {name: worker["address"] for name, worker in workers.items()} == {
+        name: f"{cluster.box[name].address}:7102" for name in ("a", "b", "c")
+    }
+    assert all(worker["layers"] for worker in workers.values())

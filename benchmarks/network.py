@@ -1,0 +1,194 @@
+"""What links cost: two workers of one thread each on hosts of a network in a box, beside one worker without a network.
+
+    python benchmarks/network.py MODEL.gguf [--repeats 5]       (as root: network namespaces)
+
+The coordinator and both workers have a host each, so a token travels three links: half a round trip each. Prints
+medians of the ratios of pairs, measured in turn: at a round trip of 0.5 ms, decode of one request beside one worker;
+at 20 ms, decode of 8 requests beside 8 / (links + stage times), and prefill of 8 prompts with and without pipelining.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from unittest.mock import patch
+
+from llamaclust.wire.tuning import tune_grpc
+
+tune_grpc()
+sys.path += [str(Path(__file__).parent), str(Path(__file__).parent.parent / "tests" / "network")]
+
+from box import Box, missing  # noqa: E402
+from link import Link  # noqa: E402
+from namespaces import enter  # noqa: E402
+from split import difference, prompts, run, show  # noqa: E402
+
+from llamaclust.cluster.config import load_config  # noqa: E402
+from llamaclust.cluster.coordinator import Cluster, open_cluster  # noqa: E402
+from llamaclust.cluster.events import AwaitingWorkers, Event, Watch  # noqa: E402
+from llamaclust.cluster.scheduler import Scheduler  # noqa: E402
+from llamaclust.cluster.stage_times import StageTimes  # noqa: E402
+from llamaclust.cluster.state import ClusterDir  # noqa: E402
+
+_COORDINATOR = "coordinator"
+_WORKERS = ("a", "b")
+_REQUESTS = 8
+_LINKS = 3  # coordinator, first stage, last stage, coordinator
+_NEAR_S = 0.0005
+_FAR_S = 0.020
+
+
+@dataclass(frozen=True, slots=True)
+class Together:
+    """Decode of 8 requests."""
+
+    tok_s: float
+    bound_tok_s: float  # 8 / (links + stage times)
+    rows: float  # of a microbatch, in the mean
+    stage_ms: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    tokens: int  # of each answer
+    prompt: int
+    parts: frozenset[str]  # near, far
+
+
+async def alone_tok_s(cluster: Cluster, source: random.Random, tokens: int) -> float:
+    vocabulary = cluster.model.hyperparameters.vocabulary_size
+    return (await run(cluster, prompts(source, 1, 16, vocabulary)[0], tokens)).timings.decode_tok_s
+
+
+async def together(cluster: Cluster, source: random.Random, tokens: int) -> Together:
+    asks = prompts(source, _REQUESTS, 1, cluster.model.hyperparameters.vocabulary_size)
+    before = cluster.engine.metrics.stage_report()
+    begun = time.perf_counter()
+    await asyncio.gather(*(run(cluster, prompt, tokens) for prompt in asks))
+    took_s = time.perf_counter() - begun
+    rows, stage_ms = difference(before, cluster.engine.metrics.stage_report())
+    round_s = _LINKS * _FAR_S / 2 + sum(stage_ms) / 1e3
+    return Together(_REQUESTS * tokens / took_s, _REQUESTS / round_s, rows, stage_ms)
+
+
+async def prefill_s(cluster: Cluster, source: random.Random, tokens: int) -> float:
+    """From the first submission to the last first token."""
+    asks = prompts(source, _REQUESTS, tokens, cluster.model.hyperparameters.vocabulary_size)
+    begun = time.perf_counter()
+    await asyncio.gather(*(run(cluster, prompt, 1) for prompt in asks))
+    return time.perf_counter() - begun
+
+
+@contextmanager
+def one_in_flight() -> Iterator[None]:
+    """The scheduler sends a microbatch when the one before has come back."""
+    with patch.object(StageTimes, "in_flight", 1), patch.object(Scheduler, "_is_prefill_alone", False):
+        yield
+
+
+@asynccontextmanager
+async def local_cluster(model: Path, folder: Path) -> AsyncIterator[Cluster]:
+    """One worker beside the coordinator, without a network."""
+    async with _opened(model, folder / "one", ["workers=[{name: one, threads: 1}]"]) as cluster:
+        yield cluster
+
+
+@asynccontextmanager
+async def distant_cluster(box: Box, model: Path, folder: Path) -> AsyncIterator[Cluster]:
+    """Two workers on hosts of their own, over mutual TLS; this process is on the coordinator's."""
+    here = box[_COORDINATOR].address
+    keys = ["launcher=static", f"join={{listen: {here}:7100, members: {here}:7101}}"]
+    keys.append(f"workers=[{', '.join(f'{{name: {name}}}' for name in _WORKERS)}]")
+    token = folder / "two" / "trust" / "token"
+
+    def watch(event: Event) -> None:
+        if isinstance(event, AwaitingWorkers):
+            for name in _WORKERS:
+                command = f"-P -m llamaclust worker --join {here}:7100 --name {name} --threads 1 --token-file {token}"
+                box.start(name, sys.executable, *command.split(), stderr=subprocess.DEVNULL)
+
+    async with _opened(model, folder / "two", keys, watch) as cluster:
+        yield cluster
+
+
+@asynccontextmanager
+async def _opened(
+    model: Path, folder: Path, keys: list[str], watch: Watch = lambda event: None
+) -> AsyncIterator[Cluster]:
+    directory = ClusterDir(folder)
+    directory.create()
+    config = load_config(None, [f"model={model}", "context_length=1024", "objective=throughput", *keys])
+    async with open_cluster(config, model, directory, watch) as cluster:
+        yield cluster
+
+
+async def measure(box: Box, model: Path, repeats: int, sizes: Sizes) -> None:
+    source = random.Random(7)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)
+        async with local_cluster(model, path) as one, distant_cluster(box, model, path) as two:
+            if "near" in sizes.parts:
+                await near(box, one, two, source, repeats, sizes)
+            if "far" in sizes.parts:
+                await far(box, two, source, repeats, sizes)
+
+
+async def near(box: Box, one: Cluster, two: Cluster, source: random.Random, repeats: int, sizes: Sizes) -> None:
+    box.set_link(Link.of_round_trip(_NEAR_S))
+    pairs = []
+    for _ in range(repeats + 1):
+        pairs.append((await alone_tok_s(one, source, sizes.tokens), await alone_tok_s(two, source, sizes.tokens)))
+    one_tok_s, two_tok_s = pairs[-1]
+    print(f"one worker {one_tok_s:.1f} tok/s, two at {_NEAR_S * 1e3:g} ms {two_tok_s:.1f} tok/s")
+    show("0.5 ms: decode of one request beside one worker", [two / one for one, two in pairs[1:]], ">= 0.94 (1.1B)")
+
+
+async def far(box: Box, two: Cluster, source: random.Random, repeats: int, sizes: Sizes) -> None:
+    box.set_link(Link.of_round_trip(_FAR_S))
+    decodes, prefills = [], []
+    for _ in range(repeats + 1):
+        decodes.append(await together(two, source, sizes.tokens))
+        pipelined_s = await prefill_s(two, source, sizes.prompt)
+        with one_in_flight():
+            prefills.append((await prefill_s(two, source, sizes.prompt), pipelined_s))
+    last = decodes[-1]
+    print(f"8 requests at {_FAR_S * 1e3:g} ms: {last.tok_s:.1f} tok/s, microbatches of {last.rows:.1f} rows, ", end="")
+    print(f"stages {[round(ms, 2) for ms in last.stage_ms]} ms; prefill {prefills[-1][1]:.2f} s, ", end="")
+    print(f"{prefills[-1][0]:.2f} s with one chunk in flight")
+    show(
+        "20 ms: decode of 8 requests beside 8 / (links + stages)",
+        [d.tok_s / d.bound_tok_s for d in decodes[1:]],
+        ">= 0.90",
+    )
+    show(
+        f"20 ms: prefill of 8 x {sizes.prompt}, one in flight / pipelined", [a / b for a, b in prefills[1:]], ">= 1.70"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=48, help="tokens of each answer")
+    parser.add_argument("--prompt", type=int, default=512, help="tokens of each prompt")
+    parser.add_argument("--part", choices=("near", "far"), help="one of the two round trips alone")
+    given = parser.parse_args()
+    if (reason := missing()) is not None:
+        sys.exit(f"error: {reason}")
+    with Box([_COORDINATOR, *_WORKERS], delays=True) as box:
+        enter(box[_COORDINATOR].namespace)  # this thread and those it starts: from here on this process is on that host
+        parts = frozenset((given.part,) if given.part else ("near", "far"))
+        asyncio.run(measure(box, given.model, given.repeats, Sizes(given.tokens, given.prompt, parts)))
+
+
+if __name__ == "__main__":
+    main()

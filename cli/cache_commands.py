@@ -28,15 +28,24 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.
 
 @app.command("list", cls=PlainCommand)
 def list_layers(as_json: JsonOption = False) -> None:
-    """Show of which models layers are kept prepared, how many, and what they take."""
+    """Show of which models layers are kept prepared, how many, and what they take.
+
+    A part is a layer, the embedding or the output matrix."""
     folder = _folder()
-    found = folder.list_models()
+    found, unfinished, strange = folder.list_models(), folder.unfinished_bytes(), folder.in_the_way()
     if as_json:
         models = [asdict(one) for one in found]
-        print(json.dumps({"folder": str(folder.path), "most_bytes": folder.most_bytes, "models": models}))
+        left = {"files": len(unfinished), "size_bytes": sum(unfinished)}
+        listed = {"models": models, "unfinished": left, "in_the_way": [str(path) for path in strange]}
+        print(json.dumps({"folder": str(folder.path), "most_bytes": folder.most_bytes, **listed}))
         return
     for one in found:
         print(f"{one.size_bytes / MIB:10,.2f} MiB  {one.parts:4} parts  {printable(one.model)}")
+    if unfinished:
+        why = "being written, or left by a process that was killed: the next one that writes deletes it"
+        print(f"{sum(unfinished) / MIB:10,.2f} MiB  {len(unfinished):4} unfinished  ({why})")
+    for path in strange:
+        print(f"in the way, as it is no regular file: {printable(str(path))}")
     print(f"{folder.used_bytes() / MIB:10,.2f} MiB of {folder.most_bytes / MIB:,.2f} in {folder.path}")
 
 
@@ -45,13 +54,21 @@ def clear(as_json: JsonOption = False) -> None:
     """Delete all prepared layers. Processes that use them go on; the next start packs them anew."""
     folder = _folder()
     try:
-        files, size_bytes = folder.clear()
+        cleared = folder.clear()
     except OSError as error:
-        raise LlamaclustError(f"{folder.path}: cannot be cleared: {error.strerror}") from error
+        raise LlamaclustError(f"{folder.path}: cannot be cleared: {_reason(error)}") from error
     if as_json:
-        print(json.dumps({"folder": str(folder.path), "files": files, "size_bytes": size_bytes}))
+        deleted = {"files": cleared.files, "size_bytes": cleared.size_bytes}
+        print(json.dumps({"folder": str(folder.path), **deleted, "left": [error.filename for error in cleared.left]}))
     else:
-        print(f"{files} files, {size_bytes / MIB:,.2f} MiB deleted in {folder.path}")
+        print(f"{cleared.files} files, {cleared.size_bytes / MIB:,.2f} MiB deleted in {folder.path}")
+    if cleared.left:
+        raise LlamaclustError(f"{folder.path}: cannot be deleted: {'; '.join(map(_reason, cleared.left))}")
+
+
+def _reason(error: OSError) -> str:
+    what = (error.strerror or str(error)).lower()
+    return what if error.filename is None else f"{printable(str(error.filename))}: {what}"
 
 
 def _folder() -> PreparedFolder:

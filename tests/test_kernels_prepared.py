@@ -22,7 +22,7 @@ from llamaclust.cli.app import app
 from llamaclust.kernels.cpu import prepared, prepared_files
 from llamaclust.kernels.cpu._native import Memory, available_levels, packing_fingerprint
 from llamaclust.kernels.cpu.layer_image import images_of
-from llamaclust.kernels.cpu.prepared_files import PreparedFolder
+from llamaclust.kernels.cpu.prepared_files import PreparedFolder, Writing
 from llamaclust.kernels.cpu.weights import SUPPORTED_TYPES
 from llamaclust.model.loader import Model
 from llamaclust.model.quant_types import QuantType
@@ -259,7 +259,7 @@ def test_weights_that_nobody_has_any_more_are_not_written(model: Path, folder: P
     program = opened.program(0, 1)
     found = images_of(opened.tensors_for(program).values())
     layers = prepared.PreparedLayers(folder)
-    with prepared_files.PreparedFolder._locked(_made(folder)):
+    with prepared_files.PreparedFolder._locked(_made(folder), Writing()):
         layers._keys = {image: prepared.image_key(image) or "" for image in found}
         memories = {image: Memory(image.n_bytes) for image in found}
         layers.keep(memories)
@@ -281,7 +281,8 @@ def test_the_command_lists_and_clears(model: Path, folder: PreparedFolder, monke
 
     monkeypatch.setenv("LLAMACLUST_HOME", str(folder.path.parent))
     monkeypatch.setenv("LLAMACLUST_CACHE_SIZE", "5MiB")
-    assert json.loads(said("list", "--json")) == {"folder": str(folder.path), "most_bytes": 5 << 20, "models": []}
+    empty = {"models": [], "unfinished": {"files": 0, "size_bytes": 0}, "in_the_way": []}
+    assert json.loads(said("list", "--json")) == {"folder": str(folder.path), "most_bytes": 5 << 20, **empty}
     assert json.loads(said("clear", "--json"))["files"] == 0
     run(model, folder)
     (listed,) = json.loads(said("list", "--json"))["models"]

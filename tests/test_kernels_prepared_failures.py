@@ -15,7 +15,7 @@ from llamaclust.errors import ModelFileError
 from llamaclust.kernels.cpu import prepared, prepared_files
 from llamaclust.kernels.cpu._native import Memory
 from llamaclust.kernels.cpu.backend import CpuBackend
-from llamaclust.kernels.cpu.prepared_files import PreparedFolder
+from llamaclust.kernels.cpu.prepared_files import PreparedFolder, Writing
 from llamaclust.model.loader import Model
 from llamaclust.model.quant_types import QuantType
 
@@ -84,7 +84,7 @@ def test_an_image_deleted_before_it_is_read_is_no_damage(
 def test_a_writer_that_fails_says_so_and_is_done(
     model: Path, folder: PreparedFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(prepared_files, "asdict", None)
+    monkeypatch.setattr(prepared_files, "sha256", None)
     assert run(model, folder) == run(model, None)
     (record,) = caplog.records
     assert record.levelname == "ERROR" and record.exc_info is not None
@@ -96,7 +96,7 @@ def test_a_writer_gives_up_on_a_lock_with_one_line(
 ) -> None:
     monkeypatch.setattr(prepared_files, "_LOCK_WAIT_S", 0.05)
     folder.prepare()
-    with folder._locked():
+    with folder._locked(Writing()):
         run(model, folder)
     (record,) = caplog.records
     assert record.levelname == "WARNING" and "another process" in record.getMessage()

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from llamaclust.cli.app import app
 from llamaclust.kernels.cpu import prepared_files
 from llamaclust.kernels.cpu.file_systems import file_system, is_remote
-from llamaclust.kernels.cpu.prepared_files import BusyError, PreparedFolder
+from llamaclust.kernels.cpu.prepared_files import BusyError, PreparedFolder, Writing
 
 DATA = memoryview(bytes(range(256)) * 16)
 
@@ -29,7 +29,7 @@ def folder(tmp_path: Path) -> PreparedFolder:
 
 
 def store(folder: PreparedFolder, key: str, data: memoryview = DATA, since_ns: int = 0) -> None:
-    folder.store(key, "m.gguf", "blk.0", data, 7, since_ns)
+    folder.store(key, "m.gguf", "blk.0", data, 7, since_ns, Writing())
 
 
 def test_what_a_load_used_is_never_older_than_the_load(folder: PreparedFolder) -> None:
@@ -85,7 +85,7 @@ def test_files_that_go_meanwhile_are_not_counted(folder: PreparedFolder) -> None
     (folder.path / "gone.json").symlink_to("nothing")
     assert folder.used_bytes() == len(DATA) and len(folder.list_models()) == 1
     store(folder, "b", memoryview(bytes(100)))
-    assert folder.clear()[0] == 4
+    assert folder.clear().files == 6
 
 
 @contextmanager

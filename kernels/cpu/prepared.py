@@ -1,4 +1,4 @@
-"""Prepared layers: tiles that an earlier load packed, kept on disk, for the next to map or read. Written in background.
+"""Prepared layers: tiles that an earlier load packed, kept on disk, for the next to map or read.
 
 An image is found by a key: SHA-256 over what packing makes of the layer's quant types, and which bytes of which file
 went in, the file told by device, inode, size and times. Its checksum is compared each time; damage means that the layer
@@ -7,26 +7,24 @@ is packed anew.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import sys
 import time
-from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from functools import cache
 from hashlib import sha256
-from pathlib import Path
-from threading import Lock, Thread, get_native_id
 from weakref import ref
 
 from llamaclust.kernels.cpu._native import Memory, packing_fingerprint
 from llamaclust.kernels.cpu.file_systems import is_remote
 from llamaclust.kernels.cpu.huge_pages import in_huge_pages
 from llamaclust.kernels.cpu.layer_image import LayerImage
-from llamaclust.kernels.cpu.prepared_files import BusyError, Entry, NoRoomError, PreparedFolder
+from llamaclust.kernels.cpu.prepared_entries import Entry
+from llamaclust.kernels.cpu.prepared_files import PreparedFolder
+from llamaclust.kernels.cpu.prepared_writer import BackgroundWriter, Made, reason, warn_not_kept
 from llamaclust.model.tensors import FileIdentity
 
 _log = logging.getLogger(__name__)
@@ -34,8 +32,6 @@ _log = logging.getLogger(__name__)
 _READ_BYTES = 1 << 21
 _SETTLED_NS = 100_000_000
 """Older changes of a file have other times than newer ones: file systems count in up to hundredths of a second."""
-
-_LOWEST_PRIORITY = 19
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,16 +42,6 @@ class _Found:
     memory: Memory | None  # mapped; None where it is to be copied
 
 
-@dataclass(frozen=True, slots=True)
-class _Made:
-    """A layer to be written as long as somebody has it."""
-
-    image: LayerImage
-    key: str
-    memory: ref[Memory]
-    since_ns: int  # of the load that it belongs to
-
-
 class PreparedLayers:
     """The prepared layers in a folder, for one process."""
 
@@ -63,10 +49,9 @@ class PreparedLayers:
         self._folder = folder
         self._usable: bool | None = None
         self._keys: dict[LayerImage, str] = {}
+        self._blocked: dict[LayerImage, OSError] = {}
         self._started_ns = time.time_ns()
-        self._queue: deque[_Made] = deque()
-        self._lock = Lock()
-        self._writer: Thread | None = None
+        self._writer = BackgroundWriter(folder)
 
     def open(self, images: Sequence[LayerImage], pool: Executor) -> dict[LayerImage, Memory]:
         """Those images that are there and sound. MemoryError where the system refuses the memory."""
@@ -74,7 +59,9 @@ class PreparedLayers:
             return {}
         self._started_ns = time.time_ns()
         self._keys = {image: key for image in images if (key := image_key(image)) is not None}
+        self._blocked = {}
         found = [one for one in pool.map(self._find, self._keys.items()) if one is not None]
+        self._report_blocked()
         if not is_remote(self._folder.path):
             found = _quickest(list(pool.map(self._map, found)))
         memories = pool.map(self._checked, found)
@@ -84,20 +71,16 @@ class PreparedLayers:
         """Writes images that were not there, in the background, one after the other."""
         if not self._is_usable():
             return
-        with self._lock:
-            for image, memory in made.items():
-                if image in self._keys:
-                    self._queue.append(_Made(image, self._keys[image], ref(memory), self._started_ns))
-            if self._queue and self._writer is None:
-                self._writer = Thread(target=self._write, name="prepare-layers", daemon=True)
-                self._writer.start()
+        since_ns = self._started_ns
+        self._writer.add(
+            Made(image, self._keys[image], ref(memory), since_ns)
+            for image, memory in made.items()
+            if image in self._keys and image not in self._blocked
+        )
 
     def wait(self) -> None:
         """Until all is written."""
-        with self._lock:
-            writer = self._writer
-        if writer is not None:
-            writer.join()
+        self._writer.wait()
 
     def _is_usable(self) -> bool:
         if self._usable is None:
@@ -105,17 +88,24 @@ class PreparedLayers:
                 self._folder.prepare()
                 self._usable = True
             except OSError as error:
-                self._give_up(error)
-        return bool(self._usable)
+                self._usable = False
+                warn_not_kept(self._folder, error)
+        return self._usable and self._writer.is_usable
 
-    def _give_up(self, error: OSError) -> None:
-        self._usable = False
-        what = error if error.strerror is None else f"{self._folder.path}: {error.strerror}"
-        _log.warning("layers are not kept prepared on disk: %s; the next load packs them anew", what)
+    def _report_blocked(self) -> None:
+        """Once a load: where one file is in the way, all may be."""
+        if self._blocked:
+            first, more = next(iter(self._blocked.values())), len(self._blocked) - 1
+            others = f", and {more} more" if more else ""
+            _log.warning("prepared layers cannot be used: %s%s; they are packed anew", reason(first), others)
 
     def _find(self, wanted: tuple[LayerImage, str]) -> _Found | None:
         image, key = wanted
-        entry = self._folder.find(key)
+        try:
+            entry = self._folder.find(key)
+        except OSError as error:
+            self._blocked[image] = error
+            return None
         if entry is None:
             return None
         if entry.n_bytes != image.n_bytes:
@@ -125,8 +115,13 @@ class PreparedLayers:
 
     def _map(self, found: _Found) -> _Found:
         try:
-            with self._folder.image_path(found.entry).open("rb") as file:
-                memory = Memory.mapped(file.fileno(), found.entry.n_bytes)
+            descriptor = self._folder.open_image(found.entry)
+            if descriptor is None:
+                return found
+            try:
+                memory = Memory.mapped(descriptor, found.entry.n_bytes)
+            finally:
+                os.close(descriptor)
         except OSError:  # some file systems have no maps; what is the matter otherwise shows when it is read
             return found
         memory.touch()
@@ -134,57 +129,21 @@ class PreparedLayers:
 
     def _checked(self, found: _Found) -> Memory | None:
         """The image's memory; None where what is there is damaged, or was deleted just now."""
+        memory = found.memory
         try:
-            memory = found.memory or _read(self._folder.image_path(found.entry), found.entry.n_bytes)
-        except FileNotFoundError:
+            if memory is None:
+                descriptor = self._folder.open_image(found.entry)
+                if descriptor is None:
+                    return None
+                memory = _read(descriptor, found.entry.n_bytes)
+        except OSError as error:
+            _log.warning("prepared layer %s cannot be read: %s", found.image.name, reason(error))
             return None
         if memory is not None and memory.checksum() == found.entry.checksum:
             return memory
         _log.warning("prepared layer %s is damaged: %s", found.image.name, self._folder.image_path(found.entry))
         self._folder.discard(found.key, found.entry)
         return None
-
-    def _write(self) -> None:
-        try:
-            self._write_queue()
-        except Exception:  # noqa: BLE001  the border of the thread
-            _log.exception("layers are not kept prepared on disk; the next load packs them anew")
-            with self._lock:
-                self._usable, self._writer = False, None
-                self._queue.clear()
-
-    def _write_queue(self) -> None:
-        if sys.platform == "linux":
-            with contextlib.suppress(OSError):  # in a sandbox
-                os.setpriority(os.PRIO_PROCESS, get_native_id(), _LOWEST_PRIORITY)
-        while (made := self._next()) is not None:
-            memory = made.memory()
-            if memory is None:
-                continue
-            try:
-                path = str(made.image.tensors[0].path)
-                data = memory.view.data
-                self._folder.store(made.key, path, made.image.name, data, memory.checksum(), made.since_ns)
-            except NoRoomError as error:
-                _log.info("layers from %s on are not kept prepared on disk: %s", made.image.name, error)
-                self._forget()
-            except BusyError as error:
-                _log.warning("layers from %s on are not kept prepared on disk: %s", made.image.name, error.strerror)
-                self._forget()
-            except OSError as error:
-                self._give_up(error)
-                self._forget()
-
-    def _forget(self) -> None:
-        with self._lock:
-            self._queue.clear()
-
-    def _next(self) -> _Made | None:
-        with self._lock:
-            if self._queue:
-                return self._queue.popleft()
-            self._writer = None
-            return None
 
 
 def image_key(image: LayerImage) -> str | None:
@@ -215,16 +174,16 @@ def _quickest(found: Sequence[_Found]) -> list[_Found]:
     ]
 
 
-def _read(path: Path, n_bytes: int) -> Memory | None:
-    """A file in memory of this process; None where it is shorter or cannot be read. FileNotFoundError."""
-    memory = Memory(n_bytes)
-    view, done = memory.view.data, 0
+def _read(descriptor: int, n_bytes: int) -> Memory | None:
+    """A file in memory of this process; None where it is shorter or the disk fails. Closes it."""
+    done = 0
     try:
-        with path.open("rb", buffering=0) as file:
-            while done < n_bytes and (count := os.preadv(file.fileno(), [view[done : done + _READ_BYTES]], done)):
-                done += count
-    except FileNotFoundError:
-        raise
+        memory = Memory(n_bytes)
+        view = memory.view.data
+        while done < n_bytes and (count := os.preadv(descriptor, [view[done : done + _READ_BYTES]], done)):
+            done += count
     except OSError:
         return None
+    finally:
+        os.close(descriptor)
     return memory if done == n_bytes else None

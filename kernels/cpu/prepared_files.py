@@ -9,18 +9,20 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import json
+import logging
 import os
-import re
 import stat
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
+from llamaclust.kernels.cpu.prepared_entries import Entry, NotAFileError, open_regular, read_entry
 from llamaclust.sizes import mib
+
+_log = logging.getLogger(__name__)
 
 _WRITE_BYTES = 1 << 21
 """One write call, at a multiple of it: some file systems then keep the file in huge pages (ext4 of Linux 6.16)."""
@@ -35,6 +37,9 @@ _LOCK_WAIT_S = 10.0
 _LOCK_RETRY_S = 0.02
 
 
+_PATTERNS = ("*.json", "*.tiles", "*.tmp")
+
+
 class BusyError(OSError):
     """Another process has the lock."""
 
@@ -43,18 +48,8 @@ class NoRoomError(OSError):
     """An image that may not be written, with the reason."""
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A layer that is prepared; found by a key made of all that its image depends on."""
-
-    model: str
-    layer: str
-    image: str  # SHA-256 of its bytes, in hex
-    n_bytes: int
-    checksum: int
-
-
-_ENTRY_FIELDS: dict[str, type] = {"model": str, "layer": str, "image": str, "n_bytes": int, "checksum": int}
+class StoppedError(Exception):
+    """A write that was told to stop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +60,23 @@ class Listed:
     parts: int  # layers, and what is in none: embedding and output
     size_bytes: int
     used_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cleared:
+    """What was deleted, and why the rest was not."""
+
+    files: int
+    size_bytes: int
+    left: tuple[OSError, ...]
+
+
+class Writing:
+    """What a writer does at the moment, for whoever wants it to stop."""
+
+    def __init__(self) -> None:
+        self.is_stopped = False
+        self.unfinished: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,77 +91,113 @@ class PreparedFolder:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.mkdir(mode=0o700, exist_ok=True)
         found = self.path.stat()
-        if found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o022:
-            raise PermissionError(f"{self.path}: others may write there")
+        if found.st_uid != os.geteuid():
+            raise PermissionError(f"{self.path}: belongs to another user (id {found.st_uid})")
+        if stat.S_IMODE(found.st_mode) & 0o022:
+            raise PermissionError(f"{self.path}: others may write there (mode {stat.S_IMODE(found.st_mode):o})")
 
     def image_path(self, entry: Entry) -> Path:
         return self.path / f"{entry.image}.tiles"
 
     def find(self, key: str) -> Entry | None:
-        """The entry of that key if its image is there with the right size; it counts as used now."""
-        entry = _read_entry(self._entry_path(key))
-        if entry is None:
-            return None
-        path = self.image_path(entry)
+        """The entry of that key if its image is there with the right size; it counts as used now.
+        OSError with the name of what cannot be read, or is in the way and cannot be deleted."""
         try:
-            if path.stat().st_size != entry.n_bytes:
-                self.discard(key, entry)
-                return None
-            _use(path)
-        except OSError:
+            entry = read_entry(self._entry_path(key))
+        except NotAFileError as error:
+            _drop(error)
+            return None
+        if entry is None or not self._has_image(entry):
             return None
         return entry
+
+    def open_image(self, entry: Entry) -> int | None:
+        """A descriptor of a file of the right size. None where there is none; what else lies there is deleted, OSError
+        with its name where that fails."""
+        path = self.image_path(entry)
+        try:
+            descriptor = open_regular(path)
+        except FileNotFoundError:
+            return None
+        except NotAFileError as error:
+            _drop(error)
+            return None
+        if os.fstat(descriptor).st_size == entry.n_bytes:
+            return descriptor
+        os.close(descriptor)
+        _remove(path)
+        return None
 
     def discard(self, key: str, entry: Entry) -> None:
         """Deletes an entry and its image; whoever has that mapped keeps it."""
         for path in (self._entry_path(key), self.image_path(entry)):
-            with contextlib.suppress(OSError):
-                path.unlink()
+            _remove(path)
 
-    def store(self, key: str, model: str, layer: str, data: memoryview, checksum: int, since_ns: int) -> None:
+    def store(
+        self, key: str, model: str, layer: str, data: memoryview, checksum: int, since_ns: int, writing: Writing
+    ) -> None:
         """Writes an entry, and its image if that is not there. To make room, those go that were not used since
         `since_ns`, the oldest first. OSError where it cannot be written, NoRoomError where it may not, BusyError where
-        others write long."""
+        others write long, StoppedError soon after `writing` was stopped."""
         if self.find(key) is not None:
             return
-        entry = Entry(model, layer, sha256(data).hexdigest(), len(data), checksum)
-        with self._locked():
-            for left in self.path.glob("*.tmp"):  # by a process that was killed: who has the lock is the only one
-                left.unlink(missing_ok=True)
+        entry = Entry(key, model, layer, sha256(data).hexdigest(), len(data), checksum)
+        with self._locked(writing):
+            for left, _ in self._files("*.tmp"):  # by a process that was killed: who has the lock is the only one
+                _remove(left)
             if self.find(key) is not None:
                 return
             if not self._has_image(entry):
                 self._make_room(len(data), since_ns)
-                self._write(self.image_path(entry), data)
-            self._write(self._entry_path(key), memoryview(json.dumps(asdict(entry)).encode()))
+                _write(self.image_path(entry), data, writing)
+            _write(self._entry_path(key), memoryview(entry.as_bytes()), writing)
 
     def list_models(self) -> list[Listed]:
         """What is there, by model."""
         models: dict[str, dict[str, os.stat_result]] = {}
         for path in sorted(self.path.glob("*.json")):
-            entry = _read_entry(path)
             with contextlib.suppress(OSError):
-                if entry is not None:
-                    models.setdefault(entry.model, {})[entry.image] = self.image_path(entry).stat()
+                entry = read_entry(path)
+                found = None if entry is None else self.image_path(entry).lstat()
+                if entry is not None and found is not None and stat.S_ISREG(found.st_mode):
+                    models.setdefault(entry.model, {})[entry.image] = found
         return [
             Listed(model, len(images), _total(images.values()), max(image.st_mtime_ns for image in images.values()))
             for model, images in sorted(models.items())
         ]
 
+    def in_the_way(self) -> list[Path]:
+        """What has the name of a file of this folder, and is none: links, directories and the like."""
+        paths = (path for pattern in (*_PATTERNS, "lock") for path in self.path.glob(pattern))
+        return sorted(path for path in paths if path.is_symlink() or not path.is_file())
+
+    def unfinished_bytes(self) -> list[int]:
+        """Sizes of the files that are being written, or were left by a process that was killed meanwhile."""
+        return [found.st_size for _, found in self._files("*.tmp")]
+
     def used_bytes(self) -> int:
         """What all images take; those of several models, such as copies of one file, once."""
         return _total(found for _, found in self._files("*.tiles"))
 
-    def clear(self) -> tuple[int, int]:
-        """Deletes all of it; how many files and bytes that were. Processes that use them go on.
-        OSError where that fails, BusyError where others write long."""
+    def clear(self) -> Cleared:
+        """Deletes all of it but what cannot be. Processes that use them go on. OSError where no file can be deleted,
+        BusyError where others write long."""
         if not self.path.is_dir():
-            return 0, 0
-        with self._locked():
-            files = [one for pattern in ("*.json", "*.tiles", "*.tmp") for one in self._files(pattern)]
-            for path, _ in files:
-                path.unlink(missing_ok=True)
-        return len(files), _total(found for _, found in files)
+            return Cleared(0, 0, ())
+        files, size_bytes, left = 0, 0, []
+        lock = self.path / "lock"
+        if lock in self.in_the_way():
+            _delete(lock)
+        with self._locked(Writing()):
+            for path in sorted({path for pattern in _PATTERNS for path in self.path.glob(pattern)}):
+                try:
+                    size_bytes += _delete(path)
+                    files += 1
+                except FileNotFoundError:
+                    continue
+                except OSError as error:
+                    left.append(error)
+        return Cleared(files, size_bytes, tuple(left))
 
     def _entry_path(self, key: str) -> Path:
         return self.path / f"{key}.json"
@@ -158,17 +206,19 @@ class PreparedFolder:
         """Without those that other processes delete meanwhile: to drop an entry takes no lock."""
         for path in self.path.glob(pattern):
             with contextlib.suppress(FileNotFoundError):
-                yield path, path.stat()
+                found = path.lstat()
+                if stat.S_ISREG(found.st_mode):
+                    yield path, found
 
     def _has_image(self, entry: Entry) -> bool:
-        """Whether the image is there with the right size, for another entry; it counts as used now."""
-        path = self.image_path(entry)
-        try:
-            if path.stat().st_size != entry.n_bytes:
-                return False
-            _use(path)
-        except FileNotFoundError:
+        """Whether the image is there with the right size; it counts as used now."""
+        descriptor = self.open_image(entry)
+        if descriptor is None:
             return False
+        try:
+            _use(descriptor)
+        finally:
+            os.close(descriptor)
         return True
 
     def _make_room(self, n_bytes: int, since_ns: int) -> None:
@@ -191,50 +241,89 @@ class PreparedFolder:
             raise NoRoomError(f"a tenth of the disk is to stay free, {mib(n_bytes)} MiB more would not leave that")
 
     def _forget_missing(self) -> None:
-        for path in self.path.glob("*.json"):
-            entry = _read_entry(path)
-            if entry is None or not self.image_path(entry).exists():
-                path.unlink(missing_ok=True)
-
-    def _write(self, path: Path, data: memoryview) -> None:
-        made = path.with_suffix(".tmp")
-        try:
-            with made.open("xb", buffering=0) as file:
-                for start in range(0, len(data), _WRITE_BYTES):
-                    _write_all(file.fileno(), data[start : start + _WRITE_BYTES])
-                os.fsync(file.fileno())
-            _use(made)
-            made.rename(path)
-        finally:
-            made.unlink(missing_ok=True)
+        for path, _ in self._files("*.json"):
+            with contextlib.suppress(OSError):
+                entry = read_entry(path)
+                if entry is None or not self.image_path(entry).exists():
+                    path.unlink(missing_ok=True)
 
     @contextmanager
-    def _locked(self) -> Iterator[None]:
-        descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    def _locked(self, writing: Writing) -> Iterator[None]:
+        descriptor = open_regular(self.path / "lock", os.O_RDWR | os.O_CREAT)
         try:
-            _lock(descriptor)
+            _lock(descriptor, writing)
             yield
         finally:
             os.close(descriptor)
 
 
-def _lock(descriptor: int) -> None:
+def _write(path: Path, data: memoryview, writing: Writing) -> None:
+    """A whole file or none."""
+    made = path.with_suffix(".tmp")
+    try:
+        file = made.open("xb", buffering=0)
+    except FileExistsError:
+        raise NotAFileError(errno.EEXIST, "is in the way", str(made)) from None
+    writing.unfinished = made
+    try:
+        with file:
+            for start in range(0, len(data), _WRITE_BYTES):
+                if writing.is_stopped:
+                    raise StoppedError
+                _write_all(file.fileno(), data[start : start + _WRITE_BYTES])
+            os.fsync(file.fileno())
+            _use(file.fileno())
+        made.rename(path)
+    finally:
+        _remove(made)
+        writing.unfinished = None
+
+
+def _lock(descriptor: int, writing: Writing) -> None:
     deadline = time.monotonic() + _LOCK_WAIT_S
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
         except BlockingIOError:
+            if writing.is_stopped:
+                raise StoppedError from None
             if time.monotonic() >= deadline:
                 reason = f"another process has written there for {_LOCK_WAIT_S:g} s; try again later"
                 raise BusyError(errno.EAGAIN, reason) from None
             time.sleep(_LOCK_RETRY_S)
 
 
-def _use(path: Path) -> None:
+def _use(descriptor: int) -> None:
     """Not by the kernel's clock, which is some milliseconds behind the one of `since_ns`."""
     now_ns = time.time_ns()
-    os.utime(path, ns=(now_ns, now_ns))
+    os.utime(descriptor, ns=(now_ns, now_ns))
+
+
+def _drop(found: NotAFileError) -> None:
+    """Deletes what is no file. OSError, which says what is in the way, where that is a directory."""
+    try:
+        Path(found.filename).unlink()
+    except FileNotFoundError:
+        return
+    except OSError:
+        raise found from None
+    _log.warning("%s was no regular file; it is deleted", found.filename)
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink()
+
+
+def _delete(path: Path) -> int:
+    """Also an empty directory; its size. OSError with its name."""
+    found = path.lstat()
+    if stat.S_ISDIR(found.st_mode):
+        path.rmdir()
+    else:
+        path.unlink()
+    return found.st_size if stat.S_ISREG(found.st_mode) else 0
 
 
 def _write_all(descriptor: int, data: memoryview) -> None:
@@ -245,13 +334,3 @@ def _write_all(descriptor: int, data: memoryview) -> None:
 
 def _total(found: Iterable[os.stat_result]) -> int:
     return sum(one.st_size for one in found)
-
-
-def _read_entry(path: Path) -> Entry | None:
-    """None where there is none, or a damaged one."""
-    try:
-        said = json.loads(path.read_bytes())
-        is_sound = set(said) == _ENTRY_FIELDS.keys() and all(type(said[name]) is _ENTRY_FIELDS[name] for name in said)
-    except (OSError, ValueError, TypeError):
-        return None
-    return Entry(**said) if is_sound and re.fullmatch("[0-9a-f]{64}", said["image"]) else None

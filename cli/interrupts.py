@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from types import FrameType
+from typing import NoReturn
+
+from llamaclust.cli.terminal import print_error
+from llamaclust.errors import LlamaclustError
 
 
 @contextmanager
@@ -20,6 +26,14 @@ def ends_at_once() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def end_at_once(code: int) -> NoReturn:
+    """Not by the interpreter's own end, which would wait for threads that compute, or break them off half-way."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    os._exit(code)
 
 
 Held = Callable[[], AbstractContextManager[None]]
@@ -59,3 +73,48 @@ def exits_when_told(*numbers: signal.Signals) -> Iterator[Held]:
     finally:
         for number in heard:
             signal.signal(number, signal.SIG_DFL)
+
+
+@contextmanager
+def heard_as_interrupts(*numbers: signal.Signals) -> Iterator[None]:
+    """The first of these signals does what Ctrl-C does, so that what runs tidies up; then the process ends with the
+    code that a shell shows for it. Later ones are not heard. One that is ignored, as nohup has it, stays so."""
+    heard = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+    told: list[int] = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        for one in heard:
+            signal.signal(one, signal.SIG_IGN)
+        told.append(number)
+        usual = signal.getsignal(signal.SIGINT)
+        if not callable(usual):  # ignored, as in a shell's background
+            raise KeyboardInterrupt
+        usual(signal.SIGINT, frame)
+
+    for number in heard:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    except KeyboardInterrupt:
+        if told:
+            end_at_once(128 + told[0])
+        raise
+    finally:
+        for number in heard:
+            signal.signal(number, signal.SIG_DFL)
+
+
+@contextmanager
+def ends_in_one_line() -> Iterator[None]:
+    """For a script: Ctrl-C, SIGTERM and SIGHUP tidy up and end it with their codes, other errors are a line."""
+    try:
+        with heard_as_interrupts(signal.SIGTERM, signal.SIGHUP):
+            yield
+    except KeyboardInterrupt:
+        end_at_once(128 + signal.SIGINT)
+    except LlamaclustError as error:
+        print_error(error)
+        sys.exit(error.exit_code)
+    except OSError as error:
+        print_error(error)
+        sys.exit(1)

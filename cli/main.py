@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
-from contextlib import suppress
-from typing import Any, NoReturn
+from typing import Any
 
-from llamaclust.cli.interrupts import ends_at_once
+from llamaclust.cli.interrupts import end_at_once, ends_at_once
 from llamaclust.cli.terminal import print_error
-from llamaclust.errors import LlamaclustError
+from llamaclust.errors import DoesNotFitError, LlamaclustError
 
 _INTERRUPTED = 130
 """What typer, too, makes of a KeyboardInterrupt."""
@@ -22,7 +21,7 @@ def main() -> None:
     try:
         code = app(standalone_mode=False)
         if code == _INTERRUPTED:
-            _end_interrupted()
+            end_at_once(_INTERRUPTED)
         print(end="", flush=True)
         sys.exit(code if isinstance(code, int) else 0)
     except LlamaclustError as error:
@@ -32,7 +31,10 @@ def main() -> None:
         _explain(error)
         sys.exit(2)
     except KeyboardInterrupt:
-        _end_interrupted()
+        end_at_once(_INTERRUPTED)
+    except MemoryError:
+        print_error("the system refuses more memory; end other programs, or lift the limit on this one's memory")
+        sys.exit(DoesNotFitError.exit_code)
     except OSError as error:
         _end_output()
         if not isinstance(error, BrokenPipeError):
@@ -44,15 +46,6 @@ def _end_output() -> None:
     """What is still buffered goes nowhere: to write it at the end of the process might fail again."""
     if sys.stdout is not None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _end_interrupted() -> NoReturn:
-    """Not by the interpreter's own end, which would wait for threads that compute, or break them off half-way."""
-    with suppress(OSError):
-        sys.stdout.flush()
-    with suppress(OSError):
-        sys.stderr.flush()
-    os._exit(_INTERRUPTED)
 
 
 def _explain(error: Any) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
-from contextlib import closing
+import signal
+import sys
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -13,14 +16,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 
 from llamaclust.cli.connect import connect
+from llamaclust.cli.interrupts import heard_as_interrupts
 from llamaclust.cli.terminal import printable
 from llamaclust.cluster.client_base import TextClient
 from llamaclust.errors import UsageError
 from llamaclust.model.loader import Model
 from llamaclust.model.program import KvType
-from llamaclust.tools.bench import BenchReport, BenchTask, run_bench
+from llamaclust.tools.bench import BenchReport, BenchTask, cores, run_bench
 from llamaclust.tools.perplexity import Perplexity, check_same_model, cut, measure, read_text
 from llamaclust.wire.tuning import tune_grpc
+
+_WIDE_COLUMNS = 400
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +75,7 @@ def print_perplexity(source: Source, file: Path, context: int, most: int | None,
     with closing(Model.open(source.model)) as model:
         tokenizer = model.tokenizer
     chunks = cut(tokenizer, text, context, most)
-    with source.open(context) as client:
+    with _told_to_end(source.workers), source.open(context) as client:
         if source.endpoint is not None:
             check_same_model(client, tokenizer, text)
         result = _with_progress(client, chunks)
@@ -99,16 +105,45 @@ def _bar(*columns: ProgressColumn) -> Progress:
 
 
 def print_bench(task: BenchTask, as_json: bool) -> None:
-    """Prints a table, or one JSON object."""
+    """Prints a table, or one JSON object; on standard error what makes the figures doubtful."""
     if task.workers > 1:
         tune_grpc()
-    with _bar(TextColumn("{task.description}"), BarColumn()) as bar:
+    with _told_to_end(task.workers), _bar(TextColumn("{task.description}"), BarColumn()) as bar:
         shown = bar.add_task("loading", total=task.steps)
         report = run_bench(task, lambda what: bar.update(shown, description=what, advance=1))
     if as_json:
         print(json.dumps(report.as_json()))
     else:
-        Console(highlight=False).print(_table(report))
+        _print_table(_table(report))
+    threads = task.threads_each * task.workers
+    if threads > cores():
+        _note(f"{threads} threads shared {cores()} cores: a thread a core is faster")
+    load = report.other_load
+    if load is not None and load.is_much and not as_json:
+        stolen = f", other virtual machines {load.stolen:.1f}" if load.stolen >= 0.05 else ""
+        busy = f"other programs used {load.others:.1f} of {load.cores} cores{stolen}"
+        _note(f"{busy} meanwhile: on an idle machine the figures are higher")
+
+
+def _told_to_end(workers: int) -> AbstractContextManager[None]:
+    """A cluster's folders and processes are tidied up, whichever signal ends it."""
+    return heard_as_interrupts(signal.SIGTERM, signal.SIGHUP) if workers > 1 else nullcontext()
+
+
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)
+
+
+def _print_table(table: Table) -> None:
+    """As wide as it is, without blanks at the ends of lines, where no terminal would break them."""
+    console = Console(highlight=False)
+    if console.is_terminal:
+        console.print(table)
+        return
+    wide = Console(highlight=False, width=_WIDE_COLUMNS, file=io.StringIO())
+    with wide.capture() as captured:
+        wide.print(table)
+    print("\n".join(line.rstrip() for line in captured.get().splitlines()))
 
 
 def _table(report: BenchReport) -> Table:

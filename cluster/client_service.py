@@ -32,13 +32,22 @@ class ServiceThread:
     """Opens a service in a new thread's event loop and keeps it there."""
 
     def __init__(self, open_service: OpenService) -> None:
-        """Returns when the service is open; raises what opening it raises."""
-        ready: Future[tuple[asyncio.AbstractEventLoop, asyncio.Event, TextService]] = Future()
+        """Returns when the service is open; raises what opening it raises. Whoever is interrupted meanwhile waits
+        until nothing is left of it."""
+        begun: Future[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]]] = Future()
+        ready: Future[tuple[asyncio.Event, TextService]] = Future()
         self._thread = threading.Thread(
-            target=asyncio.run, args=(_serve(open_service, ready),), name="service", daemon=True
+            target=asyncio.run, args=(_serve(open_service, begun, ready),), name="service", daemon=True
         )
         self._thread.start()
-        self._loop, self._stop, self.service = ready.result()
+        self._loop, task = begun.result()
+        try:
+            self._stop, self.service = ready.result()
+        except BaseException:
+            with suppress(RuntimeError):  # it has ended by itself
+                self._loop.call_soon_threadsafe(task.cancel)
+            self._thread.join()
+            raise
         self._lock = threading.RLock()  # the garbage collector may end a stream within `call`
         self._pending: set[Future[Any]] = set()
         self._is_closed = False
@@ -83,17 +92,22 @@ class ServiceThread:
 
 
 async def _serve(
-    open_service: OpenService, ready: Future[tuple[asyncio.AbstractEventLoop, asyncio.Event, TextService]]
+    open_service: OpenService,
+    begun: Future[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]]],
+    ready: Future[tuple[asyncio.Event, TextService]],
 ) -> None:
-    stop = asyncio.Event()
+    stop, task = asyncio.Event(), asyncio.current_task()
+    assert task is not None
+    begun.set_result((asyncio.get_running_loop(), task))
     try:
         async with open_service() as service:
-            ready.set_result((asyncio.get_running_loop(), stop, service))
+            ready.set_result((stop, service))
             await stop.wait()
     except BaseException as error:  # the thread's border: whoever waits is told
-        if ready.done():
+        if not ready.done():
+            ready.set_exception(error)
+        elif not isinstance(error, asyncio.CancelledError):  # by whoever was interrupted while it waited
             raise
-        ready.set_exception(error)
 
 
 class ServiceClient(TextClient):

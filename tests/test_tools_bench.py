@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
@@ -15,11 +20,13 @@ from tiny_model import build_tiny_model
 from llamaclust.cli.main import main
 from llamaclust.kernels import probes
 from llamaclust.kernels.cpu.backend import CpuBackend
-from llamaclust.model.loader import Model
+from llamaclust.model.loader import LayerCost, Model, ModelCosts
 from llamaclust.model.quant_types import QuantType
-from llamaclust.tools.bench import BenchTask, Work, run_bench
+from llamaclust.tools.bench import BenchTask, Work, cores, run_bench
 from llamaclust.tools.bench_limits import Pair, Spread, paired
+from llamaclust.tools.bench_load import LoadMeter, OtherLoad
 from llamaclust.tools.bench_stage import BenchStage
+from llamaclust.tools.even_cut import even_cut
 
 HIDDEN, FFN, LAYERS, VOCABULARY, KV_WIDTH = 256, 512, 3, 320, 64
 MATRICES = LAYERS * (2 * HIDDEN * HIDDEN + 2 * HIDDEN * KV_WIDTH + 3 * HIDDEN * FFN)
@@ -190,6 +197,89 @@ def test_workers_are_measured_as_a_cluster(tiny: Path) -> None:
     assert steps[0] == "starting the workers" and len(steps) == 4
 
 
+def test_as_many_workers_as_layers_are_used(tiny: Path) -> None:
+    """However little it brings."""
+    report = run_bench(BenchTask(tiny, 1, prompt=20, generate=4, repeats=1, workers=LAYERS), lambda what: None)
+    check(report.as_json(), workers=LAYERS)
+
+
+def test_a_cut_has_exactly_so_many_stages_and_the_slowest_is_quick() -> None:
+    layer = LayerCost(0, 10, 0, used_file_bytes=100)
+    costs = ModelCosts(0, 0, 0, (layer,) * 30, head_file_bytes=8 * 121)  # eight layers' time
+    for workers in range(1, 31):
+        cut = even_cut(costs, workers)
+        assert len(cut) == workers and cut[0][0] == 0 and cut[-1][1] == 30
+        assert all(start < end for start, end in cut)
+        assert all(one[1] == other[0] for one, other in pairwise(cut))
+    assert even_cut(costs, 2) == [(0, 19), (19, 30)]
+    assert [end - start for start, end in even_cut(costs, 5)][-1] == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize("command", ["bench", "perplexity"])
+def test_a_cluster_that_is_told_to_end_leaves_nothing(
+    tiny: Path, tmp_path: Path, number: signal.Signals, command: str
+) -> None:
+    """As soon as it has made its folder, and once it works."""
+    (tmp_path / "text").write_text("the cat sat on a mat " * 20000)
+    words = ["bench", str(tiny), "-r", "100"]
+    if command == "perplexity":
+        words = ["model", "perplexity", str(tiny), "-f", str(tmp_path / "text"), "-c", "16"]
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    for wait_s in (0.0, 2.5):
+        process = subprocess.Popen(
+            [str(Path(sys.executable).parent / "llamaclust"), *words, "--workers", "2", "-t", "1"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"TMPDIR": str(temporary)},
+        )
+        deadline = time.monotonic() + 60
+        while not list(temporary.iterdir()) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(wait_s)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=60)
+        assert (process.returncode, out, err) == (128 + number, "", "")
+        assert list(temporary.iterdir()) == []
+
+
+def test_memory_that_is_refused_is_said_in_one_line(
+    tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(threads: int) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(probes, "ReadProbe", refuse)
+    for workers in ("1", "2"):
+        code, out, err = bench(capsys, str(tiny), "-t", "1", "-p", "8", "-n", "2", "--workers", workers)
+        assert (code, out, err.count("\n")) == (3, "", 1) and "which the system refuses" in err
+
+
+def test_more_threads_than_cores_are_noted(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    threads = cores() + 1
+    code, out, err = bench(capsys, str(tiny), "-t", str(threads), "-p", "8", "-n", "2", "-r", "1")
+    assert code == 0 and f"note: {threads} threads shared {cores()} cores" in err
+    assert all(line == line.rstrip() for line in out.splitlines())
+
+
+def test_what_others_take_of_the_processor_is_told(
+    tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LoadMeter, "measure", lambda self: OtherLoad(2, 0.5, 0.1))
+    _, _, err = bench(capsys, str(tiny), "-t", "1", "-p", "8", "-n", "2", "-r", "1")
+    assert "note: other programs used 0.5 of 2 cores, other virtual machines 0.1 meanwhile" in err
+
+
+def test_own_work_is_not_that_of_others() -> None:
+    meter, started = LoadMeter(), time.monotonic()
+    while time.monotonic() - started < 0.5:
+        sum(range(10_000))
+    alone = meter.measure()
+    assert alone is not None and alone.cores == cores() and alone.others < alone.cores - 0.4
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -198,6 +288,7 @@ def test_workers_are_measured_as_a_cluster(tiny: Path) -> None:
         (("/nonexistent.gguf",), "no such file"),
         (("TINY", "-p", "0"), "--prompt"),
         (("TINY", "--workers", "0"), "--workers"),
+        (("TINY", "--workers", "4"), "has 3 layers, too few for 4 workers"),
     ],
 )
 def test_mistakes_get_one_line(

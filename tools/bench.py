@@ -6,7 +6,7 @@ import asyncio
 import os
 from collections.abc import Awaitable, Callable
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -19,6 +19,7 @@ from llamaclust.model.loader import Model
 from llamaclust.model.program import KvType
 from llamaclust.tools.background import in_background
 from llamaclust.tools.bench_limits import Limits, MachineLimits, Pair, Spread, paired
+from llamaclust.tools.bench_load import LoadMeter, OtherLoad
 from llamaclust.tools.bench_stage import BenchStage
 from llamaclust.tools.model_info import describe
 
@@ -42,7 +43,7 @@ class BenchTask:
 
     @property
     def threads_each(self) -> int:
-        return self.threads or max(1, _cores() // self.workers)
+        return self.threads or max(1, cores() // self.workers)
 
     @property
     def context(self) -> int:
@@ -90,6 +91,7 @@ class BenchReport:
     prefills: tuple[Pair, ...]  # GMAC/s
     decodes: tuple[Pair, ...]  # GB/s
     machine: MachineLimits
+    other_load: OtherLoad | None = None
 
     @property
     def prefill_gmac_s(self) -> float:
@@ -131,6 +133,7 @@ class BenchReport:
             "prefill": {"tokens": task.prompt, "tok_s": self.prefill_tok_s, "gmac_s": self.prefill_gmac_s},
             "decode": {"tokens": task.generate, "tok_s": self.decode_tok_s, "gb_s": self.decode_gb_s},
             "machine": asdict(self.machine),
+            "other_load": None if self.other_load is None else asdict(self.other_load),
             "decode_roofline": decodes.median,
             "decode_roofline_range": [decodes.least, decodes.most],
             "prefill_roofline": prefills.median,
@@ -170,12 +173,13 @@ def run_bench(task: BenchTask, on_step: OnStep) -> BenchReport:
             raise UsageError(f"{task.context} tokens are asked for, the model was made for {trained}")
         backend = CpuBackend(task.threads_each, environment().feature_level)
         measurement = _Measurement(task, Work.of(model, task), on_step)
+        load = LoadMeter()
         if task.workers > 1:
             asyncio.run(_cluster_runs(measurement))
         else:
             in_background(partial(_stage_runs, model, backend, measurement)).result()
         quant_type = max(describe(model.file).by_type, key=lambda share: share.bytes).name
-        return measurement.report(quant_type, backend.feature_level)
+        return replace(measurement.report(quant_type, backend.feature_level), other_load=load.measure())
 
 
 def _stage_runs(model: Model, backend: CpuBackend, measurement: _Measurement) -> None:
@@ -208,7 +212,7 @@ class _Measurement:
         """In turns, so that a change of the machine's mood meets all of them."""
         task, work = self.task, self.work
         self.on_step("warming up")
-        limits = await Limits.open(min(task.threads_each * task.workers, _cores()), work.float_share)
+        limits = await Limits.open(min(task.threads_each * task.workers, cores()), work.float_share)
         await runner.prefill()
         for number in range(1, task.repeats + 1):
             self.on_step(f"decode {number}/{task.repeats}")
@@ -223,5 +227,6 @@ class _Measurement:
         return BenchReport(self.task, quant_type, feature_level, self.work, *pairs, self.machine)
 
 
-def _cores() -> int:
+def cores() -> int:
+    """That this process may use."""
     return len(os.sched_getaffinity(0))

@@ -10,6 +10,7 @@ from functools import partial
 from statistics import median
 from typing import Self, TypeVar
 
+from llamaclust.errors import DoesNotFitError
 from llamaclust.kernels import probes
 from llamaclust.tools.background import in_background
 from llamaclust.wire.deadlines import deadline
@@ -80,7 +81,12 @@ class Limits:
 
     @classmethod
     async def open(cls, threads: int, float_share: float) -> Self:
-        return cls(await _elsewhere(partial(probes.ReadProbe, threads)), threads, float_share)
+        """DoesNotFitError where the system refuses the memory to read from."""
+        try:
+            return cls(await _elsewhere(partial(probes.ReadProbe, threads)), threads, float_share)
+        except MemoryError as error:
+            what = "measuring the read bandwidth takes a quarter of the free memory, up to 1024 MiB"
+            raise DoesNotFitError(f"{what}, which the system refuses; end other programs, or lift the limit") from error
 
     @property
     def machine(self) -> MachineLimits:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -13,25 +13,31 @@ from llamaclust.cluster.coordinator import Cluster, open_cluster
 from llamaclust.cluster.state import ClusterDir
 from llamaclust.cluster.text import TextService, TextSettings
 from llamaclust.errors import UsageError
+from llamaclust.model.loader import Model
 from llamaclust.model.program import KvType
+from llamaclust.tools.even_cut import even_cut
 
 _ALIKE = {"bandwidth": 20.0, "int8": 300.0}
-"""The workers share one machine; equal figures give the same cut each time."""
+"""The workers share one machine: nothing is measured when they start."""
 
 
 @asynccontextmanager
 async def temporary_cluster(
     model: Path, workers: int, threads: int | None, context_length: int, max_sequences: int, kv_type: KvType
 ) -> AsyncIterator[Cluster]:
-    """The model cut over that many workers, each with `threads`. UsageError where it cannot be cut so often."""
+    """The model cut over exactly that many workers, each with `threads`. UsageError where it has fewer layers."""
     names = [f"w{index}" for index in range(1, workers + 1)]
+    with closing(Model.open(model)) as opened:
+        if workers > opened.layer_count:
+            raise UsageError(f"{model} has {opened.layer_count} layers, too few for {workers} workers; give fewer")
+        cut = even_cut(opened.costs(kv_type), workers)
     with TemporaryDirectory(prefix="llamaclust-") as folder:
         values = {
             "name": "measurement",
             "model": str(model),
             "context_length": context_length,
             "workers": [{"name": name, "threads": threads, **_ALIKE} for name in names],
-            "objective": "throughput",
+            "plan": [{"worker": name, "layers": list(layers)} for name, layers in zip(names, cut, strict=True)],
             "max_sequences": max_sequences,
             "kv_type": kv_type,
             "prefix_cache": False,
@@ -41,8 +47,6 @@ async def temporary_cluster(
         directory = ClusterDir(config.state_dir / config.name)
         with directory.locked():
             async with open_cluster(config, model, directory) as cluster:
-                if len(cluster.plan.stages) < workers:
-                    raise UsageError(f"{model}: {workers} workers are more than its layers can make use of")
                 yield cluster
 
 

@@ -1,0 +1,46 @@
+"""Cuts a model's layers over exactly so many workers that are alike. Pure."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llamaclust.model.loader import ModelCosts
+
+_PROMPT_TOKENS, _STEPS = 512, 16
+"""The work of a sequence that the planner's `throughput` has in mind: answers of 128 tokens, eight together."""
+_MACS_PER_BYTE = 15.0
+"""How many multiply-adds take as long as a byte that is read, about."""
+_SHARPNESS = 8
+"""So high a power of the stages' times that the slowest one counts, and of others that are as good the evenest cut."""
+
+
+def even_cut(costs: ModelCosts, workers: int) -> list[tuple[int, int]]:
+    """Half-open ranges of layers, one for each of 1 to as many workers as there are layers; the last one also has the
+    head. The slowest stage is as fast as can be."""
+    times = [_time(layer.macs_per_token, layer.used_file_bytes) for layer in costs.layers]
+    head = _time(0, costs.head_file_bytes)
+    until = np.concatenate(([0.0], np.cumsum(times))) / (sum(times) + head)
+    head /= sum(times) + head
+    layers = len(times)
+    assert 1 <= workers <= layers
+    best: NDArray[np.float64] = np.where(np.arange(layers + 1) == 0, 0.0, np.inf)  # of layers [0, end), so many stages
+    starts: list[list[int]] = []
+    for stage in range(1, workers + 1):
+        of_last = head if stage == workers else 0.0
+        chosen, sums = [0] * (layers + 1), np.full(layers + 1, np.inf)
+        for end in range(stage, layers + 1):
+            each = best[:end] + (until[end] - until[:end] + of_last) ** _SHARPNESS
+            chosen[end] = int(np.argmin(each))
+            sums[end] = each[chosen[end]]
+        best = sums
+        starts.append(chosen)
+    cut, end = [], layers
+    for chosen in reversed(starts):
+        cut.append((chosen[end], end))
+        end = chosen[end]
+    return cut[::-1]
+
+
+def _time(macs_per_token: int, read_bytes: int) -> float:
+    return _PROMPT_TOKENS * macs_per_token / _MACS_PER_BYTE + _STEPS * read_bytes

@@ -16,9 +16,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from compare import Pair, Speed, Task, as_line, show
+from compare import Pair, Speed, Task, as_line, check_program, chosen, listed, positive, show
 from shape import LAYOUTS, SHAPES, write_shape
 
+from llamaclust.cli.interrupts import ends_in_one_line
+from llamaclust.errors import UsageError
 from llamaclust.kernels.cpu import _native
 from llamaclust.model.quant_types import ActivationFormat, QuantType
 from llamaclust.tools.bench_limits import Spread
@@ -42,9 +44,10 @@ def model_of(quant_type: QuantType, shape: str, models: Path | None) -> Iterator
 
 
 def measure(given: argparse.Namespace) -> None:
-    task = Task(given.llama_bench, given.threads, _PROMPT, _GENERATE)
-    for name in given.types.split(","):
-        with model_of(QuantType[name], given.shape, given.models) as path, given.json.open("a") as file:
+    task = Task(check_program(given.llama_bench), given.threads, _PROMPT, _GENERATE)
+    for quant_type in given.types:
+        name = quant_type.name
+        with model_of(quant_type, given.shape, given.models) as path, given.json.open("a") as file:
             pairs = []
             for _ in range(given.repeats):
                 pairs.append(task.pair(path))
@@ -54,10 +57,7 @@ def measure(given: argparse.Namespace) -> None:
 
 def table(path: Path) -> Iterator[str]:
     """The lines of a table in Markdown."""
-    by_type: dict[str, list[Pair]] = {}
-    for line in path.read_text().splitlines():
-        pair = json.loads(line)
-        by_type.setdefault(pair["model"], []).append(Pair(Speed(**pair["ours"]), Speed(**pair["llama.cpp"])))
+    by_type = _read(path)
     facts = "type | bits | segment | tile bytes"
     speeds = "tok/s | of limit | llama.cpp | ratio"
     yield f"| {facts} | prefill {speeds} | decode {speeds} |"
@@ -66,6 +66,23 @@ def table(path: Path) -> Iterator[str]:
         pairs = by_type[name]
         cells = [name, *_facts(QuantType[name]), *_speeds(pairs, "prefill"), *_speeds(pairs, "decode")]
         yield f"| {' | '.join(cells)} |"
+
+
+def _read(path: Path) -> dict[str, list[Pair]]:
+    """Pairs by type. UsageError for a file that `--json` did not write."""
+    by_type: dict[str, list[Pair]] = {}
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--table {path}: cannot be read: {getattr(error, 'strerror', 'no text')}") from error
+    for number, line in enumerate(lines, 1):
+        try:
+            pair = json.loads(line)
+            name = QuantType[pair["model"]].name
+            by_type.setdefault(name, []).append(Pair(Speed(**pair["ours"]), Speed(**pair["llama.cpp"])))
+        except (ValueError, KeyError, TypeError):
+            raise UsageError(f"--table {path}: line {number} is not one that --json writes") from None
+    return by_type
 
 
 def _facts(quant_type: QuantType) -> list[str]:
@@ -88,11 +105,17 @@ def main() -> None:
     parser.add_argument("--table", type=Path, metavar="FILE", help="print the table of such a file")
     parser.add_argument("--llama-bench", type=Path, help="the program of that name")
     parser.add_argument("--json", type=Path, help="add a JSON line a pair to this file")
-    parser.add_argument("--types", default=",".join(quant_type.name for quant_type in LAYOUTS))
-    parser.add_argument("--shape", default="1.1b", choices=SHAPES)
+    types = {quant_type.name: quant_type for quant_type in LAYOUTS}
+    parser.add_argument(
+        "--types",
+        type=listed(chosen("type", types)),
+        default=list(LAYOUTS),
+        help=f"separated by commas: {', '.join(types)}; all by default, about two minutes each",
+    )
+    parser.add_argument("--shape", default="1.1b", choices=SHAPES, help="%(default)s by default")
     parser.add_argument("--models", type=Path, help="a folder that holds files of some types already")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=2, help="pairs")
+    parser.add_argument("--threads", type=positive, default=2, help="%(default)s by default")
+    parser.add_argument("--repeats", type=positive, default=2, help="pairs; %(default)s by default")
     given = parser.parse_args()
     if given.table is not None:
         print("\n".join(table(given.table)))
@@ -103,4 +126,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with ends_in_one_line():
+        main()

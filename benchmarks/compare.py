@@ -4,23 +4,34 @@
 
 A ratio above 1 means that llamaclust is faster. Medians of the ratios of pairs, then the least and the most: these
 machines are noisy. With `--depth` decode alone is compared, behind so many tokens.
+
+llama-bench is a program of llama.cpp, to be built on the machine that is measured:
+
+    git clone --depth 1 https://github.com/ggml-org/llama.cpp && cd llama.cpp
+    cmake -B build -DCMAKE_BUILD_TYPE=Release && cmake --build build --target llama-bench -j    # build/bin/llama-bench
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import re
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
+from llamaclust.cli.interrupts import ends_in_one_line
+from llamaclust.errors import UsageError
 from llamaclust.tools.bench_limits import Spread
 
 _DEADLINE_S = 1800
 _LEAST_PROMPT = 16
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,27 +77,51 @@ class Task:
 
     def _ours(self, model: Path) -> Speed:
         program = [str(Path(sys.executable).parent / "llamaclust"), "bench", str(model), "--json"]
-        answer = json.loads(_output([*program, *self._options(_LEAST_PROMPT if self.depth else self.prompt)]))
+        answer = _answer([*program, *self._options(_LEAST_PROMPT if self.depth else self.prompt)])
         prefill, decode = answer["prefill"]["tok_s"], answer["decode"]["tok_s"]
         shares = answer["prefill_roofline"], answer["decode_roofline"]
         return Speed(None, decode, None, shares[1]) if self.depth else Speed(prefill, decode, *shares)
 
     def _theirs(self, model: Path) -> Speed:
         program = [str(self.llama_bench), "-m", str(model), "-o", "json"]
-        answers = json.loads(_output([*program, *self._options(0 if self.depth else self.prompt)]))
-        prefill = next((answer["avg_ts"] for answer in answers if answer["n_gen"] == 0), None)
-        return Speed(prefill, next(answer["avg_ts"] for answer in answers if answer["n_prompt"] == 0))
+        answers = _answer([*program, *self._options(0 if self.depth else self.prompt)])
+        try:
+            prefill = next((answer["avg_ts"] for answer in answers if answer["n_gen"] == 0), None)
+            return Speed(prefill, next(answer["avg_ts"] for answer in answers if answer["n_prompt"] == 0))
+        except (KeyError, TypeError, StopIteration):
+            raise UsageError(f"{self.llama_bench}: its JSON is not that of llama-bench; take a newer one") from None
 
     def _options(self, prompt: int) -> list[str]:
         values = {"-t": self.threads, "-p": prompt, "-n": self.generate, "-d": self.depth, "-r": self.runs}
         return [str(word) for option in values.items() for word in option]
 
 
-def _output(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=_DEADLINE_S, check=False)
+def _answer(command: list[str]) -> Any:
+    """The JSON that a program prints. UsageError where it cannot be run, fails, or prints something else."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_DEADLINE_S, check=False)
+    except OSError as error:
+        raise UsageError(f"{command[0]}: cannot be run: {error.strerror}") from error
+    except subprocess.TimeoutExpired:
+        raise UsageError(f"{command[0]}: not done after {_DEADLINE_S} s; measure less") from None
     if done.returncode != 0:
-        raise SystemExit(f"{command[0]} failed: {' '.join(done.stderr.strip().splitlines()[-1:])}")
-    return done.stdout
+        raise UsageError(f"{command[0]} failed: {' '.join(done.stderr.strip().splitlines()[-1:])}")
+    try:
+        return json.loads(done.stdout)
+    except ValueError:
+        start = " ".join(done.stdout.split())[:80]
+        raise UsageError(f"{command[0]}: JSON expected, not {start!r}") from None
+
+
+def check_program(path: Path) -> Path:
+    """An absolute path. UsageError where no program is there."""
+    if path.is_dir():
+        raise UsageError(f"--llama-bench {path}: a folder; give the program in it, such as {path}/bin/llama-bench")
+    if not path.exists():
+        raise UsageError(f"--llama-bench {path}: no such file; `compare.py --help` says how to build it")
+    if not os.access(path, os.X_OK):
+        raise UsageError(f"--llama-bench {path}: not a program that can be run")
+    return path.absolute()
 
 
 def as_line(model: str, task: Task, pair: Pair) -> str:
@@ -105,19 +140,52 @@ def show(model: str, pairs: Sequence[Pair]) -> None:
         print(f"{model:12} {name:8} {speeds}   ratio {ratio:.2f}", flush=True)
 
 
+def natural(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,7}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of 0 or more")
+    return int(text)
+
+
+def positive(text: str) -> int:
+    if natural(text) == 0:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return int(text)
+
+
+def listed(one: Callable[[str], _Value]) -> Callable[[str], list[_Value]]:
+    """What reads values that commas separate."""
+    return lambda text: [one(part) for part in text.split(",")]
+
+
+def chosen(what: str, choices: Mapping[str, _Value]) -> Callable[[str], _Value]:
+    """What reads one of the choices, or names them."""
+
+    def read(text: str) -> _Value:
+        if text not in choices:
+            raise argparse.ArgumentTypeError(f"{what} {text!r}: choose from {', '.join(choices)}")
+        return choices[text]
+
+    return read
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", type=Path, nargs="+", metavar="MODEL")
     parser.add_argument("--llama-bench", type=Path, required=True, help="the program of that name")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--prompt", type=int, default=512)
-    parser.add_argument("--generate", type=int, default=128)
-    parser.add_argument("--depth", type=int, default=0, help="tokens in memory before decode begins")
-    parser.add_argument("--runs", type=int, default=2, help="runs of each program in its turn")
-    parser.add_argument("--repeats", type=int, default=5, help="pairs")
+    parser.add_argument("--threads", type=positive, default=2, help="%(default)s by default")
+    parser.add_argument("--prompt", type=positive, default=512, help="tokens of a prefill; %(default)s by default")
+    parser.add_argument("--generate", type=positive, default=128, help="tokens decoded; %(default)s by default")
+    parser.add_argument("--depth", type=natural, default=0, help="tokens in memory before decode begins; 0 by default")
+    parser.add_argument(
+        "--runs", type=positive, default=2, help="runs of each program in its turn; %(default)s by default"
+    )
+    parser.add_argument("--repeats", type=positive, default=5, help="pairs; %(default)s by default")
     parser.add_argument("--json", type=Path, help="add a JSON line a pair to this file")
     given = parser.parse_args()
-    task = Task(given.llama_bench, given.threads, given.prompt, given.generate, given.depth, given.runs)
+    for model in given.models:
+        if not model.is_file():
+            raise UsageError(f"{model}: no such file")
+    task = Task(check_program(given.llama_bench), given.threads, given.prompt, given.generate, given.depth, given.runs)
     with given.json.open("a") if given.json is not None else nullcontext() as file:
         for model in given.models:
             pairs = []
@@ -129,4 +197,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with ends_in_one_line():
+        main()

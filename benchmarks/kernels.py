@@ -5,13 +5,15 @@
 A row a type, shape, level and number of tokens: bytes of weights and multiply-adds a second, and their shares of the
 read bandwidth and of the multiply-add peak of this CPU (8-bit integers; float32 for float weights). One token should be
 near the first limit, hundreds near the second. Limits and kernels are measured in turns; a share is the median over
-rounds of kernel to the greater of the limits right before and right after it.
+rounds of kernel to the greater of the limits right before and right after it. A row takes a few seconds, all types at
+all default sizes about ten minutes on two cores.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -20,8 +22,10 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
+from compare import chosen, listed, positive
 from shape import LAYOUTS, random_matrix
 
+from llamaclust.cli.interrupts import ends_in_one_line
 from llamaclust.kernels import probes
 from llamaclust.kernels.cpu import _native
 from llamaclust.kernels.probes import ReadProbe
@@ -33,6 +37,9 @@ MEMORY_BYTES = 256 << 20
 WORK = 4e9
 """Multiply-adds that a measurement of many tokens does."""
 READ_S, PEAK_S = 0.2, 0.05
+
+_MOST_THREADS = 1024
+_LEAST_WEIGHTS = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,36 +151,65 @@ def measure_all(options: argparse.Namespace) -> Iterator[Row]:
 
 
 def shape(text: str) -> tuple[int, int]:
-    rows, cols = text.split("x")
-    return int(rows), int(cols)
+    found = re.fullmatch(r"([0-9]{1,6})x([0-9]{1,6})", text)
+    rows, cols = (int(found[1]), int(found[2])) if found else (0, 0)
+    if rows * cols < _LEAST_WEIGHTS:
+        what = f"ROWSxCOLS with {_LEAST_WEIGHTS} weights or more, such as 5632x2048"
+        raise argparse.ArgumentTypeError(f"{text!r}: give {what}")
+    return rows, cols
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    levels = _native.available_levels()
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    types, levels = {quant_type.name: quant_type for quant_type in LAYOUTS}, _native.available_levels()
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     parser.add_argument(
-        "--types", default=",".join(quant_type.name for quant_type in LAYOUTS), help="weight types, separated by commas"
+        "--types",
+        type=listed(chosen("type", types)),
+        default=list(LAYOUTS),
+        help=f"weight types, separated by commas: {', '.join(types)}; all by default",
     )
-    parser.add_argument("--shapes", default="5632x2048", help="ROWSxCOLS, separated by commas")
-    parser.add_argument("--tokens", default="1,4,8,16,64,512", help="rows of activations, separated by commas")
-    parser.add_argument("--levels", default=levels[-1], help=f"feature levels out of {', '.join(levels)}")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5, help="turns of limits and kernels")
+    parser.add_argument(
+        "--shapes",
+        type=listed(shape),
+        default="5632x2048",
+        help="ROWSxCOLS, separated by commas; %(default)s by default",
+    )
+    parser.add_argument(
+        "--tokens",
+        type=listed(positive),
+        default="1,4,8,16,64,512",
+        help="rows of activations, separated by commas; %(default)s by default",
+    )
+    parser.add_argument(
+        "--levels",
+        type=listed(chosen("feature level", {level: level for level in levels})),
+        default=levels[-1],
+        help=f"feature levels out of {', '.join(levels)}; %(default)s by default",
+    )
+    parser.add_argument("--threads", type=positive, default=2, help="%(default)s by default")
+    parser.add_argument(
+        "--rounds", type=positive, default=5, help="turns of limits and kernels; %(default)s by default"
+    )
     parser.add_argument("--json", type=Path, help="also write the rows there, a JSON object a line")
     options = parser.parse_args(arguments)
-    try:
-        options.types = [QuantType[name] for name in options.types.split(",")]
-        options.shapes = [shape(text) for text in options.shapes.split(",")]
-        options.tokens = [int(text) for text in options.tokens.split(",")]
-    except (KeyError, ValueError) as error:
-        parser.error(f"not understood: {error}")
-    options.levels = options.levels.split(",")
+    if options.threads > _MOST_THREADS:
+        parser.error(f"--threads {options.threads}: {_MOST_THREADS} at most")
+    fitting = [
+        (quant_type, cols)
+        for quant_type in options.types
+        for _, cols in options.shapes
+        if cols % quant_type.info.block_size == 0
+    ]
+    if not fitting:
+        least = min(quant_type.info.block_size for quant_type in options.types)
+        parser.error(f"no type has such columns: they come in steps of {least} or more")
     return options
 
 
 def main(arguments: list[str]) -> None:
     options = parse(arguments)
-    print(HEADER)
+    print(HEADER, flush=True)
     with options.json.open("w") if options.json is not None else nullcontext() as file:
         for row in measure_all(options):
             print(row, flush=True)
@@ -182,4 +218,5 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with ends_in_one_line():
+        main(sys.argv[1:])

@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from llamaclust.errors import LlamaclustError, UsageError
+from llamaclust.cli.interrupts import ends_in_one_line
+from llamaclust.errors import UsageError
 from llamaclust.model.quant_types import QuantType
 from llamaclust.model.writer import TensorSource, WritableValue, write_gguf
 
@@ -241,7 +242,7 @@ def write_shape(path: Path, name: str, shape: Shape, quant_type: QuantType, seed
     write_gguf(path, metadata(name, shape, quant_type), tensors(shape, quant_type, seed))
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description="Write a model of random weights.")
     parser.add_argument("name", choices=SHAPES)
     parser.add_argument("type", choices=[quant_type.name for quant_type in LAYOUTS])
@@ -253,15 +254,11 @@ def main() -> int:
     given = {field.name: getattr(arguments, field.name) for field in fields(Shape)}
     shape = replace(SHAPES[arguments.name], **{name: value for name, value in given.items() if value is not None})
     started = time.perf_counter()
-    try:
-        write_shape(arguments.path, arguments.name, shape, QuantType[arguments.type], arguments.seed)
-    except LlamaclustError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    write_shape(arguments.path, arguments.name, shape, QuantType[arguments.type], arguments.seed)
     size_mb = arguments.path.stat().st_size / 1e6
     print(f"{arguments.path}: {size_mb:.0f} MB in {time.perf_counter() - started:.1f} s", file=sys.stderr)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with ends_in_one_line():
+        main()

@@ -4,6 +4,7 @@
 
 Prints medians of the ratios of pairs: decode of one request, prefill of 8 prompts of 512 tokens, decode of 8 requests
 together; the latter also beside the bound that the measured stage times give at the microbatch size that was chosen.
+A turn takes about half a minute with a model of a hundred million parameters, and there is one more, to warm up.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import argparse
 import asyncio
 import json
 import random
+import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -24,6 +26,9 @@ from llamaclust.wire.tuning import tune_grpc
 
 tune_grpc()
 
+from compare import positive  # noqa: E402
+
+from llamaclust.cli.interrupts import ends_in_one_line  # noqa: E402
 from llamaclust.cluster.config import load_config  # noqa: E402
 from llamaclust.cluster.coordinator import Cluster, open_cluster  # noqa: E402
 from llamaclust.cluster.metrics import StageReport  # noqa: E402
@@ -108,12 +113,18 @@ async def compare(model: Path, repeats: int, tokens: int) -> list[tuple[Sample, 
     pairs = []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
+        tell("starting one worker, and two")
         async with cluster_of(1, model, path) as one, cluster_of(2, model, path) as two:
-            for _ in range(repeats + 1):
+            for number in range(repeats + 1):
+                tell(f"turn {number} of {repeats}" if number else "warming up")
                 pairs.append((await measure(one, source, tokens), await measure(two, source, tokens)))
-                print(".", end="", flush=True)
-    print()
     return pairs[1:]
+
+
+def tell(what: str) -> None:
+    """What is done next, for who waits at a terminal."""
+    if sys.stderr.isatty():
+        print(what, file=sys.stderr, flush=True)
 
 
 def show(name: str, ratios: list[float], target: str) -> None:
@@ -123,9 +134,9 @@ def show(name: str, ratios: list[float], target: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=64, help="tokens of each answer")
+    parser.add_argument("model", type=Path, help="path of a .gguf")
+    parser.add_argument("--repeats", type=positive, default=5, help="pairs; %(default)s by default")
+    parser.add_argument("--tokens", type=positive, default=64, help="tokens of each answer; %(default)s by default")
     parser.add_argument("--json", type=Path, help="write every sample to this file, a JSON line a pair")
     arguments = parser.parse_args()
     pairs = asyncio.run(compare(arguments.model, arguments.repeats, arguments.tokens))
@@ -148,4 +159,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with ends_in_one_line():
+        main()

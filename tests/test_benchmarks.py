@@ -6,8 +6,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -129,6 +131,74 @@ def test_tls(folder: Path) -> None:
     done = run(folder, "tls.py", "Q8_0.gguf", "--repeats", "1", "--tokens", "8", "--hops", "20")
     assert "16 KiB" in done.stdout and "decode with mutual TLS / insecure" in done.stdout
     assert done.returncode == 0 and done.stderr.startswith("INSECURE") and done.stderr.count("\n") == 1, done.stderr
+
+
+REFUSED = [
+    ("kernels.py", ("--tokens", "0"), "must be 1 or more"),
+    ("kernels.py", ("--threads", "0"), "must be 1 or more"),
+    ("kernels.py", ("--threads", "5000"), "1024 at most"),
+    ("kernels.py", ("--rounds", "0"), "must be 1 or more"),
+    ("kernels.py", ("--levels", "sse"), "choose from generic"),
+    ("kernels.py", ("--shapes", "3x3"), "give ROWSxCOLS with 65536 weights or more"),
+    ("kernels.py", ("--shapes", "512by512"), "give ROWSxCOLS"),
+    ("kernels.py", ("--shapes", "1000x1000", "--types", "Q4_K"), "steps of 256 or more"),
+    ("kernels.py", ("--types", "Q9"), "choose from F32, F16"),
+    ("all_types.py", ("--table", "nope"), "cannot be read: No such file"),
+    ("all_types.py", ("--table", "words"), "line 1 is not one that --json writes"),
+    ("compare.py", ("Q8_0.gguf", "--llama-bench", "nope"), "no such file; `compare.py --help` says how to build it"),
+    ("compare.py", ("Q8_0.gguf", "--llama-bench", "."), "a folder"),
+    ("compare.py", ("Q8_0.gguf", "--llama-bench", "words"), "not a program that can be run"),
+    ("compare.py", ("nope.gguf", "--llama-bench", "llama-bench"), "nope.gguf: no such file"),
+    ("split.py", ("nope.gguf",), "nope.gguf: no such file"),
+    ("split.py", ("Q8_0.gguf", "--tokens", "0"), "must be 1 or more"),
+]
+
+
+@pytest.mark.parametrize(("script", "arguments", "words"), REFUSED)
+def test_mistakes_are_one_line_before_anything_runs(
+    folder: Path, script: str, arguments: tuple[str, ...], words: str
+) -> None:
+    (folder / "words").write_text("words\n")
+    done = run(folder, script, *arguments)
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and "error: " in last and words in last
+    assert "Traceback" not in done.stderr and done.stdout == ""
+
+
+@pytest.mark.parametrize("answer", ["echo hello", "echo '[]'", "echo '{}'", "echo no >&2; exit 1", "exec /nowhere"])
+def test_what_is_no_llama_bench_is_one_line(folder: Path, answer: str) -> None:
+    program = folder / "other-bench"
+    program.write_text(f"#!/bin/sh\n{answer}\n")
+    program.chmod(0o755)
+    options = ("--prompt", "16", "--generate", "2", "--threads", "1", "--runs", "1", "--repeats", "1")
+    done = run(folder, "compare.py", "Q8_0.gguf", "--llama-bench", str(program), *options)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"error: {program}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_script_that_is_told_to_end_leaves_nothing(folder: Path, tmp_path: Path, number: signal.Signals) -> None:
+    """`shape.py` while it writes, `kernels.py` while it measures."""
+    with subprocess.Popen(
+        [sys.executable, FOLDER / "shape.py", "7b", "Q8_0", tmp_path / "m.gguf"], stderr=subprocess.PIPE, text=True
+    ) as process:
+        while not list(tmp_path.iterdir()):
+            time.sleep(0.01)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    assert (process.returncode, err, list(tmp_path.iterdir())) == (128 + number, "", [])
+    with subprocess.Popen(
+        [sys.executable, FOLDER / "kernels.py", "--types", "Q8_0", "--threads", "1"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(0.3)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (128 + number, "")
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not here")

@@ -69,7 +69,9 @@ def remove(model: ModelArgument) -> None:
 
 @app.command(cls=PlainCommand)
 def info(model: ModelArgument, as_json: JsonOption = False) -> None:
-    """Show what a model file holds: metadata, parameters, bits a weight, bytes a quant type and a layer."""
+    """Show what a model file holds: metadata, parameters, bits a weight, bytes a quant type and a layer.
+
+    Only reads: a file that is shown may still be one that cannot be run."""
     from llamaclust.model.gguf import open_model
     from llamaclust.tools.catalog import resolve_model
     from llamaclust.tools.model_info import as_json as info_as_json

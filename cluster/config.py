@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -72,7 +73,9 @@ def environment(variables: Mapping[str, str] | None = None) -> Environment:
 def _size(variables: Mapping[str, str], name: str, default: str) -> int:
     given = variables.get(name) or default
     try:
-        return 0 if given == "0" else parse_size(given)
+        if re.fullmatch("[0-9]{1,20}", given):
+            return 0 if given == "0" else parse_size(int(given))
+        return parse_size(given)
     except ValueError as error:
         raise UsageError(f"{name}={error}, or 0 for none") from error
 

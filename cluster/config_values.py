@@ -30,7 +30,7 @@ def shown(value: object) -> str:
     """A value as a message shows it: as in the file where that is short and plain."""
     match value:
         case None:
-            return "nothing"
+            return "an empty value"
         case bool():
             return str(value).lower()
         case dict():
@@ -58,7 +58,7 @@ def parse_size(value: object) -> int:
     if isinstance(value, int) and not isinstance(value, bool):
         size = value
     else:
-        match = re.fullmatch(_SIZE, value) if isinstance(value, str) else None
+        match = re.fullmatch(_SIZE, value, re.ASCII) if isinstance(value, str) else None
         if match is None:
             raise ValueError(f"{shown(value)} is not a size; write it like 8GiB or 512MiB")
         size = round(float(match[1]) * _SIZE_UNITS[match[2]])
@@ -73,7 +73,7 @@ def parse_duration(value: object) -> float:
     if isinstance(value, int | float) and not isinstance(value, bool):
         seconds = value
     else:
-        match = re.fullmatch(_DURATION, value) if isinstance(value, str) else None
+        match = re.fullmatch(_DURATION, value, re.ASCII) if isinstance(value, str) else None
         if match is None:
             raise ValueError(f"{shown(value)} is not a duration; write it like 600s, 10min or 250ms")
         seconds = float(match[1]) * _DURATION_UNITS[match[2]]

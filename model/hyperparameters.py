@@ -12,6 +12,7 @@ from llamaclust.errors import ModelFileError
 from llamaclust.model.gguf import ModelFile
 from llamaclust.model.gguf_values import shown
 
+_MAX_USED_EXPERTS = 256  # of a token: what kernels have room for
 _MAX_WIDTH = 1 << 20
 _MAX_CONTEXT = 1 << 30
 
@@ -155,7 +156,7 @@ def _read_key_length(keys: _Keys, embedding_length: int, head_count: int) -> int
 def _read_used_experts(keys: _Keys, expert_count: int) -> int:
     if expert_count == 0:
         return keys.count("expert_used_count", 0, minimum=0, maximum=0)
-    return keys.count("expert_used_count", maximum=expert_count)
+    return keys.count("expert_used_count", maximum=min(expert_count, _MAX_USED_EXPERTS))
 
 
 def _read_vocabulary_size(model: ModelFile, keys: _Keys) -> int:

@@ -104,6 +104,10 @@ def test_environment() -> None:
     assert environment({}).home == Path.home() / ".cache/llamaclust"
     assert (environment({}).prepared_bytes, environment({"LLAMACLUST_CACHE_SIZE": "0"}).prepared_bytes) == (32 << 30, 0)
     assert environment({"LLAMACLUST_CACHE_SIZE": "3MiB", "LLAMACLUST_HOME": "/h"}).prepared_dir == Path("/h/prepared")
+    assert environment({"LLAMACLUST_CACHE_SIZE": "4096"}).prepared_bytes == 4096
+    for digits in ("\uff14\uff10GiB", "\uff14"):  # full-width ones
+        with pytest.raises(UsageError, match="is not a size"):
+            environment({"LLAMACLUST_CACHE_SIZE": digits})
     with pytest.raises(UsageError, match="LLAMACLUST_CACHE_SIZE='much' is not a size; write it like 8GiB"):
         environment({"LLAMACLUST_CACHE_SIZE": "much"})
     with pytest.raises(UsageError, match="LLAMACLUST_FEATURE_LEVEL=avx3: not one of generic"):

@@ -31,7 +31,7 @@ TOP_KEYS = {
     "context_length: yes": f"context_length: true is not possible; {COUNT} 1048576",
     "context_length: 4k": f"context_length: '4k' is not possible; {COUNT} 1048576",
     "context_length: 1.5": f"context_length: 1.5 is not possible; {COUNT} 1048576",
-    "context_length: null": f"context_length: nothing is not possible; {COUNT} 1048576",
+    "context_length: null": f"context_length: an empty value is not possible; {COUNT} 1048576",
     "context_length: 2024-13-45": "not valid YAML: '2024-13-45' is no number or date; put it in quotes",
     "max_sequences: 1000000": f"max_sequences: 1000000 is not possible; {COUNT} 1024",
     "max_waiting: -1": "max_waiting: -1 is not possible; give a whole number from 0 to 100000",
@@ -74,7 +74,9 @@ TOP_KEYS = {
     "api_keys_file: ''": "api_keys_file: '' is not possible; give text",
     "timeouts: 5s": ("timeouts: '5s' is not possible; give keys with values: request, worker, recovery, coordinator"),
     "timeouts: {request: soon}": "timeouts.request: 'soon' is not a duration; write it like 600s, 10min or 250ms",
-    "timeouts: {request: null}": "timeouts.request: nothing is not a duration; write it like 600s, 10min or 250ms",
+    "timeouts: {request: null}": (
+        "timeouts.request: an empty value is not a duration; write it like 600s, 10min or 250ms"
+    ),
     "timeouts: {request: 31d}": "timeouts.request: '31d' is not a duration; write it like 600s, 10min or 250ms",
     f"timeouts: {{request: 1{'0' * 400}}}": (
         f"timeouts.request: 1{'0' * 59}... is not a possible duration; more than 0 and up to 30 days is"
@@ -127,7 +129,7 @@ def test_mistakes_name_line_place_and_what_is_allowed(tmp_path: Path, text: str,
         ("- threads: 2", 4, "key 'name' is missing in workers[1]"),
         ("- a", 4, "workers[1]: 'a' is not possible; give keys with values: name, device, threads, memory, bandwidth"),
         ("- name: first", 4, "workers[1].name: two workers are named 'first'; give each its own name"),
-        ("-", 4, "workers[1]: nothing is not possible; give keys with values: name"),
+        ("-", 4, "workers[1]: an empty value is not possible; give keys with values: name"),
     ],
 )
 def test_mistakes_in_workers_have_their_own_line(tmp_path: Path, worker: str, line: int, message: str) -> None:
@@ -145,7 +147,8 @@ def test_mistakes_in_workers_have_their_own_line(tmp_path: Path, worker: str, li
         ("model: m\nworkers: 2", "FILE:2: workers: name the workers: only launcher static waits for any 2"),
         (
             "model: m\nworkers:\n",
-            "FILE:2: workers: nothing is not possible; give a list of 1 to 256 items or a whole number from 1 to 256",
+            "FILE:2: workers: an empty value is not possible; "
+            "give a list of 1 to 256 items or a whole number from 1 to 256",
         ),
         ("- a", "FILE: not a cluster file"),
         ("", "FILE: not a cluster file"),

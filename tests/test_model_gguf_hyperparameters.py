@@ -99,6 +99,7 @@ def test_numbers_given_for_each_layer_are_taken_where_they_are_equal(tmp_path: P
         ({"rope__scaling__factor": -1.0}, "-1, 0 to"),
         ({"expert_count": 4}, r"expert_used_count': missing"),
         ({"expert_count": 4, "expert_used_count": 5}, "5, 1 to 4"),
+        ({"expert_count": 1024, "expert_used_count": 1024}, r"expert_used_count': 1024, 1 to 256"),
         ({"expert_count": 0, "expert_used_count": 2}, "2, 0 to 0"),
         ({"vocab_size": None}, r"vocab_size': missing"),
         ({"vocab_size": 0}, "0, 1 to"),

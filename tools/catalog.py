@@ -134,6 +134,9 @@ def _existing(spec: str, path: Path, models_dir: Path | None) -> Path:
     except OSError as error:
         raise UsageError(f"{spec}: cannot read it: {error.strerror}") from error
     if "/" in spec or spec.endswith(".gguf"):
+        if path.exists():
+            what = "a folder" if path.is_dir() else "not a regular file"
+            raise UsageError(f"{spec}: {what}; give the path of a .gguf file")
         raise UsageError(f"{spec}: no such file")
     stored = {model.name: model.path for model in stored_models(models_dir)}
     if spec in stored:

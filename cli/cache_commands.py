@@ -32,7 +32,11 @@ def list_layers(as_json: JsonOption = False) -> None:
 
     A part is a layer, the embedding or the output matrix."""
     folder = _folder()
-    found, unfinished, strange = folder.list_models(), folder.unfinished_bytes(), folder.in_the_way()
+    try:
+        found, unfinished, strange = folder.list_models(), folder.unfinished_bytes(), folder.in_the_way()
+        used_bytes = folder.used_bytes()
+    except OSError as error:
+        raise LlamaclustError(f"{folder.path}: cannot be listed: {_reason(error)}") from error
     if as_json:
         models = [asdict(one) for one in found]
         left = {"files": len(unfinished), "size_bytes": sum(unfinished)}
@@ -46,7 +50,7 @@ def list_layers(as_json: JsonOption = False) -> None:
         print(f"{sum(unfinished) / MIB:10,.2f} MiB  {len(unfinished):4} unfinished  ({why})")
     for path in strange:
         print(f"in the way, as it is no regular file: {printable(str(path))}")
-    print(f"{folder.used_bytes() / MIB:10,.2f} MiB of {folder.most_bytes / MIB:,.2f} in {folder.path}")
+    print(f"{used_bytes / MIB:10,.2f} MiB of {folder.most_bytes / MIB:,.2f} in {folder.path}")
 
 
 @app.command(cls=PlainCommand)

@@ -221,6 +221,7 @@ def load(model: Path, folder: Path) -> None:
         writes(*arguments)  # type: ignore[arg-type]
 
     prepared_files._write = slow  # type: ignore[assignment]
+    prepared_writer._FINISH_S = 30.0  # the test machine's disk may be slow
     opened, backend = Model.open(model), CpuBackend(2, prepared=PreparedFolder(folder, 1 << 30))
     program = opened.program(0, opened.layer_count)
     kept = ExitStack()

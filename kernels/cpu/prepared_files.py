@@ -76,6 +76,7 @@ class Writing:
 
     def __init__(self) -> None:
         self.is_stopped = False
+        self.waits = False  # for the lock
         self.unfinished: Path | None = None
 
 
@@ -280,10 +281,11 @@ def _write(path: Path, data: memoryview, writing: Writing) -> None:
 
 
 def _lock(descriptor: int, writing: Writing) -> None:
-    deadline = time.monotonic() + _LOCK_WAIT_S
+    deadline, writing.waits = time.monotonic() + _LOCK_WAIT_S, True
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            writing.waits = False
             return
         except BlockingIOError:
             if writing.is_stopped:

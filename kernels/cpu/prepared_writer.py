@@ -75,7 +75,7 @@ class BackgroundWriter:
             thread = self._thread
         if thread is None:
             return
-        thread.join(_FINISH_S)
+        thread.join(0.0 if self._writing.waits else _FINISH_S)
         self._writing.is_stopped = True
         thread.join(_STOP_S)
         unfinished = self._writing.unfinished

@@ -159,7 +159,7 @@ def shape(text: str) -> tuple[int, int]:
     return rows, cols
 
 
-def parse(arguments: list[str]) -> argparse.Namespace:
+def parser_of_options() -> argparse.ArgumentParser:
     types, levels = {quant_type.name: quant_type for quant_type in LAYOUTS}, _native.available_levels()
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
@@ -192,6 +192,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--rounds", type=positive, default=5, help="turns of limits and kernels; %(default)s by default"
     )
     parser.add_argument("--json", type=Path, help="also write the rows there, a JSON object a line")
+    return parser
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = parser_of_options()
     options = parser.parse_args(arguments)
     if options.threads > _MOST_THREADS:
         parser.error(f"--threads {options.threads}: {_MOST_THREADS} at most")

@@ -165,7 +165,9 @@ class LocalPipeline:
         self._results: asyncio.Queue[asyncio.Future[Result]] = asyncio.Queue()
 
     def submit(self, microbatch: Microbatch, inputs: SamplingInputs) -> None:
-        self._results.put_nowait(self._stage.start(microbatch, inputs))
+        result = self._stage.start(microbatch, inputs)
+        result.add_done_callback(_look_at)
+        self._results.put_nowait(result)
 
     async def run(self, on_result: Callable[[Result], None]) -> None:
         while True:
@@ -173,6 +175,12 @@ class LocalPipeline:
 
     async def close(self) -> None:
         """Its owner closes the stage."""
+
+
+def _look_at(result: asyncio.Future[Result]) -> None:
+    """What follows a microbatch that failed fails as well, and nobody asks for it any more."""
+    if not result.cancelled():
+        result.exception()
 
 
 def _scheduler_settings(model: Model, settings: LocalSettings) -> SchedulerSettings:

@@ -85,7 +85,6 @@ def _print_table(state: dict[str, Any]) -> None:
         print("INSECURE: links between machines are neither encrypted nor authenticated")
     if state["reason"] is not None:
         print(terminal.printable(state["reason"]))
-        print(f"stop it with `llamaclust down --cluster {state['name']}` and start it again")
     print(f"requests: {requests['running']} running, {requests['waiting']} waiting")
     table = Table(box=None, pad_edge=False)
     for title in ("worker", "pid", "device", "layers", "state"):
@@ -95,7 +94,8 @@ def _print_table(state: dict[str, Any]) -> None:
     for worker in state["workers"]:
         layers = "-" if worker["layers"] is None else "[{}, {})".format(*worker["layers"])
         figures = (f"{worker['memory_bytes'] / MIB:.0f}", f"{worker['busy']:.0%}", f"{worker['tokens_per_s']:.1f}")
-        table.add_row(worker["name"], str(worker["pid"]), worker["device"], layers, worker["state"], *figures)
+        what = f"{worker['state']}, spared" if worker["spared"] else worker["state"]
+        table.add_row(worker["name"], str(worker["pid"]), worker["device"], layers, what, *figures)
     Console(highlight=False).print(table)
 
 

@@ -16,12 +16,12 @@ from llamaclust.cluster.events import (
     Draining,
     Event,
     Measuring,
+    News,
     PlanMade,
     Ready,
     StartFailed,
     WorkerJoined,
     WorkerLoading,
-    WorkerLost,
 )
 from llamaclust.sizes import MIB
 
@@ -73,7 +73,7 @@ class ClusterView:
                 self._clear()
                 print(self._text(event), file=sys.stderr)
 
-    def _text(self, event: AwaitingWorkers | WorkerJoined | PlanMade | Ready | WorkerLost | Draining) -> str:
+    def _text(self, event: AwaitingWorkers | WorkerJoined | PlanMade | Ready | News | Draining) -> str:
         match event:
             case PlanMade() | AwaitingWorkers():
                 return "\n".join(event.lines)
@@ -81,8 +81,8 @@ class ClusterView:
                 return joined_text(event)
             case Ready():
                 return ready_text(event)
-            case WorkerLost():
-                return loss_text(event)
+            case News():
+                return printable(event.text)
             case Draining():
                 text = left_text(event) if self._is_draining else draining_text(event)
                 self._is_draining = True
@@ -125,13 +125,6 @@ def ready_text(ready: Ready) -> str:
   llamaclust status{name}
   OpenAI clients: base_url={ready.api}/v1
 """
-
-
-def loss_text(lost: WorkerLost) -> str:
-    """Who is lost, how, and what to do."""
-    words = f"its last words: {lost.last_words}" if lost.last_words else "its log has no error"
-    where = f"worker {lost.worker} (layers [{lost.start}, {lost.end}))"
-    return f"{where} is lost: {lost.how}; {words}; requests are refused: stop the cluster and start it again"
 
 
 def draining_text(draining: Draining) -> str:

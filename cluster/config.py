@@ -151,7 +151,7 @@ class Timeouts(_Section):
     worker: Duration = 5.0
     """Silence after which a worker counts as lost; 500 ms at least."""
     recovery: Duration = 120.0
-    """From a worker's loss until the cluster gives up. Only the default is taken: a lost worker ends its requests."""
+    """How long requests wait for a worker where those that are left cannot hold the model; then they fail."""
     coordinator: Duration = 600.0
     """How long workers that are not local wait for a coordinator that is gone, their weights kept."""
 
@@ -160,12 +160,6 @@ class Timeouts(_Section):
         if self.worker < _LEAST_SILENCE_S:
             why = "is too short to tell a lost worker; set 500ms or more"
             raise PlaceError(("worker",), f"{self.worker:g} s {why}")
-        return self
-
-    @model_validator(mode="after")
-    def _check_built(self) -> Self:
-        if self.recovery != Timeouts.model_fields["recovery"].default:
-            raise PlaceError(("recovery",), "this build has no use for it yet; leave it out")
         return self
 
 

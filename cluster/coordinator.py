@@ -1,4 +1,4 @@
-"""A running cluster: starts workers, measures, plans, loads, opens pipeline and engine; undoes it all at the end."""
+"""A running cluster: starts workers, measures, opens the first epoch and the engine; undoes it all at the end."""
 
 from __future__ import annotations
 
@@ -6,30 +6,28 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from llamaclust.cluster.config import ClusterConfig
 from llamaclust.cluster.engine import Engine
-from llamaclust.cluster.events import PlanMade, Watch, WorkerLoading
+from llamaclust.cluster.epochs import Epochs
+from llamaclust.cluster.events import Watch
 from llamaclust.cluster.launchers.base import Launcher
 from llamaclust.cluster.launchers.launch import Launch, launching
-from llamaclust.cluster.loading import load_stages
 from llamaclust.cluster.measuring import measure_workers
-from llamaclust.cluster.pipeline import StageInfo
 from llamaclust.cluster.plan import Plan
-from llamaclust.cluster.plan_inputs import check_plan, plan_cluster, scheduler_settings, stage_limits
-from llamaclust.cluster.plan_text import plan_lines
+from llamaclust.cluster.plan_inputs import check_plan
+from llamaclust.cluster.planning import Planning
+from llamaclust.cluster.recovery import Supervisor
 from llamaclust.cluster.registry import Registry
-from llamaclust.cluster.remote import RemotePipeline
 from llamaclust.cluster.settings import EngineSettings
-from llamaclust.cluster.shares import machine_shares, memory_shares, worker_specs
+from llamaclust.cluster.shares import worker_specs
 from llamaclust.cluster.state import ClusterDir
 from llamaclust.model.loader import Model
-from llamaclust.wire.control import Deadlines, LoadProgress
-from llamaclust.wire.credentials import Credentials
+from llamaclust.wire.control import Deadlines
 from llamaclust.wire.time_slices import short_slices
 
-_EPOCH = 1
 _HEARTBEAT_S = 1.0
 _HEARTBEATS = 5
 """In the time after which a silent worker counts as lost."""
@@ -41,10 +39,15 @@ class Cluster:
 
     config: ClusterConfig
     model: Model
-    plan: Plan
     registry: Registry
     launcher: Launcher
+    supervisor: Supervisor
     engine: Engine
+
+    @property
+    def plan(self) -> Plan:
+        """Of the epoch that serves, or served last."""
+        return self.supervisor.epoch.plan
 
 
 @asynccontextmanager
@@ -66,12 +69,11 @@ async def open_cluster(
                 named = asyncio.to_thread(lambda: model.tokenizer)  # a bad one is named now
                 config, _ = await asyncio.gather(launch.joined(registry), named)
                 measured = await measure_workers(config, registry.workers, folder.path.parent, watch)
-                plan = plan_cluster(config, model, _memory(config, registry, launcher), measured)
-                watch(PlanMade(tuple(plan_lines(plan))))
-                async with _pipeline(config, model, plan, registry, launch.credentials, watch) as pipeline:
-                    settings = scheduler_settings(config, model, plan)
-                    async with Engine(pipeline, settings, EngineSettings(request_s=config.timeouts.request)) as engine:
-                        yield Cluster(config, model, plan, registry, launcher, engine)
+                planning = Planning(config, model, launcher.free_memory_bytes(), measured)
+                epochs = Epochs(config, model, registry, launch.credentials)
+                supervisor = Supervisor(config, epochs, planning, registry, launcher, watch)
+                async with _engine(config, supervisor, launcher) as engine:
+                    yield Cluster(config, model, registry, launcher, supervisor, engine)
 
 
 def _registry(config: ClusterConfig, launch: Launch) -> Registry:
@@ -98,40 +100,26 @@ async def _stopping(launcher: Launcher) -> AsyncIterator[None]:
         await launcher.stop()
 
 
-def _memory(config: ClusterConfig, registry: Registry, launcher: Launcher) -> dict[str, int]:
-    """What each worker may take of its machine, which others may share with it."""
-    registrations = {worker.name: registry.workers[worker.name].registration for worker in config.workers}
-    here = launcher.free_memory_bytes()
-    if here is None:
-        return machine_shares(registrations)
-    free = {name: one.free_memory_bytes for name, one in registrations.items()}
-    return memory_shares({one.name: None if one.memory is None else free[one.name] for one in config.workers}, here)
-
-
 @asynccontextmanager
-async def _pipeline(
-    config: ClusterConfig, model: Model, plan: Plan, registry: Registry, credentials: Credentials, watch: Watch
-) -> AsyncIterator[RemotePipeline]:
-    """The plan's stages, loaded and connected."""
+async def _engine(config: ClusterConfig, supervisor: Supervisor, launcher: Launcher) -> AsyncIterator[Engine]:
+    """An engine whose pipeline is kept up."""
+    deadlines = EngineSettings(request_s=config.timeouts.request)
+    with launcher.keeping_up(supervisor.given_up):
+        first = await supervisor.start()
+        try:
+            async with Engine(first.pipeline, first.settings, deadlines, supervisor.lost) as engine:
+                keeping = asyncio.create_task(supervisor.keep(engine))
+                keeping.add_done_callback(partial(_broke, engine))
+                try:
+                    yield engine
+                finally:
+                    keeping.cancel()
+                    await asyncio.gather(keeping, return_exceptions=True)
+        finally:
+            await supervisor.epoch.pipeline.close()
 
-    def tell(worker: str, progress: LoadProgress) -> None:
-        stage = next(stage for stage in plan.stages if stage.worker == worker)
-        watch(WorkerLoading(worker, stage.start, stage.end, progress.done_bytes, progress.total_bytes))
 
-    workers = await load_stages(
-        _EPOCH,
-        [StageInfo(stage.worker, stage.start, stage.end) for stage in plan.stages],
-        registry.workers,
-        model_path=str(model.file.path),
-        model_id=model.model_id,
-        limits=stage_limits(config, plan),
-        on_progress=tell,
-    )
-    for handle in workers:
-        order, loaded = handle.stages[_EPOCH]
-        watch(WorkerLoading(handle.name, order.start, order.end, loaded.weight_bytes, loaded.weight_bytes))
-    pipeline = await RemotePipeline.open(_EPOCH, workers, credentials)
-    try:
-        yield pipeline
-    finally:
-        await pipeline.close()
+def _broke(engine: Engine, keeping: asyncio.Task[None]) -> None:
+    error = None if keeping.cancelled() else keeping.exception()
+    if error is not None:
+        engine.break_down(error)

@@ -32,12 +32,17 @@ _Given = ParamSpec("_Given")
 
 class EngineState(StrEnum):
     READY = "ready"
+    RECOVERING = "recovering"  # the pipeline is lost: requests are taken, and wait with those that are there
     DRAINING = "draining"  # serves those who were let in to their end; others are refused by whoever lets in
-    DOWN = "down"
+    DOWN = "down"  # requests are refused
+
+
+OnLost = Callable[[LlamaclustError], None]
+"""Called with the reason when a pipeline is lost."""
 
 
 def _step(step: Callable[Concatenate[Engine, _Given], None]) -> Callable[Concatenate[Engine, _Given], None]:
-    """A step of an engine, called by the event loop: its error takes the engine down, so that readers learn of it."""
+    """A step of an engine, called by the event loop: its error is not lost, so that readers learn of it."""
 
     @wraps(step)
     def run(engine: Engine, /, *given: _Given.args, **named: _Given.kwargs) -> None:
@@ -46,21 +51,33 @@ def _step(step: Callable[Concatenate[Engine, _Given], None]) -> Callable[Concate
         try:
             step(engine, *given, **named)
         except Exception as error:  # noqa: BLE001  a border
-            engine.break_down(error)
+            engine._lose(error)
 
     return run
 
 
 class Engine:
-    """A context manager: runs while it is open. The pipeline is its owner's to close, after the engine."""
+    """A context manager: runs while it is open. Pipelines are their owner's to close, after the engine.
+
+    A pipeline that is lost takes the engine down, unless somebody is told `on_lost`: then requests wait, until that one
+    gives another pipeline to `resume` or says `give_up`.
+    """
 
     def __init__(
-        self, pipeline: Pipeline, settings: SchedulerSettings, deadlines: EngineSettings | None = None
+        self,
+        pipeline: Pipeline,
+        settings: SchedulerSettings,
+        deadlines: EngineSettings | None = None,
+        on_lost: OnLost | None = None,
     ) -> None:
         self.scheduler = Scheduler(settings, pipeline.epoch, len(pipeline.stages))
         self.metrics = Metrics(pipeline.stages, lambda: self.scheduler.counts, monotonic_ns)
-        self.state = EngineState.READY
-        self.error: LlamaclustError | None = None  # why it is down
+        self.error: LlamaclustError | None = None  # why it is down or waits
+        self._is_closed = False
+        self._is_refusing = False
+        self._is_draining = False
+        self._is_paused = False
+        self._on_lost = on_lost
         self._pipeline = pipeline
         self._deadlines = deadlines or EngineSettings()
         self._mailboxes: dict[int, Mailbox] = {}
@@ -69,18 +86,31 @@ class Engine:
         self._empty.set()
         self._tasks: list[asyncio.Task[None]] = []
 
+    @property
+    def state(self) -> EngineState:
+        if self._is_closed or self._is_refusing:
+            return EngineState.DOWN
+        if self._is_draining:
+            return EngineState.DRAINING
+        return EngineState.RECOVERING if self._is_paused else EngineState.READY
+
     async def __aenter__(self) -> Self:
+        self._run()
+        return self
+
+    def _run(self) -> None:
         loop = asyncio.get_running_loop()
-        self._tasks = [loop.create_task(part) for part in (self._pipeline.run(self._complete), self._watch())]
+        on_result = partial(self._take, self._pipeline)
+        self._tasks = [loop.create_task(part) for part in (self._pipeline.run(on_result), self._watch())]
         for task in self._tasks:
             task.add_done_callback(self._ended)
-        return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        tasks = self._tasks
         self._go_down(WorkerError(_STOPPING))
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     def submit(self, ask: Generation) -> RequestStream:
         """Takes a request. Raises RequestError, QueueFullError, or WorkerError where the engine runs no more.
@@ -101,8 +131,7 @@ class Engine:
 
     async def drain(self, timeout_s: float) -> bool:
         """Says that it drains, and waits for the requests it has; False where some are left after `timeout_s`."""
-        if self.state is EngineState.READY:
-            self.state = EngineState.DRAINING
+        self._is_draining = True
         try:
             async with asyncio.timeout(timeout_s):
                 await self._empty.wait()
@@ -123,7 +152,14 @@ class Engine:
         self._is_scheduling = False
         self._launch()
 
+    def _take(self, pipeline: Pipeline, result: Result) -> None:
+        """What comes late from a pipeline that was given up counts no more."""
+        if pipeline is self._pipeline and not self._is_paused:
+            self._complete(result)
+
     def _launch(self) -> None:
+        if self._is_paused:
+            return
         while (scheduled := self.scheduler.next_microbatch(monotonic_ns())) is not None:
             self._pipeline.submit(scheduled.microbatch, scheduled.inputs)
 
@@ -138,7 +174,7 @@ class Engine:
         self.metrics.completed(result, tokens, now_ns)
 
     async def _watch(self) -> None:
-        """A microbatch that never comes back takes the engine down: nobody waits for ever."""
+        """A microbatch that never comes back means that the pipeline is lost: nobody waits for ever."""
         while True:
             await asyncio.sleep(_WATCH_S)
             sent_ns = self.scheduler.oldest_sent_ns()
@@ -193,16 +229,53 @@ class Engine:
         if not self._mailboxes:
             self._empty.set()
 
-    # -- the end ---------------------------------------------------------------------------------------------------
+    # -- a lost pipeline, another one, the end -----------------------------------------------------------------------
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        """A task ends only when the engine is closed or something broke; a reader must learn of either."""
+        """A task ends only when it is stopped or something broke; a reader must learn of that."""
         error = None if task.cancelled() else task.exception()
-        if error is not None:
+        if error is not None and task in self._tasks:
+            self._lose(error)
+
+    def _lose(self, error: BaseException) -> None:
+        if self._on_lost is None or not isinstance(error, LlamaclustError):
             self.break_down(error)
+        elif not self._is_closed and not self._is_paused:
+            self._stop()
+            self._is_paused = True
+            self.error = error
+            self._on_lost(error)
+
+    def interrupt(self, why: LlamaclustError) -> None:
+        """Gives up a pipeline that works: as if it were lost."""
+        self._lose(why)
+
+    def _stop(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        self._tasks = []
+
+    def resume(self, pipeline: Pipeline, settings: SchedulerSettings) -> None:
+        """Goes on with another pipeline, which is new: every request is computed again from its own tokens."""
+        if self._is_closed:
+            return
+        self._stop()
+        self._pipeline = pipeline
+        self.scheduler.restart(settings, pipeline.epoch, len(pipeline.stages))
+        self.metrics.restart(pipeline.stages)
+        self._is_paused = self._is_refusing = False
+        self.error = None
+        self._run()
+        self._schedule_soon()
+
+    def give_up(self, error: LlamaclustError) -> None:
+        """Ends every request with `error`; no more are taken until `resume`."""
+        if not self._is_closed:
+            self._is_refusing = True
+            self._fail(error)
 
     def break_down(self, error: BaseException) -> None:
-        """Ends every request with `error`; no more are taken."""
+        """Ends every request with `error`; no more are ever taken."""
         if isinstance(error, LlamaclustError):
             self._go_down(error)
         else:
@@ -210,12 +283,13 @@ class Engine:
             self._go_down(LlamaclustError(f"the engine broke: {type(error).__name__}: {error}"))
 
     def _go_down(self, error: LlamaclustError) -> None:
-        if self.state is EngineState.DOWN:
-            return
-        self.state = EngineState.DOWN
+        if not self._is_closed:
+            self._is_closed = True
+            self._stop()
+            self._fail(error)
+
+    def _fail(self, error: LlamaclustError) -> None:
         self.error = error
-        for task in self._tasks:
-            task.cancel()
         for key in list(self._mailboxes):
             self.scheduler.abort(key)
             self._close(key, "error", error)

@@ -1,4 +1,4 @@
-"""What a coordinator tells whoever watches it: how its start goes, lost workers, requests that hold up its end.
+"""What a coordinator tells whoever watches it: how its start goes, what happens to it, requests that hold up its end.
 
 Events cross a pipe as JSON lines when the coordinator runs detached from the command that started it.
 """
@@ -70,14 +70,10 @@ class StartFailed:
 
 
 @dataclass(frozen=True, slots=True)
-class WorkerLost:
-    """A worker of a cluster that was ready is gone, and with it the layers [start, end)."""
+class News:
+    """What has happened to a cluster that runs, in one line: a worker is lost or back, layers move, requests go on."""
 
-    worker: str
-    start: int
-    end: int
-    how: str
-    last_words: str  # of its log, where that tells of an error
+    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +84,7 @@ class Draining:
     limit_s: float
 
 
-Event = (
-    AwaitingWorkers | WorkerJoined | Measuring | PlanMade | WorkerLoading | Ready | StartFailed | WorkerLost | Draining
-)
+Event = AwaitingWorkers | WorkerJoined | Measuring | PlanMade | WorkerLoading | Ready | StartFailed | News | Draining
 Watch = Callable[[Event], None]
 
 _KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in get_args(Event)}

@@ -13,12 +13,12 @@ _RECORD = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (?P<level>[A-Z]+) (?
 _HARMLESS = ("DEBUG", "INFO")
 
 
-def last_words(log: Path) -> str:
+def last_words(log: Path, start: int = 0) -> str:
     """The last line that tells of trouble: a warning, an error, or what a traceback or the C library ends with. Empty
-    where there is none."""
+    where there is none from byte `start` on."""
     try:
         with log.open("rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - _READ_BYTES))
+            file.seek(max(start, os.fstat(file.fileno()).st_size - _READ_BYTES))
             lines = file.read(_READ_BYTES).decode("utf-8", "replace").splitlines()
     except OSError:
         return ""

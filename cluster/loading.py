@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 from llamaclust.cluster.pipeline import StageInfo
 from llamaclust.cluster.worker_handle import WorkerHandle
+from llamaclust.errors import WorkerError
 from llamaclust.wire.control import Load, LoadProgress, StageLimits
 
 OnProgress = Callable[[str, LoadProgress], None]
 """Called with the name of a worker and how far it is."""
+
+OnError = Callable[[WorkerHandle, BaseException], None]
+"""Called with a worker that did not load and why."""
 
 
 async def load_stages(
@@ -22,11 +26,15 @@ async def load_stages(
     model_path: str,
     model_id: str,
     limits: StageLimits | Mapping[str, StageLimits],
+    alone: bool = False,
     on_progress: OnProgress = lambda worker, progress: None,
+    on_error: OnError = lambda worker, error: None,
 ) -> tuple[WorkerHandle, ...]:
-    """The workers in the order of their stages, which are ready to serve `epoch`. `limits`: of all, or by worker.
+    """The workers in the order of their stages, which are ready to serve `epoch`. `limits`: of all, or by worker;
+    `alone`: these workers' stages of other epochs are freed first, all but the weights that still serve.
 
-    The first error of a worker is raised when all have answered; then stages that did load are freed.
+    The first error of a worker is raised when all have answered. Then stages that did load are freed, except `alone`:
+    their weights may be what the next epoch needs.
     """
     handles = tuple(workers[stage.worker] for stage in stages)
     reached = [*((handle.registration.address, handle.name) for handle in handles), (None, None)]
@@ -35,16 +43,28 @@ async def load_stages(
         own = limits if isinstance(limits, StageLimits) else limits[stage.worker]
         first, first_name = reached[0] if address is None and len(stages) > 1 else (None, None)
         layers = (stage.start, stage.end)
-        order = Load(epoch, model_path, model_id, *layers, own, address, first, name, first_name)
+        order = Load(epoch, model_path, model_id, *layers, own, address, first, name, first_name, alone)
         loads.append(handle.load(order, partial(on_progress, stage.worker)))
-    errors = [one for one in await asyncio.gather(*loads, return_exceptions=True) if isinstance(one, BaseException)]
+    answers = await asyncio.gather(*loads, return_exceptions=True)
+    errors = [(handle, one) for handle, one in zip(handles, answers, strict=True) if isinstance(one, BaseException)]
+    for handle, error in errors:
+        on_error(handle, error)
     if errors:
-        await unload_stages(epoch, handles)
-        raise errors[0]
+        if not alone:
+            await unload_stages(epoch, handles)
+        raise errors[0][1]
     return handles
 
 
-async def unload_stages(epoch: int, workers: Sequence[WorkerHandle]) -> None:
+async def unload_stages(epoch: int, workers: Iterable[WorkerHandle]) -> None:
     """Frees the stages of an epoch on those workers that have it and are there."""
     present = [worker for worker in workers if epoch in worker.stages and worker.loss is None]
-    await asyncio.gather(*(worker.unload(epoch) for worker in present))
+    await asyncio.gather(*(_unload(worker, epoch) for worker in present))
+
+
+async def _unload(worker: WorkerHandle, epoch: int) -> None:
+    try:
+        await worker.unload(epoch)
+    except WorkerError:
+        if worker.loss is None:  # what is lost holds nothing any more
+            raise

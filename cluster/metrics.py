@@ -21,6 +21,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _WINDOW_S = 10
 _TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 _TPOT_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+_RECOVERY_BUCKETS = (0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60, 120, 300)
 _ROW_BUCKETS = tuple(1 << power for power in range(13))
 
 
@@ -107,7 +108,16 @@ class Metrics:
         self._ttft = self._histogram("llamaclust_time_to_first_token_seconds", "From arrival to answer", _TTFT_BUCKETS)
         self._tpot = self._histogram("llamaclust_time_per_output_token_seconds", "Mean of a request", _TPOT_BUCKETS)
         self._rows = self._histogram("llamaclust_microbatch_rows", "Rows of a microbatch", _ROW_BUCKETS)
+        self._recovery = self._histogram("llamaclust_recovery_seconds", "Pauses after a loss", _RECOVERY_BUCKETS)
         self.registry.register(_Gauges(counts, self.stage_report, self._meters))
+
+    def restart(self, stages: Sequence[StageInfo]) -> None:
+        """Other stages from now on."""
+        self._meters[:] = [_StageMeter(stage, self._clock_ns()) for stage in stages]
+
+    def recovered(self, seconds: float) -> None:
+        """Requests go on that waited for so long because something was lost."""
+        self._recovery.observe(seconds)
 
     def completed(self, result: Result, tokens: int, now_ns: int) -> None:
         """A microbatch is back, and `tokens` tokens were chosen."""

@@ -1,37 +1,57 @@
-"""What a cluster that is ready tells whoever watches it: workers that are lost, requests that hold up its end."""
+"""What a cluster that is ready tells whoever watches it: workers that are lost or back, layers that move, requests
+that hold up its end."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
-from llamaclust.cluster.events import Draining, Watch, WorkerLost
-from llamaclust.cluster.last_words import last_words
-from llamaclust.cluster.registry import Registry
-from llamaclust.cluster.state import ClusterDir
+from llamaclust.cluster.epochs import missing_layers
+from llamaclust.cluster.events import Draining, Watch
+from llamaclust.cluster.plan import Plan
 from llamaclust.cluster.text import TextService
 from llamaclust.cluster.worker_handle import WorkerHandle
 
 _LOOK_S = 0.2
 
 
-@asynccontextmanager
-async def losses_told(registry: Registry, folder: ClusterDir, watch: Watch) -> AsyncIterator[None]:
-    """Meanwhile, every worker that is lost is told of."""
-    waits = [asyncio.create_task(_tell_loss(worker, folder, watch)) for worker in registry.workers.values()]
-    try:
-        yield
-    finally:
-        for wait in waits:
-            wait.cancel()
+def lost_text(worker: WorkerHandle, requests: int) -> str:
+    """Who is lost and how, and how many requests wait because of it."""
+    waiting = f"; {_requests(requests, 'waits', 'wait')}" if requests else ""
+    return f"{worker.error}{waiting}"
 
 
-async def _tell_loss(worker: WorkerHandle, folder: ClusterDir, watch: Watch) -> None:
-    await worker.lost.wait()  # for as long as the cluster lives
-    start, end = worker.layers or (0, 0)
-    words = last_words(folder.log_file(worker.name))
-    watch(WorkerLost(worker.name, start, end, worker.loss or "no reason is known", words))
+def back_text(worker: WorkerHandle) -> str:
+    return f"worker {worker.name} is here (pid {worker.registration.pid})"
+
+
+def given_up_text(worker: str, why: str) -> str:
+    return f"worker {worker} is not started again: {why}; look at `llamaclust logs {worker}`"
+
+
+def moving_text(plan: Plan, workers: Mapping[str, WorkerHandle]) -> str:
+    """Where layers go, and how many each worker has to load for it."""
+    load = missing_layers(plan, (workers[stage.worker] for stage in plan.stages))
+    parts = (f"{one.worker} [{one.start}, {one.end}){_loads(load[one.worker])}" for one in plan.stages)
+    return f"new plan: {', '.join(parts)}"
+
+
+def _loads(layers: int) -> str:
+    return f", {layers} to load" if layers else ""
+
+
+def waiting_text(why: str, limit_s: float) -> str:
+    return f"waiting for a worker, requests for {limit_s:g} s at most: {why}"
+
+
+def recovered_text(seconds: float, requests: int) -> str:
+    going = f": {_requests(requests, 'goes on', 'go on')}" if requests else ""
+    return f"recovered in {seconds:.2f} s{going}"
+
+
+def _requests(count: int, one: str, more: str) -> str:
+    return f"1 request {one}" if count == 1 else f"{count} requests {more}"
 
 
 @asynccontextmanager

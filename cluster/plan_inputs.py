@@ -69,7 +69,7 @@ def max_outputs(config: ClusterConfig) -> int:
 def plan_cluster(
     config: ClusterConfig, model: Model, memory_bytes: Mapping[str, int], measured: Mapping[str, Measurement]
 ) -> Plan:
-    """The plan of `config`'s workers; `memory_bytes` is what each may take.
+    """The plan of those of `config`'s workers that have memory: `memory_bytes` is what each may take.
 
     Raises DoesNotFitError with the missing MiB, UsageError for a plan by hand that is wrong.
     """
@@ -83,7 +83,9 @@ def plan_cluster(
         kv_memory_bytes=config.kv_memory,
     )
     threads = thread_shares(config)
-    facts = [_facts(name, memory_bytes[name], measured.get(name), threads[name]) for name in threads]
+    facts = [
+        _facts(name, memory_bytes[name], measured.get(name), threads[name]) for name in threads if name in memory_bytes
+    ]
     plan = make_plan(model.costs(config.kv_type), facts, ask)
     if len(plan.stages) > MAX_STAGES:
         raise UsageError(f"the plan has {len(plan.stages)} stages, {MAX_STAGES} are possible: use fewer workers")

@@ -36,7 +36,7 @@ _LISTEN_S = 0.1
 _EXIT_NEWS_S = 0.5
 """A stream breaks a moment before the launcher hears why the process ended."""
 
-OnLost = Callable[[WorkerHandle], None]
+OnMember = Callable[[WorkerHandle], None]
 Welcomes = Callable[[str], str | None]
 Certify = Callable[[bytes, Principal], bytes]
 """A certificate (DER) for a certificate request (DER) of who is named; WireError where that will not do."""
@@ -55,7 +55,7 @@ class Registry:
         silence_s: float = 5.0,
         deadlines: Deadlines | None = None,
         last_words: Callable[[str], str] = lambda name: "",
-        on_lost: OnLost = lambda worker: None,
+        on_lost: OnMember = lambda worker: None,
         welcomes: Welcomes = lambda name: None,
         certify: Certify | None = None,
     ) -> None:
@@ -69,6 +69,7 @@ class Registry:
         self._silence_s = silence_s
         self._deadlines = deadlines or Deadlines()
         self._last_words = last_words
+        self._on_joined: OnMember = lambda worker: None
         self._on_lost = on_lost
         self._workers: dict[str, WorkerHandle] = {}
         self._exits: dict[str, str] = {}
@@ -87,13 +88,22 @@ class Registry:
         """By name; lost ones stay until another of that name joins."""
         return MappingProxyType(self._workers)
 
+    @property
+    def present(self) -> dict[str, WorkerHandle]:
+        """Those that are not lost."""
+        return {name: handle for name, handle in self._workers.items() if handle.loss is None}
+
+    def tell(self, on_joined: OnMember, on_lost: OnMember) -> None:
+        """Who hears of members from now on."""
+        self._on_joined, self._on_lost = on_joined, on_lost
+
     async def __aenter__(self) -> Registry:
         self._server = await Server.start(self._listen, self._credentials, {JOIN: self._join})
         return self
 
     async def __aexit__(self, *_: object) -> None:
         """Tells every worker to end."""
-        present = [handle for handle in self._workers.values() if handle.loss is None]
+        present = self.present.values()
         for handle in present:
             handle.left = True
         goodbye = Shutdown("the cluster was stopped")
@@ -119,7 +129,7 @@ class Registry:
         missing = sorted(names)
         try:
             async with deadline("workers joining", deadline_s):
-                while missing := [name for name in names if name not in self._workers]:
+                while missing := [name for name in names if name not in self.present]:
                     self._check_alive(missing)
                     await self._changed.wait()
         except DeadlineError as error:
@@ -138,10 +148,20 @@ class Registry:
 
     def process_exited(self, name: str, how: str) -> None:
         """News from the launcher that a worker's process is gone."""
-        self._exits[name] = how
         if name in self._workers:
             self._lose(self._workers[name], how)
+        else:
+            self._exits[name] = how
         self._tell_change()
+
+    def will_not_return(self, name: str, why: str) -> None:
+        """News from the launcher that it starts this worker no more."""
+        self._exits[name] = why
+        self._tell_change()
+
+    def fence(self, handle: WorkerHandle, reason: str) -> None:
+        """Counts a worker as lost, although its process may live on: it is not heard any more."""
+        self._lose(handle, reason)
 
     def _lose(self, handle: WorkerHandle, reason: str) -> None:
         if handle.state not in (WorkerState.LOST, WorkerState.LEFT):
@@ -181,17 +201,19 @@ class Registry:
             theirs = f"numerics_version {register.numerics_version}"
             return f"worker {name} computes by {theirs}, this cluster needs {needed}: {same}"
         present = self._workers.get(name)
-        if present is not None and present.loss is None:
+        if present is not None and present.loss is None and not present.is_same_process(register):
             return f"a worker named {name} is a member already (pid {present.registration.pid}): choose another name"
         return self._welcomes(name)
 
     def _numerics_version(self, register: Register) -> int:
         """What the first member computes by; of a first member, what this version of its device does."""
-        members = (handle.registration.numerics_version for handle in self._workers.values() if handle.loss is None)
+        members = (handle.registration.numerics_version for handle in self.present.values())
         return next(members, 0 if register.device == "reference" else NUMERICS_VERSION)
 
     async def _serve(self, register: Register, stream: ServerStream) -> None:
         name = register.name
+        if name in self.present:
+            self._lose(self._workers[name], "it joins again")
         handle = WorkerHandle(register, _speaker(stream), lambda: self._last_words(name))
         self._workers[name] = handle
         self._exits.pop(name, None)
@@ -200,6 +222,7 @@ class Registry:
             async with deadline("welcoming a worker", _HANDSHAKE_S):
                 await handle.say(Welcome(self._deadlines))
             self._tell_change()
+            self._on_joined(handle)
             reason = await self._listen_to(handle, stream)
         except WireError as error:
             reason = str(error)
@@ -211,9 +234,11 @@ class Registry:
 
     async def _listen_to(self, handle: WorkerHandle, stream: ServerStream) -> str:
         """Until the worker is heard of no more; returns why."""
-        reading = asyncio.create_task(stream.read())
+        reading, lost = asyncio.create_task(stream.read()), asyncio.create_task(handle.lost.wait())
         try:
-            while await self._comes(reading):
+            while await self._comes(reading, lost):
+                if handle.lost.is_set():
+                    return "it is not a member any more"
                 data = reading.result()
                 if data is None:
                     return "it ended its membership"
@@ -227,6 +252,7 @@ class Registry:
             return f"no sign of life for {self._silence_s:g} s"
         finally:
             reading.cancel()
+            lost.cancel()
 
     def _renewal(self, request: Renew, peer: Principal | None) -> Renewed | RenewFailed:
         """Of the name that the present certificate has."""
@@ -238,14 +264,16 @@ class Registry:
             return RenewFailed(Failure(WireError.__name__, str(error)))
 
     async def _comes(self, reading: asyncio.Task[bytes | None]) -> bool:
+    async def _comes(self, reading: asyncio.Task[bytes | None], lost: asyncio.Task[bool]) -> bool:
         """False after silence in which this loop had time to listen: it may have been busy while messages waited."""
-        await asyncio.wait((reading,), timeout=self._silence_s)
+        news = (reading, lost)
+        done, _ = await asyncio.wait(news, timeout=self._silence_s, return_when=asyncio.FIRST_COMPLETED)
         clock, late = asyncio.get_running_loop().time, True
-        while late and not reading.done():
+        while late and not done:
             begun = clock()
-            await asyncio.wait((reading,), timeout=_LISTEN_S)
+            done, _ = await asyncio.wait(news, timeout=_LISTEN_S, return_when=asyncio.FIRST_COMPLETED)
             late = clock() - begun > 2 * _LISTEN_S
-        return reading.done()
+        return bool(done)
 
 
 def _speaker(stream: ServerStream) -> Callable[[CoordinatorMessage], Awaitable[None]]:

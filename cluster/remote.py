@@ -70,7 +70,8 @@ class RemotePipeline:
         self._inputs.put(encode_inputs(inputs))
 
     async def run(self, on_result: Callable[[Result], None]) -> None:
-        """See `Pipeline`: until a stream ends, a write takes too long or a worker is lost, and then says which."""
+        """See `Pipeline`: until a stream ends, a write takes too long or a worker is lost, and then says which; with a
+        WireError where the last stage answers what it may not."""
         work = [
             asyncio.create_task(part)
             for part in (
@@ -84,6 +85,8 @@ class RemotePipeline:
         try:
             await asyncio.wait((*work, *losses), return_when=asyncio.FIRST_COMPLETED)
             ended = next((_ending(task) for task in work if task.done()), None)
+            if isinstance(ended, WireError):  # of the last stage: nobody else answers here
+                raise ended
             raise await _blame(self.epoch, self._workers, ended)
         finally:
             for task in (*work, *losses):

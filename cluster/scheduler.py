@@ -158,6 +158,7 @@ class Scheduler:
             arrived_ns=now_ns,
             tokens=list(ask.prompt),
             next_score=first_score,
+            scored=first_score,
         )
 
     def abort(self, key: int) -> Sequence | None:
@@ -166,6 +167,21 @@ class Scheduler:
         if sequence is not None:
             self._drop(sequence)
         return sequence
+
+    def restart(self, settings: SchedulerSettings, epoch: int, stages: int) -> None:
+        """On another pipeline, whose stages hold nothing yet: what is in flight is forgotten, and every sequence waits
+        to be computed again from its own tokens, in order of arrival."""
+        self.settings = settings
+        self.times = StageTimes(stages)
+        self.memory = KvMemory(settings)
+        self._split = DecodeSplit(self.times)
+        self._epoch = epoch
+        self._next_number = 0
+        self._in_flight.clear()
+        self._running.clear()
+        self._waiting = deque(self._sequences.values())
+        for sequence in self._waiting:
+            sequence.restart()
 
     def next_microbatch(self, now_ns: int) -> ScheduledMicrobatch | None:
         """The next unit of work; None where there is none or enough of it is in flight."""

@@ -48,6 +48,7 @@ class Sequence:
     labelled: int = 0  # blocks of the table that the prefix cache knows
     scheduled: int = 0  # tokens whose keys and values are computed or under way
     next_score: int = 0  # first prompt row that is still to be scored
+    scored: int = 0  # first prompt row whose score is still to come
     in_flight: int = 0  # microbatches
     sampling: int = 0  # tokens that microbatches in flight will choose: 2 at most
     sampled_at: tuple[int, int] = (0, 0)  # where the last of them is, or was: microbatch and output row
@@ -142,6 +143,13 @@ class Sequence:
         self.labelled = cached // KV_BLOCK_TOKENS
         self.is_decoding = False
 
+    def restart(self) -> None:
+        """Nothing of it is computed or under way: its tokens are there, and what was told stays told."""
+        self.table = BlockTable()
+        self.rewind(0)
+        self.in_flight = self.sampling = 0
+        self.next_score = self.scored
+
     def _tasks(self, start: int, end: int) -> tuple[RowTask, ...]:
         score_end = min(end, self.prompt_length - 1)
         top = self.generation.top_logprobs
@@ -176,6 +184,7 @@ class Sequence:
         scored = rows[:-1] if part.is_sampled else rows
         if scored:
             first_row = part.chunk.position + len(part.chunk.tokens) - len(rows)
+            self.scored = first_row + len(scored)
             updates.append(PromptScored(first_row + 1, scored))
         if part.is_sampled:
             self.tokens.append(rows[-1].token)

@@ -22,7 +22,7 @@ from llamaclust.cluster.config import ClusterConfig
 from llamaclust.cluster.coordinator import Cluster, open_cluster
 from llamaclust.cluster.engine import Engine
 from llamaclust.cluster.events import Ready, Watch
-from llamaclust.cluster.news import losses_told, requests_told
+from llamaclust.cluster.news import requests_told
 from llamaclust.cluster.state import ClusterDir, ClusterRecord
 from llamaclust.cluster.status import cluster_status
 from llamaclust.cluster.text import TextService, TextSettings
@@ -120,10 +120,9 @@ async def _answer(cluster: Cluster, folder: ClusterDir, front: _Front, signals: 
         folder.write_record(record)
         signals.ready = True
         front.watch(Ready(record.name, record.api, record.model))
-        async with losses_told(cluster.registry, folder, front.watch):
-            await signals.asked.wait()
-            async with requests_told(service, _DRAIN_S, front.watch):
-                await _drain(cluster.engine, admission)
+        await signals.asked.wait()
+        async with requests_told(service, _DRAIN_S, front.watch):
+            await _drain(cluster.engine, admission)
         server.should_exit = True  # replies that are being written have a moment
         await _ended(serving)
     finally:

@@ -24,7 +24,7 @@ def cluster_status(cluster: Cluster, record: ClusterRecord) -> dict[str, Any]:
 
 def _status(cluster: Cluster, record: ClusterRecord, reports: dict[str, StageReport]) -> dict[str, Any]:
     counts, error = cluster.engine.scheduler.counts, cluster.engine.error
-    workers = cluster.registry.workers
+    workers, supervisor = cluster.registry.workers, cluster.supervisor
     return {
         "name": record.name,
         "api": record.api,
@@ -33,8 +33,13 @@ def _status(cluster: Cluster, record: ClusterRecord, reports: dict[str, StageRep
         "reason": None if error is None else str(error),
         "model": record.model,
         "insecure": cluster.config.insecure,
-        "workers": [_worker(workers[one.name], reports.get(one.name)) for one in cluster.config.workers],
+        "workers": [
+            _worker(workers[one.name], reports.get(one.name)) | {"spared": one.name in supervisor.spared}
+            for one in cluster.config.workers
+        ],
         "requests": {"running": counts.running, "waiting": counts.waiting},
+        "epoch": supervisor.epoch.number,
+        "recoveries": supervisor.recoveries,
     }
 
 

@@ -31,7 +31,8 @@ OnProgress = Callable[[LoadProgress], None]
 Say = Callable[[CoordinatorMessage], Awaitable[None]]
 
 _MEASURE_S = 60.0
-_LOAD_S = 3600.0
+_STALL_S = 60.0
+"""Without progress for so long, a load is taken to hang."""
 _UNLOAD_S = 60.0
 
 
@@ -54,7 +55,8 @@ class WorkerHandle:
         self.loss: str | None = None
         self.left = False
         self.say = say
-        self._last_words = last_words
+        self.last_words = ""  # of its log, once it is lost
+        self._read_last_words = last_words
         self._on_progress: OnProgress | None = None
         self._loading: Load | None = None
         self._asked: dict[str, asyncio.Future[Any]] = {}
@@ -62,6 +64,11 @@ class WorkerHandle:
     @property
     def name(self) -> str:
         return self.registration.name
+
+    def is_same_process(self, registration: Register) -> bool:
+        """Whether it is this worker that registers anew, and not another one of its name."""
+        known = self.registration
+        return (known.host, known.pid, known.address) == (registration.host, registration.pid, registration.address)
 
     @property
     def state(self) -> WorkerState:
@@ -88,16 +95,27 @@ class WorkerHandle:
     def error(self) -> WorkerError:
         """What a request hears that was lost with this worker."""
         layers = f" (layers [{self.layers[0]}, {self.layers[1]}))" if self.layers else ""
-        words = self._last_words()
-        last = f"; its last words: {words}" if words else "; its log has no error"
+        last = f"; its last words: {self.last_words}" if self.last_words else "; its log has no error"
         return WorkerError(f"worker {self.name}{layers} is lost: {self.loss or 'no reason is known'}{last}")
 
-    async def load(self, order: Load, on_progress: OnProgress | None = None, deadline_s: float = _LOAD_S) -> Loaded:
-        """Loads a stage. Raises the worker's own error where it fails, WorkerError where the worker is lost."""
+    async def load(self, order: Load, on_progress: OnProgress | None = None, stall_s: float = _STALL_S) -> Loaded:
+        """Loads a stage. Raises the worker's own error where it fails, WorkerError where the worker is lost,
+        DeadlineError where it gets no further for `stall_s`."""
         assert self._loading is None, "one load at a time"
-        self._loading, self._on_progress = order, on_progress
+        what = f"load of epoch {order.epoch}"
+        clock = asyncio.get_running_loop().time
+        limit = deadline(f"worker {self.name}: progress of the {what}", stall_s)
+
+        def progress(news: LoadProgress) -> None:
+            limit.move(clock() + stall_s)
+            if on_progress is not None:
+                on_progress(news)
+
+        self._loading, self._on_progress = order, progress
+        if order.alone:
+            self.stages.clear()
         try:
-            loaded: Loaded = await self._ask(f"load of epoch {order.epoch}", order, deadline_s)
+            loaded: Loaded = await self._ask(what, order, limit)
         finally:
             self._loading = self._on_progress = None
         self.stages[order.epoch] = (order, loaded)
@@ -105,21 +123,23 @@ class WorkerHandle:
 
     async def unload(self, epoch: int, deadline_s: float = _UNLOAD_S) -> None:
         """Frees the stage of an epoch; returns when it is freed."""
-        await self._ask(f"unload of epoch {epoch}", Unload(epoch), deadline_s)
+        what = f"unload of epoch {epoch}"
+        await self._ask(what, Unload(epoch), deadline(f"worker {self.name}: {what}", deadline_s))
         self.stages.pop(epoch, None)
 
     async def measure(self, deadline_s: float = _MEASURE_S) -> Measured:
         """Has the worker measure its machine; it should do nothing else meanwhile."""
-        measured: Measured = await self._ask("measurement", Measure(), deadline_s)
+        limit = deadline(f"worker {self.name}: measurement", deadline_s)
+        measured: Measured = await self._ask("measurement", Measure(), limit)
         return measured
 
-    async def _ask(self, what: str, message: CoordinatorMessage, deadline_s: float) -> Any:
+    async def _ask(self, what: str, message: CoordinatorMessage, limit: deadline) -> Any:
         if self.loss is not None:
             raise self.error
         assert what not in self._asked, f"{what} is under way"
         answer = self._asked[what] = asyncio.get_running_loop().create_future()
         try:
-            async with deadline(f"worker {self.name}: {what}", deadline_s):
+            async with limit:
                 await self.say(message)
                 return await answer
         finally:
@@ -161,6 +181,7 @@ class WorkerHandle:
         if self.loss is not None or self.left:
             return
         self.loss = reason
+        self.last_words = self._read_last_words()
         error = self.error
         for asked in self._asked.values():
             if not asked.done():

@@ -47,6 +47,11 @@ class Stage(Protocol):
     kv_bytes: int
     workspace_bytes: int
 
+    @property
+    def weights(self) -> object:
+        """What keeps them in memory: also after `close`, for whoever holds it."""
+        ...
+
     def run(self, batch: Batch, hidden: Float32 | None) -> Float32:
         """Computes the batch. `hidden` [rows, embedding] for any but a first stage.
 
@@ -68,6 +73,11 @@ class Backend(Protocol):
     numerics_version: int  # equal ones give the same bits; 0: the reference
 
     def load(self, program: Program, tensors: dict[str, Tensor], limits: StageLimits, progress: Progress) -> Stage: ...
+
+    def held_bytes(self, program: Program, tensors: Mapping[str, Tensor]) -> int:
+        """Bytes of the program's weights that are in memory already, for a stage loaded before: `load` takes no more
+        for them."""
+        ...
 
     def kv_block_bytes(self, program: Program) -> int:
         """Bytes of KV memory that one block id costs over all layers of the program."""

@@ -479,6 +479,7 @@ class Load(_message.Message):
     FIRST_ADDRESS_FIELD_NUMBER: _builtins.int
     NEXT_WORKER_FIELD_NUMBER: _builtins.int
     FIRST_WORKER_FIELD_NUMBER: _builtins.int
+    ALONE_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """Counts plans; greater than any before."""
     model_path: _builtins.str
@@ -497,6 +498,8 @@ class Load(_message.Message):
     """Name of the worker that holds the stage after this one; its certificate must say so."""
     first_worker: _builtins.str
     """Name of the worker at first_address."""
+    alone: _builtins.bool
+    """Stages of other epochs are freed first; weights that this one needs as well stay in memory."""
     @_builtins.property
     def limits(self) -> Global___StageLimits:
         """Sizes of its buffers."""
@@ -514,10 +517,11 @@ class Load(_message.Message):
         first_address: _builtins.str = ...,
         next_worker: _builtins.str = ...,
         first_worker: _builtins.str = ...,
+        alone: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "epoch", b"epoch", "first_address", b"first_address", "first_worker", b"first_worker", "limits", b"limits", "model_id", b"model_id", "model_path", b"model_path", "next_address", b"next_address", "next_worker", b"next_worker", "start", b"start"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alone", b"alone", "end", b"end", "epoch", b"epoch", "first_address", b"first_address", "first_worker", b"first_worker", "limits", b"limits", "model_id", b"model_id", "model_path", b"model_path", "next_address", b"next_address", "next_worker", b"next_worker", "start", b"start"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

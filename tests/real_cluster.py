@@ -14,7 +14,7 @@ from llamaclust.cluster.launchers.local import LocalLauncher
 from llamaclust.cluster.launchers.run_directory import RunDirectory, run_directory
 from llamaclust.cluster.loading import load_stages
 from llamaclust.cluster.pipeline import StageInfo
-from llamaclust.cluster.registry import OnLost, Registry
+from llamaclust.cluster.registry import OnMember, Registry
 from llamaclust.cluster.remote import RemotePipeline
 from llamaclust.cluster.worker_handle import WorkerHandle
 from llamaclust.model.loader import Model
@@ -59,7 +59,7 @@ async def real_cluster(
     device: str = "cpu",
     silence_s: float = 5.0,
     deadlines: Deadlines | None = None,
-    on_lost: OnLost = lambda worker: None,
+    on_lost: OnMember = lambda worker: None,
 ) -> AsyncIterator[RealCluster]:
     """Workers a, b, ... have joined; their processes are gone at the end."""
     logs = folder / "logs"

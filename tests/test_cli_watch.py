@@ -14,11 +14,11 @@ from llamaclust.cluster.events import (
     Draining,
     Event,
     Measuring,
+    News,
     PlanMade,
     Ready,
     StartFailed,
     WorkerLoading,
-    WorkerLost,
     from_line,
     to_line,
 )
@@ -31,7 +31,7 @@ EVENTS: tuple[Event, ...] = (
     WorkerLoading("a", 0, 2, 1, 2 * MIB),
     WorkerLoading("a", 0, 2, 2 * MIB, 2 * MIB),
     Ready("tiny", "http://127.0.0.1:1", "good"),
-    WorkerLost("a", 0, 2, "it ended", "out of luck"),
+    News("worker a is lost: \x1b[2J"),
     Draining(2, 30.0),
     Draining(1, 30.0),
 )
@@ -59,8 +59,7 @@ def test_off_a_terminal_every_event_is_a_line(capsys: pytest.CaptureFixture[str]
     ]
     assert lines[-4:] == [
         "",
-        "worker a (layers [0, 2)) is lost: it ended; its last words: out of luck; requests are refused: stop the "
-        "cluster and start it again",
+        "worker a is lost: \\x1b[2J",
         "stopping: 2 requests are finished first, for 30 s at most; Ctrl-C again stops at once",
         "stopping: 1 request is left",
     ]
@@ -114,11 +113,6 @@ def test_last_words_tell_of_trouble(log: str, words: str, tmp_path: Path) -> Non
     assert last_words(path) == ""
     path.write_text(log)
     assert last_words(path) == words
-
-
-def test_a_loss_without_last_words_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    (line,) = shown(capsys, WorkerLost("b", 2, 4, "killed by signal 9 (SIGKILL)", ""))
-    assert "worker b (layers [2, 4)) is lost: killed by signal 9 (SIGKILL); its log has no error" in line
 
 
 def test_a_terminal_that_is_gone_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -256,5 +256,11 @@ def _row(message: sampling_proto.RowResult) -> RowResult:
     if message.HasField("failure"):
         return RowResult(-1, math.nan, failure=line("failure", message.failure))
     bounded("top_logprobs", len(message.top), 0, MAX_TOP_LOGPROBS)
-    top = tuple((_token(entry.token), entry.logprob) for entry in message.top)
-    return RowResult(_token(message.chosen.token), message.chosen.logprob, top)
+    top = tuple((_token(entry.token), _logprob(entry.logprob)) for entry in message.top)
+    return RowResult(_token(message.chosen.token), _logprob(message.chosen.logprob), top)
+
+
+def _logprob(value: float) -> float:
+    if math.isnan(value):
+        raise WireError("logprob is no number")
+    return value

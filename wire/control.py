@@ -104,6 +104,7 @@ class Load:
     first_address: str | None = None  # for the last: gRPC target of the first stage; None: this is the first
     next_worker: str | None = None  # who holds that
     first_worker: str | None = None
+    alone: bool = False  # stages of other epochs are freed first; weights that this one needs as well stay
 
 
 @dataclass(frozen=True, slots=True)

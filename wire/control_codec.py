@@ -234,6 +234,7 @@ def _load_out(message: Load) -> proto.Load:
         first_address=message.first_address or "",
         next_worker=message.next_worker or "",
         first_worker=message.first_worker or "",
+        alone=message.alone,
     )
 
 
@@ -286,6 +287,7 @@ def _load_in(message: proto.Load) -> Load:
         first_address=line("first_address", message.first_address, 512) or None,
         next_worker=worker_name(message.next_worker) if message.next_worker else None,
         first_worker=worker_name(message.first_worker) if message.first_worker else None,
+        alone=message.alone,
     )
 
 

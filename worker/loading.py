@@ -11,7 +11,7 @@ from llamaclust.model.loader import Model
 from llamaclust.sizes import missing
 from llamaclust.wire.control import Load, LoadProgress
 from llamaclust.worker.devices import Device
-from llamaclust.worker.stage_runner import StageMemory, StageRunner, plan_memory
+from llamaclust.worker.stage_runner import StageMemory, StageRunner, held_weight_bytes, plan_memory
 
 Report = Callable[[LoadProgress], Awaitable[None]]
 
@@ -26,7 +26,8 @@ async def load_stage(order: Load, device: Device, report: Report, model_dir: Pat
     limits = order.limits
     model = await asyncio.to_thread(_open, order, model_dir)
     planned = await asyncio.to_thread(plan_memory, device.backend, model, order.start, order.end, limits)
-    _check_memory(order, planned, device.free_memory_bytes)
+    held_bytes = held_weight_bytes(device.backend, model, order.start, order.end, limits)
+    _check_memory(order, planned, device.free_memory_bytes + held_bytes)
     done_bytes = 0
 
     def progress(more_bytes: int) -> None:

@@ -148,11 +148,15 @@ class Member:
     async def _loaded(self, order: Load) -> Loaded:
         if order.epoch in self._service:
             raise WireError(f"epoch {order.epoch} is loaded already")
-        runner = await self._service.take_kept(order)
-        if runner is not None:
-            _log.info("layers [%d, %d): its weights were kept", order.start, order.end)
-        else:
-            runner = await load_stage(order, self._device, self._say, self._model_dir)
+        held = await self._service.clear() if order.alone else []
+        try:
+            runner = await self._service.take_kept(order)
+            if runner is not None:
+                _log.info("layers [%d, %d): its weights were kept", order.start, order.end)
+            else:
+                runner = await load_stage(order, self._device, self._say, self._model_dir)
+        finally:
+            held.clear()
         next_stage = self._peer(order.next_address, order.next_worker)
         neighbours = Neighbours(next_stage, self._peer(order.first_address, order.first_worker))
         flow = StageFlow(order.epoch, runner, self._name, self._compute, self._counters, self._deadlines, neighbours)

@@ -60,6 +60,13 @@ class StageService:
                 await flow.close()
         return runner
 
+    async def clear(self) -> list[object]:
+        """Frees all stages but kept ones. What this returns keeps the weights of all of them in memory."""
+        weights = [flow.runner.weights for flow in (*self._flows.values(), *self._kept)]
+        for epoch in tuple(self._flows):
+            await self.remove(epoch)
+        return weights
+
     async def _forward(self, stream: ServerStream) -> None:
         await self._flow(stream).forward(stream)
 

@@ -41,6 +41,12 @@ def plan_memory(backend: Backend, model: Model, start: int, end: int, limits: St
     return StageMemory(weights, kv_bytes, backend.workspace_bytes(program, tensors, limits))
 
 
+def held_weight_bytes(backend: Backend, model: Model, start: int, end: int, limits: StageLimits) -> int:
+    """What of the weights of layers [start, end) is in memory already."""
+    program = model_program(model, start, end, limits)
+    return backend.held_bytes(program, model.tensors_for(program))
+
+
 def planned_workspace_bytes(model: Model, start: int, end: int, limits: StageLimits, threads: int) -> int:
     """What layers [start, end) will take beside weights and KV memory on `threads` of a CPU. ModelFileError where they
     cannot be computed."""
@@ -99,6 +105,11 @@ class StageRunner:
         if len(inputs.tasks) != len(logits):
             raise WireError(f"{len(inputs.tasks)} tasks for {len(logits)} output rows")
         return self._sampler.run(logits, inputs.tasks) if inputs.tasks else ()
+
+    @property
+    def weights(self) -> object:
+        """What keeps the weights in memory, for as long as somebody holds it."""
+        return self._stage.weights
 
     def close(self) -> None:
         """Frees weights and KV memory."""

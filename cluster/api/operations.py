@@ -41,11 +41,13 @@ class Operations:
         self._cluster_status = cluster_status
 
     async def health(self, request: Request) -> Response:
-        """200 while requests are taken; else 503 and why not."""
+        """200 while requests are taken, even if they have to wait; else 503 and why not."""
         state = self._engine.state
         if state is EngineState.READY:
             return JsonResponse({"status": "ok"})
         reason = str(self._engine.error or f"the cluster is {state}")
+        if state is EngineState.RECOVERING:
+            return JsonResponse({"status": state.value, "reason": reason})
         raise HttpError(503, f"cluster_{state}", reason, {"Retry-After": "5"})
 
     async def live(self, request: Request) -> Response:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -11,6 +12,10 @@ from llamaclust.model.loader import Model
 
 Exited = Callable[[str, str], None]
 """Called with a worker's name and how its process ended, such as "killed by signal 9 (SIGKILL)"."""
+
+
+GaveUp = Callable[[str, str], None]
+"""Called with a worker's name and why it is not started again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +44,14 @@ class Launcher(Protocol):
 
     async def stop(self) -> None:
         """Ends all and returns when they are gone."""
+        ...
+
+    def keeping_up(self, gave_up: GaveUp) -> AbstractContextManager[None]:
+        """Meanwhile, a worker whose process ended or ends is started again, if this launcher is one that can."""
+        ...
+
+    async def end(self, name: str) -> None:
+        """Ends the process of a worker that is lost, if it is still there and can be reached; returns when it has."""
         ...
 
     def free_memory_bytes(self) -> int | None:

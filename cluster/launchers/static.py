@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from llamaclust.cluster.config import ClusterConfig, WorkerConfig
 from llamaclust.cluster.config_values import is_loopback, split_address
 from llamaclust.cluster.events import AwaitingWorkers, Watch, WorkerJoined
-from llamaclust.cluster.launchers.base import Exited, WorkerSpec
+from llamaclust.cluster.launchers.base import Exited, GaveUp, WorkerSpec
 from llamaclust.cluster.launchers.launch import Launch
 from llamaclust.cluster.registry import Registry
 from llamaclust.cluster.state import ClusterDir
@@ -75,6 +75,14 @@ class StaticLauncher:
     async def stop(self) -> None:
         """Workers have heard the registry's goodbye; they are not ours to kill."""
         await self._ends.aclose()
+
+    @contextlib.contextmanager
+    def keeping_up(self, gave_up: GaveUp) -> Iterator[None]:
+        """Whoever started them starts them again."""
+        yield
+
+    async def end(self, name: str) -> None:
+        """What is lost ends its stages itself, when it hears that it is no member any more."""
 
     def free_memory_bytes(self) -> None:
         """Its workers' machines are others."""

@@ -28,7 +28,7 @@ class CpuStage:
     def __init__(self, native: _native.Stage, weights: dict[str, Weight]) -> None:
         self._native: _native.Stage | None = native
         self._result: Float32 = native.result
-        self._weights = weights
+        self.weights = weights
         self.weight_bytes = sum(weight.n_bytes for weight in weights.values())
         self.kv_bytes = native.kv_bytes
         self.workspace_bytes = native.workspace_bytes
@@ -49,7 +49,7 @@ class CpuStage:
     def close(self) -> None:
         self._native = None
         self._result = np.empty((0, self._result.shape[1]), np.float32)
-        self._weights = {}
+        self.weights = {}
 
 
 def workspace_bytes(program: Program, tensors: Mapping[str, Tensor], limits: StageLimits, threads: int) -> int:
@@ -111,6 +111,9 @@ class CpuBackend:
                 return CpuStage(_native.Stage(plan, self.feature_level, self._pool), weights)
         except MemoryError as error:
             raise DoesNotFitError(self._does_not_fit(program, tensors, limits)) from error
+
+    def held_bytes(self, program: Program, tensors: Mapping[str, Tensor]) -> int:
+        return self._weights.held_bytes(tensors[name] for name in program.weights)
 
     def kv_block_bytes(self, program: Program) -> int:
         return sum(map(kv_block_bytes, program.kv_layers))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from threading import Lock
 from weakref import WeakValueDictionary
@@ -38,6 +38,11 @@ class WeightStore:
             missing = self._load([tensors[name] for name in needs if name not in present], progress)
             self._loaded.update((_key(tensors[name]), weight) for name, weight in missing.items())
         return present | missing
+
+    def held_bytes(self, tensors: Iterable[Tensor]) -> int:
+        """Of those tensors that a stage holds now."""
+        with self._lock:
+            return sum(tensor.resident_bytes for tensor in tensors if _key(tensor) in self._loaded)
 
     def _load(self, tensors: Sequence[Tensor], progress: Progress) -> dict[str, Weight]:
         images = images_of(tensors)

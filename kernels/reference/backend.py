@@ -21,7 +21,7 @@ class ReferenceStage:
 
     def __init__(self, program: Program, weights: dict[str, Float32], limits: StageLimits) -> None:
         self._program = program
-        self._weights = weights
+        self.weights = weights
         self._limits = limits
         self._kv = {step.layer: LayerKv(step, limits.kv_blocks) for step in program.kv_layers}
         self.weight_bytes = sum(weight.nbytes for weight in weights.values())
@@ -30,7 +30,7 @@ class ReferenceStage:
 
     def run(self, batch: Batch, hidden: Float32 | None) -> Float32:
         self._check(batch)
-        state = State(self._weights, self._kv, batch)
+        state = State(self.weights, self._kv, batch)
         assert (hidden is None) == self._program.is_first
         if hidden is not None:
             state[self._program.hidden] = hidden
@@ -39,7 +39,7 @@ class ReferenceStage:
         return state[self._program.out]
 
     def close(self) -> None:
-        self._weights.clear()
+        self.weights = {}
         self._kv.clear()
 
     def _check(self, batch: Batch) -> None:
@@ -70,6 +70,10 @@ class ReferenceBackend:
 
     def kv_block_bytes(self, program: Program) -> int:
         return sum(block_bytes(step) for step in program.kv_layers)
+
+    def held_bytes(self, program: Program, tensors: Mapping[str, Tensor]) -> int:
+        """None: each stage has weights of its own."""
+        return 0
 
     def workspace_bytes(self, program: Program, tensors: Mapping[str, Tensor], limits: StageLimits) -> int:
         return _workspace_bytes(program, limits)

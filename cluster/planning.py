@@ -1,0 +1,46 @@
+"""Plans of a running cluster: over whoever is there, from what was found out at its start."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from llamaclust.cluster.config import ClusterConfig
+from llamaclust.cluster.plan import Plan
+from llamaclust.cluster.plan_inputs import plan_cluster
+from llamaclust.cluster.shares import machine_shares, memory_shares
+from llamaclust.cluster.state import Measurement
+from llamaclust.cluster.worker_handle import WorkerHandle
+from llamaclust.errors import WorkerError
+from llamaclust.model.loader import Model
+
+
+class Planning:
+    """What plans are made from. `free_bytes` is what was free for all workers together, before any held a layer, where
+    they share one machine."""
+
+    def __init__(
+        self, config: ClusterConfig, model: Model, free_bytes: int | None, measured: Mapping[str, Measurement]
+    ) -> None:
+        self._config = config
+        self._model = model
+        self._free_bytes = free_bytes
+        self._measured = measured
+
+    def plan(self, workers: Mapping[str, WorkerHandle]) -> Plan:
+        """Over these workers. DoesNotFitError where they have too little memory, WorkerError where there are none or a
+        plan by hand names another."""
+        missing = [one.worker for one in self._config.plan or () if one.worker not in workers]
+        if missing:
+            raise WorkerError(f"the plan gives layers to {', '.join(missing)}")
+        if not workers:
+            raise WorkerError("no worker is left")
+        return plan_cluster(self._config, self._model, self._memory(workers), self._measured)
+
+    def _memory(self, workers: Mapping[str, WorkerHandle]) -> dict[str, int]:
+        """What each may take of its machine, which others may share with it."""
+        if self._free_bytes is None:
+            return machine_shares({name: worker.registration for name, worker in workers.items()})
+        configs = [worker for worker in self._config.workers if worker.name in workers]
+        free = {name: worker.registration.free_memory_bytes for name, worker in workers.items()}
+        caps = {worker.name: None if worker.memory is None else free[worker.name] for worker in configs}
+        return memory_shares(caps, self._free_bytes)

@@ -1,0 +1,311 @@
+"""Keeps a pipeline under the engine, whichever worker is lost, comes back or is to be spared.
+
+One loop: who is here, a plan over them, load what they lack, open it, run until something changes. A start, a loss, two
+losses and a loss during a recovery are the same to it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from itertools import count
+
+from llamaclust.cluster.config import ClusterConfig
+from llamaclust.cluster.engine import Engine
+from llamaclust.cluster.epochs import Epoch, Epochs
+from llamaclust.cluster.events import News, PlanMade, Watch, WorkerLoading
+from llamaclust.cluster.launchers.base import Launcher
+from llamaclust.cluster.news import back_text, given_up_text, lost_text, moving_text, recovered_text, waiting_text
+from llamaclust.cluster.plan import Plan
+from llamaclust.cluster.plan_text import plan_lines
+from llamaclust.cluster.planning import Planning
+from llamaclust.cluster.registry import Registry
+from llamaclust.cluster.worker_handle import WorkerHandle
+from llamaclust.errors import DeadlineError, DoesNotFitError, LlamaclustError, UsageError, WireError, WorkerError
+from llamaclust.wire.control import LoadProgress
+
+_TRIES = 3
+"""So often the same workers may fail without one of them being lost."""
+_PAUSE_S = 0.1
+_LONGEST_PAUSE_S = 5.0
+_REPLAY_S = 1.0
+"""Requests may wait so long for a better plan."""
+_LOOK_S = 1.0
+
+
+class Supervisor:
+    """Owns the epoch that serves. `start` opens the first one; from then on `keep` sees to it that there is one."""
+
+    def __init__(
+        self,
+        config: ClusterConfig,
+        epochs: Epochs,
+        planning: Planning,
+        registry: Registry,
+        launcher: Launcher,
+        watch: Watch,
+    ) -> None:
+        self.spared: set[str] = set()  # names of workers that are to hold no layers
+        self.recoveries = 0
+        self._config = config
+        self._epochs = epochs
+        self._planning = planning
+        self._registry = registry
+        self._launcher = launcher
+        self._watch = watch
+        self._epoch: Epoch | None = None
+        self._engine: Engine | None = None
+        self._news = asyncio.Event()  # something has changed
+        self._settled = asyncio.Event()  # since the last change, all has been done that can be
+        self._loss: LlamaclustError | None = None
+        self._lost_s = 0.0  # on the event loop's clock
+        self._failures = 0  # in a row, of pipelines whose workers were all there
+        self._suspects: list[tuple[WorkerHandle, BaseException]] = []
+        self._work: set[asyncio.Task[None]] = set()
+
+    @property
+    def epoch(self) -> Epoch:
+        """What serves, or served until it was lost."""
+        assert self._epoch is not None
+        return self._epoch
+
+    async def start(self) -> Epoch:
+        """The first epoch, whose workers have joined. Raises what no other worker can help, and what is missing after
+        `timeouts.recovery`."""
+        self._registry.tell(self._joined, self._left)
+        self._lost_s = self._now_s
+        self._epoch = await self._next_epoch()
+        return self._epoch
+
+    async def keep(self, engine: Engine) -> None:
+        """Works until it is cancelled; an error is a mistake of ours."""
+        self._engine = engine
+        while True:
+            self._news.clear()
+            if self._loss is not None:
+                await self._recover(engine)
+            elif await self._improve(engine):
+                self._settled.set()
+                await self._something_new()
+
+    def lost(self, error: LlamaclustError) -> None:
+        """The engine's word that its pipeline is lost."""
+        self._loss = error
+        self._lost_s = self._now_s
+        self._change()
+
+    async def spare(self, name: str) -> None:
+        """Moves a worker's layers to others, without a pause but for the switch; returns when it holds none.
+
+        UsageError for a name that is not known, DoesNotFitError or WorkerError where the others cannot do without it.
+        """
+        if name not in self._registry.workers:
+            raise UsageError(f"no worker is named {name!r}; there are: {', '.join(self._registry.workers)}")
+        others = {other: handle for other, handle in self._usable.items() if other != name}
+        self._planning.plan(others)
+        self.spared.add(name)
+        self._change()
+        await self._settled.wait()
+        if self.epoch.holds(name):
+            raise WorkerError(f"the layers of worker {name} could not be moved: see the log")
+
+    def use_again(self, name: str) -> None:
+        """Takes `spare` back."""
+        self.spared.discard(name)
+        self._change()
+
+    # -- news --------------------------------------------------------------------------------------------------------
+
+    @property
+    def _now_s(self) -> float:
+        return asyncio.get_running_loop().time()
+
+    def _change(self) -> None:
+        self._settled.clear()
+        self._news.set()
+
+    def _joined(self, handle: WorkerHandle) -> None:
+        self._watch(News(back_text(handle)))
+        self._change()
+
+    def _left(self, handle: WorkerHandle) -> None:
+        counts = None if self._engine is None else self._engine.scheduler.counts
+        serves = self._epoch is not None and handle in self._epoch.workers
+        self._watch(News(lost_text(handle, counts.running + counts.waiting if counts and serves else 0)))
+        self._do(self._launcher.end(handle.name))
+        self._change()
+
+    def given_up(self, name: str, why: str) -> None:
+        self._watch(News(given_up_text(name, why)))
+        self._registry.will_not_return(name, why)
+
+    def _do(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
+        self._work.add(task)
+        task.add_done_callback(self._work.discard)
+
+    # -- the loop ----------------------------------------------------------------------------------------------------
+
+    @property
+    def _usable(self) -> dict[str, WorkerHandle]:
+        return {name: worker for name, worker in self._registry.present.items() if name not in self.spared}
+
+    async def _next_epoch(self) -> Epoch:
+        """Plans and loads, again and again until it is done, whoever is lost meanwhile."""
+        for failures in count():
+            plan = await self._plan()
+            try:
+                return await self._open(plan, alone=True)
+            except LlamaclustError as error:
+                if any(stage.worker not in self._registry.present for stage in plan.stages):
+                    continue
+                if self._engine is None:
+                    raise
+                await self._hold_on(error, failures)
+        raise AssertionError
+
+    async def _plan(self) -> Plan:
+        """Over those who are here, as soon as they are enough."""
+        told = ""
+        while True:
+            self._news.clear()
+            try:
+                return self._planning.plan(self._usable)
+            except (DoesNotFitError, WorkerError) as error:
+                if self._engine is None and len(self._usable) == len(self._config.workers):
+                    raise
+                if str(error) != told:
+                    told = str(error)
+                    self._watch(News(waiting_text(told, self._config.timeouts.recovery)))
+                await self._wait_for_workers(error)
+
+    async def _wait_for_workers(self, why: LlamaclustError) -> None:
+        """Returns with the next news. When `timeouts.recovery` has passed, requests wait no more, but the cluster does;
+        a start raises `why`."""
+        limit_s = self._config.timeouts.recovery
+        try:
+            async with asyncio.timeout_at(self._lost_s + limit_s):
+                await self._news.wait()
+        except TimeoutError:
+            if self._engine is None:
+                raise why from None
+            if self._loss is not None:
+                late = f"no worker came back within {limit_s:g} s (timeouts.recovery)"
+                self._engine.give_up(WorkerError(f"{self._loss}; {late}: {why}"))
+            await self._news.wait()
+
+    async def _open(self, plan: Plan, *, alone: bool) -> Epoch:
+        """The plan's epoch, once it is loaded. Who fails is suspected of it."""
+        self._suspects = []
+        if self._engine is None:
+            self._watch(PlanMade(tuple(plan_lines(plan))))
+        else:
+            self._watch(News(moving_text(plan, self._registry.workers)))
+        while self._work:  # what is lost frees its memory first
+            await asyncio.gather(*self._work, return_exceptions=True)
+        stages = {stage.worker: stage for stage in plan.stages}
+
+        def progress(worker: str, news: LoadProgress) -> None:
+            if self._engine is None:
+                stage = stages[worker]
+                self._watch(WorkerLoading(worker, stage.start, stage.end, news.done_bytes, news.total_bytes))
+
+        def failed(worker: WorkerHandle, error: BaseException) -> None:
+            self._suspects.append((worker, error))
+
+        epoch = await self._epochs.open(plan, alone=alone, on_progress=progress, on_error=failed)
+        for worker in epoch.workers if self._engine is None else ():
+            order, loaded = worker.stages[epoch.number]
+            self._watch(WorkerLoading(worker.name, order.start, order.end, loaded.weight_bytes, loaded.weight_bytes))
+        return epoch
+
+    async def _hold_on(self, error: LlamaclustError, failures: int) -> None:
+        """After a failure of workers that are all there: a pause, and in the end those who failed are given up."""
+        for worker, why in self._suspects:
+            if failures + 1 >= _TRIES or isinstance(why, DeadlineError):
+                self._registry.fence(worker, f"it takes no part in a new epoch: {error}")
+        await asyncio.sleep(min(_PAUSE_S * 2**failures, _LONGEST_PAUSE_S))
+
+    # -- a loss ------------------------------------------------------------------------------------------------------
+
+    async def _recover(self, engine: Engine) -> None:
+        """From a lost pipeline to another one."""
+        assert self._loss is not None
+        await self.epoch.pipeline.close()
+        self._judge(engine, self._loss, self.epoch)
+        await self._serve(engine, await self._next_epoch())
+
+    def _judge(self, engine: Engine, loss: LlamaclustError, old: Epoch) -> None:
+        """Who answers what no stage may say is given up. Where nobody is to blame, and again and again, requests that
+        no workers can compute are: they end."""
+        if isinstance(loss, WireError) and not old.lost:
+            self._registry.fence(old.workers[-1], str(loss))
+        self._failures = 0 if old.lost else self._failures + 1
+        if self._failures >= _TRIES:
+            self._failures = 0
+            engine.give_up(loss)
+
+    async def _serve(self, engine: Engine, epoch: Epoch) -> None:
+        """The engine goes on with this epoch; what others have left is freed."""
+        loss, self._loss = self._loss, None
+        old, self._epoch = self.epoch, epoch
+        engine.resume(epoch.pipeline, epoch.settings)
+        await old.pipeline.close()
+        if loss is not None:
+            seconds = self._now_s - self._lost_s
+            self.recoveries += 1
+            engine.metrics.recovered(seconds)
+            counts = engine.scheduler.counts
+            self._watch(News(recovered_text(seconds, counts.running + counts.waiting)))
+        try:
+            await self._epochs.free_others(epoch)
+        except LlamaclustError as error:
+            self._watch(News(f"layers that are not needed any more stay in memory: {error}"))
+
+    # -- a better plan -----------------------------------------------------------------------------------------------
+
+    async def _improve(self, engine: Engine) -> bool:
+        """Changes to the plan that is best for those who are here now, while the old one serves. False where that is
+        still to be done."""
+        old = self.epoch
+        must = any(old.holds(name) for name in self.spared)
+        try:
+            plan = self._planning.plan(self._usable)
+        except (DoesNotFitError, WorkerError) as error:
+            if must:
+                self._watch(News(f"layers cannot be moved now: {error}"))
+            return True
+        if old.is_as(plan):
+            return True
+        if not must and not _is_cheap(engine, plan):
+            await self._something_new(_LOOK_S)
+            return False
+        return await self._move(engine, plan, must)
+
+    async def _move(self, engine: Engine, plan: Plan, must: bool) -> bool:
+        try:
+            epoch = await self._open(plan, alone=False)
+        except DoesNotFitError as error:
+            if must and self._loss is None:  # not beside the old one: then instead of it
+                engine.interrupt(error)
+            return not must
+        except LlamaclustError as error:
+            self._watch(News(f"layers stay where they are: {error}"))
+            return True
+        await self._serve(engine, epoch)
+        return True
+
+    async def _something_new(self, within_s: float | None = None) -> None:
+        try:
+            async with asyncio.timeout(within_s):
+                await self._news.wait()
+        except TimeoutError:
+            return
+
+
+def _is_cheap(engine: Engine, plan: Plan) -> bool:
+    """Whether requests would hardly notice: what they have so far is soon computed again."""
+    tokens = sum(len(sequence.tokens) for sequence in engine.scheduler.sequences)
+    if plan.prediction is None or not tokens:
+        return not tokens
+    return tokens * sum(stage.prefill_ms for stage in plan.prediction.stages) < 1e3 * _REPLAY_S

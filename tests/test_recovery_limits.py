@@ -1,0 +1,141 @@
+"""What is left is too little: requests wait for a worker, for a while; the cluster waits for longer."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+from random import SystemRandom
+
+import pytest
+from recovering import Answer, Recovering, answer_of, asks, config, model_in, recovering, undisturbed
+from served import run_async
+
+from llamaclust.cluster.engine import EngineState
+from llamaclust.cluster.launchers.local import LocalLauncher, Restarts
+from llamaclust.cluster.planning import Planning
+from llamaclust.cluster.requests import Generation
+from llamaclust.errors import DoesNotFitError, UsageError, WorkerError
+
+SEED = SystemRandom().randrange(1 << 32)
+_HALVES = [{"worker": "a", "layers": [0, 3]}, {"worker": "b", "layers": [3, 6]}]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return model_in(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def requests() -> tuple[Generation, ...]:
+    print(f"seed {SEED}")
+    return asks(SEED, 60)
+
+
+@pytest.fixture(scope="module")
+def expected(model: Path, requests: tuple[Generation, ...]) -> list[Answer]:
+    return undisturbed(model, requests)
+
+
+def launcher(run: Recovering) -> LocalLauncher:
+    found = run.cluster.launcher
+    assert isinstance(found, LocalLauncher)
+    return found
+
+
+async def start_by_hand(run: Recovering, name: str) -> asyncio.subprocess.Process:
+    """A worker that no launcher started joins."""
+    token_file = run.cluster.config.state_dir / run.cluster.config.name / "run" / "token"
+    options = {"--name": name, "--join": run.cluster.registry.address, "--token-file": token_file, "--threads": 1}
+    words = [str(word) for option in options.items() for word in option]
+    return await asyncio.create_subprocess_exec(sys.executable, "-P", "-m", "llamaclust.worker", *words)
+
+
+@pytest.mark.parametrize("why", ["memory", "plan"])
+@run_async
+async def test_requests_wait_for_a_worker_to_come_back(
+    why: str,
+    model: Path,
+    requests: tuple[Generation, ...],
+    expected: list[Answer],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Those that come meanwhile too."""
+    if why == "memory":
+        monkeypatch.setattr(Planning, "_memory", lambda self, workers: dict.fromkeys(workers, 13 << 20))
+    values = {"plan": _HALVES} if why == "plan" else {}
+    async with recovering(config(model, tmp_path, workers=2, **values)) as run:
+        tasks = run.start(requests[:4])
+        await run.token(40)
+        run.hurt("b")
+        await run.until("too little", lambda: any("waiting for a worker" in text for text in run.told))
+        assert run.cluster.engine.state is EngineState.RECOVERING
+        tasks += run.start(requests[4:])
+        assert await asyncio.gather(*tasks) == expected
+        says = "MiB are missing" if why == "memory" else "the plan gives layers to b"
+        assert any("waiting for a worker, requests for 120 s at most" in text and says in text for text in run.told)
+        await run.whole()
+
+
+@run_async
+async def test_requests_that_wait_too_long_fail_and_the_cluster_serves_again_when_a_worker_is_back(
+    model: Path, requests: tuple[Generation, ...], expected: list[Answer], tmp_path: Path
+) -> None:
+    timeouts = {"recovery": "300ms", "worker": "600ms"}
+    async with recovering(config(model, tmp_path, workers=2, plan=_HALVES, timeouts=timeouts)) as run:
+        engine = run.cluster.engine
+        launcher(run)._restarts = Restarts(most=0)
+        tasks = run.start(requests)
+        await run.token(40)
+        run.hurt("b")
+        answers = await asyncio.gather(*tasks, return_exceptions=True)
+        (message,) = {str(answer) for answer in answers}
+        assert all(isinstance(answer, WorkerError) for answer in answers)
+        assert "worker b (layers [3, 6)) is lost" in message
+        assert message.endswith("no worker came back within 0.3 s (timeouts.recovery): the plan gives layers to b")
+        assert any("worker b is not started again: its process was killed" in text for text in run.told)
+        assert engine.state is EngineState.DOWN and str(engine.error) == message
+        with pytest.raises(WorkerError, match="no worker came back"):
+            engine.submit(requests[0])
+        assert engine.scheduler.counts.kv_blocks_held == 0
+        by_hand = await start_by_hand(run, "b")
+        await run.whole()
+        assert engine.error is None
+        assert await asyncio.gather(*run.start(requests)) == expected
+    async with asyncio.timeout(5):
+        assert await by_hand.wait() == 0
+
+
+@run_async
+async def test_layers_are_moved_away_without_losing_a_token(
+    model: Path, requests: tuple[Generation, ...], expected: list[Answer], tmp_path: Path
+) -> None:
+    async with recovering(config(model, tmp_path)) as run:
+        supervisor = run.cluster.supervisor
+        tasks = run.start(requests)
+        await run.token(100)
+        await supervisor.spare("b")
+        assert not run.worker("b").stages and run.worker("b").loss is None
+        assert supervisor.recoveries == 0
+        assert await asyncio.gather(*tasks) == expected
+        run.hurt("a")
+        await run.until("a again", lambda: supervisor.epoch.holds("a") and not supervisor.epoch.lost)
+        assert not supervisor.epoch.holds("b")
+        supervisor.use_again("b")
+        await run.whole()
+        assert await answer_of(run.cluster.engine.submit(requests[0])) == expected[0]
+
+
+@run_async
+async def test_a_worker_that_cannot_be_spared_is_not(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Planning, "_memory", lambda self, workers: dict.fromkeys(workers, 13 << 20))
+    async with recovering(config(model, tmp_path, workers=2)) as run:
+        with pytest.raises(DoesNotFitError, match="MiB are missing"):
+            await run.cluster.supervisor.spare("b")
+        with pytest.raises(UsageError, match="no worker is named 'x'; there are: a, b"):
+            await run.cluster.supervisor.spare("x")
+        assert not run.cluster.supervisor.spared
+        assert run.cluster.supervisor.epoch.number == 1

@@ -90,7 +90,7 @@ class Registry:
 
     @property
     def present(self) -> dict[str, WorkerHandle]:
-        """Those that are not lost."""
+        """Those that are not lost, in the order in which they joined."""
         return {name: handle for name, handle in self._workers.items() if handle.loss is None}
 
     def tell(self, on_joined: OnMember, on_lost: OnMember) -> None:
@@ -114,11 +114,6 @@ class Registry:
         await self._server.stop(_GOODBYE_S)
         for task in self._mourning:
             task.cancel()
-
-    @property
-    def present(self) -> tuple[str, ...]:
-        """Names of those that are members now, in the order in which they joined."""
-        return tuple(name for name, handle in self._workers.items() if handle.loss is None)
 
     async def changed(self) -> None:
         """Returns at the next change of who is there. For as long as it takes: the caller has a deadline."""
@@ -263,7 +258,6 @@ class Registry:
         except WireError as error:
             return RenewFailed(Failure(WireError.__name__, str(error)))
 
-    async def _comes(self, reading: asyncio.Task[bytes | None]) -> bool:
     async def _comes(self, reading: asyncio.Task[bytes | None], lost: asyncio.Task[bool]) -> bool:
         """False after silence in which this loop had time to listen: it may have been busy while messages waited."""
         news = (reading, lost)

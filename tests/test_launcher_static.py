@@ -89,6 +89,8 @@ def test_a_count_takes_workers_of_any_name(line: CommandLine, model: Path, undis
     with ready(coordinator, line) as cluster:
         assert answers(cluster) == undisturbed
         assert [worker["name"] for worker in cluster.status["workers"]] == ["x", "y"]
+        done = start_worker(line, port, "z").wait()
+        assert done.code == 2 and "the cluster has its 2 workers: x, y" in done.err
     coordinator.press_ctrl_c()
     for worker in workers:
         assert worker.wait().code == 0
@@ -114,6 +116,22 @@ def test_workers_keep_their_weights_and_join_a_coordinator_that_comes_back(
     for worker in workers:
         assert worker.wait().code == 0
         assert worker.err.read_text().count("its weights were kept") == 1
+
+
+def test_a_killed_worker_is_done_without_and_may_come_back(
+    line: CommandLine, model: Path, undisturbed: Answers
+) -> None:
+    coordinator = start_coordinator(line, model)
+    port = join_port(coordinator)
+    workers = [start_worker(line, port, name) for name in ("a", "b", "c")]
+    with ready(coordinator, line) as cluster:
+        workers[2].kill()
+        eventually(lambda: cluster.status["workers"][2]["state"] == "lost", 10.0, "the loss of worker c")
+        assert answers(cluster) == undisturbed
+        start_worker(line, port, "c")
+        eventually(lambda: cluster.status["workers"][2]["state"] != "lost", 20.0, "worker c's return")
+        assert answers(cluster) == undisturbed
+    coordinator.press_ctrl_c()
 
 
 def test_workers_end_when_the_coordinator_stays_away(line: CommandLine, model: Path) -> None:

@@ -15,6 +15,7 @@ from served import run_async
 from test_wire_control import REGISTER
 from trust import A, B, authority, refusals
 
+from llamaclust.cluster.launchers.static import keep_renewed
 from llamaclust.cluster.registry import Registry
 from llamaclust.cluster.trust.authority import Authority
 from llamaclust.errors import WireError, WorkerError
@@ -90,7 +91,7 @@ async def test_a_worker_that_poses_as_another_is_refused_and_logged_once(
             assert refused.reason == f"the certificate is of {who}, which registers as worker {name}"
         assert len(refusals(caplog.records)) == 3
         await member.say(Heartbeat(0.5, 1, 2, 3, 4))
-        assert there.present == ("a",)
+        assert [*there.present] == ["a"]
         _, second = await join(there, trust.identity(A), REGISTER)
         assert isinstance(second, Refused) and "is a member already" in second.reason
 
@@ -128,6 +129,19 @@ async def test_certificates_are_renewed_over_the_membership(trust: Authority) ->
         await there.workers["a"].lost.wait()
         _, welcome = await join(there, identity, REGISTER)
         assert isinstance(welcome, Welcome)
+
+
+@run_async
+async def test_the_coordinators_own_certificate_is_renewed(trust: Authority) -> None:
+    identity = trust.identity(COORDINATOR, timedelta(seconds=3))
+    short = identity.pair
+    renewing = asyncio.create_task(keep_renewed(trust, identity))
+    async with deadline("a new certificate", 10):
+        while identity.pair is short:
+            assert not renewing.done()
+            await asyncio.sleep(0.01)
+    renewing.cancel()
+    assert identity.pair.ends_at_s > short.ends_at_s + 3600
 
 
 @run_async

@@ -55,6 +55,7 @@ class StaticLauncher:
         self._watch = watch
         self.credentials: Identity | Insecure = Insecure() if authority is None else authority.identity()
         self._names = None if config.awaits_any else [worker.name for worker in config.workers]
+        self._registry: Registry | None = None
         self._ends = contextlib.AsyncExitStack()
 
     def check(self, workers: Sequence[WorkerSpec], model: Model) -> None:
@@ -65,7 +66,7 @@ class StaticLauncher:
             _log.warning(INSECURE)
             where = join
         else:
-            renewing = asyncio.create_task(_renew(self.authority, self.credentials))
+            renewing = asyncio.create_task(keep_renewed(self.authority, self.credentials))
             self._ends.callback(renewing.cancel)
             port = int(join.rpartition(":")[2])
             server = EnrolmentServer(self._config.join.listen, self.authority, self.credentials, self.refusal, port)
@@ -93,12 +94,19 @@ class StaticLauncher:
 
     def refusal(self, name: str) -> str | None:
         """Why a worker of this name is none of the cluster's."""
-        if self._names is None or name in self._names:
+        wanted = self._names
+        if wanted is None and self._registry is not None:
+            present = self._registry.present
+            wanted = [*present] if len(present) >= len(self._config.workers) else None
+        if wanted is None or name in wanted:
             return None
-        return f"the cluster file has no worker named {name}; it has {', '.join(self._names)}"
+        if self._config.awaits_any:
+            return f"the cluster has its {len(wanted)} workers: {', '.join(wanted)}"
+        return f"the cluster file has no worker named {name}; it has {', '.join(wanted)}"
 
     async def joined(self, registry: Registry) -> ClusterConfig:
         """DeadlineError that names who is missing after `join.wait`."""
+        self._registry = registry
         told: set[str] = set()
         wait_s = self._config.join.wait
         try:
@@ -127,8 +135,8 @@ class StaticLauncher:
     def _with(self, registry: Registry) -> ClusterConfig:
         """The cluster file with the workers that are there, and the threads that they have."""
         if self._names is None:
-            chosen = sorted(registry.present)[: len(self._config.workers)]
-            workers = [WorkerConfig(name=name) for name in chosen]
+            self._names = sorted(registry.present)[: len(self._config.workers)]
+            workers = [WorkerConfig(name=name) for name in self._names]
         else:
             workers = list(self._config.workers)
         threads = {worker.name: registry.workers[worker.name].registration.threads for worker in workers}
@@ -148,7 +156,7 @@ class StaticLauncher:
         return [f"waiting for {which}; {copy}:", f"  {command}{name} --token-file FILE"]
 
 
-async def _renew(authority: Authority, identity: Identity) -> None:
+async def keep_renewed(authority: Authority, identity: Identity) -> None:
     """The coordinator's own certificate, for as long as the cluster lives."""
     while True:
         await asyncio.sleep(identity.pair.renewal_in_s)

@@ -92,7 +92,7 @@ async def test_a_worker_that_poses_as_another_is_refused_and_logged_once(
         assert len(refusals(caplog.records)) == 3
         await member.say(Heartbeat(0.5, 1, 2, 3, 4))
         assert [*there.present] == ["a"]
-        _, second = await join(there, trust.identity(A), REGISTER)
+        _, second = await join(there, trust.identity(A), replace(REGISTER, pid=REGISTER.pid + 1))
         assert isinstance(second, Refused) and "is a member already" in second.reason
 
 

@@ -92,6 +92,11 @@ class DistantCluster:
 
         return self.box[COORDINATOR].call(get)
 
+    def metric(self, line_start: str) -> float:
+        """The value of the lines of /metrics that begin so."""
+        lines = self.get("/metrics").text.splitlines()
+        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(line_start))
+
     @property
     def status(self) -> dict[str, Any]:
         status: dict[str, Any] = self.get("/cluster").json()["status"]

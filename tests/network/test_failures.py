@@ -1,0 +1,109 @@
+"""A host that dies, hangs or is cut off while eight requests run: their tokens and bits are those of one worker."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from box import Box
+from command_line import eventually
+from distant_cluster import COORDINATOR, Answer, DistantCluster, distant_cluster, eight, undisturbed
+from link import Link
+
+pytestmark = pytest.mark.model
+
+ASKS = eight(max_tokens=40)
+WORKERS = ("a", "b", "c")
+SILENCE_S = 2.0
+DEAD_S = 3.0
+SILENT_S = SILENCE_S + DEAD_S
+BEFORE_TOKENS = 60  # so many are chosen when the fault comes, of 320
+
+
+@pytest.fixture(scope="module")
+def expected(demo_model: Path) -> list[Answer]:
+    return undisturbed(demo_model, ASKS)
+
+
+@pytest.fixture
+def cluster(demo_model: Path) -> Iterator[DistantCluster]:
+    """At a round trip of 20 ms a token takes 40 ms or more: there is time for a fault."""
+    with (
+        Box((COORDINATOR, *WORKERS), delays=True) as box,
+        distant_cluster(box, demo_model, timeouts={"worker": f"{SILENCE_S:g}s"}) as cluster,
+    ):
+        box.set_link(Link.of_round_trip(0.02))
+        yield cluster
+
+
+def kill(cluster: DistantCluster, name: str) -> None:
+    cluster.workers[name].process.kill()
+
+
+def stop(cluster: DistantCluster, name: str) -> None:
+    os.kill(cluster.workers[name].process.pid, signal.SIGSTOP)
+
+
+def unplug(cluster: DistantCluster, name: str) -> None:
+    cluster.box.unplug(name)
+
+
+def hole(source: str, target: str) -> Callable[[DistantCluster, str], None]:
+    return lambda cluster, name: cluster.box.black_hole(source, target)
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    lost: str
+    strike: Callable[[DistantCluster, str], None]
+    within_s: float  # from the fault until requests go on
+
+
+FAULTS = {
+    "the first is killed": Fault("a", kill, DEAD_S),
+    "the middle one is killed": Fault("b", kill, DEAD_S),
+    "the last is killed": Fault("c", kill, DEAD_S),
+    "one stands still": Fault("b", stop, SILENT_S),
+    "one is unplugged": Fault("b", unplug, SILENT_S),
+    "nothing reaches one": Fault("b", hole(COORDINATOR, "b"), SILENT_S),
+    "nothing comes from one": Fault("b", hole("b", COORDINATOR), SILENT_S),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS.keys())
+def test_requests_go_on_with_the_same_bits(cluster: DistantCluster, expected: list[Answer], fault: Fault) -> None:
+    assert states(cluster) == dict.fromkeys(WORKERS, "ready")
+    asked = interrupted(cluster, fault)
+    assert asked.result(60.0) == expected
+    assert states(cluster) == dict.fromkeys(WORKERS, "ready") | {fault.lost: "lost"}
+
+
+def interrupted(cluster: DistantCluster, fault: Fault) -> Future[list[Answer]]:
+    """Eight requests that go on after a fault in their midst."""
+    asked = cluster.asked(ASKS)
+    eventually(lambda: cluster.metric("llamaclust_generated_tokens_total") > BEFORE_TOKENS, 30.0, "some tokens")
+    begun = time.monotonic()
+    fault.strike(cluster, fault.lost)
+    eventually(lambda: cluster.status["recoveries"] == 1, 60.0, "a recovery")
+    pause_s = time.monotonic() - begun
+    print(f"worker {fault.lost}: requests went on after {pause_s:.2f} s")
+    assert pause_s < fault.within_s
+    return asked
+
+
+def states(cluster: DistantCluster) -> dict[str, str]:
+    return {worker["name"]: worker["state"] for worker in cluster.status["workers"]}
+
+
+def test_a_worker_that_was_cut_off_comes_back(cluster: DistantCluster, expected: list[Answer]) -> None:
+    asked = interrupted(cluster, FAULTS["one is unplugged"])
+    cluster.box.heal()
+    assert asked.result(60.0) == expected
+    eventually(lambda: states(cluster) == dict.fromkeys(WORKERS, "ready"), 30.0, "its return")
+    assert cluster.answers(ASKS) == expected

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 from fuzzed import COUNT, SEED, Kind, damaged, kinds
-from served import run_async
 from test_trust_enrolment import raw
 from test_trust_members import join, registry
 from test_wire_control import REGISTER
@@ -49,9 +48,12 @@ def test_oversized_messages_are_refused_before_they_are_read(kind: Kind) -> None
         kind.decode(data)
 
 
-@run_async
-async def test_a_member_is_not_disturbed_by_another_that_sends_rubbish(tmp_path: Path) -> None:
+def test_a_member_is_not_disturbed_by_another_that_sends_rubbish(tmp_path: Path) -> None:
     """Over mutual TLS, from a member whose certificate is good."""
+    asyncio.run(_rubbish_to_a_registry(tmp_path))
+
+
+async def _rubbish_to_a_registry(tmp_path: Path) -> None:
     source = random.Random(SEED)
     good = [encode_worker_message(REGISTER), encode_worker_message(Heartbeat(0.5, 1, 2, 3, 4))]
     trust = authority(tmp_path)
@@ -79,8 +81,11 @@ async def test_a_member_is_not_disturbed_by_another_that_sends_rubbish(tmp_path:
         await peer.close()
 
 
-@run_async
-async def test_the_enrolment_port_outlives_rubbish(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_enrolment_port_outlives_rubbish(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    asyncio.run(_rubbish_to_the_enrolment_port(tmp_path, caplog))
+
+
+async def _rubbish_to_the_enrolment_port(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = random.Random(SEED)
     trust = authority(tmp_path)
     async with enrolment(trust) as (host, port):

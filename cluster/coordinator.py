@@ -15,7 +15,9 @@ from llamaclust.cluster.epochs import Epochs
 from llamaclust.cluster.events import Watch
 from llamaclust.cluster.launchers.base import Launcher
 from llamaclust.cluster.launchers.launch import Launch, launching
+from llamaclust.cluster.links import Links
 from llamaclust.cluster.measuring import measure_workers
+from llamaclust.cluster.measuring_links import measure_links
 from llamaclust.cluster.plan import Plan
 from llamaclust.cluster.plan_inputs import check_plan
 from llamaclust.cluster.planning import Planning
@@ -69,7 +71,8 @@ async def open_cluster(
                 named = asyncio.to_thread(lambda: model.tokenizer)  # a bad one is named now
                 config, _ = await asyncio.gather(launch.joined(registry), named)
                 measured = await measure_workers(config, registry.workers, folder.path.parent, watch)
-                planning = Planning(config, model, launcher.free_memory_bytes(), measured)
+                links = await _links(config, registry, launch, folder, watch)
+                planning = Planning(config, model, launcher.free_memory_bytes(), measured, links)
                 epochs = Epochs(config, model, registry, launch.credentials)
                 supervisor = Supervisor(config, epochs, planning, registry, launcher, watch)
                 async with _engine(config, supervisor, launcher) as engine:
@@ -89,6 +92,13 @@ def _registry(config: ClusterConfig, launch: Launch) -> Registry:
         welcomes=launch.welcomes,
         certify=launch.certify,
     )
+
+
+async def _links(config: ClusterConfig, registry: Registry, launch: Launch, folder: ClusterDir, watch: Watch) -> Links:
+    """Processes of one machine are taken to be equally far from each other."""
+    if config.launcher == "local":
+        return Links()
+    return await measure_links(registry.present, launch.credentials, folder.path.parent, watch)
 
 
 @asynccontextmanager

@@ -81,3 +81,6 @@ def _alike(values: NDArray[np.float64]) -> list[float]:
     for group in np.split(order, np.flatnonzero(apart) + 1):
         alike[group] = values[group].mean()
     return [float(value) for value in alike]
+
+
+UNKNOWN = Links()

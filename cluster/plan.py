@@ -52,6 +52,7 @@ class Prediction:
 
     stages: tuple[StagePrediction, ...]
     token_ms: float  # from token to token of one sequence alone
+    links_ms: float  # of it, on the way from stage to stage
     ttft_ms: float  # first token after a prompt of `prompt_tokens`
     tokens_per_s: float  # of as many sequences as may run together
     limiting: str  # worker whose stage takes longest

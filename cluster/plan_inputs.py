@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from llamaclust.cluster.config import ClusterConfig
 from llamaclust.cluster.costs import WorkerFacts
 from llamaclust.cluster.launchers.stage_memory import workspace_of
+from llamaclust.cluster.links import UNKNOWN, Links
 from llamaclust.cluster.plan import Plan
 from llamaclust.cluster.planner import PlanRequest, make_plan
 from llamaclust.cluster.planner_manual import Assignment, checked
@@ -67,7 +69,11 @@ def max_outputs(config: ClusterConfig) -> int:
 
 
 def plan_cluster(
-    config: ClusterConfig, model: Model, memory_bytes: Mapping[str, int], measured: Mapping[str, Measurement]
+    config: ClusterConfig,
+    model: Model,
+    memory_bytes: Mapping[str, int],
+    measured: Mapping[str, Measurement],
+    links: Links = UNKNOWN,
 ) -> Plan:
     """The plan of those of `config`'s workers that have memory: `memory_bytes` is what each may take.
 
@@ -81,10 +87,14 @@ def plan_cluster(
         objective=config.objective,
         manual=None if config.plan is None else _by_hand(config),
         kv_memory_bytes=config.kv_memory,
+        links=links,
     )
     threads = thread_shares(config)
+    names = [name for name in threads if name in memory_bytes]
+    reaches = links.reaches(names)
     facts = [
-        _facts(name, memory_bytes[name], measured.get(name), threads[name]) for name in threads if name in memory_bytes
+        replace(_facts(name, memory_bytes[name], measured.get(name), threads[name]), reach=reaches[name])
+        for name in names
     ]
     plan = make_plan(model.costs(config.kv_type), facts, ask)
     if len(plan.stages) > MAX_STAGES:

@@ -29,7 +29,7 @@ def plan_lines(plan: Plan) -> tuple[str, ...]:
     """One line a stage, then what to expect; `?` for what nobody measured."""
     values = plan_json(plan)
     expected = [
-        f"{_number(values['token_ms'])} ms/token",
+        f"{_number(values['token_ms'])} ms/token ({_number(values['links_ms'])} of it between workers)",
         f"first token of a {plan.prompt_tokens}-token prompt after {_number(values['ttft_ms'])} ms",
         f"{_number(values['tokens_per_s'])} tok/s for many requests",
         f"limited by {values['limiting'] or '?'}",

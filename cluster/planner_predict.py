@@ -45,6 +45,7 @@ def predict(costs: StageCosts, cut: Cut, prompt_tokens: int, max_sequences: int,
     return Prediction(
         stages=stages,
         token_ms=sum(stage.decode_ms for stage in stages) + path.round_ms,
+        links_ms=path.round_ms,
         ttft_ms=min(_ttft_ms(costs, cut, prompt_tokens, chunks, path) for chunks in _CHUNKS),
         tokens_per_s=max(_tokens_per_s(costs, cut, max_sequences, groups, path) for groups in _CHUNKS),
         limiting=cut[slowest][0].name,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from llamaclust.cluster.config import ClusterConfig
+from llamaclust.cluster.links import Links
 from llamaclust.cluster.plan import Plan
 from llamaclust.cluster.plan_inputs import plan_cluster
 from llamaclust.cluster.shares import machine_shares, memory_shares
@@ -19,12 +20,18 @@ class Planning:
     they share one machine."""
 
     def __init__(
-        self, config: ClusterConfig, model: Model, free_bytes: int | None, measured: Mapping[str, Measurement]
+        self,
+        config: ClusterConfig,
+        model: Model,
+        free_bytes: int | None,
+        measured: Mapping[str, Measurement],
+        links: Links,
     ) -> None:
         self._config = config
         self._model = model
         self._free_bytes = free_bytes
         self._measured = measured
+        self._links = links
 
     def plan(self, workers: Mapping[str, WorkerHandle]) -> Plan:
         """Over these workers. DoesNotFitError where they have too little memory, WorkerError where there are none or a
@@ -34,7 +41,7 @@ class Planning:
             raise WorkerError(f"the plan gives layers to {', '.join(missing)}")
         if not workers:
             raise WorkerError("no worker is left")
-        return plan_cluster(self._config, self._model, self._memory(workers), self._measured)
+        return plan_cluster(self._config, self._model, self._memory(workers), self._measured, self._links)
 
     def _memory(self, workers: Mapping[str, WorkerHandle]) -> dict[str, int]:
         """What each may take of its machine, which others may share with it."""

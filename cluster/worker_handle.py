@@ -13,12 +13,16 @@ from llamaclust.wire.control import (
     CoordinatorMessage,
     Failure,
     Heartbeat,
+    LinksMeasured,
+    LinkSpeed,
     Load,
     Loaded,
     LoadFailed,
     LoadProgress,
     Measure,
     Measured,
+    MeasureLinks,
+    MeasureLinksFailed,
     Register,
     Renew,
     Unload,
@@ -33,6 +37,7 @@ Say = Callable[[CoordinatorMessage], Awaitable[None]]
 _MEASURE_S = 60.0
 _STALL_S = 60.0
 """Without progress for so long, a load is taken to hang."""
+_LINK_S = 30.0
 _UNLOAD_S = 60.0
 
 
@@ -133,6 +138,15 @@ class WorkerHandle:
         measured: Measured = await self._ask("measurement", Measure(), limit)
         return measured
 
+    async def measure_link(self, other: WorkerHandle, deadline_s: float = _LINK_S) -> LinkSpeed:
+        """Has it measure its link to another worker. Raises what it met there."""
+        limit = deadline(f"worker {self.name}: measuring the link to worker {other.name}", deadline_s)
+        order = MeasureLinks(((other.name, other.registration.address),))
+        measured: LinksMeasured = await self._ask("links", order, limit)
+        if len(measured.links) != 1:
+            raise WireError(f"worker {self.name} measured {len(measured.links)} links, asked for one")
+        return measured.links[0]
+
     async def _ask(self, what: str, message: CoordinatorMessage, limit: deadline) -> Any:
         if self.loss is not None:
             raise self.error
@@ -157,6 +171,10 @@ class WorkerHandle:
                 self._answer("measurement", message)
             case Failure():
                 self._answer("measurement", _error(self.name, message))
+            case LinksMeasured():
+                self._answer("links", message)
+            case MeasureLinksFailed(failure):
+                self._answer("links", _error(self.name, failure))
             case Loaded(epoch):
                 self._answer(f"load of epoch {epoch}", message)
             case LoadFailed(epoch, failure):

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
+import stat
+from dataclasses import replace
+from functools import partial
 from itertools import combinations
+from pathlib import Path
 
 import pytest
+from real_cluster import real_cluster
 
 from llamaclust.cluster.costs import WorkerFacts
+from llamaclust.cluster.events import Event, News
 from llamaclust.cluster.links import COORDINATOR, USUAL, Link, Links, Reach
+from llamaclust.cluster.measuring_links import measure_links
 from llamaclust.cluster.plan import Plan
 from llamaclust.cluster.planner import PlanRequest, make_plan
 from llamaclust.model.loader import LayerCost, ModelCosts
@@ -92,3 +100,55 @@ def test_a_slow_link_makes_prompts_take_longer() -> None:
     sent_ms = 512 * 16_384 / 1e6 * 80.0
     assert slow.prediction.ttft_ms > sent_ms
     assert slow.prediction.token_ms == pytest.approx(fast.prediction.token_ms)
+
+
+# -- measured ----------------------------------------------------------------------------------------------------------
+
+
+def test_links_are_measured_once_between_machines_that_are_alike(tmp_path: Path) -> None:
+    told: list[object] = []
+
+    async def run() -> tuple[Links, Links]:
+        async with real_cluster(tmp_path, 3) as cluster:
+            ask = partial(measure_links, cluster.registry.present, cluster.run.token, tmp_path, told.append)
+            first = await ask()
+            for name in ("a", "b", "c"):
+                cluster.registry.workers[name].say = silent
+            return first, await ask()  # nobody is asked
+
+    async def silent(_: object) -> None:
+        raise AssertionError("asked again")
+
+    first, second = asyncio.run(run())
+    assert first == second and not told
+    ends = [COORDINATOR, "a", "b", "c"]
+    assert set(first.measured) == {frozenset(pair) for pair in combinations(ends, 2)}
+    assert all(0 < link.one_way_ms < 100 and 0 < link.ms_per_mb < 100 for link in first.measured.values())
+    among = {link for pair, link in first.measured.items() if COORDINATOR not in pair}
+    assert len(among) == 1, "on one machine, one pair of workers stands for all"
+    assert stat.S_IMODE((tmp_path / ".links.json").stat().st_mode) == 0o600
+
+
+def test_a_link_that_is_cut_is_told_and_unknown(tmp_path: Path) -> None:
+    told: list[Event] = []
+
+    async def run() -> Links:
+        async with real_cluster(tmp_path, 2) as cluster:
+            worker = cluster.registry.workers["b"]
+            worker.registration = replace(worker.registration, address=f"unix:{tmp_path}/nobody.sock")
+            return await measure_links(cluster.registry.present, cluster.run.token, tmp_path, told.append)
+
+    links = asyncio.run(run())
+    assert frozenset("ab") not in links.measured and frozenset((COORDINATOR, "a")) in links.measured
+    texts = [event.text for event in told if isinstance(event, News)]
+    assert any("between a and b" in text and "it cannot reach worker b at unix:" in text for text in texts)
+
+
+def test_a_damaged_file_of_links_is_measured_anew(tmp_path: Path) -> None:
+    (tmp_path / ".links.json").write_text('{"x": [1]}')
+
+    async def run() -> Links:
+        async with real_cluster(tmp_path, 1) as cluster:
+            return await measure_links(cluster.registry.present, cluster.run.token, tmp_path, lambda event: None)
+
+    assert len(asyncio.run(run()).measured) == 1

@@ -1,0 +1,98 @@
+"""How far the machines of a cluster are from each other: measured at its start, and kept for the next one."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections.abc import Mapping
+from dataclasses import asdict
+from itertools import combinations
+from pathlib import Path
+
+from llamaclust.cluster.events import News, Watch
+from llamaclust.cluster.links import COORDINATOR, Link, Links
+from llamaclust.cluster.state import write_private
+from llamaclust.cluster.worker_handle import WorkerHandle
+from llamaclust.errors import LlamaclustError
+from llamaclust.wire.channels import Peer
+from llamaclust.wire.control import LinkSpeed
+from llamaclust.wire.credentials import Credentials, Principal
+from llamaclust.wire.links import measure_link
+
+_FILE = ".links.json"  # no cluster's name begins with a dot
+
+Pair = tuple[str, str]
+
+
+async def measure_links(
+    workers: Mapping[str, WorkerHandle], credentials: Credentials, state_dir: Path, watch: Watch
+) -> Links:
+    """Between all of them and the coordinator. What cannot be measured is told, and unknown to the plan."""
+    names = [COORDINATOR, *workers]
+    keys = {pair: _key(pair, workers) for pair in combinations(names, 2)}
+    known, tried = _read(state_dir), set[Pair]()
+    new: dict[str, Link] = {}
+    while missing := [pair for pair, key in keys.items() if key not in known | new and pair not in tried]:
+        together = _apart(missing, keys)
+        tried.update(together)
+        found = await asyncio.gather(*(_measured(pair, workers, credentials, watch) for pair in together))
+        new |= {keys[pair]: link for pair, link in zip(together, found, strict=True) if link is not None}
+    if new:
+        write_private(state_dir / _FILE, json.dumps({key: asdict(link) for key, link in (known | new).items()}))
+    known |= new
+    return Links({frozenset(pair): known[key] for pair, key in keys.items() if key in known})
+
+
+def _read(state_dir: Path) -> dict[str, Link]:
+    try:
+        values = json.loads((state_dir / _FILE).read_text())
+        return {key: Link(float(one["one_way_ms"]), float(one["ms_per_mb"])) for key, one in values.items()}
+    except (OSError, ValueError, TypeError, AttributeError, KeyError):
+        return {}
+
+
+def _apart(pairs: list[Pair], keys: Mapping[Pair, str]) -> list[Pair]:
+    """Of those that are alike one, and no two that share an end: each has its links for itself."""
+    together: list[Pair] = []
+    taken: set[str] = set()
+    for pair in pairs:
+        if not taken.intersection((*pair, keys[pair])):
+            together.append(pair)
+            taken.update((*pair, keys[pair]))
+    return together
+
+
+def _key(pair: Pair, workers: Mapping[str, WorkerHandle]) -> str:
+    """Equal for pairs of the same two machines."""
+    return " - ".join(sorted(_machine(name, workers) for name in pair))
+
+
+def _machine(name: str, workers: Mapping[str, WorkerHandle]) -> str:
+    if name == COORDINATOR:
+        return f"coordinator on {socket.gethostname()}"
+    one = workers[name].registration
+    return f"{one.host} ({one.address.rpartition(':')[0]}, {one.fingerprint})"
+
+
+async def _measured(
+    pair: Pair, workers: Mapping[str, WorkerHandle], credentials: Credentials, watch: Watch
+) -> Link | None:
+    one, other = pair
+    try:
+        if one == COORDINATOR:
+            speed = await _from_here(workers[other], credentials)
+        else:
+            speed = await workers[one].measure_link(workers[other])
+    except LlamaclustError as error:
+        watch(News(f"the link between {one or 'the coordinator'} and {other} could not be measured: {error}"))
+        return None
+    return Link(speed.round_trip_s * 1e3 / 2, 1e9 / speed.bytes_s)
+
+
+async def _from_here(worker: WorkerHandle, credentials: Credentials) -> LinkSpeed:
+    peer = Peer(worker.registration.address, credentials, Principal(worker.name))
+    try:
+        return await measure_link(peer)
+    finally:
+        await peer.close()

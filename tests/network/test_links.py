@@ -1,0 +1,27 @@
+"""Links that a cluster measures at its start are those of the network that it is in."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from box import Box
+from distant_cluster import COORDINATOR, distant_cluster
+from link import Link
+
+pytestmark = pytest.mark.model
+
+
+def test_delays_and_rates_are_found_and_predicted(demo_model: Path) -> None:
+    with Box((COORDINATOR, "a", "b"), delays=True) as box:
+        box.set_link(Link.of_round_trip(0.02, rate_bit_s=100_000_000))
+        with distant_cluster(box, demo_model) as cluster:
+            plan = cluster.get("/cluster").json()["plan"]
+            found = json.loads((cluster.line.cluster_dir("distant").parent / ".links.json").read_text())
+    assert len(found) == 3
+    for key, link in found.items():
+        assert 9.5 <= link["one_way_ms"] <= 15, key
+        assert 60 <= link["ms_per_mb"] <= 120, key  # 80 by the rate alone
+    assert plan["links_ms"] == pytest.approx(2 * 10, rel=0.3)
+    assert plan["token_ms"] > plan["links_ms"]

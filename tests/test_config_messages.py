@@ -82,7 +82,6 @@ TOP_KEYS = {
         f"timeouts.request: 1{'0' * 59}... is not a possible duration; more than 0 and up to 30 days is"
     ),
     "timeouts: {worker: 10ms}": "timeouts.worker: 0.01 s is too short to tell a lost worker; set 500ms or more",
-    "timeouts: {coordinator: 60s}": "timeouts.coordinator: this build has no use for it yet; leave it out",
     "model: x": "not valid YAML: key 'model' stands here twice",
     "5: x": "not valid YAML: key '5' is no word",
     "timeouts: {yes: 5s}": "not valid YAML: key 'yes' is no word",

@@ -141,6 +141,11 @@ void bind_executor(nb::module_& module) {
       .def(nb::init<int, bool>(), "threads"_a, "yields"_a)
       .def_prop_ro("threads", &ThreadPool::threads);
 
+  nb::class_<Crowding>(module, "Crowding")  // for tests
+      .def(nb::init<int>(), "threads"_a)
+      .def("threads", &Crowding::threads, "rows"_a)
+      .def("report", &Crowding::report, "rows"_a, "began_ns"_a, "ended_ns"_a, "waited_ns"_a);
+
   nb::class_<PlanBuilder> plan(module, "Plan");
   plan.def(
           "__init__",

@@ -109,7 +109,7 @@ int Executor::run(const Batch& batch) {
   const Worker::Run run{plan_,    level_,         workspace_, kv_, rotations_, batch,
                         tilings_, products_from_, shares_,    pool_.barrier()};
   WorkerJob job(run, pool_);
-  pool_.run(job);
+  pool_.run(job, batch.rows());
   return plan_.selects ? static_cast<int>(batch.output_rows.size()) : batch.rows();
 }
 

@@ -1,45 +1,117 @@
 // How many threads are worth using while other programs want the same cores: a thread that is not running keeps all
-// others waiting at the next barrier. Results do not depend on the number.
+// others waiting at the next barrier. Found out by trying; results do not depend on the number.
 #pragma once
 
 #include <algorithm>
+#include <array>
+#include <bit>
+#include <cstddef>
 #include <cstdint>
+#include <utility>
+#include <vector>
 
 namespace llamaclust {
 
-class Crowding {
+// The threads for jobs that are alike.
+class AlikeJobs {
  public:
-  explicit Crowding(int threads) : all_(threads), threads_(threads) {}
+  // Where arithmetic is the limit, half the threads do as well only if one is missing for more than half of the time;
+  // where memory is, which it is with few rows, much earlier.
+  AlikeJobs(int threads, bool few_rows)
+      : all_(threads), compared_(few_rows ? 8 : 3), crowded_share_(few_rows ? 0.2 : 0.5), threads_(threads) {}
 
   // How many should take part in the next job.
-  int threads() const { return threads_; }
+  int threads() const { return trying_ ? other_ : threads_; }
 
-  // After a job. Two in a row that spent more than half of all time waiting: half the threads do as well, for a while,
-  // which is longer each time that trying all threads again fails. One alone may be anything.
-  void report(int threads, int64_t wall_ns, int64_t waited_ns) {
-    const bool crowded = waited_ns > wall_ns / 2 * threads, again = crowded && crowded_;
-    crowded_ = crowded;
-    if (again) {
-      if (threads == all_) {
-        hold_ = std::min(2 * hold_, kLongestHold);
-        left_ns_ = hold_ * wall_ns;
-      }
-      threads_ = std::max(threads / 2, 1);
-    } else if (threads == all_) {
-      if (!crowded) hold_ = kShortestHold;
-      return;
-    }
-    if (threads < all_ && (left_ns_ -= wall_ns) <= 0) threads_ = all_;
+  // After a job that cost so much, in which threads waited that share of the time for one that was missing. Another
+  // number is tried for a few jobs where they wait much or are not all there, less often each time it is in vain.
+  void report(double cost, double waited_share) {
+    costs_[static_cast<size_t>(seen_++)] = cost;
+    waited_ += waited_share;
+    if (trying_ && hopeless()) return end_trial(false);
+    if (!trying_ && held_jobs_ > 0) held_jobs_--;
+    if (seen_ < compared_) return;
+    if (trying_) return end_trial(typical() < kClearlyLess * usual_);
+    usual_ = typical();
+    const bool crowded = waited_ > crowded_share_ * compared_;
+    forget();
+    if (held_jobs_ > 0) return;
+    if (threads_ == all_ && !crowded) hold_ = kShortestHold;
+    const bool fewer = crowded && (threads_ == all_ || other_ > threads_);  // below all, more and fewer take turns
+    other_ = fewer ? std::max(threads_ / 2, 1) : std::min(2 * threads_, all_);
+    trying_ = other_ != threads_;
   }
 
  private:
-  static constexpr int64_t kShortestHold = 4, kLongestHold = 512;
+  static constexpr int kMostCompared = 8, kShortestHold = 16, kLongestHold = 512;
+  static constexpr double kFarMore = 1.5, kClearlyLess = 0.97;
 
-  const int all_;
-  int threads_;
-  bool crowded_ = false;
-  int64_t hold_ = kShortestHold;  // how many times as long as the job that was crowded
-  int64_t left_ns_ = 0;           // until all threads are tried again
+  double least() const { return *std::min_element(costs_.begin(), costs_.begin() + seen_); }
+
+  // The mean, to which a hiccup adds no more than twice the least.
+  double typical() const {
+    double sum = 0;
+    for (int i = 0; i < seen_; i++) sum += std::min(costs_[static_cast<size_t>(i)], 2 * least());
+    return sum / seen_;
+  }
+
+  // Each job so far cost far more than usual, or they cost as much as the whole trial may.
+  bool hopeless() const {
+    return seen_ > 1 && (least() > kFarMore * usual_ || seen_ * typical() > compared_ * usual_);
+  }
+
+  void end_trial(bool pays) {
+    if (pays) std::swap(threads_, other_);
+    held_jobs_ = hold_ = std::clamp(pays ? hold_ / 4 : 2 * hold_, kShortestHold, kLongestHold);
+    trying_ = false;
+    forget();
+  }
+
+  void forget() {
+    seen_ = 0;
+    waited_ = 0;
+  }
+
+  const int all_, compared_;
+  const double crowded_share_;
+  int threads_, other_ = 0;  // the one that seems best, the one that is tried or was last
+  bool trying_ = false;
+  std::array<double, kMostCompared> costs_{};  // of the last jobs with the same number of threads
+  int seen_ = 0;
+  double waited_ = 0, usual_ = 0;
+  int hold_ = kShortestHold, held_jobs_ = 0;  // jobs between two trials; how many are left
+};
+
+class Crowding {
+ public:
+  explicit Crowding(int threads) {
+    for (size_t kind = 0; kind < kKinds; kind++) kinds_.emplace_back(threads, kind < kFewRows);
+  }
+
+  // How many should take part in the next job of so many rows.
+  int threads(int rows) const { return kinds_[kind_of(rows)].threads(); }
+
+  // After that job. The time before it counts, too: threads that wait for each other keep whoever gives the jobs from
+  // the cores. More than the job itself took is leisure.
+  void report(int rows, int64_t began_ns, int64_t ended_ns, int64_t waited_ns) {
+    const int64_t wall_ns = std::max<int64_t>(ended_ns - began_ns, 1), others = std::max(threads(rows) - 1, 1);
+    const int64_t cost_ns = wall_ns + std::clamp<int64_t>(began_ns - last_ended_ns_, 0, wall_ns);
+    last_ended_ns_ = ended_ns;
+    const double waited_share = static_cast<double>(waited_ns) / static_cast<double>(wall_ns * others);
+    kinds_[kind_of(rows)].report(static_cast<double>(cost_ns) / rows, waited_share);
+  }
+
+ private:
+  static constexpr size_t kFewRows = 8, kKinds = 16;
+
+  // Few rows by their number, more by its power of two.
+  static size_t kind_of(int rows) {
+    const auto many = static_cast<size_t>(rows);
+    return many <= kFewRows ? many - 1 : std::min<size_t>(kFewRows - 4 + std::bit_width(many), kKinds - 1);
+  }
+
+  std::vector<AlikeJobs> kinds_;
+  int64_t last_ended_ns_ = 0;
 };
 
 }  // namespace llamaclust

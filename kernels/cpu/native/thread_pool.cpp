@@ -78,17 +78,17 @@ void ThreadPool::call(int thread) {
   count.notify_one();
 }
 
-void ThreadPool::run(Job& job) {
+void ThreadPool::run(Job& job, int rows) {
   const std::lock_guard<std::mutex> lock(one_job_);
   const FloatMode mode;
   const int64_t start = now_ns();
   job_ = &job;
-  taking_part_ = yields_ ? crowding_.threads() : threads_;
+  taking_part_ = yields_ ? crowding_.threads(rows) : threads_;
   barrier_.open(taking_part_);
   for (int thread = 1; thread < taking_part_; thread++) call(thread);
   job.work(0);
   barrier_.arrive();
-  crowding_.report(taking_part_, now_ns() - start, barrier_.waited_ns());
+  if (yields_) crowding_.report(rows, start, now_ns(), barrier_.waited_ns());
 }
 
 void ThreadPool::serve(int thread) {

@@ -79,8 +79,8 @@ class ThreadPool {
   int taking_part() const { return taking_part_; }
   Barrier& barrier() { return barrier_; }
 
-  // The caller is thread 0; jobs of several callers run one by one.
-  void run(Job& job);
+  // The caller is thread 0; jobs of several callers run one by one. Those with as many rows are taken to be alike.
+  void run(Job& job, int rows = 1);
 
  private:
   struct alignas(64) Call {

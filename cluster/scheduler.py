@@ -16,20 +16,13 @@ from llamaclust.cluster.kv_memory import KvMemory
 from llamaclust.cluster.requests import Finished, Generation
 from llamaclust.cluster.scheduler_checks import check_generation
 from llamaclust.cluster.scheduler_chunks import chunk_rows
+from llamaclust.cluster.scheduler_flight import Flight, ScheduledMicrobatch
 from llamaclust.cluster.scheduler_split import DecodeSplit
 from llamaclust.cluster.sequences import Failed, Part, Sequence, Update
 from llamaclust.cluster.settings import SchedulerSettings
 from llamaclust.cluster.stage_times import StageTimes
-from llamaclust.errors import QueueFullError, WireError
-from llamaclust.wire.messages import Microbatch, Result, SamplingInputs
-
-
-@dataclass(frozen=True, slots=True)
-class ScheduledMicrobatch:
-    """What goes to the pipeline."""
-
-    microbatch: Microbatch
-    inputs: SamplingInputs
+from llamaclust.errors import QueueFullError
+from llamaclust.wire.messages import Result
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,17 +37,6 @@ class Counts:
     preemptions: int
     cached_tokens: int  # prompt tokens found in the prefix cache, in all
     computed_tokens: int  # prompt tokens computed, in all; those computed again after a preemption count again
-
-
-@dataclass(slots=True)
-class _InFlight:
-    number: int
-    parts: tuple[Part, ...]
-    decoding: int  # parts that are decode: the first ones
-    is_ahead: bool  # follows tokens that were not known when it was sent
-    alone: bool  # nothing is in flight meanwhile but what it follows or what follows it
-    sent_ns: int
-    begun_ns: int  # sent, and what it follows came back
 
 
 _RESERVE_BLOCKS = 2
@@ -100,14 +82,12 @@ class Scheduler:
         self.times = StageTimes(stages)
         self.memory = KvMemory(settings)
         self._split = DecodeSplit(self.times)
-        self._epoch = epoch
         self._sequences: dict[int, Sequence] = {}
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []  # by arrival
-        self._in_flight: deque[_InFlight] = deque()
+        self._flight = Flight(settings.model_id, epoch, self.times)
         self._burst_tokens = 0  # prompt tokens to compute, when there were most since there were none
         self._next_key = 0
-        self._next_number = 0
         self._preemptions = 0
         self._cached_tokens = 0
         self._computed_tokens = 0
@@ -117,7 +97,7 @@ class Scheduler:
         return Counts(
             running=len(self._running),
             waiting=len(self._waiting),
-            in_flight=len(self._in_flight),
+            in_flight=len(self._flight),
             kv_blocks=self.memory.blocks.count,
             kv_blocks_held=self.memory.blocks.held,
             preemptions=self._preemptions,
@@ -132,7 +112,7 @@ class Scheduler:
 
     def oldest_sent_ns(self) -> int | None:
         """When the microbatch that is in flight for longest was sent."""
-        return self._in_flight[0].sent_ns if self._in_flight else None
+        return self._flight.oldest_ns
 
     def add(self, ask: Generation, now_ns: int) -> Sequence:
         """Takes a request into the queue, unless it has no work. Raises RequestError or QueueFullError."""
@@ -175,9 +155,7 @@ class Scheduler:
         self.times = StageTimes(stages)
         self.memory = KvMemory(settings)
         self._split = DecodeSplit(self.times)
-        self._epoch = epoch
-        self._next_number = 0
-        self._in_flight.clear()
+        self._flight = Flight(settings.model_id, epoch, self.times)
         self._running.clear()
         self._waiting = deque(self._sequences.values())
         for sequence in self._waiting:
@@ -186,7 +164,7 @@ class Scheduler:
     def next_microbatch(self, now_ns: int) -> ScheduledMicrobatch | None:
         """The next unit of work; None where there is none or enough of it is in flight."""
         self.memory.begin_microbatch()
-        if len(self._in_flight) >= self.times.in_flight + self._is_prefill_alone:
+        if len(self._flight) >= self.times.in_flight + self._is_prefill_alone:
             return self._next_ahead(now_ns)
         ready = self._ready_to_decode()
         prefill = self._prefill_parts(len(ready), now_ns)
@@ -206,11 +184,9 @@ class Scheduler:
 
         WireError where it is not the answer to the microbatch that is due.
         """
-        done = self._due(result, now_ns)
-        self._learn(done, result, now_ns)
         news: list[tuple[int, list[Update]]] = []
         row = 0
-        for part in done.parts:
+        for part in self._flight.landed(result, now_ns):
             sequence, count = part.sequence, len(part.tasks)
             rows = result.rows[row : row + count]
             row += count
@@ -222,23 +198,6 @@ class Scheduler:
                     self._drop(sequence)
                 news.append((sequence.key, updates))
         return news
-
-    def _due(self, result: Result, now_ns: int) -> _InFlight:
-        due = self._in_flight[0] if self._in_flight else None
-        if due is None or (result.epoch, result.number) != (self._epoch, due.number):
-            expected = f"microbatch {due.number} of epoch {self._epoch}" if due else "nothing"
-            raise WireError(f"a result for microbatch {result.number} of epoch {result.epoch}, but {expected} is due")
-        outputs = sum(len(part.tasks) for part in due.parts)
-        if len(result.rows) != outputs:
-            raise WireError(f"microbatch {due.number} came back with {len(result.rows)} results instead of {outputs}")
-        self._in_flight.popleft()
-        if self._in_flight and self._in_flight[0].is_ahead:
-            self._in_flight[0].begun_ns = now_ns
-        return due
-
-    def _learn(self, done: _InFlight, result: Result, now_ns: int) -> None:
-        is_decode = done.decoding == len(done.parts)
-        self.times.learn(result, is_decode, done.alone, now_ns - done.begun_ns, was_ahead=done.is_ahead)
 
     # -- decode ----------------------------------------------------------------------------------------------------
 
@@ -270,8 +229,7 @@ class Scheduler:
             return 0
         decoding = sum(sequence.is_decoding for sequence in self._running)
         groups = self._split.groups(decoding)
-        under_way = sum(sent.decoding > 0 for sent in self._in_flight)
-        return 0 if under_way >= groups else -(-decoding // groups)
+        return 0 if self._flight.decoding >= groups else -(-decoding // groups)
 
     def _next_ahead(self, now_ns: int) -> ScheduledMicrobatch | None:
         """A decode step that follows tokens which are not known yet: the stages go on while results travel and the
@@ -280,7 +238,7 @@ class Scheduler:
         One step ahead, where all decode together: with several groups, stages compute one while another one's results
         travel. And only while nobody's prompt is there to be computed: that would wait behind it.
         """
-        if len(self._in_flight) != 1 or not self.times.ahead_pays or self._has_prompts:
+        if len(self._flight) != 1 or not self.times.ahead_pays or self._has_prompts:
             return None
         if self._split.groups(sum(sequence.is_decoding for sequence in self._running)) > 1:
             return None
@@ -355,32 +313,11 @@ class Scheduler:
     # -- both ------------------------------------------------------------------------------------------------------
 
     def _launch(self, parts: tuple[Part, ...], decoding: int, now_ns: int) -> ScheduledMicrobatch:
-        number = self._next_number
-        self._next_number += 1
-        self._put_in_flight(number, parts, decoding, now_ns)
         if decoding == len(parts):
             self._split.launched()
         for part in parts[:decoding]:
             self.memory.filled(part.sequence)
-        chunks = tuple(part.chunk for part in parts)
-        tasks = tuple(task for part in parts for task in part.tasks)
-        return ScheduledMicrobatch(
-            Microbatch(self.settings.model_id, self._epoch, number, chunks),
-            SamplingInputs(self._epoch, number, tasks),
-        )
-
-    def _put_in_flight(self, number: int, parts: tuple[Part, ...], decoding: int, now_ns: int) -> None:
-        is_ahead = any(part.chunk.follows for part in parts)
-        if not is_ahead:
-            for other in self._in_flight:
-                other.alone = False
-        alone = is_ahead or not self._in_flight
-        self._in_flight.append(_InFlight(number, parts, decoding, is_ahead, alone, now_ns, now_ns))
-        row = 0
-        for part in parts:
-            row += len(part.tasks)
-            if part.is_sampled:
-                part.sequence.sampled_at = (number, row - 1)
+        return self._flight.send(parts, decoding, now_ns)
 
     def _drop(self, sequence: Sequence) -> None:
         sequence.is_finished = True

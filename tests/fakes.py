@@ -10,7 +10,8 @@ from hashlib import sha256
 
 from llamaclust.cluster.pipeline import StageInfo
 from llamaclust.cluster.requests import Event, FinishReason, Generation, PromptScored, TokenChosen
-from llamaclust.cluster.scheduler import ScheduledMicrobatch, Scheduler
+from llamaclust.cluster.scheduler import Scheduler
+from llamaclust.cluster.scheduler_flight import ScheduledMicrobatch
 from llamaclust.cluster.sequences import Finished, Update
 from llamaclust.model.program import KV_BLOCK_TOKENS
 from llamaclust.wire.messages import (

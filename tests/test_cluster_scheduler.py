@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamaclust.cluster.requests import FinishReason, Generation
-from llamaclust.cluster.scheduler import ScheduledMicrobatch, Scheduler
+from llamaclust.cluster.scheduler import Scheduler
+from llamaclust.cluster.scheduler_flight import ScheduledMicrobatch
 from llamaclust.cluster.settings import SchedulerSettings
 from llamaclust.errors import QueueFullError, RequestError, WireError
 from llamaclust.model.program import KV_BLOCK_TOKENS

@@ -6,7 +6,18 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-DECIDING = ("planner*", "scheduler*", "sequences", "kv_*", "prefix_cache", "stage_times", "plan", "plan_text", "costs")
+DECIDING = (
+    "planner*",
+    "scheduler*",
+    "sequences",
+    "kv_*",
+    "prefix_cache",
+    "stage_times",
+    "plan",
+    "plan_text",
+    "costs",
+    "links",
+)
 
 
 def test_every_module_that_decides_is_in_the_contract() -> None:

@@ -21,3 +21,20 @@ def demo_model() -> Path:
         return resolve_model("smollm2-135m-instruct")
     except UsageError as error:
         pytest.skip(f"the demo model is missing ({error})")
+
+
+_ARITHMETIC = (
+    "test_golden",
+    "test_invariance",
+    "test_kernels",
+    "test_model",
+    "test_native",
+    "test_oracle",
+    "test_plan",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.stem.startswith(_ARITHMETIC):
+            item.add_marker("arithmetic")

@@ -87,7 +87,7 @@ def test_stages_share_weights_as_long_as_one_lives(tmp_path: Path) -> None:
     hidden = normal(np.random.default_rng(2), 3, 256)
     wanted = first.run(rows_at(range(3)), hidden).copy()
     second = backend.load(program, tensors, LIMITS, lambda done_bytes: None)
-    assert first._weights["w"] is second._weights["w"]
+    assert first.weights["w"] is second.weights["w"]
     first.close()
     os.truncate(tensors["w"].path, 64)
     np.testing.assert_array_equal(second.run(rows_at(range(3)), hidden), wanted)

@@ -134,9 +134,9 @@ def test_a_link_that_is_cut_is_told_and_unknown(tmp_path: Path) -> None:
 
     async def run() -> Links:
         async with real_cluster(tmp_path, 2) as cluster:
-            worker = cluster.registry.workers["b"]
-            worker.registration = replace(worker.registration, address=f"unix:{tmp_path}/nobody.sock")
-            return await measure_links(cluster.registry.present, cluster.run.token, tmp_path, told.append)
+            a, b = (cluster.registry.workers[name] for name in "ab")
+            b.registration = replace(b.registration, address=f"unix:{tmp_path}/nobody.sock")
+            return await measure_links({"a": a, "b": b}, cluster.run.token, tmp_path, told.append)
 
     links = asyncio.run(run())
     assert frozenset("ab") not in links.measured and frozenset((COORDINATOR, "a")) in links.measured

@@ -1,4 +1,4 @@
-"""`up`, `down`, `status`, `plan`, `logs`: clusters from start to stop."""
+"""`up`, `down`, `status`, `plan`, `drain`, `undrain`, `logs`: clusters from start to stop."""
 
 from __future__ import annotations
 
@@ -39,11 +39,33 @@ def down(cluster: ClusterName = None) -> None:
     running.stop(cluster)
 
 
-def status(cluster: ClusterName = None, as_json: Json = False) -> None:
-    """Show a running cluster: workers, layers, memory, requests, speed."""
+def status(
+    cluster: ClusterName = None,
+    as_json: Json = False,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Again every second, until Ctrl-C.")] = False,
+) -> None:
+    """Show a running cluster: workers, layers, memory, requests, speed beside the predicted one."""
     from llamaclust.cli import running
 
-    running.show(cluster, as_json)
+    running.show(cluster, as_json, watch)
+
+
+def drain(
+    worker: Annotated[str, typer.Argument(metavar="WORKER", help="A worker's name.")], cluster: ClusterName = None
+) -> None:
+    """Move a worker's layers to others without dropping a token, and give it none until `undrain`."""
+    from llamaclust.cli import running
+
+    running.drain(cluster, worker)
+
+
+def undrain(
+    worker: Annotated[str, typer.Argument(metavar="WORKER", help="A worker's name.")], cluster: ClusterName = None
+) -> None:
+    """Let a drained worker have layers again."""
+    from llamaclust.cli import running
+
+    running.undrain(cluster, worker)
 
 
 def logs(
@@ -68,5 +90,5 @@ def plan(file: ConfigFile = None, overrides: Overrides = [], as_json: Json = Fal
 
 def register(app: typer.Typer) -> None:
     """Adds the commands of this file."""
-    for command in (up, down, status, plan, logs):
+    for command in (up, down, status, plan, drain, undrain, logs):
         app.command(cls=PlainCommand)(command)

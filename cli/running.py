@@ -1,4 +1,4 @@
-"""Commands about a cluster that runs: what it does, its logs, its end."""
+"""Commands about a cluster that runs: what it does, who works for it, its logs, its end."""
 
 from __future__ import annotations
 
@@ -7,19 +7,12 @@ import os
 import signal
 import sys
 import time
-from pathlib import Path
-from typing import Any
 
-import httpx
-from rich.console import Console
-from rich.table import Table
-
-from llamaclust.cli import terminal
-from llamaclust.cluster.api.settings import first_key
+from llamaclust.cli import status_view, terminal
+from llamaclust.cli.cluster_api import ClusterApi
 from llamaclust.cluster.config import environment
 from llamaclust.cluster.state import ClusterDir, ClusterRecord, find_running, running_clusters
 from llamaclust.errors import LlamaclustError, UsageError
-from llamaclust.sizes import MIB
 
 _ANSWER_S = 10.0
 _DRAIN_S = 60.0
@@ -51,52 +44,45 @@ def _gone_within(folder: ClusterDir, seconds: float) -> bool:
     return True
 
 
-def show(name: str | None, as_json: bool) -> None:
-    """Prints what the cluster says of itself."""
+def show(name: str | None, as_json: bool, watch: bool) -> None:
+    """Prints what the cluster says of itself, once or until Ctrl-C or the cluster's end."""
+    folder, record = find_running(environment().state_dir, name)
+    with ClusterApi(record) as api:
+        if watch:
+            _watch(folder, record, api, as_json)
+        elif as_json:
+            print(json.dumps(api.status()))
+        else:
+            status_view.show(api.status())
+
+
+def _watch(folder: ClusterDir, record: ClusterRecord, api: ClusterApi, as_json: bool) -> None:
+    with status_view.watching(as_json) as show_next:
+        while True:
+            try:
+                state = api.status()
+            except LlamaclustError:
+                if not _gone_within(folder, _ANSWER_S):
+                    raise
+                break
+            show_next(state)
+    print(f"{record.name} is stopped", file=sys.stderr)
+
+
+def drain(name: str | None, worker: str) -> None:
+    """Has a worker's layers moved to others; returns when it holds none."""
     _, record = find_running(environment().state_dir, name)
-    state = fetch_status(record)
-    if as_json:
-        print(json.dumps(state))
-    else:
-        _print_table(state)
+    with ClusterApi(record) as api:
+        api.drain(worker)
+    print(f"worker {worker} is drained: it holds no layers, and gets none until `undrain`", file=sys.stderr)
 
 
-def fetch_status(record: ClusterRecord) -> dict[str, Any]:
-    """The `status` part of GET /cluster."""
-    headers = {}
-    if record.api_keys_file is not None:
-        headers["Authorization"] = f"Bearer {first_key(Path(record.api_keys_file))}"
-    try:
-        with httpx.Client(timeout=_ANSWER_S, trust_env=False) as client:
-            answer = client.get(f"{record.api}/cluster", headers=headers)
-    except httpx.HTTPError as error:
-        raise LlamaclustError(f"cluster {record.name} at {record.api} does not answer: {error}") from error
-    if answer.status_code != httpx.codes.OK:
-        raise LlamaclustError(f"cluster {record.name} at {record.api}: {answer.text.strip()}")
-    state: dict[str, Any] = answer.json()["status"]
-    return state
-
-
-def _print_table(state: dict[str, Any]) -> None:
-    requests = state["requests"]
-    model = terminal.printable(state["model"])
-    print(f"{state['name']}: {state['state']}, {model} at {state['api']} (pid {state['pid']})")
-    if state["insecure"]:
-        print("INSECURE: links between machines are neither encrypted nor authenticated")
-    if state["reason"] is not None:
-        print(terminal.printable(state["reason"]))
-    print(f"requests: {requests['running']} running, {requests['waiting']} waiting")
-    table = Table(box=None, pad_edge=False)
-    for title in ("worker", "pid", "device", "layers", "state"):
-        table.add_column(title)
-    for title in ("MiB", "busy", "tok/s"):
-        table.add_column(title, justify="right")
-    for worker in state["workers"]:
-        layers = "-" if worker["layers"] is None else "[{}, {})".format(*worker["layers"])
-        figures = (f"{worker['memory_bytes'] / MIB:.0f}", f"{worker['busy']:.0%}", f"{worker['tokens_per_s']:.1f}")
-        what = f"{worker['state']}, spared" if worker["spared"] else worker["state"]
-        table.add_row(worker["name"], str(worker["pid"]), worker["device"], layers, what, *figures)
-    Console(highlight=False).print(table)
+def undrain(name: str | None, worker: str) -> None:
+    """Lets a worker have layers again."""
+    _, record = find_running(environment().state_dir, name)
+    with ClusterApi(record) as api:
+        api.undrain(worker)
+    print(f"worker {worker} is used again: it gets layers where that makes the cluster faster", file=sys.stderr)
 
 
 def print_log(name: str | None, worker: str, follow: bool) -> None:

@@ -14,11 +14,14 @@ from prometheus_client.registry import Collector
 from llamaclust.cluster.pipeline import StageInfo
 from llamaclust.cluster.requests import Timings
 from llamaclust.cluster.scheduler import Counts
+from llamaclust.cluster.speed import MeasuredSpeed, RecentSums, SpeedMeter
 from llamaclust.wire.messages import Result, StageTiming
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
-_WINDOW_S = 10
+_RECOVERIES = 16
+_PREFILL_ROWS = 32
+"""A microbatch of so many rows is bound by arithmetic, as prompts are."""
 _TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 _TPOT_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 _RECOVERY_BUCKETS = (0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60, 120, 300)
@@ -36,29 +39,23 @@ class StageReport:
     compute_ms: float  # mean of a microbatch
     queue_ms: float
     wire_ms: float
+    decode_ms: float | None  # mean of microbatches of one row; None: there was none
+    prefill_ms: float | None  # a row, in microbatches of many rows
     busy: float  # share of the time that it computed
     tokens_per_s: float
 
 
-class _Recent:
-    """Sums over the last seconds."""
-
+class _Mean:
     def __init__(self) -> None:
-        self._seconds: deque[tuple[int, int, int]] = deque(maxlen=_WINDOW_S + 1)  # (second, ns, rows)
+        self._ns = self._count = 0
 
-    def add(self, now_ns: int, ns: int, rows: int) -> None:
-        second = now_ns // 1_000_000_000
-        if self._seconds and self._seconds[-1][0] == second:
-            _, old_ns, old_rows = self._seconds.pop()
-            ns, rows = ns + old_ns, rows + old_rows
-        self._seconds.append((second, ns, rows))
+    def add(self, ns: int, count: int) -> None:
+        self._ns += ns
+        self._count += count
 
-    def rates(self, now_ns: int, since_ns: int) -> tuple[float, float]:
-        """(share of time, rows per second) over the window, or since the start where that is less."""
-        first = now_ns // 1_000_000_000 - _WINDOW_S + 1
-        recent = [(ns, rows) for second, ns, rows in self._seconds if second >= first]
-        span_s = max((now_ns - max(first * 1_000_000_000, since_ns)) / 1e9, 1e-3)
-        return min(1.0, sum(ns for ns, _ in recent) / 1e9 / span_s), sum(rows for _, rows in recent) / span_s
+    @property
+    def ms(self) -> float | None:
+        return self._ns / 1e6 / self._count if self._count else None
 
 
 class _StageMeter:
@@ -67,9 +64,15 @@ class _StageMeter:
         self._since_ns = since_ns
         self.microbatches = self.rows = 0
         self.compute_ns = self.queue_ns = self.wire_ns = 0
-        self._recent = _Recent()
+        self._decode = _Mean()
+        self._prefill = _Mean()
+        self._recent = RecentSums()
 
     def add(self, timing: StageTiming, now_ns: int) -> None:
+        if timing.rows == 1:
+            self._decode.add(timing.compute_ns, 1)
+        elif timing.rows >= _PREFILL_ROWS:
+            self._prefill.add(timing.compute_ns, timing.rows)
         self.microbatches += 1
         self.rows += timing.rows
         self.compute_ns += timing.compute_ns
@@ -88,6 +91,8 @@ class _StageMeter:
             compute_ms=self.compute_ns / each,
             queue_ms=self.queue_ns / each,
             wire_ms=self.wire_ns / each,
+            decode_ms=self._decode.ms,
+            prefill_ms=self._prefill.ms,
             busy=busy,
             tokens_per_s=tokens_per_s,
         )
@@ -99,7 +104,9 @@ class Metrics:
     def __init__(self, stages: Sequence[StageInfo], counts: Callable[[], Counts], clock_ns: Callable[[], int]) -> None:
         self.registry = CollectorRegistry()
         self._clock_ns = clock_ns
+        self.recovery_s: deque[float] = deque(maxlen=_RECOVERIES)  # how long the last ones took
         self._meters = [_StageMeter(stage, clock_ns()) for stage in stages]
+        self._speed = SpeedMeter(clock_ns())
         self._finished = Counter(
             "llamaclust_requests_finished", "Requests that ended, by reason", ["reason"], registry=self.registry
         )
@@ -118,11 +125,13 @@ class Metrics:
     def recovered(self, seconds: float) -> None:
         """Requests go on that waited for so long because something was lost."""
         self._recovery.observe(seconds)
+        self.recovery_s.append(seconds)
 
     def completed(self, result: Result, tokens: int, now_ns: int) -> None:
         """A microbatch is back, and `tokens` tokens were chosen."""
         if tokens:
             self._generated.inc(tokens)
+            self._speed.chosen(tokens, now_ns)
         for meter, timing in zip(self._meters, result.timings, strict=False):
             meter.add(timing, now_ns)
         if result.timings:
@@ -132,6 +141,7 @@ class Metrics:
         """A request has ended; `reason` is a finish reason or `error`."""
         self._finished.labels(reason).inc()
         self._prompt.inc(timings.prompt_tokens)
+        self._speed.finished(timings)
         if timings.generated_tokens:
             self._ttft.observe(timings.ttft_ms / 1e3)
         if timings.decode_tok_s > 0:
@@ -141,6 +151,10 @@ class Metrics:
         """First stage first."""
         now_ns = self._clock_ns()
         return tuple(meter.report(now_ns) for meter in self._meters)
+
+    def speed(self) -> MeasuredSpeed:
+        """Of the last requests; stages may have changed meanwhile."""
+        return self._speed.measured(self._clock_ns())
 
     def render(self) -> bytes:
         """The text of `GET /metrics` (CONTENT_TYPE)."""

@@ -99,8 +99,7 @@ class Supervisor:
 
         UsageError for a name that is not known, DoesNotFitError or WorkerError where the others cannot do without it.
         """
-        if name not in self._registry.workers:
-            raise UsageError(f"no worker is named {name!r}; there are: {', '.join(self._registry.workers)}")
+        self._check_name(name)
         others = {other: handle for other, handle in self._usable.items() if other != name}
         self._planning.plan(others)
         self.spared.add(name)
@@ -110,9 +109,14 @@ class Supervisor:
             raise WorkerError(f"the layers of worker {name} could not be moved: see the log")
 
     def use_again(self, name: str) -> None:
-        """Takes `spare` back."""
+        """Takes `spare` back. UsageError for a name that is not known."""
+        self._check_name(name)
         self.spared.discard(name)
         self._change()
+
+    def _check_name(self, name: str) -> None:
+        if name not in self._registry.workers:
+            raise UsageError(f"no worker is named {name!r}; there are: {', '.join(self._registry.workers)}")
 
     # -- news --------------------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import uvicorn
@@ -26,6 +27,7 @@ from llamaclust.cluster.news import requests_told
 from llamaclust.cluster.state import ClusterDir, ClusterRecord
 from llamaclust.cluster.status import cluster_status
 from llamaclust.cluster.text import TextService, TextSettings
+from llamaclust.cluster.worker_metrics import WorkerMetrics
 from llamaclust.errors import UsageError, WorkerError
 
 _DRAIN_S = 30.0
@@ -111,7 +113,10 @@ async def _answer(cluster: Cluster, folder: ClusterDir, front: _Front, signals: 
     text = TextSettings(record.model, cluster.plan.context_length, config.max_sequences)
     service = TextService(cluster.engine, cluster.model.tokenizer, cluster.model.chat_template, text)
     admission = Admission(front.settings)
-    app = create_app(service, front.settings, cluster.engine, lambda: cluster_status(cluster, record), admission)
+    engine, registry = cluster.engine, cluster.registry
+    engine.metrics.registry.register(WorkerMetrics(lambda: registry.workers))
+    show = partial(cluster_status, cluster, record)
+    app = create_app(service, front.settings, engine, show, admission, cluster.supervisor)
     allow_many_files()
     server = _Server(server_config(app, front.settings))
     serving = asyncio.create_task(server.serve(sockets=[front.listener]))

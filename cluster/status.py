@@ -7,7 +7,9 @@ from typing import Any
 
 from llamaclust.cluster.coordinator import Cluster
 from llamaclust.cluster.metrics import StageReport
+from llamaclust.cluster.plan import Plan, StagePrediction
 from llamaclust.cluster.plan_text import plan_json
+from llamaclust.cluster.speed import MeasuredSpeed
 from llamaclust.cluster.state import ClusterRecord
 from llamaclust.cluster.worker_handle import WorkerHandle
 
@@ -24,7 +26,8 @@ def cluster_status(cluster: Cluster, record: ClusterRecord) -> dict[str, Any]:
 
 def _status(cluster: Cluster, record: ClusterRecord, reports: dict[str, StageReport]) -> dict[str, Any]:
     counts, error = cluster.engine.scheduler.counts, cluster.engine.error
-    workers, supervisor = cluster.registry.workers, cluster.supervisor
+    workers, supervisor, metrics = cluster.registry.workers, cluster.supervisor, cluster.engine.metrics
+    predicted = _predicted_stages(cluster.plan)
     return {
         "name": record.name,
         "api": record.api,
@@ -34,16 +37,40 @@ def _status(cluster: Cluster, record: ClusterRecord, reports: dict[str, StageRep
         "model": record.model,
         "insecure": cluster.config.insecure,
         "workers": [
-            _worker(workers[one.name], reports.get(one.name)) | {"spared": one.name in supervisor.spared}
+            _worker(workers[one.name], reports.get(one.name), predicted.get(one.name))
+            | {"spared": one.name in supervisor.spared}
             for one in cluster.config.workers
         ],
         "requests": {"running": counts.running, "waiting": counts.waiting},
         "epoch": supervisor.epoch.number,
         "recoveries": supervisor.recoveries,
+        "recovery_seconds": list(metrics.recovery_s),
+        "speed": _speed(cluster.plan, metrics.speed()),
     }
 
 
-def _worker(handle: WorkerHandle, report: StageReport | None) -> dict[str, Any]:
+def _predicted_stages(plan: Plan) -> dict[str, StagePrediction]:
+    if plan.prediction is None:
+        return {}
+    return {stage.worker: one for stage, one in zip(plan.stages, plan.prediction.stages, strict=True)}
+
+
+def _speed(plan: Plan, measured: MeasuredSpeed) -> dict[str, Any]:
+    """Two times the same figures; null for what nobody measured."""
+    known = plan.prediction
+    predicted = {
+        "token_ms": None if known is None else known.token_ms,
+        "ttft_ms": None if known is None else known.ttft_ms,
+        "prompt_tokens": plan.prompt_tokens,
+        "tokens_per_s": None if known is None else known.tokens_per_s,
+        "limiting": None if known is None else known.limiting,
+    }
+    return {"predicted": predicted, "measured": asdict(measured)}
+
+
+def _worker(
+    handle: WorkerHandle, report: StageReport | None, predicted: StagePrediction | None
+) -> dict[str, Any]:
     return {
         "name": handle.name,
         "pid": handle.registration.pid,
@@ -56,5 +83,9 @@ def _worker(handle: WorkerHandle, report: StageReport | None) -> dict[str, Any]:
         "memory_bytes": handle.memory_bytes,
         "busy": 0.0 if report is None else report.busy,
         "tokens_per_s": 0.0 if report is None else report.tokens_per_s,
+        "decode_ms": None if report is None else report.decode_ms,
+        "predicted_decode_ms": None if predicted is None else predicted.decode_ms,
+        "prefill_ms": None if report is None else report.prefill_ms,
+        "predicted_prefill_ms": None if predicted is None else predicted.prefill_ms,
         "heartbeat": None if handle.heartbeat is None else asdict(handle.heartbeat),
     }

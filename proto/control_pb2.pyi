@@ -674,6 +674,8 @@ class Heartbeat(_message.Message):
     TOKENS_FIELD_NUMBER: _builtins.int
     RESIDENT_BYTES_FIELD_NUMBER: _builtins.int
     FREE_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    RECEIVED_BYTES_FIELD_NUMBER: _builtins.int
+    SENT_BYTES_FIELD_NUMBER: _builtins.int
     busy: _builtins.float
     """Share of the last interval spent computing, 0 to 1."""
     microbatches: _builtins.int
@@ -684,6 +686,10 @@ class Heartbeat(_message.Message):
     """Resident memory of the process."""
     free_memory_bytes: _builtins.int
     """What it may still take."""
+    received_bytes: _builtins.int
+    """Of microbatches, with the hidden states that came with them."""
+    sent_bytes: _builtins.int
+    """Of microbatches and results that went on."""
     def __init__(
         self,
         *,
@@ -692,10 +698,12 @@ class Heartbeat(_message.Message):
         tokens: _builtins.int = ...,
         resident_bytes: _builtins.int = ...,
         free_memory_bytes: _builtins.int = ...,
+        received_bytes: _builtins.int = ...,
+        sent_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy", b"busy", "free_memory_bytes", b"free_memory_bytes", "microbatches", b"microbatches", "resident_bytes", b"resident_bytes", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy", b"busy", "free_memory_bytes", b"free_memory_bytes", "microbatches", b"microbatches", "received_bytes", b"received_bytes", "resident_bytes", b"resident_bytes", "sent_bytes", b"sent_bytes", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

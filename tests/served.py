@@ -21,6 +21,7 @@ from tiny_tokenizers import byte_level
 
 from llamaclust.cluster.api.admission import Admission
 from llamaclust.cluster.api.app import create_app
+from llamaclust.cluster.api.operations import Workforce
 from llamaclust.cluster.api.server import server_config
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.engine import Engine
@@ -166,12 +167,17 @@ def make_service(engine: Any, template: ChatTemplate | None = None) -> TextServi
 
 
 def make_app(
-    engine: Any, chat_template: ChatTemplate | None = None, admission: Admission | None = None, **settings: Any
+    engine: Any,
+    chat_template: ChatTemplate | None = None,
+    admission: Admission | None = None,
+    workforce: Workforce | None = None,
+    **settings: Any,
 ) -> FastAPI:
     """An app on a scripted engine; operators see an engine that does nothing."""
     idle = engine if isinstance(engine, Engine) else Engine(FakePipeline(SETTINGS.kv_blocks), SETTINGS)
     service = make_service(engine, chat_template)
-    return create_app(service, ApiSettings(**settings), idle, lambda: {"status": {"name": "test"}}, admission)
+    show = {"status": {"name": "test"}}.copy
+    return create_app(service, ApiSettings(**settings), idle, show, admission, workforce)
 
 
 def client(app: FastAPI, **options: Any) -> httpx.AsyncClient:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from served import MODEL, SETTINGS, ScriptedEngine, client, make_app, real_engine, run_async, says
 
 from llamaclust.cluster.api.settings import first_key, read_api_keys
-from llamaclust.errors import UsageError, WorkerError
+from llamaclust.errors import DoesNotFitError, UsageError, WorkerError
 
 
 def app(**settings: Any) -> Any:
@@ -52,6 +53,62 @@ async def test_operators_see_what_happens() -> None:
         props = (await http.get("/props")).json()
         assert props["model_alias"] == MODEL and props["total_slots"] == SETTINGS.max_sequences
         assert "im_start" in props["chat_template"] and props["eos_token"] == "<|im_end|>"
+
+
+@dataclass
+class Workers:
+    """Two of them; one is needed."""
+
+    spared: list[str] = field(default_factory=list)
+
+    async def spare(self, name: str) -> None:
+        if name == "b":
+            raise DoesNotFitError("12 MiB are missing")
+        self._check(name)
+        self.spared.append(name)
+
+    def use_again(self, name: str) -> None:
+        self._check(name)
+        self.spared.remove(name)
+
+    def _check(self, name: str) -> None:
+        if name not in ("a", "b"):
+            raise UsageError(f"no worker is named {name!r}")
+
+
+DRAIN, UNDRAIN = "/cluster/workers/a/drain", "/cluster/workers/a/undrain"
+
+
+@run_async
+async def test_workers_are_drained_by_who_may_use_the_api() -> None:
+    workers = Workers()
+    key = {"Authorization": "Bearer first-key"}
+    async with client(app(workforce=workers, api_keys=("first-key",))) as http:
+        for headers in ({}, {"Authorization": "Bearer wrong"}):
+            assert (await http.post(DRAIN, headers=headers)).status_code == 401
+        assert (await http.post(DRAIN, headers=key | {"host": "evil.example"})).status_code == 403
+        assert (await http.post(DRAIN, headers=key | {"origin": "https://evil.example"})).status_code == 403
+        assert (await http.get(DRAIN, headers=key)).status_code == 405
+        assert workers.spared == []
+        assert (await http.post(DRAIN, headers=key)).json() == {"worker": "a", "spared": True}
+        assert workers.spared == ["a"]
+        assert (await http.post(UNDRAIN, headers=key)).json() == {"worker": "a", "spared": False}
+        assert workers.spared == []
+    async with client(app(workforce=workers)) as http:
+        assert (await http.post(DRAIN, headers={"origin": "https://evil.example"})).status_code == 403
+        assert workers.spared == []
+        assert (await http.post(DRAIN)).status_code == 200
+
+
+@run_async
+async def test_workers_that_cannot_be_drained() -> None:
+    async with client(app(workforce=Workers())) as http:
+        refused = await http.post("/cluster/workers/b/drain")
+        assert refused.status_code == 507 and refused.json()["error"]["message"] == "12 MiB are missing"
+        unknown = await http.post("/cluster/workers/%0Ac/drain")
+        assert unknown.status_code == 400 and unknown.json()["error"]["message"] == "no worker is named '\\nc'"
+    async with client(app()) as http:
+        assert (await http.post(DRAIN)).status_code == 404  # a model without workers
 
 
 @run_async

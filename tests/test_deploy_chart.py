@@ -281,22 +281,6 @@ def test_gpus_are_limits_of_the_workers_alone() -> None:
     assert "nvidia.com/gpu" not in json.dumps(one(manifests, "Deployment"))
 
 
-def test_the_board_asks_for_metrics_that_there_are() -> None:
-    from llamaclust.cluster.metrics import Metrics
-    from llamaclust.cluster.pipeline import StageInfo
-    from llamaclust.cluster.scheduler import Counts
-
-    counts = Counts(*[0] * len(Counts.__dataclass_fields__))
-    metrics = Metrics([StageInfo("a", 0, 2)], lambda: counts, lambda: 1)
-    text = metrics.render().decode()
-    board = json.loads((CHART / "files/dashboard.json").read_text())
-    asked_for = [target["expr"] for panel in board["panels"] for target in panel["targets"]]
-    asked = {name for expression in asked_for for name in re.findall(r"llamaclust_\w+", expression)}
-    assert len(asked) > 10
-    for name in asked:
-        assert re.search(rf"^(# TYPE )?{name}\b", text, re.MULTILINE), name
-
-
 def test_the_boards_file_is_in_the_config_map() -> None:
     boards = [each for each in rendered("watched") if "llamaclust.json" in each.get("data", {})]
     assert [json.loads(board["data"]["llamaclust.json"]) for board in boards] == [

@@ -63,6 +63,7 @@ WORKER_MESSAGES: list[WorkerMessage] = [
     LoadFailed(3, Failure("DoesNotFitError", "12 MiB are missing")),
     Unloaded(3),
     Heartbeat(0.5, 10, 20, 30, 40),
+    Heartbeat(0.5, 10, 20, 30, 40, 50, 60),
     LinksMeasured((LinkSpeed(0.001, 1e9), LinkSpeed(0.2, 1e6))),
     MeasureLinksFailed(Failure("WorkerError", "no way")),
     Renew(b"request"),

@@ -157,6 +157,8 @@ class Heartbeat:
     tokens: int
     resident_bytes: int
     free_memory_bytes: int
+    received_bytes: int = 0  # of microbatches, from stages before its own; 0 from older workers
+    sent_bytes: int = 0  # of microbatches and results
 
 
 @dataclass(frozen=True, slots=True)

@@ -110,6 +110,8 @@ def _heartbeat_out(message: Heartbeat) -> proto.Heartbeat:
         tokens=message.tokens,
         resident_bytes=message.resident_bytes,
         free_memory_bytes=message.free_memory_bytes,
+        received_bytes=message.received_bytes,
+        sent_bytes=message.sent_bytes,
     )
 
 
@@ -172,7 +174,8 @@ def _register_in(message: proto.Register) -> Register:
 def _heartbeat_in(message: proto.Heartbeat) -> Heartbeat:
     busy = finite("busy", message.busy, 0.0, 1.0)
     counters = message.microbatches, message.tokens
-    return Heartbeat(busy, *counters, message.resident_bytes, message.free_memory_bytes)
+    sizes = message.resident_bytes, message.free_memory_bytes, message.received_bytes, message.sent_bytes
+    return Heartbeat(busy, *counters, *sizes)
 
 
 def _failure_in(message: proto.Failure) -> Failure:

@@ -184,6 +184,7 @@ class StageFlow:
 
     def _arrival(self, data: bytes, number: int) -> Arrival:
         received_ns = perf_counter_ns()
+        self._counters.received_bytes += len(data)
         frame = decode_frame(data)
         microbatch = decode_microbatch(frame.header)
         if (microbatch.epoch, microbatch.number) != (self.epoch, number):
@@ -198,6 +199,7 @@ class StageFlow:
             if self._to_first is not None and answer.chosen is not None:
                 await self._to_first.write(encode_chosen(answer.chosen))
             await outlet.write(answer.data)
+        self._counters.sent_bytes += len(answer.data)
         computed_ns = self._counters.busy_ns - busy_ns  # meanwhile, on the event loop
         self._wire_ns = max(0, perf_counter_ns() - begun_ns - computed_ns)
 

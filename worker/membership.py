@@ -218,8 +218,15 @@ class Member:
 
     def _heartbeat(self, busy: float) -> Heartbeat:
         counters = self._counters
-        free = self._device.free_memory_bytes
-        return Heartbeat(busy, counters.microbatches, counters.tokens, resident_bytes(), free)
+        return Heartbeat(
+            busy,
+            counters.microbatches,
+            counters.tokens,
+            resident_bytes(),
+            self._device.free_memory_bytes,
+            counters.received_bytes,
+            counters.sent_bytes,
+        )
 
     async def _say(self, message: WorkerMessage) -> None:
         assert self._stream is not None

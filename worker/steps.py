@@ -36,6 +36,8 @@ class Counters:
     busy_ns: int = 0
     microbatches: int = 0
     tokens: int = 0
+    received_bytes: int = 0
+    sent_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

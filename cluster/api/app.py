@@ -20,7 +20,7 @@ from llamaclust.cluster.api.openai_chat import ChatEndpoint
 from llamaclust.cluster.api.openai_completions import CompletionEndpoint
 from llamaclust.cluster.api.openai_models import ModelsEndpoint
 from llamaclust.cluster.api.openai_schema import ChatBody, CompletionBody
-from llamaclust.cluster.api.operations import Operations, ServingEngine
+from llamaclust.cluster.api.operations import Draining, Operations, ServingEngine, Workforce
 from llamaclust.cluster.api.security import Security
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.text import TextService
@@ -34,14 +34,17 @@ def create_app(
     engine: ServingEngine,
     cluster_status: Callable[[], Mapping[str, Any]],
     admission: Admission | None = None,
+    workforce: Workforce | None = None,
 ) -> FastAPI:
     """The app. `cluster_status` gives what `GET /cluster` answers, as JSON can say it; `admission` is of who wants to
-    stop it in good order."""
+    stop it in good order; without a `workforce` there are no workers to drain."""
     app = FastAPI(title="llamaclust", version=llamaclust.__version__, docs_url=None, redoc_url=None)
     add_error_handlers(app)
     _add_openai(app, service, settings)
     _add_llamacpp(app, service, settings)
     _add_operations(app, Operations(service, engine, cluster_status))
+    if workforce is not None:
+        _add_draining(app, Draining(workforce))
     if settings.allowed_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=settings.allowed_origins, allow_methods=["*"], allow_headers=["*"]
@@ -70,6 +73,12 @@ def _add_llamacpp(app: FastAPI, service: TextService, settings: ApiSettings) -> 
 def _add_operations(app: FastAPI, operations: Operations) -> None:
     for name in ("health", "live", "metrics", "cluster", "props", "slots"):
         _get(app, f"/{name}", getattr(operations, name))
+
+
+def _add_draining(app: FastAPI, draining: Draining) -> None:
+    for name in ("drain", "undrain"):
+        path = f"/cluster/workers/{{worker}}/{name}"
+        app.add_api_route(path, getattr(draining, name), methods=["POST"], response_model=None)
 
 
 def _get(app: FastAPI, path: str, endpoint: Endpoint) -> None:

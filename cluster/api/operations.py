@@ -1,4 +1,4 @@
-"""What operators and tools ask: /health, /live, /metrics, /cluster, /props, /slots."""
+"""What operators and tools ask: /health, /live, /metrics, /cluster, /props, /slots; and /cluster/workers/NAME/drain."""
 
 from __future__ import annotations
 
@@ -15,6 +15,10 @@ from llamaclust.cluster.metrics import CONTENT_TYPE, Metrics
 from llamaclust.cluster.scheduler import Scheduler
 from llamaclust.cluster.text import TextService
 from llamaclust.errors import LlamaclustError
+from llamaclust.wire.deadlines import deadline
+
+_DRAIN_S = 600.0
+"""Layers are loaded elsewhere meanwhile; who asks again goes on waiting."""
 
 
 class ServingEngine(Protocol):
@@ -28,6 +32,33 @@ class ServingEngine(Protocol):
     def metrics(self) -> Metrics: ...
     @property
     def scheduler(self) -> Scheduler: ...
+
+
+class Workforce(Protocol):
+    """Who decides which workers hold layers."""
+
+    async def spare(self, name: str) -> None: ...
+    def use_again(self, name: str) -> None: ...
+
+
+class Draining:
+    """Takes layers away from workers, and gives them back: `POST /cluster/workers/NAME/drain` and `.../undrain`."""
+
+    def __init__(self, workforce: Workforce) -> None:
+        self._workforce = workforce
+
+    async def drain(self, request: Request) -> Response:
+        """Answers once the worker holds no layers; whoever is gone by then has asked all the same."""
+        name = request.path_params["worker"]
+        async with deadline(f"moving the layers of worker {name} to others", _DRAIN_S):
+            await self._workforce.spare(name)
+        return JsonResponse({"worker": name, "spared": True})
+
+    async def undrain(self, request: Request) -> Response:
+        """Answers at once; layers come back when that is worth it."""
+        name = request.path_params["worker"]
+        self._workforce.use_again(name)
+        return JsonResponse({"worker": name, "spared": False})
 
 
 class Operations:

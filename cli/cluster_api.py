@@ -16,7 +16,10 @@ from llamaclust.errors import DoesNotFitError, LlamaclustError, UsageError
 _ANSWER_S = 10.0
 _DRAIN_S = 630.0
 """The coordinator gives up a little earlier, and says why."""
-_KINDS: dict[int, type[LlamaclustError]] = {UsageError.http_status: UsageError, DoesNotFitError.http_status: DoesNotFitError}
+_KINDS: dict[int, type[LlamaclustError]] = {
+    UsageError.http_status: UsageError,
+    DoesNotFitError.http_status: DoesNotFitError,
+}
 
 
 class ClusterApi:

@@ -50,6 +50,7 @@ def settings(
         prepared_dir=variables.prepared_dir if variables.prepared_bytes else None,
         prepared_bytes=variables.prepared_bytes,
         static=True,
+        log_format=variables.log_format,
         model_dir=None if model_dir is None else Path(_option("--model-dir", expand_home, str(model_dir))),
         token_file=None if insecure else _token_file(token_file, variables.state_dir),
     )

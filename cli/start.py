@@ -12,7 +12,7 @@ tune_grpc()
 from llamaclust.cli.detach import Starter, run_detached  # noqa: E402
 from llamaclust.cli.interrupts import ends_at_once  # noqa: E402
 from llamaclust.cli.progress import shown_progress  # noqa: E402
-from llamaclust.cli.watch import ClusterView  # noqa: E402
+from llamaclust.cli.watch import cluster_view  # noqa: E402
 from llamaclust.cluster.config import ClusterConfig, load_config  # noqa: E402
 from llamaclust.cluster.events import Event, StartFailed  # noqa: E402
 from llamaclust.errors import LlamaclustError  # noqa: E402
@@ -34,7 +34,7 @@ def up(file: Path | None, overrides: list[str], port: int | None, *, detach: boo
     if detach:
         run_detached(config, _arguments(file, overrides))
         return
-    with ends_at_once(), ClusterView() as view:  # until the cluster handles signals itself
+    with ends_at_once(), cluster_view(config.name) as view:  # until the cluster handles signals itself
         from llamaclust.cluster.serve import serve
 
         serve(config, model, view.show)
@@ -59,7 +59,7 @@ def _run_notifying(config: ClusterConfig, starter: Starter) -> None:
     from llamaclust.cluster.serve import serve
     from llamaclust.tools.pull import silent
 
-    view = ClusterView()
+    view = cluster_view(config.name)
 
     def watch(event: Event) -> None:
         (starter.tell if starter.waits else view.show)(event)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from contextlib import suppress
 from types import TracebackType
@@ -11,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 
 from llamaclust.cli.terminal import printable
+from llamaclust.cluster.config import environment
 from llamaclust.cluster.events import (
     AwaitingWorkers,
     Draining,
@@ -23,7 +25,10 @@ from llamaclust.cluster.events import (
     WorkerJoined,
     WorkerLoading,
 )
+from llamaclust.logs import LogFormat, start_logging
 from llamaclust.sizes import MIB
+
+_log = logging.getLogger(__name__)
 
 _UNNAMED = ("default", "demo")
 """Names of clusters whose user chose none: their commands do without."""
@@ -107,6 +112,43 @@ class ClusterView:
             self._progress.start()
             bar = self._bars[event.worker] = self._progress.add_task(label, total=event.total_bytes)
         self._progress.update(bar, completed=event.done_bytes, total=event.total_bytes)
+
+
+class LoggedCluster:
+    """The same for whoever gathers logs: a record an event, none while weights load."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """Nothing was put on a terminal."""
+
+    def show(self, event: Event) -> None:
+        match event:
+            case WorkerLoading() | StartFailed():  # the command itself says how it failed
+                pass
+            case Measuring():
+                _log.info("workers measure their machine: %s", ", ".join(event.workers))
+            case PlanMade() | AwaitingWorkers():
+                for line in event.lines:
+                    _log.info("%s", line.strip())
+            case Ready():
+                _log.info("ready: %s at %s", event.model, event.api)
+            case WorkerJoined():
+                _log.info("%s", joined_text(event))
+            case News():
+                _log.info("%s", event.text)
+            case Draining():
+                _log.info("%s", left_text(event))
+
+
+def cluster_view(cluster: str) -> ClusterView | LoggedCluster:
+    """For people, or where LLAMACLUST_LOG asks for fields, as log lines."""
+    form = environment().log_format
+    if form is LogFormat.TEXT:
+        return ClusterView()
+    start_logging(form, cluster=cluster)
+    return LoggedCluster()
 
 
 def joined_text(joined: WorkerJoined) -> str:

@@ -31,6 +31,7 @@ from llamaclust.cluster.config_values import (
     split_address,
 )
 from llamaclust.errors import UsageError
+from llamaclust.logs import LogFormat
 from llamaclust.model.program import KvType
 from llamaclust.wire.messages import MAX_CONTEXT_TOKENS, MAX_SEQUENCES, MAX_TOKENS
 
@@ -49,6 +50,7 @@ class Environment:
     home: Path  # LLAMACLUST_HOME: models and caches; else $XDG_CACHE_HOME/llamaclust or ~/.cache/llamaclust
     prepared_bytes: int  # LLAMACLUST_CACHE_SIZE: what prepared layers may take on disk; 0: none are kept
     feature_level: str | None  # LLAMACLUST_FEATURE_LEVEL: forces the kernels' level; None: the best there is
+    log_format: LogFormat  # LLAMACLUST_LOG: how log lines are written
 
     @property
     def prepared_dir(self) -> Path:
@@ -62,11 +64,15 @@ def environment(variables: Mapping[str, str] | None = None) -> Environment:
     level = variables.get("LLAMACLUST_FEATURE_LEVEL") or None
     if level is not None and level not in FEATURE_LEVELS:
         raise UsageError(f"LLAMACLUST_FEATURE_LEVEL={level}: not one of {', '.join(FEATURE_LEVELS)}")
+    form = variables.get("LLAMACLUST_LOG") or LogFormat.TEXT
+    if form not in set(LogFormat):
+        raise UsageError(f"LLAMACLUST_LOG={form}: not one of {', '.join(LogFormat)}")
     return Environment(
         state_dir=_folder(variables, "LLAMACLUST_STATE_DIR", "XDG_STATE_HOME", "~/.local/state"),
         home=_folder(variables, "LLAMACLUST_HOME", "XDG_CACHE_HOME", "~/.cache"),
         prepared_bytes=_size(variables, "LLAMACLUST_CACHE_SIZE", default="32GiB"),
         feature_level=level,
+        log_format=LogFormat(form),
     )
 
 

@@ -15,7 +15,7 @@ from typing import Concatenate, ParamSpec, Self
 from llamaclust.cluster.metrics import Metrics
 from llamaclust.cluster.pipeline import Pipeline
 from llamaclust.cluster.request_stream import Mailbox, RequestStream
-from llamaclust.cluster.requests import Finished, FinishReason, Generation, TokenChosen
+from llamaclust.cluster.requests import Finished, FinishReason, Generation, Timings, TokenChosen
 from llamaclust.cluster.scheduler import Scheduler
 from llamaclust.cluster.sequences import Failed, Sequence, Update
 from llamaclust.cluster.settings import EngineSettings, SchedulerSettings
@@ -225,7 +225,10 @@ class Engine:
     def _close(self, key: int, reason: str, error: LlamaclustError | None = None) -> None:
         mailbox = self._mailboxes.pop(key)
         mailbox.close(error)
-        self.metrics.finished(reason, mailbox.sequence.timings())
+        timings = mailbox.sequence.timings()
+        self.metrics.finished(reason, timings)
+        if _log.isEnabledFor(logging.INFO):
+            _log.info("request ended%s", f": {error}" if error else "", extra=_told(mailbox.sequence, reason, timings))
         if not self._mailboxes:
             self._empty.set()
 
@@ -293,3 +296,15 @@ class Engine:
         for key in list(self._mailboxes):
             self.scheduler.abort(key)
             self._close(key, "error", error)
+
+
+def _told(sequence: Sequence, reason: str, timings: Timings) -> dict[str, object]:
+    """What a log says of a request that ended: whose it is, and nothing of what it said."""
+    return {
+        "request": sequence.generation.request_id,
+        "reason": str(reason),
+        "prompt_tokens": timings.prompt_tokens,
+        "tokens": timings.generated_tokens,
+        "ttft_ms": round(timings.ttft_ms, 3),
+        "seconds": round((monotonic_ns() - sequence.arrived_ns) / 1e9, 3),
+    }

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 
+from llamaclust.logs import read_line
 from llamaclust.wire.bounds import line, one_line
 
 _READ_BYTES = 1 << 16
-_RECORD = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (?P<level>[A-Z]+) (?P<message>.*)")
 _HARMLESS = ("DEBUG", "INFO")
 
 
@@ -28,7 +27,8 @@ def last_words(log: Path, start: int = 0) -> str:
 
 def _trouble(text: str) -> str:
     """What a line tells of trouble. Lines that no logger has written do; indented ones belong to those around them."""
-    record = _RECORD.fullmatch(text)
+    record = read_line(text)
     if record is not None:
-        return "" if record["level"] in _HARMLESS else record["message"]
+        level, message = record
+        return "" if level in _HARMLESS else message
     return "" if text.startswith((" ", "\t")) else text.strip()

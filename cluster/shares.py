@@ -27,6 +27,8 @@ def worker_specs(config: ClusterConfig) -> list[WorkerSpec]:
             variables.feature_level or "",
             variables.prepared_dir if variables.prepared_bytes else None,
             variables.prepared_bytes,
+            variables.log_format,
+            config.name,
         )
         for worker in config.workers
     ]

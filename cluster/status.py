@@ -68,9 +68,7 @@ def _speed(plan: Plan, measured: MeasuredSpeed) -> dict[str, Any]:
     return {"predicted": predicted, "measured": asdict(measured)}
 
 
-def _worker(
-    handle: WorkerHandle, report: StageReport | None, predicted: StagePrediction | None
-) -> dict[str, Any]:
+def _worker(handle: WorkerHandle, report: StageReport | None, predicted: StagePrediction | None) -> dict[str, Any]:
     return {
         "name": handle.name,
         "pid": handle.registration.pid,

@@ -163,6 +163,16 @@ class CommandLine:
 
     folder: Path
     _started: list[Running] = field(default_factory=list)
+    _variables: dict[str, str] = field(default_factory=dict)
+
+    @contextmanager
+    def logging(self, form: str) -> Iterator[None]:
+        """Commands that are started meanwhile write their logs so."""
+        self._variables["LLAMACLUST_LOG"] = form
+        try:
+            yield
+        finally:
+            self._variables.clear()
 
     @property
     def state_dir(self) -> Path:
@@ -175,7 +185,7 @@ class CommandLine:
     def _environment(self) -> dict[str, str]:
         own = {"LLAMACLUST_STATE_DIR": str(self.state_dir), "LLAMACLUST_HOME": str(self.folder / "home")}
         others = {name: value for name, value in os.environ.items() if not name.startswith("LLAMACLUST_")}
-        return others | own
+        return others | own | self._variables
 
     def start(self, *arguments: str | bytes | Path, out: Path | None = None, before: Sequence[str] = ()) -> Running:
         """A command in its own session; it reads nothing. `out` is where its standard output goes; `before` are words

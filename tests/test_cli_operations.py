@@ -1,4 +1,4 @@
-"""`status --watch`, `drain`, `undrain`: what an operator of a running cluster types, on real workers of a tiny model."""
+"""`status --watch`, `drain`, `undrain`: what an operator types, on real workers of a tiny model."""
 
 from __future__ import annotations
 
@@ -125,10 +125,10 @@ def test_layers_leave_a_drained_worker_and_come_back(line: CommandLine, cluster:
 
 def test_who_is_not_there_cannot_be_drained(line: CommandLine, cluster: Cluster) -> None:
     for command in ("drain", "undrain"):
-        for name in ("c", "a/../b", "x" * 3000, "%2e%2e"):
-            done = line.run(command, name)
-            assert done.code in (1, 2) and len(done.error) < 4000, name
-        assert "no worker is named 'c'; there are: a, b" in line.run(command, "c").error
+        done = line.run(command, "c")
+        assert done.code == 2 and "no worker is named 'c'; there are: a, b" in done.error
+    done = line.run("drain", "a/../b" + "x" * 3000)
+    assert done.code == 2 and len(done.error) < 4000
     assert line.run("drain").code == 2
     assert line.run("drain", "a", "--cluster", "none").code == 2
 

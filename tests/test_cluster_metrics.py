@@ -1,4 +1,4 @@
-"""What /metrics says: lines that Prometheus can read, names and units as its users expect them, figures that are right."""
+"""What /metrics says: lines that Prometheus can read, names and units as its users expect, figures that are right."""
 
 from __future__ import annotations
 
@@ -101,7 +101,9 @@ def test_workers_say_what_went_between_them(text: str) -> None:
     assert value(text, "llamaclust_worker_resident_memory_bytes", worker="a") == 30
     assert value(text, "llamaclust_worker_up", worker="b") == 1  # it has shown no sign of life yet
     assert 'llamaclust_worker_sent_bytes_total{worker="b"}' not in text
-    assert value(text, "llamaclust_recovery_seconds_count") == 1 and value(text, "llamaclust_recovery_seconds_sum") == 0.5
+    assert (
+        value(text, "llamaclust_recovery_seconds_count") == 1 and value(text, "llamaclust_recovery_seconds_sum") == 0.5
+    )
 
 
 def test_a_lost_worker_is_down_and_says_nothing() -> None:

@@ -7,6 +7,7 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+from llamaclust.logs import LogFormat
 from llamaclust.wire.tuning import tune_grpc
 from llamaclust.worker.settings import WorkerSettings
 
@@ -18,6 +19,8 @@ def parse_settings(arguments: list[str]) -> WorkerSettings:
         parser.add_argument(name, required=name in ("--name", "--join"))
     parser.add_argument("--token-file", type=Path, required=True)
     parser.add_argument("--prepared-dir", type=Path)
+    parser.add_argument("--log-format", type=LogFormat)
+    parser.add_argument("--cluster")
     for name in ("--threads", "--memory-bytes", "--prepared-bytes", "--parent-pid"):
         parser.add_argument(name, type=int)
     parser.add_argument("--join-s", type=float)

@@ -12,6 +12,7 @@ import sys
 from typing import NoReturn
 
 from llamaclust.errors import DeadlineError, LlamaclustError, WorkerError
+from llamaclust.logs import start_logging
 from llamaclust.wire.channels import Peer
 from llamaclust.wire.deadlines import deadline
 from llamaclust.wire.server import Server
@@ -38,7 +39,7 @@ def run_worker(settings: WorkerSettings) -> int:
 
     A native call may go on computing: the caller ends the process by `end_process`.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    start_logging(settings.log_format, cluster=settings.cluster, worker=settings.name)
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     gc.freeze()
     gc.set_threshold(_COLLECT_EVERY)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from llamaclust.logs import LogFormat
+
 
 @dataclass(frozen=True, slots=True)
 class WorkerSettings:
@@ -27,4 +29,6 @@ class WorkerSettings:
     prepared_bytes: int = 0  # what they may take
     static: bool = False
     advertise: str = ""  # HOST or HOST:PORT by which others reach it; "": as it listens
+    log_format: LogFormat = LogFormat.TEXT
+    cluster: str = ""  # its name, for the log; "": not known
     model_dir: Path | None = None  # where model files lie that are not where the coordinator has them

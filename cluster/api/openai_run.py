@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
 from contextlib import AsyncExitStack
@@ -52,7 +51,6 @@ class OpenAiRun:
         self._service = service
         self._settings = settings
         self._shape = shape
-        self._id = shape.id_prefix + secrets.token_hex(12)
         self._created = int(time.time())
         self._opened: set[tuple[int, int]] = set()
 
@@ -92,7 +90,7 @@ class OpenAiRun:
 
     def _reply(self, kind: str, choices: list[Choice]) -> dict[str, Any]:
         return {
-            "id": self._id,
+            "id": self._shape.id_prefix + self.streams[0].request_id,
             "object": kind,
             "created": self._created,
             "model": self._service.settings.model_name,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from llamaclust.logs import LogFormat
 from llamaclust.model.loader import Model
 
 Exited = Callable[[str, str], None]
@@ -29,6 +30,8 @@ class WorkerSpec:
     feature_level: str = ""
     prepared_dir: Path | None = None  # where it keeps prepared layers, if any; beside workers of the same machine
     prepared_bytes: int = 0
+    log_format: LogFormat = LogFormat.TEXT
+    cluster: str = ""  # whose it is, for its log
 
 
 class Launcher(Protocol):

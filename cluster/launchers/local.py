@@ -188,6 +188,8 @@ def _arguments(spec: WorkerSpec, join: str, listen: str, token_file: Path) -> It
         "--prepared-dir": spec.prepared_dir,
         "--prepared-bytes": spec.prepared_bytes if spec.prepared_dir else None,
         "--parent-pid": os.getpid(),
+        "--log-format": spec.log_format,
+        "--cluster": spec.cluster or None,
     }
     for option, value in options.items():
         if value is not None:

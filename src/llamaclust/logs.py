@@ -1,0 +1,91 @@
+"""Log lines: for people, or with named fields for programs that gather them; and how to read them back."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from enum import StrEnum
+
+_TEXT = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (?P<level>[A-Z]+) (?P<message>.*)")
+_FIELD = re.compile(r'(?P<key>[a-z_]+)=(?P<value>"(?:[^"\\]|\\.)*"|\S*)(?: |$)')
+_PLAIN = re.compile(r"[A-Za-z0-9_.:/@+-]+")
+
+FIELDS = ("request", "reason", "prompt_tokens", "tokens", "ttft_ms", "seconds")
+"""What a record may say besides, by `extra=`."""
+
+
+class LogFormat(StrEnum):
+    TEXT = "text"  # time, level, message
+    LOGFMT = "logfmt"  # key=value
+    JSON = "json"  # an object a line
+
+
+class _Fields(logging.Formatter):
+    """A record as one line, whatever is in it: time, level, what is known of where, message, what else it says."""
+
+    def __init__(self, form: LogFormat, where: Mapping[str, str]) -> None:
+        super().__init__()
+        self._is_json = form is LogFormat.JSON
+        self._where = {key: value for key, value in where.items() if value}
+
+    def format(self, record: logging.LogRecord) -> str:
+        at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        fields: dict[str, object] = {"time": at, "level": record.levelname.lower(), **self._where}
+        fields["msg"] = record.getMessage()
+        fields |= {key: getattr(record, key) for key in FIELDS if hasattr(record, key)}
+        if record.exc_info:
+            fields["error"] = self.formatException(record.exc_info)
+        if self._is_json:
+            return json.dumps(fields, ensure_ascii=False)
+        return " ".join(f"{key}={_quoted(value)}" for key, value in fields.items())
+
+
+def _quoted(value: object) -> str:
+    text = str(value)
+    return text if _PLAIN.fullmatch(text) else json.dumps(text)
+
+
+def start_logging(form: LogFormat, **where: str) -> None:
+    """Everything from INFO on goes to standard error. `where` names the cluster and the worker, as far as known."""
+    handler = logging.StreamHandler(sys.stderr)
+    plain = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
+    handler.setFormatter(plain if form is LogFormat.TEXT else _Fields(form, where))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+
+
+def read_line(line: str) -> tuple[str, str] | None:
+    """(level, message) of a line in any of the formats, the level in capitals; None of a line that no logger wrote."""
+    text = _TEXT.fullmatch(line)
+    if text is not None:
+        return text["level"], text["message"]
+    fields = _json_fields(line) if line.startswith("{") else _logfmt_fields(line)
+    level, message = fields.get("level"), fields.get("msg")
+    if not isinstance(level, str) or not isinstance(message, str):
+        return None
+    error = fields.get("error")
+    last = str(error).strip().rpartition("\n")[2] if error else message  # of a traceback, what it ends with
+    return level.upper(), last
+
+
+def _json_fields(line: str) -> dict[str, object]:
+    try:
+        fields = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return fields if isinstance(fields, dict) else {}
+
+
+def _logfmt_fields(line: str) -> dict[str, object]:
+    fields: dict[str, object] = {}
+    at = 0
+    try:
+        while found := _FIELD.match(line, at):
+            at, value = found.end(), found["value"]
+            fields[found["key"]] = json.loads(value, strict=False) if value.startswith('"') else value
+    except ValueError:
+        return {}
+    return fields if at == len(line) else {}

@@ -1,0 +1,119 @@
+"""Log lines with fields: whatever is in a record, it is one line that programs read back, and it holds no secret."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from command_line import CommandLine, command_line, eventually
+from hostile_models import tiny
+
+from llamaclust.cluster.last_words import last_words
+from llamaclust.logs import LogFormat, read_line, start_logging
+
+HOSTILE = ('a "b" \\ c', "two\nlines", "\x1b[31mred", "level=info msg=x", "{", "", "naïve ☃", "a=b", "\\x", "\ud800")
+FIELDS = (LogFormat.LOGFMT, LogFormat.JSON)
+
+
+@pytest.fixture
+def root() -> Iterator[logging.Logger]:
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    root.handlers[:] = []
+    yield root
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+@pytest.mark.parametrize("form", FIELDS)
+@pytest.mark.parametrize("text", HOSTILE)
+def test_whatever_is_said_is_one_line(
+    form: LogFormat, text: str, root: logging.Logger, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start_logging(form, cluster="tiny", worker="")
+    logging.getLogger("x").warning("%s", text, extra={"request": "abc", "tokens": 3})
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 1 and "\x1b" not in shown
+    assert read_line(shown[:-1]) == ("WARNING", text)
+    assert "worker" not in shown.partition("msg")[0]
+    if form is LogFormat.JSON:
+        fields = json.loads(shown)
+        assert (fields["cluster"], fields["request"], fields["tokens"], fields["msg"]) == ("tiny", "abc", 3, text)
+        assert fields["time"].endswith("Z")
+    else:
+        assert "level=warning cluster=tiny msg=" in shown and shown.endswith("request=abc tokens=3\n")
+
+
+@pytest.mark.parametrize("form", LogFormat)
+def test_last_words_of_every_format(
+    form: LogFormat, root: logging.Logger, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    start_logging(form, worker="a")
+    log = logging.getLogger("x")
+    path = tmp_path / "a.log"
+
+    def words() -> str:
+        path.write_text(capsys.readouterr().err)
+        return last_words(path)
+
+    log.info("all is well")
+    assert words() == ""
+    log.warning("low on memory")
+    log.info("goes on")
+    assert words() == "low on memory"
+    try:
+        raise ValueError("seven")
+    except ValueError:
+        log.exception("the worker failed")
+    assert words() == "ValueError: seven"
+
+
+@pytest.mark.parametrize(
+    "line", ["{" * 50_000, "level=info", 'level=info msg="\\q"', "level=1 msg=", "[1]", '{"level": 1}']
+)
+def test_lines_that_no_logger_wrote(line: str) -> None:
+    assert read_line(line) in (None, ("1", ""))
+
+
+@pytest.fixture(scope="module")
+def line() -> Iterator[CommandLine]:
+    with command_line() as line:
+        tiny(line.folder / "good.gguf")
+        yield line
+
+
+def test_a_cluster_tells_of_itself_in_fields(line: CommandLine) -> None:
+    """Coordinator, workers, requests by the ids that their replies have; no key, no token, no prompt."""
+    keys = line.folder / "keys"
+    keys.write_text("a-key-nobody-knows\n")
+    keys.chmod(0o600)
+    header = {"Authorization": "Bearer a-key-nobody-knows"}
+    with line.logging("json"), line.cluster("good.gguf", api_keys_file=str(keys)) as cluster:
+        body = {"prompt": "a secret prompt", "max_tokens": 3}
+        reply = cluster.http.post("/v1/completions", json=body, headers=header).json()
+        token = next(line.cluster_dir("tiny").rglob("token")).read_text().strip()
+        log = cluster.command.err
+        eventually(lambda: "request ended" in log.read_text(), 5.0, "the request's line")
+        records = [json.loads(one) for one in log.read_text().splitlines()]
+        logs = {name: (line.cluster_dir("tiny") / "logs" / f"{name}.log").read_text() for name in "ab"}
+    assert all(record["cluster"] == "tiny" for record in records)
+    [ended] = [record for record in records if record["msg"] == "request ended"]
+    assert reply["id"] == f"cmpl-{ended['request']}"
+    assert (ended["reason"], ended["tokens"]) == ("length", 3) and ended["seconds"] > 0
+    for name, text in logs.items():
+        for one in text.splitlines():
+            record = json.loads(one)
+            assert (record["cluster"], record["worker"]) == ("tiny", name), one
+        assert "are loaded as epoch" in text
+    for text in (log.read_text(), *logs.values()):
+        for secret in ("a-key-nobody-knows", token, "secret prompt"):
+            assert secret not in text
+
+
+def test_another_format_is_refused_by_name(line: CommandLine) -> None:
+    with line.logging("xml"):
+        done = line.run("up", line.cluster_file("good.gguf", "other"))
+    assert done.code == 2 and "LLAMACLUST_LOG=xml: not one of text, logfmt, json" in done.error

@@ -133,7 +133,7 @@ class LoggedCluster:
                 for line in event.lines:
                     _log.info("%s", line.strip())
             case Ready():
-                _log.info("ready: %s at %s", event.model, event.api)
+                _log.info("%s is ready: %s at %s", event.name, event.model, event.api)
             case WorkerJoined():
                 _log.info("%s", joined_text(event))
             case News():

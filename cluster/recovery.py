@@ -116,7 +116,7 @@ class Supervisor:
 
     def _check_name(self, name: str) -> None:
         if name not in self._registry.workers:
-            raise UsageError(f"no worker is named {name!r}; there are: {', '.join(self._registry.workers)}")
+            raise UsageError(f"no worker is named {name!r}; there are: {', '.join(sorted(self._registry.workers))}")
 
     # -- news --------------------------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,23 +19,25 @@ HOSTILE = ('a "b" \\ c', "two\nlines", "\x1b[31mred", "level=info msg=x", "{", "
 FIELDS = (LogFormat.LOGFMT, LogFormat.JSON)
 
 
-@pytest.fixture
-def root() -> Iterator[logging.Logger]:
+@contextmanager
+def logging_as(form: LogFormat, **where: str) -> Iterator[logging.Logger]:
+    """As a process that has just begun; pytest has handlers of its own."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     root.handlers[:] = []
-    yield root
-    root.handlers[:] = handlers
-    root.setLevel(level)
+    try:
+        start_logging(form, **where)
+        yield logging.getLogger("x")
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
 
 
 @pytest.mark.parametrize("form", FIELDS)
 @pytest.mark.parametrize("text", HOSTILE)
-def test_whatever_is_said_is_one_line(
-    form: LogFormat, text: str, root: logging.Logger, capsys: pytest.CaptureFixture[str]
-) -> None:
-    start_logging(form, cluster="tiny", worker="")
-    logging.getLogger("x").warning("%s", text, extra={"request": "abc", "tokens": 3})
+def test_whatever_is_said_is_one_line(form: LogFormat, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with logging_as(form, cluster="tiny", worker="") as log:
+        log.warning("%s", text, extra={"request": "abc", "tokens": 3})
     shown = capsys.readouterr().err
     assert shown.count("\n") == 1 and "\x1b" not in shown
     assert read_line(shown[:-1]) == ("WARNING", text)
@@ -48,27 +51,24 @@ def test_whatever_is_said_is_one_line(
 
 
 @pytest.mark.parametrize("form", LogFormat)
-def test_last_words_of_every_format(
-    form: LogFormat, root: logging.Logger, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    start_logging(form, worker="a")
-    log = logging.getLogger("x")
+def test_last_words_of_every_format(form: LogFormat, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = tmp_path / "a.log"
 
     def words() -> str:
         path.write_text(capsys.readouterr().err)
         return last_words(path)
 
-    log.info("all is well")
-    assert words() == ""
-    log.warning("low on memory")
-    log.info("goes on")
-    assert words() == "low on memory"
-    try:
-        raise ValueError("seven")
-    except ValueError:
-        log.exception("the worker failed")
-    assert words() == "ValueError: seven"
+    with logging_as(form, worker="a") as log:
+        log.info("all is well")
+        assert words() == ""
+        log.warning("low on memory")
+        log.info("goes on")
+        assert words() == "low on memory"
+        try:
+            raise ValueError("seven")
+        except ValueError:
+            log.exception("the worker failed")
+        assert words() == "ValueError: seven"
 
 
 @pytest.mark.parametrize(

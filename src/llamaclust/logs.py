@@ -40,7 +40,7 @@ class _Fields(logging.Formatter):
         if record.exc_info:
             fields["error"] = self.formatException(record.exc_info)
         if self._is_json:
-            return json.dumps(fields, ensure_ascii=False)
+            return json.dumps(fields, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
         return " ".join(f"{key}={_quoted(value)}" for key, value in fields.items())
 
 

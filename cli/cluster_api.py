@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
-from urllib.parse import quote
 
 import httpx
 
@@ -44,11 +43,12 @@ class ClusterApi:
         return state
 
     def drain(self, worker: str) -> None:
-        """Returns when the worker holds no layers. UsageError, DoesNotFitError or another where it has to hold them."""
-        self._ask("POST", f"/cluster/workers/{quote(worker, safe='')}/drain", httpx.Timeout(_ANSWER_S, read=_DRAIN_S))
+        """`worker` is a name that a worker may have. Returns when it holds no layers; DoesNotFitError or another error
+        where it has to hold them."""
+        self._ask("POST", f"/cluster/workers/{worker}/drain", httpx.Timeout(_ANSWER_S, read=_DRAIN_S))
 
     def undrain(self, worker: str) -> None:
-        self._ask("POST", f"/cluster/workers/{quote(worker, safe='')}/undrain")
+        self._ask("POST", f"/cluster/workers/{worker}/undrain")
 
     def _ask(self, method: str, path: str, timeout: httpx.Timeout | None = None) -> dict[str, Any]:
         try:

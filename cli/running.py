@@ -11,6 +11,7 @@ import time
 from llamaclust.cli import status_view, terminal
 from llamaclust.cli.cluster_api import ClusterApi
 from llamaclust.cluster.config import environment
+from llamaclust.cluster.config_values import parse_name
 from llamaclust.cluster.state import ClusterDir, ClusterRecord, find_running, running_clusters
 from llamaclust.errors import LlamaclustError, UsageError
 
@@ -73,7 +74,7 @@ def drain(name: str | None, worker: str) -> None:
     """Has a worker's layers moved to others; returns when it holds none."""
     _, record = find_running(environment().state_dir, name)
     with ClusterApi(record) as api:
-        api.drain(worker)
+        api.drain(_checked(worker))
     print(f"worker {worker} is drained: it holds no layers, and gets none until `undrain`", file=sys.stderr)
 
 
@@ -81,8 +82,15 @@ def undrain(name: str | None, worker: str) -> None:
     """Lets a worker have layers again."""
     _, record = find_running(environment().state_dir, name)
     with ClusterApi(record) as api:
-        api.undrain(worker)
+        api.undrain(_checked(worker))
     print(f"worker {worker} is used again: it gets layers where that makes the cluster faster", file=sys.stderr)
+
+
+def _checked(worker: str) -> str:
+    try:
+        return parse_name(worker)
+    except ValueError as error:
+        raise UsageError(f"WORKER: {error}") from error
 
 
 def print_log(name: str | None, worker: str, follow: bool) -> None:

@@ -61,7 +61,7 @@ def state_line(state: State) -> str:
         f"{speed['tokens_per_s']:.1f} tok/s",
         f"{number(speed['token_ms'])} ms/token (predicted {number(state['speed']['predicted']['token_ms'])})",
         f"busy {busy or '-'}",
-        f"{state['recoveries']} recoveries",
+        f"recoveries {state['recoveries']}",
     )
     return "; ".join(parts)
 

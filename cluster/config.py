@@ -27,6 +27,7 @@ from llamaclust.cluster.config_values import (
     is_loopback,
     not_built,
     parse_device,
+    parse_ray_address,
     parse_size,
     split_address,
 )
@@ -128,7 +129,7 @@ class AnyWorker(WorkerConfig):
 
 
 class Join(_Section):
-    """Where the workers of a static cluster come in."""
+    """Where the workers of a cluster over machines come in."""
 
     listen: Address = "0.0.0.0:7100"
     """HOST:PORT that workers are told to join: there they get their certificates, and nothing else is spoken."""
@@ -138,6 +139,17 @@ class Join(_Section):
     """How long `up` waits for its workers."""
     trust_dir: FilePath | None = None
     """Folder of the certificate authority and the join token; by default `trust` in the cluster's state directory."""
+
+
+class Ray(_Section):
+    """The Ray cluster that starts and places the workers."""
+
+    address: Annotated[str, BeforeValidator(parse_ray_address)] = "auto"
+    """auto: the Ray cluster that this machine is part of, or a new one; HOST:PORT of its head; none: always a new one."""
+    strategy: Literal["SPREAD", "STRICT_SPREAD", "PACK", "STRICT_PACK"] = "SPREAD"
+    """How the workers are placed over Ray's nodes; Ray's own words."""
+    allow_unauthenticated: bool = False
+    """Whether a Ray cluster may be used that asks nobody for a token: whoever reaches it can run programs on it."""
 
 
 class PlanEntry(_Section):
@@ -178,10 +190,12 @@ class ClusterConfig(_Section):
     """Catalog name, path to a .gguf file (the first of a split one), hf:REPO/FILE or pypi:PACKAGE==VERSION/FILE."""
     context_length: Annotated[int, Field(ge=1, le=MAX_CONTEXT_TOKENS)] = 4096
     """Tokens per sequence, prompt and answer together."""
-    launcher: Annotated[Literal["local", "static"], not_built(launcher=("ray", "mpi"))] = "local"
-    """Who starts the workers: local, this program on this machine; static, somebody, on any machine."""
+    launcher: Literal["local", "static", "ray", "mpi"] = "local"
+    """Who starts the workers: local, this program on this machine; static, somebody; ray and mpi, Ray and mpirun."""
     join: Join = Join()
-    """Where the workers of a static cluster come in."""
+    """Where workers that are not local come in."""
+    ray: Ray = Ray()
+    """The Ray cluster that starts the workers."""
     insecure: bool = False
     """A static cluster without encryption and authentication: whoever reaches its ports is trusted."""
     listen: Address = "127.0.0.1:8080"
@@ -256,12 +270,24 @@ class ClusterConfig(_Section):
             return self
         if self.awaits_any:
             raise PlaceError(("workers",), f"name the workers: only launcher static waits for any {len(self.workers)}")
-        for name, is_set in (("join", self.join != Join()), ("insecure", self.insecure)):
-            if is_set:
-                raise PlaceError((name,), "is for launcher: static; local workers are reached by nobody else")
-        if self.timeouts.coordinator != Timeouts.model_fields["coordinator"].default:
-            why = "is for launcher: static; local workers end with their coordinator"
+        if self.launcher == "local" and self.join != Join():
+            raise PlaceError(("join",), "is for launcher: static, ray or mpi; local workers are reached by nobody else")
+        if self.insecure:
+            raise PlaceError(("insecure",), "is for launcher: static; other launchers bring workers their token")
+        if self.launcher != "ray" and self.timeouts.coordinator != Timeouts.model_fields["coordinator"].default:
+            why = f"is for launcher: static or ray; {self.launcher} workers end with their coordinator"
             raise PlaceError(("timeouts", "coordinator"), why)
+        return self
+
+    @model_validator(mode="after")
+    def _check_ray(self) -> Self:
+        if self.launcher != "ray":
+            if self.ray != Ray():
+                raise PlaceError(("ray",), f"is for launcher: ray, and this one is {self.launcher}")
+            return self
+        for index, worker in enumerate(self.workers):
+            if worker.threads is None:
+                raise PlaceError(("workers", index), "threads is needed with launcher: ray: Ray reserves so many CPUs")
         return self
 
     @model_validator(mode="after")

@@ -148,6 +148,16 @@ def parse_device(value: object) -> object:
     return value
 
 
+def parse_ray_address(value: object) -> object:
+    """`auto`, `none` or HOST:PORT. Raises ValueError."""
+    if value not in ("auto", "none"):
+        try:
+            split_address(value)
+        except ValueError as error:
+            raise ValueError(f"{error}; auto and none are possible, too") from error
+    return value
+
+
 class OrAuto:
     """Marks an optional field whose absence is written `auto`, in files and in the JSON schema."""
 

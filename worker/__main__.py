@@ -18,6 +18,7 @@ def parse_settings(arguments: list[str]) -> WorkerSettings:
     for name in ("--name", "--join", "--listen", "--device", "--feature-level"):
         parser.add_argument(name, required=name in ("--name", "--join"))
     parser.add_argument("--token-file", type=Path, required=True)
+    parser.add_argument("--static", action="store_true")
     parser.add_argument("--prepared-dir", type=Path)
     parser.add_argument("--log-format", type=LogFormat)
     parser.add_argument("--cluster")

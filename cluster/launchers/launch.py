@@ -42,6 +42,11 @@ def launching(config: ClusterConfig, folder: ClusterDir, watch: Watch) -> Iterat
 
         yield static_launch(config, folder, watch)
         return
+    if config.launcher == "ray":
+        from llamaclust.cluster.launchers.ray import ray_launch
+
+        yield ray_launch(config, folder, watch)
+        return
     with run_directory(folder.path) as run:
 
         async def joined(registry: Registry) -> ClusterConfig:

@@ -22,7 +22,7 @@ from llamaclust.worker.devices import check_devices
 from llamaclust.worker.machine import available_memory_bytes
 
 _GRACE_S = 1.0
-_INHERITED = ("PATH", "HOME", "LANG", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV")
+_INHERITED = ("PATH", "HOME", "LANG", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "CUDA_VISIBLE_DEVICES")
 _INHERITED_PREFIXES = ("LC_", "PYTHON", "GRPC_", "ASAN_", "TSAN_", "UBSAN_")
 
 
@@ -120,7 +120,7 @@ class LocalLauncher:
                 stdin=DEVNULL,
                 stdout=log,
                 stderr=STDOUT,
-                env=_environment(os.environ),
+                env=worker_environment(os.environ),
                 start_new_session=True,
             )
         finally:
@@ -196,7 +196,7 @@ def _arguments(spec: WorkerSpec, join: str, listen: str, token_file: Path) -> It
             yield from (option, str(value))
 
 
-def _environment(variables: Mapping[str, str]) -> dict[str, str]:
+def worker_environment(variables: Mapping[str, str]) -> dict[str, str]:
     """What a worker inherits: nothing that may hold a secret."""
     inherited = {
         name: value for name, value in variables.items() if name in _INHERITED or name.startswith(_INHERITED_PREFIXES)

@@ -29,7 +29,7 @@ INSECURE = "INSECURE: links between machines are neither encrypted nor authentic
 
 def static_launch(config: ClusterConfig, folder: ClusterDir, watch: Watch) -> Launch:
     """Makes the cluster's certificate authority where there is none yet. Raises what `Authority.open` does."""
-    launcher = StaticLauncher(config, None if config.insecure else _authority(config, folder), watch)
+    launcher = StaticLauncher(config, None if config.insecure else cluster_authority(config, folder), watch)
     return Launch(
         launcher,
         config.join.listen if config.insecure else config.join.members,
@@ -41,7 +41,8 @@ def static_launch(config: ClusterConfig, folder: ClusterDir, watch: Watch) -> La
     )
 
 
-def _authority(config: ClusterConfig, folder: ClusterDir) -> Authority:
+def cluster_authority(config: ClusterConfig, folder: ClusterDir) -> Authority:
+    """A new one where there is none yet. Raises what `Authority.open` does."""
     return Authority.open(config.join.trust_dir or folder.path / _TRUST)
 
 
@@ -62,16 +63,18 @@ class StaticLauncher:
         """Nothing is known of other machines yet; their workers say it when they load."""
 
     async def start(self, workers: Sequence[WorkerSpec], join: str, exited: Exited) -> None:
+        self._watch(AwaitingWorkers(tuple(self._instructions(await self.open(join)))))
+
+    async def open(self, join: str) -> str:
+        """Lets workers in; returns the address (HOST:PORT) that they are to join."""
         if self.authority is None or not isinstance(self.credentials, Identity):
             _log.warning(INSECURE)
-            where = join
-        else:
-            renewing = asyncio.create_task(keep_renewed(self.authority, self.credentials))
-            self._ends.callback(renewing.cancel)
-            port = int(join.rpartition(":")[2])
-            server = EnrolmentServer(self._config.join.listen, self.authority, self.credentials, self.refusal, port)
-            where = (await self._ends.enter_async_context(server)).address
-        self._watch(AwaitingWorkers(tuple(self._instructions(where))))
+            return join
+        renewing = asyncio.create_task(keep_renewed(self.authority, self.credentials))
+        self._ends.callback(renewing.cancel)
+        port = int(join.rpartition(":")[2])
+        server = EnrolmentServer(self._config.join.listen, self.authority, self.credentials, self.refusal, port)
+        return (await self._ends.enter_async_context(server)).address
 
     async def stop(self) -> None:
         """Workers have heard the registry's goodbye; they are not ours to kill."""
@@ -119,7 +122,7 @@ class StaticLauncher:
                             host = registry.workers[name].registration.host
                             self._watch(WorkerJoined(name, host, tuple(missing)))
                     if not missing:
-                        return self._with(registry)
+                        return self.found(registry)
                     await registry.changed()
         except DeadlineError as error:
             who = ", ".join(self._missing(registry.present))
@@ -132,7 +135,7 @@ class StaticLauncher:
         left = len(self._config.workers) - len(present)
         return [] if left <= 0 else [f"{left} more worker{'s' if left > 1 else ''}"]
 
-    def _with(self, registry: Registry) -> ClusterConfig:
+    def found(self, registry: Registry) -> ClusterConfig:
         """The cluster file with the workers that are there, and the threads that they have."""
         if self._names is None:
             self._names = sorted(registry.present)[: len(self._config.workers)]

@@ -1,0 +1,185 @@
+"""Workers that Ray starts and places: a placement group, and in it one named, detached actor for each worker."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from llamaclust.cluster.config import ClusterConfig
+from llamaclust.cluster.events import AwaitingWorkers, Watch
+from llamaclust.cluster.launchers.base import Exited, WorkerSpec
+from llamaclust.cluster.launchers.launch import Launch
+from llamaclust.cluster.launchers.ray_cluster import RayCluster
+from llamaclust.cluster.launchers.ray_workers import RayWorkers, resources
+from llamaclust.cluster.launchers.static import StaticLauncher, cluster_authority
+from llamaclust.cluster.registry import Registry
+from llamaclust.cluster.state import ClusterDir
+from llamaclust.model.loader import Model
+from llamaclust.wire.credentials import joined_address, split_address
+from llamaclust.wire.deadlines import deadline
+
+_PATIENCE_S = 2.0
+_GRACE_S = 1.0
+_PAUSE_S = 0.2
+_ANYWHERE = ("0.0.0.0", "::")
+_Value = TypeVar("_Value")
+
+
+def ray_launch(config: ClusterConfig, folder: ClusterDir, watch: Watch) -> Launch:
+    """Makes the cluster's certificate authority where there is none yet. Raises what `Authority.open` does."""
+    authority = cluster_authority(config, folder)
+    static = StaticLauncher(config, authority, watch)
+    launcher = RayLauncher(config, folder, static, watch)
+    return Launch(
+        launcher,
+        config.join.members,
+        static.credentials,
+        launcher.joined,
+        static.refusal,
+        authority.certify,
+        config.timeouts.coordinator,
+    )
+
+
+class RayLauncher:
+    """See `Launcher`. Its workers join as static ones do. Calls into Ray block: they have a thread of their own."""
+
+    def __init__(self, config: ClusterConfig, folder: ClusterDir, static: StaticLauncher, watch: Watch) -> None:
+        self._config = config
+        self._static = static
+        self._watch = watch
+        self._cluster = RayCluster(config.ray, f"llamaclust-{config.name}", folder.path / "ray")
+        self._workers: RayWorkers | None = None
+        self._thread = ThreadPoolExecutor(1, "ray")  # Ray's own processes end with the thread that has started them
+        self._watches: list[asyncio.Task[None]] = []
+        self._words: dict[str, str] = {}
+
+    def check(self, workers: Sequence[WorkerSpec], model: Model) -> None:
+        """Nothing is known of Ray's nodes yet; their workers say it when they load."""
+
+    async def start(self, workers: Sequence[WorkerSpec], join: str, exited: Exited) -> None:
+        where = await self._static.open(join)
+        library = await self._call(lambda: self._cluster.open(workers))
+        _hear_signals_again()
+        assert self._static.authority is not None
+        authority = self._static.authority
+        self._workers = placed = RayWorkers(library, authority.cluster)
+        join = await self._call(lambda: _reachable(library, where))
+
+        from llamaclust.cluster.launchers.ray_actor import Given
+
+        wanted = [Given(worker, join, authority.cluster, authority.token.text) for worker in workers]
+        if not await self._call(lambda: placed.take_back(wanted)):
+            await self._reserve(placed, workers)
+            await self._call(lambda: placed.make(wanted))
+        self._watches = [asyncio.create_task(self._follow(name, actor, exited)) for name, actor in placed.actors.items()]
+
+    async def stop(self) -> None:
+        """Those that have heard the registry's goodbye have a moment; then all is removed, and a Ray cluster that was
+        started here is ended."""
+        if self._watches:
+            await asyncio.wait(self._watches, timeout=_GRACE_S)
+        for task in self._watches:
+            task.cancel()
+        try:
+            if self._workers is not None:
+                await self._call(self._workers.remove)
+        finally:
+            await self._call(self._cluster.close)
+            self._thread.shutdown()
+            await self._static.stop()
+
+    def free_memory_bytes(self) -> None:
+        """Its workers' machines may be others."""
+
+    def last_words(self, name: str) -> str:
+        """As its actor tells them with its worker's end."""
+        return self._words.get(name, "")
+
+    async def joined(self, registry: Registry) -> ClusterConfig:
+        """DeadlineError that names who is missing after `join.wait`, WorkerError one that ended before."""
+        await registry.wait_for([worker.name for worker in self._config.workers], self._config.join.wait)
+        return self._static.found(registry)
+
+    async def _call(self, function: Callable[[], _Value]) -> _Value:
+        """Where this task is cancelled, the call goes on: what comes next waits for its end."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function)
+
+    async def _reserve(self, placed: RayWorkers, workers: Sequence[WorkerSpec]) -> None:
+        """DeadlineError after `join.wait`: nodes may still be on their way."""
+        await self._call(lambda: placed.reserve(workers, self._config.ray.strategy))
+        clock = asyncio.get_running_loop().time
+        tell_s: float | None = clock() + _PATIENCE_S
+        async with deadline("room for all workers in the Ray cluster (`join.wait`)", self._config.join.wait):
+            while not await self._call(placed.is_ready):
+                if tell_s is not None and clock() > tell_s:
+                    tell_s = None
+                    self._watch(AwaitingWorkers(_shortage(workers, await self._call(placed.free))))
+
+    async def _follow(self, name: str, actor: Any, exited: Exited) -> None:
+        """Tells each end of a worker, as often as Ray starts it again."""
+        from ray.exceptions import ActorDiedError, RayError
+
+        while True:
+            try:
+                await _answer(actor.pid.remote())
+            except ActorDiedError as error:
+                exited(name, f"its Ray actor is gone: {_cause(error)}")
+                return
+            except RayError:
+                await asyncio.sleep(_PAUSE_S)
+                continue
+            try:
+                how, self._words[name] = await _answer(actor.ended.remote())
+            except RayError as error:
+                how, self._words[name] = f"its Ray actor is gone: {_cause(error)}", ""
+            exited(name, how)
+            while await _is_over(actor):
+                await asyncio.sleep(_PAUSE_S)
+
+
+def _hear_signals_again() -> None:
+    """Ray has put handlers in front of ours that print where each thread is."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.getsignal(number))
+
+
+async def _answer(reference: Any) -> Any:
+    return await asyncio.wrap_future(reference.future())
+
+
+async def _is_over(actor: Any) -> bool:
+    """Whether an actor whose worker has ended is still there."""
+    from ray.exceptions import RayError
+
+    try:
+        return bool(await _answer(actor.is_over.remote()))
+    except RayError:
+        return False
+
+
+def _reachable(library: Any, where: str) -> str:
+    """The enrolment port's address as workers on other nodes know it."""
+    host, port = split_address(where)
+    return joined_address(library.util.get_node_ip_address() if host in _ANYWHERE else host, port)
+
+
+def _shortage(workers: Sequence[WorkerSpec], free: Any) -> tuple[str, ...]:
+    needed = "; ".join(f"{worker.name}: {_listed(resources(worker))}" for worker in workers)
+    has = _listed({name: free.get(name, 0) for name in ("CPU", "memory", "GPU")})
+    return (f"waiting for Ray to find room for {needed}", f"  free in the whole Ray cluster: {has}")
+
+
+def _listed(amounts: dict[str, float]) -> str:
+    return ", ".join(f"{amount:g} {name}" for name, amount in amounts.items())
+
+
+def _cause(error: Exception) -> str:
+    """The line of Ray's report that tells most: the last one of a traceback, else the first."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if "Traceback" in str(error) else lines[0] if lines else type(error).__name__

@@ -1,0 +1,86 @@
+"""What runs on Ray's nodes: an actor that keeps one worker process, and goes when nobody needs it any more."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import ActorDiedError, RayError
+
+from llamaclust.cluster.last_words import last_words
+from llamaclust.cluster.launchers.base import WorkerSpec
+from llamaclust.cluster.launchers.child import Child, adapted
+from llamaclust.cluster.launchers.local import describe_exit
+
+PLACEMENT = "llamaclust"
+"""Name of the placement group, in the cluster's namespace."""
+CONCURRENCY = 8
+_LOG = Path("/proc/self/fd/2")
+_ANSWER_S = 0.5
+_LOOK_S = 2.0
+_CALL_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What an actor is made with. The token is of the cluster whose CA has this hash; it is not shown when printed."""
+
+    spec: WorkerSpec
+    join: str  # HOST:PORT of the enrolment port
+    cluster: str
+    token: str = field(repr=False)
+
+
+class WorkerActor:
+    """Restarted by Ray when its process or its node is gone; then the worker joins again under its name."""
+
+    def __init__(self, given: Given) -> None:
+        self._given = given
+        self._over = threading.Event()
+        self._how = ("", "")
+        self._child = Child(adapted(given.spec), given.join, given.token, self._hear)
+
+    def given(self) -> Given:
+        return self._given
+
+    def pid(self) -> int:
+        """Of the worker process."""
+        return self._child.pid
+
+    def is_over(self) -> bool:
+        return self._over.is_set()
+
+    def ended(self) -> tuple[str, str]:
+        """Waits for the worker's end: how it was, and its last words."""
+        self._over.wait()
+        return self._how
+
+    def _hear(self, code: int) -> None:
+        """A worker that was killed is started again, with a new process for this actor; one that has ended is not."""
+        self._how = (describe_exit(code), last_words(_LOG) if code else "")
+        self._over.set()
+        time.sleep(_ANSWER_S)  # whoever waits in `ended` is told
+        if code < 0:
+            os._exit(1)
+        self._clear_up()
+
+    def _clear_up(self) -> None:
+        """The coordinator removes its actors; where it is gone, the last one whose worker has ended removes them all."""
+        while not all(_is_over(name) for name in ray.util.list_named_actors()):
+            time.sleep(_LOOK_S)
+        ray.util.remove_placement_group(ray.util.get_placement_group(PLACEMENT))
+
+
+def _is_over(name: str) -> bool:
+    try:
+        actor: Any = ray.get_actor(name)
+        return bool(ray.get(actor.is_over.remote(), timeout=_CALL_S))
+    except (ActorDiedError, ValueError):
+        return True
+    except RayError:  # it is being started, or cannot be reached
+        return False

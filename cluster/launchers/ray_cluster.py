@@ -1,0 +1,152 @@
+"""The Ray cluster to use: found and looked at before anything is told it, or started here with a token of its own."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from llamaclust.cluster.config import Ray
+from llamaclust.cluster.launchers.base import WorkerSpec
+from llamaclust.cluster.state import write_private
+from llamaclust.errors import LlamaclustError, UsageError
+
+_ALIVE = "/ray.rpc.NodeInfoGcsService/CheckAlive"
+_PROBE_S = 10.0
+_STORE_BYTES = 80_000_000  # Ray's object store, which nobody here needs; it wants 75 MiB at least
+_DASHBOARD = "aiohttp_cors"
+"""What `ray[default]` brings for its dashboard, through which `ray logs` and `ray list` ask."""
+_INSTALL = "launcher ray needs Ray: pip install 'llamaclust[ray]'"
+
+
+def import_ray(*, authenticated: bool) -> Any:
+    """The library, with tokens switched on. UsageError where it is not installed."""
+    if authenticated:
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    try:
+        import ray
+    except ImportError as error:
+        raise UsageError(f"{_INSTALL} (on every node, the same versions): {error}") from error
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    return ray
+
+
+class RayCluster:
+    """A connection of this process to a Ray cluster; its calls block."""
+
+    def __init__(self, settings: Ray, namespace: str, folder: Path) -> None:
+        self._settings = settings
+        self._namespace = namespace
+        self._folder = folder
+        self._own: Path | None = None
+        self._ray: Any = None
+
+    @property
+    def is_own(self) -> bool:
+        return self._own is not None
+
+    def open(self, workers: Sequence[WorkerSpec]) -> Any:
+        """Connects, and returns the library. UsageError where the cluster is not to be used; LlamaclustError where there is
+        none."""
+        settings = self._settings
+        self._ray = import_ray(authenticated=not settings.allow_unauthenticated)
+        address = None if settings.address == "none" else _address(settings.address)
+        if address is None:
+            self._start(workers)
+        else:
+            _check(address, settings)
+            self._connect(address=address)
+        return self._ray
+
+    def close(self) -> None:
+        """Ends a cluster that was started here."""
+        if self._ray is not None:
+            self._ray.shutdown()
+        if self._own is not None:
+            shutil.rmtree(self._own, ignore_errors=True)
+
+    def _start(self, workers: Sequence[WorkerSpec]) -> None:
+        """A cluster of this machine, in a folder that nobody else may enter, so that no other program finds it."""
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        token = self._folder / "token"
+        write_private(token, secrets.token_urlsafe(32))
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+        os.environ.pop("RAY_AUTH_TOKEN", None)
+        os.environ.pop("RAY_ADDRESS", None)
+        self._own = Path(tempfile.mkdtemp(prefix="llamaclust-ray-"))
+        cpus = max(len(os.sched_getaffinity(0)), sum(worker.threads or 1 for worker in workers))
+        self._connect(
+            address="local",
+            num_cpus=cpus,
+            object_store_memory=_STORE_BYTES,
+            include_dashboard=find_spec(_DASHBOARD) is not None,
+            _temp_dir=str(self._own),
+        )
+
+    def _connect(self, **how: Any) -> None:
+        quiet = {"log_to_driver": False, "configure_logging": False, "logging_level": logging.ERROR}
+        try:
+            self._ray.init(namespace=self._namespace, **quiet, **how)
+        except SystemExit as error:  # so it says that a head does not answer
+            raise LlamaclustError(f"Ray ended the connection to {how['address']} (code {error.code})") from error
+        except (OSError, RuntimeError, ValueError) as error:
+            why = "a wrong token, another version of Ray or of Python, or a node that is not there are possible"
+            raise LlamaclustError(f"Ray at {how['address']}: {_first_line(error)}; {why}") from error
+
+
+def _address(given: str) -> str | None:
+    """HOST:PORT; None where none is to be found."""
+    from ray._private.services import canonicalize_bootstrap_address
+
+    return canonicalize_bootstrap_address(given)
+
+
+def _check(address: str, settings: Ray) -> None:
+    """Asks the head for a sign of life, without a token and then with it. Ray itself would only say that it failed to
+    connect, and that after minutes."""
+    open_to_all = _probe(address, None)
+    if open_to_all and not settings.allow_unauthenticated:
+        why = "asks nobody for a token, so whoever reaches it can run programs on its nodes and read this cluster's secrets"
+        what = "start it with RAY_AUTH_MODE=token, or set `ray: {allow_unauthenticated: true}`"
+        raise UsageError(f"the Ray cluster at {address} {why}; {what}")
+    if not open_to_all and not _probe(address, _token()):
+        where = "RAY_AUTH_TOKEN, the file that RAY_AUTH_TOKEN_PATH names, or ~/.ray/auth_token"
+        raise UsageError(f"the Ray cluster at {address} refuses the token of this machine: put the cluster's into {where}")
+
+
+def _probe(address: str, token: str | None) -> bool:
+    """Whether the head talks to somebody with that token. LlamaclustError where nobody is there."""
+    metadata = () if token is None else (("authorization", f"Bearer {token}"),)
+    with grpc.insecure_channel(address, options=(("grpc.enable_http_proxy", 0),)) as channel:
+        try:
+            channel.unary_unary(_ALIVE)(b"", timeout=_PROBE_S, metadata=metadata)
+        except grpc.RpcError as error:
+            if error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
+                return False
+            what = "start one there (`ray start --head`), or set `ray: {address: none}` for one of its own"
+            raise LlamaclustError(f"no Ray cluster answers at {address} ({_first_line(error.details())}); {what}") from error
+    return True
+
+
+def _token() -> str:
+    """This machine's. UsageError where it has none."""
+    from ray._raylet import AuthenticationTokenLoader
+    from ray.exceptions import AuthenticationError
+
+    try:
+        return str(AuthenticationTokenLoader.instance().get_raw_token())
+    except (AuthenticationError, RuntimeError) as error:
+        raise UsageError(f"the Ray cluster asks for a token: {_first_line(error)}") from error
+
+
+def _first_line(error: object) -> str:
+    return str(error).strip().split("\n")[0].rstrip(".")

@@ -1,0 +1,121 @@
+"""Placement group and actors of one cluster in Ray: reserved, made, found again, removed. Calls block."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+from llamaclust.cluster.launchers.base import WorkerSpec
+from llamaclust.errors import LlamaclustError, UsageError
+
+_CALL_S = 10.0
+_GONE_S = 10.0
+_POLL_S = 0.05
+_READY_S = 0.05
+
+
+class RayWorkers:
+    """In the namespace of `library`'s connection."""
+
+    def __init__(self, library: Any, cluster: str) -> None:
+        """`cluster`: by which its certificates know it, so that it knows its own actors again."""
+        self._ray = library
+        self._cluster = cluster
+        self._group: Any = None
+        self.actors: dict[str, Any] = {}
+
+    def take_back(self, wanted: Sequence[Any]) -> bool:
+        """Whether actors that a coordinator left behind are all that is wanted; others are removed.
+
+        UsageError where they are another cluster's.
+        """
+        names = self._names()
+        found = {name: self._ask(name, "given") for name in names}
+        if any(given is not None and given.cluster != self._cluster for given in found.values()):
+            why = "has actors of another cluster of this name"
+            raise UsageError(f"the Ray cluster {why}: choose another `name:`, or stop that one first")
+        if found == {given.spec.name: given for given in wanted} and not any(self._ask(name, "is_over") for name in names):
+            self.actors = {name: self._ray.get_actor(name) for name in names}
+            return True
+        self.remove()
+        return False
+
+    def reserve(self, workers: Sequence[WorkerSpec], strategy: str) -> None:
+        """Asks for room for each; `is_ready` tells when it is there."""
+        from llamaclust.cluster.launchers.ray_actor import PLACEMENT
+
+        bundles = [resources(worker) for worker in workers]
+        make = self._ray.util.placement_group
+        self._group = make(bundles, strategy=strategy, name=PLACEMENT, lifetime="detached")
+
+    def is_ready(self) -> bool:
+        return bool(self._group.wait(_READY_S))
+
+    def free(self) -> Mapping[str, float]:
+        """Ray's resources that nobody has, all nodes together."""
+        free: dict[str, float] = self._ray.available_resources()
+        return free
+
+    def make(self, wanted: Sequence[Any]) -> None:
+        """An actor in each reserved place. Ray starts them, and again elsewhere when a node is lost."""
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        from llamaclust.cluster.launchers.ray_actor import CONCURRENCY, WorkerActor
+
+        for index, given in enumerate(wanted):
+            room = resources(given.spec)
+            options = {
+                "name": given.spec.name,
+                "lifetime": "detached",
+                "max_restarts": -1,
+                "max_concurrency": CONCURRENCY,
+                "num_cpus": room["CPU"],
+                "num_gpus": room.get("GPU", 0),
+                "memory": room.get("memory"),
+                "scheduling_strategy": PlacementGroupSchedulingStrategy(
+                    self._group, placement_group_bundle_index=index
+                ),
+            }
+            self.actors[given.spec.name] = self._ray.remote(WorkerActor).options(**options).remote(given)
+
+    def restart(self, name: str) -> None:
+        """Kills an actor, and with it its worker; Ray starts both again."""
+        self._ray.kill(self.actors[name], no_restart=False)
+
+    def remove(self) -> None:
+        """All of them, and their group; returns when they are gone. LlamaclustError where they stay."""
+        from llamaclust.cluster.launchers.ray_actor import PLACEMENT
+
+        with suppress(ValueError):  # there is none of that name
+            self._ray.util.remove_placement_group(self._group or self._ray.util.get_placement_group(PLACEMENT))
+        self._group = None
+        for name in self._names():
+            with suppress(ValueError):
+                self._ray.kill(self._ray.get_actor(name))
+        end = time.monotonic() + _GONE_S
+        while names := self._names():
+            if time.monotonic() > end:
+                raise LlamaclustError(f"Ray has not removed these actors within {_GONE_S:g} s: {', '.join(names)}")
+            time.sleep(_POLL_S)
+
+    def _names(self) -> list[str]:
+        return sorted(self._ray.util.list_named_actors())
+
+    def _ask(self, name: str, method: str) -> Any:
+        """None where the actor is not there to answer."""
+        from ray.exceptions import RayError
+
+        with suppress(RayError, ValueError):
+            return self._ray.get(getattr(self._ray.get_actor(name), method).remote(), timeout=_CALL_S)
+
+
+def resources(worker: WorkerSpec) -> dict[str, float]:
+    """What Ray is to reserve for a worker."""
+    needed: dict[str, float] = {"CPU": worker.threads or 1}
+    if worker.memory_bytes is not None:
+        needed["memory"] = worker.memory_bytes
+    if worker.device.startswith("cuda"):
+        needed["GPU"] = 1
+    return needed

@@ -93,6 +93,8 @@ $(VENV)/.installed: $(VENV)/.deps $(NATIVE) CMakeLists.txt | links
 
 $(VENV)/.test: $(VENV)/.installed
 	$(PIP) install -c constraints.txt --group test
+	@$(PIP) install -c constraints.txt --group launchers || \
+	  echo "Ray or Open MPI is not to be had here: the tests of these launchers are skipped" >&2
 	@touch $@
 
 # Only tests of the chart need it: without it they are skipped.

@@ -24,12 +24,13 @@ def up(
     ] = None,
     detach: Annotated[bool, typer.Option("--detach", "-d", help="Return when the cluster is ready.")] = False,
     notify: Annotated[int | None, typer.Option("--notify", hidden=True)] = None,
+    ranked: Annotated[bool, typer.Option("--ranked", hidden=True)] = False,
 ) -> None:
     """Start the cluster that FILE describes and serve its API until Ctrl-C."""
     with ends_at_once():
         from llamaclust.cli import start
 
-    start.up(file, overrides, port, detach=detach, notify=notify)
+    start.up(file, overrides, port, detach=detach, notify=notify, ranked=ranked)
 
 
 def down(cluster: ClusterName = None) -> None:

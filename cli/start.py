@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from llamaclust.wire.tuning import tune_grpc
 
@@ -15,13 +15,13 @@ from llamaclust.cli.progress import shown_progress  # noqa: E402
 from llamaclust.cli.watch import cluster_view  # noqa: E402
 from llamaclust.cluster.config import ClusterConfig, load_config  # noqa: E402
 from llamaclust.cluster.events import Event, StartFailed  # noqa: E402
-from llamaclust.errors import LlamaclustError  # noqa: E402
+from llamaclust.errors import LlamaclustError, UsageError  # noqa: E402
 
 if TYPE_CHECKING:
     from llamaclust.tools.download import Progress
 
 
-def up(file: Path | None, overrides: list[str], port: int | None, *, detach: bool, notify: int | None) -> None:
+def up(file: Path | None, overrides: list[str], port: int | None, *, detach: bool, notify: int | None, ranked: bool) -> None:
     """Runs a cluster to its end, or returns when a detached one is ready."""
     if port is not None:
         overrides = [*overrides, f"listen={load_config(file, overrides).host}:{port}"]
@@ -29,6 +29,8 @@ def up(file: Path | None, overrides: list[str], port: int | None, *, detach: boo
     if notify is not None:
         _run_notifying(config, Starter(notify))
         return
+    if config.launcher == "mpi" and not ranked:
+        _run_as_rank(config, _arguments(file, overrides), detach=detach)
     with shown_progress() as progress:
         model = pull(config, progress)
     if detach:
@@ -38,6 +40,14 @@ def up(file: Path | None, overrides: list[str], port: int | None, *, detach: boo
         from llamaclust.cluster.serve import serve
 
         serve(config, model, view.show)
+
+
+def _run_as_rank(config: ClusterConfig, arguments: list[str], *, detach: bool) -> NoReturn:
+    from llamaclust.cluster.launchers.mpi_rank import run_ranks
+
+    if detach:
+        raise UsageError("--detach: a cluster of launcher mpi lives as long as mpirun; put that into the background")
+    raise SystemExit(run_ranks(config, arguments))
 
 
 def pull(config: ClusterConfig, progress: Progress) -> Path:

@@ -46,7 +46,7 @@ async def enrol(host: str, port: int, token: JoinToken, name: str) -> Enrolled:
     WorkerError, WireError or DeadlineError where it cannot be reached or breaks off."""
     where = f"{host}:{port}"
     async with deadline(f"enrolling at {where}", _EXCHANGE_S):
-        authority = await _pinned(host, port, token, where)
+        authority = await pinned(host, port, token, where)
         cluster = cluster_id(token.ca_hash)
         key = NewKey()
         async with _connected(host, port, _verifying(authority), COORDINATOR.host(cluster)) as (reader, writer):
@@ -61,7 +61,7 @@ async def enrol(host: str, port: int, token: JoinToken, name: str) -> Enrolled:
         return Enrolled(Identity(pem(authority), cluster, Principal(name), pair), grant.port)
 
 
-async def _pinned(host: str, port: int, token: JoinToken, where: str) -> bytes:
+async def pinned(host: str, port: int, token: JoinToken, where: str) -> bytes:
     """The CA certificate (DER) that the token names, as the coordinator shows it: before, nothing is told."""
     async with _connected(host, port, _unverifying(), None) as (reader, _):
         challenge = await _challenge(reader)

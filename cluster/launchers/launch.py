@@ -47,6 +47,11 @@ def launching(config: ClusterConfig, folder: ClusterDir, watch: Watch) -> Iterat
 
         yield ray_launch(config, folder, watch)
         return
+    if config.launcher == "mpi":
+        from llamaclust.cluster.launchers.mpi import mpi_launch
+
+        yield mpi_launch(config, folder, watch)
+        return
     with run_directory(folder.path) as run:
 
         async def joined(registry: Registry) -> ClusterConfig:

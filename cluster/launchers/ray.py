@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from llamaclust.cluster.config import ClusterConfig
 from llamaclust.cluster.events import AwaitingWorkers, Watch
-from llamaclust.cluster.launchers.base import Exited, WorkerSpec
+from llamaclust.cluster.launchers.base import Exited, GaveUp, WorkerSpec
 from llamaclust.cluster.launchers.launch import Launch
+from llamaclust.cluster.launchers.local import Restarts
 from llamaclust.cluster.launchers.ray_cluster import RayCluster
 from llamaclust.cluster.launchers.ray_workers import RayWorkers, resources
 from llamaclust.cluster.launchers.static import StaticLauncher, cluster_authority
 from llamaclust.cluster.registry import Registry
 from llamaclust.cluster.state import ClusterDir
+from llamaclust.errors import DeadlineError
 from llamaclust.model.loader import Model
 from llamaclust.wire.credentials import joined_address, split_address
 from llamaclust.wire.deadlines import deadline
@@ -25,6 +28,7 @@ from llamaclust.wire.deadlines import deadline
 _PATIENCE_S = 2.0
 _GRACE_S = 1.0
 _PAUSE_S = 0.2
+_END_S = 2.0
 _ANYWHERE = ("0.0.0.0", "::")
 _Value = TypeVar("_Value")
 
@@ -57,6 +61,8 @@ class RayLauncher:
         self._thread = ThreadPoolExecutor(1, "ray")  # Ray's own processes end with the thread that has started them
         self._watches: list[asyncio.Task[None]] = []
         self._words: dict[str, str] = {}
+        self._incarnations: dict[str, str] = {}  # of the actors that are followed
+        self._gave_up: GaveUp | None = None
 
     def check(self, workers: Sequence[WorkerSpec], model: Model) -> None:
         """Nothing is known of Ray's nodes yet; their workers say it when they load."""
@@ -93,6 +99,26 @@ class RayLauncher:
             self._thread.shutdown()
             await self._static.stop()
 
+    @contextlib.contextmanager
+    def keeping_up(self, gave_up: GaveUp) -> Iterator[None]:
+        """Ray starts them again; one that ends too often within a minute is removed."""
+        self._gave_up = gave_up
+        try:
+            yield
+        finally:
+            self._gave_up = None
+
+    async def end(self, name: str) -> None:
+        """Kills its actor, unless Ray has started another worker already."""
+        assert self._workers is not None
+        from ray.exceptions import RayError
+
+        workers = self._workers
+        with contextlib.suppress(DeadlineError, RayError):
+            async with deadline(f"the end of worker {name}", _END_S):
+                if await _answer(workers.actors[name].incarnation.remote()) == self._incarnations.get(name):
+                    await self._call(lambda: workers.restart(name))
+
     def free_memory_bytes(self) -> None:
         """Its workers' machines may be others."""
 
@@ -124,22 +150,44 @@ class RayLauncher:
         """Tells each end of a worker, as often as Ray starts it again."""
         from ray.exceptions import ActorDiedError, RayError
 
+        ends_s: list[float] = []
         while True:
             try:
-                await _answer(actor.pid.remote())
+                self._incarnations[name] = await _answer(actor.incarnation.remote())
+                how, self._words[name] = await self._end_of(actor)
             except ActorDiedError as error:
-                exited(name, f"its Ray actor is gone: {_cause(error)}")
+                exited(name, _gone(error))
                 return
-            except RayError:
+            except RayError:  # it is being started
                 await asyncio.sleep(_PAUSE_S)
                 continue
-            try:
-                how, self._words[name] = await _answer(actor.ended.remote())
-            except RayError as error:
-                how, self._words[name] = f"its Ray actor is gone: {_cause(error)}", ""
             exited(name, how)
+            if self._is_too_much(name, how, ends_s):
+                return
             while await _is_over(actor):
                 await asyncio.sleep(_PAUSE_S)
+
+    async def _end_of(self, actor: Any) -> tuple[str, str]:
+        """How a worker ended that was there, and its last words."""
+        from ray.exceptions import ActorDiedError, RayError
+
+        try:
+            how, words = await _answer(actor.ended.remote())
+            return how, words
+        except ActorDiedError:
+            raise
+        except RayError as error:
+            return _gone(error), ""
+
+    def _is_too_much(self, name: str, how: str, ends_s: list[float]) -> bool:
+        """Whether that was an end too many: then Ray does not start it again."""
+        now_s, limits = asyncio.get_running_loop().time(), Restarts()
+        ends_s[:] = [end_s for end_s in ends_s if end_s > now_s - limits.within_s] + [now_s]
+        if len(ends_s) <= limits.most or self._gave_up is None or self._workers is None:
+            return False
+        self._workers.forget(name)
+        self._gave_up(name, f"{how}; it was started again {limits.most} times within {limits.within_s:g} s, in vain")
+        return True
 
 
 def _hear_signals_again() -> None:
@@ -179,7 +227,7 @@ def _listed(amounts: dict[str, float]) -> str:
     return ", ".join(f"{amount:g} {name}" for name, amount in amounts.items())
 
 
-def _cause(error: Exception) -> str:
-    """The line of Ray's report that tells most: the last one of a traceback, else the first."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if "Traceback" in str(error) else lines[0] if lines else type(error).__name__
+def _gone(error: Exception) -> str:
+    """With the line of Ray's report that tells most: the last one of a traceback, else the first."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return f"its Ray actor is gone: {lines[-1] if 'Traceback' in str(error) else lines[0]}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import threading
 import time
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from llamaclust.cluster.last_words import last_words
 from llamaclust.cluster.launchers.base import WorkerSpec
 from llamaclust.cluster.launchers.child import Child, adapted
 from llamaclust.cluster.launchers.local import describe_exit
+from llamaclust.errors import UsageError
 
 PLACEMENT = "llamaclust"
 """Name of the placement group, in the cluster's namespace."""
@@ -43,14 +45,16 @@ class WorkerActor:
         self._given = given
         self._over = threading.Event()
         self._how = ("", "")
-        self._child = Child(adapted(given.spec), given.join, given.token, self._hear)
+        self._incarnation = secrets.token_hex(8)
+        self._is_again = bool(ray.get_runtime_context().was_current_actor_reconstructed)
+        self._start()
 
     def given(self) -> Given:
         return self._given
 
-    def pid(self) -> int:
-        """Of the worker process."""
-        return self._child.pid
+    def incarnation(self) -> str:
+        """Another one for each process that Ray starts for this actor."""
+        return self._incarnation
 
     def is_over(self) -> bool:
         return self._over.is_set()
@@ -60,8 +64,15 @@ class WorkerActor:
         self._over.wait()
         return self._how
 
+    def _start(self) -> None:
+        Child(adapted(self._given.spec), self._given.join, self._given.token, self._hear)
+
     def _hear(self, code: int) -> None:
         """A worker that was killed is started again, with a new process for this actor; one that has ended is not."""
+        if code == UsageError.exit_code and self._is_again:  # refused: the lost one still counts as a member
+            time.sleep(_LOOK_S)
+            self._start()
+            return
         self._how = (describe_exit(code), last_words(_LOG) if code else "")
         self._over.set()
         time.sleep(_ANSWER_S)  # whoever waits in `ended` is told

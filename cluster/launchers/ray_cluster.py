@@ -133,7 +133,8 @@ def _probe(address: str, token: str | None) -> bool:
             if error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
                 return False
             what = "start one there (`ray start --head`), or set `ray: {address: none}` for one of its own"
-            raise LlamaclustError(f"no Ray cluster answers at {address} ({_first_line(error.details())}); {what}") from error
+            why = error.code().name.lower().replace("_", " ")
+            raise LlamaclustError(f"no Ray cluster answers at {address} ({why}); {what}") from error
     return True
 
 

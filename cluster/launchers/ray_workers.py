@@ -84,6 +84,10 @@ class RayWorkers:
         """Kills an actor, and with it its worker; Ray starts both again."""
         self._ray.kill(self.actors[name], no_restart=False)
 
+    def forget(self, name: str) -> None:
+        """Kills an actor for good."""
+        self._ray.kill(self.actors[name])
+
     def remove(self) -> None:
         """All of them, and their group; returns when they are gone. LlamaclustError where they stay."""
         from llamaclust.cluster.launchers.ray_actor import PLACEMENT

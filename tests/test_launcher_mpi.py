@@ -1,4 +1,4 @@
-"""The ranks of an MPI job start workers: they give a single worker's bits, and a rank that is lost may or may not matter."""
+"""The ranks of an MPI job start workers, which give a single worker's bits; what a lost rank means is up to mpirun."""
 
 from __future__ import annotations
 
@@ -134,22 +134,20 @@ def test_ctrl_c_ends_the_job(line: CommandLine, model: Path) -> None:
     all_gone(processes)
 
 
-AGENT = """#!/bin/sh
-host=$1
-shift
-exec ip netns exec "$host" sh -c "$*"
-"""
+def remote_shell(path: Path, box: Box) -> Path:
+    """What Open MPI takes for ssh: HOST COMMAND..."""
+    hosts = "\n".join(f"  {host.address}) namespace={host.namespace};;" for host in box.hosts.values())
+    path.write_text(f'#!/bin/sh\ncase "$1" in\n{hosts}\nesac\nshift\nexec ip netns exec "$namespace" sh -c "$*"\n')
+    path.chmod(0o700)
+    return path
 
 
 def test_ranks_on_hosts_of_their_own(line: CommandLine, model: Path, undisturbed: Answers) -> None:
     if (reason := missing()) is not None:
         pytest.skip(reason)
-    agent = line.folder / "agent"
-    agent.write_text(AGENT)
-    agent.chmod(0o700)
     with Box(["a", "b", "c"]) as box:
+        agent = remote_shell(line.folder / "agent", box)
         hosts = ",".join(f"{host.address}:1" for host in box.hosts.values())
-        agent.write_text(AGENT.replace("$host", "$(ip netns | cut -d' ' -f1 | while read one; do ip -n $one -4 addr show | grep -q \" $host/\" && echo $one; done)", 1))  # fmt: skip
         values = {"launcher": "mpi", "workers": [{**one, "threads": 1} for one in named("a", "b", "c")]}
         file = line.cluster_file(model, objective="throughput", **{**values, "listen": "127.0.0.1:8080"})
         one = box["a"]
@@ -159,7 +157,9 @@ def test_ranks_on_hosts_of_their_own(line: CommandLine, model: Path, undisturbed
         cluster = Cluster(command, "tiny", "http://127.0.0.1:8080", command.process.pid)
         found, workers = one.call(lambda: (answers(cluster), cluster.status["workers"]))
         assert found == undisturbed
-        assert [worker["address"].partition(":")[0] for worker in workers] == [one.address for one in box.hosts.values()]
+        assert [worker["address"].partition(":")[0] for worker in workers] == [
+            one.address for one in box.hosts.values()
+        ]
         assert line.run("down").code == 0
         assert command.wait().code == 0
 

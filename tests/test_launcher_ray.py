@@ -29,7 +29,12 @@ Answers = list[tuple[list[int], list[float]]]
 API = "127.0.0.1:8080"
 SOON = {
     f"RAY_health_check_{name}": value
-    for name, value in {"initial_delay_ms": "500", "period_ms": "500", "timeout_ms": "1000", "failure_threshold": "3"}.items()
+    for name, value in {
+        "initial_delay_ms": "500",
+        "period_ms": "500",
+        "timeout_ms": "1000",
+        "failure_threshold": "3",
+    }.items()
 }
 """A node that is lost is missed within seconds."""
 NO_GROUP_OR_ACTOR: tuple[list[str], list[str]] = ([], [])
@@ -73,6 +78,10 @@ def start(line: CommandLine, model: Path, before: tuple[str, ...] = (), **keys: 
     join = {"listen": "0.0.0.0:0", "members": "0.0.0.0:0"}
     values = {"launcher": "ray", "join": join, "workers": workers("a", "b", "c"), "objective": "throughput"}
     return line.start("up", line.cluster_file(model, **{**values, **keys}), before=before)
+
+
+def fixed_ports() -> dict[str, str]:
+    return {key: f"127.0.0.1:{free_port()}" for key in ("listen", "members")}
 
 
 def hosts(cluster: Cluster) -> set[str]:
@@ -166,11 +175,20 @@ def test_a_ray_cluster_without_authentication_is_used_only_where_that_is_allowed
     with ray_node("--head", f"--port={port}", address="127.0.0.1", RAY_AUTH_MODE="disabled"):
         done = start(line, model, ray={"address": head}).wait()
         assert done.code == 2 and "asks nobody for a token" in done.err and "allow_unauthenticated: true" in done.err
-        command = start(line, model, ray={"address": head, "allow_unauthenticated": True})
+        keys = {"ray": {"address": head, "allow_unauthenticated": True}, "join": fixed_ports(), "kv_memory": "8MiB"}
+        command = start(line, model, **keys)
         with ready(command, line) as cluster:
             assert answers(cluster) == undisturbed
-        command.press_ctrl_c()
-        assert command.wait().code == 0
+            before = cluster.worker_pids
+            command.kill()
+        assert left_in(head) == (["a", "b", "c"], ["llamaclust"])
+        again = start(line, model, **keys)
+        with ready(again, line) as cluster:
+            assert answers(cluster) == undisturbed
+            assert cluster.worker_pids == before, "its workers were taken back"
+        again.press_ctrl_c()
+        assert again.wait().code == 0
+        assert left_in(head) == NO_GROUP_OR_ACTOR
 
 
 def test_no_ray_at_an_address_is_told_at_once(line: CommandLine, model: Path) -> None:

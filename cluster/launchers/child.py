@@ -1,4 +1,4 @@
-"""A worker as the child process of whoever places it on a machine: it enrols and joins by itself, as a static one does."""
+"""A worker as the child of whoever places it on a machine: it enrols and joins by itself, as a static one does."""
 
 from __future__ import annotations
 

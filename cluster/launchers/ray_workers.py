@@ -36,7 +36,9 @@ class RayWorkers:
         if any(given is not None and given.cluster != self._cluster for given in found.values()):
             why = "has actors of another cluster of this name"
             raise UsageError(f"the Ray cluster {why}: choose another `name:`, or stop that one first")
-        if found == {given.spec.name: given for given in wanted} and not any(self._ask(name, "is_over") for name in names):
+        if found == {given.spec.name: given for given in wanted} and not any(
+            self._ask(name, "is_over") for name in names
+        ):
             self.actors = {name: self._ray.get_actor(name) for name in names}
             return True
         self.remove()

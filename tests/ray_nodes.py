@@ -52,7 +52,7 @@ def left_in(address: str, before: Sequence[str] = ()) -> tuple[list[str], list[s
     done = subprocess.run([*before, sys.executable, "-P", "-c", program], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     actors, groups = json.loads(done.stdout.splitlines()[-1])
-    return actors, groups
+    return sorted(actors), sorted(groups)
 
 
 def _words(process: psutil.Process) -> str:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from llamaclust.cluster.config import ClusterConfig
@@ -23,6 +24,7 @@ from llamaclust.cluster.launchers.local import describe_exit
 from llamaclust.cluster.launchers.mpi_words import (
     EndWorker,
     Leave,
+    Machine,
     RankLost,
     StartWorker,
     Word,
@@ -39,6 +41,8 @@ from llamaclust.worker.enrolment import pinned
 RANKED = "--ranked"
 """The option by which rank 0 starts the coordinator."""
 _MPI_PREFIXES = ("OMPI_", "OPAL_", "ORTE_", "PMIX_", "PMI_", "PRTE_", "MPI", "HYDRA_", "HYDI_", "I_MPI_", "MV2_")
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+"""Tells machines apart, whatever they are called."""
 _REST_S = 0.01
 _CONNECT_S = 2.0
 _DRAIN_S = 40.0
@@ -58,9 +62,10 @@ def run_ranks(config: ClusterConfig, arguments: Sequence[str]) -> int:
     rank = _Rank(ranks, config)
     signal.signal(signal.SIGTERM, rank.hear_signal)
     signal.signal(signal.SIGINT, rank.hear_signal)
-    code = _Coordinator(rank, config, arguments).run() if ranks.own == 0 else rank.run()
-    ranks.leave()
-    return code
+    try:
+        return _Coordinator(rank, config, arguments).run() if ranks.own == 0 else rank.run()
+    finally:
+        ranks.leave()
 
 
 class _Ranks:
@@ -68,6 +73,9 @@ class _Ranks:
 
     def __init__(self) -> None:
         try:
+            import mpi4py
+
+            mpi4py.rc.finalize = False  # see `leave`
             from mpi4py import MPI
         except (ImportError, RuntimeError) as error:
             raise UsageError(f"{_INSTALL}: {str(error).strip().splitlines()[0]}") from error
@@ -76,9 +84,7 @@ class _Ranks:
         self.own: int = self._world.Get_rank()
         self.count: int = self._world.Get_size()
         self.lost: set[int] = set()
-        with_me = self._world.Split_type(MPI.COMM_TYPE_SHARED)
-        self.here: int = with_me.Get_size()
-        with_me.Free()
+        self.with_all = True  # as far as the others know
 
     def send(self, word: Word, rank: int) -> None:
         """RankLostError where it is gone."""
@@ -95,8 +101,8 @@ class _Ranks:
                 yield from_bytes(bytes(data))
 
     def leave(self) -> None:
-        """The job's end, for which MPI waits for all ranks; where some are lost it might do so for ever."""
-        if not self.lost:
+        """The job's end, for which MPI waits for all ranks; where some are lost it would do so for ever."""
+        if self.with_all and not self.lost:
             self._mpi.Finalize()
 
     @contextmanager
@@ -124,11 +130,13 @@ class _Rank:
 
     def run(self) -> int:
         """Of a rank that is not the coordinator's: until it is told to leave."""
+        self.ranks.send(Machine(self.ranks.own, _BOOT_ID.read_text()), 0)
         while not self._is_time():
             try:
                 for word in self.ranks.received(0):
                     if isinstance(word, Leave):
                         self.kill()
+                        self.ranks.with_all = word.with_all
                         return 0
                     self.obey(word)
                 for end in self.news():
@@ -164,7 +172,7 @@ class _Rank:
         log = self._folder.log_file(order.name)
         log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         start_bytes = log.stat().st_size if self._child is not None else 0
-        threads = order.threads or self._share()
+        threads = order.threads or _share(order.sharers)
         join = _reachable(order.addresses, order.token)
 
         def ended(code: int) -> None:
@@ -176,10 +184,11 @@ class _Rank:
         with os.fdopen(descriptor, "ab") as file:
             self._child = Child(adapted(replace(order.spec, threads=threads)), join, order.token, ended, file)
 
-    def _share(self) -> int:
-        """Cores that MPI has bound this rank to; else its part of the machine's."""
-        mine = len(os.sched_getaffinity(0))
-        return mine if mine < (os.cpu_count() or 1) else max(1, mine // self.ranks.here)
+
+def _share(sharers: int) -> int:
+    """Cores that MPI has bound this rank to; else its part of the machine's."""
+    mine = len(os.sched_getaffinity(0))
+    return mine if mine < (os.cpu_count() or 1) else max(1, mine // sharers)
 
 
 class _Coordinator:
@@ -190,6 +199,7 @@ class _Coordinator:
         self._config = config
         self._arguments = arguments
         self._begun = b""  # of a word that has not come whole
+        self._machines = {0: _BOOT_ID.read_text()}  # by rank
 
     def run(self) -> int:
         ranks = self._rank.ranks
@@ -197,12 +207,22 @@ class _Coordinator:
             if ranks.count != (wanted := len(self._config.workers)):
                 what = f"{wanted} workers and {ranks.count} ranks do not go together"
                 raise UsageError(f"launcher mpi: {what}: mpirun -n {wanted} llamaclust up FILE")
+            self._meet()
             return self._live()
         finally:
             self._rank.kill()
             for other in self._others():
                 with suppress(RankLostError):
-                    ranks.send(Leave(other), other)
+                    ranks.send(Leave(other, with_all=not ranks.lost), other)
+
+    def _meet(self) -> None:
+        """Waits until every rank has said where it is; MPI starts them all or none."""
+        while len(self._machines) < self._rank.ranks.count:
+            for other in self._others():
+                for word in self._rank.ranks.received(other):
+                    assert isinstance(word, Machine)
+                    self._machines[other] = word.boot_id
+            time.sleep(_REST_S)
 
     def _others(self) -> list[int]:
         ranks = self._rank.ranks
@@ -227,6 +247,9 @@ class _Coordinator:
     def _carry(self, to_coordinator: socket.socket) -> None:
         """Everything that has come since the last time."""
         for word in self._orders(to_coordinator):
+            if isinstance(word, StartWorker):
+                sharers = list(self._machines.values()).count(self._machines[word.rank])
+                word = replace(word, sharers=sharers)
             if word.rank == 0:
                 self._rank.obey(word)
             elif word.rank not in self._rank.ranks.lost:
@@ -254,7 +277,7 @@ def _spawn(arguments: Sequence[str], to_rank: socket.socket) -> subprocess.Popen
     """In a session of its own: what ends the rank's processes as a group lets it end in order."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith(_MPI_PREFIXES)}
     command = [sys.executable, "-P", "-m", "llamaclust", "up", *arguments, RANKED]
-    return subprocess.Popen(command, stdin=to_rank, env=variables, start_new_session=True)
+    return subprocess.Popen(command, stdin=to_rank.fileno(), env=variables, start_new_session=True)
 
 
 def _reachable(addresses: Sequence[str], token: str) -> str:

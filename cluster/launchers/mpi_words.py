@@ -21,6 +21,7 @@ class StartWorker:
     feature_level: str
     addresses: tuple[str, ...]
     token: str = field(repr=False)
+    sharers: int = 1  # ranks on this rank's machine, which rank 0 knows
 
     @property
     def spec(self) -> WorkerSpec:
@@ -37,9 +38,18 @@ class EndWorker:
 
 @dataclass(frozen=True, slots=True)
 class Leave:
-    """To a rank: its worker is killed if it is still there, and it ends itself."""
+    """To a rank: its worker is killed if it is still there, and it ends itself; by MPI's rules if all ranks do."""
 
     rank: int
+    with_all: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """To rank 0, first of all: where a rank is."""
+
+    rank: int
+    boot_id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +68,7 @@ class RankLost:
     rank: int
 
 
-Word = StartWorker | EndWorker | Leave | WorkerEnded | RankLost
+Word = StartWorker | EndWorker | Leave | Machine | WorkerEnded | RankLost
 _KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in get_args(Word)}
 
 

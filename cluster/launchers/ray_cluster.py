@@ -107,7 +107,8 @@ def _address(given: str) -> str | None:
     """HOST:PORT; None where none is to be found."""
     from ray._private.services import canonicalize_bootstrap_address
 
-    return canonicalize_bootstrap_address(given)
+    found: str | None = canonicalize_bootstrap_address(given)
+    return found
 
 
 def _check(address: str, settings: Ray) -> None:
@@ -130,7 +131,8 @@ def _probe(address: str, token: str | None) -> bool:
     metadata = () if token is None else (("authorization", f"Bearer {token}"),)
     with grpc.insecure_channel(address, options=(("grpc.enable_http_proxy", 0),)) as channel:
         try:
-            channel.unary_unary(_ALIVE)(b"", timeout=_PROBE_S, metadata=metadata)
+            ask = channel.unary_unary(_ALIVE, request_serializer=None, response_deserializer=None)
+            ask(b"", timeout=_PROBE_S, metadata=metadata)
         except grpc.RpcError as error:
             if error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
                 return False
@@ -142,11 +144,12 @@ def _probe(address: str, token: str | None) -> bool:
 
 def _token() -> str:
     """This machine's. UsageError where it has none."""
-    from ray._raylet import AuthenticationTokenLoader
+    from ray import _raylet
     from ray.exceptions import AuthenticationError
 
     try:
-        return str(AuthenticationTokenLoader.instance().get_raw_token())
+        loader: Any = _raylet
+        return str(loader.AuthenticationTokenLoader.instance().get_raw_token())
     except (AuthenticationError, RuntimeError) as error:
         raise UsageError(f"the Ray cluster asks for a token: {_first_line(error)}") from error
 

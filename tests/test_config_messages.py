@@ -37,7 +37,7 @@ TOP_KEYS = {
     "max_waiting: -1": "max_waiting: -1 is not possible; give a whole number from 0 to 100000",
     "prefill_chunk: none": "prefill_chunk: 'none' is not possible; give auto or a whole number from 1 to 4096",
     "prefix_cache: 1": "prefix_cache: 1 is not possible; give true or false",
-    "launcher: foo": "launcher: 'foo' is not possible; give local, static, ray or mpi",
+    "launcher: foo": "launcher: 'foo' is not possible; give local or static or ray or mpi",
     "wire: f64": "wire: 'f64' is not possible; give f32",
     "wire: q8_0": "wire: this build has no wire_type q8_0 yet",
     "kv_type: 8": "kv_type: 8 is not possible; give f16 or q8_0",

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from llamaclust.tools.download import Progress
 
 
-def up(file: Path | None, overrides: list[str], port: int | None, *, detach: bool, notify: int | None, ranked: bool) -> None:
+def up(
+    file: Path | None, overrides: list[str], port: int | None, *, detach: bool, notify: int | None, ranked: bool
+) -> None:
     """Runs a cluster to its end, or returns when a detached one is ready."""
     if port is not None:
         overrides = [*overrides, f"listen={load_config(file, overrides).host}:{port}"]

@@ -95,6 +95,8 @@ def _arguments(spec: WorkerSpec, join: str) -> Iterator[str]:
         "--prepared-dir": spec.prepared_dir,
         "--prepared-bytes": spec.prepared_bytes if spec.prepared_dir else None,
         "--parent-pid": os.getpid(),
+        "--log-format": spec.log_format,
+        "--cluster": spec.cluster or None,
     }
     yield "--static"
     for option, value in options.items():

@@ -72,8 +72,18 @@ class MpiLauncher:
         assert self._static.authority is not None
         token = self._static.authority.token.text
         for rank, (spec, config) in enumerate(zip(workers, self._config.workers, strict=True)):
-            asked = (spec.name, spec.device, config.threads, spec.memory_bytes, spec.feature_level)
-            self._orders[spec.name] = StartWorker(rank, *asked, addresses, token)
+            self._orders[spec.name] = StartWorker(
+                rank,
+                spec.name,
+                spec.device,
+                config.threads,
+                spec.memory_bytes,
+                spec.feature_level,
+                spec.log_format,
+                spec.cluster,
+                addresses,
+                token,
+            )
             self._start(spec.name)
         self._do(self._hear(reader, exited))
 

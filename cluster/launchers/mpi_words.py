@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, get_args
 
 from llamaclust.cluster.launchers.base import WorkerSpec
+from llamaclust.logs import LogFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,13 +20,23 @@ class StartWorker:
     threads: int | None  # None: the rank's share of its machine
     memory_bytes: int | None
     feature_level: str
+    log_format: str
+    cluster: str
     addresses: tuple[str, ...]
     token: str = field(repr=False)
     sharers: int = 1  # ranks on this rank's machine, which rank 0 knows
 
     @property
     def spec(self) -> WorkerSpec:
-        return WorkerSpec(self.name, self.device, self.threads, self.memory_bytes, self.feature_level)
+        return WorkerSpec(
+            self.name,
+            self.device,
+            self.threads,
+            self.memory_bytes,
+            self.feature_level,
+            log_format=LogFormat(self.log_format),
+            cluster=self.cluster,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -151,7 +151,8 @@ def test_ranks_on_hosts_of_their_own(line: CommandLine, model: Path, undisturbed
         values = {"launcher": "mpi", "workers": [{**one, "threads": 1} for one in named("a", "b", "c")]}
         file = line.cluster_file(model, objective="throughput", **{**values, "listen": "127.0.0.1:8080"})
         one = box["a"]
-        mpirun = (str(MPIRUN), *ONE_MACHINE, "--host", hosts, "--prtemca", "plm_ssh_agent", str(agent), "-n", "3")
+        mpirun = (str(MPIRUN), *ONE_MACHINE, "--host", hosts, "--map-by", "node", "--prtemca")
+        mpirun += ("plm_ssh_agent", str(agent), "-n", "3")
         command = line.start("up", file, before=(*one.prefix, *mpirun))
         command.says("tiny is ready")
         cluster = Cluster(command, "tiny", "http://127.0.0.1:8080", command.process.pid)

@@ -49,6 +49,8 @@ def settings(
         join_s=_JOIN_S,
         prepared_dir=variables.prepared_dir if variables.prepared_bytes else None,
         prepared_bytes=variables.prepared_bytes,
+        weights_dir=variables.weights_dir if variables.weights_bytes else None,
+        weights_bytes=variables.weights_bytes,
         static=True,
         log_format=variables.log_format,
         model_dir=None if model_dir is None else Path(_option("--model-dir", expand_home, str(model_dir))),

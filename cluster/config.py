@@ -50,6 +50,7 @@ class Environment:
     state_dir: Path  # LLAMACLUST_STATE_DIR; else $XDG_STATE_HOME/llamaclust or ~/.local/state/llamaclust
     home: Path  # LLAMACLUST_HOME: models and caches; else $XDG_CACHE_HOME/llamaclust or ~/.cache/llamaclust
     prepared_bytes: int  # LLAMACLUST_CACHE_SIZE: what prepared layers may take on disk; 0: none are kept
+    weights_bytes: int  # LLAMACLUST_WEIGHTS_SIZE: what weights fetched from other workers may take; 0: none are fetched
     feature_level: str | None  # LLAMACLUST_FEATURE_LEVEL: forces the kernels' level; None: the best there is
     log_format: LogFormat  # LLAMACLUST_LOG: how log lines are written
 
@@ -57,6 +58,11 @@ class Environment:
     def prepared_dir(self) -> Path:
         """Where layers that were packed once are kept for the next start."""
         return self.home / "prepared"
+
+    @property
+    def weights_dir(self) -> Path:
+        """Where weights that were fetched from other workers are kept."""
+        return self.home / "weights"
 
 
 def environment(variables: Mapping[str, str] | None = None) -> Environment:
@@ -72,6 +78,7 @@ def environment(variables: Mapping[str, str] | None = None) -> Environment:
         state_dir=_folder(variables, "LLAMACLUST_STATE_DIR", "XDG_STATE_HOME", "~/.local/state"),
         home=_folder(variables, "LLAMACLUST_HOME", "XDG_CACHE_HOME", "~/.cache"),
         prepared_bytes=_size(variables, "LLAMACLUST_CACHE_SIZE", default="32GiB"),
+        weights_bytes=_size(variables, "LLAMACLUST_WEIGHTS_SIZE", default="64GiB"),
         feature_level=level,
         log_format=LogFormat(form),
     )

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
 from llamaclust.cluster.pipeline import StageInfo
+from llamaclust.cluster.weight_sources import weight_sources
 from llamaclust.cluster.worker_handle import WorkerHandle
 from llamaclust.errors import WorkerError
 from llamaclust.wire.control import Load, LoadProgress, StageLimits
@@ -37,13 +38,15 @@ async def load_stages(
     their weights may be what the next epoch needs.
     """
     handles = tuple(workers[stage.worker] for stage in stages)
+    weights = await weight_sources([stage.worker for stage in stages], workers, model_path, model_id)
     reached = [*((handle.registration.address, handle.name) for handle in handles), (None, None)]
     loads = []
     for stage, handle, (address, name) in zip(stages, handles, reached[1:], strict=True):
         own = limits if isinstance(limits, StageLimits) else limits[stage.worker]
         first, first_name = reached[0] if address is None and len(stages) > 1 else (None, None)
         layers = (stage.start, stage.end)
-        order = Load(epoch, model_path, model_id, *layers, own, address, first, name, first_name, alone)
+        fetched = weights.get(stage.worker)
+        order = Load(epoch, model_path, model_id, *layers, own, address, first, name, first_name, alone, fetched)
         loads.append(handle.load(order, partial(on_progress, stage.worker)))
     answers = await asyncio.gather(*loads, return_exceptions=True)
     errors = [(handle, one) for handle, one in zip(handles, answers, strict=True) if isinstance(one, BaseException)]

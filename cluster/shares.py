@@ -29,6 +29,8 @@ def worker_specs(config: ClusterConfig) -> list[WorkerSpec]:
             variables.prepared_bytes,
             variables.log_format,
             config.name,
+            variables.weights_dir if variables.weights_bytes else None,
+            variables.weights_bytes,
         )
         for worker in config.workers
     ]

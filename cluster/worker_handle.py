@@ -19,6 +19,9 @@ from llamaclust.wire.control import (
     Loaded,
     LoadFailed,
     LoadProgress,
+    Locate,
+    Located,
+    LocateFailed,
     Measure,
     Measured,
     MeasureLinks,
@@ -39,6 +42,8 @@ _STALL_S = 60.0
 """Without progress for so long, a load is taken to hang."""
 _LINK_S = 30.0
 _UNLOAD_S = 60.0
+_LOCATE_S = 60.0
+_DESCRIBE_S = 3600.0
 
 
 class WorkerState(StrEnum):
@@ -62,6 +67,7 @@ class WorkerHandle:
         self.say = say
         self.last_words = ""  # of its log, once it is lost
         self._read_last_words = last_words
+        self._located: dict[tuple[str, bool], Located] = {}
         self._on_progress: OnProgress | None = None
         self._loading: Load | None = None
         self._asked: dict[str, asyncio.Future[Any]] = {}
@@ -147,6 +153,14 @@ class WorkerHandle:
             raise WireError(f"worker {self.name} measured {len(measured.links)} links, asked for one")
         return measured.links[0]
 
+    async def locate(self, model_path: str, model_id: str, *, describe: bool) -> Located:
+        """What it has of a model; asked once. `describe`: with the manifest of its file, for which it may read that."""
+        key = model_id, describe
+        if key not in self._located:
+            limit = deadline(f"worker {self.name}: looking for weights", _DESCRIBE_S if describe else _LOCATE_S)
+            self._located[key] = await self._ask("weights", Locate(model_path, model_id, describe), limit)
+        return self._located[key]
+
     async def _ask(self, what: str, message: CoordinatorMessage, limit: deadline) -> Any:
         if self.loss is not None:
             raise self.error
@@ -181,6 +195,10 @@ class WorkerHandle:
                 self._answer(f"load of epoch {epoch}", _error(self.name, failure))
             case Unloaded(epoch):
                 self._answer(f"unload of epoch {epoch}", None)
+            case Located():
+                self._answer("weights", message)
+            case LocateFailed(failure):
+                self._answer("weights", _error(self.name, failure))
             case Register() | Renew():
                 raise WireError(f"worker {self.name} sends {type(message).__name__} where it has no place")
 

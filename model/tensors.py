@@ -71,7 +71,10 @@ def read_exactly(descriptor: int, path: Path, offset: int, buffer: memoryview) -
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """One tensor of a model file, not yet read. `shape` is row-major, slowest first: GGUF's ne = [k, n] is (n, k)."""
+    """One tensor of a model file, not yet read. `shape` is row-major, slowest first: GGUF's ne = [k, n] is (n, k).
+
+    `content` is the SHA-256 of its bytes in hex, where that is known.
+    """
 
     name: str
     quant_type: QuantType
@@ -80,6 +83,12 @@ class Tensor:
     offset: int
     n_bytes: int
     file_identity: FileIdentity
+    content: str | None = None
+
+    @property
+    def origin(self) -> Path:
+        """The model file, or the folder that its bytes were brought to."""
+        return self.path if self.content is None else self.path.parent
 
     @property
     def layer(self) -> str | None:

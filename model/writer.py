@@ -54,7 +54,7 @@ def write_gguf(path: Path | str, metadata: Mapping[str, WritableValue], tensors:
     """
     path, sources = Path(path), list(tensors)
     alignment = int(metadata.get("general.alignment", DEFAULT_ALIGNMENT))  # type: ignore[arg-type]
-    header = _header(metadata, sources, alignment)
+    header = header_bytes(metadata, sources, alignment)
     _check_room(path, len(header) + sum(_padded(source.n_bytes, alignment) for source in sources))
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -69,7 +69,10 @@ def write_gguf(path: Path | str, metadata: Mapping[str, WritableValue], tensors:
         part.unlink(missing_ok=True)
 
 
-def _header(metadata: Mapping[str, WritableValue], sources: list[TensorSource], alignment: int) -> bytes:
+def header_bytes(
+    metadata: Mapping[str, WritableValue], sources: Sequence[TensorSource] = (), alignment: int = DEFAULT_ALIGNMENT
+) -> bytes:
+    """What stands before the tensors. Equal arguments give equal bytes."""
     header = bytearray(MAGIC + pack("<IQQ", _VERSION, len(sources), len(metadata)))
     for key, value in metadata.items():
         header += _text(key) + _value(value)

@@ -35,6 +35,8 @@ class WorkerMessage(_message.Message):
     RENEW_FIELD_NUMBER: _builtins.int
     LINKS_MEASURED_FIELD_NUMBER: _builtins.int
     MEASURE_LINKS_FAILED_FIELD_NUMBER: _builtins.int
+    LOCATED_FIELD_NUMBER: _builtins.int
+    LOCATE_FAILED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def register(self) -> Global___Register:
         """First message of the stream."""
@@ -79,6 +81,14 @@ class WorkerMessage(_message.Message):
     def measure_links_failed(self) -> Global___Failure:
         """MeasureLinks did not succeed."""
 
+    @_builtins.property
+    def located(self) -> Global___Located:
+        """Answer to Locate."""
+
+    @_builtins.property
+    def locate_failed(self) -> Global___Failure:
+        """Locate did not succeed."""
+
     def __init__(
         self,
         *,
@@ -93,12 +103,14 @@ class WorkerMessage(_message.Message):
         renew: Global___Renew | None = ...,
         links_measured: Global___LinksMeasured | None = ...,
         measure_links_failed: Global___Failure | None = ...,
+        located: Global___Located | None = ...,
+        locate_failed: Global___Failure | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "kind", b"kind", "links_measured", b"links_measured", "load_failed", b"load_failed", "load_progress", b"load_progress", "loaded", b"loaded", "measure_failed", b"measure_failed", "measure_links_failed", b"measure_links_failed", "measured", b"measured", "register", b"register", "renew", b"renew", "unloaded", b"unloaded"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "kind", b"kind", "links_measured", b"links_measured", "load_failed", b"load_failed", "load_progress", b"load_progress", "loaded", b"loaded", "locate_failed", b"locate_failed", "located", b"located", "measure_failed", b"measure_failed", "measure_links_failed", b"measure_links_failed", "measured", b"measured", "register", b"register", "renew", b"renew", "unloaded", b"unloaded"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "kind", b"kind", "links_measured", b"links_measured", "load_failed", b"load_failed", "load_progress", b"load_progress", "loaded", b"loaded", "measure_failed", b"measure_failed", "measure_links_failed", b"measure_links_failed", "measured", b"measured", "register", b"register", "renew", b"renew", "unloaded", b"unloaded"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "kind", b"kind", "links_measured", b"links_measured", "load_failed", b"load_failed", "load_progress", b"load_progress", "loaded", b"loaded", "locate_failed", b"locate_failed", "located", b"located", "measure_failed", b"measure_failed", "measure_links_failed", b"measure_links_failed", "measured", b"measured", "register", b"register", "renew", b"renew", "unloaded", b"unloaded"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["register", "measured", "load_progress", "loaded", "load_failed", "unloaded", "heartbeat", "measure_failed", "renew", "links_measured", "measure_links_failed"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["register", "measured", "load_progress", "loaded", "load_failed", "unloaded", "heartbeat", "measure_failed", "renew", "links_measured", "measure_links_failed", "located", "locate_failed"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -119,6 +131,7 @@ class CoordinatorMessage(_message.Message):
     RENEWED_FIELD_NUMBER: _builtins.int
     RENEW_FAILED_FIELD_NUMBER: _builtins.int
     MEASURE_LINKS_FIELD_NUMBER: _builtins.int
+    LOCATE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome:
         """The worker is a member."""
@@ -155,6 +168,10 @@ class CoordinatorMessage(_message.Message):
     def measure_links(self) -> Global___MeasureLinks:
         """Measure the links to other workers."""
 
+    @_builtins.property
+    def locate(self) -> Global___Locate:
+        """Look for a model's weights."""
+
     def __init__(
         self,
         *,
@@ -167,12 +184,13 @@ class CoordinatorMessage(_message.Message):
         renewed: Global___Renewed | None = ...,
         renew_failed: Global___Failure | None = ...,
         measure_links: Global___MeasureLinks | None = ...,
+        locate: Global___Locate | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "load", b"load", "measure", b"measure", "measure_links", b"measure_links", "refused", b"refused", "renew_failed", b"renew_failed", "renewed", b"renewed", "shutdown", b"shutdown", "unload", b"unload", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "load", b"load", "locate", b"locate", "measure", b"measure", "measure_links", b"measure_links", "refused", b"refused", "renew_failed", b"renew_failed", "renewed", b"renewed", "shutdown", b"shutdown", "unload", b"unload", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "load", b"load", "measure", b"measure", "measure_links", b"measure_links", "refused", b"refused", "renew_failed", b"renew_failed", "renewed", b"renewed", "shutdown", b"shutdown", "unload", b"unload", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "load", b"load", "locate", b"locate", "measure", b"measure", "measure_links", b"measure_links", "refused", b"refused", "renew_failed", b"renew_failed", "renewed", b"renewed", "shutdown", b"shutdown", "unload", b"unload", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["welcome", "refused", "measure", "load", "unload", "shutdown", "renewed", "renew_failed", "measure_links"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["welcome", "refused", "measure", "load", "unload", "shutdown", "renewed", "renew_failed", "measure_links", "locate"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -480,6 +498,7 @@ class Load(_message.Message):
     NEXT_WORKER_FIELD_NUMBER: _builtins.int
     FIRST_WORKER_FIELD_NUMBER: _builtins.int
     ALONE_FIELD_NUMBER: _builtins.int
+    WEIGHTS_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """Counts plans; greater than any before."""
     model_path: _builtins.str
@@ -504,6 +523,10 @@ class Load(_message.Message):
     def limits(self) -> Global___StageLimits:
         """Sizes of its buffers."""
 
+    @_builtins.property
+    def weights(self) -> Global___WeightSources:
+        """Where a worker without the file gets its layers; not set: the file must be there."""
+
     def __init__(
         self,
         *,
@@ -518,14 +541,133 @@ class Load(_message.Message):
         next_worker: _builtins.str = ...,
         first_worker: _builtins.str = ...,
         alone: _builtins.bool = ...,
+        weights: Global___WeightSources | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits", "weights", b"weights"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alone", b"alone", "end", b"end", "epoch", b"epoch", "first_address", b"first_address", "first_worker", b"first_worker", "limits", b"limits", "model_id", b"model_id", "model_path", b"model_path", "next_address", b"next_address", "next_worker", b"next_worker", "start", b"start"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alone", b"alone", "end", b"end", "epoch", b"epoch", "first_address", b"first_address", "first_worker", b"first_worker", "limits", b"limits", "model_id", b"model_id", "model_path", b"model_path", "next_address", b"next_address", "next_worker", b"next_worker", "start", b"start", "weights", b"weights"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Load: _TypeAlias = Load  # noqa: Y015
+
+@_typing.final
+class WeightSources(_message.Message):
+    """A model without its weights, and who has those (wire/weights.py). All is known by SHA-256."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MANIFEST_FIELD_NUMBER: _builtins.int
+    MANIFEST_BYTES_FIELD_NUMBER: _builtins.int
+    SOURCES_FIELD_NUMBER: _builtins.int
+    manifest: _builtins.bytes
+    """Of the model's manifest (model/manifest.py), which names the SHA-256 of each tensor."""
+    manifest_bytes: _builtins.int
+    """Its size."""
+    @_builtins.property
+    def sources(self) -> _containers.RepeatedCompositeFieldContainer[Global___WeightSource]:
+        """Workers to ask, those first that are nearest or have most."""
+
+    def __init__(
+        self,
+        *,
+        manifest: _builtins.bytes = ...,
+        manifest_bytes: _builtins.int = ...,
+        sources: _abc.Iterable[Global___WeightSource] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["manifest", b"manifest", "manifest_bytes", b"manifest_bytes", "sources", b"sources"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WeightSources: _TypeAlias = WeightSources  # noqa: Y015
+
+@_typing.final
+class WeightSource(_message.Message):
+    """A worker that may have weights."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    WORKER_FIELD_NUMBER: _builtins.int
+    address: _builtins.str
+    """gRPC target of its Weights service."""
+    worker: _builtins.str
+    """Its name; its certificate must say so."""
+    def __init__(
+        self,
+        *,
+        address: _builtins.str = ...,
+        worker: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "worker", b"worker"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WeightSource: _TypeAlias = WeightSource  # noqa: Y015
+
+@_typing.final
+class Locate(_message.Message):
+    """Ask for Located."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_PATH_FIELD_NUMBER: _builtins.int
+    MODEL_ID_FIELD_NUMBER: _builtins.int
+    DESCRIBE_FIELD_NUMBER: _builtins.int
+    model_path: _builtins.str
+    """Path of the model file, as in Load."""
+    model_id: _builtins.str
+    """The identity it must have."""
+    describe: _builtins.bool
+    """Whether to make the file's manifest, where there is none yet: all of the file is read for it."""
+    def __init__(
+        self,
+        *,
+        model_path: _builtins.str = ...,
+        model_id: _builtins.str = ...,
+        describe: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["describe", b"describe", "model_id", b"model_id", "model_path", b"model_path"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Locate: _TypeAlias = Locate  # noqa: Y015
+
+@_typing.final
+class Located(_message.Message):
+    """What a worker has of a model."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HAS_FILE_FIELD_NUMBER: _builtins.int
+    MANIFEST_FIELD_NUMBER: _builtins.int
+    MANIFEST_BYTES_FIELD_NUMBER: _builtins.int
+    has_file: _builtins.bool
+    """The file."""
+    manifest: _builtins.bytes
+    """SHA-256 of the model's manifest, where the worker has that; else empty."""
+    manifest_bytes: _builtins.int
+    """Its size."""
+    def __init__(
+        self,
+        *,
+        has_file: _builtins.bool = ...,
+        manifest: _builtins.bytes = ...,
+        manifest_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["has_file", b"has_file", "manifest", b"manifest", "manifest_bytes", b"manifest_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Located: _TypeAlias = Located  # noqa: Y015
 
 @_typing.final
 class LoadProgress(_message.Message):
@@ -567,6 +709,7 @@ class Loaded(_message.Message):
     WEIGHT_BYTES_FIELD_NUMBER: _builtins.int
     KV_BYTES_FIELD_NUMBER: _builtins.int
     WORKSPACE_BYTES_FIELD_NUMBER: _builtins.int
+    FETCHED_BYTES_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """Of the Load."""
     weight_bytes: _builtins.int
@@ -575,6 +718,8 @@ class Loaded(_message.Message):
     """KV memory."""
     workspace_bytes: _builtins.int
     """Buffers of the computation."""
+    fetched_bytes: _builtins.int
+    """Bytes of weights that were fetched from other workers for it."""
     def __init__(
         self,
         *,
@@ -582,10 +727,11 @@ class Loaded(_message.Message):
         weight_bytes: _builtins.int = ...,
         kv_bytes: _builtins.int = ...,
         workspace_bytes: _builtins.int = ...,
+        fetched_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "kv_bytes", b"kv_bytes", "weight_bytes", b"weight_bytes", "workspace_bytes", b"workspace_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "fetched_bytes", b"fetched_bytes", "kv_bytes", b"kv_bytes", "weight_bytes", b"weight_bytes", "workspace_bytes", b"workspace_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -676,6 +822,8 @@ class Heartbeat(_message.Message):
     FREE_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     RECEIVED_BYTES_FIELD_NUMBER: _builtins.int
     SENT_BYTES_FIELD_NUMBER: _builtins.int
+    WEIGHT_BYTES_SENT_FIELD_NUMBER: _builtins.int
+    WEIGHT_BYTES_RECEIVED_FIELD_NUMBER: _builtins.int
     busy: _builtins.float
     """Share of the last interval spent computing, 0 to 1."""
     microbatches: _builtins.int
@@ -690,6 +838,10 @@ class Heartbeat(_message.Message):
     """Of microbatches, with the hidden states that came with them."""
     sent_bytes: _builtins.int
     """Of microbatches and results that went on."""
+    weight_bytes_sent: _builtins.int
+    """Bytes of weights sent to other workers."""
+    weight_bytes_received: _builtins.int
+    """Bytes of weights fetched from other workers."""
     def __init__(
         self,
         *,
@@ -700,10 +852,12 @@ class Heartbeat(_message.Message):
         free_memory_bytes: _builtins.int = ...,
         received_bytes: _builtins.int = ...,
         sent_bytes: _builtins.int = ...,
+        weight_bytes_sent: _builtins.int = ...,
+        weight_bytes_received: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy", b"busy", "free_memory_bytes", b"free_memory_bytes", "microbatches", b"microbatches", "received_bytes", b"received_bytes", "resident_bytes", b"resident_bytes", "sent_bytes", b"sent_bytes", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy", b"busy", "free_memory_bytes", b"free_memory_bytes", "microbatches", b"microbatches", "received_bytes", b"received_bytes", "resident_bytes", b"resident_bytes", "sent_bytes", b"sent_bytes", "tokens", b"tokens", "weight_bytes_received", b"weight_bytes_received", "weight_bytes_sent", b"weight_bytes_sent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

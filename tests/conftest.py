@@ -10,6 +10,7 @@ import pytest
 from llamaclust.errors import UsageError
 
 os.environ.setdefault("LLAMACLUST_CACHE_SIZE", "0")  # a user's prepared layers are not for models that tests make up
+os.environ.setdefault("LLAMACLUST_WEIGHTS_SIZE", "0")
 
 
 @pytest.fixture(scope="session")

@@ -51,6 +51,13 @@ def line(what: str, value: str, most: int = MAX_TEXT) -> str:
     return "".join(c for c in " ".join(value.split()) if c.isprintable())
 
 
+def path(what: str, value: str) -> str:
+    """What can name a file."""
+    if "\0" in value or not value:
+        raise WireError(f"{what} is empty or holds a zero byte")
+    return value
+
+
 def one_line(text: str, most: int = 1000) -> str:
     """Our own text made fit for `line` on the other side."""
     folded = " ".join(text.split())

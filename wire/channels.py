@@ -22,6 +22,7 @@ FORWARD = "/llamaclust.v1.Stage/Forward"
 SAMPLE = "/llamaclust.v1.Stage/Sample"
 CHOSEN = "/llamaclust.v1.Stage/Chosen"
 ECHO = "/llamaclust.v1.Stage/Echo"
+FETCH = "/llamaclust.v1.Weights/Fetch"
 
 TOKEN_KEY = "llamaclust-token"
 EPOCH_KEY = "llamaclust-epoch"

@@ -91,6 +91,48 @@ class StageLimits:
 
 
 @dataclass(frozen=True, slots=True)
+class WeightSource:
+    """A worker that may have weights."""
+
+    address: str  # gRPC target
+    worker: str
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSources:
+    """Where a worker without the model file gets its layers."""
+
+    manifest: str  # SHA-256, hex
+    manifest_bytes: int
+    sources: tuple[WeightSource, ...]  # best first
+
+
+@dataclass(frozen=True, slots=True)
+class Locate:
+    """Look for a model's weights."""
+
+    model_path: str
+    model_id: str
+    describe: bool = False  # make the manifest, where there is none yet
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """What a worker has of a model."""
+
+    has_file: bool
+    manifest: str | None = None  # SHA-256, hex, of what it has; None: it has none
+    manifest_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LocateFailed:
+    """It could not be looked for."""
+
+    failure: Failure
+
+
+@dataclass(frozen=True, slots=True)
 class Load:
     """Load layers [start, end) as the stage of an epoch."""
 
@@ -105,6 +147,7 @@ class Load:
     next_worker: str | None = None  # who holds that
     first_worker: str | None = None
     alone: bool = False  # stages of other epochs are freed first; weights that this one needs as well stay
+    weights: WeightSources | None = None  # None: the file must be there
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +167,7 @@ class Loaded:
     weight_bytes: int
     kv_bytes: int
     workspace_bytes: int
+    fetched_bytes: int = 0  # from other workers
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +203,8 @@ class Heartbeat:
     free_memory_bytes: int
     received_bytes: int = 0  # of microbatches, from stages before its own; 0 from older workers
     sent_bytes: int = 0  # of microbatches and results
+    weight_bytes_sent: int = 0  # to other workers
+    weight_bytes_received: int = 0  # from other workers
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,5 +276,9 @@ WorkerMessage = (
     | Renew
     | LinksMeasured
     | MeasureLinksFailed
+    | Located
+    | LocateFailed
 )
-CoordinatorMessage = Welcome | Refused | Measure | Load | Unload | Shutdown | Renewed | RenewFailed | MeasureLinks
+CoordinatorMessage = (
+    Welcome | Refused | Measure | Load | Unload | Shutdown | Renewed | RenewFailed | MeasureLinks | Locate
+)

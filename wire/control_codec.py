@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from llamaclust.errors import WireError
 from llamaclust.proto import control_pb2 as proto
-from llamaclust.wire.bounds import UINT64, bounded, finite, line, one_line, parse, worker_name
+from llamaclust.wire.bounds import UINT64, bounded, finite, line, one_line, parse, path, worker_name
 from llamaclust.wire.control import (
     KV_TYPES,
     CoordinatorMessage,
@@ -19,6 +19,9 @@ from llamaclust.wire.control import (
     Loaded,
     LoadFailed,
     LoadProgress,
+    Locate,
+    Located,
+    LocateFailed,
     Measure,
     Measured,
     MeasureLinks,
@@ -34,6 +37,14 @@ from llamaclust.wire.control import (
     Unloaded,
     Welcome,
     WorkerMessage,
+)
+from llamaclust.wire.control_weights import (
+    locate_in,
+    locate_out,
+    located_in,
+    located_out,
+    sources_in,
+    sources_out,
 )
 from llamaclust.wire.messages import MAX_CONTEXT_TOKENS, MAX_KV_BLOCKS, MAX_SEQUENCES, MAX_TOKENS
 
@@ -63,6 +74,10 @@ def encode_worker_message(message: WorkerMessage) -> bytes:
             out = proto.WorkerMessage(links_measured=proto.LinksMeasured(links=speeds))
         case MeasureLinksFailed(failure):
             out = proto.WorkerMessage(measure_links_failed=_failure_out(failure))
+        case Located():
+            out = proto.WorkerMessage(located=located_out(message))
+        case LocateFailed(failure):
+            out = proto.WorkerMessage(locate_failed=_failure_out(failure))
         case _:
             out = _about_load(message)
     return out.SerializeToString()
@@ -75,9 +90,9 @@ def _about_load(message: LoadProgress | Loaded | LoadFailed | Unloaded) -> proto
             return proto.WorkerMessage(
                 load_progress=proto.LoadProgress(epoch=epoch, done_bytes=done, total_bytes=total)
             )
-        case Loaded(_, weights, kv, workspace):
-            loaded = proto.Loaded(epoch=epoch, weight_bytes=weights, kv_bytes=kv, workspace_bytes=workspace)
-            return proto.WorkerMessage(loaded=loaded)
+        case Loaded(_, weights, kv, workspace, fetched):
+            sizes = {"weight_bytes": weights, "kv_bytes": kv, "workspace_bytes": workspace, "fetched_bytes": fetched}
+            return proto.WorkerMessage(loaded=proto.Loaded(epoch=epoch, **sizes))
         case LoadFailed(_, failure):
             return proto.WorkerMessage(load_failed=proto.LoadFailed(epoch=epoch, failure=_failure_out(failure)))
         case Unloaded():
@@ -112,6 +127,8 @@ def _heartbeat_out(message: Heartbeat) -> proto.Heartbeat:
         free_memory_bytes=message.free_memory_bytes,
         received_bytes=message.received_bytes,
         sent_bytes=message.sent_bytes,
+        weight_bytes_sent=message.weight_bytes_sent,
+        weight_bytes_received=message.weight_bytes_received,
     )
 
 
@@ -137,7 +154,8 @@ def decode_worker_message(data: bytes) -> WorkerMessage | None:
             return LoadProgress(progress.epoch, done, progress.total_bytes)
         case "loaded":
             loaded = message.loaded
-            return Loaded(loaded.epoch, loaded.weight_bytes, loaded.kv_bytes, loaded.workspace_bytes)
+            held = loaded.weight_bytes, loaded.kv_bytes, loaded.workspace_bytes
+            return Loaded(loaded.epoch, *held, loaded.fetched_bytes)
         case "load_failed":
             return LoadFailed(message.load_failed.epoch, _failure_in(message.load_failed.failure))
         case "unloaded":
@@ -150,6 +168,10 @@ def decode_worker_message(data: bytes) -> WorkerMessage | None:
             return LinksMeasured(tuple(map(_link_in, message.links_measured.links)))
         case "measure_links_failed":
             return MeasureLinksFailed(_failure_in(message.measure_links_failed))
+        case "located":
+            return located_in(message.located)
+        case "locate_failed":
+            return LocateFailed(_failure_in(message.locate_failed))
     return None
 
 
@@ -175,7 +197,8 @@ def _heartbeat_in(message: proto.Heartbeat) -> Heartbeat:
     busy = finite("busy", message.busy, 0.0, 1.0)
     counters = message.microbatches, message.tokens
     sizes = message.resident_bytes, message.free_memory_bytes, message.received_bytes, message.sent_bytes
-    return Heartbeat(busy, *counters, *sizes)
+    moved = message.weight_bytes_sent, message.weight_bytes_received
+    return Heartbeat(busy, *counters, *sizes, *moved)
 
 
 def _failure_in(message: proto.Failure) -> Failure:
@@ -203,6 +226,8 @@ def encode_coordinator_message(message: CoordinatorMessage) -> bytes:
             out = proto.CoordinatorMessage(measure_links=proto.MeasureLinks(ends=peers))
         case RenewFailed(failure):
             out = proto.CoordinatorMessage(renew_failed=_failure_out(failure))
+        case Locate():
+            out = proto.CoordinatorMessage(locate=locate_out(message))
     return out.SerializeToString()
 
 
@@ -238,6 +263,7 @@ def _load_out(message: Load) -> proto.Load:
         next_worker=message.next_worker or "",
         first_worker=message.first_worker or "",
         alone=message.alone,
+        weights=None if message.weights is None else sources_out(message.weights),
     )
 
 
@@ -264,6 +290,8 @@ def decode_coordinator_message(data: bytes) -> CoordinatorMessage | None:
             return MeasureLinks(tuple((worker_name(end.worker), line("address", end.address, 512)) for end in ends))
         case "renew_failed":
             return RenewFailed(_failure_in(message.renew_failed))
+        case "locate":
+            return locate_in(message.locate)
     return None
 
 
@@ -276,12 +304,10 @@ def _welcome_in(message: proto.Welcome) -> Welcome:
 
 
 def _load_in(message: proto.Load) -> Load:
-    if "\0" in message.model_path or not message.model_path:
-        raise WireError("model_path is empty or holds a zero byte")
     end = bounded("end", message.end, 1, _MAX_LAYERS)
     return Load(
         epoch=bounded("epoch", message.epoch, 0, UINT64 - 1),
-        model_path=message.model_path,
+        model_path=path("model_path", message.model_path),
         model_id=line("model_id", message.model_id, 128),
         start=bounded("start", message.start, 0, end - 1),
         end=end,
@@ -291,6 +317,7 @@ def _load_in(message: proto.Load) -> Load:
         next_worker=worker_name(message.next_worker) if message.next_worker else None,
         first_worker=worker_name(message.first_worker) if message.first_worker else None,
         alone=message.alone,
+        weights=sources_in(message.weights) if message.HasField("weights") else None,
     )
 
 

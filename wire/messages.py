@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-PROTOCOL_VERSION = (2, 1)
+PROTOCOL_VERSION = (2, 2)
 """(major, minor): another major is refused at the handshake; unknown fields of a newer minor are ignored."""
 
 NUMERICS_VERSION = 2

@@ -1,73 +1,107 @@
-"""Loads a stage as the coordinator ordered it, on a thread of its own, with progress."""
+"""Loads a stage as the coordinator ordered it, with progress: from the model file, or from what other workers have of
+that."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
-from pathlib import Path
+from dataclasses import dataclass
 
 from llamaclust.errors import DoesNotFitError, ModelFileError
 from llamaclust.model.loader import Model
 from llamaclust.sizes import missing
+from llamaclust.wire.channels import Peer
 from llamaclust.wire.control import Load, LoadProgress
+from llamaclust.worker.absent_file import AbsentFile
 from llamaclust.worker.devices import Device
-from llamaclust.worker.stage_runner import StageMemory, StageRunner, held_weight_bytes, plan_memory
+from llamaclust.worker.stage_runner import StageMemory, StageRunner, held_weight_bytes, model_program, plan_memory
+from llamaclust.worker.weights import Weights
+
+_log = logging.getLogger(__name__)
 
 Report = Callable[[LoadProgress], Awaitable[None]]
+Reach = Callable[[str, str], Peer]
+"""A channel to a worker, by address and name."""
 
 _REPORT_S = 0.1
 
 
-async def load_stage(order: Load, device: Device, report: Report, model_dir: Path | None = None) -> StageRunner:
-    """The stage of `order`; the file is looked for where the order says, then under its name in `model_dir`.
+@dataclass(slots=True)
+class _Progress:
+    """Of fetching and loading together."""
 
-    ModelFileError for a missing, another or a damaged file, DoesNotFitError where memory is short.
-    """
-    limits = order.limits
-    model = await asyncio.to_thread(_open, order, model_dir)
-    planned = await asyncio.to_thread(plan_memory, device.backend, model, order.start, order.end, limits)
-    held_bytes = held_weight_bytes(device.backend, model, order.start, order.end, limits)
-    _check_memory(order, planned, device.free_memory_bytes + held_bytes)
-    done_bytes = 0
+    total_bytes: int = 0
+    done_bytes: int = 0
 
-    def progress(more_bytes: int) -> None:
-        nonlocal done_bytes
-        done_bytes += more_bytes
+    def add(self, more_bytes: int) -> None:
+        self.done_bytes += more_bytes
 
-    def load() -> StageRunner:
-        return StageRunner(
-            device.backend,
-            model,
-            order.start,
-            order.end,
-            limits,
-            feature_level=device.feature_level,
-            threads=device.threads,
-            progress=progress,
-        )
 
-    loading = asyncio.ensure_future(asyncio.to_thread(load))
-    while not (await asyncio.wait((loading,), timeout=_REPORT_S))[0]:
-        total_bytes = planned.weight_bytes
-        await report(LoadProgress(order.epoch, min(done_bytes, total_bytes), total_bytes))
+async def load_stage(order: Load, device: Device, report: Report, weights: Weights, reach: Reach) -> StageRunner:
+    """The stage of `order`. ModelFileError for a missing, another or a damaged file, DoesNotFitError where memory is
+    short; what `AbsentFile` raises where there is no file."""
+    progress = _Progress()
+    loading = asyncio.create_task(_load(order, device, weights, reach, progress))
+    try:
+        while not (await asyncio.wait((loading,), timeout=_REPORT_S))[0]:
+            total_bytes = max(progress.total_bytes, 1)
+            await report(LoadProgress(order.epoch, min(progress.done_bytes, total_bytes), total_bytes))
+    finally:
+        loading.cancel()
     return loading.result()
 
 
-def _open(order: Load, model_dir: Path | None) -> Model:
-    """The file of the order's size and hash."""
-    path = Path(order.model_path)
-    places = [path] if model_dir is None else [path, model_dir / path.name]
-    there = [place for place in places if place.is_file()]
-    for place in there:
-        model = Model.open(place)
-        if model.model_id == order.model_id:
-            return model
-        model.close()
-    if there:
-        what = "not the file that the coordinator opened: it was changed or replaced"
-        raise ModelFileError(f"{there[0]}: {what}; restore it, or start the cluster again")
-    missing = " and ".join(str(place) for place in places)
-    raise ModelFileError(f"{missing}: no such file on this machine; copy it there, or name its folder by --model-dir")
+async def _load(order: Load, device: Device, weights: Weights, reach: Reach, progress: _Progress) -> StageRunner:
+    model = await asyncio.to_thread(_open, order, weights)
+    if model is not None:
+        progress.total_bytes = (await asyncio.to_thread(_planned, order, device, model)).weight_bytes
+        return await asyncio.to_thread(_runner, order, device, model, progress)
+    assert order.weights is not None
+    sources = [(f"worker {one.worker}", reach(one.address, one.worker)) for one in order.weights.sources]
+    async with AbsentFile(order.model_path, order.model_id, order.weights, weights, sources, progress.add) as absent:
+        outline = await absent.outline()
+        planned = await asyncio.to_thread(_planned, order, device, outline)
+        names = model_program(outline, order.start, order.end, order.limits).weights
+        progress.done_bytes, progress.total_bytes = 0, planned.weight_bytes + absent.missing_bytes(names)
+        model = await absent.complete(names)
+        return await asyncio.to_thread(_runner, order, device, model, progress)
+
+
+def _open(order: Load, weights: Weights) -> Model | None:
+    """The file; None where there is none and the weights may be fetched."""
+    try:
+        model = weights.open_file(order.model_path, order.model_id)
+    except ModelFileError as error:
+        if order.weights is None:
+            raise
+        _log.warning("%s; its layers are fetched from other workers", error)
+        return None
+    if model is None and order.weights is None:
+        where = " and ".join(str(place) for place in weights.places(order.model_path))
+        what = "no such file on this machine, and no other worker has it or may give it"
+        raise ModelFileError(f"{where}: {what}; copy it there, or name its folder by --model-dir")
+    return model
+
+
+def _planned(order: Load, device: Device, model: Model) -> StageMemory:
+    planned = plan_memory(device.backend, model, order.start, order.end, order.limits)
+    held_bytes = held_weight_bytes(device.backend, model, order.start, order.end, order.limits)
+    _check_memory(order, planned, device.free_memory_bytes + held_bytes)
+    return planned
+
+
+def _runner(order: Load, device: Device, model: Model, progress: _Progress) -> StageRunner:
+    return StageRunner(
+        device.backend,
+        model,
+        order.start,
+        order.end,
+        order.limits,
+        feature_level=device.feature_level,
+        threads=device.threads,
+        progress=progress.add,
+    )
 
 
 def _check_memory(order: Load, planned: StageMemory, free_bytes: int) -> None:

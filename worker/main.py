@@ -24,6 +24,7 @@ from llamaclust.worker.membership import Member
 from llamaclust.worker.parent import die_with
 from llamaclust.worker.service import StageService
 from llamaclust.worker.settings import WorkerSettings
+from llamaclust.worker.weights import Weights, weight_cache
 
 _log = logging.getLogger("llamaclust.worker")
 
@@ -88,13 +89,13 @@ async def _live(settings: WorkerSettings) -> str:
     assert settings.token_file is not None
     token = ClusterToken.read(settings.token_file)
     device = Device.open(settings)
-    service = StageService(settings.name)
+    service, weights = StageService(settings.name), Weights(weight_cache(settings), settings.model_dir)
     with short_slices():  # gRPC's threads
         coordinator = Peer(settings.join, token)
-        server = await Server.start(settings.listen or "127.0.0.1:0", token, service.handlers)
+        server = await Server.start(settings.listen or "127.0.0.1:0", token, {**service.handlers, **weights.handlers})
     compute = Compute()
     try:
-        member = Member(settings.name, token, device, service, compute)
+        member = Member(settings.name, token, device, service, compute, weights)
         await member.join(coordinator, device.registration(settings.name, server.address), settings.join_s)
         _log.info("worker %s is a member, its stages are served at %s", settings.name, server.address)
         return await member.serve()

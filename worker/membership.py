@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Coroutine
-from pathlib import Path
 from time import perf_counter_ns
 
 from llamaclust.errors import LlamaclustError, UsageError, WireError, WorkerError
@@ -22,6 +21,8 @@ from llamaclust.wire.control import (
     Load,
     Loaded,
     LoadFailed,
+    Locate,
+    LocateFailed,
     Measure,
     MeasureLinks,
     MeasureLinksFailed,
@@ -48,6 +49,7 @@ from llamaclust.worker.machine import resident_bytes
 from llamaclust.worker.renewal import Renewal
 from llamaclust.worker.service import StageService
 from llamaclust.worker.steps import Counters
+from llamaclust.worker.weights import Weights
 
 _log = logging.getLogger(__name__)
 
@@ -62,10 +64,10 @@ class Member:
         device: Device,
         service: StageService,
         compute: Compute,
-        model_dir: Path | None = None,
+        weights: Weights,
     ) -> None:
         self._name = name
-        self._model_dir = model_dir
+        self._weights = weights
         self._credentials = credentials
         self._renewal = Renewal(credentials, self._say) if isinstance(credentials, Identity) else None
         self._device = device
@@ -125,6 +127,8 @@ class Member:
                 self._start(self._measure())
             case MeasureLinks():
                 self._start(self._measure_links(message))
+            case Locate():
+                self._start(self._locate(message))
             case Renewed() | RenewFailed() if self._renewal is not None:
                 self._renewal.hear(message)
             case _:
@@ -148,13 +152,14 @@ class Member:
     async def _loaded(self, order: Load) -> Loaded:
         if order.epoch in self._service:
             raise WireError(f"epoch {order.epoch} is loaded already")
+        received_bytes = self._weights.received_bytes
         held = await self._service.clear() if order.alone else []
         try:
             runner = await self._service.take_kept(order)
             if runner is not None:
                 _log.info("layers [%d, %d): its weights were kept", order.start, order.end)
             else:
-                runner = await load_stage(order, self._device, self._say, self._model_dir)
+                runner = await load_stage(order, self._device, self._say, self._weights, self._source)
         finally:
             held.clear()
         next_stage = self._peer(order.next_address, order.next_worker)
@@ -163,7 +168,12 @@ class Member:
         self._service.add(flow)
         memory = runner.memory
         _log.info("layers [%d, %d) are loaded as epoch %d", order.start, order.end, order.epoch)
-        return Loaded(order.epoch, memory.weight_bytes, memory.kv_bytes, memory.workspace_bytes)
+        fetched_bytes = self._weights.received_bytes - received_bytes
+        return Loaded(order.epoch, memory.weight_bytes, memory.kv_bytes, memory.workspace_bytes, fetched_bytes)
+
+    def _source(self, address: str, worker: str) -> Peer:
+        """The way to another worker's weights."""
+        return Peer(address, self._credentials, Principal(worker))
 
     def _peer(self, address: str | None, worker: str | None) -> Peer | None:
         """The way to another stage, and who must be there."""
@@ -182,6 +192,14 @@ class Member:
                 _log.error("measuring the machine: %s", error)
                 answer = _failure(error)
             await self._say(answer)
+
+    async def _locate(self, wanted: Locate) -> None:
+        try:
+            answer: WorkerMessage = await asyncio.to_thread(self._weights.locate, wanted)
+        except Exception as error:  # noqa: BLE001  a border: the coordinator is told, the worker stays
+            _log.error("looking for %s: %s", wanted.model_path, error)
+            answer = LocateFailed(_failure(error))
+        await self._say(answer)
 
     async def _renew(self, renewal: Renewal) -> None:
         with contextlib.suppress(WorkerError):  # as with heartbeats
@@ -226,6 +244,8 @@ class Member:
             self._device.free_memory_bytes,
             counters.received_bytes,
             counters.sent_bytes,
+            self._weights.sent_bytes,
+            self._weights.received_bytes,
         )
 
     async def _say(self, message: WorkerMessage) -> None:

@@ -27,6 +27,8 @@ class WorkerSettings:
     parent_pid: int | None = None
     prepared_dir: Path | None = None  # where layers are kept prepared for the next load; None: nowhere
     prepared_bytes: int = 0  # what they may take
+    weights_dir: Path | None = None  # where weights fetched from other workers are kept; None: none are fetched
+    weights_bytes: int = 0  # what they may take
     static: bool = False
     advertise: str = ""  # HOST or HOST:PORT by which others reach it; "": as it listens
     log_format: LogFormat = LogFormat.TEXT

@@ -22,6 +22,7 @@ from llamaclust.worker.enrolment import enrol
 from llamaclust.worker.membership import Member
 from llamaclust.worker.service import StageService
 from llamaclust.worker.settings import WorkerSettings
+from llamaclust.worker.weights import Weights, weight_cache
 
 _log = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ class _StaticWorker:
         self._token = None if settings.token_file is None else JoinToken.read(settings.token_file)
         self._device = Device.open(settings)
         self._service = StageService(settings.name)
+        self._weights = Weights(weight_cache(settings), settings.model_dir)
         self._compute = Compute()
         self._patience = _Patience(settings.join)
         self._credentials: Credentials | None = None
@@ -72,7 +74,7 @@ class _StaticWorker:
             await self._listen(self._credentials)
         peer = Peer(target, self._credentials, COORDINATOR)
         member = Member(
-            self._settings.name, self._credentials, self._device, self._service, self._compute, self._settings.model_dir
+            self._settings.name, self._credentials, self._device, self._service, self._compute, self._weights
         )
         try:
             await member.join(peer, self._registration(), self._settings.join_s, wait_for_ready=False)
@@ -102,7 +104,8 @@ class _StaticWorker:
         settings = self._settings
         listen = settings.listen or joined_address(await _own_host(self._host, self._port), 0)
         with short_slices():
-            self._server = await Server.start(listen, credentials, self._service.handlers)
+            handlers = {**self._service.handlers, **self._weights.handlers}
+            self._server = await Server.start(listen, credentials, handlers)
         host, _ = split_address(listen)
         if host in ("0.0.0.0", "::"):
             host = await _own_host(self._host, self._port)

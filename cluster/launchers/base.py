@@ -32,6 +32,8 @@ class WorkerSpec:
     prepared_bytes: int = 0
     log_format: LogFormat = LogFormat.TEXT
     cluster: str = ""  # whose it is, for its log
+    weights_dir: Path | None = None  # where it keeps weights that it fetched from others, if it may; shared likewise
+    weights_bytes: int = 0
 
 
 class Launcher(Protocol):

@@ -187,6 +187,8 @@ def _arguments(spec: WorkerSpec, join: str, listen: str, token_file: Path) -> It
         "--feature-level": spec.feature_level or None,
         "--prepared-dir": spec.prepared_dir,
         "--prepared-bytes": spec.prepared_bytes if spec.prepared_dir else None,
+        "--weights-dir": spec.weights_dir,
+        "--weights-bytes": spec.weights_bytes if spec.weights_dir else None,
         "--parent-pid": os.getpid(),
         "--log-format": spec.log_format,
         "--cluster": spec.cluster or None,

@@ -1,8 +1,8 @@
 """Prepared layers: tiles that an earlier load packed, kept on disk, for the next to map or read.
 
-An image is found by a key: SHA-256 over what packing makes of the layer's quant types, and which bytes of which file
-went in, the file told by device, inode, size and times. Its checksum is compared each time; damage means that the layer
-is packed anew.
+An image is found by a key: SHA-256 over what packing makes of the layer's quant types, and which bytes went in, told by
+their own SHA-256 where that is known, else by the file's device, inode, size and times. Its checksum is compared each
+time; damage means that the layer is packed anew.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from llamaclust.kernels.cpu.layer_image import LayerImage
 from llamaclust.kernels.cpu.prepared_entries import Entry
 from llamaclust.kernels.cpu.prepared_files import PreparedFolder
 from llamaclust.kernels.cpu.prepared_writer import BackgroundWriter, Made, reason, warn_not_kept
-from llamaclust.model.tensors import FileIdentity
+from llamaclust.model.tensors import FileIdentity, Tensor
 
 _log = logging.getLogger(__name__)
 
@@ -150,16 +150,26 @@ def image_key(image: LayerImage) -> str | None:
     """None where the file is gone, or changed so lately that its times may not tell a further change."""
     parts: list[object] = [sys.byteorder]
     for tensor in image.tensors:
-        try:
-            found = tensor.path.stat()
-        except OSError:
+        bytes_of_it = _bytes_key(tensor)
+        if bytes_of_it is None:
             return None
-        newest_ns = max(found.st_mtime_ns, found.st_ctime_ns)
-        if FileIdentity.from_status(found) != tensor.file_identity or time.time_ns() - newest_ns < _SETTLED_NS:
-            return None
-        kind, where = int(tensor.quant_type), (tensor.offset, tensor.n_bytes, tensor.shape)
-        parts += [tensor.name, kind, _fingerprint(kind), where, tensor.file_identity, found.st_ctime_ns]
+        kind = int(tensor.quant_type)
+        parts += [tensor.name, kind, _fingerprint(kind), *bytes_of_it]
     return sha256(repr(parts).encode()).hexdigest()
+
+
+def _bytes_key(tensor: Tensor) -> tuple[object, ...] | None:
+    """Which bytes they are: by their SHA-256 where that is known, else by their place in a file."""
+    if tensor.content is not None:
+        return tensor.shape, tensor.content
+    try:
+        found = tensor.path.stat()
+    except OSError:
+        return None
+    newest_ns = max(found.st_mtime_ns, found.st_ctime_ns)
+    if FileIdentity.from_status(found) != tensor.file_identity or time.time_ns() - newest_ns < _SETTLED_NS:
+        return None
+    return (tensor.offset, tensor.n_bytes, tensor.shape), tensor.file_identity, found.st_ctime_ns
 
 
 _fingerprint = cache(packing_fingerprint)

@@ -116,7 +116,7 @@ class BackgroundWriter:
                 self._forget()
 
     def _store(self, made: Made, memory: Memory) -> None:
-        path, layer = str(made.image.tensors[0].path.absolute()), made.image.name
+        path, layer = str(made.image.tensors[0].origin.absolute()), made.image.name
         self._folder.store(made.key, path, layer, memory.view.data, memory.checksum(), made.since_ns, self._writing)
 
     def _forget(self) -> None:

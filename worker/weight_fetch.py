@@ -1,0 +1,233 @@
+"""Gets weights from other workers: several tensors at once, from several of them; resumes, checks, asks another one."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from llamaclust.errors import DeadlineError, LlamaclustError, WireError, WorkerError
+from llamaclust.model.weight_cache import WeightCache
+from llamaclust.model.weight_part import WeightPart
+from llamaclust.wire.channels import FETCH, ClientStream, Peer, StreamBrokenError
+from llamaclust.wire.deadlines import deadline
+from llamaclust.wire.weights import FRAME_BYTES, NotThereError, WeightRange, decode_frame, encode_range
+
+_log = logging.getLogger(__name__)
+
+_LANES = 2
+"""Streams to each source: one can be answered while the other's bytes are checked and written."""
+_MOST_SOURCES = 4
+"""Asked at the same time; others take the place of those that fail."""
+_WRITE_BYTES = 8 * FRAME_BYTES
+_MOST_MIXED = 2
+_LOOK_S = 0.05
+_LEAST_REST_S, _MOST_REST_S = 0.1, 2.0
+
+OnBytes = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """Seconds."""
+
+    connect_s: float = 10.0
+    frame_s: float = 30.0  # for one frame
+    source_s: float = 30.0  # for anything at all from a source that fails again and again
+
+
+class DamagedError(LlamaclustError):
+    """Bytes that are not those that were asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class WantedWeights:
+    """`content`: SHA-256 in hex."""
+
+    content: str
+    n_bytes: int
+    name: str
+
+
+@dataclass(slots=True, eq=False)
+class _Item:
+    wanted: WantedWeights
+    lacking: set[str] = field(default_factory=set)  # sources that do not have it, or are not believed
+    mixed: int = 0  # times that it was wrong and more than one source, or an earlier load, may be to blame
+    not_before_s: float = 0.0
+    is_active: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class _Source:
+    name: str
+    peer: Peer
+    given_up: str | None = None  # why
+    failed_since_s: float | None = None
+    rest_s: float = _LEAST_REST_S
+
+    def works(self) -> None:
+        self.failed_since_s, self.rest_s = None, _LEAST_REST_S
+
+    async def rest(self, error: LlamaclustError, limit_s: float) -> None:
+        """After a failure; gives up after `limit_s` of them."""
+        now_s = asyncio.get_running_loop().time()
+        if self.failed_since_s is None:
+            self.failed_since_s = now_s
+        if now_s + self.rest_s - self.failed_since_s > limit_s:
+            self.given_up = str(error)
+            return
+        await asyncio.sleep(self.rest_s)
+        self.rest_s = min(_MOST_REST_S, 2 * self.rest_s)
+
+
+class WeightFetch:
+    """`sources` by name, best first. Use once."""
+
+    def __init__(
+        self,
+        cache: WeightCache,
+        sources: Iterable[tuple[str, Peer]],
+        on_bytes: OnBytes,
+        patience: Patience | None = None,
+    ) -> None:
+        self._cache = cache
+        self._sources = [_Source(name, peer) for name, peer in sources]
+        self._on_bytes = on_bytes
+        self._patience = patience or Patience()
+        self._items: list[_Item] = []
+
+    async def run(self, wanted: Sequence[WantedWeights]) -> None:
+        """Returns when all are in the cache. The caller holds it `in_use`. WorkerError where a tensor is to be had
+        nowhere, LlamaclustError where it cannot be kept."""
+        by_content = {one.content: one for one in wanted}
+        self._items = [_Item(one) for one in sorted(by_content.values(), key=lambda one: -one.n_bytes)]
+        lanes = [asyncio.create_task(self._lane(source)) for source in self._sources for _ in range(_LANES)]
+        try:
+            if lanes:
+                await asyncio.wait(lanes, return_when=asyncio.FIRST_EXCEPTION)
+            for lane in lanes:
+                if lane.done():
+                    lane.result()
+            if self._items:
+                raise self._not_found(self._items[0])
+        finally:
+            for lane in lanes:
+                lane.cancel()
+            await asyncio.gather(*lanes, return_exceptions=True)
+
+    async def _lane(self, source: _Source) -> None:
+        stream: ClientStream | None = None
+        try:
+            while (item := await self._next(source)) is not None:
+                try:
+                    if stream is None:
+                        stream = await self._open(source)
+                    await self._get(item, source, stream)
+                except NotThereError as error:
+                    _log.debug("%s of %s: %s", item.wanted.name, source.name, error)
+                    item.lacking.add(source.name)
+                except (WireError, DamagedError) as error:
+                    self._give_up(source, error)
+                except (StreamBrokenError, DeadlineError) as error:
+                    if stream is not None:
+                        stream.cancel()
+                        stream = None
+                    item.is_active = False
+                    _log.warning("weights from %s: %s", source.name, error)
+                    await source.rest(error, self._patience.source_s)
+                finally:
+                    item.is_active = False
+        finally:
+            if stream is not None:
+                stream.cancel()
+
+    async def _next(self, source: _Source) -> _Item | None:
+        """What this source is to be asked for next; None: there is nothing, and will be nothing."""
+        clock = asyncio.get_running_loop().time
+        while self._items and source.given_up is None:
+            for item in self._items:
+                if not item.is_active and clock() >= item.not_before_s and source in self._asked_for(item):
+                    item.is_active = True
+                    return item
+            if not any(item.is_active or self._asked_for(item) for item in self._items):
+                return None
+            await asyncio.sleep(_LOOK_S)
+        return None
+
+    def _asked_for(self, item: _Item) -> list[_Source]:
+        """The best of those that may have it."""
+        able = [one for one in self._sources if one.given_up is None and one.name not in item.lacking]
+        return sorted(able, key=lambda one: one.failed_since_s is not None)[:_MOST_SOURCES]
+
+    async def _open(self, source: _Source) -> ClientStream:
+        stream = source.peer.open(FETCH)
+        try:
+            async with deadline(f"reaching {source.name} for weights", self._patience.connect_s):
+                await stream.opened()
+        except BaseException:
+            stream.cancel()
+            raise
+        return stream
+
+    async def _get(self, item: _Item, source: _Source, stream: ClientStream) -> None:
+        """One tensor, from where it is on. WireError and DamagedError are this source's fault."""
+        wanted = item.wanted
+        if self._cache.find(wanted.content) is not None:  # another process has fetched it
+            self._items.remove(item)
+            return
+        part = await asyncio.to_thread(WeightPart.open, self._cache, wanted.content, wanted.n_bytes)
+        if part is None:
+            item.not_before_s = asyncio.get_running_loop().time() + _LOOK_S
+            return
+        try:
+            await self._receive(part, wanted, source, stream)
+            was_resumed = part.resumed
+            is_whole = await asyncio.to_thread(part.finish)
+        finally:
+            part.close()
+        if is_whole:
+            self._items.remove(item)
+        elif not was_resumed:
+            raise DamagedError(f"{wanted.name}: other bytes than those with SHA-256 {wanted.content}")
+        else:
+            _log.warning("%s: what was resumed has another SHA-256; it is fetched anew", wanted.name)
+            item.mixed += 1
+            if item.mixed > _MOST_MIXED:
+                item.lacking.add(source.name)
+
+    async def _receive(self, part: WeightPart, wanted: WantedWeights, source: _Source, stream: ClientStream) -> None:
+        left = wanted.n_bytes - part.done_bytes
+        if left:
+            await stream.write(encode_range(WeightRange(wanted.content, part.done_bytes, wanted.n_bytes)))
+        frames: list[memoryview] = []
+        try:
+            while left:
+                async with deadline(f"weights from {source.name}", self._patience.frame_s):
+                    data = await stream.read()
+                if data is None:
+                    raise StreamBrokenError(f"{source.name} ended the stream")
+                frames.append(decode_frame(data, left))
+                left -= len(frames[-1])
+                source.works()
+                self._on_bytes(len(frames[-1]))
+                if len(frames) * FRAME_BYTES >= _WRITE_BYTES:
+                    full, frames = frames, []
+                    await asyncio.to_thread(part.write, full)
+        except LlamaclustError:
+            part.write(frames)  # to be resumed after them
+            raise
+        await asyncio.to_thread(part.write, frames)
+
+    def _give_up(self, source: _Source, error: LlamaclustError) -> None:
+        if source.given_up is None:
+            source.given_up = str(error)
+            _log.error("no more weights from %s: %s", source.name, error)
+
+    def _not_found(self, item: _Item) -> WorkerError:
+        whys = [f"{one.name}: {one.given_up or 'does not have it'}" for one in self._sources]
+        where = "; ".join(whys) or "nobody to ask"
+        return WorkerError(
+            f"weights of {item.wanted.name} ({item.wanted.n_bytes} bytes) are to be had nowhere ({where})"
+        )

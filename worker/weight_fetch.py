@@ -121,9 +121,9 @@ class WeightFetch:
         stream: ClientStream | None = None
         try:
             while (item := await self._next(source)) is not None:
+                broken: LlamaclustError | None = None
                 try:
-                    if stream is None:
-                        stream = await self._open(source)
+                    stream = stream or await self._open(source)
                     await self._get(item, source, stream)
                 except NotThereError as error:
                     _log.debug("%s of %s: %s", item.wanted.name, source.name, error)
@@ -131,14 +131,15 @@ class WeightFetch:
                 except (WireError, DamagedError) as error:
                     self._give_up(source, error)
                 except (StreamBrokenError, DeadlineError) as error:
-                    if stream is not None:
-                        stream.cancel()
-                        stream = None
-                    item.is_active = False
-                    _log.warning("weights from %s: %s", source.name, error)
-                    await source.rest(error, self._patience.source_s)
+                    broken = error
                 finally:
                     item.is_active = False
+                if broken is not None:
+                    _log.warning("weights from %s: %s", source.name, broken)
+                    if stream is not None:
+                        stream.cancel()
+                    stream = None
+                    await source.rest(broken, self._patience.source_s)
         finally:
             if stream is not None:
                 stream.cancel()

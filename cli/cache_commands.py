@@ -1,4 +1,4 @@
-"""`llamaclust model cache ...`: layers kept prepared on disk, so that the next start need not pack them."""
+"""`llamaclust model cache ...`: layers kept prepared on disk for the next start, and weights fetched from other workers."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from llamaclust.sizes import MIB
 
 if TYPE_CHECKING:
     from llamaclust.kernels.cpu.prepared_files import PreparedFolder
+    from llamaclust.model.weight_cache import WeightCache
 
 app = typer.Typer(
     name="cache",
     cls=PlainGroup,
-    help="List and delete layers that are kept on disk, prepared for the next start.",
+    help="List and delete layers that are kept on disk, prepared for the next start, and fetched weights.",
     no_args_is_help=True,
 )
 
@@ -28,19 +29,28 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.
 
 @app.command("list", cls=PlainCommand)
 def list_layers(as_json: JsonOption = False) -> None:
-    """Show of which models layers are kept prepared, how many, and what they take.
+    """Show of which models layers are kept prepared, how many, and what they take; and weights fetched from workers.
 
     A part is a layer, the embedding or the output matrix."""
     folder = _folder()
     try:
         found, unfinished, strange = folder.list_models(), folder.unfinished_bytes(), folder.in_the_way()
         used_bytes = folder.used_bytes()
+        weights = _weights()
+        fetched, begun = weights.list_files()
     except OSError as error:
         raise LlamaclustError(f"{folder.path}: cannot be listed: {_reason(error)}") from error
     if as_json:
         models = [asdict(one) for one in found]
         left = {"files": len(unfinished), "size_bytes": sum(unfinished)}
-        listed = {"models": models, "unfinished": left, "in_the_way": [str(path) for path in strange]}
+        brought = {"folder": str(weights.path), "most_bytes": weights.most_bytes, "tensors": len(fetched)}
+        brought |= {"size_bytes": sum(fetched), "unfinished_bytes": sum(begun)}
+        listed = {
+            "fetched": brought,
+            "models": models,
+            "unfinished": left,
+            "in_the_way": [str(path) for path in strange],
+        }
         print(json.dumps({"folder": str(folder.path), "most_bytes": folder.most_bytes, **listed}))
         return
     for one in found:
@@ -51,21 +61,31 @@ def list_layers(as_json: JsonOption = False) -> None:
     for path in strange:
         print(f"in the way, as it is no regular file: {printable(str(path))}")
     print(f"{used_bytes / MIB:10,.2f} MiB of {folder.most_bytes / MIB:,.2f} in {folder.path}")
+    if fetched or begun:
+        held = f"{(sum(fetched) + sum(begun)) / MIB:10,.2f} MiB of {weights.most_bytes / MIB:,.2f} in {weights.path}"
+        print(f"{held}: weights fetched from other workers, {len(begun)} of them unfinished")
 
 
 @app.command(cls=PlainCommand)
 def clear(as_json: JsonOption = False) -> None:
-    """Delete all prepared layers. Processes that use them go on; the next start packs them anew."""
-    folder = _folder()
+    """Delete all prepared layers and fetched weights. Processes that use them go on; the next start makes them anew."""
+    folder, weights = _folder(), _weights()
     try:
         cleared = folder.clear()
     except OSError as error:
         raise LlamaclustError(f"{folder.path}: cannot be cleared: {_reason(error)}") from error
+    try:
+        brought = weights.clear()
+    except OSError as error:
+        raise LlamaclustError(f"{weights.path}: cannot be cleared: {_reason(error)}") from error
     if as_json:
         deleted = {"files": cleared.files, "size_bytes": cleared.size_bytes}
+        deleted |= {"fetched_files": brought.files, "fetched_bytes": brought.size_bytes}
         print(json.dumps({"folder": str(folder.path), **deleted, "left": [error.filename for error in cleared.left]}))
     else:
         print(f"{cleared.files} files, {cleared.size_bytes / MIB:,.2f} MiB deleted in {folder.path}")
+        if brought.files:
+            print(f"{brought.files} files, {brought.size_bytes / MIB:,.2f} MiB deleted in {weights.path}")
     if cleared.left:
         raise LlamaclustError(f"{folder.path}: cannot be deleted: {'; '.join(map(_reason, cleared.left))}")
 
@@ -81,3 +101,11 @@ def _folder() -> PreparedFolder:
 
     variables = environment()
     return PreparedFolder(variables.prepared_dir, variables.prepared_bytes)
+
+
+def _weights() -> WeightCache:
+    from llamaclust.cluster.config import environment
+    from llamaclust.model.weight_cache import WeightCache
+
+    variables = environment()
+    return WeightCache(variables.weights_dir, variables.weights_bytes)

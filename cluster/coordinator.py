@@ -26,6 +26,7 @@ from llamaclust.cluster.registry import Registry
 from llamaclust.cluster.settings import EngineSettings
 from llamaclust.cluster.shares import worker_specs
 from llamaclust.cluster.state import ClusterDir
+from llamaclust.cluster.weight_metrics import WeightMetrics
 from llamaclust.model.loader import Model
 from llamaclust.wire.control import Deadlines
 from llamaclust.wire.time_slices import short_slices
@@ -76,6 +77,7 @@ async def open_cluster(
                 epochs = Epochs(config, model, registry, launch.credentials)
                 supervisor = Supervisor(config, epochs, planning, registry, launcher, watch)
                 async with _engine(config, supervisor, launcher) as engine:
+                    engine.metrics.registry.register(WeightMetrics(registry.workers))
                     yield Cluster(config, model, registry, launcher, supervisor, engine)
 
 

@@ -108,6 +108,7 @@ def test_environment() -> None:
     for digits in ("\uff14\uff10GiB", "\uff14"):  # full-width ones
         with pytest.raises(UsageError, match="is not a size"):
             environment({"LLAMACLUST_CACHE_SIZE": digits})
+    assert (environment({}).weights_bytes, environment({"LLAMACLUST_WEIGHTS_SIZE": "0"}).weights_bytes) == (64 << 30, 0)
     with pytest.raises(UsageError, match="LLAMACLUST_CACHE_SIZE='much' is not a size; write it like 8GiB"):
         environment({"LLAMACLUST_CACHE_SIZE": "much"})
     with pytest.raises(UsageError, match="LLAMACLUST_FEATURE_LEVEL=avx3: not one of generic"):

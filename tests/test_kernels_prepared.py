@@ -281,7 +281,9 @@ def test_the_command_lists_and_clears(model: Path, folder: PreparedFolder, monke
 
     monkeypatch.setenv("LLAMACLUST_HOME", str(folder.path.parent))
     monkeypatch.setenv("LLAMACLUST_CACHE_SIZE", "5MiB")
-    empty = {"models": [], "unfinished": {"files": 0, "size_bytes": 0}, "in_the_way": []}
+    fetched = {"folder": str(folder.path.parent / "weights"), "most_bytes": 0, "tensors": 0}
+    fetched |= {"size_bytes": 0, "unfinished_bytes": 0}
+    empty = {"fetched": fetched, "models": [], "unfinished": {"files": 0, "size_bytes": 0}, "in_the_way": []}
     assert json.loads(said("list", "--json")) == {"folder": str(folder.path), "most_bytes": 5 << 20, **empty}
     assert json.loads(said("clear", "--json"))["files"] == 0
     run(model, folder)

@@ -1,4 +1,4 @@
-"""`llamaclust model cache ...`: layers kept prepared on disk for the next start, and weights fetched from other workers."""
+"""`llamaclust model cache ...`: layers kept prepared on disk for the next start, and weights fetched from others."""
 
 from __future__ import annotations
 

@@ -66,10 +66,12 @@ class Members:
         )
         return asyncio.create_task(_live(settings))
 
-    async def load(self, model: Path, names: Sequence[str], cuts: Sequence[int]) -> tuple[WorkerHandle, ...]:
+    async def load(
+        self, model: Path, names: Sequence[str], cuts: Sequence[int], path: str = NOWHERE
+    ) -> tuple[WorkerHandle, ...]:
         stages = [StageInfo(name, *layers) for name, layers in zip(names, pairwise(cuts), strict=True)]
         model_id = Model.open(model).model_id
-        return await load_stages(1, stages, self.registry.workers, model_path=NOWHERE, model_id=model_id, limits=LIMITS)
+        return await load_stages(1, stages, self.registry.workers, model_path=path, model_id=model_id, limits=LIMITS)
 
 
 @asynccontextmanager
@@ -142,10 +144,36 @@ def test_four_workers_get_their_own_layers_from_one_and_a_second_start_gets_noth
     asyncio.run(both())
 
 
-def _prepared(folder: Path, workers: int) -> None:
-    """Waits until the layers of so many workers are there, prepared."""
-    within = lambda: len({path.parent for path in folder.glob("*/prepared/*.tiles")}) == workers  # noqa: E731
+def _prepared(folder: Path, workers: int, layers: int = 4) -> None:
+    """Waits until so many layers, of so many workers, are there, prepared."""
+
+    def within() -> bool:
+        found = list(folder.glob("*/prepared/*.tiles"))
+        return len(found) >= layers and len({path.parent for path in found}) == workers
+
     eventually(within, 10, "prepared layers")
+
+
+def test_a_second_start_of_the_demo_model_takes_less_than_a_second(demo_model: Path, tmp_path: Path) -> None:
+    async def start() -> tuple[float, int]:
+        async with members(tmp_path / "run") as cluster:
+            lives = [cluster.start("a", model_dir=demo_model.parent), *map(cluster.start, "bcd")]
+            await cluster.registry.wait_for("abcd", 20)
+            begun_s = time.monotonic()
+            handles = await cluster.load(demo_model, "bcd", (0, 10, 20, 30), f"/nowhere/{demo_model.name}")
+            took_s = time.monotonic() - begun_s
+            await asyncio.to_thread(_prepared, tmp_path / "run", 3, 30)
+        await asyncio.gather(*lives, return_exceptions=True)
+        return took_s, sum(handle.stages[1][1].fetched_bytes for handle in handles)
+
+    async def twice() -> None:
+        async with asyncio.timeout(38):
+            first, second = await start(), await start()
+            print(f"first load {first[0]:.2f} s, {first[1]} bytes; second {second[0]:.3f} s, {second[1]} bytes")
+            assert first[1] > 50_000_000 and second[1] == 0
+            assert second[0] < 1.0
+
+    asyncio.run(twice())
 
 
 def test_two_workers_of_one_host_share_a_cache(model: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from command_line import CommandLine, Running, command_line, eventually
+from command_line import Cluster, CommandLine, Running, command_line, eventually
 from static_cluster import join_port, named, new_trust, ready, start_coordinator, start_worker, token_file
 from tiny_model import build_tiny_model
 
@@ -36,16 +36,29 @@ def test_workers_without_the_file_answer_as_the_one_that_has_it(line: CommandLin
                 workers.append(_elsewhere(stack, line, port, name, fresh=not second))
             with ready(coordinator, line) as cluster:
                 assert cluster.answer() == whole
-                moved = [f"llamaclust_weight_bytes_{way}_total" for way in ("sent", "received")]
-                if not second:
-                    eventually(lambda: min(map(cluster.metric, moved)) > 20_000_000, 10, "bytes of weights")
-                assert cluster.metric(moved[0]) == cluster.metric(moved[1]) > 0 or second
-                assert not (second and any(map(cluster.metric, moved)))
+                assert _moved(cluster) == (0, 0) if second else _all_arrived(cluster)
                 assert line.run("down").code == 0
             for worker in workers:
                 assert worker.wait().code == 0
             told = [worker.err.read_text() for worker in workers]
             assert all("are loaded as epoch" in text for text in told[1:]), told
+
+
+def _moved(cluster: Cluster) -> tuple[float, float]:
+    """Bytes of weights that all workers sent and received."""
+    sent, received = (cluster.metric(f"llamaclust_weight_bytes_{way}_total") for way in ("sent", "received"))
+    return sent, received
+
+
+def _all_arrived(cluster: Cluster) -> bool:
+    """As soon as all signs of life have told of it."""
+
+    def told() -> bool:
+        sent, received = _moved(cluster)
+        return sent == received > 20_000_000
+
+    eventually(told, 10, "bytes of weights")
+    return True
 
 
 def _elsewhere(stack: ExitStack, line: CommandLine, port: int, name: str, *, fresh: bool) -> Running:

@@ -34,7 +34,7 @@ class WeightPart:
 
     @classmethod
     def open(cls, cache: WeightCache, content: str, n_bytes: int) -> WeightPart | None:
-        """None where another process writes it. LlamaclustError where it cannot be written."""
+        """None where another process writes it, or has finished it. LlamaclustError where it cannot be written."""
         path = cache.part_path(content)
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
         try:
@@ -42,10 +42,13 @@ class WeightPart:
         except OSError as error:
             raise LlamaclustError(f"{path}: cannot be written: {error.strerror}") from error
         try:
-            there = take_lock(descriptor) and os.fstat(descriptor).st_ino == path.stat().st_ino
-        except OSError:  # it was finished, or deleted, between the two
-            there = False
-        if not there:
+            is_ours = take_lock(descriptor) and os.fstat(descriptor).st_ino == path.stat().st_ino
+            if is_ours and cache.find(content) is not None:  # finished just before that file was made
+                path.unlink()
+                is_ours = False
+        except OSError:  # finished, or deleted, after it was opened
+            is_ours = False
+        if not is_ours:
             os.close(descriptor)
             return None
         return cls(cache, content, n_bytes, descriptor)

@@ -63,6 +63,13 @@ def test_a_part_that_somebody_writes_is_not_deleted(tmp_path: Path) -> None:
     assert cache.list_files() == ([], [])
 
 
+def test_what_another_process_has_just_finished_is_not_begun_again(tmp_path: Path) -> None:
+    cache = WeightCache(tmp_path / "w", 1 << 20)
+    content = put(cache, bytes(1000))
+    assert WeightPart.open(cache, content, 1000) is None
+    assert not cache.part_path(content).exists() and cache.find(content) is not None
+
+
 def test_what_was_changed_is_not_there(tmp_path: Path) -> None:
     cache = WeightCache(tmp_path / "w", 1 << 20)
     content = put(cache, bytes(1000))

@@ -78,8 +78,13 @@ def _spawn(arguments: list[str], log: IO[bytes] | None) -> subprocess.Popen[byte
 def adapted(spec: WorkerSpec) -> WorkerSpec:
     """The same worker with what this machine's environment says of its disk."""
     variables = environment()
-    folder = variables.prepared_dir if variables.prepared_bytes else None
-    return replace(spec, prepared_dir=folder, prepared_bytes=variables.prepared_bytes)
+    return replace(
+        spec,
+        prepared_dir=variables.prepared_dir if variables.prepared_bytes else None,
+        prepared_bytes=variables.prepared_bytes,
+        weights_dir=variables.weights_dir if variables.weights_bytes else None,
+        weights_bytes=variables.weights_bytes,
+    )
 
 
 def _arguments(spec: WorkerSpec, join: str) -> Iterator[str]:
@@ -94,6 +99,8 @@ def _arguments(spec: WorkerSpec, join: str) -> Iterator[str]:
         "--feature-level": spec.feature_level or None,
         "--prepared-dir": spec.prepared_dir,
         "--prepared-bytes": spec.prepared_bytes if spec.prepared_dir else None,
+        "--weights-dir": spec.weights_dir,
+        "--weights-bytes": spec.weights_bytes if spec.weights_dir else None,
         "--parent-pid": os.getpid(),
         "--log-format": spec.log_format,
         "--cluster": spec.cluster or None,

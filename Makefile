@@ -19,20 +19,20 @@ define need_compiler
   echo "error: no C++ compiler found: install g++ or clang++ (Debian, Ubuntu: sudo make system-deps), or name one in CXX" >&2; exit 1
 endef
 
-.PHONY: demo test test-arithmetic test-others lint format build proto bench chart image image-test system-deps system-deps-test clean links
+.PHONY: demo test test-clusters test-others lint format build proto bench chart image image-test system-deps system-deps-test clean links
 
 demo: build ## a real model on two worker processes answers a question
 	$(BIN)/python examples/demo.py
 
 test: build $(VENV)/.test $(VENV)/.helm ## every test; downloads the demo model once
 	$(BIN)/llamaclust model pull $(MODEL)
-	$(MAKE) --no-print-directory test-arithmetic test-others
+	$(MAKE) --no-print-directory test-clusters test-others
 
-test-arithmetic: # with `make -j2 test` beside the others
-	$(BIN)/python -m pytest -m arithmetic
+test-clusters: # with `make -j2 test` beside the others
+	$(BIN)/python -m pytest -m clusters
 
 test-others:
-	$(BIN)/python -m pytest -m "not arithmetic"
+	$(BIN)/python -m pytest -m "not clusters"
 
 lint: build $(VENV)/.lint ## format, style, types, arrows
 	$(BIN)/ruff format --check .

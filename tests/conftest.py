@@ -24,18 +24,10 @@ def demo_model() -> Path:
         pytest.skip(f"the demo model is missing ({error})")
 
 
-_ARITHMETIC = (
-    "test_golden",
-    "test_invariance",
-    "test_kernels",
-    "test_model",
-    "test_native",
-    "test_oracle",
-    "test_plan",
-)
+_CLUSTERS = ("bad_input", "cli", "cluster", "launcher", "recovery", "trust", "weights", "worker")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if item.path.stem.startswith(_ARITHMETIC):
-            item.add_marker("arithmetic")
+        if item.path.stem.removeprefix("test_").startswith(_CLUSTERS) or item.path.parent.name == "network":
+            item.add_marker("clusters")

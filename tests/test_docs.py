@@ -16,12 +16,12 @@ from typing import Any
 
 import pytest
 import yaml
+from command_line import command_line
 from served import run_async, serving
 from tiny_model import build_tiny_model
 from typer.main import get_command
 
 from llamaclust.cli.app import app
-from llamaclust.cli.planning import plan_of
 from llamaclust.cluster.api.app import create_app
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.config import load_config
@@ -291,9 +291,13 @@ def test_cluster_files_can_be_loaded(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("file", "workers"), [("two-workers.yaml", 2), ("three-workers.yaml", 3)])
 def test_examples_can_be_planned(file: str, workers: int, demo_model: Path, tmp_path: Path) -> None:
-    plan = plan_of(ROOT / "examples" / file, [f"model={demo_model}", f"state_dir={tmp_path}"])
-    assert len(plan.stages) == workers
-    assert (plan.stages[0].start, plan.stages[-1].end) == (0, 30)
+    with command_line() as line:  # in a process of its own: a plan takes a worker's to be as large
+        settings = ("--set", f"model={demo_model}", "--set", f"state_dir={tmp_path}")
+        planned = line.run("plan", ROOT / "examples" / file, "--json", *settings)
+    assert planned.code == 0, planned.err
+    stages = json.loads(planned.out)["stages"]
+    assert len(stages) == workers
+    assert (stages[0]["start"], stages[-1]["end"]) == (0, 30)
 
 
 # -- Python ------------------------------------------------------------------------------------------------------------

@@ -27,9 +27,10 @@ demo: build ## a real model on two worker processes answers a question
 test: build $(VENV)/.test $(VENV)/.helm ## every test; downloads the demo model once
 	$(BIN)/llamaclust model pull $(MODEL)
 	$(MAKE) --no-print-directory test-clusters test-others
+	$(BIN)/python -m pytest -m alone
 
 test-clusters: # with `make -j2 test` beside the others
-	$(BIN)/python -m pytest -m clusters
+	$(BIN)/python -m pytest -m "clusters and not alone"
 
 test-others:
 	$(BIN)/python -m pytest -m "not clusters"

@@ -31,3 +31,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.stem.removeprefix("test_").startswith(_CLUSTERS) or item.path.parent.name == "network":
             item.add_marker("clusters")
+        if item.path.stem == "test_launcher_ray":
+            item.add_marker("alone")

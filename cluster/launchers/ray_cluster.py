@@ -101,6 +101,8 @@ class RayCluster:
         except (OSError, RuntimeError, ValueError) as error:
             why = "a wrong token, another version of Ray or of Python, or a node that is not there are possible"
             raise LlamaclustError(f"Ray at {how['address']}: {_first_line(error)}; {why}") from error
+        except Exception as error:  # so it says that a node did not start in time
+            raise LlamaclustError(f"Ray at {how['address']}: {_first_line(error)}; try again") from error
 
 
 def _address(given: str) -> str | None:

@@ -22,69 +22,60 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from llamaclust.proto import measuring_pb2 as llamaclust_dot_proto_dot_measuring__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ellamaclust/proto/control.proto\x12\rllamaclust.v1\"\x83\x05\n\rWorkerMessage\x12+\n\x08register\x18\x01 \x01(\x0b\x32\x17.llamaclust.v1.RegisterH\x00\x12+\n\x08measured\x18\x02 \x01(\x0b\x32\x17.llamaclust.v1.MeasuredH\x00\x12\x34\n\rload_progress\x18\x03 \x01(\x0b\x32\x1b.llamaclust.v1.LoadProgressH\x00\x12\'\n\x06loaded\x18\x04 \x01(\x0b\x32\x15.llamaclust.v1.LoadedH\x00\x12\x30\n\x0bload_failed\x18\x05 \x01(\x0b\x32\x19.llamaclust.v1.LoadFailedH\x00\x12+\n\x08unloaded\x18\x06 \x01(\x0b\x32\x17.llamaclust.v1.UnloadedH\x00\x12-\n\theartbeat\x18\x07 \x01(\x0b\x32\x18.llamaclust.v1.HeartbeatH\x00\x12\x30\n\x0emeasure_failed\x18\x08 \x01(\x0b\x32\x16.llamaclust.v1.FailureH\x00\x12%\n\x05renew\x18\x0e \x01(\x0b\x32\x14.llamaclust.v1.RenewH\x00\x12\x36\n\x0elinks_measured\x18\x10 \x01(\x0b\x32\x1c.llamaclust.v1.LinksMeasuredH\x00\x12\x36\n\x14measure_links_failed\x18\x11 \x01(\x0b\x32\x16.llamaclust.v1.FailureH\x00\x12)\n\x07located\x18\x18 \x01(\x0b\x32\x16.llamaclust.v1.LocatedH\x00\x12/\n\rlocate_failed\x18\x19 \x01(\x0b\x32\x16.llamaclust.v1.FailureH\x00\x42\x06\n\x04kind\"\xd2\x03\n\x12\x43oordinatorMessage\x12)\n\x07welcome\x18\x01 \x01(\x0b\x32\x16.llamaclust.v1.WelcomeH\x00\x12)\n\x07refused\x18\x02 \x01(\x0b\x32\x16.llamaclust.v1.RefusedH\x00\x12)\n\x07measure\x18\x03 \x01(\x0b\x32\x16.llamaclust.v1.MeasureH\x00\x12#\n\x04load\x18\x04 \x01(\x0b\x32\x13.llamaclust.v1.LoadH\x00\x12\'\n\x06unload\x18\x05 \x01(\x0b\x32\x15.llamaclust.v1.UnloadH\x00\x12+\n\x08shutdown\x18\x06 \x01(\x0b\x32\x17.llamaclust.v1.ShutdownH\x00\x12)\n\x07renewed\x18\x0e \x01(\x0b\x32\x16.llamaclust.v1.RenewedH\x00\x12.\n\x0crenew_failed\x18\x0f \x01(\x0b\x32\x16.llamaclust.v1.FailureH\x00\x12\x34\n\rmeasure_links\x18\x10 \x01(\x0b\x32\x1b.llamaclust.v1.MeasureLinksH\x00\x12\'\n\x06locate\x18\x18 \x01(\x0b\x32\x15.llamaclust.v1.LocateH\x00\x42\x06\n\x04kind\"\xae\x02\n\x08Register\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\r\x12\x0c\n\x04host\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x16\n\x0eprotocol_major\x18\x05 \x01(\r\x12\x16\n\x0eprotocol_minor\x18\x06 \x01(\r\x12\x18\n\x10numerics_version\x18\x07 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x08 \x01(\t\x12\x0f\n\x07threads\x18\t \x01(\r\x12\x15\n\rfeature_level\x18\n \x01(\t\x12\x1a\n\x12total_memory_bytes\x18\x0b \x01(\x04\x12\x19\n\x11\x66ree_memory_bytes\x18\x0c \x01(\x04\x12\x13\n\x0b\x66ingerprint\x18\r \x01(\t\x12\x1a\n\x12machine_free_bytes\x18\x0e \x01(\x04\"\t\n\x07Measure\"5\n\x08Measured\x12\x14\n\x0cread_bytes_s\x18\x01 \x01(\x01\x12\x13\n\x0bint8_macs_s\x18\x02 \x01(\x01\"4\n\x0cMeasureLinks\x12$\n\x04\x65nds\x18\x01 \x03(\x0b\x32\x16.llamaclust.v1.LinkEnd\"*\n\x07LinkEnd\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\"8\n\rLinksMeasured\x12\'\n\x05links\x18\x01 \x03(\x0b\x32\x18.llamaclust.v1.LinkSpeed\"2\n\tLinkSpeed\x12\x14\n\x0cround_trip_s\x18\x01 \x01(\x01\x12\x0f\n\x07\x62ytes_s\x18\x02 \x01(\x01\"(\n\x07\x46\x61ilure\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"\x8d\x01\n\x0bStageLimits\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x13\n\x0bmax_outputs\x18\x02 \x01(\r\x12\x15\n\rmax_sequences\x18\x03 \x01(\r\x12\x1a\n\x12max_context_tokens\x18\x04 \x01(\r\x12\x11\n\tkv_blocks\x18\x05 \x01(\r\x12\x0f\n\x07kv_type\x18\x06 \x01(\t\"\x99\x02\n\x04Load\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x12\n\nmodel_path\x18\x02 \x01(\t\x12\x10\n\x08model_id\x18\x03 \x01(\t\x12\r\n\x05start\x18\x04 \x01(\r\x12\x0b\n\x03\x65nd\x18\x05 \x01(\r\x12*\n\x06limits\x18\x06 \x01(\x0b\x32\x1a.llamaclust.v1.StageLimits\x12\x14\n\x0cnext_address\x18\x07 \x01(\t\x12\x15\n\rfirst_address\x18\x08 \x01(\t\x12\x13\n\x0bnext_worker\x18\x0e \x01(\t\x12\x14\n\x0c\x66irst_worker\x18\x0f \x01(\t\x12\r\n\x05\x61lone\x18\t \x01(\x08\x12-\n\x07weights\x18\x18 \x01(\x0b\x32\x1c.llamaclust.v1.WeightSources\"g\n\rWeightSources\x12\x10\n\x08manifest\x18\x01 \x01(\x0c\x12\x16\n\x0emanifest_bytes\x18\x02 \x01(\x04\x12,\n\x07sources\x18\x03 \x03(\x0b\x32\x1b.llamaclust.v1.WeightSource\"/\n\x0cWeightSource\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x0e\n\x06worker\x18\x02 \x01(\t\"@\n\x06Locate\x12\x12\n\nmodel_path\x18\x01 \x01(\t\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\x10\n\x08\x64\x65scribe\x18\x03 \x01(\x08\"E\n\x07Located\x12\x10\n\x08has_file\x18\x01 \x01(\x08\x12\x10\n\x08manifest\x18\x02 \x01(\x0c\x12\x16\n\x0emanifest_bytes\x18\x03 \x01(\x04\"F\n\x0cLoadProgress\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x12\n\ndone_bytes\x18\x02 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04\"o\n\x06Loaded\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x14\n\x0cweight_bytes\x18\x02 \x01(\x04\x12\x10\n\x08kv_bytes\x18\x03 \x01(\x04\x12\x17\n\x0fworkspace_bytes\x18\x04 \x01(\x04\x12\x15\n\rfetched_bytes\x18\x18 \x01(\x04\"D\n\nLoadFailed\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\'\n\x07\x66\x61ilure\x18\x02 \x01(\x0b\x32\x16.llamaclust.v1.Failure\"\x17\n\x06Unload\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\"\x19\n\x08Unloaded\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\"\xd8\x01\n\tHeartbeat\x12\x0c\n\x04\x62usy\x18\x01 \x01(\x01\x12\x14\n\x0cmicrobatches\x18\x02 \x01(\x04\x12\x0e\n\x06tokens\x18\x03 \x01(\x04\x12\x16\n\x0eresident_bytes\x18\x04 \x01(\x04\x12\x19\n\x11\x66ree_memory_bytes\x18\x05 \x01(\x04\x12\x16\n\x0ereceived_bytes\x18\x06 \x01(\x04\x12\x12\n\nsent_bytes\x18\x07 \x01(\x04\x12\x19\n\x11weight_bytes_sent\x18\x18 \x01(\x04\x12\x1d\n\x15weight_bytes_received\x18\x19 \x01(\x04\"\x93\x01\n\x07Welcome\x12\x16\n\x0eprotocol_major\x18\x01 \x01(\r\x12\x16\n\x0eprotocol_minor\x18\x02 \x01(\r\x12\x13\n\x0bheartbeat_s\x18\x03 \x01(\x01\x12\x19\n\x11sampling_inputs_s\x18\x04 \x01(\x01\x12\x11\n\tforward_s\x18\x05 \x01(\x01\x12\x15\n\rcoordinator_s\x18\x0e \x01(\x01\"\x19\n\x07Refused\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\x1a\n\x08Shutdown\x12\x0e\n\x06reason\x18\x01 \x01(\t\"$\n\x05Renew\x12\x1b\n\x13\x63\x65rtificate_request\x18\x01 \x01(\x0c\"\x1e\n\x07Renewed\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\x32Z\n\x0b\x43oordinator\x12K\n\x04Join\x12\x1c.llamaclust.v1.WorkerMessage\x1a!.llamaclust.v1.CoordinatorMessage(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ellamaclust/proto/control.proto\x12\rllamaclust.v1\x1a llamaclust/proto/measuring.proto\"\x9b\x06\n\rWorkerMessage\x12+\n\x08register\x18\x01 \x01(\x0b\x32\x17.llamaclust.v1.RegisterH\x00\x12+\n\x08measured\x18\x02 \x01(\x0b\x32\x17.llamaclust.v1.MeasuredH\x00\x12\x34\n\rload_progress\x18\x03 \x01(\x0b\x32\x1b.llamaclust.v1.LoadProgressH\x00\x12\'\n\x06loaded\x18\x04 \x01(\x0b\x32\x15.llamaclust.v1.LoadedH\x00\x12\x30\n\x0bload_failed\x18\x05 \x01(\x0b\x32\x19.llamaclust.v1.LoadFailedH\x00\x12+\n\x08unloaded\x18\x06 \x01(\x0b\x32\x17.llamaclust.v1.UnloadedH\x00\x12-\n\theartbeat\x18\x07 \x01(\x0b\x32\x18.llamaclust.v1.HeartbeatH\x00\x12\x30\n\x0emeasure_failed\x18\x08 \x01(\x0b\x32\x16.llamaclust.v1.FailureH\x00\x12%\n\x05renew\x18\x0e \x01(\x0b\x32\x14.llamaclust.v1.RenewH\x00\x12\x36\n\x0elinks_measured\x18\x10 \x01(\x0b\x32\x1c.llamaclust.v1.LinksMeasuredH\x00\x12\x36\n\x14measure_links_failed\x18\x11 \x01(\x0b\x32\x16.llamaclust.v1.FailureH\x00\x12)\n\x07located\x18\x18 \x01(\x0b\x32\x16.llamaclust.v1.LocatedH\x00\x12/\n\rlocate_failed\x18\x19 \x01(\x0b\x32\x16.llamaclust.v1.FailureH\x00\x12\x38\n\x0flocate_progress\x18\x1a \x01(\x0b\x32\x1d.llamaclust.v1.LocateProgressH\x00\x12,\n\tpeer_lost\x18  \x01(\x0b\x32\x17.llamaclust.v1.PeerLostH\x00\x12.\n\npeer_tried\x18! \x01(\x0b\x32\x18.llamaclust.v1.PeerTriedH\x00\x42\x06\n\x04kind\"\xfe\x03\n\x12\x43oordinatorMessage\x12)\n\x07welcome\x18\x01 \x01(\x0b\x32\x16.llamaclust.v1.WelcomeH\x00\x12)\n\x07refused\x18\x02 \x01(\x0b\x32\x16.llamaclust.v1.RefusedH\x00\x12)\n\x07measure\x18\x03 \x01(\x0b\x32\x16.llamaclust.v1.MeasureH\x00\x12#\n\x04load\x18\x04 \x01(\x0b\x32\x13.llamaclust.v1.LoadH\x00\x12\'\n\x06unload\x18\x05 \x01(\x0b\x32\x15.llamaclust.v1.UnloadH\x00\x12+\n\x08shutdown\x18\x06 \x01(\x0b\x32\x17.llamaclust.v1.ShutdownH\x00\x12)\n\x07renewed\x18\x0e \x01(\x0b\x32\x16.llamaclust.v1.RenewedH\x00\x12.\n\x0crenew_failed\x18\x0f \x01(\x0b\x32\x16.llamaclust.v1.FailureH\x00\x12\x34\n\rmeasure_links\x18\x10 \x01(\x0b\x32\x1b.llamaclust.v1.MeasureLinksH\x00\x12\'\n\x06locate\x18\x18 \x01(\x0b\x32\x15.llamaclust.v1.LocateH\x00\x12*\n\x08try_peer\x18  \x01(\x0b\x32\x16.llamaclust.v1.TryPeerH\x00\x42\x06\n\x04kind\"\xbb\x02\n\x08Register\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\r\x12\x0c\n\x04host\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x16\n\x0eprotocol_major\x18\x05 \x01(\r\x12\x16\n\x0eprotocol_minor\x18\x06 \x01(\r\x12\x18\n\x10numerics_version\x18\x07 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x08 \x01(\t\x12\x0f\n\x07threads\x18\t \x01(\r\x12\x15\n\rfeature_level\x18\n \x01(\t\x12\x1a\n\x12total_memory_bytes\x18\x0b \x01(\x04\x12\x19\n\x11\x66ree_memory_bytes\x18\x0c \x01(\x04\x12\x13\n\x0b\x66ingerprint\x18\r \x01(\t\x12\x1a\n\x12machine_free_bytes\x18\x0e \x01(\x04\x12\x0b\n\x03log\x18\x1a \x01(\t\"(\n\x07\x46\x61ilure\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"\xa4\x01\n\x0bStageLimits\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x13\n\x0bmax_outputs\x18\x02 \x01(\r\x12\x15\n\rmax_sequences\x18\x03 \x01(\r\x12\x1a\n\x12max_context_tokens\x18\x04 \x01(\r\x12\x11\n\tkv_blocks\x18\x05 \x01(\r\x12\x0f\n\x07kv_type\x18\x06 \x01(\t\x12\x15\n\rwindow_blocks\x18\x07 \x01(\r\"\x99\x02\n\x04Load\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x12\n\nmodel_path\x18\x02 \x01(\t\x12\x10\n\x08model_id\x18\x03 \x01(\t\x12\r\n\x05start\x18\x04 \x01(\r\x12\x0b\n\x03\x65nd\x18\x05 \x01(\r\x12*\n\x06limits\x18\x06 \x01(\x0b\x32\x1a.llamaclust.v1.StageLimits\x12\x14\n\x0cnext_address\x18\x07 \x01(\t\x12\x15\n\rfirst_address\x18\x08 \x01(\t\x12\x13\n\x0bnext_worker\x18\x0e \x01(\t\x12\x14\n\x0c\x66irst_worker\x18\x0f \x01(\t\x12\r\n\x05\x61lone\x18\t \x01(\x08\x12-\n\x07weights\x18\x18 \x01(\x0b\x32\x1c.llamaclust.v1.WeightSources\"g\n\rWeightSources\x12\x10\n\x08manifest\x18\x01 \x01(\x0c\x12\x16\n\x0emanifest_bytes\x18\x02 \x01(\x04\x12,\n\x07sources\x18\x03 \x03(\x0b\x32\x1b.llamaclust.v1.WeightSource\"/\n\x0cWeightSource\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x0e\n\x06worker\x18\x02 \x01(\t\"@\n\x06Locate\x12\x12\n\nmodel_path\x18\x01 \x01(\t\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\x10\n\x08\x64\x65scribe\x18\x03 \x01(\x08\"E\n\x07Located\x12\x10\n\x08has_file\x18\x01 \x01(\x08\x12\x10\n\x08manifest\x18\x02 \x01(\x0c\x12\x16\n\x0emanifest_bytes\x18\x03 \x01(\x04\"9\n\x0eLocateProgress\x12\x12\n\ndone_bytes\x18\x01 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\"F\n\x0cLoadProgress\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x12\n\ndone_bytes\x18\x02 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04\"o\n\x06Loaded\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x14\n\x0cweight_bytes\x18\x02 \x01(\x04\x12\x10\n\x08kv_bytes\x18\x03 \x01(\x04\x12\x17\n\x0fworkspace_bytes\x18\x04 \x01(\x04\x12\x15\n\rfetched_bytes\x18\x18 \x01(\x04\"D\n\nLoadFailed\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\'\n\x07\x66\x61ilure\x18\x02 \x01(\x0b\x32\x16.llamaclust.v1.Failure\"\x17\n\x06Unload\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\"\x19\n\x08Unloaded\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\"\xec\x01\n\tHeartbeat\x12\x0c\n\x04\x62usy\x18\x01 \x01(\x01\x12\x14\n\x0cmicrobatches\x18\x02 \x01(\x04\x12\x0e\n\x06tokens\x18\x03 \x01(\x04\x12\x16\n\x0eresident_bytes\x18\x04 \x01(\x04\x12\x19\n\x11\x66ree_memory_bytes\x18\x05 \x01(\x04\x12\x16\n\x0ereceived_bytes\x18\x06 \x01(\x04\x12\x12\n\nsent_bytes\x18\x07 \x01(\x04\x12\x19\n\x11weight_bytes_sent\x18\x18 \x01(\x04\x12\x1d\n\x15weight_bytes_received\x18\x19 \x01(\x04\x12\x12\n\nlast_words\x18\x1a \x01(\t\"\xb4\x01\n\x07Welcome\x12\x16\n\x0eprotocol_major\x18\x01 \x01(\r\x12\x16\n\x0eprotocol_minor\x18\x02 \x01(\r\x12\x13\n\x0bheartbeat_s\x18\x03 \x01(\x01\x12\x19\n\x11sampling_inputs_s\x18\x04 \x01(\x01\x12\x11\n\tforward_s\x18\x05 \x01(\x01\x12\x15\n\rcoordinator_s\x18\x0e \x01(\x01\x12\x0f\n\x07\x63luster\x18\x1a \x01(\t\x12\x0e\n\x06peer_s\x18  \x01(\x01\"\x19\n\x07Refused\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\x1a\n\x08Shutdown\x12\x0e\n\x06reason\x18\x01 \x01(\t\"$\n\x05Renew\x12\x1b\n\x13\x63\x65rtificate_request\x18\x01 \x01(\x0c\"\x1e\n\x07Renewed\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\x32Z\n\x0b\x43oordinator\x12K\n\x04Join\x12\x1c.llamaclust.v1.WorkerMessage\x1a!.llamaclust.v1.CoordinatorMessage(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'llamaclust.proto.control_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_WORKERMESSAGE']._serialized_start=50
-  _globals['_WORKERMESSAGE']._serialized_end=693
-  _globals['_COORDINATORMESSAGE']._serialized_start=696
-  _globals['_COORDINATORMESSAGE']._serialized_end=1162
-  _globals['_REGISTER']._serialized_start=1165
-  _globals['_REGISTER']._serialized_end=1467
-  _globals['_MEASURE']._serialized_start=1469
-  _globals['_MEASURE']._serialized_end=1478
-  _globals['_MEASURED']._serialized_start=1480
-  _globals['_MEASURED']._serialized_end=1533
-  _globals['_MEASURELINKS']._serialized_start=1535
-  _globals['_MEASURELINKS']._serialized_end=1587
-  _globals['_LINKEND']._serialized_start=1589
-  _globals['_LINKEND']._serialized_end=1631
-  _globals['_LINKSMEASURED']._serialized_start=1633
-  _globals['_LINKSMEASURED']._serialized_end=1689
-  _globals['_LINKSPEED']._serialized_start=1691
-  _globals['_LINKSPEED']._serialized_end=1741
-  _globals['_FAILURE']._serialized_start=1743
-  _globals['_FAILURE']._serialized_end=1783
-  _globals['_STAGELIMITS']._serialized_start=1786
-  _globals['_STAGELIMITS']._serialized_end=1927
-  _globals['_LOAD']._serialized_start=1930
-  _globals['_LOAD']._serialized_end=2211
-  _globals['_WEIGHTSOURCES']._serialized_start=2213
-  _globals['_WEIGHTSOURCES']._serialized_end=2316
-  _globals['_WEIGHTSOURCE']._serialized_start=2318
-  _globals['_WEIGHTSOURCE']._serialized_end=2365
-  _globals['_LOCATE']._serialized_start=2367
-  _globals['_LOCATE']._serialized_end=2431
-  _globals['_LOCATED']._serialized_start=2433
-  _globals['_LOCATED']._serialized_end=2502
-  _globals['_LOADPROGRESS']._serialized_start=2504
-  _globals['_LOADPROGRESS']._serialized_end=2574
-  _globals['_LOADED']._serialized_start=2576
-  _globals['_LOADED']._serialized_end=2687
-  _globals['_LOADFAILED']._serialized_start=2689
-  _globals['_LOADFAILED']._serialized_end=2757
-  _globals['_UNLOAD']._serialized_start=2759
-  _globals['_UNLOAD']._serialized_end=2782
-  _globals['_UNLOADED']._serialized_start=2784
-  _globals['_UNLOADED']._serialized_end=2809
-  _globals['_HEARTBEAT']._serialized_start=2812
-  _globals['_HEARTBEAT']._serialized_end=3028
-  _globals['_WELCOME']._serialized_start=3031
-  _globals['_WELCOME']._serialized_end=3178
-  _globals['_REFUSED']._serialized_start=3180
-  _globals['_REFUSED']._serialized_end=3205
-  _globals['_SHUTDOWN']._serialized_start=3207
-  _globals['_SHUTDOWN']._serialized_end=3233
-  _globals['_RENEW']._serialized_start=3235
-  _globals['_RENEW']._serialized_end=3271
-  _globals['_RENEWED']._serialized_start=3273
-  _globals['_RENEWED']._serialized_end=3303
-  _globals['_COORDINATOR']._serialized_start=3305
-  _globals['_COORDINATOR']._serialized_end=3395
+  _globals['_WORKERMESSAGE']._serialized_start=84
+  _globals['_WORKERMESSAGE']._serialized_end=879
+  _globals['_COORDINATORMESSAGE']._serialized_start=882
+  _globals['_COORDINATORMESSAGE']._serialized_end=1392
+  _globals['_REGISTER']._serialized_start=1395
+  _globals['_REGISTER']._serialized_end=1710
+  _globals['_FAILURE']._serialized_start=1712
+  _globals['_FAILURE']._serialized_end=1752
+  _globals['_STAGELIMITS']._serialized_start=1755
+  _globals['_STAGELIMITS']._serialized_end=1919
+  _globals['_LOAD']._serialized_start=1922
+  _globals['_LOAD']._serialized_end=2203
+  _globals['_WEIGHTSOURCES']._serialized_start=2205
+  _globals['_WEIGHTSOURCES']._serialized_end=2308
+  _globals['_WEIGHTSOURCE']._serialized_start=2310
+  _globals['_WEIGHTSOURCE']._serialized_end=2357
+  _globals['_LOCATE']._serialized_start=2359
+  _globals['_LOCATE']._serialized_end=2423
+  _globals['_LOCATED']._serialized_start=2425
+  _globals['_LOCATED']._serialized_end=2494
+  _globals['_LOCATEPROGRESS']._serialized_start=2496
+  _globals['_LOCATEPROGRESS']._serialized_end=2553
+  _globals['_LOADPROGRESS']._serialized_start=2555
+  _globals['_LOADPROGRESS']._serialized_end=2625
+  _globals['_LOADED']._serialized_start=2627
+  _globals['_LOADED']._serialized_end=2738
+  _globals['_LOADFAILED']._serialized_start=2740
+  _globals['_LOADFAILED']._serialized_end=2808
+  _globals['_UNLOAD']._serialized_start=2810
+  _globals['_UNLOAD']._serialized_end=2833
+  _globals['_UNLOADED']._serialized_start=2835
+  _globals['_UNLOADED']._serialized_end=2860
+  _globals['_HEARTBEAT']._serialized_start=2863
+  _globals['_HEARTBEAT']._serialized_end=3099
+  _globals['_WELCOME']._serialized_start=3102
+  _globals['_WELCOME']._serialized_end=3282
+  _globals['_REFUSED']._serialized_start=3284
+  _globals['_REFUSED']._serialized_end=3309
+  _globals['_SHUTDOWN']._serialized_start=3311
+  _globals['_SHUTDOWN']._serialized_end=3337
+  _globals['_RENEW']._serialized_start=3339
+  _globals['_RENEW']._serialized_end=3375
+  _globals['_RENEWED']._serialized_start=3377
+  _globals['_RENEWED']._serialized_end=3407
+  _globals['_COORDINATOR']._serialized_start=3409
+  _globals['_COORDINATOR']._serialized_end=3499
 # @@protoc_insertion_point(module_scope)

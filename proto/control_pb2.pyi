@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from llamaclust.proto import measuring_pb2 as _measuring_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -37,12 +38,15 @@ class WorkerMessage(_message.Message):
     MEASURE_LINKS_FAILED_FIELD_NUMBER: _builtins.int
     LOCATED_FIELD_NUMBER: _builtins.int
     LOCATE_FAILED_FIELD_NUMBER: _builtins.int
+    LOCATE_PROGRESS_FIELD_NUMBER: _builtins.int
+    PEER_LOST_FIELD_NUMBER: _builtins.int
+    PEER_TRIED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def register(self) -> Global___Register:
         """First message of the stream."""
 
     @_builtins.property
-    def measured(self) -> Global___Measured:
+    def measured(self) -> _measuring_pb2.Measured:
         """Answer to Measure."""
 
     @_builtins.property
@@ -74,7 +78,7 @@ class WorkerMessage(_message.Message):
         """A new certificate is wanted, before the old one ends."""
 
     @_builtins.property
-    def links_measured(self) -> Global___LinksMeasured:
+    def links_measured(self) -> _measuring_pb2.LinksMeasured:
         """Answer to MeasureLinks."""
 
     @_builtins.property
@@ -89,11 +93,23 @@ class WorkerMessage(_message.Message):
     def locate_failed(self) -> Global___Failure:
         """Locate did not succeed."""
 
+    @_builtins.property
+    def locate_progress(self) -> Global___LocateProgress:
+        """While Locate is under way and the model's file is read for it."""
+
+    @_builtins.property
+    def peer_lost(self) -> _measuring_pb2.PeerLost:
+        """A stage cannot hand on what it has to hand on."""
+
+    @_builtins.property
+    def peer_tried(self) -> _measuring_pb2.PeerTried:
+        """Answer to TryPeer."""
+
     def __init__(
         self,
         *,
         register: Global___Register | None = ...,
-        measured: Global___Measured | None = ...,
+        measured: _measuring_pb2.Measured | None = ...,
         load_progress: Global___LoadProgress | None = ...,
         loaded: Global___Loaded | None = ...,
         load_failed: Global___LoadFailed | None = ...,
@@ -101,16 +117,19 @@ class WorkerMessage(_message.Message):
         heartbeat: Global___Heartbeat | None = ...,
         measure_failed: Global___Failure | None = ...,
         renew: Global___Renew | None = ...,
-        links_measured: Global___LinksMeasured | None = ...,
+        links_measured: _measuring_pb2.LinksMeasured | None = ...,
         measure_links_failed: Global___Failure | None = ...,
         located: Global___Located | None = ...,
         locate_failed: Global___Failure | None = ...,
+        locate_progress: Global___LocateProgress | None = ...,
+        peer_lost: _measuring_pb2.PeerLost | None = ...,
+        peer_tried: _measuring_pb2.PeerTried | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "kind", b"kind", "links_measured", b"links_measured", "load_failed", b"load_failed", "load_progress", b"load_progress", "loaded", b"loaded", "locate_failed", b"locate_failed", "located", b"located", "measure_failed", b"measure_failed", "measure_links_failed", b"measure_links_failed", "measured", b"measured", "register", b"register", "renew", b"renew", "unloaded", b"unloaded"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "kind", b"kind", "links_measured", b"links_measured", "load_failed", b"load_failed", "load_progress", b"load_progress", "loaded", b"loaded", "locate_failed", b"locate_failed", "locate_progress", b"locate_progress", "located", b"located", "measure_failed", b"measure_failed", "measure_links_failed", b"measure_links_failed", "measured", b"measured", "peer_lost", b"peer_lost", "peer_tried", b"peer_tried", "register", b"register", "renew", b"renew", "unloaded", b"unloaded"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "kind", b"kind", "links_measured", b"links_measured", "load_failed", b"load_failed", "load_progress", b"load_progress", "loaded", b"loaded", "locate_failed", b"locate_failed", "located", b"located", "measure_failed", b"measure_failed", "measure_links_failed", b"measure_links_failed", "measured", b"measured", "register", b"register", "renew", b"renew", "unloaded", b"unloaded"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "kind", b"kind", "links_measured", b"links_measured", "load_failed", b"load_failed", "load_progress", b"load_progress", "loaded", b"loaded", "locate_failed", b"locate_failed", "locate_progress", b"locate_progress", "located", b"located", "measure_failed", b"measure_failed", "measure_links_failed", b"measure_links_failed", "measured", b"measured", "peer_lost", b"peer_lost", "peer_tried", b"peer_tried", "register", b"register", "renew", b"renew", "unloaded", b"unloaded"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["register", "measured", "load_progress", "loaded", "load_failed", "unloaded", "heartbeat", "measure_failed", "renew", "links_measured", "measure_links_failed", "located", "locate_failed"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["register", "measured", "load_progress", "loaded", "load_failed", "unloaded", "heartbeat", "measure_failed", "renew", "links_measured", "measure_links_failed", "located", "locate_failed", "locate_progress", "peer_lost", "peer_tried"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -132,6 +151,7 @@ class CoordinatorMessage(_message.Message):
     RENEW_FAILED_FIELD_NUMBER: _builtins.int
     MEASURE_LINKS_FIELD_NUMBER: _builtins.int
     LOCATE_FIELD_NUMBER: _builtins.int
+    TRY_PEER_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome:
         """The worker is a member."""
@@ -141,7 +161,7 @@ class CoordinatorMessage(_message.Message):
         """The worker is not a member; the stream ends."""
 
     @_builtins.property
-    def measure(self) -> Global___Measure:
+    def measure(self) -> _measuring_pb2.Measure:
         """Measure the machine."""
 
     @_builtins.property
@@ -165,32 +185,37 @@ class CoordinatorMessage(_message.Message):
         """Renew did not succeed."""
 
     @_builtins.property
-    def measure_links(self) -> Global___MeasureLinks:
+    def measure_links(self) -> _measuring_pb2.MeasureLinks:
         """Measure the links to other workers."""
 
     @_builtins.property
     def locate(self) -> Global___Locate:
         """Look for a model's weights."""
 
+    @_builtins.property
+    def try_peer(self) -> _measuring_pb2.TryPeer:
+        """Look whether another worker can be reached."""
+
     def __init__(
         self,
         *,
         welcome: Global___Welcome | None = ...,
         refused: Global___Refused | None = ...,
-        measure: Global___Measure | None = ...,
+        measure: _measuring_pb2.Measure | None = ...,
         load: Global___Load | None = ...,
         unload: Global___Unload | None = ...,
         shutdown: Global___Shutdown | None = ...,
         renewed: Global___Renewed | None = ...,
         renew_failed: Global___Failure | None = ...,
-        measure_links: Global___MeasureLinks | None = ...,
+        measure_links: _measuring_pb2.MeasureLinks | None = ...,
         locate: Global___Locate | None = ...,
+        try_peer: _measuring_pb2.TryPeer | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "load", b"load", "locate", b"locate", "measure", b"measure", "measure_links", b"measure_links", "refused", b"refused", "renew_failed", b"renew_failed", "renewed", b"renewed", "shutdown", b"shutdown", "unload", b"unload", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "load", b"load", "locate", b"locate", "measure", b"measure", "measure_links", b"measure_links", "refused", b"refused", "renew_failed", b"renew_failed", "renewed", b"renewed", "shutdown", b"shutdown", "try_peer", b"try_peer", "unload", b"unload", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "load", b"load", "locate", b"locate", "measure", b"measure", "measure_links", b"measure_links", "refused", b"refused", "renew_failed", b"renew_failed", "renewed", b"renewed", "shutdown", b"shutdown", "unload", b"unload", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "load", b"load", "locate", b"locate", "measure", b"measure", "measure_links", b"measure_links", "refused", b"refused", "renew_failed", b"renew_failed", "renewed", b"renewed", "shutdown", b"shutdown", "try_peer", b"try_peer", "unload", b"unload", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["welcome", "refused", "measure", "load", "unload", "shutdown", "renewed", "renew_failed", "measure_links", "locate"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["welcome", "refused", "measure", "load", "unload", "shutdown", "renewed", "renew_failed", "measure_links", "locate", "try_peer"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -216,6 +241,7 @@ class Register(_message.Message):
     FREE_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     FINGERPRINT_FIELD_NUMBER: _builtins.int
     MACHINE_FREE_BYTES_FIELD_NUMBER: _builtins.int
+    LOG_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name in the cluster file; unique in a cluster."""
     pid: _builtins.int
@@ -244,6 +270,8 @@ class Register(_message.Message):
     """Equal for machines on which measurements would come out equal."""
     machine_free_bytes: _builtins.int
     """What all processes of its machine may still take together, in bytes; 0: not known."""
+    log: _builtins.str
+    """Where on its machine its log is, for people; empty where the launcher knows."""
     def __init__(
         self,
         *,
@@ -261,157 +289,15 @@ class Register(_message.Message):
         free_memory_bytes: _builtins.int = ...,
         fingerprint: _builtins.str = ...,
         machine_free_bytes: _builtins.int = ...,
+        log: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "device", b"device", "feature_level", b"feature_level", "fingerprint", b"fingerprint", "free_memory_bytes", b"free_memory_bytes", "host", b"host", "machine_free_bytes", b"machine_free_bytes", "name", b"name", "numerics_version", b"numerics_version", "pid", b"pid", "protocol_major", b"protocol_major", "protocol_minor", b"protocol_minor", "threads", b"threads", "total_memory_bytes", b"total_memory_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "device", b"device", "feature_level", b"feature_level", "fingerprint", b"fingerprint", "free_memory_bytes", b"free_memory_bytes", "host", b"host", "log", b"log", "machine_free_bytes", b"machine_free_bytes", "name", b"name", "numerics_version", b"numerics_version", "pid", b"pid", "protocol_major", b"protocol_major", "protocol_minor", b"protocol_minor", "threads", b"threads", "total_memory_bytes", b"total_memory_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Register: _TypeAlias = Register  # noqa: Y015
-
-@_typing.final
-class Measure(_message.Message):
-    """Ask for Measured."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    def __init__(
-        self,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___Measure: _TypeAlias = Measure  # noqa: Y015
-
-@_typing.final
-class Measured(_message.Message):
-    """What the worker's own kernels reach on its machine."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    READ_BYTES_S_FIELD_NUMBER: _builtins.int
-    INT8_MACS_S_FIELD_NUMBER: _builtins.int
-    read_bytes_s: _builtins.float
-    """Bytes of memory read per second."""
-    int8_macs_s: _builtins.float
-    """8-bit integer multiply-adds per second."""
-    def __init__(
-        self,
-        *,
-        read_bytes_s: _builtins.float = ...,
-        int8_macs_s: _builtins.float = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["int8_macs_s", b"int8_macs_s", "read_bytes_s", b"read_bytes_s"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___Measured: _TypeAlias = Measured  # noqa: Y015
-
-@_typing.final
-class MeasureLinks(_message.Message):
-    """Ask for LinksMeasured."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    ENDS_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def ends(self) -> _containers.RepeatedCompositeFieldContainer[Global___LinkEnd]:
-        """The other ends, one after the other."""
-
-    def __init__(
-        self,
-        *,
-        ends: _abc.Iterable[Global___LinkEnd] | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ends", b"ends"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___MeasureLinks: _TypeAlias = MeasureLinks  # noqa: Y015
-
-@_typing.final
-class LinkEnd(_message.Message):
-    """A worker at the other end of a link."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    WORKER_FIELD_NUMBER: _builtins.int
-    ADDRESS_FIELD_NUMBER: _builtins.int
-    worker: _builtins.str
-    """Its name."""
-    address: _builtins.str
-    """gRPC target of its Stage service."""
-    def __init__(
-        self,
-        *,
-        worker: _builtins.str = ...,
-        address: _builtins.str = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "worker", b"worker"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___LinkEnd: _TypeAlias = LinkEnd  # noqa: Y015
-
-@_typing.final
-class LinksMeasured(_message.Message):
-    """What the links reach, in the order of the question."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    LINKS_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def links(self) -> _containers.RepeatedCompositeFieldContainer[Global___LinkSpeed]:
-        """One for each end."""
-
-    def __init__(
-        self,
-        *,
-        links: _abc.Iterable[Global___LinkSpeed] | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["links", b"links"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___LinksMeasured: _TypeAlias = LinksMeasured  # noqa: Y015
-
-@_typing.final
-class LinkSpeed(_message.Message):
-    """Of one link, as the worker that measured it sees it."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    ROUND_TRIP_S_FIELD_NUMBER: _builtins.int
-    BYTES_S_FIELD_NUMBER: _builtins.int
-    round_trip_s: _builtins.float
-    """Seconds until a token's hidden state was taken and answered."""
-    bytes_s: _builtins.float
-    """Bytes per second of a stream of large messages."""
-    def __init__(
-        self,
-        *,
-        round_trip_s: _builtins.float = ...,
-        bytes_s: _builtins.float = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_s", b"bytes_s", "round_trip_s", b"round_trip_s"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___LinkSpeed: _TypeAlias = LinkSpeed  # noqa: Y015
 
 @_typing.final
 class Failure(_message.Message):
@@ -451,6 +337,7 @@ class StageLimits(_message.Message):
     MAX_CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
     KV_BLOCKS_FIELD_NUMBER: _builtins.int
     KV_TYPE_FIELD_NUMBER: _builtins.int
+    WINDOW_BLOCKS_FIELD_NUMBER: _builtins.int
     max_tokens: _builtins.int
     """Rows of one microbatch."""
     max_outputs: _builtins.int
@@ -463,6 +350,8 @@ class StageLimits(_message.Message):
     """KV blocks; block ids are below it."""
     kv_type: _builtins.str
     """Type of keys and values in them: "f16" or "q8_0"."""
+    window_blocks: _builtins.int
+    """KV blocks of layers with a window, which have ids of their own; 0: those layers are as all others."""
     def __init__(
         self,
         *,
@@ -472,10 +361,11 @@ class StageLimits(_message.Message):
         max_context_tokens: _builtins.int = ...,
         kv_blocks: _builtins.int = ...,
         kv_type: _builtins.str = ...,
+        window_blocks: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_blocks", b"kv_blocks", "kv_type", b"kv_type", "max_context_tokens", b"max_context_tokens", "max_outputs", b"max_outputs", "max_sequences", b"max_sequences", "max_tokens", b"max_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_blocks", b"kv_blocks", "kv_type", b"kv_type", "max_context_tokens", b"max_context_tokens", "max_outputs", b"max_outputs", "max_sequences", b"max_sequences", "max_tokens", b"max_tokens", "window_blocks", b"window_blocks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -670,6 +560,32 @@ class Located(_message.Message):
 Global___Located: _TypeAlias = Located  # noqa: Y015
 
 @_typing.final
+class LocateProgress(_message.Message):
+    """How far the reading is that Locate asks for."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DONE_BYTES_FIELD_NUMBER: _builtins.int
+    TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    done_bytes: _builtins.int
+    """Bytes of the file that were read."""
+    total_bytes: _builtins.int
+    """Its bytes in all."""
+    def __init__(
+        self,
+        *,
+        done_bytes: _builtins.int = ...,
+        total_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["done_bytes", b"done_bytes", "total_bytes", b"total_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LocateProgress: _TypeAlias = LocateProgress  # noqa: Y015
+
+@_typing.final
 class LoadProgress(_message.Message):
     """How far a load is."""
 
@@ -824,6 +740,7 @@ class Heartbeat(_message.Message):
     SENT_BYTES_FIELD_NUMBER: _builtins.int
     WEIGHT_BYTES_SENT_FIELD_NUMBER: _builtins.int
     WEIGHT_BYTES_RECEIVED_FIELD_NUMBER: _builtins.int
+    LAST_WORDS_FIELD_NUMBER: _builtins.int
     busy: _builtins.float
     """Share of the last interval spent computing, 0 to 1."""
     microbatches: _builtins.int
@@ -842,6 +759,8 @@ class Heartbeat(_message.Message):
     """Bytes of weights sent to other workers."""
     weight_bytes_received: _builtins.int
     """Bytes of weights fetched from other workers."""
+    last_words: _builtins.str
+    """The last line of its log since it joined that tells of trouble."""
     def __init__(
         self,
         *,
@@ -854,10 +773,11 @@ class Heartbeat(_message.Message):
         sent_bytes: _builtins.int = ...,
         weight_bytes_sent: _builtins.int = ...,
         weight_bytes_received: _builtins.int = ...,
+        last_words: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy", b"busy", "free_memory_bytes", b"free_memory_bytes", "microbatches", b"microbatches", "received_bytes", b"received_bytes", "resident_bytes", b"resident_bytes", "sent_bytes", b"sent_bytes", "tokens", b"tokens", "weight_bytes_received", b"weight_bytes_received", "weight_bytes_sent", b"weight_bytes_sent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy", b"busy", "free_memory_bytes", b"free_memory_bytes", "last_words", b"last_words", "microbatches", b"microbatches", "received_bytes", b"received_bytes", "resident_bytes", b"resident_bytes", "sent_bytes", b"sent_bytes", "tokens", b"tokens", "weight_bytes_received", b"weight_bytes_received", "weight_bytes_sent", b"weight_bytes_sent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -875,6 +795,8 @@ class Welcome(_message.Message):
     SAMPLING_INPUTS_S_FIELD_NUMBER: _builtins.int
     FORWARD_S_FIELD_NUMBER: _builtins.int
     COORDINATOR_S_FIELD_NUMBER: _builtins.int
+    CLUSTER_FIELD_NUMBER: _builtins.int
+    PEER_S_FIELD_NUMBER: _builtins.int
     protocol_major: _builtins.int
     """The coordinator's protocol version."""
     protocol_minor: _builtins.int
@@ -887,6 +809,10 @@ class Welcome(_message.Message):
     """Seconds a stage waits for the next one to connect or to take a frame."""
     coordinator_s: _builtins.float
     """Seconds a worker waits for its coordinator to come back, its weights kept; 0: it ends at once."""
+    cluster: _builtins.str
+    """The cluster's name."""
+    peer_s: _builtins.float
+    """Seconds without an answer after which another worker counts as cut off; 0: as the worker thinks best."""
     def __init__(
         self,
         *,
@@ -896,10 +822,12 @@ class Welcome(_message.Message):
         sampling_inputs_s: _builtins.float = ...,
         forward_s: _builtins.float = ...,
         coordinator_s: _builtins.float = ...,
+        cluster: _builtins.str = ...,
+        peer_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["coordinator_s", b"coordinator_s", "forward_s", b"forward_s", "heartbeat_s", b"heartbeat_s", "protocol_major", b"protocol_major", "protocol_minor", b"protocol_minor", "sampling_inputs_s", b"sampling_inputs_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster", "coordinator_s", b"coordinator_s", "forward_s", b"forward_s", "heartbeat_s", b"heartbeat_s", "peer_s", b"peer_s", "protocol_major", b"protocol_major", "protocol_minor", b"protocol_minor", "sampling_inputs_s", b"sampling_inputs_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

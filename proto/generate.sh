@@ -10,6 +10,6 @@ trap 'rm -rf "$tools"' EXIT
 mkdir "$tools/out"
 PATH="$tools/venv/bin:$PATH" "$tools/venv/bin/python" -m grpc_tools.protoc -Illamaclust/proto=proto \
   --python_out="$tools/out" --mypy_out="$tools/out" llamaclust/proto/control.proto llamaclust/proto/enrolment.proto \
-  llamaclust/proto/microbatch.proto llamaclust/proto/sampling.proto
+  llamaclust/proto/measuring.proto llamaclust/proto/microbatch.proto llamaclust/proto/sampling.proto
 cp "$tools"/out/llamaclust/proto/*_pb2.py "$tools"/out/llamaclust/proto/*_pb2.pyi proto/
-cat proto/control.proto proto/enrolment.proto proto/microbatch.proto proto/sampling.proto | sha256sum | cut -d' ' -f1 > proto/protos.sha256
+cat proto/control.proto proto/enrolment.proto proto/measuring.proto proto/microbatch.proto proto/sampling.proto | sha256sum | cut -d' ' -f1 > proto/protos.sha256

@@ -32,10 +32,14 @@ class Chunk(_message.Message):
     TABLE_FIELD_NUMBER: _builtins.int
     OUTPUTS_FIELD_NUMBER: _builtins.int
     FOLLOWS_FIELD_NUMBER: _builtins.int
+    WINDOW_TABLE_FIELD_NUMBER: _builtins.int
+    WINDOW_START_FIELD_NUMBER: _builtins.int
     position: _builtins.int
     """Absolute position of the first of them."""
     outputs: _builtins.int
     """How many of the last rows are sampled or scored."""
+    window_start: _builtins.int
+    """Their first one's place in the table: blocks before it were given up."""
     @_builtins.property
     def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Token ids, at least one."""
@@ -50,6 +54,12 @@ class Chunk(_message.Message):
     def follows(self) -> Global___Follows:
         """Set where the only token is one that an earlier microbatch chooses; then tokens is 0."""
 
+    @_builtins.property
+    def window_table(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Where layers with a window have blocks of their own (StageLimits.window_blocks): those that the chunk's rows see or
+        are stored in, written as the table is.
+        """
+
     def __init__(
         self,
         *,
@@ -58,10 +68,12 @@ class Chunk(_message.Message):
         table: _abc.Iterable[_builtins.int] | None = ...,
         outputs: _builtins.int = ...,
         follows: Global___Follows | None = ...,
+        window_table: _abc.Iterable[_builtins.int] | None = ...,
+        window_start: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["follows", b"follows"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["follows", b"follows", "outputs", b"outputs", "position", b"position", "table", b"table", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["follows", b"follows", "outputs", b"outputs", "position", b"position", "table", b"table", "tokens", b"tokens", "window_start", b"window_start", "window_table", b"window_table"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fllamaclust/proto/sampling.proto\x12\rllamaclust.v1\"(\n\tLogitBias\x12\r\n\x05token\x18\x01 \x01(\r\x12\x0c\n\x04\x62ias\x18\x02 \x01(\x01\"\xd1\x01\n\x0eSamplingParams\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\r\n\x05top_p\x18\x03 \x01(\x01\x12\r\n\x05min_p\x18\x04 \x01(\x01\x12\x1a\n\x12repetition_penalty\x18\x05 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\x06 \x01(\x01\x12\x18\n\x10presence_penalty\x18\x07 \x01(\x01\x12,\n\nlogit_bias\x18\x08 \x03(\x0b\x32\x18.llamaclust.v1.LogitBias\"\xbf\x01\n\nSampleTask\x12-\n\x06params\x18\x01 \x01(\x0b\x32\x1d.llamaclust.v1.SamplingParams\x12\x0c\n\x04seed\x18\x02 \x01(\x04\x12\x0e\n\x06\x63hoice\x18\x03 \x01(\r\x12\x10\n\x08position\x18\x04 \x01(\r\x12\x0f\n\x07history\x18\x05 \x03(\r\x12\x12\n\nsuppressed\x18\x06 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x07 \x01(\r\x12\x17\n\x0fhistory_follows\x18\x08 \x01(\x08\"0\n\tScoreTask\x12\r\n\x05token\x18\x01 \x01(\r\x12\x14\n\x0ctop_logprobs\x18\x02 \x01(\r\"i\n\x07RowTask\x12+\n\x06sample\x18\x01 \x01(\x0b\x32\x19.llamaclust.v1.SampleTaskH\x00\x12)\n\x05score\x18\x02 \x01(\x0b\x32\x18.llamaclust.v1.ScoreTaskH\x00\x42\x06\n\x04task\"V\n\x0eSamplingInputs\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0e\n\x06number\x18\x02 \x01(\x04\x12%\n\x05tasks\x18\x03 \x03(\x0b\x32\x16.llamaclust.v1.RowTask\".\n\x0cTokenLogprob\x12\r\n\x05token\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"\x84\x01\n\tRowResult\x12+\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x1b.llamaclust.v1.TokenLogprob\x12(\n\x03top\x18\x02 \x03(\x0b\x32\x1b.llamaclust.v1.TokenLogprob\x12\x14\n\x07\x66\x61ilure\x18\x03 \x01(\tH\x00\x88\x01\x01\x42\n\n\x08_failure\"R\n\x0bStageTiming\x12\x10\n\x08queue_ns\x18\x01 \x01(\x04\x12\x12\n\ncompute_ns\x18\x02 \x01(\x04\x12\x0f\n\x07wire_ns\x18\x03 \x01(\x04\x12\x0c\n\x04rows\x18\x04 \x01(\r\"\x9e\x01\n\x06Result\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0e\n\x06number\x18\x02 \x01(\x04\x12&\n\x04rows\x18\x03 \x03(\x0b\x32\x18.llamaclust.v1.RowResult\x12+\n\x07timings\x18\x04 \x03(\x0b\x32\x1a.llamaclust.v1.StageTiming\x12\x14\n\x07\x66\x61ilure\x18\x05 \x01(\tH\x00\x88\x01\x01\x42\n\n\x08_failure2K\n\x05Stage\x12\x42\n\x06Sample\x12\x1d.llamaclust.v1.SamplingInputs\x1a\x15.llamaclust.v1.Result(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fllamaclust/proto/sampling.proto\x12\rllamaclust.v1\"(\n\tLogitBias\x12\r\n\x05token\x18\x01 \x01(\r\x12\x0c\n\x04\x62ias\x18\x02 \x01(\x01\"\x8c\x02\n\x0eSamplingParams\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\r\n\x05top_k\x18\x02 \x01(\r\x12\r\n\x05top_p\x18\x03 \x01(\x01\x12\r\n\x05min_p\x18\x04 \x01(\x01\x12\x1a\n\x12repetition_penalty\x18\x05 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\x06 \x01(\x01\x12\x18\n\x10presence_penalty\x18\x07 \x01(\x01\x12,\n\nlogit_bias\x18\x08 \x03(\x0b\x32\x18.llamaclust.v1.LogitBias\x12/\n\x05\x63hain\x18\t \x01(\x0b\x32\x1b.llamaclust.v1.SamplerChainH\x00\x88\x01\x01\x42\x08\n\x06_chain\"\xd0\x02\n\x0cSamplerChain\x12\r\n\x05order\x18\x01 \x03(\r\x12\x13\n\x0btop_n_sigma\x18\x02 \x01(\x01\x12\r\n\x05tfs_z\x18\x03 \x01(\x01\x12\x11\n\ttypical_p\x18\x04 \x01(\x01\x12\x17\n\x0fxtc_probability\x18\x05 \x01(\x01\x12\x15\n\rxtc_threshold\x18\x06 \x01(\x01\x12\x16\n\x0e\x64ynatemp_range\x18\x07 \x01(\x01\x12\x19\n\x11\x64ynatemp_exponent\x18\x08 \x01(\x01\x12\x16\n\x0e\x64ry_multiplier\x18\t \x01(\x01\x12\x10\n\x08\x64ry_base\x18\n \x01(\x01\x12\x1a\n\x12\x64ry_allowed_length\x18\x0b \x01(\r\x12\x10\n\x08mirostat\x18\x0c \x01(\r\x12\x14\n\x0cmirostat_tau\x18\r \x01(\x01\x12\x14\n\x0cmirostat_eta\x18\x0e \x01(\x01\x12\x13\n\x0bunpenalized\x18\x0f \x03(\r\"\x1f\n\rTokenSequence\x12\x0e\n\x06tokens\x18\x01 \x03(\r\"\xd3\x02\n\nSampleTask\x12-\n\x06params\x18\x01 \x01(\x0b\x32\x1d.llamaclust.v1.SamplingParams\x12\x0c\n\x04seed\x18\x02 \x01(\x04\x12\x0e\n\x06\x63hoice\x18\x03 \x01(\r\x12\x10\n\x08position\x18\x04 \x01(\r\x12\x0f\n\x07history\x18\x05 \x03(\r\x12\x12\n\nsuppressed\x18\x06 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x07 \x01(\r\x12\x17\n\x0fhistory_follows\x18\x08 \x01(\x08\x12\x1b\n\x0epenalty_window\x18\t \x01(\rH\x00\x88\x01\x01\x12\x17\n\ndry_window\x18\n \x01(\rH\x01\x88\x01\x01\x12.\n\x08\x62reakers\x18\x0b \x03(\x0b\x32\x1c.llamaclust.v1.TokenSequence\x12\n\n\x02mu\x18\x0c \x01(\x01\x42\x11\n\x0f_penalty_windowB\r\n\x0b_dry_window\"0\n\tScoreTask\x12\r\n\x05token\x18\x01 \x01(\r\x12\x14\n\x0ctop_logprobs\x18\x02 \x01(\r\"i\n\x07RowTask\x12+\n\x06sample\x18\x01 \x01(\x0b\x32\x19.llamaclust.v1.SampleTaskH\x00\x12)\n\x05score\x18\x02 \x01(\x0b\x32\x18.llamaclust.v1.ScoreTaskH\x00\x42\x06\n\x04task\"V\n\x0eSamplingInputs\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0e\n\x06number\x18\x02 \x01(\x04\x12%\n\x05tasks\x18\x03 \x03(\x0b\x32\x16.llamaclust.v1.RowTask\".\n\x0cTokenLogprob\x12\r\n\x05token\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"\x9c\x01\n\tRowResult\x12+\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x1b.llamaclust.v1.TokenLogprob\x12(\n\x03top\x18\x02 \x03(\x0b\x32\x1b.llamaclust.v1.TokenLogprob\x12\x14\n\x07\x66\x61ilure\x18\x03 \x01(\tH\x00\x88\x01\x01\x12\x0f\n\x02mu\x18\x04 \x01(\x01H\x01\x88\x01\x01\x42\n\n\x08_failureB\x05\n\x03_mu\"R\n\x0bStageTiming\x12\x10\n\x08queue_ns\x18\x01 \x01(\x04\x12\x12\n\ncompute_ns\x18\x02 \x01(\x04\x12\x0f\n\x07wire_ns\x18\x03 \x01(\x04\x12\x0c\n\x04rows\x18\x04 \x01(\r\"\x9e\x01\n\x06Result\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0e\n\x06number\x18\x02 \x01(\x04\x12&\n\x04rows\x18\x03 \x03(\x0b\x32\x18.llamaclust.v1.RowResult\x12+\n\x07timings\x18\x04 \x03(\x0b\x32\x1a.llamaclust.v1.StageTiming\x12\x14\n\x07\x66\x61ilure\x18\x05 \x01(\tH\x00\x88\x01\x01\x42\n\n\x08_failure2K\n\x05Stage\x12\x42\n\x06Sample\x12\x1d.llamaclust.v1.SamplingInputs\x1a\x15.llamaclust.v1.Result(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,23 +34,27 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_LOGITBIAS']._serialized_start=50
   _globals['_LOGITBIAS']._serialized_end=90
   _globals['_SAMPLINGPARAMS']._serialized_start=93
-  _globals['_SAMPLINGPARAMS']._serialized_end=302
-  _globals['_SAMPLETASK']._serialized_start=305
-  _globals['_SAMPLETASK']._serialized_end=496
-  _globals['_SCORETASK']._serialized_start=498
-  _globals['_SCORETASK']._serialized_end=546
-  _globals['_ROWTASK']._serialized_start=548
-  _globals['_ROWTASK']._serialized_end=653
-  _globals['_SAMPLINGINPUTS']._serialized_start=655
-  _globals['_SAMPLINGINPUTS']._serialized_end=741
-  _globals['_TOKENLOGPROB']._serialized_start=743
-  _globals['_TOKENLOGPROB']._serialized_end=789
-  _globals['_ROWRESULT']._serialized_start=792
-  _globals['_ROWRESULT']._serialized_end=924
-  _globals['_STAGETIMING']._serialized_start=926
-  _globals['_STAGETIMING']._serialized_end=1008
-  _globals['_RESULT']._serialized_start=1011
-  _globals['_RESULT']._serialized_end=1169
-  _globals['_STAGE']._serialized_start=1171
-  _globals['_STAGE']._serialized_end=1246
+  _globals['_SAMPLINGPARAMS']._serialized_end=361
+  _globals['_SAMPLERCHAIN']._serialized_start=364
+  _globals['_SAMPLERCHAIN']._serialized_end=700
+  _globals['_TOKENSEQUENCE']._serialized_start=702
+  _globals['_TOKENSEQUENCE']._serialized_end=733
+  _globals['_SAMPLETASK']._serialized_start=736
+  _globals['_SAMPLETASK']._serialized_end=1075
+  _globals['_SCORETASK']._serialized_start=1077
+  _globals['_SCORETASK']._serialized_end=1125
+  _globals['_ROWTASK']._serialized_start=1127
+  _globals['_ROWTASK']._serialized_end=1232
+  _globals['_SAMPLINGINPUTS']._serialized_start=1234
+  _globals['_SAMPLINGINPUTS']._serialized_end=1320
+  _globals['_TOKENLOGPROB']._serialized_start=1322
+  _globals['_TOKENLOGPROB']._serialized_end=1368
+  _globals['_ROWRESULT']._serialized_start=1371
+  _globals['_ROWRESULT']._serialized_end=1527
+  _globals['_STAGETIMING']._serialized_start=1529
+  _globals['_STAGETIMING']._serialized_end=1611
+  _globals['_RESULT']._serialized_start=1614
+  _globals['_RESULT']._serialized_end=1772
+  _globals['_STAGE']._serialized_start=1774
+  _globals['_STAGE']._serialized_end=1849
 # @@protoc_insertion_point(module_scope)

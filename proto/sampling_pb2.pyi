@@ -58,6 +58,7 @@ class SamplingParams(_message.Message):
     FREQUENCY_PENALTY_FIELD_NUMBER: _builtins.int
     PRESENCE_PENALTY_FIELD_NUMBER: _builtins.int
     LOGIT_BIAS_FIELD_NUMBER: _builtins.int
+    CHAIN_FIELD_NUMBER: _builtins.int
     temperature: _builtins.float
     """Divides the logits; 0 chooses greedily."""
     top_k: _builtins.int
@@ -76,6 +77,10 @@ class SamplingParams(_message.Message):
     def logit_bias(self) -> _containers.RepeatedCompositeFieldContainer[Global___LogitBias]:
         """Biases, token ids ascending."""
 
+    @_builtins.property
+    def chain(self) -> Global___SamplerChain:
+        """More samplers, or another order; without it the plain ones in their order."""
+
     def __init__(
         self,
         *,
@@ -87,14 +92,125 @@ class SamplingParams(_message.Message):
         frequency_penalty: _builtins.float = ...,
         presence_penalty: _builtins.float = ...,
         logit_bias: _abc.Iterable[Global___LogitBias] | None = ...,
+        chain: Global___SamplerChain | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_chain", b"_chain", "chain", b"chain"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_chain", b"_chain", "chain", b"chain", "frequency_penalty", b"frequency_penalty", "logit_bias", b"logit_bias", "min_p", b"min_p", "presence_penalty", b"presence_penalty", "repetition_penalty", b"repetition_penalty", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__chain: _TypeAlias = _typing.Literal["chain"]  # noqa: Y015
+    _WhichOneofArgType__chain: _TypeAlias = _typing.Literal["_chain", b"_chain"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__chain) -> _WhichOneofReturnType__chain | None: ...
+
+Global___SamplingParams: _TypeAlias = SamplingParams  # noqa: Y015
+
+@_typing.final
+class SamplerChain(_message.Message):
+    """All samplers of a request, in order. Settings of those that are not in it mean nothing."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ORDER_FIELD_NUMBER: _builtins.int
+    TOP_N_SIGMA_FIELD_NUMBER: _builtins.int
+    TFS_Z_FIELD_NUMBER: _builtins.int
+    TYPICAL_P_FIELD_NUMBER: _builtins.int
+    XTC_PROBABILITY_FIELD_NUMBER: _builtins.int
+    XTC_THRESHOLD_FIELD_NUMBER: _builtins.int
+    DYNATEMP_RANGE_FIELD_NUMBER: _builtins.int
+    DYNATEMP_EXPONENT_FIELD_NUMBER: _builtins.int
+    DRY_MULTIPLIER_FIELD_NUMBER: _builtins.int
+    DRY_BASE_FIELD_NUMBER: _builtins.int
+    DRY_ALLOWED_LENGTH_FIELD_NUMBER: _builtins.int
+    MIROSTAT_FIELD_NUMBER: _builtins.int
+    MIROSTAT_TAU_FIELD_NUMBER: _builtins.int
+    MIROSTAT_ETA_FIELD_NUMBER: _builtins.int
+    UNPENALIZED_FIELD_NUMBER: _builtins.int
+    top_n_sigma: _builtins.float
+    """Keeps tokens whose logits are within so many standard deviations of the best one; 0 or less keeps all."""
+    tfs_z: _builtins.float
+    """Keeps tokens until this share of the bends of the curve of probabilities; 1 keeps all."""
+    typical_p: _builtins.float
+    """Keeps the tokens whose surprise is nearest to the entropy, until they reach this probability; 1 keeps all."""
+    xtc_probability: _builtins.float
+    """How probable it is that XTC takes tokens out; 0 never."""
+    xtc_threshold: _builtins.float
+    """Of the tokens at least this probable it leaves the last one alone."""
+    dynatemp_range: _builtins.float
+    """How far the temperature goes with the entropy, down and up."""
+    dynatemp_exponent: _builtins.float
+    """Power of the entropy, as a share of the greatest possible one, that it goes with."""
+    dry_multiplier: _builtins.float
+    """DRY subtracts multiplier * base ^ (length of the repetition - allowed length)."""
+    dry_base: _builtins.float
+    """That base."""
+    dry_allowed_length: _builtins.int
+    """Shorter repetitions cost nothing."""
+    mirostat: _builtins.int
+    """1 or 2: Mirostat of that version chooses the token."""
+    mirostat_tau: _builtins.float
+    """The surprise that it aims at, in bits."""
+    mirostat_eta: _builtins.float
+    """How fast it learns."""
+    @_builtins.property
+    def order(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Samplers by their number: 0 penalties, 1 DRY, 2 top-n-sigma, 3 top-k, 4 tail-free, 5 typical, 6 top-p, 7 min-p, 8 XTC,
+        9 temperature. Each once at most.
+        """
+
+    @_builtins.property
+    def unpenalized(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Ids that penalties leave alone."""
+
+    def __init__(
+        self,
+        *,
+        order: _abc.Iterable[_builtins.int] | None = ...,
+        top_n_sigma: _builtins.float = ...,
+        tfs_z: _builtins.float = ...,
+        typical_p: _builtins.float = ...,
+        xtc_probability: _builtins.float = ...,
+        xtc_threshold: _builtins.float = ...,
+        dynatemp_range: _builtins.float = ...,
+        dynatemp_exponent: _builtins.float = ...,
+        dry_multiplier: _builtins.float = ...,
+        dry_base: _builtins.float = ...,
+        dry_allowed_length: _builtins.int = ...,
+        mirostat: _builtins.int = ...,
+        mirostat_tau: _builtins.float = ...,
+        mirostat_eta: _builtins.float = ...,
+        unpenalized: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["frequency_penalty", b"frequency_penalty", "logit_bias", b"logit_bias", "min_p", b"min_p", "presence_penalty", b"presence_penalty", "repetition_penalty", b"repetition_penalty", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dry_allowed_length", b"dry_allowed_length", "dry_base", b"dry_base", "dry_multiplier", b"dry_multiplier", "dynatemp_exponent", b"dynatemp_exponent", "dynatemp_range", b"dynatemp_range", "mirostat", b"mirostat", "mirostat_eta", b"mirostat_eta", "mirostat_tau", b"mirostat_tau", "order", b"order", "tfs_z", b"tfs_z", "top_n_sigma", b"top_n_sigma", "typical_p", b"typical_p", "unpenalized", b"unpenalized", "xtc_probability", b"xtc_probability", "xtc_threshold", b"xtc_threshold"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___SamplingParams: _TypeAlias = SamplingParams  # noqa: Y015
+Global___SamplerChain: _TypeAlias = SamplerChain  # noqa: Y015
+
+@_typing.final
+class TokenSequence(_message.Message):
+    """Some tokens in order."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKENS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Their ids."""
+
+    def __init__(
+        self,
+        *,
+        tokens: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenSequence: _TypeAlias = TokenSequence  # noqa: Y015
 
 @_typing.final
 class SampleTask(_message.Message):
@@ -110,6 +226,10 @@ class SampleTask(_message.Message):
     SUPPRESSED_FIELD_NUMBER: _builtins.int
     TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
     HISTORY_FOLLOWS_FIELD_NUMBER: _builtins.int
+    PENALTY_WINDOW_FIELD_NUMBER: _builtins.int
+    DRY_WINDOW_FIELD_NUMBER: _builtins.int
+    BREAKERS_FIELD_NUMBER: _builtins.int
+    MU_FIELD_NUMBER: _builtins.int
     seed: _builtins.int
     """First key of the draw."""
     choice: _builtins.int
@@ -120,17 +240,27 @@ class SampleTask(_message.Message):
     """How many of the likeliest tokens to report beside the chosen one."""
     history_follows: _builtins.bool
     """Whether the token that the row's chunk follows is the newest of the history, too."""
+    penalty_window: _builtins.int
+    """Newest tokens of the history that penalties count; without it, all."""
+    dry_window: _builtins.int
+    """Likewise those that DRY looks at."""
+    mu: _builtins.float
+    """Mirostat's state, as it came with the token before."""
     @_builtins.property
     def params(self) -> Global___SamplingParams:
         """How."""
 
     @_builtins.property
     def history(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Tokens that penalties count, oldest first."""
+        """Tokens that penalties and DRY look at, oldest first."""
 
     @_builtins.property
     def suppressed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Ids that may not be chosen."""
+
+    @_builtins.property
+    def breakers(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenSequence]:
+        """Token sequences that DRY does not look beyond."""
 
     def __init__(
         self,
@@ -143,12 +273,23 @@ class SampleTask(_message.Message):
         suppressed: _abc.Iterable[_builtins.int] | None = ...,
         top_logprobs: _builtins.int = ...,
         history_follows: _builtins.bool = ...,
+        penalty_window: _builtins.int | None = ...,
+        dry_window: _builtins.int | None = ...,
+        breakers: _abc.Iterable[Global___TokenSequence] | None = ...,
+        mu: _builtins.float = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["params", b"params"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_dry_window", b"_dry_window", "_penalty_window", b"_penalty_window", "dry_window", b"dry_window", "params", b"params", "penalty_window", b"penalty_window"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice", b"choice", "history", b"history", "history_follows", b"history_follows", "params", b"params", "position", b"position", "seed", b"seed", "suppressed", b"suppressed", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dry_window", b"_dry_window", "_penalty_window", b"_penalty_window", "breakers", b"breakers", "choice", b"choice", "dry_window", b"dry_window", "history", b"history", "history_follows", b"history_follows", "mu", b"mu", "params", b"params", "penalty_window", b"penalty_window", "position", b"position", "seed", b"seed", "suppressed", b"suppressed", "top_logprobs", b"top_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__dry_window: _TypeAlias = _typing.Literal["dry_window"]  # noqa: Y015
+    _WhichOneofArgType__dry_window: _TypeAlias = _typing.Literal["_dry_window", b"_dry_window"]  # noqa: Y015
+    _WhichOneofReturnType__penalty_window: _TypeAlias = _typing.Literal["penalty_window"]  # noqa: Y015
+    _WhichOneofArgType__penalty_window: _TypeAlias = _typing.Literal["_penalty_window", b"_penalty_window"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__dry_window) -> _WhichOneofReturnType__dry_window | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__penalty_window) -> _WhichOneofReturnType__penalty_window | None: ...
 
 Global___SampleTask: _TypeAlias = SampleTask  # noqa: Y015
 
@@ -277,8 +418,11 @@ class RowResult(_message.Message):
     CHOSEN_FIELD_NUMBER: _builtins.int
     TOP_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
+    MU_FIELD_NUMBER: _builtins.int
     failure: _builtins.str
     """Set when this row alone has no answer: one line."""
+    mu: _builtins.float
+    """Mirostat's state for the next token, where it chose."""
     @_builtins.property
     def chosen(self) -> Global___TokenLogprob:
         """The chosen or scored token."""
@@ -293,14 +437,20 @@ class RowResult(_message.Message):
         chosen: Global___TokenLogprob | None = ...,
         top: _abc.Iterable[Global___TokenLogprob] | None = ...,
         failure: _builtins.str | None = ...,
+        mu: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_failure", b"_failure", "chosen", b"chosen", "failure", b"failure"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_failure", b"_failure", "_mu", b"_mu", "chosen", b"chosen", "failure", b"failure", "mu", b"mu"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_failure", b"_failure", "chosen", b"chosen", "failure", b"failure", "top", b"top"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_failure", b"_failure", "_mu", b"_mu", "chosen", b"chosen", "failure", b"failure", "mu", b"mu", "top", b"top"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__failure: _TypeAlias = _typing.Literal["failure"]  # noqa: Y015
     _WhichOneofArgType__failure: _TypeAlias = _typing.Literal["_failure", b"_failure"]  # noqa: Y015
+    _WhichOneofReturnType__mu: _TypeAlias = _typing.Literal["mu"]  # noqa: Y015
+    _WhichOneofArgType__mu: _TypeAlias = _typing.Literal["_mu", b"_mu"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__failure) -> _WhichOneofReturnType__failure | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__mu) -> _WhichOneofReturnType__mu | None: ...
 
 Global___RowResult: _TypeAlias = RowResult  # noqa: Y015
 

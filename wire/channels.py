@@ -11,9 +11,10 @@ from typing import Any
 import grpc
 from grpc import aio
 
-from llamaclust.errors import WorkerError
+from llamaclust.errors import DeadlineError, WorkerError
 from llamaclust.wire.bounds import line
 from llamaclust.wire.credentials import Credentials, Identity, KeyPair, Principal, check_address
+from llamaclust.wire.deadlines import deadline
 from llamaclust.wire.frames import MAX_FRAME_BYTES
 from llamaclust.wire.token import ClusterToken
 
@@ -43,10 +44,29 @@ OPTIONS = (
 
 _EOF: Any = aio.EOF  # type: ignore[attr-defined]
 _TRANSPORT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN)
+_TRYING = (grpc.ChannelConnectivity.IDLE, grpc.ChannelConnectivity.CONNECTING)
+_CONNECT_S = 20.0
+_LEAST_ANSWER_S = 1.0
+"""A lossy link, or a crowded machine, may need so long for an answer."""
 
 
 class StreamBrokenError(WorkerError):
     """A stream that ended otherwise than by agreement."""
+
+
+class UnreachableError(StreamBrokenError):
+    """A stream whose connection cannot be made, broke or stands still, whatever the other side does."""
+
+
+def _options(answer_s: float) -> tuple[tuple[str, int], ...]:
+    """Of a channel whose other side has gone when it acknowledges nothing for so long: bytes on their way, for gRPC
+    sets TCP_USER_TIMEOUT to the timeout, or pings while there are none."""
+    pings = {
+        "grpc.keepalive_time_ms": int(200 * answer_s),
+        "grpc.keepalive_timeout_ms": int(1000 * answer_s),
+        "grpc.http2.max_pings_without_data": 0,
+    }
+    return tuple((dict(OPTIONS) | pings).items())
 
 
 class ClientStream:
@@ -90,19 +110,29 @@ class ClientStream:
         code = await self._call.code()
         details = line("details", (await self._call.details() or "")[:2000])
         if code in _TRANSPORT:
-            return StreamBrokenError(f"connection to {self.address} lost ({details or code.name})")
+            kind = UnreachableError if code is grpc.StatusCode.UNAVAILABLE else StreamBrokenError
+            return kind(f"connection to {self.address} lost ({details or code.name})")
         return StreamBrokenError(details or code.name)
 
 
 class Peer:
     """A channel to one process. With a token, every call on it shows that; with certificates, the other side must be
-    `principal`."""
+    `principal`. `patience_s`: within it a connection that cannot be made, broke or stands still is noticed, even where
+    nothing is on its way; None: in its own time."""
 
-    def __init__(self, address: str, credentials: Credentials, principal: Principal | None = None) -> None:
+    def __init__(
+        self,
+        address: str,
+        credentials: Credentials,
+        principal: Principal | None = None,
+        patience_s: float | None = None,
+    ) -> None:
         check_address(address, credentials)
         self.address = address
+        self.principal = principal
+        self._answer_s = _CONNECT_S if patience_s is None else max(patience_s / 2, _LEAST_ANSWER_S)
+        self._options = OPTIONS if patience_s is None else _options(self._answer_s)
         self._credentials = credentials
-        self._principal = principal
         self._channels: list[Any] = []
         self._pair: KeyPair | None = None
 
@@ -116,11 +146,22 @@ class Peer:
         call = self._channel().stream_stream(method)
         return ClientStream(call(metadata=metadata or None, wait_for_ready=wait_for_ready), self.address)
 
+    async def connected(self) -> None:
+        """Returns when the connection of the streams opened last is made, or has failed, of which they know.
+        UnreachableError where that takes too long."""
+        channel = self._channel()
+        try:
+            async with deadline(f"connection to {self.address}", self._answer_s):
+                while (state := channel.get_state(try_to_connect=True)) in _TRYING:
+                    await channel.wait_for_state_change(state)
+        except DeadlineError as error:
+            raise UnreachableError(str(error)) from error
+
     def _channel(self) -> Any:
         """Another one after each renewal of our certificate: what a channel shows when it connects is fixed."""
         if not isinstance(self._credentials, Identity):
             if not self._channels:
-                self._channels.append(aio.insecure_channel(self.address, options=OPTIONS))
+                self._channels.append(aio.insecure_channel(self.address, options=self._options))
         elif self._pair is not self._credentials.pair:
             self._pair = self._credentials.pair
             self._channels.append(self._secure(self._credentials))
@@ -129,8 +170,8 @@ class Peer:
     def _secure(self, identity: Identity) -> Any:
         from llamaclust.wire.tls import TARGET_NAME, channel_credentials
 
-        assert self._principal is not None, "whom to expect"
-        options = (*OPTIONS, (TARGET_NAME, self._principal.host(identity.cluster)))
+        assert self.principal is not None, "whom to expect"
+        options = (*self._options, (TARGET_NAME, self.principal.host(identity.cluster)))
         return aio.secure_channel(f"dns:///{self.address}", channel_credentials(identity), options=options)
 
     async def close(self) -> None:

@@ -9,11 +9,13 @@ import math
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from operator import add
+from typing import Literal
 
 from llamaclust.errors import WireError
 from llamaclust.proto import microbatch_pb2 as microbatch_proto
 from llamaclust.proto import sampling_pb2 as sampling_proto
 from llamaclust.wire.bounds import bounded, finite, line, one_line, parse
+from llamaclust.wire.chain_codec import breakers_in, chain_in, chain_out
 from llamaclust.wire.messages import (
     MAX_CONTEXT_TOKENS,
     MAX_KV_BLOCKS,
@@ -33,7 +35,7 @@ from llamaclust.wire.messages import (
     ScoreTask,
     StageTiming,
 )
-from llamaclust.wire.sampling_bounds import MAX_BIAS, MAX_TOP_K, REAL_BOUNDS
+from llamaclust.wire.sampling_bounds import MAX_BIAS, MAX_MU, MAX_TOP_K, REAL_BOUNDS
 
 MAX_MICROBATCH_BYTES = 1 << 23
 MAX_INPUTS_BYTES = 1 << 26
@@ -48,7 +50,12 @@ def encode_microbatch(microbatch: Microbatch) -> bytes:
     )
     for chunk in microbatch.chunks:
         added = message.chunks.add(
-            tokens=chunk.tokens, position=chunk.position, table=chunk.table, outputs=chunk.outputs
+            tokens=chunk.tokens,
+            position=chunk.position,
+            table=chunk.table,
+            outputs=chunk.outputs,
+            window_table=chunk.window_table,
+            window_start=chunk.window_start,
         )
         if chunk.follows is not None:
             added.follows.number, added.follows.row = chunk.follows
@@ -76,7 +83,9 @@ def _chunk(message: microbatch_proto.Chunk, number: int) -> Chunk:
     bounded("last position", message.position + len(tokens) - 1, 0, MAX_CONTEXT_TOKENS - 1)
     bounded("outputs", message.outputs, 0, len(tokens))
     follows = _follows(message.follows, tokens, number) if message.HasField("follows") else None
-    return Chunk(tokens, message.position, _table(message.table), message.outputs, follows)
+    window = _table(message.window_table) if message.window_table else ()
+    start = bounded("window_start", message.window_start, 0, MAX_CONTEXT_TOKENS)
+    return Chunk(tokens, message.position, _table(message.table), message.outputs, follows, window, start)
 
 
 def _follows(message: microbatch_proto.Follows, tokens: tuple[int, ...], number: int) -> tuple[int, int]:
@@ -127,6 +136,10 @@ def _sample_out(task: SampleTask) -> sampling_proto.SampleTask:
         suppressed=task.suppressed,
         top_logprobs=task.top_logprobs,
         history_follows=task.history_follows,
+        penalty_window=task.penalty_window,
+        dry_window=task.dry_window,
+        breakers=[sampling_proto.TokenSequence(tokens=tokens) for tokens in task.breakers],
+        mu=task.mu,
     )
 
 
@@ -146,6 +159,7 @@ def _params_out(params: SamplingParams) -> sampling_proto.SamplingParams:
         frequency_penalty=params.frequency_penalty,
         presence_penalty=params.presence_penalty,
         logit_bias=[sampling_proto.LogitBias(token=token, bias=bias) for token, bias in params.logit_bias],
+        chain=chain_out(params.chain),
     )
 
 
@@ -180,6 +194,10 @@ def _sample_in(message: sampling_proto.SampleTask) -> SampleTask:
         _tokens(message.suppressed),
         _top(message.top_logprobs),
         message.history_follows,
+        _window("penalty_window", message),
+        _window("dry_window", message),
+        breakers_in(message.breakers),
+        _mu(message.mu),
     )
 
 
@@ -194,8 +212,17 @@ def _params_in(message: sampling_proto.SamplingParams) -> SamplingParams:
     return SamplingParams(
         top_k=bounded("top_k", message.top_k, 0, MAX_TOP_K),
         logit_bias=tuple(_bias(bias) for bias in message.logit_bias),
+        chain=chain_in(message),
         **{name: finite(name, getattr(message, name), *bounds) for name, bounds in REAL_BOUNDS.items()},
     )
+
+
+def _window(name: Literal["penalty_window", "dry_window"], message: sampling_proto.SampleTask) -> int | None:
+    return bounded(name, getattr(message, name), 0, MAX_CONTEXT_TOKENS) if message.HasField(name) else None
+
+
+def _mu(value: float) -> float:
+    return finite("mu", value, -MAX_MU, MAX_MU)
 
 
 def _bias(message: sampling_proto.LogitBias) -> tuple[int, float]:
@@ -236,6 +263,8 @@ def _row_out(row: RowResult, to: sampling_proto.RowResult) -> None:
     to.chosen.token, to.chosen.logprob = row.token, row.logprob
     for token, logprob in row.top_logprobs:
         to.top.add(token=token, logprob=logprob)
+    if row.mu is not None:
+        to.mu = row.mu
 
 
 def decode_result(data: bytes) -> Result:
@@ -257,7 +286,8 @@ def _row(message: sampling_proto.RowResult) -> RowResult:
         return RowResult(-1, math.nan, failure=line("failure", message.failure))
     bounded("top_logprobs", len(message.top), 0, MAX_TOP_LOGPROBS)
     top = tuple((_token(entry.token), _logprob(entry.logprob)) for entry in message.top)
-    return RowResult(_token(message.chosen.token), _logprob(message.chosen.logprob), top)
+    mu = _mu(message.mu) if message.HasField("mu") else None
+    return RowResult(_token(message.chosen.token), _logprob(message.chosen.logprob), top, mu=mu)
 
 
 def _logprob(value: float) -> float:

@@ -25,6 +25,7 @@ class Register:
     free_memory_bytes: int  # what it may still take, its cap considered
     fingerprint: str  # equal for machines on which measurements would come out equal
     machine_free_bytes: int = 0  # what all processes of its machine may still take together; 0: not known
+    log: str = ""  # where on its machine its log is, for people; "": the launcher knows
     protocol: tuple[int, int] = PROTOCOL_VERSION
     numerics_version: int = NUMERICS_VERSION
 
@@ -37,6 +38,7 @@ class Deadlines:
     sampling_inputs_s: float = 30.0  # a last stage waits so long for a microbatch's sampling inputs
     forward_s: float = 30.0  # a stage waits so long for the next one to connect or to take a frame
     coordinator_s: float = 0.0  # a worker waits so long for its coordinator to come back; 0: it ends at once
+    peer_s: float = 5.0  # another worker that does not answer for so long is cut off
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,7 @@ class Welcome:
 
     deadlines: Deadlines
     protocol: tuple[int, int] = PROTOCOL_VERSION
+    cluster: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +59,20 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """Measure the machine."""
+    """Measure the machine; with a model, also what steps of its layers take."""
+
+    model_path: str = ""
+    model_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class StageTrial:
+    """What a step takes: stage_s + layers_byte_s * bytes of its layers' weights + head_s on the last stage."""
+
+    rows: int
+    stage_s: float
+    layers_byte_s: float
+    head_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +81,7 @@ class Measured:
 
     read_bytes_s: float
     int8_macs_s: float
+    trials: tuple[StageTrial, ...] = ()  # by ascending rows; none where the model's file is not there, or no memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +105,15 @@ class StageLimits:
     max_context_tokens: int
     kv_blocks: int
     kv_type: str = "f16"  # one of KV_TYPES
+    window_blocks: int = 0  # of layers with a window, which then keep no more than that; 0: they are as all others
+
+    def gives_up(self, window: int | None) -> bool:
+        """Whether a layer with this window, or none, gives up its blocks behind it: then its blocks are others."""
+        return window is not None and self.window_blocks > 0
+
+    def layer_blocks(self, window: int | None) -> int:
+        """KV blocks of such a layer."""
+        return self.window_blocks if self.gives_up(window) else self.kv_blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +231,7 @@ class Heartbeat:
     sent_bytes: int = 0  # of microbatches and results
     weight_bytes_sent: int = 0  # to other workers
     weight_bytes_received: int = 0  # from other workers
+    last_words: str = ""  # of its log since it joined that tell of trouble
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,6 +291,39 @@ class MeasureLinksFailed:
     failure: Failure
 
 
+@dataclass(frozen=True, slots=True)
+class LocateProgress:
+    """How much of the model's file was read, in bytes."""
+
+    done_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class PeerLost:
+    """A stage's connection to another worker's broke, stands still, or cannot be made."""
+
+    epoch: int
+    worker: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class TryPeer:
+    """Look whether another worker can be reached."""
+
+    worker: str
+    address: str  # gRPC target of its Stage service
+
+
+@dataclass(frozen=True, slots=True)
+class PeerTried:
+    """Whether it answered."""
+
+    worker: str
+    reason: str = ""  # why it cannot be reached
+
+
 WorkerMessage = (
     Register
     | Measured
@@ -278,7 +338,10 @@ WorkerMessage = (
     | MeasureLinksFailed
     | Located
     | LocateFailed
+    | LocateProgress
+    | PeerLost
+    | PeerTried
 )
 CoordinatorMessage = (
-    Welcome | Refused | Measure | Load | Unload | Shutdown | Renewed | RenewFailed | MeasureLinks | Locate
+    Welcome | Refused | Measure | Load | Unload | Shutdown | Renewed | RenewFailed | MeasureLinks | Locate | TryPeer
 )

@@ -14,7 +14,6 @@ from llamaclust.wire.control import (
     Failure,
     Heartbeat,
     LinksMeasured,
-    LinkSpeed,
     Load,
     Loaded,
     LoadFailed,
@@ -22,10 +21,13 @@ from llamaclust.wire.control import (
     Locate,
     Located,
     LocateFailed,
+    LocateProgress,
     Measure,
     Measured,
     MeasureLinks,
     MeasureLinksFailed,
+    PeerLost,
+    PeerTried,
     Refused,
     Register,
     Renew,
@@ -33,16 +35,30 @@ from llamaclust.wire.control import (
     RenewFailed,
     Shutdown,
     StageLimits,
+    TryPeer,
     Unload,
     Unloaded,
     Welcome,
     WorkerMessage,
 )
+from llamaclust.wire.control_measuring import (
+    ends_in,
+    ends_out,
+    links_in,
+    links_out,
+    measure_in,
+    measure_out,
+    measured_in,
+    measured_out,
+)
+from llamaclust.wire.control_peers import lost_in, lost_out, tried_in, tried_out, try_in, try_out
 from llamaclust.wire.control_weights import (
     locate_in,
     locate_out,
     located_in,
     located_out,
+    progress_in,
+    progress_out,
     sources_in,
     sources_out,
 )
@@ -51,7 +67,6 @@ from llamaclust.wire.messages import MAX_CONTEXT_TOKENS, MAX_KV_BLOCKS, MAX_SEQU
 MAX_CONTROL_BYTES = 1 << 18
 
 _MAX_LAYERS = 1 << 16
-_MAX_RATE = 1e18
 _MAX_DEADLINE_S = 86400.0
 _MAX_WAIT_S = 30 * 86400.0
 
@@ -61,23 +76,27 @@ def encode_worker_message(message: WorkerMessage) -> bytes:
         case Register():
             out = proto.WorkerMessage(register=_register_out(message))
         case Measured():
-            measured = proto.Measured(read_bytes_s=message.read_bytes_s, int8_macs_s=message.int8_macs_s)
-            out = proto.WorkerMessage(measured=measured)
+            out = proto.WorkerMessage(measured=measured_out(message))
         case Failure():
             out = proto.WorkerMessage(measure_failed=_failure_out(message))
         case Heartbeat():
             out = proto.WorkerMessage(heartbeat=_heartbeat_out(message))
         case Renew(request):
             out = proto.WorkerMessage(renew=proto.Renew(certificate_request=request))
-        case LinksMeasured(links):
-            speeds = [proto.LinkSpeed(round_trip_s=link.round_trip_s, bytes_s=link.bytes_s) for link in links]
-            out = proto.WorkerMessage(links_measured=proto.LinksMeasured(links=speeds))
+        case LinksMeasured():
+            out = proto.WorkerMessage(links_measured=links_out(message))
         case MeasureLinksFailed(failure):
             out = proto.WorkerMessage(measure_links_failed=_failure_out(failure))
         case Located():
             out = proto.WorkerMessage(located=located_out(message))
         case LocateFailed(failure):
             out = proto.WorkerMessage(locate_failed=_failure_out(failure))
+        case LocateProgress():
+            out = proto.WorkerMessage(locate_progress=progress_out(message))
+        case PeerLost():
+            out = proto.WorkerMessage(peer_lost=lost_out(message))
+        case PeerTried():
+            out = proto.WorkerMessage(peer_tried=tried_out(message))
         case _:
             out = _about_load(message)
     return out.SerializeToString()
@@ -115,6 +134,7 @@ def _register_out(message: Register) -> proto.Register:
         free_memory_bytes=message.free_memory_bytes,
         fingerprint=message.fingerprint,
         machine_free_bytes=message.machine_free_bytes,
+        log=message.log,
     )
 
 
@@ -129,6 +149,7 @@ def _heartbeat_out(message: Heartbeat) -> proto.Heartbeat:
         sent_bytes=message.sent_bytes,
         weight_bytes_sent=message.weight_bytes_sent,
         weight_bytes_received=message.weight_bytes_received,
+        last_words=message.last_words,
     )
 
 
@@ -143,9 +164,7 @@ def decode_worker_message(data: bytes) -> WorkerMessage | None:
         case "register":
             return _register_in(message.register)
         case "measured":
-            measured = message.measured
-            read = finite("read_bytes_s", measured.read_bytes_s, 0.0, _MAX_RATE)
-            return Measured(read, finite("int8_macs_s", measured.int8_macs_s, 0.0, _MAX_RATE))
+            return measured_in(message.measured)
         case "measure_failed":
             return _failure_in(message.measure_failed)
         case "load_progress":
@@ -165,13 +184,19 @@ def decode_worker_message(data: bytes) -> WorkerMessage | None:
         case "renew":
             return Renew(message.renew.certificate_request)
         case "links_measured":
-            return LinksMeasured(tuple(map(_link_in, message.links_measured.links)))
+            return links_in(message.links_measured)
         case "measure_links_failed":
             return MeasureLinksFailed(_failure_in(message.measure_links_failed))
         case "located":
             return located_in(message.located)
         case "locate_failed":
             return LocateFailed(_failure_in(message.locate_failed))
+        case "locate_progress":
+            return progress_in(message.locate_progress)
+        case "peer_lost":
+            return lost_in(message.peer_lost)
+        case "peer_tried":
+            return tried_in(message.peer_tried)
     return None
 
 
@@ -188,6 +213,7 @@ def _register_in(message: proto.Register) -> Register:
         free_memory_bytes=message.free_memory_bytes,
         fingerprint=line("fingerprint", message.fingerprint, 512),
         machine_free_bytes=message.machine_free_bytes,
+        log=line("log", message.log),
         protocol=(message.protocol_major, message.protocol_minor),
         numerics_version=message.numerics_version,
     )
@@ -198,7 +224,7 @@ def _heartbeat_in(message: proto.Heartbeat) -> Heartbeat:
     counters = message.microbatches, message.tokens
     sizes = message.resident_bytes, message.free_memory_bytes, message.received_bytes, message.sent_bytes
     moved = message.weight_bytes_sent, message.weight_bytes_received
-    return Heartbeat(busy, *counters, *sizes, *moved)
+    return Heartbeat(busy, *counters, *sizes, *moved, line("last words", message.last_words))
 
 
 def _failure_in(message: proto.Failure) -> Failure:
@@ -212,7 +238,7 @@ def encode_coordinator_message(message: CoordinatorMessage) -> bytes:
         case Refused():
             out = proto.CoordinatorMessage(refused=proto.Refused(reason=one_line(message.reason)))
         case Measure():
-            out = proto.CoordinatorMessage(measure=proto.Measure())
+            out = proto.CoordinatorMessage(measure=measure_out(message))
         case Load():
             out = proto.CoordinatorMessage(load=_load_out(message))
         case Unload():
@@ -221,13 +247,14 @@ def encode_coordinator_message(message: CoordinatorMessage) -> bytes:
             out = proto.CoordinatorMessage(shutdown=proto.Shutdown(reason=one_line(message.reason)))
         case Renewed(certificate):
             out = proto.CoordinatorMessage(renewed=proto.Renewed(certificate=certificate))
-        case MeasureLinks(ends):
-            peers = [proto.LinkEnd(worker=worker, address=address) for worker, address in ends]
-            out = proto.CoordinatorMessage(measure_links=proto.MeasureLinks(ends=peers))
+        case MeasureLinks():
+            out = proto.CoordinatorMessage(measure_links=ends_out(message))
         case RenewFailed(failure):
             out = proto.CoordinatorMessage(renew_failed=_failure_out(failure))
         case Locate():
             out = proto.CoordinatorMessage(locate=locate_out(message))
+        case TryPeer():
+            out = proto.CoordinatorMessage(try_peer=try_out(message))
     return out.SerializeToString()
 
 
@@ -239,6 +266,8 @@ def _welcome_out(message: Welcome) -> proto.Welcome:
         sampling_inputs_s=message.deadlines.sampling_inputs_s,
         forward_s=message.deadlines.forward_s,
         coordinator_s=message.deadlines.coordinator_s,
+        cluster=message.cluster,
+        peer_s=message.deadlines.peer_s,
     )
 
 
@@ -257,6 +286,7 @@ def _load_out(message: Load) -> proto.Load:
             max_context_tokens=limits.max_context_tokens,
             kv_blocks=limits.kv_blocks,
             kv_type=limits.kv_type,
+            window_blocks=limits.window_blocks,
         ),
         next_address=message.next_address or "",
         first_address=message.first_address or "",
@@ -276,7 +306,7 @@ def decode_coordinator_message(data: bytes) -> CoordinatorMessage | None:
         case "refused":
             return Refused(line("reason", message.refused.reason))
         case "measure":
-            return Measure()
+            return measure_in(message.measure)
         case "load":
             return _load_in(message.load)
         case "unload":
@@ -286,12 +316,13 @@ def decode_coordinator_message(data: bytes) -> CoordinatorMessage | None:
         case "renewed":
             return Renewed(message.renewed.certificate)
         case "measure_links":
-            ends = message.measure_links.ends
-            return MeasureLinks(tuple((worker_name(end.worker), line("address", end.address, 512)) for end in ends))
+            return ends_in(message.measure_links)
         case "renew_failed":
             return RenewFailed(_failure_in(message.renew_failed))
         case "locate":
             return locate_in(message.locate)
+        case "try_peer":
+            return try_in(message.try_peer)
     return None
 
 
@@ -299,8 +330,10 @@ def _welcome_in(message: proto.Welcome) -> Welcome:
     values = (message.heartbeat_s, message.sampling_inputs_s, message.forward_s)
     checked = (finite("deadline", value, 0.01, _MAX_DEADLINE_S) for value in values)
     wait_s = finite("coordinator_s", message.coordinator_s, 0.0, _MAX_WAIT_S)
-    deadlines = replace(Deadlines(*checked), coordinator_s=wait_s)
-    return Welcome(deadlines, (message.protocol_major, message.protocol_minor))
+    peer_s = finite("peer_s", message.peer_s, 0.0, _MAX_DEADLINE_S) or Deadlines().peer_s
+    deadlines = replace(Deadlines(*checked), coordinator_s=wait_s, peer_s=peer_s)
+    cluster = line("cluster", message.cluster, 255)
+    return Welcome(deadlines, (message.protocol_major, message.protocol_minor), cluster)
 
 
 def _load_in(message: proto.Load) -> Load:
@@ -331,11 +364,5 @@ def _limits_in(message: proto.StageLimits) -> StageLimits:
         bounded("max_context_tokens", message.max_context_tokens, 1, MAX_CONTEXT_TOKENS),
         bounded("kv_blocks", message.kv_blocks, 1, MAX_KV_BLOCKS),
         message.kv_type,
-    )
-
-
-def _link_in(message: proto.LinkSpeed) -> LinkSpeed:
-    return LinkSpeed(
-        finite("round_trip_s", message.round_trip_s, 0.0, _MAX_DEADLINE_S),
-        finite("bytes_s", message.bytes_s, 1e-3, _MAX_RATE),
+        bounded("window_blocks", message.window_blocks, 0, MAX_KV_BLOCKS),
     )

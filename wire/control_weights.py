@@ -5,7 +5,7 @@ from __future__ import annotations
 from llamaclust.errors import WireError
 from llamaclust.proto import control_pb2 as proto
 from llamaclust.wire.bounds import bounded, line, path, worker_name
-from llamaclust.wire.control import Locate, Located, WeightSource, WeightSources
+from llamaclust.wire.control import Locate, Located, LocateProgress, WeightSource, WeightSources
 
 MAX_MANIFEST_BYTES = 1 << 26
 MAX_SOURCES = 256
@@ -29,6 +29,14 @@ def located_in(message: proto.Located) -> Located:
     if not message.manifest:
         return Located(message.has_file)
     return Located(message.has_file, _sha256(message.manifest), _size(message.manifest_bytes))
+
+
+def progress_out(message: LocateProgress) -> proto.LocateProgress:
+    return proto.LocateProgress(done_bytes=message.done_bytes, total_bytes=message.total_bytes)
+
+
+def progress_in(message: proto.LocateProgress) -> LocateProgress:
+    return LocateProgress(bounded("done_bytes", message.done_bytes, 0, message.total_bytes), message.total_bytes)
 
 
 def sources_out(message: WeightSources) -> proto.WeightSources:

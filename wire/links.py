@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from statistics import median
 from time import perf_counter
 
 from llamaclust.wire.channels import ECHO, ClientStream, Peer
+from llamaclust.wire.cold_caches import ColdCaches
 from llamaclust.wire.control import LinkSpeed
 from llamaclust.wire.deadlines import deadline
 from llamaclust.wire.server import ServerStream
@@ -15,20 +17,27 @@ _MEASURE_S = 20.0
 _ANSWER = b"here"
 _PING_BYTES = 8192
 """About what one token's hidden state takes."""
-_WARM_UP, _PINGS = 4, 16
+_WARM_UP, _PINGS = 3, 12
+_BETWEEN_S = 0.002
+"""The other side is ready by then."""
 _FIRST_BYTES, _FRAME_BYTES, _MOST_BYTES = 1 << 16, 1 << 19, 1 << 25
 _LONG_ENOUGH_S = 0.1
 _MOST_MESSAGES = 256
 
 
 async def serve_echo(stream: ServerStream) -> None:
-    """Answers each message with a short one, for as long as a measurement may take."""
+    """Answers each message with a short one, for as long as a measurement may take. After a ping this process is as
+    cold for the next one as a stage is for the next token."""
     await stream.accept()
+    caches: ColdCaches | None = None
     async with deadline("a measurement of a link", _SERVE_S):
         for _ in range(_MOST_MESSAGES):
-            if await stream.read() is None:
+            if (data := await stream.read()) is None:
                 return
             await stream.write(_ANSWER)
+            if len(data) == _PING_BYTES:
+                caches = caches or ColdCaches()
+                caches.sweep()
 
 
 async def measure_link(peer: Peer) -> LinkSpeed:
@@ -44,9 +53,26 @@ async def measure_link(peer: Peer) -> LinkSpeed:
         stream.cancel()
 
 
+async def try_link(peer: Peer, seconds: float) -> None:
+    """Whether it answers messages as large as links carry in frames of a prompt. StreamBrokenError where it cannot be
+    reached, DeadlineError where it does not answer."""
+    stream = peer.open(ECHO)
+    try:
+        async with deadline(f"an answer from {peer.address}", seconds):
+            await peer.connected()
+            await stream.opened()
+            await _sent(stream, _FIRST_BYTES)
+    finally:
+        stream.cancel()
+
+
 async def _round_trip(stream: ClientStream) -> float:
-    """The median of some pings."""
-    times = [await _sent(stream, _PING_BYTES) for _ in range(_WARM_UP + _PINGS)]
+    """The median of some pings that come as tokens do, one now and then."""
+    caches, times = ColdCaches(), []
+    for _ in range(_WARM_UP + _PINGS):
+        caches.sweep()
+        await asyncio.sleep(_BETWEEN_S)
+        times.append(await _sent(stream, _PING_BYTES))
     return median(times[_WARM_UP:])
 
 

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-PROTOCOL_VERSION = (2, 2)
+from llamaclust.wire.sampler_chain import SamplerChain
+
+PROTOCOL_VERSION = (2, 4)
 """(major, minor): another major is refused at the handshake; unknown fields of a newer minor are ignored."""
 
-NUMERICS_VERSION = 2
+NUMERICS_VERSION = 3
 """Version of the arithmetic rules of docs/numerics.md: workers that compute by others are refused at the handshake."""
 
 MAX_SEQUENCES = 1024
@@ -28,7 +30,8 @@ class Chunk:
     tokens[i] stands at `position` + i and is stored there in KV memory, which `table` maps in order: position p lives
     in the table's block p // 16. The table is written as runs of consecutive ids, (start, count, start, count, ...).
     The last `outputs` rows are sampled or scored. Where it `follows` a row, its only token is the one chosen there,
-    which nobody knew when it was sent; then tokens is (0,).
+    which nobody knew when it was sent; then tokens is (0,). Where layers with a window have KV blocks of their own,
+    `window_table` has those from the table's block number `window_start` to the last token's, in the same manner.
     """
 
     tokens: tuple[int, ...]
@@ -36,6 +39,8 @@ class Chunk:
     table: tuple[int, ...]
     outputs: int
     follows: tuple[int, int] | None = None  # (number of an earlier microbatch, index among its output rows)
+    window_table: tuple[int, ...] = ()
+    window_start: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +73,17 @@ class SamplingParams:
     frequency_penalty: float = 0.0  # subtracted once per earlier occurrence
     presence_penalty: float = 0.0  # subtracted once if the token occurred
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit), ids ascending
+    chain: SamplerChain | None = None  # more samplers, or another order
 
     @property
     def needs_history(self) -> bool:
+        """Whether there are penalties, which count the tokens so far."""
         return self.repetition_penalty != 1.0 or self.frequency_penalty != 0.0 or self.presence_penalty != 0.0
+
+    @property
+    def needs_state(self) -> bool:
+        """Whether a choice depends on more than tokens: Mirostat's mu, which comes with the token before."""
+        return self.chain is not None and self.chain.mirostat != 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +94,14 @@ class SampleTask:
     seed: int  # 64 bits, unsigned
     choice: int  # index among a request's n choices
     position: int  # absolute position of the token to be chosen
-    history: tuple[int, ...] = ()  # tokens that penalties count, oldest first; empty unless params.needs_history
+    history: tuple[int, ...] = ()  # tokens that penalties and DRY look at, oldest first; empty where there are none
     suppressed: tuple[int, ...] = ()  # ids that may not be chosen (min_tokens)
     top_logprobs: int = 0
     history_follows: bool = False  # the token that its chunk follows is the newest of the history, too
+    penalty_window: int | None = None  # newest tokens of the history that penalties count; None: all
+    dry_window: int | None = None  # and that DRY looks at
+    breakers: tuple[tuple[int, ...], ...] = ()  # token sequences that DRY does not look beyond
+    mu: float = 0.0  # of Mirostat, from the token before
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +132,7 @@ class RowResult:
     logprob: float
     top_logprobs: tuple[tuple[int, float], ...] = ()  # (token, logprob), best first
     failure: str | None = None  # why this row has no answer (logits not finite); then token is -1, logprob NaN
+    mu: float | None = None  # of Mirostat, for the next token
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,3 +21,28 @@ REAL_BOUNDS: Mapping[str, tuple[float, float]] = MappingProxyType(
     }
 )
 """Least and greatest value of each decimal number among SamplingParams."""
+
+CHAIN_BOUNDS: Mapping[str, tuple[float, float]] = MappingProxyType(
+    {
+        "top_n_sigma": (-1.0, 100.0),
+        "tfs_z": (0.0, 1.0),
+        "typical_p": (0.0, 1.0),
+        "xtc_probability": (0.0, 1.0),
+        "xtc_threshold": (0.0, 1.0),
+        "dynatemp_range": (0.0, 100.0),
+        "dynatemp_exponent": (0.0, 100.0),
+        "dry_multiplier": (0.0, MAX_PENALTY),
+        "dry_base": (1.0, MAX_PENALTY),
+        "mirostat_tau": (0.0, 100.0),
+        "mirostat_eta": (0.0, 100.0),
+    }
+)
+"""Likewise among those of a SamplerChain."""
+
+MAX_MIROSTAT = 2
+MAX_MU = 1e12
+MAX_BREAKERS = 1 << 16
+MAX_BREAKER_TOKENS = 64
+"""Token sequences of one request that DRY does not look beyond, and tokens of each."""
+MAX_BREAKERS_TOKENS = 1 << 15
+"""Tokens of all of them: they go to the last stage with every token."""

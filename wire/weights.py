@@ -19,7 +19,7 @@ FRAME_BYTES = 1 << 18
 
 _ASKED = struct.Struct("<32sQQ")
 _MISSING, _BYTES = b"\x00", b"\x01"
-_MAX_LINE_BYTES = 1000
+_MAX_LINE, _MAX_LINE_BYTES = 200, 1000
 
 
 class NotThereError(WireError):
@@ -56,14 +56,14 @@ def frames_of(data: memoryview) -> Iterator[bytes]:
 
 
 def encode_missing(why: str) -> bytes:
-    return _MISSING + one_line(why, 200).encode()
+    return _MISSING + one_line(why, _MAX_LINE).encode()
 
 
 def decode_frame(data: bytes, left_bytes: int) -> memoryview:
     """The bytes in a frame; `left_bytes` of the range are due. NotThereError where the other side has none, WireError
     where it sends other than it should."""
     if data[:1] == _MISSING and len(data) <= _MAX_LINE_BYTES:
-        raise NotThereError(line("reason", data[1:].decode("utf-8", "replace")) or "not there")
+        raise NotThereError(one_line(line("reason", data[1:].decode("utf-8", "replace")), _MAX_LINE) or "not there")
     due = min(FRAME_BYTES, left_bytes)
     if data[:1] != _BYTES or len(data) != due + 1:
         raise WireError(f"a frame of {len(data)} bytes, {due + 1} expected")

@@ -1,0 +1,75 @@
+"""Messages about what workers measure, as protobuf objects and back."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from llamaclust.errors import WireError
+from llamaclust.proto import measuring_pb2 as proto
+from llamaclust.wire.bounds import bounded, finite, line, path, worker_name
+from llamaclust.wire.control import LinksMeasured, LinkSpeed, Measure, Measured, MeasureLinks, StageTrial
+
+_MAX_RATE = 1e18
+_MAX_TRIALS = 16
+_MAX_TRIAL_ROWS = 1 << 16
+_MAX_TRIAL_S = 3600.0
+_MAX_ROUND_TRIP_S = 86400.0
+
+
+def measure_out(message: Measure) -> proto.Measure:
+    return proto.Measure(model_path=message.model_path, model_id=message.model_id)
+
+
+def measure_in(message: proto.Measure) -> Measure:
+    where = path("model_path", message.model_path) if message.model_path else ""
+    return Measure(where, line("model_id", message.model_id, 128))
+
+
+def measured_out(message: Measured) -> proto.Measured:
+    measured = proto.Measured(read_bytes_s=message.read_bytes_s, int8_macs_s=message.int8_macs_s)
+    for one in message.trials:
+        measured.trials.add(rows=one.rows, stage_s=one.stage_s, layers_byte_s=one.layers_byte_s, head_s=one.head_s)
+    return measured
+
+
+def measured_in(message: proto.Measured) -> Measured:
+    read = finite("read_bytes_s", message.read_bytes_s, 0.0, _MAX_RATE)
+    macs = finite("int8_macs_s", message.int8_macs_s, 0.0, _MAX_RATE)
+    bounded("trials", len(message.trials), 0, _MAX_TRIALS)
+    trials = tuple(map(_trial_in, message.trials))
+    if any(one.rows >= two.rows for one, two in pairwise(trials)):
+        raise WireError("trials: their rows must ascend")
+    return Measured(read, macs, trials)
+
+
+def _trial_in(trial: proto.StageTrial) -> StageTrial:
+    return StageTrial(
+        rows=bounded("rows", trial.rows, 1, _MAX_TRIAL_ROWS),
+        stage_s=finite("stage_s", trial.stage_s, 0.0, _MAX_TRIAL_S),
+        layers_byte_s=finite("layers_byte_s", trial.layers_byte_s, 0.0, _MAX_TRIAL_S),
+        head_s=finite("head_s", trial.head_s, 0.0, _MAX_TRIAL_S),
+    )
+
+
+def ends_out(message: MeasureLinks) -> proto.MeasureLinks:
+    return proto.MeasureLinks(ends=[proto.LinkEnd(worker=worker, address=address) for worker, address in message.ends])
+
+
+def ends_in(message: proto.MeasureLinks) -> MeasureLinks:
+    return MeasureLinks(tuple((worker_name(end.worker), line("address", end.address, 512)) for end in message.ends))
+
+
+def links_out(message: LinksMeasured) -> proto.LinksMeasured:
+    speeds = [proto.LinkSpeed(round_trip_s=link.round_trip_s, bytes_s=link.bytes_s) for link in message.links]
+    return proto.LinksMeasured(links=speeds)
+
+
+def links_in(message: proto.LinksMeasured) -> LinksMeasured:
+    return LinksMeasured(tuple(map(_link_in, message.links)))
+
+
+def _link_in(message: proto.LinkSpeed) -> LinkSpeed:
+    return LinkSpeed(
+        finite("round_trip_s", message.round_trip_s, 0.0, _MAX_ROUND_TRIP_S),
+        finite("bytes_s", message.bytes_s, 1e-3, _MAX_RATE),
+    )

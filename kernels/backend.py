@@ -25,7 +25,9 @@ class Batch:
     """The rows of one microbatch, grouped by sequence.
 
     Rows sequence_starts[s] .. sequence_starts[s + 1] belong to sequence s, at ascending, consecutive positions.
-    Position p of sequence s lives in KV block block_tables[table_starts[s] + p // KV_BLOCK_TOKENS].
+    Position p of sequence s lives in KV block block_tables[table_starts[s] + p // KV_BLOCK_TOKENS]; in layers with a
+    window, where those have blocks of their own, in window_tables[the same], -1 where the block is not there: no row
+    sees it any more, or none stores it yet.
     """
 
     tokens: Int32  # [rows] token ids; read by a first stage only
@@ -34,6 +36,7 @@ class Batch:
     table_starts: Int32  # [sequences + 1]
     block_tables: Int32  # [sum of table lengths] KV block ids
     output_rows: Int32  # [outputs] ascending row numbers whose logits are wanted; read by a last stage only
+    window_tables: Int32 | None = None  # [sum of table lengths] block ids, where limits.window_blocks > 0
 
     @property
     def rows(self) -> int:
@@ -79,8 +82,8 @@ class Backend(Protocol):
         for them."""
         ...
 
-    def kv_block_bytes(self, program: Program) -> int:
-        """Bytes of KV memory that one block id costs over all layers of the program."""
+    def kv_bytes(self, program: Program, limits: StageLimits) -> int:
+        """Bytes of KV memory over all layers of the program."""
         ...
 
     def workspace_bytes(self, program: Program, tensors: Mapping[str, Tensor], limits: StageLimits) -> int:

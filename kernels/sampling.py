@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
 from llamaclust.kernels.cpu import _native
-from llamaclust.wire.messages import RowResult, RowTask, ScoreTask
+from llamaclust.wire.messages import RowResult, RowTask, SampleTask, ScoreTask
+from llamaclust.wire.sampler_chain import STEPS, SamplerChain
+from llamaclust.wire.sampling_bounds import CHAIN_BOUNDS
 
 
 class Sampler:
@@ -15,7 +19,8 @@ class Sampler:
     A token is chosen in llama.cpp's default order: logit bias, repetition penalty, frequency and presence penalties,
     suppressed tokens to -infinity; at temperature 0 the greatest logit, ties to the lower id; else top-k, top-p and
     min-p, all three on probabilities at temperature 1, then temperature, then a draw. (OpenAI and vLLM apply the
-    temperature before top-p.) Logprobs are the log-softmax of the raw logits, before all of this.
+    temperature before top-p.) A chain of samplers puts more steps there, or another order. Logprobs are the
+    log-softmax of the raw logits, before all of this.
     """
 
     def __init__(self, vocabulary_size: int, feature_level: str = "", threads: int = 1) -> None:
@@ -46,8 +51,24 @@ def _native_task(task: RowTask) -> _native.RowTask:
         history=task.history,
         suppressed=task.suppressed,
         top_logprobs=task.top_logprobs,
+        chain=_native_chain(params.chain, task) if params.chain is not None else None,
+    )
+
+
+def _native_chain(chain: SamplerChain, task: SampleTask) -> _native.Chain:
+    return _native.Chain.make(
+        order=[STEPS.index(step) for step in chain.order],
+        dry_allowed_length=chain.dry_allowed_length,
+        mirostat=chain.mirostat,
+        unpenalized=chain.unpenalized,
+        penalty_window=-1 if task.penalty_window is None else task.penalty_window,
+        dry_window=-1 if task.dry_window is None else task.dry_window,
+        breakers=task.breakers,
+        mu=task.mu,
+        **{name: getattr(chain, name) for name in CHAIN_BOUNDS},
     )
 
 
 def _result(outcome: _native.RowOutcome) -> RowResult:
-    return RowResult(outcome.token, outcome.logprob, tuple(outcome.top_logprobs), outcome.failure or None)
+    mu = None if math.isnan(outcome.mu) else outcome.mu
+    return RowResult(outcome.token, outcome.logprob, tuple(outcome.top_logprobs), outcome.failure or None, mu)

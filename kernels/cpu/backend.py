@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 
 from llamaclust.errors import DoesNotFitError, ModelFileError, UsageError
-from llamaclust.kernels.backend import Batch, Float32, Progress
+from llamaclust.kernels.backend import Batch, Float32, Int32, Progress
 from llamaclust.kernels.cpu import _native
-from llamaclust.kernels.cpu.compile import compile_program, kv_block_bytes
+from llamaclust.kernels.cpu.compile import Observed, compile_program, kv_block_bytes
 from llamaclust.kernels.cpu.prepared import PreparedLayers
 from llamaclust.kernels.cpu.prepared_files import PreparedFolder
 from llamaclust.kernels.cpu.weight_store import WeightStore
@@ -22,10 +23,21 @@ from llamaclust.wire.control import StageLimits
 from llamaclust.wire.messages import NUMERICS_VERSION
 
 
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What matrices multiply: x [rows, width], a view that the next run overwrites. Of experts, `chosen` [rows, used]
+    says which ones, and x may have a line for each of them [rows * used, width]."""
+
+    weights: tuple[str, ...]
+    x: Float32
+    chosen: Int32 | None
+
+
 class CpuStage:
     """A loaded program; see `kernels.backend.Stage`. A batch that is out of bounds is a ValueError."""
 
-    def __init__(self, native: _native.Stage, weights: dict[str, Weight]) -> None:
+    def __init__(self, native: _native.Stage, weights: dict[str, Weight], observed: Sequence[Observed] = ()) -> None:
+        self._observed = observed
         self._native: _native.Stage | None = native
         self._result: Float32 = native.result
         self.weights = weights
@@ -43,8 +55,17 @@ class CpuStage:
             batch.block_tables,
             batch.output_rows,
             hidden,
+            batch.window_tables,
         )
         return self._result[:lines]
+
+    def inputs(self, rows: int) -> Iterator[Inputs]:
+        """What the matrices multiplied in the last run, of `rows` rows, where the stage was loaded to tell."""
+        assert self._native is not None, "the stage was closed"
+        for one in self._observed:
+            ids = None if one.choice is None else self._native.contents(one.choice)[:rows]
+            chosen = None if ids is None else ids[:, : ids.shape[1] // 2].astype(np.int32)
+            yield Inputs(one.weights, self._native.contents(one.buffer)[: rows * one.used], chosen)
 
     def close(self) -> None:
         self._native = None
@@ -104,19 +125,35 @@ class CpuBackend:
     def load(self, program: Program, tensors: dict[str, Tensor], limits: StageLimits, progress: Progress) -> CpuStage:
         """ModelFileError for weights without kernels or figures that do not fit together; DoesNotFitError where the
         system refuses the memory."""
+        return self._load(program, tensors, limits, progress, None)
+
+    def load_observed(
+        self, program: Program, tensors: dict[str, Tensor], limits: StageLimits, progress: Progress
+    ) -> CpuStage:
+        """A stage that tells the `inputs` of its matrices after each run. Errors as of `load`."""
+        return self._load(program, tensors, limits, progress, [])
+
+    def _load(
+        self,
+        program: Program,
+        tensors: dict[str, Tensor],
+        limits: StageLimits,
+        progress: Progress,
+        observed: list[Observed] | None,
+    ) -> CpuStage:
         try:
             with _explained(program):
                 weights = self._weights.load(program, tensors, progress)
-                plan = compile_program(program, weights, limits)
-                return CpuStage(_native.Stage(plan, self.feature_level, self._pool), weights)
+                plan = compile_program(program, weights, limits, observed)
+                return CpuStage(_native.Stage(plan, self.feature_level, self._pool), weights, observed or ())
         except MemoryError as error:
             raise DoesNotFitError(self._does_not_fit(program, tensors, limits)) from error
 
     def held_bytes(self, program: Program, tensors: Mapping[str, Tensor]) -> int:
         return self._weights.held_bytes(tensors[name] for name in program.weights)
 
-    def kv_block_bytes(self, program: Program) -> int:
-        return sum(map(kv_block_bytes, program.kv_layers))
+    def kv_bytes(self, program: Program, limits: StageLimits) -> int:
+        return sum(kv_block_bytes(step) * limits.layer_blocks(step.window) for step in program.kv_layers)
 
     def workspace_bytes(self, program: Program, tensors: Mapping[str, Tensor], limits: StageLimits) -> int:
         return workspace_bytes(program, tensors, limits, self.threads)
@@ -124,7 +161,7 @@ class CpuBackend:
     def _does_not_fit(self, program: Program, tensors: dict[str, Tensor], limits: StageLimits) -> str:
         parts = {
             "weights": sum(tensors[name].resident_bytes for name in program.weights),
-            "KV memory": self.kv_block_bytes(program) * limits.kv_blocks,
+            "KV memory": self.kv_bytes(program, limits),
         }
         what = f"layers [{program.start}, {program.end}) need {needed(parts)}"
         return f"{what}, which the system refuses; take fewer layers or a shorter context"

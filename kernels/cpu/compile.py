@@ -7,23 +7,33 @@ from dataclasses import dataclass, field
 
 from llamaclust.kernels.cpu._native import Plan
 from llamaclust.kernels.cpu._native import kv_block_bytes as native_kv_block_bytes
-from llamaclust.kernels.cpu.fuse import Attend, Products, fuse
+from llamaclust.kernels.cpu.fuse import Attend, FusedStep, Products, fuse, reads_of, written_by
 from llamaclust.kernels.cpu.weights import Weight
 from llamaclust.model.program import (
     Add,
+    AddPosition,
     Attention,
     Buffer,
     Embed,
+    Gelu,
+    GeluKind,
     KvType,
+    LayerNorm,
     MatMul,
     Moe,
+    Mul,
     Program,
     RmsNorm,
     Rope,
     RopeStyle,
     RopeTable,
+    RowStep,
+    Scale,
     SelectRows,
+    SigmoidGate,
     SiluMul,
+    Slice,
+    SoftCap,
 )
 from llamaclust.model.quant_types import ActivationFormat, QuantType
 from llamaclust.wire.control import StageLimits
@@ -38,6 +48,17 @@ _KV_TYPES = tuple(KvType)
 def kv_block_bytes(step: Attention) -> int:
     """Bytes that one KV block costs in the layer of `step`."""
     return native_kv_block_bytes(step.kv_heads, step.head_dim, _KV_TYPES.index(step.kv_type))
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """What matrices multiply in a run: `buffer` has a copy. Of experts it has `used` lines a row where each has an
+    input of its own, else one; `choice` has their ids."""
+
+    weights: tuple[str, ...]
+    buffer: int
+    choice: int | None = None
+    used: int = 1
 
 
 @dataclass(slots=True)
@@ -71,10 +92,23 @@ class _Buffers:
 
 
 class _Compiler:
-    def __init__(self, program: Program, weights: Mapping[str, Weight], limits: StageLimits) -> None:
+    def __init__(
+        self,
+        program: Program,
+        weights: Mapping[str, Weight],
+        limits: StageLimits,
+        observed: list[Observed] | None = None,
+    ) -> None:
+        self._observed = observed
         self.plan = Plan(
-            limits.max_tokens, limits.max_outputs, limits.max_sequences, limits.max_context_tokens, limits.kv_blocks
+            limits.max_tokens,
+            limits.max_outputs,
+            limits.max_sequences,
+            limits.max_context_tokens,
+            limits.kv_blocks,
+            limits.window_blocks,
         )
+        self._limits = limits
         self._program = program
         self._weights = weights
         self._buffers = _Buffers(self.plan)
@@ -88,43 +122,64 @@ class _Compiler:
         self._finish(self._program.out)
         return self.plan
 
-    def _emit(self, step: Embed | RmsNorm | Products | Rope | Attend | SiluMul | Add | Moe | SelectRows) -> None:
+    def _emit(self, step: FusedStep) -> None:
         buffers = self._buffers
         match step:
             case Embed():
                 self.plan.embed(self._weights[step.weight].matrix, buffers.write_rows(step.out))
-            case RmsNorm():
-                x = buffers.read(step.x)
-                vector = self._weights[step.weight].vector
-                self.plan.rms_norm(x, buffers.write_rows(step.out), vector, step.epsilon)
             case Products():
                 self._products(step.x, step.steps)
-            case Rope():
-                x = buffers.read(step.x)
-                out = buffers.write_rows(step.x)
-                self.plan.rope(x, out, step.heads, step.head_dim, self._rotation(step))
             case Attend():
                 self._attend(step.attention, step.rotate_q, step.rotate_k)
-            case SiluMul():
-                gate, up = buffers.read(step.gate), buffers.read(step.up)
-                self.plan.silu_mul(gate, up, buffers.write_rows(step.out))
-            case Add():
-                x, y = buffers.read(step.x), buffers.read(step.y)
-                self.plan.add(x, y, buffers.write_rows(step.out))
             case Moe():
                 self._experts(step)
             case SelectRows():
                 x = buffers.read(step.x)
                 buffers.selected = True
                 self.plan.select_rows(x, buffers.write_rows(step.out))
+            case _:
+                self._emit_rows(step)
+
+    def _emit_rows(self, step: RowStep) -> None:
+        plan = self.plan
+        x, *others = map(self._buffers.read, reads_of(step))
+        if isinstance(step, SoftCap) and step.x == step.out and self._buffers.is_shared(step.x):
+            plan.soft_cap(x, x, step.cap)
+            return
+        y = others[0] if others else x
+        out = self._buffers.write_rows(written_by(step))
+        match step:
+            case RmsNorm():
+                plan.rms_norm(x, out, self._weights[step.weight].vector, step.epsilon)
+            case LayerNorm():
+                weight, bias = self._weights[step.weight].vector, self._weights[step.bias].vector
+                plan.layer_norm(x, out, weight, bias, step.epsilon)
+            case AddPosition():
+                plan.add_position(x, out, self._weights[step.weight].matrix)
+            case Rope():
+                plan.rope(x, out, step.heads, step.head_dim, self._rotation(step))
+            case SiluMul():
+                plan.silu_mul(x, y, out)
+            case Gelu():
+                plan.gelu(x, out, step.kind is GeluKind.TANH)
+            case Add():
+                plan.add(x, y, out)
+            case Mul():
+                plan.mul(x, y, out)
+            case Scale():
+                plan.scale(x, out, step.factor)
+            case SoftCap():
+                plan.soft_cap(x, out, step.cap)
+            case Slice():
+                plan.slice(x, out, step.start)
+            case SigmoidGate():
+                plan.sigmoid_gate(x, y, out, self._weights[step.weight].vector)
 
     def _finish(self, out: Buffer) -> None:
         if self._buffers.is_shared(out):
             self.plan.set_result(self._buffers.read(out))
             return
-        result = self.plan.add_buffer(out.width, 1, False, self._buffers.selected)
-        self.plan.write_result(self._buffers.read(out), result)
-        self.plan.set_result(result)
+        self.plan.set_result(self._copy(self._buffers.read(out), out.width))
 
     def _rotation(self, step: Rope) -> tuple[int, bool]:
         if step.table not in self._rotations:
@@ -142,7 +197,20 @@ class _Compiler:
                 self.plan.quantize(x, slots[activation], _FORMATS.index(activation))
         return [slots[kind.info.activation] for kind in types if kind.info.activation is not None]
 
+    def _observe(self, names: Sequence[str], x: Buffer, choice: int | None = None, used: int = 1) -> None:
+        """Keeps a copy of what the next products multiply, where somebody wants to know."""
+        if self._observed is None:
+            return
+        copy = self._copy(self._buffers.read(x), x.width, used)
+        self._observed.append(Observed(tuple(names), copy, choice, used))
+
+    def _copy(self, x: int, width: int, multiple: int = 1) -> int:
+        out = self.plan.add_buffer(width, multiple, False, self._buffers.selected)
+        self.plan.write_result(x, out)
+        return out
+
     def _products(self, x: Buffer, steps: Sequence[MatMul]) -> None:
+        self._observe([step.weight for step in steps], x)
         weights = [self._weights[step.weight] for step in steps]
         slots = self._quantize(self._buffers.read(x), [weight.quant_type for weight in weights])
         self.plan.multiply(
@@ -164,30 +232,40 @@ class _Compiler:
             k,
             v,
             self._buffers.write_shared(step.out),
-            self.plan.add_kv_layer(step.kv_heads, step.head_dim, _KV_TYPES.index(step.kv_type)),
+            self._kv_layer(step),
             step.heads,
             step.kv_heads,
             step.head_dim,
             step.scale,
+            step.soft_cap,
+            step.slopes or (),
             step.window,
             None if rotate_q is None else self._rotation(rotate_q),
             None if rotate_k is None else self._rotation(rotate_k),
         )
 
+    def _kv_layer(self, step: Attention) -> int:
+        windowed = self._limits.gives_up(step.window)
+        return self.plan.add_kv_layer(step.kv_heads, step.head_dim, _KV_TYPES.index(step.kv_type), windowed)
+
     def _experts(self, step: Moe) -> None:
         buffers, used = self._buffers, step.used
         x = buffers.read(step.x)
         router, gate, up, down = (self._weights[name] for name in (step.router, step.gate, step.up, step.down))
+        self._observe([step.router], step.x)
         logits = buffers.write_shared(Buffer("router logits", step.experts))
         (slot,) = self._quantize(x, [router.quant_type])
         self.plan.multiply([(router.matrix, None, logits, slot)])
         choice = buffers.write_rows(Buffer("chosen experts", 2 * used))
-        self.plan.choose_experts(logits, choice, step.experts, used)
+        self.plan.choose_experts(logits, choice, step.experts, used, step.normalized)
+        chosen = None if self._observed is None else self._copy(choice, 2 * used)
+        self._observe([step.gate, step.up], step.x, chosen)
         inner = {name: Buffer(f"expert {name}", step.ffn_width) for name in ("gate", "up", "activated")}
         products = [(weight, buffers.write_shared(inner[name], used)) for name, weight in (("gate", gate), ("up", up))]
         self._multiply_experts(x, products, choice, used, per_rank=False)
         activated = buffers.write_rows(inner["activated"], used)
         self.plan.silu_mul(buffers.read(inner["gate"]), buffers.read(inner["up"]), activated)
+        self._observe([step.down], inner["activated"], chosen, used)
         projected = buffers.write_shared(Buffer("expert down", step.out.width), used)
         self._multiply_experts(activated, [(down, projected)], choice, used, per_rank=True)
         self.plan.combine_experts(choice, projected, buffers.write_rows(step.out), used)
@@ -205,6 +283,9 @@ class _Compiler:
             self.plan.multiply_experts(chosen, choice, slot, used, per_rank)
 
 
-def compile_program(program: Program, weights: Mapping[str, Weight], limits: StageLimits) -> Plan:
-    """ValueError where the program does not hold together (widths, heads, angles)."""
-    return _Compiler(program, weights, limits).run()
+def compile_program(
+    program: Program, weights: Mapping[str, Weight], limits: StageLimits, observed: list[Observed] | None = None
+) -> Plan:
+    """ValueError where the program does not hold together (widths, heads, angles). To a list of what is `observed`,
+    what each product multiplies is added, and the plan then keeps copies of it; results are the same."""
+    return _Compiler(program, weights, limits, observed).run()

@@ -12,10 +12,12 @@ from llamaclust.model.program import (
     Embed,
     MatMul,
     Moe,
+    Mul,
     Program,
-    RmsNorm,
     Rope,
+    RowStep,
     SelectRows,
+    SigmoidGate,
     SiluMul,
     Step,
 )
@@ -38,7 +40,7 @@ class Attend:
     rotate_k: Rope | None = None
 
 
-FusedStep = Embed | RmsNorm | Products | Rope | Attend | SiluMul | Add | Moe | SelectRows
+FusedStep = Embed | Products | Attend | Moe | SelectRows | RowStep
 
 
 def fuse(program: Program) -> Iterator[FusedStep]:
@@ -113,9 +115,9 @@ def reads_of(step: Step) -> tuple[Buffer, ...]:
             return step.q, step.k, step.v
         case SiluMul():
             return step.gate, step.up
-        case Add():
+        case Add() | Mul() | SigmoidGate():
             return step.x, step.y
-        case RmsNorm() | MatMul() | Rope() | Moe() | SelectRows():
+        case _:
             return (step.x,)
 
 

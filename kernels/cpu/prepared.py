@@ -11,13 +11,15 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from functools import cache
 from hashlib import sha256
+from typing import TypeVar
 from weakref import ref
 
+from llamaclust.kernels.backend import Progress
 from llamaclust.kernels.cpu._native import Memory, packing_fingerprint
 from llamaclust.kernels.cpu.file_systems import is_remote
 from llamaclust.kernels.cpu.huge_pages import in_huge_pages
@@ -28,6 +30,8 @@ from llamaclust.kernels.cpu.prepared_writer import BackgroundWriter, Made, reaso
 from llamaclust.model.tensors import FileIdentity, Tensor
 
 _log = logging.getLogger(__name__)
+
+_Result = TypeVar("_Result")
 
 _READ_BYTES = 1 << 21
 _SETTLED_NS = 100_000_000
@@ -53,8 +57,11 @@ class PreparedLayers:
         self._started_ns = time.time_ns()
         self._writer = BackgroundWriter(folder)
 
-    def open(self, images: Sequence[LayerImage], pool: Executor) -> dict[LayerImage, Memory]:
-        """Those images that are there and sound. MemoryError where the system refuses the memory."""
+    def open(
+        self, images: Sequence[LayerImage], pool: Executor, progress: Progress = lambda n_bytes: None
+    ) -> dict[LayerImage, Memory]:
+        """Those images that are there and sound. `progress` hears of each piece of them. MemoryError where the system
+        refuses the memory."""
         if not self._is_usable():
             return {}
         self._started_ns = time.time_ns()
@@ -62,9 +69,11 @@ class PreparedLayers:
         self._blocked = {}
         found = [one for one in pool.map(self._find, self._keys.items()) if one is not None]
         self._report_blocked()
+        passes = 1
         if not is_remote(self._folder.path):
-            found = _quickest(list(pool.map(self._map, found)))
-        memories = pool.map(self._checked, found)
+            passes = 2
+            found = _quickest(list(_told(pool.map(self._map, found), found, passes, progress)))
+        memories = _told(pool.map(self._checked, found), found, passes, progress)
         return {one.image: memory for one, memory in zip(found, memories, strict=True) if memory is not None}
 
     def keep(self, made: Mapping[LayerImage, Memory]) -> None:
@@ -173,6 +182,13 @@ def _bytes_key(tensor: Tensor) -> tuple[object, ...] | None:
 
 
 _fingerprint = cache(packing_fingerprint)
+
+
+def _told(results: Iterable[_Result], found: Sequence[_Found], passes: int, progress: Progress) -> Iterator[_Result]:
+    """The results of one of so many passes over what was found, each told as its share of the bytes."""
+    for result, one in zip(results, found, strict=True):
+        progress(one.image.n_bytes // passes)
+        yield result
 
 
 def _quickest(found: Sequence[_Found]) -> list[_Found]:

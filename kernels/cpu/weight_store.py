@@ -47,8 +47,7 @@ class WeightStore:
     def _load(self, tensors: Sequence[Tensor], progress: Progress) -> dict[str, Weight]:
         images = images_of(tensors)
         with ThreadPoolExecutor(self._threads, "load-weights") as pool:
-            found = {} if self._prepared is None else self._prepared.open(images, pool)
-            progress(sum(image.n_bytes for image in found))
+            found = {} if self._prepared is None else self._prepared.open(images, pool, progress)
             made = {image: Memory(image.n_bytes) for image in images if image not in found}
             weights = _weights(found) | _weights(made)
             vectors = {tensor.name: _vector(tensor) for tensor in tensors if len(tensor.shape) == 1}

@@ -12,7 +12,7 @@ import numpy as np
 from llamaclust.errors import ModelFileError
 from llamaclust.kernels.backend import Float32
 from llamaclust.kernels.cpu._native import PackedMatrix
-from llamaclust.model.program import Embed, MatMul, Moe, Program, RmsNorm, Step
+from llamaclust.model.program import AddPosition, Embed, LayerNorm, MatMul, Moe, Program, RmsNorm, SigmoidGate, Step
 from llamaclust.model.quant_types import QuantType
 from llamaclust.model.tensors import Tensor
 
@@ -76,6 +76,13 @@ def _shapes(step: Step) -> Iterator[tuple[str, tuple[int, ...]]]:
         case Embed():
             yield step.weight, (-1, step.out.width)
         case RmsNorm():
+            yield step.weight, (step.width,)
+        case LayerNorm():
+            yield step.weight, (step.x.width,)
+            yield step.bias, (step.x.width,)
+        case AddPosition():
+            yield step.weight, (-1, step.out.width)
+        case SigmoidGate():
             yield step.weight, (step.x.width,)
         case MatMul():
             yield step.weight, (step.out.width, step.x.width)

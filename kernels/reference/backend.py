@@ -23,7 +23,10 @@ class ReferenceStage:
         self._program = program
         self.weights = weights
         self._limits = limits
-        self._kv = {step.layer: LayerKv(step, limits.kv_blocks) for step in program.kv_layers}
+        self._kv = {
+            step.layer: LayerKv(step, limits.layer_blocks(step.window), windowed=limits.gives_up(step.window))
+            for step in program.kv_layers
+        }
         self.weight_bytes = sum(weight.nbytes for weight in weights.values())
         self.kv_bytes = sum(layer.n_bytes for layer in self._kv.values())
         self.workspace_bytes = _workspace_bytes(program, limits)
@@ -49,6 +52,9 @@ class ReferenceStage:
         assert len(batch.sequence_starts) - 1 <= limits.max_sequences, len(batch.sequence_starts)
         assert int(batch.positions.max()) < limits.max_context_tokens, batch.positions.max()
         assert int(batch.block_tables.max()) < limits.kv_blocks, batch.block_tables.max()
+        if limits.window_blocks:
+            assert batch.window_tables is not None and len(batch.window_tables) == len(batch.block_tables)
+            assert int(batch.window_tables.max()) < limits.window_blocks, batch.window_tables.max()
 
 
 class ReferenceBackend:
@@ -68,8 +74,8 @@ class ReferenceBackend:
             progress(tensors[name].n_bytes)
         return ReferenceStage(program, weights, limits)
 
-    def kv_block_bytes(self, program: Program) -> int:
-        return sum(block_bytes(step) for step in program.kv_layers)
+    def kv_bytes(self, program: Program, limits: StageLimits) -> int:
+        return sum(block_bytes(step) * limits.layer_blocks(step.window) for step in program.kv_layers)
 
     def held_bytes(self, program: Program, tensors: Mapping[str, Tensor]) -> int:
         """None: each stage has weights of its own."""

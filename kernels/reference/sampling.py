@@ -1,7 +1,7 @@
 """The sampler's rules in NumPy, slow and obvious: what kernels/sampling.py is tested against.
 
-Python integers and float32 steps follow docs/numerics.md; only exp is NumPy's (float64, rounded), so a weight may
-differ by a unit in the last place.
+Python integers, float32 steps and exp follow docs/numerics.md bit for bit; logprobs are NumPy's, so one may differ by a
+unit in the last place.
 """
 
 from __future__ import annotations
@@ -11,22 +11,18 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from llamaclust.kernels.reference.sampler_chain import ChainRun
+from llamaclust.kernels.reference.sampling_steps import (
+    UNIT_WEIGHT,
+    penalize,
+    random_bits,
+    ranked,
+    scaled,
+    weights,
+)
 from llamaclust.wire.messages import RowResult, RowTask, SampleTask, SamplingParams
 
 Float32 = NDArray[np.float32]
-
-UNIT_WEIGHT = 1 << 40
-_MASK = 0xFFFFFFFF
-
-
-def philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Philox4x32-10: four random 32-bit numbers that depend on counter and key alone."""
-    c, k = counter, key
-    for _ in range(10):
-        a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
-        c = ((b >> 32) ^ c[1] ^ k[0], b & _MASK, (a >> 32) ^ c[3] ^ k[1], a & _MASK)
-        k = ((k[0] + 0x9E3779B9) & _MASK, (k[1] + 0xBB67AE85) & _MASK)
-    return c
 
 
 def logprobs(logits: Float32) -> Float32:
@@ -42,30 +38,9 @@ def adjust(logits: Float32, task: SampleTask) -> Float32:
     for token, bias in params.logit_bias:
         x[token] += np.float32(bias)
     if params.needs_history:
-        for token in set(task.history):
-            x[token] = _penalized(x[token], task.history.count(token), params)
+        penalize(x, task.history, params)
     x[list(task.suppressed)] = -np.inf
     return x
-
-
-def _penalized(logit: np.float32, count: int, params: SamplingParams) -> np.float32:
-    factor = np.float32(params.repetition_penalty)
-    logit = logit * factor if logit <= 0 else logit / factor
-    penalty = np.float32(count) * np.float32(params.frequency_penalty) + np.float32(params.presence_penalty)
-    return np.float32(logit - penalty)
-
-
-def ranked(logits: Float32) -> NDArray[np.int64]:
-    """Ids ordered by (value descending, id ascending), without those at -infinity."""
-    order = np.lexsort((np.arange(len(logits)), -logits))
-    return order[np.isfinite(logits[order])]
-
-
-def weights(logits: Float32, maximum: np.float32, temperature: float) -> list[int]:
-    """exp((x - maximum) / temperature) as integers in units of 2^-40, so that sums are exact."""
-    scaled = (logits - maximum) / np.float32(temperature)
-    exact = np.exp(scaled.astype(np.float64)).astype(np.float32)
-    return [int(w) for w in np.rint(exact.astype(np.float64) * UNIT_WEIGHT)]
 
 
 def keep(logits: Float32, params: SamplingParams) -> NDArray[np.int64]:
@@ -87,8 +62,7 @@ def keep(logits: Float32, params: SamplingParams) -> NDArray[np.int64]:
 def draw(logits: Float32, order: NDArray[np.int64], task: SampleTask) -> int:
     """Inverse CDF over candidates in order, at the task's temperature."""
     w = weights(logits[order], logits[order[0]], task.params.temperature)
-    low, high, _, _ = philox((task.position, task.choice, 0, 0), (task.seed & _MASK, task.seed >> 32))
-    target = ((high << 32 | low) * sum(w)) >> 64
+    target = scaled(random_bits(task), sum(w))
     for token, weight in zip(order, w, strict=True):
         if target < weight:
             return int(token)
@@ -103,9 +77,25 @@ def choose(logits: Float32, task: SampleTask) -> int:
     return draw(x, keep(x, task.params), task)
 
 
+def chained(logits: Float32, task: SampleTask) -> tuple[int, float | None]:
+    """The token that a chain chooses, and Mirostat's mu."""
+    assert task.params.chain is not None
+    x = logits.copy()
+    for token, bias in task.params.logit_bias:
+        x[token] += np.float32(bias)
+    x[list(task.suppressed)] = -np.inf
+    return ChainRun(x, task, task.params.chain).choose()
+
+
 def run(logits: Float32, task: RowTask) -> RowResult:
     """The result for one row [vocabulary] of finite logits."""
-    token = choose(logits, task) if isinstance(task, SampleTask) else task.token
+    mu = None
+    if not isinstance(task, SampleTask):
+        token = task.token
+    elif task.params.chain is None:
+        token = choose(logits, task)
+    else:
+        token, mu = chained(logits, task)
     lp = logprobs(logits)
     top = tuple((int(i), float(lp[i])) for i in ranked(logits)[: task.top_logprobs])
-    return RowResult(token, float(lp[token]), top)
+    return RowResult(token, float(lp[token]), top, mu=mu)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -11,16 +12,26 @@ from llamaclust.kernels.backend import Batch, Float32
 from llamaclust.kernels.reference.kv import Float64, LayerKv
 from llamaclust.model.program import (
     Add,
+    AddPosition,
     Attention,
     Buffer,
     Embed,
+    Gelu,
+    GeluKind,
+    LayerNorm,
     MatMul,
     Moe,
+    Mul,
     RmsNorm,
     Rope,
     RopeStyle,
+    RowStep,
+    Scale,
     SelectRows,
+    SigmoidGate,
     SiluMul,
+    Slice,
+    SoftCap,
     Step,
 )
 
@@ -47,29 +58,59 @@ def run_step(step: Step, state: State) -> None:
     match step:
         case Embed():
             state[step.out] = state.weights[step.weight][state.batch.tokens]
-        case RmsNorm():
-            state[step.out] = rms_norm(state[step.x], state.weights[step.weight], step.epsilon)
         case MatMul():
             bias = state.weights[step.bias] if step.bias else None
             state[step.out] = matmul(state[step.x], state.weights[step.weight], bias)
-        case Rope():
-            state[step.x] = rope(step, state[step.x], state.batch)
         case Attention():
             state[step.out] = attention(step, state)
-        case SiluMul():
-            state[step.out] = silu(state[step.gate].astype(np.float64)) * state[step.up]
-        case Add():
-            state[step.out] = state[step.x] + state[step.y]
         case Moe():
             state[step.out] = moe(step, state)
         case SelectRows():
             state[step.out] = state[step.x][state.batch.output_rows]
+        case _:
+            run_row_step(step, state)
 
 
-def rms_norm(x: Float32, weight: Float32, epsilon: float) -> Float64:
+def run_row_step(step: RowStep, state: State) -> None:
+    match step:
+        case RmsNorm():
+            state[step.out] = rms_norm(state[step.x], state.weights[step.weight], step.epsilon, step.heads)
+        case LayerNorm():
+            weight, bias = state.weights[step.weight], state.weights[step.bias]
+            state[step.out] = layer_norm(state[step.x], weight, bias, step.epsilon)
+        case AddPosition():
+            state[step.out] = state[step.x] + state.weights[step.weight][state.batch.positions]
+        case Rope():
+            state[step.x] = rope(step, state[step.x], state.batch)
+        case SiluMul():
+            state[step.out] = silu(state[step.gate].astype(np.float64)) * state[step.up]
+        case Gelu():
+            state[step.out] = gelu(state[step.x].astype(np.float64), step.kind)
+        case Add():
+            state[step.out] = state[step.x] + state[step.y]
+        case Mul():
+            state[step.out] = state[step.x] * state[step.y]
+        case Scale():
+            state[step.out] = state[step.x] * np.float32(step.factor)
+        case SoftCap():
+            state[step.out] = soft_cap(state[step.x].astype(np.float64), step.cap)
+        case Slice():
+            state[step.out] = state[step.x][:, step.start : step.start + step.out.width]
+        case SigmoidGate():
+            state[step.out] = state[step.y] * sigmoid(matmul(state[step.x], state.weights[step.weight][None]))
+
+
+def rms_norm(x: Float32, weight: Float32, epsilon: float, heads: int = 1) -> Float64:
+    wide = x.reshape(len(x), heads, x.shape[1] // heads).astype(np.float64)
+    mean: Float64 = np.mean(wide * wide, axis=2, keepdims=True)
+    return (wide / np.sqrt(mean + epsilon) * weight.astype(np.float64)).reshape(x.shape)
+
+
+def layer_norm(x: Float32, weight: Float32, bias: Float32, epsilon: float) -> Float64:
     wide = x.astype(np.float64)
-    mean: Float64 = np.mean(wide * wide, axis=1, keepdims=True)
-    return wide / np.sqrt(mean + epsilon) * weight.astype(np.float64)
+    centred: Float64 = wide - np.mean(wide, axis=1, keepdims=True)
+    variance: Float64 = np.mean(centred * centred, axis=1, keepdims=True)
+    return centred / np.sqrt(variance + epsilon) * weight.astype(np.float64) + bias
 
 
 def matmul(x: Float32, weight: Float32, bias: Float32 | None = None) -> Float64:
@@ -84,6 +125,25 @@ def matmul(x: Float32, weight: Float32, bias: Float32 | None = None) -> Float64:
 def silu(x: Float64) -> Float64:
     with np.errstate(over="ignore"):
         out: Float64 = x / (1 + np.exp(-x))
+    return out
+
+
+def sigmoid(x: Float64) -> Float64:
+    with np.errstate(over="ignore"):
+        out: Float64 = 1 / (1 + np.exp(-x))
+    return out
+
+
+def gelu(x: Float64, kind: GeluKind) -> Float64:
+    if kind is GeluKind.TANH:
+        share: Float64 = np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
+    else:
+        share = np.array([math.erf(value / math.sqrt(2)) for value in x.flat], np.float64).reshape(x.shape)
+    return x / 2 * (1 + share)
+
+
+def soft_cap(x: Float64, cap: float) -> Float64:
+    out: Float64 = np.tanh(x / cap) * cap
     return out
 
 
@@ -106,10 +166,12 @@ def attention(step: Attention, state: State) -> Float32:
     """Stores the rows' keys and values first: a row sees its own position and every one before, or those of its
     window."""
     batch, kv = state.batch, state.kv[step.layer]
+    tables = batch.window_tables if kv.windowed else batch.block_tables
+    assert tables is not None
     out = np.empty((batch.rows, step.heads * step.head_dim), np.float32)
     for sequence in range(len(batch.sequence_starts) - 1):
         rows = slice(batch.sequence_starts[sequence], batch.sequence_starts[sequence + 1])
-        table = batch.block_tables[batch.table_starts[sequence] : batch.table_starts[sequence + 1]]
+        table = tables[batch.table_starts[sequence] : batch.table_starts[sequence + 1]]
         kv.store(table, batch.positions[rows], state[step.k][rows], state[step.v][rows])
         keys, values = kv.load(table, int(batch.positions[rows][-1]) + 1)
         for row in range(rows.start, rows.stop):
@@ -120,9 +182,15 @@ def attention(step: Attention, state: State) -> Float32:
 
 
 def attend(step: Attention, query: Float32, keys: Float64, values: Float64) -> Float64:
-    """One row: query [heads * head_dim], keys and values [positions, kv_heads, head_dim] -> [heads * head_dim]."""
+    """One row: query [heads * head_dim], keys and values [positions, kv_heads, head_dim], those of the row itself last
+    -> [heads * head_dim]."""
     grouped = query.astype(np.float64).reshape(step.kv_heads, -1, step.head_dim)
     scores = np.einsum("kgd,pkd->kgp", grouped, keys) * step.scale
+    if step.soft_cap is not None:
+        scores = soft_cap(scores, step.soft_cap)
+    if step.slopes is not None:
+        slopes = np.array(step.slopes).reshape(step.kv_heads, -1, 1)
+        scores = scores + slopes * np.arange(1 - len(keys), 1)
     out: Float64 = np.einsum("kgp,pkd->kgd", softmax(scores), values)
     return out.reshape(-1)
 
@@ -139,7 +207,7 @@ def moe(step: Moe, state: State) -> Float64:
     chosen = np.argsort(-shares, axis=1, kind="stable")[:, : step.used]
     out = np.zeros(x.shape)
     for row, experts in enumerate(chosen):
-        total = shares[row, experts].sum()
+        total = shares[row, experts].sum() if step.normalized else 1.0
         for expert in experts:
             out[row] += shares[row, expert] / total * _expert(step, weights, int(expert), x[row : row + 1])[0]
     return out

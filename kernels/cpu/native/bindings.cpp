@@ -26,4 +26,6 @@ NB_MODULE(_native, module) {
   bind_matmul(module);
   bind_sampler(module);
   bind_executor(module);
+  bind_quantize(module);
+  bind_narrowing(module);
 }

@@ -9,5 +9,7 @@ void bind_memory(nanobind::module_& module);
 void bind_matmul(nanobind::module_& module);
 void bind_sampler(nanobind::module_& module);
 void bind_executor(nanobind::module_& module);
+void bind_quantize(nanobind::module_& module);
+void bind_narrowing(nanobind::module_& module);
 
 }  // namespace llamaclust

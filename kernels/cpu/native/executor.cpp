@@ -95,7 +95,7 @@ Executor::Executor(Plan plan, const Level& level, ThreadPool& pool)
       level_(level),
       pool_(pool),
       workspace_(plan_, pool.threads()),
-      kv_(plan_.kv_layers, plan_.limits.kv_blocks),
+      kv_(plan_.kv_layers, plan_.limits.kv_blocks, plan_.limits.window_blocks),
       rotations_(tables_of(plan_)),
       tilings_(tilings_of(plan_)),
       products_from_(products_from(plan_)) {
@@ -113,9 +113,9 @@ int Executor::run(const Batch& batch) {
   return plan_.selects ? static_cast<int>(batch.output_rows.size()) : batch.rows();
 }
 
-int Executor::result_capacity() const {
-  return plan_.buffers[static_cast<size_t>(*plan_.result)].outputs_only ? plan_.limits.max_outputs
-                                                                        : plan_.limits.max_tokens;
+int Executor::capacity(BufferId id) const {
+  const Buffer& buffer = plan_.buffers.at(static_cast<size_t>(id));
+  return buffer.multiple * (buffer.outputs_only ? plan_.limits.max_outputs : plan_.limits.max_tokens);
 }
 
 size_t Executor::workspace_bytes() const {

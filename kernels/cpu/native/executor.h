@@ -46,9 +46,11 @@ class Executor {
   // Computes the batch and returns the number of lines in result(); std::invalid_argument for a batch out of bounds.
   int run(const Batch& batch);
 
-  float* result() const { return workspace_.shared(*plan_.result); }
-  int result_capacity() const;
-  int result_width() const { return plan_.buffers[static_cast<size_t>(*plan_.result)].width; }
+  // What a run leaves in a buffer without private copies; the number of lines there is room for, and their width.
+  float* contents(BufferId id) const { return workspace_.shared(id); }
+  int capacity(BufferId id) const;
+  int width(BufferId id) const { return plan_.buffers.at(static_cast<size_t>(id)).width; }
+  BufferId result() const { return *plan_.result; }
   int hidden_width() const { return plan_.hidden_width; }
   size_t kv_bytes() const { return kv_.bytes(); }
   size_t workspace_bytes() const;

@@ -18,7 +18,8 @@ class AttentionWork {
         step_(step),
         level_(worker.run_.level),
         batch_(worker.run_.batch),
-        type_(worker.run_.plan.kv_layers[static_cast<size_t>(step.layer)].type),
+        type_(shape().type),
+        tables_(shape().windowed ? batch_.window_tables : batch_.block_tables),
         kv_(level_.attention.kv[static_cast<int>(type_)]),
         units_(step, batch_, worker.run_.tilings),
         scratch_(worker.run_.workspace.attention_scratch(worker.thread_, step.head_dim)) {}
@@ -38,13 +39,14 @@ class AttentionWork {
   }
 
  private:
+  const KvShape& shape() const { return worker_.run_.plan.kv_layers[static_cast<size_t>(step_.layer)]; }
   uint8_t* piece(int kv_head, int block) const {
     const size_t piece_index =
         static_cast<size_t>(block) * static_cast<size_t>(step_.kv_heads) + static_cast<size_t>(kv_head);
     return worker_.run_.kv.layer(step_.layer) + piece_index * kv_piece_bytes(type_, step_.head_dim);
   }
   const int32_t* table(int sequence) const {
-    return batch_.block_tables.data() + batch_.table_starts[static_cast<size_t>(sequence)];
+    return tables_.data() + batch_.table_starts[static_cast<size_t>(sequence)];
   }
 
   const float* rotated(const std::optional<Rotation>& rotation, const float* x, int row, float* out) const {
@@ -98,6 +100,8 @@ class AttentionWork {
       scratch_.firsts[query - part.before] = std::max(units_.first_seen(row) - start, 0);
       scratch_.ends[query - part.before] = std::min(units_.position(row) + 1 - start, kSpanTokens);
     }
+    const bool biased = !step_.slopes.empty();
+    if (biased) load_bias(unit, start, part);
     store_span(unit, span);
     const size_t stride = static_cast<size_t>(step_.kv_heads) * kv_piece_bytes(type_, step_.head_dim);
     const int blocks = units_.position(unit.tile.row_end - 1) / kKvBlockTokens + 1;
@@ -111,8 +115,18 @@ class AttentionWork {
                         scratch_.q + part.before * padded_head(step_.head_dim),
                         scratch_.firsts,
                         scratch_.ends,
-                        scratch_.scores};
+                        scratch_.scores,
+                        step_.soft_cap,
+                        biased ? scratch_.slopes : nullptr,
+                        biased ? scratch_.positions : nullptr};
     kv_.span(task, from(sums, part.before));
+  }
+
+  void load_bias(const Unit& unit, int start, const Part& part) const {
+    for (int query = part.before; query < part.end; query++) {
+      scratch_.positions[query - part.before] = units_.position(unit.tile.row_begin + query / unit.heads) - start;
+      scratch_.slopes[query - part.before] = step_.slopes[static_cast<size_t>(unit.head + query % unit.heads)];
+    }
   }
 
   SpanSums from(const SpanSums& sums, int query) const {
@@ -204,6 +218,7 @@ class AttentionWork {
   const Level& level_;
   const Batch& batch_;
   const KvType type_;
+  const std::span<const int32_t> tables_;
   const KvOps& kv_;
   const AttentionUnits units_;
   const AttentionScratch scratch_;

@@ -1,5 +1,6 @@
 #include "executor_batch.h"
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 
@@ -35,6 +36,17 @@ void check_sequence(const Batch& batch, int sequence, const Limits& limits) {
   if (first + (end - begin) > room) refuse("positions of a block table", first + (end - begin), room);
 }
 
+// Blocks that rows of a windowed layer read or write must be there, others may be.
+void check_window(const Batch& batch, int sequence, const Plan& plan) {
+  const size_t s = static_cast<size_t>(sequence);
+  const int32_t first = batch.positions[static_cast<size_t>(batch.sequence_starts[s])];
+  const int32_t last = batch.positions[static_cast<size_t>(batch.sequence_starts[s + 1] - 1)];
+  const int begin = std::max(first - plan.window + 1, 0) / kKvBlockTokens, end = last / kKvBlockTokens + 1;
+  for (int block = begin; block < end; block++)
+    check_range("window block", batch.window_tables[static_cast<size_t>(batch.table_starts[s] + block)], 0,
+                plan.limits.window_blocks);
+}
+
 }  // namespace
 
 void check_batch(const Batch& batch, const Plan& plan) {
@@ -48,6 +60,11 @@ void check_batch(const Batch& batch, const Plan& plan) {
   check_starts("table_starts", batch.table_starts, batch.block_tables.size(), 0);
   for (const int32_t block : batch.block_tables) check_range("KV block", block, 0, limits.kv_blocks);
   for (int sequence = 0; sequence < batch.sequences(); sequence++) check_sequence(batch, sequence, limits);
+  if (plan.window > 0 && batch.window_tables.size() != batch.block_tables.size())
+    refuse("window_tables", static_cast<int64_t>(batch.window_tables.size()),
+           static_cast<int64_t>(batch.block_tables.size()));
+  for (int sequence = 0; plan.window > 0 && sequence < batch.sequences(); sequence++)
+    check_window(batch, sequence, plan);
   if (plan.vocabulary > 0 && static_cast<int64_t>(batch.tokens.size()) != rows)
     refuse("tokens", static_cast<int64_t>(batch.tokens.size()), rows);
   if (plan.vocabulary > 0)

@@ -42,8 +42,27 @@ Access Plan::check(const InputStep& step) {
 
 Access Plan::check(const NormStep& step) {
   check_alike(step.x, step.out);
-  require(step.weight.size() == static_cast<size_t>(buffer(step.x).width), "a norm weight of another width");
+  require(!step.weight.empty() && static_cast<size_t>(buffer(step.x).width) % step.weight.size() == 0,
+          "a norm weight of another width");
   require(std::isfinite(step.epsilon) && step.epsilon >= 0, "a norm epsilon that is no small number");
+  return {{step.x}, {step.out}, true};
+}
+
+Access Plan::check(const LayerNormStep& step) {
+  check_alike(step.x, step.out);
+  const size_t width = static_cast<size_t>(buffer(step.x).width);
+  require(step.weight.size() == width && step.bias.size() == width && buffer(step.x).multiple == 1,
+          "a norm weight of another width");
+  require(std::isfinite(step.epsilon) && step.epsilon >= 0, "a norm epsilon that is no small number");
+  return {{step.x}, {step.out}, true};
+}
+
+Access Plan::check(const PositionStep& step) {
+  check_alike(step.x, step.out);
+  require(step.x != step.out && !selects, "positions added in place");
+  require(is_supported(step.weight.type), "an embedding of an unsupported type");
+  require(buffer(step.out).width == step.weight.cols && buffer(step.out).multiple == 1, "embedding width");
+  require(step.weight.rows >= limits.max_context_tokens, "fewer positions than the context has");
   return {{step.x}, {step.out}, true};
 }
 
@@ -62,9 +81,48 @@ Access Plan::check(const SiluMulStep& step) {
   return {{step.gate, step.up}, {step.out}, true};
 }
 
+Access Plan::check(const GeluStep& step) {
+  check_alike(step.x, step.out);
+  return {{step.x}, {step.out}, true};
+}
+
 Access Plan::check(const AddStep& step) {
   check_alike(step.x, step.y);
   check_alike(step.x, step.out);
+  return {{step.x, step.y}, {step.out}, true};
+}
+
+Access Plan::check(const MulStep& step) {
+  check_alike(step.x, step.y);
+  check_alike(step.x, step.out);
+  return {{step.x, step.y}, {step.out}, true};
+}
+
+Access Plan::check(const ScaleStep& step) {
+  check_alike(step.x, step.out);
+  require(std::isfinite(step.factor), "a factor that is no number");
+  return {{step.x}, {step.out}, true};
+}
+
+Access Plan::check(const SoftCapStep& step) {
+  check_alike(step.x, step.out);
+  require(step.x == step.out || buffer(step.out).private_copy, "a soft cap from one shared buffer to another");
+  require(std::isfinite(step.cap) && step.cap > 0, "a soft cap that is no positive number");
+  return {{step.x}, {step.out}, true};
+}
+
+Access Plan::check(const SliceStep& step) {
+  const int width = buffer(step.x).width;
+  require(buffer(step.x).multiple == 1 && buffer(step.out).multiple == 1 && step.x != step.out, "a slice in place");
+  require(step.start >= 0 && step.start <= width && buffer(step.out).width <= width - step.start,
+          "a slice beyond its source");
+  return {{step.x}, {step.out}, true};
+}
+
+Access Plan::check(const SigmoidGateStep& step) {
+  check_alike(step.y, step.out);
+  require(buffer(step.x).multiple == 1 && buffer(step.y).multiple == 1, "a gate is one number a row");
+  require(step.weight.size() == static_cast<size_t>(buffer(step.x).width), "a gate's weight of another width");
   return {{step.x, step.y}, {step.out}, true};
 }
 
@@ -104,7 +162,7 @@ Access Plan::check(const SelectStep& step) {
 
 Access Plan::check(const OutputStep& step) {
   check_alike(step.x, step.out);
-  require(buffer(step.x).private_copy, "a copy of what is shared already");
+  require(!buffer(step.out).private_copy, "a copy for the caller is one that all threads share");
   return {{step.x}, {step.out}, true};
 }
 
@@ -147,7 +205,11 @@ Access Plan::check(const AttentionStep& step) {
     require(buffer(id).multiple == 1 && !selects, "one line a row");
   require(step.out != step.q && step.out != step.k && step.out != step.v, "attention in place");
   require(std::isfinite(step.scale), "an attention scale that is no number");
+  require(std::isfinite(step.soft_cap) && step.soft_cap >= 0, "a soft cap that is no positive number");
+  require(step.slopes.empty() || step.slopes.size() == static_cast<size_t>(step.heads), "a slope for each head");
+  for (float slope : step.slopes) require(std::isfinite(slope), "a slope that is no number");
   require(step.window > 0, "an attention window of nothing");
+  if (shape.windowed) window = std::max(window, step.window);
   for (const auto& rotation : {step.rotate_q, step.rotate_k})
     if (rotation) check_rotation(*rotation, step.head_dim);
   return {{step.q, step.k, step.v}, {step.out}, false};

@@ -11,7 +11,7 @@ constexpr size_t kPage = 4096;
 
 size_t attention_scratch_bytes(int head_dim) {
   const size_t channels = static_cast<size_t>(head_dim) + 16;
-  return sizeof(float) * (kTileQueries * channels + kScoredQueries * kSpanTokens + channels + 2 * kTileQueries +
+  return sizeof(float) * (kTileQueries * channels + kScoredQueries * kSpanTokens + channels + 4 * kTileQueries +
                           2 * span_sums_floats(kTileQueries, head_dim));
 }
 
@@ -97,13 +97,16 @@ AttentionScratch Workspace::attention_scratch(int thread, int head_dim) const {
   float* scores = q + kTileQueries * channels;
   float* key = scores + kScoredQueries * kSpanTokens;
   int* firsts = reinterpret_cast<int*>(key + channels);
-  float* total = key + channels + 2 * kTileQueries;
+  float* slopes = key + channels + 3 * kTileQueries;
+  float* total = slopes + kTileQueries;
   float* next = total + span_sums_floats(kTileQueries, head_dim);
   return {q,
           scores,
           key,
           firsts,
           firsts + kTileQueries,
+          firsts + 2 * kTileQueries,
+          slopes,
           span_sums_at(total, kTileQueries),
           span_sums_at(next, kTileQueries)};
 }

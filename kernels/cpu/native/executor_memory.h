@@ -21,6 +21,8 @@ struct AttentionScratch {
   float* key;     // [head_dim]
   int* firsts;    // [kTileQueries]
   int* ends;      // [kTileQueries]
+  int* positions;  // [kTileQueries]
+  float* slopes;   // [kTileQueries]
   SpanSums total, next;
 };
 

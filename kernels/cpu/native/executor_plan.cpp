@@ -26,6 +26,7 @@ Plan::Plan(const Limits& limits) : limits(limits) {
   require(limits.max_context_tokens > 0 && limits.max_context_tokens <= 1 << 24,
           "max_context_tokens must be 1 to 2^24");
   require(limits.kv_blocks > 0 && limits.kv_blocks <= 1 << 26, "kv_blocks must be 1 to 2^26");
+  require(limits.window_blocks >= 0 && limits.window_blocks <= 1 << 26, "window_blocks must be 0 to 2^26");
 }
 
 const Buffer& Plan::buffer(BufferId id) const {
@@ -57,6 +58,7 @@ const ActivationSlot& Plan::slot(int index) const {
 int Plan::add_kv_layer(const KvShape& shape) {
   require(shape.kv_heads > 0 && shape.kv_heads <= 65536, "KV heads out of range");
   require(shape.head_dim > 0 && shape.head_dim <= kMaxHeadChannels, "head_dim out of range");
+  require(!shape.windowed || limits.window_blocks > 0, "a windowed layer without blocks");
   kv_layers.push_back(shape);
   return static_cast<int>(kv_layers.size()) - 1;
 }
@@ -69,9 +71,9 @@ void Plan::set_result(BufferId id) {
 // Rows are shared out among the threads, or computed by each thread for itself where there are few of them; either way
 // row by row steps follow each other without waiting. A shared step has to wait for the rows of the others (if they
 // were shared out), and for slow threads that still read what it is about to overwrite.
-Meeting Plan::meeting_before(const Access& access, bool selects) {
+Meeting Plan::meeting_before(const Access& access, bool waits) {
   Meeting meeting = after_shared_ ? Meeting::Always : Meeting::None;
-  if (meeting == Meeting::None && (!access.row_by_row || selects)) {
+  if (meeting == Meeting::None && (!access.row_by_row || waits)) {
     const auto was_read = [this](BufferId id) {
       return !buffer(id).private_copy && std::ranges::count(read_since_, id) > 0;
     };
@@ -93,12 +95,15 @@ Meeting Plan::meeting_before(const Access& access, bool selects) {
 void Plan::add(Step step) {
   const Access access = std::visit([this](const auto& body) { return check(body); }, step);
   const bool output = std::holds_alternative<OutputStep>(step);
+  const bool in_place = std::holds_alternative<SoftCapStep>(step) && !buffer(access.writes[0]).private_copy;
   for (BufferId id : access.writes) {
-    require(buffer(id).private_copy == (access.row_by_row && !output), "a buffer written by both kinds of steps");
+    require(buffer(id).private_copy == (access.row_by_row && !output && !in_place),
+            "a buffer written by both kinds of steps");
     require(!buffer(id).outputs_only || selects, "a buffer for wanted rows written before they are selected");
   }
   const bool is_select = std::holds_alternative<SelectStep>(step);
-  const Meeting before = meeting_before(access, is_select);
+  const Meeting before = meeting_before(access, is_select || in_place);
+  after_shared_ = after_shared_ || in_place;  // nobody reads what another thread is still writing
   steps.push_back({std::move(step), before, access.row_by_row && !is_select});
 }
 

@@ -20,6 +20,7 @@ struct Limits {
   int max_sequences;
   int max_context_tokens;
   int kv_blocks;
+  int window_blocks = 0;  // of windowed layers; 0: there are none
 };
 
 // std::invalid_argument where a program does not hold together.
@@ -45,10 +46,19 @@ struct EmbedStep {
 struct InputStep {  // the hidden state that run() is given
   BufferId out;
 };
-struct NormStep {
+struct NormStep {  // a line has one part or several as wide as the weight
   BufferId x, out;
   std::vector<float> weight;
   float epsilon;
+};
+struct LayerNormStep {
+  BufferId x, out;
+  std::vector<float> weight, bias;
+  float epsilon;
+};
+struct PositionStep {  // out = x + the weight's row of the position
+  BufferId x, out;
+  Matrix weight;
 };
 struct Rotation {
   int table;  // index into the plan's tables
@@ -62,17 +72,41 @@ struct RopeStep {
 struct SiluMulStep {
   BufferId gate, up, out;
 };
+struct GeluStep {
+  BufferId x, out;
+  GeluKind kind;
+};
 struct AddStep {
   BufferId x, y, out;
+};
+struct MulStep {
+  BufferId x, y, out;
+};
+struct ScaleStep {
+  BufferId x, out;
+  float factor;
+};
+struct SoftCapStep {  // in place where the buffer has no private copies: logits are too many for a second one
+  BufferId x, out;
+  float cap;
+};
+struct SliceStep {  // channels [start, start + width of out) of x
+  BufferId x, out;
+  int start;
+};
+struct SigmoidGateStep {  // out = y * sigmoid(x . weight)
+  BufferId x, y, out;
+  std::vector<float> weight;
 };
 struct QuantizeStep {  // into an activation slot
   BufferId x;
   int slot;
   ActivationFormat format;
 };
-struct ChooseStep {  // softmax of the router's logits; out [2 * used] holds ids, then weights that sum to one
+struct ChooseStep {  // softmax of the router's logits; out [2 * used] holds ids, then weights
   BufferId logits, out;
   int experts, used;
+  bool normalized;  // weights are divided by their sum
 };
 struct CombineStep {  // out = sum over ranks of weight * x[rank]
   BufferId choice, x, out;
@@ -81,7 +115,7 @@ struct CombineStep {  // out = sum over ranks of weight * x[rank]
 struct SelectStep {  // from all rows to the wanted ones
   BufferId x, out;
 };
-struct OutputStep {  // a copy for the caller, into a buffer without private copies
+struct OutputStep {  // a copy for the caller, into a buffer that no other step writes
   BufferId x, out;
 };
 
@@ -110,12 +144,15 @@ struct AttentionStep {
   int layer;  // of the stage's KV memory
   int heads, kv_heads, head_dim;
   float scale;
+  float soft_cap;  // of scores; 0: none
+  std::vector<float> slopes;  // of a linear bias, one a query head; empty: none
   int window;  // a row sees its own position and window - 1 before it
   std::optional<Rotation> rotate_q, rotate_k;
 };
 
-using Step = std::variant<EmbedStep, InputStep, NormStep, RopeStep, SiluMulStep, AddStep, QuantizeStep, ChooseStep,
-                          CombineStep, SelectStep, OutputStep, ProductsStep, ExpertsStep, AttentionStep>;
+using Step = std::variant<EmbedStep, InputStep, NormStep, LayerNormStep, PositionStep, RopeStep, SiluMulStep, GeluStep, AddStep, MulStep, ScaleStep,
+                          SoftCapStep, SliceStep, SigmoidGateStep, QuantizeStep, ChooseStep, CombineStep, SelectStep,
+                          OutputStep, ProductsStep, ExpertsStep, AttentionStep>;
 
 // Whether the threads must meet before a step: at all times, or only where rows were shared out among them.
 enum class Meeting { None, IfShared, Always };
@@ -168,6 +205,7 @@ class Plan {
   std::optional<BufferId> result;
   int vocabulary = 0;    // > 0: an embed step reads token ids below it
   int hidden_width = 0;  // > 0: an input step reads a hidden state of that width
+  int window = 0;        // the largest one of windowed layers
   bool selects = false;  // the result has lines for the wanted rows only
 
  private:
@@ -179,9 +217,17 @@ class Plan {
   Access check(const EmbedStep& step);
   Access check(const InputStep& step);
   Access check(const NormStep& step);
+  Access check(const LayerNormStep& step);
+  Access check(const PositionStep& step);
   Access check(const RopeStep& step);
   Access check(const SiluMulStep& step);
+  Access check(const GeluStep& step);
   Access check(const AddStep& step);
+  Access check(const MulStep& step);
+  Access check(const ScaleStep& step);
+  Access check(const SoftCapStep& step);
+  Access check(const SliceStep& step);
+  Access check(const SigmoidGateStep& step);
   Access check(const QuantizeStep& step);
   Access check(const ChooseStep& step);
   Access check(const CombineStep& step);
@@ -190,7 +236,7 @@ class Plan {
   Access check(const ProductsStep& step);
   Access check(const ExpertsStep& step);
   Access check(const AttentionStep& step);
-  Meeting meeting_before(const Access& access, bool selects);
+  Meeting meeting_before(const Access& access, bool waits);
 
   size_t choosable_ = 0;              // experts that a choice may name
   bool after_shared_ = false;         // the last step was shared by all threads

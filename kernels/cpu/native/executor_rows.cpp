@@ -18,11 +18,25 @@ void Worker::compute(const InputStep& step, Range rows) {
 }
 
 void Worker::compute(const NormStep& step, Range rows) {
-  const Buffer& x = buffer(step.x);
-  for (int i = rows.begin * x.multiple; i < rows.end * x.multiple; i++) {
-    const size_t offset = static_cast<size_t>(i) * static_cast<size_t>(x.width);
-    run_.level.vector.rms_norm(line(step.x, 0) + offset, step.weight.data(), step.epsilon, x.width,
+  const int width = static_cast<int>(step.weight.size()), parts = line_width(step.x) / width;
+  for (int i = rows.begin * parts; i < rows.end * parts; i++) {
+    const size_t offset = static_cast<size_t>(i) * static_cast<size_t>(width);
+    run_.level.vector.rms_norm(line(step.x, 0) + offset, step.weight.data(), step.epsilon, width,
                                line(step.out, 0) + offset);
+  }
+}
+
+void Worker::compute(const LayerNormStep& step, Range rows) {
+  for (int row = rows.begin; row < rows.end; row++)
+    run_.level.vector.layer_norm(line(step.x, row), step.weight.data(), step.bias.data(), step.epsilon,
+                                 line_width(step.x), line(step.out, row));
+}
+
+void Worker::compute(const PositionStep& step, Range rows) {
+  for (int row = rows.begin; row < rows.end; row++) {
+    float* out = line(step.out, row);
+    run_.level.matmul.dequantize_row(step.weight, run_.batch.positions[static_cast<size_t>(row)], out);
+    run_.level.vector.add(line(step.x, row), out, line_width(step.out), out);
   }
 }
 
@@ -41,9 +55,44 @@ void Worker::compute(const SiluMulStep& step, Range rows) {
     run_.level.vector.silu_mul(line(step.gate, row), line(step.up, row), line_width(step.out), line(step.out, row));
 }
 
+void Worker::compute(const GeluStep& step, Range rows) {
+  for (int row = rows.begin; row < rows.end; row++)
+    run_.level.vector.gelu(line(step.x, row), step.kind, line_width(step.out), line(step.out, row));
+}
+
 void Worker::compute(const AddStep& step, Range rows) {
   for (int row = rows.begin; row < rows.end; row++)
     run_.level.vector.add(line(step.x, row), line(step.y, row), line_width(step.out), line(step.out, row));
+}
+
+void Worker::compute(const MulStep& step, Range rows) {
+  for (int row = rows.begin; row < rows.end; row++)
+    run_.level.vector.mul(line(step.x, row), line(step.y, row), line_width(step.out), line(step.out, row));
+}
+
+void Worker::compute(const ScaleStep& step, Range rows) {
+  for (int row = rows.begin; row < rows.end; row++)
+    run_.level.vector.scale(line(step.x, row), step.factor, line_width(step.out), line(step.out, row));
+}
+
+void Worker::compute(const SoftCapStep& step, Range rows) {
+  if (!buffer(step.out).private_copy && alone_ && thread_ != 0) return;
+  for (int row = rows.begin; row < rows.end; row++)
+    run_.level.vector.soft_cap(line(step.x, row), step.cap, line_width(step.out), line(step.out, row));
+}
+
+void Worker::compute(const SliceStep& step, Range rows) {
+  for (int row = rows.begin; row < rows.end; row++)
+    memcpy(line(step.out, row), line(step.x, row) + step.start,
+           static_cast<size_t>(line_width(step.out)) * sizeof(float));
+}
+
+void Worker::compute(const SigmoidGateStep& step, Range rows) {
+  const int cols = static_cast<int>(step.weight.size());
+  for (int row = rows.begin; row < rows.end; row++) {
+    const float factor = run_.level.vector.sigmoid_dot(line(step.x, row), step.weight.data(), cols);
+    run_.level.vector.scale(line(step.y, row), factor, line_width(step.out), line(step.out, row));
+  }
 }
 
 void Worker::compute(const QuantizeStep& step, Range rows) {
@@ -56,7 +105,7 @@ void Worker::compute(const QuantizeStep& step, Range rows) {
                                to + static_cast<size_t>(i) * bytes);
 }
 
-// The best experts first, ties to the lower id; their weights are divided by their sum, added in that order.
+// The best experts first, ties to the lower id; the sum of their weights is added in that order.
 void Worker::compute(const ChooseStep& step, Range rows) {
   float* probabilities = reinterpret_cast<float*>(run_.workspace.scratch(thread_));
   for (int row = rows.begin; row < rows.end; row++) {
@@ -72,7 +121,7 @@ void Worker::compute(const ChooseStep& step, Range rows) {
       sum += probabilities[best];
       probabilities[best] = -1.0f;
     }
-    for (int rank = 0; rank < step.used; rank++) weights[rank] /= sum;
+    for (int rank = 0; step.normalized && rank < step.used; rank++) weights[rank] /= sum;
   }
 }
 

@@ -1,4 +1,5 @@
-// Paged KV memory of a stage: for each layer, pieces of 16 positions of one KV head (attention_ops.h), by block id.
+// Paged KV memory of a stage: for each layer, pieces of 16 positions of one KV head (attention_ops.h), by block id of
+// the layer's group.
 #pragma once
 
 #include <vector>
@@ -12,6 +13,7 @@ struct KvShape {
   int kv_heads;
   int head_dim;
   KvType type;
+  bool windowed = false;  // in the group of layers whose memory is given up behind their windows
 };
 
 // Bytes that one block costs in a layer of this shape.
@@ -20,7 +22,7 @@ size_t kv_block_bytes(const KvShape& shape);
 class KvCache {
  public:
   KvCache() = default;
-  KvCache(const std::vector<KvShape>& layers, int blocks);
+  KvCache(const std::vector<KvShape>& layers, int blocks, int window_blocks);
 
   // The piece of KV head 0 in block 0; heads lie one after another, then comes the next block.
   uint8_t* layer(int index) const;

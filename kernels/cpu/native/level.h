@@ -6,6 +6,7 @@
 
 #include "attention_ops.h"
 #include "matmul_ops.h"
+#include "quantize_ops.h"
 #include "sampler_ops.h"
 #include "vector_ops.h"
 
@@ -17,6 +18,7 @@ struct Level {
   VectorOps vector;
   AttentionOps attention;
   SamplerOps sampler;
+  QuantizeOps quantize;
 };
 
 }  // namespace llamaclust

@@ -12,9 +12,10 @@
   extern const VectorOps vector_ops;       \
   extern const AttentionOps attention_ops; \
   extern const SamplerOps sampler_ops;     \
+  extern const QuantizeOps quantize_ops;   \
   }
 #define LEVEL(name) \
-  Level { #name, name::matmul_ops, name::vector_ops, name::attention_ops, name::sampler_ops }
+  Level { #name, name::matmul_ops, name::vector_ops, name::attention_ops, name::sampler_ops, name::quantize_ops }
 
 LLAMACLUST_LEVELS(DECLARE)
 

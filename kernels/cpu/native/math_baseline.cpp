@@ -25,7 +25,22 @@ constexpr double kCosine[] = {0x1.555555555554bp-5,   -0x1.6c16c16c1500ap-10, 0x
 constexpr double kArtanh[] = {1.0 / 3,  1.0 / 5,  1.0 / 7,  1.0 / 9,  1.0 / 11,
                               1.0 / 13, 1.0 / 15, 1.0 / 17, 1.0 / 19, 1.0 / 21};
 
+// e^r, Taylor; |r| <= 0.3466 leaves 1e-17.
+constexpr double kExponential[] = {1.0,          1.0,           1.0 / 2,        1.0 / 6,         1.0 / 24,
+                                   1.0 / 120,    1.0 / 720,     1.0 / 5040,     1.0 / 40320,     1.0 / 362880,
+                                   1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800};
+
 }  // namespace
+
+double exp_double(double x) {
+  if (x != x) return x;
+  if (x > 710) return std::numeric_limits<double>::infinity();
+  if (x < -746) return 0;
+  const double shift = 0x1.8p52;
+  const double n = (x * 0x1.71547652b82fep+0 + shift) - shift;  // x / ln 2, to nearest
+  const double r = std::fma(-n, 0x1.ef35793c7673p-45, std::fma(-n, 0x1.62e42fefa38p-1, x));
+  return std::ldexp(polynomial(kExponential, r), static_cast<int>(n));
+}
 
 double log_double(double x) {
   if (x == 0) return -std::numeric_limits<double>::infinity();

@@ -7,6 +7,9 @@ namespace llamaclust {
 // Natural logarithm, error below 1e-15 relative or absolute; -infinity of 0, NaN of what is negative.
 double log_double(double x);
 
+// e^x, error below 1e-15 relative; 0 below -746, infinity above 710, NaN of NaN.
+double exp_double(double x);
+
 // Error below 1e-15 for |angle| <= 4e6 radians, NaN beyond (and for NaN).
 void sincos_double(double angle, double* sine, double* cosine);
 

@@ -7,6 +7,8 @@
 #include <optional>
 
 #include "math_baseline.h"
+#include "sampler_chain.h"
+#include "sampler_penalties.h"
 #include "sampler_random.h"
 #include "sampler_ranking.h"
 
@@ -27,26 +29,6 @@ std::optional<int32_t> foreign_token(const RowTask& task, int vocabulary) {
   return std::nullopt;
 }
 
-bool penalizes(const Choice& c) {
-  return !c.history.empty() && (c.repetition_penalty != 1 || c.frequency_penalty != 0 || c.presence_penalty != 0);
-}
-
-// What cannot be ordered or subtracted becomes the nearest thing that can.
-float orderly(float logit) { return logit != logit ? -kLargest : std::min(logit, kLargest); }
-
-void penalize(const Choice& c, float* logits) {
-  std::vector<int32_t> seen(c.history);
-  std::sort(seen.begin(), seen.end());
-  for (size_t i = 0; i < seen.size();) {
-    size_t end = i;
-    while (end < seen.size() && seen[end] == seen[i]) end++;
-    float& logit = logits[seen[i]];
-    logit = logit <= 0 ? logit * c.repetition_penalty : logit / c.repetition_penalty;
-    logit = orderly(logit - (static_cast<float>(end - i) * c.frequency_penalty + c.presence_penalty));
-    i = end;
-  }
-}
-
 // How many of the best candidates top-k, top-p and min-p keep; the vocabulary's size where they keep all.
 int kept_candidates(Ranking& ranking, const Choice& c) {
   const int limit = c.top_k > 0 ? std::min(c.top_k, ranking.size()) : ranking.size();
@@ -62,11 +44,6 @@ int kept_candidates(Ranking& ranking, const Choice& c) {
     if (static_cast<double>(sum) >= nucleus) return i + 1;
   }
   return limit;
-}
-
-// The high 64 bits of the product: uniform over [0, bound) for uniform bits.
-int64_t scaled(uint64_t bits, int64_t bound) {
-  return static_cast<int64_t>(static_cast<unsigned __int128>(bits) * static_cast<uint64_t>(bound) >> 64);
 }
 
 int draw(Ranking& ranking, const Choice& c) {
@@ -124,6 +101,23 @@ const float* Sampler::adjusted(const float* logits, const Choice& c, Scratch& sc
   return scratch.data();
 }
 
+// The chosen token; -1 where every one is suppressed.
+int32_t Sampler::plain(Ranking& raw, const float* logits, const Choice& c, Scratch& scratch) const {
+  const float* values = adjusted(logits, c, scratch);
+  std::optional<Ranking> changed;
+  Ranking& ranking = values == logits ? raw : changed.emplace(ops_, values, vocabulary_);
+  return ranking.maximum() == -kInfinity ? -1 : choose(ranking, c);
+}
+
+// Likewise by all steps of a chain; *mu is set where Mirostat chose.
+int32_t Sampler::chained(const float* logits, const Choice& c, Scratch& scratch, double* mu) const {
+  scratch.assign(logits, logits + vocabulary_);
+  for (const auto& [id, bias] : c.logit_bias) scratch[id] = orderly(scratch[id] + bias);
+  for (int32_t id : c.suppressed) scratch[id] = -kInfinity;
+  if (*std::max_element(scratch.begin(), scratch.end()) == -kInfinity) return -1;
+  return ChainRun(ops_, scratch.data(), vocabulary_, c).choose(mu);
+}
+
 RowOutcome Sampler::run_row(const float* logits, const RowTask& task, Scratch& scratch) const {
   if (const auto id = foreign_token(task, vocabulary_))
     return failed("token " + std::to_string(*id) + " is outside the vocabulary of " + std::to_string(vocabulary_));
@@ -133,11 +127,9 @@ RowOutcome Sampler::run_row(const float* logits, const RowTask& task, Scratch& s
   RowOutcome outcome;
   outcome.token = task.token;
   if (!task.scored) {
-    const float* values = adjusted(logits, task.choice, scratch);
-    std::optional<Ranking> changed;
-    Ranking& ranking = values == logits ? raw : changed.emplace(ops_, values, vocabulary_);
-    if (ranking.maximum() == -kInfinity) return failed("every token is suppressed");
-    outcome.token = choose(ranking, task.choice);
+    outcome.token = task.choice.chain ? chained(logits, task.choice, scratch, &outcome.mu)
+                                      : plain(raw, logits, task.choice, scratch);
+    if (outcome.token < 0) return failed("every token is suppressed");
   }
   const Logprobs logprobs(raw.maximum(), total);
   outcome.logprob = logprobs.of(logits[outcome.token]);

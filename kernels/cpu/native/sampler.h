@@ -2,16 +2,41 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
+#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "sampler_ops.h"
+#include "sampler_ranking.h"
 #include "thread_pool.h"
 
 namespace llamaclust {
 
 using TokenValue = std::pair<int32_t, float>;
+using Breakers = std::vector<std::vector<int32_t>>;
+
+// The number of a step, as in wire/sampler_chain.py.
+enum class Step : int32_t {
+  kPenalties, kDry, kTopNSigma, kTopK, kTailFree, kTypical, kTopP, kMinP, kXtc, kTemperature, kCount
+};
+
+// As SamplerChain in wire/sampler_chain.py, and what a SampleTask says for it.
+struct Chain {
+  std::vector<int32_t> order;
+  double top_n_sigma, tfs_z, typical_p;
+  double xtc_probability, xtc_threshold;
+  double dynatemp_range, dynatemp_exponent;
+  double dry_multiplier, dry_base;
+  int32_t dry_allowed_length;
+  int32_t mirostat;
+  double mirostat_tau, mirostat_eta;
+  std::vector<int32_t> unpenalized;
+  int32_t penalty_window, dry_window;  // newest tokens of the history; negative: all
+  Breakers breakers;
+  double mu;
+};
 
 // As SamplingParams and SampleTask in wire/messages.py.
 struct Choice {
@@ -28,6 +53,7 @@ struct Choice {
   uint32_t position;
   std::vector<int32_t> history;
   std::vector<int32_t> suppressed;
+  std::shared_ptr<const Chain> chain;  // may be null: the plain samplers in their order
 };
 
 struct RowTask {
@@ -42,6 +68,7 @@ struct RowOutcome {
   float logprob = 0;
   std::vector<TokenValue> top_logprobs;
   std::string failure;  // empty: none
+  double mu = std::numeric_limits<double>::quiet_NaN();  // of Mirostat, where it chose
 };
 
 class Sampler {
@@ -58,6 +85,8 @@ class Sampler {
   using Scratch = std::vector<float>;  // [vocabulary] logits after bias, penalties and suppression
 
   RowOutcome run_row(const float* logits, const RowTask& task, Scratch& scratch) const;
+  int32_t plain(Ranking& raw, const float* logits, const Choice& choice, Scratch& scratch) const;
+  int32_t chained(const float* logits, const Choice& choice, Scratch& scratch, double* mu) const;
   const float* adjusted(const float* logits, const Choice& choice, Scratch& scratch) const;
 
   SamplerOps ops_;

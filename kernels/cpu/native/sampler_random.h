@@ -21,10 +21,16 @@ inline PhiloxCounter philox(PhiloxCounter c, PhiloxKey k) {
   return c;
 }
 
-// 64 random bits of the token at `position` of one of a request's choices.
-inline uint64_t random_bits(uint64_t seed, uint32_t choice, uint32_t position) {
-  const PhiloxCounter r = philox({position, choice, 0, 0}, {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)});
+// 64 random bits of the token at `position` of one of a request's choices. `purpose`: 0 chooses it, 1 is for XTC.
+inline uint64_t random_bits(uint64_t seed, uint32_t choice, uint32_t position, uint32_t purpose = 0) {
+  const PhiloxKey key = {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)};
+  const PhiloxCounter r = philox({position, choice, purpose, 0}, key);
   return uint64_t{r[1]} << 32 | r[0];
+}
+
+// The high 64 bits of the product: uniform over [0, bound) for uniform bits.
+inline int64_t scaled(uint64_t bits, int64_t bound) {
+  return static_cast<int64_t>(static_cast<unsigned __int128>(bits) * static_cast<uint64_t>(bound) >> 64);
 }
 
 }  // namespace llamaclust

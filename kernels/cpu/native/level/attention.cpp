@@ -45,6 +45,32 @@ void score_queries(const SpanTask& task, int query, const Units<Kv>& units) {
   for (; block < end; block++) score_tile<Kv, R, 1>(task, queries, block, units);
 }
 
+// Puts the soft cap on the scores of R queries, those that nobody sees among them.
+template <typename Kv, int R>
+void cap_scores(const SpanTask& task, const Units<Kv>& units) {
+  const F32x16 cap = broadcast(task.soft_cap);
+  for (int r = 0; r < R; r++)
+    for (int block = units.begin; block < units.begin + units.blocks; block++) {
+      float* scores = task.scores + r * kSpanTokens + block * kKvBlockTokens;
+      store(scores, soft_cap(load(scores), cap));
+    }
+}
+
+// Adds slope * (position - query's position) to the scores of R queries. Both factors are exact.
+template <typename Kv, int R>
+void bias_scores(const SpanTask& task, int query, const Units<Kv>& units) {
+  alignas(64) static const float kLanes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const F32x16 lanes = load(kLanes);
+  for (int r = 0; r < R; r++) {
+    const F32x16 slope = broadcast(task.slopes[query + r]);
+    for (int block = units.begin; block < units.begin + units.blocks; block++) {
+      const int ahead = block * kKvBlockTokens - task.positions[query + r];
+      float* scores = task.scores + r * kSpanTokens + block * kKvBlockTokens;
+      store(scores, fma(slope, add(lanes, broadcast(static_cast<float>(ahead))), load(scores)));
+    }
+  }
+}
+
 // The sixteen lanes from position `i`, those outside [first_position, end) replaced.
 INLINE F32x16 seen(F32x16 x, int i, int first_position, int end, F32x16 other) {
   const int before = first_position - i, until = end - i;
@@ -176,6 +202,8 @@ void value_queries(const SpanTask& task, int query, float* values, const Units<K
 template <typename Kv, int R>
 void span_queries(const SpanTask& task, int query, const SpanSums& sums, const Units<Kv>& units) {
   score_queries<Kv, R>(task, query, units);
+  if (task.soft_cap > 0) cap_scores<Kv, R>(task, units);
+  if (task.slopes != nullptr) bias_scores<Kv, R>(task, query, units);
   weigh_queries<Kv, R>(task, query, sums, units);
   value_queries<Kv, R>(task, query, sums.values, units);
 }

@@ -17,22 +17,46 @@ inline __attribute__((always_inline)) void each_lanes(int n, F f) {
         [rest](float* p, F32x16 x) { store_first(rest, p, x); });
 }
 
-// Element i is added to lane i % 64 by `accumulate`; then halves are added: 32 + 32, 16 + 16, ... 1 + 1.
+// Element i is added to lane i % 64 by `accumulate(lanes, i, load)`, sixteen at a time; then halves are added: 32 + 32,
+// 16 + 16, ... 1 + 1. Missing lanes of the last piece are read as zero.
 template <typename Accumulate>
-inline __attribute__((always_inline)) float sum_interleaved(const float* x, int n, Accumulate accumulate) {
+inline __attribute__((always_inline)) float sum_interleaved(int n, Accumulate accumulate) {
   F32x16 lanes[4] = {zero(), zero(), zero(), zero()};
+  const auto whole = [](const float* p) { return load(p); };
   int i = 0;
   for (; i + 64 <= n; i += 64)
-    for (int k = 0; k < 4; k++) lanes[k] = accumulate(lanes[k], load(x + i + 16 * k));
-  for (int k = 0; i < n; i += 16, k++)
-    lanes[k] = accumulate(lanes[k], n - i < 16 ? load_first(n - i, x + i) : load(x + i));
+    for (int k = 0; k < 4; k++) lanes[k] = accumulate(lanes[k], i + 16 * k, whole);
+  for (int k = 0; i < n; i += 16, k++) {
+    const int rest = n - i;
+    if (rest < 16)
+      lanes[k] = accumulate(lanes[k], i, [rest](const float* p) { return load_first(rest, p); });
+    else
+      lanes[k] = accumulate(lanes[k], i, whole);
+  }
   return sum_tree(add(add(lanes[0], lanes[2]), add(lanes[1], lanes[3])));
 }
 
 void rms_norm(const float* x, const float* weight, float epsilon, int n, float* out) {
-  const float squares = sum_interleaved(x, n, [](F32x16 sum, F32x16 v) { return fma(v, v, sum); });
+  const float squares = sum_interleaved(n, [x](F32x16 sum, int i, auto read) {
+    const F32x16 v = read(x + i);
+    return fma(v, v, sum);
+  });
   const F32x16 scale = broadcast(1.0f / __builtin_sqrtf(squares / static_cast<float>(n) + epsilon));
   each_lanes(n, [&](int i, auto read, auto write) { write(out + i, mul(mul(read(x + i), scale), read(weight + i))); });
+}
+
+void layer_norm(const float* x, const float* weight, const float* bias, float epsilon, int n, float* out) {
+  const float sum = sum_interleaved(n, [x](F32x16 total, int i, auto read) { return add(total, read(x + i)); });
+  const F32x16 mean = broadcast(sum / static_cast<float>(n));
+  each_lanes(n, [&](int i, auto read, auto write) { write(out + i, sub(read(x + i), mean)); });
+  const float squares = sum_interleaved(n, [out](F32x16 total, int i, auto read) {
+    const F32x16 v = read(out + i);
+    return fma(v, v, total);
+  });
+  const F32x16 scale = broadcast(1.0f / __builtin_sqrtf(squares / static_cast<float>(n) + epsilon));
+  each_lanes(n, [&](int i, auto read, auto write) {
+    write(out + i, fma(mul(read(out + i), scale), read(weight + i), read(bias + i)));
+  });
 }
 
 void rope(const float* x, const float* rotation, int pairs, int head_dim, RopeStyle style, float* out) {
@@ -51,8 +75,37 @@ void silu_mul(const float* gate, const float* up, int n, float* out) {
   each_lanes(n, [&](int i, auto read, auto write) { write(out + i, mul(silu(read(gate + i)), read(up + i))); });
 }
 
+void gelu(const float* x, GeluKind kind, int n, float* out) {
+  if (kind == GeluKind::Tanh)
+    each_lanes(n, [&](int i, auto read, auto write) { write(out + i, gelu_tanh(read(x + i))); });
+  else
+    each_lanes(n, [&](int i, auto read, auto write) { write(out + i, gelu_erf(read(x + i))); });
+}
+
 void add_rows(const float* x, const float* y, int n, float* out) {
   each_lanes(n, [&](int i, auto read, auto write) { write(out + i, add(read(x + i), read(y + i))); });
+}
+
+void mul_rows(const float* x, const float* y, int n, float* out) {
+  each_lanes(n, [&](int i, auto read, auto write) { write(out + i, mul(read(x + i), read(y + i))); });
+}
+
+void scale_row(const float* x, float factor, int n, float* out) {
+  const F32x16 by = broadcast(factor);
+  each_lanes(n, [&](int i, auto read, auto write) { write(out + i, mul(read(x + i), by)); });
+}
+
+void soft_cap_row(const float* x, float cap, int n, float* out) {
+  const F32x16 limit = broadcast(cap);
+  each_lanes(n, [&](int i, auto read, auto write) { write(out + i, soft_cap(read(x + i), limit)); });
+}
+
+float sigmoid_dot(const float* x, const float* y, int n) {
+  alignas(64) float out[16];
+  const float sum = sum_interleaved(
+      n, [x, y](F32x16 total, int i, auto read) { return fma(read(x + i), read(y + i), total); });
+  store(out, div(broadcast(1.0f), add(broadcast(1.0f), exp(broadcast(-sum)))));
+  return out[0];
 }
 
 void add_scaled(const float* x, float scale, int n, float* out) {
@@ -65,13 +118,14 @@ void softmax(float* x, int n) {
   for (int i = 1; i < n; i++) maximum = maximum > x[i] ? maximum : x[i];
   const F32x16 shift = broadcast(maximum);
   each_lanes(n, [&](int i, auto read, auto write) { write(x + i, exp(sub(read(x + i), shift))); });
-  const F32x16 sum = broadcast(sum_interleaved(x, n, [](F32x16 total, F32x16 v) { return add(total, v); }));
+  const F32x16 sum = broadcast(sum_interleaved(n, [x](F32x16 total, int i, auto read) { return add(total, read(x + i)); }));
   each_lanes(n, [&](int i, auto read, auto write) { write(x + i, div(read(x + i), sum)); });
 }
 
 }  // namespace
 
 extern const VectorOps vector_ops;
-const VectorOps vector_ops = {rms_norm, rope, silu_mul, add_rows, add_scaled, softmax};
+const VectorOps vector_ops = {rms_norm, layer_norm, rope,         silu_mul,    gelu,       add_rows,
+                              mul_rows, scale_row,  soft_cap_row, sigmoid_dot, add_scaled, softmax};
 
 }  // namespace llamaclust::LLAMACLUST_LEVEL

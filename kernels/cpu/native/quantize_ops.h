@@ -1,0 +1,24 @@
+// Weights into the blocks of a model file, the part of a level that is compiled per instruction set. Every result is a
+// fixed list of IEEE operations, so all levels write the same bytes.
+#pragma once
+
+#include <cstdint>
+
+#include "matmul_ops.h"
+
+namespace llamaclust {
+
+struct NearPoints;
+
+struct QuantizeOps {
+  // Columns in a block of that type, 0 where there is no quantizer for it.
+  int (*block_cols)(QuantType type);
+  // How much an error at each of n weights of one row matters: w = importance * sqrt(mean(x^2) + x^2). `importance` is
+  // [n] or null, for ones.
+  void (*weigh)(const float* x, const float* importance, int n, float* w);
+  // x [count], whole blocks, finite and no larger than 65504, and weights w -> blocks. `near`: what points of the
+  // type's grid lie near, null where it has none.
+  void (*quantize)(QuantType type, const NearPoints* near, const float* x, const float* w, int64_t count, uint8_t* out);
+};
+
+}  // namespace llamaclust

@@ -1,0 +1,70 @@
+"""Weights into the blocks of a model file. Each row by itself: the bytes do not depend on how rows are cut into chunks,
+on threads, or on the feature level."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llamaclust.kernels.backend import Float32
+from llamaclust.kernels.cpu import _native
+from llamaclust.kernels.cpu.weights import SUPPORTED_TYPES
+from llamaclust.model.quant_types import QuantType
+
+QUANTIZED_TYPES = SUPPORTED_TYPES
+"""What weights can be turned into, and be taken from."""
+
+MOST_SCALED = 65504.0
+"""The largest half: no block scale is larger, so no weight can be."""
+
+_LEAST_IMPORTANCE = 1e-6
+
+
+def to_floats(quant_type: QuantType, data: bytearray, width: int) -> Float32:
+    """Whole rows as a model file holds them -> float32 [rows, width]."""
+    match quant_type:
+        case QuantType.F32:
+            flat = np.frombuffer(data, np.float32)
+        case QuantType.F16:
+            flat = np.frombuffer(data, np.float16).astype(np.float32)
+        case QuantType.BF16:
+            flat = (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32)
+        case _:
+            rows = len(data) // quant_type.info.row_bytes(width)
+            matrix = _native.PackedMatrix(int(quant_type), rows, width)
+            matrix.pack_rows(0, np.frombuffer(data, np.uint8))
+            return _native.dequantize("", matrix)
+    floats: Float32 = flat.reshape(-1, width)
+    return floats
+
+
+def most_of(quant_type: QuantType) -> float:
+    """No weight of a type may be larger."""
+    return float(np.finfo(np.float32).max) if quant_type in (QuantType.F32, QuantType.BF16) else MOST_SCALED
+
+
+def quantize(
+    quant_type: QuantType, x: Float32, importance: Float32 | None, feature_level: str = ""
+) -> NDArray[np.uint8]:
+    """Weights [rows, width], none beyond `most_of` the type, -> bytes [rows, row bytes]. `importance` [width] says how
+    much an error in a column matters: positive, its mean is 1."""
+    match quant_type:
+        case QuantType.F32:
+            return x.view(np.uint8)
+        case QuantType.F16:
+            return x.astype(np.float16).view(np.uint8)
+        case QuantType.BF16:
+            bits = x.view(np.uint32)
+            return ((bits + (np.uint32(0x7FFF) + (bits >> 16 & 1))) >> 16).astype(np.uint16).view(np.uint8)
+    out = np.empty((len(x), quant_type.info.row_bytes(x.shape[1])), np.uint8)
+    _native.quantize_rows(feature_level, int(quant_type), x, importance, out)
+    return out
+
+
+def as_importance(means: Float32) -> Float32:
+    """Mean squares of inputs [columns] as `quantize` takes them: 1 in the mean, and nowhere quite nothing."""
+    mean = float(means.mean(dtype=np.float64))
+    if mean <= 0:
+        return np.ones_like(means)
+    relative: Float32 = np.maximum(means / np.float32(mean), np.float32(_LEAST_IMPORTANCE))
+    return relative

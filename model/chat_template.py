@@ -11,15 +11,15 @@ from types import TracebackType
 from typing import Any, Final
 
 from llamaclust.errors import DeadlineError, ModelFileError, RequestError
+from llamaclust.model.chat_template_choice import built_in, suggested_template
 from llamaclust.model.template_frames import frame_of
 from llamaclust.model.template_process import NotInTime, ProcessKilled, RenderingStopped, TemplateProcess
 from llamaclust.model.tokenizer import Tokenizer
 
-CHATML: Final = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+_NO_TEMPLATE: Final = (
+    "the model carries no chat template, and its name tells none: choose one with chat_template or --chat-template, or "
+    "send the prompt as text to /v1/completions instead"
 )
-_NO_TEMPLATE: Final = "the model carries no chat template; send the prompt as text to /v1/completions instead"
 _MAX_REPLY_SHARE: Final = 6
 """JSON may write one byte of text as six."""
 
@@ -170,17 +170,24 @@ class ChatTemplate:
 
 
 def load_chat_template(
-    metadata: Mapping[str, Any], tokenizer: Tokenizer, limits: TemplateLimits | None = None
+    metadata: Mapping[str, Any],
+    tokenizer: Tokenizer,
+    limits: TemplateLimits | None = None,
+    chosen: str | None = None,
 ) -> ChatTemplate:
-    """The template of a GGUF file; ChatML for a vocabulary that has its marks and a file that has no template.
+    """The template of a GGUF file, in its place the text that a user chose, without one that which vocabulary or name
+    suggest.
 
     ModelFileError where the field is not text. A model without a template refuses each render.
     """
     source = metadata.get("tokenizer.chat_template")
     if source is not None and not isinstance(source, str):
         raise ModelFileError("tokenizer.chat_template is not text")
-    if not source:
-        source = CHATML if tokenizer.token_id("<|im_start|>") is not None else None
+    if chosen is not None:
+        source = chosen
+    elif not source:
+        name = suggested_template(metadata, tokenizer)
+        source = None if name is None else built_in(name)
     return ChatTemplate(source, _text(tokenizer, tokenizer.bos_id), _text(tokenizer, tokenizer.eos_id), limits)
 
 

@@ -15,7 +15,7 @@ from llamaclust.model.gguf_header import Header, read_header
 from llamaclust.model.gguf_values import LazyStrings, MetadataValue, fail_at, kind_of, shown
 from llamaclust.model.tensors import Tensor
 
-_PART_NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
+PART_NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,11 +113,12 @@ def open_model(path: Path | str) -> ModelFile:
 
 def _other_parts(first: Header) -> list[Header]:
     """Headers of parts 2..N, each checked to be the part that its name and the first one say."""
-    count = _split_number(first, "split.count", default=1, minimum=1)
-    name = _PART_NAME.fullmatch(first.path.name)
-    if count == 1:
+    count = _split_number(first, "split.count", default=1, minimum=0)
+    name = PART_NAME.fullmatch(first.path.name)
+    if count <= 1:  # llama-gguf-split leaves 0 in a file that it merged
         if name and int(name["count"]) > 1:
-            raise fail_at(first.path, "split.count", f"missing, but the name says {name['count']} parts", _RENAME)
+            said = count if "split.count" in first.metadata else "missing"
+            raise fail_at(first.path, "split.count", f"{said}, but the name says {name['count']} parts", _RENAME)
         return []
     if not name or int(name["count"]) != count:
         wanted = f"-00001-of-{count:05}.gguf"

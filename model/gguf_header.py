@@ -81,6 +81,22 @@ def read_header(path: Path) -> Header:
     return Header(path, identity, metadata, tensors, digest)
 
 
+def raw_metadata(path: Path) -> dict[str, bytes]:
+    """Every key's type and value as they stand in the file, for a copy that keeps them. Errors as for `read_header`."""
+    with open_regular(path) as descriptor:
+        cursor = HeaderCursor(descriptor, path, FileIdentity.of(descriptor).size_bytes)
+        key_count, _ = _read_start(cursor)
+        return dict(_read_raw(cursor) for _ in range(key_count))
+
+
+def _read_raw(cursor: HeaderCursor) -> tuple[str, bytes]:
+    key = cursor.string(_MAX_KEY_BYTES)
+    start = cursor.position
+    _ValueReader(cursor).read(key)
+    with cursor.consumed as consumed:
+        return key, bytes(consumed[start:])
+
+
 def _read_start(cursor: HeaderCursor) -> tuple[int, int]:
     if cursor.remaining_bytes < 24 or cursor.take(4) != MAGIC:
         raise cursor.error("not a GGUF file", "give the path of a .gguf file")

@@ -22,6 +22,7 @@ class RopeScaling(StrEnum):
 
     NONE = "none"
     LINEAR = "linear"
+    LONGROPE = "longrope"  # linear, beside factors that are tensors
     YARN = "yarn"
 
 
@@ -55,7 +56,7 @@ class Hyperparameters:
     head_count: int
     head_count_kv: int
     key_length: int
-    rms_epsilon: float
+    rms_epsilon: float | None  # None where norms have a mean, whose key is another
     rope: RopeParameters
     expert_count: int
     expert_used_count: int
@@ -82,7 +83,7 @@ def read_architecture(model: ModelFile) -> str:
 def read_hyperparameters(model: ModelFile) -> Hyperparameters:
     """Reads `{architecture}.*`; ModelFileError naming the key that is missing, out of bounds or contradicts another."""
     architecture = read_architecture(model)
-    keys = _Keys(model, architecture)
+    keys = ModelKeys(model, architecture)
     embedding_length = keys.count("embedding_length", maximum=_MAX_WIDTH)
     head_count = keys.count("attention.head_count", maximum=1 << 14)
     head_count_kv = keys.count("attention.head_count_kv", head_count, maximum=head_count)
@@ -101,7 +102,7 @@ def read_hyperparameters(model: ModelFile) -> Hyperparameters:
         head_count=head_count,
         head_count_kv=head_count_kv,
         key_length=key_length,
-        rms_epsilon=keys.real("attention.layer_norm_rms_epsilon", minimum=1e-12, maximum=0.1),
+        rms_epsilon=_read_rms_epsilon(keys),
         rope=_read_rope(keys, key_length, context_length),
         expert_count=expert_count,
         expert_used_count=_read_used_experts(keys, expert_count),
@@ -112,8 +113,8 @@ def read_hyperparameters(model: ModelFile) -> Hyperparameters:
 
 
 @dataclass(frozen=True, slots=True)
-class _Keys:
-    """Reads a model's own keys, given without the architecture's name."""
+class ModelKeys:
+    """Reads a model's own keys, given without the architecture's name; pages read those that only they know."""
 
     model: ModelFile
     architecture: str
@@ -142,8 +143,20 @@ class _Keys:
     def real(self, key: str, default: float | None = None, *, minimum: float, maximum: float) -> float:
         return self.model.metadata_float(self.full(key), default, minimum=minimum, maximum=maximum)
 
+    def windowed_layers(self, layers: int, default_period: int) -> list[bool]:
+        """Which layers have the sliding window: `attention.sliding_window_pattern` says so for each, or is a period
+        whose last layer has none (0: all have it)."""
+        key = "attention.sliding_window_pattern"
+        value: Any = self.model.metadata.get(self.full(key))
+        if isinstance(value, np.ndarray) and value.dtype.kind in "biu":
+            if len(value) < layers:
+                raise self.error(key, f"{len(value)} numbers for {layers} layers")
+            return [bool(flag) for flag in value[:layers]]
+        period = self.model.metadata_int(self.full(key), default_period, minimum=0, maximum=1 << 10)
+        return [period == 0 or layer % period < period - 1 for layer in range(layers)]
 
-def _read_key_length(keys: _Keys, embedding_length: int, head_count: int) -> int:
+
+def _read_key_length(keys: ModelKeys, embedding_length: int, head_count: int) -> int:
     key_length = keys.count("attention.key_length", embedding_length // head_count, maximum=1 << 12)
     if not keys.has("attention.key_length") and embedding_length % head_count:
         raise keys.error("attention.head_count", f"{head_count}, which does not divide a width of {embedding_length}")
@@ -153,13 +166,20 @@ def _read_key_length(keys: _Keys, embedding_length: int, head_count: int) -> int
     return key_length
 
 
-def _read_used_experts(keys: _Keys, expert_count: int) -> int:
+def _read_rms_epsilon(keys: ModelKeys) -> float | None:
+    key = "attention.layer_norm_rms_epsilon"
+    if not keys.has(key) and keys.has("attention.layer_norm_epsilon"):
+        return None
+    return keys.real(key, minimum=1e-12, maximum=0.1)
+
+
+def _read_used_experts(keys: ModelKeys, expert_count: int) -> int:
     if expert_count == 0:
         return keys.count("expert_used_count", 0, minimum=0, maximum=0)
     return keys.count("expert_used_count", maximum=min(expert_count, _MAX_USED_EXPERTS))
 
 
-def _read_vocabulary_size(model: ModelFile, keys: _Keys) -> int:
+def _read_vocabulary_size(model: ModelFile, keys: ModelKeys) -> int:
     if "tokenizer.ggml.tokens" not in model.metadata:
         return keys.count("vocab_size", maximum=1 << 24)
     words = len(model.metadata_strings("tokenizer.ggml.tokens"))
@@ -168,7 +188,7 @@ def _read_vocabulary_size(model: ModelFile, keys: _Keys) -> int:
     return words
 
 
-def _read_rope(keys: _Keys, key_length: int, context_length: int) -> RopeParameters:
+def _read_rope(keys: ModelKeys, key_length: int, context_length: int) -> RopeParameters:
     dimension_count = keys.count("rope.dimension_count", key_length, maximum=key_length)
     if dimension_count % 2:
         raise keys.error("rope.dimension_count", f"{dimension_count}, an even number expected")
@@ -189,13 +209,13 @@ def _read_rope(keys: _Keys, key_length: int, context_length: int) -> RopeParamet
     )
 
 
-def _read_factor(keys: _Keys) -> float:
+def _read_factor(keys: ModelKeys) -> float:
     """The stretch of positions; older files call it `rope.scale_linear`, and 0 stands for none."""
     key = "rope.scaling.factor" if keys.has("rope.scaling.factor") else "rope.scale_linear"
     return keys.real(key, 1.0, minimum=0.0, maximum=1e6) or 1.0
 
 
-def _read_scaling(keys: _Keys, factor: float) -> RopeScaling:
+def _read_scaling(keys: ModelKeys, factor: float) -> RopeScaling:
     """The named scaling; a factor without a name is linear, as in llama.cpp."""
     name = keys.model.metadata_str(keys.full("rope.scaling.type"), "none" if factor == 1.0 else "linear")
     if name not in set(RopeScaling):

@@ -12,12 +12,13 @@ from typing import Self
 
 from llamaclust.errors import ModelFileError
 from llamaclust.model.architectures import build_program, check_architecture
-from llamaclust.model.architectures.layers import ROPE_FACTORS
+from llamaclust.model.architectures.layers import FACTOR_TENSORS
 from llamaclust.model.chat_template import ChatTemplate, load_chat_template
+from llamaclust.model.chat_template_choice import chosen_template
 from llamaclust.model.gguf import ModelFile, open_model
 from llamaclust.model.gguf_values import shown
 from llamaclust.model.hyperparameters import Hyperparameters, read_hyperparameters
-from llamaclust.model.program import Embed, KvType, MatMul, Moe, Program, SelectRows, Step
+from llamaclust.model.program import AddPosition, Embed, KvType, MatMul, Moe, Program, SelectRows, Step
 from llamaclust.model.quant_types import ActivationFormat
 from llamaclust.model.tensors import Tensor
 from llamaclust.model.tokenizer import Tokenizer, load_tokenizer
@@ -40,6 +41,7 @@ class LayerCost:
     idle_bytes: int = 0
     float_macs_per_token: int = 0
     used_file_bytes: int = 0
+    window: int | None = None  # of its attention
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,22 +56,29 @@ class ModelCosts:
     head_file_bytes: int = 0
     hidden_bytes: int = 0  # of one token, as it goes from stage to stage
 
+    @property
+    def window(self) -> int | None:
+        """The largest one of its layers, if any has one."""
+        return max((layer.window for layer in self.layers if layer.window is not None), default=None)
+
 
 class Model:
     """An opened model file whose every tensor is known to the program of its architecture."""
 
-    def __init__(self, file: ModelFile) -> None:
+    def __init__(self, file: ModelFile, chat_template: str | None = None) -> None:
         """ModelFileError where the file is no model of an architecture that is supported."""
         check_architecture(file)
         self.file = file
+        self._chosen_template = None if chat_template is None else chosen_template(chat_template)
         self.hyperparameters: Hyperparameters = read_hyperparameters(file)
         self._whole = self.program(0, self.layer_count)
         self._refuse_unknown_tensors()
 
     @classmethod
-    def open(cls, path: Path | str) -> Model:
-        """Reads headers only. ModelFileError as for `open_model`, and for parts that do not fit together."""
-        return cls(open_model(path))
+    def open(cls, path: Path | str, chat_template: str | None = None) -> Model:
+        """Reads headers only. ModelFileError as for `open_model`, and for parts that do not fit together.
+        `chat_template` is the name of one or a file, to take instead of the model's; UsageError where there is none."""
+        return cls(open_model(path), chat_template)
 
     def __enter__(self) -> Self:
         return self
@@ -86,16 +95,22 @@ class Model:
     def layer_count(self) -> int:
         return self.hyperparameters.block_count
 
-    def program(self, start: int, end: int, kv_type: KvType = KvType.F16) -> Program:
-        """The program of layers [start, end)."""
-        return build_program(self.file, start, end, kv_type)
+    def program(self, start: int, end: int, kv_type: KvType = KvType.F16, context_tokens: int | None = None) -> Program:
+        """The program of layers [start, end), for sequences of so many tokens at most (None: of any length that the
+        model was made for)."""
+        return build_program(self.file, start, end, kv_type, context_tokens)
+
+    @property
+    def window(self) -> int | None:
+        """The largest one of its layers, if any has one."""
+        return self._whole.window
 
     def tensors_for(self, program: Program) -> dict[str, Tensor]:
         """The tensors that the program names."""
         return {name: self.file.tensor(name) for name in program.weights}
 
     def costs(self, kv_type: KvType) -> ModelCosts:
-        embedding = [step for step in self._whole.steps if isinstance(step, Embed)]
+        embedding = [step for step in self._whole.steps if isinstance(step, Embed | AddPosition)]
         head = list(dropwhile(_is_before_head, self._whole.steps))
         return ModelCosts(
             embedding_bytes=self._weight_bytes(embedding, _resident_bytes),
@@ -120,7 +135,7 @@ class Model:
         """Made on first use; its child process ends with `close`. ModelFileError as for `tokenizer`."""
         tokenizer = self.tokenizer
         with _named(self.file.path):
-            return load_chat_template(self.file.metadata, tokenizer)
+            return load_chat_template(self.file.metadata, tokenizer, chosen=self._chosen_template)
 
     def close(self) -> None:
         """Ends what was started on first use; no file is held open."""
@@ -129,12 +144,15 @@ class Model:
 
     def _layer_cost(self, program: Program) -> LayerCost:
         """Of a program of one layer, without the embedding and the head of a first or last stage."""
-        steps = [step for step in takewhile(_is_before_head, program.steps) if not isinstance(step, Embed)]
+        steps = [
+            step for step in takewhile(_is_before_head, program.steps) if not isinstance(step, Embed | AddPosition)
+        ]
         return LayerCost(
             weight_bytes=self._weight_bytes(steps, _resident_bytes),
             macs_per_token=_all_macs(steps),
             kv_bytes_per_token=sum(step.kv_token_bytes for step in program.kv_layers),
             idle_bytes=self._idle_bytes(steps, _resident_bytes),
+            window=program.window,
             float_macs_per_token=sum(map(self._float_macs, steps)),
             used_file_bytes=self._weight_bytes(steps, _file_bytes) - self._idle_bytes(steps, _file_bytes),
         )
@@ -157,7 +175,7 @@ class Model:
 
     def _refuse_unknown_tensors(self) -> None:
         """A tensor that nobody reads may be a scale or a norm without which every answer is wrong."""
-        unknown = set(self.file.tensors) - set(self._whole.weights) - {ROPE_FACTORS}
+        unknown = set(self.file.tensors) - set(self._whole.weights) - set(FACTOR_TENSORS)
         if unknown:
             what = f"not part of architecture {self.hyperparameters.architecture} as it is known here"
             raise ModelFileError(f"{self.file.path}: tensor {shown(min(unknown))}: {what}; take another model")

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from math import prod
 from pathlib import Path
@@ -67,15 +68,18 @@ class Manifest:
         return ModelFile(path, (), self.size_bytes, self.model_id, self.metadata, MappingProxyType(tensors))
 
 
-def make_manifest(file: ModelFile, threads: int | None = None) -> bytes:
-    """Reads all bytes of the model, at a gigabyte or so a second and thread. ModelFileError as of `Tensor.read`."""
+def make_manifest(
+    file: ModelFile, progress: Callable[[int], None] = lambda n_bytes: None, threads: int | None = None
+) -> bytes:
+    """Reads all bytes of the model, at a gigabyte or so a second and thread; `progress` hears of each piece, from
+    several threads. ModelFileError as of `Tensor.read`."""
     tensors = list(file.tensors.values())
     with ThreadPoolExecutor(threads or os.cpu_count() or 1, "hash-weights") as pool:
-        contents = list(pool.map(content_of, tensors))
+        contents = list(pool.map(partial(content_of, progress=progress), tensors))
     return header_bytes(_own_metadata(file) | _table(file, tensors, contents))
 
 
-def content_of(tensor: Tensor) -> str:
+def content_of(tensor: Tensor, progress: Callable[[int], None] = lambda n_bytes: None) -> str:
     """SHA-256 of its bytes, in hex."""
     hashed = sha256()
     buffer = memoryview(bytearray(min(_READ_BYTES, tensor.n_bytes)))
@@ -83,6 +87,7 @@ def content_of(tensor: Tensor) -> str:
         piece = buffer[: min(_READ_BYTES, tensor.n_bytes - start)]
         tensor.read_into(piece, start)
         hashed.update(piece)
+        progress(len(piece))
     return hashed.hexdigest()
 
 

@@ -44,6 +44,13 @@ class RopeStyle(StrEnum):
     NEOX = "neox"
 
 
+class GeluKind(StrEnum):
+    """x times the normal distribution's own function of x, or the usual formula with tanh for it."""
+
+    ERF = "erf"
+    TANH = "tanh"
+
+
 @dataclass(frozen=True, slots=True)
 class Buffer:
     """One activation matrix [rows, width] of float32, by name; equal names are the same memory."""
@@ -73,12 +80,39 @@ class Embed:
 
 @dataclass(frozen=True, slots=True)
 class RmsNorm:
-    """out = x / sqrt(mean(x^2) + epsilon) * weight, a row at a time."""
+    """out = x / sqrt(mean(x^2) + epsilon) * weight, a row at a time, or each of a row's `heads` equal parts by itself,
+    all with the same weight [x.width / heads]; out may be x."""
 
     x: Buffer
     out: Buffer
     weight: str
     epsilon: float
+    heads: int = 1
+
+    @property
+    def width(self) -> int:
+        """Channels that are normed together."""
+        return self.x.width // self.heads
+
+
+@dataclass(frozen=True, slots=True)
+class LayerNorm:
+    """out = (x - mean(x)) / sqrt(variance(x) + epsilon) * weight + bias, a row at a time; out may be x."""
+
+    x: Buffer
+    out: Buffer
+    weight: str
+    bias: str
+    epsilon: float
+
+
+@dataclass(frozen=True, slots=True)
+class AddPosition:
+    """out[r] = x[r] + dequantized row positions[r] of `weight`; out is not x."""
+
+    x: Buffer
+    out: Buffer
+    weight: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +142,8 @@ class Attention:
 
     q, out [rows, heads * head_dim]; k, v [rows, kv_heads * head_dim]; query head h reads KV head
     h // (heads / kv_heads). A row sees its own position and all of its sequence before it, or the `window` - 1 before
-    it. scores = (q . k) * scale.
+    it. scores = (q . k) * scale, of which `soft_cap` makes soft_cap * tanh(scores / soft_cap). `slopes`, a
+    float32 for each query head, add a linear bias to that: slope * (the key's position - the row's own).
     """
 
     q: Buffer
@@ -122,6 +157,8 @@ class Attention:
     scale: float
     kv_type: KvType = KvType.F16
     window: int | None = None
+    soft_cap: float | None = None
+    slopes: tuple[float, ...] | None = None
 
     @property
     def kv_token_bytes(self) -> int:
@@ -139,6 +176,16 @@ class SiluMul:
 
 
 @dataclass(frozen=True, slots=True)
+class Gelu:
+    """out = gelu(x): x * (1 + erf(x / sqrt(2))) / 2, or the same with tanh(sqrt(2 / pi) * (x + 0.044715 x^3)) for erf;
+    out may be x."""
+
+    x: Buffer
+    out: Buffer
+    kind: GeluKind
+
+
+@dataclass(frozen=True, slots=True)
 class Add:
     """out = x + y; out may be x."""
 
@@ -148,9 +195,55 @@ class Add:
 
 
 @dataclass(frozen=True, slots=True)
+class Mul:
+    """out = x * y; out may be x."""
+
+    x: Buffer
+    y: Buffer
+    out: Buffer
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """out = x * factor, a float32; out may be x."""
+
+    x: Buffer
+    out: Buffer
+    factor: float
+
+
+@dataclass(frozen=True, slots=True)
+class SoftCap:
+    """out = cap * tanh(x / cap); out may be x."""
+
+    x: Buffer
+    out: Buffer
+    cap: float
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """out = the channels [start, start + out.width) of x: one of the parts that a file's tensor computes together."""
+
+    x: Buffer
+    out: Buffer
+    start: int
+
+
+@dataclass(frozen=True, slots=True)
+class SigmoidGate:
+    """out = y * 1 / (1 + exp(-x . weight)), weight [x.width]: one number weighs a whole row; out may be y."""
+
+    x: Buffer
+    y: Buffer
+    out: Buffer
+    weight: str
+
+
+@dataclass(frozen=True, slots=True)
 class Moe:
     """Mixture of experts: softmax(router @ x) -> the `used` best of `experts` (ties to the lower id), weights divided
-    by their sum, out = sum in rank order of weight * down_e(silu(gate_e(x)) * up_e(x)).
+    by their sum where they are `normalized`, out = sum in rank order of weight * down_e(silu(gate_e(x)) * up_e(x)).
 
     router [experts, x.width]; gate, up [experts, ffn, x.width]; down [experts, x.width, ffn].
     """
@@ -164,6 +257,7 @@ class Moe:
     experts: int
     used: int
     ffn_width: int
+    normalized: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +268,10 @@ class SelectRows:
     out: Buffer
 
 
-Step = Embed | RmsNorm | MatMul | Rope | Attention | SiluMul | Add | Moe | SelectRows
+RowStep = RmsNorm | LayerNorm | AddPosition | Rope | SiluMul | Gelu | Add | Mul | Scale | SoftCap | Slice | SigmoidGate
+"""Steps that compute a row of the out buffer from the same row of others, its position and weights of one row."""
+
+Step = Embed | MatMul | Attention | Moe | SelectRows | RowStep
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,3 +308,8 @@ class Program:
     def kv_layers(self) -> tuple[Attention, ...]:
         """The attention steps, one a layer: what KV memory is laid out for."""
         return tuple(step for step in self.steps if isinstance(step, Attention))
+
+    @property
+    def window(self) -> int | None:
+        """The largest window of its layers, if any has one."""
+        return max((step.window for step in self.kv_layers if step.window is not None), default=None)

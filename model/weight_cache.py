@@ -66,14 +66,18 @@ class WeightCache:
         return self.place(content).with_suffix(UNFINISHED)
 
     def part_bytes(self, content: str) -> int:
-        """What is there of an unfinished one; it counts as used now."""
-        path = self.part_path(content)
+        """What is there of an unfinished one; it counts as used now. One that a process writes is left as it is: it may
+        be whole at this moment, and then its times say so."""
         try:
-            found = path.lstat()
-            _use(path)
+            descriptor = os.open(self.part_path(content), os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         except OSError:
             return 0
-        return found.st_size
+        try:
+            if take_lock(descriptor):
+                _use(descriptor)
+            return os.fstat(descriptor).st_size
+        finally:
+            os.close(descriptor)
 
     def find(self, content: str) -> FileIdentity | None:
         """None where it is not there; what was changed since it was written is deleted. It counts as used now."""
@@ -244,7 +248,7 @@ def mark_whole(path: Path) -> None:
     os.utime(path, ns=(time.time_ns(), _WHOLE_NS))
 
 
-def _use(path: Path) -> None:
+def _use(path: Path | int) -> None:
     now_ns = time.time_ns()
     os.utime(path, ns=(now_ns, now_ns))
 

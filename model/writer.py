@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -13,21 +13,31 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from llamaclust.errors import LlamaclustError
+from llamaclust.errors import LlamaclustError, ModelFileError
 from llamaclust.model.gguf_header import ARRAY_TYPE, BOOL_TYPE, DEFAULT_ALIGNMENT, MAGIC, NUMBER_FORMATS, STRING_TYPE
-from llamaclust.model.gguf_values import MetadataValue
+from llamaclust.model.gguf_values import MetadataValue, shown
 from llamaclust.model.quant_types import QuantType
 
 _VERSION = 3
 _DISK_RESERVE_BYTES = 1 << 24
 _NUMBER_TYPES = {np.dtype(code): number for number, code in NUMBER_FORMATS.items()} | {np.dtype(np.bool_): BOOL_TYPE}
 
-WritableValue = MetadataValue | np.generic | Sequence[str]
+
+@dataclass(frozen=True, slots=True)
+class RawValue:
+    """A value as `raw_metadata` reads it from a file, its type before it."""
+
+    data: bytes
+
+
+WritableValue = MetadataValue | np.generic | Sequence[str] | RawValue
 """What metadata may hold. A Python int becomes uint32 where it fits, else int32 or a 64-bit type, a float becomes
 float32; a NumPy scalar or array keeps its type; a sequence of text becomes an array of strings, any other an array of
 arrays."""
 
-Produce = Callable[[], bytes | bytearray | memoryview]
+Bytes = bytes | bytearray | memoryview
+Produce = Callable[[], Bytes | Iterator[Bytes]]
+"""A tensor's bytes, whole or in pieces."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +65,7 @@ def write_gguf(path: Path | str, metadata: Mapping[str, WritableValue], tensors:
     path, sources = Path(path), list(tensors)
     alignment = int(metadata.get("general.alignment", DEFAULT_ALIGNMENT))  # type: ignore[arg-type]
     header = header_bytes(metadata, sources, alignment)
-    _check_room(path, len(header) + sum(_padded(source.n_bytes, alignment) for source in sources))
+    check_room(path, len(header) + sum(_padded(source.n_bytes, alignment) for source in sources))
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with part.open("xb") as file:
@@ -86,12 +96,17 @@ def header_bytes(
 
 
 def _text(text: str) -> bytes:
-    data = text.encode()
+    try:
+        data = text.encode()
+    except UnicodeEncodeError:
+        raise ModelFileError(f"{shown(text)} cannot be written: it is no text, but half of a pair of UTF-16") from None
     return pack("<Q", len(data)) + data
 
 
 def _value(value: WritableValue) -> bytes:
     """A value with its type before it."""
+    if isinstance(value, RawValue):
+        return value.data
     if isinstance(value, str):
         return pack("<I", STRING_TYPE) + _text(value)
     if isinstance(value, bool | int | float | np.generic):
@@ -123,13 +138,15 @@ def _padded(count: int, alignment: int) -> int:
 
 
 def _write_tensor(file: BinaryIO, source: TensorSource, alignment: int) -> None:
-    data = memoryview(source.produce()).cast("B")
-    assert len(data) == source.n_bytes, f"{source.name}: {len(data)} bytes made, {source.n_bytes} announced"
-    file.write(data)
-    file.write(bytes(_padded(len(data), alignment) - len(data)))
+    made, written = source.produce(), 0
+    for piece in (made,) if isinstance(made, bytes | bytearray | memoryview) else made:
+        written += file.write(memoryview(piece).cast("B"))
+    assert written == source.n_bytes, f"{source.name}: {written} bytes made, {source.n_bytes} announced"
+    file.write(bytes(_padded(written, alignment) - written))
 
 
-def _check_room(path: Path, wanted_bytes: int) -> None:
+def check_room(path: Path, wanted_bytes: int) -> None:
+    """LlamaclustError where the folder of a file to be written is not there or its disk has too little room."""
     if not path.parent.is_dir():
         raise LlamaclustError(f"{path}: the folder does not exist; make it first")
     free_bytes = shutil.disk_usage(path.parent).free

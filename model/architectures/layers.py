@@ -9,61 +9,99 @@ import numpy as np
 from llamaclust.errors import ModelFileError
 from llamaclust.model.architectures.rope import rope_table
 from llamaclust.model.gguf import ModelFile
-from llamaclust.model.hyperparameters import Hyperparameters
+from llamaclust.model.hyperparameters import Hyperparameters, ModelKeys, RopeParameters
 from llamaclust.model.program import (
     Add,
+    AddPosition,
     Attention,
     Buffer,
     Embed,
+    Gelu,
+    GeluKind,
     KvType,
+    LayerNorm,
     MatMul,
     Moe,
+    Mul,
     Program,
     RmsNorm,
     Rope,
     RopeStyle,
     RopeTable,
+    Scale,
     SelectRows,
+    SigmoidGate,
     SiluMul,
+    Slice,
+    SoftCap,
     Step,
 )
 from llamaclust.model.quant_types import QuantType
 
-_EMBEDDING = "token_embd.weight"
-ROPE_FACTORS = "rope_freqs.weight"
-"""The one tensor that becomes part of the program and not one of its weights."""
+_EMBEDDING, _POSITIONS = "token_embd.weight", "position_embd.weight"
+_FACTORS, _SHORT_FACTORS, _LONG_FACTORS = (
+    "rope_freqs.weight",
+    "rope_factors_short.weight",
+    "rope_factors_long.weight",
+)
+FACTOR_TENSORS = (_FACTORS, _SHORT_FACTORS, _LONG_FACTORS)
+"""Tensors that become part of the program and are none of its weights."""
 
 
 class ProgramBuilder:
     """Collects the steps of layers [start, end). Methods append in the order of computation."""
 
     def __init__(
-        self, model: ModelFile, hyperparameters: Hyperparameters, start: int, end: int, kv_type: KvType
+        self,
+        model: ModelFile,
+        hyperparameters: Hyperparameters,
+        start: int,
+        end: int,
+        kv_type: KvType,
+        context_tokens: int | None,
     ) -> None:
         assert 0 <= start < end <= hyperparameters.block_count, (start, end, hyperparameters.block_count)
         self.model = model
         self.hyperparameters = hyperparameters
         self.start = start
         self.end = end
+        self.keys = ModelKeys(model, hyperparameters.architecture)
         self._kv_type = kv_type
+        self._context_tokens = context_tokens or hyperparameters.context_length
         self._steps: list[Step] = []
         width = hyperparameters.embedding_length
         self._hidden = Buffer("hidden", width)
         self._normed = Buffer("normed", width)
         self._projected = Buffer("projected", width)
         self._out = self._hidden
+        self._layer_norm_epsilon: float | None = None
 
     def program(self) -> Program:
         layers = self.hyperparameters.block_count
         return Program(self.start, self.end, layers, self._hidden, self._out, tuple(self._steps))
 
-    def embed(self) -> None:
-        """On a first stage: token ids to hidden states."""
-        if self.start == 0:
-            shape = (self.hyperparameters.vocabulary_size, self.hyperparameters.embedding_length)
-            self._steps.append(Embed(self._hidden, self.weight(_EMBEDDING, shape)))
+    def use_layer_norms(self) -> None:
+        """From here on norms subtract the mean and add a bias."""
+        self._layer_norm_epsilon = self.keys.real("attention.layer_norm_epsilon", minimum=1e-12, maximum=0.1)
 
-    def head(self) -> None:
+    def embed(self, factor: float = 1.0, *, positions: bool = False) -> None:
+        """On a first stage: token ids to hidden states, the embedding times `factor`; `positions` are learned, too."""
+        if self.start > 0:
+            return
+        hp = self.hyperparameters
+        embedded = Buffer("embedded", self._hidden.width) if positions else self._hidden
+        shape = (hp.vocabulary_size, hp.embedding_length)
+        self._steps.append(Embed(embedded, self.weight(_EMBEDDING, shape)))
+        if factor != 1.0:
+            self._steps.append(Scale(embedded, embedded, factor))
+        if positions:
+            weight = self.weight(_POSITIONS, (hp.context_length, hp.embedding_length))
+            if self._context_tokens > hp.context_length:
+                what = f"{hp.context_length} positions, fewer than a context of {self._context_tokens} tokens"
+                raise self.error(_POSITIONS, what, f"set context_length to {hp.context_length} or less")
+            self._steps.append(AddPosition(embedded, self._hidden, weight))
+
+    def head(self, soft_cap: float | None = None) -> None:
         """On a last stage: wanted rows, norm and logits. Without `output.weight` the embedding is used again."""
         if self.end < self.hyperparameters.block_count:
             return
@@ -73,19 +111,70 @@ class ProgramBuilder:
         self._norm("output_norm", selected)
         weight = "output" if "output.weight" in self.model.tensors else _EMBEDDING.removesuffix(".weight")
         self._matmul(weight, self._normed, self._out)
+        if soft_cap is not None:
+            self._steps.append(SoftCap(self._out, self._out, soft_cap))
 
-    def attention(self, layer: int, style: RopeStyle, table: RopeTable, window: int | None = None) -> None:
-        """hidden += output(attention(rope(q), rope(k), v)) of the normed hidden state. `window`: as of `Attention`."""
+    def attention(
+        self,
+        layer: int,
+        style: RopeStyle = RopeStyle.NEOX,
+        table: RopeTable | None = None,
+        window: int | None = None,
+        *,
+        scale: float | None = None,
+        soft_cap: float | None = None,
+        slopes: tuple[float, ...] | None = None,
+        head_norms: bool = False,
+        post_norm: bool = False,
+    ) -> None:
+        """hidden += output(attention(rope(q), rope(k), v)) of the normed hidden state; without a table nothing rotates.
+
+        `window`, `scale` (one over the root of a head's channels unless given), `soft_cap`, `slopes`: as of
+        `Attention`.
+        `head_norms`: q and k are normed head by head before they are rotated; `post_norm`: the output is, before it is
+        added.
+        """
+        prefix = f"blk.{layer}"
+        self._norm(f"{prefix}.attn_norm", self._hidden)
+        self._attend(layer, style, table, window, scale, soft_cap, slopes, head_norms=head_norms)
+        self._add_projected(f"{prefix}.post_attention_norm" if post_norm else None)
+
+    def parallel(self, layer: int, style: RopeStyle, table: RopeTable, gelu: GeluKind) -> None:
+        """hidden += attention + down(gelu(up)), both of the hidden state before; a norm for both, or one for each."""
+        prefix, second = f"blk.{layer}", f"blk.{layer}.attn_norm_2"
+        two = any(f"{second}.{part}" in self.model.tensors for part in ("weight", "bias"))
+        self._norm(second if two else f"{prefix}.attn_norm", self._hidden)
+        self._attend(layer, style, table)
+        if two:
+            self._norm(f"{prefix}.attn_norm", self._hidden)
+        self._add_projected()
+        self._plain_inner(prefix, gelu)
+        self._add_projected()
+
+    def _attend(
+        self,
+        layer: int,
+        style: RopeStyle,
+        table: RopeTable | None,
+        window: int | None = None,
+        scale: float | None = None,
+        soft_cap: float | None = None,
+        slopes: tuple[float, ...] | None = None,
+        *,
+        head_norms: bool = False,
+    ) -> None:
+        """projected = output(attention(rope(q), rope(k), v)) of the normed hidden state."""
         hp, prefix = self.hyperparameters, f"blk.{layer}"
         query, out = Buffer("query", hp.query_width), Buffer("attended", hp.query_width)
         key, value = Buffer("key", hp.kv_width), Buffer("value", hp.kv_width)
-        self._norm(f"{prefix}.attn_norm", self._hidden)
-        self._matmul(f"{prefix}.attn_q", self._normed, query)
-        self._matmul(f"{prefix}.attn_k", self._normed, key)
-        self._matmul(f"{prefix}.attn_v", self._normed, value)
-        self._steps += [
-            Rope(query, hp.head_count, hp.key_length, style, table),
-            Rope(key, hp.head_count_kv, hp.key_length, style, table),
+        self._project(prefix, query, key, value)
+        if head_norms:
+            self._norm_heads(f"{prefix}.attn_q_norm", query, hp.head_count)
+            self._norm_heads(f"{prefix}.attn_k_norm", key, hp.head_count_kv)
+        if table is not None:
+            self._steps.append(Rope(query, hp.head_count, hp.key_length, style, table))
+            self._steps.append(Rope(key, hp.head_count_kv, hp.key_length, style, table))
+        self._steps.append(
             Attention(
                 query,
                 key,
@@ -95,35 +184,62 @@ class ProgramBuilder:
                 heads=hp.head_count,
                 kv_heads=hp.head_count_kv,
                 head_dim=hp.key_length,
-                scale=1 / math.sqrt(hp.key_length),
+                scale=1 / math.sqrt(hp.key_length) if scale is None else scale,
                 kv_type=self._kv_type,
                 window=window,
-            ),
-        ]
+                soft_cap=soft_cap,
+                slopes=slopes,
+            )
+        )
         self._matmul(f"{prefix}.attn_output", out, self._projected)
-        self._steps.append(Add(self._hidden, self._projected, self._hidden))
 
-    def feed_forward(self, layer: int) -> None:
-        """hidden += down(silu(gate) * up) of the normed hidden state."""
-        prefix = f"blk.{layer}"
-        gate = Buffer("gate", self.hyperparameters.feed_forward_length)
-        up = Buffer("up", self.hyperparameters.feed_forward_length)
+    def feed_forward(
+        self, layer: int, *, fused: bool = False, gelu: GeluKind | None = None, post_norm: bool = False
+    ) -> None:
+        """hidden += down(silu(gate) * up) of the normed hidden state, or of gelu(gate); `post_norm` as of `attention`.
+
+        `fused`: the rows of gate and up are one tensor, `ffn_up`, the gate's first.
+        """
+        prefix, width = f"blk.{layer}", self.hyperparameters.feed_forward_length
+        gate, up = Buffer("gate", width), Buffer("up", width)
         self._norm(f"{prefix}.ffn_norm", self._hidden)
-        self._matmul(f"{prefix}.ffn_gate", self._normed, gate)
-        self._matmul(f"{prefix}.ffn_up", self._normed, up)
-        self._steps.append(SiluMul(gate, up, gate))
+        if fused:
+            self._matmul_parts(f"{prefix}.ffn_up", gate, up)
+        else:
+            self._matmul(f"{prefix}.ffn_gate", self._normed, gate)
+            self._matmul(f"{prefix}.ffn_up", self._normed, up)
+        if gelu is None:
+            self._steps.append(SiluMul(gate, up, gate))
+        else:
+            self._steps += [Gelu(gate, gate, gelu), Mul(gate, up, gate)]
         self._matmul(f"{prefix}.ffn_down", gate, self._projected)
-        self._steps.append(Add(self._hidden, self._projected, self._hidden))
+        self._add_projected(f"{prefix}.post_ffw_norm" if post_norm else None)
 
-    def experts(self, layer: int) -> None:
-        """hidden += the weighted best experts, of the normed hidden state."""
+    def plain_feed_forward(self, layer: int, gelu: GeluKind) -> None:
+        """hidden += down(gelu(up)) of the normed hidden state: an inner layer without a gate."""
+        self._norm(f"blk.{layer}.ffn_norm", self._hidden)
+        self._plain_inner(f"blk.{layer}", gelu)
+        self._add_projected()
+
+    def _plain_inner(self, prefix: str, gelu: GeluKind) -> None:
+        up = Buffer("up", self.hyperparameters.feed_forward_length)
+        activated = Buffer("gate", up.width)
+        self._matmul(f"{prefix}.ffn_up", self._normed, up)
+        self._steps.append(Gelu(up, activated, gelu))
+        self._matmul(f"{prefix}.ffn_down", activated, self._projected)
+
+    def experts(self, layer: int, *, normalized: bool = True, shared_width: int = 0) -> None:
+        """hidden += the weighted best experts, of the normed hidden state. Their weights are `normalized` to a sum of
+        one; an expert of `shared_width` that every token uses is weighed by a gate of its own."""
         hp, prefix = self.hyperparameters, f"blk.{layer}"
         old = f"{prefix}.ffn_gate.0.weight"
         if old in self.model.tensors:
             raise self.error(old, "one tensor for each expert, the form of early 2024", "convert the model again")
+        if (factor := self.keys.real("expert_weights_scale", 0.0, minimum=-1e6, maximum=1e6)) not in (0.0, 1.0):
+            raise self.keys.error("expert_weights_scale", f"{factor:g}, which is not supported")
         width, ffn, count = hp.embedding_length, hp.expert_feed_forward_length, hp.expert_count
         self._norm(f"{prefix}.ffn_norm", self._hidden)
-        self._steps += [
+        self._steps.append(
             Moe(
                 self._normed,
                 self._projected,
@@ -134,22 +250,41 @@ class ProgramBuilder:
                 experts=count,
                 used=hp.expert_used_count,
                 ffn_width=ffn,
-            ),
-            Add(self._hidden, self._projected, self._hidden),
-        ]
+                normalized=normalized,
+            )
+        )
+        if shared_width:
+            self._shared_expert(prefix, shared_width)
+        self._add_projected()
 
-    def rope_table(self) -> RopeTable:
-        """The rotation of every layer."""
-        return rope_table(self.hyperparameters.rope, self._rope_factors())
+    def _shared_expert(self, prefix: str, width: int) -> None:
+        """projected += sigmoid(one number of the normed hidden state) * its feed-forward network."""
+        gate, up = Buffer("gate", width), Buffer("up", width)
+        out = Buffer("shared", self._projected.width)
+        self._matmul(f"{prefix}.ffn_gate_shexp", self._normed, gate)
+        self._matmul(f"{prefix}.ffn_up_shexp", self._normed, up)
+        self._steps.append(SiluMul(gate, up, gate))
+        self._matmul(f"{prefix}.ffn_down_shexp", gate, out)
+        weight = self._vector(f"{prefix}.ffn_gate_inp_shexp.weight", self._normed.width)
+        self._steps.append(SigmoidGate(self._normed, out, out, weight))
+        self._steps.append(Add(self._projected, out, self._projected))
+
+    def rope_table(self, rope: RopeParameters | None = None) -> RopeTable:
+        """The rotation of every layer, or of those that have one of their own."""
+        return rope_table(rope or self.hyperparameters.rope, self._rope_factors())
 
     def _rope_factors(self) -> tuple[float, ...] | None:
-        """What `rope_freqs.weight` divides the frequencies by (since llama 3.1), None where there is no such tensor."""
-        if ROPE_FACTORS not in self.model.tensors:
+        """What a tensor of the file divides the frequencies by: `rope_freqs` (since llama 3.1), or one of two by the
+        context that the program is for: as llama.cpp has it, the long ones for all sequences or for none."""
+        original = self.hyperparameters.rope.original_context_length
+        by_context = _LONG_FACTORS if self._context_tokens > original else _SHORT_FACTORS
+        name = _FACTORS if _FACTORS in self.model.tensors else by_context
+        if name not in self.model.tensors:
             return None
-        self._vector(ROPE_FACTORS, self.hyperparameters.rope.dimension_count // 2)
-        values = np.frombuffer(self.model.tensor(ROPE_FACTORS).read(), "<f4")
+        self._vector(name, self.hyperparameters.rope.dimension_count // 2)
+        values = np.frombuffer(self.model.tensor(name).read(), "<f4")
         if not (np.isfinite(values) & (values > 0)).all():
-            raise self.error(ROPE_FACTORS, "holds factors that are not positive numbers")
+            raise self.error(name, "holds factors that are not positive numbers")
         return tuple(values.tolist())
 
     def require(self, layer: int, *names: str) -> None:
@@ -176,7 +311,46 @@ class ProgramBuilder:
 
     def _norm(self, name: str, x: Buffer) -> None:
         weight = self._vector(f"{name}.weight", x.width)
-        self._steps.append(RmsNorm(x, self._normed, weight, self.hyperparameters.rms_epsilon))
+        if self._layer_norm_epsilon is None:
+            self._steps.append(RmsNorm(x, self._normed, weight, self._rms_epsilon))
+        else:
+            bias = self._vector(f"{name}.bias", x.width)
+            self._steps.append(LayerNorm(x, self._normed, weight, bias, self._layer_norm_epsilon))
+
+    @property
+    def _rms_epsilon(self) -> float:
+        """Of norms without a mean. ModelFileError where the file has the other kind's alone."""
+        if self.hyperparameters.rms_epsilon is None:
+            return self.keys.real("attention.layer_norm_rms_epsilon", minimum=1e-12, maximum=0.1)
+        return self.hyperparameters.rms_epsilon
+
+    def _norm_heads(self, name: str, x: Buffer, heads: int) -> None:
+        weight = self._vector(f"{name}.weight", x.width // heads)
+        self._steps.append(RmsNorm(x, x, weight, self._rms_epsilon, heads))
+
+    def _add_projected(self, norm: str | None = None) -> None:
+        """hidden += projected, normed before where a norm is named."""
+        if norm is not None:
+            weight = self._vector(f"{norm}.weight", self._projected.width)
+            self._steps.append(RmsNorm(self._projected, self._projected, weight, self._rms_epsilon))
+        self._steps.append(Add(self._hidden, self._projected, self._hidden))
+
+    def _project(self, prefix: str, query: Buffer, key: Buffer, value: Buffer) -> None:
+        """Queries, keys and values of the normed hidden state, from tensors of their own or from one."""
+        if f"{prefix}.attn_qkv.weight" in self.model.tensors:
+            self._matmul_parts(f"{prefix}.attn_qkv", query, key, value)
+            return
+        for name, out in (("attn_q", query), ("attn_k", key), ("attn_v", value)):
+            self._matmul(f"{prefix}.{name}", self._normed, out)
+
+    def _matmul_parts(self, name: str, *parts: Buffer) -> None:
+        """One product of the normed hidden state whose channels are those of `parts`, one after the other."""
+        whole = Buffer("+".join(part.name for part in parts), sum(part.width for part in parts))
+        self._matmul(name, self._normed, whole)
+        start = 0
+        for part in parts:
+            self._steps.append(Slice(whole, part, start))
+            start += part.width
 
     def _matmul(self, name: str, x: Buffer, out: Buffer) -> None:
         """A bias is added where the file has one."""

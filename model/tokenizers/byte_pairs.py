@@ -19,7 +19,7 @@ _HOLDING_CHARACTERS: Final = 2048
 _NEVER_FROM_TEXT: Final = frozenset({TokenType.CONTROL, TokenType.UNKNOWN, TokenType.UNUSED})
 
 
-def _stand_ins() -> dict[str, bytes]:
+def stand_ins() -> dict[str, bytes]:
     """GPT-2's alphabet: printable Latin-1 characters stand for themselves, the other bytes follow from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -27,7 +27,7 @@ def _stand_ins() -> dict[str, bytes]:
     return {character: bytes([byte]) for character, byte in pairs}
 
 
-_BYTE_OF: Final = _stand_ins()
+_BYTE_OF: Final = stand_ins()
 
 
 class BytePairTokenizer(VocabularyTokenizer):
@@ -43,7 +43,7 @@ class BytePairTokenizer(VocabularyTokenizer):
             add_space_prefix=False,
         )
         self._tokenizer = tokenizers.Tokenizer(_merge_model(vocabulary, read_strings(metadata, "merges"), kind))
-        self._tokenizer.pre_tokenizer = _splitter(kind)
+        self._tokenizer.pre_tokenizer = splitter(kind)
 
     def encode_plain(self, text: str, after_special: bool) -> list[int]:
         if len(text) > _HOLDING_CHARACTERS:
@@ -57,7 +57,8 @@ class BytePairTokenizer(VocabularyTokenizer):
         return b"".join(_BYTE_OF.get(character) or character.encode() for character in word)
 
 
-def _splitter(kind: PreTokenizer) -> Any:
+def splitter(kind: PreTokenizer) -> Any:
+    """The library's pre-tokenizer: words in the letters that stand for bytes."""
     splits = [pre_tokenizers.Split(tokenizers.Regex(regex), behavior="isolated") for regex in kind.expressions]
     return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 

@@ -3,6 +3,7 @@ the models' own tokenizers; each is applied to what the one before it left."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -90,6 +91,11 @@ _FAMILIES: Final[tuple[tuple[str, PreTokenizer], ...]] = (
 )
 
 _BY_NAME: Final = {name: kind for names, kind in _FAMILIES for name in names.split()}
+
+
+def known_pre_tokenizers() -> Mapping[str, PreTokenizer]:
+    """One name of each kind: the first that files were written with."""
+    return {names.split()[0]: kind for names, kind in _FAMILIES}
 
 
 def pre_tokenizer(name: str) -> PreTokenizer:

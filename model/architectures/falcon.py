@@ -1,0 +1,18 @@
+"""falcon: Falcon 7B, 40B, 180B. Attention and the inner layer side by side, norms with a mean, few key heads."""
+
+from __future__ import annotations
+
+from llamaclust.model.architectures.layers import ProgramBuilder
+from llamaclust.model.program import GeluKind, Program, RopeStyle
+
+
+def build(page: ProgramBuilder) -> Program:
+    """Both halves of a layer read the hidden state as it was before it: normed once for both, or, in the larger models,
+    for each (`attn_norm_2` is attention's)."""
+    table = page.rope_table()
+    page.use_layer_norms()
+    page.embed()
+    for layer in range(page.start, page.end):
+        page.parallel(layer, RopeStyle.NEOX, table, GeluKind.TANH)
+    page.head()
+    return page.program()

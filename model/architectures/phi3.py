@@ -1,0 +1,21 @@
+"""phi3: Phi 3, 3.5 and 4. One tensor for q, k and v, one for gate and up; factors for long contexts."""
+
+from __future__ import annotations
+
+from llamaclust.model.architectures.layers import ProgramBuilder
+from llamaclust.model.program import Program, RopeStyle
+
+
+def build(page: ProgramBuilder) -> Program:
+    """A sliding window that the file names is not used, as in llama.cpp: what files say of it is not reliable.
+
+    Rotations of a model for long contexts are divided by short or by long factors, whichever belong to the context that
+    the cluster is set up for: `context_length` is part of what decides its tokens.
+    """
+    table = page.rope_table()
+    page.embed()
+    for layer in range(page.start, page.end):
+        page.attention(layer, RopeStyle.NEOX, table)
+        page.feed_forward(layer, fused=True)
+    page.head()
+    return page.program()

@@ -10,12 +10,17 @@ from llamaclust import __version__
 from llamaclust.cli import (
     cache_commands,
     cluster_commands,
+    convert_commands,
+    evaluation_commands,
     generate_commands,
     measure_commands,
     model_commands,
+    quantize_commands,
+    split_commands,
+    token_commands,
     worker_commands,
 )
-from llamaclust.cli.help import PlainCommand, PlainGroup
+from llamaclust.cli.help import PlainGroup
 
 BadUsage: type[Any] = typer.BadParameter.__mro__[1]
 """The base of all mistakes on a command line, whose name is no part of typer's interface."""
@@ -45,8 +50,12 @@ app = typer.Typer(
 app.callback(cls=PlainGroup)(_options)
 cluster_commands.register(app)
 worker_commands.register(app)
+app.add_typer(token_commands.app, name="token")
 generate_commands.register(app)
 measure_commands.register(app)
-model_commands.app.command("perplexity", cls=PlainCommand)(measure_commands.perplexity)
+evaluation_commands.register(model_commands.app)
+split_commands.register(model_commands.app)
 model_commands.app.add_typer(cache_commands.app, name="cache")
+quantize_commands.register(model_commands.app)
+convert_commands.register(model_commands.app)
 app.add_typer(model_commands.app, name="model")

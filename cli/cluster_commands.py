@@ -22,6 +22,9 @@ def up(
     port: Annotated[
         int | None, typer.Option(min=0, max=65535, metavar="N", help="Port of the HTTP API; 0: any free one.")
     ] = None,
+    chat_template: Annotated[
+        str | None, typer.Option("--chat-template", metavar="NAME", help="Or FILE: instead of the model's.")
+    ] = None,
     detach: Annotated[bool, typer.Option("--detach", "-d", help="Return when the cluster is ready.")] = False,
     notify: Annotated[int | None, typer.Option("--notify", hidden=True)] = None,
     ranked: Annotated[bool, typer.Option("--ranked", hidden=True)] = False,
@@ -30,6 +33,8 @@ def up(
     with ends_at_once():
         from llamaclust.cli import start
 
+    if chat_template is not None:
+        overrides = [*overrides, f"chat_template={start.template_of(chat_template)}"]
     start.up(file, overrides, port, detach=detach, notify=notify, ranked=ranked)
 
 

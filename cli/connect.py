@@ -22,14 +22,17 @@ class Target:
     api_key_file: Path | None = None
     model: str | None = None
     threads: int | None = None
+    chat_template: str | None = None
 
     def open(self) -> TextClient:
         """A client of it. UsageError where the options contradict each other or no cluster runs."""
         self._check()
         if self.model is not None:
+            from llamaclust.cluster.local import LocalSettings
             from llamaclust.tools.catalog import resolve_model
 
-            return Client.local(resolve_model(self.model), self.threads)
+            settings = LocalSettings(chat_template=self.chat_template)
+            return Client.local(resolve_model(self.model), self.threads, settings=settings)
         if self.endpoint is not None:
             return connect(self.endpoint, self.api_key_file)
         _, record = find_running(environment().state_dir, self.cluster)
@@ -43,6 +46,8 @@ class Target:
             raise UsageError(f"{' and '.join(given)} name different places: give one of them")
         if self.threads is not None and self.model is None:
             raise UsageError("--threads is for --model: a cluster's workers have theirs in the cluster file")
+        if self.chat_template is not None and self.model is None:
+            raise UsageError("--chat-template is for --model: a cluster's is in its file, or given to `up`")
         if self.api_key_file is not None and self.model is not None:
             raise UsageError("--api-key-file is for a cluster: a model in this process asks for no key")
 

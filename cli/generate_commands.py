@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from llamaclust.cli.help import PlainCommand
+from llamaclust.cli.sampler_options import with_samplers
 
 if TYPE_CHECKING:
     from llamaclust.cluster.client_types import Options
@@ -36,6 +37,7 @@ MinP = Annotated[
 ]
 
 
+@with_samplers
 def generate(
     prompt: Annotated[
         str | None, typer.Argument(metavar="PROMPT", help="The text to go on from; `-`: standard input.")
@@ -53,6 +55,8 @@ def generate(
     model: ModelFile = None,
     threads: Threads = None,
     cluster: Cluster = None,
+    *,
+    more: dict[str, Any],
 ) -> None:
     """Go on from PROMPT and print the text as it comes."""
     from llamaclust.cli import generation
@@ -60,11 +64,12 @@ def generate(
 
     text = generation.given_or_piped(prompt)
     target = Target(cluster, endpoint, api_key_file, model, threads)
-    options = sampling(max_tokens, temperature, seed, top_k, top_p, min_p)
+    options = sampling(max_tokens, temperature, seed, top_k, top_p, min_p, more)
     options["stop"] = stop
     (generation.print_json if as_json else generation.print_stream)(target, text, options)
 
 
+@with_samplers
 def chat(
     system: Annotated[
         str | None, typer.Option("--system", metavar="TEXT", help="What the model is told first.")
@@ -80,23 +85,35 @@ def chat(
     endpoint: Endpoint = None,
     api_key_file: KeyFile = None,
     model: ModelFile = None,
+    chat_template: Annotated[
+        str | None,
+        typer.Option("--chat-template", metavar="NAME", help="Or FILE: instead of the model's, for --model."),
+    ] = None,
     threads: Threads = None,
     cluster: Cluster = None,
+    *,
+    more: dict[str, Any],
 ) -> None:
     """Chat: Ctrl-C interrupts an answer, /help shows more. Piped input is taken line by line."""
     from llamaclust.cli.chat import Chat
     from llamaclust.cli.connect import Target
 
-    target = Target(cluster, endpoint, api_key_file, model, threads)
+    target = Target(cluster, endpoint, api_key_file, model, threads, chat_template)
     with target.open() as client:
-        Chat(client, system, sampling(max_tokens, temperature, seed, top_k, top_p, min_p)).run()
+        Chat(client, system, sampling(max_tokens, temperature, seed, top_k, top_p, min_p, more)).run()
 
 
 def sampling(
-    max_tokens: int | None, temperature: float, seed: int | None, top_k: int, top_p: float, min_p: float
+    max_tokens: int | None,
+    temperature: float,
+    seed: int | None,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    more: dict[str, Any],
 ) -> Options:
     """The options that both commands take."""
-    return {
+    plain: Options = {
         "max_tokens": max_tokens,
         "temperature": temperature,
         "seed": seed,
@@ -104,6 +121,7 @@ def sampling(
         "top_p": top_p,
         "min_p": min_p,
     }
+    return {**plain, **more}  # type: ignore[typeddict-item]
 
 
 def register(app: typer.Typer) -> None:

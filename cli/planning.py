@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from llamaclust.cluster.config import ClusterConfig, load_config
+from llamaclust.cluster.links import Links
 from llamaclust.cluster.measuring import stated_speeds
+from llamaclust.cluster.measuring_links import hops_matter, kept_links
 from llamaclust.cluster.plan import Plan
 from llamaclust.cluster.plan_inputs import plan_cluster
 from llamaclust.cluster.plan_text import plan_json, plan_lines
@@ -38,12 +41,12 @@ def _planned(config: ClusterConfig) -> tuple[Plan, int]:
     if config.launcher == "static":
         why = "what its machines have is known once their workers have joined"
         raise UsageError(f"launcher {config.launcher}: {why}; `llamaclust up` prints the plan then")
-    measured = _measured(config)
     own_bytes = resident_bytes()
     model = Model.open(resolve_model(config.model))
+    measured = _measured(config, model.model_id)
     check_devices(((spec.device, spec.feature_level) for spec in worker_specs(config)), model)
     try:
-        return plan_cluster(config, model, _memory(config, own_bytes), measured), own_bytes
+        return plan_cluster(config, model, _memory(config, own_bytes), measured, _links(config, measured)), own_bytes
     except DoesNotFitError as error:
         raise DoesNotFitError("; ".join((str(error), *map(str.strip, _room(config, own_bytes))))) from error
 
@@ -61,10 +64,24 @@ def _room(config: ClusterConfig, own_bytes: int) -> tuple[str, ...]:
     return (f"  `memory` is for all of a worker: its process itself takes about {mib(own_bytes)} MiB of it",)
 
 
-def _measured(config: ClusterConfig) -> dict[str, Measurement]:
-    """The file's own figures first, then those of a start with the same workers on the same hardware."""
+def _links(config: ClusterConfig, measured: Mapping[str, Measurement]) -> Links:
+    """Of a start on this machine."""
+    return kept_links(_fingerprints(config), config.state_dir) if hops_matter(measured) else Links()
+
+
+def _fingerprints(config: ClusterConfig) -> dict[str, str]:
+    specs = worker_specs(config)
+    return {spec.name: fingerprint(spec.device, spec.threads or 0, spec.feature_level) for spec in specs}
+
+
+def _measured(config: ClusterConfig, model_id: str) -> dict[str, Measurement]:
+    """The file's own figures first, then those of a start with the same workers on the same hardware: with this model,
+    or else with another."""
     specs, known = worker_specs(config), read_measurements(config.state_dir)
     threads = sum(spec.threads or 0 for spec in specs)
-    prints = {spec.name: fingerprint(spec.device, spec.threads or 0, spec.feature_level) for spec in specs}
-    keys = {name: measurement_key(one, len(specs), threads) for name, one in prints.items()}
-    return {name: known[key] for name, key in keys.items() if key in known} | stated_speeds(config)
+    prints = _fingerprints(config)
+    found: dict[str, Measurement] = {}
+    for tried in ("", model_id):
+        keys = {name: measurement_key(one, len(specs), threads, tried) for name, one in prints.items()}
+        found |= {name: known[key] for name, key in keys.items() if key in known}
+    return found | stated_speeds(config)

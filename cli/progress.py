@@ -1,4 +1,4 @@
-"""How a download goes, on standard error: a bar on a terminal, else a line now and then."""
+"""How a download or other long work goes, on standard error: a bar on a terminal, else a line now and then."""
 
 from __future__ import annotations
 
@@ -9,7 +9,16 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from llamaclust.sizes import MIB
 
@@ -23,14 +32,17 @@ _LINE_S = 10.0
 
 
 @contextmanager
-def shown_progress() -> Iterator[Told]:
-    """What to tell of a download; nothing is shown before something is told."""
+def shown_progress(counts_bytes: bool = True) -> Iterator[Told]:
+    """What to tell of it; nothing is shown before something is told."""
     console = Console(stderr=True)
     if not console.is_terminal:
-        yield ProgressLines()
+        yield ProgressLines(counts_bytes=counts_bytes)
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+    done: list[ProgressColumn] = (
+        [DownloadColumn(binary_units=True), TransferSpeedColumn()] if counts_bytes else [MofNCompleteColumn()]
+    )
+    columns = (TextColumn("{task.description}"), BarColumn(), *done, TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
         tasks: dict[str, TaskID] = {}
 
         def show(what: str, done_bytes: int, total_bytes: int | None) -> None:
@@ -44,8 +56,9 @@ def shown_progress() -> Iterator[Told]:
 class ProgressLines:
     """A line for each new thing that is done, then one for every tenth of it, and one where ten seconds passed."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic, counts_bytes: bool = True) -> None:
         self._clock = clock
+        self._counts_bytes = counts_bytes
         self._told: tuple[str, int] | None = None
         self._told_at = 0.0
 
@@ -55,7 +68,8 @@ class ProgressLines:
         if step == self._told and now - self._told_at < _LINE_S:
             return
         self._told, self._told_at = step, now
-        print(_line(what, done_bytes, total_bytes), file=sys.stderr)
+        line = _line(what, done_bytes, total_bytes) if self._counts_bytes else f"{what}: {done_bytes} of {total_bytes}"
+        print(line, file=sys.stderr)
 
 
 def _line(what: str, done_bytes: int, total_bytes: int | None) -> str:

@@ -44,6 +44,14 @@ def up(
         serve(config, model, view.show)
 
 
+def template_of(choice: str) -> str:
+    """As the cluster file has it: a name, or a path that is the same from any folder. UsageError for neither."""
+    from llamaclust.model.chat_template_choice import built_in_names, chosen_template
+
+    chosen_template(choice)
+    return choice if choice in built_in_names() else str(Path(choice).expanduser().absolute())
+
+
 def _run_as_rank(config: ClusterConfig, arguments: list[str], *, detach: bool) -> NoReturn:
     from llamaclust.cluster.launchers.mpi_rank import run_ranks
 

@@ -24,6 +24,7 @@ from llamaclust.cluster.events import (
     StartFailed,
     WorkerJoined,
     WorkerLoading,
+    WorkerReading,
 )
 from llamaclust.logs import LogFormat, start_logging
 from llamaclust.sizes import MIB
@@ -69,7 +70,9 @@ class ClusterView:
     def _show(self, event: Event) -> None:
         match event:
             case WorkerLoading():
-                self._load(event)
+                self._bar(f"worker {event.worker}, layers {event.start}-{event.end - 1}", "loading", event)
+            case WorkerReading():
+                self._bar(f"worker {event.worker} reads the model for others", "reading", event)
             case Measuring():
                 self._measure()
             case StartFailed():
@@ -103,14 +106,13 @@ class ClusterView:
         else:
             print(f"{self._measuring.status}: some seconds", file=sys.stderr)
 
-    def _load(self, event: WorkerLoading) -> None:
-        bar = self._bars.get(event.worker)
+    def _bar(self, label: str, doing: str, event: WorkerLoading | WorkerReading) -> None:
+        bar = self._bars.get(label)
         if bar is None:
-            label = f"worker {event.worker}, layers {event.start}-{event.end - 1}"
             if self._progress.disable:
-                print(f"{label}: loading {event.total_bytes / MIB:.1f} MiB", file=sys.stderr)
+                print(f"{label}: {doing} {event.total_bytes / MIB:.1f} MiB", file=sys.stderr)
             self._progress.start()
-            bar = self._bars[event.worker] = self._progress.add_task(label, total=event.total_bytes)
+            bar = self._bars[label] = self._progress.add_task(label, total=event.total_bytes)
         self._progress.update(bar, completed=event.done_bytes, total=event.total_bytes)
 
 
@@ -125,7 +127,7 @@ class LoggedCluster:
 
     def show(self, event: Event) -> None:
         match event:
-            case WorkerLoading() | StartFailed():  # the command itself says how it failed
+            case WorkerLoading() | WorkerReading() | StartFailed():  # the command itself says how it failed
                 pass
             case Measuring():
                 _log.info("workers measure their machine: %s", ", ".join(event.workers))

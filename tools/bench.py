@@ -74,10 +74,12 @@ class Work:
         macs = task.prompt * sum(layer.macs_per_token for layer in costs.layers) + costs.head_macs
         float_macs = task.prompt * sum(layer.float_macs_per_token for layer in costs.layers) + costs.float_head_macs
         weights = costs.head_file_bytes + sum(layer.used_file_bytes for layer in costs.layers)
-        kv = sum(layer.kv_bytes_per_token for layer in costs.layers)
-        window = model.hyperparameters.sliding_window or task.context
-        seen = sum(min(task.depth + step, window) for step in range(1, task.generate + 1)) / task.generate
-        return cls(task.batch * macs, float_macs / macs, weights + task.batch * seen * kv)
+        lengths = range(task.depth + 1, task.depth + task.generate + 1)
+        kv_bytes = sum(
+            step.kv_token_bytes * sum(min(length, step.window or length) for length in lengths) / task.generate
+            for step in model.program(0, model.layer_count, task.kv_type).kv_layers
+        )
+        return cls(task.batch * macs, float_macs / macs, weights + task.batch * kv_bytes)
 
 
 @dataclass(frozen=True, slots=True)

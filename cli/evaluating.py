@@ -1,0 +1,232 @@
+"""What `model perplexity` does and prints: progress on standard error, figures on standard output."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+
+from llamaclust.cli.connect import connect
+from llamaclust.cli.measuring import bar_on_stderr, told_to_end
+from llamaclust.cluster.client_base import TextClient
+from llamaclust.errors import UsageError
+from llamaclust.model.loader import Model
+from llamaclust.model.program import KvType
+from llamaclust.model.tokenizer import Tokenizer
+from llamaclust.tools.perplexity import Perplexity, check_same_model, cut, measure, read_text
+from llamaclust.wire.tuning import tune_grpc
+
+if TYPE_CHECKING:
+    from llamaclust.cluster.local import LocalClient
+    from llamaclust.tools.hellaswag import Accuracy
+    from llamaclust.tools.kl_divergence import Divergence, Estimate
+
+_CONTEXT: Final = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What to measure."""
+
+    text: Path | None
+    context: int | None
+    chunks: int | None
+    base: Path | None
+    compare: bool
+    hellaswag: Path | None
+    tasks: int | None
+
+    def check(self) -> None:
+        """UsageError where the options contradict each other."""
+        if self.tasks is not None and self.hellaswag is None:
+            raise UsageError("--tasks is for --hellaswag")
+        if self.compare and self.base is None:
+            raise UsageError("--kl-divergence needs --kl-divergence-base FILE, the logits to compare with")
+        given = {"-f": self.text, "-c": self.context, "--chunks": self.chunks, "--kl-divergence-base": self.base}
+        if self.hellaswag is not None:
+            self._refuse(given, "--hellaswag reads its tasks whole from its own FILE")
+        elif self.compare:
+            self._refuse({"-f": self.text, "-c": self.context}, "--kl-divergence takes text and chunks from its FILE")
+        elif self.text is None:
+            raise UsageError("give a text to predict: -f TEXT")
+
+    def _refuse(self, options: Mapping[str, object], why: str) -> None:
+        for name, value in options.items():
+            if value is not None:
+                raise UsageError(f"{why}: {name} is not for it")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Who computes: this process, workers of this machine, or a cluster that runs already."""
+
+    model: Path
+    threads: int | None
+    workers: int
+    kv_type: KvType | None
+    endpoint: str | None
+    api_key_file: Path | None
+
+    def tokenizer(self) -> Tokenizer:
+        with closing(Model.open(self.model)) as model:
+            return model.tokenizer
+
+    @contextmanager
+    def opened(self, tokenizer: Tokenizer, sample: str, context: int, sequences: int = 1) -> Iterator[TextClient]:
+        """UsageError where the options contradict each other, or a server serves another model."""
+        with told_to_end(self.workers), self._open(context, sequences) as client:
+            if self.endpoint is not None:
+                check_same_model(client, tokenizer, sample)
+            yield client
+
+    def local(self, context: int, sequences: int = 1) -> LocalClient:
+        """The model in this process. UsageError where it is to run elsewhere."""
+        if self.endpoint is not None or self.workers > 1:
+            raise UsageError("logits are those of a model in this process: --endpoint and --workers are not for them")
+        if self.api_key_file is not None:
+            raise UsageError("--api-key-file is for --endpoint")
+        from llamaclust.cluster.local import LocalClient, LocalSettings
+
+        settings = LocalSettings(
+            context_length=context,
+            max_sequences=sequences,
+            prefix_cache=sequences > 1,
+            kv_blocks=sequences * (context // 16 + 2),
+            kv_type=self.kv_type or KvType.F16,
+        )
+        return LocalClient(self.model, self.threads, settings=settings)
+
+    def _open(self, context: int, sequences: int) -> TextClient:
+        if self.endpoint is not None:
+            if self.workers > 1 or self.threads is not None or self.kv_type is not None:
+                given = "--workers, --threads and --kv-type"
+                raise UsageError(f"--endpoint asks a cluster that runs already: {given} are not for it")
+            return connect(self.endpoint, self.api_key_file)
+        if self.api_key_file is not None:
+            raise UsageError("--api-key-file is for --endpoint")
+        return self._of_cluster(context) if self.workers > 1 else self.local(context, sequences)
+
+    def _of_cluster(self, context: int) -> TextClient:
+        tune_grpc()
+        from llamaclust.cluster.client_service import ServiceClient
+        from llamaclust.tools.temporary_cluster import cluster_service
+
+        return ServiceClient(
+            cluster_service(self.model, self.workers, self.threads, context, self.kv_type or KvType.F16)
+        )
+
+
+def evaluate(source: Source, asked: Asked, as_json: bool) -> None:
+    """Prints what is asked for, or one JSON object."""
+    if asked.hellaswag is not None:
+        accuracy = _hellaswag(source, asked.hellaswag, asked.tasks)
+        _print(accuracy.as_json(), [_shown_accuracy(accuracy)], as_json)
+    elif asked.compare:
+        assert asked.base is not None
+        divergence = _divergence(source, asked.base, asked.chunks)
+        _print(divergence.as_json(), _shown_divergence(divergence), as_json)
+    else:
+        assert asked.text is not None
+        context = asked.context or _CONTEXT
+        result = _perplexity(source, read_text(asked.text), context, asked.chunks, asked.base)
+        _print(result.as_json(), [_shown_perplexity(result, context)], as_json)
+
+
+def _print(value: Mapping[str, Any], lines: list[str], as_json: bool) -> None:
+    print(json.dumps(value) if as_json else "\n".join(lines))
+
+
+def _perplexity(source: Source, text: str, context: int, most: int | None, base: Path | None) -> Perplexity:
+    tokenizer = source.tokenizer()
+    chunks = cut(tokenizer, text, context, most)
+    with ExitStack() as stack:
+        show = stack.enter_context(_progress("perplexity", len(chunks)))
+
+        def on_chunk(value: Perplexity) -> None:
+            show(value.chunks, f"perplexity {value.perplexity:.4f}")
+
+        if base is None:
+            return measure(stack.enter_context(source.opened(tokenizer, text, context)), chunks, on_chunk)
+        from llamaclust.tools.logit_scores import keep_logits
+
+        return keep_logits(stack.enter_context(source.local(context)), chunks, base, on_chunk)
+
+
+def _divergence(source: Source, base: Path, most: int | None) -> Divergence:
+    from llamaclust.tools.logit_scores import measure_divergence
+    from llamaclust.tools.logits_file import LogitsFile
+
+    kept, tokenizer = LogitsFile.open(base), source.tokenizer()
+    chunks = min(most or kept.shape.chunks, kept.shape.chunks)
+    with _progress("KL divergence", chunks) as show, source.local(kept.shape.context) as client:
+
+        def on_chunk(done: int, mean: float) -> None:
+            show(done, f"KL divergence {mean:.6f}")
+
+        return measure_divergence(client, tokenizer, kept, chunks, on_chunk)
+
+
+def _hellaswag(source: Source, file: Path, most: int | None) -> Accuracy:
+    from llamaclust.tools.hellaswag import AT_ONCE, measure_hellaswag, read_tasks
+
+    tokenizer = source.tokenizer()
+    tasks = read_tasks(file, tokenizer, most)
+    context = max(len(ending) for task in tasks for ending in task.endings)
+    sample = tokenizer.decode(tasks[0].endings[0], skip_special=True)
+    with _progress("acc_norm", len(tasks)) as show, source.opened(tokenizer, sample, context, AT_ONCE) as client:
+
+        def on_task(value: Accuracy) -> None:
+            show(value.tasks, f"acc_norm {100 * value.acc_norm:.2f} %")
+
+        return measure_hellaswag(client, tasks, on_task)
+
+
+@contextmanager
+def _progress(what: str, total: int) -> Iterator[Callable[[int, str], None]]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with bar_on_stderr(*columns) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda done, text: bar.update(task, completed=done, description=text)
+
+
+def _shown_perplexity(result: Perplexity, context: int) -> str:
+    return f"perplexity {result.perplexity:.4f} +/- {result.stderr:.4f} ({result.chunks} chunks of {context} tokens)"
+
+
+def _shown_accuracy(value: Accuracy) -> str:
+    low, high = value.acc_norm_range
+    share = f"acc_norm {100 * value.acc_norm:.2f} % (95 %: {100 * low:.2f} to {100 * high:.2f})"
+    return f"{share}, acc {100 * value.acc:.2f} %, {value.tasks} tasks"
+
+
+def _shown_divergence(found: Divergence) -> list[str]:
+    quantiles, differences = found.kld_quantiles, found.p_difference_quantiles
+    return [
+        f"{found.chunks} chunks, {found.tokens} tokens",
+        "",
+        _line("Mean PPL(Q)", found.perplexity),
+        _line("Mean PPL(base)", found.base_perplexity),
+        f"{'Cor(ln(PPL(Q)), ln(PPL(base)))':32}{100 * found.correlation:12.2f} %",
+        _line("Mean ln(PPL(Q)/PPL(base))", found.log_ratio),
+        _line("Mean PPL(Q)/PPL(base)", found.log_ratio.exp()),
+        _line("Mean PPL(Q)-PPL(base)", found.difference),
+        "",
+        _line("Mean KLD", found.kld),
+        *(f"{name.capitalize() + ' KLD':32}{value:12.6f}" for name, value in quantiles.items()),
+        "",
+        _line("Mean Δp", found.p_difference, percent=True),
+        *(f"{name.capitalize() + ' Δp':32}{100 * value:12.3f} %" for name, value in differences.items()),
+        _line("RMS Δp", found.p_difference_rms, percent=True),
+        _line("Same top p", found.same_top, percent=True),
+    ]
+
+
+def _line(name: str, estimate: Estimate, percent: bool = False) -> str:
+    if percent:
+        return f"{name:32}{100 * estimate.value:12.3f} +/- {100 * estimate.stderr:.3f} %"
+    return f"{name:32}{estimate.value:12.6f} +/- {estimate.stderr:.6f}"

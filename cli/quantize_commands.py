@@ -1,0 +1,214 @@
+"""`model quantize` and `model imatrix`: a model file in smaller types, and which of its weights matter most."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from llamaclust.cli.help import PlainCommand
+from llamaclust.errors import UsageError
+
+if TYPE_CHECKING:
+    from llamaclust.model.quant_types import QuantType
+    from llamaclust.tools.quantize import Quantizing
+    from llamaclust.tools.quantize_choice import Wishes
+
+Source = Annotated[str, typer.Argument(metavar="MODEL", help="Catalog name or path of a .gguf.")]
+Out = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="OUT",
+        default_factory=list,
+        show_default=False,
+        help="The new file; MODEL-TYPE.gguf beside the old one by default (here, where that was pulled).",
+    ),
+]
+Type = Annotated[str, typer.Argument(metavar="TYPE", help="Q4_K_M, Q8_0, ...: docs/models.md lists them.")]
+Threads = Annotated[
+    int | None, typer.Option("--threads", "-t", metavar="N", min=1, max=1024, help="Threads; all cores by default.")
+]
+
+
+def quantize(
+    model: Source,
+    out: Out,
+    type_name: Type,
+    imatrix_file: Annotated[
+        Path | None,
+        typer.Option("--imatrix", metavar="FILE", help="Which weights matter, of `model imatrix` or llama-imatrix."),
+    ] = None,
+    tensor_type: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tensor-type", metavar="PATTERN=TYPE", help="A type for tensors whose name the pattern matches."
+        ),
+    ] = None,
+    output_tensor_type: Annotated[
+        str | None, typer.Option("--output-tensor-type", metavar="TYPE", help="A type for output.weight.")
+    ] = None,
+    token_embedding_type: Annotated[
+        str | None, typer.Option("--token-embedding-type", metavar="TYPE", help="A type for token_embd.weight.")
+    ] = None,
+    leave_output_tensor: Annotated[
+        bool, typer.Option("--leave-output-tensor", help="Keep output.weight as it is.")
+    ] = False,
+    pure: Annotated[bool, typer.Option("--pure", help="One type for all matrices, no mix.")] = False,
+    allow_requantize: Annotated[
+        bool, typer.Option("--allow-requantize", help="Take quantized weights, too; quality suffers twice.")
+    ] = False,
+    keep_split: Annotated[bool, typer.Option("--keep-split", help="As many files as the model has.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would become of the tensors.")] = False,
+    threads: Threads = None,
+) -> None:
+    """Write a model file in a smaller type; which tensors get which type is as llama-quantize has it."""
+    from llamaclust.model.gguf import open_model
+    from llamaclust.model.imatrix import read_imatrix
+    from llamaclust.tools.catalog import resolve_model
+    from llamaclust.tools.quantize import plan_quantizing
+
+    if len(out) > 1:
+        raise UsageError(f"too many names: {' '.join(out[1:])}; give MODEL, OUT and TYPE")
+    wishes = _wishes(type_name, pure, leave_output_tensor, output_tensor_type, token_embedding_type)
+    wishes = _with_patterns(wishes, tensor_type or [])
+    file = open_model(resolve_model(model))
+    importance = None if imatrix_file is None else read_imatrix(imatrix_file)
+    job = plan_quantizing(file, wishes, importance, allow_requantize)
+    if dry_run:
+        _print_sizes(job)
+        return
+    path = _out(file.path, out[0] if out else None, wishes.mix.name, file.parts, keep_split)
+    _check_importance(job, imatrix_file)
+    _write(job, path, threads, keep_split)
+    _print_sizes(job)
+
+
+def imatrix(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Catalog name or path of a .gguf.")],
+    text: Annotated[Path, typer.Option("-f", "--file", metavar="TEXT", help="UTF-8 text like what is to come.")],
+    out: Annotated[
+        Path, typer.Option("-o", "--output", metavar="FILE", help="The matrix: GGUF, or the old format for .dat.")
+    ],
+    context: Annotated[int, typer.Option("-c", "--context", metavar="N", min=4, help="Tokens of a chunk.")] = 512,
+    chunks: Annotated[int | None, typer.Option("--chunks", min=1, metavar="N", help="Only the first N.")] = None,
+    process_output: Annotated[bool, typer.Option("--process-output", help="Of output.weight, too.")] = False,
+    threads: Threads = None,
+) -> None:
+    """Find out which weights matter most: run MODEL over a text, and sum up the squares of what matrices multiply."""
+    from llamaclust.cli.progress import shown_progress
+    from llamaclust.model.imatrix import write_imatrix
+    from llamaclust.model.loader import Model
+    from llamaclust.tools.bench import cores
+    from llamaclust.tools.catalog import resolve_model
+    from llamaclust.tools.imatrix import collect
+    from llamaclust.tools.perplexity import cut, read_text
+
+    if out.is_dir() or not out.parent.is_dir():
+        raise UsageError(f"{out}: no place for a file; check the path")
+    words = read_text(text)
+    with Model.open(resolve_model(model)) as loaded, shown_progress(counts_bytes=False) as progress:
+        trained = loaded.hyperparameters.context_length
+        if context > trained:
+            raise UsageError(f"-c {context}: the model was made for {trained} tokens; set {trained} or less")
+        parts = cut(loaded.tokenizer, words, context, chunks)
+        write_imatrix(out, collect(loaded, parts, threads or cores(), str(text), process_output, progress))
+    print(out)
+
+
+def _kind(name: str, option: str) -> QuantType:
+    from llamaclust.kernels.cpu.quantize import QUANTIZED_TYPES
+
+    found = next((kind for kind in QUANTIZED_TYPES if kind.name == name.upper()), None)
+    if found is None:
+        raise UsageError(f"{option} {name}: give one of {', '.join(kind.name for kind in QUANTIZED_TYPES)}")
+    return found
+
+
+def _wishes(name: str, pure: bool, keep_output: bool, output: str | None, embedding: str | None) -> Wishes:
+    from llamaclust.tools.quantize_choice import Wishes
+    from llamaclust.tools.quantize_mixes import ALIASES, MIXES
+
+    upper = name.upper()
+    mix = MIXES.get(ALIASES.get(upper, upper))
+    if mix is None:
+        raise UsageError(f"no type {name}: give one of {', '.join(MIXES)}")
+    if keep_output and output is not None:
+        raise UsageError("--leave-output-tensor and --output-tensor-type contradict each other: give one of them")
+    return Wishes(
+        mix,
+        pure=pure,
+        keep_output=keep_output,
+        output_type=None if output is None else _kind(output, "--output-tensor-type"),
+        embedding_type=None if embedding is None else _kind(embedding, "--token-embedding-type"),
+    )
+
+
+def _with_patterns(wishes: Wishes, given: list[str]) -> Wishes:
+    import re
+    from dataclasses import replace
+
+    patterns = []
+    for text in given:
+        pattern, equals, name = text.rpartition("=")
+        if not equals or not pattern:
+            raise UsageError(f"--tensor-type {text}: PATTERN=TYPE expected, as in attn_v=Q8_0")
+        try:
+            patterns.append((re.compile(pattern), _kind(name, f"--tensor-type {pattern}=")))
+        except re.error as error:
+            raise UsageError(f"--tensor-type {text}: the pattern is no regular expression: {error}") from error
+    return replace(wishes, by_pattern=tuple(patterns))
+
+
+def _out(source: Path, given: str | None, name: str, parts: tuple[Path, ...], keep_split: bool) -> Path:
+    from llamaclust.tools.catalog import made_beside
+    from llamaclust.tools.quantize import part_paths
+
+    out = made_beside(source, f"{source.stem}-{name}.gguf") if given is None else Path(given)
+    if out.is_dir():
+        raise UsageError(f"{out}: a folder; give the name of a file in it")
+    for path in part_paths(out, len(parts) if keep_split else 1):
+        if any(path.exists() and part.exists() and path.samefile(part) for part in parts):
+            raise UsageError(f"{path}: the model itself; give the new file another name")
+    return out
+
+
+def _check_importance(job: Quantizing, imatrix_file: Path | None) -> None:
+    change = job.needing_importance
+    if change is None:
+        return
+    what = f"{change.tensor.name} as {change.quant_type.name} needs an importance matrix"
+    if imatrix_file is None:
+        raise UsageError(f"{what}: make one with `llamaclust model imatrix` and give it with --imatrix")
+    raise UsageError(f"{what}, and {imatrix_file} has nothing for it: make one of this model")
+
+
+def _write(job: Quantizing, out: Path, threads: int | None, keep_split: bool) -> None:
+    from llamaclust.cli.progress import shown_progress
+    from llamaclust.tools.bench import cores
+    from llamaclust.tools.quantize import write_quantized
+
+    with shown_progress() as progress:
+        write_quantized(job, out, threads or cores(), keep_split, progress)
+    print(out)
+
+
+def _print_sizes(job: Quantizing) -> None:
+    from llamaclust.sizes import MIB
+    from llamaclust.tools.quantize import sizes_by_type
+
+    sizes = sizes_by_type(job)
+    for (was, becomes), (tensors, before, after) in sizes.items():
+        print(
+            f"{was.name:>8} -> {becomes.name:8} {tensors:5} tensors {before / MIB:12,.2f} -> {after / MIB:12,.2f} MiB"
+        )
+    before, after = (sum(each[index] for each in sizes.values()) for index in (1, 2))
+    weights = sum(change.tensor.rows * change.tensor.shape[-1] for change in job.changes)
+    bits = f"{8 * before / weights:.2f} -> {8 * after / weights:.2f} bits a weight"
+    print(f"{before / MIB:,.2f} -> {after / MIB:,.2f} MiB, {bits}")
+
+
+def register(models: typer.Typer) -> None:
+    """Adds the commands of this file to those of `model`."""
+    models.command(cls=PlainCommand)(quantize)
+    models.command(cls=PlainCommand)(imatrix)

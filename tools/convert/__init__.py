@@ -1,0 +1,1 @@
+"""From any checkpoint to a GGUF file: readers, pages of architectures, vocabularies, and a writer that streams."""

@@ -1,0 +1,116 @@
+"""From a checkpoint to a GGUF file: reader, page, vocabulary, writer."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from llamaclust.errors import UsageError
+from llamaclust.model.quant_types import QuantType
+from llamaclust.model.writer import WritableValue
+from llamaclust.tools.convert.checkpoint import Checkpoint
+from llamaclust.tools.convert.elements import OUTPUT_TYPES
+from llamaclust.tools.convert.lazy import Lazy
+from llamaclust.tools.convert.opening import Hints, open_checkpoint
+from llamaclust.tools.convert.page import Page
+from llamaclust.tools.convert.pages import build_page
+from llamaclust.tools.convert.source_files import SourceFiles
+from llamaclust.tools.convert.stream import Output, Told, write_stream
+from llamaclust.tools.convert.vocabularies.reading import read_words
+from llamaclust.tools.convert.vocabularies.words import Words
+
+FILE_TYPES: Final = {QuantType.F32: 0, QuantType.F16: 1, QuantType.Q8_0: 7, QuantType.BF16: 32}
+"""`general.file_type`, llama.cpp's number for what most of a file's weights are."""
+_QUANTIZATION_VERSION: Final = 2
+_EXACT: Final = re.compile(
+    r".*_norm(_2)?\.weight|blk\.\d+\.ffn_gate_inp(_shexp)?\.weight|position_embd\.weight|rope_.*|.*\.bias"
+)
+"""Few weights that much depends on; they stay float32 whatever the type of the file."""
+_MOST_THREADS: Final = 8
+_CHATGLM_TURN: Final = "<|user|>"
+_CHATGLM_WORDS: Final = (
+    *("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop"),
+    *("<|system|>", _CHATGLM_TURN, "<|assistant|>", "<|observation|>"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Converted:
+    """What was written; `notes` are for the user."""
+
+    path: Path
+    architecture: str
+    tensors: int
+    notes: tuple[str, ...]
+
+
+def convert(source: Path, out: Path | None, type_name: str, hints: Hints, told: Told, name: str | None) -> Converted:
+    """Writes the checkpoint at `source` to `out`, by default NAME-TYPE.gguf here.
+
+    ModelFileError for a bad checkpoint, UsageError for bad options or a disk without room; no file is left then.
+    """
+    with SourceFiles() as files:
+        return write_converted(files, open_checkpoint(files, source, hints), out, type_name, hints, told, name)
+
+
+def write_converted(
+    files: SourceFiles,
+    checkpoint: Checkpoint,
+    out: Path | None,
+    type_name: str,
+    hints: Hints,
+    told: Told,
+    name: str | None,
+) -> Converted:
+    """As `convert`, for a checkpoint that is open."""
+    kind = OUTPUT_TYPES.get(type_name)
+    if kind is None:
+        raise UsageError(f"--type {type_name}: give one of {', '.join(OUTPUT_TYPES)}")
+    page = build_page(checkpoint)
+    behind = _CHATGLM_WORDS if page.architecture == "chatglm" else ()
+    rows = page.tensors["token_embd.weight"].shape[0]
+    words = read_words(files, hints.tokenizer or checkpoint.vocabulary, rows, behind)
+    path = out or Path(f"{_file_name(name or checkpoint.name)}-{type_name}.gguf")
+    outputs = [Output(one, output_type(one, tensor, kind), tensor) for one, tensor in page.tensors.items()]
+    metadata = _general(page, checkpoint, name, kind) | page.metadata | _vocabulary(page, words)
+    write_stream(path, metadata, outputs, told, thread_count(), files.check_unchanged)
+    return Converted(path, page.architecture, len(outputs), tuple(page.notes))
+
+
+def thread_count() -> int:
+    return min(_MOST_THREADS, len(os.sched_getaffinity(0)))
+
+
+def output_type(name: str, tensor: Lazy, wanted: QuantType) -> QuantType:
+    """Vectors and what much depends on are float32; rows that have no whole blocks float16."""
+    if len(tensor.shape) == 1 or _EXACT.fullmatch(name):
+        return QuantType.F32
+    return wanted if tensor.shape[-1] % wanted.info.block_size == 0 else QuantType.F16
+
+
+def _general(page: Page, checkpoint: Checkpoint, name: str | None, kind: QuantType) -> dict[str, WritableValue]:
+    return {
+        "general.architecture": page.architecture,
+        "general.type": "model",
+        "general.name": name or checkpoint.name,
+        "general.file_type": FILE_TYPES[kind],
+        "general.quantization_version": _QUANTIZATION_VERSION,
+    }
+
+
+def _vocabulary(page: Page, words: Words) -> dict[str, WritableValue]:
+    """What an architecture's models want of a vocabulary, whatever its files say."""
+    if page.architecture == "chatglm":
+        words.flags["add_bos_token"] = False
+        if _CHATGLM_TURN in words.texts:
+            words.ids["eot"] = words.texts.index(_CHATGLM_TURN)
+    if page.architecture.startswith("gemma") and words.kind == "llama":
+        words.flags["add_space_prefix"] = False
+    return words.metadata()
+
+
+def _file_name(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model"

@@ -1,0 +1,201 @@
+"""Tensors that are not read yet: a shape, how numbers are stored, and a function that brings some rows. What a
+conversion does to a tensor (rows in another order, parts put together) is done when its rows are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+from math import prod
+from threading import Lock
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+Rows = Callable[[int, int], Array]
+
+MAX_DIMENSIONS: Final = 4
+_WASTE = 4
+"""Rows in another order are read with all between the first and the last, where that is at most so many times more."""
+
+
+class Storage(Enum):
+    """How numbers are stored; BF16 is held as uint16."""
+
+    F64 = np.dtype("<f8")
+    F32 = np.dtype("<f4")
+    F16 = np.dtype("<f2")
+    BF16 = np.dtype("<u2")
+    I64 = np.dtype("<i8")
+    I32 = np.dtype("<i4")
+    I16 = np.dtype("<i2")
+    I8 = np.dtype("<i1")
+    U8 = np.dtype("<u1")
+    BOOL = np.dtype("?")
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        value: np.dtype[Any] = self.value
+        return value
+
+    @property
+    def is_real(self) -> bool:
+        return self in (Storage.F64, Storage.F32, Storage.F16, Storage.BF16)
+
+
+@dataclass(frozen=True, slots=True)
+class Lazy:
+    """`read(start, end)` gives rows [start, end) of the first dimension, [end - start, *shape[1:]]. Safe for threads.
+
+    `origin` names file and tensor for errors.
+    """
+
+    shape: tuple[int, ...]
+    storage: Storage
+    read: Rows
+    origin: str
+
+    @property
+    def row_elements(self) -> int:
+        return prod(self.shape[1:])
+
+    @property
+    def n_bytes(self) -> int:
+        return prod(self.shape) * self.storage.dtype.itemsize
+
+    def all(self) -> Array:
+        return self.read(0, self.shape[0])
+
+    def floats(self) -> NDArray[np.float32]:
+        """All of it as float32."""
+        return as_floats(self.all(), self.storage)
+
+
+def as_floats(values: Array, storage: Storage) -> NDArray[np.float32]:
+    if storage is Storage.BF16:
+        return np.left_shift(values, 16, dtype=np.uint32).view(np.float32)
+    return values.astype(np.float32, copy=False)
+
+
+def constant(values: NDArray[np.float32], origin: str) -> Lazy:
+    """A tensor that is there already."""
+    return Lazy(values.shape, Storage.F32, lambda start, end: values[start:end], origin)
+
+
+def rows(tensor: Lazy, start: int, end: int) -> Lazy:
+    """Rows [start, end)."""
+    shape = (end - start, *tensor.shape[1:])
+    return replace(tensor, shape=shape, read=lambda first, last: tensor.read(start + first, start + last))
+
+
+def gathered(tensor: Lazy, index: NDArray[np.int64]) -> Lazy:
+    """Row i is the given one's row index[i]."""
+
+    def read(start: int, end: int) -> Array:
+        wanted = index[start:end]
+        if not len(wanted):
+            return tensor.read(0, 0)
+        low, high = int(wanted.min()), int(wanted.max()) + 1
+        if high - low <= _WASTE * len(wanted):
+            return tensor.read(low, high)[wanted - low]
+        cuts = np.flatnonzero(np.diff(wanted) != 1) + 1
+        return np.concatenate([tensor.read(int(run[0]), int(run[-1]) + 1) for run in np.split(wanted, cuts)])
+
+    return replace(tensor, shape=(len(index), *tensor.shape[1:]), read=read)
+
+
+def stacked(tensors: Sequence[Lazy]) -> Lazy:
+    """Tensors of one shape as one with another dimension before."""
+    first = tensors[0]
+
+    def read(start: int, end: int) -> Array:
+        return np.stack([_as(tensor, first.storage).all() for tensor in tensors[start:end]])
+
+    return replace(first, shape=(len(tensors), *first.shape), read=read)
+
+
+def below(tensors: Sequence[Lazy]) -> Lazy:
+    """The rows of all, one tensor's after the other's."""
+    first = tensors[0]
+    ends = np.cumsum([tensor.shape[0] for tensor in tensors]).tolist()
+
+    def read(start: int, end: int) -> Array:
+        parts = []
+        for tensor, last in zip(tensors, ends, strict=True):
+            begin = last - tensor.shape[0]
+            low, high = max(start, begin), min(end, last)
+            if low < high:
+                parts.append(_as(tensor, first.storage).read(low - begin, high - begin))
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    return replace(first, shape=(ends[-1], *first.shape[1:]), read=read)
+
+
+def beside(tensors: Sequence[Lazy]) -> Lazy:
+    """Matrices of equally many rows, side by side."""
+    first = tensors[0]
+    width = sum(tensor.shape[1] for tensor in tensors)
+
+    def read(start: int, end: int) -> Array:
+        return np.concatenate([_as(tensor, first.storage).read(start, end) for tensor in tensors], axis=1)
+
+    return replace(first, shape=(first.shape[0], width), read=read)
+
+
+def mapped(tensor: Lazy, change: Callable[[NDArray[np.float32]], NDArray[np.float32]]) -> Lazy:
+    """`change` of the rows as float32, which keeps their shape."""
+
+    def read(start: int, end: int) -> Array:
+        return change(as_floats(tensor.read(start, end), tensor.storage))
+
+    return replace(tensor, storage=Storage.F32, read=read)
+
+
+def squeezed(tensor: Lazy) -> Lazy:
+    """A matrix of one row or one column as a vector."""
+    return replace(
+        tensor, shape=(prod(tensor.shape),), read=lambda start, end: tensor.all().reshape(-1)[start:end].copy()
+    )
+
+
+def transposed(tensor: Lazy, recent: Recent) -> Lazy:
+    """A matrix with rows and columns exchanged; it is read whole."""
+
+    def read(start: int, end: int) -> Array:
+        whole = recent.get(tensor, tensor.all)
+        return np.ascontiguousarray(whole[:, start:end].T)
+
+    return replace(tensor, shape=tensor.shape[::-1], read=read)
+
+
+def _as(tensor: Lazy, storage: Storage) -> Lazy:
+    """Parts that are put together are stored alike: float32 where one is not like the first."""
+    if tensor.storage is storage:
+        return tensor
+    assert storage is Storage.F32, (tensor.storage, storage)
+    return mapped(tensor, lambda values: values)
+
+
+def alike(tensors: Sequence[Lazy]) -> list[Lazy]:
+    """The same tensors, all stored as the first one, or as float32 where they differ."""
+    if len({tensor.storage for tensor in tensors}) == 1:
+        return list(tensors)
+    return [_as(tensor, Storage.F32) for tensor in tensors]
+
+
+class Recent:
+    """Keeps the last two things that were read whole, for threads that each take a part of them."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._kept: list[tuple[object, Any]] = []
+
+    def get(self, key: object, make: Callable[[], Any]) -> Any:
+        with self._lock:
+            found = next((value for one, value in self._kept if one is key), None)
+            if found is None:
+                found = make()
+                self._kept = [*self._kept[-1:], (key, found)]
+            return found

@@ -1,0 +1,100 @@
+"""A checkpoint and an adapter on it as one model: a GGUF file, or a folder of Hugging Face's form again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+from llamaclust.errors import ModelFileError, UsageError
+from llamaclust.tools.convert.adapter import merged, read_adapter, words_of
+from llamaclust.tools.convert.checkpoint import Checkpoint
+from llamaclust.tools.convert.conversion import Converted, thread_count, write_converted
+from llamaclust.tools.convert.elements import OUTPUT_TYPES
+from llamaclust.tools.convert.hugging_face import CONFIG, read_folder
+from llamaclust.tools.convert.lazy import Lazy, Storage
+from llamaclust.tools.convert.opening import Hints
+from llamaclust.tools.convert.source_files import SourceFiles
+from llamaclust.tools.convert.stream import Output, Told, new_file, write_pieces
+
+_TOKENIZER_FILES: Final = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+_STORAGE: Final = {"f32": Storage.F32, "f16": Storage.F16, "bf16": Storage.BF16}
+
+
+def merge_adapter(base: Path, adapter: Path, out: Path, type_name: str, hints: Hints, told: Told) -> Converted:
+    """Writes W + scale * B @ A of every matrix to `out`: a GGUF file where its name ends so, else a folder.
+
+    The tokenizer is the adapter's where it has one. ModelFileError where the two do not fit together.
+    """
+    if not (base / CONFIG).is_file():
+        raise ModelFileError(f"{base}: no {CONFIG}: the base must be a folder of Hugging Face's form, not quantized")
+    with SourceFiles() as files:
+        found = read_folder(files, base)
+        tensors = merged(found.tensors, read_adapter(files, adapter))
+        vocabulary = adapter if _has_tokenizer(adapter) else base
+        whole = replace(found, tensors=tensors, settings=words_of(tensors, found.settings), vocabulary=vocabulary)
+        if out.suffix == ".gguf":
+            return write_converted(files, whole, out, type_name, hints, told, None)
+        return _write_folder(files, whole, base, out, type_name, told)
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))
+
+
+def _write_folder(
+    files: SourceFiles, whole: Checkpoint, base: Path, out: Path, type_name: str, told: Told
+) -> Converted:
+    """config.json, the tokenizer's files and model.safetensors; the latter comes last."""
+    if type_name not in _STORAGE:
+        raise UsageError(f"--type {type_name}: a folder holds one of {', '.join(_STORAGE)}; q8_0 is for .gguf files")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{out}: is there already; give a name that is not, or one that ends in .gguf")
+    created = not out.exists()
+    out.mkdir(exist_ok=True)
+    try:
+        _write_weights(whole.tensors, out / "model.safetensors", type_name, told)
+        files.check_unchanged()
+        for name in _TOKENIZER_FILES:
+            source = whole.vocabulary / name if (whole.vocabulary / name).is_file() else base / name
+            if source.is_file():
+                shutil.copyfile(source, out / name)
+        torch_type = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}[type_name]
+        values = {**whole.settings.values, "torch_dtype": torch_type}
+        (out / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
+    except BaseException:
+        for path in out.iterdir():
+            path.unlink()
+        if created:
+            out.rmdir()
+        raise
+    return Converted(out, whole.family, len(whole.tensors), ())
+
+
+def _write_weights(tensors: Mapping[str, Lazy], path: Path, type_name: str, told: Told) -> None:
+    kind, storage = OUTPUT_TYPES[type_name], _STORAGE[type_name]
+    outputs = [Output(name, kind, tensor) for name, tensor in tensors.items() if tensor.storage.is_real]
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for output in outputs:
+        end = at + output.source.n_bytes
+        header[output.name] = {"dtype": storage.name, "shape": list(output.tensor.shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    head = len(text).to_bytes(8, "little") + text
+    with new_file(path, len(head) + at) as file:
+        file.write(head)
+        write_pieces(file, outputs, told, thread_count(), alignment=1)

@@ -1,0 +1,151 @@
+"""What a page of `pages/` is given: it takes tensors by the names of its checkpoint, says what shape they must have,
+and puts them under GGUF's names. A tensor that no page takes is an error: it may be a scale that nothing is right
+without."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+
+from llamaclust.errors import ModelFileError
+from llamaclust.model.gguf_values import shown
+from llamaclust.model.writer import WritableValue
+from llamaclust.tools.convert.checkpoint import Checkpoint
+from llamaclust.tools.convert.lazy import Lazy, gathered
+from llamaclust.tools.convert.settings import MAX_CONTEXT, MAX_HEADS, MAX_LAYERS, MAX_WIDTH, MAX_WORDS
+
+_NOT_NEEDED: Final = re.compile(
+    r"(.*\.)?(rotary_emb\.inv_freq|rotary_pos_emb\.inv_freq|attn\.(masked_)?bias|attention\.(masked_)?bias|rope\.freqs)"
+)
+"""Tables and masks that follow from the settings."""
+
+
+class Page:
+    """Collects metadata and tensors of one architecture. Keys are given without its name."""
+
+    def __init__(self, checkpoint: Checkpoint, architecture: str) -> None:
+        self.settings = checkpoint.settings
+        self.architecture = architecture
+        self.metadata: dict[str, WritableValue] = {}
+        self.tensors: dict[str, Lazy] = {}
+        self.notes: list[str] = []
+        self._left = dict(checkpoint.tensors)
+
+    def key(self, name: str, value: WritableValue) -> None:
+        self.metadata[f"{self.architecture}.{name}"] = value
+
+    def has(self, name: str) -> bool:
+        return name in self._left
+
+    def take(self, name: str, *shape: int) -> Lazy:
+        """The tensor of that name, once; ModelFileError where it is missing or has another shape."""
+        tensor = self._left.pop(name, None)
+        if tensor is None:
+            raise self._error(name, "missing")
+        if tensor.shape != shape:
+            raise self._error(name, f"shape {list(tensor.shape)}, {list(shape)} expected")
+        if not tensor.storage.is_real:
+            raise self._error(name, f"holds {tensor.storage.name}, decimal numbers expected")
+        return tensor
+
+    def put(self, name: str, tensor: Lazy) -> None:
+        assert name not in self.tensors, name
+        self.tensors[name] = tensor
+
+    def copy(self, name: str, source: str, *shape: int, bias: bool | None = False) -> None:
+        """`source`.weight as `name`.weight, and its bias: None where it may have one."""
+        self.put(f"{name}.weight", self.take(f"{source}.weight", *shape))
+        if bias or (bias is None and self.has(f"{source}.bias")):
+            self.put(f"{name}.bias", self.take(f"{source}.bias", shape[0]))
+
+    def drop(self, *names: str) -> None:
+        """Tensors that GGUF files have no use for."""
+        for name in names:
+            self._left.pop(name, None)
+
+    def finish(self) -> None:
+        """ModelFileError where something was left."""
+        left = [name for name in self._left if not _NOT_NEEDED.fullmatch(name)]
+        if left:
+            more = f" and {len(left) - 1} others" if len(left) > 1 else ""
+            raise self._error(left[0], f"no part of {self.architecture}{more}: another kind of model, or more layers")
+
+    def _error(self, name: str, what: str) -> ModelFileError:
+        return ModelFileError(f"{self.settings.origin}: tensor {shown(name)}: {what}")
+
+    @property
+    def layers(self) -> int:
+        return self.settings.count("num_hidden_layers", "n_layer", "num_layers", "n_layers", maximum=MAX_LAYERS)
+
+    @property
+    def width(self) -> int:
+        return self.settings.count("hidden_size", "n_embd", maximum=MAX_WIDTH)
+
+    @property
+    def heads(self) -> int:
+        return self.settings.count("num_attention_heads", "n_head", maximum=MAX_HEADS)
+
+    @property
+    def kv_heads(self) -> int:
+        heads = self.heads
+        found = self.settings.count("num_key_value_heads", default=heads, maximum=heads)
+        if heads % found:
+            raise self.settings.error("num_key_value_heads", f"{found}, which does not divide {heads} heads")
+        return found
+
+    @property
+    def head_width(self) -> int:
+        heads = self.heads
+        if not self.settings.has("head_dim") and self.width % heads:
+            raise self.settings.error("num_attention_heads", f"{heads}, which does not divide a width of {self.width}")
+        return self.settings.count("head_dim", default=max(1, self.width // heads), maximum=1 << 12)
+
+    @property
+    def words(self) -> int:
+        return self.settings.count("vocab_size", "padded_vocab_size", maximum=MAX_WORDS)
+
+    def usual_keys(self, feed_forward: int) -> None:
+        """What nearly every architecture has."""
+        context = ("max_position_embeddings", "n_positions", "n_ctx", "model_max_length", "seq_length")
+        self.key("block_count", self.layers)
+        self.key("context_length", self.settings.count(*context, maximum=MAX_CONTEXT))
+        self.key("embedding_length", self.width)
+        self.key("feed_forward_length", feed_forward)
+        self.key("attention.head_count", self.heads)
+        self.key("attention.head_count_kv", self.kv_heads)
+        if self.settings.has("head_dim"):
+            self.key("attention.key_length", self.head_width)
+            self.key("attention.value_length", self.head_width)
+
+    def rms_epsilon(self, *names: str, default: float | None = None) -> None:
+        epsilon = self.settings.real(*(names or ("rms_norm_eps",)), default=default, minimum=1e-12, maximum=0.1)
+        self.key("attention.layer_norm_rms_epsilon", epsilon)
+
+    def norm_epsilon(self, *names: str) -> None:
+        self.key("attention.layer_norm_epsilon", self.settings.real(*names, minimum=1e-12, maximum=0.1))
+
+    def output(self, source: str = "lm_head", *, tied: bool = False) -> None:
+        """The last matrix; left out where it is the embedding."""
+        if self.settings.flag("tie_word_embeddings", default=tied) or not self.has(f"{source}.weight"):
+            if not self.settings.flag("tie_word_embeddings", default=True):
+                raise self._error(f"{source}.weight", "missing")
+            self.drop(f"{source}.weight")
+            return
+        self.copy("output", source, self.words, self.width)
+
+
+def neighbours(tensor: Lazy, heads: int) -> Lazy:
+    """Rows of Q or K for rotation of neighbouring pairs, as GGUF's llama wants them, where the checkpoint rotates the
+    first half of a head with its second one."""
+    width = tensor.shape[0] // heads
+    order = np.arange(tensor.shape[0], dtype=np.int64).reshape(heads, 2, width // 2).swapaxes(1, 2)
+    return gathered(tensor, order.reshape(-1))
+
+
+def picked(tensor: Lazy, parts: Sequence[range]) -> Lazy:
+    """The rows of some ranges, in their order."""
+    index = np.concatenate([np.arange(part.start, part.stop, dtype=np.int64) for part in parts])
+    return gathered(tensor, index)

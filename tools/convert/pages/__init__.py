@@ -1,0 +1,68 @@
+"""Architectures as checkpoints name them, each with the page that maps it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+from llamaclust.model.gguf_values import shown
+from llamaclust.tools.convert.checkpoint import Checkpoint
+from llamaclust.tools.convert.page import Page
+from llamaclust.tools.convert.pages import (
+    baichuan,
+    chatglm,
+    falcon,
+    gemma,
+    gpt2,
+    internlm2,
+    llama,
+    meta,
+    phi3,
+    qwen,
+    starcoder2,
+)
+
+PAGES: Mapping[str, tuple[str, Callable[[Page], None]]] = MappingProxyType(
+    {
+        "LlamaForCausalLM": ("llama", llama.build),
+        "LLaMAForCausalLM": ("llama", llama.build),
+        "MistralForCausalLM": ("llama", llama.build),
+        "MixtralForCausalLM": ("llama", llama.build),
+        "YiForCausalLM": ("llama", llama.build),
+        "Meta": ("llama", meta.build),
+        "BaichuanForCausalLM": ("baichuan", baichuan.build),
+        "BaiChuanForCausalLM": ("baichuan", baichuan.build),
+        "Qwen2ForCausalLM": ("qwen2", qwen.build),
+        "Qwen2MoeForCausalLM": ("qwen2moe", qwen.build),
+        "Qwen3ForCausalLM": ("qwen3", qwen.build),
+        "Qwen3MoeForCausalLM": ("qwen3moe", qwen.build),
+        "ChatGLMModel": ("chatglm", chatglm.build),
+        "ChatGLMForConditionalGeneration": ("chatglm", chatglm.build),
+        "Phi3ForCausalLM": ("phi3", phi3.build),
+        "InternLM2ForCausalLM": ("internlm2", internlm2.build),
+        "GemmaForCausalLM": ("gemma", gemma.build),
+        "Gemma2ForCausalLM": ("gemma2", gemma.build),
+        "Gemma3ForCausalLM": ("gemma3", gemma.build),
+        "FalconForCausalLM": ("falcon", falcon.build),
+        "RWForCausalLM": ("falcon", falcon.build),
+        "Starcoder2ForCausalLM": ("starcoder2", starcoder2.build),
+        "GPT2LMHeadModel": ("gpt2", gpt2.build),
+    }
+)
+
+
+def build_page(checkpoint: Checkpoint) -> Page:
+    """Metadata and tensors of a checkpoint under GGUF's names; ModelFileError for an architecture without a page."""
+    found = PAGES.get(checkpoint.family)
+    if found is None:
+        near = difflib.get_close_matches(checkpoint.family, PAGES, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        known = ", ".join(name for name in PAGES if name != "Meta")
+        what = f"{shown(checkpoint.family)} cannot be converted, only {known}{hint}"
+        raise checkpoint.settings.error("architectures", what)
+    architecture, build = found
+    page = Page(checkpoint, architecture)
+    build(page)
+    page.finish()
+    return page

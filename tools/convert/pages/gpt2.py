@@ -1,0 +1,37 @@
+"""gpt2: positions by a table, matrices stored with rows and columns exchanged."""
+
+from __future__ import annotations
+
+from llamaclust.tools.convert.lazy import Recent, transposed
+from llamaclust.tools.convert.page import Page
+
+
+def build(page: Page) -> None:
+    settings, width = page.settings, page.width
+    context = settings.count("n_ctx", "n_positions", maximum=1 << 20)
+    feed_forward = settings.count("n_inner", default=4 * width)
+    page.key("block_count", page.layers)
+    page.key("context_length", context)
+    page.key("embedding_length", width)
+    page.key("feed_forward_length", feed_forward)
+    page.key("attention.head_count", page.heads)
+    page.norm_epsilon("layer_norm_epsilon")
+    root = "transformer." if page.has("transformer.wte.weight") else ""
+    page.copy("token_embd", f"{root}wte", page.words, width)
+    page.copy("position_embd", f"{root}wpe", context, width)
+    page.copy("output_norm", f"{root}ln_f", width, bias=True)
+    page.output(tied=True)
+    recent = Recent()
+    for layer in range(page.layers):
+        place, source = f"blk.{layer}", f"{root}h.{layer}"
+        page.copy(f"{place}.attn_norm", f"{source}.ln_1", width, bias=True)
+        page.copy(f"{place}.ffn_norm", f"{source}.ln_2", width, bias=True)
+        for name, inner, rows, columns in (
+            ("attn_qkv", "attn.c_attn", width, 3 * width),
+            ("attn_output", "attn.c_proj", width, width),
+            ("ffn_up", "mlp.c_fc", width, feed_forward),
+            ("ffn_down", "mlp.c_proj", feed_forward, width),
+        ):
+            weight = page.take(f"{source}.{inner}.weight", rows, columns)
+            page.put(f"{place}.{name}.weight", transposed(weight, recent))
+            page.put(f"{place}.{name}.bias", page.take(f"{source}.{inner}.bias", columns))

@@ -1,0 +1,31 @@
+"""phi3: Phi-3 and Phi-4. Q, K and V are one matrix, gate and up another."""
+
+from __future__ import annotations
+
+from llamaclust.tools.convert.page import Page
+from llamaclust.tools.convert.pages import decoder
+from llamaclust.tools.convert.rotation import rotation
+from llamaclust.tools.convert.settings import MAX_CONTEXT
+
+
+def build(page: Page) -> None:
+    """`attention.sliding_window` is 0 for a model without one."""
+    settings, width = page.settings, decoder.feed_forward_width(page)
+    page.usual_keys(width)
+    page.rms_epsilon()
+    share = settings.real("partial_rotary_factor", default=1.0, maximum=1.0)
+    rotation(page, int(share * page.head_width))
+    original = settings.count("original_max_position_embeddings", default=0, minimum=0, maximum=MAX_CONTEXT)
+    if original:
+        page.key("rope.scaling.original_context_length", original)
+    window = settings.count("sliding_window", default=0, minimum=0, maximum=MAX_CONTEXT)
+    page.key("attention.sliding_window", window)
+    decoder.ends(page)
+    packed = (page.heads + 2 * page.kv_heads) * page.head_width
+    for layer in range(page.layers):
+        place, source = f"blk.{layer}", f"model.layers.{layer}"
+        decoder.norms(page, layer)
+        page.copy(f"{place}.attn_qkv", f"{source}.self_attn.qkv_proj", packed, page.width)
+        page.copy(f"{place}.attn_output", f"{source}.self_attn.o_proj", page.width, page.heads * page.head_width)
+        page.copy(f"{place}.ffn_up", f"{source}.mlp.gate_up_proj", 2 * width, page.width)
+        page.copy(f"{place}.ffn_down", f"{source}.mlp.down_proj", page.width, width)

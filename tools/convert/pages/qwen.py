@@ -1,0 +1,67 @@
+"""qwen2, qwen2moe, qwen3, qwen3moe: Qwen 2, 2.5 and 3, dense and with experts."""
+
+from __future__ import annotations
+
+from llamaclust.tools.convert.lazy import squeezed
+from llamaclust.tools.convert.page import Page
+from llamaclust.tools.convert.pages import decoder
+from llamaclust.tools.convert.rotation import rotation
+from llamaclust.tools.convert.settings import MAX_WIDTH
+
+_PARTS = ("gate_proj", "up_proj", "down_proj")
+
+
+def build(page: Page) -> None:
+    """A sliding window that the configuration names is left out: `use_sliding_window` switches it off."""
+    if page.settings.flag("use_sliding_window"):
+        raise page.settings.error("use_sliding_window", "true is not supported")
+    width = decoder.feed_forward_width(page)
+    page.usual_keys(width)
+    page.rms_epsilon()
+    rotation(page, page.head_width, says_dimensions=False)
+    decoder.ends(page)
+    count = _expert_keys(page) if page.architecture.endswith("moe") else 0
+    for layer in range(page.layers):
+        decoder.norms(page, layer)
+        decoder.attention(page, layer, bias=True if page.architecture.startswith("qwen2") else None)
+        if page.architecture.startswith("qwen3"):
+            for part in ("q", "k"):
+                page.copy(
+                    f"blk.{layer}.attn_{part}_norm", f"model.layers.{layer}.self_attn.{part}_norm", page.head_width
+                )
+        if count:
+            _experts(page, layer, count)
+        else:
+            decoder.feed_forward(page, layer, width)
+
+
+def _expert_keys(page: Page) -> int:
+    settings = page.settings
+    count = settings.count("num_experts", "num_local_experts", maximum=1 << 10)
+    if settings.count("decoder_sparse_step", default=1) != 1 or settings.values.get("mlp_only_layers"):
+        raise settings.error("mlp_only_layers", "layers without experts among those with them are not supported")
+    page.key("expert_count", count)
+    page.key("expert_used_count", settings.count("num_experts_per_tok", maximum=count))
+    page.key("expert_feed_forward_length", _expert_width(page))
+    if page.architecture == "qwen2moe":
+        page.key("expert_shared_feed_forward_length", settings.count("shared_expert_intermediate_size"))
+        if settings.flag("norm_topk_prob"):
+            raise settings.error("norm_topk_prob", "true is not what qwen2moe computes")
+    elif not settings.flag("norm_topk_prob", default=True):
+        raise settings.error("norm_topk_prob", "false is not what qwen3moe computes")
+    return count
+
+
+def _expert_width(page: Page) -> int:
+    return page.settings.count("moe_intermediate_size", maximum=MAX_WIDTH)
+
+
+def _experts(page: Page, layer: int, count: int) -> None:
+    prefix = f"model.layers.{layer}.mlp"
+    page.copy(f"blk.{layer}.ffn_gate_inp", f"{prefix}.gate", count, page.width)
+    decoder.experts(page, layer, count, _expert_width(page), _PARTS, f"{prefix}.experts")
+    if page.architecture == "qwen2moe":
+        shared = page.settings.count("shared_expert_intermediate_size")
+        decoder.feed_forward(page, layer, shared, source="mlp.shared_expert", suffix="_shexp")
+        gate = page.take(f"{prefix}.shared_expert_gate.weight", 1, page.width)
+        page.put(f"blk.{layer}.ffn_gate_inp_shexp.weight", squeezed(gate))

@@ -1,0 +1,104 @@
+"""Rotary embedding and how it is stretched, from a configuration's words to GGUF's."""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+import numpy as np
+
+from llamaclust.tools.convert.lazy import constant
+from llamaclust.tools.convert.page import Page
+from llamaclust.tools.convert.settings import MAX_CONTEXT, Settings
+
+_LLAMA3: Final = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+def rotation(page: Page, dimensions: int, *, base: float | None = None, says_dimensions: bool = True) -> None:
+    """Keys, and tensors of factors where a model has them, for heads of which `dimensions` channels turn.
+
+    `base`: of a configuration that names none. ModelFileError for a kind of stretching that GGUF cannot say.
+    """
+    said = _parameters(page.settings)
+    theta = said.real("rope_theta", "rotary_emb_base", default=base or 10000.0, minimum=1.0)
+    page.key("rope.freq_base", theta)
+    if says_dimensions:
+        page.key("rope.dimension_count", dimensions)
+    kind = said.text("rope_type", "type", default="default").lower()
+    if kind == "linear":
+        page.key("rope.scaling.type", "linear")
+        page.key("rope.scaling.factor", said.real("factor", minimum=1e-3, maximum=1e6))
+    elif kind == "yarn":
+        _yarn(page, said)
+    elif kind == "llama3":
+        _llama3(page, said, theta, dimensions)
+    elif kind in ("su", "longrope"):
+        _longrope(page, said, dimensions)
+    elif kind == "dynamic":
+        _dynamic(page, said)
+    elif kind != "default":
+        raise said.error("rope_type", f"{kind!r} is not known; known: linear, dynamic, yarn, llama3, longrope")
+
+
+def _parameters(settings: Settings) -> Settings:
+    """All that is said of rotation in one place: newer configurations have an object for it, older ones a part."""
+    inner = settings.inner("rope_parameters", "rope_scaling")
+    inner = inner.inner("full_attention") if inner.has("full_attention") else inner
+    outer = ("rope_theta", "rotary_emb_base", "original_max_position_embeddings")
+    values = {name: settings.values[name] for name in outer if settings.has(name)}
+    return Settings(values | {name: value for name, value in inner.values.items() if value is not None}, inner.origin)
+
+
+def _yarn(page: Page, said: Settings) -> None:
+    page.key("rope.scaling.type", "yarn")
+    page.key("rope.scaling.factor", said.real("factor", minimum=1e-3, maximum=1e6))
+    original = said.count("original_max_position_embeddings", maximum=MAX_CONTEXT)
+    page.key("rope.scaling.original_context_length", original)
+    for key, names in (
+        ("yarn_ext_factor", ("extrapolation_factor",)),
+        ("yarn_attn_factor", ("attention_factor", "attn_factor")),
+        ("yarn_beta_fast", ("beta_fast",)),
+        ("yarn_beta_slow", ("beta_slow",)),
+    ):
+        if any(said.has(name) for name in names):
+            page.key(f"rope.scaling.{key}", said.real(*names, maximum=1e6))
+
+
+def _dynamic(page: Page, said: Settings) -> None:
+    """Frequencies change only for texts that are longer than what the model was trained for."""
+    if said.has("alpha"):
+        raise said.error("alpha", "a stretch of all texts by alpha is not supported")
+    context = page.metadata[f"{page.architecture}.context_length"]
+    page.notes.append(
+        f"dynamic rope scaling begins behind {context} tokens, which is the context length that is written"
+    )
+
+
+def _llama3(page: Page, said: Settings, theta: float, dimensions: int) -> None:
+    """Slow pairs are slowed down by `factor`, fast ones are left, and those between in part."""
+    defaults = dict(zip(_LLAMA3, (8.0, 1.0, 4.0, 8192.0), strict=True))
+    factor, low, high, original = (said.real(name, default=defaults[name], minimum=1e-3) for name in _LLAMA3)
+    frequencies = np.float32(1) / np.float32(theta) ** (np.arange(0, dimensions, 2, dtype=np.float32) / dimensions)
+    factors = []
+    for length in (2 * math.pi / frequencies).tolist():
+        if length < original / high:
+            factors.append(1.0)
+        elif length > original / low:
+            factors.append(factor)
+        else:
+            share = (original / length - low) / (high - low)
+            factors.append(1 / ((1 - share) / factor + share))
+    page.put("rope_freqs.weight", constant(np.array(factors, np.float32), "rope factors"))
+
+
+def _longrope(page: Page, said: Settings, dimensions: int) -> None:
+    original = said.count("original_max_position_embeddings", maximum=MAX_CONTEXT)
+    context = page.settings.count("max_position_embeddings", default=original, maximum=MAX_CONTEXT)
+    page.key("rope.scaling.type", "longrope")
+    page.key("rope.scaling.original_context_length", original)
+    scale = context / original
+    magnitude = math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
+    page.key("rope.scaling.attn_factor", said.real("attention_factor", default=magnitude, maximum=1e3))
+    for name in ("long", "short"):
+        factors = np.array(said.reals(f"{name}_factor", dimensions // 2), np.float32)
+        page.put(f"rope_factors_{name}.weight", constant(factors, f"{name} rope factors"))

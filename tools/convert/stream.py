@@ -1,0 +1,189 @@
+"""Writes a GGUF file as a stream: some rows of a tensor at a time are read and converted by threads and written in
+order. The file appears under its name when it is complete, or not at all."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import BinaryIO, Final
+
+from llamaclust.errors import UsageError
+from llamaclust.model.gguf_header import DEFAULT_ALIGNMENT
+from llamaclust.model.quant_types import QuantType
+from llamaclust.model.writer import TensorSource, WritableValue, header_bytes
+from llamaclust.sizes import MIB
+from llamaclust.tools.convert.elements import encoded
+from llamaclust.tools.convert.lazy import Lazy
+
+_CHUNK_ELEMENTS: Final = 1 << 21
+_RESERVE_BYTES: Final = 1 << 24
+_FLUSH_BYTES: Final = 1 << 26
+
+Told = Callable[[int, int], None]
+"""Told of bytes done and bytes in all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """A tensor as it is to be written."""
+
+    name: str
+    quant_type: QuantType
+    tensor: Lazy
+
+    @property
+    def source(self) -> TensorSource:
+        return TensorSource(self.name, self.quant_type, self.tensor.shape, bytes)
+
+
+def write_stream(
+    path: Path,
+    metadata: Mapping[str, WritableValue],
+    outputs: Sequence[Output],
+    told: Told,
+    threads: int,
+    check: Callable[[], None],
+) -> None:
+    """UsageError, before anything is written, where the disk has too little room. `check` is called before the file
+    gets its name."""
+    sources = [output.source for output in outputs]
+    header = header_bytes(metadata, sources)
+    total = len(header) + sum(_padded(source.n_bytes, DEFAULT_ALIGNMENT) for source in sources)
+    with new_file(path, total) as file:
+        file.write(header)
+        write_pieces(file, outputs, lambda done, _: told(len(header) + done, total), threads)
+        check()
+
+
+def write_pieces(
+    file: BinaryIO, outputs: Sequence[Output], told: Told, threads: int, alignment: int = DEFAULT_ALIGNMENT
+) -> None:
+    """All tensors' bytes from where the file stands on, each from a multiple of `alignment` on."""
+    total = sum(_padded(output.source.n_bytes, alignment) for output in outputs)
+    start = file.tell()
+    done = flushed = 0
+    told(done, total)
+    with ThreadPoolExecutor(threads, thread_name_prefix="convert") as pool:
+        for data in _pieces(outputs, pool, threads, alignment):
+            file.write(data)
+            done += len(data)
+            told(done, total)
+            if done - flushed > _FLUSH_BYTES:
+                _begin_writing(file, start + flushed, done - flushed)
+                flushed = done
+
+
+@contextmanager
+def new_file(path: Path, size_bytes: int) -> Iterator[BinaryIO]:
+    """A file that gets its name, and replaces what had it, when the block ends without an error; else nothing is left.
+
+    What a process that was killed left is used again. UsageError where there is no room or another process writes it.
+    """
+    check_room(path, size_bytes)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with part.open("ab") as file:
+            _lock(file, path)
+            file.truncate(0)
+            try:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+                part.replace(path)
+            except BaseException:
+                part.unlink(missing_ok=True)
+                raise
+        _sync_folder(path.parent)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UsageError(f"{path}: the disk is full; {size_bytes // MIB} MiB are needed") from None
+        raise
+
+
+def check_room(path: Path, size_bytes: int) -> None:
+    if not path.parent.is_dir():
+        raise UsageError(f"{path}: the folder does not exist; make it first")
+    if path.is_dir():
+        raise UsageError(f"{path}: a folder; give the name of a file")
+    free = shutil.disk_usage(path.parent).free
+    if size_bytes + _RESERVE_BYTES > free:
+        needed = -(-(size_bytes + _RESERVE_BYTES) // MIB)
+        raise UsageError(f"{path}: needs {needed} MiB on the disk, {free // MIB} MiB are free")
+
+
+def _lock(file: BinaryIO, path: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UsageError(f"{path}: another process is writing it; wait for it or give another name") from None
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _begin_writing(file: BinaryIO, start: int, count: int) -> None:
+    """Lets the disk write while the next pieces are made, so that little is left for the end; and what has been
+    written needs no memory any more."""
+    file.flush()
+    os.posix_fadvise(file.fileno(), start, count, os.POSIX_FADV_DONTNEED)
+
+
+def _pieces(
+    outputs: Iterable[Output], pool: ThreadPoolExecutor, threads: int, alignment: int
+) -> Iterator[memoryview | bytes]:
+    """All tensors' bytes in order, with the zeros between them; a few pieces are made ahead."""
+    ahead: deque[Future[memoryview | bytes]] = deque()
+    try:
+        for make in _tasks(outputs, alignment):
+            ahead.append(pool.submit(make))
+            if len(ahead) > threads + 1:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+    finally:
+        for future in ahead:
+            future.cancel()
+
+
+def _tasks(outputs: Iterable[Output], alignment: int) -> Iterator[Callable[[], memoryview | bytes]]:
+    for output in outputs:
+        tensor = output.tensor
+        step = max(1, _CHUNK_ELEMENTS // max(1, tensor.row_elements))
+        for start in range(0, tensor.shape[0], step):
+            yield _task(output, start, min(start + step, tensor.shape[0]))
+        n_bytes = output.source.n_bytes
+        padding = bytes(_padded(n_bytes, alignment) - n_bytes)
+        if padding:
+            yield lambda data=padding: data  # type: ignore[misc]
+
+
+def _task(output: Output, start: int, end: int) -> Callable[[], memoryview]:
+    def make() -> memoryview:
+        tensor = output.tensor
+        values = tensor.read(start, end)
+        assert values.shape == (end - start, *tensor.shape[1:]), (output.name, values.shape)
+        data = encoded(values, tensor.storage, output.quant_type, tensor.origin)
+        rows = (end - start) * prod(tensor.shape[1:-1]) if len(tensor.shape) > 1 else 1
+        width = tensor.shape[-1] if len(tensor.shape) > 1 else end - start
+        assert len(data) == rows * output.quant_type.info.row_bytes(width), output.name
+        return data
+
+    return make
+
+
+def _padded(count: int, alignment: int) -> int:
+    return -(-count // alignment) * alignment

@@ -1,0 +1,1 @@
+"""Tokenizers as checkpoints carry them, as metadata of GGUF files."""

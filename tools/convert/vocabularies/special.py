@@ -1,0 +1,90 @@
+"""What the files beside a tokenizer say: added tokens, which of them begin and end a text, and the chat template."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Final
+
+from llamaclust.errors import ModelFileError
+from llamaclust.tools.convert.source_files import read_json
+from llamaclust.tools.convert.vocabularies.words import Words
+
+_PARTS: Final = {"bos": "bos", "eos": "eos", "unk": "unknown", "sep": "seperator", "pad": "padding", "mask": "mask"}
+"""Hugging Face's words and GGUF's, one of them as its writers spell it."""
+_NUMBER: Final = re.compile("[0-9]{1,9}")
+_MAX_TEMPLATE_BYTES: Final = 1 << 22
+
+
+def read_special(words: Words, folder: Path, config: dict[str, Any]) -> None:
+    """Adds to `words` what tokenizer_config.json, added_tokens.json, config.json and chat templates of a folder say."""
+    said = _optional(folder / "tokenizer_config.json")
+    for text, token_id in _optional(folder / "added_tokens.json").items():
+        if type(token_id) is int and token_id >= 0:
+            _add_new(words, token_id, text, special=False)
+    for number, one in _mapping(said.get("added_tokens_decoder")).items():
+        if _NUMBER.fullmatch(number) and isinstance(one, dict) and isinstance(one.get("content"), str):
+            _add_new(words, int(number), one["content"], one.get("special") is True)
+    _read_parts(words, said, _optional(folder / "special_tokens_map.json"), config)
+    for name in ("bos", "eos"):
+        flag = f"add_{name}_token"
+        if isinstance(said.get(flag), bool):
+            words.flags.setdefault(flag, said[flag])
+            if words.kind == "llama":
+                words.flags[flag] = said[flag]
+    if isinstance(said.get("add_prefix_space"), bool) and words.kind == "llama":
+        words.flags["add_space_prefix"] = said["add_prefix_space"]
+    words.template = _template(folder, said) or words.template
+
+
+def _add_new(words: Words, token_id: int, text: str, special: bool) -> None:
+    """What the vocabulary has as unknown stays that."""
+    if token_id != words.ids.get("unknown"):
+        words.add(token_id, text, special)
+
+
+def _read_parts(words: Words, said: dict[str, Any], named: dict[str, Any], config: dict[str, Any]) -> None:
+    """The tokenizer's own files count before the model's configuration."""
+    places = {text: token_id for token_id, text in enumerate(words.texts)}
+    for short, name in _PARTS.items():
+        text = _content(said.get(f"{short}_token")) or _content(named.get(f"{short}_token"))
+        token_id = config.get(f"{short}_token_id")
+        first = token_id[0] if isinstance(token_id, list) and token_id else token_id
+        if text is not None and text in places:
+            words.ids[name] = places[text]
+        elif type(first) is int and first >= 0:
+            words.ids[name] = first
+    ends = config.get("eos_token_id")
+    others = [end for end in ends if type(end) is int and end != words.ids.get("eos")] if isinstance(ends, list) else []
+    if others:
+        words.ids.setdefault("eot", others[-1])
+
+
+def _content(entry: Any) -> str | None:
+    found = entry.get("content") if isinstance(entry, dict) else entry
+    return found if isinstance(found, str) else None
+
+
+def _template(folder: Path, said: dict[str, Any]) -> str | None:
+    """The template in a file of its own, as newer folders have it, or the one (or the default one) among settings."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        if path.stat().st_size > _MAX_TEMPLATE_BYTES:
+            raise ModelFileError(f"{path}: {path.stat().st_size >> 20} MiB of template")
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ModelFileError(f"{path}: not UTF-8 ({error.reason})") from None
+    template = said.get("chat_template") or _optional(folder / "chat_template.json").get("chat_template")
+    if isinstance(template, list):
+        defaults = [one for one in template if isinstance(one, dict) and one.get("name") == "default"]
+        template = defaults[-1].get("template") if defaults else None
+    return template if isinstance(template, str) else None
+
+
+def _optional(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}

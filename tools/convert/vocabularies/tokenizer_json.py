@@ -1,0 +1,172 @@
+"""tokenizer.json of Hugging Face's library: byte-level BPE, or SentencePiece's BPE as that library writes it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Final
+
+import tokenizers
+
+from llamaclust.errors import ModelFileError
+from llamaclust.model.gguf_values import shown
+from llamaclust.model.tokenizers.vocabulary import TokenType
+from llamaclust.tools.convert.source_files import read_json
+from llamaclust.tools.convert.vocabularies.probe import recognised
+from llamaclust.tools.convert.vocabularies.words import Words
+
+_BYTES: Final = [f"<0x{byte:02X}>" for byte in range(256)]
+_HARMLESS: Final = ("NFC", "NFKC")
+"""Normalizers that change nothing in text as it is usually written; GGUF has no word for them."""
+
+
+def read_tokenizer_json(path: Path) -> Words:
+    """ModelFileError where its kind, or the way it cuts text, is not known."""
+    said = read_json(path)
+    model = _object(said.get("model"), path, "model")
+    texts = _texts(model, path)
+    merges = _merges(model, path)
+    is_bytes = model.get("byte_fallback") is True and all(byte in texts for byte in _BYTES)
+    words = _sentence_pieces(path, texts, merges, said) if is_bytes else _byte_level(path, texts, merges, said)
+    for one in _list(said.get("added_tokens"), path, "added_tokens"):
+        _add(words, _object(one, path, "added_tokens"))
+    _read_ends(words, said)
+    return words
+
+
+def _texts(model: dict[str, Any], path: Path) -> list[str]:
+    """Words by id; ids that no word has are for added tokens."""
+    if model.get("type", "BPE") != "BPE":
+        raise ModelFileError(f"{path}: a tokenizer of kind {shown(str(model.get('type')))}; only BPE is supported")
+    vocabulary = _object(model.get("vocab"), path, "vocab")
+    ids = list(vocabulary.values())
+    if not ids or not all(type(token_id) is int and 0 <= token_id < 1 << 24 for token_id in ids):
+        raise ModelFileError(f"{path}: its vocabulary is empty, or has ids that are no whole numbers")
+    if len(set(ids)) != len(ids):
+        raise ModelFileError(f"{path}: two words of its vocabulary have the same id")
+    texts = [f"[PAD{number}]" for number in range(max(ids) + 1)]
+    for text, token_id in vocabulary.items():
+        texts[token_id] = text
+    return texts
+
+
+def _merges(model: dict[str, Any], path: Path) -> list[tuple[str, str]]:
+    found = []
+    for merge in _list(model.get("merges"), path, "merges"):
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) and part for part in pair):
+            raise ModelFileError(f"{path}: the merge {shown(str(merge))} is not two words")
+        found.append((pair[0], pair[1]))
+    return found
+
+
+def _byte_level(path: Path, texts: list[str], merges: list[tuple[str, str]], said: dict[str, Any]) -> Words:
+    normalizers = _parts(said.get("normalizer"), "normalizers")
+    strange = next((one.get("type") for one in normalizers if one.get("type") not in _HARMLESS), None)
+    if strange is not None:
+        raise ModelFileError(f"{path}: the normalizer {shown(str(strange))} is not supported for byte-level BPE")
+    name = recognised(_library(path).pre_tokenizer, _ignores_merges(said), _template_ends(said)[0] is not None)
+    if name is None:
+        raise ModelFileError(
+            f"{path}: its pre-tokenizer cuts text like none of those that are known (docs/models.md lists them); "
+            "a file would give wrong tokens"
+        )
+    return Words(
+        kind="gpt2",
+        pre=name,
+        origin=path,
+        texts=texts,
+        types=[TokenType.NORMAL] * len(texts),
+        merges=[f"{left} {right}" for left, right in merges],
+        flags={"add_bos_token": False},
+    )
+
+
+def _ignores_merges(said: dict[str, Any]) -> bool:
+    return said["model"].get("ignore_merges") is True
+
+
+def _library(path: Path) -> Any:
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # noqa: BLE001 - the library has no class of its own
+        raise ModelFileError(f"{path}: not usable as a tokenizer: {' '.join(str(error).split())[:160]}") from None
+    if tokenizer.pre_tokenizer is None:
+        raise ModelFileError(f"{path}: BPE without a pre-tokenizer and without bytes as words is not supported")
+    return tokenizer
+
+
+def _sentence_pieces(path: Path, texts: list[str], merges: list[tuple[str, str]], said: dict[str, Any]) -> Words:
+    """The merges stand in the order of the scores that SentencePiece's file had: an earlier one is better."""
+    ranks: dict[str, int] = {}
+    for rank, (left, right) in enumerate(merges):
+        ranks.setdefault(left + right, rank)
+    types = [TokenType.BYTE if text in _BYTES else TokenType.NORMAL for text in texts]
+    worst = float(len(merges))
+    scores = [
+        0.0 if kind is TokenType.BYTE else -float(ranks.get(text, worst))
+        for text, kind in zip(texts, types, strict=True)
+    ]
+    words = Words(kind="llama", pre="default", origin=path, texts=texts, types=types, scores=scores)
+    unknown = said["model"].get("unk_token")
+    if isinstance(unknown, str) and unknown in texts:
+        words.ids["unknown"] = texts.index(unknown)
+        types[words.ids["unknown"]] = TokenType.UNKNOWN
+    normalizers = json.dumps([said.get("normalizer"), said.get("pre_tokenizer")])
+    prepends = '"Prepend"' in normalizers or '"prepend_scheme": "first"' in normalizers
+    words.flags["add_space_prefix"] = prepends or '"prepend_scheme": "always"' in normalizers
+    return words
+
+
+def _add(words: Words, one: dict[str, Any]) -> None:
+    token_id, text = one.get("id"), one.get("content")
+    if type(token_id) is not int or not isinstance(text, str):
+        raise ModelFileError(f"{words.origin}: an added token without id or content")
+    if token_id == words.ids.get("unknown"):
+        return
+    words.add(token_id, text, one.get("special") is True)
+
+
+def _read_ends(words: Words, said: dict[str, Any]) -> None:
+    """BOS and EOS as the template that is put around a text says."""
+    first, last = _template_ends(said)
+    if first in words.texts:
+        words.ids.setdefault("bos", words.texts.index(first))
+        words.flags["add_bos_token"] = True
+    if last in words.texts:
+        words.ids.setdefault("eos", words.texts.index(last))
+        words.flags["add_eos_token"] = True
+
+
+def _template_ends(said: dict[str, Any]) -> tuple[str | None, str | None]:
+    for processor in _parts(said.get("post_processor"), "processors"):
+        single = processor.get("single")
+        if processor.get("type") == "TemplateProcessing" and isinstance(single, list) and len(single) > 1:
+            return _special(single[0]), _special(single[-1])
+    return None, None
+
+
+def _special(item: Any) -> str | None:
+    token = item.get("SpecialToken") if isinstance(item, dict) else None
+    found = token.get("id") if isinstance(token, dict) else None
+    return found if isinstance(found, str) else None
+
+
+def _parts(said: Any, inner: str) -> list[dict[str, Any]]:
+    """A thing of the library, or the things that it is a sequence of."""
+    if not isinstance(said, dict):
+        return []
+    parts = said.get(inner) if said.get("type") == "Sequence" else [said]
+    return [part for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
+
+
+def _list(value: Any, path: Path, name: str) -> list[Any]:
+    if not isinstance(value, list | None):
+        raise ModelFileError(f"{path}: {name} is no list")
+    return value or []
+
+
+def _object(value: Any, path: Path, name: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ModelFileError(f"{path}: {name} is not an object")
+    return value

@@ -1,0 +1,103 @@
+"""A vocabulary on its way into a GGUF file: words by id with their types, and what says how text is cut."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from llamaclust.errors import ModelFileError
+from llamaclust.model.gguf_values import shown
+from llamaclust.model.tokenizers.vocabulary import TokenType, key
+from llamaclust.model.writer import WritableValue
+
+ADDED_SCORE: Final = -1000.0
+_PADDING_SCORE: Final = -10000.0
+_FREE_ROWS: Final = 256
+_FREE_SHARE: Final = 0.05
+_MARKED_CONTROL: Final = ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
+
+
+@dataclass(slots=True)
+class Words:
+    """`kind` is GGUF's `tokenizer.ggml.model`; `scores` for SentencePiece, `merges` for byte-level BPE."""
+
+    kind: str
+    pre: str
+    origin: Path
+    texts: list[str]
+    types: list[TokenType]
+    scores: list[float] | None = None
+    merges: list[str] | None = None
+    ids: dict[str, int] = field(default_factory=dict)
+    """Of tokens with a part to play, by that part: bos, eos, eot, unknown, padding, ..."""
+    flags: dict[str, bool] = field(default_factory=dict)
+    template: str | None = None
+
+    def add(self, token_id: int, text: str, special: bool) -> None:
+        """A token that was added to the tokenizer, or one of its own that is more than a word."""
+        if not 0 <= token_id < 1 << 24:
+            raise ModelFileError(f"{self.origin}: token {shown(text)} has the id {token_id}")
+        while len(self.texts) <= token_id:
+            self._append(f"[PAD{len(self.texts)}]", TokenType.UNUSED, _PADDING_SCORE)
+        control = special or _looks_special(text)
+        self.texts[token_id] = text if control else text.replace("▁", " ")
+        self.types[token_id] = TokenType.CONTROL if control else TokenType.USER_DEFINED
+        if self.scores is not None:
+            self.scores[token_id] = ADDED_SCORE
+
+    def fit(self, rows: int) -> None:
+        """Words for all rows of the embedding. ModelFileError where the vocabulary is that of another model."""
+        while len(self.texts) > rows and self.types[-1] is TokenType.UNUSED:
+            self._drop()
+        count = len(self.texts)
+        if count > rows:
+            more = f"{count} words, the embedding has {rows} rows"
+            raise ModelFileError(f"{self.origin}: {more}: take the tokenizer of this very model")
+        if rows - count > max(_FREE_ROWS, rows * _FREE_SHARE):
+            fewer = f"only {count} words, the embedding has {rows} rows"
+            raise ModelFileError(f"{self.origin}: {fewer}: take the tokenizer of this very model")
+        for number in range(count, rows):
+            self._append(f"[PAD{number}]", TokenType.UNUSED, _PADDING_SCORE)
+        self.ids = {name: token_id for name, token_id in self.ids.items() if 0 <= token_id < rows}
+
+    def metadata(self) -> dict[str, WritableValue]:
+        self._check_distinct()
+        found: dict[str, WritableValue] = {key("model"): self.kind, key("pre"): self.pre, key("tokens"): self.texts}
+        if self.scores is not None:
+            found[key("scores")] = np.array(self.scores, np.float32)
+        found[key("token_type")] = np.array(self.types, np.int32)
+        if self.merges is not None:
+            found[key("merges")] = self.merges
+        found |= {key(f"{name}_token_id"): token_id for name, token_id in self.ids.items()}
+        found |= {key(name): value for name, value in self.flags.items()}
+        if self.template is not None:
+            found["tokenizer.chat_template"] = self.template
+        return found
+
+    def _append(self, text: str, kind: TokenType, score: float) -> None:
+        self.texts.append(text)
+        self.types.append(kind)
+        if self.scores is not None:
+            self.scores.append(score)
+
+    def _drop(self) -> None:
+        self.texts.pop()
+        self.types.pop()
+        if self.scores is not None:
+            self.scores.pop()
+
+    def _check_distinct(self) -> None:
+        first: dict[str, int] = {}
+        for token_id, text in enumerate(self.texts):
+            if first.setdefault(text, token_id) != token_id:
+                again = f"{shown(text)} is there twice, as {first[text]} and as {token_id}"
+                raise ModelFileError(f"{self.origin}: {again}")
+
+
+def _looks_special(text: str) -> bool:
+    """Some tokenizers forget to say so."""
+    marks = (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">"))
+    return text in _MARKED_CONTROL or any(text.startswith(left) and text.endswith(right) for left, right in marks)

@@ -1,0 +1,116 @@
+"""What a model takes in memory, and how much of it fits: layers, or tokens of context."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from llamaclust.cluster.config_values import parse_size
+from llamaclust.cluster.kv_groups import window_group
+from llamaclust.errors import UsageError
+from llamaclust.model.loader import LayerCost, Model
+from llamaclust.model.program import KV_BLOCK_TOKENS, KvType
+from llamaclust.wire.control import StageLimits
+from llamaclust.worker.machine import available_memory_bytes
+from llamaclust.worker.stage_runner import model_program, planned_workspace_bytes
+
+_ROWS: Final = 512
+_OUTPUTS: Final = 256
+_CONTEXT: Final = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """Bytes in memory for one sequence on a CPU, and what of the model `available_bytes` hold."""
+
+    available_bytes: int
+    weight_bytes: int  # packed for the kernels: not those of the file
+    layer_bytes: tuple[int, ...]
+    kv_bytes_per_token: dict[str, int]  # by KV type, over all layers
+    workspace_bytes: int
+    context_length: int  # the model's own, 4096 at most; what the next two reckon with
+    total_bytes: int
+    layers: int  # from the first on, with the embedding; all of them: with the head too
+    most_context: int  # with all layers; 0 where they do not fit
+
+    @property
+    def is_whole(self) -> bool:
+        return self.total_bytes <= self.available_bytes
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "fits": self.is_whole}
+
+
+def fit(path: Path, available_bytes: int, threads: int) -> Fit:
+    """ModelFileError for a model that cannot be run here. Reads headers only."""
+    with closing(Model.open(path)) as model:
+        trained = model.hyperparameters.context_length
+        context, count = min(trained, _CONTEXT), model.layer_count
+        costs = {kv_type: model.costs(kv_type).layers for kv_type in KvType}
+
+        def needed(layers: int, tokens: int) -> int:
+            workspace = _workspace(model, layers, tokens, threads)
+            return _weights(model, layers) + workspace + _kv_bytes(costs[KvType.F16][:layers], model.window, tokens)
+
+        return Fit(
+            available_bytes=available_bytes,
+            weight_bytes=_weights(model, count),
+            layer_bytes=tuple(layer.weight_bytes for layer in costs[KvType.F16]),
+            kv_bytes_per_token={str(kind): sum(one.kv_bytes_per_token for one in each) for kind, each in costs.items()},
+            workspace_bytes=_workspace(model, count, context, threads),
+            context_length=context,
+            total_bytes=needed(count, context),
+            layers=_most(count, lambda layers: needed(layers, context) <= available_bytes),
+            most_context=_most(trained, lambda tokens: needed(count, tokens) <= available_bytes),
+        )
+
+
+def _kv_bytes(layers: Sequence[LayerCost], window: int | None, tokens: int) -> int:
+    """Of one sequence of so many tokens, of which layers with a window may keep less."""
+    full = -(-tokens // KV_BLOCK_TOKENS)
+    group = window_group(window, tokens, _ROWS + 1)
+    kept = full if group is None else group.blocks_beside(full, tokens, 1)
+    blocks = (full if layer.window is None else kept for layer in layers)
+    return sum(KV_BLOCK_TOKENS * layer.kv_bytes_per_token * n for layer, n in zip(layers, blocks, strict=True))
+
+
+def parse_memory(given: str | None) -> int:
+    """Bytes of `8GiB`, or what is free on this machine. UsageError for what is no size."""
+    if given is None:
+        return available_memory_bytes()
+    try:
+        return parse_size(given)
+    except ValueError as error:
+        raise UsageError(f"--memory: {error}") from error
+
+
+def _most(count: int, fits: Callable[[int], bool]) -> int:
+    """The greatest number up to `count` that fits, where each that is less than one that fits does too."""
+    least, most = 0, count
+    while least < most:
+        middle = (least + most + 1) // 2
+        least, most = (middle, most) if fits(middle) else (least, middle - 1)
+    return least
+
+
+def _limits(tokens: int) -> StageLimits:
+    return StageLimits(
+        max_tokens=_ROWS,
+        max_outputs=_OUTPUTS,
+        max_sequences=1,
+        max_context_tokens=tokens,
+        kv_blocks=-(-tokens // KV_BLOCK_TOKENS),
+        kv_type=KvType.F16.value,
+    )
+
+
+def _weights(model: Model, layers: int) -> int:
+    tensors = model.tensors_for(model_program(model, 0, layers, _limits(KV_BLOCK_TOKENS)))
+    return sum(tensor.resident_bytes for tensor in tensors.values())
+
+
+def _workspace(model: Model, layers: int, tokens: int, threads: int) -> int:
+    return planned_workspace_bytes(model, 0, layers, _limits(tokens), threads)

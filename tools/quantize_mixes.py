@@ -1,0 +1,224 @@
+"""What quantizing a model can be asked for: types by name, and which tensors get another type than the rest. All is as
+llama-quantize has it, so that a file of one name has one size whoever made it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from llamaclust.model.quant_types import QuantType as Q
+
+
+@dataclass(frozen=True, slots=True)
+class Mix:
+    """`file_type`: its number in `general.file_type`. `base`: what tensors are that no rule names."""
+
+    name: str
+    file_type: int
+    base: Q
+
+
+MIXES: dict[str, Mix] = {
+    name: Mix(name, number, base)
+    for name, number, base in (
+        ("F32", 0, Q.F32),
+        ("F16", 1, Q.F16),
+        ("BF16", 32, Q.BF16),
+        ("Q8_0", 7, Q.Q8_0),
+        ("Q4_0", 2, Q.Q4_0),
+        ("Q4_1", 3, Q.Q4_1),
+        ("Q5_0", 8, Q.Q5_0),
+        ("Q5_1", 9, Q.Q5_1),
+        ("Q2_K", 10, Q.Q2_K),
+        ("Q2_K_S", 21, Q.Q2_K),
+        ("Q3_K_S", 11, Q.Q3_K),
+        ("Q3_K_M", 12, Q.Q3_K),
+        ("Q3_K_L", 13, Q.Q3_K),
+        ("Q4_K_S", 14, Q.Q4_K),
+        ("Q4_K_M", 15, Q.Q4_K),
+        ("Q5_K_S", 16, Q.Q5_K),
+        ("Q5_K_M", 17, Q.Q5_K),
+        ("Q6_K", 18, Q.Q6_K),
+        ("IQ1_S", 24, Q.IQ1_S),
+        ("IQ1_M", 31, Q.IQ1_M),
+        ("IQ2_XXS", 19, Q.IQ2_XXS),
+        ("IQ2_XS", 20, Q.IQ2_XS),
+        ("IQ2_S", 28, Q.IQ2_XS),
+        ("IQ2_M", 29, Q.IQ2_S),
+        ("IQ3_XXS", 23, Q.IQ3_XXS),
+        ("IQ3_XS", 22, Q.IQ3_S),
+        ("IQ3_S", 26, Q.IQ3_S),
+        ("IQ3_M", 27, Q.IQ3_S),
+        ("IQ4_NL", 25, Q.IQ4_NL),
+        ("IQ4_XS", 30, Q.IQ4_XS),
+        ("TQ1_0", 36, Q.TQ1_0),
+        ("TQ2_0", 37, Q.TQ2_0),
+        ("MXFP4_MOE", 38, Q.MXFP4),
+    )
+}
+ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
+
+FLOATS = frozenset({Q.F32, Q.F16, Q.BF16})
+NEEDS_IMPORTANCE = frozenset({Q.IQ1_S, Q.IQ1_M, Q.IQ2_XXS, Q.IQ2_XS, Q.IQ2_S, Q.IQ3_XXS})
+"""Types that are of no use without an importance matrix."""
+
+NARROW_TYPES = {
+    **dict.fromkeys((Q.IQ1_S, Q.IQ1_M, Q.IQ2_XXS, Q.IQ2_XS, Q.IQ2_S, Q.IQ3_XXS, Q.IQ3_S, Q.IQ4_XS), Q.IQ4_NL),
+    **dict.fromkeys((Q.Q2_K, Q.Q3_K, Q.TQ1_0, Q.TQ2_0), Q.Q4_0),
+    Q.Q4_K: Q.Q5_0,
+    Q.Q5_K: Q.Q5_1,
+    Q.Q6_K: Q.Q8_0,
+}
+"""What stands in for a type where rows are no whole blocks of 256."""
+
+
+class Part(Enum):
+    """What a tensor is for."""
+
+    OUTPUT = auto()
+    EMBEDDING = auto()
+    QKV = auto()
+    KV_B = auto()
+    V = auto()
+    K = auto()
+    Q = auto()
+    ATTENTION_OUTPUT = auto()
+    UP = auto()
+    GATE = auto()
+    DOWN = auto()
+    OTHER = auto()
+
+
+VALUES = frozenset({Part.V, Part.QKV, Part.KV_B})
+"""Tensors that hold the weights of values, to which quality is most sensitive."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a tensor stands: the `index`-th of `count` of its part, in a model of that many experts (0 without) and
+    query heads for each pair of key and value."""
+
+    index: int
+    count: int
+    experts: int
+    query_share: int
+    has_importance: bool
+
+    @property
+    def in_first_eighth(self) -> bool:
+        return self.index < self.count // 8
+
+    @property
+    def in_first_sixteenth(self) -> bool:
+        return self.index < self.count // 16
+
+    @property
+    def in_middle(self) -> bool:
+        return self.count // 8 <= self.index < 7 * self.count // 8
+
+    @property
+    def wants_more_bits(self) -> bool:
+        """The first and the last eighth, and every third between them."""
+        return not self.in_middle or (self.index - self.count // 8) % 3 == 2
+
+    @property
+    def shares_values(self) -> bool:
+        return self.query_share >= 4
+
+    @property
+    def is_eightfold(self) -> bool:
+        return self.experts == 8
+
+
+When = Callable[[Place], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """In these mixes, where `when` holds, a tensor becomes `quant_type`."""
+
+    mixes: str
+    quant_type: Q
+    when: When = lambda place: True
+
+    def applies(self, mix: str, place: Place) -> bool:
+        return mix in self.mixes.split() and self.when(place)
+
+
+LOWEST = "IQ2_XXS IQ2_XS IQ2_S IQ2_M IQ1_S IQ1_M"
+"""Mixes with rules of their own: all that these do not name is the base type."""
+
+_IQ2_SM = "IQ2_S IQ2_M"
+_OTHER_LOWEST = "IQ2_XXS IQ2_XS IQ1_S IQ1_M"
+_SHARED: When = lambda place: place.shares_values  # noqa: E731
+_EIGHT: When = lambda place: place.is_eightfold  # noqa: E731
+_MORE: When = lambda place: place.wants_more_bits  # noqa: E731
+_EARLY: When = lambda place: place.in_first_eighth  # noqa: E731
+_MIDDLE: When = lambda place: place.in_middle  # noqa: E731
+_SHARED_OR_EXPERTS: When = lambda place: place.shares_values or place.experts >= 4  # noqa: E731
+_NOT_EIGHT: When = lambda place: not place.is_eightfold  # noqa: E731
+_EARLY_UNWEIGHED: When = lambda place: place.in_first_eighth and not place.has_importance  # noqa: E731
+
+EMBEDDING_RULES = (
+    Rule(_OTHER_LOWEST, Q.Q2_K),
+    Rule("IQ2_S IQ2_M IQ3_XXS", Q.IQ3_S),
+    Rule("TQ1_0 TQ2_0", Q.Q4_K),
+)
+
+LOWEST_RULES: dict[Part, tuple[Rule, ...]] = {
+    **dict.fromkeys(
+        VALUES, (Rule(LOWEST, Q.Q4_K, _SHARED_OR_EXPERTS), Rule(_IQ2_SM, Q.IQ3_S), Rule(_OTHER_LOWEST, Q.Q2_K))
+    ),
+    Part.K: (Rule(LOWEST, Q.Q4_K, _EIGHT),),
+    Part.DOWN: (Rule(_IQ2_SM, Q.IQ3_S, _EARLY), Rule(_OTHER_LOWEST, Q.Q2_K, _EARLY)),
+    Part.ATTENTION_OUTPUT: (
+        Rule(LOWEST, Q.Q5_K, _EIGHT),
+        Rule("IQ1_S IQ1_M", Q.IQ2_XXS),
+        Rule(_IQ2_SM, Q.IQ3_S),
+    ),
+}
+
+_VALUE_RULES = (
+    Rule(" ".join(MIXES), Q.Q8_0, _EIGHT),
+    Rule("Q2_K Q2_K_S IQ3_XXS IQ3_XS IQ3_S", Q.Q4_K, _SHARED),
+    Rule("Q2_K", Q.Q3_K),
+    Rule("IQ3_XXS", Q.IQ3_S, lambda place: not place.has_importance),
+    Rule("IQ3_M", Q.Q4_K),
+    Rule("Q3_K_M", Q.Q5_K, lambda place: place.index < 2),
+    Rule("Q3_K_M", Q.Q4_K),
+    Rule("Q3_K_L", Q.Q5_K),
+    Rule("IQ4_NL IQ4_XS", Q.Q5_K, _SHARED),
+    Rule("Q4_K_M Q5_K_M", Q.Q6_K, _MORE),
+    Rule("Q4_K_S", Q.Q5_K, lambda place: place.index < 4),
+)
+
+RULES: dict[Part, tuple[Rule, ...]] = {
+    **dict.fromkeys(VALUES, _VALUE_RULES),
+    Part.K: (Rule(" ".join(MIXES), Q.Q8_0, _EIGHT), Rule("IQ3_XS", Q.IQ3_XXS), Rule("IQ3_XXS", Q.IQ2_S)),
+    Part.Q: (Rule("IQ3_XS", Q.IQ3_XXS), Rule("IQ3_XXS", Q.IQ2_S)),
+    Part.DOWN: (
+        Rule("Q2_K", Q.Q3_K),
+        Rule("Q2_K_S", Q.Q4_K, _EARLY),
+        Rule("IQ3_XXS", Q.Q4_K, _EARLY_UNWEIGHED),
+        Rule("IQ3_XXS", Q.Q3_K, lambda place: not place.has_importance),
+        Rule("Q3_K_M", Q.Q5_K, lambda place: place.in_first_sixteenth),
+        Rule("Q3_K_M", Q.Q4_K),
+        Rule("IQ3_M", Q.Q4_K, lambda p: p.in_first_eighth or (p.is_eightfold and p.wants_more_bits)),
+        Rule("Q3_K_L", Q.Q5_K),
+        Rule("Q4_K_M Q5_K_M", Q.Q6_K, _MORE),
+        Rule("IQ4_NL IQ4_XS", Q.Q5_K, _EARLY_UNWEIGHED),
+        Rule("Q4_K_S", Q.Q5_K, _EARLY),
+        Rule("Q4_0", Q.Q4_1, lambda place: place.in_first_eighth and place.has_importance),
+        Rule("Q5_0", Q.Q5_1, lambda place: place.in_first_eighth and place.has_importance),
+    ),
+    Part.ATTENTION_OUTPUT: (
+        Rule("Q2_K IQ3_XS IQ3_XXS Q3_K_S Q3_K_M IQ4_NL Q4_K_S Q4_K_M IQ3_S IQ3_M IQ4_XS", Q.Q5_K, _EIGHT),
+        Rule("Q2_K", Q.Q3_K, _NOT_EIGHT),
+        Rule("IQ3_XXS", Q.IQ3_S, _NOT_EIGHT),
+        Rule("Q3_K_M IQ3_M", Q.Q4_K, _NOT_EIGHT),
+        Rule("Q3_K_L", Q.Q5_K, _NOT_EIGHT),
+    ),
+    Part.GATE: (Rule("IQ3_XS", Q.IQ3_XXS, _MIDDLE),),
+    Part.UP: (Rule("IQ3_XS", Q.IQ3_XXS, _MIDDLE),),
+}

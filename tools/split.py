@@ -1,0 +1,165 @@
+"""A model file cut into parts, and parts put together: every tensor byte for byte, metadata as it stands in the file.
+Names and keys are llama.cpp's, so that its programs read what is written here and the other way round."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from llamaclust.errors import UsageError
+from llamaclust.model.gguf import ModelFile
+from llamaclust.model.gguf_header import DEFAULT_ALIGNMENT, raw_metadata
+from llamaclust.model.tensors import Tensor
+from llamaclust.model.writer import RawValue, TensorSource, WritableValue, check_room, header_bytes, write_gguf
+
+OnBytes = Callable[[str, int, int], None]
+"""Told the file that is written, bytes of tensors done and in all."""
+
+DEFAULT_TENSORS: Final = 128
+_MOST_PARTS: Final = 99_999
+_PIECE_BYTES: Final = 1 << 24
+_SPLIT_KEYS: Final = re.compile(r"split\.(no|count|tensors\.count)")
+
+
+@dataclass(frozen=True, slots=True)
+class SplitRules:
+    """Where one part ends and the next begins: by bytes of tensors, or else by their number."""
+
+    most_bytes: int | None = None
+    most_tensors: int = DEFAULT_TENSORS
+    no_tensor_first: bool = False  # the first part has metadata alone
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A file to be written."""
+
+    path: Path
+    metadata: dict[str, WritableValue]
+    tensors: tuple[Tensor, ...]
+    alignment: int
+
+    @property
+    def n_bytes(self) -> int:
+        """Of the whole file."""
+        header = header_bytes(self.metadata, [_source(tensor) for tensor in self.tensors], self.alignment)
+        return len(header) + self.tensor_bytes
+
+    @property
+    def tensor_bytes(self) -> int:
+        return sum(-(-tensor.n_bytes // self.alignment) * self.alignment for tensor in self.tensors)
+
+
+def plan_split(model: ModelFile, prefix: Path, rules: SplitRules) -> list[Part]:
+    """The parts PREFIX-00001-of-0000N.gguf of a model. UsageError where it is in parts already, where a tensor alone is
+    too large, or where there would be too many parts."""
+    if len(model.parts) > 1:
+        raise UsageError(f"{model.path}: is split already; merge it first")
+    alignment = _alignment(model)
+    groups = _groups(list(model.tensors.values()), rules, alignment)
+    if len(groups) > _MOST_PARTS:
+        raise UsageError(f"{len(groups)} parts, at most {_MOST_PARTS} can be: let more into each")
+    whole = _whole_metadata(model)
+    parts = []
+    for number, tensors in enumerate(groups):
+        split: dict[str, WritableValue] = {
+            "split.no": np.uint16(number),
+            "split.tensors.count": np.int32(len(model.tensors)),
+            "split.count": np.uint16(len(groups)),
+        }
+        aligned: dict[str, WritableValue] = {"general.alignment": np.uint32(alignment)}
+        others = aligned if alignment != DEFAULT_ALIGNMENT else {}
+        path = prefix.with_name(f"{prefix.name}-{number + 1:05}-of-{len(groups):05}.gguf")
+        parts.append(Part(path, (whole if number == 0 else others) | split, tuple(tensors), alignment))
+    return parts
+
+
+def plan_merge(model: ModelFile, out: Path) -> Part:
+    """The one file of a model in parts. UsageError where it is one already."""
+    if len(model.parts) == 1:
+        raise UsageError(f"{model.path}: is one file already")
+    return Part(out, _whole_metadata(model), tuple(model.tensors.values()), _alignment(model))
+
+
+def write_parts(parts: Sequence[Part], on_bytes: OnBytes = lambda name, done, total: None) -> None:
+    """Writes all files, or none: they get their names when the last is complete, the first one last. UsageError where
+    one is there already; LlamaclustError where the disk has too little room."""
+    folder = parts[0].path.parent
+    for part in parts:
+        if part.path.exists():
+            raise UsageError(f"{part.path}: is there already; delete it or choose another name")
+    check_room(parts[0].path, sum(part.n_bytes for part in parts))
+    hidden = folder / f".{parts[0].path.stem}.{os.getpid()}.split"
+    hidden.mkdir()
+    try:
+        progress = _Progress(on_bytes, sum(tensor.n_bytes for part in parts for tensor in part.tensors))
+        for part in parts:
+            sources = [_source(tensor, progress.of(part.path.name)) for tensor in part.tensors]
+            write_gguf(hidden / part.path.name, part.metadata, sources)
+        for part in reversed(parts):
+            (hidden / part.path.name).rename(part.path)
+    finally:
+        shutil.rmtree(hidden)
+
+
+class _Progress:
+    def __init__(self, on_bytes: OnBytes, total: int) -> None:
+        self._on_bytes = on_bytes
+        self._done, self._total = 0, total
+
+    def of(self, name: str) -> Callable[[int], None]:
+        def more(count: int) -> None:
+            self._done += count
+            self._on_bytes(name, self._done, self._total)
+
+        return more
+
+
+def _source(tensor: Tensor, on_read: Callable[[int], None] = lambda count: None) -> TensorSource:
+    def pieces() -> Iterator[bytes]:
+        for start in range(0, tensor.n_bytes, _PIECE_BYTES):
+            piece = tensor.read_range(start, min(start + _PIECE_BYTES, tensor.n_bytes))
+            on_read(len(piece))
+            yield piece
+
+    return TensorSource(tensor.name, tensor.quant_type, tensor.shape, pieces)
+
+
+def _whole_metadata(model: ModelFile) -> dict[str, WritableValue]:
+    """All but what a split adds; the alignment as a number, for whoever writes the file."""
+    raw: dict[str, WritableValue] = {
+        key: RawValue(data) for key, data in raw_metadata(model.path).items() if not _SPLIT_KEYS.fullmatch(key)
+    }
+    if "general.alignment" in raw:
+        raw["general.alignment"] = np.uint32(_alignment(model))
+    return raw
+
+
+def _alignment(model: ModelFile) -> int:
+    return model.metadata_int("general.alignment", DEFAULT_ALIGNMENT)
+
+
+def _groups(tensors: Sequence[Tensor], rules: SplitRules, alignment: int) -> list[list[Tensor]]:
+    groups: list[list[Tensor]] = [[], []] if rules.no_tensor_first else [[]]
+    held = 0
+    for number, tensor in enumerate(tensors):
+        size = -(-tensor.n_bytes // alignment) * alignment
+        if rules.most_bytes is None:
+            begins = number > 0 and number % rules.most_tensors == 0
+        elif size > rules.most_bytes:
+            raise UsageError(f"tensor {tensor.name} has {size} bytes, a part at most {rules.most_bytes}: allow more")
+        else:
+            begins = held + size > rules.most_bytes
+        if begins:
+            groups.append([])
+            held = 0
+        groups[-1].append(tensor)
+        held += size
+    return groups

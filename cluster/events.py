@@ -46,6 +46,15 @@ class WorkerLoading:
 
 
 @dataclass(frozen=True, slots=True)
+class WorkerReading:
+    """A worker has read `done_bytes` of `total_bytes` of the model's file for workers that lack it."""
+
+    worker: str
+    done_bytes: int
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class PlanMade:
     """The plan as `llamaclust plan` prints it, one line an entry."""
 
@@ -84,7 +93,18 @@ class Draining:
     limit_s: float
 
 
-Event = AwaitingWorkers | WorkerJoined | Measuring | PlanMade | WorkerLoading | Ready | StartFailed | News | Draining
+Event = (
+    AwaitingWorkers
+    | WorkerJoined
+    | Measuring
+    | PlanMade
+    | WorkerLoading
+    | WorkerReading
+    | Ready
+    | StartFailed
+    | News
+    | Draining
+)
 Watch = Callable[[Event], None]
 
 _KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in get_args(Event)}

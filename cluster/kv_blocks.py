@@ -63,6 +63,14 @@ class KvBlocks:
             self._by_key[key] = block
             self._keys[block] = key
 
+    def unlabel(self, keys: Iterable[bytes]) -> None:
+        """The blocks with these contents, where there are any, are found by them no more."""
+        for block in [self._by_key.pop(key) for key in keys if key in self._by_key]:
+            del self._keys[block]
+            if block in self._idle:
+                del self._idle[block]
+                self._free.append(block)
+
     def release(self, blocks: Iterable[int]) -> None:
         """Gives back one hold on each block; those at the end of a table are the first to be taken again."""
         for block in reversed(list(blocks)):
@@ -107,5 +115,56 @@ class BlockTable:
         """Empties the table; the blocks it had."""
         blocks, self.blocks = self.blocks, []
         self._runs.clear()
+        self._shown = None
+        return blocks
+
+
+class WindowTable:
+    """The blocks of one sequence that rows to come see, from block number `start` on, in layers with a window."""
+
+    __slots__ = ("_shown", "blocks", "promised", "start")
+
+    def __init__(self) -> None:
+        self.blocks: list[int] = []
+        self.start = 0
+        self.promised = 0  # blocks that it may come to hold
+        self._shown: tuple[int, ...] | None = None
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.blocks)
+
+    @property
+    def runs(self) -> tuple[int, ...]:
+        """As in `Chunk.window_table`."""
+        if self._shown is None:
+            runs: list[int] = []
+            for block in self.blocks:
+                if runs and runs[-2] + runs[-1] == block:
+                    runs[-1] += 1
+                else:
+                    runs += (block, 1)
+            self._shown = tuple(runs)
+        return self._shown
+
+    def append(self, block: int) -> None:
+        self.blocks.append(block)
+        self._shown = None
+
+    def drop_before(self, first: int) -> list[int]:
+        """Those before block number `first`, which it has no more."""
+        count = max(0, first - self.start)
+        if not count:
+            return []
+        dropped = self.blocks[:count]
+        del self.blocks[:count]
+        self.start += count
+        self._shown = None
+        return dropped
+
+    def clear(self) -> list[int]:
+        """Empties the table; the blocks it had."""
+        blocks, self.blocks = self.blocks, []
+        self.start = self.promised = 0
         self._shown = None
         return blocks

@@ -66,7 +66,7 @@ class Links:
             ends[row, [order[name] for name in pair]] = 1.0
         links = [self.measured[frozenset(pair)] for pair in pairs]
         values = np.array([(link.one_way_ms, link.ms_per_mb) for link in links])
-        solved = np.linalg.lstsq(ends, values, rcond=None)[0]
+        solved = np.linalg.lstsq(ends.T @ ends, ends.T @ values, rcond=None)[0]
         solved = np.maximum(solved, 0.0)
         one_way, per_mb = _alike(solved[:, 0]), _alike(solved[:, 1])
         return {name: Reach(one_way[index], per_mb[index]) for name, index in order.items()}

@@ -6,9 +6,10 @@ import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
+from llamaclust.cluster.links import UNKNOWN, Links
 from llamaclust.cluster.pipeline import StageInfo
-from llamaclust.cluster.weight_sources import weight_sources
-from llamaclust.cluster.worker_handle import WorkerHandle
+from llamaclust.cluster.weight_sources import OnReading, weight_sources
+from llamaclust.cluster.worker_handle import STALL_S, WorkerHandle
 from llamaclust.errors import WorkerError
 from llamaclust.wire.control import Load, LoadProgress, StageLimits
 
@@ -28,17 +29,22 @@ async def load_stages(
     model_id: str,
     limits: StageLimits | Mapping[str, StageLimits],
     alone: bool = False,
+    links: Links = UNKNOWN,
     on_progress: OnProgress = lambda worker, progress: None,
+    on_reading: OnReading = lambda worker, progress: None,
     on_error: OnError = lambda worker, error: None,
+    stall_s: float = STALL_S,
 ) -> tuple[WorkerHandle, ...]:
     """The workers in the order of their stages, which are ready to serve `epoch`. `limits`: of all, or by worker;
-    `alone`: these workers' stages of other epochs are freed first, all but the weights that still serve.
+    `alone`: these workers' stages of other epochs are freed first, all but the weights that still serve; `stall_s`: so
+    long one may get no further; `links`: for who fetches weights; `on_reading` hears of who reads a file for others.
 
     The first error of a worker is raised when all have answered. Then stages that did load are freed, except `alone`:
     their weights may be what the next epoch needs.
     """
     handles = tuple(workers[stage.worker] for stage in stages)
-    weights = await weight_sources([stage.worker for stage in stages], workers, model_path, model_id)
+    loading = [stage.worker for stage in stages]
+    weights = await weight_sources(loading, workers, model_path, model_id, links, on_reading, stall_s)
     reached = [*((handle.registration.address, handle.name) for handle in handles), (None, None)]
     loads = []
     for stage, handle, (address, name) in zip(stages, handles, reached[1:], strict=True):
@@ -47,7 +53,7 @@ async def load_stages(
         layers = (stage.start, stage.end)
         fetched = weights.get(stage.worker)
         order = Load(epoch, model_path, model_id, *layers, own, address, first, name, first_name, alone, fetched)
-        loads.append(handle.load(order, partial(on_progress, stage.worker)))
+        loads.append(handle.load(order, partial(on_progress, stage.worker), stall_s))
     answers = await asyncio.gather(*loads, return_exceptions=True)
     errors = [(handle, one) for handle, one in zip(handles, answers, strict=True) if isinstance(one, BaseException)]
     for handle, error in errors:

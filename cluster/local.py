@@ -17,6 +17,7 @@ import numpy as np
 from llamaclust.cluster.client_service import ServiceClient
 from llamaclust.cluster.config import environment
 from llamaclust.cluster.engine import Engine
+from llamaclust.cluster.kv_groups import window_group
 from llamaclust.cluster.pipeline import StageInfo
 from llamaclust.cluster.settings import EngineSettings, SchedulerSettings
 from llamaclust.cluster.text import TextService, TextSettings
@@ -59,6 +60,7 @@ class LocalSettings:
     prefix_cache: bool = True
     kv_blocks: int | None = None  # of 16 tokens; None: two whole contexts
     kv_type: KvType = KvType.F16  # of keys and values
+    chat_template: str | None = None  # name of a built-in one or a file; None: the model's
 
 
 class LocalClient(ServiceClient):
@@ -81,17 +83,29 @@ class LocalClient(ServiceClient):
         """What the kernels run at."""
         return self._stage.feature_level
 
+    @property
+    def vocabulary_size(self) -> int:
+        """How many logits a token has."""
+        return self._stage.scheduling.vocabulary
+
     def logits(self, token_ids: Sequence[int]) -> Float32:
         """Float32 [tokens, vocabulary]: what the model says after each token. RequestError for ids it does not have,
         none, or more than the context."""
-        return self._stage.logits(tuple(token_ids))
+        parts: list[Float32] = []
+        self.each_logits(token_ids, 0, lambda part: parts.append(part.copy()))
+        return np.concatenate(parts)
+
+    def each_logits(self, token_ids: Sequence[int], start: int, use: Callable[[Float32], None]) -> None:
+        """Gives `use` the rows of tokens [start, end), some at a time, in order; they are its until it returns. Errors
+        as for `logits`."""
+        self._stage.logits(tuple(token_ids), start, use)
 
 
 class LocalStage:
     """All layers of a model, and the thread that runs them. KV blocks behind the scheduler's are for `logits`."""
 
     def __init__(self, path: Path, threads: int | None, feature_level: str | None, settings: LocalSettings) -> None:
-        self.model = Model.open(path)
+        self.model = Model.open(path, settings.chat_template)
         self.scheduling = _scheduler_settings(self.model, settings)
         variables = environment()
         kept = PreparedFolder(variables.prepared_dir, variables.prepared_bytes) if variables.prepared_bytes else None
@@ -134,25 +148,35 @@ class LocalStage:
         timing = StageTiming(started_ns - queued_ns, perf_counter_ns() - started_ns, 0, microbatch.rows)
         return Result(microbatch.epoch, microbatch.number, rows, (timing,))
 
-    def logits(self, tokens: tuple[int, ...]) -> Float32:
-        """[tokens, vocabulary], computed between what the engine runs."""
+    def logits(self, tokens: tuple[int, ...], first: int, use: Callable[[Float32], None]) -> None:
+        """Rows [first, tokens), [some, vocabulary], computed between what the engine runs."""
         most, vocabulary = self.scheduling.context_length, self.scheduling.vocabulary
         if not 0 < len(tokens) <= most:
             raise RequestError(f"logits of {len(tokens)} tokens: give 1 to {most}, the context length")
         if not 0 <= min(tokens) <= max(tokens) < vocabulary:
             raise RequestError(f"a token id is outside the vocabulary [0, {vocabulary})")
         try:
-            return self._thread.submit(self._logits, tokens).result()
+            computed = self._thread.submit(self._logits, tokens, first, use)
         except RuntimeError as error:
             raise LlamaclustError("the client is closed") from error
+        computed.result()
 
-    def _logits(self, tokens: tuple[int, ...]) -> Float32:
-        parts = []
-        for start in range(0, len(tokens), _OUTPUTS):
-            part = tokens[start : start + _OUTPUTS]
-            chunk = Chunk(part, start, self._own, len(part))
-            parts.append(self._runner.run(Microbatch(self.model.model_id, _EPOCH, 0, (chunk,)), None).copy())
-        return np.concatenate(parts)
+    def _logits(self, tokens: tuple[int, ...], first: int, use: Callable[[Float32], None]) -> None:
+        for start, end in (*_pieces(0, first, _ROWS), *_pieces(first, len(tokens), _OUTPUTS)):
+            outputs = end - start if start >= first else 0
+            chunk = Chunk(tokens[start:end], start, self._own, outputs, None, *self._own_window(start, end))
+            rows = self._runner.run(Microbatch(self.model.model_id, _EPOCH, 0, (chunk,)), None)
+            if start >= first:
+                use(rows)
+
+    def _own_window(self, start: int, end: int) -> tuple[tuple[int, ...], int]:
+        """`Chunk.window_table` and where it begins, for rows [start, end): a ring of blocks behind the scheduler's."""
+        scheduling, group = self.scheduling, self.scheduling.window_group
+        if group is None:
+            return (), 0
+        first, size = group.first_seen(start), group.sequence_blocks + group.row_blocks
+        ring = (scheduling.window_blocks + block % size for block in range(first, _blocks(end)))
+        return tuple(number for block in ring for number in (block, 1)), first
 
 
 class LocalPipeline:
@@ -197,18 +221,27 @@ def _scheduler_settings(model: Model, settings: LocalSettings) -> SchedulerSetti
         raise UsageError(f"kv_blocks: {settings.kv_blocks}: set 1 to {MAX_KV_BLOCKS - _blocks(context)}")
     if settings.kv_type not in set(KvType):
         raise UsageError(f"kv_type: {settings.kv_type}: set one of {', '.join(KvType)}")
+    kv_blocks = settings.kv_blocks or 2 * _blocks(context)
+    max_rows = max(_ROWS, chunk or 0) + settings.max_sequences
+    group = window_group(model.window, context, max_rows)
     return SchedulerSettings(
         model_id=model.model_id,
         vocabulary=model.hyperparameters.vocabulary_size,
         context_length=context,
-        kv_blocks=settings.kv_blocks or 2 * _blocks(context),
+        kv_blocks=kv_blocks,
         kv_type=KvType(settings.kv_type),
         max_sequences=settings.max_sequences,
-        max_rows=max(_ROWS, chunk or 0) + settings.max_sequences,
+        max_rows=max_rows,
         max_outputs=_OUTPUTS,
         prefill_chunk=chunk,
         prefix_cache=settings.prefix_cache,
+        window=None if group is None else group.window,
+        window_blocks=0 if group is None else group.blocks_beside(kv_blocks, context, settings.max_sequences),
     )
+
+
+def _pieces(start: int, end: int, most: int) -> list[tuple[int, int]]:
+    return [(at, min(at + most, end)) for at in range(start, end, most)]
 
 
 def _blocks(tokens: int) -> int:
@@ -216,6 +249,7 @@ def _blocks(tokens: int) -> int:
 
 
 def _limits(scheduling: SchedulerSettings, own: tuple[int, int]) -> StageLimits:
+    group = scheduling.window_group
     return StageLimits(
         max_tokens=scheduling.max_rows,
         max_outputs=scheduling.max_outputs,
@@ -223,6 +257,7 @@ def _limits(scheduling: SchedulerSettings, own: tuple[int, int]) -> StageLimits:
         max_context_tokens=scheduling.context_length,
         kv_blocks=scheduling.kv_blocks + own[1],
         kv_type=scheduling.kv_type.value,
+        window_blocks=0 if group is None else scheduling.window_blocks + group.sequence_blocks + group.row_blocks,
     )
 
 

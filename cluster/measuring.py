@@ -1,9 +1,11 @@
-"""What workers reach on their machines: measured together where they share one, and kept for the next start."""
+"""What workers reach on their machines and with the model: measured alone and together where they share one, and kept
+for the next start."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
@@ -11,22 +13,27 @@ from llamaclust.cluster.config import ClusterConfig
 from llamaclust.cluster.events import Measuring, Watch
 from llamaclust.cluster.shares import measurement_key
 from llamaclust.cluster.state import Measurement, read_measurements, write_measurements
+from llamaclust.cluster.trials import Trial, TrialPoint, mean_trial
 from llamaclust.cluster.worker_handle import WorkerHandle
+from llamaclust.model.loader import Model
+from llamaclust.wire.control import Measure, Measured
 
 
 async def measure_workers(
-    config: ClusterConfig, workers: Mapping[str, WorkerHandle], state_dir: Path, watch: Watch
+    config: ClusterConfig, model: Model, workers: Mapping[str, WorkerHandle], state_dir: Path, watch: Watch
 ) -> dict[str, Measurement]:
     """By worker name. Keys of the cluster file come first, then what was measured on the same hardware before."""
     stated = stated_speeds(config)
-    keys = {spec.name: _key(spec.name, workers) for spec in config.workers if spec.name not in stated}
+    members = {spec.name: workers[spec.name] for spec in config.workers if spec.name not in stated}
+    keys = {name: _key(worker, workers, model.model_id) for name, worker in members.items()}
     known = read_measurements(state_dir)
     missing = [name for name, key in keys.items() if key not in known]
     if missing:
         watch(Measuring(tuple(missing)))
-        measured = await asyncio.gather(*(_measure(workers[name]) for name in missing))
-        new = _evened([keys[name] for name in missing], measured)
-        write_measurements(state_dir, new)
+        order = Measure(str(model.file.path), model.model_id)
+        new = await _measured({name: workers[name] for name in missing}, keys, order)
+        untried = {_key(workers[name], workers): _untried(new[keys[name]]) for name in missing}
+        write_measurements(state_dir, untried | new)
         known |= new
     return stated | {name: known[key] for name, key in keys.items()}
 
@@ -40,24 +47,54 @@ def stated_speeds(config: ClusterConfig) -> dict[str, Measurement]:
     }
 
 
-def _key(name: str, workers: Mapping[str, WorkerHandle]) -> str:
-    one = workers[name].registration
+def _key(worker: WorkerHandle, workers: Mapping[str, WorkerHandle], model_id: str = "") -> str:
+    one = worker.registration
     company = [other.registration for other in workers.values() if other.registration.host == one.host]
-    return measurement_key(one.fingerprint, len(company), sum(other.threads for other in company))
+    return measurement_key(one.fingerprint, len(company), sum(other.threads for other in company), model_id)
 
 
-async def _measure(worker: WorkerHandle) -> Measurement:
-    answer = await worker.measure()
-    return Measurement(answer.read_bytes_s / 1e9, answer.int8_macs_s / 1e9)
+def _untried(measured: Measurement) -> Measurement:
+    return replace(measured, alone=(), together=())
 
 
-def _evened(keys: list[str], measured: list[Measurement]) -> dict[str, Measurement]:
+async def _measured(
+    workers: Mapping[str, WorkerHandle], keys: Mapping[str, str], order: Measure
+) -> dict[str, Measurement]:
+    """By key. All together first; then, of those that are alike and share a machine, one alone."""
+    names = list(workers)
+    together = await asyncio.gather(*(workers[name].measure(order) for name in names))
+    found = _evened([keys[name] for name in names], together)
+    machines: dict[str, list[str]] = {}
+    for name in names:
+        machines.setdefault(workers[name].registration.host, []).append(name)
+    shared = [company for company in machines.values() if len(company) > 1]
+    for alone in await asyncio.gather(*(_each_alone(company, workers, keys, order) for company in shared)):
+        found |= {key: replace(found[key], alone=trial) for key, trial in alone.items() if trial}
+    return found
+
+
+async def _each_alone(
+    names: list[str], workers: Mapping[str, WorkerHandle], keys: Mapping[str, str], order: Measure
+) -> dict[str, Trial]:
+    one_of_each = {keys[name]: workers[name] for name in reversed(names)}
+    return {key: _trial(await worker.measure(order)) for key, worker in one_of_each.items()}
+
+
+def _evened(keys: list[str], measured: list[Measured]) -> dict[str, Measurement]:
     """Workers that are alike and share a machine get their mean: what tells them apart is noise."""
-    groups: dict[str, list[Measurement]] = {}
+    groups: dict[str, list[Measured]] = {}
     for key, one in zip(keys, measured, strict=True):
         groups.setdefault(key, []).append(one)
     return {key: _mean(group) for key, group in groups.items()}
 
 
-def _mean(group: list[Measurement]) -> Measurement:
-    return Measurement(fmean(one.read_gb_s for one in group), fmean(one.int8_gmac_s for one in group))
+def _mean(group: list[Measured]) -> Measurement:
+    trial = mean_trial([_trial(one) for one in group])
+    speeds = fmean(one.read_bytes_s for one in group) / 1e9, fmean(one.int8_macs_s for one in group) / 1e9
+    return Measurement(*speeds, alone=trial, together=trial)
+
+
+def _trial(measured: Measured) -> Trial:
+    return tuple(
+        TrialPoint(one.rows, one.stage_s * 1e3, one.layers_byte_s * 1e12, one.head_s * 1e3) for one in measured.trials
+    )

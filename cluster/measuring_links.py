@@ -12,7 +12,7 @@ from pathlib import Path
 
 from llamaclust.cluster.events import News, Watch
 from llamaclust.cluster.links import COORDINATOR, Link, Links
-from llamaclust.cluster.state import write_private
+from llamaclust.cluster.state import Measurement, write_private
 from llamaclust.cluster.worker_handle import WorkerHandle
 from llamaclust.errors import LlamaclustError
 from llamaclust.wire.channels import Peer
@@ -23,6 +23,11 @@ from llamaclust.wire.links import measure_link
 _FILE = ".links.json"  # no cluster's name begins with a dot
 
 Pair = tuple[str, str]
+
+
+def hops_matter(measured: Mapping[str, Measurement]) -> bool:
+    """Whether processes of one machine are worth measuring their links: several, beside whose steps a hop shows."""
+    return len(measured) > 1 and all(one.alone for one in measured.values())
 
 
 async def measure_links(
@@ -41,6 +46,15 @@ async def measure_links(
     if new:
         write_private(state_dir / _FILE, json.dumps({key: asdict(link) for key, link in (known | new).items()}))
     known |= new
+    return Links({frozenset(pair): known[key] for pair, key in keys.items() if key in known})
+
+
+def kept_links(fingerprints: Mapping[str, str], state_dir: Path) -> Links:
+    """What is known of local workers, given by name: from a start on the same machine."""
+    machines = {name: machine_of(socket.gethostname(), "unix:", one) for name, one in fingerprints.items()}
+    machines[COORDINATOR] = _coordinator()
+    known = _read(state_dir)
+    keys = {pair: _key_of(machines[pair[0]], machines[pair[1]]) for pair in combinations(machines, 2)}
     return Links({frozenset(pair): known[key] for pair, key in keys.items() if key in known})
 
 
@@ -65,14 +79,26 @@ def _apart(pairs: list[Pair], keys: Mapping[Pair, str]) -> list[Pair]:
 
 def _key(pair: Pair, workers: Mapping[str, WorkerHandle]) -> str:
     """Equal for pairs of the same two machines."""
-    return " - ".join(sorted(_machine(name, workers) for name in pair))
+    return _key_of(*(_machine(name, workers) for name in pair))
+
+
+def _key_of(*machines: str) -> str:
+    return " - ".join(sorted(machines))
 
 
 def _machine(name: str, workers: Mapping[str, WorkerHandle]) -> str:
     if name == COORDINATOR:
-        return f"coordinator on {socket.gethostname()}"
+        return _coordinator()
     one = workers[name].registration
-    return f"{one.host} ({one.address.rpartition(':')[0]}, {one.fingerprint})"
+    return machine_of(one.host, one.address, one.fingerprint)
+
+
+def machine_of(host: str, address: str, fingerprint: str) -> str:
+    return f"{host} ({address.rpartition(':')[0]}, {fingerprint})"
+
+
+def _coordinator() -> str:
+    return f"coordinator on {socket.gethostname()}"
 
 
 async def _measured(

@@ -187,6 +187,8 @@ class _Gauges(Collector):
         blocks.add_metric(["free"], counts.kv_blocks - counts.kv_blocks_held)
         yield blocks
         yield CounterMetricFamily("llamaclust_preemptions", "Sequences put back for lack of KV", counts.preemptions)
+        again = "Sequences computed again because logits were not finite"
+        yield CounterMetricFamily("llamaclust_retries", again, counts.retries)
         cached = "Prompt tokens found in the prefix cache"
         yield CounterMetricFamily("llamaclust_prefix_cache_hit_tokens", cached, counts.cached_tokens)
         computed = "Prompt tokens computed"

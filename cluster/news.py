@@ -12,6 +12,7 @@ from llamaclust.cluster.events import Draining, Watch
 from llamaclust.cluster.plan import Plan
 from llamaclust.cluster.text import TextService
 from llamaclust.cluster.worker_handle import WorkerHandle
+from llamaclust.errors import CutOffError, LlamaclustError
 
 _LOOK_S = 0.2
 
@@ -41,8 +42,17 @@ def _loads(layers: int) -> str:
     return f", {layers} to load" if layers else ""
 
 
-def waiting_text(why: str, limit_s: float) -> str:
-    return f"waiting for a worker, requests for {limit_s:g} s at most: {why}"
+def waiting_text(why: LlamaclustError, limit_s: float) -> str:
+    what = "a link" if isinstance(why, CutOffError) else "a worker"
+    return f"waiting for {what}, requests for {limit_s:g} s at most: {why}"
+
+
+def cut_text(worker: str, other: str, why: str) -> str:
+    return f"workers {worker} and {other} cannot reach each other: {why}; until they can, plans keep them apart"
+
+
+def mended_text(worker: str, other: str) -> str:
+    return f"workers {worker} and {other} reach each other again"
 
 
 def recovered_text(seconds: float, requests: int) -> str:

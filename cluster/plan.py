@@ -67,6 +67,7 @@ class Plan:
     context_length: int
     spares: tuple[Spare, ...]
     prediction: Prediction | None  # None where something was not measured
+    window_blocks: int = 0  # of layers with a window, where they have blocks of their own
     excess: float | None = None  # how far it may be from the best plan; None: nothing better is possible, or by hand
 
     @property

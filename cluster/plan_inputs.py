@@ -11,6 +11,7 @@ from llamaclust.cluster.launchers.stage_memory import workspace_of
 from llamaclust.cluster.links import UNKNOWN, Links
 from llamaclust.cluster.plan import Plan
 from llamaclust.cluster.planner import PlanRequest, make_plan
+from llamaclust.cluster.planner_apart import Pairs
 from llamaclust.cluster.planner_manual import Assignment, checked
 from llamaclust.cluster.settings import SchedulerSettings
 from llamaclust.cluster.shares import thread_shares
@@ -74,10 +75,12 @@ def plan_cluster(
     memory_bytes: Mapping[str, int],
     measured: Mapping[str, Measurement],
     links: Links = UNKNOWN,
+    apart: Pairs = frozenset(),
 ) -> Plan:
-    """The plan of those of `config`'s workers that have memory: `memory_bytes` is what each may take.
+    """The plan of those of `config`'s workers that have memory: `memory_bytes` is what each may take. Pairs that are
+    `apart` cannot reach each other.
 
-    Raises DoesNotFitError with the missing MiB, UsageError for a plan by hand that is wrong.
+    Raises DoesNotFitError with the missing MiB, UsageError for a plan by hand that is wrong, CutOffError.
     """
     length = context_length(config, model)
     ask = PlanRequest(
@@ -88,6 +91,8 @@ def plan_cluster(
         manual=None if config.plan is None else _by_hand(config),
         kv_memory_bytes=config.kv_memory,
         links=links,
+        apart=apart,
+        max_rows=max_rows(config),
     )
     threads = thread_shares(config)
     names = [name for name in threads if name in memory_bytes]
@@ -105,15 +110,16 @@ def plan_cluster(
 def _facts(name: str, memory_bytes: int, measured: Measurement | None, threads: int) -> WorkerFacts:
     if measured is None:
         return WorkerFacts(name, memory_bytes, None, None, threads)
-    return WorkerFacts(name, memory_bytes, measured.read_gb_s, measured.int8_gmac_s, threads)
+    facts = WorkerFacts(name, memory_bytes, measured.read_gb_s, measured.int8_gmac_s, threads)
+    return replace(facts, alone=measured.alone, together=measured.together)
 
 
 def stage_limits(config: ClusterConfig, plan: Plan) -> StageLimits:
     """What every stage of the plan is loaded with."""
-    return _limits(config, plan.context_length, plan.kv_blocks)
+    return _limits(config, plan.context_length, plan.kv_blocks, plan.window_blocks)
 
 
-def _limits(config: ClusterConfig, context_length: int, kv_blocks: int) -> StageLimits:
+def _limits(config: ClusterConfig, context_length: int, kv_blocks: int, window_blocks: int = 0) -> StageLimits:
     return StageLimits(
         max_tokens=max_rows(config),
         max_outputs=max_outputs(config),
@@ -121,6 +127,7 @@ def _limits(config: ClusterConfig, context_length: int, kv_blocks: int) -> Stage
         max_context_tokens=context_length,
         kv_blocks=kv_blocks,
         kv_type=config.kv_type.value,
+        window_blocks=window_blocks,
     )
 
 
@@ -138,4 +145,6 @@ def scheduler_settings(config: ClusterConfig, model: Model, plan: Plan) -> Sched
         max_outputs=max_outputs(config),
         prefill_chunk=config.prefill_chunk,
         prefix_cache=config.prefix_cache,
+        window=model.window if plan.window_blocks else None,
+        window_blocks=plan.window_blocks,
     )

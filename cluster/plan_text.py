@@ -38,6 +38,8 @@ def plan_lines(plan: Plan) -> tuple[str, ...]:
     stages = zip(plan.stages, (stage["decode_ms"] for stage in values["stages"]), strict=True)
     spares = (f"  {spare.worker}: not used: {spare.reason}" for spare in plan.spares)
     kv = f"  KV memory for {plan.kv_blocks * KV_BLOCK_TOKENS} tokens, {plan.context_length} per sequence at most"
+    if plan.window_blocks:
+        kv += f"; for {plan.window_blocks * KV_BLOCK_TOKENS} in layers with a window"
     return ("plan:", *starmap(_stage_line, stages), *spares, kv, f"  predicted: {', '.join(expected)}", *bound)
 
 

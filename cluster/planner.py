@@ -21,13 +21,16 @@ import numpy as np
 from llamaclust.cluster.costs import StageCosts, Table, WorkerFacts
 from llamaclust.cluster.links import Links
 from llamaclust.cluster.plan import Plan, StagePlan, usual_prompt_tokens
+from llamaclust.cluster.planner_apart import Pairs, names_in, split, ways_apart
 from llamaclust.cluster.planner_fit import PlanLimits, Sizes
+from llamaclust.cluster.planner_kinds import kinds_of
 from llamaclust.cluster.planner_manual import Assignment, checked
 from llamaclust.cluster.planner_predict import predict
-from llamaclust.cluster.planner_search import best_cut, kinds_of
+from llamaclust.cluster.planner_search import best_cut
 from llamaclust.cluster.planner_shortage import cut_does_not_fit, does_not_fit
 from llamaclust.cluster.planner_spares import spares
 from llamaclust.cluster.planner_workspace import Workspace
+from llamaclust.errors import CutOffError
 from llamaclust.model.loader import ModelCosts
 
 _ANSWER_TOKENS = 128
@@ -53,17 +56,22 @@ class PlanRequest:
     manual: tuple[Assignment, ...] | None = None
     kv_memory_bytes: int | None = None  # per worker, at most; None: up to half of what weights and workspace leave
     links: Links = field(default_factory=Links)
+    apart: Pairs = frozenset()  # who cannot reach each other: no neighbours
+    max_rows: int = 0  # of a microbatch
 
 
 def make_plan(costs: ModelCosts, workers: Sequence[WorkerFacts], ask: PlanRequest) -> Plan:
-    """Raises UsageError for a plan by hand that is wrong, DoesNotFitError with the missing MiB."""
+    """Raises UsageError for a plan by hand that is wrong, DoesNotFitError with the missing MiB, CutOffError where only
+    `apart` is in the way."""
     stages = StageCosts.of(costs)
-    sizes = Sizes(stages, PlanLimits(ask.context_length, ask.max_sequences, ask.workspace, ask.kv_memory_bytes))
+    limits = PlanLimits(ask.context_length, ask.max_sequences, ask.workspace, ask.kv_memory_bytes, ask.max_rows)
+    sizes = Sizes(stages, limits)
     if ask.manual is not None:
         by_hand = checked(ask.manual, [worker.name for worker in workers], stages.layers)
+        _check_apart([name for name, _, _ in by_hand], ask.apart)
         found = _Found(by_hand, contexts=1, excess=None)
     else:
-        found = _automatic(stages, sizes, workers, ask.objective)
+        found = _automatic(stages, sizes, workers, ask.objective, ask.apart)
     by_name = {worker.name: worker for worker in workers}
     cut = [(by_name[name], start, end) for name, start, end in found.cut]
     kv_blocks = sizes.kv_blocks(cut)
@@ -75,8 +83,9 @@ def make_plan(costs: ModelCosts, workers: Sequence[WorkerFacts], ask: PlanReques
     return Plan(
         stages=tuple(_stage(stages, sizes, *stage, kv_blocks) for stage in cut),
         kv_blocks=kv_blocks,
+        window_blocks=sizes.window_blocks(kv_blocks),
         context_length=ask.context_length,
-        spares=spares(sizes, workers, used, by_hand=ask.manual is not None, contexts=found.contexts),
+        spares=spares(sizes, workers, used, by_hand=ask.manual is not None, contexts=found.contexts, apart=ask.apart),
         prediction=predict(stages, cut, prompt_tokens, ask.max_sequences, ask.links) if measured else None,
         excess=found.excess,
     )
@@ -88,7 +97,7 @@ def _stage(stages: StageCosts, sizes: Sizes, worker: WorkerFacts, start: int, en
         start=start,
         end=end,
         weight_bytes=stages.weight_bytes(start, end),
-        kv_bytes=kv_blocks * stages.kv_block_bytes(start, end),
+        kv_bytes=sizes.kv_bytes(start, end, kv_blocks),
         workspace_bytes=sizes.workspace_bytes(worker, end),
         memory_bytes=worker.memory_bytes,
     )
@@ -105,26 +114,47 @@ class _Found:
     excess: float | None  # see `Plan`
 
 
-def _automatic(stages: StageCosts, sizes: Sizes, workers: Sequence[WorkerFacts], objective: str) -> _Found:
+def _check_apart(ring: Sequence[str], apart: Pairs) -> None:
+    if (pair := split(ring, apart)) is not None:
+        raise CutOffError(
+            f"every plan has workers {' and '.join(sorted(pair))} side by side, who cannot reach each other"
+        )
+
+
+def _automatic(
+    stages: StageCosts, sizes: Sizes, workers: Sequence[WorkerFacts], objective: str, apart: Pairs = frozenset()
+) -> _Found:
     if not _measured(workers):
-        workers = [
-            replace(worker, read_gb_s=_NOMINAL_READ_GB_S, int8_gmac_s=_NOMINAL_INT8_GMAC_S) for worker in workers
-        ]
+        workers = [_nominal(worker) for worker in workers]
     weight, slack = _AIMS[objective]
     for contexts in sizes.wanted_contexts:
-        best = best_cut(kinds_of(workers, partial(_times, stages, sizes, contexts)), weight, slack)
+        kinds = kinds_of(workers, partial(_times, stages, sizes, contexts), names_in(apart))
+        ways = ways_apart(kinds, [worker.name for worker in workers], apart) if apart else None
+        best = best_cut(kinds, weight, slack, ways)
         if best is not None:
             cut = tuple((workers[index].name, start, end) for index, start, end in best.cut.stages)
             return _Found(cut, contexts, best.excess)
+    if apart:
+        found = _automatic(stages, sizes, workers, objective)
+        _check_apart([name for name, _, _ in found.cut], apart)
+        return found
     raise does_not_fit(sizes, workers)
+
+
+def _nominal(worker: WorkerFacts) -> WorkerFacts:
+    read, int8 = _NOMINAL_READ_GB_S, _NOMINAL_INT8_GMAC_S
+    return replace(worker, read_gb_s=read, int8_gmac_s=int8, alone=(), together=())
 
 
 def _times(stages: StageCosts, sizes: Sizes, contexts: int, worker: WorkerFacts) -> tuple[Table, Table]:
     """(ms of the mix of work where the stage fits, ms of one token) of each stage on a worker."""
-    answers = stages.decode_table(worker, _TOGETHER) * _ANSWER_TOKENS / _TOGETHER
-    mix = stages.prefill_table(worker, usual_prompt_tokens(sizes.limits.context_length)) + answers
+    prompt_tokens = usual_prompt_tokens(sizes.limits.context_length)
+    answers = stages.decode_table(worker, _TOGETHER, together=True) * _ANSWER_TOKENS / _TOGETHER
+    mix = stages.prefill_table(worker, prompt_tokens, together=True) + answers
     fits = sizes.missing_table(worker, contexts) == 0
-    prompt_mb = usual_prompt_tokens(sizes.limits.context_length) * stages.hidden_bytes / 1e6
-    sent_ms = 2 * worker.reach.ms_per_mb * prompt_mb  # in and out, while it computes
-    hops_ms = 2 * worker.reach.one_way_ms
+    prompt_mb = prompt_tokens * stages.hidden_bytes / 1e6
+    others = np.ones_like(mix)
+    others[0, stages.layers] = 0  # a stage of all layers has no links
+    sent_ms = others * 2 * worker.reach.ms_per_mb * prompt_mb  # in and out, while it computes
+    hops_ms = others * 2 * worker.reach.one_way_ms
     return np.where(fits, np.maximum(mix, sent_ms), np.inf), stages.decode_table(worker) + hops_ms + _STAGE_MS

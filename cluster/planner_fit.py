@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llamaclust.cluster.costs import StageCosts, Table, WorkerFacts
+from llamaclust.cluster.costs import Counts, StageCosts, Table, WorkerFacts
+from llamaclust.cluster.kv_groups import WindowGroup, window_group
 from llamaclust.cluster.planner_workspace import StagePlace, Workspace
 from llamaclust.model.program import KV_BLOCK_TOKENS
+from llamaclust.wire.messages import MAX_KV_BLOCKS
 
 _WANTED_CONTEXTS = 4
 
@@ -25,6 +27,7 @@ class PlanLimits:
     max_sequences: int
     workspace: Workspace
     kv_memory_bytes: int | None  # per worker, at most
+    max_rows: int = 0  # of a microbatch
 
     @property
     def context_blocks(self) -> int:
@@ -48,13 +51,51 @@ class Sizes:
         limits = self.limits
         return limits.workspace(StagePlace(worker.threads, limits.context_length, end == self.stages.layers))
 
-    def context_bytes(self, start: int, end: int) -> int:
-        """KV memory of one whole context."""
-        return self.limits.context_blocks * self.stages.kv_block_bytes(start, end)
+    @property
+    def window_group(self) -> WindowGroup | None:
+        """Layers that have KV blocks of their own."""
+        return window_group(self.stages.window, self.limits.context_length, self.limits.max_rows)
+
+    def window_blocks(self, kv_blocks: int) -> int:
+        """Beside so many blocks of other layers; 0 where all layers have these."""
+        group = self.window_group
+        return (
+            0
+            if group is None
+            else group.blocks_beside(kv_blocks, self.limits.context_length, self.limits.max_sequences)
+        )
+
+    def kv_bytes(self, start: int, end: int, kv_blocks: int) -> int:
+        """KV memory of a stage with so many blocks."""
+        return int(self._kv_table(kv_blocks)[start, end])
+
+    def _kv_table(self, kv_blocks: int) -> Counts:
+        """`kv_bytes` of all stages."""
+        stages = self.stages
+        windowed = 0 if self.window_group is None else stages.window_token_bytes
+        table: Counts = ((stages.kv_token_bytes - windowed) * kv_blocks) * KV_BLOCK_TOKENS
+        return table + windowed * (self.window_blocks(kv_blocks) * KV_BLOCK_TOKENS)
+
+    def _blocks_in(self, start: int, end: int, kv_bytes: int, most: int) -> int:
+        """How many blocks such a stage has in so much KV memory, no more than `most`."""
+        if self.window_group is None:
+            return min(most, kv_bytes // (int(self.stages.kv_token_bytes[start, end]) * KV_BLOCK_TOKENS))
+        if self.stages.kv_token_bytes[start, end] == self.stages.window_token_bytes[start, end]:
+            most = min(most, self.limits.context_blocks * self.limits.max_sequences)  # more of them cost nothing
+        least = 0
+        while least < most:
+            middle = (least + most + 1) // 2
+            fits = self.kv_bytes(start, end, middle) <= kv_bytes
+            least, most = (middle, most) if fits else (least, middle - 1)
+        return least
+
+    def context_bytes(self, start: int, end: int, contexts: int = 1) -> int:
+        """KV memory of whole contexts."""
+        return self.kv_bytes(start, end, contexts * self.limits.context_blocks)
 
     def parts(self, worker: WorkerFacts, start: int, end: int, contexts: int) -> Mapping[str, int]:
         """What the stage takes, with KV memory for that many whole contexts as far as the given KV memory goes."""
-        kv, given = contexts * self.context_bytes(start, end), self.limits.kv_memory_bytes
+        kv, given = self.context_bytes(start, end, contexts) if contexts else 0, self.limits.kv_memory_bytes
         return {
             "weights": self.stages.weight_bytes(start, end),
             "KV memory": kv if given is None else min(kv, given),
@@ -68,15 +109,14 @@ class Sizes:
         return min((self._stage_blocks(worker, start, end, most) for worker, start, end in cut), default=0)
 
     def _stage_blocks(self, worker: WorkerFacts, start: int, end: int, most: int) -> int:
-        block_bytes = self.stages.kv_block_bytes(start, end)
         given = self.limits.kv_memory_bytes
         if worker.memory_bytes is None:
-            return most if given is None else given // block_bytes
+            return most if given is None else self._blocks_in(start, end, given, MAX_KV_BLOCKS)
         left = worker.memory_bytes - sum(self.parts(worker, start, end, 0).values())
         if given is not None:
-            return min(given, left) // block_bytes
+            return self._blocks_in(start, end, min(given, left), MAX_KV_BLOCKS)
         least = min(self.context_bytes(start, end), left)
-        return min(most, max(least, left // 2) // block_bytes)
+        return self._blocks_in(start, end, max(least, left // 2), most)
 
     def missing_kv_bytes(self, start: int, end: int) -> int:
         """What the given KV memory lacks for one whole context."""
@@ -96,10 +136,11 @@ class Sizes:
     def missing_table(self, worker: WorkerFacts, contexts: int) -> Table:
         """`missing_bytes` of all stages; infinite where start >= end."""
         stages, given = self.stages, self.limits.kv_memory_bytes
-        context = self.limits.context_blocks * KV_BLOCK_TOKENS * stages.kv_token_bytes
+        context = self._kv_table(self.limits.context_blocks)
         missing = np.zeros_like(context) if given is None else np.maximum(context - given, 0)
         if worker.memory_bytes is not None:
-            kv = contexts * context if given is None else np.minimum(contexts * context, given)
+            kv = self._kv_table(contexts * self.limits.context_blocks)
+            kv = kv if given is None else np.minimum(kv, given)
             workspace = [self.workspace_bytes(worker, end) for end in range(stages.layers + 1)]
             missing = np.maximum(missing, stages.held_bytes + kv + workspace - worker.memory_bytes)
         return np.where(stages.stages, missing, np.inf)

@@ -56,7 +56,7 @@ def _ttft_ms(costs: StageCosts, cut: Cut, prompt_tokens: int, chunks: int, path:
     """A prompt in equal chunks, one behind the other through stages and links; the last stage's head for its last
     row."""
     rows = -(-prompt_tokens // chunks)
-    times = [costs.prefill_ms(*stage, rows) for stage in cut]
+    times = [costs.prefill_ms(*stage, rows, together=chunks > 1) for stage in cut]
     sent = [rows * ms for ms in path.row_ms]
     head_ms = costs.decode_ms(*cut[-1]) - costs.prefill_ms(*cut[-1], 1)
     return sum(times) + sum(sent) + (chunks - 1) * max(*times, *sent, 0.0) + max(head_ms, 0.0) + path.there_ms
@@ -65,6 +65,6 @@ def _ttft_ms(costs: StageCosts, cut: Cut, prompt_tokens: int, chunks: int, path:
 def _tokens_per_s(costs: StageCosts, cut: Cut, sequences: int, groups: int, path: _Path) -> float:
     """Decode of that many sequences in that many microbatches."""
     rows = -(-sequences // groups)
-    times = [costs.decode_ms(*stage, rows) * _NS for stage in cut]
+    times = [costs.decode_ms(*stage, rows, together=groups > 1) * _NS for stage in cut]
     sent_ms = rows * sum(path.row_ms)
     return sequences / cycle_ns(times, groups, (path.round_ms + sent_ms) * _NS) * 1e9

@@ -6,17 +6,17 @@ reach. A cut is judged by its slowest stage and by the sum over its stages; a wo
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from heapq import heappop, heappush
 from math import inf, prod
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
-from llamaclust.cluster.costs import Table, WorkerFacts
+from llamaclust.cluster.costs import Table
+from llamaclust.cluster.planner_kinds import Kind, Order
+from llamaclust.cluster.planner_orders import least_possible, likely_orders
 
 _MOST_STEPS = 8 * (1 << 8) // 2
 """All orders are tried where that takes no more steps than with eight workers that are all different."""
@@ -29,39 +29,6 @@ _CLEARLY_BETTER = 0.95
 
 Stage = tuple[int, int, int]
 """(worker, start, end): layers [start, end) on a worker, by its place in the file."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Kind:
-    """Workers that are alike, and what a stage of layers [start, end) costs on one of them."""
-
-    workers: tuple[int, ...]
-    slow: Table  # of which the slowest stage should have little; infinite where a stage cannot be
-    total: Table  # of which all stages together should have little
-
-    @property
-    def layers(self) -> int:
-        return len(self.slow) - 1
-
-    def within(self, limit: float) -> NDArray[np.bool_]:
-        """Which stages can be, and are within the limit."""
-        return (self.slow <= limit) & (self.slow < inf)
-
-    def allowed(self, limit: float) -> Table:
-        """Totals of those stages."""
-        return np.where(self.within(limit), self.total, inf)
-
-
-def kinds_of(workers: Sequence[WorkerFacts], tables: Callable[[WorkerFacts], tuple[Table, Table]]) -> list[Kind]:
-    """Workers by kind; `tables` says what is slow and what the total is of, for one of each."""
-    alike: dict[WorkerFacts, list[int]] = {}
-    for index, worker in enumerate(workers):
-        alike.setdefault(replace(worker, name=""), []).append(index)
-    return [Kind(tuple(indices), *tables(facts)) for facts, indices in alike.items()]
-
-
-Order = Sequence[tuple[int, Kind]]
-"""Workers one behind the other, each with its kind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,13 +176,16 @@ class Best:
     excess: float | None  # how far what it aims at is above what no cut can reach, at most; None: no cut is better
 
 
-def best_cut(kinds: Sequence[Kind], total_weight: int = 0, total_slack: float = inf) -> Best | None:
-    """The least slowest * total ** total_weight, with a total of at most total_slack times the least one.
+def best_cut(
+    kinds: Sequence[Kind], total_weight: int = 0, total_slack: float = inf, ways: Sequence[Way] | None = None
+) -> Best | None:
+    """The least slowest * total ** total_weight, with a total of at most total_slack times the least one; `ways`: only
+    of these.
 
     Workers keep the file's order unless another one is clearly better. None where no cut can be.
     """
-    limits = _limits(kinds)
-    ways = _ways(kinds, limits)
+    limits, is_free = _limits(kinds), ways is None
+    ways = _ways(kinds, limits) if ways is None else ways
     totals = [cut.total for way in ways if (cut := way.least(inf)) is not None]
     if not totals:
         return None
@@ -224,9 +194,9 @@ def best_cut(kinds: Sequence[Kind], total_weight: int = 0, total_slack: float = 
     for way in ways:
         best = _best_of(way, limits, aim, best)
     assert best is not None
-    if _is_exact(kinds):
+    if _is_exact(kinds) and is_free:
         return Best(best, None)
-    slowest, total = _least_possible(kinds, limits)
+    slowest, total = least_possible(kinds, limits)
     return Best(best, best.total / total - 1 if total_weight else best.slowest / slowest - 1)
 
 
@@ -251,82 +221,4 @@ def _ways(kinds: Sequence[Kind], limits: Table) -> list[Way]:
     file: list[Way] = [GivenOrder(order)]
     if len(kinds) == 1 or not len(limits):
         return file
-    return [*file, AnyOrder(kinds)] if _is_exact(kinds) else [*file, *map(GivenOrder, _likely_orders(order, limits))]
-
-
-# -- more workers of more kinds than can be tried in all orders --------------------------------------------------------
-
-
-def _likely_orders(order: Order, limits: Table) -> list[Order]:
-    """Orders with the best first and last worker, which besides layers have the embedding and the head: of all workers,
-    and of the fastest ones. In between the order hardly matters: layers are much alike."""
-    by_total = sorted(order, key=lambda one: float(one[1].total[0, one[1].layers]))
-    counts = range(1, len(order) + 1)
-    fewest = bisect_left(counts, True, key=lambda count: _best_ends(by_total[:count], inf) is not None)
-    if fewest == len(order):
-        return []
-    found = []
-    for count in sorted({fewest + 1, (fewest + 1 + len(order)) // 2, len(order)}):
-        some = sorted(by_total[:count], key=lambda one: one[0])
-        limit = limits[bisect_left(limits, True, key=lambda limit: _best_ends(some, limit) is not None)]
-        ends = _best_ends(some, limit)
-        assert ends is not None
-        found.append(ends)
-    return found
-
-
-def _best_ends(order: Order, limit: float) -> Order | None:
-    """The order with another first and last worker that covers all layers within the limit; None where none does."""
-    layers, numbers = order[0][1].layers, np.arange(len(order))
-    reach = np.array([_reach(kind, limit) for _, kind in order])  # [workers, layers]: where a stage ends at most
-    first, last = numbers[:, np.newaxis], numbers[np.newaxis, :]
-    covered = np.repeat(reach[:, :1], len(order), axis=1)  # [first worker, last worker]
-    for number in numbers:
-        covered = np.where((first == number) | (last == number), covered, reach[number][covered])
-    covered = np.where(first == last, covered, reach[last, covered])
-    if covered.max() < layers:
-        return None
-    begin, end = map(int, np.unravel_index(int(covered.argmax()), covered.shape))
-    inner = [one for number, one in enumerate(order) if number not in (begin, end)]
-    return [order[begin], *inner, *([order[end]] if begin != end else [])]
-
-
-def _reach(kind: Kind, limit: float) -> Table:
-    """Where a stage from each layer ends at most, within the limit."""
-    ends = np.arange(kind.layers + 1)
-    furthest: Table = np.where(kind.within(limit), ends, ends[:, np.newaxis]).max(axis=1)
-    return furthest
-
-
-def _least_possible(kinds: Sequence[Kind], limits: Table) -> tuple[float, float]:
-    """(slowest, total) that no cut is below: every worker as good as at its best place, wherever that is."""
-    layers = kinds[0].layers
-    index = bisect_left(limits, layers, key=lambda limit: _most_layers(kinds, limit))
-    rates, rooms = np.array([_cheapest(kind) for kind in kinds]).T
-    by_rate = np.argsort(rates)
-    upto = np.concatenate([[0.0], np.cumsum(rooms[by_rate])])
-    costs = np.concatenate([[0.0], np.cumsum((rooms * rates)[by_rate])])
-    before = np.interp(np.arange(layers + 1), upto, costs, right=inf)  # of the layers before the last stage
-    return float(limits[index]), min(float((before + kind.allowed(inf)[:, -1]).min()) for kind in kinds)
-
-
-def _most_layers(kinds: Sequence[Kind], limit: float) -> int:
-    """How many layers all workers together can hold within the limit, one of them the last ones."""
-    inner, last = np.array([_longest(kind, limit) for kind in kinds]).T
-    everyone = sum(len(kind.workers) * int(count) for kind, count in zip(kinds, inner, strict=True))
-    return everyone + int((last - inner)[last > 0].max(initial=-everyone))
-
-
-def _longest(kind: Kind, limit: float) -> tuple[int, int]:
-    """Most layers of (a stage without the last one, a stage with it) within the limit."""
-    ends = np.arange(kind.layers + 1)
-    sizes = np.where(kind.within(limit), ends - ends[:, np.newaxis], 0)
-    return int(sizes[:, :-1].max()), int(sizes[:, -1].max())
-
-
-def _cheapest(kind: Kind) -> tuple[float, int]:
-    """(least cost of a layer, most layers) on all workers of the kind."""
-    ends = np.arange(kind.layers + 1)
-    inner = kind.allowed(inf)[:, :-1] / np.maximum(ends[:-1] - ends[:, np.newaxis], 1)
-    room = len(kind.workers) * _longest(kind, inf)[0]
-    return (float(inner.min()), room) if room else (0.0, 0)
+    return [*file, AnyOrder(kinds)] if _is_exact(kinds) else [*file, *map(GivenOrder, likely_orders(order, limits))]

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from llamaclust.cluster.costs import Table, WorkerFacts
 from llamaclust.cluster.planner_fit import Cut, Sizes
-from llamaclust.cluster.planner_search import kinds_of, least_total
+from llamaclust.cluster.planner_kinds import kinds_of
+from llamaclust.cluster.planner_search import least_total
 from llamaclust.errors import DoesNotFitError
 from llamaclust.sizes import MIB, mib, missing, needed
 
@@ -55,7 +56,11 @@ def _least_missing(sizes: Sizes, workers: Sequence[WorkerFacts]) -> float:
         missing_bytes = sizes.missing_table(worker, 1)
         return missing_bytes, missing_bytes
 
-    return least_total(kinds_of([replace(worker, read_gb_s=None, int8_gmac_s=None) for worker in workers], tables))
+    return least_total(
+        kinds_of(
+            [replace(worker, read_gb_s=None, int8_gmac_s=None, alone=(), together=()) for worker in workers], tables
+        )
+    )
 
 
 def _shorter_context(sizes: Sizes, workers: Sequence[WorkerFacts]) -> str:

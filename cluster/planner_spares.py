@@ -6,18 +6,33 @@ from collections.abc import Collection, Sequence
 
 from llamaclust.cluster.costs import WorkerFacts
 from llamaclust.cluster.plan import Spare
+from llamaclust.cluster.planner_apart import Pairs
 from llamaclust.cluster.planner_fit import Sizes
 from llamaclust.sizes import MIB, mib
 
 
 def spares(
-    sizes: Sizes, workers: Sequence[WorkerFacts], used: Collection[str], *, by_hand: bool, contexts: int
+    sizes: Sizes,
+    workers: Sequence[WorkerFacts],
+    used: Collection[str],
+    *,
+    by_hand: bool,
+    contexts: int,
+    apart: Pairs = frozenset(),
 ) -> tuple[Spare, ...]:
     """Those that are not used. `contexts`: how many whole contexts the plan was made to hold."""
     idle = [worker for worker in workers if worker.name not in used]
     if by_hand:
         return tuple(Spare(worker.name, "the plan gives it no layers") for worker in idle)
-    return tuple(Spare(worker.name, _reason(sizes, worker, len(used), contexts)) for worker in idle)
+    return tuple(
+        Spare(worker.name, _apart(worker.name, used, apart) or _reason(sizes, worker, len(used), contexts))
+        for worker in idle
+    )
+
+
+def _apart(name: str, used: Collection[str], apart: Pairs) -> str | None:
+    others = sorted(other for other in used if frozenset((name, other)) in apart)
+    return f"it and {', '.join(others)} cannot reach each other" if others else None
 
 
 def _reason(sizes: Sizes, worker: WorkerFacts, stages: int, contexts: int) -> str:

@@ -8,6 +8,7 @@ from llamaclust.cluster.config import ClusterConfig
 from llamaclust.cluster.links import Links
 from llamaclust.cluster.plan import Plan
 from llamaclust.cluster.plan_inputs import plan_cluster
+from llamaclust.cluster.planner_apart import Pairs
 from llamaclust.cluster.shares import machine_shares, memory_shares
 from llamaclust.cluster.state import Measurement
 from llamaclust.cluster.worker_handle import WorkerHandle
@@ -33,15 +34,24 @@ class Planning:
         self._measured = measured
         self._links = links
 
-    def plan(self, workers: Mapping[str, WorkerHandle]) -> Plan:
-        """Over these workers. DoesNotFitError where they have too little memory, WorkerError where there are none or a
-        plan by hand names another."""
+    @property
+    def links(self) -> Links:
+        return self._links
+
+    def know(self, links: Links) -> bool:
+        """From now on these are the links; whether that is news."""
+        is_news, self._links = links != self._links, links
+        return is_news
+
+    def plan(self, workers: Mapping[str, WorkerHandle], apart: Pairs = frozenset()) -> Plan:
+        """Over these workers, of whom pairs that are `apart` cannot reach each other. DoesNotFitError where they have
+        too little memory, WorkerError where there are none or a plan by hand names another, CutOffError."""
         missing = [one.worker for one in self._config.plan or () if one.worker not in workers]
         if missing:
             raise WorkerError(f"the plan gives layers to {', '.join(missing)}")
         if not workers:
             raise WorkerError("no worker is left")
-        return plan_cluster(self._config, self._model, self._memory(workers), self._measured, self._links)
+        return plan_cluster(self._config, self._model, self._memory(workers), self._measured, self._links, apart)
 
     def _memory(self, workers: Mapping[str, WorkerHandle]) -> dict[str, int]:
         """What each may take of its machine, which others may share with it."""

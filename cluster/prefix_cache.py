@@ -17,7 +17,7 @@ class PrefixCache:
     """
 
     def __init__(self, blocks: KvBlocks, model_id: str, kv_type: KvType, enabled: bool = True) -> None:
-        self._blocks = blocks
+        self.blocks = blocks
         self._root = sha256(f"{model_id}\0{kv_type}".encode()).digest()
         self._enabled = enabled
 
@@ -28,20 +28,28 @@ class PrefixCache:
         self._extend(chain, tokens, reusable // KV_BLOCK_TOKENS)
         found = idle = 0
         for key in chain[: reusable // KV_BLOCK_TOKENS]:
-            is_idle = self._blocks.holds_idle(key)
+            is_idle = self.blocks.holds_idle(key)
             if is_idle is None:
                 break
             found += 1
             idle += is_idle
         return found, idle
 
-    def label(self, chain: list[bytes], tokens: Sequence[int], table: Sequence[int], labelled: int, full: int) -> None:
-        """Names blocks [labelled, full) of a table, which the tokens have filled."""
+    def label(
+        self,
+        chain: list[bytes],
+        tokens: Sequence[int],
+        table: Sequence[int],
+        labelled: int,
+        full: int,
+        start: int = 0,
+    ) -> None:
+        """Names blocks [labelled, full), which the tokens have filled, of a table that begins with block `start`."""
         if not self._enabled:
             return
         self._extend(chain, tokens, full)
         for index in range(labelled, full):
-            self._blocks.label(table[index], chain[index])
+            self.blocks.label(table[index - start], chain[index])
 
     def _extend(self, chain: list[bytes], tokens: Sequence[int], count: int) -> None:
         for index in range(len(chain), count):

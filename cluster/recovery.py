@@ -7,22 +7,35 @@ losses and a loss during a recovery are the same to it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
-from itertools import count
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 
 from llamaclust.cluster.config import ClusterConfig
+from llamaclust.cluster.cut_pairs import CutPairs
 from llamaclust.cluster.engine import Engine
 from llamaclust.cluster.epochs import Epoch, Epochs
-from llamaclust.cluster.events import News, PlanMade, Watch, WorkerLoading
+from llamaclust.cluster.events import News, PlanMade, Watch, WorkerLoading, WorkerReading
 from llamaclust.cluster.launchers.base import Launcher
+from llamaclust.cluster.links import Links
 from llamaclust.cluster.news import back_text, given_up_text, lost_text, moving_text, recovered_text, waiting_text
 from llamaclust.cluster.plan import Plan
 from llamaclust.cluster.plan_text import plan_lines
+from llamaclust.cluster.planner_apart import split
 from llamaclust.cluster.planning import Planning
 from llamaclust.cluster.registry import Registry
 from llamaclust.cluster.worker_handle import WorkerHandle
-from llamaclust.errors import DeadlineError, DoesNotFitError, LlamaclustError, UsageError, WireError, WorkerError
-from llamaclust.wire.control import LoadProgress
+from llamaclust.errors import (
+    CutOffError,
+    DeadlineError,
+    DoesNotFitError,
+    LlamaclustError,
+    StalledError,
+    UsageError,
+    WireError,
+    WorkerError,
+)
+from llamaclust.wire.control import LoadProgress, LocateProgress
+
+MeasureLinks = Callable[[Mapping[str, WorkerHandle]], Awaitable[Links]]
 
 _TRIES = 3
 """So often the same workers may fail without one of them being lost."""
@@ -44,7 +57,9 @@ class Supervisor:
         registry: Registry,
         launcher: Launcher,
         watch: Watch,
+        measure_links: MeasureLinks | None = None,
     ) -> None:
+        """`measure_links`: between those who are here, asked again when somebody joins later."""
         self.spared: set[str] = set()  # names of workers that are to hold no layers
         self.recoveries = 0
         self._config = config
@@ -53,15 +68,19 @@ class Supervisor:
         self._registry = registry
         self._launcher = launcher
         self._watch = watch
+        self._measure_links = measure_links
+        self._measuring: asyncio.Task[None] | None = None
         self._epoch: Epoch | None = None
         self._engine: Engine | None = None
         self._news = asyncio.Event()  # something has changed
         self._settled = asyncio.Event()  # since the last change, all has been done that can be
         self._loss: LlamaclustError | None = None
         self._lost_s = 0.0  # on the event loop's clock
+        self._waits_for = ""  # as it was told
         self._failures = 0  # in a row, of pipelines whose workers were all there
         self._suspects: list[tuple[WorkerHandle, BaseException]] = []
         self._work: set[asyncio.Task[None]] = set()
+        self.cuts = CutPairs(lambda: registry.present, config.timeouts.worker, watch, self._change)
 
     @property
     def epoch(self) -> Epoch:
@@ -72,7 +91,7 @@ class Supervisor:
     async def start(self) -> Epoch:
         """The first epoch, whose workers have joined. Raises what no other worker can help, and what is missing after
         `timeouts.recovery`."""
-        self._registry.tell(self._joined, self._left)
+        self._registry.tell(self._joined, self._left, self.cuts.hear)
         self._lost_s = self._now_s
         self._epoch = await self._next_epoch()
         return self._epoch
@@ -80,13 +99,17 @@ class Supervisor:
     async def keep(self, engine: Engine) -> None:
         """Works until it is cancelled; an error is a mistake of ours."""
         self._engine = engine
-        while True:
-            self._news.clear()
-            if self._loss is not None:
-                await self._recover(engine)
-            elif await self._improve(engine):
-                self._settled.set()
-                await self._something_new()
+        try:
+            while True:
+                self._news.clear()
+                if self._loss is not None:
+                    await self._recover(engine)
+                elif await self._improve(engine):
+                    self._settled.set()
+                    await self._something_new()
+        finally:
+            if self._measuring is not None:
+                self._measuring.cancel()
 
     def lost(self, error: LlamaclustError) -> None:
         """The engine's word that its pipeline is lost."""
@@ -101,7 +124,7 @@ class Supervisor:
         """
         self._check_name(name)
         others = {other: handle for other, handle in self._usable.items() if other != name}
-        self._planning.plan(others)
+        self._planning.plan(others, self.cuts.apart)
         self.spared.add(name)
         self._change()
         await self._settled.wait()
@@ -131,12 +154,29 @@ class Supervisor:
     def _joined(self, handle: WorkerHandle) -> None:
         self._watch(News(back_text(handle)))
         self._change()
+        if self._measure_links is not None and (self._measuring is None or self._measuring.done()):
+            self._measuring = asyncio.create_task(self._know_links(self._measure_links))
+
+    async def _know_links(self, measure: MeasureLinks) -> None:
+        """Once a pipeline serves, for that comes first."""
+        present: dict[str, WorkerHandle] = {}
+        while present != self._registry.present:
+            await self._settled.wait()
+            present = self._registry.present
+            try:
+                links = await measure(present)
+            except LlamaclustError as error:
+                self._watch(News(f"links were not measured anew: {error}"))
+                return
+            if self._planning.know(links):
+                self._change()
 
     def _left(self, handle: WorkerHandle) -> None:
         counts = None if self._engine is None else self._engine.scheduler.counts
         serves = self._epoch is not None and handle in self._epoch.workers
         self._watch(News(lost_text(handle, counts.running + counts.waiting if counts and serves else 0)))
         self._do(self._launcher.end(handle.name))
+        self.cuts.forget(handle.name)
         self._change()
 
     def given_up(self, name: str, why: str) -> None:
@@ -156,37 +196,52 @@ class Supervisor:
 
     async def _next_epoch(self) -> Epoch:
         """Plans and loads, again and again until it is done, whoever is lost meanwhile."""
-        for failures in count():
+        failures = 0
+        while True:
             plan = await self._plan()
             try:
                 return await self._open(plan, alone=True)
             except LlamaclustError as error:
-                if any(stage.worker not in self._registry.present for stage in plan.stages):
+                await self.cuts.settled()
+                if any(stage.worker not in self._registry.present for stage in plan.stages) or self._is_cut(plan):
+                    continue
+                if self._lacks_file:
+                    await self._wait_for_workers(error)
                     continue
                 if self._engine is None:
                     raise
                 await self._hold_on(error, failures)
-        raise AssertionError
+                failures += 1
+
+    @property
+    def _lacks_file(self) -> bool:
+        """Whether who has the model's file for the others may come back."""
+        are_all = len(self._usable) == len(self._config.workers)
+        return not (self._engine is None and are_all) and self._epochs.file_is_away
+
+    def _is_cut(self, plan: Plan) -> bool:
+        """Whether stages side by side cannot reach each other."""
+        return split([stage.worker for stage in plan.stages], self.cuts.apart) is not None
 
     async def _plan(self) -> Plan:
         """Over those who are here, as soon as they are enough."""
-        told = ""
         while True:
             self._news.clear()
             try:
-                return self._planning.plan(self._usable)
+                return self._planning.plan(self._usable, self.cuts.apart)
             except (DoesNotFitError, WorkerError) as error:
-                if self._engine is None and len(self._usable) == len(self._config.workers):
+                is_whole = len(self._usable) == len(self._config.workers) and not isinstance(error, CutOffError)
+                if self._engine is None and is_whole:
                     raise
-                if str(error) != told:
-                    told = str(error)
-                    self._watch(News(waiting_text(told, self._config.timeouts.recovery)))
                 await self._wait_for_workers(error)
 
     async def _wait_for_workers(self, why: LlamaclustError) -> None:
-        """Returns with the next news. When `timeouts.recovery` has passed, requests wait no more, but the cluster does;
-        a start raises `why`."""
+        """Says why, once, and returns with the next news. When `timeouts.recovery` has passed, requests wait no more,
+        but the cluster does; a start raises `why`."""
         limit_s = self._config.timeouts.recovery
+        if str(why) != self._waits_for:
+            self._waits_for = str(why)
+            self._watch(News(waiting_text(why, limit_s)))
         try:
             async with asyncio.timeout_at(self._lost_s + limit_s):
                 await self._news.wait()
@@ -194,8 +249,9 @@ class Supervisor:
             if self._engine is None:
                 raise why from None
             if self._loss is not None:
-                late = f"no worker came back within {limit_s:g} s (timeouts.recovery)"
-                self._engine.give_up(WorkerError(f"{self._loss}; {late}: {why}"))
+                missed = "link" if isinstance(why, CutOffError) else "worker"
+                late = f"no {missed} came back within {limit_s:g} s (timeouts.recovery)"
+                self._engine.give_up(WorkerError(f"{self._cause}; {late}: {why}"))
             await self._news.wait()
 
     async def _open(self, plan: Plan, *, alone: bool) -> Epoch:
@@ -214,10 +270,19 @@ class Supervisor:
                 stage = stages[worker]
                 self._watch(WorkerLoading(worker, stage.start, stage.end, news.done_bytes, news.total_bytes))
 
+        def reading(worker: str, news: LocateProgress) -> None:
+            if self._engine is None:
+                self._watch(WorkerReading(worker, news.done_bytes, news.total_bytes))
+
         def failed(worker: WorkerHandle, error: BaseException) -> None:
             self._suspects.append((worker, error))
+            if isinstance(error, StalledError):
+                self._registry.fence(worker, f"it hangs: {error}")
 
-        epoch = await self._epochs.open(plan, alone=alone, on_progress=progress, on_error=failed)
+        links = self._planning.links
+        epoch = await self._epochs.open(
+            plan, links, alone=alone, on_progress=progress, on_reading=reading, on_error=failed
+        )
         for worker in epoch.workers if self._engine is None else ():
             order, loaded = worker.stages[epoch.number]
             self._watch(WorkerLoading(worker.name, order.start, order.end, loaded.weight_bytes, loaded.weight_bytes))
@@ -232,10 +297,17 @@ class Supervisor:
 
     # -- a loss ------------------------------------------------------------------------------------------------------
 
+    @property
+    def _cause(self) -> LlamaclustError | None:
+        """What the pipeline was lost by: a worker's end, also where others said sooner that they cannot reach it."""
+        lost = self.epoch.lost
+        return lost[0].error if lost else self._loss
+
     async def _recover(self, engine: Engine) -> None:
         """From a lost pipeline to another one."""
         assert self._loss is not None
         await self.epoch.pipeline.close()
+        await self.cuts.settled()
         self._judge(engine, self._loss, self.epoch)
         await self._serve(engine, await self._next_epoch())
 
@@ -244,14 +316,14 @@ class Supervisor:
         no workers can compute are: they end."""
         if isinstance(loss, WireError) and not old.lost:
             self._registry.fence(old.workers[-1], str(loss))
-        self._failures = 0 if old.lost else self._failures + 1
+        self._failures = 0 if old.lost or self._is_cut(old.plan) else self._failures + 1
         if self._failures >= _TRIES:
             self._failures = 0
             engine.give_up(loss)
 
     async def _serve(self, engine: Engine, epoch: Epoch) -> None:
         """The engine goes on with this epoch; what others have left is freed."""
-        loss, self._loss = self._loss, None
+        loss, self._loss, self._waits_for = self._loss, None, ""
         old, self._epoch = self.epoch, epoch
         engine.resume(epoch.pipeline, epoch.settings)
         await old.pipeline.close()
@@ -274,16 +346,17 @@ class Supervisor:
         old = self.epoch
         must = any(old.holds(name) for name in self.spared)
         try:
-            plan = self._planning.plan(self._usable)
+            plan = self._planning.plan(self._usable, self.cuts.apart)
         except (DoesNotFitError, WorkerError) as error:
             if must:
                 self._watch(News(f"layers cannot be moved now: {error}"))
             return True
         if old.is_as(plan):
             return True
-        if not must and not _is_cheap(engine, plan):
+        while not must and not _is_cheap(engine, plan):
             await self._something_new(_LOOK_S)
-            return False
+            if self._news.is_set():
+                return False
         return await self._move(engine, plan, must)
 
     async def _move(self, engine: Engine, plan: Plan, must: bool) -> bool:

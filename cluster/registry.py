@@ -15,6 +15,7 @@ from llamaclust.wire.control import (
     CoordinatorMessage,
     Deadlines,
     Failure,
+    PeerLost,
     Refused,
     Register,
     Renew,
@@ -37,6 +38,7 @@ _EXIT_NEWS_S = 0.5
 """A stream breaks a moment before the launcher hears why the process ended."""
 
 OnMember = Callable[[WorkerHandle], None]
+OnCut = Callable[[WorkerHandle, PeerLost], None]
 Welcomes = Callable[[str], str | None]
 Certify = Callable[[bytes, Principal], bytes]
 """A certificate (DER) for a certificate request (DER) of who is named; WireError where that will not do."""
@@ -58,9 +60,12 @@ class Registry:
         on_lost: OnMember = lambda worker: None,
         welcomes: Welcomes = lambda name: None,
         certify: Certify | None = None,
+        cluster: str = "",
     ) -> None:
         """`silence_s`: without a heartbeat for so long a worker is lost. `last_words`: of a worker's log, by name.
-        `welcomes`: why a worker of a name is refused. `certify`: renews certificates, where there are any."""
+        `welcomes`: why a worker of a name is refused. `certify`: renews certificates, where there are any. `cluster`:
+        its name, for workers' logs."""
+        self._cluster = cluster
         self._listen = listen
         self._credentials = credentials
         self._welcomes = welcomes
@@ -71,6 +76,7 @@ class Registry:
         self._last_words = last_words
         self._on_joined: OnMember = lambda worker: None
         self._on_lost = on_lost
+        self._on_cut: OnCut = lambda worker, message: None
         self._workers: dict[str, WorkerHandle] = {}
         self._exits: dict[str, str] = {}
         self._changed = asyncio.Event()
@@ -93,9 +99,9 @@ class Registry:
         """Those that are not lost, in the order in which they joined."""
         return {name: handle for name, handle in self._workers.items() if handle.loss is None}
 
-    def tell(self, on_joined: OnMember, on_lost: OnMember) -> None:
-        """Who hears of members from now on."""
-        self._on_joined, self._on_lost = on_joined, on_lost
+    def tell(self, on_joined: OnMember, on_lost: OnMember, on_cut: OnCut) -> None:
+        """Who hears of members from now on, and of those whom a member cannot reach."""
+        self._on_joined, self._on_lost, self._on_cut = on_joined, on_lost, on_cut
 
     async def __aenter__(self) -> Registry:
         self._server = await Server.start(self._listen, self._credentials, {JOIN: self._join})
@@ -215,7 +221,7 @@ class Registry:
         reason = "its connection broke"
         try:
             async with deadline("welcoming a worker", _HANDSHAKE_S):
-                await handle.say(Welcome(self._deadlines))
+                await handle.say(Welcome(self._deadlines, cluster=self._cluster))
             self._tell_change()
             self._on_joined(handle)
             reason = await self._listen_to(handle, stream)
@@ -244,7 +250,11 @@ class Registry:
                         await handle.say(self._renewal(message, stream.peer))
                 elif message is not None:
                     handle.hear(message)
-            return f"no sign of life for {self._silence_s:g} s"
+                    if isinstance(message, PeerLost) and message.epoch in handle.stages:
+                        self._on_cut(handle, message)
+            silent = f"no sign of life for {self._silence_s:g} s"
+            self._lose(handle, silent)  # no news of its end is to be waited for
+            return silent
         finally:
             reading.cancel()
             lost.cancel()

@@ -128,10 +128,12 @@ def _stage(epoch: int, worker: WorkerHandle) -> StageInfo:
 
 
 async def _blame(epoch: int, workers: Sequence[WorkerHandle], ended: LlamaclustError | None) -> LlamaclustError:
-    """The loss of a worker, if there is one or will be in a moment; else what a stream ended with."""
-    losses = [asyncio.create_task(worker.lost.wait()) for worker in workers]
-    await asyncio.wait(losses, timeout=_BLAME_S, return_when=asyncio.FIRST_COMPLETED)
-    for task in losses:
+    """The loss of a worker, if there is one or will be in a moment; else what a stream ended with, as soon as a worker
+    has said that it cannot reach another one."""
+    reasons = [reason for worker in workers for reason in (worker.lost, worker.cut_off(epoch))]
+    news = [asyncio.create_task(reason.wait()) for reason in reasons]
+    await asyncio.wait(news, timeout=_BLAME_S, return_when=asyncio.FIRST_COMPLETED)
+    for task in news:
         task.cancel()
     lost = next((worker for worker in workers if worker.lost.is_set()), None)
     if lost is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -28,7 +29,20 @@ class Generation:
     min_tokens: int = 0  # stop tokens are suppressed until that many are generated
     top_logprobs: int = 0
     penalty_window: int = 64  # tokens (prompt and answer) before the one to be chosen that penalties count
+    dry_window: int = 0  # likewise those that DRY looks at
+    breakers: Mapping[int, tuple[tuple[int, ...], ...]] = field(default_factory=dict)  # for DRY, by first token
     score_from: int | None = None  # prompt tokens [max(score_from, 1), end) get logprobs; None: none are scored
+
+    @property
+    def looks_for_repetitions(self) -> bool:
+        """Whether DRY is among its samplers."""
+        return self.params.chain is not None and self.params.chain.needs_history
+
+    @property
+    def history_window(self) -> int:
+        """Newest tokens that its samplers look at."""
+        penalties = self.penalty_window if self.params.needs_history else 0
+        return max(penalties, self.dry_window) if self.looks_for_repetitions else penalties
 
 
 @dataclass(frozen=True, slots=True)

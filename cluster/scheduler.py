@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from operator import attrgetter
 
+from llamaclust.cluster.breakers import SeenBreakers
 from llamaclust.cluster.kv_memory import KvMemory
 from llamaclust.cluster.requests import Finished, Generation
 from llamaclust.cluster.scheduler_checks import check_generation
@@ -35,6 +36,7 @@ class Counts:
     kv_blocks: int
     kv_blocks_held: int
     preemptions: int
+    retries: int  # sequences computed again because a row had no answer
     cached_tokens: int  # prompt tokens found in the prefix cache, in all
     computed_tokens: int  # prompt tokens computed, in all; those computed again after a preemption count again
 
@@ -68,6 +70,7 @@ class _Chunks:
         rows = sequence.rows_within(min(most, self.rows_left), self.outputs_left)
         if rows > 0 and sequence.key not in self.parts:
             sequence.started_ns = sequence.started_ns or self.now_ns
+            self.memory.reach(sequence, rows)
             part = self.parts[sequence.key] = sequence.take(rows)
             self.memory.filled(sequence)
             self.rows_left -= rows
@@ -89,6 +92,7 @@ class Scheduler:
         self._burst_tokens = 0  # prompt tokens to compute, when there were most since there were none
         self._next_key = 0
         self._preemptions = 0
+        self._retries = 0
         self._cached_tokens = 0
         self._computed_tokens = 0
 
@@ -101,6 +105,7 @@ class Scheduler:
             kv_blocks=self.memory.blocks.count,
             kv_blocks_held=self.memory.blocks.held,
             preemptions=self._preemptions,
+            retries=self._retries,
             cached_tokens=self._cached_tokens,
             computed_tokens=self._computed_tokens,
         )
@@ -137,6 +142,8 @@ class Scheduler:
             max_tokens=min(ask.max_tokens, room),
             arrived_ns=now_ns,
             tokens=list(ask.prompt),
+            breakers=SeenBreakers(ask.breakers, ask.prompt),
+            mu=ask.params.chain.first_mu if ask.params.chain is not None else 0.0,
             next_score=first_score,
             scored=first_score,
         )
@@ -192,12 +199,26 @@ class Scheduler:
             row += count
             sequence.in_flight -= 1
             sequence.sampling -= part.is_sampled
-            if count and not sequence.is_finished:
-                updates = sequence.answered(part, rows, now_ns)
-                if isinstance(updates[-1], Finished | Failed):
-                    self._drop(sequence)
-                news.append((sequence.key, updates))
+            if not count or sequence.is_finished or sequence.is_void:
+                continue
+            updates = sequence.answered(part, rows, now_ns)
+            if isinstance(updates[-1], Failed) and not sequence.is_retried:
+                self._retry(sequence)
+                continue
+            if isinstance(updates[-1], Finished | Failed):
+                self._drop(sequence)
+            news.append((sequence.key, updates))
         return news
+
+    def _retry(self, sequence: Sequence) -> None:
+        """A row had no answer: once more from its own tokens, in blocks that nobody else has written, in case that what
+        some stage computed, or keeps, is damaged."""
+        sequence.is_retried = sequence.is_void = True
+        sequence.next_score = sequence.scored
+        self.memory.distrust(sequence)
+        if sequence in self._running:
+            self._put_back(sequence)
+        self._retries += 1
 
     # -- decode ----------------------------------------------------------------------------------------------------
 
@@ -215,10 +236,13 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         """Back to the front of the queue: computed again from its tokens, it goes on as if nothing had happened."""
+        self._put_back(sequence)
+        self._preemptions += 1
+
+    def _put_back(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
         self.memory.release(sequence)
         self._waiting.appendleft(sequence)
-        self._preemptions += 1
 
     def _decode_rows(self, ready: int) -> int:
         """How many of the ready ones form a microbatch of their own now.
@@ -304,6 +328,7 @@ class Scheduler:
         if not self.memory.admit(sequence, _RESERVE_BLOCKS * len(self._running)):
             return None
         self._waiting.popleft()
+        sequence.is_void = False
         if sequence.cached_tokens is None:
             sequence.cached_tokens = sequence.scheduled
             self._cached_tokens += sequence.cached_tokens
@@ -317,6 +342,7 @@ class Scheduler:
             self._split.launched()
         for part in parts[:decoding]:
             self.memory.filled(part.sequence)
+        self.memory.end_microbatch()
         return self._flight.send(parts, decoding, now_ns)
 
     def _drop(self, sequence: Sequence) -> None:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import inf
 
 from llamaclust.cluster.requests import Generation
 from llamaclust.cluster.settings import SchedulerSettings
 from llamaclust.errors import RequestError
-from llamaclust.wire.messages import MAX_TOP_LOGPROBS, SamplingParams
-from llamaclust.wire.sampling_bounds import MAX_BIAS, MAX_TOP_K, REAL_BOUNDS
+from llamaclust.wire.messages import MAX_CONTEXT_TOKENS, MAX_TOP_LOGPROBS, SamplingParams
+from llamaclust.wire.sampler_chain import SamplerChain
+from llamaclust.wire.sampling_bounds import (
+    CHAIN_BOUNDS,
+    MAX_BIAS,
+    MAX_BREAKERS_TOKENS,
+    MAX_MIROSTAT,
+    MAX_TOP_K,
+    REAL_BOUNDS,
+)
 
 
 def check_generation(ask: Generation, settings: SchedulerSettings) -> None:
@@ -20,6 +29,7 @@ def check_generation(ask: Generation, settings: SchedulerSettings) -> None:
     _within("choice", ask.choice, 0, (1 << 32) - 1)
     _within("top_logprobs", ask.top_logprobs, 0, min(MAX_TOP_LOGPROBS, settings.vocabulary))
     _within("penalty_window", ask.penalty_window, 0, inf)
+    _within("dry_window", ask.dry_window, 0, inf)
     _within("score_from", ask.score_from or 0, 0, inf)
     _check_tokens("stop_token_ids", ask.stop_token_ids, settings.vocabulary)
     if ask.min_tokens and len(ask.stop_token_ids) == settings.vocabulary:
@@ -27,6 +37,7 @@ def check_generation(ask: Generation, settings: SchedulerSettings) -> None:
             f"min_tokens is {ask.min_tokens}, but stop_token_ids are all {settings.vocabulary} tokens: none is left"
         )
     _check_params(ask.params, settings.vocabulary)
+    _check_breakers(ask.breakers)
 
 
 def _check_prompt(ask: Generation, settings: SchedulerSettings) -> None:
@@ -44,12 +55,33 @@ def _check_params(params: SamplingParams, vocabulary: int) -> None:
     for name, (low, high) in REAL_BOUNDS.items():
         _within(name, getattr(params, name), low, high)
     _within("top_k", params.top_k, 0, MAX_TOP_K)
+    if params.chain is not None:
+        _check_chain(params.chain, vocabulary)
     biased = [token for token, _ in params.logit_bias]
     _check_tokens("logit_bias", biased, vocabulary)
     if biased != sorted(set(biased)):
         raise RequestError("logit_bias: token ids must be ascending, each once")
     for token, bias in params.logit_bias:
         _within(f"logit_bias of token {token}", bias, -MAX_BIAS, MAX_BIAS)
+
+
+def _check_chain(chain: SamplerChain, vocabulary: int) -> None:
+    for name, (low, high) in CHAIN_BOUNDS.items():
+        _within(name, getattr(chain, name), low, high)
+    _within("mirostat", chain.mirostat, 0, MAX_MIROSTAT)
+    _within("dry_allowed_length", chain.dry_allowed_length, 1, MAX_CONTEXT_TOKENS)
+    _check_tokens("unpenalized", chain.unpenalized, vocabulary)
+    if len(set(chain.order)) < len(chain.order):
+        raise RequestError("samplers: one stands there twice")
+
+
+def _check_breakers(breakers: Mapping[int, tuple[tuple[int, ...], ...]]) -> None:
+    tokens = sum(len(one) for sequences in breakers.values() for one in sequences)
+    if tokens > MAX_BREAKERS_TOKENS:
+        raise RequestError(
+            f"dry_sequence_breakers: the vocabulary has them in sequences of {tokens} tokens together, at most "
+            f"{MAX_BREAKERS_TOKENS} are taken: give fewer or rarer texts"
+        )
 
 
 def _check_tokens(name: str, tokens: tuple[int, ...] | frozenset[int] | list[int], vocabulary: int) -> None:

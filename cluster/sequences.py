@@ -1,10 +1,11 @@
-"""One request's state: tokens, block table, progress, times. Its tokens alone are enough to run it again."""
+"""One request's state: tokens, block table, progress, times. Tokens and Mirostat's mu are enough to run it again."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from llamaclust.cluster.kv_blocks import BlockTable
+from llamaclust.cluster.breakers import SeenBreakers
+from llamaclust.cluster.kv_blocks import BlockTable, WindowTable
 from llamaclust.cluster.requests import Event, Finished, FinishReason, Generation, PromptScored, Timings, TokenChosen
 from llamaclust.model.program import KV_BLOCK_TOKENS
 from llamaclust.wire.messages import Chunk, RowResult, RowTask, SampleTask, ScoreTask
@@ -43,7 +44,10 @@ class Sequence:
     max_tokens: int  # chosen tokens at most, the context considered
     arrived_ns: int
     tokens: list[int]  # prompt, then answer
+    breakers: SeenBreakers  # for DRY
+    mu: float = 0.0  # of Mirostat, for the next token
     table: BlockTable = field(default_factory=BlockTable)
+    window: WindowTable = field(default_factory=WindowTable)
     chain: list[bytes] = field(default_factory=list)  # prefix cache keys of the tokens' full blocks
     labelled: int = 0  # blocks of the table that the prefix cache knows
     scheduled: int = 0  # tokens whose keys and values are computed or under way
@@ -54,6 +58,8 @@ class Sequence:
     sampled_at: tuple[int, int] = (0, 0)  # where the last of them is, or was: microbatch and output row
     is_decoding: bool = False  # tokens[:-1] are computed and the last one was chosen
     is_finished: bool = False
+    is_retried: bool = False  # since a row had no answer; the next answer ends that
+    is_void: bool = False  # what is in flight is of a computation that was thrown away
     cached_tokens: int | None = None  # found in the prefix cache at first admission
     started_ns: int = 0
     first_ns: int = 0  # first answer
@@ -89,6 +95,7 @@ class Sequence:
             and self.sampling == 1
             and self.scheduled == len(self.tokens)
             and self.generated + 1 < self.max_tokens
+            and not self.generation.params.needs_state
         )
 
     @property
@@ -130,7 +137,16 @@ class Sequence:
     def _part(
         self, tokens: tuple[int, ...], tasks: tuple[RowTask, ...], follows: tuple[int, int] | None = None
     ) -> Part:
-        chunk = Chunk(tokens, self.scheduled, self.table.runs, len(tasks), follows)
+        window = self.window
+        chunk = Chunk(
+            tokens,
+            self.scheduled,
+            self.table.runs,
+            len(tasks),
+            follows,
+            window.runs,
+            window.start if window.blocks else 0,
+        )
         self.scheduled += len(tokens)
         self.in_flight += 1
         part = Part(self, chunk, tasks)
@@ -145,9 +161,10 @@ class Sequence:
 
     def restart(self) -> None:
         """Nothing of it is computed or under way: its tokens are there, and what was told stays told."""
-        self.table = BlockTable()
+        self.table, self.window = BlockTable(), WindowTable()
         self.rewind(0)
         self.in_flight = self.sampling = 0
+        self.is_void = False
         self.next_score = self.scored
 
     def _tasks(self, start: int, end: int) -> tuple[RowTask, ...]:
@@ -160,17 +177,21 @@ class Sequence:
     def _sample_task(self) -> SampleTask:
         """For the token after the next row; `sampling` tokens before it are not known yet."""
         ask = self.generation
-        has_history = ask.params.needs_history and ask.penalty_window > 0
-        known = max(0, len(self.tokens) - ask.penalty_window + self.sampling)
+        window, with_dry = ask.history_window, ask.looks_for_repetitions
+        known = max(0, len(self.tokens) - window + self.sampling)
         return SampleTask(
             ask.params,
             ask.seed,
             ask.choice,
             position=len(self.tokens) + self.sampling,
-            history=tuple(self.tokens[known:]) if has_history else (),
+            history=tuple(self.tokens[known:]) if window else (),
             suppressed=tuple(sorted(ask.stop_token_ids)) if self.generated + self.sampling < ask.min_tokens else (),
             top_logprobs=ask.top_logprobs,
-            history_follows=has_history and self.sampling > 0,
+            history_follows=window > 0 and self.sampling > 0,
+            penalty_window=ask.penalty_window if with_dry else None,
+            dry_window=ask.dry_window if with_dry else None,
+            breakers=self.breakers.sequences,
+            mu=self.mu,
         )
 
     def answered(self, part: Part, rows: tuple[RowResult, ...], now_ns: int) -> list[Update]:
@@ -180,6 +201,7 @@ class Sequence:
         failure = next((row.failure for row in rows if row.failure is not None), None)
         if failure is not None:
             return [Failed(failure)]
+        self.is_retried = False
         updates: list[Update] = []
         scored = rows[:-1] if part.is_sampled else rows
         if scored:
@@ -187,13 +209,19 @@ class Sequence:
             self.scored = first_row + len(scored)
             updates.append(PromptScored(first_row + 1, scored))
         if part.is_sampled:
-            self.tokens.append(rows[-1].token)
+            self._append(rows[-1])
             self.is_decoding = self.scheduled >= len(self.tokens) - 1
             updates.append(TokenChosen(rows[-1]))
         reason = self._finish_reason(part.is_sampled)
         if reason is not None:
             updates.append(Finished(reason, self.timings()))
         return updates
+
+    def _append(self, row: RowResult) -> None:
+        self.tokens.append(row.token)
+        self.breakers.add(row.token)
+        if row.mu is not None:
+            self.mu = row.mu
 
     def _finish_reason(self, is_sampled: bool) -> FinishReason | None:
         if not is_sampled:

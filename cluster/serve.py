@@ -19,6 +19,7 @@ from llamaclust.cluster.api.admission import Admission
 from llamaclust.cluster.api.app import create_app
 from llamaclust.cluster.api.server import allow_many_files, server_config
 from llamaclust.cluster.api.settings import ApiSettings, read_api_keys
+from llamaclust.cluster.api.starting import starting_replies
 from llamaclust.cluster.config import ClusterConfig
 from llamaclust.cluster.coordinator import Cluster, open_cluster
 from llamaclust.cluster.engine import Engine
@@ -90,7 +91,11 @@ class _Signals:
 async def _until_signal(config: ClusterConfig, model_path: Path, folder: ClusterDir, front: _Front) -> None:
     signals = _Signals()
     try:
-        async with open_cluster(config, model_path, folder, front.watch) as cluster:
+        async with (
+            starting_replies(front.listener) as replies,
+            open_cluster(config, model_path, folder, front.watch) as cluster,
+        ):
+            replies.close()
             _settle_memory()
             await _answer(cluster, folder, front, signals)
     except asyncio.CancelledError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from llamaclust.cluster.kv_groups import WindowGroup
 from llamaclust.model.program import KV_BLOCK_TOKENS, KvType
 
 
@@ -24,11 +25,19 @@ class SchedulerSettings:
     prefill_ms: float = 100.0  # predicted time of a microbatch with prefill on the slowest stage, at most
     prefill_alone_ms: float = 400.0  # the same while nobody decodes: larger chunks read the weights less often
     prefix_cache: bool = True
+    window: int | None = None  # of layers that have blocks of their own
+    window_blocks: int = 0  # these
 
     def __post_init__(self) -> None:
         assert self.max_sequences < self.max_rows, "a microbatch must have room for all that decode and a prefill row"
         assert self.max_sequences <= self.max_outputs, "all that decode together must have an output row"
         assert self.kv_blocks >= 1
+        group = self.window_group
+        assert group is None or self.window_blocks >= group.sequence_blocks + group.row_blocks, self.window_blocks
+
+    @property
+    def window_group(self) -> WindowGroup | None:
+        return None if self.window is None else WindowGroup(self.window, self.max_rows)
 
     @property
     def max_tokens(self) -> int:

@@ -56,6 +56,8 @@ def machine_shares(registrations: Mapping[str, Register]) -> dict[str, int]:
     return shares
 
 
-def measurement_key(fingerprint: str, company: int, threads: int) -> str:
-    """Equal where measurements would come out equal: `company` workers with `threads` in all share the machine."""
-    return f"{fingerprint}, one of {company} workers with {threads} threads"
+def measurement_key(fingerprint: str, company: int, threads: int, model_id: str = "") -> str:
+    """Equal where measurements would come out equal: `company` workers with `threads` in all share the machine. With a
+    model where its steps were tried."""
+    tried = f", model {model_id[:32]}" if model_id else ""
+    return f"{fingerprint}, one of {company} workers with {threads} threads{tried}"

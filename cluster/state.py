@@ -13,9 +13,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from llamaclust.cluster.config import environment
 from llamaclust.cluster.file_lock import FileLock, is_locked
+from llamaclust.cluster.trials import Trial, read_trial
 from llamaclust.errors import LlamaclustError, UsageError
 
 _MEASUREMENTS = ".measurements.json"  # no cluster's name begins with a dot
@@ -43,6 +45,8 @@ class Measurement:
 
     read_gb_s: float
     int8_gmac_s: float
+    alone: Trial = ()  # steps of a model, while other workers of its machine do nothing
+    together: Trial = ()  # the same while they do as much
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,9 +176,14 @@ def read_measurements(state_dir: Path) -> dict[str, Measurement]:
     """Of all clusters, by `shares.measurement_key`; empty before the first start."""
     try:
         values = json.loads((state_dir / _MEASUREMENTS).read_text())
-        return {key: Measurement(float(v["read_gb_s"]), float(v["int8_gmac_s"])) for key, v in values.items()}
+        return {key: _measurement(value) for key, value in values.items()}
     except (OSError, ValueError, TypeError, AttributeError, KeyError):
         return {}
+
+
+def _measurement(value: dict[str, Any]) -> Measurement:
+    speeds = float(value["read_gb_s"]), float(value["int8_gmac_s"])
+    return Measurement(*speeds, *(read_trial(value.get(which, ())) for which in ("alone", "together")))
 
 
 def write_private(path: Path, text: str) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from llamaclust.cluster.breakers import Breakers, BreakerTokens
 from llamaclust.cluster.requests import Generation
 from llamaclust.cluster.text_choice import ChoiceText, TextChunk
 from llamaclust.cluster.text_request import SEEDS, CompletionRequest, ParameterError, check_request
@@ -15,6 +16,8 @@ from llamaclust.cluster.text_stream import CompletionStream, TextEngine
 from llamaclust.model.chat_prompt import encode_chat, guard_messages, unguarded
 from llamaclust.model.chat_template import ChatTemplate
 from llamaclust.model.tokenizer import Tokenizer
+from llamaclust.wire.messages import SamplingParams
+from llamaclust.wire.sampler_chain import SamplerChain
 
 _DRAWN_SEED_BITS = 53
 """A drawn seed survives JSON readers that know only doubles."""
@@ -44,6 +47,7 @@ class TextService:
         self.chat_template = chat_template
         self.settings = settings
         self._engine = engine
+        self._breaker_tokens = BreakerTokens(tokenizer)
         self._active: set[CompletionStream] = set()
 
     @property
@@ -66,7 +70,7 @@ class TextService:
             self._check_length(len(request.prompt), request.max_tokens != 0)
         check_request(request, self.tokenizer.vocabulary_size)
         prompt = await self._prompt_ids(request)
-        generation = self._generation(request, prompt)
+        generation = self._generation(request, prompt, await self._breakers(request))
         ends = generation.stop_token_ids
         choices = [
             ChoiceText(index, self.tokenizer, ends, request.stop, request.min_tokens) for index in range(request.n)
@@ -146,19 +150,36 @@ class TextService:
             reason = f"has {tokens} tokens{room}, but the model's context length is {context} tokens; shorten it"
             raise ParameterError("prompt", reason, "context_length_exceeded")
 
-    def _generation(self, request: CompletionRequest, prompt: tuple[int, ...]) -> Generation:
-        room = self.settings.context_length - len(prompt)
+    async def _breakers(self, request: CompletionRequest) -> Breakers:
+        """Only where DRY looks for them."""
+        chain = request.params.chain
+        if chain is None or not chain.needs_history:
+            return {}
+        return await asyncio.to_thread(self._breaker_tokens.of, request.dry_breakers)
+
+    def _params(self, request: CompletionRequest) -> SamplingParams:
+        """With the line break spared, where it is to be."""
+        params = request.params
+        if request.penalize_nl or not params.needs_history:
+            return params
+        line_break = self.tokenizer.encode("\n", add_special=False)[-1:]
+        return replace(params, chain=replace(params.chain or SamplerChain(), unpenalized=tuple(line_break)))
+
+    def _generation(self, request: CompletionRequest, prompt: tuple[int, ...], breakers: Breakers) -> Generation:
+        context = self.settings.context_length
+        room = context - len(prompt)
         max_tokens = room if request.max_tokens is None else min(request.max_tokens, room)
-        window = self.settings.context_length if request.penalty_window is None else request.penalty_window
         return Generation(
             request_id=secrets.token_hex(12),
             prompt=prompt,
             max_tokens=max_tokens,
-            params=request.params,
+            params=self._params(request),
             seed=secrets.randbits(_DRAWN_SEED_BITS) if request.seed is None else request.seed % SEEDS,
             stop_token_ids=self.tokenizer.end_of_generation | request.stop_token_ids,
             min_tokens=max_tokens if request.ignore_eos else min(request.min_tokens, max_tokens),
             top_logprobs=request.top_logprobs,
-            penalty_window=window,
+            penalty_window=context if request.penalty_window is None else request.penalty_window,
+            dry_window=context if request.dry_window is None else request.dry_window,
+            breakers=breakers,
             score_from=request.score_from,
         )

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from llamaclust.cluster.breakers import DEFAULT_BREAKERS, MAX_BREAKER_BYTES, MAX_BREAKERS
 from llamaclust.errors import RequestError
 from llamaclust.wire.messages import MAX_CONTEXT_TOKENS, MAX_TOP_LOGPROBS, SamplingParams
-from llamaclust.wire.sampling_bounds import MAX_BIAS, MAX_TOP_K, REAL_BOUNDS
+from llamaclust.wire.sampler_chain import SamplerChain
+from llamaclust.wire.sampling_bounds import CHAIN_BOUNDS, MAX_BIAS, MAX_MIROSTAT, MAX_TOP_K, REAL_BOUNDS
 
 MAX_CHOICES = 128
 MAX_STOP_STRINGS = 16
@@ -44,6 +46,9 @@ class CompletionRequest:
     top_logprobs: int = 0
     score_from: int | None = None  # prompt tokens [max(score_from, 1), end) get logprobs; None: none
     penalty_window: int | None = None  # last tokens that penalties count; None: all
+    penalize_nl: bool = True  # penalties count line breaks too
+    dry_window: int | None = None  # last tokens that DRY looks at; None: all
+    dry_breakers: tuple[str, ...] = DEFAULT_BREAKERS  # it does not look beyond these
     add_special: bool = True  # BOS (and EOS) where the model wants them
     parse_special: bool = True  # control words in a prompt's text become their tokens
 
@@ -59,6 +64,8 @@ def check_request(request: CompletionRequest, vocabulary: int) -> None:
     _within("top_logprobs", request.top_logprobs, 0, MAX_TOP_LOGPROBS)
     _within("seed", request.seed, -SEEDS // 2, SEEDS - 1)
     _within("penalty_window", request.penalty_window, 0, MAX_CONTEXT_TOKENS)
+    _within("dry_penalty_last_n", request.dry_window, 0, MAX_CONTEXT_TOKENS)
+    _check_breakers(request.dry_breakers)
     if request.ignore_eos and request.stop_token_ids:
         raise ParameterError("stop_token_ids", "cannot be used together with ignore_eos")
     _check_stop(request.stop)
@@ -79,13 +86,31 @@ def _check_stop(stop: Sequence[str]) -> None:
             raise ParameterError("stop", reason)
 
 
+def _check_breakers(texts: Sequence[str]) -> None:
+    if len(texts) > MAX_BREAKERS:
+        raise ParameterError("dry_sequence_breakers", f"{len(texts)} texts, at most {MAX_BREAKERS} are taken")
+    for text in texts:
+        if not 0 < len(text.encode("utf-8", "surrogatepass")) <= MAX_BREAKER_BYTES:
+            reason = f"{shown(text)} has not 1 to {MAX_BREAKER_BYTES} bytes of UTF-8"
+            raise ParameterError("dry_sequence_breakers", reason)
+
+
 def _check_sampling(params: SamplingParams, vocabulary: int) -> None:
     for name, (low, high) in REAL_BOUNDS.items():
         _finite(name, getattr(params, name), low, high)
     _within("top_k", params.top_k, 0, MAX_TOP_K)
+    if params.chain is not None:
+        _check_chain(params.chain)
     _check_tokens("logit_bias", [token for token, _ in params.logit_bias], MAX_LOGIT_BIASES, vocabulary)
     for _, bias in params.logit_bias:
         _finite("logit_bias", bias, -MAX_BIAS, MAX_BIAS)
+
+
+def _check_chain(chain: SamplerChain) -> None:
+    for name, (low, high) in CHAIN_BOUNDS.items():
+        _finite(name, getattr(chain, name), low, high)
+    _within("mirostat", chain.mirostat, 0, MAX_MIROSTAT)
+    _within("dry_allowed_length", chain.dry_allowed_length, 1, MAX_CONTEXT_TOKENS)
 
 
 def _check_tokens(name: str, ids: Sequence[int], most: int, vocabulary: int) -> None:

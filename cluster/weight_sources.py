@@ -4,44 +4,86 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Coroutine, Mapping
+from functools import partial
+from math import inf, log
 
-from llamaclust.cluster.worker_handle import WorkerHandle
+from llamaclust.cluster.links import UNKNOWN, Links
+from llamaclust.cluster.worker_handle import STALL_S, WorkerHandle
 from llamaclust.errors import LlamaclustError
-from llamaclust.wire.control import Located, WeightSource, WeightSources
+from llamaclust.wire.control import Located, LocateProgress, WeightSource, WeightSources
 
 _log = logging.getLogger(__name__)
+
+_PIECE_MB = 8.0
+"""Weights come in pieces of such a size."""
+_ALIKE = 1.25
+"""Links that differ by less bring as much."""
+
+OnReading = Callable[[str, LocateProgress], None]
+"""Called with the name of a worker that reads its file for others, and how far it is."""
 
 _SINCE = (2, 2)
 """The first version of the protocol whose workers answer."""
 
 
 async def weight_sources(
-    loading: Collection[str], workers: Mapping[str, WorkerHandle], model_path: str, model_id: str
+    loading: Collection[str],
+    workers: Mapping[str, WorkerHandle],
+    model_path: str,
+    model_id: str,
+    links: Links = UNKNOWN,
+    on_reading: OnReading = lambda worker, progress: None,
+    stall_s: float = STALL_S,
 ) -> dict[str, WeightSources]:
     """For each of the workers in `loading` that has not the file, whom to ask for its layers; workers that have it are
     left out, and so are all where nobody has anything."""
     members = {name: one for name, one in workers.items() if one.loss is None and one.registration.protocol >= _SINCE}
-    found = await _located(members.values(), model_path, model_id, describe=False)
+    found = await _located(members.values(), lambda one: one.locate(model_path, model_id, describe=False))
     without = [name for name in loading if name in found and not found[name].has_file]
     if not without:
         return {}
+
+    def describe(worker: WorkerHandle) -> Coroutine[None, None, Located]:
+        told = partial(on_reading, worker.name)
+        return worker.locate(model_path, model_id, describe=True, on_reading=told, stall_s=stall_s)
+
     holders = [members[name] for name, one in found.items() if one.has_file]
-    found |= await _located(holders, model_path, model_id, describe=True)
+    found |= await _located(holders, describe)
     givers = _of_one_manifest(found)
     if not givers:
         return {}
-    return {name: _sources(members[name], place, members, givers) for place, name in enumerate(without)}
+    return {name: _sources(members[name], place, members, givers, links) for place, name in enumerate(without)}
+
+
+def nearest_first(
+    asker: str, names: Collection[str], hosts: Mapping[str, str], links: Links, place: int = 0
+) -> list[str]:
+    """Whom to ask for weights, by name: those of the asker's machine, then by what their links bring, the unknown ones
+    last. Those that are alike are turned by `place`."""
+    others = [name for name in names if name != asker]
+    turned = others[place % max(len(others), 1) :] + others[: place % max(len(others), 1)]
+
+    def distance(name: str) -> tuple[bool, float]:
+        link = links.measured.get(frozenset((asker, name)))
+        piece_ms = inf if link is None else link.one_way_ms + _PIECE_MB * link.ms_per_mb
+        return hosts[name] != hosts[asker], piece_ms if link is None else round(log(piece_ms, _ALIKE))
+
+    return sorted(turned, key=distance)
+
+
+def file_is_away(workers: Mapping[str, WorkerHandle], model_id: str) -> bool:
+    """Whether nobody who is here has the model's file, so that those who lack it must wait."""
+    found = [one.found(model_id) for one in workers.values() if one.loss is None]
+    return any(found) and not any(one is not None and one.has_file for one in found)
 
 
 async def _located(
-    workers: Collection[WorkerHandle], model_path: str, model_id: str, *, describe: bool
+    workers: Collection[WorkerHandle], locate: Callable[[WorkerHandle], Coroutine[None, None, Located]]
 ) -> dict[str, Located]:
     """Without those that fail: they are none to ask."""
     asked = list(workers)
-    answers = await asyncio.gather(
-        *(worker.locate(model_path, model_id, describe=describe) for worker in asked), return_exceptions=True
-    )
+    answers = await asyncio.gather(*map(locate, asked), return_exceptions=True)
     found = {}
     for worker, answer in zip(asked, answers, strict=True):
         if isinstance(answer, Located):
@@ -66,15 +108,20 @@ def _of_one_manifest(found: Mapping[str, Located]) -> dict[str, Located]:
 
 
 def _sources(
-    asker: WorkerHandle, place: int, members: Mapping[str, WorkerHandle], givers: Mapping[str, Located]
+    asker: WorkerHandle,
+    place: int,
+    members: Mapping[str, WorkerHandle],
+    givers: Mapping[str, Located],
+    links: Links,
 ) -> WeightSources:
-    """Those with the file first, of them those of its own machine; then the others, who may have fetched what it needs.
-    Each asker begins with another one."""
-    others = [name for name in members if name != asker.name]
-    with_file = [name for name, one in givers.items() if one.has_file and name != asker.name]
-    with_file = with_file[place % max(len(with_file), 1) :] + with_file[: place % max(len(with_file), 1)]
-    with_file.sort(key=lambda name: members[name].registration.host != asker.registration.host)
-    ordered = [*with_file, *(name for name in others if name not in with_file)]
+    """Those with the file first, then the others, who may have fetched what it needs; of both those of its own machine
+    first, then those that bring most. Of those that are alike each asker begins with another one."""
+    hosts = {name: one.registration.host for name, one in members.items()}
+    with_file = [name for name, one in givers.items() if one.has_file]
+    ordered = [
+        *nearest_first(asker.name, with_file, hosts, links, place),
+        *nearest_first(asker.name, [name for name in members if name not in with_file], hosts, links, place),
+    ]
     known = next(iter(givers.values()))
     assert known.manifest is not None
     sources = tuple(WeightSource(members[name].registration.address, name) for name in ordered)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from enum import StrEnum
+from functools import partial
 from typing import Any
 
 from llamaclust import errors
-from llamaclust.errors import LlamaclustError, WireError, WorkerError
+from llamaclust.errors import DeadlineError, LlamaclustError, StalledError, WireError, WorkerError
+from llamaclust.sizes import mib
 from llamaclust.wire.control import (
     CoordinatorMessage,
     Failure,
@@ -22,12 +24,16 @@ from llamaclust.wire.control import (
     Locate,
     Located,
     LocateFailed,
+    LocateProgress,
     Measure,
     Measured,
     MeasureLinks,
     MeasureLinksFailed,
+    PeerLost,
+    PeerTried,
     Register,
     Renew,
+    TryPeer,
     Unload,
     Unloaded,
     WorkerMessage,
@@ -35,15 +41,19 @@ from llamaclust.wire.control import (
 from llamaclust.wire.deadlines import deadline
 
 OnProgress = Callable[[LoadProgress], None]
+OnReading = Callable[[LocateProgress], None]
 Say = Callable[[CoordinatorMessage], Awaitable[None]]
 
-_MEASURE_S = 60.0
-_STALL_S = 60.0
+_MEASURE_S = 300.0
+"""Layers of a large model are read from a slow disk for it."""
+STALL_S = 60.0
 """Without progress for so long, a load is taken to hang."""
 _LINK_S = 30.0
 _UNLOAD_S = 60.0
-_LOCATE_S = 60.0
 _DESCRIBE_S = 3600.0
+"""For workers that tell nothing of how far they are."""
+_TELLS = (2, 3)
+"""The first version of the protocol whose workers do."""
 
 
 class WorkerState(StrEnum):
@@ -69,8 +79,11 @@ class WorkerHandle:
         self._read_last_words = last_words
         self._located: dict[tuple[str, bool], Located] = {}
         self._on_progress: OnProgress | None = None
+        self._on_reading: OnReading | None = None
         self._loading: Load | None = None
         self._asked: dict[str, asyncio.Future[Any]] = {}
+        self._word = asyncio.Event()  # the next one that it says
+        self._cut_off: dict[int, asyncio.Event] = {}  # by epoch
 
     @property
     def name(self) -> str:
@@ -106,27 +119,47 @@ class WorkerHandle:
     def error(self) -> WorkerError:
         """What a request hears that was lost with this worker."""
         layers = f" (layers [{self.layers[0]}, {self.layers[1]}))" if self.layers else ""
-        last = f"; its last words: {self.last_words}" if self.last_words else "; its log has no error"
-        return WorkerError(f"worker {self.name}{layers} is lost: {self.loss or 'no reason is known'}{last}")
+        why = self.loss or "no reason is known"
+        return WorkerError(f"worker {self.name}{layers} is lost: {why}{self._last_words_text}")
 
-    async def load(self, order: Load, on_progress: OnProgress | None = None, stall_s: float = _STALL_S) -> Loaded:
+    @property
+    def _last_words_text(self) -> str:
+        known = f"; its last words: {self.last_words}" if self.last_words else ""
+        if self.registration.log:
+            return f"{known}; look at {self.registration.log} on {self.registration.host}"
+        return known or "; its log has no error"
+
+    def cut_off(self, epoch: int) -> asyncio.Event:
+        """Set once its stage of the epoch has said that it cannot reach another one."""
+        return self._cut_off.setdefault(epoch, asyncio.Event())
+
+    async def shows_life(self) -> bool:
+        """Returns at the next sign of life; False where it is lost instead."""
+        signs = [asyncio.create_task(sign.wait()) for sign in (self._word, self.lost)]
+        try:
+            await asyncio.wait(signs, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for sign in signs:
+                sign.cancel()
+        return self.loss is None
+
+    async def load(self, order: Load, on_progress: OnProgress | None = None, stall_s: float = STALL_S) -> Loaded:
         """Loads a stage. Raises the worker's own error where it fails, WorkerError where the worker is lost,
-        DeadlineError where it gets no further for `stall_s`."""
+        StalledError where it gets no further for `stall_s`."""
         assert self._loading is None, "one load at a time"
-        what = f"load of epoch {order.epoch}"
-        clock = asyncio.get_running_loop().time
-        limit = deadline(f"worker {self.name}: progress of the {what}", stall_s)
+        further = _Further(f"worker {self.name} gets no further with layers [{order.start}, {order.end})", stall_s)
 
         def progress(news: LoadProgress) -> None:
-            limit.move(clock() + stall_s)
+            further.hear(news.done_bytes, news.total_bytes)
             if on_progress is not None:
                 on_progress(news)
 
         self._loading, self._on_progress = order, progress
         if order.alone:
             self.stages.clear()
+            self._cut_off.clear()
         try:
-            loaded: Loaded = await self._ask(what, order, limit)
+            loaded: Loaded = await further.wait(partial(self._ask, f"load of epoch {order.epoch}", order))
         finally:
             self._loading = self._on_progress = None
         self.stages[order.epoch] = (order, loaded)
@@ -137,11 +170,12 @@ class WorkerHandle:
         what = f"unload of epoch {epoch}"
         await self._ask(what, Unload(epoch), deadline(f"worker {self.name}: {what}", deadline_s))
         self.stages.pop(epoch, None)
+        self._cut_off.pop(epoch, None)
 
-    async def measure(self, deadline_s: float = _MEASURE_S) -> Measured:
+    async def measure(self, order: Measure = Measure(), deadline_s: float = _MEASURE_S) -> Measured:  # noqa: B008
         """Has the worker measure its machine; it should do nothing else meanwhile."""
         limit = deadline(f"worker {self.name}: measurement", deadline_s)
-        measured: Measured = await self._ask("measurement", Measure(), limit)
+        measured: Measured = await self._ask("measurement", order, limit)
         return measured
 
     async def measure_link(self, other: WorkerHandle, deadline_s: float = _LINK_S) -> LinkSpeed:
@@ -153,13 +187,47 @@ class WorkerHandle:
             raise WireError(f"worker {self.name} measured {len(measured.links)} links, asked for one")
         return measured.links[0]
 
-    async def locate(self, model_path: str, model_id: str, *, describe: bool) -> Located:
-        """What it has of a model; asked once. `describe`: with the manifest of its file, for which it may read that."""
+    async def tries(self, other: WorkerHandle, deadline_s: float) -> bool:
+        """Whether it reaches another worker now. WorkerError where it is lost, DeadlineError where it does not say."""
+        what = f"way to {other.name}"
+        limit = deadline(f"worker {self.name}: the {what}", deadline_s)
+        tried: PeerTried = await self._ask(what, TryPeer(other.name, other.registration.address), limit)
+        return not tried.reason
+
+    async def locate(
+        self,
+        model_path: str,
+        model_id: str,
+        *,
+        describe: bool,
+        on_reading: OnReading | None = None,
+        stall_s: float = STALL_S,
+    ) -> Located:
+        """What it has of a model; asked once. `describe`: with the manifest of its file, for which it may read that.
+        StalledError where it gets no further for `stall_s`."""
         key = model_id, describe
-        if key not in self._located:
-            limit = deadline(f"worker {self.name}: looking for weights", _DESCRIBE_S if describe else _LOCATE_S)
-            self._located[key] = await self._ask("weights", Locate(model_path, model_id, describe), limit)
+        if key in self._located:
+            return self._located[key]
+        is_told = not describe or self.registration.protocol >= _TELLS
+        what = f"worker {self.name} gets no further with reading {model_path}"
+        further = _Further(what, stall_s if is_told else _DESCRIBE_S)
+
+        def progress(news: LocateProgress) -> None:
+            further.hear(news.done_bytes, news.total_bytes)
+            if on_reading is not None:
+                on_reading(news)
+
+        self._on_reading = progress
+        try:
+            ask = partial(self._ask, "weights", Locate(model_path, model_id, describe))
+            self._located[key] = await further.wait(ask)
+        finally:
+            self._on_reading = None
         return self._located[key]
+
+    def found(self, model_id: str) -> Located | None:
+        """What it said to have of a model; None: it was not asked, or has not answered."""
+        return self._located.get((model_id, True)) or self._located.get((model_id, False))
 
     async def _ask(self, what: str, message: CoordinatorMessage, limit: deadline) -> Any:
         if self.loss is not None:
@@ -175,6 +243,8 @@ class WorkerHandle:
 
     def hear(self, message: WorkerMessage) -> None:
         """Takes in what the worker says. WireError for what it was not asked."""
+        self._word.set()
+        self._word = asyncio.Event()
         match message:
             case Heartbeat():
                 self.heartbeat = message
@@ -197,8 +267,16 @@ class WorkerHandle:
                 self._answer(f"unload of epoch {epoch}", None)
             case Located():
                 self._answer("weights", message)
+            case LocateProgress():
+                if self._on_reading is not None:
+                    self._on_reading(message)
             case LocateFailed(failure):
                 self._answer("weights", _error(self.name, failure))
+            case PeerLost(epoch):
+                if epoch in self.stages:
+                    self.cut_off(epoch).set()
+            case PeerTried(other):
+                self._answer(f"way to {other}", message)
             case Register() | Renew():
                 raise WireError(f"worker {self.name} sends {type(message).__name__} where it has no place")
 
@@ -217,12 +295,36 @@ class WorkerHandle:
         if self.loss is not None or self.left:
             return
         self.loss = reason
-        self.last_words = self._read_last_words()
+        self.last_words = self._read_last_words() or (self.heartbeat.last_words if self.heartbeat else "")
         error = self.error
         for asked in self._asked.values():
             if not asked.done():
                 asked.set_exception(error)
+                asked.exception()  # seen: who asked may have gone, too
         self.lost.set()
+
+
+class _Further:
+    """Waits for as long as an answer gets nearer."""
+
+    def __init__(self, what: str, stall_s: float) -> None:
+        self._what = what
+        self._stall_s = stall_s
+        self._limit = deadline(what, stall_s)
+        self._at = 0, 0
+
+    def hear(self, done_bytes: int, total_bytes: int) -> None:
+        if (done_bytes, total_bytes) != self._at:
+            self._at = done_bytes, total_bytes
+            self._limit.move(asyncio.get_running_loop().time() + self._stall_s)
+
+    async def wait(self, ask: Callable[[deadline], Awaitable[Any]]) -> Any:
+        try:
+            return await ask(self._limit)
+        except DeadlineError as error:
+            done_bytes, total_bytes = self._at
+            at = f"{mib(done_bytes)} of {mib(total_bytes)} MiB"
+            raise StalledError(f"{self._what} for {self._stall_s:g} s (timeouts.load): {at}") from error
 
 
 def _error(worker: str, failure: Failure) -> LlamaclustError:

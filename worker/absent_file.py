@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Self
 
 from llamaclust.errors import LlamaclustError, ModelFileError
-from llamaclust.model.architectures.layers import ROPE_FACTORS
+from llamaclust.model.architectures.layers import FACTOR_TENSORS
 from llamaclust.model.loader import Model
 from llamaclust.model.manifest import Manifest, TensorRecord, read_manifest
 from llamaclust.model.tensors import FileIdentity
@@ -66,7 +66,7 @@ class AbsentFile:
             raise ModelFileError(f"{self._path}: the manifest is of model {manifest.model_id}, not {self._model_id}")
         self._cache.remember_manifest(key_of(self._model_id), content)
         self._manifest = manifest
-        await self._fetch(self._wanted([ROPE_FACTORS]))  # which programs are made of
+        await self._fetch(self._wanted(FACTOR_TENSORS))  # which programs are made of
         return await asyncio.to_thread(self._model)
 
     def missing_bytes(self, names: Iterable[str]) -> int:
@@ -98,7 +98,7 @@ class AbsentFile:
         if missing:
             n_bytes = sum(one.n_bytes - self._cache.part_bytes(one.content) for one in missing)
             await asyncio.to_thread(self._cache.make_room, n_bytes)
-            await WeightFetch(self._cache, self._sources, self._count).run(missing)
+            await WeightFetch(self._cache, self._sources, self._count, on_others_bytes=self._on_bytes).run(missing)
 
     def _count(self, n_bytes: int) -> None:
         self._weights.received_bytes += n_bytes

@@ -18,8 +18,9 @@ _FEW = 256
 """So many numbers are made faster by plain Python than by NumPy's calls."""
 
 
-def build_batch(microbatch: Microbatch, limits: StageLimits, vocabulary: int) -> Batch:
-    """The batch of a microbatch. WireError where it exceeds the limits, the vocabulary or its own block tables."""
+def build_batch(microbatch: Microbatch, limits: StageLimits, vocabulary: int, window: int | None = None) -> Batch:
+    """The batch of a microbatch, for layers of which one has that window. WireError where it exceeds the limits, the
+    vocabulary or its own block tables."""
     chunks = microbatch.chunks
     lengths = [len(chunk.tokens) for chunk in chunks]
     outputs = [chunk.outputs for chunk in chunks]
@@ -36,7 +37,32 @@ def build_batch(microbatch: Microbatch, limits: StageLimits, vocabulary: int) ->
             [count for chunk in chunks for count in chunk.table[1::2]],
         ),
         output_rows=_ranges([end - count for end, count in zip(row_ends, outputs, strict=True)], outputs),
+        window_tables=_window_tables(chunks, table_lengths, limits, window) if limits.gives_up(window) else None,
     )
+
+
+def _window_tables(
+    chunks: tuple[Chunk, ...], table_lengths: list[int], limits: StageLimits, window: int | None
+) -> NDArray[np.int32]:
+    """As long as the tables; -1 where a block is not there."""
+    tables = np.full(sum(table_lengths), -1, np.int32)
+    for chunk, start in zip(chunks, accumulate(table_lengths, initial=0), strict=False):
+        blocks = _window_blocks(chunk, limits, window or 0)
+        at = start + chunk.window_start
+        tables[at : at + len(blocks)] = blocks
+    return tables
+
+
+def _window_blocks(chunk: Chunk, limits: StageLimits, window: int) -> NDArray[np.int32]:
+    starts, counts = chunk.window_table[::2], chunk.window_table[1::2]
+    if (end := max(map(add, starts, counts), default=0)) > limits.window_blocks:
+        raise WireError(f"window block {end - 1} of {limits.window_blocks}")
+    last = -(-(chunk.position + len(chunk.tokens)) // KV_BLOCK_TOKENS)
+    first = max(0, chunk.position - window + 1) // KV_BLOCK_TOKENS
+    if chunk.window_start > first or chunk.window_start + sum(counts) != last:
+        has = f"[{chunk.window_start}, {chunk.window_start + sum(counts)})"
+        raise WireError(f"window table of blocks {has}, of {window} positions to see needs [{first}, {last})")
+    return _ranges(list(starts), list(counts))
 
 
 def _check_counts(chunks: tuple[Chunk, ...], rows: int, outputs: int, limits: StageLimits) -> None:

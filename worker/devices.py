@@ -11,7 +11,7 @@ from llamaclust.errors import UsageError
 from llamaclust.kernels.backend import Backend
 from llamaclust.kernels.cpu.prepared_files import PreparedFolder
 from llamaclust.model.loader import Model
-from llamaclust.wire.control import Measured, Register
+from llamaclust.wire.control import Measured, Register, StageTrial
 from llamaclust.worker.machine import available_memory_bytes, processor_name, resident_bytes, total_memory_bytes
 from llamaclust.worker.settings import WorkerSettings
 
@@ -42,12 +42,17 @@ class Device:
             return available
         return max(0, min(available, self.memory_cap_bytes - resident_bytes()))
 
-    def measure(self) -> Measured:
-        """What this backend's kernels reach here; blocks for a fraction of a second."""
+    def measure(self, model: Model | None = None) -> Measured:
+        """What the machine reaches, and what steps of the model take; blocks for a second, longer for large layers."""
         from llamaclust.kernels.probes import measure_machine
+        from llamaclust.worker.trial import TrialDevice, try_stages
 
         speed = measure_machine(self.threads)
-        return Measured(speed.read_gb_s * 1e9, speed.int8_gmac_s * 1e9)
+        trials: tuple[StageTrial, ...] = ()
+        if model is not None and self.kind == "cpu":
+            device = TrialDevice(self.backend, self.threads, self.feature_level, self.free_memory_bytes)
+            trials = try_stages(device, model)
+        return Measured(speed.read_gb_s * 1e9, speed.int8_gmac_s * 1e9, trials)
 
     def registration(self, name: str, address: str) -> Register:
         level = self.backend.feature_level

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from itertools import count
 from time import perf_counter_ns
 
 from llamaclust.errors import WireError, WorkerError
-from llamaclust.wire.channels import CHOSEN, FORWARD, ClientStream, Peer
+from llamaclust.wire.channels import CHOSEN, FORWARD, ClientStream, Peer, UnreachableError
 from llamaclust.wire.codec import decode_chosen, decode_inputs, decode_microbatch, encode_chosen
 from llamaclust.wire.control import Deadlines
 from llamaclust.wire.deadlines import deadline, recurring_deadline
@@ -33,12 +34,38 @@ async def together(*work: Coroutine[None, None, None]) -> None:
         raise errors.exceptions[0] from None
 
 
+async def _while_open(stream: ClientStream, which: str, work: Coroutine[None, None, None]) -> None:
+    """Does the work and then ends the stream, on which nothing comes but its end; an early one is an error."""
+    done = asyncio.Event()
+
+    async def working() -> None:
+        await work
+        done.set()
+        await stream.done_writing()
+
+    async def watching() -> None:
+        await stream.read()
+        if not done.is_set():
+            raise WorkerError(f"the {which} stage at {stream.address} ended its stream")
+
+    await together(working(), watching())
+
+
+OnLost = Callable[[Peer, str], Awaitable[None]]
+"""Called with a neighbour that cannot be reached and why."""
+
+
+async def _nobody_told(peer: Peer, why: str) -> None:
+    return
+
+
 @dataclass(frozen=True, slots=True)
 class Neighbours:
     """The stages that this one calls."""
 
     next: Peer | None = None  # None: this is the last
     first: Peer | None = None  # of the last stage, which tells it the tokens chosen; None: this is the first
+    on_lost: OnLost = _nobody_told
 
     async def close(self) -> None:
         await asyncio.gather(*(peer.close() for peer in (self.next, self.first) if peer is not None))
@@ -95,11 +122,23 @@ class StageFlow:
         if self._neighbours.next is None:
             await self._forward_to_coordinator(stream)
             return
-        to_next = self._neighbours.next.open(FORWARD, epoch=self.epoch)
-        try:
+        async with self._stream_to(self._neighbours.next, FORWARD, "next") as to_next:
             await self._forward_to(to_next, stream)
+
+    @asynccontextmanager
+    async def _stream_to(self, stage: Peer, method: str, which: str) -> AsyncIterator[ClientStream]:
+        """Open. Where its connection fails, now or later, the coordinator is told before our own streams end."""
+        stream = stage.open(method, epoch=self.epoch)
+        try:
+            await stage.connected()
+            async with deadline(f"opening the {which} stage at {stage.address}", self._deadlines.forward_s):
+                await stream.opened()
+            yield stream
+        except UnreachableError as error:
+            await self._neighbours.on_lost(stage, str(error))
+            raise
         finally:
-            to_next.cancel()
+            stream.cancel()
 
     async def chosen(self, stream: ServerStream) -> None:
         """The last stage's stream to the first one: tokens that it chose."""
@@ -116,39 +155,28 @@ class StageFlow:
         if self._results is None:
             raise WireError("microbatches for a last stage before its sampling stream")
         first = self._neighbours.first
-        if first is not None:
-            self._to_first = first.open(CHOSEN, epoch=self.epoch)
-            async with deadline(f"connecting to the first stage at {first.address}", self._deadlines.forward_s):
-                await self._to_first.opened()
-        try:
-            await stream.accept()
-            async with self._handing_on() as limit:
-                await self._pass_on(stream, self._results, limit)
-        finally:
-            if self._to_first is not None:
-                self._to_first.cancel()
+        if first is None:
+            await self._answer(stream, self._results)
+            return
+        async with self._stream_to(first, CHOSEN, "first") as self._to_first:
+            await _while_open(self._to_first, "first", self._answer(stream, self._results))
+
+    async def _answer(self, stream: ServerStream, results: ServerStream) -> None:
+        await stream.accept()
+        async with self._handing_on() as limit:
+            await self._pass_on(stream, results, limit)
 
     def _handing_on(self) -> recurring_deadline:
         return recurring_deadline("handing on a microbatch", self._deadlines.forward_s)
 
     async def _forward_to(self, to_next: ClientStream, stream: ServerStream) -> None:
-        async with deadline(f"connecting to the next stage at {to_next.address}", self._deadlines.forward_s):
-            await to_next.opened()
         await stream.accept()
-        ended = asyncio.Event()
 
         async def passing() -> None:
             async with self._handing_on() as limit:
                 await self._pass_on(stream, to_next, limit)
-            ended.set()
-            await to_next.done_writing()
 
-        async def watching() -> None:
-            await to_next.read()
-            if not ended.is_set():
-                raise WorkerError(f"the next stage at {to_next.address} ended its stream")
-
-        await together(passing(), watching())
+        await _while_open(to_next, "next", passing())
 
     async def _pass_on(self, stream: ServerStream, outlet: Writable, limit: recurring_deadline) -> None:
         """While one microbatch is computed, the next one is received and the one before is sent.

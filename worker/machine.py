@@ -36,6 +36,20 @@ def processor_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def log_place() -> str:
+    """Where people find what this process writes to standard error."""
+    try:
+        target = Path("/proc/self/fd/2").readlink()
+    except OSError:
+        return "its standard error"
+    if target.is_file():
+        return str(target)
+    group = Path(_read(Path("/proc/self/cgroup")).strip().rpartition("0::")[2])
+    if target.name.startswith("socket:") and group.suffix == ".service":
+        return f"`journalctl{' --user' if 'user.slice' in group.parts else ''} -u {group.name}`"
+    return "its standard error"
+
+
 def _meminfo(key: str) -> int | None:
     for line in _read(Path("/proc/meminfo")).splitlines():
         if line.startswith(f"{key}:"):

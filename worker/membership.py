@@ -6,9 +6,11 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Coroutine
+from functools import partial
 from time import perf_counter_ns
 
-from llamaclust.errors import LlamaclustError, UsageError, WireError, WorkerError
+from llamaclust.errors import DeadlineError, LlamaclustError, ModelFileError, UsageError, WireError, WorkerError
+from llamaclust.logs import last_trouble, name_cluster
 from llamaclust.wire.bounds import one_line
 from llamaclust.wire.channels import JOIN, ClientStream, Peer
 from llamaclust.wire.control import (
@@ -22,15 +24,21 @@ from llamaclust.wire.control import (
     Loaded,
     LoadFailed,
     Locate,
+    Located,
     LocateFailed,
+    LocateProgress,
     Measure,
+    Measured,
     MeasureLinks,
     MeasureLinksFailed,
+    PeerLost,
+    PeerTried,
     Refused,
     Register,
     Renewed,
     RenewFailed,
     Shutdown,
+    TryPeer,
     Unload,
     Unloaded,
     Welcome,
@@ -39,7 +47,7 @@ from llamaclust.wire.control import (
 from llamaclust.wire.control_codec import decode_coordinator_message, encode_worker_message
 from llamaclust.wire.credentials import Credentials, Identity, Principal
 from llamaclust.wire.deadlines import deadline
-from llamaclust.wire.links import measure_link
+from llamaclust.wire.links import measure_link, try_link
 from llamaclust.wire.messages import PROTOCOL_VERSION
 from llamaclust.worker.compute import Compute
 from llamaclust.worker.devices import Device
@@ -49,9 +57,11 @@ from llamaclust.worker.machine import resident_bytes
 from llamaclust.worker.renewal import Renewal
 from llamaclust.worker.service import StageService
 from llamaclust.worker.steps import Counters
-from llamaclust.worker.weights import Weights
+from llamaclust.worker.weights import Reading, Weights
 
 _log = logging.getLogger(__name__)
+
+_REPORT_S = 0.25
 
 
 class Member:
@@ -98,6 +108,8 @@ class Member:
                 f"the coordinator speaks protocol {welcome.protocol[0]}, this worker {PROTOCOL_VERSION[0]}"
             )
         self._deadlines = welcome.deadlines
+        if welcome.cluster:
+            name_cluster(welcome.cluster)
 
     @property
     def coordinator_s(self) -> float:
@@ -124,11 +136,13 @@ class Member:
             case Unload():
                 self._start(self._unload(message))
             case Measure():
-                self._start(self._measure())
+                self._start(self._measure(message))
             case MeasureLinks():
                 self._start(self._measure_links(message))
             case Locate():
                 self._start(self._locate(message))
+            case TryPeer():
+                self._start(self._try_peer(message))
             case Renewed() | RenewFailed() if self._renewal is not None:
                 self._renewal.hear(message)
             case _:
@@ -163,7 +177,8 @@ class Member:
         finally:
             held.clear()
         next_stage = self._peer(order.next_address, order.next_worker)
-        neighbours = Neighbours(next_stage, self._peer(order.first_address, order.first_worker))
+        first_stage = self._peer(order.first_address, order.first_worker)
+        neighbours = Neighbours(next_stage, first_stage, partial(self._tell_lost, order.epoch))
         flow = StageFlow(order.epoch, runner, self._name, self._compute, self._counters, self._deadlines, neighbours)
         self._service.add(flow)
         memory = runner.memory
@@ -173,33 +188,74 @@ class Member:
 
     def _source(self, address: str, worker: str) -> Peer:
         """The way to another worker's weights."""
-        return Peer(address, self._credentials, Principal(worker))
+        return Peer(address, self._credentials, Principal(worker), self._deadlines.peer_s)
 
     def _peer(self, address: str | None, worker: str | None) -> Peer | None:
         """The way to another stage, and who must be there."""
-        return Peer(address, self._credentials, Principal(worker) if worker else None) if address else None
+        if not address:
+            return None
+        return Peer(address, self._credentials, Principal(worker) if worker else None, self._deadlines.peer_s)
+
+    async def _tell_lost(self, epoch: int, peer: Peer, why: str) -> None:
+        """Tells the coordinator, if it is there to hear, whom a stage cannot reach."""
+        if peer.principal is not None and peer.principal.worker is not None:
+            _log.error("worker %s cannot be reached: %s", peer.principal.worker, why)
+            with contextlib.suppress(WorkerError, DeadlineError):
+                async with deadline("telling the coordinator", self._deadlines.peer_s):
+                    await self._say(PeerLost(epoch, peer.principal.worker, why))
+
+    async def _try_peer(self, order: TryPeer) -> None:
+        """On a connection of its own: the one of a stage may last, or be of use no more."""
+        peer = Peer(order.address, self._credentials, Principal(order.worker), self._deadlines.peer_s)
+        why = ""
+        try:
+            await try_link(peer, self._deadlines.peer_s)
+        except LlamaclustError as error:
+            why = str(error)
+        finally:
+            await peer.close()
+        await self._say(PeerTried(order.worker, why))
 
     async def _unload(self, order: Unload) -> None:
         async with self._one_order:
             await self._service.remove(order.epoch)
             await self._say(Unloaded(order.epoch))
 
-    async def _measure(self) -> None:
+    async def _measure(self, order: Measure) -> None:
         async with self._one_order:
             try:
-                answer: WorkerMessage = await asyncio.to_thread(self._device.measure)
+                answer: WorkerMessage = await asyncio.to_thread(self._measured, order)
             except Exception as error:  # noqa: BLE001  a border: the coordinator is told, the worker stays
                 _log.error("measuring the machine: %s", error)
                 answer = _failure(error)
             await self._say(answer)
 
+    def _measured(self, order: Measure) -> Measured:
+        """Where the model's file is not there, of the machine alone."""
+        try:
+            model = self._weights.open_file(order.model_path, order.model_id) if order.model_path else None
+        except ModelFileError:  # told when its layers are to be loaded
+            model = None
+        if model is None:
+            return self._device.measure()
+        with model:
+            return self._device.measure(model)
+
     async def _locate(self, wanted: Locate) -> None:
         try:
-            answer: WorkerMessage = await asyncio.to_thread(self._weights.locate, wanted)
+            answer: WorkerMessage = await self._located(wanted)
         except Exception as error:  # noqa: BLE001  a border: the coordinator is told, the worker stays
             _log.error("looking for %s: %s", wanted.model_path, error)
             answer = LocateFailed(_failure(error))
         await self._say(answer)
+
+    async def _located(self, wanted: Locate) -> Located:
+        reading = Reading()
+        locating = asyncio.create_task(asyncio.to_thread(self._weights.locate, wanted, reading))
+        while not (await asyncio.wait((locating,), timeout=_REPORT_S))[0]:
+            if reading.total_bytes:
+                await self._say(LocateProgress(reading.done_bytes, reading.total_bytes))
+        return locating.result()
 
     async def _renew(self, renewal: Renewal) -> None:
         with contextlib.suppress(WorkerError):  # as with heartbeats
@@ -246,6 +302,7 @@ class Member:
             counters.sent_bytes,
             self._weights.sent_bytes,
             self._weights.received_bytes,
+            one_line(last_trouble()),
         )
 
     async def _say(self, message: WorkerMessage) -> None:

@@ -88,6 +88,8 @@ class StageService:
 def _serves(held: StageRunner, order: Load) -> bool:
     """Whether a stage can do what an order wants of one: more KV blocks than asked for do no harm."""
     same_layers = (held.program.start, held.program.end) == (order.start, order.end)
-    enough = held.limits.kv_blocks >= order.limits.kv_blocks
-    same_limits = replace(held.limits, kv_blocks=order.limits.kv_blocks) == order.limits
-    return held.model_id == order.model_id and same_layers and enough and same_limits
+    has, asked = held.limits, order.limits
+    enough = has.kv_blocks >= asked.kv_blocks and has.window_blocks >= asked.window_blocks
+    same_groups = (has.window_blocks > 0) == (asked.window_blocks > 0)
+    same_limits = replace(has, kv_blocks=asked.kv_blocks, window_blocks=asked.window_blocks) == asked
+    return held.model_id == order.model_id and same_layers and enough and same_groups and same_limits

@@ -37,7 +37,7 @@ def plan_memory(backend: Backend, model: Model, start: int, end: int, limits: St
     program = model_program(model, start, end, limits)
     tensors = model.tensors_for(program)
     weights = sum(tensor.resident_bytes for tensor in tensors.values())
-    kv_bytes = backend.kv_block_bytes(program) * limits.kv_blocks
+    kv_bytes = backend.kv_bytes(program, limits)
     return StageMemory(weights, kv_bytes, backend.workspace_bytes(program, tensors, limits))
 
 
@@ -57,10 +57,11 @@ def planned_workspace_bytes(model: Model, start: int, end: int, limits: StageLim
 
 
 def model_program(model: Model, start: int, end: int, limits: StageLimits) -> Program:
-    """The program of layers [start, end), with the limits' KV type; UsageError where the model has no such layers."""
+    """The program of layers [start, end), for the limits' KV type and context; UsageError where the model has no such
+    layers."""
     if not 0 <= start < end <= model.layer_count:
         raise UsageError(f"layers [{start}, {end}) of a model that has {model.layer_count}")
-    return model.program(start, end, KvType(limits.kv_type))
+    return model.program(start, end, KvType(limits.kv_type), limits.max_context_tokens)
 
 
 class StageRunner:
@@ -97,7 +98,7 @@ class StageRunner:
         """
         if microbatch.model_id != self.model_id:
             raise WireError(f"microbatch of model {microbatch.model_id}, this stage holds {self.model_id}")
-        return self._stage.run(build_batch(microbatch, self.limits, self._vocabulary), hidden)
+        return self._stage.run(build_batch(microbatch, self.limits, self._vocabulary, self.program.window), hidden)
 
     def finish(self, logits: Float32, inputs: SamplingInputs) -> tuple[RowResult, ...]:
         """Samples and scores logits [outputs, vocabulary] of a last stage's run. WireError where tasks do not fit."""

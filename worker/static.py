@@ -9,6 +9,7 @@ import socket
 from dataclasses import replace
 
 from llamaclust.errors import DeadlineError, LlamaclustError, UsageError, WorkerError
+from llamaclust.wire.bounds import one_line
 from llamaclust.wire.channels import Peer
 from llamaclust.wire.control import Register
 from llamaclust.wire.credentials import COORDINATOR, Credentials, Identity, Insecure, joined_address, split_address
@@ -19,6 +20,7 @@ from llamaclust.wire.token import JoinToken
 from llamaclust.worker.compute import Compute
 from llamaclust.worker.devices import Device
 from llamaclust.worker.enrolment import enrol
+from llamaclust.worker.machine import log_place
 from llamaclust.worker.membership import Member
 from llamaclust.worker.service import StageService
 from llamaclust.worker.settings import WorkerSettings
@@ -93,6 +95,9 @@ class _StaticWorker:
                 _log.warning("insecure: links are neither encrypted nor authenticated")
             self._credentials = Insecure()
             return self._settings.join
+        given = self._settings.token_file
+        if given is not None and given.is_file():  # a pipe has been read; a file may hold another one by now
+            self._token = JoinToken.read(given)
         enrolled = await enrol(self._host, self._port, self._token, self._settings.name)
         if isinstance(self._credentials, Identity):
             self._credentials.pair = enrolled.identity.pair  # what serves already goes on
@@ -119,7 +124,7 @@ class _StaticWorker:
         kept = self._service.kept_bytes
         now = self._device.registration(self._settings.name, self._address)
         free, machine = now.free_memory_bytes + kept, now.machine_free_bytes + kept
-        return replace(now, free_memory_bytes=free, machine_free_bytes=machine)
+        return replace(now, free_memory_bytes=free, machine_free_bytes=machine, log=one_line(log_place()))
 
     async def close(self) -> None:
         self._compute.close()

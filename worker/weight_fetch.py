@@ -53,6 +53,7 @@ class WantedWeights:
 @dataclass(slots=True, eq=False)
 class _Item:
     wanted: WantedWeights
+    there_bytes: int  # as far as it was told
     lacking: set[str] = field(default_factory=set)  # sources that do not have it, or are not believed
     mixed: int = 0  # times that it was wrong and more than one source, or an earlier load, may be to blame
     not_before_s: float = 0.0
@@ -67,7 +68,14 @@ class _Source:
     failed_since_s: float | None = None
     rest_s: float = _LEAST_REST_S
 
+    def give_up(self, error: LlamaclustError) -> None:
+        if self.given_up is None:
+            self.given_up = str(error)
+            _log.error("no more weights from %s: %s", self.name, error)
+
     def works(self) -> None:
+        if self.failed_since_s is not None:
+            _log.info("weights from %s come again", self.name)
         self.failed_since_s, self.rest_s = None, _LEAST_REST_S
 
     async def rest(self, error: LlamaclustError, limit_s: float) -> None:
@@ -75,8 +83,9 @@ class _Source:
         now_s = asyncio.get_running_loop().time()
         if self.failed_since_s is None:
             self.failed_since_s = now_s
+            _log.warning("weights from %s: %s; it is asked again for %g s", self.name, error, limit_s)
         if now_s + self.rest_s - self.failed_since_s > limit_s:
-            self.given_up = str(error)
+            self.give_up(error)
             return
         await asyncio.sleep(self.rest_s)
         self.rest_s = min(_MOST_REST_S, 2 * self.rest_s)
@@ -91,10 +100,13 @@ class WeightFetch:
         sources: Iterable[tuple[str, Peer]],
         on_bytes: OnBytes,
         patience: Patience | None = None,
+        on_others_bytes: OnBytes = lambda n_bytes: None,
     ) -> None:
+        """`on_bytes` hears of what comes; `on_others_bytes` of what another process brings into the same cache."""
         self._cache = cache
         self._sources = [_Source(name, peer) for name, peer in sources]
         self._on_bytes = on_bytes
+        self._on_others_bytes = on_others_bytes
         self._patience = patience or Patience()
         self._items: list[_Item] = []
 
@@ -102,7 +114,10 @@ class WeightFetch:
         """Returns when all are in the cache. The caller holds it `in_use`. WorkerError where a tensor is to be had
         nowhere, LlamaclustError where it cannot be kept."""
         by_content = {one.content: one for one in wanted}
-        self._items = [_Item(one) for one in sorted(by_content.values(), key=lambda one: -one.n_bytes)]
+        self._items = [
+            _Item(one, self._cache.part_bytes(one.content))
+            for one in sorted(by_content.values(), key=lambda one: -one.n_bytes)
+        ]
         lanes = [asyncio.create_task(self._lane(source)) for source in self._sources for _ in range(_LANES)]
         try:
             if lanes:
@@ -129,13 +144,12 @@ class WeightFetch:
                     _log.debug("%s of %s: %s", item.wanted.name, source.name, error)
                     item.lacking.add(source.name)
                 except (WireError, DamagedError) as error:
-                    self._give_up(source, error)
+                    source.give_up(error)
                 except (StreamBrokenError, DeadlineError) as error:
                     broken = error
                 finally:
                     item.is_active = False
                 if broken is not None:
-                    _log.warning("weights from %s: %s", source.name, broken)
                     if stream is not None:
                         stream.cancel()
                     stream = None
@@ -166,6 +180,7 @@ class WeightFetch:
         stream = source.peer.open(FETCH)
         try:
             async with deadline(f"reaching {source.name} for weights", self._patience.connect_s):
+                await source.peer.connected()
                 await stream.opened()
         except BaseException:
             stream.cancel()
@@ -176,14 +191,16 @@ class WeightFetch:
         """One tensor, from where it is on. WireError and DamagedError are this source's fault."""
         wanted = item.wanted
         if self._cache.find(wanted.content) is not None:  # another process has fetched it
+            self._others_brought(item, wanted.n_bytes)
             self._items.remove(item)
             return
         part = await asyncio.to_thread(WeightPart.open, self._cache, wanted.content, wanted.n_bytes)
         if part is None:
+            self._others_brought(item, self._cache.part_bytes(wanted.content))
             item.not_before_s = asyncio.get_running_loop().time() + _LOOK_S
             return
         try:
-            await self._receive(part, wanted, source, stream)
+            await self._receive(part, item, source, stream)
             was_resumed = part.resumed
             is_whole = await asyncio.to_thread(part.finish)
         finally:
@@ -198,7 +215,13 @@ class WeightFetch:
             if item.mixed > _MOST_MIXED:
                 item.lacking.add(source.name)
 
-    async def _receive(self, part: WeightPart, wanted: WantedWeights, source: _Source, stream: ClientStream) -> None:
+    def _others_brought(self, item: _Item, there_bytes: int) -> None:
+        if there_bytes > item.there_bytes:
+            self._on_others_bytes(there_bytes - item.there_bytes)
+            item.there_bytes = there_bytes
+
+    async def _receive(self, part: WeightPart, item: _Item, source: _Source, stream: ClientStream) -> None:
+        wanted = item.wanted
         left = wanted.n_bytes - part.done_bytes
         if left:
             await stream.write(encode_range(WeightRange(wanted.content, part.done_bytes, wanted.n_bytes)))
@@ -213,6 +236,7 @@ class WeightFetch:
                 left -= len(frames[-1])
                 source.works()
                 self._on_bytes(len(frames[-1]))
+                item.there_bytes += len(frames[-1])
                 if len(frames) * FRAME_BYTES >= _WRITE_BYTES:
                     full, frames = frames, []
                     await asyncio.to_thread(part.write, full)
@@ -220,11 +244,6 @@ class WeightFetch:
             part.write(frames)  # to be resumed after them
             raise
         await asyncio.to_thread(part.write, frames)
-
-    def _give_up(self, source: _Source, error: LlamaclustError) -> None:
-        if source.given_up is None:
-            source.given_up = str(error)
-            _log.error("no more weights from %s: %s", source.name, error)
 
     def _not_found(self, item: _Item) -> WorkerError:
         whys = [f"{one.name}: {one.given_up or 'does not have it'}" for one in self._sources]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from hashlib import sha256
 from pathlib import Path
+from threading import Lock
 
 from llamaclust.errors import LlamaclustError, ModelFileError, WireError
 from llamaclust.model.gguf import ModelFile
@@ -27,6 +28,24 @@ _READ_BYTES = 8 * FRAME_BYTES
 _IDLE_S = 120.0
 _FRAME_S = 30.0
 _MOST_STREAMS = 256
+
+
+class Reading:
+    """How much of a file was read for its SHA-256; told by several threads, and asked by another one."""
+
+    def __init__(self) -> None:
+        self.total_bytes = 0  # 0: it has not begun
+        self.done_bytes = 0
+        self._lock = Lock()
+
+    def begun(self, file: ModelFile) -> Callable[[int], None]:
+        """Whom to tell of each piece."""
+        self.total_bytes = sum(tensor.n_bytes for tensor in file.tensors.values())
+        return self._add
+
+    def _add(self, n_bytes: int) -> None:
+        with self._lock:
+            self.done_bytes += n_bytes
 
 
 class Weights:
@@ -65,8 +84,9 @@ class Weights:
         path = Path(model_path)
         return [path] if self._model_dir is None else [path, self._model_dir / path.name]
 
-    def locate(self, wanted: Locate) -> Located:
-        """What is there of a model. Makes the file's manifest where that is asked for, which reads all of the file."""
+    def locate(self, wanted: Locate, reading: Reading | None = None) -> Located:
+        """What is there of a model. Makes the file's manifest where that is asked for, which reads all of the file;
+        `reading` tells how far that is."""
         try:
             model = self.open_file(wanted.model_path, wanted.model_id)
         except ModelFileError as error:
@@ -76,7 +96,7 @@ class Weights:
             return self._in_cache(wanted.model_id)
         with model:
             if wanted.describe and self.cache is not None and wanted.model_id not in self._located:
-                self._located[wanted.model_id] = self._describe(self.cache, model.file)
+                self._located[wanted.model_id] = self._describe(self.cache, model.file, reading or Reading())
             return self._located.get(wanted.model_id, Located(True))
 
     def _in_cache(self, model_id: str) -> Located:
@@ -85,14 +105,14 @@ class Weights:
             return Located(False)
         return Located(False, content, self.cache.place(content).stat().st_size)
 
-    def _describe(self, cache: WeightCache, file: ModelFile) -> Located:
+    def _describe(self, cache: WeightCache, file: ModelFile, reading: Reading) -> Located:
         cache.prepare()
         key = _file_key(file)
         with cache.making(key):
             content = cache.known_manifest(key)
             if content is None:
                 _log.info("reading %s for the SHA-256 of each tensor", file.path)
-                content = cache.keep_manifest(key, make_manifest(file))
+                content = cache.keep_manifest(key, make_manifest(file, reading.begun(file)))
         path = cache.place(content)
         for record in read_manifest(path).tensors:
             self._given[record.content] = file.tensor(record.name)

@@ -21,7 +21,7 @@ from llamaclust.cluster.api.llamacpp_schema import (
     TokenizeBody,
 )
 from llamaclust.cluster.api.llamacpp_shapes import LlamaCppShape, piece_entry
-from llamaclust.cluster.api.neutral import LLAMACPP, SAMPLER_ORDER, SAMPLERS_NOT_BUILT, TEMPLATE
+from llamaclust.cluster.api.neutral import LLAMACPP, TEMPLATE
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.api.sse import WAITING, begin_events, event, unless_disconnected
 from llamaclust.cluster.text import TextService
@@ -83,7 +83,6 @@ class LlamaCppEndpoints:
         return await cleanup.enter_async_context(await self._service.start(await self._request(body)))
 
     async def _request(self, body: LlamaCppBody) -> CompletionRequest:
-        _check_samplers(body.samplers)
         return CompletionRequest(
             await self._prompt(body.prompt),
             body.max_tokens,
@@ -93,6 +92,9 @@ class LlamaCppEndpoints:
             ignore_eos=body.ignore_eos,
             top_logprobs=body.n_probs,
             penalty_window=None if body.repeat_last_n == -1 else body.repeat_last_n,
+            penalize_nl=body.penalize_nl,
+            dry_window=body.dry_window,
+            dry_breakers=body.dry_sequence_breakers,
         )
 
     async def _prompt(self, prompt: str | PromptParts) -> str | tuple[int, ...]:
@@ -109,9 +111,3 @@ class LlamaCppEndpoints:
         for part, (_, bias) in zip(ids, given, strict=True):
             biases.update(dict.fromkeys(part, bias))
         return tuple(sorted(biases.items()))
-
-
-def _check_samplers(samplers: Sequence[str]) -> None:
-    built = [name for name in samplers if name not in SAMPLERS_NOT_BUILT]
-    if samplers and built != list(SAMPLER_ORDER):
-        raise ParameterError("samplers", f"only the order {', '.join(SAMPLER_ORDER)} is supported")

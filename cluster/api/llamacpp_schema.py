@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from llamaclust.cluster.api.fields import StopField, is_int, is_token_id
 from llamaclust.cluster.api.openai_schema import MessagesField
+from llamaclust.cluster.api.sampler_schema import SamplerFields
 from llamaclust.cluster.api.schema import Body
 from llamaclust.wire.messages import MAX_CONTEXT_TOKENS, MAX_TOP_LOGPROBS, SamplingParams
 from llamaclust.wire.sampling_bounds import MAX_PENALTY
@@ -61,7 +62,7 @@ _MIXED = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": ["st
 _PAIRS = {"anyOf": [{"type": "array", "items": {"type": "array"}}, {"type": "object"}]}
 
 
-class LlamaCppBody(Body):
+class LlamaCppBody(SamplerFields):
     """`POST /completion`."""
 
     prompt: Annotated[Any, BeforeValidator(_prompt), WithJsonSchema(_MIXED)]
@@ -96,8 +97,6 @@ class LlamaCppBody(Body):
     """Logprobs of the chosen tokens and of that many of the likeliest."""
     return_tokens: bool = False
     """Token ids in the reply; a stream always has them."""
-    samplers: list[str] = Field(default_factory=list)
-    """Only the order that is used anyway."""
     stream: bool = False
     """Server-sent events."""
 
@@ -111,6 +110,7 @@ class LlamaCppBody(Body):
             frequency_penalty=self.frequency_penalty,
             presence_penalty=self.presence_penalty,
             logit_bias=biases,
+            chain=self.chain(),
         )
 
     @property

@@ -36,14 +36,8 @@ def _names(names: str, neutral: Neutral) -> dict[str, Neutral]:
     return dict.fromkeys(names.split(), neutral)
 
 
-_SAMPLERS: Final = {
-    **_names("typical_p typ_p tfs_z", number(1)),
-    **_names("mirostat dry_multiplier xtc_probability dynatemp_range top_a smoothing_factor", number(0)),
-    "top_n_sigma": only(-1, -1.0, 0, 0.0),
-    **_names("mirostat_tau mirostat_eta dry_base dry_allowed_length dry_penalty_last_n", anything),
-    **_names("dry_sequence_breakers xtc_threshold dynatemp_exponent", anything),
-}
-"""Samplers that are not built, and settings that mean nothing without them."""
+_SAMPLERS: Final = {"typ_p": number(1), **_names("top_a smoothing_factor", number(0))}
+"""Samplers that are not built."""
 
 _CONSTRAINTS: Final = _names(
     "grammar json_schema grammar_triggers guided_json guided_regex guided_choice guided_grammar structured_outputs "
@@ -131,7 +125,3 @@ LLAMACPP: Final[dict[str, Neutral]] = {
 """`n_keep` and `n_discard` are for a context that shifts; this one ends."""
 
 TEMPLATE: Final[dict[str, Neutral]] = {"tools": only(), "add_generation_prompt": only(True)}
-
-SAMPLER_ORDER: Final = ("penalties", "top_k", "top_p", "min_p", "temperature")
-SAMPLERS_NOT_BUILT: Final = frozenset({"dry", "top_n_sigma", "typ_p", "xtc"})
-"""They may stand in a list of samplers, since their own settings are refused unless they do nothing."""

@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field
 
 from llamaclust.cluster.api.fields import BiasField, ContentField, Prompt, PromptsField, StopField
 from llamaclust.cluster.api.neutral import MESSAGE
+from llamaclust.cluster.api.sampler_schema import SamplerFields
 from llamaclust.cluster.api.schema import Body, read_fields
 from llamaclust.cluster.text_request import MAX_STOP_TOKENS, CompletionRequest, ParameterError, shown
 from llamaclust.wire.messages import MAX_CONTEXT_TOKENS, MAX_TOP_LOGPROBS, SamplingParams
@@ -59,7 +60,7 @@ def _message(value: Any) -> Any:
 MessagesField = Annotated[list[Annotated[Message, BeforeValidator(_message)]], Field(min_length=1, max_length=100_000)]
 
 
-class _Sampling(Body):
+class _Sampling(SamplerFields):
     model: str | None = None
     """The served model's name; another name is refused."""
     frequency_penalty: float = 0.0
@@ -114,6 +115,7 @@ class _Sampling(Body):
             frequency_penalty=self.frequency_penalty,
             presence_penalty=self.presence_penalty,
             logit_bias=self.logit_bias,
+            chain=self.chain(),
         )
 
     def request(self, prompt: Prompt, max_tokens: int | None, top_logprobs: int, **more: Any) -> CompletionRequest:
@@ -130,6 +132,9 @@ class _Sampling(Body):
             n=self.n,
             top_logprobs=top_logprobs,
             penalty_window=None if self.repeat_last_n == -1 else self.repeat_last_n,
+            penalize_nl=self.penalize_nl,
+            dry_window=self.dry_window,
+            dry_breakers=self.dry_sequence_breakers,
             **more,
         )
 

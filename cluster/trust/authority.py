@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from datetime import UTC, datetime, timedelta
@@ -25,6 +26,8 @@ _CA_LIFE = timedelta(days=3650)
 _SKEW = timedelta(minutes=5)
 """How far machines' clocks may be apart."""
 
+_log = logging.getLogger(__name__)
+
 _CA_KEY, _CA_CERTIFICATE, _TOKEN = "ca.key", "ca.crt", "token"
 _BOTH = (ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH)
 
@@ -36,9 +39,7 @@ class Authority:
         self._key = key
         self._certificate = certificate
         self.token_file = folder / _TOKEN
-        self.token = JoinToken.read(self.token_file)
-        if self.token.ca_hash != ca_hash(self.certificate):
-            raise UsageError(f"token file {self.token_file}: of another CA than {folder / _CA_CERTIFICATE}")
+        self._token = self._read_token()
 
     @classmethod
     def open(cls, folder: Path) -> Authority:
@@ -64,6 +65,27 @@ class Authority:
             raise UsageError(f"{folder}: key and certificate do not belong together; remove it for new ones")
         return cls(folder, key, certificate)
 
+    def _read_token(self) -> JoinToken:
+        token = JoinToken.read(self.token_file)
+        if token.ca_hash != ca_hash(self.certificate):
+            raise UsageError(
+                f"token file {self.token_file}: of another CA than {self.token_file.parent / _CA_CERTIFICATE}"
+            )
+        return token
+
+    @property
+    def token(self) -> JoinToken:
+        """As its file has it now: there may be another one since the start. The last one that could be read."""
+        try:
+            self._token = self._read_token()
+        except UsageError as error:
+            _log.warning("the join token stays as it was: %s", error)
+        return self._token
+
+    def rotate_token(self) -> None:
+        """Another one in its place: who has the old one enrols no more, whoever is a member stays."""
+        write_private(self.token_file, JoinToken.create(self._token.ca_hash).text + "\n")
+
     @property
     def certificate(self) -> bytes:
         """The CA's own (DER)."""
@@ -71,7 +93,7 @@ class Authority:
 
     @property
     def cluster(self) -> str:
-        return cluster_id(self.token.ca_hash)
+        return cluster_id(self._token.ca_hash)
 
     def identity(self, principal: Principal = COORDINATOR, life: timedelta = LIFE) -> Identity:
         """With a new key that is nowhere on disk."""

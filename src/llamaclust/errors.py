@@ -66,11 +66,19 @@ class WorkerError(LlamaclustError):
     code = "worker_failed"
 
 
+class CutOffError(WorkerError):
+    """Workers cannot reach each other, and no plan does without that."""
+
+
 class DeadlineError(LlamaclustError):
     """An await that ran past its own, named deadline."""
 
     http_status = 504
     code = "deadline_exceeded"
+
+
+class StalledError(DeadlineError):
+    """A worker that lives and gets no further with what it was told to do."""
 
 
 class PullError(LlamaclustError):

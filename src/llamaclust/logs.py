@@ -32,6 +32,9 @@ class _Fields(logging.Formatter):
         self._is_json = form is LogFormat.JSON
         self._where = {key: value for key, value in where.items() if value}
 
+    def name_cluster(self, name: str) -> None:
+        self._where = {"cluster": name, **{key: value for key, value in self._where.items() if key != "cluster"}}
+
     def format(self, record: logging.LogRecord) -> str:
         at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         fields: dict[str, object] = {"time": at, "level": record.levelname.lower(), **self._where}
@@ -49,12 +52,40 @@ def _quoted(value: object) -> str:
     return text if _PLAIN.fullmatch(text) else json.dumps(text)
 
 
+class _Trouble(logging.Handler):
+    """Keeps the last record that tells of trouble."""
+
+    text = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self.text = record.getMessage()
+        except Exception:  # noqa: BLE001  as every handler does
+            self.handleError(record)
+
+
+_trouble = _Trouble(logging.WARNING)
+
+
 def start_logging(form: LogFormat, **where: str) -> None:
     """Everything from INFO on goes to standard error. `where` names the cluster and the worker, as far as known."""
     handler = logging.StreamHandler(sys.stderr)
     plain = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
     handler.setFormatter(plain if form is LogFormat.TEXT else _Fields(form, where))
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logging.basicConfig(level=logging.INFO, handlers=[handler, _trouble])
+
+
+def name_cluster(name: str) -> None:
+    """Lines say from now on which cluster they are about; and what went wrong before is nobody's last words."""
+    _trouble.text = ""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler.formatter, _Fields):
+            handler.formatter.name_cluster(name)
+
+
+def last_trouble() -> str:
+    """The last warning or error since `name_cluster`."""
+    return _trouble.text
 
 
 def read_line(line: str) -> tuple[str, str] | None:

@@ -1,0 +1,57 @@
+"""How many KV blocks layers with a window need: arithmetic that plans and the scheduler share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llamaclust.model.program import KV_BLOCK_TOKENS
+
+_SEQUENCES_A_CONTEXT = 4
+"""That may have their whole windows for each context of KV memory beyond the first."""
+
+
+@dataclass(frozen=True, slots=True)
+class WindowGroup:
+    """Layers that keep KV memory of their window alone, in blocks of their own; of several windows the largest counts.
+
+    A row sees `window` positions, its own among them. Blocks behind the window are given up when a microbatch that may
+    read them is made, so that rows of a prompt take blocks beside the window's while their microbatch is made.
+    """
+
+    window: int
+    rows: int  # of a microbatch, at most
+
+    @property
+    def sequence_blocks(self) -> int:
+        """What a sequence holds at most, but for the rows of a prompt that are in the microbatch being made: positions
+        of a window and one more, wherever they begin in their blocks, and a block for what such rows do not fill."""
+        return (self.window + KV_BLOCK_TOKENS - 3) // KV_BLOCK_TOKENS + 2
+
+    @property
+    def row_blocks(self) -> int:
+        """What rows of prompts in one microbatch take beside that."""
+        return _blocks(self.rows)
+
+    def first_seen(self, position: int) -> int:
+        """The first block that rows from `position` on see."""
+        return max(0, position - self.window + 1) // KV_BLOCK_TOKENS
+
+    def blocks_beside(self, kv_blocks: int, context_length: int, sequences: int) -> int:
+        """Blocks of the group beside so many of other layers, for up to so many sequences: one sequence's where these
+        hold one whole context, and for each further context those of several, since most sequences are shorter."""
+        context = _blocks(context_length)
+        further = -(-_SEQUENCES_A_CONTEXT * max(0, kv_blocks - context) * self.sequence_blocks // context)
+        most = max(self.sequence_blocks, kv_blocks - self.row_blocks)  # never more than of other layers
+        return min(sequences * self.sequence_blocks, self.sequence_blocks + further, most) + self.row_blocks
+
+
+def window_group(window: int | None, context_length: int, rows: int) -> WindowGroup | None:
+    """None where blocks of their own would save such layers nothing."""
+    if window is None:
+        return None
+    group = WindowGroup(window, rows)
+    return group if group.sequence_blocks + group.row_blocks < _blocks(context_length) else None
+
+
+def _blocks(tokens: int) -> int:
+    return -(-tokens // KV_BLOCK_TOKENS)

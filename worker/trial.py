@@ -1,0 +1,160 @@
+"""What steps of a model take on this worker, tried as a stage computes them, on its first layers, one alone and some,
+and on its last one with the head.
+
+Between two steps of a cluster this process sleeps, and others read weights. So before each step of a trial memory is
+read that no cache holds: weights come from memory, and what Python has to run is as cold as it will be.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from statistics import median
+from time import perf_counter_ns
+
+import numpy as np
+
+from llamaclust.kernels.backend import Backend
+from llamaclust.model.loader import Model
+from llamaclust.model.program import KvType
+from llamaclust.wire.codec import decode_inputs, decode_microbatch, encode_inputs, encode_microbatch
+from llamaclust.wire.cold_caches import BYTES as SWEEP_BYTES
+from llamaclust.wire.cold_caches import ColdCaches
+from llamaclust.wire.control import StageLimits, StageTrial
+from llamaclust.wire.frames import decode_frame, encode_hidden
+from llamaclust.wire.messages import Chunk, Microbatch, SampleTask, SamplingInputs, SamplingParams
+from llamaclust.worker.chosen import ChosenTokens
+from llamaclust.worker.compute import Compute
+from llamaclust.worker.inputs import InputsBox
+from llamaclust.worker.stage_runner import StageRunner, plan_memory
+from llamaclust.worker.steps import Arrival, Counters, StageStep
+
+_PREFILL_ROWS = 128
+_DECODE_ROWS = (1, 8)
+_TRIES = {1: 9, 8: 5, _PREFILL_ROWS: 3}
+_ENOUGH_S = 2.0
+"""Of steps at so many rows: large layers on a slow machine are tried less often, and in the end once."""
+_CONTEXT = 256  # tokens before those of a decode step
+_BLOCKS = (_CONTEXT + 16) // 16
+_LIMITS = StageLimits(
+    max_tokens=_PREFILL_ROWS,
+    max_outputs=_DECODE_ROWS[-1],
+    max_sequences=_DECODE_ROWS[-1],
+    max_context_tokens=_CONTEXT + 16,
+    kv_blocks=_DECODE_ROWS[-1] * _BLOCKS,
+)
+_LAYERS_BYTES = 96 << 20
+"""Of the layers that are tried together, where more than two are not above that."""
+_LEAST_LAYERS = 3
+_LEAST_BYTES = 32 << 20
+"""Of layers: smaller models stay in caches."""
+_EPOCH = 1
+_DEADLINE_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class TrialDevice:
+    """What stages of a trial are loaded with."""
+
+    backend: Backend
+    threads: int
+    feature_level: str
+    free_bytes: int
+
+    def runner(self, model: Model, start: int, end: int) -> StageRunner:
+        level = self.feature_level
+        return StageRunner(self.backend, model, start, end, _LIMITS, feature_level=level, threads=self.threads)
+
+    def fits(self, model: Model, start: int, end: int) -> bool:
+        planned = plan_memory(self.backend, model, start, end, _LIMITS)
+        return planned.total_bytes + SWEEP_BYTES <= self.free_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Some layers of the model, and what steps of so many rows took them."""
+
+    layers_bytes: int  # of weights in memory, without embedding and head
+    seconds: Mapping[int, float]
+
+
+def try_stages(device: TrialDevice, model: Model) -> tuple[StageTrial, ...]:
+    """At few rows and many; none where the model is too small to tell layers from what a stage takes anyway, or memory
+    is short."""
+    sizes = [layer.weight_bytes for layer in model.costs(KvType(_LIMITS.kv_type)).layers]
+    layers = len(sizes)
+    if layers < _LEAST_LAYERS or sum(sizes) < _LEAST_BYTES:
+        return ()
+    some = max(2, min(layers - 1, _LAYERS_BYTES // max(sizes[0], 1)))
+    while some > 2 and not device.fits(model, 0, some):
+        some = max(2, some * 3 // 4)
+    ranges = [(0, 1), (0, some), (layers - 1, layers)]
+    if not all(device.fits(model, start, end) for start, end in ranges):
+        return ()
+    caches = ColdCaches()
+    parts = []
+    for start, end in ranges:
+        with closing(device.runner(model, start, end)) as runner:
+            parts.append(_Part(sum(sizes[start:end]), asyncio.run(_tried(runner, caches))))
+    return tuple(_trials(*parts))
+
+
+def _trials(one: _Part, some: _Part, last: _Part) -> Iterator[StageTrial]:
+    """Of one layer, of some, and of the last one with the head: by differences."""
+    heads: list[tuple[int, float]] = []  # (rows, seconds)
+    for rows in (*_DECODE_ROWS, _PREFILL_ROWS):
+        seconds = one.seconds[rows]
+        byte_s = max(0.0, (some.seconds[rows] - seconds) / (some.layers_bytes - one.layers_bytes))
+        stage_s = max(0.0, seconds - byte_s * one.layers_bytes)
+        if rows in _DECODE_ROWS:
+            head_s = max(0.0, last.seconds[rows] - stage_s - byte_s * last.layers_bytes)
+            heads.append((rows, head_s))
+        else:  # the last layer's prompts have no outputs: on a line through those of few rows
+            (low, low_s), (high, high_s) = heads
+            head_s = high_s + (rows - high) / (high - low) * max(0.0, high_s - low_s)
+        yield StageTrial(rows, stage_s, byte_s, head_s)
+
+
+async def _tried(runner: StageRunner, caches: ColdCaches) -> dict[int, float]:
+    """Seconds by rows."""
+    return {rows: await _taken_s(runner, rows, caches) for rows in _TRIES}
+
+
+async def _taken_s(runner: StageRunner, rows: int, caches: ColdCaches) -> float:
+    """The median of some steps, behind one that finds everything for the first time; of that where it takes long."""
+    inputs, compute = InputsBox(_EPOCH, _DEADLINE_S), Compute()
+    step = StageStep(runner, "trial", inputs, ChosenTokens(), compute, Counters())
+    times = []
+    try:
+        for number in range(_TRIES[rows] + 1):
+            frame, tasks = _ask(runner, rows, number)
+            caches.sweep()
+            begun_ns = perf_counter_ns()
+            if runner.program.is_last:
+                inputs.put(decode_inputs(tasks))
+            arrived = decode_frame(frame)
+            answer = await step.begin(Arrival(arrived, decode_microbatch(arrived.header), begun_ns, 0))
+            await answer
+            times.append((perf_counter_ns() - begun_ns) / 1e9)
+            if sum(times) > _ENOUGH_S:
+                break
+    finally:
+        compute.close()
+    return median(times[1:] or times)
+
+
+def _ask(runner: StageRunner, rows: int, number: int) -> tuple[bytes, bytes]:
+    """(frame, sampling inputs) of a token for each of some sequences, or of many of one prompt."""
+    program = runner.program
+    if rows == _PREFILL_ROWS:
+        chunks: tuple[Chunk, ...] = (Chunk((0,) * rows, 0, (0, _BLOCKS), 0),)
+    else:
+        outputs = int(program.is_last)
+        chunks = tuple(Chunk((0,), _CONTEXT, (row * _BLOCKS, _BLOCKS), outputs) for row in range(rows))
+    task = SampleTask(SamplingParams(), 0, 0, _CONTEXT + 1)
+    header = encode_microbatch(Microbatch(runner.model_id, _EPOCH, number, chunks))
+    hidden = None if program.is_first else np.full((rows, program.hidden.width), 0.01, np.float32)
+    tasks = encode_inputs(SamplingInputs(_EPOCH, number, (task,) * sum(chunk.outputs for chunk in chunks)))
+    return encode_hidden(header, (), hidden), tasks

@@ -1,9 +1,12 @@
 """Kills and stops workers at random while requests run, and compares every answer with an undisturbed run's.
 
-    python benchmarks/chaos.py MODEL.gguf [--seed N] [--faults 200] [--seconds S]
+    python benchmarks/chaos.py MODEL.gguf [--seed N] [--faults 200] [--workers 5] [--silence 1] [--verbose]
+
+Faults are SIGKILL and SIGSTOP of any worker: while it computes a prompt, while it decodes, while it loads layers, while
+another loss is recovered from, and of two at once. Every worker has the model's file.
 
 Prints how many tokens were lost or changed (token ids and logprob bits), how soon losses were noticed, and how long
-requests paused: from the fault to the next token of any of them.
+requests paused: from the first fault to the next token of any of them.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import signal
 import struct
 import tempfile
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,68 +32,77 @@ tune_grpc()
 from llamaclust.cluster.config import load_config  # noqa: E402
 from llamaclust.cluster.coordinator import Cluster, open_cluster  # noqa: E402
 from llamaclust.cluster.engine import EngineState  # noqa: E402
+from llamaclust.cluster.events import Event, News  # noqa: E402
 from llamaclust.cluster.requests import Generation, TokenChosen  # noqa: E402
 from llamaclust.cluster.state import ClusterDir  # noqa: E402
+from llamaclust.cluster.worker_handle import WorkerHandle, WorkerState  # noqa: E402
 from llamaclust.wire.messages import SamplingParams  # noqa: E402
 
 _SEQUENCES = 8
 _TOKENS = 192
 _PROMPT_TOKENS = 64
-_LIVES = 4  # that one worker may lose in a minute: the launcher gives up after a few more
-_HANGS = 0.1  # share of faults
+_LATE = 4  # requests with longer prompts, that come where prefill is to be hit
+_LATE_TOKENS = 16
+_LATE_PROMPT_TOKENS = 240
+_LIVES = 5  # that one worker may lose in a minute: the launcher gives it up after a few more
+_HANGS = 0.2  # share of faults
 _SEEDED = SamplingParams(temperature=0.8, top_k=40, top_p=0.95)
+_MOMENTS = ("prefill",) * 5 + ("decode",) * 7 + ("loading",) * 3 + ("recovery",) * 3 + ("two at once",) * 2
 
 Answer = list[tuple[int, bytes]]
+
+
+@dataclass(frozen=True, slots=True)
+class Struck:
+    worker: WorkerHandle
+    number: signal.Signals
+    at_s: float
+    serves: bool  # it holds layers of the epoch that serves
 
 
 @dataclass
 class Tally:
     """What was seen."""
 
-    faults: int = 0
+    faults: Counter[str] = field(default_factory=Counter)  # by moment and signal
     lost: int = 0  # tokens that did not come
     changed: int = 0
-    kill_noticed_s: list[float] = field(default_factory=list)
-    hang_noticed_s: list[float] = field(default_factory=list)
-    pauses_s: list[float] = field(default_factory=list)  # after kills
+    tokens: int = 0
+    noticed_s: dict[signal.Signals, list[float]] = field(
+        default_factory=lambda: {signal.SIGKILL: [], signal.SIGSTOP: []}
+    )
+    pauses_s: dict[str, list[float]] = field(
+        default_factory=lambda: {"after one SIGKILL": [], "after one SIGSTOP": [], "after two faults": []}
+    )
     last_token_s: float = 0.0
 
-    def compare(self, expected: Sequence[Answer], answers: Sequence[Answer]) -> None:
-        for want, got in zip(expected, answers, strict=True):
-            self.lost += max(0, len(want) - len(got))
-            self.changed += sum(one != other for one, other in zip(want, got, strict=False))
+    def compare(self, want: Answer, got: Answer) -> None:
+        self.lost += max(0, len(want) - len(got))
+        self.changed += sum(one != other for one, other in zip(want, got, strict=False))
+        self.tokens += len(got)
 
     def show(self, recoveries: int) -> None:
-        print(f"{self.faults} faults, {recoveries} recoveries: {self.lost} tokens lost, {self.changed} changed")
-        for what, times in (
-            ("kill noticed", self.kill_noticed_s),
-            ("hang noticed", self.hang_noticed_s),
-            ("pause after a kill", self.pauses_s),
-        ):
+        total = self.faults.total()
+        print(f"{total} faults, {recoveries} recoveries: {self.lost} tokens lost, {self.changed} changed", end=" ")
+        print(f"of {self.tokens}")
+        print(", ".join(f"{what}: {count}" for what, count in sorted(self.faults.items())))
+        noticed = ((f"{number.name} noticed", times) for number, times in self.noticed_s.items())
+        for what, times in (*noticed, *((f"pause {what}", times) for what, times in self.pauses_s.items())):
             if times:
                 print(f"{what}: median {median(times):.3f} s, longest {max(times):.3f} s of {len(times)}")
 
 
-async def answer(cluster: Cluster, ask: Generation, tally: Tally) -> Answer:
-    rows: Answer = []
-    async for event in cluster.engine.submit(ask):
-        if isinstance(event, TokenChosen):
-            tally.last_token_s = time.monotonic()
-            rows.append((event.row.token, struct.pack("<f", event.row.logprob)))
-    return rows
-
-
-def asks(source: Random) -> list[Generation]:
+def asks(source: Random, count: int, prompt_tokens: int, tokens: int, name: str) -> list[Generation]:
     """Half greedy, half seeded."""
     return [
         Generation(
-            f"r{i}",
-            tuple(source.randrange(100, 40_000) for _ in range(_PROMPT_TOKENS)),
-            _TOKENS,
+            f"{name} {i}",
+            tuple(source.randrange(100, 40_000) for _ in range(prompt_tokens)),
+            tokens,
             _SEEDED if i % 2 else SamplingParams(),
             seed=i,
         )
-        for i in range(_SEQUENCES)
+        for i in range(count)
     ]
 
 
@@ -102,56 +114,148 @@ async def until(happens: Callable[[], bool], limit_s: float = 120.0) -> None:
         await asyncio.sleep(0.001)
 
 
-async def fault(cluster: Cluster, tally: Tally, source: Random, kills: dict[str, deque[float]]) -> None:
-    """One worker is killed or stopped; returns when requests go on."""
-    now = time.monotonic()
-    rested = [n for n in cluster.registry.present if len(kills[n]) < _LIVES or now - kills[n][0] > 60.0]
-    if not rested:
-        await asyncio.sleep(1.0)
-        return
-    name = source.choice(rested)
-    kills[name].append(now)
-    worker, hangs = cluster.registry.workers[name], source.random() < _HANGS
-    serves = worker in cluster.supervisor.epoch.workers
-    os.kill(worker.registration.pid, signal.SIGSTOP if hangs else signal.SIGKILL)
-    begun = time.monotonic()
-    tally.faults += 1
-    await until(worker.lost.is_set)
-    (tally.hang_noticed_s if hangs else tally.kill_noticed_s).append(time.monotonic() - begun)
-    await until(lambda: cluster.engine.state is EngineState.READY)
-    if serves and not hangs and cluster.engine.scheduler.sequences:
-        ready = time.monotonic()
-        await until(lambda: tally.last_token_s > ready or not cluster.engine.scheduler.sequences)
-        tally.pauses_s.append(time.monotonic() - begun)
+class Chaos:
+    """Faults of one cluster, and requests that run meanwhile."""
+
+    def __init__(self, cluster: Cluster, seed: int, faults: int) -> None:
+        self.tally = Tally()
+        self._cluster = cluster
+        self._left = faults
+        self._source = Random(seed)
+        self._requests = asks(self._source, _SEQUENCES, _PROMPT_TOKENS, _TOKENS, "early")
+        self._late = asks(self._source, _LATE, _LATE_PROMPT_TOKENS, _LATE_TOKENS, "late")
+        self._expected: dict[str, Answer] = {}
+        self._running: dict[asyncio.Task[Answer], Generation] = {}
+        self._struck_s = {worker.name: deque[float](maxlen=_LIVES) for worker in cluster.config.workers}
+
+    async def run(self) -> Tally:
+        every = [*self._requests, *self._late]
+        answers = await asyncio.gather(*(self._answer(ask) for ask in every))
+        self._expected = {ask.request_id: answer for ask, answer in zip(every, answers, strict=True)}
+        while self._left > 0:
+            for ask in self._requests:
+                self._ask(ask)
+            while self._left > 0 and not all(task.done() for task in self._running):
+                await asyncio.sleep(self._source.uniform(0.0, 1.0))
+                await self._incident()
+            for task, ask in self._running.items():
+                self.tally.compare(self._expected[ask.request_id], await task)
+            self._running.clear()
+        return self.tally
+
+    def _ask(self, ask: Generation) -> None:
+        self._running[asyncio.create_task(self._answer(ask))] = ask
+
+    async def _answer(self, ask: Generation) -> Answer:
+        rows: Answer = []
+        async for event in self._cluster.engine.submit(ask):
+            if isinstance(event, TokenChosen):
+                self.tally.last_token_s = time.monotonic()
+                rows.append((event.row.token, struct.pack("<f", event.row.logprob)))
+        return rows
+
+    # -- faults ------------------------------------------------------------------------------------------------------
+
+    @property
+    def _rested(self) -> list[WorkerHandle]:
+        """Who may be struck: those that are here, and have lives left."""
+        now_s = time.monotonic()
+        struck = self._struck_s
+        return [
+            worker
+            for name, worker in self._cluster.registry.present.items()
+            if len(struck[name]) < _LIVES or now_s - struck[name][0] > 60.0
+        ]
+
+    async def _incident(self) -> None:
+        """One fault, or two; returns when requests go on."""
+        if len(self._rested) < 2:
+            await asyncio.sleep(1.0)
+            return
+        moment = self._source.choice(_MOMENTS)
+        if moment == "prefill":
+            self._ask(self._source.choice(self._late))
+            await until(lambda: self._cluster.engine.scheduler.counts.in_flight > 0)
+            await asyncio.sleep(self._source.uniform(0.0, 0.15))
+        among = await self._loading(provoke=True) if moment == "loading" else []
+        first = "decode" if moment == "recovery" or (moment == "loading" and not among) else moment
+        struck = await self._strike(first, among, victims=2 if moment == "two at once" else 1)
+        if moment == "recovery" and self._left and (among := await self._loading(provoke=False)):
+            struck += await self._strike(moment, among)
+        await self._goes_on(struck)
+
+    async def _loading(self, *, provoke: bool) -> list[WorkerHandle]:
+        """Who loads layers now. `provoke`: because somebody is to be spared, whose layers move."""
+
+        def loading() -> list[WorkerHandle]:
+            return [worker for worker in self._rested if worker.state is WorkerState.LOADING]
+
+        supervisor, moving, name = self._cluster.supervisor, None, self._source.choice(sorted(self._struck_s))
+        if provoke and not loading():
+            moving = asyncio.create_task(supervisor.spare(name))
+        try:
+            await until(lambda: bool(loading()), 3.0)
+            return loading()
+        except TimeoutError:
+            return []
+        finally:
+            if moving is not None:
+                moving.cancel()
+                await asyncio.gather(moving, return_exceptions=True)
+                supervisor.use_again(name)
+
+    async def _strike(self, moment: str, among: Sequence[WorkerHandle], victims: int = 1) -> list[Struck]:
+        """Strikes some at once, of those that are rested where nobody is named. Returns when it has been noticed."""
+        able = among or self._rested
+        struck = []
+        for worker in self._source.sample(able, min(victims, len(able), self._left)):
+            number = signal.SIGSTOP if self._source.random() < _HANGS else signal.SIGKILL
+            serves = worker in self._cluster.supervisor.epoch.workers
+            os.kill(worker.registration.pid, number)
+            struck.append(Struck(worker, number, time.monotonic(), serves))
+            self._struck_s[worker.name].append(struck[-1].at_s)
+            self.tally.faults[f"{moment} {number.name}"] += 1
+            self._left -= 1
+        await asyncio.gather(*map(self._notice, struck))
+        return struck
+
+    async def _notice(self, struck: Struck) -> None:
+        await until(struck.worker.lost.is_set)
+        self.tally.noticed_s[struck.number].append(time.monotonic() - struck.at_s)
+
+    async def _goes_on(self, struck: Sequence[Struck]) -> None:
+        """Returns when there is a pipeline, and a token, again."""
+        engine, supervisor = self._cluster.engine, self._cluster.supervisor
+        await until(lambda: engine.state is EngineState.READY and not supervisor.epoch.lost)
+        ready_s = time.monotonic()
+        if not any(one.serves for one in struck) or not engine.scheduler.sequences:
+            return
+        await until(lambda: self.tally.last_token_s > ready_s or not engine.scheduler.sequences)
+        if self.tally.last_token_s > ready_s:
+            what = "after two faults" if len(struck) > 1 else f"after one {struck[0].number.name}"
+            self.tally.pauses_s[what].append(self.tally.last_token_s - struck[0].at_s)
 
 
-async def chaos(cluster: Cluster, seed: int, faults: int, seconds: float) -> Tally:
-    source, tally = Random(seed), Tally()
-    requests = asks(source)
-    expected = await asyncio.gather(*(answer(cluster, ask, tally) for ask in requests))
-    kills = {worker.name: deque[float](maxlen=_LIVES) for worker in cluster.config.workers}
-    end = time.monotonic() + seconds
-    while tally.faults < faults and time.monotonic() < end:
-        running = [asyncio.create_task(answer(cluster, ask, tally)) for ask in requests]
-        while tally.faults < faults and not all(task.done() for task in running):
-            await asyncio.sleep(source.uniform(0.0, 1.5))
-            await fault(cluster, tally, source, kills)
-        tally.compare(expected, await asyncio.gather(*running))
-    return tally
-
-
-async def run(model: Path, seed: int, faults: int, seconds: float, workers: int) -> None:
+async def run(model: Path, seed: int, faults: int, workers: int, silence_s: float, verbose: bool) -> None:
     names = "abcdefgh"[:workers]
     alike = ", ".join(f"{{name: {name}, threads: 1, bandwidth: 20, int8: 300}}" for name in names)
     overrides = [f"model={model}", f"workers=[{alike}]", "objective=throughput", "context_length=1024"]
+    overrides.append(f"timeouts.worker={silence_s:g}s")
+    begun_s = time.monotonic()
+
+    def watch(event: Event) -> None:
+        if verbose and isinstance(event, News):
+            print(f"{time.monotonic() - begun_s:7.2f} s: {event.text}")
+
     with tempfile.TemporaryDirectory(prefix="llamaclust-chaos-") as folder:
         directory = ClusterDir(Path(folder) / "chaos")
         with directory.locked():
-            async with open_cluster(load_config(None, overrides), model, directory) as cluster:
-                tally = await chaos(cluster, seed, faults, seconds)
+            async with open_cluster(load_config(None, overrides), model, directory, watch) as cluster:
+                tally = await Chaos(cluster, seed, faults).run()
                 tally.show(cluster.supervisor.recoveries)
-                if tally.lost or tally.changed:
-                    raise SystemExit(1)
+    print(f"{time.monotonic() - begun_s:.0f} s in all")
+    if tally.lost or tally.changed:
+        raise SystemExit(1)
 
 
 def main() -> None:
@@ -159,11 +263,14 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--faults", type=int, default=200)
-    parser.add_argument("--seconds", type=float, default=3600.0, help="no new requests after that")
-    parser.add_argument("--workers", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=5)
+    parser.add_argument(
+        "--silence", type=float, default=1.0, help="timeouts.worker in seconds (a cluster's default: 5)"
+    )
+    parser.add_argument("--verbose", action="store_true", help="what the cluster tells of its workers")
     given = parser.parse_args()
-    print(f"seed {given.seed}")
-    asyncio.run(run(given.model, given.seed, given.faults, given.seconds, given.workers))
+    print(f"seed {given.seed}, {given.workers} workers, timeouts.worker {given.silence:g} s")
+    asyncio.run(run(given.model, given.seed, given.faults, given.workers, given.silence, given.verbose))
 
 
 if __name__ == "__main__":

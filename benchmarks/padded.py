@@ -1,0 +1,74 @@
+"""Writes a model again with rows of zeros: the same function, wide enough for types in blocks of 256, in F16.
+
+python benchmarks/padded.py smollm2-135m-instruct padded.gguf --hidden 768
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from llamaclust.kernels.reference.dequantize import dequantize
+from llamaclust.model.gguf import open_model
+from llamaclust.model.quant_types import QuantType
+from llamaclust.model.tensors import Tensor
+from llamaclust.model.writer import TensorSource, write_gguf
+from llamaclust.tools.catalog import resolve_model
+
+
+def write_padded(source: Path, out: Path, hidden: int) -> None:
+    """The hidden state is `hidden` wide, with so many more heads of the same width. Norms divide by the root of the
+    mean square, which zeros make smaller: their weights and epsilon make up for that."""
+    model = open_model(source)
+    key = model.metadata_str("general.architecture")
+    was = model.metadata_int(f"{key}.embedding_length")
+    heads, pairs = (model.metadata_int(f"{key}.attention.head_count{end}") for end in ("", "_kv"))
+    head = was // heads
+    share = heads // pairs
+    assert hidden % (head * share) == 0, f"{hidden} is no multiple of {head * share}"
+    wide = {was: hidden, pairs * head: hidden // share}
+    assert len(wide) == 2, "hidden state and keys of one width"
+    epsilon = f"{key}.attention.layer_norm_rms_epsilon"
+    metadata = {
+        **model.metadata,
+        "general.file_type": 1,
+        f"{key}.embedding_length": hidden,
+        f"{key}.attention.head_count": hidden // head,
+        f"{key}.attention.head_count_kv": hidden // head // share,
+        epsilon: model.metadata_float(epsilon) * was / hidden,
+    }
+    sources = [_source(tensor, wide, (was / hidden) ** 0.5) for tensor in model.tensors.values()]
+    write_gguf(out, metadata, sources)
+
+
+def _source(tensor: Tensor, wide: Mapping[int, int], norm_scale: float) -> TensorSource:
+    shape = tuple(wide.get(size, size) for size in tensor.shape)
+    kind, dtype = (QuantType.F32, np.float32) if len(shape) == 1 else (QuantType.F16, np.float16)
+    scale = norm_scale if tensor.name.endswith("_norm.weight") else 1.0
+    return TensorSource(tensor.name, kind, shape, _padding(tensor, shape, scale, dtype))
+
+
+def _padding(tensor: Tensor, shape: tuple[int, ...], scale: float, dtype: type[np.generic]) -> Callable[[], bytes]:
+    def produce() -> bytes:
+        x = dequantize(tensor.quant_type, tensor.read(), int(np.prod(tensor.shape))).reshape(tensor.shape)
+        padded = np.pad(x * np.float32(scale), [(0, now - then) for now, then in zip(shape, tensor.shape, strict=True)])
+        return padded.astype(dtype).tobytes()
+
+    return produce
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("model")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--hidden", type=int, default=768)
+    given = parser.parse_args()
+    write_padded(resolve_model(given.model), given.out, given.hidden)
+    print(given.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,354 @@
+"""Whether plans say beforehand what will happen: predicted beside measured speed, over clusters of ten shapes.
+
+    python benchmarks/plan.py SMALL.gguf LARGE.gguf [--shapes one,two] [--repeats 3] [--random 20] [--json PATH]
+
+SMALL is the demo model, LARGE one of a gigabyte or so (`benchmarks/shape.py 1.1b Q4_K`). Machines change their speed,
+so everything that a plan is made from is measured right before and right after each request, and the request's time per
+token stands beside the mean of the two predictions: a pair. A line a shape: medians, and the ratio predicted / measured
+with its least and most. Then random plans for the same workers serve in turn with the chosen one: `best random` is the
+fastest one's time beside the chosen plan's, `noise` how far apart the chosen plan's own times were. Shapes with links
+need root (network namespaces).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import copy
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
+
+from llamaclust.wire.tuning import tune_grpc
+
+tune_grpc()
+sys.path += [str(Path(__file__).parent), str(Path(__file__).parent.parent / "tests" / "network")]
+
+from box import Box, missing  # noqa: E402
+from namespaces import enter  # noqa: E402
+from plan_shapes import SHAPES, Shape  # noqa: E402
+from split import prompts, run  # noqa: E402
+
+from llamaclust.cli.interrupts import ends_in_one_line  # noqa: E402
+from llamaclust.cluster.config import PlanEntry, load_config  # noqa: E402
+from llamaclust.cluster.coordinator import Cluster, open_cluster  # noqa: E402
+from llamaclust.cluster.events import AwaitingWorkers, Event, Watch  # noqa: E402
+from llamaclust.cluster.links import Links  # noqa: E402
+from llamaclust.cluster.measuring import measure_workers  # noqa: E402
+from llamaclust.cluster.measuring_links import hops_matter, measure_links  # noqa: E402
+from llamaclust.cluster.plan import Plan, Prediction  # noqa: E402
+from llamaclust.cluster.plan_inputs import plan_cluster  # noqa: E402
+from llamaclust.cluster.state import ClusterDir  # noqa: E402
+from llamaclust.errors import DoesNotFitError, UsageError, WorkerError  # noqa: E402
+
+_COORDINATOR = "coordinator"
+_TOGETHER = 8
+_PROMPT, _TOKENS = 224, 48  # attention looks at as many keys as in the trials of workers
+_GIB = 1 << 30
+_LOAD_S = 15.0
+_WANTED, _WANTED_MEDIAN = 0.15, 0.08
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """ms a token."""
+
+    predicted: float
+    measured: float
+
+    @property
+    def ratio(self) -> float:
+        return self.predicted / self.measured
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What is found of a shape."""
+
+    shape: str
+    layers: str
+    pairs: tuple[Pair, ...]
+    best_random: float | None  # fastest random plan / chosen one, by time
+    noise: float
+    random: int  # plans that were tried
+
+    @property
+    def ratio(self) -> float:
+        return median(pair.ratio for pair in self.pairs)
+
+
+# -- clusters of a shape -----------------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def opened(shape: Shape, model: Path, folder: Path, box: Box | None) -> AsyncIterator[Cluster]:
+    directory = ClusterDir(folder / shape.name)
+    directory.create()
+    keys = [f"model={model}", "context_length=512", "max_sequences=8", f"objective={shape.objective}"]
+    watch: Watch = lambda event: None  # noqa: E731
+    if box is None:
+        keys.append(f"workers=[{', '.join(_worker(name, *own) for name, own in shape.workers.items())}]")
+    else:
+        here = box[_COORDINATOR].address
+        keys += ["launcher=static", f"join={{listen: {here}:7100, members: {here}:7101}}"]
+        keys.append(f"workers=[{', '.join(f'{{name: {name}}}' for name in shape.workers)}]")
+        watch = _starter(shape, box, directory.path / "trust" / "token")
+    async with open_cluster(load_config(None, keys), model, directory, watch) as cluster:
+        yield cluster
+
+
+def _worker(name: str, threads: int, memory_mib: int | None) -> str:
+    memory = "" if memory_mib is None else f", memory: {memory_mib}MiB"
+    return f"{{name: {name}, threads: {threads}{memory}}}"
+
+
+def _starter(shape: Shape, box: Box, token: Path) -> Watch:
+    here = box[_COORDINATOR].address
+
+    def watch(event: Event) -> None:
+        if not isinstance(event, AwaitingWorkers):
+            return
+        for name, (threads, memory_mib) in shape.workers.items():
+            own = f"--join {here}:7100 --name {name} --threads {threads} --token-file {token}"
+            memory = "" if memory_mib is None else f" --memory {memory_mib}MiB"
+            command = f"-P -m llamaclust worker {own}{memory}"
+            box.start(name, sys.executable, *command.split(), stderr=subprocess.DEVNULL)
+
+    return watch
+
+
+@contextmanager
+def network(shape: Shape) -> Iterator[Box | None]:
+    """From here on this process is on the coordinator's host."""
+    if not shape.links:
+        yield None
+        return
+    with Box([_COORDINATOR, *shape.workers], delays=True) as box:
+        for name, link in zip(shape.workers, shape.links, strict=True):
+            box.set_link(link, name)
+        enter(box[_COORDINATOR].namespace)
+        yield box
+
+
+# -- predicted and measured --------------------------------------------------------------------------------------------
+
+
+async def predicted_ms(cluster: Cluster) -> float:
+    """Of the plan that serves, from measurements made now."""
+    config, members = cluster.config, cluster.registry.present
+    with tempfile.TemporaryDirectory() as folder:
+        nowhere = Path(folder)
+        measured = await measure_workers(config, cluster.model, members, nowhere, lambda event: None)
+        links = Links()
+        if config.launcher != "local" or hops_matter(measured):
+            credentials = cluster.supervisor._epochs._credentials
+            links = await measure_links(members, credentials, nowhere, lambda event: None)
+    by_hand = config.model_copy(update={"plan": _entries(cluster.plan)})
+    plan = plan_cluster(by_hand, cluster.model, dict.fromkeys(members, 64 * _GIB), measured, links)
+    assert plan.prediction is not None
+    return _ms(plan.prediction, config.objective)
+
+
+def _entries(plan: Plan) -> list[PlanEntry]:
+    return [PlanEntry(worker=stage.worker, layers=(stage.start, stage.end)) for stage in plan.stages]
+
+
+def _ms(prediction: Prediction, objective: str) -> float:
+    return prediction.token_ms if objective == "latency" else 1e3 / prediction.tokens_per_s
+
+
+async def measured_ms(cluster: Cluster, source: random.Random, tokens: int) -> float:
+    """`throughput`: of eight requests together, from the time when all of them decode."""
+    vocabulary = cluster.model.hyperparameters.vocabulary_size
+    if cluster.config.objective == "latency":
+        finished = await run(cluster, prompts(source, 1, _PROMPT, vocabulary)[0], tokens)
+        return 1e3 / finished.timings.decode_tok_s
+    asks = prompts(source, _TOGETHER, 1, vocabulary)
+    begun = time.perf_counter()
+    await asyncio.gather(*(run(cluster, prompt, 2 * tokens) for prompt in asks))
+    return (time.perf_counter() - begun) * 1e3 / (_TOGETHER * 2 * tokens)
+
+
+async def pairs_of(cluster: Cluster, source: random.Random, repeats: int) -> tuple[Pair, ...]:
+    await measured_ms(cluster, source, _TOKENS)  # warms up
+    found, before = [], await predicted_ms(cluster)
+    for _ in range(repeats):
+        taken = await measured_ms(cluster, source, _TOKENS)
+        after = await predicted_ms(cluster)
+        found.append(Pair((before + after) / 2, taken))
+        before = after
+    return tuple(found)
+
+
+# -- random plans ------------------------------------------------------------------------------------------------------
+
+
+def random_entries(cluster: Cluster, source: random.Random) -> list[PlanEntry]:
+    """Some of the workers in some order, cut anywhere."""
+    layers = cluster.model.layer_count
+    names = source.sample(sorted(cluster.registry.present), source.randint(1, len(cluster.registry.present)))
+    inner = sorted(source.sample(range(1, layers), len(names) - 1))
+    bounds = [0, *inner, layers]
+    return [PlanEntry(worker=name, layers=(bounds[i], bounds[i + 1])) for i, name in enumerate(names)]
+
+
+def random_plans(cluster: Cluster, source: random.Random, count: int) -> list[Plan]:
+    """That fit, each another one; fewer where there are few."""
+    found: dict[str, Plan] = {}
+    for _ in range(100 * count):
+        if len(found) < count:
+            by_hand = copy.copy(cluster.supervisor._planning)
+            by_hand._config = cluster.config.model_copy(update={"plan": random_entries(cluster, source)})
+            try:
+                plan = by_hand.plan(cluster.registry.present)
+            except (DoesNotFitError, UsageError):
+                continue
+            if not cluster.supervisor.epoch.is_as(plan):
+                found[layers_of(plan)] = plan
+    return list(found.values())
+
+
+def layers_of(plan: Plan) -> str:
+    return " ".join(f"{stage.worker}:{stage.end - stage.start}" for stage in plan.stages)
+
+
+async def serve(cluster: Cluster, plan: Plan) -> None:
+    """The plan's epoch, and no other, in place of the one that serves. TimeoutError where it does not load."""
+    supervisor = cluster.supervisor
+    links = supervisor._planning.links
+    supervisor._planning = SimpleNamespace(plan=lambda workers, apart: plan, links=links)  # type: ignore[assignment]
+    cluster.engine.interrupt(WorkerError("another plan is tried"))
+    async with asyncio.timeout(_LOAD_S):
+        while supervisor._loss is not None or not supervisor.epoch.is_as(plan):  # noqa: ASYNC110  nothing tells of it
+            await asyncio.sleep(0.01)
+
+
+async def beside_random(cluster: Cluster, source: random.Random, count: int) -> tuple[float | None, float, int]:
+    """(best random plan's time / the chosen one's, spread of the chosen one's, plans): both in turn."""
+    chosen, ratios, own = cluster.plan, [], []
+    plans = random_plans(cluster, source, count)
+    tokens = _TOKENS // 2
+
+    async def timed(plan: Plan) -> float:
+        await serve(cluster, plan)
+        await measured_ms(cluster, source, 8)
+        return min([await measured_ms(cluster, source, tokens) for _ in range(2)])
+
+    before = await timed(chosen)
+    for plan in plans:
+        try:
+            taken = await timed(plan)
+        except TimeoutError:  # it does not fit beside what a process has taken since
+            before = await timed(chosen)
+            continue
+        after = await timed(chosen)
+        ratios.append(taken / ((before + after) / 2))
+        own.append(abs(after - before) / (after + before))
+        before = after
+    return (min(ratios) if ratios else None), (2 * median(own) if own else 0.0), len(ratios)
+
+
+# -- the table ---------------------------------------------------------------------------------------------------------
+
+
+async def measure(shape: Shape, model: Path, repeats: int, count: int) -> None:
+    """Prints the row as JSON, before the box ends: that ends all processes on its hosts, this one too."""
+    source = random.Random(shape.name)
+    with tempfile.TemporaryDirectory() as folder, network(shape) as box:
+        async with opened(shape, model, Path(folder), box) as cluster:
+            pairs = await pairs_of(cluster, source, repeats)
+            layers = layers_of(cluster.plan)
+            best, noise, tried = await beside_random(cluster, source, count) if count else (None, 0.0, 0)
+            print(json.dumps(asdict(Row(shape.name, layers, pairs, best, noise, tried))), flush=True)
+
+
+def row_of_child(shape: Shape, given: argparse.Namespace) -> Row | None:
+    """Measured in a process of its own: a thread cannot leave a network that it has entered."""
+    if shape.links and (reason := missing()) is not None:
+        print(f"{shape.name:14} not measured: {reason}", flush=True)
+        return None
+    own = ["--child", shape.name, "--repeats", str(given.repeats), "--random", str(given.random)]
+    done = subprocess.run(
+        [sys.executable, __file__, str(given.small), str(given.large), *own], stdout=subprocess.PIPE, check=False
+    )
+    if not done.stdout:
+        print(f"{shape.name:14} failed", flush=True)
+        return None
+    values = json.loads(done.stdout)
+    return Row(**{**values, "pairs": tuple(Pair(**pair) for pair in values["pairs"])})
+
+
+def show(shape: Shape, row: Row) -> None:
+    predicted, taken = (median(getattr(p, which) for p in row.pairs) for which in ("predicted", "measured"))
+    ratios = sorted(pair.ratio for pair in row.pairs)
+    best = "-" if row.best_random is None else f"{row.best_random:.2f} of {row.random}, noise {row.noise:.2f}"
+    print(
+        f"{row.shape:14} {row.layers:18} {predicted:8.2f} {taken:9.2f} {row.ratio:8.3f}"
+        f"   {ratios[0]:.2f} .. {ratios[-1]:.2f}   {best:26} {shape.what}",
+        flush=True,
+    )
+
+
+def summary(rows: list[Row]) -> None:
+    errors = [abs(row.ratio - 1) for row in rows]
+    within = sum(error <= _WANTED for error in errors)
+    print(f"{within} of {len(rows)} shapes within {_WANTED:.0%}; median error {median(errors):.1%}, ", end="")
+    print(f"most {max(errors):.1%} (wanted: each within {_WANTED:.0%}, {_WANTED_MEDIAN:.0%} in the median)")
+    compared = [row for row in rows if row.best_random is not None]
+    if compared:
+        faster = [row.shape for row in compared if row.best_random is not None and row.best_random < 1 - row.noise]
+        what = f"faster by more than the noise: {', '.join(faster)}" if faster else "none faster by more than the noise"
+        print(f"{sum(row.random for row in compared)} random plans, {what}")
+
+
+def positive_or_zero(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{value} is less than 0")
+    return value
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("small", type=Path)
+    parser.add_argument("large", type=Path)
+    parser.add_argument("--shapes", help=f"some of {','.join(shape.name for shape in SHAPES)}")
+    parser.add_argument("--repeats", type=positive_or_zero, default=3)
+    parser.add_argument("--random", type=positive_or_zero, default=20, help="random plans of each shape; 0: none")
+    parser.add_argument("--json", type=Path, help="write every figure to this file, a JSON line a shape")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    known = {shape.name: shape for shape in SHAPES}
+    if given.child:
+        shape = known[given.child]
+        model = given.large if shape.is_large else given.small
+        asyncio.run(measure(shape, model, given.repeats, given.random))
+        return
+    names = given.shapes.split(",") if given.shapes else list(known)
+    if unknown := [name for name in names if name not in known]:
+        parser.error(f"no such shape: {', '.join(unknown)}")
+    print(f"{'shape':14} {'layers':18} predicted  measured   ratio   least .. most   best random / chosen")
+    rows = []
+    for name in names:
+        row = row_of_child(known[name], given)
+        if row is not None:
+            show(known[name], row)
+            rows.append(row)
+    if given.json is not None:
+        given.json.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
+    if rows:
+        summary(rows)
+
+
+if __name__ == "__main__":
+    with ends_in_one_line():
+        main()

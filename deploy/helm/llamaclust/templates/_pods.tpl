@@ -31,6 +31,7 @@ securityContext:
 - {name: HOME, value: /tmp}
 - {name: LLAMACLUST_HOME, value: /var/lib/llamaclust/home}
 - {name: LLAMACLUST_STATE_DIR, value: /var/lib/llamaclust/state}
+- {name: LLAMACLUST_LOG, value: {{ .Values.logFormat }}}
 {{- end }}
 
 {{/* The pod's own volume, and the model's where that is another one. */}}

@@ -41,7 +41,9 @@ def _starts(parts: Iterable[NDArray[np.int32]]) -> NDArray[np.int32]:
 def load_stage(
     backend: Backend, model: Model, start: int = 0, end: int | None = None, limits: StageLimits = LIMITS
 ) -> Stage:
-    program = model.program(start, model.layer_count if end is None else end, KvType(limits.kv_type))
+    program = model.program(
+        start, model.layer_count if end is None else end, KvType(limits.kv_type), limits.max_context_tokens
+    )
     return backend.load(program, model.tensors_for(program), limits, lambda done_bytes: None)
 
 

@@ -191,6 +191,7 @@ class CommandLine:
         """A command in its own session; it reads nothing. `out` is where its standard output goes; `before` are words
         that run the command in another place, and become it."""
         number = len(self._started)
+        hear_ctrl_c()
         out, err = out or self.folder / f"{number}.out", self.folder / f"{number}.err"
         with out.open("wb") as to_out, err.open("wb") as to_err:
             process = subprocess.Popen(
@@ -201,7 +202,6 @@ class CommandLine:
                 cwd=self.folder,
                 env=self._environment,
                 start_new_session=True,
-                preexec_fn=_hear_ctrl_c,
             )
         self._started.append(Running(process, out, err))
         return self._started[-1]
@@ -253,9 +253,11 @@ class CommandLine:
             assert not left
 
 
-def _hear_ctrl_c() -> None:
-    """Also where the tests run in the background of a shell that has its jobs ignore it."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+def hear_ctrl_c() -> None:
+    """What is started from now on does, also where the tests run in the background of a shell that has its jobs ignore
+    it. Here and not between fork and exec, where no Python should run beside gRPC's threads."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _description(process: psutil.Process) -> str:

@@ -24,7 +24,7 @@ def demo_model() -> Path:
         pytest.skip(f"the demo model is missing ({error})")
 
 
-_CLUSTERS = ("bad_input", "cli", "cluster", "launcher", "recovery", "trust", "weights", "worker")
+_CLUSTERS = ("bad_input", "cli", "cluster", "invariance_demo", "launcher", "recovery", "trust", "weights", "worker")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

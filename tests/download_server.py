@@ -23,6 +23,8 @@ class Behaviour:
     bytes_per_s: float = 0.0
     ranges_asked: list[str | None] = field(default_factory=list)
     requests: int = 0
+    answers: dict[str, tuple[int, dict[str, str]]] = field(default_factory=dict)  # instead of a file's bytes
+    seen: list[tuple[str, str, str | None]] = field(default_factory=list)  # method, path, Authorization
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -31,6 +33,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         does = self.behaviour
+        does.seen.append((self.command, self.path, self.headers.get("Authorization")))
+        if self.path in does.answers:
+            return self._say(*does.answers[self.path])
         body = does.files.get(self.path)
         if body is None:
             return self.send_error(404)
@@ -41,31 +46,46 @@ class Handler(BaseHTTPRequestHandler):
         if not is_page:
             does.requests += 1
             does.ranges_asked.append(self.headers.get("Range"))
-        start = 0 if is_page else self._start(does)
+        start, end = (0, len(body)) if is_page else self._range(does, len(body))
         if start > 0 and start >= len(body):
             self.send_response(416)
             self.send_header("Content-Range", f"bytes */{len(body)}")
             self.send_header("Content-Length", "0")
             return self.end_headers()
-        self._answer(body, start, is_page)
+        self._answer(body, start, end, is_page)
         return None
 
-    def _start(self, does: Behaviour) -> int:
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def _say(self, status: int, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": "0", **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def _range(self, does: Behaviour, size: int) -> tuple[int, int]:
         asked = self.headers.get("Range")
         unchanged = self.headers.get("If-Range") in (None, does.etag)
-        return int(asked.removeprefix("bytes=").rstrip("-")) if asked and does.ranges and unchanged else 0
+        if not asked or not does.ranges or not unchanged:
+            return 0, size
+        first, _, last = asked.removeprefix("bytes=").partition("-")
+        return int(first), min(size, int(last) + 1) if last else size
 
-    def _answer(self, body: bytes, start: int, is_page: bool) -> None:
+    def _answer(self, body: bytes, start: int, end: int, is_page: bool) -> None:
         does = self.behaviour
-        self.send_response(206 if start else 200)
-        if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
+        is_part = (start, end) != (0, len(body))
+        self.send_response(206 if is_part else 200)
+        if is_part:
+            self.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(body)}")
+        elif does.ranges:
+            self.send_header("Accept-Ranges", "bytes")
         if does.etag:
             self.send_header("ETag", does.etag)
         self.send_header("Content-Type", "text/html" if is_page else "application/octet-stream")
-        self.send_header("Content-Length", str(len(body) - start))
+        self.send_header("Content-Length", str(end - start))
         self.end_headers()
-        rest = body[start:]
+        rest = body[start:end] if self.command == "GET" else b""
         if not is_page and does.drops > 0 and len(rest) > does.drop_after:
             does.drops -= 1
             self.wfile.write(rest[: does.drop_after])

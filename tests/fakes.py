@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 
+from llamaclust.cluster.breakers import SeenBreakers
 from llamaclust.cluster.pipeline import StageInfo
 from llamaclust.cluster.requests import Event, FinishReason, Generation, PromptScored, TokenChosen
 from llamaclust.cluster.scheduler import Scheduler
@@ -15,7 +16,6 @@ from llamaclust.cluster.scheduler_flight import ScheduledMicrobatch
 from llamaclust.cluster.sequences import Finished, Update
 from llamaclust.model.program import KV_BLOCK_TOKENS
 from llamaclust.wire.messages import (
-    Chosen,
     Chunk,
     Microbatch,
     Result,
@@ -26,7 +26,7 @@ from llamaclust.wire.messages import (
     ScoreTask,
     StageTiming,
 )
-from llamaclust.worker.chosen import ChosenTokens
+from llamaclust.worker.chosen import ChosenTokens, chosen_in
 
 VOCABULARY = 101
 
@@ -40,7 +40,15 @@ def blocks_of(chunk: Chunk) -> list[int]:
 def answer(tokens: Sequence[int], task: RowTask) -> RowResult:
     """What the fake model says after these tokens: anything else than these tokens gives another answer."""
     if isinstance(task, SampleTask):
-        asked = (task.seed, task.choice, task.position, task.params, task.history, task.top_logprobs)
+        asked = (
+            task.seed,
+            task.choice,
+            task.position,
+            task.params,
+            task.history,
+            task.top_logprobs,
+            _more(tokens, task),
+        )
     else:
         asked = (task.token, task.top_logprobs)
     digest = sha256(repr((tuple(tokens), asked)).encode()).digest()
@@ -48,7 +56,14 @@ def answer(tokens: Sequence[int], task: RowTask) -> RowResult:
     if isinstance(task, ScoreTask):
         return RowResult(task.token, -(value % 4096) / 64)
     allowed = [token for token in range(VOCABULARY) if token not in task.suppressed]
-    return RowResult(allowed[value % len(allowed)], -(value % 4096) / 64)
+    mu = task.mu + value % 7 if task.params.needs_state else None
+    return RowResult(allowed[value % len(allowed)], -(value % 4096) / 64, mu=mu)
+
+
+def _more(tokens: Sequence[int], task: SampleTask) -> tuple[object, ...]:
+    """A breaker that begins with a token which stands nowhere before the last one makes no difference."""
+    breakers = sorted(one for one in task.breakers if one[0] in tokens[:-1])
+    return task.penalty_window, task.dry_window, breakers, task.mu
 
 
 @dataclass
@@ -135,7 +150,7 @@ class FakeStages:
             self.busy_ns[stage] += compute
         inputs = self.chosen.fill_inputs(scheduled.inputs, microbatch)
         rows = self.model.run(self.chosen.fill(microbatch), inputs)
-        self.chosen.put(Chosen(microbatch.number, tuple(row.token for row in rows)))
+        self.chosen.put(chosen_in(microbatch.number, rows))
         self.chosen_ns[microbatch.number] = now_ns + self.hop_ns * (len(self.stage_ns) > 1)
         return now_ns + self.hop_ns, Result(microbatch.epoch, microbatch.number, rows, tuple(timings))
 
@@ -206,14 +221,27 @@ def expected(ask: Generation, context_length: int) -> tuple[list[RowResult], dic
             task = ScoreTask(tokens[position], ask.top_logprobs)
             scored[position] = answer(tokens[:position], task)
     rows: list[RowResult] = []
+    chain = ask.params.chain
+    mu = chain.first_mu if chain else 0.0
     while len(rows) < ask.max_tokens and len(tokens) < context_length:
-        history = tuple(tokens[-ask.penalty_window :]) if ask.params.needs_history else ()
+        history = tuple(tokens[-ask.history_window :]) if ask.history_window else ()
         suppressed = tuple(sorted(ask.stop_token_ids)) if len(rows) < ask.min_tokens else ()
         task_now = SampleTask(
-            ask.params, ask.seed, ask.choice, len(tokens), history, suppressed, top_logprobs=ask.top_logprobs
+            ask.params,
+            ask.seed,
+            ask.choice,
+            len(tokens),
+            history,
+            suppressed,
+            ask.top_logprobs,
+            penalty_window=ask.penalty_window if ask.looks_for_repetitions else None,
+            dry_window=ask.dry_window if ask.looks_for_repetitions else None,
+            breakers=SeenBreakers(ask.breakers, tokens).sequences,
+            mu=mu,
         )
         rows.append(answer(tokens, task_now))
         tokens.append(rows[-1].token)
+        mu = mu if rows[-1].mu is None else rows[-1].mu
         if tokens[-1] in ask.stop_token_ids:
             return rows, scored, FinishReason.STOP
     return rows, scored, FinishReason.LENGTH

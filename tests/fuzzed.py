@@ -14,6 +14,8 @@ from test_trust_versions import CASES
 from llamaclust.wire.codec import encode_microbatch
 from llamaclust.wire.frames import decode_frame, encode_failure, encode_hidden
 from llamaclust.wire.messages import Chunk, Microbatch, StageTiming
+from llamaclust.wire.weights import WeightRange, decode_range, encode_missing, encode_range, frames_of
+from llamaclust.wire.weights import decode_frame as decode_weights
 
 COUNT = int(os.environ.get("FUZZ_CASES", "2000"))
 """Cases of each test; docs/security.md says how to run more."""
@@ -37,8 +39,18 @@ def _frames() -> Kind:
     return Kind("Frame", good, decode_frame)
 
 
+def _weights() -> list[Kind]:
+    """What Fetch streams carry."""
+    asked = encode_range(WeightRange("ab" * 32, 7, 1 << 40)), encode_range(WeightRange("00" * 32, 0, 0))
+    given = *frames_of(memoryview(bytes(range(64)))), encode_missing("no such weights")
+    return [
+        Kind("WeightRange", asked, decode_range),
+        Kind("WeightFrame", given, lambda data: decode_weights(data, 64)),
+    ]
+
+
 def kinds() -> list[Kind]:
-    found: dict[str, Kind] = {"Frame": _frames()}
+    found = {kind.name: kind for kind in (_frames(), *_weights())}
     for name, message, encode, decode, _ in CASES:
         known = found.get(name, Kind(name, (), decode))
         found[name] = Kind(name, (*known.good, encode(message)), decode)

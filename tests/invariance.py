@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -18,6 +18,7 @@ from llamaclust.cluster.requests import Generation, PromptScored, TokenChosen
 from llamaclust.cluster.state import ClusterDir
 from llamaclust.model.program import KV_BLOCK_TOKENS, KvType
 from llamaclust.wire.messages import RowResult, SamplingParams
+from llamaclust.wire.sampler_chain import PLAIN_ORDER, STEPS, SamplerChain, Step
 
 Answer = tuple[tuple[int, bytes], ...]
 """(token id, the four bytes of its float32 logprob) of every scored prompt token, then of every generated one."""
@@ -25,6 +26,16 @@ Answer = tuple[tuple[int, bytes], ...]
 _DEADLINE_S = 240.0
 _OWN = 3
 _SEEDED = SamplingParams(temperature=0.9, top_k=40, top_p=0.95, repetition_penalty=1.1, frequency_penalty=0.1)
+_CHAINS = (
+    SamplerChain(STEPS, mirostat=1, mirostat_tau=3.0),
+    SamplerChain((Step.TEMPERATURE,), mirostat=2, mirostat_tau=4.0),
+    SamplerChain((Step.DRY, *PLAIN_ORDER), dry_multiplier=5.0, dry_allowed_length=1),
+    SamplerChain((Step.TOP_K, Step.XTC, Step.TEMPERATURE), xtc_probability=0.5, xtc_threshold=0.01),
+    SamplerChain((Step.TYPICAL_P, Step.TEMPERATURE), typical_p=0.7, dynatemp_range=0.5),
+    SamplerChain((Step.TEMPERATURE, Step.TOP_N_SIGMA), top_n_sigma=1.5),
+    SamplerChain((Step.TFS_Z, Step.TEMPERATURE, Step.PENALTIES), tfs_z=0.9, unpenalized=(13,)),
+)
+"""For the seven that grow: every sampler there is, state that goes from token to token among them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +86,16 @@ def make_work(seed: int, vocabulary: int, kv_heads: int, head_dim: int, long: in
         Generation("scored", prompt(70), 2, score_from=1),
     )
     others = tuple(
-        Generation(f"other {i}", prompt(source.randrange(5, 12)), 8 * tokens, _SEEDED, seed=i) for i in range(7)
+        Generation(
+            f"other {i}",
+            prompt(source.randrange(5, 12)),
+            8 * tokens,
+            replace(_SEEDED, chain=chain),
+            seed=i,
+            dry_window=40,
+            breakers={3: ((3,), (3, 4))},
+        )
+        for i, chain in enumerate(_CHAINS)
     )
     return Work(own + others, kv_heads, head_dim)
 

@@ -18,7 +18,7 @@ from tiny_model import build_tiny_model
 from llamaclust.model.quant_types import QuantType
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
-SCRIPTS = sorted(path.name for path in FOLDER.glob("*.py"))
+SCRIPTS = sorted(path.name for path in FOLDER.glob("*.py") if "__main__" in path.read_text())
 
 LLAMA_BENCH = """#!/bin/sh
 echo '[{"n_prompt": 16, "n_gen": 0, "avg_ts": 10.0}, {"n_prompt": 0, "n_gen": 2, "avg_ts": 5.0}]'

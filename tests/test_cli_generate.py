@@ -106,6 +106,24 @@ async def test_generate_as_json() -> None:
         "timings": {"ttft_ms": 20.0, "prefill_tok_s": 100.0, "decode_tok_s": 50.0},
     }
     assert (ask.params.top_k, ask.params.top_p, ask.params.min_p) == (7, 0.5, 0.1)
+    assert ask.params.chain is None
+
+
+@run_async
+async def test_samplers_beyond_the_plain_ones() -> None:
+    async with scripted("Hello") as (url, engine):
+        given = ("--mirostat", "2", "--mirostat-tau", "3", "--repeat-penalty", "1.5", "--typical-p", "0.5")
+        assert (await command("generate", "abc", *given, "--endpoint", url)).code == 0
+        ask = engine.submitted.pop()
+        assert ask.params.chain is not None and ask.params.repetition_penalty == 1.5
+        assert (ask.params.chain.mirostat, ask.params.chain.mirostat_tau) == (2, 3.0)
+        given = ("--samplers", "dry;top_k,temperature", "--dry-multiplier", "1", "--dry-sequence-breaker", "e")
+        assert (await command("generate", "abc", *given, "--endpoint", url)).code == 0
+        ask = engine.submitted.pop()
+        assert ask.params.chain is not None and ask.params.chain.order == ("dry", "top_k", "temperature")
+        assert ask.breakers
+        ended = await command("generate", "abc", "--samplers", "magic", "--endpoint", url)
+        assert (ended.code, ended.out) != (0, "") and "'magic' is none of penalties" in ended.err
 
 
 @run_async

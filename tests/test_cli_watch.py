@@ -19,6 +19,7 @@ from llamaclust.cluster.events import (
     Ready,
     StartFailed,
     WorkerLoading,
+    WorkerReading,
     from_line,
     to_line,
 )
@@ -28,6 +29,7 @@ MIB = 1 << 20
 EVENTS: tuple[Event, ...] = (
     Measuring(("a", "b")),
     PlanMade(("plan:",)),
+    WorkerReading("a", 1, 3 * MIB),
     WorkerLoading("a", 0, 2, 1, 2 * MIB),
     WorkerLoading("a", 0, 2, 2 * MIB, 2 * MIB),
     Ready("tiny", "http://127.0.0.1:1", "good"),
@@ -51,9 +53,10 @@ def shown(capsys: pytest.CaptureFixture[str], *events: Event) -> list[str]:
 
 def test_off_a_terminal_every_event_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     lines = shown(capsys, *EVENTS)
-    assert lines[:4] == [
+    assert lines[:5] == [
         "measuring what this machine can do, once: some seconds",
         "plan:",
+        "worker a reads the model for others: reading 3.0 MiB",
         "worker a, layers 0-1: loading 2.0 MiB",
         "",
     ]

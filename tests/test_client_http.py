@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import json
 import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -12,13 +11,13 @@ from typing import Any, TypeVar, get_type_hints
 
 import pytest
 import served
+from sampled import SAMPLERS
 from served import END, ScriptedEngine, ids, logprob, run_async, says, serving
 
 from llamaclust import AsyncClient, Client
 from llamaclust.cluster.client_base import TextClient
 from llamaclust.cluster.client_service import ServiceClient
 from llamaclust.cluster.client_types import Chunk, Options, Settings, join
-from llamaclust.cluster.client_wire import CompletionReader, EventReader
 from llamaclust.cluster.requests import Generation
 from llamaclust.cluster.text import TextService
 from llamaclust.errors import (
@@ -26,9 +25,10 @@ from llamaclust.errors import (
     QueueFullError,
     RequestError,
     UsageError,
-    WireError,
     WorkerError,
 )
+from llamaclust.wire.sampler_chain import SamplerChain
+from llamaclust.wire.sampling_bounds import CHAIN_BOUNDS
 
 _Value = TypeVar("_Value")
 _EVERYTHING: Options = {
@@ -46,6 +46,7 @@ _EVERYTHING: Options = {
     "stop": ["x", "yy"],
     "stop_token_ids": [5],
     "min_tokens": 2,
+    **SAMPLERS,
 }
 
 
@@ -170,7 +171,14 @@ def _submitted(engine: ScriptedEngine) -> list[Generation]:
 
 
 @pytest.mark.parametrize(
-    "more", [{}, {"ignore_eos": True, "stop_token_ids": []}, {"max_tokens": None, "min_tokens": 0}, {"stop": "z"}]
+    "more",
+    [
+        {},
+        {"ignore_eos": True, "stop_token_ids": []},
+        {"max_tokens": None, "min_tokens": 0},
+        {"stop": "z"},
+        {"mirostat": 2},
+    ],
 )
 @run_async
 async def test_both_kinds_of_client_ask_for_the_same(more: Options) -> None:
@@ -188,12 +196,16 @@ async def test_both_kinds_of_client_ask_for_the_same(more: Options) -> None:
         await asyncio.to_thread(_ask_both_ways, client, options)
     assert _submitted(local) == _submitted(engine)
     assert (local.submitted[0].seed, local.submitted[1].params.top_k) == (2**63 + 5, 3)
+    chain = local.submitted[1].params.chain
+    assert chain is not None and (chain.mirostat, chain.dry_base) == (options.get("mirostat", 0), 2.0)
+    off = SamplerChain()
+    assert all(getattr(chain, name) != getattr(off, name) for name in CHAIN_BOUNDS)
 
 
 def test_options_and_settings_have_the_same_names() -> None:
     names = {field.name for field in dataclasses.fields(Settings)}
     assert set(get_type_hints(Options)) == names
-    assert set(_EVERYTHING) | {"ignore_eos"} == names
+    assert set(_EVERYTHING) | {"ignore_eos", "mirostat"} == names
 
 
 def test_an_unknown_option_is_refused() -> None:
@@ -341,44 +353,3 @@ def test_keys_that_are_none(key: str) -> None:
 async def test_the_address_may_end_as_openais_clients_want_it() -> None:
     async with scripted("Hi") as (url, _):
         assert (await with_client(f"{url}/v1/", lambda client: client.generate("x"))).text == "Hi"
-
-
-# -- events ------------------------------------------------------------------------------------------------------------
-
-
-def test_events_may_be_cut_anywhere() -> None:
-    events: list[dict[str, Any]] = [{"n": 1}, {"text": "\u00e9\u2028"}, {"n": 3}]
-    data = b": waiting\n\n" + b"".join(
-        b"data: " + json.dumps(event, ensure_ascii=False).encode() + end
-        for event, end in zip(events, (b"\n\n", b"\r\n\r\n", b"\n\n"), strict=True)
-    )
-    data += b"data: [DONE]\n\ndata: {}\n\n"
-    for size in (1, 2, 3, 7, len(data)):
-        reader = EventReader()
-        pieces = [data[start : start + size] for start in range(0, len(data), size)]
-        assert [event for piece in pieces for event in reader.feed(piece)] == events
-        assert reader.is_done
-
-
-def test_a_long_event_in_small_pieces_is_read_in_linear_time() -> None:
-    data = b'data: {"text": "' + b"x" * (1 << 20) + b'"}\n'
-    reader = EventReader()
-    events = [event for start in range(0, len(data), 64) for event in reader.feed(data[start : start + 64])]
-    assert len(events[0]["text"]) == 1 << 20
-
-
-def test_an_error_event_is_raised() -> None:
-    data = b'data: {"error": {"message": "no", "code": "deadline_exceeded", "type": "server_error"}}\n\n'
-    with pytest.raises(LlamaclustError, match="no") as caught:
-        list(EventReader().feed(data))
-    assert (type(caught.value).__name__, caught.value.code) == ("DeadlineError", "deadline_exceeded")
-    with pytest.raises(WireError):
-        list(EventReader().feed(b"data: {\n"))
-
-
-def test_scored_rows_that_come_in_several_events() -> None:
-    rows, reader, seen = [[0.5, 1.5], [2.5], [3.5, 4.5]], CompletionReader(), []
-    for logprobs in rows:
-        choice = {"text": "", "token_ids": [], "logprobs": {"token_logprobs": logprobs}, "finish_reason": None}
-        seen += reader.read({"choices": [choice]}).prompt_logprobs
-    assert seen == [0.5, 1.5, 2.5, 3.5, 4.5]

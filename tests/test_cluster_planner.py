@@ -136,6 +136,29 @@ def test_more_workers_than_layers() -> None:
     assert {spare.reason for spare in plan.spares} == {"the model has 12 layers, one for each of the others"}
 
 
+WINDOWED = replace(SMALL, layers=(LAYER, replace(LAYER, window=1000)) * 6)
+
+
+def test_layers_with_a_window_are_planned_with_that_much_kv_memory() -> None:
+    ask = replace(ASK, context_length=8192, max_rows=544)
+    assert make_plan(SMALL, [worker("a")], ask).window_blocks == 0
+    plan = make_plan(WINDOWED, [worker("a", memory_mib=None)], ask)
+    most = 8 * 65 + 34  # (1000 + 13) // 16 + 2 for each sequence, and the rows of a microbatch
+    assert (plan.kv_blocks, plan.window_blocks) == (8 * 512, most)
+    assert plan.stages[0].kv_bytes == 6 * 4096 * 16 * (8 * 512 + most)
+    assert make_plan(WINDOWED, [worker("a", memory_mib=None)], replace(ask, context_length=1024)).window_blocks == 0
+    for given in (300, 411):
+        plan = make_plan(WINDOWED, [worker("a")], replace(ask, kv_memory_bytes=given * MIB))
+        assert plan.window_blocks == min(most, 65 - (-4 * (plan.kv_blocks - 512) * 65 // 512) + 34)
+        assert plan.stages[0].kv_bytes == 6 * 4096 * 16 * (plan.kv_blocks + plan.window_blocks)
+        assert 0 <= given * MIB - plan.stages[0].kv_bytes < 6 * 4096 * 16 * 2
+    alone = replace(WINDOWED, layers=WINDOWED.layers[1:2] * 12)
+    plan = make_plan(alone, [worker("a")], replace(ask, kv_memory_bytes=4000 * MIB))
+    assert (plan.kv_blocks, plan.window_blocks) == (8 * 512, most), "no more than all sequences can use"
+    with pytest.raises(DoesNotFitError, match="KV memory"):
+        make_plan(WINDOWED, [worker("a")], replace(ask, kv_memory_bytes=200 * MIB))
+
+
 def test_kv_memory() -> None:
     plan = make_plan(SMALL, [worker("a", memory_mib=None)], ASK)
     assert plan.kv_blocks == 8 * 1024 // 16
@@ -279,7 +302,7 @@ def test_every_figure_of_a_plan_is_in_its_json(measured: bool) -> None:
     values = json.loads(json.dumps(plan_json(make_plan(SMALL, workers, ASK))))
     predicted_keys = {"token_ms", "links_ms", "ttft_ms", "tokens_per_s", "limiting"}
     assert values.keys() == predicted_keys | {
-        "stages", "kv_blocks", "context_length", "spares", "excess", "prompt_tokens",
+        "stages", "kv_blocks", "window_blocks", "context_length", "spares", "excess", "prompt_tokens",
     }  # fmt: skip
     assert values["stages"][0].keys() == {
         "worker", "start", "end", "weight_bytes", "kv_bytes", "workspace_bytes", "memory_bytes",

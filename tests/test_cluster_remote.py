@@ -45,7 +45,9 @@ def _pipeline(forward: Stream, sample: Stream) -> RemotePipeline:
     register = Register("a", 1, "host", "unix:/a.sock", "cpu", 1, "generic", 1, 1, "nothing")
     order = Load(1, "m", "m", 0, 2, StageLimits(8, 8, 8, 64, 8), None)
     stages = {1: (order, Loaded(1, 1, 1, 1))}
-    worker: Any = SimpleNamespace(name="a", registration=register, stages=stages, lost=asyncio.Event())
+    worker: Any = SimpleNamespace(
+        name="a", registration=register, stages=stages, lost=asyncio.Event(), cut_off=lambda epoch: asyncio.Event()
+    )
     peer: Any = SimpleNamespace(close=lambda: asyncio.sleep(0))
     ends: Any = (forward, sample)
     return RemotePipeline(1, [worker], (peer, peer), *ends)

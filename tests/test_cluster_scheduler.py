@@ -14,7 +14,9 @@ from llamaclust.cluster.scheduler_flight import ScheduledMicrobatch
 from llamaclust.cluster.settings import SchedulerSettings
 from llamaclust.errors import QueueFullError, RequestError, WireError
 from llamaclust.model.program import KV_BLOCK_TOKENS
-from llamaclust.wire.messages import Result, RowResult, SamplingParams
+from llamaclust.wire.messages import Result, SamplingParams
+from llamaclust.wire.sampler_chain import SamplerChain, Step
+from llamaclust.wire.sampling_bounds import MAX_BREAKERS_TOKENS
 
 BASE = SchedulerSettings(
     model_id="m",
@@ -25,6 +27,8 @@ BASE = SchedulerSettings(
     max_rows=128,
     max_outputs=32,
 )
+MIROSTAT = SamplingParams(chain=SamplerChain(mirostat=1))
+DRY = SamplingParams(chain=SamplerChain((Step.DRY,), dry_multiplier=1.0))
 
 
 def simulation(
@@ -124,9 +128,19 @@ def random_request(random_: random.Random) -> Generation:
         score_from=random_.choice([None, 0, 5, 20, 60]) if max_tokens else random_.choice([0, 1]),
         stop_token_ids=frozenset(random_.sample(range(VOCABULARY), random_.choice([0, 3]))),
         min_tokens=random_.choice([0, 0, 4]),
-        params=random_.choice([SamplingParams(), SamplingParams(repetition_penalty=1.1)]),
+        params=random_.choice([SamplingParams(), SamplingParams(repetition_penalty=1.1), MIROSTAT, DRY]),
         penalty_window=random_.choice([3, 64]),
+        dry_window=random_.choice([0, 9, 200]),
+        breakers={5: ((5,), (5, 6)), 40: ((40, 41, 42),)},
     )
+
+
+def test_breakers_that_no_last_stage_would_take_are_refused() -> None:
+    run = simulation()
+    many = {5: tuple((5, 1 + number % 9) for number in range(MAX_BREAKERS_TOKENS // 2))}
+    with pytest.raises(RequestError, match=f"dry_sequence_breakers.* at most {MAX_BREAKERS_TOKENS} are taken"):
+        run.add(replace(ask(9, 3, params=DRY), breakers=many | {6: ((6,),)}))
+    run.add(replace(ask(9, 3, params=DRY), breakers=many))
 
 
 def test_shared_prompts_are_computed_once() -> None:
@@ -236,19 +250,6 @@ def test_a_full_queue_refuses() -> None:
     with pytest.raises(QueueFullError, match="5 requests wait"):
         run.add(ask(10, 5))
     run.finish()
-
-
-def test_a_row_without_an_answer_fails_its_request_alone() -> None:
-    run = simulation()
-    bad, good = run.add(ask(10, 20)), run.add(ask(11, 20))
-    run.send_all()
-    at, result = run.sent.popleft()
-    rows = (RowResult(-1, float("nan"), failure="logits are not finite"), *result.rows[1:])
-    run.sent.appendleft((at, replace(result, rows=rows)))
-    run.finish()
-    assert [str(update) for update in run.updates[bad]] == ["Failed(message='logits are not finite')"]
-    check_answer(run, good, ask(11, 20))
-    assert run.scheduler.counts.kv_blocks_held == 0
 
 
 def test_results_out_of_turn_are_refused() -> None:

@@ -71,7 +71,9 @@ TOP_KEYS = {
     'api_keys_file: "k\\0"': f"api_keys_file: {NO_PATH}",
     "state_dir: ~no-such-user/x": f"state_dir: '~no-such-user/x' {NO_HOME}",
     "api_keys_file: ''": "api_keys_file: '' is not possible; give text",
-    "timeouts: 5s": ("timeouts: '5s' is not possible; give keys with values: request, worker, recovery, coordinator"),
+    "timeouts: 5s": (
+        "timeouts: '5s' is not possible; give keys with values: request, worker, load, recovery, coordinator"
+    ),
     "timeouts: {request: soon}": "timeouts.request: 'soon' is not a duration; write it like 600s, 10min or 250ms",
     "timeouts: {request: null}": (
         "timeouts.request: an empty value is not a duration; write it like 600s, 10min or 250ms"
@@ -80,6 +82,7 @@ TOP_KEYS = {
     f"timeouts: {{request: 1{'0' * 400}}}": (
         f"timeouts.request: 1{'0' * 59}... is not a possible duration; more than 0 and up to 30 days is"
     ),
+    "timeouts: {load: 900ms}": "timeouts.load: 0.9 s is too short to tell a load that hangs; set 1s or more",
     "timeouts: {worker: 10ms}": "timeouts.worker: 0.01 s is too short to tell a lost worker; set 500ms or more",
     "model: x": "not valid YAML: key 'model' stands here twice",
     "5: x": "not valid YAML: key '5' is no word",

@@ -26,6 +26,7 @@ from llamaclust.wire.messages import (
     SamplingInputs,
     SamplingParams,
 )
+from llamaclust.wire.sampler_chain import SamplerChain, Step
 from llamaclust.worker.chosen import ChosenTokens, chosen_in
 
 SETTINGS = SchedulerSettings("m", VOCABULARY, context_length=512, kv_blocks=128)
@@ -85,6 +86,29 @@ def test_penalties_count_the_token_that_is_not_known_yet(window: int) -> None:
     if window:
         assert run.rows(key) == expected(request, 512)[0]
     assert all(len(task.history) + task.history_follows <= window for task in tasks_of(run))
+
+
+def test_mirostat_waits_for_its_state() -> None:
+    """What comes with a token is needed for the next one: others go ahead, its sequence does not."""
+    run = simulated(2, stage_us=1000, hop_us=100)
+    requests = [ask(40, params=SamplingParams(chain=SamplerChain(mirostat=2))), ask(40, seed=1)]
+    keys = [run.add(request) for request in requests]
+    run.finish()
+    assert steps_ahead(run) > 20
+    assert [run.rows(key) for key in keys] == [expected(request, 512)[0] for request in requests]
+    assert all(task.mu and not task.history_follows for task in tasks_of(run) if task.params.needs_state)
+
+
+@pytest.mark.parametrize("windows", [(64, 64), (2, 64), (64, 3)])
+def test_dry_sees_the_token_that_is_not_known_yet(windows: tuple[int, int]) -> None:
+    run = simulated(2, stage_us=1000, hop_us=100)
+    params = SamplingParams(presence_penalty=1.0, chain=SamplerChain((Step.DRY,), dry_multiplier=1.0))
+    breakers = {token: ((token,), (token, 3)) for token in range(0, VOCABULARY, 5)}
+    request = ask(40, params=params, penalty_window=windows[0], dry_window=windows[1], breakers=breakers)
+    key = run.add(request)
+    run.finish()
+    assert steps_ahead(run) > 30
+    assert run.rows(key) == expected(request, 512)[0]
 
 
 def tasks_of(run: Simulation) -> list[SampleTask]:

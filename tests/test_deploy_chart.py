@@ -286,3 +286,12 @@ def test_the_boards_file_is_in_the_config_map() -> None:
     assert [json.loads(board["data"]["llamaclust.json"]) for board in boards] == [
         json.loads((CHART / "files/dashboard.json").read_text())
     ]
+
+
+def test_the_form_of_logs_reaches_every_container() -> None:
+    variable = {"name": "LLAMACLUST_LOG", "value": "json"}
+    for template in pod_templates(render({"logFormat": "json"})):
+        for container in containers(template.spec):
+            if any(one["name"] == "LLAMACLUST_STATE_DIR" for one in container.get("env", [])):
+                assert variable in container["env"], (template.owner, container["name"])
+    assert "logFormat" in refusal({"logFormat": "xml"})

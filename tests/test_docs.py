@@ -168,7 +168,7 @@ def test_every_command_has_a_section() -> None:
 def test_every_option_has_a_row_with_its_default() -> None:
     page = ROOT / "docs/command-line.md"
     for words, command in commands().items():
-        heading = re.search(rf"^## (llamaclust {' '.join(words)}\b.*)$", page.read_text(), re.MULTILINE)
+        heading = re.search(rf"^## (llamaclust {' '.join(words)}\b(?!-).*)$", page.read_text(), re.MULTILINE)
         assert heading is not None
         listed = rows(section(page, heading[1]))
         named = {name.split()[0]: row[1] for row in listed for name in names(row[0])}
@@ -184,8 +184,11 @@ def test_exit_codes_and_variables_are_those_of_the_program() -> None:
     codes = {kind.exit_code for kind in (LlamaclustError, *LlamaclustError.__subclasses__())}
     listed = re.findall(r"^\| (\d+) \|", section(page, "The command line"), re.MULTILINE)
     assert {int(one) for one in listed} == codes | {0, 130}
-    read = set(re.findall(r"LLAMACLUST_[A-Z_]+", (ROOT / "cluster/config.py").read_text()))
-    assert {name for row in rows(section(page, "Environment")) for name in names(row[0])} == read - {"LLAMACLUST_"}
+    read = set(re.findall(r"\b(?:LLAMACLUST|HF)_[A-Z_]*", (ROOT / "cluster/config.py").read_text()))
+    assert {name for row in rows(section(page, "Environment")) for name in names(row[0])} == read - {
+        "LLAMACLUST_",
+        "HF_",
+    }
 
 
 @pytest.mark.parametrize("page", PRESENT, ids=page_id)
@@ -279,8 +282,9 @@ def test_what_is_said_to_be_refused_is_refused(minimal: Path) -> None:
 
 
 def test_cluster_files_can_be_loaded(tmp_path: Path) -> None:
-    written = [*fences(README, "yaml"), *fences(ROOT / "docs/cluster-file.md", "yaml")]
-    assert len(written) >= 3
+    pages = (README, ROOT / "docs/cluster-file.md", ROOT / "docs/clusters-static.md")
+    written = [text for page in pages for text in fences(page, "yaml")]
+    assert len(written) >= 4
     for text in written:
         path = tmp_path / "written.yaml"
         path.write_text(text)

@@ -21,7 +21,7 @@ WAYS = (
     Way((0, 1, 30), threads=2, prefill_chunk=7, company=True),
     Way((0, 29, 30), prefill_chunk=64, cached=True),
     Way((0, 16, 30), preempted=True),
-    Way((0, 16, 30), feature_level="generic", prefill_chunk=2048),
+    Way((0, 16, 30), feature_level="avxvnni", prefill_chunk=2048),
     Way((0, 10, 20, 30), threads=2, company=True, cached=True),
     Way((0, 7, 9, 30), feature_level="avx512vnni", preempted=True),
     Way((0, 5, 12, 13, 22, 30), threads=2, company=True),

@@ -48,6 +48,7 @@ class Model:
     head_dim: int
     kv_type: KvType = KvType.F16
     window: int | None = None
+    slopes: tuple[float, ...] | None = None
 
     @cached_property
     def program(self) -> Program:
@@ -74,6 +75,7 @@ class Model:
                 scale=1 / self.head_dim**0.5,
                 kv_type=self.kv_type,
                 window=self.window,
+                slopes=self.slopes,
             ),
         )
 
@@ -140,6 +142,7 @@ def in_float64(model: Model, hidden: Float32) -> NDArray[np.float64]:
     values = rounded(v.reshape(rows, kv_heads, dim), step.kv_type).repeat(heads // kv_heads, axis=1)
     scores = np.einsum("ihd,jhd->hij", queries, keys) * step.scale
     ahead = np.arange(rows)[:, np.newaxis] - np.arange(rows)
+    scores -= np.array(step.slopes or (0.0,)).reshape(-1, 1, 1) * ahead
     scores[:, (ahead < 0) | (ahead >= (step.window or rows))] = -np.inf
     weights = np.exp(scores - scores.max(axis=2, keepdims=True))
     weights /= weights.sum(axis=2, keepdims=True)

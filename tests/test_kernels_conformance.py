@@ -16,9 +16,11 @@ from tiny_quantizers import quantize
 from llamaclust.kernels.reference.dequantize import dequantize
 from llamaclust.model.program import (
     Add,
+    AddPosition,
     Attention,
     Buffer,
     Embed,
+    LayerNorm,
     MatMul,
     Moe,
     RmsNorm,
@@ -156,6 +158,31 @@ def test_rms_norm(tmp_path: Path, width: int) -> None:
         [(rows_at(range(len(part))), part) for part in hidden],
     )
     check_conformance(tmp_path, case, EXACT)
+
+
+@pytest.mark.parametrize("width", [16, 32, 96, 577, 2048])
+def test_layer_norm(tmp_path: Path, width: int) -> None:
+    generator, x, out = generator_of(width), Buffer("x", width), Buffer("out", width)
+    hidden = [
+        normal(generator, rows, width) * np.float32(10.0**power) + 3 for rows, power in ((1, 0), (7, -1), (33, 4))
+    ]
+    case = Case(
+        program_of(x, out, LayerNorm(x, out, "w", "b", 1e-5)),
+        {"w": Weight(normal(generator, width)), "b": Weight(normal(generator, width))},
+        [(rows_at(range(len(part))), part) for part in hidden],
+    )
+    check_conformance(tmp_path, case, 1e-10)
+
+
+@pytest.mark.parametrize("quant_type", [QuantType.F32, QuantType.F16, QuantType.Q8_0], ids=lambda kind: kind.name)
+def test_add_position(tmp_path: Path, quant_type: QuantType) -> None:
+    generator, x, out = generator_of(quant_type), Buffer("x", 96), Buffer("out", 96)
+    case = Case(
+        program_of(x, out, AddPosition(x, out, "w")),
+        {"w": Weight(normal(generator, 4096, 96), quant_type)},
+        [(rows_at(places), normal(generator, len(places), 96)) for places in (range(0, 1), range(4063, 4096))],
+    )
+    check_conformance(tmp_path, case, 1e-14)
 
 
 @pytest.mark.parametrize("style", RopeStyle)

@@ -138,7 +138,7 @@ def test_memory_is_as_promised(model: Model) -> None:
     backend = all_threads(2)
     program = model.program(0, model.layer_count)
     stage = backend.load(program, model.tensors_for(program), LIMITS, lambda done_bytes: None)
-    assert stage.kv_bytes == backend.kv_block_bytes(program) * LIMITS.kv_blocks
+    assert stage.kv_bytes == backend.kv_bytes(program, LIMITS)
     tensors = model.tensors_for(program)
     assert stage.weight_bytes == pytest.approx(sum(tensor.n_bytes for tensor in tensors.values()), rel=0.02)
     assert stage.workspace_bytes == backend.workspace_bytes(program, tensors, LIMITS)

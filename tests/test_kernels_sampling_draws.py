@@ -9,7 +9,7 @@ import pytest
 from sampled import sampled
 
 from llamaclust.kernels.cpu import _native
-from llamaclust.kernels.reference import sampling as reference
+from llamaclust.kernels.reference import sampling_steps as reference
 from llamaclust.kernels.sampling import Sampler
 from llamaclust.wire.messages import SampleTask, SamplingParams, ScoreTask
 

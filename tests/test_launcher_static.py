@@ -127,6 +127,8 @@ def test_a_killed_worker_is_done_without_and_may_come_back(
     with ready(coordinator, line) as cluster:
         workers[2].kill()
         eventually(lambda: cluster.status["workers"][2]["state"] == "lost", 10.0, "the loss of worker c")
+        coordinator.says("worker c (layers [")
+        coordinator.says(f"; look at {workers[2].err} on ")
         assert answers(cluster) == undisturbed
         start_worker(line, port, "c")
         eventually(lambda: cluster.status["workers"][2]["state"] != "lost", 20.0, "worker c's return")

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from command_line import CommandLine, command_line, eventually
 from hostile_models import tiny
+from test_wire_control import REGISTER
 
 from llamaclust.cluster.last_words import last_words
-from llamaclust.logs import LogFormat, read_line, start_logging
+from llamaclust.cluster.worker_handle import WorkerHandle
+from llamaclust.logs import LogFormat, last_trouble, name_cluster, read_line, start_logging
+from llamaclust.wire.control import CoordinatorMessage, Heartbeat
 
 HOSTILE = ('a "b" \\ c', "two\nlines", "\x1b[31mred", "level=info msg=x", "{", "", "naïve ☃", "a=b", "\\x", "\ud800")
 FIELDS = (LogFormat.LOGFMT, LogFormat.JSON)
@@ -48,6 +53,35 @@ def test_whatever_is_said_is_one_line(form: LogFormat, text: str, capsys: pytest
         assert fields["time"].endswith("Z")
     else:
         assert "level=warning cluster=tiny msg=" in shown and shown.endswith("request=abc tokens=3\n")
+
+
+@pytest.mark.parametrize("form", FIELDS)
+def test_a_worker_that_joins_names_its_cluster_from_then_on(
+    form: LogFormat, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with logging_as(form, cluster="", worker="a") as log:
+        log.warning("before")
+        assert last_trouble() == "before"
+        name_cluster("home")
+        assert last_trouble() == ""
+        log.error("after %d", 1)
+        log.info("later")
+        assert last_trouble() == "after 1"
+    before, after, _ = capsys.readouterr().err.splitlines()
+    assert "cluster" not in before and "home" in after and "worker" in after
+    assert re.search(r"cluster\W+home\W+worker\W+a\W", after)
+
+
+def test_the_last_words_of_a_worker_elsewhere_are_those_of_its_last_sign_of_life() -> None:
+    async def say(message: CoordinatorMessage) -> None:
+        """To nobody."""
+
+    handle = WorkerHandle(replace(REGISTER, log="/var/log/a.log", host="far"), say, lambda: "")
+    assert str(handle.error).endswith("is lost: no reason is known; look at /var/log/a.log on far")
+    handle.hear(Heartbeat(0.5, 1, 2, 3, 4, last_words="the disk is full"))
+    handle.lose("its connection broke")
+    words = "its connection broke; its last words: the disk is full; look at /var/log/a.log on far"
+    assert str(handle.error).endswith(words)
 
 
 @pytest.mark.parametrize("form", LogFormat)

@@ -95,7 +95,7 @@ def test_numbers_given_for_each_layer_are_taken_where_they_are_equal(tmp_path: P
         ({"rope__dimension_count": 10}, "10, 1 to 8"),
         ({"rope__dimension_count": 7}, "7, an even number"),
         ({"rope__freq_base": float("inf")}, "inf"),
-        ({"rope__scaling__type": "longrope"}, "'longrope' is not supported"),
+        ({"rope__scaling__type": "dynamic"}, "'dynamic' is not supported"),
         ({"rope__scaling__factor": -1.0}, "-1, 0 to"),
         ({"expert_count": 4}, r"expert_used_count': missing"),
         ({"expert_count": 4, "expert_used_count": 5}, "5, 1 to 4"),

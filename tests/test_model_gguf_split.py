@@ -123,7 +123,10 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
         r"00001.*split\.no: part 2 of 3; give the first part",
     ),
     "number is text": (lambda first: write_part(first.parent, 2, split__no="x"), r"split\.no: text, a whole number"),
-    "count is zero": (lambda first: write_part(first.parent, 1, split__count=0), r"split\.count: .*from 1 up"),
+    "count is zero": (
+        lambda first: write_part(first.parent, 1, split__count=0),
+        r"split\.count: 0, but the name says 00003 parts",
+    ),
     "count unlike the name": (
         lambda first: write_part(first.parent, 1, split__count=60_000),
         r"split\.count: one part of 60000, but the name does not end in -00001-of-60000\.gguf",
@@ -152,3 +155,10 @@ def test_another_part_than_the_first_names_the_first(first: Path) -> None:
 def test_a_part_under_another_name_says_which_name_it_needs(first: Path) -> None:
     with pytest.raises(ModelFileError, match="the name does not end in -00001-of-00003"):
         open_model(first.rename(first.with_name("renamed.gguf")))
+
+
+def test_a_file_that_llama_cpp_merged_is_one_file(tmp_path: Path) -> None:
+    """Its `llama-gguf-split --merge` sets the number of parts to 0 and leaves the other keys."""
+    path = write_part(tmp_path, 1, split__count=np.uint16(0)).rename(tmp_path / "merged.gguf")
+    model = open_model(path)
+    assert model.parts == (path,) and len(model.tensors) == 1

@@ -18,7 +18,8 @@ import psutil
 import pytest
 
 from llamaclust.errors import LlamaclustError, RequestError
-from llamaclust.model.chat_template import CHATML, ChatTemplate, TemplateLimits
+from llamaclust.model.chat_template import ChatTemplate, TemplateLimits
+from llamaclust.model.chat_template_choice import built_in
 
 HELLO = [{"role": "user", "content": "Hello"}]
 FOR_EVER = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
@@ -32,7 +33,7 @@ def rendered(source: str, **extra: object) -> str:
 
 @pytest.fixture(scope="module")
 def chatml() -> Iterator[ChatTemplate]:
-    with ChatTemplate(CHATML, "<s>", "</s>") as template:
+    with ChatTemplate(built_in("chatml"), "<s>", "</s>") as template:
         yield template
 
 

@@ -8,7 +8,8 @@ import pytest
 
 from llamaclust.errors import ModelFileError, RequestError
 from llamaclust.model.chat_prompt import GUARD, encode_chat, guard_messages, unguarded
-from llamaclust.model.chat_template import CHATML, ChatTemplate, load_chat_template
+from llamaclust.model.chat_template import ChatTemplate, load_chat_template
+from llamaclust.model.chat_template_choice import built_in
 from llamaclust.model.gguf import open_model
 from llamaclust.model.tokenizer import Tokenizer, load_tokenizer
 
@@ -86,7 +87,7 @@ def test_the_files_template_is_used_and_chatml_where_only_the_vocabulary_has_it(
         assert template.render([]) == "<|endoftext|>!"
     words = [*metadata["tokenizer.ggml.tokens"][:-1], "<|im_start|>"]  # type: ignore[index,misc]
     marked = {**metadata, "tokenizer.ggml.tokens": words}
-    assert load_chat_template(marked, load_tokenizer(marked)).source == CHATML
+    assert load_chat_template(marked, load_tokenizer(marked)).source == built_in("chatml")
     with load_chat_template(metadata, gpt2) as template, pytest.raises(RequestError, match="no chat template"):
         template.render([])
     with pytest.raises(ModelFileError, match="chat_template is not text"):

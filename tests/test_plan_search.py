@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 
 from llamaclust.cluster import planner_search
 from llamaclust.cluster.costs import StageCosts, WorkerFacts
+from llamaclust.cluster.links import COORDINATOR, Link, Links, Reach
 from llamaclust.cluster.plan import Plan
 from llamaclust.cluster.plan_text import plan_lines
 from llamaclust.cluster.planner import PlanRequest, make_plan
 from llamaclust.cluster.planner_workspace import StagePlace
+from llamaclust.cluster.trials import Trial, TrialPoint
 from llamaclust.errors import DoesNotFitError
 from llamaclust.model.loader import LayerCost, ModelCosts
 
@@ -36,14 +38,17 @@ def workspace(place: StagePlace) -> int:
 ASK = PlanRequest(context_length=CONTEXT, max_sequences=4, workspace=workspace)
 
 WORKERS = st.builds(
-    lambda memory, read, macs: WorkerFacts("", int(memory * GB), read, macs, 1),
+    lambda memory, read, macs, reach: WorkerFacts("", int(memory * GB), read, macs, 1, reach),
     st.sampled_from([1.3, 2.3, 4.0, 9.0, 30.0]),
     st.sampled_from([1.0, 3.0, 3.2, 10.0, 50.0]),
     st.sampled_from([50.0, 200.0, 1000.0]),
+    st.builds(Reach, st.sampled_from([0.0, 0.2, 30.0, 300.0]), st.sampled_from([0.0, 1.0, 80.0])),
 )
 
 MODELS = st.builds(
-    lambda embedding, head, layers: ModelCosts(embedding * GB // 2, head * GB, head * 10**9, tuple(layers)),
+    lambda embedding, head, layers: ModelCosts(
+        embedding * GB // 2, head * GB, head * 10**9, tuple(layers), hidden_bytes=16_384
+    ),
     st.integers(0, 2),
     st.integers(0, 2),
     st.lists(
@@ -85,8 +90,16 @@ class Every:
 
     def score(self, cut: Cut) -> Score:
         stages = StageCosts.of(self.costs)
-        mixes = (stages.prefill_ms(*stage, 512) + stages.decode_ms(*stage, 8) * 16 for stage in cut)
-        return Score(max(mixes), sum(stages.decode_ms(*stage) for stage in cut))
+        linked = len(cut) > 1  # each stage has a link in and one out
+        mixes = (
+            max(
+                stages.prefill_ms(*stage, 512) + stages.decode_ms(*stage, 8) * 16,
+                linked * 2 * stage[0].reach.ms_per_mb * 512 * 16_384 / 1e6,
+            )
+            for stage in cut
+        )
+        hops_ms = sum(linked * 2 * worker.reach.one_way_ms for worker, _, _ in cut)
+        return Score(max(mixes), sum(stages.decode_ms(*stage) for stage in cut) + hops_ms)
 
     def score_of(self, plan: Plan) -> Score:
         by_name = {worker.name: worker for worker in self.workers}
@@ -222,3 +235,38 @@ def test_many_different_workers_are_planned_in_a_moment_with_a_bound(objective: 
     assert plan.excess is not None and plan.excess < (0.25 if objective == "latency" else 0.05)
     assert "of the best that could be" in plan_lines(plan)[-1]
     assert not any("of the best that could be" in line for line in plan_lines(make_plan(large(3), workers[:2], ASK)))
+
+
+def tried(drawn: random.Random) -> Trial:
+    return tuple(
+        TrialPoint(rows, drawn.uniform(0.1, 0.5), drawn.uniform(10, 200) * slower, drawn.uniform(1, 10) * slower)
+        for rows, slower in ((1, 1), (8, 2), (128, 20))
+    )
+
+
+@pytest.mark.parametrize("objective", ["latency", "throughput"])
+def test_64_workers_126_layers_and_their_2080_links_are_planned_in_a_second(objective: str) -> None:
+    drawn = random.Random(7)
+    names = [COORDINATOR, *(f"w{index}" for index in range(64))]
+    reach = {name: Reach(drawn.uniform(0.05, 10), drawn.uniform(0.2, 80)) for name in names}
+    measured = {
+        frozenset((one, two)): Link(
+            reach[one].one_way_ms + reach[two].one_way_ms + drawn.uniform(0, 0.3),
+            reach[one].ms_per_mb + reach[two].ms_per_mb,
+        )
+        for one, two in combinations(names, 2)
+    }
+    facts = [(int(drawn.uniform(2, 6) * GB), 20.0, 300.0, 1) for _ in names[1:]]
+    trials = [(tried(drawn), tried(drawn)) for _ in names[1:]]
+    begun = time.process_time()
+    links = Links(measured)
+    reaches = links.reaches(names[1:])
+    workers = [
+        WorkerFacts(name, *one, reaches[name], *both) for name, one, both in zip(names[1:], facts, trials, strict=True)
+    ]
+    model = replace(large(126), hidden_bytes=65_536)
+    plan = make_plan(model, workers, replace(ASK, objective=objective, links=links))
+    taken_s = time.process_time() - begun
+    print(f"{objective}: {taken_s:.2f} s of one core")
+    assert taken_s < 1.5, "0.5 to 0.8 s where nothing else runs"
+    assert plan.excess is not None and plan.excess < (0.25 if objective == "latency" else 0.05)

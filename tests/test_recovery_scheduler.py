@@ -12,6 +12,8 @@ from llamaclust.cluster.requests import Generation
 from llamaclust.cluster.scheduler import Scheduler
 from llamaclust.cluster.settings import SchedulerSettings
 from llamaclust.errors import WireError
+from llamaclust.wire.messages import SamplingParams
+from llamaclust.wire.sampler_chain import SamplerChain
 
 SEED = SystemRandom().randrange(1 << 32)
 SETTINGS = SchedulerSettings(
@@ -27,7 +29,9 @@ def stages(source: Random, kv_blocks: int) -> FakeStages:
 def request(source: Random, number: int) -> Generation:
     prompt = tuple(source.randrange(VOCABULARY) for _ in range(source.randrange(1, 90)))
     tokens = source.choice((0, 5, 40))
-    return Generation(f"r{number}", prompt, tokens, seed=number, score_from=source.choice((None, 1)) if tokens else 1)
+    params = source.choice((SamplingParams(), SamplingParams(chain=SamplerChain(mirostat=2))))
+    score_from = source.choice((None, 1)) if tokens else 1
+    return Generation(f"r{number}", prompt, tokens, params, seed=number, score_from=score_from)
 
 
 @pytest.mark.parametrize("number", range(12))

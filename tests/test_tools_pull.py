@@ -348,7 +348,7 @@ def test_a_killed_pull_leaves_no_model_and_is_gone_on_with(server: Server, tmp_p
         ("/dev/null", "/dev/null: not a regular file; give the path of a .gguf file"),
         ("/dev", "/dev: a folder; give the path of a .gguf file"),
         ("nowhere.gguf", "no such file"),
-        ("hf:a/b", "cannot be pulled yet"),
+        ("hf:a/b", "not of the form hf:OWNER/NAME/FILE"),
         ("pypi:a/b", "not of the form pypi:PACKAGE==VERSION/FILE"),
         ("pypi:a==1/..", "does not end in a file name"),
         ("http:///x", "names no host"),

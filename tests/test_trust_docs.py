@@ -25,7 +25,9 @@ def test_nothing_is_unpickled(folder: str) -> None:
     """Nor read by anything that would do it: NumPy's files of objects, shelves, marshalled code, eval."""
     sources = [path for path in (ROOT / folder).rglob("*.py") if "_pb2" not in path.name]
     assert sources or folder == "proto"
-    dangerous = re.compile(r"\b(pickle|cloudpickle|dill|shelve|marshal|joblib)\b|allow_pickle\s*=\s*True|\beval\(")
+    loaders = "pickle|_pickle|cloudpickle|dill|shelve|marshal|joblib|torch"
+    imported = rf"^\s*(import|from)\s+({loaders})\b|import_module\(.({loaders})\b"
+    dangerous = re.compile(rf"{imported}|\b({loaders})\.loads?\(|allow_pickle\s*=\s*True|\beval\(", re.MULTILINE)
     found = {str(path): found[0] for path in sources if (found := dangerous.search(path.read_text()))}
     assert found == {}
 

@@ -17,7 +17,9 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.serialization import Encoding
 from served import run_async
 from trust import A, authority, echo, enrolment, refusals
+from typer.testing import CliRunner
 
+from llamaclust.cli.app import app
 from llamaclust.cluster.trust import enrolment as server_module
 from llamaclust.cluster.trust.authority import Authority
 from llamaclust.errors import LlamaclustError, UsageError, WireError, WorkerError
@@ -118,6 +120,29 @@ async def test_a_wrong_secret_is_refused_and_logged_once(trust: Authority, caplo
         assert line.startswith("enrolment of 127.0.0.1: worker b: its token")
         assert "www" not in line and trust.token.secret.decode() not in line
         await enrol(host, port, trust.token, "b")
+
+
+@run_async
+async def test_a_token_that_was_rotated_is_the_only_one_and_the_authority_stays(
+    trust: Authority, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also for a server that runs since before."""
+    old, folder = trust.token, trust.token_file.parent
+    async with enrolment(trust) as (host, port):
+        await enrol(host, port, old, "b")
+        done = CliRunner().invoke(app, ["token", "rotate", "--trust-dir", str(folder)])
+        assert done.exit_code == 0 and str(trust.token_file) in done.output
+        with pytest.raises(UsageError, match="refused: its token is not this cluster's"):
+            await enrol(host, port, old, "b")
+        new = JoinToken.read(trust.token_file)
+        assert new.secret != old.secret and new.ca_hash == old.ca_hash
+        assert new.secret.decode() not in done.output
+        await enrol(host, port, new, "b")
+        trust.token_file.write_text("nonsense")
+        await enrol(host, port, new, "b")
+    assert "the join token stays as it was: token file" in caplog.text
+    missing = CliRunner().invoke(app, ["token", "rotate", "--trust-dir", str(folder / "none")])
+    assert isinstance(missing.exception, UsageError) and "no such folder" in str(missing.exception)
 
 
 @run_async

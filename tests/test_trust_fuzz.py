@@ -16,12 +16,14 @@ from trust import A, B, authority, enrolment, refusals
 
 from llamaclust.errors import LlamaclustError, WireError
 from llamaclust.wire.certificates import NewKey
-from llamaclust.wire.channels import JOIN, Peer, StreamBrokenError
+from llamaclust.wire.channels import ECHO, JOIN, Peer, StreamBrokenError
 from llamaclust.wire.control import Heartbeat
 from llamaclust.wire.control_codec import encode_worker_message
-from llamaclust.wire.credentials import COORDINATOR
+from llamaclust.wire.credentials import COORDINATOR, Insecure
 from llamaclust.wire.deadlines import deadline
 from llamaclust.wire.enrolment import Challenge, Grant, Request, encode_request
+from llamaclust.wire.links import measure_link, serve_echo
+from llamaclust.wire.server import Server, ServerStream
 from llamaclust.worker.enrolment import enrol
 
 
@@ -79,6 +81,42 @@ async def _rubbish_to_a_registry(tmp_path: Path) -> None:
                 await asyncio.sleep(0.01)
         assert [*there.present] == ["a"]
         await peer.close()
+
+
+def test_links_are_measured_beside_rubbish_on_the_same_port() -> None:
+    """And a peer that answers with rubbish is measured, or is an error."""
+    asyncio.run(_rubbish_to_an_echo())
+
+
+async def _rubbish_to_an_echo() -> None:
+    source, sent = random.Random(SEED), [encode_worker_message(REGISTER)]
+
+    async def rubbish(stream: ServerStream) -> None:
+        await stream.accept()
+        while await stream.read() is not None and source.random() > 0.02:
+            await stream.write(damaged(source, sent))
+
+    answering = await Server.start("127.0.0.1:0", Insecure(), {ECHO: serve_echo})
+    lying = await Server.start("127.0.0.1:0", Insecure(), {ECHO: rubbish})
+    peer, liar = Peer(answering.address, Insecure()), Peer(lying.address, Insecure())
+    try:
+        for case in range(max(20, COUNT // 500)):
+            stream = peer.open(ECHO)
+            async with deadline(f"the end of case {case} of FUZZ_SEED={SEED}", 10):
+                with contextlib.suppress(StreamBrokenError):
+                    for _ in range(300):  # more than are answered
+                        await stream.write(damaged(source, sent))
+                answers = 0
+                while await stream.read() == b"here":
+                    answers += 1
+            assert answers <= 256
+            stream.cancel()
+            with contextlib.suppress(LlamaclustError):
+                assert (await measure_link(liar)).bytes_s > 0
+        assert (await measure_link(peer)).round_trip_s < 5
+    finally:
+        await asyncio.gather(peer.close(), liar.close())
+        await asyncio.gather(answering.stop(0.0), lying.stop(0.0))
 
 
 def test_the_enrolment_port_outlives_rubbish(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -75,7 +75,7 @@ def _self_made(trust: Authority, folder: Path) -> Identity:
     forger = object.__new__(Authority)
     forger._key = load_private(thief.pair.private_key)
     forger._certificate = x509.load_pem_x509_certificate(thief.pair.certificate)
-    forger.token = trust.token
+    forger._token = trust.token
     key = NewKey()
     pair = key.with_certificate(forger.certify(key.request, COORDINATOR))
     return with_pair(thief, replace(pair, certificate=pair.certificate + thief.pair.certificate))

@@ -54,20 +54,25 @@ NEW_KIND = 1001
 
 
 def newer(stubs: Any) -> dict[str, type[Message]]:
-    """The messages of a .proto file of a later minor version, by name: each has a field more, each choice one more."""
+    """The messages of a .proto file of a later minor version and of what it imports, by name: each has a field more,
+    each choice one more."""
+    pool = descriptor_pool.DescriptorPool()
+    names = [name for file in (*stubs.DESCRIPTOR.dependencies, stubs.DESCRIPTOR) for name in _add_newer(pool, file)]
+    return {
+        name.rpartition(".")[2]: message_factory.GetMessageClass(pool.FindMessageTypeByName(name)) for name in names
+    }
+
+
+def _add_newer(pool: descriptor_pool.DescriptorPool, descriptor: Any) -> list[str]:
     file = descriptor_pb2.FileDescriptorProto()
-    stubs.DESCRIPTOR.CopyToProto(file)
+    descriptor.CopyToProto(file)
     for message in file.message_type:
         message.field.add(name="from_the_future", number=NEW_FIELD, type=9, label=1)
         if any(choice.name in ("kind", "task") for choice in message.oneof_decl):
             assert len(message.oneof_decl) == 1
             message.field.add(name="kind_of_the_future", number=NEW_KIND, type=12, label=1, oneof_index=0)
-    pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
-    names = [f"{file.package}.{message.name}" for message in file.message_type]
-    return {
-        name.rpartition(".")[2]: message_factory.GetMessageClass(pool.FindMessageTypeByName(name)) for name in names
-    }
+    return [f"{file.package}.{message.name}" for message in file.message_type]
 
 
 def with_new_fields(message: Any) -> bytes:

@@ -137,7 +137,9 @@ def test_a_manifest_is_made_once_for_a_file_until_that_changes(tmp_path: Path, m
     path = build_tiny_model(tmp_path / "m.gguf", layers=1)
     order = Locate(str(path), Model.open(path).model_id, describe=True)
     made = []
-    monkeypatch.setattr("llamaclust.worker.weights.make_manifest", lambda file: made.append(1) or make_manifest(file))
+    monkeypatch.setattr(
+        "llamaclust.worker.weights.make_manifest", lambda *given: made.append(1) or make_manifest(*given)
+    )
     first = Weights(WeightCache(tmp_path / "w", 1 << 30)).locate(order)
     assert Weights(WeightCache(tmp_path / "w", 1 << 30)).locate(order) == first and len(made) == 1
     assert first.has_file and first.manifest is not None

@@ -8,6 +8,7 @@ import itertools
 import math
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,6 +45,8 @@ from llamaclust.wire.messages import (
     ScoreTask,
     StageTiming,
 )
+from llamaclust.wire.sampler_chain import STEPS, SamplerChain, Step
+from llamaclust.wire.sampling_bounds import CHAIN_BOUNDS
 
 PROTO = Path(__file__).parents[1] / "proto"
 
@@ -60,6 +63,9 @@ chunks = st.lists(tokens, min_size=1, max_size=9).flatmap(
         st.integers(0, MAX_CONTEXT_TOKENS - 10),
         st.lists(runs, min_size=1, max_size=4).map(lambda runs: tuple(chain.from_iterable(runs))),
         st.integers(0, len(ids)),
+        st.none(),
+        st.lists(runs, max_size=4).map(lambda runs: tuple(chain.from_iterable(runs))),
+        st.integers(0, MAX_CONTEXT_TOKENS),
     )
 )
 many_chunks = st.lists(chunks, min_size=1, max_size=5).map(tuple)
@@ -88,7 +94,18 @@ params = st.builds(
     frequency_penalty=reals,
     presence_penalty=reals,
     logit_bias=st.lists(st.tuples(tokens, reals), max_size=3).map(tuple),
+    chain=st.none()
+    | st.builds(
+        SamplerChain,
+        order=st.lists(st.sampled_from(STEPS), unique=True).map(tuple),
+        dry_allowed_length=st.integers(1, MAX_CONTEXT_TOKENS),
+        mirostat=st.integers(0, 2),
+        unpenalized=st.lists(tokens, max_size=3).map(tuple),
+        **{name: st.floats(*bounds) for name, bounds in CHAIN_BOUNDS.items()},
+    ),
 )
+windows = st.none() | st.integers(0, MAX_CONTEXT_TOKENS)
+sequences = st.lists(st.lists(tokens, min_size=1, max_size=3).map(tuple), max_size=3).map(tuple)
 ids = st.lists(tokens, max_size=5).map(tuple)
 samples = st.builds(
     SampleTask,
@@ -100,11 +117,17 @@ samples = st.builds(
     ids,
     st.integers(0, 128),
     st.booleans(),
+    windows,
+    windows,
+    sequences,
+    st.floats(-1e12, 1e12),
 )
 tasks = st.lists(samples | st.builds(ScoreTask, tokens, st.integers(0, 128)), max_size=4).map(tuple)
 inputs = st.builds(SamplingInputs, uint64, uint64, tasks)
 timings = st.lists(st.builds(StageTiming, uint64, uint64, uint64, st.integers(0, MAX_TOKENS)), max_size=3).map(tuple)
-rows = st.lists(st.builds(RowResult, tokens, logprobs, tops), max_size=4).map(tuple)
+rows = st.lists(st.builds(RowResult, tokens, logprobs, tops, mu=st.none() | st.floats(-1e12, 1e12)), max_size=4).map(
+    tuple
+)
 lines = st.text(st.characters(codec="ascii", categories=("L", "N")), min_size=1, max_size=50)
 results = st.builds(Result, uint64, uint64, rows, timings, st.none() | lines)
 
@@ -152,6 +175,8 @@ BAD_CHUNKS = {
     "half a run": Chunk((1,), 0, (0, 1, 2), 0),
     "empty run": Chunk((1,), 0, (0, 0), 0),
     "last block": Chunk((1,), 0, (MAX_KV_BLOCKS - 1, 2), 0),
+    "empty run of a window": Chunk((1,), 0, (0, 1), 0, None, (0, 0)),
+    "window_start": Chunk((1,), 0, (0, 1), 0, None, (0, 1), MAX_CONTEXT_TOKENS + 1),
     "follows itself": Chunk((0,), 0, (0, 1), 1, (7, 0)),
     "follows a row that cannot be": Chunk((0,), 0, (0, 1), 1, (6, MAX_TOKENS)),
     "follows, and brings a token": Chunk((3,), 0, (0, 1), 1, (6, 0)),
@@ -184,6 +209,12 @@ BAD_PARAMS = [
     SamplingParams(frequency_penalty=math.nan),
     SamplingParams(logit_bias=((5, math.nan),)),
     SamplingParams(logit_bias=((MAX_VOCABULARY, 1.0),)),
+    SamplingParams(chain=SamplerChain((Step.XTC, Step.XTC))),
+    SamplingParams(chain=SamplerChain(typical_p=1.5)),
+    SamplingParams(chain=SamplerChain(mirostat_tau=math.nan)),
+    SamplingParams(chain=SamplerChain(mirostat=3)),
+    SamplingParams(chain=SamplerChain(dry_allowed_length=0)),
+    SamplingParams(chain=SamplerChain(unpenalized=(MAX_VOCABULARY,))),
 ]
 
 
@@ -191,6 +222,31 @@ BAD_PARAMS = [
 def test_sampling_parameters_out_of_bounds_are_refused(params: SamplingParams) -> None:
     with pytest.raises(WireError):
         decode_inputs(encode_inputs(SamplingInputs(1, 0, (SampleTask(params, 0, 0, 0),))))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"mu": math.inf},
+        {"mu": 1e13},
+        {"penalty_window": MAX_CONTEXT_TOKENS + 1},
+        {"dry_window": MAX_CONTEXT_TOKENS + 1},
+        {"breakers": ((),)},
+        {"breakers": ((1,) * 65,)},
+        {"breakers": ((MAX_VOCABULARY,),)},
+    ],
+)
+def test_what_a_chain_needs_out_of_bounds_is_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(WireError):
+        decode_inputs(encode_inputs(SamplingInputs(1, 0, (SampleTask(SamplingParams(), 0, 0, 0, **fields),))))
+
+
+def test_an_unknown_step_is_refused() -> None:
+    chain = sampling_pb2.SamplerChain(order=[10], dry_base=1, dry_allowed_length=1)
+    task = sampling_pb2.RowTask(sample=sampling_pb2.SampleTask(params=sampling_pb2.SamplingParams(chain=chain)))
+    task.sample.params.repetition_penalty = 1
+    with pytest.raises(WireError, match="step is 10"):
+        decode_inputs(sampling_pb2.SamplingInputs(tasks=[task]).SerializeToString())
 
 
 def test_a_task_of_no_kind_is_refused() -> None:
@@ -268,7 +324,7 @@ def test_a_frame_of_another_version_is_refused_by_name() -> None:
 
 def test_stubs_belong_to_the_proto_files() -> None:
     """`make proto` writes both."""
-    names = ("control.proto", "enrolment.proto", "microbatch.proto", "sampling.proto")
+    names = ("control.proto", "enrolment.proto", "measuring.proto", "microbatch.proto", "sampling.proto")
     text = b"".join((PROTO / name).read_bytes() for name in names)
     assert (PROTO / "protos.sha256").read_text().strip() == hashlib.sha256(text).hexdigest()
     assert {path.name for path in PROTO.glob("*.proto")} == set(names)

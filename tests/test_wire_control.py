@@ -28,10 +28,13 @@ from llamaclust.wire.control import (
     Locate,
     Located,
     LocateFailed,
+    LocateProgress,
     Measure,
     Measured,
     MeasureLinks,
     MeasureLinksFailed,
+    PeerLost,
+    PeerTried,
     Refused,
     Register,
     Renew,
@@ -39,6 +42,8 @@ from llamaclust.wire.control import (
     RenewFailed,
     Shutdown,
     StageLimits,
+    StageTrial,
+    TryPeer,
     Unload,
     Unloaded,
     WeightSource,
@@ -55,13 +60,21 @@ from llamaclust.wire.control_codec import (
 
 REGISTER = Register("a", 7, "host", "unix:/run/a.sock", "cpu", 2, "avx2", 1 << 35, 1 << 34, "a chip, 2 cores")
 LOAD = Load(
-    3, "/models/m.gguf", "ab" * 32, 2, 4, StageLimits(64, 8, 8, 4096, 1000), "unix:/run/b.sock", next_worker="b"
+    3,
+    "/models/m.gguf",
+    "ab" * 32,
+    2,
+    4,
+    StageLimits(64, 8, 8, 4096, 1000, window_blocks=70),
+    "unix:/run/b.sock",
+    next_worker="b",
 )
 
 WORKER_MESSAGES: list[WorkerMessage] = [
     REGISTER,
-    replace(REGISTER, protocol=(1, 9), numerics_version=99),
+    replace(REGISTER, protocol=(1, 9), numerics_version=99, log="/var/log/worker.log"),
     Measured(4e10, 5e11),
+    Measured(4e10, 5e11, (StageTrial(1, 2e-4, 3e-11, 1e-3), StageTrial(8, 3e-4, 9e-11, 2e-3))),
     Failure("WorkerError", "no"),
     LoadProgress(3, 10, 20),
     Loaded(3, 1, 2, 3),
@@ -70,17 +83,24 @@ WORKER_MESSAGES: list[WorkerMessage] = [
     Unloaded(3),
     Heartbeat(0.5, 10, 20, 30, 40),
     Heartbeat(0.5, 10, 20, 30, 40, 50, 60, 70, 80),
+    Heartbeat(0.5, 10, 20, 30, 40, last_words="something went wrong"),
     LinksMeasured((LinkSpeed(0.001, 1e9), LinkSpeed(0.2, 1e6))),
     MeasureLinksFailed(Failure("WorkerError", "no way")),
     Located(False),
     Located(True, "ab" * 32, 7),
     LocateFailed(Failure("ModelFileError", "no")),
+    LocateProgress(10, 20),
     Renew(b"request"),
+    PeerLost(3, "b", "connection to host:7102 lost (keepalive watchdog timeout)"),
+    PeerTried("b"),
+    PeerTried("b", "not within 5 s"),
 ]
 COORDINATOR_MESSAGES: list[CoordinatorMessage] = [
-    Welcome(Deadlines(0.5, 2.0, 3.0, 600.0), (1, 3)),
+    Welcome(Deadlines(0.5, 2.0, 3.0, 600.0), (1, 3), "home"),
+    Welcome(Deadlines(0.5, 2.0, 3.0, peer_s=0.6)),
     Refused("no"),
     Measure(),
+    Measure("/models/m.gguf", "ab" * 32),
     LOAD,
     replace(LOAD, start=0, next_address=None, next_worker=None),
     replace(LOAD, next_address=None, next_worker=None, first_address="unix:/a", first_worker="a"),
@@ -93,6 +113,7 @@ COORDINATOR_MESSAGES: list[CoordinatorMessage] = [
     Renewed(b"certificate"),
     RenewFailed(Failure("WireError", "no")),
     MeasureLinks((("a", "unix:/a"), ("b", "host:7102"))),
+    TryPeer("b", "host:7102"),
 ]
 
 
@@ -143,7 +164,12 @@ def test_loads_out_of_bounds_are_refused(order: Load) -> None:
 
 
 def test_numbers_that_are_none_are_refused() -> None:
-    for message in (Measured(math.nan, 1.0), Heartbeat(math.inf, 0, 0, 0, 0), LoadProgress(1, 3, 2)):
+    for message in (
+        Measured(math.nan, 1.0),
+        Heartbeat(math.inf, 0, 0, 0, 0),
+        LoadProgress(1, 3, 2),
+        LocateProgress(3, 2),
+    ):
         with pytest.raises(WireError):
             decode_worker_message(encode_worker_message(message))
 

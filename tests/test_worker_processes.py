@@ -22,7 +22,7 @@ from llamaclust.model.loader import Model
 from llamaclust.wire.channels import JOIN, Peer, StreamBrokenError
 from llamaclust.wire.control import Deadlines, Load, LoadProgress, Refused, Register
 from llamaclust.wire.control_codec import decode_coordinator_message, encode_worker_message
-from llamaclust.wire.messages import PROTOCOL_VERSION, Result
+from llamaclust.wire.messages import NUMERICS_VERSION, PROTOCOL_VERSION, Result
 from llamaclust.wire.token import ClusterToken
 from llamaclust.worker.stage_runner import StageRunner
 
@@ -217,11 +217,11 @@ REFUSED: dict[str, tuple[Callable[[Register], Register], str]] = {
     ),
     "numerics": (  # version 1 has neither q8_0 KV nor sliding windows
         lambda register: replace(register, numerics_version=1),
-        "worker x computes by numerics_version 1, this cluster needs 2",
+        f"worker x computes by numerics_version 1, this cluster needs {NUMERICS_VERSION}",
     ),
     "reference": (
         lambda register: replace(register, device="reference", numerics_version=0),
-        "worker x computes by numerics_version 0, this cluster needs 2",
+        f"worker x computes by numerics_version 0, this cluster needs {NUMERICS_VERSION}",
     ),
     "name": (lambda register: replace(register, name="a"), "a worker named a is a member already"),
 }
@@ -276,6 +276,8 @@ def test_workers_on_the_reference_are_a_cluster_among_themselves(tmp_path: Path)
         async with real_cluster(tmp_path, 2, device="reference") as cluster:
             assert {one.registration.numerics_version for one in cluster.registry.workers.values()} == {0}
             answer = await _say_hello(cluster, REGISTER)
-            assert isinstance(answer, Refused) and answer.reason.startswith("worker x computes by numerics_version 2")
+            assert isinstance(answer, Refused) and answer.reason.startswith(
+                f"worker x computes by numerics_version {NUMERICS_VERSION},"
+            )
 
     asyncio.run(run())

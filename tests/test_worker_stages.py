@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,13 +19,13 @@ from tiny_model import build_tiny_model
 
 from llamaclust.errors import WorkerError
 from llamaclust.model.loader import Model
-from llamaclust.wire.channels import FORWARD, SAMPLE, ClientStream, Peer, StreamBrokenError
+from llamaclust.wire.channels import FORWARD, SAMPLE, ClientStream, Peer, StreamBrokenError, UnreachableError
 from llamaclust.wire.codec import encode_inputs, encode_microbatch
 from llamaclust.wire.control import Deadlines
 from llamaclust.wire.deadlines import recurring_deadline
 from llamaclust.wire.frames import decode_frame, encode_hidden
 from llamaclust.wire.messages import Chunk, Microbatch, Result, SamplingInputs
-from llamaclust.wire.server import Server
+from llamaclust.wire.server import Server, ServerStream
 from llamaclust.worker.chosen import ChosenTokens
 from llamaclust.worker.compute import INLINE_NS, Compute
 from llamaclust.worker.flow import Neighbours, StageFlow
@@ -273,14 +275,67 @@ def test_the_loss_of_the_next_stage_reaches_the_coordinator(model: Model, tmp_pa
         runner = runner_of(model, 0, 1)
         service = StageService("w0")
         nobody = Peer(f"unix:{tmp_path}/nobody.sock", TOKEN)
-        service.add(StageFlow(1, runner, "w0", compute, Counters(), DEADLINES, Neighbours(nobody)))
+        told: list[tuple[Peer, str]] = []
+
+        async def tell(peer: Peer, why: str) -> None:
+            told.append((peer, why))
+
+        service.add(StageFlow(1, runner, "w0", compute, Counters(), DEADLINES, Neighbours(nobody, on_lost=tell)))
         server = await Server.start(f"unix:{tmp_path}/a.sock", TOKEN, service.handlers)
         first = Peer(server.address, TOKEN)
         with pytest.raises(StreamBrokenError, match=r"connection to unix:.*nobody\.sock lost"):
             await first.open(FORWARD, epoch=1).opened()
+        ((peer, why),) = told
+        assert peer is nobody and "nobody.sock lost" in why
         await first.close()
         await server.stop(0.0)
         await service.remove(1)
         compute.close()
+
+    asyncio.run(run())
+
+
+def test_only_a_connection_that_fails_is_told(model: Model, tmp_path: Path) -> None:
+    """Not a stage that ends its stream with an error: it can be reached."""
+
+    async def run() -> None:
+        told: list[str] = []
+
+        async def tell(peer: Peer, why: str) -> None:
+            told.append(why)
+
+        async def refusing(stream: ServerStream) -> None:
+            await stream.accept()
+            raise WorkerError("no more")
+
+        other = await Server.start(f"unix:{tmp_path}/b.sock", TOKEN, {FORWARD: refusing})
+        compute, service = Compute(), StageService("w0")
+        neighbours = Neighbours(Peer(other.address, TOKEN), on_lost=tell)
+        service.add(StageFlow(1, runner_of(model, 0, 1), "w0", compute, Counters(), DEADLINES, neighbours))
+        server = await Server.start(f"unix:{tmp_path}/a.sock", TOKEN, service.handlers)
+        first = Peer(server.address, TOKEN)
+        stream = first.open(FORWARD, epoch=1)
+        await stream.opened()
+        with pytest.raises(StreamBrokenError, match="no more"):
+            await stream.read()
+        assert not told
+        await first.close()
+        await asyncio.gather(server.stop(0.0), other.stop(0.0))
+        await service.remove(1)
+        compute.close()
+
+    asyncio.run(run())
+
+
+def test_a_connection_that_nobody_answers_fails_in_time() -> None:
+    async def run() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            peer = Peer(f"127.0.0.1:{silent.getsockname()[1]}", TOKEN, patience_s=1.0)
+            peer.open(FORWARD, epoch=1)
+            begun = time.monotonic()
+            with pytest.raises(UnreachableError, match=r"connection to 127\.0\.0\.1:\d+: not within 1 s"):
+                await peer.connected()
+            assert time.monotonic() - begun < 3.0
+            await peer.close()
 
     asyncio.run(run())

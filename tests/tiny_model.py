@@ -64,7 +64,7 @@ def build_tiny_model(
     tensors = [*_ends(shape, tied, rope_factors)]
     for layer in range(layers):
         tensors += _layer(shape, f"blk.{layer}")
-    sources = [_source(tensor, _type_of(tensor, quant_type, other_types or {}), seed) for tensor in tensors]
+    sources = [source_of(tensor, _type_of(tensor, quant_type, other_types or {}), seed) for tensor in tensors]
     write_gguf(path, _metadata(shape) | dict(extra or {}), sources)
     return path
 
@@ -78,7 +78,7 @@ def every_type(first: int, layers: int = 6) -> dict[str, QuantType]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Random:
+class RandomTensor:
     """A tensor of normal numbers; vectors and routers stay float32 whatever the model's type."""
 
     name: str
@@ -88,57 +88,57 @@ class _Random:
     exact: bool = False
 
 
-def _matrix(name: str, *shape: int, gain: float = 1.0) -> _Random:
-    return _Random(f"{name}.weight", shape, gain / shape[-1] ** 0.5)
+def matrix(name: str, *shape: int, gain: float = 1.0) -> RandomTensor:
+    return RandomTensor(f"{name}.weight", shape, gain / shape[-1] ** 0.5)
 
 
-def _norm(name: str, width: int) -> _Random:
-    return _Random(f"{name}.weight", (width,), 0.1, mean=1.0, exact=True)
+def norm(name: str, width: int) -> RandomTensor:
+    return RandomTensor(f"{name}.weight", (width,), 0.1, mean=1.0, exact=True)
 
 
-def _ends(shape: _Shape, tied: bool, rope_factors: bool) -> Iterator[_Random]:
-    yield _Random("token_embd.weight", (shape.vocabulary, shape.hidden), 3 / shape.hidden**0.5 if tied else 1.0)
-    yield _norm("output_norm", shape.hidden)
+def _ends(shape: _Shape, tied: bool, rope_factors: bool) -> Iterator[RandomTensor]:
+    yield RandomTensor("token_embd.weight", (shape.vocabulary, shape.hidden), 3 / shape.hidden**0.5 if tied else 1.0)
+    yield norm("output_norm", shape.hidden)
     if not tied:
-        yield _matrix("output", shape.vocabulary, shape.hidden, gain=3.0)
+        yield matrix("output", shape.vocabulary, shape.hidden, gain=3.0)
     if rope_factors:
-        yield _Random("rope_freqs.weight", (shape.head_dim // 2,), 0.2, mean=2.0, exact=True)
+        yield RandomTensor("rope_freqs.weight", (shape.head_dim // 2,), 0.2, mean=2.0, exact=True)
 
 
-def _layer(shape: _Shape, name: str) -> Iterator[_Random]:
+def _layer(shape: _Shape, name: str) -> Iterator[RandomTensor]:
     kv_width = shape.kv_heads * shape.head_dim
-    yield _norm(f"{name}.attn_norm", shape.hidden)
-    yield _matrix(f"{name}.attn_q", shape.hidden, shape.hidden, gain=1.5)
-    yield _matrix(f"{name}.attn_k", kv_width, shape.hidden, gain=1.5)
-    yield _matrix(f"{name}.attn_v", kv_width, shape.hidden)
-    yield _matrix(f"{name}.attn_output", shape.hidden, shape.hidden)
+    yield norm(f"{name}.attn_norm", shape.hidden)
+    yield matrix(f"{name}.attn_q", shape.hidden, shape.hidden, gain=1.5)
+    yield matrix(f"{name}.attn_k", kv_width, shape.hidden, gain=1.5)
+    yield matrix(f"{name}.attn_v", kv_width, shape.hidden)
+    yield matrix(f"{name}.attn_output", shape.hidden, shape.hidden)
     if shape.architecture == "qwen2":
         for part, width in (("attn_q", shape.hidden), ("attn_k", kv_width), ("attn_v", kv_width)):
-            yield _Random(f"{name}.{part}.bias", (width,), 0.2, exact=True)
-    yield _norm(f"{name}.ffn_norm", shape.hidden)
+            yield RandomTensor(f"{name}.{part}.bias", (width,), 0.2, exact=True)
+    yield norm(f"{name}.ffn_norm", shape.hidden)
     yield from _feed_forward(shape, name)
 
 
-def _feed_forward(shape: _Shape, name: str) -> Iterator[_Random]:
+def _feed_forward(shape: _Shape, name: str) -> Iterator[RandomTensor]:
     if shape.experts == 0:
-        yield _matrix(f"{name}.ffn_gate", shape.ffn, shape.hidden)
-        yield _matrix(f"{name}.ffn_up", shape.ffn, shape.hidden)
-        yield _matrix(f"{name}.ffn_down", shape.hidden, shape.ffn)
+        yield matrix(f"{name}.ffn_gate", shape.ffn, shape.hidden)
+        yield matrix(f"{name}.ffn_up", shape.ffn, shape.hidden)
+        yield matrix(f"{name}.ffn_down", shape.hidden, shape.ffn)
         return
     router = (shape.experts, shape.hidden)
-    yield _Random(f"{name}.ffn_gate_inp.weight", router, 2 / shape.hidden**0.5, exact=True)
-    yield _matrix(f"{name}.ffn_gate_exps", shape.experts, shape.ffn, shape.hidden)
-    yield _matrix(f"{name}.ffn_up_exps", shape.experts, shape.ffn, shape.hidden)
-    yield _matrix(f"{name}.ffn_down_exps", shape.experts, shape.hidden, shape.ffn)
+    yield RandomTensor(f"{name}.ffn_gate_inp.weight", router, 2 / shape.hidden**0.5, exact=True)
+    yield matrix(f"{name}.ffn_gate_exps", shape.experts, shape.ffn, shape.hidden)
+    yield matrix(f"{name}.ffn_up_exps", shape.experts, shape.ffn, shape.hidden)
+    yield matrix(f"{name}.ffn_down_exps", shape.experts, shape.hidden, shape.ffn)
 
 
-def _type_of(tensor: _Random, quant_type: QuantType, others: Mapping[str, QuantType]) -> QuantType:
+def _type_of(tensor: RandomTensor, quant_type: QuantType, others: Mapping[str, QuantType]) -> QuantType:
     if tensor.exact:
         return QuantType.F32
     return next((kind for part, kind in others.items() if part in tensor.name), quant_type)
 
 
-def _source(tensor: _Random, kind: QuantType, seed: int) -> TensorSource:
+def source_of(tensor: RandomTensor, kind: QuantType, seed: int) -> TensorSource:
     def produce() -> bytes:
         generator = np.random.default_rng([seed, zlib.crc32(tensor.name.encode())])
         values: NDArray[np.float32] = generator.standard_normal(tensor.shape, np.float32)

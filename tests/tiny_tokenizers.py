@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 
 from llamaclust.model.writer import WritableValue
@@ -93,3 +95,24 @@ _CHATML_TEMPLATE = (
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+
+
+def tokenizer_json(vocabulary: int = 320, **changes: object) -> str:
+    """The byte-level vocabulary of `byte_level` as Hugging Face's library keeps it, cut as GPT-2's text is."""
+    said = byte_level(vocabulary)
+    tokens = said["tokenizer.ggml.tokens"]
+    special = [{"id": vocabulary - 3 + i, "content": str(word), "special": True} for i, word in enumerate(tokens[-3:])]
+    plain = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
+    cutter = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    whole = {
+        "version": "1.0",
+        "added_tokens": [{**one, **plain} for one in special],
+        "pre_tokenizer": cutter,
+        "decoder": cutter,
+        "model": {
+            "type": "BPE",
+            "vocab": {str(word): i for i, word in enumerate(tokens[:-3])},
+            "merges": list(said["tokenizer.ggml.merges"]),
+        },
+    }
+    return json.dumps(whole | changes)

@@ -25,7 +25,17 @@ void print_vectors(const Level& level) {
     std::vector<float> out(size);
     level.vector.rms_norm(x.data(), y.data(), 1e-5f, n, out.data());
     crc.add(out);
+    level.vector.layer_norm(x.data(), y.data(), x.data(), 1e-5f, n, out.data());
+    crc.add(out);
     level.vector.silu_mul(x.data(), y.data(), n, out.data());
+    crc.add(out);
+    for (const GeluKind kind : {GeluKind::Erf, GeluKind::Tanh}) {
+      level.vector.gelu(x.data(), kind, n, out.data());
+      crc.add(out);
+    }
+    level.vector.soft_cap(x.data(), 1.5f, n, out.data());
+    level.vector.mul(out.data(), y.data(), n, out.data());
+    level.vector.scale(out.data(), level.vector.sigmoid_dot(x.data(), y.data(), n), n, out.data());
     crc.add(out);
     level.vector.add(x.data(), y.data(), n, out.data());
     level.vector.add_scaled(x.data(), 0.37f, n, out.data());
@@ -85,7 +95,7 @@ struct Sums {
   SpanSums places() { return {maximum.data(), sum.data(), values.data()}; }
 };
 
-void print_attention(const Level& level, KvType type, const char* name) {
+void print_attention(const Level& level, KvType type, const char* name, bool biased = false) {
   Crc crc;
   for (const auto& [dim, queries] : {std::pair{64, 1}, std::pair{40, 5}, std::pair{128, 19}}) {
     Heads heads(type, dim, queries);
@@ -96,7 +106,15 @@ void print_attention(const Level& level, KvType type, const char* name) {
       std::vector<int> firsts(heads.count, 0), ends(heads.count, kSpanTokens);
       for (int i = 0; span == 0 && i < queries; i++) firsts[static_cast<size_t>(i)] = 100 + i;
       for (int i = 0; span == 2 && i < queries; i++) ends[static_cast<size_t>(i)] = 77 - (queries - 1 - i);
-      level.attention.kv[static_cast<int>(type)].span(heads.task(span, firsts, ends), (span == 0 ? total : next).places());
+      SpanTask task = heads.task(span, firsts, ends);
+      std::vector<float> slopes;
+      std::vector<int> at;
+      for (int i = 0; i < queries; i++) {
+        slopes.push_back(0.01f * static_cast<float>(i + 1));
+        at.push_back(positions - span * kSpanTokens - queries + i);
+      }
+      if (biased) task.slopes = slopes.data(), task.positions = at.data();
+      level.attention.kv[static_cast<int>(type)].span(task, (span == 0 ? total : next).places());
       if (span > 0) level.attention.merge(total.places(), next.places(), queries, dim);
     }
     for (size_t i = 0; i < heads.count; i++) {
@@ -171,7 +189,10 @@ int main() {
     level_bits::print_vectors(level);
     level_bits::print_attention(level, KvType::F16, "attention");
     level_bits::print_attention(level, KvType::Q8_0, "attention-q8_0");
+    level_bits::print_attention(level, KvType::F16, "attention-biased", true);
+    level_bits::print_attention(level, KvType::Q8_0, "attention-q8_0-biased", true);
     level_bits::print_sampling(level);
+    level_bits::print_quantizers(level);
   }
   level_bits::print_baseline();
   std::printf("best %s\n", find_level("").name);

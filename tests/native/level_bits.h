@@ -72,5 +72,6 @@ inline void print(const char* level, const char* what, const Crc& crc) {
 }
 
 void print_products(const llamaclust::Level& level);
+void print_quantizers(const llamaclust::Level& level);
 
 }  // namespace level_bits

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Self, TypeVar
 
-from link import Link, drop_rule, loss_rule, queue_commands
+from link import Link, drop_rule, loss_rule, queue_commands, refuse_rule
 from namespaces import BoxError, inside, named, new_prefix, remove, run, stale
 
 T = TypeVar("T")
@@ -84,7 +84,7 @@ class Box:
         self._emulator: subprocess.Popen[bytes] | None = None
         self._processes: list[subprocess.Popen[bytes]] = []
         self._links: dict[str, Link] = {}
-        self._holes: set[tuple[str, str]] = set()
+        self._filters: set[tuple[str, ...]] = set()  # (host, rule of iptables)
         self.hosts: Mapping[str, Host] = {
             name: Host(name, self._prefix + name, f"{_NETWORK}{number}") for number, name in enumerate(names, 1)
         }
@@ -133,9 +133,16 @@ class Box:
 
     def black_hole(self, source: str, target: str) -> None:
         """What `source` sends does not reach `target`, and neither is told; the other way is as before."""
-        if (source, target) not in self._holes:
-            self.hosts[target].command("iptables", "-w", "-A", *drop_rule(self.hosts[source].address))
-            self._holes.add((source, target))
+        self._filter(target, drop_rule(self.hosts[source].address))
+
+    def refuse(self, source: str, target: str) -> None:
+        """Connections of `source` to `target` are reset, those that are there and new ones."""
+        self._filter(target, refuse_rule(self.hosts[source].address))
+
+    def _filter(self, target: str, rule: list[str]) -> None:
+        if (target, *rule) not in self._filters:
+            self.hosts[target].command("iptables", "-w", "-A", *rule)
+            self._filters.add((target, *rule))
 
     def unplug(self, name: str) -> None:
         """The host's network device is down: it hears nobody, and nobody hears it."""
@@ -145,10 +152,10 @@ class Box:
         run("ip", "-n", self.hosts[name].namespace, "link", "set", "eth0", "up")
 
     def heal(self) -> None:
-        """No black holes, every device up; delays, rates and losses stay."""
-        for source, target in self._holes:
-            self.hosts[target].command("iptables", "-w", "-D", *drop_rule(self.hosts[source].address))
-        self._holes.clear()
+        """No black holes, nothing refused, every device up; delays, rates and losses stay."""
+        for target, *rule in self._filters:
+            self.hosts[target].command("iptables", "-w", "-D", *rule)
+        self._filters.clear()
         for name in self.hosts:
             self.plug(name)
 

@@ -48,3 +48,8 @@ def loss_rule(loss: float) -> list[str]:
 def drop_rule(source: str) -> list[str]:
     """Of iptables: nothing that comes from this address arrives, and nobody is told."""
     return ["INPUT", "-s", source, "-j", "DROP"]
+
+
+def refuse_rule(source: str) -> list[str]:
+    """Of iptables: TCP from this address is answered with a reset."""
+    return ["INPUT", "-s", source, "-p", "tcp", "-j", "REJECT", "--reject-with", "tcp-reset"]

@@ -1,0 +1,103 @@
+"""Workers that all reach the coordinator and not each other: requests go on around it, with the bits of one worker."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from box import Box
+from command_line import eventually
+from distant_cluster import COORDINATOR, Answer, DistantCluster, distant_cluster, eight, undisturbed
+from link import Link
+
+pytestmark = pytest.mark.model
+
+ASKS = eight(max_tokens=24)
+WORKER_S = 2.0  # timeouts.worker
+WITHIN_S = WORKER_S + 3.0
+BEFORE_TOKENS = 60  # so many are chosen when the link is cut, of 192
+
+Strike = Callable[[Box], None]
+
+
+@pytest.fixture(scope="module")
+def expected(demo_model: Path) -> list[Answer]:
+    return undisturbed(demo_model, ASKS)
+
+
+@contextmanager
+def workers(model: Path, names: str, **keys: Any) -> Iterator[DistantCluster]:
+    """At a round trip of 20 ms a token takes 40 ms or more: there is time for a fault."""
+    with (
+        Box((COORDINATOR, *names), delays=True) as box,
+        distant_cluster(box, model, timeouts={"worker": f"{WORKER_S:g}s"}, **keys) as cluster,
+    ):
+        box.set_link(Link.of_round_trip(0.02))
+        yield cluster
+
+
+def cut(cluster: DistantCluster, strike: Strike) -> Future[list[Answer]]:
+    """Eight requests in whose midst a link is cut."""
+    asked = cluster.asked(ASKS)
+    eventually(lambda: cluster.metric("llamaclust_generated_tokens_total") > BEFORE_TOKENS, 30.0, "some tokens")
+    strike(cluster.box)
+    return asked
+
+
+def goes_on(cluster: DistantCluster, strike: Strike) -> list[Answer]:
+    """Their answers, if they go on in time."""
+    asked, begun = cut(cluster, strike), time.monotonic()
+    eventually(lambda: cluster.status["recoveries"] >= 1, 60.0, "a recovery")
+    pause_s = time.monotonic() - begun
+    print(f"requests went on after {pause_s:.2f} s")
+    assert pause_s < WITHIN_S
+    answers = asked.result(60.0)
+    assert cluster.status["recoveries"] == 1
+    return answers
+
+
+def holding(cluster: DistantCluster) -> set[str]:
+    """Who has layers; nobody is lost."""
+    found = cluster.status["workers"]
+    assert all(worker["state"] != "lost" for worker in found)
+    return {worker["name"] for worker in found if worker["layers"]}
+
+
+CUTS: dict[str, tuple[str, Strike]] = {
+    "nothing of the second reaches the first": ("ab", lambda box: box.black_hole("b", "a")),
+    "nothing of the last reaches the first": ("ca", lambda box: box.black_hole("c", "a")),
+    "the second refuses the first": ("ab", lambda box: box.refuse("a", "b")),
+}
+
+
+@pytest.mark.parametrize(("pair", "strike"), CUTS.values(), ids=CUTS.keys())
+def test_the_third_takes_the_place_of_one(demo_model: Path, expected: list[Answer], pair: str, strike: Strike) -> None:
+    with workers(demo_model, "abc") as cluster:
+        assert goes_on(cluster, strike) == expected
+        assert len(holding(cluster)) == 2 and not holding(cluster) >= set(pair)
+        assert cluster.coordinator.err.read_text().count("cannot reach each other") == 1
+
+
+def test_of_two_one_serves_alone(demo_model: Path, expected: list[Answer]) -> None:
+    with workers(demo_model, "ab") as cluster:
+        assert goes_on(cluster, lambda box: box.black_hole("a", "b")) == expected
+        assert holding(cluster) == {"a"}
+        cluster.box.heal()
+        eventually(lambda: holding(cluster) == set("ab"), 20.0, "both at work again")
+        assert cluster.answers(ASKS[:2]) == expected[:2]
+
+
+def test_where_it_takes_both_requests_wait_for_the_link(demo_model: Path, expected: list[Answer]) -> None:
+    by_hand = [{"worker": "a", "layers": [0, 15]}, {"worker": "b", "layers": [15, 30]}]
+    with workers(demo_model, "ab", plan=by_hand) as cluster:
+        asked = cut(cluster, lambda box: box.black_hole("a", "b"))
+        why = "every plan has workers a and b side by side, who cannot reach each other"
+        cluster.coordinator.says(f"waiting for a link, requests for 120 s at most: {why}")
+        assert cluster.get("/health").json()["status"] == "recovering"
+        cluster.box.heal()
+        assert asked.result(60.0) == expected

@@ -1,0 +1,271 @@
+"""Tiny random checkpoints in Hugging Face's form, one of each architecture: configuration and tensors."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+HIDDEN, HEADS, KV_HEADS, HEAD, INNER, WORDS, LAYERS = 64, 4, 2, 16, 96, 320, 2
+Shapes = dict[str, tuple[int, ...]]
+
+_COMMON = {
+    "hidden_size": HIDDEN,
+    "intermediate_size": INNER,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KV_HEADS,
+    "vocab_size": WORDS,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+}
+
+
+def _ends(**more: tuple[int, ...]) -> Shapes:
+    return {"model.embed_tokens.weight": (WORDS, HIDDEN), "model.norm.weight": (HIDDEN,), **more}
+
+
+def _head() -> Shapes:
+    return {"lm_head.weight": (WORDS, HIDDEN)}
+
+
+def _per_layer(make: Callable[[str], Shapes], prefix: str = "model.layers") -> Shapes:
+    return {name: shape for layer in range(LAYERS) for name, shape in make(f"{prefix}.{layer}").items()}
+
+
+def _norms(layer: str) -> Shapes:
+    return {f"{layer}.input_layernorm.weight": (HIDDEN,), f"{layer}.post_attention_layernorm.weight": (HIDDEN,)}
+
+
+def _attention(layer: str, bias: bool = False) -> Shapes:
+    query, key = HEADS * HEAD, KV_HEADS * HEAD
+    rows = {"q_proj": query, "k_proj": key, "v_proj": key}
+    shapes: Shapes = {f"{layer}.self_attn.{name}.weight": (count, HIDDEN) for name, count in rows.items()}
+    if bias:
+        shapes |= {f"{layer}.self_attn.{name}.bias": (count,) for name, count in rows.items()}
+    return shapes | {f"{layer}.self_attn.o_proj.weight": (HIDDEN, query)}
+
+
+def _gated(prefix: str, width: int = INNER) -> Shapes:
+    inner = {f"{prefix}.{part}_proj.weight": (width, HIDDEN) for part in ("gate", "up")}
+    return {**inner, f"{prefix}.down_proj.weight": (HIDDEN, width)}
+
+
+def _llama(layer: str) -> Shapes:
+    return {**_norms(layer), **_attention(layer), **_gated(f"{layer}.mlp")}
+
+
+def _mixtral(layer: str) -> Shapes:
+    moe = f"{layer}.block_sparse_moe"
+    shapes = {**_norms(layer), **_attention(layer), f"{moe}.gate.weight": (4, HIDDEN)}
+    for expert in range(4):
+        shapes |= {f"{moe}.experts.{expert}.{w}.weight": (INNER, HIDDEN) for w in ("w1", "w3")}
+        shapes[f"{moe}.experts.{expert}.w2.weight"] = (HIDDEN, INNER)
+    return shapes
+
+
+def _baichuan(layer: str) -> Shapes:
+    packed = {f"{layer}.self_attn.W_pack.weight": (3 * HIDDEN, HIDDEN)}
+    return {**_norms(layer), **packed, f"{layer}.self_attn.o_proj.weight": (HIDDEN, HIDDEN), **_gated(f"{layer}.mlp")}
+
+
+def _qwen2(layer: str) -> Shapes:
+    return {**_norms(layer), **_attention(layer, bias=True), **_gated(f"{layer}.mlp")}
+
+
+def _qwen3(layer: str) -> Shapes:
+    return {**_llama(layer), **{f"{layer}.self_attn.{part}_norm.weight": (HEAD,) for part in "qk"}}
+
+
+def _experts(layer: str) -> Shapes:
+    shapes: Shapes = {f"{layer}.mlp.gate.weight": (4, HIDDEN)}
+    for expert in range(4):
+        shapes |= _gated(f"{layer}.mlp.experts.{expert}", 32)
+    return shapes
+
+
+def _qwen2moe(layer: str) -> Shapes:
+    shared = {**_gated(f"{layer}.mlp.shared_expert", 64), f"{layer}.mlp.shared_expert_gate.weight": (1, HIDDEN)}
+    return {**_norms(layer), **_attention(layer, bias=True), **_experts(layer), **shared}
+
+
+def _qwen3moe(layer: str) -> Shapes:
+    norms = {f"{layer}.self_attn.{part}_norm.weight": (HEAD,) for part in "qk"}
+    return {**_norms(layer), **_attention(layer), **norms, **_experts(layer)}
+
+
+def _chatglm(layer: str) -> Shapes:
+    packed = (HEADS + 2 * KV_HEADS) * HEAD
+    attention, mlp = f"{layer}.self_attention", f"{layer}.mlp"
+    return {
+        **_norms(layer),
+        f"{attention}.query_key_value.weight": (packed, HIDDEN),
+        f"{attention}.query_key_value.bias": (packed,),
+        f"{attention}.dense.weight": (HIDDEN, HIDDEN),
+        f"{mlp}.dense_h_to_4h.weight": (2 * INNER, HIDDEN),
+        f"{mlp}.dense_4h_to_h.weight": (HIDDEN, INNER),
+    }
+
+
+def _phi3(layer: str) -> Shapes:
+    return {
+        **_norms(layer),
+        f"{layer}.self_attn.qkv_proj.weight": ((HEADS + 2 * KV_HEADS) * HEAD, HIDDEN),
+        f"{layer}.self_attn.o_proj.weight": (HIDDEN, HIDDEN),
+        f"{layer}.mlp.gate_up_proj.weight": (2 * INNER, HIDDEN),
+        f"{layer}.mlp.down_proj.weight": (HIDDEN, INNER),
+    }
+
+
+def _internlm2(layer: str) -> Shapes:
+    return {
+        f"{layer}.attention_norm.weight": (HIDDEN,),
+        f"{layer}.ffn_norm.weight": (HIDDEN,),
+        f"{layer}.attention.wqkv.weight": ((HEADS + 2 * KV_HEADS) * HEAD, HIDDEN),
+        f"{layer}.attention.wo.weight": (HIDDEN, HIDDEN),
+        f"{layer}.feed_forward.w1.weight": (INNER, HIDDEN),
+        f"{layer}.feed_forward.w3.weight": (INNER, HIDDEN),
+        f"{layer}.feed_forward.w2.weight": (HIDDEN, INNER),
+    }
+
+
+def _gemma2(layer: str) -> Shapes:
+    more = {f"{layer}.{part}_feedforward_layernorm.weight": (HIDDEN,) for part in ("pre", "post")}
+    return {**_llama(layer), **more}
+
+
+def _gemma3(layer: str) -> Shapes:
+    return {**_gemma2(layer), **{f"{layer}.self_attn.{part}_norm.weight": (HEAD,) for part in "qk"}}
+
+
+def _falcon(layer: str, norms: tuple[str, ...] = ("input_layernorm",)) -> Shapes:
+    vectors = {f"{layer}.{norm}.{kind}": (HIDDEN,) for norm in norms for kind in ("weight", "bias")}
+    return {
+        **vectors,
+        f"{layer}.self_attention.query_key_value.weight": ((HEADS + 2 * KV_HEADS) * HEAD, HIDDEN),
+        f"{layer}.self_attention.dense.weight": (HIDDEN, HIDDEN),
+        f"{layer}.mlp.dense_h_to_4h.weight": (4 * HIDDEN, HIDDEN),
+        f"{layer}.mlp.dense_4h_to_h.weight": (HIDDEN, 4 * HIDDEN),
+    }
+
+
+def _starcoder2(layer: str) -> Shapes:
+    shapes = {**_norms(layer), **_attention(layer, bias=True), f"{layer}.self_attn.o_proj.bias": (HIDDEN,)}
+    shapes |= {f"{layer}.mlp.c_fc.weight": (INNER, HIDDEN), f"{layer}.mlp.c_fc.bias": (INNER,)}
+    shapes |= {f"{layer}.mlp.c_proj.weight": (HIDDEN, INNER), f"{layer}.mlp.c_proj.bias": (HIDDEN,)}
+    return shapes | {f"{layer}.{norm}_layernorm.bias": (HIDDEN,) for norm in ("input", "post_attention")}
+
+
+def _gpt2(layer: str) -> Shapes:
+    shapes: Shapes = {f"{layer}.{norm}.{kind}": (HIDDEN,) for norm in ("ln_1", "ln_2") for kind in ("weight", "bias")}
+    for name, rows, columns in (
+        ("attn.c_attn", HIDDEN, 3 * HIDDEN),
+        ("attn.c_proj", HIDDEN, HIDDEN),
+        ("mlp.c_fc", HIDDEN, 4 * HIDDEN),
+        ("mlp.c_proj", 4 * HIDDEN, HIDDEN),
+    ):
+        shapes |= {f"{layer}.{name}.weight": (rows, columns), f"{layer}.{name}.bias": (columns,)}
+    return shapes
+
+
+_GLM_ENDS: Shapes = {
+    "transformer.embedding.word_embeddings.weight": (WORDS, HIDDEN),
+    "transformer.encoder.final_layernorm.weight": (HIDDEN,),
+    "transformer.output_layer.weight": (WORDS, HIDDEN),
+}
+_INTERN_ENDS: Shapes = {
+    "model.tok_embeddings.weight": (WORDS, HIDDEN),
+    "model.norm.weight": (HIDDEN,),
+    "output.weight": (WORDS, HIDDEN),
+}
+_FALCON_ENDS: Shapes = {
+    "transformer.word_embeddings.weight": (WORDS, HIDDEN),
+    "transformer.ln_f.weight": (HIDDEN,),
+    "transformer.ln_f.bias": (HIDDEN,),
+    "lm_head.weight": (WORDS, HIDDEN),
+}
+_GPT2_ENDS: Shapes = {"wte.weight": (WORDS, HIDDEN), "wpe.weight": (256, HIDDEN)} | {
+    f"ln_f.{kind}": (HIDDEN,) for kind in ("weight", "bias")
+}
+_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_GEMMA = {"head_dim": HEAD, "sliding_window": 64}
+_FALCON_KEYS = {"num_kv_heads": KV_HEADS, "layer_norm_epsilon": 1e-5, "new_decoder_architecture": True}
+_GLM_KEYS = {
+    "num_layers": LAYERS,
+    "ffn_hidden_size": INNER,
+    "kv_channels": HEAD,
+    "multi_query_attention": True,
+    "multi_query_group_num": KV_HEADS,
+    "padded_vocab_size": WORDS,
+    "seq_length": 256,
+    "layernorm_epsilon": 1e-5,
+    "rope_ratio": 50,
+    "hidden_size": HIDDEN,
+    "num_attention_heads": HEADS,
+}
+_GPT2_KEYS = {
+    "n_embd": HIDDEN,
+    "n_head": HEADS,
+    "n_layer": LAYERS,
+    "n_ctx": 256,
+    "vocab_size": WORDS,
+    "layer_norm_epsilon": 1e-5,
+}
+
+CASES: Mapping[str, tuple[dict[str, Any], Shapes]] = {
+    "LlamaForCausalLM": (_COMMON, {**_ends(), **_head(), **_per_layer(_llama)}),
+    "MistralForCausalLM": (_COMMON | {"sliding_window": 64}, {**_ends(), **_head(), **_per_layer(_llama)}),
+    "MixtralForCausalLM": (
+        _COMMON | {"num_local_experts": 4, "num_experts_per_tok": 2},
+        {**_ends(), **_head(), **_per_layer(_mixtral)},
+    ),
+    "BaichuanForCausalLM": (
+        _COMMON | {"num_key_value_heads": None, "max_position_embeddings": None, "model_max_length": 256},
+        {**_ends(), **_head(), **_per_layer(_baichuan)},
+    ),
+    "Qwen2ForCausalLM": (_COMMON | {"tie_word_embeddings": True}, {**_ends(), **_per_layer(_qwen2)}),
+    "Qwen2MoeForCausalLM": (
+        _COMMON | _MOE | {"shared_expert_intermediate_size": 64},
+        {**_ends(), **_head(), **_per_layer(_qwen2moe)},
+    ),
+    "Qwen3ForCausalLM": (_COMMON | {"head_dim": HEAD}, {**_ends(), **_head(), **_per_layer(_qwen3)}),
+    "Qwen3MoeForCausalLM": (
+        _COMMON | _MOE | {"head_dim": HEAD, "norm_topk_prob": True},
+        {**_ends(), **_head(), **_per_layer(_qwen3moe)},
+    ),
+    "ChatGLMModel": (_GLM_KEYS, {**_GLM_ENDS, **_per_layer(_chatglm, "transformer.encoder.layers")}),
+    "Phi3ForCausalLM": (
+        _COMMON | {"original_max_position_embeddings": 128, "sliding_window": 200},
+        {**_ends(), **_head(), **_per_layer(_phi3)},
+    ),
+    "InternLM2ForCausalLM": (_COMMON, {**_INTERN_ENDS, **_per_layer(_internlm2)}),
+    "GemmaForCausalLM": (_COMMON | _GEMMA, {**_ends(), **_per_layer(_llama)}),
+    "Gemma2ForCausalLM": (_COMMON | _GEMMA, {**_ends(), **_per_layer(_gemma2)}),
+    "Gemma3ForCausalLM": (_COMMON | _GEMMA, {**_ends(), **_per_layer(_gemma3)}),
+    "FalconForCausalLM": (_COMMON | _FALCON_KEYS, {**_FALCON_ENDS, **_per_layer(_falcon, "transformer.h")}),
+    "FalconForCausalLM 40b": (
+        _COMMON | _FALCON_KEYS,
+        {**_FALCON_ENDS, **_per_layer(lambda layer: _falcon(layer, ("ln_attn", "ln_mlp")), "transformer.h")},
+    ),
+    "Starcoder2ForCausalLM": (
+        _COMMON | {"norm_epsilon": 1e-5, "tie_word_embeddings": True},
+        {**_ends(), "model.norm.bias": (HIDDEN,), **_per_layer(_starcoder2)},
+    ),
+    "GPT2LMHeadModel": (_GPT2_KEYS, {**_GPT2_ENDS, **_per_layer(_gpt2, "h")}),
+}
+
+
+def checkpoint(case: str) -> tuple[dict[str, Any], dict[str, NDArray[np.float32]]]:
+    """Configuration and float32 tensors; the same each time."""
+    config, shapes = CASES[case]
+    return {"architectures": [case.split()[0]], **config}, {name: values(name, shape) for name, shape in shapes.items()}
+
+
+def values(name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    generator = np.random.default_rng(zlib.crc32(name.encode()))
+    result = generator.standard_normal(shape, np.float32)
+    return result / np.float32(shape[-1] ** 0.5) if len(shape) > 1 else 1 + result / np.float32(10)

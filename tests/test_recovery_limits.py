@@ -82,7 +82,7 @@ async def test_requests_wait_for_a_worker_to_come_back(
 async def test_requests_that_wait_too_long_fail_and_the_cluster_serves_again_when_a_worker_is_back(
     model: Path, requests: tuple[Generation, ...], expected: list[Answer], tmp_path: Path
 ) -> None:
-    timeouts = {"recovery": "300ms", "worker": "600ms"}
+    timeouts = {"recovery": "300ms", "worker": "3s"}
     async with recovering(config(model, tmp_path, workers=2, plan=_HALVES, timeouts=timeouts)) as run:
         engine = run.cluster.engine
         launcher(run)._restarts = Restarts(most=0)

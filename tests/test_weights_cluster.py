@@ -151,7 +151,7 @@ def _prepared(folder: Path, workers: int, layers: int = 4) -> None:
         found = list(folder.glob("*/prepared/*.tiles"))
         return len(found) >= layers and len({path.parent for path in found}) == workers
 
-    eventually(within, 10, "prepared layers")
+    eventually(within, 60, "prepared layers")
 
 
 def test_a_second_start_of_the_demo_model_takes_less_than_a_second(demo_model: Path, tmp_path: Path) -> None:

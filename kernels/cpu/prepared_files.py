@@ -27,9 +27,8 @@ _log = logging.getLogger(__name__)
 _WRITE_BYTES = 1 << 21
 """One write call, at a multiple of it: some file systems then keep the file in huge pages (ext4 of Linux 6.16)."""
 
-_FREE_SHARE = 10
-"""A tenth of the disk is left free."""
-
+_FREE_SHARE, _FREE_BYTES = 20, 2 << 30
+"""What is left free of the disk: a twentieth of it, at most 2 GiB."""
 
 _LOCK_WAIT_S = 10.0
 """How long a writer waits for another one, which has the lock while it writes one image."""
@@ -226,7 +225,8 @@ class PreparedFolder:
         images = sorted(self._files("*.tiles"), key=lambda one: one[1].st_mtime_ns)
         held_bytes, evicted = _total(found for _, found in images), False
         disk = os.statvfs(self.path)
-        room_bytes = (disk.f_bavail - disk.f_blocks // _FREE_SHARE) * disk.f_frsize
+        kept_bytes = min(disk.f_blocks * disk.f_frsize // _FREE_SHARE, _FREE_BYTES)
+        room_bytes = disk.f_bavail * disk.f_frsize - kept_bytes
         for path, found in images:
             if held_bytes + n_bytes <= self.most_bytes and n_bytes <= room_bytes:
                 break
@@ -239,7 +239,7 @@ class PreparedFolder:
         if held_bytes + n_bytes > self.most_bytes:
             raise NoRoomError(f"{mib(held_bytes + n_bytes)} MiB, {self.most_bytes >> 20} MiB are allowed")
         if n_bytes > room_bytes:
-            raise NoRoomError(f"a tenth of the disk is to stay free, {mib(n_bytes)} MiB more would not leave that")
+            raise NoRoomError(f"{mib(kept_bytes)} MiB of the disk are to stay free, {mib(n_bytes)} MiB more would not leave that")
 
     def _forget_missing(self) -> None:
         for path, _ in self._files("*.json"):

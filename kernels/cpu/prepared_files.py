@@ -239,7 +239,9 @@ class PreparedFolder:
         if held_bytes + n_bytes > self.most_bytes:
             raise NoRoomError(f"{mib(held_bytes + n_bytes)} MiB, {self.most_bytes >> 20} MiB are allowed")
         if n_bytes > room_bytes:
-            raise NoRoomError(f"{mib(kept_bytes)} MiB of the disk are to stay free, {mib(n_bytes)} MiB more would not leave that")
+            raise NoRoomError(
+                f"{mib(kept_bytes)} MiB of the disk are to stay free, {mib(n_bytes)} MiB more would not leave that"
+            )
 
     def _forget_missing(self) -> None:
         for path, _ in self._files("*.json"):

@@ -35,24 +35,18 @@ def _at(round_trip_ms: float, rate_mbit: int | None = None) -> Link:
     return Link(round_trip_ms / 2e3, None if rate_mbit is None else rate_mbit * 10**6)
 
 
+MIXED = (_at(1), _at(4), _at(20, 50))
+
 SHAPES = (
     Shape("one", "small, one worker of one thread", False, (1,)),
     Shape("two", "small, two alike, throughput", False, (1, 1), objective="throughput"),
-    Shape("uneven", "small, memory for 12 layers on one of two", False, (1, 1), (420, 225)),
-    Shape("three", "small, memory for a third on each", False, (1, 1, 1), (235, 235, 235)),
     Shape("threads", "small, one and two threads, throughput", False, (2, 1), objective="throughput"),
-    Shape("near", "small, two hosts, round trip 0.5 ms", False, (1, 1), (255, 255), (_at(0.5), _at(0.5))),
-    Shape("far", "small, one host 5 ms away, memory", False, (1, 1), (255, 255), (_at(0.5), _at(5))),
-    Shape(
-        "mixed",
-        "small, hosts 1, 4 ms, 20 ms at 50 Mbit/s away",
-        False,
-        (1, 1, 1),
-        (235,) * 3,
-        (_at(1), _at(4), _at(20, 50)),
-    ),
     Shape("large", "large, one worker of two threads", True, (2,)),
-    Shape("large-two", "large, two alike", True, (1, 1)),
-    Shape("large-uneven", "large, memory for a third on one of two", True, (1, 1), (900, 500)),
+    Shape("large-two", "large, two alike, memory for less than all on each", True, (1, 1), (740, 740)),
+    Shape("uneven", "large, memory for a third on one of two", True, (1, 1), (740, 460)),
+    Shape("three", "large, memory for less than half on each", True, (1, 1, 1), (430,) * 3),
     Shape("large-both", "large, two alike, throughput", True, (1, 1), objective="throughput"),
+    Shape("near", "large, two hosts, round trip 0.5 ms", True, (1, 1), (740, 740), (_at(0.5), _at(0.5))),
+    Shape("far", "large, one host 5 ms away", True, (1, 1), (740, 740), (_at(0.5), _at(5))),
+    Shape("mixed", "large, hosts 1, 4 ms, 20 ms at 50 Mbit/s away", True, (1,) * 3, (430,) * 3, MIXED),
 )

@@ -20,6 +20,7 @@ from llamaclust.cluster.weight_sources import nearest_first
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.model.loader import LayerCost, Model, ModelCosts
 from llamaclust.sizes import MIB
+from llamaclust.wire.cold_caches import largest_cache_bytes
 from llamaclust.wire.control import StageTrial
 from llamaclust.worker import trial
 from llamaclust.worker.trial import TrialDevice, try_stages
@@ -81,6 +82,18 @@ def test_a_worker_tries_steps_of_any_model_that_is_large_enough(
     assert found[0].head_s >= 0 and found[2].layers_byte_s > found[0].layers_byte_s
     short = TrialDevice(device.backend, 1, "generic", 65 << 20)
     assert try_stages(short, model) == (), "memory is short"
+
+
+def test_sweeps_are_as_large_as_the_largest_cache(tmp_path: Path) -> None:
+    def cache(*sizes: str) -> int:
+        for index, size in enumerate(sizes):
+            (tmp_path / f"index{index}").mkdir(exist_ok=True)
+            (tmp_path / f"index{index}" / "size").write_text(size)
+        return largest_cache_bytes(tmp_path)
+
+    assert cache() == cache("48K\n", "2048K\n", "32768K\n") == 64 * MIB
+    assert cache("48K", "2048K", "491520K\n") == 256 * MIB
+    assert cache("48K", "what", "98304K\n") == 96 * MIB
 
 
 def test_weights_come_from_the_same_machine_then_over_the_fastest_links() -> None:

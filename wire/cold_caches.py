@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from pathlib import Path
 from time import sleep
 
 import numpy as np
 
 BYTES = 64 << 20
+"""More than what lies near a core, and all caches of most processors."""
+_MOST_BYTES = 256 << 20
+_LEVELS = "/sys/devices/system/cpu/cpu0/cache"
 _REST_S = 0.0005
 """Whoever waits for work sleeps by then."""
 
 
-class ColdCaches:
-    """Holds memory to read: `sweep` leaves nothing else in the caches that this core can reach."""
+def largest_cache_bytes(levels: Path = Path(_LEVELS)) -> int:
+    """As Linux tells of the first core; at least BYTES, and no more than a sweep can read in passing."""
+    sizes = [BYTES]
+    for size in levels.glob("index*/size"):
+        with suppress(OSError, ValueError):
+            sizes.append(int(size.read_text().strip().removesuffix("K")) << 10)
+    return min(max(sizes), _MOST_BYTES)
 
-    def __init__(self) -> None:
-        self._memory = np.ones(BYTES // 8, np.uint64)
+
+class ColdCaches:
+    """Holds memory to read: `sweep` leaves nothing else in caches of that size."""
+
+    def __init__(self, n_bytes: int = BYTES) -> None:
+        self._memory = np.ones(n_bytes // 8, np.uint64)
 
     def sweep(self) -> None:
         """Blocks for some milliseconds."""

@@ -21,7 +21,7 @@ from llamaclust.model.loader import Model
 from llamaclust.model.program import KvType
 from llamaclust.wire.codec import decode_inputs, decode_microbatch, encode_inputs, encode_microbatch
 from llamaclust.wire.cold_caches import BYTES as SWEEP_BYTES
-from llamaclust.wire.cold_caches import ColdCaches
+from llamaclust.wire.cold_caches import ColdCaches, largest_cache_bytes
 from llamaclust.wire.control import StageLimits, StageTrial
 from llamaclust.wire.frames import decode_frame, encode_hidden
 from llamaclust.wire.messages import Chunk, Microbatch, SampleTask, SamplingInputs, SamplingParams
@@ -49,7 +49,7 @@ _LAYERS_BYTES = 96 << 20
 """Of the layers that are tried together, where more than two are not above that."""
 _LEAST_LAYERS = 3
 _LEAST_BYTES = 32 << 20
-"""Of layers: smaller models stay in caches."""
+"""Of layers that are tried: fewer stay in caches, and differ by less than a machine's moods."""
 _EPOCH = 1
 _DEADLINE_S = 60.0
 
@@ -67,9 +67,12 @@ class TrialDevice:
         level = self.feature_level
         return StageRunner(self.backend, model, start, end, _LIMITS, feature_level=level, threads=self.threads)
 
+    def left_bytes(self, model: Model, start: int, end: int) -> int:
+        """Of memory, beside such a stage."""
+        return self.free_bytes - plan_memory(self.backend, model, start, end, _LIMITS).total_bytes
+
     def fits(self, model: Model, start: int, end: int) -> bool:
-        planned = plan_memory(self.backend, model, start, end, _LIMITS)
-        return planned.total_bytes + SWEEP_BYTES <= self.free_bytes
+        return self.left_bytes(model, start, end) >= SWEEP_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +94,10 @@ def try_stages(device: TrialDevice, model: Model) -> tuple[StageTrial, ...]:
     while some > 2 and not device.fits(model, 0, some):
         some = max(2, some * 3 // 4)
     ranges = [(0, 1), (0, some), (layers - 1, layers)]
-    if not all(device.fits(model, start, end) for start, end in ranges):
+    if sum(sizes[:some]) < _LEAST_BYTES or not all(device.fits(model, start, end) for start, end in ranges):
         return ()
-    caches = ColdCaches()
+    left_bytes = min(device.left_bytes(model, start, end) for start, end in ranges)
+    caches = ColdCaches(min(largest_cache_bytes(), left_bytes))
     parts = []
     for start, end in ranges:
         with closing(device.runner(model, start, end)) as runner:

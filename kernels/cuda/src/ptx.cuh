@@ -1,0 +1,96 @@
+// base.cuh on a GPU: by NVRTC, which has no headers of the standard library, or by nvcc.
+#pragma once
+
+#ifdef __CUDACC_RTC__
+using int8_t = signed char;
+using uint8_t = unsigned char;
+using int16_t = short;
+using uint16_t = unsigned short;
+using int32_t = int;
+using uint32_t = unsigned int;
+using int64_t = long;
+using uint64_t = unsigned long;
+using uintptr_t = unsigned long;
+#else
+#include <cstdint>
+#include <cstring>
+#endif
+
+#define KERNEL(threads, name, ...) extern "C" __global__ void __launch_bounds__(threads) name(__VA_ARGS__)
+#define SHARED(type, name, dimensions) __shared__ __align__(16) type name dimensions
+#define DYNAMIC_SHARED (::llamaclust::cuda::dynamic_shared)
+#define LLAMACLUST_ARCH __CUDA_ARCH__
+
+namespace llamaclust::cuda {
+
+extern __shared__ __align__(16) uint8_t dynamic_shared[];
+
+__device__ __forceinline__ float half_to_float(uint16_t h) {
+  float r;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(h));
+  return r;
+}
+// To nearest, ties to even.
+__device__ __forceinline__ uint16_t float_to_half(float x) {
+  uint16_t r;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r) : "f"(x));
+  return r;
+}
+
+// c + the sum of four products of bytes: unsigned, or signed, times signed.
+__device__ __forceinline__ int32_t dp4a(uint32_t a, int32_t b, int32_t c) {
+  int32_t r;
+  asm("dp4a.u32.s32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+  return r;
+}
+__device__ __forceinline__ int32_t dp4a(int32_t a, int32_t b, int32_t c) {
+  int32_t r;
+  asm("dp4a.s32.s32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+  return r;
+}
+
+// d += a b over a whole warp: matrices of bytes, of which each lane holds some (mma.cuh), a unsigned or signed, b signed.
+#define LLAMACLUST_MMA(Registers, type)                                                                             \
+  __device__ __forceinline__ void mma_m16n8k32(int32_t (&d)[4], const Registers (&a)[4], const int32_t (&b)[2]) {   \
+    asm("mma.sync.aligned.m16n8k32.row.col.s32." type ".s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "      \
+        "{%0, %1, %2, %3};"                                                                                         \
+        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])                                                            \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                                        \
+  }                                                                                                                 \
+  __device__ __forceinline__ void mma_m16n8k16(int32_t (&d)[4], const Registers (&a)[2], const int32_t (&b)[1]) {   \
+    asm("mma.sync.aligned.m16n8k16.row.col.s32." type ".s8.s32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};" \
+        : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])                                                            \
+        : "r"(a[0]), "r"(a[1]), "r"(b[0]));                                                                         \
+  }                                                                                                                 \
+  __device__ __forceinline__ void mma_m8n8k16(int32_t& d0, int32_t& d1, Registers a, int32_t b) {                   \
+    asm("mma.sync.aligned.m8n8k16.row.col.s32." type ".s8.s32 {%0, %1}, {%2}, {%3}, {%0, %1};"                      \
+        : "+r"(d0), "+r"(d1)                                                                                        \
+        : "r"(a), "r"(b));                                                                                          \
+  }
+LLAMACLUST_MMA(uint32_t, "u8")
+LLAMACLUST_MMA(int32_t, "s8")
+#undef LLAMACLUST_MMA
+
+// Sixteen bytes from global to shared memory, there after copy_async_wait: in the background from compute capability 8.0
+// on. What was copied since the last commit is a group; wait<n> leaves the newest n groups under way.
+__device__ __forceinline__ void copy_async_16(void* shared, const void* global) {
+#if __CUDA_ARCH__ >= 800
+  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" : : "r"(to), "l"(global) : "memory");
+#else
+  *static_cast<uint4*>(shared) = *static_cast<const uint4*>(global);
+#endif
+}
+__device__ __forceinline__ void copy_async_commit() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" : : : "memory");
+#endif
+}
+template <int groups>
+__device__ __forceinline__ void copy_async_wait() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" : : "n"(groups) : "memory");
+#endif
+}
+
+}  // namespace llamaclust::cuda

@@ -1,0 +1,109 @@
+// Kernels that ask a device what it does: the shim is checked against what CUDA and PTX promise, and for noticing mistakes.
+#include "mma.cuh"
+
+namespace llamaclust::cuda {
+
+// A grid of two blocks of 64. out[i] = the sum over the other lanes' numbers, by each kind of shuffle.
+KERNEL(64, shuffles, const int32_t* x, int32_t* out) {
+  const int i = blockIdx.x * 64 + threadIdx.x;
+  const int32_t value = x[i];
+  out[4 * i] = __shfl_sync(kAllLanes, value, threadIdx.x + 1);
+  out[4 * i + 1] = __shfl_xor_sync(kAllLanes, value, 5);
+  out[4 * i + 2] = __shfl_down_sync(kAllLanes, value, 3, 8);
+  out[4 * i + 3] = __shfl_up_sync(kAllLanes, value, 2);
+}
+
+// One block of 128: each thread reads what another one wrote, in static and in dynamic shared memory.
+KERNEL(128, shared, const float* x, float* out) {
+  SHARED(float, first, [2][64]);
+  float* second = reinterpret_cast<float*>(DYNAMIC_SHARED);
+  const int i = threadIdx.x;
+  first[i / 64][i % 64] = x[i];
+  second[i] = 2 * x[i];
+  __syncthreads();
+  out[i] = first[(127 - i) / 64][(127 - i) % 64] + second[(i + 1) % 128];
+}
+
+// One warp: d[16][8] of 32 columns (k = 32) or 16.
+KERNEL(32, multiply, const int32_t* a, const int32_t* b, int32_t k, int32_t is_unsigned, int32_t* d) {
+  const int lane = threadIdx.x;
+  int32_t sums[4];
+  for (int i = 0; i < 4; i++) sums[i] = d[4 * lane + i];
+  if (k == 32 && is_unsigned) {
+    const uint32_t rows[4] = {uint32_t(a[4 * lane]), uint32_t(a[4 * lane + 1]), uint32_t(a[4 * lane + 2]), uint32_t(a[4 * lane + 3])};
+    const int32_t columns[2] = {b[2 * lane], b[2 * lane + 1]};
+    multiply_k32(sums, rows, columns);
+  } else if (k == 32) {
+    const int32_t rows[4] = {a[4 * lane], a[4 * lane + 1], a[4 * lane + 2], a[4 * lane + 3]};
+    const int32_t columns[2] = {b[2 * lane], b[2 * lane + 1]};
+    multiply_k32(sums, rows, columns);
+  } else if (is_unsigned) {
+    const uint32_t rows[2] = {uint32_t(a[2 * lane]), uint32_t(a[2 * lane + 1])};
+    const int32_t columns[1] = {b[lane]};
+    multiply_k16(sums, rows, columns);
+  } else {
+    const int32_t rows[2] = {a[2 * lane], a[2 * lane + 1]};
+    const int32_t columns[1] = {b[lane]};
+    multiply_k16(sums, rows, columns);
+  }
+  for (int i = 0; i < 4; i++) d[4 * lane + i] = sums[i];
+}
+
+// Blocks of 64. out = the dot products of bytes, a unsigned, then signed.
+KERNEL(64, bytes, const int32_t* a, const int32_t* b, int32_t n, int32_t* out) {
+  const int i = blockIdx.x * 64 + threadIdx.x;
+  if (i >= n) return;
+  out[i] = dp4a(static_cast<uint32_t>(a[i]), b[i], i);
+  out[n + i] = dp4a(a[i], b[i], i);
+}
+
+// Blocks of 64. Every half as a float; every float as a half.
+KERNEL(64, halves, const uint16_t* half, float* out) {
+  const int i = blockIdx.x * 64 + threadIdx.x;
+  out[i] = half_to_float(half[i]);
+}
+KERNEL(64, rounded, const float* x, uint16_t* out) {
+  const int i = blockIdx.x * 64 + threadIdx.x;
+  out[i] = float_to_half(x[i]);
+}
+
+// One block of 32. Three groups of copies; as many are waited for as `done` says.
+KERNEL(32, copies, const float* x, int32_t done, float* out) {
+  SHARED(float, there, [3][128]);
+  for (int part = 0; part < 3; part++) {
+    copy_async_16(&there[part][4 * threadIdx.x], x + 128 * part + 4 * threadIdx.x);
+    copy_async_commit();
+  }
+  if (done == 3) copy_async_wait<0>();
+  if (done == 2) copy_async_wait<1>();
+  __syncthreads();
+  for (int i = threadIdx.x; i < 384; i += 32) out[i] = there[i / 128][(i % 128 + 5) % 128];
+}
+
+// Mistakes, `kind` says which. One block of 64.
+KERNEL(64, mistakes, int32_t kind, const float* x, float* out) {
+  SHARED(float, lanes, [64]);
+  const int i = threadIdx.x;
+  lanes[i] = x[i];
+  if (kind == 0 && i < 3) return;
+  if (kind == 1 && i < 32)
+    __syncthreads();
+  else
+    __syncthreads();
+  if (kind == 2 && i % 2 == 0) __shfl_sync(kAllLanes, i, 0);
+  if (kind == 3) out[i] = lanes[i + (i == 63)];
+  if (kind == 4) out[i + (i == 63)] = lanes[i];
+  if (kind == 5) out[0] = load_four_floats(x + i).x;
+  if (kind == 6) out[i] = x[i - 100000 * (i == 63)];
+  if (kind == 7) __shfl_sync(1u << i % 32, i, 5);
+  if (kind == 8) out[-1] = 1;
+}
+
+// Blocks of 32: counts what is odd.
+KERNEL(32, count, const int32_t* x, int32_t* odd, int32_t* largest) {
+  const int32_t value = x[blockIdx.x * 32 + threadIdx.x];
+  if (value & 1) atomicAdd(odd, 1);
+  atomicMax(largest, value);
+}
+
+}  // namespace llamaclust::cuda

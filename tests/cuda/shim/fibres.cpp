@@ -1,0 +1,201 @@
+#include "fibres.h"
+
+#include <sys/mman.h>
+
+#include <cstring>
+#include <vector>
+
+#include "faults.h"
+#include "float_mode.h"
+#include "switch.h"
+
+namespace shim {
+
+Fibre* current;
+Dimensions block;
+Grid grid;
+uint64_t block_number;
+
+namespace {
+
+constexpr int kMaxThreads = 1024, kWarp = 32;
+constexpr size_t kStackBytes = 256 << 10, kStaticSharedBytes = 48 << 10, kMaxSharedBytes = 227 << 10;
+
+Fibre fibres[kMaxThreads];
+Context contexts[kMaxThreads], outside;
+uint8_t* stacks;
+int threads, at_block;
+std::string error;
+
+struct Kernel {
+  Invoke invoke;
+  const void* function;
+  void** args;
+} kernel;
+
+// The end of both is the end of a page, and no page follows.
+uint8_t *static_memory, *dynamic_end, *dynamic_begin;
+size_t static_used;
+
+std::string at(Site site) {
+  const char* name = strrchr(site.file, '/');
+  return std::string(name ? name + 1 : site.file) + ":" + std::to_string(site.line);
+}
+
+bool same(Site a, Site b) { return a.line == b.line && strcmp(a.file, b.file) == 0; }
+
+uint8_t* pages_before_a_gap(size_t bytes) {
+  uint8_t* p = static_cast<uint8_t*>(
+      mmap(nullptr, bytes + kPageBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+  mprotect(p + bytes, kPageBytes, PROT_NONE);
+  return p;
+}
+
+void take_memory() {
+  if (stacks != nullptr) return;
+  stacks = pages_before_a_gap(kMaxThreads * kStackBytes);
+  for (int i = 0; i < kMaxThreads; i++) mprotect(stacks + i * kStackBytes, kPageBytes, PROT_NONE);  // the end of a stack
+  static_memory = pages_before_a_gap(kStaticSharedBytes);
+  dynamic_end = pages_before_a_gap(256 << 10) + (256 << 10);
+}
+
+// Who waits where, and who has ended: why nobody goes on.
+std::string stuck() {
+  int ended = 0, waiting = 0, in_warps = 0;
+  const Fibre *in_block = nullptr, *in_warp = nullptr;
+  for (int i = 0; i < threads; i++) {
+    const Fibre& fibre = fibres[i];
+    ended += fibre.state == Fibre::State::Ended;
+    if (fibre.state == Fibre::State::AtBlock) waiting++, in_block = &fibre;
+    if (fibre.state == Fibre::State::AtWarp) in_warps++, in_warp = &fibre;
+  }
+  std::string what = "threads wait for ever:";
+  if (in_block) what += " " + std::to_string(waiting) + " at __syncthreads (" + at(in_block->site) + ")";
+  if (in_warp)
+    what += std::string(in_block ? "," : "") + " " + std::to_string(in_warps) + " for their warp (thread " +
+            std::to_string(in_warp->index) + " at " + at(in_warp->site) + ")";
+  return what + "; " + std::to_string(ended) + " of " + std::to_string(threads) + " have ended";
+}
+
+// Lets the next one run that can, which may be who calls.
+void go_on() {
+  Fibre& self = *current;
+  for (int step = 1; step <= threads; step++) {
+    Fibre& next = fibres[(self.index + step) % threads];
+    if (next.state != Fibre::State::Runnable) continue;
+    if (&next == &self) return;
+    current = &next;
+    switch_to(contexts[self.index], contexts[next.index]);
+    return;
+  }
+  for (int i = 0; i < threads; i++)
+    if (fibres[i].state != Fibre::State::Ended) fail(stuck());
+  switch_to(contexts[self.index], outside);
+}
+
+void run_thread() {
+  kernel.invoke(kernel.function, kernel.args);
+  current->state = Fibre::State::Ended;
+  go_on();
+}
+
+void run_block(size_t dynamic_shared_bytes) {
+  block_number++;
+  static_used = 0;
+  dynamic_begin = dynamic_end - (dynamic_shared_bytes + 15) / 16 * 16;
+  memset(dynamic_begin, 0xff, static_cast<size_t>(dynamic_end - dynamic_begin));
+  at_block = 0;
+  for (int i = 0; i < threads; i++) {
+    const unsigned n = static_cast<unsigned>(i), x = grid.threads.x, y = grid.threads.y;
+    Fibre& fibre = fibres[i];
+    fibre.thread = {n % x, n / x % y, n / (x * y)};
+    fibre.index = i;
+    fibre.lane = i % kWarp;
+    fibre.state = Fibre::State::Runnable;
+    fibre.pending.clear();
+    fibre.committed.clear();
+    prepare(contexts[i], stacks + i * kStackBytes, kStackBytes, run_thread);
+  }
+  current = &fibres[0];
+  switch_to(outside, contexts[0]);
+}
+
+std::string where() {
+  const auto text = [](Dimensions d) {
+    return std::to_string(d.x) + "," + std::to_string(d.y) + "," + std::to_string(d.z);
+  };
+  return "block " + text(block) + ", thread " + text(current->thread) + ": ";
+}
+
+}  // namespace
+
+void fail(const std::string& what) {
+  error = where() + what;
+  switch_to(contexts[current->index], outside);
+  __builtin_unreachable();
+}
+
+void wait_for_block(Site site) {
+  current->site = site;
+  current->state = Fibre::State::AtBlock;
+  if (++at_block < threads) return go_on();
+  at_block = 0;
+  for (int i = 0; i < threads; i++) {
+    if (!same(fibres[i].site, site))
+      fail("__syncthreads at different places: " + at(fibres[i].site) + " and " + at(site));
+    fibres[i].state = Fibre::State::Runnable;
+  }
+}
+
+void collective(uint32_t mask, Compute compute, Site site) {
+  Fibre* first = &fibres[current->index - current->lane];
+  const int lanes = threads - first->index < kWarp ? threads - first->index : kWarp;
+  if (lanes < kWarp) mask &= (1u << lanes) - 1;
+  if ((mask >> current->lane & 1) == 0) fail("not in the mask of its own operation (" + at(site) + ")");
+  current->site = site;
+  current->mask = mask;
+  current->operation = reinterpret_cast<const void*>(compute);
+  current->state = Fibre::State::AtWarp;
+  for (int i = 0; i < lanes; i++) {
+    const Fibre& other = first[i];
+    if ((mask >> i & 1) == 0) continue;
+    if (other.state != Fibre::State::AtWarp) return go_on();
+    if (other.mask != mask || other.operation != current->operation || !same(other.site, site))
+      fail("lanes of a warp at different places: " + at(other.site) + " and " + at(site));
+  }
+  compute({first, mask});
+  for (int i = 0; i < lanes; i++)
+    if (mask >> i & 1) first[i].state = Fibre::State::Runnable;
+}
+
+uint8_t* static_shared(size_t bytes) {
+  uint8_t* p = static_memory + static_used;
+  static_used += (bytes + 15) / 16 * 16;
+  if (static_used > kStaticSharedBytes) fail("more than 48 KiB of static shared memory");
+  memset(p, 0xff, bytes);
+  return p;
+}
+
+uint8_t* dynamic_shared() { return dynamic_begin; }
+
+std::string run_grid(Grid whole, size_t dynamic_shared_bytes, Invoke invoke, const void* function, void** args) {
+  const llamaclust::FloatMode mode;
+  take_memory();
+  grid = whole;
+  threads = static_cast<int>(grid.threads.x * grid.threads.y * grid.threads.z);
+  if (threads < 1 || threads > kMaxThreads) return "a block of " + std::to_string(threads) + " threads";
+  if (dynamic_shared_bytes > kMaxSharedBytes) return "more shared memory than any card has";
+  kernel = {invoke, function, args};
+  error.clear();
+  const Faults faults;
+  for (block.z = 0; block.z < grid.blocks.z; block.z++)
+    for (block.y = 0; block.y < grid.blocks.y; block.y++)
+      for (block.x = 0; block.x < grid.blocks.x; block.x++) {
+        const char* fault = faults.run([&] { run_block(dynamic_shared_bytes); });
+        if (fault != nullptr) error = where() + fault;
+        if (!error.empty()) return error;
+      }
+  return {};
+}
+
+}  // namespace shim

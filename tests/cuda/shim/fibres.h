@@ -1,0 +1,75 @@
+// A GPU's threads as fibres of one thread of the CPU: blocks run one after the other, the threads of a block take turns
+// wherever they wait for each other. Nobody waits for ever: when nobody can go on, the launch is an error.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace shim {
+
+struct Dimensions {
+  unsigned x, y, z;
+};
+
+// Where a kernel waits.
+struct Site {
+  const char* file;
+  int line;
+};
+
+// What a collective operation of a warp needs of each lane, and gives to it.
+inline constexpr int kOperandBytes = 64, kResultBytes = 16;
+
+// Sixteen bytes that a kernel has asked for and may not read before it has waited.
+struct Copy {
+  void* to;
+  const void* from;
+};
+
+struct Fibre {
+  enum class State { Runnable, AtBlock, AtWarp, Ended };
+  Dimensions thread;
+  int index, lane;
+  State state;
+  Site site;
+  uint32_t mask;
+  const void* operation;
+  alignas(16) uint8_t operands[kOperandBytes];
+  alignas(16) uint8_t result[kResultBytes];
+  std::vector<Copy> pending;
+  std::vector<std::vector<Copy>> committed;
+};
+
+// The lanes of a warp in a collective operation: those in `mask`.
+struct Lanes {
+  Fibre* first;
+  uint32_t mask;
+};
+using Compute = void (*)(const Lanes& lanes);
+
+struct Grid {
+  Dimensions blocks, threads;
+};
+
+extern Fibre* current;        // who runs
+extern Dimensions block;      // of the block that runs
+extern Grid grid;             // of the launch
+extern uint64_t block_number; // one higher for each block that ever ran
+
+void wait_for_block(Site site);
+// Waits until every lane in `mask` is here; the last one computes the results of all.
+void collective(uint32_t mask, Compute compute, Site site);
+// Ends the launch.
+[[noreturn]] void fail(const std::string& what);
+
+using Invoke = void (*)(const void* kernel, void** args);
+// Runs a whole grid. The error, or nothing.
+std::string run_grid(Grid grid, size_t dynamic_shared_bytes, Invoke invoke, const void* kernel, void** args);
+
+// Memory of the block that runs, filled with bytes of ones: NaN, -1.
+uint8_t* static_shared(size_t bytes);
+uint8_t* dynamic_shared();
+
+}  // namespace shim

@@ -1,0 +1,165 @@
+// What the lanes of a warp do together, copies in the background, and products of bytes.
+#pragma once
+
+namespace shim {
+
+// Operands of a lane and a way to compute all results from all operands: one collective operation.
+template <class Result, class Operands, class F>
+Result together(uint32_t mask, const Operands& operands, F, Site site) {
+  static_assert(sizeof(Operands) <= kOperandBytes && sizeof(Result) <= kResultBytes);
+  memcpy(current->operands, &operands, sizeof operands);
+  collective(mask, [](const Lanes& lanes) { F{}(lanes); }, site);
+  Result result;
+  memcpy(&result, current->result, sizeof result);
+  return result;
+}
+
+template <class T>
+struct Shuffle {
+  T value;
+  int source;
+};
+
+template <class T>
+T shuffle(uint32_t mask, T value, int source, Site site) {
+  const auto all = [](const Lanes& lanes) {
+    for (int i = 0; i < 32; i++) {
+      if ((lanes.mask >> i & 1) == 0) continue;
+      Shuffle<T> of_lane, of_source;
+      memcpy(&of_lane, lanes.first[i].operands, sizeof of_lane);
+      if ((lanes.mask >> of_lane.source & 1) == 0)
+        fail("a shuffle from lane " + std::to_string(of_lane.source) + ", which is not there");
+      memcpy(&of_source, lanes.first[of_lane.source].operands, sizeof of_source);
+      memcpy(lanes.first[i].result, &of_source.value, sizeof(T));
+    }
+  };
+  return together<T>(mask, Shuffle<T>{value, source}, all, site);
+}
+
+struct Fragments {
+  int32_t d[4], a[4], b[2];
+};
+
+// d[rows][8] += a[rows][k] b[k][8] by PTX's layout of fragments (mma.cuh), bytes of a unsigned or signed.
+template <int rows, int k, bool a_unsigned>
+void multiply_fragments(const Lanes& lanes) {
+  if (lanes.mask != 0xffffffff) fail("a matrix product of a part of a warp");
+  Fragments all[32];
+  for (int i = 0; i < 32; i++) memcpy(&all[i], lanes.first[i].operands, sizeof all[i]);
+  const auto byte = [](int32_t word, int n) { return static_cast<uint8_t>(static_cast<uint32_t>(word) >> 8 * n); };
+  for (int row = 0; row < rows; row++)
+    for (int column = 0; column < 8; column++) {
+      int32_t& sum = all[row % 8 * 4 + column / 2].d[row / 8 * 2 + column % 2];
+      for (int i = 0; i < k; i++) {
+        const int32_t word_a = all[row % 8 * 4 + i % 16 / 4].a[rows / 8 * (i / 16) + row / 8];
+        const int32_t word_b = all[column * 4 + i % 16 / 4].b[i / 16];
+        const int32_t a = a_unsigned ? byte(word_a, i % 4) : static_cast<int8_t>(byte(word_a, i % 4));
+        sum += a * static_cast<int8_t>(byte(word_b, i % 4));
+      }
+    }
+  for (int i = 0; i < 32; i++) memcpy(lanes.first[i].result, all[i].d, sizeof all[i].d);
+}
+
+template <int rows, int k, class A>
+void multiply(int32_t* d, const A* a, const int32_t* b, Site site) {
+  struct Result {
+    int32_t d[4];
+  };
+  Fragments fragments{};
+  memcpy(fragments.d, d, rows);  // a quarter of them int32
+  memcpy(fragments.a, a, static_cast<size_t>(rows * k / 32));
+  memcpy(fragments.b, b, static_cast<size_t>(k / 4));
+  constexpr bool is_unsigned = static_cast<A>(-1) > 0;
+  const auto all = [](const Lanes& lanes) { multiply_fragments<rows, k, is_unsigned>(lanes); };
+  const Result result = together<Result>(0xffffffff, fragments, all, site);
+  memcpy(d, result.d, rows);
+}
+
+}  // namespace shim
+
+inline void __syncthreads(SHIM_HERE) { shim::wait_for_block({file, line}); }
+inline void __syncwarp(uint32_t mask = 0xffffffff, SHIM_HERE) {
+  shim::collective(mask, [](const shim::Lanes&) {}, {file, line});
+}
+template <class T>
+T __shfl_sync(uint32_t mask, T value, int source, int width = 32, SHIM_HERE) {
+  const int lane = shim::current->lane;
+  return shim::shuffle(mask, value, (lane & ~(width - 1)) | (source & (width - 1)), {file, line});
+}
+template <class T>
+T __shfl_xor_sync(uint32_t mask, T value, int with, int width = 32, SHIM_HERE) {
+  const int lane = shim::current->lane, other = lane ^ with;
+  return shim::shuffle(mask, value, other / width > lane / width ? lane : other, {file, line});
+}
+template <class T>
+T __shfl_down_sync(uint32_t mask, T value, unsigned by, int width = 32, SHIM_HERE) {
+  const int lane = shim::current->lane, other = lane + static_cast<int>(by);
+  return shim::shuffle(mask, value, other / width > lane / width ? lane : other, {file, line});
+}
+template <class T>
+T __shfl_up_sync(uint32_t mask, T value, unsigned by, int width = 32, SHIM_HERE) {
+  const int lane = shim::current->lane, other = lane - static_cast<int>(by);
+  return shim::shuffle(mask, value, other < lane / width * width ? lane : other, {file, line});
+}
+
+namespace llamaclust::cuda {
+
+inline float half_to_float(uint16_t h) {
+#if defined(__aarch64__)
+  return static_cast<float>(shim::bits_as<__fp16>(h));
+#else
+  return static_cast<float>(shim::bits_as<_Float16>(h));
+#endif
+}
+inline uint16_t float_to_half(float x) {
+#if defined(__aarch64__)
+  return shim::bits_as<uint16_t>(static_cast<__fp16>(x));
+#else
+  return shim::bits_as<uint16_t>(static_cast<_Float16>(x));
+#endif
+}
+
+inline int32_t dp4a(uint32_t a, int32_t b, int32_t c) {
+  for (int i = 0; i < 4; i++) c += static_cast<uint8_t>(a >> 8 * i) * static_cast<int8_t>(b >> 8 * i);
+  return c;
+}
+inline int32_t dp4a(int32_t a, int32_t b, int32_t c) {
+  for (int i = 0; i < 4; i++) c += static_cast<int8_t>(a >> 8 * i) * static_cast<int8_t>(b >> 8 * i);
+  return c;
+}
+
+template <class A>
+void mma_m16n8k32(int32_t (&d)[4], const A (&a)[4], const int32_t (&b)[2], SHIM_HERE) {
+  shim::multiply<16, 32>(d, a, b, {file, line});
+}
+template <class A>
+void mma_m16n8k16(int32_t (&d)[4], const A (&a)[2], const int32_t (&b)[1], SHIM_HERE) {
+  shim::multiply<16, 16>(d, a, b, {file, line});
+}
+template <class A>
+void mma_m8n8k16(int32_t& d0, int32_t& d1, A a, int32_t b, SHIM_HERE) {
+  int32_t d[2] = {d0, d1};
+  shim::multiply<8, 16>(d, &a, &b, {file, line});
+  d0 = d[0], d1 = d[1];
+}
+
+// Copied when it is waited for, so that who does not wait reads what was there before.
+inline void copy_async_16(void* shared, const void* global) {
+  if ((reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(global)) % 16 != 0)
+    shim::fail("an asynchronous copy that is not aligned to 16 bytes");
+  shim::current->pending.push_back({shared, global});
+}
+inline void copy_async_commit() {
+  shim::current->committed.push_back(std::move(shim::current->pending));
+  shim::current->pending.clear();
+}
+template <int groups>
+void copy_async_wait() {
+  auto& committed = shim::current->committed;
+  while (committed.size() > groups) {
+    for (const shim::Copy& copy : committed.front()) memcpy(copy.to, copy.from, 16);
+    committed.erase(committed.begin());
+  }
+}
+
+}  // namespace llamaclust::cuda

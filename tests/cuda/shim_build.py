@@ -9,6 +9,7 @@ import shutil
 import subprocess
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 from llamaclust.kernels.cuda.sources import INCLUDE, modules, whole_text
@@ -48,11 +49,19 @@ def build(kernels: Iterable[Path] | None = None, defines: tuple[str, ...] = ()) 
     return library
 
 
+@cache
+def _processor_flags() -> tuple[str, ...]:
+    """Fused multiply-adds and halves without calls, where an x86 processor has them."""
+    if platform.machine() != "x86_64":
+        return ()
+    known = Path("/proc/cpuinfo").read_text().partition("\nflags")[2].partition("\n")[0].split()
+    return tuple(f"-m{one}" for one in ("fma", "f16c") if one in known)
+
+
 def _compile(path: Path, flags: tuple[str, ...]) -> Path:
-    native = ("-march=native",) if platform.machine() == "x86_64" else ()  # fused multiply-adds without calls
     includes = [f"-I{folder}" for folder in _INCLUDE]
-    flags = (*_FLAGS, *flags, *native)
-    made = BUILT / f"{path.stem}-{_hash(whole_text(path, _INCLUDE), *flags, compiler(), platform.processor())}.o"
+    flags = (*_FLAGS, *flags, *_processor_flags())
+    made = BUILT / f"{path.stem}-{_hash(whole_text(path, _INCLUDE), *flags, compiler())}.o"
     if not made.is_file():
         _run(made, *flags, *includes, "-x", "c++", "-c", str(path))
     return made

@@ -1,5 +1,5 @@
-// What every kernel stands on: how kernels are declared, and single IEEE operations that no compiler joins. CUDA's side is
-// in ptx.cuh; without a GPU, tests bring a header of the same names.
+// What every kernel stands on: how kernels are declared, and the vocabulary of lanes (simd/lanes.h). CUDA's side is in
+// ptx.cuh; without a GPU, tests bring a header of the same names.
 //
 //   KERNEL(256, scale, const float* x, float factor, int32_t width, const int32_t* rows, float* out) { ... }
 //
@@ -13,20 +13,14 @@
 #include "ptx.cuh"
 #endif
 
+#include "simd/lanes.h"
+
 #define DEVICE __device__ __forceinline__
 
 namespace llamaclust::cuda {
 
 inline constexpr int kWarp = 32;
 inline constexpr uint32_t kAllLanes = 0xffffffff;
-
-DEVICE float add(float a, float b) { return __fadd_rn(a, b); }
-DEVICE float sub(float a, float b) { return __fsub_rn(a, b); }
-DEVICE float mul(float a, float b) { return __fmul_rn(a, b); }
-DEVICE float div(float a, float b) { return __fdiv_rn(a, b); }
-DEVICE float root(float a) { return __fsqrt_rn(a); }
-DEVICE float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }    // a * b + c
-DEVICE float fnma(float a, float b, float c) { return __fmaf_rn(-a, b, c); }  // c - a * b
 
 // Four neighbours in one access of 16 bytes, to which p is aligned.
 DEVICE float4 load_four_floats(const float* p) { return *reinterpret_cast<const float4*>(p); }

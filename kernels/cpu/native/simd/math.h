@@ -1,18 +1,19 @@
 // exp, silu, tanh and gelu on sixteen lanes: a fixed list of IEEE operations, so every feature level gives the same bits.
 #pragma once
 
-#include "lanes.h"
+#include "elementary.h"
+#include "simd/lanes.h"
 
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {
 
 // 2^n for the n that sits in the low bits of `shifted` = n + 1.5 * 2^23, n in [-126, 127].
-[[maybe_unused]] inline __attribute__((always_inline)) F32x16 power_of_two(F32x16 shifted) {
+ELEMENTARY F32x16 power_of_two(F32x16 shifted) {
   return bits_to_float(shift_left<23>(sub(float_to_bits(shifted), broadcast(0x4B400000 - 127))));
 }
 
 // e^x within 1 ulp; 0 below -104, infinity above 88.73, NaN of NaN.
-[[maybe_unused]] inline __attribute__((always_inline)) F32x16 exp(F32x16 x) {
+ELEMENTARY F32x16 exp(F32x16 x) {
   const F32x16 shift = broadcast(0x1.8p23f);  // adding it rounds to an integer, to nearest even
   x = max(broadcast(-104.0f), min(broadcast(89.0f), x));  // the second operand wins where one is NaN
   const F32x16 n = sub(fma(x, broadcast(0x1.715476p+0f), shift), shift);  // x / ln 2
@@ -36,7 +37,7 @@ namespace {
 
 // c0 + c1 z + c2 z^2 ...
 template <int n>
-[[maybe_unused]] inline __attribute__((always_inline)) F32x16 polynomial(const float (&coefficients)[n], F32x16 z) {
+ELEMENTARY F32x16 polynomial(const float (&coefficients)[n], F32x16 z) {
   F32x16 r = broadcast(coefficients[n - 1]);
   for (int i = n - 2; i >= 0; i--) r = fma(r, z, broadcast(coefficients[i]));
   return r;
@@ -44,50 +45,49 @@ template <int n>
 
 // x P(x^2) / Q(x^2) for x between -limit and limit, and beyond what it is there; NaN of NaN.
 template <int n, int m>
-[[maybe_unused]] inline __attribute__((always_inline)) F32x16 odd_quotient(F32x16 x, float limit, const float (&p)[n],
-                                                                           const float (&q)[m]) {
+ELEMENTARY F32x16 odd_quotient(F32x16 x, float limit, const float (&p)[n], const float (&q)[m]) {
   x = max(broadcast(-limit), min(broadcast(limit), x));
   const F32x16 z = mul(x, x);
   return div(mul(x, polynomial(p, z)), polynomial(q, z));
 }
 
 // Minimax of relative error, 2e-9 for tanh and 2e-8 for erf; beyond the limit they are 1 to half an ulp.
-[[maybe_unused]] constexpr float kTanhLimit = 0x1.2058p+3f, kErfLimit = 0x1.f5ap+1f;
-[[maybe_unused]] constexpr float kTanhP[] = {0x1p+0f,          0x1.182c6p-3f,    0x1.fb1956p-9f,
+COEFFICIENTS float kTanhLimit = 0x1.2058p+3f, kErfLimit = 0x1.f5ap+1f;
+COEFFICIENTS float kTanhP[] = {0x1p+0f,          0x1.182c6p-3f,    0x1.fb1956p-9f,
                             0x1.d6112cp-16f, 0x1.06f208p-25f, -0x1.ae0c58p-37f};
-[[maybe_unused]] constexpr float kTanhQ[] = {0x1p+0f, 0x1.e16b84p-2f, 0x1.be6d78p-6f, 0x1.9d17f2p-12f, 0x1.59c6b4p-20f};
-[[maybe_unused]] constexpr float kErfP[] = {0x1.20dd74p+0f, 0x1.85e486p-3f,  0x1.b01762p-5f,
+COEFFICIENTS float kTanhQ[] = {0x1p+0f, 0x1.e16b84p-2f, 0x1.be6d78p-6f, 0x1.9d17f2p-12f, 0x1.59c6b4p-20f};
+COEFFICIENTS float kErfP[] = {0x1.20dd74p+0f, 0x1.85e486p-3f,  0x1.b01762p-5f,
                            0x1.ed6cf4p-9f, 0x1.2aba68p-12f, 0x1.133e74p-19f};
-[[maybe_unused]] constexpr float kErfQ[] = {0x1p+0f,         0x1.010cbap-1f,  0x1.d3580ep-4f,
+COEFFICIENTS float kErfQ[] = {0x1p+0f,         0x1.010cbap-1f,  0x1.d3580ep-4f,
                            0x1.ea70a6p-7f, 0x1.30b2b4p-10f, 0x1.3f9842p-15f};
 
-[[maybe_unused]] inline __attribute__((always_inline)) F32x16 tanh(F32x16 x) {
+ELEMENTARY F32x16 tanh(F32x16 x) {
   return odd_quotient(x, kTanhLimit, kTanhP, kTanhQ);
 }
 
-[[maybe_unused]] inline __attribute__((always_inline)) F32x16 erf(F32x16 x) {
+ELEMENTARY F32x16 erf(F32x16 x) {
   return odd_quotient(x, kErfLimit, kErfP, kErfQ);
 }
 
 // tanh(x / cap) * cap
-[[maybe_unused]] inline __attribute__((always_inline)) F32x16 soft_cap(F32x16 x, F32x16 cap) {
+ELEMENTARY F32x16 soft_cap(F32x16 x, F32x16 cap) {
   return mul(tanh(div(x, cap)), cap);
 }
 
 // x / 2 * (1 + erf(x / sqrt(2)))
-[[maybe_unused]] inline __attribute__((always_inline)) F32x16 gelu_erf(F32x16 x) {
+ELEMENTARY F32x16 gelu_erf(F32x16 x) {
   const F32x16 half = mul(x, broadcast(0.5f));
   return fma(half, erf(mul(x, broadcast(0x1.6a09e6p-1f))), half);
 }
 
 // x / (1 + e^(-2 u)), which is x / 2 * (1 + tanh(u)), with u = sqrt(2 / pi) * (x + 0.044715 x^3)
-[[maybe_unused]] inline __attribute__((always_inline)) F32x16 gelu_tanh(F32x16 x) {
+ELEMENTARY F32x16 gelu_tanh(F32x16 x) {
   const F32x16 slope = fma(mul(x, x), broadcast(-0x1.2444f2p-4f), broadcast(-0x1.988454p+0f));
   return div(x, add(broadcast(1.0f), exp(mul(x, slope))));
 }
 
 // x / (1 + e^-x)
-[[maybe_unused]] inline __attribute__((always_inline)) F32x16 silu(F32x16 x) {
+ELEMENTARY F32x16 silu(F32x16 x) {
   return div(x, add(broadcast(1.0f), exp(sub(zero(), x))));
 }
 

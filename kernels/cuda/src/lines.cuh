@@ -1,0 +1,87 @@
+// Rows of matrices [rows, width], element by element and summed up in the order of the CPU's kernels.
+#pragma once
+
+#include "base.cuh"
+
+namespace llamaclust::cuda {
+
+// Where a row begins.
+DEVICE size_t line(int row, int width) { return static_cast<size_t>(row) * static_cast<size_t>(width); }
+
+inline constexpr int kPiece = 1024;  // elements of a row that a block of 256 threads has, four each
+
+// out = f(x) on one piece of a row. Grid: (pieces of a row, rows); neither x nor out are restricted: they may be the same.
+template <class F>
+DEVICE void each(const float* x, int width, const int32_t* rows, float* out, F f) {
+  const int row = blockIdx.y, first = kPiece * blockIdx.x + 4 * threadIdx.x;
+  if (row >= *rows) return;
+  x += line(row, width), out += line(row, width);
+  if (width % 4 == 0) {
+    if (first >= width) return;
+    const float4 a = load_four_floats(x + first);
+    store_four_floats(out + first, {f(a.x), f(a.y), f(a.z), f(a.w)});
+  } else {
+    for (int i = first; i < first + 4 && i < width; i++) out[i] = f(x[i]);
+  }
+}
+
+// The same of two matrices.
+template <class F>
+DEVICE void each(const float* x, const float* y, int width, const int32_t* rows, float* out, F f) {
+  const int row = blockIdx.y, first = kPiece * blockIdx.x + 4 * threadIdx.x;
+  if (row >= *rows) return;
+  x += line(row, width), y += line(row, width), out += line(row, width);
+  if (width % 4 == 0) {
+    if (first >= width) return;
+    const float4 a = load_four_floats(x + first), b = load_four_floats(y + first);
+    store_four_floats(out + first, {f(a.x, b.x), f(a.y, b.y), f(a.z, b.z), f(a.w, b.w)});
+  } else {
+    for (int i = first; i < first + 4 && i < width; i++) out[i] = f(x[i], y[i]);
+  }
+}
+
+// A sum in 64 interleaved lanes (docs/numerics.md): a thread of a warp has lanes `lane` and `lane` + 32.
+struct Lanes {
+  float low = 0.0f, high = 0.0f;
+
+  // Elements i = lane, lane + 64, ... of n go in by sum = term(sum, i).
+  template <class Term>
+  DEVICE void add_elements(int n, Term term) {
+    for (int i = threadIdx.x % kWarp; i < n; i += 64) {
+      low = term(low, i);
+      if (i + 32 < n) high = term(high, i + 32);
+    }
+  }
+
+  // Halves are added: 32 + 32, 16 + 16, ... 1 + 1. Every lane gets the sum.
+  DEVICE float total() const {
+    float sum = add(low, high);
+    for (int half = 16; half > 0; half /= 2) sum = add(sum, __shfl_down_sync(kAllLanes, sum, half));
+    return __shfl_sync(kAllLanes, sum, 0);
+  }
+};
+
+// The sum by sum = term(sum, x[i]) for all 256 threads of a block. They bring x into shared memory; one warp sums.
+template <class Term>
+DEVICE float sum_of_row(const float* x, int n, Term term) {
+  constexpr int kStaged = 4096;
+  SHARED(float, staged, [kStaged]);
+  SHARED(float, result, [1]);
+  Lanes lanes;
+  for (int from = 0; from < n; from += kStaged) {
+    const int count = n - from < kStaged ? n - from : kStaged;
+    __syncthreads();
+    if (n % 4 == 0) {
+      for (int i = 4 * threadIdx.x; i < count; i += 1024) store_four_floats(staged + i, load_four_floats(x + from + i));
+    } else {
+      for (int i = threadIdx.x; i < count; i += 256) staged[i] = x[from + i];
+    }
+    __syncthreads();
+    if (threadIdx.x < kWarp) lanes.add_elements(count, [&](float sum, int i) { return term(sum, staged[i]); });
+  }
+  if (threadIdx.x < kWarp) result[0] = lanes.total();
+  __syncthreads();
+  return result[0];
+}
+
+}  // namespace llamaclust::cuda

@@ -1,0 +1,11 @@
+// exp, silu, tanh, erf and gelu of a float, sine and cosine of a double: what the CPU's levels compile, compiled for a GPU.
+#pragma once
+
+#include "base.cuh"
+
+#define LLAMACLUST_LEVEL cuda
+#define ELEMENTARY [[maybe_unused]] __device__ __forceinline__
+#define COEFFICIENTS [[maybe_unused]] static __device__ constexpr
+
+#include "math_sincos.h"
+#include "simd/math.h"

@@ -1,0 +1,34 @@
+// Rotation of queries and keys by their positions.
+#include "lines.cuh"
+#include "math.cuh"
+
+namespace llamaclust::cuda {
+
+// rotation[row] = cosines, then sines, of position * frequencies, times scale: once for all layers that have this table.
+// Grid: (pairs / 64 rounded up, rows), blocks of 64.
+KERNEL(64, rotation, const int32_t* __restrict__ positions, const double* __restrict__ frequencies, double scale,
+       int32_t pairs, const int32_t* rows, float* __restrict__ rotation) {
+  const int row = blockIdx.y, i = 64 * blockIdx.x + threadIdx.x;
+  if (row >= *rows || i >= pairs) return;
+  double sine, cosine;
+  sine_and_cosine(positions[row] * frequencies[i], sine, cosine);
+  rotation[line(row, 2 * pairs) + i] = static_cast<float>(cosine * scale);
+  rotation[line(row, 2 * pairs) + pairs + i] = static_cast<float>(sine * scale);
+}
+
+// x[row] in place: of each head the pairs (2i, 2i + 1), or (i, i + pairs) where neox; channels after them stay. Grid:
+// (heads * pairs / 256 rounded up, rows), blocks of 256.
+KERNEL(256, rope, float* __restrict__ x, const float* __restrict__ rotation, int32_t heads, int32_t head_dim,
+       int32_t pairs, int32_t neox, const int32_t* rows) {
+  const int row = blockIdx.y, n = 256 * blockIdx.x + threadIdx.x, head = n / pairs, i = n % pairs;
+  if (row >= *rows || head >= heads) return;
+  const float* cosine = rotation + line(row, 2 * pairs);
+  const float c = cosine[i], s = cosine[pairs + i];
+  x += line(row, heads * head_dim) + head * head_dim + (neox ? i : 2 * i);
+  float& second = x[neox ? pairs : 1];
+  const float a = *x, b = second;
+  *x = fma(-b, s, mul(a, c));
+  second = fma(b, c, mul(a, s));
+}
+
+}  // namespace llamaclust::cuda

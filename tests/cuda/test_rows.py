@@ -1,0 +1,261 @@
+"""Row by row kernels give the bits of the CPU backend: odd widths, all magnitudes, infinities, NaN."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from batches import batch_of
+from exact import Float32, awkward, on_cpu, random_source, same_bits, tiles_of
+from launching import Bench
+from shim_build import build
+from shim_device import ShimDevice
+from single_steps import Weight, program_of, rows_at
+
+from llamaclust.kernels.cpu import _native
+from llamaclust.kernels.cuda.device import Buffer as DeviceBuffer
+from llamaclust.kernels.cuda.device import Scalar
+from llamaclust.kernels.cuda.sources import modules, whole_text
+from llamaclust.model.program import (
+    Add,
+    AddPosition,
+    Buffer,
+    Embed,
+    Gelu,
+    GeluKind,
+    LayerNorm,
+    Mul,
+    RmsNorm,
+    Rope,
+    RopeStyle,
+    RopeTable,
+    Scale,
+    SelectRows,
+    SigmoidGate,
+    SiluMul,
+    Slice,
+    SoftCap,
+    Step,
+)
+from llamaclust.model.quant_types import QuantType
+
+ROWS, BUCKET = 11, 16
+WIDTHS = [1, 7, 64, 100, 1023, 1300, 4096, 5001]
+
+Arg = DeviceBuffer | Scalar | int | float
+
+
+def pieces(width: int) -> tuple[int, int]:
+    return -(-width // 1024), BUCKET
+
+
+def rows_of(bench: Bench) -> DeviceBuffer:
+    """How many rows of the bucket are there; buffers end after them."""
+    return bench.put(np.array([ROWS], np.int32))
+
+
+def two_parts(width: int, step: Callable[[Buffer, Buffer], Step], x: Float32) -> Float32:
+    """What the CPU makes of both halves of x."""
+    hidden, a, b = Buffer("x", 2 * width), Buffer("a", width), Buffer("b", width)
+    program = program_of(hidden, b, Slice(hidden, a, 0), Slice(hidden, b, width), step(a, b))
+    return on_cpu(program, {}, rows_at(range(ROWS)), x)
+
+
+def one_part(width: int, step: Callable[[Buffer, Buffer], Step], x: Float32, **weights: Float32) -> Float32:
+    hidden, out = Buffer("x", width), Buffer("out", width)
+    program = program_of(hidden, out, step(hidden, out))
+    return on_cpu(program, {name: Weight(values) for name, values in weights.items()}, rows_at(range(ROWS)), x)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_steps_of_two_matrices(bench: Bench, width: int) -> None:
+    x = awkward(random_source(), ROWS, 2 * width)
+    x[4::5, width:] = np.roll(x[4::5, :width], 1, 1)  # infinity less infinity, times zero
+    first, second = x[:, :width].copy(), x[:, width:].copy()
+    steps: dict[str, Callable[[Buffer, Buffer], Step]] = {
+        "rows.add_rows": lambda a, b: Add(a, b, b),
+        "rows.mul_rows": lambda a, b: Mul(a, b, b),
+        "rows.silu_mul": lambda a, b: SiluMul(a, b, b),
+    }
+    for kernel, step in steps.items():
+        left, right = bench.put(first), bench.put(second)
+        bench.run(kernel, pieces(width), 256, left, right, width, rows_of(bench), left)
+        same_bits(bench.get(left, (ROWS, width)), two_parts(width, step, x))
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_steps_of_one_matrix(bench: Bench, width: int) -> None:
+    x = awkward(random_source(), ROWS, width)
+    steps: dict[str, tuple[tuple[float, ...], Callable[[Buffer, Buffer], Step]]] = {
+        "rows.scale_rows": ((0.1,), lambda a, out: Scale(a, out, 0.1)),
+        "rows.soft_cap_rows": ((30.0,), lambda a, out: SoftCap(a, out, 30.0)),
+        "rows.gelu_erf_rows": ((), lambda a, out: Gelu(a, out, GeluKind.ERF)),
+        "rows.gelu_tanh_rows": ((), lambda a, out: Gelu(a, out, GeluKind.TANH)),
+    }
+    for kernel, (factors, step) in steps.items():
+        out = bench.room(x.nbytes)
+        bench.run(kernel, pieces(width), 256, bench.put(x), *factors, width, rows_of(bench), out)
+        same_bits(bench.get(out, (ROWS, width)), one_part(width, step, x))
+
+
+def test_functions_of_any_float(bench: Bench) -> None:
+    """A hundredth of a per mille of all bit patterns, and all around zero of the finite ones."""
+    source = random_source()
+    bits = source.integers(0, 1 << 32, (ROWS, 4096), np.uint32)
+    bits[:4] = (source.uniform(-110, 95, (4, 4096)).astype(np.float32)).view(np.uint32)
+    x = bits.view(np.float32)
+    for kernel, kind in (("rows.gelu_erf_rows", GeluKind.ERF), ("rows.gelu_tanh_rows", GeluKind.TANH)):
+        out = bench.room(x.nbytes)
+        bench.run(kernel, pieces(4096), 256, bench.put(x), 4096, rows_of(bench), out)
+        same_bits(bench.get(out, x.shape), one_part(4096, lambda a, b, kind=kind: Gelu(a, b, kind), x))
+
+
+def norm_cases(width: int) -> tuple[Float32, Float32, Float32]:
+    source = random_source()
+    return awkward(source, ROWS, width), *source.standard_normal((2, width), np.float32)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_rms_norm(bench: Bench, width: int) -> None:
+    x, weight, _ = norm_cases(width)
+    there = bench.put(x)
+    bench.run("norms.rms_norm", (1, BUCKET), 256, there, bench.put(weight), 1e-5, width, rows_of(bench), there)
+    wanted = one_part(width, lambda a, out: RmsNorm(a, out, "w", 1e-5), x, w=weight)
+    same_bits(bench.get(there, x.shape), wanted)
+
+
+@pytest.mark.parametrize(("parts", "width"), [(1, 1), (3, 100), (8, 64), (9, 128), (32, 37), (2, 600)])
+def test_rms_norm_of_parts(bench: Bench, parts: int, width: int) -> None:
+    x, weight, _ = norm_cases(parts * width)
+    out, grid = bench.room(x.nbytes), (-(-parts // 8), BUCKET)
+    args = bench.put(x), bench.put(weight[:width]), 1e-6, parts, width, rows_of(bench), out
+    bench.run("norms.rms_norm_parts", grid, 256, *args)
+    step = lambda a, b: RmsNorm(a, b, "w", 1e-6, parts)  # noqa: E731
+    same_bits(bench.get(out, x.shape), one_part(parts * width, step, x, w=weight[:width]))
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_layer_norm(bench: Bench, width: int) -> None:
+    x, weight, bias = norm_cases(width)
+    there = bench.put(x)
+    args = there, bench.put(weight), bench.put(bias), 1e-5, width, rows_of(bench), there
+    bench.run("norms.layer_norm", (1, BUCKET), 256, *args)
+    wanted = one_part(width, lambda a, out: LayerNorm(a, out, "w", "b", 1e-5), x, w=weight, b=bias)
+    same_bits(bench.get(there, x.shape), wanted)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_sigmoid_gate(bench: Bench, width: int) -> None:
+    x, weight, _ = norm_cases(width)
+    y = awkward(random_source(), ROWS, 96)
+    hidden, a, b = Buffer("x", width + 96), Buffer("a", width), Buffer("b", 96)
+    steps = Slice(hidden, a, 0), Slice(hidden, b, width), SigmoidGate(a, b, b, "w")
+    wanted = on_cpu(program_of(hidden, b, *steps), {"w": Weight(weight)}, rows_at(range(ROWS)), np.hstack([x, y]))
+    there = bench.put(y)
+    args = bench.put(x), bench.put(weight), there, width, 96, rows_of(bench), there
+    bench.run("norms.sigmoid_gate", (1, BUCKET), 256, *args)
+    same_bits(bench.get(there, y.shape), wanted)
+
+
+@pytest.mark.parametrize("style", RopeStyle)
+@pytest.mark.parametrize(("heads", "head_dim", "pairs"), [(1, 2, 1), (4, 64, 32), (5, 100, 33), (3, 256, 64)])
+def test_rope(bench: Bench, style: RopeStyle, heads: int, head_dim: int, pairs: int) -> None:
+    source = random_source()
+    x = awkward(source, ROWS, heads * head_dim)
+    first = int(source.integers(0, 4000))
+    table = RopeTable(tuple(10000.0 ** (-np.arange(pairs) / pairs)), 1.25)
+    hidden = Buffer("x", heads * head_dim)
+    program = program_of(hidden, hidden, Rope(hidden, heads, head_dim, style, table))
+    wanted = on_cpu(program, {}, rows_at(range(first, first + ROWS)), x)
+    rotation, rows, there = bench.room(ROWS * 8 * pairs), rows_of(bench), bench.put(x)
+    positions = bench.put(np.arange(first, first + ROWS, dtype=np.int32))
+    frequencies = bench.put(np.array(table.frequencies))
+    args = positions, frequencies, np.float64(table.scale), pairs, rows, rotation
+    bench.run("rope.rotation", (-(-pairs // 64), BUCKET), 64, *args)
+    grid = -(-heads * pairs // 256), BUCKET
+    bench.run("rope.rope", grid, 256, there, rotation, heads, head_dim, pairs, int(style is RopeStyle.NEOX), rows)
+    same_bits(bench.get(there, x.shape), wanted)
+
+
+def test_angles_of_long_contexts(bench: Bench) -> None:
+    """And beyond what is computed: NaN."""
+    source = random_source()
+    positions = source.integers(0, 1 << 20, ROWS).astype(np.int32)
+    frequencies = np.concatenate([source.uniform(0, 1, 90), np.arange(5) * np.pi / 4, [1e3, 1e9, np.nan, 1e-300, 5e-324]])
+    out = bench.room(ROWS * 8 * 100)
+    args = bench.put(positions), bench.put(frequencies), np.float64(1), 100, rows_of(bench), out
+    bench.run("rope.rotation", (2, BUCKET), 64, *args)
+    wanted = [[_native.sincos(float(position * f)) for f in frequencies] for position in positions]
+    sine, cosine = np.array(wanted).astype(np.float32).transpose(2, 0, 1)
+    same_bits(bench.get(out, (ROWS, 200)), np.hstack([cosine, sine]))
+
+
+@pytest.mark.parametrize(("x_width", "start", "width"), [(100, 37, 20), (4096, 1024, 2048), (3000, 1, 2999), (5, 4, 1)])
+def test_slice(bench: Bench, x_width: int, start: int, width: int) -> None:
+    x = awkward(random_source(), ROWS, x_width)
+    out = bench.room(ROWS * width * 4)
+    bench.run("rows.slice", pieces(width), 256, bench.put(x), x_width, start, width, rows_of(bench), out)
+    same_bits(bench.get(out, (ROWS, width)), x[:, start : start + width])
+
+
+@pytest.mark.parametrize("width", [1, 100, 1300])
+def test_select_rows(bench: Bench, width: int) -> None:
+    x, chosen = awkward(random_source(), ROWS, width), np.array([0, 3, 4, 10], np.int32)
+    hidden, out = Buffer("x", width), Buffer("out", width)
+    batch = batch_of([([0] * ROWS, range(ROWS), range(1))], outputs=chosen)
+    wanted = on_cpu(program_of(hidden, out, SelectRows(hidden, out), last=True), {}, batch, x)
+    there, outputs = bench.room(4 * 4 * width), bench.put(np.array([4], np.int32))
+    bench.run("rows.select_rows", pieces(width), 256, bench.put(x), width, bench.put(chosen), outputs, there)
+    same_bits(bench.get(there, (4, width)), wanted)
+
+
+@pytest.mark.parametrize("quant_type", [QuantType.F32, QuantType.F16, QuantType.BF16])
+@pytest.mark.parametrize("width", [64, 100, 1300])
+def test_rows_of_weights(bench: Bench, quant_type: QuantType, width: int) -> None:
+    source = random_source()
+    weight = Weight(np.clip(awkward(source, 50, width), -6e4, 6e4), quant_type)
+    ids = source.integers(0, 50, ROWS).astype(np.int32)
+    out, x = Buffer("out", width), awkward(source, ROWS, width)
+    tiles, tile_bytes = tiles_of(weight)
+    there, rows, on_device = bench.room(ROWS * width * 4), rows_of(bench), bench.put(tiles)
+    args = bench.put(ids), on_device, tile_bytes, width, rows, there
+    bench.run(f"embed.embed_{quant_type.name.lower()}", pieces(width), 256, *args)
+    batch = batch_of([(ids, range(ROWS), range(1))])
+    same_bits(bench.get(there, x.shape), on_cpu(program_of(out, out, Embed(out, "w"), first=True), {"w": weight}, batch, None))
+    hidden, first = Buffer("x", width), int(source.integers(0, 48 - ROWS))
+    batch = rows_at(range(first, first + ROWS))
+    args = bench.put(x), bench.put(batch.positions), on_device, tile_bytes, width, rows, there
+    bench.run(f"embed.add_position_{quant_type.name.lower()}", pieces(width), 256, *args)
+    wanted = on_cpu(program_of(hidden, out, AddPosition(hidden, out, "w")), {"w": weight}, batch, x, 48)
+    same_bits(bench.get(there, x.shape), wanted)
+
+
+WALK, LOW = "int i = threadIdx.x % kWarp; i < n; i += 64", "low = term(low, i);"
+SWAPS = {
+    "tree": {"int half = 16; half > 0; half /= 2": "int half = 1; half < 32; half *= 2"},
+    "lanes": {WALK: "int i = 2 * (threadIdx.x % kWarp); i < n; i += 64", "i + 32": "i + 1"},
+    "elements": {
+        WALK: "int i = (n - 1) / 64 * 64 + int(threadIdx.x % kWarp); i >= 0; i -= 64",
+        LOW: f"if (i < n) {LOW}",
+    },
+}
+
+
+@pytest.mark.parametrize("swap", SWAPS)
+def test_additions_that_change_places_are_noticed(tmp_path: Path, swap: str) -> None:
+    """Each kind of order in a sum, on ordinary numbers of both signs."""
+    text = whole_text(modules()["norms"])
+    for before, after in SWAPS[swap].items():
+        assert before in text
+        text = text.replace(before, after)
+    source = tmp_path / "norms.cu"
+    source.write_text(text)
+    x, ones = random_source().standard_normal((ROWS, 4096), np.float32), np.ones(4096, np.float32)
+    wanted = one_part(4096, lambda a, out: LayerNorm(a, out, "w", "b", 1e-5), x, w=ones, b=ones)
+    with Bench(ShimDevice(build([source]))) as bench:
+        there, weight = bench.put(x), bench.put(ones)
+        bench.run("norms.layer_norm", (1, BUCKET), 256, there, weight, weight, 1e-5, 4096, rows_of(bench), there)
+        with pytest.raises(AssertionError):
+            same_bits(bench.get(there, x.shape), wanted)

@@ -14,6 +14,7 @@ from llamaclust.kernels.cuda.device import Device
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--gpu", action="store_true", help="test on a real card")
+    parser.addoption("--all-architectures", action="store_true", help="compile for every kind of card")
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,228 @@
+"""A card through CuPy: memory, copies, launches and graphs on a stream of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from llamaclust.errors import DoesNotFitError, LlamaclustError
+from llamaclust.kernels.cuda.cupy_open import card_properties, import_cupy
+from llamaclust.kernels.cuda.device import PLAIN_SHARED_BYTES, Bytes, Launch
+from llamaclust.kernels.cuda.nvrtc import BinaryFolder, Nvrtc, open_nvrtc
+from llamaclust.kernels.cuda.sources import modules, whole_text
+from llamaclust.sizes import MIB, mib
+
+_FOLDER = Path("~/.cache/llamaclust/kernels")
+_OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
+
+
+@dataclass(eq=False, slots=True)
+class CupyBuffer:
+    """See `kernels.cuda.device.Buffer`."""
+
+    device: CupyDevice
+    address: int
+    n_bytes: int
+
+    def at(self, offset_bytes: int = 0) -> np.uint64:
+        assert self.address != 0, "a buffer that was closed"
+        assert 0 <= offset_bytes <= self.n_bytes, f"{offset_bytes} of {self.n_bytes} bytes"
+        return np.uint64(self.address + offset_bytes)
+
+    def part(self, offset_bytes: int, n_bytes: int) -> int:
+        """The address of bytes that are all in it."""
+        assert self.address != 0, "a buffer that was closed"
+        assert 0 <= offset_bytes and offset_bytes + n_bytes <= self.n_bytes, f"{offset_bytes} + {n_bytes}"
+        return self.address + offset_bytes
+
+    def close(self) -> None:
+        self.device.free(self)
+
+
+@dataclass(eq=False, slots=True)
+class CupyGraph:
+    """See `kernels.cuda.device.Graph`."""
+
+    device: CupyDevice
+    graph: Any
+
+    def launch(self) -> None:
+        self.device.replay(self.graph)
+
+    def close(self) -> None:
+        self.graph = None
+
+
+@dataclass(frozen=True, slots=True)
+class CupyEvent:
+    """See `kernels.cuda.device.Event`."""
+
+    event: Any
+
+    def wait(self) -> None:
+        self.event.synchronize()
+
+
+class CupyDevice:
+    """See `kernels.cuda.device.Device`."""
+
+    def __init__(self, index: int = 0, memory_cap_bytes: int | None = None, folder: Path = _FOLDER) -> None:
+        """The card that CUDA numbers so, of whose memory at most the cap is taken; compiled kernels are kept in the folder.
+        UsageError that says what is missing: CuPy, a driver, the card, a newer one."""
+        self._cupy = import_cupy()
+        card = card_properties(self._cupy, index)
+        self._index, self._cap_bytes = index, memory_cap_bytes
+        self.name, self.memory_bytes, self.sms = card.name, card.memory_bytes, card.sms
+        self.compute_capability, self.shared_bytes = card.compute_capability, card.shared_bytes
+        self._runtime = self._cupy.cuda.runtime
+        self._runtime.setDevice(index)
+        self._stream = self._cupy.cuda.Stream(non_blocking=True)
+        self._instead = TemporaryDirectory(prefix="llamaclust-kernels-")
+        self._binaries = BinaryFolder(folder.expanduser(), Path(self._instead.name))
+        self._nvrtc: Nvrtc | None = None
+        self._modules: dict[str, Any] = {}
+        self._kernels: dict[str, Any] = {}
+        self._shared: dict[str, int] = {}
+        self._buffers: set[CupyBuffer] = set()
+
+    @property
+    def free_bytes(self) -> int:
+        self._choose()
+        free: int = self._runtime.memGetInfo()[0]
+        if self._cap_bytes is None:
+            return free
+        return max(0, min(free, self._cap_bytes - sum(buffer.n_bytes for buffer in self._buffers)))
+
+    def prepare(self, kernels: Iterable[str]) -> None:
+        self._choose()
+        for name in kernels:
+            self._kernel(name)
+
+    def allocate(self, n_bytes: int) -> CupyBuffer:
+        free = self.free_bytes
+        try:
+            if n_bytes > free:
+                raise DoesNotFitError(self._does_not_fit(n_bytes, free))
+            self._choose()
+            address = self._runtime.malloc(max(n_bytes, 1))
+        except self._runtime.CUDARuntimeError as error:
+            if error.status != _OUT_OF_MEMORY:
+                raise LlamaclustError(f"{self.name}: {error}") from error
+            raise DoesNotFitError(self._does_not_fit(n_bytes, free)) from error
+        buffer = CupyBuffer(self, address, n_bytes)
+        self._buffers.add(buffer)
+        return buffer
+
+    def free(self, buffer: CupyBuffer) -> None:
+        if buffer in self._buffers:
+            self._buffers.remove(buffer)
+            self._choose()
+            self._runtime.free(buffer.address)
+            buffer.address = 0
+
+    def pinned(self, n_bytes: int) -> Bytes:
+        self._choose()
+        memory = self._cupy.cuda.PinnedMemory(max(n_bytes, 1))
+        return np.frombuffer(self._cupy.cuda.PinnedMemoryPointer(memory, 0), np.uint8, n_bytes)
+
+    def upload(self, buffer: CupyBuffer, offset_bytes: int, data: Bytes) -> None:
+        self._copy_in(buffer, offset_bytes, np.ascontiguousarray(data))
+        self.synchronize()
+
+    def download(self, buffer: CupyBuffer, offset_bytes: int, n_bytes: int) -> Bytes:
+        data = np.empty(n_bytes, np.uint8)
+        self.copy_out(data, buffer, offset_bytes)
+        self.synchronize()
+        return data
+
+    def copy_in(self, buffer: CupyBuffer, offset_bytes: int, pinned: Bytes) -> None:
+        assert pinned.flags.c_contiguous
+        self._copy_in(buffer, offset_bytes, pinned)
+
+    def _copy_in(self, buffer: CupyBuffer, offset_bytes: int, data: Bytes) -> None:
+        to, runtime = buffer.part(offset_bytes, data.nbytes), self._runtime
+        self._choose()
+        runtime.memcpyAsync(to, data.ctypes.data, data.nbytes, runtime.memcpyHostToDevice, self._stream.ptr)
+
+    def copy_out(self, pinned: Bytes, buffer: CupyBuffer, offset_bytes: int) -> None:
+        assert pinned.flags.c_contiguous
+        begin, runtime = buffer.part(offset_bytes, pinned.nbytes), self._runtime
+        self._choose()
+        runtime.memcpyAsync(
+            pinned.ctypes.data, begin, pinned.nbytes, runtime.memcpyDeviceToHost, self._stream.ptr
+        )
+
+    def launch(self, launch: Launch) -> None:
+        self._choose()
+        kernel = self._kernel(launch.kernel)
+        self._allow_shared(kernel, launch)
+        kernel(launch.grid, launch.block, launch.args, shared_mem=launch.shared_bytes, stream=self._stream)
+
+    def _allow_shared(self, kernel: Any, launch: Launch) -> None:
+        """More than 48 KiB have to be asked for, once."""
+        if launch.shared_bytes > max(PLAIN_SHARED_BYTES, self._shared.get(launch.kernel, 0)):
+            kernel.max_dynamic_shared_size_bytes = launch.shared_bytes
+            self._shared[launch.kernel] = launch.shared_bytes
+
+    def capture(self, work: Callable[[], None]) -> CupyGraph:
+        self._choose()
+        self._stream.begin_capture()
+        try:
+            work()
+        except BaseException:
+            with suppress(self._runtime.CUDARuntimeError):  # of a capture that is no good: the first error counts
+                self._stream.end_capture()
+            raise
+        return CupyGraph(self, self._stream.end_capture())
+
+    def replay(self, graph: Any) -> None:
+        self._choose()
+        graph.launch(stream=self._stream)
+
+    def event(self) -> CupyEvent:
+        self._choose()
+        event = self._cupy.cuda.Event(disable_timing=True)
+        event.record(self._stream)
+        return CupyEvent(event)
+
+    def synchronize(self) -> None:
+        self._choose()
+        self._stream.synchronize()
+
+    def close(self) -> None:
+        self.synchronize()
+        for buffer in list(self._buffers):
+            self.free(buffer)
+        self._kernels.clear()
+        self._modules.clear()
+        self._instead.cleanup()
+
+    def _choose(self) -> None:
+        """CUDA's calls are about the card that a thread has chosen last."""
+        self._runtime.setDevice(self._index)
+
+    def _kernel(self, name: str) -> Any:
+        if name not in self._kernels:
+            module, _, function = name.partition(".")
+            self._kernels[name] = self._module(module).get_function(function)
+        return self._kernels[name]
+
+    def _module(self, name: str) -> Any:
+        if name not in self._modules:
+            self._nvrtc = self._nvrtc or open_nvrtc()
+            major, minor = self.compute_capability
+            text = whole_text(modules()[name])
+            path = self._binaries.get(self._nvrtc, name, text, 10 * major + minor)
+            self._modules[name] = self._cupy.RawModule(path=str(path))
+        return self._modules[name]
+
+    def _does_not_fit(self, n_bytes: int, free_bytes: int) -> str:
+        what = f"{mib(n_bytes)} MiB are needed, {free_bytes // MIB} MiB are free"
+        cap = "" if self._cap_bytes is None else f" of the {self._cap_bytes // MIB} MiB that may be used"
+        return f"{self.name}: {what}{cap}; take fewer layers or a shorter context"

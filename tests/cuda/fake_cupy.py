@@ -1,0 +1,161 @@
+"""As much of CuPy as the device uses, over the host's memory: kernels are only noted, work on a stream waits for it."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+
+class CUDARuntimeError(RuntimeError):
+    def __init__(self, status: int) -> None:
+        super().__init__(f"status {status}")
+        self.status = status
+
+
+Work = Callable[[], None]
+
+
+@dataclass
+class FakeStream:
+    """Work is done when somebody waits for it."""
+
+    queue: list[Work] = field(default_factory=list)
+    captured: list[Work] | None = None
+    ptr: int = 77
+
+    def add(self, work: Work) -> None:
+        (self.queue if self.captured is None else self.captured).append(work)
+
+    def begin_capture(self) -> None:
+        assert self.captured is None
+        self.captured = []
+
+    def end_capture(self) -> FakeGraph:
+        assert self.captured is not None
+        work, self.captured = self.captured, None
+        return FakeGraph(work)
+
+    def synchronize(self) -> None:
+        assert self.captured is None
+        for work in self.queue:
+            work()
+        self.queue.clear()
+
+
+@dataclass
+class FakeGraph:
+    work: list[Work]
+
+    def launch(self, stream: FakeStream) -> None:
+        stream.queue += self.work
+
+
+@dataclass
+class FakeEvent:
+    stream: FakeStream | None = None
+
+    def record(self, stream: FakeStream) -> None:
+        self.stream = stream
+
+    def synchronize(self) -> None:
+        assert self.stream is not None
+        self.stream.synchronize()
+
+
+@dataclass
+class FakeRuntime:
+    """Cards by their compute capability; `status` is what everything answers that asks for them."""
+
+    cards: tuple[tuple[int, int], ...] = ((8, 6), (9, 0))
+    status: int = 0
+    driver: int = 13000
+    free_bytes: int = 1 << 20
+    chosen: int = -1
+    memory: dict[int, Any] = field(default_factory=dict)
+    stream: FakeStream = field(default_factory=FakeStream)
+    CUDARuntimeError: type[CUDARuntimeError] = CUDARuntimeError
+    memcpyHostToDevice: int = 1  # noqa: N815
+    memcpyDeviceToHost: int = 2  # noqa: N815
+
+    def getDeviceCount(self) -> int:  # noqa: N802
+        if self.status != 0:
+            raise CUDARuntimeError(self.status)
+        return len(self.cards)
+
+    def driverGetVersion(self) -> int:  # noqa: N802
+        return self.driver
+
+    def runtimeGetVersion(self) -> int:  # noqa: N802
+        return 13020
+
+    def getDeviceProperties(self, index: int) -> dict[str, Any]:  # noqa: N802
+        major, minor = self.cards[index]
+        return {
+            "name": f"Card {index}".encode(),
+            "totalGlobalMem": 1 << 30,
+            "major": major,
+            "minor": minor,
+            "multiProcessorCount": 100,
+            "sharedMemPerBlockOptin": 99 << 10,
+        }
+
+    def setDevice(self, index: int) -> None:  # noqa: N802
+        self.chosen = index
+
+    def memGetInfo(self) -> tuple[int, int]:  # noqa: N802
+        return self.free_bytes, 1 << 30
+
+    def malloc(self, n_bytes: int) -> int:
+        if n_bytes > self.free_bytes // 2:  # pieces are smaller than their sum
+            raise CUDARuntimeError(2)
+        memory = (ctypes.c_uint8 * n_bytes)()
+        self.memory[ctypes.addressof(memory)] = memory
+        self.free_bytes -= n_bytes
+        return ctypes.addressof(memory)
+
+    def free(self, address: int) -> None:
+        self.free_bytes += len(self.memory.pop(address))
+
+    def memcpyAsync(self, to: int, begin: int, n_bytes: int, kind: int, stream: int) -> None:  # noqa: N802
+        place = to if kind == self.memcpyHostToDevice else begin
+        assert stream == self.stream.ptr
+        assert any(at <= place and place + n_bytes <= at + len(memory) for at, memory in self.memory.items())
+        self.stream.add(lambda: ctypes.memmove(to, begin, n_bytes) and None)
+
+
+@dataclass
+class FakeKernel:
+    name: str
+    runtime: FakeRuntime
+    launches: list[tuple[Any, ...]]
+    max_dynamic_shared_size_bytes: int = 48 << 10
+
+    def __call__(self, grid: Any, block: Any, args: Any, *, shared_mem: int, stream: FakeStream) -> None:
+        assert shared_mem <= self.max_dynamic_shared_size_bytes
+        stream.add(lambda: self.launches.append((self.name, grid, block, args, shared_mem)))
+
+
+class FakeCupy(SimpleNamespace):
+    """The module; `launches` are those that were done, `loaded` the binaries."""
+
+    def __init__(self, runtime: FakeRuntime | None = None, version: str = "14.2.0") -> None:
+        self.runtime = runtime or FakeRuntime()
+        self.launches: list[tuple[Any, ...]] = []
+        self.loaded: list[bytes] = []
+        stream = self.runtime.stream
+        self.cuda = SimpleNamespace(
+            runtime=self.runtime,
+            Stream=lambda non_blocking: stream,
+            Event=lambda disable_timing: FakeEvent(),
+            PinnedMemory=bytearray,
+            PinnedMemoryPointer=lambda memory, offset: memoryview(memory)[offset:],
+        )
+        self.__version__ = version
+
+    def RawModule(self, *, path: str) -> SimpleNamespace:  # noqa: N802
+        self.loaded.append(Path(path).read_bytes())
+        return SimpleNamespace(get_function=lambda name: FakeKernel(name, self.runtime, self.launches))

@@ -1,0 +1,56 @@
+"""Every module compiles for the cards of ten years, into single IEEE operations."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from compilers import NONE, ByNvcc, ByNvrtc, find_compiler
+
+from llamaclust.kernels.cuda.device import MIN_COMPUTE_CAPABILITY
+from llamaclust.kernels.cuda.sources import OPTIONS, modules, whole_text
+
+Compiler = ByNvrtc | ByNvcc
+OLDEST = 10 * MIN_COMPUTE_CAPABILITY[0] + MIN_COMPUTE_CAPABILITY[1]
+
+
+@pytest.fixture(scope="module")
+def compiler() -> Iterator[Compiler]:
+    found = find_compiler()
+    if found is None:
+        pytest.skip(NONE)
+    yield found
+
+
+def test_every_module_for_every_architecture(compiler: Compiler, request: pytest.FixtureRequest) -> None:
+    """The oldest and the newest, or all there are (--all-architectures); machine code, so that no kernel takes more
+    registers or shared memory than there are."""
+    known = [one for one in compiler.architectures if one >= OLDEST]
+    assert known[0] == OLDEST, "the oldest cards are not compiled for any more"
+    every = request.config.getoption("--all-architectures", default=False)
+    wanted = known if every else [known[0], known[-1]]
+    jobs = [(name, whole_text(path), one) for name, path in modules().items() for one in wanted]
+    assert len(jobs) >= 8
+    with ThreadPoolExecutor(2) as pool:
+        for binary in pool.map(lambda job: compiler.binary(*job), jobs):
+            assert binary.startswith(b"\x7fELF")
+
+
+def test_floats_are_single_ieee_operations(compiler: Compiler) -> None:
+    """Subnormals are kept, nothing is approximated, and no multiplication is joined with an addition."""
+    operations: set[str] = set()
+    for name in ("rows", "norms", "rope"):
+        operations |= set(re.findall(r"\b\w+\.[\w.]*f(?:32|64)\b", compiler.ptx(name, whole_text(modules()[name]), OLDEST)))
+    assert {"fma.rn.f32", "div.rn.f32", "sqrt.rn.f32", "mul.rn.f64", "fma.rn.f64"} <= operations
+    assert [one for one in operations if "ftz" in one or "approx" in one or "mad" in one] == []
+
+
+@pytest.mark.parametrize("contract", [True, False])
+def test_the_options_matter(compiler: Compiler, contract: bool) -> None:
+    """Plain C++ is not contracted by them; without them it is."""
+    text = 'extern "C" __global__ void f(float* x) { x[0] = x[1] * x[2] + x[3]; }\n'
+    ptx = compiler.ptx("plain", text, OLDEST, ("--std=c++20",) if contract else OPTIONS)
+    assert ("fma.rn" in ptx) == contract
+    assert ("add" in re.findall(r"\b(\w+)\.[\w.]*f32 ", ptx)) != contract

@@ -1,0 +1,207 @@
+"""The device over CuPy, with a CuPy that is none: what is asked of it, and what is said where something is missing."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fake_cupy import FakeCupy, FakeRuntime
+
+from llamaclust.errors import DoesNotFitError, UsageError
+from llamaclust.kernels.cuda import cupy_device
+from llamaclust.kernels.cuda.cupy_device import CupyDevice
+from llamaclust.kernels.cuda.device import Launch
+from llamaclust.kernels.cuda.nvrtc import Binary
+
+
+
+class FakeNvrtc:
+    version = (13, 0)
+
+    def __init__(self) -> None:
+        self.compiled: list[tuple[str, int]] = []
+
+    def compile(self, name: str, text: str, architecture: int) -> Binary:
+        assert f'#line 1 "{name}.cu"' in text and "KERNEL" in text
+        self.compiled.append((name, architecture))
+        return Binary("cubin", f"{name} for {architecture}".encode())
+
+
+@pytest.fixture
+def nvrtc(monkeypatch: pytest.MonkeyPatch) -> FakeNvrtc:
+    compiler = FakeNvrtc()
+    monkeypatch.setattr(cupy_device, "open_nvrtc", lambda: compiler)
+    return compiler
+
+
+def install(monkeypatch: pytest.MonkeyPatch, runtime: FakeRuntime | None = None, version: str = "14.2.0") -> FakeCupy:
+    cupy = FakeCupy(runtime, version)
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    return cupy
+
+
+def one_line(error: pytest.ExceptionInfo[UsageError]) -> str:
+    said = str(error.value)
+    assert "\n" not in said
+    return said
+
+
+def test_without_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.raises(UsageError, match=r"needs CuPy: pip install 'llamaclust\[cuda13\]'") as error:
+        CupyDevice()
+    one_line(error)
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("import fastrlock_that_is_not_there", "CuPy lacks the module fastrlock_that_is_not_there"),
+        ("raise ImportError('=====\\nFailed to import CuPy\\n  ImportError: libnvrtc.so.13\\n=====')", "libnvrtc.so.13"),
+        ("__version__ = '13.6.0'", "needs CuPy 14 or later, this is 13.6.0"),
+    ],
+)
+def test_a_cupy_that_does_not_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str, what: str) -> None:
+    (tmp_path / "cupy.py").write_text(text)
+    monkeypatch.delitem(sys.modules, "cupy", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UsageError, match=what) as error:
+        CupyDevice()
+    monkeypatch.delitem(sys.modules, "cupy", raising=False)
+    assert "pip install" in one_line(error)
+
+
+@pytest.mark.parametrize(
+    ("runtime", "what"),
+    [
+        (FakeRuntime(status=35, driver=0), "no NVIDIA driver is installed"),
+        (FakeRuntime(status=35, driver=12040), "driver is for CUDA 12.4, this CuPy for 13.2: update the driver, or pip"),
+        (FakeRuntime(status=100), "no NVIDIA GPU is visible"),
+        (FakeRuntime(cards=()), "no NVIDIA GPU is visible"),
+        (FakeRuntime(status=999), "device cuda: status 999"),
+        (FakeRuntime(cards=((9, 0),)), r"device cuda:1: no such card; there is cuda:0 \(Card 0\)"),
+        (FakeRuntime(cards=((9, 0), (7, 0))), "Card 1 has compute capability 7.0; kernels need 7.5"),
+    ],
+)
+def test_without_a_card_that_does(monkeypatch: pytest.MonkeyPatch, runtime: FakeRuntime, what: str) -> None:
+    install(monkeypatch, runtime)
+    with pytest.raises(UsageError, match=what) as error:
+        CupyDevice(1)
+    one_line(error)
+
+
+def test_what_a_card_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    cupy = install(monkeypatch)
+    device = CupyDevice(1)
+    assert (device.name, device.compute_capability, device.sms) == ("Card 1", (9, 0), 100)
+    assert (device.memory_bytes, device.shared_bytes, device.free_bytes) == (1 << 30, 99 << 10, 1 << 20)
+    assert cupy.runtime.chosen == 1
+
+
+def test_memory_that_there_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    cupy = install(monkeypatch)
+    device = CupyDevice()
+    with pytest.raises(DoesNotFitError, match="2 MiB are needed, 1 MiB are free; take fewer layers"):
+        device.allocate(2 << 20)
+    with pytest.raises(DoesNotFitError, match="1 MiB are needed, 1 MiB are free"):
+        device.allocate(700 << 10)  # what is free is in pieces
+    cupy.runtime.free_bytes = 1 << 30
+    capped = CupyDevice(memory_cap_bytes=4 << 20)
+    held = capped.allocate(3 << 20)
+    assert capped.free_bytes == 1 << 20
+    with pytest.raises(DoesNotFitError, match="2 MiB are needed, 1 MiB are free of the 4 MiB that may be used"):
+        capped.allocate(2 << 20)
+    held.close()
+    held.close()
+    assert capped.free_bytes == 4 << 20
+
+
+def test_copies_are_in_order_with_launches(monkeypatch: pytest.MonkeyPatch, nvrtc: FakeNvrtc, tmp_path: Path) -> None:
+    cupy = install(monkeypatch)
+    device = CupyDevice(0, folder=tmp_path)
+    buffer, pinned, back = device.allocate(100), device.pinned(40), device.pinned(40)
+    device.upload(buffer, 0, np.arange(100, dtype=np.uint8))
+    np.testing.assert_array_equal(device.download(buffer, 90, 10), np.arange(90, 100))
+    pinned[:], back[:] = 7, 0
+    device.copy_in(buffer, 30, pinned)
+    launch = Launch("rows.add_rows", (1, 2, 1), (256, 1, 1), (buffer.at(8), np.int32(5)))
+    device.launch(launch)
+    device.copy_out(back, buffer, 31)
+    assert cupy.launches == [] and not back.any()
+    device.event().wait()
+    np.testing.assert_array_equal(back, [7] * 39 + [70])
+    assert cupy.launches == [("add_rows", (1, 2, 1), (256, 1, 1), (np.uint64(buffer.address + 8), np.int32(5)), 0)]
+    with pytest.raises(AssertionError):
+        device.copy_in(buffer, 61, pinned)
+    buffer.close()
+    with pytest.raises(AssertionError, match="closed"):
+        buffer.at()
+
+
+def test_graphs(monkeypatch: pytest.MonkeyPatch, nvrtc: FakeNvrtc, tmp_path: Path) -> None:
+    cupy = install(monkeypatch)
+    device = CupyDevice(0, folder=tmp_path)
+    buffer, pinned = device.allocate(16), device.pinned(16)
+    launch = Launch("rows.add_rows", (1, 1, 1), (256, 1, 1), ())
+    device.prepare(["rows.add_rows"])
+
+    def work() -> None:
+        device.copy_in(buffer, 0, pinned)
+        device.launch(launch)
+
+    graph = device.capture(work)
+    device.synchronize()
+    assert cupy.launches == []
+    for value in (3, 4):
+        pinned[:] = value
+        graph.launch()
+        np.testing.assert_array_equal(device.download(buffer, 0, 16), [value] * 16)
+    assert len(cupy.launches) == 2
+    graph.close()
+    with pytest.raises(ZeroDivisionError):
+        device.capture(lambda: device.launch(launch) or 1 // 0)
+    device.launch(launch)
+    device.synchronize()
+    assert len(cupy.launches) == 3
+
+
+def test_kernels_are_compiled_once(monkeypatch: pytest.MonkeyPatch, nvrtc: FakeNvrtc, tmp_path: Path) -> None:
+    """On a machine, for each kind of card; a folder that cannot be written is done without."""
+    cupy = install(monkeypatch)
+    kernels = ["rows.add_rows", "rows.slice", "norms.rms_norm"]
+    for index in (0, 0, 1):
+        device = CupyDevice(index, folder=tmp_path / "kernels")
+        device.prepare(kernels)
+        device.close()
+    assert nvrtc.compiled == [("rows", 86), ("norms", 86), ("rows", 90), ("norms", 90)]
+    assert cupy.loaded == [b"rows for 86", b"norms for 86"] * 2 + [b"rows for 90", b"norms for 90"]
+    assert not list((tmp_path / "kernels").glob("*.tmp"))
+    (tmp_path / "file").touch()
+    device = CupyDevice(folder=tmp_path / "file")
+    device.prepare(kernels[:1])
+    assert cupy.loaded[-1] == b"rows for 86"
+    device.close()
+    assert not device._instead.name or not Path(device._instead.name).exists()
+
+
+def test_much_shared_memory_is_asked_for(monkeypatch: pytest.MonkeyPatch, nvrtc: FakeNvrtc, tmp_path: Path) -> None:
+    cupy = install(monkeypatch)
+    device = CupyDevice(folder=tmp_path)
+    for shared_bytes in (48 << 10, 64 << 10, 50 << 10, 90 << 10):
+        device.launch(Launch("rows.slice", (1, 1, 1), (1, 1, 1), (), shared_bytes))
+    device.synchronize()
+    assert [launch[-1] for launch in cupy.launches] == [48 << 10, 64 << 10, 50 << 10, 90 << 10]
+
+
+def test_closing_frees_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    cupy = install(monkeypatch)
+    device = CupyDevice()
+    for n_bytes in (0, 10, 1000):
+        device.allocate(n_bytes)
+    assert len(cupy.runtime.memory) == 3
+    device.close()
+    assert cupy.runtime.memory == {} and cupy.runtime.free_bytes == 1 << 20
+
+

@@ -19,7 +19,7 @@ define need_compiler
   echo "error: no C++ compiler found: install g++ or clang++ (Debian, Ubuntu: sudo make system-deps), or name one in CXX" >&2; exit 1
 endef
 
-.PHONY: demo test test-clusters test-others lint format build proto bench chart image image-test system-deps system-deps-test clean links
+.PHONY: demo test test-clusters test-others test-gpu cuda-matrix lint format build proto bench chart image image-test system-deps system-deps-test clean links
 
 demo: build ## a real model on two worker processes answers a question
 	$(BIN)/python examples/demo.py
@@ -34,6 +34,13 @@ test-clusters: # with `make -j2 test` beside the others
 
 test-others:
 	$(BIN)/python -m pytest -m "not clusters"
+
+test-gpu: build $(VENV)/.test ## tests of the GPU's kernels on the first NVIDIA card
+	$(BIN)/python -m pytest tests/cuda --gpu
+
+cuda-matrix: build $(VENV)/.test ## those kernels compiled for every architecture, by NVIDIA's run-time compiler
+	$(PIP) install nvidia-cuda-nvrtc
+	$(BIN)/python -m pytest tests/cuda/test_compile.py --all-architectures
 
 lint: build $(VENV)/.lint ## format, style, types, arrows
 	$(BIN)/ruff format --check .

@@ -39,7 +39,7 @@ FOLDERS = (*PACKAGES, "src", "tests", "benchmarks", "examples", "deploy", "docs"
 MINIMAL = "model: smollm2-135m-instruct\nworkers: [{name: a}]\n"
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-NATIVE = (".h", ".cpp")
+NATIVE = (".h", ".cpp", ".cu", ".cuh")
 
 
 def page_id(page: Path) -> str:
@@ -80,7 +80,7 @@ def names(cell: str) -> list[str]:
 
 
 def modules() -> set[str]:
-    """Every module, and for native code every name of a .h or .cpp."""
+    """Every module, and for native code every name of a source or header."""
     paths = [path for package in PACKAGES for path in (ROOT / package).rglob("*")]
     paths += (ROOT / "src/llamaclust").glob("*.py")
     python = {path for path in paths if path.suffix in (".py", ".proto") and "_pb2" not in path.name}
@@ -117,8 +117,8 @@ def test_links_lead_somewhere(page: Path) -> None:
 @pytest.mark.parametrize("page", PRESENT, ids=page_id)
 def test_named_tests_exist(page: Path) -> None:
     for file, test in set(re.findall(r"\b(test_\w+)(?:\.py)?::(test_\w+)", page.read_text())):
-        path = ROOT / "tests" / f"{file}.py"
-        assert path.is_file() and f"def {test}(" in path.read_text(), f"{page.name} names {file}::{test}"
+        paths = list((ROOT / "tests").rglob(f"{file}.py"))
+        assert paths and f"def {test}(" in paths[0].read_text(), f"{page.name} names {file}::{test}"
 
 
 def test_every_dependency_has_a_line() -> None:

@@ -9,6 +9,8 @@ from launching import Bench
 from shim_build import build
 from shim_device import ShimDevice
 
+from llamaclust.errors import UsageError
+from llamaclust.kernels.cuda.cupy_device import CupyDevice
 from llamaclust.kernels.cuda.device import Device
 
 
@@ -20,9 +22,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(scope="session")
 def device(request: pytest.FixtureRequest) -> Iterator[Device]:
     if request.config.getoption("--gpu", default=False):
-        from llamaclust.kernels.cuda.cupy_device import CupyDevice
-
-        made: Device = CupyDevice(0)
+        try:
+            made: Device = CupyDevice(0)
+        except UsageError as error:
+            pytest.exit(str(error), returncode=2)
     else:
         made = ShimDevice(build())
     yield made

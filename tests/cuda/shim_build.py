@@ -35,11 +35,13 @@ def compiler() -> str:
     return os.environ.get("CXX") or shutil.which("g++") or "c++"
 
 
-def build(kernels: Iterable[Path] | None = None, defines: tuple[str, ...] = ()) -> Path:
+def build(
+    kernels: Iterable[Path] | None = None, defines: tuple[str, ...] = (), shim_defines: tuple[str, ...] = ()
+) -> Path:
     """A library of these sources of kernels, of all by default. AssertionError with what the compiler says."""
     sources = list(modules().values() if kernels is None else kernels)
     jobs = [(path, (*_KERNEL_FLAGS, f'-DLLAMACLUST_MODULE="{path.stem}"', *defines)) for path in sources]
-    jobs += [(path, ()) for path in sorted(SHIM.glob("*.cpp"))]
+    jobs += [(path, shim_defines) for path in sorted(SHIM.glob("*.cpp"))]
     BUILT.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(lambda job: _compile(*job), jobs))

@@ -15,14 +15,18 @@ from llamaclust.errors import DoesNotFitError
 from llamaclust.kernels.cuda.device import Device
 
 PROBE = Path(__file__).parent / "probes" / "probe.cu"
-OLD, NEW = "-DLLAMACLUST_ARCH=750", "-DLLAMACLUST_ARCH=900"
+VARIANTS = {
+    "old cards": (("-DLLAMACLUST_ARCH=750",), ()),
+    "new cards": (("-DLLAMACLUST_ARCH=900",), ()),
+    "other processors": (("-DLLAMACLUST_ARCH=900",), ("-DLLAMACLUST_SHIM_UCONTEXT",)),
+}
 
 
-@pytest.fixture(scope="module", params=[OLD, NEW])
+@pytest.fixture(scope="module", params=VARIANTS)
 def probes(request: pytest.FixtureRequest) -> Iterator[Device]:
     if request.config.getoption("--gpu", default=False):
         pytest.skip("probes are compiled for the shim")
-    made = ShimDevice(build([PROBE], (request.param,)))
+    made = ShimDevice(build([PROBE], *VARIANTS[request.param]))
     yield made
     made.close()
 

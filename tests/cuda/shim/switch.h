@@ -1,4 +1,5 @@
-// From one stack to another: only what a call has to keep is saved. By hand on x86-64 and ARM, by the C library elsewhere.
+// From one stack to another: only what a call has to keep is saved. By hand on x86-64 and ARM, by the C library elsewhere
+// and where LLAMACLUST_SHIM_UCONTEXT asks for it.
 #pragma once
 
 #include <cstddef>
@@ -6,7 +7,7 @@
 
 namespace shim {
 
-#if defined(__x86_64__) || defined(__aarch64__)
+#if !defined(LLAMACLUST_SHIM_UCONTEXT) && (defined(__x86_64__) || defined(__aarch64__))
 
 struct Context {
   void* stack_pointer;

@@ -38,7 +38,7 @@ class CupyBuffer:
     def part(self, offset_bytes: int, n_bytes: int) -> int:
         """The address of bytes that are all in it."""
         assert self.address != 0, "a buffer that was closed"
-        assert 0 <= offset_bytes and offset_bytes + n_bytes <= self.n_bytes, f"{offset_bytes} + {n_bytes}"
+        assert offset_bytes >= 0 and offset_bytes + n_bytes <= self.n_bytes, f"{offset_bytes} + {n_bytes}"
         return self.address + offset_bytes
 
     def close(self) -> None:
@@ -73,7 +73,7 @@ class CupyDevice:
     """See `kernels.cuda.device.Device`."""
 
     def __init__(self, index: int = 0, memory_cap_bytes: int | None = None, folder: Path = _FOLDER) -> None:
-        """The card that CUDA numbers so, of whose memory at most the cap is taken; compiled kernels are kept in the folder.
+        """The card that CUDA numbers so, of whose memory at most the cap is taken; compiled kernels stay in the folder.
         UsageError that says what is missing: CuPy, a driver, the card, a newer one."""
         self._cupy = import_cupy()
         card = card_properties(self._cupy, index)
@@ -154,9 +154,7 @@ class CupyDevice:
         assert pinned.flags.c_contiguous
         begin, runtime = buffer.part(offset_bytes, pinned.nbytes), self._runtime
         self._choose()
-        runtime.memcpyAsync(
-            pinned.ctypes.data, begin, pinned.nbytes, runtime.memcpyDeviceToHost, self._stream.ptr
-        )
+        runtime.memcpyAsync(pinned.ctypes.data, begin, pinned.nbytes, runtime.memcpyDeviceToHost, self._stream.ptr)
 
     def launch(self, launch: Launch) -> None:
         self._choose()

@@ -51,7 +51,7 @@ def card_properties(cupy: Any, index: int) -> CardProperties:
     if card.compute_capability < MIN_COMPUTE_CAPABILITY:
         found = ".".join(map(str, card.compute_capability))
         raise UsageError(
-            f"device cuda:{index}: {card.name} has compute capability {found}; kernels need {major}.{minor} (Turing, 2018)"
+            f"device cuda:{index}: {card.name} has compute capability {found}, kernels need {major}.{minor} (Turing)"
         )
     return card
 
@@ -69,7 +69,7 @@ def _count(cupy: Any) -> int:
             raise UsageError("device cuda: no NVIDIA driver is installed, or this container is not given it") from error
         if error.status == _OLD_DRIVER:
             raise UsageError(
-                f"device cuda: the driver is for CUDA {driver}, this CuPy for {built_for}: update the driver, or {_INSTALL}"
+                f"device cuda: the driver is for CUDA {driver}, this CuPy for {built_for}: update it, or {_INSTALL}"
             ) from error
         raise UsageError(f"device cuda: {error}") from error
     if count == 0:

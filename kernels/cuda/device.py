@@ -66,8 +66,8 @@ class Event(Protocol):
 
 
 class Device(Protocol):
-    """One GPU. Copies, launches and graphs run one after the other, in the order of the calls, while the caller goes on;
-    for one thread at a time."""
+    """One GPU. Copies, launches and graphs run one after the other, in the order of the calls, while the caller goes
+    on; for one thread at a time."""
 
     name: str
     compute_capability: tuple[int, int]

@@ -48,11 +48,13 @@ class Nvrtc:
         return tuple(sorted(numbers))
 
     def compile(self, name: str, text: str, architecture: int, options: Sequence[str] = OPTIONS) -> Binary:
-        """The module as machine code; as PTX of the newest architecture for one that came later. LlamaclustError with the
-        compiler's words."""
+        """The module as machine code; as PTX of the newest architecture for one that came later. LlamaclustError with
+        the compiler's words."""
         known = self.architectures
         kind = "cubin" if architecture in known else "ptx"
-        target = f"sm_{architecture}" if kind == "cubin" else f"compute_{max(one for one in known if one < architecture)}"
+        target = (
+            f"sm_{architecture}" if kind == "cubin" else f"compute_{max(one for one in known if one < architecture)}"
+        )
         return Binary(kind, self.translate(kind, name, text, (*options, f"--gpu-architecture={target}")))
 
     def translate(self, kind: str, name: str, text: str, options: Sequence[str]) -> bytes:
@@ -91,7 +93,7 @@ def open_nvrtc() -> Nvrtc:
         found = load_nvidia_dynamic_lib("nvrtc")
     except DynamicLibNotFoundError as error:
         raise UsageError(
-            "device cuda compiles its kernels by NVRTC, which is not there: pip install 'llamaclust[cuda13]' (or cuda12)"
+            "device cuda compiles kernels by NVRTC, which is not there: pip install 'llamaclust[cuda13]' (or cuda12)"
         ) from error
     assert found.abs_path is not None
     return Nvrtc(found.abs_path)

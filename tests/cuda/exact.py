@@ -33,7 +33,7 @@ def random_source() -> np.random.Generator:
 
 
 def awkward(source: np.random.Generator, rows: int, width: int) -> Float32:
-    """Rows of ordinary numbers, of all magnitudes, of subnormal ones; with zeros, infinities and NaN; again and again."""
+    """Rows of ordinary numbers, of all magnitudes, of subnormal ones, with zeros, with infinities and NaN; again."""
     x = source.standard_normal((rows, width), np.float32)
     signs = np.where(source.random((rows, width)) < 0.5, -1, 1)
     x[1::5] = (signs * 10.0 ** source.uniform(-38, 18, x.shape))[1::5]

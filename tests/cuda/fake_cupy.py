@@ -140,12 +140,13 @@ class FakeKernel:
 
 
 class FakeCupy(SimpleNamespace):
-    """The module; `launches` are those that were done, `loaded` the binaries."""
+    """The module; `launches` are those that were done, `loaded` the binaries, out of `files`."""
 
     def __init__(self, runtime: FakeRuntime | None = None, version: str = "14.2.0") -> None:
         self.runtime = runtime or FakeRuntime()
         self.launches: list[tuple[Any, ...]] = []
         self.loaded: list[bytes] = []
+        self.files: list[Path] = []
         stream = self.runtime.stream
         self.cuda = SimpleNamespace(
             runtime=self.runtime,
@@ -157,5 +158,6 @@ class FakeCupy(SimpleNamespace):
         self.__version__ = version
 
     def RawModule(self, *, path: str) -> SimpleNamespace:  # noqa: N802
-        self.loaded.append(Path(path).read_bytes())
+        self.files.append(Path(path))
+        self.loaded.append(self.files[-1].read_bytes())
         return SimpleNamespace(get_function=lambda name: FakeKernel(name, self.runtime, self.launches))

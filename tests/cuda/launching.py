@@ -23,7 +23,9 @@ class Bench:
     def __enter__(self) -> Bench:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, what: BaseException | None, where: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, what: BaseException | None, where: TracebackType | None
+    ) -> None:
         for buffer in self._buffers:
             buffer.close()
 
@@ -42,7 +44,9 @@ class Bench:
         n_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
         return self.device.download(buffer, 0, n_bytes).view(dtype).reshape(shape)
 
-    def run(self, kernel: str, grid: Size, block: Size, *args: Buffer | Scalar | int | float, shared_bytes: int = 0) -> None:
+    def run(
+        self, kernel: str, grid: Size, block: Size, *args: Buffer | Scalar | int | float, shared_bytes: int = 0
+    ) -> None:
         """Integers become int32 and floats float32."""
         given = tuple(_scalar(one) for one in args)
         self.device.launch(Launch(kernel, _three(grid), _three(block), given, shared_bytes))

@@ -42,7 +42,7 @@ class ShimBuffer:
 
     def view(self, offset_bytes: int, n_bytes: int) -> Bytes:
         assert self.address != 0, "a buffer that was closed"
-        assert 0 <= offset_bytes and offset_bytes + n_bytes <= self.n_bytes, f"{offset_bytes} + {n_bytes}"
+        assert offset_bytes >= 0 and offset_bytes + n_bytes <= self.n_bytes, f"{offset_bytes} + {n_bytes}"
         memory = (ctypes.c_uint8 * n_bytes).from_address(self.address + offset_bytes)
         return np.frombuffer(memory, np.uint8)
 
@@ -69,7 +69,7 @@ class ShimEvent:
 
 @dataclass(eq=False)
 class ShimDevice:
-    """See `kernels.cuda.device.Device`. KernelError for what a GPU would answer with an error, or worse, a wrong number."""
+    """See `kernels.cuda.device.Device`. KernelError for what a GPU answers with an error, or worse, a wrong number."""
 
     library: Path
     memory_bytes: int = 1 << 30

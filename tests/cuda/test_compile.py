@@ -42,7 +42,9 @@ def test_floats_are_single_ieee_operations(compiler: Compiler) -> None:
     """Subnormals are kept, nothing is approximated, and no multiplication is joined with an addition."""
     operations: set[str] = set()
     for name in ("rows", "norms", "rope"):
-        operations |= set(re.findall(r"\b\w+\.[\w.]*f(?:32|64)\b", compiler.ptx(name, whole_text(modules()[name]), OLDEST)))
+        operations |= set(
+            re.findall(r"\b\w+\.[\w.]*f(?:32|64)\b", compiler.ptx(name, whole_text(modules()[name]), OLDEST))
+        )
     assert {"fma.rn.f32", "div.rn.f32", "sqrt.rn.f32", "mul.rn.f64", "fma.rn.f64"} <= operations
     assert [one for one in operations if "ftz" in one or "approx" in one or "mad" in one] == []
 

@@ -16,7 +16,6 @@ from llamaclust.kernels.cuda.device import Launch
 from llamaclust.kernels.cuda.nvrtc import Binary
 
 
-
 class FakeNvrtc:
     version = (13, 0)
 
@@ -59,7 +58,10 @@ def test_without_cupy(monkeypatch: pytest.MonkeyPatch) -> None:
     ("text", "what"),
     [
         ("import fastrlock_that_is_not_there", "CuPy lacks the module fastrlock_that_is_not_there"),
-        ("raise ImportError('=====\\nFailed to import CuPy\\n  ImportError: libnvrtc.so.13\\n=====')", "libnvrtc.so.13"),
+        (
+            "raise ImportError('=====\\nFailed to import CuPy\\n  ImportError: libnvrtc.so.13\\n=====')",
+            "libnvrtc.so.13",
+        ),
         ("__version__ = '13.6.0'", "needs CuPy 14 or later, this is 13.6.0"),
     ],
 )
@@ -77,12 +79,15 @@ def test_a_cupy_that_does_not_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ("runtime", "what"),
     [
         (FakeRuntime(status=35, driver=0), "no NVIDIA driver is installed"),
-        (FakeRuntime(status=35, driver=12040), "driver is for CUDA 12.4, this CuPy for 13.2: update the driver, or pip"),
+        (
+            FakeRuntime(status=35, driver=12040),
+            "driver is for CUDA 12.4, this CuPy for 13.2: update it, or pip",
+        ),
         (FakeRuntime(status=100), "no NVIDIA GPU is visible"),
         (FakeRuntime(cards=()), "no NVIDIA GPU is visible"),
         (FakeRuntime(status=999), "device cuda: status 999"),
         (FakeRuntime(cards=((9, 0),)), r"device cuda:1: no such card; there is cuda:0 \(Card 0\)"),
-        (FakeRuntime(cards=((9, 0), (7, 0))), "Card 1 has compute capability 7.0; kernels need 7.5"),
+        (FakeRuntime(cards=((9, 0), (7, 0))), "Card 1 has compute capability 7.0, kernels need 7.5"),
     ],
 )
 def test_without_a_card_that_does(monkeypatch: pytest.MonkeyPatch, runtime: FakeRuntime, what: str) -> None:
@@ -183,7 +188,7 @@ def test_kernels_are_compiled_once(monkeypatch: pytest.MonkeyPatch, nvrtc: FakeN
     device.prepare(kernels[:1])
     assert cupy.loaded[-1] == b"rows for 86"
     device.close()
-    assert not device._instead.name or not Path(device._instead.name).exists()
+    assert not cupy.files[-1].exists()
 
 
 def test_much_shared_memory_is_asked_for(monkeypatch: pytest.MonkeyPatch, nvrtc: FakeNvrtc, tmp_path: Path) -> None:
@@ -203,5 +208,3 @@ def test_closing_frees_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(cupy.runtime.memory) == 3
     device.close()
     assert cupy.runtime.memory == {} and cupy.runtime.free_bytes == 1 << 20
-
-

@@ -183,7 +183,9 @@ def test_angles_of_long_contexts(bench: Bench) -> None:
     """And beyond what is computed: NaN."""
     source = random_source()
     positions = source.integers(0, 1 << 20, ROWS).astype(np.int32)
-    frequencies = np.concatenate([source.uniform(0, 1, 90), np.arange(5) * np.pi / 4, [1e3, 1e9, np.nan, 1e-300, 5e-324]])
+    frequencies = np.concatenate(
+        [source.uniform(0, 1, 90), np.arange(5) * np.pi / 4, [1e3, 1e9, np.nan, 1e-300, 5e-324]]
+    )
     out = bench.room(ROWS * 8 * 100)
     args = bench.put(positions), bench.put(frequencies), np.float64(1), 100, rows_of(bench), out
     bench.run("rope.rotation", (2, BUCKET), 64, *args)
@@ -223,7 +225,9 @@ def test_rows_of_weights(bench: Bench, quant_type: QuantType, width: int) -> Non
     args = bench.put(ids), on_device, tile_bytes, width, rows, there
     bench.run(f"embed.embed_{quant_type.name.lower()}", pieces(width), 256, *args)
     batch = batch_of([(ids, range(ROWS), range(1))])
-    same_bits(bench.get(there, x.shape), on_cpu(program_of(out, out, Embed(out, "w"), first=True), {"w": weight}, batch, None))
+    same_bits(
+        bench.get(there, x.shape), on_cpu(program_of(out, out, Embed(out, "w"), first=True), {"w": weight}, batch, None)
+    )
     hidden, first = Buffer("x", width), int(source.integers(0, 48 - ROWS))
     batch = rows_at(range(first, first + ROWS))
     args = bench.put(x), bench.put(batch.positions), on_device, tile_bytes, width, rows, there

@@ -73,7 +73,11 @@ def fragments_of_a(a: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("is_unsigned", [False, True])
 def test_matrix_products(probe: Bench, k: int, is_unsigned: bool) -> None:
     source = generator()
-    a = source.integers(0, 256, (16, k)).astype(np.uint8) if is_unsigned else source.integers(-128, 128, (16, k)).astype(np.int8)
+    a = (
+        source.integers(0, 256, (16, k)).astype(np.uint8)
+        if is_unsigned
+        else source.integers(-128, 128, (16, k)).astype(np.int8)
+    )
     b = source.integers(-128, 128, (k, 8)).astype(np.int8)
     d = source.integers(-(1 << 20), 1 << 20, (16, 8)).astype(np.int32)
     columns = np.ascontiguousarray(b.reshape(k // 16, 4, 4, 8).transpose(3, 1, 0, 2)).reshape(32, -1).view(np.int32)
@@ -166,7 +170,7 @@ def test_launches_that_do_not_fit(probe: Bench) -> None:
     ):
         with pytest.raises(KernelError, match=what):
             probe.run("probe.mistakes", grid, block, *args)
-    with pytest.raises(KernelError, match="no kernel probe.nothing; there is"):
+    with pytest.raises(KernelError, match=r"no kernel probe\.nothing; there is"):
         probe.run("probe.nothing", 1, 64)
     with pytest.raises(DoesNotFitError):
         probe.room(1 << 40)

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cmath>
+#include <cstdint>
+#include <cstring>
 
 #include "elementary.h"
 
@@ -25,7 +27,9 @@ COEFFICIENTS double kCosine[] = {0x1.555555555554bp-5,   -0x1.6c16c16c1500ap-10,
 // Error below 1e-15 for |angle| <= 4e6 radians, NaN beyond (and for NaN).
 ELEMENTARY void sine_and_cosine(double angle, double& sine, double& cosine) {
   if (!(angle >= -4e6 && angle <= 4e6)) {
-    sine = cosine = __builtin_nan("");
+    const uint64_t nan = 0x7ff8000000000000;
+    memcpy(&sine, &nan, sizeof sine);
+    cosine = sine;
     return;
   }
   const double shift = 0x1.8p52;

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from llamaclust.errors import DoesNotFitError, LlamaclustError
-from llamaclust.kernels.cuda.cupy_open import card_properties, import_cupy
+from llamaclust.kernels.cuda.cupy_open import card_properties, import_cupy, usable_nvrtc
 from llamaclust.kernels.cuda.device import PLAIN_SHARED_BYTES, Bytes, Launch
-from llamaclust.kernels.cuda.nvrtc import BinaryFolder, Nvrtc, open_nvrtc
+from llamaclust.kernels.cuda.nvrtc import BinaryFolder, Nvrtc
 from llamaclust.kernels.cuda.sources import modules, whole_text
 from llamaclust.sizes import MIB, mib
 
@@ -213,7 +213,7 @@ class CupyDevice:
 
     def _module(self, name: str) -> Any:
         if name not in self._modules:
-            self._nvrtc = self._nvrtc or open_nvrtc()
+            self._nvrtc = self._nvrtc or usable_nvrtc(self._cupy)
             major, minor = self.compute_capability
             text = whole_text(modules()[name])
             path = self._binaries.get(self._nvrtc, name, text, 10 * major + minor)

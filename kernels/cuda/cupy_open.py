@@ -7,6 +7,7 @@ from typing import Any
 
 from llamaclust.errors import UsageError
 from llamaclust.kernels.cuda.device import MIN_COMPUTE_CAPABILITY
+from llamaclust.kernels.cuda.nvrtc import Nvrtc, open_nvrtc
 
 _INSTALL = "pip install 'llamaclust[cuda13]', or 'llamaclust[cuda12]' for a driver older than 580"
 _OLDEST_CUPY = 14
@@ -54,6 +55,17 @@ def card_properties(cupy: Any, index: int) -> CardProperties:
             f"device cuda:{index}: {card.name} has compute capability {found}, kernels need {major}.{minor} (Turing)"
         )
     return card
+
+
+def usable_nvrtc(cupy: Any) -> Nvrtc:
+    """UsageError where there is none, or one whose machine code the driver does not know."""
+    nvrtc, driver = open_nvrtc(), cupy.cuda.runtime.driverGetVersion()
+    if nvrtc.version[0] > driver // 1000:
+        made_by = ".".join(map(str, nvrtc.version))
+        raise UsageError(
+            f"device cuda: the driver is for CUDA {_version(driver)}, NVRTC is {made_by}: update it, or {_INSTALL}"
+        )
+    return nvrtc
 
 
 def _count(cupy: Any) -> int:

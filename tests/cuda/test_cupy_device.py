@@ -10,7 +10,7 @@ import pytest
 from fake_cupy import FakeCupy, FakeRuntime
 
 from llamaclust.errors import DoesNotFitError, UsageError
-from llamaclust.kernels.cuda import cupy_device
+from llamaclust.kernels.cuda import cupy_open
 from llamaclust.kernels.cuda.cupy_device import CupyDevice
 from llamaclust.kernels.cuda.device import Launch
 from llamaclust.kernels.cuda.nvrtc import Binary
@@ -31,7 +31,7 @@ class FakeNvrtc:
 @pytest.fixture
 def nvrtc(monkeypatch: pytest.MonkeyPatch) -> FakeNvrtc:
     compiler = FakeNvrtc()
-    monkeypatch.setattr(cupy_device, "open_nvrtc", lambda: compiler)
+    monkeypatch.setattr(cupy_open, "open_nvrtc", lambda: compiler)
     return compiler
 
 
@@ -189,6 +189,13 @@ def test_kernels_are_compiled_once(monkeypatch: pytest.MonkeyPatch, nvrtc: FakeN
     assert cupy.loaded[-1] == b"rows for 86"
     device.close()
     assert not cupy.files[-1].exists()
+
+
+def test_a_compiler_that_is_newer_than_the_driver(monkeypatch: pytest.MonkeyPatch, nvrtc: FakeNvrtc) -> None:
+    install(monkeypatch, FakeRuntime(driver=12080))
+    with pytest.raises(UsageError, match=r"driver is for CUDA 12\.8, NVRTC is 13\.0: update it, or") as error:
+        CupyDevice().prepare(["rows.slice"])
+    one_line(error)
 
 
 def test_much_shared_memory_is_asked_for(monkeypatch: pytest.MonkeyPatch, nvrtc: FakeNvrtc, tmp_path: Path) -> None:

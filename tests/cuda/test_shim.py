@@ -159,6 +159,18 @@ def test_mistakes_are_errors(probe: Bench, kind: int) -> None:
     probe.run("probe.mistakes", 1, 64, 99, x, probe.room(256))
 
 
+@pytest.mark.parametrize("in_block", [0, 1])
+def test_no_order_is_kept(probe: Bench, in_block: int) -> None:
+    """A kernel that lacks a barrier, or whose blocks wait for each other, gives something else the next time."""
+    found = []
+    for _ in range(2):
+        everywhere, out = probe.put(np.full(2, np.nan, np.float32)), probe.room(512)
+        probe.run("probe.races", 2, 64, in_block, everywhere, out)
+        found.append(np.isnan(probe.get(out, 128)))
+    assert sum(found[0]) == 64
+    np.testing.assert_array_equal(found[0], ~found[1])
+
+
 def test_launches_that_do_not_fit(probe: Bench) -> None:
     x, out = probe.put(np.zeros(64, np.float32)), probe.room(256)
     for grid, block, args, what in (

@@ -25,6 +25,7 @@ Fibre fibres[kMaxThreads];
 Context contexts[kMaxThreads], outside;
 uint8_t* stacks;
 int threads, at_block;
+bool backwards;  // every other launch: who relies on an order gets it wrong
 std::string error;
 
 struct Kernel {
@@ -81,7 +82,7 @@ std::string stuck() {
 void go_on() {
   Fibre& self = *current;
   for (int step = 1; step <= threads; step++) {
-    Fibre& next = fibres[(self.index + step) % threads];
+    Fibre& next = fibres[(self.index + (backwards ? threads - step : step)) % threads];
     if (next.state != Fibre::State::Runnable) continue;
     if (&next == &self) return;
     current = &next;
@@ -116,8 +117,8 @@ void run_block(size_t dynamic_shared_bytes) {
     fibre.committed.clear();
     prepare(contexts[i], stacks + i * kStackBytes, kStackBytes, run_thread);
   }
-  current = &fibres[0];
-  switch_to(outside, contexts[0]);
+  current = &fibres[backwards ? threads - 1 : 0];
+  switch_to(outside, contexts[current->index]);
 }
 
 std::string where() {
@@ -187,15 +188,16 @@ std::string run_grid(Grid whole, size_t dynamic_shared_bytes, Invoke invoke, con
   if (dynamic_shared_bytes > kMaxSharedBytes) return "more shared memory than any card has";
   kernel = {invoke, function, args};
   error.clear();
+  backwards = !backwards;
   const Faults faults;
-  for (block.z = 0; block.z < grid.blocks.z; block.z++)
-    for (block.y = 0; block.y < grid.blocks.y; block.y++)
-      for (block.x = 0; block.x < grid.blocks.x; block.x++) {
-        const char* fault = faults.run([&] { run_block(dynamic_shared_bytes); });
-        if (fault != nullptr) error = where() + fault;
-        if (!error.empty()) return error;
-      }
-  return {};
+  const uint64_t x = grid.blocks.x, y = grid.blocks.y, blocks = x * y * grid.blocks.z;
+  for (uint64_t i = 0; i < blocks && error.empty(); i++) {
+    const uint64_t n = backwards ? blocks - 1 - i : i;
+    block = {static_cast<unsigned>(n % x), static_cast<unsigned>(n / x % y), static_cast<unsigned>(n / x / y)};
+    const char* fault = faults.run([&] { run_block(dynamic_shared_bytes); });
+    if (fault != nullptr) error = where() + fault;
+  }
+  return error;
 }
 
 }  // namespace shim

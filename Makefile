@@ -39,7 +39,7 @@ test-gpu: build $(VENV)/.test ## tests of the GPU's kernels on the first NVIDIA 
 	$(BIN)/python -m pytest tests/cuda --gpu
 
 cuda-matrix: build $(VENV)/.test ## those kernels compiled for every architecture, by NVIDIA's run-time compiler
-	$(PIP) install nvidia-cuda-nvrtc
+	$(PIP) install -c constraints.txt --group cuda
 	$(BIN)/python -m pytest tests/cuda/test_compile.py --all-architectures
 
 lint: build $(VENV)/.lint ## format, style, types, arrows

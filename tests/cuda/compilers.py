@@ -16,7 +16,7 @@ from llamaclust.kernels.cuda.sources import OPTIONS
 
 COMPILE_DEADLINE_S = 400.0
 TOOLKIT = Path("/usr/local/cuda")
-NONE = "no CUDA compiler: pip install nvidia-cuda-nvrtc, or a CUDA toolkit"
+NONE = "no CUDA compiler: neither NVRTC (make cuda-matrix installs it) nor nvcc"
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,12 +61,19 @@ struct Lanes {
   }
 };
 
+inline constexpr int kStaged = 4096;
+
+// Where a block keeps elements of a row: one place, however many sums it makes.
+DEVICE float* staged_elements() {
+  SHARED(float, staged, [kStaged]);
+  return staged;
+}
+
 // The sum by sum = term(sum, x[i]) for all 256 threads of a block. They bring x into shared memory; one warp sums.
 template <class Term>
 DEVICE float sum_of_row(const float* x, int n, Term term) {
-  constexpr int kStaged = 4096;
-  SHARED(float, staged, [kStaged]);
   SHARED(float, result, [1]);
+  float* staged = staged_elements();
   Lanes lanes;
   for (int from = 0; from < n; from += kStaged) {
     const int count = n - from < kStaged ? n - from : kStaged;

@@ -6,6 +6,10 @@
 
 namespace llamaclust {
 
+#ifndef GRID_MEMORY
+#define GRID_MEMORY  // where tables are, on machines that have several kinds of memory
+#endif
+
 // A point is 16 bits, two for each of eight levels or four for each of four: level i in byte i % 2, at bit i / 2 times
 // their number.
 template <int points>
@@ -14,12 +18,12 @@ struct Grid {
   alignas(64) uint16_t point[points];
 };
 
-extern const Grid<256> kIQ2_XXSGrid;
-extern const Grid<512> kIQ2_XSGrid;
-extern const Grid<1024> kIQ2_SGrid;
-extern const Grid<256> kIQ3_XXSGrid;
-extern const Grid<512> kIQ3_SGrid;
-extern const Grid<2048> kIQ1Grid;
+extern GRID_MEMORY const Grid<256> kIQ2_XXSGrid;
+extern GRID_MEMORY const Grid<512> kIQ2_XSGrid;
+extern GRID_MEMORY const Grid<1024> kIQ2_SGrid;
+extern GRID_MEMORY const Grid<256> kIQ3_XXSGrid;
+extern GRID_MEMORY const Grid<512> kIQ3_SGrid;
+extern GRID_MEMORY const Grid<2048> kIQ1Grid;
 
 // Level i of a point of `count` levels.
 constexpr uint8_t level_of(uint16_t point, int count, int i) {

@@ -71,7 +71,10 @@ LLAMACLUST_MMA(uint32_t, "u8")
 LLAMACLUST_MMA(int32_t, "s8")
 #undef LLAMACLUST_MMA
 
-// Sixteen bytes from global to shared memory, there after copy_async_wait: in the background from compute capability 8.0
+// Asks for the 128 bytes around p to be brought near, into the cache that all share.
+__device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" : : "l"(p)); }
+
+// Sixteen bytes, or four, from global to shared memory, there after copy_async_wait: in the background from compute capability 8.0
 // on. What was copied since the last commit is a group; wait<n> leaves the newest n groups under way.
 __device__ __forceinline__ void copy_async_16(void* shared, const void* global) {
 #if __CUDA_ARCH__ >= 800
@@ -79,6 +82,14 @@ __device__ __forceinline__ void copy_async_16(void* shared, const void* global) 
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" : : "r"(to), "l"(global) : "memory");
 #else
   *static_cast<uint4*>(shared) = *static_cast<const uint4*>(global);
+#endif
+}
+__device__ __forceinline__ void copy_async_4(void* shared, const void* global) {
+#if __CUDA_ARCH__ >= 800
+  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" : : "r"(to), "l"(global) : "memory");
+#else
+  *static_cast<uint32_t*>(shared) = *static_cast<const uint32_t*>(global);
 #endif
 }
 __device__ __forceinline__ void copy_async_commit() {

@@ -23,10 +23,11 @@ struct Site {
 // What a collective operation of a warp needs of each lane, and gives to it.
 inline constexpr int kOperandBytes = 64, kResultBytes = 16;
 
-// Sixteen bytes that a kernel has asked for and may not read before it has waited.
+// Bytes that a kernel has asked for and may not read before it has waited.
 struct Copy {
   void* to;
   const void* from;
+  size_t bytes;
 };
 
 struct Fibre {

@@ -143,12 +143,17 @@ void mma_m8n8k16(int32_t& d0, int32_t& d1, A a, int32_t b, SHIM_HERE) {
   d0 = d[0], d1 = d[1];
 }
 
+inline void prefetch(const void*) {}
+
 // Copied when it is waited for, so that who does not wait reads what was there before.
-inline void copy_async_16(void* shared, const void* global) {
-  if ((reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(global)) % 16 != 0)
-    shim::fail("an asynchronous copy that is not aligned to 16 bytes");
-  shim::current->pending.push_back({shared, global});
+template <size_t bytes>
+void copy_async(void* shared, const void* global) {
+  if ((reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(global)) % bytes != 0)
+    shim::fail("an asynchronous copy that is not aligned to " + std::to_string(bytes) + " bytes");
+  shim::current->pending.push_back({shared, global, bytes});
 }
+inline void copy_async_16(void* shared, const void* global) { copy_async<16>(shared, global); }
+inline void copy_async_4(void* shared, const void* global) { copy_async<4>(shared, global); }
 inline void copy_async_commit() {
   shim::current->committed.push_back(std::move(shim::current->pending));
   shim::current->pending.clear();
@@ -157,7 +162,7 @@ template <int groups>
 void copy_async_wait() {
   auto& committed = shim::current->committed;
   while (committed.size() > groups) {
-    for (const shim::Copy& copy : committed.front()) memcpy(copy.to, copy.from, 16);
+    for (const shim::Copy& copy : committed.front()) memcpy(copy.to, copy.from, copy.bytes);
     committed.erase(committed.begin());
   }
 }

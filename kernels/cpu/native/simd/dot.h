@@ -32,6 +32,38 @@
 #include "dot_generic.h"
 #endif
 
+namespace llamaclust::LLAMACLUST_LEVEL {
+namespace {
+
+// What decoders read: lines of a tile, and 16 bits a row. (Where a lane is a thread, that also says which row it has.)
+using Lines = const uint8_t*;
+DOT const uint16_t* halves(Lines p) { return reinterpret_cast<const uint16_t*>(p); }
+
+// For each of up to eight k-groups, how its bits come out of a line: shifted, as `field` does it, and masked.
+struct Places {
+  int8_t shift[8];
+  uint8_t mask[8];
+};
+template <Places places>
+DOT Bytes field_of(const Bytes& line, int g) {
+  switch (g) {
+    case 0: return field<places.shift[0], places.mask[0]>(line);
+    case 1: return field<places.shift[1], places.mask[1]>(line);
+    case 2: return field<places.shift[2], places.mask[2]>(line);
+    case 3: return field<places.shift[3], places.mask[3]>(line);
+    case 4: return field<places.shift[4], places.mask[4]>(line);
+    case 5: return field<places.shift[5], places.mask[5]>(line);
+    case 6: return field<places.shift[6], places.mask[6]>(line);
+    default: return field<places.shift[7], places.mask[7]>(line);
+  }
+}
+
+// Two points of a grid a lane, each of 16 bits.
+using Points = I32x16;
+
+}  // namespace
+}  // namespace llamaclust::LLAMACLUST_LEVEL
+
 #if defined(__AVX512BW__)
 #include "points_avx512.h"
 #elif defined(__AVX2__)

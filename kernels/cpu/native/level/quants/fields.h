@@ -6,13 +6,16 @@
 #include "matrix.h"
 #include "simd/dot.h"
 
+#ifndef DECODE
 #define DECODE inline __attribute__((always_inline))
+#define TABLE constexpr
+#endif
 
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {
 
 // k-groups of 32 columns in four lines: groups g and g + 4 are the low and high halves of line g.
-[[maybe_unused]] DECODE Bytes nibble_group(const uint8_t* lines, int g) {
+[[maybe_unused]] DECODE Bytes nibble_group(Lines lines, int g) {
   const Bytes line = load_bytes(lines + 64 * (g & 3));
   return g < 4 ? field<0, 15>(line) : field<4, 15>(line);
 }
@@ -20,15 +23,16 @@ namespace {
 // k-groups of 32 columns of five bits in five lines. Groups 0 to 4 are the low bits of lines 0 to 4. Above them: in lines
 // 0 to 2 bits 0-2 of groups 5 to 7; in line 3 bits 3-4 of group 5 and bit 3 of group 7; in line 4 bits 3-4 of group 6 and
 // bit 4 of group 7.
-[[maybe_unused]] DECODE Bytes five_bit_group(const uint8_t* lines, int g) {
-  if (g < 5) return field<0, 31>(load_bytes(lines + 64 * g));
-  const Bytes low = field<5, 7>(load_bytes(lines + 64 * (g - 5)));
-  const Bytes a = load_bytes(lines + 192), b = load_bytes(lines + 256);
-  if (g == 7) return merge(low, merge(field<4, 8>(a), field<3, 16>(b)));
-  return merge(low, field<2, 24>(g == 5 ? a : b));
+[[maybe_unused]] DECODE Bytes five_bit_group(Lines lines, int g) {
+  constexpr Places low{{0, 0, 0, 0, 0, 5, 5, 5}, {31, 31, 31, 31, 31, 7, 7, 7}};
+  constexpr Places in_3{{0, 0, 0, 0, 0, 2, 0, 4}, {0, 0, 0, 0, 0, 24, 0, 8}};
+  constexpr Places in_4{{0, 0, 0, 0, 0, 0, 2, 3}, {0, 0, 0, 0, 0, 0, 24, 16}};
+  const Bytes bits = field_of<low>(load_bytes(lines + 64 * (g < 5 ? g : g - 5)), g);
+  if (g < 5) return bits;
+  return merge(bits, merge(field_of<in_3>(load_bytes(lines + 192), g), field_of<in_4>(load_bytes(lines + 256), g)));
 }
 
-[[maybe_unused]] DECODE F32x16 load_f16(const uint8_t* p) { return from_f16(reinterpret_cast<const uint16_t*>(p)); }
+[[maybe_unused]] DECODE F32x16 load_f16(Lines p) { return from_f16(halves(p)); }
 
 // The four columns of a k-group as scales per row, less `offset`.
 template <int offset = 0>
@@ -47,11 +51,11 @@ template <int offset = 0>
 
 // Eight scales s and eight mins m of six bits in three lines, as k-groups over j, six bits and two: s[0-3] | m[4-7] bits
 // 0-1, s[4-7] | m[4-7] bits 2-3, m[0-3] | m[4-7] bits 4-5.
-[[maybe_unused]] DECODE void six_bit_scales(const uint8_t* lines, Scale (&out)[8]) {
+[[maybe_unused]] DECODE void six_bit_scales(Lines lines, Scale (&out)[8]) {
   unsigned_scales(field<0, 63>(load_bytes(lines)), out);
   unsigned_scales(field<0, 63>(load_bytes(lines + 64)), out + 4);
 }
-[[maybe_unused]] DECODE void six_bit_mins(const uint8_t* lines, Bytes (&out)[2]) {
+[[maybe_unused]] DECODE void six_bit_mins(Lines lines, Bytes (&out)[2]) {
   const Bytes a = load_bytes(lines), b = load_bytes(lines + 64), c = load_bytes(lines + 128);
   out[0] = field<0, 63>(c);
   out[1] = merge(field<6, 3>(a), merge(field<4, 12>(b), field<2, 48>(c)));

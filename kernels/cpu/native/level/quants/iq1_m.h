@@ -14,19 +14,19 @@ struct IQ1_M {
   static constexpr int kSubBlocks = 16, kBits = 5, kOffset = 16;
   static constexpr int kDirectTokens = kGridDirectTokens;
   static constexpr bool kHasMin = false;
-  static DECODE Bytes group(const uint8_t* body, int j, int g) { return iq1_group(body, up(body, j, g / 2), j, g); }
-  static DECODE I32x16 up(const uint8_t* body, int j, int eight) {
-    const uint8_t* lines = body + kThirdsBytes;
+  static DECODE Bytes group(Lines body, int j, int g) { return iq1_group(body, up(body, j, g / 2), j, g); }
+  static DECODE I32x16 up(Lines body, int j, int eight) {
+    Lines lines = body + kThirdsBytes;
     const int place = j % 4 * 8 + j % 8 / 4 * 4 + 3;
     if (eight == 0) return keep(shift_right(as_lanes(load_bytes(lines + j / 8 * 64)), place), 1);
-    const I32x16 upper_halves = float_to_bits(from_bf16(reinterpret_cast<const uint16_t*>(lines + 128)));
+    const I32x16 upper_halves = float_to_bits(from_bf16(halves(lines + 128)));
     return keep(shift_right(upper_halves, 16 + j), 1);
   }
-  static DECODE void sub_scales(const uint8_t* body, Scale (&out)[16]) {
+  static DECODE void sub_scales(Lines body, Scale (&out)[16]) {
     odd_scales<3>(body + kThirdsBytes, out);
     odd_scales<3>(body + kThirdsBytes + 64, out + 8);
   }
-  static DECODE F32x16 scale(const uint8_t* tail) { return load_f16_times(tail - 32, 0.125f); }
+  static DECODE F32x16 scale(Lines tail) { return load_f16_times(tail - 32, 0.125f); }
 };
 
 }  // namespace

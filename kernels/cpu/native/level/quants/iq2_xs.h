@@ -14,16 +14,16 @@ struct IQ2_XS {
   static constexpr int kSubBlocks = 16, kBits = 8, kOffset = 128;
   static constexpr int kDirectTokens = kGridDirectTokens;
   static constexpr bool kHasMin = false;
-  static DECODE Bytes group(const uint8_t* body, int j, int g) {
+  static DECODE Bytes group(Lines body, int j, int g) {
     const I32x16 ninth = keep(shift_right(as_lanes(load_bytes(body + 512)), j), 0x00010001);
     const I32x16 index = either(two_indices(body + j / 2 * 64, j % 2), shift_left<8>(ninth));
     return iq2_group(lookup_points<512>(kIQ2_XSGrid.point, index), body + 576 + 32 * j, g);
   }
-  static DECODE void sub_scales(const uint8_t* body, Scale (&out)[16]) {
+  static DECODE void sub_scales(Lines body, Scale (&out)[16]) {
     odd_scales(body + 1088, out);
     odd_scales(body + 1152, out + 8);
   }
-  static DECODE F32x16 scale(const uint8_t* tail) { return load_f16_times(tail, 0.125f); }
+  static DECODE F32x16 scale(Lines tail) { return load_f16_times(tail, 0.125f); }
 };
 
 }  // namespace

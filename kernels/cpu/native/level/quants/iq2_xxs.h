@@ -13,12 +13,12 @@ struct IQ2_XXS {
   static constexpr int kSubBlocks = 8, kBits = 8, kOffset = 128;
   static constexpr int kDirectTokens = kGridDirectTokens;
   static constexpr bool kHasMin = false;
-  static DECODE Bytes group(const uint8_t* body, int j, int g) {
-    const I32x16 points = lookup_points<256>(kIQ2_XXSGrid.point, two_indices(body + 64 * j, g / 4));
+  static DECODE Bytes group(Lines body, int j, int g) {
+    const Points points = lookup_points<256>(kIQ2_XXSGrid.point, two_indices(body + 64 * j, g / 4));
     return iq2_group(points, body + 512 + 64 * j + g / 4 * 32, g % 4);
   }
-  static DECODE void sub_scales(const uint8_t* body, Scale (&out)[8]) { odd_scales(body + 1024, out); }
-  static DECODE F32x16 scale(const uint8_t* tail) { return load_f16_times(tail, 0.125f); }
+  static DECODE void sub_scales(Lines body, Scale (&out)[8]) { odd_scales(body + 1024, out); }
+  static DECODE F32x16 scale(Lines tail) { return load_f16_times(tail, 0.125f); }
 };
 
 }  // namespace

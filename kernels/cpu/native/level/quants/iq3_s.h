@@ -12,12 +12,12 @@ struct IQ3_S {
   static constexpr TileLayout kLayout = kIQ3_SLayout;
   static constexpr int kSubBlocks = 8, kBits = 5, kOffset = 16;
   static constexpr bool kHasMin = false;
-  static DECODE Bytes group(const uint8_t* body, int j, int g) {
+  static DECODE Bytes group(Lines body, int j, int g) {
     const Bytes line = load_bytes(body + 256 * j + 64 * (g & 3));
     return merge(g < 4 ? field<-1, 30>(line) : field<3, 30>(line), as_bytes(broadcast(0x01010101)));
   }
-  static DECODE void sub_scales(const uint8_t* body, Scale (&out)[8]) { odd_scales(body + 2048, out); }
-  static DECODE F32x16 scale(const uint8_t* tail) { return load_f16(tail); }
+  static DECODE void sub_scales(Lines body, Scale (&out)[8]) { odd_scales(body + 2048, out); }
+  static DECODE F32x16 scale(Lines tail) { return load_f16(tail); }
 };
 
 }  // namespace

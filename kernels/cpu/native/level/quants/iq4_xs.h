@@ -13,13 +13,13 @@ struct IQ4_XS {
   static constexpr TileLayout kLayout = kIQ4_XSLayout;
   static constexpr int kSubBlocks = 8, kBits = 8, kOffset = 128;
   static constexpr bool kHasMin = false;
-  static DECODE Bytes group(const uint8_t* body, int j, int g) {
+  static DECODE Bytes group(Lines body, int j, int g) {
     return lookup(kIQ4Values, nibble_group(body + 256 * j, g));
   }
-  static DECODE void sub_scales(const uint8_t* body, Scale (&out)[8]) {
+  static DECODE void sub_scales(Lines body, Scale (&out)[8]) {
     for (int i = 0; i < 2; i++) signed_scales(load_bytes(body + 2048 + 64 * i), out + 4 * i);
   }
-  static DECODE F32x16 scale(const uint8_t* tail) { return load_f16(tail); }
+  static DECODE F32x16 scale(Lines tail) { return load_f16(tail); }
 };
 
 }  // namespace

@@ -8,15 +8,15 @@ namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {
 
 // 0, 1, 2, 3, 4, 6, 8, 12 and their negatives, plus 12: below 25, so that five bits hold them.
-alignas(16) constexpr uint8_t kFP4Values[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
+alignas(16) TABLE uint8_t kFP4Values[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
 
 struct MXFP4 {
   static constexpr QuantType kType = QuantType::MXFP4;
   static constexpr TileLayout kLayout = kMXFP4Layout;
   static constexpr int kSubBlocks = 1, kBits = 5, kOffset = 12;
   static constexpr bool kHasMin = false;
-  static DECODE Bytes group(const uint8_t* body, int, int g) { return lookup(kFP4Values, nibble_group(body, g)); }
-  static DECODE F32x16 scale(const uint8_t* tail) { return from_halved_e8m0(tail); }
+  static DECODE Bytes group(Lines body, int, int g) { return lookup(kFP4Values, nibble_group(body, g)); }
+  static DECODE F32x16 scale(Lines tail) { return from_halved_e8m0(tail); }
 };
 
 }  // namespace

@@ -13,23 +13,18 @@ struct Q2_K {
   static constexpr TileLayout kLayout = kQ2_KLayout;
   static constexpr int kSubBlocks = 16, kBits = 2, kOffset = 0;
   static constexpr bool kHasMin = true;
-  static DECODE Bytes group(const uint8_t* body, int j, int g) {
-    const Bytes line = load_bytes(body + 64 * j);
-    switch (g) {
-      case 0: return field<0, 3>(line);
-      case 1: return field<2, 3>(line);
-      case 2: return field<4, 3>(line);
-      default: return field<6, 3>(line);
-    }
+  static DECODE Bytes group(Lines body, int j, int g) {
+    constexpr Places pairs{{0, 2, 4, 6}, {3, 3, 3, 3}};
+    return field_of<pairs>(load_bytes(body + 64 * j), g);
   }
-  static DECODE void sub_scales(const uint8_t* body, Scale (&out)[16]) {
+  static DECODE void sub_scales(Lines body, Scale (&out)[16]) {
     for (int i = 0; i < 4; i++) unsigned_scales(field<0, 15>(load_bytes(body + 1024 + 64 * i)), out + 4 * i);
   }
-  static DECODE void sub_mins(const uint8_t* body, Bytes (&out)[4]) {
+  static DECODE void sub_mins(Lines body, Bytes (&out)[4]) {
     for (int i = 0; i < 4; i++) out[i] = field<4, 15>(load_bytes(body + 1024 + 64 * i));
   }
-  static DECODE F32x16 scale(const uint8_t* tail) { return load_f16(tail); }
-  static DECODE F32x16 min(const uint8_t* tail) { return load_f16(tail + 32); }
+  static DECODE F32x16 scale(Lines tail) { return load_f16(tail); }
+  static DECODE F32x16 min(Lines tail) { return load_f16(tail + 32); }
 };
 
 }  // namespace

@@ -15,28 +15,22 @@ struct Q3_K {
   static constexpr TileLayout kLayout = kQ3_KLayout;
   static constexpr int kSubBlocks = 16, kBits = 3, kOffset = 4, kTogether = 2;
   static constexpr bool kHasMin = false;
-  static DECODE Bytes group(const uint8_t* body, int j, int g) {
-    const uint8_t* lines = body + 192 * (j / 2);
-    const Bytes a = load_bytes(lines), b = load_bytes(lines + 64), c = load_bytes(lines + 128);
-    switch (4 * (j % 2) + g) {
-      case 0: return field<0, 7>(a);
-      case 1: return field<3, 7>(a);
-      case 2: return field<0, 7>(b);
-      case 3: return field<3, 7>(b);
-      case 4: return field<0, 7>(c);
-      case 5: return field<3, 7>(c);
-      case 6: return merge(field<6, 3>(a), field<4, 4>(c));
-      default: return merge(field<6, 3>(b), field<5, 4>(c));
-    }
+  static DECODE Bytes group(Lines body, int j, int g) {
+    Lines lines = body + 192 * (j / 2);
+    constexpr Places low{{0, 3, 0, 3, 0, 3, 6, 6}, {7, 7, 7, 7, 7, 7, 3, 3}};
+    constexpr Places third{{0, 0, 0, 0, 0, 0, 4, 5}, {0, 0, 0, 0, 0, 0, 4, 4}};
+    const int i = 4 * (j % 2) + g;
+    const Bytes bits = field_of<low>(load_bytes(lines + 64 * (i < 6 ? i / 2 : i - 6)), i);
+    return i < 6 ? bits : merge(bits, field_of<third>(load_bytes(lines + 128), i));
   }
-  static DECODE void sub_scales(const uint8_t* body, Scale (&out)[16]) {
+  static DECODE void sub_scales(Lines body, Scale (&out)[16]) {
     const Bytes a = load_bytes(body + 1536), b = load_bytes(body + 1600), c = load_bytes(body + 1664);
     unsigned_scales<32>(field<0, 63>(a), out);
     unsigned_scales<32>(field<0, 63>(b), out + 4);
     unsigned_scales<32>(field<0, 63>(c), out + 8);
     unsigned_scales<32>(merge(field<6, 3>(a), merge(field<4, 12>(b), field<2, 48>(c))), out + 12);
   }
-  static DECODE F32x16 scale(const uint8_t* tail) { return load_f16(tail); }
+  static DECODE F32x16 scale(Lines tail) { return load_f16(tail); }
 };
 
 }  // namespace

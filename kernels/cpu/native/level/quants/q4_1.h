@@ -11,9 +11,9 @@ struct Q4_1 {
   static constexpr TileLayout kLayout = kQ4_1Layout;
   static constexpr int kSubBlocks = 1, kBits = 4, kOffset = 0;
   static constexpr bool kHasMin = true;
-  static DECODE Bytes group(const uint8_t* body, int, int g) { return nibble_group(body, g); }
-  static DECODE F32x16 scale(const uint8_t* tail) { return load_f16(tail); }
-  static DECODE F32x16 min(const uint8_t* tail) { return load_f16(tail + 32); }
+  static DECODE Bytes group(Lines body, int, int g) { return nibble_group(body, g); }
+  static DECODE F32x16 scale(Lines tail) { return load_f16(tail); }
+  static DECODE F32x16 min(Lines tail) { return load_f16(tail + 32); }
 };
 
 }  // namespace

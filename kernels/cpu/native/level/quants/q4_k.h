@@ -12,11 +12,11 @@ struct Q4_K {
   static constexpr TileLayout kLayout = kQ4_KLayout;
   static constexpr int kSubBlocks = 8, kBits = 4, kOffset = 0;
   static constexpr bool kHasMin = true;
-  static DECODE Bytes group(const uint8_t* body, int j, int g) { return nibble_group(body + 256 * j, g); }
-  static DECODE void sub_scales(const uint8_t* body, Scale (&out)[8]) { six_bit_scales(body + 2048, out); }
-  static DECODE void sub_mins(const uint8_t* body, Bytes (&out)[2]) { six_bit_mins(body + 2048, out); }
-  static DECODE F32x16 scale(const uint8_t* tail) { return load_f16(tail); }
-  static DECODE F32x16 min(const uint8_t* tail) { return load_f16(tail + 32); }
+  static DECODE Bytes group(Lines body, int j, int g) { return nibble_group(body + 256 * j, g); }
+  static DECODE void sub_scales(Lines body, Scale (&out)[8]) { six_bit_scales(body + 2048, out); }
+  static DECODE void sub_mins(Lines body, Bytes (&out)[2]) { six_bit_mins(body + 2048, out); }
+  static DECODE F32x16 scale(Lines tail) { return load_f16(tail); }
+  static DECODE F32x16 min(Lines tail) { return load_f16(tail + 32); }
 };
 
 }  // namespace

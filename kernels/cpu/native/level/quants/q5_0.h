@@ -11,8 +11,8 @@ struct Q5_0 {
   static constexpr TileLayout kLayout = kQ5_0Layout;
   static constexpr int kSubBlocks = 1, kBits = 5, kOffset = 16;
   static constexpr bool kHasMin = false;
-  static DECODE Bytes group(const uint8_t* body, int, int g) { return five_bit_group(body, g); }
-  static DECODE F32x16 scale(const uint8_t* tail) { return load_f16(tail); }
+  static DECODE Bytes group(Lines body, int, int g) { return five_bit_group(body, g); }
+  static DECODE F32x16 scale(Lines tail) { return load_f16(tail); }
 };
 
 }  // namespace

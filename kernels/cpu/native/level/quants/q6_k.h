@@ -13,20 +13,15 @@ struct Q6_K {
   static constexpr TileLayout kLayout = kQ6_KLayout;
   static constexpr int kSubBlocks = 16, kBits = 6, kOffset = 32;
   static constexpr bool kHasMin = false;
-  static DECODE Bytes group(const uint8_t* body, int j, int g) {
-    const uint8_t* lines = body + 192 * j;
-    const Bytes low = load_bytes(lines + 64 * (g & 1)), high = load_bytes(lines + 128);
-    switch (g) {
-      case 0: return merge(field<0, 15>(low), field<-4, 48>(high));
-      case 1: return merge(field<0, 15>(low), field<-2, 48>(high));
-      case 2: return merge(field<4, 15>(low), field<0, 48>(high));
-      default: return merge(field<4, 15>(low), field<2, 48>(high));
-    }
+  static DECODE Bytes group(Lines body, int j, int g) {
+    Lines lines = body + 192 * j;
+    constexpr Places low{{0, 0, 4, 4}, {15, 15, 15, 15}}, high{{-4, -2, 0, 2}, {48, 48, 48, 48}};
+    return merge(field_of<low>(load_bytes(lines + 64 * (g & 1)), g), field_of<high>(load_bytes(lines + 128), g));
   }
-  static DECODE void sub_scales(const uint8_t* body, Scale (&out)[16]) {
+  static DECODE void sub_scales(Lines body, Scale (&out)[16]) {
     for (int i = 0; i < 4; i++) signed_scales(load_bytes(body + 3072 + 64 * i), out + 4 * i);
   }
-  static DECODE F32x16 scale(const uint8_t* tail) { return load_f16(tail); }
+  static DECODE F32x16 scale(Lines tail) { return load_f16(tail); }
 };
 
 }  // namespace

@@ -12,7 +12,7 @@ namespace {
 constexpr int kThirdsBytes = 14 * 64;
 
 // a of k-groups 0 and 1 or b of 2 and 3; what is above 8 stands for 8.
-[[maybe_unused]] DECODE Bytes pair_of_levels(const uint8_t* lines, int j, int g) {
+[[maybe_unused]] DECODE Bytes pair_of_levels(Lines lines, int j, int g) {
   constexpr uint8_t a_of_n[16] = {0, 0, 0, 0, 0, 0, 0, 0, 0, 8, 8};
   constexpr uint8_t b_of_n[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 0, 8};
   constexpr uint8_t m_is_b[16] = {0, 0, 0, 0, 0, 0, 0, 0, 0, 7, 0};
@@ -34,13 +34,13 @@ struct Thirds {
 };
 
 // k-group g of sub-block j.
-[[maybe_unused]] DECODE Bytes thirds_group(const Thirds& values, const uint8_t* lines, int j, int g) {
+[[maybe_unused]] DECODE Bytes thirds_group(const Thirds& values, Lines lines, int j, int g) {
   return lookup(g % 2 == 0 ? values.first : values.second, pair_of_levels(lines, j, g));
 }
 
 // IQ1: eight times a level of -1, 0 or 1, and one less or more than it, plus 16; `up` has 0 or 1 in each lane.
-constexpr Thirds kIQ1Values{7, 15, 23};
-[[maybe_unused]] DECODE Bytes iq1_group(const uint8_t* lines, I32x16 up, int j, int g) {
+TABLE Thirds kIQ1Values{7, 15, 23};
+[[maybe_unused]] DECODE Bytes iq1_group(Lines lines, I32x16 up, int j, int g) {
   return add_bytes(thirds_group(kIQ1Values, lines, j, g), as_bytes(keep(sub(broadcast(0), up), 0x02020202)));
 }
 

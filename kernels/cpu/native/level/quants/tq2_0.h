@@ -13,16 +13,11 @@ struct TQ2_0 {
   static constexpr TileLayout kLayout = kTQ2_0Layout;
   static constexpr int kSubBlocks = 8, kBits = 2, kOffset = 1;  // sub-blocks without scales
   static constexpr bool kHasMin = false;
-  static DECODE Bytes group(const uint8_t* body, int j, int g) {
-    const Bytes line = load_bytes(body + 128 * j + 64 * (g & 1));
-    switch (g >> 1) {
-      case 0: return field<0, 3>(line);
-      case 1: return field<2, 3>(line);
-      case 2: return field<4, 3>(line);
-      default: return field<6, 3>(line);
-    }
+  static DECODE Bytes group(Lines body, int j, int g) {
+    constexpr Places pairs{{0, 0, 2, 2, 4, 4, 6, 6}, {3, 3, 3, 3, 3, 3, 3, 3}};
+    return field_of<pairs>(load_bytes(body + 128 * j + 64 * (g & 1)), g);
   }
-  static DECODE F32x16 scale(const uint8_t* tail) { return load_f16(tail); }
+  static DECODE F32x16 scale(Lines tail) { return load_f16(tail); }
 };
 
 }  // namespace

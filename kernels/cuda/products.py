@@ -1,0 +1,206 @@
+"""Matrix products as launches: which kernel, with how many blocks. Activations are quantized once for all products that
+read them; results have the bits of kernels/cpu (docs/numerics.md)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from llamaclust.kernels.cuda.device import Launch, Scalar
+from llamaclust.model.quant_types import TILE_ROWS, ActivationFormat, QuantType
+
+_Q = QuantType
+_MODULES = {
+    "products_float": (_Q.F32, _Q.F16, _Q.BF16),
+    "products_simple": (_Q.Q4_0, _Q.Q4_1, _Q.Q5_0, _Q.Q5_1, _Q.Q8_0, _Q.IQ4_NL, _Q.MXFP4),
+    "products_k": (_Q.Q2_K, _Q.Q3_K, _Q.Q4_K, _Q.Q5_K, _Q.Q6_K, _Q.IQ4_XS, _Q.TQ2_0, _Q.TQ1_0),
+    "products_grid": (_Q.IQ1_S, _Q.IQ1_M, _Q.IQ2_XXS, _Q.IQ2_XS, _Q.IQ2_S, _Q.IQ3_XXS, _Q.IQ3_S),
+}
+_MODULE_OF = {kind: module for module, kinds in _MODULES.items() for kind in kinds}
+SUPPORTED_TYPES = tuple(_MODULE_OF)
+
+_WITH_MIN = (_Q.Q4_1, _Q.Q5_1, _Q.Q2_K, _Q.Q4_K, _Q.Q5_K)
+_SUB_BLOCKS = {
+    **dict.fromkeys((_Q.Q4_K, _Q.Q5_K, _Q.IQ4_XS, _Q.IQ2_XXS, _Q.IQ3_XXS, _Q.IQ3_S), 8),
+    **dict.fromkeys((_Q.Q2_K, _Q.Q3_K, _Q.Q6_K, _Q.IQ1_S, _Q.IQ1_M, _Q.IQ2_XS, _Q.IQ2_S), 16),
+}
+"""Integer scales in a segment, of types that have them."""
+
+_GROUP_ROWS, _MANY_ROWS = 8, 64
+_GROUP_BYTES = {ActivationFormat.Q8_32: 320, ActivationFormat.Q8_256: 2336}
+"""Of a segment of eight rows (src/activations.cuh)."""
+
+_SEGMENTS_OF_A_WARP = {ActivationFormat.Q8_32: 4, ActivationFormat.Q8_256: 1}
+_SHARED_BYTES = 48 << 10
+_NONE = np.uint64(0)
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """A matrix [rows, cols] whose tiles are on the device."""
+
+    quant_type: QuantType
+    rows: int
+    cols: int
+    tiles: np.uint64
+
+    @property
+    def activation(self) -> ActivationFormat:
+        activation = self.quant_type.info.activation
+        assert activation is not None
+        return activation
+
+    @property
+    def tile_count(self) -> int:
+        return -(-self.rows // TILE_ROWS)
+
+    @property
+    def tile_bytes(self) -> int:
+        return self.quant_type.info.tile_bytes(self.cols)
+
+    @property
+    def segments(self) -> int:
+        return self.cols // self.quant_type.info.block_size
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """Lines grouped by expert: items [max_items][3] of {expert, first of its `lines`, how many, `piece` at most}, of which
+    *item_count are there. Line l takes row l // divisor of the activations and gives row l of the result."""
+
+    items: np.uint64
+    item_count: np.uint64
+    lines: np.uint64
+    max_items: int
+    piece: int
+    divisor: int
+
+
+def expert_piece(lines: int, experts: int) -> int:
+    """How many lines items should have at most, for that many of all experts together."""
+    return _MANY_ROWS if lines > 2 * _GROUP_ROWS * experts else _GROUP_ROWS
+
+
+def kernel_name(kind: str, quant_type: QuantType) -> str:
+    """TQ1_0 lies in tiles as TQ2_0 does."""
+    name = QuantType.TQ2_0.name if quant_type is QuantType.TQ1_0 else quant_type.name
+    return f"{_MODULE_OF[quant_type]}.{kind}_{name}"
+
+
+def activation_bytes(activation: ActivationFormat, rows: int, cols: int) -> int:
+    """Of quantized rows; none for float32, since products read those as they are."""
+    if activation is ActivationFormat.F32:
+        return 0
+    return -(-rows // _GROUP_ROWS) * (cols // activation.value) * _GROUP_BYTES[activation]
+
+
+def quantize(
+    activation: ActivationFormat,
+    x: np.uint64,
+    cols: int,
+    rows: int,
+    count: np.uint64,
+    multiple: int,
+    out: np.uint64,
+) -> Launch:
+    """x float32 [rows][cols], of which *count * multiple rows are there."""
+    grid = (-(-cols // 256), -(-rows // _GROUP_ROWS), 1)
+    args = (x, np.int32(cols), count, np.int32(multiple), out)
+    return Launch(f"quantize.rows_{activation.value}", grid, (256, 1, 1), args)
+
+
+def embed(weights: Weights, ids: np.uint64, rows: int, count: np.uint64, out: np.uint64) -> Launch:
+    """Row i of out, float32, is row ids[i] of the weights."""
+    at_once = 256 if weights.activation is ActivationFormat.F32 else 1024
+    args = (weights.tiles, np.int32(weights.tile_bytes), np.int32(weights.cols), ids, count, out)
+    grid = (-(-weights.cols // at_once), rows, 1)
+    return Launch(kernel_name("embed", weights.quant_type), grid, (256, 1, 1), args)
+
+
+def multiply(
+    weights: Weights,
+    activations: np.uint64,
+    bias: np.uint64,
+    rows: int,
+    count: np.uint64,
+    out: np.uint64,
+    sms: int,
+) -> Launch:
+    """out [rows][weights.rows], of which *count rows are there; a bias of address 0 is none."""
+    piece = _MANY_ROWS if _takes_many(weights, rows, sms) else _GROUP_ROWS
+    experts = Experts(_NONE, _NONE, _NONE, -(-rows // piece), piece, 1)
+    return _launch(weights, 0, activations, bias, min(rows, piece), count, experts, out, sms)
+
+
+def multiply_experts(
+    weights: Weights, matrix_bytes: int, activations: np.uint64, experts: Experts, out: np.uint64, sms: int
+) -> Launch:
+    """`weights` is the first expert's matrix, the others follow `matrix_bytes` apart."""
+    return _launch(weights, matrix_bytes, activations, _NONE, experts.piece, _NONE, experts, out, sms)
+
+
+def _takes_many(weights: Weights, rows: int, sms: int) -> bool:
+    """Up to 32 rows, the kernel for eight reads weights up to four times, but three of them from the cache: that is less
+    than what a few large blocks would leave of the card's memory bandwidth."""
+    if rows <= _GROUP_ROWS:
+        return False
+    blocks = -(-weights.tile_count // 4) * -(-rows // _MANY_ROWS)
+    return rows > 4 * _GROUP_ROWS or blocks >= 2 * sms
+
+
+def _launch(
+    weights: Weights,
+    matrix_bytes: int,
+    activations: np.uint64,
+    bias: np.uint64,
+    rows: int,
+    count: np.uint64,
+    experts: Experts,
+    out: np.uint64,
+    sms: int,
+) -> Launch:
+    args: tuple[Scalar, ...] = (
+        weights.tiles,
+        *map(np.int32, (weights.tile_bytes, matrix_bytes, weights.rows, weights.cols)),
+        *(activations, bias, count, experts.items, experts.item_count, experts.lines),
+        np.int32(experts.divisor),
+        out,
+    )
+    is_many = experts.piece > _GROUP_ROWS
+    name = kernel_name("many" if is_many else "few", weights.quant_type)
+    tiles, pieces = weights.tile_count, experts.max_items
+    if weights.activation is ActivationFormat.F32:
+        columns = -(-tiles // 4) if is_many else tiles
+        return Launch(name, (columns, pieces, 1), (256 if is_many else 128, 1, 1), args)
+    if is_many:
+        warps = _many_warps(tiles, pieces, sms)
+        shared = _many_shared_bytes(weights, warps)
+        return Launch(name, (-(-tiles // warps), pieces, 1), (32 * warps, 1, 1), args, shared)
+    warps, together, shared = _few_warps(weights, rows)
+    return Launch(name, (tiles, pieces, 1), (32 * warps, 1, 1), (*args, np.int32(together)), shared)
+
+
+def _few_warps(weights: Weights, rows: int) -> tuple[int, int, int]:
+    """Warps of a block, segments of a round, shared memory: eight warps where a round of theirs fits."""
+    each = rows * (17 * 16 if weights.quant_type in _WITH_MIN else 18 * 8)
+    fits = _SHARED_BYTES // each
+    warps = 8
+    of_warps = warps * _SEGMENTS_OF_A_WARP[weights.activation]
+    if fits < of_warps and weights.segments > fits:
+        warps, of_warps = warps // 2, of_warps // 2
+    together = min(weights.segments, fits // of_warps * of_warps if fits >= of_warps else fits)
+    return warps, together, together * each
+
+
+def _many_warps(tiles: int, pieces: int, sms: int) -> int:
+    """The largest blocks that still give every multiprocessor one; they read activations least often."""
+    return next((warps for warps in (16, 8) if -(-tiles // warps) * pieces >= sms), 4)
+
+
+def _many_shared_bytes(weights: Weights, warps: int) -> int:
+    """Two stages of 256 columns, and the integer scales of sixteen rows for each warp."""
+    segments = 256 // weights.activation.value
+    sub_blocks = _SUB_BLOCKS.get(weights.quant_type, 0)
+    scales = TILE_ROWS * 4 * (sub_blocks // 2 + 1) if sub_blocks else 0
+    return 2 * 8 * segments * _GROUP_BYTES[weights.activation] + warps * scales

@@ -1,0 +1,144 @@
+// What decoders of quant types (kernels/cpu/native/level/quants/) are written in, for one thread. Where a CPU has a line of a
+// tile in one register, sixteen rows, a thread has one of its rows: `Bytes` are four columns, lanes are plain numbers. In
+// place of kernels/cpu/native/simd/dot.h, which says what each operation does.
+#pragma once
+
+#include "base.cuh"
+
+#define LLAMACLUST_LEVEL cuda
+#define DECODE __device__ __forceinline__
+#define TABLE __device__ constexpr
+#define GRID_MEMORY __device__
+#ifdef LLAMACLUST_SHIM
+#define UNROLL
+#define NO_UNROLL
+#else
+#define UNROLL _Pragma("unroll")
+#define NO_UNROLL _Pragma("unroll 1")
+#endif
+
+namespace llamaclust::cuda {
+namespace {
+
+using F32x16 = float;
+using I32x16 = int32_t;
+using Bytes = uint32_t;
+using Scale = int32_t;
+
+// Lines as all threads see them, and the row of this one.
+struct Lines {
+  const uint8_t* at;
+  int row;
+  DECODE Lines operator+(int bytes) const { return {at + bytes, row}; }
+  DECODE Lines operator-(int bytes) const { return {at - bytes, row}; }
+};
+DECODE Lines halves(Lines p) { return p; }
+
+// Read through the cache for constants.
+DECODE Bytes load_bytes(Lines p) { return __ldg(reinterpret_cast<const uint32_t*>(p.at) + p.row); }
+DECODE uint16_t load_half(Lines p) { return __ldg(reinterpret_cast<const uint16_t*>(p.at) + p.row); }
+
+DECODE constexpr uint32_t four_times(int byte) { return (static_cast<uint32_t>(byte) & 255) * 0x01010101u; }
+template <int shift, int mask>
+DECODE Bytes field(Bytes b) {
+  return (shift >= 0 ? b >> (shift & 7) : b << (-shift & 7)) & four_times(mask);
+}
+
+// On a CPU it is known when the code is compiled which k-group is meant. Here each thread has another one, but the same all
+// the time, so shift and mask are found once: two instructions are left.
+struct Places {
+  int8_t shift[8];
+  uint8_t mask[8];
+};
+constexpr uint64_t shifts_of(const Places& places) {
+  uint64_t all = 0;
+  for (int i = 0; i < 8; i++) all |= static_cast<uint64_t>(places.shift[i] & 31) << 8 * i;
+  return all;
+}
+constexpr uint64_t masks_of(const Places& places) {
+  uint64_t all = 0;
+  for (int i = 0; i < 8; i++) all |= static_cast<uint64_t>(places.mask[i]) << 8 * i;
+  return all;
+}
+template <Places places>
+DECODE Bytes field_of(Bytes line, int g) {
+  constexpr uint64_t shifts = shifts_of(places), masks = masks_of(places);
+  const uint32_t mask = static_cast<uint32_t>(masks >> 8 * g) & 255;
+  return __funnelshift_r(line, line, static_cast<uint32_t>(shifts >> 8 * g)) & mask * 0x01010101u;
+}
+
+DECODE Bytes merge(Bytes a, Bytes b) { return a | b; }
+DECODE Bytes both(Bytes a, Bytes b) { return a & b; }
+DECODE Bytes add_bytes(Bytes a, Bytes b) {
+  return ((a & 0x7f7f7f7fu) + (b & 0x7f7f7f7fu)) ^ ((a ^ b) & 0x80808080u);
+}
+// The table is sixteen bytes of registers. A selector of `__byte_perm` reaches eight of them, so both halves are asked, and
+// the fourth bit of each index chooses.
+DECODE Bytes lookup(const uint8_t (&table)[16], Bytes b) {
+  uint32_t words[4];
+  UNROLL for (int i = 0; i < 4; i++) {
+    const uint8_t* four = table + 4 * i;
+    words[i] = four[0] | four[1] << 8 | four[2] << 16 | static_cast<uint32_t>(four[3]) << 24;
+  }
+  const uint32_t index = b & 0x0f0f0f0fu;
+  const uint32_t selectors = __byte_perm(index | index >> 4, 0, 0x4420);
+  const uint32_t low = __byte_perm(words[0], words[1], selectors & 0x7777);
+  const uint32_t high = __byte_perm(words[2], words[3], selectors & 0x7777);
+  return __byte_perm(low, high, 0x3210 | (selectors & 0x8888) >> 1);
+}
+
+template <int n>
+DECODE I32x16 column(Bytes b) {
+  return static_cast<int32_t>(b >> 8 * n & 255);
+}
+template <int n>
+DECODE I32x16 signed_column(Bytes b) {
+  return static_cast<int8_t>(b >> 8 * n);
+}
+DECODE Scale make_scale(I32x16 scale) { return scale; }
+
+DECODE I32x16 broadcast(int32_t x) { return x; }
+DECODE F32x16 broadcast(float x) { return x; }
+DECODE I32x16 sub(I32x16 a, I32x16 b) { return a - b; }
+DECODE I32x16 keep(I32x16 a, int32_t mask) { return a & mask; }
+DECODE I32x16 either(I32x16 a, I32x16 b) { return a | b; }
+template <int n>
+DECODE I32x16 shift_left(I32x16 a) {
+  return static_cast<int32_t>(static_cast<uint32_t>(a) << n);
+}
+DECODE I32x16 shift_right(I32x16 a, int n) { return static_cast<int32_t>(static_cast<uint32_t>(a) >> n); }
+DECODE I32x16 as_lanes(Bytes b) { return static_cast<int32_t>(b); }
+DECODE Bytes as_bytes(I32x16 a) { return static_cast<uint32_t>(a); }
+DECODE I32x16 float_to_bits(F32x16 a) { return __float_as_int(a); }
+
+DECODE F32x16 from_f16(Lines p) { return half_to_float(load_half(p)); }
+DECODE F32x16 from_bf16(Lines p) { return __uint_as_float(static_cast<uint32_t>(load_half(p)) << 16); }
+DECODE F32x16 from_halved_e8m0(Lines p) {
+  const uint32_t e = __ldg(p.at + p.row);
+  return __uint_as_float(e < 2 ? 0x200000u << e : (e - 1) << 23);
+}
+
+// A thread wants one of two points: it is looked up when it is known which.
+struct Points {
+  const uint16_t* table;
+  uint32_t index;
+};
+template <int n>
+DECODE Points lookup_points(const uint16_t* table, I32x16 index) {
+  return {table, static_cast<uint32_t>(index)};
+}
+template <int bits>
+DECODE Bytes spread(Points points, int half) {
+  const uint32_t point = points.table[half == 0 ? points.index & 0xffff : points.index >> 16];
+  return point | point >> bits << 16;
+}
+// No byte is zero, so that none carries.
+template <int offset>
+DECODE Bytes with_signs(Bytes b, Lines bits) {
+  const uint32_t four = __ldg(bits.at + bits.row / 2) >> bits.row % 2 * 4 & 15;
+  const uint32_t negative = (four * 0x00204081u & 0x01010101u) * 255;
+  return (b ^ negative) + (four_times(2 * offset + 1) & negative);
+}
+
+}  // namespace
+}  // namespace llamaclust::cuda

@@ -112,10 +112,10 @@ def quantize(
 
 def embed(weights: Weights, ids: np.uint64, rows: int, count: np.uint64, out: np.uint64) -> Launch:
     """Row i of out, float32, is row ids[i] of the weights."""
-    at_once = 256 if weights.activation is ActivationFormat.F32 else 1024
-    args = (weights.tiles, np.int32(weights.tile_bytes), np.int32(weights.cols), ids, count, out)
-    grid = (-(-weights.cols // at_once), rows, 1)
-    return Launch(kernel_name("embed", weights.quant_type), grid, (256, 1, 1), args)
+    is_float = weights.activation is ActivationFormat.F32
+    name = f"embed.embed_{weights.quant_type.name.lower()}" if is_float else kernel_name("embed", weights.quant_type)
+    args = (ids, weights.tiles, np.int32(weights.tile_bytes), np.int32(weights.cols), count, out)
+    return Launch(name, (-(-weights.cols // 1024), rows, 1), (256, 1, 1), args)
 
 
 def multiply(

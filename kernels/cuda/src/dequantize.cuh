@@ -37,14 +37,14 @@ DEVICE float4 dequantize_group(const uint8_t* tile, int row, int segments, int g
   return make_float4(value(0), value(1), value(2), value(3));
 }
 
-// Row i of out is row ids[i] of the weights. Grid: (columns / 1024 rounded up, rows), blocks of 256; *count rows are there.
+// out[row] = weights of tokens[row], as in embed.cu. Grid: (width / 1024 rounded up, rows), blocks of 256.
 template <class Type>
-DEVICE void embed(const uint8_t* tiles, int tile_bytes, int cols, const int32_t* ids, const int32_t* count, float* out) {
-  const int i = blockIdx.y, group = 256 * blockIdx.x + threadIdx.x;
-  if (i >= *count || 4 * group >= cols) return;
-  const uint8_t* tile = tiles + static_cast<size_t>(ids[i] / 16) * tile_bytes;
-  const float4 four = dequantize_group<Type>(tile, ids[i] % 16, cols / Type::kLayout.segment_cols, group);
-  store_four_floats(out + static_cast<size_t>(i) * cols + 4 * group, four);
+DEVICE void embed(const int32_t* tokens, const uint8_t* tiles, int tile_bytes, int width, const int32_t* rows, float* out) {
+  const int row = blockIdx.y, group = 256 * blockIdx.x + threadIdx.x;
+  if (row >= *rows || 4 * group >= width) return;
+  const uint8_t* tile = tiles + static_cast<size_t>(tokens[row] / 16) * tile_bytes;
+  const float4 four = dequantize_group<Type>(tile, tokens[row] % 16, width / Type::kLayout.segment_cols, group);
+  store_four_floats(out + static_cast<size_t>(row) * width + 4 * group, four);
 }
 
 }  // namespace

@@ -8,7 +8,7 @@
 #define PRODUCT_KERNELS(TYPE)                                                                                         \
   KERNEL(256, few_##TYPE, PRODUCT_PARAMETERS, int32_t round) { multiply_few<TYPE>(PRODUCT_ARGUMENTS, round); }        \
   KERNEL(512, many_##TYPE, PRODUCT_PARAMETERS) { multiply_many<TYPE>(PRODUCT_ARGUMENTS); }                            \
-  KERNEL(256, embed_##TYPE, const uint8_t* tiles, int32_t tile_bytes, int32_t cols, const int32_t* ids,               \
-         const int32_t* count, float* out) {                                                                          \
-    embed<TYPE>(tiles, tile_bytes, cols, ids, count, out);                                                            \
+  KERNEL(256, embed_##TYPE, const int32_t* tokens, const uint8_t* tiles, int32_t tile_bytes, int32_t width,           \
+         const int32_t* rows, float* out) {                                                                           \
+    embed<TYPE>(tokens, tiles, tile_bytes, width, rows, out);                                                         \
   }

@@ -114,25 +114,12 @@ DEVICE void multiply_many_floats(const Product& p) {
       if (token + i < share.n) store_result(p, out_row(p, share, token + i), 16 * (first_tile + tile) + row + r, totals[i][r]);
 }
 
-// Row i of out is row ids[i] of the weights. Grid: (columns / 256 rounded up, rows), blocks of 256.
-template <class Type>
-DEVICE void embed_floats(const uint8_t* tiles, int tile_bytes, int cols, const int32_t* ids, const int32_t* count, float* out) {
-  const int i = blockIdx.y, column = 256 * blockIdx.x + threadIdx.x;
-  if (i >= *count || column >= cols) return;
-  const uint8_t* tile = tiles + static_cast<size_t>(ids[i] / 16) * tile_bytes;
-  out[static_cast<size_t>(i) * cols + column] = Type::value(tile + (column * size_t{16} + ids[i] % 16) * Type::kBytes);
-}
-
 }  // namespace
 
 // Grids: (tiles, groups of eight rows or items), blocks of 128; (tiles / 4 rounded up, groups of 64 or items), blocks of 256.
 #define FLOAT_KERNELS(TYPE)                                                                                           \
   KERNEL(128, few_##TYPE, PRODUCT_PARAMETERS) { multiply_few_floats<TYPE>(PRODUCT_ARGUMENTS); }                       \
-  KERNEL(256, many_##TYPE, PRODUCT_PARAMETERS) { multiply_many_floats<TYPE>(PRODUCT_ARGUMENTS); }                     \
-  KERNEL(256, embed_##TYPE, const uint8_t* tiles, int32_t tile_bytes, int32_t cols, const int32_t* ids,               \
-         const int32_t* count, float* out) {                                                                          \
-    embed_floats<TYPE>(tiles, tile_bytes, cols, ids, count, out);                                                     \
-  }
+  KERNEL(256, many_##TYPE, PRODUCT_PARAMETERS) { multiply_many_floats<TYPE>(PRODUCT_ARGUMENTS); }
 FLOAT_KERNELS(F32)
 FLOAT_KERNELS(F16)
 FLOAT_KERNELS(BF16)

@@ -1,6 +1,6 @@
 // What decoders of quant types (kernels/cpu/native/level/quants/) are written in, for one thread. Where a CPU has a line of a
-// tile in one register, sixteen rows, a thread has one of its rows: `Bytes` are four columns, lanes are plain numbers. In
-// place of kernels/cpu/native/simd/dot.h, which says what each operation does.
+// tile in one register, sixteen rows, a thread has one of its rows: `Bytes` are four columns. Found in the place of
+// kernels/cpu/native/simd/dot.h, where it is said what each operation does.
 #pragma once
 
 #include "base.cuh"
@@ -20,8 +20,6 @@
 namespace llamaclust::cuda {
 namespace {
 
-using F32x16 = float;
-using I32x16 = int32_t;
 using Bytes = uint32_t;
 using Scale = int32_t;
 
@@ -50,12 +48,12 @@ struct Places {
   int8_t shift[8];
   uint8_t mask[8];
 };
-constexpr uint64_t shifts_of(const Places& places) {
+__host__ __device__ constexpr uint64_t shifts_of(const Places& places) {
   uint64_t all = 0;
   for (int i = 0; i < 8; i++) all |= static_cast<uint64_t>(places.shift[i] & 31) << 8 * i;
   return all;
 }
-constexpr uint64_t masks_of(const Places& places) {
+__host__ __device__ constexpr uint64_t masks_of(const Places& places) {
   uint64_t all = 0;
   for (int i = 0; i < 8; i++) all |= static_cast<uint64_t>(places.mask[i]) << 8 * i;
   return all;
@@ -97,19 +95,8 @@ DECODE I32x16 signed_column(Bytes b) {
 }
 DECODE Scale make_scale(I32x16 scale) { return scale; }
 
-DECODE I32x16 broadcast(int32_t x) { return x; }
-DECODE F32x16 broadcast(float x) { return x; }
-DECODE I32x16 sub(I32x16 a, I32x16 b) { return a - b; }
-DECODE I32x16 keep(I32x16 a, int32_t mask) { return a & mask; }
-DECODE I32x16 either(I32x16 a, I32x16 b) { return a | b; }
-template <int n>
-DECODE I32x16 shift_left(I32x16 a) {
-  return static_cast<int32_t>(static_cast<uint32_t>(a) << n);
-}
-DECODE I32x16 shift_right(I32x16 a, int n) { return static_cast<int32_t>(static_cast<uint32_t>(a) >> n); }
 DECODE I32x16 as_lanes(Bytes b) { return static_cast<int32_t>(b); }
 DECODE Bytes as_bytes(I32x16 a) { return static_cast<uint32_t>(a); }
-DECODE I32x16 float_to_bits(F32x16 a) { return __float_as_int(a); }
 
 DECODE F32x16 from_f16(Lines p) { return half_to_float(load_half(p)); }
 DECODE F32x16 from_bf16(Lines p) { return __uint_as_float(static_cast<uint32_t>(load_half(p)) << 16); }

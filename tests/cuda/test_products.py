@@ -1,0 +1,195 @@
+"""Matrix products of every weight type: the CPU's bits, for few rows and for many, and for experts' lines."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from launching import Bench
+from numpy.typing import NDArray
+from test_kernels_matmul import FLOAT_TYPES, TYPES, check_equal_bits, random_activations, random_weights
+
+from llamaclust.kernels.cpu import _native
+from llamaclust.kernels.cuda.device import Buffer
+from llamaclust.kernels.cuda.products import (
+    SUPPORTED_TYPES,
+    Experts,
+    Weights,
+    activation_bytes,
+    embed,
+    kernel_name,
+    multiply,
+    multiply_experts,
+    quantize,
+)
+from llamaclust.model.quant_types import ActivationFormat, QuantType
+
+Float32 = NDArray[np.float32]
+
+LEVEL = _native.available_levels()[-1]
+NONE = np.uint64(0)
+SHAPES = [(1, 1), (33, 3), (16, 5), (70, 2), (17, 35)]
+"""Rows of weights, segments: tiles and groups of segments that are full, and not."""
+ROWS = {(33, 3): (1, 2, 5, 8, 11, 16, 40, 70), (17, 35): (1, 8, 65)}
+
+
+def generator_of(*what: object) -> np.random.Generator:
+    seed = zlib.crc32(repr(what).encode())
+    print("seed", seed)
+    return np.random.default_rng(seed)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The same tiles on the CPU and on the device."""
+
+    on_cpu: _native.PackedMatrix
+    memory: _native.Memory
+    weights: Weights
+
+
+def load(bench: Bench, kind: QuantType, data: bytes, rows: int, cols: int) -> Loaded:
+    n_bytes = _native.PackedMatrix.shape_only(kind, rows, cols).bytes
+    memory = _native.Memory(n_bytes)
+    matrix = _native.PackedMatrix(kind, rows, cols, memory, 0)
+    matrix.pack_rows(0, data)
+    return Loaded(matrix, memory, Weights(kind, rows, cols, bench.put(memory.view).at()))
+
+
+def segment_cols(kind: QuantType) -> int:
+    return 16 if kind in FLOAT_TYPES else kind.info.block_size
+
+
+def count_of(bench: Bench, rows: int) -> np.uint64:
+    return bench.put(np.array([rows], np.int32)).at()
+
+
+def quantized(bench: Bench, weights: Weights, x: Float32, bucket: int) -> np.uint64:
+    """Activations for products with `weights`, of as many rows as x has."""
+    values = bench.put(x)
+    if weights.activation is ActivationFormat.F32:
+        return values.at()
+    out = bench.room(activation_bytes(weights.activation, bucket, weights.cols))
+    args = (values.at(), weights.cols, bucket, count_of(bench, len(x)), 1, out.at())
+    bench.device.launch(quantize(weights.activation, *args))
+    return out.at()
+
+
+def products(
+    bench: Bench, weights: Weights, x: Float32, bias: Buffer | None = None, sms: int = 4, bucket: int | None = None
+) -> Float32:
+    bucket = bucket or len(x)
+    out = bench.put(np.full((bucket, weights.rows), np.float32(7)))
+    activations, address = quantized(bench, weights, x, bucket), NONE if bias is None else bias.at()
+    bench.device.launch(multiply(weights, activations, address, bucket, count_of(bench, len(x)), out.at(), sms))
+    got: Float32 = bench.get(out, (bucket, weights.rows))
+    assert (got[len(x) :] == 7).all()
+    return got[: len(x)]
+
+
+def none_numbers(x: Float32, width: int) -> None:
+    """Zeros, what is no number, next to nothing and halves between two integers, in segments of some rows."""
+    x[0, :width] = 0
+    for row, value in ((1, np.inf), (2, np.nan), (4, np.float32(3e38)), (5, np.float32(-1e-40))):
+        if row < len(x):
+            x[row, -1] = value
+    if len(x) > 7:
+        x[6] = np.float32(2.0**-118) * (x[6] / np.abs(x[6]).max())
+        x[7] = np.round(x[7] * 20) + np.float32(0.5)
+        x[7, ::width] = 127
+
+
+def test_every_type_of_the_cpu_has_kernels() -> None:
+    assert set(SUPPORTED_TYPES) == set(TYPES)
+    assert len({kernel_name("few", kind) for kind in TYPES}) == len(TYPES) - 1  # TQ1_0 lies in tiles as TQ2_0
+
+
+@pytest.mark.parametrize("kind", TYPES, ids=lambda kind: kind.name)
+def test_products_have_the_bits_of_the_cpu(bench: Bench, kind: QuantType) -> None:
+    for out_rows, segments in SHAPES:
+        cols = segments * segment_cols(kind)
+        generator = generator_of(kind, out_rows, cols)
+        loaded = load(bench, kind, random_weights(generator, kind, out_rows, cols), out_rows, cols)
+        bias = random_activations(generator, 1, out_rows)[0]
+        for rows in ROWS.get((out_rows, segments), (3, 66)):
+            x = random_activations(generator, rows, cols)
+            none_numbers(x, segment_cols(kind))
+            expected = _native.matmul(LEVEL, loaded.on_cpu, x, 1, bias)
+            got = products(bench, loaded.weights, x, bench.put(bias), sms=(1, 4, 64)[rows % 3], bucket=rows + rows % 2)
+            check_equal_bits(got, expected, kind, out_rows, cols, rows)
+
+
+@pytest.mark.parametrize("kind", TYPES, ids=lambda kind: kind.name)
+def test_weights_that_are_no_numbers(bench: Bench, kind: QuantType) -> None:
+    cols = 2 * segment_cols(kind)
+    generator = generator_of(kind)
+    data = bytearray(random_weights(generator, kind, 20, cols))
+    width = kind.info.row_bytes(cols)
+    data[2 * width : 3 * width] = bytes([255]) * width
+    data[5 * width : 6 * width] = generator.integers(0, 256, width, dtype=np.uint8).tobytes()
+    loaded = load(bench, kind, bytes(data), 20, cols)
+    x = random_activations(generator, 67, cols)
+    expected = _native.matmul(LEVEL, loaded.on_cpu, x)
+    check_equal_bits(products(bench, loaded.weights, x[:3]), expected[:3], "few")
+    check_equal_bits(products(bench, loaded.weights, x), expected, "many")
+
+
+@pytest.mark.parametrize("kind", TYPES, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("rows", [2, 66])
+def test_one_wrong_bit_of_a_weight_is_noticed(bench: Bench, kind: QuantType, rows: int) -> None:
+    cols = 3 * segment_cols(kind)
+    generator = generator_of(kind, rows)
+    loaded = load(bench, kind, random_weights(generator, kind, 16, cols), 16, cols)
+    x = random_activations(generator, rows, cols)
+    before = products(bench, loaded.weights, x)
+    damaged = loaded.memory.view.copy()
+    damaged[4 * 9 + (kind in FLOAT_TYPES)] ^= 4  # the first k-group of row 9
+    tiles = bench.put(damaged).at()
+    after = products(bench, Weights(kind, 16, cols, tiles), x)
+    differ = (before.view(np.uint32) != after.view(np.uint32)).any(0)
+    wrong = 2 if kind in (QuantType.F16, QuantType.BF16) else 9  # whose columns are half as long
+    assert list(np.flatnonzero(differ)) == [wrong]
+
+
+@pytest.mark.parametrize("kind", [QuantType.Q4_K, QuantType.Q5_1, QuantType.F16], ids=lambda kind: kind.name)
+@pytest.mark.parametrize(("piece", "divisor"), [(8, 1), (8, 2), (64, 2)])
+def test_lines_of_experts(bench: Bench, kind: QuantType, piece: int, divisor: int) -> None:
+    experts, rows, cols, lines = 3, 18, 2 * segment_cols(kind), 90
+    generator = generator_of(kind, piece, divisor)
+    loaded = [load(bench, kind, random_weights(generator, kind, rows, cols), rows, cols) for _ in range(experts)]
+    matrix_bytes = loaded[0].memory.bytes
+    tiles = bench.put(np.concatenate([one.memory.view for one in loaded])).at()
+    x = random_activations(generator, lines // divisor, cols)
+    choice = generator.integers(0, experts, lines)
+    order = np.argsort(choice, kind="stable").astype(np.int32)
+    items = []
+    for expert in range(experts):
+        first, n = int((choice < expert).sum()), int((choice == expert).sum())
+        items += [(expert, first + at, min(piece, n - at)) for at in range(0, n, piece)]
+    table = np.full((len(items) + 2, 3), -1, np.int32)
+    table[: len(items)] = items
+    out = bench.put(np.zeros((lines, rows), np.float32))
+    grouped = Experts(
+        bench.put(table).at(), count_of(bench, len(items)), bench.put(order).at(), len(table), piece, divisor
+    )
+    weights = Weights(kind, rows, cols, tiles)
+    activations = quantized(bench, weights, x, len(x))
+    bench.device.launch(multiply_experts(weights, matrix_bytes, activations, grouped, out.at(), 4))
+    expected = np.stack([_native.matmul(LEVEL, one.on_cpu, x) for one in loaded])  # [experts, rows of x, rows]
+    every = np.arange(lines)
+    check_equal_bits(bench.get(out, (lines, rows)), expected[choice, every // divisor], items)
+
+
+@pytest.mark.parametrize("kind", TYPES, ids=lambda kind: kind.name)
+def test_embedding_rows(bench: Bench, kind: QuantType) -> None:
+    cols = 5 * segment_cols(kind)
+    generator = generator_of(kind, "rows")
+    loaded = load(bench, kind, random_weights(generator, kind, 37, cols), 37, cols)
+    ids = np.array([36, 0, 15, 16, 16, 5], np.int32)
+    out = bench.put(np.full((len(ids) + 1, cols), np.float32(7)))
+    bench.device.launch(embed(loaded.weights, bench.put(ids).at(), len(ids) + 1, count_of(bench, len(ids)), out.at()))
+    got = bench.get(out, (len(ids) + 1, cols))
+    check_equal_bits(got[:-1], _native.dequantize(LEVEL, loaded.on_cpu)[ids], kind)
+    assert (got[-1] == 7).all()

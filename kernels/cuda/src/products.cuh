@@ -36,13 +36,16 @@ struct ActivationsOf<Type, true> {
 template <class Type>
 using Activations = typename ActivationsOf<Type>::type;
 
+template <class Type>
+constexpr int kGroupSegments = Type::kLayout.group_segments();
+
 struct Segment {
   const uint8_t *body, *tail;
 };
 template <class Type>
 DEVICE Segment segment_of(const uint8_t* tile, int s, int segments) {
   constexpr int body_bytes = Type::kLayout.body_bytes, tail_bytes = Type::kLayout.tail_bytes;
-  constexpr int group = Type::kLayout.group_segments();
+  constexpr int group = kGroupSegments<Type>;
   const int first = s / group * group, count = segments - first < group ? segments - first : group;
   const uint8_t* bodies = tile + static_cast<size_t>(first) * (body_bytes + tail_bytes);
   return {bodies + (s - first) * body_bytes, bodies + count * body_bytes + (s - first) * tail_bytes};

@@ -66,8 +66,8 @@ class Weights:
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """Lines grouped by expert: items [max_items][3] of {expert, first of its `lines`, how many, `piece` at most}, of which
-    *item_count are there. Line l takes row l // divisor of the activations and gives row l of the result."""
+    """Lines grouped by expert: items [max_items][3] of {expert, first of its `lines`, how many: `piece` at most};
+    *item_count of them are there. Line l takes row l // divisor of the activations and gives row l of the result."""
 
     items: np.uint64
     item_count: np.uint64
@@ -141,8 +141,8 @@ def multiply_experts(
 
 
 def _takes_many(weights: Weights, rows: int, sms: int) -> bool:
-    """Up to 32 rows, the kernel for eight reads weights up to four times, but three of them from the cache: that is less
-    than what a few large blocks would leave of the card's memory bandwidth."""
+    """Up to 32 rows, the kernel for eight reads weights up to four times, but three of them from the cache: that costs
+    less than the bandwidth that a few large blocks would leave unused."""
     if rows <= _GROUP_ROWS:
         return False
     blocks = -(-weights.tile_count // 4) * -(-rows // _MANY_ROWS)
@@ -172,13 +172,13 @@ def _launch(
     tiles, pieces = weights.tile_count, experts.max_items
     if weights.activation is ActivationFormat.F32:
         columns = -(-tiles // 4) if is_many else tiles
-        return Launch(name, (columns, pieces, 1), (256 if is_many else 128, 1, 1), args)
+        return Launch(name, (pieces, columns, 1), (256 if is_many else 128, 1, 1), args)
     if is_many:
         warps = _many_warps(tiles, pieces, sms)
         shared = _many_shared_bytes(weights, warps)
-        return Launch(name, (-(-tiles // warps), pieces, 1), (32 * warps, 1, 1), args, shared)
+        return Launch(name, (pieces, -(-tiles // warps), 1), (32 * warps, 1, 1), args, shared)
     warps, together, shared = _few_warps(weights, rows)
-    return Launch(name, (tiles, pieces, 1), (32 * warps, 1, 1), (*args, np.int32(together)), shared)
+    return Launch(name, (pieces, tiles, 1), (32 * warps, 1, 1), (*args, np.int32(together)), shared)
 
 
 def _few_warps(weights: Weights, rows: int) -> tuple[int, int, int]:

@@ -3,8 +3,9 @@
 //
 //   KERNEL(256, scale, const float* x, float factor, int32_t width, const int32_t* rows, float* out) { ... }
 //
-// declares a kernel for blocks of up to 256 threads. Arguments are pointers, int32_t, float and double. Static shared memory
-// is SHARED(float, lanes, [64]), dynamic shared memory uint8_t* p = DYNAMIC_SHARED: both aligned to 16.
+// declares a kernel for blocks of up to 256 threads; KERNEL_IN_BLOCKS(256, 3, scale, ...) one that may use the registers
+// which three such blocks on a multiprocessor have each. Arguments are pointers, int32_t, float and double. Static shared
+// memory is SHARED(float, lanes, [64]), dynamic shared memory uint8_t* p = DYNAMIC_SHARED: both aligned to 16.
 #pragma once
 
 #ifdef LLAMACLUST_SHIM

@@ -39,7 +39,8 @@ DEVICE float4 dequantize_group(const uint8_t* tile, int row, int segments, int g
 
 // out[row] = weights of tokens[row], as in embed.cu. Grid: (width / 1024 rounded up, rows), blocks of 256.
 template <class Type>
-DEVICE void embed(const int32_t* tokens, const uint8_t* tiles, int tile_bytes, int width, const int32_t* rows, float* out) {
+DEVICE void embed(const int32_t* tokens, const uint8_t* tiles, int tile_bytes, int width, const int32_t* rows,
+                  float* out) {
   const int row = blockIdx.y, group = 256 * blockIdx.x + threadIdx.x;
   if (row >= *rows || 4 * group >= width) return;
   const uint8_t* tile = tiles + static_cast<size_t>(tokens[row] / 16) * tile_bytes;

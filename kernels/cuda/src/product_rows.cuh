@@ -6,14 +6,15 @@
 namespace llamaclust::cuda {
 namespace {
 
-// Arguments of every product. Weights are [out_rows, cols] in tiles. Without `items`, row i of *count of the activations
-// gives row i of out. With them, block (_, y) serves items[y] = {expert, first, n}: n lines from lines[first] on; line l takes
-// row l / divisor of the activations and gives row l of out; an expert's matrix begins matrix_bytes after the one before.
-#define PRODUCT_PARAMETERS                                                                                                 \
-  const uint8_t *tiles, int32_t tile_bytes, int32_t matrix_bytes, int32_t out_rows, int32_t cols,                         \
-      const uint8_t *activations, const float *bias, const int32_t *count, const int32_t *items,                          \
+// Arguments of every product. Weights are [out_rows, cols] in tiles. Without `items`, row i of *count of the
+// activations gives row i of out. With them, block (x, _) serves items[x] = {expert, first, n}: n lines from
+// lines[first] on; line l takes row l / divisor of the activations and gives row l of out; an expert's matrix begins
+// matrix_bytes after the one before.
+#define PRODUCT_PARAMETERS                                                                                            \
+  const uint8_t *tiles, int32_t tile_bytes, int32_t matrix_bytes, int32_t out_rows, int32_t cols,                     \
+      const uint8_t *activations, const float *bias, const int32_t *count, const int32_t *items,                      \
       const int32_t *item_count, const int32_t *lines, int32_t divisor, float *out
-#define PRODUCT_ARGUMENTS                                                                                                  \
+#define PRODUCT_ARGUMENTS                                                                                             \
   {tiles, tile_bytes, matrix_bytes, out_rows, cols, activations, bias, count, items, item_count, lines, divisor, out}
 struct Product {
   const uint8_t* tiles;

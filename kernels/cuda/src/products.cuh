@@ -1,11 +1,11 @@
-// What products with quantized weights of few and of many rows share: tiles of the CPU's layout (kernels/cpu/native/matrix.h)
-// as operands of matrix units.
+// What products with quantized weights of few and of many rows share: tiles of the CPU's layout
+// (kernels/cpu/native/matrix.h) as operands of matrix units.
 //
-// A tile has sixteen rows of weights, a k-group of it is four bytes a row: register a[0] of lane 4 * r + c is k-group c of row
-// r (mma.cuh), so every lane reads its own words from the tile and decodes them, and weights never go through shared memory.
-// The eight rows of a line that a warp reads together are a sector of 32 bytes. The order of float operations is that of
-// kernels/cpu/native/level/matmul_segment.h: integers exact in a segment, then total = fma(scale_w * scale_a, sum, total),
-// segments in k order, and a second fma for types with a min.
+// A tile has sixteen rows of weights, a k-group of it is four bytes a row: register a[0] of lane 4 * r + c is k-group c
+// of row r (mma.cuh), so every lane reads its own words from the tile and decodes them, and weights never go through
+// shared memory. The eight rows of a line that a warp reads together are a sector of 32 bytes. The order of float
+// operations is that of kernels/cpu/native/level/matmul_segment.h: integers exact in a segment, then total =
+// fma(scale_w * scale_a, sum, total), segments in k order, and a second fma for types with a min.
 #pragma once
 
 #include "activations.cuh"
@@ -69,6 +69,26 @@ DEVICE void load_weights(const uint8_t* body, int i, int lane, int32_t (&a)[4]) 
   }
 }
 
+// total += the products of 32 columns of a segment of 256, times the scales of the two rows: of two sub-blocks, or of
+// one.
+template <class Type>
+DEVICE void add_products(const int32_t (&w)[4], uint2 q, const Scale (&scales)[2][2], int32_t (&total)[4]) {
+  const int32_t b[2] = {static_cast<int32_t>(q.x), static_cast<int32_t>(q.y)};
+  if constexpr (!kSubScaled<Type>) {
+    multiply_k32(total, w, b);
+  } else if constexpr (kOf16<Type>) {
+    UNROLL for (int half = 0; half < 2; half++) {
+      int32_t sums[4] = {0, 0, 0, 0};
+      multiply_k16(sums, {w[2 * half], w[2 * half + 1]}, {b[half]});
+      UNROLL for (int n = 0; n < 4; n++) total[n] += sums[n] * scales[n / 2][half];
+    }
+  } else {
+    int32_t sums[4] = {0, 0, 0, 0};
+    multiply_k32(sums, w, b);
+    UNROLL for (int n = 0; n < 4; n++) total[n] += sums[n] * scales[n / 2][0];
+  }
+}
+
 // Scales of the two rows of weights that a lane has results of, rows lane / 4 and lane / 4 + 8.
 struct RowPair {
   float scale[2], min[2];
@@ -88,8 +108,10 @@ template <class Type>
 DEVICE int32_t mins_of(Lines body, int c) {
   Bytes mins[Type::kSubBlocks / 4];
   Type::sub_mins(body, mins);
-  if constexpr (kOf16<Type>) return static_cast<int32_t>(c < 2 ? (c == 0 ? mins[0] : mins[1]) : (c == 2 ? mins[2] : mins[3]));
-  else return static_cast<int32_t>(__byte_perm(c < 2 ? mins[0] : mins[1], 0, c % 2 == 0 ? 0x1100 : 0x3322));
+  if constexpr (kOf16<Type>)
+    return static_cast<int32_t>(c < 2 ? (c == 0 ? mins[0] : mins[1]) : (c == 2 ? mins[2] : mins[3]));
+  else
+    return static_cast<int32_t>(__byte_perm(c < 2 ? mins[0] : mins[1], 0, c % 2 == 0 ? 0x1100 : 0x3322));
 }
 
 // - sum of mins times sums of activations, over the sub-blocks of a segment.
@@ -100,8 +122,8 @@ DEVICE void minus_mins(const int32_t (&mins)[2], uint32_t high, uint32_t low, in
   UNROLL for (int n = 0; n < 4; n++) out[n] = -(128 * highs[n] + lows[n]);
 }
 
-// Sums of 32 products of bytes as floats: a float's low bits count from 1.5 * 2^23 on, and sums that begin with its bits end
-// with those of it plus the sum. (Conversions are four times slower than additions.)
+// Sums of 32 products of bytes as floats: a float's low bits count from 1.5 * 2^23 on, and sums that begin with its
+// bits end with those of it plus the sum. (Conversions are four times slower than additions.)
 constexpr int32_t kFloatBegin = 0x4b400000;
 DEVICE float sum_as_float(int32_t sum) { return sub(__int_as_float(sum), 12582912.0f); }
 

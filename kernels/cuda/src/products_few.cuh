@@ -1,11 +1,11 @@
-// Products of up to eight rows: a block has a tile of sixteen rows of weights, its warps take segments in turn. All eight rows
-// cost what one does, since a matrix unit takes eight.
+// Products of up to eight rows: a block has a tile of sixteen rows of weights, its warps take segments in turn. All
+// eight rows cost what one does, since a matrix unit takes eight.
 //
-// Bound by memory: each weight is read once, straight into registers, and a segment's loads are independent of each other, so
-// that a warp has two to three kilobytes under way; sixteen warps on a multiprocessor are enough. What limits occupancy is
-// registers (about 100 a thread). Activations come from the first cache: all blocks of a multiprocessor read the same.
-// A segment's result is two floats an output (four with mins) in shared memory; after `round` segments one thread an output
-// folds them in k order. Rounds are as long as shared memory allows: most matrices take one.
+// Bound by memory: each weight is read once, straight into registers, and a segment's loads are independent of each
+// other, so that a warp has two to three kilobytes under way; sixteen warps on a multiprocessor are enough, and leave
+// 128 registers a thread to hold them. Activations come from the first cache: all blocks of a multiprocessor read the
+// same. A segment's result is two floats an output (four with mins) in shared memory; after `round` segments one thread
+// an output folds them in k order. Rounds are as long as shared memory allows: most matrices take one.
 #pragma once
 
 #include "products.cuh"
@@ -19,6 +19,8 @@ struct Term {
 };
 template <class Type>
 constexpr int kTermsEach = Type::kHasMin ? 2 : 1;
+template <class Type>
+using Terms = Term[4][kTermsEach<Type>];
 // From one row of activations to the next, in outputs: sixteen and some that keep lanes on different banks.
 template <class Type>
 constexpr int kTermStride = Type::kHasMin ? 17 : 18;
@@ -27,73 +29,69 @@ constexpr int kTermStride = Type::kHasMin ? 17 : 18;
 template <class Type>
 constexpr int kTogether = kWide<Type> ? 1 : 4;
 
-// Where a lane finds its activations: those it multiplies (row lane / 4), and the scales of its results (rows 2 c, 2 c + 1).
+// Where a lane finds its activations: those it multiplies (row lane / 4), and the scales of its results (rows 2 c, 2 c
+// + 1).
 template <class Type>
 struct LaneActivations {
-  const Activations<Type>*of_quants, *of_scales[2];
-  int quants, scales[2];
-  DEVICE LaneActivations(const Product& p, const Share& share, int segments, int lane) {
-    const auto* all = reinterpret_cast<const Activations<Type>*>(p.activations);
+  const Activations<Type>* all;
+  int first, first_of[2];  // of the groups' segments
+  int quants, scales[2];   // inside a segment
+  DEVICE LaneActivations(const Product& p, const Share& share, int segments, int lane)
+      : all(reinterpret_cast<const Activations<Type>*>(p.activations)) {
     const int row = activation_row(p, share, lane / 4);
-    of_quants = all + static_cast<size_t>(row / 8) * segments;
+    first = row / 8 * segments;
     quants = 4 * (row % 8) + lane % 4;
     UNROLL for (int i = 0; i < 2; i++) {
       const int scale_row = activation_row(p, share, 2 * (lane % 4) + i);
-      of_scales[i] = all + static_cast<size_t>(scale_row / 8) * segments;
+      first_of[i] = scale_row / 8 * segments;
       scales[i] = scale_row % 8;
     }
   }
+  DEVICE const Activations<Type>& segment(int s) const { return all[first + s]; }
+  DEVICE float scale(int i, int s) const { return __ldg(&all[first_of[i] + s].scale[scales[i]]); }
 };
 
 // Results are those of d in mma.cuh: n / 2 says which row of weights, n % 2 which row of activations.
 template <class Type>
-DEVICE void segment_terms(const Segment& w, const LaneActivations<Type>& a, int s, int lane, Term (&terms)[4][kTermsEach<Type>])
+DEVICE void segment_terms(const Segment& w, const LaneActivations<Type>& a, int s, int lane, Terms<Type>& terms)
   requires(!kWide<Type>)
 {
   int32_t weights[4], sums[4] = {kFloatBegin, kFloatBegin, kFloatBegin, kFloatBegin};
   load_weights<Type>(w.body, 0, lane, weights);
-  const uint2 q = __ldg(&a.of_quants[s].q[a.quants]);
+  const uint2 q = __ldg(&a.segment(s).q[a.quants]);
   const RowPair rows = row_scales<Type>(w.tail, lane);
   multiply_k32(sums, weights, {static_cast<int32_t>(q.x), static_cast<int32_t>(q.y)});
   UNROLL for (int n = 0; n < 4; n++) {
-    const auto& of_scales = a.of_scales[n % 2][s];
-    terms[n][0] = {mul(rows.scale[n / 2], __ldg(&of_scales.scale[a.scales[n % 2]])), sum_as_float(sums[n])};
-    if constexpr (Type::kHasMin) terms[n][1] = {rows.min[n / 2], __ldg(&of_scales.scaled_sum[a.scales[n % 2]])};
+    terms[n][0] = {mul(rows.scale[n / 2], a.scale(n % 2, s)), sum_as_float(sums[n])};
+    if constexpr (Type::kHasMin)
+      terms[n][1] = {rows.min[n / 2], __ldg(&a.all[a.first_of[n % 2] + s].scaled_sum[a.scales[n % 2]])};
   }
 }
 
-// total += the products of block i of a segment of 256, times their scales.
+// Scales of block i of a segment.
 template <class Type, int sub_blocks>
-DEVICE void add_products(const int32_t (&w)[4], uint2 q, const Scale (&scales)[2][sub_blocks], int i, int32_t (&total)[4]) {
-  const int32_t b[2] = {static_cast<int32_t>(q.x), static_cast<int32_t>(q.y)};
-  if constexpr (!kSubScaled<Type>) {
-    multiply_k32(total, w, b);
-  } else if constexpr (kOf16<Type>) {
-    UNROLL for (int half = 0; half < 2; half++) {
-      int32_t sums[4] = {0, 0, 0, 0};
-      multiply_k16(sums, {w[2 * half], w[2 * half + 1]}, {b[half]});
-      UNROLL for (int n = 0; n < 4; n++) total[n] += sums[n] * scales[n / 2][2 * i + half];
-    }
-  } else {
-    int32_t sums[4] = {0, 0, 0, 0};
-    multiply_k32(sums, w, b);
-    UNROLL for (int n = 0; n < 4; n++) total[n] += sums[n] * scales[n / 2][i];
+DEVICE void scales_of(const Scale (&all)[2][sub_blocks], int i, Scale (&scales)[2][2]) {
+  if constexpr (kSubScaled<Type>) UNROLL for (int r = 0; r < 2; r++) {
+    scales[r][0] = all[r][kOf16<Type> ? 2 * i : i];
+    scales[r][1] = kOf16<Type> ? all[r][2 * i + 1] : 0;
   }
 }
 
 template <class Type>
-DEVICE void segment_terms(const Segment& w, const LaneActivations<Type>& a, int s, int lane, Term (&terms)[4][kTermsEach<Type>])
+DEVICE void segment_terms(const Segment& w, const LaneActivations<Type>& a, int s, int lane, Terms<Type>& terms)
   requires(kWide<Type>)
 {
-  const Activations256& quants = a.of_quants[s];
+  const Activations256& quants = a.segment(s);
   const Lines rows[2] = {{w.body, lane / 4}, {w.body, lane / 4 + 8}};
-  Scale scales[2][Type::kSubBlocks];
-  if constexpr (kSubScaled<Type>) UNROLL for (int r = 0; r < 2; r++) Type::sub_scales(rows[r], scales[r]);
+  Scale all_scales[2][Type::kSubBlocks];
+  if constexpr (kSubScaled<Type>) UNROLL for (int r = 0; r < 2; r++) Type::sub_scales(rows[r], all_scales[r]);
   int32_t total[4] = {0, 0, 0, 0};
   UNROLL for (int i = 0; i < 8; i++) {
     int32_t weights[4];
+    Scale scales[2][2];
     load_weights<Type>(w.body, i, lane, weights);
-    add_products<Type>(weights, __ldg(&quants.q[i][a.quants]), scales, i, total);
+    scales_of<Type>(all_scales, i, scales);
+    add_products<Type>(weights, __ldg(&quants.q[i][a.quants]), scales, total);
   }
   int32_t minus[4] = {0, 0, 0, 0};
   if constexpr (Type::kHasMin) {
@@ -102,30 +100,30 @@ DEVICE void segment_terms(const Segment& w, const LaneActivations<Type>& a, int 
   }
   const RowPair pair = row_scales<Type>(w.tail, lane);
   UNROLL for (int n = 0; n < 4; n++) {
-    const float scale = __ldg(&a.of_scales[n % 2][s].scale[a.scales[n % 2]]);
+    const float scale = a.scale(n % 2, s);
     terms[n][0] = {mul(pair.scale[n / 2], scale), __int2float_rn(total[n])};
     if constexpr (Type::kHasMin) terms[n][1] = {mul(pair.min[n / 2], scale), __int2float_rn(minus[n])};
   }
 }
 
-// Grid: (tiles, groups of eight rows or items), blocks of 32 to 256 threads, sixteen an output row at least. Shared memory:
-// `round` segments of n rows of kTermStride outputs.
+// Grid: (groups of eight rows or items, tiles), so that what reads the same weights runs at the same time; blocks of 32
+// to 256 threads, sixteen an output row at least. Shared memory: `round` segments of n rows of kTermStride outputs.
 template <class Type>
 DEVICE void multiply_few(const Product& p, int round) {
   constexpr int terms_each = kTermsEach<Type>, stride = kTermStride<Type>, together = kTogether<Type>;
-  const Share share = share_of(p, blockIdx.y, kGroupRows);
+  const Share share = share_of(p, blockIdx.x, kGroupRows);
   if (share.n <= 0) return;
   auto* shared = reinterpret_cast<Term*>(DYNAMIC_SHARED);
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, warps = blockDim.x / 32;
   const int segments = p.cols / Type::kLayout.segment_cols;
   const LaneActivations<Type> a(p, share, segments, lane);
-  const uint8_t* tile = tile_of(p, share, blockIdx.x);
+  const uint8_t* tile = tile_of(p, share, blockIdx.y);
   const auto place = [&](int s, int row, int output) { return ((s * share.n + row) * stride + output) * terms_each; };
   float total = 0.0f;
   for (int begin = 0; begin < segments; begin += round) {
     const int count = segments - begin < round ? segments - begin : round;
     for (int first = together * warp; first < count; first += together * warps) {
-      Term terms[together][4][terms_each];
+      Terms<Type> terms[together];
       UNROLL for (int i = 0; i < together; i++) {
         const int s = begin + (first + i < count ? first + i : count - 1);
         segment_terms<Type>(segment_of<Type>(tile, s, segments), a, s, lane, terms[i]);
@@ -144,7 +142,7 @@ DEVICE void multiply_few(const Product& p, int round) {
       }
     __syncthreads();
   }
-  if (thread < 16 * share.n) store_result(p, out_row(p, share, thread / 16), 16 * blockIdx.x + thread % 16, total);
+  if (thread < 16 * share.n) store_result(p, out_row(p, share, thread / 16), 16 * blockIdx.y + thread % 16, total);
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
-// Products with float weights: one fused multiply-add a weight, in k order, one thread an output. Activations are float32 rows.
+// Products with float weights: one fused multiply-add a weight, in k order, one thread an output. Activations are
+// float32 rows.
 #include "float_weights.cuh"
 
 namespace llamaclust::cuda {
@@ -12,18 +13,18 @@ struct FewStage {
   float x[8][kFewRowStride];
 };
 
-// Up to eight rows: a block has a tile. Bound by memory, or for short matrices by the latency of K dependent multiply-adds:
-// all threads copy, two stages of 128 columns ahead, sixteen a row of activations compute.
+// Up to eight rows: a block has a tile. Bound by memory, or for short matrices by the latency of K dependent
+// multiply-adds: all threads copy, two stages of 128 columns ahead, sixteen a row of activations compute.
 template <class Type>
 DEVICE void multiply_few_floats(const Product& p) {
   SHARED(FewStage<Type>, stages, [kFewStages]);
   SHARED(int32_t, of_row, [8]);
-  const Share share = share_of(p, blockIdx.y, 8);
+  const Share share = share_of(p, blockIdx.x, 8);
   if (share.n <= 0) return;
   const int thread = threadIdx.x, row = thread % 16, token = thread / 16;
   if (thread < 8) of_row[thread] = activation_row(p, share, thread);
   __syncthreads();
-  const uint8_t* tile = tile_of(p, share, blockIdx.x);
+  const uint8_t* tile = tile_of(p, share, blockIdx.y);
   const auto* x = reinterpret_cast<const float*>(p.activations);
   const auto copy = [&](int i) {
     const int first = i * kFewColumns, count = p.cols - first < kFewColumns ? p.cols - first : kFewColumns;
@@ -49,7 +50,7 @@ DEVICE void multiply_few_floats(const Product& p) {
         total = fma(Type::value(stage.weights + k * kColumnBytes<Type> + row * Type::kBytes), stage.x[token][k], total);
     __syncthreads();
   }
-  if (token < share.n) store_result(p, out_row(p, share, token), 16 * blockIdx.x + row, total);
+  if (token < share.n) store_result(p, out_row(p, share, token), 16 * blockIdx.y + row, total);
 }
 
 constexpr int kManyColumns = 16, kManyRows = 64, kManyTiles = 4, kManyRowStride = kManyColumns + 4;
@@ -61,15 +62,15 @@ struct ManyStage {
   float x[kManyRows][kManyRowStride];
 };
 
-// Any number of rows: a block has 64 by four tiles, a thread 4 x 4 outputs: per column it reads four weights and, all four
-// columns, four rows of activations. Bound by multiply-adds.
+// Any number of rows: a block has 64 by four tiles, a thread 4 x 4 outputs: per column it reads four weights and, all
+// four columns, four rows of activations. Bound by multiply-adds.
 template <class Type>
 DEVICE void multiply_many_floats(const Product& p) {
   SHARED(ManyStage<Type>, stages, [2]);
   SHARED(int32_t, of_row, [kManyRows]);
-  const Share share = share_of(p, blockIdx.y, kManyRows);
+  const Share share = share_of(p, blockIdx.x, kManyRows);
   if (share.n <= 0) return;
-  const int thread = threadIdx.x, first_tile = kManyTiles * blockIdx.x;
+  const int thread = threadIdx.x, first_tile = kManyTiles * blockIdx.y;
   if (thread < kManyRows) of_row[thread] = activation_row(p, share, thread);
   __syncthreads();
   const auto* x = reinterpret_cast<const float*>(p.activations);
@@ -111,12 +112,14 @@ DEVICE void multiply_many_floats(const Product& p) {
   }
   for (int i = 0; i < 4; i++)
     for (int r = 0; r < 4; r++)
-      if (token + i < share.n) store_result(p, out_row(p, share, token + i), 16 * (first_tile + tile) + row + r, totals[i][r]);
+      if (token + i < share.n)
+        store_result(p, out_row(p, share, token + i), 16 * (first_tile + tile) + row + r, totals[i][r]);
 }
 
 }  // namespace
 
-// Grids: (tiles, groups of eight rows or items), blocks of 128; (tiles / 4 rounded up, groups of 64 or items), blocks of 256.
+// Grids: (groups of eight rows or items, tiles), blocks of 128; (groups of 64 or items, tiles / 4 rounded up), blocks
+// of 256.
 #define FLOAT_KERNELS(TYPE)                                                                                           \
   KERNEL(128, few_##TYPE, PRODUCT_PARAMETERS) { multiply_few_floats<TYPE>(PRODUCT_ARGUMENTS); }                       \
   KERNEL(256, many_##TYPE, PRODUCT_PARAMETERS) { multiply_many_floats<TYPE>(PRODUCT_ARGUMENTS); }

@@ -1,12 +1,13 @@
-// Products of many rows: a block has 64 rows of activations and a tile of sixteen rows of weights for each of its 4 to 16 warps.
+// Products of many rows: a block has 64 rows of activations and a tile of sixteen rows of weights for each of its 4 to
+// 16 warps.
 //
-// Activations of 256 columns are copied to shared memory while those before are computed with (38 to 41 KB in all, free of
-// bank conflicts: a warp reads 256 bytes in their order); weights are decoded once for all 64 rows, a block of 32 columns
-// ahead. With at most 128 registers a thread, sixteen warps share a multiprocessor. Per matrix instruction (16 x 8 x 32) a
-// warp issues one shared load and, for types of 256, four integer multiply-adds by sub-block scales (eight where sub-blocks
-// have 16 columns): on compute capability 8.0 instruction, load and multiply-adds take 8 cycles each, so all three are the
-// limit at once; later cards have faster matrix units, and the multiply-adds are. Types of 32 have twelve float operations in
-// their place, which bound them.
+// Activations of 256 columns are copied to shared memory while those before are computed with (38 to 41 KB in all, free
+// of bank conflicts: a warp reads 256 bytes in their order); weights are decoded once for all 64 rows, a block of 32
+// columns ahead. With at most 128 registers a thread, sixteen warps share a multiprocessor. Per matrix instruction (16
+// x 8 x 32) a warp issues one shared load and, for types of 256, four integer multiply-adds by sub-block scales (eight
+// where sub-blocks have 16 columns): on compute capability 8.0 instruction, load and multiply-adds take 8 cycles each,
+// so all three are the limit at once; later cards have faster matrix units, and the multiply-adds are. Types of 32 have
+// twelve float operations in their place, which bound them.
 #pragma once
 
 #include "products.cuh"
@@ -25,8 +26,9 @@ using Stage = Activations<Type>[kBlockGroups][kStageSegments<Type>];
 template <class Type>
 DEVICE void copy_stage(const Product& p, const int32_t* of_row, int groups, int first, int count, Stage<Type>& to) {
   const int segments = p.cols / Type::kLayout.segment_cols;
-  const auto from = [&](int row, int s) -> const Activations<Type>& {
-    return reinterpret_cast<const Activations<Type>*>(p.activations)[static_cast<size_t>(row / 8) * segments + first + s];
+  const auto* all = reinterpret_cast<const Activations<Type>*>(p.activations) + first;
+  const auto from = [=](int row, int s) -> const Activations<Type>& {
+    return all[static_cast<size_t>(row / 8) * segments + s];
   };
   for (int i = threadIdx.x; i < groups * 128; i += blockDim.x) {  // half a row's quants of 32 columns
     const int g = i / 128, block = i / 16 % 8, place = i / 2 % 8, half = i % 2 * 2;
@@ -43,7 +45,7 @@ DEVICE void copy_stage(const Product& p, const int32_t* of_row, int groups, int 
     const int row = of_row[8 * g + place];
     const Activations<Type>& source = from(row, s);
     copy_async_4(&to[g][s].scale[place], &source.scale[row % 8]);
-    if constexpr (kWide<Type>) {
+    if constexpr (kWide<Type> && Type::kHasMin) {
       copy_async_16(&to[g][s].high[4 * place], &source.high[4 * (row % 8)]);
       copy_async_16(&to[g][s].low[4 * place], &source.low[4 * (row % 8)]);
     } else if constexpr (Type::kHasMin) {
@@ -61,14 +63,14 @@ constexpr int kGroupsTogether = 4;
 // Weights of the next block of 32 columns, on their way while products of the one before are made.
 template <class Type>
 DEVICE void load_block(const uint8_t* tile, int block, int segments, int lane, int32_t (&a)[4]) {
-  const int last = segments * kSegmentBlocks<Type> - 1;
-  if (block > last) block = last;
-  load_weights<Type>(segment_of<Type>(tile, block / kSegmentBlocks<Type>, segments).body, block % kSegmentBlocks<Type>, lane, a);
+  constexpr int each = kSegmentBlocks<Type>;
+  if (block >= segments * each) block = segments * each - 1;
+  load_weights<Type>(segment_of<Type>(tile, block / each, segments).body, block % each, lane, a);
 }
 
 template <class Type>
-DEVICE void add_stage(const uint8_t* tile, int first, int count, int segments, int groups, const Stage<Type>& stage, uint32_t*,
-                      int lane, int32_t (&next)[4], Totals& totals)
+DEVICE void add_stage(const uint8_t* tile, int first, int count, int segments, int groups, const Stage<Type>& stage,
+                      uint32_t*, int lane, int32_t (&next)[4], Totals& totals)
   requires(!kWide<Type>)
 {
   for (int s = 0; s < count; s++) {
@@ -115,28 +117,9 @@ DEVICE void read_scales(const uint32_t* shared, int i, int lane, Scale (&scales)
   }
 }
 
-// total += the products of 32 columns, times their scales.
 template <class Type>
-DEVICE void add_products(const int32_t (&w)[4], uint2 q, const Scale (&scales)[2][2], int32_t (&total)[4]) {
-  const int32_t b[2] = {static_cast<int32_t>(q.x), static_cast<int32_t>(q.y)};
-  if constexpr (!kSubScaled<Type>) {
-    multiply_k32(total, w, b);
-  } else if constexpr (kOf16<Type>) {
-    UNROLL for (int half = 0; half < 2; half++) {
-      int32_t sums[4] = {0, 0, 0, 0};
-      multiply_k16(sums, {w[2 * half], w[2 * half + 1]}, {b[half]});
-      UNROLL for (int n = 0; n < 4; n++) total[n] += sums[n] * scales[n / 2][half];
-    }
-  } else {
-    int32_t sums[4] = {0, 0, 0, 0};
-    multiply_k32(sums, w, b);
-    UNROLL for (int n = 0; n < 4; n++) total[n] += sums[n] * scales[n / 2][0];
-  }
-}
-
-template <class Type>
-DEVICE void add_stage(const uint8_t* tile, int s, int, int segments, int groups, const Stage<Type>& stage, uint32_t* shared_scales,
-                      int lane, int32_t (&next)[4], Totals& totals)
+DEVICE void add_stage(const uint8_t* tile, int s, int, int segments, int groups, const Stage<Type>& stage,
+                      uint32_t* shared_scales, int lane, int32_t (&next)[4], Totals& totals)
   requires(kWide<Type>)
 {
   const Segment segment = segment_of<Type>(tile, s, segments);
@@ -171,12 +154,12 @@ DEVICE void add_stage(const uint8_t* tile, int s, int, int segments, int groups,
     }
 }
 
-// Grid: (tiles / warps rounded up, groups of 64 rows or items), blocks of 128 to 512 threads. Shared memory: two stages and
-// the scales of each warp.
+// Grid: (groups of 64 rows or items, tiles / warps rounded up), so that what reads the same weights runs at the same
+// time; blocks of 128 to 512 threads. Shared memory: two stages and the scales of each warp.
 template <class Type>
 DEVICE void multiply_many(const Product& p) {
   SHARED(int32_t, of_row, [kBlockRows]);
-  const Share share = share_of(p, blockIdx.y, kBlockRows);
+  const Share share = share_of(p, blockIdx.x, kBlockRows);
   if (share.n <= 0) return;
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, warps = blockDim.x / 32;
   if (thread < kBlockRows) of_row[thread] = activation_row(p, share, thread);
@@ -184,16 +167,17 @@ DEVICE void multiply_many(const Product& p) {
   auto* stages = reinterpret_cast<Stage<Type>*>(DYNAMIC_SHARED);
   uint32_t* scales = reinterpret_cast<uint32_t*>(stages + 2) + warp * 16 * kScaleWords<Type>;
   const int segments = p.cols / Type::kLayout.segment_cols, groups = (share.n + 7) / 8;
-  const int tile = blockIdx.x * warps + warp, last_tile = p.tile_count() - 1;  // past the last: thrown away
+  const int tile = blockIdx.y * warps + warp, last_tile = p.tile_count() - 1;  // past the last: thrown away
   const uint8_t* weights = tile_of(p, share, tile < last_tile ? tile : last_tile);
-  const auto count_of = [&](int first) { return segments - first < kStageSegments<Type> ? segments - first : kStageSegments<Type>; };
+  constexpr int at_once = kStageSegments<Type>;
+  const auto count_of = [&](int first) { return segments - first < at_once ? segments - first : at_once; };
   Totals totals = {};
   int32_t next[4];
   copy_stage<Type>(p, of_row, groups, 0, count_of(0), stages[0]);
   load_block<Type>(weights, 0, segments, lane, next);
-  for (int first = 0, at = 0; first < segments; first += kStageSegments<Type>, at ^= 1) {
-    if (first + kStageSegments<Type> < segments) {
-      const int after = first + kStageSegments<Type>;
+  for (int first = 0, at = 0; first < segments; first += at_once, at ^= 1) {
+    const int after = first + at_once;
+    if (after < segments) {
       copy_stage<Type>(p, of_row, groups, after, count_of(after), stages[at ^ 1]);
       copy_async_wait<1>();
     } else {

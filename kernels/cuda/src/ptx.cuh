@@ -17,6 +17,8 @@ using uintptr_t = unsigned long;
 #endif
 
 #define KERNEL(threads, name, ...) extern "C" __global__ void __launch_bounds__(threads) name(__VA_ARGS__)
+#define KERNEL_IN_BLOCKS(threads, blocks, name, ...) \
+  extern "C" __global__ void __launch_bounds__(threads, blocks) name(__VA_ARGS__)
 #define SHARED(type, name, dimensions) __shared__ __align__(16) type name dimensions
 #define DYNAMIC_SHARED (::llamaclust::cuda::dynamic_shared)
 #define LLAMACLUST_ARCH __CUDA_ARCH__

@@ -1,6 +1,6 @@
-// Activations as int8 with one scale a segment: the rule of kernels/cpu/native/level/matmul_quantize.h, in the layout of
-// activations.cuh. Grid: (columns / 256 rounded up, rows / 8 rounded up), blocks of 256: a warp has 256 columns of a row, a
-// lane eight of them. *count * multiple rows are there. Bound by memory: five bytes a value.
+// Activations as int8 with one scale a segment: the rule of kernels/cpu/native/level/matmul_quantize.h, in the layout
+// of activations.cuh. Grid: (columns / 256 rounded up, rows / 8 rounded up), blocks of 256: a warp has 256 columns of a
+// row, a lane eight of them. *count * multiple rows are there. Bound by memory: five bytes a value.
 #include "activations.cuh"
 
 namespace llamaclust::cuda {

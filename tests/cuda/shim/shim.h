@@ -24,6 +24,7 @@
   static void name(__VA_ARGS__);                                                                         \
   static const ::shim::Registration shim_registration_##name(LLAMACLUST_MODULE "." #name, threads, name); \
   static void name(__VA_ARGS__)
+#define KERNEL_IN_BLOCKS(threads, blocks, name, ...) KERNEL(threads, name, __VA_ARGS__)
 #define SHARED(type, name, dimensions)  \
   static ::shim::SharedSlot slot_##name; \
   auto& name = slot_##name.get<type dimensions>()

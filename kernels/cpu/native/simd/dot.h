@@ -45,7 +45,7 @@ struct Places {
   uint8_t mask[8];
 };
 template <Places places>
-DOT Bytes field_of(const Bytes& line, int g) {
+DOT Bytes field_of(Bytes line, int g) {
   switch (g) {
     case 0: return field<places.shift[0], places.mask[0]>(line);
     case 1: return field<places.shift[1], places.mask[1]>(line);

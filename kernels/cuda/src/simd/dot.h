@@ -1,6 +1,6 @@
-// What decoders of quant types (kernels/cpu/native/level/quants/) are written in, for one thread. Where a CPU has a line of a
-// tile in one register, sixteen rows, a thread has one of its rows: `Bytes` are four columns. Found in the place of
-// kernels/cpu/native/simd/dot.h, where it is said what each operation does.
+// What decoders of quant types (kernels/cpu/native/level/quants/) are written in, for one thread. Where a CPU has a
+// line of a tile in one register, sixteen rows, a thread has one of its rows: `Bytes` are four columns. Found in the
+// place of kernels/cpu/native/simd/dot.h, where it is said what each operation does.
 #pragma once
 
 #include "base.cuh"
@@ -42,8 +42,8 @@ DECODE Bytes field(Bytes b) {
   return (shift >= 0 ? b >> (shift & 7) : b << (-shift & 7)) & four_times(mask);
 }
 
-// On a CPU it is known when the code is compiled which k-group is meant. Here each thread has another one, but the same all
-// the time, so shift and mask are found once: two instructions are left.
+// On a CPU it is known when the code is compiled which k-group is meant. Here each thread has another one, but the same
+// all the time, so shift and mask are found once: two instructions are left.
 struct Places {
   int8_t shift[8];
   uint8_t mask[8];
@@ -70,8 +70,8 @@ DECODE Bytes both(Bytes a, Bytes b) { return a & b; }
 DECODE Bytes add_bytes(Bytes a, Bytes b) {
   return ((a & 0x7f7f7f7fu) + (b & 0x7f7f7f7fu)) ^ ((a ^ b) & 0x80808080u);
 }
-// The table is sixteen bytes of registers. A selector of `__byte_perm` reaches eight of them, so both halves are asked, and
-// the fourth bit of each index chooses.
+// The table is sixteen bytes of registers. A selector of `__byte_perm` reaches eight of them, so both halves are asked,
+// and the fourth bit of each index chooses.
 DECODE Bytes lookup(const uint8_t (&table)[16], Bytes b) {
   uint32_t words[4];
   UNROLL for (int i = 0; i < 4; i++) {

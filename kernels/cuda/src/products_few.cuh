@@ -68,12 +68,14 @@ DEVICE void segment_terms(const Segment& w, const LaneActivations<Type>& a, int 
   }
 }
 
-// Scales of block i of a segment.
-template <class Type, int sub_blocks>
-DEVICE void scales_of(const Scale (&all)[2][sub_blocks], int i, Scale (&scales)[2][2]) {
+// Scales of block i of a segment. Lines are read once for all blocks and taken apart for each: so they take few registers.
+template <class Type>
+DEVICE void scales_of(const Lines (&rows)[2], int i, Scale (&scales)[2][2]) {
   if constexpr (kSubScaled<Type>) UNROLL for (int r = 0; r < 2; r++) {
-    scales[r][0] = all[r][kOf16<Type> ? 2 * i : i];
-    scales[r][1] = kOf16<Type> ? all[r][2 * i + 1] : 0;
+    Scale all[Type::kSubBlocks];
+    Type::sub_scales(rows[r], all);
+    scales[r][0] = all[kOf16<Type> ? 2 * i : i];
+    scales[r][1] = kOf16<Type> ? all[2 * i + 1] : 0;
   }
 }
 
@@ -83,14 +85,12 @@ DEVICE void segment_terms(const Segment& w, const LaneActivations<Type>& a, int 
 {
   const Activations256& quants = a.segment(s);
   const Lines rows[2] = {{w.body, lane / 4}, {w.body, lane / 4 + 8}};
-  Scale all_scales[2][Type::kSubBlocks];
-  if constexpr (kSubScaled<Type>) UNROLL for (int r = 0; r < 2; r++) Type::sub_scales(rows[r], all_scales[r]);
   int32_t total[4] = {0, 0, 0, 0};
   UNROLL for (int i = 0; i < 8; i++) {
     int32_t weights[4];
     Scale scales[2][2];
     load_weights<Type>(w.body, i, lane, weights);
-    scales_of<Type>(all_scales, i, scales);
+    scales_of<Type>(rows, i, scales);
     add_products<Type>(weights, __ldg(&quants.q[i][a.quants]), scales, total);
   }
   int32_t minus[4] = {0, 0, 0, 0};

@@ -57,28 +57,26 @@ DEVICE void copy_stage(const Product& p, const int32_t* of_row, int groups, int 
 
 // The sums of a warp: for each group of eight rows as d in mma.cuh.
 using Totals = float[kBlockGroups][4];
-// Groups come by fours, so that those past the last cost little; inside, loads and products overlap.
-constexpr int kGroupsTogether = 4;
-
-// Weights of the next block of 32 columns, on their way while products of the one before are made.
+// Groups come by fours or twos, so that those past the last cost little; inside, loads and products overlap. As many as
+// registers allow.
 template <class Type>
-DEVICE void load_block(const uint8_t* tile, int block, int segments, int lane, int32_t (&a)[4]) {
-  constexpr int each = kSegmentBlocks<Type>;
-  if (block >= segments * each) block = segments * each - 1;
-  load_weights<Type>(segment_of<Type>(tile, block / each, segments).body, block % each, lane, a);
-}
+constexpr int kGroupsTogether = kOf16<Type> ? 2 : 4;
 
+// Both ways of adding a stage to the totals are given the weights of its first 32 columns in `next`, and load those of
+// the next ones while products are made.
 template <class Type>
 DEVICE void add_stage(const uint8_t* tile, int first, int count, int segments, int groups, const Stage<Type>& stage,
                       uint32_t*, int lane, int32_t (&next)[4], Totals& totals)
   requires(!kWide<Type>)
 {
+  Segment segment = segment_of<Type>(tile, first, segments);
   for (int s = 0; s < count; s++) {
     const int32_t w[4] = {next[0], next[1], next[2], next[3]};
-    const RowPair rows = row_scales<Type>(segment_of<Type>(tile, first + s, segments).tail, lane);
-    load_block<Type>(tile, first + s + 1, segments, lane, next);
-    UNROLL for (int begin = 0; begin < kBlockGroups; begin += kGroupsTogether) if (begin < groups)
-      UNROLL for (int g = begin; g < begin + kGroupsTogether; g++) {
+    const RowPair rows = row_scales<Type>(segment.tail, lane);
+    if (s + 1 < count) segment = segment_of<Type>(tile, first + s + 1, segments);
+    load_weights<Type>(segment.body, 0, lane, next);
+    UNROLL for (int begin = 0; begin < kBlockGroups; begin += kGroupsTogether<Type>) if (begin < groups)
+      UNROLL for (int g = begin; g < begin + kGroupsTogether<Type>; g++) {
         const Activations32& a = stage[g][s];
         const uint2 q = a.q[lane];
         int32_t sums[4] = {kFloatBegin, kFloatBegin, kFloatBegin, kFloatBegin};
@@ -125,23 +123,22 @@ DEVICE void add_stage(const uint8_t* tile, int s, int, int segments, int groups,
   const Segment segment = segment_of<Type>(tile, s, segments);
   constexpr int bytes = Type::kLayout.body_bytes + Type::kLayout.tail_bytes;
   if (s + 2 < segments && lane < (bytes + 127) / 128) prefetch(segment.body + 2 * bytes + 128 * lane);
-  share_scales<Type>(segment.body, lane, shared_scales);
   int32_t sums[kBlockGroups][4] = {};
   NO_UNROLL for (int i = 0; i < 8; i++) {
     const int32_t w[4] = {next[0], next[1], next[2], next[3]};
-    load_block<Type>(tile, 8 * s + i + 1, segments, lane, next);
+    load_weights<Type>(segment.body, i < 7 ? i + 1 : 7, lane, next);
     Scale scales[2][2];
     read_scales<Type>(shared_scales, i, lane, scales);
-    UNROLL for (int begin = 0; begin < kBlockGroups; begin += kGroupsTogether) if (begin < groups)
-      UNROLL for (int g = begin; g < begin + kGroupsTogether; g++)
+    UNROLL for (int begin = 0; begin < kBlockGroups; begin += kGroupsTogether<Type>) if (begin < groups)
+      UNROLL for (int g = begin; g < begin + kGroupsTogether<Type>; g++)
         add_products<Type>(w, stage[g][0].q[i][lane], scales, sums[g]);
   }
   const RowPair rows = row_scales<Type>(segment.tail, lane);
   int32_t mins[2] = {0, 0};
   if constexpr (Type::kHasMin) UNROLL for (int r = 0; r < 2; r++)
     mins[r] = mins_of<Type>({segment.body, lane / 4 + 8 * r}, lane % 4);
-  UNROLL for (int begin = 0; begin < kBlockGroups; begin += kGroupsTogether) if (begin < groups)
-    UNROLL for (int g = begin; g < begin + kGroupsTogether; g++) {
+  UNROLL for (int begin = 0; begin < kBlockGroups; begin += kGroupsTogether<Type>) if (begin < groups)
+    UNROLL for (int g = begin; g < begin + kGroupsTogether<Type>; g++) {
       const Activations256& a = stage[g][0];
       int32_t minus[4] = {0, 0, 0, 0};
       if constexpr (Type::kHasMin) minus_mins(mins, a.high[lane], a.low[lane], minus);
@@ -172,17 +169,18 @@ DEVICE void multiply_many(const Product& p) {
   constexpr int at_once = kStageSegments<Type>;
   const auto count_of = [&](int first) { return segments - first < at_once ? segments - first : at_once; };
   Totals totals = {};
-  int32_t next[4];
   copy_stage<Type>(p, of_row, groups, 0, count_of(0), stages[0]);
-  load_block<Type>(weights, 0, segments, lane, next);
   for (int first = 0, at = 0; first < segments; first += at_once, at ^= 1) {
     const int after = first + at_once;
-    if (after < segments) {
-      copy_stage<Type>(p, of_row, groups, after, count_of(after), stages[at ^ 1]);
+    if (after < segments) copy_stage<Type>(p, of_row, groups, after, count_of(after), stages[at ^ 1]);
+    const uint8_t* body = segment_of<Type>(weights, first, segments).body;
+    int32_t next[4];
+    share_scales<Type>(body, lane, scales);
+    load_weights<Type>(body, 0, lane, next);
+    if (after < segments)
       copy_async_wait<1>();
-    } else {
+    else
       copy_async_wait<0>();
-    }
     __syncthreads();
     add_stage<Type>(weights, first, count_of(first), segments, groups, stages[at], scales, lane, next, totals);
     __syncthreads();

@@ -46,7 +46,7 @@ template <class Type>
 DEVICE Segment segment_of(const uint8_t* tile, int s, int segments) {
   constexpr int body_bytes = Type::kLayout.body_bytes, tail_bytes = Type::kLayout.tail_bytes;
   constexpr int group = kGroupSegments<Type>;
-  const int first = s / group * group, count = segments - first < group ? segments - first : group;
+  const int first = s & -group, count = segments - first < group ? segments - first : group;
   const uint8_t* bodies = tile + static_cast<size_t>(first) * (body_bytes + tail_bytes);
   return {bodies + (s - first) * body_bytes, bodies + count * body_bytes + (s - first) * tail_bytes};
 }

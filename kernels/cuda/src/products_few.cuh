@@ -48,7 +48,7 @@ struct LaneActivations {
     }
   }
   DEVICE const Activations<Type>& segment(int s) const { return all[first + s]; }
-  DEVICE float scale(int i, int s) const { return __ldg(&all[first_of[i] + s].scale[scales[i]]); }
+  DEVICE float scale(int i, int s) const { return all[first_of[i] + s].scale[scales[i]]; }
 };
 
 // Results are those of d in mma.cuh: n / 2 says which row of weights, n % 2 which row of activations.
@@ -58,13 +58,13 @@ DEVICE void segment_terms(const Segment& w, const LaneActivations<Type>& a, int 
 {
   int32_t weights[4], sums[4] = {kFloatBegin, kFloatBegin, kFloatBegin, kFloatBegin};
   load_weights<Type>(w.body, 0, lane, weights);
-  const uint2 q = __ldg(&a.segment(s).q[a.quants]);
+  const uint2 q = a.segment(s).q[a.quants];
   const RowPair rows = row_scales<Type>(w.tail, lane);
   multiply_k32(sums, weights, {static_cast<int32_t>(q.x), static_cast<int32_t>(q.y)});
   UNROLL for (int n = 0; n < 4; n++) {
     terms[n][0] = {mul(rows.scale[n / 2], a.scale(n % 2, s)), sum_as_float(sums[n])};
     if constexpr (Type::kHasMin)
-      terms[n][1] = {rows.min[n / 2], __ldg(&a.all[a.first_of[n % 2] + s].scaled_sum[a.scales[n % 2]])};
+      terms[n][1] = {rows.min[n / 2], a.all[a.first_of[n % 2] + s].scaled_sum[a.scales[n % 2]]};
   }
 }
 
@@ -91,12 +91,12 @@ DEVICE void segment_terms(const Segment& w, const LaneActivations<Type>& a, int 
     Scale scales[2][2];
     load_weights<Type>(w.body, i, lane, weights);
     scales_of<Type>(rows, i, scales);
-    add_products<Type>(weights, __ldg(&quants.q[i][a.quants]), scales, total);
+    add_products<Type>(weights, quants.q[i][a.quants], scales, total);
   }
   int32_t minus[4] = {0, 0, 0, 0};
   if constexpr (Type::kHasMin) {
     const int32_t mins[2] = {mins_of<Type>(rows[0], lane % 4), mins_of<Type>(rows[1], lane % 4)};
-    minus_mins(mins, __ldg(&quants.high[a.quants]), __ldg(&quants.low[a.quants]), minus);
+    minus_mins(mins, quants.high[a.quants], quants.low[a.quants], minus);
   }
   const RowPair pair = row_scales<Type>(w.tail, lane);
   UNROLL for (int n = 0; n < 4; n++) {
@@ -114,7 +114,7 @@ DEVICE void multiply_few(const Product& p, int round) {
   const Share share = share_of(p, blockIdx.x, kGroupRows);
   if (share.n <= 0) return;
   auto* shared = reinterpret_cast<Term*>(DYNAMIC_SHARED);
-  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, warps = blockDim.x / 32;
+  const int thread = threadIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int segments = p.cols / Type::kLayout.segment_cols;
   const LaneActivations<Type> a(p, share, segments, lane);
   const uint8_t* tile = tile_of(p, share, blockIdx.y);

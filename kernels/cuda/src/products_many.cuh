@@ -158,7 +158,7 @@ DEVICE void multiply_many(const Product& p) {
   SHARED(int32_t, of_row, [kBlockRows]);
   const Share share = share_of(p, blockIdx.x, kBlockRows);
   if (share.n <= 0) return;
-  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32, warps = blockDim.x / 32;
+  const int thread = threadIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   if (thread < kBlockRows) of_row[thread] = activation_row(p, share, thread);
   __syncthreads();
   auto* stages = reinterpret_cast<Stage<Type>*>(DYNAMIC_SHARED);

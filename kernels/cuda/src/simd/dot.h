@@ -32,9 +32,9 @@ struct Lines {
 };
 DECODE Lines halves(Lines p) { return p; }
 
-// Read through the cache for constants.
-DECODE Bytes load_bytes(Lines p) { return __ldg(reinterpret_cast<const uint32_t*>(p.at) + p.row); }
-DECODE uint16_t load_half(Lines p) { return __ldg(reinterpret_cast<const uint16_t*>(p.at) + p.row); }
+// Plain loads: decoders ask for a line once for each k-group in it, and compilers join those, but not calls of __ldg.
+DECODE Bytes load_bytes(Lines p) { return reinterpret_cast<const uint32_t*>(p.at)[p.row]; }
+DECODE uint16_t load_half(Lines p) { return reinterpret_cast<const uint16_t*>(p.at)[p.row]; }
 
 DECODE constexpr uint32_t four_times(int byte) { return (static_cast<uint32_t>(byte) & 255) * 0x01010101u; }
 template <int shift, int mask>
@@ -101,7 +101,7 @@ DECODE Bytes as_bytes(I32x16 a) { return static_cast<uint32_t>(a); }
 DECODE F32x16 from_f16(Lines p) { return half_to_float(load_half(p)); }
 DECODE F32x16 from_bf16(Lines p) { return __uint_as_float(static_cast<uint32_t>(load_half(p)) << 16); }
 DECODE F32x16 from_halved_e8m0(Lines p) {
-  const uint32_t e = __ldg(p.at + p.row);
+  const uint32_t e = p.at[p.row];
   return __uint_as_float(e < 2 ? 0x200000u << e : (e - 1) << 23);
 }
 
@@ -122,7 +122,7 @@ DECODE Bytes spread(Points points, int half) {
 // No byte is zero, so that none carries.
 template <int offset>
 DECODE Bytes with_signs(Bytes b, Lines bits) {
-  const uint32_t four = __ldg(bits.at + bits.row / 2) >> bits.row % 2 * 4 & 15;
+  const uint32_t four = bits.at[bits.row / 2] >> bits.row % 2 * 4 & 15;
   const uint32_t negative = (four * 0x00204081u & 0x01010101u) * 255;
   return (b ^ negative) + (four_times(2 * offset + 1) & negative);
 }

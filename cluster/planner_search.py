@@ -6,17 +6,17 @@ reach. A cut is judged by its slowest stage and by the sum over its stages; a wo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
-from math import inf, prod
-from typing import Protocol
+from math import inf
 
 import numpy as np
 
 from llamaclust.cluster.costs import Table
-from llamaclust.cluster.planner_kinds import Kind, Order
+from llamaclust.cluster.planner_kinds import Kind
 from llamaclust.cluster.planner_orders import least_possible, likely_orders
+from llamaclust.cluster.planner_steps import Cut, Steps, any_order, any_order_steps, in_order
 
 _MOST_STEPS = 8 * (1 << 8) // 2
 """All orders are tried where that takes no more steps than with eight workers that are all different."""
@@ -26,18 +26,6 @@ _CLOSE = 0.99
 
 _CLEARLY_BETTER = 0.95
 """So much better a cut must be for another order than the file's."""
-
-Stage = tuple[int, int, int]
-"""(worker, start, end): layers [start, end) on a worker, by its place in the file."""
-
-
-@dataclass(frozen=True, slots=True)
-class Cut:
-    """Stages in order, from the first layer to the last."""
-
-    stages: tuple[Stage, ...]
-    slowest: float
-    total: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,100 +39,7 @@ class Aim:
         return float(slowest * total**self.total_weight)
 
 
-class Way(Protocol):
-    """Some set of cuts."""
-
-    def least(self, limit: float) -> Cut | None:
-        """The one with the least total of those whose slowest stage is within the limit; None where there is none."""
-        ...
-
-
-class GivenOrder:
-    """Every cut of workers in one order."""
-
-    def __init__(self, order: Order) -> None:
-        self._order = order
-
-    def least(self, limit: float) -> Cut | None:
-        layers = self._order[0][1].layers
-        allowed = {id(kind): kind.allowed(limit) for _, kind in self._order}
-        tables = [allowed[id(kind)] for _, kind in self._order]
-        best = [_nothing(layers)]  # [workers asked][layers covered]
-        for table in tables:
-            best.append(np.minimum(best[-1], _one_more(best[-1], table)))
-        if best[-1][layers] == inf:
-            return None
-        stages: list[tuple[int, Kind, int, int]] = []
-        end = layers
-        for index in reversed(range(len(tables))):
-            if best[index + 1][end] < best[index][end]:
-                start = int((best[index] + tables[index][:, end]).argmin())
-                stages.append((*self._order[index], start, end))
-                end = start
-        return _cut(stages)
-
-
-class AnyOrder:
-    """Every cut of any workers in any order. Of workers that are alike only the number counts."""
-
-    def __init__(self, kinds: Sequence[Kind]) -> None:
-        self._kinds = kinds
-        self._sizes = tuple(len(kind.workers) + 1 for kind in kinds)
-
-    @property
-    def steps(self) -> int:
-        """How often one more worker is added."""
-        return sum(prod(self._sizes) // size * (size - 1) for size in self._sizes)
-
-    def least(self, limit: float) -> Cut | None:
-        layers = self._kinds[0].layers
-        tables = [kind.allowed(limit) for kind in self._kinds]
-        best: dict[tuple[int, ...], Table] = {}  # [workers used of each kind][layers covered]
-        for used in np.ndindex(*self._sizes):
-            reached = [_one_more(best[before], tables[kind]) for kind, before in _one_less(used)]
-            best[used] = np.minimum.reduce(reached) if reached else _nothing(layers)
-        used = min(best, key=lambda used: float(best[used][layers]))
-        return None if best[used][layers] == inf else self._walk(best, used, tables)
-
-    def _walk(self, best: dict[tuple[int, ...], Table], used: tuple[int, ...], tables: Sequence[Table]) -> Cut:
-        """The cut behind best[used][layers]."""
-        stages: list[tuple[int, Kind, int, int]] = []
-        end = self._kinds[0].layers
-        while any(used):
-            ways = [(best[before] + tables[kind][:, end], kind, before) for kind, before in _one_less(used)]
-            costs, number, before = min(ways, key=lambda way: float(way[0].min()))
-            kind, start = self._kinds[number], int(costs.argmin())
-            stages.append((kind.workers[used[number] - 1], kind, start, end))
-            used, end = before, start
-        return _cut(stages)
-
-
-def _nothing(layers: int) -> Table:
-    """The cost of layers [0, end) without a worker."""
-    return np.where(np.arange(layers + 1) == 0, 0.0, inf)
-
-
-def _one_more(best: Table, table: Table) -> Table:
-    """The least cost of layers [0, end), the last of them on one more worker."""
-    least: Table = (best[:, np.newaxis] + table).min(axis=0)
-    return least
-
-
-def _one_less(used: tuple[int, ...]) -> Iterator[tuple[int, tuple[int, ...]]]:
-    """(kind, numbers without one worker of it)."""
-    for kind, count in enumerate(used):
-        if count:
-            yield kind, (*used[:kind], count - 1, *used[kind + 1 :])
-
-
-def _cut(backwards: Sequence[tuple[int, Kind, int, int]]) -> Cut:
-    """Of stages from the last to the first."""
-    stages = tuple((worker, start, end) for worker, _, start, end in reversed(backwards))
-    slowest = max(float(kind.slow[start, end]) for _, kind, start, end in backwards)
-    return Cut(stages, slowest, sum(float(kind.total[start, end]) for _, kind, start, end in backwards))
-
-
-def _best_of(way: Way, limits: Table, aim: Aim, known: Cut | None = None) -> Cut | None:
+def _best_of(way: Steps, limits: Table, aim: Aim, known: Cut | None = None) -> Cut | None:
     """The cut that comes closest to the aim; `known` where none is clearly better.
 
     Intervals of limits are halved, the most promising one first: the total at an interval's upper end is the least one
@@ -177,7 +72,7 @@ class Best:
 
 
 def best_cut(
-    kinds: Sequence[Kind], total_weight: int = 0, total_slack: float = inf, ways: Sequence[Way] | None = None
+    kinds: Sequence[Kind], total_weight: int = 0, total_slack: float = inf, ways: Sequence[Steps] | None = None
 ) -> Best | None:
     """The least slowest * total ** total_weight, with a total of at most total_slack times the least one; `ways`: only
     of these.
@@ -212,13 +107,14 @@ def _limits(kinds: Sequence[Kind]) -> Table:
 
 
 def _is_exact(kinds: Sequence[Kind]) -> bool:
-    return len(kinds) == 1 or AnyOrder(kinds).steps <= _MOST_STEPS
+    return len(kinds) == 1 or any_order_steps(kinds) <= _MOST_STEPS
 
 
-def _ways(kinds: Sequence[Kind], limits: Table) -> list[Way]:
+def _ways(kinds: Sequence[Kind], limits: Table) -> list[Steps]:
     """The file's order, and what may be better."""
     order = sorted((worker, kind) for kind in kinds for worker in kind.workers)
-    file: list[Way] = [GivenOrder(order)]
     if len(kinds) == 1 or not len(limits):
-        return file
-    return [*file, AnyOrder(kinds)] if _is_exact(kinds) else [*file, *map(GivenOrder, likely_orders(order, limits))]
+        return [Steps(in_order(order))]
+    if _is_exact(kinds):
+        return [Steps(in_order(order)), Steps(any_order(kinds))]
+    return [Steps(in_order(one)) for one in (order, *likely_orders(order, limits))]

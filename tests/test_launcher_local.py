@@ -16,8 +16,9 @@ import pytest
 from real_cluster import real_cluster
 
 from llamaclust.cluster.launchers.base import WorkerSpec
-from llamaclust.cluster.launchers.local import LocalLauncher, describe_exit
+from llamaclust.cluster.launchers.local import LocalLauncher
 from llamaclust.cluster.launchers.run_directory import run_directory
+from llamaclust.cluster.launchers.worker_process import describe_exit
 from llamaclust.errors import UsageError
 from llamaclust.wire.server import Server
 from llamaclust.wire.token import ClusterToken

@@ -12,7 +12,8 @@ from recovering import Answer, Recovering, answer_of, asks, config, model_in, re
 from served import run_async
 
 from llamaclust.cluster.engine import EngineState
-from llamaclust.cluster.launchers.local import LocalLauncher, Restarts
+from llamaclust.cluster.launchers.local import LocalLauncher
+from llamaclust.cluster.launchers.restarts import Restarts
 from llamaclust.cluster.planning import Planning
 from llamaclust.cluster.requests import Generation
 from llamaclust.errors import DoesNotFitError, UsageError, WorkerError
@@ -85,7 +86,7 @@ async def test_requests_that_wait_too_long_fail_and_the_cluster_serves_again_whe
     timeouts = {"recovery": "300ms", "worker": "3s"}
     async with recovering(config(model, tmp_path, workers=2, plan=_HALVES, timeouts=timeouts)) as run:
         engine = run.cluster.engine
-        launcher(run)._restarts = Restarts(most=0)
+        launcher(run)._upkeep.limits = Restarts(most=0)
         tasks = run.start(requests)
         await run.token(40)
         run.hurt("b")

@@ -5,15 +5,14 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import IO
 
 from llamaclust.cluster.config import environment
 from llamaclust.cluster.launchers.base import WorkerSpec
-from llamaclust.cluster.launchers.local import worker_environment
+from llamaclust.cluster.launchers.worker_process import worker_command, worker_environment
 
 _JOIN_S = 15.0
 
@@ -31,8 +30,8 @@ class Child:
         self._log = log
         self._process: subprocess.Popen[bytes] | None = None
         self._error: OSError | None = None
-        arguments = list(_arguments(spec, join))
-        threading.Thread(target=self._live, args=(arguments, token, ended), name=spec.name, daemon=True).start()
+        command = worker_command(spec, join, "--static", join_s=_JOIN_S, token_file="/dev/stdin")
+        threading.Thread(target=self._live, args=(command, token, ended), name=spec.name, daemon=True).start()
         self._started.wait()
         if self._error is not None:
             raise self._error
@@ -46,10 +45,10 @@ class Child:
         assert self._process is not None
         self._process.send_signal(number)
 
-    def _live(self, arguments: list[str], token: str, ended: Ended) -> None:
+    def _live(self, command: list[str], token: str, ended: Ended) -> None:
         """In a thread that lives as long as the worker: the kernel ends it with the thread that started it."""
         try:
-            self._process = process = _spawn(arguments, self._log)
+            self._process = process = _spawn(command, self._log)
         except OSError as error:
             self._error = error
             return
@@ -64,9 +63,9 @@ class Child:
         ended(process.wait())
 
 
-def _spawn(arguments: list[str], log: IO[bytes] | None) -> subprocess.Popen[bytes]:
+def _spawn(command: list[str], log: IO[bytes] | None) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [sys.executable, "-P", "-m", "llamaclust.worker", *arguments],
+        command,
         stdin=subprocess.PIPE,  # for the token: it is on no command line, in no environment, on no disk
         stdout=log,
         stderr=log,
@@ -85,27 +84,3 @@ def adapted(spec: WorkerSpec) -> WorkerSpec:
         weights_dir=variables.weights_dir if variables.weights_bytes else None,
         weights_bytes=variables.weights_bytes,
     )
-
-
-def _arguments(spec: WorkerSpec, join: str) -> Iterator[str]:
-    options = {
-        "--name": spec.name,
-        "--join": join,
-        "--join-s": _JOIN_S,
-        "--token-file": "/dev/stdin",
-        "--device": spec.device,
-        "--threads": spec.threads,
-        "--memory-bytes": spec.memory_bytes,
-        "--feature-level": spec.feature_level or None,
-        "--prepared-dir": spec.prepared_dir,
-        "--prepared-bytes": spec.prepared_bytes if spec.prepared_dir else None,
-        "--weights-dir": spec.weights_dir,
-        "--weights-bytes": spec.weights_bytes if spec.weights_dir else None,
-        "--parent-pid": os.getpid(),
-        "--log-format": spec.log_format,
-        "--cluster": spec.cluster or None,
-    }
-    yield "--static"
-    for option, value in options.items():
-        if value is not None:
-            yield from (option, str(value))

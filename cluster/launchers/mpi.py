@@ -10,13 +10,13 @@ import signal
 import socket
 import stat
 import struct
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Coroutine, Sequence
+from contextlib import AbstractContextManager
 
 from llamaclust.cluster.config import ClusterConfig
 from llamaclust.cluster.events import Watch
 from llamaclust.cluster.launchers.base import Exited, GaveUp, WorkerSpec
 from llamaclust.cluster.launchers.launch import Launch
-from llamaclust.cluster.launchers.local import Restarts
 from llamaclust.cluster.launchers.mpi_words import (
     EndWorker,
     RankLost,
@@ -26,6 +26,7 @@ from llamaclust.cluster.launchers.mpi_words import (
     from_bytes,
     to_bytes,
 )
+from llamaclust.cluster.launchers.restarts import Upkeep
 from llamaclust.cluster.launchers.static import StaticLauncher, cluster_authority
 from llamaclust.cluster.registry import Registry
 from llamaclust.cluster.state import ClusterDir
@@ -56,9 +57,8 @@ class MpiLauncher:
         self._orders: dict[str, StartWorker] = {}  # by name
         self._running: dict[str, asyncio.Event] = {}  # set when that process has ended
         self._words: dict[str, str] = {}
-        self._ends_s: dict[str, list[float]] = {}
         self._lost: set[str] = set()
-        self._gave_up: GaveUp | None = None
+        self._upkeep = Upkeep()
         self._writer: asyncio.StreamWriter | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -89,7 +89,7 @@ class MpiLauncher:
 
     async def stop(self) -> None:
         """SIGTERM to those that are still there, and SIGKILL a second later."""
-        self._gave_up = None
+        self._upkeep.end()
         for number in (signal.SIGTERM, signal.SIGKILL):
             if not await self._ended(_GRACE_S):
                 for name in self._running:
@@ -101,14 +101,9 @@ class MpiLauncher:
             self._writer.close()
         await self._static.stop()
 
-    @contextlib.contextmanager
-    def keeping_up(self, gave_up: GaveUp) -> Iterator[None]:
+    def keeping_up(self, gave_up: GaveUp) -> AbstractContextManager[None]:
         """The same rank starts it again, unless it is lost; one that ends too often within a minute is given up."""
-        self._gave_up = gave_up
-        try:
-            yield
-        finally:
-            self._gave_up = None
+        return self._upkeep.on(gave_up)
 
     async def end(self, name: str) -> None:
         """By SIGKILL: whoever is lost hears nothing else."""
@@ -163,22 +158,15 @@ class MpiLauncher:
                 name = names[word.rank]
                 self._lost.add(name)
                 exited(name, f"its rank {word.rank} is gone")
-                if self._gave_up is not None:
-                    self._gave_up(name, f"its rank {word.rank} is gone, and MPI starts no other")
+                self._upkeep.give_up(name, f"its rank {word.rank} is gone, and MPI starts no other")
         os.kill(os.getpid(), signal.SIGTERM)
 
     async def _restart(self, name: str, how: str) -> None:
-        now_s, limits = asyncio.get_running_loop().time(), Restarts()
-        ends_s = self._ends_s[name] = [one for one in self._ends_s.get(name, ()) if one > now_s - limits.within_s]
-        if self._gave_up is None:
+        pause_s = self._upkeep.pause_s(name, how)
+        if pause_s is None:
             return
-        if len(ends_s) >= limits.most:
-            often = f"it was started again {limits.most} times within {limits.within_s:g} s, which did not help"
-            self._gave_up(name, f"{how}; {often}")
-            return
-        await asyncio.sleep(limits.pause_s(len(ends_s)))
-        ends_s.append(now_s)
-        if self._gave_up is not None and name not in self._lost:
+        await asyncio.sleep(pause_s)
+        if self._upkeep.is_on and name not in self._lost:
             self._start(name)
 
     def _do(self, work: Coroutine[None, None, None]) -> None:

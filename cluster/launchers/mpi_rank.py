@@ -20,7 +20,6 @@ from typing import Any
 from llamaclust.cluster.config import ClusterConfig
 from llamaclust.cluster.last_words import last_words
 from llamaclust.cluster.launchers.child import Child, adapted
-from llamaclust.cluster.launchers.local import describe_exit
 from llamaclust.cluster.launchers.mpi_words import (
     EndWorker,
     Leave,
@@ -32,6 +31,7 @@ from llamaclust.cluster.launchers.mpi_words import (
     from_bytes,
     to_bytes,
 )
+from llamaclust.cluster.launchers.worker_process import describe_exit
 from llamaclust.cluster.state import ClusterDir
 from llamaclust.errors import LlamaclustError, UsageError, WorkerError
 from llamaclust.wire.credentials import split_address

@@ -6,17 +6,18 @@ import asyncio
 import contextlib
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 from llamaclust.cluster.config import ClusterConfig
 from llamaclust.cluster.events import AwaitingWorkers, Watch
 from llamaclust.cluster.launchers.base import Exited, GaveUp, WorkerSpec
 from llamaclust.cluster.launchers.launch import Launch
-from llamaclust.cluster.launchers.local import Restarts
 from llamaclust.cluster.launchers.ray_cluster import RayCluster
 from llamaclust.cluster.launchers.ray_workers import RayWorkers, resources
+from llamaclust.cluster.launchers.restarts import Upkeep
 from llamaclust.cluster.launchers.static import StaticLauncher, cluster_authority
 from llamaclust.cluster.registry import Registry
 from llamaclust.cluster.state import ClusterDir
@@ -62,7 +63,7 @@ class RayLauncher:
         self._watches: list[asyncio.Task[None]] = []
         self._words: dict[str, str] = {}
         self._incarnations: dict[str, str] = {}  # of the actors that are followed
-        self._gave_up: GaveUp | None = None
+        self._upkeep = Upkeep()
         self._stopping = False
 
     def check(self, workers: Sequence[WorkerSpec], model: Model) -> None:
@@ -103,14 +104,9 @@ class RayLauncher:
             self._thread.shutdown()
             await self._static.stop()
 
-    @contextlib.contextmanager
-    def keeping_up(self, gave_up: GaveUp) -> Iterator[None]:
+    def keeping_up(self, gave_up: GaveUp) -> AbstractContextManager[None]:
         """Ray starts them again; one that ends too often within a minute is removed."""
-        self._gave_up = gave_up
-        try:
-            yield
-        finally:
-            self._gave_up = None
+        return self._upkeep.on(gave_up)
 
     async def end(self, name: str) -> None:
         """Kills its actor, unless Ray has started another worker already."""
@@ -161,7 +157,6 @@ class RayLauncher:
         """Tells each end of a worker, as often as Ray starts it again."""
         from ray.exceptions import ActorDiedError, RayError
 
-        ends_s: list[float] = []
         while True:
             try:
                 self._incarnations[name] = await _answer(actor.incarnation.remote())
@@ -175,20 +170,20 @@ class RayLauncher:
             del self._incarnations[name]
             if not self._stopping:
                 exited(name, how)
-            if self._gave_up is None or self._is_too_much(name, how, ends_s):
+            if not await self._may_restart(name, how):
                 return
             await self._call(lambda: self._placed.restart(name))
             await _replaced(actor)
 
-    def _is_too_much(self, name: str, how: str, ends_s: list[float]) -> bool:
-        """Whether that was an end too many: then Ray does not start it again."""
-        now_s, limits = asyncio.get_running_loop().time(), Restarts()
-        ends_s[:] = [end_s for end_s in ends_s if end_s > now_s - limits.within_s] + [now_s]
-        if len(ends_s) <= limits.most or self._gave_up is None:
+    async def _may_restart(self, name: str, how: str) -> bool:
+        """Waits as long as is due. False where it is started no more; then Ray does not do so either."""
+        pause_s = self._upkeep.pause_s(name, how)
+        if pause_s is None:
+            if self._upkeep.is_on:
+                self._placed.forget(name)
             return False
-        self._placed.forget(name)
-        self._gave_up(name, f"{how}; it was started again {limits.most} times within {limits.within_s:g} s, in vain")
-        return True
+        await asyncio.sleep(pause_s)
+        return self._upkeep.is_on
 
 
 def _hear_signals_again() -> None:

@@ -16,7 +16,7 @@ from ray.exceptions import ActorDiedError, RayError
 from llamaclust.cluster.last_words import last_words
 from llamaclust.cluster.launchers.base import WorkerSpec
 from llamaclust.cluster.launchers.child import Child, adapted
-from llamaclust.cluster.launchers.local import describe_exit
+from llamaclust.cluster.launchers.worker_process import describe_exit
 from llamaclust.errors import UsageError
 
 PLACEMENT = "llamaclust"

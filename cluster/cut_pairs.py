@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import permutations
 from types import TracebackType
 from typing import Self
 
@@ -21,7 +22,14 @@ _LONGER = 1.5  # each time
 _MEMORY_S = 600.0
 """A pair that breaks again within so long after it was mended is tried again after longer pauses than before."""
 
+_MOST_TRIES = 256
+"""All ways are tried at the same time where they are not more."""
+_TRIES = (2, 4)
+"""The first version of the protocol whose workers do."""
+
 Workers = Callable[[], Mapping[str, WorkerHandle]]
+_Way = tuple[WorkerHandle, WorkerHandle]
+"""From the first to the second."""
 
 
 @dataclass(slots=True)
@@ -76,16 +84,46 @@ class CutPairs:
             self._trials.pop(pair).cancel()
 
     async def _believe(self, caller: WorkerHandle, other: WorkerHandle, why: str) -> None:
-        """Only of one that is alive: one that has ended or hangs cannot be reached either."""
+        """Where a way is cut, others may be as well, and would be found one after the other, each with a plan of its
+        own: they are tried at the same time."""
+        news = {(caller, other)} if await self._believes(caller, other, why) else set()
+        tried: set[_Way] = set()
+        while news:
+            ways = self._ways(news) - tried
+            tried |= ways
+            cut = await asyncio.gather(*(self._find(*way) for way in ways))
+            news = {way for way, is_cut in zip(ways, cut, strict=True) if is_cut}
+
+    def _ways(self, news: set[_Way]) -> set[_Way]:
+        """Those that may be cut as well: of many workers, those from and to the ones that are known to be cut off."""
+        there = [one for one in self._workers().values() if one.registration.protocol >= _TRIES]
+        ways = {way for way in permutations(there, 2) if frozenset((way[0].name, way[1].name)) not in self._cuts}
+        if len(ways) <= _MOST_TRIES:
+            return ways
+        ends = {worker for way in news for worker in way}
+        return {way for way in ways if ends.intersection(way)}
+
+    async def _find(self, caller: WorkerHandle, other: WorkerHandle) -> bool:
+        try:
+            why = await caller.tries(other, self._worker_s)
+        except (WorkerError, DeadlineError):
+            return False
+        return bool(why) and await self._believes(caller, other, why)
+
+    async def _believes(self, caller: WorkerHandle, other: WorkerHandle, why: str) -> bool:
+        """Remembers it; whether that is news. Only of one that is alive: one that has ended or hangs cannot be reached
+        either."""
         if not await other.shows_life() or caller.loss is not None:
-            return
+            return False
         pair = frozenset((caller.name, other.name))
-        if pair not in self._cuts:
+        is_news = pair not in self._cuts
+        if is_news:
             self._cuts[pair] = _Cut(self._first_pause_s(pair))
             self._trials[pair] = asyncio.create_task(self._try_again(pair))
             self._watch(News(cut_text(caller.name, other.name, why)))
             self._on_change()
         self._cuts[pair].callers[caller.name] = other.name
+        return is_news
 
     def _first_pause_s(self, pair: Pair) -> float:
         mended_s, pause_s = self._mended.get(pair, (0.0, 0.0))
@@ -108,7 +146,7 @@ class CutPairs:
         workers = self._workers()
         try:
             for caller, other in tuple(cut.callers.items()):
-                if not await workers[caller].tries(workers[other], 2 * self._worker_s):
+                if await workers[caller].tries(workers[other], 2 * self._worker_s):
                     return False
         except (WorkerError, DeadlineError, KeyError):
             return False

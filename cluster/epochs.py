@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from llamaclust.cluster.blame import lost_in
 from llamaclust.cluster.config import ClusterConfig
 from llamaclust.cluster.links import Links
 from llamaclust.cluster.loading import OnError, OnProgress, load_stages, unload_stages
@@ -15,7 +16,7 @@ from llamaclust.cluster.plan_inputs import scheduler_settings, stage_limits
 from llamaclust.cluster.registry import Registry
 from llamaclust.cluster.remote import RemotePipeline
 from llamaclust.cluster.settings import SchedulerSettings
-from llamaclust.cluster.weight_sources import OnReading, file_is_away
+from llamaclust.cluster.weight_sources import OnReading, file_is_away, tell_source
 from llamaclust.cluster.worker_handle import WorkerHandle
 from llamaclust.errors import LlamaclustError
 from llamaclust.model.loader import Model
@@ -34,7 +35,8 @@ class Epoch:
 
     @property
     def lost(self) -> list[WorkerHandle]:
-        return [worker for worker in self.workers if worker.loss is not None]
+        """The cause first."""
+        return lost_in(self.number, self.workers)
 
     def holds(self, name: str) -> bool:
         return any(worker.name == name for worker in self.workers)
@@ -54,10 +56,18 @@ class Epochs:
         self._registry = registry
         self._credentials = credentials
         self._last = 0
+        self._telling: set[asyncio.Task[None]] = set()
 
     @property
     def file_is_away(self) -> bool:
         return file_is_away(self._registry.present, self._model.model_id)
+
+    def joined(self, worker: WorkerHandle) -> None:
+        """Those who fetch weights hear of one that is here, or back under another address."""
+        workers = self._registry.present.values()
+        telling = asyncio.create_task(tell_source(worker, workers, str(self._model.file.path), self._model.model_id))
+        self._telling.add(telling)
+        telling.add_done_callback(self._telling.discard)
 
     async def open(
         self,
@@ -91,7 +101,7 @@ class Epochs:
             pipeline = await RemotePipeline.open(number, workers, self._credentials)
         except LlamaclustError as error:
             for worker in workers:
-                if worker.registration.address in str(error):
+                if worker.name == error.worker:
                     on_error(worker, error)
             if not alone:
                 await unload_stages(number, workers)

@@ -10,11 +10,13 @@ from pathlib import Path
 from statistics import fmean
 
 from llamaclust.cluster.config import ClusterConfig
-from llamaclust.cluster.events import Measuring, Watch
+from llamaclust.cluster.events import Measuring, News, Watch
+from llamaclust.cluster.news import untried_text
 from llamaclust.cluster.shares import measurement_key
 from llamaclust.cluster.state import Measurement, read_measurements, write_measurements
 from llamaclust.cluster.trials import Trial, TrialPoint, mean_trial
 from llamaclust.cluster.worker_handle import WorkerHandle
+from llamaclust.errors import LlamaclustError
 from llamaclust.model.loader import Model
 from llamaclust.wire.control import Measure, Measured
 
@@ -31,9 +33,11 @@ async def measure_workers(
     if missing:
         watch(Measuring(tuple(missing)))
         order = Measure(str(model.file.path), model.model_id)
-        new = await _measured({name: workers[name] for name in missing}, keys, order)
+        measuring = _Measuring({name: workers[name] for name in missing}, keys, order, watch)
+        new = await measuring.run()
         untried = {_key(workers[name], workers): _untried(new[keys[name]]) for name in missing}
-        write_measurements(state_dir, untried | new)
+        kept = {key: one for key, one in new.items() if key not in measuring.failed}  # those are tried again next time
+        write_measurements(state_dir, untried | kept)
         known |= new
     return stated | {name: known[key] for name, key in keys.items()}
 
@@ -57,27 +61,56 @@ def _untried(measured: Measurement) -> Measurement:
     return replace(measured, alone=(), together=())
 
 
-async def _measured(
-    workers: Mapping[str, WorkerHandle], keys: Mapping[str, str], order: Measure
-) -> dict[str, Measurement]:
-    """By key. All together first; then, of those that are alike and share a machine, one alone."""
-    names = list(workers)
-    together = await asyncio.gather(*(workers[name].measure(order) for name in names))
-    found = _evened([keys[name] for name in names], together)
-    machines: dict[str, list[str]] = {}
-    for name in names:
-        machines.setdefault(workers[name].registration.host, []).append(name)
-    shared = [company for company in machines.values() if len(company) > 1]
-    for alone in await asyncio.gather(*(_each_alone(company, workers, keys, order) for company in shared)):
-        found |= {key: replace(found[key], alone=trial) for key, trial in alone.items() if trial}
-    return found
+class _Measuring:
+    """Of workers whose figures are not known, by their keys."""
 
+    def __init__(
+        self, workers: Mapping[str, WorkerHandle], keys: Mapping[str, str], order: Measure, watch: Watch
+    ) -> None:
+        self._workers = workers
+        self._keys = keys
+        self._order = order
+        self._watch = watch
+        self.failed: set[str] = set()  # keys of workers that could not try steps of the model
 
-async def _each_alone(
-    names: list[str], workers: Mapping[str, WorkerHandle], keys: Mapping[str, str], order: Measure
-) -> dict[str, Trial]:
-    one_of_each = {keys[name]: workers[name] for name in reversed(names)}
-    return {key: _trial(await worker.measure(order)) for key, worker in one_of_each.items()}
+    async def run(self) -> dict[str, Measurement]:
+        """By key. All together first; then, of those that are alike and share a machine, one alone."""
+        found = _evened([self._keys[name] for name in self._workers], await self._together())
+        machines: dict[str, list[str]] = {}
+        for name, worker in self._workers.items():
+            machines.setdefault(worker.registration.host, []).append(name)
+        shared = [company for company in machines.values() if len(company) > 1]
+        for alone in await asyncio.gather(*map(self._each_alone, shared)):
+            found |= {key: replace(found[key], alone=trial) for key, trial in alone.items() if trial}
+        return found
+
+    async def _together(self) -> list[Measured]:
+        """In the order of the workers; of those that failed to try steps of the model, of their machines alone."""
+        tried = await asyncio.gather(*map(self._try, self._workers.values()))
+        without = [name for name, one in zip(self._workers, tried, strict=True) if one is None]
+        machines = dict(
+            zip(without, await asyncio.gather(*(self._workers[name].measure() for name in without)), strict=True)
+        )
+        return [one or machines[name] for name, one in zip(self._workers, tried, strict=True)]
+
+    async def _each_alone(self, names: list[str]) -> dict[str, Trial]:
+        one_of_each = {self._keys[name]: self._workers[name] for name in reversed(names)}
+        trials: dict[str, Trial] = {}
+        for key, worker in one_of_each.items():
+            if key not in self.failed and (measured := await self._try(worker)) is not None:
+                trials[key] = _trial(measured)
+        return trials
+
+    async def _try(self, worker: WorkerHandle) -> Measured | None:
+        """None, and a line that says so, where steps of the model could not be tried. WorkerError where it is lost."""
+        try:
+            return await worker.measure(self._order)
+        except LlamaclustError as error:
+            if worker.loss is not None:
+                raise
+            self.failed.add(self._keys[worker.name])
+            self._watch(News(untried_text(worker.name, error)))
+            return None
 
 
 def _evened(keys: list[str], measured: list[Measured]) -> dict[str, Measurement]:

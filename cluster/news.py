@@ -31,6 +31,11 @@ def given_up_text(worker: str, why: str) -> str:
     return f"worker {worker} is not started again: {why}; look at `llamaclust logs {worker}`"
 
 
+def untried_text(worker: str, why: LlamaclustError) -> str:
+    what = f"steps of the model could not be tried on worker {worker}"
+    return f"{what}, plans go by its bandwidth and dot products alone: {why}"
+
+
 def moving_text(plan: Plan, workers: Mapping[str, WorkerHandle]) -> str:
     """Where layers go, and how many each worker has to load for it."""
     load = missing_layers(plan, (workers[stage.worker] for stage in plan.stages))

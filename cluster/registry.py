@@ -284,8 +284,11 @@ def _speaker(stream: ServerStream) -> Callable[[CoordinatorMessage], Awaitable[N
     """Writes messages one at a time, as gRPC wants it."""
     writing = asyncio.Lock()
 
-    async def say(message: CoordinatorMessage) -> None:
+    async def said(message: CoordinatorMessage) -> None:
         async with writing:
             await stream.write(encode_coordinator_message(message))
+
+    async def say(message: CoordinatorMessage) -> None:
+        await asyncio.shield(said(message))  # where its deadline passes, gRPC still has the message
 
     return say

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 
-from llamaclust.cluster.pipeline import StageInfo
+from llamaclust.cluster.blame import blamed, stage_of
 from llamaclust.cluster.worker_handle import WorkerHandle
 from llamaclust.errors import LlamaclustError, WireError, WorkerError
 from llamaclust.wire.channels import FORWARD, SAMPLE, ClientStream, Peer
@@ -19,8 +19,6 @@ from llamaclust.wire.outbox import Outbox
 _OPEN_S = 30.0
 _WRITE_S = 20.0
 """Shorter than a stage waits for sampling inputs or the next stage (`wire.control.Deadlines`)."""
-_BLAME_S = 1.0
-"""A stream breaks before the loss of the worker behind it is known."""
 
 
 class RemotePipeline:
@@ -28,10 +26,8 @@ class RemotePipeline:
 
     @classmethod
     async def open(cls, epoch: int, workers: Sequence[WorkerHandle], credentials: Credentials) -> RemotePipeline:
-        """Opens the streams of an epoch that `workers` hold, given in the order of their stages.
-
-        WorkerError where a stage refuses or cannot be reached, DeadlineError where it does not answer.
-        """
+        """Opens the streams of an epoch that `workers` hold, given in the order of their stages. WorkerError where a
+        stage refuses, cannot be reached or does not answer; its `worker` says whose, where that is known."""
         ends = (workers[0], workers[-1])
         first, last = (Peer(one.registration.address, credentials, Principal(one.name)) for one in ends)
         try:
@@ -43,7 +39,7 @@ class RemotePipeline:
         except BaseException as error:
             await asyncio.gather(first.close(), last.close())
             if isinstance(error, LlamaclustError):
-                raise await _blame(epoch, workers, error) from error
+                raise await blamed(epoch, workers, error) from error
             raise
         return cls(epoch, workers, (first, last), forward, sample)
 
@@ -56,7 +52,7 @@ class RemotePipeline:
         sample: ClientStream,
     ) -> None:
         self.epoch = epoch
-        self.stages = tuple(_stage(epoch, worker) for worker in workers)
+        self.stages = tuple(stage_of(epoch, worker) for worker in workers)
         self._workers = tuple(workers)
         self._peers = peers
         self._forward = forward
@@ -87,7 +83,7 @@ class RemotePipeline:
             ended = next((_ending(task) for task in work if task.done()), None)
             if isinstance(ended, WireError):  # of the last stage: nobody else answers here
                 raise ended
-            raise await _blame(self.epoch, self._workers, ended)
+            raise await blamed(self.epoch, self._workers, ended)
         finally:
             for task in (*work, *losses):
                 task.cancel()
@@ -120,24 +116,3 @@ def _ending(task: asyncio.Task[None]) -> LlamaclustError:
         return WorkerError("a stream was cancelled")
     error = task.exception()
     return error if isinstance(error, LlamaclustError) else WorkerError(f"{type(error).__name__}: {error}")
-
-
-def _stage(epoch: int, worker: WorkerHandle) -> StageInfo:
-    order, _ = worker.stages[epoch]
-    return StageInfo(worker.name, order.start, order.end)
-
-
-async def _blame(epoch: int, workers: Sequence[WorkerHandle], ended: LlamaclustError | None) -> LlamaclustError:
-    """The loss of a worker, if there is one or will be in a moment; else what a stream ended with, as soon as a worker
-    has said that it cannot reach another one."""
-    reasons = [reason for worker in workers for reason in (worker.lost, worker.cut_off(epoch))]
-    news = [asyncio.create_task(reason.wait()) for reason in reasons]
-    await asyncio.wait(news, timeout=_BLAME_S, return_when=asyncio.FIRST_COMPLETED)
-    for task in news:
-        task.cancel()
-    lost = next((worker for worker in workers if worker.lost.is_set()), None)
-    if lost is not None:
-        return lost.error
-    stages = (_stage(epoch, worker) for worker in workers)
-    names = ", ".join(f"{stage.worker} [{stage.start}, {stage.end})" for stage in stages)
-    return WorkerError(f"the pipeline of workers {names} broke: {ended}")

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Collection, Coroutine, Mapping
+from contextlib import suppress
 from functools import partial
 from math import inf, log
 
 from llamaclust.cluster.links import UNKNOWN, Links
 from llamaclust.cluster.worker_handle import STALL_S, WorkerHandle
-from llamaclust.errors import LlamaclustError
-from llamaclust.wire.control import Located, LocateProgress, WeightSource, WeightSources
+from llamaclust.errors import DeadlineError, LlamaclustError, WorkerError
+from llamaclust.wire.control import Located, LocateProgress, NewSource, WeightSource, WeightSources
+from llamaclust.wire.deadlines import deadline
 
 _log = logging.getLogger(__name__)
 
@@ -25,6 +27,9 @@ OnReading = Callable[[str, LocateProgress], None]
 
 _SINCE = (2, 2)
 """The first version of the protocol whose workers answer."""
+_HEARS = (2, 5)
+"""The first one whose workers hear of sources while they load."""
+_TELL_S = 5.0
 
 
 async def weight_sources(
@@ -54,6 +59,29 @@ async def weight_sources(
     if not givers:
         return {}
     return {name: _sources(members[name], place, members, givers, links) for place, name in enumerate(without)}
+
+
+async def tell_source(
+    newcomer: WorkerHandle, workers: Collection[WorkerHandle], model_path: str, model_id: str
+) -> None:
+    """Tells those that fetch weights of one that has joined, where it has what they fetch: it may be one that they ask
+    in vain, since it is elsewhere now."""
+    fetching = [one for one in workers if one is not newcomer and _fetched(one) and one.registration.protocol >= _HEARS]
+    if not fetching:
+        return
+    for located in (await _located([newcomer], lambda one: one.locate(model_path, model_id, describe=True))).values():
+        source = WeightSource(newcomer.registration.address, newcomer.name)
+        for worker in fetching:
+            if located.manifest is not None and located.manifest == _fetched(worker):
+                with suppress(WorkerError, DeadlineError):  # it is lost, or will be
+                    async with deadline(f"telling worker {worker.name} of a source", _TELL_S):
+                        await worker.say(NewSource(located.manifest, source))
+
+
+def _fetched(worker: WorkerHandle) -> str | None:
+    """By its manifest: of what model a worker fetches weights."""
+    order = worker.loading
+    return None if order is None or order.weights is None else order.weights.manifest
 
 
 def nearest_first(

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from enum import StrEnum
 from functools import partial
+from itertools import count
 from typing import Any
 
 from llamaclust import errors
-from llamaclust.errors import DeadlineError, LlamaclustError, StalledError, WireError, WorkerError
-from llamaclust.sizes import mib
+from llamaclust.cluster.stalling import Further
+from llamaclust.errors import LlamaclustError, UsageError, WireError, WorkerError
 from llamaclust.wire.control import (
     CoordinatorMessage,
     Failure,
@@ -25,14 +27,17 @@ from llamaclust.wire.control import (
     Located,
     LocateFailed,
     LocateProgress,
+    LogTold,
     Measure,
     Measured,
     MeasureLinks,
     MeasureLinksFailed,
     PeerLost,
     PeerTried,
+    Question,
     Register,
     Renew,
+    TellLog,
     TryPeer,
     Unload,
     Unloaded,
@@ -54,6 +59,10 @@ _DESCRIBE_S = 3600.0
 """For workers that tell nothing of how far they are."""
 _TELLS = (2, 3)
 """The first version of the protocol whose workers do."""
+_LOG_S = 5.0
+_losses = count()
+_TELLS_LOG = (2, 5)
+"""The first version of the protocol whose workers tell their log."""
 
 
 class WorkerState(StrEnum):
@@ -73,6 +82,7 @@ class WorkerHandle:
         self.heartbeat: Heartbeat | None = None
         self.lost = asyncio.Event()
         self.loss: str | None = None
+        self.loss_number = 0  # of those that are lost, counted as they are
         self.left = False
         self.say = say
         self.last_words = ""  # of its log, once it is lost
@@ -81,9 +91,14 @@ class WorkerHandle:
         self._on_progress: OnProgress | None = None
         self._on_reading: OnReading | None = None
         self._loading: Load | None = None
-        self._asked: dict[str, asyncio.Future[Any]] = {}
+        self._asked: dict[str, tuple[int, asyncio.Future[Any]]] = {}  # (number, answer)
+        self._one_locates = asyncio.Lock()
+        self._one_reads = asyncio.Lock()  # its log
+        self._one_tries: dict[str, asyncio.Lock] = {}  # by the other's name
+        self._numbers = count(1)
         self._word = asyncio.Event()  # the next one that it says
         self._cut_off: dict[int, asyncio.Event] = {}  # by epoch
+        self._unreached: dict[int, str] = {}  # by epoch: whom its stage cannot reach
 
     @property
     def name(self) -> str:
@@ -105,6 +120,11 @@ class WorkerHandle:
         return WorkerState.READY if self.stages else WorkerState.JOINED
 
     @property
+    def loading(self) -> Load | None:
+        """What it loads now."""
+        return self._loading
+
+    @property
     def layers(self) -> tuple[int, int] | None:
         """The layers of its newest stage, loaded or being loaded."""
         order = self._loading or (self.stages[max(self.stages)][0] if self.stages else None)
@@ -120,7 +140,9 @@ class WorkerHandle:
         """What a request hears that was lost with this worker."""
         layers = f" (layers [{self.layers[0]}, {self.layers[1]}))" if self.layers else ""
         why = self.loss or "no reason is known"
-        return WorkerError(f"worker {self.name}{layers} is lost: {why}{self._last_words_text}")
+        error = WorkerError(f"worker {self.name}{layers} is lost: {why}{self._last_words_text}")
+        error.worker = self.name
+        return error
 
     @property
     def _last_words_text(self) -> str:
@@ -132,6 +154,10 @@ class WorkerHandle:
     def cut_off(self, epoch: int) -> asyncio.Event:
         """Set once its stage of the epoch has said that it cannot reach another one."""
         return self._cut_off.setdefault(epoch, asyncio.Event())
+
+    def unreached(self, epoch: int) -> str | None:
+        """Which worker that is."""
+        return self._unreached.get(epoch)
 
     async def shows_life(self) -> bool:
         """Returns at the next sign of life; False where it is lost instead."""
@@ -147,7 +173,7 @@ class WorkerHandle:
         """Loads a stage. Raises the worker's own error where it fails, WorkerError where the worker is lost,
         StalledError where it gets no further for `stall_s`."""
         assert self._loading is None, "one load at a time"
-        further = _Further(f"worker {self.name} gets no further with layers [{order.start}, {order.end})", stall_s)
+        further = Further(f"worker {self.name} gets no further with layers [{order.start}, {order.end})", stall_s)
 
         def progress(news: LoadProgress) -> None:
             further.hear(news.done_bytes, news.total_bytes)
@@ -158,8 +184,9 @@ class WorkerHandle:
         if order.alone:
             self.stages.clear()
             self._cut_off.clear()
+            self._unreached.clear()
         try:
-            loaded: Loaded = await further.wait(partial(self._ask, f"load of epoch {order.epoch}", order))
+            loaded: Loaded = await further.wait(partial(self._order, f"load of epoch {order.epoch}", order))
         finally:
             self._loading = self._on_progress = None
         self.stages[order.epoch] = (order, loaded)
@@ -168,9 +195,10 @@ class WorkerHandle:
     async def unload(self, epoch: int, deadline_s: float = _UNLOAD_S) -> None:
         """Frees the stage of an epoch; returns when it is freed."""
         what = f"unload of epoch {epoch}"
-        await self._ask(what, Unload(epoch), deadline(f"worker {self.name}: {what}", deadline_s))
+        await self._order(what, Unload(epoch), deadline(f"worker {self.name}: {what}", deadline_s))
         self.stages.pop(epoch, None)
         self._cut_off.pop(epoch, None)
+        self._unreached.pop(epoch, None)
 
     async def measure(self, order: Measure = Measure(), deadline_s: float = _MEASURE_S) -> Measured:  # noqa: B008
         """Has the worker measure its machine; it should do nothing else meanwhile."""
@@ -187,12 +215,23 @@ class WorkerHandle:
             raise WireError(f"worker {self.name} measured {len(measured.links)} links, asked for one")
         return measured.links[0]
 
-    async def tries(self, other: WorkerHandle, deadline_s: float) -> bool:
-        """Whether it reaches another worker now. WorkerError where it is lost, DeadlineError where it does not say."""
+    async def tries(self, other: WorkerHandle, deadline_s: float) -> str:
+        """Why it cannot reach another worker now; "" where it can. WorkerError where it is lost, DeadlineError where it
+        does not say."""
         what = f"way to {other.name}"
-        limit = deadline(f"worker {self.name}: the {what}", deadline_s)
-        tried: PeerTried = await self._ask(what, TryPeer(other.name, other.registration.address), limit)
-        return not tried.reason
+        async with self._one_tries.setdefault(other.name, asyncio.Lock()):
+            limit = deadline(f"worker {self.name}: the {what}", deadline_s)
+            tried: PeerTried = await self._ask(what, TryPeer(other.name, other.registration.address), limit)
+        return tried.reason
+
+    async def log(self, deadline_s: float = _LOG_S) -> LogTold:
+        """The last lines of its log. WorkerError where it is lost, UsageError of one whose version does
+        not tell them, DeadlineError."""
+        if self.registration.protocol < _TELLS_LOG:
+            raise UsageError(f"worker {self.name} is of an older version, which does not tell its log")
+        async with self._one_reads:
+            told: LogTold = await self._ask("log", TellLog(), deadline(f"worker {self.name}: its log", deadline_s))
+        return told
 
     async def locate(
         self,
@@ -205,12 +244,17 @@ class WorkerHandle:
     ) -> Located:
         """What it has of a model; asked once. `describe`: with the manifest of its file, for which it may read that.
         StalledError where it gets no further for `stall_s`."""
-        key = model_id, describe
-        if key in self._located:
+        async with self._one_locates:
+            key = model_id, describe
+            if key not in self._located:
+                question = Locate(model_path, model_id, describe)
+                self._located[key] = await self._locate(question, on_reading, stall_s)
             return self._located[key]
-        is_told = not describe or self.registration.protocol >= _TELLS
-        what = f"worker {self.name} gets no further with reading {model_path}"
-        further = _Further(what, stall_s if is_told else _DESCRIBE_S)
+
+    async def _locate(self, question: Locate, on_reading: OnReading | None, stall_s: float) -> Located:
+        is_told = not question.describe or self.registration.protocol >= _TELLS
+        what = f"worker {self.name} gets no further with reading {question.model_path}"
+        further = Further(what, stall_s if is_told else _DESCRIBE_S)
 
         def progress(news: LocateProgress) -> None:
             further.hear(news.done_bytes, news.total_bytes)
@@ -219,21 +263,26 @@ class WorkerHandle:
 
         self._on_reading = progress
         try:
-            ask = partial(self._ask, "weights", Locate(model_path, model_id, describe))
-            self._located[key] = await further.wait(ask)
+            located: Located = await further.wait(partial(self._ask, "weights", question))
         finally:
             self._on_reading = None
-        return self._located[key]
+        return located
 
     def found(self, model_id: str) -> Located | None:
         """What it said to have of a model; None: it was not asked, or has not answered."""
         return self._located.get((model_id, True)) or self._located.get((model_id, False))
 
-    async def _ask(self, what: str, message: CoordinatorMessage, limit: deadline) -> Any:
+    async def _ask(self, what: str, question: Question, limit: deadline) -> Any:
+        """An answer that comes after its deadline has an old number, and is nobody's."""
+        number = next(self._numbers)
+        return await self._order(what, replace(question, number=number), limit, number)
+
+    async def _order(self, what: str, message: CoordinatorMessage, limit: deadline, number: int = 0) -> Any:
         if self.loss is not None:
             raise self.error
         assert what not in self._asked, f"{what} is under way"
-        answer = self._asked[what] = asyncio.get_running_loop().create_future()
+        answer = asyncio.get_running_loop().create_future()
+        self._asked[what] = number, answer
         try:
             async with limit:
                 await self.say(message)
@@ -252,13 +301,13 @@ class WorkerHandle:
                 if self._on_progress is not None:
                     self._on_progress(message)
             case Measured():
-                self._answer("measurement", message)
+                self._answer("measurement", message, message.number)
             case Failure():
-                self._answer("measurement", _error(self.name, message))
+                self._answer("measurement", _error(self.name, message), message.number)
             case LinksMeasured():
-                self._answer("links", message)
+                self._answer("links", message, message.number)
             case MeasureLinksFailed(failure):
-                self._answer("links", _error(self.name, failure))
+                self._answer("links", _error(self.name, failure), failure.number)
             case Loaded(epoch):
                 self._answer(f"load of epoch {epoch}", message)
             case LoadFailed(epoch, failure):
@@ -266,24 +315,28 @@ class WorkerHandle:
             case Unloaded(epoch):
                 self._answer(f"unload of epoch {epoch}", None)
             case Located():
-                self._answer("weights", message)
+                self._answer("weights", message, message.number)
             case LocateProgress():
                 if self._on_reading is not None:
                     self._on_reading(message)
             case LocateFailed(failure):
-                self._answer("weights", _error(self.name, failure))
-            case PeerLost(epoch):
+                self._answer("weights", _error(self.name, failure), failure.number)
+            case PeerLost(epoch, other):
                 if epoch in self.stages:
+                    self._unreached.setdefault(epoch, other)
                     self.cut_off(epoch).set()
             case PeerTried(other):
-                self._answer(f"way to {other}", message)
+                self._answer(f"way to {other}", message, message.number)
+            case LogTold():
+                self._answer("log", message, message.number)
             case Register() | Renew():
                 raise WireError(f"worker {self.name} sends {type(message).__name__} where it has no place")
 
-    def _answer(self, what: str, answer: object) -> None:
-        """Answers that come after their deadline are dropped."""
-        asked = self._asked.get(what)
-        if asked is None or asked.done():
+    def _answer(self, what: str, answer: object, to: int = 0) -> None:
+        """Answers that come after their deadline are dropped. `to`: the number of the question; 0: it had none, or the
+        worker is older than numbers."""
+        number, asked = self._asked.get(what, (0, None))
+        if asked is None or asked.done() or to not in (0, number):
             return
         if isinstance(answer, Exception):
             asked.set_exception(answer)
@@ -295,36 +348,14 @@ class WorkerHandle:
         if self.loss is not None or self.left:
             return
         self.loss = reason
+        self.loss_number = next(_losses)
         self.last_words = self._read_last_words() or (self.heartbeat.last_words if self.heartbeat else "")
         error = self.error
-        for asked in self._asked.values():
+        for _, asked in self._asked.values():
             if not asked.done():
                 asked.set_exception(error)
                 asked.exception()  # seen: who asked may have gone, too
         self.lost.set()
-
-
-class _Further:
-    """Waits for as long as an answer gets nearer."""
-
-    def __init__(self, what: str, stall_s: float) -> None:
-        self._what = what
-        self._stall_s = stall_s
-        self._limit = deadline(what, stall_s)
-        self._at = 0, 0
-
-    def hear(self, done_bytes: int, total_bytes: int) -> None:
-        if (done_bytes, total_bytes) != self._at:
-            self._at = done_bytes, total_bytes
-            self._limit.move(asyncio.get_running_loop().time() + self._stall_s)
-
-    async def wait(self, ask: Callable[[deadline], Awaitable[Any]]) -> Any:
-        try:
-            return await ask(self._limit)
-        except DeadlineError as error:
-            done_bytes, total_bytes = self._at
-            at = f"{mib(done_bytes)} of {mib(total_bytes)} MiB"
-            raise StalledError(f"{self._what} for {self._stall_s:g} s (timeouts.load): {at}") from error
 
 
 def _error(worker: str, failure: Failure) -> LlamaclustError:

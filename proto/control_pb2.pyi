@@ -41,6 +41,7 @@ class WorkerMessage(_message.Message):
     LOCATE_PROGRESS_FIELD_NUMBER: _builtins.int
     PEER_LOST_FIELD_NUMBER: _builtins.int
     PEER_TRIED_FIELD_NUMBER: _builtins.int
+    LOG_TOLD_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def register(self) -> Global___Register:
         """First message of the stream."""
@@ -105,6 +106,10 @@ class WorkerMessage(_message.Message):
     def peer_tried(self) -> _measuring_pb2.PeerTried:
         """Answer to TryPeer."""
 
+    @_builtins.property
+    def log_told(self) -> Global___LogTold:
+        """Answer to TellLog."""
+
     def __init__(
         self,
         *,
@@ -124,12 +129,13 @@ class WorkerMessage(_message.Message):
         locate_progress: Global___LocateProgress | None = ...,
         peer_lost: _measuring_pb2.PeerLost | None = ...,
         peer_tried: _measuring_pb2.PeerTried | None = ...,
+        log_told: Global___LogTold | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "kind", b"kind", "links_measured", b"links_measured", "load_failed", b"load_failed", "load_progress", b"load_progress", "loaded", b"loaded", "locate_failed", b"locate_failed", "locate_progress", b"locate_progress", "located", b"located", "measure_failed", b"measure_failed", "measure_links_failed", b"measure_links_failed", "measured", b"measured", "peer_lost", b"peer_lost", "peer_tried", b"peer_tried", "register", b"register", "renew", b"renew", "unloaded", b"unloaded"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "kind", b"kind", "links_measured", b"links_measured", "load_failed", b"load_failed", "load_progress", b"load_progress", "loaded", b"loaded", "locate_failed", b"locate_failed", "locate_progress", b"locate_progress", "located", b"located", "log_told", b"log_told", "measure_failed", b"measure_failed", "measure_links_failed", b"measure_links_failed", "measured", b"measured", "peer_lost", b"peer_lost", "peer_tried", b"peer_tried", "register", b"register", "renew", b"renew", "unloaded", b"unloaded"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "kind", b"kind", "links_measured", b"links_measured", "load_failed", b"load_failed", "load_progress", b"load_progress", "loaded", b"loaded", "locate_failed", b"locate_failed", "locate_progress", b"locate_progress", "located", b"located", "measure_failed", b"measure_failed", "measure_links_failed", b"measure_links_failed", "measured", b"measured", "peer_lost", b"peer_lost", "peer_tried", b"peer_tried", "register", b"register", "renew", b"renew", "unloaded", b"unloaded"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["heartbeat", b"heartbeat", "kind", b"kind", "links_measured", b"links_measured", "load_failed", b"load_failed", "load_progress", b"load_progress", "loaded", b"loaded", "locate_failed", b"locate_failed", "locate_progress", b"locate_progress", "located", b"located", "log_told", b"log_told", "measure_failed", b"measure_failed", "measure_links_failed", b"measure_links_failed", "measured", b"measured", "peer_lost", b"peer_lost", "peer_tried", b"peer_tried", "register", b"register", "renew", b"renew", "unloaded", b"unloaded"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["register", "measured", "load_progress", "loaded", "load_failed", "unloaded", "heartbeat", "measure_failed", "renew", "links_measured", "measure_links_failed", "located", "locate_failed", "locate_progress", "peer_lost", "peer_tried"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["register", "measured", "load_progress", "loaded", "load_failed", "unloaded", "heartbeat", "measure_failed", "renew", "links_measured", "measure_links_failed", "located", "locate_failed", "locate_progress", "peer_lost", "peer_tried", "log_told"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -152,6 +158,8 @@ class CoordinatorMessage(_message.Message):
     MEASURE_LINKS_FIELD_NUMBER: _builtins.int
     LOCATE_FIELD_NUMBER: _builtins.int
     TRY_PEER_FIELD_NUMBER: _builtins.int
+    TELL_LOG_FIELD_NUMBER: _builtins.int
+    NEW_SOURCE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome:
         """The worker is a member."""
@@ -196,6 +204,14 @@ class CoordinatorMessage(_message.Message):
     def try_peer(self) -> _measuring_pb2.TryPeer:
         """Look whether another worker can be reached."""
 
+    @_builtins.property
+    def tell_log(self) -> Global___TellLog:
+        """Ask for LogTold."""
+
+    @_builtins.property
+    def new_source(self) -> Global___NewSource:
+        """A worker that has weights is where it was not when Load was said."""
+
     def __init__(
         self,
         *,
@@ -210,12 +226,14 @@ class CoordinatorMessage(_message.Message):
         measure_links: _measuring_pb2.MeasureLinks | None = ...,
         locate: Global___Locate | None = ...,
         try_peer: _measuring_pb2.TryPeer | None = ...,
+        tell_log: Global___TellLog | None = ...,
+        new_source: Global___NewSource | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "load", b"load", "locate", b"locate", "measure", b"measure", "measure_links", b"measure_links", "refused", b"refused", "renew_failed", b"renew_failed", "renewed", b"renewed", "shutdown", b"shutdown", "try_peer", b"try_peer", "unload", b"unload", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "load", b"load", "locate", b"locate", "measure", b"measure", "measure_links", b"measure_links", "new_source", b"new_source", "refused", b"refused", "renew_failed", b"renew_failed", "renewed", b"renewed", "shutdown", b"shutdown", "tell_log", b"tell_log", "try_peer", b"try_peer", "unload", b"unload", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "load", b"load", "locate", b"locate", "measure", b"measure", "measure_links", b"measure_links", "refused", b"refused", "renew_failed", b"renew_failed", "renewed", b"renewed", "shutdown", b"shutdown", "try_peer", b"try_peer", "unload", b"unload", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "load", b"load", "locate", b"locate", "measure", b"measure", "measure_links", b"measure_links", "new_source", b"new_source", "refused", b"refused", "renew_failed", b"renew_failed", "renewed", b"renewed", "shutdown", b"shutdown", "tell_log", b"tell_log", "try_peer", b"try_peer", "unload", b"unload", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["welcome", "refused", "measure", "load", "unload", "shutdown", "renewed", "renew_failed", "measure_links", "locate", "try_peer"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["welcome", "refused", "measure", "load", "unload", "shutdown", "renewed", "renew_failed", "measure_links", "locate", "try_peer", "tell_log", "new_source"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -307,19 +325,23 @@ class Failure(_message.Message):
 
     KIND_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
     kind: _builtins.str
     """Name of its class in llamaclust.errors."""
     message: _builtins.str
     """One line for the user."""
+    number: _builtins.int
+    """Of the order that it answers; 0: that has none, or its worker is older than numbers."""
     def __init__(
         self,
         *,
         kind: _builtins.str = ...,
         message: _builtins.str = ...,
+        number: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "message", b"message"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "message", b"message", "number", b"number"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -500,6 +522,88 @@ class WeightSource(_message.Message):
 Global___WeightSource: _TypeAlias = WeightSource  # noqa: Y015
 
 @_typing.final
+class NewSource(_message.Message):
+    """A worker that may have weights for loads that are under way, under an address that their orders do not have."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MANIFEST_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    manifest: _builtins.bytes
+    """SHA-256 of the manifest that it has: of loads with another one it is no source."""
+    @_builtins.property
+    def source(self) -> Global___WeightSource:
+        """It and where it is now."""
+
+    def __init__(
+        self,
+        *,
+        manifest: _builtins.bytes = ...,
+        source: Global___WeightSource | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["manifest", b"manifest", "source", b"source"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NewSource: _TypeAlias = NewSource  # noqa: Y015
+
+@_typing.final
+class TellLog(_message.Message):
+    """Ask for LogTold."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """Counts the coordinator's questions; the answer has the same."""
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["number", b"number"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TellLog: _TypeAlias = TellLog  # noqa: Y015
+
+@_typing.final
+class LogTold(_message.Message):
+    """The last lines of a worker's log."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    LINES_FIELD_NUMBER: _builtins.int
+    BEFORE_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """Of the question."""
+    before: _builtins.int
+    """How many lines its process wrote before these."""
+    @_builtins.property
+    def lines(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Oldest first, each without its end; the worker keeps and tells a bounded number of bytes."""
+
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        lines: _abc.Iterable[_builtins.str] | None = ...,
+        before: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["before", b"before", "lines", b"lines", "number", b"number"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LogTold: _TypeAlias = LogTold  # noqa: Y015
+
+@_typing.final
 class Locate(_message.Message):
     """Ask for Located."""
 
@@ -508,22 +612,26 @@ class Locate(_message.Message):
     MODEL_PATH_FIELD_NUMBER: _builtins.int
     MODEL_ID_FIELD_NUMBER: _builtins.int
     DESCRIBE_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
     model_path: _builtins.str
     """Path of the model file, as in Load."""
     model_id: _builtins.str
     """The identity it must have."""
     describe: _builtins.bool
     """Whether to make the file's manifest, where there is none yet: all of the file is read for it."""
+    number: _builtins.int
+    """Counts the coordinator's questions; the answer has the same."""
     def __init__(
         self,
         *,
         model_path: _builtins.str = ...,
         model_id: _builtins.str = ...,
         describe: _builtins.bool = ...,
+        number: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["describe", b"describe", "model_id", b"model_id", "model_path", b"model_path"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["describe", b"describe", "model_id", b"model_id", "model_path", b"model_path", "number", b"number"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -538,22 +646,26 @@ class Located(_message.Message):
     HAS_FILE_FIELD_NUMBER: _builtins.int
     MANIFEST_FIELD_NUMBER: _builtins.int
     MANIFEST_BYTES_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
     has_file: _builtins.bool
     """The file."""
     manifest: _builtins.bytes
     """SHA-256 of the model's manifest, where the worker has that; else empty."""
     manifest_bytes: _builtins.int
     """Its size."""
+    number: _builtins.int
+    """Of the question; 0 from workers older than numbers."""
     def __init__(
         self,
         *,
         has_file: _builtins.bool = ...,
         manifest: _builtins.bytes = ...,
         manifest_bytes: _builtins.int = ...,
+        number: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["has_file", b"has_file", "manifest", b"manifest", "manifest_bytes", b"manifest_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["has_file", b"has_file", "manifest", b"manifest", "manifest_bytes", b"manifest_bytes", "number", b"number"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -26,19 +26,23 @@ class Measure(_message.Message):
 
     MODEL_PATH_FIELD_NUMBER: _builtins.int
     MODEL_ID_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
     model_path: _builtins.str
     """Where the coordinator has the model whose steps are to be tried; empty: none are."""
     model_id: _builtins.str
     """Identity of that model."""
+    number: _builtins.int
+    """Counts the coordinator's questions; the answer has the same."""
     def __init__(
         self,
         *,
         model_path: _builtins.str = ...,
         model_id: _builtins.str = ...,
+        number: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model_id", b"model_id", "model_path", b"model_path"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model_id", b"model_id", "model_path", b"model_path", "number", b"number"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -53,10 +57,13 @@ class Measured(_message.Message):
     READ_BYTES_S_FIELD_NUMBER: _builtins.int
     INT8_MACS_S_FIELD_NUMBER: _builtins.int
     TRIALS_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
     read_bytes_s: _builtins.float
     """Bytes of memory read per second."""
     int8_macs_s: _builtins.float
     """8-bit integer multiply-adds per second."""
+    number: _builtins.int
+    """Of the question; 0 from workers older than numbers."""
     @_builtins.property
     def trials(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageTrial]:
         """Steps of the model, by ascending rows; none where it has no file of it, or too little memory."""
@@ -67,10 +74,11 @@ class Measured(_message.Message):
         read_bytes_s: _builtins.float = ...,
         int8_macs_s: _builtins.float = ...,
         trials: _abc.Iterable[Global___StageTrial] | None = ...,
+        number: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["int8_macs_s", b"int8_macs_s", "read_bytes_s", b"read_bytes_s", "trials", b"trials"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["int8_macs_s", b"int8_macs_s", "number", b"number", "read_bytes_s", b"read_bytes_s", "trials", b"trials"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -117,6 +125,9 @@ class MeasureLinks(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ENDS_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """Counts the coordinator's questions; the answer has the same."""
     @_builtins.property
     def ends(self) -> _containers.RepeatedCompositeFieldContainer[Global___LinkEnd]:
         """The other ends, one after the other."""
@@ -125,10 +136,11 @@ class MeasureLinks(_message.Message):
         self,
         *,
         ends: _abc.Iterable[Global___LinkEnd] | None = ...,
+        number: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ends", b"ends"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ends", b"ends", "number", b"number"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -167,6 +179,9 @@ class LinksMeasured(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     LINKS_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """Of the question; 0 from workers older than numbers."""
     @_builtins.property
     def links(self) -> _containers.RepeatedCompositeFieldContainer[Global___LinkSpeed]:
         """One for each end."""
@@ -175,10 +190,11 @@ class LinksMeasured(_message.Message):
         self,
         *,
         links: _abc.Iterable[Global___LinkSpeed] | None = ...,
+        number: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["links", b"links"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["links", b"links", "number", b"number"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -248,19 +264,23 @@ class TryPeer(_message.Message):
 
     WORKER_FIELD_NUMBER: _builtins.int
     ADDRESS_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
     worker: _builtins.str
     """Name of the other worker."""
     address: _builtins.str
     """gRPC target of its Stage service."""
+    number: _builtins.int
+    """Counts the coordinator's questions; the answer has the same."""
     def __init__(
         self,
         *,
         worker: _builtins.str = ...,
         address: _builtins.str = ...,
+        number: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "number", b"number", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -274,19 +294,23 @@ class PeerTried(_message.Message):
 
     WORKER_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
     worker: _builtins.str
     """Its name."""
     reason: _builtins.str
     """One line where it cannot be reached; else empty."""
+    number: _builtins.int
+    """Of the question; 0 from workers older than numbers."""
     def __init__(
         self,
         *,
         worker: _builtins.str = ...,
         reason: _builtins.str = ...,
+        number: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["number", b"number", "reason", b"reason", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

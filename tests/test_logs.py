@@ -17,7 +17,7 @@ from test_wire_control import REGISTER
 
 from llamaclust.cluster.last_words import last_words
 from llamaclust.cluster.worker_handle import WorkerHandle
-from llamaclust.logs import LogFormat, last_trouble, name_cluster, read_line, start_logging
+from llamaclust.logs import LogFormat, last_lines, last_trouble, name_cluster, read_line, start_logging
 from llamaclust.wire.control import CoordinatorMessage, Heartbeat
 
 HOSTILE = ('a "b" \\ c', "two\nlines", "\x1b[31mred", "level=info msg=x", "{", "", "naïve ☃", "a=b", "\\x", "\ud800")
@@ -70,6 +70,18 @@ def test_a_worker_that_joins_names_its_cluster_from_then_on(
     before, after, _ = capsys.readouterr().err.splitlines()
     assert "cluster" not in before and "home" in after and "worker" in after
     assert re.search(r"cluster\W+home\W+worker\W+a\W", after)
+
+
+def test_the_last_lines_are_kept_as_they_were_written(capsys: pytest.CaptureFixture[str]) -> None:
+    with logging_as(LogFormat.TEXT) as log:
+        written = sum(last_lines()[1:], len(last_lines()[0]))
+        for number in range(1500):
+            log.info("line %d", number)
+        log.error("two\nlines")
+        lines, before = last_lines()
+    shown = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1000 and list(lines) == shown[-1000:] and lines[-1] == "lines"
+    assert before + len(lines) == written + 1502
 
 
 def test_the_last_words_of_a_worker_elsewhere_are_those_of_its_last_sign_of_life() -> None:

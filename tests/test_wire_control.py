@@ -29,10 +29,12 @@ from llamaclust.wire.control import (
     Located,
     LocateFailed,
     LocateProgress,
+    LogTold,
     Measure,
     Measured,
     MeasureLinks,
     MeasureLinksFailed,
+    NewSource,
     PeerLost,
     PeerTried,
     Refused,
@@ -43,6 +45,7 @@ from llamaclust.wire.control import (
     Shutdown,
     StageLimits,
     StageTrial,
+    TellLog,
     TryPeer,
     Unload,
     Unloaded,
@@ -94,6 +97,16 @@ WORKER_MESSAGES: list[WorkerMessage] = [
     PeerLost(3, "b", "connection to host:7102 lost (keepalive watchdog timeout)"),
     PeerTried("b"),
     PeerTried("b", "not within 5 s"),
+    Measured(4e10, 5e11, number=7),
+    Failure("WorkerError", "no", 7),
+    LinksMeasured((LinkSpeed(0.001, 1e9),), 7),
+    MeasureLinksFailed(Failure("WorkerError", "no way", 7)),
+    Located(False, number=7),
+    Located(True, "ab" * 32, 7, 7),
+    LocateFailed(Failure("ModelFileError", "no", 7)),
+    PeerTried("b", "not within 5 s", 7),
+    LogTold((), 0),
+    LogTold(("INFO one", "", "  File x, line 7"), 12, 7),
 ]
 COORDINATOR_MESSAGES: list[CoordinatorMessage] = [
     Welcome(Deadlines(0.5, 2.0, 3.0, 600.0), (1, 3), "home"),
@@ -114,6 +127,12 @@ COORDINATOR_MESSAGES: list[CoordinatorMessage] = [
     RenewFailed(Failure("WireError", "no")),
     MeasureLinks((("a", "unix:/a"), ("b", "host:7102"))),
     TryPeer("b", "host:7102"),
+    Measure("/models/m.gguf", "ab" * 32, 7),
+    MeasureLinks((("a", "unix:/a"),), 7),
+    Locate("/models/m.gguf", "ab" * 32, number=7),
+    TryPeer("b", "host:7102", 7),
+    TellLog(7),
+    NewSource("cd" * 32, WeightSource("h:1", "b")),
 ]
 
 
@@ -178,6 +197,21 @@ def test_text_from_a_peer_is_safe_to_print() -> None:
     failure = control_pb2.Failure(kind="X", message="two\nlines \x1b]0;title\x07\u202e")
     message = control_pb2.WorkerMessage(measure_failed=failure).SerializeToString()
     assert decode_worker_message(message) == Failure("X", "two lines ]0;title")
+
+
+def test_logs_travel_by_their_last_lines_and_are_safe_to_print() -> None:
+    many = LogTold(tuple(f"line {number} {'x' * 500}" for number in range(2000)), 10, 1)
+    told = decode_worker_message(encode_worker_message(many))
+    assert isinstance(told, LogTold) and 100 < len(told.lines) < 2000
+    assert told.lines == many.lines[-len(told.lines) :] and told.before + len(told.lines) == 2010
+    odd = LogTold(("\t indented \x1b]0;title\x07", "y" * 3000, "\ud800"), 0)
+    told = decode_worker_message(encode_worker_message(odd))
+    assert isinstance(told, LogTold)
+    assert told.lines == ("  indented ]0;title", "y" * 1997 + "...", "\\ud800")
+    for lines in ([""] * 1001, ["z" * 2001]):
+        message = control_pb2.WorkerMessage(log_told=control_pb2.LogTold(lines=lines)).SerializeToString()
+        with pytest.raises(WireError):
+            decode_worker_message(message)
 
 
 @given(st.binary(max_size=200))

@@ -28,6 +28,8 @@ FETCH = "/llamaclust.v1.Weights/Fetch"
 TOKEN_KEY = "llamaclust-token"
 EPOCH_KEY = "llamaclust-epoch"
 ACCEPTED_KEY = "llamaclust-accepted"
+BLAME_KEY = "llamaclust-blame"
+"""Of a stream's end: the worker behind it whose fault that is, where it is another than the one that ends it."""
 
 OPTIONS = (
     ("grpc.max_receive_message_length", MAX_FRAME_BYTES),
@@ -46,12 +48,17 @@ _EOF: Any = aio.EOF  # type: ignore[attr-defined]
 _TRANSPORT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN)
 _TRYING = (grpc.ChannelConnectivity.IDLE, grpc.ChannelConnectivity.CONNECTING)
 _CONNECT_S = 20.0
+_LONGEST_NAME = 63
 _LEAST_ANSWER_S = 1.0
 """A lossy link, or a crowded machine, may need so long for an answer."""
 
 
 class StreamBrokenError(WorkerError):
     """A stream that ended otherwise than by agreement."""
+
+    def __init__(self, message: str, worker: str | None = None) -> None:
+        super().__init__(message)
+        self.worker = worker
 
 
 class UnreachableError(StreamBrokenError):
@@ -70,15 +77,21 @@ def _options(answer_s: float) -> tuple[tuple[str, int], ...]:
 
 
 class ClientStream:
-    """Our end of a bidirectional stream that we opened."""
+    """Our end of a bidirectional stream that we opened; its errors name the worker to blame, if `worker` is given."""
 
-    def __init__(self, call: Any, address: str) -> None:
+    def __init__(self, call: Any, address: str, worker: str | None = None) -> None:
         self._call = call
         self.address = address
+        self._worker = worker
 
     async def opened(self) -> None:
         """Returns when the other side has accepted the stream; StreamBrokenError where it does not."""
-        if ACCEPTED_KEY not in dict(await self._call.initial_metadata() or ()):
+        try:
+            metadata = await self._call.initial_metadata()
+        except asyncio.CancelledError:
+            self._check_told()
+            raise
+        if ACCEPTED_KEY not in dict(metadata or ()):
             raise await self._broken()
 
     async def write(self, data: bytes) -> None:
@@ -87,6 +100,9 @@ class ClientStream:
             await self._call.write(data)
         except (grpc.RpcError, asyncio.InvalidStateError) as error:
             raise await self._broken() from error
+        except asyncio.CancelledError:
+            self._check_told()
+            raise
 
     async def read(self) -> bytes | None:
         """The next message; None once the other side has ended the stream in order."""
@@ -94,6 +110,9 @@ class ClientStream:
             data = await self._call.read()
         except grpc.RpcError as error:
             raise await self._broken() from error
+        except asyncio.CancelledError:
+            self._check_told()
+            raise
         return None if data is _EOF else data
 
     async def done_writing(self) -> None:
@@ -111,8 +130,16 @@ class ClientStream:
         details = line("details", (await self._call.details() or "")[:2000])
         if code in _TRANSPORT:
             kind = UnreachableError if code is grpc.StatusCode.UNAVAILABLE else StreamBrokenError
-            return kind(f"connection to {self.address} lost ({details or code.name})")
-        return StreamBrokenError(details or code.name)
+            return kind(f"connection to {self.address} lost ({details or code.name})", self._worker)
+        named = dict(await self._call.trailing_metadata() or ()).get(BLAME_KEY)
+        return StreamBrokenError(details or code.name, self._worker if named is None else str(named)[:_LONGEST_NAME])
+
+    def _check_told(self) -> None:
+        """StreamBrokenError where this task was not told to end: gRPC cancels whoever waits for a stream that another
+        task has cancelled, or was cancelled in while it wrote."""
+        task = asyncio.current_task()
+        if task is not None and not task.cancelling():
+            raise StreamBrokenError(f"the stream to {self.address} was cancelled", self._worker)
 
 
 class Peer:
@@ -136,6 +163,11 @@ class Peer:
         self._channels: list[Any] = []
         self._pair: KeyPair | None = None
 
+    @property
+    def worker(self) -> str | None:
+        """Which one is expected there; None: none, or nobody knows."""
+        return None if self.principal is None else self.principal.worker
+
     def open(self, method: str, *, epoch: int | None = None, wait_for_ready: bool = False) -> ClientStream:
         """Begins a stream. With `wait_for_ready` it waits for the other side to come up instead of failing."""
         metadata = []
@@ -144,7 +176,7 @@ class Peer:
         if epoch is not None:
             metadata.append((EPOCH_KEY, str(epoch)))
         call = self._channel().stream_stream(method)
-        return ClientStream(call(metadata=metadata or None, wait_for_ready=wait_for_ready), self.address)
+        return ClientStream(call(metadata=metadata or None, wait_for_ready=wait_for_ready), self.address, self.worker)
 
     async def connected(self) -> None:
         """Returns when the connection of the streams opened last is made, or has failed, of which they know.
@@ -155,7 +187,7 @@ class Peer:
                 while (state := channel.get_state(try_to_connect=True)) in _TRYING:
                     await channel.wait_for_state_change(state)
         except DeadlineError as error:
-            raise UnreachableError(str(error)) from error
+            raise UnreachableError(str(error), self.worker) from error
 
     def _channel(self) -> Any:
         """Another one after each renewal of our certificate: what a channel shows when it connects is fixed."""

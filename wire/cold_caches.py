@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import suppress
 from pathlib import Path
 from time import sleep
@@ -12,6 +13,7 @@ BYTES = 64 << 20
 """More than what lies near a core, and all caches of most processors."""
 _MOST_BYTES = 256 << 20
 _LEVELS = "/sys/devices/system/cpu/cpu0/cache"
+_TURN_BYTES = 1 << 20
 _REST_S = 0.0005
 """Whoever waits for work sleeps by then."""
 
@@ -35,3 +37,10 @@ class ColdCaches:
         """Blocks for some milliseconds."""
         self._memory.max()
         sleep(_REST_S)
+
+    async def sweep_in_turns(self) -> None:
+        """The same by an event loop's own core; others have turns in between."""
+        for piece in np.split(self._memory, BYTES // _TURN_BYTES):
+            piece.max()
+            await asyncio.sleep(0)
+        await asyncio.sleep(_REST_S)

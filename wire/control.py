@@ -63,6 +63,7 @@ class Measure:
 
     model_path: str = ""
     model_id: str = ""
+    number: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +83,7 @@ class Measured:
     read_bytes_s: float
     int8_macs_s: float
     trials: tuple[StageTrial, ...] = ()  # by ascending rows; none where the model's file is not there, or no memory
+    number: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +92,7 @@ class Failure:
 
     kind: str
     message: str
+    number: int = 0  # of the question that it answers
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +143,7 @@ class Locate:
     model_path: str
     model_id: str
     describe: bool = False  # make the manifest, where there is none yet
+    number: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +153,7 @@ class Located:
     has_file: bool
     manifest: str | None = None  # SHA-256, hex, of what it has; None: it has none
     manifest_bytes: int = 0
+    number: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,6 +272,7 @@ class MeasureLinks:
     """Measure the links to other workers, one after the other."""
 
     ends: tuple[tuple[str, str], ...]  # (name, gRPC target of its Stage service)
+    number: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,6 +288,7 @@ class LinksMeasured:
     """In the order of the question."""
 
     links: tuple[LinkSpeed, ...]
+    number: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -314,6 +321,7 @@ class TryPeer:
 
     worker: str
     address: str  # gRPC target of its Stage service
+    number: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,6 +330,31 @@ class PeerTried:
 
     worker: str
     reason: str = ""  # why it cannot be reached
+    number: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TellLog:
+    """Tell the last lines of the log."""
+
+    number: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LogTold:
+    """The last lines of a process's log, oldest first."""
+
+    lines: tuple[str, ...]
+    before: int  # so many lines were before them
+    number: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class NewSource:
+    """Loads under way that fetch weights of this manifest may ask this worker, wherever it was before."""
+
+    manifest: str  # SHA-256, hex
+    source: WeightSource
 
 
 WorkerMessage = (
@@ -341,7 +374,9 @@ WorkerMessage = (
     | LocateProgress
     | PeerLost
     | PeerTried
+    | LogTold
 )
-CoordinatorMessage = (
-    Welcome | Refused | Measure | Load | Unload | Shutdown | Renewed | RenewFailed | MeasureLinks | Locate | TryPeer
-)
+Question = Measure | MeasureLinks | Locate | TryPeer | TellLog
+"""The coordinator counts them, from 1; answers have their `number`, or 0 from workers older than numbers."""
+
+CoordinatorMessage = Welcome | Refused | Load | Unload | Shutdown | Renewed | RenewFailed | NewSource | Question

@@ -22,10 +22,12 @@ from llamaclust.wire.control import (
     Located,
     LocateFailed,
     LocateProgress,
+    LogTold,
     Measure,
     Measured,
     MeasureLinks,
     MeasureLinksFailed,
+    NewSource,
     PeerLost,
     PeerTried,
     Refused,
@@ -35,12 +37,14 @@ from llamaclust.wire.control import (
     RenewFailed,
     Shutdown,
     StageLimits,
+    TellLog,
     TryPeer,
     Unload,
     Unloaded,
     Welcome,
     WorkerMessage,
 )
+from llamaclust.wire.control_logs import tell_in, tell_out, told_in, told_out
 from llamaclust.wire.control_measuring import (
     ends_in,
     ends_out,
@@ -57,6 +61,8 @@ from llamaclust.wire.control_weights import (
     locate_out,
     located_in,
     located_out,
+    new_source_in,
+    new_source_out,
     progress_in,
     progress_out,
     sources_in,
@@ -97,6 +103,8 @@ def encode_worker_message(message: WorkerMessage) -> bytes:
             out = proto.WorkerMessage(peer_lost=lost_out(message))
         case PeerTried():
             out = proto.WorkerMessage(peer_tried=tried_out(message))
+        case LogTold():
+            out = proto.WorkerMessage(log_told=told_out(message))
         case _:
             out = _about_load(message)
     return out.SerializeToString()
@@ -154,7 +162,7 @@ def _heartbeat_out(message: Heartbeat) -> proto.Heartbeat:
 
 
 def _failure_out(failure: Failure) -> proto.Failure:
-    return proto.Failure(kind=failure.kind, message=one_line(failure.message))
+    return proto.Failure(kind=failure.kind, message=one_line(failure.message), number=failure.number)
 
 
 def decode_worker_message(data: bytes) -> WorkerMessage | None:
@@ -197,6 +205,8 @@ def decode_worker_message(data: bytes) -> WorkerMessage | None:
             return lost_in(message.peer_lost)
         case "peer_tried":
             return tried_in(message.peer_tried)
+        case "log_told":
+            return told_in(message.log_told)
     return None
 
 
@@ -228,7 +238,7 @@ def _heartbeat_in(message: proto.Heartbeat) -> Heartbeat:
 
 
 def _failure_in(message: proto.Failure) -> Failure:
-    return Failure(line("kind", message.kind, 64), line("message", message.message))
+    return Failure(line("kind", message.kind, 64), line("message", message.message), message.number)
 
 
 def encode_coordinator_message(message: CoordinatorMessage) -> bytes:
@@ -255,6 +265,10 @@ def encode_coordinator_message(message: CoordinatorMessage) -> bytes:
             out = proto.CoordinatorMessage(locate=locate_out(message))
         case TryPeer():
             out = proto.CoordinatorMessage(try_peer=try_out(message))
+        case TellLog():
+            out = proto.CoordinatorMessage(tell_log=tell_out(message))
+        case NewSource():
+            out = proto.CoordinatorMessage(new_source=new_source_out(message))
     return out.SerializeToString()
 
 
@@ -323,6 +337,10 @@ def decode_coordinator_message(data: bytes) -> CoordinatorMessage | None:
             return locate_in(message.locate)
         case "try_peer":
             return try_in(message.try_peer)
+        case "tell_log":
+            return tell_in(message.tell_log)
+        case "new_source":
+            return new_source_in(message.new_source)
     return None
 
 

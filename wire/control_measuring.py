@@ -17,16 +17,16 @@ _MAX_ROUND_TRIP_S = 86400.0
 
 
 def measure_out(message: Measure) -> proto.Measure:
-    return proto.Measure(model_path=message.model_path, model_id=message.model_id)
+    return proto.Measure(model_path=message.model_path, model_id=message.model_id, number=message.number)
 
 
 def measure_in(message: proto.Measure) -> Measure:
     where = path("model_path", message.model_path) if message.model_path else ""
-    return Measure(where, line("model_id", message.model_id, 128))
+    return Measure(where, line("model_id", message.model_id, 128), message.number)
 
 
 def measured_out(message: Measured) -> proto.Measured:
-    measured = proto.Measured(read_bytes_s=message.read_bytes_s, int8_macs_s=message.int8_macs_s)
+    measured = proto.Measured(read_bytes_s=message.read_bytes_s, int8_macs_s=message.int8_macs_s, number=message.number)
     for one in message.trials:
         measured.trials.add(rows=one.rows, stage_s=one.stage_s, layers_byte_s=one.layers_byte_s, head_s=one.head_s)
     return measured
@@ -39,7 +39,7 @@ def measured_in(message: proto.Measured) -> Measured:
     trials = tuple(map(_trial_in, message.trials))
     if any(one.rows >= two.rows for one, two in pairwise(trials)):
         raise WireError("trials: their rows must ascend")
-    return Measured(read, macs, trials)
+    return Measured(read, macs, trials, message.number)
 
 
 def _trial_in(trial: proto.StageTrial) -> StageTrial:
@@ -52,20 +52,22 @@ def _trial_in(trial: proto.StageTrial) -> StageTrial:
 
 
 def ends_out(message: MeasureLinks) -> proto.MeasureLinks:
-    return proto.MeasureLinks(ends=[proto.LinkEnd(worker=worker, address=address) for worker, address in message.ends])
+    ends = [proto.LinkEnd(worker=worker, address=address) for worker, address in message.ends]
+    return proto.MeasureLinks(ends=ends, number=message.number)
 
 
 def ends_in(message: proto.MeasureLinks) -> MeasureLinks:
-    return MeasureLinks(tuple((worker_name(end.worker), line("address", end.address, 512)) for end in message.ends))
+    ends = tuple((worker_name(end.worker), line("address", end.address, 512)) for end in message.ends)
+    return MeasureLinks(ends, message.number)
 
 
 def links_out(message: LinksMeasured) -> proto.LinksMeasured:
     speeds = [proto.LinkSpeed(round_trip_s=link.round_trip_s, bytes_s=link.bytes_s) for link in message.links]
-    return proto.LinksMeasured(links=speeds)
+    return proto.LinksMeasured(links=speeds, number=message.number)
 
 
 def links_in(message: proto.LinksMeasured) -> LinksMeasured:
-    return LinksMeasured(tuple(map(_link_in, message.links)))
+    return LinksMeasured(tuple(map(_link_in, message.links)), message.number)
 
 
 def _link_in(message: proto.LinkSpeed) -> LinkSpeed:

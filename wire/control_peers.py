@@ -16,16 +16,16 @@ def lost_in(message: proto.PeerLost) -> PeerLost:
 
 
 def try_out(message: TryPeer) -> proto.TryPeer:
-    return proto.TryPeer(worker=message.worker, address=message.address)
+    return proto.TryPeer(worker=message.worker, address=message.address, number=message.number)
 
 
 def try_in(message: proto.TryPeer) -> TryPeer:
-    return TryPeer(worker_name(message.worker), line("address", message.address, 512))
+    return TryPeer(worker_name(message.worker), line("address", message.address, 512), message.number)
 
 
 def tried_out(message: PeerTried) -> proto.PeerTried:
-    return proto.PeerTried(worker=message.worker, reason=one_line(message.reason))
+    return proto.PeerTried(worker=message.worker, reason=one_line(message.reason), number=message.number)
 
 
 def tried_in(message: proto.PeerTried) -> PeerTried:
-    return PeerTried(worker_name(message.worker), line("reason", message.reason))
+    return PeerTried(worker_name(message.worker), line("reason", message.reason), message.number)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from llamaclust.wire.sampler_chain import SamplerChain
 
-PROTOCOL_VERSION = (2, 4)
+PROTOCOL_VERSION = (2, 5)
 """(major, minor): another major is refused at the handshake; unknown fields of a newer minor are ignored."""
 
 NUMERICS_VERSION = 3

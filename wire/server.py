@@ -13,7 +13,7 @@ from grpc import aio
 
 from llamaclust.errors import DeadlineError, LlamaclustError, UsageError, WireError
 from llamaclust.wire.bounds import UINT64, one_line
-from llamaclust.wire.channels import ACCEPTED_KEY, EPOCH_KEY, OPTIONS, TOKEN_KEY, StreamBrokenError
+from llamaclust.wire.channels import ACCEPTED_KEY, BLAME_KEY, EPOCH_KEY, OPTIONS, TOKEN_KEY, StreamBrokenError
 from llamaclust.wire.credentials import Credentials, Identity, Principal, check_address
 from llamaclust.wire.handshakes import HANDSHAKE_S, Handshakes
 from llamaclust.wire.refusals import RefusalLog
@@ -125,7 +125,7 @@ def _guarded(handler: Handler, entry: _Entry) -> Any:
             await handler(ServerStream(context, principal))
         except LlamaclustError as error:
             code = next(code for kind, code in _CODES if isinstance(error, kind))
-            await _end(context, code, str(error))
+            await _end(context, code, str(error), error.worker)
         except Exception as error:  # noqa: BLE001  a border: the process serves on
             _log.exception("a stream failed")
             await _end(context, grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}")
@@ -133,10 +133,11 @@ def _guarded(handler: Handler, entry: _Entry) -> Any:
     return grpc.stream_stream_rpc_method_handler(serve)
 
 
-async def _end(context: Any, code: grpc.StatusCode, why: str) -> None:
-    """Ends a stream with an error. Where the peer or the server has gone before, nobody is left to tell."""
+async def _end(context: Any, code: grpc.StatusCode, why: str, blamed: str | None = None) -> None:
+    """Ends a stream with an error, for which another worker may be to blame. Where the peer or the server has gone
+    before, nobody is left to tell."""
     try:
-        await context.abort(code, one_line(why))
+        await context.abort(code, one_line(why), () if blamed is None else ((BLAME_KEY, blamed),))
     except aio.AbortError:
         raise
     except aio.BaseError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -31,10 +31,10 @@ class AbsentFile:
         model_id: str,
         known: WeightSources,
         weights: Weights,
-        sources: Sequence[tuple[str, Peer]],
+        sources: Mapping[str, Peer],
         on_bytes: Callable[[int], None],
     ) -> None:
-        """`model_path`: where it would be, for messages."""
+        """`model_path`: where it would be, for messages. `sources`: by worker, best first."""
         if weights.cache is None:
             raise LlamaclustError(f"{model_path}: no such file here, and LLAMACLUST_WEIGHTS_SIZE=0: none are fetched")
         self._cache: WeightCache = weights.cache
@@ -42,20 +42,36 @@ class AbsentFile:
         self._model_id = model_id
         self._known = known
         self._weights = weights
-        self._sources = sources
+        self._sources = dict(sources)
+        self._left: list[Peer] = []  # where sources were before
+        self._fetch_now: WeightFetch | None = None
         self._on_bytes = on_bytes
         self._manifest: Manifest | None = None
         self._stack = ExitStack()
 
     async def __aenter__(self) -> Self:
         self._stack.enter_context(self._cache.in_use())
+        self._stack.enter_context(self._weights.fetching(self))
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.close()
-        await asyncio.gather(*(peer.close() for _, peer in self._sources), return_exceptions=True)
+        peers = (*self._sources.values(), *self._left)
+        await asyncio.gather(*(peer.close() for peer in peers), return_exceptions=True)
+
+    @property
+    def manifest(self) -> str:
+        return self._known.manifest
+
+    def renew(self, worker: str, peer: Peer) -> None:
+        """From now on this worker is asked there."""
+        if worker in self._sources:
+            self._left.append(self._sources[worker])
+        self._sources[worker] = peer
+        if self._fetch_now is not None:
+            self._fetch_now.renew(_named(worker), peer)
 
     async def outline(self) -> Model:
         """The model, with those of its weights that are here."""
@@ -98,7 +114,12 @@ class AbsentFile:
         if missing:
             n_bytes = sum(one.n_bytes - self._cache.part_bytes(one.content) for one in missing)
             await asyncio.to_thread(self._cache.make_room, n_bytes)
-            await WeightFetch(self._cache, self._sources, self._count, on_others_bytes=self._on_bytes).run(missing)
+            sources = [(_named(worker), peer) for worker, peer in self._sources.items()]
+            self._fetch_now = WeightFetch(self._cache, sources, self._count, on_others_bytes=self._on_bytes)
+            try:
+                await self._fetch_now.run(missing)
+            finally:
+                self._fetch_now = None
 
     def _count(self, n_bytes: int) -> None:
         self._weights.received_bytes += n_bytes
@@ -112,3 +133,8 @@ class AbsentFile:
             if found is not None:
                 held[record.content] = self._cache.place(record.content), found
         return Model(self._manifest.file(self._path, held))
+
+
+def _named(worker: str) -> str:
+    """For messages."""
+    return f"worker {worker}"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import count
 from time import perf_counter_ns
 
-from llamaclust.errors import WireError, WorkerError
+from llamaclust.errors import DeadlineError, WireError, WorkerError
 from llamaclust.wire.channels import CHOSEN, FORWARD, ClientStream, Peer, UnreachableError
 from llamaclust.wire.codec import decode_chosen, decode_inputs, decode_microbatch, encode_chosen
 from llamaclust.wire.control import Deadlines
@@ -131,14 +131,21 @@ class StageFlow:
         stream = stage.open(method, epoch=self.epoch)
         try:
             await stage.connected()
-            async with deadline(f"opening the {which} stage at {stage.address}", self._deadlines.forward_s):
-                await stream.opened()
+            await self._opened(stream, stage, which)
             yield stream
         except UnreachableError as error:
             await self._neighbours.on_lost(stage, str(error))
             raise
         finally:
             stream.cancel()
+
+    async def _opened(self, stream: ClientStream, stage: Peer, which: str) -> None:
+        try:
+            async with deadline(f"opening the {which} stage at {stage.address}", self._deadlines.forward_s):
+                await stream.opened()
+        except DeadlineError as error:
+            error.worker = stage.worker
+            raise
 
     async def chosen(self, stream: ServerStream) -> None:
         """The last stage's stream to the first one: tokens that it chose."""

@@ -11,19 +11,15 @@ from dataclasses import dataclass
 from llamaclust.errors import DoesNotFitError, ModelFileError
 from llamaclust.model.loader import Model
 from llamaclust.sizes import missing
-from llamaclust.wire.channels import Peer
 from llamaclust.wire.control import Load, LoadProgress
 from llamaclust.worker.absent_file import AbsentFile
 from llamaclust.worker.devices import Device
 from llamaclust.worker.stage_runner import StageMemory, StageRunner, held_weight_bytes, model_program, plan_memory
-from llamaclust.worker.weights import Weights
+from llamaclust.worker.weights import Reach, Weights
 
 _log = logging.getLogger(__name__)
 
 Report = Callable[[LoadProgress], Awaitable[None]]
-Reach = Callable[[str, str], Peer]
-"""A channel to a worker, by address and name."""
-
 _REPORT_S = 0.1
 
 
@@ -58,7 +54,7 @@ async def _load(order: Load, device: Device, weights: Weights, reach: Reach, pro
         progress.total_bytes = (await asyncio.to_thread(_planned, order, device, model)).weight_bytes
         return await asyncio.to_thread(_runner, order, device, model, progress)
     assert order.weights is not None
-    sources = [(f"worker {one.worker}", reach(one.address, one.worker)) for one in order.weights.sources]
+    sources = {one.worker: reach(one.address, one.worker) for one in order.weights.sources}
     async with AbsentFile(order.model_path, order.model_id, order.weights, weights, sources, progress.add) as absent:
         outline = await absent.outline()
         planned = await asyncio.to_thread(_planned, order, device, outline)

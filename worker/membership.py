@@ -6,11 +6,12 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Coroutine
+from dataclasses import replace
 from functools import partial
 from time import perf_counter_ns
 
 from llamaclust.errors import DeadlineError, LlamaclustError, ModelFileError, UsageError, WireError, WorkerError
-from llamaclust.logs import last_trouble, name_cluster
+from llamaclust.logs import last_lines, last_trouble, name_cluster
 from llamaclust.wire.bounds import one_line
 from llamaclust.wire.channels import JOIN, ClientStream, Peer
 from llamaclust.wire.control import (
@@ -27,10 +28,12 @@ from llamaclust.wire.control import (
     Located,
     LocateFailed,
     LocateProgress,
+    LogTold,
     Measure,
     Measured,
     MeasureLinks,
     MeasureLinksFailed,
+    NewSource,
     PeerLost,
     PeerTried,
     Refused,
@@ -38,6 +41,7 @@ from llamaclust.wire.control import (
     Renewed,
     RenewFailed,
     Shutdown,
+    TellLog,
     TryPeer,
     Unload,
     Unloaded,
@@ -143,6 +147,10 @@ class Member:
                 self._start(self._locate(message))
             case TryPeer():
                 self._start(self._try_peer(message))
+            case NewSource():
+                self._weights.hear(message, self._source)
+            case TellLog():
+                self._start(self._say(LogTold(*last_lines(), message.number)))
             case Renewed() | RenewFailed() if self._renewal is not None:
                 self._renewal.hear(message)
             case _:
@@ -198,11 +206,11 @@ class Member:
 
     async def _tell_lost(self, epoch: int, peer: Peer, why: str) -> None:
         """Tells the coordinator, if it is there to hear, whom a stage cannot reach."""
-        if peer.principal is not None and peer.principal.worker is not None:
-            _log.error("worker %s cannot be reached: %s", peer.principal.worker, why)
+        if peer.worker is not None:
+            _log.error("worker %s cannot be reached: %s", peer.worker, why)
             with contextlib.suppress(WorkerError, DeadlineError):
                 async with deadline("telling the coordinator", self._deadlines.peer_s):
-                    await self._say(PeerLost(epoch, peer.principal.worker, why))
+                    await self._say(PeerLost(epoch, peer.worker, why))
 
     async def _try_peer(self, order: TryPeer) -> None:
         """On a connection of its own: the one of a stage may last, or be of use no more."""
@@ -214,7 +222,7 @@ class Member:
             why = str(error)
         finally:
             await peer.close()
-        await self._say(PeerTried(order.worker, why))
+        await self._say(PeerTried(order.worker, why, order.number))
 
     async def _unload(self, order: Unload) -> None:
         async with self._one_order:
@@ -224,11 +232,11 @@ class Member:
     async def _measure(self, order: Measure) -> None:
         async with self._one_order:
             try:
-                answer: WorkerMessage = await asyncio.to_thread(self._measured, order)
+                answer: Measured | Failure = await asyncio.to_thread(self._measured, order)
             except Exception as error:  # noqa: BLE001  a border: the coordinator is told, the worker stays
                 _log.error("measuring the machine: %s", error)
                 answer = _failure(error)
-            await self._say(answer)
+            await self._say(replace(answer, number=order.number))
 
     def _measured(self, order: Measure) -> Measured:
         """Where the model's file is not there, of the machine alone."""
@@ -246,7 +254,7 @@ class Member:
             answer: WorkerMessage = await self._located(wanted)
         except Exception as error:  # noqa: BLE001  a border: the coordinator is told, the worker stays
             _log.error("looking for %s: %s", wanted.model_path, error)
-            answer = LocateFailed(_failure(error))
+            answer = LocateFailed(_failure(error, wanted.number))
         await self._say(answer)
 
     async def _located(self, wanted: Locate) -> Located:
@@ -255,7 +263,7 @@ class Member:
         while not (await asyncio.wait((locating,), timeout=_REPORT_S))[0]:
             if reading.total_bytes:
                 await self._say(LocateProgress(reading.done_bytes, reading.total_bytes))
-        return locating.result()
+        return replace(locating.result(), number=wanted.number)
 
     async def _renew(self, renewal: Renewal) -> None:
         with contextlib.suppress(WorkerError):  # as with heartbeats
@@ -265,10 +273,11 @@ class Member:
         async with self._one_order:
             answer: WorkerMessage
             try:
-                answer = LinksMeasured(tuple([await self._measured_link(*end) for end in order.ends]))
+                links = tuple([await self._measured_link(*end) for end in order.ends])
+                answer = LinksMeasured(links, order.number)
             except Exception as error:  # noqa: BLE001  a border: the coordinator is told, the worker stays
                 _log.error("measuring links: %s", error)
-                answer = MeasureLinksFailed(_failure(error))
+                answer = MeasureLinksFailed(_failure(error, order.number))
             await self._say(answer)
 
     async def _measured_link(self, worker: str, address: str) -> LinkSpeed:
@@ -306,6 +315,10 @@ class Member:
         )
 
     async def _say(self, message: WorkerMessage) -> None:
+        """Goes on where the caller is cancelled, as a stage's stream is that breaks: gRPC would end the membership."""
+        await asyncio.shield(self._said(message))
+
+    async def _said(self, message: WorkerMessage) -> None:
         assert self._stream is not None
         async with self._writing:
             await self._stream.write(encode_worker_message(message))
@@ -323,7 +336,7 @@ class Member:
             _log.warning("ignored a message of a kind that this version does not know")
 
 
-def _failure(error: Exception) -> Failure:
+def _failure(error: Exception, number: int = 0) -> Failure:
     known = isinstance(error, LlamaclustError)
     text = str(error) if known else f"{type(error).__name__}: {error}"
-    return Failure(type(error).__name__ if known else LlamaclustError.__name__, one_line(text))
+    return Failure(type(error).__name__ if known else LlamaclustError.__name__, one_line(text), number)

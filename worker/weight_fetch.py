@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from llamaclust.errors import DeadlineError, LlamaclustError, WireError, WorkerError
 from llamaclust.model.weight_cache import WeightCache
@@ -26,6 +27,7 @@ _LOOK_S = 0.05
 _LEAST_REST_S, _MOST_REST_S = 0.1, 2.0
 
 OnBytes = Callable[[int], None]
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,7 @@ class _Source:
     given_up: str | None = None  # why
     failed_since_s: float | None = None
     rest_s: float = _LEAST_REST_S
+    lanes: list[asyncio.Task[None]] = field(default_factory=list)
 
     def give_up(self, error: LlamaclustError) -> None:
         if self.given_up is None:
@@ -109,6 +112,22 @@ class WeightFetch:
         self._on_others_bytes = on_others_bytes
         self._patience = patience or Patience()
         self._items: list[_Item] = []
+        self._lanes: asyncio.TaskGroup | None = None
+
+    def renew(self, name: str, peer: Peer) -> None:
+        """From now on this source is asked there, whatever it answered before; it may be a new one."""
+        _log.info("weights are asked of %s at %s", name, peer.address)
+        runs = any(not lane.done() for one in self._sources for lane in one.lanes)
+        known = [place for place, one in enumerate(self._sources) if one.name == name]
+        for place in known:
+            for lane in self._sources[place].lanes:
+                lane.cancel()
+        for item in self._items:
+            item.lacking.discard(name)
+        place = known[0] if known else len(self._sources)
+        self._sources[place : place + 1] = [_Source(name, peer)]
+        if self._lanes is not None and runs:
+            self._begin(self._sources[place], self._lanes)
 
     async def run(self, wanted: Sequence[WantedWeights]) -> None:
         """Returns when all are in the cache. The caller holds it `in_use`. WorkerError where a tensor is to be had
@@ -118,19 +137,19 @@ class WeightFetch:
             _Item(one, self._cache.part_bytes(one.content))
             for one in sorted(by_content.values(), key=lambda one: -one.n_bytes)
         ]
-        lanes = [asyncio.create_task(self._lane(source)) for source in self._sources for _ in range(_LANES)]
         try:
-            if lanes:
-                await asyncio.wait(lanes, return_when=asyncio.FIRST_EXCEPTION)
-            for lane in lanes:
-                if lane.done():
-                    lane.result()
-            if self._items:
-                raise self._not_found(self._items[0])
+            async with asyncio.TaskGroup() as self._lanes:
+                for source in self._sources:
+                    self._begin(source, self._lanes)
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from None
         finally:
-            for lane in lanes:
-                lane.cancel()
-            await asyncio.gather(*lanes, return_exceptions=True)
+            self._lanes = None
+        if self._items:
+            raise self._not_found(self._items[0])
+
+    def _begin(self, source: _Source, lanes: asyncio.TaskGroup) -> None:
+        source.lanes = [lanes.create_task(self._lane(source)) for _ in range(_LANES)]
 
     async def _lane(self, source: _Source) -> None:
         stream: ClientStream | None = None
@@ -194,7 +213,7 @@ class WeightFetch:
             self._others_brought(item, wanted.n_bytes)
             self._items.remove(item)
             return
-        part = await asyncio.to_thread(WeightPart.open, self._cache, wanted.content, wanted.n_bytes)
+        part = await _in_thread(WeightPart.open, self._cache, wanted.content, wanted.n_bytes, undo=_close)
         if part is None:
             self._others_brought(item, self._cache.part_bytes(wanted.content))
             item.not_before_s = asyncio.get_running_loop().time() + _LOOK_S
@@ -202,7 +221,7 @@ class WeightFetch:
         try:
             await self._receive(part, item, source, stream)
             was_resumed = part.resumed
-            is_whole = await asyncio.to_thread(part.finish)
+            is_whole = await _in_thread(part.finish)
         finally:
             part.close()
         if is_whole:
@@ -239,11 +258,11 @@ class WeightFetch:
                 item.there_bytes += len(frames[-1])
                 if len(frames) * FRAME_BYTES >= _WRITE_BYTES:
                     full, frames = frames, []
-                    await asyncio.to_thread(part.write, full)
+                    await _in_thread(part.write, full)
         except LlamaclustError:
             part.write(frames)  # to be resumed after them
             raise
-        await asyncio.to_thread(part.write, frames)
+        await _in_thread(part.write, frames)
 
     def _not_found(self, item: _Item) -> WorkerError:
         whys = [f"{one.name}: {one.given_up or 'does not have it'}" for one in self._sources]
@@ -251,3 +270,22 @@ class WeightFetch:
         return WorkerError(
             f"weights of {item.wanted.name} ({item.wanted.n_bytes} bytes) are to be had nowhere ({where})"
         )
+
+
+async def _in_thread(
+    function: Callable[..., _Value], *arguments: object, undo: Callable[[_Value], None] = lambda value: None
+) -> _Value:
+    """To its end also where the task is cancelled meanwhile: nobody else may have the file before. Then `undo`."""
+    working = asyncio.ensure_future(asyncio.to_thread(function, *arguments))
+    try:
+        return await asyncio.shield(working)
+    except asyncio.CancelledError:
+        await asyncio.wait((working,))
+        if working.exception() is None:
+            undo(working.result())
+        raise
+
+
+def _close(part: WeightPart | None) -> None:
+    if part is not None:
+        part.close()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from threading import Lock
+from typing import Protocol
 
 from llamaclust.errors import LlamaclustError, ModelFileError, WireError
 from llamaclust.model.gguf import ModelFile
@@ -15,8 +17,8 @@ from llamaclust.model.loader import Model
 from llamaclust.model.manifest import make_manifest, read_manifest
 from llamaclust.model.tensors import Tensor, open_regular, read_exactly
 from llamaclust.model.weight_cache import WeightCache
-from llamaclust.wire.channels import FETCH
-from llamaclust.wire.control import Locate, Located
+from llamaclust.wire.channels import FETCH, Peer
+from llamaclust.wire.control import Locate, Located, NewSource
 from llamaclust.wire.deadlines import deadline
 from llamaclust.wire.server import Handler, ServerStream
 from llamaclust.wire.weights import FRAME_BYTES, WeightRange, decode_range, encode_missing, frames_of
@@ -48,6 +50,18 @@ class Reading:
             self.done_bytes += n_bytes
 
 
+Reach = Callable[[str, str], Peer]
+"""A channel to a worker, by address and name."""
+
+
+class Fetching(Protocol):
+    """Weights of one manifest, on their way to here."""
+
+    @property
+    def manifest(self) -> str: ...
+    def renew(self, worker: str, peer: Peer) -> None: ...
+
+
 class Weights:
     """Of one worker. Without a `cache` it neither fetches nor gives any."""
 
@@ -60,10 +74,25 @@ class Weights:
         self._given: dict[str, Tensor] = {}  # of files, by SHA-256
         self._located: dict[str, Located] = {}  # of files with a manifest, by model id
         self._streams = 0
+        self._fetching: list[Fetching] = []
 
     @property
     def handlers(self) -> Mapping[str, Handler]:
         return {FETCH: self._serve}
+
+    @contextmanager
+    def fetching(self, what: Fetching) -> Iterator[None]:
+        """Meanwhile, it is told of new sources."""
+        self._fetching.append(what)
+        try:
+            yield
+        finally:
+            self._fetching.remove(what)
+
+    def hear(self, news: NewSource, reach: Reach) -> None:
+        for one in self._fetching:
+            if one.manifest == news.manifest:
+                one.renew(news.source.worker, reach(news.source.address, news.source.worker))
 
     def open_file(self, model_path: str, model_id: str) -> Model | None:
         """The file of that identity, at its path or under its name in `model_dir`; None where there is no file.

@@ -9,6 +9,8 @@ class LlamaclustError(Exception):
     exit_code = 1
     http_status = 500
     code = "internal_error"
+    worker: str | None = None
+    """Name of the worker that is to blame, where that is known."""
 
 
 class UsageError(LlamaclustError):

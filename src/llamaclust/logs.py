@@ -6,13 +6,18 @@ import json
 import logging
 import re
 import sys
+from collections import deque
 from collections.abc import Mapping
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from enum import StrEnum
 
 _TEXT = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (?P<level>[A-Z]+) (?P<message>.*)")
 _FIELD = re.compile(r'(?P<key>[a-z_]+)=(?P<value>"(?:[^"\\]|\\.)*"|\S*)(?: |$)')
 _PLAIN = re.compile(r"[A-Za-z0-9_.:/@+-]+")
+
+_KEPT_LINES = 1000
+_KEPT_CHARACTERS = 2000  # of each
 
 FIELDS = ("request", "reason", "prompt_tokens", "tokens", "ttft_ms", "seconds")
 """What a record may say besides, by `extra=`."""
@@ -64,7 +69,25 @@ class _Trouble(logging.Handler):
             self.handleError(record)
 
 
+class _Last(logging.Handler):
+    """Keeps the last lines."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: deque[str] = deque(maxlen=_KEPT_LINES)
+        self.count = 0  # also those that are kept no more
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            for line in self.format(record).splitlines():
+                self.lines.append(line[:_KEPT_CHARACTERS])
+                self.count += 1
+        except Exception:  # noqa: BLE001  as every handler does
+            self.handleError(record)
+
+
 _trouble = _Trouble(logging.WARNING)
+_last = _Last()
 
 
 def start_logging(form: LogFormat, **where: str) -> None:
@@ -72,7 +95,8 @@ def start_logging(form: LogFormat, **where: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     plain = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
     handler.setFormatter(plain if form is LogFormat.TEXT else _Fields(form, where))
-    logging.basicConfig(level=logging.INFO, handlers=[handler, _trouble])
+    _last.setFormatter(handler.formatter)
+    logging.basicConfig(level=logging.INFO, handlers=[handler, _trouble, _last])
 
 
 def name_cluster(name: str) -> None:
@@ -86,6 +110,12 @@ def name_cluster(name: str) -> None:
 def last_trouble() -> str:
     """The last warning or error since `name_cluster`."""
     return _trouble.text
+
+
+def last_lines() -> tuple[tuple[str, ...], int]:
+    """(the last lines of this process's log, as it wrote them; how many were before)."""
+    with _last.lock or nullcontext():
+        return tuple(_last.lines), _last.count - len(_last.lines)
 
 
 def read_line(line: str) -> tuple[str, str] | None:

@@ -192,7 +192,7 @@ class Chaos:
 
         supervisor, moving, name = self._cluster.supervisor, None, self._source.choice(sorted(self._struck_s))
         if provoke and not loading():
-            moving = asyncio.create_task(supervisor.spare(name))
+            moving = asyncio.create_task(supervisor.workforce.spare(name))
         try:
             await until(lambda: bool(loading()), 3.0)
             return loading()
@@ -202,7 +202,7 @@ class Chaos:
             if moving is not None:
                 moving.cancel()
                 await asyncio.gather(moving, return_exceptions=True)
-                supervisor.use_again(name)
+                supervisor.workforce.use_again(name)
 
     async def _strike(self, moment: str, among: Sequence[WorkerHandle], victims: int = 1) -> list[Struck]:
         """Strikes some at once, of those that are rested where nobody is named. Returns when it has been noticed."""

@@ -201,7 +201,7 @@ def random_entries(cluster: Cluster, source: random.Random) -> list[PlanEntry]:
     return [PlanEntry(worker=name, layers=(bounds[i], bounds[i + 1])) for i, name in enumerate(names)]
 
 
-def random_plans(cluster: Cluster, source: random.Random, count: int) -> list[Plan]:
+async def random_plans(cluster: Cluster, source: random.Random, count: int) -> list[Plan]:
     """That fit, each another one; fewer where there are few."""
     found: dict[str, Plan] = {}
     for _ in range(100 * count):
@@ -209,7 +209,7 @@ def random_plans(cluster: Cluster, source: random.Random, count: int) -> list[Pl
             by_hand = copy.copy(cluster.supervisor._planning)
             by_hand._config = cluster.config.model_copy(update={"plan": random_entries(cluster, source)})
             try:
-                plan = by_hand.plan(cluster.registry.present)
+                plan = await by_hand.plan(cluster.registry.present)
             except (DoesNotFitError, UsageError):
                 continue
             if not cluster.supervisor.epoch.is_as(plan):
@@ -225,7 +225,11 @@ async def serve(cluster: Cluster, plan: Plan) -> None:
     """The plan's epoch, and no other, in place of the one that serves. TimeoutError where it does not load."""
     supervisor = cluster.supervisor
     links = supervisor._planning.links
-    supervisor._planning = SimpleNamespace(plan=lambda workers, apart: plan, links=links)  # type: ignore[assignment]
+
+    async def planned(workers: object, apart: object) -> Plan:
+        return plan
+
+    supervisor._planning = SimpleNamespace(plan=planned, links=links)  # type: ignore[assignment]
     cluster.engine.interrupt(WorkerError("another plan is tried"))
     async with asyncio.timeout(_LOAD_S):
         while supervisor._loss is not None or not supervisor.epoch.is_as(plan):  # noqa: ASYNC110  nothing tells of it
@@ -235,7 +239,7 @@ async def serve(cluster: Cluster, plan: Plan) -> None:
 async def beside_random(cluster: Cluster, source: random.Random, count: int) -> tuple[float | None, float, int]:
     """(best random plan's time / the chosen one's, spread of the chosen one's, plans): both in turn."""
     chosen, ratios, own = cluster.plan, [], []
-    plans = random_plans(cluster, source, count)
+    plans = await random_plans(cluster, source, count)
     tokens = _TOKENS // 2
 
     async def timed(plan: Plan) -> float:

@@ -50,6 +50,11 @@ class ClusterApi:
     def undrain(self, worker: str) -> None:
         self._ask("POST", f"/cluster/workers/{worker}/undrain")
 
+    def log(self, worker: str) -> tuple[int, list[str]]:
+        """(how many lines its process wrote before, the last ones)."""
+        told = self._ask("GET", f"/cluster/workers/{worker}/log")
+        return told["before"], told["lines"]
+
     def _ask(self, method: str, path: str, timeout: httpx.Timeout | None = None) -> dict[str, Any]:
         try:
             answer = self._client.request(method, path, timeout=timeout or _ANSWER_S)

@@ -19,6 +19,8 @@ _ANSWER_S = 10.0
 _DRAIN_S = 60.0
 _POLL_S = 0.05
 _SILENCE_S = 1.5
+_LOOK_S = 0.5
+_COORDINATOR = "coordinator"
 
 
 def stop(name: str | None) -> None:
@@ -94,8 +96,13 @@ def _checked(worker: str) -> str:
 
 
 def print_log(name: str | None, worker: str, follow: bool) -> None:
-    """Prints a worker's log, of a cluster that runs or of the one that ran last under that name."""
-    logs = {log.stem: log for log in sorted(_log_folder(name).logs.glob("*.log"))}
+    """Prints a worker's log, of a cluster that runs or of the one that ran last under that name: the whole file where
+    that is on this machine, else the last lines, as the worker tells them."""
+    folder, record = _cluster(name)
+    if record is not None and record.launcher != "local" and worker != _COORDINATOR:
+        _print_told(record, _checked(worker), follow)
+        return
+    logs = {log.stem: log for log in sorted(folder.logs.glob("*.log"))}
     if worker not in logs:
         raise UsageError(f"no log of a worker named {worker!r}; there are logs of: {', '.join(logs) or 'none'}")
     with logs[worker].open(errors="replace") as file:
@@ -105,8 +112,23 @@ def print_log(name: str | None, worker: str, follow: bool) -> None:
             terminal.write(file.read())
 
 
-def _log_folder(name: str | None) -> ClusterDir:
+def _print_told(record: ClusterRecord, worker: str, follow: bool) -> None:
+    """By numbers of lines: those that were printed are not printed again, those of another process are."""
+    printed = 0
+    with ClusterApi(record) as api:
+        while True:
+            before, lines = api.log(worker)
+            printed = printed if printed <= before + len(lines) else 0
+            terminal.write("".join(f"{line}\n" for line in lines[max(0, printed - before) :]))
+            printed = before + len(lines)
+            if not follow:
+                return
+            time.sleep(_LOOK_S)
+
+
+def _cluster(name: str | None) -> tuple[ClusterDir, ClusterRecord | None]:
+    """One that runs, with its record, or one that does not."""
     state_dir = environment().state_dir
     if name in {path.name for path in state_dir.glob("*/")} - running_clusters(state_dir).keys():
-        return ClusterDir(state_dir / name)
-    return find_running(state_dir, name)[0]
+        return ClusterDir(state_dir / name), None
+    return find_running(state_dir, name)

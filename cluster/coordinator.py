@@ -15,13 +15,14 @@ from llamaclust.cluster.epochs import Epochs
 from llamaclust.cluster.events import Watch
 from llamaclust.cluster.launchers.base import Launcher
 from llamaclust.cluster.launchers.launch import Launch, launching
+from llamaclust.cluster.link_keeper import MeasureLinks
 from llamaclust.cluster.links import UNKNOWN
 from llamaclust.cluster.measuring import measure_workers
 from llamaclust.cluster.measuring_links import hops_matter, measure_links
 from llamaclust.cluster.plan import Plan
 from llamaclust.cluster.plan_inputs import check_plan
 from llamaclust.cluster.planning import Planning
-from llamaclust.cluster.recovery import MeasureLinks, Supervisor
+from llamaclust.cluster.recovery import Supervisor
 from llamaclust.cluster.registry import Registry
 from llamaclust.cluster.settings import EngineSettings
 from llamaclust.cluster.shares import worker_specs

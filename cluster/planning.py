@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 
 from llamaclust.cluster.config import ClusterConfig
@@ -43,15 +44,17 @@ class Planning:
         is_news, self._links = links != self._links, links
         return is_news
 
-    def plan(self, workers: Mapping[str, WorkerHandle], apart: Pairs = frozenset()) -> Plan:
+    async def plan(self, workers: Mapping[str, WorkerHandle], apart: Pairs = frozenset()) -> Plan:
         """Over these workers, of whom pairs that are `apart` cannot reach each other. DoesNotFitError where they have
-        too little memory, WorkerError where there are none or a plan by hand names another, CutOffError."""
+        too little memory, WorkerError where there are none or a plan by hand names another, CutOffError. In a thread:
+        over many workers and layers it takes seconds."""
         missing = [one.worker for one in self._config.plan or () if one.worker not in workers]
         if missing:
             raise WorkerError(f"the plan gives layers to {', '.join(missing)}")
         if not workers:
             raise WorkerError("no worker is left")
-        return plan_cluster(self._config, self._model, self._memory(workers), self._measured, self._links, apart)
+        known = self._memory(workers), self._measured, self._links
+        return await asyncio.to_thread(plan_cluster, self._config, self._model, *known, apart)
 
     def _memory(self, workers: Mapping[str, WorkerHandle]) -> dict[str, int]:
         """What each may take of its machine, which others may share with it."""

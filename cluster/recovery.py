@@ -7,35 +7,25 @@ losses and a loss during a recovery are the same to it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Coroutine, Mapping
 
 from llamaclust.cluster.config import ClusterConfig
 from llamaclust.cluster.cut_pairs import CutPairs
 from llamaclust.cluster.engine import Engine
+from llamaclust.cluster.epoch_opener import EpochOpener
 from llamaclust.cluster.epochs import Epoch, Epochs
-from llamaclust.cluster.events import News, PlanMade, Watch, WorkerLoading, WorkerReading
+from llamaclust.cluster.events import News, Watch
 from llamaclust.cluster.launchers.base import Launcher
+from llamaclust.cluster.link_keeper import LinkKeeper, MeasureLinks
 from llamaclust.cluster.links import Links
-from llamaclust.cluster.news import back_text, given_up_text, lost_text, moving_text, recovered_text, waiting_text
+from llamaclust.cluster.news import back_text, given_up_text, lost_text, recovered_text, waiting_text
 from llamaclust.cluster.plan import Plan
-from llamaclust.cluster.plan_text import plan_lines
 from llamaclust.cluster.planner_apart import split
 from llamaclust.cluster.planning import Planning
 from llamaclust.cluster.registry import Registry
 from llamaclust.cluster.worker_handle import WorkerHandle
-from llamaclust.errors import (
-    CutOffError,
-    DeadlineError,
-    DoesNotFitError,
-    LlamaclustError,
-    StalledError,
-    UsageError,
-    WireError,
-    WorkerError,
-)
-from llamaclust.wire.control import LoadProgress, LocateProgress
-
-MeasureLinks = Callable[[Mapping[str, WorkerHandle]], Awaitable[Links]]
+from llamaclust.cluster.workforce import Workforce
+from llamaclust.errors import CutOffError, DoesNotFitError, LlamaclustError, WireError, WorkerError
 
 _TRIES = 3
 """So often the same workers may fail without one of them being lost."""
@@ -60,7 +50,6 @@ class Supervisor:
         measure_links: MeasureLinks | None = None,
     ) -> None:
         """`measure_links`: between those who are here, asked again when somebody joins later."""
-        self.spared: set[str] = set()  # names of workers that are to hold no layers
         self.recoveries = 0
         self._config = config
         self._epochs = epochs
@@ -68,8 +57,6 @@ class Supervisor:
         self._registry = registry
         self._launcher = launcher
         self._watch = watch
-        self._measure_links = measure_links
-        self._measuring: asyncio.Task[None] | None = None
         self._epoch: Epoch | None = None
         self._engine: Engine | None = None
         self._news = asyncio.Event()  # something has changed
@@ -78,9 +65,11 @@ class Supervisor:
         self._lost_s = 0.0  # on the event loop's clock
         self._waits_for = ""  # as it was told
         self._failures = 0  # in a row, of pipelines whose workers were all there
-        self._suspects: list[tuple[WorkerHandle, BaseException]] = []
         self._work: set[asyncio.Task[None]] = set()
         self.cuts = CutPairs(lambda: registry.present, config.timeouts.worker, watch, self._change)
+        self.workforce = Workforce(registry, self._planned, self._holds, self._change, self._settled)
+        self._opener = EpochOpener(epochs, registry, watch, lambda: self._engine is None)
+        self._links = LinkKeeper(measure_links, registry, self._know, self._settled, watch)
 
     @property
     def epoch(self) -> Epoch:
@@ -104,12 +93,11 @@ class Supervisor:
                 self._news.clear()
                 if self._loss is not None:
                     await self._recover(engine)
-                elif await self._improve(engine):
+                elif await self._improve(engine) and not self._news.is_set():
                     self._settled.set()
                     await self._something_new()
         finally:
-            if self._measuring is not None:
-                self._measuring.cancel()
+            self._links.close()
 
     def lost(self, error: LlamaclustError) -> None:
         """The engine's word that its pipeline is lost."""
@@ -117,29 +105,16 @@ class Supervisor:
         self._lost_s = self._now_s
         self._change()
 
-    async def spare(self, name: str) -> None:
-        """Moves a worker's layers to others, without a pause but for the switch; returns when it holds none.
+    async def _planned(self, workers: Mapping[str, WorkerHandle]) -> Plan:
+        """Over these workers, as things are now."""
+        return await self._planning.plan(workers, self.cuts.apart)
 
-        UsageError for a name that is not known, DoesNotFitError or WorkerError where the others cannot do without it.
-        """
-        self._check_name(name)
-        others = {other: handle for other, handle in self._usable.items() if other != name}
-        self._planning.plan(others, self.cuts.apart)
-        self.spared.add(name)
-        self._change()
-        await self._settled.wait()
-        if self.epoch.holds(name):
-            raise WorkerError(f"the layers of worker {name} could not be moved: see the log")
+    def _holds(self, name: str) -> bool:
+        return self.epoch.holds(name)
 
-    def use_again(self, name: str) -> None:
-        """Takes `spare` back. UsageError for a name that is not known."""
-        self._check_name(name)
-        self.spared.discard(name)
-        self._change()
-
-    def _check_name(self, name: str) -> None:
-        if name not in self._registry.workers:
-            raise UsageError(f"no worker is named {name!r}; there are: {', '.join(sorted(self._registry.workers))}")
+    def _know(self, links: Links) -> None:
+        if self._planning.know(links):
+            self._change()
 
     # -- news --------------------------------------------------------------------------------------------------------
 
@@ -154,22 +129,8 @@ class Supervisor:
     def _joined(self, handle: WorkerHandle) -> None:
         self._watch(News(back_text(handle)))
         self._change()
-        if self._measure_links is not None and (self._measuring is None or self._measuring.done()):
-            self._measuring = asyncio.create_task(self._know_links(self._measure_links))
-
-    async def _know_links(self, measure: MeasureLinks) -> None:
-        """Once a pipeline serves, for that comes first."""
-        present: dict[str, WorkerHandle] = {}
-        while present != self._registry.present:
-            await self._settled.wait()
-            present = self._registry.present
-            try:
-                links = await measure(present)
-            except LlamaclustError as error:
-                self._watch(News(f"links were not measured anew: {error}"))
-                return
-            if self._planning.know(links):
-                self._change()
+        self._links.joined()
+        self._epochs.joined(handle)
 
     def _left(self, handle: WorkerHandle) -> None:
         counts = None if self._engine is None else self._engine.scheduler.counts
@@ -189,10 +150,6 @@ class Supervisor:
         task.add_done_callback(self._work.discard)
 
     # -- the loop ----------------------------------------------------------------------------------------------------
-
-    @property
-    def _usable(self) -> dict[str, WorkerHandle]:
-        return {name: worker for name, worker in self._registry.present.items() if name not in self.spared}
 
     async def _next_epoch(self) -> Epoch:
         """Plans and loads, again and again until it is done, whoever is lost meanwhile."""
@@ -216,7 +173,7 @@ class Supervisor:
     @property
     def _lacks_file(self) -> bool:
         """Whether who has the model's file for the others may come back."""
-        are_all = len(self._usable) == len(self._config.workers)
+        are_all = len(self.workforce.usable) == len(self._config.workers)
         return not (self._engine is None and are_all) and self._epochs.file_is_away
 
     def _is_cut(self, plan: Plan) -> bool:
@@ -227,10 +184,11 @@ class Supervisor:
         """Over those who are here, as soon as they are enough."""
         while True:
             self._news.clear()
+            usable = self.workforce.usable
             try:
-                return self._planning.plan(self._usable, self.cuts.apart)
+                return await self._planned(usable)
             except (DoesNotFitError, WorkerError) as error:
-                is_whole = len(self._usable) == len(self._config.workers) and not isinstance(error, CutOffError)
+                is_whole = len(usable) == len(self._config.workers) and not isinstance(error, CutOffError)
                 if self._engine is None and is_whole:
                     raise
                 await self._wait_for_workers(error)
@@ -255,44 +213,13 @@ class Supervisor:
             await self._news.wait()
 
     async def _open(self, plan: Plan, *, alone: bool) -> Epoch:
-        """The plan's epoch, once it is loaded. Who fails is suspected of it."""
-        self._suspects = []
-        if self._engine is None:
-            self._watch(PlanMade(tuple(plan_lines(plan))))
-        else:
-            self._watch(News(moving_text(plan, self._registry.workers)))
         while self._work:  # what is lost frees its memory first
             await asyncio.gather(*self._work, return_exceptions=True)
-        stages = {stage.worker: stage for stage in plan.stages}
-
-        def progress(worker: str, news: LoadProgress) -> None:
-            if self._engine is None:
-                stage = stages[worker]
-                self._watch(WorkerLoading(worker, stage.start, stage.end, news.done_bytes, news.total_bytes))
-
-        def reading(worker: str, news: LocateProgress) -> None:
-            if self._engine is None:
-                self._watch(WorkerReading(worker, news.done_bytes, news.total_bytes))
-
-        def failed(worker: WorkerHandle, error: BaseException) -> None:
-            self._suspects.append((worker, error))
-            if isinstance(error, StalledError):
-                self._registry.fence(worker, f"it hangs: {error}")
-
-        links = self._planning.links
-        epoch = await self._epochs.open(
-            plan, links, alone=alone, on_progress=progress, on_reading=reading, on_error=failed
-        )
-        for worker in epoch.workers if self._engine is None else ():
-            order, loaded = worker.stages[epoch.number]
-            self._watch(WorkerLoading(worker.name, order.start, order.end, loaded.weight_bytes, loaded.weight_bytes))
-        return epoch
+        return await self._opener.open(plan, self._planning.links, alone=alone)
 
     async def _hold_on(self, error: LlamaclustError, failures: int) -> None:
         """After a failure of workers that are all there: a pause, and in the end those who failed are given up."""
-        for worker, why in self._suspects:
-            if failures + 1 >= _TRIES or isinstance(why, DeadlineError):
-                self._registry.fence(worker, f"it takes no part in a new epoch: {error}")
+        self._opener.give_up_suspects(error, at_once=failures + 1 >= _TRIES)
         await asyncio.sleep(min(_PAUSE_S * 2**failures, _LONGEST_PAUSE_S))
 
     # -- a loss ------------------------------------------------------------------------------------------------------
@@ -344,13 +271,15 @@ class Supervisor:
         """Changes to the plan that is best for those who are here now, while the old one serves. False where that is
         still to be done."""
         old = self.epoch
-        must = any(old.holds(name) for name in self.spared)
+        must = any(old.holds(name) for name in self.workforce.spared)
         try:
-            plan = self._planning.plan(self._usable, self.cuts.apart)
+            plan = await self._planned(self.workforce.usable)
         except (DoesNotFitError, WorkerError) as error:
             if must:
                 self._watch(News(f"layers cannot be moved now: {error}"))
             return True
+        if self._loss is not None:  # while the plan was made
+            return False
         if old.is_as(plan):
             return True
         while not must and not _is_cheap(engine, plan):

@@ -121,7 +121,7 @@ async def _answer(cluster: Cluster, folder: ClusterDir, front: _Front, signals: 
     engine, registry = cluster.engine, cluster.registry
     engine.metrics.registry.register(WorkerMetrics(lambda: registry.workers))
     show = partial(cluster_status, cluster, record)
-    app = create_app(service, front.settings, engine, show, admission, cluster.supervisor)
+    app = create_app(service, front.settings, engine, show, admission, cluster.supervisor.workforce)
     allow_many_files()
     server = _Server(server_config(app, front.settings))
     serving = asyncio.create_task(server.serve(sockets=[front.listener]))
@@ -211,6 +211,7 @@ def _record(cluster: Cluster, listener: socket.socket) -> ClusterRecord:
         api=f"http://{host}:{port}",
         model=_model_name(cluster.config.model),
         api_keys_file=None if keys is None else str(keys),
+        launcher=cluster.config.launcher,
     )
 
 

@@ -37,6 +37,7 @@ class ClusterRecord:
     api: str  # http://HOST:PORT
     model: str
     api_keys_file: str | None = None  # where this user's programs find a key, if the API wants one
+    launcher: str = "local"
 
 
 @dataclass(frozen=True, slots=True)

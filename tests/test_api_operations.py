@@ -12,6 +12,7 @@ from served import MODEL, SETTINGS, ScriptedEngine, client, make_app, real_engin
 
 from llamaclust.cluster.api.settings import first_key, read_api_keys
 from llamaclust.errors import DoesNotFitError, UsageError, WorkerError
+from llamaclust.wire.control import LogTold
 
 
 def app(**settings: Any) -> Any:
@@ -71,6 +72,10 @@ class Workers:
         self._check(name)
         self.spared.remove(name)
 
+    async def log(self, name: str) -> LogTold:
+        self._check(name)
+        return LogTold(("one", "two"), 12)
+
     def _check(self, name: str) -> None:
         if name not in ("a", "b"):
             raise UsageError(f"no worker is named {name!r}")
@@ -98,6 +103,17 @@ async def test_workers_are_drained_by_who_may_use_the_api() -> None:
         assert (await http.post(DRAIN, headers={"origin": "https://evil.example"})).status_code == 403
         assert workers.spared == []
         assert (await http.post(DRAIN)).status_code == 200
+
+
+@run_async
+async def test_logs_of_workers_are_told_to_who_may_use_the_api() -> None:
+    key, path = {"Authorization": "Bearer first-key"}, "/cluster/workers/a/log"
+    async with client(app(workforce=Workers(), api_keys=("first-key",))) as http:
+        assert (await http.get(path)).status_code == 401
+        assert (await http.get(path, headers=key | {"host": "evil.example"})).status_code == 403
+        told = (await http.get(path, headers=key)).json()
+        assert told == {"worker": "a", "before": 12, "lines": ["one", "two"]}
+        assert (await http.get("/cluster/workers/x/log", headers=key)).status_code == 400
 
 
 @run_async

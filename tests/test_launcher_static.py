@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from command_line import Cluster, CommandLine, command_line, eventually
+from command_line import CommandLine, command_line, eventually
+from launched import Answers, answers, logs_of, model_in, of_one_worker
 from static_cluster import (
     free_port,
     join_port,
@@ -24,17 +25,14 @@ from static_cluster import (
     start_worker,
     token_file,
 )
-from tiny_model import build_tiny_model
 
 from llamaclust.cluster.config import load_config
 from llamaclust.errors import UsageError
 
-Answers = list[tuple[list[int], list[float]]]
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build_tiny_model(tmp_path_factory.mktemp("model") / "tiny.gguf", context=256)
+    return model_in(tmp_path_factory)
 
 
 @pytest.fixture
@@ -43,16 +41,9 @@ def line() -> Iterator[CommandLine]:
         yield line
 
 
-def answers(cluster: Cluster) -> Answers:
-    """Greedy and seeded."""
-    return [cluster.answer(), cluster.answer(temperature=0.9, seed=7, max_tokens=24)]
-
-
 @pytest.fixture(scope="module")
 def undisturbed(model: Path) -> Answers:
-    """Of a single worker."""
-    with command_line() as line, line.cluster(model, workers=named("a")) as cluster:
-        return answers(cluster)
+    return of_one_worker(model)
 
 
 def test_three_workers_joined_before_and_after_give_the_single_workers_bits(
@@ -72,6 +63,9 @@ def test_three_workers_joined_before_and_after_give_the_single_workers_bits(
         assert [worker["layers"] for worker in status["workers"]] == [[0, 2], [2, 4], [4, 6]]
         assert {worker["address"].rpartition(":")[0] for worker in status["workers"]} == {"127.0.0.1"}
         assert not status["insecure"]
+        log = logs_of(line, "b")
+        assert "waiting for the coordinator" in log and "layers [2, 4) are loaded" in log
+        assert log in early.err.read_text()
         assert line.run("down").code == 0
     for worker in (early, *late):
         assert worker.wait().code == 0

@@ -119,7 +119,8 @@ def test_links_are_measured_again_when_somebody_joins_once_a_pipeline_serves() -
         registry: Any = SimpleNamespace(present=present)
         nothing: Any = None
         config: Any = SimpleNamespace(timeouts=SimpleNamespace(worker=5.0, load=60.0, recovery=120.0))
-        supervisor = Supervisor(config, nothing, planning, registry, nothing, lambda event: None, measure)
+        epochs: Any = SimpleNamespace(joined=lambda handle: None)
+        supervisor = Supervisor(config, epochs, planning, registry, nothing, lambda event: None, measure)
         registration = SimpleNamespace(host="h", address="h:1", pid=1)
         handle: Any = SimpleNamespace(name="b", registration=registration)
         present["b"] = handle

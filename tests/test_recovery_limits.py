@@ -116,14 +116,14 @@ async def test_layers_are_moved_away_without_losing_a_token(
         supervisor = run.cluster.supervisor
         tasks = run.start(requests)
         await run.token(100)
-        await supervisor.spare("b")
+        await supervisor.workforce.spare("b")
         assert not run.worker("b").stages and run.worker("b").loss is None
         assert supervisor.recoveries == 0
         assert await asyncio.gather(*tasks) == expected
         run.hurt("a")
         await run.until("a again", lambda: supervisor.epoch.holds("a") and not supervisor.epoch.lost)
         assert not supervisor.epoch.holds("b")
-        supervisor.use_again("b")
+        supervisor.workforce.use_again("b")
         await run.whole()
         assert await answer_of(run.cluster.engine.submit(requests[0])) == expected[0]
 
@@ -135,8 +135,8 @@ async def test_a_worker_that_cannot_be_spared_is_not(
     monkeypatch.setattr(Planning, "_memory", lambda self, workers: dict.fromkeys(workers, 13 << 20))
     async with recovering(config(model, tmp_path, workers=2)) as run:
         with pytest.raises(DoesNotFitError, match="MiB are missing"):
-            await run.cluster.supervisor.spare("b")
+            await run.cluster.supervisor.workforce.spare("b")
         with pytest.raises(UsageError, match="no worker is named 'x'; there are: a, b"):
-            await run.cluster.supervisor.spare("x")
-        assert not run.cluster.supervisor.spared
+            await run.cluster.supervisor.workforce.spare("x")
+        assert not run.cluster.supervisor.workforce.spared
         assert run.cluster.supervisor.epoch.number == 1

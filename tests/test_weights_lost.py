@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from command_line import eventually
-from recovering import answer_of, asks, undisturbed
+from recovering import Answer, answer_of, asks, undisturbed
 from served import run_async
 from static_cluster import free_port, named
 from tiny_model import build_tiny_model
@@ -23,10 +23,22 @@ from llamaclust.wire.server import ServerStream
 from llamaclust.wire.weights import FRAME_BYTES, WeightRange, frames_of
 from llamaclust.worker.settings import WorkerSettings
 from llamaclust.worker.static import live_by_itself
-from llamaclust.worker.weight_fetch import WeightFetch
+from llamaclust.worker.weight_fetch import Patience, WeightFetch
 from llamaclust.worker.weights import Weights
 
 PLAN = [{"worker": "b", "layers": [0, 2]}]
+REQUESTS = asks(1, 8)[:2]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "m.gguf"
+    return build_tiny_model(path, hidden=512, ffn=1024, layers=2, context=512)
+
+
+@pytest.fixture(scope="module")
+def expected(model: Path) -> list[Answer]:
+    return undisturbed(model, REQUESTS)
 
 
 def worker(folder: Path, join: str, name: str, model_dir: Path | None = None) -> asyncio.Task[str]:
@@ -99,25 +111,50 @@ async def answers(
 
 
 @run_async
-async def test_the_holder_is_lost_while_it_sends(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+async def test_a_holder_that_is_back_elsewhere_is_asked_at_once(
+    model: Path, expected: list[Answer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = build_tiny_model(tmp_path / "m.gguf", hidden=512, ffn=1024, layers=2, context=512)
-    requests = asks(1, 8)[:2]
-    expected = await asyncio.to_thread(undisturbed, model, requests)
+    """The load goes on, although where the holder was nobody will answer any more."""
+    patience = Patience(connect_s=60.0, source_s=60.0)
+    monkeypatch.setattr("llamaclust.worker.absent_file.WeightFetch", partial(WeightFetch, patience=patience))
+    join, told = f"127.0.0.1:{free_port()}", list[str]()
+    monkeypatch.setattr(Weights, "places", places)
+    async with asyncio.timeout(30):
+        with monkeypatch.context() as patched:
+            stalled = stall_after(patched, 3)
+            answering = asyncio.create_task(answers(over_machines(model, tmp_path, join), model, told, REQUESTS))
+            first = worker(tmp_path, join, "a", model.parent)
+            other = worker(tmp_path, join, "b")
+            await stalled.wait()
+            first.cancel()
+            await asyncio.to_thread(eventually, lambda: "worker a is lost" in " ".join(told), 10, "the loss")
+        second = worker(tmp_path, join, "a", model.parent)
+        assert await answering == expected
+        await asyncio.gather(first, second, other, return_exceptions=True)
+    assert not [text for text in told if "waiting for a worker" in text], "the load did not fail"
+
+
+@run_async
+async def test_the_holder_is_lost_while_it_sends(
+    model: Path,
+    expected: list[Answer],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     monkeypatch.setattr("llamaclust.worker.absent_file.WeightFetch", partial(WeightFetch, patience=IMPATIENT))
     join, told = f"127.0.0.1:{free_port()}", list[str]()
     monkeypatch.setattr(Weights, "places", places)
     async with asyncio.timeout(30):
         with monkeypatch.context() as patched:
             stalled = stall_after(patched, 3)
-            answering = asyncio.create_task(answers(over_machines(model, tmp_path, join), model, told, requests))
-            first = worker(tmp_path, join, "a", tmp_path)
+            answering = asyncio.create_task(answers(over_machines(model, tmp_path, join), model, told, REQUESTS))
+            first = worker(tmp_path, join, "a", model.parent)
             other = worker(tmp_path, join, "b")
             await stalled.wait()
             first.cancel()
             await asyncio.to_thread(eventually, lambda: "waiting for a worker" in " ".join(told), 10, "the wait")
-        second = worker(tmp_path, join, "a", tmp_path)
+        second = worker(tmp_path, join, "a", model.parent)
         assert await answering == expected
         await asyncio.gather(first, second, other, return_exceptions=True)
     print("\n".join(told))

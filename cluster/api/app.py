@@ -20,7 +20,7 @@ from llamaclust.cluster.api.openai_chat import ChatEndpoint
 from llamaclust.cluster.api.openai_completions import CompletionEndpoint
 from llamaclust.cluster.api.openai_models import ModelsEndpoint
 from llamaclust.cluster.api.openai_schema import ChatBody, CompletionBody
-from llamaclust.cluster.api.operations import Draining, Operations, ServingEngine, Workforce
+from llamaclust.cluster.api.operations import Operations, ServingEngine, Workers, Workforce
 from llamaclust.cluster.api.security import Security
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.text import TextService
@@ -44,7 +44,7 @@ def create_app(
     _add_llamacpp(app, service, settings)
     _add_operations(app, Operations(service, engine, cluster_status))
     if workforce is not None:
-        _add_draining(app, Draining(workforce))
+        _add_workers(app, Workers(workforce))
     if settings.allowed_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=settings.allowed_origins, allow_methods=["*"], allow_headers=["*"]
@@ -75,10 +75,10 @@ def _add_operations(app: FastAPI, operations: Operations) -> None:
         _get(app, f"/{name}", getattr(operations, name))
 
 
-def _add_draining(app: FastAPI, draining: Draining) -> None:
-    for name in ("drain", "undrain"):
+def _add_workers(app: FastAPI, workers: Workers) -> None:
+    for name, method in (("drain", "POST"), ("undrain", "POST"), ("log", "GET")):
         path = f"/cluster/workers/{{worker}}/{name}"
-        app.add_api_route(path, getattr(draining, name), methods=["POST"], response_model=None)
+        app.add_api_route(path, getattr(workers, name), methods=[method], response_model=None)
 
 
 def _get(app: FastAPI, path: str, endpoint: Endpoint) -> None:

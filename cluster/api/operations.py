@@ -1,4 +1,4 @@
-"""What operators and tools ask: /health, /live, /metrics, /cluster, /props, /slots; and /cluster/workers/NAME/drain."""
+"""What operators and tools ask: /health, /live, /metrics, /cluster, /props, /slots; and /cluster/workers/NAME/..."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from llamaclust.cluster.metrics import CONTENT_TYPE, Metrics
 from llamaclust.cluster.scheduler import Scheduler
 from llamaclust.cluster.text import TextService
 from llamaclust.errors import LlamaclustError
+from llamaclust.wire.control import LogTold
 from llamaclust.wire.deadlines import deadline
 
 _DRAIN_S = 600.0
@@ -35,14 +36,16 @@ class ServingEngine(Protocol):
 
 
 class Workforce(Protocol):
-    """Who decides which workers hold layers."""
+    """Who decides which workers hold layers, and knows what they log."""
 
     async def spare(self, name: str) -> None: ...
     def use_again(self, name: str) -> None: ...
+    async def log(self, name: str) -> LogTold: ...
 
 
-class Draining:
-    """Takes layers away from workers, and gives them back: `POST /cluster/workers/NAME/drain` and `.../undrain`."""
+class Workers:
+    """Takes layers away from workers, and gives them back: `POST /cluster/workers/NAME/drain` and `.../undrain`. Tells
+    the last lines of their logs: `GET /cluster/workers/NAME/log`."""
 
     def __init__(self, workforce: Workforce) -> None:
         self._workforce = workforce
@@ -59,6 +62,12 @@ class Draining:
         name = request.path_params["worker"]
         self._workforce.use_again(name)
         return JsonResponse({"worker": name, "spared": False})
+
+    async def log(self, request: Request) -> Response:
+        """As many lines as the worker keeps; `before` says how many its process wrote before them."""
+        name = request.path_params["worker"]
+        told = await self._workforce.log(name)
+        return JsonResponse({"worker": name, "before": told.before, "lines": told.lines})
 
 
 class Operations:

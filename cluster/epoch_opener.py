@@ -1,0 +1,64 @@
+"""Opens the epoch of a plan: tells what is loaded meanwhile, and remembers who failed at it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from llamaclust.cluster.epochs import Epoch, Epochs
+from llamaclust.cluster.events import News, PlanMade, Watch, WorkerLoading, WorkerReading
+from llamaclust.cluster.links import Links
+from llamaclust.cluster.news import moving_text
+from llamaclust.cluster.plan import Plan
+from llamaclust.cluster.plan_text import plan_lines
+from llamaclust.cluster.registry import Registry
+from llamaclust.cluster.worker_handle import WorkerHandle
+from llamaclust.errors import DeadlineError, LlamaclustError, StalledError
+from llamaclust.wire.control import LoadProgress, LocateProgress
+
+
+class EpochOpener:
+    """`is_start`: whether no epoch has served yet; then the whole plan and each load are told."""
+
+    def __init__(self, epochs: Epochs, registry: Registry, watch: Watch, is_start: Callable[[], bool]) -> None:
+        self._epochs = epochs
+        self._registry = registry
+        self._watch = watch
+        self._is_start = is_start
+        self._suspects: list[tuple[WorkerHandle, BaseException]] = []
+
+    async def open(self, plan: Plan, links: Links, *, alone: bool) -> Epoch:
+        """The plan's epoch, once it is loaded. Who fails is suspected of it; who gets no further is given up."""
+        self._suspects = []
+        if self._is_start():
+            self._watch(PlanMade(tuple(plan_lines(plan))))
+        else:
+            self._watch(News(moving_text(plan, self._registry.workers)))
+        stages = {stage.worker: stage for stage in plan.stages}
+
+        def progress(worker: str, news: LoadProgress) -> None:
+            if self._is_start():
+                stage = stages[worker]
+                self._watch(WorkerLoading(worker, stage.start, stage.end, news.done_bytes, news.total_bytes))
+
+        epoch = await self._epochs.open(
+            plan, links, alone=alone, on_progress=progress, on_reading=self._reading, on_error=self._failed
+        )
+        for worker in epoch.workers if self._is_start() else ():
+            order, loaded = worker.stages[epoch.number]
+            self._watch(WorkerLoading(worker.name, order.start, order.end, loaded.weight_bytes, loaded.weight_bytes))
+        return epoch
+
+    def _reading(self, worker: str, news: LocateProgress) -> None:
+        if self._is_start():
+            self._watch(WorkerReading(worker, news.done_bytes, news.total_bytes))
+
+    def _failed(self, worker: WorkerHandle, error: BaseException) -> None:
+        self._suspects.append((worker, error))
+        if isinstance(error, StalledError):
+            self._registry.fence(worker, f"it hangs: {error}")
+
+    def give_up_suspects(self, error: LlamaclustError, *, at_once: bool) -> None:
+        """Of the failure before; those that did not answer in any case, the others `at_once` or not yet."""
+        for worker, why in self._suspects:
+            if at_once or isinstance(why, DeadlineError):
+                self._registry.fence(worker, f"it takes no part in a new epoch: {error}")

@@ -1,0 +1,74 @@
+"""While plans are made and links measured, the coordinator's event loop serves; nothing that happens then is missed."""
+
+from __future__ import annotations
+
+import asyncio
+from threading import Event
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from served import run_async
+
+from llamaclust.cluster import planning
+from llamaclust.cluster.links import UNKNOWN
+from llamaclust.cluster.planning import Planning
+from llamaclust.cluster.recovery import Supervisor
+from llamaclust.wire.cold_caches import ColdCaches
+
+NOTHING: Any = None
+
+
+@run_async
+async def test_the_event_loop_serves_while_a_plan_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    served = Event()
+
+    def plan(*_: object) -> bool:
+        return served.wait(10.0)
+
+    monkeypatch.setattr(planning, "plan_cluster", plan)
+    monkeypatch.setattr(Planning, "_memory", lambda self, workers: {})
+    config: Any = SimpleNamespace(plan=None)
+    making = asyncio.create_task(Planning(config, NOTHING, None, {}, UNKNOWN).plan({"a": NOTHING}))
+    await asyncio.sleep(0.01)
+    served.set()
+    assert await making
+
+
+@run_async
+async def test_others_have_turns_while_caches_are_swept() -> None:
+    turns = 0
+
+    async def serve() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    serving = asyncio.create_task(serve())
+    await ColdCaches().sweep_in_turns()
+    serving.cancel()
+    assert turns >= 32
+
+
+@run_async
+async def test_what_changes_while_a_plan_is_made_is_seen_to_before_all_is_settled() -> None:
+    config: Any = SimpleNamespace(timeouts=SimpleNamespace(worker=5.0, load=60.0, recovery=120.0))
+    registry: Any = SimpleNamespace(present={}, workers={})
+    supervisor = Supervisor(config, NOTHING, NOTHING, registry, NOTHING, lambda event: None)
+    plans = 0
+
+    async def improve(engine: object) -> bool:
+        nonlocal plans
+        plans += 1
+        if plans == 1:
+            supervisor._change()
+        assert not supervisor._settled.is_set()
+        return True
+
+    supervisor._improve = improve  # type: ignore[method-assign,assignment]
+    keeping = asyncio.create_task(supervisor.keep(NOTHING))
+    async with asyncio.timeout(5.0):
+        await supervisor._settled.wait()
+    keeping.cancel()
+    assert plans == 2

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from llamaclust.errors import ModelFileError
@@ -70,8 +70,13 @@ def load_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
     """The tokenizer of a GGUF file. ModelFileError where the file has none, a damaged one or one of another kind."""
     from llamaclust.model.tokenizers.byte_pairs import BytePairTokenizer
     from llamaclust.model.tokenizers.sentence_pieces import SentencePieceTokenizer
+    from llamaclust.model.tokenizers.unigrams import UnigramTokenizer
 
-    kinds = {"llama": SentencePieceTokenizer, "gpt2": BytePairTokenizer}
+    kinds: dict[str, Callable[..., Tokenizer]] = {
+        "llama": SentencePieceTokenizer,
+        "gpt2": BytePairTokenizer,
+        "t5": UnigramTokenizer,
+    }
     name = metadata.get("tokenizer.ggml.model")
     kind = kinds.get(name) if isinstance(name, str) else None
     if kind is None:

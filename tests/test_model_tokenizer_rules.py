@@ -137,7 +137,7 @@ def test_unknown_token_ids_are_refused() -> None:
     ("metadata", "message"),
     [
         ({}, "the file has no tokenizer"),
-        ({"tokenizer.ggml.model": "bert"}, "a tokenizer of kind 'bert'; supported: llama, gpt2"),
+        ({"tokenizer.ggml.model": "bert"}, "a tokenizer of kind 'bert'; supported: llama, gpt2, t5"),
         (bpe(pre="martian"), "unknown pre-tokenizer 'martian'"),
         (bpe(tokens=["a", "b", "a"], token_type=None), "'a' is there twice"),
         (bpe(tokens=[]), "tokens is empty"),

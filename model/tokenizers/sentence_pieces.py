@@ -12,7 +12,7 @@ from llamaclust.errors import ModelFileError
 from llamaclust.model.tokenizers.base import VocabularyTokenizer
 from llamaclust.model.tokenizers.vocabulary import TokenType, Vocabulary, read_flag
 
-_SPACE: Final = "▁"
+SPACE: Final = "▁"
 _PROTO: Any = sentencepiece_model_pb2
 _PIECE_TYPES: Final = {
     TokenType.UNDEFINED: TokenType.UNUSED,
@@ -31,12 +31,7 @@ class SentencePieceTokenizer(VocabularyTokenizer):
             add_eos=read_flag(metadata, "add_eos_token", False),
             add_space_prefix=read_flag(metadata, "add_space_prefix", True),
         )
-        sentencepiece.set_min_log_level(2)  # what is wrong comes as an exception
-        self._processor = sentencepiece.SentencePieceProcessor()
-        try:
-            self._processor.LoadFromSerializedProto(_model_proto(vocabulary))
-        except RuntimeError as error:
-            raise ModelFileError(f"tokenizer.ggml: not a usable SentencePiece vocabulary: {error}") from error
+        self._processor = load_processor(model_proto(vocabulary))
 
     def encode_plain(self, text: str, after_special: bool) -> list[int]:
         prefix = " " if self.add_space_prefix and after_special else ""
@@ -46,12 +41,23 @@ class SentencePieceTokenizer(VocabularyTokenizer):
         return ids
 
     def word_bytes(self, word: str) -> bytes:
-        return word.replace(_SPACE, " ").encode()
+        return word.replace(SPACE, " ").encode()
 
 
-def _model_proto(vocabulary: Vocabulary) -> bytes:
-    """A serialized ModelProto with the vocabulary's words in their order; a piece for unknown text stands behind them
-    where the file names none."""
+def load_processor(model: Any) -> Any:
+    """The library's tokenizer of a ModelProto."""
+    sentencepiece.set_min_log_level(2)  # what is wrong comes as an exception
+    processor = sentencepiece.SentencePieceProcessor()
+    try:
+        processor.LoadFromSerializedProto(model.SerializeToString())
+    except RuntimeError as error:
+        raise ModelFileError(f"tokenizer.ggml: not a usable SentencePiece vocabulary: {error}") from error
+    return processor
+
+
+def model_proto(vocabulary: Vocabulary) -> Any:
+    """A ModelProto that merges by score, with the vocabulary's words in their order; a piece for unknown text stands
+    behind them where the file names none."""
     model = _PROTO.ModelProto()
     model.trainer_spec.model_type = _PROTO.TrainerSpec.BPE
     model.trainer_spec.byte_fallback = vocabulary.types.count(TokenType.BYTE) == 256
@@ -66,8 +72,7 @@ def _model_proto(vocabulary: Vocabulary) -> bytes:
         model.pieces.add(piece=word, score=score, type=kind)
     if unknown is None:
         model.pieces.add(piece="\ufdd0unknown", score=0.0, type=TokenType.UNKNOWN)
-    serialized: bytes = model.SerializeToString()
-    return serialized
+    return model
 
 
 def _unknown_id(vocabulary: Vocabulary) -> int | None:

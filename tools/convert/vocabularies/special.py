@@ -30,7 +30,7 @@ def read_special(words: Words, folder: Path, config: dict[str, Any]) -> None:
         flag = f"add_{name}_token"
         if isinstance(said.get(flag), bool):
             words.flags.setdefault(flag, said[flag])
-            if words.kind == "llama":
+            if words.kind in ("llama", "t5"):
                 words.flags[flag] = said[flag]
     if isinstance(said.get("add_prefix_space"), bool) and words.kind == "llama":
         words.flags["add_space_prefix"] = said["add_prefix_space"]

@@ -1,4 +1,4 @@
-"""tokenizer.json of Hugging Face's library: byte-level BPE, or SentencePiece's BPE as that library writes it."""
+"""tokenizer.json of Hugging Face's library: byte-level BPE, or SentencePiece's kinds as that library writes them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from llamaclust.model.gguf_values import shown
 from llamaclust.model.tokenizers.vocabulary import TokenType
 from llamaclust.tools.convert.source_files import read_json
 from llamaclust.tools.convert.vocabularies.probe import recognised
+from llamaclust.tools.convert.vocabularies.unigram_json import check_alike, read_unigrams
 from llamaclust.tools.convert.vocabularies.words import Words
 
 _BYTES: Final = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -24,20 +25,36 @@ def read_tokenizer_json(path: Path) -> Words:
     """ModelFileError where its kind, or the way it cuts text, is not known."""
     said = read_json(path)
     model = _object(said.get("model"), path, "model")
+    is_unigram = model.get("type") == "Unigram"
+    words = _unigrams(path, model, said) if is_unigram else _merged(path, model, said)
+    for one in _list(said.get("added_tokens"), path, "added_tokens"):
+        _add(words, _object(one, path, "added_tokens"))
+    if is_unigram:
+        check_alike(words, _library(path))
+    _read_ends(words, said)
+    return words
+
+
+def _unigrams(path: Path, model: dict[str, Any], said: dict[str, Any]) -> Words:
+    steps = _parts(said.get("normalizer"), "normalizers")
+    cutters = _parts(said.get("pre_tokenizer"), "pretokenizers")
+    spaces = next((cutter for cutter in cutters if cutter.get("type") == "Metaspace"), {"prepend_scheme": "never"})
+    return read_unigrams(path, model, steps, spaces)
+
+
+def _merged(path: Path, model: dict[str, Any], said: dict[str, Any]) -> Words:
     texts = _texts(model, path)
     merges = _merges(model, path)
     is_bytes = model.get("byte_fallback") is True and all(byte in texts for byte in _BYTES)
-    words = _sentence_pieces(path, texts, merges, said) if is_bytes else _byte_level(path, texts, merges, said)
-    for one in _list(said.get("added_tokens"), path, "added_tokens"):
-        _add(words, _object(one, path, "added_tokens"))
-    _read_ends(words, said)
-    return words
+    return _sentence_pieces(path, texts, merges, said) if is_bytes else _byte_level(path, texts, merges, said)
 
 
 def _texts(model: dict[str, Any], path: Path) -> list[str]:
     """Words by id; ids that no word has are for added tokens."""
     if model.get("type", "BPE") != "BPE":
-        raise ModelFileError(f"{path}: a tokenizer of kind {shown(str(model.get('type')))}; only BPE is supported")
+        raise ModelFileError(
+            f"{path}: a tokenizer of kind {shown(str(model.get('type')))}; only BPE and Unigram are supported"
+        )
     vocabulary = _object(model.get("vocab"), path, "vocab")
     ids = list(vocabulary.values())
     if not ids or not all(type(token_id) is int and 0 <= token_id < 1 << 24 for token_id in ids):

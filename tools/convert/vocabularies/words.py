@@ -22,7 +22,7 @@ _MARKED_CONTROL: Final = ("<pad>", "<mask>", "<2mass>", "[@BOS@]")
 
 @dataclass(slots=True)
 class Words:
-    """`kind` is GGUF's `tokenizer.ggml.model`; `scores` for SentencePiece, `merges` for byte-level BPE."""
+    """`kind` is GGUF's `tokenizer.ggml.model`; `scores` for SentencePiece's, `merges` for byte-level BPE."""
 
     kind: str
     pre: str
@@ -35,6 +35,8 @@ class Words:
     """Of tokens with a part to play, by that part: bos, eos, eot, unknown, padding, ..."""
     flags: dict[str, bool] = field(default_factory=dict)
     template: str | None = None
+    charsmap: bytes = b""
+    """SentencePiece's precompiled normalization of characters."""
 
     def add(self, token_id: int, text: str, special: bool) -> None:
         """A token that was added to the tokenizer, or one of its own that is more than a word."""
@@ -71,6 +73,8 @@ class Words:
         found[key("token_type")] = np.array(self.types, np.int32)
         if self.merges is not None:
             found[key("merges")] = self.merges
+        if self.charsmap:
+            found[key("precompiled_charsmap")] = np.frombuffer(self.charsmap, np.uint8)
         found |= {key(f"{name}_token_id"): token_id for name, token_id in self.ids.items()}
         found |= {key(name): value for name, value in self.flags.items()}
         if self.template is not None:

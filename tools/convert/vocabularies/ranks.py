@@ -31,6 +31,7 @@ _LLAMA3_SPECIAL: Final = (
     "<|eot_id|>",
     "<|python_tag|>",
 )
+_LETTERS: Final = {byte[0]: letter for letter, byte in stand_ins().items()}
 _QWEN_SPECIAL: Final = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{n}|>" for n in range(205)))
 
 
@@ -46,13 +47,7 @@ def is_ranks(data: bytes) -> bool:
 def read_ranks(path: Path, data: bytes) -> Words:
     """Words, merges, and the control tokens that the model's own program adds behind them."""
     ranks = _parse(path, data)
-    letters = {byte: letter for letter, byte in stand_ins().items()}
-    spelled = {word: "".join(letters[bytes([byte])] for byte in word) for word in ranks}
-    merges = [
-        f"{spelled[left]} {spelled[right]}"
-        for left, right in (_split(word, ranks, path) for word in sorted(ranks, key=ranks.__getitem__) if len(word) > 1)
-    ]
-    texts = [spelled[word] for word in sorted(ranks, key=ranks.__getitem__)]
+    texts = spelled(ranks)
     pre = _model_of(path, len(texts))
     llama = pre == "llama-bpe"
     words = Words(
@@ -61,7 +56,7 @@ def read_ranks(path: Path, data: bytes) -> Words:
         origin=path,
         texts=texts,
         types=[TokenType.NORMAL] * len(texts),
-        merges=merges,
+        merges=merges_of(ranks, path),
     )
     words.flags["add_bos_token"] = llama
     if pre == "chatglm-bpe":  # tokenizer_config.json beside it has the others
@@ -72,6 +67,21 @@ def read_ranks(path: Path, data: bytes) -> Words:
     if llama:
         words.ids["eot"] = words.texts.index("<|eot_id|>")
     return words
+
+
+def spelled(ranks: Mapping[bytes, int]) -> list[str]:
+    """Words by rank, in the letters that stand for bytes."""
+    return [_spell(word) for word in sorted(ranks, key=ranks.__getitem__)]
+
+
+def merges_of(ranks: Mapping[bytes, int], path: Path) -> list[str]:
+    """The merges that make the words, by rank; ModelFileError where none lead to one of them."""
+    pairs = (_split(word, ranks, path) for word in sorted(ranks, key=ranks.__getitem__) if len(word) > 1)
+    return [f"{_spell(left)} {_spell(right)}" for left, right in pairs]
+
+
+def _spell(word: bytes) -> str:
+    return "".join(_LETTERS[byte] for byte in word)
 
 
 def _model_of(path: Path, count: int) -> str:
@@ -93,13 +103,18 @@ def _parse(path: Path, data: bytes) -> dict[bytes, int]:
             ranks[base64.b64decode(word, validate=True)] = int(rank)
         except ValueError:
             raise ModelFileError(f"{path}: line {number} is not a word in base64 and its rank") from None
+    check_ranks(path, ranks)
+    return ranks
+
+
+def check_ranks(path: Path, ranks: Mapping[bytes, int]) -> None:
+    """ModelFileError where they are not numbered from 0 on, or cannot write every text."""
     if sorted(ranks.values()) != list(range(len(ranks))) or len(ranks) > _MOST_WORDS:
         raise ModelFileError(f"{path}: its {len(ranks)} ranks are not the numbers from 0 on, each once")
     if max(map(len, ranks)) > _MOST_BYTES:
         raise ModelFileError(f"{path}: a word of {max(map(len, ranks))} bytes, {_MOST_BYTES} at most")
     if any(bytes([byte]) not in ranks for byte in range(256)):
         raise ModelFileError(f"{path}: not all 256 bytes are words")
-    return ranks
 
 
 def _split(word: bytes, ranks: Mapping[bytes, int], path: Path) -> tuple[bytes, bytes]:

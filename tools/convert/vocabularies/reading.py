@@ -12,10 +12,12 @@ from llamaclust.tools.convert.vocabularies.llama2c import read_llama2c_words
 from llamaclust.tools.convert.vocabularies.ranks import is_ranks, read_ranks
 from llamaclust.tools.convert.vocabularies.sentence_piece import read_sentence_piece
 from llamaclust.tools.convert.vocabularies.special import read_special
+from llamaclust.tools.convert.vocabularies.tekken import read_tekken
 from llamaclust.tools.convert.vocabularies.tokenizer_json import read_tokenizer_json
 from llamaclust.tools.convert.vocabularies.words import Words
 
-_NAMES: Final = ("tokenizer.model", "tokenizer.json", "qwen.tiktoken", "tokenizer.bin")
+_TEKKEN: Final = "tekken.json"
+_NAMES: Final = ("tokenizer.model", "tokenizer.json", "qwen.tiktoken", _TEKKEN, "tokenizer.bin")
 _MAX_BYTES: Final = 1 << 28
 
 
@@ -44,6 +46,8 @@ def _find(folder: Path) -> Path:
 
 
 def _read(file: SourceFile) -> Words:
+    if file.path.name == _TEKKEN:
+        return read_tekken(file.path)
     if file.path.suffix == ".json":
         return read_tokenizer_json(file.path)
     if file.size_bytes > _MAX_BYTES:

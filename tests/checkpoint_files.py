@@ -23,7 +23,15 @@ from llamaclust.tools.convert.elements import encoded
 from llamaclust.tools.convert.lazy import Storage
 
 Arrays = Mapping[str, NDArray[Any]]
-_SAFE_TYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "uint16": "BF16", "int64": "I64", "int32": "I32"}
+_SAFE_TYPES = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "uint16": "BF16",
+    "uint8": "F8_E4M3",
+    "int64": "I64",
+    "int32": "I32",
+}
 _TORCH_TYPES = {
     "float64": "DoubleStorage",
     "float32": "FloatStorage",

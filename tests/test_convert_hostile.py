@@ -167,7 +167,7 @@ def header_of(path: Path) -> tuple[dict[str, Any], bytes]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"dtype": "F8_E4M3"}, "type 'F8_E4M3' is not known; known: F64, F32"),
+        ({"dtype": "F8_E5M2"}, "type 'F8_E5M2' is not known; known: F64, F32"),
         ({"shape": [320, 63]}, r"bytes for shape \[320, 63\] of F32"),
         ({"shape": [-320, -64]}, "are not whole numbers"),
         ({"shape": [1 << 47, 1 << 47]}, "bytes for shape"),
@@ -289,7 +289,7 @@ def test_packed_weights_are_unpacked(tmp_path: Path) -> None:
             assert found.keys() == {"m.weight"} and found["m.weight"].shape == (outputs, inputs)
             np.testing.assert_allclose(found["m.weight"].read(3, 21), wanted.T[3:21], rtol=1e-6)
     write_hugging_face(tmp_path / "bad", {"architectures": ["X"], "quantization_config": {"quant_method": "hqq"}}, awq)
-    refused(tmp_path / "bad", "'hqq' is not supported, only gptq and awq")
+    refused(tmp_path / "bad", "'hqq' is not supported, only gptq, awq, fp8, compressed-tensors")
 
 
 def doubled(levels: int) -> bytes:

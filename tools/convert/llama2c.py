@@ -1,4 +1,5 @@
-"""Files of llama2.c: seven numbers and float32 weights in a fixed order, in its first form and in version 1."""
+"""Files of llama2.c: seven numbers and weights in a fixed order, float32 in its first form and in version 1, whole
+numbers of eight bits with a scale for each group of them in version 2."""
 
 from __future__ import annotations
 
@@ -9,8 +10,10 @@ from pathlib import Path
 from struct import unpack
 from typing import Final
 
+import numpy as np
+
 from llamaclust.tools.convert.checkpoint import Checkpoint
-from llamaclust.tools.convert.lazy import Lazy, Storage, rows
+from llamaclust.tools.convert.lazy import Array, Lazy, Storage, rows
 from llamaclust.tools.convert.settings import MAX_CONTEXT, MAX_HEADS, MAX_LAYERS, MAX_WIDTH, MAX_WORDS, Settings
 from llamaclust.tools.convert.source_files import SourceFile, SourceFiles
 
@@ -32,7 +35,8 @@ class _Header:
     words: int
     context: int
     tied: bool
-    is_old: bool
+    version: int  # 0: the first form
+    group: int  # weights that share a scale, in version 2
 
     @property
     def values(self) -> dict[str, object]:
@@ -63,8 +67,12 @@ def read_llama2c(files: SourceFiles, path: Path) -> Checkpoint:
     file = files.open(path)
     header = _read_header(file)
     tensors: dict[str, Lazy] = {}
-    at = _OLD_HEADER if header.is_old else _HEADER
-    for name, shape in _old_order(header) if header.is_old else _order(header):
+    at = _HEADER if header.version else _OLD_HEADER
+    for name, shape in _order(header) if header.version else _old_order(header):
+        if header.version == 2 and len(shape) == 2:
+            found, at = _quantized(file, header, name, shape, at)
+            tensors |= found
+            continue
         if name:
             whole = file.tensor(name, at, shape, Storage.F32)
             tensors |= _layers(name, whole, header.layers) if "{}" in name else {name: whole}
@@ -82,12 +90,15 @@ def _read_header(file: SourceFile) -> _Header:
         if header is None:
             raise file.error("no header of llama2.c")
         return header
-    if version != 1:
-        raise file.error(f"version {version} of llama2.c's format; only the first form and version 1 are supported")
+    if version not in (1, 2):
+        raise file.error(f"version {version} of llama2.c's format; only the first form, 1 and 2 are supported")
     numbers = unpack("<7i", file.read(8, 28))
-    header = _checked(numbers, tied=file.read(36, 1) == b"\1", is_old=False)
+    (group,) = unpack("<i", file.read(37, 4)) if version == 2 else (0,)
+    header = _checked(numbers, tied=file.read(36, 1) == b"\1", version=version, group=group)
     if header is None:
         raise file.error(f"its header makes no sense: {list(numbers)}")
+    if version == 2 and not 0 < group <= header.width:
+        raise file.error(f"groups of {group} weights, 1 to {header.width} expected")
     return header
 
 
@@ -96,23 +107,55 @@ def _old_header(file: SourceFile) -> _Header | None:
     numbers = list(unpack("<7i", file.read(0, _OLD_HEADER)))
     tied = numbers[5] > 0
     numbers[5] = abs(numbers[5])
-    return _checked(tuple(numbers), tied=tied, is_old=True)
+    return _checked(tuple(numbers), tied=tied, version=0, group=0)
 
 
-def _checked(numbers: tuple[int, ...], *, tied: bool, is_old: bool) -> _Header | None:
+def _checked(numbers: tuple[int, ...], *, tied: bool, version: int, group: int) -> _Header | None:
     most = (MAX_WIDTH, MAX_WIDTH, MAX_LAYERS, MAX_HEADS, MAX_HEADS, MAX_WORDS, MAX_CONTEXT)
     if not all(0 < number <= limit for number, limit in zip(numbers, most, strict=True)):
         return None
     width, feed_forward, layers, heads, kv_heads, words, context = numbers
     if width % heads or heads % kv_heads:
         return None
-    return _Header(width, feed_forward, layers, heads, kv_heads, words, context, tied, is_old)
+    return _Header(width, feed_forward, layers, heads, kv_heads, words, context, tied, version, group)
 
 
 def _layers(name: str, whole: Lazy, layers: int) -> dict[str, Lazy]:
     """A tensor of all layers as one for each."""
     count = whole.shape[0] // layers
     return {name.format(layer): rows(whole, layer * count, (layer + 1) * count) for layer in range(layers)}
+
+
+def _quantized(
+    file: SourceFile, header: _Header, name: str, shape: tuple[int, ...], at: int
+) -> tuple[dict[str, Lazy], int]:
+    """Matrices of version 2, one for each layer, and where they end: each is followed by its scales."""
+    layers = header.layers if "{}" in name else 1
+    shape = (shape[0] // layers, shape[1])
+    count = prod(shape)
+    if count % header.group:
+        raise file.error(f"{name}: {count} weights are no whole groups of {header.group}")
+    found = {}
+    for layer in range(layers):
+        numbers = file.tensor(name, at, shape, Storage.I8)
+        scales = file.tensor(name, at + count, (count // header.group,), Storage.F32)
+        found[name.format(layer)] = _scaled(numbers, scales, header.group)
+        at += count + scales.n_bytes
+    return found, at
+
+
+def _scaled(numbers: Lazy, scales: Lazy, group: int) -> Lazy:
+    """Groups follow each other through the whole matrix; they need not end with a row."""
+    width = numbers.row_elements
+
+    def read(start: int, end: int) -> Array:
+        first, last = start * width // group, -(-end * width // group)
+        each = np.repeat(scales.read(first, last), group)[start * width - first * group :]
+        values: Array = numbers.read(start, end).astype(np.float32)
+        values *= each[: values.size].reshape(values.shape)
+        return values
+
+    return Lazy(numbers.shape, Storage.F32, read, numbers.origin)
 
 
 def _old_order(header: _Header) -> Iterator[_Place]:

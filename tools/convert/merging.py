@@ -73,6 +73,7 @@ def _write_folder(
                 shutil.copyfile(source, out / name)
         torch_type = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}[type_name]
         values = {**whole.settings.values, "torch_dtype": torch_type}
+        values.pop("quantization_config", None)  # weights are unpacked on the way
         (out / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
     except BaseException:
         for path in out.iterdir():

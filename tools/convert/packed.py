@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamaclust.errors import ModelFileError
+from llamaclust.tools.convert.eight_bit import EIGHT_BIT_METHODS, with_floats
 from llamaclust.tools.convert.lazy import Array, Lazy, Recent, Storage
 from llamaclust.tools.convert.settings import Settings
 
@@ -40,8 +41,11 @@ def unpacked(tensors: Mapping[str, Lazy], settings: Settings, recent: Recent) ->
         return tensors
     said = settings.inner("quantization_config")
     method = said.text("quant_method", default="")
+    if method in EIGHT_BIT_METHODS:
+        return with_floats(tensors, said)
     if method not in ("gptq", "awq"):
-        raise said.error("quant_method", f"{method!r} is not supported, only gptq and awq")
+        known = ", ".join(("gptq", "awq", *EIGHT_BIT_METHODS))
+        raise said.error("quant_method", f"{method!r} is not supported, only {known}")
     if said.count("bits", "w_bit", default=4, maximum=32) != 4:
         raise said.error("bits", f"{said.values.get('bits')}, only 4 are supported")
     found = {name: tensor for name, tensor in tensors.items() if not _is_part(name, tensors)}

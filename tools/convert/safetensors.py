@@ -12,6 +12,8 @@ from llamaclust.tools.convert.source_files import SourceFile, parse_json
 
 _MAX_HEADER_BYTES: Final = 100_000_000
 _METADATA: Final = "__metadata__"
+_AS_BYTES: Final = {"F8_E4M3": Storage.U8}
+"""Floats of eight bits, which mean nothing without the scales beside them."""
 
 
 def read_safetensors(file: SourceFile) -> dict[str, Lazy]:
@@ -38,13 +40,14 @@ def _entry(file: SourceFile, name: str, said: Any) -> _Entry:
         kind, shape, (start, end) = said["dtype"], tuple(said["shape"]), said["data_offsets"]
     except (KeyError, TypeError, ValueError):
         raise _bad(file, name, "its entry in the header is not complete") from None
-    if not isinstance(kind, str) or kind not in Storage.__members__:
-        raise _bad(file, name, f"type {shown(str(kind))} is not known; known: {', '.join(Storage.__members__)}")
+    known = {**Storage.__members__, **_AS_BYTES}
+    if not isinstance(kind, str) or kind not in known:
+        raise _bad(file, name, f"type {shown(str(kind))} is not known; known: {', '.join(known)}")
     if not all(type(number) is int and 0 <= number < 1 << 48 for number in (*shape, start, end)):
         raise _bad(file, name, "shape or place are not whole numbers")
     if len(shape) > MAX_DIMENSIONS:
         raise _bad(file, name, f"{len(shape)} dimensions, {MAX_DIMENSIONS} at most are known")
-    storage = Storage[kind]
+    storage = known[kind]
     shape = shape or (1,)
     if end - start != prod(shape) * storage.dtype.itemsize:
         raise _bad(file, name, f"{end - start} bytes for shape {list(shape)} of {kind}")

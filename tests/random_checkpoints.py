@@ -111,6 +111,15 @@ def _chatglm(layer: str) -> Shapes:
     }
 
 
+def _glm(layer: str) -> Shapes:
+    shapes = {**_norms(layer), **_attention(layer, bias=True), f"{layer}.mlp.gate_up_proj.weight": (2 * INNER, HIDDEN)}
+    return {**shapes, f"{layer}.mlp.down_proj.weight": (HIDDEN, INNER)}
+
+
+def _glm4(layer: str) -> Shapes:
+    return {**_glm(layer), **{f"{layer}.post_{part}_layernorm.weight": (HIDDEN,) for part in ("self_attn", "mlp")}}
+
+
 def _phi3(layer: str) -> Shapes:
     return {
         **_norms(layer),
@@ -238,6 +247,8 @@ CASES: Mapping[str, tuple[dict[str, Any], Shapes]] = {
         {**_ends(), **_head(), **_per_layer(_qwen3moe)},
     ),
     "ChatGLMModel": (_GLM_KEYS, {**_GLM_ENDS, **_per_layer(_chatglm, "transformer.encoder.layers")}),
+    "GlmForCausalLM": (_COMMON | {"head_dim": HEAD}, {**_ends(), **_head(), **_per_layer(_glm)}),
+    "Glm4ForCausalLM": (_COMMON | {"head_dim": HEAD}, {**_ends(), **_head(), **_per_layer(_glm4)}),
     "Phi3ForCausalLM": (
         _COMMON | {"original_max_position_embeddings": 128, "sliding_window": 200},
         {**_ends(), **_head(), **_per_layer(_phi3)},

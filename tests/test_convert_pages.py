@@ -144,6 +144,25 @@ def test_experts_are_stacked_norms_of_gemma_grow_and_gpt2_is_exchanged(tmp_path:
     np.testing.assert_array_equal(read(model, "blk.0.ffn_up.bias"), tensors["h.0.mlp.c_fc.bias"])
 
 
+@pytest.mark.parametrize("form", ["language_model.model.{}", "model.language_model.{}"])
+def test_of_a_model_that_sees_pictures_the_text_is_taken(form: str, tmp_path: Path) -> None:
+    config, tensors = checkpoint("Gemma3ForCausalLM")
+    alone = converted(tmp_path / "alone", config, tensors)
+    inner = {form.format(name.removeprefix("model.")): array for name, array in tensors.items()}
+    root = form.split("language_model")[0]
+    pictures = {
+        f"{root}vision_tower.x.weight": np.ones((3, 5), np.float32),
+        f"{root}multi_modal_projector.y": np.ones(4),
+    }
+    text = {name: value for name, value in config.items() if name != "architectures"} | {"query_pre_attn_scalar": HEAD}
+    whole = {"architectures": ["Gemma3ForConditionalGeneration"], "text_config": text}
+    found = converted(tmp_path / "whole", whole, inner | pictures)
+    numbers, wanted = ({k: v for k, v in m.metadata.items() if k.startswith("gemma3.")} for m in (found, alone))
+    assert numbers == wanted and found.tensors.keys() == alone.tensors.keys()
+    for name in alone.tensors:
+        np.testing.assert_array_equal(read(found, name), read(alone, name), name)
+
+
 def test_40_layers_of_baichuan_are_the_13b_model(tmp_path: Path) -> None:
     config, tensors = checkpoint("BaichuanForCausalLM")
     first = {name: array for name, array in tensors.items() if "layers.1." not in name}
@@ -275,6 +294,33 @@ def test_settings_that_make_no_sense(change: dict[str, Any], message: str, tmp_p
     with pytest.raises(ModelFileError, match=message):
         converted(tmp_path, config | change, tensors)
     assert not list(tmp_path.glob("*.gguf")) and not list(tmp_path.glob(".*"))
+
+
+_STRETCHED = {"full_attention": {"rope_type": "default"}, "sliding_attention": {"rope_type": "linear", "factor": 2.0}}
+
+
+@pytest.mark.parametrize(
+    ("case", "change", "message"),
+    [
+        ("LlamaForCausalLM", {"hidden_act": "gelu"}, "'hidden_act': 'gelu': llama computes silu"),
+        ("Starcoder2ForCausalLM", {"hidden_act": "silu"}, "'silu': starcoder2 computes gelu_pytorch_tanh"),
+        ("LlamaForCausalLM", {"rope_scaling": _YARN | {"truncate": False}}, "'truncate': false is not supported"),
+        ("Qwen3MoeForCausalLM", {"norm_topk_prob": False}, "false is not what qwen3moe computes"),
+        ("Gemma2ForCausalLM", {"query_pre_attn_scalar": 24}, "24, 16 expected of 2 layers"),
+        ("Gemma2ForCausalLM", {"attn_logit_softcapping": None}, "null is not what gemma2 computes"),
+        ("Gemma3ForCausalLM", {"attn_logit_softcapping": 50.0}, "gemma3 caps no scores"),
+        ("Gemma3ForCausalLM", {"use_bidirectional_attention": True}, "true is not supported"),
+        ("Gemma3ForCausalLM", {"layer_types": ["full_attention"]}, "1 entries, 2 kinds of attention expected"),
+        ("Gemma3ForCausalLM", {"layer_types": ["full_attention", "no"]}, "2 entries, 2 kinds of attention expected"),
+        ("Gemma3ForCausalLM", {"rope_parameters": _STRETCHED}, "a window whose rotation is stretched"),
+        ("FalconForCausalLM", {"new_decoder_architecture": False, "parallel_attn": False}, "'parallel_attn': false"),
+        ("GPT2LMHeadModel", {"scale_attn_by_inverse_layer_idx": True}, "scores that are scaled otherwise"),
+    ],
+)
+def test_settings_that_no_key_can_say(case: str, change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    config, tensors = checkpoint(case)
+    with pytest.raises(ModelFileError, match=message):
+        converted(tmp_path, config | change, tensors)
 
 
 def test_f16_that_cannot_hold_a_number_is_named(tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ def test_llama_as_a_list_of_steps(make: Callable[..., ModelFile]) -> None:
 
 
 @pytest.mark.parametrize(("architecture", "window"), [("llama", 20), ("qwen2", None), ("baichuan", None)])
-def test_only_llama_has_a_sliding_window(make: Callable[..., ModelFile], architecture: str, window: int | None) -> None:
+def test_a_window_that_not_all_obey(make: Callable[..., ModelFile], architecture: str, window: int | None) -> None:
     model = make(architecture=architecture, layers=32, extra={f"{architecture}.attention.sliding_window": 20})
     assert {step.window for step in build_program(model, 0, 32).kv_layers} == {window}
 

@@ -107,8 +107,11 @@ def test_layers_with_a_window(make: Callable[..., ModelFile]) -> None:
     assert windows(make("gemma2", attention__sliding_window_pattern=each)) == [None, 6, 6, None]
     assert windows(make("gemma3")) == [6, 6, 6, 6, 6, None, 6]
     assert windows(make("gemma3", attention__sliding_window=None)) == [None] * 7
-    for name in ("phi3-short", "qwen3", "qwen3moe", "qwen2moe", "internlm2", "gemma", "chatglm"):
+    for name in ("qwen3", "qwen3moe", "qwen2moe", "internlm2", "gemma", "chatglm"):
         assert set(windows(make(name, attention__sliding_window=6))) == {None}
+    for name in ("phi3-short", "phi3-long", "starcoder2", "llama-linear"):
+        assert set(windows(make(name, attention__sliding_window=6))) == {6}
+        assert set(windows(make(name, attention__sliding_window=0))) == {None}
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,6 @@ _PHI3: dict[str, Any] = {
         "rope.scaling.original_context_length": 512,
         "rope.scaling.attn_factor": 1.19,
         "rope.dimension_count": 12,
-        "attention.sliding_window": 6,
     },
 }
 
@@ -108,7 +107,6 @@ MODELS = MappingProxyType(
             biases=(*_QKV, "attn_output", "ffn_up", "ffn_down"),
             layer_norms=("attn_norm", "ffn_norm"),
             plain=True,
-            keys={"attention.sliding_window": 6},
         ),
         "baichuan-13b": Tiny("baichuan", hidden=96, layers=40, heads=6, kv_heads=6),
         "gemma": Tiny("gemma", kv_heads=1, **_GEMMA),

@@ -7,7 +7,7 @@ from llamaclust.model.program import Program, RopeStyle
 
 
 def build(page: ProgramBuilder) -> Program:
-    """A sliding window that the file names is not used, as in llama.cpp: what files say of it is not reliable.
+    """A sliding window is obeyed where the file names one: the models for 4096 tokens write nonsense without theirs.
 
     Rotations of a model for long contexts are divided by short or by long factors, whichever belong to the context that
     the cluster is set up for: `context_length` is part of what decides its tokens.
@@ -15,7 +15,7 @@ def build(page: ProgramBuilder) -> Program:
     table = page.rope_table()
     page.embed()
     for layer in range(page.start, page.end):
-        page.attention(layer, RopeStyle.NEOX, table)
+        page.attention(layer, RopeStyle.NEOX, table, page.hyperparameters.sliding_window)
         page.feed_forward(layer, fused=True)
     page.head()
     return page.program()

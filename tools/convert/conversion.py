@@ -103,7 +103,7 @@ def _general(page: Page, checkpoint: Checkpoint, name: str | None, kind: QuantTy
 
 def _vocabulary(page: Page, words: Words) -> dict[str, WritableValue]:
     """What an architecture's models want of a vocabulary, whatever its files say."""
-    if page.architecture == "chatglm":
+    if page.architecture in ("chatglm", "glm4"):
         words.flags["add_bos_token"] = False
         if _CHATGLM_TURN in words.texts:
             words.ids["eot"] = words.texts.index(_CHATGLM_TURN)

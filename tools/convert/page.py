@@ -17,6 +17,9 @@ from llamaclust.tools.convert.checkpoint import Checkpoint
 from llamaclust.tools.convert.lazy import Lazy, gathered
 from llamaclust.tools.convert.settings import MAX_CONTEXT, MAX_HEADS, MAX_LAYERS, MAX_WIDTH, MAX_WORDS
 
+SILU: Final = ("silu", "swish")
+GELU: Final = ("gelu_pytorch_tanh", "gelu_new", "gelu")
+"""Names of activations in configurations; by tanh and by erf are taken for the same, as llama.cpp does."""
 _NOT_NEEDED: Final = re.compile(
     r"(.*\.)?(rotary_emb\.inv_freq|rotary_pos_emb\.inv_freq|attn\.(masked_)?bias|attention\.(masked_)?bias|rope\.freqs)"
 )
@@ -106,6 +109,12 @@ class Page:
     @property
     def words(self) -> int:
         return self.settings.count("vocab_size", "padded_vocab_size", maximum=MAX_WORDS)
+
+    def activation(self, names: Sequence[str], *keys: str) -> None:
+        """ModelFileError where the configuration wants another activation than those that the architecture has."""
+        said = self.settings.text(*keys, default=names[0])
+        if said not in names:
+            raise self.settings.error(keys[0], f"{shown(said)}: {self.architecture} computes {names[0]}")
 
     def usual_keys(self, feed_forward: int) -> None:
         """What nearly every architecture has."""

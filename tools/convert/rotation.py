@@ -20,7 +20,7 @@ def rotation(page: Page, dimensions: int, *, base: float | None = None, says_dim
     `base`: of a configuration that names none. ModelFileError for a kind of stretching that GGUF cannot say.
     """
     said = _parameters(page.settings)
-    theta = said.real("rope_theta", "rotary_emb_base", default=base or 10000.0, minimum=1.0)
+    theta = _base(said, base or 10000.0)
     page.key("rope.freq_base", theta)
     if says_dimensions:
         page.key("rope.dimension_count", dimensions)
@@ -40,28 +40,66 @@ def rotation(page: Page, dimensions: int, *, base: float | None = None, says_dim
         raise said.error("rope_type", f"{kind!r} is not known; known: linear, dynamic, yarn, llama3, longrope")
 
 
+def rotating_channels(page: Page, default_share: float = 1.0) -> int:
+    """How many channels of a head turn, where a configuration says which share of them."""
+    share = _parameters(page.settings).real("partial_rotary_factor", default=default_share, maximum=1.0)
+    return int(share * page.head_width)
+
+
+def local_base(settings: Settings) -> float:
+    """The base of layers with a window, where theirs is another."""
+    said = settings.inner("rope_parameters", "rope_scaling").inner("sliding_attention")
+    if said.text("rope_type", "type", default="default") != "default":
+        raise said.error("rope_type", "layers with a window whose rotation is stretched are not supported")
+    return _base(said, settings.real("rope_local_base_freq", default=10000.0, minimum=1.0))
+
+
 def _parameters(settings: Settings) -> Settings:
     """All that is said of rotation in one place: newer configurations have an object for it, older ones a part."""
     inner = settings.inner("rope_parameters", "rope_scaling")
     inner = inner.inner("full_attention") if inner.has("full_attention") else inner
-    outer = ("rope_theta", "rotary_emb_base", "original_max_position_embeddings")
+    outer = ("rope_theta", "rotary_emb_base", "original_max_position_embeddings", "partial_rotary_factor")
     values = {name: settings.values[name] for name in outer if settings.has(name)}
     return Settings(values | {name: value for name, value in inner.values.items() if value is not None}, inner.origin)
 
 
+def _base(said: Settings, default: float) -> float:
+    return said.real("rope_theta", "rotary_emb_base", default=default, minimum=1.0)
+
+
 def _yarn(page: Page, said: Settings) -> None:
+    """GGUF's factor for the magnitude of queries and keys is multiplied by YaRN's own, a configuration's stands for it.
+    That is not written where it is YaRN's."""
+    factor = said.real("factor", minimum=1e-3, maximum=1e6)
     page.key("rope.scaling.type", "yarn")
-    page.key("rope.scaling.factor", said.real("factor", minimum=1e-3, maximum=1e6))
-    original = said.count("original_max_position_embeddings", maximum=MAX_CONTEXT)
+    page.key("rope.scaling.factor", factor)
+    trained = page.settings.count("max_position_embeddings", default=0, minimum=0, maximum=MAX_CONTEXT)
+    original = said.count("original_max_position_embeddings", default=trained or None, maximum=MAX_CONTEXT)
     page.key("rope.scaling.original_context_length", original)
-    for key, names in (
-        ("yarn_ext_factor", ("extrapolation_factor",)),
-        ("yarn_attn_factor", ("attention_factor", "attn_factor")),
-        ("yarn_beta_fast", ("beta_fast",)),
-        ("yarn_beta_slow", ("beta_slow",)),
+    if not said.flag("truncate", default=True):
+        raise said.error("truncate", "false is not supported")
+    wanted = said.real("attention_factor", "attn_factor", default=_magnitude(said, factor), minimum=1e-3, maximum=1e3)
+    if wanted != _growth(factor):
+        page.key("rope.scaling.attn_factor", wanted / _growth(factor))
+    for key, name in (
+        ("yarn_ext_factor", "extrapolation_factor"),
+        ("yarn_beta_fast", "beta_fast"),
+        ("yarn_beta_slow", "beta_slow"),
     ):
-        if any(said.has(name) for name in names):
-            page.key(f"rope.scaling.{key}", said.real(*names, maximum=1e6))
+        if said.has(name):
+            page.key(f"rope.scaling.{key}", said.real(name, maximum=1e6))
+
+
+def _magnitude(said: Settings, factor: float) -> float:
+    """DeepSeek's models name two shares of YaRN's growth, of which one is taken off again."""
+    if not (said.has("mscale") and said.has("mscale_all_dim")):
+        return _growth(factor)
+    up, down = (said.real(name, maximum=1e3) for name in ("mscale", "mscale_all_dim"))
+    return _growth(factor, up) / _growth(factor, down) if up and down else _growth(factor)
+
+
+def _growth(factor: float, share: float = 1.0) -> float:
+    return 1 + 0.1 * share * math.log(factor) if factor > 1 else 1.0
 
 
 def _dynamic(page: Page, said: Settings) -> None:
@@ -96,7 +134,7 @@ def _longrope(page: Page, said: Settings, dimensions: int) -> None:
     context = page.settings.count("max_position_embeddings", default=original, maximum=MAX_CONTEXT)
     page.key("rope.scaling.type", "longrope")
     page.key("rope.scaling.original_context_length", original)
-    scale = context / original
+    scale = said.real("factor", default=context / original, minimum=1e-3, maximum=1e6)
     magnitude = math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
     page.key("rope.scaling.attn_factor", said.real("attention_factor", default=magnitude, maximum=1e3))
     for name in ("long", "short"):

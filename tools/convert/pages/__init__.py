@@ -14,6 +14,7 @@ from llamaclust.tools.convert.pages import (
     chatglm,
     falcon,
     gemma,
+    glm,
     gpt2,
     internlm2,
     llama,
@@ -22,6 +23,7 @@ from llamaclust.tools.convert.pages import (
     qwen,
     starcoder2,
 )
+from llamaclust.tools.convert.text_part import NOTE, TEXT_PARTS, text_part
 
 PAGES: Mapping[str, tuple[str, Callable[[Page], None]]] = MappingProxyType(
     {
@@ -44,6 +46,8 @@ PAGES: Mapping[str, tuple[str, Callable[[Page], None]]] = MappingProxyType(
         "GemmaForCausalLM": ("gemma", gemma.build),
         "Gemma2ForCausalLM": ("gemma2", gemma.build),
         "Gemma3ForCausalLM": ("gemma3", gemma.build),
+        "GlmForCausalLM": ("chatglm", glm.build),
+        "Glm4ForCausalLM": ("glm4", glm.build),
         "FalconForCausalLM": ("falcon", falcon.build),
         "RWForCausalLM": ("falcon", falcon.build),
         "Starcoder2ForCausalLM": ("starcoder2", starcoder2.build),
@@ -54,15 +58,18 @@ PAGES: Mapping[str, tuple[str, Callable[[Page], None]]] = MappingProxyType(
 
 def build_page(checkpoint: Checkpoint) -> Page:
     """Metadata and tensors of a checkpoint under GGUF's names; ModelFileError for an architecture without a page."""
-    found = PAGES.get(checkpoint.family)
+    text = text_part(checkpoint)
+    found = PAGES.get(text.family)
     if found is None:
-        near = difflib.get_close_matches(checkpoint.family, PAGES, 1)
+        names = [name for name in (*PAGES, *TEXT_PARTS) if name != "Meta"]
+        near = difflib.get_close_matches(checkpoint.family, names, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        known = ", ".join(name for name in PAGES if name != "Meta")
-        what = f"{shown(checkpoint.family)} cannot be converted, only {known}{hint}"
+        what = f"{shown(checkpoint.family)} cannot be converted, only {', '.join(names)}{hint}"
         raise checkpoint.settings.error("architectures", what)
     architecture, build = found
-    page = Page(checkpoint, architecture)
+    page = Page(text, architecture)
+    if text is not checkpoint:
+        page.notes.append(NOTE)
     build(page)
     page.finish()
     return page

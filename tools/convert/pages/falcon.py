@@ -2,30 +2,46 @@
 
 from __future__ import annotations
 
-from llamaclust.tools.convert.page import Page, picked
+from llamaclust.tools.convert.page import GELU, Page, picked
+from llamaclust.tools.convert.rotation import rotation
+from llamaclust.tools.convert.settings import MAX_WIDTH
 
 
 def build(page: Page) -> None:
     settings, width = page.settings, page.width
     if settings.flag("alibi"):
         raise settings.error("alibi", "true is not supported")
-    kv_heads = settings.count("num_kv_heads", "n_head_kv", default=1, maximum=page.heads)
+    kv_heads = _kv_heads(page)
+    feed_forward = settings.count("ffn_hidden_size", default=4 * width, maximum=MAX_WIDTH)
+    page.activation(GELU[::-1], "activation")
     page.key("block_count", page.layers)
     page.key("context_length", settings.count("max_position_embeddings", default=2048, maximum=1 << 30))
     page.key("tensor_data_layout", "jploski")
     page.key("embedding_length", width)
-    page.key("feed_forward_length", 4 * width)
+    page.key("feed_forward_length", feed_forward)
     page.key("attention.head_count", page.heads)
     page.key("attention.head_count_kv", kv_heads)
     page.norm_epsilon("layer_norm_epsilon")
+    rotation(page, page.head_width, says_dimensions=False)
     page.copy("token_embd", "transformer.word_embeddings", page.words, width)
     page.copy("output_norm", "transformer.ln_f", width, bias=True)
     page.output(tied=not page.has("lm_head.weight"))
     for layer in range(page.layers):
-        _layer(page, f"blk.{layer}", f"transformer.h.{layer}", kv_heads)
+        _layer(page, f"blk.{layer}", f"transformer.h.{layer}", kv_heads, feed_forward)
 
 
-def _layer(page: Page, place: str, source: str, kv_heads: int) -> None:
+def _kv_heads(page: Page) -> int:
+    """The 7B model shares one head of keys; what newer programs write beside `multi_query` is not to be heeded."""
+    settings = page.settings
+    large = settings.flag("new_decoder_architecture", default=settings.has("n_head_kv"))
+    if not large and not settings.flag("parallel_attn", default=True):
+        raise settings.error("parallel_attn", "false is not supported")
+    if not large and settings.flag("multi_query", default=True):
+        return 1
+    return settings.count("num_kv_heads", "n_head_kv", default=page.heads, maximum=page.heads)
+
+
+def _layer(page: Page, place: str, source: str, kv_heads: int, feed_forward: int) -> None:
     """The 40B model norms the inputs of attention and feed-forward apart; GGUF calls the latter's `attn_norm`."""
     width, attention = page.width, f"{source}.self_attention"
     if page.has(f"{source}.ln_attn.weight"):
@@ -42,5 +58,5 @@ def _layer(page: Page, place: str, source: str, kv_heads: int) -> None:
     value = [range(at + (shared + 1) * head, at + group) for at in starts]
     page.put(f"{place}.attn_qkv.weight", picked(packed, [*query, *key, *value]))
     page.copy(f"{place}.attn_output", f"{attention}.dense", width, width)
-    page.copy(f"{place}.ffn_up", f"{source}.mlp.dense_h_to_4h", 4 * width, width)
-    page.copy(f"{place}.ffn_down", f"{source}.mlp.dense_4h_to_h", width, 4 * width)
+    page.copy(f"{place}.ffn_up", f"{source}.mlp.dense_h_to_4h", feed_forward, width)
+    page.copy(f"{place}.ffn_down", f"{source}.mlp.dense_4h_to_h", width, feed_forward)

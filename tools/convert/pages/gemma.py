@@ -6,27 +6,35 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamaclust.tools.convert.lazy import mapped
-from llamaclust.tools.convert.page import Page
+from llamaclust.tools.convert.page import GELU, Page
 from llamaclust.tools.convert.pages import decoder
-from llamaclust.tools.convert.rotation import rotation
-from llamaclust.tools.convert.settings import MAX_CONTEXT
+from llamaclust.tools.convert.rotation import local_base, rotation
+from llamaclust.tools.convert.settings import MAX_CONTEXT, MAX_LAYERS, MAX_WIDTH
 
 _ONE = np.float32(1)
+_PERIODS = {"gemma2": 2, "gemma3": 6}
+_LAYERS_27B = {"gemma2": 46, "gemma3": 62}
 
 
 def build(page: Page) -> None:
-    width, settings = decoder.feed_forward_width(page), page.settings
+    width, settings = page.settings.count("intermediate_size", maximum=MAX_WIDTH), page.settings
+    page.activation(GELU, "hidden_activation", "hidden_act")
     page.usual_keys(width)
     page.key("attention.key_length", page.head_width)
     page.key("attention.value_length", page.head_width)
     page.rms_epsilon(default=1e-6)
     if page.architecture == "gemma3":
         rotation(page, page.head_width, base=1e6, says_dimensions=False)
-        local = settings.real("rope_local_base_freq", default=10000.0, minimum=1.0)
-        page.key("rope.freq_base_swa", local)
+        page.key("rope.freq_base_swa", local_base(settings))
+    else:
+        rotation(page, page.head_width, says_dimensions=False)
+    if settings.flag("use_bidirectional_attention"):
+        raise settings.error("use_bidirectional_attention", "true is not supported")
     if page.architecture != "gemma":
-        _window_and_caps(page)
-    page.drop("lm_head.weight")
+        _window(page)
+        _caps(page)
+        _check_scale(page)
+    page.output(tied=True)
     page.copy("token_embd", "model.embed_tokens", page.words, page.width)
     _norm(page, "output_norm", "model.norm", page.width)
     for layer in range(page.layers):
@@ -35,14 +43,45 @@ def build(page: Page) -> None:
         decoder.feed_forward(page, layer, width)
 
 
-def _window_and_caps(page: Page) -> None:
+def _window(page: Page) -> None:
+    """Which layers have it is written where it is not as in the models that were published."""
     settings = page.settings
-    caps = ("attn_logit_softcapping", "final_logit_softcapping")
-    defaults = (50.0, 30.0) if page.architecture == "gemma2" else (None, None)
-    for name, default in zip(caps, defaults, strict=True):
-        if settings.has(name) or default:
-            page.key(name, settings.real(name, default=default, minimum=1e-3))
     page.key("attention.sliding_window", settings.count("sliding_window", maximum=MAX_CONTEXT))
+    usual = _PERIODS[page.architecture]
+    period = settings.count("sliding_window_pattern", "_sliding_window_pattern", default=usual, maximum=MAX_LAYERS)
+    windowed = [(layer + 1) % period != 0 for layer in range(page.layers)]
+    listed = settings.values.get("layer_types")
+    if isinstance(listed, list):
+        if len(listed) != page.layers or not {*listed} <= {"sliding_attention", "full_attention"}:
+            raise settings.error("layer_types", f"{len(listed)} entries, {page.layers} kinds of attention expected")
+        windowed = [kind == "sliding_attention" for kind in listed]
+    if windowed != [(layer + 1) % usual != 0 for layer in range(page.layers)]:
+        page.key("attention.sliding_window_pattern", np.array(windowed, np.bool_))
+
+
+def _caps(page: Page) -> None:
+    """Gemma 3 caps no scores, and Gemma 2 both."""
+    settings = page.settings
+    scores, final = "attn_logit_softcapping", "final_logit_softcapping"
+    if page.architecture == "gemma2":
+        for name, default in ((scores, 50.0), (final, 30.0)):
+            if settings.values.get(name, default) is None:
+                raise settings.error(name, "null is not what gemma2 computes")
+            page.key(name, settings.real(name, default=default, minimum=1e-3))
+        return
+    if settings.has(scores):
+        raise settings.error(scores, "gemma3 caps no scores")
+    if settings.has(final):
+        page.key(final, settings.real(final, minimum=1e-3))
+
+
+def _check_scale(page: Page) -> None:
+    """No key of a file says how scores are scaled; readers take it from the number of layers."""
+    settings, name = page.settings, "query_pre_attn_scalar"
+    whole = page.layers == _LAYERS_27B[page.architecture]
+    wanted = page.width // page.heads if whole else page.head_width
+    if settings.has(name) and settings.real(name) != wanted:
+        raise settings.error(name, f"{settings.values[name]}, {wanted} expected of {page.layers} layers")
 
 
 def _norms(page: Page, place: str, source: str) -> None:

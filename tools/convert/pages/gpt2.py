@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from llamaclust.tools.convert.lazy import Recent, transposed
-from llamaclust.tools.convert.page import Page
+from llamaclust.tools.convert.page import GELU, Page
 
 
 def build(page: Page) -> None:
     settings, width = page.settings, page.width
     context = settings.count("n_ctx", "n_positions", maximum=1 << 20)
+    if settings.flag("scale_attn_by_inverse_layer_idx") or not settings.flag("scale_attn_weights", default=True):
+        raise settings.error("scale_attn_weights", "scores that are scaled otherwise are not supported")
+    page.activation(GELU, "activation_function")
     feed_forward = settings.count("n_inner", default=4 * width)
     page.key("block_count", page.layers)
     page.key("context_length", context)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from llamaclust.tools.convert.page import Page
 from llamaclust.tools.convert.pages import decoder
-from llamaclust.tools.convert.rotation import rotation
+from llamaclust.tools.convert.rotation import rotating_channels, rotation
 from llamaclust.tools.convert.settings import MAX_CONTEXT
 
 
@@ -13,8 +13,7 @@ def build(page: Page) -> None:
     settings, width = page.settings, decoder.feed_forward_width(page)
     page.usual_keys(width)
     page.rms_epsilon()
-    share = settings.real("partial_rotary_factor", default=1.0, maximum=1.0)
-    rotation(page, int(share * page.head_width))
+    rotation(page, rotating_channels(page))
     original = settings.count("original_max_position_embeddings", default=0, minimum=0, maximum=MAX_CONTEXT)
     if original:
         page.key("rope.scaling.original_context_length", original)

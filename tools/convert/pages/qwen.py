@@ -47,7 +47,7 @@ def _expert_keys(page: Page) -> int:
         page.key("expert_shared_feed_forward_length", settings.count("shared_expert_intermediate_size"))
         if settings.flag("norm_topk_prob"):
             raise settings.error("norm_topk_prob", "true is not what qwen2moe computes")
-    elif not settings.flag("norm_topk_prob", default=True):
+    elif not settings.flag("norm_topk_prob"):
         raise settings.error("norm_topk_prob", "false is not what qwen3moe computes")
     return count
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from llamaclust.tools.convert.page import Page
+from llamaclust.tools.convert.page import GELU, Page
 from llamaclust.tools.convert.pages import decoder
 from llamaclust.tools.convert.rotation import rotation
+from llamaclust.tools.convert.settings import MAX_CONTEXT, MAX_WIDTH
 
 
 def build(page: Page) -> None:
-    width, hidden = decoder.feed_forward_width(page), page.width
+    settings, hidden = page.settings, page.width
+    width = settings.count("intermediate_size", maximum=MAX_WIDTH)
+    page.activation(GELU, "hidden_act")
     page.usual_keys(width)
+    if settings.has("sliding_window"):
+        page.key("attention.sliding_window", settings.count("sliding_window", maximum=MAX_CONTEXT))
     page.norm_epsilon("norm_epsilon", "layer_norm_epsilon")
     rotation(page, page.head_width, says_dimensions=False)
     page.copy("token_embd", "model.embed_tokens", page.words, hidden)

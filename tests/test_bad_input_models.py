@@ -33,15 +33,14 @@ def files(line: CommandLine) -> dict[str, tuple[Path, str]]:
 
 
 def refusals(line: CommandLine, path: Path, command: str) -> list[str]:
-    """What `up` and another command, which runs at the same time, say when they are given the model."""
+    """What `up` and another command say when they are given the model."""
     cluster = line.cluster_file(path)
     arguments = {
         "plan": ("plan", cluster),
         "generate": ("generate", "--model", path, "hello"),
         "info": ("model", "info", path),
     }
-    running = line.start("up", cluster), line.start(*arguments[command])
-    ended = [one.wait() for one in running]
+    ended = line.run("up", cluster), line.run(*arguments[command])
     assert [done.code for done in ended] == [2, 2]
     return [done.error for done in ended]
 

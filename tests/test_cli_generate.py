@@ -12,10 +12,12 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
 import served
+from forked_commands import run_forked
 from served import END, ScriptedEngine, ids, logprob, run_async, says, serving
 from tiny_model import build_tiny_model
 
@@ -37,16 +39,14 @@ Here = Callable[..., Ended]
 async def command(*arguments: str, piped: bytes = b"", state_dir: Path | None = None) -> Ended:
     """Runs the command to its end with something on standard input."""
     environment = {**os.environ, "LLAMACLUST_STATE_DIR": str(state_dir or "/nonexistent/state")}
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "llamaclust", *arguments),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        env=environment,
-    )
-    out, err = await process.communicate(piped)
-    assert process.returncode is not None
-    return Ended(process.returncode, out.decode(), err.decode())
+    return await asyncio.to_thread(_run, arguments, environment, piped)
+
+
+def _run(arguments: Sequence[str], environment: dict[str, str], piped: bytes) -> Ended:
+    with TemporaryDirectory() as folder:
+        out, err = Path(folder, "out"), Path(folder, "err")
+        code = run_forked(arguments, environment, Path.cwd(), out, err, 60.0, piped)
+        return Ended(code, out.read_bytes().decode(), err.read_bytes().decode())
 
 
 @pytest.fixture

@@ -1,0 +1,80 @@
+"""Commands as processes of their own, forked from one that has imported what they need: for those that end by
+themselves. Imports little, for every one of them imports it."""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+from collections.abc import Sequence
+from functools import cache
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+
+_IMPORTED = [
+    "llamaclust.cli.app",
+    "llamaclust.cli.detach",
+    "llamaclust.cli.generation",
+    "llamaclust.cli.running",
+    "llamaclust.cli.start",
+    "llamaclust.cli.status_view",
+    "llamaclust.cluster.api.app",
+    "llamaclust.kernels.cpu.backend",
+]
+"""None of them imports gRPC, which takes settings from the environment when it is."""
+
+_PIPE_BYTES = 1 << 16
+"""What a pipe holds before anybody reads."""
+
+
+def run_forked(
+    arguments: Sequence[str],
+    environment: dict[str, str],
+    folder: Path,
+    out: Path,
+    err: Path,
+    within_s: float,
+    piped: bytes = b"",
+) -> int:
+    """The exit code of `llamaclust` with these arguments, run in `folder` with something on standard input;
+    subprocess.TimeoutExpired where it does not end."""
+    process = _server().Process(target=_become, args=(list(arguments), environment, folder, out, err, piped))
+    process.start()
+    process.join(within_s)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+        raise subprocess.TimeoutExpired(["llamaclust", *arguments], within_s)
+    return process.exitcode
+
+
+@cache
+def _server() -> ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_IMPORTED)
+    return context
+
+
+def _become(
+    arguments: list[str], environment: dict[str, str], folder: Path, out: Path, err: Path, piped: bytes
+) -> None:
+    assert "grpc" not in sys.modules and len(piped) < _PIPE_BYTES
+    os.setsid()
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    reading, writing = os.pipe()
+    os.write(writing, piped)
+    os.close(writing)
+    os.dup2(reading, 0)
+    sys.stdin = os.fdopen(0)
+    for path, descriptor in ((out, 1), (err, 2)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), descriptor)
+    sys.argv = ["llamaclust", *arguments]
+    try:
+        runpy.run_module("llamaclust", run_name="__main__", alter_sys=True)
+    finally:
+        atexit._run_exitfuncs()  # which such a process would leave out

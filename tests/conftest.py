@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from llamaclust.errors import UsageError
 
 os.environ.setdefault("LLAMACLUST_CACHE_SIZE", "0")  # a user's prepared layers are not for models that tests make up
 os.environ.setdefault("LLAMACLUST_WEIGHTS_SIZE", "0")
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # hundreds of processes would compile the program anew
+sys.dont_write_bytecode = False
 
 
 @pytest.fixture(scope="session")
@@ -24,12 +27,36 @@ def demo_model() -> Path:
         pytest.skip(f"the demo model is missing ({error})")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _full_disks_are_good_enough() -> None:
+    """What the machine's disk has free does not decide whether layers are prepared."""
+    from prepared_layers import use_any_disk
+
+    use_any_disk()
+
+
 _CLUSTERS = ("bad_input", "cli", "cluster", "invariance_demo", "launcher", "recovery", "trust", "weights", "worker")
+_ALONE = "\npytestmark = pytest.mark.alone"
+
+
+def _is_of_clusters(path: Path) -> bool:
+    return path.stem.removeprefix("test_").startswith(_CLUSTERS) or path.parent.name == "network"
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Files without any test that `make test` asks for are not even imported, which takes some seconds."""
+    if not collection_path.name.startswith("test_"):
+        return None
+    text, wanted = collection_path.read_text(), config.option.markexpr
+    skipped = {
+        "alone": "mark.alone" not in text,
+        "clusters and not alone": _ALONE in text or not _is_of_clusters(collection_path),
+        "not clusters and not alone": _ALONE in text or _is_of_clusters(collection_path),
+    }
+    return True if skipped.get(wanted, False) else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if item.path.stem.removeprefix("test_").startswith(_CLUSTERS) or item.path.parent.name == "network":
+        if _is_of_clusters(item.path):
             item.add_marker("clusters")
-        if item.path.stem == "test_launcher_ray":
-            item.add_marker("alone")

@@ -57,7 +57,7 @@ async def real_cluster(
     workers: int,
     *,
     device: str = "cpu",
-    silence_s: float = 5.0,
+    silence_s: float = 20.0,
     deadlines: Deadlines | None = None,
     on_lost: OnMember = lambda worker: None,
 ) -> AsyncIterator[RealCluster]:
@@ -75,8 +75,7 @@ async def real_cluster(
             last_words=last_words,
             on_lost=on_lost,
         )
-        level = "generic" if device == "cpu" else ""
-        specs = [WorkerSpec(name, device, threads=1, feature_level=level) for name in NAMES[:workers]]
+        specs = [WorkerSpec(name, device, threads=1) for name in NAMES[:workers]]
         try:
             async with registry:
                 await launcher.start(specs, registry.address, registry.process_exited)

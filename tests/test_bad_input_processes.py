@@ -17,6 +17,7 @@ import pytest
 from command_line import Cluster, CommandLine, command_line, eventually, is_there, paused
 from hostile_models import slow_to_load, tiny
 
+_SOON_S = 20.0  # well below the 30 s that requests get to finish
 COMPLETIONS = "/v1/completions"
 LONG = {"prompt": "the", "max_tokens": 2000, "ignore_eos": True, "stream": True}
 CHAT = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}
@@ -66,7 +67,7 @@ def test_a_killed_worker_is_a_pause_for_its_requests_and_the_cluster_says_so(lin
             assert first + text(stream) == undisturbed
         assert cluster.metric("llamaclust_recovery_seconds_count") == 1
         assert cluster.http.get("/health").json() == {"status": "ok"}
-        eventually(lambda: cluster.status["workers"][1]["state"] == "ready", 10.0, "worker b with layers again")
+        eventually(lambda: cluster.status["workers"][1]["state"] == "ready", 30.0, "worker b with layers again")
         assert cluster.status["recoveries"] == 1 and cluster.status["reason"] is None
         assert line.run("down").code == 0
         ended = cluster.command.wait()
@@ -84,7 +85,7 @@ def test_no_process_outlives_a_coordinator_that_was_killed(line: CommandLine) ->
             processes = cluster.processes
             assert len(processes) == 3  # with the one that renders templates
             os.kill(cluster.pid, signal.SIGKILL)
-            eventually(lambda: not any(map(is_there, processes)), 2.0, "the end of all processes")
+            eventually(lambda: not any(map(is_there, processes)), 30.0, "the end of all processes")
     assert line.run("status").code == 2
 
 
@@ -99,9 +100,9 @@ def test_a_signal_lets_requests_finish_and_ends_with_0(line: CommandLine, how: s
             processes = cluster.processes
             with paused(cluster.worker_pids["b"]):  # so that it does not finish before it is looked at
                 end(cluster, how)
-                eventually(lambda: cluster.http.get("/health").status_code == 503, 5.0, "draining")
+                eventually(lambda: cluster.http.get("/health").status_code == 503, 30.0, "draining")
             assert list(stream)[-1] == "[DONE]"
-        done = cluster.command.wait(5.0)
+        done = cluster.command.wait()
     assert done.code == 0 and "Traceback" not in done.err
     assert len(processes) == 3 and not any(map(is_there, processes))
     nothing_left(line)
@@ -120,11 +121,11 @@ def test_a_second_signal_ends_requests_too(line: CommandLine) -> None:
             stream = events(reply)
             assert next(stream)
             end(cluster, "Ctrl-C")
-            eventually(lambda: cluster.http.get("/health").status_code == 503, 5.0, "draining")
+            eventually(lambda: cluster.http.get("/health").status_code == 503, 30.0, "draining")
             end(cluster, "Ctrl-C")
             *_, last = stream
             assert "stopping" in last["error"]["message"]
-        done = cluster.command.wait(5.0)
+        done = cluster.command.wait(_SOON_S)
     assert done.code == 0 and "Traceback" not in done.err
     nothing_left(line)
 
@@ -135,7 +136,7 @@ def test_requests_that_no_worker_has_seen_are_told_that_the_cluster_stops(line: 
     model = tiny(line.folder / "slow_chats.gguf", extra={"tokenizer.chat_template": slow})
     with line.cluster(model) as cluster, ThreadPoolExecutor(1) as pool:
         chat = pool.submit(cluster.http.post, "/v1/chat/completions", json=CHAT)
-        eventually(lambda: len(cluster.processes) == 3, 10.0, "the process that renders")
+        eventually(lambda: len(cluster.processes) == 3, 30.0, "the process that renders")
         host, _, port = cluster.api.removeprefix("http://").rpartition(":")
         with socket.create_connection((host, int(port)), timeout=10.0) as half:
             half.sendall(f"POST {COMPLETIONS} HTTP/1.1\r\nHost: {host}\r\nContent-Length: 99\r\n\r\n{{".encode())
@@ -146,9 +147,9 @@ def test_requests_that_no_worker_has_seen_are_told_that_the_cluster_stops(line: 
         assert text.startswith(b"HTTP/1.1 503 ") and b"the cluster is stopping" in text
         assert not chat.done()
         end(cluster, "SIGTERM")
-        told = chat.result(5.0)
+        told = chat.result(_SOON_S)
         assert told.status_code == 503 and told.json()["error"]["code"] == "cluster_stopping"
-        done = cluster.command.wait(5.0)
+        done = cluster.command.wait(_SOON_S)
     assert done.code == 0 and "Traceback" not in done.err
     nothing_left(line)
 
@@ -157,7 +158,7 @@ def test_ctrl_c_while_weights_load_ends_everything(line: CommandLine) -> None:
     running = line.start("up", line.cluster_file("slow.gguf", context_length=64, max_sequences=2))
     running.says("plan:")
     running.press_ctrl_c()
-    done = running.wait(10.0)
+    done = running.wait()
     assert "is ready" not in done.err and "Traceback" not in done.err
     assert done.code == 0
     nothing_left(line)
@@ -168,7 +169,7 @@ def test_ctrl_c_while_workers_start_ends_them_even_if_they_hang(line: CommandLin
     for worker in running.workers(2).values():
         worker.suspend()
     running.press_ctrl_c()
-    done = running.wait(10.0)
+    done = running.wait()
     assert done.code == 0 and "Traceback" not in done.err
     nothing_left(line)
 
@@ -176,7 +177,7 @@ def test_ctrl_c_while_workers_start_ends_them_even_if_they_hang(line: CommandLin
 def test_a_worker_that_dies_before_it_joins_is_an_error_with_its_name(line: CommandLine) -> None:
     running = line.start("up", line.cluster_file("good.gguf"))
     running.workers(2)["b"].kill()
-    done = running.wait(10.0)
+    done = running.wait()
     assert done.code == 1 and "worker b did not start" in done.error and "SIGKILL" in done.error
     nothing_left(line)
 
@@ -186,7 +187,7 @@ def test_a_detached_start_that_is_interrupted_leaves_nothing(line: CommandLine) 
     running = line.start("up", line.cluster_file("slow.gguf", "apart", context_length=64, max_sequences=2), "--detach")
     running.says("plan:")
     running.press_ctrl_c()
-    done = running.wait(10.0)
+    done = running.wait()
     assert done.code == 130 and "Traceback" not in done.err
     nothing_left(line, "apart")
 
@@ -195,7 +196,7 @@ def test_a_worker_that_hangs_is_replaced(line: CommandLine) -> None:
     """A worker that is stopped says nothing more: it counts as lost after `timeouts.worker`."""
     with line.cluster("good.gguf", timeouts={"worker": "1s"}) as cluster, ThreadPoolExecutor(1) as pool:
         psutil.Process(cluster.worker_pids["a"]).suspend()
-        reply = pool.submit(cluster.http.post, COMPLETIONS, json={"prompt": "a"}).result(20.0)
+        reply = pool.submit(cluster.http.post, COMPLETIONS, json={"prompt": "a"}).result(60.0)
         assert reply.status_code == 200
         cluster.command.says("worker a (layers [0, 2)) is lost: no sign of life for 1 s")
         cluster.command.says("worker a is here (pid ")
@@ -207,7 +208,7 @@ def test_a_cluster_whose_state_directory_is_deleted_is_found_again(line: Command
     with line.cluster("good.gguf") as cluster:
         record = line.cluster_dir("tiny") / "cluster.json"
         shutil.rmtree(line.state_dir)
-        eventually(record.exists, 5.0, "the record again")
+        eventually(record.exists, 30.0, "the record again")
         assert line.run("status", "--json").json["state"] == "ready"
         assert cluster.http.post(COMPLETIONS, json={"prompt": "a", "max_tokens": 2}).status_code == 200
         second = line.run("up", line.folder / "tiny.yaml")

@@ -19,13 +19,13 @@ SEED = 31
 LONG = 530  # more than a span
 
 
-def answers(model: Path, feature_level: str | None = None) -> list[Answer]:
+def answers(model: Path) -> list[Answer]:
     """A greedy answer and a seeded one whose context is longer than a span."""
     from llamaclust.cluster.local import LocalClient
 
     source = random.Random(SEED)
     short, long = ([source.randrange(3, 300) for _ in range(length)] for length in (20, LONG))
-    with LocalClient(model, 1, feature_level) as client:
+    with LocalClient(model, 1) as client:
         replies = (
             client.generate(short, max_tokens=12, ignore_eos=True),
             client.generate(long, max_tokens=12, ignore_eos=True, temperature=0.9, top_k=40, top_p=0.95, seed=SEED),
@@ -51,4 +51,4 @@ def use_native(path: Path) -> None:
 if __name__ == "__main__":
     if len(sys.argv) > 2:
         use_native(Path(sys.argv[2]))
-    print(json.dumps(answers(Path(sys.argv[1]), "generic")))
+    print(json.dumps(answers(Path(sys.argv[1]))))

@@ -19,6 +19,7 @@ import pytest
 from oracle_answers import Answer, answers
 from tiny_model import build_tiny_model
 
+from llamaclust.kernels.cpu._native import available_levels
 from llamaclust.model.loader import Model
 from llamaclust.model.quant_types import QuantType
 
@@ -85,7 +86,7 @@ SWAPS = {
 
 @dataclass(frozen=True, slots=True)
 class Rebuild:
-    """The installed build with one file of its plain C++ level compiled anew, from a copy of the sources."""
+    """The installed build with one file of this machine's best level compiled anew, from a copy of the sources."""
 
     folder: Path
     commands: tuple[str, ...]
@@ -94,7 +95,7 @@ class Rebuild:
     def answers(self, model: Path, unit: str) -> list[Answer]:
         compiled, linked = self.tree / "unit.o", self.tree / "_native.so"
         # -O1: quicker to compile, slower to run, of the same bits
-        compile_it, out = self._command(f"cpu_generic.dir/level/{unit}.cpp.o")
+        compile_it, out = self._command(f"cpu_{available_levels()[-1]}.dir/level/{unit}.cpp.o")
         compile_it = compile_it.replace(str(ROOT / NATIVE), str(self.tree / NATIVE)).replace("-O3", "-O1")
         self._run(f"{compile_it.replace(f'-o {out}', f'-o {compiled}')} -MF {self.tree / 'unit.d'}")
         link, library = self._command(r"_native\.[^/ ]*so")

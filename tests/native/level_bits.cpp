@@ -1,7 +1,8 @@
-// Prints a checksum of what each feature level of this machine computes from the same random values, a line an
-// operation: LEVEL OPERATION CRC. Equal lines on two levels, or on two machines, are equal bits.
+// Prints a checksum of what each feature level of this machine, or the one that is named, computes from the same random
+// values, a line an operation: LEVEL OPERATION CRC. Equal lines on two levels, or on two machines, are equal bits.
 #include "level_bits.h"
 
+#include <cstring>
 #include <utility>
 
 #include "float_mode.h"
@@ -182,9 +183,10 @@ bool probes_work() { return int8_peak(2, 0.01) > 0 && fma_peak(1, 0.01) > 0; }
 }  // namespace
 }  // namespace level_bits
 
-int main() {
+int main(int count, char** words) {
   const FloatMode mode;
   for (const Level& level : available_levels()) {
+    if (count > 1 && std::strcmp(level.name, words[1]) != 0) continue;
     level_bits::print_products(level);
     level_bits::print_vectors(level);
     level_bits::print_attention(level, KvType::F16, "attention");

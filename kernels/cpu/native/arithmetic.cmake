@@ -25,7 +25,8 @@ set(flags_neon_dotprod ${flags_neon} -march=armv8.2-a+dotprod)
 
 # No multiplication and addition is ever joined by the compiler: every level rounds where the source says so.
 # The AVX-512 headers of g++ 12 are full of values that look uninitialized to it.
-set(arithmetic_flags -O3 -ffp-contract=off -Wall -Wextra -Wno-uninitialized -Wno-maybe-uninitialized)
+set(LLAMACLUST_OPTIMIZATION -O3 CACHE STRING "-O1 is quicker to compile and slower to run, and gives the same bits")
+set(arithmetic_flags ${LLAMACLUST_OPTIMIZATION} -ffp-contract=off -Wall -Wextra -Wno-uninitialized -Wno-maybe-uninitialized)
 
 add_library(cpu_baseline OBJECT ${baseline})
 target_compile_options(cpu_baseline PRIVATE ${arithmetic_flags})

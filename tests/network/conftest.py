@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from box import Box, missing
+from distant_cluster import TOKENS, Answer, eight, undisturbed
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _box_works() -> None:
     if (reason := missing()) is not None:
         pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def expected(demo_model: Path) -> list[Answer]:
+    """One worker's answers to `eight(TOKENS)`."""
+    return undisturbed(demo_model, eight(TOKENS))
 
 
 @pytest.fixture(params=[False, True], ids=["bridge", "delays"])

@@ -15,6 +15,7 @@ from box import Box
 from command_line import CommandLine, Running, command_line, eventually, float32
 
 COORDINATOR = "coordinator"
+TOKENS = 24
 _API = "127.0.0.1:8080"
 _ANSWER_S = 120.0
 _SPEED = {"bandwidth": 10.0, "int8": 100.0}
@@ -37,6 +38,10 @@ class Ask:
 class Answer:
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]  # float32
+
+    def begin(self, tokens: int) -> Answer:
+        """What a request for fewer tokens gets."""
+        return Answer(self.token_ids[:tokens], self.logprobs[:tokens])
 
 
 def eight(max_tokens: int) -> list[Ask]:

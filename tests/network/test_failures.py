@@ -13,22 +13,17 @@ from pathlib import Path
 import pytest
 from box import Box
 from command_line import eventually
-from distant_cluster import COORDINATOR, Answer, DistantCluster, distant_cluster, eight, undisturbed
+from distant_cluster import COORDINATOR, TOKENS, Answer, DistantCluster, distant_cluster, eight
 from link import Link
 
 pytestmark = pytest.mark.model
 
-ASKS = eight(max_tokens=40)
+ASKS = eight(max_tokens=TOKENS)
 WORKERS = ("a", "b", "c")
 SILENCE_S = 2.0
-DEAD_S = 3.0
+DEAD_S = 10.0  # less than a second on an idle machine
 SILENT_S = SILENCE_S + DEAD_S
-BEFORE_TOKENS = 60  # so many are chosen when the fault comes, of 320
-
-
-@pytest.fixture(scope="module")
-def expected(demo_model: Path) -> list[Answer]:
-    return undisturbed(demo_model, ASKS)
+BEFORE_TOKENS = 60  # so many are chosen when the fault comes, of 192
 
 
 @pytest.fixture
@@ -66,11 +61,8 @@ class Fault:
 
 
 FAULTS = {
-    "the first is killed": Fault("a", kill, DEAD_S),
-    "the middle one is killed": Fault("b", kill, DEAD_S),
     "the last is killed": Fault("c", kill, DEAD_S),
-    "one stands still": Fault("b", stop, SILENT_S),
-    "one is unplugged": Fault("b", unplug, SILENT_S),
+    "the first stands still": Fault("a", stop, SILENT_S),
     "nothing reaches one": Fault("b", hole(COORDINATOR, "b"), SILENT_S),
     "nothing comes from one": Fault("b", hole("b", COORDINATOR), SILENT_S),
 }
@@ -102,7 +94,7 @@ def states(cluster: DistantCluster) -> dict[str, str]:
 
 
 def test_a_worker_that_was_cut_off_comes_back(cluster: DistantCluster, expected: list[Answer]) -> None:
-    asked = interrupted(cluster, FAULTS["one is unplugged"])
+    asked = interrupted(cluster, Fault("b", unplug, SILENT_S))
     cluster.box.heal()
     assert asked.result(60.0) == expected
     eventually(lambda: states(cluster) == dict.fromkeys(WORKERS, "ready"), 30.0, "its return")

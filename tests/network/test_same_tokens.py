@@ -8,18 +8,13 @@ from pathlib import Path
 
 import pytest
 from box import Box
-from distant_cluster import COORDINATOR, Answer, DistantCluster, distant_cluster, eight, undisturbed
+from distant_cluster import COORDINATOR, Answer, DistantCluster, distant_cluster, eight
 from link import Link
 
 pytestmark = pytest.mark.model
 
 ASKS = eight(max_tokens=12)
 HOSTS = (COORDINATOR, "a", "b", "c")
-
-
-@pytest.fixture(scope="module")
-def expected(demo_model: Path) -> list[Answer]:
-    return undisturbed(demo_model, ASKS)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +40,7 @@ def test_same_tokens_and_bits(cluster: DistantCluster, expected: list[Answer], l
     cluster.box.set_link(link)
     begun = time.monotonic()
     try:
-        assert cluster.answers(ASKS) == expected
+        assert cluster.answers(ASKS) == [answer.begin(ASKS[0].max_tokens) for answer in expected]
     finally:
         cluster.box.set_link(Link())
     rounds = ASKS[0].max_tokens

@@ -19,13 +19,15 @@ define need_compiler
   echo "error: no C++ compiler found: install g++ or clang++ (Debian, Ubuntu: sudo make system-deps), or name one in CXX" >&2; exit 1
 endef
 
-.PHONY: demo test test-clusters test-others test-gpu cuda-matrix lint format build proto bench chart image image-test system-deps system-deps-test clean links
+.PHONY: demo model test test-clusters test-others test-gpu cuda-matrix lint format build proto bench chart image image-test system-deps system-deps-test clean links
 
 demo: build ## a real model on two worker processes answers a question
 	$(BIN)/python examples/demo.py
 
-test: build $(VENV)/.test $(VENV)/.helm ## every test; downloads the demo model once
+model: build ## the demo model, downloaded once
 	$(BIN)/llamaclust model pull $(MODEL)
+
+test: build $(VENV)/.test $(VENV)/.helm model ## every test; downloads the demo model once
 	$(MAKE) --no-print-directory test-clusters test-others
 	$(BIN)/python -m pytest -m alone
 
@@ -33,7 +35,7 @@ test-clusters: # with `make -j2 test` beside the others
 	$(BIN)/python -m pytest -m "clusters and not alone"
 
 test-others:
-	$(BIN)/python -m pytest -m "not clusters"
+	$(BIN)/python -m pytest -m "not clusters and not alone"
 
 test-gpu: build $(VENV)/.test ## tests of the GPU's kernels on the first NVIDIA card
 	$(BIN)/python -m pytest tests/cuda --gpu

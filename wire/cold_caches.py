@@ -40,7 +40,7 @@ class ColdCaches:
 
     async def sweep_in_turns(self) -> None:
         """The same by an event loop's own core; others have turns in between."""
-        for piece in np.split(self._memory, BYTES // _TURN_BYTES):
+        for piece in np.array_split(self._memory, self._memory.nbytes // _TURN_BYTES):
             piece.max()
             await asyncio.sleep(0)
         await asyncio.sleep(_REST_S)

@@ -13,7 +13,7 @@ import numpy as np
 
 from llamaclust.errors import DoesNotFitError, LlamaclustError
 from llamaclust.kernels.cuda.cupy_open import card_properties, import_cupy, usable_nvrtc
-from llamaclust.kernels.cuda.device import PLAIN_SHARED_BYTES, Bytes, Launch
+from llamaclust.kernels.cuda.device import PLAIN_SHARED_BYTES, Buffer, Bytes, Launch
 from llamaclust.kernels.cuda.nvrtc import BinaryFolder, Nvrtc
 from llamaclust.kernels.cuda.sources import modules, whole_text
 from llamaclust.sizes import MIB, mib
@@ -34,12 +34,6 @@ class CupyBuffer:
         assert self.address != 0, "a buffer that was closed"
         assert 0 <= offset_bytes <= self.n_bytes, f"{offset_bytes} of {self.n_bytes} bytes"
         return np.uint64(self.address + offset_bytes)
-
-    def part(self, offset_bytes: int, n_bytes: int) -> int:
-        """The address of bytes that are all in it."""
-        assert self.address != 0, "a buffer that was closed"
-        assert offset_bytes >= 0 and offset_bytes + n_bytes <= self.n_bytes, f"{offset_bytes} + {n_bytes}"
-        return self.address + offset_bytes
 
     def close(self) -> None:
         self.device.free(self)
@@ -67,6 +61,12 @@ class CupyEvent:
 
     def wait(self) -> None:
         self.event.synchronize()
+
+
+def _part(buffer: Buffer, offset_bytes: int, n_bytes: int) -> int:
+    """The address of bytes that are all in it."""
+    assert offset_bytes + n_bytes <= buffer.n_bytes, f"{offset_bytes} + {n_bytes} of {buffer.n_bytes} bytes"
+    return int(buffer.at(offset_bytes))
 
 
 class CupyDevice:
@@ -131,28 +131,28 @@ class CupyDevice:
         memory = self._cupy.cuda.PinnedMemory(max(n_bytes, 1))
         return np.frombuffer(self._cupy.cuda.PinnedMemoryPointer(memory, 0), np.uint8, n_bytes)
 
-    def upload(self, buffer: CupyBuffer, offset_bytes: int, data: Bytes) -> None:
+    def upload(self, buffer: Buffer, offset_bytes: int, data: Bytes) -> None:
         self._copy_in(buffer, offset_bytes, np.ascontiguousarray(data))
         self.synchronize()
 
-    def download(self, buffer: CupyBuffer, offset_bytes: int, n_bytes: int) -> Bytes:
-        data = np.empty(n_bytes, np.uint8)
+    def download(self, buffer: Buffer, offset_bytes: int, n_bytes: int) -> Bytes:
+        data: Bytes = np.empty(n_bytes, np.uint8)
         self.copy_out(data, buffer, offset_bytes)
         self.synchronize()
         return data
 
-    def copy_in(self, buffer: CupyBuffer, offset_bytes: int, pinned: Bytes) -> None:
+    def copy_in(self, buffer: Buffer, offset_bytes: int, pinned: Bytes) -> None:
         assert pinned.flags.c_contiguous
         self._copy_in(buffer, offset_bytes, pinned)
 
-    def _copy_in(self, buffer: CupyBuffer, offset_bytes: int, data: Bytes) -> None:
-        to, runtime = buffer.part(offset_bytes, data.nbytes), self._runtime
+    def _copy_in(self, buffer: Buffer, offset_bytes: int, data: Bytes) -> None:
+        to, runtime = _part(buffer, offset_bytes, data.nbytes), self._runtime
         self._choose()
         runtime.memcpyAsync(to, data.ctypes.data, data.nbytes, runtime.memcpyHostToDevice, self._stream.ptr)
 
-    def copy_out(self, pinned: Bytes, buffer: CupyBuffer, offset_bytes: int) -> None:
+    def copy_out(self, pinned: Bytes, buffer: Buffer, offset_bytes: int) -> None:
         assert pinned.flags.c_contiguous
-        begin, runtime = buffer.part(offset_bytes, pinned.nbytes), self._runtime
+        begin, runtime = _part(buffer, offset_bytes, pinned.nbytes), self._runtime
         self._choose()
         runtime.memcpyAsync(pinned.ctypes.data, begin, pinned.nbytes, runtime.memcpyDeviceToHost, self._stream.ptr)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from llamaclust.errors import DoesNotFitError
-from llamaclust.kernels.cuda.device import Bytes, Launch, Scalar
+from llamaclust.kernels.cuda.device import Buffer, Bytes, Launch, Scalar
 
 _LETTERS: dict[str, type[Scalar]] = {"p": np.uint64, "i": np.int32, "f": np.float32, "d": np.float64}
 _MAX_KERNELS, _PROBLEM_BYTES = 10_000, 1000
@@ -40,14 +40,14 @@ class ShimBuffer:
         assert 0 <= offset_bytes <= self.n_bytes, f"{offset_bytes} of {self.n_bytes} bytes"
         return np.uint64(self.address + offset_bytes)
 
-    def view(self, offset_bytes: int, n_bytes: int) -> Bytes:
-        assert self.address != 0, "a buffer that was closed"
-        assert offset_bytes >= 0 and offset_bytes + n_bytes <= self.n_bytes, f"{offset_bytes} + {n_bytes}"
-        memory = (ctypes.c_uint8 * n_bytes).from_address(self.address + offset_bytes)
-        return np.frombuffer(memory, np.uint8)
-
     def close(self) -> None:
         self.device.free(self)
+
+
+def _view(buffer: Buffer, offset_bytes: int, n_bytes: int) -> Bytes:
+    assert offset_bytes + n_bytes <= buffer.n_bytes, f"{offset_bytes} + {n_bytes} of {buffer.n_bytes} bytes"
+    memory = (ctypes.c_uint8 * n_bytes).from_address(int(buffer.at(offset_bytes)))
+    return np.frombuffer(memory, np.uint8)
 
 
 @dataclass(slots=True)
@@ -130,20 +130,20 @@ class ShimDevice:
     def pinned(self, n_bytes: int) -> Bytes:
         return np.full(n_bytes, 0xFF, np.uint8)
 
-    def upload(self, buffer: ShimBuffer, offset_bytes: int, data: Bytes) -> None:
+    def upload(self, buffer: Buffer, offset_bytes: int, data: Bytes) -> None:
         assert self._captured is None, "a graph has no uploads: copy_in"
-        buffer.view(offset_bytes, data.nbytes)[:] = data.reshape(-1).view(np.uint8)
+        _view(buffer, offset_bytes, data.nbytes)[:] = data.reshape(-1).view(np.uint8)
 
-    def download(self, buffer: ShimBuffer, offset_bytes: int, n_bytes: int) -> Bytes:
+    def download(self, buffer: Buffer, offset_bytes: int, n_bytes: int) -> Bytes:
         assert self._captured is None, "a graph has no downloads: copy_out"
-        return buffer.view(offset_bytes, n_bytes).copy()
+        return _view(buffer, offset_bytes, n_bytes).copy()
 
-    def copy_in(self, buffer: ShimBuffer, offset_bytes: int, pinned: Bytes) -> None:
-        place = buffer.view(offset_bytes, pinned.nbytes)
+    def copy_in(self, buffer: Buffer, offset_bytes: int, pinned: Bytes) -> None:
+        place = _view(buffer, offset_bytes, pinned.nbytes)
         self._do(lambda: np.copyto(place, pinned))
 
-    def copy_out(self, pinned: Bytes, buffer: ShimBuffer, offset_bytes: int) -> None:
-        place = buffer.view(offset_bytes, pinned.nbytes)
+    def copy_out(self, pinned: Bytes, buffer: Buffer, offset_bytes: int) -> None:
+        place = _view(buffer, offset_bytes, pinned.nbytes)
         self._do(lambda: np.copyto(pinned, place))
 
     def launch(self, launch: Launch) -> None:

@@ -9,7 +9,7 @@
   KERNEL_IN_BLOCKS(256, 2, few_##TYPE, PRODUCT_PARAMETERS, int32_t round) {                                           \
     multiply_few<TYPE>(PRODUCT_ARGUMENTS, round);                                                                     \
   }                                                                                                                   \
-  KERNEL(512, many_##TYPE, PRODUCT_PARAMETERS) { multiply_many<TYPE>(PRODUCT_ARGUMENTS); }                            \
+  KERNEL_IN_BLOCKS(512, 1, many_##TYPE, PRODUCT_PARAMETERS) { multiply_many<TYPE>(PRODUCT_ARGUMENTS); }               \
   KERNEL(256, embed_##TYPE, const int32_t* tokens, const uint8_t* tiles, int32_t tile_bytes, int32_t width,           \
          const int32_t* rows, float* out) {                                                                           \
     embed<TYPE>(tokens, tiles, tile_bytes, width, rows, out);                                                         \

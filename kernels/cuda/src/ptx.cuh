@@ -51,6 +51,18 @@ __device__ __forceinline__ int32_t dp4a(int32_t a, int32_t b, int32_t c) {
   return r;
 }
 
+// c + two products: the int16s of a with the lower, or the upper, two bytes of b, all signed.
+__device__ __forceinline__ int32_t dp2a_low(int32_t a, int32_t b, int32_t c) {
+  int32_t r;
+  asm("dp2a.lo.s32.s32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+  return r;
+}
+__device__ __forceinline__ int32_t dp2a_high(int32_t a, int32_t b, int32_t c) {
+  int32_t r;
+  asm("dp2a.hi.s32.s32 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(c));
+  return r;
+}
+
 // d += a b over a whole warp: matrices of bytes, of which each lane holds some (mma.cuh), a unsigned or signed, b signed.
 #define LLAMACLUST_MMA(Registers, type)                                                                             \
   __device__ __forceinline__ void mma_m16n8k32(int32_t (&d)[4], const Registers (&a)[4], const int32_t (&b)[2]) {   \

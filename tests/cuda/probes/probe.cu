@@ -49,12 +49,14 @@ KERNEL(32, multiply, const int32_t* a, const int32_t* b, int32_t k, int32_t is_u
   for (int i = 0; i < 4; i++) d[4 * lane + i] = sums[i];
 }
 
-// Blocks of 64. out = the dot products of bytes, a unsigned, then signed.
+// Blocks of 64. out = the dot products of bytes, a unsigned, then signed; of int16 and the lower bytes, and the upper ones.
 KERNEL(64, bytes, const int32_t* a, const int32_t* b, int32_t n, int32_t* out) {
   const int i = blockIdx.x * 64 + threadIdx.x;
   if (i >= n) return;
   out[i] = dp4a(static_cast<uint32_t>(a[i]), b[i], i);
   out[n + i] = dp4a(a[i], b[i], i);
+  out[2 * n + i] = dp2a_low(a[i], b[i], i);
+  out[3 * n + i] = dp2a_high(a[i], b[i], i);
 }
 
 // Blocks of 64. Every half as a float; every float as a half.

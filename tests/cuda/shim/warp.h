@@ -128,6 +128,12 @@ inline int32_t dp4a(int32_t a, int32_t b, int32_t c) {
   return c;
 }
 
+inline int32_t dp2a_low(int32_t a, int32_t b, int32_t c) {
+  for (int i = 0; i < 2; i++) c += static_cast<int16_t>(a >> 16 * i) * static_cast<int8_t>(b >> 8 * i);
+  return c;
+}
+inline int32_t dp2a_high(int32_t a, int32_t b, int32_t c) { return dp2a_low(a, b >> 16, c); }
+
 template <class A>
 void mma_m16n8k32(int32_t (&d)[4], const A (&a)[4], const int32_t (&b)[2], SHIM_HERE) {
   shim::multiply<16, 32>(d, a, b, {file, line});

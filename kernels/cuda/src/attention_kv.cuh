@@ -1,0 +1,101 @@
+// How keys and values lie in KV memory: blocks of 16 positions, in each a piece for every KV head: keys, then values.
+// Sixteen bytes of a key are channels of one position, and those of the next position follow: threads that own a position
+// each read whole lines. A value's channels lie side by side. A piece takes as many bytes as on the CPU.
+//   f16   keys [head_dim / 8][16 positions][8 channels], then [16][rest]; values [16 positions][padded]
+//   q8_0  keys [head_dim / 16][16 positions][16 channels], then [16][rest, even], scales [groups][16 positions];
+//         values [16 positions][padded], scales [groups][16 positions]
+#pragma once
+
+#include "base.cuh"
+
+namespace llamaclust::cuda {
+
+inline constexpr int kBlockTokens = 16, kSpanTokens = 512, kSpanBlocks = kSpanTokens / kBlockTokens;
+inline constexpr int kGroupChannels = 32;  // of a key or value that share a scale
+
+DEVICE int groups_of(int head_dim) { return (head_dim + kGroupChannels - 1) / kGroupChannels; }
+// Channels that a stored value takes; those past head_dim hold anything.
+DEVICE int padded_head(int head_dim) { return (head_dim + 15) / 16 * 16; }
+
+struct F16Kv {
+  static constexpr int kChannels = 8, kChannelBytes = 2;  // in 16 bytes; of one
+
+  static DEVICE int key_channels(int head_dim) { return head_dim; }
+  static DEVICE int key_bytes(int head_dim) { return 2 * kBlockTokens * head_dim; }
+  static DEVICE int value_bytes(int head_dim) { return 2 * kBlockTokens * padded_head(head_dim); }
+};
+
+struct Q8Kv {
+  static constexpr int kChannels = 16, kChannelBytes = 1;
+
+  static DEVICE int key_channels(int head_dim) { return (head_dim + 1) / 2 * 2; }
+  static DEVICE int key_bytes(int head_dim) {
+    return kBlockTokens * (key_channels(head_dim) + 2 * groups_of(head_dim));
+  }
+  static DEVICE int value_bytes(int head_dim) {
+    return kBlockTokens * (padded_head(head_dim) + 2 * groups_of(head_dim));
+  }
+  // Where the scale of a group of channels is, from the begin of a piece or of its values.
+  static DEVICE int key_scale(int slot, int group, int head_dim) {
+    return kBlockTokens * key_channels(head_dim) + 2 * (group * kBlockTokens + slot);
+  }
+  static DEVICE int value_scale(int slot, int group, int head_dim) {
+    return kBlockTokens * padded_head(head_dim) + 2 * (group * kBlockTokens + slot);
+  }
+};
+
+// Where the piece of a KV head in a block begins.
+template <class Kv>
+DEVICE size_t piece_offset(int block, int kv_head, int kv_heads, int head_dim) {
+  const int bytes = Kv::key_bytes(head_dim) + Kv::value_bytes(head_dim);
+  return (static_cast<size_t>(block) * kv_heads + kv_head) * bytes;
+}
+
+// Pieces of 16 bytes of a key, the last one filled up.
+template <class Kv>
+DEVICE int key_chunks(int head_dim) {
+  return (head_dim + Kv::kChannels - 1) / Kv::kChannels;
+}
+// How many bytes of one are there: 16, or an even number for the last one.
+template <class Kv>
+DEVICE int chunk_bytes(int chunk, int head_dim) {
+  const int bytes = (Kv::key_channels(head_dim) - chunk * Kv::kChannels) * Kv::kChannelBytes;
+  return bytes < 16 ? bytes : 16;
+}
+// Where they are, from the begin of the head's piece.
+template <class Kv>
+DEVICE int chunk_offset(int slot, int chunk, int head_dim) {
+  return chunk * 16 * kBlockTokens + slot * chunk_bytes<Kv>(chunk, head_dim);
+}
+
+DEVICE uint32_t& word_of(uint4& x, int i) { return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w; }
+DEVICE uint32_t word_of(const uint4& x, int i) { return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w; }
+DEVICE uint4 load_16_bytes(const void* p) { return *static_cast<const uint4*>(p); }
+
+// A chunk of a key, zeros after its end.
+template <class Kv>
+DEVICE uint4 load_chunk(const uint8_t* piece, int slot, int chunk, int head_dim) {
+  const uint8_t* p = piece + chunk_offset<Kv>(slot, chunk, head_dim);
+  const int bytes = chunk_bytes<Kv>(chunk, head_dim);
+  if (bytes == 16) return load_16_bytes(p);
+  uint4 x = make_uint4(0, 0, 0, 0);
+#pragma unroll
+  for (int i = 0; i < 8; i++)
+    if (2 * i < bytes) {
+      const uint32_t pair = reinterpret_cast<const uint16_t*>(p)[i];
+      word_of(x, i / 2) |= pair << 16 * (i % 2);
+    }
+  return x;
+}
+
+// Of sixteen bytes, the i-th as float.
+DEVICE float element_of(F16Kv, const uint4& x, int i) {
+  return half_to_float(static_cast<uint16_t>(word_of(x, i / 2) >> 16 * (i % 2)));
+}
+// By the bits of 2^23 + a byte: cheaper than a conversion, and as exact.
+DEVICE float element_of(Q8Kv, const uint4& x, int i) {
+  const uint32_t shifted = word_of(x, i / 4) ^ 0x80808080;
+  return sub(__uint_as_float(__byte_perm(shifted, 0x4b000000, 0x7440 | (i % 4))), 8388608.0f + 128.0f);
+}
+
+}  // namespace llamaclust::cuda

@@ -1,0 +1,55 @@
+// Queries in shared memory as scores want them: all queries of a channel, or of a pair of channels, side by side.
+#pragma once
+
+#include "attention_span.cuh"
+
+namespace llamaclust::cuda {
+
+// Float32 [channels, filled up to whole chunks of keys][TQ]; others are zero.
+template <int TQ>
+DEVICE void load_queries(const Span<F16Kv, TQ>& span, float* to) {
+  const int channels = key_chunks<F16Kv>(span.step.head_dim) * F16Kv::kChannels;
+  for (int i = threadIdx.x; i < channels * TQ; i += kThreads) {
+    const int query = i % TQ, channel = i / TQ;
+    to[i] = query < span.count() && channel < span.step.head_dim ? span.query(query)[channel] : 0.0f;
+  }
+}
+
+// Pairs of int16 [16 a group of 32 channels][TQ], then scales [groups][TQ]: q = x * (32767 / m) to nearest, scale =
+// m / 32767. A warp rounds a group.
+template <int TQ>
+DEVICE void load_queries(const Span<Q8Kv, TQ>& span, int32_t* to) {
+  const int groups = groups_of(span.step.head_dim), lane = threadIdx.x % kWarp;
+  for (int i = threadIdx.x / kWarp; i < groups * TQ; i += kWarps) {
+    const int query = i % TQ, group = i / TQ, channel = group * kGroupChannels + lane;
+    const float x = query < span.count() && channel < span.step.head_dim ? span.query(query)[channel] : 0.0f;
+    const int32_t greatest = greatest_magnitude(x);
+    const float maximum = __int_as_float(greatest);
+    const bool counts = greatest >= kLeastQuery && greatest < kNotFinite;
+    const int32_t q = counts ? nearest(mul(x, div(32767.0f, maximum))) : 0;
+    const int32_t other = __shfl_down_sync(kAllLanes, q, 1);
+    if (lane % 2 == 0) to[(group * 16 + lane / 2) * TQ + query] = (q & 0xffff) | other << 16;
+    const float scale = greatest >= kNotFinite ? __int_as_float(0x7fc00000) : counts ? div(maximum, 32767.0f) : 0.0f;
+    if (lane == 0) to[(groups * 16 + group) * TQ + query] = __float_as_int(scale);
+  }
+}
+
+// `count` of them from one channel or pair: a multiple of four.
+template <int count>
+DEVICE void read_queries(const float* from, float (&to)[count]) {
+#pragma unroll
+  for (int i = 0; i < count; i += 4) {
+    const float4 four = load_four_floats(from + i);
+    to[i] = four.x, to[i + 1] = four.y, to[i + 2] = four.z, to[i + 3] = four.w;
+  }
+}
+template <int count>
+DEVICE void read_queries(const int32_t* from, int32_t (&to)[count]) {
+#pragma unroll
+  for (int i = 0; i < count; i += 4) {
+    const int4 four = *reinterpret_cast<const int4*>(from + i);
+    to[i] = four.x, to[i + 1] = four.y, to[i + 2] = four.z, to[i + 3] = four.w;
+  }
+}
+
+}  // namespace llamaclust::cuda

@@ -1,0 +1,253 @@
+// Attention around its sums: what rows are cut into, keys and values into memory, spans put together.
+#include "attention_rounding.cuh"
+#include "attention_work.cuh"
+#include "math.cuh"
+
+namespace llamaclust::cuda {
+namespace {
+
+// The tile that begins with a row.
+struct Tile {
+  int table, rows, span_begin, spans, kind;
+  DEVICE int slots() const { return spans > 1 ? rows * spans : 0; }
+};
+
+// Sequence s with starts[s] <= row < starts[s + 1].
+DEVICE int sequence_of(int row, const int32_t* starts, int sequences) {
+  int low = 0, high = sequences;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    (starts[middle] <= row ? low : high) = middle;
+  }
+  return low;
+}
+
+struct Cutter {
+  const int32_t *positions, *sequence_starts, *table_starts;
+  int sequences, tile_rows, few_rows, window;
+
+  // rows = 0: none begins here.
+  DEVICE Tile tile(int row) const {
+    const int sequence = sequence_of(row, sequence_starts, sequences);
+    if ((row - sequence_starts[sequence]) % tile_rows != 0) return {0, 0, 0, 0, 0};
+    const int left = sequence_starts[sequence + 1] - row, rows = left < tile_rows ? left : tile_rows;
+    const int begin = first_seen(positions[row], window) / kSpanTokens;
+    const int end = positions[row + rows - 1] / kSpanTokens + 1;
+    return {table_starts[sequence], rows, begin, end - begin, rows <= few_rows ? Work::kFew : Work::kMany};
+  }
+};
+
+DEVICE void write_rows(const Cutter& cutter, const Tile& tile, int row, int slot, const Work& work) {
+  for (int i = 0; i < tile.rows; i++) {
+    const int position = cutter.positions[row + i], begin = first_seen(position, cutter.window) / kSpanTokens;
+    work.table(row + i) = tile.table;
+    work.spans(row + i) = slot < 0 ? 0 : position / kSpanTokens + 1 - begin;
+    work.slot(row + i) = slot + (begin - tile.span_begin) * tile.rows + i;
+    work.stride(row + i) = tile.rows;
+  }
+}
+
+DEVICE void write_items(const Tile& tile, int row, int slot, int first, const Work& work) {
+  if (slot < 0) {
+    work.item(tile.kind, first) = {row, tile.rows, tile.table, tile.span_begin, tile.span_begin + tile.spans, -1, {}};
+    return;
+  }
+  for (int i = 0; i < tile.spans; i++) {
+    const int span = tile.span_begin + i;
+    work.item(tile.kind, first + i) = {row, tile.rows, tile.table, span, span + 1, slot + i * tile.rows, {}};
+  }
+}
+
+}  // namespace
+
+// Cuts rows into tiles of up to tile_rows of one sequence, and these into spans, where blocks are wanted and there are
+// slots for all their sums: those of up to few_rows rows always, the others where there are fewer tiles than split_below.
+// Long tiles come first. Once for a microbatch, whatever the number of its rows: one block of 256.
+KERNEL(256, plan, const int32_t* header, const int32_t* positions, const int32_t* sequence_starts,
+       const int32_t* table_starts, int32_t tile_rows, int32_t few_rows, int32_t window, int32_t max_rows,
+       int32_t slots, int32_t split_below, int32_t* to) {
+  const Work work(to, max_rows, slots);
+  const Cutter cutter{positions, sequence_starts, table_starts, header[1], tile_rows, few_rows, window};
+  const int rows = header[0];
+  SHARED(int32_t, tiles, [2]);
+  SHARED(int32_t, wanted, [2]);
+  SHARED(int32_t, items, [2]);
+  SHARED(int32_t, taken, [1]);
+  if (threadIdx.x < 2) tiles[threadIdx.x] = wanted[threadIdx.x] = items[threadIdx.x] = 0;
+  if (threadIdx.x == 0) taken[0] = 0;
+  __syncthreads();
+  for (int row = threadIdx.x; row < rows; row += 256) {
+    const Tile tile = cutter.tile(row);
+    if (tile.rows == 0) continue;
+    atomicAdd(&tiles[tile.kind], 1);
+    atomicAdd(&wanted[tile.kind], tile.slots());
+  }
+  __syncthreads();
+  const bool few = wanted[Work::kFew] <= slots;
+  const bool many = tiles[Work::kMany] < split_below && wanted[Work::kMany] <= slots - (few ? wanted[Work::kFew] : 0);
+  for (int i = threadIdx.x; i < rows; i += 256) {
+    const int row = rows - 1 - i;
+    const Tile tile = cutter.tile(row);
+    if (tile.rows == 0) continue;
+    const bool split = (tile.kind == Work::kFew ? few : many) && tile.spans > 1;
+    const int slot = split ? atomicAdd(&taken[0], tile.slots()) : -1;
+    write_rows(cutter, tile, row, slot, work);
+    write_items(tile, row, slot, atomicAdd(&items[tile.kind], split ? tile.spans : 1), work);
+  }
+  __syncthreads();
+  if (threadIdx.x < 2) work.count(threadIdx.x) = items[threadIdx.x];
+}
+
+namespace {
+
+struct Place {
+  uint8_t* blocks;
+  int block, slot, kv_heads, head_dim;
+
+  template <class Kv>
+  DEVICE uint8_t* piece(int kv_head) const {
+    return blocks + piece_offset<Kv>(block, kv_head, kv_heads, head_dim);
+  }
+};
+
+DEVICE Place place_of(int row, const int32_t* positions, const Work& work, const int32_t* tables, int kv_heads,
+                      int head_dim, uint8_t* kv) {
+  const int position = positions[row];
+  return {kv, tables[work.table(row) + position / kBlockTokens], position % kBlockTokens, kv_heads, head_dim};
+}
+
+// Eight channels from x on in float16, `count` of them; others are zero.
+DEVICE uint4 eight_halves(const float* x, int count) {
+  uint4 halves = make_uint4(0, 0, 0, 0);
+#pragma unroll
+  for (int i = 0; i < 8; i++)
+    if (i < count) word_of(halves, i / 2) |= static_cast<uint32_t>(float_to_half(x[i])) << 16 * (i % 2);
+  return halves;
+}
+
+}  // namespace
+
+// Keys and values of all rows into memory, before any is read. k, v [rows][kv_heads * head_dim]. Grid: rows, blocks of 128.
+KERNEL(128, store_f16, const int32_t* rows, const int32_t* positions, int32_t* plan, int32_t max_rows,
+       int32_t slots, const int32_t* tables, const float* k, const float* v, int32_t kv_heads, int32_t head_dim,
+       uint8_t* kv) {
+  const int row = blockIdx.x;
+  if (row >= *rows) return;
+  const Place place = place_of(row, positions, Work(plan, max_rows, slots), tables, kv_heads, head_dim, kv);
+  const int chunks = key_chunks<F16Kv>(head_dim);
+  for (int i = threadIdx.x; i < kv_heads * chunks; i += 128) {
+    const int kv_head = i / chunks, chunk = i % chunks, channel = chunk * 8, count = head_dim - channel;
+    const int from = (row * kv_heads + kv_head) * head_dim + channel;
+    uint8_t* piece = place.piece<F16Kv>(kv_head);
+    uint8_t* key = piece + chunk_offset<F16Kv>(place.slot, chunk, head_dim);
+    const uint4 halves = eight_halves(k + from, count);
+    if (count >= 8)
+      *reinterpret_cast<uint4*>(key) = halves;
+    else
+      for (int j = 0; j < count; j++)
+        reinterpret_cast<uint16_t*>(key)[j] = static_cast<uint16_t>(word_of(halves, j / 2) >> 16 * (j % 2));
+    uint8_t* value = piece + F16Kv::key_bytes(head_dim) + 2 * (place.slot * padded_head(head_dim) + channel);
+    *reinterpret_cast<uint4*>(value) = eight_halves(v + from, count);
+  }
+}
+
+namespace {
+
+struct Rounded {
+  int32_t q;
+  uint16_t scale;
+};
+
+// A group of 32 channels, one a lane: m / 127 rounded to float16 is the scale; q = x * (1 / scale) to nearest.
+DEVICE Rounded round_group(float x) {
+  const int32_t greatest = greatest_magnitude(x);
+  if (greatest >= kNotFinite) return {0, 0x7e00};  // not a number
+  const uint16_t half = float_to_half(div(__int_as_float(greatest), 127.0f));
+  const float scale = half_to_float(half), inverse = scale > 0.0f ? div(1.0f, scale) : 0.0f;
+  const float q = mul(x, inverse), low = q > -127.0f ? q : -127.0f;
+  return {nearest(low < 127.0f ? low : 127.0f), half};
+}
+
+}  // namespace
+
+// The same for q8_0: a warp rounds 32 channels. Grid: rows, blocks of 128.
+KERNEL(128, store_q8_0, const int32_t* rows, const int32_t* positions, int32_t* plan, int32_t max_rows,
+       int32_t slots, const int32_t* tables, const float* k, const float* v, int32_t kv_heads, int32_t head_dim,
+       uint8_t* kv) {
+  const int row = blockIdx.x;
+  if (row >= *rows) return;
+  const Place place = place_of(row, positions, Work(plan, max_rows, slots), tables, kv_heads, head_dim, kv);
+  const int groups = groups_of(head_dim), lane = threadIdx.x % kWarp;
+  for (int i = threadIdx.x / kWarp; i < 2 * kv_heads * groups; i += 128 / kWarp) {
+    const bool is_value = i % 2 != 0;
+    const int kv_head = i / 2 / groups, group = i / 2 % groups, channel = group * kGroupChannels + lane;
+    const bool there = channel < head_dim;
+    const float* from = (is_value ? v : k) + (row * kv_heads + kv_head) * head_dim;
+    const Rounded rounded = round_group(there ? from[channel] : 0.0f);
+    uint8_t* piece = place.piece<Q8Kv>(kv_head);
+    uint8_t* values = piece + Q8Kv::key_bytes(head_dim);
+    uint8_t* to = is_value ? values + place.slot * padded_head(head_dim) + channel
+                           : piece + chunk_offset<Q8Kv>(place.slot, channel / 16, head_dim) + channel % 16;
+    uint8_t* scale = is_value ? values + Q8Kv::value_scale(place.slot, group, head_dim)
+                              : piece + Q8Kv::key_scale(place.slot, group, head_dim);
+    if (there) *to = static_cast<uint8_t>(rounded.q);
+    if (lane == 0) *reinterpret_cast<uint16_t*>(scale) = rounded.scale;
+  }
+}
+
+// Merges the spans of rows that have them apart, in ascending order, and divides. The factors of all spans come first, by
+// as many threads: what is left in order is one multiplication and one multiply-add a span. Grid: (rows, heads), 128.
+KERNEL(128, merge, const int32_t* rows, int32_t* plan, int32_t max_rows, int32_t slots, float* partials,
+       int32_t heads, int32_t head_dim, float* out) {
+  const int row = blockIdx.x, head = blockIdx.y;
+  if (row >= *rows) return;
+  const Work work(plan, max_rows, slots);
+  const Partials from(partials, slots, heads, head_dim);
+  const int spans = work.spans(row), first = work.slot(row), stride = work.stride(row);
+  if (spans == 0) return;
+  SHARED(float, maxima, [128]);
+  SHARED(float, sums, [128]);
+  SHARED(float, keep, [128]);
+  SHARED(float, gain, [128]);
+  float before = 0, sum = 0, total[4];  // of up to 512 channels, 128 a thread
+  for (int begin = 0; begin < spans; begin += 128) {
+    const int count = spans - begin < 128 ? spans - begin : 128, i = threadIdx.x;
+    __syncthreads();
+    if (i < count) {
+      const int index = from.index(first + (begin + i) * stride, head);
+      maxima[i] = from.maxima[index];
+      sums[i] = from.sums[index];
+    }
+    __syncthreads();
+    float top = begin == 0 ? maxima[0] : before, until = top;
+    for (int j = 0; j < count; j++) {
+      if (j == i) before = top;
+      top = greater(top, maxima[j]);
+      if (j == i) until = top;
+    }
+    if (i < count) {
+      keep[i] = exp(sub(before, until));
+      gain[i] = exp(sub(maxima[i], until));
+    }
+    before = top;
+    __syncthreads();
+    for (int j = 0; j < count; j++) sum = begin + j == 0 ? sums[0] : fma(sums[j], gain[j], mul(sum, keep[j]));
+#pragma unroll
+    for (int part = 0; part < 4; part++) {
+      const int channel = part * 128 + threadIdx.x;
+      if (channel >= head_dim) continue;
+#pragma unroll 8
+      for (int j = 0; j < count; j++) {
+        const float x = from.channels(first + (begin + j) * stride, head)[channel];
+        total[part] = begin + j == 0 ? x : fma(x, gain[j], mul(total[part], keep[j]));
+      }
+    }
+  }
+#pragma unroll
+  for (int part = 0; part < 4; part++) {
+    const int channel = part * 128 + threadIdx.x;
+    if (channel < head_dim) out[(row * heads + head) * head_dim + channel] = div(total[part], sum);
+  }
+}
+
+}  // namespace llamaclust::cuda

@@ -1,0 +1,150 @@
+// Mixture of experts around its products: which experts a row goes to, which rows an expert has, and their sum. A line is a
+// row and a rank: row * used + rank.
+#include "lines.cuh"
+#include "math.cuh"
+
+namespace llamaclust::cuda {
+namespace {
+
+struct Candidate {
+  float value;
+  int32_t id;
+  // Greater values first, ties to the lower id. What is no number never goes first.
+  DEVICE bool before(Candidate other) const { return value > other.value || (value == other.value && id < other.id); }
+};
+
+DEVICE Candidate best_of(const float* probabilities, int experts) {
+  Candidate best{-2.0f, experts};
+  for (int id = threadIdx.x % kWarp; id < experts; id += kWarp)
+    if (probabilities[id] > best.value) best = {probabilities[id], id};
+  for (int with = kWarp / 2; with > 0; with /= 2) {
+    const float value = __shfl_xor_sync(kAllLanes, best.value, with);
+    const Candidate other{value, __shfl_xor_sync(kAllLanes, best.id, with)};
+    if (other.before(best)) best = other;
+  }
+  return best;
+}
+
+DEVICE void softmax(float* x, int n) {
+  const int lane = threadIdx.x % kWarp;
+  float greatest = x[0];
+  for (int i = lane; i < n; i += kWarp) greatest = greatest > x[i] ? greatest : x[i];
+  for (int with = kWarp / 2; with > 0; with /= 2) {
+    const float other = __shfl_xor_sync(kAllLanes, greatest, with);
+    greatest = greatest > other ? greatest : other;
+  }
+  __syncwarp();
+  for (int i = lane; i < n; i += kWarp) x[i] = exp(sub(x[i], greatest));
+  __syncwarp();
+  Lanes lanes;
+  lanes.add_elements(n, [x](float sum, int i) { return add(sum, x[i]); });
+  const float sum = lanes.total();
+  __syncwarp();
+  for (int i = lane; i < n; i += kWarp) x[i] = div(x[i], sum);
+  __syncwarp();
+}
+
+}  // namespace
+
+// The `used` experts of the greatest probabilities, and these as weights, divided by their sum if `normalized`. A row
+// without numbers has the first expert at every rank. A warp for a row, with room for `experts` floats in shared memory.
+// Grid: rows / 4 rounded up, blocks of 128.
+KERNEL(128, choose, const float* __restrict__ logits, int32_t experts, int32_t used, int32_t normalized,
+       const int32_t* rows, int32_t* ids, float* weights) {
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, row = 4 * blockIdx.x + warp;
+  if (row >= *rows) return;
+  float* probabilities = reinterpret_cast<float*>(DYNAMIC_SHARED) + warp * experts;
+  for (int i = lane; i < experts; i += kWarp) probabilities[i] = logits[row * experts + i];
+  __syncwarp();
+  softmax(probabilities, experts);
+  ids += row * used, weights += row * used;
+  float sum = 0.0f;
+  for (int rank = 0; rank < used; rank++) {
+    const Candidate best = best_of(probabilities, experts);
+    const int id = best.id < experts ? best.id : 0;
+    const float weight = probabilities[id];
+    sum = add(sum, weight);
+    __syncwarp();
+    if (lane == 0) {
+      ids[rank] = id;
+      weights[rank] = weight;
+      probabilities[id] = -1.0f;
+    }
+    __syncwarp();
+  }
+  for (int rank = lane; normalized != 0 && rank < used; rank += kWarp) weights[rank] = div(weights[rank], sum);
+}
+
+namespace {
+
+// Lines from `begin` on, up to `end`, that chose the expert.
+DEVICE int count_lines(const int32_t* ids, int begin, int end, int expert) {
+  int count = 0;
+  for (int line = begin; line < end; line++) count += ids[line] == expert;
+  return count;
+}
+
+}  // namespace
+
+// Lines ordered by expert, ascending, in `lines`, and what products read as items {expert, first place in `lines`, count}
+// of `piece` lines at most. A warp counts an expert's lines, each lane in a part of all. One block of 512, with room for
+// 2 * experts int32 in shared memory.
+KERNEL(512, group, const int32_t* __restrict__ ids, int32_t used, int32_t experts, int32_t piece, const int32_t* rows,
+       int32_t* lines, int32_t* items, int32_t* item_count) {
+  constexpr int kExpertsAtOnce = 512 / kWarp;
+  int32_t* counts = reinterpret_cast<int32_t*>(DYNAMIC_SHARED);
+  int32_t* pieces = counts + experts;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, all = *rows * used;
+  const int each = (all + kWarp - 1) / kWarp, begin = each * lane < all ? each * lane : all;
+  const int end = begin + each < all ? begin + each : all;
+  for (int expert = warp; expert < experts; expert += kExpertsAtOnce) {
+    int count = count_lines(ids, begin, end, expert);
+    for (int with = kWarp / 2; with > 0; with /= 2) count += __shfl_xor_sync(kAllLanes, count, with);
+    if (lane == 0) {
+      counts[expert] = count;
+      pieces[expert] = (count + piece - 1) / piece;
+    }
+  }
+  __syncthreads();
+  for (int expert = warp; expert < experts; expert += kExpertsAtOnce) {
+    int place = 0, item = 0;  // the expert's first ones
+    for (int other = lane; other < expert; other += kWarp) {
+      place += counts[other];
+      item += pieces[other];
+    }
+    for (int with = kWarp / 2; with > 0; with /= 2) {
+      place += __shfl_xor_sync(kAllLanes, place, with);
+      item += __shfl_xor_sync(kAllLanes, item, with);
+    }
+    for (int i = lane; i < pieces[expert]; i += kWarp) {
+      const int left = counts[expert] - i * piece;
+      int32_t* to = items + 3 * (item + i);
+      to[0] = expert, to[1] = place + i * piece, to[2] = left < piece ? left : piece;
+    }
+    if (expert == experts - 1 && lane == 0) *item_count = item + pieces[expert];
+    const int own = count_lines(ids, begin, end, expert);
+    int before = own;
+    for (int by = 1; by < kWarp; by *= 2) {
+      const int other = __shfl_up_sync(kAllLanes, before, by);
+      if (lane >= by) before += other;
+    }
+    place += before - own;
+    for (int line = begin; line < end; line++)
+      if (ids[line] == expert) lines[place++] = line;
+  }
+}
+
+// out = sum over ranks of x[line] * weight. x [rows * used, width]. Grid: (width / 1024 rounded up, rows), blocks of 256.
+KERNEL(256, combine, const float* __restrict__ x, const float* __restrict__ weights, int32_t used, int32_t width,
+       const int32_t* rows, float* __restrict__ out) {
+  const int row = blockIdx.y, first = kPiece * blockIdx.x + 4 * threadIdx.x;
+  if (row >= *rows) return;
+  for (int i = first; i < first + 4 && i < width; i++) {
+    float sum = 0.0f;
+    for (int rank = 0; rank < used; rank++)
+      sum = fma(x[line(row * used + rank, width) + i], weights[row * used + rank], sum);
+    out[line(row, width) + i] = sum;
+  }
+}
+
+}  // namespace llamaclust::cuda

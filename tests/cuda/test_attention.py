@@ -1,0 +1,190 @@
+"""Attention on a GPU: the CPU's bits for any heads, KV type, window and bias, in any batches, over any memory."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from attending import LARGE, SMALL, Attender, Told, attention, by_the_cpu, sequences_of
+from batches import batch_of
+from launching import Bench
+from shim_build import build
+from shim_device import ShimDevice
+
+from llamaclust.kernels.cuda.attention import Card, cut_of, few_shared_bytes, many_shared_bytes, room_of
+from llamaclust.kernels.cuda.device import PLAIN_SHARED_BYTES
+from llamaclust.kernels.cuda.sources import SRC
+from llamaclust.model.architectures.alibi import alibi_slopes
+from llamaclust.model.program import Attention, KvType
+
+SHAPES = {
+    "as llama": attention(4, 1, 64),
+    "one head each": attention(2, 2, 128),
+    "as phi": attention(2, 1, 96, KvType.Q8_0),
+    "eight heads": attention(8, 1, 80),
+    "a tail of channels": attention(5, 1, 100, KvType.Q8_0),
+    "as gemma": attention(2, 1, 256, soft_cap=20.0),
+    "wide bytes": attention(8, 1, 256, KvType.Q8_0, soft_cap=20.0),
+    "sixteen heads": attention(16, 1, 64, KvType.Q8_0),
+    "nearly sixteen": attention(12, 1, 64),
+    "many heads": attention(20, 1, 32, slopes=alibi_slopes(20)),
+    "odd": attention(3, 1, 33, KvType.Q8_0, slopes=alibi_slopes(3)),
+    "odd halves": attention(6, 2, 37),
+}
+CARDS = {"small": SMALL, "large": LARGE}
+
+
+def generator() -> np.random.Generator:
+    seed = np.random.SeedSequence().entropy
+    print("seed", seed)
+    return np.random.default_rng(seed)
+
+
+@pytest.mark.parametrize("step", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("slots", [0, None], ids=["whole tiles", "spans apart"])
+def test_decoding_and_prefill(bench: Bench, tmp_path: Path, step: Attention, slots: int | None) -> None:
+    """Rows before, at and behind a span's end, beside each other and alone; every kernel is there."""
+    attender = Attender(bench, step, LARGE if slots is None else SMALL, slots)
+    long, short = told = sequences_of(tmp_path, step, (525, 24), generator())
+    for one, rows in zip(told, (505, 3), strict=True):
+        attender.fill(one, rows)
+    attender.check([(short, range(3, 20)), (long, range(505, 506))])
+    attender.check([(long, range(506, 524))])
+    attender.check([(long, range(524, 525)), (short, range(20, 21))], one_row_each=True)
+    few = "few" in " ".join(attender.launched)
+    assert few == (step.heads // step.kv_heads <= 16)
+    assert any("tile" in kernel for kernel in attender.launched)
+
+
+@pytest.mark.parametrize("kv_type", KvType)
+def test_spans_merge_in_order(bench: Bench, tmp_path: Path, kv_type: KvType) -> None:
+    """Four spans, of which some are apart and some are not, by what there is room for."""
+    step = attention(4, 1, 64, kv_type)
+    (told,) = sequences_of(tmp_path, step, (1600,), generator())
+    for slots, card in ((0, SMALL), (4, SMALL), (None, SMALL), (None, Card(400, 200 << 10))):
+        attender = Attender(bench, step, card, slots)
+        attender.fill(told, 1597)
+        attender.check([(told, range(1597, 1598))], one_row_each=True)
+        attender.check([(told, range(1598, 1600))])
+
+
+@pytest.mark.parametrize("window", [1, 9, 300, 512, 520])
+@pytest.mark.parametrize("kv_type", KvType)
+def test_windows(bench: Bench, tmp_path: Path, kv_type: KvType, window: int) -> None:
+    """Windows in one span, at its edges and over two; blocks behind them are not there."""
+    step = attention(4, 2, 64, kv_type, window=window)
+    (told,) = sequences_of(tmp_path, step, (1060,), generator())
+    attender = Attender(bench, step, LARGE)
+    attender.fill(told, 1015)
+    attender.check([(told, range(1015, 1016))], one_row_each=True)
+    attender.check([(told, range(1016, 1058))])
+    attender.check([(told, range(1058, 1060))])
+
+
+@pytest.mark.parametrize("kv_type", KvType)
+def test_random_batches(bench: Bench, tmp_path: Path, kv_type: KvType) -> None:
+    """Sequences that grow by random numbers of rows side by side, on cards of both kinds in turn."""
+    source = generator()
+    step = attention(4, 2, 64, kv_type, soft_cap=30.0, slopes=alibi_slopes(4))
+    told = sequences_of(tmp_path, step, (150, 90, 533), source)
+    attender = Attender(bench, step)
+    at = [0, 0, 500]
+    attender.fill(told[2], 500)
+    while any(start < len(one.rows) for start, one in zip(at, told, strict=True)):
+        parts = []
+        for n, one in enumerate(told):
+            left = len(one.rows) - at[n]
+            count = min(left, int(source.choice([0, 1, 2, 5, 33, 60])))
+            if count:
+                parts.append((one, range(at[n], at[n] + count)))
+                at[n] += count
+        attender.card = LARGE if attender.card == SMALL else SMALL
+        if parts:
+            attender.check(parts)
+
+
+def test_shared_blocks(bench: Bench, tmp_path: Path) -> None:
+    """Two sequences that begin alike read the same blocks."""
+    step = attention(4, 1, 64)
+    first, other = sequences_of(tmp_path, step, (70, 6), generator())
+    rows = np.concatenate([first.rows[:64], other.rows])
+    second = Told(rows, (*first.table[:4], *other.table), by_the_cpu(tmp_path, step, rows))
+    attender = Attender(bench, step)
+    attender.fill(first, 64)
+    attender.check([(first, range(64, 70)), (second, range(64, 70))])
+
+
+@pytest.mark.parametrize("kv_type", KvType)
+@pytest.mark.parametrize("card", CARDS.values(), ids=CARDS)
+def test_what_is_no_number_stays_in_its_rows(bench: Bench, tmp_path: Path, kv_type: KvType, card: Card) -> None:
+    """Rows of a tile that come before a value which is none have their bits; those that see it are none, too."""
+    step = attention(4, 1, 64, kv_type)
+    (told,) = sequences_of(tmp_path, step, (40,), generator())
+    rows = told.rows.copy()
+    rows[37, -step.v.width :] = np.nan
+    batch = batch_of([([0] * 40, range(40), told.table)])
+    found = Attender(bench, step, card).run(batch, rows)
+    np.testing.assert_array_equal(found[:37].view(np.uint32), told.wanted[:37].view(np.uint32))
+    assert np.isnan(found[37:]).all()
+
+
+def test_a_key_that_is_no_number(bench: Bench, tmp_path: Path) -> None:
+    """Whoever sees it is none: in decoding and prefill, whole and by spans."""
+    step = attention(4, 1, 64, KvType.Q8_0)
+    (told,) = sequences_of(tmp_path, step, (560,), generator())
+    rows = told.rows.copy()
+    rows[550, step.q.width] = np.inf
+    attender = Attender(bench, step)
+    attender.fill(replace(told, rows=rows), 540)
+    found = attender.run(batch_of([([0] * 20, range(540, 560), told.table)]), rows[540:])
+    np.testing.assert_array_equal(found[:10].view(np.uint32), told.wanted[540:550].view(np.uint32))
+    assert np.isnan(found[10:]).all()
+
+
+def test_shared_memory_is_what_every_card_has() -> None:
+    """All kernels but the widest tiles do without more than 48 KiB, for heads of up to 256 channels."""
+    for kv_type in KvType:
+        for head_dim in (64, 80, 100, 128, 256):
+            step = attention(32, 8, head_dim, kv_type)
+            sizes = [few_shared_bytes(step, queries) for queries in (4, 8, 16)]
+            assert max(*sizes, many_shared_bytes(step, 16)) + 1024 <= PLAIN_SHARED_BYTES
+    assert cut_of(attention(32, 8, 128), SMALL).tile_rows == 4
+    assert cut_of(attention(32, 8, 128), LARGE).tile_rows == 8
+
+
+def test_sums_of_spans_take_bounded_memory() -> None:
+    step = attention(64, 8, 128)
+    room = room_of((step,), 2048, 1 << 20)
+    assert 60 << 20 < room.partial_bytes(step) <= 64 << 20
+    assert room.plan_bytes < 1 << 20
+    assert room_of((attention(4, 1, 64),), 8, 512).slots == 8
+
+
+PLANTED = ("sum = add(sum, lane < 16 ? weight : other);", "sum = add(sum, lane < 16 ? other : weight);")
+
+
+def test_two_swapped_additions_are_noticed(tmp_path: Path) -> None:
+    """In the sum of weights, for decoding: other bits, though nearly the same numbers."""
+    for path in (*SRC.glob("attention_*.cuh"), SRC / "attention_few.cu", SRC / "attention_rows.cu"):
+        shutil.copy(path, tmp_path)
+    header, kernels = tmp_path / "attention_span.cuh", tmp_path / "attention_few.cu"
+    text = header.read_text()
+    assert all(text.count(line) == 1 for line in PLANTED)
+    header.write_text(text.replace(PLANTED[0], "@").replace(PLANTED[1], PLANTED[0]).replace("@", PLANTED[1]))
+    every = kernels.read_text()
+    kernels.write_text(re.sub(r"^FEW\((?!f16, 4,).*\n", "", every, flags=re.MULTILINE))
+    assert every.count("\nFEW(") == 6 and kernels.read_text().count("\nFEW(") == 1
+    device = ShimDevice(build([kernels, tmp_path / "attention_rows.cu"]))
+    step = attention(4, 1, 64)
+    (told,) = sequences_of(tmp_path, step, (101,), generator())
+    with Bench(device) as bench:
+        attender = Attender(bench, step)
+        attender.fill(told, 100)
+        found = attender.run(batch_of([([0], [100], told.table)]), told.rows[100:], one_row_each=True)
+    device.close()
+    assert (found.view(np.uint32) != told.wanted[100:].view(np.uint32)).any()
+    np.testing.assert_allclose(found, told.wanted[100:], rtol=1e-3, atol=1e-5)

@@ -1,0 +1,146 @@
+"""Experts on a GPU around their products: choices, groups of lines and sums, by the bits of the CPU's whole step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from backends import all_threads
+from launching import Bench
+from numpy.typing import NDArray
+from single_steps import Weight, normal, program_of, rows_at
+from test_attention import generator
+
+from llamaclust.kernels.cuda.device import Buffer as Memory
+from llamaclust.kernels.cuda.experts import ExpertPlaces, choice_bytes, choose, combine, group, items_bytes, max_items
+from llamaclust.model.gguf import open_model
+from llamaclust.model.program import Buffer, MatMul, Moe, Program, SiluMul
+from llamaclust.model.writer import write_gguf
+from llamaclust.wire.control import StageLimits
+
+Float32 = NDArray[np.float32]
+Int32 = NDArray[np.int32]
+
+WIDTH, FFN = 40, 24
+LIMITS = StageLimits(max_tokens=64, max_outputs=64, max_sequences=1, max_context_tokens=64, kv_blocks=4)
+
+
+def moe(experts: int, used: int, *, normalized: bool = True) -> Moe:
+    x, out = Buffer("x", WIDTH), Buffer("out", WIDTH)
+    return Moe(x, out, "router", "gate", "up", "down", experts, used, FFN, normalized)
+
+
+class OnDevice:
+    """The step's arrays, for some more rows than there are."""
+
+    def __init__(self, bench: Bench, step: Moe, rows: int, piece: int) -> None:
+        self.bench, self.step, self.rows, self.piece, self.room = bench, step, rows, piece, rows + 3
+        self.ids, self.weights, self.lines = (bench.room(choice_bytes(step, self.room)) for _ in range(3))
+        self.items, self.item_count = bench.room(items_bytes(step, self.room, piece)), bench.room(4)
+        arrays = (self.ids, self.weights, self.lines, self.items, self.item_count)
+        self.places = ExpertPlaces(*(array.at() for array in arrays))
+        self.count = bench.put(np.array([rows], np.int32)).at()
+
+    def choose(self, logits: Float32) -> tuple[Int32, Float32]:
+        padded = self.bench.put(np.concatenate([logits, np.zeros((3, self.step.experts), np.float32)]))
+        self.bench.device.launch(choose(self.step, padded.at(), self.places, self.room, self.count))
+        return self._chosen(self.ids, np.int32), self._chosen(self.weights, np.float32)
+
+    def _chosen(self, memory: Memory, dtype: type) -> NDArray[np.generic]:
+        return self.bench.get(memory, (self.room, self.step.used), dtype)[: self.rows]
+
+    def group(self) -> tuple[Int32, Int32]:
+        """Lines, and items of expert, first place and count."""
+        self.bench.device.launch(group(self.step, self.places, self.piece, self.count))
+        (count,) = self.bench.get(self.item_count, 1, np.int32)
+        assert count <= max_items(self.step, self.room, self.piece)
+        items = self.bench.get(self.items, (int(count), 3), np.int32) if count else np.zeros((0, 3), np.int32)
+        return self.bench.get(self.lines, self.rows * self.step.used, np.int32), items
+
+    def combine(self, x: Float32) -> Float32:
+        out = self.bench.room(4 * self.room * WIDTH)
+        spare = np.full((3 * self.step.used, WIDTH), np.nan, np.float32)
+        padded = self.bench.put(np.concatenate([x, spare]))
+        self.bench.device.launch(combine(self.step, padded.at(), self.places, out.at(), self.room, self.count))
+        return self.bench.get(out, (self.room, WIDTH))[: self.rows]
+
+
+def run(folder: Path, program: Program, weights: dict[str, Weight], rows: Float32) -> Float32:
+    path = folder / "weights.gguf"
+    write_gguf(path, {}, [weight.source(name) for name, weight in weights.items()])
+    stage = all_threads(2).load(program, open_model(path).tensors, LIMITS, lambda _: None)
+    found = stage.run(rows_at(range(len(rows))), rows).copy()
+    stage.close()
+    return found
+
+
+def every_expert(folder: Path, step: Moe, weights: dict[str, Weight], rows: Float32) -> list[Float32]:
+    """What each expert makes of all rows."""
+    gate, up, down = (Buffer(name, width) for name, width in (("g", FFN), ("u", FFN), ("d", WIDTH)))
+    steps = (
+        MatMul(step.x, gate, "gate"),
+        MatMul(step.x, up, "up"),
+        SiluMul(gate, up, gate),
+        MatMul(gate, down, "down"),
+    )
+    program = program_of(step.x, down, *steps)
+    each = [{name: Weight(weights[name].values[e]) for name in ("gate", "up", "down")} for e in range(step.experts)]
+    return [run(folder, program, of_one, rows) for of_one in each]
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+@pytest.mark.parametrize(("experts", "used", "rows"), [(4, 2, 9), (70, 5, 20), (3, 3, 1)])
+def test_the_bits_of_the_cpu(
+    bench: Bench, tmp_path: Path, experts: int, used: int, rows: int, normalized: bool
+) -> None:
+    source, step = generator(), moe(experts, used, normalized=normalized)
+    weights = {
+        "router": Weight(normal(source, experts, WIDTH)),
+        "gate": Weight(normal(source, experts, FFN, WIDTH)),
+        "up": Weight(normal(source, experts, FFN, WIDTH)),
+        "down": Weight(normal(source, experts, WIDTH, FFN)),
+    }
+    x = normal(source, rows, WIDTH) / np.float32(4)
+    wanted = run(tmp_path, program_of(step.x, step.out, step), weights, x)
+    scores = Buffer("scores", experts)
+    router = program_of(step.x, scores, MatMul(step.x, scores, "router"))
+    logits = run(tmp_path, router, {"router": weights["router"]}, x)
+    device = OnDevice(bench, step, rows, piece=8)
+    ids, _ = device.choose(logits)
+    np.testing.assert_array_equal(ids, np.argsort(-logits, axis=1, kind="stable")[:, :used])
+    outputs = every_expert(tmp_path, step, weights, x)
+    lines = [outputs[ids[row, rank]][row] for row in range(rows) for rank in range(used)]
+    found = device.combine(np.array(lines))
+    np.testing.assert_array_equal(found.view(np.uint32), wanted.view(np.uint32))
+
+
+@pytest.mark.parametrize(("experts", "used", "rows", "piece"), [(128, 8, 41, 8), (5, 2, 61, 64), (40, 1, 1, 8)])
+def test_lines_are_grouped(bench: Bench, experts: int, used: int, rows: int, piece: int) -> None:
+    """Each line stands once, those of an expert together in order, in pieces that are not too long."""
+    device = OnDevice(bench, moe(experts, used), rows, piece)
+    logits = normal(generator(), rows, experts)
+    logits[:, 1] += 4  # one that most rows want
+    ids = device.choose(logits)[0].reshape(-1)
+    lines, items = device.group()
+    np.testing.assert_array_equal(lines, np.argsort(ids, kind="stable"))
+    wanted = []
+    for expert, begin in zip(*np.unique(np.sort(ids), return_index=True), strict=True):
+        count = int((ids == expert).sum())
+        wanted += [(expert, begin + at, min(piece, count - at)) for at in range(0, count, piece)]
+    assert items.tolist() == [list(map(int, item)) for item in wanted]
+
+
+def test_ties_go_to_the_lower_id_and_no_numbers_to_the_first(bench: Bench) -> None:
+    """A row without numbers has one expert at every rank: it may have more lines than there are rows."""
+    device = OnDevice(bench, moe(40, 3), 5, 8)
+    logits = np.zeros((5, 40), np.float32)
+    logits[1, 33:36] = 2
+    logits[2, [5, 38]], logits[3], logits[4, 7] = 1, np.nan, np.inf
+    ids, weights = device.choose(logits)
+    assert ids.tolist() == [[0, 1, 2], [33, 34, 35], [5, 38, 0], [0, 0, 0], [0, 0, 0]]
+    assert np.isnan(weights[3:, 0]).all()
+    assert np.isfinite(weights[:3]).all()
+    lines, items = device.group()
+    assert sorted(lines.tolist()) == list(range(15))
+    assert items[0].tolist() == [0, 0, 8]

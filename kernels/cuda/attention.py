@@ -141,11 +141,12 @@ def few_shared_bytes(step: Attention, queries: int) -> int:
 
 
 def many_shared_bytes(step: Attention, queries: int) -> int:
-    """The scores, or before them the queries with a chunk of keys; and values."""
+    """The scores, or before them the queries (of float16 with a chunk of keys); and values."""
     if step.kv_type is KvType.F16:
         staged = 8 * (-(-step.head_dim // 8) * queries + SPAN_TOKENS)
     else:
-        staged = 17 * -(-step.head_dim // KV_GROUP_CHANNELS) * queries + 5 * SPAN_TOKENS
+        groups = -(-step.head_dim // KV_GROUP_CHANNELS)
+        staged = queries * (2 * (8 * groups + 4) + groups)
     return 4 * (max(queries * _SCORE_STRIDE, staged) + _stage_floats(step, 1))
 
 

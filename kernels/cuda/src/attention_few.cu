@@ -149,7 +149,7 @@ struct Q8Scores {
 // Grid: (any number of blocks, KV heads), blocks of 256; as many rows times query heads of a KV head in a tile as the name
 // says at most (attention_rows.plan's few_rows).
 #define FEW(kv_name, TQ, Kv, Scores)                                                                   \
-  KERNEL(256, few_##kv_name##_##TQ, ATTENTION_ARGUMENTS) {                                             \
+  KERNEL_IN_BLOCKS(256, 2, few_##kv_name##_##TQ, ATTENTION_ARGUMENTS) {                                             \
     float* scores = reinterpret_cast<float*>(DYNAMIC_SHARED);                                          \
     SHARED(Queries<TQ>, queries, );                                                                    \
     const Step step = ATTENTION_STEP;                                                                  \

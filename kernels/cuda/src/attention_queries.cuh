@@ -15,23 +15,40 @@ DEVICE void load_queries(const Span<F16Kv, TQ>& span, float* to) {
   }
 }
 
-// Pairs of int16 [16 a group of 32 channels][TQ], then scales [groups][TQ]: q = x * (32767 / m) to nearest, scale =
-// m / 32767. A warp rounds a group.
-template <int TQ>
-DEVICE void load_queries(const Span<Q8Kv, TQ>& span, int32_t* to) {
+struct RoundedQuery {
+  int32_t q;
+  float scale;
+};
+
+// A group of 32 channels of a query that meets keys in q8_0, one a lane: q = x * (32767 / m) to nearest, scale = m / 32767.
+DEVICE RoundedQuery round_query(float x) {
+  const int32_t greatest = greatest_magnitude(x);
+  const float maximum = __int_as_float(greatest);
+  if (greatest >= kNotFinite) return {0, __int_as_float(0x7fc00000)};
+  if (greatest < kLeastQuery) return {0, 0.0f};
+  return {nearest(mul(x, div(32767.0f, maximum))), div(maximum, 32767.0f)};
+}
+
+// Calls f(query, group, channel of the group, rounded) for every channel of every query; a warp has a group.
+template <int TQ, class F>
+DEVICE void round_queries(const Span<Q8Kv, TQ>& span, F f) {
   const int groups = groups_of(span.step.head_dim), lane = threadIdx.x % kWarp;
   for (int i = threadIdx.x / kWarp; i < groups * TQ; i += kWarps) {
     const int query = i % TQ, group = i / TQ, channel = group * kGroupChannels + lane;
-    const float x = query < span.count() && channel < span.step.head_dim ? span.query(query)[channel] : 0.0f;
-    const int32_t greatest = greatest_magnitude(x);
-    const float maximum = __int_as_float(greatest);
-    const bool counts = greatest >= kLeastQuery && greatest < kNotFinite;
-    const int32_t q = counts ? nearest(mul(x, div(32767.0f, maximum))) : 0;
-    const int32_t other = __shfl_down_sync(kAllLanes, q, 1);
-    if (lane % 2 == 0) to[(group * 16 + lane / 2) * TQ + query] = (q & 0xffff) | other << 16;
-    const float scale = greatest >= kNotFinite ? __int_as_float(0x7fc00000) : counts ? div(maximum, 32767.0f) : 0.0f;
-    if (lane == 0) to[(groups * 16 + group) * TQ + query] = __float_as_int(scale);
+    const bool there = query < span.count() && channel < span.step.head_dim;
+    f(query, group, lane, round_query(there ? span.query(query)[channel] : 0.0f));
   }
+}
+
+// Pairs of int16 [16 a group of 32 channels][TQ], then scales [groups][TQ].
+template <int TQ>
+DEVICE void load_queries(const Span<Q8Kv, TQ>& span, int32_t* to) {
+  const int groups = groups_of(span.step.head_dim);
+  round_queries(span, [=](int query, int group, int lane, const RoundedQuery& rounded) {
+    const int32_t other = __shfl_down_sync(kAllLanes, rounded.q, 1);
+    if (lane % 2 == 0) to[(group * 16 + lane / 2) * TQ + query] = (rounded.q & 0xffff) | other << 16;
+    if (lane == 0) to[(groups * 16 + group) * TQ + query] = __float_as_int(rounded.scale);
+  });
 }
 
 // `count` of them from one channel or pair: a multiple of four.

@@ -260,6 +260,8 @@ class Register(_message.Message):
     FINGERPRINT_FIELD_NUMBER: _builtins.int
     MACHINE_FREE_BYTES_FIELD_NUMBER: _builtins.int
     LOG_FIELD_NUMBER: _builtins.int
+    CARDS_FIELD_NUMBER: _builtins.int
+    GPU_LAYERS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name in the cluster file; unique in a cluster."""
     pid: _builtins.int
@@ -290,6 +292,12 @@ class Register(_message.Message):
     """What all processes of its machine may still take together, in bytes; 0: not known."""
     log: _builtins.str
     """Where on its machine its log is, for people; empty where the launcher knows."""
+    gpu_layers: _builtins.int
+    """How many layers of a stage they hold, as its user wants it; not set: as many as they have memory for."""
+    @_builtins.property
+    def cards(self) -> _containers.RepeatedCompositeFieldContainer[Global___Card]:
+        """GPUs that it computes on, beside its processor."""
+
     def __init__(
         self,
         *,
@@ -308,14 +316,82 @@ class Register(_message.Message):
         fingerprint: _builtins.str = ...,
         machine_free_bytes: _builtins.int = ...,
         log: _builtins.str = ...,
+        cards: _abc.Iterable[Global___Card] | None = ...,
+        gpu_layers: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_gpu_layers", b"_gpu_layers", "gpu_layers", b"gpu_layers"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_gpu_layers", b"_gpu_layers", "address", b"address", "cards", b"cards", "device", b"device", "feature_level", b"feature_level", "fingerprint", b"fingerprint", "free_memory_bytes", b"free_memory_bytes", "gpu_layers", b"gpu_layers", "host", b"host", "log", b"log", "machine_free_bytes", b"machine_free_bytes", "name", b"name", "numerics_version", b"numerics_version", "pid", b"pid", "protocol_major", b"protocol_major", "protocol_minor", b"protocol_minor", "threads", b"threads", "total_memory_bytes", b"total_memory_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__gpu_layers: _TypeAlias = _typing.Literal["gpu_layers"]  # noqa: Y015
+    _WhichOneofArgType__gpu_layers: _TypeAlias = _typing.Literal["_gpu_layers", b"_gpu_layers"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__gpu_layers) -> _WhichOneofReturnType__gpu_layers | None: ...
+
+Global___Register: _TypeAlias = Register  # noqa: Y015
+
+@_typing.final
+class Card(_message.Message):
+    """A GPU of a worker."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEVICE_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    FREE_BYTES_FIELD_NUMBER: _builtins.int
+    device: _builtins.str
+    """"cuda:N"."""
+    name: _builtins.str
+    """As its driver calls it, such as "NVIDIA H100 80GB HBM3"."""
+    total_bytes: _builtins.int
+    """Its memory, in bytes."""
+    free_bytes: _builtins.int
+    """What this worker may still take of it, its cap considered, in bytes."""
+    def __init__(
+        self,
+        *,
+        device: _builtins.str = ...,
+        name: _builtins.str = ...,
+        total_bytes: _builtins.int = ...,
+        free_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "device", b"device", "feature_level", b"feature_level", "fingerprint", b"fingerprint", "free_memory_bytes", b"free_memory_bytes", "host", b"host", "log", b"log", "machine_free_bytes", b"machine_free_bytes", "name", b"name", "numerics_version", b"numerics_version", "pid", b"pid", "protocol_major", b"protocol_major", "protocol_minor", b"protocol_minor", "threads", b"threads", "total_memory_bytes", b"total_memory_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "free_bytes", b"free_bytes", "name", b"name", "total_bytes", b"total_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___Register: _TypeAlias = Register  # noqa: Y015
+Global___Card: _TypeAlias = Card  # noqa: Y015
+
+@_typing.final
+class DeviceLayers(_message.Message):
+    """Layers of a stage on one of its worker's devices."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEVICE_FIELD_NUMBER: _builtins.int
+    START_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
+    device: _builtins.str
+    """"cpu" or "cuda:N"."""
+    start: _builtins.int
+    """First layer."""
+    end: _builtins.int
+    """One past the last layer."""
+    def __init__(
+        self,
+        *,
+        device: _builtins.str = ...,
+        start: _builtins.int = ...,
+        end: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "end", b"end", "start", b"start"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeviceLayers: _TypeAlias = DeviceLayers  # noqa: Y015
 
 @_typing.final
 class Failure(_message.Message):
@@ -411,6 +487,7 @@ class Load(_message.Message):
     FIRST_WORKER_FIELD_NUMBER: _builtins.int
     ALONE_FIELD_NUMBER: _builtins.int
     WEIGHTS_FIELD_NUMBER: _builtins.int
+    DEVICES_FIELD_NUMBER: _builtins.int
     epoch: _builtins.int
     """Counts plans; greater than any before."""
     model_path: _builtins.str
@@ -439,6 +516,10 @@ class Load(_message.Message):
     def weights(self) -> Global___WeightSources:
         """Where a worker without the file gets its layers; not set: the file must be there."""
 
+    @_builtins.property
+    def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeviceLayers]:
+        """Which of the worker's devices hold which of its layers, in order; none: the processor holds all."""
+
     def __init__(
         self,
         *,
@@ -454,10 +535,11 @@ class Load(_message.Message):
         first_worker: _builtins.str = ...,
         alone: _builtins.bool = ...,
         weights: Global___WeightSources | None = ...,
+        devices: _abc.Iterable[Global___DeviceLayers] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits", "weights", b"weights"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alone", b"alone", "end", b"end", "epoch", b"epoch", "first_address", b"first_address", "first_worker", b"first_worker", "limits", b"limits", "model_id", b"model_id", "model_path", b"model_path", "next_address", b"next_address", "next_worker", b"next_worker", "start", b"start", "weights", b"weights"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alone", b"alone", "devices", b"devices", "end", b"end", "epoch", b"epoch", "first_address", b"first_address", "first_worker", b"first_worker", "limits", b"limits", "model_id", b"model_id", "model_path", b"model_path", "next_address", b"next_address", "next_worker", b"next_worker", "start", b"start", "weights", b"weights"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -853,6 +935,7 @@ class Heartbeat(_message.Message):
     WEIGHT_BYTES_SENT_FIELD_NUMBER: _builtins.int
     WEIGHT_BYTES_RECEIVED_FIELD_NUMBER: _builtins.int
     LAST_WORDS_FIELD_NUMBER: _builtins.int
+    CARD_FREE_BYTES_FIELD_NUMBER: _builtins.int
     busy: _builtins.float
     """Share of the last interval spent computing, 0 to 1."""
     microbatches: _builtins.int
@@ -873,6 +956,10 @@ class Heartbeat(_message.Message):
     """Bytes of weights fetched from other workers."""
     last_words: _builtins.str
     """The last line of its log since it joined that tells of trouble."""
+    @_builtins.property
+    def card_free_bytes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """What it may still take of each of its GPUs, in bytes, in the order of its registration."""
+
     def __init__(
         self,
         *,
@@ -886,10 +973,11 @@ class Heartbeat(_message.Message):
         weight_bytes_sent: _builtins.int = ...,
         weight_bytes_received: _builtins.int = ...,
         last_words: _builtins.str = ...,
+        card_free_bytes: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy", b"busy", "free_memory_bytes", b"free_memory_bytes", "last_words", b"last_words", "microbatches", b"microbatches", "received_bytes", b"received_bytes", "resident_bytes", b"resident_bytes", "sent_bytes", b"sent_bytes", "tokens", b"tokens", "weight_bytes_received", b"weight_bytes_received", "weight_bytes_sent", b"weight_bytes_sent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy", b"busy", "card_free_bytes", b"card_free_bytes", "free_memory_bytes", b"free_memory_bytes", "last_words", b"last_words", "microbatches", b"microbatches", "received_bytes", b"received_bytes", "resident_bytes", b"resident_bytes", "sent_bytes", b"sent_bytes", "tokens", b"tokens", "weight_bytes_received", b"weight_bytes_received", "weight_bytes_sent", b"weight_bytes_sent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

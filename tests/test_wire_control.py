@@ -15,8 +15,11 @@ from llamaclust.model.program import KvType
 from llamaclust.proto import control_pb2
 from llamaclust.wire.control import (
     KV_TYPES,
+    Card,
+    CardSpeed,
     CoordinatorMessage,
     Deadlines,
+    DeviceLayers,
     Failure,
     Heartbeat,
     LinksMeasured,
@@ -62,6 +65,7 @@ from llamaclust.wire.control_codec import (
 )
 
 REGISTER = Register("a", 7, "host", "unix:/run/a.sock", "cpu", 2, "avx2", 1 << 35, 1 << 34, "a chip, 2 cores")
+CARDS = (Card("cuda:0", "NVIDIA X", 1 << 34, 1 << 33), Card("cuda:1", "NVIDIA Y", 1 << 33, 5))
 LOAD = Load(
     3,
     "/models/m.gguf",
@@ -76,7 +80,10 @@ LOAD = Load(
 WORKER_MESSAGES: list[WorkerMessage] = [
     REGISTER,
     replace(REGISTER, protocol=(1, 9), numerics_version=99, log="/var/log/worker.log"),
+    replace(REGISTER, device="cuda:0,cuda:1", cards=CARDS, gpu_layers=0),
+    replace(REGISTER, device="cuda:0", cards=CARDS[:1]),
     Measured(4e10, 5e11),
+    Measured(4e10, 5e11, cards=(CardSpeed(3e12, 9e14), CardSpeed(1e12, 1e14))),
     Measured(4e10, 5e11, (StageTrial(1, 2e-4, 3e-11, 1e-3), StageTrial(8, 3e-4, 9e-11, 2e-3))),
     Failure("WorkerError", "no"),
     LoadProgress(3, 10, 20),
@@ -87,6 +94,7 @@ WORKER_MESSAGES: list[WorkerMessage] = [
     Heartbeat(0.5, 10, 20, 30, 40),
     Heartbeat(0.5, 10, 20, 30, 40, 50, 60, 70, 80),
     Heartbeat(0.5, 10, 20, 30, 40, last_words="something went wrong"),
+    Heartbeat(0.5, 10, 20, 30, 40, card_free_bytes=(7, 0)),
     LinksMeasured((LinkSpeed(0.001, 1e9), LinkSpeed(0.2, 1e6))),
     MeasureLinksFailed(Failure("WorkerError", "no way")),
     Located(False),
@@ -119,6 +127,7 @@ COORDINATOR_MESSAGES: list[CoordinatorMessage] = [
     replace(LOAD, next_address=None, next_worker=None, first_address="unix:/a", first_worker="a"),
     replace(LOAD, limits=replace(LOAD.limits, kv_type="q8_0")),
     replace(LOAD, weights=WeightSources("cd" * 32, 9, (WeightSource("h:1", "b"), WeightSource("unix:/c", "c")))),
+    replace(LOAD, devices=(DeviceLayers("cpu", 2, 3), DeviceLayers("cuda:0", 3, 4))),
     Locate("/models/m.gguf", "ab" * 32),
     Locate("/models/m.gguf", "ab" * 32, describe=True),
     Unload(3),
@@ -219,3 +228,12 @@ def test_random_bytes_are_refused_or_decoded(data: bytes) -> None:
     for decode in (decode_worker_message, decode_coordinator_message):
         with contextlib.suppress(WireError):
             decode(data)
+
+
+@pytest.mark.parametrize(
+    "held", [[("cpu", 2, 3)], [("cpu", 2, 3), ("cuda:0", 2, 4)], [("cpu", 1, 4)], [("cpu", 2, 4), ("cuda:0", 4, 5)]]
+)
+def test_devices_hold_all_layers_of_a_load_each_once(held: list[tuple[str, int, int]]) -> None:
+    order = replace(LOAD, devices=tuple(DeviceLayers(*one) for one in held))
+    with pytest.raises(WireError, match=r"devices hold layers .* of \[2, 4\)"):
+        decode_coordinator_message(encode_coordinator_message(order))

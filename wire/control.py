@@ -11,6 +11,33 @@ KV_TYPES = ("f16", "q8_0")
 
 
 @dataclass(frozen=True, slots=True)
+class Card:
+    """A GPU of a worker."""
+
+    device: str  # "cuda:N"
+    name: str  # as its driver calls it
+    total_bytes: int
+    free_bytes: int  # what the worker may still take of it, its cap considered
+
+
+@dataclass(frozen=True, slots=True)
+class CardSpeed:
+    """What kernels reach on a GPU."""
+
+    read_bytes_s: float
+    int8_macs_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceLayers:
+    """Layers [start, end) of a stage on one of its worker's devices."""
+
+    device: str  # "cpu" | "cuda:N"
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
 class Register:
     """Who a worker is; the first message of a membership."""
 
@@ -18,7 +45,7 @@ class Register:
     pid: int
     host: str
     address: str  # gRPC target of its Stage service
-    device: str  # "cpu" | "cuda:N"
+    device: str  # "cpu" | "cuda:N", or several of the latter with commas between
     threads: int
     feature_level: str
     total_memory_bytes: int
@@ -26,6 +53,8 @@ class Register:
     fingerprint: str  # equal for machines on which measurements would come out equal
     machine_free_bytes: int = 0  # what all processes of its machine may still take together; 0: not known
     log: str = ""  # where on its machine its log is, for people; "": the launcher knows
+    cards: tuple[Card, ...] = ()  # beside its processor
+    gpu_layers: int | None = None  # of a stage, on its cards; None: as many as they have memory for
     protocol: tuple[int, int] = PROTOCOL_VERSION
     numerics_version: int = NUMERICS_VERSION
 
@@ -84,6 +113,7 @@ class Measured:
     int8_macs_s: float
     trials: tuple[StageTrial, ...] = ()  # by ascending rows; none where the model's file is not there, or no memory
     number: int = 0
+    cards: tuple[CardSpeed, ...] = ()  # in the order of its registration
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +209,7 @@ class Load:
     first_worker: str | None = None
     alone: bool = False  # stages of other epochs are freed first; weights that this one needs as well stay
     weights: WeightSources | None = None  # None: the file must be there
+    devices: tuple[DeviceLayers, ...] = ()  # which hold these layers, in order; (): the processor holds all
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,6 +268,7 @@ class Heartbeat:
     weight_bytes_sent: int = 0  # to other workers
     weight_bytes_received: int = 0  # from other workers
     last_words: str = ""  # of its log since it joined that tell of trouble
+    card_free_bytes: tuple[int, ...] = ()  # in the order of its registration
 
 
 @dataclass(frozen=True, slots=True)

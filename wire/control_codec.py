@@ -44,6 +44,7 @@ from llamaclust.wire.control import (
     Welcome,
     WorkerMessage,
 )
+from llamaclust.wire.control_cards import cards_in, cards_out, free_in, layers_in, layers_out
 from llamaclust.wire.control_logs import tell_in, tell_out, told_in, told_out
 from llamaclust.wire.control_measuring import (
     ends_in,
@@ -143,6 +144,8 @@ def _register_out(message: Register) -> proto.Register:
         fingerprint=message.fingerprint,
         machine_free_bytes=message.machine_free_bytes,
         log=message.log,
+        cards=cards_out(message.cards),
+        gpu_layers=message.gpu_layers,
     )
 
 
@@ -158,6 +161,7 @@ def _heartbeat_out(message: Heartbeat) -> proto.Heartbeat:
         weight_bytes_sent=message.weight_bytes_sent,
         weight_bytes_received=message.weight_bytes_received,
         last_words=message.last_words,
+        card_free_bytes=message.card_free_bytes,
     )
 
 
@@ -216,7 +220,7 @@ def _register_in(message: proto.Register) -> Register:
         pid=message.pid,
         host=line("host", message.host, 255),
         address=line("address", message.address, 512),
-        device=line("device", message.device, 64),
+        device=line("device", message.device, 255),
         threads=bounded("threads", message.threads, 1, 1 << 16),
         feature_level=line("feature_level", message.feature_level, 64),
         total_memory_bytes=message.total_memory_bytes,
@@ -224,6 +228,8 @@ def _register_in(message: proto.Register) -> Register:
         fingerprint=line("fingerprint", message.fingerprint, 512),
         machine_free_bytes=message.machine_free_bytes,
         log=line("log", message.log),
+        cards=cards_in(message.cards),
+        gpu_layers=message.gpu_layers if message.HasField("gpu_layers") else None,
         protocol=(message.protocol_major, message.protocol_minor),
         numerics_version=message.numerics_version,
     )
@@ -234,7 +240,8 @@ def _heartbeat_in(message: proto.Heartbeat) -> Heartbeat:
     counters = message.microbatches, message.tokens
     sizes = message.resident_bytes, message.free_memory_bytes, message.received_bytes, message.sent_bytes
     moved = message.weight_bytes_sent, message.weight_bytes_received
-    return Heartbeat(busy, *counters, *sizes, *moved, line("last words", message.last_words))
+    words, free = line("last words", message.last_words), free_in(message.card_free_bytes)
+    return Heartbeat(busy, *counters, *sizes, *moved, words, free)
 
 
 def _failure_in(message: proto.Failure) -> Failure:
@@ -308,6 +315,7 @@ def _load_out(message: Load) -> proto.Load:
         first_worker=message.first_worker or "",
         alone=message.alone,
         weights=None if message.weights is None else sources_out(message.weights),
+        devices=layers_out(message.devices),
     )
 
 
@@ -356,11 +364,12 @@ def _welcome_in(message: proto.Welcome) -> Welcome:
 
 def _load_in(message: proto.Load) -> Load:
     end = bounded("end", message.end, 1, _MAX_LAYERS)
+    start = bounded("start", message.start, 0, end - 1)
     return Load(
         epoch=bounded("epoch", message.epoch, 0, UINT64 - 1),
         model_path=path("model_path", message.model_path),
         model_id=line("model_id", message.model_id, 128),
-        start=bounded("start", message.start, 0, end - 1),
+        start=start,
         end=end,
         limits=_limits_in(message.limits),
         next_address=line("next_address", message.next_address, 512) or None,
@@ -369,6 +378,7 @@ def _load_in(message: proto.Load) -> Load:
         first_worker=worker_name(message.first_worker) if message.first_worker else None,
         alone=message.alone,
         weights=sources_in(message.weights) if message.HasField("weights") else None,
+        devices=layers_in(message.devices, start, end),
     )
 
 

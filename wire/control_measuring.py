@@ -7,9 +7,10 @@ from itertools import pairwise
 from llamaclust.errors import WireError
 from llamaclust.proto import measuring_pb2 as proto
 from llamaclust.wire.bounds import bounded, finite, line, path, worker_name
-from llamaclust.wire.control import LinksMeasured, LinkSpeed, Measure, Measured, MeasureLinks, StageTrial
+from llamaclust.wire.control import CardSpeed, LinksMeasured, LinkSpeed, Measure, Measured, MeasureLinks, StageTrial
 
 _MAX_RATE = 1e18
+_MAX_CARDS = 16
 _MAX_TRIALS = 16
 _MAX_TRIAL_ROWS = 1 << 16
 _MAX_TRIAL_S = 3600.0
@@ -29,6 +30,8 @@ def measured_out(message: Measured) -> proto.Measured:
     measured = proto.Measured(read_bytes_s=message.read_bytes_s, int8_macs_s=message.int8_macs_s, number=message.number)
     for one in message.trials:
         measured.trials.add(rows=one.rows, stage_s=one.stage_s, layers_byte_s=one.layers_byte_s, head_s=one.head_s)
+    for card in message.cards:
+        measured.cards.add(read_bytes_s=card.read_bytes_s, int8_macs_s=card.int8_macs_s)
     return measured
 
 
@@ -39,7 +42,15 @@ def measured_in(message: proto.Measured) -> Measured:
     trials = tuple(map(_trial_in, message.trials))
     if any(one.rows >= two.rows for one, two in pairwise(trials)):
         raise WireError("trials: their rows must ascend")
-    return Measured(read, macs, trials, message.number)
+    bounded("cards", len(message.cards), 0, _MAX_CARDS)
+    return Measured(read, macs, trials, message.number, tuple(map(_card_in, message.cards)))
+
+
+def _card_in(card: proto.CardSpeed) -> CardSpeed:
+    return CardSpeed(
+        finite("read_bytes_s", card.read_bytes_s, 0.0, _MAX_RATE),
+        finite("int8_macs_s", card.int8_macs_s, 0.0, _MAX_RATE),
+    )
 
 
 def _trial_in(trial: proto.StageTrial) -> StageTrial:

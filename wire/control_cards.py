@@ -1,0 +1,54 @@
+"""GPUs of workers as protobuf messages: what there is, and which layers go there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+
+from llamaclust.errors import WireError
+from llamaclust.proto import control_pb2 as proto
+from llamaclust.wire.bounds import bounded, line
+from llamaclust.wire.control import Card, DeviceLayers
+
+MAX_CARDS = 16
+_MAX_LAYERS = 1 << 16
+
+
+def cards_out(cards: Iterable[Card]) -> list[proto.Card]:
+    return [
+        proto.Card(device=one.device, name=one.name, total_bytes=one.total_bytes, free_bytes=one.free_bytes)
+        for one in cards
+    ]
+
+
+def cards_in(cards: Sequence[proto.Card]) -> tuple[Card, ...]:
+    bounded("cards", len(cards), 0, MAX_CARDS)
+    return tuple(
+        Card(line("device", one.device, 64), line("name", one.name, 255), one.total_bytes, one.free_bytes)
+        for one in cards
+    )
+
+
+def layers_out(devices: Iterable[DeviceLayers]) -> list[proto.DeviceLayers]:
+    return [proto.DeviceLayers(device=one.device, start=one.start, end=one.end) for one in devices]
+
+
+def layers_in(devices: Sequence[proto.DeviceLayers], start: int, end: int) -> tuple[DeviceLayers, ...]:
+    """Of a stage with layers [start, end), all of which they must hold."""
+    bounded("devices", len(devices), 0, MAX_CARDS + 1)
+    held = tuple(map(_layers_in, devices))
+    gaps = any(one.end != two.start for one, two in pairwise(held))
+    if held and (gaps or (held[0].start, held[-1].end) != (start, end)):
+        ranges = ", ".join(f"[{one.start}, {one.end})" for one in held)
+        raise WireError(f"devices hold layers {ranges} of [{start}, {end})")
+    return held
+
+
+def _layers_in(one: proto.DeviceLayers) -> DeviceLayers:
+    end = bounded("end", one.end, 1, _MAX_LAYERS)
+    return DeviceLayers(line("device", one.device, 64), bounded("start", one.start, 0, end - 1), end)
+
+
+def free_in(card_free_bytes: Sequence[int]) -> tuple[int, ...]:
+    bounded("card_free_bytes", len(card_free_bytes), 0, MAX_CARDS)
+    return tuple(card_free_bytes)

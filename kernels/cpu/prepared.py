@@ -58,13 +58,17 @@ class PreparedLayers:
         self._writer = BackgroundWriter(folder)
 
     def open(
-        self, images: Sequence[LayerImage], pool: Executor, progress: Progress = lambda n_bytes: None
+        self,
+        images: Sequence[LayerImage],
+        pool: Executor,
+        progress: Progress = lambda n_bytes: None,
+        since_ns: int | None = None,
     ) -> dict[LayerImage, Memory]:
-        """Those images that are there and sound. `progress` hears of each piece of them. MemoryError where the system
-        refuses the memory."""
+        """Those images that are there and sound. `progress` hears of each piece of them. `since_ns`: when the load
+        began that they belong to, where it has others. MemoryError where the system refuses the memory."""
         if not self._is_usable():
             return {}
-        self._started_ns = time.time_ns()
+        self._started_ns = since_ns or time.time_ns()
         self._keys = {image: key for image in images if (key := image_key(image)) is not None}
         self._blocked = {}
         found = [one for one in pool.map(self._find, self._keys.items()) if one is not None]

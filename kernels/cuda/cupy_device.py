@@ -81,6 +81,7 @@ class CupyDevice:
         self.name, self.memory_bytes, self.sms = card.name, card.memory_bytes, card.sms
         self.compute_capability, self.shared_bytes = card.compute_capability, card.shared_bytes
         self._runtime = self._cupy.cuda.runtime
+        self.failures = (self._runtime.CUDARuntimeError, self._cupy.cuda.driver.CUDADriverError)
         self._runtime.setDevice(index)
         self._stream = self._cupy.cuda.Stream(non_blocking=True)
         self._instead = TemporaryDirectory(prefix="llamaclust-kernels-")

@@ -74,6 +74,7 @@ class Device(Protocol):
     sms: int  # multiprocessors
     memory_bytes: int
     shared_bytes: int  # shared memory that a block can have at most
+    failures: tuple[type[Exception], ...]  # what its driver raises; it computes no more then
 
     @property
     def free_bytes(self) -> int:

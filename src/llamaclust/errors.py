@@ -68,6 +68,10 @@ class WorkerError(LlamaclustError):
     code = "worker_failed"
 
 
+class DeviceLostError(WorkerError):
+    """A device that computes no more, such as a GPU that fell off its bus; the worker that has it ends."""
+
+
 class CutOffError(WorkerError):
     """Workers cannot reach each other, and no plan does without that."""
 

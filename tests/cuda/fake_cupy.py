@@ -150,6 +150,7 @@ class FakeCupy(SimpleNamespace):
         stream = self.runtime.stream
         self.cuda = SimpleNamespace(
             runtime=self.runtime,
+            driver=SimpleNamespace(CUDADriverError=type("CUDADriverError", (RuntimeError,), {})),
             Stream=lambda non_blocking: stream,
             Event=lambda disable_timing: FakeEvent(),
             PinnedMemory=bytearray,

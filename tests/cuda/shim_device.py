@@ -78,6 +78,7 @@ class ShimDevice:
     shared_bytes: int = 227 << 10
     name: str = "no GPU"
     launches: int = 0
+    failures: tuple[type[Exception], ...] = ()
     _buffers: set[ShimBuffer] = field(default_factory=set)
     _captured: list[Callable[[], None]] | None = None
 

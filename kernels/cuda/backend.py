@@ -1,0 +1,96 @@
+"""The CUDA backend: a program runs as launches on one GPU, with the bits of the CPU's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from llamaclust.errors import DoesNotFitError
+from llamaclust.kernels.backend import Progress
+from llamaclust.kernels.cpu.prepared_files import PreparedFolder
+from llamaclust.kernels.cpu.weights import check_weights
+from llamaclust.kernels.cuda.device import Device
+from llamaclust.kernels.cuda.memory import allocated
+from llamaclust.kernels.cuda.plan import Plan, kv_bytes
+from llamaclust.kernels.cuda.probe import limits, measure
+from llamaclust.kernels.cuda.stage import CudaStage
+from llamaclust.kernels.cuda.turns import Turns
+from llamaclust.kernels.cuda.weights import DeviceWeight, DeviceWeights, layers_of_weights
+from llamaclust.model.program import Program
+from llamaclust.model.tensors import Tensor
+from llamaclust.wire.control import Card, CardSpeed, StageLimits
+from llamaclust.wire.messages import NUMERICS_VERSION
+
+
+class CudaBackend:
+    """See `kernels.backend.Backend`; a GPU's memory is what it counts. `threads` pack weights for it; without `graphs`
+    each launch is made anew in each step."""
+
+    numerics_version = NUMERICS_VERSION
+
+    def __init__(
+        self, name: str, device: Device, threads: int, prepared: PreparedFolder | None = None, *, graphs: bool = True
+    ) -> None:
+        """`name`: "cuda:N"."""
+        major, minor = device.compute_capability
+        self.name = self.device = name
+        self.feature_level = f"sm_{major}{minor}"
+        self._device = device
+        self._graphs = graphs
+        self._turns = Turns(name, device)
+        self._weights = DeviceWeights(device, self._turns, threads, prepared)
+
+    @property
+    def free_bytes(self) -> int:
+        with self._turns.watched():
+            return self._device.free_bytes
+
+    def card(self) -> Card:
+        return Card(self.device, self._device.name, self._device.memory_bytes, self.free_bytes)
+
+    def measure(self) -> CardSpeed:
+        """What kernels reach; blocks for part of a second."""
+        with self._turns.one():
+            return CardSpeed(*measure(self._device))
+
+    def limits(self) -> CardSpeed:
+        """What the GPU can do at best."""
+        with self._turns.one():
+            return CardSpeed(*limits(self._device))
+
+    def load(self, program: Program, tensors: dict[str, Tensor], limits: StageLimits, progress: Progress) -> CudaStage:
+        """ModelFileError for weights without kernels or figures that do not fit together; DoesNotFitError where the
+        device has too little memory."""
+        memories = self._weights.load(program, tensors, progress)
+        weights = {name: weight for memory in memories for name, weight in memory.weights.items()}
+        plan = Plan(program, {name: weights[name] for name in program.weights}, limits)
+        with self._turns.one():
+            kv = self._device.allocate(plan.kv_allocated_bytes)
+            try:
+                buffers = self._device.allocate(plan.buffers_allocated_bytes)
+            except DoesNotFitError:
+                kv.close()
+                raise
+        return CudaStage(self._device, self._turns, plan, memories, kv, buffers, self._graphs)
+
+    def held_bytes(self, program: Program, tensors: Mapping[str, Tensor]) -> int:
+        return self._weights.held_bytes(tensors[name] for name in program.weights)
+
+    def kv_bytes(self, program: Program, limits: StageLimits) -> int:
+        return kv_bytes(program, limits)
+
+    def workspace_bytes(self, program: Program, tensors: Mapping[str, Tensor], limits: StageLimits) -> int:
+        return workspace_bytes(program, tensors, limits)
+
+    def close(self) -> None:
+        """No stage may be left."""
+        self._device.close()
+
+
+def workspace_bytes(program: Program, tensors: Mapping[str, Tensor], limits: StageLimits) -> int:
+    """What a stage takes on a GPU beside weights and KV memory: buffers, and what is rounded up. Needs no GPU.
+    ModelFileError for what cannot be computed."""
+    check_weights(program, tensors)
+    plan = Plan(program, {name: DeviceWeight.of(tensors[name]) for name in program.weights}, limits)
+    layers = layers_of_weights(tensors[name] for name in program.weights)
+    weights = sum(allocated(layer.n_bytes) - layer.resident_bytes for layer in layers)
+    return plan.buffers_allocated_bytes + plan.kv_allocated_bytes - kv_bytes(program, limits) + weights

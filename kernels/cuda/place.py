@@ -1,0 +1,41 @@
+"""What launches are made for: a program with its weights, where its buffers and KV memory are, and on what card."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llamaclust.kernels.cuda.attention import Card
+from llamaclust.kernels.cuda.inputs import Addresses
+from llamaclust.kernels.cuda.regions import Regions
+from llamaclust.kernels.cuda.weights import DeviceWeight
+from llamaclust.model.program import Program
+from llamaclust.wire.control import StageLimits
+
+Weights = Mapping[str, DeviceWeight]
+
+NOWHERE = np.uint64(0)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Addresses are 0 while only sizes are looked for."""
+
+    program: Program
+    weights: Weights
+    limits: StageLimits
+    regions: Regions
+    inputs: Addresses
+    kv: Mapping[int, np.uint64]  # by layer
+    constants: dict[bytes, np.uint64]  # numbers that are there before the first launch, and where
+    card: Card
+
+    def constant(self, numbers: NDArray[Any]) -> np.uint64:
+        """Where they are on the device."""
+        data = numbers.tobytes()
+        self.constants[data] = self.regions.at(("constant", data), len(data))
+        return self.constants[data]

@@ -1,0 +1,83 @@
+"""From a program to launches over buffers at fixed addresses: for each bucket of rows a list, made once."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from llamaclust.kernels.cuda.attention import Card
+from llamaclust.kernels.cuda.device import PLAIN_SHARED_BYTES, Buffer, Device, Launch
+from llamaclust.kernels.cuda.emit import Emitter
+from llamaclust.kernels.cuda.inputs import Inputs
+from llamaclust.kernels.cuda.kv import block_bytes, layer_offsets
+from llamaclust.kernels.cuda.memory import allocated
+from llamaclust.kernels.cuda.place import Place, Weights
+from llamaclust.kernels.cuda.regions import Regions
+from llamaclust.kernels.cuda.shapes import Shape
+from llamaclust.model.program import Program
+from llamaclust.wire.control import StageLimits
+
+
+class Plan:
+    """A program's buffers, and its launches once these have addresses."""
+
+    def __init__(self, program: Program, weights: Weights, limits: StageLimits) -> None:
+        """ValueError where the program does not hold together."""
+        self.program = program
+        self.weights = weights
+        self.limits = limits
+        self.inputs = Inputs(program, limits)
+        self._regions = Regions()
+        self._regions.at("inputs", self.inputs.n_bytes)
+        *offsets, self._kv_end = layer_offsets(program.kv_layers, limits)
+        self._kv_offsets = dict(zip((step.layer for step in program.kv_layers), offsets, strict=True))
+        self._constants: dict[bytes, np.uint64] = {}
+        self._kv_base, self._card = 0, Card(1, PLAIN_SHARED_BYTES)
+        for shape in Shape.all(limits):
+            self.launches(shape)
+        self._regions.lay_out()
+
+    @property
+    def kv_allocated_bytes(self) -> int:
+        """What KV memory takes, with what lies between its layers."""
+        return allocated(self._kv_end)
+
+    @property
+    def buffers_allocated_bytes(self) -> int:
+        return allocated(self._regions.n_bytes)
+
+    @property
+    def kernels(self) -> frozenset[str]:
+        """All that launches of any shape need."""
+        return frozenset(launch.kernel for shape in Shape.all(self.limits) for launch in self.launches(shape))
+
+    @property
+    def inputs_offset(self) -> int:
+        """Of a microbatch's numbers in the buffers; likewise the others."""
+        return self._regions.offset("inputs")
+
+    @property
+    def hidden_offset(self) -> int:
+        return self._regions.offset((self.program.hidden.name, False))
+
+    @property
+    def out_offset(self) -> int:
+        return self._regions.offset((self.program.out.name, self.program.is_last))
+
+    def place(self, device: Device, buffers: Buffer, kv: Buffer) -> None:
+        """Where all that lies from now on; brings what kernels find there before their first launch."""
+        self._regions.base, self._kv_base = buffers.address, kv.address
+        self._card = Card(device.sms, device.shared_bytes)
+        device.prepare(self.kernels)
+        for data, address in self._constants.items():
+            device.upload(buffers, int(address) - buffers.address, np.frombuffer(data, np.uint8))
+
+    def launches(self, shape: Shape) -> tuple[Launch, ...]:
+        inputs = self.inputs.addresses(int(self._regions.at("inputs", self.inputs.n_bytes)))
+        kv = {layer: np.uint64(self._kv_base + offset) for layer, offset in self._kv_offsets.items()}
+        place = Place(self.program, self.weights, self.limits, self._regions, inputs, kv, self._constants, self._card)
+        return tuple(Emitter(place, shape).launches())
+
+
+def kv_bytes(program: Program, limits: StageLimits) -> int:
+    """Of KV memory, without what lies between layers: as much as on a CPU."""
+    return sum(block_bytes(step) * limits.layer_blocks(step.window) for step in program.kv_layers)

@@ -1,0 +1,102 @@
+"""What a GPU reaches with our products, bytes of weights read with one row and multiply-accumulates with many, and what
+it can do at best."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
+from time import perf_counter
+
+import numpy as np
+
+from llamaclust.kernels.cuda import products
+from llamaclust.kernels.cuda.device import Device, Launch, Scalar
+from llamaclust.model.quant_types import QuantType
+
+_KIND = QuantType.Q4_0
+_COLS = 4096
+_TILES_AN_SM = 16
+"""Of 16 rows: two such matrices are more than a last cache holds."""
+_MANY_ROWS = 256
+_BLOCK, _PIECE_BYTES, _ROUNDS, _MACS = 256, 65536, 1024, 8 * 16 * 32 * 8
+"""Of src/limits.cu."""
+_READ_BYTES = 1 << 30
+_SCALES = (1 / 1024, 1 / 64, 1 / 8, 1.0)
+_LONG_S = 0.002
+"""Work that takes so long is large enough to tell a rate; it is repeated for `_REPEATED_S`."""
+_REPEATED_S = 0.02
+
+_Work = tuple[Sequence[Launch], float]
+"""Launches, and what they do in all: bytes or multiply-accumulates."""
+
+
+def measure(device: Device) -> tuple[float, float]:
+    """(bytes a second, multiply-accumulates a second), in less than half a second on any GPU."""
+    most = 16 * _TILES_AN_SM * device.sms
+    tile_bytes = _KIND.info.tile_bytes(_COLS)
+    activation = _KIND.info.activation
+    assert activation is not None
+    x_bytes = products.activation_bytes(activation, _MANY_ROWS, _COLS)
+    with ExitStack() as held:
+        sizes = (2 * most // 16 * tile_bytes, x_bytes, 4 * most * _MANY_ROWS, 4)
+        weights, x, out, count = (held.enter_context(closing(device.allocate(n_bytes))) for n_bytes in sizes)
+
+        def product(index: int, rows: int, outputs: int) -> Launch:
+            device.upload(count, 0, np.array([rows], np.int32).view(np.uint8))
+            matrix = products.Weights(_KIND, outputs, _COLS, weights.at(index * outputs // 16 * tile_bytes))
+            return products.multiply(matrix, x.at(), np.uint64(0), rows, count.at(), out.at(), device.sms)
+
+        def outputs_at(scale: float) -> int:
+            return 16 * max(1, int(most * scale) // 16)
+
+        def one_row(scale: float) -> _Work:
+            outputs = outputs_at(scale)
+            return [product(index, 1, outputs) for index in range(2)], 2 * outputs // 16 * tile_bytes
+
+        def many_rows(scale: float) -> _Work:
+            outputs = outputs_at(scale)
+            return [product(0, _MANY_ROWS, outputs)], _MANY_ROWS * outputs * _COLS
+
+        return _rate(device, one_row), _rate(device, many_rows)
+
+
+def limits(device: Device) -> tuple[float, float]:
+    """(bytes a second, multiply-accumulates a second) that no kernel exceeds: plain reads, products of registers."""
+    pieces, blocks = min(_READ_BYTES, device.free_bytes // 4) // _PIECE_BYTES, 8 * device.sms
+    with closing(device.allocate(pieces * _PIECE_BYTES)) as memory, closing(device.allocate(4)) as out:
+
+        def launch(kernel: str, blocks: int, *args: Scalar) -> list[Launch]:
+            return [Launch(f"limits.{kernel}", (blocks, 1, 1), (_BLOCK, 1, 1), (*args, out.at()))]
+
+        def read(scale: float) -> _Work:
+            count = max(1, int(pieces * scale))
+            return launch("read", min(count, blocks), memory.at(), np.int32(count)), count * _PIECE_BYTES
+
+        def multiply(scale: float) -> _Work:
+            rounds = int(_ROUNDS * scale)
+            return launch("multiply", blocks, np.int32(rounds)), rounds * blocks * (_BLOCK // 32) * _MACS
+
+        return _rate(device, read), _rate(device, multiply)
+
+
+def _rate(device: Device, work_at: Callable[[float], _Work]) -> float:
+    """A second, by the smallest work that takes long enough, or all of it."""
+    for scale in _SCALES:
+        work, amount = work_at(scale)
+        taken_s = _taken_s(device, work, 1)
+        if taken_s > _LONG_S:
+            break
+    if taken_s < _REPEATED_S:
+        times = int(_REPEATED_S / taken_s) + 1
+        taken_s = min(_taken_s(device, work, times) for _ in range(3))
+    return amount / taken_s
+
+
+def _taken_s(device: Device, work: Sequence[Launch], times: int) -> float:
+    device.synchronize()
+    begun_s = perf_counter()
+    for _ in range(times):
+        for launch in work:
+            device.launch(launch)
+    device.synchronize()
+    return (perf_counter() - begun_s) / times

@@ -1,0 +1,48 @@
+"""Buckets of microbatches: launches are made, and captured, for so many rows, and serve fewer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llamaclust.kernels.backend import Batch
+from llamaclust.wire.control import StageLimits
+
+_EDGES = tuple(1 << power for power in range(12))
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """At most so many rows and output rows; in `decode`, one row of each sequence."""
+
+    rows: int
+    outputs: int
+    decode: bool
+
+    @classmethod
+    def of(cls, batch: Batch, limits: StageLimits) -> Shape:
+        """The bucket of a microbatch."""
+        decode = batch.rows == len(batch.sequence_starts) - 1
+        outputs = _bucket(len(batch.output_rows), limits.max_outputs)
+        return cls(_bucket(batch.rows, limits.max_tokens), outputs, decode)
+
+    @classmethod
+    def all(cls, limits: StageLimits) -> list[Shape]:
+        """Every kind of launch is in one of these, at its largest: few rows and many, of prompts and not."""
+        rows = sorted(
+            {_bucket(min(count, limits.max_tokens), limits.max_tokens) for count in (*_EDGES, limits.max_tokens)}
+        )
+        return [
+            cls(count, min(count, limits.max_outputs), decode)
+            for count in reversed(rows)
+            for decode in (False, True)
+            if not decode or count <= limits.max_sequences
+        ]
+
+
+def _bucket(count: int, most: int) -> int:
+    """The next power of two; from 64 on, of four steps to the next one."""
+    if count <= 0:
+        return 0
+    power = 1 << (count - 1).bit_length()
+    step = power // 8 if power > 64 else power
+    return min(-(-count // step) * step, most)

@@ -1,0 +1,100 @@
+"""A loaded program on a GPU: numbers in, launches or a captured graph, hidden states or logits out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from llamaclust.kernels.backend import Batch, Float32
+from llamaclust.kernels.cuda.device import Buffer, Device, Graph, Launch
+from llamaclust.kernels.cuda.plan import Plan, kv_bytes
+from llamaclust.kernels.cuda.shapes import Shape
+from llamaclust.kernels.cuda.turns import Turns
+from llamaclust.kernels.cuda.weights import LayerMemory
+
+_FLOAT = 4
+
+
+class CudaStage:
+    """See `kernels.backend.Stage`. A batch that is out of bounds is a ValueError."""
+
+    def __init__(
+        self,
+        device: Device,
+        turns: Turns,
+        plan: Plan,
+        weights: Sequence[LayerMemory],
+        kv: Buffer,
+        buffers: Buffer,
+        graphs: bool,
+    ) -> None:
+        """`graphs`: whether steps of decode are captured."""
+        program, limits = plan.program, plan.limits
+        self._device = device
+        self._turns = turns
+        self._plan = plan
+        self._kv, self._buffers = kv, buffers
+        self._graphs: dict[Shape, Graph] | None = {} if graphs else None
+        self._launches: dict[Shape, tuple[Launch, ...]] = {}
+        self.weights: object = tuple(weights)
+        self.weight_bytes = sum(weight.n_bytes for weight in plan.weights.values())
+        self.kv_bytes = kv_bytes(program, limits)
+        self.workspace_bytes = kv.n_bytes + buffers.n_bytes - self.kv_bytes
+        self.workspace_bytes += sum(memory.buffer.n_bytes for memory in weights) - self.weight_bytes
+        self._numbers = device.pinned(plan.inputs.n_bytes)
+        self._hidden = device.pinned(_FLOAT * limits.max_tokens * program.hidden.width)
+        lines = limits.max_outputs if program.is_last else limits.max_tokens
+        self._result = device.pinned(_FLOAT * lines * program.out.width)
+        with turns.one():
+            plan.place(device, buffers, kv)
+
+    def run(self, batch: Batch, hidden: Float32 | None) -> Float32:
+        with self._turns.one():
+            return self._run(batch, hidden)
+
+    def _run(self, batch: Batch, hidden: Float32 | None) -> Float32:
+        plan, device = self._plan, self._device
+        n_bytes = plan.inputs.fill(self._numbers, batch)
+        device.copy_in(self._buffers, plan.inputs_offset, self._numbers[:n_bytes])
+        if not plan.program.is_first:
+            assert hidden is not None and hidden.shape == (batch.rows, plan.program.hidden.width)
+            staged = self._hidden[: hidden.nbytes]
+            np.copyto(staged.view(np.float32).reshape(hidden.shape), hidden)
+            device.copy_in(self._buffers, plan.hidden_offset, staged)
+        self._compute(Shape.of(batch, plan.limits))
+        lines = len(batch.output_rows) if plan.program.is_last else batch.rows
+        width = plan.program.out.width
+        result = self._result[: _FLOAT * lines * width]
+        if lines:
+            device.copy_out(result, self._buffers, plan.out_offset)
+        device.synchronize()
+        return result.view(np.float32).reshape(lines, width)
+
+    def _compute(self, shape: Shape) -> None:
+        """Captured at the second time: a shape that comes once costs no more than its launches."""
+        graph = None if self._graphs is None else self._graphs.get(shape)
+        if graph is not None:
+            graph.launch()
+            return
+        is_known = shape in self._launches
+        if not is_known:
+            self._launches[shape] = self._plan.launches(shape)
+        launches = self._launches[shape]
+        if self._graphs is not None and is_known and shape.decode:
+            self._graphs[shape] = self._device.capture(lambda: self._launch(launches))
+            self._graphs[shape].launch()
+        else:
+            self._launch(launches)
+
+    def _launch(self, launches: Sequence[Launch]) -> None:
+        for launch in launches:
+            self._device.launch(launch)
+
+    def close(self) -> None:
+        for graph in (self._graphs or {}).values():
+            graph.close()
+        self._graphs, self._launches = None, {}
+        self._kv.close()
+        self._buffers.close()
+        self.weights = ()

@@ -1,0 +1,268 @@
+"""Whole models on the executor for GPUs: the bits of the CPU's, however the work is divided."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import pairwise, product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from batches import Chain, batch_of, load_stage
+from tiny_architectures import build_architecture
+from tiny_model import build_tiny_model
+
+from llamaclust.errors import DeviceLostError, DoesNotFitError
+from llamaclust.kernels.backend import Backend, Float32
+from llamaclust.kernels.chain import ChainBackend, Part
+from llamaclust.kernels.cpu.backend import CpuBackend
+from llamaclust.kernels.cpu.prepared_files import PreparedFolder
+from llamaclust.kernels.cuda.backend import CudaBackend
+from llamaclust.kernels.cuda.device import Device, Launch
+from llamaclust.model.loader import Model
+from llamaclust.model.program import KvType
+from llamaclust.model.quant_types import QuantType
+from llamaclust.wire.control import StageLimits
+from llamaclust.wire.messages import Chunk, Microbatch
+from llamaclust.worker.batches import build_batch
+
+LIMITS = StageLimits(max_tokens=32, max_outputs=32, max_sequences=4, max_context_tokens=128, kv_blocks=24)
+SMALL: dict[str, Any] = {"layers": 3, "heads": 4, "vocabulary": 320}
+QUANTIZED: dict[str, dict[str, Any]] = {
+    "llama": {
+        "quant_type": QuantType.Q4_K,
+        "ffn": 256,
+        "other_types": {"attn_v": QuantType.Q6_K, "ffn_gate": QuantType.Q8_0, "attn_k": QuantType.F16},
+    },
+    "moe": {"experts": 4, "quant_type": QuantType.Q8_0, "hidden": 64, "ffn": 96},
+}
+MODELS = (*QUANTIZED, "llama-experts", "gemma2", "gpt2", "qwen2moe", "qwen3")
+ROWS = 20
+
+Open = Callable[[str], Model]
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> Open:
+    folder, models = tmp_path_factory.mktemp("cuda"), dict[str, Model]()
+
+    def open_once(name: str) -> Model:
+        path = folder / f"{name}.gguf"
+        if name not in models:
+            if name in QUANTIZED:
+                build_tiny_model(path, **SMALL, **QUANTIZED[name])
+            else:
+                build_architecture(path, name)
+            models[name] = Model.open(path)
+        return models[name]
+
+    return open_once
+
+
+@pytest.fixture(scope="module")
+def cpu() -> CpuBackend:
+    return CpuBackend(1)
+
+
+@pytest.fixture
+def cuda(device: Device) -> Iterator[CudaBackend]:
+    free_bytes = device.free_bytes
+    yield CudaBackend("cuda:0", device, 1)
+    assert device.free_bytes == free_bytes, "memory was not given back"
+
+
+def random_tokens(model: Model, count: int = ROWS) -> list[int]:
+    seed = 7
+    return np.random.default_rng(seed).integers(3, model.hyperparameters.vocabulary_size, count).tolist()
+
+
+def same(found: Float32, wanted: Float32) -> None:
+    np.testing.assert_array_equal(found.view(np.uint32), wanted.view(np.uint32))
+    assert np.isfinite(wanted).all() and wanted.std() > 0.1
+
+
+def run(backend: Backend, model: Model, tokens: Sequence[int], chunk: int, limits: StageLimits = LIMITS) -> Float32:
+    chain = Chain(backend, model, limits=limits)
+    try:
+        return chain.logits(tokens, chunk)
+    finally:
+        chain.close()
+
+
+@pytest.mark.parametrize("kv_type", KvType)
+@pytest.mark.parametrize("name", MODELS)
+def test_prompts_and_single_tokens(
+    opened: Open, cpu: CpuBackend, cuda: CudaBackend, name: str, kv_type: KvType
+) -> None:
+    model, limits = opened(name), replace(LIMITS, kv_type=kv_type.value)
+    tokens = random_tokens(model)
+    wanted = run(cpu, model, tokens, ROWS, limits)
+    same(run(cuda, model, tokens, ROWS, limits), wanted)
+    same(run(cuda, model, tokens[:13], 5, limits), wanted[:13])
+
+
+@pytest.mark.parametrize("name", ["llama", "moe", "gemma2"])
+def test_graphs_change_nothing(opened: Open, cpu: CpuBackend, cuda: CudaBackend, device: Device, name: str) -> None:
+    model = opened(name)
+    tokens = random_tokens(model, 6)
+    wanted = run(cpu, model, tokens, 6)
+    same(run(cuda, model, tokens, 1), wanted)
+    same(run(CudaBackend("cuda:0", device, 1, graphs=False), model, tokens, 1), wanted)
+
+
+@pytest.mark.parametrize("name", ["llama", "moe"])
+def test_several_sequences(opened: Open, cpu: CpuBackend, cuda: CudaBackend, name: str) -> None:
+    """At different places, decoding and prefilling at once, only some rows wanted; then all decode, twice."""
+    model = opened(name)
+    tokens, tables = random_tokens(model, 24), [[9, 4], [1, 2], [0, 5]]
+    stages = [load_stage(backend, model, limits=LIMITS) for backend in (cpu, cuda)]
+    steps = [
+        batch_of([(tokens[:17], range(17), tables[0]), (tokens[:3], range(3), tables[1])], outputs=[5]),
+        batch_of([(tokens[17:19], [17, 18], tables[0]), (tokens[:9], range(9), tables[2])], outputs=[1, 10]),
+        batch_of([(tokens[19:20], [19], tables[0]), (tokens[3:4], [3], tables[1]), (tokens[9:10], [9], tables[2])]),
+        batch_of([(tokens[20:21], [20], tables[0]), (tokens[4:5], [4], tables[1]), (tokens[10:11], [10], tables[2])]),
+        batch_of([(tokens[5:15], range(5, 15), tables[1])], outputs=[]),
+        batch_of([(tokens[21:22], [21], tables[0]), (tokens[15:16], [15], tables[1])]),
+    ]
+    for number, step in enumerate(steps):
+        wanted, found = (stage.run(step, None).copy() for stage in stages)
+        np.testing.assert_array_equal(found.view(np.uint32), wanted.view(np.uint32), f"step {number}")
+    for stage in stages:
+        stage.close()
+
+
+@pytest.mark.parametrize(
+    "kinds", [kinds for n in (2, 3) for kinds in product("cg", repeat=n) if "g" in kinds], ids="".join
+)
+def test_chains_of_processors_and_cards(
+    opened: Open, cpu: CpuBackend, cuda: CudaBackend, kinds: tuple[str, ...]
+) -> None:
+    """As one worker's stage, and as stages of several."""
+    model = opened("llama-experts")
+    tokens = random_tokens(model, 9)
+    bounds = [*range(len(kinds)), model.layer_count]
+    parts = [Part(cpu if kind == "c" else cuda, *cut) for kind, cut in zip(kinds, pairwise(bounds), strict=True)]
+    wanted = run(cpu, model, tokens, 9)
+    same(run(ChainBackend(parts), model, tokens, 7), wanted)
+    stages = [load_stage(part.backend, model, part.start, part.end, LIMITS) for part in parts]
+    hidden: Float32 | None = None
+    for stage in stages:
+        hidden = stage.run(batch_of([(tokens, range(9), [3])]), hidden)
+    assert hidden is not None
+    same(hidden, wanted)
+    for stage in stages:
+        stage.close()
+
+
+def test_window_blocks_of_their_own(opened: Open, cpu: CpuBackend, cuda: CudaBackend) -> None:
+    """Given up behind the window and written over; also in a chain, whose parts need not have such layers."""
+    model = opened("gemma2")
+    window = model.window
+    assert window is not None and window < 40
+    limits = replace(LIMITS, max_context_tokens=96, kv_blocks=6, window_blocks=4)
+    tokens = random_tokens(model, 90)
+    backends = cpu, cuda, ChainBackend([Part(cuda, 0, 1), Part(cpu, 1, 2), Part(cuda, 2, model.layer_count)])
+    rows: list[list[Float32]] = []
+    for backend in backends:
+        stage = load_stage(backend, model, limits=limits)
+        rows.append([])
+        for at in range(0, 90, 30):
+            first, end = max(0, at - window + 1) // 16, -(-(at + 30) // 16)
+            ring = tuple(n for block in range(first, end) for n in (block % 4, 1))
+            chunk = Chunk(tuple(tokens[at : at + 30]), at, (0, 6), 30, None, ring, first)
+            batch = build_batch(
+                Microbatch("m", 1, 0, (chunk,)), limits, model.hyperparameters.vocabulary_size, model.window
+            )
+            rows[-1].append(stage.run(batch, None).copy())
+        stage.close()
+    for found in rows[1:]:
+        same(np.concatenate(found), np.concatenate(rows[0]))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_memory_is_what_was_planned_to_the_byte(opened: Open, cuda: CudaBackend, device: Device, name: str) -> None:
+    model, before = opened(name), device.free_bytes
+    for start, end in ((0, model.layer_count), (1, 2), (0, 1)):
+        program = model.program(start, end)
+        tensors = model.tensors_for(program)
+        stage = load_stage(cuda, model, start, end, LIMITS)
+        weights = sum(tensor.resident_bytes for tensor in tensors.values())
+        planned = weights, cuda.kv_bytes(program, LIMITS), cuda.workspace_bytes(program, tensors, LIMITS)
+        assert planned == (stage.weight_bytes, stage.kv_bytes, stage.workspace_bytes)
+        assert cuda.held_bytes(program, tensors) == weights
+        assert before - device.free_bytes == sum(planned)
+        stage.close()
+        assert cuda.held_bytes(program, tensors) == 0 and device.free_bytes == before
+
+
+def test_two_epochs_share_weights(opened: Open, cuda: CudaBackend, device: Device) -> None:
+    model = opened("llama")
+    first, before = load_stage(cuda, model, 0, 2, LIMITS), device.free_bytes
+    second = load_stage(cuda, model, 1, 3, LIMITS)
+    program = model.program(1, 3)
+    shared = sum(t.resident_bytes for t in model.tensors_for(program).values() if t.layer == "blk.1")
+    assert 0 < before - device.free_bytes <= second.weight_bytes - shared + second.kv_bytes + second.workspace_bytes
+    first.close()
+    assert cuda.held_bytes(program, model.tensors_for(program)) == second.weight_bytes
+    second.close()
+
+
+def test_prepared_layers_go_there_as_well(opened: Open, cpu: CpuBackend, device: Device, tmp_path: Path) -> None:
+    model = opened("llama")
+    tokens = random_tokens(model, 4)
+    wanted = run(cpu, model, tokens, 4)
+    folder = PreparedFolder(tmp_path / "prepared", 1 << 30)
+    for _ in range(2):
+        same(run(CudaBackend("cuda:0", device, 1, folder), model, tokens, 4), wanted)
+    assert list((tmp_path / "prepared").rglob("*")), "nothing was kept"
+    same(run(CpuBackend(1, prepared=folder), model, tokens, 4), wanted)
+
+
+def test_what_does_not_fit_leaves_nothing_behind(opened: Open, cuda: CudaBackend, device: Device) -> None:
+    model, before = opened("llama"), device.free_bytes
+    with pytest.raises(DoesNotFitError):
+        load_stage(cuda, model, limits=replace(LIMITS, kv_blocks=1 << 24))
+    assert device.free_bytes == before
+
+
+def test_progress_tells_of_every_byte(opened: Open, cuda: CudaBackend) -> None:
+    model, told = opened("llama"), list[int]()
+    program = model.program(0, model.layer_count)
+    stage = cuda.load(program, model.tensors_for(program), LIMITS, told.append)
+    assert sum(told) == stage.weight_bytes and len(told) > 10
+    stage.close()
+
+
+def test_a_batch_beyond_the_limits_is_refused(opened: Open, cuda: CudaBackend) -> None:
+    stage = load_stage(cuda, opened("llama"), limits=LIMITS)
+    for table, rows in (([24], 1), ([0, 1, 2], 33)):
+        with pytest.raises(ValueError, match="against"):
+            stage.run(batch_of([([1] * rows, range(rows), table)], outputs=[0]), None)
+    stage.close()
+
+
+class _BusError(Exception):
+    """A driver's."""
+
+
+def test_a_card_that_is_lost_is_told_by_name(
+    opened: Open, cuda: CudaBackend, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = load_stage(cuda, opened("llama"), limits=LIMITS)
+    batch = batch_of([([3], [0], [0])])
+    wanted = stage.run(batch, None).copy()
+
+    def launch(one: Launch) -> None:
+        raise _BusError("cudaErrorECCUncorrectable:\n uncorrectable ECC error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(device, "failures", (_BusError,))
+        patched.setattr(device, "launch", launch)
+        with pytest.raises(
+            DeviceLostError, match=r"cuda:0 \(.*\) is lost: cudaErrorECCUncorrectable: uncorrectable ECC"
+        ):
+            stage.run(batch, None)
+    same(stage.run(batch, None), wanted)
+    stage.close()

@@ -39,7 +39,8 @@ from plan_shapes import SHAPES, Shape  # noqa: E402
 from split import prompts, run  # noqa: E402
 
 from llamaclust.cli.interrupts import ends_in_one_line  # noqa: E402
-from llamaclust.cluster.config import PlanEntry, load_config  # noqa: E402
+from llamaclust.cluster.config import load_config  # noqa: E402
+from llamaclust.cluster.config_sections import PlanEntry  # noqa: E402
 from llamaclust.cluster.coordinator import Cluster, open_cluster  # noqa: E402
 from llamaclust.cluster.events import AwaitingWorkers, Event, Watch  # noqa: E402
 from llamaclust.cluster.links import Links  # noqa: E402

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
@@ -12,7 +13,14 @@ from llamaclust.wire.tuning import tune_grpc
 tune_grpc()
 
 from llamaclust.cluster.config import environment  # noqa: E402
-from llamaclust.cluster.config_values import expand_home, parse_device, parse_name, parse_size, split_address  # noqa: E402
+from llamaclust.cluster.config_values import (  # noqa: E402
+    expand_home,
+    parse_device,
+    parse_gpu_layers,
+    parse_name,
+    parse_size,
+    split_address,
+)
 from llamaclust.errors import UsageError  # noqa: E402
 from llamaclust.worker.settings import WorkerSettings  # noqa: E402
 
@@ -21,13 +29,33 @@ _JOIN_S = 15.0
 _Value = TypeVar("_Value")
 
 
+@dataclass(frozen=True, slots=True)
+class Gpus:
+    """What it computes on, as options."""
+
+    device: str
+    gpu_layers: str
+    gpu_memory: str | None
+
+    @property
+    def parsed(self) -> tuple[str, int | None, int | None]:
+        """Device, layers on its GPUs, cap in bytes. UsageError names the option with a bad value."""
+        device = _option("--device", parse_device, self.device)
+        layers = _option("--gpu-layers", parse_gpu_layers, self.gpu_layers)
+        memory = None if self.gpu_memory is None else _option("--gpu-memory", parse_size, self.gpu_memory)
+        for name, given in (("--gpu-layers", layers), ("--gpu-memory", memory)):
+            if device == "cpu" and given is not None:
+                raise UsageError(f"{name}: is for workers with a GPU: give --device cuda:0 as well")
+        return device, layers, memory
+
+
 def settings(
     join: str,
     token_file: Path | None,
     name: str | None,
     listen: str,
     advertise: str,
-    device: str,
+    gpus: Gpus,
     threads: int | None,
     memory: str | None,
     model_dir: Path | None,
@@ -37,12 +65,15 @@ def settings(
     variables = environment()
     if insecure and token_file is not None:
         raise UsageError("--insecure and --token-file: choose one; an insecure cluster has no token")
+    device, gpu_layers, gpu_memory_bytes = gpus.parsed
     return WorkerSettings(
         name=_option("--name", parse_name, name or socket.gethostname().split(".")[0]),
         join=_option("--join", _address, join),
         listen=_option("--listen", _address, listen) if listen else "",
         advertise=_option("--advertise", _advertised, advertise) if advertise else "",
-        device=str(_option("--device", parse_device, device)),
+        device=device,
+        gpu_layers=gpu_layers,
+        gpu_memory_bytes=gpu_memory_bytes,
         threads=threads,
         memory_bytes=None if memory is None else _option("--memory", parse_size, memory),
         feature_level=variables.feature_level or "",

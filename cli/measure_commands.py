@@ -36,6 +36,19 @@ def known_kv_type(kv_type: str | None) -> KvType | None:
     return None if kv_type is None else KvType(kv_type)
 
 
+def known_device(device: str, workers: int) -> str:
+    """UsageError for what is no device, or several."""
+    from llamaclust.cluster.config_values import parse_device
+
+    try:
+        known = parse_device(device)
+    except ValueError as error:
+        raise UsageError(f"--device: {error}") from error
+    if "," in known or (known != "cpu" and workers > 1):
+        raise UsageError("--device: one GPU in this process; for several of them, or of workers, start a cluster")
+    return known
+
+
 def bench(
     model: ModelArgument,
     threads: Threads = None,
@@ -54,6 +67,9 @@ def bench(
     ] = 5,
     workers: Workers = 1,
     kv_type: KvTypeOption = None,
+    device: Annotated[
+        str, typer.Option("--device", metavar="DEVICE", help="cpu, or a GPU as cuda:0, with all layers on it.")
+    ] = "cpu",
     as_json: Json = False,
 ) -> None:
     """Measure prefill and decode, beside what this machine could do at best."""
@@ -63,7 +79,8 @@ def bench(
     from llamaclust.tools.catalog import resolve_model
 
     known = known_kv_type(kv_type) or KvType.F16
-    task = BenchTask(resolve_model(model), threads, prompt, generate, batch, depth, repeats, workers, known)
+    one = known_device(device, workers)
+    task = BenchTask(resolve_model(model), threads, prompt, generate, batch, depth, repeats, workers, known, one)
     measuring.print_bench(task, as_json)
 
 

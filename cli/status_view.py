@@ -67,7 +67,8 @@ def state_line(state: State) -> str:
 
 
 def _view(state: State) -> Group:
-    return Group(*(Text(line) for line in head_lines(state)), _workers(state["workers"]))
+    gpus = (Text(line) for line in gpu_lines(state["workers"]))
+    return Group(*(Text(line) for line in head_lines(state)), _workers(state["workers"]), *gpus)
 
 
 def head_lines(state: State) -> Iterator[str]:
@@ -87,6 +88,15 @@ def head_lines(state: State) -> Iterator[str]:
     if state["recoveries"]:
         last = ", ".join(f"{seconds:.2f}" for seconds in state["recovery_seconds"][-_RECOVERIES:])
         yield f"recoveries: {state['recoveries']}; the last took {last} s"
+
+
+def gpu_lines(workers: list[dict[str, Any]]) -> Iterator[str]:
+    """One for each GPU."""
+    for worker in workers:
+        for gpu in worker.get("gpus", ()):
+            name = terminal.printable(gpu["name"])
+            taken = (gpu["total_bytes"] - gpu["free_bytes"]) / MIB
+            yield f"{worker['name']}: {gpu['device']} {name}, {taken:.0f} of {gpu['total_bytes'] / MIB:.0f} MiB taken"
 
 
 def _speed(speed: dict[str, Any]) -> str:

@@ -31,10 +31,19 @@ def worker(
     advertise: Annotated[
         str, typer.Option(metavar="HOST[:PORT]", help="What they are told instead, as behind address translation.")
     ] = "",
-    device: Annotated[str, typer.Option(metavar="DEVICE", help="What it computes on.")] = "cpu",
+    device: Annotated[
+        str, typer.Option(metavar="DEVICE", help="What it computes on: cpu, or GPUs as cuda:0 or cuda:0,cuda:1.")
+    ] = "cpu",
+    gpu_layers: Annotated[
+        str, typer.Option("--gpu-layers", metavar="N", help="Layers on its GPUs, or auto: as many as VRAM takes.")
+    ] = "auto",
+    gpu_memory: Annotated[
+        str | None,
+        typer.Option("--gpu-memory", metavar="SIZE", help="Cap on what it takes of each GPU. Default: what is free."),
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, max=1024, metavar="N", help="Default: one a core.")] = None,
     memory: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Cap on all it takes, such as 8GiB. Default: what is free.")
+        str | None, typer.Option(metavar="SIZE", help="Cap on what it takes of RAM, as 8GiB. Default: what is free.")
     ] = None,
     model_dir: Annotated[
         Path | None,
@@ -50,7 +59,8 @@ def worker(
     """Join a static cluster with one worker on this machine, until the cluster ends."""
     with ends_at_once():
         from llamaclust.cli import joining
-    settings = joining.settings(join, token_file, name, listen, advertise, device, threads, memory, model_dir, insecure)
+    gpus = joining.Gpus(device, gpu_layers, gpu_memory)
+    settings = joining.settings(join, token_file, name, listen, advertise, gpus, threads, memory, model_dir, insecure)
     joining.work(settings)
 
 

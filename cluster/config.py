@@ -1,4 +1,4 @@
-"""The cluster file as classes, and the environment variables: the only place that reads either."""
+"""The cluster file as a class, and the environment variables: the only place that reads either."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from llamaclust.cluster.config_errors import PlaceError, explain, hint
 from llamaclust.cluster.config_file import Document, override, read_document
+from llamaclust.cluster.config_sections import AnyWorker, Join, PlanEntry, Ray, Section, Timeouts, WorkerConfig
 from llamaclust.cluster.config_values import (
     Address,
-    Duration,
     FilePath,
-    Layers,
     Name,
     OrAuto,
     OrCount,
@@ -26,8 +25,6 @@ from llamaclust.cluster.config_values import (
     expand_home,
     is_loopback,
     not_built,
-    parse_device,
-    parse_ray_address,
     parse_size,
     split_address,
 )
@@ -38,8 +35,6 @@ from llamaclust.model.program import KvType
 from llamaclust.wire.messages import MAX_CONTEXT_TOKENS, MAX_SEQUENCES, MAX_TOKENS
 
 FEATURE_LEVELS = ("generic", "avx2", "avxvnni", "avx512", "avx512vnni", "neon", "neon_dotprod")
-_LEAST_SILENCE_S = 0.5
-_LEAST_STALL_S = 1.0
 MAX_WORKERS = 256
 DEMO_MODEL = "smollm2-135m-instruct"
 _HUB = "https://huggingface.co"
@@ -131,96 +126,7 @@ def _folder(variables: Mapping[str, str], own: str, base: str, default: str) -> 
     return folder if name == own else folder / "llamaclust"
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
-
-
-class WorkerConfig(_Section):
-    """One worker process."""
-
-    name: Name
-    """How plans, logs and errors call it."""
-    device: Annotated[Literal["cpu"], BeforeValidator(parse_device)] = "cpu"
-    """What it computes on."""
-    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
-    """Threads that compute; by default the machine's cores, shared out among its workers."""
-    memory: Size | None = None
-    """Cap on weights, KV memory and workspace together; by default what is free, shared out among its workers."""
-    bandwidth: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] | None = None
-    """Memory read bandwidth in GB/s, for plans; measured when the worker starts where it is not given."""
-    int8: Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)] | None = None
-    """Integer multiply-accumulates in GMAC/s, for plans; measured when the worker starts where it is not given."""
-
-    @model_validator(mode="after")
-    def _check_speeds(self) -> Self:
-        if (self.bandwidth is None) != (self.int8 is None):
-            given = "bandwidth" if self.int8 is None else "int8"
-            raise PlaceError((given,), "bandwidth and int8 go together: give both, or none to have them measured")
-        return self
-
-
-class AnyWorker(WorkerConfig):
-    """A worker that may have any name: `workers: 3` stands for three of them."""
-
-
-class Join(_Section):
-    """Where the workers of a cluster over machines come in."""
-
-    listen: Address = "0.0.0.0:7100"
-    """HOST:PORT that workers are told to join: there they get their certificates, and nothing else is spoken."""
-    members: Address = "0.0.0.0:7101"
-    """HOST:PORT of the coordinator for workers that have certificates; these are told of it."""
-    wait: Duration = 600.0
-    """How long `up` waits for its workers."""
-    trust_dir: FilePath | None = None
-    """Folder of the certificate authority and the join token; by default `trust` in the cluster's state directory."""
-
-
-class Ray(_Section):
-    """The Ray cluster that starts and places the workers."""
-
-    address: Annotated[str, BeforeValidator(parse_ray_address)] = "auto"
-    """auto: the Ray cluster that this machine is part of, else a new one; HOST:PORT of a head; none: a new one."""
-    strategy: Literal["SPREAD", "STRICT_SPREAD", "PACK", "STRICT_PACK"] = "SPREAD"
-    """How the workers are placed over Ray's nodes; Ray's own words."""
-    allow_unauthenticated: bool = False
-    """Whether a Ray cluster may be used that asks nobody for a token: whoever reaches it can run programs on it."""
-
-
-class PlanEntry(_Section):
-    """One stage of a plan made by hand."""
-
-    worker: Name
-    """Name of the worker that holds these layers."""
-    layers: Layers
-    """Half-open range [start, end)."""
-
-
-class Timeouts(_Section):
-    """Durations, in seconds once read."""
-
-    request: Duration = 600.0
-    """From a request's arrival to its last token."""
-    worker: Duration = 5.0
-    """Silence after which a worker counts as lost; 500 ms at least."""
-    load: Duration = 60.0
-    """Without getting further for so long, a worker that loads layers counts as lost; 1 s at least."""
-    recovery: Duration = 120.0
-    """How long requests wait for a worker where those that are left cannot hold the model; then they fail."""
-    coordinator: Duration = 600.0
-    """How long workers that are not local wait for a coordinator that is gone, their weights kept."""
-
-    @model_validator(mode="after")
-    def _check_worker(self) -> Self:
-        if self.worker < _LEAST_SILENCE_S:
-            why = "is too short to tell a lost worker; set 500ms or more"
-            raise PlaceError(("worker",), f"{self.worker:g} s {why}")
-        if self.load < _LEAST_STALL_S:
-            raise PlaceError(("load",), f"{self.load:g} s is too short to tell a load that hangs; set 1s or more")
-        return self
-
-
-class ClusterConfig(_Section):
+class ClusterConfig(Section):
     """A cluster of llamaclust: one model on one or more workers, and its HTTP API."""
 
     name: Name = "default"
@@ -306,7 +212,7 @@ class ClusterConfig(_Section):
         if self.launcher == "static":
             for index, worker in enumerate(self.workers):
                 if given := sorted(_THEIR_OWN & worker.model_fields_set):
-                    why = f"a worker of a static cluster is told so where it is started: --{given[0]}"
+                    why = f"a worker of a static cluster is told so where it is started: --{given[0].replace('_', '-')}"
                     raise PlaceError(("workers", index, given[0]), why)
             return self
         if self.awaits_any:
@@ -339,7 +245,7 @@ class ClusterConfig(_Section):
         return self
 
 
-_THEIR_OWN = {"device", "threads", "memory"}
+_THEIR_OWN = {"device", "gpu_layers", "gpu_memory", "threads", "memory"}
 _ELSEWHERE = ("hf:", "pypi:", "http:", "https:")
 """How models begin that are no paths."""
 

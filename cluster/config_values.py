@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +23,8 @@ _DURATION = r"(\d{1,15}(?:\.\d{1,6})?) ?(ms|s|min|h)"
 _DURATION_UNITS = {"ms": 0.001, "s": 1.0, "min": 60.0, "h": 3600.0}
 
 
+_CARD = r"cuda(:\d{1,3})?"
+_MOST_CARDS = 16
 _MOST_SHOWN = 60
 
 
@@ -142,10 +144,32 @@ def not_built(**reasons: tuple[str, ...]) -> BeforeValidator:
     return BeforeValidator(check)
 
 
-def parse_device(value: object) -> object:
-    if isinstance(value, str) and re.fullmatch(r"cuda(:\d+)?", value):
-        raise ValueError(f"this build has no cuda backend yet ({value}); use cpu")
-    return value
+def parse_device(value: object) -> str:
+    """`cpu`, or GPUs as `cuda:N` with commas between; `cuda` is the first one. Raises ValueError."""
+    if value == "cpu":
+        return "cpu"
+    given = value.split(",") if isinstance(value, str) else value
+    if not isinstance(given, Sequence) or not given or not all(isinstance(one, str) for one in given):
+        raise ValueError(f"{shown(value)} is not possible; give cpu, cuda:0, or a list such as [cuda:0, cuda:1]")
+    cards = []
+    for one in given:
+        found = re.fullmatch(r"cuda(?::(\d{1,3}))?", one.strip())
+        if found is None:
+            what = "stands for itself" if one.strip() == "cpu" else "is no device"
+            raise ValueError(f"{shown(one)} {what}; give cpu, cuda:0, or a list such as [cuda:0, cuda:1]")
+        cards.append(f"cuda:{int(found[1] or 0)}")
+    if len(set(cards)) < len(cards) or len(cards) > _MOST_CARDS:
+        raise ValueError(f"{shown(value)}: name each GPU once, {_MOST_CARDS} of them at most")
+    return ",".join(cards)
+
+
+def parse_gpu_layers(value: str) -> int | None:
+    """A number of layers, or `auto`. Raises ValueError."""
+    if value == "auto":
+        return None
+    if not re.fullmatch(r"[0-9]{1,5}", value):
+        raise ValueError(f"{shown(value)} is no number of layers; give one, or auto for as many as VRAM takes")
+    return int(value)
 
 
 def parse_ray_address(value: object) -> object:
@@ -192,6 +216,18 @@ class OrCount:
         return {"anyOf": [handler(schema), {"type": "integer", "minimum": 1, "maximum": self._most}]}
 
 
+Device = Annotated[
+    str,
+    BeforeValidator(parse_device),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string", "pattern": f"^(cpu|{_CARD}(,{_CARD})*)$"},
+                {"type": "array", "items": {"type": "string", "pattern": f"^{_CARD}$"}, "minItems": 1, "maxItems": 16},
+            ]
+        }
+    ),
+]
 Name = Annotated[str, BeforeValidator(parse_name), WithJsonSchema({"type": "string", "pattern": f"^{_NAME}$"})]
 Size = Annotated[
     int, BeforeValidator(parse_size), WithJsonSchema({"type": ["string", "integer"], "pattern": f"^{_SIZE}$"})

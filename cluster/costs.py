@@ -19,6 +19,16 @@ Table = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
+class CardFacts:
+    """A GPU of a worker as the planner sees it; None is what nobody knows."""
+
+    device: str
+    memory_bytes: int  # what the worker may take of it
+    read_gb_s: float | None = None
+    int8_gmac_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerFacts:
     """A worker as the planner sees it; None is what nobody knows."""
 
@@ -30,6 +40,9 @@ class WorkerFacts:
     reach: Reach = NO_REACH  # what it adds to links
     alone: Trial = ()  # what steps took, while other workers of its machine did nothing
     together: Trial = ()  # the same while they did as much
+    cards: tuple[CardFacts, ...] = ()  # beside its processor, of which all the rest is told
+    gpu_layers: int | None = None  # of a stage, on its cards; None: as many as they have memory for
+    device: str = "cpu"
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -20,6 +20,7 @@ from llamaclust.cluster.weight_sources import OnReading, file_is_away, tell_sour
 from llamaclust.cluster.worker_handle import WorkerHandle
 from llamaclust.errors import LlamaclustError
 from llamaclust.model.loader import Model
+from llamaclust.wire.control import DeviceLayers
 from llamaclust.wire.credentials import Credentials
 
 
@@ -43,8 +44,11 @@ class Epoch:
 
     def is_as(self, plan: Plan) -> bool:
         """Whether a plan gives the same layers to the same workers, all of which are there."""
-        same = [(one.worker, one.start, one.end) for one in plan.stages]
-        return not self.lost and same == [(one.worker, one.start, one.end) for one in self.plan.stages]
+        return not self.lost and _layers(plan) == _layers(self.plan)
+
+
+def _layers(plan: Plan) -> list[tuple[str, int, int, tuple[DeviceLayers, ...]]]:
+    return [(one.worker, one.start, one.end, one.device_layers) for one in plan.stages]
 
 
 class Epochs:
@@ -85,7 +89,7 @@ class Epochs:
         number = self._last
         workers = await load_stages(
             number,
-            [StageInfo(stage.worker, stage.start, stage.end) for stage in plan.stages],
+            [StageInfo(stage.worker, stage.start, stage.end, stage.device_layers) for stage in plan.stages],
             self._registry.workers,
             model_path=str(self._model.file.path),
             model_id=self._model.model_id,

@@ -52,7 +52,8 @@ async def load_stages(
         first, first_name = reached[0] if address is None and len(stages) > 1 else (None, None)
         layers = (stage.start, stage.end)
         fetched = weights.get(stage.worker)
-        order = Load(epoch, model_path, model_id, *layers, own, address, first, name, first_name, alone, fetched)
+        ends = address, first, name, first_name
+        order = Load(epoch, model_path, model_id, *layers, own, *ends, alone, fetched, stage.devices)
         loads.append(handle.load(order, partial(on_progress, stage.worker), stall_s))
     answers = await asyncio.gather(*loads, return_exceptions=True)
     errors = [(handle, one) for handle, one in zip(handles, answers, strict=True) if isinstance(one, BaseException)]

@@ -13,7 +13,7 @@ from llamaclust.cluster.config import ClusterConfig
 from llamaclust.cluster.events import Measuring, News, Watch
 from llamaclust.cluster.news import untried_text
 from llamaclust.cluster.shares import measurement_key
-from llamaclust.cluster.state import Measurement, read_measurements, write_measurements
+from llamaclust.cluster.state import CardMeasurement, Measurement, read_measurements, write_measurements
 from llamaclust.cluster.trials import Trial, TrialPoint, mean_trial
 from llamaclust.cluster.worker_handle import WorkerHandle
 from llamaclust.errors import LlamaclustError
@@ -124,7 +124,11 @@ def _evened(keys: list[str], measured: list[Measured]) -> dict[str, Measurement]
 def _mean(group: list[Measured]) -> Measurement:
     trial = mean_trial([_trial(one) for one in group])
     speeds = fmean(one.read_bytes_s for one in group) / 1e9, fmean(one.int8_macs_s for one in group) / 1e9
-    return Measurement(*speeds, alone=trial, together=trial)
+    cards = (
+        CardMeasurement(fmean(one.read_bytes_s for one in alike) / 1e9, fmean(one.int8_macs_s for one in alike) / 1e9)
+        for alike in zip(*(one.cards for one in group), strict=True)
+    )
+    return Measurement(*speeds, alone=trial, together=trial, cards=tuple(cards))
 
 
 def _trial(measured: Measured) -> Trial:

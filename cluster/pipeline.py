@@ -6,16 +6,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from llamaclust.wire.control import DeviceLayers
 from llamaclust.wire.messages import Microbatch, Result, SamplingInputs
 
 
 @dataclass(frozen=True, slots=True)
 class StageInfo:
-    """One stage of a running pipeline: layers [start, end) on a worker."""
+    """One stage of a running pipeline: layers [start, end) on a worker. `devices`: which of these its GPUs hold."""
 
     worker: str
     start: int
     end: int
+    devices: tuple[DeviceLayers, ...] = ()
 
 
 class Pipeline(Protocol):

@@ -4,12 +4,32 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from llamaclust.wire.control import DeviceLayers
+
 _PROMPT_TOKENS = 512
 
 
 def usual_prompt_tokens(context_length: int) -> int:
     """Of the prompts that plans are made for."""
     return min(_PROMPT_TOKENS, context_length)
+
+
+@dataclass(frozen=True, slots=True)
+class DevicePlan:
+    """Layers [start, end) of a stage on one of its worker's devices."""
+
+    device: str
+    start: int
+    end: int
+    weight_bytes: int
+    kv_bytes: int
+    workspace_bytes: int
+    memory_bytes: int | None  # what the worker may take of it; None: unknown
+
+    @property
+    def bytes(self) -> int:
+        """All that it takes there."""
+        return self.weight_bytes + self.kv_bytes + self.workspace_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +43,12 @@ class StagePlan:
     kv_bytes: int
     workspace_bytes: int
     memory_bytes: int | None  # what the worker may take; None: unknown
+    devices: tuple[DevicePlan, ...] = ()  # of a worker with GPUs: what is where; the figures above are their sums
+
+    @property
+    def device_layers(self) -> tuple[DeviceLayers, ...]:
+        """What its worker is told of that."""
+        return tuple(DeviceLayers(one.device, one.start, one.end) for one in self.devices)
 
     @property
     def bytes(self) -> int:

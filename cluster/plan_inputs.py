@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
 from llamaclust.cluster.config import ClusterConfig
-from llamaclust.cluster.costs import WorkerFacts
+from llamaclust.cluster.costs import CardFacts, WorkerFacts
 from llamaclust.cluster.launchers.stage_memory import workspace_of
 from llamaclust.cluster.links import UNKNOWN, Links
 from llamaclust.cluster.plan import Plan
@@ -14,7 +15,7 @@ from llamaclust.cluster.planner import PlanRequest, make_plan
 from llamaclust.cluster.planner_apart import Pairs
 from llamaclust.cluster.planner_manual import Assignment, checked
 from llamaclust.cluster.settings import SchedulerSettings
-from llamaclust.cluster.shares import thread_shares
+from llamaclust.cluster.shares import WorkerCards, thread_shares
 from llamaclust.cluster.state import Measurement
 from llamaclust.errors import UsageError
 from llamaclust.model.loader import Model
@@ -76,9 +77,10 @@ def plan_cluster(
     measured: Mapping[str, Measurement],
     links: Links = UNKNOWN,
     apart: Pairs = frozenset(),
+    cards: Mapping[str, WorkerCards] = MappingProxyType({}),
 ) -> Plan:
-    """The plan of those of `config`'s workers that have memory: `memory_bytes` is what each may take. Pairs that are
-    `apart` cannot reach each other.
+    """The plan of those of `config`'s workers that have memory: `memory_bytes` is what each may take, `cards` the GPUs
+    of those that have some. Pairs that are `apart` cannot reach each other.
 
     Raises DoesNotFitError with the missing MiB, UsageError for a plan by hand that is wrong, CutOffError.
     """
@@ -97,10 +99,10 @@ def plan_cluster(
     threads = thread_shares(config)
     names = [name for name in threads if name in memory_bytes]
     reaches = links.reaches(names)
-    facts = [
-        replace(_facts(name, memory_bytes[name], measured.get(name), threads[name]), reach=reaches[name])
-        for name in names
-    ]
+    facts = []
+    for name in names:
+        one = _facts(name, memory_bytes[name], measured.get(name), threads[name])
+        facts.append(replace(_with_cards(one, cards.get(name), measured.get(name)), reach=reaches[name]))
     plan = make_plan(model.costs(config.kv_type), facts, ask)
     if len(plan.stages) > MAX_STAGES:
         raise UsageError(f"the plan has {len(plan.stages)} stages, {MAX_STAGES} are possible: use fewer workers")
@@ -112,6 +114,17 @@ def _facts(name: str, memory_bytes: int, measured: Measurement | None, threads: 
         return WorkerFacts(name, memory_bytes, None, None, threads)
     facts = WorkerFacts(name, memory_bytes, measured.read_gb_s, measured.int8_gmac_s, threads)
     return replace(facts, alone=measured.alone, together=measured.together)
+
+
+def _with_cards(facts: WorkerFacts, cards: WorkerCards | None, measured: Measurement | None) -> WorkerFacts:
+    if cards is None:
+        return facts
+    speeds = measured.cards if measured is not None and len(measured.cards) == len(cards.cards) else ()
+    known = [CardFacts(one.device, one.free_bytes) for one in cards.cards]
+    if speeds:
+        pairs = zip(known, speeds, strict=True)
+        known = [replace(one, read_gb_s=speed.read_gb_s, int8_gmac_s=speed.int8_gmac_s) for one, speed in pairs]
+    return replace(facts, cards=tuple(known), gpu_layers=cards.gpu_layers)
 
 
 def stage_limits(config: ClusterConfig, plan: Plan) -> StageLimits:

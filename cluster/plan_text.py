@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, fields
-from itertools import starmap
 from math import ceil
 from typing import Any
 
-from llamaclust.cluster.plan import Plan, Prediction, StagePlan, StagePrediction
+from llamaclust.cluster.plan import DevicePlan, Plan, Prediction, StagePlan, StagePrediction
 from llamaclust.model.program import KV_BLOCK_TOKENS
 from llamaclust.sizes import MIB
 
@@ -40,15 +40,22 @@ def plan_lines(plan: Plan) -> tuple[str, ...]:
     kv = f"  KV memory for {plan.kv_blocks * KV_BLOCK_TOKENS} tokens, {plan.context_length} per sequence at most"
     if plan.window_blocks:
         kv += f"; for {plan.window_blocks * KV_BLOCK_TOKENS} in layers with a window"
-    return ("plan:", *starmap(_stage_line, stages), *spares, kv, f"  predicted: {', '.join(expected)}", *bound)
+    lines = (line for stage, decode_ms in stages for line in _stage_lines(stage, decode_ms))
+    return ("plan:", *lines, *spares, kv, f"  predicted: {', '.join(expected)}", *bound)
 
 
-def _stage_line(stage: StagePlan, decode_ms: float | None) -> str:
-    parts = {"weights": stage.weight_bytes, "KV": stage.kv_bytes, "workspace": stage.workspace_bytes}
+def _stage_lines(stage: StagePlan, decode_ms: float | None) -> Iterator[str]:
+    """One for the stage, then one for each device of a worker with GPUs."""
+    yield f"  {stage.worker}: {_sizes(stage)}, {_number(decode_ms)} ms/token"
+    for part in stage.devices:
+        yield f"    {part.device}: {_sizes(part)}"
+
+
+def _sizes(held: StagePlan | DevicePlan) -> str:
+    parts = {"weights": held.weight_bytes, "KV": held.kv_bytes, "workspace": held.workspace_bytes}
     sizes = " + ".join(f"{value / MIB:.0f} MiB {name}" for name, value in parts.items())
-    room = "" if stage.memory_bytes is None else f" of {stage.memory_bytes / MIB:.0f} MiB"
-    layers = f"layers [{stage.start}, {stage.end})"
-    return f"  {stage.worker}: {layers}, {sizes} = {stage.bytes / MIB:.0f}{room}, {_number(decode_ms)} ms/token"
+    room = "" if held.memory_bytes is None else f" of {held.memory_bytes / MIB:.0f} MiB"
+    return f"layers [{held.start}, {held.end}), {sizes} = {held.bytes / MIB:.0f}{room}"
 
 
 def _number(value: float | None) -> str:

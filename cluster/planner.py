@@ -20,12 +20,13 @@ import numpy as np
 
 from llamaclust.cluster.costs import StageCosts, Table, WorkerFacts
 from llamaclust.cluster.links import Links
-from llamaclust.cluster.plan import Plan, StagePlan, usual_prompt_tokens
+from llamaclust.cluster.plan import DevicePlan, Plan, StagePlan, usual_prompt_tokens
 from llamaclust.cluster.planner_apart import Pairs, names_in, split, ways_apart
+from llamaclust.cluster.planner_cards import devices_of
 from llamaclust.cluster.planner_fit import PlanLimits, Sizes
 from llamaclust.cluster.planner_kinds import kinds_of
 from llamaclust.cluster.planner_manual import Assignment, checked
-from llamaclust.cluster.planner_predict import predict
+from llamaclust.cluster.planner_predict import StageParts, predict
 from llamaclust.cluster.planner_search import best_cut
 from llamaclust.cluster.planner_shortage import cut_does_not_fit, does_not_fit
 from llamaclust.cluster.planner_spares import spares
@@ -43,6 +44,8 @@ _STAGE_MS = 1e-6
 
 _NOMINAL_READ_GB_S = 20.0
 _NOMINAL_INT8_GMAC_S = 300.0
+_CARD_READ_GB_S = 500.0
+_CARD_INT8_GMAC_S = 50_000.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +76,10 @@ def make_plan(costs: ModelCosts, workers: Sequence[WorkerFacts], ask: PlanReques
     else:
         found = _automatic(stages, sizes, workers, ask.objective, ask.apart)
     by_name = {worker.name: worker for worker in workers}
-    cut = [(by_name[name], start, end) for name, start, end in found.cut]
+    stage_parts = [
+        StageParts(name, sizes.held(by_name[name], start, end, found.contexts)) for name, start, end in found.cut
+    ]
+    cut = [part for stage in stage_parts for part in stage.parts]
     kv_blocks = sizes.kv_blocks(cut)
     if kv_blocks < sizes.limits.context_blocks:
         raise cut_does_not_fit(sizes, cut)
@@ -81,30 +87,45 @@ def make_plan(costs: ModelCosts, workers: Sequence[WorkerFacts], ask: PlanReques
     prompt_tokens = usual_prompt_tokens(ask.context_length)
     measured = _measured([worker for worker, _, _ in cut])
     return Plan(
-        stages=tuple(_stage(stages, sizes, *stage, kv_blocks) for stage in cut),
+        stages=tuple(_stage(sizes, by_name[stage.worker], stage, kv_blocks) for stage in stage_parts),
         kv_blocks=kv_blocks,
         window_blocks=sizes.window_blocks(kv_blocks),
         context_length=ask.context_length,
         spares=spares(sizes, workers, used, by_hand=ask.manual is not None, contexts=found.contexts, apart=ask.apart),
-        prediction=predict(stages, cut, prompt_tokens, ask.max_sequences, ask.links) if measured else None,
+        prediction=predict(stages, stage_parts, prompt_tokens, ask.max_sequences, ask.links) if measured else None,
         excess=found.excess,
     )
 
 
-def _stage(stages: StageCosts, sizes: Sizes, worker: WorkerFacts, start: int, end: int, kv_blocks: int) -> StagePlan:
+def _stage(sizes: Sizes, worker: WorkerFacts, stage: StageParts, kv_blocks: int) -> StagePlan:
+    parts = tuple(
+        DevicePlan(
+            device=device.device,
+            start=start,
+            end=end,
+            weight_bytes=sizes.stages.weight_bytes(start, end),
+            kv_bytes=sizes.kv_bytes(start, end, kv_blocks),
+            workspace_bytes=sizes.workspace_bytes(device, end),
+            memory_bytes=device.memory_bytes,
+        )
+        for device, start, end in stage.parts
+    )
+    rooms = [worker.memory_bytes] if not worker.cards else [device.memory_bytes for device in devices_of(worker)]
     return StagePlan(
         worker=worker.name,
-        start=start,
-        end=end,
-        weight_bytes=stages.weight_bytes(start, end),
-        kv_bytes=sizes.kv_bytes(start, end, kv_blocks),
-        workspace_bytes=sizes.workspace_bytes(worker, end),
-        memory_bytes=worker.memory_bytes,
+        start=parts[0].start,
+        end=parts[-1].end,
+        weight_bytes=sum(part.weight_bytes for part in parts),
+        kv_bytes=sum(part.kv_bytes for part in parts),
+        workspace_bytes=sum(part.workspace_bytes for part in parts),
+        memory_bytes=None if None in rooms else sum(room or 0 for room in rooms),
+        devices=parts if worker.cards else (),
     )
 
 
 def _measured(workers: Sequence[WorkerFacts]) -> bool:
-    return all(worker.read_gb_s is not None and worker.int8_gmac_s is not None for worker in workers)
+    devices = (device for worker in workers for device in devices_of(worker))
+    return all(device.read_gb_s is not None and device.int8_gmac_s is not None for device in devices)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,18 +164,25 @@ def _automatic(
 
 def _nominal(worker: WorkerFacts) -> WorkerFacts:
     read, int8 = _NOMINAL_READ_GB_S, _NOMINAL_INT8_GMAC_S
-    return replace(worker, read_gb_s=read, int8_gmac_s=int8, alone=(), together=())
+    cards = tuple(replace(card, read_gb_s=_CARD_READ_GB_S, int8_gmac_s=_CARD_INT8_GMAC_S) for card in worker.cards)
+    return replace(worker, read_gb_s=read, int8_gmac_s=int8, alone=(), together=(), cards=cards)
 
 
 def _times(stages: StageCosts, sizes: Sizes, contexts: int, worker: WorkerFacts) -> tuple[Table, Table]:
     """(ms of the mix of work where the stage fits, ms of one token) of each stage on a worker."""
     prompt_tokens = usual_prompt_tokens(sizes.limits.context_length)
-    answers = stages.decode_table(worker, _TOGETHER, together=True) * _ANSWER_TOKENS / _TOGETHER
-    mix = stages.prefill_table(worker, prompt_tokens, together=True) + answers
+    answers = _ANSWER_TOKENS / _TOGETHER
+    over = partial(sizes.over_devices, worker, contexts)
+    mix = over(
+        lambda device: (
+            stages.prefill_table(device, prompt_tokens, together=True)
+            + stages.decode_table(device, _TOGETHER, together=True) * answers
+        )
+    )
     fits = sizes.missing_table(worker, contexts) == 0
     prompt_mb = prompt_tokens * stages.hidden_bytes / 1e6
     others = np.ones_like(mix)
     others[0, stages.layers] = 0  # a stage of all layers has no links
     sent_ms = others * 2 * worker.reach.ms_per_mb * prompt_mb  # in and out, while it computes
     hops_ms = others * 2 * worker.reach.one_way_ms
-    return np.where(fits, np.maximum(mix, sent_ms), np.inf), stages.decode_table(worker) + hops_ms + _STAGE_MS
+    return np.where(fits, np.maximum(mix, sent_ms), np.inf), over(stages.decode_table) + hops_ms + _STAGE_MS

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from llamaclust.cluster.costs import Counts, StageCosts, Table, WorkerFacts
 from llamaclust.cluster.kv_groups import WindowGroup, window_group
+from llamaclust.cluster.planner_cards import Division, Held, divide
 from llamaclust.cluster.planner_workspace import StagePlace, Workspace
 from llamaclust.model.program import KV_BLOCK_TOKENS
 from llamaclust.wire.messages import MAX_KV_BLOCKS
@@ -49,7 +50,8 @@ class Sizes:
 
     def workspace_bytes(self, worker: WorkerFacts, end: int) -> int:
         limits = self.limits
-        return limits.workspace(StagePlace(worker.threads, limits.context_length, end == self.stages.layers))
+        is_last = end == self.stages.layers
+        return limits.workspace(StagePlace(worker.threads, limits.context_length, is_last, worker.device))
 
     @property
     def window_group(self) -> WindowGroup | None:
@@ -134,7 +136,9 @@ class Sizes:
         return self.missing_bytes(worker, start, end, contexts) == 0
 
     def missing_table(self, worker: WorkerFacts, contexts: int) -> Table:
-        """`missing_bytes` of all stages; infinite where start >= end."""
+        """`missing_bytes` of all stages, on the worker's devices together; infinite where start >= end."""
+        if worker.cards:
+            return self.over_devices(worker, contexts, lambda device: self.missing_table(device, contexts))
         stages, given = self.stages, self.limits.kv_memory_bytes
         context = self._kv_table(self.limits.context_blocks)
         missing = np.zeros_like(context) if given is None else np.maximum(context - given, 0)
@@ -144,3 +148,14 @@ class Sizes:
             workspace = [self.workspace_bytes(worker, end) for end in range(stages.layers + 1)]
             missing = np.maximum(missing, stages.held_bytes + kv + workspace - worker.memory_bytes)
         return np.where(stages.stages, missing, np.inf)
+
+    def _division(self, worker: WorkerFacts, contexts: int) -> Division:
+        return divide(worker, self.stages.layers, lambda device: self.missing_table(device, contexts))
+
+    def over_devices(self, worker: WorkerFacts, contexts: int, table: Callable[[WorkerFacts], Table]) -> Table:
+        """What `table` has of the worker; of one with cards, of each device for the layers that it holds, together."""
+        return self._division(worker, contexts).sums(table) if worker.cards else table(worker)
+
+    def held(self, worker: WorkerFacts, start: int, end: int, contexts: int) -> tuple[Held, ...]:
+        """Which of its devices hold which layers of a stage."""
+        return self._division(worker, contexts).held(start, end) if worker.cards else ((worker, start, end),)

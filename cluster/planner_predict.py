@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from llamaclust.cluster.costs import StageCosts
 from llamaclust.cluster.links import COORDINATOR, Links
 from llamaclust.cluster.plan import Prediction, StagePrediction
-from llamaclust.cluster.planner_fit import Cut
+from llamaclust.cluster.planner_cards import Held
 from llamaclust.cluster.scheduler_split import cycle_ns
 
 _CHUNKS = (1, 2, 4, 8, 16)
@@ -34,12 +35,27 @@ class _Path:
         )
 
 
-def predict(costs: StageCosts, cut: Cut, prompt_tokens: int, max_sequences: int, links: Links) -> Prediction:
+@dataclass(frozen=True, slots=True)
+class StageParts:
+    """A stage of a worker: what its devices hold, one behind the other."""
+
+    worker: str
+    parts: tuple[Held, ...]
+
+    def decode_ms(self, costs: StageCosts, rows: int = 1, *, together: bool = False) -> float:
+        return sum(costs.decode_ms(*part, rows, together=together) for part in self.parts)
+
+    def prefill_ms(self, costs: StageCosts, rows: int, *, together: bool = False) -> float:
+        return sum(costs.prefill_ms(*part, rows, together=together) for part in self.parts)
+
+
+def predict(
+    costs: StageCosts, cut: Sequence[StageParts], prompt_tokens: int, max_sequences: int, links: Links
+) -> Prediction:
     """Of stages whose workers were all measured."""
-    path = _Path.of(links, [worker.name for worker, _, _ in cut], costs.hidden_bytes)
+    path = _Path.of(links, [stage.worker for stage in cut], costs.hidden_bytes)
     stages = tuple(
-        StagePrediction(costs.decode_ms(*stage), costs.prefill_ms(*stage, prompt_tokens) / prompt_tokens)
-        for stage in cut
+        StagePrediction(stage.decode_ms(costs), stage.prefill_ms(costs, prompt_tokens) / prompt_tokens) for stage in cut
     )
     slowest = max(range(len(cut)), key=lambda index: stages[index].decode_ms)
     return Prediction(
@@ -48,23 +64,23 @@ def predict(costs: StageCosts, cut: Cut, prompt_tokens: int, max_sequences: int,
         links_ms=path.round_ms,
         ttft_ms=min(_ttft_ms(costs, cut, prompt_tokens, chunks, path) for chunks in _CHUNKS),
         tokens_per_s=max(_tokens_per_s(costs, cut, max_sequences, groups, path) for groups in _CHUNKS),
-        limiting=cut[slowest][0].name,
+        limiting=cut[slowest].worker,
     )
 
 
-def _ttft_ms(costs: StageCosts, cut: Cut, prompt_tokens: int, chunks: int, path: _Path) -> float:
+def _ttft_ms(costs: StageCosts, cut: Sequence[StageParts], prompt_tokens: int, chunks: int, path: _Path) -> float:
     """A prompt in equal chunks, one behind the other through stages and links; the last stage's head for its last
     row."""
     rows = -(-prompt_tokens // chunks)
-    times = [costs.prefill_ms(*stage, rows, together=chunks > 1) for stage in cut]
+    times = [stage.prefill_ms(costs, rows, together=chunks > 1) for stage in cut]
     sent = [rows * ms for ms in path.row_ms]
-    head_ms = costs.decode_ms(*cut[-1]) - costs.prefill_ms(*cut[-1], 1)
+    head_ms = cut[-1].decode_ms(costs) - cut[-1].prefill_ms(costs, 1)
     return sum(times) + sum(sent) + (chunks - 1) * max(*times, *sent, 0.0) + max(head_ms, 0.0) + path.there_ms
 
 
-def _tokens_per_s(costs: StageCosts, cut: Cut, sequences: int, groups: int, path: _Path) -> float:
+def _tokens_per_s(costs: StageCosts, cut: Sequence[StageParts], sequences: int, groups: int, path: _Path) -> float:
     """Decode of that many sequences in that many microbatches."""
     rows = -(-sequences // groups)
-    times = [costs.decode_ms(*stage, rows, together=groups > 1) * _NS for stage in cut]
+    times = [stage.decode_ms(costs, rows, together=groups > 1) * _NS for stage in cut]
     sent_ms = rows * sum(path.row_ms)
     return sequences / cycle_ns(times, groups, (path.round_ms + sent_ms) * _NS) * 1e9

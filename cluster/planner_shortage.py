@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from llamaclust.cluster.costs import Table, WorkerFacts
+from llamaclust.cluster.planner_cards import devices_of
 from llamaclust.cluster.planner_fit import Cut, Sizes
 from llamaclust.cluster.planner_kinds import kinds_of
 from llamaclust.cluster.planner_search import least_total
@@ -37,8 +38,9 @@ def does_not_fit(sizes: Sizes, workers: Sequence[WorkerFacts]) -> DoesNotFitErro
     """Says what is missing at least, over all cuts, and what it would take."""
     layers = sizes.stages.layers
     parts = {"weights": sizes.stages.weight_bytes(0, layers), "KV memory": sizes.context_bytes(0, layers)}
-    workspace = max(sizes.workspace_bytes(worker, layers) for worker in workers)
-    given, have = sizes.limits.kv_memory_bytes, [worker for worker in workers if worker.memory_bytes is not None]
+    devices = [device for worker in workers for device in devices_of(worker)]
+    workspace = max(sizes.workspace_bytes(device, layers) for device in devices)
+    given, have = sizes.limits.kv_memory_bytes, [device for device in devices if device.memory_bytes is not None]
     rooms = [f"{worker.name} {(worker.memory_bytes or 0) // MIB}" for worker in have]
     return DoesNotFitError(
         f"the model does not fit: it needs {needed(parts)} for {sizes.limits.context_length} tokens of context, and "

@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from llamaclust.cluster.costs import WorkerFacts
 from llamaclust.cluster.plan import Spare
 from llamaclust.cluster.planner_apart import Pairs
+from llamaclust.cluster.planner_cards import devices_of
 from llamaclust.cluster.planner_fit import Sizes
 from llamaclust.sizes import MIB, mib
 
@@ -39,10 +40,10 @@ def _reason(sizes: Sizes, worker: WorkerFacts, stages: int, contexts: int) -> st
     layers = sizes.stages.layers
     open_to = range(layers) if stages > 1 else (0, layers - 1)  # beside one other worker, it is the first or the last
     least = min(sum(sizes.parts(worker, layer, layer + 1, contexts).values()) for layer in open_to)
-    if worker.memory_bytes is not None and worker.memory_bytes < least:
-        return (
-            f"too little memory: it has {worker.memory_bytes // MIB} MiB, a stage of one layer needs {mib(least)} MiB"
-        )
+    rooms = [device.memory_bytes for device in devices_of(worker)]
+    room = max(least if one is None else one for one in rooms)
+    if room < least:
+        return f"too little memory: it has {room // MIB} MiB, a stage of one layer needs {mib(least)} MiB"
     if stages == layers:
         return f"the model has {layers} layers, one for each of the others"
     return "it would make the others slower"

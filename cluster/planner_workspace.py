@@ -13,6 +13,7 @@ class StagePlace:
     threads: int
     context_length: int
     is_last: bool  # it has the head
+    device: str = "cpu"
 
 
 Workspace = Callable[[StagePlace], int]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from llamaclust.cluster.config import ClusterConfig, environment
 from llamaclust.cluster.launchers.base import WorkerSpec
-from llamaclust.wire.control import Register
+from llamaclust.wire.control import Card, Register
 
 
 def thread_shares(config: ClusterConfig) -> dict[str, int]:
@@ -31,6 +33,8 @@ def worker_specs(config: ClusterConfig) -> list[WorkerSpec]:
             config.name,
             variables.weights_dir if variables.weights_bytes else None,
             variables.weights_bytes,
+            worker.gpu_layers,
+            worker.gpu_memory,
         )
         for worker in config.workers
     ]
@@ -54,6 +58,33 @@ def machine_shares(registrations: Mapping[str, Register]) -> dict[str, int]:
         free = min(one.machine_free_bytes or one.free_memory_bytes for one in here.values())
         shares |= memory_shares({name: one.free_memory_bytes for name, one in here.items()}, free)
     return shares
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerCards:
+    """A worker's GPUs, of which it may take what is said to be free, and how many layers its user wants there."""
+
+    cards: tuple[Card, ...]
+    gpu_layers: int | None
+
+
+def card_shares(registrations: Mapping[str, Register]) -> dict[str, WorkerCards]:
+    """Of the workers that have GPUs, by name."""
+    with_cards = {name: one for name, one in registrations.items() if one.cards}
+    return shared_cards(
+        {name: one.host for name, one in with_cards.items()},
+        {name: WorkerCards(one.cards, one.gpu_layers) for name, one in with_cards.items()},
+    )
+
+
+def shared_cards(hosts: Mapping[str, str], workers: Mapping[str, WorkerCards]) -> dict[str, WorkerCards]:
+    """Workers of one machine that name the same GPU share out what is free there."""
+    sharers = Counter((hosts[name], card.device) for name, one in workers.items() for card in one.cards)
+
+    def share(name: str, card: Card) -> Card:
+        return replace(card, free_bytes=card.free_bytes // sharers[hosts[name], card.device])
+
+    return {name: replace(one, cards=tuple(share(name, card) for card in one.cards)) for name, one in workers.items()}
 
 
 def measurement_key(fingerprint: str, company: int, threads: int, model_id: str = "") -> str:

@@ -41,6 +41,14 @@ class ClusterRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class CardMeasurement:
+    """What a worker measured of one of its GPUs."""
+
+    read_gb_s: float
+    int8_gmac_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Measurement:
     """What a worker measured of its machine."""
 
@@ -48,6 +56,7 @@ class Measurement:
     int8_gmac_s: float
     alone: Trial = ()  # steps of a model, while other workers of its machine do nothing
     together: Trial = ()  # the same while they do as much
+    cards: tuple[CardMeasurement, ...] = ()  # in the order of its registration
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +193,9 @@ def read_measurements(state_dir: Path) -> dict[str, Measurement]:
 
 def _measurement(value: dict[str, Any]) -> Measurement:
     speeds = float(value["read_gb_s"]), float(value["int8_gmac_s"])
-    return Measurement(*speeds, *(read_trial(value.get(which, ())) for which in ("alone", "together")))
+    cards = tuple(CardMeasurement(float(one["read_gb_s"]), float(one["int8_gmac_s"])) for one in value.get("cards", ()))
+    alone, together = (read_trial(value.get(which, ())) for which in ("alone", "together"))
+    return Measurement(*speeds, alone, together, cards)
 
 
 def write_private(path: Path, text: str) -> None:

@@ -14,6 +14,7 @@ from llamaclust import errors
 from llamaclust.cluster.stalling import Further
 from llamaclust.errors import LlamaclustError, UsageError, WireError, WorkerError
 from llamaclust.wire.control import (
+    Card,
     CoordinatorMessage,
     Failure,
     Heartbeat,
@@ -129,6 +130,15 @@ class WorkerHandle:
         """The layers of its newest stage, loaded or being loaded."""
         order = self._loading or (self.stages[max(self.stages)][0] if self.stages else None)
         return None if order is None else (order.start, order.end)
+
+    @property
+    def cards(self) -> tuple[Card, ...]:
+        """Its GPUs, of which so much is free as it said last."""
+        cards, beat = self.registration.cards, self.heartbeat
+        if beat is None or len(beat.card_free_bytes) != len(cards):
+            return cards
+        free = zip(cards, beat.card_free_bytes, strict=True)
+        return tuple(replace(card, free_bytes=free_bytes) for card, free_bytes in free)
 
     @property
     def memory_bytes(self) -> int:

@@ -30,6 +30,8 @@ class WorkerMetrics(Collector):
         up = GaugeMetricFamily("llamaclust_worker_up", "Whether a worker is a member now", labels=["worker"])
         counted = {name: _counter(name, what) for name, what in _COUNTED.items()}
         shown = {name: _gauge(name, what) for name, what in _SHOWN.items()}
+        gpu_total = _gpu_gauge("memory_bytes", "Memory of a worker's GPU")
+        gpu_free = _gpu_gauge("free_memory_bytes", "Memory that a worker may still take of its GPU")
         for name, handle in self._workers().items():
             is_up = handle.state not in (WorkerState.LOST, WorkerState.LEFT)
             up.add_metric([name], float(is_up))
@@ -41,7 +43,11 @@ class WorkerMetrics(Collector):
             shown["busy_ratio"].add_metric([name], beat.busy)
             shown["resident_memory_bytes"].add_metric([name], beat.resident_bytes)
             shown["free_memory_bytes"].add_metric([name], beat.free_memory_bytes)
+            for card in handle.cards:
+                gpu_total.add_metric([name, card.device], card.total_bytes)
+                gpu_free.add_metric([name, card.device], card.free_bytes)
         yield up
+        yield from (gpu_total, gpu_free)
         yield from counted.values()
         yield from shown.values()
 
@@ -52,3 +58,7 @@ def _counter(name: str, what: str) -> CounterMetricFamily:
 
 def _gauge(name: str, what: str) -> GaugeMetricFamily:
     return GaugeMetricFamily(f"llamaclust_worker_{name}", what, labels=["worker"])
+
+
+def _gpu_gauge(name: str, what: str) -> GaugeMetricFamily:
+    return GaugeMetricFamily(f"llamaclust_worker_gpu_{name}", what, labels=["worker", "gpu"])

@@ -49,6 +49,19 @@ def failure(folder: Path, text: str, *overrides: str) -> str:
     return message.replace(str(folder / "cluster.yaml"), "FILE")
 
 
+def test_workers_with_gpus(tmp_path: Path) -> None:
+    text = "model: m\nworkers:\n- {name: a, device: cuda, gpu_layers: 20, gpu_memory: 4GiB}\n"
+    config = load(
+        tmp_path, text + "- {name: b, device: [cuda:1, cuda:3], gpu_layers: auto}\n- {name: c, device: cpu}\n"
+    )
+    assert [one.device for one in config.workers] == ["cuda:0", "cuda:1,cuda:3", "cpu"]
+    assert [one.gpu_layers for one in config.workers] == [20, None, None]
+    assert config.workers[0].gpu_memory == 4 << 30 and config.workers[1].gpu_memory is None
+    again = load(tmp_path, "model: m\nworkers: [{name: a, device: 'cuda:1,cuda:3'}]\n")
+    assert again.workers[0].device == "cuda:1,cuda:3"
+    assert "measures itself" in failure(tmp_path, text + "- {name: b, device: cuda, bandwidth: 3, int8: 4}\n")
+
+
 def test_the_whole_contract_is_read(tmp_path: Path) -> None:
     config = load(tmp_path, CONTRACT)
     assert (config.name, config.host, config.port, config.context_length) == ("home", "127.0.0.1", 8080, 4096)

@@ -306,6 +306,6 @@ def test_every_figure_of_a_plan_is_in_its_json(measured: bool) -> None:
     }  # fmt: skip
     assert values["stages"][0].keys() == {
         "worker", "start", "end", "weight_bytes", "kv_bytes", "workspace_bytes", "memory_bytes",
-        "decode_ms", "prefill_ms",
+        "decode_ms", "prefill_ms", "devices",
     }  # fmt: skip
     assert all((values[key] is not None) == measured for key in predicted_keys)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from llamaclust.errors import DeadlineError, UsageError, WireError
+from llamaclust.errors import DeadlineError, DeviceLostError, UsageError, WireError
 from llamaclust.wire.messages import SamplingInputs
 from llamaclust.worker import machine
 from llamaclust.worker.__main__ import parse_settings
@@ -85,6 +86,9 @@ def test_inputs_wait_or_are_waited_for_and_late_ones_are_dropped() -> None:
 
 
 def test_a_launcher_says_all_settings_on_the_command_line() -> None:
+    words = "--name a --join x:1 --token-file t --gpu-layers 7 --gpu-memory-bytes 9"
+    gpus = parse_settings(words.split())
+    assert (gpus.gpu_layers, gpus.gpu_memory_bytes) == (7, 9)
     given = "--name a --join unix:/c --token-file /t --listen unix:/a --device cpu --threads 3 --memory-bytes 5"
     more = "--feature-level avx2 --join-s 0.5 --parent-pid 7 --prepared-dir /p --prepared-bytes 9"
     assert parse_settings([*given.split(), *more.split()]) == WorkerSettings(
@@ -96,9 +100,11 @@ def test_a_launcher_says_all_settings_on_the_command_line() -> None:
 
 
 def test_a_device_that_is_not_there_is_refused_by_name() -> None:
-    settings = WorkerSettings("a", "x:1", Path("t"), device="cuda:0")
-    with pytest.raises(UsageError, match="device 'cuda:0'"):
+    settings = WorkerSettings("a", "x:1", Path("t"), device="cuda:999")
+    with pytest.raises(UsageError, match="device cuda"):
         Device.open(settings)
+    with pytest.raises(UsageError, match="device 'toaster'"):
+        Device.open(replace(settings, device="toaster"))
     with pytest.raises(UsageError, match="feature level 'sse9'"):
         Device.open(WorkerSettings("a", "x:1", Path("t"), feature_level="sse9", threads=1))
 
@@ -114,3 +120,27 @@ def test_the_machine_is_known() -> None:
     assert 0 < machine.resident_bytes() < machine.total_memory_bytes()
     assert 0 < machine.available_memory_bytes() <= machine.total_memory_bytes()
     assert machine.processor_name()
+
+
+def test_a_device_that_is_lost_ends_the_workers_life() -> None:
+    async def run(at_once: bool) -> str:
+        compute = Compute()
+        waits = asyncio.Event()
+
+        async def life() -> str:
+            if not at_once:
+                await waits.wait()
+            return "told so"
+
+        try:
+            living = asyncio.create_task(compute.while_able(life()))
+            await asyncio.sleep(0)
+            if not at_once:
+                threading.Thread(target=compute.give_up, args=(DeviceLostError("cuda:0 is lost"),)).start()
+            return await asyncio.wait_for(living, 10)
+        finally:
+            compute.close()
+
+    assert asyncio.run(run(at_once=True)) == "told so"
+    with pytest.raises(DeviceLostError, match="cuda:0 is lost"):
+        asyncio.run(run(at_once=False))

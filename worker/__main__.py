@@ -11,6 +11,8 @@ from llamaclust.logs import LogFormat
 from llamaclust.wire.tuning import tune_grpc
 from llamaclust.worker.settings import WorkerSettings
 
+_OF_GPUS = ("--gpu-layers", "--gpu-memory-bytes")
+
 
 def parse_settings(arguments: list[str]) -> WorkerSettings:
     """Options are the fields of WorkerSettings."""
@@ -23,7 +25,7 @@ def parse_settings(arguments: list[str]) -> WorkerSettings:
         parser.add_argument(name, type=Path)
     parser.add_argument("--log-format", type=LogFormat)
     parser.add_argument("--cluster")
-    for name in ("--threads", "--memory-bytes", "--prepared-bytes", "--weights-bytes", "--parent-pid"):
+    for name in ("--threads", "--memory-bytes", "--prepared-bytes", "--weights-bytes", "--parent-pid", *_OF_GPUS):
         parser.add_argument(name, type=int)
     parser.add_argument("--join-s", type=float)
     given = {key: value for key, value in vars(parser.parse_args(arguments)).items() if value is not None}

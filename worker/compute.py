@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from functools import partial
 from queue import SimpleQueue
 from typing import Any, TypeVar
+
+from llamaclust.errors import DeviceLostError
 
 INLINE_NS = 200_000_000
 """What signs of life and the coordinator's orders may wait; a change of thread and back takes 0.1 to 0.3 ms."""
@@ -23,6 +25,7 @@ class Compute:
         self._loop = asyncio.get_running_loop()
         self._queue: SimpleQueue[_Entry | None] = SimpleQueue()
         self._queued = 0
+        self._lost: asyncio.Future[None] = self._loop.create_future()
         threading.Thread(target=self._work, name="compute", daemon=True).start()
 
     async def run(self, job: Callable[[], _Answer], expected_ns: int = INLINE_NS) -> _Answer:
@@ -38,6 +41,25 @@ class Compute:
         self._queued += 1
         self._queue.put((job, answer))
         return answer
+
+    def give_up(self, error: DeviceLostError) -> None:
+        """What it computes on is lost. From any thread."""
+        self._loop.call_soon_threadsafe(self._lose, error)
+
+    def _lose(self, error: DeviceLostError) -> None:
+        if not self._lost.done():
+            self._lost.set_exception(error)
+
+    async def while_able(self, life: Coroutine[None, None, _Answer]) -> _Answer:
+        """What `life` returns; DeviceLostError where what it computes on is lost before."""
+        living = asyncio.create_task(life)
+        try:
+            await asyncio.wait((living, self._lost), return_when=asyncio.FIRST_COMPLETED)
+            if self._lost.done():
+                self._lost.result()
+            return await living
+        finally:
+            living.cancel()
 
     def _settled(self, answer: asyncio.Future[Any]) -> None:
         self._queued -= 1

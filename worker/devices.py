@@ -1,38 +1,49 @@
-"""What a worker computes on: its backend, the memory it may take and what the machine reaches."""
+"""What a worker computes on: its processor and its GPUs, the memory it may take of each, and what they reach."""
 
 from __future__ import annotations
 
 import os
 import socket
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from llamaclust.errors import UsageError
+from llamaclust.errors import WireError
 from llamaclust.kernels.backend import Backend
+from llamaclust.kernels.chain import ChainBackend, Part
 from llamaclust.kernels.cpu.prepared_files import PreparedFolder
 from llamaclust.model.loader import Model
-from llamaclust.wire.control import Measured, Register, StageTrial
+from llamaclust.sizes import MIB
+from llamaclust.wire.control import Card, DeviceLayers, Load, Measured, Register, StageTrial
+from llamaclust.worker import backends
+from llamaclust.worker.backends import CardBackend, card_names
 from llamaclust.worker.machine import available_memory_bytes, processor_name, resident_bytes, total_memory_bytes
 from llamaclust.worker.settings import WorkerSettings
+
+_CPU = "cpu"
 
 
 @dataclass(slots=True)
 class Device:
-    """A backend and its share of the machine."""
+    """A processor's backend and its share of the machine, and backends of the cards beside it."""
 
     kind: str
     threads: int
     feature_level: str  # as asked for; "" is the best there is
     memory_cap_bytes: int | None
     backend: Backend
+    cards: tuple[CardBackend, ...] = ()
+    gpu_layers: int | None = None
 
     @classmethod
     def open(cls, settings: WorkerSettings) -> Device:
         """UsageError for a device or feature level that this machine does not have."""
         threads = settings.threads or len(os.sched_getaffinity(0))
-        level = settings.feature_level
-        backend = _backend(settings.device, threads, level, _prepared(settings))
-        return cls(settings.device, threads, level, settings.memory_bytes, backend)
+        level, prepared = settings.feature_level, _prepared(settings)
+        backend = backends.open_processor(settings.device, threads, level, prepared)
+        cap = settings.gpu_memory_bytes
+        cards = tuple(backends.open_card(name, threads, cap, prepared) for name in card_names(settings.device))
+        return cls(settings.device, threads, level, settings.memory_bytes, backend, cards, settings.gpu_layers)
 
     @property
     def free_memory_bytes(self) -> int:
@@ -42,6 +53,26 @@ class Device:
             return available
         return max(0, min(available, self.memory_cap_bytes - resident_bytes()))
 
+    def layers(self, order: Load) -> tuple[DeviceLayers, ...]:
+        """Which devices are to hold which layers of a stage."""
+        return order.devices or (DeviceLayers(_CPU, order.start, order.end),)
+
+    def backend_of(self, name: str) -> Backend:
+        """WireError for a device that this worker does not have."""
+        known: dict[str, Backend] = {_CPU: self.backend} | {card.device: card for card in self.cards}
+        if name not in known:
+            raise WireError(f"a load for device {name!r}, this worker has {', '.join(known)}")
+        return known[name]
+
+    def free_bytes_of(self, name: str) -> int:
+        """What may still be taken of a device's memory."""
+        return next((card.free_bytes for card in self.cards if card.device == name), self.free_memory_bytes)
+
+    def backend_for(self, order: Load) -> Backend:
+        """What computes the layers of a stage: one device, or several in a chain."""
+        parts = [Part(self.backend_of(one.device), one.start, one.end) for one in self.layers(order)]
+        return parts[0].backend if len(parts) == 1 else ChainBackend(parts)
+
     def measure(self, model: Model | None = None) -> Measured:
         """What the machine reaches, and what steps of the model take; blocks for a second, longer for large layers."""
         from llamaclust.kernels.probes import measure_machine
@@ -49,13 +80,15 @@ class Device:
 
         speed = measure_machine(self.threads)
         trials: tuple[StageTrial, ...] = ()
-        if model is not None and self.kind == "cpu":
+        if model is not None and self.kind == _CPU:
             device = TrialDevice(self.backend, self.threads, self.feature_level, self.free_memory_bytes)
             trials = try_stages(device, model)
-        return Measured(speed.read_gb_s * 1e9, speed.int8_gmac_s * 1e9, trials)
+        cards = tuple(card.measure() for card in self.cards)
+        return Measured(speed.read_gb_s * 1e9, speed.int8_gmac_s * 1e9, trials, cards=cards)
 
     def registration(self, name: str, address: str) -> Register:
         level = self.backend.feature_level
+        cards = tuple(card.card() for card in self.cards)
         return Register(
             name=name,
             pid=os.getpid(),
@@ -66,18 +99,36 @@ class Device:
             feature_level=level,
             total_memory_bytes=total_memory_bytes(),
             free_memory_bytes=self.free_memory_bytes,
-            fingerprint=fingerprint(self.kind, self.threads, level),
+            fingerprint=_fingerprint(self.kind, self.threads, level, cards),
             machine_free_bytes=available_memory_bytes(),
             numerics_version=self.backend.numerics_version,
+            cards=cards,
+            gpu_layers=self.gpu_layers,
         )
 
 
-def fingerprint(kind: str, threads: int, feature_level: str) -> str:
+def cards_of(device: str, gpu_memory_bytes: int | None) -> tuple[Card, ...]:
+    """The cards of such a device on this machine, as a worker would find them. UsageError where one is not there."""
+    found = []
+    for name in card_names(device):
+        card = backends.open_card(name, 1, gpu_memory_bytes)
+        found.append(card.card())
+        card.close()
+    return tuple(found)
+
+
+def fingerprint(kind: str, threads: int, feature_level: str, cards: tuple[Card, ...] = ()) -> str:
     """Of this machine as such a device uses it; a feature level of "" is the best there is. UsageError for one that is
     not available here."""
+    level = backends.open_processor(kind, 1, feature_level).feature_level
+    return _fingerprint(kind, threads, level, cards)
+
+
+def _fingerprint(kind: str, threads: int, level: str, cards: tuple[Card, ...]) -> str:
     cores = len(os.sched_getaffinity(0))
-    level = _backend(kind, 1, feature_level).feature_level
-    return f"{processor_name()}, {cores} cores, {threads} threads, {kind} {level}"
+    gpus = Counter(f"{card.name} with {card.total_bytes // MIB} MiB" for card in cards)
+    beside = "".join(f", {count} x {gpu}" for gpu, count in gpus.items())
+    return f"{processor_name()}, {cores} cores, {threads} threads, {kind} {level}{beside}"
 
 
 def check_devices(devices: Iterable[tuple[str, str]], model: Model) -> None:
@@ -86,28 +137,16 @@ def check_devices(devices: Iterable[tuple[str, str]], model: Model) -> None:
     UsageError for what this machine does not have, ModelFileError where a device cannot run the model.
     """
     for kind, feature_level in sorted(set(devices)):
-        _backend(kind, 1, feature_level)
+        backends.open_processor(kind, 1, feature_level)
         _check_model(kind, model)
 
 
 def _check_model(kind: str, model: Model) -> None:
-    if kind == "cpu":
+    if kind != "reference":
         from llamaclust.kernels.cpu.weights import check_weights
 
         program = model.program(0, model.layer_count)
         check_weights(program, model.tensors_for(program))
-
-
-def _backend(device: str, threads: int, feature_level: str, prepared: PreparedFolder | None = None) -> Backend:
-    if device == "cpu":
-        from llamaclust.kernels.cpu.backend import CpuBackend
-
-        return CpuBackend(threads, feature_level, prepared=prepared)
-    if device == "reference":
-        from llamaclust.kernels.reference.backend import ReferenceBackend
-
-        return ReferenceBackend()
-    raise UsageError(f"device {device!r}: only cpu and reference are supported")
 
 
 def _prepared(settings: WorkerSettings) -> PreparedFolder | None:

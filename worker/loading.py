@@ -6,12 +6,12 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 from llamaclust.errors import DoesNotFitError, ModelFileError
 from llamaclust.model.loader import Model
 from llamaclust.sizes import missing
-from llamaclust.wire.control import Load, LoadProgress
+from llamaclust.wire.control import DeviceLayers, Load, LoadProgress
 from llamaclust.worker.absent_file import AbsentFile
 from llamaclust.worker.devices import Device
 from llamaclust.worker.stage_runner import StageMemory, StageRunner, held_weight_bytes, model_program, plan_memory
@@ -81,25 +81,31 @@ def _open(order: Load, weights: Weights) -> Model | None:
 
 
 def _planned(order: Load, device: Device, model: Model) -> StageMemory:
-    planned = plan_memory(device.backend, model, order.start, order.end, order.limits)
-    held_bytes = held_weight_bytes(device.backend, model, order.start, order.end, order.limits)
-    _check_memory(order, planned, device.free_memory_bytes + held_bytes)
+    """What the stage will take, on all devices together. DoesNotFitError names one that has too little."""
+    parts = [_part(one, order, device, model) for one in device.layers(order)]
+    return StageMemory(*(sum(sizes) for sizes in zip(*map(astuple, parts), strict=True)))
+
+
+def _part(one: DeviceLayers, order: Load, device: Device, model: Model) -> StageMemory:
+    backend = device.backend_of(one.device)
+    planned = plan_memory(backend, model, one.start, one.end, order.limits)
+    held_bytes = held_weight_bytes(backend, model, one.start, one.end, order.limits)
+    free_bytes = device.free_bytes_of(one.device) + held_bytes
+    if planned.total_bytes > free_bytes:
+        where = f"on {one.device}, " if order.devices else ""
+        raise DoesNotFitError(f"{where}layers [{one.start}, {one.end}) need {missing(planned.parts, free_bytes)}")
     return planned
 
 
 def _runner(order: Load, device: Device, model: Model, progress: _Progress) -> StageRunner:
     return StageRunner(
-        device.backend,
+        device.backend_for(order),
         model,
         order.start,
         order.end,
         order.limits,
         feature_level=device.feature_level,
         threads=device.threads,
+        devices=order.devices,
         progress=progress.add,
     )
-
-
-def _check_memory(order: Load, planned: StageMemory, free_bytes: int) -> None:
-    if planned.total_bytes > free_bytes:
-        raise DoesNotFitError(f"layers [{order.start}, {order.end}) need {missing(planned.parts, free_bytes)}")

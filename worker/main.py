@@ -11,7 +11,7 @@ import signal
 import sys
 from typing import NoReturn
 
-from llamaclust.errors import DeadlineError, LlamaclustError, WorkerError
+from llamaclust.errors import DeadlineError, DeviceLostError, LlamaclustError, WorkerError
 from llamaclust.logs import start_logging
 from llamaclust.wire.channels import Peer
 from llamaclust.wire.deadlines import deadline
@@ -98,7 +98,9 @@ async def _live(settings: WorkerSettings) -> str:
         member = Member(settings.name, token, device, service, compute, weights)
         await member.join(coordinator, device.registration(settings.name, server.address), settings.join_s)
         _log.info("worker %s is a member, its stages are served at %s", settings.name, server.address)
-        return await member.serve()
+        return await compute.while_able(member.serve())
+    except DeviceLostError:
+        raise
     except WorkerError as error:
         raise WorkerError(f"the coordinator is gone: {error}") from error
     finally:

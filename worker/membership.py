@@ -10,7 +10,15 @@ from dataclasses import replace
 from functools import partial
 from time import perf_counter_ns
 
-from llamaclust.errors import DeadlineError, LlamaclustError, ModelFileError, UsageError, WireError, WorkerError
+from llamaclust.errors import (
+    DeadlineError,
+    DeviceLostError,
+    LlamaclustError,
+    ModelFileError,
+    UsageError,
+    WireError,
+    WorkerError,
+)
 from llamaclust.logs import last_lines, last_trouble, name_cluster
 from llamaclust.wire.bounds import one_line
 from llamaclust.wire.channels import JOIN, ClientStream, Peer
@@ -167,6 +175,8 @@ class Member:
                 loaded = await self._loaded(order)
             except Exception as error:  # noqa: BLE001  a border: the coordinator is told, the worker stays
                 _log.error("layers [%d, %d) of epoch %d: %s", order.start, order.end, order.epoch, error)
+                if isinstance(error, DeviceLostError):
+                    self._compute.give_up(error)
                 await self._say(LoadFailed(order.epoch, _failure(error)))
                 return
             await self._say(loaded)
@@ -296,7 +306,12 @@ class Member:
             while True:
                 await asyncio.sleep(self._deadlines.heartbeat_s)
                 now_ns, total_ns = perf_counter_ns(), self._counters.busy_ns
-                await self._say(self._heartbeat(min(1.0, (total_ns - busy_ns) / (now_ns - last_ns))))
+                try:
+                    beat = self._heartbeat(min(1.0, (total_ns - busy_ns) / (now_ns - last_ns)))
+                except DeviceLostError as error:  # its memory is asked for
+                    self._compute.give_up(error)
+                    return
+                await self._say(beat)
                 last_ns, busy_ns = now_ns, total_ns
 
     def _heartbeat(self, busy: float) -> Heartbeat:
@@ -312,6 +327,7 @@ class Member:
             self._weights.sent_bytes,
             self._weights.received_bytes,
             one_line(last_trouble()),
+            tuple(card.free_bytes for card in self._device.cards),
         )
 
     async def _say(self, message: WorkerMessage) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -46,8 +47,9 @@ class StageService:
         self._flows.clear()
 
     @property
-    def kept_bytes(self) -> int:
-        return sum(flow.runner.memory.total_bytes for flow in self._kept)
+    def kept_bytes(self) -> Counter[str]:
+        """By device."""
+        return sum((Counter(flow.runner.device_bytes) for flow in self._kept), Counter())
 
     async def take_kept(self, order: Load) -> StageRunner | None:
         """A kept stage's weights and KV memory, where they are what `order` wants; the other ones are freed."""
@@ -87,7 +89,7 @@ class StageService:
 
 def _serves(held: StageRunner, order: Load) -> bool:
     """Whether a stage can do what an order wants of one: more KV blocks than asked for do no harm."""
-    same_layers = (held.program.start, held.program.end) == (order.start, order.end)
+    same_layers = (held.program.start, held.program.end, held.devices) == (order.start, order.end, order.devices)
     has, asked = held.limits, order.limits
     enough = has.kv_blocks >= asked.kv_blocks and has.window_blocks >= asked.window_blocks
     same_groups = (has.window_blocks > 0) == (asked.window_blocks > 0)

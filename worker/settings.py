@@ -19,9 +19,9 @@ class WorkerSettings:
     join: str  # gRPC target of the coordinator
     token_file: Path | None  # None: insecure
     listen: str = ""  # gRPC target of this worker's Stage service; port 0: any free one
-    device: str = "cpu"  # "cpu" | "reference"
+    device: str = "cpu"  # "cpu" | "reference" | "cuda:N", or several of these with commas between
     threads: int | None = None  # None: one a core
-    memory_bytes: int | None = None  # cap on weights, KV memory and workspace; None: what is free
+    memory_bytes: int | None = None  # cap on weights, KV memory and workspace in RAM; None: what is free
     feature_level: str = ""  # "": the best there is
     join_s: float = 60.0  # how long to wait for the coordinator
     parent_pid: int | None = None
@@ -34,3 +34,5 @@ class WorkerSettings:
     log_format: LogFormat = LogFormat.TEXT
     cluster: str = ""  # its name, for the log; "": not known
     model_dir: Path | None = None  # where model files lie that are not where the coordinator has them
+    gpu_layers: int | None = None  # of a stage on GPUs, its last ones; None: as many as these have memory for
+    gpu_memory_bytes: int | None = None  # cap on what is taken of each GPU; None: what is free there

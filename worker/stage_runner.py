@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 from llamaclust.errors import UsageError, WireError
 from llamaclust.kernels.backend import Backend, Float32, Progress
+from llamaclust.kernels.chain import ChainStage
 from llamaclust.kernels.sampling import Sampler
 from llamaclust.model.loader import Model
 from llamaclust.model.program import KvType, Program
-from llamaclust.wire.control import StageLimits
+from llamaclust.wire.control import DeviceLayers, StageLimits
 from llamaclust.wire.messages import Microbatch, RowResult, SamplingInputs
 from llamaclust.worker.batches import build_batch
 
@@ -47,13 +48,20 @@ def held_weight_bytes(backend: Backend, model: Model, start: int, end: int, limi
     return backend.held_bytes(program, model.tensors_for(program))
 
 
-def planned_workspace_bytes(model: Model, start: int, end: int, limits: StageLimits, threads: int) -> int:
-    """What layers [start, end) will take beside weights and KV memory on `threads` of a CPU. ModelFileError where they
-    cannot be computed."""
+def planned_workspace_bytes(
+    model: Model, start: int, end: int, limits: StageLimits, threads: int, device: str = "cpu"
+) -> int:
+    """What layers [start, end) will take beside weights and KV memory on `threads` of a CPU, or on a GPU.
+    ModelFileError where they cannot be computed."""
+    program = model_program(model, start, end, limits)
+    tensors = model.tensors_for(program)
+    if device != "cpu":
+        from llamaclust.kernels.cuda import backend as cuda
+
+        return cuda.workspace_bytes(program, tensors, limits)
     from llamaclust.kernels.cpu.backend import workspace_bytes
 
-    program = model_program(model, start, end, limits)
-    return workspace_bytes(program, model.tensors_for(program), limits, threads)
+    return workspace_bytes(program, tensors, limits, threads)
 
 
 def model_program(model: Model, start: int, end: int, limits: StageLimits) -> Program:
@@ -77,13 +85,16 @@ class StageRunner:
         *,
         feature_level: str = "",
         threads: int = 1,
+        devices: tuple[DeviceLayers, ...] = (),
         progress: Progress = lambda done_bytes: None,
     ) -> None:
-        """Loads weights, which may take long. `feature_level` ("": the best) and `threads` are the sampler's."""
+        """Loads weights, which may take long. `feature_level` ("": the best) and `threads` are the sampler's.
+        `devices`: which of the layers the worker's devices hold, where it has several."""
         program = model_program(model, start, end, limits)
         self.program = program
         self.model_id = model.model_id
         self.limits = limits
+        self.devices = devices
         self._vocabulary = model.hyperparameters.vocabulary_size
         self._sampler = Sampler(self._vocabulary, feature_level, threads) if program.is_last else None
         self._stage = backend.load(program, model.tensors_for(program), limits, progress)
@@ -106,6 +117,17 @@ class StageRunner:
         if len(inputs.tasks) != len(logits):
             raise WireError(f"{len(inputs.tasks)} tasks for {len(logits)} output rows")
         return self._sampler.run(logits, inputs.tasks) if inputs.tasks else ()
+
+    @property
+    def device_bytes(self) -> dict[str, int]:
+        """What it takes of the memory of each device."""
+        if not self.devices:
+            return {"cpu": self.memory.total_bytes}
+        stages = self._stage.stages if isinstance(self._stage, ChainStage) else (self._stage,)
+        return {
+            one.device: stage.weight_bytes + stage.kv_bytes + stage.workspace_bytes
+            for one, stage in zip(self.devices, stages, strict=True)
+        }
 
     @property
     def weights(self) -> object:

@@ -8,7 +8,7 @@ import logging
 import socket
 from dataclasses import replace
 
-from llamaclust.errors import DeadlineError, LlamaclustError, UsageError, WorkerError
+from llamaclust.errors import DeadlineError, DeviceLostError, LlamaclustError, UsageError, WorkerError
 from llamaclust.wire.bounds import one_line
 from llamaclust.wire.channels import Peer
 from llamaclust.wire.control import Register
@@ -64,7 +64,8 @@ class _StaticWorker:
             try:
                 return await self._live_once()
             except LlamaclustError as error:
-                if isinstance(error, UsageError) and self._coordinator_s is None:
+                is_refused = isinstance(error, UsageError) and self._coordinator_s is None
+                if is_refused or isinstance(error, DeviceLostError):
                     raise
                 await self._patience.rest(error, self._coordinator_s)
 
@@ -83,7 +84,7 @@ class _StaticWorker:
             self._coordinator_s = member.coordinator_s
             self._patience.end()
             _log.info("worker %s is a member, its stages are served at %s", self._settings.name, self._address)
-            return await member.serve()
+            return await self._compute.while_able(member.serve())
         finally:
             self._service.keep()
             await peer.close()
@@ -123,8 +124,10 @@ class _StaticWorker:
         """What is kept from before can be had again."""
         kept = self._service.kept_bytes
         now = self._device.registration(self._settings.name, self._address)
-        free, machine = now.free_memory_bytes + kept, now.machine_free_bytes + kept
-        return replace(now, free_memory_bytes=free, machine_free_bytes=machine, log=one_line(log_place()))
+        free, machine = now.free_memory_bytes + kept["cpu"], now.machine_free_bytes + kept["cpu"]
+        cards = tuple(replace(card, free_bytes=card.free_bytes + kept[card.device]) for card in now.cards)
+        here = one_line(log_place())
+        return replace(now, free_memory_bytes=free, machine_free_bytes=machine, cards=cards, log=here)
 
     async def close(self) -> None:
         self._compute.close()

@@ -10,7 +10,7 @@ from functools import partial
 from time import perf_counter_ns
 from typing import TypeVar
 
-from llamaclust.errors import LlamaclustError, WireError
+from llamaclust.errors import DeviceLostError, LlamaclustError, WireError
 from llamaclust.kernels.backend import Float32
 from llamaclust.wire.bounds import one_line
 from llamaclust.wire.codec import encode_result
@@ -111,6 +111,8 @@ class StageStep:
         """One microbatch fails, the worker serves on."""
         if isinstance(error, WireError):
             raise error
+        if isinstance(error, DeviceLostError):
+            self._compute.give_up(error)
         if isinstance(error, LlamaclustError):
             _log.error("microbatch %d: %s", arrival.microbatch.number, error)
             return self._failed(arrival, f"{self._where}: {error}")

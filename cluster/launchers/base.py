@@ -34,6 +34,8 @@ class WorkerSpec:
     cluster: str = ""  # whose it is, for its log
     weights_dir: Path | None = None  # where it keeps weights that it fetched from others, if it may; shared likewise
     weights_bytes: int = 0
+    gpu_layers: int | None = None
+    gpu_memory_bytes: int | None = None
 
 
 class Launcher(Protocol):

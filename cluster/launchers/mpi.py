@@ -83,6 +83,8 @@ class MpiLauncher:
                 spec.cluster,
                 addresses,
                 token,
+                gpu_layers=spec.gpu_layers,
+                gpu_memory_bytes=spec.gpu_memory_bytes,
             )
             self._start(spec.name)
         self._do(self._hear(reader, exited))

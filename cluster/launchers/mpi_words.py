@@ -25,6 +25,8 @@ class StartWorker:
     addresses: tuple[str, ...]
     token: str = field(repr=False)
     sharers: int = 1  # ranks on this rank's machine, which rank 0 knows
+    gpu_layers: int | None = None
+    gpu_memory_bytes: int | None = None
 
     @property
     def spec(self) -> WorkerSpec:
@@ -36,6 +38,8 @@ class StartWorker:
             self.feature_level,
             log_format=LogFormat(self.log_format),
             cluster=self.cluster,
+            gpu_layers=self.gpu_layers,
+            gpu_memory_bytes=self.gpu_memory_bytes,
         )
 
 

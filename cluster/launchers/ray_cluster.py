@@ -14,7 +14,7 @@ from typing import Any
 
 import grpc
 
-from llamaclust.cluster.config import Ray
+from llamaclust.cluster.config_sections import Ray
 from llamaclust.cluster.launchers.base import WorkerSpec
 from llamaclust.cluster.state import write_private
 from llamaclust.errors import LlamaclustError, UsageError

@@ -123,5 +123,5 @@ def resources(worker: WorkerSpec) -> dict[str, float]:
     if worker.memory_bytes is not None:
         needed["memory"] = worker.memory_bytes
     if worker.device.startswith("cuda"):
-        needed["GPU"] = 1
+        needed["GPU"] = worker.device.count(",") + 1
     return needed

@@ -19,6 +19,6 @@ def workspace_of(model: Model, limits: StageLimits) -> Workspace:
     def bytes_at(place: StagePlace) -> int:
         end = model.layer_count if place.is_last else max(1, model.layer_count - 1)
         at = replace(limits, max_context_tokens=place.context_length)
-        return planned_workspace_bytes(model, 0, end, at, place.threads)
+        return planned_workspace_bytes(model, 0, end, at, place.threads, place.device)
 
     return bytes_at

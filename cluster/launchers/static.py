@@ -7,7 +7,8 @@ import contextlib
 import logging
 from collections.abc import Collection, Iterator, Sequence
 
-from llamaclust.cluster.config import ClusterConfig, WorkerConfig
+from llamaclust.cluster.config import ClusterConfig
+from llamaclust.cluster.config_sections import WorkerConfig
 from llamaclust.cluster.config_values import is_loopback, split_address
 from llamaclust.cluster.events import AwaitingWorkers, Watch, WorkerJoined
 from llamaclust.cluster.launchers.base import Exited, GaveUp, WorkerSpec

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 
 from llamaclust.cluster.launchers.base import WorkerSpec
 
-_INHERITED = ("PATH", "HOME", "LANG", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "CUDA_VISIBLE_DEVICES")
-_INHERITED_PREFIXES = ("LC_", "PYTHON", "GRPC_", "ASAN_", "TSAN_", "UBSAN_")
+_INHERITED = ("PATH", "HOME", "LANG", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "VIRTUAL_ENV")
+_INHERITED_PREFIXES = ("LC_", "PYTHON", "GRPC_", "CUDA_", "CUPY_", "NVIDIA_", "ASAN_", "TSAN_", "UBSAN_")
 
 
 def worker_command(spec: WorkerSpec, join: str, *flags: str, **more: object) -> list[str]:
@@ -20,6 +20,8 @@ def worker_command(spec: WorkerSpec, join: str, *flags: str, **more: object) -> 
         "name": spec.name,
         "join": join,
         "device": spec.device,
+        "gpu_layers": spec.gpu_layers,
+        "gpu_memory_bytes": spec.gpu_memory_bytes,
         "threads": spec.threads,
         "memory_bytes": spec.memory_bytes,
         "feature_level": spec.feature_level or None,

@@ -1,0 +1,42 @@
+"""Python reads this first in worker processes of tests that have this folder on their path: these find a GPU that is
+none. PYTHON_TEST_LOSE_GPU=FILE: it is lost at the next launch once there is such a file, which is removed.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from shim_build import build
+from shim_device import ShimDevice
+
+from llamaclust.errors import DeviceLostError
+from llamaclust.kernels.cpu.prepared_files import PreparedFolder
+from llamaclust.kernels.cuda.backend import CudaBackend
+from llamaclust.kernels.cuda.device import Launch
+from llamaclust.worker import backends
+from llamaclust.worker.backends import CardBackend
+
+_MEMORY_BYTES = 256 << 20
+
+
+class LostDevice(ShimDevice):
+    """One that is lost on demand."""
+
+    def launch(self, launch: Launch) -> None:
+        order = Path(os.environ["PYTHON_TEST_LOSE_GPU"])
+        if order.exists():
+            order.unlink()
+            raise DeviceLostError("cuda:0 is lost: the test's own words")
+        super().launch(launch)
+
+
+def open_card(
+    name: str, threads: int, memory_cap_bytes: int | None, prepared: PreparedFolder | None = None
+) -> CardBackend:
+    kind = LostDevice if "PYTHON_TEST_LOSE_GPU" in os.environ else ShimDevice
+    device = kind(build(), memory_bytes=min(memory_cap_bytes or _MEMORY_BYTES, _MEMORY_BYTES), sms=1)
+    return CudaBackend(name, device, threads, prepared)
+
+
+backends.open_card = open_card

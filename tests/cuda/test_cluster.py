@@ -1,0 +1,118 @@
+"""Clusters whose workers have GPUs: the answers of one worker without, wherever the layers lie and whatever is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_model import build_tiny_model
+
+from llamaclust.cluster.config import load_config
+from llamaclust.cluster.coordinator import Cluster, open_cluster
+from llamaclust.cluster.requests import Generation, TokenChosen
+from llamaclust.cluster.state import ClusterDir, ClusterRecord
+from llamaclust.cluster.status import cluster_status
+from llamaclust.model.quant_types import QuantType
+from llamaclust.wire.messages import SamplingParams
+
+HERE = Path(__file__).parent
+DEADLINE_S = 120.0
+ASKS = (
+    Generation("greedy", (5, 9, 17, 33, 65, 3, 7), 6),
+    Generation("seeded", (4, 8, 15), 6, SamplingParams(temperature=0.9, top_k=20), seed=3),
+)
+Answer = list[tuple[int, bytes]]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("gpu") / "tiny.gguf"
+    small = {"hidden": 64, "heads": 4, "kv_heads": 2, "ffn": 96, "vocabulary": 320}
+    return build_tiny_model(path, layers=4, quant_type=QuantType.Q8_0, **small)  # type: ignore[arg-type]
+
+
+@pytest.fixture(autouse=True)
+def shim(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the processes that are started, where no real card is to be tested."""
+    if request.config.getoption("--gpu", default=False):
+        return
+    folders = [HERE / "shim_site", HERE]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([*map(str, folders), os.environ.get("PYTHONPATH", "")]))
+
+
+async def ask(cluster: Cluster, wanted: Generation, on_token: Callable[[], None]) -> Answer:
+    rows = []
+    async for event in cluster.engine.submit(wanted):
+        if isinstance(event, TokenChosen):
+            rows.append(event.row)
+            on_token()
+    return [(row.token, struct.pack("<f", row.logprob)) for row in rows]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What became of a cluster."""
+
+    answers: list[Answer]
+    status: dict[str, Any]
+    recoveries: int
+
+
+async def run(model: Path, folder: Path, *overrides: str, on_token: Callable[[], None] = lambda: None) -> Run:
+    config = load_config(None, [f"model={model}", "context_length=64", "max_sequences=2", *overrides])
+    directory = ClusterDir(folder)
+    directory.create()
+    async with asyncio.timeout(DEADLINE_S), open_cluster(config, model, directory) as cluster:
+        found = await asyncio.gather(*(ask(cluster, one, on_token) for one in ASKS))
+        status = cluster_status(cluster, ClusterRecord("x", 1, "http://x", "m"))
+        return Run(found, status, cluster.supervisor.recoveries)
+
+
+@pytest.fixture(scope="module")
+def wanted(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Answer]:
+    one = "workers=[{name: a, threads: 1, bandwidth: 20, int8: 300}]"
+    return asyncio.run(run(model, tmp_path_factory.mktemp("one"), one)).answers
+
+
+def test_a_gpu_with_layers_in_ram_beside_a_worker_without(model: Path, wanted: list[Answer], tmp_path: Path) -> None:
+    gpu = "{name: a, threads: 1, device: cuda:0, gpu_layers: 2}"
+    plan = "plan=[{worker: a, layers: [0, 3]}, {worker: b, layers: [3, 4]}]"
+    done = asyncio.run(run(model, tmp_path, f"workers=[{gpu}, {{name: b, threads: 1}}]", plan))
+    assert done.answers == wanted
+    stage, worker = done.status["plan"]["stages"][0], done.status["status"]["workers"][0]
+    assert [(one["device"], one["start"], one["end"]) for one in stage["devices"]] == [("cpu", 0, 1), ("cuda:0", 1, 3)]
+    least = stage["weight_bytes"] + stage["kv_bytes"]
+    assert worker["device"] == "cuda:0" and least < worker["memory_bytes"] <= least + stage["workspace_bytes"]
+    (gpu_now,) = worker["gpus"]
+    assert gpu_now["device"] == "cuda:0" and gpu_now["total_bytes"] >= 256 << 20
+    assert 0 < stage["devices"][1]["memory_bytes"] <= gpu_now["total_bytes"]
+    assert done.status["plan"]["token_ms"] > 0, "measured"
+
+
+def test_a_worker_whose_gpu_is_lost_is_a_lost_worker(
+    model: Path, wanted: list[Answer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends with the reason, is started again, and the requests that it had go on."""
+    if "shim_site" not in os.environ.get("PYTHONPATH", ""):
+        pytest.skip("a real card cannot be lost on demand")
+    order = tmp_path / "lose it"
+    monkeypatch.setenv("PYTHON_TEST_LOSE_GPU", str(order))
+    given = list[bool]()
+
+    def lose() -> None:
+        if not given:
+            given.append(True)
+            order.touch()
+
+    workers = "workers=[{name: a, threads: 1, device: [cuda:0, cuda:1]}]"
+    done = asyncio.run(run(model, tmp_path / "cluster", workers, on_token=lose))
+    assert given and not order.exists() and done.recoveries == 1
+    assert done.answers == wanted
+    log = (tmp_path / "cluster" / "logs" / "a.log").read_text()
+    assert "cuda:0 is lost: the test's own words" in log and "Traceback" not in log

@@ -1,0 +1,168 @@
+"""Plans of workers with GPUs: which layers lie where, to the byte, and what that should bring."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+from test_cluster_planner import ASK, SMALL, worker
+
+from llamaclust.cluster.costs import CardFacts, StageCosts, WorkerFacts
+from llamaclust.cluster.plan import DevicePlan, Plan
+from llamaclust.cluster.plan_inputs import _with_cards
+from llamaclust.cluster.plan_text import plan_json, plan_lines
+from llamaclust.cluster.planner import PlanRequest, make_plan
+from llamaclust.cluster.planner_workspace import StagePlace
+from llamaclust.cluster.shares import WorkerCards, shared_cards
+from llamaclust.cluster.state import CardMeasurement, Measurement
+from llamaclust.errors import DoesNotFitError
+from llamaclust.sizes import MIB
+from llamaclust.wire.control import Card, DeviceLayers
+
+
+def workspace(place: StagePlace) -> int:
+    """A GPU's differs from a processor's."""
+    return (9 if place.is_last else 3) * MIB if place.device != "cpu" else (7 if place.is_last else 4) * MIB
+
+
+CARD_ASK: PlanRequest = replace(ASK, workspace=workspace, max_sequences=1)
+CONTEXT = 1024 * 4096  # KV memory of a layer
+
+
+def with_cards(
+    *memory_mib: int, gpu_layers: int | None = None, ram_mib: int = 10_000, name: str = "a", read: float | None = 400
+) -> WorkerFacts:
+    cards = tuple(
+        CardFacts(f"cuda:{number}", mib * MIB, read, None if read is None else 30_000)
+        for number, mib in enumerate(memory_mib)
+    )
+    return replace(worker(name, ram_mib), cards=cards, gpu_layers=gpu_layers)
+
+
+def devices(plan: Plan) -> list[tuple[str, int, int]]:
+    (stage,) = plan.stages
+    return [(one.device, one.start, one.end) for one in stage.devices]
+
+
+def test_all_layers_go_to_a_card_that_has_room() -> None:
+    plan = make_plan(SMALL, [with_cards(1000)], CARD_ASK)
+    assert devices(plan) == [("cuda:0", 0, 12)]
+    (stage,) = plan.stages
+    assert stage.memory_bytes == 11_000 * MIB
+    assert stage.bytes == stage.devices[0].bytes == (160 + 9) * MIB + stage.kv_bytes
+    assert plan.prediction is not None
+    assert plan.prediction.token_ms == pytest.approx(140 * MIB / 400e9 * 1e3)
+    assert stage.device_layers == (DeviceLayers("cuda:0", 0, 12),)
+
+
+def test_what_does_not_fit_there_stays_in_ram() -> None:
+    """The card takes the head and the last layers, to the byte; the embedding is the processor's."""
+    room = 20 * MIB + 9 * MIB + 5 * (10 * MIB + CONTEXT)
+    facts = with_cards(0)
+    for free, layers in ((room, 5), (room - 1, 4)):
+        card = replace(facts.cards[0], memory_bytes=free)
+        plan = make_plan(SMALL, [replace(facts, cards=(card,))], CARD_ASK)
+        assert devices(plan) == [("cpu", 0, 12 - layers), ("cuda:0", 12 - layers, 12)]
+        cpu, gpu = plan.stages[0].devices
+        assert cpu.workspace_bytes == 4 * MIB and gpu.workspace_bytes == 9 * MIB
+        assert cpu.weight_bytes == 20 * MIB + (12 - layers) * 10 * MIB
+        assert gpu.bytes <= free
+    assert plan.prediction is not None
+    ms = (8 * 10 * MIB / 20e9 + (4 * 10 + 20) * MIB / 400e9) * 1e3
+    assert plan.prediction.token_ms == pytest.approx(ms)
+
+
+@pytest.mark.parametrize(("gpu_layers", "on_card"), [(0, 0), (3, 3), (12, 12), (99, 12)])
+def test_the_user_says_how_many(gpu_layers: int, on_card: int) -> None:
+    plan = make_plan(SMALL, [with_cards(1000, gpu_layers=gpu_layers)], CARD_ASK)
+    wanted = [("cpu", 0, 12 - on_card), ("cuda:0", 12 - on_card, 12)]
+    assert devices(plan) == [one for one in wanted if one[1] < one[2]]
+
+
+def test_more_layers_than_fit_are_refused_with_what_is_missing() -> None:
+    with pytest.raises(DoesNotFitError, match=r"a, cuda:0 60.* MiB are missing"):
+        make_plan(SMALL, [with_cards(60, gpu_layers=12)], CARD_ASK)
+    by_hand = replace(CARD_ASK, manual=(("a", 0, 12),))
+    with pytest.raises(DoesNotFitError, match=r"worker 'a, cuda:0': layers \[0, 12\) need .*it has 60 MiB"):
+        make_plan(SMALL, [with_cards(60, gpu_layers=12)], by_hand)
+
+
+def test_two_cards_and_ram() -> None:
+    plan = make_plan(SMALL, [with_cards(60, 80)], CARD_ASK)
+    found = devices(plan)
+    assert [one[0] for one in found] == ["cpu", "cuda:0", "cuda:1"]
+    assert found[0][1] == 0 and found[-1][2] == 12 and all(a[2] == b[1] for a, b in pairwise(found))
+    for one in plan.stages[0].devices:
+        assert one.memory_bytes is not None and one.bytes <= one.memory_bytes
+
+
+def test_a_card_without_room_for_a_layer_is_left_out() -> None:
+    assert devices(make_plan(SMALL, [with_cards(5)], CARD_ASK)) == [("cpu", 0, 12)]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_random_clusters_keep_to_the_memory_of_every_device(seed: int) -> None:
+    source = random.Random(seed)
+    workers = [
+        with_cards(
+            *(source.randrange(10, 150) for _ in range(source.randrange(3))),
+            gpu_layers=source.choice([None, None, source.randrange(5)]),
+            ram_mib=source.randrange(20, 300),
+            name=f"w{number}",
+        )
+        for number in range(source.randrange(1, 5))
+    ]
+    ask = replace(CARD_ASK, objective=source.choice(["latency", "throughput"]), max_sequences=source.choice([1, 8]))
+    print(f"seed {seed}: {workers}")
+    try:
+        plan = make_plan(SMALL, workers, ask)
+    except DoesNotFitError:
+        assert sum(card.memory_bytes for one in workers for card in one.cards) < 1000 * MIB
+        return
+    at = 0
+    for stage in plan.stages:
+        facts = next(one for one in workers if one.name == stage.worker)
+        parts = stage.devices or (
+            DevicePlan("cpu", *(getattr(stage, name) for name in DevicePlan.__slots__ if name != "device")),
+        )
+        on_cards = sum(part.end - part.start for part in parts if part.device != "cpu")
+        assert facts.gpu_layers is None or on_cards == min(facts.gpu_layers, stage.end - stage.start) or not facts.cards
+        for part in parts:
+            assert part.start == at < part.end and part.bytes <= (part.memory_bytes or 0)
+            assert part.weight_bytes == StageCosts.of(SMALL).weight_bytes(part.start, part.end)
+            at = part.end
+        assert stage.bytes == sum(part.bytes for part in parts)
+    assert at == 12
+
+
+def test_a_worker_with_a_card_takes_what_slower_ones_would() -> None:
+    plan = make_plan(SMALL, [worker("slow"), with_cards(1000, name="fast")], CARD_ASK)
+    assert [stage.worker for stage in plan.stages] == ["fast"]
+    unmeasured = make_plan(SMALL, [worker("slow"), with_cards(1000, name="fast", read=None)], CARD_ASK)
+    assert [stage.worker for stage in unmeasured.stages] == ["fast"] and unmeasured.prediction is None
+
+
+def test_the_plan_says_what_is_where() -> None:
+    plan = make_plan(SMALL, [with_cards(75)], CARD_ASK)
+    lines = [line for line in plan_lines(plan) if line.startswith("    ")]
+    assert [line.split(":")[0].strip() for line in lines] == ["cpu", "cuda"] and "of 75 MiB" in lines[1]
+    first, second = plan_json(plan)["stages"][0]["devices"]
+    assert (first["device"], second["device"], second["memory_bytes"]) == ("cpu", "cuda:0", 75 * MIB)
+
+
+def test_workers_of_one_machine_share_a_card() -> None:
+    card, other = Card("cuda:0", "X", 100, 90), Card("cuda:1", "X", 100, 80)
+    workers = {"a": WorkerCards((card, other), None), "b": WorkerCards((card,), 3), "c": WorkerCards((card,), None)}
+    shared = shared_cards({"a": "here", "b": "here", "c": "there"}, workers)
+    free = {name: [one.free_bytes for one in cards.cards] for name, cards in shared.items()}
+    assert free == {"a": [45, 80], "b": [45], "c": [90]}
+
+
+def test_speeds_come_from_measurements_of_as_many_cards() -> None:
+    facts, cards = worker("a"), WorkerCards((Card("cuda:0", "X", 100, 90),), 4)
+    measured = Measurement(20.0, 300.0, cards=(CardMeasurement(900.0, 70_000.0),))
+    known = _with_cards(facts, cards, measured)
+    assert known.cards == (CardFacts("cuda:0", 90, 900.0, 70_000.0),) and known.gpu_layers == 4
+    assert _with_cards(facts, cards, replace(measured, cards=())).cards == (CardFacts("cuda:0", 90),)

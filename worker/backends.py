@@ -1,0 +1,68 @@
+"""Opens what a worker can compute on: its processor, and GPUs by their numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, cast
+
+from llamaclust.errors import UsageError
+from llamaclust.kernels.backend import Backend
+from llamaclust.kernels.cpu.prepared_files import PreparedFolder
+from llamaclust.wire.control import Card, CardSpeed
+
+CUDA = "cuda:"
+
+
+class CardBackend(Backend, Protocol):
+    """A backend on a GPU, which has memory of its own."""
+
+    device: str  # "cuda:N"
+
+    @property
+    def free_bytes(self) -> int:
+        """What may still be taken of its memory, a cap considered."""
+        ...
+
+    def card(self) -> Card:
+        """What it is."""
+        ...
+
+    def measure(self) -> CardSpeed:
+        """What its kernels reach; blocks for a moment."""
+        ...
+
+    def limits(self) -> CardSpeed:
+        """What it can do at best."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def card_names(device: str) -> Sequence[str]:
+    """The GPUs of a device as settings have it: "cuda:0,cuda:1"."""
+    return device.split(",") if device.startswith(CUDA) else ()
+
+
+def open_processor(device: str, threads: int, feature_level: str, prepared: PreparedFolder | None = None) -> Backend:
+    """UsageError for a device or feature level that this machine does not have."""
+    if device == "cpu" or card_names(device):
+        from llamaclust.kernels.cpu.backend import CpuBackend
+
+        return CpuBackend(threads, feature_level, prepared=prepared)
+    if device == "reference":
+        from llamaclust.kernels.reference.backend import ReferenceBackend
+
+        return ReferenceBackend()
+    raise UsageError(f"device {device!r}: only cpu, cuda:N and reference are supported")
+
+
+def open_card(
+    name: str, threads: int, memory_cap_bytes: int | None, prepared: PreparedFolder | None = None
+) -> CardBackend:
+    """GPU "cuda:N"; `threads` pack weights for it. UsageError that says what is missing: CuPy, a driver, the GPU."""
+    from llamaclust.kernels.cuda.backend import CudaBackend
+    from llamaclust.kernels.cuda.cupy_device import CupyDevice
+    from llamaclust.kernels.cuda.device import Device
+
+    device = CupyDevice(int(name.removeprefix(CUDA)), memory_cap_bytes)
+    return CudaBackend(name, cast(Device, device), threads, prepared)  # which is given none but its own buffers

@@ -18,7 +18,7 @@ from pathlib import Path
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.model.loader import Model
 from llamaclust.tools.bench_limits import Spread
-from llamaclust.tools.bench_stage import BenchStage
+from llamaclust.tools.bench_stage import BenchStage, Sampling
 
 _SEQUENCES = 8
 _STEPS = 32
@@ -58,7 +58,7 @@ class Scaling:
     @contextmanager
     def _stage(self, batch: int, context: int) -> Iterator[BenchStage]:
         with Model.open(self.path) as model:
-            opened = BenchStage(model, CpuBackend(self.threads), batch, context)
+            opened = BenchStage(model, CpuBackend(self.threads), batch, context, Sampling(self.threads))
             try:
                 yield opened
             finally:

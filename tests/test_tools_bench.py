@@ -27,7 +27,7 @@ from llamaclust.tools import bench_load
 from llamaclust.tools.bench import BenchTask, Work, cores, run_bench
 from llamaclust.tools.bench_limits import Pair, Spread, paired
 from llamaclust.tools.bench_load import LoadMeter, OtherLoad
-from llamaclust.tools.bench_stage import BenchStage
+from llamaclust.tools.bench_stage import BenchStage, Sampling
 from llamaclust.tools.even_cut import even_cut
 
 HIDDEN, FFN, LAYERS, VOCABULARY, KV_WIDTH = 256, 512, 3, 320, 64
@@ -149,7 +149,7 @@ def test_a_limit_is_measured_before_and_after() -> None:
 
 def test_a_stage_does_the_steps_that_are_timed(tiny: Path) -> None:
     with Model.open(tiny) as model:
-        stage = BenchStage(model, CpuBackend(1), batch=3, context=100)
+        stage = BenchStage(model, CpuBackend(1), 3, 100, Sampling(1))
         seen: list[tuple[int, int]] = []
         run = stage._runner.run
 

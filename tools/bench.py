@@ -14,14 +14,17 @@ from typing import Any, Protocol
 
 from llamaclust.cluster.config import environment
 from llamaclust.errors import UsageError
+from llamaclust.kernels.backend import Backend
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.model.loader import Model
 from llamaclust.model.program import KvType
 from llamaclust.tools.background import in_background
+from llamaclust.tools.bench_gpu import GpuLimits
 from llamaclust.tools.bench_limits import Limits, MachineLimits, Pair, Spread, paired
 from llamaclust.tools.bench_load import LoadMeter, OtherLoad
-from llamaclust.tools.bench_stage import BenchStage
+from llamaclust.tools.bench_stage import BenchStage, Sampling
 from llamaclust.tools.model_info import describe
+from llamaclust.worker.backends import open_card
 
 OnStep = Callable[[str], None]
 """Told what is measured next."""
@@ -40,6 +43,7 @@ class BenchTask:
     repeats: int = 5
     workers: int = 1
     kv_type: KvType = KvType.F16
+    device: str = "cpu"  # or "cuda:N", in this process
 
     @property
     def threads_each(self) -> int:
@@ -175,19 +179,26 @@ def run_bench(task: BenchTask, on_step: OnStep) -> BenchReport:
             raise UsageError(f"{task.context} tokens are asked for, the model was made for {trained}")
         backend = CpuBackend(task.threads_each, environment().feature_level)
         measurement = _Measurement(task, Work.of(model, task), on_step)
-        load = LoadMeter()
-        if task.workers > 1:
+        load, level = LoadMeter(), backend.feature_level
+        if task.device != "cpu":
+            with closing(open_card(task.device, task.threads_each, None)) as card:
+                level = card.feature_level
+                in_background(partial(_stage_runs, model, card, level, measurement, GpuLimits(card))).result()
+        elif task.workers > 1:
             asyncio.run(_cluster_runs(measurement))
         else:
-            in_background(partial(_stage_runs, model, backend, measurement)).result()
+            in_background(partial(_stage_runs, model, backend, level, measurement)).result()
         quant_type = max(describe(model.file).by_type, key=lambda share: share.bytes).name
-        return replace(measurement.report(quant_type, backend.feature_level), other_load=load.measure())
+        return replace(measurement.report(quant_type, level), other_load=load.measure())
 
 
-def _stage_runs(model: Model, backend: CpuBackend, measurement: _Measurement) -> None:
+def _stage_runs(
+    model: Model, backend: Backend, level: str, measurement: _Measurement, limits: GpuLimits | None = None
+) -> None:
     task = measurement.task
-    with closing(BenchStage(model, backend, task.batch, task.context, task.kv_type)) as stage:
-        asyncio.run(measurement.run(_StageRunner(stage, task)))
+    sampling = Sampling(task.threads_each, environment().feature_level or "" if limits else level)
+    with closing(BenchStage(model, backend, task.batch, task.context, sampling, task.kv_type)) as stage:
+        asyncio.run(measurement.run(_StageRunner(stage, task), limits))
 
 
 async def _cluster_runs(measurement: _Measurement) -> None:
@@ -210,11 +221,12 @@ class _Measurement:
     decodes: list[Pair] = field(default_factory=list)
     machine: MachineLimits | None = None
 
-    async def run(self, runner: Runner) -> None:
+    async def run(self, runner: Runner, of_gpu: GpuLimits | None = None) -> None:
         """In turns, so that a change of the machine's mood meets all of them."""
         task, work = self.task, self.work
         self.on_step("warming up")
-        limits = await Limits.open(min(task.threads_each * task.workers, cores()), work.float_share)
+        threads = min(task.threads_each * task.workers, cores())
+        limits = of_gpu or await Limits.open(threads, work.float_share)
         await runner.prefill()
         for number in range(1, task.repeats + 1):
             self.on_step(f"decode {number}/{task.repeats}")

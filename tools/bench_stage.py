@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from time import perf_counter_ns
 
 import numpy as np
@@ -11,7 +12,7 @@ from llamaclust.cluster.scheduler_chunks import chunk_rows
 from llamaclust.cluster.settings import SchedulerSettings
 from llamaclust.cluster.stage_times import StageTimes
 from llamaclust.errors import LlamaclustError
-from llamaclust.kernels.cpu.backend import CpuBackend
+from llamaclust.kernels.backend import Backend
 from llamaclust.model.loader import Model
 from llamaclust.model.program import KV_BLOCK_TOKENS, KvType
 from llamaclust.wire.control import StageLimits
@@ -31,17 +32,31 @@ _MOST_ROWS = 512
 _SEED = 20_240_601
 
 
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """What the sampler computes with, whatever the backend; "" is the best feature level."""
+
+    threads: int
+    feature_level: str = ""
+
+
 class BenchStage:
     """A loaded stage and `batch` sequences of random tokens, each of `context` tokens at most."""
 
     def __init__(
-        self, model: Model, backend: CpuBackend, batch: int, context: int, kv_type: KvType = KvType.F16
+        self,
+        model: Model,
+        backend: Backend,
+        batch: int,
+        context: int,
+        sampling: Sampling,
+        kv_type: KvType = KvType.F16,
     ) -> None:
         blocks = -(-context // KV_BLOCK_TOKENS)
         rows = _MOST_ROWS + batch
         limits = StageLimits(rows, batch, batch, context, blocks * batch, kv_type)
-        level, threads = backend.feature_level, backend.threads
-        self._runner = StageRunner(backend, model, 0, model.layer_count, limits, feature_level=level, threads=threads)
+        level, layers = sampling.feature_level, model.layer_count
+        self._runner = StageRunner(backend, model, 0, layers, limits, feature_level=level, threads=sampling.threads)
         self._tables = [(blocks * index, blocks) for index in range(batch)]
         self._model_id = model.model_id
         vocabulary = model.hyperparameters.vocabulary_size

@@ -17,7 +17,7 @@ _KIND = QuantType.Q4_0
 _COLS = 4096
 _TILES_AN_SM = 16
 """Of 16 rows: two such matrices are more than a last cache holds."""
-_MANY_ROWS = 256
+_MANY_ROWS = 128
 _BLOCK, _PIECE_BYTES, _ROUNDS, _MACS = 256, 65536, 1024, 8 * 16 * 32 * 8
 """Of src/limits.cu."""
 _READ_BYTES = 1 << 30

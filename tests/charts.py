@@ -173,7 +173,7 @@ MATRIX: dict[str, Mapping[str, Any]] = {
     },
     "gpus": {
         "workers": {
-            "gpu": {"count": 1},
+            "gpu": {"count": 2, "layers": 20, "memory": "9GiB"},
             "runtimeClassName": "nvidia",
             "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists"}],
             "nodeSelector": {"gpu": "h200"},

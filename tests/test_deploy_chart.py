@@ -277,7 +277,8 @@ def test_workers_can_join_before_the_coordinator_is_ready() -> None:
 def test_gpus_are_limits_of_the_workers_alone() -> None:
     manifests = rendered("gpus")
     worker = one(manifests, "StatefulSet")["spec"]["template"]["spec"]
-    assert worker["containers"][0]["resources"]["limits"] == {"memory": "4Gi", "nvidia.com/gpu": "1"}
+    assert worker["containers"][0]["resources"]["limits"] == {"memory": "4Gi", "nvidia.com/gpu": "2"}
+    assert {"--device=cuda:0,cuda:1", "--gpu-layers=20", "--gpu-memory=9GiB"} <= set(worker["containers"][0]["args"])
     assert "nvidia.com/gpu" not in json.dumps(one(manifests, "Deployment"))
 
 

@@ -6,8 +6,14 @@
   {{- with $.Values.workers.memory }}
   memory: {{ . }}
   {{- end }}
-  {{- if $.Values.workers.gpu.count }}
-  device: cuda:0
+  {{- with $.Values.workers.gpu }}
+  {{- if .count }}
+  device: "{{ include "llamaclust.gpus" .count }}"
+  gpu_layers: {{ .layers }}
+  {{- with .memory }}
+  gpu_memory: {{ . }}
+  {{- end }}
+  {{- end }}
   {{- end }}
 {{- end }}
 {{- end }}

@@ -8,9 +8,20 @@
 - --memory={{ . }}
 {{- end }}
 - --model-dir=/var/lib/llamaclust/home/models
-{{- if .Values.workers.gpu.count }}
-- --device=cuda:0
+{{- with .Values.workers.gpu }}
+{{- if .count }}
+- --device={{ include "llamaclust.gpus" .count }}
+- --gpu-layers={{ .layers }}
+{{- with .memory }}
+- --gpu-memory={{ . }}
 {{- end }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{/* In a pod they are numbered from 0, whichever of the node's they are. */}}
+{{- define "llamaclust.gpus" -}}
+{{- range $number := until (int .) }}{{ if $number }},{{ end }}cuda:{{ $number }}{{ end }}
 {{- end }}
 
 {{/* Without a request Kubernetes would hand out all cores of the node as `requests.cpu`. */}}

@@ -21,6 +21,10 @@ from llamaclust.wire.control import Card, CardSpeed, StageLimits
 from llamaclust.wire.messages import NUMERICS_VERSION
 
 
+_RESERVED_SHARE = 256
+"""One part in so many of a GPU's memory is left to compiled kernels and graphs, which the driver holds there."""
+
+
 class CudaBackend:
     """See `kernels.backend.Backend`; a GPU's memory is what it counts. `threads` pack weights for it; without `graphs`
     each launch is made anew in each step."""
@@ -41,8 +45,9 @@ class CudaBackend:
 
     @property
     def free_bytes(self) -> int:
+        """Without what kernels and graphs will take."""
         with self._turns.watched():
-            return self._device.free_bytes
+            return max(0, self._device.free_bytes - self._device.memory_bytes // _RESERVED_SHARE)
 
     def card(self) -> Card:
         return Card(self.device, self._device.name, self._device.memory_bytes, self.free_bytes)

@@ -11,15 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from shim_build import build
+from shim_device import ShimDevice
 from tiny_model import build_tiny_model
 
+from llamaclust.cli.planning import _cards_here, plan_of
 from llamaclust.cluster.config import load_config
 from llamaclust.cluster.coordinator import Cluster, open_cluster
 from llamaclust.cluster.requests import Generation, TokenChosen
 from llamaclust.cluster.state import ClusterDir, ClusterRecord
 from llamaclust.cluster.status import cluster_status
+from llamaclust.errors import DoesNotFitError
+from llamaclust.kernels.cuda.backend import CudaBackend
 from llamaclust.model.quant_types import QuantType
 from llamaclust.wire.messages import SamplingParams
+from llamaclust.worker import backends
 
 HERE = Path(__file__).parent
 DEADLINE_S = 120.0
@@ -83,7 +89,9 @@ def wanted(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Answer
 def test_a_gpu_with_layers_in_ram_beside_a_worker_without(model: Path, wanted: list[Answer], tmp_path: Path) -> None:
     gpu = "{name: a, threads: 1, device: cuda:0, gpu_layers: 2}"
     plan = "plan=[{worker: a, layers: [0, 3]}, {worker: b, layers: [3, 4]}]"
-    done = asyncio.run(run(model, tmp_path, f"workers=[{gpu}, {{name: b, threads: 1}}]", plan))
+    done = asyncio.run(
+        run(model, tmp_path, f"workers=[{gpu}, {{name: b, threads: 1, bandwidth: 20, int8: 300}}]", plan)
+    )
     assert done.answers == wanted
     stage, worker = done.status["plan"]["stages"][0], done.status["status"]["workers"][0]
     assert [(one["device"], one["start"], one["end"]) for one in stage["devices"]] == [("cpu", 0, 1), ("cuda:0", 1, 3)]
@@ -116,3 +124,24 @@ def test_a_worker_whose_gpu_is_lost_is_a_lost_worker(
     assert done.answers == wanted
     log = (tmp_path / "cluster" / "logs" / "a.log").read_text()
     assert "cuda:0 is lost: the test's own words" in log and "Traceback" not in log
+
+
+def test_a_plan_knows_the_gpu_before_a_start(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    device, opened = ShimDevice(build(), memory_bytes=64 << 20), list[str]()
+
+    def open_card(name: str, threads: int, memory_cap_bytes: int | None, prepared: object = None) -> CudaBackend:
+        opened.append(name)
+        return CudaBackend(name, device, threads)
+
+    monkeypatch.setattr(backends, "open_card", open_card)
+    monkeypatch.setenv("LLAMACLUST_STATE_DIR", str(tmp_path))
+    given = [f"model={model}", "context_length=64", "max_sequences=2"]
+    plan = plan_of(None, [*given, "workers=[{name: a, device: cuda, gpu_layers: 3}, {name: b, memory: 1GiB}]"])
+    parts = [(one.device, one.end - one.start) for stage in plan.stages for one in stage.devices]
+    assert ("cuda:0", 3) in parts or ("cuda:0", plan.stages[0].end) in parts
+    assert opened == ["cuda:0"], "opened once, for all that is to be known"
+    assert plan.prediction is None, "nothing was measured here"
+    device.memory_bytes = 3 << 20
+    _cards_here.cache_clear()
+    with pytest.raises(DoesNotFitError, match=r"a, cuda:0 2;.* MiB are missing"):
+        plan_of(None, [*given, "workers=[{name: a, device: cuda, gpu_layers: 4}]"])

@@ -112,8 +112,10 @@ def run(backend: Backend, model: Model, tokens: Sequence[int], chunk: int, limit
         chain.close()
 
 
-@pytest.mark.parametrize("kv_type", KvType)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "kv_type"),
+    [*((name, KvType.F16) for name in MODELS), *((name, KvType.Q8_0) for name in ("llama", "moe", "gemma2"))],
+)
 def test_prompts_and_single_tokens(
     opened: Open, cpu: CpuBackend, cuda: CudaBackend, name: str, kv_type: KvType
 ) -> None:

@@ -20,7 +20,6 @@ from llamaclust.model.tensors import Tensor
 from llamaclust.wire.control import Card, CardSpeed, StageLimits
 from llamaclust.wire.messages import NUMERICS_VERSION
 
-
 _RESERVED_SHARE = 256
 """One part in so many of a GPU's memory is left to compiled kernels and graphs, which the driver holds there."""
 

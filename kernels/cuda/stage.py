@@ -14,6 +14,8 @@ from llamaclust.kernels.cuda.turns import Turns
 from llamaclust.kernels.cuda.weights import LayerMemory
 
 _FLOAT = 4
+_MOST_GRAPHS = 64
+"""Each takes some memory of the driver's."""
 
 
 class CudaStage:
@@ -29,7 +31,7 @@ class CudaStage:
         buffers: Buffer,
         graphs: bool,
     ) -> None:
-        """`graphs`: whether steps of decode are captured."""
+        """`graphs`: whether launches are captured."""
         program, limits = plan.program, plan.limits
         self._device = device
         self._turns = turns
@@ -81,7 +83,7 @@ class CudaStage:
         if not is_known:
             self._launches[shape] = self._plan.launches(shape)
         launches = self._launches[shape]
-        if self._graphs is not None and is_known and shape.decode:
+        if self._graphs is not None and is_known and len(self._graphs) < _MOST_GRAPHS:
             self._graphs[shape] = self._device.capture(lambda: self._launch(launches))
             self._graphs[shape].launch()
         else:
@@ -92,9 +94,10 @@ class CudaStage:
             self._device.launch(launch)
 
     def close(self) -> None:
-        for graph in (self._graphs or {}).values():
-            graph.close()
-        self._graphs, self._launches = None, {}
-        self._kv.close()
-        self._buffers.close()
+        with self._turns.one():
+            for graph in (self._graphs or {}).values():
+                graph.close()
+            self._graphs, self._launches = None, {}
+            self._kv.close()
+            self._buffers.close()
         self.weights = ()

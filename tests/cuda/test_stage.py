@@ -21,7 +21,7 @@ from llamaclust.kernels.chain import ChainBackend, Part
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.kernels.cpu.prepared_files import PreparedFolder
 from llamaclust.kernels.cuda.backend import CudaBackend
-from llamaclust.kernels.cuda.device import Device, Launch
+from llamaclust.kernels.cuda.device import Device, Graph, Launch
 from llamaclust.model.loader import Model
 from llamaclust.model.program import KvType
 from llamaclust.model.quant_types import QuantType
@@ -127,12 +127,23 @@ def test_prompts_and_single_tokens(
 
 
 @pytest.mark.parametrize("name", ["llama", "moe", "gemma2"])
-def test_graphs_change_nothing(opened: Open, cpu: CpuBackend, cuda: CudaBackend, device: Device, name: str) -> None:
-    model = opened(name)
+def test_graphs_change_nothing(
+    opened: Open, cpu: CpuBackend, cuda: CudaBackend, device: Device, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, captured, capture = opened(name), list[Graph](), device.capture
+
+    def counted(work: Callable[[], None]) -> Graph:
+        captured.append(capture(work))
+        return captured[-1]
+
+    monkeypatch.setattr(device, "capture", counted)
     tokens = random_tokens(model, 6)
     wanted = run(cpu, model, tokens, 6)
     same(run(cuda, model, tokens, 1), wanted)
+    same(run(cuda, model, tokens, 2), wanted)
+    assert len(captured) == 2
     same(run(CudaBackend("cuda:0", device, 1, graphs=False), model, tokens, 1), wanted)
+    assert len(captured) == 2
 
 
 @pytest.mark.parametrize("name", ["llama", "moe"])

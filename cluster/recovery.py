@@ -156,12 +156,15 @@ class Supervisor:
         failures = 0
         while True:
             plan = await self._plan()
+            here = [*self.workforce.usable.values()]
             try:
                 return await self._open(plan, alone=True)
             except LlamaclustError as error:
                 await self.cuts.settled()
                 if any(stage.worker not in self._registry.present for stage in plan.stages) or self._is_cut(plan):
                     continue
+                if any(worker not in here for worker in self.workforce.usable.values()):
+                    continue  # who has joined may be what was missing
                 if self._lacks_file:
                     await self._wait_for_workers(error)
                     continue

@@ -14,6 +14,8 @@ from llamaclust.cluster import planning
 from llamaclust.cluster.links import UNKNOWN
 from llamaclust.cluster.planning import Planning
 from llamaclust.cluster.recovery import Supervisor
+from llamaclust.errors import ModelFileError
+from llamaclust.wire import cold_caches
 from llamaclust.wire.cold_caches import ColdCaches
 
 NOTHING: Any = None
@@ -36,7 +38,8 @@ async def test_the_event_loop_serves_while_a_plan_is_made(monkeypatch: pytest.Mo
 
 
 @run_async
-async def test_others_have_turns_while_caches_are_swept() -> None:
+async def test_others_have_turns_while_caches_are_swept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cold_caches, "_REST_S", 0)
     turns = 0
 
     async def serve() -> None:
@@ -56,14 +59,12 @@ async def test_what_changes_while_a_plan_is_made_is_seen_to_before_all_is_settle
     config: Any = SimpleNamespace(timeouts=SimpleNamespace(worker=5.0, load=60.0, recovery=120.0))
     registry: Any = SimpleNamespace(present={}, workers={})
     supervisor = Supervisor(config, NOTHING, NOTHING, registry, NOTHING, lambda event: None)
-    plans = 0
+    settled: list[bool] = []  # as each plan is made
 
     async def improve(engine: object) -> bool:
-        nonlocal plans
-        plans += 1
-        if plans == 1:
+        settled.append(supervisor._settled.is_set())
+        if len(settled) == 1:
             supervisor._change()
-        assert not supervisor._settled.is_set()
         return True
 
     supervisor._improve = improve  # type: ignore[method-assign,assignment]
@@ -71,4 +72,30 @@ async def test_what_changes_while_a_plan_is_made_is_seen_to_before_all_is_settle
     async with asyncio.timeout(5.0):
         await supervisor._settled.wait()
     keeping.cancel()
-    assert plans == 2
+    assert settled == [False, False]
+
+
+@run_async
+async def test_whoever_joins_while_a_load_fails_may_be_what_was_missing() -> None:
+    """A start goes on, with that worker."""
+    timeouts = SimpleNamespace(worker=5.0, load=60.0, recovery=120.0)
+    config: Any = SimpleNamespace(timeouts=timeouts, workers=["a", "b"])
+    registry: Any = SimpleNamespace(present={"a": object()}, workers={})
+    epochs: Any = SimpleNamespace(file_is_away=False)
+    supervisor = Supervisor(config, epochs, NOTHING, registry, NOTHING, lambda event: None)
+    tries = 0
+
+    async def plan() -> object:
+        return SimpleNamespace(stages=())
+
+    async def open_epoch(plan: object, *, alone: bool) -> str:
+        nonlocal tries
+        tries += 1
+        if tries == 1:
+            registry.present = {**registry.present, "b": object()}
+            raise ModelFileError("no such file on this machine, and no other worker has it")
+        return "opened"
+
+    supervisor._plan = plan  # type: ignore[method-assign,assignment]
+    supervisor._open = open_epoch  # type: ignore[method-assign,assignment]
+    assert await supervisor._next_epoch() == "opened"

@@ -12,7 +12,7 @@ from llamaclust.wire.sampler_chain import SamplerChain
 PROTOCOL_VERSION = (2, 5)
 """(major, minor): another major is refused at the handshake; unknown fields of a newer minor are ignored."""
 
-NUMERICS_VERSION = 3
+NUMERICS_VERSION = 4
 """Version of the arithmetic rules of docs/numerics.md: workers that compute by others are refused at the handshake."""
 
 MAX_SEQUENCES = 1024

@@ -32,6 +32,7 @@ class Shape:
     experts: int = 0
     tied: bool = False
     architecture: str = "llama"
+    fused: bool = False  # Q, K and V in one matrix, and no gate
 
 
 SHAPES = {
@@ -43,6 +44,9 @@ SHAPES = {
     "four experts": Shape(8, 4, 4, experts=4),
     "70b": Shape(80, 8, 1),
     "qwen2": Shape(9, 6, 2, architecture="qwen2", tied=True),
+    "falcon": Shape(32, 8, 1, architecture="falcon", fused=True),
+    "falcon tied": Shape(19, 4, 2, architecture="falcon", fused=True, tied=True),
+    "falcon narrow": Shape(16, 4, 4, width=288, architecture="falcon", fused=True),
 }
 
 
@@ -57,7 +61,7 @@ def write_shape(path: Path, shape: Shape) -> Path:
         f"{key}.feed_forward_length": shape.width,
         f"{key}.attention.head_count": shape.heads,
         f"{key}.attention.head_count_kv": shape.kv_heads,
-        f"{key}.attention.layer_norm_rms_epsilon": 1e-5,
+        f"{key}.attention.layer_norm_{'' if shape.fused else 'rms_'}epsilon": 1e-5,
         f"{key}.rope.dimension_count": shape.width // shape.heads,
     }
     if shape.experts:
@@ -80,11 +84,11 @@ def _tensors(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
     for layer in range(shape.layers):
         for part in ("attn_norm", "ffn_norm"):
             yield f"blk.{layer}.{part}.weight", (width,)
-        for part in ("attn_q", "attn_k", "attn_v", "attn_output"):
+        for part in (("attn_qkv",) if shape.fused else ("attn_q", "attn_k", "attn_v")) + ("attn_output",):
             yield f"blk.{layer}.{part}.weight", (2, width)
         if shape.experts:
             yield f"blk.{layer}.ffn_gate_inp.weight", (shape.experts, width)
-        for part in ("ffn_gate", "ffn_up", "ffn_down"):
+        for part in ("ffn_up", "ffn_down") if shape.fused else ("ffn_gate", "ffn_up", "ffn_down"):
             name = f"blk.{layer}.{part}"
             if shape.experts:
                 yield f"{name}_exps.weight", (shape.experts, 2, width)

@@ -50,6 +50,6 @@ def test_wishes_go_before_the_mix(tmp_path: Path) -> None:
 def test_an_architecture_with_rules_of_its_own_is_refused(tmp_path: Path) -> None:
     from dataclasses import replace
 
-    path = write_shape(tmp_path / "model.gguf", replace(SHAPES["narrow"], architecture="falcon"))
-    with pytest.raises(UsageError, match="falcon"):
+    path = write_shape(tmp_path / "model.gguf", replace(SHAPES["narrow"], architecture="bailingmoe3"))
+    with pytest.raises(UsageError, match="bailingmoe3"):
         choose_types(open_model(path), Wishes(MIXES["Q4_K_M"]))

@@ -13,6 +13,7 @@ from llamaclust.model.quant_types import QuantType
 from llamaclust.model.tensors import Tensor
 from llamaclust.tools.quantize_mixes import (
     EMBEDDING_RULES,
+    FALCON_RULES,
     FLOATS,
     LOWEST,
     LOWEST_RULES,
@@ -50,8 +51,8 @@ _KEPT = re.compile(
 )
 """Matrices that stay as they are: small, or not of the kind that is multiplied with activations."""
 
-_OTHER_RULES = frozenset({"falcon", "glm5-next", "bailingmoe3"})
-"""Architectures for which llama-quantize chooses by rules of their own."""
+_OTHER_RULES = frozenset({"glm5-next", "bailingmoe3"})
+"""Architectures for which llama-quantize chooses by rules that are not known here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +110,8 @@ class _Chooser:
         )
         pairs = heads if pairs is None else pairs
         self._query_share = heads // pairs if heads and pairs else 0
+        self._is_falcon = architecture == "falcon"
+        self._rules = FALCON_RULES if self._is_falcon else RULES
         self._is_70b = architecture == "llama" and self._layers == 80 and heads != pairs
         self._values = sum(_part(name) in VALUES for name in model.tensors)
         self._is_tied = _OUTPUT not in model.tensors
@@ -138,7 +141,7 @@ class _Chooser:
             return _first(EMBEDDING_RULES, mix, self._place(tensor, part), base)
         lowest = mix in LOWEST.split()
         place = self._place(tensor, part, by_name=not lowest)
-        chosen = _first((LOWEST_RULES if lowest else RULES).get(part, ()), mix, place, base)
+        chosen = _first((LOWEST_RULES if lowest else self._rules).get(part, ()), mix, place, base)
         self._seen[Part.V if part in VALUES else part] += 1
         if self._is_70b and part in VALUES and not lowest and chosen in (QuantType.Q3_K, QuantType.Q4_K):
             return QuantType.Q5_K
@@ -148,7 +151,8 @@ class _Chooser:
         if self._wishes.output_type is not None:
             return self._wishes.output_type
         mix, base = self._mix.name, self._mix.base
-        if mix == "MXFP4_MOE" or base == QuantType.Q8_0 or width % base.info.block_size:
+        is_wide = mix == "MXFP4_MOE" or base == QuantType.Q8_0 or self._is_falcon
+        if is_wide or width % base.info.block_size:
             return QuantType.Q8_0
         return QuantType.Q5_K if mix in LOWEST.split() or mix == "IQ3_XXS" else QuantType.Q6_K
 

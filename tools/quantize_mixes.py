@@ -222,3 +222,18 @@ RULES: dict[Part, tuple[Rule, ...]] = {
     Part.GATE: (Rule("IQ3_XS", Q.IQ3_XXS, _MIDDLE),),
     Part.UP: (Rule("IQ3_XS", Q.IQ3_XXS, _MIDDLE),),
 }
+
+FALCON_RULES: dict[Part, tuple[Rule, ...]] = RULES | {
+    Part.DOWN: (
+        Rule("Q3_K_M", Q.Q5_K, lambda place: place.in_first_sixteenth),
+        Rule("Q3_K_M", Q.Q4_K, _MORE),
+        Rule("Q3_K_M", Q.Q3_K),
+        Rule("Q3_K_L Q4_K_S", Q.Q4_K),
+        Rule("Q4_K_M", Q.Q6_K, lambda place: place.in_first_sixteenth),
+        Rule("Q4_K_M", Q.Q5_K, _MORE),
+        Rule("Q4_K_M", Q.Q4_K),
+        *RULES[Part.DOWN],
+    ),
+    Part.ATTENTION_OUTPUT: (Rule("Q3_K_L", Q.Q4_K),),
+}
+"""Falcon's, whose output is always Q8_0."""

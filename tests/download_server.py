@@ -23,6 +23,8 @@ class Behaviour:
     bytes_per_s: float = 0.0
     ranges_asked: list[str | None] = field(default_factory=list)
     requests: int = 0
+    drips: int = 0  # so many answers never come to the end of their headers
+    connections: set[tuple[str, int]] = field(default_factory=set)
     answers: dict[str, tuple[int, dict[str, str]]] = field(default_factory=dict)  # instead of a file's bytes
     seen: list[tuple[str, str, str | None]] = field(default_factory=list)  # method, path, Authorization
 
@@ -34,6 +36,10 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         does = self.behaviour
         does.seen.append((self.command, self.path, self.headers.get("Authorization")))
+        does.connections.add(self.client_address)
+        if does.drips > 0:
+            does.drips -= 1
+            return self._drip()
         if self.path in does.answers:
             return self._say(*does.answers[self.path])
         body = does.files.get(self.path)
@@ -63,6 +69,17 @@ class Handler(BaseHTTPRequestHandler):
         for name, value in {"Content-Length": "0", **headers}.items():
             self.send_header(name, value)
         self.end_headers()
+
+    def _drip(self) -> None:
+        """Header lines, until the other side has enough of them."""
+        self.close_connection = True
+        self.wfile.write(b"HTTP/1.1 200 OK\r\n")
+        while True:
+            try:
+                self.wfile.write(b"X-More: to come\r\n")
+            except OSError:
+                return
+            time.sleep(0.02)
 
     def _range(self, does: Behaviour, size: int) -> tuple[int, int]:
         asked = self.headers.get("Range")

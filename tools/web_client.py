@@ -1,0 +1,87 @@
+"""An HTTP client whose requests end: httpx's timeouts are for single reads, and a server may send byte after byte."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping
+from contextlib import suppress
+from threading import Lock, Timer
+from typing import Any, Final
+from weakref import WeakSet
+
+import httpx
+
+HEADERS_S: Final = 60.0
+BODY_S: Final = 6 * 3600.0
+_HEADERS, _BODY = "receive_response_headers", "receive_response_body"  # httpcore's names
+_CONNECTED: Final = ("connect_tcp", "start_tls")
+
+
+class WebClient(httpx.Client):
+    """httpx's client with deadlines for an answer's headers, and for its body, each as a whole.
+
+    What takes longer is cut off: all connections of the client end with a TransportError, of which callers try again.
+    """
+
+    def __init__(self, *, headers_s: float = HEADERS_S, body_s: float = BODY_S, **options: Any) -> None:
+        super().__init__(**options)
+        self._deadlines_s = {_HEADERS: headers_s, _BODY: body_s}
+        self._connections = _Connections()
+
+    def send(self, request: httpx.Request, **options: Any) -> httpx.Response:
+        watch = _Watch(self._connections, self._deadlines_s)
+        request.extensions = {**request.extensions, "trace": watch}
+        try:
+            return super().send(request, **options)
+        except httpx.TransportError as error:
+            if watch.expired:
+                what = f"the answer's headers took longer than {self._deadlines_s[_HEADERS]:g} s"
+                raise httpx.ReadTimeout(what, request=request) from error
+            raise
+
+
+class _Connections:
+    """Sockets of a client. Which of them a request uses is not told where it is an older one."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._sockets: WeakSet[socket.socket] = WeakSet()
+
+    def add(self, stream: Any) -> None:
+        with self._lock:
+            self._sockets.add(stream.get_extra_info("socket"))
+
+    def cut(self) -> None:
+        """Whoever reads from one finds that it has ended; closing it would not wake them."""
+        with self._lock:
+            sockets = list(self._sockets)
+        for one in sockets:
+            with suppress(OSError):
+                socket.socket.shutdown(one, socket.SHUT_RDWR)  # not TLS's own, which another thread may be in
+
+
+class _Watch:
+    """Is told by httpcore what a request is doing; the timer of each phase ends with it."""
+
+    def __init__(self, connections: _Connections, deadlines_s: Mapping[str, float]) -> None:
+        self._connections, self._deadlines_s = connections, deadlines_s
+        self._timer: Timer | None = None
+        self.expired = False
+
+    def __call__(self, event: str, info: Mapping[str, Any]) -> None:
+        _, phase, state = event.split(".")
+        if phase in _CONNECTED and state == "complete":
+            self._connections.add(info["return_value"])
+        if phase not in self._deadlines_s:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if state == "started":
+            self._timer = Timer(self._deadlines_s[phase], self._expire)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def _expire(self) -> None:
+        self.expired = True
+        self._connections.cut()

@@ -161,8 +161,8 @@ def _with_patterns(wishes: Wishes, given: list[str]) -> Wishes:
 
 
 def _out(source: Path, given: str | None, name: str, parts: tuple[Path, ...], keep_split: bool) -> Path:
+    from llamaclust.model.new_file import part_paths
     from llamaclust.tools.catalog import made_beside
-    from llamaclust.tools.quantize import part_paths
 
     out = made_beside(source, f"{source.stem}-{name}.gguf") if given is None else Path(given)
     if out.is_dir():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from llamaclust.errors import ModelFileError
 from llamaclust.model.gguf import ModelFile, open_model
 from llamaclust.model.gguf_header import MAGIC
 from llamaclust.model.gguf_values import shown
+from llamaclust.model.new_file import new_file
 from llamaclust.model.quant_types import QuantType
 from llamaclust.model.tensors import FileIdentity, open_regular, read_exactly
 from llamaclust.model.writer import TensorSource, WritableValue, write_gguf
@@ -76,7 +76,9 @@ def read_imatrix(path: Path) -> ImportanceMatrix:
 def write_imatrix(path: Path, matrix: ImportanceMatrix) -> None:
     """In the old format where the name ends in .dat, else as GGUF. The file appears when it is complete."""
     if path.suffix == ".dat":
-        _write_whole(path, _legacy_bytes(matrix))
+        data = _legacy_bytes(matrix)
+        with new_file(path, len(data)) as file:
+            file.write(data)
         return
     metadata: dict[str, WritableValue] = {
         "general.type": "imatrix",
@@ -148,18 +150,6 @@ def _legacy_bytes(matrix: ImportanceMatrix) -> bytes:
         out += pack("<i", len(name.encode())) + name.encode() + pack("<ii", calls, len(values) // 4) + values
     text = (matrix.datasets[-1] if matrix.datasets else "").encode()
     return out + pack("<ii", matrix.chunks, len(text)) + text
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _no_matrix(path: Path, why: str) -> ModelFileError:

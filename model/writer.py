@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from struct import pack
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 
-from llamaclust.errors import LlamaclustError, ModelFileError
+from llamaclust.errors import ModelFileError
 from llamaclust.model.gguf_header import ARRAY_TYPE, BOOL_TYPE, DEFAULT_ALIGNMENT, MAGIC, NUMBER_FORMATS, STRING_TYPE
 from llamaclust.model.gguf_values import MetadataValue, shown
+from llamaclust.model.new_file import new_file, new_files
 from llamaclust.model.quant_types import QuantType
 
 _VERSION = 3
-_DISK_RESERVE_BYTES = 1 << 24
 _NUMBER_TYPES = {np.dtype(code): number for number, code in NUMBER_FORMATS.items()} | {np.dtype(np.bool_): BOOL_TYPE}
 
 
@@ -57,26 +55,44 @@ class TensorSource:
         return prod(self.shape[:-1]) * self.quant_type.info.row_bytes(self.shape[-1])
 
 
-def write_gguf(path: Path | str, metadata: Mapping[str, WritableValue], tensors: Iterable[TensorSource]) -> None:
-    """Writes a model file: it appears under its name when it is complete, or not at all.
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What a model file is to hold."""
 
-    `general.alignment` of the metadata is obeyed. LlamaclustError where the disk has too little room.
-    """
-    path, sources = Path(path), list(tensors)
-    alignment = int(metadata.get("general.alignment", DEFAULT_ALIGNMENT))  # type: ignore[arg-type]
-    header = header_bytes(metadata, sources, alignment)
-    check_room(path, len(header) + sum(_padded(source.n_bytes, alignment) for source in sources))
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("xb") as file:
-            file.write(header)
-            for source in sources:
-                _write_tensor(file, source, alignment)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    header: bytes
+    tensors: tuple[TensorSource, ...]
+    alignment: int
+
+    @classmethod
+    def of(cls, metadata: Mapping[str, WritableValue], tensors: Iterable[TensorSource]) -> Self:
+        """`general.alignment` of the metadata is obeyed."""
+        alignment, sources = int(metadata.get("general.alignment", DEFAULT_ALIGNMENT)), tuple(tensors)  # type: ignore[arg-type]
+        return cls(header_bytes(metadata, sources, alignment), sources, alignment)
+
+    @property
+    def n_bytes(self) -> int:
+        return len(self.header) + sum(_padded(tensor.n_bytes, self.alignment) for tensor in self.tensors)
+
+    def write(self, file: BinaryIO) -> None:
+        file.write(self.header)
+        for tensor in self.tensors:
+            _write_tensor(file, tensor, self.alignment)
+
+
+def write_gguf(path: Path | str, metadata: Mapping[str, WritableValue], tensors: Iterable[TensorSource]) -> None:
+    """Writes a model file: it appears under its name when it is complete, or not at all. UsageError where the disk has
+    too little room."""
+    contents = Contents.of(metadata, tensors)
+    with new_file(Path(path), contents.n_bytes) as file:
+        contents.write(file)
+
+
+def write_gguf_parts(parts: Mapping[Path, Contents]) -> None:
+    """As `write_gguf`, for files that appear together."""
+    with new_files(list(parts), sum(contents.n_bytes for contents in parts.values())) as opened:
+        for path, contents in parts.items():
+            with opened(path) as file:
+                contents.write(file)
 
 
 def header_bytes(
@@ -143,12 +159,3 @@ def _write_tensor(file: BinaryIO, source: TensorSource, alignment: int) -> None:
         written += file.write(memoryview(piece).cast("B"))
     assert written == source.n_bytes, f"{source.name}: {written} bytes made, {source.n_bytes} announced"
     file.write(bytes(_padded(written, alignment) - written))
-
-
-def check_room(path: Path, wanted_bytes: int) -> None:
-    """LlamaclustError where the folder of a file to be written is not there or its disk has too little room."""
-    if not path.parent.is_dir():
-        raise LlamaclustError(f"{path}: the folder does not exist; make it first")
-    free_bytes = shutil.disk_usage(path.parent).free
-    if wanted_bytes + _DISK_RESERVE_BYTES > free_bytes:
-        raise LlamaclustError(f"{path}: needs {wanted_bytes >> 20} MiB, the disk has {free_bytes >> 20} MiB free")

@@ -126,7 +126,7 @@ def test_a_disk_without_room_is_said_before_the_start(line: CommandLine) -> None
 
 def test_a_disk_that_fills_up_on_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from llamaclust.errors import UsageError
-    from llamaclust.tools.convert.stream import new_file
+    from llamaclust.model.new_file import new_file
 
     if not Path("/dev/full").exists():
         pytest.skip("there is no /dev/full here")

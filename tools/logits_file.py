@@ -9,7 +9,6 @@ made even]. A token's logprob is its number times `step` plus `least`; what is 1
 from __future__ import annotations
 
 import os
-import shutil
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamaclust.errors import LlamaclustError, UsageError
-from llamaclust.sizes import MIB
+from llamaclust.model.new_file import new_file
 
 Float32 = NDArray[np.float32]
 
@@ -32,7 +31,6 @@ _LEVELS: Final = 65535
 _LEAST: Final = -100.0
 _MOST: Final = 0.1
 """Beyond what such files hold: 16 below the likeliest, which is no less than one over the vocabulary."""
-_DISK_RESERVE_BYTES: Final = 1 << 26
 _MOST_TOKENS: Final = 1 << 24
 
 
@@ -88,20 +86,9 @@ class LogitsWriter:
 
 @contextmanager
 def writing(path: Path, shape: LogitsShape, chunks: Sequence[Sequence[int]]) -> Iterator[LogitsWriter]:
-    """The file appears under its name when it is complete, or not at all. LlamaclustError where there is no room."""
-    if not path.parent.is_dir():
-        raise UsageError(f"{path}: the folder does not exist; make it first")
-    free_bytes = shutil.disk_usage(path.parent).free
-    if shape.total_bytes + _DISK_RESERVE_BYTES > free_bytes:
-        needed, free = shape.total_bytes // MIB, free_bytes // MIB
-        raise LlamaclustError(f"{path}: needs {needed} MiB, the disk has {free} MiB free; take fewer --chunks")
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("xb") as file:
-            yield LogitsWriter(file, shape, chunks)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    """The file appears under its name when it is complete, or not at all. UsageError where there is no room."""
+    with new_file(path, shape.total_bytes, advice="; take fewer --chunks") as file:
+        yield LogitsWriter(file, shape, chunks)
 
 
 @dataclass(frozen=True, slots=True)

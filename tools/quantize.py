@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from shutil import rmtree
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,9 +16,10 @@ from llamaclust.kernels.cpu.quantize import QUANTIZED_TYPES, as_importance, most
 from llamaclust.model.gguf import ModelFile
 from llamaclust.model.gguf_values import shown
 from llamaclust.model.imatrix import ImportanceMatrix
+from llamaclust.model.new_file import part_paths
 from llamaclust.model.quant_types import QuantType
 from llamaclust.model.tensors import Tensor
-from llamaclust.model.writer import TensorSource, WritableValue, check_room, write_gguf
+from llamaclust.model.writer import Contents, TensorSource, WritableValue, write_gguf_parts
 from llamaclust.tools.quantize_choice import EMBEDDINGS, Wishes, choose_types, needs_importance
 from llamaclust.tools.quantize_mixes import FLOATS
 
@@ -111,19 +108,18 @@ def _importance(matrix: ImportanceMatrix, tensor: Tensor) -> NDArray[np.float32]
 
 
 def write_quantized(job: Quantizing, out: Path, threads: int, keep_split: bool, progress: Progress) -> None:
-    """Writes `out`, or its parts where `keep_split` and the model has several. LlamaclustError where the disk has too
-    little room; UsageError for weights that are no finite numbers, with nothing written."""
-    _sweep(out)
-    total = sum(change.n_bytes for change in job.changes)
-    check_room(out, total)
+    """Writes `out`, or its parts where `keep_split` and the model has several. UsageError, with nothing written, where
+    the disk has too little room and for weights that are no finite numbers."""
+    told = _Told(progress, sum(change.n_bytes for change in job.changes))
     count = len(job.model.parts) if keep_split else 1
-    with _Workers(threads) as workers, _replacing(out, count) as paths:
-        told = _Told(progress, total)
-        for number, path in enumerate(paths):
+    files = {}
+    with _Workers(threads) as workers:
+        for number, path in enumerate(part_paths(out, count)):
             part = job.model.parts[number] if count > 1 else None
             changes = [change for change in job.changes if part is None or change.tensor.path == part]
             sources = [_source(change, workers, told) for change in changes]
-            write_gguf(path, _metadata(job, number, count), sources)
+            files[path] = Contents.of(_metadata(job, number, count), sources)
+        write_gguf_parts(files)
 
 
 def _metadata(job: Quantizing, number: int, count: int) -> dict[str, WritableValue]:
@@ -224,40 +220,6 @@ class _Rows:
             f"tensor {shown(self.tensor.name)} has {x[row, column]:g} at row {self.first + row}, column {column}:"
             f" {self.quant_type.name} holds numbers up to {most:g}; take a model file without such weights"
         )
-
-
-def part_paths(out: Path, count: int) -> list[Path]:
-    """Names of the files of a split model, or `out` alone."""
-    if count == 1:
-        return [out]
-    stem = re.sub(r"-\d{5}-of-\d{5}$", "", out.stem)
-    return [out.with_name(f"{stem}-{number + 1:05}-of-{count:05}.gguf") for number in range(count)]
-
-
-@contextmanager
-def _replacing(out: Path, count: int) -> Iterator[list[Path]]:
-    """Where to write: `out` itself, or files in a folder beside it that take their names together at the end."""
-    if count == 1:
-        yield [out]
-        return
-    folder = out.with_name(f".{out.name}.{os.getpid()}.part")
-    paths = part_paths(out, count)
-    folder.mkdir()
-    try:
-        yield [folder / path.name for path in paths]
-        for path in paths:
-            (folder / path.name).replace(path)
-    finally:
-        rmtree(folder, ignore_errors=True)
-
-
-def _sweep(out: Path) -> None:
-    """Deletes what runs left that were killed while they wrote the same file."""
-    for path in out.parent.glob(f".{out.name}.*.part"):
-        number = path.name.rsplit(".", 2)[1]
-        if number.isdecimal() and not Path(f"/proc/{number}").exists():
-            with suppress(OSError):
-                rmtree(path) if path.is_dir() else path.unlink()
 
 
 def sizes_by_type(job: Quantizing) -> Mapping[tuple[QuantType, QuantType], tuple[int, int, int]]:

@@ -3,9 +3,7 @@ Names and keys are llama.cpp's, so that its programs read what is written here a
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +15,7 @@ from llamaclust.errors import UsageError
 from llamaclust.model.gguf import ModelFile
 from llamaclust.model.gguf_header import DEFAULT_ALIGNMENT, raw_metadata
 from llamaclust.model.tensors import Tensor
-from llamaclust.model.writer import RawValue, TensorSource, WritableValue, check_room, header_bytes, write_gguf
+from llamaclust.model.writer import Contents, RawValue, TensorSource, WritableValue, header_bytes, write_gguf_parts
 
 OnBytes = Callable[[str, int, int], None]
 """Told the file that is written, bytes of tensors done and in all."""
@@ -90,23 +88,16 @@ def plan_merge(model: ModelFile, out: Path) -> Part:
 
 def write_parts(parts: Sequence[Part], on_bytes: OnBytes = lambda name, done, total: None) -> None:
     """Writes all files, or none: they get their names when the last is complete, the first one last. UsageError where
-    one is there already; LlamaclustError where the disk has too little room."""
-    folder = parts[0].path.parent
+    one is there already, or the disk has too little room."""
     for part in parts:
         if part.path.exists():
             raise UsageError(f"{part.path}: is there already; delete it or choose another name")
-    check_room(parts[0].path, sum(part.n_bytes for part in parts))
-    hidden = folder / f".{parts[0].path.stem}.{os.getpid()}.split"
-    hidden.mkdir()
-    try:
-        progress = _Progress(on_bytes, sum(tensor.n_bytes for part in parts for tensor in part.tensors))
-        for part in parts:
-            sources = [_source(tensor, progress.of(part.path.name)) for tensor in part.tensors]
-            write_gguf(hidden / part.path.name, part.metadata, sources)
-        for part in reversed(parts):
-            (hidden / part.path.name).rename(part.path)
-    finally:
-        shutil.rmtree(hidden)
+    progress = _Progress(on_bytes, sum(tensor.n_bytes for part in parts for tensor in part.tensors))
+    files = {}
+    for part in parts:
+        sources = [_source(tensor, progress.of(part.path.name)) for tensor in part.tensors]
+        files[part.path] = Contents.of(part.metadata, sources)
+    write_gguf_parts(files)
 
 
 class _Progress:

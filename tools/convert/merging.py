@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from llamaclust.errors import ModelFileError, UsageError
+from llamaclust.model.new_file import hidden_name, new_file
 from llamaclust.tools.convert.adapter import merged, read_adapter, words_of
 from llamaclust.tools.convert.checkpoint import Checkpoint
 from llamaclust.tools.convert.conversion import Converted, thread_count, write_converted
@@ -18,7 +19,7 @@ from llamaclust.tools.convert.hugging_face import CONFIG, read_folder
 from llamaclust.tools.convert.lazy import Lazy, Storage
 from llamaclust.tools.convert.opening import Hints
 from llamaclust.tools.convert.source_files import SourceFiles
-from llamaclust.tools.convert.stream import Output, Told, new_file, write_pieces
+from llamaclust.tools.convert.stream import Output, Told, write_pieces
 
 _TOKENIZER_FILES: Final = (
     "tokenizer.model",
@@ -60,25 +61,31 @@ def _write_folder(
     """config.json, the tokenizer's files and model.safetensors; the latter comes last."""
     if type_name not in _STORAGE:
         raise UsageError(f"--type {type_name}: a folder holds one of {', '.join(_STORAGE)}; q8_0 is for .gguf files")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    weights = out / "model.safetensors"
+    if out.exists() and (not out.is_dir() or set(out.iterdir()) - {hidden_name(weights)}):
         raise UsageError(f"{out}: is there already; give a name that is not, or one that ends in .gguf")
     created = not out.exists()
     out.mkdir(exist_ok=True)
+    made: list[Path] = []
     try:
-        _write_weights(whole.tensors, out / "model.safetensors", type_name, told)
+        _write_weights(whole.tensors, weights, type_name, told)
+        made.append(weights)
         files.check_unchanged()
         for name in _TOKENIZER_FILES:
             source = whole.vocabulary / name if (whole.vocabulary / name).is_file() else base / name
             if source.is_file():
+                made.append(out / name)
                 shutil.copyfile(source, out / name)
         torch_type = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}[type_name]
         values = {**whole.settings.values, "torch_dtype": torch_type}
         values.pop("quantization_config", None)  # weights are unpacked on the way
-        (out / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
+        made.append(out / CONFIG)
+        made[-1].write_text(json.dumps(values, indent=2) + "
+")
     except BaseException:
-        for path in out.iterdir():
-            path.unlink()
-        if created:
+        for path in made:
+            path.unlink(missing_ok=True)
+        if created and not any(out.iterdir()):
             out.rmdir()
         raise
     return Converted(out, whole.family, len(whole.tensors), ())

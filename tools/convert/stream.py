@@ -1,31 +1,25 @@
 """Writes a GGUF file as a stream: some rows of a tensor at a time are read and converted by threads and written in
-order. The file appears under its name when it is complete, or not at all."""
+order."""
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import os
-import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import BinaryIO, Final
 
-from llamaclust.errors import UsageError
 from llamaclust.model.gguf_header import DEFAULT_ALIGNMENT
+from llamaclust.model.new_file import new_file
 from llamaclust.model.quant_types import QuantType
 from llamaclust.model.writer import TensorSource, WritableValue, header_bytes
-from llamaclust.sizes import MIB
 from llamaclust.tools.convert.elements import encoded
 from llamaclust.tools.convert.lazy import Lazy
 
 _CHUNK_ELEMENTS: Final = 1 << 21
-_RESERVE_BYTES: Final = 1 << 24
 _FLUSH_BYTES: Final = 1 << 26
 
 Told = Callable[[int, int], None]
@@ -80,59 +74,6 @@ def write_pieces(
             if done - flushed > _FLUSH_BYTES:
                 _begin_writing(file, start + flushed, done - flushed)
                 flushed = done
-
-
-@contextmanager
-def new_file(path: Path, size_bytes: int) -> Iterator[BinaryIO]:
-    """A file that gets its name, and replaces what had it, when the block ends without an error; else nothing is left.
-
-    What a process that was killed left is used again. UsageError where there is no room or another process writes it.
-    """
-    check_room(path, size_bytes)
-    part = path.with_name(f".{path.name}.part")
-    try:
-        with part.open("ab") as file:
-            _lock(file, path)
-            file.truncate(0)
-            try:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-                part.replace(path)
-            except BaseException:
-                part.unlink(missing_ok=True)
-                raise
-        _sync_folder(path.parent)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UsageError(f"{path}: the disk is full; {size_bytes // MIB} MiB are needed") from None
-        raise
-
-
-def check_room(path: Path, size_bytes: int) -> None:
-    if not path.parent.is_dir():
-        raise UsageError(f"{path}: the folder does not exist; make it first")
-    if path.is_dir():
-        raise UsageError(f"{path}: a folder; give the name of a file")
-    free = shutil.disk_usage(path.parent).free
-    if size_bytes + _RESERVE_BYTES > free:
-        needed = -(-(size_bytes + _RESERVE_BYTES) // MIB)
-        raise UsageError(f"{path}: needs {needed} MiB on the disk, {free // MIB} MiB are free")
-
-
-def _lock(file: BinaryIO, path: Path) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UsageError(f"{path}: another process is writing it; wait for it or give another name") from None
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _begin_writing(file: BinaryIO, start: int, count: int) -> None:

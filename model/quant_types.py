@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum, IntEnum
+from enum import IntEnum
 
 
 class QuantType(IntEnum):
@@ -49,7 +49,7 @@ class QuantType(IntEnum):
         return TYPE_INFO[self]
 
 
-class ActivationFormat(Enum):
+class ActivationFormat(IntEnum):
     """How activations are stored for a dot product with a weight type: float32, or int8 with one scale a segment."""
 
     F32 = 1

@@ -24,11 +24,33 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n llamaclust/proto/measuring.proto\x12\rllamaclust.v1"?\n\x07Measure\x12\x12\n\nmodel_path\x18\x01 \x01(\t\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\x0e\n\x06number\x18\x03 \x01(\x04"\xa0\x01\n\x08Measured\x12\x14\n\x0cread_bytes_s\x18\x01 \x01(\x01\x12\x13\n\x0bint8_macs_s\x18\x02 \x01(\x01\x12)\n\x06trials\x18\x03 \x03(\x0b2\x19.llamaclust.v1.StageTrial\x12\x0e\n\x06number\x18\x04 \x01(\x04\x12.\n\x05cards\x18( \x03(\x0b2\x18.llamaclust.v1.CardSpeedR\x05cards"R\n\nStageTrial\x12\x0c\n\x04rows\x18\x01 \x01(\r\x12\x0f\n\x07stage_s\x18\x02 \x01(\x01\x12\x15\n\rlayers_byte_s\x18\x03 \x01(\x01\x12\x0e\n\x06head_s\x18\x04 \x01(\x01"D\n\x0cMeasureLinks\x12$\n\x04ends\x18\x01 \x03(\x0b2\x16.llamaclust.v1.LinkEnd\x12\x0e\n\x06number\x18\x02 \x01(\x04"*\n\x07LinkEnd\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0f\n\x07address\x18\x02 \x01(\t"H\n\rLinksMeasured\x12\'\n\x05links\x18\x01 \x03(\x0b2\x18.llamaclust.v1.LinkSpeed\x12\x0e\n\x06number\x18\x02 \x01(\x04"2\n\tLinkSpeed\x12\x14\n\x0cround_trip_s\x18\x01 \x01(\x01\x12\x0f\n\x07bytes_s\x18\x02 \x01(\x01"9\n\x08PeerLost\x12\r\n\x05epoch\x18\x01 \x01(\x04\x12\x0e\n\x06worker\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t":\n\x07TryPeer\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0f\n\x07address\x18\x02 \x01(\t\x12\x0e\n\x06number\x18\x03 \x01(\x04";\n\tPeerTried\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0e\n\x06number\x18\x03 \x01(\x04"M\n\tCardSpeed\x12 \n\x0cread_bytes_s\x18\x01 \x01(\x01R\nreadBytesS\x12\x1e\n\x0bint8_macs_s\x18\x02 \x01(\x01R\tint8MacsSb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n llamaclust/proto/measuring.proto\x12\rllamaclust.v1\"?\n\x07Measure\x12\x12\n\nmodel_path\x18\x01 \x01(\t\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\x0e\n\x06number\x18\x03 \x01(\x04\"\x99\x01\n\x08Measured\x12\x14\n\x0cread_bytes_s\x18\x01 \x01(\x01\x12\x13\n\x0bint8_macs_s\x18\x02 \x01(\x01\x12)\n\x06trials\x18\x03 \x03(\x0b\x32\x19.llamaclust.v1.StageTrial\x12\x0e\n\x06number\x18\x04 \x01(\x04\x12\'\n\x05\x63\x61rds\x18\x05 \x03(\x0b\x32\x18.llamaclust.v1.CardSpeed\"R\n\nStageTrial\x12\x0c\n\x04rows\x18\x01 \x01(\r\x12\x0f\n\x07stage_s\x18\x02 \x01(\x01\x12\x15\n\rlayers_byte_s\x18\x03 \x01(\x01\x12\x0e\n\x06head_s\x18\x04 \x01(\x01\"D\n\x0cMeasureLinks\x12$\n\x04\x65nds\x18\x01 \x03(\x0b\x32\x16.llamaclust.v1.LinkEnd\x12\x0e\n\x06number\x18\x02 \x01(\x04\"*\n\x07LinkEnd\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\"H\n\rLinksMeasured\x12\'\n\x05links\x18\x01 \x03(\x0b\x32\x18.llamaclust.v1.LinkSpeed\x12\x0e\n\x06number\x18\x02 \x01(\x04\"2\n\tLinkSpeed\x12\x14\n\x0cround_trip_s\x18\x01 \x01(\x01\x12\x0f\n\x07\x62ytes_s\x18\x02 \x01(\x01\"9\n\x08PeerLost\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0e\n\x06worker\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\":\n\x07TryPeer\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0e\n\x06number\x18\x03 \x01(\x04\";\n\tPeerTried\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0e\n\x06number\x18\x03 \x01(\x04\"6\n\tCardSpeed\x12\x14\n\x0cread_bytes_s\x18\x01 \x01(\x01\x12\x13\n\x0bint8_macs_s\x18\x02 \x01(\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'llamaclust.proto.measuring_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_MEASURE']._serialized_start=51
+  _globals['_MEASURE']._serialized_end=114
+  _globals['_MEASURED']._serialized_start=117
+  _globals['_MEASURED']._serialized_end=270
+  _globals['_STAGETRIAL']._serialized_start=272
+  _globals['_STAGETRIAL']._serialized_end=354
+  _globals['_MEASURELINKS']._serialized_start=356
+  _globals['_MEASURELINKS']._serialized_end=424
+  _globals['_LINKEND']._serialized_start=426
+  _globals['_LINKEND']._serialized_end=468
+  _globals['_LINKSMEASURED']._serialized_start=470
+  _globals['_LINKSMEASURED']._serialized_end=542
+  _globals['_LINKSPEED']._serialized_start=544
+  _globals['_LINKSPEED']._serialized_end=594
+  _globals['_PEERLOST']._serialized_start=596
+  _globals['_PEERLOST']._serialized_end=653
+  _globals['_TRYPEER']._serialized_start=655
+  _globals['_TRYPEER']._serialized_end=713
+  _globals['_PEERTRIED']._serialized_start=715
+  _globals['_PEERTRIED']._serialized_end=774
+  _globals['_CARDSPEED']._serialized_start=776
+  _globals['_CARDSPEED']._serialized_end=830
 # @@protoc_insertion_point(module_scope)

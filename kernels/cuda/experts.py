@@ -40,14 +40,14 @@ def items_bytes(step: Moe, rows: int, piece: int) -> int:
 
 def choose(step: Moe, logits: np.uint64, places: ExpertPlaces, rows: int, count: np.uint64) -> Launch:
     """logits float32 [rows, experts]; *count rows of `rows` are there."""
-    figures = map(np.int32, (step.experts, step.used, step.normalized))
-    args = (logits, *figures, count, places.ids, places.weights)
+    experts, used, normalized = map(np.int32, (step.experts, step.used, step.normalized))
+    args = (logits, experts, used, normalized, count, places.ids, places.weights)
     return Launch("experts.choose", (-(-rows // 4), 1, 1), (128, 1, 1), args, shared_bytes=4 * 4 * step.experts)
 
 
 def group(step: Moe, places: ExpertPlaces, piece: int, count: np.uint64) -> Launch:
-    figures = map(np.int32, (step.used, step.experts, piece))
-    args = (places.ids, *figures, count, places.lines, places.items, places.item_count)
+    used, experts, most = map(np.int32, (step.used, step.experts, piece))
+    args = (places.ids, used, experts, most, count, places.lines, places.items, places.item_count)
     return Launch("experts.group", (1, 1, 1), (512, 1, 1), args, shared_bytes=2 * 4 * step.experts)
 
 

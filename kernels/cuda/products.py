@@ -92,7 +92,7 @@ def activation_bytes(activation: ActivationFormat, rows: int, cols: int) -> int:
     """Of quantized rows; none for float32, since products read those as they are."""
     if activation is ActivationFormat.F32:
         return 0
-    return -(-rows // _GROUP_ROWS) * (cols // activation.value) * _GROUP_BYTES[activation]
+    return -(-rows // _GROUP_ROWS) * (cols // int(activation)) * _GROUP_BYTES[activation]
 
 
 def quantize(

@@ -80,8 +80,7 @@ def _write_folder(
         values = {**whole.settings.values, "torch_dtype": torch_type}
         values.pop("quantization_config", None)  # weights are unpacked on the way
         made.append(out / CONFIG)
-        made[-1].write_text(json.dumps(values, indent=2) + "
-")
+        made[-1].write_text(json.dumps(values, indent=2) + "\n")
     except BaseException:
         for path in made:
             path.unlink(missing_ok=True)

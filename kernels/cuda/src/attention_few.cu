@@ -97,15 +97,15 @@ template <int TQ>
 struct Q8Scores {
   DEVICE static void add_chunk(const int32_t* pairs, const uint4 (&keys)[kPositions], int32_t (&sums)[kPositions][TQ]) {
 #pragma unroll
-    for (int w = 0; w < 4; w++) {
-      int32_t low[TQ], high[TQ];
-      read_queries(pairs + 2 * w * TQ, low);
-      read_queries(pairs + (2 * w + 1) * TQ, high);
+    for (int pair = 0; pair < 8; pair++) {
+      int32_t q[TQ];
+      read_queries(pairs + pair * TQ, q);
 #pragma unroll
       for (int p = 0; p < kPositions; p++) {
-        const int32_t word = static_cast<int32_t>(word_of(keys[p], w));
+        const int32_t word = static_cast<int32_t>(word_of(keys[p], pair / 2));
 #pragma unroll
-        for (int i = 0; i < TQ; i++) sums[p][i] = dp2a_high(high[i], word, dp2a_low(low[i], word, sums[p][i]));
+        for (int i = 0; i < TQ; i++)
+          sums[p][i] = pair % 2 == 0 ? dp2a_low(q[i], word, sums[p][i]) : dp2a_high(q[i], word, sums[p][i]);
       }
     }
   }

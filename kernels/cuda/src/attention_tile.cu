@@ -67,7 +67,7 @@ struct F16Tile {
 
   template <int columns>
   DEVICE static void add_chunk(const float* keys, const float* queries, Sums& sums) {
-#pragma unroll
+#pragma unroll 4
     for (int c = 0; c < kChannels; c++) {
       float q[kRows], k[columns];
       read_queries(queries + c * TQ, q);

@@ -66,6 +66,13 @@ class Work:
     kv_heads: int
     head_dim: int
 
+    def asks_of(self, way: Way) -> tuple[Generation, ...]:
+        """A third of what those that grow do, where they need not grow that long."""
+        if way.every or way.preempted:
+            return self.asks
+        grow = (replace(ask, max_tokens=ask.max_tokens // 3) for ask in self.asks[_OWN:])
+        return self.asks[:_OWN] + (tuple(grow) if way.company else ())
+
     @property
     def longest(self) -> int:
         return max(len(ask.prompt) + ask.max_tokens for ask in self.asks)
@@ -101,7 +108,7 @@ def make_work(seed: int, vocabulary: int, kv_heads: int, head_dim: int, long: in
 
 
 def run(model: Path, way: Way, work: Work, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Answer]:
-    """Starts a cluster of real processes, runs the work and returns the answers in the order of `work.asks`.
+    """Starts a cluster of real processes, runs `work.asks_of(way)` and returns the answers in that order.
 
     Requests that are alone are the first three, unless `way.every`.
     """
@@ -145,18 +152,27 @@ _FACTS = "bandwidth: 20, int8: 300"
 """Stated, so that nothing is measured."""
 
 
+def check_answers(answers: list[Answer], expected: list[Answer]) -> None:
+    """The same, as far as they were asked for."""
+    assert answers == [wanted[: len(answer)] for answer, wanted in zip(answers, expected, strict=False)]
+
+
 async def _answers(cluster: Cluster, way: Way, work: Work) -> list[Answer]:
+    asks = work.asks_of(way)
     if way.company or way.preempted:
-        return await asyncio.gather(*(_ask(cluster, ask) for ask in work.asks))
-    return [await _ask(cluster, ask) for ask in (work.asks if way.every else work.asks[:_OWN])]
+        return await asyncio.gather(*(_ask(cluster, ask) for ask in asks))
+    return [await _ask(cluster, ask) for ask in asks]
 
 
 async def _ask(cluster: Cluster, ask: Generation) -> Answer:
     rows: list[RowResult] = []
+    tokens = 0
     async for event in cluster.engine.submit(ask):
         match event:
             case PromptScored():
                 rows += event.rows
             case TokenChosen():
                 rows.append(event.row)
+                tokens += 1
+    assert tokens == ask.max_tokens
     return tuple((row.token, struct.pack("<f", row.logprob)) for row in rows)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from invariance import Answer, Way, make_work, run
+from invariance import Answer, Way, check_answers, make_work, run
 from tiny_model import build_tiny_model, every_type
 
 from llamaclust.kernels.cpu import _native
@@ -25,7 +25,7 @@ from llamaclust.model.quant_types import QuantType
 VOCABULARY = 320
 KV_HEADS, HEAD_DIM = 2, 32
 SEED = 20
-CUTS = ((0, 6), (0, 3, 6), (0, 1, 6), (0, 5, 6), (0, 2, 4, 6), (0, 1, 2, 3, 5, 6))
+CUTS = ((0, 6), (0, 3, 6), (0, 1, 5, 6), (0, 1, 2, 3, 5, 6))  # test_random_ways has others
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,6 @@ KINDS = (
     Kind("llama", QuantType.Q4_1),
     Kind("llama", None, experts=4, first_type=8),
     Kind("qwen2", None, first_type=16),
-    Kind("qwen2", QuantType.Q4_0),
 )
 FACTORS: dict[str, tuple[Any, ...]] = {
     "cut": CUTS,
@@ -104,6 +103,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
                 architecture=kind.architecture,
                 quant_type=kind.quant_type or QuantType.F16,
                 experts=kind.experts,
+                ffn=256,
                 vocabulary=VOCABULARY,
                 other_types=kind.other_types,
             )
@@ -128,7 +128,7 @@ def test_every_pair_of_ways(
     way = Way(**{name: value for name, value in row.items() if name != "kind"})
     work = make_work(SEED, VOCABULARY, KV_HEADS, HEAD_DIM)
     answers = run(model, way, work, tmp_path, monkeypatch)
-    assert answers == expected[: len(answers)]
+    check_answers(answers, expected)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.quant_type is None], ids=str)
@@ -169,4 +169,4 @@ def test_random_ways(way: Way, models: Models, tmp_path_factory: pytest.TempPath
     with pytest.MonkeyPatch.context() as patch:
         work = make_work(SEED, VOCABULARY, KV_HEADS, HEAD_DIM)
         answers = run(model, way, work, tmp_path_factory.mktemp("way"), patch)
-        assert answers == expected[: len(answers)]
+        check_answers(answers, expected)

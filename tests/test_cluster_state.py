@@ -78,7 +78,7 @@ def test_a_folder_that_is_deleted_under_a_cluster_comes_back(tmp_path: Path) -> 
         folder.write_record(record)
         for _ in range(2):
             shutil.rmtree(tmp_path / "home")
-            eventually(lambda: folder.is_running and folder.read_record() == record, 5.0, "the folder again")
+            eventually(lambda: folder.is_running and folder.read_record() == record, 30.0, "the folder again")
             assert folder.logs.is_dir()
             with pytest.raises(UsageError, match=rf"already running \(pid {os.getpid()}"), folder.locked():
                 pass

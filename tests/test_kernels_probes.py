@@ -95,10 +95,10 @@ def test_measuring_leaves_other_python_threads_running() -> None:
 
 def test_machine_is_measured_quickly() -> None:
     probes.measure_machine(2)  # touches memory that the system may have to find first
-    start = time.perf_counter()
+    start = time.process_time()
     machine = probes.measure_machine(2)
     assert machine.read_gb_s > 0.1 and machine.int8_gmac_s > 0.1
-    assert time.perf_counter() - start < 4.0  # half a second on an idle machine
+    assert time.process_time() - start < 4.0  # of two threads; half a second on an idle machine
 
 
 @pytest.mark.parametrize(("threads", "seconds"), [(0, 1.0), (-1, 1.0), (1025, 1.0), (1, 0.0), (1, 61.0), (1, math.nan)])

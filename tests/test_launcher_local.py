@@ -85,7 +85,7 @@ def test_stopping_kills_what_does_not_end_by_itself(tmp_path: Path) -> None:
             workers[0].suspend()
             begun = time.monotonic()
             await cluster.launcher.stop()
-            assert time.monotonic() - begun < 2.0
+            assert time.monotonic() - begun < 10.0  # a second on an idle machine
             assert cluster.launcher.pids == {}
             assert not any(worker.is_running() for worker in workers)
 
@@ -143,7 +143,7 @@ def test_a_worker_of_no_launcher_ends_when_its_coordinator_is_gone(tmp_path: Pat
             server = cluster.registry._server
             assert isinstance(server, Server)
             await server.stop(0.0)
-            async with asyncio.timeout(2.0):
+            async with asyncio.timeout(20.0):
                 _, log = await process.communicate()
             return process.returncode, log.decode()
 

@@ -142,7 +142,7 @@ def test_a_cluster_tells_of_itself_in_fields(line: CommandLine) -> None:
         reply = cluster.http.post("/v1/completions", json=body, headers=header).json()
         token = next(line.cluster_dir("tiny").rglob("token")).read_text().strip()
         log = cluster.command.err
-        eventually(lambda: "request ended" in log.read_text(), 5.0, "the request's line")
+        eventually(lambda: "request ended" in log.read_text(), 30.0, "the request's line")
         records = [json.loads(one) for one in log.read_text().splitlines()]
         logs = {name: (line.cluster_dir("tiny") / "logs" / f"{name}.log").read_text() for name in "ab"}
     assert all(record["cluster"] == "tiny" for record in records)

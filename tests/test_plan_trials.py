@@ -73,14 +73,15 @@ def test_a_worker_tries_steps_of_any_model_that_is_large_enough(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = Model.open(build_tiny_model(tmp_path / "m.gguf", layers=6, context=512))
-    device = TrialDevice(CpuBackend(1, "generic"), 1, "generic", 1 << 30)
+    backend = CpuBackend(1)
+    device = TrialDevice(backend, 1, backend.feature_level, 1 << 30)
     assert try_stages(device, model) == (), "it stays in the caches"
     monkeypatch.setattr(trial, "_LEAST_BYTES", 0)
     found = try_stages(device, model)
     assert [one.rows for one in found] == [1, 8, 128]
     assert all(isinstance(one, StageTrial) and one.stage_s + one.layers_byte_s > 0 for one in found)
     assert found[0].head_s >= 0 and found[2].layers_byte_s > found[0].layers_byte_s
-    short = TrialDevice(device.backend, 1, "generic", 65 << 20)
+    short = TrialDevice(backend, 1, backend.feature_level, 65 << 20)
     assert try_stages(short, model) == (), "memory is short"
 
 
@@ -129,7 +130,7 @@ def test_links_are_measured_again_when_somebody_joins_once_a_pipeline_serves() -
         assert not asked, "a pipeline comes first"
         supervisor._settled.set()
         supervisor._news.clear()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             await supervisor._news.wait()
 
     asyncio.run(run())

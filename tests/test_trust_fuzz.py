@@ -100,7 +100,7 @@ async def _rubbish_to_an_echo() -> None:
     lying = await Server.start("127.0.0.1:0", Insecure(), {ECHO: rubbish})
     peer, liar = Peer(answering.address, Insecure()), Peer(lying.address, Insecure())
     try:
-        for case in range(max(20, COUNT // 500)):
+        for case in range(max(8, COUNT // 1000)):
             stream = peer.open(ECHO)
             async with deadline(f"the end of case {case} of FUZZ_SEED={SEED}", 10):
                 with contextlib.suppress(StreamBrokenError):
@@ -113,7 +113,7 @@ async def _rubbish_to_an_echo() -> None:
             stream.cancel()
             with contextlib.suppress(LlamaclustError):
                 assert (await measure_link(liar)).bytes_s > 0
-        assert (await measure_link(peer)).round_trip_s < 5
+        assert (await measure_link(peer)).round_trip_s < 20
     finally:
         await asyncio.gather(peer.close(), liar.close())
         await asyncio.gather(answering.stop(0.0), lying.stop(0.0))

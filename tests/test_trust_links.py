@@ -250,7 +250,7 @@ def test_addresses_beyond_this_machine_need_certificates(trust: Authority) -> No
 async def test_a_handshake_that_stalls_is_cut_off(trust: Authority) -> None:
     async with echo(trust.identity(A)) as server:
         with socket.create_connection(("127.0.0.1", server.server.port)) as stalled:
-            stalled.settimeout(10)
+            stalled.settimeout(30)
             begun = time.monotonic()
             assert await asyncio.to_thread(stalled.recv, 1) == b""
-            assert time.monotonic() - begun < 5
+            assert time.monotonic() - begun < 20

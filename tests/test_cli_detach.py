@@ -40,7 +40,7 @@ def loading(line: CommandLine) -> Running:
 
 
 def nothing_left(line: CommandLine) -> None:
-    eventually(lambda: not line.left_running(), 10.0, "the end of every process")
+    eventually(lambda: not line.left_running(), 30.0, "the end of every process")
     folder = line.cluster_dir("tiny")
     assert not (folder / "cluster.json").exists() and not (folder / "run").exists()
     assert not ClusterDir(folder).is_running
@@ -55,7 +55,7 @@ def test_a_start_that_is_told_to_end_has_ended_when_its_command_has(
     running = moment(line)
     for _ in range(2):  # a service manager and a closed terminal may both send more than one
         os.kill(running.process.pid, number)
-    done = running.wait(10.0)
+    done = running.wait()
     assert done.code == 128 + number and "Traceback" not in done.err
     assert not line.left_running()
     nothing_left(line)

@@ -30,7 +30,7 @@ def cluster(line: CommandLine) -> Iterator[Cluster]:
 
 
 def printed(running: Running, lines: int) -> list[str]:
-    eventually(lambda: running.out.read_text().count("\n") >= lines, 20.0, f"{lines} lines")
+    eventually(lambda: running.out.read_text().count("\n") >= lines, 30.0, f"{lines} lines")
     return running.out.read_text().splitlines()
 
 
@@ -71,9 +71,9 @@ def test_watched_as_json_it_is_an_object_a_line(line: CommandLine, cluster: Clus
 def test_watched_on_a_terminal_it_stays_in_its_place(line: CommandLine, cluster: Cluster) -> None:
     """As high as the terminal at most; after Ctrl-C the cursor is there again."""
     shown, process = on_terminal(line, "status", "--watch", lines=4)
-    eventually(lambda: b"".join(shown).count(b"tiny: ready") >= 3, 20.0, "three pictures")
+    eventually(lambda: b"".join(shown).count(b"tiny: ready") >= 3, 30.0, "three pictures")
     process.send_signal(signal.SIGINT)
-    assert process.wait(20) == 130
+    assert process.wait(60) == 130
     text = b"".join(shown).decode()
     assert "Traceback" not in text
     assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")
@@ -118,7 +118,7 @@ def test_layers_leave_a_drained_worker_and_come_back(line: CommandLine, cluster:
     assert cluster.answer() == before
     done = line.run("undrain", "a")
     assert done.code == 0 and "worker a is used again" in done.err
-    eventually(lambda: cluster.status["workers"][0]["layers"] == [0, 2], 20.0, "layers on a")
+    eventually(lambda: cluster.status["workers"][0]["layers"] == [0, 2], 30.0, "layers on a")
     assert cluster.answer() == before
     assert cluster.status["recoveries"] == 0
 

@@ -162,7 +162,7 @@ ways = st.builds(
 )
 
 
-@settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
+@settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
 @given(way=ways)
 def test_random_ways(way: Way, models: Models, tmp_path_factory: pytest.TempPathFactory) -> None:
     model, expected = models(KINDS[1], way.kv_type)

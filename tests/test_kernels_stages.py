@@ -67,7 +67,7 @@ def make_whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str],
 
 @pytest.mark.parametrize("model_name", MODELS)
 @pytest.mark.parametrize("backend_name", BACKENDS)
-@settings(max_examples=3, deadline=None)
+@settings(max_examples=2, deadline=None)
 @given(data=st.data())
 def test_stages_in_a_chain_give_the_bits_of_one(
     make_whole: Callable[[str, str], Whole], backend_name: str, model_name: str, data: st.DataObject

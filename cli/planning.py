@@ -21,7 +21,7 @@ from llamaclust.errors import DoesNotFitError, UsageError
 from llamaclust.model.loader import Model
 from llamaclust.sizes import mib
 from llamaclust.tools.catalog import resolve_model
-from llamaclust.wire.control import Card
+from llamaclust.wire.cards import Card
 from llamaclust.worker.devices import cards_of, check_devices, fingerprint
 from llamaclust.worker.machine import available_memory_bytes, resident_bytes
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 
 from llamaclust.cluster.config import ClusterConfig, environment
 from llamaclust.cluster.launchers.base import WorkerSpec
-from llamaclust.wire.control import Card, Register
+from llamaclust.wire.cards import Card
+from llamaclust.wire.control import Register
 
 
 def thread_shares(config: ClusterConfig) -> dict[str, int]:

@@ -13,8 +13,8 @@ from typing import Any
 from llamaclust import errors
 from llamaclust.cluster.stalling import Further
 from llamaclust.errors import LlamaclustError, UsageError, WireError, WorkerError
+from llamaclust.wire.cards import Card
 from llamaclust.wire.control import (
-    Card,
     CoordinatorMessage,
     Failure,
     Heartbeat,

@@ -19,7 +19,7 @@ from llamaclust.cluster.shares import WorkerCards, shared_cards
 from llamaclust.cluster.state import CardMeasurement, Measurement
 from llamaclust.errors import DoesNotFitError
 from llamaclust.sizes import MIB
-from llamaclust.wire.control import Card, DeviceLayers
+from llamaclust.wire.cards import Card, DeviceLayers
 
 
 def workspace(place: StagePlace) -> int:

@@ -13,13 +13,11 @@ from hypothesis import strategies as st
 from llamaclust.errors import WireError
 from llamaclust.model.program import KvType
 from llamaclust.proto import control_pb2
+from llamaclust.wire.cards import Card, CardSpeed, DeviceLayers
 from llamaclust.wire.control import (
     KV_TYPES,
-    Card,
-    CardSpeed,
     CoordinatorMessage,
     Deadlines,
-    DeviceLayers,
     Failure,
     Heartbeat,
     LinksMeasured,

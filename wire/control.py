@@ -4,37 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from llamaclust.wire.cards import Card, CardSpeed, DeviceLayers
 from llamaclust.wire.messages import NUMERICS_VERSION, PROTOCOL_VERSION
 
 KV_TYPES = ("f16", "q8_0")
 """How keys and values may lie in KV memory: `model.program.KvType`, which is not imported here."""
-
-
-@dataclass(frozen=True, slots=True)
-class Card:
-    """A GPU of a worker."""
-
-    device: str  # "cuda:N"
-    name: str  # as its driver calls it
-    total_bytes: int
-    free_bytes: int  # what the worker may still take of it, its cap considered
-
-
-@dataclass(frozen=True, slots=True)
-class CardSpeed:
-    """What kernels reach on a GPU."""
-
-    read_bytes_s: float
-    int8_macs_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceLayers:
-    """Layers [start, end) of a stage on one of its worker's devices."""
-
-    device: str  # "cpu" | "cuda:N"
-    start: int
-    end: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from itertools import pairwise
 from llamaclust.errors import WireError
 from llamaclust.proto import control_pb2 as proto
 from llamaclust.wire.bounds import bounded, line
-from llamaclust.wire.control import Card, DeviceLayers
+from llamaclust.wire.cards import Card, DeviceLayers
 
 MAX_CARDS = 16
 _MAX_LAYERS = 1 << 16

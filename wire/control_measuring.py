@@ -7,7 +7,8 @@ from itertools import pairwise
 from llamaclust.errors import WireError
 from llamaclust.proto import measuring_pb2 as proto
 from llamaclust.wire.bounds import bounded, finite, line, path, worker_name
-from llamaclust.wire.control import CardSpeed, LinksMeasured, LinkSpeed, Measure, Measured, MeasureLinks, StageTrial
+from llamaclust.wire.cards import CardSpeed
+from llamaclust.wire.control import LinksMeasured, LinkSpeed, Measure, Measured, MeasureLinks, StageTrial
 
 _MAX_RATE = 1e18
 _MAX_CARDS = 16

@@ -8,7 +8,7 @@ from typing import Protocol, cast
 from llamaclust.errors import UsageError
 from llamaclust.kernels.backend import Backend
 from llamaclust.kernels.cpu.prepared_files import PreparedFolder
-from llamaclust.wire.control import Card, CardSpeed
+from llamaclust.wire.cards import Card, CardSpeed
 
 CUDA = "cuda:"
 

@@ -14,7 +14,8 @@ from llamaclust.kernels.chain import ChainBackend, Part
 from llamaclust.kernels.cpu.prepared_files import PreparedFolder
 from llamaclust.model.loader import Model
 from llamaclust.sizes import MIB
-from llamaclust.wire.control import Card, DeviceLayers, Load, Measured, Register, StageTrial
+from llamaclust.wire.cards import Card, DeviceLayers
+from llamaclust.wire.control import Load, Measured, Register, StageTrial
 from llamaclust.worker import backends
 from llamaclust.worker.backends import CardBackend, card_names
 from llamaclust.worker.machine import available_memory_bytes, processor_name, resident_bytes, total_memory_bytes

@@ -10,7 +10,8 @@ from llamaclust.kernels.chain import ChainStage
 from llamaclust.kernels.sampling import Sampler
 from llamaclust.model.loader import Model
 from llamaclust.model.program import KvType, Program
-from llamaclust.wire.control import DeviceLayers, StageLimits
+from llamaclust.wire.cards import DeviceLayers
+from llamaclust.wire.control import StageLimits
 from llamaclust.wire.messages import Microbatch, RowResult, SamplingInputs
 from llamaclust.worker.batches import build_batch
 

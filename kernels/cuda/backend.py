@@ -17,7 +17,8 @@ from llamaclust.kernels.cuda.turns import Turns
 from llamaclust.kernels.cuda.weights import DeviceWeight, DeviceWeights, layers_of_weights
 from llamaclust.model.program import Program
 from llamaclust.model.tensors import Tensor
-from llamaclust.wire.control import Card, CardSpeed, StageLimits
+from llamaclust.wire.cards import Card, CardSpeed
+from llamaclust.wire.control import StageLimits
 from llamaclust.wire.messages import NUMERICS_VERSION
 
 _RESERVED_SHARE = 256

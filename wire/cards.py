@@ -1,0 +1,32 @@
+"""GPUs of workers, as these tell of them and are told what to hold there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """A GPU of a worker."""
+
+    device: str  # "cuda:N"
+    name: str  # as its driver calls it
+    total_bytes: int
+    free_bytes: int  # what the worker may still take of it, its cap considered
+
+
+@dataclass(frozen=True, slots=True)
+class CardSpeed:
+    """What kernels reach on a GPU."""
+
+    read_bytes_s: float
+    int8_macs_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceLayers:
+    """Layers [start, end) of a stage on one of its worker's devices."""
+
+    device: str  # "cpu" | "cuda:N"
+    start: int
+    end: int

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from served import run_async
+from test_wire_control import REGISTER
 
 from llamaclust.cluster import planning
 from llamaclust.cluster.links import UNKNOWN
@@ -31,7 +32,8 @@ async def test_the_event_loop_serves_while_a_plan_is_made(monkeypatch: pytest.Mo
     monkeypatch.setattr(planning, "plan_cluster", plan)
     monkeypatch.setattr(Planning, "_memory", lambda self, workers: {})
     config: Any = SimpleNamespace(plan=None)
-    making = asyncio.create_task(Planning(config, NOTHING, None, {}, UNKNOWN).plan({"a": NOTHING}))
+    worker: Any = SimpleNamespace(registration=REGISTER)
+    making = asyncio.create_task(Planning(config, NOTHING, None, {}, UNKNOWN).plan({"a": worker}))
     await asyncio.sleep(0.01)
     served.set()
     assert await making

@@ -46,7 +46,7 @@ def run_async(test: Callable[..., Coroutine[None, None, None]]) -> Callable[...,
     @wraps(test)
     def run(*arguments: object, **named: object) -> None:
         async def bounded() -> None:
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(120):
                 await test(*arguments, **named)
 
         asyncio.run(bounded())

@@ -121,7 +121,7 @@ def test_a_disk_without_room_is_said_before_the_start(line: CommandLine) -> None
         tiny = model(line.folder / "m")
         assert line.run("model", "convert", tiny, "-o", small / "x.gguf").code == 0
     finally:
-        subprocess.run(["umount", small], check=True)
+        subprocess.run(["umount", "--lazy", small], check=True)
 
 
 def test_a_disk_that_fills_up_on_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,7 +109,7 @@ def test_a_bad_template_is_an_error_of_the_request(source: str, message: str) ->
         rendered(source)
     assert message in str(caught.value)
     assert str(caught.value).isprintable()
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 60
 
 
 def test_a_template_that_loops_for_ever_is_stopped_and_the_next_render_works() -> None:
@@ -119,7 +119,7 @@ def test_a_template_that_loops_for_ever_is_stopped_and_the_next_render_works() -
         start = time.monotonic()
         with pytest.raises(RequestError, match="did not end within 1 s"):
             template.render([{"role": "user", "content": "loop"}])
-        assert 0.9 < time.monotonic() - start < 5
+        assert 0.9 < time.monotonic() - start < 15
         assert template.render(HELLO) == "ok"
 
 
@@ -131,7 +131,7 @@ def test_cpu_time_is_limited_even_if_nobody_waits() -> None:
 
 def test_a_template_that_overruns_its_limit_where_it_is_compiled_is_remembered() -> None:
     with ChatTemplate("{{ 7**100000000 }}", "", "", TemplateLimits(cpu_seconds=1)) as template:
-        for most_s in (10.0, 0.1):
+        for most_s in (30.0, 0.9):  # a second of CPU time, then none
             start = time.monotonic()
             with pytest.raises(RequestError, match="cannot be used: it used more CPU time"):
                 template.render(HELLO)
@@ -243,7 +243,7 @@ def test_a_closed_template_refuses_and_its_process_is_gone() -> None:
         start = time.monotonic()
         template.close()
         template.close()
-        assert time.monotonic() - start < 3
+        assert time.monotonic() - start < 15
         with pytest.raises(LlamaclustError):
             running.result()
     assert not alive(pid)

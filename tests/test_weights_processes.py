@@ -57,7 +57,7 @@ def _all_arrived(cluster: Cluster) -> bool:
         sent, received = _moved(cluster)
         return sent == received > 20_000_000
 
-    eventually(told, 10, "bytes of weights")
+    eventually(told, 30.0, "bytes of weights")
     return True
 
 

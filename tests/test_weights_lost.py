@@ -118,7 +118,7 @@ async def test_a_holder_that_is_back_elsewhere_is_asked_at_once(
     monkeypatch.setattr("llamaclust.worker.absent_file.WeightFetch", partial(WeightFetch, patience=patience))
     join, told = f"127.0.0.1:{free_port()}", list[str]()
     monkeypatch.setattr(Weights, "places", places)
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(100):
         with monkeypatch.context() as patched:
             stalled = stall_after(patched, 3)
             answering = asyncio.create_task(answers(over_machines(model, tmp_path, join), model, told, REQUESTS))

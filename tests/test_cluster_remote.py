@@ -11,6 +11,7 @@ from real_cluster import microbatches
 from served import run_async
 
 from llamaclust.cluster.remote import RemotePipeline
+from llamaclust.cluster.worker_handle import WorkerHandle
 from llamaclust.errors import WorkerError
 from llamaclust.wire.control import Load, Loaded, Register, StageLimits
 
@@ -45,9 +46,9 @@ def _pipeline(forward: Stream, sample: Stream) -> RemotePipeline:
     register = Register("a", 1, "host", "unix:/a.sock", "cpu", 1, "generic", 1, 1, "nothing")
     order = Load(1, "m", "m", 0, 2, StageLimits(8, 8, 8, 64, 8), None)
     stages = {1: (order, Loaded(1, 1, 1, 1))}
-    worker: Any = SimpleNamespace(
-        name="a", registration=register, stages=stages, lost=asyncio.Event(), cut_off=lambda epoch: asyncio.Event()
-    )
+    nothing: Any = None
+    worker = WorkerHandle(register, nothing, lambda: "")
+    worker.stages |= stages
     peer: Any = SimpleNamespace(close=lambda: asyncio.sleep(0))
     ends: Any = (forward, sample)
     return RemotePipeline(1, [worker], (peer, peer), *ends)

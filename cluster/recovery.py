@@ -31,6 +31,8 @@ _TRIES = 3
 """So often the same workers may fail without one of them being lost."""
 _PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 5.0
+_MOST_DOUBLINGS = 16
+"""Failures go on for hours; a float ends at 2 ** 1024."""
 _REPLAY_S = 1.0
 """Requests may wait so long for a better plan."""
 _LOOK_S = 1.0
@@ -223,7 +225,7 @@ class Supervisor:
     async def _hold_on(self, error: LlamaclustError, failures: int) -> None:
         """After a failure of workers that are all there: a pause, and in the end those who failed are given up."""
         self._opener.give_up_suspects(error, at_once=failures + 1 >= _TRIES)
-        await asyncio.sleep(min(_PAUSE_S * 2**failures, _LONGEST_PAUSE_S))
+        await asyncio.sleep(min(_PAUSE_S * 2 ** min(failures, _MOST_DOUBLINGS), _LONGEST_PAUSE_S))
 
     # -- a loss ------------------------------------------------------------------------------------------------------
 

@@ -101,3 +101,18 @@ async def test_whoever_joins_while_a_load_fails_may_be_what_was_missing() -> Non
     supervisor._plan = plan  # type: ignore[method-assign,assignment]
     supervisor._open = open_epoch  # type: ignore[method-assign,assignment]
     assert await supervisor._next_epoch() == "opened"
+
+
+@run_async
+async def test_failures_that_go_on_for_hours_do_not_end_the_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    config: Any = SimpleNamespace(timeouts=SimpleNamespace(worker=5.0, load=60.0, recovery=120.0))
+    supervisor = Supervisor(config, NOTHING, NOTHING, NOTHING, NOTHING, lambda event: None)
+    pauses: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    for failures in (0, 1, 5000):
+        await supervisor._hold_on(ModelFileError("too little of it is there"), failures)
+    assert pauses == [0.1, 0.2, 5.0]

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import logging
 import threading
+import weakref
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from llamaclust.errors import DeadlineError, DeviceLostError, UsageError, WireError
+from llamaclust.errors import DeadlineError, DeviceLostError, DoesNotFitError, UsageError, WireError
+from llamaclust.wire.control import LoadFailed, WorkerMessage
 from llamaclust.wire.messages import SamplingInputs
-from llamaclust.worker import machine
+from llamaclust.worker import loading, machine, membership
 from llamaclust.worker.__main__ import parse_settings
 from llamaclust.worker.compute import INLINE_NS, Compute
 from llamaclust.worker.devices import Device
 from llamaclust.worker.inputs import InputsBox
+from llamaclust.worker.membership import Member
+from llamaclust.worker.service import StageService
 from llamaclust.worker.settings import WorkerSettings
 
 
@@ -144,3 +152,36 @@ def test_a_device_that_is_lost_ends_the_workers_life() -> None:
     assert asyncio.run(run(at_once=True)) == "told so"
     with pytest.raises(DeviceLostError, match="cuda:0 is lost"):
         asyncio.run(run(at_once=False))
+
+
+class _Layers:
+    """What was loaded until then."""
+
+
+def test_a_load_that_failed_holds_nothing_when_the_coordinator_hears_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[weakref.ref[_Layers]] = []
+    told: list[tuple[WorkerMessage, _Layers | None]] = []
+
+    async def fails(*_: object) -> None:
+        layers = _Layers()
+        loaded.append(weakref.ref(layers))
+        raise DoesNotFitError("no room for the next one")
+
+    async def say(message: WorkerMessage) -> None:
+        told.append((message, loaded[0]()))
+
+    monkeypatch.setattr(loading, "_load", fails)
+    monkeypatch.setattr(membership, "_log", logging.getLogger("not kept"))
+    logging.getLogger("not kept").propagate = False
+    nothing: Any = None
+    weights: Any = SimpleNamespace(received_bytes=0)
+    member = Member("a", nothing, nothing, StageService("a"), nothing, weights)
+    monkeypatch.setattr(member, "_say", say)
+    order: Any = SimpleNamespace(epoch=1, start=0, end=2, alone=True)
+    gc.disable()
+    try:
+        asyncio.run(member._load(order))
+    finally:
+        gc.enable()
+    (message, layers), *more = told
+    assert isinstance(message, LoadFailed) and layers is None and not more

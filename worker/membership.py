@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 from collections.abc import Coroutine
 from dataclasses import replace
@@ -172,14 +173,15 @@ class Member:
     async def _load(self, order: Load) -> None:
         async with self._one_order:
             try:
-                loaded = await self._loaded(order)
+                answer: WorkerMessage = await self._loaded(order)
             except Exception as error:  # noqa: BLE001  a border: the coordinator is told, the worker stays
                 _log.error("layers [%d, %d) of epoch %d: %s", order.start, order.end, order.epoch, error)
                 if isinstance(error, DeviceLostError):
                     self._compute.give_up(error)
-                await self._say(LoadFailed(order.epoch, _failure(error)))
-                return
-            await self._say(loaded)
+                answer = LoadFailed(order.epoch, _failure(error))
+            if isinstance(answer, LoadFailed):
+                gc.collect()  # a future and its error hold each other, and what was loaded until then
+            await self._say(answer)
 
     async def _loaded(self, order: Load) -> Loaded:
         if order.epoch in self._service:

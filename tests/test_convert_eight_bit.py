@@ -76,6 +76,7 @@ def test_floats_are_multiplied_with_their_scales(
         ({"weight_block_size": 16}, {}, "'weight_block_size': two whole numbers expected"),
         ({"weight_block_size": [0, 16]}, {}, "'rows': 0, a whole number of 1"),
         ({}, {}, r"scales of shape \[3, 3\] for 40 rows of 24"),
+        ({}, {"m.weight_scale_inv": np.ones((ROWS, 1, 2), np.float32)}, r"scales of shape \[40, 1, 2\]"),
         ({}, {"m.weight": np.zeros((ROWS, COLUMNS), np.float32)}, "no matrix of eight-bit floats"),
         ({}, {"m.weight_scale_inv": np.zeros((3, 3), np.int32)}, "scales I32: no matrix"),
     ],

@@ -129,6 +129,8 @@ def test_exchanged_matrices_and_ranks_of_their_own(tmp_path: Path) -> None:
     [
         (factors("mlp.up_proj", INNER, HIDDEN), {"peft_type": "LOHA"}, "'LOHA'; only LORA"),
         (factors("mlp.up_proj", INNER, HIDDEN), {"use_dora": True}, "'use_dora': set"),
+        (factors("mlp.up_proj", INNER, HIDDEN), {"init_lora_weights": "pissa_niter_4"}, "a base that was changed"),
+        (factors("mlp.up_proj", INNER, HIDDEN), {"alpha_pattern": {r"layers\.\d+": 9}}, "patterns are not supported"),
         (factors("mlp.up_proj", INNER, HIDDEN), {"r": 8}, "rank 4, adapter_config.json says 8"),
         (factors("mlp.up_proj", INNER, HIDDEN), {"r": -4}, "-4, a whole number"),
         (factors("mlp.up_proj", INNER + 1, HIDDEN), {}, r"shape \[97, 64\], the base has \[96, 64\]"),

@@ -22,7 +22,17 @@ _NAMES: Final = ("adapter_model.safetensors", "adapter_model.bin")
 _PREFIX: Final = "base_model.model."
 _FACTOR: Final = re.compile(r"(?P<module>.*)\.lora_(?P<kind>A|B|embedding_A|embedding_B)(\.default)?(\.weight)?")
 _SAVED: Final = re.compile(r"(?P<module>.*?)(\.modules_to_save(\.default)?|\.original_module)?\.(?P<kind>weight|bias)")
-_REFUSED: Final = ("use_dora", "use_qalora", "megatron_config", "alora_invocation_tokens", "lora_bias")
+_REFUSED: Final = (
+    "use_dora",
+    "use_qalora",
+    "megatron_config",
+    "alora_invocation_tokens",
+    "lora_bias",
+    "layer_replication",
+)
+_CHANGES_BASE: Final = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Ways to begin that take something off the base's matrices; adapters of a base as it was say `true`."""
+_PLAIN: Final = re.compile(r"[\w.-]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +97,9 @@ def _check_kind(settings: Settings) -> None:
     for name in _REFUSED:
         if settings.values.get(name):
             raise settings.error(name, "set, which is not supported")
+    begun = settings.values.get("init_lora_weights")
+    if isinstance(begun, str) and begun.lower().startswith(_CHANGES_BASE):
+        raise settings.error("init_lora_weights", f"{begun!r}: it is of a base that was changed; save it as plain LoRA")
     if settings.text("bias", default="none") != "none":
         raise settings.error("bias", f"{settings.values['bias']!r}; only adapters without biases are supported")
 
@@ -113,6 +126,9 @@ def _factors(module: str, pair: Mapping[str, Lazy], settings: Settings) -> _Fact
 def _pattern(settings: Settings, name: str, module: str, default: float) -> float:
     """A number that some modules have of their own, by the end of their names."""
     inner = settings.inner(name)
+    strange = next((key for key in inner.values if not _PLAIN.fullmatch(key)), None)
+    if strange is not None:
+        raise settings.error(name, f"{shown(strange)} is no end of a name; patterns are not supported")
     key = next((key for key in inner.values if re.fullmatch(rf"(.*\.)?({re.escape(key)})", module)), None)
     return default if key is None else inner.real(key, minimum=1e-9, maximum=1 << 20)
 

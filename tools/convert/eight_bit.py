@@ -53,7 +53,7 @@ def _scaled(tensor: Lazy, scales: Lazy, block: tuple[int, int] | None) -> Lazy:
     sizes = {_ONE: (rows, columns), (rows, 1): (1, columns)}
     if block is not None:
         sizes = {(-(-rows // block[0]), -(-columns // block[1])): block}
-    if shape not in sizes:
+    if shape not in sizes or len(scales.shape) > 2:
         raise ModelFileError(f"{tensor.origin}: scales of shape {list(scales.shape)} for {rows} rows of {columns}")
     height, width = sizes[shape]
 

@@ -64,7 +64,7 @@ def _is_part(name: str, tensors: Mapping[str, Lazy]) -> bool:
 
 def _gptq(stem: str, tensors: Mapping[str, Lazy], said: Settings, recent: Recent) -> Lazy:
     """Inputs are packed in weights, outputs in zeros; zeros are one less than they are meant, but in version 2."""
-    rows, outputs = tensors[f"{stem}.qweight"].shape
+    rows, outputs = _shape(tensors[f"{stem}.qweight"])
     offset = 0 if said.text("checkpoint_format", default="gptq") == "gptq_v2" else 1
     matrix = _matrix(stem, tensors, rows * _EIGHT, outputs, offset)
     return _lazy(matrix, recent, _gptq_steps)
@@ -72,8 +72,14 @@ def _gptq(stem: str, tensors: Mapping[str, Lazy], said: Settings, recent: Recent
 
 def _awq(stem: str, tensors: Mapping[str, Lazy], recent: Recent) -> Lazy:
     """Outputs are packed in weights and zeros, in an order of their own."""
-    inputs, columns = tensors[f"{stem}.qweight"].shape
+    inputs, columns = _shape(tensors[f"{stem}.qweight"])
     return _lazy(_matrix(stem, tensors, inputs, columns * _EIGHT, 0), recent, _awq_steps)
+
+
+def _shape(weight: Lazy) -> tuple[int, int]:
+    if len(weight.shape) != 2:
+        raise ModelFileError(f"{weight.origin}: shape {list(weight.shape)}, a matrix expected")
+    return weight.shape[0], weight.shape[1]
 
 
 def _matrix(stem: str, tensors: Mapping[str, Lazy], inputs: int, outputs: int, offset: int) -> _Matrix:

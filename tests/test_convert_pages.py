@@ -125,6 +125,16 @@ def test_packed_matrices_are_taken_apart(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read(model, "blk.0.attn_qkv.weight"), np.concatenate(parts))
 
 
+def test_experts_that_are_stored_differently_are_stacked_as_float32(tmp_path: Path) -> None:
+    """As in checkpoints of eight bits that leave some out, and where an adapter changes some."""
+    config, tensors = checkpoint("MixtralForCausalLM")
+    names = [f"model.layers.1.block_sparse_moe.experts.{number}.w2.weight" for number in range(4)]
+    mixed = {name: values.astype(np.float16) if name == names[0] else values for name, values in tensors.items()}
+    model = converted(tmp_path, config, mixed)
+    wanted = np.stack([mixed[name].astype(np.float32) for name in names])
+    np.testing.assert_array_equal(read(model, "blk.1.ffn_down_exps.weight"), wanted)
+
+
 def test_experts_are_stacked_norms_of_gemma_grow_and_gpt2_is_exchanged(tmp_path: Path) -> None:
     config, tensors = checkpoint("MixtralForCausalLM")
     model = converted(tmp_path / "mixtral", config, tensors)

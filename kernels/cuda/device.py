@@ -67,7 +67,7 @@ class Event(Protocol):
 
 class Device(Protocol):
     """One GPU. Copies, launches and graphs run one after the other, in the order of the calls, while the caller goes
-    on; for one thread at a time."""
+    on; for one thread at a time, but `prepare` and the `close` of buffers."""
 
     name: str
     compute_capability: tuple[int, int]

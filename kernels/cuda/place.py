@@ -31,11 +31,16 @@ class Place:
     regions: Regions
     inputs: Addresses
     kv: Mapping[int, np.uint64]  # by layer
-    constants: dict[bytes, np.uint64]  # numbers that are there before the first launch, and where
+    constants: set[bytes]  # numbers that are there before the first launch
     card: Card
 
     def constant(self, numbers: NDArray[Any]) -> np.uint64:
         """Where they are on the device."""
         data = numbers.tobytes()
-        self.constants[data] = self.regions.at(("constant", data), len(data))
-        return self.constants[data]
+        self.constants.add(data)
+        return self.regions.at(constant_name(data), len(data))
+
+
+def constant_name(data: bytes) -> object:
+    """Of its region."""
+    return "constant", data

@@ -10,7 +10,7 @@ from llamaclust.kernels.cuda.emit import Emitter
 from llamaclust.kernels.cuda.inputs import Inputs
 from llamaclust.kernels.cuda.kv import block_bytes, layer_offsets
 from llamaclust.kernels.cuda.memory import allocated
-from llamaclust.kernels.cuda.place import Place, Weights
+from llamaclust.kernels.cuda.place import Place, Weights, constant_name
 from llamaclust.kernels.cuda.regions import Regions
 from llamaclust.kernels.cuda.shapes import Shape
 from llamaclust.model.program import Program
@@ -30,7 +30,7 @@ class Plan:
         self._regions.at("inputs", self.inputs.n_bytes)
         *offsets, self._kv_end = layer_offsets(program.kv_layers, limits)
         self._kv_offsets = dict(zip((step.layer for step in program.kv_layers), offsets, strict=True))
-        self._constants: dict[bytes, np.uint64] = {}
+        self._constants: set[bytes] = set()
         self._kv_base, self._card = 0, Card(1, PLAIN_SHARED_BYTES)
         for shape in Shape.all(limits):
             self.launches(shape)
@@ -63,13 +63,16 @@ class Plan:
     def out_offset(self) -> int:
         return self._regions.offset((self.program.out.name, self.program.is_last))
 
+    def prepare(self, device: Device) -> None:
+        """The device's kernels, compiled where that is still to be done: seconds, in which others may compute on it."""
+        self._card = Card(device.sms, device.shared_bytes)
+        device.prepare(self.kernels)
+
     def place(self, device: Device, buffers: Buffer, kv: Buffer) -> None:
         """Where all that lies from now on; brings what kernels find there before their first launch."""
         self._regions.base, self._kv_base = buffers.address, kv.address
-        self._card = Card(device.sms, device.shared_bytes)
-        device.prepare(self.kernels)
-        for data, address in self._constants.items():
-            device.upload(buffers, int(address) - buffers.address, np.frombuffer(data, np.uint8))
+        for data in self._constants:
+            device.upload(buffers, self._regions.offset(constant_name(data)), np.frombuffer(data, np.uint8))
 
     def launches(self, shape: Shape) -> tuple[Launch, ...]:
         inputs = self.inputs.addresses(int(self._regions.at("inputs", self.inputs.n_bytes)))

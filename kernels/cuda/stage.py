@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from weakref import finalize
 
 import numpy as np
 
@@ -31,7 +32,9 @@ class CudaStage:
         buffers: Buffer,
         graphs: bool,
     ) -> None:
-        """`graphs`: whether launches are captured."""
+        """`graphs`: whether launches are captured. `kv` and `buffers` are freed with the stage, however it ends."""
+        for buffer in (kv, buffers):
+            finalize(self, buffer.close)
         program, limits = plan.program, plan.limits
         self._device = device
         self._turns = turns
@@ -48,6 +51,8 @@ class CudaStage:
         self._hidden = device.pinned(_FLOAT * limits.max_tokens * program.hidden.width)
         lines = limits.max_outputs if program.is_last else limits.max_tokens
         self._result = device.pinned(_FLOAT * lines * program.out.width)
+        with turns.watched():
+            plan.prepare(device)
         with turns.one():
             plan.place(device, buffers, kv)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise, product
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from shim_device import ShimDevice
 from tiny_architectures import build_architecture
 from tiny_model import build_tiny_model
 
-from llamaclust.errors import DeviceLostError, DoesNotFitError
+from llamaclust.errors import DeviceLostError, DoesNotFitError, LlamaclustError
 from llamaclust.kernels.backend import Backend, Float32
 from llamaclust.kernels.chain import ChainBackend, Part
 from llamaclust.kernels.cpu.backend import CpuBackend
@@ -259,6 +260,28 @@ def test_what_does_not_fit_leaves_nothing_behind(opened: Open, cuda: CudaBackend
     with pytest.raises(DoesNotFitError):
         load_stage(cuda, model, limits=replace(LIMITS, kv_blocks=1 << 26))
     assert before.taken == 0
+
+
+def test_others_compute_while_kernels_are_compiled_and_an_error_leaves_nothing_behind(
+    opened: Open, cuda: CudaBackend, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batch = opened("llama"), batch_of([([3], [0], [0])])
+    stage = load_stage(cuda, model, 0, 1, LIMITS)
+    before = Free.of(device)
+
+    def prepare(kernels: Iterable[str]) -> None:
+        serving = Thread(target=stage.run, args=(batch, None), daemon=True)
+        serving.start()
+        serving.join(10.0)
+        assert not serving.is_alive(), "it waits for the compiler"
+        raise LlamaclustError("it cannot be compiled")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(device, "prepare", prepare)
+        with pytest.raises(LlamaclustError, match="it cannot be compiled"):
+            load_stage(cuda, model, 1, 2, LIMITS)
+    assert before.taken == 0
+    stage.close()
 
 
 def test_progress_tells_of_every_byte(opened: Open, cuda: CudaBackend) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from llamaclust.errors import DoesNotFitError, LlamaclustError
+from llamaclust.errors import DoesNotFitError
 from llamaclust.kernels.cuda.cupy_open import card_properties, import_cupy, usable_nvrtc
 from llamaclust.kernels.cuda.device import PLAIN_SHARED_BYTES, Buffer, Bytes, Launch
 from llamaclust.kernels.cuda.nvrtc import BinaryFolder, Nvrtc
@@ -98,7 +98,8 @@ class CupyDevice:
         free: int = self._runtime.memGetInfo()[0]
         if self._cap_bytes is None:
             return free
-        return max(0, min(free, self._cap_bytes - sum(buffer.n_bytes for buffer in self._buffers)))
+        held = tuple(self._buffers)  # weights are freed by whichever thread drops them
+        return max(0, min(free, self._cap_bytes - sum(buffer.n_bytes for buffer in held)))
 
     def prepare(self, kernels: Iterable[str]) -> None:
         self._choose()
@@ -114,7 +115,7 @@ class CupyDevice:
             address = self._runtime.malloc(max(n_bytes, 1))
         except self._runtime.CUDARuntimeError as error:
             if error.status != _OUT_OF_MEMORY:
-                raise LlamaclustError(f"{self.name}: {error}") from error
+                raise
             raise DoesNotFitError(self._does_not_fit(n_bytes, free)) from error
         buffer = CupyBuffer(self, address, n_bytes)
         self._buffers.add(buffer)

@@ -9,6 +9,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import get_ident
 
 from llamaclust.errors import LlamaclustError, UsageError
 from llamaclust.kernels.cuda.sources import OPTIONS
@@ -124,6 +125,10 @@ class BinaryFolder:
 
 def _write(path: Path, data: bytes) -> Path:
     """Whole or not at all."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    partial.write_bytes(data)
-    return partial.replace(path)
+    partial = path.with_name(f"{path.name}.{os.getpid()}-{get_ident()}.tmp")
+    try:
+        partial.write_bytes(data)
+        return partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise

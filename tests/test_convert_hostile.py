@@ -16,7 +16,7 @@ from checkpoint_files import write_archive, write_hugging_face, write_torch
 from random_checkpoints import checkpoint
 from tiny_tokenizers import tokenizer_json
 
-from llamaclust.errors import LlamaclustError, ModelFileError
+from llamaclust.errors import LlamaclustError, ModelFileError, UsageError
 from llamaclust.tools.convert.conversion import convert
 from llamaclust.tools.convert.hugging_face import read_weights
 from llamaclust.tools.convert.opening import Hints
@@ -259,6 +259,16 @@ def test_paths_without_a_checkpoint(tmp_path: Path) -> None:
     (model / "tokenizer.json").unlink()
     refused(model, "no tokenizer .*; name one with --tokenizer")
     refused(model / "model.safetensors", "weights without their folder")
+
+
+def test_hints_that_a_checkpoint_has_no_use_for_are_refused(tmp_path: Path) -> None:
+    model = folder(tmp_path)
+    for hints, message in (
+        (Hints(config=tmp_path / "x.json"), "--config .*x.json: is for TencentPretrain's files"),
+        (Hints(context_length=99), "--context-length 99: is not for a folder of Hugging Face's form"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            convert(model, tmp_path / "out.gguf", "f32", hints, lambda done, total: None, None)
 
 
 def test_packed_weights_are_unpacked(tmp_path: Path) -> None:

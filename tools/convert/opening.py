@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from llamaclust.errors import ModelFileError
+from llamaclust.errors import ModelFileError, UsageError
 from llamaclust.tools.convert import hugging_face, meta
 from llamaclust.tools.convert.checkpoint import Checkpoint
 from llamaclust.tools.convert.llama2c import is_llama2c, read_llama2c
@@ -23,16 +23,26 @@ class Hints:
     config: Path | None = None
     context_length: int | None = None
 
+    def check(self, kind: str, *, config: bool = False, context_length: bool = False) -> None:
+        """UsageError for what such a checkpoint has no use for, as it says it itself."""
+        if self.config is not None and not config:
+            raise UsageError(f"--config {self.config}: is for TencentPretrain's files, this is {kind}")
+        if self.context_length is not None and not context_length:
+            raise UsageError(f"--context-length {self.context_length}: is not for {kind}, which says it itself")
+
 
 def open_checkpoint(files: SourceFiles, path: Path, hints: Hints) -> Checkpoint:
-    """ModelFileError for a path that leads to no checkpoint, and for one that is damaged or not supported."""
+    """ModelFileError for a path that leads to no checkpoint, and for one that is damaged or not supported; UsageError
+    for hints that it has no use for."""
     if not path.exists():
         raise ModelFileError(f"{path}: no such file or folder; check the path")
     if not path.is_dir():
         return _file(files, path, hints)
     if (path / hugging_face.CONFIG).is_file():
+        hints.check("a folder of Hugging Face's form")
         return hugging_face.read_folder(files, path)
     if (path / meta.PARAMS).is_file():
+        hints.check("a folder of Meta's form", context_length=True)
         return meta.read_meta(files, path, hints.context_length)
     what = f"neither {hugging_face.CONFIG} (Hugging Face's form) nor {meta.PARAMS} (Meta's)"
     raise ModelFileError(f"{path}: no checkpoint: {what} is in the folder")
@@ -48,5 +58,6 @@ def _file(files: SourceFiles, path: Path, hints: Hints) -> Checkpoint:
     if path.suffix == ".safetensors":
         raise file.error("weights without their folder: give the folder that has config.json")
     if is_llama2c(file):
+        hints.check("a file of llama2.c's")
         return read_llama2c(files, path)
     raise file.error("no checkpoint of a known kind: neither a file of PyTorch's nor one of llama2.c")

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from fake_cupy import FakeCupy, FakeRuntime
+from fake_cupy import CUDARuntimeError, FakeCupy, FakeRuntime
 
-from llamaclust.errors import DoesNotFitError, UsageError
+from llamaclust.errors import DeviceLostError, DoesNotFitError, UsageError
 from llamaclust.kernels.cuda import cupy_open
 from llamaclust.kernels.cuda.cupy_device import CupyDevice
 from llamaclust.kernels.cuda.device import Launch
-from llamaclust.kernels.cuda.nvrtc import Binary
+from llamaclust.kernels.cuda.nvrtc import Binary, BinaryFolder
+from llamaclust.kernels.cuda.turns import Turns
 
 
 class FakeNvrtc:
@@ -121,6 +123,35 @@ def test_memory_that_there_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     held.close()
     held.close()
     assert capped.free_bytes == 4 << 20
+
+
+def test_a_driver_that_fails_when_memory_is_asked_for_is_lost_not_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    cupy = install(monkeypatch)
+    device: Any = CupyDevice()
+
+    def malloc(n_bytes: int) -> int:
+        raise CUDARuntimeError(700)  # an illegal address before
+
+    monkeypatch.setattr(cupy.runtime, "malloc", malloc)
+    with pytest.raises(DeviceLostError, match=r"cuda:0 .* is lost: status 700"), Turns("cuda:0", device).one():
+        device.allocate(1 << 10)
+
+
+def test_a_full_disk_leaves_no_half_of_a_compiled_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder, instead, write = tmp_path / "kernels", tmp_path / "instead", Path.write_bytes
+    instead.mkdir()
+
+    def write_half(path: Path, data: bytes) -> int:
+        if path.parent == instead:
+            return write(path, data)
+        write(path, data[: len(data) // 2])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", write_half)
+    compiler: Any = FakeNvrtc()
+    path = BinaryFolder(folder, instead).get(compiler, "rows", '#line 1 "rows.cu"\nKERNEL', 90)
+    assert path.parent == instead and path.read_bytes() == b"rows for 90"
+    assert not list(folder.iterdir())
 
 
 def test_copies_are_in_order_with_launches(monkeypatch: pytest.MonkeyPatch, nvrtc: FakeNvrtc, tmp_path: Path) -> None:

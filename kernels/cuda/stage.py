@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from weakref import finalize
 
 import numpy as np
@@ -15,8 +16,8 @@ from llamaclust.kernels.cuda.turns import Turns
 from llamaclust.kernels.cuda.weights import LayerMemory
 
 _FLOAT = 4
-_MOST_GRAPHS = 64
-"""Each takes some memory of the driver's."""
+_MOST_SHAPES = 64
+"""Graphs take some memory of the driver's, lists of launches some of the host's: those that were used last are kept."""
 
 
 class CudaStage:
@@ -40,8 +41,9 @@ class CudaStage:
         self._turns = turns
         self._plan = plan
         self._kv, self._buffers = kv, buffers
-        self._graphs: dict[Shape, Graph] | None = {} if graphs else None
-        self._launches: dict[Shape, tuple[Launch, ...]] = {}
+        self._captures = graphs
+        self._graphs: dict[Shape, Graph] = {}  # the last used at the end
+        self._launches: dict[Shape, tuple[Launch, ...]] = {}  # likewise, of shapes without a graph
         self.weights: object = tuple(weights)
         self.weight_bytes = sum(weight.n_bytes for weight in plan.weights.values())
         self.kv_bytes = kv_bytes(program, limits)
@@ -80,19 +82,19 @@ class CudaStage:
 
     def _compute(self, shape: Shape) -> None:
         """Captured at the second time: a shape that comes once costs no more than its launches."""
-        graph = None if self._graphs is None else self._graphs.get(shape)
+        graph, launches = self._graphs.pop(shape, None), self._launches.pop(shape, None)
+        if launches is not None and self._captures:
+            graph = self._device.capture(partial(self._launch, launches))
         if graph is not None:
+            if len(self._graphs) == _MOST_SHAPES:
+                self._graphs.pop(next(iter(self._graphs))).close()
+            self._graphs[shape] = graph
             graph.launch()
             return
-        is_known = shape in self._launches
-        if not is_known:
-            self._launches[shape] = self._plan.launches(shape)
-        launches = self._launches[shape]
-        if self._graphs is not None and is_known and len(self._graphs) < _MOST_GRAPHS:
-            self._graphs[shape] = self._device.capture(lambda: self._launch(launches))
-            self._graphs[shape].launch()
-        else:
-            self._launch(launches)
+        if len(self._launches) == _MOST_SHAPES:
+            del self._launches[next(iter(self._launches))]
+        self._launches[shape] = launches or self._plan.launches(shape)
+        self._launch(self._launches[shape])
 
     def _launch(self, launches: Sequence[Launch]) -> None:
         for launch in launches:
@@ -100,9 +102,9 @@ class CudaStage:
 
     def close(self) -> None:
         with self._turns.one():
-            for graph in (self._graphs or {}).values():
+            for graph in self._graphs.values():
                 graph.close()
-            self._graphs, self._launches = None, {}
+            self._graphs, self._launches = {}, {}
             self._kv.close()
             self._buffers.close()
         self.weights = ()

@@ -21,6 +21,7 @@ from llamaclust.kernels.backend import Backend, Float32
 from llamaclust.kernels.chain import ChainBackend, Part
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.kernels.cpu.prepared_files import PreparedFolder
+from llamaclust.kernels.cuda import stage as cuda_stage
 from llamaclust.kernels.cuda.backend import CudaBackend
 from llamaclust.kernels.cuda.device import Device, Graph, Launch
 from llamaclust.model.loader import Model
@@ -145,6 +146,27 @@ def test_graphs_change_nothing(
     assert len(captured) == 2
     same(run(CudaBackend("cuda:0", device, 1, graphs=False), model, tokens, 1), wanted)
     assert len(captured) == 2
+
+
+def test_graphs_of_shapes_that_were_used_last_are_kept(
+    opened: Open, cpu: CpuBackend, cuda: CudaBackend, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, captures, capture = opened("llama"), list[Graph](), device.capture
+
+    def counted(work: Callable[[], None]) -> Graph:
+        captures.append(capture(work))
+        return captures[-1]
+
+    monkeypatch.setattr(cuda_stage, "_MOST_SHAPES", 2)
+    monkeypatch.setattr(device, "capture", counted)
+    tokens, stages = random_tokens(model, 8), [load_stage(backend, model, limits=LIMITS) for backend in (cpu, cuda)]
+    for rows in (1, 2, 1, 2, 4, 4, 4, 2, 8, 8, 4, 2, 2, 1, 1):
+        step = batch_of([(tokens[:rows], range(rows), [0])])
+        wanted, found = (stage.run(step, None).copy() for stage in stages)
+        same(found, wanted)
+    assert len(captures) == 5, "1, 2, 4 for 1, 8 for 4, since 2 was used between, and 1 again for 8"
+    for stage in stages:
+        stage.close()
 
 
 @pytest.mark.parametrize("name", ["llama", "moe"])

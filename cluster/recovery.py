@@ -223,8 +223,13 @@ class Supervisor:
         return await self._opener.open(plan, self._planning.links, alone=alone)
 
     async def _hold_on(self, error: LlamaclustError, failures: int) -> None:
-        """After a failure of workers that are all there: a pause, and in the end those who failed are given up."""
+        """After a failure of workers that are all there: a pause, and in the end those who failed are given up. When
+        `timeouts.recovery` has passed, requests wait no more."""
         self._opener.give_up_suspects(error, at_once=failures + 1 >= _TRIES)
+        limit_s = self._config.timeouts.recovery
+        if self._engine is not None and self._loss is not None and self._now_s >= self._lost_s + limit_s:
+            late = f"no plan could be loaded within {limit_s:g} s (timeouts.recovery)"
+            self._engine.give_up(WorkerError(f"{self._cause}; {late}: {error}"))
         await asyncio.sleep(min(_PAUSE_S * 2 ** min(failures, _MOST_DOUBLINGS), _LONGEST_PAUSE_S))
 
     # -- a loss ------------------------------------------------------------------------------------------------------

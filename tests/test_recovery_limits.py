@@ -12,11 +12,13 @@ from recovering import Answer, Recovering, answer_of, asks, config, model_in, re
 from served import run_async
 
 from llamaclust.cluster.engine import EngineState
+from llamaclust.cluster.epoch_opener import EpochOpener
+from llamaclust.cluster.epochs import Epoch
 from llamaclust.cluster.launchers.local import LocalLauncher
 from llamaclust.cluster.launchers.restarts import Restarts
 from llamaclust.cluster.planning import Planning
 from llamaclust.cluster.requests import Generation
-from llamaclust.errors import DoesNotFitError, UsageError, WorkerError
+from llamaclust.errors import DoesNotFitError, LlamaclustError, UsageError, WorkerError
 
 SEED = SystemRandom().randrange(1 << 32)
 _HALVES = [{"worker": "a", "layers": [0, 3]}, {"worker": "b", "layers": [3, 6]}]
@@ -140,3 +142,28 @@ async def test_a_worker_that_cannot_be_spared_is_not(
             await run.cluster.supervisor.workforce.spare("x")
         assert not run.cluster.supervisor.workforce.spared
         assert run.cluster.supervisor.epoch.number == 1
+
+
+@run_async
+async def test_requests_do_not_wait_for_loads_that_fail_again_and_again(
+    model: Path,
+    requests: tuple[Generation, ...],
+    expected: list[Answer],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    values = {"plan": _HALVES, "timeouts": {"recovery": "300ms", "worker": "3s"}}
+    async with recovering(config(model, tmp_path, workers=2, **values)) as run:
+        tasks = run.start(requests)
+        await run.token(40)
+
+        async def fails(self: EpochOpener, *_: object, **__: object) -> Epoch:
+            raise LlamaclustError("layers do not load")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(EpochOpener, "open", fails)
+            run.hurt("b")
+            (message,) = {str(answer) for answer in await asyncio.gather(*tasks, return_exceptions=True)}
+            assert message.endswith("no plan could be loaded within 0.3 s (timeouts.recovery): layers do not load")
+        await run.whole()
+        assert await asyncio.gather(*run.start(requests)) == expected

@@ -129,7 +129,7 @@ def _pattern(settings: Settings, name: str, module: str, default: float) -> floa
     strange = next((key for key in inner.values if not _PLAIN.fullmatch(key)), None)
     if strange is not None:
         raise settings.error(name, f"{shown(strange)} is no end of a name; patterns are not supported")
-    key = next((key for key in inner.values if re.fullmatch(rf"(.*\.)?({re.escape(key)})", module)), None)
+    key = next((key for key in inner.values if f".{module}".endswith(f".{key}")), None)
     return default if key is None else inner.real(key, minimum=1e-9, maximum=1 << 20)
 
 

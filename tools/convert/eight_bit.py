@@ -55,13 +55,14 @@ def _scaled(tensor: Lazy, scales: Lazy, block: tuple[int, int] | None) -> Lazy:
         sizes = {(-(-rows // block[0]), -(-columns // block[1])): block}
     if shape not in sizes or len(scales.shape) > 2:
         raise ModelFileError(f"{tensor.origin}: scales of shape {list(scales.shape)} for {rows} rows of {columns}")
-    height, width = sizes[shape]
+    height, width = min(sizes[shape][0], rows), min(sizes[shape][1], columns)
 
     def read(start: int, end: int) -> Array:
         first = start // height
         each = scales.floats().reshape(shape)[first : -(-end // height)]
         rows_of = np.arange(start, end) // height - first
-        values: Array = E4M3[tensor.read(start, end)] * np.repeat(each, width, axis=1)[rows_of, :columns]
+        with np.errstate(over="ignore", invalid="ignore"):  # the type that is written decides what may be
+            values: Array = E4M3[tensor.read(start, end)] * np.repeat(each, width, axis=1)[rows_of, :columns]
         return values
 
     return Lazy(tensor.shape, Storage.F32, read, tensor.origin)

@@ -272,11 +272,13 @@ def _ordered_dict(arguments: tuple[Any, ...]) -> dict[str | int, Any]:
     pairs: list[Any] = [pair for pair in arguments[0] if isinstance(pair, tuple | list) and len(pair) == 2]
     if len(pairs) < len(arguments[0]) or not all(isinstance(key, str) for key, _ in pairs):
         raise _Refused("the pickle makes a dict of what is no list of names and values")
-    return dict(pairs)
+    found = dict(pairs)
+    arguments[0].clear()  # a small pickle could make any number of dicts of one list
+    return found
 
 
 def _size(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(arguments[0])
+    return _shape(arguments[0])
 
 
 _FUNCTIONS: Final[dict[str, Callable[[tuple[Any, ...]], Any]]] = {

@@ -12,7 +12,7 @@ from llamaclust.model.gguf_values import shown
 MAX_WIDTH: Final = 1 << 20
 MAX_LAYERS: Final = 1 << 10
 MAX_CONTEXT: Final = 1 << 30
-MAX_WORDS: Final = 1 << 24
+MAX_WORDS: Final = 1 << 20
 MAX_HEADS: Final = 1 << 14
 _MAX_REAL: Final = 1e12
 _MISSING: Final = object()

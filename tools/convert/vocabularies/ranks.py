@@ -16,6 +16,7 @@ from llamaclust.tools.convert.vocabularies.words import Words
 
 _MOST_WORDS: Final = 1 << 20
 _MOST_BYTES: Final = 1 << 10  # of a word: Llama 3's longest has 128
+_MOST_PAIRS: Final = 1 << 26  # sum of squares of lengths, which finding merges takes; Llama 3 has 1 << 23
 _LLAMA3_WORDS: Final = 128_000
 _GLM4_WORDS: Final = 151_329
 _LLAMA3_SPECIAL: Final = (
@@ -113,6 +114,8 @@ def check_ranks(path: Path, ranks: Mapping[bytes, int]) -> None:
         raise ModelFileError(f"{path}: its {len(ranks)} ranks are not the numbers from 0 on, each once")
     if max(map(len, ranks)) > _MOST_BYTES:
         raise ModelFileError(f"{path}: a word of {max(map(len, ranks))} bytes, {_MOST_BYTES} at most")
+    if sum(len(word) ** 2 for word in ranks) > _MOST_PAIRS:
+        raise ModelFileError(f"{path}: its {len(ranks)} words are too long to find their merges")
     if any(bytes([byte]) not in ranks for byte in range(256)):
         raise ModelFileError(f"{path}: not all 256 bytes are words")
 

@@ -75,6 +75,8 @@ def _template(folder: Path, said: dict[str, Any]) -> str | None:
             return path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise ModelFileError(f"{path}: not UTF-8 ({error.reason})") from None
+        except OSError as error:
+            raise ModelFileError(f"{path}: cannot be read: {error.strerror}") from None
     template = said.get("chat_template") or _optional(folder / "chat_template.json").get("chat_template")
     if isinstance(template, list):
         defaults = [one for one in template if isinstance(one, dict) and one.get("name") == "default"]

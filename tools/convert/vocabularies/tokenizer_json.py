@@ -11,6 +11,7 @@ import tokenizers
 from llamaclust.errors import ModelFileError
 from llamaclust.model.gguf_values import shown
 from llamaclust.model.tokenizers.vocabulary import TokenType
+from llamaclust.tools.convert.settings import MAX_WORDS
 from llamaclust.tools.convert.source_files import read_json
 from llamaclust.tools.convert.vocabularies.probe import recognised
 from llamaclust.tools.convert.vocabularies.unigram_json import check_alike, read_unigrams
@@ -57,8 +58,8 @@ def _texts(model: dict[str, Any], path: Path) -> list[str]:
         )
     vocabulary = _object(model.get("vocab"), path, "vocab")
     ids = list(vocabulary.values())
-    if not ids or not all(type(token_id) is int and 0 <= token_id < 1 << 24 for token_id in ids):
-        raise ModelFileError(f"{path}: its vocabulary is empty, or has ids that are no whole numbers")
+    if not ids or not all(type(token_id) is int and 0 <= token_id < MAX_WORDS for token_id in ids):
+        raise ModelFileError(f"{path}: its vocabulary is empty, or has ids that are no whole numbers below {MAX_WORDS}")
     if len(set(ids)) != len(ids):
         raise ModelFileError(f"{path}: two words of its vocabulary have the same id")
     texts = [f"[PAD{number}]" for number in range(max(ids) + 1)]

@@ -12,6 +12,7 @@ from llamaclust.errors import ModelFileError
 from llamaclust.model.gguf_values import shown
 from llamaclust.model.tokenizers.vocabulary import TokenType, key
 from llamaclust.model.writer import WritableValue
+from llamaclust.tools.convert.settings import MAX_WORDS
 
 ADDED_SCORE: Final = -1000.0
 _PADDING_SCORE: Final = -10000.0
@@ -40,7 +41,7 @@ class Words:
 
     def add(self, token_id: int, text: str, special: bool) -> None:
         """A token that was added to the tokenizer, or one of its own that is more than a word."""
-        if not 0 <= token_id < 1 << 24:
+        if not 0 <= token_id < MAX_WORDS:
             raise ModelFileError(f"{self.origin}: token {shown(text)} has the id {token_id}")
         while len(self.texts) <= token_id:
             self._append(f"[PAD{len(self.texts)}]", TokenType.UNUSED, _PADDING_SCORE)

@@ -106,8 +106,11 @@ def imatrix(
 
     if out.is_dir() or not out.parent.is_dir():
         raise UsageError(f"{out}: no place for a file; check the path")
+    path = resolve_model(model)
+    if out.exists() and any(one.exists() and out.samefile(one) for one in (path, text)):
+        raise UsageError(f"{out}: would replace what is read; give another name")
     words = read_text(text)
-    with Model.open(resolve_model(model)) as loaded, shown_progress(counts_bytes=False) as progress:
+    with Model.open(path) as loaded, shown_progress(counts_bytes=False) as progress:
         trained = loaded.hyperparameters.context_length
         if context > trained:
             raise UsageError(f"-c {context}: the model was made for {trained} tokens; set {trained} or less")

@@ -77,6 +77,8 @@ def _check_place(path: Path) -> None:
         raise UsageError(f"{path}: the folder does not exist; make it first")
     if path.is_dir():
         raise UsageError(f"{path}: a folder; give the name of a file")
+    if path.exists() and not path.is_file():  # /dev/null, say, would be replaced
+        raise UsageError(f"{path}: no regular file; give the name of one")
 
 
 def _check_room(path: Path, size_bytes: int, advice: str) -> None:

@@ -92,7 +92,7 @@ def test_mistakes_are_one_line_with_code_2(line: CommandLine) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda one: one.name)
 def test_an_interruption_leaves_the_old_file_and_a_rerun_works(number: signal.Signals, line: CommandLine) -> None:
     folder, out = slow_model(line.folder / "slow"), line.folder / "out.gguf"
-    out.write_bytes(b"old")
+    out.write_bytes(b"GGUF")
     running = line.start("model", "convert", folder, "-o", "out.gguf", "--type", "q8_0")
     part = line.folder / ".out.gguf.part"
     eventually(lambda: part.is_file() and part.stat().st_size > 0, 30, "the first bytes")
@@ -101,7 +101,7 @@ def test_an_interruption_leaves_the_old_file_and_a_rerun_works(number: signal.Si
         assert busy.code == 2 and "another process is writing it" in busy.error
         os.kill(running.process.pid, number)
     assert running.wait().code == {signal.SIGINT: 130, signal.SIGTERM: 143}.get(number, -number)
-    assert out.read_bytes() == b"old" and part.is_file() == (number is signal.SIGKILL)
+    assert out.read_bytes() == b"GGUF" and part.is_file() == (number is signal.SIGKILL)
     assert line.run("model", "convert", line.folder / "m", "-o", "out.gguf").code == 0
     assert open_model(out).metadata["general.architecture"] == "llama" and not part.exists()
 

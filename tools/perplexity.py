@@ -60,6 +60,8 @@ class Accumulator:
 
 def read_text(path: Path) -> str:
     """A UTF-8 file without its last line break. UsageError where it cannot be read."""
+    if path.exists() and not (path.is_file() or path.is_fifo()):
+        raise UsageError(f"{path}: no file of text; give the name of one")
     try:
         return path.read_bytes().decode().removesuffix("\n")
     except OSError as error:

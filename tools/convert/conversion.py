@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from llamaclust.errors import UsageError
+from llamaclust.model.gguf_header import MAGIC
 from llamaclust.model.quant_types import QuantType
 from llamaclust.model.writer import WritableValue
 from llamaclust.tools.convert.checkpoint import Checkpoint
@@ -76,8 +77,19 @@ def write_converted(
     path = out or Path(f"{_file_name(name or checkpoint.name)}-{type_name}.gguf")
     outputs = [Output(one, output_type(one, tensor, kind), tensor) for one, tensor in page.tensors.items()]
     metadata = _general(page, checkpoint, name, kind) | page.metadata | _vocabulary(page, words)
+    _check_replaceable(path)
     write_stream(path, metadata, outputs, told, thread_count(), files.check_unchanged)
     return Converted(path, page.architecture, len(outputs), tuple(page.notes))
+
+
+def _check_replaceable(path: Path) -> None:
+    """Only model files are replaced: never what is converted."""
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        start = file.read(len(MAGIC))
+    if start not in (b"", MAGIC):
+        raise UsageError(f"{path}: is there already and no model file; give another name")
 
 
 def thread_count() -> int:

@@ -74,6 +74,9 @@ def quantize(
     wishes = _with_patterns(wishes, tensor_type or [])
     file = open_model(resolve_model(model))
     importance = None if imatrix_file is None else read_imatrix(imatrix_file)
+    for pattern, _ in wishes.by_pattern:
+        if not any(pattern.search(name) for name in file.tensors):
+            raise UsageError(f"--tensor-type {pattern.pattern}: no tensor of {file.path} has such a name")
     job = plan_quantizing(file, wishes, importance, allow_requantize)
     if dry_run:
         _print_sizes(job)
@@ -164,10 +167,13 @@ def _with_patterns(wishes: Wishes, given: list[str]) -> Wishes:
 
 
 def _out(source: Path, given: str | None, name: str, parts: tuple[Path, ...], keep_split: bool) -> Path:
+    import re
+
     from llamaclust.model.new_file import part_paths
     from llamaclust.tools.catalog import made_beside
 
-    out = made_beside(source, f"{source.stem}-{name}.gguf") if given is None else Path(given)
+    stem = re.sub(r"-\d{5}-of-\d{5}$", "", source.stem)
+    out = made_beside(source, f"{stem}-{name}.gguf") if given is None else Path(given)
     if out.is_dir():
         raise UsageError(f"{out}: a folder; give the name of a file in it")
     for path in part_paths(out, len(parts) if keep_split else 1):

@@ -247,7 +247,7 @@ def test_meta_s_parts_that_do_not_belong_together(tmp_path: Path) -> None:
 @pytest.mark.parametrize("data", [b"", b"GGUF" + bytes(99), bytes(300), b"\x10\0\0\0" * 80, np.arange(9999).tobytes()])
 def test_other_files_are_no_checkpoints(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "x.bin").write_bytes(data)
-    refused(tmp_path / "x.bin", "no checkpoint of a known kind|cut short")
+    refused(tmp_path / "x.bin", "no checkpoint of a known kind|a GGUF file already|cut short")
 
 
 def test_paths_without_a_checkpoint(tmp_path: Path) -> None:

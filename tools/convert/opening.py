@@ -60,4 +60,6 @@ def _file(files: SourceFiles, path: Path, hints: Hints) -> Checkpoint:
     if is_llama2c(file):
         hints.check("a file of llama2.c's")
         return read_llama2c(files, path)
+    if file.size_bytes >= 4 and file.read(0, 4) == b"GGUF":
+        raise file.error("is a GGUF file already: run it as it is, or make it smaller with `llamaclust model quantize`")
     raise file.error("no checkpoint of a known kind: neither a file of PyTorch's nor one of llama2.c")

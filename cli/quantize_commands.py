@@ -194,12 +194,13 @@ def _check_importance(job: Quantizing, imatrix_file: Path | None) -> None:
 
 def _write(job: Quantizing, out: Path, threads: int | None, keep_split: bool) -> None:
     from llamaclust.cli.progress import shown_progress
+    from llamaclust.model.new_file import part_paths
     from llamaclust.tools.bench import cores
     from llamaclust.tools.quantize import write_quantized
 
     with shown_progress() as progress:
         write_quantized(job, out, threads or cores(), keep_split, progress)
-    print(out)
+    print(part_paths(out, len(job.model.parts) if keep_split else 1)[0])
 
 
 def _print_sizes(job: Quantizing) -> None:

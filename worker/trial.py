@@ -97,7 +97,8 @@ def try_stages(device: TrialDevice, model: Model) -> tuple[StageTrial, ...]:
     if sum(sizes[:some]) < _LEAST_BYTES or not all(device.fits(model, start, end) for start, end in ranges):
         return ()
     left_bytes = min(device.left_bytes(model, start, end) for start, end in ranges)
-    caches = ColdCaches(min(largest_cache_bytes(), left_bytes))
+    read_bytes = max(SWEEP_BYTES, sum(sizes))  # by the stages together, for every token
+    caches = ColdCaches(min(largest_cache_bytes(), read_bytes, left_bytes))
     parts = []
     for start, end in ranges:
         with closing(device.runner(model, start, end)) as runner:

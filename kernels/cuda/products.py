@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llamaclust.kernels.cuda.device import Launch, Scalar
+from llamaclust.kernels.cuda.device import PLAIN_SHARED_BYTES, Launch, Scalar
 from llamaclust.model.quant_types import TILE_ROWS, ActivationFormat, QuantType
 
 _Q = QuantType
@@ -32,7 +32,6 @@ _GROUP_BYTES = {ActivationFormat.Q8_32: 320, ActivationFormat.Q8_256: 2336}
 """Of a segment of eight rows (src/activations.cuh)."""
 
 _SEGMENTS_OF_A_WARP = {ActivationFormat.Q8_32: 4, ActivationFormat.Q8_256: 1}
-_SHARED_BYTES = 48 << 10
 _NONE = np.uint64(0)
 
 
@@ -184,7 +183,7 @@ def _launch(
 def _few_warps(weights: Weights, rows: int) -> tuple[int, int, int]:
     """Warps of a block, segments of a round, shared memory: eight warps where a round of theirs fits."""
     each = rows * (17 * 16 if weights.quant_type in _WITH_MIN else 18 * 8)
-    fits = _SHARED_BYTES // each
+    fits = PLAIN_SHARED_BYTES // each
     warps = 8
     of_warps = warps * _SEGMENTS_OF_A_WARP[weights.activation]
     if fits < of_warps and weights.segments > fits:

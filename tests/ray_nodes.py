@@ -17,6 +17,7 @@ from command_line import eventually
 
 RAY = Path(sys.executable).parent / "ray"
 _STORE = "80000000"
+_STARTS = 3  # as in `cluster/launchers/ray_cluster.py`
 _LEFT = """
 import json, logging, ray
 ray.init(address="{address}", log_to_driver=False, configure_logging=False, logging_level=logging.ERROR)
@@ -31,19 +32,36 @@ def ray_node(
     *where: str, cpus: int = 3, address: str, before: Sequence[str] = (), **environment: str
 ) -> Iterator[psutil.Process]:
     """A node that is up: a head, or one that joins, by `where`; its raylet."""
+    options = (f"--num-cpus={cpus}", f"--object-store-memory={_STORE}", f"--node-ip-address={address}")
+    if "--head" in where:
+        options += ("--include-dashboard=false",)
+    command = [*before, str(RAY), "start", *where, *options, "--disable-usage-stats"]
     with tempfile.TemporaryDirectory(prefix="lc-ray-") as folder:
-        head = "--head" in where
-        options = (f"--num-cpus={cpus}", f"--object-store-memory={_STORE}", f"--node-ip-address={address}")
-        folders = (f"--temp-dir={folder}", "--include-dashboard=false") if head else (f"--temp-dir={folder}",)
-        command = [*before, str(RAY), "start", *where, *options, *folders, "--disable-usage-stats"]
-        variables = {**os.environ, **environment}
-        done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=60, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-        processes = [one for one in psutil.process_iter() if folder in _words(one)]
+        processes = _started(command, Path(folder), {**os.environ, **environment})
         try:
             yield next(one for one in processes if one.name() == "raylet")
         finally:
             _end(processes)
+
+
+def _started(command: Sequence[str], folder: Path, environment: dict[str, str]) -> list[psutil.Process]:
+    said = ""
+    for start in range(_STARTS):
+        own = folder / str(start)
+        try:
+            how = {"env": environment, "capture_output": True, "text": True, "timeout": 60}
+            done = subprocess.run([*command, f"--temp-dir={own}"], check=False, **how)
+            if done.returncode == 0:
+                return _of(own)
+            said += done.stdout + done.stderr
+        except subprocess.TimeoutExpired as error:
+            said += str(error)
+        _end(_of(own))
+    raise AssertionError(said)
+
+
+def _of(folder: Path) -> list[psutil.Process]:
+    return [one for one in psutil.process_iter() if f"{folder}" in _words(one)]
 
 
 def left_in(address: str, before: Sequence[str] = ()) -> tuple[list[str], list[str]]:

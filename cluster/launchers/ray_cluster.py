@@ -19,8 +19,11 @@ from llamaclust.cluster.launchers.base import WorkerSpec
 from llamaclust.cluster.state import write_private
 from llamaclust.errors import LlamaclustError, UsageError
 
+_log = logging.getLogger(__name__)
+
 _ALIVE = "/ray.rpc.NodeInfoGcsService/CheckAlive"
 _PROBE_S = 10.0
+_STARTS = 3  # now and then one of Ray's own processes ends as it begins, which Ray notices after 30 s
 _STORE_BYTES = 80_000_000  # Ray's object store, which nobody here needs; it wants 75 MiB at least
 _DASHBOARD = "aiohttp_cors"
 """What `ray[default]` brings for its dashboard, through which `ray logs` and `ray list` ask."""
@@ -82,15 +85,20 @@ class RayCluster:
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
         os.environ.pop("RAY_AUTH_TOKEN", None)
         os.environ.pop("RAY_ADDRESS", None)
-        self._own = Path(tempfile.mkdtemp(prefix="llamaclust-ray-"))
         cpus = max(len(os.sched_getaffinity(0)), sum(worker.threads or 1 for worker in workers))
-        self._connect(
-            address="local",
-            num_cpus=cpus,
-            object_store_memory=_STORE_BYTES,
-            include_dashboard=find_spec(_DASHBOARD) is not None,
-            _temp_dir=str(self._own),
-        )
+        dashboard = find_spec(_DASHBOARD) is not None
+        how = {"num_cpus": cpus, "object_store_memory": _STORE_BYTES, "include_dashboard": dashboard}
+        for start in range(1, _STARTS + 1):
+            self._own = Path(tempfile.mkdtemp(prefix="llamaclust-ray-"))
+            try:
+                self._connect(address="local", _temp_dir=str(self._own), **how)
+                return
+            except LlamaclustError as error:
+                if start == _STARTS:
+                    raise
+                # What it has started until here is in nobody's way: it ends with this thread.
+                self.close()
+                _log.warning("Ray did not start, next try (%d of %d): %s", start + 1, _STARTS, error)
 
     def _connect(self, **how: Any) -> None:
         quiet = {"log_to_driver": False, "configure_logging": False, "logging_level": logging.ERROR}

@@ -2,12 +2,13 @@
 
     python benchmarks/plan.py SMALL.gguf LARGE.gguf [--shapes one,two] [--repeats 3] [--random 20] [--json PATH]
 
-SMALL is the demo model, LARGE one of a gigabyte or so (`benchmarks/shape.py 1.1b Q4_K`). Machines change their speed,
-so everything that a plan is made from is measured right before and right after each request, and the request's time per
-token stands beside the mean of the two predictions: a pair. A line a shape: medians, and the ratio predicted / measured
-with its least and most. Then random plans for the same workers serve in turn with the chosen one: `best random` is the
-fastest one's time beside the chosen plan's, `noise` how far apart the chosen plan's own times were. Shapes with links
-need root (network namespaces).
+SMALL is the demo model, LARGE one of a gigabyte or so (`benchmarks/shape.py 1.1b Q4_K`). Each cluster is started as a
+newcomer's, with nothing measured before, and its plan says what a token will take. Machines change their speed, so a
+request's time per token stands beside the mean of two predictions: its own cluster's, and the next one's, which is
+started right behind it. A line a shape: medians of such pairs, and the ratio predicted / measured with its least and
+most. Then random plans for the same workers serve in turn with the chosen one: `best random` is the fastest one's time
+beside the chosen plan's, `noise` how far apart the chosen plan's own times were. Shapes with links need root (network
+namespaces).
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -43,19 +44,15 @@ from llamaclust.cluster.config import load_config  # noqa: E402
 from llamaclust.cluster.config_sections import PlanEntry  # noqa: E402
 from llamaclust.cluster.coordinator import Cluster, open_cluster  # noqa: E402
 from llamaclust.cluster.events import AwaitingWorkers, Event, Watch  # noqa: E402
-from llamaclust.cluster.links import Links  # noqa: E402
-from llamaclust.cluster.measuring import measure_workers  # noqa: E402
-from llamaclust.cluster.measuring_links import hops_matter, measure_links  # noqa: E402
 from llamaclust.cluster.plan import Plan, Prediction  # noqa: E402
-from llamaclust.cluster.plan_inputs import plan_cluster  # noqa: E402
 from llamaclust.cluster.state import ClusterDir  # noqa: E402
 from llamaclust.errors import DoesNotFitError, UsageError, WorkerError  # noqa: E402
 
 _COORDINATOR = "coordinator"
 _TOGETHER = 8
 _PROMPT, _TOKENS = 224, 48  # attention looks at as many keys as in the trials of workers
-_GIB = 1 << 30
 _LOAD_S = 15.0
+_END_S = 10.0
 _WANTED, _WANTED_MEDIAN = 0.15, 0.08
 
 
@@ -91,20 +88,23 @@ class Row:
 
 
 @asynccontextmanager
-async def opened(shape: Shape, model: Path, folder: Path, box: Box | None) -> AsyncIterator[Cluster]:
-    directory = ClusterDir(folder / shape.name)
-    directory.create()
-    keys = [f"model={model}", "context_length=512", "max_sequences=8", f"objective={shape.objective}"]
-    watch: Watch = lambda event: None  # noqa: E731
-    if box is None:
-        keys.append(f"workers=[{', '.join(_worker(name, *own) for name, own in shape.workers.items())}]")
-    else:
-        here = box[_COORDINATOR].address
-        keys += ["launcher=static", f"join={{listen: {here}:7100, members: {here}:7101}}"]
-        keys.append(f"workers=[{', '.join(f'{{name: {name}}}' for name in shape.workers)}]")
-        watch = _starter(shape, box, directory.path / "trust" / "token")
-    async with open_cluster(load_config(None, keys), model, directory, watch) as cluster:
-        yield cluster
+async def opened(shape: Shape, model: Path, box: Box | None) -> AsyncIterator[Cluster]:
+    """With nothing measured before."""
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as hosts:
+        directory = ClusterDir(Path(folder) / shape.name)
+        directory.create()
+        keys = [f"model={model}", "context_length=512", "max_sequences=8", f"objective={shape.objective}"]
+        keys.append(f"state_dir={folder}")
+        watch: Watch = lambda event: None  # noqa: E731
+        if box is None:
+            keys.append(f"workers=[{', '.join(_worker(name, *own) for name, own in shape.workers.items())}]")
+        else:
+            here = box[_COORDINATOR].address
+            keys += ["launcher=static", f"join={{listen: {here}:7100, members: {here}:7101}}"]
+            keys.append(f"workers=[{', '.join(f'{{name: {name}}}' for name in shape.workers)}]")
+            watch = _starter(shape, box, directory.path / "trust" / "token", hosts)
+        async with open_cluster(load_config(None, keys), model, directory, watch) as cluster:
+            yield cluster
 
 
 def _worker(name: str, threads: int, memory_mib: int | None) -> str:
@@ -112,7 +112,8 @@ def _worker(name: str, threads: int, memory_mib: int | None) -> str:
     return f"{{name: {name}, threads: {threads}{memory}}}"
 
 
-def _starter(shape: Shape, box: Box, token: Path) -> Watch:
+def _starter(shape: Shape, box: Box, token: Path, hosts: ExitStack) -> Watch:
+    """Workers that end with `hosts`."""
     here = box[_COORDINATOR].address
 
     def watch(event: Event) -> None:
@@ -122,9 +123,15 @@ def _starter(shape: Shape, box: Box, token: Path) -> Watch:
             own = f"--join {here}:7100 --name {name} --threads {threads} --token-file {token}"
             memory = "" if memory_mib is None else f" --memory {memory_mib}MiB"
             command = f"-P -m llamaclust worker {own}{memory}"
-            box.start(name, sys.executable, *command.split(), stderr=subprocess.DEVNULL)
+            worker = box.start(name, sys.executable, *command.split(), stderr=subprocess.DEVNULL)
+            hosts.callback(_end, worker)
 
     return watch
+
+
+def _end(worker: subprocess.Popen[bytes]) -> None:
+    worker.kill()
+    worker.wait(_END_S)
 
 
 @contextmanager
@@ -143,24 +150,9 @@ def network(shape: Shape) -> Iterator[Box | None]:
 # -- predicted and measured --------------------------------------------------------------------------------------------
 
 
-async def predicted_ms(cluster: Cluster) -> float:
-    """Of the plan that serves, from measurements made now."""
-    config, members = cluster.config, cluster.registry.present
-    with tempfile.TemporaryDirectory() as folder:
-        nowhere = Path(folder)
-        measured = await measure_workers(config, cluster.model, members, nowhere, lambda event: None)
-        links = Links()
-        if config.launcher != "local" or hops_matter(measured):
-            credentials = cluster.supervisor._epochs._credentials
-            links = await measure_links(members, credentials, nowhere, lambda event: None)
-    by_hand = config.model_copy(update={"plan": _entries(cluster.plan)})
-    plan = plan_cluster(by_hand, cluster.model, dict.fromkeys(members, 64 * _GIB), measured, links)
-    assert plan.prediction is not None
-    return _ms(plan.prediction, config.objective)
-
-
-def _entries(plan: Plan) -> list[PlanEntry]:
-    return [PlanEntry(worker=stage.worker, layers=(stage.start, stage.end)) for stage in plan.stages]
+def predicted_ms(cluster: Cluster) -> float:
+    assert cluster.plan.prediction is not None
+    return _ms(cluster.plan.prediction, cluster.config.objective)
 
 
 def _ms(prediction: Prediction, objective: str) -> float:
@@ -179,15 +171,9 @@ async def measured_ms(cluster: Cluster, source: random.Random, tokens: int) -> f
     return (time.perf_counter() - begun) * 1e3 / (_TOGETHER * 2 * tokens)
 
 
-async def pairs_of(cluster: Cluster, source: random.Random, repeats: int) -> tuple[Pair, ...]:
-    await measured_ms(cluster, source, _TOKENS)  # warms up
-    found, before = [], await predicted_ms(cluster)
-    for _ in range(repeats):
-        taken = await measured_ms(cluster, source, _TOKENS)
-        after = await predicted_ms(cluster)
-        found.append(Pair((before + after) / 2, taken))
-        before = after
-    return tuple(found)
+def pairs_of(predicted: Sequence[float], measured: Sequence[float]) -> tuple[Pair, ...]:
+    """Each between two predictions."""
+    return tuple(Pair((predicted[i] + predicted[i + 1]) / 2, taken) for i, taken in enumerate(measured))
 
 
 # -- random plans ------------------------------------------------------------------------------------------------------
@@ -268,12 +254,18 @@ async def beside_random(cluster: Cluster, source: random.Random, count: int) -> 
 async def measure(shape: Shape, model: Path, repeats: int, count: int) -> None:
     """Prints the row as JSON, before the box ends: that ends all processes on its hosts, this one too."""
     source = random.Random(shape.name)
-    with tempfile.TemporaryDirectory() as folder, network(shape) as box:
-        async with opened(shape, model, Path(folder), box) as cluster:
-            pairs = await pairs_of(cluster, source, repeats)
-            layers = layers_of(cluster.plan)
+    predicted, taken = [], []
+    with network(shape) as box:
+        for _ in range(repeats):
+            async with opened(shape, model, box) as cluster:
+                predicted.append(predicted_ms(cluster))
+                await measured_ms(cluster, source, _TOKENS)  # warms up
+                taken.append(await measured_ms(cluster, source, _TOKENS))
+        async with opened(shape, model, box) as cluster:
+            pairs = pairs_of([*predicted, predicted_ms(cluster)], taken)
             best, noise, tried = await beside_random(cluster, source, count) if count else (None, 0.0, 0)
-            print(json.dumps(asdict(Row(shape.name, layers, pairs, best, noise, tried))), flush=True)
+            row = Row(shape.name, layers_of(cluster.plan), pairs, best, noise, tried)
+            print(json.dumps(asdict(row)), flush=True)
 
 
 def row_of_child(shape: Shape, given: argparse.Namespace) -> Row | None:

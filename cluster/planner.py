@@ -173,12 +173,17 @@ def _times(stages: StageCosts, sizes: Sizes, contexts: int, worker: WorkerFacts)
     prompt_tokens = usual_prompt_tokens(sizes.limits.context_length)
     answers = _ANSWER_TOKENS / _TOGETHER
     over = partial(sizes.over_devices, worker, contexts)
-    mix = over(
-        lambda device: (
-            stages.prefill_table(device, prompt_tokens, together=True)
-            + stages.decode_table(device, _TOGETHER, together=True) * answers
+
+    def mix_of(*, together: bool) -> Table:
+        return over(
+            lambda device: (
+                stages.prefill_table(device, prompt_tokens, together=together)
+                + stages.decode_table(device, _TOGETHER, together=together) * answers
+            )
         )
-    )
+
+    mix = mix_of(together=True)
+    mix[0, stages.layers] = mix_of(together=False)[0, stages.layers]  # no other stage computes then
     fits = sizes.missing_table(worker, contexts) == 0
     prompt_mb = prompt_tokens * stages.hidden_bytes / 1e6
     others = np.ones_like(mix)

@@ -63,6 +63,15 @@ def test_a_second_stage_that_costs_more_than_a_tenth_stays_a_spare() -> None:
         assert len(plan.stages) == stages
 
 
+def test_a_worker_that_has_all_layers_computes_alone() -> None:
+    """Two that share a machine take more than twice as long together, one that does without the other does not."""
+    crowded = tuple(TrialPoint(p.rows, p.stage_ms, 2.4 * p.layers_ms_per_gb, p.head_ms) for p in ALONE)
+    for together, stages in ((ALONE, 2), (crowded, 1)):
+        workers = [WorkerFacts(name, 20 * GB, 20.0, 300.0, 1, alone=ALONE, together=together) for name in "ab"]
+        plan = make_plan(MODEL, workers, PlanRequest(1024, 8, lambda place: MIB, objective="throughput"))
+        assert len(plan.stages) == stages
+
+
 def test_trials_are_kept_with_measurements(tmp_path: Path) -> None:
     known = {"a": Measurement(1.0, 2.0, ALONE, TOGETHER), "b": Measurement(3.0, 4.0)}
     write_measurements(tmp_path, known)

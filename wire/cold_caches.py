@@ -11,7 +11,7 @@ import numpy as np
 
 BYTES = 64 << 20
 """More than what lies near a core, and all caches of most processors."""
-_MOST_BYTES = 256 << 20
+_MOST_BYTES = 1 << 30
 _LEVELS = "/sys/devices/system/cpu/cpu0/cache"
 _TURN_BYTES = 1 << 20
 _REST_S = 0.0005

@@ -81,6 +81,7 @@ class Registry:
         self._exits: dict[str, str] = {}
         self._changed = asyncio.Event()
         self._mourning: set[asyncio.Task[None]] = set()
+        self._is_closed = False
         self._server: Server | None = None
 
     @property
@@ -117,9 +118,12 @@ class Registry:
             async with deadline("saying goodbye", _GOODBYE_S):
                 await asyncio.gather(*(handle.say(goodbye) for handle in present), return_exceptions=True)
         assert self._server is not None
+        self._is_closed = True  # calls may end later than their server
         await self._server.stop(_GOODBYE_S)
-        for task in self._mourning:
+        mourning = tuple(self._mourning)
+        for task in mourning:
             task.cancel()
+        await asyncio.gather(*mourning, return_exceptions=True)
 
     async def changed(self) -> None:
         """Returns at the next change of who is there. For as long as it takes: the caller has a deadline."""
@@ -229,9 +233,10 @@ class Registry:
             reason = str(error)
             raise
         finally:
-            mourning = asyncio.create_task(self._mourn(handle, reason))
-            self._mourning.add(mourning)
-            mourning.add_done_callback(self._mourning.discard)
+            if not self._is_closed:
+                mourning = asyncio.create_task(self._mourn(handle, reason))
+                self._mourning.add(mourning)
+                mourning.add_done_callback(self._mourning.discard)
 
     async def _listen_to(self, handle: WorkerHandle, stream: ServerStream) -> str:
         """Until the worker is heard of no more; returns why."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -92,6 +93,17 @@ def test_a_worker_tries_steps_of_any_model_that_is_large_enough(
     assert found[0].head_s >= 0 and found[2].layers_byte_s > found[0].layers_byte_s
     short = TrialDevice(backend, 1, backend.feature_level, 65 << 20)
     assert try_stages(short, model) == (), "memory is short"
+    monkeypatch.setattr(trial, "_LAYERS_BYTES", 0)
+    assert len(try_stages(replace(device, place=7), model)) == 3, "layers 2 and 3"
+
+
+def test_workers_that_were_started_one_after_the_other_try_different_layers() -> None:
+    for place in (1, 4096, 32767):
+        tried = [trial._ranges(22, 3, place + other) for other in range(4)]
+        layers = [layer for ranges in tried for layer in range(*ranges[1])]
+        assert len(set(layers)) == 12 and max(layers) < 21
+        assert all(one == (some[0], some[0] + 1) and last == (21, 22) for one, some, last in tried)
+    assert trial._ranges(30, 29, 4096) == [(0, 1), (0, 29), (29, 30)]
 
 
 def test_sweeps_are_as_large_as_the_largest_cache(tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ class Device:
         speed = measure_machine(self.threads)
         trials: tuple[StageTrial, ...] = ()
         if model is not None and self.kind == _CPU:
-            device = TrialDevice(self.backend, self.threads, self.feature_level, self.free_memory_bytes)
+            device = TrialDevice(self.backend, self.threads, self.feature_level, self.free_memory_bytes, os.getpid())
             trials = try_stages(device, model)
         cards = tuple(card.measure() for card in self.cards)
         return Measured(speed.read_gb_s * 1e9, speed.int8_gmac_s * 1e9, trials, cards=cards)

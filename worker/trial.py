@@ -1,5 +1,5 @@
-"""What steps of a model take on this worker, tried as a stage computes them, on its first layers, one alone and some,
-and on its last one with the head.
+"""What steps of a model take on this worker, tried as a stage computes them, on one layer alone and on some, and on the
+last one with the head.
 
 Between two steps of a cluster this process sleeps, and others read weights. So before each step of a trial memory is
 read that no cache holds: weights come from memory, and what Python has to run is as cold as it will be.
@@ -62,6 +62,7 @@ class TrialDevice:
     threads: int
     feature_level: str
     free_bytes: int
+    place: int = 0  # workers of other places try other layers
 
     def runner(self, model: Model, start: int, end: int) -> StageRunner:
         level = self.feature_level
@@ -93,7 +94,7 @@ def try_stages(device: TrialDevice, model: Model) -> tuple[StageTrial, ...]:
     some = max(2, min(layers - 1, _LAYERS_BYTES // max(sizes[0], 1)))
     while some > 2 and not device.fits(model, 0, some):
         some = max(2, some * 3 // 4)
-    ranges = [(0, 1), (0, some), (layers - 1, layers)]
+    ranges = _ranges(layers, some, device.place)
     if sum(sizes[:some]) < _LEAST_BYTES or not all(device.fits(model, start, end) for start, end in ranges):
         return ()
     left_bytes = min(device.left_bytes(model, start, end) for start, end in ranges)
@@ -104,6 +105,13 @@ def try_stages(device: TrialDevice, model: Model) -> tuple[StageTrial, ...]:
         with closing(device.runner(model, start, end)) as runner:
             parts.append(_Part(sum(sizes[start:end]), asyncio.run(_tried(runner, caches))))
     return tuple(_trials(*parts))
+
+
+def _ranges(layers: int, some: int, place: int) -> list[tuple[int, int]]:
+    """One layer, that and the next ones, and the last one. Workers that try at the same time share prepared layers, so
+    each begins elsewhere: otherwise one would find in a cache what another has just read."""
+    start = place * some % (layers - some)
+    return [(start, start + 1), (start, start + some), (layers - 1, layers)]
 
 
 def _trials(one: _Part, some: _Part, last: _Part) -> Iterator[StageTrial]:

@@ -104,20 +104,36 @@ class Bench:
         return row
 
 
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A padded model in F16, what it makes of a text, and which of its weights matter."""
+
+    narrow: Path
+    padded: Path
+    matrix: Path
+    logits: Path
+    perplexity: float
+
+    @classmethod
+    def of(cls, name: str, hidden: int, text: Path, chunks: int, folder: Path) -> Prepared:
+        narrow, padded = resolve_model(name), folder / "padded.gguf"
+        write_padded(narrow, padded, hidden)
+        words = text.read_text()
+        half = folder / "half.txt"
+        half.write_text(words[len(words) // 2 :])
+        matrix, logits = folder / "imatrix.gguf", folder / "logits"
+        llamaclust("model", "imatrix", padded, "-f", half, "-o", matrix, "--chunks", "32")
+        keeping = ("--chunks", str(chunks), "--kl-divergence-base", logits)
+        base = asked("model", "perplexity", padded, "-f", text, *keeping)
+        return cls(narrow, padded, matrix, logits, base["perplexity"])
+
+
 def measure(given: argparse.Namespace, folder: Path) -> None:
-    narrow, padded = resolve_model(given.model), folder / "padded.gguf"
-    write_padded(narrow, padded, given.hidden)
-    words = given.text.read_text()
-    half = folder / "half.txt"
-    half.write_text(words[len(words) // 2 :])
-    matrix, logits = folder / "imatrix.gguf", folder / "logits"
-    llamaclust("model", "imatrix", padded, "-f", half, "-o", matrix, "--chunks", "32")
-    keeping = ("--chunks", str(given.chunks), "--kl-divergence-base", logits)
-    base = asked("model", "perplexity", padded, "-f", given.text, *keeping)
-    print(f"F16: {padded.stat().st_size / (1 << 20):.0f} MiB, perplexity {base['perplexity']:.2f}\n")
+    made = Prepared.of(given.model, given.hidden, given.text, given.chunks, folder)
+    print(f"F16: {made.padded.stat().st_size / (1 << 20):.0f} MiB, perplexity {made.perplexity:.2f}\n")
     print("| TYPE | MiB | bits | fall back | perplexity | KL divergence | same top | decode | prefill |")
     print("|---|--:|--:|--:|--:|--:|--:|--:|--:|")
-    bench = Bench(open_model(narrow), padded, matrix, logits, not given.no_speed)
+    bench = Bench(open_model(made.narrow), made.padded, made.matrix, made.logits, not given.no_speed)
     for mix in given.types.split(","):
         print(bench.row(mix, folder), flush=True)
 

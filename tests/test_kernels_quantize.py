@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize as dequantize_by_gguf_py
+from numpy.typing import NDArray
 from quantize_matrix import COLS, ROWS, TYPES, cases, matrix, relative_error
 
 from llamaclust.kernels.cpu import _native
@@ -70,6 +71,23 @@ def test_unusual_rows(quant_type: QuantType) -> None:
         extent = np.abs(x).max(axis=1, keepdims=True)
         assert (np.abs(read) <= 2.2 * extent + 1e-6).all(), np.abs(read).max(axis=1) / extent[:, 0]
         assert (read[8].reshape(-1, 256)[1::2] == 0).all() or importance is not None
+
+
+@pytest.mark.parametrize("quant_type", [QuantType.Q4_0, QuantType.Q5_0], ids=lambda kind: kind.name)
+def test_largest_weights_keep_the_outermost_level(quant_type: QuantType) -> None:
+    """Coarser scales would have less error, but models of larger divergence; an importance says itself what matters."""
+    x, _ = matrix()
+    blocks = x.reshape(-1, 32)
+    largest = np.arange(len(blocks)), np.abs(blocks).argmax(axis=1)
+
+    def share(importance: NDArray[np.float32] | None) -> float:
+        data = quantize(quant_type, x, importance).tobytes()
+        read = dequantize(quant_type, data, x.size).reshape(-1, 32)
+        scales = np.frombuffer(data, np.uint8).reshape(len(blocks), -1)[:, :2].copy().view("<f2").astype(np.float32)
+        outermost = -(2.0 ** (4 if quant_type == QuantType.Q5_0 else 3))
+        return float((read[largest] == outermost * scales[:, 0]).mean())
+
+    assert share(None) > 0.95 > 0.9 > share(np.ones(COLS, np.float32))
 
 
 def test_weights_in_a_types_own_values_come_back_as_they_were() -> None:

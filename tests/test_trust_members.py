@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -108,6 +109,24 @@ async def test_another_major_version_or_arithmetic_is_refused_by_name(trust: Aut
             assert isinstance(refused, Refused) and refused.reason.startswith(reason)
         _, welcome = await join(there, trust.identity(A), replace(REGISTER, protocol=(major, 99)))
         assert isinstance(welcome, Welcome)
+
+
+@run_async
+async def test_a_registry_that_is_closed_leaves_no_task(trust: Authority) -> None:
+    """Members whose calls end with their server, or later, are not waited for any more."""
+    async with registry(trust) as there:
+        members = [
+            await join(there, trust.identity(A), REGISTER),
+            await join(there, trust.identity(B), replace(REGISTER, name="b")),
+        ]
+        assert all(isinstance(welcome, Welcome) for _, welcome in members)
+    async with deadline("the members' calls", 10):
+        for member, _ in members:
+            with contextlib.suppress(StreamBrokenError):
+                while await member.hear():
+                    pass
+    left = [task for task in asyncio.all_tasks() if task is not asyncio.current_task() and not task.done()]
+    assert [task for task in left if "Registry" in str(task.get_coro())] == []
 
 
 @run_async

@@ -51,7 +51,7 @@ void quantize_rows(const std::string& level, int quant_type, const FloatRows& x,
     for (int64_t r = 0; r < n; r++)
       ops.weigh(values + r * cols, importance ? importance->data() : nullptr, static_cast<int>(cols),
                 w.data() + r * cols);
-    ops.quantize(type, near, values, w.data(), n * cols, out.data() + static_cast<size_t>(row) * row_bytes);
+    ops.quantize(type, {values, w.data(), n * cols, near, importance.has_value()}, out.data() + static_cast<size_t>(row) * row_bytes);
   }
 }
 

@@ -56,9 +56,9 @@ void weigh(const float* x, const float* importance, int n, float* w) {
     for (int i = 0; i < n; i++) w[i] *= importance[i];
 }
 
-void quantize(QuantType type, const NearPoints* near, const float* x, const float* w, int64_t count, uint8_t* out) {
+void quantize(QuantType type, const Source& from, uint8_t* out) {
   for (const Quantizer& quantizer : kQuantizers)
-    if (quantizer.type == type) quantizer.quantize({x, w, count, near}, out);
+    if (quantizer.type == type) quantizer.quantize(from, out);
 }
 
 }  // namespace

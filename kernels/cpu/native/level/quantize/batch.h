@@ -10,13 +10,6 @@
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {
 
-// Weights, how much each of them matters, and what lies near in the type's grid.
-struct Source {
-  const float *x, *w;
-  int64_t count;
-  const NearPoints* near;
-};
-
 // Element i of sub-block j is x[i], lane j. Lanes beyond the end of the data are all zero.
 template <int size>
 struct Batch {

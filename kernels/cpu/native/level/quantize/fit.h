@@ -66,11 +66,12 @@ struct SymmetricFit {
     return s;
   }
 
-  // The scale, and in `curvature` what an error of it costs.
-  F32x16 best(F32x16* curvature) const {
+  // The scale, and in `curvature` what an error of it costs. Tried are scales that put the largest weight at -(n + k / 10)
+  // for k from `first` on.
+  F32x16 best(F32x16* curvature, int first = -9) const {
     ScaleSearch<SymmetricFit> search{*this};
     const F32x16 unit = inverse(largest(batch));
-    for (int k = -9; k <= 9; k++) search.consider(mul(unit, broadcast(-(n + 0.1f * static_cast<float>(k)))));
+    for (int k = first; k <= 9; k++) search.consider(mul(unit, broadcast(-(n + 0.1f * static_cast<float>(k)))));
     return search.best(curvature);
   }
 };

@@ -44,13 +44,17 @@ void put_simple(const uint16_t* d, const uint16_t* m, const uint8_t* levels, uin
   put_nibbles(levels, out);
 }
 
+// Coarser scales would take the outermost level from the largest weight. That makes the error less, but a model that is
+// quantized so predicts worse (docs/models.md).
+constexpr int kKeepsLargest = -3;
+
 template <int bits>
 void quantize_symmetric(const Source& from, uint8_t* out) {
   constexpr int half = 1 << (bits - 1), block_bytes = 2 + (bits == 5 ? 4 : 0) + 16;
   each_batch<32>(from, [&](const Batch<32>& batch, int64_t first, int subs) {
     const SymmetricFit<32> fit(batch, half);
     F32x16 curvature;
-    const Halves d(fit.best(&curvature));
+    const Halves d(fit.best(&curvature, from.has_importance ? -9 : kKeepsLargest));
     const F32x16 inv = inverse(d.values);
     F32x16 levels[32];
     for (int i = 0; i < 32; i++) levels[i] = add(fit.level(i, inv), broadcast(static_cast<float>(half)));

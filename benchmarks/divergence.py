@@ -1,11 +1,11 @@
-"""How far quantizing moves a model's predictions, beside llama-quantize: KL divergence from the unquantized model, token by
-token over the same text, of the files that both make.
+"""How far quantizing moves a model's predictions, beside llama-quantize: KL divergence from the unquantized model of
+the files that both make, token by token over the same text.
 
     python benchmarks/divergence.py smollm2-135m-instruct TEXT --llama-quantize BUILD/bin/llama-quantize [--types Q4_0]
 
-The model is padded with zeros first (`padded.py`), so that all types fit. `+`: both get the same importance matrix, from
-the second half of TEXT; the first chunks are what is predicted. Both files run in our kernels. The ratio's standard error
-is that of pairs of tokens; that the two files have tensors of the same types is checked.
+The model is padded with zeros first (`padded.py`), so that all types fit. `+`: both get the same importance matrix,
+from the second half of TEXT; the first chunks are what is predicted. Both files run in our kernels. The ratio's
+standard error is that of pairs of tokens; that the files have tensors of the same types is checked.
 """
 
 from __future__ import annotations

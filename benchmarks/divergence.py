@@ -27,14 +27,13 @@ from llamaclust.model.gguf import open_model
 from llamaclust.model.loader import Model
 from llamaclust.tools.logit_scores import measure_divergence
 from llamaclust.tools.logits_file import LogitsFile
-from llamaclust.tools.quantize_choice import needs_importance
+from llamaclust.tools.quantize_choice import Wishes, choose_types, needs_importance
 from llamaclust.tools.quantize_mixes import MIXES
 
 Float64 = NDArray[np.float64]
 
 _SAME = {"F32", "F16", "BF16"}
 """Written alike by both: nothing is chosen."""
-_ANY_MATRIX = "blk.0.attn_k.weight"
 _DEADLINE_S = 1800
 
 
@@ -84,15 +83,15 @@ def _check_same_types(ours: Path, theirs: Path) -> None:
         sys.exit(f"{len(differ)} tensors have other types than llama-quantize's, the first {min(differ)}")
 
 
-def wanted(mixes: list[str]) -> list[tuple[str, bool]]:
-    """Each mix without an importance matrix, where it goes without one, and with one."""
-    return [
-        (mix, weighted)
-        for mix in mixes
-        if mix not in _SAME
-        for weighted in (False, True)
-        if weighted or not needs_importance(_ANY_MATRIX, MIXES[mix].base, MIXES[mix])
-    ]
+def wanted(model: Path, mixes: list[str]) -> list[tuple[str, bool]]:
+    """Each mix without an importance matrix, where the model goes without one, and with one."""
+    changing = [mix for mix in mixes if mix not in _SAME]
+    return [(mix, weighted) for mix in changing for weighted in (False, True) if weighted or _goes_without(model, mix)]
+
+
+def _goes_without(model: Path, mix: str) -> bool:
+    types = choose_types(open_model(model), Wishes(MIXES[mix]))
+    return not any(needs_importance(name, kind, MIXES[mix]) for name, kind in types.items())
 
 
 def main() -> None:
@@ -108,7 +107,7 @@ def main() -> None:
         made = Prepared.of(given.model, given.hidden, given.text, given.chunks, Path(folder))
         print(f"KL divergence over {given.chunks} chunks\nTYPE            ours    theirs   ratio")
         comparison = Comparison(made, given.llama_quantize, Path(folder))
-        for mix, weighted in wanted(given.types.split(",")):
+        for mix, weighted in wanted(made.padded, given.types.split(",")):
             print(comparison.row(mix, weighted), flush=True)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import closing
 from functools import cache
 from pathlib import Path
 
@@ -41,18 +42,23 @@ def plan_of(file: Path | None, overrides: list[str]) -> Plan:
 def _planned(config: ClusterConfig) -> tuple[Plan, int]:
     """The plan, and the bytes that a worker's process takes by itself: it is taken to be as large as this one, which
     has loaded the kernels too and holds nothing of the model yet."""
-    if config.launcher == "static":
+    if not _is_of_this_machine(config):
         why = "what its machines have is known once their workers have joined"
         raise UsageError(f"launcher {config.launcher}: {why}; `llamaclust up` prints the plan then")
     own_bytes = resident_bytes()
-    model = Model.open(resolve_model(config.model))
-    measured = _measured(config, model.model_id)
-    check_devices(((spec.device, spec.feature_level) for spec in worker_specs(config)), model)
-    memory, links, cards = _memory(config, own_bytes), _links(config, measured), _cards(config)
-    try:
-        return plan_cluster(config, model, memory, measured, links, cards=cards), own_bytes
-    except DoesNotFitError as error:
-        raise DoesNotFitError("; ".join((str(error), *map(str.strip, _room(config, own_bytes))))) from error
+    with closing(Model.open(resolve_model(config.model))) as model:
+        measured = _measured(config, model.model_id)
+        check_devices(((spec.device, spec.feature_level) for spec in worker_specs(config)), model)
+        memory, links, cards = _memory(config, own_bytes), _links(config, measured), _cards(config)
+        try:
+            return plan_cluster(config, model, memory, measured, links, cards=cards), own_bytes
+        except DoesNotFitError as error:
+            raise DoesNotFitError("; ".join((str(error), *map(str.strip, _room(config, own_bytes))))) from error
+
+
+def _is_of_this_machine(config: ClusterConfig) -> bool:
+    """Whether all workers are sure to start here."""
+    return config.launcher == "local" or (config.launcher == "ray" and config.ray.address == "none")
 
 
 def _memory(config: ClusterConfig, own_bytes: int) -> dict[str, int]:

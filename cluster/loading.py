@@ -27,7 +27,7 @@ async def load_stages(
     *,
     model_path: str,
     model_id: str,
-    limits: StageLimits | Mapping[str, StageLimits],
+    limits: StageLimits,
     alone: bool = False,
     links: Links = UNKNOWN,
     on_progress: OnProgress = lambda worker, progress: None,
@@ -35,9 +35,9 @@ async def load_stages(
     on_error: OnError = lambda worker, error: None,
     stall_s: float = STALL_S,
 ) -> tuple[WorkerHandle, ...]:
-    """The workers in the order of their stages, which are ready to serve `epoch`. `limits`: of all, or by worker;
-    `alone`: these workers' stages of other epochs are freed first, all but the weights that still serve; `stall_s`: so
-    long one may get no further; `links`: for who fetches weights; `on_reading` hears of who reads a file for others.
+    """The workers in the order of their stages, which are ready to serve `epoch`. `alone`: these workers' stages of
+    other epochs are freed first, all but the weights that still serve; `stall_s`: so long one may get no further;
+    `links`: for who fetches weights; `on_reading` hears of who reads a file for others.
 
     The first error of a worker is raised when all have answered. Then stages that did load are freed, except `alone`:
     their weights may be what the next epoch needs.
@@ -48,12 +48,11 @@ async def load_stages(
     reached = [*((handle.registration.address, handle.name) for handle in handles), (None, None)]
     loads = []
     for stage, handle, (address, name) in zip(stages, handles, reached[1:], strict=True):
-        own = limits if isinstance(limits, StageLimits) else limits[stage.worker]
         first, first_name = reached[0] if address is None and len(stages) > 1 else (None, None)
         layers = (stage.start, stage.end)
         fetched = weights.get(stage.worker)
         ends = address, first, name, first_name
-        order = Load(epoch, model_path, model_id, *layers, own, *ends, alone, fetched, stage.devices)
+        order = Load(epoch, model_path, model_id, *layers, limits, *ends, alone, fetched, stage.devices)
         loads.append(handle.load(order, partial(on_progress, stage.worker), stall_s))
     answers = await asyncio.gather(*loads, return_exceptions=True)
     errors = [(handle, one) for handle, one in zip(handles, answers, strict=True) if isinstance(one, BaseException)]

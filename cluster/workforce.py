@@ -47,6 +47,7 @@ class Workforce:
         self._change()
         await self._settled.wait()
         if self._holds(name):
+            self.use_again(name)
             raise WorkerError(f"the layers of worker {name} could not be moved: see the log")
 
     def use_again(self, name: str) -> None:

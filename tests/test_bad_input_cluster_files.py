@@ -52,6 +52,23 @@ def test_plan_refuses_the_same(line: CommandLine, name: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("launcher", "more"), [("static", {"workers": 2}), ("mpi", {}), ("ray", {"ray": {"address": "auto"}}), ("ray", {})]
+)
+def test_nothing_is_planned_for_machines_that_are_not_known(
+    line: CommandLine, launcher: str, more: dict[str, Any]
+) -> None:
+    done = line.run("plan", line.cluster_file("good.gguf", launcher=launcher, **more))
+    assert done.code == 2 and f"launcher {launcher}: what its machines have is known once" in done.error
+
+
+def test_workers_of_a_ray_that_starts_here_are_planned_as_local_ones(line: CommandLine) -> None:
+    file = line.cluster_file("good.gguf", launcher="ray", ray={"address": "none"})
+    plans = [line.run("plan", path, "--json").json for path in (file, line.cluster_file("good.gguf"))]
+    one, other = ([(stage["worker"], stage["start"], stage["end"]) for stage in plan["stages"]] for plan in plans)
+    assert one == other
+
+
+@pytest.mark.parametrize(
     ("content", "says"),
     [
         (b"\xff\xfe", "not UTF-8"),

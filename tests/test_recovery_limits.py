@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import sys
 from pathlib import Path
 from random import SystemRandom
+from typing import Any
 
 import pytest
 from recovering import Answer, Recovering, answer_of, asks, config, model_in, recovering, undisturbed
@@ -142,6 +144,52 @@ async def test_a_worker_that_cannot_be_spared_is_not(
             await run.cluster.supervisor.workforce.spare("x")
         assert not run.cluster.supervisor.workforce.spared
         assert run.cluster.supervisor.epoch.number == 1
+
+
+@run_async
+async def test_a_worker_whose_layers_do_not_load_elsewhere_keeps_them(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with recovering(config(model, tmp_path, workers=2)) as run:
+
+        async def fails(self: EpochOpener, *_: object, **__: object) -> Epoch:
+            raise LlamaclustError("layers do not load")
+
+        workforce, serving = run.cluster.supervisor.workforce, run.cluster.supervisor.epoch
+        name = serving.workers[0].name
+        with monkeypatch.context() as patched:
+            patched.setattr(EpochOpener, "open", fails)
+            with pytest.raises(WorkerError, match=f"the layers of worker {name} could not be moved: see the log"):
+                await workforce.spare(name)
+        assert not workforce.spared and name in workforce.usable
+        assert run.cluster.supervisor.epoch is serving
+
+
+@run_async
+async def test_a_process_for_which_there_is_no_room_now_is_started_later(
+    model: Path,
+    requests: tuple[Generation, ...],
+    expected: list[Answer],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with recovering(config(model, tmp_path, workers=2)) as run:
+        spawn, refused = asyncio.create_subprocess_exec, 0
+
+        async def refusing(*command: str, **options: Any) -> asyncio.subprocess.Process:
+            nonlocal refused
+            refused += 1
+            if refused == 1:
+                raise BlockingIOError(errno.EAGAIN, "no process more")
+            return await spawn(*command, **options)
+
+        monkeypatch.setattr(asyncio, "create_subprocess_exec", refusing)
+        tasks = run.start(requests)
+        await run.token(40)
+        run.hurt("b")
+        assert await asyncio.gather(*tasks) == expected
+        await run.whole()
+        assert refused == 2
 
 
 @run_async

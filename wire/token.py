@@ -64,10 +64,16 @@ class JoinToken:
     @classmethod
     def read(cls, path: Path) -> JoinToken:
         """The token in a file; UsageError where there is none or others may read it."""
-        match = _JOIN_TOKEN.fullmatch(read_private(path))
-        if match is None:
+        token = cls.parse(read_private(path))
+        if token is None:
             raise UsageError(f"token file {path}: holds no join token (lc1.<64 hex digits>.<secret>); copy it again")
-        return cls(bytes.fromhex(match[1]), match[2].encode())
+        return token
+
+    @classmethod
+    def parse(cls, text: str) -> JoinToken | None:
+        """None where the text is no join token."""
+        match = _JOIN_TOKEN.fullmatch(text)
+        return match and cls(bytes.fromhex(match[1]), match[2].encode())
 
     @property
     def text(self) -> str:

@@ -207,7 +207,7 @@ class Member:
         return Loaded(order.epoch, memory.weight_bytes, memory.kv_bytes, memory.workspace_bytes, fetched_bytes)
 
     def _source(self, address: str, worker: str) -> Peer:
-        """The way to another worker's weights."""
+        """The way to another worker, for its weights or to measure the link."""
         return Peer(address, self._credentials, Principal(worker), self._deadlines.peer_s)
 
     def _peer(self, address: str | None, worker: str | None) -> Peer | None:
@@ -293,7 +293,7 @@ class Member:
             await self._say(answer)
 
     async def _measured_link(self, worker: str, address: str) -> LinkSpeed:
-        peer = Peer(address, self._credentials, Principal(worker))
+        peer = self._source(address, worker)
         try:
             return await measure_link(peer)
         except WorkerError as error:

@@ -115,15 +115,25 @@ class LocalLauncher:
                 return
             exited(spec.name, describe_exit(code))
             await self._kept_up.wait()
-            if not await self._may_restart(spec.name, code):
+            if not await self._restart(spec, join, describe_exit(code)):
                 return
-            await self._spawn(spec, join)
             if self._stopping.is_set():
                 _kill(self._processes[spec.name], signal.SIGKILL)
 
-    async def _may_restart(self, name: str, code: int) -> bool:
+    async def _restart(self, spec: WorkerSpec, join: str, how: str) -> bool:
+        """False where it is started no more."""
+        while await self._may_restart(spec.name, how):
+            try:
+                await self._spawn(spec, join)
+            except OSError as error:  # no room for a process now may be there later
+                how = f"it cannot be started: {error}"
+            else:
+                return True
+        return False
+
+    async def _may_restart(self, name: str, how: str) -> bool:
         """Waits as long as is due. False where it is started no more."""
-        if self._stopping.is_set() or (pause_s := self._upkeep.pause_s(name, describe_exit(code))) is None:
+        if self._stopping.is_set() or (pause_s := self._upkeep.pause_s(name, how)) is None:
             return False
         with suppress(TimeoutError):
             await asyncio.wait_for(self._stopping.wait(), pause_s)

@@ -282,8 +282,8 @@ def _spawn(arguments: Sequence[str], to_rank: socket.socket) -> subprocess.Popen
 
 def _reachable(addresses: Sequence[str], token: str) -> str:
     """The first one where the coordinator that the token names answers; where none does, its worker will say so."""
-    ca_hash, secret = token.split(".")[1:]
-    pin = JoinToken(bytes.fromhex(ca_hash), secret.encode())
+    pin = JoinToken.parse(token)
+    assert pin is not None, "the coordinator's own"
     for address in addresses if len(addresses) > 1 else ():
         with suppress(LlamaclustError, TimeoutError):
             asyncio.run(asyncio.wait_for(pinned(*split_address(address), pin, address), _CONNECT_S))

@@ -180,7 +180,7 @@ class RayLauncher:
         pause_s = self._upkeep.pause_s(name, how)
         if pause_s is None:
             if self._upkeep.is_on:
-                self._placed.forget(name)
+                await self._call(lambda: self._placed.forget(name))
             return False
         await asyncio.sleep(pause_s)
         return self._upkeep.is_on

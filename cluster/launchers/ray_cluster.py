@@ -53,10 +53,6 @@ class RayCluster:
         self._own: Path | None = None
         self._ray: Any = None
 
-    @property
-    def is_own(self) -> bool:
-        return self._own is not None
-
     def open(self, workers: Sequence[WorkerSpec]) -> Any:
         """Connects, and returns the library. UsageError where the cluster is not to be used, LlamaclustError where
         there is none."""

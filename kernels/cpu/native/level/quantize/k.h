@@ -45,7 +45,7 @@ namespace {
 
 [[maybe_unused]] void quantize_q2_k(const Source& from, uint8_t* out) {
   each_batch<16>(from, [&](const Batch<16>& batch, int64_t, int) {
-    const AffineBlocks<16> block(batch, 3, 15, 25, -0.96f, 0.08f);
+    const AffineBlocks<16> block(batch, 3, 15, 17, -0.32f, 0.08f);  // as in kKeepsLargest
     for (int j = 0; j < 16; j++)
       out[j] = static_cast<uint8_t>(static_cast<int>(block.a[j]) | static_cast<int>(block.b[j]) << 4);
     put_pairs_of_bits(block.levels, 0, out + 16);

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
 
+from llamaclust.cluster.config_values import is_loopback, split_address
 from llamaclust.cluster.events import News, Watch
 from llamaclust.cluster.links import COORDINATOR, Link, Links
 from llamaclust.cluster.state import Measurement, write_private
@@ -34,6 +35,9 @@ async def measure_links(
     workers: Mapping[str, WorkerHandle], credentials: Credentials, state_dir: Path, watch: Watch
 ) -> Links:
     """Between all of them and the coordinator. What cannot be measured is told, and unknown to the plan."""
+    for name, address in _of_one_machine({name: one.registration.address for name, one in workers.items()}).items():
+        what = "start it with --join and an address of its machine that others reach, or with --advertise"
+        watch(News(f"worker {name} is served at {address}, which no other machine can reach: {what}"))
     names = [COORDINATOR, *workers]
     keys = {pair: _key(pair, workers) for pair in combinations(names, 2)}
     known, tried = _read(state_dir), set[Pair]()
@@ -47,6 +51,13 @@ async def measure_links(
         write_private(state_dir / _FILE, json.dumps({key: asdict(link) for key, link in (known | new).items()}))
     known |= new
     return Links({frozenset(pair): known[key] for pair, key in keys.items() if key in known})
+
+
+def _of_one_machine(addresses: Mapping[str, str]) -> dict[str, str]:
+    """Of workers, by name, those that only their own machine can reach, where others are reached over a network."""
+    hosts = {name: split_address(address)[0] for name, address in addresses.items() if not address.startswith("unix:")}
+    loopback = {name: addresses[name] for name, host in hosts.items() if is_loopback(host)}
+    return {} if len(loopback) == len(addresses) else loopback
 
 
 def kept_links(fingerprints: Mapping[str, str], state_dir: Path) -> Links:

@@ -187,6 +187,8 @@ class Registry:
         register = None if data is None else decode_worker_message(data)
         if not isinstance(register, Register):
             raise WireError("a worker must register first")
+        if self._refusal(register, stream.peer) and (rival := self._rival(register)):
+            await self._shows_life(rival)
         if refusal := self._refusal(register, stream.peer):
             self._refusals.tell(refusal)
             async with deadline("refusing a worker", _HANDSHAKE_S):
@@ -205,10 +207,20 @@ class Registry:
         if register.numerics_version != (needed := self._numerics_version(register)):
             theirs = f"numerics_version {register.numerics_version}"
             return f"worker {name} computes by {theirs}, this cluster needs {needed}: {same}"
-        present = self._workers.get(name)
-        if present is not None and present.loss is None and not present.is_same_process(register):
-            return f"a worker named {name} is a member already (pid {present.registration.pid}): choose another name"
+        if rival := self._rival(register):
+            return f"a worker named {name} is a member already (pid {rival.registration.pid}): choose another name"
         return self._welcomes(name)
+
+    def _rival(self, register: Register) -> WorkerHandle | None:
+        """Another process that is a member under that name."""
+        present = self.present.get(register.name)
+        return None if present is None or present.is_same_process(register) else present
+
+    async def _shows_life(self, member: WorkerHandle) -> None:
+        """Waits for its next sign of life, or its loss: that it hangs may be why another one joins in its place."""
+        with contextlib.suppress(DeadlineError):
+            async with deadline("a sign of life", self._silence_s + _HANDSHAKE_S):
+                await member.shows_life()
 
     def _numerics_version(self, register: Register) -> int:
         """What the first member computes by; of a first member, what this version of its device does."""

@@ -42,7 +42,10 @@ class Workforce:
         UsageError for a name that is not known, DoesNotFitError or WorkerError where the others cannot do without it.
         """
         self._worker(name)
-        await self._can_do({other: handle for other, handle in self.usable.items() if other != name})
+        others = {other: handle for other, handle in self.usable.items() if other != name}
+        if not others:
+            raise WorkerError(f"no other worker is there that is not drained: {name} keeps its layers")
+        await self._can_do(others)
         self.spared.add(name)
         self._change()
         await self._settled.wait()

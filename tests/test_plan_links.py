@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import stat
 from dataclasses import replace
@@ -142,6 +143,28 @@ def test_a_link_that_is_cut_is_told_and_unknown(tmp_path: Path) -> None:
     assert frozenset("ab") not in links.measured and frozenset((COORDINATOR, "a")) in links.measured
     texts = [event.text for event in told if isinstance(event, News)]
     assert any("between a and b" in text and "it cannot reach worker b at unix:" in text for text in texts)
+
+
+def test_a_worker_that_other_machines_cannot_reach_is_told(tmp_path: Path) -> None:
+    told: list[Event] = []
+
+    async def run() -> None:
+        async with real_cluster(tmp_path, 2) as cluster:
+            workers = {name: cluster.registry.workers[name] for name in "ab"}
+            for address in ("127.0.0.1:1", "[::1]:2"):
+                workers["a"].registration = replace(workers["a"].registration, address=address)
+                for other in ("127.0.0.1:3", "192.0.2.7:3"):
+                    workers["b"].registration = replace(workers["b"].registration, address=other)
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(0.01):  # told before anything is measured
+                            await measure_links(workers, cluster.run.token, tmp_path, told.append)
+
+    asyncio.run(run())
+    texts = [event.text for event in told if isinstance(event, News) and "no other machine" in event.text]
+    assert [text.partition(",")[0] for text in texts] == [
+        "worker a is served at 127.0.0.1:1",
+        "worker a is served at [::1]:2",
+    ]
 
 
 def test_a_damaged_file_of_links_is_measured_anew(tmp_path: Path) -> None:

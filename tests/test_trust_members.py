@@ -43,6 +43,8 @@ from llamaclust.worker.renewal import Renewal
 from llamaclust.worker.service import StageService
 
 ANY = "127.0.0.1:0"
+SECOND = replace(REGISTER, pid=REGISTER.pid + 1)
+ALIVE = Heartbeat(0.5, 1, 2, 3, 4)
 
 
 @pytest.fixture
@@ -51,9 +53,10 @@ def trust(tmp_path: Path) -> Authority:
 
 
 @asynccontextmanager
-async def registry(trust: Authority) -> AsyncIterator[Registry]:
-    deadlines = Deadlines(heartbeat_s=0.1)
-    async with Registry(ANY, trust.identity(), deadlines=deadlines, certify=trust.certify) as registry:
+async def registry(trust: Authority, silence_s: float = 5.0) -> AsyncIterator[Registry]:
+    beats = Deadlines(heartbeat_s=0.1)
+    listening = Registry(ANY, trust.identity(), silence_s=silence_s, deadlines=beats, certify=trust.certify)
+    async with listening as registry:
         yield registry
 
 
@@ -91,10 +94,29 @@ async def test_a_worker_that_poses_as_another_is_refused_and_logged_once(
             assert isinstance(refused, Refused)
             assert refused.reason == f"the certificate is of {who}, which registers as worker {name}"
         assert len(refusals(caplog.records)) == 3
-        await member.say(Heartbeat(0.5, 1, 2, 3, 4))
+        await member.say(ALIVE)
         assert [*there.present] == ["a"]
-        _, second = await join(there, trust.identity(A), replace(REGISTER, pid=REGISTER.pid + 1))
+        joining = asyncio.create_task(join(there, trust.identity(A), SECOND))
+        async with deadline("a refusal", 4):
+            while not joining.done():
+                await member.say(ALIVE)
+                await asyncio.wait((joining,), timeout=0.05)
+        _, second = joining.result()
         assert isinstance(second, Refused) and "is a member already" in second.reason
+        assert [*there.present] == ["a"] and there.workers["a"].registration.pid == REGISTER.pid
+
+
+@run_async
+async def test_who_hangs_is_waited_for_and_then_replaced_by_who_joins_under_its_name(trust: Authority) -> None:
+    async with registry(trust, silence_s=0.5) as there:
+        hung, _ = await join(there, trust.identity(A), REGISTER)
+        _, welcome = await join(there, trust.identity(A), SECOND)
+        assert isinstance(welcome, Welcome)
+        assert there.workers["a"].registration.pid == SECOND.pid and there.workers["a"].loss is None
+        async with deadline("the end of the first membership", 10):
+            with contextlib.suppress(StreamBrokenError):
+                while await hung.hear():
+                    pass
 
 
 @run_async
@@ -203,7 +225,7 @@ async def test_messages_that_are_too_large_end_their_own_stream(trust: Authority
             with pytest.raises(StreamBrokenError, match="at most 262144 are taken"):
                 await other.stream.write(data)
                 await other.hear()
-        await member.say(Heartbeat(0.5, 1, 2, 3, 4))
+        await member.say(ALIVE)
         assert there.workers["a"].loss is None
 
 

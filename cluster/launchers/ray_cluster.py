@@ -113,7 +113,8 @@ def _address(given: str) -> str | None:
     """HOST:PORT; None where none is to be found."""
     from ray._private.services import canonicalize_bootstrap_address
 
-    found: str | None = canonicalize_bootstrap_address(given)
+    # Of its own "auto", Ray would take any cluster on this machine, others' too, and fail where there is none.
+    found: str | None = canonicalize_bootstrap_address(None if given == "auto" else given)
     return found
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from llamaclust.cluster.epochs import Epoch, Epochs
 from llamaclust.cluster.events import News, PlanMade, Watch, WorkerLoading, WorkerReading
+from llamaclust.cluster.left_out import LeftOut
 from llamaclust.cluster.links import Links
 from llamaclust.cluster.news import moving_text
 from llamaclust.cluster.plan import Plan
@@ -17,13 +18,17 @@ from llamaclust.wire.control import LoadProgress, LocateProgress
 
 
 class EpochOpener:
-    """`is_start`: whether no epoch has served yet; then the whole plan and each load are told."""
+    """`is_start`: whether no epoch has served yet; then the whole plan and each load are told. `left_out` hears of
+    workers that are given up, and of those that took part."""
 
-    def __init__(self, epochs: Epochs, registry: Registry, watch: Watch, is_start: Callable[[], bool]) -> None:
+    def __init__(
+        self, epochs: Epochs, registry: Registry, watch: Watch, is_start: Callable[[], bool], left_out: LeftOut
+    ) -> None:
         self._epochs = epochs
         self._registry = registry
         self._watch = watch
         self._is_start = is_start
+        self._left_out = left_out
         self._suspects: list[tuple[WorkerHandle, BaseException]] = []
 
     async def open(self, plan: Plan, links: Links, *, alone: bool) -> Epoch:
@@ -43,6 +48,7 @@ class EpochOpener:
         epoch = await self._epochs.open(
             plan, links, alone=alone, on_progress=progress, on_reading=self._reading, on_error=self._failed
         )
+        self._left_out.forget([stage.worker for stage in plan.stages])
         for worker in epoch.workers if self._is_start() else ():
             order, loaded = worker.stages[epoch.number]
             self._watch(WorkerLoading(worker.name, order.start, order.end, loaded.weight_bytes, loaded.weight_bytes))
@@ -55,10 +61,14 @@ class EpochOpener:
     def _failed(self, worker: WorkerHandle, error: BaseException) -> None:
         self._suspects.append((worker, error))
         if isinstance(error, StalledError):
-            self._registry.fence(worker, f"it hangs: {error}")
+            self._give_up(worker, f"it hangs: {error}")
 
     def give_up_suspects(self, error: LlamaclustError, *, at_once: bool) -> None:
         """Of the failure before; those that did not answer in any case, the others `at_once` or not yet."""
         for worker, why in self._suspects:
             if at_once or isinstance(why, DeadlineError):
-                self._registry.fence(worker, f"it takes no part in a new epoch: {error}")
+                self._give_up(worker, f"it takes no part in a new epoch: {error}")
+
+    def _give_up(self, worker: WorkerHandle, why: str) -> None:
+        self._left_out.add(worker.name)
+        self._registry.fence(worker, why)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Mapping
+from contextlib import suppress
 
 from llamaclust.cluster.config import ClusterConfig
 from llamaclust.cluster.cut_pairs import CutPairs
@@ -16,6 +17,7 @@ from llamaclust.cluster.epoch_opener import EpochOpener
 from llamaclust.cluster.epochs import Epoch, Epochs
 from llamaclust.cluster.events import News, Watch
 from llamaclust.cluster.launchers.base import Launcher
+from llamaclust.cluster.left_out import LeftOut
 from llamaclust.cluster.link_keeper import LinkKeeper, MeasureLinks
 from llamaclust.cluster.links import Links
 from llamaclust.cluster.news import back_text, given_up_text, lost_text, recovered_text, waiting_text
@@ -70,7 +72,8 @@ class Supervisor:
         self._work: set[asyncio.Task[None]] = set()
         self.cuts = CutPairs(lambda: registry.present, config.timeouts.worker, watch, self._change)
         self.workforce = Workforce(registry, self._planned, self._holds, self._change, self._settled)
-        self._opener = EpochOpener(epochs, registry, watch, lambda: self._engine is None)
+        self._left_out = LeftOut(self._change)
+        self._opener = EpochOpener(epochs, registry, watch, lambda: self._engine is None, self._left_out)
         self._links = LinkKeeper(measure_links, registry, self._know, self._settled, watch)
 
     @property
@@ -110,6 +113,14 @@ class Supervisor:
     async def _planned(self, workers: Mapping[str, WorkerHandle]) -> Plan:
         """Over these workers, as things are now."""
         return await self._planning.plan(workers, self.cuts.apart)
+
+    async def _planned_without_left_out(self, workers: Mapping[str, WorkerHandle]) -> Plan:
+        """Without those that are left out, where the others are enough."""
+        others = self._left_out.others(workers)
+        if len(others) < len(workers):
+            with suppress(DoesNotFitError, WorkerError):
+                return await self._planned(others)
+        return await self._planned(workers)
 
     def _holds(self, name: str) -> bool:
         return self.epoch.holds(name)
@@ -191,7 +202,7 @@ class Supervisor:
             self._news.clear()
             usable = self.workforce.usable
             try:
-                return await self._planned(usable)
+                return await self._planned_without_left_out(usable)
             except (DoesNotFitError, WorkerError) as error:
                 is_whole = len(usable) == len(self._config.workers) and not isinstance(error, CutOffError)
                 if self._engine is None and is_whole:
@@ -283,7 +294,7 @@ class Supervisor:
         old = self.epoch
         must = any(old.holds(name) for name in self.workforce.spared)
         try:
-            plan = await self._planned(self.workforce.usable)
+            plan = await self._planned_without_left_out(self.workforce.usable)
         except (DoesNotFitError, WorkerError) as error:
             if must:
                 self._watch(News(f"layers cannot be moved now: {error}"))

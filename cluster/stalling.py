@@ -21,7 +21,8 @@ class Further:
         self._at = 0, 0
 
     def hear(self, done_bytes: int, total_bytes: int) -> None:
-        if (done_bytes, total_bytes) != self._at:
+        is_first = self._at == (0, 0) != (done_bytes, total_bytes)
+        if is_first or done_bytes > self._at[0]:  # what only goes back and forth gets no nearer
             self._at = done_bytes, total_bytes
             self._limit.move(asyncio.get_running_loop().time() + self._stall_s)
 

@@ -124,12 +124,13 @@ async def _located(
 
 
 def _of_one_manifest(found: Mapping[str, Located]) -> dict[str, Located]:
-    """Those that agree with the first of those that have the file, or else with the first of all."""
+    """Those that agree with most of those that have the file, or else of all; of as many, with the first."""
     described = {name: one for name, one in found.items() if one.manifest is not None}
     ordered = dict(sorted(described.items(), key=lambda item: not item[1].has_file))
     if not ordered:
         return {}
-    pinned = next(iter(ordered.values())).manifest
+    told = [one.manifest for one in ordered.values() if one.has_file] or [one.manifest for one in ordered.values()]
+    pinned = max(told, key=told.count)
     for name in (name for name, one in ordered.items() if one.manifest != pinned):
         _log.warning("weights are not taken from worker %s: its file has other tensors of the same model", name)
     return {name: one for name, one in ordered.items() if one.manifest == pinned}

@@ -211,9 +211,13 @@ class WorkerHandle:
         self._unreached.pop(epoch, None)
 
     async def measure(self, order: Measure = Measure(), deadline_s: float = _MEASURE_S) -> Measured:  # noqa: B008
-        """Has the worker measure its machine; it should do nothing else meanwhile."""
+        """Has the worker measure its machine; it should do nothing else meanwhile. WireError for an answer about other
+        GPUs than it has."""
         limit = deadline(f"worker {self.name}: measurement", deadline_s)
         measured: Measured = await self._ask("measurement", order, limit)
+        cards = len(self.registration.cards)
+        if len(measured.cards) != cards:
+            raise WireError(f"worker {self.name} measured {len(measured.cards)} GPUs, it has {cards}")
         return measured
 
     async def measure_link(self, other: WorkerHandle, deadline_s: float = _LINK_S) -> LinkSpeed:

@@ -19,6 +19,7 @@ from llamaclust.cluster.measuring import measure_workers
 from llamaclust.cluster.state import read_measurements
 from llamaclust.cluster.worker_handle import WorkerHandle
 from llamaclust.errors import DeadlineError, UsageError, WorkerError
+from llamaclust.wire.cards import CardSpeed
 from llamaclust.wire.control import (
     CoordinatorMessage,
     Failure,
@@ -172,6 +173,13 @@ async def test_steps_that_one_of_two_alike_could_try_serve_both(tmp_path: Path) 
     measured = await machines.measure(tmp_path)
     assert [one.together[0].head_ms for one in measured.values()] == [1.0, 1.0]
     assert len(machines.told) == 1 and "worker b" in machines.told[0]
+
+
+@run_async
+async def test_figures_of_gpus_that_a_worker_has_not_are_refused(tmp_path: Path) -> None:
+    machines = Machines(a=replace(TRIED, cards=(CardSpeed(1e12, 1e14),)), b=TRIED)
+    await machines.measure(tmp_path)
+    assert len(machines.told) == 1 and "worker a measured 1 GPUs, it has 0" in machines.told[0]
 
 
 @run_async

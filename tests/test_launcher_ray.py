@@ -153,7 +153,7 @@ def test_two_nodes_on_hosts_of_their_own_one_of_which_is_lost(
 
 def test_what_cannot_be_placed_is_told_and_ctrl_c_leaves_nothing(line: CommandLine, model: Path) -> None:
     command = start(line, model, ray={"address": "none"}, workers=workers("a", memory="900TiB"))
-    command.says("waiting for Ray to find room for a: 1 CPU, 9.89")
+    command.says("waiting for Ray to find room for a: 1 CPU, 921,600.0 GiB memory")
     below = psutil.Process(command.process.pid).children(recursive=True)
     assert len(below) > 2
     command.press_ctrl_c()

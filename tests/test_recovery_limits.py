@@ -20,7 +20,9 @@ from llamaclust.cluster.launchers.local import LocalLauncher
 from llamaclust.cluster.launchers.restarts import Restarts
 from llamaclust.cluster.planning import Planning
 from llamaclust.cluster.requests import Generation
+from llamaclust.cluster.worker_handle import WorkerHandle
 from llamaclust.errors import DoesNotFitError, LlamaclustError, UsageError, WorkerError
+from llamaclust.wire.control import Load, Loaded
 
 SEED = SystemRandom().randrange(1 << 32)
 _HALVES = [{"worker": "a", "layers": [0, 3]}, {"worker": "b", "layers": [3, 6]}]
@@ -163,6 +165,36 @@ async def test_a_worker_whose_layers_do_not_load_elsewhere_keeps_them(
                 await workforce.spare(name)
         assert not workforce.spared and name in workforce.usable
         assert run.cluster.supervisor.epoch is serving
+
+
+@run_async
+async def test_plans_do_without_who_fails_at_every_load_and_comes_back_at_once(
+    model: Path,
+    requests: tuple[Generation, ...],
+    expected: list[Answer],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with recovering(config(model, tmp_path)) as run:
+        launcher(run)._upkeep.limits = Restarts(most=1000, first_s=0.0)
+        load = WorkerHandle.load
+
+        async def fails(worker: WorkerHandle, order: Load, *rest: Any, **named: Any) -> Loaded:
+            if worker.name == "b":
+                raise WorkerError("its disk is bad")
+            return await load(worker, order, *rest, **named)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(WorkerHandle, "load", fails)
+            tasks = run.start(requests)
+            await run.token(40)
+            run.hurt("a")
+            assert await asyncio.gather(*tasks) == expected
+            assert not run.cluster.supervisor.epoch.holds("b")
+        run.cluster.supervisor._left_out.forget("b")
+        await run.until("b is back", lambda: run.worker("b").loss is None)
+        run.cluster.supervisor.workforce.use_again("b")
+        await run.whole()
 
 
 @run_async

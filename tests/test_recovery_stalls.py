@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import Awaitable, Callable
+from itertools import cycle
 from pathlib import Path
 from random import SystemRandom
 
@@ -39,8 +40,10 @@ def hang_once(monkeypatch: pytest.MonkeyPatch, victims: set[str]) -> None:
     telling = set()
 
     async def tell(handle: WorkerHandle, epoch: int) -> None:
-        while handle.loss is None:
-            hear(handle, LoadProgress(epoch, 1 << 20, 2 << 20))
+        for done in cycle((1 << 20, 0)):  # back and forth is not further
+            if handle.loss is not None:
+                return
+            hear(handle, LoadProgress(epoch, done, 2 << 20))
             await asyncio.sleep(0.05)
 
     def deaf(handle: WorkerHandle, message: WorkerMessage) -> None:

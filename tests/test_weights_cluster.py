@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,11 +22,12 @@ from llamaclust.cluster.loading import load_stages, unload_stages
 from llamaclust.cluster.pipeline import StageInfo
 from llamaclust.cluster.registry import Registry
 from llamaclust.cluster.remote import RemotePipeline
+from llamaclust.cluster.weight_sources import _of_one_manifest
 from llamaclust.cluster.worker_handle import WorkerHandle
 from llamaclust.errors import LlamaclustError, ModelFileError
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.model.loader import Model
-from llamaclust.wire.control import Deadlines
+from llamaclust.wire.control import Deadlines, Located
 from llamaclust.worker.main import _live
 from llamaclust.worker.settings import WorkerSettings
 from llamaclust.worker.stage_runner import StageRunner
@@ -268,3 +270,20 @@ def _small(path: Path) -> object:
     from llamaclust.model.weight_cache import WeightCache
 
     return WeightCache(path, 1 << 20)
+
+
+def test_most_of_those_that_have_the_file_say_what_it_holds() -> None:
+    has, fetched = partial(Located, True), partial(Located, False)
+    found = {
+        "liar": has("bb" * 32, 9),
+        "a": has("aa" * 32, 7),
+        "b": has("aa" * 32, 7),
+        "c": fetched("bb" * 32, 9),
+        "d": fetched("bb" * 32, 9),
+        "e": fetched(),
+    }
+    assert list(_of_one_manifest(found)) == ["a", "b"]
+    del found["b"]
+    assert list(_of_one_manifest(found)) == ["liar", "c", "d"], "of as many, the first"
+    assert list(_of_one_manifest({"e": fetched(), "d": found["d"]})) == ["d"]
+    assert _of_one_manifest({"e": fetched()}) == {}

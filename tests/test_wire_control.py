@@ -195,6 +195,16 @@ def test_numbers_that_are_none_are_refused() -> None:
         Heartbeat(math.inf, 0, 0, 0, 0),
         LoadProgress(1, 3, 2),
         LocateProgress(3, 2),
+        Measured(0.0, 1e12),
+        Measured(1e9, 0.0),
+        Measured(1e9, 1e12, (StageTrial(1, 0.0, 1e-11, 1e-3),)),
+        Measured(1e9, 1e12, cards=(CardSpeed(0.0, 1e12),)),
+        Heartbeat(0.5, 0, 0, 0, 1 << 62),
+        Heartbeat(0.5, 0, 0, 1 << 62, 0),
+        replace(REGISTER, total_memory_bytes=1 << 62),
+        replace(REGISTER, free_memory_bytes=1 << 62),
+        replace(REGISTER, machine_free_bytes=1 << 62),
+        replace(REGISTER, cards=(Card("cuda:0", "a card", 1 << 62, 0),)),
     ):
         with pytest.raises(WireError):
             decode_worker_message(encode_worker_message(message))

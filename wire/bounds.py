@@ -12,6 +12,7 @@ from llamaclust.errors import WireError
 
 MAX_TEXT = 4096
 UINT64 = (1 << 64) - 1
+_MOST_MEMORY = 1 << 50
 
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?")  # a cluster file has the same rule
 _Message = TypeVar("_Message", bound=Message)
@@ -34,6 +35,11 @@ def bounded(what: str, value: int, low: int, high: int) -> int:
     if not low <= value <= high:
         raise WireError(f"{what} is {value}, must be within {low}..{high}")
     return value
+
+
+def memory(what: str, n_bytes: int) -> int:
+    """Bytes of memory that are there or in use, few enough that sums of them are exact in any type."""
+    return bounded(what, n_bytes, 0, _MOST_MEMORY)
 
 
 def finite(what: str, value: float, low: float = -math.inf, high: float = math.inf) -> float:

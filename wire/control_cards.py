@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from llamaclust.errors import WireError
 from llamaclust.proto import control_pb2 as proto
-from llamaclust.wire.bounds import bounded, line
+from llamaclust.wire.bounds import bounded, line, memory
 from llamaclust.wire.cards import Card, DeviceLayers
 
 MAX_CARDS = 16
@@ -24,7 +24,12 @@ def cards_out(cards: Iterable[Card]) -> list[proto.Card]:
 def cards_in(cards: Sequence[proto.Card]) -> tuple[Card, ...]:
     bounded("cards", len(cards), 0, MAX_CARDS)
     return tuple(
-        Card(line("device", one.device, 64), line("name", one.name, 255), one.total_bytes, one.free_bytes)
+        Card(
+            device=line("device", one.device, 64),
+            name=line("name", one.name, 255),
+            total_bytes=memory("total_bytes", one.total_bytes),
+            free_bytes=memory("free_bytes", one.free_bytes),
+        )
         for one in cards
     )
 
@@ -51,4 +56,4 @@ def _layers_in(one: proto.DeviceLayers) -> DeviceLayers:
 
 def free_in(card_free_bytes: Sequence[int]) -> tuple[int, ...]:
     bounded("card_free_bytes", len(card_free_bytes), 0, MAX_CARDS)
-    return tuple(card_free_bytes)
+    return tuple(memory("card_free_bytes", free) for free in card_free_bytes)

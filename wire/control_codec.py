@@ -44,8 +44,9 @@ from llamaclust.wire.control import (
     Welcome,
     WorkerMessage,
 )
-from llamaclust.wire.control_cards import cards_in, cards_out, free_in, layers_in, layers_out
+from llamaclust.wire.control_cards import layers_in, layers_out
 from llamaclust.wire.control_logs import tell_in, tell_out, told_in, told_out
+from llamaclust.wire.control_machines import heartbeat_in, heartbeat_out, register_in, register_out
 from llamaclust.wire.control_measuring import (
     ends_in,
     ends_out,
@@ -81,13 +82,13 @@ _MAX_WAIT_S = 30 * 86400.0
 def encode_worker_message(message: WorkerMessage) -> bytes:
     match message:
         case Register():
-            out = proto.WorkerMessage(register=_register_out(message))
+            out = proto.WorkerMessage(register=register_out(message))
         case Measured():
             out = proto.WorkerMessage(measured=measured_out(message))
         case Failure():
             out = proto.WorkerMessage(measure_failed=_failure_out(message))
         case Heartbeat():
-            out = proto.WorkerMessage(heartbeat=_heartbeat_out(message))
+            out = proto.WorkerMessage(heartbeat=heartbeat_out(message))
         case Renew(request):
             out = proto.WorkerMessage(renew=proto.Renew(certificate_request=request))
         case LinksMeasured():
@@ -127,44 +128,6 @@ def _about_load(message: LoadProgress | Loaded | LoadFailed | Unloaded) -> proto
             return proto.WorkerMessage(unloaded=proto.Unloaded(epoch=epoch))
 
 
-def _register_out(message: Register) -> proto.Register:
-    return proto.Register(
-        name=message.name,
-        pid=message.pid,
-        host=message.host,
-        address=message.address,
-        protocol_major=message.protocol[0],
-        protocol_minor=message.protocol[1],
-        numerics_version=message.numerics_version,
-        device=message.device,
-        threads=message.threads,
-        feature_level=message.feature_level,
-        total_memory_bytes=message.total_memory_bytes,
-        free_memory_bytes=message.free_memory_bytes,
-        fingerprint=message.fingerprint,
-        machine_free_bytes=message.machine_free_bytes,
-        log=message.log,
-        cards=cards_out(message.cards),
-        gpu_layers=message.gpu_layers,
-    )
-
-
-def _heartbeat_out(message: Heartbeat) -> proto.Heartbeat:
-    return proto.Heartbeat(
-        busy=message.busy,
-        microbatches=message.microbatches,
-        tokens=message.tokens,
-        resident_bytes=message.resident_bytes,
-        free_memory_bytes=message.free_memory_bytes,
-        received_bytes=message.received_bytes,
-        sent_bytes=message.sent_bytes,
-        weight_bytes_sent=message.weight_bytes_sent,
-        weight_bytes_received=message.weight_bytes_received,
-        last_words=message.last_words,
-        card_free_bytes=message.card_free_bytes,
-    )
-
-
 def _failure_out(failure: Failure) -> proto.Failure:
     return proto.Failure(kind=failure.kind, message=one_line(failure.message), number=failure.number)
 
@@ -174,7 +137,7 @@ def decode_worker_message(data: bytes) -> WorkerMessage | None:
     message = parse(proto.WorkerMessage, data, MAX_CONTROL_BYTES)
     match message.WhichOneof("kind"):
         case "register":
-            return _register_in(message.register)
+            return register_in(message.register)
         case "measured":
             return measured_in(message.measured)
         case "measure_failed":
@@ -192,7 +155,7 @@ def decode_worker_message(data: bytes) -> WorkerMessage | None:
         case "unloaded":
             return Unloaded(message.unloaded.epoch)
         case "heartbeat":
-            return _heartbeat_in(message.heartbeat)
+            return heartbeat_in(message.heartbeat)
         case "renew":
             return Renew(message.renew.certificate_request)
         case "links_measured":
@@ -212,36 +175,6 @@ def decode_worker_message(data: bytes) -> WorkerMessage | None:
         case "log_told":
             return told_in(message.log_told)
     return None
-
-
-def _register_in(message: proto.Register) -> Register:
-    return Register(
-        name=worker_name(message.name),
-        pid=message.pid,
-        host=line("host", message.host, 255),
-        address=line("address", message.address, 512),
-        device=line("device", message.device, 255),
-        threads=bounded("threads", message.threads, 1, 1 << 16),
-        feature_level=line("feature_level", message.feature_level, 64),
-        total_memory_bytes=message.total_memory_bytes,
-        free_memory_bytes=message.free_memory_bytes,
-        fingerprint=line("fingerprint", message.fingerprint, 512),
-        machine_free_bytes=message.machine_free_bytes,
-        log=line("log", message.log),
-        cards=cards_in(message.cards),
-        gpu_layers=message.gpu_layers if message.HasField("gpu_layers") else None,
-        protocol=(message.protocol_major, message.protocol_minor),
-        numerics_version=message.numerics_version,
-    )
-
-
-def _heartbeat_in(message: proto.Heartbeat) -> Heartbeat:
-    busy = finite("busy", message.busy, 0.0, 1.0)
-    counters = message.microbatches, message.tokens
-    sizes = message.resident_bytes, message.free_memory_bytes, message.received_bytes, message.sent_bytes
-    moved = message.weight_bytes_sent, message.weight_bytes_received
-    words, free = line("last words", message.last_words), free_in(message.card_free_bytes)
-    return Heartbeat(busy, *counters, *sizes, *moved, words, free)
 
 
 def _failure_in(message: proto.Failure) -> Failure:

@@ -10,10 +10,12 @@ from llamaclust.wire.bounds import bounded, finite, line, path, worker_name
 from llamaclust.wire.cards import CardSpeed
 from llamaclust.wire.control import LinksMeasured, LinkSpeed, Measure, Measured, MeasureLinks, StageTrial
 
+_MIN_RATE = 1.0
 _MAX_RATE = 1e18
 _MAX_CARDS = 16
 _MAX_TRIALS = 16
 _MAX_TRIAL_ROWS = 1 << 16
+_MIN_TRIAL_S = 1e-9
 _MAX_TRIAL_S = 3600.0
 _MAX_ROUND_TRIP_S = 86400.0
 
@@ -37,8 +39,8 @@ def measured_out(message: Measured) -> proto.Measured:
 
 
 def measured_in(message: proto.Measured) -> Measured:
-    read = finite("read_bytes_s", message.read_bytes_s, 0.0, _MAX_RATE)
-    macs = finite("int8_macs_s", message.int8_macs_s, 0.0, _MAX_RATE)
+    read = finite("read_bytes_s", message.read_bytes_s, _MIN_RATE, _MAX_RATE)
+    macs = finite("int8_macs_s", message.int8_macs_s, _MIN_RATE, _MAX_RATE)
     bounded("trials", len(message.trials), 0, _MAX_TRIALS)
     trials = tuple(map(_trial_in, message.trials))
     if any(one.rows >= two.rows for one, two in pairwise(trials)):
@@ -49,15 +51,15 @@ def measured_in(message: proto.Measured) -> Measured:
 
 def _card_in(card: proto.CardSpeed) -> CardSpeed:
     return CardSpeed(
-        finite("read_bytes_s", card.read_bytes_s, 0.0, _MAX_RATE),
-        finite("int8_macs_s", card.int8_macs_s, 0.0, _MAX_RATE),
+        finite("read_bytes_s", card.read_bytes_s, _MIN_RATE, _MAX_RATE),
+        finite("int8_macs_s", card.int8_macs_s, _MIN_RATE, _MAX_RATE),
     )
 
 
 def _trial_in(trial: proto.StageTrial) -> StageTrial:
     return StageTrial(
         rows=bounded("rows", trial.rows, 1, _MAX_TRIAL_ROWS),
-        stage_s=finite("stage_s", trial.stage_s, 0.0, _MAX_TRIAL_S),
+        stage_s=finite("stage_s", trial.stage_s, _MIN_TRIAL_S, _MAX_TRIAL_S),
         layers_byte_s=finite("layers_byte_s", trial.layers_byte_s, 0.0, _MAX_TRIAL_S),
         head_s=finite("head_s", trial.head_s, 0.0, _MAX_TRIAL_S),
     )

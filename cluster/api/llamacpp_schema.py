@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, WithJsonSchema
+from pydantic import BeforeValidator, FailFast, Field, WithJsonSchema
 
 from llamaclust.cluster.api.fields import StopField, is_int, is_token_id
 from llamaclust.cluster.api.openai_schema import MessagesField
@@ -142,7 +142,7 @@ class TokenizeBody(Body):
 class DetokenizeBody(Body):
     """`POST /detokenize`."""
 
-    tokens: Annotated[list[int], Field(max_length=1 << 20)]
+    tokens: Annotated[list[int], FailFast(), Field(max_length=1 << 20)]
     """Token ids."""
 
 

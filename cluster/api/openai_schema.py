@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, FailFast, Field
 
 from llamaclust.cluster.api.fields import BiasField, ContentField, Prompt, PromptsField, StopField
 from llamaclust.cluster.api.neutral import MESSAGE
@@ -57,7 +57,9 @@ def _message(value: Any) -> Any:
     return message
 
 
-MessagesField = Annotated[list[Annotated[Message, BeforeValidator(_message)]], Field(min_length=1, max_length=100_000)]
+MessagesField = Annotated[
+    list[Annotated[Message, BeforeValidator(_message)]], FailFast(), Field(min_length=1, max_length=100_000)
+]
 
 
 class _Sampling(SamplerFields):
@@ -85,7 +87,7 @@ class _Sampling(SamplerFields):
     """The same seed gives the same answer; drawn and returned where it is absent."""
     stop: StopField = ()
     """The answer ends before the first of these."""
-    stop_token_ids: Annotated[list[int], Field(default_factory=list, max_length=MAX_STOP_TOKENS)]
+    stop_token_ids: Annotated[list[int], FailFast(), Field(default_factory=list, max_length=MAX_STOP_TOKENS)]
     """More tokens that end an answer."""
     min_tokens: int = 0
     """Nothing ends the answer before."""

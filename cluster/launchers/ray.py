@@ -237,7 +237,7 @@ def _shortage(workers: Sequence[WorkerSpec], free: Any) -> tuple[str, ...]:
 
 def _listed(amounts: dict[str, float]) -> str:
     return ", ".join(
-        f"{amount / (1 << 30):.4g} GiB memory" if name == "memory" else f"{amount:g} {name}"
+        f"{amount / (1 << 30):,.1f} GiB memory" if name == "memory" else f"{amount:g} {name}"
         for name, amount in amounts.items()
     )
 

@@ -36,8 +36,10 @@ void print_quantizers(const Level& level) {
   for (const Kind& kind : kKinds) {
     Crc crc;
     std::vector<uint8_t> blocks(file_row_bytes(kind.type, kCols));
-    level.quantize.quantize(kind.type, near_points(kind.type), x.data(), w.data(), kCols, blocks.data());
-    crc.add(blocks);
+    for (const bool has_importance : {true, false}) {
+      level.quantize.quantize(kind.type, {x.data(), w.data(), kCols, near_points(kind.type), has_importance}, blocks.data());
+      crc.add(blocks);
+    }
     print(level.name, (std::string("written-") + kind.name).c_str(), crc);
   }
 }

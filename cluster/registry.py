@@ -187,16 +187,25 @@ class Registry:
         register = None if data is None else decode_worker_message(data)
         if not isinstance(register, Register):
             raise WireError("a worker must register first")
-        if self._refusal(register, stream.peer) and (rival := self._rival(register)):
-            await self._shows_life(rival)
-        if refusal := self._refusal(register, stream.peer):
+        if refusal := await self._refusal(register, stream.peer):
             self._refusals.tell(refusal)
             async with deadline("refusing a worker", _HANDSHAKE_S):
                 await stream.write(encode_coordinator_message(Refused(refusal)))
             return
         await self._serve(register, stream)
 
-    def _refusal(self, register: Register, peer: Principal | None) -> str | None:
+    async def _refusal(self, register: Register, peer: Principal | None) -> str | None:
+        """Of whom fits, only after a sign of life of the member whose name it has: that one hangs, perhaps."""
+        if misfit := self._misfit(register, peer):
+            return misfit
+        if rival := self._rival(register):
+            await self._shows_life(rival)
+        if rival := self._rival(register):
+            pid = rival.registration.pid
+            return f"a worker named {register.name} is a member already (pid {pid}): choose another name"
+        return self._welcomes(register.name)
+
+    def _misfit(self, register: Register, peer: Principal | None) -> str | None:
         name, ours = register.name, PROTOCOL_VERSION
         if peer is not None and peer.worker != name:
             return f"the certificate is of {peer}, which registers as worker {name}"
@@ -207,9 +216,7 @@ class Registry:
         if register.numerics_version != (needed := self._numerics_version(register)):
             theirs = f"numerics_version {register.numerics_version}"
             return f"worker {name} computes by {theirs}, this cluster needs {needed}: {same}"
-        if rival := self._rival(register):
-            return f"a worker named {name} is a member already (pid {rival.registration.pid}): choose another name"
-        return self._welcomes(name)
+        return None
 
     def _rival(self, register: Register) -> WorkerHandle | None:
         """Another process that is a member under that name."""
@@ -217,7 +224,7 @@ class Registry:
         return None if present is None or present.is_same_process(register) else present
 
     async def _shows_life(self, member: WorkerHandle) -> None:
-        """Waits for its next sign of life, or its loss: that it hangs may be why another one joins in its place."""
+        """Waits for its next sign of life, or its loss."""
         with contextlib.suppress(DeadlineError):
             async with deadline("a sign of life", self._silence_s + _HANDSHAKE_S):
                 await member.shows_life()

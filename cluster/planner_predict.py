@@ -83,4 +83,5 @@ def _tokens_per_s(costs: StageCosts, cut: Sequence[StageParts], sequences: int, 
     rows = -(-sequences // groups)
     times = [stage.decode_ms(costs, rows, together=groups > 1) * _NS for stage in cut]
     sent_ms = rows * sum(path.row_ms)
-    return sequences / cycle_ns(times, groups, (path.round_ms + sent_ms) * _NS) * 1e9
+    cycle = cycle_ns(times, groups, (path.round_ms + sent_ms) * _NS)
+    return sequences / max(cycle, 1.0) * 1e9  # 0: what a worker says of itself

@@ -13,6 +13,7 @@ from tiny_model import build_tiny_model
 
 from llamaclust.cluster.costs import StageCosts, WorkerFacts
 from llamaclust.cluster.links import UNKNOWN, Link, Links
+from llamaclust.cluster.plan_text import plan_json, plan_lines
 from llamaclust.cluster.planner import PlanRequest, make_plan
 from llamaclust.cluster.recovery import Supervisor
 from llamaclust.cluster.state import Measurement, read_measurements, write_measurements
@@ -54,6 +55,15 @@ def test_plans_predict_what_was_tried_and_what_a_hop_takes() -> None:
     assert costs.decode_ms(workers[0], 0, 5, 8) == pytest.approx(0.3 + 45)
     assert costs.decode_ms(workers[0], 0, 5, 8, together=True) == pytest.approx(0.3 + 90)
     assert costs.prefill_ms(workers[1], 5, 10, 128) == pytest.approx(0.6 + 450), "prompts have no head"
+
+
+@pytest.mark.parametrize("objective", ["latency", "throughput"])
+def test_steps_that_a_worker_says_take_no_time_make_a_plan(objective: str) -> None:
+    nothing = tuple(TrialPoint(point.rows, 0.0, 0.0, 0.0) for point in ALONE)
+    workers = [WorkerFacts(name, 20 * GB, 20.0, 300.0, 1, alone=nothing, together=nothing) for name in "ab"]
+    plan = make_plan(MODEL, workers, PlanRequest(1024, 8, lambda place: MIB, objective=objective))
+    assert plan.prediction is not None and plan.prediction.tokens_per_s > 0
+    assert plan_lines(plan) and plan_json(plan)
 
 
 def test_a_second_stage_that_costs_more_than_a_tenth_stays_a_spare() -> None:

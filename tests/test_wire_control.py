@@ -197,7 +197,7 @@ def test_numbers_that_are_none_are_refused() -> None:
         LocateProgress(3, 2),
         Measured(0.0, 1e12),
         Measured(1e9, 0.0),
-        Measured(1e9, 1e12, (StageTrial(1, 0.0, 1e-11, 1e-3),)),
+        Measured(1e9, 1e12, (StageTrial(1, -1e-9, 1e-11, 1e-3),)),
         Measured(1e9, 1e12, cards=(CardSpeed(0.0, 1e12),)),
         Heartbeat(0.5, 0, 0, 0, 1 << 62),
         Heartbeat(0.5, 0, 0, 1 << 62, 0),

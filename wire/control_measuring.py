@@ -15,7 +15,6 @@ _MAX_RATE = 1e18
 _MAX_CARDS = 16
 _MAX_TRIALS = 16
 _MAX_TRIAL_ROWS = 1 << 16
-_MIN_TRIAL_S = 1e-9
 _MAX_TRIAL_S = 3600.0
 _MAX_ROUND_TRIP_S = 86400.0
 
@@ -59,7 +58,7 @@ def _card_in(card: proto.CardSpeed) -> CardSpeed:
 def _trial_in(trial: proto.StageTrial) -> StageTrial:
     return StageTrial(
         rows=bounded("rows", trial.rows, 1, _MAX_TRIAL_ROWS),
-        stage_s=finite("stage_s", trial.stage_s, _MIN_TRIAL_S, _MAX_TRIAL_S),
+        stage_s=finite("stage_s", trial.stage_s, 0.0, _MAX_TRIAL_S),
         layers_byte_s=finite("layers_byte_s", trial.layers_byte_s, 0.0, _MAX_TRIAL_S),
         head_s=finite("head_s", trial.head_s, 0.0, _MAX_TRIAL_S),
     )

@@ -26,6 +26,7 @@ class CardFacts:
     memory_bytes: int  # what the worker may take of it
     read_gb_s: float | None = None
     int8_gmac_s: float | None = None
+    trial: Trial = ()  # what steps took; other workers of the machine do not compute on it
 
 
 @dataclass(frozen=True, slots=True)

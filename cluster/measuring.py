@@ -4,7 +4,7 @@ for the next start."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -19,6 +19,7 @@ from llamaclust.cluster.worker_handle import WorkerHandle
 from llamaclust.errors import LlamaclustError
 from llamaclust.model.loader import Model
 from llamaclust.wire.control import Measure, Measured
+from llamaclust.wire.speeds import CardSpeed, StageTrial
 
 
 async def measure_workers(
@@ -58,7 +59,8 @@ def _key(worker: WorkerHandle, workers: Mapping[str, WorkerHandle], model_id: st
 
 
 def _untried(measured: Measurement) -> Measurement:
-    return replace(measured, alone=(), together=())
+    cards = tuple(replace(card, trial=()) for card in measured.cards)
+    return replace(measured, alone=(), together=(), cards=cards)
 
 
 class _Measuring:
@@ -98,7 +100,7 @@ class _Measuring:
         trials: dict[str, Trial] = {}
         for key, worker in one_of_each.items():
             if key not in self.failed and (measured := await self._try(worker)) is not None:
-                trials[key] = _trial(measured)
+                trials[key] = _trial(measured.trials)
         return trials
 
     async def _try(self, worker: WorkerHandle) -> Measured | None:
@@ -122,16 +124,16 @@ def _evened(keys: list[str], measured: list[Measured]) -> dict[str, Measurement]
 
 
 def _mean(group: list[Measured]) -> Measurement:
-    trial = mean_trial([_trial(one) for one in group])
-    speeds = fmean(one.read_bytes_s for one in group) / 1e9, fmean(one.int8_macs_s for one in group) / 1e9
-    cards = (
-        CardMeasurement(fmean(one.read_bytes_s for one in alike) / 1e9, fmean(one.int8_macs_s for one in alike) / 1e9)
-        for alike in zip(*(one.cards for one in group), strict=True)
-    )
-    return Measurement(*speeds, alone=trial, together=trial, cards=tuple(cards))
+    read_gb_s, int8_gmac_s, trial = _means(group)
+    cards = tuple(CardMeasurement(*_means(alike)) for alike in zip(*(one.cards for one in group), strict=True))
+    return Measurement(read_gb_s, int8_gmac_s, alone=trial, together=trial, cards=cards)
 
 
-def _trial(measured: Measured) -> Trial:
-    return tuple(
-        TrialPoint(one.rows, one.stage_s * 1e3, one.layers_byte_s * 1e12, one.head_s * 1e3) for one in measured.trials
-    )
+def _means(group: Sequence[Measured | CardSpeed]) -> tuple[float, float, Trial]:
+    """GB/s, 10^9 multiply-accumulates a second, steps."""
+    read = fmean(one.read_bytes_s for one in group) / 1e9
+    return read, fmean(one.int8_macs_s for one in group) / 1e9, mean_trial([_trial(one.trials) for one in group])
+
+
+def _trial(trials: Iterable[StageTrial]) -> Trial:
+    return tuple(TrialPoint(one.rows, one.stage_s * 1e3, one.layers_byte_s * 1e12, one.head_s * 1e3) for one in trials)

@@ -16,9 +16,10 @@ from llamaclust.cluster.planner_apart import Pairs
 from llamaclust.cluster.planner_manual import Assignment, checked
 from llamaclust.cluster.settings import SchedulerSettings
 from llamaclust.cluster.shares import WorkerCards, thread_shares
-from llamaclust.cluster.state import Measurement
+from llamaclust.cluster.state import CardMeasurement, Measurement
 from llamaclust.errors import UsageError
 from llamaclust.model.loader import Model
+from llamaclust.wire.cards import Card
 from llamaclust.wire.codec import MAX_MICROBATCH_BYTES, MAX_STAGES
 from llamaclust.wire.control import StageLimits
 from llamaclust.wire.frames import MAX_FRAME_BYTES
@@ -119,12 +120,16 @@ def _facts(name: str, memory_bytes: int, measured: Measurement | None, threads: 
 def _with_cards(facts: WorkerFacts, cards: WorkerCards | None, measured: Measurement | None) -> WorkerFacts:
     if cards is None:
         return facts
-    speeds = measured.cards if measured is not None and len(measured.cards) == len(cards.cards) else ()
-    known = [CardFacts(one.device, one.free_bytes) for one in cards.cards]
-    if speeds:
-        pairs = zip(known, speeds, strict=True)
-        known = [replace(one, read_gb_s=speed.read_gb_s, int8_gmac_s=speed.int8_gmac_s) for one, speed in pairs]
-    return replace(facts, cards=tuple(known), gpu_layers=cards.gpu_layers)
+    measured_cards = () if measured is None else measured.cards
+    speeds = measured_cards if len(measured_cards) == len(cards.cards) else (None,) * len(cards.cards)
+    known = tuple(map(_card_facts, cards.cards, speeds))
+    return replace(facts, cards=known, gpu_layers=cards.gpu_layers)
+
+
+def _card_facts(card: Card, measured: CardMeasurement | None) -> CardFacts:
+    if measured is None:
+        return CardFacts(card.device, card.free_bytes)
+    return CardFacts(card.device, card.free_bytes, measured.read_gb_s, measured.int8_gmac_s, measured.trial)
 
 
 def stage_limits(config: ClusterConfig, plan: Plan) -> StageLimits:

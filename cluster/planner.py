@@ -18,7 +18,7 @@ from functools import partial
 
 import numpy as np
 
-from llamaclust.cluster.costs import StageCosts, Table, WorkerFacts
+from llamaclust.cluster.costs import CardFacts, StageCosts, Table, WorkerFacts
 from llamaclust.cluster.links import Links
 from llamaclust.cluster.plan import DevicePlan, Plan, StagePlan, usual_prompt_tokens
 from llamaclust.cluster.planner_apart import Pairs, names_in, split, ways_apart
@@ -164,7 +164,8 @@ def _automatic(
 
 def _nominal(worker: WorkerFacts) -> WorkerFacts:
     read, int8 = _NOMINAL_READ_GB_S, _NOMINAL_INT8_GMAC_S
-    cards = tuple(replace(card, read_gb_s=_CARD_READ_GB_S, int8_gmac_s=_CARD_INT8_GMAC_S) for card in worker.cards)
+    speeds = _CARD_READ_GB_S, _CARD_INT8_GMAC_S
+    cards = tuple(CardFacts(card.device, card.memory_bytes, *speeds) for card in worker.cards)
     return replace(worker, read_gb_s=read, int8_gmac_s=int8, alone=(), together=(), cards=cards)
 
 

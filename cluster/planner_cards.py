@@ -26,8 +26,8 @@ def devices_of(worker: WorkerFacts) -> tuple[WorkerFacts, ...]:
             memory_bytes=card.memory_bytes,
             read_gb_s=card.read_gb_s,
             int8_gmac_s=card.int8_gmac_s,
-            alone=(),
-            together=(),
+            alone=card.trial,
+            together=card.trial,
             cards=(),
         )
         for card in worker.cards

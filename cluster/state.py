@@ -46,6 +46,7 @@ class CardMeasurement:
 
     read_gb_s: float
     int8_gmac_s: float
+    trial: Trial = ()  # steps of a model on it
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,9 +194,12 @@ def read_measurements(state_dir: Path) -> dict[str, Measurement]:
 
 def _measurement(value: dict[str, Any]) -> Measurement:
     speeds = float(value["read_gb_s"]), float(value["int8_gmac_s"])
-    cards = tuple(CardMeasurement(float(one["read_gb_s"]), float(one["int8_gmac_s"])) for one in value.get("cards", ()))
     alone, together = (read_trial(value.get(which, ())) for which in ("alone", "together"))
-    return Measurement(*speeds, alone, together, cards)
+    return Measurement(*speeds, alone, together, tuple(map(_card_measurement, value.get("cards", ()))))
+
+
+def _card_measurement(value: dict[str, Any]) -> CardMeasurement:
+    return CardMeasurement(float(value["read_gb_s"]), float(value["int8_gmac_s"]), read_trial(value.get("trial", ())))
 
 
 def write_private(path: Path, text: str) -> None:

@@ -330,19 +330,25 @@ class CardSpeed(_message.Message):
 
     READ_BYTES_S_FIELD_NUMBER: _builtins.int
     INT8_MACS_S_FIELD_NUMBER: _builtins.int
+    TRIALS_FIELD_NUMBER: _builtins.int
     read_bytes_s: _builtins.float
     """Of weights, in bytes a second."""
     int8_macs_s: _builtins.float
     """Integer multiply-accumulates a second."""
+    @_builtins.property
+    def trials(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageTrial]:
+        """By ascending rows; none where the model's file is not there, or no memory."""
+
     def __init__(
         self,
         *,
         read_bytes_s: _builtins.float = ...,
         int8_macs_s: _builtins.float = ...,
+        trials: _abc.Iterable[Global___StageTrial] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["int8_macs_s", b"int8_macs_s", "read_bytes_s", b"read_bytes_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["int8_macs_s", b"int8_macs_s", "read_bytes_s", b"read_bytes_s", "trials", b"trials"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

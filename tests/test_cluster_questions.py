@@ -19,7 +19,6 @@ from llamaclust.cluster.measuring import measure_workers
 from llamaclust.cluster.state import read_measurements
 from llamaclust.cluster.worker_handle import WorkerHandle
 from llamaclust.errors import DeadlineError, UsageError, WorkerError
-from llamaclust.wire.cards import CardSpeed
 from llamaclust.wire.control import (
     CoordinatorMessage,
     Failure,
@@ -31,9 +30,9 @@ from llamaclust.wire.control import (
     Measured,
     MeasureLinksFailed,
     PeerTried,
-    StageTrial,
     WorkerMessage,
 )
+from llamaclust.wire.speeds import CardSpeed, StageTrial
 
 Asks = Callable[[WorkerHandle], Awaitable[object]]
 

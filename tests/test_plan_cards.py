@@ -14,9 +14,11 @@ from llamaclust.cluster.plan import DevicePlan, Plan
 from llamaclust.cluster.plan_inputs import _with_cards
 from llamaclust.cluster.plan_text import plan_json, plan_lines
 from llamaclust.cluster.planner import PlanRequest, make_plan
+from llamaclust.cluster.planner_cards import devices_of
 from llamaclust.cluster.planner_workspace import StagePlace
 from llamaclust.cluster.shares import WorkerCards, shared_cards
 from llamaclust.cluster.state import CardMeasurement, Measurement
+from llamaclust.cluster.trials import TrialPoint
 from llamaclust.errors import DoesNotFitError
 from llamaclust.sizes import MIB
 from llamaclust.wire.cards import Card, DeviceLayers
@@ -29,6 +31,7 @@ def workspace(place: StagePlace) -> int:
 
 CARD_ASK: PlanRequest = replace(ASK, workspace=workspace, max_sequences=1)
 CONTEXT = 1024 * 4096  # KV memory of a layer
+TRIED = tuple(TrialPoint(rows, 0.1 * rows, 5.0 * rows, 0.3) for rows in (1, 8, 128, 512))
 
 
 def with_cards(
@@ -162,7 +165,21 @@ def test_workers_of_one_machine_share_a_card() -> None:
 
 def test_speeds_come_from_measurements_of_as_many_cards() -> None:
     facts, cards = worker("a"), WorkerCards((Card("cuda:0", "X", 100, 90),), 4)
-    measured = Measurement(20.0, 300.0, cards=(CardMeasurement(900.0, 70_000.0),))
+    measured = Measurement(20.0, 300.0, cards=(CardMeasurement(900.0, 70_000.0, TRIED),))
     known = _with_cards(facts, cards, measured)
-    assert known.cards == (CardFacts("cuda:0", 90, 900.0, 70_000.0),) and known.gpu_layers == 4
+    assert known.cards == (CardFacts("cuda:0", 90, 900.0, 70_000.0, TRIED),) and known.gpu_layers == 4
     assert _with_cards(facts, cards, replace(measured, cards=())).cards == (CardFacts("cuda:0", 90),)
+
+
+def test_what_steps_took_on_a_card_is_what_a_plan_predicts() -> None:
+    """Of 12 layers, 5 on the card, whose steps were tried; the others by bandwidth."""
+    one = with_cards(1000, gpu_layers=5)
+    tried = replace(one, cards=(replace(one.cards[0], trial=TRIED),))
+    processor, card = devices_of(tried)
+    costs = StageCosts.of(SMALL)
+    assert costs.decode_ms(card, 7, 12) == pytest.approx(0.1 + 5 * 10 * MIB / 1e9 * 5.0 + 0.3)
+    assert costs.prefill_ms(card, 7, 12, 512, together=True) == pytest.approx(51.2 + 5 * 10 * MIB / 1e9 * 2560)
+    plan = make_plan(SMALL, [tried], CARD_ASK)
+    assert plan.prediction is not None
+    both = costs.decode_ms(processor, 0, 7) + costs.decode_ms(card, 7, 12)
+    assert plan.prediction.token_ms == pytest.approx(both)

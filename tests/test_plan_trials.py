@@ -23,7 +23,7 @@ from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.model.loader import LayerCost, Model, ModelCosts
 from llamaclust.sizes import MIB
 from llamaclust.wire.cold_caches import largest_cache_bytes
-from llamaclust.wire.control import StageTrial
+from llamaclust.wire.speeds import StageTrial
 from llamaclust.worker import trial
 from llamaclust.worker.trial import TrialDevice, try_stages
 
@@ -103,8 +103,8 @@ def test_a_worker_tries_steps_of_any_model_that_is_large_enough(
     assert found[0].head_s >= 0 and found[2].layers_byte_s > found[0].layers_byte_s
     short = TrialDevice(backend, 1, backend.feature_level, 65 << 20)
     assert try_stages(short, model) == (), "memory is short"
-    monkeypatch.setattr(trial, "_LAYERS_BYTES", 0)
-    assert len(try_stages(replace(device, place=7), model)) == 3, "layers 2 and 3"
+    least = replace(device, place=7, size=replace(trial.PROCESSOR, layers_bytes=0))
+    assert len(try_stages(least, model)) == 3, "layers 2 and 3"
 
 
 def test_workers_that_were_started_one_after_the_other_try_different_layers() -> None:

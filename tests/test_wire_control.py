@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from llamaclust.errors import WireError
 from llamaclust.model.program import KvType
 from llamaclust.proto import control_pb2
-from llamaclust.wire.cards import Card, CardSpeed, DeviceLayers
+from llamaclust.wire.cards import Card, DeviceLayers
 from llamaclust.wire.control import (
     KV_TYPES,
     CoordinatorMessage,
@@ -45,7 +45,6 @@ from llamaclust.wire.control import (
     RenewFailed,
     Shutdown,
     StageLimits,
-    StageTrial,
     TellLog,
     TryPeer,
     Unload,
@@ -61,6 +60,7 @@ from llamaclust.wire.control_codec import (
     encode_coordinator_message,
     encode_worker_message,
 )
+from llamaclust.wire.speeds import CardSpeed, StageTrial
 
 REGISTER = Register("a", 7, "host", "unix:/run/a.sock", "cpu", 2, "avx2", 1 << 35, 1 << 34, "a chip, 2 cores")
 CARDS = (Card("cuda:0", "NVIDIA X", 1 << 34, 1 << 33), Card("cuda:1", "NVIDIA Y", 1 << 33, 5))
@@ -81,7 +81,7 @@ WORKER_MESSAGES: list[WorkerMessage] = [
     replace(REGISTER, device="cuda:0,cuda:1", cards=CARDS, gpu_layers=0),
     replace(REGISTER, device="cuda:0", cards=CARDS[:1]),
     Measured(4e10, 5e11),
-    Measured(4e10, 5e11, cards=(CardSpeed(3e12, 9e14), CardSpeed(1e12, 1e14))),
+    Measured(4e10, 5e11, cards=(CardSpeed(3e12, 9e14), CardSpeed(1e12, 1e14, (StageTrial(1, 2e-4, 1e-12, 1e-4),)))),
     Measured(4e10, 5e11, (StageTrial(1, 2e-4, 3e-11, 1e-3), StageTrial(8, 3e-4, 9e-11, 2e-3))),
     Failure("WorkerError", "no"),
     LoadProgress(3, 10, 20),
@@ -199,6 +199,7 @@ def test_numbers_that_are_none_are_refused() -> None:
         Measured(1e9, 0.0),
         Measured(1e9, 1e12, (StageTrial(1, -1e-9, 1e-11, 1e-3),)),
         Measured(1e9, 1e12, cards=(CardSpeed(0.0, 1e12),)),
+        Measured(1e9, 1e12, cards=(CardSpeed(1e12, 1e12, (StageTrial(8, 0.0, 0.0, 0.0),) * 2),)),
         Heartbeat(0.5, 0, 0, 0, 1 << 62),
         Heartbeat(0.5, 0, 0, 1 << 62, 0),
         replace(REGISTER, total_memory_bytes=1 << 62),

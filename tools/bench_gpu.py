@@ -5,7 +5,7 @@ from __future__ import annotations
 from statistics import median
 
 from llamaclust.tools.bench_limits import MachineLimits
-from llamaclust.wire.cards import CardSpeed
+from llamaclust.wire.speeds import CardSpeed
 from llamaclust.worker.backends import CardBackend
 
 

@@ -16,14 +16,6 @@ class Card:
 
 
 @dataclass(frozen=True, slots=True)
-class CardSpeed:
-    """What kernels reach on a GPU."""
-
-    read_bytes_s: float
-    int8_macs_s: float
-
-
-@dataclass(frozen=True, slots=True)
 class DeviceLayers:
     """Layers [start, end) of a stage on one of its worker's devices."""
 

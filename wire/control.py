@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llamaclust.wire.cards import Card, CardSpeed, DeviceLayers
+from llamaclust.wire.cards import Card, DeviceLayers
 from llamaclust.wire.messages import NUMERICS_VERSION, PROTOCOL_VERSION
+from llamaclust.wire.speeds import CardSpeed, StageTrial
 
 KV_TYPES = ("f16", "q8_0")
 """How keys and values may lie in KV memory: `model.program.KvType`, which is not imported here."""
@@ -67,16 +68,6 @@ class Measure:
     model_path: str = ""
     model_id: str = ""
     number: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class StageTrial:
-    """What a step takes: stage_s + layers_byte_s * bytes of its layers' weights + head_s on the last stage."""
-
-    rows: int
-    stage_s: float
-    layers_byte_s: float
-    head_s: float
 
 
 @dataclass(frozen=True, slots=True)

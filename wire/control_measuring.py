@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 from llamaclust.errors import WireError
 from llamaclust.proto import measuring_pb2 as proto
 from llamaclust.wire.bounds import bounded, finite, line, path, worker_name
-from llamaclust.wire.cards import CardSpeed
-from llamaclust.wire.control import LinksMeasured, LinkSpeed, Measure, Measured, MeasureLinks, StageTrial
+from llamaclust.wire.control import LinksMeasured, LinkSpeed, Measure, Measured, MeasureLinks
+from llamaclust.wire.speeds import CardSpeed, StageTrial
 
 _MIN_RATE = 1.0
 _MAX_RATE = 1e18
@@ -30,29 +31,41 @@ def measure_in(message: proto.Measure) -> Measure:
 
 def measured_out(message: Measured) -> proto.Measured:
     measured = proto.Measured(read_bytes_s=message.read_bytes_s, int8_macs_s=message.int8_macs_s, number=message.number)
-    for one in message.trials:
-        measured.trials.add(rows=one.rows, stage_s=one.stage_s, layers_byte_s=one.layers_byte_s, head_s=one.head_s)
+    measured.trials.extend(_trials_out(message.trials))
     for card in message.cards:
-        measured.cards.add(read_bytes_s=card.read_bytes_s, int8_macs_s=card.int8_macs_s)
+        trials = _trials_out(card.trials)
+        measured.cards.add(read_bytes_s=card.read_bytes_s, int8_macs_s=card.int8_macs_s, trials=trials)
     return measured
 
 
 def measured_in(message: proto.Measured) -> Measured:
     read = finite("read_bytes_s", message.read_bytes_s, _MIN_RATE, _MAX_RATE)
     macs = finite("int8_macs_s", message.int8_macs_s, _MIN_RATE, _MAX_RATE)
-    bounded("trials", len(message.trials), 0, _MAX_TRIALS)
-    trials = tuple(map(_trial_in, message.trials))
-    if any(one.rows >= two.rows for one, two in pairwise(trials)):
-        raise WireError("trials: their rows must ascend")
     bounded("cards", len(message.cards), 0, _MAX_CARDS)
-    return Measured(read, macs, trials, message.number, tuple(map(_card_in, message.cards)))
+    return Measured(read, macs, _trials_in(message.trials), message.number, tuple(map(_card_in, message.cards)))
 
 
 def _card_in(card: proto.CardSpeed) -> CardSpeed:
     return CardSpeed(
         finite("read_bytes_s", card.read_bytes_s, _MIN_RATE, _MAX_RATE),
         finite("int8_macs_s", card.int8_macs_s, _MIN_RATE, _MAX_RATE),
+        _trials_in(card.trials),
     )
+
+
+def _trials_out(trials: Iterable[StageTrial]) -> list[proto.StageTrial]:
+    return [
+        proto.StageTrial(rows=one.rows, stage_s=one.stage_s, layers_byte_s=one.layers_byte_s, head_s=one.head_s)
+        for one in trials
+    ]
+
+
+def _trials_in(trials: Sequence[proto.StageTrial]) -> tuple[StageTrial, ...]:
+    bounded("trials", len(trials), 0, _MAX_TRIALS)
+    found = tuple(map(_trial_in, trials))
+    if any(one.rows >= two.rows for one, two in pairwise(found)):
+        raise WireError("trials: their rows must ascend")
+    return found
 
 
 def _trial_in(trial: proto.StageTrial) -> StageTrial:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol, cast
 
 from llamaclust.errors import UsageError
 from llamaclust.kernels.backend import Backend
 from llamaclust.kernels.cpu.prepared_files import PreparedFolder
-from llamaclust.wire.cards import Card, CardSpeed
+from llamaclust.wire.cards import Card
+from llamaclust.wire.speeds import CardSpeed
 
 CUDA = "cuda:"
 
@@ -33,6 +35,10 @@ class CardBackend(Backend, Protocol):
 
     def limits(self) -> CardSpeed:
         """What it can do at best."""
+        ...
+
+    def cold_cache(self) -> AbstractContextManager[Callable[[], None]]:
+        """What makes its cache cold, each time that it is called."""
         ...
 
     def close(self) -> None: ...

@@ -6,7 +6,7 @@ import os
 import socket
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llamaclust.errors import WireError
 from llamaclust.kernels.backend import Backend
@@ -15,13 +15,15 @@ from llamaclust.kernels.cpu.prepared_files import PreparedFolder
 from llamaclust.model.loader import Model
 from llamaclust.sizes import MIB
 from llamaclust.wire.cards import Card, DeviceLayers
-from llamaclust.wire.control import Load, Measured, Register, StageTrial
+from llamaclust.wire.control import Load, Measured, Register
+from llamaclust.wire.speeds import CardSpeed
 from llamaclust.worker import backends
 from llamaclust.worker.backends import CardBackend, card_names
 from llamaclust.worker.machine import available_memory_bytes, processor_name, resident_bytes, total_memory_bytes
 from llamaclust.worker.settings import WorkerSettings
 
 _CPU = "cpu"
+_REFERENCE = "reference"
 
 
 @dataclass(slots=True)
@@ -80,12 +82,19 @@ class Device:
         from llamaclust.worker.trial import TrialDevice, try_stages
 
         speed = measure_machine(self.threads)
-        trials: tuple[StageTrial, ...] = ()
-        if model is not None and self.kind == _CPU:
+        measured = Measured(speed.read_gb_s * 1e9, speed.int8_gmac_s * 1e9)
+        if model is not None and self.kind != _REFERENCE:
             device = TrialDevice(self.backend, self.threads, self.feature_level, self.free_memory_bytes, os.getpid())
-            trials = try_stages(device, model)
-        cards = tuple(card.measure() for card in self.cards)
-        return Measured(speed.read_gb_s * 1e9, speed.int8_gmac_s * 1e9, trials, cards=cards)
+            measured = replace(measured, trials=try_stages(device, model))
+        return replace(measured, cards=tuple(self._card_speed(card, model) for card in self.cards))
+
+    def _card_speed(self, card: CardBackend, model: Model | None) -> CardSpeed:
+        from llamaclust.worker.trial import TrialDevice, try_stages
+
+        speed = card.measure()
+        if model is None:
+            return speed
+        return replace(speed, trials=try_stages(TrialDevice.card(card, self.threads, self.feature_level), model))
 
     def registration(self, name: str, address: str) -> Register:
         level = self.backend.feature_level

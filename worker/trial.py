@@ -2,14 +2,15 @@
 last one with the head.
 
 Between two steps of a cluster this process sleeps, and others read weights. So before each step of a trial memory is
-read that no cache holds: weights come from memory, and what Python has to run is as cold as it will be.
+read that no cache holds, on a GPU its own as well: weights come from memory, and what Python has to run is as cold as
+it will be.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter_ns
@@ -22,31 +23,22 @@ from llamaclust.model.program import KvType
 from llamaclust.wire.codec import decode_inputs, decode_microbatch, encode_inputs, encode_microbatch
 from llamaclust.wire.cold_caches import BYTES as SWEEP_BYTES
 from llamaclust.wire.cold_caches import ColdCaches, largest_cache_bytes
-from llamaclust.wire.control import StageLimits, StageTrial
+from llamaclust.wire.control import StageLimits
 from llamaclust.wire.frames import decode_frame, encode_hidden
 from llamaclust.wire.messages import Chunk, Microbatch, SampleTask, SamplingInputs, SamplingParams
+from llamaclust.wire.speeds import StageTrial
+from llamaclust.worker.backends import CardBackend
 from llamaclust.worker.chosen import ChosenTokens
 from llamaclust.worker.compute import Compute
 from llamaclust.worker.inputs import InputsBox
 from llamaclust.worker.stage_runner import StageRunner, plan_memory
 from llamaclust.worker.steps import Arrival, Counters, StageStep
 
-_PREFILL_ROWS = 128
 _DECODE_ROWS = (1, 8)
-_TRIES = {1: 9, 8: 5, _PREFILL_ROWS: 3}
 _ENOUGH_S = 2.0
 """Of steps at so many rows: large layers on a slow machine are tried less often, and in the end once."""
 _CONTEXT = 256  # tokens before those of a decode step
 _BLOCKS = (_CONTEXT + 16) // 16
-_LIMITS = StageLimits(
-    max_tokens=_PREFILL_ROWS,
-    max_outputs=_DECODE_ROWS[-1],
-    max_sequences=_DECODE_ROWS[-1],
-    max_context_tokens=_CONTEXT + 16,
-    kv_blocks=_DECODE_ROWS[-1] * _BLOCKS,
-)
-_LAYERS_BYTES = 96 << 20
-"""Of the layers that are tried together, where more than two are not above that."""
 _LEAST_LAYERS = 3
 _LEAST_BYTES = 32 << 20
 """Of layers that are tried: fewer stay in caches, and differ by less than a machine's moods."""
@@ -54,23 +46,73 @@ _EPOCH = 1
 _DEADLINE_S = 60.0
 
 
+Sweep = Callable[[], None]
+"""Leaves nothing in caches."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrialSize:
+    """How much is tried."""
+
+    layers_bytes: int  # of the layers that are tried together, where more than two are not above that
+    tries: Mapping[int, int]  # at so many rows so many steps; few of sequences that decode, many of one prompt
+
+    @property
+    def limits(self) -> StageLimits:
+        rows = max(self.tries)
+        return StageLimits(
+            max_tokens=rows,
+            max_outputs=_DECODE_ROWS[-1],
+            max_sequences=_DECODE_ROWS[-1],
+            max_context_tokens=max(_CONTEXT, rows) + 16,
+            kv_blocks=_DECODE_ROWS[-1] * _BLOCKS,
+        )
+
+
+PROCESSOR = TrialSize(96 << 20, {1: 9, 8: 5, 128: 3})
+CARD = TrialSize(1 << 30, {1: 9, 8: 5, 128: 3, 512: 3})
+"""A GPU reads ten times as fast, and makes more of many rows."""
+
+
 @dataclass(frozen=True, slots=True)
 class TrialDevice:
-    """What stages of a trial are loaded with."""
+    """What stages of a trial are loaded with: a processor, or a GPU of this worker."""
 
     backend: Backend
     threads: int
     feature_level: str
-    free_bytes: int
+    free_bytes: int  # of its memory
     place: int = 0  # workers of other places try other layers
+    size: TrialSize = PROCESSOR
+    own_cache: Callable[[], AbstractContextManager[Sweep]] | None = None  # beside the processor's
+
+    @classmethod
+    def card(cls, card: CardBackend, threads: int, feature_level: str) -> TrialDevice:
+        """`feature_level`: the sampler's, on the processor."""
+        return cls(card, threads, feature_level, card.free_bytes, size=CARD, own_cache=card.cold_cache)
 
     def runner(self, model: Model, start: int, end: int) -> StageRunner:
-        level = self.feature_level
-        return StageRunner(self.backend, model, start, end, _LIMITS, feature_level=level, threads=self.threads)
+        limits, level = self.size.limits, self.feature_level
+        return StageRunner(self.backend, model, start, end, limits, feature_level=level, threads=self.threads)
+
+    @contextmanager
+    def cold(self, most_bytes: int, left_bytes: int) -> Iterator[Sweep]:
+        """A processor's caches need no more than `most_bytes`, and take no more than what is left of its memory."""
+        if self.own_cache is None:
+            yield ColdCaches(min(largest_cache_bytes(), most_bytes, left_bytes)).sweep
+            return
+        processor = ColdCaches()
+        with self.own_cache() as sweep:
+
+            def both() -> None:
+                sweep()
+                processor.sweep()
+
+            yield both
 
     def left_bytes(self, model: Model, start: int, end: int) -> int:
         """Of memory, beside such a stage."""
-        return self.free_bytes - plan_memory(self.backend, model, start, end, _LIMITS).total_bytes
+        return self.free_bytes - plan_memory(self.backend, model, start, end, self.size.limits).total_bytes
 
     def fits(self, model: Model, start: int, end: int) -> bool:
         return self.left_bytes(model, start, end) >= SWEEP_BYTES
@@ -87,11 +129,11 @@ class _Part:
 def try_stages(device: TrialDevice, model: Model) -> tuple[StageTrial, ...]:
     """At few rows and many; none where the model is too small to tell layers from what a stage takes anyway, or memory
     is short."""
-    sizes = [layer.weight_bytes for layer in model.costs(KvType(_LIMITS.kv_type)).layers]
+    sizes = [layer.weight_bytes for layer in model.costs(KvType(device.size.limits.kv_type)).layers]
     layers = len(sizes)
     if layers < _LEAST_LAYERS or sum(sizes) < _LEAST_BYTES:
         return ()
-    some = max(2, min(layers - 1, _LAYERS_BYTES // max(sizes[0], 1)))
+    some = max(2, min(layers - 1, device.size.layers_bytes // max(sizes[0], 1)))
     while some > 2 and not device.fits(model, 0, some):
         some = max(2, some * 3 // 4)
     ranges = _ranges(layers, some, device.place)
@@ -99,11 +141,11 @@ def try_stages(device: TrialDevice, model: Model) -> tuple[StageTrial, ...]:
         return ()
     left_bytes = min(device.left_bytes(model, start, end) for start, end in ranges)
     read_bytes = max(SWEEP_BYTES, sum(sizes))  # by the stages together, for every token
-    caches = ColdCaches(min(largest_cache_bytes(), read_bytes, left_bytes))
     parts = []
-    for start, end in ranges:
-        with closing(device.runner(model, start, end)) as runner:
-            parts.append(_Part(sum(sizes[start:end]), asyncio.run(_tried(runner, caches))))
+    with device.cold(read_bytes, left_bytes) as sweep:
+        for start, end in ranges:
+            with closing(device.runner(model, start, end)) as runner:
+                parts.append(_Part(sum(sizes[start:end]), asyncio.run(_tried(runner, device.size, sweep))))
     return tuple(_trials(*parts))
 
 
@@ -117,7 +159,7 @@ def _ranges(layers: int, some: int, place: int) -> list[tuple[int, int]]:
 def _trials(one: _Part, some: _Part, last: _Part) -> Iterator[StageTrial]:
     """Of one layer, of some, and of the last one with the head: by differences."""
     heads: list[tuple[int, float]] = []  # (rows, seconds)
-    for rows in (*_DECODE_ROWS, _PREFILL_ROWS):
+    for rows in one.seconds:
         seconds = one.seconds[rows]
         byte_s = max(0.0, (some.seconds[rows] - seconds) / (some.layers_bytes - one.layers_bytes))
         stage_s = max(0.0, seconds - byte_s * one.layers_bytes)
@@ -130,20 +172,20 @@ def _trials(one: _Part, some: _Part, last: _Part) -> Iterator[StageTrial]:
         yield StageTrial(rows, stage_s, byte_s, head_s)
 
 
-async def _tried(runner: StageRunner, caches: ColdCaches) -> dict[int, float]:
+async def _tried(runner: StageRunner, size: TrialSize, sweep: Sweep) -> dict[int, float]:
     """Seconds by rows."""
-    return {rows: await _taken_s(runner, rows, caches) for rows in _TRIES}
+    return {rows: await _taken_s(runner, rows, tries, sweep) for rows, tries in size.tries.items()}
 
 
-async def _taken_s(runner: StageRunner, rows: int, caches: ColdCaches) -> float:
+async def _taken_s(runner: StageRunner, rows: int, tries: int, sweep: Sweep) -> float:
     """The median of some steps, behind one that finds everything for the first time; of that where it takes long."""
     inputs, compute = InputsBox(_EPOCH, _DEADLINE_S), Compute()
     step = StageStep(runner, "trial", inputs, ChosenTokens(), compute, Counters())
     times = []
     try:
-        for number in range(_TRIES[rows] + 1):
+        for number in range(tries + 1):
             frame, tasks = _ask(runner, rows, number)
-            caches.sweep()
+            sweep()
             begun_ns = perf_counter_ns()
             if runner.program.is_last:
                 inputs.put(decode_inputs(tasks))
@@ -161,11 +203,11 @@ async def _taken_s(runner: StageRunner, rows: int, caches: ColdCaches) -> float:
 def _ask(runner: StageRunner, rows: int, number: int) -> tuple[bytes, bytes]:
     """(frame, sampling inputs) of a token for each of some sequences, or of many of one prompt."""
     program = runner.program
-    if rows == _PREFILL_ROWS:
-        chunks: tuple[Chunk, ...] = (Chunk((0,) * rows, 0, (0, _BLOCKS), 0),)
-    else:
+    if rows in _DECODE_ROWS:
         outputs = int(program.is_last)
         chunks = tuple(Chunk((0,), _CONTEXT, (row * _BLOCKS, _BLOCKS), outputs) for row in range(rows))
+    else:
+        chunks = (Chunk((0,) * rows, 0, (0, max(_BLOCKS, rows // 16)), 0),)
     task = SampleTask(SamplingParams(), 0, 0, _CONTEXT + 1)
     header = encode_microbatch(Microbatch(runner.model_id, _EPOCH, number, chunks))
     hidden = None if program.is_first else np.full((rows, program.hidden.width), 0.01, np.float32)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 from llamaclust.errors import DoesNotFitError
 from llamaclust.kernels.backend import Progress
 from llamaclust.kernels.cpu.prepared_files import PreparedFolder
 from llamaclust.kernels.cpu.weights import check_weights
+from llamaclust.kernels.cuda.cold_cache import ColdCache
 from llamaclust.kernels.cuda.device import Device
 from llamaclust.kernels.cuda.memory import allocated
 from llamaclust.kernels.cuda.plan import Plan, kv_bytes
@@ -17,9 +19,10 @@ from llamaclust.kernels.cuda.turns import Turns
 from llamaclust.kernels.cuda.weights import DeviceWeight, DeviceWeights, layers_of_weights
 from llamaclust.model.program import Program
 from llamaclust.model.tensors import Tensor
-from llamaclust.wire.cards import Card, CardSpeed
+from llamaclust.wire.cards import Card
 from llamaclust.wire.control import StageLimits
 from llamaclust.wire.messages import NUMERICS_VERSION
+from llamaclust.wire.speeds import CardSpeed
 
 _RESERVED_SHARE = 256
 """One part in so many of a GPU's memory is left to compiled kernels and graphs, which the driver holds there."""
@@ -61,6 +64,22 @@ class CudaBackend:
         """What the GPU can do at best."""
         with self._turns.one():
             return CardSpeed(*limits(self._device))
+
+    @contextmanager
+    def cold_cache(self) -> Iterator[Callable[[], None]]:
+        """What makes the GPU's cache cold, each time that it is called. DoesNotFitError where memory is short."""
+        with self._turns.one():
+            cache = ColdCache(self._device)
+
+        def sweep() -> None:
+            with self._turns.one():
+                cache.sweep()
+
+        try:
+            yield sweep
+        finally:
+            with self._turns.one():
+                cache.close()
 
     def load(self, program: Program, tensors: dict[str, Tensor], limits: StageLimits, progress: Progress) -> CudaStage:
         """ModelFileError for weights without kernels or figures that do not fit together; DoesNotFitError where the

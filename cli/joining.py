@@ -82,6 +82,7 @@ def settings(
         prepared_bytes=variables.prepared_bytes,
         weights_dir=variables.weights_dir if variables.weights_bytes else None,
         weights_bytes=variables.weights_bytes,
+        kernels_dir=variables.kernels_dir,
         static=True,
         log_format=variables.log_format,
         model_dir=None if model_dir is None else Path(_option("--model-dir", expand_home, str(model_dir))),

@@ -62,6 +62,11 @@ class Environment:
         """Where weights that were fetched from other workers are kept."""
         return self.home / "weights"
 
+    @property
+    def kernels_dir(self) -> Path:
+        """Where kernels that were compiled for GPUs are kept."""
+        return self.home / "kernels"
+
 
 def environment(variables: Mapping[str, str] | None = None) -> Environment:
     """Reads the variables (those of this process by default). UsageError names the one with a bad value."""

@@ -34,6 +34,7 @@ def worker_specs(config: ClusterConfig) -> list[WorkerSpec]:
             config.name,
             variables.weights_dir if variables.weights_bytes else None,
             variables.weights_bytes,
+            variables.kernels_dir,
             worker.gpu_layers,
             worker.gpu_memory,
         )

@@ -181,7 +181,8 @@ def run_bench(task: BenchTask, on_step: OnStep) -> BenchReport:
         measurement = _Measurement(task, Work.of(model, task), on_step)
         load, level = LoadMeter(), backend.feature_level
         if task.device != "cpu":
-            with closing(open_card(task.device, task.threads_each, None)) as card:
+            kernels = environment().kernels_dir
+            with closing(open_card(task.device, task.threads_each, None, kernels_dir=kernels)) as card:
                 level = card.feature_level
                 in_background(partial(_stage_runs, model, card, level, measurement, GpuLimits(card))).result()
         elif task.workers > 1:

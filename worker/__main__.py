@@ -21,7 +21,7 @@ def parse_settings(arguments: list[str]) -> WorkerSettings:
         parser.add_argument(name, required=name in ("--name", "--join"))
     parser.add_argument("--token-file", type=Path, required=True)
     parser.add_argument("--static", action="store_true")
-    for name in ("--prepared-dir", "--weights-dir"):
+    for name in ("--prepared-dir", "--weights-dir", "--kernels-dir"):
         parser.add_argument(name, type=Path)
     parser.add_argument("--log-format", type=LogFormat)
     parser.add_argument("--cluster")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Protocol, cast
 
 from llamaclust.errors import UsageError
@@ -63,12 +64,17 @@ def open_processor(device: str, threads: int, feature_level: str, prepared: Prep
 
 
 def open_card(
-    name: str, threads: int, memory_cap_bytes: int | None, prepared: PreparedFolder | None = None
+    name: str,
+    threads: int,
+    memory_cap_bytes: int | None,
+    prepared: PreparedFolder | None = None,
+    kernels_dir: Path | None = None,
 ) -> CardBackend:
-    """GPU "cuda:N"; `threads` pack weights for it. UsageError that says what is missing: CuPy, a driver, the GPU."""
+    """GPU "cuda:N"; `threads` pack weights for it, compiled kernels stay in `kernels_dir`. UsageError that says what is
+    missing: CuPy, NVRTC, a driver, the GPU."""
     from llamaclust.kernels.cuda.backend import CudaBackend
     from llamaclust.kernels.cuda.cupy_device import CupyDevice
     from llamaclust.kernels.cuda.device import Device
 
-    device = CupyDevice(int(name.removeprefix(CUDA)), memory_cap_bytes)
+    device = CupyDevice(int(name.removeprefix(CUDA)), memory_cap_bytes, kernels_dir)
     return CudaBackend(name, cast(Device, device), threads, prepared)  # which is given none but its own buffers

@@ -44,8 +44,8 @@ class Device:
         threads = settings.threads or len(os.sched_getaffinity(0))
         level, prepared = settings.feature_level, _prepared(settings)
         backend = backends.open_processor(settings.device, threads, level, prepared)
-        cap = settings.gpu_memory_bytes
-        cards = tuple(backends.open_card(name, threads, cap, prepared) for name in card_names(settings.device))
+        cap, kernels = settings.gpu_memory_bytes, settings.kernels_dir
+        cards = tuple(backends.open_card(name, threads, cap, prepared, kernels) for name in card_names(settings.device))
         return cls(settings.device, threads, level, settings.memory_bytes, backend, cards, settings.gpu_layers)
 
     @property

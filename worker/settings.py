@@ -29,6 +29,7 @@ class WorkerSettings:
     prepared_bytes: int = 0  # what they may take
     weights_dir: Path | None = None  # where weights fetched from other workers are kept; None: none are fetched
     weights_bytes: int = 0  # what they may take
+    kernels_dir: Path | None = None  # where compiled kernels of GPUs are kept; None: nowhere
     static: bool = False
     advertise: str = ""  # HOST or HOST:PORT by which others reach it; "": as it listens
     log_format: LogFormat = LogFormat.TEXT

@@ -34,6 +34,7 @@ class WorkerSpec:
     cluster: str = ""  # whose it is, for its log
     weights_dir: Path | None = None  # where it keeps weights that it fetched from others, if it may; shared likewise
     weights_bytes: int = 0
+    kernels_dir: Path | None = None  # where it keeps compiled kernels of GPUs; shared likewise
     gpu_layers: int | None = None
     gpu_memory_bytes: int | None = None
 

@@ -83,4 +83,5 @@ def adapted(spec: WorkerSpec) -> WorkerSpec:
         prepared_bytes=variables.prepared_bytes,
         weights_dir=variables.weights_dir if variables.weights_bytes else None,
         weights_bytes=variables.weights_bytes,
+        kernels_dir=variables.kernels_dir,
     )

@@ -29,6 +29,7 @@ def worker_command(spec: WorkerSpec, join: str, *flags: str, **more: object) -> 
         "prepared_bytes": spec.prepared_bytes if spec.prepared_dir else None,
         "weights_dir": spec.weights_dir,
         "weights_bytes": spec.weights_bytes if spec.weights_dir else None,
+        "kernels_dir": spec.kernels_dir,
         "parent_pid": os.getpid(),
         "log_format": spec.log_format,
         "cluster": spec.cluster or None,

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -14,11 +13,10 @@ import numpy as np
 from llamaclust.errors import DoesNotFitError
 from llamaclust.kernels.cuda.cupy_open import card_properties, import_cupy, usable_nvrtc
 from llamaclust.kernels.cuda.device import PLAIN_SHARED_BYTES, Buffer, Bytes, Launch
-from llamaclust.kernels.cuda.nvrtc import BinaryFolder, Nvrtc
+from llamaclust.kernels.cuda.nvrtc import BinaryFolder
 from llamaclust.kernels.cuda.sources import modules, whole_text
 from llamaclust.sizes import MIB, mib
 
-_FOLDER = Path("~/.cache/llamaclust/kernels")
 _OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
 
 
@@ -72,21 +70,20 @@ def _part(buffer: Buffer, offset_bytes: int, n_bytes: int) -> int:
 class CupyDevice:
     """See `kernels.cuda.device.Device`."""
 
-    def __init__(self, index: int = 0, memory_cap_bytes: int | None = None, folder: Path = _FOLDER) -> None:
-        """The card that CUDA numbers so, of whose memory at most the cap is taken; compiled kernels stay in the folder.
-        UsageError that says what is missing: CuPy, a driver, the card, a newer one."""
+    def __init__(self, index: int = 0, memory_cap_bytes: int | None = None, folder: Path | None = None) -> None:
+        """The card that CUDA numbers so, of whose memory at most the cap is taken; compiled kernels stay in the folder,
+        if there is one. UsageError that says what is missing: CuPy, NVRTC, a driver, the card, a newer one."""
         self._cupy = import_cupy()
         card = card_properties(self._cupy, index)
         self._index, self._cap_bytes = index, memory_cap_bytes
         self.name, self.memory_bytes, self.sms = card.name, card.memory_bytes, card.sms
         self.compute_capability, self.shared_bytes = card.compute_capability, card.shared_bytes
+        self._nvrtc = usable_nvrtc(self._cupy)
         self._runtime = self._cupy.cuda.runtime
         self.failures = (self._runtime.CUDARuntimeError, self._cupy.cuda.driver.CUDADriverError)
         self._runtime.setDevice(index)
         self._stream = self._cupy.cuda.Stream(non_blocking=True)
-        self._instead = TemporaryDirectory(prefix="llamaclust-kernels-")
-        self._binaries = BinaryFolder(folder.expanduser(), Path(self._instead.name))
-        self._nvrtc: Nvrtc | None = None
+        self._binaries = BinaryFolder(folder)
         self._modules: dict[str, Any] = {}
         self._kernels: dict[str, Any] = {}
         self._shared: dict[str, int] = {}
@@ -130,7 +127,12 @@ class CupyDevice:
 
     def pinned(self, n_bytes: int) -> Bytes:
         self._choose()
-        memory = self._cupy.cuda.PinnedMemory(max(n_bytes, 1))
+        try:
+            memory = self._cupy.cuda.PinnedMemory(max(n_bytes, 1))
+        except self._runtime.CUDARuntimeError as error:
+            if error.status != _OUT_OF_MEMORY:
+                raise
+            raise DoesNotFitError(f"{self.name}: {mib(n_bytes)} MiB of pinned RAM are not to be had") from error
         return np.frombuffer(self._cupy.cuda.PinnedMemoryPointer(memory, 0), np.uint8, n_bytes)
 
     def upload(self, buffer: Buffer, offset_bytes: int, data: Bytes) -> None:
@@ -201,7 +203,7 @@ class CupyDevice:
             self.free(buffer)
         self._kernels.clear()
         self._modules.clear()
-        self._instead.cleanup()
+        self._binaries.close()
 
     def _choose(self) -> None:
         """CUDA's calls are about the card that a thread has chosen last."""
@@ -215,7 +217,6 @@ class CupyDevice:
 
     def _module(self, name: str) -> Any:
         if name not in self._modules:
-            self._nvrtc = self._nvrtc or usable_nvrtc(self._cupy)
             major, minor = self.compute_capability
             text = whole_text(modules()[name])
             path = self._binaries.get(self._nvrtc, name, text, 10 * major + minor)

@@ -7,14 +7,17 @@ import ctypes
 import hashlib
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import get_ident
 
 from llamaclust.errors import LlamaclustError, UsageError
 from llamaclust.kernels.cuda.sources import OPTIONS
 
 _ALL_ON_DEVICE = "--device-as-default-execution-space"
+_NOT_THERE = "device cuda compiles kernels by NVRTC, which is not there: pip install 'llamaclust[cuda13]' (or cuda12)"
 _OLDEST = (12, 0)
 """The first that knows C++20."""
 
@@ -88,39 +91,47 @@ class Nvrtc:
 
 def open_nvrtc() -> Nvrtc:
     """The one that CuPy would use. UsageError where there is none."""
-    from cuda.pathfinder import DynamicLibNotFoundError, load_nvidia_dynamic_lib
-
+    try:
+        from cuda.pathfinder import DynamicLibNotFoundError, load_nvidia_dynamic_lib
+    except ImportError as error:
+        raise UsageError(_NOT_THERE) from error
     try:
         found = load_nvidia_dynamic_lib("nvrtc")
     except DynamicLibNotFoundError as error:
-        raise UsageError(
-            "device cuda compiles kernels by NVRTC, which is not there: pip install 'llamaclust[cuda13]' (or cuda12)"
-        ) from error
+        raise UsageError(_NOT_THERE) from error
     assert found.abs_path is not None
     return Nvrtc(found.abs_path)
 
 
-@dataclass(frozen=True, slots=True)
 class BinaryFolder:
-    """Compiled modules on disk, each by the hash of all that it depends on. What `folder` does not take is written to
-    `instead`."""
+    """Compiled modules on disk, each by the hash of all that it depends on. What `folder` does not take is kept until
+    `close`."""
 
-    folder: Path
-    instead: Path
+    def __init__(self, folder: Path | None) -> None:
+        """None: nothing stays."""
+        self._folder = folder
+        self._instead: TemporaryDirectory[str] | None = None
+
+    def close(self) -> None:
+        if self._instead is not None:
+            self._instead.cleanup()
 
     def get(self, nvrtc: Nvrtc, name: str, text: str, architecture: int) -> Path:
         """A file to load, compiled now if it is not there."""
         of = "\0".join((text, *OPTIONS, str(architecture), str(nvrtc.version)))
         stem = f"{name}-{hashlib.sha256(of.encode()).hexdigest()[:32]}"
-        for path in (folder / f"{stem}.{kind}" for folder in (self.folder, self.instead) for kind in ("cubin", "ptx")):
-            if path.is_file():
-                return path
+        if self._folder is not None:
+            for path in (self._folder / f"{stem}.{kind}" for kind in ("cubin", "ptx")):
+                if path.is_file():
+                    return path
         binary = nvrtc.compile(name, text, architecture)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            return _write(self.folder / f"{stem}.{binary.kind}", binary.data)
-        except OSError:
-            return _write(self.instead / f"{stem}.{binary.kind}", binary.data)
+        file = f"{stem}.{binary.kind}"
+        if self._folder is not None:
+            with suppress(OSError):
+                self._folder.mkdir(parents=True, exist_ok=True)
+                return _write(self._folder / file, binary.data)
+        self._instead = self._instead or TemporaryDirectory(prefix="llamaclust-kernels-")
+        return _write(Path(self._instead.name) / file, binary.data)
 
 
 def _write(path: Path, data: bytes) -> Path:

@@ -207,7 +207,8 @@ class _Uploads:
         self._device = device
         self._turns = turns
         self._free: list[Event | None] = [None, None]
-        self._staging = [device.pinned(_STAGING_BYTES) for _ in self._free]
+        with turns.watched():
+            self._staging = [device.pinned(_STAGING_BYTES) for _ in self._free]
         self._numbers = cycle(range(len(self._free)))
 
     def bring(self, buffer: Buffer, offset: int, data: Bytes) -> None:

@@ -9,6 +9,7 @@ from launching import Bench
 from shim_build import build
 from shim_device import ShimDevice
 
+from llamaclust.cluster.config import environment
 from llamaclust.errors import UsageError
 from llamaclust.kernels.cuda.cupy_device import CupyDevice
 from llamaclust.kernels.cuda.device import Device
@@ -23,7 +24,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def device(request: pytest.FixtureRequest) -> Iterator[Device]:
     if request.config.getoption("--gpu", default=False):
         try:
-            made: Device = CupyDevice(0)
+            made: Device = CupyDevice(0, folder=environment().kernels_dir)
         except UsageError as error:
             pytest.exit(str(error), returncode=2)
     else:

@@ -129,7 +129,7 @@ def test_a_worker_whose_gpu_is_lost_is_a_lost_worker(
 def test_a_plan_knows_the_gpu_before_a_start(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     device, opened = ShimDevice(build(), memory_bytes=64 << 20), list[str]()
 
-    def open_card(name: str, threads: int, memory_cap_bytes: int | None, prepared: object = None) -> CudaBackend:
+    def open_card(name: str, threads: int, memory_cap_bytes: int | None, *folders: object) -> CudaBackend:
         opened.append(name)
         return CudaBackend(name, device, threads)
 

@@ -30,7 +30,7 @@ class FakeNvrtc:
         return Binary("cubin", f"{name} for {architecture}".encode())
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def nvrtc(monkeypatch: pytest.MonkeyPatch) -> FakeNvrtc:
     compiler = FakeNvrtc()
     monkeypatch.setattr(cupy_open, "open_nvrtc", lambda: compiler)
@@ -138,20 +138,21 @@ def test_a_driver_that_fails_when_memory_is_asked_for_is_lost_not_full(monkeypat
 
 
 def test_a_full_disk_leaves_no_half_of_a_compiled_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    folder, instead, write = tmp_path / "kernels", tmp_path / "instead", Path.write_bytes
-    instead.mkdir()
+    folder, write = tmp_path / "kernels", Path.write_bytes
 
     def write_half(path: Path, data: bytes) -> int:
-        if path.parent == instead:
+        if path.parent != folder:
             return write(path, data)
         write(path, data[: len(data) // 2])
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", write_half)
     compiler: Any = FakeNvrtc()
-    path = BinaryFolder(folder, instead).get(compiler, "rows", '#line 1 "rows.cu"\nKERNEL', 90)
-    assert path.parent == instead and path.read_bytes() == b"rows for 90"
-    assert not list(folder.iterdir())
+    binaries = BinaryFolder(folder)
+    path = binaries.get(compiler, "rows", '#line 1 "rows.cu"\nKERNEL', 90)
+    assert path.parent != folder and path.read_bytes() == b"rows for 90"
+    binaries.close()
+    assert not path.parent.exists() and not list(folder.iterdir())
 
 
 def test_copies_are_in_order_with_launches(monkeypatch: pytest.MonkeyPatch, nvrtc: FakeNvrtc, tmp_path: Path) -> None:
@@ -225,7 +226,7 @@ def test_kernels_are_compiled_once(monkeypatch: pytest.MonkeyPatch, nvrtc: FakeN
 def test_a_compiler_that_is_newer_than_the_driver(monkeypatch: pytest.MonkeyPatch, nvrtc: FakeNvrtc) -> None:
     install(monkeypatch, FakeRuntime(driver=12080))
     with pytest.raises(UsageError, match=r"driver is for CUDA 12\.8, NVRTC is 13\.0: update it, or") as error:
-        CupyDevice().prepare(["rows.slice"])
+        CupyDevice()
     one_line(error)
 
 
@@ -246,3 +247,14 @@ def test_closing_frees_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(cupy.runtime.memory) == 3
     device.close()
     assert cupy.runtime.memory == {} and cupy.runtime.free_bytes == 1 << 20
+
+
+def test_pinned_memory_that_there_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    cupy = install(monkeypatch)
+
+    def none_left(n_bytes: int) -> bytearray:
+        raise CUDARuntimeError(2)
+
+    cupy.cuda.PinnedMemory = none_left
+    with pytest.raises(DoesNotFitError, match="Card 0: 3 MiB of pinned RAM are not to be had"):
+        CupyDevice().pinned(3 << 20)

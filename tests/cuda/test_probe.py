@@ -47,7 +47,7 @@ def test_a_model_on_a_gpu_is_measured(device: Device, tmp_path: Path, monkeypatc
     path = build_tiny_model(tmp_path / "m.gguf", layers=1, hidden=64, heads=2, ffn=96, quant_type=QuantType.Q8_0)
     card = CudaBackend("cuda:0", device, 1)
     monkeypatch.setattr(card, "close", lambda: None)  # the device is the session's
-    monkeypatch.setattr(bench, "open_card", lambda name, threads, cap: card)
+    monkeypatch.setattr(bench, "open_card", lambda name, threads, cap, kernels_dir: card)
     task = BenchTask(path, 1, prompt=3, generate=2, repeats=1, device="cuda:0")
     report = run_bench(task, lambda what: None)
     assert report.feature_level == card.feature_level and report.decode_tok_s > 0 < report.prefill_tok_s

@@ -32,7 +32,11 @@ class LostDevice(ShimDevice):
 
 
 def open_card(
-    name: str, threads: int, memory_cap_bytes: int | None, prepared: PreparedFolder | None = None
+    name: str,
+    threads: int,
+    memory_cap_bytes: int | None,
+    prepared: PreparedFolder | None = None,
+    kernels_dir: Path | None = None,
 ) -> CardBackend:
     kind = LostDevice if "PYTHON_TEST_LOSE_GPU" in os.environ else ShimDevice
     device = kind(build(), memory_bytes=min(memory_cap_bytes or _MEMORY_BYTES, _MEMORY_BYTES), sms=1)

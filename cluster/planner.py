@@ -4,7 +4,8 @@
 decode part: 512 tokens of prompt and 128 of answer for each of eight sequences that run together. `latency`: the
 computing time per token is within 10 % of the least one, and of such cuts it is the one where a percent more of it has
 made the slowest stage three percent faster. So workers that are alike share the layers, since they cost no more than a
-hop, and slower ones stay spares unless memory needs them. Of cuts that are equal, the one with fewer stages.
+hop, and slower ones stay spares unless memory needs them. Of cuts that are equal, the one with fewer stages. There is
+room for the keys and values of some whole contexts, but for one alone where that makes a tenth of the time.
 
 Workers stand in the file's order unless another one is clearly better. Without measurements of every worker all are
 taken to be alike.
@@ -24,10 +25,10 @@ from llamaclust.cluster.plan import DevicePlan, Plan, StagePlan, usual_prompt_to
 from llamaclust.cluster.planner_apart import Pairs, names_in, split, ways_apart
 from llamaclust.cluster.planner_cards import devices_of
 from llamaclust.cluster.planner_fit import PlanLimits, Sizes
-from llamaclust.cluster.planner_kinds import kinds_of
+from llamaclust.cluster.planner_kinds import Kind, kinds_of
 from llamaclust.cluster.planner_manual import Assignment, checked
 from llamaclust.cluster.planner_predict import StageParts, predict
-from llamaclust.cluster.planner_search import best_cut
+from llamaclust.cluster.planner_search import Best, best_cut
 from llamaclust.cluster.planner_shortage import cut_does_not_fit, does_not_fit
 from llamaclust.cluster.planner_spares import spares
 from llamaclust.cluster.planner_workspace import Workspace
@@ -41,6 +42,9 @@ _AIMS = {"throughput": (0, np.inf), "latency": (3, 1.1)}
 
 _STAGE_MS = 1e-6
 """Decides between cuts that take as long."""
+
+_WORTH_ROOM = 1.1
+"""Less room for keys and values, though for a whole context, has to make a plan faster by so much."""
 
 _NOMINAL_READ_GB_S = 20.0
 _NOMINAL_INT8_GMAC_S = 300.0
@@ -148,18 +152,34 @@ def _automatic(
     if not _measured(workers):
         workers = [_nominal(worker) for worker in workers]
     weight, slack = _AIMS[objective]
+    chosen: tuple[Best, int] | None = None
+    before: list[Kind] = []
     for contexts in sizes.wanted_contexts:
         kinds = kinds_of(workers, partial(_times, stages, sizes, contexts), names_in(apart))
+        if chosen is not None and all(map(Kind.costs_as, kinds, before)):
+            break  # memory is not what decides
+        before = kinds
         ways = ways_apart(kinds, [worker.name for worker in workers], apart) if apart else None
         best = best_cut(kinds, weight, slack, ways)
-        if best is not None:
-            cut = tuple((workers[index].name, start, end) for index, start, end in best.cut.stages)
-            return _Found(cut, contexts, best.excess)
+        if best is not None and (chosen is None or _is_worth(best, chosen[0], objective)):
+            chosen = best, contexts
+    if chosen is not None:
+        best, contexts = chosen
+        cut = tuple((workers[index].name, start, end) for index, start, end in best.cut.stages)
+        return _Found(cut, contexts, best.excess)
     if apart:
         found = _automatic(stages, sizes, workers, objective)
         _check_apart([name for name, _, _ in found.cut], apart)
         return found
     raise does_not_fit(sizes, workers)
+
+
+def _is_worth(less_room: Best, more_room: Best, objective: str) -> bool:
+    """Whether it is so much faster where there is room for fewer contexts: fewer layers beside a GPU, say."""
+    fast, slow = less_room.cut, more_room.cut
+    if objective == "latency":
+        return fast.total * _WORTH_ROOM < slow.total
+    return fast.slowest * _WORTH_ROOM < slow.slowest
 
 
 def _nominal(worker: WorkerFacts) -> WorkerFacts:

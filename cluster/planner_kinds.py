@@ -24,6 +24,10 @@ class Kind:
     def layers(self) -> int:
         return len(self.slow) - 1
 
+    def costs_as(self, other: Kind) -> bool:
+        """Whether every stage costs the same on both."""
+        return np.array_equal(self.slow, other.slow) and np.array_equal(self.total, other.total)
+
     def within(self, limit: float) -> NDArray[np.bool_]:
         """Which stages can be, and are within the limit."""
         return (self.slow <= limit) & (self.slow < inf)

@@ -183,3 +183,13 @@ def test_what_steps_took_on_a_card_is_what_a_plan_predicts() -> None:
     assert plan.prediction is not None
     both = costs.decode_ms(processor, 0, 7) + costs.decode_ms(card, 7, 12)
     assert plan.prediction.token_ms == pytest.approx(both)
+
+
+@pytest.mark.parametrize("objective", ["latency", "throughput"])
+def test_layers_stay_on_a_card_rather_than_room_for_more_contexts(objective: str) -> None:
+    """All layers and one context fit on the card; with four contexts, half of the layers."""
+    ask = replace(CARD_ASK, max_sequences=8, objective=objective)
+    plan = make_plan(SMALL, [with_cards(250), worker("b", 10_000)], ask)
+    assert devices(plan) == [("cuda:0", 0, 12)] and plan.kv_blocks >= 64
+    roomy = make_plan(SMALL, [with_cards(400), worker("b", 10_000)], ask)
+    assert devices(roomy) == [("cuda:0", 0, 12)] and roomy.kv_blocks > 2 * 64

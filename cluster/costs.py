@@ -67,8 +67,8 @@ class StageCosts:
 
     @classmethod
     def of(cls, costs: ModelCosts) -> StageCosts:
-        read = _sums(layer.weight_bytes for layer in costs.layers)
-        macs = _sums(layer.macs_per_token for layer in costs.layers)
+        read = sums(layer.weight_bytes for layer in costs.layers)
+        macs = sums(layer.macs_per_token for layer in costs.layers)
         first, last = np.zeros_like(read), np.zeros_like(read)
         first[0, :], last[:, -1] = 1, 1
         with_head = read + last * costs.head_bytes
@@ -76,11 +76,11 @@ class StageCosts:
             layers=len(costs.layers),
             hidden_bytes=costs.hidden_bytes,
             held_bytes=with_head + first * costs.embedding_bytes,
-            kv_token_bytes=_sums(layer.kv_bytes_per_token for layer in costs.layers),
-            window_token_bytes=_sums(0 if layer.window is None else layer.kv_bytes_per_token for layer in costs.layers),
+            kv_token_bytes=sums(layer.kv_bytes_per_token for layer in costs.layers),
+            window_token_bytes=sums(0 if layer.window is None else layer.kv_bytes_per_token for layer in costs.layers),
             window=costs.window,
             _read=with_head,
-            _idle=_sums(layer.idle_bytes for layer in costs.layers),
+            _idle=sums(layer.idle_bytes for layer in costs.layers),
             _macs=macs + last * costs.head_macs,
             _layers_read=read,
             _layers_macs=macs,
@@ -122,7 +122,8 @@ class StageCosts:
         return _roofline_ms(worker, self._layers_read, rows * self._layers_macs)
 
 
-def _sums(values: Iterable[int]) -> Counts:
+def sums(values: Iterable[int]) -> Counts:
+    """Of values [start, end), by start and end."""
     before: Counts = np.array([0, *accumulate(values)], np.int64)
     return before - before[:, np.newaxis]
 

@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 from llamaclust.cluster.config import ClusterConfig
 from llamaclust.cluster.costs import CardFacts, WorkerFacts
-from llamaclust.cluster.launchers.stage_memory import workspace_of
+from llamaclust.cluster.launchers.stage_memory import rounding_of, workspace_of
 from llamaclust.cluster.links import UNKNOWN, Links
 from llamaclust.cluster.plan import Plan
 from llamaclust.cluster.planner import PlanRequest, make_plan
@@ -96,6 +96,7 @@ def plan_cluster(
         links=links,
         apart=apart,
         max_rows=max_rows(config),
+        rounding=rounding_of(model),
     )
     threads = thread_shares(config)
     names = [name for name in threads if name in memory_bytes]

@@ -31,7 +31,7 @@ from llamaclust.cluster.planner_predict import StageParts, predict
 from llamaclust.cluster.planner_search import Best, best_cut
 from llamaclust.cluster.planner_shortage import cut_does_not_fit, does_not_fit
 from llamaclust.cluster.planner_spares import spares
-from llamaclust.cluster.planner_workspace import Workspace
+from llamaclust.cluster.planner_workspace import Rounding, Workspace, no_rounding
 from llamaclust.errors import CutOffError
 from llamaclust.model.loader import ModelCosts
 
@@ -65,13 +65,15 @@ class PlanRequest:
     links: Links = field(default_factory=Links)
     apart: Pairs = frozenset()  # who cannot reach each other: no neighbours
     max_rows: int = 0  # of a microbatch
+    rounding: Rounding = no_rounding
 
 
 def make_plan(costs: ModelCosts, workers: Sequence[WorkerFacts], ask: PlanRequest) -> Plan:
     """Raises UsageError for a plan by hand that is wrong, DoesNotFitError with the missing MiB, CutOffError where only
     `apart` is in the way."""
     stages = StageCosts.of(costs)
-    limits = PlanLimits(ask.context_length, ask.max_sequences, ask.workspace, ask.kv_memory_bytes, ask.max_rows)
+    room = ask.kv_memory_bytes, ask.max_rows, ask.rounding
+    limits = PlanLimits(ask.context_length, ask.max_sequences, ask.workspace, *room)
     sizes = Sizes(stages, limits)
     if ask.manual is not None:
         by_hand = checked(ask.manual, [worker.name for worker in workers], stages.layers)
@@ -109,7 +111,7 @@ def _stage(sizes: Sizes, worker: WorkerFacts, stage: StageParts, kv_blocks: int)
             end=end,
             weight_bytes=sizes.stages.weight_bytes(start, end),
             kv_bytes=sizes.kv_bytes(start, end, kv_blocks),
-            workspace_bytes=sizes.workspace_bytes(device, end),
+            workspace_bytes=sizes.workspace_bytes(device, start, end),
             memory_bytes=device.memory_bytes,
         )
         for device, start, end in stage.parts

@@ -21,7 +21,7 @@ def devices_of(worker: WorkerFacts) -> tuple[WorkerFacts, ...]:
     cards = (
         replace(
             worker,
-            name=f"{worker.name}, {card.device}",
+            name=f"{worker.name} {card.device}",
             device=card.device,
             memory_bytes=card.memory_bytes,
             read_gb_s=card.read_gb_s,

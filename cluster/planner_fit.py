@@ -10,7 +10,7 @@ import numpy as np
 from llamaclust.cluster.costs import Counts, StageCosts, Table, WorkerFacts
 from llamaclust.cluster.kv_groups import WindowGroup, window_group
 from llamaclust.cluster.planner_cards import Division, Held, divide
-from llamaclust.cluster.planner_workspace import StagePlace, Workspace
+from llamaclust.cluster.planner_workspace import Rounding, StagePlace, Workspace, no_rounding
 from llamaclust.model.program import KV_BLOCK_TOKENS
 from llamaclust.wire.messages import MAX_KV_BLOCKS
 
@@ -29,6 +29,7 @@ class PlanLimits:
     workspace: Workspace
     kv_memory_bytes: int | None  # per worker, at most
     max_rows: int = 0  # of a microbatch
+    rounding: Rounding = no_rounding
 
     @property
     def context_blocks(self) -> int:
@@ -48,7 +49,13 @@ class Sizes:
         """For how many whole contexts a cut should leave KV memory, best first; one is the least."""
         return tuple(dict.fromkeys((min(_WANTED_CONTEXTS, self.limits.max_sequences), 1)))
 
-    def workspace_bytes(self, worker: WorkerFacts, end: int) -> int:
+    def workspace_bytes(self, worker: WorkerFacts, start: int, end: int) -> int:
+        """What a stage takes beside weights and KV memory."""
+        rounding = self.limits.rounding(worker.device)
+        of_weights = rounding if isinstance(rounding, int) else int(rounding[start, end])
+        return self._workspace_to(worker, end) + of_weights
+
+    def _workspace_to(self, worker: WorkerFacts, end: int) -> int:
         limits = self.limits
         is_last = end == self.stages.layers
         return limits.workspace(StagePlace(worker.threads, limits.context_length, is_last, worker.device))
@@ -101,7 +108,7 @@ class Sizes:
         return {
             "weights": self.stages.weight_bytes(start, end),
             "KV memory": kv if given is None else min(kv, given),
-            "workspace": self.workspace_bytes(worker, end),
+            "workspace": self.workspace_bytes(worker, start, end),
         }
 
     def kv_blocks(self, cut: Cut) -> int:
@@ -145,8 +152,9 @@ class Sizes:
         if worker.memory_bytes is not None:
             kv = self._kv_table(contexts * self.limits.context_blocks)
             kv = kv if given is None else np.minimum(kv, given)
-            workspace = [self.workspace_bytes(worker, end) for end in range(stages.layers + 1)]
-            missing = np.maximum(missing, stages.held_bytes + kv + workspace - worker.memory_bytes)
+            workspace = [self._workspace_to(worker, end) for end in range(stages.layers + 1)]
+            held = stages.held_bytes + self.limits.rounding(worker.device)
+            missing = np.maximum(missing, held + kv + workspace - worker.memory_bytes)
         return np.where(stages.stages, missing, np.inf)
 
     def _division(self, worker: WorkerFacts, contexts: int) -> Division:

@@ -85,10 +85,10 @@ def test_the_user_says_how_many(gpu_layers: int, on_card: int) -> None:
 
 
 def test_more_layers_than_fit_are_refused_with_what_is_missing() -> None:
-    with pytest.raises(DoesNotFitError, match=r"a, cuda:0 60.* MiB are missing"):
+    with pytest.raises(DoesNotFitError, match=r"a cuda:0 60.* MiB are missing"):
         make_plan(SMALL, [with_cards(60, gpu_layers=12)], CARD_ASK)
     by_hand = replace(CARD_ASK, manual=(("a", 0, 12),))
-    with pytest.raises(DoesNotFitError, match=r"worker 'a, cuda:0': layers \[0, 12\) need .*it has 60 MiB"):
+    with pytest.raises(DoesNotFitError, match=r"worker 'a cuda:0': layers \[0, 12\) need .*it has 60 MiB"):
         make_plan(SMALL, [with_cards(60, gpu_layers=12)], by_hand)
 
 

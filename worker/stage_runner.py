@@ -13,6 +13,7 @@ from llamaclust.model.program import KvType, Program
 from llamaclust.wire.cards import DeviceLayers
 from llamaclust.wire.control import StageLimits
 from llamaclust.wire.messages import Microbatch, RowResult, SamplingInputs
+from llamaclust.worker.backends import card_names
 from llamaclust.worker.batches import build_batch
 
 
@@ -52,17 +53,27 @@ def held_weight_bytes(backend: Backend, model: Model, start: int, end: int, limi
 def planned_workspace_bytes(
     model: Model, start: int, end: int, limits: StageLimits, threads: int, device: str = "cpu"
 ) -> int:
-    """What layers [start, end) will take beside weights and KV memory on `threads` of a CPU, or on a GPU.
-    ModelFileError where they cannot be computed."""
+    """What layers [start, end) will take beside weights and KV memory on `threads` of a CPU, or on a GPU, there without
+    `weight_rounding_bytes`. ModelFileError where they cannot be computed."""
     program = model_program(model, start, end, limits)
     tensors = model.tensors_for(program)
-    if device != "cpu":
+    if card_names(device):
         from llamaclust.kernels.cuda import backend as cuda
 
         return cuda.workspace_bytes(program, tensors, limits)
     from llamaclust.kernels.cpu.backend import workspace_bytes
 
     return workspace_bytes(program, tensors, limits, threads)
+
+
+def weight_rounding_bytes(model: Model, start: int, end: int, device: str) -> int:
+    """What weights of layers [start, end) take of a device's memory beyond their bytes."""
+    if not card_names(device):
+        return 0
+    from llamaclust.kernels.cuda.backend import rounding_bytes
+
+    program = model.program(start, end)
+    return rounding_bytes(program, model.tensors_for(program))
 
 
 def model_program(model: Model, start: int, end: int, limits: StageLimits) -> Program:

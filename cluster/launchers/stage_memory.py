@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cache
 
-from llamaclust.cluster.planner_workspace import StagePlace, Workspace
+from llamaclust.cluster.costs import Counts, sums
+from llamaclust.cluster.planner_workspace import Rounding, StagePlace, Workspace
 from llamaclust.model.loader import Model
 from llamaclust.wire.control import StageLimits
-from llamaclust.worker.stage_runner import planned_workspace_bytes
+from llamaclust.worker.stage_runner import planned_workspace_bytes, weight_rounding_bytes
 
 
 def workspace_of(model: Model, limits: StageLimits) -> Workspace:
@@ -22,3 +23,13 @@ def workspace_of(model: Model, limits: StageLimits) -> Workspace:
         return planned_workspace_bytes(model, 0, end, at, place.threads, place.device)
 
     return bytes_at
+
+
+def rounding_of(model: Model) -> Rounding:
+    """Of stages of the model: the first layer is there with the embedding, the last one with the head."""
+
+    @cache
+    def table(device: str) -> Counts:
+        return sums(weight_rounding_bytes(model, layer, layer + 1, device) for layer in range(model.layer_count))
+
+    return table

@@ -11,7 +11,7 @@ from llamaclust.kernels.cpu.prepared_files import PreparedFolder
 from llamaclust.kernels.cpu.weights import check_weights
 from llamaclust.kernels.cuda.cold_cache import ColdCache
 from llamaclust.kernels.cuda.device import Device
-from llamaclust.kernels.cuda.memory import allocated
+from llamaclust.kernels.cuda.memory import ALIGNMENT, allocated
 from llamaclust.kernels.cuda.plan import Plan, kv_bytes
 from llamaclust.kernels.cuda.probe import limits, measure
 from llamaclust.kernels.cuda.stage import CudaStage
@@ -103,7 +103,10 @@ class CudaBackend:
         return kv_bytes(program, limits)
 
     def workspace_bytes(self, program: Program, tensors: Mapping[str, Tensor], limits: StageLimits) -> int:
-        return workspace_bytes(program, tensors, limits)
+        """With what rounding up adds to weights and KV memory."""
+        plan = _plan(program, tensors, limits)
+        kv_rounding = plan.kv_allocated_bytes - kv_bytes(program, limits)
+        return plan.buffers_allocated_bytes + kv_rounding + rounding_bytes(program, tensors)
 
     def close(self) -> None:
         """No stage may be left."""
@@ -111,10 +114,18 @@ class CudaBackend:
 
 
 def workspace_bytes(program: Program, tensors: Mapping[str, Tensor], limits: StageLimits) -> int:
-    """What a stage takes on a GPU beside weights and KV memory: buffers, and what is rounded up. Needs no GPU.
+    """What a stage takes on a GPU beside weights and KV memory, at most, however many blocks that has. Needs no GPU.
     ModelFileError for what cannot be computed."""
+    kv_rounding = allocated(1) + ALIGNMENT * len(program.kv_layers)
+    return _plan(program, tensors, limits).buffers_allocated_bytes + kv_rounding
+
+
+def _plan(program: Program, tensors: Mapping[str, Tensor], limits: StageLimits) -> Plan:
     check_weights(program, tensors)
-    plan = Plan(program, {name: DeviceWeight.of(tensors[name]) for name in program.weights}, limits)
+    return Plan(program, {name: DeviceWeight.of(tensors[name]) for name in program.weights}, limits)
+
+
+def rounding_bytes(program: Program, tensors: Mapping[str, Tensor]) -> int:
+    """What weights take on a GPU beyond their bytes, since each layer is a piece of memory of its own."""
     layers = layers_of_weights(tensors[name] for name in program.weights)
-    weights = sum(allocated(layer.n_bytes) - layer.resident_bytes for layer in layers)
-    return plan.buffers_allocated_bytes + plan.kv_allocated_bytes - kv_bytes(program, limits) + weights
+    return sum(allocated(layer.n_bytes) - layer.resident_bytes for layer in layers)

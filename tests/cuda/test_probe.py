@@ -6,8 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from shim_device import ShimDevice
 from tiny_model import build_tiny_model
 
+from llamaclust.cluster.launchers.stage_memory import rounding_of, workspace_of
+from llamaclust.cluster.planner_workspace import StagePlace
 from llamaclust.kernels.cuda import cold_cache
 from llamaclust.kernels.cuda.backend import CudaBackend
 from llamaclust.kernels.cuda.device import Device
@@ -15,7 +18,9 @@ from llamaclust.model.loader import Model
 from llamaclust.model.quant_types import QuantType
 from llamaclust.tools import bench
 from llamaclust.tools.bench import BenchTask, run_bench
+from llamaclust.wire.control import StageLimits
 from llamaclust.worker import trial
+from llamaclust.worker.stage_runner import StageRunner
 from llamaclust.worker.trial import TrialDevice, try_stages
 
 
@@ -41,6 +46,24 @@ def test_steps_of_a_model_are_tried_on_a_gpu(device: Device, tmp_path: Path, mon
     assert [one.rows for one in found] == [1, 8, 16]
     assert all(one.stage_s + one.layers_byte_s > 0 <= one.head_s for one in found)
     assert card.free_bytes == free, "all is given back"
+
+
+@pytest.mark.parametrize(("start", "end"), [(0, 4), (0, 1), (1, 3), (3, 4)])
+def test_a_plan_counts_what_layers_take(device: Device, tmp_path: Path, start: int, end: int) -> None:
+    """With what rounding up adds to each layer; only how KV memory is rounded is not known."""
+    path = build_tiny_model(tmp_path / "m.gguf", layers=4, hidden=64, heads=2, ffn=96, context=64)
+    limits = StageLimits(max_tokens=24, max_outputs=8, max_sequences=2, max_context_tokens=64, kv_blocks=5)
+    card = CudaBackend("cuda:0", device, 1)
+    with Model.open(path) as model:
+        rounding = rounding_of(model)("cuda:0")
+        assert not isinstance(rounding, int)
+        planned = workspace_of(model, limits)(StagePlace(1, 64, end == 4, "cuda:0")) + int(rounding[start, end])
+        free = device.free_bytes
+        runner = StageRunner(card, model, start, end, limits)
+        memory, taken = runner.memory, free - device.free_bytes
+        runner.close()
+    assert taken == memory.total_bytes or not isinstance(device, ShimDevice)
+    assert 0 <= planned - memory.workspace_bytes <= (2 << 20) + 4 * 256
 
 
 def test_a_model_on_a_gpu_is_measured(device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,11 +80,16 @@ def card_shares(registrations: Mapping[str, Register]) -> dict[str, WorkerCards]
 
 
 def shared_cards(hosts: Mapping[str, str], workers: Mapping[str, WorkerCards]) -> dict[str, WorkerCards]:
-    """Workers of one machine that name the same GPU share out what is free there."""
-    sharers = Counter((hosts[name], card.device) for name, one in workers.items() for card in one.cards)
+    """Workers that have the same GPU share out what is free there. What a worker calls cuda:0 may be another one's
+    cuda:1: as far as it is known, its own identity counts."""
+
+    def identity(name: str, card: Card) -> str:
+        return card.uuid or f"{card.device} of {hosts[name]}"
+
+    sharers = Counter(identity(name, card) for name, one in workers.items() for card in one.cards)
 
     def share(name: str, card: Card) -> Card:
-        return replace(card, free_bytes=card.free_bytes // sharers[hosts[name], card.device])
+        return replace(card, free_bytes=card.free_bytes // sharers[identity(name, card)])
 
     return {name: replace(one, cards=tuple(share(name, card) for card in one.cards)) for name, one in workers.items()}
 

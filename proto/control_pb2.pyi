@@ -339,6 +339,7 @@ class Card(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     TOTAL_BYTES_FIELD_NUMBER: _builtins.int
     FREE_BYTES_FIELD_NUMBER: _builtins.int
+    UUID_FIELD_NUMBER: _builtins.int
     device: _builtins.str
     """"cuda:N"."""
     name: _builtins.str
@@ -347,6 +348,8 @@ class Card(_message.Message):
     """Its memory, in bytes."""
     free_bytes: _builtins.int
     """What this worker may still take of it, its cap considered, in bytes."""
+    uuid: _builtins.str
+    """Its driver's, in hexadecimal digits: the same for all workers that use it. Empty: not known."""
     def __init__(
         self,
         *,
@@ -354,10 +357,11 @@ class Card(_message.Message):
         name: _builtins.str = ...,
         total_bytes: _builtins.int = ...,
         free_bytes: _builtins.int = ...,
+        uuid: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "free_bytes", b"free_bytes", "name", b"name", "total_bytes", b"total_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "free_bytes", b"free_bytes", "name", b"name", "total_bytes", b"total_bytes", "uuid", b"uuid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -163,6 +163,16 @@ def test_workers_of_one_machine_share_a_card() -> None:
     assert free == {"a": [45, 80], "b": [45], "c": [90]}
 
 
+def test_a_card_is_known_by_its_identity_not_by_its_number() -> None:
+    """Ray gives each actor GPUs of its own, and all of them are cuda:0 there."""
+    workers = {
+        name: WorkerCards((Card(device, "X", 100, 90, uuid),), None)
+        for name, device, uuid in (("a", "cuda:0", "1"), ("b", "cuda:0", "2"), ("c", "cuda:1", "2"))
+    }
+    shared = shared_cards(dict.fromkeys(workers, "here"), workers)
+    assert [shared[name].cards[0].free_bytes for name in "abc"] == [90, 45, 45]
+
+
 def test_speeds_come_from_measurements_of_as_many_cards() -> None:
     facts, cards = worker("a"), WorkerCards((Card("cuda:0", "X", 100, 90),), 4)
     measured = Measurement(20.0, 300.0, cards=(CardMeasurement(900.0, 70_000.0, TRIED),))

@@ -63,7 +63,7 @@ from llamaclust.wire.control_codec import (
 from llamaclust.wire.speeds import CardSpeed, StageTrial
 
 REGISTER = Register("a", 7, "host", "unix:/run/a.sock", "cpu", 2, "avx2", 1 << 35, 1 << 34, "a chip, 2 cores")
-CARDS = (Card("cuda:0", "NVIDIA X", 1 << 34, 1 << 33), Card("cuda:1", "NVIDIA Y", 1 << 33, 5))
+CARDS = (Card("cuda:0", "NVIDIA X", 1 << 34, 1 << 33, "01ab"), Card("cuda:1", "NVIDIA Y", 1 << 33, 5))
 LOAD = Load(
     3,
     "/models/m.gguf",

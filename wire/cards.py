@@ -13,6 +13,7 @@ class Card:
     name: str  # as its driver calls it
     total_bytes: int
     free_bytes: int  # what the worker may still take of it, its cap considered
+    uuid: str = ""  # the same for all workers that use it, whatever number it has there; "": not known
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,13 @@ _MAX_LAYERS = 1 << 16
 
 def cards_out(cards: Iterable[Card]) -> list[proto.Card]:
     return [
-        proto.Card(device=one.device, name=one.name, total_bytes=one.total_bytes, free_bytes=one.free_bytes)
+        proto.Card(
+            device=one.device,
+            name=one.name,
+            total_bytes=one.total_bytes,
+            free_bytes=one.free_bytes,
+            uuid=one.uuid,
+        )
         for one in cards
     ]
 
@@ -29,6 +35,7 @@ def cards_in(cards: Sequence[proto.Card]) -> tuple[Card, ...]:
             name=line("name", one.name, 255),
             total_bytes=memory("total_bytes", one.total_bytes),
             free_bytes=memory("free_bytes", one.free_bytes),
+            uuid=line("uuid", one.uuid, 64),
         )
         for one in cards
     )

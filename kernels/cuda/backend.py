@@ -53,7 +53,8 @@ class CudaBackend:
             return max(0, self._device.free_bytes - self._device.memory_bytes // _RESERVED_SHARE)
 
     def card(self) -> Card:
-        return Card(self.device, self._device.name, self._device.memory_bytes, self.free_bytes)
+        device = self._device
+        return Card(self.device, device.name, device.memory_bytes, self.free_bytes, device.uuid)
 
     def measure(self) -> CardSpeed:
         """What kernels reach; blocks for part of a second."""

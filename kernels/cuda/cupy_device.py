@@ -76,7 +76,7 @@ class CupyDevice:
         self._cupy = import_cupy()
         card = card_properties(self._cupy, index)
         self._index, self._cap_bytes = index, memory_cap_bytes
-        self.name, self.memory_bytes, self.sms = card.name, card.memory_bytes, card.sms
+        self.name, self.uuid, self.memory_bytes, self.sms = card.name, card.uuid, card.memory_bytes, card.sms
         self.compute_capability, self.shared_bytes = card.compute_capability, card.shared_bytes
         self._nvrtc = usable_nvrtc(self._cupy)
         self._runtime = self._cupy.cuda.runtime

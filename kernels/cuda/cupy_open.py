@@ -19,6 +19,7 @@ class CardProperties:
     """One card, as the CUDA runtime describes it."""
 
     name: str
+    uuid: str  # hexadecimal digits
     memory_bytes: int
     compute_capability: tuple[int, int]
     sms: int
@@ -97,6 +98,7 @@ def _properties(cupy: Any, index: int) -> CardProperties:
     found = cupy.cuda.runtime.getDeviceProperties(index)
     return CardProperties(
         name=found["name"].decode(),
+        uuid=bytes(found["uuid"]).hex(),
         memory_bytes=found["totalGlobalMem"],
         compute_capability=(found["major"], found["minor"]),
         sms=found["multiProcessorCount"],

@@ -70,6 +70,7 @@ class Device(Protocol):
     on; for one thread at a time, but `prepare` and the `close` of buffers."""
 
     name: str
+    uuid: str  # of the GPU itself; "": not known
     compute_capability: tuple[int, int]
     sms: int  # multiprocessors
     memory_bytes: int

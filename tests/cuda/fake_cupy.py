@@ -96,6 +96,7 @@ class FakeRuntime:
         major, minor = self.cards[index]
         return {
             "name": f"Card {index}".encode(),
+            "uuid": bytes([index] * 16),
             "totalGlobalMem": 1 << 30,
             "major": major,
             "minor": minor,

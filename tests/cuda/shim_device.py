@@ -77,6 +77,7 @@ class ShimDevice:
     sms: int = 4
     shared_bytes: int = 227 << 10
     name: str = "no GPU"
+    uuid: str = ""
     launches: int = 0
     failures: tuple[type[Exception], ...] = ()
     _buffers: set[ShimBuffer] = field(default_factory=set)

@@ -103,6 +103,7 @@ def test_what_a_card_is(monkeypatch: pytest.MonkeyPatch) -> None:
     cupy = install(monkeypatch)
     device = CupyDevice(1)
     assert (device.name, device.compute_capability, device.sms) == ("Card 1", (9, 0), 100)
+    assert device.uuid == 16 * "01"
     assert (device.memory_bytes, device.shared_bytes, device.free_bytes) == (1 << 30, 99 << 10, 1 << 20)
     assert cupy.runtime.chosen == 1
 

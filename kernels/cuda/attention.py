@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from llamaclust.errors import ModelFileError
 from llamaclust.kernels.cuda.device import Launch, Scalar
-from llamaclust.model.program import KV_GROUP_CHANNELS, SPAN_TOKENS, Attention, KvType
+from llamaclust.model.program import KV_GROUP_CHANNELS, SPAN_TOKENS, Attention, KvType, Program
 
 MAX_PARTIAL_BYTES = 64 << 20
 """Memory for sums of spans that are computed apart: where there are more of them, blocks walk whole tiles."""
@@ -118,8 +119,15 @@ def _parts(step: Attention, card: Card) -> int:
     return -(-_group(step) // _many_queries(step, card))
 
 
+def check_attention(program: Program) -> None:
+    """ModelFileError for what the kernels cannot compute; of the rest they have been told by the CPU's checks."""
+    for step in program.kv_layers:
+        if step.head_dim > _MAX_HEAD_DIM:
+            at = f"layers {program.start} to {program.end}"
+            raise ModelFileError(f"{at} cannot be computed: heads of {step.head_dim}, at most {_MAX_HEAD_DIM} channels")
+
+
 def cut_of(step: Attention, card: Card) -> Cut:
-    assert step.head_dim <= _MAX_HEAD_DIM, step.head_dim
     group, blocks = _group(step), step.kv_heads * _parts(step, card)
     return Cut(
         tile_rows=max(1, _many_queries(step, card) // group),

@@ -9,6 +9,7 @@ from llamaclust.errors import DoesNotFitError
 from llamaclust.kernels.backend import Progress
 from llamaclust.kernels.cpu.prepared_files import PreparedFolder
 from llamaclust.kernels.cpu.weights import check_weights
+from llamaclust.kernels.cuda.attention import check_attention
 from llamaclust.kernels.cuda.cold_cache import ColdCache
 from llamaclust.kernels.cuda.device import Device
 from llamaclust.kernels.cuda.memory import ALIGNMENT, allocated
@@ -85,6 +86,7 @@ class CudaBackend:
     def load(self, program: Program, tensors: dict[str, Tensor], limits: StageLimits, progress: Progress) -> CudaStage:
         """ModelFileError for weights without kernels or figures that do not fit together; DoesNotFitError where the
         device has too little memory."""
+        check_attention(program)
         memories = self._weights.load(program, tensors, progress)
         weights = {name: weight for memory in memories for name, weight in memory.weights.items()}
         plan = Plan(program, {name: weights[name] for name in program.weights}, limits)
@@ -123,6 +125,7 @@ def workspace_bytes(program: Program, tensors: Mapping[str, Tensor], limits: Sta
 
 def _plan(program: Program, tensors: Mapping[str, Tensor], limits: StageLimits) -> Plan:
     check_weights(program, tensors)
+    check_attention(program)
     return Plan(program, {name: DeviceWeight.of(tensors[name]) for name in program.weights}, limits)
 
 

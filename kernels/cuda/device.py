@@ -17,6 +17,9 @@ Scalar = np.int32 | np.float32 | np.float64 | np.uint64
 MIN_COMPUTE_CAPABILITY = (7, 5)
 """The oldest cards that CUDA 13 still compiles for; with 8-bit matrix instructions."""
 
+LEAST_SHARED_BYTES = 64 << 10
+"""What `Device.shared_bytes` is on any of these cards, at least."""
+
 PLAIN_SHARED_BYTES = 48 << 10
 """Shared memory that a block of any card has; more of it, up to `Device.shared_bytes`, has to be dynamic."""
 

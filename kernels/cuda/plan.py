@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from llamaclust.kernels.cuda.attention import Card
-from llamaclust.kernels.cuda.device import PLAIN_SHARED_BYTES, Buffer, Device, Launch
+from llamaclust.kernels.cuda.device import LEAST_SHARED_BYTES, Buffer, Device, Launch
 from llamaclust.kernels.cuda.emit import Emitter
 from llamaclust.kernels.cuda.inputs import Inputs
 from llamaclust.kernels.cuda.kv import block_bytes, layer_offsets
@@ -31,7 +31,7 @@ class Plan:
         *offsets, self._kv_end = layer_offsets(program.kv_layers, limits)
         self._kv_offsets = dict(zip((step.layer for step in program.kv_layers), offsets, strict=True))
         self._constants: set[bytes] = set()
-        self._kv_base, self._card = 0, Card(1, PLAIN_SHARED_BYTES)
+        self._kv_base, self._card = 0, Card(1, LEAST_SHARED_BYTES)
         for shape in Shape.all(limits):
             self.launches(shape)
         self._regions.lay_out()

@@ -24,6 +24,7 @@ from llamaclust.kernels.cuda.attention import (
     plan_launch,
     room_of,
 )
+from llamaclust.kernels.cuda.device import LEAST_SHARED_BYTES
 from llamaclust.kernels.cuda.kv import block_bytes
 from llamaclust.model.gguf import open_model
 from llamaclust.model.program import KV_BLOCK_TOKENS, Attention, Buffer, KvType
@@ -34,7 +35,7 @@ Float32 = NDArray[np.float32]
 Int32 = NDArray[np.int32]
 
 LIMITS = StageLimits(max_tokens=1600, max_outputs=1, max_sequences=8, max_context_tokens=2048, kv_blocks=300)
-SMALL, LARGE = Card(2, 48 << 10), Card(3, 200 << 10)
+SMALL, LARGE = Card(2, LEAST_SHARED_BYTES), Card(3, 200 << 10)
 NO_SLOPES = np.uint64(0)
 
 

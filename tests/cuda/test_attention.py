@@ -16,7 +16,7 @@ from shim_build import build
 from shim_device import ShimDevice
 
 from llamaclust.kernels.cuda.attention import Card, cut_of, few_shared_bytes, many_shared_bytes, room_of
-from llamaclust.kernels.cuda.device import PLAIN_SHARED_BYTES
+from llamaclust.kernels.cuda.device import LEAST_SHARED_BYTES, PLAIN_SHARED_BYTES
 from llamaclust.kernels.cuda.sources import SRC
 from llamaclust.model.architectures.alibi import alibi_slopes
 from llamaclust.model.program import Attention, KvType
@@ -34,6 +34,8 @@ SHAPES = {
     "many heads": attention(20, 1, 32, slopes=alibi_slopes(20)),
     "odd": attention(3, 1, 33, KvType.Q8_0, slopes=alibi_slopes(3)),
     "odd halves": attention(6, 2, 37),
+    "widest": attention(2, 1, 512),
+    "widest bytes": attention(2, 1, 512, KvType.Q8_0),
 }
 CARDS = {"small": SMALL, "large": LARGE}
 
@@ -152,6 +154,8 @@ def test_shared_memory_is_what_every_card_has() -> None:
             step = attention(32, 8, head_dim, kv_type)
             sizes = [few_shared_bytes(step, queries) for queries in (4, 8, 16)]
             assert max(*sizes, many_shared_bytes(step, 16)) + 1024 <= PLAIN_SHARED_BYTES
+        widest = attention(32, 8, 512, kv_type)
+        assert many_shared_bytes(widest, 16) + 1024 <= LEAST_SHARED_BYTES
     assert cut_of(attention(32, 8, 128), SMALL).tile_rows == 4
     assert cut_of(attention(32, 8, 128), LARGE).tile_rows == 8
 

@@ -20,7 +20,6 @@ from llamaclust.kernels.cuda.device import Scalar
 from llamaclust.kernels.cuda.sources import modules, whole_text
 from llamaclust.model.program import (
     Add,
-    AddPosition,
     Buffer,
     Embed,
     Gelu,
@@ -219,21 +218,14 @@ def test_rows_of_weights(bench: Bench, quant_type: QuantType, width: int) -> Non
     source = random_source()
     weight = Weight(np.clip(awkward(source, 50, width), -6e4, 6e4), quant_type)
     ids = source.integers(0, 50, ROWS).astype(np.int32)
-    out, x = Buffer("out", width), awkward(source, ROWS, width)
+    out = Buffer("out", width)
     tiles, tile_bytes = tiles_of(weight)
     there, rows, on_device = bench.room(ROWS * width * 4), rows_of(bench), bench.put(tiles)
     args = bench.put(ids), on_device, tile_bytes, width, rows, there
     bench.run(f"embed.embed_{quant_type.name.lower()}", pieces(width), 256, *args)
     batch = batch_of([(ids, range(ROWS), range(1))])
-    same_bits(
-        bench.get(there, x.shape), on_cpu(program_of(out, out, Embed(out, "w"), first=True), {"w": weight}, batch, None)
-    )
-    hidden, first = Buffer("x", width), int(source.integers(0, 48 - ROWS))
-    batch = rows_at(range(first, first + ROWS))
-    args = bench.put(x), bench.put(batch.positions), on_device, tile_bytes, width, rows, there
-    bench.run(f"embed.add_position_{quant_type.name.lower()}", pieces(width), 256, *args)
-    wanted = on_cpu(program_of(hidden, out, AddPosition(hidden, out, "w")), {"w": weight}, batch, x, 48)
-    same_bits(bench.get(there, x.shape), wanted)
+    wanted = on_cpu(program_of(out, out, Embed(out, "w"), first=True), {"w": weight}, batch, None)
+    same_bits(bench.get(there, (ROWS, width)), wanted)
 
 
 WALK, LOW = "int i = threadIdx.x % kWarp; i < n; i += 64", "low = term(low, i);"

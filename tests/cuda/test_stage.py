@@ -16,7 +16,7 @@ from shim_device import ShimDevice
 from tiny_architectures import build_architecture
 from tiny_model import build_tiny_model
 
-from llamaclust.errors import DeviceLostError, DoesNotFitError, LlamaclustError
+from llamaclust.errors import DeviceLostError, DoesNotFitError, LlamaclustError, ModelFileError
 from llamaclust.kernels.backend import Backend, Float32
 from llamaclust.kernels.chain import ChainBackend, Part
 from llamaclust.kernels.cpu.backend import CpuBackend
@@ -30,6 +30,7 @@ from llamaclust.model.quant_types import QuantType
 from llamaclust.wire.control import StageLimits
 from llamaclust.wire.messages import Chunk, Microbatch
 from llamaclust.worker.batches import build_batch
+from llamaclust.worker.stage_runner import planned_workspace_bytes
 
 LIMITS = StageLimits(max_tokens=32, max_outputs=32, max_sequences=4, max_context_tokens=128, kv_blocks=24)
 SMALL: dict[str, Any] = {"layers": 3, "heads": 4, "vocabulary": 320}
@@ -345,3 +346,13 @@ def test_a_card_that_is_lost_is_told_by_name(
             stage.run(batch, None)
     same(stage.run(batch, None), wanted)
     stage.close()
+
+
+def test_heads_that_are_too_wide_are_told_before_a_start(tmp_path: Path) -> None:
+    path = build_tiny_model(tmp_path / "m.gguf", layers=1, hidden=1040, heads=2, kv_heads=2, ffn=64)
+    limits = StageLimits(max_tokens=8, max_outputs=8, max_sequences=2, max_context_tokens=64, kv_blocks=5)
+    with (
+        Model.open(path) as model,
+        pytest.raises(ModelFileError, match="cannot be computed: heads of 520"),
+    ):
+        planned_workspace_bytes(model, 0, 1, limits, 1, "cuda:0")

@@ -16,32 +16,24 @@ struct BF16 {
   static DEVICE float widen(uint16_t x) { return __uint_as_float(static_cast<uint32_t>(x) << 16); }
 };
 
-// f(column, weight) for the columns of a piece of row `index`.
-template <class Type, class F>
-DEVICE void each_weight(const uint8_t* tiles, int tile_bytes, int index, int width, F f) {
+// out[row] = weights of tokens[row]. Grid: (width / 1024 rounded up, rows), blocks of 256.
+template <class Type>
+DEVICE void embed(const int32_t* tokens, const uint8_t* tiles, int tile_bytes, int width, const int32_t* rows,
+                  float* out) {
+  const int row = blockIdx.y;
+  if (row >= *rows) return;
+  const int index = tokens[row];
   const uint8_t* tile = tiles + line(index / 16, tile_bytes);
   const auto* column = reinterpret_cast<const typename Type::Value*>(tile) + index % 16;
+  out += line(row, width);
   for (int i = kPiece * blockIdx.x + threadIdx.x, k = 0; k < 4; i += 256, k++)
-    if (i < width) f(i, Type::widen(column[16 * i]));
+    if (i < width) out[i] = Type::widen(column[16 * i]);
 }
 
-// embed: out[row] = weights of tokens[row]. add_position: out[row] = x[row] + weights of positions[row]; out is not x. Grid:
-// (width / 1024 rounded up, rows), blocks of 256.
 #define FLOAT_TYPE(Type, name)                                                                                        \
   KERNEL(256, embed_##name, const int32_t* __restrict__ tokens, const uint8_t* __restrict__ tiles, int32_t tile_bytes, \
          int32_t width, const int32_t* rows, float* __restrict__ out) {                                               \
-    const int row = blockIdx.y;                                                                                       \
-    if (row >= *rows) return;                                                                                         \
-    out += line(row, width);                                                                                          \
-    each_weight<Type>(tiles, tile_bytes, tokens[row], width, [out](int i, float w) { out[i] = w; });                  \
-  }                                                                                                                   \
-  KERNEL(256, add_position_##name, const float* __restrict__ x, const int32_t* __restrict__ positions,                \
-         const uint8_t* __restrict__ tiles, int32_t tile_bytes, int32_t width, const int32_t* rows,                   \
-         float* __restrict__ out) {                                                                                   \
-    const int row = blockIdx.y;                                                                                       \
-    if (row >= *rows) return;                                                                                         \
-    x += line(row, width), out += line(row, width);                                                                   \
-    each_weight<Type>(tiles, tile_bytes, positions[row], width, [x, out](int i, float w) { out[i] = add(x[i], w); }); \
+    embed<Type>(tokens, tiles, tile_bytes, width, rows, out);                                                         \
   }
 
 FLOAT_TYPE(F32, f32)

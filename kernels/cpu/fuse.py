@@ -89,7 +89,7 @@ def _attend(program: Program, at: int) -> Attend | None:
         return None
     parts = {step.q.name: step.heads, step.k.name: step.kv_heads}
     fits = all(
-        rope.heads == parts.get(name) and rope.head_dim == step.head_dim and not _is_read(program, at + 1, name)
+        rope.heads == parts.get(name) and rope.head_dim == step.head_dim and not is_read(program, at + 1, name)
         for name, rope in ropes.items()
     )
     if not fits or len({step.q.name, step.k.name, step.v.name}) < 3:
@@ -97,7 +97,7 @@ def _attend(program: Program, at: int) -> Attend | None:
     return Attend(step, ropes.get(step.q.name), ropes.get(step.k.name))
 
 
-def _is_read(program: Program, at: int, name: str) -> bool:
+def is_read(program: Program, at: int, name: str) -> bool:
     """Whether a step from `at` on reads what stands in the buffer now."""
     for step in program.steps[at:]:
         if any(buffer.name == name for buffer in reads_of(step)):

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from llamaclust.kernels.cpu.fuse import Attend, FusedStep, Products, fuse, reads_of, written_by
+from llamaclust.kernels.cpu.fuse import Attend, Products, reads_of, written_by
 from llamaclust.kernels.cuda import experts, products, rows
 from llamaclust.kernels.cuda.device import Launch
 from llamaclust.kernels.cuda.emit_attention import AttentionSteps
+from llamaclust.kernels.cuda.fuse import Gated, GpuStep, Norm, fuse_for_gpu
 from llamaclust.kernels.cuda.place import NOWHERE, Place
 from llamaclust.kernels.cuda.shapes import Shape
 from llamaclust.model.program import (
@@ -34,7 +35,7 @@ from llamaclust.model.program import (
     Slice,
     SoftCap,
 )
-from llamaclust.model.quant_types import ActivationFormat, QuantType
+from llamaclust.model.quant_types import ActivationFormat
 
 _FLOAT = 4
 _LEAST_PIECE = 8
@@ -49,6 +50,7 @@ class Emitter:
     shape: Shape
     _selected: bool = False
     _current: dict[str, np.uint64] = field(default_factory=dict)  # where a buffer's newest values are
+    _quantized: dict[ActivationFormat, str] = field(default_factory=dict)  # whose are there in this format
 
     def launches(self) -> Iterator[Launch]:
         program = self.place.program
@@ -56,12 +58,12 @@ class Emitter:
             self._out(program.hidden)
         yield from self._rotations()
         yield from AttentionSteps(self.place, self.shape).plans()
-        for step in fuse(program):
+        for step in fuse_for_gpu(program, lambda name: self.place.weights[name].quant_type):
             if isinstance(step, SelectRows) and self.shape.outputs == 0:
                 return
             yield from self._emit(step)
 
-    def _emit(self, step: FusedStep) -> Iterator[Launch]:
+    def _emit(self, step: GpuStep) -> Iterator[Launch]:
         match step:
             case Embed():
                 yield self._dequantized(step.weight, self.place.inputs.tokens, self._out(step.out))
@@ -69,10 +71,15 @@ class Emitter:
                 yield from self._products(step.x, step.steps)
             case Attend():
                 yield from self._attend(step)
+            case Norm():
+                yield self._norm(step)
+            case Gated():
+                yield self._gated(step)
             case Moe():
                 yield from self._experts(step)
             case SelectRows():
                 x, self._selected = self._current[step.x.name], True
+                self._quantized.clear()
                 out = self._out(step.out)
                 yield rows.select_rows(x, self.place.inputs.output_rows, out, step.x.width, *self._lines)
             case _:
@@ -91,9 +98,15 @@ class Emitter:
         return self.place.limits.max_outputs if self._selected else self.place.limits.max_tokens
 
     def _out(self, buffer: Buffer, multiple: int = 1) -> np.uint64:
-        n_bytes = _FLOAT * buffer.width * multiple * self._room
-        self._current[buffer.name] = self.place.regions.at((buffer.name, self._selected), n_bytes)
+        self._current[buffer.name] = self._scratch(buffer.name, buffer.width, multiple)
         return self._current[buffer.name]
+
+    def _scratch(self, name: str, width: int, multiple: int = 1) -> np.uint64:
+        self._is_written(name)
+        return self.place.regions.at((name, self._selected), _FLOAT * width * multiple * self._room)
+
+    def _is_written(self, name: str) -> None:
+        self._quantized = {kind: whose for kind, whose in self._quantized.items() if whose != name}
 
     def _weight(self, name: str) -> products.Weights:
         weight = self.place.weights[name]
@@ -106,31 +119,55 @@ class Emitter:
     def _dequantized(self, name: str, ids: np.uint64, out: np.uint64) -> Launch:
         return products.embed(self._weight(name), ids, *self._lines, out)
 
-    def _quantized(
-        self, x: np.uint64, width: int, types: Sequence[QuantType], multiple: int = 1
-    ) -> tuple[list[Launch], list[np.uint64]]:
-        """x once in each format that the types ask for, and where each type finds it."""
-        launches: list[Launch] = []
-        places: dict[ActivationFormat, np.uint64] = {ActivationFormat.F32: x}
-        found = []
-        for kind in types:
-            activation = kind.info.activation
-            assert activation is not None
-            if activation not in places:
-                most, count = self._lines
-                n_bytes = products.activation_bytes(activation, self._room * multiple, width)
-                out = places[activation] = self.place.regions.at(("activations", activation), n_bytes)
-                launches.append(products.quantize(activation, x, width, most * multiple, count, multiple, out))
-            found.append(places[activation])
-        return launches, found
+    def _activations(self, kind: ActivationFormat, name: str, width: int, multiple: int = 1) -> np.uint64:
+        """Where `name` is to be put in this format."""
+        self._quantized[kind] = name
+        n_bytes = products.activation_bytes(kind, self._room * multiple, width)
+        return self.place.regions.at(("activations", kind), n_bytes)
+
+    def _quantize(
+        self, name: str, x: np.uint64, width: int, weights: Sequence[str], multiple: int = 1
+    ) -> Iterator[Launch]:
+        """x, which is called `name`, in each format that the weights ask for and nobody has made."""
+        most, count = self._lines
+        for kind in dict.fromkeys(self._weight(weight).activation for weight in weights):
+            if kind is not ActivationFormat.F32 and self._quantized.get(kind) != name:
+                out = self._activations(kind, name, width, multiple)
+                yield products.quantize(kind, x, width, most * multiple, count, multiple, out)
+
+    def _given(self, weight: products.Weights, x: np.uint64) -> np.uint64:
+        """Where products with it find x."""
+        kind = weight.activation
+        return x if kind is ActivationFormat.F32 else self.place.regions.at(("activations", kind), 0)
 
     def _products(self, x: Buffer, steps: Sequence[MatMul]) -> Iterator[Launch]:
-        types = [self.place.weights[step.weight].quant_type for step in steps]
-        launches, activations = self._quantized(self._current[x.name], x.width, types)
-        yield from launches
-        for step, given in zip(steps, activations, strict=True):
-            out, bias = self._out(step.out), self._vector(step.bias)
-            yield products.multiply(self._weight(step.weight), given, bias, *self._lines, out, self.place.card.sms)
+        at, sms = self._current[x.name], self.place.card.sms
+        yield from self._quantize(x.name, at, x.width, [step.weight for step in steps])
+        for step in steps:
+            weight, bias = self._weight(step.weight), self._vector(step.bias)
+            yield products.multiply(weight, self._given(weight, at), bias, *self._lines, self._out(step.out), sms)
+
+    def _norm(self, step: Norm) -> Launch:
+        norm, y, total = step.norm, NOWHERE, NOWHERE
+        x = self._current[norm.x.name if step.add is None else step.add.x.name]
+        if step.add is not None:
+            y, total = self._current[step.add.y.name], self._out(step.add.out)
+        floats = self._out(norm.out)
+
+        def place(kind: ActivationFormat) -> np.uint64:
+            if kind not in step.formats:
+                return NOWHERE
+            return floats if kind is ActivationFormat.F32 else self._activations(kind, norm.out.name, norm.width)
+
+        outs = place(ActivationFormat.F32), place(ActivationFormat.Q8_32), place(ActivationFormat.Q8_256)
+        weight = self._vector(norm.weight)
+        return rows.add_rms_norm(x, y, weight, norm.epsilon, norm.width, total, outs, *self._lines)
+
+    def _gated(self, step: Gated) -> Launch:
+        gate, up = self._current[step.gate.name], self._current[step.up.name]
+        self._out(step.out)
+        out = self._activations(step.format, step.out.name, step.out.width)
+        return products.quantize_gated(step.format, step.kind, gate, up, step.out.width, *self._lines, 1, out)
 
     def _row_step(self, step: RowStep) -> Iterator[Launch]:
         x, *others = (self._current[buffer.name] for buffer in reads_of(step))
@@ -167,9 +204,6 @@ class Emitter:
                 weight = self._vector(step.weight)
                 yield rows.sigmoid_gate(x, step.x.width, weight, others[0], out, width, *lines)
 
-    def _scratch(self, name: str, width: int, multiple: int = 1) -> np.uint64:
-        return self.place.regions.at((name, self._selected), _FLOAT * width * multiple * self._room)
-
     def _rotations(self) -> Iterator[Launch]:
         """Of every table, once for all layers."""
         tables = dict.fromkeys(step.table for step in self.place.program.steps if isinstance(step, Rope))
@@ -185,6 +219,7 @@ class Emitter:
         return self.place.regions.at(("rotation", table), n_bytes)
 
     def _rotated(self, step: Rope, x: np.uint64) -> Launch:
+        self._is_written(step.x.name)
         return rows.rope(step, x, self._angles(step.table), *self._lines)
 
     def _attend(self, step: Attend) -> Iterator[Launch]:
@@ -197,22 +232,30 @@ class Emitter:
 
     def _experts(self, step: Moe) -> Iterator[Launch]:
         x, used, (most, count) = self._current[step.x.name], step.used, self._lines
-        router = self.place.weights[step.router].quant_type
-        launches, (given,) = self._quantized(x, step.x.width, [router])
+        router = self._weight(step.router)
+        yield from self._quantize(step.x.name, x, step.x.width, [step.router])
         logits = self._scratch("router logits", step.experts)
-        yield from launches
-        sms = self.place.card.sms
-        yield products.multiply(self._weight(step.router), given, NOWHERE, most, count, logits, sms)
+        given, sms = self._given(router, x), self.place.card.sms
+        yield products.multiply(router, given, NOWHERE, most, count, logits, sms)
         chosen = self._chosen(step)
         piece = products.expert_piece(most * used, step.experts)
         yield experts.choose(step, logits, chosen, most, count)
         yield experts.group(step, chosen, piece, count)
         gate, up = (self._scratch(f"expert {name}", step.ffn_width, used) for name in ("gate", "up"))
-        yield from self._expert_products(step, x, step.x.width, ((step.gate, gate), (step.up, up)), chosen, piece)
-        yield rows.elementwise("silu_mul", (gate, up), gate, used * step.ffn_width, most, count)
+        yield from self._quantize(step.x.name, x, step.x.width, [step.gate, step.up])
+        yield from self._expert_products(step, x, ((step.gate, gate), (step.up, up)), chosen, piece, used)
+        yield self._expert_gate(step, gate, up)
         down = self._scratch("expert down", step.out.width, used)
-        yield from self._expert_products(step, gate, step.ffn_width, ((step.down, down),), chosen, piece, used)
+        yield from self._expert_products(step, gate, ((step.down, down),), chosen, piece, 1)
         yield experts.combine(step, down, chosen, self._out(step.out), most, count)
+
+    def _expert_gate(self, step: Moe, gate: np.uint64, up: np.uint64) -> Launch:
+        """silu(gate) * up, as floats where it is or quantized."""
+        (most, count), used, kind = self._lines, step.used, self._weight(step.down).activation
+        if kind is ActivationFormat.F32:
+            return rows.elementwise("silu_mul", (gate, up), gate, used * step.ffn_width, most, count)
+        out = self._activations(kind, "expert gate", step.ffn_width, used)
+        return products.quantize_gated(kind, None, gate, up, step.ffn_width, most * used, count, used, out)
 
     def _chosen(self, step: Moe) -> experts.ExpertPlaces:
         at, lines = self.place.regions.at, experts.choice_bytes(step, self._room)
@@ -225,19 +268,15 @@ class Emitter:
         self,
         step: Moe,
         x: np.uint64,
-        width: int,
         outs: Sequence[tuple[str, np.uint64]],
         chosen: experts.ExpertPlaces,
         piece: int,
-        multiple: int = 1,
+        divisor: int,
     ) -> Iterator[Launch]:
-        """`multiple`: x has so many lines a row, one for each expert that it uses, or one for all of them."""
-        weights = [self.place.weights[name] for name, _ in outs]
-        launches, given = self._quantized(x, width, [weight.quant_type for weight in weights], multiple)
-        yield from launches
+        """`divisor`: how many lines share a row of x."""
         most_items = experts.max_items(step, self._lines[0], piece)
-        divisor = 1 if multiple > 1 else step.used
         lines = products.Experts(chosen.items, chosen.item_count, chosen.lines, most_items, piece, divisor)
-        for (name, out), weight, activations in zip(outs, weights, given, strict=True):
-            matrix, sms = self._weight(name), self.place.card.sms
-            yield products.multiply_experts(matrix, weight.matrix_bytes, activations, lines, out, sms)
+        for name, out in outs:
+            weight, matrix_bytes = self._weight(name), self.place.weights[name].matrix_bytes
+            sms = self.place.card.sms
+            yield products.multiply_experts(weight, matrix_bytes, self._given(weight, x), lines, out, sms)

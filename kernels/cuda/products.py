@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from llamaclust.kernels.cuda.device import PLAIN_SHARED_BYTES, Launch, Scalar
+from llamaclust.model.program import GeluKind
 from llamaclust.model.quant_types import TILE_ROWS, ActivationFormat, QuantType
 
 _Q = QuantType
@@ -104,9 +105,38 @@ def quantize(
     out: np.uint64,
 ) -> Launch:
     """x float32 [rows][cols], of which *count * multiple rows are there."""
+    return _quantize("rows", activation, (x,), cols, rows, count, multiple, out)
+
+
+def quantize_gated(
+    activation: ActivationFormat,
+    kind: GeluKind | None,
+    gate: np.uint64,
+    up: np.uint64,
+    cols: int,
+    rows: int,
+    count: np.uint64,
+    multiple: int,
+    out: np.uint64,
+) -> Launch:
+    """The same of silu(gate) * up, or of gelu(gate) * up."""
+    name = "silu_mul" if kind is None else f"gelu_{kind.value}_mul"
+    return _quantize(name, activation, (gate, up), cols, rows, count, multiple, out)
+
+
+def _quantize(
+    name: str,
+    activation: ActivationFormat,
+    inputs: tuple[np.uint64, ...],
+    cols: int,
+    rows: int,
+    count: np.uint64,
+    multiple: int,
+    out: np.uint64,
+) -> Launch:
     grid = (-(-cols // 256), -(-rows // _GROUP_ROWS), 1)
-    args = (x, np.int32(cols), count, np.int32(multiple), out)
-    return Launch(f"quantize.rows_{activation.value}", grid, (256, 1, 1), args)
+    args: tuple[Scalar, ...] = (*inputs, np.int32(cols), count, np.int32(multiple), out)
+    return Launch(f"quantize.{name}_{activation.value}", grid, (256, 1, 1), args)
 
 
 def embed(weights: Weights, ids: np.uint64, rows: int, count: np.uint64, out: np.uint64) -> Launch:

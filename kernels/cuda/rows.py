@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from llamaclust.kernels.cuda.device import Launch, Scalar
+from llamaclust.kernels.cuda.device import PLAIN_SHARED_BYTES, Launch, Scalar
 from llamaclust.model.program import GeluKind, Rope, RopeStyle
 
 _BLOCK = 256
@@ -12,6 +12,10 @@ _PIECE = 1024
 """Channels that a block of an elementwise kernel computes."""
 _PARTS = 8
 _ROTATION_BLOCK = 64
+_FOUR_EACH, _MOST_WARPS = 128, 32  # channels of a warp, four a lane; warps of a block
+
+WIDEST_ROW = PLAIN_SHARED_BYTES // 4 - 16
+"""Channels of a row that `add_rms_norm` can have."""
 
 
 def _launch(kernel: str, blocks: int, most: int, args: tuple[Scalar, ...], block: int = _BLOCK) -> Launch:
@@ -60,6 +64,24 @@ def rms_norm(
         return _launch("norms.rms_norm", 1, most, (x, weight, np.float32(epsilon), np.int32(width), count, out))
     args = (x, weight, np.float32(epsilon), np.int32(heads), np.int32(width), count, out)
     return _launch("norms.rms_norm_parts", -(-heads // _PARTS), most, args)
+
+
+def add_rms_norm(
+    x: np.uint64,
+    y: np.uint64,
+    weight: np.uint64,
+    epsilon: float,
+    width: int,
+    total: np.uint64,
+    outs: tuple[np.uint64, np.uint64, np.uint64],
+    most: int,
+    count: np.uint64,
+) -> Launch:
+    """total = x + y, or x alone where y is 0; its norm goes to `outs`, of which some may be 0: as float32, and in eight
+    bits for weights with segments of 32 and of 256."""
+    args = (x, y, weight, np.float32(epsilon), np.int32(width), count, total, *outs)
+    warps = min(_MOST_WARPS, -(-width // _FOUR_EACH))
+    return Launch("norms.add_rms_norm", (1, most, 1), (32 * warps, 1, 1), args, 4 * width)
 
 
 def layer_norm(

@@ -44,13 +44,19 @@ DEVICE void each(const float* x, const float* y, int width, const int32_t* rows,
 struct Lanes {
   float low = 0.0f, high = 0.0f;
 
-  // Elements i = lane, lane + 64, ... of n go in by sum = term(sum, i).
+  // Elements i = lane, lane + 64, ... of `count` go in by sum = term(sum, i). Whole steps have no condition, so that what
+  // terms read is on its way for several of them.
   template <class Term>
-  DEVICE void add_elements(int n, Term term) {
+  DEVICE void add_elements(int count, Term term) {
+    const int n = count / 64 * 64;
+#pragma unroll 8
     for (int i = threadIdx.x % kWarp; i < n; i += 64) {
       low = term(low, i);
-      if (i + 32 < n) high = term(high, i + 32);
+      high = term(high, i + 32);
     }
+    const int last = n + threadIdx.x % kWarp;
+    if (last < count) low = term(low, last);
+    if (last + 32 < count) high = term(high, last + 32);
   }
 
   // Halves are added: 32 + 32, 16 + 16, ... 1 + 1. Every lane gets the sum.

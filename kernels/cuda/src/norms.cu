@@ -1,6 +1,7 @@
 // Row by row steps that sum a row up.
 #include "lines.cuh"
 #include "math.cuh"
+#include "quantize.cuh"
 
 namespace llamaclust::cuda {
 
@@ -17,6 +18,68 @@ KERNEL(256, rms_norm, const float* x, const float* __restrict__ weight, float ep
   const float squares = sum_of_row(x, width, [](float sum, float v) { return fma(v, v, sum); });
   const float scale = norm_scale(squares, width, epsilon);
   for (int i = threadIdx.x; i < width; i += 256) out[i] = mul(mul(x[i], scale), weight[i]);
+}
+
+namespace {
+
+// x, or x + y where there is a y, which goes to `sum` too, into shared memory.
+DEVICE void share_row(const float* x, const float* y, int width, float* sum, float* shared) {
+  if (width % 4 == 0) {
+    for (int i = 4 * threadIdx.x; i < width; i += 4 * blockDim.x) {
+      float4 a = load_four_floats(x + i);
+      if (y != nullptr) {
+        const float4 b = load_four_floats(y + i);
+        a = {add(a.x, b.x), add(a.y, b.y), add(a.z, b.z), add(a.w, b.w)};
+        store_four_floats(sum + i, a);
+      }
+      store_four_floats(shared + i, a);
+    }
+  } else {
+    for (int i = threadIdx.x; i < width; i += blockDim.x) shared[i] = y == nullptr ? x[i] : sum[i] = add(x[i], y[i]);
+  }
+}
+
+// x * scale * weight of a row in shared memory, quantized.
+template <class Activations>
+DEVICE void quantize_normed(const float* shared, float scale, const float* weight, int row, int width, uint8_t* out) {
+  const int pieces = (width + 255) / 256, warps = blockDim.x / kWarp;
+  for (int piece = threadIdx.x / kWarp; piece < pieces; piece += warps) {
+    const int column = 256 * piece + 8 * (threadIdx.x % kWarp);
+    Eight values = {}, by = {};
+    if (column < width) {
+      load_eight(shared + column, values);
+      load_eight(weight + column, by);
+    }
+    for (int i = 0; i < 8; i++) values[i] = mul(mul(values[i], scale), by[i]);
+    quantize(values, row, piece, width, reinterpret_cast<Activations*>(out));
+  }
+}
+
+}  // namespace
+
+// All that comes between two products: sum = x + y, if there is a y; the norm of that, as floats into `out` and quantized
+// for products by segments of 32 and of 256, where there is such a place. Grid: (1, rows), blocks of whole warps. Shared
+// memory: a row.
+KERNEL(1024, add_rms_norm, const float* x, const float* y, const float* __restrict__ weight, float epsilon,
+       int32_t width, const int32_t* rows, float* sum, float* out, uint8_t* by_32, uint8_t* by_256) {
+  SHARED(float, scale, [1]);
+  const int row = blockIdx.y;
+  if (row >= *rows) return;
+  float* shared = reinterpret_cast<float*>(DYNAMIC_SHARED);
+  const size_t begin = line(row, width);
+  for (int i = 32 * threadIdx.x; i < width; i += 32 * blockDim.x) prefetch(weight + i);
+  share_row(x + begin, y == nullptr ? y : y + begin, width, sum + begin, shared);
+  __syncthreads();
+  if (threadIdx.x < kWarp) {
+    Lanes lanes;
+    lanes.add_elements(width, [shared](float squares, int i) { return fma(shared[i], shared[i], squares); });
+    scale[0] = norm_scale(lanes.total(), width, epsilon);
+  }
+  __syncthreads();
+  if (out != nullptr)
+    for (int i = threadIdx.x; i < width; i += blockDim.x) out[begin + i] = mul(mul(shared[i], scale[0]), weight[i]);
+  if (by_32 != nullptr) quantize_normed<Activations32>(shared, scale[0], weight, row, width, by_32);
+  if (by_256 != nullptr) quantize_normed<Activations256>(shared, scale[0], weight, row, width, by_256);
 }
 
 // The same for each of the `parts` of a row, of `width` each: a warp for a part. Grid: (parts / 8 rounded up, rows), blocks

@@ -1,111 +1,49 @@
-// Activations as int8 with one scale a segment: the rule of kernels/cpu/native/level/matmul_quantize.h, in the layout
-// of activations.cuh. Grid: (columns / 256 rounded up, rows / 8 rounded up), blocks of 256: a warp has 256 columns of a
-// row, a lane eight of them. *count * multiple rows are there. Bound by memory: five bytes a value.
-#include "activations.cuh"
+// Rows of activations in eight bits, as they are or of an inner layer's gate and up. Grid: (columns / 256 rounded up,
+// rows / 8 rounded up), blocks of 256: a warp has 256 columns of a row. *count * multiple rows are there. Bound by
+// memory: five bytes a value, or nine.
+#include "math.cuh"
+#include "quantize.cuh"
 
 namespace llamaclust::cuda {
 namespace {
 
-constexpr int32_t kSmallestMaximum = 0x04800000;  // 2^-118: below it a segment counts as zero
-constexpr int32_t kInfinity = 0x7f800000;
-
-struct SegmentScale {
-  float scale;
-  float inverse;  // 0: every q is 0
-};
-
-DEVICE SegmentScale scale_of(int32_t greatest) {
-  if (greatest >= kInfinity) return {__int_as_float(0x7fc00000), 0.0f};
-  if (greatest < kSmallestMaximum) return {0.0f, 0.0f};
-  const float maximum = __int_as_float(greatest);
-  return {div(maximum, 127.0f), div(127.0f, maximum)};
+// `load` brings eight values from an element on.
+template <class Activations, class Load>
+DEVICE void quantize_rows(int cols, int rows, uint8_t* out, Load load) {
+  const int row = kGroupRows * blockIdx.y + threadIdx.x / kWarp, column = 256 * blockIdx.x + 8 * (threadIdx.x % kWarp);
+  if (row >= rows) return;
+  Eight values = {};
+  if (column < cols) load(static_cast<size_t>(row) * cols + column, values);
+  quantize(values, row, blockIdx.x, cols, reinterpret_cast<Activations*>(out));
 }
 
-// Nearest, ties to even.
-DEVICE int32_t quant_of(float x, float inverse) {
-  if (inverse == 0.0f) return 0;
-  return __float_as_int(add(mul(x, inverse), 12582912.0f)) - 0x4b400000;  // 1.5 * 2^23: the integer is in the low bits
-}
-
-DEVICE int32_t magnitude(float x) { return __float_as_int(x) & 0x7fffffff; }
-
-template <int lanes>
-DEVICE int32_t greatest_of(int32_t x) {
-  for (int with = 1; with < lanes; with *= 2) {
-    const int32_t other = __shfl_xor_sync(kAllLanes, x, with);
-    x = other > x ? other : x;
-  }
-  return x;
-}
-
-// Eight columns of one row, quantized: two k-groups and their sum.
-struct Eight {
-  uint32_t groups[2];
-  int32_t sum;
-  float scale;
-};
-
-// `lanes` have a segment together; of lanes past the last column all is zero.
-template <int lanes>
-DEVICE Eight quantize_eight(const float* x, bool there) {
-  float values[8] = {};
-  if (there)
-    for (int i = 0; i < 8; i += 4) {
-      const float4 four = load_four_floats(x + i);
-      values[i] = four.x, values[i + 1] = four.y, values[i + 2] = four.z, values[i + 3] = four.w;
-    }
-  int32_t greatest = 0;
-  for (int i = 0; i < 8; i++) greatest = magnitude(values[i]) > greatest ? magnitude(values[i]) : greatest;
-  const SegmentScale s = scale_of(greatest_of<lanes>(greatest));
-  Eight r = {{0, 0}, 0, s.scale};
-  for (int i = 0; i < 8; i++) {
-    const int32_t q = quant_of(values[i], s.inverse);
-    r.groups[i / 4] |= static_cast<uint32_t>(q & 255) << i % 4 * 8;
-    r.sum += q;
-  }
-  return r;
-}
-
-// Lane n of four has k-groups 2 n and 2 n + 1 of 32 columns.
-DEVICE void store_groups(const Eight& eight, int row, int n, uint2* q) {
-  uint32_t* words = reinterpret_cast<uint32_t*>(q + 4 * row + 2 * n % 4) + n / 2;
-  words[0] = eight.groups[0];
-  words[2] = eight.groups[1];
+template <class Activations, class F>
+DEVICE void quantize_gated(const float* gate, const float* up, int cols, int rows, uint8_t* out, F f) {
+  quantize_rows<Activations>(cols, rows, out, [=](size_t at, Eight& values) {
+    Eight by;
+    load_eight(gate + at, values);
+    load_eight(up + at, by);
+    for (int i = 0; i < 8; i++) values[i] = mul(f(values[i]), by[i]);
+  });
 }
 
 }  // namespace
 
-KERNEL(256, rows_256, const float* x, int32_t cols, const int32_t* count, int32_t multiple, uint8_t* out) {
-  const int place = threadIdx.x / 32, lane = threadIdx.x % 32, row = kGroupRows * blockIdx.y + place;
-  if (row >= *count * multiple) return;
-  const size_t segments = cols / 256;
-  auto& to = reinterpret_cast<Activations256*>(out)[blockIdx.y * segments + blockIdx.x];
-  const Eight eight = quantize_eight<32>(x + static_cast<size_t>(row) * cols + 256 * blockIdx.x + 8 * lane, true);
-  store_groups(eight, place, lane % 4, to.q[lane / 4]);
-  const int32_t sum = eight.sum + __shfl_xor_sync(kAllLanes, eight.sum, 1);
-  const int32_t high = (sum + 64) >> 7;
-  if (lane % 2 == 0) {
-    reinterpret_cast<int8_t*>(to.high)[16 * place + lane / 2] = static_cast<int8_t>(high);
-    reinterpret_cast<int8_t*>(to.low)[16 * place + lane / 2] = static_cast<int8_t>(sum - 128 * high);
+#define QUANTIZE_KERNELS(cols_of_a_segment, Activations)                                                              \
+  KERNEL(256, rows_##cols_of_a_segment, const float* x, int32_t cols, const int32_t* count, int32_t multiple,         \
+         uint8_t* out) {                                                                                              \
+    const auto load = [x](size_t at, Eight& values) { load_eight(x + at, values); };                                  \
+    quantize_rows<Activations>(cols, *count * multiple, out, load);                                                   \
+  }                                                                                                                   \
+  QUANTIZE_GATED(silu, cols_of_a_segment, Activations)                                                                \
+  QUANTIZE_GATED(gelu_erf, cols_of_a_segment, Activations)                                                            \
+  QUANTIZE_GATED(gelu_tanh, cols_of_a_segment, Activations)
+#define QUANTIZE_GATED(function, cols_of_a_segment, Activations)                                                      \
+  KERNEL(256, function##_mul_##cols_of_a_segment, const float* gate, const float* up, int32_t cols,                   \
+         const int32_t* count, int32_t multiple, uint8_t* out) {                                                      \
+    quantize_gated<Activations>(gate, up, cols, *count * multiple, out, [](float x) { return function(x); });         \
   }
-  if (lane == 0) to.scale[place] = eight.scale;
-}
-
-KERNEL(256, rows_32, const float* x, int32_t cols, const int32_t* count, int32_t multiple, uint8_t* out) {
-  const int place = threadIdx.x / 32, lane = threadIdx.x % 32, row = kGroupRows * blockIdx.y + place;
-  if (row >= *count * multiple) return;
-  const int segment = 8 * blockIdx.x + lane / 4;
-  const size_t segments = cols / 32;
-  const bool there = segment < segments;
-  const Eight eight = quantize_eight<4>(x + static_cast<size_t>(row) * cols + 256 * blockIdx.x + 8 * lane, there);
-  int32_t sum = eight.sum + __shfl_xor_sync(kAllLanes, eight.sum, 1);
-  sum += __shfl_xor_sync(kAllLanes, sum, 2);
-  if (!there) return;
-  auto& to = reinterpret_cast<Activations32*>(out)[blockIdx.y * segments + segment];
-  store_groups(eight, place, lane % 4, to.q);
-  if (lane % 4 != 0) return;
-  to.scale[place] = eight.scale;
-  to.scaled_sum[place] = mul(eight.scale, __int2float_rn(sum));
-}
+QUANTIZE_KERNELS(32, Activations32)
+QUANTIZE_KERNELS(256, Activations256)
 
 }  // namespace llamaclust::cuda

@@ -1,0 +1,165 @@
+"""Kernels that do several steps at once give the bits of the CPU backend's steps one by one, and launches are few."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from exact import Float32, awkward, on_cpu, random_source, same_bits
+from launching import Bench
+from numpy.typing import NDArray
+from single_steps import program_of, rows_at
+from test_rows import BUCKET, ROWS, one_part, rows_of, two_parts
+from tiny_model import build_tiny_model
+
+from llamaclust.kernels.cuda import products, rows
+from llamaclust.kernels.cuda.device import Buffer as DeviceBuffer
+from llamaclust.kernels.cuda.fuse import Gated, Norm, fuse_for_gpu
+from llamaclust.kernels.cuda.plan import Plan
+from llamaclust.kernels.cuda.shapes import Shape
+from llamaclust.kernels.cuda.weights import DeviceWeight
+from llamaclust.model.loader import Model
+from llamaclust.model.program import (
+    Add,
+    Buffer,
+    Embed,
+    Gelu,
+    GeluKind,
+    MatMul,
+    Mul,
+    Program,
+    RmsNorm,
+    SelectRows,
+    SiluMul,
+    Slice,
+    Step,
+)
+from llamaclust.model.quant_types import ActivationFormat, QuantType
+from llamaclust.wire.control import StageLimits
+
+NONE = np.uint64(0)
+EIGHT_BITS = (ActivationFormat.Q8_32, ActivationFormat.Q8_256)
+
+
+def cleared(bench: Bench, kind: ActivationFormat, width: int, lines: int = BUCKET) -> DeviceBuffer:
+    """Room for quantized rows: what stands for rows that are not there stays zero."""
+    return bench.put(np.zeros(products.activation_bytes(kind, lines, width), np.uint8))
+
+
+def quantized(bench: Bench, kind: ActivationFormat, x: Float32, multiple: int = 1) -> NDArray[np.uint8]:
+    """By the kernel that products are tested with."""
+    lines, width = BUCKET * multiple, x.shape[1]
+    out = cleared(bench, kind, width, lines)
+    count = rows_of(bench).at()
+    bench.device.launch(products.quantize(kind, bench.put(x).at(), width, lines, count, multiple, out.at()))
+    return bench.get(out, out.n_bytes, np.uint8)
+
+
+@pytest.mark.parametrize("width", [1, 7, 100, 1023, 256, 1056, 4096, rows.WIDEST_ROW // 256 * 256, rows.WIDEST_ROW])
+@pytest.mark.parametrize("adds", [True, False], ids=["sum", "no sum"])
+def test_sum_norm_and_quantization(bench: Bench, width: int, adds: bool) -> None:
+    source = random_source()
+    parts, weight = awkward(source, ROWS, 2 * width), source.standard_normal(width, np.float32)
+    x, y = parts[:, :width].copy(), parts[:, width:].copy()
+    wanted_sum = two_parts(width, lambda a, b: Add(a, b, b), parts) if adds else x
+    wanted = one_part(width, lambda a, out: RmsNorm(a, out, "w", 1e-5), wanted_sum, w=weight)
+    kinds = [kind for kind in EIGHT_BITS if width % kind == 0]
+    there, out = bench.put(x), bench.room(x.nbytes)
+    eights = {kind: cleared(bench, kind, width) for kind in kinds}
+    at = [eights[kind].at() if kind in eights else NONE for kind in EIGHT_BITS]
+    for floats in (out.at(), NONE):  # the second time nobody wants floats
+        bench.device.upload(there, 0, x.reshape(-1).view(np.uint8))
+        second, total = (bench.put(y).at(), there.at()) if adds else (NONE, NONE)
+        outs = (floats, at[0], at[1])
+        where = BUCKET, rows_of(bench).at()
+        launch = rows.add_rms_norm(there.at(), second, bench.put(weight).at(), 1e-5, width, total, outs, *where)
+        bench.device.launch(launch)
+        same_bits(bench.get(there, x.shape), wanted_sum)
+        same_bits(bench.get(out, x.shape), wanted)
+        for kind, eight in eights.items():
+            np.testing.assert_array_equal(bench.get(eight, eight.n_bytes, np.uint8), quantized(bench, kind, wanted))
+
+
+@pytest.mark.parametrize("kind", EIGHT_BITS, ids=lambda kind: kind.name)
+@pytest.mark.parametrize(("segments", "multiple"), [(1, 1), (3, 1), (11, 1), (3, 4)])
+@pytest.mark.parametrize("gelu", [None, *GeluKind])
+def test_gate_and_quantization(
+    bench: Bench, kind: ActivationFormat, segments: int, multiple: int, gelu: GeluKind | None
+) -> None:
+    width, lines = segments * kind, ROWS * multiple
+    both = awkward(random_source(), lines, 2 * width)
+    hidden, gate, up = Buffer("x", 2 * width), Buffer("gate", width), Buffer("up", width)
+    steps: list[Step] = [Slice(hidden, gate, 0), Slice(hidden, up, width)]
+    steps += [SiluMul(gate, up, gate)] if gelu is None else [Gelu(gate, gate, gelu), Mul(gate, up, gate)]
+    wanted = on_cpu(program_of(hidden, gate, *steps), {}, rows_at(range(lines)), both)
+    left, right = bench.put(both[:, :width].copy()), bench.put(both[:, width:].copy())
+    out = cleared(bench, kind, width, BUCKET * multiple)
+    where = width, BUCKET * multiple, rows_of(bench).at(), multiple, out.at()
+    bench.device.launch(products.quantize_gated(kind, gelu, left.at(), right.at(), *where))
+    np.testing.assert_array_equal(bench.get(out, out.n_bytes, np.uint8), quantized(bench, kind, wanted, multiple))
+
+
+def fused(out: Buffer, *steps: Step, types: dict[str, QuantType] | None = None, last: bool = False) -> list[object]:
+    program = Program(2 if last else 1, 3 if last else 2, 3, Buffer("x", 512), out, steps)
+    return list(fuse_for_gpu(program, lambda name: (types or {}).get(name, QuantType.Q4_K)))
+
+
+X, Y, N, G, U = (Buffer(name, 512) for name in "xyngu")
+ADD, NORM = Add(X, Y, X), RmsNorm(X, N, "norm", 1e-5)
+
+
+def test_what_is_fused() -> None:
+    only, both = frozenset([ActivationFormat.Q8_256]), frozenset([ActivationFormat.F32, ActivationFormat.Q8_256])
+    gate, up = MatMul(N, G, "gate"), MatMul(N, U, "up")
+    gated, down = SiluMul(G, U, G), MatMul(G, Y, "down")
+    found = fused(Y, ADD, NORM, gate, up, gated, down)
+    assert found[0] == Norm(NORM, ADD, only)
+    assert found[2] == Gated(G, U, G, None, ActivationFormat.Q8_256)
+    assert len(found) == 4
+    assert fused(N, ADD, NORM, gate)[0] == Norm(NORM, ADD, both), "the stage's result"
+    assert fused(Y, NORM, gate, Add(N, G, Y))[0] == Norm(NORM, None, both), "read later"
+    assert fused(Y, NORM, gate, types={"gate": QuantType.F16})[0] == Norm(NORM, None, both - only)
+    gelu, mul = Gelu(G, G, GeluKind.TANH), Mul(G, U, G)
+    assert fused(Y, gelu, mul, down)[0] == Gated(G, U, G, GeluKind.TANH, ActivationFormat.Q8_256)
+
+
+def test_what_is_not() -> None:
+    """Steps one by one, as they stand."""
+    gate, down, wide = MatMul(N, G, "gate"), MatMul(G, Y, "down"), Buffer("x", rows.WIDEST_ROW + 1)
+    select = SelectRows(X, X)
+    for steps in (
+        (ADD, select),
+        (RmsNorm(Y, Y, "post", 1e-5), ADD),
+        (RmsNorm(X, N, "norm", 1e-5, heads=2), gate),
+        (RmsNorm(wide, Buffer("n", wide.width), "norm", 1e-5), MatMul(Buffer("n", wide.width), G, "gate")),
+        (Gelu(G, G, GeluKind.ERF), down),
+        (Gelu(G, N, GeluKind.ERF), Mul(N, G, G), down),
+    ):
+        found = fused(Y, Embed(X, "tokens"), *steps)
+        assert not any(isinstance(one, Norm | Gated) for one in found), steps
+    for types in ({"down": QuantType.F16}, {"more": QuantType.F32}):
+        found = fused(Y, SiluMul(G, U, G), down, MatMul(G, Y, "more"), types=types)
+        assert found[0] == SiluMul(G, U, G), "floats are wanted"
+    assert fused(G, SiluMul(G, U, G), down)[0] == SiluMul(G, U, G), "the stage's result"
+
+
+@pytest.mark.parametrize(
+    ("other_types", "context_tokens", "count"), [({}, 512, 15), ({}, 4096, 16), ({"attn_v": QuantType.Q6_K}, 4096, 16)]
+)
+def test_launches_of_a_layer_in_decode(
+    tmp_path: Path, other_types: dict[str, QuantType], context_tokens: int, count: int
+) -> None:
+    """As docs/gpu.md lists them."""
+    build_tiny_model(
+        tmp_path / "m.gguf", layers=4, heads=4, quant_type=QuantType.Q4_K, ffn=256, other_types=other_types
+    )
+    model = Model.open(tmp_path / "m.gguf")
+    limits = StageLimits(32, 32, 4, context_tokens, 256)
+
+    def launches(end: int) -> int:
+        program = model.program(1, end)
+        weights = {name: DeviceWeight.of(tensor) for name, tensor in model.tensors_for(program).items()}
+        return len(Plan(program, weights, limits).launches(Shape(1, 1, decode=True)))
+
+    assert launches(3) - launches(2) == count

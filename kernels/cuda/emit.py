@@ -35,7 +35,7 @@ from llamaclust.model.program import (
     Slice,
     SoftCap,
 )
-from llamaclust.model.quant_types import ActivationFormat
+from llamaclust.model.quant_types import ActivationFormat, QuantType
 
 _FLOAT = 4
 _LEAST_PIECE = 8
@@ -143,9 +143,11 @@ class Emitter:
     def _products(self, x: Buffer, steps: Sequence[MatMul]) -> Iterator[Launch]:
         at, sms = self._current[x.name], self.place.card.sms
         yield from self._quantize(x.name, at, x.width, [step.weight for step in steps])
-        for step in steps:
-            weight, bias = self._weight(step.weight), self._vector(step.bias)
-            yield products.multiply(weight, self._given(weight, at), bias, *self._lines, self._out(step.out), sms)
+        first, *others = (
+            products.Product(self._weight(step.weight), self._vector(step.bias), self._out(step.out)) for step in steps
+        )
+        given = self._given(first.weights, at)
+        yield products.multiply(first.weights, given, first.bias, *self._lines, first.out, sms, others)
 
     def _norm(self, step: Norm) -> Launch:
         norm, y, total = step.norm, NOWHERE, NOWHERE
@@ -276,7 +278,11 @@ class Emitter:
         """`divisor`: how many lines share a row of x."""
         most_items = experts.max_items(step, self._lines[0], piece)
         lines = products.Experts(chosen.items, chosen.item_count, chosen.lines, most_items, piece, divisor)
+        alike: dict[QuantType, list[tuple[str, np.uint64]]] = {}
         for name, out in outs:
+            alike.setdefault(self._weight(name).quant_type, []).append((name, out))
+        for (name, out), *others in alike.values():
             weight, matrix_bytes = self._weight(name), self.place.weights[name].matrix_bytes
-            sms = self.place.card.sms
-            yield products.multiply_experts(weight, matrix_bytes, self._given(weight, x), lines, out, sms)
+            given, sms = self._given(weight, x), self.place.card.sms
+            beside = [products.Product(self._weight(name), NOWHERE, out) for name, out in others]
+            yield products.multiply_experts(weight, matrix_bytes, given, lines, out, sms, beside)

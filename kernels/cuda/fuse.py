@@ -7,12 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from llamaclust.kernels.cpu.fuse import Attend, FusedStep, Products, fuse, is_read
+from llamaclust.kernels.cuda.products import MOST_PRODUCTS
 from llamaclust.kernels.cuda.rows import WIDEST_ROW
 from llamaclust.model.program import Add, Buffer, Gelu, GeluKind, MatMul, Moe, Mul, Program, RmsNorm, SiluMul, Step
 from llamaclust.model.quant_types import ActivationFormat, QuantType
-
-_MOST_TOGETHER = 3
-"""Matrices of one launch: queries, keys and values."""
 
 TypeOf = Callable[[str], QuantType]
 """Of a weight by its name."""
@@ -114,8 +112,8 @@ def _of_one_type(products: Products, type_of: TypeOf) -> Iterator[Products]:
     for step in products.steps:
         alike.setdefault(type_of(step.weight), []).append(step)
     for steps in alike.values():
-        for at in range(0, len(steps), _MOST_TOGETHER):
-            yield replace(products, steps=tuple(steps[at : at + _MOST_TOGETHER]))
+        for at in range(0, len(steps), MOST_PRODUCTS):
+            yield replace(products, steps=tuple(steps[at : at + MOST_PRODUCTS]))
 
 
 def _plain(step: FusedStep) -> tuple[Step, ...]:

@@ -3,6 +3,7 @@ read them; results have the bits of kernels/cpu (docs/numerics.md)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,6 +63,19 @@ class Weights:
     @property
     def segments(self) -> int:
         return self.cols // self.quant_type.info.block_size
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """A matrix, its bias (address 0: none) and its result."""
+
+    weights: Weights
+    bias: np.uint64
+    out: np.uint64
+
+
+MOST_PRODUCTS = 3
+"""Of one launch: queries, keys and values. They have one quant type and one width."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,59 +169,78 @@ def multiply(
     count: np.uint64,
     out: np.uint64,
     sms: int,
+    others: Sequence[Product] = (),
 ) -> Launch:
-    """out [rows][weights.rows], of which *count rows are there; a bias of address 0 is none."""
-    piece = _MANY_ROWS if _takes_many(weights, rows, sms) else _GROUP_ROWS
+    """out [rows][weights.rows], of which *count rows are there; and the same of `others`."""
+    all_of_them = (Product(weights, bias, out), *others)
+    piece = _MANY_ROWS if _takes_many(all_of_them, rows, sms) else _GROUP_ROWS
     experts = Experts(_NONE, _NONE, _NONE, -(-rows // piece), piece, 1)
-    return _launch(weights, 0, activations, bias, min(rows, piece), count, experts, out, sms)
+    return _launch(all_of_them, 0, activations, min(rows, piece), count, experts, sms)
 
 
 def multiply_experts(
-    weights: Weights, matrix_bytes: int, activations: np.uint64, experts: Experts, out: np.uint64, sms: int
+    weights: Weights,
+    matrix_bytes: int,
+    activations: np.uint64,
+    experts: Experts,
+    out: np.uint64,
+    sms: int,
+    others: Sequence[Product] = (),
 ) -> Launch:
-    """`weights` is the first expert's matrix, the others follow `matrix_bytes` apart."""
-    return _launch(weights, matrix_bytes, activations, _NONE, experts.piece, _NONE, experts, out, sms)
+    """`weights` is the first expert's matrix, the others follow `matrix_bytes` apart; likewise `others`."""
+    all_of_them = (Product(weights, _NONE, out), *others)
+    return _launch(all_of_them, matrix_bytes, activations, experts.piece, _NONE, experts, sms)
 
 
-def _takes_many(weights: Weights, rows: int, sms: int) -> bool:
+def _blocks(them: Sequence[Product], tiles: int) -> int:
+    """Of so many tiles each, which are of one matrix."""
+    return sum(-(-one.weights.tile_count // tiles) for one in them)
+
+
+def _takes_many(them: Sequence[Product], rows: int, sms: int) -> bool:
     """Up to 32 rows, the kernel for eight reads weights up to four times, but three of them from the cache: that costs
     less than the bandwidth that a few large blocks would leave unused."""
     if rows <= _GROUP_ROWS:
         return False
-    blocks = -(-weights.tile_count // 4) * -(-rows // _MANY_ROWS)
-    return rows > 4 * _GROUP_ROWS or blocks >= 2 * sms
+    return rows > 4 * _GROUP_ROWS or _blocks(them, 4) * -(-rows // _MANY_ROWS) >= 2 * sms
 
 
 def _launch(
-    weights: Weights,
+    them: Sequence[Product],
     matrix_bytes: int,
     activations: np.uint64,
-    bias: np.uint64,
     rows: int,
     count: np.uint64,
     experts: Experts,
-    out: np.uint64,
     sms: int,
 ) -> Launch:
+    weights, is_many = them[0].weights, experts.piece > _GROUP_ROWS
     args: tuple[Scalar, ...] = (
-        weights.tiles,
-        *map(np.int32, (weights.tile_bytes, matrix_bytes, weights.rows, weights.cols)),
-        *(activations, bias, count, experts.items, experts.item_count, experts.lines),
+        *_matrices(them),
+        *map(np.int32, (weights.tile_bytes, matrix_bytes, weights.cols)),
+        *(activations, count, experts.items, experts.item_count, experts.lines),
         np.int32(experts.divisor),
-        out,
     )
-    is_many = experts.piece > _GROUP_ROWS
     name = kernel_name("many" if is_many else "few", weights.quant_type)
-    tiles, pieces = weights.tile_count, experts.max_items
+    pieces = experts.max_items
     if weights.activation is ActivationFormat.F32:
-        columns = -(-tiles // 4) if is_many else tiles
-        return Launch(name, (pieces, columns, 1), (256 if is_many else 128, 1, 1), args)
+        return Launch(name, (pieces, _blocks(them, 4 if is_many else 1), 1), (256 if is_many else 128, 1, 1), args)
     if is_many:
-        warps = _many_warps(tiles, pieces, sms)
+        warps = _many_warps(them, pieces, sms)
         shared = _many_shared_bytes(weights, warps)
-        return Launch(name, (pieces, -(-tiles // warps), 1), (32 * warps, 1, 1), args, shared)
+        return Launch(name, (pieces, _blocks(them, warps), 1), (32 * warps, 1, 1), args, shared)
     warps, together, shared = _few_warps(weights, rows)
-    return Launch(name, (pieces, tiles, 1), (32 * warps, 1, 1), (*args, np.int32(together)), shared)
+    return Launch(name, (pieces, _blocks(them, 1), 1), (32 * warps, 1, 1), (*args, np.int32(together)), shared)
+
+
+def _matrices(them: Sequence[Product]) -> tuple[Scalar, ...]:
+    first = them[0].weights
+    alike = first.quant_type, first.cols
+    assert len(them) <= MOST_PRODUCTS and all((one.weights.quant_type, one.weights.cols) == alike for one in them)
+    found: list[Scalar] = []
+    for one in them:
+        found += (one.weights.tiles, np.int32(one.weights.rows), one.bias, one.out)
+    return (*found, *(MOST_PRODUCTS - len(them)) * (_NONE, np.int32(0), _NONE, _NONE))
 
 
 def _few_warps(weights: Weights, rows: int) -> tuple[int, int, int]:
@@ -222,9 +255,9 @@ def _few_warps(weights: Weights, rows: int) -> tuple[int, int, int]:
     return warps, together, together * each
 
 
-def _many_warps(tiles: int, pieces: int, sms: int) -> int:
+def _many_warps(them: Sequence[Product], pieces: int, sms: int) -> int:
     """The largest blocks that still give every multiprocessor one; they read activations least often."""
-    return next((warps for warps in (16, 8) if -(-tiles // warps) * pieces >= sms), 4)
+    return next((warps for warps in (16, 8) if _blocks(them, warps) * pieces >= sms), 4)
 
 
 def _many_shared_bytes(weights: Weights, warps: int) -> int:

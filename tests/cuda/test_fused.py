@@ -10,9 +10,13 @@ from exact import Float32, awkward, on_cpu, random_source, same_bits
 from launching import Bench
 from numpy.typing import NDArray
 from single_steps import program_of, rows_at
+from test_kernels_matmul import check_equal_bits, random_activations, random_weights
+from test_products import LEVEL, count_of, generator_of, load, none_numbers, segment_cols
+from test_products import quantized as activations_of
 from test_rows import BUCKET, ROWS, one_part, rows_of, two_parts
 from tiny_model import build_tiny_model
 
+from llamaclust.kernels.cpu import _native
 from llamaclust.kernels.cuda import products, rows
 from llamaclust.kernels.cuda.device import Buffer as DeviceBuffer
 from llamaclust.kernels.cuda.fuse import Gated, Norm, fuse_for_gpu
@@ -100,6 +104,33 @@ def test_gate_and_quantization(
     np.testing.assert_array_equal(bench.get(out, out.n_bytes, np.uint8), quantized(bench, kind, wanted, multiple))
 
 
+@pytest.mark.parametrize("kind", [QuantType.Q4_K, QuantType.Q5_1, QuantType.F16], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("rows_there", [1, 11, 70])
+@pytest.mark.parametrize("shape", [(33, 16), (1, 70, 17)], ids=["two", "three"])
+def test_products_in_one_launch(bench: Bench, kind: QuantType, rows_there: int, shape: tuple[int, ...]) -> None:
+    """Matrices of so many rows, of which tiles and blocks are not full, some with a bias."""
+    cols, bucket = 2 * segment_cols(kind), rows_there + 3
+    generator = generator_of(kind, rows_there, shape)
+    x = random_activations(generator, rows_there, cols)
+    none_numbers(x, segment_cols(kind))
+    them, wanted = [], []
+    for number, n in enumerate(shape):
+        loaded = load(bench, kind, random_weights(generator, kind, n, cols), n, cols)
+        bias = random_activations(generator, 1, n)[0] if number != 1 else None
+        out = bench.put(np.full((bucket, n), np.float32(7)))
+        at = NONE if bias is None else bench.put(bias).at()
+        them.append((products.Product(loaded.weights, at, out.at()), out))
+        wanted.append(_native.matmul(LEVEL, loaded.on_cpu, x, 1, bias))
+    (first, _), *others = them
+    where = bucket, count_of(bench, rows_there), first.out, 1, [one for one, _ in others]
+    activations = activations_of(bench, first.weights, x, bucket)
+    bench.device.launch(products.multiply(first.weights, activations, first.bias, *where))
+    for (one, out), expected in zip(them, wanted, strict=True):
+        found = bench.get(out, (bucket, one.weights.rows))
+        check_equal_bits(found[:rows_there], expected, kind, one.weights.rows)
+        assert (found[rows_there:] == 7).all()
+
+
 def fused(out: Buffer, *steps: Step, types: dict[str, QuantType] | None = None, last: bool = False) -> list[object]:
     program = Program(2 if last else 1, 3 if last else 2, 3, Buffer("x", 512), out, steps)
     return list(fuse_for_gpu(program, lambda name: (types or {}).get(name, QuantType.Q4_K)))
@@ -145,7 +176,7 @@ def test_what_is_not() -> None:
 
 
 @pytest.mark.parametrize(
-    ("other_types", "context_tokens", "count"), [({}, 512, 15), ({}, 4096, 16), ({"attn_v": QuantType.Q6_K}, 4096, 16)]
+    ("other_types", "context_tokens", "count"), [({}, 512, 12), ({}, 4096, 13), ({"attn_v": QuantType.Q6_K}, 4096, 14)]
 )
 def test_launches_of_a_layer_in_decode(
     tmp_path: Path, other_types: dict[str, QuantType], context_tokens: int, count: int

@@ -106,18 +106,19 @@ DEVICE void segment_terms(const Segment& w, const LaneActivations<Type>& a, int 
   }
 }
 
-// Grid: (groups of eight rows or items, tiles), so that what reads the same weights runs at the same time; blocks of 32
+// Grid: (groups of eight rows or items, tiles of all matrices), so that what reads the same weights runs at the same time; blocks of 32
 // to 256 threads, sixteen an output row at least. Shared memory: `round` segments of n rows of kTermStride outputs.
 template <class Type>
-DEVICE void multiply_few(const Product& p, int round) {
+DEVICE void multiply_few(const Products& all, int round) {
   constexpr int terms_each = kTermsEach<Type>, stride = kTermStride<Type>, together = kTogether<Type>;
+  const Product p = product_of(all, 1);
   const Share share = share_of(p, blockIdx.x, kGroupRows);
   if (share.n <= 0) return;
   auto* shared = reinterpret_cast<Term*>(DYNAMIC_SHARED);
   const int thread = threadIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int segments = p.cols / Type::kLayout.segment_cols;
   const LaneActivations<Type> a(p, share, segments, lane);
-  const uint8_t* tile = tile_of(p, share, blockIdx.y);
+  const uint8_t* tile = tile_of(p, share, p.block);
   const auto place = [&](int s, int row, int output) { return ((s * share.n + row) * stride + output) * terms_each; };
   float total = 0.0f;
   for (int begin = 0; begin < segments; begin += round) {
@@ -142,7 +143,7 @@ DEVICE void multiply_few(const Product& p, int round) {
       }
     __syncthreads();
   }
-  if (thread < 16 * share.n) store_result(p, out_row(p, share, thread / 16), 16 * blockIdx.y + thread % 16, total);
+  if (thread < 16 * share.n) store_result(p, out_row(p, share, thread / 16), 16 * p.block + thread % 16, total);
 }
 
 }  // namespace

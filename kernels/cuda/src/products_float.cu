@@ -16,15 +16,16 @@ struct FewStage {
 // Up to eight rows: a block has a tile. Bound by memory, or for short matrices by the latency of K dependent
 // multiply-adds: all threads copy, two stages of 128 columns ahead, sixteen a row of activations compute.
 template <class Type>
-DEVICE void multiply_few_floats(const Product& p) {
+DEVICE void multiply_few_floats(const Products& all) {
   SHARED(FewStage<Type>, stages, [kFewStages]);
   SHARED(int32_t, of_row, [8]);
+  const Product p = product_of(all, 1);
   const Share share = share_of(p, blockIdx.x, 8);
   if (share.n <= 0) return;
   const int thread = threadIdx.x, row = thread % 16, token = thread / 16;
   if (thread < 8) of_row[thread] = activation_row(p, share, thread);
   __syncthreads();
-  const uint8_t* tile = tile_of(p, share, blockIdx.y);
+  const uint8_t* tile = tile_of(p, share, p.block);
   const auto* x = reinterpret_cast<const float*>(p.activations);
   const auto copy = [&](int i) {
     const int first = i * kFewColumns, count = p.cols - first < kFewColumns ? p.cols - first : kFewColumns;
@@ -50,7 +51,7 @@ DEVICE void multiply_few_floats(const Product& p) {
         total = fma(Type::value(stage.weights + k * kColumnBytes<Type> + row * Type::kBytes), stage.x[token][k], total);
     __syncthreads();
   }
-  if (token < share.n) store_result(p, out_row(p, share, token), 16 * blockIdx.y + row, total);
+  if (token < share.n) store_result(p, out_row(p, share, token), 16 * p.block + row, total);
 }
 
 constexpr int kManyColumns = 16, kManyRows = 64, kManyTiles = 4, kManyRowStride = kManyColumns + 4;
@@ -65,18 +66,19 @@ struct ManyStage {
 // Any number of rows: a block has 64 by four tiles, a thread 4 x 4 outputs: per column it reads four weights and, all
 // four columns, four rows of activations. Bound by multiply-adds.
 template <class Type>
-DEVICE void multiply_many_floats(const Product& p) {
+DEVICE void multiply_many_floats(const Products& all) {
   SHARED(ManyStage<Type>, stages, [2]);
   SHARED(int32_t, of_row, [kManyRows]);
+  const Product p = product_of(all, kManyTiles);
   const Share share = share_of(p, blockIdx.x, kManyRows);
   if (share.n <= 0) return;
-  const int thread = threadIdx.x, first_tile = kManyTiles * blockIdx.y;
+  const int thread = threadIdx.x, first_tile = kManyTiles * p.block;
   if (thread < kManyRows) of_row[thread] = activation_row(p, share, thread);
   __syncthreads();
   const auto* x = reinterpret_cast<const float*>(p.activations);
   const auto copy = [&](int first, ManyStage<Type>& to) {
     const int count = p.cols - first < kManyColumns ? p.cols - first : kManyColumns;
-    for (int i = 0; i < kManyTiles && first_tile + i < p.tile_count(); i++)
+    for (int i = 0; i < kManyTiles && first_tile + i < p.matrix().tile_count(); i++)
       copy_bytes(tile_of(p, share, first_tile + i) + static_cast<size_t>(first) * kColumnBytes<Type>,
                  count * kColumnBytes<Type>, to.weights[i]);
     for (int n = thread; n < kManyRows * kManyColumns; n += blockDim.x)
@@ -118,8 +120,8 @@ DEVICE void multiply_many_floats(const Product& p) {
 
 }  // namespace
 
-// Grids: (groups of eight rows or items, tiles), blocks of 128; (groups of 64 or items, tiles / 4 rounded up), blocks
-// of 256.
+// Grids: (groups of eight rows or items, tiles of all matrices), blocks of 128; (groups of 64 or items, for each matrix
+// tiles / 4 rounded up), blocks of 256.
 #define FLOAT_KERNELS(TYPE)                                                                                           \
   KERNEL(128, few_##TYPE, PRODUCT_PARAMETERS) { multiply_few_floats<TYPE>(PRODUCT_ARGUMENTS); }                       \
   KERNEL(256, many_##TYPE, PRODUCT_PARAMETERS) { multiply_many_floats<TYPE>(PRODUCT_ARGUMENTS); }

@@ -151,11 +151,12 @@ DEVICE void add_stage(const uint8_t* tile, int s, int, int segments, int groups,
     }
 }
 
-// Grid: (groups of 64 rows or items, tiles / warps rounded up), so that what reads the same weights runs at the same
+// Grid: (groups of 64 rows or items, for each matrix tiles / warps rounded up), so that what reads the same weights runs at the same
 // time; blocks of 128 to 512 threads. Shared memory: two stages and the scales of each warp.
 template <class Type>
-DEVICE void multiply_many(const Product& p) {
+DEVICE void multiply_many(const Products& all) {
   SHARED(int32_t, of_row, [kBlockRows]);
+  const Product p = product_of(all, blockDim.x / kWarp);
   const Share share = share_of(p, blockIdx.x, kBlockRows);
   if (share.n <= 0) return;
   const int thread = threadIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
@@ -164,7 +165,7 @@ DEVICE void multiply_many(const Product& p) {
   auto* stages = reinterpret_cast<Stage<Type>*>(DYNAMIC_SHARED);
   uint32_t* scales = reinterpret_cast<uint32_t*>(stages + 2) + warp * 16 * kScaleWords<Type>;
   const int segments = p.cols / Type::kLayout.segment_cols, groups = (share.n + 7) / 8;
-  const int tile = blockIdx.y * warps + warp, last_tile = p.tile_count() - 1;  // past the last: thrown away
+  const int tile = p.block * warps + warp, last_tile = p.matrix().tile_count() - 1;  // past the last: thrown away
   const uint8_t* weights = tile_of(p, share, tile < last_tile ? tile : last_tile);
   constexpr int at_once = kStageSegments<Type>;
   const auto count_of = [&](int first) { return segments - first < at_once ? segments - first : at_once; };

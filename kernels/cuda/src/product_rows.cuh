@@ -77,8 +77,7 @@ DEVICE const uint8_t* tile_of(const Product& p, const Share& share, int tile) {
   return p.matrix().tiles + static_cast<size_t>(share.expert) * p.matrix_bytes + static_cast<size_t>(tile) * p.tile_bytes;
 }
 
-DEVICE void store_result(const Product& p, int line, int row, float x) {
-  const Matrix matrix = p.matrix();
+DEVICE void store_result(const Matrix& matrix, int line, int row, float x) {
   if (row >= matrix.out_rows) return;
   if (matrix.bias != nullptr) x = add(x, matrix.bias[row]);
   matrix.out[static_cast<size_t>(line) * matrix.out_rows + row] = canonical(x);

@@ -143,7 +143,7 @@ DEVICE void multiply_few(const Products& all, int round) {
       }
     __syncthreads();
   }
-  if (thread < 16 * share.n) store_result(p, out_row(p, share, thread / 16), 16 * p.block + thread % 16, total);
+  if (thread < 16 * share.n) store_result(p.matrix(), out_row(p, share, thread / 16), 16 * p.block + thread % 16, total);
 }
 
 }  // namespace

@@ -51,7 +51,7 @@ DEVICE void multiply_few_floats(const Products& all) {
         total = fma(Type::value(stage.weights + k * kColumnBytes<Type> + row * Type::kBytes), stage.x[token][k], total);
     __syncthreads();
   }
-  if (token < share.n) store_result(p, out_row(p, share, token), 16 * p.block + row, total);
+  if (token < share.n) store_result(p.matrix(), out_row(p, share, token), 16 * p.block + row, total);
 }
 
 constexpr int kManyColumns = 16, kManyRows = 64, kManyTiles = 4, kManyRowStride = kManyColumns + 4;
@@ -115,7 +115,7 @@ DEVICE void multiply_many_floats(const Products& all) {
   for (int i = 0; i < 4; i++)
     for (int r = 0; r < 4; r++)
       if (token + i < share.n)
-        store_result(p, out_row(p, share, token + i), 16 * (first_tile + tile) + row + r, totals[i][r]);
+        store_result(p.matrix(), out_row(p, share, token + i), 16 * (first_tile + tile) + row + r, totals[i][r]);
 }
 
 }  // namespace

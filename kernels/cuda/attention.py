@@ -12,7 +12,7 @@ import numpy as np
 
 from llamaclust.errors import ModelFileError
 from llamaclust.kernels.cuda.device import Launch, Scalar
-from llamaclust.model.program import KV_GROUP_CHANNELS, SPAN_TOKENS, Attention, KvType, Program
+from llamaclust.model.program import KV_GROUP_CHANNELS, SPAN_TOKENS, Attention, KvType, Program, RopeStyle
 
 MAX_PARTIAL_BYTES = 64 << 20
 """Memory for sums of spans that are computed apart: where there are more of them, blocks walk whole tiles."""
@@ -70,6 +70,18 @@ class Inputs:
 
 
 @dataclass(frozen=True, slots=True)
+class Rotation:
+    """Of queries, in place, and keys: `angles` of every row, by rope.rotation."""
+
+    angles: np.uint64
+    pairs: int
+    style: RopeStyle
+
+
+NO_ROTATION = Rotation(np.uint64(0), 0, RopeStyle.NORM)
+
+
+@dataclass(frozen=True, slots=True)
 class Places:
     """Where an attention step finds everything; `slopes` is 0 without. `plan` is that of its cut."""
 
@@ -82,6 +94,7 @@ class Places:
     slopes: np.uint64
     plan: np.uint64
     partials: np.uint64
+    rotation: Rotation = NO_ROTATION
 
 
 def _slot_bytes(step: Attention) -> int:
@@ -199,9 +212,14 @@ def attention_launches(
 
 
 def _store(step: Attention, room: Room, inputs: Inputs, places: Places, rows: int) -> Launch:
-    plan = (inputs.header, inputs.positions, places.plan, np.int32(room.max_rows), np.int32(room.slots))
-    args = (*plan, places.tables, places.k, places.v, np.int32(step.kv_heads), np.int32(step.head_dim), places.kv)
-    return Launch(f"attention_rows.store_{step.kv_type}", (rows, 1, 1), (128, 1, 1), args)
+    turn = places.rotation
+    args: tuple[Scalar, ...] = (
+        *(inputs.header, inputs.positions, places.plan, np.int32(room.max_rows), np.int32(room.slots)),
+        *(places.tables, places.q, places.k, places.v),
+        *map(np.int32, (step.heads, step.kv_heads, step.head_dim)),
+        *(places.kv, turn.angles, np.int32(turn.pairs), np.int32(turn.style is RopeStyle.NEOX)),
+    )
+    return Launch(f"attention_rows.store_{step.kv_type}", (rows, step.kv_heads, 1), (128, 1, 1), args)
 
 
 def _arguments(step: Attention, room: Room, inputs: Inputs, places: Places) -> tuple[Scalar, ...]:

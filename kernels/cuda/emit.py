@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from llamaclust.kernels.cpu.fuse import Attend, Products, reads_of, written_by
-from llamaclust.kernels.cuda import experts, products, rows
+from llamaclust.kernels.cuda import attention, experts, products, rows
 from llamaclust.kernels.cuda.device import Launch
 from llamaclust.kernels.cuda.emit_attention import AttentionSteps
 from llamaclust.kernels.cuda.fuse import Gated, GpuStep, Norm, fuse_for_gpu
@@ -225,12 +225,21 @@ class Emitter:
         return rows.rope(step, x, self._angles(step.table), *self._lines)
 
     def _attend(self, step: Attend) -> Iterator[Launch]:
-        for rope in (step.rotate_q, step.rotate_k):
-            if rope is not None:
-                yield self._rotated(rope, self._current[rope.x.name])
+        rotation = self._rotation(step)
+        if rotation is attention.NO_ROTATION:
+            for rope in (step.rotate_q, step.rotate_k):
+                if rope is not None:
+                    yield self._rotated(rope, self._current[rope.x.name])
         q, k, v = (self._current[buffer.name] for buffer in reads_of(step.attention))
         out = self._out(step.attention.out)
-        yield from AttentionSteps(self.place, self.shape).launches(step.attention, q, k, v, out)
+        yield from AttentionSteps(self.place, self.shape).launches(step.attention, q, k, v, out, rotation)
+
+    def _rotation(self, step: Attend) -> attention.Rotation:
+        """What queries and keys have in common, so that they rotate while keys are stored."""
+        q, k = step.rotate_q, step.rotate_k
+        if q is None or k is None or (q.table, q.style) != (k.table, k.style):
+            return attention.NO_ROTATION
+        return attention.Rotation(self._angles(q.table), len(q.table.frequencies), q.style)
 
     def _experts(self, step: Moe) -> Iterator[Launch]:
         x, used, (most, count) = self._current[step.x.name], step.used, self._lines

@@ -28,7 +28,15 @@ class AttentionSteps:
             cut = attention.cut_of(step, self.place.card)
             yield attention.plan_launch(cut, self._room, self._inputs, self._plan(step))
 
-    def launches(self, step: Attention, q: np.uint64, k: np.uint64, v: np.uint64, out: np.uint64) -> tuple[Launch, ...]:
+    def launches(
+        self,
+        step: Attention,
+        q: np.uint64,
+        k: np.uint64,
+        v: np.uint64,
+        out: np.uint64,
+        rotation: attention.Rotation = attention.NO_ROTATION,
+    ) -> tuple[Launch, ...]:
         place, limits = self.place, self.place.limits
         places = attention.Places(
             q=q,
@@ -40,6 +48,7 @@ class AttentionSteps:
             slopes=NOWHERE if step.slopes is None else place.constant(np.array(step.slopes, np.float32)),
             plan=self._plan(step),
             partials=place.regions.at("partials", self._room.partial_bytes(step)),
+            rotation=rotation,
         )
         return attention.attention_launches(
             step,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from llamaclust.kernels.cuda.attention import (
     Inputs,
     Places,
     Room,
+    Rotation,
     attention_launches,
     cut_of,
     plan_launch,
@@ -26,8 +27,9 @@ from llamaclust.kernels.cuda.attention import (
 )
 from llamaclust.kernels.cuda.device import LEAST_SHARED_BYTES
 from llamaclust.kernels.cuda.kv import block_bytes
+from llamaclust.kernels.cuda.rows import rotation
 from llamaclust.model.gguf import open_model
-from llamaclust.model.program import KV_BLOCK_TOKENS, Attention, Buffer, KvType
+from llamaclust.model.program import KV_BLOCK_TOKENS, Attention, Buffer, KvType, Rope
 from llamaclust.model.writer import write_gguf
 from llamaclust.wire.control import StageLimits
 
@@ -64,15 +66,15 @@ class Told:
     wanted: Float32
 
 
-def by_the_cpu(folder: Path, step: Attention, rows: Float32) -> Float32:
-    """Attention of one sequence, whole, by the CPU backend."""
+def by_the_cpu(folder: Path, step: Attention, rows: Float32, ropes: Sequence[Rope] = ()) -> Float32:
+    """Attention of one sequence, whole, by the CPU backend; rotated before."""
     parts = [step.q, step.k, step.v]
     hidden = Buffer("x", sum(part.width for part in parts))
     copies, weights = splitter(hidden, parts)
     path = folder / "parts.gguf"
     write_gguf(path, {}, [weight.source(name) for name, weight in weights.items()])
     stage = all_threads(2).load(
-        program_of(hidden, step.out, *copies, step), open_model(path).tensors, LIMITS, lambda _: None
+        program_of(hidden, step.out, *copies, *ropes, step), open_model(path).tensors, LIMITS, lambda _: None
     )
     blocks = range(-(-len(rows) // KV_BLOCK_TOKENS))
     found = stage.run(batch_of([([0] * len(rows), range(len(rows)), blocks)], outputs=[]), rows).copy()
@@ -80,7 +82,13 @@ def by_the_cpu(folder: Path, step: Attention, rows: Float32) -> Float32:
     return found
 
 
-def sequences_of(folder: Path, step: Attention, lengths: Iterable[int], generator: np.random.Generator) -> list[Told]:
+def sequences_of(
+    folder: Path,
+    step: Attention,
+    lengths: Iterable[int],
+    generator: np.random.Generator,
+    ropes: Sequence[Rope] = (),
+) -> list[Told]:
     width = step.q.width + step.k.width + step.v.width
     free = iter(generator.permutation(LIMITS.kv_blocks).tolist())
     told = []
@@ -88,14 +96,21 @@ def sequences_of(folder: Path, step: Attention, lengths: Iterable[int], generato
         rows = generator.standard_normal((length, width), np.float32)
         rows[:, : step.q.width] *= np.float32(2)  # weights that differ
         table = tuple(next(free) for _ in range(-(-length // KV_BLOCK_TOKENS)))
-        told.append(Told(rows, table, by_the_cpu(folder, step, rows)))
+        told.append(Told(rows, table, by_the_cpu(folder, step, rows, ropes)))
     return told
 
 
 class Attender:
-    """One attention step with KV memory on a device. Memory holds NaN at first."""
+    """One attention step with KV memory on a device. Memory holds NaN at first. `rotation`: what it does on the way."""
 
-    def __init__(self, bench: Bench, step: Attention, card: Card = SMALL, slots: int | None = None) -> None:
+    def __init__(
+        self,
+        bench: Bench,
+        step: Attention,
+        card: Card = SMALL,
+        slots: int | None = None,
+        rotation: Rope | None = None,
+    ) -> None:
         self.bench, self.step, self.card = bench, step, card
         room = room_of((step,), LIMITS.max_tokens, LIMITS.max_context_tokens)
         self.room = room if slots is None else Room(room.max_rows, slots)
@@ -103,6 +118,7 @@ class Attender:
         self.plan = bench.room(self.room.plan_bytes)
         self.partials = bench.room(max(16, self.room.partial_bytes(step)))
         self.slopes = None if step.slopes is None else bench.put(np.array(step.slopes, np.float32))
+        self.rotation = rotation
         self.launched: set[str] = set()
 
     def run(self, batch: Batch, rows: Float32, *, store_only: bool = False, one_row_each: bool = False) -> Float32:
@@ -118,6 +134,8 @@ class Attender:
         slopes = NO_SLOPES if self.slopes is None else self.slopes.at()
         addresses = (q, k, v, out, put(tables), self.kv)
         places = Places(*(one.at() for one in addresses), slopes, self.plan.at(), self.partials.at())
+        if self.rotation is not None:
+            places = replace(places, rotation=self._rotation(self.rotation, inputs, len(rows) + spare))
         launches = attention_launches(
             step,
             self.card,
@@ -134,6 +152,13 @@ class Attender:
             self.bench.device.launch(launch)
             self.launched.add(launch.kernel)
         return self.bench.get(out, (len(rows) + spare, step.out.width))[: len(rows)]
+
+    def _rotation(self, rope: Rope, inputs: Inputs, rows: int) -> Rotation:
+        table, pairs = rope.table, len(rope.table.frequencies)
+        angles, frequencies = self.bench.room(8 * rows * pairs), self.bench.put(np.array(table.frequencies))
+        given = inputs.positions, frequencies.at(), table.scale, pairs, angles.at(), rows, inputs.header
+        self.bench.device.launch(rotation(*given))
+        return Rotation(angles.at(), pairs, rope.style)
 
     def fill(self, told: Told, rows: int) -> None:
         """The sequence's first rows into KV memory."""

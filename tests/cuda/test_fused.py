@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from attending import Attender, attention, sequences_of
 from exact import Float32, awkward, on_cpu, random_source, same_bits
 from launching import Bench
 from numpy.typing import NDArray
@@ -26,14 +27,19 @@ from llamaclust.kernels.cuda.weights import DeviceWeight
 from llamaclust.model.loader import Model
 from llamaclust.model.program import (
     Add,
+    Attention,
     Buffer,
     Embed,
     Gelu,
     GeluKind,
+    KvType,
     MatMul,
     Mul,
     Program,
     RmsNorm,
+    Rope,
+    RopeStyle,
+    RopeTable,
     SelectRows,
     SiluMul,
     Slice,
@@ -131,6 +137,26 @@ def test_products_in_one_launch(bench: Bench, kind: QuantType, rows_there: int, 
         assert (found[rows_there:] == 7).all()
 
 
+@pytest.mark.parametrize("style", RopeStyle)
+@pytest.mark.parametrize(
+    ("step", "pairs"),
+    [
+        (attention(4, 1, 64), 32),
+        (attention(2, 2, 128, KvType.Q8_0), 64),
+        (attention(6, 2, 100), 33),
+        (attention(3, 1, 34, KvType.Q8_0), 17),
+    ],
+)
+def test_rotation_and_store(bench: Bench, tmp_path: Path, step: Attention, pairs: int, style: RopeStyle) -> None:
+    """Prompts, and rows of two sequences at once, at other positions."""
+    table = RopeTable(tuple(10000.0 ** (-np.arange(pairs) / pairs)), 1.25)
+    q, k = (Rope(part, n, step.head_dim, style, table) for part, n in ((step.q, step.heads), (step.k, step.kv_heads)))
+    long, short = sequences_of(tmp_path, step, (40, 11), random_source(), (q, k))
+    attender = Attender(bench, step, rotation=q)
+    attender.check([(long, range(39)), (short, range(10))])
+    attender.check([(short, range(10, 11)), (long, range(39, 40))], one_row_each=True)
+
+
 def fused(out: Buffer, *steps: Step, types: dict[str, QuantType] | None = None, last: bool = False) -> list[object]:
     program = Program(2 if last else 1, 3 if last else 2, 3, Buffer("x", 512), out, steps)
     return list(fuse_for_gpu(program, lambda name: (types or {}).get(name, QuantType.Q4_K)))
@@ -176,7 +202,7 @@ def test_what_is_not() -> None:
 
 
 @pytest.mark.parametrize(
-    ("other_types", "context_tokens", "count"), [({}, 512, 12), ({}, 4096, 13), ({"attn_v": QuantType.Q6_K}, 4096, 14)]
+    ("other_types", "context_tokens", "count"), [({}, 512, 10), ({}, 4096, 11), ({"attn_v": QuantType.Q6_K}, 4096, 12)]
 )
 def test_launches_of_a_layer_in_decode(
     tmp_path: Path, other_types: dict[str, QuantType], context_tokens: int, count: int

@@ -2,9 +2,12 @@
 #include "attention_rounding.cuh"
 #include "attention_work.cuh"
 #include "math.cuh"
+#include "rope.cuh"
 
 namespace llamaclust::cuda {
 namespace {
+
+constexpr int kMaxHeadDim = 512;
 
 // The tile that begins with a row.
 struct Tile {
@@ -100,20 +103,32 @@ KERNEL(256, plan, const int32_t* header, const int32_t* positions, const int32_t
 
 namespace {
 
-struct Place {
-  uint8_t* blocks;
-  int block, slot, kv_heads, head_dim;
-
-  template <class Kv>
-  DEVICE uint8_t* piece(int kv_head) const {
-    return blocks + piece_offset<Kv>(block, kv_head, kv_heads, head_dim);
-  }
+// What a block stores: key and value of one KV head of a row.
+struct Stored {
+  const float *key, *value;  // the key in shared memory
+  uint8_t* piece;
+  int slot;
 };
 
-DEVICE Place place_of(int row, const int32_t* positions, const Work& work, const int32_t* tables, int kv_heads,
-                      int head_dim, uint8_t* kv) {
-  const int position = positions[row];
-  return {kv, tables[work.table(row) + position / kBlockTokens], position % kBlockTokens, kv_heads, head_dim};
+// Rotates the key, and in place the queries that share the KV head. All threads together.
+template <class Kv>
+DEVICE Stored rotated(int row, const int32_t* positions, const Work& work, const int32_t* tables, float* q,
+                      const float* k, const float* v, int heads, int kv_heads, int head_dim, uint8_t* kv,
+                      const Rotation& rotation) {
+  SHARED(float, key, [kMaxHeadDim]);
+  const int kv_head = blockIdx.y, position = positions[row], thread = threadIdx.x;
+  const size_t from = (static_cast<size_t>(row) * kv_heads + kv_head) * head_dim;
+  for (int i = thread; i < head_dim; i += 128) key[i] = k[from + i];
+  __syncthreads();
+  if (rotation.angles != nullptr) {
+    const int group = heads / kv_heads, pairs = rotation.pairs;
+    float* queries = q + (static_cast<size_t>(row) * heads + kv_head * group) * head_dim;
+    for (int i = thread; i < (group + 1) * pairs; i += 128)
+      rotation.turn(i < pairs ? key : queries + (i / pairs - 1) * head_dim, i % pairs);
+    __syncthreads();
+  }
+  const int block = tables[work.table(row) + position / kBlockTokens];
+  return {key, v + from, kv + piece_offset<Kv>(block, kv_head, kv_heads, head_dim), position % kBlockTokens};
 }
 
 // Eight channels from x on in float16, `count` of them; others are zero.
@@ -127,27 +142,35 @@ DEVICE uint4 eight_halves(const float* x, int count) {
 
 }  // namespace
 
-// Keys and values of all rows into memory, before any is read. k, v [rows][kv_heads * head_dim]. Grid: rows, blocks of 128.
-KERNEL(128, store_f16, const int32_t* rows, const int32_t* positions, int32_t* plan, int32_t max_rows,
-       int32_t slots, const int32_t* tables, const float* k, const float* v, int32_t kv_heads, int32_t head_dim,
-       uint8_t* kv) {
+// Keys and values of all rows into memory, before any is read; where there are `angles` (rope.rotation), keys and queries
+// are rotated before. q [rows][heads * head_dim]; k, v [rows][kv_heads * head_dim]. Grid: (rows, KV heads), blocks of 128.
+#define STORE_ARGUMENTS                                                                                               \
+  const int32_t *rows, const int32_t *positions, int32_t *plan, int32_t max_rows, int32_t slots,                      \
+      const int32_t *tables, float *q, const float *k, const float *v, int32_t heads, int32_t kv_heads,               \
+      int32_t head_dim, uint8_t *kv, const float *angles, int32_t pairs, int32_t neox
+#define STORED(Kv)                                                                                                    \
+  rotated<Kv>(row, positions, Work(plan, max_rows, slots), tables, q, k, v, heads, kv_heads, head_dim, kv,            \
+              {angles == nullptr ? nullptr : angles + 2 * pairs * row, pairs, neox})
+
+KERNEL(128, store_f16, STORE_ARGUMENTS) {
   const int row = blockIdx.x;
   if (row >= *rows) return;
-  const Place place = place_of(row, positions, Work(plan, max_rows, slots), tables, kv_heads, head_dim, kv);
+  const Stored stored = STORED(F16Kv);
   const int chunks = key_chunks<F16Kv>(head_dim);
-  for (int i = threadIdx.x; i < kv_heads * chunks; i += 128) {
-    const int kv_head = i / chunks, chunk = i % chunks, channel = chunk * 8, count = head_dim - channel;
-    const int from = (row * kv_heads + kv_head) * head_dim + channel;
-    uint8_t* piece = place.piece<F16Kv>(kv_head);
-    uint8_t* key = piece + chunk_offset<F16Kv>(place.slot, chunk, head_dim);
-    const uint4 halves = eight_halves(k + from, count);
+  for (int i = threadIdx.x; i < 2 * chunks; i += 128) {
+    const int chunk = i % chunks, channel = chunk * 8, count = head_dim - channel;
+    if (i >= chunks) {
+      uint8_t* value = stored.piece + F16Kv::key_bytes(head_dim) + 2 * (stored.slot * padded_head(head_dim) + channel);
+      *reinterpret_cast<uint4*>(value) = eight_halves(stored.value + channel, count);
+      continue;
+    }
+    uint8_t* key = stored.piece + chunk_offset<F16Kv>(stored.slot, chunk, head_dim);
+    const uint4 halves = eight_halves(stored.key + channel, count);
     if (count >= 8)
       *reinterpret_cast<uint4*>(key) = halves;
     else
       for (int j = 0; j < count; j++)
         reinterpret_cast<uint16_t*>(key)[j] = static_cast<uint16_t>(word_of(halves, j / 2) >> 16 * (j % 2));
-    uint8_t* value = piece + F16Kv::key_bytes(head_dim) + 2 * (place.slot * padded_head(head_dim) + channel);
-    *reinterpret_cast<uint4*>(value) = eight_halves(v + from, count);
   }
 }
 
@@ -170,26 +193,22 @@ DEVICE Rounded round_group(float x) {
 
 }  // namespace
 
-// The same for q8_0: a warp rounds 32 channels. Grid: rows, blocks of 128.
-KERNEL(128, store_q8_0, const int32_t* rows, const int32_t* positions, int32_t* plan, int32_t max_rows,
-       int32_t slots, const int32_t* tables, const float* k, const float* v, int32_t kv_heads, int32_t head_dim,
-       uint8_t* kv) {
+// The same for q8_0: a warp rounds 32 channels.
+KERNEL(128, store_q8_0, STORE_ARGUMENTS) {
   const int row = blockIdx.x;
   if (row >= *rows) return;
-  const Place place = place_of(row, positions, Work(plan, max_rows, slots), tables, kv_heads, head_dim, kv);
-  const int groups = groups_of(head_dim), lane = threadIdx.x % kWarp;
-  for (int i = threadIdx.x / kWarp; i < 2 * kv_heads * groups; i += 128 / kWarp) {
+  const Stored stored = STORED(Q8Kv);
+  const int groups = groups_of(head_dim), lane = threadIdx.x % kWarp, slot = stored.slot;
+  for (int i = threadIdx.x / kWarp; i < 2 * groups; i += 128 / kWarp) {
     const bool is_value = i % 2 != 0;
-    const int kv_head = i / 2 / groups, group = i / 2 % groups, channel = group * kGroupChannels + lane;
+    const int group = i / 2, channel = group * kGroupChannels + lane;
     const bool there = channel < head_dim;
-    const float* from = (is_value ? v : k) + (row * kv_heads + kv_head) * head_dim;
-    const Rounded rounded = round_group(there ? from[channel] : 0.0f);
-    uint8_t* piece = place.piece<Q8Kv>(kv_head);
-    uint8_t* values = piece + Q8Kv::key_bytes(head_dim);
-    uint8_t* to = is_value ? values + place.slot * padded_head(head_dim) + channel
-                           : piece + chunk_offset<Q8Kv>(place.slot, channel / 16, head_dim) + channel % 16;
-    uint8_t* scale = is_value ? values + Q8Kv::value_scale(place.slot, group, head_dim)
-                              : piece + Q8Kv::key_scale(place.slot, group, head_dim);
+    const Rounded rounded = round_group(there ? (is_value ? stored.value : stored.key)[channel] : 0.0f);
+    uint8_t* values = stored.piece + Q8Kv::key_bytes(head_dim);
+    uint8_t* to = is_value ? values + slot * padded_head(head_dim) + channel
+                           : stored.piece + chunk_offset<Q8Kv>(slot, channel / 16, head_dim) + channel % 16;
+    uint8_t* scale =
+        is_value ? values + Q8Kv::value_scale(slot, group, head_dim) : stored.piece + Q8Kv::key_scale(slot, group, head_dim);
     if (there) *to = static_cast<uint8_t>(rounded.q);
     if (lane == 0) *reinterpret_cast<uint16_t*>(scale) = rounded.scale;
   }

@@ -1,6 +1,7 @@
 // Rotation of queries and keys by their positions.
 #include "lines.cuh"
 #include "math.cuh"
+#include "rope.cuh"
 
 namespace llamaclust::cuda {
 
@@ -22,13 +23,7 @@ KERNEL(256, rope, float* __restrict__ x, const float* __restrict__ rotation, int
        int32_t pairs, int32_t neox, const int32_t* rows) {
   const int row = blockIdx.y, n = 256 * blockIdx.x + threadIdx.x, head = n / pairs, i = n % pairs;
   if (row >= *rows || head >= heads) return;
-  const float* cosine = rotation + line(row, 2 * pairs);
-  const float c = cosine[i], s = cosine[pairs + i];
-  x += line(row, heads * head_dim) + head * head_dim + (neox ? i : 2 * i);
-  float& second = x[neox ? pairs : 1];
-  const float a = *x, b = second;
-  *x = fma(-b, s, mul(a, c));
-  second = fma(b, c, mul(a, s));
+  Rotation{rotation + line(row, 2 * pairs), pairs, neox}.turn(x + line(row, heads * head_dim) + head * head_dim, i);
 }
 
 }  // namespace llamaclust::cuda

@@ -32,12 +32,14 @@ _Work = tuple[Sequence[Launch], float]
 
 
 def measure(device: Device) -> tuple[float, float]:
-    """(bytes a second, multiply-accumulates a second), in less than half a second on any GPU."""
-    most = 16 * _TILES_AN_SM * device.sms
+    """(bytes a second, multiply-accumulates a second), in less than half a second on any GPU. Where little memory is
+    free, of smaller matrices."""
     tile_bytes = _KIND.info.tile_bytes(_COLS)
     activation = _KIND.info.activation
     assert activation is not None
     x_bytes = products.activation_bytes(activation, _MANY_ROWS, _COLS)
+    room = (device.free_bytes // 2 - x_bytes) // (2 * tile_bytes + 4 * 16 * _MANY_ROWS)
+    most = 16 * max(1, min(_TILES_AN_SM * device.sms, room))
     with ExitStack() as held:
         sizes = (2 * most // 16 * tile_bytes, x_bytes, 4 * most * _MANY_ROWS, 4)
         weights, x, out, count = (held.enter_context(closing(device.allocate(n_bytes))) for n_bytes in sizes)

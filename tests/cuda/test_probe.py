@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from shim_build import build
 from shim_device import ShimDevice
 from tiny_model import build_tiny_model
 
@@ -64,6 +65,13 @@ def test_a_plan_counts_what_layers_take(device: Device, tmp_path: Path, start: i
         runner.close()
     assert taken == memory.total_bytes or not isinstance(device, ShimDevice)
     assert 0 <= planned - memory.workspace_bytes <= (2 << 20) + 4 * 256
+
+
+@pytest.mark.parametrize("free_bytes", [1 << 20, 3 << 20])
+def test_a_gpu_that_is_nearly_full_is_measured(free_bytes: int) -> None:
+    """Whoever names it may want no layer there."""
+    reached = CudaBackend("cuda:0", ShimDevice(build(), memory_bytes=free_bytes), 1).measure()
+    assert reached.read_bytes_s > 0 and reached.int8_macs_s > 0
 
 
 def test_a_model_on_a_gpu_is_measured(device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

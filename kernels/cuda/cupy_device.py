@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from llamaclust.errors import DoesNotFitError
-from llamaclust.kernels.cuda.cupy_open import card_properties, import_cupy, usable_nvrtc
+from llamaclust.errors import DoesNotFitError, UsageError
+from llamaclust.kernels.cuda.cupy_open import CardProperties, card_properties, import_cupy, usable_nvrtc
 from llamaclust.kernels.cuda.device import PLAIN_SHARED_BYTES, Buffer, Bytes, Launch
 from llamaclust.kernels.cuda.nvrtc import BinaryFolder
 from llamaclust.kernels.cuda.sources import modules, whole_text
@@ -72,22 +72,31 @@ class CupyDevice:
 
     def __init__(self, index: int = 0, memory_cap_bytes: int | None = None, folder: Path | None = None) -> None:
         """The card that CUDA numbers so, of whose memory at most the cap is taken; compiled kernels stay in the folder,
-        if there is one. UsageError that says what is missing: CuPy, NVRTC, a driver, the card, a newer one."""
+        if there is one. UsageError that says what is missing: CuPy, NVRTC, a driver, the card, a newer one, or one that
+        can be had."""
         self._cupy = import_cupy()
-        card = card_properties(self._cupy, index)
         self._index, self._cap_bytes = index, memory_cap_bytes
+        self._runtime = self._cupy.cuda.runtime
+        self.failures = (self._runtime.CUDARuntimeError, self._cupy.cuda.driver.CUDADriverError)
+        try:
+            card, self._stream = self._opened()
+        except self.failures as error:
+            words = " ".join(str(error).split())
+            raise UsageError(f"device cuda:{index} cannot be opened: {words}; nvidia-smi shows who uses it") from error
         self.name, self.uuid, self.memory_bytes, self.sms = card.name, card.uuid, card.memory_bytes, card.sms
         self.compute_capability, self.shared_bytes = card.compute_capability, card.shared_bytes
         self._nvrtc = usable_nvrtc(self._cupy)
-        self._runtime = self._cupy.cuda.runtime
-        self.failures = (self._runtime.CUDARuntimeError, self._cupy.cuda.driver.CUDADriverError)
-        self._runtime.setDevice(index)
-        self._stream = self._cupy.cuda.Stream(non_blocking=True)
         self._binaries = BinaryFolder(folder)
         self._modules: dict[str, Any] = {}
         self._kernels: dict[str, Any] = {}
         self._shared: dict[str, int] = {}
         self._buffers: set[CupyBuffer] = set()
+
+    def _opened(self) -> tuple[CardProperties, Any]:
+        """With the context in its memory that a process has there."""
+        card = card_properties(self._cupy, self._index)
+        self._choose()
+        return card, self._cupy.cuda.Stream(non_blocking=True)
 
     @property
     def free_bytes(self) -> int:

@@ -99,6 +99,20 @@ def test_without_a_card_that_does(monkeypatch: pytest.MonkeyPatch, runtime: Fake
     one_line(error)
 
 
+@pytest.mark.parametrize("status", [2, 46])
+def test_a_card_that_others_have(monkeypatch: pytest.MonkeyPatch, status: int) -> None:
+    """All of its memory, or by itself alone."""
+    cupy = install(monkeypatch)
+
+    def choose(index: int) -> None:
+        raise CUDARuntimeError(status)
+
+    monkeypatch.setattr(cupy.runtime, "setDevice", choose)
+    with pytest.raises(UsageError, match=rf"device cuda:1 cannot be opened: status {status}; nvidia-smi") as error:
+        CupyDevice(1)
+    one_line(error)
+
+
 def test_what_a_card_is(monkeypatch: pytest.MonkeyPatch) -> None:
     cupy = install(monkeypatch)
     device = CupyDevice(1)

@@ -141,7 +141,7 @@ class CupyDevice:
         except self._runtime.CUDARuntimeError as error:
             if error.status != _OUT_OF_MEMORY:
                 raise
-            raise DoesNotFitError(f"{self.name}: {mib(n_bytes)} MiB of pinned RAM are not to be had") from error
+            raise DoesNotFitError(f"{mib(n_bytes)} MiB of RAM cannot be pinned for {self.name}") from error
         return np.frombuffer(self._cupy.cuda.PinnedMemoryPointer(memory, 0), np.uint8, n_bytes)
 
     def upload(self, buffer: Buffer, offset_bytes: int, data: Bytes) -> None:

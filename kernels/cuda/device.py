@@ -96,7 +96,7 @@ class Device(Protocol):
 
     def pinned(self, n_bytes: int) -> Bytes:
         """Memory of the host that the device copies from and to by itself; freed with the array. DoesNotFitError where
-        it is not to be had."""
+        there is less."""
         ...
 
     def upload(self, buffer: Buffer, offset_bytes: int, data: Bytes) -> None:

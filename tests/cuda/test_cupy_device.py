@@ -152,6 +152,21 @@ def test_a_driver_that_fails_when_memory_is_asked_for_is_lost_not_full(monkeypat
         device.allocate(1 << 10)
 
 
+def test_memory_that_cannot_be_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    cupy, status = install(monkeypatch), 2
+    device: Any = CupyDevice()
+
+    def pin(n_bytes: int) -> bytearray:
+        raise CUDARuntimeError(status)
+
+    monkeypatch.setattr(cupy.cuda, "PinnedMemory", pin)
+    with pytest.raises(DoesNotFitError, match="16 MiB of RAM cannot be pinned for Card 0"):
+        device.pinned(16 << 20)
+    status = 700
+    with pytest.raises(CUDARuntimeError):
+        device.pinned(16 << 20)
+
+
 def test_a_full_disk_leaves_no_half_of_a_compiled_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     folder, write = tmp_path / "kernels", Path.write_bytes
 
@@ -271,5 +286,5 @@ def test_pinned_memory_that_there_is_not(monkeypatch: pytest.MonkeyPatch) -> Non
         raise CUDARuntimeError(2)
 
     cupy.cuda.PinnedMemory = none_left
-    with pytest.raises(DoesNotFitError, match="Card 0: 3 MiB of pinned RAM are not to be had"):
+    with pytest.raises(DoesNotFitError, match="3 MiB of RAM cannot be pinned for Card 0"):
         CupyDevice().pinned(3 << 20)

@@ -23,7 +23,7 @@ from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.kernels.cpu.prepared_files import PreparedFolder
 from llamaclust.kernels.cuda import stage as cuda_stage
 from llamaclust.kernels.cuda.backend import CudaBackend
-from llamaclust.kernels.cuda.device import Device, Graph, Launch
+from llamaclust.kernels.cuda.device import Bytes, Device, Graph, Launch
 from llamaclust.model.loader import Model
 from llamaclust.model.program import KvType
 from llamaclust.model.quant_types import QuantType
@@ -356,3 +356,23 @@ def test_heads_that_are_too_wide_are_told_before_a_start(tmp_path: Path) -> None
         pytest.raises(ModelFileError, match="cannot be computed: heads of 520"),
     ):
         planned_workspace_bytes(model, 0, 1, limits, 1, "cuda:0")
+
+
+@pytest.mark.parametrize("at", [1, 3])
+def test_a_card_that_is_lost_while_memory_is_pinned(
+    opened: Open, cuda: CudaBackend, device: Device, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    """By the first buffer that weights go through, and by the first one of the stage."""
+    before, pinned, calls = Free.of(device), device.pinned, list[int]()
+
+    def pin(n_bytes: int) -> Bytes:
+        calls.append(n_bytes)
+        if len(calls) == at:
+            raise _BusError("unspecified launch failure")
+        return pinned(n_bytes)
+
+    monkeypatch.setattr(device, "failures", (_BusError,))
+    monkeypatch.setattr(device, "pinned", pin)
+    with pytest.raises(DeviceLostError, match=r"cuda:0 .* is lost: unspecified launch failure"):
+        load_stage(cuda, opened("llama"), limits=LIMITS)
+    assert before.taken == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from llamaclust.kernels.cuda.device import PLAIN_SHARED_BYTES, Buffer, Bytes, La
 from llamaclust.kernels.cuda.nvrtc import BinaryFolder
 from llamaclust.kernels.cuda.sources import modules, whole_text
 from llamaclust.sizes import MIB, mib
+
+_log = logging.getLogger(__name__)
 
 _OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
 
@@ -221,16 +224,26 @@ class CupyDevice:
     def _kernel(self, name: str) -> Any:
         if name not in self._kernels:
             module, _, function = name.partition(".")
-            self._kernels[name] = self._module(module).get_function(function)
+            self._kernels[name] = self._function(module, function)
         return self._kernels[name]
 
-    def _module(self, name: str) -> Any:
-        if name not in self._modules:
-            major, minor = self.compute_capability
-            text = whole_text(modules()[name])
-            path = self._binaries.get(self._nvrtc, name, text, 10 * major + minor)
-            self._modules[name] = self._cupy.RawModule(path=str(path))
-        return self._modules[name]
+    def _function(self, module: str, function: str) -> Any:
+        """Of a file that the driver does not take, such as half of one after a crash, the module is compiled anew."""
+        if module not in self._modules:
+            self._modules[module] = self._module(module)
+        try:
+            return self._modules[module].get_function(function)
+        except self._cupy.cuda.driver.CUDADriverError as error:
+            _log.warning("kernels %s cannot be loaded: %s; they are compiled anew", module, error)
+            self._modules[module] = self._module(module, anew=True)
+            return self._modules[module].get_function(function)
+
+    def _module(self, name: str, *, anew: bool = False) -> Any:
+        """Its file is read at the first function."""
+        major, minor = self.compute_capability
+        text = whole_text(modules()[name])
+        path = self._binaries.get(self._nvrtc, name, text, 10 * major + minor, anew=anew)
+        return self._cupy.RawModule(path=str(path))
 
     def _does_not_fit(self, n_bytes: int, free_bytes: int) -> str:
         what = f"{mib(n_bytes)} MiB are needed, {free_bytes // MIB} MiB are free"

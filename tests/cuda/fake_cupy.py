@@ -161,5 +161,11 @@ class FakeCupy(SimpleNamespace):
 
     def RawModule(self, *, path: str) -> SimpleNamespace:  # noqa: N802
         self.files.append(Path(path))
-        self.loaded.append(self.files[-1].read_bytes())
-        return SimpleNamespace(get_function=lambda name: FakeKernel(name, self.runtime, self.launches))
+        self.loaded.append(data := self.files[-1].read_bytes())
+
+        def function(name: str) -> FakeKernel:
+            if b" for " not in data:
+                raise self.cuda.driver.CUDADriverError("CUDA_ERROR_INVALID_IMAGE: device kernel image is invalid")
+            return FakeKernel(name, self.runtime, self.launches)
+
+        return SimpleNamespace(get_function=function)

@@ -253,6 +253,33 @@ def test_kernels_are_compiled_once(monkeypatch: pytest.MonkeyPatch, nvrtc: FakeN
     assert not cupy.files[-1].exists()
 
 
+@pytest.mark.parametrize("data", [b"", b"half of i"])
+def test_a_damaged_kernel_is_compiled_anew(
+    monkeypatch: pytest.MonkeyPatch, nvrtc: FakeNvrtc, tmp_path: Path, data: bytes
+) -> None:
+    cupy = install(monkeypatch)
+    CupyDevice(folder=tmp_path).prepare(["rows.slice"])
+    (kept,) = tmp_path.iterdir()
+    kept.write_bytes(data)
+    for _ in range(2):
+        CupyDevice(folder=tmp_path).prepare(["rows.slice", "rows.add_rows"])
+    assert nvrtc.compiled == [("rows", 86)] * 2 and kept.read_bytes() == b"rows for 86"
+    assert cupy.loaded == [b"rows for 86", data, b"rows for 86", b"rows for 86"]
+
+
+def test_a_folder_where_others_could_plant_kernels(
+    monkeypatch: pytest.MonkeyPatch, nvrtc: FakeNvrtc, tmp_path: Path
+) -> None:
+    cupy, folder = install(monkeypatch), tmp_path / "kernels"
+    CupyDevice(folder=folder).prepare(["rows.slice"])
+    assert folder.stat().st_mode & 0o777 == 0o700
+    (kept,) = folder.iterdir()
+    kept.write_bytes(b"planted for 86")
+    folder.chmod(0o777)
+    CupyDevice(folder=folder).prepare(["rows.slice"])
+    assert cupy.loaded[-1] == b"rows for 86" and cupy.files[-1].parent != folder
+
+
 def test_a_compiler_that_is_newer_than_the_driver(monkeypatch: pytest.MonkeyPatch, nvrtc: FakeNvrtc) -> None:
     install(monkeypatch, FakeRuntime(driver=12080))
     with pytest.raises(UsageError, match=r"driver is for CUDA 12\.8, NVRTC is 13\.0: update it, or") as error:

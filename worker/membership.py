@@ -177,7 +177,8 @@ class Member:
             except Exception as error:  # noqa: BLE001  a border: the coordinator is told, the worker stays
                 _log.error("layers [%d, %d) of epoch %d: %s", order.start, order.end, order.epoch, error)
                 if isinstance(error, DeviceLostError):
-                    self._compute.give_up(error)
+                    self._compute.give_up(error)  # this process ends, which answers all that is asked
+                    return
                 answer = LoadFailed(order.epoch, _failure(error))
             if isinstance(answer, LoadFailed):
                 gc.collect()  # a future and its error hold each other, and what was loaded until then
@@ -247,6 +248,9 @@ class Member:
                 answer: Measured | Failure = await asyncio.to_thread(self._measured, order)
             except Exception as error:  # noqa: BLE001  a border: the coordinator is told, the worker stays
                 _log.error("measuring the machine: %s", error)
+                if isinstance(error, DeviceLostError):
+                    self._compute.give_up(error)
+                    return
                 answer = _failure(error)
             await self._say(replace(answer, number=order.number))
 

@@ -126,6 +126,18 @@ def test_a_worker_whose_gpu_is_lost_is_a_lost_worker(
     assert "cuda:0 is lost: the test's own words" in log and "Traceback" not in log
 
 
+def test_a_gpu_that_is_lost_while_layers_are_loaded_comes_back(
+    model: Path, wanted: list[Answer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "shim_site" not in os.environ.get("PYTHONPATH", ""):
+        pytest.skip("a real card cannot be lost on demand")
+    order = tmp_path / "lose it"
+    order.write_text("prepare")
+    monkeypatch.setenv("PYTHON_TEST_LOSE_GPU", str(order))
+    done = asyncio.run(run(model, tmp_path / "cluster", "workers=[{name: a, threads: 1, device: cuda:0}]"))
+    assert done.answers == wanted and not order.exists()
+
+
 def test_a_plan_knows_the_gpu_before_a_start(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     device, opened = ShimDevice(build(), memory_bytes=64 << 20), list[str]()
 

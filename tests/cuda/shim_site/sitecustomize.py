@@ -1,10 +1,12 @@
 """Python reads this first in worker processes of tests that have this folder on their path: these find a GPU that is
-none. PYTHON_TEST_LOSE_GPU=FILE: it is lost at the next launch once there is such a file, which is removed.
+none. PYTHON_TEST_LOSE_GPU=FILE: it is lost at the next launch, or the call that the file names, once there is such a
+file, which is removed.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from shim_build import build
@@ -23,12 +25,20 @@ _MEMORY_BYTES = 256 << 20
 class LostDevice(ShimDevice):
     """One that is lost on demand."""
 
+    def prepare(self, kernels: Iterable[str]) -> None:
+        _lose_at("prepare")
+        super().prepare(kernels)
+
     def launch(self, launch: Launch) -> None:
-        order = Path(os.environ["PYTHON_TEST_LOSE_GPU"])
-        if order.exists():
-            order.unlink()
-            raise DeviceLostError("cuda:0 is lost: the test's own words")
+        _lose_at("launch")
         super().launch(launch)
+
+
+def _lose_at(call: str) -> None:
+    order = Path(os.environ["PYTHON_TEST_LOSE_GPU"])
+    if order.exists() and (order.read_text() or "launch") == call:
+        order.unlink()
+        raise DeviceLostError("cuda:0 is lost: the test's own words")
 
 
 def open_card(

@@ -83,17 +83,28 @@ class Task:
         return Speed(None, decode, None, shares[1]) if self.depth else Speed(prefill, decode, *shares)
 
     def _theirs(self, model: Path) -> Speed:
-        program = [str(self.llama_bench), "-m", str(model), "-o", "json"]
-        answers = _answer([*program, *self._options(0 if self.depth else self.prompt)])
-        try:
-            prefill = next((answer["avg_ts"] for answer in answers if answer["n_gen"] == 0), None)
-            return Speed(prefill, next(answer["avg_ts"] for answer in answers if answer["n_prompt"] == 0))
-        except (KeyError, TypeError, StopIteration):
-            raise UsageError(f"{self.llama_bench}: its JSON is not that of llama-bench; take a newer one") from None
+        options = self._options(0 if self.depth else self.prompt)
+        return their_speed(self.llama_bench, their_answers(self.llama_bench, model, options))
 
     def _options(self, prompt: int) -> list[str]:
         values = {"-t": self.threads, "-p": prompt, "-n": self.generate, "-d": self.depth, "-r": self.runs}
         return [str(word) for option in values.items() for word in option]
+
+
+def their_answers(program: Path, model: Path, options: Sequence[str]) -> list[Any]:
+    """What llama-bench prints, one object a test. UsageError where it cannot."""
+    answers = _answer([str(program), "-m", str(model), "-o", "json", *options])
+    return answers if isinstance(answers, list) else [answers]
+
+
+def their_speed(program: Path, answers: Sequence[Any]) -> Speed:
+    """The best of the tests of each kind. UsageError where llama-bench does not answer so."""
+    try:
+        prefills = [float(answer["avg_ts"]) for answer in answers if answer["n_gen"] == 0]
+        decodes = [float(answer["avg_ts"]) for answer in answers if answer["n_prompt"] == 0]
+        return Speed(max(prefills, default=None), max(decodes))
+    except (KeyError, TypeError, ValueError):
+        raise UsageError(f"{program}: its JSON is not that of llama-bench; take a newer one") from None
 
 
 def _answer(command: list[str]) -> Any:
@@ -113,12 +124,12 @@ def _answer(command: list[str]) -> Any:
         raise UsageError(f"{command[0]}: JSON expected, not {start!r}") from None
 
 
-def check_program(path: Path) -> Path:
-    """An absolute path. UsageError where no program is there."""
+def check_program(path: Path, how: str = "`compare.py --help`") -> Path:
+    """An absolute path. UsageError where no program is there; `how` says how it is built."""
     if path.is_dir():
         raise UsageError(f"--llama-bench {path}: a folder; give the program in it, such as {path}/bin/llama-bench")
     if not path.exists():
-        raise UsageError(f"--llama-bench {path}: no such file; `compare.py --help` says how to build it")
+        raise UsageError(f"--llama-bench {path}: no such file; {how} says how to build it")
     if not os.access(path, os.X_OK):
         raise UsageError(f"--llama-bench {path}: not a program that can be run")
     return path.absolute()

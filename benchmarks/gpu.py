@@ -1,10 +1,13 @@
 """A model on a GPU: decode beside the bandwidth of its memory, prefill beside the peak of its 8-bit products, eight
-sequences beside one, and the same bits as on the processor.
+sequences beside one; beside llama.cpp; and with the layers in RAM that do not fit.
 
-    python benchmarks/gpu.py MODEL.gguf --device cuda:0
+    python benchmarks/gpu.py MODEL.gguf                              # the three shares
+    python benchmarks/gpu.py MODEL.gguf --llama-bench PROGRAM        # and llama.cpp's CUDA backend, in turns
+    python benchmarks/gpu.py MODEL.gguf --gpu-memory 24GiB           # layers beyond that in RAM
 
-Needs a GPU and the extra `cuda`. What the GPU can do at best is measured before and after each run; shares are of the
-mean of both.
+Needs a GPU and the extra `cuda13` or `cuda12`; docs/gpu.md also says how llama-bench is built. What GPU and processor
+can do at best is measured right before and right after each round and the greater one counts; figures are medians over
+rounds, with the least and the most. Progress goes to standard error, all figures as JSON to standard output.
 """
 
 from __future__ import annotations
@@ -13,62 +16,113 @@ import argparse
 import json
 import os
 import sys
+from argparse import ArgumentTypeError
+from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
-from statistics import median
+from typing import Any
 
-from llamaclust.errors import LlamaclustError
+from compare import check_program, positive
+from gpu_llama import LlamaCpp
+from gpu_record import described, write_record
+from gpu_stage import Loaded, Task, tell
+from gpu_work import Figures, Round
+
+from llamaclust.cli.interrupts import ends_in_one_line
+from llamaclust.cluster.config_values import parse_size
+from llamaclust.errors import UsageError
+from llamaclust.worker.backends import CUDA
 
 
-def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="gpu.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--device", default="cuda:0")
-    parser.add_argument("--prompt", type=int, default=512)
-    parser.add_argument("--generate", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--no-graphs", action="store_true", help="every launch anew")
-    given = parser.parse_args(arguments)
+def measured(task: Task, llama: LlamaCpp | None, repeats: int, folder: Path | None = None) -> dict[str, Any]:
+    """The record, which is also written to the folder after each round."""
+    with closing(Loaded(task)) as loaded:
+        if llama is not None and loaded.placement.cut:
+            raise UsageError(f"beside llama-bench all layers must be on the GPU: {loaded.placement}")
+        tell("warming up")
+        loaded.warm_up()
+        rounds: list[Round] = []
+        about = described(loaded, sys.orig_argv)
+        for number in range(1, repeats + 1):
+            one = loaded.measure()
+            tell(f"round {number}/{repeats}: {_line(task, one)}")
+            if llama is not None:
+                one = replace(one, theirs=llama.measure(task.model))
+                about["llama_bench"] = llama.build
+                tell(f"round {number}/{repeats}: llama.cpp {_their_line(one)}")
+            rounds.append(one)
+            figures = Figures(loaded.work, rounds)
+            record = about | {"rounds": len(rounds)} | figures.as_json()
+            path = write_record(folder, record) if folder is not None else None
+    for wanted in figures.wanted():
+        tell(str(wanted))
+    if path is not None:
+        tell(f"written: {path}")
+    return record
+
+
+def _line(task: Task, one: Round) -> str:
+    rates = f"VRAM {one.rates.read.gpu / 1e9:.0f} GB/s"
+    if one.rates.read.cpu:
+        rates += f", RAM {one.rates.read.cpu / 1e9:.0f} GB/s"
+    speeds = f"decode {1 / one.step_s:.1f} tok/s, prefill {task.prompt / one.prefill_s:.0f} tok/s"
+    return f"{speeds}, {task.sequences} sequences {task.sequences / one.many_s:.1f} tok/s; {rates}"
+
+
+def _their_line(one: Round) -> str:
+    assert one.theirs is not None
+    return f"decode {one.theirs.decode:.1f} tok/s, prefill {one.theirs.prefill or 0:.0f} tok/s"
+
+
+def _size(text: str) -> int:
     try:
-        print(json.dumps(measured(given), indent=2))
-    except LlamaclustError as error:
-        sys.exit(f"error: {error}")
+        return parse_size(text)
+    except ValueError as error:
+        raise ArgumentTypeError(str(error)) from None
 
 
-def measured(given: argparse.Namespace) -> dict[str, object]:
-    """Figures by name; GB are 10^9 bytes."""
-    from llamaclust.model.loader import Model
-    from llamaclust.tools.bench import BenchTask, Work
-    from llamaclust.tools.bench_stage import BenchStage, Sampling
-    from llamaclust.worker.backends import open_card
+def _device(text: str) -> str:
+    if not text.startswith(CUDA) or not text.removeprefix(CUDA).isdigit():
+        raise ArgumentTypeError(f"{text!r}: one GPU, such as cuda:0")
+    return text
 
-    threads = len(os.sched_getaffinity(0))
-    with Model.open(given.model) as model, closing(open_card(given.device, threads, None)) as card:
-        found: dict[str, object] = {"model": given.model.stem, "gpu": card.card().name}
-        for batch in (1, 8):
-            task = BenchTask(given.model, threads, given.prompt, given.generate, batch)
-            work = Work.of(model, task)
-            stage = BenchStage(model, card, batch, task.context, Sampling(threads))
-            decodes, prefills, shares = [], [], []
-            stage.prefill(given.prompt)
-            stage.decode(0, 4)
-            for _ in range(given.repeats):
-                before = card.limits()
-                prefills.append(work.prefill_macs / stage.prefill(given.prompt))
-                decodes.append(given.generate / stage.decode(0, given.generate))
-                after = card.limits()
-                read = (before.read_bytes_s + after.read_bytes_s) / 2
-                macs = (before.int8_macs_s + after.int8_macs_s) / 2
-                shares.append((decodes[-1] * work.decode_bytes / read, prefills[-1] / macs))
-            stage.close()
-            found[f"batch {batch}"] = {
-                "decode_tok_s": batch * median(decodes),
-                "decode_share_of_bandwidth": median(share for share, _ in shares),
-                "prefill_gmac_s": median(prefills) / 1e9,
-                "prefill_share_of_peak": median(share for _, share in shares),
-            }
-        return found
+
+def main(arguments: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="gpu.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", type=Path, metavar="MODEL")
+    parser.add_argument("--device", type=_device, default="cuda:0", help="%(default)s by default")
+    parser.add_argument("--threads", type=positive, help="of the processor; by default as many as it has cores")
+    parser.add_argument("--prompt", type=positive, default=512, help="tokens of a prefill; %(default)s by default")
+    parser.add_argument("--generate", type=positive, default=64, help="tokens decoded; %(default)s by default")
+    parser.add_argument("--sequences", type=positive, default=8, help="decoded together; %(default)s by default")
+    parser.add_argument("--repeats", type=positive, default=5, help="rounds; %(default)s by default")
+    parser.add_argument("--gpu-memory", type=_size, metavar="SIZE", help="of VRAM, at most, such as 24GiB")
+    parser.add_argument("--no-graphs", action="store_true", help="every launch anew")
+    parser.add_argument("--llama-bench", type=Path, metavar="PROGRAM", help="llama.cpp's, built for CUDA")
+    parser.add_argument("--record", type=Path, metavar="FOLDER", help="write <card>-<model>.json there")
+    given = parser.parse_args(arguments)
+    if not given.model.is_file():
+        raise UsageError(f"{given.model}: no such file")
+    task = Task(
+        given.model,
+        given.device,
+        given.threads or len(os.sched_getaffinity(0)),
+        given.prompt,
+        given.generate,
+        given.sequences,
+        given.gpu_memory,
+        not given.no_graphs,
+    )
+    llama = None
+    if given.llama_bench is not None:
+        number = int(given.device.removeprefix(CUDA))
+        llama = LlamaCpp(check_program(given.llama_bench, "docs/gpu.md"), number, given.prompt, given.generate)
+    print(json.dumps(measured(task, llama, given.repeats, given.record), indent=2, allow_nan=False))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with ends_in_one_line():
+        main(sys.argv[1:])

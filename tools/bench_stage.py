@@ -12,7 +12,7 @@ from llamaclust.cluster.scheduler_chunks import chunk_rows
 from llamaclust.cluster.settings import SchedulerSettings
 from llamaclust.cluster.stage_times import StageTimes
 from llamaclust.errors import LlamaclustError
-from llamaclust.kernels.backend import Backend
+from llamaclust.kernels.backend import Backend, Progress
 from llamaclust.model.loader import Model
 from llamaclust.model.program import KV_BLOCK_TOKENS, KvType
 from llamaclust.wire.control import StageLimits
@@ -40,6 +40,12 @@ class Sampling:
     feature_level: str = ""
 
 
+def stage_limits(batch: int, context: int, kv_type: KvType = KvType.F16) -> StageLimits:
+    """Of a `BenchStage`."""
+    blocks = -(-context // KV_BLOCK_TOKENS)
+    return StageLimits(_MOST_ROWS + batch, batch, batch, context, blocks * batch, kv_type)
+
+
 class BenchStage:
     """A loaded stage and `batch` sequences of random tokens, each of `context` tokens at most."""
 
@@ -51,12 +57,15 @@ class BenchStage:
         context: int,
         sampling: Sampling,
         kv_type: KvType = KvType.F16,
+        progress: Progress = lambda done_bytes: None,
     ) -> None:
-        blocks = -(-context // KV_BLOCK_TOKENS)
-        rows = _MOST_ROWS + batch
-        limits = StageLimits(rows, batch, batch, context, blocks * batch, kv_type)
+        """Loads the weights; `progress` is told of every byte."""
+        limits = stage_limits(batch, context, kv_type)
+        blocks = limits.kv_blocks // batch
         level, layers = sampling.feature_level, model.layer_count
-        self._runner = StageRunner(backend, model, 0, layers, limits, feature_level=level, threads=sampling.threads)
+        self._runner = StageRunner(
+            backend, model, 0, layers, limits, feature_level=level, threads=sampling.threads, progress=progress
+        )
         self._tables = [(blocks * index, blocks) for index in range(batch)]
         self._model_id = model.model_id
         vocabulary = model.hyperparameters.vocabulary_size
@@ -64,25 +73,33 @@ class BenchStage:
         self._tokens = [tuple(map(int, random.integers(0, vocabulary, context))) for _ in range(batch)]
         self._times = StageTimes(1)
         self._settings = SchedulerSettings(
-            self._model_id, vocabulary, context, blocks * batch, max_sequences=batch, max_rows=rows, max_outputs=batch
+            self._model_id,
+            vocabulary,
+            context,
+            limits.kv_blocks,
+            max_sequences=batch,
+            max_rows=limits.max_tokens,
+            max_outputs=batch,
         )
 
-    def prefill(self, tokens: int) -> float:
-        """Seconds to compute the first `tokens` of all sequences, one after the other, and to choose one after each."""
+    def prefill(self, tokens: int, sequences: int | None = None) -> float:
+        """Seconds to compute the first `tokens` of all sequences, or of so many, one after the other, and to choose one
+        after each."""
         started_ns = perf_counter_ns()
-        for index in range(len(self._tables)):
+        for index in range(len(self._tables[:sequences])):
             for start, rows in self._chunks(tokens):
                 outputs = int(start + rows == tokens)
                 part = self._tokens[index][start : start + rows]
                 self._run([Chunk(part, start, self._tables[index], outputs)], [self._task(tokens)] * outputs)
         return (perf_counter_ns() - started_ns) / 1e9
 
-    def decode(self, depth: int, steps: int) -> float:
-        """Seconds of `steps` in which all sequences get one more token together, the first one behind `depth`."""
-        last = [tokens[depth] for tokens in self._tokens]
+    def decode(self, depth: int, steps: int, sequences: int | None = None) -> float:
+        """Seconds of `steps` in which all sequences, or so many, get one more token together, the first one behind
+        `depth`."""
+        last = [tokens[depth] for tokens in self._tokens[:sequences]]
         started_ns = perf_counter_ns()
         for position in range(depth, depth + steps):
-            chunks = [Chunk((token,), position, table, 1) for token, table in zip(last, self._tables, strict=True)]
+            chunks = [Chunk((token,), position, table, 1) for token, table in zip(last, self._tables, strict=False)]
             last = self._run(chunks, [self._task(position + 1)] * len(chunks))
         return (perf_counter_ns() - started_ns) / 1e9
 

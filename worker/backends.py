@@ -69,12 +69,15 @@ def open_card(
     memory_cap_bytes: int | None,
     prepared: PreparedFolder | None = None,
     kernels_dir: Path | None = None,
+    *,
+    graphs: bool = True,
 ) -> CardBackend:
-    """GPU "cuda:N"; `threads` pack weights for it, compiled kernels stay in `kernels_dir`. UsageError that says what is
-    missing: CuPy, NVRTC, a driver, the GPU."""
+    """GPU "cuda:N"; `threads` pack weights for it, compiled kernels stay in `kernels_dir`, `graphs` is as in
+    `CudaBackend`. UsageError that says what is missing: CuPy, NVRTC, a driver, the GPU."""
     from llamaclust.kernels.cuda.backend import CudaBackend
     from llamaclust.kernels.cuda.cupy_device import CupyDevice
     from llamaclust.kernels.cuda.device import Device
 
     device = CupyDevice(int(name.removeprefix(CUDA)), memory_cap_bytes, kernels_dir)
-    return CudaBackend(name, cast(Device, device), threads, prepared)  # which is given none but its own buffers
+    # A device is given none but its own buffers.
+    return CudaBackend(name, cast(Device, device), threads, prepared, graphs=graphs)

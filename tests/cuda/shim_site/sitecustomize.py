@@ -47,10 +47,12 @@ def open_card(
     memory_cap_bytes: int | None,
     prepared: PreparedFolder | None = None,
     kernels_dir: Path | None = None,
+    *,
+    graphs: bool = True,
 ) -> CardBackend:
     kind = LostDevice if "PYTHON_TEST_LOSE_GPU" in os.environ else ShimDevice
     device = kind(build(), memory_bytes=min(memory_cap_bytes or _MEMORY_BYTES, _MEMORY_BYTES), sms=1)
-    return CudaBackend(name, device, threads, prepared)
+    return CudaBackend(name, device, threads, prepared, graphs=graphs)
 
 
 backends.open_card = open_card

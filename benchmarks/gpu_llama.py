@@ -1,0 +1,42 @@
+"""llama.cpp's CUDA backend, by its `llama-bench`: built as docs/gpu.md says, run with all layers on one GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from compare import Speed, their_answers, their_speed
+
+from llamaclust.errors import UsageError
+
+_ALL_LAYERS = 999
+
+
+@dataclass(slots=True)
+class LlamaCpp:
+    """Prefill and decode apart, as llama-bench measures them, without sampling; with flash attention and without, of
+    which the quicker one counts."""
+
+    program: Path
+    gpu: int  # as CUDA numbers it
+    prompt: int
+    generate: int
+    runs: int = 2
+    build: dict[str, Any] = field(default_factory=dict)  # filled by the first run
+
+    def measure(self, model: Path) -> Speed:
+        """UsageError where it fails, or does not compute on a GPU."""
+        ways = {"-ngl": _ALL_LAYERS, "-sm": "none", "-mg": self.gpu, "-fa": "0,1"}
+        sizes = {"-p": self.prompt, "-n": self.generate, "-r": self.runs}
+        options = [str(word) for option in (ways | sizes).items() for word in option]
+        answers = their_answers(self.program, model, options)
+        speed = their_speed(self.program, answers)
+        backends = str(answers[0].get("backends", ""))
+        if "CUDA" not in backends.split(","):
+            raise UsageError(f"{self.program}: built for {backends or 'unknown backends'}; build it with GGML_CUDA=ON")
+        if not answers[0].get("gpu_info"):
+            raise UsageError(f"{self.program}: it finds no GPU")
+        names = ("build_commit", "build_number", "backends", "gpu_info")
+        self.build = {name: answers[0].get(name) for name in names} | {"options": options}
+        return speed

@@ -1,0 +1,107 @@
+"""The record of a run on a GPU: on what, with what and how it was measured, and every figure."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import shlex
+import subprocess
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from gpu_stage import Loaded
+
+from llamaclust.errors import UsageError
+from llamaclust.kernels.cuda.cupy_open import import_cupy
+from llamaclust.kernels.cuda.nvrtc import open_nvrtc
+from llamaclust.model.new_file import new_file
+from llamaclust.tools.model_info import describe
+from llamaclust.worker.machine import processor_name, total_memory_bytes
+
+_ASK_S = 30.0
+
+
+def described(loaded: Loaded, command: Sequence[str]) -> dict[str, Any]:
+    """All but the figures. What is not to be found out is null."""
+    task, placement, card = loaded.task, loaded.placement, loaded.card.card()
+    quant_type = max(describe(loaded.model.file).by_type, key=lambda share: share.bytes).name
+    level = loaded.card.feature_level.removeprefix("sm_")
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(command),
+        "llamaclust": {"version": version("llamaclust"), "commit": _commit()},
+        "card": {
+            "name": card.name,
+            "memory_bytes": card.total_bytes,
+            "compute_capability": f"{level[:-1]}.{level[-1]}",
+            **_software(),
+        },
+        "processor": {"name": processor_name(), "threads": task.threads, "memory_bytes": total_memory_bytes()},
+        "model": {
+            "name": task.model.stem,
+            "file_bytes": task.model.stat().st_size,
+            "quant_type": quant_type,
+            "layers": placement.layers,
+        },
+        "settings": {
+            "prompt": task.prompt,
+            "generate": task.generate,
+            "sequences": task.sequences,
+            "graphs": task.graphs,
+            "gpu_memory_bytes": task.gpu_memory_bytes,
+        },
+        "placement": {
+            "gpu_layers": placement.layers - placement.cut,
+            "vram_bytes": placement.vram_bytes,
+            "ram_bytes": placement.ram_bytes,
+            "load_s": loaded.load_s,
+        },
+    }
+
+
+def record_name(record: dict[str, Any]) -> str:
+    """`<card>-<model>.json`; with the cap where there is one, so that runs with and without stand side by side."""
+    cap = record["settings"]["gpu_memory_bytes"]
+    parts = [record["card"]["name"], record["model"]["name"], *([f"{cap >> 20}mib"] if cap else [])]
+    return "-".join(re.sub(r"[^a-z0-9._]+", "-", part.lower()).strip("-") for part in parts) + ".json"
+
+
+def write_record(folder: Path, record: dict[str, Any]) -> Path:
+    """The file appears when it is complete. OSError, or UsageError, where the folder cannot be written to."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path, data = folder / record_name(record), json.dumps(record, indent=2, allow_nan=False).encode() + b"\n"
+    with new_file(path, len(data)) as file:
+        file.write(data)
+    return path
+
+
+def _software() -> dict[str, str | None]:
+    driver = _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    found: dict[str, str | None] = {"driver": driver, "cuda": None, "cupy": None, "nvrtc": None}
+    try:
+        cupy = import_cupy()
+        number = cupy.cuda.runtime.driverGetVersion()
+        found |= {"cuda": f"{number // 1000}.{number % 1000 // 10}", "cupy": cupy.__version__}
+        found["nvrtc"] = ".".join(map(str, open_nvrtc().version))
+    except UsageError:  # of a device that is none
+        pass
+    return found | {"python": platform.python_version()}
+
+
+def _commit() -> str | None:
+    """Of the checkout, if this is one."""
+    here = str(Path(__file__).parent)
+    return _first_line("git", "-C", here, "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+
+
+def _first_line(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_ASK_S, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    lines = done.stdout.split("\n") if done.returncode == 0 else []
+    return lines[0].strip() or None if lines else None

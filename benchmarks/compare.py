@@ -116,7 +116,8 @@ def _answer(command: list[str]) -> Any:
     except subprocess.TimeoutExpired:
         raise UsageError(f"{command[0]}: not done after {_DEADLINE_S} s; measure less") from None
     if done.returncode != 0:
-        raise UsageError(f"{command[0]} failed: {' '.join(done.stderr.strip().splitlines()[-1:])}")
+        last = " ".join(done.stderr.strip().splitlines()[-1:])
+        raise UsageError(f"{command[0]} failed: {last or f'it ended with {done.returncode} and no word'}")
     try:
         return json.loads(done.stdout)
     except ValueError:

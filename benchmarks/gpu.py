@@ -37,9 +37,7 @@ from llamaclust.worker.backends import CUDA
 
 def measured(task: Task, llama: LlamaCpp | None, repeats: int, folder: Path | None = None) -> dict[str, Any]:
     """The record, which is also written to the folder after each round."""
-    with closing(Loaded(task)) as loaded:
-        if llama is not None and loaded.placement.cut:
-            raise UsageError(f"beside llama-bench all layers must be on the GPU: {loaded.placement}")
+    with closing(Loaded(task, whole=llama is not None)) as loaded:
         tell("warming up")
         loaded.warm_up()
         rounds: list[Round] = []

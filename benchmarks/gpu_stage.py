@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import sys
 import time
+from bisect import bisect_left
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from llamaclust.tools.bench_stage import BenchStage, Sampling, stage_limits
 from llamaclust.worker import backends
 from llamaclust.worker.backends import CardBackend
 from llamaclust.worker.machine import available_memory_bytes
-from llamaclust.worker.stage_runner import plan_memory
+from llamaclust.worker.stage_runner import StageMemory, plan_memory
 
 _PROBE_BYTES, _PROBE_SHARE = 2 << 30, 8
 """What is left of VRAM so that its bandwidth can be measured beside the model, or so large a part of a small GPU's."""
@@ -63,20 +64,22 @@ class Placement:
     def of(cls, model: Model, task: Task, card: CardBackend, processor: Backend, vram_bytes: int) -> Self:
         """As many layers on the GPU as go into `vram_bytes`. DoesNotFitError where RAM is too small for the others."""
         limits, layers = stage_limits(task.sequences, task.context), model.layer_count
-        for cut in range(layers):
-            on_card = plan_memory(card, model, cut, layers, limits)
-            if on_card.total_bytes <= vram_bytes:
-                break
-        else:
-            need = missing(on_card.parts, vram_bytes)
-            raise DoesNotFitError(f"{model.file.path}: its last layer and the head on {task.device} need {need}")
+
+        def on_card(cut: int) -> StageMemory:
+            return plan_memory(card, model, cut, layers, limits)
+
+        cut = bisect_left(range(layers), True, key=lambda cut: on_card(cut).total_bytes <= vram_bytes)
+        if cut == layers:
+            need = missing(on_card(layers - 1).parts, vram_bytes)
+            raise DoesNotFitError(f"{model.file.path}: the last layer and the head on {task.device} need {need}")
+        taken_bytes = on_card(cut).total_bytes
         if cut == 0:
-            return cls(0, layers, on_card.total_bytes, 0)
+            return cls(0, layers, taken_bytes, 0)
         in_ram, free_bytes = plan_memory(processor, model, 0, cut, limits), available_memory_bytes()
         if in_ram.total_bytes > free_bytes:
             where = f"{layers - cut} of {layers} layers go into {mib(vram_bytes)} MiB of VRAM; the others, in RAM,"
             raise DoesNotFitError(f"{model.file.path}: {where} need {missing(in_ram.parts, free_bytes)}")
-        return cls(cut, layers, on_card.total_bytes, in_ram.total_bytes)
+        return cls(cut, layers, taken_bytes, in_ram.total_bytes)
 
     def backend(self, card: CardBackend, processor: Backend) -> Backend:
         if self.cut == 0:
@@ -91,8 +94,9 @@ class Placement:
 class Loaded:
     """A model that can be measured; holds its memory until it is closed."""
 
-    def __init__(self, task: Task) -> None:
-        """UsageError without the model or the GPU, DoesNotFitError where memory is short."""
+    def __init__(self, task: Task, whole: bool = False) -> None:
+        """UsageError without the model or the GPU, or where the GPU is to hold the `whole` and cannot; DoesNotFitError
+        where memory is short."""
         self.task = task
         with ExitStack() as held:
             self.model = held.enter_context(closing(Model.open(task.model)))
@@ -103,6 +107,8 @@ class Loaded:
             self._probed = held.enter_context(closing(backends.open_card(task.device, 1, None)))
             processor = backends.open_processor("cpu", task.threads, "")
             self.placement = Placement.of(self.model, task, self.card, processor, self._room())
+            if whole and self.placement.cut:
+                raise UsageError(f"beside llama-bench all layers must be on the GPU: {self.placement}")
             tell(f"loading {task.model.stem}: {self.placement}")
             started, progress = time.perf_counter(), _Progress()
             backend, sampling = self.placement.backend(self.card, processor), Sampling(task.threads)

@@ -26,7 +26,9 @@ _ASK_S = 30.0
 
 
 def described(loaded: Loaded, command: Sequence[str]) -> dict[str, Any]:
-    """All but the figures. What is not to be found out is null."""
+    """All but the figures. What is not to be found out is null. `kernels` is what products reach on the GPU by
+    themselves, as workers measure it: of one row and of many."""
+    reached = loaded.kernels()
     task, placement, card = loaded.task, loaded.placement, loaded.card.card()
     quant_type = max(describe(loaded.model.file).by_type, key=lambda share: share.bytes).name
     level = loaded.card.feature_level.removeprefix("sm_")
@@ -60,6 +62,7 @@ def described(loaded: Loaded, command: Sequence[str]) -> dict[str, Any]:
             "ram_bytes": placement.ram_bytes,
             "load_s": loaded.load_s,
         },
+        "kernels": {"read_gb_s": reached.read_bytes_s / 1e9, "int8_gmac_s": reached.int8_macs_s / 1e9},
     }
 
 

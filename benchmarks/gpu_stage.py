@@ -21,6 +21,7 @@ from llamaclust.kernels.probes import ReadProbe, int8_peak
 from llamaclust.model.loader import Model
 from llamaclust.sizes import mib, missing
 from llamaclust.tools.bench_stage import BenchStage, Sampling, stage_limits
+from llamaclust.wire.cards import CardSpeed
 from llamaclust.worker import backends
 from llamaclust.worker.backends import CardBackend
 from llamaclust.worker.machine import available_memory_bytes
@@ -152,6 +153,10 @@ class Loaded:
             return Rates(Amount(gpu.read_bytes_s, 0.0), Amount(gpu.int8_macs_s, 0.0))
         read, int8 = self._ram.measure(_READ_S) * 1e9, int8_peak(threads, _PEAK_S) * 1e9
         return Rates(Amount(gpu.read_bytes_s, read), Amount(gpu.int8_macs_s, int8))
+
+    def kernels(self) -> CardSpeed:
+        """What products reach on the GPU by themselves."""
+        return self._probed.measure()
 
     def close(self) -> None:
         self._held.close()

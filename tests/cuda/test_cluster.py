@@ -103,6 +103,20 @@ def test_a_gpu_with_layers_in_ram_beside_a_worker_without(model: Path, wanted: l
     assert done.status["plan"]["token_ms"] > 0, "measured"
 
 
+def test_stages_on_a_gpu_on_both_and_on_a_processor(model: Path, wanted: list[Answer], tmp_path: Path) -> None:
+    """Workers of their own; two of them have the same GPU."""
+    workers = (
+        "{name: gpu, threads: 1, device: cuda:0}",
+        "{name: both, threads: 1, device: cuda:0, gpu_layers: 1}",
+        "{name: none, threads: 1, bandwidth: 20, int8: 300}",
+    )
+    plan = "plan=[{worker: gpu, layers: [0, 1]}, {worker: both, layers: [1, 3]}, {worker: none, layers: [3, 4]}]"
+    done = asyncio.run(run(model, tmp_path, f"workers=[{', '.join(workers)}]", plan))
+    assert done.answers == wanted
+    held = [[one["device"] for one in stage["devices"]] for stage in done.status["plan"]["stages"]]
+    assert held == [["cuda:0"], ["cpu", "cuda:0"], []]
+
+
 def test_a_worker_whose_gpu_is_lost_is_a_lost_worker(
     model: Path, wanted: list[Answer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

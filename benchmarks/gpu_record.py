@@ -40,7 +40,7 @@ def described(loaded: Loaded, command: Sequence[str]) -> dict[str, Any]:
             "name": card.name,
             "memory_bytes": card.total_bytes,
             "compute_capability": f"{level[:-1]}.{level[-1]}",
-            **_software(),
+            **software(),
         },
         "processor": {"name": processor_name(), "threads": task.threads, "memory_bytes": total_memory_bytes()},
         "model": {
@@ -82,7 +82,8 @@ def write_record(folder: Path, record: dict[str, Any]) -> Path:
     return path
 
 
-def _software() -> dict[str, str | None]:
+def software() -> dict[str, str | None]:
+    """Versions of all that a kernel is compiled and launched by."""
     driver = _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     found: dict[str, str | None] = {"driver": driver, "cuda": None, "cupy": None, "nvrtc": None}
     try:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 import sys
 from collections.abc import Sequence
 from contextlib import closing
@@ -12,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from fake_cupy import FakeCupy
 from shim_build import build
 from shim_device import ShimDevice
 from tiny_model import build_tiny_model
@@ -30,6 +33,7 @@ from llamaclust.worker.stage_runner import plan_memory
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import gpu
+import gpu_record
 import gpu_stage
 from compare import Speed
 from gpu_llama import LlamaCpp
@@ -222,6 +226,17 @@ def test_a_run_beside_llama_cpp_and_its_record(
     assert given[given.index("-m") + 1] == str(model.parent / "Tiny") and given[-2:] == ["-r", "2"]
     for pair in (("-ngl", "999"), ("-mg", "0"), ("-sm", "none"), ("-fa", "0,1"), ("-p", "3"), ("-n", "2")):
         assert given[given.index(pair[0]) + 1] == pair[1]
+
+
+def test_a_record_names_the_software(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 580.159.04\necho 580.159.04\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setitem(sys.modules, "cupy", FakeCupy())
+    monkeypatch.setattr(gpu_record, "open_nvrtc", lambda: SimpleNamespace(version=(13, 0)))
+    found = gpu_record.software()
+    assert found.pop("python") == platform.python_version()
+    assert found == {"driver": "580.159.04", "cuda": "13.0", "cupy": "14.2.0", "nvrtc": "13.0"}
 
 
 def test_no_graphs_is_obeyed(model: Path, device: Device, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from typing import Self
 
 from gpu_work import Amount, Rates, Round, Work
 
+from llamaclust.cluster.config import environment
 from llamaclust.errors import DoesNotFitError, UsageError
 from llamaclust.kernels.backend import Backend
 from llamaclust.kernels.chain import ChainBackend, Part
@@ -21,7 +22,7 @@ from llamaclust.kernels.probes import ReadProbe, int8_peak
 from llamaclust.model.loader import Model
 from llamaclust.sizes import mib, missing
 from llamaclust.tools.bench_stage import BenchStage, Sampling, stage_limits
-from llamaclust.wire.cards import CardSpeed
+from llamaclust.wire.speeds import CardSpeed
 from llamaclust.worker import backends
 from llamaclust.worker.backends import CardBackend
 from llamaclust.worker.machine import available_memory_bytes
@@ -102,10 +103,13 @@ class Loaded:
         with ExitStack() as held:
             self.model = held.enter_context(closing(Model.open(task.model)))
             self._check()
-            opened = backends.open_card(task.device, task.threads, task.gpu_memory_bytes, graphs=task.graphs)
+            kernels = environment().kernels_dir
+            opened = backends.open_card(
+                task.device, task.threads, task.gpu_memory_bytes, kernels_dir=kernels, graphs=task.graphs
+            )
             self.card = held.enter_context(closing(opened))
             # Without a cap, which is for the model.
-            self._probed = held.enter_context(closing(backends.open_card(task.device, 1, None)))
+            self._probed = held.enter_context(closing(backends.open_card(task.device, 1, None, kernels_dir=kernels)))
             processor = backends.open_processor("cpu", task.threads, "")
             self.placement = Placement.of(self.model, task, self.card, processor, self._room())
             if whole and self.placement.cut:

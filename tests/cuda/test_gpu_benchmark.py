@@ -65,7 +65,9 @@ def cards(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     if request.config.getoption("--gpu", default=False):
         return
 
-    def open_card(name: str, threads: int, cap: int | None, prepared: None = None, *, graphs: bool = True) -> Any:
+    def open_card(
+        name: str, threads: int, cap: int | None, *folders: object, graphs: bool = True, **more: object
+    ) -> Any:
         return CudaBackend(name, ShimDevice(build(), memory_bytes=cap or 1 << 30, sms=1), threads, graphs=graphs)
 
     monkeypatch.setattr(backends, "open_card", open_card)

@@ -136,11 +136,11 @@ class Loaded:
         return min(self.card.free_bytes, self._probed.free_bytes - kept)
 
     def warm_up(self) -> None:
-        """Twice each: graphs are captured at the second time, and the scheduler learns how to cut prompts."""
-        for _ in range(2):
+        """The first prefill teaches the scheduler how to cut prompts; what then comes a second time is captured."""
+        for _ in range(3):
             self._stage.prefill(self.task.prompt, 1)
-            for sequences in (1, self.task.sequences):
-                self._stage.decode(0, min(4, self.task.generate), sequences)
+        for sequences in (1, self.task.sequences):
+            self._stage.decode(0, min(4, self.task.generate), sequences)
 
     def measure(self) -> Round:
         """One of each between two looks at what the devices can do."""

@@ -167,6 +167,23 @@ def test_memory_that_cannot_be_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
         device.pinned(16 << 20)
 
 
+def test_memory_of_a_lost_card_is_dropped_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every call fails from then on. Buffers go with what held them, where nobody could catch an error."""
+    cupy = install(monkeypatch)
+    device: Any = CupyDevice()
+    buffer = device.allocate(1 << 10)
+
+    def fail(*_: int) -> None:
+        raise CUDARuntimeError(719)
+
+    for name in ("free", "setDevice"):
+        monkeypatch.setattr(cupy.runtime, name, fail)
+    buffer.close()
+    buffer.close()
+    with pytest.raises(DeviceLostError, match="status 719"), Turns("cuda:0", device).one():
+        device.synchronize()
+
+
 def test_a_full_disk_leaves_no_half_of_a_compiled_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     folder, write = tmp_path / "kernels", Path.write_bytes
 
@@ -304,14 +321,3 @@ def test_closing_frees_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(cupy.runtime.memory) == 3
     device.close()
     assert cupy.runtime.memory == {} and cupy.runtime.free_bytes == 1 << 20
-
-
-def test_pinned_memory_that_there_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    cupy = install(monkeypatch)
-
-    def none_left(n_bytes: int) -> bytearray:
-        raise CUDARuntimeError(2)
-
-    cupy.cuda.PinnedMemory = none_left
-    with pytest.raises(DoesNotFitError, match="3 MiB of RAM cannot be pinned for Card 0"):
-        CupyDevice().pinned(3 << 20)

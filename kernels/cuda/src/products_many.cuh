@@ -5,9 +5,10 @@
 // of bank conflicts: a warp reads 256 bytes in their order); weights are decoded once for all 64 rows, a block of 32
 // columns ahead. With at most 128 registers a thread, sixteen warps share a multiprocessor. Per matrix instruction (16
 // x 8 x 32) a warp issues one shared load and, for types of 256, four integer multiply-adds by sub-block scales (eight
-// where sub-blocks have 16 columns): on compute capability 8.0 instruction, load and multiply-adds take 8 cycles each,
-// so all three are the limit at once; later cards have faster matrix units, and the multiply-adds are. Types of 32 have
-// twelve float operations in their place, which bound them.
+// where sub-blocks have 16 columns), for Q4_K thirteen instructions in all. On compute capability 8.6, 8.9 and 12.0 a
+// matrix instruction takes 16 cycles of a quarter of a multiprocessor and is the limit; on 8.0 it takes 8, as load and
+// multiply-adds do, on 9.0 fewer: there issuing is. Types of 32 have twelve float operations in their place, which
+// bound them.
 #pragma once
 
 #include "products.cuh"

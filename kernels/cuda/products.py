@@ -244,14 +244,17 @@ def _matrices(them: Sequence[Product]) -> tuple[Scalar, ...]:
 
 
 def _few_warps(weights: Weights, rows: int) -> tuple[int, int, int]:
-    """Warps of a block, segments of a round, shared memory: eight warps where a round of theirs fits."""
+    """Warps of a block, segments of a round, shared memory: eight warps where a round of theirs fits. A round begins
+    where a warp's segments do."""
+    of_warp = _SEGMENTS_OF_A_WARP[weights.activation]
     each = rows * (17 * 16 if weights.quant_type in _WITH_MIN else 18 * 8)
     fits = PLAIN_SHARED_BYTES // each
     warps = 8
-    of_warps = warps * _SEGMENTS_OF_A_WARP[weights.activation]
+    of_warps = warps * of_warp
     if fits < of_warps and weights.segments > fits:
         warps, of_warps = warps // 2, of_warps // 2
     together = min(weights.segments, fits // of_warps * of_warps if fits >= of_warps else fits)
+    assert together == weights.segments or together % of_warp == 0, (weights, rows, together)
     return warps, together, together * each
 
 

@@ -6,7 +6,7 @@
 #include "products_many.cuh"
 
 #define PRODUCT_KERNELS(TYPE)                                                                                         \
-  KERNEL_IN_BLOCKS(256, 2, few_##TYPE, PRODUCT_PARAMETERS, int32_t round) {                                           \
+  KERNEL_IN_BLOCKS(256, kFewBlocks<TYPE>, few_##TYPE, PRODUCT_PARAMETERS, int32_t round) {                            \
     multiply_few<TYPE>(PRODUCT_ARGUMENTS, round);                                                                     \
   }                                                                                                                   \
   KERNEL_IN_BLOCKS(512, 1, many_##TYPE, PRODUCT_PARAMETERS) { multiply_many<TYPE>(PRODUCT_ARGUMENTS); }               \

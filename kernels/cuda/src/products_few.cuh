@@ -1,11 +1,13 @@
 // Products of up to eight rows: a block has a tile of sixteen rows of weights, its warps take segments in turn. All
 // eight rows cost what one does, since a matrix unit takes eight.
 //
-// Bound by memory: each weight is read once, straight into registers, and a segment's loads are independent of each
-// other, so that a warp has two to three kilobytes under way; sixteen warps on a multiprocessor are enough, and leave
-// 128 registers a thread to hold them. Activations come from the first cache: all blocks of a multiprocessor read the
-// same. A segment's result is two floats an output (four with mins) in shared memory; after `round` segments one thread
-// an output folds them in k order. Rounds are as long as shared memory allows: most matrices take one.
+// Bound by memory: each weight is read once, straight into registers, and loads of a segment, or of four of 32 columns,
+// are independent of each other, so that a warp has one to three kilobytes under way; sixteen warps on a multiprocessor
+// are enough, and leave 128 registers a thread to hold them. Where memory is fastest, issuing instructions comes next:
+// of 32 columns addresses would take as many as arithmetic, so four segments share theirs. Activations come from the
+// first cache: all blocks of a multiprocessor read the same. A segment's result is two floats an output (four with
+// mins) in shared memory; after `round` segments one thread an output folds them in k order. Rounds are as long as
+// shared memory allows: most matrices take one.
 #pragma once
 
 #include "products.cuh"
@@ -28,6 +30,10 @@ constexpr int kTermStride = Type::kHasMin ? 17 : 18;
 // Segments that a warp reads before it computes any.
 template <class Type>
 constexpr int kTogether = kWide<Type> ? 1 : 4;
+
+// Blocks of 256 threads on a multiprocessor: three where 80 registers hold all that is read ahead.
+template <class Type>
+constexpr int kFewBlocks = kWide<Type> || Type::kHasMin || Type::kLayout.body_bytes % 256 != 0 ? 2 : 3;
 
 // Where a lane finds its activations: those it multiplies (row lane / 4), and the scales of its results (rows 2 c, 2 c
 // + 1).
@@ -106,11 +112,54 @@ DEVICE void segment_terms(const Segment& w, const LaneActivations<Type>& a, int 
   }
 }
 
-// Grid: (groups of eight rows or items, tiles of all matrices), so that what reads the same weights runs at the same time; blocks of 32
-// to 256 threads, sixteen an output row at least. Shared memory: `round` segments of n rows of kTermStride outputs.
+// Where a segment of a round has its terms in shared memory.
+template <class Type>
+DEVICE int place_of(int s, int rows, int row, int output) {
+  return ((s * rows + row) * kTermStride<Type> + output) * kTermsEach<Type>;
+}
+
+template <class Type>
+DEVICE void share_terms(const Terms<Type>& terms, int s, int rows, int lane, Term* shared) {
+  UNROLL for (int n = 0; n < 4; n++) {
+    const int row = 2 * (lane % 4) + n % 2;
+    if (row < rows) UNROLL for (int k = 0; k < kTermsEach<Type>; k++)
+      shared[place_of<Type>(s, rows, row, lane / 4 + 8 * (n / 2)) + k] = terms[n][k];
+  }
+}
+
+// Segment i of those from a multiple of kTogether on, all of which are there: how far it is, a compiler knows.
+template <class Type>
+DEVICE Segment segment_after(const uint8_t* first, int i) {
+  constexpr int body_bytes = Type::kLayout.body_bytes, tail_bytes = Type::kLayout.tail_bytes;
+  constexpr int group = kGroupSegments<Type>;
+  static_assert(kTogether<Type> % group == 0);
+  const uint8_t* bodies = first + i / group * group * (body_bytes + tail_bytes);
+  return {bodies + i % group * body_bytes, bodies + group * body_bytes + i % group * tail_bytes};
+}
+
+// Segments from `first` on, of which `left` are left in the round. Whole: kTogether or more are, so that they have one
+// address and distances from it; else each has its own, which costs as much as its arithmetic.
+template <class Type, bool whole>
+DEVICE void add_segments(const uint8_t* tile, int first, int left, int segments, const LaneActivations<Type>& a,
+                         int rows, int lane, Term* to) {
+  constexpr int together = kTogether<Type>, bytes = Type::kLayout.body_bytes + Type::kLayout.tail_bytes;
+  Terms<Type> terms[together];
+  UNROLL for (int i = 0; i < together; i++) {
+    const int s = first + (whole || i < left ? i : left - 1);
+    const Segment w = whole ? segment_after<Type>(tile + static_cast<size_t>(first) * bytes, i)
+                            : segment_of<Type>(tile, s, segments);
+    segment_terms<Type>(w, a, s, lane, terms[i]);
+  }
+  UNROLL for (int i = 0; i < together; i++)
+    if (whole || i < left) share_terms<Type>(terms[i], i, rows, lane, to);
+}
+
+// Grid: (groups of eight rows or items, tiles of all matrices), so that what reads the same weights runs at the same
+// time; blocks of 32 to 256 threads, sixteen an output row at least. Shared memory: `round` segments of n rows of
+// kTermStride outputs: all segments, or a multiple of kTogether.
 template <class Type>
 DEVICE void multiply_few(const Products& all, int round) {
-  constexpr int terms_each = kTermsEach<Type>, stride = kTermStride<Type>, together = kTogether<Type>;
+  constexpr int together = kTogether<Type>;
   const Product p = product_of(all, 1);
   const Share share = share_of(p, blockIdx.x, kGroupRows);
   if (share.n <= 0) return;
@@ -119,26 +168,27 @@ DEVICE void multiply_few(const Products& all, int round) {
   const int segments = p.cols / Type::kLayout.segment_cols;
   const LaneActivations<Type> a(p, share, segments, lane);
   const uint8_t* tile = tile_of(p, share, p.block);
-  const auto place = [&](int s, int row, int output) { return ((s * share.n + row) * stride + output) * terms_each; };
   float total = 0.0f;
   for (int begin = 0; begin < segments; begin += round) {
     const int count = segments - begin < round ? segments - begin : round;
     for (int first = together * warp; first < count; first += together * warps) {
-      Terms<Type> terms[together];
-      UNROLL for (int i = 0; i < together; i++) {
-        const int s = begin + (first + i < count ? first + i : count - 1);
-        segment_terms<Type>(segment_of<Type>(tile, s, segments), a, s, lane, terms[i]);
-      }
-      UNROLL for (int i = 0; i < together; i++) UNROLL for (int n = 0; n < 4; n++) {
-        const int row = 2 * (lane % 4) + n % 2;
-        if (row < share.n && first + i < count) UNROLL for (int k = 0; k < terms_each; k++)
-          shared[place(first + i, row, lane / 4 + 8 * (n / 2)) + k] = terms[i][n][k];
+      if constexpr (kWide<Type>) {
+        Terms<Type> terms;
+        segment_terms<Type>(segment_of<Type>(tile, begin + first, segments), a, begin + first, lane, terms);
+        share_terms<Type>(terms, first, share.n, lane, shared);
+      } else {
+        Term* to = shared + place_of<Type>(first, share.n, 0, 0);
+        const int left = count - first;
+        if (left >= together)
+          add_segments<Type, true>(tile, begin + first, left, segments, a, share.n, lane, to);
+        else
+          add_segments<Type, false>(tile, begin + first, left, segments, a, share.n, lane, to);
       }
     }
     __syncthreads();
     if (thread < 16 * share.n)
-      for (int s = 0; s < count; s++) UNROLL for (int k = 0; k < terms_each; k++) {
-        const Term term = shared[place(s, thread / 16, thread % 16) + k];
+      for (int s = 0; s < count; s++) UNROLL for (int k = 0; k < kTermsEach<Type>; k++) {
+        const Term term = shared[place_of<Type>(s, share.n, thread / 16, thread % 16) + k];
         total = fma(term.factor, term.sum, total);
       }
     __syncthreads();

@@ -264,3 +264,8 @@ def test_the_systemd_unit_starts_what_the_program_accepts(line: CommandLine) -> 
     assert program.endswith("/llamaclust")
     done = line.run(*arguments)
     assert done.code == 2 and "token file /etc/llamaclust/join-token: cannot be read" in done.err
+    service = unit["Service"]
+    assert service["DevicePolicy"] == "closed" and service["DeviceAllow"].startswith("char-nvidia*")
+    assert service["NoNewPrivileges"] == service["ProtectKernelModules"] == "yes" and not service["CapabilityBoundingSet"]
+    hides_gpus_or_stops_cuda = {"PrivateDevices", "MemoryDenyWriteExecute", "SystemCallFilter"}
+    assert not hides_gpus_or_stops_cuda & set(service)

@@ -17,12 +17,13 @@ import pytest
 from llamaclust.errors import DeadlineError, DeviceLostError, DoesNotFitError, UsageError, WireError
 from llamaclust.wire.control import LoadFailed, WorkerMessage
 from llamaclust.wire.messages import SamplingInputs
-from llamaclust.worker import loading, machine, membership
+from llamaclust.worker import loading, machine, membership, nvidia
 from llamaclust.worker.__main__ import parse_settings
 from llamaclust.worker.compute import INLINE_NS, Compute
 from llamaclust.worker.devices import Device
 from llamaclust.worker.inputs import InputsBox
 from llamaclust.worker.membership import Member
+from llamaclust.worker.nvidia import advice
 from llamaclust.worker.service import StageService
 from llamaclust.worker.settings import WorkerSettings
 
@@ -115,6 +116,29 @@ def test_a_device_that_is_not_there_is_refused_by_name() -> None:
         Device.open(replace(settings, device="toaster"))
     with pytest.raises(UsageError, match="feature level 'sse9'"):
         Device.open(WorkerSettings("a", "x:1", Path("t"), feature_level="sse9", threads=1))
+
+
+def test_what_hides_a_gpu_is_said_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dev, driver = tmp_path / "dev", tmp_path / "proc/driver/nvidia"
+    assert "install NVIDIA's driver, until nvidia-smi lists the GPU; a container takes --gpus all" in advice(tmp_path)
+    driver.mkdir(parents=True)
+    (driver / "version").touch()
+    known = advice(tmp_path)
+    assert "driver is loaded, but this process has no" in known and "DeviceAllow=char-nvidia* rw and no Private" in known
+    assert "runtimeClassName" in known and "\n" not in known
+    dev.mkdir()
+    (dev / "nvidiactl").touch()
+    assert "`sudo nvidia-modprobe -u -c 0` makes it" in advice(tmp_path)
+    (dev / "nvidia-uvm").touch()
+    assert advice(tmp_path) == ""
+    (dev / "nvidia-uvm").unlink()
+    (dev / "nvidia-uvm").mkdir()  # as a file that root may not open, either
+    assert "nvidia-uvm: Is a directory: let this user into the file's group (often video)" in advice(tmp_path)
+    (dev / "dxg").touch()
+    assert advice(tmp_path) == "", "of Windows"
+    monkeypatch.setattr(nvidia, "advice", lambda: "do this")
+    with pytest.raises(UsageError, match="device cuda.*; do this$"):
+        Device.open(WorkerSettings("a", "x:1", Path("t"), device="cuda:999"))
 
 
 def test_a_cap_on_memory_counts_what_the_process_has() -> None:

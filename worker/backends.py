@@ -12,6 +12,7 @@ from llamaclust.kernels.backend import Backend
 from llamaclust.kernels.cpu.prepared_files import PreparedFolder
 from llamaclust.wire.cards import Card
 from llamaclust.wire.speeds import CardSpeed
+from llamaclust.worker import nvidia
 
 CUDA = "cuda:"
 
@@ -73,11 +74,16 @@ def open_card(
     graphs: bool = True,
 ) -> CardBackend:
     """GPU "cuda:N"; `threads` pack weights for it, compiled kernels stay in `kernels_dir`, `graphs` is as in
-    `CudaBackend`. UsageError that says what is missing: CuPy, NVRTC, a driver, the GPU."""
+    `CudaBackend`. UsageError that says what is missing: CuPy, NVRTC, a driver, the GPU, its devices in this container
+    or service."""
     from llamaclust.kernels.cuda.backend import CudaBackend
     from llamaclust.kernels.cuda.cupy_device import CupyDevice
     from llamaclust.kernels.cuda.device import Device
 
-    device = CupyDevice(int(name.removeprefix(CUDA)), memory_cap_bytes, kernels_dir)
+    try:
+        device = CupyDevice(int(name.removeprefix(CUDA)), memory_cap_bytes, kernels_dir)
+    except UsageError as error:
+        known = nvidia.advice()
+        raise UsageError(f"{error}; {known}" if known else str(error)) from error
     # A device is given none but its own buffers.
     return CudaBackend(name, cast(Device, device), threads, prepared, graphs=graphs)

@@ -1,0 +1,35 @@
+"""Whether this process is given NVIDIA's devices, whatever CUDA makes of it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+_CONTAINER = "a container takes --gpus all, in Kubernetes the runtimeClassName of NVIDIA's runtime"
+_SERVICE = "a systemd unit DeviceAllow=char-nvidia* rw and no PrivateDevices="
+
+
+def advice(root: Path = Path("/")) -> str:
+    """What to do about devices that are not there or cannot be opened; "" where all can. `root`: of the file system."""
+    if (root / "dev/dxg").exists():  # Windows has the driver, and another device
+        return ""
+    control, memory = root / "dev/nvidiactl", root / "dev/nvidia-uvm"
+    if not control.exists():
+        if (root / "proc/driver/nvidia/version").exists():
+            return f"NVIDIA's driver is loaded, but this process has no {control}: {_CONTAINER}; {_SERVICE}"
+        return f"there is no {control}: install NVIDIA's driver, until nvidia-smi lists the GPU; {_CONTAINER}"
+    if not memory.exists():
+        return f"there is no {memory}: `sudo nvidia-modprobe -u -c 0` makes it; {_CONTAINER}"
+    for device in (control, memory):
+        if why := _refusal(device):
+            return f"{device}: {why}: let this user into the file's group (often video); {_SERVICE}"
+    return ""
+
+
+def _refusal(device: Path) -> str:
+    """Why it cannot be opened; "" where it can."""
+    try:
+        os.close(os.open(device, os.O_RDWR))
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""

@@ -73,11 +73,11 @@ def register(models: typer.Typer) -> None:
 
 
 def _size(text: str) -> int:
-    """Bytes; llama.cpp's M and G are powers of ten."""
+    """Bytes; M and G are powers of ten, as llama.cpp has them."""
     from llamaclust.cluster.config_values import parse_size
 
     try:
-        return parse_size(f"{text}B" if re.fullmatch(r"\d+[MG]", text) else text)
+        return parse_size(text)
     except ValueError as error:
         raise UsageError(f"--split-max-size: {error}") from error
 

@@ -115,9 +115,7 @@ def hub_settings(variables: Mapping[str, str] | None = None) -> HubSettings:
 def _size(variables: Mapping[str, str], name: str, default: str) -> int:
     given = variables.get(name) or default
     try:
-        if re.fullmatch("[0-9]{1,20}", given):
-            return 0 if given == "0" else parse_size(int(given))
-        return parse_size(given)
+        return 0 if given == "0" else parse_size(given)
     except ValueError as error:
         raise UsageError(f"{name}={error}, or 0 for none") from error
 

@@ -16,9 +16,10 @@ MAX_BYTES = 1 << 50
 MAX_SECONDS = 30 * 86_400
 
 _NAME = r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
-_SIZE = r"(\d{1,15}(?:\.\d{1,6})?) ?(B|[kKMGT]B|[KMGT]iB)"
-_SIZE_UNITS = {"B": 1} | {f"{p}B": 1000 ** (i + 1) for i, p in enumerate("KMGT")}
-_SIZE_UNITS |= {"kB": 1000} | {f"{p}iB": 1024 ** (i + 1) for i, p in enumerate("KMGT")}
+_SIZE = r"(\d{1,15}(?:\.\d{1,6})?) ?(B|[kKMGT]B?|[KMGT]iB?)"
+_SIZE_POWERS = {"": 0, "k": 1, "K": 1, "M": 2, "G": 3, "T": 4}
+_LEAST_WITHOUT_UNIT = 1 << 20
+"""Whoever writes fewer bytes without a unit means another one."""
 _DURATION = r"(\d{1,15}(?:\.\d{1,6})?) ?(ms|s|min|h)"
 _DURATION_UNITS = {"ms": 0.001, "s": 1.0, "min": 60.0, "h": 3600.0}
 
@@ -56,17 +57,27 @@ def parse_name(value: object) -> str:
 
 
 def parse_size(value: object) -> int:
-    """Bytes of '8GiB', '512 MiB', '1.5TB' or a whole number of bytes. Raises ValueError."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        size = value
-    else:
-        match = re.fullmatch(_SIZE, value, re.ASCII) if isinstance(value, str) else None
-        if match is None:
-            raise ValueError(f"{shown(value)} is not a size; write it like 8GiB or 512MiB")
-        size = round(float(match[1]) * _SIZE_UNITS[match[2]])
+    """Bytes of '8GiB', '512 MiB', '1.5TB', or a whole number of bytes from 1 MiB. Without a B as with one, as in
+    Kubernetes: '24G' is 24GB, '24Gi' is 24GiB. Raises ValueError."""
+    if isinstance(value, str) and re.fullmatch("[0-9]{1,20}", value):
+        value = int(value)
+    number = value if isinstance(value, int | float) and not isinstance(value, bool) else None
+    if number is not None and 0 < number < _LEAST_WITHOUT_UNIT:
+        raise ValueError(f"{shown(value)} has no unit; write {value}GiB or {value}MiB, or bytes from 1048576 on")
+    size = number if isinstance(number, int) else _with_unit(value)
     if not 0 < size <= MAX_BYTES:
         raise ValueError(f"{shown(value)} is not a possible size; 1B to 1024TiB are")
     return size
+
+
+def _with_unit(value: object) -> int:
+    match = re.fullmatch(_SIZE, value, re.ASCII) if isinstance(value, str) else None
+    if match is None:
+        raise ValueError(
+            f"{shown(value)} is not a size; write it like 8GiB or 512MiB (KiB, MiB, GiB, TiB; kB, MB, GB, TB)"
+        )
+    base = 1024 if "i" in match[2] else 1000
+    return round(float(match[1]) * float(base ** _SIZE_POWERS[match[2].rstrip("iB")]))
 
 
 def parse_duration(value: object) -> float:
@@ -230,7 +241,9 @@ Device = Annotated[
 ]
 Name = Annotated[str, BeforeValidator(parse_name), WithJsonSchema({"type": "string", "pattern": f"^{_NAME}$"})]
 Size = Annotated[
-    int, BeforeValidator(parse_size), WithJsonSchema({"type": ["string", "integer"], "pattern": f"^{_SIZE}$"})
+    int,
+    BeforeValidator(parse_size),
+    WithJsonSchema({"type": ["string", "integer"], "pattern": f"^{_SIZE}$", "minimum": _LEAST_WITHOUT_UNIT}),
 ]
 Duration = Annotated[
     float, BeforeValidator(parse_duration), WithJsonSchema({"type": ["string", "number"], "pattern": f"^{_DURATION}$"})

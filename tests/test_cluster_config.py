@@ -117,7 +117,9 @@ def test_environment() -> None:
     assert environment({}).home == Path.home() / ".cache/llamaclust"
     assert (environment({}).prepared_bytes, environment({"LLAMACLUST_CACHE_SIZE": "0"}).prepared_bytes) == (32 << 30, 0)
     assert environment({"LLAMACLUST_CACHE_SIZE": "3MiB", "LLAMACLUST_HOME": "/h"}).prepared_dir == Path("/h/prepared")
-    assert environment({"LLAMACLUST_CACHE_SIZE": "4096"}).prepared_bytes == 4096
+    assert environment({"LLAMACLUST_CACHE_SIZE": "4194304"}).prepared_bytes == 4 << 20
+    with pytest.raises(UsageError, match="LLAMACLUST_CACHE_SIZE=32 has no unit; write 32GiB or 32MiB, or bytes from"):
+        environment({"LLAMACLUST_CACHE_SIZE": "32"})
     for digits in ("\uff14\uff10GiB", "\uff14"):  # full-width ones
         with pytest.raises(UsageError, match="is not a size"):
             environment({"LLAMACLUST_CACHE_SIZE": digits})
@@ -133,7 +135,12 @@ def test_environment() -> None:
 
 
 def test_values() -> None:
-    assert [parse_size(text) for text in ("1B", "2kB", "1.5 MiB", "3GB", 7)] == [1, 2000, 3 << 19, 3 * 10**9, 7]
+    sizes = ("1B", "2kB", "1.5 MiB", "3GB", 1 << 20, "1048576", "24G", "24Gi", "24GiB", "500M")
+    read = [1, 2000, 3 << 19, 3 * 10**9, 1 << 20, 1 << 20, 24 * 10**9, 24 << 30, 24 << 30, 500 * 10**6]
+    assert [parse_size(text) for text in sizes] == read
+    for bad in (24, "24", 24.5, (1 << 20) - 1):
+        with pytest.raises(ValueError, match=f"^{bad} has no unit; write {bad}GiB or {bad}MiB"):
+            parse_size(bad)
     assert [parse_duration(text) for text in ("250ms", "1.5h", "10min", 3)] == [0.25, 5400.0, 600.0, 3.0]
     assert split_address("[::1]:80") == ("::1", 80)
     assert [is_loopback(host) for host in ("127.3.2.1", "::1", "localhost", "0.0.0.0", "example.org")] == [
@@ -143,7 +150,7 @@ def test_values() -> None:
         False,
         False,
     ]
-    for bad in ("0B", "-1GiB", "8", "nan", "1e3GiB", True, None, "9999999TiB", ["1GiB"], 0):
+    for bad in ("0B", "-1GiB", "8", "nan", "1e3GiB", True, None, "9999999TiB", ["1GiB"], 0, -1, 1e12, "24gib"):
         with pytest.raises(ValueError):
             parse_size(bad)
     for bad in ("0s", "5", "-1s", "infs", float("nan"), float("inf"), True, None, "99999h"):

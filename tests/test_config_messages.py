@@ -20,7 +20,7 @@ COUNT = "give a whole number from 1 to"
 ADDRESS = "is not an address; write it like 127.0.0.1:8080 or [::1]:8080"
 NO_PATH = "no path has a zero byte in it; write the place of a file or folder"
 NO_HOME = "begins in a home directory that is not there; write the whole path"
-SIZE = "is not a size; write it like 8GiB or 512MiB"
+SIZE = "is not a size; write it like 8GiB or 512MiB (KiB, MiB, GiB, TiB; kB, MB, GB, TB)"
 
 TOP_KEYS = {
     "context_lenght: 5": "unknown key 'context_lenght'; did you mean 'context_length'?",
@@ -44,6 +44,7 @@ TOP_KEYS = {
     "objective: speed": "objective: 'speed' is not possible; give latency or throughput",
     "kv_memory: 5 pounds": f"kv_memory: '5 pounds' {SIZE}",
     "kv_memory: [1]": f"kv_memory: [1] {SIZE}",
+    "kv_memory: 24": "kv_memory: 24 has no unit; write 24GiB or 24MiB, or bytes from 1048576 on",
     "kv_memory: 0": "kv_memory: 0 is not a possible size; 1B to 1024TiB are",
     "listen: localhost": f"listen: 'localhost' {ADDRESS}",
     "listen: 8080": f"listen: 8080 {ADDRESS}",
@@ -168,6 +169,7 @@ def test_files_that_are_wrong_as_a_whole(tmp_path: Path, text: str, message: str
     ("override", "message"),
     [
         ("listen", "--set listen: write it as KEY=VALUE, for instance timeouts.request=60s"),
+        ("workers.a.memory=8", "--set workers.a.memory=8: workers[0].memory: 8 has no unit; write 8GiB or 8MiB, or"),
         ("listen=x", f"--set listen=x: listen: 'x' {ADDRESS}"),
         ("workers.b.threads=x", f"--set workers.b.threads=x: workers[1].threads: 'x' is not possible; {COUNT} 1024"),
         ("workers.b.thread=1", "--set workers.b.thread=1: unknown key 'thread' in workers[1]; did you mean 'threads'?"),

@@ -9,6 +9,7 @@ import typer
 
 from llamaclust.cli.help import PlainCommand
 from llamaclust.cli.interrupts import ends_at_once
+from llamaclust.cli.worker_keys import FileCommand
 
 ConfigFile = Annotated[Path | None, typer.Argument(metavar="FILE", help="Cluster file (YAML). Without it: the demo.")]
 Overrides = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Overrides a key of the file.")]
@@ -97,4 +98,4 @@ def plan(file: ConfigFile = None, overrides: Overrides = [], as_json: Json = Fal
 def register(app: typer.Typer) -> None:
     """Adds the commands of this file."""
     for command in (up, down, status, plan, drain, undrain, logs):
-        app.command(cls=PlainCommand)(command)
+        app.command(cls=FileCommand if command in (up, plan) else PlainCommand)(command)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, TypeVar
@@ -33,14 +33,14 @@ _Value = TypeVar("_Value")
 class Gpus:
     """What it computes on, as options."""
 
-    device: str
+    devices: Sequence[str]  # none: the processor
     gpu_layers: str
     gpu_memory: str | None
 
     @property
     def parsed(self) -> tuple[str, int | None, int | None]:
         """Device, layers on its GPUs, cap in bytes. UsageError names the option with a bad value."""
-        device = _option("--device", parse_device, self.device)
+        device = _option("--device", parse_device, ",".join(self.devices) or "cpu")
         layers = _option("--gpu-layers", parse_gpu_layers, self.gpu_layers)
         memory = None if self.gpu_memory is None else _option("--gpu-memory", parse_size, self.gpu_memory)
         for name, given in (("--gpu-layers", layers), ("--gpu-memory", memory)):

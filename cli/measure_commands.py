@@ -36,12 +36,12 @@ def known_kv_type(kv_type: str | None) -> KvType | None:
     return None if kv_type is None else KvType(kv_type)
 
 
-def known_device(device: str, workers: int) -> str:
+def known_device(devices: list[str], workers: int) -> str:
     """UsageError for what is no device, or several."""
     from llamaclust.cluster.config_values import parse_device
 
     try:
-        known = parse_device(device)
+        known = parse_device(",".join(devices) or "cpu")
     except ValueError as error:
         raise UsageError(f"--device: {error}") from error
     if "," in known or (known != "cpu" and workers > 1):
@@ -68,8 +68,9 @@ def bench(
     workers: Workers = 1,
     kv_type: KvTypeOption = None,
     device: Annotated[
-        str, typer.Option("--device", metavar="DEVICE", help="cpu, or a GPU as cuda:0, with all layers on it.")
-    ] = "cpu",
+        list[str],
+        typer.Option("--device", metavar="DEVICE", help="cpu (default), or a GPU as cuda:0, with all layers on it."),
+    ] = [],  # noqa: B006  typer reads the default
     as_json: Json = False,
 ) -> None:
     """Measure prefill and decode, beside what this machine could do at best."""

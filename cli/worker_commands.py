@@ -32,10 +32,14 @@ def worker(
         str, typer.Option(metavar="HOST[:PORT]", help="What they are told instead, as behind address translation.")
     ] = "",
     device: Annotated[
-        str, typer.Option(metavar="DEVICE", help="What it computes on: cpu, or GPUs as cuda:0 or cuda:0,cuda:1.")
-    ] = "cpu",
+        list[str],
+        typer.Option(
+            metavar="DEVICE", help="What it computes on: cpu (default), or GPUs beside it: cuda:0 or cuda:0,cuda:1."
+        ),
+    ] = [],  # noqa: B006  typer reads the default
     gpu_layers: Annotated[
-        str, typer.Option("--gpu-layers", metavar="N", help="Layers on its GPUs, or auto: as many as VRAM takes.")
+        str,
+        typer.Option("--gpu-layers", "-ngl", metavar="N", help="Layers on its GPUs, or auto: as many as VRAM takes."),
     ] = "auto",
     gpu_memory: Annotated[
         str | None,

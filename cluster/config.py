@@ -214,8 +214,11 @@ class ClusterConfig(Section):
     def _check_launcher(self) -> Self:
         if self.launcher == "static":
             for index, worker in enumerate(self.workers):
-                if given := sorted(_THEIR_OWN & worker.model_fields_set):
-                    why = f"a worker of a static cluster is told so where it is started: --{given[0].replace('_', '-')}"
+                if given := [key for key in _THEIR_OWN if key in worker.model_fields_set]:
+                    options = " ".join(_as_option(worker, key) for key in given)
+                    why = (
+                        f"a worker of a static cluster is told so where it is started: llamaclust worker ... {options}"
+                    )
                     raise PlaceError(("workers", index, given[0]), why)
             return self
         if self.awaits_any:
@@ -227,6 +230,15 @@ class ClusterConfig(Section):
         if self.launcher != "ray" and self.timeouts.coordinator != Timeouts.model_fields["coordinator"].default:
             why = f"is for launcher: static or ray; {self.launcher} workers end with their coordinator"
             raise PlaceError(("timeouts", "coordinator"), why)
+        return self
+
+    @model_validator(mode="after")
+    def _check_gpus(self) -> Self:
+        for index, worker in enumerate(self.workers):
+            for key in ("gpu_layers", "gpu_memory"):
+                if worker.device == "cpu" and getattr(worker, key) is not None:
+                    why = "is for workers with a GPU: set device to cuda:0 as well"
+                    raise PlaceError(("workers", index, key), why)
         return self
 
     @model_validator(mode="after")
@@ -248,9 +260,17 @@ class ClusterConfig(Section):
         return self
 
 
-_THEIR_OWN = {"device", "gpu_layers", "gpu_memory", "threads", "memory"}
+_THEIR_OWN = ("device", "gpu_layers", "gpu_memory", "threads", "memory")
+"""Keys of workers that are options of `llamaclust worker` where these are started by somebody."""
 _ELSEWHERE = ("hf:", "pypi:", "http:", "https:")
 """How models begin that are no paths."""
+
+
+def _as_option(worker: WorkerConfig, key: str) -> str:
+    value = getattr(worker, key)
+    if key in ("memory", "gpu_memory") and value is not None:
+        value = f"{value / (1 << 30):g}GiB"
+    return f"--{key.replace('_', '-')} {'auto' if value is None else value}"
 
 
 def load_config(path: Path | None, overrides: Sequence[str] = ()) -> ClusterConfig:

@@ -37,7 +37,8 @@ def _what(detail: Any, place: Place, schema: Schema) -> str:
         case "extra_forbidden":
             (section,) = _alternatives(_schema_at(schema, place[:-1]), schema)
             known = list(section["properties"])
-            return f"unknown key {shown(place[-1])}{_within(place[:-1])}{hint(str(place[-1]), known)}"
+            meant = _deeper(str(place[-1]), schema) if len(place) == 1 else ""
+            return f"unknown key {shown(place[-1])}{_within(place[:-1])}{meant or hint(str(place[-1]), known)}"
         case "missing":
             return f"key {str(place[-1])!r} is missing{_within(place[:-1])}"
         case "value_error":
@@ -45,6 +46,23 @@ def _what(detail: Any, place: Place, schema: Schema) -> str:
         case _:
             allowed = _allowed(_schema_at(schema, place), schema)
             return f"{_dotted(place)}: {shown(detail['input'])} is not possible; give {allowed}"
+
+
+def _deeper(key: str, schema: Schema) -> str:
+    """Where a key belongs that only one section has; "" for others."""
+    within = []
+    for name, section in schema["properties"].items():
+        for one in _alternatives(section, schema):
+            items = [] if "items" not in one else list(_alternatives(one["items"], schema))
+            within += [name for part in (one, *items) if key in part.get("properties", ())]
+    match within:
+        case ["workers"]:
+            return (
+                f"; it is a worker's: workers.0.{key}, or by the worker's name, with --set; in files under `workers:`"
+            )
+        case [name]:
+            return f"; it is one of `{name}`: {name}.{key} with --set"
+    return ""
 
 
 def hint(word: str, known: Sequence[str]) -> str:

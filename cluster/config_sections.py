@@ -58,13 +58,6 @@ class WorkerConfig(Section):
             raise PlaceError(("bandwidth",), "is of a processor: a worker with GPUs measures itself; leave it out")
         return self
 
-    @model_validator(mode="after")
-    def _check_gpu(self) -> Self:
-        for key in ("gpu_layers", "gpu_memory"):
-            if self.device == "cpu" and getattr(self, key) is not None:
-                raise PlaceError((key,), "is for workers with a GPU: set device to cuda:0 as well")
-        return self
-
 
 class AnyWorker(WorkerConfig):
     """A worker that may have any name: `workers: 3` stands for three of them."""

@@ -26,6 +26,7 @@ _DURATION_UNITS = {"ms": 0.001, "s": 1.0, "min": 60.0, "h": 3600.0}
 
 _CARD = r"cuda(:\d{1,3})?"
 _MOST_CARDS = 16
+_DEVICES = "give cpu, cuda:0, or several as cuda:0,cuda:1"
 _MOST_SHOWN = 60
 
 
@@ -159,15 +160,15 @@ def parse_device(value: object) -> str:
     """`cpu`, or GPUs as `cuda:N` with commas between; `cuda` is the first one. Raises ValueError."""
     if value == "cpu":
         return "cpu"
-    given = value.split(",") if isinstance(value, str) else value
+    given = re.sub(r"^\[(.*)\]$", r"\1", value.strip()).split(",") if isinstance(value, str) else value
     if not isinstance(given, Sequence) or not given or not all(isinstance(one, str) for one in given):
-        raise ValueError(f"{shown(value)} is not possible; give cpu, cuda:0, or a list such as [cuda:0, cuda:1]")
+        raise ValueError(f"{shown(value)} is not possible; {_DEVICES}")
     cards = []
     for one in given:
         found = re.fullmatch(r"cuda(?::(\d{1,3}))?", one.strip())
         if found is None:
-            what = "stands for itself" if one.strip() == "cpu" else "is no device"
-            raise ValueError(f"{shown(one)} {what}; give cpu, cuda:0, or a list such as [cuda:0, cuda:1]")
+            what = "stands for itself, and computes beside GPUs in any case" if one.strip() == "cpu" else "is no device"
+            raise ValueError(f"{shown(one.strip())} {what}; {_DEVICES}")
         cards.append(f"cuda:{int(found[1] or 0)}")
     if len(set(cards)) < len(cards) or len(cards) > _MOST_CARDS:
         raise ValueError(f"{shown(value)}: name each GPU once, {_MOST_CARDS} of them at most")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 
@@ -17,8 +17,8 @@ from llamaclust.cluster.planner_manual import Assignment, checked
 from llamaclust.cluster.settings import SchedulerSettings
 from llamaclust.cluster.shares import WorkerCards, thread_shares
 from llamaclust.cluster.state import CardMeasurement, Measurement
-from llamaclust.errors import UsageError
-from llamaclust.model.loader import Model
+from llamaclust.errors import DoesNotFitError, UsageError
+from llamaclust.model.loader import Model, ModelCosts
 from llamaclust.wire.cards import Card
 from llamaclust.wire.codec import MAX_MICROBATCH_BYTES, MAX_STAGES
 from llamaclust.wire.control import StageLimits
@@ -105,10 +105,27 @@ def plan_cluster(
     for name in names:
         one = _facts(name, memory_bytes[name], measured.get(name), threads[name])
         facts.append(replace(_with_cards(one, cards.get(name), measured.get(name)), reach=reaches[name]))
-    plan = make_plan(model.costs(config.kv_type), facts, ask)
+    plan = _made(model.costs(config.kv_type), facts, ask)
     if len(plan.stages) > MAX_STAGES:
         raise UsageError(f"the plan has {len(plan.stages)} stages, {MAX_STAGES} are possible: use fewer workers")
     return plan
+
+
+def _made(costs: ModelCosts, facts: Sequence[WorkerFacts], ask: PlanRequest) -> Plan:
+    """The plan. DoesNotFitError that says so where only the wanted layers on GPUs are too many."""
+    try:
+        return make_plan(costs, facts, ask)
+    except DoesNotFitError as error:
+        if all(one.gpu_layers is None for one in facts):
+            raise
+        try:
+            fitting = make_plan(costs, [replace(one, gpu_layers=None) for one in facts], ask)
+        except DoesNotFitError:
+            raise error from None
+        on_gpus = sum(one.end - one.start for stage in fitting.stages for one in stage.devices if one.device != "cpu")
+        raise DoesNotFitError(
+            f"{error}; or set gpu_layers to auto, which fits: {on_gpus} layers are on GPUs then"
+        ) from error
 
 
 def _facts(name: str, memory_bytes: int, measured: Measurement | None, threads: int) -> WorkerFacts:

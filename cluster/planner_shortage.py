@@ -42,18 +42,13 @@ def does_not_fit(sizes: Sizes, workers: Sequence[WorkerFacts]) -> DoesNotFitErro
     workspace = max(sizes.workspace_bytes(device, 0, layers) for device in devices)
     given, have = sizes.limits.kv_memory_bytes, [device for device in devices if device.memory_bytes is not None]
     rooms = [f"{worker.name} {(worker.memory_bytes or 0) // MIB}" for worker in have]
-    fewer = ", or let a GPU take fewer layers (gpu_layers: auto)" if any(map(_wants_layers, workers)) else ""
     return DoesNotFitError(
         f"the model does not fit: it needs {needed(parts)} for {sizes.limits.context_length} tokens of context, and "
         f"up to {mib(workspace)} MiB of workspace a worker; the workers have, in MiB: {', '.join(rooms) or '?'}"
         f"{'' if given is None else f', and kv_memory is {given // MIB} MiB each'}; "
-        f"{mib(_least_missing(sizes, workers))} MiB are missing. Add a worker, give them more memory{fewer}"
+        f"{mib(_least_missing(sizes, workers))} MiB are missing. Add a worker, give them more memory"
         f"{_shorter_context(sizes, workers)}"
     )
-
-
-def _wants_layers(worker: WorkerFacts) -> bool:
-    return bool(worker.cards and worker.gpu_layers)
 
 
 def _least_missing(sizes: Sizes, workers: Sequence[WorkerFacts]) -> float:

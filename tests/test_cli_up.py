@@ -154,3 +154,28 @@ def test_a_terminal_that_goes_away_leaves_nothing(line: CommandLine) -> None:
         process.kill()
         process.wait()
     nothing_left(line)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (
+            ("-ngl", "99"),
+            "-ngl: is a key of a worker here, `gpu_layers` in the cluster file: --set workers.0.gpu_layers=99",
+        ),
+        (
+            ("--gpu-layers=9",),
+            "--gpu-layers: is a key of a worker here, `gpu_layers` in the cluster file: --set workers.0.",
+        ),
+        (
+            ("--device", "cuda:0"),
+            "--device: is a key of a worker here, `device` in the cluster file: --set workers.0.device=",
+        ),
+    ],
+)
+def test_options_of_other_programs_are_told_how_they_are_written_here(
+    line: CommandLine, words: tuple[str, ...], told: str
+) -> None:
+    for command in ("up", "plan"):
+        done = line.run(command, *words)
+        assert done.code == 2 and told in done.error

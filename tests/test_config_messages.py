@@ -116,8 +116,8 @@ def test_mistakes_name_line_place_and_what_is_allowed(tmp_path: Path, text: str,
 @pytest.mark.parametrize(
     ("worker", "line", "message"),
     [
-        ("- name: a\n  device: tpu", 5, "workers[1].device: 'tpu' is no device; give cpu, cuda:0, or a list such as"),
-        ("- name: a\n  device: [cpu, cuda:0]", 5, "workers[1].device: 'cpu' stands for itself; give cpu, cuda:0, or"),
+        ("- name: a\n  device: tpu", 5, "workers[1].device: 'tpu' is no device; give cpu, cuda:0, or several as"),
+        ("- name: a\n  device: [cpu, cuda:0]", 5, "workers[1].device: 'cpu' stands for itself, and computes beside"),
         ("- name: a\n  device: [cuda:0, cuda]", 5, "workers[1].device: ['cuda:0', 'cuda']: name each GPU once, 16"),
         ("- name: a\n  gpu_layers: 3", 5, "workers[1].gpu_layers: is for workers with a GPU: set device to cuda:0 as"),
         ("- name: a\n  threads: 0", 5, f"workers[1].threads: 0 is not possible; {COUNT} 1024"),
@@ -170,6 +170,11 @@ def test_files_that_are_wrong_as_a_whole(tmp_path: Path, text: str, message: str
     [
         ("listen", "--set listen: write it as KEY=VALUE, for instance timeouts.request=60s"),
         ("workers.a.memory=8", "--set workers.a.memory=8: workers[0].memory: 8 has no unit; write 8GiB or 8MiB, or"),
+        ("gpu_layers=9", "--set gpu_layers=9: unknown key 'gpu_layers'; it is a worker's: workers.0.gpu_layers, or by"),
+        ("device=cuda:0", "--set device=cuda:0: unknown key 'device'; it is a worker's: workers.0.device, or by"),
+        ("gpu_memory=9GiB", "--set gpu_memory=9GiB: unknown key 'gpu_memory'; it is a worker's: workers.0.gpu_memory"),
+        ("recovery=9s", "--set recovery=9s: unknown key 'recovery'; it is one of `timeouts`: timeouts.recovery with"),
+        ("worker=9s", "--set worker=9s: unknown key 'worker'; did you mean 'workers'?"),  # two sections have one
         ("listen=x", f"--set listen=x: listen: 'x' {ADDRESS}"),
         ("workers.b.threads=x", f"--set workers.b.threads=x: workers[1].threads: 'x' is not possible; {COUNT} 1024"),
         ("workers.b.thread=1", "--set workers.b.thread=1: unknown key 'thread' in workers[1]; did you mean 'threads'?"),

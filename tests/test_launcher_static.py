@@ -26,6 +26,7 @@ from static_cluster import (
     token_file,
 )
 
+from llamaclust.cli.joining import Gpus
 from llamaclust.cluster.config import load_config
 from llamaclust.errors import UsageError
 
@@ -210,8 +211,10 @@ def test_up_gives_up_on_workers_that_do_not_come(line: CommandLine, model: Path)
 
 
 MISTAKES = {
-    "workers: [{name: a, threads: 2}]": "is told so where it is started: --threads",
-    "workers: [{name: a, memory: 8GiB}]": "--memory",
+    "workers: [{name: a, threads: 2}]": "is told so where it is started: llamaclust worker ... --threads 2",
+    "workers: [{name: a, memory: 8GiB}]": "where it is started: llamaclust worker ... --memory 8GiB",
+    "workers: [{name: a, gpu_layers: 3}]": "where it is started: llamaclust worker ... --gpu-layers 3",
+    "workers: [{name: a, device: [cuda:0, cuda:1], gpu_layers: 3}]": "--device cuda:0,cuda:1 --gpu-layers 3",
     "workers: 0": "workers: 0 is not possible; 1 to 256 are",
     "workers: 257": "257 is not possible",
     "workers: true": "workers: true is not possible",
@@ -242,6 +245,15 @@ BAD_OPTIONS = {
     ("--join", "h:1", "--memory", "lots"): "--memory: 'lots' is not a size",
     ("--join", "h:1", "--listen", "h"): "--listen: 'h' is not an address",
     ("--join", "h:1", "--device", "tpu"): "--device: 'tpu' is no device; give cpu, cuda:0",
+    (
+        "--join",
+        "h:1",
+        "--device",
+        "cpu",
+        "--device",
+        "cuda:0",
+    ): "--device: 'cpu' stands for itself, and computes beside",
+    ("--join", "h:1", "--device", "[cuda:0, cuda]"): "name each GPU once",
     ("--join", "h:1", "--device", "cuda", "--gpu-layers", "all"): "--gpu-layers: 'all' is no number of layers",
     ("--join", "h:1", "--gpu-memory", "2GiB"): "--gpu-memory: is for workers with a GPU",
     ("--join", "h:1", "--insecure", "--token-file", "f"): "--insecure and --token-file: choose one",
@@ -256,6 +268,12 @@ def test_mistakes_on_the_workers_command_line_are_named(line: CommandLine, optio
     assert BAD_OPTIONS[options] in done.error and done.code == 2
 
 
+@pytest.mark.parametrize("given", [["[cuda:0, cuda:1]"], ["cuda:0", "cuda:1"], ["cuda:0,cuda:1"]])
+def test_several_gpus_may_be_given_in_any_way(given: list[str]) -> None:
+    assert Gpus(given, "auto", None).parsed == ("cuda:0,cuda:1", None, None)
+    assert Gpus([], "auto", None).parsed[0] == "cpu"
+
+
 def test_the_systemd_unit_starts_what_the_program_accepts(line: CommandLine) -> None:
     unit = configparser.ConfigParser(strict=False, interpolation=None)
     unit.optionxform = str  # type: ignore[assignment]
@@ -266,6 +284,8 @@ def test_the_systemd_unit_starts_what_the_program_accepts(line: CommandLine) -> 
     assert done.code == 2 and "token file /etc/llamaclust/join-token: cannot be read" in done.err
     service = unit["Service"]
     assert service["DevicePolicy"] == "closed" and service["DeviceAllow"].startswith("char-nvidia*")
-    assert service["NoNewPrivileges"] == service["ProtectKernelModules"] == "yes" and not service["CapabilityBoundingSet"]
+    assert (
+        service["NoNewPrivileges"] == service["ProtectKernelModules"] == "yes" and not service["CapabilityBoundingSet"]
+    )
     hides_gpus_or_stops_cuda = {"PrivateDevices", "MemoryDenyWriteExecute", "SystemCallFilter"}
     assert not hides_gpus_or_stops_cuda & set(service)

@@ -124,7 +124,9 @@ def test_what_hides_a_gpu_is_said_with_what_to_do(tmp_path: Path, monkeypatch: p
     driver.mkdir(parents=True)
     (driver / "version").touch()
     known = advice(tmp_path)
-    assert "driver is loaded, but this process has no" in known and "DeviceAllow=char-nvidia* rw and no Private" in known
+    assert (
+        "driver is loaded, but this process has no" in known and "DeviceAllow=char-nvidia* rw and no Private" in known
+    )
     assert "runtimeClassName" in known and "\n" not in known
     dev.mkdir()
     (dev / "nvidiactl").touch()
@@ -137,7 +139,7 @@ def test_what_hides_a_gpu_is_said_with_what_to_do(tmp_path: Path, monkeypatch: p
     (dev / "dxg").touch()
     assert advice(tmp_path) == "", "of Windows"
     monkeypatch.setattr(nvidia, "advice", lambda: "do this")
-    with pytest.raises(UsageError, match="device cuda.*; do this$"):
+    with pytest.raises(UsageError, match=r"device cuda.*; do this$"):
         Device.open(WorkerSettings("a", "x:1", Path("t"), device="cuda:999"))
 
 

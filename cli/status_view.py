@@ -15,6 +15,7 @@ from rich.text import Text
 
 from llamaclust.cli import terminal
 from llamaclust.sizes import MIB
+from llamaclust.wire.cards import DeviceLayers, placed
 
 _EVERY_S = 1.0
 _WIDE = 200
@@ -91,8 +92,11 @@ def head_lines(state: State) -> Iterator[str]:
 
 
 def gpu_lines(workers: list[dict[str, Any]]) -> Iterator[str]:
-    """One for each GPU."""
+    """One for what of a worker's layers lies where, one for each GPU."""
     for worker in workers:
+        if worker.get("gpus") and worker["layers"] is not None:
+            held = [DeviceLayers(one["device"], *one["layers"]) for one in worker["device_layers"]]
+            yield f"{worker['name']}: {placed(held)}"
         for gpu in worker.get("gpus", ()):
             name = terminal.printable(gpu["name"])
             taken = (gpu["total_bytes"] - gpu["free_bytes"]) / MIB

@@ -78,6 +78,7 @@ def _worker(handle: WorkerHandle, report: StageReport | None, predicted: StagePr
         "threads": handle.registration.threads,
         "feature_level": handle.registration.feature_level,
         "layers": handle.layers,
+        "device_layers": [{"device": one.device, "layers": (one.start, one.end)} for one in handle.device_layers],
         "state": str(handle.state),
         "memory_bytes": handle.memory_bytes,
         "busy": 0.0 if report is None else report.busy,

@@ -13,7 +13,7 @@ from typing import Any
 from llamaclust import errors
 from llamaclust.cluster.stalling import Further
 from llamaclust.errors import LlamaclustError, UsageError, WireError, WorkerError
-from llamaclust.wire.cards import Card
+from llamaclust.wire.cards import Card, DeviceLayers
 from llamaclust.wire.control import (
     CoordinatorMessage,
     Failure,
@@ -128,8 +128,18 @@ class WorkerHandle:
     @property
     def layers(self) -> tuple[int, int] | None:
         """The layers of its newest stage, loaded or being loaded."""
-        order = self._loading or (self.stages[max(self.stages)][0] if self.stages else None)
+        order = self._newest
         return None if order is None else (order.start, order.end)
+
+    @property
+    def device_layers(self) -> tuple[DeviceLayers, ...]:
+        """Which of its devices hold which of them; none where it holds none."""
+        order, kind = self._newest, "cpu" if self.registration.cards else self.registration.device
+        return () if order is None else order.devices or (DeviceLayers(kind, order.start, order.end),)
+
+    @property
+    def _newest(self) -> Load | None:
+        return self._loading or (self.stages[max(self.stages)][0] if self.stages else None)
 
     @property
     def cards(self) -> tuple[Card, ...]:

@@ -30,11 +30,16 @@ class WorkerMetrics(Collector):
         up = GaugeMetricFamily("llamaclust_worker_up", "Whether a worker is a member now", labels=["worker"])
         counted = {name: _counter(name, what) for name, what in _COUNTED.items()}
         shown = {name: _gauge(name, what) for name, what in _SHOWN.items()}
+        layers = GaugeMetricFamily(
+            "llamaclust_worker_layers", "Layers on a worker's processor and GPUs", labels=["worker", "device"]
+        )
         gpu_total = _gpu_gauge("memory_bytes", "Memory of a worker's GPU")
         gpu_free = _gpu_gauge("free_memory_bytes", "Memory that a worker may still take of its GPU")
         for name, handle in self._workers().items():
             is_up = handle.state not in (WorkerState.LOST, WorkerState.LEFT)
             up.add_metric([name], float(is_up))
+            for one in handle.device_layers if is_up else ():
+                layers.add_metric([name, one.device], one.end - one.start)
             beat = handle.heartbeat
             if beat is None or not is_up:
                 continue
@@ -47,7 +52,7 @@ class WorkerMetrics(Collector):
                 gpu_total.add_metric([name, card.device], card.total_bytes)
                 gpu_free.add_metric([name, card.device], card.free_bytes)
         yield up
-        yield from (gpu_total, gpu_free)
+        yield from (layers, gpu_total, gpu_free)
         yield from counted.values()
         yield from shown.values()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -23,3 +24,11 @@ class DeviceLayers:
     device: str  # "cpu" | "cuda:N"
     start: int
     end: int
+
+
+def placed(devices: Sequence[DeviceLayers]) -> str:
+    """'16 of 32 layers on GPUs: [0, 16) cpu, [16, 32) cuda:0'."""
+    counts = {one.device: one.end - one.start for one in devices}
+    on_gpus = sum(count for device, count in counts.items() if device != "cpu")
+    where = ", ".join(f"[{one.start}, {one.end}) {one.device}" for one in devices)
+    return f"{on_gpus} of {sum(counts.values())} layers on GPUs: {where}"

@@ -22,6 +22,7 @@ from llamaclust.errors import (
 )
 from llamaclust.logs import last_lines, last_trouble, name_cluster
 from llamaclust.wire.bounds import one_line
+from llamaclust.wire.cards import placed
 from llamaclust.wire.channels import JOIN, ClientStream, Peer
 from llamaclust.wire.control import (
     CoordinatorMessage,
@@ -203,7 +204,8 @@ class Member:
         flow = StageFlow(order.epoch, runner, self._name, self._compute, self._counters, self._deadlines, neighbours)
         self._service.add(flow)
         memory = runner.memory
-        _log.info("layers [%d, %d) are loaded as epoch %d", order.start, order.end, order.epoch)
+        where = f", {placed(order.devices)}" if order.devices else ""
+        _log.info("layers [%d, %d) are loaded as epoch %d%s", order.start, order.end, order.epoch, where)
         fetched_bytes = self._weights.received_bytes - received_bytes
         return Loaded(order.epoch, memory.weight_bytes, memory.kv_bytes, memory.workspace_bytes, fetched_bytes)
 

@@ -11,16 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client import CollectorRegistry, generate_latest
 from shim_build import build
 from shim_device import ShimDevice
 from tiny_model import build_tiny_model
 
 from llamaclust.cli.planning import _cards_here, plan_of
+from llamaclust.cli.status_view import gpu_lines
 from llamaclust.cluster.config import load_config
 from llamaclust.cluster.coordinator import Cluster, open_cluster
 from llamaclust.cluster.requests import Generation, TokenChosen
 from llamaclust.cluster.state import ClusterDir, ClusterRecord
 from llamaclust.cluster.status import cluster_status
+from llamaclust.cluster.worker_metrics import WorkerMetrics
 from llamaclust.errors import DoesNotFitError
 from llamaclust.kernels.cuda.backend import CudaBackend
 from llamaclust.model.quant_types import QuantType
@@ -68,6 +71,7 @@ class Run:
     answers: list[Answer]
     status: dict[str, Any]
     recoveries: int
+    metrics: str
 
 
 async def run(model: Path, folder: Path, *overrides: str, on_token: Callable[[], None] = lambda: None) -> Run:
@@ -77,7 +81,9 @@ async def run(model: Path, folder: Path, *overrides: str, on_token: Callable[[],
     async with asyncio.timeout(DEADLINE_S), open_cluster(config, model, directory) as cluster:
         found = await asyncio.gather(*(ask(cluster, one, on_token) for one in ASKS))
         status = cluster_status(cluster, ClusterRecord("x", 1, "http://x", "m"))
-        return Run(found, status, cluster.supervisor.recoveries)
+        registry = CollectorRegistry()
+        registry.register(WorkerMetrics(lambda: cluster.registry.workers))
+        return Run(found, status, cluster.supervisor.recoveries, generate_latest(registry).decode())
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +101,14 @@ def test_a_gpu_with_layers_in_ram_beside_a_worker_without(model: Path, wanted: l
     assert done.answers == wanted
     stage, worker = done.status["plan"]["stages"][0], done.status["status"]["workers"][0]
     assert [(one["device"], one["start"], one["end"]) for one in stage["devices"]] == [("cpu", 0, 1), ("cuda:0", 1, 3)]
+    held = [{"device": "cpu", "layers": (0, 1)}, {"device": "cuda:0", "layers": (1, 3)}]
+    assert worker["device_layers"] == held
+    assert done.status["status"]["workers"][1]["device_layers"] == [{"device": "cpu", "layers": (3, 4)}]
+    told = "2 of 3 layers on GPUs: [0, 1) cpu, [1, 3) cuda:0"
+    assert next(gpu_lines(done.status["status"]["workers"])) == f"a: {told}"
+    assert f"layers [0, 3) are loaded as epoch 1, {told}" in (tmp_path / "logs" / "a.log").read_text()
+    assert ('llamaclust_worker_layers{device="cuda:0",worker="a"} 2.0') in done.metrics
+    assert ('llamaclust_worker_layers{device="cpu",worker="b"} 1.0') in done.metrics
     least = stage["weight_bytes"] + stage["kv_bytes"]
     assert worker["device"] == "cuda:0" and least < worker["memory_bytes"] <= least + stage["workspace_bytes"]
     (gpu_now,) = worker["gpus"]

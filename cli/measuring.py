@@ -73,8 +73,10 @@ def _table(report: BenchReport) -> Table:
     task = report.task
     model = printable(task.model.stem)
     where = f"{task.workers} workers with {task.threads_each}" if task.workers > 1 else f"{task.threads_each}"
-    title = f"{model} ({report.quant_type}), {where} threads, {report.feature_level}, batch {task.batch}"
-    table = Table("", "tokens", "tok/s", "achieved", "this machine", "share", title=title, title_justify="left")
+    device = f"{printable(report.gpu)} ({task.device}), " if report.gpu else ""
+    title = f"{model} ({report.quant_type}), {device}{where} threads, {report.feature_level}, batch {task.batch}"
+    best_of = "this GPU" if report.gpu else "this machine"
+    table = Table("", "tokens", "tok/s", "achieved", best_of, "share", title=title, title_justify="left")
     prefill, decode = report.prefill_gmac_s, report.decode_gb_s
     peak, read = median(pair.limit for pair in report.prefills), median(pair.limit for pair in report.decodes)
     for name, tokens, rate, unit, done, best, share in (

@@ -98,6 +98,7 @@ class BenchReport:
     decodes: tuple[Pair, ...]  # GB/s
     machine: MachineLimits
     other_load: OtherLoad | None = None
+    gpu: str = ""  # its name; "": none
 
     @property
     def prefill_gmac_s(self) -> float:
@@ -136,6 +137,7 @@ class BenchReport:
             "depth": task.depth,
             "kv_type": task.kv_type,
             "feature_level": self.feature_level,
+            "gpu": self.gpu or None,
             "prefill": {"tokens": task.prompt, "tok_s": self.prefill_tok_s, "gmac_s": self.prefill_gmac_s},
             "decode": {"tokens": task.generate, "tok_s": self.decode_tok_s, "gb_s": self.decode_gb_s},
             "machine": asdict(self.machine),
@@ -179,18 +181,18 @@ def run_bench(task: BenchTask, on_step: OnStep) -> BenchReport:
             raise UsageError(f"{task.context} tokens are asked for, the model was made for {trained}")
         backend = CpuBackend(task.threads_each, environment().feature_level)
         measurement = _Measurement(task, Work.of(model, task), on_step)
-        load, level = LoadMeter(), backend.feature_level
+        load, level, gpu = LoadMeter(), backend.feature_level, ""
         if task.device != "cpu":
             kernels = environment().kernels_dir
             with closing(open_card(task.device, task.threads_each, None, kernels_dir=kernels)) as card:
-                level = card.feature_level
+                level, gpu = card.feature_level, card.card().name
                 in_background(partial(_stage_runs, model, card, level, measurement, GpuLimits(card))).result()
         elif task.workers > 1:
             asyncio.run(_cluster_runs(measurement))
         else:
             in_background(partial(_stage_runs, model, backend, level, measurement)).result()
         quant_type = max(describe(model.file).by_type, key=lambda share: share.bytes).name
-        return replace(measurement.report(quant_type, level), other_load=load.measure())
+        return replace(measurement.report(quant_type, level), other_load=load.measure(), gpu=gpu)
 
 
 def _stage_runs(

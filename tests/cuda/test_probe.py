@@ -10,6 +10,7 @@ from shim_build import build
 from shim_device import ShimDevice
 from tiny_model import build_tiny_model
 
+from llamaclust.cli import measuring
 from llamaclust.cluster.launchers.stage_memory import rounding_of, workspace_of
 from llamaclust.cluster.planner_workspace import StagePlace
 from llamaclust.kernels.cuda import cold_cache
@@ -83,3 +84,5 @@ def test_a_model_on_a_gpu_is_measured(device: Device, tmp_path: Path, monkeypatc
     report = run_bench(task, lambda what: None)
     assert report.feature_level == card.feature_level and report.decode_tok_s > 0 < report.prefill_tok_s
     assert report.machine.read_gb_s > 0 < report.machine.int8_gmac_s
+    name = card.card().name
+    assert report.as_json()["gpu"] == name and f"{name} (cuda:0), " in str(measuring._table(report).title)

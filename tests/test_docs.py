@@ -282,7 +282,7 @@ def test_what_is_said_to_be_refused_is_refused(minimal: Path) -> None:
 
 
 def test_cluster_files_can_be_loaded(tmp_path: Path) -> None:
-    pages = (README, ROOT / "docs/cluster-file.md", ROOT / "docs/clusters-static.md")
+    pages = (README, *(ROOT / "docs" / name for name in ("cluster-file.md", "clusters-static.md", "gpu.md")))
     written = [text for page in pages for text in fences(page, "yaml")]
     assert len(written) >= 4
     for text in written:

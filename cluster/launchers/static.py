@@ -23,6 +23,7 @@ from llamaclust.wire.credentials import COORDINATOR, Identity, Insecure
 from llamaclust.wire.deadlines import deadline
 
 _TRUST = "trust"
+_GPU = "  on a machine with an NVIDIA GPU the same with --device cuda:0"
 _log = logging.getLogger(__name__)
 
 INSECURE = "INSECURE: links between machines are neither encrypted nor authenticated; whoever reaches them is trusted"
@@ -155,9 +156,9 @@ class StaticLauncher:
         which = f"{len(self._config.workers)} workers" if self._names is None else f"workers {', '.join(self._names)}"
         name = "" if self._names is None else " --name NAME"
         if self.authority is None:
-            return [INSECURE, f"waiting for {which}; on each machine:", f"  {command}{name} --insecure"]
+            return [INSECURE, f"waiting for {which}; on each machine:", f"  {command}{name} --insecure", _GPU]
         copy = f"copy {self.authority.token_file} to each machine (mode 0600: it is a secret), then there"
-        return [f"waiting for {which}; {copy}:", f"  {command}{name} --token-file FILE"]
+        return [f"waiting for {which}; {copy}:", f"  {command}{name} --token-file FILE", _GPU]
 
 
 async def keep_renewed(authority: Authority, identity: Identity) -> None:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
 
-from llamaclust.errors import DoesNotFitError
 from llamaclust.kernels.backend import Progress
 from llamaclust.kernels.cpu.prepared_files import PreparedFolder
 from llamaclust.kernels.cpu.weights import check_weights
+from llamaclust.kernels.cuda import attention
 from llamaclust.kernels.cuda.attention import check_attention
 from llamaclust.kernels.cuda.cold_cache import ColdCache
 from llamaclust.kernels.cuda.device import Device
+from llamaclust.kernels.cuda.joint_progress import JointProgress
 from llamaclust.kernels.cuda.memory import ALIGNMENT, allocated
-from llamaclust.kernels.cuda.plan import Plan, kv_bytes
+from llamaclust.kernels.cuda.plan import ANY_CARD, Plan, kv_bytes
 from llamaclust.kernels.cuda.probe import limits, measure
 from llamaclust.kernels.cuda.stage import CudaStage
 from llamaclust.kernels.cuda.turns import Turns
-from llamaclust.kernels.cuda.weights import DeviceWeight, DeviceWeights, layers_of_weights
+from llamaclust.kernels.cuda.weights import DeviceWeight, DeviceWeights, LayerMemory, layers_of_weights
 from llamaclust.model.program import Program
 from llamaclust.model.tensors import Tensor
 from llamaclust.wire.cards import Card
@@ -86,18 +88,39 @@ class CudaBackend:
     def load(self, program: Program, tensors: dict[str, Tensor], limits: StageLimits, progress: Progress) -> CudaStage:
         """ModelFileError for weights without kernels or figures that do not fit together; DoesNotFitError where the
         device has too little memory."""
-        check_attention(program)
-        memories = self._weights.load(program, tensors, progress)
+        plan = _plan(program, tensors, limits, attention.Card(self._device.sms, self._device.shared_bytes))
+        memories = self._weights_and_kernels(plan, tensors, progress)
         weights = {name: weight for memory in memories for name, weight in memory.weights.items()}
-        plan = Plan(program, {name: weights[name] for name in program.weights}, limits)
-        with self._turns.one():
-            kv = self._device.allocate(plan.kv_allocated_bytes)
-            try:
-                buffers = self._device.allocate(plan.buffers_allocated_bytes)
-            except DoesNotFitError:
-                kv.close()
-                raise
+        with self._turns.one(), ExitStack() as held:
+            kv = held.enter_context(closing(self._device.allocate(plan.kv_allocated_bytes)))
+            buffers = held.enter_context(closing(self._device.allocate(plan.buffers_allocated_bytes)))
+            plan.place(self._device, {name: weights[name] for name in program.weights}, buffers, kv)
+            held.pop_all()
         return CudaStage(self._device, self._turns, plan, memories, kv, buffers, self._graphs)
+
+    def _weights_and_kernels(
+        self, plan: Plan, tensors: Mapping[str, Tensor], progress: Progress
+    ) -> tuple[LayerMemory, ...]:
+        """Kernels are compiled while weights are brought, where that is still to be done: seconds."""
+        modules: dict[str, list[str]] = {}
+        for kernel in plan.kernels:
+            modules.setdefault(kernel.partition(".")[0], []).append(kernel)
+        told = JointProgress(progress, plan.weight_bytes, len(modules))
+
+        def compile_kernels() -> None:
+            for kernels in modules.values():
+                with self._turns.watched():
+                    self._device.prepare(kernels)
+                told.module_done()
+
+        with ThreadPoolExecutor(1, "compile-kernels") as compiler:
+            compiled = compiler.submit(compile_kernels)
+            memories = self._weights.load(plan.program, tensors, told.add_bytes)
+            try:
+                compiled.result()
+            finally:
+                del compiled  # its error's frames hold the weights, and would hold it
+        return memories
 
     def held_bytes(self, program: Program, tensors: Mapping[str, Tensor]) -> int:
         return self._weights.held_bytes(tensors[name] for name in program.weights)
@@ -123,10 +146,12 @@ def workspace_bytes(program: Program, tensors: Mapping[str, Tensor], limits: Sta
     return _plan(program, tensors, limits).buffers_allocated_bytes + kv_rounding
 
 
-def _plan(program: Program, tensors: Mapping[str, Tensor], limits: StageLimits) -> Plan:
+def _plan(
+    program: Program, tensors: Mapping[str, Tensor], limits: StageLimits, card: attention.Card = ANY_CARD
+) -> Plan:
     check_weights(program, tensors)
     check_attention(program)
-    return Plan(program, {name: DeviceWeight.of(tensors[name]) for name in program.weights}, limits)
+    return Plan(program, {name: DeviceWeight.of(tensors[name]) for name in program.weights}, limits, card)
 
 
 def rounding_bytes(program: Program, tensors: Mapping[str, Tensor]) -> int:

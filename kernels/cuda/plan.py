@@ -16,12 +16,16 @@ from llamaclust.kernels.cuda.shapes import Shape
 from llamaclust.model.program import Program
 from llamaclust.wire.control import StageLimits
 
+ANY_CARD = Card(1, LEAST_SHARED_BYTES)
+"""Where it is not known which one: what a plan takes is the same."""
+
 
 class Plan:
     """A program's buffers, and its launches once these have addresses."""
 
-    def __init__(self, program: Program, weights: Weights, limits: StageLimits) -> None:
-        """ValueError where the program does not hold together."""
+    def __init__(self, program: Program, weights: Weights, limits: StageLimits, card: Card = ANY_CARD) -> None:
+        """Of the weights all but addresses. What buffers take does not depend on the card. ValueError where the program
+        does not hold together."""
         self.program = program
         self.weights = weights
         self.limits = limits
@@ -31,10 +35,14 @@ class Plan:
         *offsets, self._kv_end = layer_offsets(program.kv_layers, limits)
         self._kv_offsets = dict(zip((step.layer for step in program.kv_layers), offsets, strict=True))
         self._constants: set[bytes] = set()
-        self._kv_base, self._card = 0, Card(1, LEAST_SHARED_BYTES)
+        self._kv_base, self._card = 0, card
         for shape in Shape.all(limits):
             self.launches(shape)
         self._regions.lay_out()
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(weight.n_bytes for weight in self.weights.values())
 
     @property
     def kv_allocated_bytes(self) -> int:
@@ -63,13 +71,9 @@ class Plan:
     def out_offset(self) -> int:
         return self._regions.offset((self.program.out.name, self.program.is_last))
 
-    def prepare(self, device: Device) -> None:
-        """The device's kernels, compiled where that is still to be done: seconds, in which others may compute on it."""
-        self._card = Card(device.sms, device.shared_bytes)
-        device.prepare(self.kernels)
-
-    def place(self, device: Device, buffers: Buffer, kv: Buffer) -> None:
+    def place(self, device: Device, weights: Weights, buffers: Buffer, kv: Buffer) -> None:
         """Where all that lies from now on; brings what kernels find there before their first launch."""
+        self.weights = weights
         self._regions.base, self._kv_base = buffers.address, kv.address
         for data in self._constants:
             device.upload(buffers, self._regions.offset(constant_name(data)), np.frombuffer(data, np.uint8))

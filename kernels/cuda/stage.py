@@ -33,7 +33,8 @@ class CudaStage:
         buffers: Buffer,
         graphs: bool,
     ) -> None:
-        """`graphs`: whether launches are captured. `kv` and `buffers` are freed with the stage, however it ends."""
+        """`plan` has its place; `graphs`: whether launches are captured. `kv` and `buffers` are freed with the stage,
+        however it ends."""
         for buffer in (kv, buffers):
             finalize(self, buffer.close)
         program, limits = plan.program, plan.limits
@@ -45,7 +46,7 @@ class CudaStage:
         self._graphs: dict[Shape, Graph] = {}  # the last used at the end
         self._launches: dict[Shape, tuple[Launch, ...]] = {}  # likewise, of shapes without a graph
         self.weights: object = tuple(weights)
-        self.weight_bytes = sum(weight.n_bytes for weight in plan.weights.values())
+        self.weight_bytes = plan.weight_bytes
         self.kv_bytes = kv_bytes(program, limits)
         self.workspace_bytes = kv.n_bytes + buffers.n_bytes - self.kv_bytes
         self.workspace_bytes += sum(memory.buffer.n_bytes for memory in weights) - self.weight_bytes
@@ -54,9 +55,6 @@ class CudaStage:
             self._numbers = device.pinned(plan.inputs.n_bytes)
             self._hidden = device.pinned(_FLOAT * limits.max_tokens * program.hidden.width)
             self._result = device.pinned(_FLOAT * lines * program.out.width)
-            plan.prepare(device)
-        with turns.one():
-            plan.place(device, buffers, kv)
 
     def run(self, batch: Batch, hidden: Float32 | None) -> Float32:
         with self._turns.one():

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
-from threading import Thread
+from threading import Thread, get_ident
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,7 @@ from llamaclust.kernels.cpu.prepared_files import PreparedFolder
 from llamaclust.kernels.cuda import stage as cuda_stage
 from llamaclust.kernels.cuda.backend import CudaBackend
 from llamaclust.kernels.cuda.device import Bytes, Device, Graph, Launch
+from llamaclust.kernels.cuda.joint_progress import JointProgress
 from llamaclust.model.loader import Model
 from llamaclust.model.program import KvType
 from llamaclust.model.quant_types import QuantType
@@ -376,3 +379,35 @@ def test_a_card_that_is_lost_while_memory_is_pinned(
     with pytest.raises(DeviceLostError, match=r"cuda:0 .* is lost: unspecified launch failure"):
         load_stage(cuda, opened("llama"), limits=LIMITS)
     assert before.taken == 0
+
+
+@pytest.mark.parametrize("order", ["weights first", "kernels first"])
+def test_a_load_that_waits_for_the_compiler_gets_further(order: str) -> None:
+    told = list[int]()
+    progress = JointProgress(told.append, 1000, 2)
+    more, done = partial(progress.add_bytes, 500), progress.module_done
+    for step in (more, more, done, done) if order == "weights first" else (done, done, more, more):
+        step()
+    assert told == ([500, 400, 50, 50] if order == "weights first" else [500, 500])
+
+
+def test_kernels_are_compiled_while_weights_are_brought(
+    opened: Open, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In another thread, and all of them before the first launch."""
+    prepared, launched, threads, launch = set[str](), set[str](), set[int](), device.launch
+
+    def prepare(kernels: Iterable[str]) -> None:
+        prepared.update(kernels)
+        threads.add(get_ident())
+
+    def note(one: Launch) -> None:
+        launched.add(one.kernel)
+        launch(one)
+
+    monkeypatch.setattr(device, "prepare", prepare)
+    monkeypatch.setattr(device, "launch", note)
+    with closing(load_stage(CudaBackend("cuda:0", device, 1), opened("llama"), limits=LIMITS)) as stage:
+        assert threads and get_ident() not in threads
+        stage.run(batch_of([([1] * 9, range(9), range(1))]), None)
+    assert launched and launched <= prepared

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, product
+from pathlib import Path
 
 import pytest
 from test_cluster_planner import ASK, SMALL, worker
+from tiny_architectures import build_architecture
 
 from llamaclust.cluster.costs import CardFacts, StageCosts, WorkerFacts
 from llamaclust.cluster.plan import DevicePlan, Plan
@@ -20,8 +22,12 @@ from llamaclust.cluster.shares import WorkerCards, shared_cards
 from llamaclust.cluster.state import CardMeasurement, Measurement
 from llamaclust.cluster.trials import TrialPoint
 from llamaclust.errors import DoesNotFitError
+from llamaclust.kernels.cuda.backend import workspace_bytes
+from llamaclust.model.loader import Model
 from llamaclust.sizes import MIB
 from llamaclust.wire.cards import Card, DeviceLayers
+from llamaclust.wire.control import StageLimits
+from llamaclust.worker.stage_runner import model_program, planned_workspace_bytes, weight_rounding_bytes
 
 
 def workspace(place: StagePlace) -> int:
@@ -203,3 +209,15 @@ def test_layers_stay_on_a_card_rather_than_room_for_more_contexts(objective: str
     assert devices(plan) == [("cuda:0", 0, 12)] and plan.kv_blocks >= 64
     roomy = make_plan(SMALL, [with_cards(400), worker("b", 10_000)], ask)
     assert devices(roomy) == [("cuda:0", 0, 12)] and roomy.kv_blocks > 2 * 64
+
+
+def test_a_gpu_has_room_for_what_rounding_adds_to_any_number_of_kv_blocks(tmp_path: Path) -> None:
+    """And for the table of window blocks. A plan is made before these numbers are known."""
+    model = Model.open(build_architecture(tmp_path / "m.gguf", "gemma3"))
+    limits = StageLimits(max_tokens=544, max_outputs=64, max_sequences=8, max_context_tokens=2048, kv_blocks=1)
+    promised = planned_workspace_bytes(model, 0, model.layer_count, limits, 1, "cuda:0")
+    rounding = weight_rounding_bytes(model, 0, model.layer_count, "cuda:0")
+    for blocks, window_blocks in product((1, 73, 74, 75, 999), (0, 74, 75)):
+        given = replace(limits, kv_blocks=blocks, window_blocks=window_blocks)
+        program = model_program(model, 0, model.layer_count, given)
+        assert workspace_bytes(program, model.tensors_for(program), given) <= promised + rounding

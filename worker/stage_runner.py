@@ -60,7 +60,7 @@ def planned_workspace_bytes(
     if card_names(device):
         from llamaclust.kernels.cuda import backend as cuda
 
-        return cuda.workspace_bytes(program, tensors, limits)
+        return cuda.most_workspace_bytes(program, tensors, limits)
     from llamaclust.kernels.cpu.backend import workspace_bytes
 
     return workspace_bytes(program, tensors, limits, threads)
@@ -70,10 +70,10 @@ def weight_rounding_bytes(model: Model, start: int, end: int, device: str) -> in
     """What weights of layers [start, end) take of a device's memory beyond their bytes."""
     if not card_names(device):
         return 0
-    from llamaclust.kernels.cuda.backend import rounding_bytes
+    from llamaclust.kernels.cuda.backend import rounded_weight_bytes
 
     program = model.program(start, end)
-    return rounding_bytes(program, model.tensors_for(program))
+    return rounded_weight_bytes(program, model.tensors_for(program))
 
 
 def model_program(model: Model, start: int, end: int, limits: StageLimits) -> Program:

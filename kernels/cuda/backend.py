@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
 
 from llamaclust.kernels.backend import Progress
 from llamaclust.kernels.cpu.prepared_files import PreparedFolder
@@ -14,7 +15,7 @@ from llamaclust.kernels.cuda.attention import check_attention
 from llamaclust.kernels.cuda.cold_cache import ColdCache
 from llamaclust.kernels.cuda.device import Device
 from llamaclust.kernels.cuda.joint_progress import JointProgress
-from llamaclust.kernels.cuda.memory import ALIGNMENT, allocated
+from llamaclust.kernels.cuda.memory import allocated, most_rounded_bytes
 from llamaclust.kernels.cuda.plan import ANY_CARD, Plan, kv_bytes
 from llamaclust.kernels.cuda.probe import limits, measure
 from llamaclust.kernels.cuda.stage import CudaStage
@@ -129,10 +130,7 @@ class CudaBackend:
         return kv_bytes(program, limits)
 
     def workspace_bytes(self, program: Program, tensors: Mapping[str, Tensor], limits: StageLimits) -> int:
-        """With what rounding up adds to weights and KV memory."""
-        plan = _plan(program, tensors, limits)
-        kv_rounding = plan.kv_allocated_bytes - kv_bytes(program, limits)
-        return plan.buffers_allocated_bytes + kv_rounding + rounding_bytes(program, tensors)
+        return workspace_bytes(program, tensors, limits)
 
     def close(self) -> None:
         """No stage may be left."""
@@ -140,10 +138,24 @@ class CudaBackend:
 
 
 def workspace_bytes(program: Program, tensors: Mapping[str, Tensor], limits: StageLimits) -> int:
-    """What a stage takes on a GPU beside weights and KV memory, at most, however many blocks that has. Needs no GPU.
+    """What a stage takes on a GPU beside weights and KV memory: buffers, and what is rounded up. Needs no GPU.
     ModelFileError for what cannot be computed."""
-    kv_rounding = allocated(1) + ALIGNMENT * len(program.kv_layers)
-    return _plan(program, tensors, limits).buffers_allocated_bytes + kv_rounding
+    plan = _plan(program, tensors, limits)
+    rounded = plan.kv_allocated_bytes - kv_bytes(program, limits)
+    return plan.buffers_allocated_bytes + rounded + rounded_weight_bytes(program, tensors)
+
+
+def most_workspace_bytes(program: Program, tensors: Mapping[str, Tensor], limits: StageLimits) -> int:
+    """The same but for weights, at most, with any number of KV blocks: before these are known."""
+    if program.window is not None:
+        limits = replace(limits, window_blocks=1)  # they have a table of their own
+    return _plan(program, tensors, limits).buffers_allocated_bytes + most_rounded_bytes(len(program.kv_layers))
+
+
+def rounded_weight_bytes(program: Program, tensors: Mapping[str, Tensor]) -> int:
+    """What weights take on a GPU beyond their bytes, since each layer is a piece of memory of its own."""
+    layers = layers_of_weights(tensors[name] for name in program.weights)
+    return sum(allocated(layer.n_bytes) - layer.resident_bytes for layer in layers)
 
 
 def _plan(
@@ -152,9 +164,3 @@ def _plan(
     check_weights(program, tensors)
     check_attention(program)
     return Plan(program, {name: DeviceWeight.of(tensors[name]) for name in program.weights}, limits, card)
-
-
-def rounding_bytes(program: Program, tensors: Mapping[str, Tensor]) -> int:
-    """What weights take on a GPU beyond their bytes, since each layer is a piece of memory of its own."""
-    layers = layers_of_weights(tensors[name] for name in program.weights)
-    return sum(allocated(layer.n_bytes) - layer.resident_bytes for layer in layers)

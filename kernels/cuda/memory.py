@@ -17,3 +17,8 @@ def aligned(n_bytes: int) -> int:
 def allocated(n_bytes: int) -> int:
     """What so many bytes take where they are allocated by themselves."""
     return -(-n_bytes // _GRANULE) * _GRANULE
+
+
+def most_rounded_bytes(parts: int) -> int:
+    """What rounding adds, at most, to so many parts that lie together in one piece."""
+    return _GRANULE + parts * ALIGNMENT

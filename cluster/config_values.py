@@ -165,7 +165,7 @@ def parse_device(value: object) -> str:
         raise ValueError(f"{shown(value)} is not possible; {_DEVICES}")
     cards = []
     for one in given:
-        found = re.fullmatch(r"cuda(?::(\d{1,3}))?", one.strip())
+        found = re.fullmatch(r"cuda(?::([0-9]{1,3}))?", one.strip())
         if found is None:
             what = "stands for itself, and computes beside GPUs in any case" if one.strip() == "cpu" else "is no device"
             raise ValueError(f"{shown(one.strip())} {what}; {_DEVICES}")

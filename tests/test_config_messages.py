@@ -117,6 +117,7 @@ def test_mistakes_name_line_place_and_what_is_allowed(tmp_path: Path, text: str,
     ("worker", "line", "message"),
     [
         ("- name: a\n  device: tpu", 5, "workers[1].device: 'tpu' is no device; give cpu, cuda:0, or several as"),
+        ("- name: a\n  device: cuda:\u0661", 5, "workers[1].device: 'cuda:\u0661' is no device; give cpu, cuda:0, or"),
         ("- name: a\n  device: [cpu, cuda:0]", 5, "workers[1].device: 'cpu' stands for itself, and computes beside"),
         ("- name: a\n  device: [cuda:0, cuda]", 5, "workers[1].device: ['cuda:0', 'cuda']: name each GPU once, 16"),
         ("- name: a\n  gpu_layers: 3", 5, "workers[1].gpu_layers: is for workers with a GPU: set device to cuda:0 as"),

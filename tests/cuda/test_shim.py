@@ -146,6 +146,7 @@ MISTAKES = {
     6: "outside of every buffer",
     7: "a shuffle from lane 5, which is not there",
     8: "wrote beside a buffer",
+    9: "outside of every buffer",
 }
 
 

@@ -154,6 +154,15 @@ DEVICE void add_segments(const uint8_t* tile, int first, int left, int segments,
     if (whole || i < left) share_terms<Type>(terms[i], i, rows, lane, to);
 }
 
+// Asks for the weights that a warp reads first, while it is still to learn which rows there are.
+template <class Type>
+DEVICE void ask_for_weights(const Product& p, int warp, int lane) {
+  constexpr int bytes = Type::kLayout.body_bytes + Type::kLayout.tail_bytes, piece = kTogether<Type> * bytes;
+  const int from = warp * piece + 128 * lane;
+  if (128 * lane < piece && from < p.tile_bytes)
+    prefetch(p.matrix().tiles + static_cast<size_t>(p.block) * p.tile_bytes + from);
+}
+
 // Grid: (groups of eight rows or items, tiles of all matrices), so that what reads the same weights runs at the same
 // time; blocks of 32 to 256 threads, sixteen an output row at least. Shared memory: `round` segments of n rows of
 // kTermStride outputs: all segments, or a multiple of kTogether.
@@ -161,10 +170,11 @@ template <class Type>
 DEVICE void multiply_few(const Products& all, int round) {
   constexpr int together = kTogether<Type>;
   const Product p = product_of(all, 1);
+  const int thread = threadIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  if (p.items == nullptr) ask_for_weights<Type>(p, warp, lane);
   const Share share = share_of(p, blockIdx.x, kGroupRows);
   if (share.n <= 0) return;
   auto* shared = reinterpret_cast<Term*>(DYNAMIC_SHARED);
-  const int thread = threadIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int segments = p.cols / Type::kLayout.segment_cols;
   const LaneActivations<Type> a(p, share, segments, lane);
   const uint8_t* tile = tile_of(p, share, p.block);

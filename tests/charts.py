@@ -179,6 +179,20 @@ MATRIX: dict[str, Mapping[str, Any]] = {
             "nodeSelector": {"gpu": "h200"},
         }
     },
+    "two kinds of workers": {
+        "workers": {
+            "count": 2,
+            "groups": {
+                "gpu": {
+                    "count": 3,
+                    "gpu": {"count": 1},
+                    "runtimeClassName": "nvidia",
+                    "nodeSelector": {"gpu": "yes"},
+                    "resources": {"limits": {"memory": "32Gi"}},
+                }
+            },
+        }
+    },
     "placed": {
         "coordinator": {
             "nodeSelector": {"kubernetes.io/arch": "amd64"},

@@ -11,6 +11,7 @@ from typing import Any
 
 import jsonschema
 import pytest
+import yaml
 from charts import (
     CHART,
     MATRIX,
@@ -175,7 +176,7 @@ def test_names_and_selectors_fit(values: Mapping[str, Any]) -> None:
             assert selector.items() <= each["spec"]["template"]["metadata"]["labels"].items()
             assert "app.kubernetes.io/version" not in selector  # it could never change
     for selector in selectors(manifests):
-        assert len(behind(selector, manifests)) == 1, selector
+        assert len({pod.labels["app.kubernetes.io/component"] for pod in behind(selector, manifests)}) == 1, selector
 
 
 def behind(selector: Mapping[str, str], manifests: tuple[Manifest, ...]) -> list[PodTemplate]:
@@ -212,9 +213,11 @@ def test_references_lead_somewhere(values: Mapping[str, Any]) -> None:
         assert ("ServiceAccount", account) in there or account == "default"
     for each in manifests:
         if each["kind"] == "Service":
-            (pod,) = behind(each["spec"]["selector"], manifests)
-            ports = {port["name"] for container in pod.spec["containers"] for port in container.get("ports", ())}
-            assert {port["targetPort"] for port in each["spec"]["ports"]} <= ports
+            pods = behind(each["spec"]["selector"], manifests)
+            assert pods
+            for pod in pods:
+                ports = {port["name"] for container in pod.spec["containers"] for port in container.get("ports", ())}
+                assert {port["targetPort"] for port in each["spec"]["ports"]} <= ports
         if each["kind"] == "StatefulSet":
             assert ("Service", each["spec"]["serviceName"]) in there
 
@@ -280,6 +283,35 @@ def test_gpus_are_limits_of_the_workers_alone() -> None:
     assert worker["containers"][0]["resources"]["limits"] == {"memory": "4Gi", "nvidia.com/gpu": "2"}
     assert {"--device=cuda:0,cuda:1", "--gpu-layers=20", "--gpu-memory=9GiB"} <= set(worker["containers"][0]["args"])
     assert "nvidia.com/gpu" not in json.dumps(one(manifests, "Deployment"))
+
+
+def test_groups_of_workers_are_of_one_cluster() -> None:
+    manifests = rendered("two kinds of workers")
+    sets = {each["metadata"]["name"]: each["spec"] for each in manifests if each["kind"] == "StatefulSet"}
+    plain, cards = (sets.pop(f"{RELEASE}-llamaclust-worker{end}") for end in ("", "-gpu"))
+    assert not sets and (plain["replicas"], cards["replicas"]) == (2, 3)
+    config = next(each["data"]["cluster.yaml"] for each in manifests if "cluster.yaml" in each.get("data", {}))
+    assert yaml.safe_load(config)["workers"] == 5
+    alike = render({"workers": {"count": 2, "groups": {"more": {"threads": 1}}}})
+    assert [each["spec"]["replicas"] for each in alike if each["kind"] == "StatefulSet"] == [2, 2]
+    assert "workers: 4\n" in next(
+        each["data"]["cluster.yaml"] for each in alike if "cluster.yaml" in each.get("data", {})
+    )
+    pod, card_pod = plain["template"]["spec"], cards["template"]["spec"]
+    assert "--device=cuda:0" in card_pod["containers"][0]["args"] and card_pod["runtimeClassName"] == "nvidia"
+    assert not [one for one in pod["containers"][0]["args"] if "gpu" in one or "cuda" in one]
+    assert card_pod["containers"][0]["resources"]["limits"] == {"memory": "32Gi", "nvidia.com/gpu": "1"}
+    assert pod["containers"][0]["resources"]["limits"] == {"memory": "4Gi"} and "nodeSelector" not in pod
+    labels, card_labels = plain["template"]["metadata"]["labels"], cards["template"]["metadata"]["labels"]
+    assert plain["selector"]["matchLabels"].items() <= labels.items() and "llamaclust/group" not in labels
+    assert cards["selector"]["matchLabels"]["llamaclust/group"] == card_labels["llamaclust/group"] == "gpu"
+    assert card_labels["app.kubernetes.io/component"] == "worker", "policies and services hold for it as well"
+    assert "workers.groups: workers that Ray places are all alike" in refusal(
+        {"ray": {"enabled": True}, "workers": {"threads": 2, "groups": {"gpu": {}}}}
+    )
+    assert "groups" in refusal({"workers": {"groups": {"gpu": {"groups": {}}}}})
+    assert "'much-too-long'" in refusal({"workers": {"groups": {"much-too-long": {}}}})
+    assert "take shorter names" in refusal({"fullnameOverride": "a" * 40, "workers": {"groups": {"cards": {}}}})
 
 
 def test_the_boards_file_is_in_the_config_map() -> None:

@@ -51,7 +51,8 @@ def test_the_cluster_file_is_one(values: Mapping[str, Any], tmp_path: Path) -> N
     config = loaded(manifests, tmp_path)
     assert named(manifests, "Service", config.name)
     assert config.launcher == launcher_of(values)
-    assert len(config.workers) == values.get("workers", {}).get("count", 2)
+    more = sum(group["count"] for group in values.get("workers", {}).get("groups", {}).values())
+    assert len(config.workers) == values.get("workers", {}).get("count", 2) + more
     assert config.api_keys_file == Path("/run/llamaclust/api-keys")
     assert {config.name, f"{config.name}.models.svc", *values.get("ingress", {}).get("hosts", ())} <= set(
         config.allowed_hosts
@@ -85,8 +86,9 @@ def test_commands_and_variables_are_the_programs(values: Mapping[str, Any]) -> N
                 parsed.append(parse(words[words.index("llamaclust") + 1 :], container))
                 given = {each["name"] for each in container["env"]} - _OWN_VARIABLES
                 assert {name for name in given if not name.startswith("RAY_")} <= variables(), pod.owner
-    pulls = ["pull", "pull"] if values.get("model", {}).get("pull", True) else []
-    workers = ["worker"] if launcher_of(values) == "static" else []
+    kinds = 1 + len(values.get("workers", {}).get("groups", ()))
+    pulls = ["pull"] * (1 + kinds) if values.get("model", {}).get("pull", True) else []
+    workers = ["worker"] * kinds if launcher_of(values) == "static" else []
     assert sorted(parsed) == sorted(["up", "generate", *workers, *pulls])
 
 

@@ -1,3 +1,17 @@
+{{/* The chart's values with those of one group of workers over them. */}}
+{{- define "llamaclust.ofGroup" -}}
+{{- $values := deepCopy (.root.Values | toYaml | fromYaml) }}
+{{- $_ := set $values "workers" (mergeOverwrite $values.workers .own) }}
+{{- dict "Values" $values | toYaml }}
+{{- end }}
+
+{{/* Of all groups together. */}}
+{{- define "llamaclust.workerCount" -}}
+{{- $count := int .Values.workers.count }}
+{{- range .Values.workers.groups }}{{ $count = add $count (.count | default $.Values.workers.count) }}{{ end }}
+{{- $count }}
+{{- end }}
+
 {{- define "llamaclust.workerArguments" -}}
 - --join={{ include "llamaclust.fullname" . }}-coordinator:{{ .Values.coordinator.ports.join }}
 - --token-file=/run/llamaclust/token

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from llamaclust.cli.gpu_options import NO_GPUS, Gpus
 from llamaclust.cluster.api.settings import first_key
 from llamaclust.cluster.client import Client
 from llamaclust.cluster.client_base import TextClient
@@ -23,6 +25,7 @@ class Target:
     model: str | None = None
     threads: int | None = None
     chat_template: str | None = None
+    gpus: Gpus = NO_GPUS
 
     def open(self) -> TextClient:
         """A client of it. UsageError where the options contradict each other or no cluster runs."""
@@ -31,8 +34,12 @@ class Target:
             from llamaclust.cluster.local import LocalSettings
             from llamaclust.tools.catalog import resolve_model
 
-            settings = LocalSettings(chat_template=self.chat_template)
-            return Client.local(resolve_model(self.model), self.threads, settings=settings)
+            device, gpu_layers, _ = self.gpus.parsed
+            settings = LocalSettings(chat_template=self.chat_template, device=device, gpu_layers=gpu_layers)
+            client = Client.local(resolve_model(self.model), self.threads, settings=settings)
+            if client.placement:
+                print(client.placement, file=sys.stderr)
+            return client
         if self.endpoint is not None:
             return connect(self.endpoint, self.api_key_file)
         _, record = find_running(environment().state_dir, self.cluster)
@@ -46,6 +53,8 @@ class Target:
             raise UsageError(f"{' and '.join(given)} name different places: give one of them")
         if self.threads is not None and self.model is None:
             raise UsageError("--threads is for --model: a cluster's workers have theirs in the cluster file")
+        if self.gpus != NO_GPUS and self.model is None:
+            raise UsageError("--device and --gpu-layers are for --model: a cluster's workers have theirs")
         if self.chat_template is not None and self.model is None:
             raise UsageError("--chat-template is for --model: a cluster's is in its file, or given to `up`")
         if self.api_key_file is not None and self.model is not None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
 from llamaclust.cli.connect import connect
+from llamaclust.cli.gpu_options import NO_GPUS, Gpus
 from llamaclust.cli.measuring import bar_on_stderr, told_to_end
 from llamaclust.cluster.client_base import TextClient
 from llamaclust.errors import UsageError
@@ -71,6 +72,7 @@ class Source:
     kv_type: KvType | None
     endpoint: str | None
     api_key_file: Path | None
+    gpus: Gpus = NO_GPUS
 
     def tokenizer(self) -> Tokenizer:
         with closing(Model.open(self.model)) as model:
@@ -92,16 +94,23 @@ class Source:
             raise UsageError("--api-key-file is for --endpoint")
         from llamaclust.cluster.local import LocalClient, LocalSettings
 
+        device, gpu_layers, _ = self.gpus.parsed
         settings = LocalSettings(
             context_length=context,
             max_sequences=sequences,
             prefix_cache=sequences > 1,
             kv_blocks=sequences * (context // 16 + 2),
             kv_type=self.kv_type or KvType.F16,
+            device=device,
+            gpu_layers=gpu_layers,
         )
         return LocalClient(self.model, self.threads, settings=settings)
 
     def _open(self, context: int, sequences: int) -> TextClient:
+        if self.gpus != NO_GPUS and (self.endpoint is not None or self.workers > 1):
+            raise UsageError(
+                "--device and --gpu-layers are for a model in this process: not with --endpoint, --workers"
+            )
         if self.endpoint is not None:
             if self.workers > 1 or self.threads is not None or self.kv_type is not None:
                 given = "--workers, --threads and --kv-type"

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from llamaclust.cli.gpu_options import Devices, GpuLayers, Gpus
 from llamaclust.cli.help import PlainCommand
 from llamaclust.cli.measure_commands import Json, KvTypeOption, ModelArgument, Threads, Workers, known_kv_type
 
@@ -33,6 +34,8 @@ def perplexity(
     threads: Threads = None,
     workers: Workers = 1,
     kv_type: KvTypeOption = None,
+    device: Devices = [],  # noqa: B006  typer reads the default
+    gpu_layers: GpuLayers = "auto",
     endpoint: Annotated[
         str | None, typer.Option("--endpoint", metavar="URL", help="Ask a running cluster that serves MODEL.")
     ] = None,
@@ -47,7 +50,8 @@ def perplexity(
 
     asked = evaluating.Asked(text, context, chunks, base, compare, hellaswag, tasks)
     asked.check()
-    source = evaluating.Source(resolve_model(model), threads, workers, known_kv_type(kv_type), endpoint, api_key_file)
+    path, kv, gpus = resolve_model(model), known_kv_type(kv_type), Gpus(tuple(device), gpu_layers)
+    source = evaluating.Source(path, threads, workers, kv, endpoint, api_key_file, gpus)
     evaluating.evaluate(source, asked, as_json)
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from llamaclust.cli.gpu_options import Devices, GpuLayers, Gpus
 from llamaclust.cli.help import PlainCommand
 from llamaclust.cli.sampler_options import with_samplers
 
@@ -54,6 +55,8 @@ def generate(
     api_key_file: KeyFile = None,
     model: ModelFile = None,
     threads: Threads = None,
+    device: Devices = [],  # noqa: B006  typer reads the default
+    gpu_layers: GpuLayers = "auto",
     cluster: Cluster = None,
     *,
     more: dict[str, Any],
@@ -63,7 +66,7 @@ def generate(
     from llamaclust.cli.connect import Target
 
     text = generation.given_or_piped(prompt)
-    target = Target(cluster, endpoint, api_key_file, model, threads)
+    target = Target(cluster, endpoint, api_key_file, model, threads, gpus=Gpus(tuple(device), gpu_layers))
     options = sampling(max_tokens, temperature, seed, top_k, top_p, min_p, more)
     options["stop"] = stop
     (generation.print_json if as_json else generation.print_stream)(target, text, options)
@@ -90,6 +93,8 @@ def chat(
         typer.Option("--chat-template", metavar="NAME", help="Or FILE: instead of the model's, for --model."),
     ] = None,
     threads: Threads = None,
+    device: Devices = [],  # noqa: B006  typer reads the default
+    gpu_layers: GpuLayers = "auto",
     cluster: Cluster = None,
     *,
     more: dict[str, Any],
@@ -98,7 +103,7 @@ def chat(
     from llamaclust.cli.chat import Chat
     from llamaclust.cli.connect import Target
 
-    target = Target(cluster, endpoint, api_key_file, model, threads, chat_template)
+    target = Target(cluster, endpoint, api_key_file, model, threads, chat_template, Gpus(tuple(device), gpu_layers))
     with target.open() as client:
         Chat(client, system, sampling(max_tokens, temperature, seed, top_k, top_p, min_p, more)).run()
 

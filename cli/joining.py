@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import NoReturn
 
 from llamaclust.wire.tuning import tune_grpc
 
 tune_grpc()
 
+from llamaclust.cli.gpu_options import Gpus, option_value  # noqa: E402
 from llamaclust.cluster.config import environment  # noqa: E402
 from llamaclust.cluster.config_values import (  # noqa: E402
     expand_home,
-    parse_device,
-    parse_gpu_layers,
     parse_name,
     parse_size,
     split_address,
@@ -26,27 +23,6 @@ from llamaclust.worker.settings import WorkerSettings  # noqa: E402
 
 _TOKEN = "join-token"
 _JOIN_S = 15.0
-_Value = TypeVar("_Value")
-
-
-@dataclass(frozen=True, slots=True)
-class Gpus:
-    """What it computes on, as options."""
-
-    devices: Sequence[str]  # none: the processor
-    gpu_layers: str
-    gpu_memory: str | None
-
-    @property
-    def parsed(self) -> tuple[str, int | None, int | None]:
-        """Device, layers on its GPUs, cap in bytes. UsageError names the option with a bad value."""
-        device = _option("--device", parse_device, ",".join(self.devices) or "cpu")
-        layers = _option("--gpu-layers", parse_gpu_layers, self.gpu_layers)
-        memory = None if self.gpu_memory is None else _option("--gpu-memory", parse_size, self.gpu_memory)
-        for name, given in (("--gpu-layers", layers), ("--gpu-memory", memory)):
-            if device == "cpu" and given is not None:
-                raise UsageError(f"{name}: is for workers with a GPU: give --device cuda:0 as well")
-        return device, layers, memory
 
 
 def settings(
@@ -67,15 +43,15 @@ def settings(
         raise UsageError("--insecure and --token-file: choose one; an insecure cluster has no token")
     device, gpu_layers, gpu_memory_bytes = gpus.parsed
     return WorkerSettings(
-        name=_option("--name", parse_name, name or socket.gethostname().split(".")[0]),
-        join=_option("--join", _address, join),
-        listen=_option("--listen", _address, listen) if listen else "",
-        advertise=_option("--advertise", _advertised, advertise) if advertise else "",
+        name=option_value("--name", parse_name, name or socket.gethostname().split(".")[0]),
+        join=option_value("--join", _address, join),
+        listen=option_value("--listen", _address, listen) if listen else "",
+        advertise=option_value("--advertise", _advertised, advertise) if advertise else "",
         device=device,
         gpu_layers=gpu_layers,
         gpu_memory_bytes=gpu_memory_bytes,
         threads=threads,
-        memory_bytes=None if memory is None else _option("--memory", parse_size, memory),
+        memory_bytes=None if memory is None else option_value("--memory", parse_size, memory),
         feature_level=variables.feature_level or "",
         join_s=_JOIN_S,
         prepared_dir=variables.prepared_dir if variables.prepared_bytes else None,
@@ -85,7 +61,7 @@ def settings(
         kernels_dir=variables.kernels_dir,
         static=True,
         log_format=variables.log_format,
-        model_dir=None if model_dir is None else Path(_option("--model-dir", expand_home, str(model_dir))),
+        model_dir=None if model_dir is None else Path(option_value("--model-dir", expand_home, str(model_dir))),
         token_file=None if insecure else _token_file(token_file, variables.state_dir),
     )
 
@@ -95,13 +71,6 @@ def work(settings: WorkerSettings) -> NoReturn:
     from llamaclust.worker.main import end_process, run_worker
 
     end_process(run_worker(settings))
-
-
-def _option(option: str, read: Callable[[str], _Value], given: str) -> _Value:
-    try:
-        return read(given)
-    except ValueError as error:
-        raise UsageError(f"{option}: {error}") from error
 
 
 def _address(value: str) -> str:

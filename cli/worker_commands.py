@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from llamaclust.cli.gpu_options import Devices, GpuLayers, Gpus
 from llamaclust.cli.help import PlainCommand
 from llamaclust.cli.interrupts import ends_at_once
 
@@ -31,16 +32,8 @@ def worker(
     advertise: Annotated[
         str, typer.Option(metavar="HOST[:PORT]", help="What they are told instead, as behind address translation.")
     ] = "",
-    device: Annotated[
-        list[str],
-        typer.Option(
-            metavar="DEVICE", help="What it computes on: cpu (default), or GPUs beside it: cuda:0 or cuda:0,cuda:1."
-        ),
-    ] = [],  # noqa: B006  typer reads the default
-    gpu_layers: Annotated[
-        str,
-        typer.Option("--gpu-layers", "-ngl", metavar="N", help="Layers on its GPUs, or auto: as many as VRAM takes."),
-    ] = "auto",
+    device: Devices = [],  # noqa: B006  typer reads the default
+    gpu_layers: GpuLayers = "auto",
     gpu_memory: Annotated[
         str | None,
         typer.Option("--gpu-memory", metavar="SIZE", help="Cap on what it takes of each GPU. Default: what is free."),
@@ -63,7 +56,7 @@ def worker(
     """Join a static cluster with one worker on this machine, until the cluster ends."""
     with ends_at_once():
         from llamaclust.cli import joining
-    gpus = joining.Gpus(device, gpu_layers, gpu_memory)
+    gpus = Gpus(tuple(device), gpu_layers, gpu_memory)
     settings = joining.settings(join, token_file, name, listen, advertise, gpus, threads, memory, model_dir, insecure)
     joining.work(settings)
 

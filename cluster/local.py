@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -16,18 +15,17 @@ import numpy as np
 
 from llamaclust.cluster.client_service import ServiceClient
 from llamaclust.cluster.config import environment
+from llamaclust.cluster.config_values import parse_device
 from llamaclust.cluster.engine import Engine
 from llamaclust.cluster.kv_groups import window_group
 from llamaclust.cluster.pipeline import StageInfo
 from llamaclust.cluster.settings import EngineSettings, SchedulerSettings
 from llamaclust.cluster.text import TextService, TextSettings
-from llamaclust.errors import DoesNotFitError, LlamaclustError, RequestError, UsageError
+from llamaclust.errors import LlamaclustError, RequestError, UsageError
 from llamaclust.kernels.backend import Float32
-from llamaclust.kernels.cpu.backend import CpuBackend
-from llamaclust.kernels.cpu.prepared_files import PreparedFolder
 from llamaclust.model.loader import Model
 from llamaclust.model.program import KV_BLOCK_TOKENS, KvType
-from llamaclust.sizes import missing
+from llamaclust.wire.cards import placed
 from llamaclust.wire.control import StageLimits
 from llamaclust.wire.messages import (
     MAX_KV_BLOCKS,
@@ -39,8 +37,10 @@ from llamaclust.wire.messages import (
     StageTiming,
 )
 from llamaclust.worker.chosen import ChosenTokens, chosen_in
-from llamaclust.worker.machine import available_memory_bytes
-from llamaclust.worker.stage_runner import StageRunner, plan_memory
+from llamaclust.worker.devices import Device
+from llamaclust.worker.settings import WorkerSettings
+from llamaclust.worker.stage_runner import StageRunner
+from llamaclust.worker.whole_model import backend_of, held_layers
 
 _CONTEXT_TOKENS = 4096
 _EPOCH = 1
@@ -61,6 +61,9 @@ class LocalSettings:
     kv_blocks: int | None = None  # of 16 tokens; None: two whole contexts
     kv_type: KvType = KvType.F16  # of keys and values
     chat_template: str | None = None  # name of a built-in one or a file; None: the model's
+    device: str = "cpu"  # or GPUs beside the processor: "cuda:0", "cuda:0,cuda:1"
+    gpu_layers: int | None = None  # on these, the last ones; None: as many as they have memory for
+    gpu_memory_bytes: int | None = None  # cap on what is taken of each; None: what is free there
 
 
 class LocalClient(ServiceClient):
@@ -82,6 +85,11 @@ class LocalClient(ServiceClient):
     def feature_level(self) -> str:
         """What the kernels run at."""
         return self._stage.feature_level
+
+    @property
+    def placement(self) -> str:
+        """How many layers are on GPUs, and which; "" without GPUs."""
+        return self._stage.placement
 
     @property
     def vocabulary_size(self) -> int:
@@ -107,17 +115,26 @@ class LocalStage:
     def __init__(self, path: Path, threads: int | None, feature_level: str | None, settings: LocalSettings) -> None:
         self.model = Model.open(path, settings.chat_template)
         self.scheduling = _scheduler_settings(self.model, settings)
-        variables = environment()
-        kept = PreparedFolder(variables.prepared_dir, variables.prepared_bytes) if variables.prepared_bytes else None
-        threads = threads or len(os.sched_getaffinity(0))
-        backend = CpuBackend(threads, feature_level or variables.feature_level, prepared=kept)
-        self.feature_level = backend.feature_level
+        device = _open_device(threads, feature_level, settings)
+        self.feature_level = device.backend.feature_level
         own = (self.scheduling.kv_blocks, _blocks(self.scheduling.context_length))
         limits = _limits(self.scheduling, own)
-        _check_memory(backend, self.model, limits)
-        layers = self.model.layer_count
-        level, threads = self.feature_level, backend.threads
-        self._runner = StageRunner(backend, self.model, 0, layers, limits, feature_level=level, threads=threads)
+        with ExitStack() as cards:
+            for card in device.cards:
+                cards.callback(card.close)
+            held = held_layers(device, self.model, limits)
+            self._runner = StageRunner(
+                backend_of(device, held),
+                self.model,
+                0,
+                self.model.layer_count,
+                limits,
+                feature_level=self.feature_level,
+                threads=device.threads,
+                devices=held if device.cards else (),
+            )
+            self._cards = cards.pop_all()
+        self.placement = placed(held) if device.cards else ""
         self._own = own
         self._chosen = ChosenTokens()
         self._thread = ThreadPoolExecutor(1, "compute")
@@ -133,6 +150,7 @@ class LocalStage:
         finally:
             self._thread.shutdown()
             self._runner.close()
+            self._cards.close()
             self.model.close()
 
     def start(self, microbatch: Microbatch, inputs: SamplingInputs) -> asyncio.Future[Result]:
@@ -207,6 +225,35 @@ def _look_at(result: asyncio.Future[Result]) -> None:
         result.exception()
 
 
+def _open_device(threads: int | None, feature_level: str | None, settings: LocalSettings) -> Device:
+    """As a worker would have it. UsageError for a device or feature level that this machine does not have, or layers on
+    GPUs where none is named."""
+    try:
+        kind = parse_device(settings.device)
+    except ValueError as error:
+        raise UsageError(f"device: {error}") from error
+    if kind == "cpu" and (settings.gpu_layers is not None or settings.gpu_memory_bytes is not None):
+        raise UsageError("gpu_layers and gpu_memory_bytes are for GPUs: set device to cuda:0 as well")
+    if settings.gpu_layers is not None and settings.gpu_layers < 0:
+        raise UsageError(f"gpu_layers: {settings.gpu_layers}: set 0 or more")
+    variables = environment()
+    return Device.open(
+        WorkerSettings(
+            "this process",
+            "",
+            None,
+            device=kind,
+            threads=threads,
+            feature_level=feature_level or variables.feature_level or "",
+            prepared_dir=variables.prepared_dir if variables.prepared_bytes else None,
+            prepared_bytes=variables.prepared_bytes,
+            kernels_dir=variables.kernels_dir,
+            gpu_layers=settings.gpu_layers,
+            gpu_memory_bytes=settings.gpu_memory_bytes,
+        )
+    )
+
+
 def _scheduler_settings(model: Model, settings: LocalSettings) -> SchedulerSettings:
     trained = model.hyperparameters.context_length
     context = settings.context_length or min(trained, _CONTEXT_TOKENS)
@@ -259,11 +306,3 @@ def _limits(scheduling: SchedulerSettings, own: tuple[int, int]) -> StageLimits:
         kv_type=scheduling.kv_type.value,
         window_blocks=0 if group is None else scheduling.window_blocks + group.sequence_blocks + group.row_blocks,
     )
-
-
-def _check_memory(backend: CpuBackend, model: Model, limits: StageLimits) -> None:
-    """Memory is taken as it is used: a model that is too large would end the process while it answers."""
-    planned, free_bytes = plan_memory(backend, model, 0, model.layer_count, limits), available_memory_bytes()
-    if planned.total_bytes > free_bytes:
-        what = f"{model.file.path} needs {missing(planned.parts, free_bytes)}"
-        raise DoesNotFitError(f"{what}; take a smaller context_length")

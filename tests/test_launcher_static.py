@@ -26,7 +26,7 @@ from static_cluster import (
     token_file,
 )
 
-from llamaclust.cli.joining import Gpus
+from llamaclust.cli.gpu_options import Gpus
 from llamaclust.cluster.config import load_config
 from llamaclust.errors import UsageError
 

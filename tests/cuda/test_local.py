@@ -1,0 +1,146 @@
+"""A model in this process with layers on GPUs: the answers of the processor alone, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from pathlib import Path
+
+import pytest
+from command_line import command_line
+from shim_build import build
+from shim_device import ShimDevice
+from tiny_model import build_tiny_model
+
+from llamaclust.cli.evaluating import Source
+from llamaclust.cli.gpu_options import Gpus
+from llamaclust.cluster.local import LocalClient, LocalSettings
+from llamaclust.errors import DoesNotFitError, UsageError
+from llamaclust.kernels.cpu.prepared_files import PreparedFolder
+from llamaclust.kernels.cuda.backend import CudaBackend
+from llamaclust.model.quant_types import QuantType
+from llamaclust.worker import backends
+
+HERE = Path(__file__).parent
+PROMPT = [5, 9, 17, 33, 65, 3, 7]
+MIB = 1 << 20
+ROOM = 256 * MIB
+Answer = tuple[list[int], list[bytes]]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("local") / "tiny.gguf"
+    small = {"hidden": 64, "heads": 4, "kv_heads": 2, "ffn": 96, "vocabulary": 320}
+    return build_tiny_model(path, layers=4, quant_type=QuantType.Q8_0, **small)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def shim(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPUs that are none, where no real card is to be tested."""
+    if request.config.getoption("--gpu", default=False):
+        return
+
+    def open_card(
+        name: str, threads: int, cap: int | None, prepared: PreparedFolder | None, kernels_dir: Path | None
+    ) -> CudaBackend:
+        return CudaBackend(name, ShimDevice(build(), memory_bytes=min(cap or ROOM, ROOM), sms=1), threads, prepared)
+
+    monkeypatch.setattr(backends, "open_card", open_card)
+    folders = [HERE / "shim_site", HERE]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([*map(str, folders), os.environ.get("PYTHONPATH", "")]))
+
+
+def settings(device: str = "cpu", gpu_layers: int | None = None, gpu_memory_bytes: int | None = None) -> LocalSettings:
+    return LocalSettings(
+        context_length=64, max_sequences=2, device=device, gpu_layers=gpu_layers, gpu_memory_bytes=gpu_memory_bytes
+    )
+
+
+def answered(model: Path, given: LocalSettings) -> tuple[Answer, str]:
+    with LocalClient(model, 1, settings=given) as client:
+        reply = client.generate(PROMPT, max_tokens=6, temperature=0.9, seed=3)
+        return (reply.token_ids, [struct.pack("<f", one) for one in reply.logprobs]), client.placement
+
+
+@pytest.fixture(scope="module")
+def wanted(model: Path) -> Answer:
+    answer, placement = answered(model, settings())
+    assert placement == ""
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("device", "gpu_layers", "placement"),
+    [
+        ("cuda:0", None, "4 of 4 layers on GPUs: [0, 4) cuda:0"),
+        ("cuda:0", 3, "3 of 4 layers on GPUs: [0, 1) cpu, [1, 4) cuda:0"),
+        ("cuda:0", 99, "4 of 4 layers on GPUs: [0, 4) cuda:0"),
+        ("cuda:0", 0, "0 of 4 layers on GPUs: [0, 4) cpu"),
+    ],
+)
+def test_tokens_and_logprobs_are_those_of_the_processor(
+    shim: None, model: Path, wanted: Answer, device: str, gpu_layers: int | None, placement: str
+) -> None:
+    assert answered(model, settings(device, gpu_layers)) == (wanted, placement)
+
+
+@pytest.mark.parametrize(
+    ("room", "placement"),
+    [
+        (4, "0 of 4 layers on GPUs: [0, 4) cpu"),
+        (11, "3 of 4 layers on GPUs: [0, 1) cpu, [1, 3) cuda:0, [3, 4) cuda:1"),
+        (13, "4 of 4 layers on GPUs: [0, 2) cuda:0, [2, 4) cuda:1"),
+        (19, "4 of 4 layers on GPUs: [0, 4) cuda:1"),
+    ],
+)
+def test_what_does_not_fit_stays_on_the_processor(
+    shim: None, request: pytest.FixtureRequest, model: Path, wanted: Answer, room: int, placement: str
+) -> None:
+    if request.config.getoption("--gpu", default=False):
+        pytest.skip("takes two cards")
+    assert answered(model, settings("cuda:0,cuda:1", None, room * MIB)) == (wanted, placement)
+
+
+def test_more_layers_than_fit_are_refused(shim: None, model: Path) -> None:
+    told = (
+        r"tiny.gguf, layers \[0, 4\) on cuda:0, needs \d+ MiB .* are missing; take fewer layers on GPUs \(auto: as many"
+    )
+    with pytest.raises(DoesNotFitError, match=told):
+        answered(model, settings("cuda:0", 4, 2 * MIB))
+
+
+def test_logits_for_perplexity(shim: None, model: Path) -> None:
+    found = []
+    for gpus in (Gpus(), Gpus(("cuda:0",), "2")):
+        with Source(model, 1, 1, None, None, None, gpus).local(64) as client:
+            found.append(client.logits(PROMPT).tobytes())
+    assert found[0] == found[1]
+    with pytest.raises(UsageError, match="--device and --gpu-layers are for a model in this process"):
+        Source(model, 1, 2, None, None, None, Gpus(("cuda:0",)))._open(64, 1)
+
+
+def test_generate_on_the_command_line(shim: None, model: Path) -> None:
+    with command_line() as line:
+        words = ("generate", "--model", model, "-t", "1", "-n", "5", "--json", "Hello")
+        alone, card = line.run(*words), line.run(*words, "--device", "cuda:0", "-ngl", "3")
+        assert "3 of 4 layers on GPUs: [0, 1) cpu, [1, 4) cuda:0" in card.err
+        both = [json.loads(one.out) for one in (alone, card)]
+        assert both[0]["token_ids"] == both[1]["token_ids"] and both[0]["logprobs"] == both[1]["logprobs"]
+        assert "set device to" not in (done := line.run(*words, "-ngl", "3")).error and done.code == 2
+        assert "--gpu-layers: is for workers with a GPU: give --device cuda:0 as well" in done.error
+        assert "are for --model" in line.run("generate", "x", "--device", "cuda:0").error
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (settings("tpu"), "device: 'tpu' is no device"),
+        (settings(gpu_layers=3), "set device to cuda:0 as well"),
+        (settings("cuda:0", -1), "gpu_layers: -1: set 0 or more"),
+    ],
+)
+def test_mistakes_are_named(model: Path, given: LocalSettings, told: str) -> None:
+    with pytest.raises(UsageError, match=told):
+        LocalClient(model, 1, settings=given)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -38,6 +39,7 @@ def list_layers(as_json: JsonOption = False) -> None:
         used_bytes = folder.used_bytes()
         weights = _weights()
         fetched, begun = weights.list_files()
+        kernels = _kernels()
     except OSError as error:
         raise LlamaclustError(f"{folder.path}: cannot be listed: {_reason(error)}") from error
     if as_json:
@@ -50,6 +52,7 @@ def list_layers(as_json: JsonOption = False) -> None:
             "models": models,
             "unfinished": left,
             "in_the_way": [str(path) for path in strange],
+            "kernels": {"files": len(kernels), "size_bytes": sum(kernels.values())},
         }
         print(json.dumps({"folder": str(folder.path), "most_bytes": folder.most_bytes, **listed}))
         return
@@ -64,11 +67,14 @@ def list_layers(as_json: JsonOption = False) -> None:
     if fetched or begun:
         held = f"{(sum(fetched) + sum(begun)) / MIB:10,.2f} MiB of {weights.most_bytes / MIB:,.2f} in {weights.path}"
         print(f"{held}: weights fetched from other workers, {len(begun)} of them unfinished")
+    if kernels:
+        print(f"{sum(kernels.values()) / MIB:10,.2f} MiB  {len(kernels):4} files of kernels compiled for GPUs")
 
 
 @app.command(cls=PlainCommand)
 def clear(as_json: JsonOption = False) -> None:
-    """Delete all prepared layers and fetched weights. Processes that use them go on; the next start makes them anew."""
+    """Delete prepared layers, fetched weights and compiled kernels. Processes that use them go on; the next start makes
+    them anew."""
     folder, weights = _folder(), _weights()
     try:
         cleared = folder.clear()
@@ -78,14 +84,23 @@ def clear(as_json: JsonOption = False) -> None:
         brought = weights.clear()
     except OSError as error:
         raise LlamaclustError(f"{weights.path}: cannot be cleared: {_reason(error)}") from error
+    kernels = _kernels()
+    try:
+        for path in kernels:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise LlamaclustError(f"compiled kernels cannot be deleted: {_reason(error)}") from error
     if as_json:
         deleted = {"files": cleared.files, "size_bytes": cleared.size_bytes}
+        deleted |= {"kernel_files": len(kernels), "kernel_bytes": sum(kernels.values())}
         deleted |= {"fetched_files": brought.files, "fetched_bytes": brought.size_bytes}
         print(json.dumps({"folder": str(folder.path), **deleted, "left": [error.filename for error in cleared.left]}))
     else:
         print(f"{cleared.files} files, {cleared.size_bytes / MIB:,.2f} MiB deleted in {folder.path}")
         if brought.files:
             print(f"{brought.files} files, {brought.size_bytes / MIB:,.2f} MiB deleted in {weights.path}")
+        if kernels:
+            print(f"{len(kernels)} files, {sum(kernels.values()) / MIB:,.2f} MiB of compiled kernels deleted")
     if cleared.left:
         raise LlamaclustError(f"{folder.path}: cannot be deleted: {'; '.join(map(_reason, cleared.left))}")
 
@@ -109,3 +124,15 @@ def _weights() -> WeightCache:
 
     variables = environment()
     return WeightCache(variables.weights_dir, variables.weights_bytes)
+
+
+def _kernels() -> dict[Path, int]:
+    """Files of kernels compiled for GPUs, and their bytes. LlamaclustError where they cannot be listed."""
+    from llamaclust.cluster.config import environment
+    from llamaclust.kernels.cuda.binary_folder import kernel_files
+
+    folder = environment().kernels_dir
+    try:
+        return {path: found.st_size for path, found in kernel_files(folder)}
+    except OSError as error:
+        raise LlamaclustError(f"{folder}: cannot be listed: {_reason(error)}") from error

@@ -286,6 +286,7 @@ def test_the_command_lists_and_clears(model: Path, folder: PreparedFolder, monke
     fetched = {"folder": str(folder.path.parent / "weights"), "most_bytes": 0, "tensors": 0}
     fetched |= {"size_bytes": 0, "unfinished_bytes": 0}
     empty = {"fetched": fetched, "models": [], "unfinished": {"files": 0, "size_bytes": 0}, "in_the_way": []}
+    empty["kernels"] = {"files": 0, "size_bytes": 0}
     assert json.loads(said("list", "--json")) == {"folder": str(folder.path), "most_bytes": 5 << 20, **empty}
     assert json.loads(said("clear", "--json"))["files"] == 0
     run(model, folder)
@@ -294,5 +295,12 @@ def test_the_command_lists_and_clears(model: Path, folder: PreparedFolder, monke
     assert listed["size_bytes"] == sum(path.stat().st_size for path in images(folder))
     assert abs(listed["used_ns"] - time.time_ns()) < 60e9
     assert str(model) in said("list") and "of 5.00 in" in said("list")
-    assert f"{2 * IMAGES} files" in said("clear")
-    assert images(folder) == []
+    kernels = folder.path.parent / "kernels"
+    kernels.mkdir()
+    for name in ("rows-1.cubin", "rows-2.ptx", "rows-3.cubin.7-7.tmp"):
+        (kernels / name).write_bytes(b"1234")
+    assert json.loads(said("list", "--json"))["kernels"] == {"files": 3, "size_bytes": 12}
+    assert "3 files of kernels" in said("list")
+    cleared = said("clear")
+    assert f"{2 * IMAGES} files" in cleared and "3 files, 0.00 MiB of compiled kernels deleted" in cleared
+    assert images(folder) == [] == list(kernels.iterdir())

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from llamaclust.errors import DoesNotFitError, UsageError
+from llamaclust.kernels.cuda.binary_folder import BinaryFolder
 from llamaclust.kernels.cuda.cupy_open import CardProperties, card_properties, import_cupy, usable_nvrtc
 from llamaclust.kernels.cuda.device import PLAIN_SHARED_BYTES, Buffer, Bytes, Launch
-from llamaclust.kernels.cuda.nvrtc import BinaryFolder
 from llamaclust.kernels.cuda.sources import modules, whole_text
 from llamaclust.sizes import MIB, mib
 

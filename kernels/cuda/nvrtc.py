@@ -4,15 +4,8 @@ zero (`-ftz=true`, after all others), and so would change bits."""
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import stat
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from threading import get_ident
 
 from llamaclust.errors import LlamaclustError, UsageError
 from llamaclust.kernels.cuda.sources import OPTIONS
@@ -102,56 +95,3 @@ def open_nvrtc() -> Nvrtc:
         raise UsageError(_NOT_THERE) from error
     assert found.abs_path is not None
     return Nvrtc(found.abs_path)
-
-
-class BinaryFolder:
-    """Compiled modules on disk, each by the hash of all that it depends on. What `folder` does not take, or
-    where others could plant theirs, is kept until `close`."""
-
-    def __init__(self, folder: Path | None) -> None:
-        """None: nothing stays."""
-        self._folder = folder
-        self._instead: TemporaryDirectory[str] | None = None
-
-    def close(self) -> None:
-        if self._instead is not None:
-            self._instead.cleanup()
-
-    def get(self, nvrtc: Nvrtc, name: str, text: str, architecture: int, *, anew: bool = False) -> Path:
-        """A file to load, compiled now if it is not there, or is to be made `anew`."""
-        of = "\0".join((text, *OPTIONS, str(architecture), str(nvrtc.version)))
-        stem = f"{name}-{hashlib.sha256(of.encode()).hexdigest()[:32]}"
-        folder = self._folder if self._folder is not None and _is_safe(self._folder) else None
-        if folder is not None and not anew:
-            for path in (folder / f"{stem}.{kind}" for kind in ("cubin", "ptx")):
-                if path.is_file():
-                    return path
-        binary = nvrtc.compile(name, text, architecture)
-        file = f"{stem}.{binary.kind}"
-        if folder is not None:
-            with suppress(OSError):
-                return _write(folder / file, binary.data)
-        self._instead = self._instead or TemporaryDirectory(prefix="llamaclust-kernels-")
-        return _write(Path(self._instead.name) / file, binary.data)
-
-
-def _is_safe(folder: Path) -> bool:
-    """Whether it can be read, and nobody else writes there; it is made where it is not there."""
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = folder.stat()
-    except OSError:
-        return False
-    is_own = found.st_uid in (0, os.geteuid()) and not stat.S_IMODE(found.st_mode) & 0o022
-    return is_own and os.access(folder, os.R_OK | os.X_OK)
-
-
-def _write(path: Path, data: bytes) -> Path:
-    """Whole or not at all."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}-{get_ident()}.tmp")
-    try:
-        partial.write_bytes(data)
-        return partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise

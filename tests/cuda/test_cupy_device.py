@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,10 @@ from fake_cupy import CUDARuntimeError, FakeCupy, FakeRuntime
 
 from llamaclust.errors import DeviceLostError, DoesNotFitError, UsageError
 from llamaclust.kernels.cuda import cupy_open
+from llamaclust.kernels.cuda.binary_folder import BinaryFolder
 from llamaclust.kernels.cuda.cupy_device import CupyDevice
 from llamaclust.kernels.cuda.device import Launch
-from llamaclust.kernels.cuda.nvrtc import Binary, BinaryFolder
+from llamaclust.kernels.cuda.nvrtc import Binary
 from llamaclust.kernels.cuda.turns import Turns
 
 
@@ -321,3 +324,18 @@ def test_closing_frees_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(cupy.runtime.memory) == 3
     device.close()
     assert cupy.runtime.memory == {} and cupy.runtime.free_bytes == 1 << 20
+
+
+def test_kernels_that_nobody_uses_any_more_are_deleted(tmp_path: Path) -> None:
+    """With what killed processes left; those in use stay, however old they are."""
+    compiler: Any = FakeNvrtc()
+    text = '#line 1 "rows.cu"\nKERNEL'
+    used = BinaryFolder(tmp_path).get(compiler, "rows", text, 75)
+    unused, unfinished = tmp_path / "rows-0.cubin", tmp_path / "rows-0.cubin.1-1.tmp"
+    for path, days in ((used, 200), (unused, 100), (unfinished, 1)):
+        path.touch()
+        os.utime(path, (time.time() - 86400 * days,) * 2)
+    assert BinaryFolder(tmp_path).get(compiler, "rows", text, 75) == used
+    assert unused.exists(), "nothing was compiled"
+    made = BinaryFolder(tmp_path).get(compiler, "rows", text, 90)
+    assert sorted(tmp_path.iterdir()) == sorted([used, made])

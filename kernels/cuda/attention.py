@@ -22,6 +22,7 @@ _FEW_QUERIES = (4, 8, 16)
 _MANY_QUERIES = {KvType.F16: (32, 16), KvType.Q8_0: (16,)}
 _SCORE_STRIDE = SPAN_TOKENS + 4
 _STATIC_SHARED_BYTES = 1024  # what the kernels declare themselves, at most
+_MERGED_CHANNELS, _MERGED_HEAD_DIMS = 256, (32, 64, 128, 256)
 _NO_WINDOW = (1 << 31) - 1
 
 
@@ -78,7 +79,8 @@ class Rotation:
     style: RopeStyle
 
 
-NO_ROTATION = Rotation(np.uint64(0), 0, RopeStyle.NORM)
+_NOWHERE = np.uint64(0)
+NO_ROTATION = Rotation(_NOWHERE, 0, RopeStyle.NORM)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,8 @@ class Places:
     plan: np.uint64
     partials: np.uint64
     rotation: Rotation = NO_ROTATION
+    by_32: np.uint64 = _NOWHERE  # where quantized rows go instead of `out`; see `can_quantize`
+    by_256: np.uint64 = _NOWHERE
 
 
 def _slot_bytes(step: Attention) -> int:
@@ -171,6 +175,16 @@ def many_shared_bytes(step: Attention, queries: int) -> int:
     return 4 * (max(queries * _SCORE_STRIDE, staged) + _stage_floats(step, 1))
 
 
+def _merges(step: Attention, room: Room, max_context_tokens: int) -> bool:
+    return _spans(step, max_context_tokens) > 1 and room.slots > 0
+
+
+def can_quantize(step: Attention, room: Room, max_context_tokens: int) -> bool:
+    """Whether the kernel that merges spans can: it has whole heads of 256 channels."""
+    fits = step.head_dim in _MERGED_HEAD_DIMS and step.out.width % _MERGED_CHANNELS == 0
+    return fits and _merges(step, room, max_context_tokens)
+
+
 def plan_launch(cut: Cut, room: Room, inputs: Inputs, plan: np.uint64) -> Launch:
     """Once for a microbatch and cut, before the first attention."""
     arrays = (inputs.header, inputs.positions, inputs.sequence_starts, inputs.table_starts)
@@ -206,7 +220,7 @@ def attention_launches(
         grid, shared_bytes = (blocks, step.kv_heads * parts, 1), many_shared_bytes(step, many)
         name = f"attention_tile.tile_{step.kv_type}_{many}"
         launches.append(Launch(name, grid, (256, 1, 1), _arguments(step, room, inputs, places), shared_bytes))
-    if spans > 1 and room.slots > 0:
+    if _merges(step, room, max_context_tokens):
         launches.append(_merge(step, room, inputs, places, rows))
     return tuple(launches)
 
@@ -235,5 +249,7 @@ def _arguments(step: Attention, room: Room, inputs: Inputs, places: Places) -> t
 
 def _merge(step: Attention, room: Room, inputs: Inputs, places: Places, rows: int) -> Launch:
     plan = (inputs.header, places.plan, np.int32(room.max_rows), np.int32(room.slots))
-    args = (*plan, places.partials, np.int32(step.heads), np.int32(step.head_dim), places.out)
-    return Launch("attention_rows.merge", (rows, step.heads, 1), (128, 1, 1), args)
+    outs = (places.out, places.by_32, places.by_256)
+    args = (*plan, places.partials, np.int32(step.heads), np.int32(step.head_dim), *outs)
+    heads = 1 if places.by_32 == places.by_256 else _MERGED_CHANNELS // step.head_dim
+    return Launch("attention_rows.merge", (rows, step.heads // heads, 1), (128, heads, 1), args)

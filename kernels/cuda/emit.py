@@ -11,7 +11,7 @@ from llamaclust.kernels.cpu.fuse import Attend, Products, reads_of, written_by
 from llamaclust.kernels.cuda import attention, experts, products, rows
 from llamaclust.kernels.cuda.device import Launch
 from llamaclust.kernels.cuda.emit_attention import AttentionSteps
-from llamaclust.kernels.cuda.fuse import Gated, GpuStep, Norm, fuse_for_gpu
+from llamaclust.kernels.cuda.fuse import Attended, Gated, GpuStep, Norm, fuse_for_gpu
 from llamaclust.kernels.cuda.place import NOWHERE, Place
 from llamaclust.kernels.cuda.shapes import Shape
 from llamaclust.model.program import (
@@ -71,6 +71,8 @@ class Emitter:
                 yield from self._products(step.x, step.steps)
             case Attend():
                 yield from self._attend(step)
+            case Attended():
+                yield from self._attend(step.attend, step.format)
             case Norm():
                 yield self._norm(step)
             case Gated():
@@ -224,15 +226,20 @@ class Emitter:
         self._is_written(step.x.name)
         return rows.rope(step, x, self._angles(step.table), *self._lines)
 
-    def _attend(self, step: Attend) -> Iterator[Launch]:
-        rotation = self._rotation(step)
+    def _attend(self, step: Attend, wanted: ActivationFormat | None = None) -> Iterator[Launch]:
+        """`wanted`: in this format alone, if it can be."""
+        steps, rotation = AttentionSteps(self.place, self.shape), self._rotation(step)
         if rotation is attention.NO_ROTATION:
             for rope in (step.rotate_q, step.rotate_k):
                 if rope is not None:
                     yield self._rotated(rope, self._current[rope.x.name])
         q, k, v = (self._current[buffer.name] for buffer in reads_of(step.attention))
         out = self._out(step.attention.out)
-        yield from AttentionSteps(self.place, self.shape).launches(step.attention, q, k, v, out, rotation)
+        by_32 = by_256 = NOWHERE
+        if wanted is not None and steps.can_quantize(step.attention):
+            at = self._activations(wanted, step.attention.out.name, step.attention.out.width)
+            by_32, by_256 = (at, NOWHERE) if wanted is ActivationFormat.Q8_32 else (NOWHERE, at)
+        yield from steps.launches(step.attention, q, k, v, out, rotation, (by_32, by_256))
 
     def _rotation(self, step: Attend) -> attention.Rotation:
         """What queries and keys have in common, so that they rotate while keys are stored."""

@@ -28,6 +28,9 @@ class AttentionSteps:
             cut = attention.cut_of(step, self.place.card)
             yield attention.plan_launch(cut, self._room, self._inputs, self._plan(step))
 
+    def can_quantize(self, step: Attention) -> bool:
+        return attention.can_quantize(step, self._room, self.place.limits.max_context_tokens)
+
     def launches(
         self,
         step: Attention,
@@ -36,6 +39,7 @@ class AttentionSteps:
         v: np.uint64,
         out: np.uint64,
         rotation: attention.Rotation = attention.NO_ROTATION,
+        quantized: tuple[np.uint64, np.uint64] = (NOWHERE, NOWHERE),
     ) -> tuple[Launch, ...]:
         place, limits = self.place, self.place.limits
         places = attention.Places(
@@ -49,6 +53,8 @@ class AttentionSteps:
             plan=self._plan(step),
             partials=place.regions.at("partials", self._room.partial_bytes(step)),
             rotation=rotation,
+            by_32=quantized[0],
+            by_256=quantized[1],
         )
         return attention.attention_launches(
             step,

@@ -37,7 +37,15 @@ class Gated:
     format: ActivationFormat
 
 
-GpuStep = FusedStep | Norm | Gated
+@dataclass(frozen=True, slots=True)
+class Attended:
+    """Attention whose result is read in this format alone."""
+
+    attend: Attend
+    format: ActivationFormat
+
+
+GpuStep = FusedStep | Norm | Gated | Attended
 
 
 def fuse_for_gpu(program: Program, type_of: TypeOf) -> Iterator[GpuStep]:
@@ -81,6 +89,9 @@ def _fused(steps: Sequence[FusedStep], reader: _Reader) -> tuple[int, GpuStep]:
         case [RmsNorm() as norm, after, *_] if _fits(norm):
             if formats := reader.formats(norm.out, 1, after):
                 return 1, Norm(norm, None, formats)
+        case [Attend() as attend, after, *_]:
+            if (only := _single(reader.formats(attend.attention.out, len(_plain(attend)), after))) is not None:
+                return 1, Attended(attend, only)
         case [SiluMul(gate, up, out), after, *_]:
             if (only := _single(reader.formats(out, 1, after))) is not None:
                 return 1, Gated(gate, up, out, None, only)

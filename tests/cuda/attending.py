@@ -119,6 +119,7 @@ class Attender:
         self.partials = bench.room(max(16, self.room.partial_bytes(step)))
         self.slopes = None if step.slopes is None else bench.put(np.array(step.slopes, np.float32))
         self.rotation = rotation
+        self.quantized: dict[str, np.uint64] = {}  # places for the result instead of `out`, by their names in `Places`
         self.launched: set[str] = set()
 
     def run(self, batch: Batch, rows: Float32, *, store_only: bool = False, one_row_each: bool = False) -> Float32:
@@ -136,6 +137,7 @@ class Attender:
         places = Places(*(one.at() for one in addresses), slopes, self.plan.at(), self.partials.at())
         if self.rotation is not None:
             places = replace(places, rotation=self._rotation(self.rotation, inputs, len(rows) + spare))
+        places = replace(places, **self.quantized)
         launches = attention_launches(
             step,
             self.card,

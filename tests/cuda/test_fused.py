@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from attending import Attender, attention, sequences_of
+from batches import batch_of
 from exact import Float32, awkward, on_cpu, random_source, same_bits
 from launching import Bench
 from numpy.typing import NDArray
@@ -18,9 +19,11 @@ from test_rows import BUCKET, ROWS, one_part, rows_of, two_parts
 from tiny_model import build_tiny_model
 
 from llamaclust.kernels.cpu import _native
+from llamaclust.kernels.cpu.fuse import Attend
 from llamaclust.kernels.cuda import products, rows
+from llamaclust.kernels.cuda.attention import can_quantize
 from llamaclust.kernels.cuda.device import Buffer as DeviceBuffer
-from llamaclust.kernels.cuda.fuse import Gated, Norm, fuse_for_gpu
+from llamaclust.kernels.cuda.fuse import Attended, Gated, Norm, fuse_for_gpu
 from llamaclust.kernels.cuda.plan import Plan
 from llamaclust.kernels.cuda.shapes import Shape
 from llamaclust.kernels.cuda.weights import DeviceWeight
@@ -157,6 +160,26 @@ def test_rotation_and_store(bench: Bench, tmp_path: Path, step: Attention, pairs
     attender.check([(short, range(10, 11)), (long, range(39, 40))], one_row_each=True)
 
 
+@pytest.mark.parametrize("kind", EIGHT_BITS, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("step", [attention(8, 1, 32), attention(4, 1, 64), attention(4, 2, 128), attention(2, 1, 256)])
+def test_spans_together_and_quantization(bench: Bench, tmp_path: Path, kind: ActivationFormat, step: Attention) -> None:
+    """A row of several spans, and one of a single span, which no other kernel has quantized."""
+    long, short = sequences_of(tmp_path, step, (515, 4), random_source())
+    attender, width = Attender(bench, step), step.out.width
+    assert can_quantize(step, attender.room, 1024)
+    assert not can_quantize(step, attender.room, 512)
+    for told in (long, short):
+        attender.fill(told, len(told.rows) - 1)
+    parts = [(long, range(514, 515)), (short, range(3, 4))]
+    out = cleared(bench, kind, width)
+    attender.quantized = {f"by_{kind.value}": out.at()}
+    batch = batch_of([([0], rows, told.table) for told, rows in parts])
+    attender.run(batch, np.concatenate([told.rows[-1:] for told, _ in parts]), one_row_each=True)
+    wanted = np.concatenate([*(told.wanted[-1:] for told, _ in parts), np.zeros((ROWS - 2, width), np.float32)])
+    found, wanted_bytes = bench.get(out, out.n_bytes, np.uint8), quantized(bench, kind, wanted)
+    np.testing.assert_array_equal(found, wanted_bytes)
+
+
 def fused(out: Buffer, *steps: Step, types: dict[str, QuantType] | None = None, last: bool = False) -> list[object]:
     program = Program(2 if last else 1, 3 if last else 2, 3, Buffer("x", 512), out, steps)
     return list(fuse_for_gpu(program, lambda name: (types or {}).get(name, QuantType.Q4_K)))
@@ -178,6 +201,11 @@ def test_what_is_fused() -> None:
     assert fused(Y, NORM, gate, Add(N, G, Y))[0] == Norm(NORM, None, both), "read later"
     assert fused(Y, NORM, gate, types={"gate": QuantType.F16})[0] == Norm(NORM, None, both - only)
     gelu, mul = Gelu(G, G, GeluKind.TANH), Mul(G, U, G)
+    attend = attention(8, 8, 64)
+    output = MatMul(attend.out, Y, "output")
+    assert fused(Y, attend, output)[0] == Attended(Attend(attend), ActivationFormat.Q8_256)
+    assert fused(Y, attend, output, types={"output": QuantType.F16})[0] == Attend(attend)
+    assert fused(attend.out, attend, output)[0] == Attend(attend), "the stage's result"
     assert fused(Y, gelu, mul, down)[0] == Gated(G, U, G, GeluKind.TANH, ActivationFormat.Q8_256)
 
 
@@ -202,7 +230,7 @@ def test_what_is_not() -> None:
 
 
 @pytest.mark.parametrize(
-    ("other_types", "context_tokens", "count"), [({}, 512, 10), ({}, 4096, 11), ({"attn_v": QuantType.Q6_K}, 4096, 12)]
+    ("other_types", "context_tokens", "count"), [({}, 512, 10), ({}, 4096, 10), ({"attn_v": QuantType.Q6_K}, 4096, 11)]
 )
 def test_launches_of_a_layer_in_decode(
     tmp_path: Path, other_types: dict[str, QuantType], context_tokens: int, count: int

@@ -132,6 +132,20 @@ def test_prompts_and_single_tokens(
     same(run(cuda, model, tokens[:13], 5, limits), wanted[:13])
 
 
+@pytest.mark.parametrize("name", ["llama", "moe"])
+def test_contexts_of_several_spans(opened: Open, cpu: CpuBackend, cuda: CudaBackend, name: str) -> None:
+    """What attention gives goes to its product by the kernel that merges spans, where that can be."""
+    model, limits = opened(name), replace(LIMITS, max_context_tokens=1024, kv_blocks=64, max_tokens=128)
+    stages = [load_stage(backend, model, 1, 2, limits) for backend in (cpu, cuda)]
+    hidden = np.random.default_rng(7).standard_normal((515, model.hyperparameters.embedding_length), np.float32)
+    for rows in (range(128), range(128, 256), range(256, 384), range(384, 510), range(510, 514), range(514, 515)):
+        step = batch_of([([0] * len(rows), rows, range(33))], outputs=[])
+        wanted, found = (stage.run(step, hidden[rows.start : rows.stop]).copy() for stage in stages)
+        same(found, wanted)
+    for stage in stages:
+        stage.close()
+
+
 @pytest.mark.parametrize("name", ["llama", "moe", "gemma2"])
 def test_graphs_change_nothing(
     opened: Open, cpu: CpuBackend, cuda: CudaBackend, device: Device, name: str, monkeypatch: pytest.MonkeyPatch

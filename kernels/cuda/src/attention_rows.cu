@@ -2,6 +2,7 @@
 #include "attention_rounding.cuh"
 #include "attention_work.cuh"
 #include "math.cuh"
+#include "quantize.cuh"
 #include "rope.cuh"
 
 namespace llamaclust::cuda {
@@ -215,19 +216,24 @@ KERNEL(128, store_q8_0, STORE_ARGUMENTS) {
 }
 
 // Merges the spans of rows that have them apart, in ascending order, and divides. The factors of all spans come first, by
-// as many threads: what is left in order is one multiplication and one multiply-add a span. Grid: (rows, heads), 128.
-KERNEL(128, merge, const int32_t* rows, int32_t* plan, int32_t max_rows, int32_t slots, float* partials,
-       int32_t heads, int32_t head_dim, float* out) {
-  const int row = blockIdx.x, head = blockIdx.y;
+// as many threads: what is left in order is one multiplication and one multiply-add a span. Grid: (rows, heads / those of a
+// block), blocks of 128 by up to 8 heads. Where there is a place for quantized rows, all rows go there and not into out: the
+// heads of a block have 256 channels then.
+KERNEL(1024, merge, const int32_t* rows, int32_t* plan, int32_t max_rows, int32_t slots, float* partials,
+       int32_t heads, int32_t head_dim, float* out, uint8_t* by_32, uint8_t* by_256) {
+  const int row = blockIdx.x, place = threadIdx.y, head = blockIdx.y * blockDim.y + place;
   if (row >= *rows) return;
   const Work work(plan, max_rows, slots);
   const Partials from(partials, slots, heads, head_dim);
   const int spans = work.spans(row), first = work.slot(row), stride = work.stride(row);
-  if (spans == 0) return;
-  SHARED(float, maxima, [128]);
-  SHARED(float, sums, [128]);
-  SHARED(float, keep, [128]);
-  SHARED(float, gain, [128]);
+  const bool quantized = by_32 != nullptr || by_256 != nullptr;
+  if (spans == 0 && !quantized) return;
+  SHARED(float, all_maxima, [8][128]);
+  SHARED(float, all_sums, [8][128]);
+  SHARED(float, all_keep, [8][128]);
+  SHARED(float, all_gain, [8][128]);
+  SHARED(float, merged, [256]);
+  float *maxima = all_maxima[place], *sums = all_sums[place], *keep = all_keep[place], *gain = all_gain[place];
   float before = 0, sum = 0, total[4];  // of up to 512 channels, 128 a thread
   for (int begin = 0; begin < spans; begin += 128) {
     const int count = spans - begin < 128 ? spans - begin : 128, i = threadIdx.x;
@@ -265,8 +271,18 @@ KERNEL(128, merge, const int32_t* rows, int32_t* plan, int32_t max_rows, int32_t
 #pragma unroll
   for (int part = 0; part < 4; part++) {
     const int channel = part * 128 + threadIdx.x;
-    if (channel < head_dim) out[(row * heads + head) * head_dim + channel] = div(total[part], sum);
+    if (channel >= head_dim) continue;
+    float& to = out[(row * heads + head) * head_dim + channel];
+    const float value = spans == 0 ? to : div(total[part], sum);
+    (quantized ? merged[place * head_dim + channel] : to) = value;
   }
+  if (!quantized) return;
+  __syncthreads();
+  if (place > 0 || threadIdx.x >= kWarp) return;
+  Eight eight;
+  load_eight(merged + 8 * threadIdx.x, eight);
+  if (by_32 != nullptr) quantize(eight, row, blockIdx.y, heads * head_dim, reinterpret_cast<Activations32*>(by_32));
+  if (by_256 != nullptr) quantize(eight, row, blockIdx.y, heads * head_dim, reinterpret_cast<Activations256*>(by_256));
 }
 
 }  // namespace llamaclust::cuda

@@ -29,16 +29,16 @@ def described(loaded: Loaded, command: Sequence[str]) -> dict[str, Any]:
     """All but the figures. What is not to be found out is null. `kernels` is what products reach on the GPU by
     themselves, as workers measure it: of one row and of many."""
     reached = loaded.kernels()
-    task, placement, card = loaded.task, loaded.placement, loaded.card.card()
+    task, placement, gpu = loaded.task, loaded.placement, loaded.gpu.gpu()
     quant_type = max(describe(loaded.model.file).by_type, key=lambda share: share.bytes).name
-    level = loaded.card.feature_level.removeprefix("sm_")
+    level = loaded.gpu.feature_level.removeprefix("sm_")
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(command),
         "llamaclust": {"version": version("llamaclust"), "commit": _commit()},
         "card": {
-            "name": card.name,
-            "memory_bytes": card.total_bytes,
+            "name": gpu.name,
+            "memory_bytes": gpu.total_bytes,
             "compute_capability": f"{level[:-1]}.{level[-1]}",
             **software(),
         },

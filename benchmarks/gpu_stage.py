@@ -22,9 +22,9 @@ from llamaclust.kernels.probes import ReadProbe, int8_peak
 from llamaclust.model.loader import Model
 from llamaclust.sizes import mib, missing
 from llamaclust.tools.bench_stage import BenchStage, Sampling, stage_limits
-from llamaclust.wire.speeds import CardSpeed
+from llamaclust.wire.speeds import GpuSpeed
 from llamaclust.worker import backends
-from llamaclust.worker.backends import CardBackend
+from llamaclust.worker.backends import GpuBackend
 from llamaclust.worker.machine import available_memory_bytes
 from llamaclust.worker.stage_runner import StageMemory, plan_memory
 
@@ -63,18 +63,18 @@ class Placement:
     ram_bytes: int
 
     @classmethod
-    def of(cls, model: Model, task: Task, card: CardBackend, processor: Backend, vram_bytes: int) -> Self:
+    def of(cls, model: Model, task: Task, gpu: GpuBackend, processor: Backend, vram_bytes: int) -> Self:
         """As many layers on the GPU as go into `vram_bytes`. DoesNotFitError where RAM is too small for the others."""
         limits, layers = stage_limits(task.sequences, task.context), model.layer_count
 
-        def on_card(cut: int) -> StageMemory:
-            return plan_memory(card, model, cut, layers, limits)
+        def on_gpu(cut: int) -> StageMemory:
+            return plan_memory(gpu, model, cut, layers, limits)
 
-        cut = bisect_left(range(layers), True, key=lambda cut: on_card(cut).total_bytes <= vram_bytes)
+        cut = bisect_left(range(layers), True, key=lambda cut: on_gpu(cut).total_bytes <= vram_bytes)
         if cut == layers:
-            need = missing(on_card(layers - 1).parts, vram_bytes)
+            need = missing(on_gpu(layers - 1).parts, vram_bytes)
             raise DoesNotFitError(f"{model.file.path}: the last layer and the head on {task.device} need {need}")
-        taken_bytes = on_card(cut).total_bytes
+        taken_bytes = on_gpu(cut).total_bytes
         if cut == 0:
             return cls(0, layers, taken_bytes, 0)
         in_ram, free_bytes = plan_memory(processor, model, 0, cut, limits), available_memory_bytes()
@@ -83,10 +83,10 @@ class Placement:
             raise DoesNotFitError(f"{model.file.path}: {where} need {missing(in_ram.parts, free_bytes)}")
         return cls(cut, layers, taken_bytes, in_ram.total_bytes)
 
-    def backend(self, card: CardBackend, processor: Backend) -> Backend:
+    def backend(self, gpu: GpuBackend, processor: Backend) -> Backend:
         if self.cut == 0:
-            return card
-        return ChainBackend([Part(processor, 0, self.cut), Part(card, self.cut, self.layers)])
+            return gpu
+        return ChainBackend([Part(processor, 0, self.cut), Part(gpu, self.cut, self.layers)])
 
     def __str__(self) -> str:
         gpu = f"{self.layers - self.cut} of {self.layers} layers in {mib(self.vram_bytes)} MiB of VRAM"
@@ -104,19 +104,19 @@ class Loaded:
             self.model = held.enter_context(closing(Model.open(task.model)))
             self._check()
             kernels = environment().kernels_dir
-            opened = backends.open_card(
+            opened = backends.open_gpu(
                 task.device, task.threads, task.gpu_memory_bytes, kernels_dir=kernels, graphs=task.graphs
             )
-            self.card = held.enter_context(closing(opened))
+            self.gpu = held.enter_context(closing(opened))
             # Without a cap, which is for the model.
-            self._probed = held.enter_context(closing(backends.open_card(task.device, 1, None, kernels_dir=kernels)))
+            self._probed = held.enter_context(closing(backends.open_gpu(task.device, 1, None, kernels_dir=kernels)))
             processor = backends.open_processor("cpu", task.threads, "")
-            self.placement = Placement.of(self.model, task, self.card, processor, self._room())
+            self.placement = Placement.of(self.model, task, self.gpu, processor, self._room())
             if whole and self.placement.cut:
                 raise UsageError(f"beside llama-bench all layers must be on the GPU: {self.placement}")
             tell(f"loading {task.model.stem}: {self.placement}")
             started, progress = time.perf_counter(), _Progress()
-            backend, sampling = self.placement.backend(self.card, processor), Sampling(task.threads)
+            backend, sampling = self.placement.backend(self.gpu, processor), Sampling(task.threads)
             stage = BenchStage(self.model, backend, task.sequences, task.context, sampling, progress=progress.add)
             self._stage = held.enter_context(closing(stage))
             self.load_s = time.perf_counter() - started
@@ -132,8 +132,8 @@ class Loaded:
 
     def _room(self) -> int:
         """Of VRAM, for the model."""
-        kept = min(_PROBE_BYTES, self.card.card().total_bytes // _PROBE_SHARE)
-        return min(self.card.free_bytes, self._probed.free_bytes - kept)
+        kept = min(_PROBE_BYTES, self.gpu.gpu().total_bytes // _PROBE_SHARE)
+        return min(self.gpu.free_bytes, self._probed.free_bytes - kept)
 
     def warm_up(self) -> None:
         """The first prefill teaches the scheduler how to cut prompts; what then comes a second time is captured."""
@@ -158,7 +158,7 @@ class Loaded:
         read, int8 = self._ram.measure(_READ_S) * 1e9, int8_peak(threads, _PEAK_S) * 1e9
         return Rates(Amount(gpu.read_bytes_s, read), Amount(gpu.int8_macs_s, int8))
 
-    def kernels(self) -> CardSpeed:
+    def kernels(self) -> GpuSpeed:
         """What products reach on the GPU by themselves."""
         return self._probed.measure()
 

@@ -16,14 +16,14 @@ from llamaclust.cluster.measuring_links import hops_matter, kept_links
 from llamaclust.cluster.plan import Plan
 from llamaclust.cluster.plan_inputs import plan_cluster
 from llamaclust.cluster.plan_text import plan_json, plan_lines
-from llamaclust.cluster.shares import WorkerCards, measurement_key, memory_shares, shared_cards, worker_specs
+from llamaclust.cluster.shares import WorkerGpus, measurement_key, memory_shares, shared_gpus, worker_specs
 from llamaclust.cluster.state import Measurement, read_measurements
 from llamaclust.errors import DoesNotFitError, UsageError
 from llamaclust.model.loader import Model
 from llamaclust.sizes import mib
 from llamaclust.tools.catalog import resolve_model
-from llamaclust.wire.cards import Card
-from llamaclust.worker.devices import cards_of, check_devices, fingerprint
+from llamaclust.wire.gpus import Gpu
+from llamaclust.worker.devices import gpus_of, check_devices, fingerprint
 from llamaclust.worker.machine import available_memory_bytes, resident_bytes
 
 
@@ -49,9 +49,9 @@ def _planned(config: ClusterConfig) -> tuple[Plan, int]:
     with closing(Model.open(resolve_model(config.model))) as model:
         measured = _measured(config, model.model_id)
         check_devices(((spec.device, spec.feature_level) for spec in worker_specs(config)), model)
-        memory, links, cards = _memory(config, own_bytes), _links(config, measured), _cards(config)
+        memory, links, gpus = _memory(config, own_bytes), _links(config, measured), _gpus(config)
         try:
-            return plan_cluster(config, model, memory, measured, links, cards=cards), own_bytes
+            return plan_cluster(config, model, memory, measured, links, gpus=gpus), own_bytes
         except DoesNotFitError as error:
             raise DoesNotFitError("; ".join((str(error), *map(str.strip, _room(config, own_bytes))))) from error
 
@@ -79,22 +79,22 @@ def _links(config: ClusterConfig, measured: Mapping[str, Measurement]) -> Links:
     return kept_links(_fingerprints(config), config.state_dir) if hops_matter(measured) else Links()
 
 
-def _cards(config: ClusterConfig) -> dict[str, WorkerCards]:
+def _gpus(config: ClusterConfig) -> dict[str, WorkerGpus]:
     """Of workers with GPUs, as they are now: those that name the same one share it out."""
     specs = [spec for spec in worker_specs(config) if spec.device != "cpu"]
-    found = {spec.name: WorkerCards(_cards_here(spec), spec.gpu_layers) for spec in specs}
-    return shared_cards(dict.fromkeys(found, ""), found)
+    found = {spec.name: WorkerGpus(_gpus_here(spec), spec.gpu_layers) for spec in specs}
+    return shared_gpus(dict.fromkeys(found, ""), found)
 
 
 @cache
-def _cards_here(spec: WorkerSpec) -> tuple[Card, ...]:
-    return cards_of(spec.device, spec.gpu_memory_bytes)
+def _gpus_here(spec: WorkerSpec) -> tuple[Gpu, ...]:
+    return gpus_of(spec.device, spec.gpu_memory_bytes)
 
 
 def _fingerprints(config: ClusterConfig) -> dict[str, str]:
     specs = worker_specs(config)
     return {
-        spec.name: fingerprint(spec.device, spec.threads or 0, spec.feature_level, _cards_here(spec)) for spec in specs
+        spec.name: fingerprint(spec.device, spec.threads or 0, spec.feature_level, _gpus_here(spec)) for spec in specs
     }
 
 

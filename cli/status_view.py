@@ -15,7 +15,7 @@ from rich.text import Text
 
 from llamaclust.cli import terminal
 from llamaclust.sizes import MIB
-from llamaclust.wire.cards import DeviceLayers, placed
+from llamaclust.wire.gpus import DeviceLayers, placed
 
 _EVERY_S = 1.0
 _WIDE = 200

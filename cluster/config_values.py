@@ -24,8 +24,8 @@ _DURATION = r"(\d{1,15}(?:\.\d{1,6})?) ?(ms|s|min|h)"
 _DURATION_UNITS = {"ms": 0.001, "s": 1.0, "min": 60.0, "h": 3600.0}
 
 
-_CARD = r"cuda(:\d{1,3})?"
-_MOST_CARDS = 16
+_GPU = r"cuda(:\d{1,3})?"
+_MOST_GPUS = 16
 _DEVICES = "give cpu, cuda:0, or several as cuda:0,cuda:1"
 _MOST_SHOWN = 60
 
@@ -163,16 +163,16 @@ def parse_device(value: object) -> str:
     given = re.sub(r"^\[(.*)\]$", r"\1", value.strip()).split(",") if isinstance(value, str) else value
     if not isinstance(given, Sequence) or not given or not all(isinstance(one, str) for one in given):
         raise ValueError(f"{shown(value)} is not possible; {_DEVICES}")
-    cards = []
+    gpus = []
     for one in given:
         found = re.fullmatch(r"cuda(?::([0-9]{1,3}))?", one.strip())
         if found is None:
             what = "stands for itself, and computes beside GPUs in any case" if one.strip() == "cpu" else "is no device"
             raise ValueError(f"{shown(one.strip())} {what}; {_DEVICES}")
-        cards.append(f"cuda:{int(found[1] or 0)}")
-    if len(set(cards)) < len(cards) or len(cards) > _MOST_CARDS:
-        raise ValueError(f"{shown(value)}: name each GPU once, {_MOST_CARDS} of them at most")
-    return ",".join(cards)
+        gpus.append(f"cuda:{int(found[1] or 0)}")
+    if len(set(gpus)) < len(gpus) or len(gpus) > _MOST_GPUS:
+        raise ValueError(f"{shown(value)}: name each GPU once, {_MOST_GPUS} of them at most")
+    return ",".join(gpus)
 
 
 def parse_gpu_layers(value: str) -> int | None:
@@ -234,8 +234,8 @@ Device = Annotated[
     WithJsonSchema(
         {
             "anyOf": [
-                {"type": "string", "pattern": f"^(cpu|{_CARD}(,{_CARD})*)$"},
-                {"type": "array", "items": {"type": "string", "pattern": f"^{_CARD}$"}, "minItems": 1, "maxItems": 16},
+                {"type": "string", "pattern": f"^(cpu|{_GPU}(,{_GPU})*)$"},
+                {"type": "array", "items": {"type": "string", "pattern": f"^{_GPU}$"}, "minItems": 1, "maxItems": 16},
             ]
         }
     ),

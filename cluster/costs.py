@@ -19,7 +19,7 @@ Table = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
-class CardFacts:
+class GpuFacts:
     """A GPU of a worker as the planner sees it; None is what nobody knows."""
 
     device: str
@@ -41,7 +41,7 @@ class WorkerFacts:
     reach: Reach = NO_REACH  # what it adds to links
     alone: Trial = ()  # what steps took, while other workers of its machine did nothing
     together: Trial = ()  # the same while they did as much
-    cards: tuple[CardFacts, ...] = ()  # beside its processor, of which all the rest is told
+    gpus: tuple[GpuFacts, ...] = ()  # beside its processor, of which all the rest is told
     gpu_layers: int | None = None  # of a stage, on its cards; None: as many as they have memory for
     device: str = "cpu"
 

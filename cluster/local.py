@@ -25,7 +25,7 @@ from llamaclust.errors import LlamaclustError, RequestError, UsageError
 from llamaclust.kernels.backend import Float32
 from llamaclust.model.loader import Model
 from llamaclust.model.program import KV_BLOCK_TOKENS, KvType
-from llamaclust.wire.cards import placed
+from llamaclust.wire.gpus import placed
 from llamaclust.wire.control import StageLimits
 from llamaclust.wire.messages import (
     MAX_KV_BLOCKS,
@@ -119,9 +119,9 @@ class LocalStage:
         self.feature_level = device.backend.feature_level
         own = (self.scheduling.kv_blocks, _blocks(self.scheduling.context_length))
         limits = _limits(self.scheduling, own)
-        with ExitStack() as cards:
-            for card in device.cards:
-                cards.callback(card.close)
+        with ExitStack() as gpus:
+            for gpu in device.gpus:
+                gpus.callback(gpu.close)
             held = held_layers(device, self.model, limits)
             self._runner = StageRunner(
                 backend_of(device, held),
@@ -131,10 +131,10 @@ class LocalStage:
                 limits,
                 feature_level=self.feature_level,
                 threads=device.threads,
-                devices=held if device.cards else (),
+                devices=held if device.gpus else (),
             )
-            self._cards = cards.pop_all()
-        self.placement = placed(held) if device.cards else ""
+            self._gpus = gpus.pop_all()
+        self.placement = placed(held) if device.gpus else ""
         self._own = own
         self._chosen = ChosenTokens()
         self._thread = ThreadPoolExecutor(1, "compute")
@@ -150,7 +150,7 @@ class LocalStage:
         finally:
             self._thread.shutdown()
             self._runner.close()
-            self._cards.close()
+            self._gpus.close()
             self.model.close()
 
     def start(self, microbatch: Microbatch, inputs: SamplingInputs) -> asyncio.Future[Result]:

@@ -13,13 +13,13 @@ from llamaclust.cluster.config import ClusterConfig
 from llamaclust.cluster.events import Measuring, News, Watch
 from llamaclust.cluster.news import untried_text
 from llamaclust.cluster.shares import measurement_key
-from llamaclust.cluster.state import CardMeasurement, Measurement, read_measurements, write_measurements
+from llamaclust.cluster.state import GpuMeasurement, Measurement, read_measurements, write_measurements
 from llamaclust.cluster.trials import Trial, TrialPoint, mean_trial
 from llamaclust.cluster.worker_handle import WorkerHandle
 from llamaclust.errors import LlamaclustError
 from llamaclust.model.loader import Model
 from llamaclust.wire.control import Measure, Measured
-from llamaclust.wire.speeds import CardSpeed, StageTrial
+from llamaclust.wire.speeds import GpuSpeed, StageTrial
 
 
 async def measure_workers(
@@ -59,8 +59,8 @@ def _key(worker: WorkerHandle, workers: Mapping[str, WorkerHandle], model_id: st
 
 
 def _untried(measured: Measurement) -> Measurement:
-    cards = tuple(replace(card, trial=()) for card in measured.cards)
-    return replace(measured, alone=(), together=(), cards=cards)
+    gpus = tuple(replace(gpu, trial=()) for gpu in measured.gpus)
+    return replace(measured, alone=(), together=(), gpus=gpus)
 
 
 class _Measuring:
@@ -125,11 +125,11 @@ def _evened(keys: list[str], measured: list[Measured]) -> dict[str, Measurement]
 
 def _mean(group: list[Measured]) -> Measurement:
     read_gb_s, int8_gmac_s, trial = _means(group)
-    cards = tuple(CardMeasurement(*_means(alike)) for alike in zip(*(one.cards for one in group), strict=True))
-    return Measurement(read_gb_s, int8_gmac_s, alone=trial, together=trial, cards=cards)
+    gpus = tuple(GpuMeasurement(*_means(alike)) for alike in zip(*(one.gpus for one in group), strict=True))
+    return Measurement(read_gb_s, int8_gmac_s, alone=trial, together=trial, gpus=gpus)
 
 
-def _means(group: Sequence[Measured | CardSpeed]) -> tuple[float, float, Trial]:
+def _means(group: Sequence[Measured | GpuSpeed]) -> tuple[float, float, Trial]:
     """GB/s, 10^9 multiply-accumulates a second, steps."""
     read = fmean(one.read_bytes_s for one in group) / 1e9
     return read, fmean(one.int8_macs_s for one in group) / 1e9, mean_trial([_trial(one.trials) for one in group])

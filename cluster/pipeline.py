@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from llamaclust.wire.cards import DeviceLayers
+from llamaclust.wire.gpus import DeviceLayers
 from llamaclust.wire.messages import Microbatch, Result, SamplingInputs
 
 

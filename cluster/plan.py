@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llamaclust.wire.cards import DeviceLayers
+from llamaclust.wire.gpus import DeviceLayers
 
 _PROMPT_TOKENS = 512
 

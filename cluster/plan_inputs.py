@@ -7,7 +7,7 @@ from dataclasses import replace
 from types import MappingProxyType
 
 from llamaclust.cluster.config import ClusterConfig
-from llamaclust.cluster.costs import CardFacts, WorkerFacts
+from llamaclust.cluster.costs import GpuFacts, WorkerFacts
 from llamaclust.cluster.launchers.stage_memory import rounding_of, workspace_of
 from llamaclust.cluster.links import UNKNOWN, Links
 from llamaclust.cluster.plan import Plan
@@ -15,11 +15,11 @@ from llamaclust.cluster.planner import PlanRequest, make_plan
 from llamaclust.cluster.planner_apart import Pairs
 from llamaclust.cluster.planner_manual import Assignment, checked
 from llamaclust.cluster.settings import SchedulerSettings
-from llamaclust.cluster.shares import WorkerCards, thread_shares
-from llamaclust.cluster.state import CardMeasurement, Measurement
+from llamaclust.cluster.shares import WorkerGpus, thread_shares
+from llamaclust.cluster.state import GpuMeasurement, Measurement
 from llamaclust.errors import DoesNotFitError, UsageError
 from llamaclust.model.loader import Model, ModelCosts
-from llamaclust.wire.cards import Card
+from llamaclust.wire.gpus import Gpu
 from llamaclust.wire.codec import MAX_MICROBATCH_BYTES, MAX_STAGES
 from llamaclust.wire.control import StageLimits
 from llamaclust.wire.frames import MAX_FRAME_BYTES
@@ -78,7 +78,7 @@ def plan_cluster(
     measured: Mapping[str, Measurement],
     links: Links = UNKNOWN,
     apart: Pairs = frozenset(),
-    cards: Mapping[str, WorkerCards] = MappingProxyType({}),
+    gpus: Mapping[str, WorkerGpus] = MappingProxyType({}),
 ) -> Plan:
     """The plan of those of `config`'s workers that have memory: `memory_bytes` is what each may take, `cards` the GPUs
     of those that have some. Pairs that are `apart` cannot reach each other.
@@ -104,7 +104,7 @@ def plan_cluster(
     facts = []
     for name in names:
         one = _facts(name, memory_bytes[name], measured.get(name), threads[name])
-        facts.append(replace(_with_cards(one, cards.get(name), measured.get(name)), reach=reaches[name]))
+        facts.append(replace(_with_gpus(one, gpus.get(name), measured.get(name)), reach=reaches[name]))
     plan = _made(model.costs(config.kv_type), facts, ask)
     if len(plan.stages) > MAX_STAGES:
         raise UsageError(f"the plan has {len(plan.stages)} stages, {MAX_STAGES} are possible: use fewer workers")
@@ -135,19 +135,19 @@ def _facts(name: str, memory_bytes: int, measured: Measurement | None, threads: 
     return replace(facts, alone=measured.alone, together=measured.together)
 
 
-def _with_cards(facts: WorkerFacts, cards: WorkerCards | None, measured: Measurement | None) -> WorkerFacts:
-    if cards is None:
+def _with_gpus(facts: WorkerFacts, gpus: WorkerGpus | None, measured: Measurement | None) -> WorkerFacts:
+    if gpus is None:
         return facts
-    measured_cards = () if measured is None else measured.cards
-    speeds = measured_cards if len(measured_cards) == len(cards.cards) else (None,) * len(cards.cards)
-    known = tuple(map(_card_facts, cards.cards, speeds))
-    return replace(facts, cards=known, gpu_layers=cards.gpu_layers)
+    measured_gpus = () if measured is None else measured.gpus
+    speeds = measured_gpus if len(measured_gpus) == len(gpus.gpus) else (None,) * len(gpus.gpus)
+    known = tuple(map(_gpu_facts, gpus.gpus, speeds))
+    return replace(facts, gpus=known, gpu_layers=gpus.gpu_layers)
 
 
-def _card_facts(card: Card, measured: CardMeasurement | None) -> CardFacts:
+def _gpu_facts(gpu: Gpu, measured: GpuMeasurement | None) -> GpuFacts:
     if measured is None:
-        return CardFacts(card.device, card.free_bytes)
-    return CardFacts(card.device, card.free_bytes, measured.read_gb_s, measured.int8_gmac_s, measured.trial)
+        return GpuFacts(gpu.device, gpu.free_bytes)
+    return GpuFacts(gpu.device, gpu.free_bytes, measured.read_gb_s, measured.int8_gmac_s, measured.trial)
 
 
 def stage_limits(config: ClusterConfig, plan: Plan) -> StageLimits:

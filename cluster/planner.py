@@ -19,11 +19,11 @@ from functools import partial
 
 import numpy as np
 
-from llamaclust.cluster.costs import CardFacts, StageCosts, Table, WorkerFacts
+from llamaclust.cluster.costs import GpuFacts, StageCosts, Table, WorkerFacts
 from llamaclust.cluster.links import Links
 from llamaclust.cluster.plan import DevicePlan, Plan, StagePlan, usual_prompt_tokens
 from llamaclust.cluster.planner_apart import Pairs, names_in, split, ways_apart
-from llamaclust.cluster.planner_cards import devices_of
+from llamaclust.cluster.planner_gpus import devices_of
 from llamaclust.cluster.planner_fit import PlanLimits, Sizes
 from llamaclust.cluster.planner_kinds import Kind, kinds_of
 from llamaclust.cluster.planner_manual import Assignment, checked
@@ -48,8 +48,8 @@ _WORTH_ROOM = 1.1
 
 _NOMINAL_READ_GB_S = 20.0
 _NOMINAL_INT8_GMAC_S = 300.0
-_CARD_READ_GB_S = 500.0
-_CARD_INT8_GMAC_S = 50_000.0
+_GPU_READ_GB_S = 500.0
+_GPU_INT8_GMAC_S = 50_000.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +116,7 @@ def _stage(sizes: Sizes, worker: WorkerFacts, stage: StageParts, kv_blocks: int)
         )
         for device, start, end in stage.parts
     )
-    rooms = [worker.memory_bytes] if not worker.cards else [device.memory_bytes for device in devices_of(worker)]
+    rooms = [worker.memory_bytes] if not worker.gpus else [device.memory_bytes for device in devices_of(worker)]
     return StagePlan(
         worker=worker.name,
         start=parts[0].start,
@@ -125,7 +125,7 @@ def _stage(sizes: Sizes, worker: WorkerFacts, stage: StageParts, kv_blocks: int)
         kv_bytes=sum(part.kv_bytes for part in parts),
         workspace_bytes=sum(part.workspace_bytes for part in parts),
         memory_bytes=None if None in rooms else sum(room or 0 for room in rooms),
-        devices=parts if worker.cards else (),
+        devices=parts if worker.gpus else (),
     )
 
 
@@ -186,9 +186,9 @@ def _is_worth(less_room: Best, more_room: Best, objective: str) -> bool:
 
 def _nominal(worker: WorkerFacts) -> WorkerFacts:
     read, int8 = _NOMINAL_READ_GB_S, _NOMINAL_INT8_GMAC_S
-    speeds = _CARD_READ_GB_S, _CARD_INT8_GMAC_S
-    cards = tuple(CardFacts(card.device, card.memory_bytes, *speeds) for card in worker.cards)
-    return replace(worker, read_gb_s=read, int8_gmac_s=int8, alone=(), together=(), cards=cards)
+    speeds = _GPU_READ_GB_S, _GPU_INT8_GMAC_S
+    gpus = tuple(GpuFacts(gpu.device, gpu.memory_bytes, *speeds) for gpu in worker.gpus)
+    return replace(worker, read_gb_s=read, int8_gmac_s=int8, alone=(), together=(), gpus=gpus)
 
 
 def _times(stages: StageCosts, sizes: Sizes, contexts: int, worker: WorkerFacts) -> tuple[Table, Table]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from llamaclust.cluster.costs import Counts, StageCosts, Table, WorkerFacts
 from llamaclust.cluster.kv_groups import WindowGroup, window_group
-from llamaclust.cluster.planner_cards import Division, Held, divide
+from llamaclust.cluster.planner_gpus import Division, Held, divide
 from llamaclust.cluster.planner_workspace import Rounding, StagePlace, Workspace, no_rounding
 from llamaclust.model.program import KV_BLOCK_TOKENS
 from llamaclust.wire.messages import MAX_KV_BLOCKS
@@ -144,7 +144,7 @@ class Sizes:
 
     def missing_table(self, worker: WorkerFacts, contexts: int) -> Table:
         """`missing_bytes` of all stages, on the worker's devices together; infinite where start >= end."""
-        if worker.cards:
+        if worker.gpus:
             return self.over_devices(worker, contexts, lambda device: self.missing_table(device, contexts))
         stages, given = self.stages, self.limits.kv_memory_bytes
         context = self._kv_table(self.limits.context_blocks)
@@ -162,8 +162,8 @@ class Sizes:
 
     def over_devices(self, worker: WorkerFacts, contexts: int, table: Callable[[WorkerFacts], Table]) -> Table:
         """What `table` has of the worker; of one with cards, of each device for the layers that it holds, together."""
-        return self._division(worker, contexts).sums(table) if worker.cards else table(worker)
+        return self._division(worker, contexts).sums(table) if worker.gpus else table(worker)
 
     def held(self, worker: WorkerFacts, start: int, end: int, contexts: int) -> tuple[Held, ...]:
         """Which of its devices hold which layers of a stage."""
-        return self._division(worker, contexts).held(start, end) if worker.cards else ((worker, start, end),)
+        return self._division(worker, contexts).held(start, end) if worker.gpus else ((worker, start, end),)

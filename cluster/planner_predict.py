@@ -9,7 +9,7 @@ from itertools import pairwise
 from llamaclust.cluster.costs import StageCosts
 from llamaclust.cluster.links import COORDINATOR, Links
 from llamaclust.cluster.plan import Prediction, StagePrediction
-from llamaclust.cluster.planner_cards import Held
+from llamaclust.cluster.planner_gpus import Held
 from llamaclust.cluster.scheduler_split import cycle_ns
 
 _CHUNKS = (1, 2, 4, 8, 16)

@@ -10,7 +10,7 @@ from llamaclust.cluster.links import Links
 from llamaclust.cluster.plan import Plan
 from llamaclust.cluster.plan_inputs import plan_cluster
 from llamaclust.cluster.planner_apart import Pairs
-from llamaclust.cluster.shares import card_shares, machine_shares, memory_shares
+from llamaclust.cluster.shares import gpu_shares, machine_shares, memory_shares
 from llamaclust.cluster.state import Measurement
 from llamaclust.cluster.worker_handle import WorkerHandle
 from llamaclust.errors import WorkerError
@@ -53,9 +53,9 @@ class Planning:
             raise WorkerError(f"the plan gives layers to {', '.join(missing)}")
         if not workers:
             raise WorkerError("no worker is left")
-        cards = card_shares({name: worker.registration for name, worker in workers.items()})
+        gpus = gpu_shares({name: worker.registration for name, worker in workers.items()})
         known = self._memory(workers), self._measured, self._links
-        return await asyncio.to_thread(plan_cluster, self._config, self._model, *known, apart, cards)
+        return await asyncio.to_thread(plan_cluster, self._config, self._model, *known, apart, gpus)
 
     def _memory(self, workers: Mapping[str, WorkerHandle]) -> dict[str, int]:
         """What each may take of its machine, which others may share with it."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from llamaclust.cluster.config import ClusterConfig, environment
 from llamaclust.cluster.launchers.base import WorkerSpec
-from llamaclust.wire.cards import Card
+from llamaclust.wire.gpus import Gpu
 from llamaclust.wire.control import Register
 
 
@@ -63,35 +63,35 @@ def machine_shares(registrations: Mapping[str, Register]) -> dict[str, int]:
 
 
 @dataclass(frozen=True, slots=True)
-class WorkerCards:
+class WorkerGpus:
     """A worker's GPUs, of which it may take what is said to be free, and how many layers its user wants there."""
 
-    cards: tuple[Card, ...]
+    gpus: tuple[Gpu, ...]
     gpu_layers: int | None
 
 
-def card_shares(registrations: Mapping[str, Register]) -> dict[str, WorkerCards]:
+def gpu_shares(registrations: Mapping[str, Register]) -> dict[str, WorkerGpus]:
     """Of the workers that have GPUs, by name."""
-    with_cards = {name: one for name, one in registrations.items() if one.cards}
-    return shared_cards(
-        {name: one.host for name, one in with_cards.items()},
-        {name: WorkerCards(one.cards, one.gpu_layers) for name, one in with_cards.items()},
+    with_gpus = {name: one for name, one in registrations.items() if one.gpus}
+    return shared_gpus(
+        {name: one.host for name, one in with_gpus.items()},
+        {name: WorkerGpus(one.gpus, one.gpu_layers) for name, one in with_gpus.items()},
     )
 
 
-def shared_cards(hosts: Mapping[str, str], workers: Mapping[str, WorkerCards]) -> dict[str, WorkerCards]:
+def shared_gpus(hosts: Mapping[str, str], workers: Mapping[str, WorkerGpus]) -> dict[str, WorkerGpus]:
     """Workers that have the same GPU share out what is free there. What a worker calls cuda:0 may be another one's
     cuda:1: as far as it is known, its own identity counts."""
 
-    def identity(name: str, card: Card) -> str:
-        return card.uuid or f"{card.device} of {hosts[name]}"
+    def identity(name: str, gpu: Gpu) -> str:
+        return gpu.uuid or f"{gpu.device} of {hosts[name]}"
 
-    sharers = Counter(identity(name, card) for name, one in workers.items() for card in one.cards)
+    sharers = Counter(identity(name, gpu) for name, one in workers.items() for gpu in one.gpus)
 
-    def share(name: str, card: Card) -> Card:
-        return replace(card, free_bytes=card.free_bytes // sharers[identity(name, card)])
+    def share(name: str, gpu: Gpu) -> Gpu:
+        return replace(gpu, free_bytes=gpu.free_bytes // sharers[identity(name, gpu)])
 
-    return {name: replace(one, cards=tuple(share(name, card) for card in one.cards)) for name, one in workers.items()}
+    return {name: replace(one, gpus=tuple(share(name, gpu) for gpu in one.gpus)) for name, one in workers.items()}
 
 
 def measurement_key(fingerprint: str, company: int, threads: int, model_id: str = "") -> str:

@@ -41,7 +41,7 @@ class ClusterRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class CardMeasurement:
+class GpuMeasurement:
     """What a worker measured of one of its GPUs."""
 
     read_gb_s: float
@@ -57,7 +57,7 @@ class Measurement:
     int8_gmac_s: float
     alone: Trial = ()  # steps of a model, while other workers of its machine do nothing
     together: Trial = ()  # the same while they do as much
-    cards: tuple[CardMeasurement, ...] = ()  # in the order of its registration
+    gpus: tuple[GpuMeasurement, ...] = ()  # in the order of its registration
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,11 +195,11 @@ def read_measurements(state_dir: Path) -> dict[str, Measurement]:
 def _measurement(value: dict[str, Any]) -> Measurement:
     speeds = float(value["read_gb_s"]), float(value["int8_gmac_s"])
     alone, together = (read_trial(value.get(which, ())) for which in ("alone", "together"))
-    return Measurement(*speeds, alone, together, tuple(map(_card_measurement, value.get("cards", ()))))
+    return Measurement(*speeds, alone, together, tuple(map(_gpu_measurement, value.get("gpus", ()))))
 
 
-def _card_measurement(value: dict[str, Any]) -> CardMeasurement:
-    return CardMeasurement(float(value["read_gb_s"]), float(value["int8_gmac_s"]), read_trial(value.get("trial", ())))
+def _gpu_measurement(value: dict[str, Any]) -> GpuMeasurement:
+    return GpuMeasurement(float(value["read_gb_s"]), float(value["int8_gmac_s"]), read_trial(value.get("trial", ())))
 
 
 def write_private(path: Path, text: str) -> None:

@@ -74,7 +74,7 @@ def _worker(handle: WorkerHandle, report: StageReport | None, predicted: StagePr
         "pid": handle.registration.pid,
         "address": handle.registration.address,
         "device": handle.registration.device,
-        "gpus": [asdict(card) for card in handle.cards],
+        "gpus": [asdict(gpu) for gpu in handle.gpus],
         "threads": handle.registration.threads,
         "feature_level": handle.registration.feature_level,
         "layers": handle.layers,

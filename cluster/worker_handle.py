@@ -13,7 +13,7 @@ from typing import Any
 from llamaclust import errors
 from llamaclust.cluster.stalling import Further
 from llamaclust.errors import LlamaclustError, UsageError, WireError, WorkerError
-from llamaclust.wire.cards import Card, DeviceLayers
+from llamaclust.wire.gpus import Gpu, DeviceLayers
 from llamaclust.wire.control import (
     CoordinatorMessage,
     Failure,
@@ -134,7 +134,7 @@ class WorkerHandle:
     @property
     def device_layers(self) -> tuple[DeviceLayers, ...]:
         """Which of its devices hold which of them; none where it holds none."""
-        order, kind = self._newest, "cpu" if self.registration.cards else self.registration.device
+        order, kind = self._newest, "cpu" if self.registration.gpus else self.registration.device
         return () if order is None else order.devices or (DeviceLayers(kind, order.start, order.end),)
 
     @property
@@ -142,13 +142,13 @@ class WorkerHandle:
         return self._loading or (self.stages[max(self.stages)][0] if self.stages else None)
 
     @property
-    def cards(self) -> tuple[Card, ...]:
+    def gpus(self) -> tuple[Gpu, ...]:
         """Its GPUs, of which so much is free as it said last."""
-        cards, beat = self.registration.cards, self.heartbeat
-        if beat is None or len(beat.card_free_bytes) != len(cards):
-            return cards
-        free = zip(cards, beat.card_free_bytes, strict=True)
-        return tuple(replace(card, free_bytes=free_bytes) for card, free_bytes in free)
+        gpus, beat = self.registration.gpus, self.heartbeat
+        if beat is None or len(beat.gpu_free_bytes) != len(gpus):
+            return gpus
+        free = zip(gpus, beat.gpu_free_bytes, strict=True)
+        return tuple(replace(gpu, free_bytes=free_bytes) for gpu, free_bytes in free)
 
     @property
     def memory_bytes(self) -> int:
@@ -225,9 +225,9 @@ class WorkerHandle:
         GPUs than it has."""
         limit = deadline(f"worker {self.name}: measurement", deadline_s)
         measured: Measured = await self._ask("measurement", order, limit)
-        cards = len(self.registration.cards)
-        if len(measured.cards) != cards:
-            raise WireError(f"worker {self.name} measured {len(measured.cards)} GPUs, it has {cards}")
+        gpus = len(self.registration.gpus)
+        if len(measured.gpus) != gpus:
+            raise WireError(f"worker {self.name} measured {len(measured.gpus)} GPUs, it has {gpus}")
         return measured
 
     async def measure_link(self, other: WorkerHandle, deadline_s: float = _LINK_S) -> LinkSpeed:

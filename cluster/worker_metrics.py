@@ -48,9 +48,9 @@ class WorkerMetrics(Collector):
             shown["busy_ratio"].add_metric([name], beat.busy)
             shown["resident_memory_bytes"].add_metric([name], beat.resident_bytes)
             shown["free_memory_bytes"].add_metric([name], beat.free_memory_bytes)
-            for card in handle.cards:
-                gpu_total.add_metric([name, card.device], card.total_bytes)
-                gpu_free.add_metric([name, card.device], card.free_bytes)
+            for gpu in handle.gpus:
+                gpu_total.add_metric([name, gpu.device], gpu.total_bytes)
+                gpu_free.add_metric([name, gpu.device], gpu.free_bytes)
         yield up
         yield from (layers, gpu_total, gpu_free)
         yield from counted.values()

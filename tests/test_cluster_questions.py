@@ -32,7 +32,7 @@ from llamaclust.wire.control import (
     PeerTried,
     WorkerMessage,
 )
-from llamaclust.wire.speeds import CardSpeed, StageTrial
+from llamaclust.wire.speeds import GpuSpeed, StageTrial
 
 Asks = Callable[[WorkerHandle], Awaitable[object]]
 
@@ -176,7 +176,7 @@ async def test_steps_that_one_of_two_alike_could_try_serve_both(tmp_path: Path) 
 
 @run_async
 async def test_figures_of_gpus_that_a_worker_has_not_are_refused(tmp_path: Path) -> None:
-    machines = Machines(a=replace(TRIED, cards=(CardSpeed(1e12, 1e14),)), b=TRIED)
+    machines = Machines(a=replace(TRIED, gpus=(GpuSpeed(1e12, 1e14),)), b=TRIED)
     await machines.measure(tmp_path)
     assert len(machines.told) == 1 and "worker a measured 1 GPUs, it has 0" in machines.told[0]
 

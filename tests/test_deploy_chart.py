@@ -288,8 +288,8 @@ def test_gpus_are_limits_of_the_workers_alone() -> None:
 def test_groups_of_workers_are_of_one_cluster() -> None:
     manifests = rendered("two kinds of workers")
     sets = {each["metadata"]["name"]: each["spec"] for each in manifests if each["kind"] == "StatefulSet"}
-    plain, cards = (sets.pop(f"{RELEASE}-llamaclust-worker{end}") for end in ("", "-gpu"))
-    assert not sets and (plain["replicas"], cards["replicas"]) == (2, 3)
+    plain, gpus = (sets.pop(f"{RELEASE}-llamaclust-worker{end}") for end in ("", "-gpu"))
+    assert not sets and (plain["replicas"], gpus["replicas"]) == (2, 3)
     config = next(each["data"]["cluster.yaml"] for each in manifests if "cluster.yaml" in each.get("data", {}))
     assert yaml.safe_load(config)["workers"] == 5
     alike = render({"workers": {"count": 2, "groups": {"more": {"threads": 1}}}})
@@ -297,15 +297,15 @@ def test_groups_of_workers_are_of_one_cluster() -> None:
     assert "workers: 4\n" in next(
         each["data"]["cluster.yaml"] for each in alike if "cluster.yaml" in each.get("data", {})
     )
-    pod, card_pod = plain["template"]["spec"], cards["template"]["spec"]
-    assert "--device=cuda:0" in card_pod["containers"][0]["args"] and card_pod["runtimeClassName"] == "nvidia"
+    pod, gpu_pod = plain["template"]["spec"], gpus["template"]["spec"]
+    assert "--device=cuda:0" in gpu_pod["containers"][0]["args"] and gpu_pod["runtimeClassName"] == "nvidia"
     assert not [one for one in pod["containers"][0]["args"] if "gpu" in one or "cuda" in one]
-    assert card_pod["containers"][0]["resources"]["limits"] == {"memory": "32Gi", "nvidia.com/gpu": "1"}
+    assert gpu_pod["containers"][0]["resources"]["limits"] == {"memory": "32Gi", "nvidia.com/gpu": "1"}
     assert pod["containers"][0]["resources"]["limits"] == {"memory": "4Gi"} and "nodeSelector" not in pod
-    labels, card_labels = plain["template"]["metadata"]["labels"], cards["template"]["metadata"]["labels"]
+    labels, gpu_labels = plain["template"]["metadata"]["labels"], gpus["template"]["metadata"]["labels"]
     assert plain["selector"]["matchLabels"].items() <= labels.items() and "llamaclust/group" not in labels
-    assert cards["selector"]["matchLabels"]["llamaclust/group"] == card_labels["llamaclust/group"] == "gpu"
-    assert card_labels["app.kubernetes.io/component"] == "worker", "policies and services hold for it as well"
+    assert gpus["selector"]["matchLabels"]["llamaclust/group"] == gpu_labels["llamaclust/group"] == "gpu"
+    assert gpu_labels["app.kubernetes.io/component"] == "worker", "policies and services hold for it as well"
     assert "workers.groups: workers that Ray places are all alike" in refusal(
         {"ray": {"enabled": True}, "workers": {"threads": 2, "groups": {"gpu": {}}}}
     )

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from llamaclust.errors import WireError
 from llamaclust.model.program import KvType
 from llamaclust.proto import control_pb2
-from llamaclust.wire.cards import Card, DeviceLayers
+from llamaclust.wire.gpus import Gpu, DeviceLayers
 from llamaclust.wire.control import (
     KV_TYPES,
     CoordinatorMessage,
@@ -60,10 +60,10 @@ from llamaclust.wire.control_codec import (
     encode_coordinator_message,
     encode_worker_message,
 )
-from llamaclust.wire.speeds import CardSpeed, StageTrial
+from llamaclust.wire.speeds import GpuSpeed, StageTrial
 
 REGISTER = Register("a", 7, "host", "unix:/run/a.sock", "cpu", 2, "avx2", 1 << 35, 1 << 34, "a chip, 2 cores")
-CARDS = (Card("cuda:0", "NVIDIA X", 1 << 34, 1 << 33, "01ab"), Card("cuda:1", "NVIDIA Y", 1 << 33, 5))
+GPUS = (Gpu("cuda:0", "NVIDIA X", 1 << 34, 1 << 33, "01ab"), Gpu("cuda:1", "NVIDIA Y", 1 << 33, 5))
 LOAD = Load(
     3,
     "/models/m.gguf",
@@ -78,10 +78,10 @@ LOAD = Load(
 WORKER_MESSAGES: list[WorkerMessage] = [
     REGISTER,
     replace(REGISTER, protocol=(1, 9), numerics_version=99, log="/var/log/worker.log"),
-    replace(REGISTER, device="cuda:0,cuda:1", cards=CARDS, gpu_layers=0),
-    replace(REGISTER, device="cuda:0", cards=CARDS[:1]),
+    replace(REGISTER, device="cuda:0,cuda:1", gpus=GPUS, gpu_layers=0),
+    replace(REGISTER, device="cuda:0", gpus=GPUS[:1]),
     Measured(4e10, 5e11),
-    Measured(4e10, 5e11, cards=(CardSpeed(3e12, 9e14), CardSpeed(1e12, 1e14, (StageTrial(1, 2e-4, 1e-12, 1e-4),)))),
+    Measured(4e10, 5e11, gpus=(GpuSpeed(3e12, 9e14), GpuSpeed(1e12, 1e14, (StageTrial(1, 2e-4, 1e-12, 1e-4),)))),
     Measured(4e10, 5e11, (StageTrial(1, 2e-4, 3e-11, 1e-3), StageTrial(8, 3e-4, 9e-11, 2e-3))),
     Failure("WorkerError", "no"),
     LoadProgress(3, 10, 20),
@@ -92,7 +92,7 @@ WORKER_MESSAGES: list[WorkerMessage] = [
     Heartbeat(0.5, 10, 20, 30, 40),
     Heartbeat(0.5, 10, 20, 30, 40, 50, 60, 70, 80),
     Heartbeat(0.5, 10, 20, 30, 40, last_words="something went wrong"),
-    Heartbeat(0.5, 10, 20, 30, 40, card_free_bytes=(7, 0)),
+    Heartbeat(0.5, 10, 20, 30, 40, gpu_free_bytes=(7, 0)),
     LinksMeasured((LinkSpeed(0.001, 1e9), LinkSpeed(0.2, 1e6))),
     MeasureLinksFailed(Failure("WorkerError", "no way")),
     Located(False),
@@ -198,14 +198,14 @@ def test_numbers_that_are_none_are_refused() -> None:
         Measured(0.0, 1e12),
         Measured(1e9, 0.0),
         Measured(1e9, 1e12, (StageTrial(1, -1e-9, 1e-11, 1e-3),)),
-        Measured(1e9, 1e12, cards=(CardSpeed(0.0, 1e12),)),
-        Measured(1e9, 1e12, cards=(CardSpeed(1e12, 1e12, (StageTrial(8, 0.0, 0.0, 0.0),) * 2),)),
+        Measured(1e9, 1e12, gpus=(GpuSpeed(0.0, 1e12),)),
+        Measured(1e9, 1e12, gpus=(GpuSpeed(1e12, 1e12, (StageTrial(8, 0.0, 0.0, 0.0),) * 2),)),
         Heartbeat(0.5, 0, 0, 0, 1 << 62),
         Heartbeat(0.5, 0, 0, 1 << 62, 0),
         replace(REGISTER, total_memory_bytes=1 << 62),
         replace(REGISTER, free_memory_bytes=1 << 62),
         replace(REGISTER, machine_free_bytes=1 << 62),
-        replace(REGISTER, cards=(Card("cuda:0", "a card", 1 << 62, 0),)),
+        replace(REGISTER, gpus=(Gpu("cuda:0", "a card", 1 << 62, 0),)),
     ):
         with pytest.raises(WireError):
             decode_worker_message(encode_worker_message(message))

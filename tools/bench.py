@@ -24,7 +24,7 @@ from llamaclust.tools.bench_limits import Limits, MachineLimits, Pair, Spread, p
 from llamaclust.tools.bench_load import LoadMeter, OtherLoad
 from llamaclust.tools.bench_stage import BenchStage, Sampling
 from llamaclust.tools.model_info import describe
-from llamaclust.worker.backends import open_card
+from llamaclust.worker.backends import open_gpu
 
 OnStep = Callable[[str], None]
 """Told what is measured next."""
@@ -184,9 +184,9 @@ def run_bench(task: BenchTask, on_step: OnStep) -> BenchReport:
         load, level, gpu = LoadMeter(), backend.feature_level, ""
         if task.device != "cpu":
             kernels = environment().kernels_dir
-            with closing(open_card(task.device, task.threads_each, None, kernels_dir=kernels)) as card:
-                level, gpu = card.feature_level, card.card().name
-                in_background(partial(_stage_runs, model, card, level, measurement, GpuLimits(card))).result()
+            with closing(open_gpu(task.device, task.threads_each, None, kernels_dir=kernels)) as gpu:
+                level, gpu = gpu.feature_level, gpu.gpu().name
+                in_background(partial(_stage_runs, model, gpu, level, measurement, GpuLimits(gpu))).result()
         elif task.workers > 1:
             asyncio.run(_cluster_runs(measurement))
         else:

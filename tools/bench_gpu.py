@@ -5,16 +5,16 @@ from __future__ import annotations
 from statistics import median
 
 from llamaclust.tools.bench_limits import MachineLimits
-from llamaclust.wire.speeds import CardSpeed
-from llamaclust.worker.backends import CardBackend
+from llamaclust.wire.speeds import GpuSpeed
+from llamaclust.worker.backends import GpuBackend
 
 
 class GpuLimits:
     """Of its memory's bandwidth, and of 8-bit products; float weights are held against the latter, too. Blocks."""
 
-    def __init__(self, card: CardBackend) -> None:
-        self._card = card
-        self._found: list[CardSpeed] = []
+    def __init__(self, gpu: GpuBackend) -> None:
+        self._gpu = gpu
+        self._found: list[GpuSpeed] = []
 
     @property
     def machine(self) -> MachineLimits:
@@ -23,10 +23,10 @@ class GpuLimits:
 
     async def read(self) -> float:
         """GB/s."""
-        self._found.append(self._card.limits())
+        self._found.append(self._gpu.limits())
         return self._found[-1].read_bytes_s / 1e9
 
     async def peak(self) -> float:
         """10^9 multiply-adds a second."""
-        self._found.append(self._card.limits())
+        self._found.append(self._gpu.limits())
         return self._found[-1].int8_macs_s / 1e9

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llamaclust.wire.cards import Card, DeviceLayers
+from llamaclust.wire.gpus import Gpu, DeviceLayers
 from llamaclust.wire.messages import NUMERICS_VERSION, PROTOCOL_VERSION
-from llamaclust.wire.speeds import CardSpeed, StageTrial
+from llamaclust.wire.speeds import GpuSpeed, StageTrial
 
 KV_TYPES = ("f16", "q8_0")
 """How keys and values may lie in KV memory: `model.program.KvType`, which is not imported here."""
@@ -28,7 +28,7 @@ class Register:
     fingerprint: str  # equal for machines on which measurements would come out equal
     machine_free_bytes: int = 0  # what all processes of its machine may still take together; 0: not known
     log: str = ""  # where on its machine its log is, for people; "": the launcher knows
-    cards: tuple[Card, ...] = ()  # beside its processor
+    gpus: tuple[Gpu, ...] = ()  # beside its processor
     gpu_layers: int | None = None  # of a stage, on its cards; None: as many as they have memory for
     protocol: tuple[int, int] = PROTOCOL_VERSION
     numerics_version: int = NUMERICS_VERSION
@@ -78,7 +78,7 @@ class Measured:
     int8_macs_s: float
     trials: tuple[StageTrial, ...] = ()  # by ascending rows; none where the model's file is not there, or no memory
     number: int = 0
-    cards: tuple[CardSpeed, ...] = ()  # in the order of its registration
+    gpus: tuple[GpuSpeed, ...] = ()  # in the order of its registration
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +233,7 @@ class Heartbeat:
     weight_bytes_sent: int = 0  # to other workers
     weight_bytes_received: int = 0  # from other workers
     last_words: str = ""  # of its log since it joined that tell of trouble
-    card_free_bytes: tuple[int, ...] = ()  # in the order of its registration
+    gpu_free_bytes: tuple[int, ...] = ()  # in the order of its registration
 
 
 @dataclass(frozen=True, slots=True)

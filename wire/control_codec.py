@@ -44,7 +44,7 @@ from llamaclust.wire.control import (
     Welcome,
     WorkerMessage,
 )
-from llamaclust.wire.control_cards import layers_in, layers_out
+from llamaclust.wire.control_gpus import layers_in, layers_out
 from llamaclust.wire.control_logs import tell_in, tell_out, told_in, told_out
 from llamaclust.wire.control_machines import heartbeat_in, heartbeat_out, register_in, register_out
 from llamaclust.wire.control_measuring import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from llamaclust.proto import control_pb2 as proto
 from llamaclust.wire.bounds import bounded, finite, line, memory, worker_name
 from llamaclust.wire.control import Heartbeat, Register
-from llamaclust.wire.control_cards import cards_in, cards_out, free_in
+from llamaclust.wire.control_gpus import gpus_in, gpus_out, free_in
 
 
 def register_out(message: Register) -> proto.Register:
@@ -25,7 +25,7 @@ def register_out(message: Register) -> proto.Register:
         fingerprint=message.fingerprint,
         machine_free_bytes=message.machine_free_bytes,
         log=message.log,
-        cards=cards_out(message.cards),
+        gpus=gpus_out(message.gpus),
         gpu_layers=message.gpu_layers,
     )
 
@@ -44,7 +44,7 @@ def register_in(message: proto.Register) -> Register:
         fingerprint=line("fingerprint", message.fingerprint, 512),
         machine_free_bytes=memory("machine_free_bytes", message.machine_free_bytes),
         log=line("log", message.log),
-        cards=cards_in(message.cards),
+        gpus=gpus_in(message.gpus),
         gpu_layers=message.gpu_layers if message.HasField("gpu_layers") else None,
         protocol=(message.protocol_major, message.protocol_minor),
         numerics_version=message.numerics_version,
@@ -63,7 +63,7 @@ def heartbeat_out(message: Heartbeat) -> proto.Heartbeat:
         weight_bytes_sent=message.weight_bytes_sent,
         weight_bytes_received=message.weight_bytes_received,
         last_words=message.last_words,
-        card_free_bytes=message.card_free_bytes,
+        gpu_free_bytes=message.gpu_free_bytes,
     )
 
 
@@ -79,5 +79,5 @@ def heartbeat_in(message: proto.Heartbeat) -> Heartbeat:
         weight_bytes_sent=message.weight_bytes_sent,
         weight_bytes_received=message.weight_bytes_received,
         last_words=line("last words", message.last_words),
-        card_free_bytes=free_in(message.card_free_bytes),
+        gpu_free_bytes=free_in(message.gpu_free_bytes),
     )

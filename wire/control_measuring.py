@@ -9,11 +9,11 @@ from llamaclust.errors import WireError
 from llamaclust.proto import measuring_pb2 as proto
 from llamaclust.wire.bounds import bounded, finite, line, path, worker_name
 from llamaclust.wire.control import LinksMeasured, LinkSpeed, Measure, Measured, MeasureLinks
-from llamaclust.wire.speeds import CardSpeed, StageTrial
+from llamaclust.wire.speeds import GpuSpeed, StageTrial
 
 _MIN_RATE = 1.0
 _MAX_RATE = 1e18
-_MAX_CARDS = 16
+_MAX_GPUS = 16
 _MAX_TRIALS = 16
 _MAX_TRIAL_ROWS = 1 << 16
 _MAX_TRIAL_S = 3600.0
@@ -32,24 +32,24 @@ def measure_in(message: proto.Measure) -> Measure:
 def measured_out(message: Measured) -> proto.Measured:
     measured = proto.Measured(read_bytes_s=message.read_bytes_s, int8_macs_s=message.int8_macs_s, number=message.number)
     measured.trials.extend(_trials_out(message.trials))
-    for card in message.cards:
-        trials = _trials_out(card.trials)
-        measured.cards.add(read_bytes_s=card.read_bytes_s, int8_macs_s=card.int8_macs_s, trials=trials)
+    for gpu in message.gpus:
+        trials = _trials_out(gpu.trials)
+        measured.gpus.add(read_bytes_s=gpu.read_bytes_s, int8_macs_s=gpu.int8_macs_s, trials=trials)
     return measured
 
 
 def measured_in(message: proto.Measured) -> Measured:
     read = finite("read_bytes_s", message.read_bytes_s, _MIN_RATE, _MAX_RATE)
     macs = finite("int8_macs_s", message.int8_macs_s, _MIN_RATE, _MAX_RATE)
-    bounded("cards", len(message.cards), 0, _MAX_CARDS)
-    return Measured(read, macs, _trials_in(message.trials), message.number, tuple(map(_card_in, message.cards)))
+    bounded("gpus", len(message.gpus), 0, _MAX_GPUS)
+    return Measured(read, macs, _trials_in(message.trials), message.number, tuple(map(_gpu_in, message.gpus)))
 
 
-def _card_in(card: proto.CardSpeed) -> CardSpeed:
-    return CardSpeed(
-        finite("read_bytes_s", card.read_bytes_s, _MIN_RATE, _MAX_RATE),
-        finite("int8_macs_s", card.int8_macs_s, _MIN_RATE, _MAX_RATE),
-        _trials_in(card.trials),
+def _gpu_in(gpu: proto.GpuSpeed) -> GpuSpeed:
+    return GpuSpeed(
+        finite("read_bytes_s", gpu.read_bytes_s, _MIN_RATE, _MAX_RATE),
+        finite("int8_macs_s", gpu.int8_macs_s, _MIN_RATE, _MAX_RATE),
+        _trials_in(gpu.trials),
     )
 
 

@@ -16,7 +16,7 @@ class StageTrial:
 
 
 @dataclass(frozen=True, slots=True)
-class CardSpeed:
+class GpuSpeed:
     """What kernels reach on a GPU, and what steps of the model take there."""
 
     read_bytes_s: float

@@ -10,14 +10,14 @@ from typing import Protocol, cast
 from llamaclust.errors import UsageError
 from llamaclust.kernels.backend import Backend
 from llamaclust.kernels.cpu.prepared_files import PreparedFolder
-from llamaclust.wire.cards import Card
-from llamaclust.wire.speeds import CardSpeed
+from llamaclust.wire.gpus import Gpu
+from llamaclust.wire.speeds import GpuSpeed
 from llamaclust.worker import nvidia
 
 CUDA = "cuda:"
 
 
-class CardBackend(Backend, Protocol):
+class GpuBackend(Backend, Protocol):
     """A backend on a GPU, which has memory of its own."""
 
     device: str  # "cuda:N"
@@ -27,15 +27,15 @@ class CardBackend(Backend, Protocol):
         """What may still be taken of its memory, a cap considered."""
         ...
 
-    def card(self) -> Card:
+    def gpu(self) -> Gpu:
         """What it is."""
         ...
 
-    def measure(self) -> CardSpeed:
+    def measure(self) -> GpuSpeed:
         """What its kernels reach; blocks for a moment."""
         ...
 
-    def limits(self) -> CardSpeed:
+    def limits(self) -> GpuSpeed:
         """What it can do at best."""
         ...
 
@@ -46,14 +46,14 @@ class CardBackend(Backend, Protocol):
     def close(self) -> None: ...
 
 
-def card_names(device: str) -> Sequence[str]:
+def gpu_names(device: str) -> Sequence[str]:
     """The GPUs of a device as settings have it: "cuda:0,cuda:1"."""
     return device.split(",") if device.startswith(CUDA) else ()
 
 
 def open_processor(device: str, threads: int, feature_level: str, prepared: PreparedFolder | None = None) -> Backend:
     """UsageError for a device or feature level that this machine does not have."""
-    if device == "cpu" or card_names(device):
+    if device == "cpu" or gpu_names(device):
         from llamaclust.kernels.cpu.backend import CpuBackend
 
         return CpuBackend(threads, feature_level, prepared=prepared)
@@ -64,7 +64,7 @@ def open_processor(device: str, threads: int, feature_level: str, prepared: Prep
     raise UsageError(f"device {device!r}: only cpu, cuda:N and reference are supported")
 
 
-def open_card(
+def open_gpu(
     name: str,
     threads: int,
     memory_cap_bytes: int | None,
@@ -72,7 +72,7 @@ def open_card(
     kernels_dir: Path | None = None,
     *,
     graphs: bool = True,
-) -> CardBackend:
+) -> GpuBackend:
     """GPU "cuda:N"; `threads` pack weights for it, compiled kernels stay in `kernels_dir`, `graphs` is as in
     `CudaBackend`. UsageError that says what is missing: CuPy, NVRTC, a driver, the GPU, its devices in this container
     or service."""

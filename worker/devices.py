@@ -14,11 +14,11 @@ from llamaclust.kernels.chain import ChainBackend, Part
 from llamaclust.kernels.cpu.prepared_files import PreparedFolder
 from llamaclust.model.loader import Model
 from llamaclust.sizes import MIB
-from llamaclust.wire.cards import Card, DeviceLayers
+from llamaclust.wire.gpus import Gpu, DeviceLayers
 from llamaclust.wire.control import Load, Measured, Register
-from llamaclust.wire.speeds import CardSpeed
+from llamaclust.wire.speeds import GpuSpeed
 from llamaclust.worker import backends
-from llamaclust.worker.backends import CardBackend, card_names
+from llamaclust.worker.backends import GpuBackend, gpu_names
 from llamaclust.worker.machine import available_memory_bytes, processor_name, resident_bytes, total_memory_bytes
 from llamaclust.worker.settings import WorkerSettings
 
@@ -35,7 +35,7 @@ class Device:
     feature_level: str  # as asked for; "" is the best there is
     memory_cap_bytes: int | None
     backend: Backend
-    cards: tuple[CardBackend, ...] = ()
+    gpus: tuple[GpuBackend, ...] = ()
     gpu_layers: int | None = None
 
     @classmethod
@@ -45,8 +45,8 @@ class Device:
         level, prepared = settings.feature_level, _prepared(settings)
         backend = backends.open_processor(settings.device, threads, level, prepared)
         cap, kernels = settings.gpu_memory_bytes, settings.kernels_dir
-        cards = tuple(backends.open_card(name, threads, cap, prepared, kernels) for name in card_names(settings.device))
-        return cls(settings.device, threads, level, settings.memory_bytes, backend, cards, settings.gpu_layers)
+        gpus = tuple(backends.open_gpu(name, threads, cap, prepared, kernels) for name in gpu_names(settings.device))
+        return cls(settings.device, threads, level, settings.memory_bytes, backend, gpus, settings.gpu_layers)
 
     @property
     def free_memory_bytes(self) -> int:
@@ -62,14 +62,14 @@ class Device:
 
     def backend_of(self, name: str) -> Backend:
         """WireError for a device that this worker does not have."""
-        known: dict[str, Backend] = {_CPU: self.backend} | {card.device: card for card in self.cards}
+        known: dict[str, Backend] = {_CPU: self.backend} | {gpu.device: gpu for gpu in self.gpus}
         if name not in known:
             raise WireError(f"a load for device {name!r}, this worker has {', '.join(known)}")
         return known[name]
 
     def free_bytes_of(self, name: str) -> int:
         """What may still be taken of a device's memory."""
-        return next((card.free_bytes for card in self.cards if card.device == name), self.free_memory_bytes)
+        return next((gpu.free_bytes for gpu in self.gpus if gpu.device == name), self.free_memory_bytes)
 
     def backend_for(self, order: Load) -> Backend:
         """What computes the layers of a stage: one device, or several in a chain."""
@@ -86,19 +86,19 @@ class Device:
         if model is not None and self.kind != _REFERENCE:
             device = TrialDevice(self.backend, self.threads, self.feature_level, self.free_memory_bytes, os.getpid())
             measured = replace(measured, trials=try_stages(device, model))
-        return replace(measured, cards=tuple(self._card_speed(card, model) for card in self.cards))
+        return replace(measured, gpus=tuple(self._gpu_speed(gpu, model) for gpu in self.gpus))
 
-    def _card_speed(self, card: CardBackend, model: Model | None) -> CardSpeed:
+    def _gpu_speed(self, gpu: GpuBackend, model: Model | None) -> GpuSpeed:
         from llamaclust.worker.trial import TrialDevice, try_stages
 
-        speed = card.measure()
+        speed = gpu.measure()
         if model is None:
             return speed
-        return replace(speed, trials=try_stages(TrialDevice.card(card, self.threads, self.feature_level), model))
+        return replace(speed, trials=try_stages(TrialDevice.gpu(gpu, self.threads, self.feature_level), model))
 
     def registration(self, name: str, address: str) -> Register:
         level = self.backend.feature_level
-        cards = tuple(card.card() for card in self.cards)
+        gpus = tuple(gpu.gpu() for gpu in self.gpus)
         return Register(
             name=name,
             pid=os.getpid(),
@@ -109,34 +109,34 @@ class Device:
             feature_level=level,
             total_memory_bytes=total_memory_bytes(),
             free_memory_bytes=self.free_memory_bytes,
-            fingerprint=_fingerprint(self.kind, self.threads, level, cards),
+            fingerprint=_fingerprint(self.kind, self.threads, level, gpus),
             machine_free_bytes=available_memory_bytes(),
             numerics_version=self.backend.numerics_version,
-            cards=cards,
+            gpus=gpus,
             gpu_layers=self.gpu_layers,
         )
 
 
-def cards_of(device: str, gpu_memory_bytes: int | None) -> tuple[Card, ...]:
+def gpus_of(device: str, gpu_memory_bytes: int | None) -> tuple[Gpu, ...]:
     """The cards of such a device on this machine, as a worker would find them. UsageError where one is not there."""
     found = []
-    for name in card_names(device):
-        card = backends.open_card(name, 1, gpu_memory_bytes)
-        found.append(card.card())
-        card.close()
+    for name in gpu_names(device):
+        gpu = backends.open_gpu(name, 1, gpu_memory_bytes)
+        found.append(gpu.gpu())
+        gpu.close()
     return tuple(found)
 
 
-def fingerprint(kind: str, threads: int, feature_level: str, cards: tuple[Card, ...] = ()) -> str:
+def fingerprint(kind: str, threads: int, feature_level: str, gpus: tuple[Gpu, ...] = ()) -> str:
     """Of this machine as such a device uses it; a feature level of "" is the best there is. UsageError for one that is
     not available here."""
     level = backends.open_processor(kind, 1, feature_level).feature_level
-    return _fingerprint(kind, threads, level, cards)
+    return _fingerprint(kind, threads, level, gpus)
 
 
-def _fingerprint(kind: str, threads: int, level: str, cards: tuple[Card, ...]) -> str:
+def _fingerprint(kind: str, threads: int, level: str, gpus: tuple[Gpu, ...]) -> str:
     cores = len(os.sched_getaffinity(0))
-    gpus = Counter(f"{card.name} with {card.total_bytes // MIB} MiB" for card in cards)
+    gpus = Counter(f"{gpu.name} with {gpu.total_bytes // MIB} MiB" for gpu in gpus)
     beside = "".join(f", {count} x {gpu}" for gpu, count in gpus.items())
     return f"{processor_name()}, {cores} cores, {threads} threads, {kind} {level}{beside}"
 

@@ -11,7 +11,7 @@ from dataclasses import astuple, dataclass
 from llamaclust.errors import DoesNotFitError, ModelFileError
 from llamaclust.model.loader import Model
 from llamaclust.sizes import missing
-from llamaclust.wire.cards import DeviceLayers
+from llamaclust.wire.gpus import DeviceLayers
 from llamaclust.wire.control import Load, LoadProgress
 from llamaclust.worker.absent_file import AbsentFile
 from llamaclust.worker.devices import Device

@@ -22,7 +22,7 @@ from llamaclust.errors import (
 )
 from llamaclust.logs import last_lines, last_trouble, name_cluster
 from llamaclust.wire.bounds import one_line
-from llamaclust.wire.cards import placed
+from llamaclust.wire.gpus import placed
 from llamaclust.wire.channels import JOIN, ClientStream, Peer
 from llamaclust.wire.control import (
     CoordinatorMessage,
@@ -335,7 +335,7 @@ class Member:
             self._weights.sent_bytes,
             self._weights.received_bytes,
             one_line(last_trouble()),
-            tuple(card.free_bytes for card in self._device.cards),
+            tuple(gpu.free_bytes for gpu in self._device.gpus),
         )
 
     async def _say(self, message: WorkerMessage) -> None:

@@ -10,10 +10,10 @@ from llamaclust.kernels.chain import ChainStage
 from llamaclust.kernels.sampling import Sampler
 from llamaclust.model.loader import Model
 from llamaclust.model.program import KvType, Program
-from llamaclust.wire.cards import DeviceLayers
+from llamaclust.wire.gpus import DeviceLayers
 from llamaclust.wire.control import StageLimits
 from llamaclust.wire.messages import Microbatch, RowResult, SamplingInputs
-from llamaclust.worker.backends import card_names
+from llamaclust.worker.backends import gpu_names
 from llamaclust.worker.batches import build_batch
 
 
@@ -57,7 +57,7 @@ def planned_workspace_bytes(
     `weight_rounding_bytes`. ModelFileError where they cannot be computed."""
     program = model_program(model, start, end, limits)
     tensors = model.tensors_for(program)
-    if card_names(device):
+    if gpu_names(device):
         from llamaclust.kernels.cuda import backend as cuda
 
         return cuda.most_workspace_bytes(program, tensors, limits)
@@ -68,7 +68,7 @@ def planned_workspace_bytes(
 
 def weight_rounding_bytes(model: Model, start: int, end: int, device: str) -> int:
     """What weights of layers [start, end) take of a device's memory beyond their bytes."""
-    if not card_names(device):
+    if not gpu_names(device):
         return 0
     from llamaclust.kernels.cuda.backend import rounded_weight_bytes
 

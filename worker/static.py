@@ -125,9 +125,9 @@ class _StaticWorker:
         kept = self._service.kept_bytes
         now = self._device.registration(self._settings.name, self._address)
         free, machine = now.free_memory_bytes + kept["cpu"], now.machine_free_bytes + kept["cpu"]
-        cards = tuple(replace(card, free_bytes=card.free_bytes + kept[card.device]) for card in now.cards)
+        gpus = tuple(replace(gpu, free_bytes=gpu.free_bytes + kept[gpu.device]) for gpu in now.gpus)
         here = one_line(log_place())
-        return replace(now, free_memory_bytes=free, machine_free_bytes=machine, cards=cards, log=here)
+        return replace(now, free_memory_bytes=free, machine_free_bytes=machine, gpus=gpus, log=here)
 
     async def close(self) -> None:
         self._compute.close()

@@ -27,7 +27,7 @@ from llamaclust.wire.control import StageLimits
 from llamaclust.wire.frames import decode_frame, encode_hidden
 from llamaclust.wire.messages import Chunk, Microbatch, SampleTask, SamplingInputs, SamplingParams
 from llamaclust.wire.speeds import StageTrial
-from llamaclust.worker.backends import CardBackend
+from llamaclust.worker.backends import GpuBackend
 from llamaclust.worker.chosen import ChosenTokens
 from llamaclust.worker.compute import Compute
 from llamaclust.worker.inputs import InputsBox
@@ -70,7 +70,7 @@ class TrialSize:
 
 
 PROCESSOR = TrialSize(96 << 20, {1: 9, 8: 5, 128: 3})
-CARD = TrialSize(1 << 30, {1: 9, 8: 5, 128: 3, 512: 3})
+GPU = TrialSize(1 << 30, {1: 9, 8: 5, 128: 3, 512: 3})
 """A GPU reads ten times as fast, and makes more of many rows."""
 
 
@@ -87,9 +87,9 @@ class TrialDevice:
     own_cache: Callable[[], AbstractContextManager[Sweep]] | None = None  # beside the processor's
 
     @classmethod
-    def card(cls, card: CardBackend, threads: int, feature_level: str) -> TrialDevice:
+    def gpu(cls, gpu: GpuBackend, threads: int, feature_level: str) -> TrialDevice:
         """`feature_level`: the sampler's, on the processor."""
-        return cls(card, threads, feature_level, card.free_bytes, size=CARD, own_cache=card.cold_cache)
+        return cls(gpu, threads, feature_level, gpu.free_bytes, size=GPU, own_cache=gpu.cold_cache)
 
     def runner(self, model: Model, start: int, end: int) -> StageRunner:
         limits, level = self.size.limits, self.feature_level

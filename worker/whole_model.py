@@ -10,7 +10,7 @@ from llamaclust.kernels.backend import Backend
 from llamaclust.kernels.chain import ChainBackend, Part
 from llamaclust.model.loader import Model
 from llamaclust.sizes import missing
-from llamaclust.wire.cards import DeviceLayers
+from llamaclust.wire.gpus import DeviceLayers
 from llamaclust.wire.control import StageLimits
 from llamaclust.worker.devices import Device
 from llamaclust.worker.stage_runner import plan_memory
@@ -25,15 +25,15 @@ def held_layers(device: Device, model: Model, limits: StageLimits) -> tuple[Devi
     end = model.layer_count
     least = 0 if device.gpu_layers is None else max(0, end - device.gpu_layers)
     held = []
-    for index in reversed(range(len(device.cards))):
+    for index in reversed(range(len(device.gpus))):
         start = least
         if index > 0 or device.gpu_layers is None:
-            name, until = device.cards[index].device, end
+            name, until = device.gpus[index].device, end
             layers = range(least, until)
             start = least + bisect_left(
                 layers, True, key=lambda at: _lacking_bytes(device, DeviceLayers(name, at, until), model, limits) <= 0
             )
-        held.append(DeviceLayers(device.cards[index].device, start, end))
+        held.append(DeviceLayers(device.gpus[index].device, start, end))
         end = start
     parts = tuple(one for one in (DeviceLayers(_CPU, 0, end), *reversed(held)) if one.start < one.end)
     for one in parts:
@@ -56,7 +56,7 @@ def _check(device: Device, held: DeviceLayers, model: Model, limits: StageLimits
     planned = plan_memory(device.backend_of(held.device), model, held.start, held.end, limits)
     free_bytes = device.free_bytes_of(held.device)
     if planned.total_bytes > free_bytes:
-        which = "" if not device.cards else f", layers [{held.start}, {held.end}) on {held.device},"
+        which = "" if not device.gpus else f", layers [{held.start}, {held.end}) on {held.device},"
         fewer = "fewer layers on GPUs (auto: as many as fit), or " if held.device != _CPU else ""
         what = f"{model.file.path}{which} needs {missing(planned.parts, free_bytes)}"
         raise DoesNotFitError(f"{what}; take {fewer}a smaller context_length")

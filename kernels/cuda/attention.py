@@ -27,7 +27,7 @@ _NO_WINDOW = (1 << 31) - 1
 
 
 @dataclass(frozen=True, slots=True)
-class Card:
+class LaunchLimits:
     """What of a device decides which kernels run."""
 
     sms: int
@@ -121,9 +121,9 @@ def _group(step: Attention) -> int:
     return step.heads // step.kv_heads
 
 
-def _many_queries(step: Attention, card: Card) -> int:
+def _many_queries(step: Attention, gpu: LaunchLimits) -> int:
     """Queries of a tile: the more, the less often keys and values are read, as far as scores fit into shared memory."""
-    fits = (queries for queries in _MANY_QUERIES[step.kv_type] if many_shared_bytes(step, queries) <= card.shared_bytes)
+    fits = (queries for queries in _MANY_QUERIES[step.kv_type] if many_shared_bytes(step, queries) <= gpu.shared_bytes)
     return next(fits)
 
 
@@ -132,8 +132,8 @@ def _few_queries(step: Attention) -> int:
     return next((queries for queries in _FEW_QUERIES if queries >= _group(step)), 0)
 
 
-def _parts(step: Attention, card: Card) -> int:
-    return -(-_group(step) // _many_queries(step, card))
+def _parts(step: Attention, gpu: LaunchLimits) -> int:
+    return -(-_group(step) // _many_queries(step, gpu))
 
 
 def check_attention(program: Program) -> None:
@@ -144,13 +144,13 @@ def check_attention(program: Program) -> None:
             raise ModelFileError(f"{at} cannot be computed: heads of {step.head_dim}, at most {_MAX_HEAD_DIM} channels")
 
 
-def cut_of(step: Attention, card: Card) -> Cut:
-    group, blocks = _group(step), step.kv_heads * _parts(step, card)
+def cut_of(step: Attention, gpu: LaunchLimits) -> Cut:
+    group, blocks = _group(step), step.kv_heads * _parts(step, gpu)
     return Cut(
-        tile_rows=max(1, _many_queries(step, card) // group),
+        tile_rows=max(1, _many_queries(step, gpu) // group),
         few_rows=_few_queries(step) // group,
         window=step.window or _NO_WINDOW,
-        split_below=-(-2 * card.sms // blocks),
+        split_below=-(-2 * gpu.sms // blocks),
     )
 
 
@@ -194,7 +194,7 @@ def plan_launch(cut: Cut, room: Room, inputs: Inputs, plan: np.uint64) -> Launch
 
 def attention_launches(
     step: Attention,
-    card: Card,
+    gpu: LaunchLimits,
     room: Room,
     inputs: Inputs,
     places: Places,
@@ -208,15 +208,15 @@ def attention_launches(
     few, spans = _few_queries(step), _spans(step, max_context_tokens)
     launches = [_store(step, room, inputs, places, rows)]
     if few:
-        blocks = min(rows * spans, -(-4 * card.sms // step.kv_heads))
+        blocks = min(rows * spans, -(-4 * gpu.sms // step.kv_heads))
         grid, shared_bytes = (blocks, step.kv_heads, 1), few_shared_bytes(step, few)
         name = f"attention_few.few_{step.kv_type}_{few}"
         launches.append(Launch(name, grid, (256, 1, 1), _arguments(step, room, inputs, places), shared_bytes))
     if not (few and one_row_each):
-        many, parts = _many_queries(step, card), _parts(step, card)
+        many, parts = _many_queries(step, gpu), _parts(step, gpu)
         tile_rows = max(1, many // _group(step))
         tiles = min(rows, rows // tile_rows + max_sequences)
-        blocks = max(tiles, min(rows * spans, -(-2 * card.sms // (step.kv_heads * parts))))
+        blocks = max(tiles, min(rows * spans, -(-2 * gpu.sms // (step.kv_heads * parts))))
         grid, shared_bytes = (blocks, step.kv_heads * parts, 1), many_shared_bytes(step, many)
         name = f"attention_tile.tile_{step.kv_type}_{many}"
         launches.append(Launch(name, grid, (256, 1, 1), _arguments(step, room, inputs, places), shared_bytes))

@@ -16,17 +16,17 @@ from llamaclust.kernels.cuda.cold_cache import ColdCache
 from llamaclust.kernels.cuda.device import Device
 from llamaclust.kernels.cuda.joint_progress import JointProgress
 from llamaclust.kernels.cuda.memory import allocated, most_rounded_bytes
-from llamaclust.kernels.cuda.plan import ANY_CARD, Plan, kv_bytes
+from llamaclust.kernels.cuda.plan import ANY_GPU, Plan, kv_bytes
 from llamaclust.kernels.cuda.probe import limits, measure
 from llamaclust.kernels.cuda.stage import CudaStage
 from llamaclust.kernels.cuda.turns import Turns
 from llamaclust.kernels.cuda.weights import DeviceWeight, DeviceWeights, LayerMemory, layers_of_weights
 from llamaclust.model.program import Program
 from llamaclust.model.tensors import Tensor
-from llamaclust.wire.cards import Card
+from llamaclust.wire.gpus import Gpu
 from llamaclust.wire.control import StageLimits
 from llamaclust.wire.messages import NUMERICS_VERSION
-from llamaclust.wire.speeds import CardSpeed
+from llamaclust.wire.speeds import GpuSpeed
 
 _RESERVED_SHARE = 256
 """One part in so many of a GPU's memory is left to compiled kernels and graphs, which the driver holds there."""
@@ -56,19 +56,19 @@ class CudaBackend:
         with self._turns.watched():
             return max(0, self._device.free_bytes - self._device.memory_bytes // _RESERVED_SHARE)
 
-    def card(self) -> Card:
+    def gpu(self) -> Gpu:
         device = self._device
-        return Card(self.device, device.name, device.memory_bytes, self.free_bytes, device.uuid)
+        return Gpu(self.device, device.name, device.memory_bytes, self.free_bytes, device.uuid)
 
-    def measure(self) -> CardSpeed:
+    def measure(self) -> GpuSpeed:
         """What kernels reach; blocks for part of a second."""
         with self._turns.one():
-            return CardSpeed(*measure(self._device))
+            return GpuSpeed(*measure(self._device))
 
-    def limits(self) -> CardSpeed:
+    def limits(self) -> GpuSpeed:
         """What the GPU can do at best."""
         with self._turns.one():
-            return CardSpeed(*limits(self._device))
+            return GpuSpeed(*limits(self._device))
 
     @contextmanager
     def cold_cache(self) -> Iterator[Callable[[], None]]:
@@ -89,7 +89,7 @@ class CudaBackend:
     def load(self, program: Program, tensors: dict[str, Tensor], limits: StageLimits, progress: Progress) -> CudaStage:
         """ModelFileError for weights without kernels or figures that do not fit together; DoesNotFitError where the
         device has too little memory."""
-        plan = _plan(program, tensors, limits, attention.Card(self._device.sms, self._device.shared_bytes))
+        plan = _plan(program, tensors, limits, attention.LaunchLimits(self._device.sms, self._device.shared_bytes))
         memories = self._weights_and_kernels(plan, tensors, progress)
         weights = {name: weight for memory in memories for name, weight in memory.weights.items()}
         with self._turns.one(), ExitStack() as held:
@@ -159,8 +159,8 @@ def rounded_weight_bytes(program: Program, tensors: Mapping[str, Tensor]) -> int
 
 
 def _plan(
-    program: Program, tensors: Mapping[str, Tensor], limits: StageLimits, card: attention.Card = ANY_CARD
+    program: Program, tensors: Mapping[str, Tensor], limits: StageLimits, gpu: attention.LaunchLimits = ANY_GPU
 ) -> Plan:
     check_weights(program, tensors)
     check_attention(program)
-    return Plan(program, {name: DeviceWeight.of(tensors[name]) for name in program.weights}, limits, card)
+    return Plan(program, {name: DeviceWeight.of(tensors[name]) for name in program.weights}, limits, gpu)

@@ -13,7 +13,7 @@ import numpy as np
 
 from llamaclust.errors import DoesNotFitError, UsageError
 from llamaclust.kernels.cuda.binary_folder import BinaryFolder
-from llamaclust.kernels.cuda.cupy_open import CardProperties, card_properties, import_cupy, usable_nvrtc
+from llamaclust.kernels.cuda.cupy_open import GpuProperties, gpu_properties, import_cupy, usable_nvrtc
 from llamaclust.kernels.cuda.device import PLAIN_SHARED_BYTES, Buffer, Bytes, Launch
 from llamaclust.kernels.cuda.sources import modules, whole_text
 from llamaclust.sizes import MIB, mib
@@ -82,12 +82,12 @@ class CupyDevice:
         self._runtime = self._cupy.cuda.runtime
         self.failures = (self._runtime.CUDARuntimeError, self._cupy.cuda.driver.CUDADriverError)
         try:
-            card, self._stream = self._opened()
+            gpu, self._stream = self._opened()
         except self.failures as error:
             words = " ".join(str(error).split())
             raise UsageError(f"device cuda:{index} cannot be opened: {words}; nvidia-smi shows who uses it") from error
-        self.name, self.uuid, self.memory_bytes, self.sms = card.name, card.uuid, card.memory_bytes, card.sms
-        self.compute_capability, self.shared_bytes = card.compute_capability, card.shared_bytes
+        self.name, self.uuid, self.memory_bytes, self.sms = gpu.name, gpu.uuid, gpu.memory_bytes, gpu.sms
+        self.compute_capability, self.shared_bytes = gpu.compute_capability, gpu.shared_bytes
         self._nvrtc = usable_nvrtc(self._cupy)
         self._binaries = BinaryFolder(folder)
         self._modules: dict[str, Any] = {}
@@ -95,11 +95,11 @@ class CupyDevice:
         self._shared: dict[str, int] = {}
         self._buffers: set[CupyBuffer] = set()
 
-    def _opened(self) -> tuple[CardProperties, Any]:
+    def _opened(self) -> tuple[GpuProperties, Any]:
         """With the context in its memory that a process has there."""
-        card = card_properties(self._cupy, self._index)
+        gpu = gpu_properties(self._cupy, self._index)
         self._choose()
-        return card, self._cupy.cuda.Stream(non_blocking=True)
+        return gpu, self._cupy.cuda.Stream(non_blocking=True)
 
     @property
     def free_bytes(self) -> int:

@@ -15,7 +15,7 @@ _NO_DEVICE, _OLD_DRIVER = 100, 35  # cudaErrorNoDevice, cudaErrorInsufficientDri
 
 
 @dataclass(frozen=True, slots=True)
-class CardProperties:
+class GpuProperties:
     """One card, as the CUDA runtime describes it."""
 
     name: str
@@ -42,20 +42,20 @@ def import_cupy() -> Any:
     return cupy
 
 
-def card_properties(cupy: Any, index: int) -> CardProperties:
+def gpu_properties(cupy: Any, index: int) -> GpuProperties:
     """UsageError where there is no such card, or one that kernels are not made for."""
     count = _count(cupy)
-    cards = [_properties(cupy, one) for one in range(count)]
+    gpus = [_properties(cupy, one) for one in range(count)]
     if index >= count:
-        there = ", ".join(f"cuda:{number} ({card.name})" for number, card in enumerate(cards))
+        there = ", ".join(f"cuda:{number} ({gpu.name})" for number, gpu in enumerate(gpus))
         raise UsageError(f"device cuda:{index}: no such card; there is {there}")
-    card, (major, minor) = cards[index], MIN_COMPUTE_CAPABILITY
-    if card.compute_capability < MIN_COMPUTE_CAPABILITY:
-        found = ".".join(map(str, card.compute_capability))
+    gpu, (major, minor) = gpus[index], MIN_COMPUTE_CAPABILITY
+    if gpu.compute_capability < MIN_COMPUTE_CAPABILITY:
+        found = ".".join(map(str, gpu.compute_capability))
         raise UsageError(
-            f"device cuda:{index}: {card.name} has compute capability {found}, kernels need {major}.{minor} (Turing)"
+            f"device cuda:{index}: {gpu.name} has compute capability {found}, kernels need {major}.{minor} (Turing)"
         )
-    return card
+    return gpu
 
 
 def usable_nvrtc(cupy: Any) -> Nvrtc:
@@ -94,9 +94,9 @@ def _version(number: int) -> str:
     return f"{number // 1000}.{number % 1000 // 10}"
 
 
-def _properties(cupy: Any, index: int) -> CardProperties:
+def _properties(cupy: Any, index: int) -> GpuProperties:
     found = cupy.cuda.runtime.getDeviceProperties(index)
-    return CardProperties(
+    return GpuProperties(
         name=found["name"].decode(),
         uuid=bytes(found["uuid"]).hex(),
         memory_bytes=found["totalGlobalMem"],

@@ -143,7 +143,7 @@ class Emitter:
         return x if kind is ActivationFormat.F32 else self.place.regions.at(("activations", kind), 0)
 
     def _products(self, x: Buffer, steps: Sequence[MatMul]) -> Iterator[Launch]:
-        at, sms = self._current[x.name], self.place.card.sms
+        at, sms = self._current[x.name], self.place.gpu.sms
         yield from self._quantize(x.name, at, x.width, [step.weight for step in steps])
         first, *others = (
             products.Product(self._weight(step.weight), self._vector(step.bias), self._out(step.out)) for step in steps
@@ -253,7 +253,7 @@ class Emitter:
         router = self._weight(step.router)
         yield from self._quantize(step.x.name, x, step.x.width, [step.router])
         logits = self._scratch("router logits", step.experts)
-        given, sms = self._given(router, x), self.place.card.sms
+        given, sms = self._given(router, x), self.place.gpu.sms
         yield products.multiply(router, given, NOWHERE, most, count, logits, sms)
         chosen = self._chosen(step)
         piece = products.expert_piece(most * used, step.experts)
@@ -299,6 +299,6 @@ class Emitter:
             alike.setdefault(self._weight(name).quant_type, []).append((name, out))
         for (name, out), *others in alike.values():
             weight, matrix_bytes = self._weight(name), self.place.weights[name].matrix_bytes
-            given, sms = self._given(weight, x), self.place.card.sms
+            given, sms = self._given(weight, x), self.place.gpu.sms
             beside = [products.Product(self._weight(name), NOWHERE, out) for name, out in others]
             yield products.multiply_experts(weight, matrix_bytes, given, lines, out, sms, beside)

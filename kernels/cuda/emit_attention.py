@@ -25,7 +25,7 @@ class AttentionSteps:
         """How rows become tiles and spans: once for all layers that are alike."""
         alike = {_likeness(step): step for step in self.place.program.kv_layers}
         for step in alike.values():
-            cut = attention.cut_of(step, self.place.card)
+            cut = attention.cut_of(step, self.place.gpu)
             yield attention.plan_launch(cut, self._room, self._inputs, self._plan(step))
 
     def can_quantize(self, step: Attention) -> bool:
@@ -58,7 +58,7 @@ class AttentionSteps:
         )
         return attention.attention_launches(
             step,
-            place.card,
+            place.gpu,
             self._room,
             self._inputs,
             places,

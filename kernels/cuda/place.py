@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llamaclust.kernels.cuda.attention import Card
+from llamaclust.kernels.cuda.attention import LaunchLimits
 from llamaclust.kernels.cuda.inputs import Addresses
 from llamaclust.kernels.cuda.regions import Regions
 from llamaclust.kernels.cuda.weights import DeviceWeight
@@ -32,7 +32,7 @@ class Place:
     inputs: Addresses
     kv: Mapping[int, np.uint64]  # by layer
     constants: set[bytes]  # numbers that are there before the first launch
-    card: Card
+    gpu: LaunchLimits
 
     def constant(self, numbers: NDArray[Any]) -> np.uint64:
         """Where they are on the device."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from llamaclust.kernels.cuda.attention import Card
+from llamaclust.kernels.cuda.attention import LaunchLimits
 from llamaclust.kernels.cuda.device import LEAST_SHARED_BYTES, Buffer, Device, Launch
 from llamaclust.kernels.cuda.emit import Emitter
 from llamaclust.kernels.cuda.inputs import Inputs
@@ -16,14 +16,14 @@ from llamaclust.kernels.cuda.shapes import Shape
 from llamaclust.model.program import Program
 from llamaclust.wire.control import StageLimits
 
-ANY_CARD = Card(1, LEAST_SHARED_BYTES)
+ANY_GPU = LaunchLimits(1, LEAST_SHARED_BYTES)
 """Where it is not known which one: what a plan takes is the same."""
 
 
 class Plan:
     """A program's buffers, and its launches once these have addresses."""
 
-    def __init__(self, program: Program, weights: Weights, limits: StageLimits, card: Card = ANY_CARD) -> None:
+    def __init__(self, program: Program, weights: Weights, limits: StageLimits, gpu: LaunchLimits = ANY_GPU) -> None:
         """Of the weights all but addresses. What buffers take does not depend on the card. ValueError where the program
         does not hold together."""
         self.program = program
@@ -35,7 +35,7 @@ class Plan:
         *offsets, self._kv_end = layer_offsets(program.kv_layers, limits)
         self._kv_offsets = dict(zip((step.layer for step in program.kv_layers), offsets, strict=True))
         self._constants: set[bytes] = set()
-        self._kv_base, self._card = 0, card
+        self._kv_base, self._gpu = 0, gpu
         for shape in Shape.all(limits):
             self.launches(shape)
         self._regions.lay_out()
@@ -81,7 +81,7 @@ class Plan:
     def launches(self, shape: Shape) -> tuple[Launch, ...]:
         inputs = self.inputs.addresses(int(self._regions.at("inputs", self.inputs.n_bytes)))
         kv = {layer: np.uint64(self._kv_base + offset) for layer, offset in self._kv_offsets.items()}
-        place = Place(self.program, self.weights, self.limits, self._regions, inputs, kv, self._constants, self._card)
+        place = Place(self.program, self.weights, self.limits, self._regions, inputs, kv, self._constants, self._gpu)
         return tuple(Emitter(place, shape).launches())
 
 

@@ -15,7 +15,7 @@ from single_steps import program_of, splitter
 
 from llamaclust.kernels.backend import Batch
 from llamaclust.kernels.cuda.attention import (
-    Card,
+    LaunchLimits,
     Inputs,
     Places,
     Room,
@@ -37,7 +37,7 @@ Float32 = NDArray[np.float32]
 Int32 = NDArray[np.int32]
 
 LIMITS = StageLimits(max_tokens=1600, max_outputs=1, max_sequences=8, max_context_tokens=2048, kv_blocks=300)
-SMALL, LARGE = Card(2, LEAST_SHARED_BYTES), Card(3, 200 << 10)
+SMALL, LARGE = LaunchLimits(2, LEAST_SHARED_BYTES), LaunchLimits(3, 200 << 10)
 NO_SLOPES = np.uint64(0)
 
 
@@ -107,11 +107,11 @@ class Attender:
         self,
         bench: Bench,
         step: Attention,
-        card: Card = SMALL,
+        gpu: LaunchLimits = SMALL,
         slots: int | None = None,
         rotation: Rope | None = None,
     ) -> None:
-        self.bench, self.step, self.card = bench, step, card
+        self.bench, self.step, self.gpu = bench, step, gpu
         room = room_of((step,), LIMITS.max_tokens, LIMITS.max_context_tokens)
         self.room = room if slots is None else Room(room.max_rows, slots)
         self.kv = bench.room(block_bytes(step) * LIMITS.kv_blocks)
@@ -140,7 +140,7 @@ class Attender:
         places = replace(places, **self.quantized)
         launches = attention_launches(
             step,
-            self.card,
+            self.gpu,
             self.room,
             inputs,
             places,
@@ -149,7 +149,7 @@ class Attender:
             max_context_tokens=LIMITS.max_context_tokens,
             one_row_each=one_row_each,
         )
-        launches = (plan_launch(cut_of(step, self.card), self.room, inputs, self.plan.at()), *launches)
+        launches = (plan_launch(cut_of(step, self.gpu), self.room, inputs, self.plan.at()), *launches)
         for launch in launches[: 2 if store_only else None]:
             self.bench.device.launch(launch)
             self.launched.add(launch.kernel)

@@ -70,7 +70,7 @@ class FakeEvent:
 class FakeRuntime:
     """Cards by their compute capability; `status` is what everything answers that asks for them."""
 
-    cards: tuple[tuple[int, int], ...] = ((8, 6), (9, 0))
+    gpus: tuple[tuple[int, int], ...] = ((8, 6), (9, 0))
     status: int = 0
     driver: int = 13000
     free_bytes: int = 1 << 20
@@ -84,7 +84,7 @@ class FakeRuntime:
     def getDeviceCount(self) -> int:  # noqa: N802
         if self.status != 0:
             raise CUDARuntimeError(self.status)
-        return len(self.cards)
+        return len(self.gpus)
 
     def driverGetVersion(self) -> int:  # noqa: N802
         return self.driver
@@ -93,7 +93,7 @@ class FakeRuntime:
         return 13020
 
     def getDeviceProperties(self, index: int) -> dict[str, Any]:  # noqa: N802
-        major, minor = self.cards[index]
+        major, minor = self.gpus[index]
         return {
             "name": f"Card {index}".encode(),
             "uuid": bytes([index] * 16),

@@ -15,7 +15,7 @@ from launching import Bench
 from shim_build import build
 from shim_device import ShimDevice
 
-from llamaclust.kernels.cuda.attention import Card, cut_of, few_shared_bytes, many_shared_bytes, room_of
+from llamaclust.kernels.cuda.attention import LaunchLimits, cut_of, few_shared_bytes, many_shared_bytes, room_of
 from llamaclust.kernels.cuda.device import LEAST_SHARED_BYTES, PLAIN_SHARED_BYTES
 from llamaclust.kernels.cuda.sources import SRC
 from llamaclust.model.architectures.alibi import alibi_slopes
@@ -37,7 +37,7 @@ SHAPES = {
     "widest": attention(2, 1, 512),
     "widest bytes": attention(2, 1, 512, KvType.Q8_0),
 }
-CARDS = {"small": SMALL, "large": LARGE}
+GPUS = {"small": SMALL, "large": LARGE}
 
 
 def generator() -> np.random.Generator:
@@ -67,8 +67,8 @@ def test_spans_merge_in_order(bench: Bench, tmp_path: Path, kv_type: KvType) -> 
     """Four spans, of which some are apart and some are not, by what there is room for."""
     step = attention(4, 1, 64, kv_type)
     (told,) = sequences_of(tmp_path, step, (1600,), generator())
-    for slots, card in ((0, SMALL), (4, SMALL), (None, SMALL), (None, Card(400, 200 << 10))):
-        attender = Attender(bench, step, card, slots)
+    for slots, gpu in ((0, SMALL), (4, SMALL), (None, SMALL), (None, LaunchLimits(400, 200 << 10))):
+        attender = Attender(bench, step, gpu, slots)
         attender.fill(told, 1597)
         attender.check([(told, range(1597, 1598))], one_row_each=True)
         attender.check([(told, range(1598, 1600))])
@@ -104,7 +104,7 @@ def test_random_batches(bench: Bench, tmp_path: Path, kv_type: KvType) -> None:
             if count:
                 parts.append((one, range(at[n], at[n] + count)))
                 at[n] += count
-        attender.card = LARGE if attender.card == SMALL else SMALL
+        attender.gpu = LARGE if attender.gpu == SMALL else SMALL
         if parts:
             attender.check(parts)
 
@@ -121,15 +121,15 @@ def test_shared_blocks(bench: Bench, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kv_type", KvType)
-@pytest.mark.parametrize("card", CARDS.values(), ids=CARDS)
-def test_what_is_no_number_stays_in_its_rows(bench: Bench, tmp_path: Path, kv_type: KvType, card: Card) -> None:
+@pytest.mark.parametrize("gpu", GPUS.values(), ids=GPUS)
+def test_what_is_no_number_stays_in_its_rows(bench: Bench, tmp_path: Path, kv_type: KvType, gpu: LaunchLimits) -> None:
     """Rows of a tile that come before a value which is none have their bits; those that see it are none, too."""
     step = attention(4, 1, 64, kv_type)
     (told,) = sequences_of(tmp_path, step, (40,), generator())
     rows = told.rows.copy()
     rows[37, -step.v.width :] = np.nan
     batch = batch_of([([0] * 40, range(40), told.table)])
-    found = Attender(bench, step, card).run(batch, rows)
+    found = Attender(bench, step, gpu).run(batch, rows)
     np.testing.assert_array_equal(found[:37].view(np.uint32), told.wanted[:37].view(np.uint32))
     assert np.isnan(found[37:]).all()
 
@@ -147,7 +147,7 @@ def test_a_key_that_is_no_number(bench: Bench, tmp_path: Path) -> None:
     assert np.isnan(found[10:]).all()
 
 
-def test_shared_memory_is_what_every_card_has() -> None:
+def test_shared_memory_is_what_every_gpu_has() -> None:
     """All kernels but the widest tiles do without more than 48 KiB, for heads of up to 256 channels."""
     for kv_type in KvType:
         for head_dim in (64, 80, 100, 128, 256):

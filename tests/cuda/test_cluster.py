@@ -16,7 +16,7 @@ from shim_build import build
 from shim_device import ShimDevice
 from tiny_model import build_tiny_model
 
-from llamaclust.cli.planning import _cards_here, plan_of
+from llamaclust.cli.planning import _gpus_here, plan_of
 from llamaclust.cli.status_view import gpu_lines
 from llamaclust.cluster.config import load_config
 from llamaclust.cluster.coordinator import Cluster, open_cluster
@@ -169,11 +169,11 @@ def test_a_gpu_that_is_lost_while_layers_are_loaded_comes_back(
 def test_a_plan_knows_the_gpu_before_a_start(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     device, opened = ShimDevice(build(), memory_bytes=64 << 20), list[str]()
 
-    def open_card(name: str, threads: int, memory_cap_bytes: int | None, *folders: object) -> CudaBackend:
+    def open_gpu(name: str, threads: int, memory_cap_bytes: int | None, *folders: object) -> CudaBackend:
         opened.append(name)
         return CudaBackend(name, device, threads)
 
-    monkeypatch.setattr(backends, "open_card", open_card)
+    monkeypatch.setattr(backends, "open_gpu", open_gpu)
     monkeypatch.setenv("LLAMACLUST_STATE_DIR", str(tmp_path))
     given = [f"model={model}", "context_length=64", "max_sequences=2"]
     plan = plan_of(None, [*given, "workers=[{name: a, device: cuda, gpu_layers: 3}, {name: b, memory: 1GiB}]"])
@@ -182,7 +182,7 @@ def test_a_plan_knows_the_gpu_before_a_start(model: Path, tmp_path: Path, monkey
     assert opened == ["cuda:0"], "opened once, for all that is to be known"
     assert plan.prediction is None, "nothing was measured here"
     device.memory_bytes = 3 << 20
-    _cards_here.cache_clear()
+    _gpus_here.cache_clear()
     told = r"a cuda:0 2;.* MiB are missing.*; or set gpu_layers to auto, which fits: [0-3] layers are on GPUs then"
     with pytest.raises(DoesNotFitError, match=told):
         plan_of(None, [*given, "workers=[{name: a, device: cuda, gpu_layers: 4}]"])

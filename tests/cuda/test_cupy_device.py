@@ -89,13 +89,13 @@ def test_a_cupy_that_does_not_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
             "driver is for CUDA 12.4, this CuPy for 13.2: update it, or pip",
         ),
         (FakeRuntime(status=100), "no NVIDIA GPU is visible"),
-        (FakeRuntime(cards=()), "no NVIDIA GPU is visible"),
+        (FakeRuntime(gpus=()), "no NVIDIA GPU is visible"),
         (FakeRuntime(status=999), "device cuda: status 999"),
-        (FakeRuntime(cards=((9, 0),)), r"device cuda:1: no such card; there is cuda:0 \(Card 0\)"),
-        (FakeRuntime(cards=((9, 0), (7, 0))), "Card 1 has compute capability 7.0, kernels need 7.5"),
+        (FakeRuntime(gpus=((9, 0),)), r"device cuda:1: no such card; there is cuda:0 \(Card 0\)"),
+        (FakeRuntime(gpus=((9, 0), (7, 0))), "Card 1 has compute capability 7.0, kernels need 7.5"),
     ],
 )
-def test_without_a_card_that_does(monkeypatch: pytest.MonkeyPatch, runtime: FakeRuntime, what: str) -> None:
+def test_without_a_gpu_that_does(monkeypatch: pytest.MonkeyPatch, runtime: FakeRuntime, what: str) -> None:
     install(monkeypatch, runtime)
     with pytest.raises(UsageError, match=what) as error:
         CupyDevice(1)
@@ -103,7 +103,7 @@ def test_without_a_card_that_does(monkeypatch: pytest.MonkeyPatch, runtime: Fake
 
 
 @pytest.mark.parametrize("status", [2, 46])
-def test_a_card_that_others_have(monkeypatch: pytest.MonkeyPatch, status: int) -> None:
+def test_a_gpu_that_others_have(monkeypatch: pytest.MonkeyPatch, status: int) -> None:
     """All of its memory, or by itself alone."""
     cupy = install(monkeypatch)
 
@@ -116,7 +116,7 @@ def test_a_card_that_others_have(monkeypatch: pytest.MonkeyPatch, status: int) -
     one_line(error)
 
 
-def test_what_a_card_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_gpu_is(monkeypatch: pytest.MonkeyPatch) -> None:
     cupy = install(monkeypatch)
     device = CupyDevice(1)
     assert (device.name, device.compute_capability, device.sms) == ("Card 1", (9, 0), 100)
@@ -170,7 +170,7 @@ def test_memory_that_cannot_be_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
         device.pinned(16 << 20)
 
 
-def test_memory_of_a_lost_card_is_dropped_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_of_a_lost_gpu_is_dropped_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every call fails from then on. Buffers go with what held them, where nobody could catch an error."""
     cupy = install(monkeypatch)
     device: Any = CupyDevice()

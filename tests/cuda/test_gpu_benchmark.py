@@ -60,17 +60,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def cards(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def gpus(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU that is none, unless a real card is to be tested."""
     if request.config.getoption("--gpu", default=False):
         return
 
-    def open_card(
+    def open_gpu(
         name: str, threads: int, cap: int | None, *folders: object, graphs: bool = True, **more: object
     ) -> Any:
         return CudaBackend(name, ShimDevice(build(), memory_bytes=cap or 1 << 30, sms=1), threads, graphs=graphs)
 
-    monkeypatch.setattr(backends, "open_card", open_card)
+    monkeypatch.setattr(backends, "open_gpu", open_gpu)
 
 
 def task_of(model: Path, **other: Any) -> Task:
@@ -82,10 +82,10 @@ def cap_for(model: Path, device: Device, layers: int) -> int:
     kept_bytes = 1 << 20 if isinstance(device, ShimDevice) else device.memory_bytes // 256 + (1 << 20)
     if layers == 0:
         return kept_bytes
-    card, task = CudaBackend("cuda:0", device, 1), task_of(model)
+    gpu, task = CudaBackend("cuda:0", device, 1), task_of(model)
     with Model.open(model) as opened:
         cut = opened.layer_count - layers
-        needed = plan_memory(card, opened, cut, opened.layer_count, stage_limits(task.sequences, task.context))
+        needed = plan_memory(gpu, opened, cut, opened.layer_count, stage_limits(task.sequences, task.context))
     return needed.total_bytes + kept_bytes
 
 

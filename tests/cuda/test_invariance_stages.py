@@ -47,13 +47,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
 def stages(model: Model, device: Device) -> Iterator[Stages]:
     """Stages of equal layers on such devices; each is loaded once, and a sequence writes over the one before."""
     cpu, loaded = CpuBackend(1), dict[tuple[str, int, int, bool], Stage]()
-    cards = {graphs: CudaBackend("cuda:0", device, 1, graphs=graphs) for graphs in (True, False)}
+    gpus = {graphs: CudaBackend("cuda:0", device, 1, graphs=graphs) for graphs in (True, False)}
 
     def backend(kind: str, start: int, end: int, graphs: bool) -> Backend:
         if kind == "mixed":
             middle = (start + end) // 2
-            return ChainBackend([Part(cpu, start, middle), Part(cards[graphs], middle, end)])
-        return cpu if kind == "cpu" else cards[graphs]
+            return ChainBackend([Part(cpu, start, middle), Part(gpus[graphs], middle, end)])
+        return cpu if kind == "cpu" else gpus[graphs]
 
     def stages_of(kinds: Sequence[str], graphs: bool) -> list[Stage]:
         found, size = [], LAYERS // len(kinds)

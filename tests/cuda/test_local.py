@@ -42,12 +42,12 @@ def shim(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
     if request.config.getoption("--gpu", default=False):
         return
 
-    def open_card(
+    def open_gpu(
         name: str, threads: int, cap: int | None, prepared: PreparedFolder | None, kernels_dir: Path | None
     ) -> CudaBackend:
         return CudaBackend(name, ShimDevice(build(), memory_bytes=min(cap or ROOM, ROOM), sms=1), threads, prepared)
 
-    monkeypatch.setattr(backends, "open_card", open_card)
+    monkeypatch.setattr(backends, "open_gpu", open_gpu)
     folders = [HERE / "shim_site", HERE]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([*map(str, folders), os.environ.get("PYTHONPATH", "")]))
 
@@ -124,9 +124,9 @@ def test_logits_for_perplexity(shim: None, model: Path) -> None:
 def test_generate_on_the_command_line(shim: None, model: Path) -> None:
     with command_line() as line:
         words = ("generate", "--model", model, "-t", "1", "-n", "5", "--json", "Hello")
-        alone, card = line.run(*words), line.run(*words, "--device", "cuda:0", "-ngl", "3")
-        assert "3 of 4 layers on GPUs: [0, 1) cpu, [1, 4) cuda:0" in card.err
-        both = [json.loads(one.out) for one in (alone, card)]
+        alone, gpu = line.run(*words), line.run(*words, "--device", "cuda:0", "-ngl", "3")
+        assert "3 of 4 layers on GPUs: [0, 1) cpu, [1, 4) cuda:0" in gpu.err
+        both = [json.loads(one.out) for one in (alone, gpu)]
         assert both[0]["token_ids"] == both[1]["token_ids"] and both[0]["logprobs"] == both[1]["logprobs"]
         assert "set device to" not in (done := line.run(*words, "-ngl", "3")).error and done.code == 2
         assert "--gpu-layers: is for workers with a GPU: give --device cuda:0 as well" in done.error

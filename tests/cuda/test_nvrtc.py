@@ -31,11 +31,11 @@ def test_exactly_our_options(tmp_path: Path) -> None:
     assert (binary.kind, binary.data.decode()) == ("cubin", f"cubin rows.cu {' '.join(given)}")
 
 
-def test_a_card_that_came_later(tmp_path: Path) -> None:
+def test_a_gpu_that_came_later(tmp_path: Path) -> None:
     """The driver makes machine code of PTX for the newest architecture that is not newer."""
     nvrtc = Nvrtc(library(tmp_path))
-    for card, wanted in ((103, "compute_90"), (121, "compute_120")):
-        binary = nvrtc.compile("rows", "text", card)
+    for gpu, wanted in ((103, "compute_90"), (121, "compute_120")):
+        binary = nvrtc.compile("rows", "text", gpu)
         assert binary.kind == "ptx" and f"--gpu-architecture={wanted} " in binary.data.decode()
 
 

@@ -27,27 +27,27 @@ from llamaclust.worker.trial import TrialDevice, try_stages
 
 
 def test_speeds_and_limits_are_measured(device: Device) -> None:
-    card = CudaBackend("cuda:0", device, 1)
-    reached, best = card.measure(), card.limits()
+    gpu = CudaBackend("cuda:0", device, 1)
+    reached, best = gpu.measure(), gpu.limits()
     assert reached.read_bytes_s > 0 and reached.int8_macs_s > 0
     assert best.read_bytes_s > 0 and best.int8_macs_s > 0
-    told = card.card()
+    told = gpu.gpu()
     assert (told.device, told.name, told.total_bytes) == ("cuda:0", device.name, device.memory_bytes)
     assert 0 < told.free_bytes <= told.total_bytes
 
 
 def test_steps_of_a_model_are_tried_on_a_gpu(device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = build_tiny_model(tmp_path / "m.gguf", layers=3, hidden=64, heads=2, ffn=96, context=64)
-    card = CudaBackend("cuda:0", device, 1)
+    gpu = CudaBackend("cuda:0", device, 1)
     monkeypatch.setattr(trial, "_LEAST_BYTES", 0)
     monkeypatch.setattr(cold_cache, "_MOST_BYTES", 1 << 20)
-    free = card.free_bytes
-    tried = replace(TrialDevice.card(card, 1, ""), size=replace(trial.CARD, tries={1: 3, 8: 2, 16: 1}))
+    free = gpu.free_bytes
+    tried = replace(TrialDevice.gpu(gpu, 1, ""), size=replace(trial.GPU, tries={1: 3, 8: 2, 16: 1}))
     with Model.open(path) as model:
         found = try_stages(tried, model)
     assert [one.rows for one in found] == [1, 8, 16]
     assert all(one.stage_s + one.layers_byte_s > 0 <= one.head_s for one in found)
-    assert card.free_bytes == free, "all is given back"
+    assert gpu.free_bytes == free, "all is given back"
 
 
 @pytest.mark.parametrize(("start", "end"), [(0, 4), (0, 1), (1, 3), (3, 4)])
@@ -55,13 +55,13 @@ def test_a_plan_counts_what_layers_take(device: Device, tmp_path: Path, start: i
     """With what rounding up adds to each layer; only how KV memory is rounded is not known."""
     path = build_tiny_model(tmp_path / "m.gguf", layers=4, hidden=64, heads=2, ffn=96, context=64)
     limits = StageLimits(max_tokens=24, max_outputs=8, max_sequences=2, max_context_tokens=64, kv_blocks=5)
-    card = CudaBackend("cuda:0", device, 1)
+    gpu = CudaBackend("cuda:0", device, 1)
     with Model.open(path) as model:
         rounding = rounding_of(model)("cuda:0")
         assert not isinstance(rounding, int)
         planned = workspace_of(model, limits)(StagePlace(1, 64, end == 4, "cuda:0")) + int(rounding[start, end])
         free = device.free_bytes
-        runner = StageRunner(card, model, start, end, limits)
+        runner = StageRunner(gpu, model, start, end, limits)
         memory, taken = runner.memory, free - device.free_bytes
         runner.close()
     assert taken == memory.total_bytes or not isinstance(device, ShimDevice)
@@ -77,12 +77,12 @@ def test_a_gpu_that_is_nearly_full_is_measured(free_bytes: int) -> None:
 
 def test_a_model_on_a_gpu_is_measured(device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = build_tiny_model(tmp_path / "m.gguf", layers=1, hidden=64, heads=2, ffn=96, quant_type=QuantType.Q8_0)
-    card = CudaBackend("cuda:0", device, 1)
-    monkeypatch.setattr(card, "close", lambda: None)  # the device is the session's
-    monkeypatch.setattr(bench, "open_card", lambda name, threads, cap, kernels_dir: card)
+    gpu = CudaBackend("cuda:0", device, 1)
+    monkeypatch.setattr(gpu, "close", lambda: None)  # the device is the session's
+    monkeypatch.setattr(bench, "open_gpu", lambda name, threads, cap, kernels_dir: gpu)
     task = BenchTask(path, 1, prompt=3, generate=2, repeats=1, device="cuda:0")
     report = run_bench(task, lambda what: None)
-    assert report.feature_level == card.feature_level and report.decode_tok_s > 0 < report.prefill_tok_s
+    assert report.feature_level == gpu.feature_level and report.decode_tok_s > 0 < report.prefill_tok_s
     assert report.machine.read_gb_s > 0 < report.machine.int8_gmac_s
-    name = card.card().name
+    name = gpu.gpu().name
     assert report.as_json()["gpu"] == name and f"{name} (cuda:0), " in str(measuring._table(report).title)

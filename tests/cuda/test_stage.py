@@ -211,7 +211,7 @@ def test_several_sequences(opened: Open, cpu: CpuBackend, cuda: CudaBackend, nam
 @pytest.mark.parametrize(
     "kinds", [kinds for n in (2, 3) for kinds in product("cg", repeat=n) if "g" in kinds], ids="".join
 )
-def test_chains_of_processors_and_cards(
+def test_chains_of_processors_and_gpus(
     opened: Open, cpu: CpuBackend, cuda: CudaBackend, kinds: tuple[str, ...]
 ) -> None:
     """As one worker's stage, and as stages of several."""
@@ -344,7 +344,7 @@ class _BusError(Exception):
     """A driver's."""
 
 
-def test_a_card_that_is_lost_is_told_by_name(
+def test_a_gpu_that_is_lost_is_told_by_name(
     opened: Open, cuda: CudaBackend, device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stage = load_stage(cuda, opened("llama"), limits=LIMITS)
@@ -376,7 +376,7 @@ def test_heads_that_are_too_wide_are_told_before_a_start(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("at", [1, 3])
-def test_a_card_that_is_lost_while_memory_is_pinned(
+def test_a_gpu_that_is_lost_while_memory_is_pinned(
     opened: Open, cuda: CudaBackend, device: Device, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
     """By the first buffer that weights go through, and by the first one of the stage."""

@@ -17,7 +17,7 @@ from llamaclust.kernels.cpu.prepared_files import PreparedFolder
 from llamaclust.kernels.cuda.backend import CudaBackend
 from llamaclust.kernels.cuda.device import Launch
 from llamaclust.worker import backends
-from llamaclust.worker.backends import CardBackend
+from llamaclust.worker.backends import GpuBackend
 
 _MEMORY_BYTES = 256 << 20
 
@@ -41,7 +41,7 @@ def _lose_at(call: str) -> None:
         raise DeviceLostError("cuda:0 is lost: the test's own words")
 
 
-def open_card(
+def open_gpu(
     name: str,
     threads: int,
     memory_cap_bytes: int | None,
@@ -49,10 +49,10 @@ def open_card(
     kernels_dir: Path | None = None,
     *,
     graphs: bool = True,
-) -> CardBackend:
+) -> GpuBackend:
     kind = LostDevice if "PYTHON_TEST_LOSE_GPU" in os.environ else ShimDevice
     device = kind(build(), memory_bytes=min(memory_cap_bytes or _MEMORY_BYTES, _MEMORY_BYTES), sms=1)
     return CudaBackend(name, device, threads, prepared, graphs=graphs)
 
 
-backends.open_card = open_card
+backends.open_gpu = open_gpu

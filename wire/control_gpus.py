@@ -8,36 +8,36 @@ from itertools import pairwise
 from llamaclust.errors import WireError
 from llamaclust.proto import control_pb2 as proto
 from llamaclust.wire.bounds import bounded, line, memory
-from llamaclust.wire.cards import Card, DeviceLayers
+from llamaclust.wire.gpus import Gpu, DeviceLayers
 
-MAX_CARDS = 16
+MAX_GPUS = 16
 _MAX_LAYERS = 1 << 16
 
 
-def cards_out(cards: Iterable[Card]) -> list[proto.Card]:
+def gpus_out(gpus: Iterable[Gpu]) -> list[proto.Gpu]:
     return [
-        proto.Card(
+        proto.Gpu(
             device=one.device,
             name=one.name,
             total_bytes=one.total_bytes,
             free_bytes=one.free_bytes,
             uuid=one.uuid,
         )
-        for one in cards
+        for one in gpus
     ]
 
 
-def cards_in(cards: Sequence[proto.Card]) -> tuple[Card, ...]:
-    bounded("cards", len(cards), 0, MAX_CARDS)
+def gpus_in(gpus: Sequence[proto.Gpu]) -> tuple[Gpu, ...]:
+    bounded("gpus", len(gpus), 0, MAX_GPUS)
     return tuple(
-        Card(
+        Gpu(
             device=line("device", one.device, 64),
             name=line("name", one.name, 255),
             total_bytes=memory("total_bytes", one.total_bytes),
             free_bytes=memory("free_bytes", one.free_bytes),
             uuid=line("uuid", one.uuid, 64),
         )
-        for one in cards
+        for one in gpus
     )
 
 
@@ -47,7 +47,7 @@ def layers_out(devices: Iterable[DeviceLayers]) -> list[proto.DeviceLayers]:
 
 def layers_in(devices: Sequence[proto.DeviceLayers], start: int, end: int) -> tuple[DeviceLayers, ...]:
     """Of a stage with layers [start, end), all of which they must hold."""
-    bounded("devices", len(devices), 0, MAX_CARDS + 1)
+    bounded("devices", len(devices), 0, MAX_GPUS + 1)
     held = tuple(map(_layers_in, devices))
     gaps = any(one.end != two.start for one, two in pairwise(held))
     if held and (gaps or (held[0].start, held[-1].end) != (start, end)):
@@ -61,6 +61,6 @@ def _layers_in(one: proto.DeviceLayers) -> DeviceLayers:
     return DeviceLayers(line("device", one.device, 64), bounded("start", one.start, 0, end - 1), end)
 
 
-def free_in(card_free_bytes: Sequence[int]) -> tuple[int, ...]:
-    bounded("card_free_bytes", len(card_free_bytes), 0, MAX_CARDS)
-    return tuple(memory("card_free_bytes", free) for free in card_free_bytes)
+def free_in(gpu_free_bytes: Sequence[int]) -> tuple[int, ...]:
+    bounded("gpu_free_bytes", len(gpu_free_bytes), 0, MAX_GPUS)
+    return tuple(memory("gpu_free_bytes", free) for free in gpu_free_bytes)

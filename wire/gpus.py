@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Card:
+class Gpu:
     """A GPU of a worker."""
 
     device: str  # "cuda:N"

@@ -16,23 +16,23 @@ Held = tuple[WorkerFacts, int, int]
 
 def devices_of(worker: WorkerFacts) -> tuple[WorkerFacts, ...]:
     """The worker's processor and its cards, in the order in which layers go to them."""
-    if not worker.cards:
+    if not worker.gpus:
         return (worker,)
-    cards = (
+    gpus = (
         replace(
             worker,
-            name=f"{worker.name} {card.device}",
-            device=card.device,
-            memory_bytes=card.memory_bytes,
-            read_gb_s=card.read_gb_s,
-            int8_gmac_s=card.int8_gmac_s,
-            alone=card.trial,
-            together=card.trial,
-            cards=(),
+            name=f"{worker.name} {gpu.device}",
+            device=gpu.device,
+            memory_bytes=gpu.memory_bytes,
+            read_gb_s=gpu.read_gb_s,
+            int8_gmac_s=gpu.int8_gmac_s,
+            alone=gpu.trial,
+            together=gpu.trial,
+            gpus=(),
         )
-        for card in worker.cards
+        for gpu in worker.gpus
     )
-    return (replace(worker, cards=()), *cards)
+    return (replace(worker, gpus=()), *gpus)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

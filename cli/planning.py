@@ -23,7 +23,7 @@ from llamaclust.model.loader import Model
 from llamaclust.sizes import mib
 from llamaclust.tools.catalog import resolve_model
 from llamaclust.wire.gpus import Gpu
-from llamaclust.worker.devices import gpus_of, check_devices, fingerprint
+from llamaclust.worker.devices import check_devices, fingerprint, gpus_of
 from llamaclust.worker.machine import available_memory_bytes, resident_bytes
 
 

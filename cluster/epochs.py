@@ -20,8 +20,8 @@ from llamaclust.cluster.weight_sources import OnReading, file_is_away, tell_sour
 from llamaclust.cluster.worker_handle import WorkerHandle
 from llamaclust.errors import LlamaclustError
 from llamaclust.model.loader import Model
-from llamaclust.wire.gpus import DeviceLayers
 from llamaclust.wire.credentials import Credentials
+from llamaclust.wire.gpus import DeviceLayers
 
 
 @dataclass(frozen=True, slots=True)

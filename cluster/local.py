@@ -25,8 +25,8 @@ from llamaclust.errors import LlamaclustError, RequestError, UsageError
 from llamaclust.kernels.backend import Float32
 from llamaclust.model.loader import Model
 from llamaclust.model.program import KV_BLOCK_TOKENS, KvType
-from llamaclust.wire.gpus import placed
 from llamaclust.wire.control import StageLimits
+from llamaclust.wire.gpus import placed
 from llamaclust.wire.messages import (
     MAX_KV_BLOCKS,
     MAX_TOKENS,

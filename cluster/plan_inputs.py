@@ -19,10 +19,10 @@ from llamaclust.cluster.shares import WorkerGpus, thread_shares
 from llamaclust.cluster.state import GpuMeasurement, Measurement
 from llamaclust.errors import DoesNotFitError, UsageError
 from llamaclust.model.loader import Model, ModelCosts
-from llamaclust.wire.gpus import Gpu
 from llamaclust.wire.codec import MAX_MICROBATCH_BYTES, MAX_STAGES
 from llamaclust.wire.control import StageLimits
 from llamaclust.wire.frames import MAX_FRAME_BYTES
+from llamaclust.wire.gpus import Gpu
 
 _ROWS = 512
 _OUTPUTS = 64

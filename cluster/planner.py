@@ -23,8 +23,8 @@ from llamaclust.cluster.costs import GpuFacts, StageCosts, Table, WorkerFacts
 from llamaclust.cluster.links import Links
 from llamaclust.cluster.plan import DevicePlan, Plan, StagePlan, usual_prompt_tokens
 from llamaclust.cluster.planner_apart import Pairs, names_in, split, ways_apart
-from llamaclust.cluster.planner_gpus import devices_of
 from llamaclust.cluster.planner_fit import PlanLimits, Sizes
+from llamaclust.cluster.planner_gpus import devices_of
 from llamaclust.cluster.planner_kinds import Kind, kinds_of
 from llamaclust.cluster.planner_manual import Assignment, checked
 from llamaclust.cluster.planner_predict import StageParts, predict

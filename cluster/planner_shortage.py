@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from llamaclust.cluster.costs import Table, WorkerFacts
-from llamaclust.cluster.planner_gpus import devices_of
 from llamaclust.cluster.planner_fit import Cut, Sizes
+from llamaclust.cluster.planner_gpus import devices_of
 from llamaclust.cluster.planner_kinds import kinds_of
 from llamaclust.cluster.planner_search import least_total
 from llamaclust.errors import DoesNotFitError

@@ -7,8 +7,8 @@ from collections.abc import Collection, Sequence
 from llamaclust.cluster.costs import WorkerFacts
 from llamaclust.cluster.plan import Spare
 from llamaclust.cluster.planner_apart import Pairs
-from llamaclust.cluster.planner_gpus import devices_of
 from llamaclust.cluster.planner_fit import Sizes
+from llamaclust.cluster.planner_gpus import devices_of
 from llamaclust.sizes import MIB, mib
 
 

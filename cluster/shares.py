@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 
 from llamaclust.cluster.config import ClusterConfig, environment
 from llamaclust.cluster.launchers.base import WorkerSpec
-from llamaclust.wire.gpus import Gpu
 from llamaclust.wire.control import Register
+from llamaclust.wire.gpus import Gpu
 
 
 def thread_shares(config: ClusterConfig) -> dict[str, int]:

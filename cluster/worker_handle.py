@@ -13,7 +13,6 @@ from typing import Any
 from llamaclust import errors
 from llamaclust.cluster.stalling import Further
 from llamaclust.errors import LlamaclustError, UsageError, WireError, WorkerError
-from llamaclust.wire.gpus import Gpu, DeviceLayers
 from llamaclust.wire.control import (
     CoordinatorMessage,
     Failure,
@@ -45,6 +44,7 @@ from llamaclust.wire.control import (
     WorkerMessage,
 )
 from llamaclust.wire.deadlines import deadline
+from llamaclust.wire.gpus import DeviceLayers, Gpu
 
 OnProgress = Callable[[LoadProgress], None]
 OnReading = Callable[[LocateProgress], None]

@@ -260,7 +260,7 @@ class Register(_message.Message):
     FINGERPRINT_FIELD_NUMBER: _builtins.int
     MACHINE_FREE_BYTES_FIELD_NUMBER: _builtins.int
     LOG_FIELD_NUMBER: _builtins.int
-    CARDS_FIELD_NUMBER: _builtins.int
+    GPUS_FIELD_NUMBER: _builtins.int
     GPU_LAYERS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name in the cluster file; unique in a cluster."""
@@ -295,7 +295,7 @@ class Register(_message.Message):
     gpu_layers: _builtins.int
     """How many layers of a stage they hold, as its user wants it; not set: as many as they have memory for."""
     @_builtins.property
-    def cards(self) -> _containers.RepeatedCompositeFieldContainer[Global___Card]:
+    def gpus(self) -> _containers.RepeatedCompositeFieldContainer[Global___Gpu]:
         """GPUs that it computes on, beside its processor."""
 
     def __init__(
@@ -316,12 +316,12 @@ class Register(_message.Message):
         fingerprint: _builtins.str = ...,
         machine_free_bytes: _builtins.int = ...,
         log: _builtins.str = ...,
-        cards: _abc.Iterable[Global___Card] | None = ...,
+        gpus: _abc.Iterable[Global___Gpu] | None = ...,
         gpu_layers: _builtins.int | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_gpu_layers", b"_gpu_layers", "gpu_layers", b"gpu_layers"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_gpu_layers", b"_gpu_layers", "address", b"address", "cards", b"cards", "device", b"device", "feature_level", b"feature_level", "fingerprint", b"fingerprint", "free_memory_bytes", b"free_memory_bytes", "gpu_layers", b"gpu_layers", "host", b"host", "log", b"log", "machine_free_bytes", b"machine_free_bytes", "name", b"name", "numerics_version", b"numerics_version", "pid", b"pid", "protocol_major", b"protocol_major", "protocol_minor", b"protocol_minor", "threads", b"threads", "total_memory_bytes", b"total_memory_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_gpu_layers", b"_gpu_layers", "address", b"address", "device", b"device", "feature_level", b"feature_level", "fingerprint", b"fingerprint", "free_memory_bytes", b"free_memory_bytes", "gpu_layers", b"gpu_layers", "gpus", b"gpus", "host", b"host", "log", b"log", "machine_free_bytes", b"machine_free_bytes", "name", b"name", "numerics_version", b"numerics_version", "pid", b"pid", "protocol_major", b"protocol_major", "protocol_minor", b"protocol_minor", "threads", b"threads", "total_memory_bytes", b"total_memory_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__gpu_layers: _TypeAlias = _typing.Literal["gpu_layers"]  # noqa: Y015
     _WhichOneofArgType__gpu_layers: _TypeAlias = _typing.Literal["_gpu_layers", b"_gpu_layers"]  # noqa: Y015
@@ -330,7 +330,7 @@ class Register(_message.Message):
 Global___Register: _TypeAlias = Register  # noqa: Y015
 
 @_typing.final
-class Card(_message.Message):
+class Gpu(_message.Message):
     """A GPU of a worker."""
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -365,7 +365,7 @@ class Card(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___Card: _TypeAlias = Card  # noqa: Y015
+Global___Gpu: _TypeAlias = Gpu  # noqa: Y015
 
 @_typing.final
 class DeviceLayers(_message.Message):
@@ -939,7 +939,7 @@ class Heartbeat(_message.Message):
     WEIGHT_BYTES_SENT_FIELD_NUMBER: _builtins.int
     WEIGHT_BYTES_RECEIVED_FIELD_NUMBER: _builtins.int
     LAST_WORDS_FIELD_NUMBER: _builtins.int
-    CARD_FREE_BYTES_FIELD_NUMBER: _builtins.int
+    GPU_FREE_BYTES_FIELD_NUMBER: _builtins.int
     busy: _builtins.float
     """Share of the last interval spent computing, 0 to 1."""
     microbatches: _builtins.int
@@ -961,7 +961,7 @@ class Heartbeat(_message.Message):
     last_words: _builtins.str
     """The last line of its log since it joined that tells of trouble."""
     @_builtins.property
-    def card_free_bytes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+    def gpu_free_bytes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """What it may still take of each of its GPUs, in bytes, in the order of its registration."""
 
     def __init__(
@@ -977,11 +977,11 @@ class Heartbeat(_message.Message):
         weight_bytes_sent: _builtins.int = ...,
         weight_bytes_received: _builtins.int = ...,
         last_words: _builtins.str = ...,
-        card_free_bytes: _abc.Iterable[_builtins.int] | None = ...,
+        gpu_free_bytes: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy", b"busy", "card_free_bytes", b"card_free_bytes", "free_memory_bytes", b"free_memory_bytes", "last_words", b"last_words", "microbatches", b"microbatches", "received_bytes", b"received_bytes", "resident_bytes", b"resident_bytes", "sent_bytes", b"sent_bytes", "tokens", b"tokens", "weight_bytes_received", b"weight_bytes_received", "weight_bytes_sent", b"weight_bytes_sent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy", b"busy", "free_memory_bytes", b"free_memory_bytes", "gpu_free_bytes", b"gpu_free_bytes", "last_words", b"last_words", "microbatches", b"microbatches", "received_bytes", b"received_bytes", "resident_bytes", b"resident_bytes", "sent_bytes", b"sent_bytes", "tokens", b"tokens", "weight_bytes_received", b"weight_bytes_received", "weight_bytes_sent", b"weight_bytes_sent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

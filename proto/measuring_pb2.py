@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n llamaclust/proto/measuring.proto\x12\rllamaclust.v1\"?\n\x07Measure\x12\x12\n\nmodel_path\x18\x01 \x01(\t\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\x0e\n\x06number\x18\x03 \x01(\x04\"\x99\x01\n\x08Measured\x12\x14\n\x0cread_bytes_s\x18\x01 \x01(\x01\x12\x13\n\x0bint8_macs_s\x18\x02 \x01(\x01\x12)\n\x06trials\x18\x03 \x03(\x0b\x32\x19.llamaclust.v1.StageTrial\x12\x0e\n\x06number\x18\x04 \x01(\x04\x12\'\n\x05\x63\x61rds\x18\x05 \x03(\x0b\x32\x18.llamaclust.v1.CardSpeed\"R\n\nStageTrial\x12\x0c\n\x04rows\x18\x01 \x01(\r\x12\x0f\n\x07stage_s\x18\x02 \x01(\x01\x12\x15\n\rlayers_byte_s\x18\x03 \x01(\x01\x12\x0e\n\x06head_s\x18\x04 \x01(\x01\"D\n\x0cMeasureLinks\x12$\n\x04\x65nds\x18\x01 \x03(\x0b\x32\x16.llamaclust.v1.LinkEnd\x12\x0e\n\x06number\x18\x02 \x01(\x04\"*\n\x07LinkEnd\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\"H\n\rLinksMeasured\x12\'\n\x05links\x18\x01 \x03(\x0b\x32\x18.llamaclust.v1.LinkSpeed\x12\x0e\n\x06number\x18\x02 \x01(\x04\"2\n\tLinkSpeed\x12\x14\n\x0cround_trip_s\x18\x01 \x01(\x01\x12\x0f\n\x07\x62ytes_s\x18\x02 \x01(\x01\"9\n\x08PeerLost\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0e\n\x06worker\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\":\n\x07TryPeer\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0e\n\x06number\x18\x03 \x01(\x04\";\n\tPeerTried\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0e\n\x06number\x18\x03 \x01(\x04\"a\n\tCardSpeed\x12\x14\n\x0cread_bytes_s\x18\x01 \x01(\x01\x12\x13\n\x0bint8_macs_s\x18\x02 \x01(\x01\x12)\n\x06trials\x18\x03 \x03(\x0b\x32\x19.llamaclust.v1.StageTrialb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n llamaclust/proto/measuring.proto\x12\rllamaclust.v1\"?\n\x07Measure\x12\x12\n\nmodel_path\x18\x01 \x01(\t\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\x0e\n\x06number\x18\x03 \x01(\x04\"\x97\x01\n\x08Measured\x12\x14\n\x0cread_bytes_s\x18\x01 \x01(\x01\x12\x13\n\x0bint8_macs_s\x18\x02 \x01(\x01\x12)\n\x06trials\x18\x03 \x03(\x0b\x32\x19.llamaclust.v1.StageTrial\x12\x0e\n\x06number\x18\x04 \x01(\x04\x12%\n\x04gpus\x18\x05 \x03(\x0b\x32\x17.llamaclust.v1.GpuSpeed\"R\n\nStageTrial\x12\x0c\n\x04rows\x18\x01 \x01(\r\x12\x0f\n\x07stage_s\x18\x02 \x01(\x01\x12\x15\n\rlayers_byte_s\x18\x03 \x01(\x01\x12\x0e\n\x06head_s\x18\x04 \x01(\x01\"D\n\x0cMeasureLinks\x12$\n\x04\x65nds\x18\x01 \x03(\x0b\x32\x16.llamaclust.v1.LinkEnd\x12\x0e\n\x06number\x18\x02 \x01(\x04\"*\n\x07LinkEnd\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\"H\n\rLinksMeasured\x12\'\n\x05links\x18\x01 \x03(\x0b\x32\x18.llamaclust.v1.LinkSpeed\x12\x0e\n\x06number\x18\x02 \x01(\x04\"2\n\tLinkSpeed\x12\x14\n\x0cround_trip_s\x18\x01 \x01(\x01\x12\x0f\n\x07\x62ytes_s\x18\x02 \x01(\x01\"9\n\x08PeerLost\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x0e\n\x06worker\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\":\n\x07TryPeer\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0e\n\x06number\x18\x03 \x01(\x04\";\n\tPeerTried\x12\x0e\n\x06worker\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0e\n\x06number\x18\x03 \x01(\x04\"`\n\x08GpuSpeed\x12\x14\n\x0cread_bytes_s\x18\x01 \x01(\x01\x12\x13\n\x0bint8_macs_s\x18\x02 \x01(\x01\x12)\n\x06trials\x18\x03 \x03(\x0b\x32\x19.llamaclust.v1.StageTrialb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,23 +34,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MEASURE']._serialized_start=51
   _globals['_MEASURE']._serialized_end=114
   _globals['_MEASURED']._serialized_start=117
-  _globals['_MEASURED']._serialized_end=270
-  _globals['_STAGETRIAL']._serialized_start=272
-  _globals['_STAGETRIAL']._serialized_end=354
-  _globals['_MEASURELINKS']._serialized_start=356
-  _globals['_MEASURELINKS']._serialized_end=424
-  _globals['_LINKEND']._serialized_start=426
-  _globals['_LINKEND']._serialized_end=468
-  _globals['_LINKSMEASURED']._serialized_start=470
-  _globals['_LINKSMEASURED']._serialized_end=542
-  _globals['_LINKSPEED']._serialized_start=544
-  _globals['_LINKSPEED']._serialized_end=594
-  _globals['_PEERLOST']._serialized_start=596
-  _globals['_PEERLOST']._serialized_end=653
-  _globals['_TRYPEER']._serialized_start=655
-  _globals['_TRYPEER']._serialized_end=713
-  _globals['_PEERTRIED']._serialized_start=715
-  _globals['_PEERTRIED']._serialized_end=774
-  _globals['_CARDSPEED']._serialized_start=776
-  _globals['_CARDSPEED']._serialized_end=873
+  _globals['_MEASURED']._serialized_end=268
+  _globals['_STAGETRIAL']._serialized_start=270
+  _globals['_STAGETRIAL']._serialized_end=352
+  _globals['_MEASURELINKS']._serialized_start=354
+  _globals['_MEASURELINKS']._serialized_end=422
+  _globals['_LINKEND']._serialized_start=424
+  _globals['_LINKEND']._serialized_end=466
+  _globals['_LINKSMEASURED']._serialized_start=468
+  _globals['_LINKSMEASURED']._serialized_end=540
+  _globals['_LINKSPEED']._serialized_start=542
+  _globals['_LINKSPEED']._serialized_end=592
+  _globals['_PEERLOST']._serialized_start=594
+  _globals['_PEERLOST']._serialized_end=651
+  _globals['_TRYPEER']._serialized_start=653
+  _globals['_TRYPEER']._serialized_end=711
+  _globals['_PEERTRIED']._serialized_start=713
+  _globals['_PEERTRIED']._serialized_end=772
+  _globals['_GPUSPEED']._serialized_start=774
+  _globals['_GPUSPEED']._serialized_end=870
 # @@protoc_insertion_point(module_scope)

@@ -58,7 +58,7 @@ class Measured(_message.Message):
     INT8_MACS_S_FIELD_NUMBER: _builtins.int
     TRIALS_FIELD_NUMBER: _builtins.int
     NUMBER_FIELD_NUMBER: _builtins.int
-    CARDS_FIELD_NUMBER: _builtins.int
+    GPUS_FIELD_NUMBER: _builtins.int
     read_bytes_s: _builtins.float
     """Bytes of memory read per second."""
     int8_macs_s: _builtins.float
@@ -70,7 +70,7 @@ class Measured(_message.Message):
         """Steps of the model, by ascending rows; none where it has no file of it, or too little memory."""
 
     @_builtins.property
-    def cards(self) -> _containers.RepeatedCompositeFieldContainer[Global___CardSpeed]:
+    def gpus(self) -> _containers.RepeatedCompositeFieldContainer[Global___GpuSpeed]:
         """Of its GPUs, in the order of its registration."""
 
     def __init__(
@@ -80,11 +80,11 @@ class Measured(_message.Message):
         int8_macs_s: _builtins.float = ...,
         trials: _abc.Iterable[Global___StageTrial] | None = ...,
         number: _builtins.int = ...,
-        cards: _abc.Iterable[Global___CardSpeed] | None = ...,
+        gpus: _abc.Iterable[Global___GpuSpeed] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cards", b"cards", "int8_macs_s", b"int8_macs_s", "number", b"number", "read_bytes_s", b"read_bytes_s", "trials", b"trials"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gpus", b"gpus", "int8_macs_s", b"int8_macs_s", "number", b"number", "read_bytes_s", b"read_bytes_s", "trials", b"trials"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -323,7 +323,7 @@ class PeerTried(_message.Message):
 Global___PeerTried: _TypeAlias = PeerTried  # noqa: Y015
 
 @_typing.final
-class CardSpeed(_message.Message):
+class GpuSpeed(_message.Message):
     """What kernels reach on a GPU."""
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -352,4 +352,4 @@ class CardSpeed(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___CardSpeed: _TypeAlias = CardSpeed  # noqa: Y015
+Global___GpuSpeed: _TypeAlias = GpuSpeed  # noqa: Y015

@@ -132,7 +132,7 @@ async def _run(model: Path, way: Way, work: Work, folder: Path) -> list[Answer]:
         most_layers = max(b - a for a, b in pairwise(way.cut))
         tokens = -(-work.longest // KV_BLOCK_TOKENS) * KV_BLOCK_TOKENS
         layer_bytes = work.kv_heads * way.kv_type.pair_bytes(work.head_dim)
-        overrides += [f"kv_memory={tokens * most_layers * layer_bytes}", f"context_length={work.longest}"]
+        overrides += [f"kv_memory={tokens * most_layers * layer_bytes}B", f"context_length={work.longest}"]
     config = load_config(None, overrides)
     directory = ClusterDir(folder / "cluster")
     directory.create()

@@ -25,8 +25,8 @@ from llamaclust.errors import DoesNotFitError
 from llamaclust.kernels.cuda.backend import workspace_bytes
 from llamaclust.model.loader import Model
 from llamaclust.sizes import MIB
-from llamaclust.wire.gpus import Gpu, DeviceLayers
 from llamaclust.wire.control import StageLimits
+from llamaclust.wire.gpus import DeviceLayers, Gpu
 from llamaclust.worker.stage_runner import model_program, planned_workspace_bytes, weight_rounding_bytes
 
 

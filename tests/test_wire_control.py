@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from llamaclust.errors import WireError
 from llamaclust.model.program import KvType
 from llamaclust.proto import control_pb2
-from llamaclust.wire.gpus import Gpu, DeviceLayers
 from llamaclust.wire.control import (
     KV_TYPES,
     CoordinatorMessage,
@@ -60,6 +59,7 @@ from llamaclust.wire.control_codec import (
     encode_coordinator_message,
     encode_worker_message,
 )
+from llamaclust.wire.gpus import DeviceLayers, Gpu
 from llamaclust.wire.speeds import GpuSpeed, StageTrial
 
 REGISTER = Register("a", 7, "host", "unix:/run/a.sock", "cpu", 2, "avx2", 1 << 35, 1 << 34, "a chip, 2 cores")

@@ -181,18 +181,18 @@ def run_bench(task: BenchTask, on_step: OnStep) -> BenchReport:
             raise UsageError(f"{task.context} tokens are asked for, the model was made for {trained}")
         backend = CpuBackend(task.threads_each, environment().feature_level)
         measurement = _Measurement(task, Work.of(model, task), on_step)
-        load, level, gpu = LoadMeter(), backend.feature_level, ""
+        load, level, gpu_name = LoadMeter(), backend.feature_level, ""
         if task.device != "cpu":
             kernels = environment().kernels_dir
             with closing(open_gpu(task.device, task.threads_each, None, kernels_dir=kernels)) as gpu:
-                level, gpu = gpu.feature_level, gpu.gpu().name
+                level, gpu_name = gpu.feature_level, gpu.gpu().name
                 in_background(partial(_stage_runs, model, gpu, level, measurement, GpuLimits(gpu))).result()
         elif task.workers > 1:
             asyncio.run(_cluster_runs(measurement))
         else:
             in_background(partial(_stage_runs, model, backend, level, measurement)).result()
         quant_type = max(describe(model.file).by_type, key=lambda share: share.bytes).name
-        return replace(measurement.report(quant_type, level), other_load=load.measure(), gpu=gpu)
+        return replace(measurement.report(quant_type, level), other_load=load.measure(), gpu=gpu_name)
 
 
 def _stage_runs(

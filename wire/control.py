@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llamaclust.wire.gpus import Gpu, DeviceLayers
+from llamaclust.wire.gpus import DeviceLayers, Gpu
 from llamaclust.wire.messages import NUMERICS_VERSION, PROTOCOL_VERSION
 from llamaclust.wire.speeds import GpuSpeed, StageTrial
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 from llamaclust.errors import WireError
 from llamaclust.proto import control_pb2 as proto
 from llamaclust.wire.bounds import bounded, line, memory
-from llamaclust.wire.gpus import Gpu, DeviceLayers
+from llamaclust.wire.gpus import DeviceLayers, Gpu
 
 MAX_GPUS = 16
 _MAX_LAYERS = 1 << 16

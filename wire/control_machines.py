@@ -5,7 +5,7 @@ from __future__ import annotations
 from llamaclust.proto import control_pb2 as proto
 from llamaclust.wire.bounds import bounded, finite, line, memory, worker_name
 from llamaclust.wire.control import Heartbeat, Register
-from llamaclust.wire.control_gpus import gpus_in, gpus_out, free_in
+from llamaclust.wire.control_gpus import free_in, gpus_in, gpus_out
 
 
 def register_out(message: Register) -> proto.Register:

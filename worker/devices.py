@@ -14,8 +14,8 @@ from llamaclust.kernels.chain import ChainBackend, Part
 from llamaclust.kernels.cpu.prepared_files import PreparedFolder
 from llamaclust.model.loader import Model
 from llamaclust.sizes import MIB
-from llamaclust.wire.gpus import Gpu, DeviceLayers
 from llamaclust.wire.control import Load, Measured, Register
+from llamaclust.wire.gpus import DeviceLayers, Gpu
 from llamaclust.wire.speeds import GpuSpeed
 from llamaclust.worker import backends
 from llamaclust.worker.backends import GpuBackend, gpu_names
@@ -136,8 +136,8 @@ def fingerprint(kind: str, threads: int, feature_level: str, gpus: tuple[Gpu, ..
 
 def _fingerprint(kind: str, threads: int, level: str, gpus: tuple[Gpu, ...]) -> str:
     cores = len(os.sched_getaffinity(0))
-    gpus = Counter(f"{gpu.name} with {gpu.total_bytes // MIB} MiB" for gpu in gpus)
-    beside = "".join(f", {count} x {gpu}" for gpu, count in gpus.items())
+    alike = Counter(f"{gpu.name} with {gpu.total_bytes // MIB} MiB" for gpu in gpus)
+    beside = "".join(f", {count} x {gpu}" for gpu, count in alike.items())
     return f"{processor_name()}, {cores} cores, {threads} threads, {kind} {level}{beside}"
 
 

@@ -11,8 +11,8 @@ from dataclasses import astuple, dataclass
 from llamaclust.errors import DoesNotFitError, ModelFileError
 from llamaclust.model.loader import Model
 from llamaclust.sizes import missing
-from llamaclust.wire.gpus import DeviceLayers
 from llamaclust.wire.control import Load, LoadProgress
+from llamaclust.wire.gpus import DeviceLayers
 from llamaclust.worker.absent_file import AbsentFile
 from llamaclust.worker.devices import Device
 from llamaclust.worker.stage_runner import StageMemory, StageRunner, held_weight_bytes, model_program, plan_memory

@@ -22,7 +22,6 @@ from llamaclust.errors import (
 )
 from llamaclust.logs import last_lines, last_trouble, name_cluster
 from llamaclust.wire.bounds import one_line
-from llamaclust.wire.gpus import placed
 from llamaclust.wire.channels import JOIN, ClientStream, Peer
 from llamaclust.wire.control import (
     CoordinatorMessage,
@@ -61,6 +60,7 @@ from llamaclust.wire.control import (
 from llamaclust.wire.control_codec import decode_coordinator_message, encode_worker_message
 from llamaclust.wire.credentials import Credentials, Identity, Principal
 from llamaclust.wire.deadlines import deadline
+from llamaclust.wire.gpus import placed
 from llamaclust.wire.links import measure_link, try_link
 from llamaclust.wire.messages import PROTOCOL_VERSION
 from llamaclust.worker.compute import Compute

@@ -10,8 +10,8 @@ from llamaclust.kernels.chain import ChainStage
 from llamaclust.kernels.sampling import Sampler
 from llamaclust.model.loader import Model
 from llamaclust.model.program import KvType, Program
-from llamaclust.wire.gpus import DeviceLayers
 from llamaclust.wire.control import StageLimits
+from llamaclust.wire.gpus import DeviceLayers
 from llamaclust.wire.messages import Microbatch, RowResult, SamplingInputs
 from llamaclust.worker.backends import gpu_names
 from llamaclust.worker.batches import build_batch

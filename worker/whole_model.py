@@ -10,8 +10,8 @@ from llamaclust.kernels.backend import Backend
 from llamaclust.kernels.chain import ChainBackend, Part
 from llamaclust.model.loader import Model
 from llamaclust.sizes import missing
-from llamaclust.wire.gpus import DeviceLayers
 from llamaclust.wire.control import StageLimits
+from llamaclust.wire.gpus import DeviceLayers
 from llamaclust.worker.devices import Device
 from llamaclust.worker.stage_runner import plan_memory
 

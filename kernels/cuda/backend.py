@@ -23,8 +23,8 @@ from llamaclust.kernels.cuda.turns import Turns
 from llamaclust.kernels.cuda.weights import DeviceWeight, DeviceWeights, LayerMemory, layers_of_weights
 from llamaclust.model.program import Program
 from llamaclust.model.tensors import Tensor
-from llamaclust.wire.gpus import Gpu
 from llamaclust.wire.control import StageLimits
+from llamaclust.wire.gpus import Gpu
 from llamaclust.wire.messages import NUMERICS_VERSION
 from llamaclust.wire.speeds import GpuSpeed
 

@@ -15,8 +15,8 @@ from single_steps import program_of, splitter
 
 from llamaclust.kernels.backend import Batch
 from llamaclust.kernels.cuda.attention import (
-    LaunchLimits,
     Inputs,
+    LaunchLimits,
     Places,
     Room,
     Rotation,

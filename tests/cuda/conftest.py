@@ -8,11 +8,17 @@ import pytest
 from launching import Bench
 from shim_build import build
 from shim_device import ShimDevice
+from stages import QUANTIZED, SMALL, Free, Open
+from tiny_architectures import build_architecture
+from tiny_model import build_tiny_model
 
 from llamaclust.cluster.config import environment
 from llamaclust.errors import UsageError
+from llamaclust.kernels.cpu.backend import CpuBackend
+from llamaclust.kernels.cuda.backend import CudaBackend
 from llamaclust.kernels.cuda.cupy_device import CupyDevice
 from llamaclust.kernels.cuda.device import Device
+from llamaclust.model.loader import Model
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -37,3 +43,32 @@ def device(request: pytest.FixtureRequest) -> Iterator[Device]:
 def bench(device: Device) -> Iterator[Bench]:
     with Bench(device) as one:
         yield one
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> Open:
+    folder, models = tmp_path_factory.mktemp("cuda"), dict[str, Model]()
+
+    def open_once(name: str) -> Model:
+        path = folder / f"{name}.gguf"
+        if name not in models:
+            if name in QUANTIZED:
+                build_tiny_model(path, **SMALL, **QUANTIZED[name])
+            else:
+                build_architecture(path, name)
+            models[name] = Model.open(path)
+        return models[name]
+
+    return open_once
+
+
+@pytest.fixture(scope="module")
+def cpu() -> CpuBackend:
+    return CpuBackend(1)
+
+
+@pytest.fixture
+def cuda(device: Device) -> Iterator[CudaBackend]:
+    before = Free.of(device)
+    yield CudaBackend("cuda:0", device, 1)
+    assert before.taken == 0, "memory was not given back"

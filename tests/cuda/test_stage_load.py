@@ -1,0 +1,196 @@
+"""Stages on GPUs come and go: memory to the byte, progress, what is refused, what is lost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import closing
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from threading import Thread, get_ident
+
+import pytest
+from batches import batch_of, load_stage
+from stages import LIMITS, MODELS, Free, Open, random_tokens, run, same
+from tiny_model import build_tiny_model
+
+from llamaclust.errors import DeviceLostError, DoesNotFitError, LlamaclustError, ModelFileError
+from llamaclust.kernels.cpu.backend import CpuBackend
+from llamaclust.kernels.cpu.prepared_files import PreparedFolder
+from llamaclust.kernels.cuda.backend import CudaBackend
+from llamaclust.kernels.cuda.device import Bytes, Device, Launch
+from llamaclust.kernels.cuda.joint_progress import JointProgress
+from llamaclust.model.loader import Model
+from llamaclust.wire.control import StageLimits
+from llamaclust.worker.stage_runner import planned_workspace_bytes
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_memory_is_what_was_planned_to_the_byte(opened: Open, cuda: CudaBackend, device: Device, name: str) -> None:
+    model, before = opened(name), Free.of(device)
+    for start, end in ((0, model.layer_count), (1, 2), (0, 1)):
+        program = model.program(start, end)
+        tensors = model.tensors_for(program)
+        stage = load_stage(cuda, model, start, end, LIMITS)
+        weights = sum(tensor.resident_bytes for tensor in tensors.values())
+        planned = weights, cuda.kv_bytes(program, LIMITS), cuda.workspace_bytes(program, tensors, LIMITS)
+        assert planned == (stage.weight_bytes, stage.kv_bytes, stage.workspace_bytes)
+        assert cuda.held_bytes(program, tensors) == weights
+        assert before.taken == sum(planned) or not before.is_exact
+        stage.close()
+        assert cuda.held_bytes(program, tensors) == before.taken == 0
+
+
+def test_two_epochs_share_weights(opened: Open, cuda: CudaBackend, device: Device) -> None:
+    model = opened("llama")
+    first, before = load_stage(cuda, model, 0, 2, LIMITS), Free.of(device)
+    second = load_stage(cuda, model, 1, 3, LIMITS)
+    program = model.program(1, 3)
+    shared = sum(t.resident_bytes for t in model.tensors_for(program).values() if t.layer == "blk.1")
+    assert before.taken <= second.weight_bytes - shared + second.kv_bytes + second.workspace_bytes
+    first.close()
+    assert cuda.held_bytes(program, model.tensors_for(program)) == second.weight_bytes
+    second.close()
+
+
+def test_prepared_layers_go_there_as_well(opened: Open, cpu: CpuBackend, device: Device, tmp_path: Path) -> None:
+    model = opened("llama")
+    tokens = random_tokens(model, 4)
+    wanted = run(cpu, model, tokens, 4)
+    folder = PreparedFolder(tmp_path / "prepared", 1 << 30)
+    for _ in range(2):
+        same(run(CudaBackend("cuda:0", device, 1, folder), model, tokens, 4), wanted)
+    assert list((tmp_path / "prepared").rglob("*")), "nothing was kept"
+    same(run(CpuBackend(1, prepared=folder), model, tokens, 4), wanted)
+
+
+def test_what_does_not_fit_leaves_nothing_behind(opened: Open, cuda: CudaBackend, device: Device) -> None:
+    model, before = opened("llama"), Free.of(device)
+    with pytest.raises(DoesNotFitError):
+        load_stage(cuda, model, limits=replace(LIMITS, kv_blocks=1 << 26))
+    assert before.taken == 0
+
+
+def test_others_compute_while_kernels_are_compiled_and_an_error_leaves_nothing_behind(
+    opened: Open, cuda: CudaBackend, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batch = opened("llama"), batch_of([([3], [0], [0])])
+    stage = load_stage(cuda, model, 0, 1, LIMITS)
+    before = Free.of(device)
+
+    def prepare(kernels: Iterable[str]) -> None:
+        serving = Thread(target=stage.run, args=(batch, None), daemon=True)
+        serving.start()
+        serving.join(10.0)
+        assert not serving.is_alive(), "it waits for the compiler"
+        raise LlamaclustError("it cannot be compiled")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(device, "prepare", prepare)
+        with pytest.raises(LlamaclustError, match="it cannot be compiled"):
+            load_stage(cuda, model, 1, 2, LIMITS)
+    assert before.taken == 0
+    stage.close()
+
+
+def test_progress_tells_of_every_byte(opened: Open, cuda: CudaBackend) -> None:
+    model, told = opened("llama"), list[int]()
+    program = model.program(0, model.layer_count)
+    stage = cuda.load(program, model.tensors_for(program), LIMITS, told.append)
+    assert sum(told) == stage.weight_bytes and len(told) > 10
+    stage.close()
+
+
+def test_a_batch_beyond_the_limits_is_refused(opened: Open, cuda: CudaBackend) -> None:
+    stage = load_stage(cuda, opened("llama"), limits=LIMITS)
+    for table, rows in (([24], 1), ([0, 1, 2], 33)):
+        with pytest.raises(ValueError, match="against"):
+            stage.run(batch_of([([1] * rows, range(rows), table)], outputs=[0]), None)
+    stage.close()
+
+
+class _BusError(Exception):
+    """A driver's."""
+
+
+def test_a_gpu_that_is_lost_is_told_by_name(
+    opened: Open, cuda: CudaBackend, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = load_stage(cuda, opened("llama"), limits=LIMITS)
+    batch = batch_of([([3], [0], [0])])
+    wanted = stage.run(batch, None).copy()
+
+    def launch(one: Launch) -> None:
+        raise _BusError("cudaErrorECCUncorrectable:\n uncorrectable ECC error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(device, "failures", (_BusError,))
+        patched.setattr(device, "launch", launch)
+        with pytest.raises(
+            DeviceLostError, match=r"cuda:0 \(.*\) is lost: cudaErrorECCUncorrectable: uncorrectable ECC"
+        ):
+            stage.run(batch, None)
+    same(stage.run(batch, None), wanted)
+    stage.close()
+
+
+def test_heads_that_are_too_wide_are_told_before_a_start(tmp_path: Path) -> None:
+    path = build_tiny_model(tmp_path / "m.gguf", layers=1, hidden=1040, heads=2, kv_heads=2, ffn=64)
+    limits = StageLimits(max_tokens=8, max_outputs=8, max_sequences=2, max_context_tokens=64, kv_blocks=5)
+    with (
+        Model.open(path) as model,
+        pytest.raises(ModelFileError, match="cannot be computed: heads of 520"),
+    ):
+        planned_workspace_bytes(model, 0, 1, limits, 1, "cuda:0")
+
+
+@pytest.mark.parametrize("at", [1, 3])
+def test_a_gpu_that_is_lost_while_memory_is_pinned(
+    opened: Open, cuda: CudaBackend, device: Device, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    """By the first buffer that weights go through, and by the first one of the stage."""
+    before, pinned, calls = Free.of(device), device.pinned, list[int]()
+
+    def pin(n_bytes: int) -> Bytes:
+        calls.append(n_bytes)
+        if len(calls) == at:
+            raise _BusError("unspecified launch failure")
+        return pinned(n_bytes)
+
+    monkeypatch.setattr(device, "failures", (_BusError,))
+    monkeypatch.setattr(device, "pinned", pin)
+    with pytest.raises(DeviceLostError, match=r"cuda:0 .* is lost: unspecified launch failure"):
+        load_stage(cuda, opened("llama"), limits=LIMITS)
+    assert before.taken == 0
+
+
+@pytest.mark.parametrize("order", ["weights first", "kernels first"])
+def test_a_load_that_waits_for_the_compiler_gets_further(order: str) -> None:
+    told = list[int]()
+    progress = JointProgress(told.append, 1000, 2)
+    more, done = partial(progress.add_bytes, 500), progress.module_done
+    for step in (more, more, done, done) if order == "weights first" else (done, done, more, more):
+        step()
+    assert told == ([500, 400, 50, 50] if order == "weights first" else [500, 500])
+
+
+def test_kernels_are_compiled_while_weights_are_brought(
+    opened: Open, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In another thread, and all of them before the first launch."""
+    prepared, launched, threads, launch = set[str](), set[str](), set[int](), device.launch
+
+    def prepare(kernels: Iterable[str]) -> None:
+        prepared.update(kernels)
+        threads.add(get_ident())
+
+    def note(one: Launch) -> None:
+        launched.add(one.kernel)
+        launch(one)
+
+    monkeypatch.setattr(device, "prepare", prepare)
+    monkeypatch.setattr(device, "launch", note)
+    with closing(load_stage(CudaBackend("cuda:0", device, 1), opened("llama"), limits=LIMITS)) as stage:
+        assert threads and get_ident() not in threads
+        stage.run(batch_of([([1] * 9, range(9), range(1))]), None)
+    assert launched and launched <= prepared

@@ -35,7 +35,10 @@ def _full_disks_are_good_enough() -> None:
     use_any_disk()
 
 
-_CLUSTERS = ("bad_input", "cli", "cluster", "invariance_demo", "launcher", "recovery", "trust", "weights", "worker")
+_CLUSTERS = (
+    *("bad_input", "cli", "cluster", "deploy_program", "invariance_demo", "launcher", "recovery", "tools_bench"),
+    *("trust", "weights", "worker"),
+)
 _ALONE = "\npytestmark = pytest.mark.alone"
 
 

@@ -15,9 +15,14 @@ from pathlib import Path
 import pytest
 from tiny_model import build_tiny_model
 
+from llamaclust.errors import UsageError
 from llamaclust.model.quant_types import QuantType
 
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+from compare import their_answers, their_speed
+
 FOLDER = Path(__file__).parents[1] / "benchmarks"
+
 SCRIPTS = sorted(path.name for path in FOLDER.glob("*.py") if "__main__" in path.read_text())
 
 LLAMA_BENCH = """#!/bin/sh
@@ -165,11 +170,22 @@ def test_mistakes_are_one_line_before_anything_runs(
     assert "Traceback" not in done.stderr and done.stdout == ""
 
 
-@pytest.mark.parametrize("answer", ["echo hello", "echo '[]'", "echo '{}'", "echo no >&2; exit 1", "exec /nowhere"])
-def test_what_is_no_llama_bench_is_one_line(folder: Path, answer: str) -> None:
+def other_bench(folder: Path, answer: str) -> Path:
     program = folder / "other-bench"
     program.write_text(f"#!/bin/sh\n{answer}\n")
     program.chmod(0o755)
+    return program
+
+
+@pytest.mark.parametrize("answer", ["echo hello", "echo '[]'", "echo '{}'", "echo no >&2; exit 1"])
+def test_what_answers_otherwise_is_no_llama_bench(folder: Path, answer: str) -> None:
+    program = other_bench(folder, answer)
+    with pytest.raises(UsageError, match=str(program)):
+        their_speed(program, their_answers(program, Path("Q8_0.gguf"), ()))
+
+
+def test_what_is_no_llama_bench_is_one_line(folder: Path) -> None:
+    program = other_bench(folder, "exec /nowhere")
     options = ("--prompt", "16", "--generate", "2", "--threads", "1", "--runs", "1", "--repeats", "1")
     done = run(folder, "compare.py", "Q8_0.gguf", "--llama-bench", str(program), *options)
     assert done.returncode == 2 and done.stderr.count("\n") == 1

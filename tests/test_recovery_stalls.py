@@ -14,6 +14,7 @@ from recovering import asks, config, model_in, recovering, undisturbed
 from served import run_async
 from test_wire_control import LOAD, REGISTER
 
+from llamaclust.cluster import left_out
 from llamaclust.cluster.worker_handle import WorkerHandle
 from llamaclust.errors import StalledError
 from llamaclust.wire.control import (
@@ -61,6 +62,7 @@ async def test_loads_that_hang_and_workers_that_stop_while_they_load_change_no_t
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     print(f"seed {SEED}")
+    monkeypatch.setattr(left_out, "_FIRST_S", 1.0)
     requests = asks(SEED, 60)
     expected = await asyncio.to_thread(undisturbed, model, requests)
     victims = {"c"}

@@ -33,9 +33,10 @@ class Barrier {
   // `idle` is called again and again while others are waited for, until it returns false.
   template <typename Idle>
   void arrive(Idle idle) {
-    if (threads_ == 1) return;
+    const int threads = threads_;  // before the increment: after it, the next open() may have changed it
+    if (threads == 1) return;
     const int32_t phase = phase_.load(std::memory_order_relaxed);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 < threads_) {
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 < threads) {
       while (phase_.load(std::memory_order_acquire) == phase && idle()) {}
       const int64_t waited = wait_while_equal(phase_, phase);
       if (waited > 0) waited_ns_.fetch_add(waited, std::memory_order_relaxed);

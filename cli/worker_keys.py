@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import zip_longest
 from typing import Any
 
 from llamaclust.cli.help import PlainCommand
@@ -25,7 +26,7 @@ class FileCommand(PlainCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """UsageError for a worker's option."""
-        for word, following in zip(args, [*args[1:], ""], strict=True):
+        for word, following in zip_longest(args, args[1:], fillvalue=""):
             option, _, value = word.partition("=")
             if key := _KEYS.get(option):
                 told = f"--set workers.0.{key}={value or following or '...'}"

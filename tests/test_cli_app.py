@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from command_line import hear_ctrl_c
+from command_line import command_line, hear_ctrl_c
 from tiny_model import build_tiny_model
 from typer.main import get_command
 from typer.testing import CliRunner
@@ -51,6 +51,16 @@ def test_help_names_no_types(words: tuple[str, ...]) -> None:
     result = CliRunner().invoke(app, [*words, "--help"], env={"COLUMNS": "200"})
     assert result.exit_code == 0 and "--help" in result.stdout
     assert re.findall(r"<[a-z]+.*?>|\[\[", result.stdout) == []
+
+
+@pytest.mark.parametrize("words", list(commands()), ids=" ".join)
+def test_without_arguments_a_command_prints_its_work_its_help_or_one_line_of_error(words: tuple[str, ...]) -> None:
+    """The program's folder cannot be made, so that `up` does not download the demo."""
+    with command_line() as line:
+        (line.folder / "home").touch()
+        done = line.run(*words)
+    assert done.out if done.code == 0 or "Usage:" in done.out else done.error
+    assert "Traceback" not in done.out + done.err
 
 
 def test_commands_are_there_before_anything_heavy_is_imported() -> None:

@@ -102,6 +102,21 @@ async def test_chat_stream_usage() -> None:
 
 
 @run_async
+async def test_stream_usage_in_each_chunk() -> None:
+    """guidellm asks for it."""
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    *chunks, last, _ = await chat(stream=True, stream_options=options, return_token_ids=True)
+    counted = 0
+    for chunk in chunks:
+        counted += len(chunk["choices"][0].get("token_ids", ()))
+        assert counted <= chunk["usage"]["completion_tokens"] <= last["usage"]["completion_tokens"]
+        assert chunk["usage"]["prompt_tokens"] == last["usage"]["prompt_tokens"]
+    assert chunks[-1]["usage"] == last["usage"] and counted == len(ids(ANSWER)) + 1
+    *chunks, _ = await chat(stream=True, stream_options={"continuous_usage_stats": True})
+    assert all("usage" not in chunk for chunk in chunks)
+
+
+@run_async
 async def test_chat_logprobs() -> None:
     reply = await chat(logprobs=True, top_logprobs=2)
     content = reply["choices"][0]["logprobs"]["content"]

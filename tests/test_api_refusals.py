@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -13,6 +15,7 @@ from llamaclust.errors import QueueFullError, WorkerError
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
 ANSWER = "The cat sat."
+HTTP_API = Path(__file__).parent.parent / "docs/http-api.md"
 
 
 async def post(path: str, body: Any, engine: ScriptedEngine | None = None) -> httpx.Response:
@@ -215,10 +218,31 @@ async def test_neutral_fields_are_taken() -> None:
         "grammar": "",
         "temperature": None,
         "stop": [],
+        "reasoning_effort": "medium",
+        "verbosity": "medium",
     }
     assert (await post("/v1/chat/completions", CHAT | neutral)).status_code == 200
     body = {"prompt": "a", "best_of": 2, "n": 2, "suffix": None, "echo": False}
     assert (await post("/v1/completions", body)).status_code == 200
+
+
+def documented_no_ops() -> list[str]:
+    line = next(line for line in HTTP_API.read_text().splitlines() if line.startswith("- **No-ops**"))
+    return re.findall(r"`(\w+)`", line)
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/completion"])
+def test_documented_no_ops_are_taken_by_each_endpoint(path: str) -> None:
+    @run_async
+    async def check() -> None:
+        fields = documented_no_ops()
+        assert {"id_slot", "timings_per_token", "return_progress", "user"} <= {*fields}
+        body = CHAT if "chat" in path else {"prompt": "a"}
+        for value in (True, 7, "x", {"a": [1]}):
+            reply = await post(path, body | dict.fromkeys(fields, value))
+            assert reply.status_code == 200, reply.text
+
+    check()
 
 
 @run_async

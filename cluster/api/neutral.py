@@ -45,11 +45,18 @@ _CONSTRAINTS: Final = _names(
     only(),
 ) | {"grammar_lazy": only(False)}
 
+_NO_OPS: Final = _names(
+    "user metadata service_tier safety_identifier prompt_cache_key prompt_cache_retention request_id "
+    "cache_prompt id_slot slot_id n_keep n_discard timings_per_token return_progress",
+    anything,
+)
+"""Of all endpoints. `metadata` is for stored completions, and none are stored; `n_keep` and `n_discard` are for a
+context that shifts; this one ends."""
+
 _BOTH: Final = {
+    **_NO_OPS,
     **_SAMPLERS,
     **_CONSTRAINTS,
-    **_names("user metadata service_tier prompt_cache_key prompt_cache_retention safety_identifier", anything),
-    **_names("cache_prompt request_id", anything),
     "store": only(False),
     "response_format": only({"type": "text"}),
     "use_beam_search": only(False),
@@ -74,7 +81,7 @@ CHAT: Final[dict[str, Neutral]] = {
     "audio": only(),
     "web_search_options": only(),
     "prediction": only(),
-    "reasoning_effort": only(),
+    "reasoning_effort": only("medium"),
     "verbosity": only("medium"),
     "chat_template": only(),
     "documents": only(),
@@ -86,7 +93,6 @@ CHAT: Final[dict[str, Neutral]] = {
     "add_special_tokens": only(False),
     "return_tokens_as_token_ids": only(False),
 }
-"""`metadata` is for stored completions, and none are stored."""
 
 MESSAGE: Final[dict[str, Neutral]] = {
     "refusal": only(),
@@ -107,9 +113,9 @@ COMPLETION: Final[dict[str, Neutral]] = {
 }
 
 LLAMACPP: Final[dict[str, Neutral]] = {
+    **_NO_OPS,
     **_SAMPLERS,
     **_CONSTRAINTS,
-    **_names("cache_prompt id_slot timings_per_token return_progress n_keep n_discard slot_id", anything),
     "n_indent": number(0),
     "min_keep": only(0, 1),
     "n_cmpl": number(1),
@@ -122,6 +128,5 @@ LLAMACPP: Final[dict[str, Neutral]] = {
     "multimodal_data": only(),
     "backend_sampling": only(False),
 }
-"""`n_keep` and `n_discard` are for a context that shifts; this one ends."""
 
 TEMPLATE: Final[dict[str, Neutral]] = {"tools": only(), "add_generation_prompt": only(True)}

@@ -35,7 +35,7 @@ class ChatEndpoint:
         check_model(body.model, self._service)
         body.check_stream()
         run = OpenAiRun(self._service, self._settings, _ChatShape(self._service.tokenizer, body))
-        return await run.respond(request, self._asked(body), body.stream, body.includes_usage)
+        return await run.respond(request, self._asked(body), body.streaming)
 
     async def _asked(self, body: ChatBody) -> list[CompletionRequest]:
         max_tokens, top = body.most_tokens, body.top

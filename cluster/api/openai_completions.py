@@ -41,7 +41,7 @@ class CompletionEndpoint:
         check_model(body.model, self._service)
         _check(body)
         run = OpenAiRun(self._service, self._settings, _CompletionShape(self._service, body))
-        return await run.respond(request, _asked(body), body.stream, body.includes_usage)
+        return await run.respond(request, _asked(body), body.streaming)
 
 
 async def _asked(body: CompletionBody) -> list[CompletionRequest]:

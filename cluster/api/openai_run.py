@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from llamaclust.cluster.api.errors import JsonResponse
+from llamaclust.cluster.api.openai_schema import StreamOptions
 from llamaclust.cluster.api.openai_shapes import FINGERPRINT, usage
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.api.sse import DONE, WAITING, begin_events, event, unless_disconnected
@@ -55,16 +56,16 @@ class OpenAiRun:
         self._opened: set[tuple[int, int]] = set()
 
     async def respond(
-        self, request: Request, asked: Awaitable[Sequence[CompletionRequest]], is_stream: bool, with_usage: bool
+        self, request: Request, asked: Awaitable[Sequence[CompletionRequest]], streaming: StreamOptions | None
     ) -> Response:
         """The reply to what is asked, or its beginning where it is streamed. Whatever happens, nothing runs on when it
         ends; where one prompt is refused, none runs."""
         async with AsyncExitStack() as cleanup:
             cleanup.push_async_callback(self._close)
             await unless_disconnected(request, self._start(asked))
-            if is_stream:
+            if streaming is not None:
                 first = self.streams[0].wait_first(self._settings.first_chunk_s)
-                return await begin_events(request, first, self._events(with_usage), cleanup)
+                return await begin_events(request, first, self._events(streaming), cleanup)
             return JsonResponse(await unless_disconnected(request, self._whole()))
 
     async def _start(self, asked: Awaitable[Sequence[CompletionRequest]]) -> None:
@@ -102,9 +103,9 @@ class OpenAiRun:
     def _usage(self, tokens: int, timings: Sequence[Timings]) -> dict[str, Any]:
         return usage([len(stream.prompt_token_ids) for stream in self.streams], tokens, timings)
 
-    async def _events(self, with_usage: bool) -> AsyncGenerator[bytes, None]:
+    async def _events(self, options: StreamOptions) -> AsyncGenerator[bytes, None]:
         tokens, timings = 0, []
-        more = {"usage": None} if with_usage else {}
+        more: dict[str, Any] = {"usage": None} if options.include_usage else {}
         async for prompt, chunk in self._chunks():
             if chunk is None:
                 yield WAITING
@@ -112,9 +113,11 @@ class OpenAiRun:
             tokens += len(chunk.rows)
             if chunk.timings is not None and chunk.index == 0:
                 timings.append(chunk.timings)
+            if options.include_usage and options.continuous_usage_stats:
+                more = {"usage": self._usage(tokens, timings)}
             for choice in self._choices(prompt, chunk):
                 yield event({**self._reply(self._shape.chunk_object, [choice]), **more})
-        if with_usage:
+        if options.include_usage:
             counts = self._usage(tokens, timings)
             yield event({**self._reply(self._shape.chunk_object, []), "usage": counts})
         yield DONE

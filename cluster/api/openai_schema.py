@@ -24,6 +24,8 @@ class StreamOptions(Body):
     """A last chunk with the tokens counted."""
     include_obfuscation: bool = False
     """No-op: chunks are never padded."""
+    continuous_usage_stats: bool = False
+    """Each chunk carries the tokens counted so far; only with `include_usage`."""
 
 
 class Message(Body):
@@ -103,8 +105,9 @@ class _Sampling(SamplerFields):
     """Adds `token_ids` and `prompt_token_ids` to each choice."""
 
     @property
-    def includes_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
+    def streaming(self) -> StreamOptions | None:
+        """None: the reply is whole."""
+        return (self.stream_options or StreamOptions()) if self.stream else None
 
     def sampling(self) -> SamplingParams:
         """How tokens are chosen."""

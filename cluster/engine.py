@@ -73,6 +73,7 @@ class Engine:
         self.scheduler = Scheduler(settings, pipeline.epoch, len(pipeline.stages))
         self.metrics = Metrics(pipeline.stages, lambda: self.scheduler.counts, monotonic_ns)
         self.error: LlamaclustError | None = None  # why it is down or waits
+        self.answered = 0  # requests that ended without an error
         self._is_closed = False
         self._is_refusing = False
         self._is_draining = False
@@ -205,6 +206,7 @@ class Engine:
             self._mailboxes[key].put(update)
             tokens += isinstance(update, TokenChosen)
             if isinstance(update, Finished):
+                self.answered += 1
                 self._close(key, update.reason)
         return tokens
 

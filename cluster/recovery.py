@@ -30,7 +30,7 @@ from llamaclust.cluster.workforce import Workforce
 from llamaclust.errors import CutOffError, DoesNotFitError, LlamaclustError, WireError, WorkerError
 
 _TRIES = 3
-"""So often the same workers may fail without one of them being lost."""
+"""So often the same workers may fail without one of them being lost or a request being answered."""
 _PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 5.0
 _MOST_DOUBLINGS = 16
@@ -68,7 +68,8 @@ class Supervisor:
         self._loss: LlamaclustError | None = None
         self._lost_s = 0.0  # on the event loop's clock
         self._waits_for = ""  # as it was told
-        self._failures = 0  # in a row, of pipelines whose workers were all there
+        self._failures = 0  # of pipelines whose workers were all there, since a request was answered
+        self._answered = 0  # requests, at the last of these failures
         self._work: set[asyncio.Task[None]] = set()
         self.cuts = CutPairs(lambda: registry.present, config.timeouts.worker, watch, self._change)
         self.workforce = Workforce(registry, self._planned, self._holds, self._change, self._settled)
@@ -264,7 +265,11 @@ class Supervisor:
         no workers can compute are: they end."""
         if isinstance(loss, WireError) and not old.lost:
             self._registry.fence(old.workers[-1], str(loss))
-        self._failures = 0 if old.lost or self._is_cut(old.plan) else self._failures + 1
+        if old.lost or self._is_cut(old.plan):
+            self._failures = 0
+        else:
+            self._failures = self._failures + 1 if engine.answered == self._answered else 1
+            self._answered = engine.answered
         if self._failures >= _TRIES:
             self._failures = 0
             engine.give_up(loss)

@@ -23,6 +23,7 @@ from llamaclust.cluster.requests import Generation
 from llamaclust.cluster.worker_handle import WorkerHandle
 from llamaclust.errors import DoesNotFitError, LlamaclustError, UsageError, WorkerError
 from llamaclust.wire.control import Load, Loaded
+from llamaclust.wire.messages import SamplingParams
 
 SEED = SystemRandom().randrange(1 << 32)
 _HALVES = [{"worker": "a", "layers": [0, 3]}, {"worker": "b", "layers": [3, 6]}]
@@ -112,6 +113,38 @@ async def test_requests_that_wait_too_long_fail_and_the_cluster_serves_again_whe
         assert await asyncio.gather(*run.start(requests)) == expected
     async with asyncio.timeout(30):
         assert await by_hand.wait() == 0
+
+
+@run_async
+async def test_failures_between_which_requests_are_answered_end_none(
+    model: Path, requests: tuple[Generation, ...], expected: list[Answer], tmp_path: Path
+) -> None:
+    async with recovering(config(model, tmp_path, workers=2)) as run:
+        long = run.start(requests[:1])
+        for number in range(4):
+            await run.token(run.tokens + 2)
+            await answer_of(run.cluster.engine.submit(Generation(f"short {number}", (5, 6), 1, SamplingParams())))
+            assert not long[0].done()
+            run.cluster.engine.interrupt(WorkerError("a failure"))
+        assert await asyncio.gather(*long) == expected[:1]
+        assert run.cluster.supervisor.recoveries == 4
+
+
+@run_async
+async def test_requests_that_fail_again_and_again_end_and_others_are_served(
+    model: Path, requests: tuple[Generation, ...], expected: list[Answer], tmp_path: Path
+) -> None:
+    async with recovering(config(model, tmp_path, workers=2)) as run:
+        engine, supervisor = run.cluster.engine, run.cluster.supervisor
+        failing = run.start(requests[:1])
+        for number in range(3):
+            await run.until("service", lambda: engine.state is EngineState.READY)
+            await run.at_work()
+            engine.interrupt(WorkerError(f"failure {number}"))
+            await run.until("a recovery", lambda number=number: supervisor.recoveries == number + 1)
+        with pytest.raises(WorkerError, match="failure 2"):
+            await failing[0]
+        assert await asyncio.gather(*run.start(requests)) == expected
 
 
 @run_async

@@ -40,6 +40,7 @@ MINIMAL = "model: smollm2-135m-instruct\nworkers: [{name: a}]\n"
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NATIVE = (".h", ".cpp", ".cu", ".cuh")
+CPP = ROOT / "kernels/cpu/native"
 
 
 def page_id(page: Path) -> str:
@@ -80,11 +81,11 @@ def names(cell: str) -> list[str]:
 
 
 def modules() -> set[str]:
-    """Every module, and for native code every name of a source or header."""
+    """Every module, and every name of a CUDA source or header."""
     paths = [path for package in PACKAGES for path in (ROOT / package).rglob("*")]
     paths += (ROOT / "src/llamaclust").glob("*.py")
     python = {path for path in paths if path.suffix in (".py", ".proto") and "_pb2" not in path.name}
-    native = {path.with_suffix("") for path in paths if path.suffix in NATIVE}
+    native = {path.with_suffix("") for path in paths if path.suffix in NATIVE and not path.is_relative_to(CPP)}
     return {str(path.relative_to(ROOT)) for path in python | native if path.name != "__init__.py"}
 
 

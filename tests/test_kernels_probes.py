@@ -64,9 +64,13 @@ def test_the_loops_that_show_a_peak_are_what_they_seem(
 def disassembly(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[str, str]]]:
     """(address, instruction) of each function, as the compiler that built this program makes them."""
     path = tmp_path_factory.mktemp("probes") / "probes.o"
-    source = Path(__file__).parents[1] / "kernels/cpu/native/probes_arithmetic.cpp"
+    source = Path(__file__).parents[1] / "kernels/cpu/native/probes/arithmetic.cpp"
     compiler = os.environ.get("CXX", "c++")
-    subprocess.run([compiler, "-std=c++20", "-O3", "-fPIC", "-c", source, "-o", path], check=True, timeout=60)
+    subprocess.run(
+        [compiler, "-std=c++20", "-O3", "-fPIC", f"-I{source.parents[1]}", "-c", source, "-o", path],
+        check=True,
+        timeout=60,
+    )
     command = ["objdump", "--disassemble", "--demangle", "--no-show-raw-insn", path]
     text = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
     functions: dict[str, list[tuple[str, str]]] = {}

@@ -76,8 +76,8 @@ SWAPS = {
         "add(add(lanes[0], lanes[1]), add(lanes[2], lanes[3]))",
     ),
     "attention": Swap(
-        "attention",
-        "attention_f16.h",
+        "attention/attention",
+        "attention/f16.h",
         "for (int d = 0; d < task.head_dim; d++) {",
         "for (int e = 0; e < task.head_dim; e++) {\n    const int d = e < 2 ? 1 - e : e;",
     ),

@@ -53,4 +53,4 @@ def test_what_is_compiled_on_a_users_machine_is_packed() -> None:
     packed = [f"llamaclust/{path.relative_to(ROOT)}" for path in needed if "tests" not in path.parts]
     assert any(name.endswith(".cu") for name in packed) and any("native/level/quants" in name for name in packed)
     assert list(left_out.match_files(packed)) == []
-    assert left_out.match_file("llamaclust/kernels/cpu/native/level/matmul.cpp")
+    assert left_out.match_file("llamaclust/kernels/cpu/native/level/matmul/matmul.cpp")

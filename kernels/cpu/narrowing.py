@@ -13,7 +13,7 @@ from llamaclust.model.quant_types import QuantType
 
 
 class StoredType(IntEnum):
-    """The native module's numbers (kernels/cpu/native/narrowing.h)."""
+    """The native module's numbers (kernels/cpu/native/runtime/dtype_cast.h)."""
 
     F32 = 0
     F16 = 1

@@ -1,4 +1,4 @@
-"""The steps of a sampler chain in NumPy and Python, slow and obvious: what kernels/cpu/native/sampler_chain.cpp gives,
+"""The steps of a sampler chain in NumPy and Python, slow and obvious: what kernels/cpu/native/sampler/chain.cpp gives,
 bit for bit."""
 
 from __future__ import annotations

@@ -5,12 +5,12 @@
 #include <cstring>
 #include <utility>
 
-#include "float_mode.h"
-#include "levels.h"
-#include "math_baseline.h"
-#include "probes.h"
-#include "sampler.h"
-#include "sampler_random.h"
+#include "runtime/float_mode.h"
+#include "runtime/levels.h"
+#include "runtime/math.h"
+#include "probes/probes.h"
+#include "sampler/sampler.h"
+#include "sampler/random.h"
 
 using namespace llamaclust;
 

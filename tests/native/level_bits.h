@@ -7,7 +7,7 @@
 #include <span>
 #include <vector>
 
-#include "level.h"
+#include "level/level.h"
 
 namespace level_bits {
 

@@ -3,8 +3,8 @@
 #include <utility>
 
 #include "level_bits.h"
-#include "pack.h"
-#include "packed_matrix.h"
+#include "pack/pack.h"
+#include "pack/packed_matrix.h"
 
 using namespace llamaclust;
 

@@ -2,8 +2,8 @@
 #include <string>
 
 #include "level_bits.h"
-#include "pack.h"
-#include "quantize_grids.h"
+#include "pack/pack.h"
+#include "pack/near_points.h"
 
 using namespace llamaclust;
 

@@ -1,5 +1,5 @@
 // Many short jobs on one pool, for a build with -fsanitize=thread.
-#include "thread_pool.h"
+#include "runtime/thread_pool.h"
 
 namespace {
 

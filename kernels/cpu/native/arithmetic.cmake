@@ -2,10 +2,10 @@
 # feature level, each into a namespace of its own, everything else once for any CPU. Sets `objects`, what to link, and
 # `checks`, commands that are to follow; `check_isa` is the script that they run.
 set(native ${CMAKE_CURRENT_LIST_DIR})
-file(GLOB bindings CONFIGURE_DEPENDS ${native}/bindings*.cpp)
-file(GLOB baseline CONFIGURE_DEPENDS ${native}/*.cpp)
+file(GLOB bindings CONFIGURE_DEPENDS ${native}/bindings/*.cpp)
+file(GLOB baseline CONFIGURE_DEPENDS ${native}/executor/*.cpp ${native}/pack/*.cpp ${native}/probes/*.cpp
+     ${native}/runtime/*.cpp ${native}/sampler/*.cpp)
 file(GLOB_RECURSE level_sources CONFIGURE_DEPENDS ${native}/level/*.cpp)
-list(REMOVE_ITEM baseline ${bindings})
 
 set(levels generic)  # slowest first
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
@@ -32,7 +32,7 @@ add_library(cpu_baseline OBJECT ${baseline})
 target_compile_options(cpu_baseline PRIVATE ${arithmetic_flags})
 target_include_directories(cpu_baseline PRIVATE ${native})
 # Without it g++ makes no vectors of a choice between two floats; floating-point traps are off anyway.
-set_source_files_properties(${native}/narrowing.cpp PROPERTIES COMPILE_OPTIONS "-fno-trapping-math")
+set_source_files_properties(${native}/runtime/dtype_cast.cpp PROPERTIES COMPILE_OPTIONS "-fno-trapping-math")
 
 set(objects $<TARGET_OBJECTS:cpu_baseline>)
 set(checks "")
@@ -48,4 +48,4 @@ foreach(level IN LISTS LLAMACLUST_LEVELS)
 endforeach()
 list(TRANSFORM LLAMACLUST_LEVELS REPLACE "(.+)" "X(\\1)" OUTPUT_VARIABLE built)
 list(JOIN built " " built)
-set_source_files_properties(${native}/levels.cpp PROPERTIES COMPILE_OPTIONS "-DLLAMACLUST_LEVELS(X)=${built}")
+set_source_files_properties(${native}/runtime/levels.cpp PROPERTIES COMPILE_OPTIONS "-DLLAMACLUST_LEVELS(X)=${built}")

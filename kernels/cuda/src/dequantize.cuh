@@ -1,4 +1,4 @@
-// Rows of weights as float32, by the rule of kernels/cpu/native/level/matmul_dequantize.h.
+// Rows of weights as float32, by the rule of kernels/cpu/native/level/matmul/dequantize.h.
 #pragma once
 
 #include "products.cuh"

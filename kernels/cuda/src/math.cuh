@@ -7,5 +7,5 @@
 #define ELEMENTARY [[maybe_unused]] __device__ __forceinline__
 #define COEFFICIENTS [[maybe_unused]] static __device__ constexpr
 
-#include "math_sincos.h"
+#include "simd/sincos.h"
 #include "simd/math.h"

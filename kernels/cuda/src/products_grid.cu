@@ -1,6 +1,6 @@
 // Products with types whose weights are points of a grid.
 #include "simd/dot.h"
-#include "grid_points.h"
+#include "pack/grid_points.h"
 #include "product_kernels.cuh"
 #include "level/quants/iq1_m.h"
 #include "level/quants/iq1_s.h"

@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "faults.h"
-#include "float_mode.h"
+#include "runtime/float_mode.h"
 #include "switch.h"
 
 namespace shim {

@@ -1,4 +1,4 @@
-#include "sampler_ops.h"
+#include "level/sampler_ops.h"
 
 #include <limits>
 

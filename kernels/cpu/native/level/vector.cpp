@@ -1,6 +1,6 @@
 // Row by row arithmetic: every output is a fixed list of IEEE operations, whatever the register width.
+#include "level/vector_ops.h"
 #include "simd/math.h"
-#include "vector_ops.h"
 
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {

@@ -5,7 +5,7 @@
 // than kBits bits; then they go to int32 lanes, plain or times a scale per row. All of it is exact.
 #pragma once
 
-#include "lanes.h"
+#include "simd/lanes.h"
 
 // Loops over rows, tokens and k-groups whose counts are constants: unrolled, so that arrays of registers are registers.
 #if defined(__AVX2__) || defined(LLAMACLUST_NEON)
@@ -17,19 +17,19 @@
 #define DOT [[maybe_unused]] inline __attribute__((always_inline))
 
 #if defined(__AVX512VNNI__)
-#include "dot_avx512vnni.h"
+#include "simd/avx512/dot_vnni.h"
 #elif defined(__AVX512BW__)
-#include "dot_avx512.h"
+#include "simd/avx512/dot.h"
 #elif defined(__AVXVNNI__)
-#include "dot_avxvnni.h"
+#include "simd/avx2/dot_vnni.h"
 #elif defined(__AVX2__)
-#include "dot_avx2.h"
+#include "simd/avx2/dot.h"
 #elif defined(LLAMACLUST_NEON) && defined(__ARM_FEATURE_DOTPROD)
-#include "dot_neon_dotprod.h"
+#include "simd/neon/dot_dotprod.h"
 #elif defined(LLAMACLUST_NEON)
-#include "dot_neon.h"
+#include "simd/neon/dot.h"
 #else
-#include "dot_generic.h"
+#include "simd/generic/dot.h"
 #endif
 
 namespace llamaclust::LLAMACLUST_LEVEL {
@@ -65,13 +65,13 @@ using Points = I32x16;
 }  // namespace llamaclust::LLAMACLUST_LEVEL
 
 #if defined(__AVX512BW__)
-#include "points_avx512.h"
+#include "simd/avx512/points.h"
 #elif defined(__AVX2__)
-#include "points_avx2.h"
+#include "simd/avx2/points.h"
 #elif defined(LLAMACLUST_NEON)
-#include "points_neon.h"
+#include "simd/neon/points.h"
 #else
-#include "points_generic.h"
+#include "simd/generic/points.h"
 #endif
 
 #undef DOT

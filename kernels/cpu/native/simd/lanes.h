@@ -12,13 +12,13 @@
 #include <cstring>
 
 #if defined(__AVX512F__)
-#include "lanes_avx512.h"
+#include "simd/avx512/lanes.h"
 #elif defined(__AVX2__)
-#include "lanes_avx2.h"
+#include "simd/avx2/lanes.h"
 #elif defined(LLAMACLUST_NEON)
-#include "lanes_neon.h"
+#include "simd/neon/lanes.h"
 #else
-#include "lanes_generic.h"
+#include "simd/generic/lanes.h"
 #endif
 
 namespace llamaclust::LLAMACLUST_LEVEL {

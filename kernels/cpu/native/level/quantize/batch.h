@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "../../quantize_ops.h"
-#include "../../simd/lanes.h"
+#include "level/quantize_ops.h"
+#include "simd/lanes.h"
 
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {

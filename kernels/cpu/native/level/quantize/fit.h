@@ -2,7 +2,7 @@
 // to it and then the scale that is best for those levels.
 #pragma once
 
-#include "batch.h"
+#include "level/quantize/batch.h"
 
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {

@@ -1,8 +1,8 @@
 // The best points of a grid for a block, and scales for them.
 #pragma once
 
-#include "../../quantize_grids.h"
-#include "scales.h"
+#include "level/quantize/scales.h"
+#include "pack/near_points.h"
 
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {

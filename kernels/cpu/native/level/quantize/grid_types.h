@@ -1,7 +1,7 @@
 // Types whose weights are points of a grid, as files hold them.
 #pragma once
 
-#include "grid.h"
+#include "level/quantize/grid.h"
 
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {

@@ -1,7 +1,7 @@
 // The K types' blocks as files hold them.
 #pragma once
 
-#include "k_blocks.h"
+#include "level/quantize/k_blocks.h"
 
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {

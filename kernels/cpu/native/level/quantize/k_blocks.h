@@ -1,8 +1,8 @@
 // Blocks of 256 weights whose sub-blocks have scales, and offsets in some types, that are multiples of the block's own.
 #pragma once
 
-#include "fit.h"
-#include "scales.h"
+#include "level/quantize/fit.h"
+#include "level/quantize/scales.h"
 
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {

@@ -1,7 +1,7 @@
 // Scales of sub-blocks as multiples of one scale of their block.
 #pragma once
 
-#include "batch.h"
+#include "level/quantize/batch.h"
 
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {

@@ -1,7 +1,7 @@
 // Types of 32 weights with one scale, or one scale and an offset, a block.
 #pragma once
 
-#include "fit.h"
+#include "level/quantize/fit.h"
 
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {

@@ -1,8 +1,8 @@
 // Types whose weights come out of a table of uneven steps.
 #pragma once
 
-#include "k.h"
-#include "simple.h"
+#include "level/quantize/k.h"
+#include "level/quantize/simple.h"
 
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {

@@ -1,7 +1,7 @@
 // Types of three values: for models that were trained with such weights, so the largest of a block is its scale.
 #pragma once
 
-#include "k.h"
+#include "level/quantize/k.h"
 
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {

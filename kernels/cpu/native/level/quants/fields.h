@@ -3,7 +3,7 @@
 // the min where the type has one, and the integer scales and mins of its sub-blocks where there is more than one.
 #pragma once
 
-#include "matrix.h"
+#include "level/matrix.h"
 #include "simd/dot.h"
 
 #ifndef DECODE

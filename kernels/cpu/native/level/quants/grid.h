@@ -2,8 +2,8 @@
 // k-group's bytes, 8 bytes a k-group, set where it is negative; sub-block scales are odd, 2 s + 1 of three or four bits.
 #pragma once
 
-#include "fields.h"
-#include "grids.h"
+#include "level/quants/fields.h"
+#include "pack/grids.h"
 
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {

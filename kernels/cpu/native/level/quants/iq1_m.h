@@ -3,7 +3,7 @@
 // columns; such bits of the other eight, 16 of each row; scale.
 #pragma once
 
-#include "thirds.h"
+#include "level/quants/thirds.h"
 
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {

@@ -2,7 +2,7 @@
 // Body: levels (thirds.h); a line of s in three bits, above them a bit that is set for + 1. Tail: scale.
 #pragma once
 
-#include "thirds.h"
+#include "level/quants/thirds.h"
 
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {

@@ -2,7 +2,7 @@
 // Body: levels (thirds.h); signs; two lines of s. Tail: scale.
 #pragma once
 
-#include "thirds.h"
+#include "level/quants/thirds.h"
 
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {

@@ -3,7 +3,7 @@
 // of sub-block j bits j and 16 + j of each lane; signs; two lines of s. Tail: scale.
 #pragma once
 
-#include "grid.h"
+#include "level/quants/grid.h"
 
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {

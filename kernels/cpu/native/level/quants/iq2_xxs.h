@@ -2,7 +2,7 @@
 // Body: the indices of four points as bytes 0, 2, 1, 3 of line j; signs; s. Tail: scale.
 #pragma once
 
-#include "grid.h"
+#include "level/quants/grid.h"
 
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {

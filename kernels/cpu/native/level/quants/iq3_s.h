@@ -2,7 +2,7 @@
 // bits. Body: nibbles of 8 sub-blocks; s. Tail: scale.
 #pragma once
 
-#include "grid.h"
+#include "level/quants/grid.h"
 
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {

@@ -1,7 +1,7 @@
 // IQ4_NL: weight = scale * value[q], sixteen values of uneven steps. Body: nibbles; tail: scale.
 #pragma once
 
-#include "fields.h"
+#include "level/quants/fields.h"
 
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {

@@ -3,7 +3,7 @@
 // Body: nibbles of 8 sub-blocks, then two lines of s as k-groups over j. Tail: scale.
 #pragma once
 
-#include "iq4_nl.h"
+#include "level/quants/iq4_nl.h"
 
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {

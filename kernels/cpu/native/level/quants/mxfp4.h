@@ -2,7 +2,7 @@
 // Body: nibbles; tail: e, a byte a row.
 #pragma once
 
-#include "fields.h"
+#include "level/quants/fields.h"
 
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {

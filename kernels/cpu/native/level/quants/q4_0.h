@@ -1,7 +1,7 @@
 // Q4_0: weight = scale * (q - 8). Body: nibbles; tail: scale.
 #pragma once
 
-#include "fields.h"
+#include "level/quants/fields.h"
 
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {

@@ -1,7 +1,7 @@
 // Q4_1: weight = scale * q + min. Body: nibbles; tail: scale, min.
 #pragma once
 
-#include "fields.h"
+#include "level/quants/fields.h"
 
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {

@@ -2,7 +2,7 @@
 // Body: nibbles of 8 sub-blocks, then s and m. Tail: scale, min.
 #pragma once
 
-#include "fields.h"
+#include "level/quants/fields.h"
 
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {

@@ -1,7 +1,7 @@
 // Q5_0: weight = scale * (q - 16). Body: five lines of quants; tail: scale.
 #pragma once
 
-#include "fields.h"
+#include "level/quants/fields.h"
 
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {

@@ -1,7 +1,7 @@
 // Q5_1: weight = scale * q + min. Body: five lines of quants; tail: scale, min.
 #pragma once
 
-#include "fields.h"
+#include "level/quants/fields.h"
 
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {

@@ -2,7 +2,7 @@
 // Body: five lines of quants for each of 8 sub-blocks, then s and m. Tail: scale, min.
 #pragma once
 
-#include "fields.h"
+#include "level/quants/fields.h"
 
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {

@@ -3,7 +3,7 @@
 // then four lines of s as k-groups over j. Tail: scale.
 #pragma once
 
-#include "fields.h"
+#include "level/quants/fields.h"
 
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {

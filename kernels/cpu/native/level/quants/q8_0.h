@@ -1,7 +1,7 @@
 // Q8_0: weight = scale * (q - 128). Body: a line a k-group; tail: scale.
 #pragma once
 
-#include "fields.h"
+#include "level/quants/fields.h"
 
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {

@@ -4,7 +4,7 @@
 // Lines of n for two sub-blocks each, then of bits 0-1 of m for four, then of bit 2 for eight; the first lowest.
 #pragma once
 
-#include "grid.h"
+#include "level/quants/grid.h"
 
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {

@@ -2,7 +2,7 @@
 // every product would cost more time than the bytes that it saves.
 #pragma once
 
-#include "tq2_0.h"
+#include "level/quants/tq2_0.h"
 
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {

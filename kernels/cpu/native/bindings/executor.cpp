@@ -1,0 +1,227 @@
+// Plans and stages for Python: a plan is built step by step, a stage runs it in one call without the interpreter's
+// lock.
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <limits>
+
+#include "bindings/bindings.h"
+#include "executor/executor.h"
+#include "pack/packed_matrix.h"
+#include "runtime/levels.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace llamaclust {
+namespace {
+
+using Ints = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using FloatRows = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using PythonRotation = std::optional<std::pair<int, bool>>;  // table, neox
+
+std::vector<float> vector_of(const Floats& x) { return {x.data(), x.data() + x.size()}; }
+std::span<const int32_t> span_of(const Ints& x) { return {x.data(), x.size()}; }
+
+std::optional<Rotation> rotation_of(const PythonRotation& rotation) {
+  if (!rotation) return std::nullopt;
+  return Rotation{rotation->first, rotation->second ? RopeStyle::Neox : RopeStyle::Norm};
+}
+
+KvType kv_type_of(int number) {
+  require(number >= 0 && number < kKvTypes, "unknown KV type");
+  return static_cast<KvType>(number);
+}
+
+// A plan and the Python objects whose memory it points into.
+struct PlanBuilder {
+  Plan plan;
+  std::vector<nb::object> kept;
+  bool is_runnable = true;  // no weight is a mere shape
+
+  const Matrix& keep(nb::handle matrix) {
+    kept.push_back(nb::borrow(matrix));
+    const PackedMatrix& packed = nb::cast<const PackedMatrix&>(matrix);
+    is_runnable = is_runnable && packed.bytes() > 0;
+    return packed.matrix();
+  }
+};
+
+struct NativeStage {
+  NativeStage(PlanBuilder& builder, const std::string& feature_level, nb::object pool)
+      : kept((require(builder.is_runnable, "weights that were not loaded"), std::move(builder.kept))),
+        pool(std::move(pool)),
+        level(find_level(feature_level)),
+        executor(std::move(builder.plan), level, nb::cast<ThreadPool&>(this->pool)) {}
+
+  int run(const Ints& tokens, const Ints& positions, const Ints& sequence_starts, const Ints& table_starts,
+          const Ints& block_tables, const Ints& output_rows, const std::optional<FloatRows>& hidden,
+          const std::optional<Ints>& window_tables) {
+    if (hidden &&
+        (hidden->shape(0) != positions.size() || hidden->shape(1) != static_cast<size_t>(executor.hidden_width())))
+      throw std::invalid_argument("batch: hidden states must be [rows, " + std::to_string(executor.hidden_width()) +
+                                  "]");
+    const Batch batch{
+        span_of(tokens),
+        span_of(positions),
+        span_of(sequence_starts),
+        span_of(table_starts),
+        span_of(block_tables),
+        window_tables ? span_of(*window_tables) : std::span<const int32_t>(),
+        span_of(output_rows),
+        hidden ? hidden->data() : nullptr};
+    const nb::gil_scoped_release unlocked;
+    return executor.run(batch);
+  }
+
+  std::vector<nb::object> kept;
+  nb::object pool;
+  const Level level;
+  Executor executor;
+};
+
+nb::object contents_of(nb::handle self, int buffer) {
+  const Executor& executor = nb::cast<NativeStage&>(self).executor;
+  const size_t shape[2] = {static_cast<size_t>(executor.capacity(buffer)), static_cast<size_t>(executor.width(buffer))};
+  return nb::cast(nb::ndarray<nb::numpy, float>(executor.contents(buffer), 2, shape, self));
+}
+
+nb::object result_of(nb::handle self) {
+  return contents_of(self, nb::cast<NativeStage&>(self).executor.result());
+}
+
+void add_products(PlanBuilder& builder,
+                  const std::vector<std::tuple<nb::object, std::optional<Floats>, int, int>>& products) {
+  ProductsStep step;
+  for (const auto& [weight, bias, out, slot] : products)
+    step.products.push_back({builder.keep(weight), bias ? vector_of(*bias) : std::vector<float>{}, out, slot});
+  builder.plan.add(std::move(step));
+}
+
+void add_experts(PlanBuilder& builder, const std::vector<std::pair<std::vector<nb::object>, int>>& products, int choice,
+                 int slot, int used, bool per_rank) {
+  ExpertsStep step{{}, choice, slot, used, per_rank};
+  for (const auto& [experts, out] : products) {
+    step.products.push_back({{}, out});
+    for (const nb::object& expert : experts) step.products.back().experts.push_back(builder.keep(expert));
+  }
+  builder.plan.add(std::move(step));
+}
+
+void add_attention(PlanBuilder& builder, int q, int k, int v, int out, int layer, int heads, int kv_heads, int head_dim,
+                   float scale, std::optional<float> soft_cap, std::vector<float> slopes,
+                   std::optional<int> window, PythonRotation rotate_q, PythonRotation rotate_k) {
+  require(!soft_cap || *soft_cap > 0, "a soft cap that is no positive number");
+  builder.plan.add(AttentionStep{q, k, v, out, layer, heads, kv_heads, head_dim, scale, soft_cap.value_or(0.0f),
+                                 std::move(slopes), window.value_or(std::numeric_limits<int>::max()),
+                                 rotation_of(rotate_q), rotation_of(rotate_k)});
+}
+
+void bind_row_steps(nb::class_<PlanBuilder>& plan) {
+  plan.def("embed", [](PlanBuilder& b, nb::handle weight, int out) { b.plan.add(EmbedStep{b.keep(weight), out}); })
+      .def("read_hidden", [](PlanBuilder& b, int out) { b.plan.add(InputStep{out}); })
+      .def("rms_norm", [](PlanBuilder& b, int x, int out, const Floats& weight,
+                          float epsilon) { b.plan.add(NormStep{x, out, vector_of(weight), epsilon}); })
+      .def("layer_norm",
+           [](PlanBuilder& b, int x, int out, const Floats& weight, const Floats& bias, float epsilon) {
+             b.plan.add(LayerNormStep{x, out, vector_of(weight), vector_of(bias), epsilon});
+           })
+      .def("add_position",
+           [](PlanBuilder& b, int x, int out, nb::handle weight) { b.plan.add(PositionStep{x, out, b.keep(weight)}); })
+      .def("rope",
+           [](PlanBuilder& b, int x, int out, int heads, int head_dim, std::pair<int, bool> rotation) {
+             b.plan.add(RopeStep{x, out, heads, head_dim, *rotation_of(rotation)});
+           })
+      .def("silu_mul", [](PlanBuilder& b, int gate, int up, int out) { b.plan.add(SiluMulStep{gate, up, out}); })
+      .def("gelu",
+           [](PlanBuilder& b, int x, int out, bool by_tanh) {
+             b.plan.add(GeluStep{x, out, by_tanh ? GeluKind::Tanh : GeluKind::Erf});
+           })
+      .def("add", [](PlanBuilder& b, int x, int y, int out) { b.plan.add(AddStep{x, y, out}); })
+      .def("mul", [](PlanBuilder& b, int x, int y, int out) { b.plan.add(MulStep{x, y, out}); })
+      .def("scale", [](PlanBuilder& b, int x, int out, float factor) { b.plan.add(ScaleStep{x, out, factor}); })
+      .def("soft_cap", [](PlanBuilder& b, int x, int out, float cap) { b.plan.add(SoftCapStep{x, out, cap}); })
+      .def("slice", [](PlanBuilder& b, int x, int out, int start) { b.plan.add(SliceStep{x, out, start}); })
+      .def("sigmoid_gate", [](PlanBuilder& b, int x, int y, int out,
+                              const Floats& weight) { b.plan.add(SigmoidGateStep{x, y, out, vector_of(weight)}); })
+      .def("quantize",
+           [](PlanBuilder& b, int x, int slot, int format) {
+             require(format >= 0 && format <= static_cast<int>(ActivationFormat::Q8_256), "unknown activation format");
+             b.plan.add(QuantizeStep{x, slot, static_cast<ActivationFormat>(format)});
+           })
+      .def("choose_experts", [](PlanBuilder& b, int logits, int out, int experts, int used,
+                                bool normalized) { b.plan.add(ChooseStep{logits, out, experts, used, normalized}); })
+      .def("combine_experts",
+           [](PlanBuilder& b, int choice, int x, int out, int used) { b.plan.add(CombineStep{choice, x, out, used}); })
+      .def("select_rows", [](PlanBuilder& b, int x, int out) { b.plan.add(SelectStep{x, out}); })
+      .def("write_result", [](PlanBuilder& b, int x, int out) { b.plan.add(OutputStep{x, out}); });
+}
+
+}  // namespace
+
+void bind_executor(nb::module_& module) {
+  nb::class_<ThreadPool>(module, "ThreadPool")
+      .def(nb::init<int, bool>(), "threads"_a, "yields"_a)
+      .def_prop_ro("threads", &ThreadPool::threads);
+
+  nb::class_<Crowding>(module, "Crowding")  // for tests
+      .def(nb::init<int>(), "threads"_a)
+      .def("threads", &Crowding::threads, "rows"_a)
+      .def("report", &Crowding::report, "rows"_a, "began_ns"_a, "ended_ns"_a, "waited_ns"_a);
+
+  nb::class_<PlanBuilder> plan(module, "Plan");
+  plan.def(
+          "__init__",
+          [](PlanBuilder* self, int max_tokens, int max_outputs, int max_sequences, int max_context_tokens,
+             int kv_blocks, int window_blocks) {
+            new (self) PlanBuilder{
+                Plan({max_tokens, max_outputs, max_sequences, max_context_tokens, kv_blocks, window_blocks}), {}};
+          },
+          "max_tokens"_a, "max_outputs"_a, "max_sequences"_a, "max_context_tokens"_a, "kv_blocks"_a,
+          "window_blocks"_a = 0)
+      .def(
+          "add_buffer",
+          [](PlanBuilder& b, int width, int multiple, bool private_copy, bool outputs_only) {
+            return b.plan.add_buffer({width, multiple, private_copy, outputs_only});
+          },
+          "width"_a, "multiple"_a, "private_copy"_a, "outputs_only"_a)
+      .def("add_rotation", [](PlanBuilder& b, std::vector<double> frequencies,
+                              double scale) { return b.plan.add_rotation({std::move(frequencies), scale}); })
+      .def("add_kv_layer",
+           [](PlanBuilder& b, int kv_heads, int head_dim, int kv_type, bool windowed) {
+             return b.plan.add_kv_layer({kv_heads, head_dim, kv_type_of(kv_type), windowed});
+           },
+           "kv_heads"_a, "head_dim"_a, "kv_type"_a, "windowed"_a = false)
+      .def("set_result", [](PlanBuilder& b, int buffer) { b.plan.set_result(buffer); })
+      .def("multiply", &add_products)
+      .def("multiply_experts", &add_experts, "products"_a, "choice"_a, "slot"_a, "used"_a, "per_rank"_a)
+      .def("attend", &add_attention, "q"_a, "k"_a, "v"_a, "out"_a, "layer"_a, "heads"_a, "kv_heads"_a, "head_dim"_a,
+           "scale"_a, "soft_cap"_a.none(), "slopes"_a, "window"_a.none(), "rotate_q"_a.none(), "rotate_k"_a.none());
+  bind_row_steps(plan);
+
+  nb::class_<NativeStage>(module, "Stage")
+      .def(nb::init<PlanBuilder&, const std::string&, nb::object>(), "plan"_a, "feature_level"_a, "pool"_a)
+      .def("run", &NativeStage::run, "tokens"_a, "positions"_a, "sequence_starts"_a, "table_starts"_a, "block_tables"_a,
+           "output_rows"_a, "hidden"_a.none(), "window_tables"_a.none() = nb::none())
+      .def_prop_ro("result", &result_of)
+      .def("contents", &contents_of, "buffer"_a, "Lines of a buffer that no thread has a copy of, as a run left them.")
+      .def_prop_ro("kv_bytes", [](const NativeStage& stage) { return stage.executor.kv_bytes(); })
+      .def_prop_ro("workspace_bytes", [](const NativeStage& stage) { return stage.executor.workspace_bytes(); });
+
+  module.def(
+      "workspace_bytes", [](const PlanBuilder& b, int threads) { return workspace_bytes(b.plan, threads); }, "plan"_a,
+      "threads"_a, "Bytes that a stage of the plan needs besides weights and KV memory.");
+  module.def(
+      "kv_block_bytes",
+      [](int kv_heads, int head_dim, int kv_type) {
+        return kv_block_bytes({kv_heads, head_dim, kv_type_of(kv_type)});
+      },
+      "Bytes that one block of KV memory costs in a layer.");
+}
+
+}  // namespace llamaclust

@@ -1,0 +1,192 @@
+// Matrix products for tests, benchmarks and measurements of a machine; a model runs them through the executor.
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <chrono>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "bindings/bindings.h"
+#include "pack/pack.h"
+#include "pack/packed_matrix.h"
+#include "runtime/float_mode.h"
+#include "runtime/levels.h"
+#include "runtime/thread_pool.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace llamaclust {
+namespace {
+
+using FileBytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using FloatRows = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+void pack_rows(PackedMatrix& matrix, int first_row, FileBytes data) {
+  const nb::gil_scoped_release unlocked;
+  matrix.pack_rows(first_row, {data.data(), data.size()});
+}
+
+template <typename T>
+nb::object new_array(std::initializer_list<size_t> shape, T** data) {
+  size_t count = 1;
+  for (size_t n : shape) count *= n;
+  *data = new T[count]();
+  nb::capsule owner(*data, [](void* p) noexcept { delete[] static_cast<T*>(p); });
+  return nb::cast(nb::ndarray<nb::numpy, T>(*data, shape, owner));
+}
+
+// Activations of some tokens in one format, quantized.
+struct Activations {
+  Activations(const MatmulOps& ops, ActivationFormat format, const FloatRows& x)
+      : row_bytes(activation_bytes(format, static_cast<int>(x.shape(1)))), memory(row_bytes * x.shape(0)) {
+    const FloatMode mode;
+    for (size_t t = 0; t < x.shape(0); t++)
+      ops.quantize(format, x.data() + t * x.shape(1), static_cast<int>(x.shape(1)), memory.data() + t * row_bytes);
+  }
+  size_t row_bytes;
+  Memory memory;
+};
+
+// Products of several matrices with the same activations: every thread computes its part of the tiles of each.
+class Products final : public ThreadPool::Job {
+ public:
+  Products(const MatmulOps& ops, std::vector<const PackedMatrix*> matrices, const FloatRows& x, const float* bias)
+      : ops_(ops),
+        matrices_(std::move(matrices)),
+        activations_(ops, format_of(matrices_, x), x),
+        tokens_(static_cast<int>(x.shape(0))),
+        bias_(bias) {}
+
+  // Returns how long it took, in seconds. `out` is overwritten by each of the matrices.
+  double run(ThreadPool& pool, float* out) {
+    pool_ = &pool;
+    scratch_.clear();
+    for (int thread = 0; thread < pool.threads(); thread++)
+      scratch_.emplace_back(matmul_scratch_bytes(matrices_[0]->matrix().cols));
+    out_ = out;
+    pool.run(*this);
+    return seconds_;
+  }
+
+  void work(int thread) noexcept override {
+    const FloatMode mode;
+    const Memory& scratch = scratch_[static_cast<size_t>(thread)];
+    std::fill_n(scratch.data(), scratch.bytes(), uint8_t{0});
+    pool_->barrier().arrive();
+    const auto start = std::chrono::steady_clock::now();
+    for (const PackedMatrix* packed : matrices_) {
+      const Matrix& matrix = packed->matrix();
+      const auto border = [&](int64_t n) { return static_cast<int>(n * matrix.tile_count() / pool_->threads()); };
+      ops_.matmul(matrix, activations_.memory.data(), tokens_, {}, out_, static_cast<size_t>(matrix.rows), bias_,
+                  border(thread), border(thread + 1), scratch.data());
+    }
+    pool_->barrier().arrive();
+    if (thread == 0) seconds_ = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  }
+
+ private:
+  static ActivationFormat format_of(const std::vector<const PackedMatrix*>& matrices, const FloatRows& x) {
+    if (matrices.empty()) throw std::invalid_argument("no matrices");
+    const Matrix& first = matrices[0]->matrix();
+    for (const PackedMatrix* packed : matrices) {
+      const Matrix& matrix = packed->matrix();
+      if (matrix.tiles == nullptr) throw std::invalid_argument("a mere shape has no weights");
+      if (matrix.type != first.type || matrix.rows != first.rows || matrix.cols != first.cols)
+        throw std::invalid_argument("matrices of several types or shapes");
+    }
+    if (x.shape(1) != static_cast<size_t>(first.cols)) throw std::invalid_argument("activations of another width");
+    return tile_layout(first.type).activation;
+  }
+
+  const MatmulOps ops_;
+  const std::vector<const PackedMatrix*> matrices_;
+  const Activations activations_;
+  const int tokens_;
+  const float* const bias_;
+  std::vector<Memory> scratch_;
+  ThreadPool* pool_ = nullptr;
+  float* out_ = nullptr;
+  double seconds_ = 0;
+};
+
+nb::object multiply(const std::string& level, const PackedMatrix& matrix, const FloatRows& x, int threads,
+                    const std::optional<Floats>& bias) {
+  const size_t rows = static_cast<size_t>(matrix.matrix().rows);
+  if (bias && bias->shape(0) != rows) throw std::invalid_argument("a bias of another length");
+  Products products(find_level(level).matmul, {&matrix}, x, bias ? bias->data() : nullptr);
+  ThreadPool pool(threads);
+  float* out;
+  nb::object result = new_array<float>({x.shape(0), rows}, &out);
+  nb::gil_scoped_release unlocked;
+  products.run(pool, out);
+  return result;
+}
+
+double multiply_seconds(const std::string& level, const std::vector<const PackedMatrix*>& matrices, const FloatRows& x,
+                        int threads) {
+  Products products(find_level(level).matmul, matrices, x, nullptr);
+  ThreadPool pool(threads);
+  std::vector<float> out(x.shape(0) * static_cast<size_t>(matrices[0]->matrix().rows));
+  nb::gil_scoped_release unlocked;
+  return products.run(pool, out.data());
+}
+
+ActivationFormat format_named(const std::string& name) {
+  if (name == "F32") return ActivationFormat::F32;
+  if (name == "Q8_32") return ActivationFormat::Q8_32;
+  if (name == "Q8_256") return ActivationFormat::Q8_256;
+  throw std::invalid_argument("no activation format " + name);
+}
+
+nb::object quantize(const std::string& level, const std::string& format_name, const FloatRows& x) {
+  const ActivationFormat format = format_named(format_name);
+  if (x.shape(1) % segment_cols(format) != 0) throw std::invalid_argument("not whole segments");
+  const Activations activations(find_level(level).matmul, format, x);
+  uint8_t* out;
+  nb::object result = new_array<uint8_t>({x.shape(0), activations.row_bytes}, &out);
+  std::copy_n(activations.memory.data(), activations.memory.bytes(), out);
+  return result;
+}
+
+nb::object dequantize(const std::string& level, const PackedMatrix& packed) {
+  const Matrix& matrix = packed.matrix();
+  if (matrix.tiles == nullptr) throw std::invalid_argument("a mere shape has no weights");
+  const MatmulOps ops = find_level(level).matmul;
+  const FloatMode mode;
+  float* out;
+  nb::object result = new_array<float>({static_cast<size_t>(matrix.rows), static_cast<size_t>(matrix.cols)}, &out);
+  for (int row = 0; row < matrix.rows; row++)
+    ops.dequantize_row(matrix, row, out + static_cast<size_t>(row) * matrix.cols);
+  return result;
+}
+
+}  // namespace
+
+void bind_matmul(nb::module_& module) {
+  nb::class_<PackedMatrix>(module, "PackedMatrix", "Weights [rows, cols] in tiles; all zero at first.")
+      .def(nb::init<int, int, int>(), "quant_type"_a, "rows"_a, "cols"_a)
+      .def(nb::init<int, int, int, std::shared_ptr<const Memory>, size_t>(), "quant_type"_a, "rows"_a, "cols"_a,
+           "memory"_a, "offset"_a)
+      .def("pack_rows", &pack_rows, "first_row"_a, "data"_a,
+           "Packs rows as a model file holds them; first_row is a multiple of 16, as is their number but at the end.")
+      .def_static("shape_only", &PackedMatrix::shape_only, "quant_type"_a, "rows"_a, "cols"_a,
+                  "A matrix without memory, for planning.")
+      .def_prop_ro("bytes", &PackedMatrix::bytes);
+  module.def("matmul", &multiply, "level"_a, "matrix"_a, "x"_a, "threads"_a = 1, "bias"_a = nb::none(),
+             "Products [tokens, rows] of a matrix with activations x [tokens, cols], both float32.");
+  module.def("matmul_seconds", &multiply_seconds, "level"_a, "matrices"_a, "x"_a, "threads"_a,
+             "Time of the products of several matrices of one shape with x [tokens, cols], without quantizing it.");
+  module.def("quantize", &quantize, "level"_a, "format"_a, "x"_a,
+             "Activations x [tokens, cols] in a format (F32, Q8_32, Q8_256), as bytes [tokens, row bytes].");
+  module.def("dequantize", &dequantize, "level"_a, "matrix"_a, "A matrix's weights as float32 [rows, cols].");
+}
+
+}  // namespace llamaclust

@@ -1,0 +1,31 @@
+#include "bindings/bindings.h"
+
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "runtime/levels.h"
+
+namespace nb = nanobind;
+using namespace llamaclust;
+
+namespace {
+
+std::vector<std::string> level_names() {
+  std::vector<std::string> names;
+  for (const Level& level : available_levels()) names.emplace_back(level.name);
+  return names;
+}
+
+}  // namespace
+
+NB_MODULE(_native, module) {
+  module.doc() = "Arithmetic of the CPU backend.";
+  nb::set_leak_warnings(false);  // a process that ends while stages are loaded is no mistake
+  module.def("available_levels", &level_names, "Feature levels this machine can run, slowest first.");
+  bind_memory(module);
+  bind_matmul(module);
+  bind_sampler(module);
+  bind_executor(module);
+  bind_quantize(module);
+  bind_narrowing(module);
+}

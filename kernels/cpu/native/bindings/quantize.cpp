@@ -1,0 +1,66 @@
+// Weights into the blocks of a model file.
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "bindings/bindings.h"
+#include "pack/near_points.h"
+#include "pack/pack.h"
+#include "runtime/float_mode.h"
+#include "runtime/levels.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace llamaclust {
+namespace {
+
+using FloatRows = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using FileRows = nb::ndarray<uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+// Weights that are worked on at a time: they and what belongs to them stay in a core's cache.
+constexpr int64_t kBatchWeights = 1 << 13;
+
+void quantize_rows(const std::string& level, int quant_type, const FloatRows& x,
+                   const std::optional<Floats>& importance, const FileRows& out) {
+  const QuantizeOps ops = find_level(level).quantize;
+  const QuantType type{quant_type};
+  const int64_t rows = static_cast<int64_t>(x.shape(0)), cols = static_cast<int64_t>(x.shape(1));
+  const int block = ops.block_cols(type);
+  if (block == 0) throw std::invalid_argument("no quantizer for that type");
+  if (cols % block != 0) throw std::invalid_argument("not whole blocks");
+  const size_t row_bytes = file_row_bytes(type, static_cast<int>(cols));
+  if (out.shape(0) != x.shape(0) || out.shape(1) != row_bytes) throw std::invalid_argument("out of another shape");
+  if (importance && importance->shape(0) != x.shape(1)) throw std::invalid_argument("importance of another width");
+  const nb::gil_scoped_release unlocked;
+  const FloatMode mode;
+  const NearPoints* near = near_points(type);
+  const int64_t at_once = std::max<int64_t>(1, kBatchWeights / std::max<int64_t>(1, cols));
+  std::vector<float> w(static_cast<size_t>(at_once * cols));
+  for (int64_t row = 0; row < rows; row += at_once) {
+    const int64_t n = std::min(at_once, rows - row);
+    const float* values = x.data() + row * cols;
+    for (int64_t r = 0; r < n; r++)
+      ops.weigh(values + r * cols, importance ? importance->data() : nullptr, static_cast<int>(cols),
+                w.data() + r * cols);
+    ops.quantize(type, {values, w.data(), n * cols, near, importance.has_value()}, out.data() + static_cast<size_t>(row) * row_bytes);
+  }
+}
+
+}  // namespace
+
+void bind_quantize(nb::module_& module) {
+  module.def("quantize_rows", &quantize_rows, "level"_a, "quant_type"_a, "x"_a, "importance"_a.none(), "out"_a,
+             "Writes weights x [rows, cols], finite and below 65504, as rows of a model file, out [rows, row bytes]; "
+             "importance [cols] says how much an error in a column matters, None where they all do alike.");
+}
+
+}  // namespace llamaclust

@@ -1,0 +1,134 @@
+#include "executor/executor.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "executor/worker.h"
+
+namespace llamaclust {
+namespace {
+
+struct WorkerJob final : ThreadPool::Job {
+  WorkerJob(const Worker::Run& run, const ThreadPool& pool) : run(run), pool(pool) {}
+  void work(int thread) noexcept override { Worker(run, thread, pool.taking_part()).work(); }
+  const Worker::Run& run;
+  const ThreadPool& pool;
+};
+
+std::vector<RotationTable> tables_of(const Plan& plan) {
+  std::vector<RotationTable> tables;
+  for (const RotationAngles& angles : plan.rotations) tables.emplace_back(angles, plan.limits.max_context_tokens);
+  return tables;
+}
+
+std::vector<Tiling> tilings_of(const Plan& plan) {
+  std::vector<Tiling> tilings;
+  for (const PlannedStep& planned : plan.steps)
+    if (const auto* step = std::get_if<AttentionStep>(&planned.step)) {
+      const int rows = tile_rows(step->heads / step->kv_heads);
+      if (std::ranges::count(tilings, rows, &Tiling::rows) > 0) continue;
+      tilings.push_back({rows, {}});
+      tilings.back().tiles.reserve(static_cast<size_t>(plan.limits.max_tokens));
+    }
+  return tilings;
+}
+
+// For each step the products that come next, itself included; null after the last ones.
+std::vector<const ProductsStep*> products_from(const Plan& plan) {
+  std::vector<const ProductsStep*> found(plan.steps.size());
+  const ProductsStep* next = nullptr;
+  for (size_t i = plan.steps.size(); i-- > 0; found[i] = next)
+    if (const auto* step = std::get_if<ProductsStep>(&plan.steps[i].step)) next = step;
+  return found;
+}
+
+void cut_into_tiles(const Batch& batch, Tiling& tiling) {
+  tiling.tiles.clear();
+  for (int sequence = 0; sequence < batch.sequences(); sequence++) {
+    const int end = batch.sequence_starts[static_cast<size_t>(sequence) + 1];
+    for (int row = batch.sequence_starts[static_cast<size_t>(sequence)]; row < end; row += tiling.rows)
+      tiling.tiles.push_back({sequence, row, std::min(row + tiling.rows, end)});
+  }
+}
+
+}  // namespace
+
+void Worker::work() {
+  const std::vector<PlannedStep>& steps = run_.plan.steps;
+  for (size_t at = 0, end; at < steps.size(); at = end) {
+    const Meeting before = steps[at].before;
+    if (const ProductsStep* next = run_.products_from[at]; next != nullptr && rows_ <= kFewRows)
+      ahead_.aim(*next, thread_, threads_);
+    if (before == Meeting::Always || (before == Meeting::IfShared && !alone_)) meet();
+    for (end = at + 1; end < steps.size() && steps[at].row_by_row; end++)
+      if (!steps[end].row_by_row || steps[end].before != Meeting::None) break;
+    compute(at, end);
+  }
+}
+
+// Row by row steps that follow each other are done for a few rows at a time, which then are still in the cache.
+void Worker::compute(size_t begin, size_t end) {
+  constexpr int kRowsAtOnce = 4;
+  const std::vector<PlannedStep>& steps = run_.plan.steps;
+  if (!steps[begin].row_by_row) return compute_step(steps[begin].step, {0, 0});
+  const Range mine = own_rows();
+  for (int row = mine.begin; row < mine.end; row += kRowsAtOnce)
+    for (size_t i = begin; i < end; i++) {
+      ahead_.fetch();
+      compute_step(steps[i].step, {row, std::min(row + kRowsAtOnce, mine.end)});
+    }
+}
+
+void Worker::compute_step(const Step& step, Range rows) {
+  std::visit(
+      [&](const auto& body) {
+        if constexpr (requires { compute(body, rows); })
+          compute(body, rows);
+        else
+          execute(body);
+      },
+      step);
+}
+
+Executor::Executor(Plan plan, const Level& level, ThreadPool& pool)
+    : plan_((require(plan.result.has_value(), "a program without a result"), std::move(plan))),
+      level_(level),
+      pool_(pool),
+      workspace_(plan_, pool.threads()),
+      kv_(plan_.kv_layers, plan_.limits.kv_blocks, plan_.limits.window_blocks),
+      rotations_(tables_of(plan_)),
+      tilings_(tilings_of(plan_)),
+      products_from_(products_from(plan_)) {
+  workspace_.allocate();
+}
+
+int Executor::run(const Batch& batch) {
+  check_batch(batch, plan_);
+  for (Tiling& tiling : tilings_) cut_into_tiles(batch, tiling);
+  for (Shares::Counter& counter : shares_.counters) counter.taken.store(0, std::memory_order_relaxed);
+  const Worker::Run run{plan_,    level_,         workspace_, kv_, rotations_, batch,
+                        tilings_, products_from_, shares_,    pool_.barrier()};
+  WorkerJob job(run, pool_);
+  pool_.run(job, batch.rows());
+  return plan_.selects ? static_cast<int>(batch.output_rows.size()) : batch.rows();
+}
+
+int Executor::capacity(BufferId id) const {
+  const Buffer& buffer = plan_.buffers.at(static_cast<size_t>(id));
+  return buffer.multiple * (buffer.outputs_only ? plan_.limits.max_outputs : plan_.limits.max_tokens);
+}
+
+size_t Executor::workspace_bytes() const {
+  size_t bytes = workspace_.bytes();
+  for (const RotationTable& table : rotations_) bytes += table.bytes();
+  return bytes;
+}
+
+size_t workspace_bytes(const Plan& plan, int threads) {
+  size_t bytes = Workspace(plan, threads).bytes();
+  for (const RotationAngles& angles : plan.rotations)
+    bytes += static_cast<size_t>(plan.limits.max_context_tokens) * 2 * angles.frequencies.size() * sizeof(float);
+  return bytes;
+}
+
+}  // namespace llamaclust

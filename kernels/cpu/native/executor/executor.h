@@ -1,0 +1,70 @@
+// Runs a plan on microbatches: all steps in one dispatch to the threads.
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <vector>
+
+#include "executor/batch.h"
+#include "executor/rotation.h"
+#include "executor/workspace.h"
+#include "level/level.h"
+#include "runtime/thread_pool.h"
+
+namespace llamaclust {
+
+// Rows of one sequence that attend together.
+struct RowTile {
+  int sequence, row_begin, row_end;
+};
+
+// A microbatch cut into tiles of up to `rows` rows, in the order of rows.
+struct Tiling {
+  int rows;
+  std::vector<RowTile> tiles;
+};
+
+// Rows of a tile for a model whose KV heads serve `group` query heads each.
+int tile_rows(int group);
+
+// Counters from which threads take pieces of work; three in turn, so that one can be cleared while another is in use.
+struct Shares {
+  struct alignas(64) Counter {
+    std::atomic<int64_t> taken{0};
+  };
+  Counter counters[3];
+};
+
+// What `Executor::workspace_bytes` of this plan will be: all that it takes besides weights and KV memory.
+size_t workspace_bytes(const Plan& plan, int threads);
+
+class Executor {
+ public:
+  // Level and pool outlive the executor, and so do the weights of the plan.
+  Executor(Plan plan, const Level& level, ThreadPool& pool);
+
+  // Computes the batch and returns the number of lines in result(); std::invalid_argument for a batch out of bounds.
+  int run(const Batch& batch);
+
+  // What a run leaves in a buffer without private copies; the number of lines there is room for, and their width.
+  float* contents(BufferId id) const { return workspace_.shared(id); }
+  int capacity(BufferId id) const;
+  int width(BufferId id) const { return plan_.buffers.at(static_cast<size_t>(id)).width; }
+  BufferId result() const { return *plan_.result; }
+  int hidden_width() const { return plan_.hidden_width; }
+  size_t kv_bytes() const { return kv_.bytes(); }
+  size_t workspace_bytes() const;
+
+ private:
+  const Plan plan_;
+  const Level& level_;
+  ThreadPool& pool_;
+  Workspace workspace_;
+  KvCache kv_;
+  std::vector<RotationTable> rotations_;
+  std::vector<Tiling> tilings_;
+  const std::vector<const ProductsStep*> products_from_;
+  Shares shares_;
+};
+
+}  // namespace llamaclust

@@ -1,0 +1,110 @@
+#include "executor/plan.h"
+
+#include <algorithm>
+#include <cmath>
+#include <stdexcept>
+#include <string>
+
+namespace llamaclust {
+
+void require(bool holds, const char* what) {
+  if (!holds) throw std::invalid_argument(std::string("program: ") + what);
+}
+
+namespace {
+
+constexpr int kMaxWidth = 1 << 24;
+constexpr double kMaxAngle = 4e6;  // of sincos_double
+
+}  // namespace
+
+Plan::Plan(const Limits& limits) : limits(limits) {
+  require(limits.max_tokens > 0 && limits.max_tokens <= 1 << 20, "max_tokens must be 1 to 2^20");
+  require(limits.max_outputs > 0 && limits.max_outputs <= limits.max_tokens, "max_outputs must be 1 to max_tokens");
+  require(limits.max_sequences > 0 && limits.max_sequences <= limits.max_tokens,
+          "max_sequences must be 1 to max_tokens");
+  require(limits.max_context_tokens > 0 && limits.max_context_tokens <= 1 << 24,
+          "max_context_tokens must be 1 to 2^24");
+  require(limits.kv_blocks > 0 && limits.kv_blocks <= 1 << 26, "kv_blocks must be 1 to 2^26");
+  require(limits.window_blocks >= 0 && limits.window_blocks <= 1 << 26, "window_blocks must be 0 to 2^26");
+}
+
+const Buffer& Plan::buffer(BufferId id) const {
+  require(id >= 0 && static_cast<size_t>(id) < buffers.size(), "unknown buffer");
+  return buffers[static_cast<size_t>(id)];
+}
+
+BufferId Plan::add_buffer(const Buffer& buffer) {
+  require(buffer.width > 0 && buffer.width <= kMaxWidth, "buffer width out of range");
+  require(buffer.multiple > 0 && buffer.multiple <= 256, "buffer multiple out of range");
+  buffers.push_back(buffer);
+  return static_cast<BufferId>(buffers.size()) - 1;
+}
+
+int Plan::add_rotation(RotationAngles angles) {
+  require(angles.pairs() > 0 && angles.pairs() <= kMaxHeadChannels / 2, "rotation of no or too many channels");
+  for (const double frequency : angles.frequencies)
+    require(std::abs(frequency) * limits.max_context_tokens <= kMaxAngle, "rotation angles out of range");
+  require(std::isfinite(angles.scale), "a rotation scale that is no number");
+  rotations.push_back(std::move(angles));
+  return static_cast<int>(rotations.size()) - 1;
+}
+
+const ActivationSlot& Plan::slot(int index) const {
+  require(index >= 0 && static_cast<size_t>(index) < slots.size(), "an activation slot that nothing was written to");
+  return slots[static_cast<size_t>(index)];
+}
+
+int Plan::add_kv_layer(const KvShape& shape) {
+  require(shape.kv_heads > 0 && shape.kv_heads <= 65536, "KV heads out of range");
+  require(shape.head_dim > 0 && shape.head_dim <= kMaxHeadChannels, "head_dim out of range");
+  require(!shape.windowed || limits.window_blocks > 0, "a windowed layer without blocks");
+  kv_layers.push_back(shape);
+  return static_cast<int>(kv_layers.size()) - 1;
+}
+
+void Plan::set_result(BufferId id) {
+  require(!buffer(id).private_copy && buffer(id).multiple == 1, "the result must be one line a row, shared");
+  result = id;
+}
+
+// Rows are shared out among the threads, or computed by each thread for itself where there are few of them; either way
+// row by row steps follow each other without waiting. A shared step has to wait for the rows of the others (if they
+// were shared out), and for slow threads that still read what it is about to overwrite.
+Meeting Plan::meeting_before(const Access& access, bool waits) {
+  Meeting meeting = after_shared_ ? Meeting::Always : Meeting::None;
+  if (meeting == Meeting::None && (!access.row_by_row || waits)) {
+    const auto was_read = [this](BufferId id) {
+      return !buffer(id).private_copy && std::ranges::count(read_since_, id) > 0;
+    };
+    if (std::ranges::any_of(access.writes, was_read))
+      meeting = Meeting::Always;
+    else if (after_rows_)
+      meeting = Meeting::IfShared;
+  }
+  if (meeting == Meeting::Always) read_since_.clear();
+  if (meeting != Meeting::None) after_rows_ = false;
+  after_shared_ = !access.row_by_row;
+  if (access.row_by_row) {
+    after_rows_ = true;
+    read_since_.insert(read_since_.end(), access.reads.begin(), access.reads.end());
+  }
+  return meeting;
+}
+
+void Plan::add(Step step) {
+  const Access access = std::visit([this](const auto& body) { return check(body); }, step);
+  const bool output = std::holds_alternative<OutputStep>(step);
+  const bool in_place = std::holds_alternative<SoftCapStep>(step) && !buffer(access.writes[0]).private_copy;
+  for (BufferId id : access.writes) {
+    require(buffer(id).private_copy == (access.row_by_row && !output && !in_place),
+            "a buffer written by both kinds of steps");
+    require(!buffer(id).outputs_only || selects, "a buffer for wanted rows written before they are selected");
+  }
+  const bool is_select = std::holds_alternative<SelectStep>(step);
+  const Meeting before = meeting_before(access, is_select || in_place);
+  after_shared_ = after_shared_ || in_place;  // nobody reads what another thread is still writing
+  steps.push_back({std::move(step), before, access.row_by_row && !is_select});
+}
+
+}  // namespace llamaclust

@@ -1,0 +1,247 @@
+// A stage's program as the executor runs it: steps over numbered buffers, every width and weight checked on the way in.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <variant>
+#include <vector>
+
+#include "executor/kv_cache.h"
+#include "level/matmul_ops.h"
+#include "level/vector_ops.h"
+
+namespace llamaclust {
+
+// What a stage is planned for; a run that exceeds one of them is refused.
+struct Limits {
+  int max_tokens;
+  int max_outputs;
+  int max_sequences;
+  int max_context_tokens;
+  int kv_blocks;
+  int window_blocks = 0;  // of windowed layers; 0: there are none
+};
+
+// std::invalid_argument where a program does not hold together.
+void require(bool holds, const char* what);
+
+using BufferId = int;
+
+// A matrix of float32 with `multiple` lines for each row of the microbatch (one for each expert a row uses).
+// Buffers that row by row steps write are `private_copy`: with few rows every thread computes them for itself, which is
+// cheaper than to share the work and wait. All others are written by all threads together.
+struct Buffer {
+  int width;
+  int multiple;
+  bool private_copy;
+  bool outputs_only;  // has lines for the wanted rows only, not for all
+};
+
+// Row by row steps.
+struct EmbedStep {
+  Matrix weight;
+  BufferId out;
+};
+struct InputStep {  // the hidden state that run() is given
+  BufferId out;
+};
+struct NormStep {  // a line has one part or several as wide as the weight
+  BufferId x, out;
+  std::vector<float> weight;
+  float epsilon;
+};
+struct LayerNormStep {
+  BufferId x, out;
+  std::vector<float> weight, bias;
+  float epsilon;
+};
+struct PositionStep {  // out = x + the weight's row of the position
+  BufferId x, out;
+  Matrix weight;
+};
+struct Rotation {
+  int table;  // index into the plan's tables
+  RopeStyle style;
+};
+struct RopeStep {
+  BufferId x, out;
+  int heads, head_dim;
+  Rotation rotation;
+};
+struct SiluMulStep {
+  BufferId gate, up, out;
+};
+struct GeluStep {
+  BufferId x, out;
+  GeluKind kind;
+};
+struct AddStep {
+  BufferId x, y, out;
+};
+struct MulStep {
+  BufferId x, y, out;
+};
+struct ScaleStep {
+  BufferId x, out;
+  float factor;
+};
+struct SoftCapStep {  // in place where the buffer has no private copies: logits are too many for a second one
+  BufferId x, out;
+  float cap;
+};
+struct SliceStep {  // channels [start, start + width of out) of x
+  BufferId x, out;
+  int start;
+};
+struct SigmoidGateStep {  // out = y * sigmoid(x . weight)
+  BufferId x, y, out;
+  std::vector<float> weight;
+};
+struct QuantizeStep {  // into an activation slot
+  BufferId x;
+  int slot;
+  ActivationFormat format;
+};
+struct ChooseStep {  // softmax of the router's logits; out [2 * used] holds ids, then weights
+  BufferId logits, out;
+  int experts, used;
+  bool normalized;  // weights are divided by their sum
+};
+struct CombineStep {  // out = sum over ranks of weight * x[rank]
+  BufferId choice, x, out;
+  int used;
+};
+struct SelectStep {  // from all rows to the wanted ones
+  BufferId x, out;
+};
+struct OutputStep {  // a copy for the caller, into a buffer that no other step writes
+  BufferId x, out;
+};
+
+// Steps that all threads share.
+struct Product {
+  Matrix weight;
+  std::vector<float> bias;  // empty: none
+  BufferId out;
+  int slot;
+};
+struct ProductsStep {
+  std::vector<Product> products;
+};
+struct ExpertProduct {
+  std::vector<Matrix> experts;
+  BufferId out;
+};
+struct ExpertsStep {  // line r * used + rank of every out = the rank's expert @ activations
+  std::vector<ExpertProduct> products;
+  BufferId choice;
+  int slot, used;
+  bool per_rank;  // activations differ from rank to rank
+};
+struct AttentionStep {
+  BufferId q, k, v, out;
+  int layer;  // of the stage's KV memory
+  int heads, kv_heads, head_dim;
+  float scale;
+  float soft_cap;  // of scores; 0: none
+  std::vector<float> slopes;  // of a linear bias, one a query head; empty: none
+  int window;  // a row sees its own position and window - 1 before it
+  std::optional<Rotation> rotate_q, rotate_k;
+};
+
+using Step = std::variant<EmbedStep, InputStep, NormStep, LayerNormStep, PositionStep, RopeStep, SiluMulStep, GeluStep, AddStep, MulStep, ScaleStep,
+                          SoftCapStep, SliceStep, SigmoidGateStep, QuantizeStep, ChooseStep, CombineStep, SelectStep,
+                          OutputStep, ProductsStep, ExpertsStep, AttentionStep>;
+
+// Whether the threads must meet before a step: at all times, or only where rows were shared out among them.
+enum class Meeting { None, IfShared, Always };
+
+struct PlannedStep {
+  Step step;
+  Meeting before;
+  bool row_by_row;
+};
+
+// angle(position, i) = position * frequencies[i]; cos and sin are multiplied by `scale`.
+struct RotationAngles {
+  std::vector<double> frequencies;
+  double scale;
+  int pairs() const { return static_cast<int>(frequencies.size()); }
+};
+
+// Room for the activations of one step's products; what stands in it changes from step to step.
+struct ActivationSlot {
+  size_t max_row_bytes = 0;  // of the `multiple` lines of one row
+  int cols = 0, multiple = 0;
+  ActivationFormat format = ActivationFormat::F32;
+};
+
+inline constexpr int kMaxSlots = 4;
+
+// What a step reads and writes. Row by row steps touch lines of their own row only.
+struct Access {
+  std::vector<BufferId> reads, writes;
+  bool row_by_row;
+};
+
+class Plan {
+ public:
+  explicit Plan(const Limits& limits);
+
+  // All of these throw std::invalid_argument for widths, ids or shapes that do not fit together.
+  BufferId add_buffer(const Buffer& buffer);
+  int add_rotation(RotationAngles angles);
+  int add_kv_layer(const KvShape& shape);
+  void add(Step step);
+  void set_result(BufferId buffer);  // what run() leaves for the caller; without private copies
+
+  const Limits limits;
+  std::vector<Buffer> buffers;
+  std::vector<PlannedStep> steps;
+  std::vector<RotationAngles> rotations;
+  std::vector<KvShape> kv_layers;
+  std::vector<ActivationSlot> slots;
+  std::optional<BufferId> result;
+  int vocabulary = 0;    // > 0: an embed step reads token ids below it
+  int hidden_width = 0;  // > 0: an input step reads a hidden state of that width
+  int window = 0;        // the largest one of windowed layers
+  bool selects = false;  // the result has lines for the wanted rows only
+
+ private:
+  const Buffer& buffer(BufferId id) const;
+  void check_alike(BufferId a, BufferId b) const;
+  void check_rotation(const Rotation& rotation, int head_dim) const;
+  const ActivationSlot& slot(int index) const;
+  void check_product(const Matrix& weight, const std::vector<float>& bias, BufferId out, int slot) const;
+  Access check(const EmbedStep& step);
+  Access check(const InputStep& step);
+  Access check(const NormStep& step);
+  Access check(const LayerNormStep& step);
+  Access check(const PositionStep& step);
+  Access check(const RopeStep& step);
+  Access check(const SiluMulStep& step);
+  Access check(const GeluStep& step);
+  Access check(const AddStep& step);
+  Access check(const MulStep& step);
+  Access check(const ScaleStep& step);
+  Access check(const SoftCapStep& step);
+  Access check(const SliceStep& step);
+  Access check(const SigmoidGateStep& step);
+  Access check(const QuantizeStep& step);
+  Access check(const ChooseStep& step);
+  Access check(const CombineStep& step);
+  Access check(const SelectStep& step);
+  Access check(const OutputStep& step);
+  Access check(const ProductsStep& step);
+  Access check(const ExpertsStep& step);
+  Access check(const AttentionStep& step);
+  Meeting meeting_before(const Access& access, bool waits);
+
+  size_t choosable_ = 0;              // experts that a choice may name
+  bool after_shared_ = false;         // the last step was shared by all threads
+  bool after_rows_ = false;           // row by row steps since the threads met
+  std::vector<BufferId> read_since_;  // what these read
+};
+
+}  // namespace llamaclust

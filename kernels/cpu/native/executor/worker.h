@@ -1,0 +1,138 @@
+// One thread's part in a run.
+#pragma once
+
+#include <algorithm>
+
+#include "executor/executor.h"
+#include "executor/lookahead.h"
+
+namespace llamaclust {
+
+class Worker {
+ public:
+  struct Run {
+    const Plan& plan;
+    const Level& level;
+    const Workspace& workspace;
+    const KvCache& kv;
+    const std::vector<RotationTable>& rotations;
+    const Batch& batch;
+    const std::vector<Tiling>& tilings;
+    const std::vector<const ProductsStep*>& products_from;  // each step
+    Shares& shares;
+    Barrier& barrier;
+  };
+
+  Worker(const Run& run, int thread, int threads) : run_(run), thread_(thread), threads_(threads) {
+    set_rows(run.batch.rows());
+  }
+
+  void work();
+
+ private:
+  struct Range {
+    int begin, end;
+  };
+
+  // Row by row steps, for some rows.
+  void compute(const EmbedStep& step, Range rows);
+  void compute(const InputStep& step, Range rows);
+  void compute(const NormStep& step, Range rows);
+  void compute(const LayerNormStep& step, Range rows);
+  void compute(const PositionStep& step, Range rows);
+  void compute(const RopeStep& step, Range rows);
+  void compute(const SiluMulStep& step, Range rows);
+  void compute(const GeluStep& step, Range rows);
+  void compute(const AddStep& step, Range rows);
+  void compute(const MulStep& step, Range rows);
+  void compute(const ScaleStep& step, Range rows);
+  void compute(const SoftCapStep& step, Range rows);
+  void compute(const SliceStep& step, Range rows);
+  void compute(const SigmoidGateStep& step, Range rows);
+  void compute(const QuantizeStep& step, Range rows);
+  void compute(const ChooseStep& step, Range rows);
+  void compute(const CombineStep& step, Range rows);
+  void compute(const OutputStep& step, Range rows);
+
+  // Steps of their own.
+  void execute(const SelectStep& step);
+  void execute(const ProductsStep& step);
+  void execute(const ExpertsStep& step);
+  void execute(const AttentionStep& step);
+
+  void compute(size_t begin, size_t end);
+  void compute_step(const Step& step, Range rows);
+  void multiply(const Product& product, int tile_begin, int tile_end);
+  ExpertLines group_by_expert(const ExpertsStep& step) const;
+  void multiply_expert(const ExpertsStep& step, const ExpertLines& groups, size_t expert, int tile_begin, int tile_end);
+
+  void set_rows(int rows) {
+    rows_ = rows;
+    alone_ = rows <= kPrivateRows || threads_ == 1;
+  }
+
+  const Buffer& buffer(BufferId id) const { return run_.plan.buffers[static_cast<size_t>(id)]; }
+  int line_width(BufferId id) const { return buffer(id).width * buffer(id).multiple; }
+
+  // A row's lines: this thread's own copy where it does all rows for itself.
+  float* line(BufferId id, int row) const {
+    const bool own = rows_ <= kPrivateRows && buffer(id).private_copy;
+    float* base = own ? run_.workspace.own(id, thread_) : run_.workspace.shared(id);
+    return base + static_cast<size_t>(row) * static_cast<size_t>(line_width(id));
+  }
+  uint8_t* slot(int index) const {
+    return rows_ <= kPrivateRows ? run_.workspace.own_slot(index, thread_) : run_.workspace.shared_slot(index);
+  }
+
+  // Rows of the row by row steps that are this thread's.
+  Range own_rows() const {
+    if (alone_) return {0, rows_};
+    const int64_t rows = rows_;
+    return {static_cast<int>(rows * thread_ / threads_), static_cast<int>(rows * (thread_ + 1) / threads_)};
+  }
+
+  void meet() {
+    run_.barrier.arrive([this] { return ahead_.fetch(); });
+  }
+
+  // Calls f(begin, end) with pieces of [0, count) so that the threads together cover it: first `fixed` for each, then
+  // shrinking pieces for whoever is ready. Pieces are multiples of `grain` but for the last. Between two calls the
+  // threads meet.
+  template <typename F>
+  void share(int64_t count, int64_t grain, int64_t fixed, F f) {
+    if (threads_ == 1) {
+      if (count > 0) f(int64_t{0}, count);
+      return;
+    }
+    std::atomic<int64_t>& taken = run_.shares.counters[round_ % 3].taken;
+    if (thread_ == 0) run_.shares.counters[(round_ + 2) % 3].taken.store(0, std::memory_order_relaxed);
+    round_++;
+    const int64_t rest = count - fixed * threads_;
+    if (fixed > 0) f(fixed * thread_, fixed * (thread_ + 1));
+    int64_t begin = taken.load(std::memory_order_relaxed);
+    while (begin < rest) {
+      const int64_t fair = (rest - begin) / (2 * threads_) / grain * grain;
+      const int64_t end = std::min(rest, begin + std::max(fair, grain));
+      if (!taken.compare_exchange_weak(begin, end, std::memory_order_relaxed)) continue;
+      f(count - rest + begin, count - rest + end);
+      begin = taken.load(std::memory_order_relaxed);
+    }
+  }
+
+  // Half of all pieces are fixed.
+  template <typename F>
+  void share(int64_t count, int64_t grain, F f) {
+    share(count, grain, count / (2 * threads_) / grain * grain, f);
+  }
+
+  friend class AttentionWork;
+
+  const Run& run_;
+  const int thread_, threads_;
+  int rows_ = 0;
+  bool alone_ = false;  // row by row steps are not shared out
+  uint32_t round_ = 0;
+  Ahead ahead_;
+};
+
+}  // namespace llamaclust

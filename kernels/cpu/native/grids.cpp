@@ -1,1 +1,0 @@
-#include "grid_points.h"

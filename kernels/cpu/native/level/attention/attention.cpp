@@ -1,0 +1,263 @@
+// Attention over one span: keys one lane a position, values one lane a channel, both walked in order, so that register
+// tiles and the number of queries computed together change nothing.
+#include "level/attention/f16.h"
+#include "level/attention/q8_0.h"
+#include "simd/math.h"
+
+namespace llamaclust::LLAMACLUST_LEVEL {
+namespace {
+
+#define INLINE_LAMBDA __attribute__((always_inline))
+
+// Queries that are computed together at most, and for R of them how many blocks of positions and groups of 16 channels:
+// as many sums as registers hold, and no fewer than hide the latency of a multiply-add.
+#if defined(__AVX512F__)
+constexpr int kQueries = kScoredQueries;
+constexpr int blocks_at_once(int queries) { return queries <= 2 ? 8 : queries <= 4 ? 4 : 2; }
+constexpr int channels_at_once(int queries) { return queries <= 2 ? 8 : queries <= 6 ? 4 : 2; }
+#else
+constexpr int kQueries = 2;
+constexpr int blocks_at_once(int queries) { return queries == 1 ? 4 : 2; }
+constexpr int channels_at_once(int queries) { return queries == 1 ? 4 : 2; }
+#endif
+// Queries whose scores become weights together: enough for their chains of operations to overlap, and their maxima and
+// sums beside what exp needs fit into the registers.
+constexpr int kWeighed = 4;
+
+// scores[query][position] of R queries, P blocks of 16 positions at a time.
+template <typename Kv, int R, int P>
+void score_tile(const SpanTask& task, const float* queries, int block, const Units<Kv>& units) {
+  const uint8_t *keys[P], *next[P];
+  UNROLL for (int p = 0; p < P; p++) {
+    keys[p] = keys_at(task, block + p);
+    next[p] = units.at(block - units.begin + p + kUnitsAhead, keys[p]);
+  }
+  Kv::template score<R, P>(task, queries, keys, next, task.scores + block * kKvBlockTokens);
+}
+
+template <typename Kv, int R>
+void score_queries(const SpanTask& task, int query, const Units<Kv>& units) {
+  constexpr int P = blocks_at_once(R);
+  const float* queries = task.q + query * padded_head(task.head_dim);
+  const int end = units.begin + units.blocks;
+  int block = units.begin;
+  for (; block + P <= end; block += P) score_tile<Kv, R, P>(task, queries, block, units);
+  for (; block < end; block++) score_tile<Kv, R, 1>(task, queries, block, units);
+}
+
+// Puts the soft cap on the scores of R queries, those that nobody sees among them.
+template <typename Kv, int R>
+void cap_scores(const SpanTask& task, const Units<Kv>& units) {
+  const F32x16 cap = broadcast(task.soft_cap);
+  for (int r = 0; r < R; r++)
+    for (int block = units.begin; block < units.begin + units.blocks; block++) {
+      float* scores = task.scores + r * kSpanTokens + block * kKvBlockTokens;
+      store(scores, soft_cap(load(scores), cap));
+    }
+}
+
+// Adds slope * (position - query's position) to the scores of R queries. Both factors are exact.
+template <typename Kv, int R>
+void bias_scores(const SpanTask& task, int query, const Units<Kv>& units) {
+  alignas(64) static const float kLanes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const F32x16 lanes = load(kLanes);
+  for (int r = 0; r < R; r++) {
+    const F32x16 slope = broadcast(task.slopes[query + r]);
+    for (int block = units.begin; block < units.begin + units.blocks; block++) {
+      const int ahead = block * kKvBlockTokens - task.positions[query + r];
+      float* scores = task.scores + r * kSpanTokens + block * kKvBlockTokens;
+      store(scores, fma(slope, add(lanes, broadcast(static_cast<float>(ahead))), load(scores)));
+    }
+  }
+}
+
+// The sixteen lanes from position `i`, those outside [first_position, end) replaced.
+INLINE F32x16 seen(F32x16 x, int i, int first_position, int end, F32x16 other) {
+  const int before = first_position - i, until = end - i;
+  if (before > 0) x = first(before < 16 ? before : 16, other, x);
+  return until < 16 ? first(until > 0 ? until : 0, x, other) : x;
+}
+
+// Calls f(i, seen) for the sixteen positions from i on, all that Q queries see; seen(q, x, other) replaces what query q
+// does not see.
+template <int Q, typename F>
+INLINE void for_lanes(const int* firsts, const int* ends, F f) {
+  const int end = ends[Q - 1];
+  int i = firsts[0] / 16 * 16;
+  const auto edge = [&](int q, F32x16 x, F32x16 other) { return seen(x, i, firsts[q], ends[q], other); };
+  const auto whole = [](int, F32x16 x, F32x16) { return x; };
+  for (; i < end && i < firsts[Q - 1]; i += 16) f(i, edge);
+  for (; i + 16 <= ends[0]; i += 16) f(i, whole);
+  for (; i < end; i += 16) f(i, edge);
+}
+
+// Turns scores of Q queries into exp(score - maximum); lanes of positions that a query does not see count as nothing.
+// Meanwhile `bytes` of `units` are fetched, one a query.
+template <int Q>
+void weigh(float* scores, const int* firsts, const int* ends, const SpanSums& sums, const uint8_t* const* units,
+           int bytes) {
+  const F32x16 lowest = broadcast(-__builtin_inff());
+  F32x16 top[Q], total[Q];
+  UNROLL for (int q = 0; q < Q; q++) top[q] = lowest;
+  for_lanes<Q>(firsts, ends, [&](int i, auto seen) INLINE_LAMBDA {
+    UNROLL for (int q = 0; q < Q; q++) top[q] = max(top[q], seen(q, load(scores + q * kSpanTokens + i), lowest));
+  });
+  UNROLL for (int q = 0; q < Q; q++) {
+    sums.maximum[q] = max_tree(top[q]);
+    top[q] = broadcast(sums.maximum[q]);
+    total[q] = zero();
+  }
+  for_lanes<Q>(firsts, ends, [&](int i, auto seen) INLINE_LAMBDA {
+    UNROLL for (int q = 0; q < Q; q++) {
+      float* at = scores + q * kSpanTokens + i;
+      const F32x16 weight = seen(q, exp(sub(load(at), top[q])), zero());
+      total[q] = add(total[q], weight);
+      store(at, weight);
+    }
+    for (int at = (i - firsts[0] / 16 * 16) * 4; at < bytes; at += 4 * kSpanTokens)
+      UNROLL for (int q = 0; q < Q; q++) fetch_line(units[q], at);
+  });
+  UNROLL for (int q = 0; q < Q; q++) sums.sum[q] = sum_tree(total[q]);
+}
+
+// R queries, a few at a time.
+template <typename Kv, int R>
+void weigh_queries(const SpanTask& task, int query, const SpanSums& sums, const Units<Kv>& units) {
+  static_assert(R <= kMostAhead - kUnitsAhead);
+  const auto* cached = reinterpret_cast<const uint8_t*>(task.scores);
+  const uint8_t* next[R];
+  for (int r = 0; r < R; r++) next[r] = units.at(units.blocks + kUnitsAhead + r, cached);
+  const int bytes = units.last == 0 ? 0 : static_cast<int>(kv_value_bytes(Kv::kType, task.head_dim));
+  const auto some = [&]<int Q>(int r) {
+    const SpanSums to{sums.maximum + query + r, sums.sum + query + r, nullptr};
+    weigh<Q>(task.scores + r * kSpanTokens, task.firsts + query + r, task.ends + query + r, to, next + r, bytes);
+  };
+  int r = 0;
+  if constexpr (R >= kWeighed)
+    for (; r + kWeighed <= R; r += kWeighed) some.template operator()<kWeighed>(r);
+  if constexpr (R % kWeighed != 0) some.template operator()<R % kWeighed>(r);
+}
+
+// values[query][channel] += weight * value over positions [begin, end), for R queries and C groups of 16 channels.
+template <typename Kv, int R, int C>
+void value_tile(const SpanTask& task, const float* weights, int query, int channel, int begin, int end, float* values,
+                const Units<Kv>& units) {
+  const int width = padded_head(task.head_dim);
+  float* out = values + query * width + channel;
+  F32x16 sums[R][C];
+  UNROLL for (int r = 0; r < R; r++)
+    UNROLL for (int c = 0; c < C; c++) sums[r][c] = load(out + r * width + c * 16);
+  for (int start = begin; start < end;) {
+    const int block = start / kKvBlockTokens, block_start = block * kKvBlockTokens;
+    const int stop = block_start + kKvBlockTokens < end ? block_start + kKvBlockTokens : end;
+    const uint8_t* v = values_at<Kv>(task, block);
+    const uint8_t* next = units.at(units.blocks + block - units.begin + kMostAhead, v);
+    const typename Kv::template Weights<R, C> block_weights(weights + block_start, v, width, channel);
+    if (channel == 0) Kv::fetch_value_scales(next, width);
+    for (int i = start - block_start; i < stop - block_start; i++) {
+      F32x16 x[C];
+      UNROLL for (int c = 0; c < C; c++) x[c] = Kv::channels(v, width, i, channel + c * 16);
+      Kv::template fetch_channels<C>(next, width, i, channel);
+      UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int c = 0; c < C; c++) sums[r][c] = fma(block_weights.at(r, c, i), x[c], sums[r][c]);
+    }
+    start = stop;
+  }
+  UNROLL for (int r = 0; r < R; r++)
+    UNROLL for (int c = 0; c < C; c++) store(out + r * width + c * 16, sums[r][c]);
+}
+
+template <typename Kv, int R>
+void value_range(const SpanTask& task, const float* weights, int query, int begin, int end, float* values,
+                 const Units<Kv>& units) {
+  constexpr int C = channels_at_once(R);
+  const int width = padded_head(task.head_dim);
+  int channel = 0;
+  for (; channel + 16 * C <= width; channel += 16 * C)
+    value_tile<Kv, R, C>(task, weights, query, channel, begin, end, values, units);
+  if constexpr (C > 4)
+    for (; channel + 64 <= width; channel += 64)
+      value_tile<Kv, R, 4>(task, weights, query, channel, begin, end, values, units);
+  for (; channel < width; channel += 16) value_tile<Kv, R, 1>(task, weights, query, channel, begin, end, values, units);
+}
+
+// Positions that all R queries see are walked together, those before and after one query at a time.
+template <typename Kv, int R>
+void value_queries(const SpanTask& task, int query, float* values, const Units<Kv>& units) {
+  const int width = padded_head(task.head_dim), last = query + R - 1;
+  const int common_end = task.ends[query];
+  const int common = task.firsts[last] < common_end ? task.firsts[last] : common_end;
+  for (int i = 0; i < R * width; i++) values[query * width + i] = 0.0f;
+  for (int r = 0; r < R - 1; r++)
+    if (task.firsts[query + r] < common)
+      value_range<Kv, 1>(task, task.scores + r * kSpanTokens, query + r, task.firsts[query + r], common, values, units);
+  value_range<Kv, R>(task, task.scores, query, common, common_end, values, units);
+  for (int r = 1; r < R; r++) {
+    const int begin = task.firsts[query + r] > common_end ? task.firsts[query + r] : common_end;
+    if (task.ends[query + r] > begin)
+      value_range<Kv, 1>(task, task.scores + r * kSpanTokens, query + r, begin, task.ends[query + r], values, units);
+  }
+}
+
+template <typename Kv, int R>
+void span_queries(const SpanTask& task, int query, const SpanSums& sums, const Units<Kv>& units) {
+  score_queries<Kv, R>(task, query, units);
+  if (task.soft_cap > 0) cap_scores<Kv, R>(task, units);
+  if (task.slopes != nullptr) bias_scores<Kv, R>(task, query, units);
+  weigh_queries<Kv, R>(task, query, sums, units);
+  value_queries<Kv, R>(task, query, sums.values, units);
+}
+
+// All queries, R at a time, then the rest. The first ones fetch what is read next.
+template <typename Kv, int R>
+void span_from(const SpanTask& task, int query, const SpanSums& sums) {
+  for (; query + R <= task.queries; query += R) {
+    span_queries<Kv, R>(task, query, sums, Units<Kv>(task, query, R));
+  }
+  if constexpr (R > 1)
+    if (query < task.queries) span_from<Kv, R - 1>(task, query, sums);
+}
+
+template <typename Kv>
+void span(const SpanTask& task, const SpanSums& sums) {
+  span_from<Kv, kQueries>(task, 0, sums);
+}
+
+// Sixteen queries at most.
+void merge_some(const SpanSums& total, const SpanSums& next, int queries, int width) {
+  alignas(64) float kept[16], added[16];
+  const F32x16 a = load(total.maximum), b = load(next.maximum), top = max(a, b);
+  const F32x16 keep = exp(sub(a, top)), gain = exp(sub(b, top));
+  store(kept, keep);
+  store(added, gain);
+  store(total.maximum, top);
+  store(total.sum, fma(load(next.sum), gain, mul(load(total.sum), keep)));
+  for (int query = 0; query < queries; query++) {
+    const F32x16 f = broadcast(kept[query]), g = broadcast(added[query]);
+    for (int c = query * width; c < (query + 1) * width; c += 16)
+      store(total.values + c, fma(load(next.values + c), g, mul(load(total.values + c), f)));
+  }
+}
+
+void merge(const SpanSums& total, const SpanSums& next, int queries, int head_dim) {
+  const int width = padded_head(head_dim);
+  const auto from = [=](const SpanSums& sums, int query) {
+    return SpanSums{sums.maximum + query, sums.sum + query, sums.values + query * width};
+  };
+  for (int query = 0; query < queries; query += 16)
+    merge_some(from(total, query), from(next, query), queries - query < 16 ? queries - query : 16, width);
+}
+
+void finish(const float* values, float sum, int head_dim, float* out) {
+  const F32x16 divisor = broadcast(sum);
+  for (int c = 0; c < head_dim; c += 16)
+    store_first(head_dim - c < 16 ? head_dim - c : 16, out + c, div(load(values + c), divisor));
+}
+
+}  // namespace
+
+extern const AttentionOps attention_ops;
+const AttentionOps attention_ops = {
+    {{F16Kv::store_row, F16Kv::prepare, span<F16Kv>}, {Q8Kv::store_row, Q8Kv::prepare, span<Q8Kv>}}, merge, finish};
+
+}  // namespace llamaclust::LLAMACLUST_LEVEL

@@ -1,0 +1,205 @@
+// The order of operations of every product with quantized weights, in one place (docs/numerics.md): integers exact in a
+// segment, then, in k order, total = fma(scale_w * scale_a, sum, total), and a second fma for types with a min.
+#pragma once
+
+#include "level/quants/fields.h"
+
+namespace llamaclust::LLAMACLUST_LEVEL {
+namespace {
+
+template <class Type>
+constexpr bool kWide = Type::kLayout.segment_cols == 256;
+
+template <class Type>
+constexpr int kGroups = Type::kLayout.segment_cols / Type::kSubBlocks / 4;  // k-groups in a sub-block
+
+// No sum of a segment overflows: 256 products of a quant, an activation and a sub-block scale of eight bits each.
+static_assert(256LL * 255 * 127 * 128 < 1LL << 31);
+
+// Sub-blocks that share lines of a body: loops take so many at a time, and which of them is meant is known when the code
+// is compiled.
+template <class Type>
+constexpr int kTogether = 1;
+template <class Type>
+  requires requires { Type::kTogether; }
+constexpr int kTogether<Type> = Type::kTogether;
+
+// Whether sub-blocks have integer scales.
+template <class Type>
+constexpr bool kSubScaled = requires { Type::sub_scales; };
+
+// What a decoder prepares once per segment, however many tokens follow.
+template <class Type, bool has = kSubScaled<Type>>
+struct SubScales {
+  DECODE explicit SubScales(const uint8_t*) {}
+};
+template <class Type>
+struct SubScales<Type, true> {
+  Scale scales[Type::kSubBlocks];
+  DECODE explicit SubScales(const uint8_t* body) { Type::sub_scales(body, scales); }
+};
+template <class Type, bool has = kWide<Type> && Type::kHasMin>
+struct SubMins {
+  DECODE explicit SubMins(const uint8_t*) {}
+};
+template <class Type>
+struct SubMins<Type, true> {
+  Bytes mins[Type::kSubBlocks / 4];
+  DECODE explicit SubMins(const uint8_t* body) { Type::sub_mins(body, mins); }
+};
+
+// What the reader of tiles asks memory for in advance: tuned, see benchmarks/kernels.py.
+constexpr int kPrefetchBytes = 9216;
+
+// A segment of a tile, decoded as it is read.
+template <class Type>
+struct TileSegment {
+  const uint8_t *body, *tail;
+  SubScales<Type> sub_scales;
+  SubMins<Type> sub_mins;
+  DECODE TileSegment(const uint8_t* body_, const uint8_t* tail_)
+      : body(body_), tail(tail_), sub_scales(body_), sub_mins(body_) {}
+  DECODE Bytes group(int j, int g) const { return Type::group(body, j, g); }
+  DECODE Scale sub_scale(int j) const { return sub_scales.scales[j]; }
+  DECODE Bytes mins(int i) const { return sub_mins.mins[i]; }
+  DECODE F32x16 scale() const { return Type::scale(tail); }
+  DECODE F32x16 min() const { return Type::min(tail); }
+  // Fetches sub-block j's share of the bytes that will be wanted kPrefetchBytes on. All at once would fill the queue of
+  // cache misses and stop the arithmetic behind it.
+  DECODE void prefetch(int j) const {
+    constexpr int lines = (Type::kLayout.body_bytes + Type::kLayout.tail_bytes + 63) / 64;
+    constexpr int share = (lines + Type::kSubBlocks - 1) / Type::kSubBlocks;
+    UNROLL for (int i = 0; i < share; i++) __builtin_prefetch(body + kPrefetchBytes + 64 * (j * share + i));
+  }
+};
+
+DECODE int32_t load_four(const int8_t* p) {
+  int32_t r;
+  memcpy(&r, p, 4);
+  return r;
+}
+
+// Sum of the activations that sub-block j meets.
+template <class Type>
+DECODE int32_t sub_sum(const Q8_256& a, int j) {
+  return Type::kSubBlocks == 16 ? a.sums[j] : a.sums[2 * j] + a.sums[2 * j + 1];
+}
+
+// Sum of all activations of a segment.
+DECODE int32_t sum_of(const Q8_256& a) {
+  int32_t sum = 0;
+  for (int i = 0; i < 16; i++) sum += a.sums[i];
+  return sum;
+}
+
+// What the offset of the quants takes off the sum of sub-block j.
+template <class Type>
+DECODE I32x16 minus_offset(const Q8_32& a, int) {
+  return sub(broadcast(0), mul(broadcast(a.sum), broadcast(Type::kOffset)));
+}
+template <class Type>
+DECODE I32x16 minus_offset(const Q8_256& a, int j) {
+  const int32_t* sums = a.sums + (Type::kSubBlocks == 16 ? j : 2 * j);
+  const I32x16 sum = Type::kSubBlocks == 16 ? broadcast(sums[0]) : add(broadcast(sums[0]), broadcast(sums[1]));
+  return sub(broadcast(0), mul(sum, broadcast(Type::kOffset)));
+}
+
+// What the sums of a sub-block begin with, for every tile.
+template <class Type, bool from_offset, class Activations>
+DECODE Sums first_sums(const Activations& a, int j) {
+  if constexpr (from_offset)
+    return sums_from(minus_offset<Type>(a, j));
+  else
+    return no_sums();
+}
+
+// Whether sums begin with the offset, so that nobody needs to take it off.
+template <class Type>
+constexpr bool kOffsetFirst = kSumsFrom && Type::kOffset != 0 && (!kWide<Type> || kSubScaled<Type>);
+
+// total = what sub-block j adds, before the segment's float scale.
+template <class Type, class Segment, class Activations, int R, int T>
+DECODE void add_sub_block(const Segment (&w)[R], const Activations* const (&a)[T], int j, I32x16 (&total)[R][T]) {
+  constexpr int bits = Type::kBits, groups = kGroups<Type>;
+  constexpr int chunk = groups < kGroupsPerSum<bits> ? groups : kGroupsPerSum<bits>;
+  constexpr int offset = kCentred<bits> || kOffsetFirst<Type> ? 0 : Type::kOffset;
+  static_assert(!kOffsetFirst<Type> || chunk == groups);
+  // Half of what the offset adds goes through 16 bits on some levels; there, bytes of eight bits are centred.
+  static_assert(!kWide<Type> || bits == 8 || Type::kOffset * 127 * (4 * groups) / 2 < 32768);
+  UNROLL for (int r = 0; r < R; r++) w[r].prefetch(j);
+  UNROLL for (int first = 0; first < groups; first += chunk) {
+    Sums sums[R][T];
+    UNROLL for (int t = 0; t < T; t++) {
+      const Sums from = first_sums<Type, kOffsetFirst<Type>>(*a[t], j);
+      UNROLL for (int r = 0; r < R; r++) sums[r][t] = from;
+    }
+    UNROLL for (int g = first; g < first + chunk; g++) {
+      Bytes group[R];
+      UNROLL for (int r = 0; r < R; r++) group[r] = w[r].group(j, g);
+      UNROLL for (int t = 0; t < T; t++) {
+        const int32_t four = load_four(a[t]->q + 4 * (j * groups + g));
+        UNROLL for (int r = 0; r < R; r++) sums[r][t] = step<bits>(sums[r][t], group[r], four);
+      }
+    }
+    UNROLL for (int r = 0; r < R; r++) UNROLL for (int t = 0; t < T; t++) {
+      if constexpr (!kSubScaled<Type>)
+        total[r][t] = add_sums(total[r][t], sums[r][t]);
+      else if (offset != 0 && first + chunk == groups)
+        total[r][t] = add_scaled(total[r][t], sums[r][t], offset * sub_sum<Type>(*a[t], j), w[r].sub_scale(j));
+      else
+        total[r][t] = add_scaled(total[r][t], sums[r][t], w[r].sub_scale(j));
+    }
+  }
+}
+
+// Sum over sub-blocks of min times the sum of its activations: 128 * high + low, each an exact dot product.
+template <class Type, class Segment>
+DECODE I32x16 sum_of_mins(const Segment& w, const Q8_256& a) {
+  constexpr bool of_16 = Type::kSubBlocks == 16;
+  const int8_t *sums_high = of_16 ? a.sums_16_high : a.sums_high, *sums_low = of_16 ? a.sums_16_low : a.sums_low;
+  I32x16 high = broadcast(0), low = broadcast(0);
+  UNROLL for (int i = 0; i < Type::kSubBlocks / 4; i++) {
+    high = add_sums(high, step<6>(no_sums(), w.mins(i), load_four(sums_high + 4 * i)));
+    low = add_sums(low, step<6>(no_sums(), w.mins(i), load_four(sums_low + 4 * i)));
+  }
+  return add(shift_left<7>(high), low);
+}
+
+template <class Type, class Segment, int R, int T>
+DECODE void add_segment(const Segment (&w)[R], const Q8_32* const (&a)[T], F32x16 (&acc)[R][T]) {
+  I32x16 total[R][T];
+  UNROLL for (int r = 0; r < R; r++) UNROLL for (int t = 0; t < T; t++) total[r][t] = broadcast(0);
+  add_sub_block<Type>(w, a, 0, total);
+  UNROLL for (int t = 0; t < T; t++) {
+    const F32x16 scale = broadcast(a[t]->scale), scaled_sum = broadcast(a[t]->scaled_sum);
+    UNROLL for (int r = 0; r < R; r++) {
+      if constexpr (Type::kOffset != 0 && !kCentred<Type::kBits> && !kOffsetFirst<Type>)
+        total[r][t] = add(total[r][t], minus_offset<Type>(*a[t], 0));
+      acc[r][t] = fma(mul(w[r].scale(), scale), to_float(total[r][t]), acc[r][t]);
+      if constexpr (Type::kHasMin) acc[r][t] = fma(w[r].min(), scaled_sum, acc[r][t]);
+    }
+  }
+}
+
+template <class Type, class Segment, int R, int T>
+DECODE void add_segment(const Segment (&w)[R], const Q8_256* const (&a)[T], F32x16 (&acc)[R][T]) {
+  I32x16 total[R][T];
+  UNROLL for (int r = 0; r < R; r++) UNROLL for (int t = 0; t < T; t++) total[r][t] = broadcast(0);
+#pragma GCC unroll 1
+  for (int j = 0; j < Type::kSubBlocks; j += kTogether<Type>)
+    UNROLL for (int i = 0; i < kTogether<Type>; i++) add_sub_block<Type>(w, a, j + i, total);
+  UNROLL for (int t = 0; t < T; t++) {
+    const F32x16 scale = broadcast(a[t]->scale);
+    UNROLL for (int r = 0; r < R; r++) {
+      if constexpr (!kSubScaled<Type>) total[r][t] = sub(total[r][t], broadcast(Type::kOffset * sum_of(*a[t])));
+      acc[r][t] = fma(mul(w[r].scale(), scale), to_float(total[r][t]), acc[r][t]);
+      if constexpr (Type::kHasMin) {
+        const I32x16 mins = sub(broadcast(0), sum_of_mins<Type>(w[r], *a[t]));
+        acc[r][t] = fma(mul(w[r].min(), scale), to_float(mins), acc[r][t]);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace llamaclust::LLAMACLUST_LEVEL

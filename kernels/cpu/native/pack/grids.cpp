@@ -1,0 +1,1 @@
+#include "pack/grid_points.h"

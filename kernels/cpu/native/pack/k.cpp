@@ -1,0 +1,147 @@
+#include "pack/blocks.h"
+
+namespace llamaclust {
+namespace {
+
+// Bit pairs of the four k-groups of sub-block j of 16, per 128 columns in 32 bytes: the first 32 columns lowest.
+void bit_pairs(const uint8_t* quants, int j, uint32_t (&groups)[4]) {
+  const uint8_t* source = quants + j / 8 * 32 + j % 2 * 16;
+  for (int g = 0; g < 4; g++) groups[g] = word_at(source + 4 * g) >> (j % 8 / 2 * 2) & kLowPairs;
+}
+
+// File: 16 bytes of scale and, above it, min; bit pairs; d, dmin.
+void pack_q2_k_row(const uint8_t* block, int row, uint8_t* body) {
+  for (int j = 0; j < 16; j++) {
+    uint32_t q[4];
+    bit_pairs(block + 16, j, q);
+    put_word(q[0] | q[1] << 2 | q[2] << 4 | q[3] << 6, body + 64 * j + 4 * row);
+  }
+  for (int i = 0; i < 4; i++) memcpy(body + 1024 + 64 * i + 4 * row, block + 4 * i, 4);
+}
+
+// Sixteen scales of six bits. File: low halves of the first and the last eight in eight bytes, then the upper bits of
+// scales 0-3, 4-7, 8-11, 12-15 from the lowest bit pair to the highest of four bytes.
+void pack_q3_k_scales(const uint8_t* packed, int row, uint8_t* out) {
+  const uint32_t first = word_at(packed), second = word_at(packed + 4), high = word_at(packed + 8);
+  const uint32_t low[4] = {first & kLowHalves, second & kLowHalves, first >> 4 & kLowHalves, second >> 4 & kLowHalves};
+  const uint32_t last = low[3] | (high >> 6 & kLowPairs) << 4;
+  for (int i = 0; i < 3; i++) {
+    const uint32_t scales = low[i] | (high >> (2 * i) & kLowPairs) << 4;
+    put_word(scales | (last >> (2 * i) & kLowPairs) << 6, out + 64 * i + 4 * row);
+  }
+}
+
+// File: 32 bytes of third bits, bit i those of columns 32 i to 32 i + 31; bit pairs; scales; d.
+void pack_q3_k_row(const uint8_t* block, int row, uint8_t* body) {
+  for (int pair = 0; pair < 8; pair++) {
+    uint32_t q[8];
+    for (int j = 0; j < 2; j++) {
+      uint32_t low[4];
+      bit_pairs(block + 32, 2 * pair + j, low);
+      for (int g = 0; g < 4; g++)
+        q[4 * j + g] = low[g] | (word_at(block + 16 * j + 4 * g) >> pair & kLowBits) << 2;
+    }
+    uint8_t* out = body + 192 * pair + 4 * row;
+    put_word(q[0] | q[1] << 3 | (q[6] & kLowPairs) << 6, out);
+    put_word(q[2] | q[3] << 3 | (q[7] & kLowPairs) << 6, out + 64);
+    put_word(q[4] | q[5] << 3 | (q[6] >> 2 & kLowBits) << 6 | (q[7] >> 2 & kLowBits) << 7, out + 128);
+  }
+  pack_q3_k_scales(block + 96, row, body + 1536);
+}
+
+// Eight scales and eight mins of six bits: twelve bytes in the file, three lines in the tile.
+void pack_six_bit_scales(const uint8_t* packed, int row, uint8_t* out) {
+  uint8_t* lines = out + 4 * row;
+  for (int j = 0; j < 4; j++) {
+    const int scale = packed[j] & 63, min = packed[j + 4] & 63;
+    const int late_scale = (packed[j + 8] & 15) | packed[j] >> 6 << 4;
+    const int late_min = packed[j + 8] >> 4 | packed[j + 4] >> 6 << 4;
+    lines[j] = static_cast<uint8_t>(scale | (late_min & 3) << 6);
+    lines[64 + j] = static_cast<uint8_t>(late_scale | (late_min >> 2 & 3) << 6);
+    lines[128 + j] = static_cast<uint8_t>(min | late_min >> 4 << 6);
+  }
+}
+
+// File: d, dmin, scales and mins, then per 64 columns 32 bytes: low halves the first 32 columns, high halves the others.
+void pack_q4_k_row(const uint8_t* block, int row, uint8_t* body) {
+  const uint8_t* quants = block + 16;
+  for (int j = 0; j < 8; j++)
+    for (int g = 0; g < 4; g++) {
+      const uint8_t* source = quants + j / 2 * 32 + 4 * g;
+      const uint32_t first = word_at(source) >> (j % 2 * 4), second = word_at(source + 16) >> (j % 2 * 4);
+      put_word((first & kLowHalves) | (second & kLowHalves) << 4, body + 256 * j + 64 * g + 4 * row);
+    }
+  pack_six_bit_scales(block + 4, row, body + 2048);
+}
+
+// File: as Q4_K with, before the halves, 32 bytes of fifth bits: bit j those of sub-block j.
+void pack_q5_k_row(const uint8_t* block, int row, uint8_t* body) {
+  const uint8_t *high = block + 16, *low = block + 48;
+  for (int j = 0; j < 8; j++) {
+    uint32_t groups[8];
+    for (int g = 0; g < 8; g++)
+      groups[g] = (word_at(low + j / 2 * 32 + 4 * g) >> (j % 2 * 4) & kLowHalves) |
+                  (word_at(high + 4 * g) >> j & kLowBits) << 4;
+    put_five_bits(groups, body + 320 * j + 4 * row);
+  }
+  pack_six_bit_scales(block + 4, row, body + 2560);
+}
+
+// The quants of columns 4 * group to 4 * group + 3.
+// File: per 128 columns 64 bytes of low nibbles and 32 bytes of high bit pairs; 16 signed scales; d.
+uint32_t q6_k_group(const uint8_t* block, int group) {
+  const int half = group / 32, quarter = group % 32 / 8, i = group % 8 * 4;
+  const uint32_t low = word_at(block + 64 * half + 32 * (quarter % 2) + i) >> (quarter / 2 * 4);
+  const uint32_t high = word_at(block + 128 + 32 * half + i) >> (2 * quarter);
+  return (low & kLowHalves) | (high & kLowPairs) << 4;
+}
+
+// Tile: per sub-block of 16 two lines of nibbles (k-groups 0 and 2, 1 and 3) and one of bit pairs (k-groups 0 to 3);
+// then the scales of sub-blocks 4 i to 4 i + 3 as k-group i.
+void pack_q6_k_row(const uint8_t* block, int row, uint8_t* body) {
+  for (int j = 0; j < 16; j++) {
+    uint32_t low[4], high[4];
+    for (int g = 0; g < 4; g++) {
+      const uint32_t group = q6_k_group(block, 4 * j + g);
+      low[g] = group & kLowHalves;
+      high[g] = group >> 4 & kLowPairs;
+    }
+    uint8_t* out = body + 192 * j + 4 * row;
+    put_word(low[0] | low[2] << 4, out);
+    put_word(low[1] | low[3] << 4, out + 64);
+    put_word(high[0] | high[1] << 2 | high[2] << 4 | high[3] << 6, out + 128);
+  }
+  for (int i = 0; i < 4; i++) memcpy(body + 3072 + 64 * i + 4 * row, block + 192 + 4 * i, 4);
+}
+
+}  // namespace
+
+void pack_q2_k(const Blocks& blocks, uint8_t* body, uint8_t* tail) {
+  for (int r = 0; r < kTileRows; r++) pack_q2_k_row(blocks.row[r], r, body);
+  put_half(blocks, 80, tail);
+  put_half(blocks, 82, tail + 32);
+}
+
+void pack_q3_k(const Blocks& blocks, uint8_t* body, uint8_t* tail) {
+  for (int r = 0; r < kTileRows; r++) pack_q3_k_row(blocks.row[r], r, body);
+  put_half(blocks, 108, tail);
+}
+
+void pack_q4_k(const Blocks& blocks, uint8_t* body, uint8_t* tail) {
+  for (int r = 0; r < kTileRows; r++) pack_q4_k_row(blocks.row[r], r, body);
+  put_half(blocks, 0, tail);
+  put_half(blocks, 2, tail + 32);
+}
+
+void pack_q5_k(const Blocks& blocks, uint8_t* body, uint8_t* tail) {
+  for (int r = 0; r < kTileRows; r++) pack_q5_k_row(blocks.row[r], r, body);
+  put_half(blocks, 0, tail);
+  put_half(blocks, 2, tail + 32);
+}
+
+void pack_q6_k(const Blocks& blocks, uint8_t* body, uint8_t* tail) {
+  for (int r = 0; r < kTileRows; r++) pack_q6_k_row(blocks.row[r], r, body);
+  put_half(blocks, 208, tail);
+}
+
+}  // namespace llamaclust

@@ -1,0 +1,157 @@
+#include "probes/arithmetic.h"
+
+#include "runtime/cpu_features.h"
+
+namespace llamaclust {
+namespace {
+
+constexpr int kRounds = 4000;
+
+#if defined(__x86_64__)
+
+// Twelve independent accumulators cover the latency of any of these instructions; the registers hold whatever they held.
+#define TWELVE(op) op(0) op(1) op(2) op(3) op(4) op(5) op(6) op(7) op(8) op(9) op(10) op(11)
+#define CLOBBERS                                                                                                  \
+  "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12", "xmm13", \
+      "xmm14", "xmm15"
+#define CLEAR_ZMM(i) "vpxord %%zmm" #i ", %%zmm" #i ", %%zmm" #i "\n"
+#define DOT_ZMM(i) "vpdpbusd %%zmm14, %%zmm15, %%zmm" #i "\n"
+#define FMA_ZMM(i) "vfmadd231ps %%zmm14, %%zmm15, %%zmm" #i "\n"
+#define CLEAR_YMM(i) "vpxor %%ymm" #i ", %%ymm" #i ", %%ymm" #i "\n"
+#define FMA_YMM(i) "vfmadd231ps %%ymm14, %%ymm15, %%ymm" #i "\n"
+#define PAIRS_YMM(i)                        \
+  "vpmaddubsw %%ymm14, %%ymm15, %%ymm12\n"  \
+  "vpmaddwd %%ymm14, %%ymm12, %%ymm12\n"    \
+  "vpaddd %%ymm12, %%ymm" #i ", %%ymm" #i "\n"
+#define PAIRS_ZMM(i)                        \
+  "vpmaddubsw %%zmm14, %%zmm15, %%zmm12\n"  \
+  "vpmaddwd %%zmm14, %%zmm12, %%zmm12\n"    \
+  "vpaddd %%zmm12, %%zmm" #i ", %%zmm" #i "\n"
+#define LOOP(clear, clear14, op)                                                                        \
+  int rounds = kRounds;                                                                                 \
+  __asm__ volatile(TWELVE(clear) clear14 "1:\n" TWELVE(op) TWELVE(op) "decl %0\njnz 1b\nvzeroupper\n" \
+                   : "+r"(rounds)                                                                       \
+                   :                                                                                    \
+                   : "cc", CLOBBERS)
+
+double int8_avx512vnni() {
+  LOOP(CLEAR_ZMM, CLEAR_ZMM(14) CLEAR_ZMM(15), DOT_ZMM);
+  return 24.0 * 64 * kRounds;
+}
+
+// As an instruction of AVX-VNNI, which an assembler would not choose by itself.
+#define DOT_VEX(i) "%{vex%} vpdpbusd %%ymm14, %%ymm15, %%ymm" #i "\n"
+
+double int8_avxvnni() {
+  LOOP(CLEAR_YMM, CLEAR_YMM(14) CLEAR_YMM(15), DOT_VEX);
+  return 24.0 * 32 * kRounds;
+}
+
+double int8_avx512() {
+  LOOP(CLEAR_ZMM, CLEAR_ZMM(14) CLEAR_ZMM(15), PAIRS_ZMM);
+  return 24.0 * 64 * kRounds;
+}
+
+double int8_avx2() {
+  LOOP(CLEAR_YMM, CLEAR_YMM(14) CLEAR_YMM(15), PAIRS_YMM);
+  return 24.0 * 32 * kRounds;
+}
+
+double fma_avx512() {
+  LOOP(CLEAR_ZMM, CLEAR_ZMM(14) CLEAR_ZMM(15), FMA_ZMM);
+  return 24.0 * 16 * kRounds;
+}
+
+double fma_avx2() {
+  LOOP(CLEAR_YMM, CLEAR_YMM(14) CLEAR_YMM(15), FMA_YMM);
+  return 24.0 * 8 * kRounds;
+}
+
+#elif defined(__aarch64__)
+
+// Twenty-four independent accumulators: four pipes with a latency of four need sixteen.
+#define EIGHT(op, n) op(n##0) op(n##1) op(n##2) op(n##3) op(n##4) op(n##5) op(n##6) op(n##7)
+#define TWENTY_FOUR(op) EIGHT(op, ) EIGHT(op, 1) op(8) op(9) op(18) op(19) op(20) op(21) op(22) op(23)
+#define CLOBBERS                                                                                                     \
+  "v0", "v1", "v2", "v3", "v4", "v5", "v6", "v7", "v8", "v9", "v10", "v11", "v12", "v13", "v14", "v15", "v16", "v17", \
+      "v18", "v19", "v20", "v21", "v22", "v23", "v30", "v31"
+#define CLEAR(i) "movi v" #i ".4s, #0\n"
+#define DOT_V(i) "sdot v" #i ".4s, v30.16b, v31.16b\n"
+#define MLAL_V(i) "smlal v" #i ".8h, v30.8b, v31.8b\n"
+#define FMA_V(i) "fmla v" #i ".4s, v30.4s, v31.4s\n"
+#define LOOP(op)                                                                                                  \
+  int rounds = kRounds;                                                                                           \
+  __asm__ volatile(TWENTY_FOUR(CLEAR) CLEAR(30) CLEAR(31) "1:\n" TWENTY_FOUR(op) "subs %w0, %w0, #1\nb.ne 1b\n" \
+                   : "+r"(rounds)                                                                                 \
+                   :                                                                                              \
+                   : "cc", CLOBBERS)
+
+__attribute__((target("arch=armv8.2-a+dotprod"))) double int8_neon_dotprod() {
+  LOOP(DOT_V);
+  return 24.0 * 16 * kRounds;
+}
+
+double int8_neon() {
+  LOOP(MLAL_V);
+  return 24.0 * 8 * kRounds;
+}
+
+double fma_neon() {
+  LOOP(FMA_V);
+  return 24.0 * 4 * kRounds;
+}
+
+#endif
+
+// What a compiler makes of plain loops for any CPU of this kind; the operands come from memory that it cannot know.
+constexpr int kPlainLanes = 64;
+volatile signed char unknown_byte = 3;
+volatile float unknown_float = 1e-3f;
+
+double int8_generic() {
+  signed char a[kPlainLanes], b[kPlainLanes];
+  int sums[kPlainLanes] = {};
+  for (int i = 0; i < kPlainLanes; i++) a[i] = b[i] = unknown_byte;
+  for (int round = 0; round < kRounds / 16; round++) {
+    for (int i = 0; i < kPlainLanes; i++) sums[i] += a[i] * b[i];
+    __asm__ volatile("" : : "r"(sums), "r"(a) : "memory");
+  }
+  return static_cast<double>(kPlainLanes) * (kRounds / 16);
+}
+
+double fma_generic() {
+  float sums[kPlainLanes] = {};
+  const float a = unknown_float, b = unknown_float;
+  for (int round = 0; round < kRounds / 16; round++) {
+    for (int i = 0; i < kPlainLanes; i++) sums[i] += a * b * sums[i];
+    __asm__ volatile("" : : "r"(sums) : "memory");
+  }
+  return static_cast<double>(kPlainLanes) * (kRounds / 16);
+}
+
+}  // namespace
+
+ArithmeticPiece int8_piece() {
+#if defined(__x86_64__)
+  if (cpu_features().avx512vnni) return &int8_avx512vnni;
+  if (cpu_features().avxvnni) return &int8_avxvnni;
+  if (cpu_features().avx512) return &int8_avx512;
+  if (cpu_features().avx2) return &int8_avx2;
+#elif defined(__aarch64__)
+  if (cpu_features().neon_dotprod) return &int8_neon_dotprod;
+  if (cpu_features().neon) return &int8_neon;
+#endif
+  return &int8_generic;
+}
+
+ArithmeticPiece fma_piece() {
+#if defined(__x86_64__)
+  if (cpu_features().avx512) return &fma_avx512;
+  if (cpu_features().avx2) return &fma_avx2;
+#elif defined(__aarch64__)
+  if (cpu_features().neon) return &fma_neon;
+#endif
+  return &fma_generic;
+}
+
+}  // namespace llamaclust

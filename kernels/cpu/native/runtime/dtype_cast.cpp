@@ -1,0 +1,42 @@
+#include "runtime/dtype_cast.h"
+
+#include <cstring>
+
+#include "runtime/cpu_features.h"
+#include "runtime/float_mode.h"
+
+namespace llamaclust {
+
+size_t stored_bytes(Stored stored, size_t count) { return stored == Stored::F32 ? 4 * count : 2 * count; }
+
+size_t narrow_bytes(Narrow narrow, size_t count) {
+  if (narrow == Narrow::Q8_0) return count / 32 * 34;
+  return narrow == Narrow::F32 ? 4 * count : 2 * count;
+}
+
+namespace {
+namespace any {
+#include "runtime/dtype_cast_loops.h"
+}
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#pragma GCC push_options
+#pragma GCC target("avx2")
+namespace avx2 {
+#include "runtime/dtype_cast_loops.h"
+}
+#pragma GCC pop_options
+#define LLAMACLUST_WIDE avx2::run
+#endif
+}  // namespace
+
+bool narrow(const uint8_t* from, Stored stored, size_t count, Narrow narrow, uint8_t* to) {
+  const FloatMode mode;
+#ifdef LLAMACLUST_WIDE
+  static const bool wide = cpu_features().avx2;
+  if (wide) return LLAMACLUST_WIDE(from, stored, count, narrow, to);
+#endif
+  return any::run(from, stored, count, narrow, to);
+}
+
+}  // namespace llamaclust

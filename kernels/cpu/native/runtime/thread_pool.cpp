@@ -1,0 +1,104 @@
+#include "runtime/thread_pool.h"
+
+#include <chrono>
+#include <stdexcept>
+#include <string>
+#include <system_error>
+
+#include "runtime/float_mode.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace llamaclust {
+namespace {
+
+constexpr int64_t kSpinNs = 40'000;
+
+// Pauses between two looks at the clock.
+constexpr int kSpinsPerLook = 64;
+
+void pause() {
+#if defined(__x86_64__)
+  _mm_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("yield");
+#endif
+}
+
+int64_t now_ns() {
+  const auto now = std::chrono::steady_clock::now().time_since_epoch();
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(now).count();
+}
+
+}  // namespace
+
+int64_t wait_while_equal(const std::atomic<int32_t>& word, int32_t old) {
+  const auto spin = [&] {
+    for (int i = 0; i < kSpinsPerLook; i++, pause())
+      if (word.load(std::memory_order_acquire) != old) return true;
+    return false;
+  };
+  if (spin()) return 0;
+  const int64_t start = now_ns();
+  while (!spin())
+    if (now_ns() - start > kSpinNs) {
+      word.wait(old, std::memory_order_acquire);
+      break;
+    }
+  return now_ns() - start;
+}
+
+ThreadPool::ThreadPool(int threads, bool yields)
+    : threads_(threads >= 1 && threads <= 1024 ? threads : throw std::invalid_argument("threads must be 1 to 1024")),
+      yields_(yields),
+      crowding_(threads),
+      calls_(std::make_unique<Call[]>(static_cast<size_t>(threads))) {
+  others_.reserve(static_cast<size_t>(threads));
+  try {
+    for (int thread = 1; thread < threads; thread++) others_.emplace_back([this, thread] { serve(thread); });
+  } catch (const std::system_error&) {
+    stop();
+    throw std::runtime_error("the system refuses to start " + std::to_string(threads) + " threads");
+  }
+}
+
+ThreadPool::~ThreadPool() { stop(); }
+
+void ThreadPool::stop() {
+  job_ = nullptr;
+  for (size_t i = 0; i < others_.size(); i++) call(static_cast<int>(i) + 1);
+  for (std::thread& thread : others_) thread.join();
+}
+
+void ThreadPool::call(int thread) {
+  std::atomic<int32_t>& count = calls_[static_cast<size_t>(thread)].count;
+  count.fetch_add(1, std::memory_order_release);
+  count.notify_one();
+}
+
+void ThreadPool::run(Job& job, int rows) {
+  const std::lock_guard<std::mutex> lock(one_job_);
+  const FloatMode mode;
+  const int64_t start = now_ns();
+  job_ = &job;
+  taking_part_ = yields_ ? crowding_.threads(rows) : threads_;
+  barrier_.open(taking_part_);
+  for (int thread = 1; thread < taking_part_; thread++) call(thread);
+  job.work(0);
+  barrier_.arrive();
+  if (yields_) crowding_.report(rows, start, now_ns(), barrier_.waited_ns());
+}
+
+void ThreadPool::serve(int thread) {
+  const FloatMode mode;
+  for (int32_t seen = 0;; seen++) {
+    wait_while_equal(calls_[static_cast<size_t>(thread)].count, seen);
+    if (job_ == nullptr) return;
+    job_->work(thread);
+    barrier_.arrive();
+  }
+}
+
+}  // namespace llamaclust

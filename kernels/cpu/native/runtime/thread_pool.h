@@ -1,0 +1,106 @@
+// Threads that work on one job together and meet at barriers. They spin for some microseconds, then sleep in the
+// kernel: two workers on one machine must not burn each other's cores.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "runtime/core_contention.h"
+
+namespace llamaclust {
+
+// Waits until `word` is no longer `old`, spinning first, then parked; returns nanoseconds if it took more than a
+// moment.
+int64_t wait_while_equal(const std::atomic<int32_t>& word, int32_t old);
+
+// All callers of arrive() leave it together.
+class Barrier {
+ public:
+  // For that many callers from now on; nobody may be inside.
+  void open(int threads) {
+    threads_ = threads;
+    waited_ns_.store(0, std::memory_order_relaxed);
+  }
+
+  void arrive() {
+    arrive([] { return false; });
+  }
+
+  // `idle` is called again and again while others are waited for, until it returns false.
+  template <typename Idle>
+  void arrive(Idle idle) {
+    const int threads = threads_;  // before the increment: after it, the next open() may have changed it
+    if (threads == 1) return;
+    const int32_t phase = phase_.load(std::memory_order_relaxed);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 < threads) {
+      while (phase_.load(std::memory_order_acquire) == phase && idle()) {}
+      const int64_t waited = wait_while_equal(phase_, phase);
+      if (waited > 0) waited_ns_.fetch_add(waited, std::memory_order_relaxed);
+      return;
+    }
+    arrived_.store(0, std::memory_order_relaxed);
+    phase_.store(phase + 1, std::memory_order_release);
+    phase_.notify_all();
+  }
+
+  // What all callers together have waited since open(), without short waits.
+  int64_t waited_ns() const { return waited_ns_.load(std::memory_order_relaxed); }
+
+ private:
+  int threads_ = 1;
+  alignas(64) std::atomic<int32_t> arrived_{0};
+  alignas(64) std::atomic<int32_t> phase_{0};
+  alignas(64) std::atomic<int64_t> waited_ns_{0};
+};
+
+class ThreadPool {
+ public:
+  class Job {
+   public:
+    // Called at once on every thread that takes part; must not throw.
+    virtual void work(int thread) noexcept = 0;
+
+   protected:
+    ~Job() = default;
+  };
+
+  // The caller of run() is one of the threads. Where `yields`, fewer take part while others keep the cores busy.
+  // std::invalid_argument outside 1 to 1024, std::runtime_error where the system refuses.
+  explicit ThreadPool(int threads, bool yields = false);
+  ~ThreadPool();
+  ThreadPool(const ThreadPool&) = delete;
+  ThreadPool& operator=(const ThreadPool&) = delete;
+
+  int threads() const { return threads_; }
+  // How many take part in the job that is running, all of them unless the pool yields.
+  int taking_part() const { return taking_part_; }
+  Barrier& barrier() { return barrier_; }
+
+  // The caller is thread 0; jobs of several callers run one by one. Those with as many rows are taken to be alike.
+  void run(Job& job, int rows = 1);
+
+ private:
+  struct alignas(64) Call {
+    std::atomic<int32_t> count{0};
+  };
+
+  void serve(int thread);
+  void call(int thread);
+  void stop();
+
+  const int threads_;
+  const bool yields_;
+  std::mutex one_job_;
+  Crowding crowding_;
+  Barrier barrier_;
+  Job* job_ = nullptr;  // null asks a called thread to end
+  int taking_part_ = 1;
+  const std::unique_ptr<Call[]> calls_;
+  std::vector<std::thread> others_;
+};
+
+}  // namespace llamaclust

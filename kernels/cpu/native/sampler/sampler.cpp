@@ -1,0 +1,171 @@
+#include "sampler/sampler.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <limits>
+#include <optional>
+
+#include "runtime/math.h"
+#include "sampler/chain.h"
+#include "sampler/penalties.h"
+#include "sampler/random.h"
+#include "sampler/ranking.h"
+
+namespace llamaclust {
+namespace {
+
+constexpr float kLargest = std::numeric_limits<float>::max();
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+std::optional<int32_t> foreign_token(const RowTask& task, int vocabulary) {
+  const auto foreign = [vocabulary](int32_t id) { return id < 0 || id >= vocabulary; };
+  if (task.scored) return foreign(task.token) ? std::optional(task.token) : std::nullopt;
+  for (const auto& [id, bias] : task.choice.logit_bias)
+    if (foreign(id)) return id;
+  for (const auto* ids : {&task.choice.history, &task.choice.suppressed})
+    for (int32_t id : *ids)
+      if (foreign(id)) return id;
+  return std::nullopt;
+}
+
+// How many of the best candidates top-k, top-p and min-p keep; the vocabulary's size where they keep all.
+int kept_candidates(Ranking& ranking, const Choice& c) {
+  const int limit = c.top_k > 0 ? std::min(c.top_k, ranking.size()) : ranking.size();
+  if (c.top_p >= 1 && c.min_p <= 0) return limit;
+  RankedWeights weights(ranking, 1.0f);
+  const int64_t total = limit < ranking.size() ? weights.sum(limit) : ranking.total(1.0f);
+  const double nucleus = c.top_p < 1 ? c.top_p * static_cast<double>(total) : kInfinity;
+  const double least = c.min_p * static_cast<double>(kUnitWeight);
+  int64_t sum = 0;
+  for (int i = 0; i < limit && weights.has(i); i++) {
+    if (i > 0 && static_cast<double>(weights[i]) < least) return i;
+    sum += weights[i];
+    if (static_cast<double>(sum) >= nucleus) return i + 1;
+  }
+  return limit;
+}
+
+int draw(Ranking& ranking, const Choice& c) {
+  const int kept = kept_candidates(ranking, c);
+  RankedWeights weights(ranking, std::min(c.temperature, kLargest));
+  const int64_t total = kept < ranking.size() ? weights.sum(kept) : ranking.total(std::min(c.temperature, kLargest));
+  const int64_t target = scaled(random_bits(c.seed, c.choice, c.position), total);
+  int rank = 0;
+  for (int64_t sum = 0; weights.has(rank); rank++) {
+    sum += weights[rank];
+    if (sum > target) break;
+  }
+  return ranking.id(rank);
+}
+
+int choose(Ranking& ranking, const Choice& c) { return c.temperature > 0 ? draw(ranking, c) : ranking.best(); }
+
+// Log-softmax over raw logits.
+class Logprobs {
+ public:
+  Logprobs(float maximum, int64_t total)
+      : maximum_(maximum), log_sum_(log_double(static_cast<double>(total) / static_cast<double>(kUnitWeight))) {}
+  float of(float logit) const { return static_cast<float>(static_cast<double>(logit) - maximum_ - log_sum_); }
+
+ private:
+  double maximum_, log_sum_;
+};
+
+std::vector<TokenValue> top_logprobs(Ranking& raw, const Logprobs& logprobs, int count) {
+  std::vector<TokenValue> top;
+  const int ready = std::min(count, raw.extend(count));
+  for (int i = 0; i < ready; i++) top.emplace_back(raw.id(i), logprobs.of(raw.ready_values()[i]));
+  return top;
+}
+
+RowOutcome failed(std::string why) {
+  RowOutcome outcome;
+  outcome.failure = std::move(why);
+  outcome.logprob = std::numeric_limits<float>::quiet_NaN();
+  return outcome;
+}
+
+}  // namespace
+
+Sampler::Sampler(const SamplerOps& ops, int vocabulary, int threads)
+    : ops_(ops), vocabulary_(vocabulary), pool_(threads), scratch_(threads) {}
+
+// The logits themselves where the task changes none of them.
+const float* Sampler::adjusted(const float* logits, const Choice& c, Scratch& scratch) const {
+  if (c.logit_bias.empty() && c.suppressed.empty() && !penalizes(c)) return logits;
+  scratch.assign(logits, logits + vocabulary_);
+  for (const auto& [id, bias] : c.logit_bias) scratch[id] = orderly(scratch[id] + bias);
+  if (penalizes(c)) penalize(c, scratch.data());
+  for (int32_t id : c.suppressed) scratch[id] = -kInfinity;
+  return scratch.data();
+}
+
+// The chosen token; -1 where every one is suppressed.
+int32_t Sampler::plain(Ranking& raw, const float* logits, const Choice& c, Scratch& scratch) const {
+  const float* values = adjusted(logits, c, scratch);
+  std::optional<Ranking> changed;
+  Ranking& ranking = values == logits ? raw : changed.emplace(ops_, values, vocabulary_);
+  return ranking.maximum() == -kInfinity ? -1 : choose(ranking, c);
+}
+
+// Likewise by all steps of a chain; *mu is set where Mirostat chose.
+int32_t Sampler::chained(const float* logits, const Choice& c, Scratch& scratch, double* mu) const {
+  scratch.assign(logits, logits + vocabulary_);
+  for (const auto& [id, bias] : c.logit_bias) scratch[id] = orderly(scratch[id] + bias);
+  for (int32_t id : c.suppressed) scratch[id] = -kInfinity;
+  if (*std::max_element(scratch.begin(), scratch.end()) == -kInfinity) return -1;
+  return ChainRun(ops_, scratch.data(), vocabulary_, c).choose(mu);
+}
+
+RowOutcome Sampler::run_row(const float* logits, const RowTask& task, Scratch& scratch) const {
+  if (const auto id = foreign_token(task, vocabulary_))
+    return failed("token " + std::to_string(*id) + " is outside the vocabulary of " + std::to_string(vocabulary_));
+  Ranking raw(ops_, logits, vocabulary_);
+  const int64_t total = raw.total(1.0f);
+  if (total == 0) return failed("the logits are not finite numbers: damaged weights, or values beyond the KV type's range");
+  RowOutcome outcome;
+  outcome.token = task.token;
+  if (!task.scored) {
+    outcome.token = task.choice.chain ? chained(logits, task.choice, scratch, &outcome.mu)
+                                      : plain(raw, logits, task.choice, scratch);
+    if (outcome.token < 0) return failed("every token is suppressed");
+  }
+  const Logprobs logprobs(raw.maximum(), total);
+  outcome.logprob = logprobs.of(logits[outcome.token]);
+  outcome.top_logprobs = top_logprobs(raw, logprobs, task.top_logprobs);
+  return outcome;
+}
+
+// The rows of one call; each thread takes the next that nobody has.
+class Sampler::Rows final : public ThreadPool::Job {
+ public:
+  Rows(Sampler& sampler, const float* logits, const std::vector<RowTask>& tasks)
+      : outcomes(tasks.size()), sampler_(sampler), logits_(logits), tasks_(tasks) {}
+
+  void work(int thread) noexcept override {
+    for (size_t row = next_++; row < tasks_.size(); row = next_++)
+      outcomes[row] =
+          sampler_.run_row(logits_ + row * sampler_.vocabulary_, tasks_[row], sampler_.scratch_[thread]);
+  }
+
+  std::vector<RowOutcome> outcomes;
+
+ private:
+  Sampler& sampler_;
+  const float* logits_;
+  const std::vector<RowTask>& tasks_;
+  std::atomic<size_t> next_ = 0;
+};
+
+std::vector<RowOutcome> Sampler::run(const float* logits, const std::vector<RowTask>& tasks) {
+  constexpr size_t kWorthWaking = 4;  // fewer rows are done before another core is awake
+  Rows rows(*this, logits, tasks);
+  if (tasks.size() < kWorthWaking || pool_.threads() == 1)
+    rows.work(0);
+  else
+    pool_.run(rows);
+  return std::move(rows.outcomes);
+}
+
+}  // namespace llamaclust

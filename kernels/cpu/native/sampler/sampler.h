@@ -1,0 +1,98 @@
+// Chooses or scores the token after a row of logits. docs/numerics.md says in which order and why the answer cannot vary.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "level/sampler_ops.h"
+#include "runtime/thread_pool.h"
+#include "sampler/ranking.h"
+
+namespace llamaclust {
+
+using TokenValue = std::pair<int32_t, float>;
+using Breakers = std::vector<std::vector<int32_t>>;
+
+// The number of a step, as in wire/sampler_chain.py.
+enum class Step : int32_t {
+  kPenalties, kDry, kTopNSigma, kTopK, kTailFree, kTypical, kTopP, kMinP, kXtc, kTemperature, kCount
+};
+
+// As SamplerChain in wire/sampler_chain.py, and what a SampleTask says for it.
+struct Chain {
+  std::vector<int32_t> order;
+  double top_n_sigma, tfs_z, typical_p;
+  double xtc_probability, xtc_threshold;
+  double dynatemp_range, dynatemp_exponent;
+  double dry_multiplier, dry_base;
+  int32_t dry_allowed_length;
+  int32_t mirostat;
+  double mirostat_tau, mirostat_eta;
+  std::vector<int32_t> unpenalized;
+  int32_t penalty_window, dry_window;  // newest tokens of the history; negative: all
+  Breakers breakers;
+  double mu;
+};
+
+// As SamplingParams and SampleTask in wire/messages.py.
+struct Choice {
+  float temperature;
+  int32_t top_k;
+  double top_p;
+  double min_p;
+  float repetition_penalty;
+  float frequency_penalty;
+  float presence_penalty;
+  std::vector<TokenValue> logit_bias;
+  uint64_t seed;
+  uint32_t choice;
+  uint32_t position;
+  std::vector<int32_t> history;
+  std::vector<int32_t> suppressed;
+  std::shared_ptr<const Chain> chain;  // may be null: the plain samplers in their order
+};
+
+struct RowTask {
+  bool scored;     // `token` is given; else it is chosen
+  int32_t token;
+  Choice choice;
+  int32_t top_logprobs;
+};
+
+struct RowOutcome {
+  int32_t token = -1;
+  float logprob = 0;
+  std::vector<TokenValue> top_logprobs;
+  std::string failure;  // empty: none
+  double mu = std::numeric_limits<double>::quiet_NaN();  // of Mirostat, where it chose
+};
+
+class Sampler {
+ public:
+  // std::invalid_argument outside 1..1024 threads.
+  Sampler(const SamplerOps& ops, int vocabulary, int threads);
+  int vocabulary() const { return vocabulary_; }
+
+  // logits[tasks][vocabulary]; rows are spread over the threads. One call at a time.
+  std::vector<RowOutcome> run(const float* logits, const std::vector<RowTask>& tasks);
+
+ private:
+  class Rows;
+  using Scratch = std::vector<float>;  // [vocabulary] logits after bias, penalties and suppression
+
+  RowOutcome run_row(const float* logits, const RowTask& task, Scratch& scratch) const;
+  int32_t plain(Ranking& raw, const float* logits, const Choice& choice, Scratch& scratch) const;
+  int32_t chained(const float* logits, const Choice& choice, Scratch& scratch, double* mu) const;
+  const float* adjusted(const float* logits, const Choice& choice, Scratch& scratch) const;
+
+  SamplerOps ops_;
+  int vocabulary_;
+  ThreadPool pool_;
+  std::vector<Scratch> scratch_;  // a thread each
+};
+
+}  // namespace llamaclust

@@ -1,0 +1,64 @@
+// Integer dot products on AVX2: pairs of columns in 16 bits, eight rows a register.
+#pragma once
+
+#include "simd/avx2/bytes.h"
+
+namespace llamaclust::LLAMACLUST_LEVEL {
+namespace {
+
+using Sums = I32x16;   // [row][2 pairs of columns], 16 bits
+using Scale = I32x16;  // [row][2 times the same], 16 bits
+
+// 2 columns * 127 * the greatest byte (128 for eight bits, see step) * groups stays below 32768.
+template <int kBits>
+constexpr int kGroupsPerSum = kBits <= 4 ? 8 : kBits == 5 ? 4 : kBits == 6 ? 2 : 1;
+// Whether `step` takes bytes of eight bits as signed, less 128, so that the caller need not subtract it.
+template <int kBits>
+constexpr bool kCentred = kBits == 8;
+
+constexpr bool kSumsFrom = false;
+
+// Tiles times tokens whose sums fit in the registers, for quantized and for float weights; and up to how many tokens
+// decoding a tile again for every eight costs less than a panel.
+constexpr int kPanelRows = 1, kPanelTokens = 4;
+constexpr int kFloatRows = 1, kFloatTokens = 5;
+template <int kBits>
+constexpr int kDirectTokens = 16;
+
+DOT Sums no_sums() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+DOT __m256i add_pairs(__m256i sums, __m256i products) {
+  __m256i r = _mm256_add_epi16(sums, products);
+  asm("" : "+x"(r));  // else the compiler adds in a tree, for which it must keep every product
+  return r;
+}
+template <int kBits>
+DOT __m256i step(__m256i sums, __m256i w, __m256i a) {
+  if constexpr (kBits < 8) return add_pairs(sums, _mm256_maddubs_epi16(w, a));
+  const __m256i centred = _mm256_xor_si256(w, _mm256_set1_epi8(static_cast<char>(0x80)));
+  return add_pairs(sums, _mm256_maddubs_epi16(_mm256_abs_epi8(centred), _mm256_sign_epi8(a, centred)));
+}
+template <int kBits>
+DOT Sums step(Sums sums, Bytes w, int32_t activations) {
+  const __m256i a = _mm256_set1_epi32(activations);
+  return {step<kBits>(sums.lo, w.lo, a), step<kBits>(sums.hi, w.hi, a)};
+}
+DOT I32x16 add_scaled(I32x16 total, Sums sums, Scale scale) {
+  return {_mm256_add_epi32(total.lo, _mm256_madd_epi16(sums.lo, scale.lo)),
+          _mm256_add_epi32(total.hi, _mm256_madd_epi16(sums.hi, scale.hi))};
+}
+DOT I32x16 add_sums(I32x16 total, Sums sums) {
+  return add_scaled(total, sums, {_mm256_set1_epi16(1), _mm256_set1_epi16(1)});
+}
+DOT Scale make_scale(I32x16 scale) {
+  return {_mm256_blend_epi16(scale.lo, _mm256_slli_epi32(scale.lo, 16), 0xAA),
+          _mm256_blend_epi16(scale.hi, _mm256_slli_epi32(scale.hi, 16), 0xAA)};
+}
+DOT I32x16 scale_lanes(Scale scale) { return {_mm256_srai_epi32(scale.lo, 16), _mm256_srai_epi32(scale.hi, 16)}; }
+// total + scale * (sums - offset); offset is even.
+DOT I32x16 add_scaled(I32x16 total, Sums sums, int32_t offset, Scale scale) {
+  const __m256i halves = _mm256_set1_epi16(static_cast<int16_t>(-offset / 2));
+  return add_scaled(add_scaled(total, sums, scale), {halves, halves}, scale);
+}
+
+}  // namespace
+}  // namespace llamaclust::LLAMACLUST_LEVEL

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 from llamaclust.cluster.links import UNKNOWN, Links
@@ -45,14 +46,13 @@ async def load_stages(
     handles = tuple(workers[stage.worker] for stage in stages)
     loading = [stage.worker for stage in stages]
     weights = await weight_sources(loading, workers, model_path, model_id, links, on_reading, stall_s)
-    reached = [*((handle.registration.address, handle.name) for handle in handles), (None, None)]
     loads = []
-    for stage, handle, (address, name) in zip(stages, handles, reached[1:], strict=True):
-        first, first_name = reached[0] if address is None and len(stages) > 1 else (None, None)
-        layers = (stage.start, stage.end)
-        fetched = weights.get(stage.worker)
-        ends = address, first, name, first_name
-        order = Load(epoch, model_path, model_id, *layers, limits, *ends, alone, fetched, stage.devices)
+    for index, (stage, handle) in enumerate(zip(stages, handles, strict=True)):
+        layers, fetched = (stage.start, stage.end), weights.get(stage.worker)
+        order = Load(
+            epoch, model_path, model_id, *layers, limits, None, alone=alone, weights=fetched, devices=stage.devices
+        )
+        order = _with_neighbours(order, handles, index)
         loads.append(handle.load(order, partial(on_progress, stage.worker), stall_s))
     answers = await asyncio.gather(*loads, return_exceptions=True)
     errors = [(handle, one) for handle, one in zip(handles, answers, strict=True) if isinstance(one, BaseException)]
@@ -63,6 +63,22 @@ async def load_stages(
             await unload_stages(epoch, handles)
         raise errors[0][1]
     return handles
+
+
+def _with_neighbours(order: Load, handles: Sequence[WorkerHandle], index: int) -> Load:
+    """With the stages that the one at `index` calls and is called by."""
+    is_first, is_last = index == 0, index + 1 == len(handles)
+    following = None if is_last else handles[index + 1]
+    first = handles[0] if is_last and not is_first else None
+    return replace(
+        order,
+        next_address=following.registration.address if following else None,
+        next_worker=following.name if following else None,
+        first_address=first.registration.address if first else None,
+        first_worker=first.name if first else None,
+        previous_worker=None if is_first else handles[index - 1].name,
+        last_worker=handles[-1].name if is_first and not is_last else None,
+    )
 
 
 async def unload_stages(epoch: int, workers: Iterable[WorkerHandle]) -> None:

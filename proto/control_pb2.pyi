@@ -489,6 +489,8 @@ class Load(_message.Message):
     FIRST_ADDRESS_FIELD_NUMBER: _builtins.int
     NEXT_WORKER_FIELD_NUMBER: _builtins.int
     FIRST_WORKER_FIELD_NUMBER: _builtins.int
+    PREVIOUS_WORKER_FIELD_NUMBER: _builtins.int
+    LAST_WORKER_FIELD_NUMBER: _builtins.int
     ALONE_FIELD_NUMBER: _builtins.int
     WEIGHTS_FIELD_NUMBER: _builtins.int
     DEVICES_FIELD_NUMBER: _builtins.int
@@ -510,6 +512,12 @@ class Load(_message.Message):
     """Name of the worker that holds the stage after this one; its certificate must say so."""
     first_worker: _builtins.str
     """Name of the worker at first_address."""
+    previous_worker: _builtins.str
+    """Name of the worker that holds the stage before this one, which alone may open Forward; empty for the first stage,
+    where it is the coordinator.
+    """
+    last_worker: _builtins.str
+    """For the first of several stages: name of the worker that holds the last one, which alone may open Chosen."""
     alone: _builtins.bool
     """Stages of other epochs are freed first; weights that this one needs as well stay in memory."""
     @_builtins.property
@@ -537,13 +545,15 @@ class Load(_message.Message):
         first_address: _builtins.str = ...,
         next_worker: _builtins.str = ...,
         first_worker: _builtins.str = ...,
+        previous_worker: _builtins.str = ...,
+        last_worker: _builtins.str = ...,
         alone: _builtins.bool = ...,
         weights: Global___WeightSources | None = ...,
         devices: _abc.Iterable[Global___DeviceLayers] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits", "weights", b"weights"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alone", b"alone", "devices", b"devices", "end", b"end", "epoch", b"epoch", "first_address", b"first_address", "first_worker", b"first_worker", "limits", b"limits", "model_id", b"model_id", "model_path", b"model_path", "next_address", b"next_address", "next_worker", b"next_worker", "start", b"start", "weights", b"weights"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alone", b"alone", "devices", b"devices", "end", b"end", "epoch", b"epoch", "first_address", b"first_address", "first_worker", b"first_worker", "last_worker", b"last_worker", "limits", b"limits", "model_id", b"model_id", "model_path", b"model_path", "next_address", b"next_address", "next_worker", b"next_worker", "previous_worker", b"previous_worker", "start", b"start", "weights", b"weights"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -6,15 +6,18 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from real_cluster import LIMITS
 
+from llamaclust.cluster.trust.authority import Authority
 from llamaclust.kernels.reference.backend import ReferenceBackend
 from llamaclust.model.loader import Model
 from llamaclust.wire.channels import FORWARD, SAMPLE, ClientStream, Peer
 from llamaclust.wire.codec import decode_result, encode_inputs, encode_microbatch
 from llamaclust.wire.control import Deadlines
+from llamaclust.wire.credentials import Credentials, Principal
 from llamaclust.wire.deadlines import deadline
 from llamaclust.wire.frames import encode_hidden
 from llamaclust.wire.messages import Microbatch, Result, SamplingInputs
@@ -40,10 +43,17 @@ class Chain:
 
     model_id: str
     runners: list[StageRunner]
-    first: Peer
-    last: Peer
+    peers: list[Peer]
     forward: ClientStream
     sample: ClientStream
+
+    @property
+    def first(self) -> Peer:
+        return self.peers[0]
+
+    @property
+    def last(self) -> Peer:
+        return self.peers[-1]
 
     async def submit(self, microbatch: Microbatch, inputs: SamplingInputs | None) -> None:
         await self.forward.write(encode_hidden(encode_microbatch(microbatch), (), None))
@@ -57,27 +67,55 @@ class Chain:
         return decode_result(data)
 
 
+def neighbours(addresses: Sequence[str], index: int, trust: Authority | None) -> Neighbours:
+    """Of the stage at `index`."""
+    first, last = index == 0, index + 1 == len(addresses)
+
+    def way_to(there: int) -> Peer:
+        return Peer(addresses[there], credentials(trust, f"w{index}"), Principal(f"w{there}"))
+
+    return Neighbours(
+        next=None if last else way_to(index + 1),
+        first=way_to(0) if last and not first else None,
+        previous_worker=None if first else f"w{index - 1}",
+        last_worker=f"w{len(addresses) - 1}" if first and not last else None,
+    )
+
+
+def credentials(trust: Authority | None, worker: str | None = None) -> Credentials:
+    """Of a worker, or of the coordinator."""
+    return TOKEN if trust is None else trust.identity(Principal(worker))
+
+
 @asynccontextmanager
 async def chain(
-    model: Model, folder: Path, cuts: Sequence[int] = (0, 1, 3), deadlines: Deadlines = DEADLINES
+    model: Model,
+    folder: Path,
+    cuts: Sequence[int] = (0, 1, 3),
+    deadlines: Deadlines = DEADLINES,
+    trust: Authority | None = None,
 ) -> AsyncIterator[Chain]:
-    compute, servers, runners, services = Compute(), [], [], []
-    peers = [Peer(f"unix:{folder}/{index}.sock", TOKEN) for index in range(len(cuts) - 1)]
-    for index, peer in enumerate(peers):
-        runners.append(runner_of(model, cuts[index], cuts[index + 1]))
-        service = StageService(f"w{index}")
-        last = index + 1 == len(peers)
-        after = None if last else Peer(peers[index + 1].address, TOKEN)
-        first = Peer(peers[0].address, TOKEN) if last and index else None
-        service.add(StageFlow(1, runners[-1], f"w{index}", compute, Counters(), deadlines, Neighbours(after, first)))
-        services.append(service)
-        servers.append(await Server.start(peer.address, TOKEN, service.handlers))
+    """On workers w0, w1, ...: over mutual TLS where `trust` is given, else on unix sockets."""
+    compute, names = Compute(), [f"w{index}" for index in range(len(cuts) - 1)]
+    runners = [runner_of(model, start, end) for start, end in pairwise(cuts)]
+    services = [StageService(name) for name in names]
+    servers = [
+        await Server.start(
+            f"unix:{folder}/{name}.sock" if trust is None else "127.0.0.1:0", credentials(trust, name), service.handlers
+        )
+        for name, service in zip(names, services, strict=True)
+    ]
+    addresses = [server.address for server in servers]
+    peers = [Peer(address, credentials(trust), Principal(name)) for address, name in zip(addresses, names, strict=True)]
+    for index, (service, runner) in enumerate(zip(services, runners, strict=True)):
+        around = neighbours(addresses, index, trust)
+        service.add(StageFlow(1, runner, names[index], compute, Counters(), deadlines, around))
     sample = peers[-1].open(SAMPLE, epoch=1)
     await sample.opened()
     forward = peers[0].open(FORWARD, epoch=1)
     await forward.opened()
     try:
-        yield Chain(model.model_id, runners, peers[0], peers[-1], forward, sample)
+        yield Chain(model.model_id, runners, peers, forward, sample)
     finally:
         await asyncio.gather(*(peer.close() for peer in peers))
         await asyncio.gather(*(server.stop(0.0) for server in servers))

@@ -12,16 +12,20 @@ from pathlib import Path
 
 import grpc
 import pytest
+from real_cluster import microbatches
 from served import run_async
+from stage_chain import chain
 from test_wire_control import REGISTER
+from tiny_model import build_tiny_model
 from trust import A, B, authority, refusals
 
 from llamaclust.cluster.launchers.static import keep_renewed
 from llamaclust.cluster.registry import Registry
 from llamaclust.cluster.trust.authority import Authority
 from llamaclust.errors import WireError, WorkerError
+from llamaclust.model.loader import Model
 from llamaclust.wire.certificates import NewKey
-from llamaclust.wire.channels import FORWARD, JOIN, SAMPLE, ClientStream, Peer, StreamBrokenError
+from llamaclust.wire.channels import CHOSEN, FORWARD, JOIN, SAMPLE, ClientStream, Peer, StreamBrokenError
 from llamaclust.wire.control import (
     CoordinatorMessage,
     Deadlines,
@@ -230,13 +234,13 @@ async def test_messages_that_are_too_large_end_their_own_stream(trust: Authority
 
 
 @run_async
-async def test_stage_streams_are_for_members_and_sampling_for_the_coordinator(trust: Authority) -> None:
+async def test_stage_streams_are_for_members(trust: Authority) -> None:
     server = await Server.start(ANY, trust.identity(A), StageService("a").handlers)
     try:
         for who, method, message in (
             (COORDINATOR, SAMPLE, "worker a holds no stage for epoch 1"),
             (B, FORWARD, "worker a holds no stage for epoch 1"),
-            (B, SAMPLE, "worker b opens the stream that is the coordinator's"),
+            (B, SAMPLE, "worker a holds no stage for epoch 1"),
         ):
             peer = Peer(server.address, trust.identity(who), A)
             with pytest.raises(StreamBrokenError, match=message):
@@ -247,6 +251,34 @@ async def test_stage_streams_are_for_members_and_sampling_for_the_coordinator(tr
             await Peer(server.address, foreign, A).open(FORWARD, epoch=1).opened()
     finally:
         await server.stop(0.0)
+
+
+@run_async
+async def test_a_stage_takes_streams_from_its_neighbours_alone(trust: Authority, tmp_path: Path) -> None:
+    """The plan names them; other members, with and without layers, and the right one a second time, change nothing."""
+    model = Model.open(build_tiny_model(tmp_path / "tiny.gguf", hidden=64, layers=3, heads=4, ffn=96))
+    async with chain(model, tmp_path, (0, 1, 2, 3), trust=trust) as there:
+        first, middle, last = there.peers
+        spare = Principal("spare")
+        for stage, method, caller, message in (
+            (first, FORWARD, spare, "worker spare opens a stream that is for the coordinator alone"),
+            (first, FORWARD, Principal("w1"), "worker w1 opens a stream that is for the coordinator alone"),
+            (first, FORWARD, COORDINATOR, "a second stream of microbatches for epoch 1"),
+            (first, CHOSEN, spare, "worker spare opens a stream that is for worker w2 alone"),
+            (first, CHOSEN, Principal("w1"), "worker w1 opens a stream that is for worker w2 alone"),
+            (first, CHOSEN, Principal("w2"), "a second stream of chosen tokens for epoch 1"),
+            (middle, FORWARD, spare, "worker spare opens a stream that is for worker w0 alone"),
+            (middle, FORWARD, COORDINATOR, "the coordinator opens a stream that is for worker w0 alone"),
+            (last, FORWARD, Principal("w0"), "worker w0 opens a stream that is for worker w1 alone"),
+            (last, SAMPLE, spare, "worker spare opens a stream that is for the coordinator alone"),
+        ):
+            peer = Peer(stage.address, trust.identity(caller), stage.principal)
+            with pytest.raises(StreamBrokenError, match=message):
+                await peer.open(method, epoch=1).opened()
+            await peer.close()
+        for microbatch, inputs in microbatches(there.model_id, 1, 4):
+            await there.submit(microbatch, inputs)
+            assert (await there.result()).failure is None
 
 
 @run_async

@@ -123,6 +123,8 @@ COORDINATOR_MESSAGES: list[CoordinatorMessage] = [
     LOAD,
     replace(LOAD, start=0, next_address=None, next_worker=None),
     replace(LOAD, next_address=None, next_worker=None, first_address="unix:/a", first_worker="a"),
+    replace(LOAD, previous_worker="a"),
+    replace(LOAD, start=0, last_worker="c"),
     replace(LOAD, limits=replace(LOAD.limits, kv_type="q8_0")),
     replace(LOAD, weights=WeightSources("cd" * 32, 9, (WeightSource("h:1", "b"), WeightSource("unix:/c", "c")))),
     replace(LOAD, devices=(DeviceLayers("cpu", 2, 3), DeviceLayers("cuda:0", 3, 4))),

@@ -172,6 +172,8 @@ class Load:
     first_address: str | None = None  # for the last: gRPC target of the first stage; None: this is the first
     next_worker: str | None = None  # who holds that
     first_worker: str | None = None
+    previous_worker: str | None = None  # holds the stage before this one and may open FORWARD; None: this is the first
+    last_worker: str | None = None  # for the first of several: holds the last stage and may open CHOSEN
     alone: bool = False  # stages of other epochs are freed first; weights that this one needs as well stay
     weights: WeightSources | None = None  # None: the file must be there
     devices: tuple[DeviceLayers, ...] = ()  # which hold these layers, in order; (): the processor holds all

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from llamaclust.wire.sampler_chain import SamplerChain
 
-PROTOCOL_VERSION = (2, 5)
+PROTOCOL_VERSION = (3, 0)
 """(major, minor): another major is refused at the handshake; unknown fields of a newer minor are ignored."""
 
 NUMERICS_VERSION = 4

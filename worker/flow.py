@@ -13,6 +13,7 @@ from llamaclust.errors import DeadlineError, WireError, WorkerError
 from llamaclust.wire.channels import CHOSEN, FORWARD, ClientStream, Peer, UnreachableError
 from llamaclust.wire.codec import decode_chosen, decode_inputs, decode_microbatch, encode_chosen
 from llamaclust.wire.control import Deadlines
+from llamaclust.wire.credentials import COORDINATOR, Principal
 from llamaclust.wire.deadlines import deadline, recurring_deadline
 from llamaclust.wire.frames import decode_frame
 from llamaclust.wire.outbox import Writable
@@ -51,6 +52,12 @@ async def _while_open(stream: ClientStream, which: str, work: Coroutine[None, No
     await together(working(), watching())
 
 
+def _check_caller(stream: ServerStream, expected: Principal) -> None:
+    """WireError where links have identities and another member than this one calls."""
+    if stream.peer not in (None, expected):
+        raise WireError(f"{stream.peer} opens a stream that is for {expected} alone")
+
+
 OnLost = Callable[[Peer, str], Awaitable[None]]
 """Called with a neighbour that cannot be reached and why."""
 
@@ -61,10 +68,12 @@ async def _nobody_told(peer: Peer, why: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Neighbours:
-    """The stages that this one calls."""
+    """The stages that this one calls, and the workers of those that call it."""
 
     next: Peer | None = None  # None: this is the last
     first: Peer | None = None  # of the last stage, which tells it the tokens chosen; None: this is the first
+    previous_worker: str | None = None  # opens FORWARD; None: this is the first stage, where the coordinator does
+    last_worker: str | None = None  # of the first of several stages: opens CHOSEN
     on_lost: OnLost = _nobody_told
 
     async def close(self) -> None:
@@ -91,6 +100,7 @@ class StageFlow:
         self._deadlines = deadlines
         self._neighbours = neighbours
         self._chosen = ChosenTokens()
+        self._has_chosen_stream = False
         self._inputs = InputsBox(epoch, deadlines.sampling_inputs_s)
         self._counters = counters
         self._step = StageStep(runner, worker, self._inputs, self._chosen, compute, counters)
@@ -101,6 +111,7 @@ class StageFlow:
 
     async def sample(self, stream: ServerStream) -> None:
         """The coordinator's stream to the last stage: sampling inputs come, results go."""
+        _check_caller(stream, COORDINATOR)
         if self._neighbours.next is not None:
             raise WireError("sampling inputs for a stage that is not the last")
         if self._results is not None:
@@ -116,6 +127,7 @@ class StageFlow:
 
     async def forward(self, stream: ServerStream) -> None:
         """The stream from the stage before, or from the coordinator. It is accepted once the whole chain is open."""
+        _check_caller(stream, Principal(self._neighbours.previous_worker))
         if self._forwarding is not None:
             raise WireError(f"a second stream of microbatches for epoch {self.epoch}")
         self._forwarding = asyncio.current_task()
@@ -151,6 +163,10 @@ class StageFlow:
         """The last stage's stream to the first one: tokens that it chose."""
         if not self.runner.program.is_first or self._neighbours.next is None:
             raise WireError("chosen tokens for a stage that is not the first of several")
+        _check_caller(stream, Principal(self._neighbours.last_worker))
+        if self._has_chosen_stream:
+            raise WireError(f"a second stream of chosen tokens for epoch {self.epoch}")
+        self._has_chosen_stream = True
         await stream.accept()
         try:
             while (data := await stream.read()) is not None:

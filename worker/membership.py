@@ -200,7 +200,8 @@ class Member:
             held.clear()
         next_stage = self._peer(order.next_address, order.next_worker)
         first_stage = self._peer(order.first_address, order.first_worker)
-        neighbours = Neighbours(next_stage, first_stage, partial(self._tell_lost, order.epoch))
+        on_lost = partial(self._tell_lost, order.epoch)
+        neighbours = Neighbours(next_stage, first_stage, order.previous_worker, order.last_worker, on_lost)
         flow = StageFlow(order.epoch, runner, self._name, self._compute, self._counters, self._deadlines, neighbours)
         self._service.add(flow)
         memory = runner.memory

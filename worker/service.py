@@ -9,7 +9,6 @@ from dataclasses import replace
 from llamaclust.errors import WireError
 from llamaclust.wire.channels import CHOSEN, ECHO, FORWARD, SAMPLE
 from llamaclust.wire.control import Load
-from llamaclust.wire.credentials import COORDINATOR
 from llamaclust.wire.links import serve_echo
 from llamaclust.wire.server import Handler, ServerStream
 from llamaclust.worker.flow import StageFlow
@@ -73,8 +72,6 @@ class StageService:
         await self._flow(stream).forward(stream)
 
     async def _sample(self, stream: ServerStream) -> None:
-        if stream.peer not in (None, COORDINATOR):
-            raise WireError(f"{stream.peer} opens the stream that is the coordinator's")
         await self._flow(stream).sample(stream)
 
     async def _chosen(self, stream: ServerStream) -> None:

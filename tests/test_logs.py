@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from random import SystemRandom
 
 import pytest
 from command_line import CommandLine, command_line, eventually
@@ -137,8 +138,10 @@ def test_a_cluster_tells_of_itself_in_fields(line: CommandLine) -> None:
     keys.write_text("a-key-nobody-knows\n")
     keys.chmod(0o600)
     header = {"Authorization": "Bearer a-key-nobody-knows"}
+    seed = SystemRandom().randrange(1 << 32)
+    print(f"seed {seed}")
     with line.logging("json"), line.cluster("good.gguf", api_keys_file=str(keys)) as cluster:
-        body = {"prompt": "a secret prompt", "max_tokens": 3}
+        body = {"prompt": "a secret prompt", "max_tokens": 3, "ignore_eos": True, "seed": seed}
         reply = cluster.http.post("/v1/completions", json=body, headers=header).json()
         token = next(line.cluster_dir("tiny").rglob("token")).read_text().strip()
         log = cluster.command.err

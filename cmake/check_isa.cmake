@@ -1,23 +1,36 @@
-# cmake -DNM=nm -DLEVEL=avx2 "-DOBJECTS=a.o|b.o" -P check_isa.cmake: fails where the objects of a feature level define
-# something that the linker may share with other code (weak symbols: it keeps any one copy, and one compiled for AVX-512
-# is an illegal instruction elsewhere), export a name outside the level's namespace, or run code at start-up.
+# cmake -DNM=nm -DREADELF=readelf -DLEVEL=avx2 "-DOBJECTS=a.o|b.o" -P check_isa.cmake: fails where the objects of a feature
+# level define a symbol that the linker may share with other code (weak symbols: it keeps any one copy, and one compiled for
+# AVX-512 is an illegal instruction elsewhere), export a name outside the level's namespace, or run code when the module is
+# loaded, before a level is chosen (static initializers, IFUNC resolvers).
 set(failures "")
 string(REPLACE "|" ";" OBJECTS "${OBJECTS}")
-foreach(object IN LISTS OBJECTS)
-  execute_process(COMMAND ${NM} --defined-only -C ${object} OUTPUT_VARIABLE symbols RESULT_VARIABLE status
-                  ERROR_VARIABLE problem)
+
+# The output of a command on `object`, as a list of lines.
+function(read_lines output)
+  execute_process(COMMAND ${ARGN} ${object} OUTPUT_VARIABLE text RESULT_VARIABLE status ERROR_VARIABLE problem)
   if(NOT status EQUAL 0)
-    message(FATAL_ERROR "${NM} ${object}: ${problem}")
+    message(FATAL_ERROR "${ARGN} ${object}: ${problem}")
   endif()
-  string(REPLACE ";" "," symbols "${symbols}")
-  string(REPLACE "\n" ";" symbols "${symbols}")
+  string(REGEX REPLACE "[];[]" "," text "${text}")  # what would part or join elements of a list
+  string(REPLACE "\n" ";" text "${text}")
+  set(${output} "${text}" PARENT_SCOPE)
+endfunction()
+
+foreach(object IN LISTS OBJECTS)
+  read_lines(symbols ${NM} --defined-only -C)
   foreach(symbol IN LISTS symbols)
     if(symbol MATCHES "^[0-9a-f]+ [WVu] (.*)$")
       list(APPEND failures "weak symbol: ${CMAKE_MATCH_1}")
-    elseif(symbol MATCHES "^[0-9a-f]+ [TDBRGSC] (.*)$" AND NOT CMAKE_MATCH_1 MATCHES "llamaclust::${LEVEL}::")
-      list(APPEND failures "external symbol: ${CMAKE_MATCH_1}")
-    elseif(symbol MATCHES "_GLOBAL__sub_I_|__static_initialization")
-      list(APPEND failures "code that runs at start-up: ${symbol}")
+    elseif(symbol MATCHES "^[0-9a-f]+ i (.*)$")
+      list(APPEND failures "resolved when the module is loaded: ${CMAKE_MATCH_1}")
+    elseif(symbol MATCHES "^[0-9a-f]+ [TDBRGSC] " AND NOT symbol MATCHES "llamaclust::${LEVEL}::")
+      list(APPEND failures "external symbol: ${symbol}")
+    endif()
+  endforeach()
+  read_lines(sections ${READELF} -SW)
+  foreach(section IN LISTS sections)
+    if(section MATCHES " (\\.(preinit_array|init_array|fini_array|ctors|dtors)[.0-9]*) ")
+      list(APPEND failures "static initializer: section ${CMAKE_MATCH_1} of ${object}")
     endif()
   endforeach()
 endforeach()

@@ -26,7 +26,7 @@ set(flags_neon_dotprod ${flags_neon} -march=armv8.2-a+dotprod)
 # No multiplication and addition is ever joined by the compiler: every level rounds where the source says so.
 # The AVX-512 headers of g++ 12 are full of values that look uninitialized to it.
 set(LLAMACLUST_OPTIMIZATION -O3 CACHE STRING "-O1 is quicker to compile and slower to run, and gives the same bits")
-set(arithmetic_flags ${LLAMACLUST_OPTIMIZATION} -ffp-contract=off -Wall -Wextra -Wno-uninitialized -Wno-maybe-uninitialized)
+set(arithmetic_flags ${LLAMACLUST_OPTIMIZATION} -ffp-contract=off -Wall -Wextra $<$<CXX_COMPILER_ID:GNU>:-Wno-uninitialized> $<$<CXX_COMPILER_ID:GNU>:-Wno-maybe-uninitialized>)
 
 add_library(cpu_baseline OBJECT ${baseline})
 target_compile_options(cpu_baseline PRIVATE ${arithmetic_flags})
@@ -42,7 +42,7 @@ foreach(level IN LISTS LLAMACLUST_LEVELS)
   target_compile_definitions(cpu_${level} PRIVATE LLAMACLUST_LEVEL=${level})
   target_include_directories(cpu_${level} PRIVATE ${native})
   list(APPEND objects $<TARGET_OBJECTS:cpu_${level}>)
-  list(APPEND checks COMMAND ${CMAKE_COMMAND} -DNM=${CMAKE_NM} -DLEVEL=${level}
+  list(APPEND checks COMMAND ${CMAKE_COMMAND} -DNM=${CMAKE_NM} -DREADELF=${CMAKE_READELF} -DLEVEL=${level}
                              "-DOBJECTS=$<JOIN:$<TARGET_OBJECTS:cpu_${level}>,|>"
                              -P ${check_isa})
 endforeach()

@@ -19,7 +19,7 @@ define need_compiler
   echo "error: no C++ compiler found: install g++ or clang++ (Debian, Ubuntu: sudo make system-deps), or name one in CXX" >&2; exit 1
 endef
 
-.PHONY: demo model test test-clusters test-others test-gpu cuda-matrix lint format build proto bench chart image image-test system-deps system-deps-test clean links
+.PHONY: demo model test test-clusters test-others test-gpu cuda-matrix lint format build wheel wheel-test proto bench chart image image-test system-deps system-deps-test clean links
 
 demo: build ## a real model on two worker processes answers a question
 	$(BIN)/python examples/demo.py
@@ -58,6 +58,15 @@ bench: build ## engine speed on the demo model, beside this machine's own limits
 	$(BIN)/llamaclust bench $(MODEL)
 
 build: $(VENV)/.installed ## the program, editable, in .venv
+
+wheel: build $(VENV)/.wheel ## dist/: a wheel that needs no compiler, for every Python from 3.11 on
+	rm -rf dist build/wheel
+	$(PIP) wheel --no-deps --no-build-isolation -w build/wheel .
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --only-plat -w dist build/wheel/*.whl
+	$(BIN)/auditwheel show dist/*.whl
+
+wheel-test: wheel ## the wheel, installed where there is no compiler, answers the demo's question
+	deploy/wheel_test.sh dist/*.whl $(PYTHON)
 
 proto: ## regenerate the stubs in proto/ with pinned tools in an environment of their own
 	./proto/generate.sh $(PYTHON)
@@ -110,6 +119,10 @@ $(VENV)/.test: $(VENV)/.installed
 # Only tests of the chart need it: without it they are skipped.
 $(VENV)/.helm: $(VENV)/.deps deploy/helm/fetch.py
 	@$(BIN)/python deploy/helm/fetch.py $(BIN)/helm && touch $@ || echo "no helm to be had: tests of the chart are skipped" >&2
+
+$(VENV)/.wheel: $(VENV)/.deps
+	$(PIP) install -c constraints.txt --group wheel
+	@touch $@
 
 $(VENV)/.lint: $(VENV)/.installed
 	$(PIP) install -c constraints.txt --group lint

@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Installs a wheel in a new virtual environment, without a compiler, and runs the demo there: two workers answer a question.
+# Arguments: the wheel, and the Python that makes the environment. Prints the seconds that each step took. The model comes from
+# this machine's cache if it is there.
+set -euo pipefail
+wheel=$(realpath "${1:?usage: deploy/wheel_test.sh WHEEL [PYTHON]}")
+root=$(realpath "$(dirname "$0")/..")
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+models=${LLAMACLUST_HOME:-${XDG_CACHE_HOME:-$HOME/.cache}/llamaclust}/models
+export LLAMACLUST_HOME=$folder/home LLAMACLUST_STATE_DIR=$folder/state CC=false CXX=false
+mkdir "$LLAMACLUST_HOME"
+[ ! -d "$models" ] || ln -s "$models" "$LLAMACLUST_HOME/models"
+
+cd "$folder" # no module of the source tree is imported
+SECONDS=0
+"${2:-python3}" -m venv venv
+venv/bin/python -m pip --disable-pip-version-check install -q -c "$root/constraints.txt" "$wheel"
+installed=$SECONDS
+venv/bin/python "$root/examples/demo.py"
+echo "$(basename "$wheel"): $(($(stat -c %s "$wheel") / 1024)) KiB, installed in $installed s, answered after $SECONDS s"

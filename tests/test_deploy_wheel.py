@@ -1,0 +1,69 @@
+"""The wheel in dist/: what it holds, and that it answers the demo's question where there is no compiler."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from llamaclust.cluster.config import environment
+
+ROOT = Path(__file__).parent.parent
+TOOLS = ("bash", "basename", "dirname", "false", "ln", "mkdir", "mktemp", "realpath", "rm", "stat")
+LARGEST_BYTES = 8 << 20
+DEADLINE_S = 180.0  # for a busy machine: deploy/wheel_test.sh prints what it took
+
+
+@pytest.fixture
+def wheel() -> Path:
+    found = list((ROOT / "dist").glob("*.whl"))
+    if not found:
+        pytest.skip("there is no wheel in dist/: make wheel")
+    (wheel,) = found
+    return wheel
+
+
+def test_one_small_wheel_is_for_every_python(wheel: Path) -> None:
+    assert re.fullmatch(r"llamaclust-[\d.]+-cp311-abi3-manylinux_2_\d+_\w+\.whl", wheel.name)
+    assert wheel.stat().st_size <= LARGEST_BYTES
+
+
+def test_it_holds_one_compiled_module_and_what_gpus_compile(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = [Path(name) for name in archive.namelist()]
+    assert [str(name) for name in names if name.suffix == ".so"] == ["llamaclust/kernels/cpu/_native.abi3.so"]
+    suffixes = {name.suffix for name in names}
+    assert ".cu" in suffixes and ".h" in suffixes and ".cpp" not in suffixes
+    assert {name.parts[0] for name in names if ".dist-info" not in name.parts[0]} == {"llamaclust"}
+
+
+def path_without_compilers(folder: Path) -> str:
+    for tool in TOOLS:
+        (folder / tool).symlink_to(str(shutil.which(tool)))
+    assert not any(shutil.which(tool, path=str(folder)) for tool in ("cc", "c++", "gcc", "g++", "clang", "cmake"))
+    return str(folder)
+
+
+@pytest.mark.alone
+@pytest.mark.timeout(2 * DEADLINE_S)
+def test_it_answers_where_there_is_no_compiler(wheel: Path, tmp_path: Path) -> None:
+    if not (environment().home / "models/smollm2-135m-instruct").is_dir():
+        pytest.skip("the demo's model is not here: make model")
+    kept = {name: value for name, value in os.environ.items() if name in ("HOME", "LLAMACLUST_HOME") or "PIP" in name}
+    done = subprocess.run(
+        [ROOT / "deploy/wheel_test.sh", wheel, Path(sys.executable).resolve()],
+        env=kept | {"PATH": path_without_compilers(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "The capital of France is Paris." in done.stdout
+    assert re.search(r"installed in \d+ s, answered after \d+ s$", done.stdout)

@@ -195,7 +195,6 @@ class CommandLine:
         """A command in its own session; it reads nothing. `out` is where its standard output goes; `before` are words
         that run the command in another place, and become it."""
         number = len(self._started)
-        hear_ctrl_c()
         out, err = out or self.folder / f"{number}.out", self.folder / f"{number}.err"
         with out.open("wb") as to_out, err.open("wb") as to_err:
             process = subprocess.Popen(
@@ -212,7 +211,6 @@ class CommandLine:
 
     def run(self, *arguments: str | bytes | Path, within_s: float = 60.0) -> Done:
         """A command from start to end, without the time that Python and its imports take."""
-        hear_ctrl_c()
         number = f"run-{next(self._numbers)}"
         out, err = self.folder / f"{number}.out", self.folder / f"{number}.err"
         code = run_forked(list(map(os.fsdecode, arguments)), self._environment, self.folder, out, err, within_s)
@@ -260,13 +258,6 @@ class CommandLine:
             for pid in left:
                 os.kill(pid, signal.SIGKILL)
             assert not left
-
-
-def hear_ctrl_c() -> None:
-    """What is started from now on does, also where the tests run in the background of a shell that has its jobs ignore
-    it. Here and not between fork and exec, where no Python should run beside gRPC's threads."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _description(process: psutil.Process) -> str:

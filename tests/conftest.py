@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -14,6 +15,11 @@ os.environ.setdefault("LLAMACLUST_CACHE_SIZE", "0")  # a user's prepared layers 
 os.environ.setdefault("LLAMACLUST_WEIGHTS_SIZE", "0")
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # hundreds of processes would compile the program anew
 sys.dont_write_bytecode = False
+
+for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM):
+    if signal.getsignal(number) is signal.SIG_IGN:  # as nohup or a shell's background has it
+        # Ignored here as before, but not by the processes that tests start: exec keeps SIG_IGN and resets handlers.
+        signal.signal(number, lambda *_: None)
 
 
 @pytest.fixture(scope="session")

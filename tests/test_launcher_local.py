@@ -24,11 +24,9 @@ from llamaclust.wire.server import Server
 from llamaclust.wire.token import ClusterToken
 
 _COORDINATOR = """
-import asyncio, signal, sys
+import asyncio, sys
 from pathlib import Path
 from real_cluster import real_cluster
-
-signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the tests run in the background
 
 async def main():
     async with real_cluster(Path(sys.argv[1]), 2, device="reference") as cluster:

@@ -79,7 +79,7 @@ class Chat:
         elif name in self._commands:
             self._commands[name](rest.strip())
         else:
-            raise UsageError(f"{name} is no command; /help shows them, and a space before the line sends it as it is")
+            raise UsageError(f"unknown command {name}; try /help, or put a space before the line to send it as it is")
 
     def _answer(self, text: str) -> None:
         """One turn. An answer that is interrupted stays as far as it came; a turn without one is forgotten."""

@@ -34,7 +34,10 @@ TopP = Annotated[
     float, typer.Option("--top-p", metavar="P", help="Only the likeliest tokens that reach this probability.")
 ]
 MinP = Annotated[
-    float, typer.Option("--min-p", metavar="P", help="Only tokens at least this likely, as a share of the likeliest.")
+    float,
+    typer.Option(
+        "--min-p", metavar="P", help="Keep tokens with at least this fraction of the top token's probability."
+    ),
 ]
 
 

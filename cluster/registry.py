@@ -266,7 +266,7 @@ class Registry:
                     return "it is not a member any more"
                 data = reading.result()
                 if data is None:
-                    return "it ended its membership"
+                    return "its connection closed"
                 reading = asyncio.create_task(stream.read())
                 message = decode_worker_message(data)
                 if isinstance(message, Renew):

@@ -220,7 +220,7 @@ async def test_a_chat_through_a_pipe_remembers_saves_and_loads(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("/sing", "/sing is no command"),
+        ("/sing", "unknown command /sing"),
         ("/save", "needs the name of a file"),
         ("/save /nonexistent/a/b", "cannot save"),
         ("/load /nonexistent", "cannot load"),
@@ -299,7 +299,7 @@ async def test_control_c_interrupts_an_answer_and_not_the_chat() -> None:
         screen.type("Two\n")
         await screen.shows("Hello" * 30)
         screen.type("/nonsense\n")
-        await screen.shows("is no command")
+        await screen.shows("unknown command")
         screen.type("\x04")
         assert await screen.process.wait() == 0
         prompts = [served.tokenizer().decode(ask.prompt) for ask in engine.submitted]

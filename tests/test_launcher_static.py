@@ -208,7 +208,7 @@ def test_a_worker_that_the_file_does_not_name_is_refused(line: CommandLine, mode
 def test_up_gives_up_on_workers_that_do_not_come(line: CommandLine, model: Path) -> None:
     join = {"listen": "127.0.0.1:0", "members": "127.0.0.1:0", "wait": "1s"}
     done = start_coordinator(line, model, join=join).wait()
-    assert done.code == 1 and "not all workers have joined within 1 s (`join.wait`): worker a, worker b" in done.err
+    assert done.code == 1 and "did not join within 1 s (`join.wait`): worker a, worker b" in done.err
 
 
 MISTAKES = {

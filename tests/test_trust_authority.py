@@ -25,11 +25,11 @@ def test_an_authority_is_the_same_at_every_start_and_private(tmp_path: Path) -> 
     assert first.certificate == second.certificate and first.token == second.token
     assert first.cluster == cluster_id(first.token.ca_hash)
     (tmp_path / "trust" / "ca.key").chmod(0o640)
-    with pytest.raises(UsageError, match="others may read it"):
+    with pytest.raises(UsageError, match="other users can read it"):
         authority(tmp_path)
     (tmp_path / "trust" / "ca.key").chmod(0o600)
     (tmp_path / "trust").chmod(0o750)
-    with pytest.raises(UsageError, match="others may read it"):
+    with pytest.raises(UsageError, match="other users can read it"):
         authority(tmp_path)
 
 

@@ -114,7 +114,7 @@ async def test_who_has_the_token_becomes_a_member(trust: Authority, caplog: pyte
 async def test_a_wrong_secret_is_refused_and_logged_once(trust: Authority, caplog: pytest.LogCaptureFixture) -> None:
     wrong = JoinToken(trust.token.ca_hash, b"w" * 43)
     async with enrolment(trust) as (host, port):
-        with pytest.raises(UsageError, match="refused: its token is not this cluster's"):
+        with pytest.raises(UsageError, match="refused: its token belongs to another cluster"):
             await enrol(host, port, wrong, "b")
         (line,) = await told(caplog, 1)
         assert line.startswith("enrolment of 127.0.0.1: worker b: its token")
@@ -132,7 +132,7 @@ async def test_a_token_that_was_rotated_is_the_only_one_and_the_authority_stays(
         await enrol(host, port, old, "b")
         done = CliRunner().invoke(app, ["token", "rotate", "--trust-dir", str(folder)])
         assert done.exit_code == 0 and str(trust.token_file) in done.output
-        with pytest.raises(UsageError, match="refused: its token is not this cluster's"):
+        with pytest.raises(UsageError, match="refused: its token belongs to another cluster"):
             await enrol(host, port, old, "b")
         new = JoinToken.read(trust.token_file)
         assert new.secret != old.secret and new.ca_hash == old.ca_hash

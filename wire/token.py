@@ -89,7 +89,7 @@ def read_private(path: Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"token file {path}: cannot be read: {error}") from error
     if stat.S_IMODE(mode) & 0o077:
-        raise UsageError(f"token file {path}: others may read it; chmod 600 {path}")
+        raise UsageError(f"token file {path}: other users can read it; run: chmod 600 {path}")
     if len(value) > _MOST_CHARACTERS:
         raise UsageError(f"token file {path}: longer than {_MOST_CHARACTERS} letters, so it holds no token")
     return value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import secrets
 import ssl
 from collections.abc import AsyncIterator
@@ -117,6 +118,13 @@ def _client_context() -> ssl.SSLContext:
     return context
 
 
+def _reason(error: OSError) -> str:
+    """The system's, in whose place asyncio puts the address once more."""
+    if error.errno is not None and str(error.strerror).startswith("Connect call failed"):
+        return os.strerror(error.errno)
+    return error.strerror or str(error)
+
+
 @asynccontextmanager
 async def _connected(
     host: str, port: int, context: ssl.SSLContext, name: str | None
@@ -131,7 +139,7 @@ async def _connected(
         why = f"{error.verify_message}; are the clocks of both machines right?"
         raise WorkerError(f"the certificate that {host}:{port} shows is refused: {why}") from error
     except OSError as error:
-        raise WorkerError(f"{host}:{port} cannot be reached: {error.strerror or error}") from error
+        raise WorkerError(f"{host}:{port} cannot be reached: {_reason(error)}") from error
     try:
         yield reader, writer
     finally:

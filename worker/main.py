@@ -67,13 +67,19 @@ def end_process(code: int) -> NoReturn:
 async def _until_signal(settings: WorkerSettings) -> int:
     """0 after SIGTERM, SIGINT or the coordinator's word."""
     life = asyncio.create_task(_chosen_life(settings))
+    received: list[signal.Signals] = []
+
+    def stop(number: signal.Signals) -> None:
+        received.append(number)
+        life.cancel()
+
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, life.cancel)
+        loop.add_signal_handler(number, stop, number)
     try:
         _log.info("ends: %s", await life)
     except asyncio.CancelledError:
-        _log.info("ends: told so by a signal")
+        _log.info("stopping: received %s", " and ".join(number.name for number in received))
     return 0
 
 

@@ -76,7 +76,7 @@ class LlamaCppBody(SamplerFields):
     top_p: float = 0.95
     """Only the likeliest tokens that reach this probability together."""
     min_p: float = 0.05
-    """Only tokens at least this likely, as a share of the likeliest's probability."""
+    """Keep tokens with at least this fraction of the top token's probability."""
     repeat_penalty: Annotated[float, Field(ge=1 / MAX_PENALTY, le=MAX_PENALTY)] = 1.0
     """Divides positive and multiplies negative logits of tokens that occurred."""
     repeat_last_n: Annotated[int, Field(ge=-1, le=MAX_CONTEXT_TOKENS)] = 64

@@ -84,7 +84,7 @@ class _Sampling(SamplerFields):
     top_k: Annotated[int, Field(ge=-1, lt=1 << 31)] = 0
     """Only that many of the likeliest tokens; 0 and -1: all."""
     min_p: float = 0.0
-    """Only tokens at least this likely, as a share of the likeliest's probability."""
+    """Keep tokens with at least this fraction of the top token's probability."""
     seed: int | None = None
     """The same seed gives the same answer; drawn and returned where it is absent."""
     stop: StopField = ()

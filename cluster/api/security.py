@@ -58,8 +58,8 @@ class Security:
             return
         if self._takes_any_ip and _is_ip(host):  # a page needs a name to be rebound
             return
-        message = f"Host {host!r} is not a name of this API; add it to the allowed hosts if it should be"
-        raise HttpError(403, "host_not_allowed", message)
+        cure = "add it to `allowed_hosts` in the cluster file if it should be allowed"
+        raise HttpError(403, "host_not_allowed", f"Host {host!r} is not a name of this API; {cure}")
 
     def _check_origin(self, headers: Headers) -> None:
         origin = headers.get("origin")
@@ -76,7 +76,7 @@ class Security:
             raise _unauthorized("this API needs a key: send the header Authorization: Bearer KEY")
         given = _digest(key.strip())
         if not sum(hmac.compare_digest(given, known) for known in self._keys):
-            raise _unauthorized("the API key is not known here")
+            raise _unauthorized("unknown API key")
 
 
 def _unauthorized(message: str) -> HttpError:

@@ -127,8 +127,9 @@ class StaticLauncher:
                         return self.found(registry)
                     await registry.changed()
         except DeadlineError as error:
-            who = ", ".join(self._missing(registry.present))
-            raise DeadlineError(f"not all workers have joined within {wait_s:g} s (`join.wait`): {who}") from error
+            who, joined = ", ".join(self._missing(registry.present)), len(registry.present)
+            others = f"; to start with those that did: --set workers={joined}" if joined else ""
+            raise DeadlineError(f"did not join within {wait_s:g} s (`join.wait`): {who}{others}") from error
 
     def _missing(self, present: Collection[str]) -> list[str]:
         """In words."""

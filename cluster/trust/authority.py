@@ -54,7 +54,7 @@ class Authority:
             raise LlamaclustError(f"{folder}: cannot be written: {error.strerror}; make room there") from error
         try:
             if folder.stat().st_mode & 0o077 or (folder / _CA_KEY).stat().st_mode & 0o077:
-                raise UsageError(f"{folder}: others may read it; chmod -R go= {folder}")
+                raise UsageError(f"{folder}: other users can read it; run: chmod -R go= {folder}")
             key = load_private((folder / _CA_KEY).read_bytes())
             certificate = x509.load_pem_x509_certificate((folder / _CA_CERTIFICATE).read_bytes())
         except (OSError, ValueError) as error:

@@ -129,7 +129,7 @@ class EnrolmentServer:
     def _answer(self, challenge: Challenge, request: Request) -> ServerMessage:
         token, ours = self._authority.token, PROTOCOL_VERSION
         if not request.is_proven(token, challenge):
-            return Refusal("its token is not this cluster's: copy the token file again")
+            return Refusal("its token belongs to another cluster or was rotated; copy the token file again")
         if request.protocol[0] != ours[0]:
             theirs = f"{request.protocol[0]}.{request.protocol[1]}"
             return Refusal(

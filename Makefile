@@ -19,7 +19,7 @@ define need_compiler
   echo "error: no C++ compiler found: install g++ or clang++ (Debian, Ubuntu: sudo make system-deps), or name one in CXX" >&2; exit 1
 endef
 
-.PHONY: demo model test test-clusters test-others test-gpu cuda-matrix lint format build wheel wheel-test proto bench chart image image-test system-deps system-deps-test clean links
+.PHONY: demo model test test-clusters test-others test-gpu cuda-matrix lint format build wheel wheel-test proto bench chart image image-test system-deps system-deps-test clean
 
 demo: build ## a real model on two worker processes answers a question
 	$(BIN)/python examples/demo.py
@@ -83,10 +83,6 @@ image: ## a container image by docker, podman or buildah; BASE, EXTRAS and IMAGE
 image-test: image ## the image answers the demo's question
 	deploy/image_test.sh $(IMAGE)
 
-links:
-	@for d in cli tools cluster worker kernels model wire proto; do \
-	  [ -L src/llamaclust/$$d ] || { echo "restoring the symbolic link src/llamaclust/$$d (the checkout lost it)" >&2; rm -rf src/llamaclust/$$d; ln -s ../../$$d src/llamaclust/$$d; }; done
-
 system-deps: ## Debian/Ubuntu packages (needs root): a compiler and Python's headers
 	apt-get update && apt-get install -y --no-install-recommends g++ make python3-venv python3-dev
 
@@ -104,7 +100,7 @@ $(VENV)/.deps: $(VENV)/.pip pyproject.toml
 	$(PIP) install -c constraints.txt --group build
 	@touch $@
 
-$(VENV)/.installed: $(VENV)/.deps $(NATIVE) CMakeLists.txt | links
+$(VENV)/.installed: $(VENV)/.deps $(NATIVE) CMakeLists.txt
 	$(need_compiler)
 	@echo "compiling the kernels: a minute or two"
 	$(PIP) install -c constraints.txt --no-build-isolation -e .

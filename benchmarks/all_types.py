@@ -20,10 +20,10 @@ from compare import Pair, Speed, Task, as_line, check_program, chosen, listed, p
 from shape import LAYOUTS, SHAPES, write_shape
 
 from llamaclust.cli.interrupts import ends_in_one_line
-from llamaclust.errors import UsageError
-from llamaclust.kernels.cpu import _native
+from llamaclust.core.errors import UsageError
+from llamaclust.kernels import _native
 from llamaclust.model.quant_types import ActivationFormat, QuantType
-from llamaclust.tools.bench_limits import Spread
+from llamaclust.tools.bench.limits import Spread
 
 _SEGMENTS = {ActivationFormat.F32: "-", ActivationFormat.Q8_32: "32", ActivationFormat.Q8_256: "256"}
 

@@ -25,17 +25,16 @@ from time import perf_counter
 import numpy as np
 from shape import random_matrix
 
-from llamaclust.kernels import probes
+from llamaclust.core.limits import StageLimits
+from llamaclust.kernels import _native, probes
 from llamaclust.kernels.backend import Batch
-from llamaclust.kernels.cpu import _native
 from llamaclust.kernels.cpu.backend import CpuBackend, CpuStage
 from llamaclust.kernels.probes import ReadProbe
-from llamaclust.model.gguf import open_model
+from llamaclust.model.gguf.model_file import open_model
+from llamaclust.model.gguf.writer import TensorSource, write_gguf
 from llamaclust.model.program import KV_BLOCK_TOKENS, Attention, Buffer, KvType, MatMul, Program
 from llamaclust.model.quant_types import QuantType
-from llamaclust.model.writer import TensorSource, write_gguf
-from llamaclust.tools.bench_limits import Pair, Spread
-from llamaclust.wire.control import StageLimits
+from llamaclust.tools.bench.limits import Pair, Spread
 
 LAYERS = 22
 """Enough that memory and not a cache must serve a long context."""

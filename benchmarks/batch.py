@@ -17,8 +17,8 @@ from pathlib import Path
 
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.model.loader import Model
-from llamaclust.tools.bench_limits import Spread
-from llamaclust.tools.bench_stage import BenchStage, Sampling
+from llamaclust.tools.bench.limits import Spread
+from llamaclust.tools.bench.stage import BenchStage, Sampling
 
 _SEQUENCES = 8
 _STEPS = 32

@@ -25,18 +25,18 @@ from pathlib import Path
 from random import Random
 from statistics import median
 
-from llamaclust.wire.tuning import tune_grpc
+from llamaclust.wire.rpc.grpc_options import tune_grpc
 
 tune_grpc()
 
-from llamaclust.cluster.config import load_config  # noqa: E402
-from llamaclust.cluster.coordinator import Cluster, open_cluster  # noqa: E402
-from llamaclust.cluster.engine import EngineState  # noqa: E402
-from llamaclust.cluster.events import Event, News  # noqa: E402
-from llamaclust.cluster.requests import Generation, TokenChosen  # noqa: E402
-from llamaclust.cluster.state import ClusterDir  # noqa: E402
-from llamaclust.cluster.worker_handle import WorkerHandle, WorkerState  # noqa: E402
-from llamaclust.wire.messages import SamplingParams  # noqa: E402
+from llamaclust.cluster.config.cluster_config import load_config  # noqa: E402
+from llamaclust.cluster.engine.engine import EngineState  # noqa: E402
+from llamaclust.cluster.membership.worker_handle import WorkerHandle, WorkerState  # noqa: E402
+from llamaclust.cluster.scheduler.requests import Generation, TokenChosen  # noqa: E402
+from llamaclust.cluster.server.coordinator import Cluster, open_cluster  # noqa: E402
+from llamaclust.cluster.state.directory import ClusterDir  # noqa: E402
+from llamaclust.cluster.state.events import Event, News  # noqa: E402
+from llamaclust.core.sampling import SamplingParams  # noqa: E402
 
 _SEQUENCES = 8
 _TOKENS = 192

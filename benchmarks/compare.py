@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from llamaclust.cli.interrupts import ends_in_one_line
-from llamaclust.errors import UsageError
-from llamaclust.tools.bench_limits import Spread
+from llamaclust.core.errors import UsageError
+from llamaclust.tools.bench.limits import Spread
 
 _DEADLINE_S = 1800
 _LEAST_PROMPT = 16

@@ -22,13 +22,13 @@ import numpy as np
 from numpy.typing import NDArray
 from quantized import Prepared, llamaclust
 
-from llamaclust.cluster.local import LocalClient, LocalSettings
-from llamaclust.model.gguf import open_model
+from llamaclust.cluster.client.local import LocalClient, LocalSettings
+from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.loader import Model
-from llamaclust.tools.logit_scores import measure_divergence
-from llamaclust.tools.logits_file import LogitsFile
-from llamaclust.tools.quantize_choice import Wishes, choose_types, needs_importance
-from llamaclust.tools.quantize_mixes import MIXES
+from llamaclust.tools.evaluate.logit_scores import measure_divergence
+from llamaclust.tools.evaluate.logits_file import LogitsFile
+from llamaclust.tools.quantize.mixes import MIXES
+from llamaclust.tools.quantize.type_choice import Wishes, choose_types, needs_importance
 
 Float64 = NDArray[np.float64]
 

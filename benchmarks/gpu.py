@@ -30,9 +30,9 @@ from gpu_stage import Loaded, Task, tell
 from gpu_work import Figures, Round
 
 from llamaclust.cli.interrupts import ends_in_one_line
-from llamaclust.cluster.config_values import parse_size
-from llamaclust.errors import UsageError
-from llamaclust.worker.backends import CUDA
+from llamaclust.cluster.config.values import parse_size
+from llamaclust.core.errors import UsageError
+from llamaclust.worker.devices.backends import CUDA
 
 
 def measured(task: Task, llama: LlamaCpp | None, repeats: int, folder: Path | None = None) -> dict[str, Any]:

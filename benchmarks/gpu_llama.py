@@ -8,7 +8,7 @@ from typing import Any
 
 from compare import Speed, their_answers, their_speed
 
-from llamaclust.errors import UsageError
+from llamaclust.core.errors import UsageError
 
 _ALL_LAYERS = 999
 

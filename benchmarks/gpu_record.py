@@ -15,12 +15,12 @@ from typing import Any
 
 from gpu_stage import Loaded
 
-from llamaclust.errors import UsageError
+from llamaclust.core.errors import UsageError
 from llamaclust.kernels.cuda.cupy_open import import_cupy
 from llamaclust.kernels.cuda.nvrtc import open_nvrtc
-from llamaclust.model.new_file import new_file
+from llamaclust.model.gguf.atomic_file import new_file
 from llamaclust.tools.model_info import describe
-from llamaclust.worker.machine import processor_name, total_memory_bytes
+from llamaclust.worker.devices.system_info import processor_name, total_memory_bytes
 
 _ASK_S = 30.0
 

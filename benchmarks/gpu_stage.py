@@ -14,19 +14,19 @@ from typing import Self
 
 from gpu_work import Amount, Rates, Round, Work
 
-from llamaclust.cluster.config import environment
-from llamaclust.errors import DoesNotFitError, UsageError
+from llamaclust.cluster.config.environment import environment
+from llamaclust.core.errors import DoesNotFitError, UsageError
+from llamaclust.core.profile import GpuSpeed
+from llamaclust.core.sizes import mib, missing
 from llamaclust.kernels.backend import Backend
-from llamaclust.kernels.chain import ChainBackend, Part
+from llamaclust.kernels.multi_device import ChainBackend, Part
 from llamaclust.kernels.probes import ReadProbe, int8_peak
 from llamaclust.model.loader import Model
-from llamaclust.sizes import mib, missing
-from llamaclust.tools.bench_stage import BenchStage, Sampling, stage_limits
-from llamaclust.wire.speeds import GpuSpeed
-from llamaclust.worker import backends
-from llamaclust.worker.backends import GpuBackend
-from llamaclust.worker.machine import available_memory_bytes
-from llamaclust.worker.stage_runner import StageMemory, plan_memory
+from llamaclust.tools.bench.stage import BenchStage, Sampling, stage_limits
+from llamaclust.worker.devices import backends
+from llamaclust.worker.devices.backends import GpuBackend
+from llamaclust.worker.devices.system_info import available_memory_bytes
+from llamaclust.worker.stage.stage_runner import StageMemory, plan_memory
 
 _PROBE_BYTES, _PROBE_SHARE = 2 << 30, 8
 """What is left of VRAM so that its bandwidth can be measured beside the model, or so large a part of a small GPU's."""

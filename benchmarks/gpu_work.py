@@ -11,7 +11,7 @@ from compare import Speed
 
 from llamaclust.model.loader import Model
 from llamaclust.model.program import KvType
-from llamaclust.tools.bench_limits import Spread
+from llamaclust.tools.bench.limits import Spread
 
 DECODE_SHARE, MIXED_SHARE, PREFILL_SHARE, TIMES_ONE, RATIO = 0.80, 0.85, 0.35, 6.0, 1.0
 """What is wanted: decode on a GPU alone, and with layers in RAM; prefill; eight sequences beside one; llama.cpp."""

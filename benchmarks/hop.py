@@ -17,14 +17,15 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import median, quantiles
 
+from llamaclust.cluster.control.loading import load_stages
+from llamaclust.cluster.engine.pipeline import StageInfo
 from llamaclust.cluster.launchers.base import WorkerSpec
 from llamaclust.cluster.launchers.local import LocalLauncher
 from llamaclust.cluster.launchers.run_directory import run_directory
-from llamaclust.cluster.loading import load_stages
-from llamaclust.cluster.pipeline import StageInfo
-from llamaclust.wire.control import StageLimits
-from llamaclust.wire.messages import Chunk, Microbatch, Result, SampleTask, SamplingInputs, SamplingParams
-from llamaclust.wire.tuning import tune_grpc
+from llamaclust.core.limits import StageLimits
+from llamaclust.core.sampling import SampleTask, SamplingParams
+from llamaclust.wire.microbatch.messages import Chunk, Microbatch, Result, SamplingInputs
+from llamaclust.wire.rpc.grpc_options import tune_grpc
 
 LIMITS = StageLimits(max_tokens=64, max_outputs=16, max_sequences=16, max_context_tokens=512, kv_blocks=512)
 _BLOCKS = LIMITS.max_context_tokens // 16
@@ -40,8 +41,8 @@ def decode_step(model_id: str, epoch: int, number: int, rows: int) -> tuple[Micr
 
 async def through_workers(path: Path, cuts: Sequence[int], steps: int, rows: int) -> list[tuple[int, Result]]:
     """Nanoseconds from submission to result, and the result."""
-    from llamaclust.cluster.registry import Registry
-    from llamaclust.cluster.remote import RemotePipeline
+    from llamaclust.cluster.control.remote_pipeline import RemotePipeline
+    from llamaclust.cluster.membership.registry import Registry
     from llamaclust.model.loader import Model
 
     stages = [StageInfo(f"w{i}", start, end) for i, (start, end) in enumerate(pairwise(cuts))]
@@ -75,7 +76,7 @@ async def through_workers(path: Path, cuts: Sequence[int], steps: int, rows: int
 async def in_process(path: Path, steps: int, rows: int) -> list[tuple[int, Result]]:
     from llamaclust.kernels.cpu.backend import CpuBackend
     from llamaclust.model.loader import Model
-    from llamaclust.worker.stage_runner import StageRunner
+    from llamaclust.worker.stage.stage_runner import StageRunner
 
     model = Model.open(path)
     runner = StageRunner(CpuBackend(1), model, 0, model.layer_count, LIMITS)

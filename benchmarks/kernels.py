@@ -26,11 +26,10 @@ from compare import chosen, listed, positive
 from shape import LAYOUTS, random_matrix
 
 from llamaclust.cli.interrupts import ends_in_one_line
-from llamaclust.kernels import probes
-from llamaclust.kernels.cpu import _native
+from llamaclust.kernels import _native, probes
 from llamaclust.kernels.probes import ReadProbe
 from llamaclust.model.quant_types import ActivationFormat, QuantType
-from llamaclust.tools.bench_limits import Pair, Spread
+from llamaclust.tools.bench.limits import Pair, Spread
 
 MEMORY_BYTES = 256 << 20
 """Weights that a measurement of few tokens goes through, several times what caches hold."""

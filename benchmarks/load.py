@@ -22,8 +22,8 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from time import perf_counter, time
 
-from llamaclust.errors import LlamaclustError, UsageError
-from llamaclust.sizes import MIB
+from llamaclust.core.errors import LlamaclustError, UsageError
+from llamaclust.core.sizes import MIB
 
 _MOST_BYTES = 1 << 40
 _ROWS = 512
@@ -50,12 +50,12 @@ class Loaded:
 
 def load_here(model: Path, folder: Path | None, threads: int, started_s: float) -> Loaded:
     """Loads, prefills and decodes once in this process."""
+    from llamaclust.core.limits import StageLimits
     from llamaclust.kernels.cpu.backend import CpuBackend
-    from llamaclust.kernels.cpu.prepared_files import PreparedFolder
+    from llamaclust.kernels.packed.cache_folder import PreparedFolder
     from llamaclust.model.loader import Model
-    from llamaclust.wire.control import StageLimits
-    from llamaclust.wire.messages import Chunk, Microbatch
-    from llamaclust.worker.stage_runner import StageRunner
+    from llamaclust.wire.microbatch.messages import Chunk, Microbatch
+    from llamaclust.worker.stage.stage_runner import StageRunner
 
     begun = perf_counter()
     opened = Model.open(model)

@@ -22,22 +22,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
 
-from llamaclust.wire.tuning import tune_grpc
+from llamaclust.wire.rpc.grpc_options import tune_grpc
 
 tune_grpc()
-sys.path += [str(Path(__file__).parent), str(Path(__file__).parent.parent / "tests" / "network")]
+sys.path += [str(Path(__file__).parent), str(Path(__file__).parent.parent / "tests")]
 
-from box import Box, missing  # noqa: E402
-from link import Link  # noqa: E402
-from namespaces import enter  # noqa: E402
 from split import difference, prompts, run, show  # noqa: E402
 
-from llamaclust.cluster.config import load_config  # noqa: E402
-from llamaclust.cluster.coordinator import Cluster, open_cluster  # noqa: E402
-from llamaclust.cluster.events import AwaitingWorkers, Event, Watch  # noqa: E402
-from llamaclust.cluster.scheduler import Scheduler  # noqa: E402
-from llamaclust.cluster.stage_times import StageTimes  # noqa: E402
-from llamaclust.cluster.state import ClusterDir  # noqa: E402
+from llamaclust.cluster.config.cluster_config import load_config  # noqa: E402
+from llamaclust.cluster.scheduler.scheduler import Scheduler  # noqa: E402
+from llamaclust.cluster.scheduler.stage_times import StageTimes  # noqa: E402
+from llamaclust.cluster.server.coordinator import Cluster, open_cluster  # noqa: E402
+from llamaclust.cluster.state.directory import ClusterDir  # noqa: E402
+from llamaclust.cluster.state.events import AwaitingWorkers, Event, Watch  # noqa: E402
+from support.network.box import Box, missing  # noqa: E402
+from support.network.link import Link  # noqa: E402
+from support.network.namespaces import enter  # noqa: E402
 
 _COORDINATOR = "coordinator"
 _WORKERS = ("a", "b")

@@ -31,24 +31,24 @@ from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
 
-from llamaclust.wire.tuning import tune_grpc
+from llamaclust.wire.rpc.grpc_options import tune_grpc
 
 tune_grpc()
-sys.path += [str(Path(__file__).parent), str(Path(__file__).parent.parent / "tests" / "network")]
+sys.path += [str(Path(__file__).parent), str(Path(__file__).parent.parent / "tests")]
 
-from box import Box, missing  # noqa: E402
-from namespaces import enter  # noqa: E402
 from plan_shapes import SHAPES, Shape  # noqa: E402
 from split import prompts, run  # noqa: E402
 
 from llamaclust.cli.interrupts import ends_in_one_line  # noqa: E402
-from llamaclust.cluster.config import load_config  # noqa: E402
-from llamaclust.cluster.config_sections import PlanEntry  # noqa: E402
-from llamaclust.cluster.coordinator import Cluster, open_cluster  # noqa: E402
-from llamaclust.cluster.events import AwaitingWorkers, Event, Watch  # noqa: E402
-from llamaclust.cluster.plan import Plan, Prediction  # noqa: E402
-from llamaclust.cluster.state import ClusterDir  # noqa: E402
-from llamaclust.errors import DoesNotFitError, UsageError, WorkerError  # noqa: E402
+from llamaclust.cluster.config.cluster_config import load_config  # noqa: E402
+from llamaclust.cluster.config.sections import PlanEntry  # noqa: E402
+from llamaclust.cluster.planner.plan import Plan, Prediction  # noqa: E402
+from llamaclust.cluster.server.coordinator import Cluster, open_cluster  # noqa: E402
+from llamaclust.cluster.state.directory import ClusterDir  # noqa: E402
+from llamaclust.cluster.state.events import AwaitingWorkers, Event, Watch  # noqa: E402
+from llamaclust.core.errors import DoesNotFitError, UsageError, WorkerError  # noqa: E402
+from support.network.box import Box, missing  # noqa: E402
+from support.network.namespaces import enter  # noqa: E402
 
 _COORDINATOR = "coordinator"
 _TOGETHER = 8

@@ -6,9 +6,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parent.parent / "tests" / "network"))
+sys.path.append(str(Path(__file__).parent.parent / "tests"))
 
-from link import Link
+from support.network.link import Link
 
 
 @dataclass(frozen=True, slots=True)

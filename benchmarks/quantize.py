@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 
 from llamaclust.kernels.cpu.quantize import QUANTIZED_TYPES, quantize
 from llamaclust.kernels.reference.dequantize import dequantize
-from llamaclust.model.gguf import open_model
+from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.quant_types import QuantType
-from llamaclust.tools.catalog import resolve_model
-from llamaclust.tools.quantize_mixes import FLOATS, NEEDS_IMPORTANCE
+from llamaclust.tools.hub.catalog import resolve_model
+from llamaclust.tools.quantize.mixes import FLOATS, NEEDS_IMPORTANCE
 
 Float32 = NDArray[np.float32]
 WIDTH = 2304

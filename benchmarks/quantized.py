@@ -21,10 +21,10 @@ from typing import Any
 
 from padded import write_padded
 
-from llamaclust.model.gguf import ModelFile, open_model
-from llamaclust.tools.catalog import resolve_model
-from llamaclust.tools.quantize_choice import Wishes, choose_types, is_kept
-from llamaclust.tools.quantize_mixes import MIXES
+from llamaclust.model.gguf.model_file import ModelFile, open_model
+from llamaclust.tools.hub.catalog import resolve_model
+from llamaclust.tools.quantize.mixes import MIXES
+from llamaclust.tools.quantize.type_choice import Wishes, choose_types, is_kept
 
 _DEADLINE_S = 900
 

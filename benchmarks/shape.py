@@ -22,9 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamaclust.cli.interrupts import ends_in_one_line
-from llamaclust.errors import UsageError
+from llamaclust.core.errors import UsageError
+from llamaclust.model.gguf.writer import TensorSource, WritableValue, write_gguf
 from llamaclust.model.quant_types import QuantType
-from llamaclust.model.writer import TensorSource, WritableValue, write_gguf
 
 
 @dataclass(frozen=True, slots=True)

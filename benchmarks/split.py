@@ -22,18 +22,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 
-from llamaclust.wire.tuning import tune_grpc
+from llamaclust.wire.rpc.grpc_options import tune_grpc
 
 tune_grpc()
 
 from compare import positive  # noqa: E402
 
 from llamaclust.cli.interrupts import ends_in_one_line  # noqa: E402
-from llamaclust.cluster.config import load_config  # noqa: E402
-from llamaclust.cluster.coordinator import Cluster, open_cluster  # noqa: E402
-from llamaclust.cluster.metrics import StageReport  # noqa: E402
-from llamaclust.cluster.requests import Finished, Generation  # noqa: E402
-from llamaclust.cluster.state import ClusterDir  # noqa: E402
+from llamaclust.cluster.config.cluster_config import load_config  # noqa: E402
+from llamaclust.cluster.engine.metrics import StageReport  # noqa: E402
+from llamaclust.cluster.scheduler.requests import Finished, Generation  # noqa: E402
+from llamaclust.cluster.server.coordinator import Cluster, open_cluster  # noqa: E402
+from llamaclust.cluster.state.directory import ClusterDir  # noqa: E402
 
 _REQUESTS = 8
 _PROMPT_TOKENS = 512

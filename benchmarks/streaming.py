@@ -21,7 +21,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
 
-from llamaclust.tools.bench_limits import Spread
+from llamaclust.tools.bench.limits import Spread
 
 _DEADLINE_S = 300
 _PROGRAM = str(Path(sys.executable).parent / "llamaclust")

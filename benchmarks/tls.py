@@ -22,25 +22,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, quantiles
 
-from llamaclust.wire.tuning import tune_grpc
+from llamaclust.wire.rpc.grpc_options import tune_grpc
 
 tune_grpc()
 
 import numpy as np  # noqa: E402
 
-from llamaclust.cluster.config import load_config  # noqa: E402
-from llamaclust.cluster.coordinator import Cluster, open_cluster  # noqa: E402
-from llamaclust.cluster.events import AwaitingWorkers, Event  # noqa: E402
-from llamaclust.cluster.requests import Finished, Generation  # noqa: E402
-from llamaclust.cluster.state import ClusterDir  # noqa: E402
-from llamaclust.cluster.trust.authority import Authority  # noqa: E402
-from llamaclust.wire.channels import FORWARD, Peer  # noqa: E402
-from llamaclust.wire.codec import encode_microbatch  # noqa: E402
-from llamaclust.wire.credentials import COORDINATOR, Credentials, Insecure, Principal  # noqa: E402
-from llamaclust.wire.deadlines import deadline  # noqa: E402
-from llamaclust.wire.frames import decode_frame, encode_hidden  # noqa: E402
-from llamaclust.wire.messages import Chunk, Microbatch  # noqa: E402
-from llamaclust.wire.server import Server, ServerStream  # noqa: E402
+from llamaclust.cluster.config.cluster_config import load_config  # noqa: E402
+from llamaclust.cluster.membership.authority import Authority  # noqa: E402
+from llamaclust.cluster.scheduler.requests import Finished, Generation  # noqa: E402
+from llamaclust.cluster.server.coordinator import Cluster, open_cluster  # noqa: E402
+from llamaclust.cluster.state.directory import ClusterDir  # noqa: E402
+from llamaclust.cluster.state.events import AwaitingWorkers, Event  # noqa: E402
+from llamaclust.wire.microbatch.codec import encode_microbatch  # noqa: E402
+from llamaclust.wire.microbatch.frames import decode_frame, encode_hidden  # noqa: E402
+from llamaclust.wire.microbatch.messages import Chunk, Microbatch  # noqa: E402
+from llamaclust.wire.rpc.client import FORWARD, Peer  # noqa: E402
+from llamaclust.wire.rpc.deadlines import deadline  # noqa: E402
+from llamaclust.wire.rpc.server import Server, ServerStream  # noqa: E402
+from llamaclust.wire.security.credentials import COORDINATOR, Credentials, Insecure, Principal  # noqa: E402
 
 _PROMPT_TOKENS = 16
 _DEADLINE_S = 300.0

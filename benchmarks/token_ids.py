@@ -15,8 +15,8 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from llamaclust.model.gguf import open_model
-from llamaclust.model.tokenizer import load_tokenizer
+from llamaclust.model.gguf.model_file import open_model
+from llamaclust.model.tokenizers.tokenizer import load_tokenizer
 
 _WORDS = "the of and to in is it that was for on are as with his they be at one have this from or had by hot word but"
 _CODE = (

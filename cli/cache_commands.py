@@ -11,12 +11,12 @@ import typer
 
 from llamaclust.cli.help import PlainCommand, PlainGroup
 from llamaclust.cli.terminal import printable
-from llamaclust.errors import LlamaclustError
-from llamaclust.sizes import MIB
+from llamaclust.core.errors import LlamaclustError
+from llamaclust.core.sizes import MIB
 
 if TYPE_CHECKING:
-    from llamaclust.kernels.cpu.prepared_files import PreparedFolder
-    from llamaclust.model.weight_cache import WeightCache
+    from llamaclust.kernels.packed.cache_folder import PreparedFolder
+    from llamaclust.model.weights.cache import WeightCache
 
 app = typer.Typer(
     name="cache",
@@ -111,16 +111,16 @@ def _reason(error: OSError) -> str:
 
 
 def _folder() -> PreparedFolder:
-    from llamaclust.cluster.config import environment
-    from llamaclust.kernels.cpu.prepared_files import PreparedFolder
+    from llamaclust.cluster.config.environment import environment
+    from llamaclust.kernels.packed.cache_folder import PreparedFolder
 
     variables = environment()
     return PreparedFolder(variables.prepared_dir, variables.prepared_bytes)
 
 
 def _weights() -> WeightCache:
-    from llamaclust.cluster.config import environment
-    from llamaclust.model.weight_cache import WeightCache
+    from llamaclust.cluster.config.environment import environment
+    from llamaclust.model.weights.cache import WeightCache
 
     variables = environment()
     return WeightCache(variables.weights_dir, variables.weights_bytes)
@@ -128,7 +128,7 @@ def _weights() -> WeightCache:
 
 def _kernels() -> dict[Path, int]:
     """Files of kernels compiled for GPUs, and their bytes. LlamaclustError where they cannot be listed."""
-    from llamaclust.cluster.config import environment
+    from llamaclust.cluster.config.environment import environment
     from llamaclust.kernels.cuda.binary_folder import kernel_files
 
     folder = environment().kernels_dir

@@ -9,9 +9,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from llamaclust.cli import given_text, terminal
-from llamaclust.cluster.client_base import TextClient
-from llamaclust.cluster.client_types import Options
-from llamaclust.errors import LlamaclustError, UsageError
+from llamaclust.cluster.client.base import TextClient
+from llamaclust.cluster.client.types import Options
+from llamaclust.core.errors import LlamaclustError, UsageError
 
 _HELP = """\
 /save FILE  write the conversation to FILE

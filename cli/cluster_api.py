@@ -9,8 +9,8 @@ from typing import Any, Self
 import httpx
 
 from llamaclust.cluster.api.settings import first_key
-from llamaclust.cluster.state import ClusterRecord
-from llamaclust.errors import DoesNotFitError, LlamaclustError, UsageError
+from llamaclust.cluster.state.directory import ClusterRecord
+from llamaclust.core.errors import DoesNotFitError, LlamaclustError, UsageError
 
 _ANSWER_S = 10.0
 _DRAIN_S = 630.0

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from llamaclust.cli.gpu_options import NO_GPUS, Gpus
 from llamaclust.cluster.api.settings import first_key
-from llamaclust.cluster.client import Client
-from llamaclust.cluster.client_base import TextClient
-from llamaclust.cluster.config import environment
-from llamaclust.cluster.state import find_running
-from llamaclust.errors import UsageError
+from llamaclust.cluster.client.base import TextClient
+from llamaclust.cluster.client.http import Client
+from llamaclust.cluster.config.environment import environment
+from llamaclust.cluster.state.directory import find_running
+from llamaclust.core.errors import UsageError
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +31,8 @@ class Target:
         """A client of it. UsageError where the options contradict each other or no cluster runs."""
         self._check()
         if self.model is not None:
-            from llamaclust.cluster.local import LocalSettings
-            from llamaclust.tools.catalog import resolve_model
+            from llamaclust.cluster.client.local import LocalSettings
+            from llamaclust.tools.hub.catalog import resolve_model
 
             device, gpu_layers, _ = self.gpus.parsed
             settings = LocalSettings(chat_template=self.chat_template, device=device, gpu_layers=gpu_layers)

@@ -47,7 +47,7 @@ def convert(
 ) -> None:
     """Write a checkpoint as a GGUF file. Needs no PyTorch and little memory, and runs nothing that a file holds."""
     from llamaclust.tools.convert.conversion import convert as run
-    from llamaclust.tools.convert.opening import Hints
+    from llamaclust.tools.convert.formats.opening import Hints
 
     with _told("converting") as told:
         done = run(source, out, kind, Hints(tokenizer, config, context_length), told, name)
@@ -68,8 +68,8 @@ def merge_lora(
     ] = None,
 ) -> None:
     """Add an adapter (LoRA, as PEFT saves it) to the weights of its model. Sums are computed in float32."""
+    from llamaclust.tools.convert.formats.opening import Hints
     from llamaclust.tools.convert.merging import merge_adapter
-    from llamaclust.tools.convert.opening import Hints
 
     with _told("merging") as told:
         done = merge_adapter(base, adapter, out, kind, Hints(tokenizer=tokenizer), told)

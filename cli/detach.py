@@ -14,10 +14,10 @@ from threading import Lock, Thread
 
 from llamaclust.cli.interrupts import exits_when_told
 from llamaclust.cli.watch import ClusterView
-from llamaclust.cluster.config import ClusterConfig
-from llamaclust.cluster.events import Event, Ready, StartFailed, from_line, to_line
-from llamaclust.cluster.state import ClusterDir
-from llamaclust.errors import LlamaclustError
+from llamaclust.cluster.config.cluster_config import ClusterConfig
+from llamaclust.cluster.state.directory import ClusterDir
+from llamaclust.cluster.state.events import Event, Ready, StartFailed, from_line, to_line
+from llamaclust.core.errors import LlamaclustError
 
 _END_S = 10.0
 

@@ -14,18 +14,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from llamaclust.cli.connect import connect
 from llamaclust.cli.gpu_options import NO_GPUS, Gpus
 from llamaclust.cli.measuring import bar_on_stderr, told_to_end
-from llamaclust.cluster.client_base import TextClient
-from llamaclust.errors import UsageError
+from llamaclust.cluster.client.base import TextClient
+from llamaclust.core.errors import UsageError
 from llamaclust.model.loader import Model
 from llamaclust.model.program import KvType
-from llamaclust.model.tokenizer import Tokenizer
-from llamaclust.tools.perplexity import Perplexity, check_same_model, cut, measure, read_text
-from llamaclust.wire.tuning import tune_grpc
+from llamaclust.model.tokenizers.tokenizer import Tokenizer
+from llamaclust.tools.evaluate.perplexity import Perplexity, check_same_model, cut, measure, read_text
+from llamaclust.wire.rpc.grpc_options import tune_grpc
 
 if TYPE_CHECKING:
-    from llamaclust.cluster.local import LocalClient
-    from llamaclust.tools.hellaswag import Accuracy
-    from llamaclust.tools.kl_divergence import Divergence, Estimate
+    from llamaclust.cluster.client.local import LocalClient
+    from llamaclust.tools.evaluate.hellaswag import Accuracy
+    from llamaclust.tools.evaluate.kl_divergence import Divergence, Estimate
 
 _CONTEXT: Final = 512
 
@@ -92,7 +92,7 @@ class Source:
             raise UsageError("logits are those of a model in this process: --endpoint and --workers are not for them")
         if self.api_key_file is not None:
             raise UsageError("--api-key-file is for --endpoint")
-        from llamaclust.cluster.local import LocalClient, LocalSettings
+        from llamaclust.cluster.client.local import LocalClient, LocalSettings
 
         device, gpu_layers, _ = self.gpus.parsed
         settings = LocalSettings(
@@ -122,8 +122,8 @@ class Source:
 
     def _of_cluster(self, context: int) -> TextClient:
         tune_grpc()
-        from llamaclust.cluster.client_service import ServiceClient
-        from llamaclust.tools.temporary_cluster import cluster_service
+        from llamaclust.cluster.client.in_process import ServiceClient
+        from llamaclust.tools.bench.temporary_cluster import cluster_service
 
         return ServiceClient(
             cluster_service(self.model, self.workers, self.threads, context, self.kv_type or KvType.F16)
@@ -161,14 +161,14 @@ def _perplexity(source: Source, text: str, context: int, most: int | None, base:
 
         if base is None:
             return measure(stack.enter_context(source.opened(tokenizer, text, context)), chunks, on_chunk)
-        from llamaclust.tools.logit_scores import keep_logits
+        from llamaclust.tools.evaluate.logit_scores import keep_logits
 
         return keep_logits(stack.enter_context(source.local(context)), chunks, base, on_chunk)
 
 
 def _divergence(source: Source, base: Path, most: int | None) -> Divergence:
-    from llamaclust.tools.logit_scores import measure_divergence
-    from llamaclust.tools.logits_file import LogitsFile
+    from llamaclust.tools.evaluate.logit_scores import measure_divergence
+    from llamaclust.tools.evaluate.logits_file import LogitsFile
 
     kept, tokenizer = LogitsFile.open(base), source.tokenizer()
     chunks = min(most or kept.shape.chunks, kept.shape.chunks)
@@ -181,7 +181,7 @@ def _divergence(source: Source, base: Path, most: int | None) -> Divergence:
 
 
 def _hellaswag(source: Source, file: Path, most: int | None) -> Accuracy:
-    from llamaclust.tools.hellaswag import AT_ONCE, measure_hellaswag, read_tasks
+    from llamaclust.tools.evaluate.hellaswag import AT_ONCE, measure_hellaswag, read_tasks
 
     tokenizer = source.tokenizer()
     tasks = read_tasks(file, tokenizer, most)

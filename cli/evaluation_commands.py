@@ -46,7 +46,7 @@ def perplexity(
 ) -> None:
     """Measure how well MODEL predicts a text, as llama.cpp's llama-perplexity does; less is better."""
     from llamaclust.cli import evaluating
-    from llamaclust.tools.catalog import resolve_model
+    from llamaclust.tools.hub.catalog import resolve_model
 
     asked = evaluating.Asked(text, context, chunks, base, compare, hellaswag, tasks)
     asked.check()

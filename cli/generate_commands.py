@@ -12,7 +12,7 @@ from llamaclust.cli.help import PlainCommand
 from llamaclust.cli.sampler_options import with_samplers
 
 if TYPE_CHECKING:
-    from llamaclust.cluster.client_types import Options
+    from llamaclust.cluster.client.types import Options
 
 Cluster = Annotated[str | None, typer.Option("--cluster", metavar="NAME", help="Which, where several run.")]
 Endpoint = Annotated[str | None, typer.Option("--endpoint", metavar="URL", help="Address of a cluster's API.")]

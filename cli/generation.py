@@ -7,8 +7,8 @@ import sys
 
 from llamaclust.cli import given_text, terminal
 from llamaclust.cli.connect import Target
-from llamaclust.cluster.client_types import Options, Reply
-from llamaclust.errors import UsageError
+from llamaclust.cluster.client.types import Options, Reply
+from llamaclust.core.errors import UsageError
 
 
 def given_or_piped(prompt: str | None) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from llamaclust.errors import UsageError
+from llamaclust.core.errors import UsageError
 
 
 def argument(text: str) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated, TypeVar
 
 import typer
 
-from llamaclust.errors import UsageError
+from llamaclust.core.errors import UsageError
 
 Devices = Annotated[
     list[str],
@@ -33,7 +33,7 @@ class Gpus:
     @property
     def parsed(self) -> tuple[str, int | None, int | None]:
         """Device, layers on its GPUs, cap in bytes. UsageError names the option with a bad value."""
-        from llamaclust.cluster.config_values import parse_device, parse_gpu_layers, parse_size
+        from llamaclust.cluster.config.values import parse_device, parse_gpu_layers, parse_size
 
         device = option_value("--device", parse_device, ",".join(self.devices) or "cpu")
         layers = option_value("--gpu-layers", parse_gpu_layers, self.gpu_layers)

@@ -11,7 +11,7 @@ from types import FrameType
 from typing import NoReturn
 
 from llamaclust.cli.terminal import print_error
-from llamaclust.errors import LlamaclustError
+from llamaclust.core.errors import LlamaclustError
 
 
 @contextmanager

@@ -6,19 +6,14 @@ import socket
 from pathlib import Path
 from typing import NoReturn
 
-from llamaclust.wire.tuning import tune_grpc
+from llamaclust.wire.rpc.grpc_options import tune_grpc
 
 tune_grpc()
 
 from llamaclust.cli.gpu_options import Gpus, option_value  # noqa: E402
-from llamaclust.cluster.config import environment  # noqa: E402
-from llamaclust.cluster.config_values import (  # noqa: E402
-    expand_home,
-    parse_name,
-    parse_size,
-    split_address,
-)
-from llamaclust.errors import UsageError  # noqa: E402
+from llamaclust.cluster.config.environment import environment  # noqa: E402
+from llamaclust.cluster.config.values import expand_home, parse_name, parse_size, split_address  # noqa: E402
+from llamaclust.core.errors import UsageError  # noqa: E402
 from llamaclust.worker.settings import WorkerSettings  # noqa: E402
 
 _TOKEN = "join-token"

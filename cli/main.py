@@ -8,7 +8,7 @@ from typing import Any
 
 from llamaclust.cli.interrupts import end_at_once, ends_at_once
 from llamaclust.cli.terminal import print_error
-from llamaclust.errors import DoesNotFitError, LlamaclustError
+from llamaclust.core.errors import DoesNotFitError, LlamaclustError
 
 _INTERRUPTED = 130
 """What typer, too, makes of a KeyboardInterrupt."""

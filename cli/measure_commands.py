@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llamaclust.cli.help import PlainCommand
-from llamaclust.errors import UsageError
+from llamaclust.core.errors import UsageError
 
 if TYPE_CHECKING:
     from llamaclust.model.program import KvType
@@ -38,7 +38,7 @@ def known_kv_type(kv_type: str | None) -> KvType | None:
 
 def known_device(devices: list[str], workers: int) -> str:
     """UsageError for what is no device, or several."""
-    from llamaclust.cluster.config_values import parse_device
+    from llamaclust.cluster.config.values import parse_device
 
     try:
         known = parse_device(",".join(devices) or "cpu")
@@ -76,8 +76,8 @@ def bench(
     """Measure prefill and decode, beside what this machine could do at best."""
     from llamaclust.cli import measuring
     from llamaclust.model.program import KvType
-    from llamaclust.tools.bench import BenchTask
-    from llamaclust.tools.catalog import resolve_model
+    from llamaclust.tools.bench.bench import BenchTask
+    from llamaclust.tools.hub.catalog import resolve_model
 
     known = known_kv_type(kv_type) or KvType.F16
     one = known_device(device, workers)

@@ -15,8 +15,8 @@ from rich.table import Table
 
 from llamaclust.cli.interrupts import heard_as_interrupts
 from llamaclust.cli.terminal import printable
-from llamaclust.tools.bench import BenchReport, BenchTask, cores, run_bench
-from llamaclust.wire.tuning import tune_grpc
+from llamaclust.tools.bench.bench import BenchReport, BenchTask, cores, run_bench
+from llamaclust.wire.rpc.grpc_options import tune_grpc
 
 _WIDE_COLUMNS = 400
 

@@ -10,11 +10,11 @@ import typer
 from llamaclust.cli import given_text
 from llamaclust.cli.help import PlainCommand, PlainGroup
 from llamaclust.cli.terminal import printable
-from llamaclust.errors import LlamaclustError
-from llamaclust.sizes import MIB
+from llamaclust.core.errors import LlamaclustError
+from llamaclust.core.sizes import MIB
 
 if TYPE_CHECKING:
-    from llamaclust.model.gguf import ModelFile
+    from llamaclust.model.gguf.model_file import ModelFile
     from llamaclust.tools.model_fit import Fit
     from llamaclust.tools.model_info import ModelInfo, Share
 
@@ -35,7 +35,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.
 def pull(model: ModelArgument) -> None:
     """Download a model; goes on where an interrupted download stopped and checks the bytes before they are used."""
     from llamaclust.cli.progress import shown_progress
-    from llamaclust.tools.pull import pull_model
+    from llamaclust.tools.hub.pull import pull_model
 
     with shown_progress() as progress:
         path = pull_model(model, progress)
@@ -45,7 +45,7 @@ def pull(model: ModelArgument) -> None:
 @app.command("list", cls=PlainCommand)
 def list_models(as_json: JsonOption = False) -> None:
     """Show the models that are known by name and those that are downloaded."""
-    from llamaclust.tools.catalog import CATALOG, stored_models
+    from llamaclust.tools.hub.catalog import CATALOG, stored_models
 
     stored = stored_models()
     names = {model.name for model in stored}
@@ -66,7 +66,7 @@ def list_models(as_json: JsonOption = False) -> None:
 @app.command("rm", cls=PlainCommand)
 def remove(model: ModelArgument) -> None:
     """Delete a downloaded model. Files outside the models directory are never touched."""
-    from llamaclust.tools.catalog import remove_model
+    from llamaclust.tools.hub.catalog import remove_model
 
     print(remove_model(model))
 
@@ -86,8 +86,8 @@ def info(
     """Show what a model file holds: metadata, parameters, bits a weight, bytes a type and a layer; what fits in memory.
 
     Only reads: a file that is shown may still be one that cannot be run."""
-    from llamaclust.model.gguf import open_model
-    from llamaclust.tools.catalog import resolve_model
+    from llamaclust.model.gguf.model_file import open_model
+    from llamaclust.tools.hub.catalog import resolve_model
     from llamaclust.tools.model_fit import fit, parse_memory
     from llamaclust.tools.model_info import as_json as info_as_json
     from llamaclust.tools.model_info import describe
@@ -121,9 +121,9 @@ def tokenize(
     as_json: JsonOption = False,
 ) -> None:
     """Print the token ids of a text. A file with a vocabulary and no weights will do."""
-    from llamaclust.model.gguf import open_model
-    from llamaclust.model.tokenizer import load_tokenizer
-    from llamaclust.tools.catalog import resolve_model
+    from llamaclust.model.gguf.model_file import open_model
+    from llamaclust.model.tokenizers.tokenizer import load_tokenizer
+    from llamaclust.tools.hub.catalog import resolve_model
 
     tokenizer = load_tokenizer(open_model(resolve_model(model)).metadata)
     text = given_text.piped() if text is None else given_text.argument(text)

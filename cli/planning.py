@@ -8,23 +8,29 @@ from contextlib import closing
 from functools import cache
 from pathlib import Path
 
-from llamaclust.cluster.config import ClusterConfig, load_config
+from llamaclust.cluster.config.cluster_config import ClusterConfig, load_config
+from llamaclust.cluster.control.link_profiling import hops_matter, kept_links
+from llamaclust.cluster.control.plan_inputs import plan_cluster
+from llamaclust.cluster.control.profiling import stated_speeds
+from llamaclust.cluster.control.resource_shares import (
+    WorkerGpus,
+    measurement_key,
+    memory_shares,
+    shared_gpus,
+    worker_specs,
+)
 from llamaclust.cluster.launchers.base import WorkerSpec
-from llamaclust.cluster.links import Links
-from llamaclust.cluster.measuring import stated_speeds
-from llamaclust.cluster.measuring_links import hops_matter, kept_links
-from llamaclust.cluster.plan import Plan
-from llamaclust.cluster.plan_inputs import plan_cluster
-from llamaclust.cluster.plan_text import plan_json, plan_lines
-from llamaclust.cluster.shares import WorkerGpus, measurement_key, memory_shares, shared_gpus, worker_specs
-from llamaclust.cluster.state import Measurement, read_measurements
-from llamaclust.errors import DoesNotFitError, UsageError
+from llamaclust.cluster.planner.format import plan_json, plan_lines
+from llamaclust.cluster.planner.links import Links
+from llamaclust.cluster.planner.plan import Plan
+from llamaclust.cluster.state.directory import Measurement, read_measurements
+from llamaclust.core.errors import DoesNotFitError, UsageError
+from llamaclust.core.gpus import Gpu
+from llamaclust.core.sizes import mib
 from llamaclust.model.loader import Model
-from llamaclust.sizes import mib
-from llamaclust.tools.catalog import resolve_model
-from llamaclust.wire.gpus import Gpu
-from llamaclust.worker.devices import check_devices, fingerprint, gpus_of
-from llamaclust.worker.machine import available_memory_bytes, resident_bytes
+from llamaclust.tools.hub.catalog import resolve_model
+from llamaclust.worker.devices.devices import check_devices, fingerprint, gpus_of
+from llamaclust.worker.devices.system_info import available_memory_bytes, resident_bytes
 
 
 def show(file: Path | None, overrides: list[str], as_json: bool) -> None:

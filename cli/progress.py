@@ -20,12 +20,12 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from llamaclust.sizes import MIB
+from llamaclust.core.sizes import MIB
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
-    from llamaclust.tools.download import Progress as Told
+    from llamaclust.tools.hub.download import Progress as Told
 
 _STEPS = 10
 _LINE_S = 10.0

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llamaclust.cli.help import PlainCommand
-from llamaclust.errors import UsageError
+from llamaclust.core.errors import UsageError
 
 if TYPE_CHECKING:
     from llamaclust.model.quant_types import QuantType
-    from llamaclust.tools.quantize import Quantizing
-    from llamaclust.tools.quantize_choice import Wishes
+    from llamaclust.tools.quantize.quantize import Quantizing
+    from llamaclust.tools.quantize.type_choice import Wishes
 
 Source = Annotated[str, typer.Argument(metavar="MODEL", help="Catalog name or path of a .gguf.")]
 Out = Annotated[
@@ -63,10 +63,10 @@ def quantize(
     threads: Threads = None,
 ) -> None:
     """Write a model file in a smaller type; which tensors get which type is as llama-quantize has it."""
-    from llamaclust.model.gguf import open_model
+    from llamaclust.model.gguf.model_file import open_model
     from llamaclust.model.imatrix import read_imatrix
-    from llamaclust.tools.catalog import resolve_model
-    from llamaclust.tools.quantize import plan_quantizing
+    from llamaclust.tools.hub.catalog import resolve_model
+    from llamaclust.tools.quantize.quantize import plan_quantizing
 
     if len(out) > 1:
         raise UsageError(f"too many names: {' '.join(out[1:])}; give MODEL, OUT and TYPE")
@@ -102,10 +102,10 @@ def imatrix(
     from llamaclust.cli.progress import shown_progress
     from llamaclust.model.imatrix import write_imatrix
     from llamaclust.model.loader import Model
-    from llamaclust.tools.bench import cores
-    from llamaclust.tools.catalog import resolve_model
-    from llamaclust.tools.imatrix import collect
-    from llamaclust.tools.perplexity import cut, read_text
+    from llamaclust.tools.bench.bench import cores
+    from llamaclust.tools.evaluate.perplexity import cut, read_text
+    from llamaclust.tools.hub.catalog import resolve_model
+    from llamaclust.tools.quantize.imatrix import collect
 
     if out.is_dir() or not out.parent.is_dir():
         raise UsageError(f"{out}: no place for a file; check the path")
@@ -132,8 +132,8 @@ def _kind(name: str, option: str) -> QuantType:
 
 
 def _wishes(name: str, pure: bool, keep_output: bool, output: str | None, embedding: str | None) -> Wishes:
-    from llamaclust.tools.quantize_choice import Wishes
-    from llamaclust.tools.quantize_mixes import ALIASES, MIXES
+    from llamaclust.tools.quantize.mixes import ALIASES, MIXES
+    from llamaclust.tools.quantize.type_choice import Wishes
 
     upper = name.upper()
     mix = MIXES.get(ALIASES.get(upper, upper))
@@ -169,8 +169,8 @@ def _with_patterns(wishes: Wishes, given: list[str]) -> Wishes:
 def _out(source: Path, given: str | None, name: str, parts: tuple[Path, ...], keep_split: bool) -> Path:
     import re
 
-    from llamaclust.model.new_file import part_paths
-    from llamaclust.tools.catalog import made_beside
+    from llamaclust.model.gguf.atomic_file import part_paths
+    from llamaclust.tools.hub.catalog import made_beside
 
     stem = re.sub(r"-\d{5}-of-\d{5}$", "", source.stem)
     out = made_beside(source, f"{stem}-{name}.gguf") if given is None else Path(given)
@@ -194,9 +194,9 @@ def _check_importance(job: Quantizing, imatrix_file: Path | None) -> None:
 
 def _write(job: Quantizing, out: Path, threads: int | None, keep_split: bool) -> None:
     from llamaclust.cli.progress import shown_progress
-    from llamaclust.model.new_file import part_paths
-    from llamaclust.tools.bench import cores
-    from llamaclust.tools.quantize import write_quantized
+    from llamaclust.model.gguf.atomic_file import part_paths
+    from llamaclust.tools.bench.bench import cores
+    from llamaclust.tools.quantize.quantize import write_quantized
 
     with shown_progress() as progress:
         write_quantized(job, out, threads or cores(), keep_split, progress)
@@ -204,8 +204,8 @@ def _write(job: Quantizing, out: Path, threads: int | None, keep_split: bool) ->
 
 
 def _print_sizes(job: Quantizing) -> None:
-    from llamaclust.sizes import MIB
-    from llamaclust.tools.quantize import sizes_by_type
+    from llamaclust.core.sizes import MIB
+    from llamaclust.tools.quantize.quantize import sizes_by_type
 
     sizes = sizes_by_type(job)
     for (was, becomes), (tensors, before, after) in sizes.items():

@@ -10,10 +10,10 @@ import time
 
 from llamaclust.cli import status_view, terminal
 from llamaclust.cli.cluster_api import ClusterApi
-from llamaclust.cluster.config import environment
-from llamaclust.cluster.config_values import parse_name
-from llamaclust.cluster.state import ClusterDir, ClusterRecord, find_running, running_clusters
-from llamaclust.errors import LlamaclustError, UsageError
+from llamaclust.cluster.config.environment import environment
+from llamaclust.cluster.config.values import parse_name
+from llamaclust.cluster.state.directory import ClusterDir, ClusterRecord, find_running, running_clusters
+from llamaclust.core.errors import LlamaclustError, UsageError
 
 _ANSWER_S = 10.0
 _DRAIN_S = 60.0

@@ -10,7 +10,7 @@ import typer
 
 from llamaclust.cli.help import PlainCommand
 from llamaclust.cli.terminal import printable
-from llamaclust.errors import UsageError
+from llamaclust.core.errors import UsageError
 
 if TYPE_CHECKING:
     from llamaclust.tools.split import Part
@@ -37,8 +37,8 @@ def split(
     dry_run: DryRun = False,
 ) -> None:
     """Cut a model file into parts, as llama.cpp's llama-gguf-split does. Every tensor stays as it is."""
-    from llamaclust.model.gguf import open_model
-    from llamaclust.tools.catalog import made_beside, resolve_model
+    from llamaclust.model.gguf.model_file import open_model
+    from llamaclust.tools.hub.catalog import made_beside, resolve_model
     from llamaclust.tools.split import DEFAULT_TENSORS, SplitRules, plan_split
 
     if max_size is not None and max_tensors is not None:
@@ -57,8 +57,8 @@ def merge(
     dry_run: DryRun = False,
 ) -> None:
     """Put the parts of a model together in one file. Every tensor stays as it is."""
-    from llamaclust.model.gguf import open_model
-    from llamaclust.tools.catalog import made_beside, resolve_model
+    from llamaclust.model.gguf.model_file import open_model
+    from llamaclust.tools.hub.catalog import made_beside, resolve_model
     from llamaclust.tools.split import plan_merge
 
     path = resolve_model(model)
@@ -74,7 +74,7 @@ def register(models: typer.Typer) -> None:
 
 def _size(text: str) -> int:
     """Bytes; M and G are powers of ten, as llama.cpp has them."""
-    from llamaclust.cluster.config_values import parse_size
+    from llamaclust.cluster.config.values import parse_size
 
     try:
         return parse_size(text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from llamaclust.wire.tuning import tune_grpc
+from llamaclust.wire.rpc.grpc_options import tune_grpc
 
 tune_grpc()
 
@@ -13,12 +13,12 @@ from llamaclust.cli.detach import Starter, run_detached  # noqa: E402
 from llamaclust.cli.interrupts import ends_at_once  # noqa: E402
 from llamaclust.cli.progress import shown_progress  # noqa: E402
 from llamaclust.cli.watch import cluster_view  # noqa: E402
-from llamaclust.cluster.config import ClusterConfig, load_config  # noqa: E402
-from llamaclust.cluster.events import Event, StartFailed  # noqa: E402
-from llamaclust.errors import LlamaclustError, UsageError  # noqa: E402
+from llamaclust.cluster.config.cluster_config import ClusterConfig, load_config  # noqa: E402
+from llamaclust.cluster.state.events import Event, StartFailed  # noqa: E402
+from llamaclust.core.errors import LlamaclustError, UsageError  # noqa: E402
 
 if TYPE_CHECKING:
-    from llamaclust.tools.download import Progress
+    from llamaclust.tools.hub.download import Progress
 
 
 def up(
@@ -39,14 +39,14 @@ def up(
         run_detached(config, _arguments(file, overrides))
         return
     with ends_at_once(), cluster_view(config.name) as view:  # until the cluster handles signals itself
-        from llamaclust.cluster.serve import serve
+        from llamaclust.cluster.server.serve import serve
 
         serve(config, model, view.show)
 
 
 def template_of(choice: str) -> str:
     """As the cluster file has it: a name, or a path that is the same from any folder. UsageError for neither."""
-    from llamaclust.model.chat_template_choice import built_in_names, chosen_template
+    from llamaclust.model.chat.template_choice import built_in_names, chosen_template
 
     chosen_template(choice)
     return choice if choice in built_in_names() else str(Path(choice).expanduser().absolute())
@@ -62,7 +62,7 @@ def _run_as_rank(config: ClusterConfig, arguments: list[str], *, detach: bool) -
 
 def pull(config: ClusterConfig, progress: Progress) -> Path:
     """The model's file, downloaded first where it is a catalog's and not there yet."""
-    from llamaclust.tools.pull import pull_model
+    from llamaclust.tools.hub.pull import pull_model
 
     return pull_model(config.model, progress)
 
@@ -76,8 +76,8 @@ def _arguments(file: Path | None, overrides: list[str]) -> list[str]:
 
 def _run_notifying(config: ClusterConfig, starter: Starter) -> None:
     """Serves as the detached process: events go to the one that waits, later ones to the log."""
-    from llamaclust.cluster.serve import serve
-    from llamaclust.tools.pull import silent
+    from llamaclust.cluster.server.serve import serve
+    from llamaclust.tools.hub.pull import silent
 
     view = cluster_view(config.name)
 

@@ -14,8 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from llamaclust.cli import terminal
-from llamaclust.sizes import MIB
-from llamaclust.wire.gpus import DeviceLayers, placed
+from llamaclust.core.gpus import DeviceLayers, placed
+from llamaclust.core.sizes import MIB
 
 _EVERY_S = 1.0
 _WIDE = 200

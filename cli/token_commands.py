@@ -28,10 +28,10 @@ def rotate(
     """Put a new join token in the place of the old one, while the cluster runs or not, and print its file.
 
     With the old one nobody joins any more. Who is a member stays, and needs the new one to join again."""
-    from llamaclust.cluster.config import environment
-    from llamaclust.cluster.config_values import parse_name
-    from llamaclust.cluster.trust.authority import Authority
-    from llamaclust.errors import UsageError
+    from llamaclust.cluster.config.environment import environment
+    from llamaclust.cluster.config.values import parse_name
+    from llamaclust.cluster.membership.authority import Authority
+    from llamaclust.core.errors import UsageError
 
     try:
         folder = trust_dir or environment().state_dir / parse_name(cluster) / "trust"

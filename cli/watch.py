@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 
 from llamaclust.cli.terminal import printable
-from llamaclust.cluster.config import environment
-from llamaclust.cluster.events import (
+from llamaclust.cluster.config.environment import environment
+from llamaclust.cluster.state.events import (
     AwaitingWorkers,
     Draining,
     Event,
@@ -26,8 +26,8 @@ from llamaclust.cluster.events import (
     WorkerLoading,
     WorkerReading,
 )
-from llamaclust.logs import LogFormat, start_logging
-from llamaclust.sizes import MIB
+from llamaclust.core.logs import LogFormat, start_logging
+from llamaclust.core.sizes import MIB
 
 _log = logging.getLogger(__name__)
 

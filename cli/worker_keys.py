@@ -6,7 +6,7 @@ from itertools import zip_longest
 from typing import Any
 
 from llamaclust.cli.help import PlainCommand
-from llamaclust.errors import UsageError
+from llamaclust.core.errors import UsageError
 
 _KEYS = {
     "--device": "device",

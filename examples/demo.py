@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from llamaclust.cluster.config import environment
+from llamaclust.cluster.config.environment import environment
 
 LLAMACLUST = str(Path(sys.executable).parent / "llamaclust")
 NAME = f"demo-{os.getpid()}"

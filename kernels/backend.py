@@ -9,9 +9,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from llamaclust.core.limits import StageLimits
+from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.program import Program
-from llamaclust.model.tensors import Tensor
-from llamaclust.wire.control import StageLimits
 
 Float32 = NDArray[np.float32]
 Int32 = NDArray[np.int32]

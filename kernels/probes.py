@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llamaclust.kernels.cpu import _native
+from llamaclust.kernels import _native
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,10 +7,10 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from llamaclust.kernels.cpu import _native
-from llamaclust.wire.messages import RowResult, RowTask, SampleTask, ScoreTask
-from llamaclust.wire.sampler_chain import STEPS, SamplerChain
-from llamaclust.wire.sampling_bounds import CHAIN_BOUNDS
+from llamaclust.core.sampler_chain import STEPS, SamplerChain
+from llamaclust.core.sampling import RowResult, RowTask, SampleTask, ScoreTask
+from llamaclust.core.sampling_bounds import CHAIN_BOUNDS
+from llamaclust.kernels import _native
 
 
 class Sampler:

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from llamaclust.errors import ModelFileError
-from llamaclust.model.gguf import ModelFile
-from llamaclust.model.gguf_values import shown
+from llamaclust.core.errors import ModelFileError
+from llamaclust.model.gguf.model_file import ModelFile
+from llamaclust.model.gguf.values import shown
 
 _MAX_USED_EXPERTS = 256  # of a token: what kernels have room for
 _MAX_WIDTH = 1 << 20

@@ -10,14 +10,14 @@ from struct import Struct, pack
 import numpy as np
 from numpy.typing import NDArray
 
-from llamaclust.errors import ModelFileError
-from llamaclust.model.gguf import ModelFile, open_model
-from llamaclust.model.gguf_header import MAGIC
-from llamaclust.model.gguf_values import shown
-from llamaclust.model.new_file import new_file
+from llamaclust.core.errors import ModelFileError
+from llamaclust.model.gguf.atomic_file import new_file
+from llamaclust.model.gguf.header import MAGIC
+from llamaclust.model.gguf.model_file import ModelFile, open_model
+from llamaclust.model.gguf.tensors import FileIdentity, open_regular, read_exactly
+from llamaclust.model.gguf.values import shown
+from llamaclust.model.gguf.writer import TensorSource, WritableValue, write_gguf
 from llamaclust.model.quant_types import QuantType
-from llamaclust.model.tensors import FileIdentity, open_regular, read_exactly
-from llamaclust.model.writer import TensorSource, WritableValue, write_gguf
 
 Float32 = NDArray[np.float32]
 

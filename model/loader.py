@@ -10,18 +10,18 @@ from itertools import dropwhile, takewhile
 from pathlib import Path
 from typing import Self
 
-from llamaclust.errors import ModelFileError
+from llamaclust.core.errors import ModelFileError
 from llamaclust.model.architectures import build_program, check_architecture
 from llamaclust.model.architectures.layers import FACTOR_TENSORS
-from llamaclust.model.chat_template import ChatTemplate, load_chat_template
-from llamaclust.model.chat_template_choice import chosen_template
-from llamaclust.model.gguf import ModelFile, open_model
-from llamaclust.model.gguf_values import shown
+from llamaclust.model.chat.template import ChatTemplate, load_chat_template
+from llamaclust.model.chat.template_choice import chosen_template
+from llamaclust.model.gguf.model_file import ModelFile, open_model
+from llamaclust.model.gguf.tensors import Tensor
+from llamaclust.model.gguf.values import shown
 from llamaclust.model.hyperparameters import Hyperparameters, read_hyperparameters
 from llamaclust.model.program import AddPosition, Embed, KvType, MatMul, Moe, Program, SelectRows, Step
 from llamaclust.model.quant_types import ActivationFormat
-from llamaclust.model.tensors import Tensor
-from llamaclust.model.tokenizer import Tokenizer, load_tokenizer
+from llamaclust.model.tokenizers.tokenizer import Tokenizer, load_tokenizer
 
 _F32 = ActivationFormat.F32
 

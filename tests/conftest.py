@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from llamaclust.errors import UsageError
+from llamaclust.core.errors import UsageError
+from support.paths import TESTS
 
 os.environ.setdefault("LLAMACLUST_CACHE_SIZE", "0")  # a user's prepared layers are not for models that tests make up
 os.environ.setdefault("LLAMACLUST_WEIGHTS_SIZE", "0")
@@ -25,7 +26,7 @@ for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM):
 @pytest.fixture(scope="session")
 def demo_model() -> Path:
     """SmolLM2-135M-Instruct Q4_1, where `make test` puts it; tests that need it skip without it."""
-    from llamaclust.tools.catalog import resolve_model
+    from llamaclust.tools.hub.catalog import resolve_model
 
     try:
         return resolve_model("smollm2-135m-instruct")
@@ -36,20 +37,17 @@ def demo_model() -> Path:
 @pytest.fixture(scope="session", autouse=True)
 def _full_disks_are_good_enough() -> None:
     """What the machine's disk has free does not decide whether layers are prepared."""
-    from prepared_layers import use_any_disk
+    from support.arithmetic.packed_layers import use_any_disk
 
     use_any_disk()
 
 
-_CLUSTERS = (
-    *("bad_input", "cli", "cluster", "deploy_program", "invariance_demo", "launcher", "recovery", "tools_bench"),
-    *("trust", "weights", "worker"),
-)
+_CLUSTER_FOLDERS = ("cli", "cluster", "worker", "network", "wire/security")
 _ALONE = "\npytestmark = pytest.mark.alone"
 
 
 def _is_of_clusters(path: Path) -> bool:
-    return path.stem.removeprefix("test_").startswith(_CLUSTERS) or path.parent.name == "network"
+    return str(path.relative_to(TESTS)).startswith(_CLUSTER_FOLDERS)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

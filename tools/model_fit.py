@@ -8,14 +8,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from llamaclust.cluster.config_values import parse_size
-from llamaclust.cluster.kv_groups import window_group
-from llamaclust.errors import UsageError
+from llamaclust.cluster.config.values import parse_size
+from llamaclust.cluster.scheduler.kv_groups import window_group
+from llamaclust.core.errors import UsageError
+from llamaclust.core.limits import StageLimits
 from llamaclust.model.loader import LayerCost, Model
 from llamaclust.model.program import KV_BLOCK_TOKENS, KvType
-from llamaclust.wire.control import StageLimits
-from llamaclust.worker.machine import available_memory_bytes
-from llamaclust.worker.stage_runner import model_program, planned_workspace_bytes
+from llamaclust.worker.devices.system_info import available_memory_bytes
+from llamaclust.worker.stage.stage_runner import model_program, planned_workspace_bytes
 
 _ROWS: Final = 512
 _OUTPUTS: Final = 256

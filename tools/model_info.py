@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from llamaclust.model.gguf import ModelFile
-from llamaclust.model.gguf_values import LazyStrings, MetadataValue
-from llamaclust.model.tensors import Tensor
+from llamaclust.model.gguf.model_file import ModelFile
+from llamaclust.model.gguf.tensors import Tensor
+from llamaclust.model.gguf.values import LazyStrings, MetadataValue
 
 _LAYER_NAME = re.compile(r"blk\.(\d{1,6})\.")
 

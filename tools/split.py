@@ -11,11 +11,11 @@ from typing import Final
 
 import numpy as np
 
-from llamaclust.errors import UsageError
-from llamaclust.model.gguf import ModelFile
-from llamaclust.model.gguf_header import DEFAULT_ALIGNMENT, raw_metadata
-from llamaclust.model.tensors import Tensor
-from llamaclust.model.writer import Contents, RawValue, TensorSource, WritableValue, header_bytes, write_gguf_parts
+from llamaclust.core.errors import UsageError
+from llamaclust.model.gguf.header import DEFAULT_ALIGNMENT, raw_metadata
+from llamaclust.model.gguf.model_file import ModelFile
+from llamaclust.model.gguf.tensors import Tensor
+from llamaclust.model.gguf.writer import Contents, RawValue, TensorSource, WritableValue, header_bytes, write_gguf_parts
 
 OnBytes = Callable[[str, int, int], None]
 """Told the file that is written, bytes of tensors done and in all."""

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
-from llamaclust.errors import WireError
+from llamaclust.core.errors import WireError
 
 MAX_TEXT = 4096
 UINT64 = (1 << 64) - 1

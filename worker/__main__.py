@@ -7,8 +7,8 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-from llamaclust.logs import LogFormat
-from llamaclust.wire.tuning import tune_grpc
+from llamaclust.core.logs import LogFormat
+from llamaclust.wire.rpc.grpc_options import tune_grpc
 from llamaclust.worker.settings import WorkerSettings
 
 _OF_GPUS = ("--gpu-layers", "--gpu-memory-bytes")

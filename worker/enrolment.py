@@ -11,11 +11,12 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from llamaclust.errors import UsageError, WireError, WorkerError
-from llamaclust.wire.certificates import NewKey, ca_hash, cluster_id, pem
-from llamaclust.wire.credentials import COORDINATOR, Identity, Principal
-from llamaclust.wire.deadlines import deadline
-from llamaclust.wire.enrolment import (
+from llamaclust.core.errors import UsageError, WireError, WorkerError
+from llamaclust.wire.microbatch.messages import PROTOCOL_VERSION
+from llamaclust.wire.rpc.deadlines import deadline
+from llamaclust.wire.security.certificates import NewKey, ca_hash, cluster_id, pem
+from llamaclust.wire.security.credentials import COORDINATOR, Identity, Principal
+from llamaclust.wire.security.enrolment import (
     MAX_ENROLMENT_BYTES,
     NONCE_BYTES,
     Challenge,
@@ -27,8 +28,7 @@ from llamaclust.wire.enrolment import (
     read_message,
     write_message,
 )
-from llamaclust.wire.messages import PROTOCOL_VERSION
-from llamaclust.wire.token import JoinToken
+from llamaclust.wire.security.token import JoinToken
 
 _CONNECT_S = 10.0
 _EXCHANGE_S = 20.0

@@ -11,20 +11,20 @@ import signal
 import sys
 from typing import NoReturn
 
-from llamaclust.errors import DeadlineError, DeviceLostError, LlamaclustError, WorkerError
-from llamaclust.logs import start_logging
-from llamaclust.wire.channels import Peer
-from llamaclust.wire.deadlines import deadline
-from llamaclust.wire.server import Server
-from llamaclust.wire.time_slices import short_slices
-from llamaclust.wire.token import ClusterToken
-from llamaclust.worker.compute import Compute
-from llamaclust.worker.devices import Device
+from llamaclust.core.errors import DeadlineError, DeviceLostError, LlamaclustError, WorkerError
+from llamaclust.core.logs import start_logging
+from llamaclust.wire.rpc.client import Peer
+from llamaclust.wire.rpc.deadlines import deadline
+from llamaclust.wire.rpc.sched_slice import short_slices
+from llamaclust.wire.rpc.server import Server
+from llamaclust.wire.security.token import ClusterToken
+from llamaclust.worker.devices.devices import Device
 from llamaclust.worker.membership import Member
-from llamaclust.worker.parent import die_with
-from llamaclust.worker.service import StageService
+from llamaclust.worker.parent_death import die_with
 from llamaclust.worker.settings import WorkerSettings
-from llamaclust.worker.weights import Weights, weight_cache
+from llamaclust.worker.stage.compute import Compute
+from llamaclust.worker.stage.service import StageService
+from llamaclust.worker.weights.weights import Weights, weight_cache
 
 _log = logging.getLogger("llamaclust.worker")
 

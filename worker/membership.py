@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import partial
 from time import perf_counter_ns
 
-from llamaclust.errors import (
+from llamaclust.core.errors import (
     DeadlineError,
     DeviceLostError,
     LlamaclustError,
@@ -20,10 +20,11 @@ from llamaclust.errors import (
     WireError,
     WorkerError,
 )
-from llamaclust.logs import last_lines, last_trouble, name_cluster
+from llamaclust.core.gpus import placed
+from llamaclust.core.logs import last_lines, last_trouble, name_cluster
 from llamaclust.wire.bounds import one_line
-from llamaclust.wire.channels import JOIN, ClientStream, Peer
-from llamaclust.wire.control import (
+from llamaclust.wire.control.codec import decode_coordinator_message, encode_worker_message
+from llamaclust.wire.control.messages import (
     CoordinatorMessage,
     Deadlines,
     Failure,
@@ -57,21 +58,20 @@ from llamaclust.wire.control import (
     Welcome,
     WorkerMessage,
 )
-from llamaclust.wire.control_codec import decode_coordinator_message, encode_worker_message
-from llamaclust.wire.credentials import Credentials, Identity, Principal
-from llamaclust.wire.deadlines import deadline
-from llamaclust.wire.gpus import placed
-from llamaclust.wire.links import measure_link, try_link
-from llamaclust.wire.messages import PROTOCOL_VERSION
-from llamaclust.worker.compute import Compute
-from llamaclust.worker.devices import Device
-from llamaclust.worker.flow import Neighbours, StageFlow
-from llamaclust.worker.loading import load_stage
-from llamaclust.worker.machine import resident_bytes
+from llamaclust.wire.microbatch.messages import PROTOCOL_VERSION
+from llamaclust.wire.rpc.client import JOIN, ClientStream, Peer
+from llamaclust.wire.rpc.deadlines import deadline
+from llamaclust.wire.rpc.link_probe import measure_link, try_link
+from llamaclust.wire.security.credentials import Credentials, Identity, Principal
+from llamaclust.worker.devices.devices import Device
+from llamaclust.worker.devices.system_info import resident_bytes
 from llamaclust.worker.renewal import Renewal
-from llamaclust.worker.service import StageService
-from llamaclust.worker.steps import Counters
-from llamaclust.worker.weights import Reading, Weights
+from llamaclust.worker.stage.compute import Compute
+from llamaclust.worker.stage.executor import Counters
+from llamaclust.worker.stage.service import StageService
+from llamaclust.worker.stage.streams import Neighbours, StageFlow
+from llamaclust.worker.weights.load import load_stage
+from llamaclust.worker.weights.weights import Reading, Weights
 
 _log = logging.getLogger(__name__)
 

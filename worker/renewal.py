@@ -7,12 +7,12 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
-from llamaclust.errors import WireError
-from llamaclust.wire.control import Renew, Renewed, RenewFailed
-from llamaclust.wire.credentials import Identity
+from llamaclust.core.errors import WireError
+from llamaclust.wire.control.messages import Renew, Renewed, RenewFailed
+from llamaclust.wire.security.credentials import Identity
 
 if TYPE_CHECKING:
-    from llamaclust.wire.certificates import NewKey
+    from llamaclust.wire.security.certificates import NewKey
 
 _AGAIN_S = 60.0
 _log = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ class Renewal:
 
     async def run(self) -> None:
         """Asks when two thirds of the certificate's life are over, and again where no answer came. Until cancelled."""
-        from llamaclust.wire.certificates import NewKey
+        from llamaclust.wire.security.certificates import NewKey
 
         while True:
             await asyncio.sleep(self._identity.pair.renewal_in_s)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from llamaclust.logs import LogFormat
+from llamaclust.core.logs import LogFormat
 
 
 @dataclass(frozen=True, slots=True)

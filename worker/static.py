@@ -8,23 +8,30 @@ import logging
 import socket
 from dataclasses import replace
 
-from llamaclust.errors import DeadlineError, DeviceLostError, LlamaclustError, UsageError, WorkerError
+from llamaclust.core.errors import DeadlineError, DeviceLostError, LlamaclustError, UsageError, WorkerError
 from llamaclust.wire.bounds import one_line
-from llamaclust.wire.channels import Peer
-from llamaclust.wire.control import Register
-from llamaclust.wire.credentials import COORDINATOR, Credentials, Identity, Insecure, joined_address, split_address
-from llamaclust.wire.deadlines import deadline
-from llamaclust.wire.server import Server
-from llamaclust.wire.time_slices import short_slices
-from llamaclust.wire.token import JoinToken
-from llamaclust.worker.compute import Compute
-from llamaclust.worker.devices import Device
+from llamaclust.wire.control.messages import Register
+from llamaclust.wire.rpc.client import Peer
+from llamaclust.wire.rpc.deadlines import deadline
+from llamaclust.wire.rpc.sched_slice import short_slices
+from llamaclust.wire.rpc.server import Server
+from llamaclust.wire.security.credentials import (
+    COORDINATOR,
+    Credentials,
+    Identity,
+    Insecure,
+    joined_address,
+    split_address,
+)
+from llamaclust.wire.security.token import JoinToken
+from llamaclust.worker.devices.devices import Device
+from llamaclust.worker.devices.system_info import log_place
 from llamaclust.worker.enrolment import enrol
-from llamaclust.worker.machine import log_place
 from llamaclust.worker.membership import Member
-from llamaclust.worker.service import StageService
 from llamaclust.worker.settings import WorkerSettings
-from llamaclust.worker.weights import Weights, weight_cache
+from llamaclust.worker.stage.compute import Compute
+from llamaclust.worker.stage.service import StageService
+from llamaclust.worker.weights.weights import Weights, weight_cache
 
 _log = logging.getLogger(__name__)
 

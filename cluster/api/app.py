@@ -14,16 +14,16 @@ from starlette.responses import Response
 import llamaclust
 from llamaclust.cluster.api.admission import Admission, AdmissionGate
 from llamaclust.cluster.api.errors import add_error_handlers
-from llamaclust.cluster.api.llamacpp import LlamaCppEndpoints
-from llamaclust.cluster.api.llamacpp_schema import DetokenizeBody, LlamaCppBody, TemplateBody, TokenizeBody
-from llamaclust.cluster.api.openai_chat import ChatEndpoint
-from llamaclust.cluster.api.openai_completions import CompletionEndpoint
-from llamaclust.cluster.api.openai_models import ModelsEndpoint
-from llamaclust.cluster.api.openai_schema import ChatBody, CompletionBody
+from llamaclust.cluster.api.llamacpp.endpoints import LlamaCppEndpoints
+from llamaclust.cluster.api.llamacpp.schema import DetokenizeBody, LlamaCppBody, TemplateBody, TokenizeBody
+from llamaclust.cluster.api.openai.chat import ChatEndpoint
+from llamaclust.cluster.api.openai.completions import CompletionEndpoint
+from llamaclust.cluster.api.openai.models import ModelsEndpoint
+from llamaclust.cluster.api.openai.schema import ChatBody, CompletionBody
 from llamaclust.cluster.api.operations import Operations, ServingEngine, Workers, Workforce
 from llamaclust.cluster.api.security import Security
 from llamaclust.cluster.api.settings import ApiSettings
-from llamaclust.cluster.text import TextService
+from llamaclust.cluster.text.service import TextService
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 

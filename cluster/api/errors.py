@@ -12,8 +12,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from llamaclust.cluster.text_request import ParameterError
-from llamaclust.errors import LlamaclustError, QueueFullError
+from llamaclust.cluster.text.request import ParameterError
+from llamaclust.core.errors import LlamaclustError, QueueFullError
 
 CLIENT_GONE = 499
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, WithJsonSchema
 
-from llamaclust.cluster.text_request import MAX_LOGIT_BIASES
+from llamaclust.cluster.text.request import MAX_LOGIT_BIASES
 
 Prompt = str | tuple[int, ...]
 

@@ -9,14 +9,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from llamaclust.cluster.api.errors import HttpError, JsonResponse
-from llamaclust.cluster.api.openai_shapes import FINGERPRINT
-from llamaclust.cluster.engine import EngineState
-from llamaclust.cluster.metrics import CONTENT_TYPE, Metrics
-from llamaclust.cluster.scheduler import Scheduler
-from llamaclust.cluster.text import TextService
-from llamaclust.errors import LlamaclustError
-from llamaclust.wire.control import LogTold
-from llamaclust.wire.deadlines import deadline
+from llamaclust.cluster.api.openai.shapes import FINGERPRINT
+from llamaclust.cluster.engine.engine import EngineState
+from llamaclust.cluster.engine.metrics import CONTENT_TYPE, Metrics
+from llamaclust.cluster.scheduler.scheduler import Scheduler
+from llamaclust.cluster.text.service import TextService
+from llamaclust.core.errors import LlamaclustError
+from llamaclust.wire.control.messages import LogTold
+from llamaclust.wire.rpc.deadlines import deadline
 
 _DRAIN_S = 600.0
 """Layers are loaded elsewhere meanwhile; who asks again goes on waiting."""

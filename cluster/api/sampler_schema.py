@@ -7,10 +7,10 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from llamaclust.cluster.api.schema import Body
-from llamaclust.cluster.breakers import DEFAULT_BREAKERS
-from llamaclust.wire.messages import MAX_CONTEXT_TOKENS
-from llamaclust.wire.sampler_chain import PLAIN_ORDER, STEPS, SamplerChain, Step
-from llamaclust.wire.sampling_bounds import CHAIN_BOUNDS, MAX_MIROSTAT
+from llamaclust.cluster.scheduler.breakers import DEFAULT_BREAKERS
+from llamaclust.core.limits import MAX_CONTEXT_TOKENS
+from llamaclust.core.sampler_chain import PLAIN_ORDER, STEPS, SamplerChain, Step
+from llamaclust.core.sampling_bounds import CHAIN_BOUNDS, MAX_MIROSTAT
 
 _OTHER_NAMES = {"nucleus": Step.TOP_P, "temp": Step.TEMPERATURE, "typ": Step.TYPICAL_P, "typical_p": Step.TYPICAL_P}
 _LETTERS = dict(zip("edskfypmxt", STEPS, strict=True))

@@ -7,7 +7,7 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from llamaclust.errors import UsageError
+from llamaclust.core.errors import UsageError
 
 _KEY = re.compile(r"[\x21-\x7e]{8,512}")
 _MOST_KEY_CHARACTERS = 1 << 20

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from llamaclust.cluster.api.errors import error_body, to_json
-from llamaclust.errors import LlamaclustError
+from llamaclust.core.errors import LlamaclustError
 
 WAITING = b": waiting\n\n"
 DONE = b"data: [DONE]\n\n"

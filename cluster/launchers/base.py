@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from llamaclust.logs import LogFormat
+from llamaclust.core.logs import LogFormat
 from llamaclust.model.loader import Model
 
 Exited = Callable[[str, str], None]

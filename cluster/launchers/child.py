@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import IO
 
-from llamaclust.cluster.config import environment
+from llamaclust.cluster.config.environment import environment
 from llamaclust.cluster.launchers.base import WorkerSpec
 from llamaclust.cluster.launchers.worker_process import worker_command, worker_environment
 

@@ -6,14 +6,14 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from llamaclust.cluster.config import ClusterConfig
-from llamaclust.cluster.events import Watch
+from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.launchers.base import Launcher
 from llamaclust.cluster.launchers.local import LocalLauncher
 from llamaclust.cluster.launchers.run_directory import run_directory
-from llamaclust.cluster.registry import Certify, Registry, Welcomes
-from llamaclust.cluster.state import ClusterDir
-from llamaclust.wire.credentials import Credentials
+from llamaclust.cluster.membership.registry import Certify, Registry, Welcomes
+from llamaclust.cluster.state.directory import ClusterDir
+from llamaclust.cluster.state.events import Watch
+from llamaclust.wire.security.credentials import Credentials
 
 _JOIN_S = 60.0
 

@@ -11,15 +11,15 @@ from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
-from llamaclust.cluster.last_words import last_words
 from llamaclust.cluster.launchers.base import Exited, GaveUp, WorkerSpec
 from llamaclust.cluster.launchers.restarts import Upkeep
 from llamaclust.cluster.launchers.run_directory import RunDirectory
 from llamaclust.cluster.launchers.worker_process import describe_exit, worker_command, worker_environment
+from llamaclust.cluster.membership.log_tail import last_words
 from llamaclust.model.loader import Model
-from llamaclust.wire.deadlines import deadline
-from llamaclust.worker.devices import check_devices
-from llamaclust.worker.machine import available_memory_bytes
+from llamaclust.wire.rpc.deadlines import deadline
+from llamaclust.worker.devices.devices import check_devices
+from llamaclust.worker.devices.system_info import available_memory_bytes
 
 _GRACE_S = 1.0
 

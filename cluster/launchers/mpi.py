@@ -13,11 +13,10 @@ import struct
 from collections.abc import Coroutine, Sequence
 from contextlib import AbstractContextManager
 
-from llamaclust.cluster.config import ClusterConfig
-from llamaclust.cluster.events import Watch
+from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.launchers.base import Exited, GaveUp, WorkerSpec
 from llamaclust.cluster.launchers.launch import Launch
-from llamaclust.cluster.launchers.mpi_words import (
+from llamaclust.cluster.launchers.mpi_messages import (
     EndWorker,
     RankLost,
     StartWorker,
@@ -28,11 +27,12 @@ from llamaclust.cluster.launchers.mpi_words import (
 )
 from llamaclust.cluster.launchers.restarts import Upkeep
 from llamaclust.cluster.launchers.static import StaticLauncher, cluster_authority
-from llamaclust.cluster.registry import Registry
-from llamaclust.cluster.state import ClusterDir
-from llamaclust.errors import UsageError
+from llamaclust.cluster.membership.registry import Registry
+from llamaclust.cluster.state.directory import ClusterDir
+from llamaclust.cluster.state.events import Watch
+from llamaclust.core.errors import UsageError
 from llamaclust.model.loader import Model
-from llamaclust.wire.credentials import joined_address, split_address
+from llamaclust.wire.security.credentials import joined_address, split_address
 
 _GRACE_S = 1.0
 _ANYWHERE = ("0.0.0.0", "::")

@@ -17,10 +17,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from llamaclust.cluster.config import ClusterConfig
-from llamaclust.cluster.last_words import last_words
+from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.launchers.child import Child, adapted
-from llamaclust.cluster.launchers.mpi_words import (
+from llamaclust.cluster.launchers.mpi_messages import (
     EndWorker,
     Leave,
     Machine,
@@ -32,10 +31,11 @@ from llamaclust.cluster.launchers.mpi_words import (
     to_bytes,
 )
 from llamaclust.cluster.launchers.worker_process import describe_exit
-from llamaclust.cluster.state import ClusterDir
-from llamaclust.errors import LlamaclustError, UsageError, WorkerError
-from llamaclust.wire.credentials import split_address
-from llamaclust.wire.token import JoinToken
+from llamaclust.cluster.membership.log_tail import last_words
+from llamaclust.cluster.state.directory import ClusterDir
+from llamaclust.core.errors import LlamaclustError, UsageError, WorkerError
+from llamaclust.wire.security.credentials import split_address
+from llamaclust.wire.security.token import JoinToken
 from llamaclust.worker.enrolment import pinned
 
 RANKED = "--ranked"

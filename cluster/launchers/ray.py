@@ -11,20 +11,20 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
-from llamaclust.cluster.config import ClusterConfig
-from llamaclust.cluster.events import AwaitingWorkers, Watch
+from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.launchers.base import Exited, GaveUp, WorkerSpec
 from llamaclust.cluster.launchers.launch import Launch
 from llamaclust.cluster.launchers.ray_cluster import RayCluster
 from llamaclust.cluster.launchers.ray_workers import RayWorkers, resources
 from llamaclust.cluster.launchers.restarts import Upkeep
 from llamaclust.cluster.launchers.static import StaticLauncher, cluster_authority
-from llamaclust.cluster.registry import Registry
-from llamaclust.cluster.state import ClusterDir
-from llamaclust.errors import DeadlineError
+from llamaclust.cluster.membership.registry import Registry
+from llamaclust.cluster.state.directory import ClusterDir
+from llamaclust.cluster.state.events import AwaitingWorkers, Watch
+from llamaclust.core.errors import DeadlineError
 from llamaclust.model.loader import Model
-from llamaclust.wire.credentials import joined_address, split_address
-from llamaclust.wire.deadlines import deadline
+from llamaclust.wire.rpc.deadlines import deadline
+from llamaclust.wire.security.credentials import joined_address, split_address
 
 _PATIENCE_S = 2.0
 _GRACE_S = 1.0

@@ -13,11 +13,11 @@ from typing import Any
 import ray
 from ray.exceptions import ActorDiedError, RayError
 
-from llamaclust.cluster.last_words import last_words
 from llamaclust.cluster.launchers.base import WorkerSpec
 from llamaclust.cluster.launchers.child import Child, adapted
 from llamaclust.cluster.launchers.worker_process import describe_exit
-from llamaclust.errors import UsageError
+from llamaclust.cluster.membership.log_tail import last_words
+from llamaclust.core.errors import UsageError
 
 PLACEMENT = "llamaclust"
 """Name of the placement group, in the cluster's namespace."""

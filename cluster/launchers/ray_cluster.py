@@ -14,10 +14,10 @@ from typing import Any
 
 import grpc
 
-from llamaclust.cluster.config_sections import Ray
+from llamaclust.cluster.config.sections import Ray
 from llamaclust.cluster.launchers.base import WorkerSpec
-from llamaclust.cluster.state import write_private
-from llamaclust.errors import LlamaclustError, UsageError
+from llamaclust.cluster.state.directory import write_private
+from llamaclust.core.errors import LlamaclustError, UsageError
 
 _log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import Any
 
 from llamaclust.cluster.launchers.base import WorkerSpec
-from llamaclust.errors import LlamaclustError, UsageError
+from llamaclust.core.errors import LlamaclustError, UsageError
 
 _CALL_S = 10.0
 _GONE_S = 10.0

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from llamaclust.errors import LlamaclustError, UsageError
-from llamaclust.wire.token import ClusterToken
+from llamaclust.core.errors import LlamaclustError, UsageError
+from llamaclust.wire.security.token import ClusterToken
 
 _MAX_SOCKET_BYTES = 107
 """What fits in a socket address (Linux)."""

@@ -7,20 +7,20 @@ import contextlib
 import logging
 from collections.abc import Collection, Iterator, Sequence
 
-from llamaclust.cluster.config import ClusterConfig
-from llamaclust.cluster.config_sections import WorkerConfig
-from llamaclust.cluster.config_values import is_loopback, split_address
-from llamaclust.cluster.events import AwaitingWorkers, Watch, WorkerJoined
+from llamaclust.cluster.config.cluster_config import ClusterConfig
+from llamaclust.cluster.config.sections import WorkerConfig
+from llamaclust.cluster.config.values import is_loopback, split_address
 from llamaclust.cluster.launchers.base import Exited, GaveUp, WorkerSpec
 from llamaclust.cluster.launchers.launch import Launch
-from llamaclust.cluster.registry import Registry
-from llamaclust.cluster.state import ClusterDir
-from llamaclust.cluster.trust.authority import Authority
-from llamaclust.cluster.trust.enrolment import EnrolmentServer
-from llamaclust.errors import DeadlineError
+from llamaclust.cluster.membership.authority import Authority
+from llamaclust.cluster.membership.enrolment import EnrolmentServer
+from llamaclust.cluster.membership.registry import Registry
+from llamaclust.cluster.state.directory import ClusterDir
+from llamaclust.cluster.state.events import AwaitingWorkers, Watch, WorkerJoined
+from llamaclust.core.errors import DeadlineError
 from llamaclust.model.loader import Model
-from llamaclust.wire.credentials import COORDINATOR, Identity, Insecure
-from llamaclust.wire.deadlines import deadline
+from llamaclust.wire.rpc.deadlines import deadline
+from llamaclust.wire.security.credentials import COORDINATOR, Identity, Insecure
 
 _TRUST = "trust"
 _GPU = "  on a machine with an NVIDIA GPU the same with --device cuda:0"

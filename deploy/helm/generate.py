@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from llamaclust.cluster.config import ClusterConfig
+from llamaclust.cluster.config.cluster_config import ClusterConfig
 
 CHART = Path(__file__).parent / "llamaclust"
 OWNED = (

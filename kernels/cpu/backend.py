@@ -8,19 +8,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llamaclust.errors import DoesNotFitError, ModelFileError, UsageError
+from llamaclust.core.errors import DoesNotFitError, ModelFileError, UsageError
+from llamaclust.core.limits import NUMERICS_VERSION, StageLimits
+from llamaclust.core.sizes import needed
+from llamaclust.kernels import _native
 from llamaclust.kernels.backend import Batch, Float32, Int32, Progress
-from llamaclust.kernels.cpu import _native
 from llamaclust.kernels.cpu.compile import Observed, compile_program, kv_block_bytes
-from llamaclust.kernels.cpu.prepared import PreparedLayers
-from llamaclust.kernels.cpu.prepared_files import PreparedFolder
-from llamaclust.kernels.cpu.weight_store import WeightStore
-from llamaclust.kernels.cpu.weights import Weight, shapes_only
+from llamaclust.kernels.packed.cache import PreparedLayers
+from llamaclust.kernels.packed.cache_folder import PreparedFolder
+from llamaclust.kernels.packed.weight_store import WeightStore
+from llamaclust.kernels.packed.weights import Weight, shapes_only
+from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.program import Program
-from llamaclust.model.tensors import Tensor
-from llamaclust.sizes import needed
-from llamaclust.wire.control import StageLimits
-from llamaclust.wire.messages import NUMERICS_VERSION
 
 
 @dataclass(frozen=True, slots=True)

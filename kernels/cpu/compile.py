@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from llamaclust.kernels.cpu._native import Plan
-from llamaclust.kernels.cpu._native import kv_block_bytes as native_kv_block_bytes
-from llamaclust.kernels.cpu.fuse import Attend, FusedStep, Products, fuse, reads_of, written_by
-from llamaclust.kernels.cpu.weights import Weight
+from llamaclust.core.limits import StageLimits
+from llamaclust.kernels._native import Plan
+from llamaclust.kernels._native import kv_block_bytes as native_kv_block_bytes
+from llamaclust.kernels.fuse import Attend, FusedStep, Products, fuse, reads_of, written_by
+from llamaclust.kernels.packed.weights import Weight
 from llamaclust.model.program import (
     Add,
     AddPosition,
@@ -36,7 +37,6 @@ from llamaclust.model.program import (
     SoftCap,
 )
 from llamaclust.model.quant_types import ActivationFormat, QuantType
-from llamaclust.wire.control import StageLimits
 
 _FORMATS = (ActivationFormat.F32, ActivationFormat.Q8_32, ActivationFormat.Q8_256)
 """In the order of the native module's numbers."""

@@ -6,9 +6,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from llamaclust.kernels import _native
 from llamaclust.kernels.backend import Float32
-from llamaclust.kernels.cpu import _native
-from llamaclust.kernels.cpu.weights import SUPPORTED_TYPES
+from llamaclust.kernels.packed.weights import SUPPORTED_TYPES
 from llamaclust.model.quant_types import QuantType
 
 QUANTIZED_TYPES = SUPPORTED_TYPES

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llamaclust.errors import ModelFileError
+from llamaclust.core.errors import ModelFileError
 from llamaclust.kernels.cuda.device import Launch, Scalar
 from llamaclust.model.program import KV_GROUP_CHANNELS, SPAN_TOKENS, Attention, KvType, Program, RopeStyle
 

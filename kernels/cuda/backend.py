@@ -7,9 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 
+from llamaclust.core.gpus import Gpu
+from llamaclust.core.limits import NUMERICS_VERSION, StageLimits
+from llamaclust.core.profile import GpuSpeed
 from llamaclust.kernels.backend import Progress
-from llamaclust.kernels.cpu.prepared_files import PreparedFolder
-from llamaclust.kernels.cpu.weights import check_weights
 from llamaclust.kernels.cuda import attention
 from llamaclust.kernels.cuda.attention import check_attention
 from llamaclust.kernels.cuda.cold_cache import ColdCache
@@ -21,12 +22,10 @@ from llamaclust.kernels.cuda.probe import limits, measure
 from llamaclust.kernels.cuda.stage import CudaStage
 from llamaclust.kernels.cuda.turns import Turns
 from llamaclust.kernels.cuda.weights import DeviceWeight, DeviceWeights, LayerMemory, layers_of_weights
+from llamaclust.kernels.packed.cache_folder import PreparedFolder
+from llamaclust.kernels.packed.weights import check_weights
+from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.program import Program
-from llamaclust.model.tensors import Tensor
-from llamaclust.wire.control import StageLimits
-from llamaclust.wire.gpus import Gpu
-from llamaclust.wire.messages import NUMERICS_VERSION
-from llamaclust.wire.speeds import GpuSpeed
 
 _RESERVED_SHARE = 256
 """One part in so many of a GPU's memory is left to compiled kernels and graphs, which the driver holds there."""

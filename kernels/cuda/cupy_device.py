@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from llamaclust.errors import DoesNotFitError, UsageError
+from llamaclust.core.errors import DoesNotFitError, UsageError
+from llamaclust.core.sizes import MIB, mib
 from llamaclust.kernels.cuda.binary_folder import BinaryFolder
 from llamaclust.kernels.cuda.cupy_open import GpuProperties, gpu_properties, import_cupy, usable_nvrtc
 from llamaclust.kernels.cuda.device import PLAIN_SHARED_BYTES, Buffer, Bytes, Launch
 from llamaclust.kernels.cuda.sources import modules, whole_text
-from llamaclust.sizes import MIB, mib
 
 _log = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from llamaclust.errors import UsageError
+from llamaclust.core.errors import UsageError
 from llamaclust.kernels.cuda.device import MIN_COMPUTE_CAPABILITY
 from llamaclust.kernels.cuda.nvrtc import Nvrtc, open_nvrtc
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from llamaclust.kernels.cpu.fuse import Attend, Products, reads_of, written_by
 from llamaclust.kernels.cuda import attention, experts, products, rows
 from llamaclust.kernels.cuda.device import Launch
 from llamaclust.kernels.cuda.emit_attention import AttentionSteps
 from llamaclust.kernels.cuda.fuse import Attended, Gated, GpuStep, Norm, fuse_for_gpu
 from llamaclust.kernels.cuda.place import NOWHERE, Place
 from llamaclust.kernels.cuda.shapes import Shape
+from llamaclust.kernels.fuse import Attend, Products, reads_of, written_by
 from llamaclust.model.program import (
     Add,
     AddPosition,

@@ -1,4 +1,4 @@
-"""Fusion beyond that of kernels/cpu/fuse.py: what a GPU does in one launch. A launch of one row takes about as long as
+"""Fusion beyond that of kernels/fuse.py: what a GPU does in one launch. A launch of one row takes about as long as
 the reading of a few megabytes, so that the small ones between two products count as much as these."""
 
 from __future__ import annotations
@@ -6,9 +6,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from llamaclust.kernels.cpu.fuse import Attend, FusedStep, Products, fuse, is_read
 from llamaclust.kernels.cuda.products import MOST_PRODUCTS
 from llamaclust.kernels.cuda.rows import WIDEST_ROW
+from llamaclust.kernels.fuse import Attend, FusedStep, Products, fuse, is_read
 from llamaclust.model.program import Add, Buffer, Gelu, GeluKind, MatMul, Moe, Mul, Program, RmsNorm, SiluMul, Step
 from llamaclust.model.quant_types import ActivationFormat, QuantType
 

@@ -9,10 +9,10 @@ from itertools import accumulate
 import numpy as np
 from numpy.typing import NDArray
 
+from llamaclust.core.limits import StageLimits
 from llamaclust.kernels.backend import Batch
 from llamaclust.kernels.cuda.memory import aligned
 from llamaclust.model.program import KV_BLOCK_TOKENS, Program
-from llamaclust.wire.control import StageLimits
 
 _HEADER = 8  # rows, sequences, outputs, zeros
 _INT = 4

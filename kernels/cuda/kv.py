@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from llamaclust.core.limits import StageLimits
 from llamaclust.model.program import KV_BLOCK_TOKENS, Attention
-from llamaclust.wire.control import StageLimits
 
 _LAYER_ALIGNMENT_BYTES = 256
 

@@ -7,7 +7,7 @@ import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llamaclust.errors import LlamaclustError, UsageError
+from llamaclust.core.errors import LlamaclustError, UsageError
 from llamaclust.kernels.cuda.sources import OPTIONS
 
 _ALL_ON_DEVICE = "--device-as-default-execution-space"

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from llamaclust.core.limits import StageLimits
 from llamaclust.kernels.cuda.attention import LaunchLimits
 from llamaclust.kernels.cuda.inputs import Addresses
 from llamaclust.kernels.cuda.regions import Regions
 from llamaclust.kernels.cuda.weights import DeviceWeight
 from llamaclust.model.program import Program
-from llamaclust.wire.control import StageLimits
 
 Weights = Mapping[str, DeviceWeight]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from llamaclust.core.limits import StageLimits
 from llamaclust.kernels.cuda.attention import LaunchLimits
 from llamaclust.kernels.cuda.device import LEAST_SHARED_BYTES, Buffer, Device, Launch
 from llamaclust.kernels.cuda.emit import Emitter
@@ -14,7 +15,6 @@ from llamaclust.kernels.cuda.place import Place, Weights, constant_name
 from llamaclust.kernels.cuda.regions import Regions
 from llamaclust.kernels.cuda.shapes import Shape
 from llamaclust.model.program import Program
-from llamaclust.wire.control import StageLimits
 
 ANY_GPU = LaunchLimits(1, LEAST_SHARED_BYTES)
 """Where it is not known which one: what a plan takes is the same."""

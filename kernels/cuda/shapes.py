@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from llamaclust.core.limits import StageLimits
 from llamaclust.kernels.backend import Batch
-from llamaclust.wire.control import StageLimits
 
 _EDGES = tuple(1 << power for power in range(12))
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Lock
 
-from llamaclust.errors import DeviceLostError
+from llamaclust.core.errors import DeviceLostError
 from llamaclust.kernels.cuda.device import Device
 
 

@@ -16,18 +16,18 @@ from weakref import WeakValueDictionary, finalize
 
 import numpy as np
 
+from llamaclust.kernels._native import Memory
 from llamaclust.kernels.backend import Progress
-from llamaclust.kernels.cpu._native import Memory
-from llamaclust.kernels.cpu.layer_image import Buffers, LayerImage, chunks_of
-from llamaclust.kernels.cpu.prepared import PreparedLayers
-from llamaclust.kernels.cpu.prepared_files import PreparedFolder
-from llamaclust.kernels.cpu.weights import Weight, check_weights
 from llamaclust.kernels.cuda.device import Buffer, Bytes, Device, Event
 from llamaclust.kernels.cuda.memory import aligned, allocated
 from llamaclust.kernels.cuda.turns import Turns
+from llamaclust.kernels.packed.cache import PreparedLayers
+from llamaclust.kernels.packed.cache_folder import PreparedFolder
+from llamaclust.kernels.packed.packed_layer import Buffers, LayerImage, chunks_of
+from llamaclust.kernels.packed.weights import Weight, check_weights
+from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.program import Program
 from llamaclust.model.quant_types import QuantType
-from llamaclust.model.tensors import Tensor
 
 _STAGING_BYTES = 16 << 20
 

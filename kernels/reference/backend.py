@@ -6,14 +6,14 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from llamaclust.errors import ModelFileError
+from llamaclust.core.errors import ModelFileError
+from llamaclust.core.limits import StageLimits
 from llamaclust.kernels.backend import Batch, Float32, Progress
 from llamaclust.kernels.reference.dequantize import SUPPORTED_TYPES, dequantize
 from llamaclust.kernels.reference.kv import LayerKv, block_bytes
 from llamaclust.kernels.reference.steps import State, run_step
+from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.program import Buffer, Program
-from llamaclust.model.tensors import Tensor
-from llamaclust.wire.control import StageLimits
 
 
 class ReferenceStage:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from llamaclust.wire.messages import SampleTask
-from llamaclust.wire.sampler_chain import SamplerChain
+from llamaclust.core.sampler_chain import SamplerChain
+from llamaclust.core.sampling import SampleTask
 
 Float32 = NDArray[np.float32]
 

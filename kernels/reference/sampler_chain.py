@@ -11,11 +11,11 @@ from itertools import accumulate
 import numpy as np
 from numpy.typing import NDArray
 
+from llamaclust.core.sampler_chain import SamplerChain, Step
+from llamaclust.core.sampling import SampleTask
 from llamaclust.kernels.reference.exact import LN2, exp64, log64
 from llamaclust.kernels.reference.repetitions import penalize_repetitions
 from llamaclust.kernels.reference.sampling_steps import UNIT_WEIGHT, penalize, random_bits, ranked, scaled, weights
-from llamaclust.wire.messages import SampleTask
-from llamaclust.wire.sampler_chain import SamplerChain, Step
 
 Float32 = NDArray[np.float32]
 

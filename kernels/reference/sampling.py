@@ -11,16 +11,9 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from llamaclust.core.sampling import RowResult, RowTask, SampleTask, SamplingParams
 from llamaclust.kernels.reference.sampler_chain import ChainRun
-from llamaclust.kernels.reference.sampling_steps import (
-    UNIT_WEIGHT,
-    penalize,
-    random_bits,
-    ranked,
-    scaled,
-    weights,
-)
-from llamaclust.wire.messages import RowResult, RowTask, SampleTask, SamplingParams
+from llamaclust.kernels.reference.sampling_steps import UNIT_WEIGHT, penalize, random_bits, ranked, scaled, weights
 
 Float32 = NDArray[np.float32]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from llamaclust.core.sampling import SampleTask, SamplingParams
 from llamaclust.kernels.reference.exact import exp32
-from llamaclust.wire.messages import SampleTask, SamplingParams
 
 Float32 = NDArray[np.float32]
 

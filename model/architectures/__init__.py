@@ -24,8 +24,8 @@ from llamaclust.model.architectures import (
     starcoder2,
 )
 from llamaclust.model.architectures.layers import ProgramBuilder
-from llamaclust.model.gguf import ModelFile
-from llamaclust.model.gguf_values import shown
+from llamaclust.model.gguf.model_file import ModelFile
+from llamaclust.model.gguf.values import shown
 from llamaclust.model.hyperparameters import read_architecture, read_hyperparameters
 from llamaclust.model.program import KvType, Program
 

@@ -6,9 +6,9 @@ import math
 
 import numpy as np
 
-from llamaclust.errors import ModelFileError
+from llamaclust.core.errors import ModelFileError
 from llamaclust.model.architectures.rope import rope_table
-from llamaclust.model.gguf import ModelFile
+from llamaclust.model.gguf.model_file import ModelFile
 from llamaclust.model.hyperparameters import Hyperparameters, ModelKeys, RopeParameters
 from llamaclust.model.program import (
     Add,

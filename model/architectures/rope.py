@@ -5,7 +5,7 @@ from __future__ import annotations
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal, localcontext
 from functools import lru_cache
 
-from llamaclust.errors import ModelFileError
+from llamaclust.core.errors import ModelFileError
 from llamaclust.model.hyperparameters import RopeParameters, RopeScaling
 from llamaclust.model.program import RopeTable
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 
-from llamaclust.errors import RequestError
+from llamaclust.core.errors import RequestError
 from llamaclust.model.tokenizers.vocabulary import TokenType, Vocabulary
 
 _CONTROL = (TokenType.CONTROL, TokenType.UNKNOWN)

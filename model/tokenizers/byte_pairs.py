@@ -8,7 +8,7 @@ from typing import Any, Final
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
-from llamaclust.errors import ModelFileError
+from llamaclust.core.errors import ModelFileError
 from llamaclust.model.tokenizers.base import VocabularyTokenizer
 from llamaclust.model.tokenizers.pre_tokenizers import PreTokenizer, pre_tokenizer
 from llamaclust.model.tokenizers.vocabulary import TokenType, Vocabulary, key, read_flag, read_strings

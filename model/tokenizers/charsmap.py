@@ -7,7 +7,7 @@ from typing import Final
 
 import numpy as np
 
-from llamaclust.errors import ModelFileError
+from llamaclust.core.errors import ModelFileError
 
 _LEAF_BIT: Final = 1 << 8
 _VALUE_BIT: Final = 1 << 31

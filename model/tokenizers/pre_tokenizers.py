@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from llamaclust.errors import ModelFileError
+from llamaclust.core.errors import ModelFileError
 
 
 def _ranges(spans: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any, Final
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
-from llamaclust.errors import ModelFileError
+from llamaclust.core.errors import ModelFileError
 from llamaclust.model.tokenizers.base import VocabularyTokenizer
 from llamaclust.model.tokenizers.vocabulary import TokenType, Vocabulary, read_flag
 

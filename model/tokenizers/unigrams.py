@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from llamaclust.errors import ModelFileError
+from llamaclust.core.errors import ModelFileError
 from llamaclust.model.tokenizers.base import VocabularyTokenizer
 from llamaclust.model.tokenizers.charsmap import check_charsmap
 from llamaclust.model.tokenizers.sentence_pieces import SPACE, load_processor, model_proto

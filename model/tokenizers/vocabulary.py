@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Final
 
-from llamaclust.errors import ModelFileError
+from llamaclust.core.errors import ModelFileError
 
 END_OF_GENERATION_TEXTS: Final = frozenset(
     {

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llamaclust.cluster.client import AsyncClient as AsyncClient
-    from llamaclust.cluster.client import Client as Client
+    from llamaclust.cluster.client.http import AsyncClient as AsyncClient
+    from llamaclust.cluster.client.http import Client as Client
 
 __version__ = "0.1.0"
 __all__ = ["AsyncClient", "Client", "__version__"]
@@ -14,7 +14,7 @@ __all__ = ["AsyncClient", "Client", "__version__"]
 
 def __getattr__(name: str) -> Any:
     if name in ("AsyncClient", "Client"):
-        from llamaclust.cluster import client
+        from llamaclust.cluster.client import http
 
-        return getattr(client, name)
+        return getattr(http, name)
     raise AttributeError(f"module 'llamaclust' has no attribute {name!r}")

@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from launching import Bench
-from shim_build import build
-from shim_device import ShimDevice
-from stages import QUANTIZED, SMALL, Free, Open
-from tiny_architectures import build_architecture
-from tiny_model import build_tiny_model
 
-from llamaclust.cluster.config import environment
-from llamaclust.errors import UsageError
+from llamaclust.cluster.config.environment import environment
+from llamaclust.core.errors import UsageError
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.kernels.cuda.backend import CudaBackend
 from llamaclust.kernels.cuda.cupy_device import CupyDevice
 from llamaclust.kernels.cuda.device import Device
 from llamaclust.model.loader import Model
+from support.cuda.launching import Bench
+from support.cuda.shim_build import build
+from support.cuda.shim_device import ShimDevice
+from support.cuda.stages import QUANTIZED, SMALL, Free, Open
+from support.models.tiny_architectures import build_architecture
+from support.models.tiny_model import build_tiny_model
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

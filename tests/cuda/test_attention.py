@@ -9,17 +9,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from attending import LARGE, SMALL, Attender, Told, attention, by_the_cpu, sequences_of
-from batches import batch_of
-from launching import Bench
-from shim_build import build
-from shim_device import ShimDevice
 
 from llamaclust.kernels.cuda.attention import LaunchLimits, cut_of, few_shared_bytes, many_shared_bytes, room_of
 from llamaclust.kernels.cuda.device import LEAST_SHARED_BYTES, PLAIN_SHARED_BYTES
 from llamaclust.kernels.cuda.sources import SRC
 from llamaclust.model.architectures.alibi import alibi_slopes
 from llamaclust.model.program import Attention, KvType
+from support.arithmetic.batches import batch_of
+from support.cuda.attending import LARGE, SMALL, Attender, Told, attention, by_the_cpu, sequences_of
+from support.cuda.launching import Bench
+from support.cuda.random_numbers import generator
+from support.cuda.shim_build import build
+from support.cuda.shim_device import ShimDevice
 
 SHAPES = {
     "as llama": attention(4, 1, 64),
@@ -38,12 +39,6 @@ SHAPES = {
     "widest bytes": attention(2, 1, 512, KvType.Q8_0),
 }
 GPUS = {"small": SMALL, "large": LARGE}
-
-
-def generator() -> np.random.Generator:
-    seed = np.random.SeedSequence().entropy
-    print("seed", seed)
-    return np.random.default_rng(seed)
 
 
 @pytest.mark.parametrize("step", SHAPES.values(), ids=SHAPES)

@@ -12,25 +12,25 @@ from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
-from shim_build import build
-from shim_device import ShimDevice
-from tiny_model import build_tiny_model
 
 from llamaclust.cli.planning import _gpus_here, plan_of
 from llamaclust.cli.status_view import gpu_lines
-from llamaclust.cluster.config import load_config
-from llamaclust.cluster.coordinator import Cluster, open_cluster
-from llamaclust.cluster.requests import Generation, TokenChosen
-from llamaclust.cluster.state import ClusterDir, ClusterRecord
-from llamaclust.cluster.status import cluster_status
-from llamaclust.cluster.worker_metrics import WorkerMetrics
-from llamaclust.errors import DoesNotFitError
+from llamaclust.cluster.config.cluster_config import load_config
+from llamaclust.cluster.scheduler.requests import Generation, TokenChosen
+from llamaclust.cluster.server.coordinator import Cluster, open_cluster
+from llamaclust.cluster.server.status import cluster_status
+from llamaclust.cluster.server.worker_metrics import WorkerMetrics
+from llamaclust.cluster.state.directory import ClusterDir, ClusterRecord
+from llamaclust.core.errors import DoesNotFitError
+from llamaclust.core.sampling import SamplingParams
 from llamaclust.kernels.cuda.backend import CudaBackend
 from llamaclust.model.quant_types import QuantType
-from llamaclust.wire.messages import SamplingParams
-from llamaclust.worker import backends
+from llamaclust.worker.devices import backends
+from support.cuda.shim_build import build
+from support.cuda.shim_device import ShimDevice
+from support.models.tiny_model import build_tiny_model
+from support.paths import TESTS
 
-HERE = Path(__file__).parent
 DEADLINE_S = 120.0
 ASKS = (
     Generation("greedy", (5, 9, 17, 33, 65, 3, 7), 6),
@@ -51,7 +51,7 @@ def shim(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
     """For the processes that are started, where no real card is to be tested."""
     if request.config.getoption("--gpu", default=False):
         return
-    folders = [HERE / "shim_site", HERE]
+    folders = [TESTS / "cuda" / "shim_site", TESTS]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([*map(str, folders), os.environ.get("PYTHONPATH", "")]))
 
 

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from compilers import NONE, ByNvcc, ByNvrtc, find_compiler
 
 from llamaclust.kernels.cuda.device import MIN_COMPUTE_CAPABILITY
 from llamaclust.kernels.cuda.sources import OPTIONS, modules, whole_text
+from support.cuda.compilers import NONE, ByNvcc, ByNvrtc, find_compiler
 
 Compiler = ByNvrtc | ByNvcc
 OLDEST = 10 * MIN_COMPUTE_CAPABILITY[0] + MIN_COMPUTE_CAPABILITY[1]

@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_cupy import CUDARuntimeError, FakeCupy, FakeRuntime
 
-from llamaclust.errors import DeviceLostError, DoesNotFitError, UsageError
+from llamaclust.core.errors import DeviceLostError, DoesNotFitError, UsageError
 from llamaclust.kernels.cuda import cupy_open
 from llamaclust.kernels.cuda.binary_folder import BinaryFolder
 from llamaclust.kernels.cuda.cupy_device import CupyDevice
 from llamaclust.kernels.cuda.device import Launch
 from llamaclust.kernels.cuda.nvrtc import Binary
 from llamaclust.kernels.cuda.turns import Turns
+from support.cuda.fake_cupy import CUDARuntimeError, FakeCupy, FakeRuntime
 
 
 class FakeNvrtc:

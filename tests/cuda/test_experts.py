@@ -6,18 +6,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from backends import all_threads
-from launching import Bench
 from numpy.typing import NDArray
-from single_steps import Weight, normal, program_of, rows_at
-from test_attention import generator
 
+from llamaclust.core.limits import StageLimits
 from llamaclust.kernels.cuda.device import Buffer as Memory
 from llamaclust.kernels.cuda.experts import ExpertPlaces, choice_bytes, choose, combine, group, items_bytes, max_items
-from llamaclust.model.gguf import open_model
+from llamaclust.model.gguf.model_file import open_model
+from llamaclust.model.gguf.writer import write_gguf
 from llamaclust.model.program import Buffer, MatMul, Moe, Program, SiluMul
-from llamaclust.model.writer import write_gguf
-from llamaclust.wire.control import StageLimits
+from support.arithmetic.backends import all_threads
+from support.arithmetic.single_steps import Weight, normal, program_of, rows_at
+from support.cuda.launching import Bench
+from support.cuda.random_numbers import generator
 
 Float32 = NDArray[np.float32]
 Int32 = NDArray[np.int32]

@@ -6,20 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from attending import Attender, attention, sequences_of
-from batches import batch_of
-from exact import Float32, awkward, on_cpu, random_source, same_bits
-from launching import Bench
 from numpy.typing import NDArray
-from single_steps import program_of, rows_at
-from test_kernels_matmul import check_equal_bits, random_activations, random_weights
-from test_products import LEVEL, count_of, generator_of, load, none_numbers, segment_cols
-from test_products import quantized as activations_of
-from test_rows import BUCKET, ROWS, one_part, rows_of, two_parts
-from tiny_model import build_tiny_model
 
-from llamaclust.kernels.cpu import _native
-from llamaclust.kernels.cpu.fuse import Attend
+from llamaclust.core.limits import StageLimits
+from llamaclust.kernels import _native
 from llamaclust.kernels.cuda import products, rows
 from llamaclust.kernels.cuda.attention import can_quantize
 from llamaclust.kernels.cuda.device import Buffer as DeviceBuffer
@@ -27,6 +17,7 @@ from llamaclust.kernels.cuda.fuse import Attended, Gated, Norm, fuse_for_gpu
 from llamaclust.kernels.cuda.plan import Plan
 from llamaclust.kernels.cuda.shapes import Shape
 from llamaclust.kernels.cuda.weights import DeviceWeight
+from llamaclust.kernels.fuse import Attend
 from llamaclust.model.loader import Model
 from llamaclust.model.program import (
     Add,
@@ -49,7 +40,16 @@ from llamaclust.model.program import (
     Step,
 )
 from llamaclust.model.quant_types import ActivationFormat, QuantType
-from llamaclust.wire.control import StageLimits
+from support.arithmetic.batches import batch_of
+from support.arithmetic.matmul_cases import check_equal_bits, random_activations, random_weights
+from support.arithmetic.single_steps import program_of, rows_at
+from support.cuda.attending import Attender, attention, sequences_of
+from support.cuda.exact import Float32, awkward, on_cpu, random_source, same_bits
+from support.cuda.launching import Bench
+from support.cuda.product_cases import LEVEL, count_of, generator_of, load, none_numbers, segment_cols
+from support.cuda.product_cases import quantized as activations_of
+from support.cuda.row_cases import BUCKET, ROWS, one_part, rows_of, two_parts
+from support.models.tiny_model import build_tiny_model
 
 NONE = np.uint64(0)
 EIGHT_BITS = (ActivationFormat.Q8_32, ActivationFormat.Q8_256)

@@ -14,24 +14,25 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from fake_cupy import FakeCupy
-from shim_build import build
-from shim_device import ShimDevice
-from tiny_model import build_tiny_model
 
-from llamaclust.errors import DoesNotFitError, UsageError
+from llamaclust.core.errors import DoesNotFitError, UsageError
 from llamaclust.kernels.cuda.backend import CudaBackend
 from llamaclust.kernels.cuda.device import Device
 from llamaclust.kernels.cuda.stage import CudaStage
 from llamaclust.model.loader import Model
 from llamaclust.model.quant_types import QuantType
-from llamaclust.tools.bench import BenchTask
-from llamaclust.tools.bench import Work as WholeWork
-from llamaclust.tools.bench_stage import BenchStage, stage_limits
-from llamaclust.worker import backends
-from llamaclust.worker.stage_runner import plan_memory
+from llamaclust.tools.bench.bench import BenchTask
+from llamaclust.tools.bench.bench import Work as WholeWork
+from llamaclust.tools.bench.stage import BenchStage, stage_limits
+from llamaclust.worker.devices import backends
+from llamaclust.worker.stage.stage_runner import plan_memory
+from support.cuda.fake_cupy import FakeCupy
+from support.cuda.shim_build import build
+from support.cuda.shim_device import ShimDevice
+from support.models.tiny_model import build_tiny_model
+from support.paths import ROOT
 
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+sys.path.append(str(ROOT / "benchmarks"))
 import gpu
 import gpu_record
 import gpu_stage

@@ -8,19 +8,19 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise, product
 
 import pytest
-from batches import batch_of, load_stage
-from tiny_model import build_tiny_model
 
+from llamaclust.core.limits import StageLimits
+from llamaclust.core.sampling import SampleTask, SamplingParams
 from llamaclust.kernels.backend import Backend, Float32, Stage
-from llamaclust.kernels.chain import ChainBackend, Part
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.kernels.cuda.backend import CudaBackend
 from llamaclust.kernels.cuda.device import Device, Graph
+from llamaclust.kernels.multi_device import ChainBackend, Part
 from llamaclust.kernels.sampling import Sampler
 from llamaclust.model.loader import Model
 from llamaclust.model.quant_types import QuantType
-from llamaclust.wire.control import StageLimits
-from llamaclust.wire.messages import SampleTask, SamplingParams
+from support.arithmetic.batches import batch_of, load_stage
+from support.models.tiny_model import build_tiny_model
 
 LIMITS = StageLimits(max_tokens=16, max_outputs=4, max_sequences=2, max_context_tokens=48, kv_blocks=4)
 VOCABULARY, LAYERS = 320, 6

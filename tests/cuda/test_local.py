@@ -8,21 +8,21 @@ import struct
 from pathlib import Path
 
 import pytest
-from command_line import command_line
-from shim_build import build
-from shim_device import ShimDevice
-from tiny_model import build_tiny_model
 
 from llamaclust.cli.evaluating import Source
 from llamaclust.cli.gpu_options import Gpus
-from llamaclust.cluster.local import LocalClient, LocalSettings
-from llamaclust.errors import DoesNotFitError, UsageError
-from llamaclust.kernels.cpu.prepared_files import PreparedFolder
+from llamaclust.cluster.client.local import LocalClient, LocalSettings
+from llamaclust.core.errors import DoesNotFitError, UsageError
 from llamaclust.kernels.cuda.backend import CudaBackend
+from llamaclust.kernels.packed.cache_folder import PreparedFolder
 from llamaclust.model.quant_types import QuantType
-from llamaclust.worker import backends
+from llamaclust.worker.devices import backends
+from support.clusters.command_line import command_line
+from support.cuda.shim_build import build
+from support.cuda.shim_device import ShimDevice
+from support.models.tiny_model import build_tiny_model
+from support.paths import TESTS
 
-HERE = Path(__file__).parent
 PROMPT = [5, 9, 17, 33, 65, 3, 7]
 MIB = 1 << 20
 ROOM = 256 * MIB
@@ -48,7 +48,7 @@ def shim(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
         return CudaBackend(name, ShimDevice(build(), memory_bytes=min(cap or ROOM, ROOM), sms=1), threads, prepared)
 
     monkeypatch.setattr(backends, "open_gpu", open_gpu)
-    folders = [HERE / "shim_site", HERE]
+    folders = [TESTS / "cuda" / "shim_site", TESTS]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([*map(str, folders), os.environ.get("PYTHONPATH", "")]))
 
 

@@ -6,13 +6,14 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from shim_build import compiler
 
-from llamaclust.errors import LlamaclustError, UsageError
+from llamaclust.core.errors import LlamaclustError, UsageError
 from llamaclust.kernels.cuda.nvrtc import Nvrtc
 from llamaclust.kernels.cuda.sources import OPTIONS, whole_text
+from support.cuda.shim_build import compiler
+from support.paths import TESTS
 
-FAKE = Path(__file__).parent / "fake_nvrtc.cpp"
+FAKE = TESTS / "cuda" / "fake_nvrtc.cpp"
 
 
 def library(folder: Path, *defines: str) -> str:

@@ -6,24 +6,24 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from shim_build import build
-from shim_device import ShimDevice
-from tiny_model import build_tiny_model
 
 from llamaclust.cli import measuring
-from llamaclust.cluster.launchers.stage_memory import rounding_of, workspace_of
-from llamaclust.cluster.planner_workspace import StagePlace
+from llamaclust.cluster.control.stage_memory import rounding_of, workspace_of
+from llamaclust.cluster.planner.workspace import StagePlace
+from llamaclust.core.limits import StageLimits
 from llamaclust.kernels.cuda import cold_cache
 from llamaclust.kernels.cuda.backend import CudaBackend
 from llamaclust.kernels.cuda.device import Device
 from llamaclust.model.loader import Model
 from llamaclust.model.quant_types import QuantType
-from llamaclust.tools import bench
-from llamaclust.tools.bench import BenchTask, run_bench
-from llamaclust.wire.control import StageLimits
-from llamaclust.worker import trial
-from llamaclust.worker.stage_runner import StageRunner
-from llamaclust.worker.trial import TrialDevice, try_stages
+from llamaclust.tools.bench import bench
+from llamaclust.tools.bench.bench import BenchTask, run_bench
+from llamaclust.worker.devices import profiler
+from llamaclust.worker.devices.profiler import TrialDevice, try_stages
+from llamaclust.worker.stage.stage_runner import StageRunner
+from support.cuda.shim_build import build
+from support.cuda.shim_device import ShimDevice
+from support.models.tiny_model import build_tiny_model
 
 
 def test_speeds_and_limits_are_measured(device: Device) -> None:
@@ -39,10 +39,10 @@ def test_speeds_and_limits_are_measured(device: Device) -> None:
 def test_steps_of_a_model_are_tried_on_a_gpu(device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = build_tiny_model(tmp_path / "m.gguf", layers=3, hidden=64, heads=2, ffn=96, context=64)
     gpu = CudaBackend("cuda:0", device, 1)
-    monkeypatch.setattr(trial, "_LEAST_BYTES", 0)
+    monkeypatch.setattr(profiler, "_LEAST_BYTES", 0)
     monkeypatch.setattr(cold_cache, "_MOST_BYTES", 1 << 20)
     free = gpu.free_bytes
-    tried = replace(TrialDevice.gpu(gpu, 1, ""), size=replace(trial.GPU, tries={1: 3, 8: 2, 16: 1}))
+    tried = replace(TrialDevice.gpu(gpu, 1, ""), size=replace(profiler.GPU, tries={1: 3, 8: 2, 16: 1}))
     with Model.open(path) as model:
         found = try_stages(tried, model)
     assert [one.rows for one in found] == [1, 8, 16]

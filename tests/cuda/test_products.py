@@ -2,79 +2,38 @@
 
 from __future__ import annotations
 
-import zlib
-from dataclasses import dataclass
-
 import numpy as np
 import pytest
-from launching import Bench
-from numpy.typing import NDArray
-from test_kernels_matmul import FLOAT_TYPES, TYPES, check_equal_bits, random_activations, random_weights
 
-from llamaclust.kernels.cpu import _native
+from llamaclust.kernels import _native
 from llamaclust.kernels.cuda.device import Buffer
 from llamaclust.kernels.cuda.products import (
     SUPPORTED_TYPES,
     Experts,
     Weights,
-    activation_bytes,
     embed,
     kernel_name,
     multiply,
     multiply_experts,
-    quantize,
 )
-from llamaclust.model.quant_types import ActivationFormat, QuantType
+from llamaclust.model.quant_types import QuantType
+from support.arithmetic.matmul_cases import FLOAT_TYPES, TYPES, check_equal_bits, random_activations, random_weights
+from support.cuda.launching import Bench
+from support.cuda.product_cases import (
+    LEVEL,
+    Float32,
+    count_of,
+    generator_of,
+    load,
+    none_numbers,
+    quantized,
+    segment_cols,
+)
 
-Float32 = NDArray[np.float32]
-
-LEVEL = _native.available_levels()[-1]
 NONE = np.uint64(0)
 SHAPES = [(1, 1), (33, 3), (16, 5), (70, 2), (17, 35)]
 """Rows of weights, segments: tiles and groups of segments that are full, and not."""
 ROWS = {(33, 3): (1, 2, 5, 8, 11, 16, 40, 70), (17, 35): (1, 8, 65)}
-
-
-def generator_of(*what: object) -> np.random.Generator:
-    seed = zlib.crc32(repr(what).encode())
-    print("seed", seed)
-    return np.random.default_rng(seed)
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """The same tiles on the CPU and on the device."""
-
-    on_cpu: _native.PackedMatrix
-    memory: _native.Memory
-    weights: Weights
-
-
-def load(bench: Bench, kind: QuantType, data: bytes, rows: int, cols: int) -> Loaded:
-    n_bytes = _native.PackedMatrix.shape_only(kind, rows, cols).bytes
-    memory = _native.Memory(n_bytes)
-    matrix = _native.PackedMatrix(kind, rows, cols, memory, 0)
-    matrix.pack_rows(0, data)
-    return Loaded(matrix, memory, Weights(kind, rows, cols, bench.put(memory.view).at()))
-
-
-def segment_cols(kind: QuantType) -> int:
-    return 16 if kind in FLOAT_TYPES else kind.info.block_size
-
-
-def count_of(bench: Bench, rows: int) -> np.uint64:
-    return bench.put(np.array([rows], np.int32)).at()
-
-
-def quantized(bench: Bench, weights: Weights, x: Float32, bucket: int) -> np.uint64:
-    """Activations for products with `weights`, of as many rows as x has."""
-    values = bench.put(x)
-    if weights.activation is ActivationFormat.F32:
-        return values.at()
-    out = bench.room(activation_bytes(weights.activation, bucket, weights.cols))
-    args = (values.at(), weights.cols, bucket, count_of(bench, len(x)), 1, out.at())
-    bench.device.launch(quantize(weights.activation, *args))
-    return out.at()
 
 
 def products(
@@ -87,18 +46,6 @@ def products(
     got: Float32 = bench.get(out, (bucket, weights.rows))
     assert (got[len(x) :] == 7).all()
     return got[: len(x)]
-
-
-def none_numbers(x: Float32, width: int) -> None:
-    """Zeros, what is no number, next to nothing and halves between two integers, in segments of some rows."""
-    x[0, :width] = 0
-    for row, value in ((1, np.inf), (2, np.nan), (4, np.float32(3e38)), (5, np.float32(-1e-40))):
-        if row < len(x):
-            x[row, -1] = value
-    if len(x) > 7:
-        x[6] = np.float32(2.0**-118) * (x[6] / np.abs(x[6]).max())
-        x[7] = np.round(x[7] * 20) + np.float32(0.5)
-        x[7, ::width] = 127
 
 
 def test_every_type_of_the_cpu_has_kernels() -> None:

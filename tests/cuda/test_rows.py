@@ -7,14 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from batches import batch_of
-from exact import Float32, awkward, on_cpu, random_source, same_bits, tiles_of
-from launching import Bench
-from shim_build import build
-from shim_device import ShimDevice
-from single_steps import Weight, program_of, rows_at
 
-from llamaclust.kernels.cpu import _native
+from llamaclust.kernels import _native
 from llamaclust.kernels.cuda.device import Buffer as DeviceBuffer
 from llamaclust.kernels.cuda.device import Scalar
 from llamaclust.kernels.cuda.sources import modules, whole_text
@@ -39,8 +33,14 @@ from llamaclust.model.program import (
     Step,
 )
 from llamaclust.model.quant_types import QuantType
+from support.arithmetic.batches import batch_of
+from support.arithmetic.single_steps import Weight, program_of, rows_at
+from support.cuda.exact import Float32, awkward, on_cpu, random_source, same_bits, tiles_of
+from support.cuda.launching import Bench
+from support.cuda.row_cases import BUCKET, ROWS, one_part, rows_of, two_parts
+from support.cuda.shim_build import build
+from support.cuda.shim_device import ShimDevice
 
-ROWS, BUCKET = 11, 16
 WIDTHS = [1, 7, 64, 100, 1023, 1300, 4096, 5001]
 
 Arg = DeviceBuffer | Scalar | int | float
@@ -48,24 +48,6 @@ Arg = DeviceBuffer | Scalar | int | float
 
 def pieces(width: int) -> tuple[int, int]:
     return -(-width // 1024), BUCKET
-
-
-def rows_of(bench: Bench) -> DeviceBuffer:
-    """How many rows of the bucket are there; buffers end after them."""
-    return bench.put(np.array([ROWS], np.int32))
-
-
-def two_parts(width: int, step: Callable[[Buffer, Buffer], Step], x: Float32) -> Float32:
-    """What the CPU makes of both halves of x."""
-    hidden, a, b = Buffer("x", 2 * width), Buffer("a", width), Buffer("b", width)
-    program = program_of(hidden, b, Slice(hidden, a, 0), Slice(hidden, b, width), step(a, b))
-    return on_cpu(program, {}, rows_at(range(ROWS)), x)
-
-
-def one_part(width: int, step: Callable[[Buffer, Buffer], Step], x: Float32, **weights: Float32) -> Float32:
-    hidden, out = Buffer("x", width), Buffer("out", width)
-    program = program_of(hidden, out, step(hidden, out))
-    return on_cpu(program, {name: Weight(values) for name, values in weights.items()}, rows_at(range(ROWS)), x)
 
 
 @pytest.mark.parametrize("width", WIDTHS)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
-from launching import Bench
-from shim_build import build
-from shim_device import KernelError, ShimDevice
 
-from llamaclust.errors import DoesNotFitError
+from llamaclust.core.errors import DoesNotFitError
 from llamaclust.kernels.cuda.device import Device
+from support.cuda.launching import Bench
+from support.cuda.shim_build import build
+from support.cuda.shim_device import KernelError, ShimDevice
+from support.paths import TESTS
 
-PROBE = Path(__file__).parent / "probes" / "probe.cu"
+PROBE = TESTS / "cuda" / "probes" / "probe.cu"
 VARIANTS = {
     "old cards": (("-DLLAMACLUST_ARCH=750",), ()),
     "new cards": (("-DLLAMACLUST_ARCH=900",), ()),

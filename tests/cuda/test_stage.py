@@ -8,18 +8,18 @@ from itertools import pairwise, product
 
 import numpy as np
 import pytest
-from batches import batch_of, load_stage
-from stages import LIMITS, MODELS, ROWS, Open, random_tokens, run, same
 
 from llamaclust.kernels.backend import Float32
-from llamaclust.kernels.chain import ChainBackend, Part
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.kernels.cuda import stage as cuda_stage
 from llamaclust.kernels.cuda.backend import CudaBackend
 from llamaclust.kernels.cuda.device import Device, Graph
+from llamaclust.kernels.multi_device import ChainBackend, Part
 from llamaclust.model.program import KvType
-from llamaclust.wire.messages import Chunk, Microbatch
-from llamaclust.worker.batches import build_batch
+from llamaclust.wire.microbatch.messages import Chunk, Microbatch
+from llamaclust.worker.stage.batches import build_batch
+from support.arithmetic.batches import batch_of, load_stage
+from support.cuda.stages import LIMITS, MODELS, ROWS, Open, random_tokens, run, same
 
 
 @pytest.mark.parametrize(

@@ -10,19 +10,19 @@ from pathlib import Path
 from threading import Thread, get_ident
 
 import pytest
-from batches import batch_of, load_stage
-from stages import LIMITS, MODELS, Free, Open, random_tokens, run, same
-from tiny_model import build_tiny_model
 
-from llamaclust.errors import DeviceLostError, DoesNotFitError, LlamaclustError, ModelFileError
+from llamaclust.core.errors import DeviceLostError, DoesNotFitError, LlamaclustError, ModelFileError
+from llamaclust.core.limits import StageLimits
 from llamaclust.kernels.cpu.backend import CpuBackend
-from llamaclust.kernels.cpu.prepared_files import PreparedFolder
 from llamaclust.kernels.cuda.backend import CudaBackend
 from llamaclust.kernels.cuda.device import Bytes, Device, Launch
 from llamaclust.kernels.cuda.joint_progress import JointProgress
+from llamaclust.kernels.packed.cache_folder import PreparedFolder
 from llamaclust.model.loader import Model
-from llamaclust.wire.control import StageLimits
-from llamaclust.worker.stage_runner import planned_workspace_bytes
+from llamaclust.worker.stage.stage_runner import planned_workspace_bytes
+from support.arithmetic.batches import batch_of, load_stage
+from support.cuda.stages import LIMITS, MODELS, Free, Open, random_tokens, run, same
+from support.models.tiny_model import build_tiny_model
 
 
 @pytest.mark.parametrize("name", MODELS)

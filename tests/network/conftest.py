@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from box import Box, missing
-from distant_cluster import TOKENS, Answer, eight, undisturbed
+
+from support.network.box import Box, missing
+from support.network.distant_cluster import TOKENS, Answer, eight, undisturbed
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -13,11 +13,11 @@ import time
 from pathlib import Path
 
 import pytest
-from box import Box
-from link import Link
-from namespaces import BoxError, named, new_prefix, remove, run, stale
 
-HERE = Path(__file__).parent
+from support.network.box import Box
+from support.network.link import Link
+from support.network.namespaces import BoxError, named, new_prefix, remove, run, stale
+from support.paths import TESTS
 
 
 def alive(pid: int) -> bool:
@@ -104,12 +104,12 @@ def test_nothing_stays_of_a_test_that_fails() -> None:
 def test_nothing_stays_of_a_process_that_is_killed(number: signal.Signals) -> None:
     program = """
 import time
-from box import Box
+from support.network.box import Box
 with Box(["a", "b"], delays=True) as box:
     print(box["a"].namespace, box.start("b", "sleep", "1000").pid, flush=True)
     time.sleep(1000)
 """
-    owner = subprocess.Popen([sys.executable, "-c", program], cwd=HERE, stdout=subprocess.PIPE, text=True)
+    owner = subprocess.Popen([sys.executable, "-c", program], cwd=TESTS, stdout=subprocess.PIPE, text=True)
     assert owner.stdout is not None
     namespace, pid = owner.stdout.readline().split()
     prefix = namespace.removesuffix("a")

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from box import Box
-from command_line import eventually
-from distant_cluster import COORDINATOR, TOKENS, Answer, DistantCluster, distant_cluster, eight
-from link import Link
+
+from support.clusters.command_line import eventually
+from support.network.box import Box
+from support.network.distant_cluster import COORDINATOR, TOKENS, Answer, DistantCluster, distant_cluster, eight
+from support.network.link import Link
 
 pytestmark = pytest.mark.model
 

@@ -6,9 +6,10 @@ import socket
 import time
 
 import pytest
-from box import Box
-from conversation import conversation, hears
-from link import Link, queue_commands
+
+from support.network.box import Box
+from support.network.conversation import conversation, hears
+from support.network.link import Link, queue_commands
 
 RETRANSMISSION_S = 20.0  # after a silence of a second or so, TCP tries again within this
 

@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-from box import Box
-from distant_cluster import COORDINATOR, distant_cluster
-from link import Link
+
+from support.network.box import Box
+from support.network.distant_cluster import COORDINATOR, distant_cluster
+from support.network.link import Link
 
 pytestmark = pytest.mark.model
 

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from box import Box
-from distant_cluster import COORDINATOR, Answer, DistantCluster, distant_cluster, eight
-from link import Link
+
+from support.network.box import Box
+from support.network.distant_cluster import COORDINATOR, Answer, DistantCluster, distant_cluster, eight
+from support.network.link import Link
 
 pytestmark = pytest.mark.model
 

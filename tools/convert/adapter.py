@@ -11,12 +11,12 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from llamaclust.errors import ModelFileError
-from llamaclust.model.gguf_values import shown
-from llamaclust.tools.convert.hugging_face import read_weight_file
+from llamaclust.core.errors import ModelFileError
+from llamaclust.model.gguf.values import shown
+from llamaclust.tools.convert.formats.hugging_face import read_weight_file
+from llamaclust.tools.convert.formats.source_files import SourceFiles, read_json
 from llamaclust.tools.convert.lazy import Array, Lazy, Storage, as_floats
 from llamaclust.tools.convert.settings import Settings
-from llamaclust.tools.convert.source_files import SourceFiles, read_json
 
 _NAMES: Final = ("adapter_model.safetensors", "adapter_model.bin")
 _PREFIX: Final = "base_model.model."

@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from llamaclust.errors import UsageError
-from llamaclust.model.gguf_header import MAGIC
+from llamaclust.core.errors import UsageError
+from llamaclust.model.gguf.header import MAGIC
+from llamaclust.model.gguf.writer import WritableValue
 from llamaclust.model.quant_types import QuantType
-from llamaclust.model.writer import WritableValue
-from llamaclust.tools.convert.checkpoint import Checkpoint
 from llamaclust.tools.convert.elements import OUTPUT_TYPES
+from llamaclust.tools.convert.formats.checkpoint import Checkpoint
+from llamaclust.tools.convert.formats.opening import Hints, open_checkpoint
+from llamaclust.tools.convert.formats.source_files import SourceFiles
 from llamaclust.tools.convert.lazy import Lazy
-from llamaclust.tools.convert.opening import Hints, open_checkpoint
 from llamaclust.tools.convert.page import Page
 from llamaclust.tools.convert.pages import build_page
-from llamaclust.tools.convert.source_files import SourceFiles
 from llamaclust.tools.convert.stream import Output, Told, write_stream
 from llamaclust.tools.convert.vocabularies.reading import read_words
 from llamaclust.tools.convert.vocabularies.words import Words

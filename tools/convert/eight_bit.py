@@ -7,7 +7,7 @@ from typing import Final
 
 import numpy as np
 
-from llamaclust.errors import ModelFileError
+from llamaclust.core.errors import ModelFileError
 from llamaclust.tools.convert.lazy import Array, Lazy, Storage
 from llamaclust.tools.convert.settings import MAX_WIDTH, Settings
 

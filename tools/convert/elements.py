@@ -7,8 +7,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from llamaclust.errors import ModelFileError
-from llamaclust.kernels.cpu.narrowing import StoredType, narrowed
+from llamaclust.core.errors import ModelFileError
+from llamaclust.kernels.cpu.dtype_cast import StoredType, narrowed
 from llamaclust.model.quant_types import QuantType
 from llamaclust.tools.convert.lazy import Array, Storage, as_floats
 

@@ -9,16 +9,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from llamaclust.errors import ModelFileError, UsageError
-from llamaclust.model.new_file import hidden_name, new_file
+from llamaclust.core.errors import ModelFileError, UsageError
+from llamaclust.model.gguf.atomic_file import hidden_name, new_file
 from llamaclust.tools.convert.adapter import merged, read_adapter, words_of
-from llamaclust.tools.convert.checkpoint import Checkpoint
 from llamaclust.tools.convert.conversion import Converted, thread_count, write_converted
 from llamaclust.tools.convert.elements import OUTPUT_TYPES
-from llamaclust.tools.convert.hugging_face import CONFIG, read_folder
+from llamaclust.tools.convert.formats.checkpoint import Checkpoint
+from llamaclust.tools.convert.formats.hugging_face import CONFIG, read_folder
+from llamaclust.tools.convert.formats.opening import Hints
+from llamaclust.tools.convert.formats.source_files import SourceFiles
 from llamaclust.tools.convert.lazy import Lazy, Storage
-from llamaclust.tools.convert.opening import Hints
-from llamaclust.tools.convert.source_files import SourceFiles
 from llamaclust.tools.convert.stream import Output, Told, write_pieces
 
 _TOKENIZER_FILES: Final = (

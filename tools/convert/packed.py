@@ -9,7 +9,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from llamaclust.errors import ModelFileError
+from llamaclust.core.errors import ModelFileError
 from llamaclust.tools.convert.eight_bit import EIGHT_BIT_METHODS, with_floats
 from llamaclust.tools.convert.lazy import Array, Lazy, Recent, Storage
 from llamaclust.tools.convert.settings import Settings

@@ -10,10 +10,10 @@ from typing import Final
 
 import numpy as np
 
-from llamaclust.errors import ModelFileError
-from llamaclust.model.gguf_values import shown
-from llamaclust.model.writer import WritableValue
-from llamaclust.tools.convert.checkpoint import Checkpoint
+from llamaclust.core.errors import ModelFileError
+from llamaclust.model.gguf.values import shown
+from llamaclust.model.gguf.writer import WritableValue
+from llamaclust.tools.convert.formats.checkpoint import Checkpoint
 from llamaclust.tools.convert.lazy import Lazy, gathered
 from llamaclust.tools.convert.settings import MAX_CONTEXT, MAX_HEADS, MAX_LAYERS, MAX_WIDTH, MAX_WORDS
 

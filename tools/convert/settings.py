@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from llamaclust.errors import ModelFileError
-from llamaclust.model.gguf_values import shown
+from llamaclust.core.errors import ModelFileError
+from llamaclust.model.gguf.values import shown
 
 MAX_WIDTH: Final = 1 << 20
 MAX_LAYERS: Final = 1 << 10

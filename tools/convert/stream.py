@@ -12,10 +12,10 @@ from math import prod
 from pathlib import Path
 from typing import BinaryIO, Final
 
-from llamaclust.model.gguf_header import DEFAULT_ALIGNMENT
-from llamaclust.model.new_file import new_file
+from llamaclust.model.gguf.atomic_file import new_file
+from llamaclust.model.gguf.header import DEFAULT_ALIGNMENT
+from llamaclust.model.gguf.writer import TensorSource, WritableValue, header_bytes
 from llamaclust.model.quant_types import QuantType
-from llamaclust.model.writer import TensorSource, WritableValue, header_bytes
 from llamaclust.tools.convert.elements import encoded
 from llamaclust.tools.convert.lazy import Lazy
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Final
 
-from llamaclust.tools.convert.checkpoint import Checkpoint
+from llamaclust.tools.convert.formats.checkpoint import Checkpoint
 from llamaclust.tools.convert.lazy import Lazy
 from llamaclust.tools.convert.settings import Settings
 

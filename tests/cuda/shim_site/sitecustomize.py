@@ -9,15 +9,14 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from shim_build import build
-from shim_device import ShimDevice
-
-from llamaclust.errors import DeviceLostError
-from llamaclust.kernels.cpu.prepared_files import PreparedFolder
+from llamaclust.core.errors import DeviceLostError
 from llamaclust.kernels.cuda.backend import CudaBackend
 from llamaclust.kernels.cuda.device import Launch
-from llamaclust.worker import backends
-from llamaclust.worker.backends import GpuBackend
+from llamaclust.kernels.packed.cache_folder import PreparedFolder
+from llamaclust.worker.devices import backends
+from llamaclust.worker.devices.backends import GpuBackend
+from support.cuda.shim_build import build
+from support.cuda.shim_device import ShimDevice
 
 _MEMORY_BYTES = 256 << 20
 

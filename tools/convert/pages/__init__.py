@@ -6,8 +6,8 @@ import difflib
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from llamaclust.model.gguf_values import shown
-from llamaclust.tools.convert.checkpoint import Checkpoint
+from llamaclust.model.gguf.values import shown
+from llamaclust.tools.convert.formats.checkpoint import Checkpoint
 from llamaclust.tools.convert.page import Page
 from llamaclust.tools.convert.pages import (
     baichuan,

@@ -7,7 +7,7 @@ from pathlib import Path
 from struct import Struct
 from typing import Final
 
-from llamaclust.errors import ModelFileError
+from llamaclust.core.errors import ModelFileError
 from llamaclust.model.tokenizers.vocabulary import TokenType
 from llamaclust.tools.convert.vocabularies.words import Words
 

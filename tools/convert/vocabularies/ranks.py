@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
-from llamaclust.errors import ModelFileError
+from llamaclust.core.errors import ModelFileError
 from llamaclust.model.tokenizers.byte_pairs import stand_ins
 from llamaclust.model.tokenizers.vocabulary import TokenType
 from llamaclust.tools.convert.vocabularies.words import Words

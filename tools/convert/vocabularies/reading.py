@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from llamaclust.errors import ModelFileError
-from llamaclust.tools.convert.source_files import SourceFile, SourceFiles, read_json
+from llamaclust.core.errors import ModelFileError
+from llamaclust.tools.convert.formats.source_files import SourceFile, SourceFiles, read_json
 from llamaclust.tools.convert.vocabularies.llama2c import read_llama2c_words
 from llamaclust.tools.convert.vocabularies.ranks import is_ranks, read_ranks
 from llamaclust.tools.convert.vocabularies.sentence_piece import read_sentence_piece

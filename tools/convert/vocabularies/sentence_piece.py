@@ -8,7 +8,7 @@ from typing import Any, Final
 from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 
-from llamaclust.errors import ModelFileError
+from llamaclust.core.errors import ModelFileError
 from llamaclust.model.tokenizers.charsmap import check_charsmap
 from llamaclust.model.tokenizers.vocabulary import TokenType
 from llamaclust.tools.convert.vocabularies.words import Words

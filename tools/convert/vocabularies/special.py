@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 from typing import Any, Final
 
-from llamaclust.errors import ModelFileError
-from llamaclust.tools.convert.source_files import read_json
+from llamaclust.core.errors import ModelFileError
+from llamaclust.tools.convert.formats.source_files import read_json
 from llamaclust.tools.convert.vocabularies.words import Words
 
 _PARTS: Final = {"bos": "bos", "eos": "eos", "unk": "unknown", "sep": "seperator", "pad": "padding", "mask": "mask"}

@@ -10,11 +10,11 @@ from typing import Any, Final
 import tokenizers
 from tokenizers import pre_tokenizers
 
-from llamaclust.errors import ModelFileError
-from llamaclust.model.gguf_values import shown
+from llamaclust.core.errors import ModelFileError
+from llamaclust.model.gguf.values import shown
 from llamaclust.model.tokenizers.vocabulary import TokenType
+from llamaclust.tools.convert.formats.source_files import read_json
 from llamaclust.tools.convert.settings import MAX_WORDS, Settings
-from llamaclust.tools.convert.source_files import read_json
 from llamaclust.tools.convert.vocabularies.probe import recognised
 from llamaclust.tools.convert.vocabularies.ranks import check_ranks, merges_of, spelled
 from llamaclust.tools.convert.vocabularies.words import Words

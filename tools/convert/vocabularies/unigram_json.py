@@ -11,10 +11,10 @@ from typing import Any, Final
 
 import tokenizers
 
-from llamaclust.errors import ModelFileError
-from llamaclust.model.gguf_values import shown
-from llamaclust.model.tokenizer import load_tokenizer
+from llamaclust.core.errors import ModelFileError
+from llamaclust.model.gguf.values import shown
 from llamaclust.model.tokenizers.charsmap import check_charsmap
+from llamaclust.model.tokenizers.tokenizer import load_tokenizer
 from llamaclust.model.tokenizers.vocabulary import TokenType
 from llamaclust.tools.convert.vocabularies.probe import PROBE
 from llamaclust.tools.convert.vocabularies.words import Words

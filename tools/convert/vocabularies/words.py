@@ -8,10 +8,10 @@ from typing import Final
 
 import numpy as np
 
-from llamaclust.errors import ModelFileError
-from llamaclust.model.gguf_values import shown
+from llamaclust.core.errors import ModelFileError
+from llamaclust.model.gguf.values import shown
+from llamaclust.model.gguf.writer import WritableValue
 from llamaclust.model.tokenizers.vocabulary import TokenType, key
-from llamaclust.model.writer import WritableValue
 from llamaclust.tools.convert.settings import MAX_WORDS
 
 ADDED_SCORE: Final = -1000.0

@@ -17,12 +17,12 @@ namespace llamaclust {
 using TokenValue = std::pair<int32_t, float>;
 using Breakers = std::vector<std::vector<int32_t>>;
 
-// The number of a step, as in wire/sampler_chain.py.
+// The number of a step, as in core/sampler_chain.py.
 enum class Step : int32_t {
   kPenalties, kDry, kTopNSigma, kTopK, kTailFree, kTypical, kTopP, kMinP, kXtc, kTemperature, kCount
 };
 
-// As SamplerChain in wire/sampler_chain.py, and what a SampleTask says for it.
+// As SamplerChain in core/sampler_chain.py, and what a SampleTask says for it.
 struct Chain {
   std::vector<int32_t> order;
   double top_n_sigma, tfs_z, typical_p;
@@ -38,7 +38,7 @@ struct Chain {
   double mu;
 };
 
-// As SamplingParams and SampleTask in wire/messages.py.
+// As SamplingParams and SampleTask in wire/microbatch/messages.py.
 struct Choice {
   float temperature;
   int32_t top_k;

@@ -1,0 +1,156 @@
+"""Bodies of llama.cpp's own endpoints, with its defaults."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, FailFast, Field, WithJsonSchema
+
+from llamaclust.cluster.api.fields import StopField, is_int, is_token_id
+from llamaclust.cluster.api.openai.schema import MessagesField
+from llamaclust.cluster.api.sampler_schema import SamplerFields
+from llamaclust.cluster.api.schema import Body
+from llamaclust.core.limits import MAX_CONTEXT_TOKENS, MAX_TOP_LOGPROBS
+from llamaclust.core.sampling import SamplingParams
+from llamaclust.core.sampling_bounds import MAX_PENALTY
+
+RANDOM_SEEDS = (-1, 0xFFFFFFFF)
+NEVER = -1e9
+"""The bias of a token that may not be chosen, which llama.cpp writes as false."""
+
+MAX_TOKENIZED_BYTES = 1 << 20
+
+PromptParts = tuple[str | int, ...]
+
+
+def _prompt(value: Any) -> str | PromptParts:
+    """Text, token ids, or both mixed in one list."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list) or not all(isinstance(item, str) or is_int(item) for item in value):
+        raise ValueError("must be a string or a list of strings and token ids")
+    if value and not any(is_int(item) for item in value):
+        raise ValueError("several prompts in one request are not supported here; /v1/completions takes them")
+    return tuple(value)
+
+
+def _biases(value: Any) -> tuple[tuple[int | str, float], ...]:
+    """[[token id or text, bias or false], ...] or {"token id or text": bias or false}."""
+    if isinstance(value, dict):
+        pairs = [[int(key) if is_token_id(key) else key, bias] for key, bias in value.items()]
+    else:
+        pairs = value
+    if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        raise ValueError("must be a list of [token, bias] or an object of them")
+    return tuple((_bias_token(token), _bias(bias)) for token, bias in pairs)
+
+
+def _bias_token(token: Any) -> int | str:
+    if is_int(token) or isinstance(token, str):
+        return token  # type: ignore[no-any-return]
+    raise ValueError("a token must be an id or a text")
+
+
+def _bias(value: Any) -> float:
+    if value is False:
+        return NEVER
+    if not isinstance(value, int | float) or isinstance(value, bool) or not NEVER <= value <= -NEVER:
+        raise ValueError("a bias must be a number, or false for never")
+    return float(value)
+
+
+_MIXED = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": ["string", "integer"]}}]}
+_PAIRS = {"anyOf": [{"type": "array", "items": {"type": "array"}}, {"type": "object"}]}
+
+
+class LlamaCppBody(SamplerFields):
+    """`POST /completion`."""
+
+    prompt: Annotated[Any, BeforeValidator(_prompt), WithJsonSchema(_MIXED)]
+    """Text, token ids, or both mixed."""
+    n_predict: Annotated[int, Field(ge=-2, le=MAX_CONTEXT_TOKENS)] = -1
+    """Tokens at most; -1: what the context leaves."""
+    temperature: float = 0.8
+    """0 chooses the likeliest token."""
+    top_k: int = 40
+    """Only that many of the likeliest tokens; 0 or less: all."""
+    top_p: float = 0.95
+    """Only the likeliest tokens that reach this probability together."""
+    min_p: float = 0.05
+    """Keep tokens with at least this fraction of the top token's probability."""
+    repeat_penalty: Annotated[float, Field(ge=1 / MAX_PENALTY, le=MAX_PENALTY)] = 1.0
+    """Divides positive and multiplies negative logits of tokens that occurred."""
+    repeat_last_n: Annotated[int, Field(ge=-1, le=MAX_CONTEXT_TOKENS)] = 64
+    """Last tokens that penalties count; -1: all."""
+    presence_penalty: float = 0.0
+    """Subtracted from a token's logit if it occurred."""
+    frequency_penalty: float = 0.0
+    """Subtracted from a token's logit for each time it occurred."""
+    logit_bias: Annotated[tuple[Any, ...], BeforeValidator(_biases), WithJsonSchema(_PAIRS)] = ()
+    """[[token id or text, bias or false], ...]."""
+    seed: int = -1
+    """-1: drawn."""
+    stop: StopField = ()
+    """The answer ends before the first of these."""
+    ignore_eos: bool = False
+    """The model may not end its answer."""
+    n_probs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] = 0
+    """Logprobs of the chosen tokens and of that many of the likeliest."""
+    return_tokens: bool = False
+    """Token ids in the reply; a stream always has them."""
+    stream: bool = False
+    """Server-sent events."""
+
+    def sampling(self, biases: tuple[tuple[int, float], ...]) -> SamplingParams:
+        return SamplingParams(
+            temperature=self.temperature,
+            top_k=max(0, self.top_k),
+            top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=self.repeat_penalty,
+            frequency_penalty=self.frequency_penalty,
+            presence_penalty=self.presence_penalty,
+            logit_bias=biases,
+            chain=self.chain(),
+        )
+
+    @property
+    def max_tokens(self) -> int | None:
+        """None: what the context leaves, which llama.cpp writes -1 or -2."""
+        return None if self.n_predict < 0 else self.n_predict
+
+
+def _text(value: Any) -> Any:
+    """Text of so many bytes, and so of no more tokens."""
+    if isinstance(value, str) and len(value.encode("utf-8", "surrogatepass")) > MAX_TOKENIZED_BYTES:
+        raise ValueError(f"more than {MAX_TOKENIZED_BYTES} bytes of text; send less at once")
+    return value
+
+
+class TokenizeBody(Body):
+    """`POST /tokenize`."""
+
+    content: Annotated[str, BeforeValidator(_text)]
+    """The text, 1 MiB of UTF-8 at most."""
+    add_special: bool = False
+    """BOS and EOS where the model wants them."""
+    parse_special: bool = True
+    """Control words become their tokens."""
+    with_pieces: bool = False
+    """Each token with its text."""
+
+
+class DetokenizeBody(Body):
+    """`POST /detokenize`."""
+
+    tokens: Annotated[list[int], FailFast(), Field(max_length=1 << 20)]
+    """Token ids."""
+
+
+class TemplateBody(Body):
+    """`POST /apply-template`."""
+
+    messages: MessagesField
+    """The chat."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """More variables for the template."""

@@ -1,0 +1,86 @@
+"""`POST /v1/chat/completions`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from llamaclust.cluster.api.body import read_body
+from llamaclust.cluster.api.no_op_fields import CHAT
+from llamaclust.cluster.api.openai.models import check_model
+from llamaclust.cluster.api.openai.run import Choice, OpenAiRun
+from llamaclust.cluster.api.openai.schema import ChatBody
+from llamaclust.cluster.api.openai.shapes import ending, row_entry
+from llamaclust.cluster.api.settings import ApiSettings
+from llamaclust.cluster.text.answer import Answer
+from llamaclust.cluster.text.choice import TextChunk
+from llamaclust.cluster.text.request import CompletionRequest
+from llamaclust.cluster.text.service import TextService
+from llamaclust.cluster.text.stream import CompletionStream
+from llamaclust.core.sampling import RowResult
+from llamaclust.model.tokenizers.tokenizer import Tokenizer
+
+
+class ChatEndpoint:
+    """Chats, rendered by the model's own template."""
+
+    def __init__(self, service: TextService, settings: ApiSettings) -> None:
+        self._service = service
+        self._settings = settings
+
+    async def create(self, request: Request) -> Response:
+        body = await read_body(request, ChatBody, CHAT, self._settings)
+        check_model(body.model, self._service)
+        body.check_stream()
+        run = OpenAiRun(self._service, self._settings, _ChatShape(self._service.tokenizer, body))
+        return await run.respond(request, self._asked(body), body.streaming)
+
+    async def _asked(self, body: ChatBody) -> list[CompletionRequest]:
+        max_tokens, top = body.most_tokens, body.top
+        prompt = await self._service.chat_prompt(body.variables, body.chat_template_kwargs)
+        return [body.request(prompt, max_tokens, top)]
+
+
+class _ChatShape:
+    id_prefix = "chatcmpl-"
+    whole_object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
+
+    def __init__(self, tokenizer: Tokenizer, body: ChatBody) -> None:
+        self._tokenizer = tokenizer
+        self._with_logprobs = body.logprobs
+        self._with_ids = body.return_token_ids
+
+    def opening(self, prompt: int, index: int, stream: CompletionStream) -> Choice:
+        ids = {"prompt_token_ids": stream.prompt_token_ids} if self._with_ids else {}
+        delta = {"role": "assistant", "content": ""}
+        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, **ids}
+
+    def chunk(self, prompt: int, chunk: TextChunk) -> Choice | None:
+        with_rows = chunk.rows and (self._with_logprobs or self._with_ids)
+        if not (chunk.text or with_rows or chunk.finish_reason):
+            return None
+        return {
+            "index": chunk.index,
+            "delta": {"content": chunk.text} if chunk.text else {},
+            "logprobs": self._logprobs(chunk.rows) if chunk.rows else None,
+            **({"token_ids": chunk.token_ids} if self._with_ids else {}),
+            **ending(chunk),
+        }
+
+    def whole(self, prompt: int, answer: Answer, stream: CompletionStream) -> Choice:
+        ids = {"token_ids": answer.token_ids, "prompt_token_ids": stream.prompt_token_ids} if self._with_ids else {}
+        return {
+            "index": answer.index,
+            "message": {"role": "assistant", "content": answer.text, "refusal": None},
+            "logprobs": self._logprobs(answer.rows),
+            **ids,
+            **ending(answer),
+        }
+
+    def _logprobs(self, rows: tuple[RowResult, ...]) -> dict[str, Any] | None:
+        if not self._with_logprobs:
+            return None
+        return {"content": [row_entry(self._tokenizer, row) for row in rows], "refusal": None}

@@ -1,0 +1,126 @@
+"""`POST /v1/completions`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from llamaclust.cluster.api.body import read_body
+from llamaclust.cluster.api.no_op_fields import COMPLETION
+from llamaclust.cluster.api.openai.logprobs import NO_ECHO, Echo, ShownToken, completion_logprobs, make_echo
+from llamaclust.cluster.api.openai.models import check_model
+from llamaclust.cluster.api.openai.run import Choice, OpenAiRun
+from llamaclust.cluster.api.openai.schema import CompletionBody
+from llamaclust.cluster.api.openai.shapes import ending
+from llamaclust.cluster.api.settings import ApiSettings
+from llamaclust.cluster.text.answer import Answer
+from llamaclust.cluster.text.choice import TextChunk
+from llamaclust.cluster.text.request import MAX_CHOICES, CompletionRequest, ParameterError, shown
+from llamaclust.cluster.text.service import TextService
+from llamaclust.cluster.text.stream import CompletionStream
+
+
+class CompletionEndpoint:
+    """Prompts as they are, text or token ids."""
+
+    def __init__(self, service: TextService, settings: ApiSettings) -> None:
+        self._service = service
+        self._settings = settings
+
+    async def create(self, request: Request) -> Response:
+        body = await read_body(request, CompletionBody, COMPLETION, self._settings)
+        check_model(body.model, self._service)
+        _check(body)
+        run = OpenAiRun(self._service, self._settings, _CompletionShape(self._service, body))
+        return await run.respond(request, _asked(body), body.streaming)
+
+
+async def _asked(body: CompletionBody) -> list[CompletionRequest]:
+    return body.requests()
+
+
+def _check(body: CompletionBody) -> None:
+    body.check_stream()
+    if body.best_of not in (None, body.n):
+        raise ParameterError("best_of", f"is {shown(body.best_of)}, but only n, {shown(body.n)}, is supported")
+    if body.score_from is not None and (not body.echo or body.logprobs is None):
+        raise ParameterError("score_from", "only makes sense with echo and logprobs")
+    answers = len(body.prompt) * body.n
+    if answers > MAX_CHOICES:
+        prompts = f" to {len(body.prompt)} prompts" if len(body.prompt) > 1 else ""
+        raise ParameterError("n", f"asks for {shown(answers)} answers{prompts}, at most {MAX_CHOICES} are given")
+
+
+class _CompletionShape:
+    id_prefix = "cmpl-"
+    whole_object = "text_completion"
+    chunk_object = "text_completion"
+
+    def __init__(self, service: TextService, body: CompletionBody) -> None:
+        self._tokenizer = service.tokenizer
+        self._body = body
+        self._echoes: dict[int, Echo] = {}
+
+    def opening(self, prompt: int, index: int, stream: CompletionStream) -> Choice | None:
+        if not (self._body.echo or self._body.return_token_ids):
+            return None
+        echo = self._echo(prompt, stream)
+        logprobs = self._logprobs(echo.unscored)
+        choice = {"index": self._index(prompt, index), "text": echo.text, "logprobs": logprobs, "finish_reason": None}
+        return choice | self._ids(token_ids=(), prompt_token_ids=stream.prompt_token_ids)
+
+    def chunk(self, prompt: int, chunk: TextChunk) -> Choice | None:
+        has_tokens = bool(chunk.rows) and self._body.return_token_ids
+        logprobs = self._logprobs(self._tokens(prompt, chunk))
+        if not (chunk.text or has_tokens or logprobs or chunk.finish_reason):
+            return None
+        return {
+            "index": self._index(prompt, chunk.index),
+            "text": chunk.text,
+            "logprobs": logprobs,
+            **self._ids(token_ids=chunk.token_ids),
+            **ending(chunk),
+        }
+
+    def whole(self, prompt: int, answer: Answer, stream: CompletionStream) -> Choice:
+        echo = self._echo(prompt, stream)
+        return {
+            "index": self._index(prompt, answer.index),
+            "text": echo.text + answer.text,
+            "logprobs": self._logprobs([*echo.unscored, *self._tokens(prompt, answer)]),
+            **self._ids(token_ids=answer.token_ids, prompt_token_ids=stream.prompt_token_ids),
+            **ending(answer),
+        }
+
+    def _index(self, prompt: int, index: int) -> int:
+        return prompt * self._body.n + index
+
+    def _ids(self, **ids: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        return ids if self._body.return_token_ids else {}
+
+    def _echo(self, prompt: int, stream: CompletionStream) -> Echo:
+        """Made once a prompt."""
+        if prompt not in self._echoes:
+            given = self._body.prompt[prompt]
+            score_from = self._body.score_from or 0
+            echo = make_echo(self._tokenizer, given, stream, score_from) if self._body.echo else NO_ECHO
+            self._echoes[prompt] = echo
+        return self._echoes[prompt]
+
+    def _tokens(self, prompt: int, part: TextChunk | Answer) -> list[ShownToken]:
+        echo = self._echoes.get(prompt, NO_ECHO)
+        first = part.prompt_start
+        scored = zip(part.prompt_rows, echo.offsets[first : first + len(part.prompt_rows)], strict=True)
+        chosen = zip(part.rows, part.offsets, strict=True)
+        return [
+            *(ShownToken(row.token, offset, row) for row, offset in scored),
+            *(ShownToken(row.token, len(echo.text) + offset, row) for row, offset in chosen),
+        ]
+
+    def _logprobs(self, tokens: Sequence[ShownToken]) -> dict[str, Any] | None:
+        if self._body.logprobs is None or not tokens:
+            return None
+        return completion_logprobs(self._tokenizer, tokens)

@@ -1,0 +1,215 @@
+"""Bodies of OpenAI's endpoints, with vLLM's and llama.cpp's names for what goes beyond them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, FailFast, Field
+
+from llamaclust.cluster.api.fields import BiasField, ContentField, Prompt, PromptsField, StopField
+from llamaclust.cluster.api.no_op_fields import MESSAGE
+from llamaclust.cluster.api.sampler_schema import SamplerFields
+from llamaclust.cluster.api.schema import Body, read_fields
+from llamaclust.cluster.text.request import MAX_STOP_TOKENS, CompletionRequest, ParameterError, shown
+from llamaclust.core.limits import MAX_CONTEXT_TOKENS, MAX_TOP_LOGPROBS
+from llamaclust.core.sampling import SamplingParams
+
+DEFAULT_TEMPERATURE = 1.0
+DEFAULT_COMPLETION_TOKENS = 16
+
+
+class StreamOptions(Body):
+    """What a stream carries beside the answer."""
+
+    include_usage: bool = False
+    """A last chunk with the tokens counted."""
+    include_obfuscation: bool = False
+    """No-op: chunks are never padded."""
+    continuous_usage_stats: bool = False
+    """Each chunk carries the tokens counted so far; only with `include_usage`."""
+
+
+class Message(Body):
+    """One message of a chat."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    """`developer` is another name of `system`."""
+    content: ContentField = ""
+    """Text, or parts of type `text`."""
+    name: str | None = None
+    """Passed to the chat template."""
+
+    def as_variables(self) -> dict[str, str]:
+        """As chat templates know it."""
+        role = "system" if self.role == "developer" else self.role
+        named = {} if self.name is None else {"name": self.name}
+        return {"role": role, "content": self.content, **named}
+
+
+def _message(value: Any) -> Any:
+    if not isinstance(value, dict):
+        raise ValueError("a message must be an object with 'role' and 'content'")
+    if value.get("role") in ("tool", "function"):
+        raise ValueError(f"messages of role {value['role']!r} are not supported: there are no tools yet")
+    try:
+        message = read_fields(Message, value, MESSAGE)
+    except ParameterError as error:
+        raise ValueError(str(error)) from error
+    if "content" not in message.model_fields_set and message.role != "assistant":
+        raise ValueError("content: is missing")
+    return message
+
+
+MessagesField = Annotated[
+    list[Annotated[Message, BeforeValidator(_message)]], FailFast(), Field(min_length=1, max_length=100_000)
+]
+
+
+class _Sampling(SamplerFields):
+    model: str | None = None
+    """The served model's name; another name is refused."""
+    frequency_penalty: float = 0.0
+    """Subtracted from a token's logit for each time it occurred."""
+    presence_penalty: float = 0.0
+    """Subtracted from a token's logit if it occurred."""
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of tokens that occurred."""
+    repeat_last_n: Annotated[int, Field(ge=-1, le=MAX_CONTEXT_TOKENS)] = -1
+    """Last tokens that penalties count, prompt and answer together; -1, the default: all."""
+    logit_bias: BiasField = ()
+    """Added to the logits of these token ids."""
+    temperature: float = DEFAULT_TEMPERATURE
+    """0 chooses the likeliest token."""
+    top_p: float = 1.0
+    """Only the likeliest tokens that reach this probability together."""
+    top_k: Annotated[int, Field(ge=-1, lt=1 << 31)] = 0
+    """Only that many of the likeliest tokens; 0 and -1: all."""
+    min_p: float = 0.0
+    """Keep tokens with at least this fraction of the top token's probability."""
+    seed: int | None = None
+    """The same seed gives the same answer; drawn and returned where it is absent."""
+    stop: StopField = ()
+    """The answer ends before the first of these."""
+    stop_token_ids: Annotated[list[int], FailFast(), Field(default_factory=list, max_length=MAX_STOP_TOKENS)]
+    """More tokens that end an answer."""
+    min_tokens: int = 0
+    """Nothing ends the answer before."""
+    ignore_eos: bool = False
+    """The model may not end its answer."""
+    n: int = 1
+    """Answers to each prompt."""
+    stream: bool = False
+    """Server-sent events."""
+    stream_options: StreamOptions | None = None
+    """Only with `stream`."""
+    return_token_ids: bool = False
+    """Adds `token_ids` and `prompt_token_ids` to each choice."""
+
+    @property
+    def streaming(self) -> StreamOptions | None:
+        """None: the reply is whole."""
+        return (self.stream_options or StreamOptions()) if self.stream else None
+
+    def sampling(self) -> SamplingParams:
+        """How tokens are chosen."""
+        return SamplingParams(
+            temperature=self.temperature,
+            top_k=max(0, self.top_k),
+            top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            frequency_penalty=self.frequency_penalty,
+            presence_penalty=self.presence_penalty,
+            logit_bias=self.logit_bias,
+            chain=self.chain(),
+        )
+
+    def request(self, prompt: Prompt, max_tokens: int | None, top_logprobs: int, **more: Any) -> CompletionRequest:
+        """The completion of one prompt. `more` are further fields of CompletionRequest."""
+        return CompletionRequest(
+            prompt,
+            max_tokens,
+            self.sampling(),
+            seed=self.seed,
+            stop=self.stop,
+            stop_token_ids=frozenset(self.stop_token_ids),
+            min_tokens=self.min_tokens,
+            ignore_eos=self.ignore_eos,
+            n=self.n,
+            top_logprobs=top_logprobs,
+            penalty_window=None if self.repeat_last_n == -1 else self.repeat_last_n,
+            penalize_nl=self.penalize_nl,
+            dry_window=self.dry_window,
+            dry_breakers=self.dry_sequence_breakers,
+            **more,
+        )
+
+    def check_stream(self) -> None:
+        """ParameterError for stream_options without a stream."""
+        if self.stream_options is not None and not self.stream:
+            raise ParameterError("stream_options", "only makes sense with stream: true")
+
+
+class ChatBody(_Sampling):
+    """`POST /v1/chat/completions`."""
+
+    messages: MessagesField
+    """The chat so far."""
+    max_tokens: int | None = None
+    """Tokens of an answer, at most; by default what the context leaves."""
+    max_completion_tokens: int | None = None
+    """The newer name of max_tokens."""
+    logprobs: bool = False
+    """Logprobs of the chosen tokens."""
+    top_logprobs: int | None = None
+    """Also those of that many of the likeliest tokens; needs `logprobs`."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """More variables for the chat template."""
+
+    @property
+    def variables(self) -> list[dict[str, str]]:
+        """The messages as chat templates know them."""
+        return [message.as_variables() for message in self.messages]
+
+    @property
+    def most_tokens(self) -> int | None:
+        """max_tokens under either name."""
+        old, new = self.max_tokens, self.max_completion_tokens
+        if old is not None and new is not None and old != new:
+            raise ParameterError(
+                "max_completion_tokens", f"is {shown(new)}, but max_tokens is {shown(old)}: give one of them"
+            )
+        return new if old is None else old
+
+    @property
+    def top(self) -> int:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ParameterError("top_logprobs", "only makes sense with logprobs: true")
+        return self.top_logprobs or 0
+
+
+class CompletionBody(_Sampling):
+    """`POST /v1/completions`."""
+
+    prompt: PromptsField
+    """Text, token ids, or a list of either."""
+    max_tokens: int = DEFAULT_COMPLETION_TOKENS
+    """Tokens of an answer, at most; 0 with `echo` and `logprobs` gives the prompt's logprobs alone."""
+    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    """Logprobs of the chosen tokens and of that many of the likeliest."""
+    echo: bool = False
+    """The prompt stands before the answer, its logprobs too where they are asked for."""
+    score_from: Annotated[int, Field(ge=0, le=MAX_CONTEXT_TOKENS)] | None = None
+    """With `echo` and `logprobs`: only the prompt's tokens from this one on get logprobs; saves work."""
+    best_of: int | None = None
+    """Only n is supported."""
+    add_special_tokens: bool = True
+    """BOS where the model wants it."""
+    parse_special: bool = True
+    """Control words in a prompt's text become their tokens."""
+
+    def requests(self) -> list[CompletionRequest]:
+        """A completion for each prompt."""
+        score_from = (self.score_from or 0) if self.echo and self.logprobs is not None else None
+        more = {"score_from": score_from, "add_special": self.add_special_tokens, "parse_special": self.parse_special}
+        return [self.request(prompt, self.max_tokens, self.logprobs or 0, **more) for prompt in self.prompt]

@@ -1,0 +1,80 @@
+"""What every synchronous client offers, whatever is behind it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Sequence
+from types import TracebackType
+from typing import Literal, Self, Unpack, overload
+
+from llamaclust.cluster.client.types import Chunk, ChunkStream, Message, Options, Reply, Settings, join
+
+Prompt = str | Sequence[int]
+
+
+class TextClient(ABC):
+    """Prompts and chats to answers. A context manager: closed when left. Safe to use from several threads.
+
+    Every call raises the server's errors as LlamaclustError of the matching kind: RequestError for a request that is
+    refused, QueueFullError, WorkerError, DeadlineError.
+    """
+
+    @overload
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        stream: Literal[False] = False,
+        score_from: int | None = None,
+        **options: Unpack[Options],
+    ) -> Reply: ...
+    @overload
+    def generate(
+        self, prompt: Prompt, *, stream: Literal[True], score_from: int | None = None, **options: Unpack[Options]
+    ) -> ChunkStream: ...
+    def generate(
+        self, prompt: Prompt, *, stream: bool = False, score_from: int | None = None, **options: Unpack[Options]
+    ) -> Reply | ChunkStream:
+        """Goes on from a text or token ids. With `score_from` the prompt's tokens [max(score_from, 1), end) get
+        logprobs."""
+        chunks = self._complete(prompt, Settings(**options), score_from)
+        return ChunkStream(chunks) if stream else join(chunks)
+
+    @overload
+    def chat(
+        self, messages: Sequence[Message], *, stream: Literal[False] = False, **options: Unpack[Options]
+    ) -> Reply: ...
+    @overload
+    def chat(
+        self, messages: Sequence[Message], *, stream: Literal[True], **options: Unpack[Options]
+    ) -> ChunkStream: ...
+    def chat(
+        self, messages: Sequence[Message], *, stream: bool = False, **options: Unpack[Options]
+    ) -> Reply | ChunkStream:
+        """Answers the last message, as the model's chat template writes them."""
+        chunks = self._chat(messages, Settings(**options))
+        return ChunkStream(chunks) if stream else join(chunks)
+
+    @abstractmethod
+    def tokenize(self, text: str, add_special: bool = True) -> list[int]:
+        """Token ids of a text, with BOS where the model wants it unless `add_special` is false."""
+
+    @abstractmethod
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """The text of some tokens."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Gives back what the client holds; what still runs is ended."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    @abstractmethod
+    def _complete(self, prompt: Prompt, settings: Settings, score_from: int | None) -> Generator[Chunk, None, None]: ...
+
+    @abstractmethod
+    def _chat(self, messages: Sequence[Message], settings: Settings) -> Generator[Chunk, None, None]: ...

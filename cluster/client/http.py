@@ -1,0 +1,233 @@
+"""Clients of the HTTP API, and the way to a model in this process that has the same interface."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Coroutine, Generator, Mapping, Sequence
+from os import PathLike
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, overload
+
+import httpx
+
+from llamaclust.cluster.client.base import Prompt, TextClient
+from llamaclust.cluster.client.http_codec import (
+    ChatReader,
+    ChunkReader,
+    CompletionReader,
+    EventReader,
+    chat_body,
+    completion_body,
+    encode,
+    field_of,
+    reply_error,
+)
+from llamaclust.cluster.client.types import (
+    AsyncChunkStream,
+    Chunk,
+    ChunkStream,
+    Message,
+    Options,
+    Reply,
+    Settings,
+    join,
+)
+from llamaclust.cluster.config.values import is_loopback
+from llamaclust.core.errors import LlamaclustError, UsageError, WireError
+
+if TYPE_CHECKING:
+    from llamaclust.cluster.client.local import LocalClient, LocalSettings
+
+__all__ = ["AsyncChunkStream", "AsyncClient", "Chunk", "ChunkStream", "Client", "Message", "Options", "Reply"]
+
+DEFAULT_URL = "http://127.0.0.1:8080"
+_CONNECT_S = 10.0
+_SILENCE_S = 60.0
+_CUT_SHORT = "the server ended the answer before it was complete"
+
+
+class Client(TextClient):
+    """A cluster's HTTP API. `timeout`: seconds without a sign of life after which a call fails.
+
+    Proxies of the environment are used, but never to this machine itself.
+    """
+
+    def __init__(self, base_url: str = DEFAULT_URL, api_key: str | None = None, *, timeout: float = _SILENCE_S) -> None:
+        """UsageError for what is not the address of an HTTP server. Connects with the first call."""
+        self._http = httpx.Client(**_options(base_url, api_key, timeout))
+
+    @staticmethod
+    def local(
+        path: str | PathLike[str],
+        threads: int | None = None,
+        feature_level: str | None = None,
+        settings: LocalSettings | None = None,
+    ) -> LocalClient:
+        """A model file in this process: the same interface, and `logits`. Arguments and errors as for `LocalClient`.
+
+        The model is given by its path: `llamaclust model pull NAME` prints that of one known by name.
+        """
+        from llamaclust.cluster.client.local import LocalClient
+
+        return LocalClient(path, threads, feature_level, settings)
+
+    def tokenize(self, text: str, add_special: bool = True) -> list[int]:
+        ids: list[int] = field_of(self._post("tokenize", _tokenize_body(text, add_special)), "tokens")
+        return ids
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        text: str = field_of(self._post("detokenize", {"tokens": list(ids)}), "content")
+        return text
+
+    def close(self) -> None:
+        self._http.close()
+
+    def _complete(self, prompt: Prompt, settings: Settings, score_from: int | None) -> Generator[Chunk, None, None]:
+        body = completion_body(prompt, settings, score_from)
+        return self._stream("v1/completions", body, CompletionReader())
+
+    def _chat(self, messages: Sequence[Message], settings: Settings) -> Generator[Chunk, None, None]:
+        return self._stream("v1/chat/completions", chat_body(messages, settings), ChatReader())
+
+    def _stream(self, path: str, body: Mapping[str, Any], reader: ChunkReader) -> Generator[Chunk, None, None]:
+        events = EventReader()
+        try:
+            with self._http.stream("POST", path, content=encode(body)) as reply:
+                if reply.status_code != httpx.codes.OK:
+                    raise reply_error(reply.status_code, reply.headers.get("retry-after"), reply.read())
+                for data in reply.iter_bytes():
+                    yield from map(reader.read, events.feed(data))
+        except httpx.HTTPError as error:
+            raise _unreachable(self._http.base_url, error) from error
+        if not events.is_done:
+            raise WireError(_CUT_SHORT)
+
+    def _post(self, path: str, body: Mapping[str, Any]) -> bytes:
+        try:
+            reply = self._http.post(path, content=encode(body))
+        except httpx.HTTPError as error:
+            raise _unreachable(self._http.base_url, error) from error
+        return _checked(reply)
+
+
+class AsyncClient:
+    """`Client` for asyncio: `await client.generate(...)`, or `async for` over what it gives with `stream=True`."""
+
+    def __init__(self, base_url: str = DEFAULT_URL, api_key: str | None = None, *, timeout: float = _SILENCE_S) -> None:
+        """As for `Client`."""
+        self._http = httpx.AsyncClient(**_options(base_url, api_key, timeout))
+
+    @overload
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        stream: Literal[False] = False,
+        score_from: int | None = None,
+        **options: Unpack[Options],
+    ) -> Coroutine[None, None, Reply]: ...
+    @overload
+    def generate(
+        self, prompt: Prompt, *, stream: Literal[True], score_from: int | None = None, **options: Unpack[Options]
+    ) -> AsyncChunkStream: ...
+    def generate(
+        self, prompt: Prompt, *, stream: bool = False, score_from: int | None = None, **options: Unpack[Options]
+    ) -> Coroutine[None, None, Reply] | AsyncChunkStream:
+        """As `Client.generate`."""
+        body = completion_body(prompt, Settings(**options), score_from)
+        chunks = self._stream("v1/completions", body, CompletionReader())
+        return AsyncChunkStream(chunks) if stream else _collect(chunks)
+
+    @overload
+    def chat(
+        self, messages: Sequence[Message], *, stream: Literal[False] = False, **options: Unpack[Options]
+    ) -> Coroutine[None, None, Reply]: ...
+    @overload
+    def chat(
+        self, messages: Sequence[Message], *, stream: Literal[True], **options: Unpack[Options]
+    ) -> AsyncChunkStream: ...
+    def chat(
+        self, messages: Sequence[Message], *, stream: bool = False, **options: Unpack[Options]
+    ) -> Coroutine[None, None, Reply] | AsyncChunkStream:
+        """As `Client.chat`."""
+        chunks = self._stream("v1/chat/completions", chat_body(messages, Settings(**options)), ChatReader())
+        return AsyncChunkStream(chunks) if stream else _collect(chunks)
+
+    async def tokenize(self, text: str, add_special: bool = True) -> list[int]:
+        """As `Client.tokenize`."""
+        ids: list[int] = field_of(await self._post("tokenize", _tokenize_body(text, add_special)), "tokens")
+        return ids
+
+    async def detokenize(self, ids: Sequence[int]) -> str:
+        """As `Client.detokenize`."""
+        text: str = field_of(await self._post("detokenize", {"tokens": list(ids)}), "content")
+        return text
+
+    async def aclose(self) -> None:
+        await self._http.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def _stream(self, path: str, body: Mapping[str, Any], reader: ChunkReader) -> AsyncGenerator[Chunk, None]:
+        events = EventReader()
+        try:
+            async with self._http.stream("POST", path, content=encode(body)) as reply:
+                if reply.status_code != httpx.codes.OK:
+                    raise reply_error(reply.status_code, reply.headers.get("retry-after"), await reply.aread())
+                async for data in reply.aiter_bytes():
+                    for event in events.feed(data):
+                        yield reader.read(event)
+        except httpx.HTTPError as error:
+            raise _unreachable(self._http.base_url, error) from error
+        if not events.is_done:
+            raise WireError(_CUT_SHORT)
+
+    async def _post(self, path: str, body: Mapping[str, Any]) -> bytes:
+        try:
+            reply = await self._http.post(path, content=encode(body))
+        except httpx.HTTPError as error:
+            raise _unreachable(self._http.base_url, error) from error
+        return _checked(reply)
+
+
+async def _collect(chunks: AsyncGenerator[Chunk, None]) -> Reply:
+    return join([chunk async for chunk in chunks])
+
+
+def _options(base_url: str, api_key: str | None, timeout: float) -> dict[str, Any]:
+    """Arguments of both of httpx's clients. A `/v1` at the end, as OpenAI's clients want it, is taken as well."""
+    try:
+        url = httpx.URL(base_url.rstrip("/").removesuffix("/v1"))
+    except httpx.InvalidURL as error:
+        raise UsageError(f"{base_url!r} is not an address: {error}") from error
+    if url.scheme not in ("http", "https") or not url.host:
+        raise UsageError(f"{base_url!r} is not the address of an HTTP server; write it like {DEFAULT_URL}")
+    headers = {"Content-Type": "application/json"}
+    if api_key is not None:
+        if not api_key.isascii() or not api_key.isprintable() or not api_key.strip():
+            raise UsageError("the API key is empty or has characters that no key has")
+        headers["Authorization"] = f"Bearer {api_key}"
+    limits = httpx.Timeout(timeout, connect=min(timeout, _CONNECT_S))
+    return {"base_url": url, "headers": headers, "timeout": limits, "trust_env": not is_loopback(url.host)}
+
+
+def _tokenize_body(text: str, add_special: bool) -> dict[str, Any]:
+    return {"content": text, "add_special": add_special}
+
+
+def _checked(reply: httpx.Response) -> bytes:
+    if reply.status_code != httpx.codes.OK:
+        raise reply_error(reply.status_code, reply.headers.get("retry-after"), reply.content)
+    return reply.content
+
+
+def _unreachable(url: httpx.URL, error: httpx.HTTPError) -> LlamaclustError:
+    reason = str(error) or type(error).__name__
+    return LlamaclustError(
+        f"{str(url).rstrip('/')} does not answer ({reason}); is the cluster up? see `llamaclust status`"
+    )

@@ -1,0 +1,217 @@
+"""What a client says to the HTTP API and how it reads the answers. Pure: bytes and values, no connection."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+from llamaclust.cluster.client.types import Chunk, Message, Settings
+from llamaclust.cluster.scheduler.requests import Timings
+from llamaclust.core.errors import (
+    DeadlineError,
+    DoesNotFitError,
+    LlamaclustError,
+    QueueFullError,
+    RequestError,
+    WireError,
+    WorkerError,
+)
+from llamaclust.core.limits import MAX_CONTEXT_TOKENS
+from llamaclust.core.sampling_bounds import CHAIN_BOUNDS
+
+_SHOWN_BYTES = 300
+_SERVER_ERRORS = 500
+_KINDS: dict[Any, type[LlamaclustError]] = {
+    kind.code: kind for kind in (QueueFullError, WorkerError, DeadlineError, DoesNotFitError)
+}
+_TIMINGS = tuple(field.name for field in fields(Timings))
+
+
+def completion_body(prompt: str | Sequence[int], settings: Settings, score_from: int | None) -> dict[str, Any]:
+    """The body of `POST /v1/completions`."""
+    most = MAX_CONTEXT_TOKENS if settings.max_tokens is None else settings.max_tokens
+    return {
+        "prompt": prompt if isinstance(prompt, str) else list(prompt),
+        "max_tokens": most,
+        "logprobs": 0,
+        "echo": score_from is not None,
+        "score_from": score_from,
+        **_shared(settings),
+    }
+
+
+def chat_body(messages: Sequence[Message], settings: Settings) -> dict[str, Any]:
+    """The body of `POST /v1/chat/completions`."""
+    listed = [dict(message) for message in messages]
+    return {"messages": listed, "max_tokens": settings.max_tokens, "logprobs": True, **_shared(settings)}
+
+
+def _shared(settings: Settings) -> dict[str, Any]:
+    return {
+        "temperature": settings.temperature,
+        "seed": settings.seed,
+        "top_k": settings.top_k,
+        "top_p": settings.top_p,
+        "min_p": settings.min_p,
+        "repetition_penalty": settings.repetition_penalty,
+        "frequency_penalty": settings.frequency_penalty,
+        "presence_penalty": settings.presence_penalty,
+        "repeat_last_n": -1 if settings.penalty_window is None else settings.penalty_window,
+        "logit_bias": {str(token): bias for token, bias in settings.logit_bias.items()},
+        "stop": list(settings.stop_strings),
+        "stop_token_ids": list(settings.stop_token_ids),
+        "min_tokens": settings.min_tokens,
+        "ignore_eos": settings.ignore_eos,
+        "stream": True,
+        "return_token_ids": True,
+        **{name: value for name, value in _samplers(settings).items() if value != _OFF[name]},
+    }
+
+
+def _samplers(settings: Settings) -> dict[str, Any]:
+    """Settings of samplers beyond the plain ones, by the names that they have in the API."""
+    chosen = {name: getattr(settings, name) for name in _SAMPLER_NAMES}
+    lists = {name: list(chosen[name]) for name in ("dry_sequence_breakers", "samplers")}
+    return chosen | lists
+
+
+_SAMPLER_NAMES = (
+    *CHAIN_BOUNDS,
+    "dry_allowed_length",
+    "dry_penalty_last_n",
+    "dry_sequence_breakers",
+    "mirostat",
+    "penalize_nl",
+    "samplers",
+)
+_OFF = _samplers(Settings())
+
+
+def encode(body: Mapping[str, Any]) -> bytes:
+    """The body as JSON. RequestError for a value that JSON cannot say."""
+    try:
+        return json.dumps(body, allow_nan=False).encode()
+    except (TypeError, ValueError) as error:
+        raise RequestError(f"the request cannot be sent: {error}") from error
+
+
+class EventReader:
+    """Server-sent events out of bytes as they come: the data of each, parsed, until [DONE]."""
+
+    def __init__(self) -> None:
+        self._parts: list[bytes] = []
+        self.is_done = False
+
+    def feed(self, data: bytes) -> Iterator[dict[str, Any]]:
+        """The events that are complete with `data`. Raises the error that the server reports in one."""
+        *lines, rest = data.split(b"\n")
+        for line in lines:
+            event = self._event(b"".join((*self._parts, line)))
+            self._parts.clear()
+            if event is not None:
+                yield event
+        self._parts.append(rest)
+
+    def _event(self, line: bytes) -> dict[str, Any] | None:
+        payload = line.removeprefix(b"data:").strip()
+        if self.is_done or not payload or not line.startswith(b"data:"):
+            return None
+        if payload == b"[DONE]":
+            self.is_done = True
+            return None
+        event = _object(payload)
+        if "error" in event:
+            raise reported_error(event["error"])
+        return event
+
+
+class ChunkReader(ABC):
+    """Events of one answer as chunks. WireError for events that this API would not send."""
+
+    def read(self, event: Mapping[str, Any]) -> Chunk:
+        try:
+            choice = event["choices"][0]
+            if "prompt_token_ids" in choice:  # the first one: any text in it is the prompt's
+                return Chunk(prompt_token_ids=tuple(choice["prompt_token_ids"]), seed=event["seed"])
+            return self._chunk(choice)
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            shown = _shown(json.dumps(event).encode())
+            raise WireError(f"the server does not answer as llamaclust does: {shown}") from error
+
+    @abstractmethod
+    def _chunk(self, choice: Mapping[str, Any]) -> Chunk: ...
+
+
+class CompletionReader(ChunkReader):
+    """Reads `/v1/completions`."""
+
+    def _chunk(self, choice: Mapping[str, Any]) -> Chunk:
+        ids = tuple(choice["token_ids"])
+        logprobs = tuple((choice["logprobs"] or {}).get("token_logprobs", ()))
+        of_prompt = len(logprobs) - len(ids)
+        return Chunk(choice["text"], ids, logprobs[of_prompt:], (), logprobs[:of_prompt], **_ending(choice))
+
+
+class ChatReader(ChunkReader):
+    """Reads `/v1/chat/completions`."""
+
+    def _chunk(self, choice: Mapping[str, Any]) -> Chunk:
+        entries = (choice["logprobs"] or {}).get("content", ())
+        logprobs = tuple(entry["logprob"] for entry in entries)
+        return Chunk(choice["delta"].get("content") or "", tuple(choice["token_ids"]), logprobs, **_ending(choice))
+
+
+def _ending(choice: Mapping[str, Any]) -> dict[str, Any]:
+    if choice["finish_reason"] is None:
+        return {}
+    timings = Timings(**{name: choice["timings"][name] for name in _TIMINGS})
+    return {"finish_reason": choice["finish_reason"], "timings": timings}
+
+
+def reply_error(status: int, retry_after: str | None, body: bytes) -> LlamaclustError:
+    """The error that a reply other than 200 reports."""
+    try:
+        report = _object(body)["error"]
+    except (WireError, KeyError):
+        report = {"message": _shown(body)}
+    return reported_error(report, status, retry_after)
+
+
+def reported_error(report: Any, status: int | None = None, retry_after: str | None = None) -> LlamaclustError:
+    """The server's error as one of ours, with its message, code and status."""
+    report = report if isinstance(report, dict) else {"message": str(report)}
+    message, code = str(report.get("message") or "no message"), report.get("code")
+    is_refusal = status < _SERVER_ERRORS if status else report.get("type") == "invalid_request_error"
+    kind = _KINDS.get(code, RequestError if is_refusal else LlamaclustError)
+    error = kind(message)
+    if isinstance(error, QueueFullError) and retry_after and retry_after.isdecimal():
+        error.retry_after_s = float(retry_after)
+    error.http_status = status or error.http_status
+    error.code = code or error.code
+    return error
+
+
+def field_of(body: bytes, name: str) -> Any:
+    """One field of a reply's JSON object. WireError where it is not there."""
+    answer = _object(body)
+    if name not in answer:
+        raise WireError(f"the server does not answer as llamaclust does: {_shown(body)}")
+    return answer[name]
+
+
+def _object(payload: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(payload)
+    except ValueError as error:
+        raise WireError(f"the server sent what is not JSON: {_shown(payload)}") from error
+    if not isinstance(value, dict):
+        raise WireError(f"the server sent what is not a JSON object: {_shown(payload)}")
+    return value
+
+
+def _shown(payload: bytes) -> str:
+    text = payload[:_SHOWN_BYTES].decode("utf-8", "replace").strip()
+    return " ".join(text.split()) or "nothing"

@@ -1,0 +1,172 @@
+"""A client of a text service in this process, which runs in an event loop on a thread of its own. It asks with the
+HTTP API's bodies, so that both are checked alike."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import weakref
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Sequence
+from concurrent.futures import CancelledError, Future
+from contextlib import AbstractAsyncContextManager, suppress
+from typing import Any, TypeVar
+
+from llamaclust.cluster.api.openai.schema import ChatBody, CompletionBody
+from llamaclust.cluster.api.schema import read_fields
+from llamaclust.cluster.client.base import Prompt, TextClient
+from llamaclust.cluster.client.http_codec import chat_body, completion_body
+from llamaclust.cluster.client.types import Chunk, Message, Settings
+from llamaclust.cluster.text.choice import TextChunk, json_logprob
+from llamaclust.cluster.text.request import CompletionRequest, ParameterError
+from llamaclust.cluster.text.service import TextService
+from llamaclust.cluster.text.stream import CompletionStream
+from llamaclust.core.errors import LlamaclustError
+
+OpenService = Callable[[], AbstractAsyncContextManager[TextService]]
+
+_CLOSED = "the client is closed"
+_Value = TypeVar("_Value")
+
+
+class ServiceThread:
+    """Opens a service in a new thread's event loop and keeps it there."""
+
+    def __init__(self, open_service: OpenService) -> None:
+        """Returns when the service is open; raises what opening it raises. Whoever is interrupted meanwhile waits
+        until nothing is left of it."""
+        begun: Future[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]]] = Future()
+        ready: Future[tuple[asyncio.Event, TextService]] = Future()
+        self._thread = threading.Thread(
+            target=asyncio.run, args=(_serve(open_service, begun, ready),), name="service", daemon=True
+        )
+        self._thread.start()
+        self._loop, task = begun.result()
+        try:
+            self._stop, self.service = ready.result()
+        except BaseException:
+            with suppress(RuntimeError):  # it has ended by itself
+                self._loop.call_soon_threadsafe(task.cancel)
+            self._thread.join()
+            raise
+        self._lock = threading.RLock()  # the garbage collector may end a stream within `call`
+        self._pending: set[Future[Any]] = set()
+        self._is_closed = False
+
+    def call(self, work: Coroutine[Any, Any, _Value]) -> _Value:
+        """Runs `work` in the loop; whoever is interrupted meanwhile ends it. LlamaclustError once it is closed."""
+        with self._lock:
+            if self._is_closed:
+                work.close()
+                raise LlamaclustError(_CLOSED)
+            future = asyncio.run_coroutine_threadsafe(work, self._loop)
+            self._pending.add(future)
+        try:
+            return future.result()
+        except CancelledError as error:
+            raise LlamaclustError(_CLOSED) from error
+        finally:
+            future.cancel()  # where the caller was interrupted
+            self._pending.discard(future)
+
+    def finish(self, work: Coroutine[Any, Any, None]) -> None:
+        """Runs `work`, which gives something back; what a closed service held is back already."""
+        if self._is_closed:
+            work.close()
+        elif threading.current_thread() is self._thread:  # the garbage collector may run in any thread
+            asyncio.run_coroutine_threadsafe(work, self._loop)
+        else:
+            with suppress(LlamaclustError):  # closed meanwhile
+                self.call(work)
+
+    def close(self) -> None:
+        """Ends what still runs, closes the service and waits for its end."""
+        with self._lock:
+            if not self._is_closed:
+                self._is_closed = True
+                self._loop.call_soon_threadsafe(self._stop.set)
+        if threading.current_thread() is self._thread:  # the garbage collector may run in any thread
+            return
+        self._thread.join()
+        for future in tuple(self._pending):  # the loop ended before it came to these
+            future.cancel()
+
+
+async def _serve(
+    open_service: OpenService,
+    begun: Future[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]]],
+    ready: Future[tuple[asyncio.Event, TextService]],
+) -> None:
+    stop, task = asyncio.Event(), asyncio.current_task()
+    assert task is not None
+    begun.set_result((asyncio.get_running_loop(), task))
+    try:
+        async with open_service() as service:
+            ready.set_result((stop, service))
+            await stop.wait()
+    except BaseException as error:  # the thread's border: whoever waits is told
+        if not ready.done():
+            ready.set_exception(error)
+        elif not isinstance(error, asyncio.CancelledError):  # by whoever was interrupted while it waited
+            raise
+
+
+class ServiceClient(TextClient):
+    """Talks to a service that lives as long as the client."""
+
+    def __init__(self, open_service: OpenService) -> None:
+        """Raises what opening the service raises."""
+        self._thread = ServiceThread(open_service)
+        self._service = self._thread.service
+        self._closed = weakref.finalize(self, self._thread.close)
+
+    def tokenize(self, text: str, add_special: bool = True) -> list[int]:
+        return self._thread.call(self._service.tokenize(text, add_special))
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        return self._service.detokenize(ids)
+
+    def close(self) -> None:
+        self._closed()
+
+    def _complete(self, prompt: Prompt, settings: Settings, score_from: int | None) -> Generator[Chunk, None, None]:
+        async def request() -> CompletionRequest:
+            requests = read_fields(CompletionBody, completion_body(prompt, settings, score_from)).requests()
+            if len(requests) != 1:
+                raise ParameterError("prompt", f"{len(requests)} prompts in one call; give them one by one")
+            return requests[0]
+
+        return self._stream(request)
+
+    def _chat(self, messages: Sequence[Message], settings: Settings) -> Generator[Chunk, None, None]:
+        async def request() -> CompletionRequest:
+            body = read_fields(ChatBody, chat_body(messages, settings))
+            return body.request(await self._service.chat_prompt(body.variables), body.most_tokens, body.top)
+
+        return self._stream(request)
+
+    def _stream(self, request: Callable[[], Awaitable[CompletionRequest]]) -> Generator[Chunk, None, None]:
+        async def start() -> CompletionStream:
+            return await self._service.start(await request())
+
+        stream = self._thread.call(start())
+        try:
+            yield Chunk(prompt_token_ids=stream.prompt_token_ids, seed=stream.seed)
+            while (chunk := self._thread.call(_next(stream))) is not None:
+                yield _chunk(chunk)
+        finally:
+            self._thread.finish(stream.aclose())
+
+
+async def _next(stream: CompletionStream) -> TextChunk | None:
+    return await anext(stream, None)
+
+
+def _chunk(chunk: TextChunk) -> Chunk:
+    return Chunk(
+        text=chunk.text,
+        token_ids=chunk.token_ids,
+        logprobs=tuple(map(json_logprob, chunk.logprobs)),
+        prompt_logprobs=tuple(json_logprob(row.logprob) for row in chunk.prompt_rows),
+        finish_reason=None if chunk.finish_reason is None else str(chunk.finish_reason),
+        timings=chunk.timings,
+    )

@@ -1,0 +1,300 @@
+"""A model in this process: the real engine on one stage that computes on a thread of its own."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, asynccontextmanager
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from time import perf_counter_ns
+
+import numpy as np
+
+from llamaclust.cluster.client.in_process import ServiceClient
+from llamaclust.cluster.config.environment import environment
+from llamaclust.cluster.config.values import parse_device
+from llamaclust.cluster.engine.engine import Engine
+from llamaclust.cluster.engine.pipeline import StageInfo
+from llamaclust.cluster.scheduler.kv_groups import window_group
+from llamaclust.cluster.scheduler.settings import EngineSettings, SchedulerSettings
+from llamaclust.cluster.text.service import TextService, TextSettings
+from llamaclust.core.errors import LlamaclustError, RequestError, UsageError
+from llamaclust.core.gpus import placed
+from llamaclust.core.limits import MAX_KV_BLOCKS, MAX_TOKENS, StageLimits
+from llamaclust.kernels.backend import Float32
+from llamaclust.model.loader import Model
+from llamaclust.model.program import KV_BLOCK_TOKENS, KvType
+from llamaclust.wire.microbatch.messages import Chunk, Microbatch, Result, SamplingInputs, StageTiming
+from llamaclust.worker.devices.devices import Device
+from llamaclust.worker.devices.whole_model import backend_of, held_layers
+from llamaclust.worker.settings import WorkerSettings
+from llamaclust.worker.stage.sampled_tokens import ChosenTokens, chosen_in
+from llamaclust.worker.stage.stage_runner import StageRunner
+
+_CONTEXT_TOKENS = 4096
+_EPOCH = 1
+_ROWS = 512
+_OUTPUTS = 256
+_DEADLINES = EngineSettings(request_s=86_400.0, result_s=3_600.0)
+"""No worker can be lost here, and a large model may take its time."""
+
+
+@dataclass(frozen=True, slots=True)
+class LocalSettings:
+    """What a model in this process is loaded for."""
+
+    context_length: int | None = None  # tokens of a sequence; None: what the model was made for, 4096 at most
+    max_sequences: int = 8  # together; more wait
+    prefill_chunk: int | None = None  # prompt tokens computed at once, at most; None: as the scheduler thinks best
+    prefix_cache: bool = True
+    kv_blocks: int | None = None  # of 16 tokens; None: two whole contexts
+    kv_type: KvType = KvType.F16  # of keys and values
+    chat_template: str | None = None  # name of a built-in one or a file; None: the model's
+    device: str = "cpu"  # or GPUs beside the processor: "cuda:0", "cuda:0,cuda:1"
+    gpu_layers: int | None = None  # on these, the last ones; None: as many as they have memory for
+    gpu_memory_bytes: int | None = None  # cap on what is taken of each; None: what is free there
+
+
+class LocalClient(ServiceClient):
+    """`Client` without a server. `threads`: all cores by default; `feature_level`: the best there is, or what
+    LLAMACLUST_FEATURE_LEVEL says."""
+
+    def __init__(
+        self,
+        path: str | PathLike[str],
+        threads: int | None = None,
+        feature_level: str | None = None,
+        settings: LocalSettings | None = None,
+    ) -> None:
+        """Loads the model. ModelFileError, UsageError for settings that cannot be, DoesNotFitError."""
+        self._stage = LocalStage(Path(path).expanduser(), threads, feature_level, settings or LocalSettings())
+        super().__init__(self._stage.serve)
+
+    @property
+    def feature_level(self) -> str:
+        """What the kernels run at."""
+        return self._stage.feature_level
+
+    @property
+    def placement(self) -> str:
+        """How many layers are on GPUs, and which; "" without GPUs."""
+        return self._stage.placement
+
+    @property
+    def vocabulary_size(self) -> int:
+        """How many logits a token has."""
+        return self._stage.scheduling.vocabulary
+
+    def logits(self, token_ids: Sequence[int]) -> Float32:
+        """Float32 [tokens, vocabulary]: what the model says after each token. RequestError for ids it does not have,
+        none, or more than the context."""
+        parts: list[Float32] = []
+        self.each_logits(token_ids, 0, lambda part: parts.append(part.copy()))
+        return np.concatenate(parts)
+
+    def each_logits(self, token_ids: Sequence[int], start: int, use: Callable[[Float32], None]) -> None:
+        """Gives `use` the rows of tokens [start, end), some at a time, in order; they are its until it returns. Errors
+        as for `logits`."""
+        self._stage.logits(tuple(token_ids), start, use)
+
+
+class LocalStage:
+    """All layers of a model, and the thread that runs them. KV blocks behind the scheduler's are for `logits`."""
+
+    def __init__(self, path: Path, threads: int | None, feature_level: str | None, settings: LocalSettings) -> None:
+        self.model = Model.open(path, settings.chat_template)
+        self.scheduling = _scheduler_settings(self.model, settings)
+        device = _open_device(threads, feature_level, settings)
+        self.feature_level = device.backend.feature_level
+        own = (self.scheduling.kv_blocks, _blocks(self.scheduling.context_length))
+        limits = _limits(self.scheduling, own)
+        with ExitStack() as gpus:
+            for gpu in device.gpus:
+                gpus.callback(gpu.close)
+            held = held_layers(device, self.model, limits)
+            self._runner = StageRunner(
+                backend_of(device, held),
+                self.model,
+                0,
+                self.model.layer_count,
+                limits,
+                feature_level=self.feature_level,
+                threads=device.threads,
+                devices=held if device.gpus else (),
+            )
+            self._gpus = gpus.pop_all()
+        self.placement = placed(held) if device.gpus else ""
+        self._own = own
+        self._chosen = ChosenTokens()
+        self._thread = ThreadPoolExecutor(1, "compute")
+
+    @asynccontextmanager
+    async def serve(self) -> AsyncIterator[TextService]:
+        """The model's text service; the stage is closed with it."""
+        scheduling = self.scheduling
+        try:
+            async with Engine(LocalPipeline(self), scheduling, _DEADLINES) as engine:
+                text = TextSettings(self.model.file.path.stem, scheduling.context_length, scheduling.max_sequences)
+                yield TextService(engine, self.model.tokenizer, self.model.chat_template, text)
+        finally:
+            self._thread.shutdown()
+            self._runner.close()
+            self._gpus.close()
+            self.model.close()
+
+    def start(self, microbatch: Microbatch, inputs: SamplingInputs) -> asyncio.Future[Result]:
+        """Queues a microbatch behind those that are there."""
+        loop = asyncio.get_running_loop()
+        return loop.run_in_executor(self._thread, self._compute, microbatch, inputs, perf_counter_ns())
+
+    def _compute(self, microbatch: Microbatch, inputs: SamplingInputs, queued_ns: int) -> Result:
+        started_ns = perf_counter_ns()
+        logits = self._runner.run(self._chosen.fill(microbatch), None)
+        rows = self._runner.finish(logits, self._chosen.fill_inputs(inputs, microbatch))
+        self._chosen.put(chosen_in(microbatch.number, rows))
+        timing = StageTiming(started_ns - queued_ns, perf_counter_ns() - started_ns, 0, microbatch.rows)
+        return Result(microbatch.epoch, microbatch.number, rows, (timing,))
+
+    def logits(self, tokens: tuple[int, ...], first: int, use: Callable[[Float32], None]) -> None:
+        """Rows [first, tokens), [some, vocabulary], computed between what the engine runs."""
+        most, vocabulary = self.scheduling.context_length, self.scheduling.vocabulary
+        if not 0 < len(tokens) <= most:
+            raise RequestError(f"logits of {len(tokens)} tokens: give 1 to {most}, the context length")
+        if not 0 <= min(tokens) <= max(tokens) < vocabulary:
+            raise RequestError(f"a token id is outside the vocabulary [0, {vocabulary})")
+        try:
+            computed = self._thread.submit(self._logits, tokens, first, use)
+        except RuntimeError as error:
+            raise LlamaclustError("the client is closed") from error
+        computed.result()
+
+    def _logits(self, tokens: tuple[int, ...], first: int, use: Callable[[Float32], None]) -> None:
+        for start, end in (*_pieces(0, first, _ROWS), *_pieces(first, len(tokens), _OUTPUTS)):
+            outputs = end - start if start >= first else 0
+            chunk = Chunk(tokens[start:end], start, self._own, outputs, None, *self._own_window(start, end))
+            rows = self._runner.run(Microbatch(self.model.model_id, _EPOCH, 0, (chunk,)), None)
+            if start >= first:
+                use(rows)
+
+    def _own_window(self, start: int, end: int) -> tuple[tuple[int, ...], int]:
+        """`Chunk.window_table` and where it begins, for rows [start, end): a ring of blocks behind the scheduler's."""
+        scheduling, group = self.scheduling, self.scheduling.window_group
+        if group is None:
+            return (), 0
+        first, size = group.first_seen(start), group.sequence_blocks + group.row_blocks
+        ring = (scheduling.window_blocks + block % size for block in range(first, _blocks(end)))
+        return tuple(number for block in ring for number in (block, 1)), first
+
+
+class LocalPipeline:
+    """See `Pipeline`: one stage, which answers in order since one thread computes."""
+
+    def __init__(self, stage: LocalStage) -> None:
+        self.epoch = _EPOCH
+        self.stages: tuple[StageInfo, ...] = (StageInfo("this process", 0, stage.model.layer_count),)
+        self._stage = stage
+        self._results: asyncio.Queue[asyncio.Future[Result]] = asyncio.Queue()
+
+    def submit(self, microbatch: Microbatch, inputs: SamplingInputs) -> None:
+        result = self._stage.start(microbatch, inputs)
+        result.add_done_callback(_look_at)
+        self._results.put_nowait(result)
+
+    async def run(self, on_result: Callable[[Result], None]) -> None:
+        while True:
+            on_result(await (await self._results.get()))
+
+    async def close(self) -> None:
+        """Its owner closes the stage."""
+
+
+def _look_at(result: asyncio.Future[Result]) -> None:
+    """What follows a microbatch that failed fails as well, and nobody asks for it any more."""
+    if not result.cancelled():
+        result.exception()
+
+
+def _open_device(threads: int | None, feature_level: str | None, settings: LocalSettings) -> Device:
+    """As a worker would have it. UsageError for a device or feature level that this machine does not have, or layers on
+    GPUs where none is named."""
+    try:
+        kind = parse_device(settings.device)
+    except ValueError as error:
+        raise UsageError(f"device: {error}") from error
+    if kind == "cpu" and (settings.gpu_layers is not None or settings.gpu_memory_bytes is not None):
+        raise UsageError("gpu_layers and gpu_memory_bytes are for GPUs: set device to cuda:0 as well")
+    if settings.gpu_layers is not None and settings.gpu_layers < 0:
+        raise UsageError(f"gpu_layers: {settings.gpu_layers}: set 0 or more")
+    variables = environment()
+    return Device.open(
+        WorkerSettings(
+            "this process",
+            "",
+            None,
+            device=kind,
+            threads=threads,
+            feature_level=feature_level or variables.feature_level or "",
+            prepared_dir=variables.prepared_dir if variables.prepared_bytes else None,
+            prepared_bytes=variables.prepared_bytes,
+            kernels_dir=variables.kernels_dir,
+            gpu_layers=settings.gpu_layers,
+            gpu_memory_bytes=settings.gpu_memory_bytes,
+        )
+    )
+
+
+def _scheduler_settings(model: Model, settings: LocalSettings) -> SchedulerSettings:
+    trained = model.hyperparameters.context_length
+    context = settings.context_length or min(trained, _CONTEXT_TOKENS)
+    chunk = settings.prefill_chunk
+    if not 0 < context <= trained:
+        raise UsageError(f"context_length: {context}: the model was made for {trained} tokens; set {trained} or less")
+    if not 0 < settings.max_sequences <= _OUTPUTS:
+        raise UsageError(f"max_sequences: {settings.max_sequences}: set 1 to {_OUTPUTS}")
+    if chunk is not None and not 0 < chunk <= MAX_TOKENS - settings.max_sequences:
+        raise UsageError(f"prefill_chunk: {chunk}: set 1 to {MAX_TOKENS - settings.max_sequences}")
+    if settings.kv_blocks is not None and not 0 < settings.kv_blocks <= MAX_KV_BLOCKS - _blocks(context):
+        raise UsageError(f"kv_blocks: {settings.kv_blocks}: set 1 to {MAX_KV_BLOCKS - _blocks(context)}")
+    if settings.kv_type not in set(KvType):
+        raise UsageError(f"kv_type: {settings.kv_type}: set one of {', '.join(KvType)}")
+    kv_blocks = settings.kv_blocks or 2 * _blocks(context)
+    max_rows = max(_ROWS, chunk or 0) + settings.max_sequences
+    group = window_group(model.window, context, max_rows)
+    return SchedulerSettings(
+        model_id=model.model_id,
+        vocabulary=model.hyperparameters.vocabulary_size,
+        context_length=context,
+        kv_blocks=kv_blocks,
+        kv_type=KvType(settings.kv_type),
+        max_sequences=settings.max_sequences,
+        max_rows=max_rows,
+        max_outputs=_OUTPUTS,
+        prefill_chunk=chunk,
+        prefix_cache=settings.prefix_cache,
+        window=None if group is None else group.window,
+        window_blocks=0 if group is None else group.blocks_beside(kv_blocks, context, settings.max_sequences),
+    )
+
+
+def _pieces(start: int, end: int, most: int) -> list[tuple[int, int]]:
+    return [(at, min(at + most, end)) for at in range(start, end, most)]
+
+
+def _blocks(tokens: int) -> int:
+    return -(-tokens // KV_BLOCK_TOKENS)
+
+
+def _limits(scheduling: SchedulerSettings, own: tuple[int, int]) -> StageLimits:
+    group = scheduling.window_group
+    return StageLimits(
+        max_tokens=scheduling.max_rows,
+        max_outputs=scheduling.max_outputs,
+        max_sequences=scheduling.max_sequences,
+        max_context_tokens=scheduling.context_length,
+        kv_blocks=scheduling.kv_blocks + own[1],
+        kv_type=scheduling.kv_type.value,
+        window_blocks=0 if group is None else scheduling.window_blocks + group.sequence_blocks + group.row_blocks,
+    )

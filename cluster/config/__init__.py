@@ -1,0 +1,1 @@
+"""The cluster file and the environment variables as checked values."""

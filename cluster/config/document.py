@@ -1,0 +1,175 @@
+"""Reading a cluster file: bounded, safe YAML with the line of every key, and KEY=VALUE overrides."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llamaclust.core.errors import UsageError
+
+MAX_FILE_BYTES = 1 << 20
+MAX_DEPTH = 16
+_MOST_SHOWN = 100
+_TEXT = "tag:yaml.org,2002:str"
+
+Place = tuple[str | int, ...]
+"""Where a value stands: ('workers', 1, 'threads')."""
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A mapping as it was read, with a name for messages and, for each key and item, 'FILE:LINE' or its option."""
+
+    name: str
+    values: dict[str, Any]
+    origins: dict[Place, str]
+
+    def where(self, place: Place) -> str:
+        """Where the value comes from, or the nearest around it."""
+        while place and place not in self.origins:
+            place = place[:-1]
+        return self.origins[place] if place else self.name
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML without aliases (they multiply), tags (they build other things), double keys (one is lost) or deep
+    nesting (it recurses)."""
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise self._refusal("aliases (*name) are not accepted")
+        if getattr(self._event(), "tag", None) is not None:
+            raise self._refusal("tags (!name) are not accepted")
+        if self.depth >= MAX_DEPTH:
+            raise self._refusal(f"nested deeper than {MAX_DEPTH} levels")
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+    def _refusal(self, why: str) -> yaml.MarkedYAMLError:
+        return yaml.MarkedYAMLError(None, None, why, self._event().start_mark)
+
+    def _event(self) -> Any:
+        parser: Any = self  # its methods are untyped
+        return parser.peek_event()
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(None, None, "a key must be a plain word", key.start_mark)
+            if key.tag != _TEXT:
+                raise yaml.MarkedYAMLError(None, None, f"key {key.value[:60]!r} is no word", key.start_mark)
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(None, None, f"key {key.value!r} stands here twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        """Adds the line to numbers and dates that only look like some."""
+        try:
+            return super().construct_object(node, deep)
+        except ValueError as error:
+            what = f"{node.value[:60]!r} is no number or date; put it in quotes"
+            raise yaml.MarkedYAMLError(None, None, what, node.start_mark) from error
+
+
+def parse_yaml(text: str, name: str) -> tuple[Any, dict[Place, int]]:
+    """The value of a YAML text and the lines of its parts. Raises UsageError with the line of a mistake."""
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None, {}
+        return loader.construct_document(node), dict(_lines(node, ()))
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        why = ", ".join(part for part in (error.context, error.problem) if part)
+        raise UsageError(f"{name}{line}: not valid YAML: {why}") from error
+    except yaml.reader.ReaderError as error:
+        line = f":{text.count(chr(10), 0, error.position) + 1}"
+        raise UsageError(f"{name}{line}: not valid YAML: {str(error).splitlines()[0]}") from error
+
+
+def _lines(node: yaml.Node, place: Place) -> Iterator[tuple[Place, int]]:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            yield (*place, key.value), key.start_mark.line + 1
+            yield from _lines(value, (*place, key.value))
+    elif isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            yield (*place, index), item.start_mark.line + 1
+            yield from _lines(item, (*place, index))
+
+
+def read_document(path: Path) -> Document:
+    """Reads a cluster file. Raises UsageError where it is missing, too large or not a YAML mapping."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot read the cluster file: {error.strerror or error}") from error
+    if len(data) > MAX_FILE_BYTES:
+        raise UsageError(f"{path}: larger than {MAX_FILE_BYTES >> 10} KiB; this is not a cluster file")
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not UTF-8 text (byte {error.start}); this is not a cluster file") from error
+    values, lines = parse_yaml(text, str(path))
+    if not isinstance(values, dict):
+        raise UsageError(f"{path}: not a cluster file; it must be a mapping of keys like `model:` and `workers:`")
+    return Document(str(path), values, {place: f"{path}:{line}" for place, line in lines.items()})
+
+
+def override(document: Document, overrides: Sequence[str]) -> Document:
+    """The document with each KEY=VALUE set: dotted keys, list items by number or by name."""
+    for text in overrides:
+        key, separator, value = text.partition("=")
+        option = f"--set {' '.join(text.split())[:_MOST_SHOWN]}"
+        if not separator or not key.strip():
+            raise UsageError(f"{option}: write it as KEY=VALUE, for instance timeouts.request=60s")
+        parsed, _ = parse_yaml(value, option)
+        place = _place(document.values, tuple(key.strip().split(".")), option)
+        around = {at: origin for at, origin in document.origins.items() if at[: len(place)] != place}
+        origins = around | {place: option}
+        document = Document(document.name, _replaced(document.values, place, parsed), origins)
+    return document
+
+
+def _place(values: Any, keys: Sequence[str], text: str) -> Place:
+    """Where the keys lead: items of lists go by number or by name."""
+    if not keys:
+        return ()
+    if isinstance(values, list):
+        index = _item(values, keys[0], text)
+        return (index, *_place(values[index], keys[1:], text))
+    if values is not None and not isinstance(values, dict):
+        raise UsageError(f"{text}: {str(values)[:_MOST_SHOWN]!r} has no parts to set")
+    return (keys[0], *_place((values or {}).get(keys[0]), keys[1:], text))
+
+
+def _replaced(values: Any, place: Place, value: Any) -> Any:
+    """A copy of values with the value at place."""
+    if not place:
+        return value
+    if isinstance(values, list):
+        copy = list(values)
+        copy[int(place[0])] = _replaced(values[int(place[0])], place[1:], value)
+        return copy
+    values = values or {}
+    return {**values, place[0]: _replaced(values.get(place[0]), place[1:], value)}
+
+
+def _item(items: list[Any], key: str, text: str) -> int:
+    for index, item in enumerate(items):
+        if key == str(index) or (isinstance(item, dict) and item.get("name") == key):
+            return index
+    names = [str(item.get("name", index)) if isinstance(item, dict) else str(index) for index, item in enumerate(items)]
+    raise UsageError(f"{text}: no item {key[:_MOST_SHOWN]!r}; there are {', '.join(names) or 'none'}")

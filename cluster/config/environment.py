@@ -1,0 +1,104 @@
+"""The environment variables: the only place that reads them."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from llamaclust.cluster.config.values import expand_home, parse_size
+from llamaclust.core.errors import UsageError
+from llamaclust.core.logs import LogFormat
+
+FEATURE_LEVELS = ("generic", "avx2", "avxvnni", "avx512", "avx512vnni", "neon", "neon_dotprod")
+_HUB = "https://huggingface.co"
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """What LLAMACLUST_* variables say. Empty ones count as not set."""
+
+    state_dir: Path  # LLAMACLUST_STATE_DIR; else $XDG_STATE_HOME/llamaclust or ~/.local/state/llamaclust
+    home: Path  # LLAMACLUST_HOME: models and caches; else $XDG_CACHE_HOME/llamaclust or ~/.cache/llamaclust
+    prepared_bytes: int  # LLAMACLUST_CACHE_SIZE: what prepared layers may take on disk; 0: none are kept
+    weights_bytes: int  # LLAMACLUST_WEIGHTS_SIZE: what weights fetched from other workers may take; 0: none are fetched
+    feature_level: str | None  # LLAMACLUST_FEATURE_LEVEL: forces the kernels' level; None: the best there is
+    log_format: LogFormat  # LLAMACLUST_LOG: how log lines are written
+
+    @property
+    def prepared_dir(self) -> Path:
+        """Where layers that were packed once are kept for the next start."""
+        return self.home / "prepared"
+
+    @property
+    def weights_dir(self) -> Path:
+        """Where weights that were fetched from other workers are kept."""
+        return self.home / "weights"
+
+    @property
+    def kernels_dir(self) -> Path:
+        """Where kernels that were compiled for GPUs are kept."""
+        return self.home / "kernels"
+
+
+def environment(variables: Mapping[str, str] | None = None) -> Environment:
+    """Reads the variables (those of this process by default). UsageError names the one with a bad value."""
+    variables = os.environ if variables is None else variables
+    level = variables.get("LLAMACLUST_FEATURE_LEVEL") or None
+    if level is not None and level not in FEATURE_LEVELS:
+        raise UsageError(f"LLAMACLUST_FEATURE_LEVEL={level}: not one of {', '.join(FEATURE_LEVELS)}")
+    form = variables.get("LLAMACLUST_LOG") or LogFormat.TEXT
+    if form not in set(LogFormat):
+        raise UsageError(f"LLAMACLUST_LOG={form}: not one of {', '.join(LogFormat)}")
+    return Environment(
+        state_dir=_folder(variables, "LLAMACLUST_STATE_DIR", "XDG_STATE_HOME", "~/.local/state"),
+        home=_folder(variables, "LLAMACLUST_HOME", "XDG_CACHE_HOME", "~/.cache"),
+        prepared_bytes=_size(variables, "LLAMACLUST_CACHE_SIZE", default="32GiB"),
+        weights_bytes=_size(variables, "LLAMACLUST_WEIGHTS_SIZE", default="64GiB"),
+        feature_level=level,
+        log_format=LogFormat(form),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class HubSettings:
+    """Where `hf:` models come from: what the HF_* variables say, which the hub's own programs read too."""
+
+    endpoint: str  # HF_ENDPOINT: the hub or a mirror, without a slash at its end
+    token: str | None  # HF_TOKEN
+    token_file: Path  # HF_TOKEN_PATH; else `token` in $HF_HOME or ~/.cache/huggingface
+    token_file_named: bool
+
+
+def hub_settings(variables: Mapping[str, str] | None = None) -> HubSettings:
+    """Reads the variables (those of this process by default). UsageError names the one with a bad value."""
+    variables = os.environ if variables is None else variables
+    endpoint = (variables.get("HF_ENDPOINT") or _HUB).rstrip("/")
+    if not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", endpoint):
+        raise UsageError(f"HF_ENDPOINT={endpoint}: not an address like {_HUB}")
+    named = variables.get("HF_TOKEN_PATH")
+    try:
+        file = expand_home(named) if named else expand_home(variables.get("HF_HOME") or "~/.cache/huggingface")
+    except ValueError as error:
+        raise UsageError(f"{'HF_TOKEN_PATH' if named else 'HF_HOME'}={error}") from error
+    path = Path(file) if named else Path(file) / "token"
+    return HubSettings(endpoint, variables.get("HF_TOKEN") or None, path, bool(named))
+
+
+def _size(variables: Mapping[str, str], name: str, default: str) -> int:
+    given = variables.get(name) or default
+    try:
+        return 0 if given == "0" else parse_size(given)
+    except ValueError as error:
+        raise UsageError(f"{name}={error}, or 0 for none") from error
+
+
+def _folder(variables: Mapping[str, str], own: str, base: str, default: str) -> Path:
+    name = own if variables.get(own) else base
+    try:
+        folder = Path(expand_home(variables.get(name) or default))
+    except ValueError as error:
+        raise UsageError(f"{name}={error}") from error
+    return folder if name == own else folder / "llamaclust"

@@ -1,0 +1,126 @@
+"""What is wrong in a cluster file, in one line: where, what stands there, what may stand there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+from pydantic import ValidationError
+
+from llamaclust.cluster.config.document import Document, Place
+from llamaclust.cluster.config.values import shown
+
+Schema = Mapping[str, Any]
+"""A JSON schema as pydantic writes it."""
+
+
+class PlaceError(ValueError):
+    """A mistake that shows only beside other values: `place` is where to mend it, seen from the section at hand."""
+
+    def __init__(self, place: Place, message: str) -> None:
+        super().__init__(message)
+        self.place = place
+
+
+def explain(error: ValidationError, document: Document, schema: Schema) -> str:
+    """One line about the first mistake; a key that is unknown comes before a value that is missing because of it."""
+    details = error.errors(include_url=False)
+    first: Any = min(details, key=lambda detail: detail["type"] != "extra_forbidden")
+    reason = first.get("ctx", {}).get("error")
+    place: Place = (*first["loc"], *(reason.place if isinstance(reason, PlaceError) else ()))
+    return f"{document.where(place)}: {_what(first, place, schema)}"
+
+
+def _what(detail: Any, place: Place, schema: Schema) -> str:
+    match detail["type"]:
+        case "extra_forbidden":
+            (section,) = _alternatives(_schema_at(schema, place[:-1]), schema)
+            known = list(section["properties"])
+            meant = _deeper(str(place[-1]), schema) if len(place) == 1 else ""
+            return f"unknown key {shown(place[-1])}{_within(place[:-1])}{meant or hint(str(place[-1]), known)}"
+        case "missing":
+            return f"key {str(place[-1])!r} is missing{_within(place[:-1])}"
+        case "value_error":
+            return f"{_dotted(place)}: {detail['ctx']['error']}"
+        case _:
+            allowed = _allowed(_schema_at(schema, place), schema)
+            return f"{_dotted(place)}: {shown(detail['input'])} is not possible; give {allowed}"
+
+
+def _deeper(key: str, schema: Schema) -> str:
+    """Where a key belongs that only one section has; "" for others."""
+    within = []
+    for name, section in schema["properties"].items():
+        for one in _alternatives(section, schema):
+            items = [] if "items" not in one else list(_alternatives(one["items"], schema))
+            within += [name for part in (one, *items) if key in part.get("properties", ())]
+    match within:
+        case ["workers"]:
+            return (
+                f"; it is a worker's: workers.0.{key}, or by the worker's name, with --set; in files under `workers:`"
+            )
+        case [name]:
+            return f"; it is one of `{name}`: {name}.{key} with --set"
+    return ""
+
+
+def hint(word: str, known: Sequence[str]) -> str:
+    """What may have been meant."""
+    near = get_close_matches(word[:100], known, 1, 0.5)
+    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+
+
+def _dotted(place: Place) -> str:
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).removeprefix(".")
+
+
+def _within(place: Place) -> str:
+    return f" in {_dotted(place)}" if place else ""
+
+
+def _schema_at(root: Schema, place: Place) -> Schema:
+    """What may stand at a place that is known."""
+    schema = root
+    for part in place:
+        key = "items" if isinstance(part, int) else "properties"
+        within = next(one[key] for one in _alternatives(schema, root) if key in one)
+        schema = within if isinstance(part, int) else within[part]
+    return schema
+
+
+def _alternatives(schema: Schema, root: Schema) -> Iterator[Schema]:
+    if "$ref" in schema:
+        yield from _alternatives(root["$defs"][schema["$ref"].rsplit("/", 1)[-1]], root)
+    elif "anyOf" in schema:
+        for one in schema["anyOf"]:
+            yield from _alternatives(one, root)
+    else:
+        yield schema
+
+
+def _allowed(schema: Schema, root: Schema) -> str:
+    """In plain words."""
+    ways = [_way(one) for one in _alternatives(schema, root) if one.get("type") != "null"]
+    return " or ".join(ways)
+
+
+def _way(schema: Schema) -> str:
+    if "const" in schema:
+        return str(schema["const"])
+    if "enum" in schema:
+        return " or ".join(schema["enum"])
+    match schema["type"]:
+        case "integer":
+            return f"a whole number from {schema['minimum']} to {schema['maximum']}"
+        case "number":
+            return f"a number above {schema['exclusiveMinimum']:g} and up to {schema['maximum']:,.0f}"
+        case "boolean":
+            return "true or false"
+        case "array":
+            return f"a list of {schema.get('minItems', 0)} to {schema['maxItems']} items"
+        case "object":
+            return f"keys with values: {', '.join(schema['properties'])}"
+        case _:
+            most = schema.get("maxLength")
+            return "text" if most is None else f"text of {schema.get('minLength', 0)} to {most} characters"

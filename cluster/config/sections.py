@@ -1,0 +1,120 @@
+"""Sections of the cluster file as classes: workers, how they join, plans by hand, durations."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from llamaclust.cluster.config.errors import PlaceError
+from llamaclust.cluster.config.values import (
+    Address,
+    Device,
+    Duration,
+    FilePath,
+    Layers,
+    Name,
+    OrAuto,
+    Size,
+    parse_ray_address,
+)
+
+_LEAST_SILENCE_S = 0.5
+_LEAST_STALL_S = 1.0
+
+
+class Section(BaseModel):
+    """What has keys of its own."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class WorkerConfig(Section):
+    """One worker process."""
+
+    name: Name
+    """How plans, logs and errors call it."""
+    device: Device = "cpu"
+    """What it computes on: cpu, or GPUs beside it: cuda:N, or a list of these."""
+    gpu_layers: Annotated[Annotated[int, Field(ge=0, le=1 << 16)] | None, OrAuto()] = None
+    """Layers on its GPUs, counted from its last one, the others on its processor; auto: as many as VRAM takes."""
+    gpu_memory: Size | None = None
+    """Cap on what it takes of each GPU's memory; by default what is free there."""
+    threads: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """Threads that compute; by default the machine's cores, shared out among its workers."""
+    memory: Size | None = None
+    """Cap on weights, KV memory and workspace in RAM; by default what is free, shared out among its workers."""
+    bandwidth: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] | None = None
+    """Memory read bandwidth in GB/s, for plans; measured when the worker starts where it is not given."""
+    int8: Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)] | None = None
+    """Integer multiply-accumulates in GMAC/s, for plans; measured when the worker starts where it is not given."""
+
+    @model_validator(mode="after")
+    def _check_speeds(self) -> Self:
+        if (self.bandwidth is None) != (self.int8 is None):
+            given = "bandwidth" if self.int8 is None else "int8"
+            raise PlaceError((given,), "bandwidth and int8 go together: give both, or none to have them measured")
+        if self.bandwidth is not None and self.device != "cpu":
+            raise PlaceError(("bandwidth",), "is of a processor: a worker with GPUs measures itself; leave it out")
+        return self
+
+
+class AnyWorker(WorkerConfig):
+    """A worker that may have any name: `workers: 3` stands for three of them."""
+
+
+class Join(Section):
+    """Where the workers of a cluster over machines come in."""
+
+    listen: Address = "0.0.0.0:7100"
+    """HOST:PORT that workers are told to join: there they get their certificates, and nothing else is spoken."""
+    members: Address = "0.0.0.0:7101"
+    """HOST:PORT of the coordinator for workers that have certificates; these are told of it."""
+    wait: Duration = 600.0
+    """How long `up` waits for its workers."""
+    trust_dir: FilePath | None = None
+    """Folder of the certificate authority and the join token; by default `trust` in the cluster's state directory."""
+
+
+class Ray(Section):
+    """The Ray cluster that starts and places the workers."""
+
+    address: Annotated[str, BeforeValidator(parse_ray_address)] = "auto"
+    """auto: the Ray cluster that this machine is part of, else a new one; HOST:PORT of a head; none: a new one."""
+    strategy: Literal["SPREAD", "STRICT_SPREAD", "PACK", "STRICT_PACK"] = "SPREAD"
+    """How the workers are placed over Ray's nodes; Ray's own words."""
+    allow_unauthenticated: bool = False
+    """Whether a Ray cluster may be used that asks nobody for a token: whoever reaches it can run programs on it."""
+
+
+class PlanEntry(Section):
+    """One stage of a plan made by hand."""
+
+    worker: Name
+    """Name of the worker that holds these layers."""
+    layers: Layers
+    """Half-open range [start, end)."""
+
+
+class Timeouts(Section):
+    """Durations, in seconds once read."""
+
+    request: Duration = 600.0
+    """From a request's arrival to its last token."""
+    worker: Duration = 5.0
+    """Silence after which a worker counts as lost; 500 ms at least."""
+    load: Duration = 60.0
+    """Without getting further for so long, a worker that loads layers counts as lost; 1 s at least."""
+    recovery: Duration = 120.0
+    """How long requests wait for a worker where those that are left cannot hold the model; then they fail."""
+    coordinator: Duration = 600.0
+    """How long workers that are not local wait for a coordinator that is gone, their weights kept."""
+
+    @model_validator(mode="after")
+    def _check_worker(self) -> Self:
+        if self.worker < _LEAST_SILENCE_S:
+            why = "is too short to tell a lost worker; set 500ms or more"
+            raise PlaceError(("worker",), f"{self.worker:g} s {why}")
+        if self.load < _LEAST_STALL_S:
+            raise PlaceError(("load",), f"{self.load:g} s is too short to tell a load that hangs; set 1s or more")
+        return self

@@ -1,0 +1,1 @@
+"""The control loop: plans, loads and opens epochs, and recovers from failures."""

@@ -1,0 +1,135 @@
+"""How far the machines of a cluster are from each other: measured at its start, and kept for the next one."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections.abc import Mapping
+from dataclasses import asdict
+from itertools import combinations
+from pathlib import Path
+
+from llamaclust.cluster.config.values import is_loopback, split_address
+from llamaclust.cluster.membership.worker_handle import WorkerHandle
+from llamaclust.cluster.planner.links import COORDINATOR, Link, Links
+from llamaclust.cluster.state.directory import Measurement, write_private
+from llamaclust.cluster.state.events import News, Watch
+from llamaclust.core.errors import LlamaclustError
+from llamaclust.wire.control.messages import LinkSpeed
+from llamaclust.wire.rpc.client import Peer
+from llamaclust.wire.rpc.link_probe import measure_link
+from llamaclust.wire.security.credentials import Credentials, Principal
+
+_FILE = ".links.json"  # no cluster's name begins with a dot
+
+Pair = tuple[str, str]
+
+
+def hops_matter(measured: Mapping[str, Measurement]) -> bool:
+    """Whether processes of one machine are worth measuring their links: several, beside whose steps a hop shows."""
+    return len(measured) > 1 and all(one.alone for one in measured.values())
+
+
+async def measure_links(
+    workers: Mapping[str, WorkerHandle], credentials: Credentials, state_dir: Path, watch: Watch
+) -> Links:
+    """Between all of them and the coordinator. What cannot be measured is told, and unknown to the plan."""
+    for name, address in _of_one_machine({name: one.registration.address for name, one in workers.items()}).items():
+        what = "start it with --join and an address of its machine that others reach, or with --advertise"
+        watch(News(f"worker {name} is served at {address}, which no other machine can reach: {what}"))
+    names = [COORDINATOR, *workers]
+    keys = {pair: _key(pair, workers) for pair in combinations(names, 2)}
+    known, tried = _read(state_dir), set[Pair]()
+    new: dict[str, Link] = {}
+    while missing := [pair for pair, key in keys.items() if key not in known | new and pair not in tried]:
+        together = _apart(missing, keys)
+        tried.update(together)
+        found = await asyncio.gather(*(_measured(pair, workers, credentials, watch) for pair in together))
+        new |= {keys[pair]: link for pair, link in zip(together, found, strict=True) if link is not None}
+    if new:
+        write_private(state_dir / _FILE, json.dumps({key: asdict(link) for key, link in (known | new).items()}))
+    known |= new
+    return Links({frozenset(pair): known[key] for pair, key in keys.items() if key in known})
+
+
+def _of_one_machine(addresses: Mapping[str, str]) -> dict[str, str]:
+    """Of workers, by name, those that only their own machine can reach, where others are reached over a network."""
+    hosts = {name: split_address(address)[0] for name, address in addresses.items() if not address.startswith("unix:")}
+    loopback = {name: addresses[name] for name, host in hosts.items() if is_loopback(host)}
+    return {} if len(loopback) == len(addresses) else loopback
+
+
+def kept_links(fingerprints: Mapping[str, str], state_dir: Path) -> Links:
+    """What is known of local workers, given by name: from a start on the same machine."""
+    machines = {name: machine_of(socket.gethostname(), "unix:", one) for name, one in fingerprints.items()}
+    machines[COORDINATOR] = _coordinator()
+    known = _read(state_dir)
+    keys = {pair: _key_of(machines[pair[0]], machines[pair[1]]) for pair in combinations(machines, 2)}
+    return Links({frozenset(pair): known[key] for pair, key in keys.items() if key in known})
+
+
+def _read(state_dir: Path) -> dict[str, Link]:
+    try:
+        values = json.loads((state_dir / _FILE).read_text())
+        return {key: Link(float(one["one_way_ms"]), float(one["ms_per_mb"])) for key, one in values.items()}
+    except (OSError, ValueError, TypeError, AttributeError, KeyError):
+        return {}
+
+
+def _apart(pairs: list[Pair], keys: Mapping[Pair, str]) -> list[Pair]:
+    """Of those that are alike one, and no two that share an end: each has its links for itself."""
+    together: list[Pair] = []
+    taken: set[str] = set()
+    for pair in pairs:
+        if not taken.intersection((*pair, keys[pair])):
+            together.append(pair)
+            taken.update((*pair, keys[pair]))
+    return together
+
+
+def _key(pair: Pair, workers: Mapping[str, WorkerHandle]) -> str:
+    """Equal for pairs of the same two machines."""
+    return _key_of(*(_machine(name, workers) for name in pair))
+
+
+def _key_of(*machines: str) -> str:
+    return " - ".join(sorted(machines))
+
+
+def _machine(name: str, workers: Mapping[str, WorkerHandle]) -> str:
+    if name == COORDINATOR:
+        return _coordinator()
+    one = workers[name].registration
+    return machine_of(one.host, one.address, one.fingerprint)
+
+
+def machine_of(host: str, address: str, fingerprint: str) -> str:
+    return f"{host} ({address.rpartition(':')[0]}, {fingerprint})"
+
+
+def _coordinator() -> str:
+    return f"coordinator on {socket.gethostname()}"
+
+
+async def _measured(
+    pair: Pair, workers: Mapping[str, WorkerHandle], credentials: Credentials, watch: Watch
+) -> Link | None:
+    one, other = pair
+    try:
+        if one == COORDINATOR:
+            speed = await _from_here(workers[other], credentials)
+        else:
+            speed = await workers[one].measure_link(workers[other])
+    except LlamaclustError as error:
+        watch(News(f"the link between {one or 'the coordinator'} and {other} could not be measured: {error}"))
+        return None
+    return Link(speed.round_trip_s * 1e3 / 2, 1e9 / speed.bytes_s)
+
+
+async def _from_here(worker: WorkerHandle, credentials: Credentials) -> LinkSpeed:
+    peer = Peer(worker.registration.address, credentials, Principal(worker.name))
+    try:
+        return await measure_link(peer)
+    finally:
+        await peer.close()

@@ -1,0 +1,139 @@
+"""What workers reach on their machines and with the model: measured alone and together where they share one, and kept
+for the next start."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+
+from llamaclust.cluster.config.cluster_config import ClusterConfig
+from llamaclust.cluster.control.notices import untried_text
+from llamaclust.cluster.control.resource_shares import measurement_key
+from llamaclust.cluster.membership.worker_handle import WorkerHandle
+from llamaclust.cluster.planner.profile import Trial, TrialPoint, mean_trial
+from llamaclust.cluster.state.directory import GpuMeasurement, Measurement, read_measurements, write_measurements
+from llamaclust.cluster.state.events import Measuring, News, Watch
+from llamaclust.core.errors import LlamaclustError
+from llamaclust.core.profile import GpuSpeed, StageTrial
+from llamaclust.model.loader import Model
+from llamaclust.wire.control.messages import Measure, Measured
+
+
+async def measure_workers(
+    config: ClusterConfig, model: Model, workers: Mapping[str, WorkerHandle], state_dir: Path, watch: Watch
+) -> dict[str, Measurement]:
+    """By worker name. Keys of the cluster file come first, then what was measured on the same hardware before."""
+    stated = stated_speeds(config)
+    members = {spec.name: workers[spec.name] for spec in config.workers if spec.name not in stated}
+    keys = {name: _key(worker, workers, model.model_id) for name, worker in members.items()}
+    known = read_measurements(state_dir)
+    missing = [name for name, key in keys.items() if key not in known]
+    if missing:
+        watch(Measuring(tuple(missing)))
+        order = Measure(str(model.file.path), model.model_id)
+        measuring = _Measuring({name: workers[name] for name in missing}, keys, order, watch)
+        new = await measuring.run()
+        untried = {_key(workers[name], workers): _untried(new[keys[name]]) for name in missing}
+        kept = {key: one for key, one in new.items() if key not in measuring.failed}  # those are tried again next time
+        write_measurements(state_dir, untried | kept)
+        known |= new
+    return stated | {name: known[key] for name, key in keys.items()}
+
+
+def stated_speeds(config: ClusterConfig) -> dict[str, Measurement]:
+    """What the cluster file says itself, by worker name."""
+    return {
+        spec.name: Measurement(spec.bandwidth, spec.int8)
+        for spec in config.workers
+        if spec.bandwidth is not None and spec.int8 is not None
+    }
+
+
+def _key(worker: WorkerHandle, workers: Mapping[str, WorkerHandle], model_id: str = "") -> str:
+    one = worker.registration
+    company = [other.registration for other in workers.values() if other.registration.host == one.host]
+    return measurement_key(one.fingerprint, len(company), sum(other.threads for other in company), model_id)
+
+
+def _untried(measured: Measurement) -> Measurement:
+    gpus = tuple(replace(gpu, trial=()) for gpu in measured.gpus)
+    return replace(measured, alone=(), together=(), gpus=gpus)
+
+
+class _Measuring:
+    """Of workers whose figures are not known, by their keys."""
+
+    def __init__(
+        self, workers: Mapping[str, WorkerHandle], keys: Mapping[str, str], order: Measure, watch: Watch
+    ) -> None:
+        self._workers = workers
+        self._keys = keys
+        self._order = order
+        self._watch = watch
+        self.failed: set[str] = set()  # keys of workers that could not try steps of the model
+
+    async def run(self) -> dict[str, Measurement]:
+        """By key. All together first; then, of those that are alike and share a machine, one alone."""
+        found = _evened([self._keys[name] for name in self._workers], await self._together())
+        machines: dict[str, list[str]] = {}
+        for name, worker in self._workers.items():
+            machines.setdefault(worker.registration.host, []).append(name)
+        shared = [company for company in machines.values() if len(company) > 1]
+        for alone in await asyncio.gather(*map(self._each_alone, shared)):
+            found |= {key: replace(found[key], alone=trial) for key, trial in alone.items() if trial}
+        return found
+
+    async def _together(self) -> list[Measured]:
+        """In the order of the workers; of those that failed to try steps of the model, of their machines alone."""
+        tried = await asyncio.gather(*map(self._try, self._workers.values()))
+        without = [name for name, one in zip(self._workers, tried, strict=True) if one is None]
+        machines = dict(
+            zip(without, await asyncio.gather(*(self._workers[name].measure() for name in without)), strict=True)
+        )
+        return [one or machines[name] for name, one in zip(self._workers, tried, strict=True)]
+
+    async def _each_alone(self, names: list[str]) -> dict[str, Trial]:
+        one_of_each = {self._keys[name]: self._workers[name] for name in reversed(names)}
+        trials: dict[str, Trial] = {}
+        for key, worker in one_of_each.items():
+            if key not in self.failed and (measured := await self._try(worker)) is not None:
+                trials[key] = _trial(measured.trials)
+        return trials
+
+    async def _try(self, worker: WorkerHandle) -> Measured | None:
+        """None, and a line that says so, where steps of the model could not be tried. WorkerError where it is lost."""
+        try:
+            return await worker.measure(self._order)
+        except LlamaclustError as error:
+            if worker.loss is not None:
+                raise
+            self.failed.add(self._keys[worker.name])
+            self._watch(News(untried_text(worker.name, error)))
+            return None
+
+
+def _evened(keys: list[str], measured: list[Measured]) -> dict[str, Measurement]:
+    """Workers that are alike and share a machine get their mean: what tells them apart is noise."""
+    groups: dict[str, list[Measured]] = {}
+    for key, one in zip(keys, measured, strict=True):
+        groups.setdefault(key, []).append(one)
+    return {key: _mean(group) for key, group in groups.items()}
+
+
+def _mean(group: list[Measured]) -> Measurement:
+    read_gb_s, int8_gmac_s, trial = _means(group)
+    gpus = tuple(GpuMeasurement(*_means(alike)) for alike in zip(*(one.gpus for one in group), strict=True))
+    return Measurement(read_gb_s, int8_gmac_s, alone=trial, together=trial, gpus=gpus)
+
+
+def _means(group: Sequence[Measured | GpuSpeed]) -> tuple[float, float, Trial]:
+    """GB/s, 10^9 multiply-accumulates a second, steps."""
+    read = fmean(one.read_bytes_s for one in group) / 1e9
+    return read, fmean(one.int8_macs_s for one in group) / 1e9, mean_trial([_trial(one.trials) for one in group])
+
+
+def _trial(trials: Iterable[StageTrial]) -> Trial:
+    return tuple(TrialPoint(one.rows, one.stage_s * 1e3, one.layers_byte_s * 1e12, one.head_s * 1e3) for one in trials)

@@ -1,0 +1,118 @@
+"""The pipeline over worker processes: microbatches to the first stage, sampling inputs to the last, results from it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from llamaclust.cluster.control.failure_attribution import blamed, stage_of
+from llamaclust.cluster.membership.worker_handle import WorkerHandle
+from llamaclust.core.errors import LlamaclustError, WireError, WorkerError
+from llamaclust.wire.microbatch.codec import decode_result, encode_inputs, encode_microbatch
+from llamaclust.wire.microbatch.frames import encode_hidden
+from llamaclust.wire.microbatch.messages import Microbatch, Result, SamplingInputs
+from llamaclust.wire.rpc.client import FORWARD, SAMPLE, ClientStream, Peer
+from llamaclust.wire.rpc.deadlines import deadline
+from llamaclust.wire.rpc.send_queue import Outbox
+from llamaclust.wire.security.credentials import Credentials, Principal
+
+_OPEN_S = 30.0
+_WRITE_S = 20.0
+"""Shorter than a stage waits for sampling inputs or the next stage (`wire.control.Deadlines`)."""
+
+
+class RemotePipeline:
+    """See `Pipeline`. Its stages are loaded before and unloaded after by whoever owns the workers."""
+
+    @classmethod
+    async def open(cls, epoch: int, workers: Sequence[WorkerHandle], credentials: Credentials) -> RemotePipeline:
+        """Opens the streams of an epoch that `workers` hold, given in the order of their stages. WorkerError where a
+        stage refuses, cannot be reached or does not answer; its `worker` says whose, where that is known."""
+        ends = (workers[0], workers[-1])
+        first, last = (Peer(one.registration.address, credentials, Principal(one.name)) for one in ends)
+        try:
+            async with deadline(f"opening the pipeline of epoch {epoch}", _OPEN_S):
+                sample = last.open(SAMPLE, epoch=epoch)
+                await sample.opened()
+                forward = first.open(FORWARD, epoch=epoch)
+                await forward.opened()
+        except BaseException as error:
+            await asyncio.gather(first.close(), last.close())
+            if isinstance(error, LlamaclustError):
+                raise await blamed(epoch, workers, error) from error
+            raise
+        return cls(epoch, workers, (first, last), forward, sample)
+
+    def __init__(
+        self,
+        epoch: int,
+        workers: Sequence[WorkerHandle],
+        peers: tuple[Peer, Peer],
+        forward: ClientStream,
+        sample: ClientStream,
+    ) -> None:
+        self.epoch = epoch
+        self.stages = tuple(stage_of(epoch, worker) for worker in workers)
+        self._workers = tuple(workers)
+        self._peers = peers
+        self._forward = forward
+        self._sample = sample
+        self._microbatches = Outbox(forward, "handing out a microbatch", _WRITE_S)
+        self._inputs = Outbox(sample, "handing out sampling inputs", _WRITE_S)
+
+    def submit(self, microbatch: Microbatch, inputs: SamplingInputs) -> None:
+        """See `Pipeline`. How much waits to be sent is bounded by whoever counts the microbatches in flight."""
+        self._microbatches.put(encode_hidden(encode_microbatch(microbatch), (), None))
+        self._inputs.put(encode_inputs(inputs))
+
+    async def run(self, on_result: Callable[[Result], None]) -> None:
+        """See `Pipeline`: until a stream ends, a write takes too long or a worker is lost, and then says which; with a
+        WireError where the last stage answers what it may not."""
+        work = [
+            asyncio.create_task(part)
+            for part in (
+                self._microbatches.run(),
+                self._inputs.run(),
+                self._read_results(on_result),
+                self._watch_forward(),
+            )
+        ]
+        losses = [asyncio.create_task(worker.lost.wait()) for worker in self._workers]
+        try:
+            await asyncio.wait((*work, *losses), return_when=asyncio.FIRST_COMPLETED)
+            ended = next((_ending(task) for task in work if task.done()), None)
+            if isinstance(ended, WireError):  # of the last stage: nobody else answers here
+                raise ended
+            raise await blamed(self.epoch, self._workers, ended)
+        finally:
+            for task in (*work, *losses):
+                task.cancel()
+            await asyncio.gather(*work, *losses, return_exceptions=True)
+
+    async def close(self) -> None:
+        """Ends the streams. What is in flight is abandoned."""
+        await asyncio.gather(*(peer.close() for peer in self._peers))
+
+    async def _read_results(self, on_result: Callable[[Result], None]) -> None:
+        number = 0
+        while (data := await self._sample.read()) is not None:
+            result = decode_result(data)
+            if (result.epoch, result.number) != (self.epoch, number):
+                found = f"({result.epoch}, {result.number})"
+                raise WireError(f"result {found} where ({self.epoch}, {number}) was expected")
+            on_result(result)
+            number += 1
+        raise WorkerError("the last stage ended its stream")
+
+    async def _watch_forward(self) -> None:
+        """Nothing comes back from the first stage but the end."""
+        data = await self._forward.read()
+        raise WorkerError("the first stage ended its stream" if data is None else "the first stage sent a message")
+
+
+def _ending(task: asyncio.Task[None]) -> LlamaclustError:
+    """What one part of the work ended with, in order or not."""
+    if task.cancelled():
+        return WorkerError("a stream was cancelled")
+    error = task.exception()
+    return error if isinstance(error, LlamaclustError) else WorkerError(f"{type(error).__name__}: {error}")

@@ -1,0 +1,1 @@
+"""Runs the scheduler on a pipeline: schedule, run, complete."""

@@ -1,0 +1,209 @@
+"""What is counted: Prometheus metrics in a registry of their own, and each stage's times for `GET /cluster`."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import generate_latest
+from prometheus_client.registry import Collector
+
+from llamaclust.cluster.engine.pipeline import StageInfo
+from llamaclust.cluster.engine.throughput import MeasuredSpeed, RecentSums, SpeedMeter
+from llamaclust.cluster.scheduler.requests import Timings
+from llamaclust.cluster.scheduler.scheduler import Counts
+from llamaclust.wire.microbatch.messages import Result, StageTiming
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+_RECOVERIES = 16
+_PREFILL_ROWS = 32
+"""A microbatch of so many rows is bound by arithmetic, as prompts are."""
+_TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+_TPOT_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+_RECOVERY_BUCKETS = (0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60, 120, 300)
+_ROW_BUCKETS = tuple(1 << power for power in range(13))
+
+
+@dataclass(frozen=True, slots=True)
+class StageReport:
+    """One stage so far; means are over all its microbatches, shares and rates over the last ten seconds."""
+
+    worker: str
+    layers: tuple[int, int]  # half-open
+    microbatches: int
+    rows: int
+    compute_ms: float  # mean of a microbatch
+    queue_ms: float
+    wire_ms: float
+    decode_ms: float | None  # mean of microbatches of one row; None: there was none
+    prefill_ms: float | None  # a row, in microbatches of many rows
+    busy: float  # share of the time that it computed
+    tokens_per_s: float
+
+
+class _Mean:
+    def __init__(self) -> None:
+        self._ns = self._count = 0
+
+    def add(self, ns: int, count: int) -> None:
+        self._ns += ns
+        self._count += count
+
+    @property
+    def ms(self) -> float | None:
+        return self._ns / 1e6 / self._count if self._count else None
+
+
+class _StageMeter:
+    def __init__(self, stage: StageInfo, since_ns: int) -> None:
+        self.stage = stage
+        self._since_ns = since_ns
+        self.microbatches = self.rows = 0
+        self.compute_ns = self.queue_ns = self.wire_ns = 0
+        self._decode = _Mean()
+        self._prefill = _Mean()
+        self._recent = RecentSums()
+
+    def add(self, timing: StageTiming, now_ns: int) -> None:
+        if timing.rows == 1:
+            self._decode.add(timing.compute_ns, 1)
+        elif timing.rows >= _PREFILL_ROWS:
+            self._prefill.add(timing.compute_ns, timing.rows)
+        self.microbatches += 1
+        self.rows += timing.rows
+        self.compute_ns += timing.compute_ns
+        self.queue_ns += timing.queue_ns
+        self.wire_ns += timing.wire_ns
+        self._recent.add(now_ns, timing.compute_ns, timing.rows)
+
+    def report(self, now_ns: int) -> StageReport:
+        each = 1e6 * max(self.microbatches, 1)
+        busy, tokens_per_s = self._recent.rates(now_ns, self._since_ns)
+        return StageReport(
+            worker=self.stage.worker,
+            layers=(self.stage.start, self.stage.end),
+            microbatches=self.microbatches,
+            rows=self.rows,
+            compute_ms=self.compute_ns / each,
+            queue_ms=self.queue_ns / each,
+            wire_ms=self.wire_ns / each,
+            decode_ms=self._decode.ms,
+            prefill_ms=self._prefill.ms,
+            busy=busy,
+            tokens_per_s=tokens_per_s,
+        )
+
+
+class Metrics:
+    """The metrics of one engine. `now_ns` values come from one monotonic clock."""
+
+    def __init__(self, stages: Sequence[StageInfo], counts: Callable[[], Counts], clock_ns: Callable[[], int]) -> None:
+        self.registry = CollectorRegistry()
+        self._clock_ns = clock_ns
+        self.recovery_s: deque[float] = deque(maxlen=_RECOVERIES)  # how long the last ones took
+        self._meters = [_StageMeter(stage, clock_ns()) for stage in stages]
+        self._speed = SpeedMeter(clock_ns())
+        self._finished = Counter(
+            "llamaclust_requests_finished", "Requests that ended, by reason", ["reason"], registry=self.registry
+        )
+        self._prompt = Counter("llamaclust_prompt_tokens", "Prompt tokens of ended requests", registry=self.registry)
+        self._generated = Counter("llamaclust_generated_tokens", "Tokens chosen", registry=self.registry)
+        self._ttft = self._histogram("llamaclust_time_to_first_token_seconds", "From arrival to answer", _TTFT_BUCKETS)
+        self._tpot = self._histogram("llamaclust_time_per_output_token_seconds", "Mean of a request", _TPOT_BUCKETS)
+        self._rows = self._histogram("llamaclust_microbatch_rows", "Rows of a microbatch", _ROW_BUCKETS)
+        self._recovery = self._histogram("llamaclust_recovery_seconds", "Pauses after a loss", _RECOVERY_BUCKETS)
+        self.registry.register(_Gauges(counts, self.stage_report, self._meters))
+
+    def restart(self, stages: Sequence[StageInfo]) -> None:
+        """Other stages from now on."""
+        self._meters[:] = [_StageMeter(stage, self._clock_ns()) for stage in stages]
+
+    def recovered(self, seconds: float) -> None:
+        """Requests go on that waited for so long because something was lost."""
+        self._recovery.observe(seconds)
+        self.recovery_s.append(seconds)
+
+    def completed(self, result: Result, tokens: int, now_ns: int) -> None:
+        """A microbatch is back, and `tokens` tokens were chosen."""
+        if tokens:
+            self._generated.inc(tokens)
+            self._speed.chosen(tokens, now_ns)
+        for meter, timing in zip(self._meters, result.timings, strict=False):
+            meter.add(timing, now_ns)
+        if result.timings:
+            self._rows.observe(result.timings[0].rows)
+
+    def finished(self, reason: str, timings: Timings) -> None:
+        """A request has ended; `reason` is a finish reason or `error`."""
+        self._finished.labels(reason).inc()
+        self._prompt.inc(timings.prompt_tokens)
+        self._speed.finished(timings)
+        if timings.generated_tokens:
+            self._ttft.observe(timings.ttft_ms / 1e3)
+        if timings.decode_tok_s > 0:
+            self._tpot.observe(1 / timings.decode_tok_s)
+
+    def stage_report(self) -> tuple[StageReport, ...]:
+        """First stage first."""
+        now_ns = self._clock_ns()
+        return tuple(meter.report(now_ns) for meter in self._meters)
+
+    def speed(self) -> MeasuredSpeed:
+        """Of the last requests; stages may have changed meanwhile."""
+        return self._speed.measured(self._clock_ns())
+
+    def render(self) -> bytes:
+        """The text of `GET /metrics` (CONTENT_TYPE)."""
+        return generate_latest(self.registry)
+
+    def _histogram(self, name: str, what: str, buckets: Sequence[float]) -> Histogram:
+        return Histogram(name, what, buckets=buckets, registry=self.registry)
+
+
+class _Gauges(Collector):
+    """Numbers that others keep, read when they are asked for."""
+
+    def __init__(
+        self,
+        counts: Callable[[], Counts],
+        report: Callable[[], tuple[StageReport, ...]],
+        meters: Sequence[_StageMeter],
+    ) -> None:
+        self._counts = counts
+        self._report = report
+        self._meters = meters
+
+    def collect(self) -> Iterator[Metric]:
+        counts = self._counts()
+        yield GaugeMetricFamily("llamaclust_requests_running", "Sequences being computed", counts.running)
+        yield GaugeMetricFamily("llamaclust_requests_waiting", "Sequences that wait", counts.waiting)
+        yield GaugeMetricFamily("llamaclust_microbatches_in_flight", "Microbatches in the pipeline", counts.in_flight)
+        blocks = GaugeMetricFamily("llamaclust_kv_blocks", "KV blocks by state", labels=["state"])
+        blocks.add_metric(["used"], counts.kv_blocks_held)
+        blocks.add_metric(["free"], counts.kv_blocks - counts.kv_blocks_held)
+        yield blocks
+        yield CounterMetricFamily("llamaclust_preemptions", "Sequences put back for lack of KV", counts.preemptions)
+        again = "Sequences computed again because logits were not finite"
+        yield CounterMetricFamily("llamaclust_retries", again, counts.retries)
+        cached = "Prompt tokens found in the prefix cache"
+        yield CounterMetricFamily("llamaclust_prefix_cache_hit_tokens", cached, counts.cached_tokens)
+        computed = "Prompt tokens computed"
+        yield CounterMetricFamily("llamaclust_prefill_tokens", computed, counts.computed_tokens)
+        yield from self._stages()
+
+    def _stages(self) -> Iterator[Metric]:
+        labels = ["stage", "worker"]
+        named = [([str(index), meter.stage.worker], meter) for index, meter in enumerate(self._meters)]
+        for name, what in (("compute", "computing"), ("queue", "waiting for the stage"), ("wire", "sending")):
+            seconds = CounterMetricFamily(f"llamaclust_stage_{name}_seconds", f"Time spent {what}", labels=labels)
+            for values, meter in named:
+                seconds.add_metric(values, getattr(meter, f"{name}_ns") / 1e9)
+            yield seconds
+        busy = GaugeMetricFamily("llamaclust_stage_busy_ratio", "Share of the last 10 s spent computing", labels=labels)
+        for (values, _), report in zip(named, self._report(), strict=True):
+            busy.add_metric(values, report.busy)
+        yield busy

@@ -1,0 +1,38 @@
+"""The seam between the engine and whatever runs microbatches: workers over gRPC, or a stage in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from llamaclust.core.gpus import DeviceLayers
+from llamaclust.wire.microbatch.messages import Microbatch, Result, SamplingInputs
+
+
+@dataclass(frozen=True, slots=True)
+class StageInfo:
+    """One stage of a running pipeline: layers [start, end) on a worker. `devices`: which of these its GPUs hold."""
+
+    worker: str
+    start: int
+    end: int
+    devices: tuple[DeviceLayers, ...] = ()
+
+
+class Pipeline(Protocol):
+    """A loaded model, cut into stages, that runs microbatches strictly in number order."""
+
+    epoch: int
+    stages: tuple[StageInfo, ...]
+
+    def submit(self, microbatch: Microbatch, inputs: SamplingInputs) -> None:
+        """Sends a microbatch to the first stage and its sampling inputs to the last, and does not wait for it."""
+        ...
+
+    async def run(self, on_result: Callable[[Result], None]) -> None:
+        """Works while it runs: gives each result, in number order, to `on_result`. Ends with a LlamaclustError once the
+        pipeline is lost."""
+        ...
+
+    async def close(self) -> None: ...

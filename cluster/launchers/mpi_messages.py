@@ -1,0 +1,99 @@
+"""What the coordinator and the ranks of an MPI job say to each other, as JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any, get_args
+
+from llamaclust.cluster.launchers.base import WorkerSpec
+from llamaclust.core.logs import LogFormat
+
+
+@dataclass(frozen=True, slots=True)
+class StartWorker:
+    """To a rank. `addresses`: HOST:PORT of the enrolment port, by one of which this rank's machine reaches it."""
+
+    rank: int
+    name: str
+    device: str
+    threads: int | None  # None: the rank's share of its machine
+    memory_bytes: int | None
+    feature_level: str
+    log_format: str
+    cluster: str
+    addresses: tuple[str, ...]
+    token: str = field(repr=False)
+    sharers: int = 1  # ranks on this rank's machine, which rank 0 knows
+    gpu_layers: int | None = None
+    gpu_memory_bytes: int | None = None
+
+    @property
+    def spec(self) -> WorkerSpec:
+        return WorkerSpec(
+            self.name,
+            self.device,
+            self.threads,
+            self.memory_bytes,
+            self.feature_level,
+            log_format=LogFormat(self.log_format),
+            cluster=self.cluster,
+            gpu_layers=self.gpu_layers,
+            gpu_memory_bytes=self.gpu_memory_bytes,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class EndWorker:
+    """To a rank: its worker gets this signal, if it has one."""
+
+    rank: int
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Leave:
+    """To a rank: its worker is killed if it is still there, and it ends itself; by MPI's rules if all ranks do."""
+
+    rank: int
+    with_all: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """To rank 0, first of all: where a rank is."""
+
+    rank: int
+    boot_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerEnded:
+    """To the coordinator: how, and the worker's last words."""
+
+    rank: int
+    how: str
+    words: str
+
+
+@dataclass(frozen=True, slots=True)
+class RankLost:
+    """To the coordinator: MPI says so."""
+
+    rank: int
+
+
+Word = StartWorker | EndWorker | Leave | Machine | WorkerEnded | RankLost
+_KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in get_args(Word)}
+
+
+def to_bytes(word: Word) -> bytes:
+    """One line."""
+    return json.dumps({"word": type(word).__name__, **asdict(word)}).encode() + b"\n"
+
+
+def from_bytes(data: bytes) -> Word:
+    """What `to_bytes` wrote, in this job."""
+    fields = json.loads(data)
+    word: Word = _KINDS[fields.pop("word")](**fields)
+    return word

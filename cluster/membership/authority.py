@@ -1,0 +1,190 @@
+"""A cluster's certificate authority: made at the first start, kept in the state directory, signs for a day."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from llamaclust.cluster.state.directory import write_private
+from llamaclust.core.errors import LlamaclustError, UsageError
+from llamaclust.wire.security.certificates import NewKey, ca_hash, cluster_id, load_private, private_pem, requested_key
+from llamaclust.wire.security.credentials import COORDINATOR, Identity, KeyPair, Principal
+from llamaclust.wire.security.token import JoinToken
+
+LIFE = timedelta(hours=24)
+"""Of a worker's certificate, and of the coordinator's own; both are renewed after two thirds of it."""
+_CA_LIFE = timedelta(days=3650)
+_SKEW = timedelta(minutes=5)
+"""How far machines' clocks may be apart."""
+
+_log = logging.getLogger(__name__)
+
+_CA_KEY, _CA_CERTIFICATE, _TOKEN = "ca.key", "ca.crt", "token"
+_BOTH = (ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH)
+
+
+class Authority:
+    """Signs certificates for the principals of one cluster."""
+
+    def __init__(self, folder: Path, key: ec.EllipticCurvePrivateKey, certificate: x509.Certificate) -> None:
+        self._key = key
+        self._certificate = certificate
+        self.token_file = folder / _TOKEN
+        self._token = self._read_token()
+
+    @classmethod
+    def open(cls, folder: Path) -> Authority:
+        """The authority that `folder` keeps, a new one where there is none.
+
+        UsageError where it is damaged or others may read it; LlamaclustError where it cannot be written.
+        """
+        try:
+            if not folder.exists():
+                _create(folder)
+        except OSError as error:
+            raise LlamaclustError(f"{folder}: cannot be written: {error.strerror}; make room there") from error
+        try:
+            if folder.stat().st_mode & 0o077 or (folder / _CA_KEY).stat().st_mode & 0o077:
+                raise UsageError(f"{folder}: other users can read it; run: chmod -R go= {folder}")
+            key = load_private((folder / _CA_KEY).read_bytes())
+            certificate = x509.load_pem_x509_certificate((folder / _CA_CERTIFICATE).read_bytes())
+        except (OSError, ValueError) as error:
+            raise UsageError(
+                f"{folder}: cannot be read: {error}; remove it for new certificates and a new token"
+            ) from error
+        if certificate.public_key() != key.public_key():
+            raise UsageError(f"{folder}: key and certificate do not belong together; remove it for new ones")
+        return cls(folder, key, certificate)
+
+    def _read_token(self) -> JoinToken:
+        token = JoinToken.read(self.token_file)
+        if token.ca_hash != ca_hash(self.certificate):
+            raise UsageError(
+                f"token file {self.token_file}: of another CA than {self.token_file.parent / _CA_CERTIFICATE}"
+            )
+        return token
+
+    @property
+    def token(self) -> JoinToken:
+        """As its file has it now: there may be another one since the start. The last one that could be read."""
+        try:
+            self._token = self._read_token()
+        except UsageError as error:
+            _log.warning("the join token stays as it was: %s", error)
+        return self._token
+
+    def rotate_token(self) -> None:
+        """Another one in its place: who has the old one enrols no more, whoever is a member stays."""
+        write_private(self.token_file, JoinToken.create(self._token.ca_hash).text + "\n")
+
+    @property
+    def certificate(self) -> bytes:
+        """The CA's own (DER)."""
+        return self._certificate.public_bytes(Encoding.DER)
+
+    @property
+    def cluster(self) -> str:
+        return cluster_id(self._token.ca_hash)
+
+    def identity(self, principal: Principal = COORDINATOR, life: timedelta = LIFE) -> Identity:
+        """With a new key that is nowhere on disk."""
+        ca = self._certificate.public_bytes(Encoding.PEM)
+        return Identity(ca, self.cluster, principal, self.new_pair(principal, life))
+
+    def new_pair(self, principal: Principal, life: timedelta = LIFE) -> KeyPair:
+        key = NewKey()
+        return key.with_certificate(self.certify(key.request, principal, life))
+
+    def certify(self, request: bytes, principal: Principal, life: timedelta = LIFE) -> bytes:
+        """A certificate (DER) for the key of a certificate request. WireError for a request that is none."""
+        now = datetime.now(UTC)
+        builder = (
+            x509.CertificateBuilder()
+            .subject_name(x509.Name([]))
+            .issuer_name(self._certificate.subject)
+            .public_key(requested_key(request))
+            .serial_number(x509.random_serial_number())
+            .not_valid_before(now - _SKEW)
+            .not_valid_after(now + life)
+            .add_extension(x509.SubjectAlternativeName([x509.DNSName(principal.host(self.cluster))]), critical=True)
+            .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+            .add_extension(_usage(signs=True), critical=True)
+            .add_extension(x509.ExtendedKeyUsage(_BOTH), critical=False)
+            .add_extension(self._key_identifier(), critical=False)
+        )
+        return builder.sign(self._key, hashes.SHA256()).public_bytes(Encoding.DER)
+
+    def _key_identifier(self) -> x509.AuthorityKeyIdentifier:
+        """As the CA's certificate calls its key: whoever else made it, such as Helm, may number keys in another way."""
+        try:
+            named = self._certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
+        except x509.ExtensionNotFound:
+            return x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key())
+        return x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(named)
+
+
+def new_ca(life: timedelta = _CA_LIFE) -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:
+    """A key, and the certificate that it signs for itself."""
+    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.now(UTC)
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "llamaclust cluster CA")])
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - _SKEW)
+        .not_valid_after(now + life)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(_usage(signs=False), critical=True)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+    )
+    return key, builder.sign(key, hashes.SHA256())
+
+
+def _usage(*, signs: bool) -> x509.KeyUsage:
+    """Of a key that signs handshakes, or of one that signs certificates."""
+    return x509.KeyUsage(
+        digital_signature=signs,
+        key_cert_sign=not signs,
+        crl_sign=not signs,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+def _create(folder: Path) -> None:
+    """All at once: a start that is cut short leaves no half of it. The caller holds the cluster's lock."""
+    key, certificate = new_ca()
+    token = JoinToken.create(ca_hash(certificate.public_bytes(Encoding.DER)))
+    new = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(mode=0o700)
+    write_private(new / _CA_KEY, private_pem(key).decode())
+    write_private(new / _CA_CERTIFICATE, certificate.public_bytes(Encoding.PEM).decode())
+    write_private(new / _TOKEN, token.text + "\n")
+    for path in (*new.iterdir(), new):
+        _to_disk(path)
+    new.rename(folder)
+    _to_disk(folder.parent)
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

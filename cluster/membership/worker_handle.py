@@ -1,0 +1,389 @@
+"""What a coordinator knows of one worker, and what it can ask of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from enum import StrEnum
+from functools import partial
+from itertools import count
+from typing import Any
+
+from llamaclust.cluster.membership.progress_deadline import Further
+from llamaclust.core import errors
+from llamaclust.core.errors import LlamaclustError, UsageError, WireError, WorkerError
+from llamaclust.core.gpus import DeviceLayers, Gpu
+from llamaclust.wire.control.messages import (
+    CoordinatorMessage,
+    Failure,
+    Heartbeat,
+    LinksMeasured,
+    LinkSpeed,
+    Load,
+    Loaded,
+    LoadFailed,
+    LoadProgress,
+    Locate,
+    Located,
+    LocateFailed,
+    LocateProgress,
+    LogTold,
+    Measure,
+    Measured,
+    MeasureLinks,
+    MeasureLinksFailed,
+    PeerLost,
+    PeerTried,
+    Question,
+    Register,
+    Renew,
+    TellLog,
+    TryPeer,
+    Unload,
+    Unloaded,
+    WorkerMessage,
+)
+from llamaclust.wire.rpc.deadlines import deadline
+
+OnProgress = Callable[[LoadProgress], None]
+OnReading = Callable[[LocateProgress], None]
+Say = Callable[[CoordinatorMessage], Awaitable[None]]
+
+_MEASURE_S = 300.0
+"""Layers of a large model are read from a slow disk for it."""
+STALL_S = 60.0
+"""Without progress for so long, a load is taken to hang."""
+_LINK_S = 30.0
+_UNLOAD_S = 60.0
+_DESCRIBE_S = 3600.0
+"""For workers that tell nothing of how far they are."""
+_TELLS = (2, 3)
+"""The first version of the protocol whose workers do."""
+_LOG_S = 5.0
+_losses = count()
+_TELLS_LOG = (2, 5)
+"""The first version of the protocol whose workers tell their log."""
+
+
+class WorkerState(StrEnum):
+    JOINED = "joined"  # registered, holds nothing
+    LOADING = "loading"
+    READY = "ready"  # holds a stage
+    LEFT = "left"  # the cluster ended
+    LOST = "lost"
+
+
+class WorkerHandle:
+    """One member. `lost` is set once it is gone for any reason but the cluster's end; then `loss` says how."""
+
+    def __init__(self, registration: Register, say: Say, last_words: Callable[[], str]) -> None:
+        self.registration = registration
+        self.stages: dict[int, tuple[Load, Loaded]] = {}  # by epoch
+        self.heartbeat: Heartbeat | None = None
+        self.lost = asyncio.Event()
+        self.loss: str | None = None
+        self.loss_number = 0  # of those that are lost, counted as they are
+        self.left = False
+        self.say = say
+        self.last_words = ""  # of its log, once it is lost
+        self._read_last_words = last_words
+        self._located: dict[tuple[str, bool], Located] = {}
+        self._on_progress: OnProgress | None = None
+        self._on_reading: OnReading | None = None
+        self._loading: Load | None = None
+        self._asked: dict[str, tuple[int, asyncio.Future[Any]]] = {}  # (number, answer)
+        self._one_locates = asyncio.Lock()
+        self._one_reads = asyncio.Lock()  # its log
+        self._one_tries: dict[str, asyncio.Lock] = {}  # by the other's name
+        self._numbers = count(1)
+        self._word = asyncio.Event()  # the next one that it says
+        self._cut_off: dict[int, asyncio.Event] = {}  # by epoch
+        self._unreached: dict[int, str] = {}  # by epoch: whom its stage cannot reach
+
+    @property
+    def name(self) -> str:
+        return self.registration.name
+
+    def is_same_process(self, registration: Register) -> bool:
+        """Whether it is this worker that registers anew, and not another one of its name."""
+        known = self.registration
+        return (known.host, known.pid, known.address) == (registration.host, registration.pid, registration.address)
+
+    @property
+    def state(self) -> WorkerState:
+        if self.loss is not None:
+            return WorkerState.LOST
+        if self.left:
+            return WorkerState.LEFT
+        if self._loading is not None:
+            return WorkerState.LOADING
+        return WorkerState.READY if self.stages else WorkerState.JOINED
+
+    @property
+    def loading(self) -> Load | None:
+        """What it loads now."""
+        return self._loading
+
+    @property
+    def layers(self) -> tuple[int, int] | None:
+        """The layers of its newest stage, loaded or being loaded."""
+        order = self._newest
+        return None if order is None else (order.start, order.end)
+
+    @property
+    def device_layers(self) -> tuple[DeviceLayers, ...]:
+        """Which of its devices hold which of them; none where it holds none."""
+        order, kind = self._newest, "cpu" if self.registration.gpus else self.registration.device
+        return () if order is None else order.devices or (DeviceLayers(kind, order.start, order.end),)
+
+    @property
+    def _newest(self) -> Load | None:
+        return self._loading or (self.stages[max(self.stages)][0] if self.stages else None)
+
+    @property
+    def gpus(self) -> tuple[Gpu, ...]:
+        """Its GPUs, of which so much is free as it said last."""
+        gpus, beat = self.registration.gpus, self.heartbeat
+        if beat is None or len(beat.gpu_free_bytes) != len(gpus):
+            return gpus
+        free = zip(gpus, beat.gpu_free_bytes, strict=True)
+        return tuple(replace(gpu, free_bytes=free_bytes) for gpu, free_bytes in free)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Of all its stages together."""
+        return sum(one.weight_bytes + one.kv_bytes + one.workspace_bytes for _, one in self.stages.values())
+
+    @property
+    def error(self) -> WorkerError:
+        """What a request hears that was lost with this worker."""
+        layers = f" (layers [{self.layers[0]}, {self.layers[1]}))" if self.layers else ""
+        why = self.loss or "no reason is known"
+        error = WorkerError(f"worker {self.name}{layers} is lost: {why}{self._last_words_text}")
+        error.worker = self.name
+        return error
+
+    @property
+    def _last_words_text(self) -> str:
+        known = f"; its last words: {self.last_words}" if self.last_words else ""
+        if self.registration.log:
+            return f"{known}; look at {self.registration.log} on {self.registration.host}"
+        return known or "; its log has no error"
+
+    def cut_off(self, epoch: int) -> asyncio.Event:
+        """Set once its stage of the epoch has said that it cannot reach another one."""
+        return self._cut_off.setdefault(epoch, asyncio.Event())
+
+    def unreached(self, epoch: int) -> str | None:
+        """Which worker that is."""
+        return self._unreached.get(epoch)
+
+    async def shows_life(self) -> bool:
+        """Returns at the next sign of life; False where it is lost instead."""
+        signs = [asyncio.create_task(sign.wait()) for sign in (self._word, self.lost)]
+        try:
+            await asyncio.wait(signs, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for sign in signs:
+                sign.cancel()
+        return self.loss is None
+
+    async def load(self, order: Load, on_progress: OnProgress | None = None, stall_s: float = STALL_S) -> Loaded:
+        """Loads a stage. Raises the worker's own error where it fails, WorkerError where the worker is lost,
+        StalledError where it gets no further for `stall_s`."""
+        assert self._loading is None, "one load at a time"
+        further = Further(f"worker {self.name} gets no further with layers [{order.start}, {order.end})", stall_s)
+
+        def progress(news: LoadProgress) -> None:
+            further.hear(news.done_bytes, news.total_bytes)
+            if on_progress is not None:
+                on_progress(news)
+
+        self._loading, self._on_progress = order, progress
+        if order.alone:
+            self.stages.clear()
+            self._cut_off.clear()
+            self._unreached.clear()
+        try:
+            loaded: Loaded = await further.wait(partial(self._order, f"load of epoch {order.epoch}", order))
+        finally:
+            self._loading = self._on_progress = None
+        self.stages[order.epoch] = (order, loaded)
+        return loaded
+
+    async def unload(self, epoch: int, deadline_s: float = _UNLOAD_S) -> None:
+        """Frees the stage of an epoch; returns when it is freed."""
+        what = f"unload of epoch {epoch}"
+        await self._order(what, Unload(epoch), deadline(f"worker {self.name}: {what}", deadline_s))
+        self.stages.pop(epoch, None)
+        self._cut_off.pop(epoch, None)
+        self._unreached.pop(epoch, None)
+
+    async def measure(self, order: Measure = Measure(), deadline_s: float = _MEASURE_S) -> Measured:  # noqa: B008
+        """Has the worker measure its machine; it should do nothing else meanwhile. WireError for an answer about other
+        GPUs than it has."""
+        limit = deadline(f"worker {self.name}: measurement", deadline_s)
+        measured: Measured = await self._ask("measurement", order, limit)
+        gpus = len(self.registration.gpus)
+        if len(measured.gpus) != gpus:
+            raise WireError(f"worker {self.name} measured {len(measured.gpus)} GPUs, it has {gpus}")
+        return measured
+
+    async def measure_link(self, other: WorkerHandle, deadline_s: float = _LINK_S) -> LinkSpeed:
+        """Has it measure its link to another worker. Raises what it met there."""
+        limit = deadline(f"worker {self.name}: measuring the link to worker {other.name}", deadline_s)
+        order = MeasureLinks(((other.name, other.registration.address),))
+        measured: LinksMeasured = await self._ask("links", order, limit)
+        if len(measured.links) != 1:
+            raise WireError(f"worker {self.name} measured {len(measured.links)} links, asked for one")
+        return measured.links[0]
+
+    async def tries(self, other: WorkerHandle, deadline_s: float) -> str:
+        """Why it cannot reach another worker now; "" where it can. WorkerError where it is lost, DeadlineError where it
+        does not say."""
+        what = f"way to {other.name}"
+        async with self._one_tries.setdefault(other.name, asyncio.Lock()):
+            limit = deadline(f"worker {self.name}: the {what}", deadline_s)
+            tried: PeerTried = await self._ask(what, TryPeer(other.name, other.registration.address), limit)
+        return tried.reason
+
+    async def log(self, deadline_s: float = _LOG_S) -> LogTold:
+        """The last lines of its log. WorkerError where it is lost, UsageError of one whose version does
+        not tell them, DeadlineError."""
+        if self.registration.protocol < _TELLS_LOG:
+            raise UsageError(f"worker {self.name} is of an older version, which does not tell its log")
+        async with self._one_reads:
+            told: LogTold = await self._ask("log", TellLog(), deadline(f"worker {self.name}: its log", deadline_s))
+        return told
+
+    async def locate(
+        self,
+        model_path: str,
+        model_id: str,
+        *,
+        describe: bool,
+        on_reading: OnReading | None = None,
+        stall_s: float = STALL_S,
+    ) -> Located:
+        """What it has of a model; asked once. `describe`: with the manifest of its file, for which it may read that.
+        StalledError where it gets no further for `stall_s`."""
+        async with self._one_locates:
+            key = model_id, describe
+            if key not in self._located:
+                question = Locate(model_path, model_id, describe)
+                self._located[key] = await self._locate(question, on_reading, stall_s)
+            return self._located[key]
+
+    async def _locate(self, question: Locate, on_reading: OnReading | None, stall_s: float) -> Located:
+        is_told = not question.describe or self.registration.protocol >= _TELLS
+        what = f"worker {self.name} gets no further with reading {question.model_path}"
+        further = Further(what, stall_s if is_told else _DESCRIBE_S)
+
+        def progress(news: LocateProgress) -> None:
+            further.hear(news.done_bytes, news.total_bytes)
+            if on_reading is not None:
+                on_reading(news)
+
+        self._on_reading = progress
+        try:
+            located: Located = await further.wait(partial(self._ask, "weights", question))
+        finally:
+            self._on_reading = None
+        return located
+
+    def found(self, model_id: str) -> Located | None:
+        """What it said to have of a model; None: it was not asked, or has not answered."""
+        return self._located.get((model_id, True)) or self._located.get((model_id, False))
+
+    async def _ask(self, what: str, question: Question, limit: deadline) -> Any:
+        """An answer that comes after its deadline has an old number, and is nobody's."""
+        number = next(self._numbers)
+        return await self._order(what, replace(question, number=number), limit, number)
+
+    async def _order(self, what: str, message: CoordinatorMessage, limit: deadline, number: int = 0) -> Any:
+        if self.loss is not None:
+            raise self.error
+        assert what not in self._asked, f"{what} is under way"
+        answer = asyncio.get_running_loop().create_future()
+        self._asked[what] = number, answer
+        try:
+            async with limit:
+                await self.say(message)
+                return await answer
+        finally:
+            del self._asked[what]
+
+    def hear(self, message: WorkerMessage) -> None:
+        """Takes in what the worker says. WireError for what it was not asked."""
+        self._word.set()
+        self._word = asyncio.Event()
+        match message:
+            case Heartbeat():
+                self.heartbeat = message
+            case LoadProgress():
+                if self._on_progress is not None:
+                    self._on_progress(message)
+            case Measured():
+                self._answer("measurement", message, message.number)
+            case Failure():
+                self._answer("measurement", _error(self.name, message), message.number)
+            case LinksMeasured():
+                self._answer("links", message, message.number)
+            case MeasureLinksFailed(failure):
+                self._answer("links", _error(self.name, failure), failure.number)
+            case Loaded(epoch):
+                self._answer(f"load of epoch {epoch}", message)
+            case LoadFailed(epoch, failure):
+                self._answer(f"load of epoch {epoch}", _error(self.name, failure))
+            case Unloaded(epoch):
+                self._answer(f"unload of epoch {epoch}", None)
+            case Located():
+                self._answer("weights", message, message.number)
+            case LocateProgress():
+                if self._on_reading is not None:
+                    self._on_reading(message)
+            case LocateFailed(failure):
+                self._answer("weights", _error(self.name, failure), failure.number)
+            case PeerLost(epoch, other):
+                if epoch in self.stages:
+                    self._unreached.setdefault(epoch, other)
+                    self.cut_off(epoch).set()
+            case PeerTried(other):
+                self._answer(f"way to {other}", message, message.number)
+            case LogTold():
+                self._answer("log", message, message.number)
+            case Register() | Renew():
+                raise WireError(f"worker {self.name} sends {type(message).__name__} where it has no place")
+
+    def _answer(self, what: str, answer: object, to: int = 0) -> None:
+        """Answers that come after their deadline are dropped. `to`: the number of the question; 0: it had none, or the
+        worker is older than numbers."""
+        number, asked = self._asked.get(what, (0, None))
+        if asked is None or asked.done() or to not in (0, number):
+            return
+        if isinstance(answer, Exception):
+            asked.set_exception(answer)
+        else:
+            asked.set_result(answer)
+
+    def lose(self, reason: str) -> None:
+        """The worker is gone; whoever waits for it hears so. The first reason stays."""
+        if self.loss is not None or self.left:
+            return
+        self.loss = reason
+        self.loss_number = next(_losses)
+        self.last_words = self._read_last_words() or (self.heartbeat.last_words if self.heartbeat else "")
+        error = self.error
+        for _, asked in self._asked.values():
+            if not asked.done():
+                asked.set_exception(error)
+                asked.exception()  # seen: who asked may have gone, too
+        self.lost.set()
+
+
+def _error(worker: str, failure: Failure) -> LlamaclustError:
+    """The error that a worker reports, as an exception of its own class where that is one of ours."""
+    kind = getattr(errors, failure.kind, None)
+    ours = isinstance(kind, type) and issubclass(kind, LlamaclustError)
+    return (kind if ours and kind is not None else WorkerError)(f"worker {worker}: {failure.message}")

@@ -1,0 +1,133 @@
+"""What a stage costs on a worker: bytes of memory, and time as steps of the model took there; where none were tried, by
+the roofline of bandwidth and dot products."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llamaclust.cluster.planner.links import NO_REACH, Reach
+from llamaclust.cluster.planner.profile import Trial, at_rows
+from llamaclust.model.loader import ModelCosts
+
+Counts = NDArray[np.int64]
+Table = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class GpuFacts:
+    """A GPU of a worker as the planner sees it; None is what nobody knows."""
+
+    device: str
+    memory_bytes: int  # what the worker may take of it
+    read_gb_s: float | None = None
+    int8_gmac_s: float | None = None
+    trial: Trial = ()  # what steps took; other workers of the machine do not compute on it
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerFacts:
+    """A worker as the planner sees it; None is what nobody knows."""
+
+    name: str
+    memory_bytes: int | None  # what it may take, in all
+    read_gb_s: float | None
+    int8_gmac_s: float | None
+    threads: int = 1
+    reach: Reach = NO_REACH  # what it adds to links
+    alone: Trial = ()  # what steps took, while other workers of its machine did nothing
+    together: Trial = ()  # the same while they did as much
+    gpus: tuple[GpuFacts, ...] = ()  # beside its processor, of which all the rest is told
+    gpu_layers: int | None = None  # of a stage, on its cards; None: as many as they have memory for
+    device: str = "cpu"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StageCosts:
+    """Sums over layers [start, end) of a model, with embedding and head where they belong.
+
+    Tables and counts are [layers + 1, layers + 1], by start and end; what stands where end <= start means nothing.
+    """
+
+    layers: int
+    hidden_bytes: int  # of a row, between stages
+    held_bytes: Counts  # weights
+    kv_token_bytes: Counts  # KV memory of a token
+    window_token_bytes: Counts  # of it, that of layers with a window
+    window: int | None  # the largest one
+    _read: Counts  # weights that decoding may read: all but the embedding
+    _idle: Counts  # of them, those of experts that one token does not choose
+    _macs: Counts
+    _layers_read: Counts  # without the head, which prefill does not need
+    _layers_macs: Counts
+
+    @classmethod
+    def of(cls, costs: ModelCosts) -> StageCosts:
+        read = sums(layer.weight_bytes for layer in costs.layers)
+        macs = sums(layer.macs_per_token for layer in costs.layers)
+        first, last = np.zeros_like(read), np.zeros_like(read)
+        first[0, :], last[:, -1] = 1, 1
+        with_head = read + last * costs.head_bytes
+        return cls(
+            layers=len(costs.layers),
+            hidden_bytes=costs.hidden_bytes,
+            held_bytes=with_head + first * costs.embedding_bytes,
+            kv_token_bytes=sums(layer.kv_bytes_per_token for layer in costs.layers),
+            window_token_bytes=sums(0 if layer.window is None else layer.kv_bytes_per_token for layer in costs.layers),
+            window=costs.window,
+            _read=with_head,
+            _idle=sums(layer.idle_bytes for layer in costs.layers),
+            _macs=macs + last * costs.head_macs,
+            _layers_read=read,
+            _layers_macs=macs,
+        )
+
+    @property
+    def stages(self) -> NDArray[np.bool_]:
+        """Where start < end."""
+        return np.triu(np.ones(self.held_bytes.shape, np.bool_), 1)
+
+    def weight_bytes(self, start: int, end: int) -> int:
+        return int(self.held_bytes[start, end])
+
+    def decode_ms(self, worker: WorkerFacts, start: int, end: int, rows: int = 1, *, together: bool = False) -> float:
+        """One microbatch in which `rows` sequences get a token each; `together`: other stages compute at the same time.
+        The worker must have been measured."""
+        return float(self.decode_table(worker, rows, together=together)[start, end])
+
+    def prefill_ms(self, worker: WorkerFacts, start: int, end: int, rows: int, *, together: bool = False) -> float:
+        """One microbatch of that many prompt tokens, none of them an output row."""
+        return float(self.prefill_table(worker, rows, together=together)[start, end])
+
+    def decode_table(self, worker: WorkerFacts, rows: int = 1, *, together: bool = False) -> Table:
+        """`decode_ms` of all stages."""
+        if tried := worker.together if together else worker.alone:
+            point = at_rows(tried, rows)
+            ends_ms = point.stage_ms + (np.arange(self.layers + 1) == self.layers) * point.head_ms
+            decode: Table = self._layers_read / 1e9 * point.layers_ms_per_gb + ends_ms
+            return decode
+        read = np.minimum(self._read, rows * (self._read - self._idle))
+        return _roofline_ms(worker, read, rows * self._macs)
+
+    def prefill_table(self, worker: WorkerFacts, rows: int, *, together: bool = False) -> Table:
+        """`prefill_ms` of all stages."""
+        if tried := worker.together if together else worker.alone:
+            point = at_rows(tried, rows)
+            prefill: Table = self._layers_read / 1e9 * point.layers_ms_per_gb + point.stage_ms
+            return prefill
+        return _roofline_ms(worker, self._layers_read, rows * self._layers_macs)
+
+
+def sums(values: Iterable[int]) -> Counts:
+    """Of values [start, end), by start and end."""
+    before: Counts = np.array([0, *accumulate(values)], np.int64)
+    return before - before[:, np.newaxis]
+
+
+def _roofline_ms(worker: WorkerFacts, read_bytes: Counts, macs: Counts) -> Table:
+    assert worker.read_gb_s is not None and worker.int8_gmac_s is not None
+    return np.maximum(read_bytes / worker.read_gb_s, macs / worker.int8_gmac_s) / 1e6

@@ -1,0 +1,66 @@
+"""A plan for people and for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, fields
+from math import ceil
+from typing import Any
+
+from llamaclust.cluster.planner.plan import DevicePlan, Plan, Prediction, StagePlan, StagePrediction
+from llamaclust.core.sizes import MIB
+from llamaclust.model.program import KV_BLOCK_TOKENS
+
+
+def plan_json(plan: Plan) -> dict[str, Any]:
+    """Every figure of the plan; layers half-open, sizes in bytes, what nobody measured is null."""
+    values, predicted = asdict(plan), plan.prediction
+    values |= {"prompt_tokens": plan.prompt_tokens} | _fields(Prediction, values.pop("prediction"))
+    times = [None] * len(plan.stages) if predicted is None else [asdict(stage) for stage in predicted.stages]
+    stages = zip(plan.stages, times, strict=True)
+    return values | {"stages": [asdict(stage) | _fields(StagePrediction, one) for stage, one in stages]}
+
+
+def _fields(kind: type[Prediction | StagePrediction], values: dict[str, Any] | None) -> dict[str, Any]:
+    return dict.fromkeys(field.name for field in fields(kind)) if values is None else values
+
+
+def plan_lines(plan: Plan) -> tuple[str, ...]:
+    """One line a stage, then what to expect; `?` for what nobody measured."""
+    values = plan_json(plan)
+    expected = [
+        f"{_number(values['token_ms'])} ms/token ({_number(values['links_ms'])} of it between workers)",
+        f"first token of a {plan.prompt_tokens}-token prompt after {_number(values['ttft_ms'])} ms",
+        f"{_number(values['tokens_per_s'])} tok/s for many requests",
+        f"limited by {values['limiting'] or '?'}",
+    ]
+    bound = [] if plan.excess is None else [f"  within {_percent(plan.excess)} of the best that could be"]
+    stages = zip(plan.stages, (stage["decode_ms"] for stage in values["stages"]), strict=True)
+    spares = (f"  {spare.worker}: not used: {spare.reason}" for spare in plan.spares)
+    kv = f"  KV memory for {plan.kv_blocks * KV_BLOCK_TOKENS} tokens, {plan.context_length} per sequence at most"
+    if plan.window_blocks:
+        kv += f"; for {plan.window_blocks * KV_BLOCK_TOKENS} in layers with a window"
+    lines = (line for stage, decode_ms in stages for line in _stage_lines(stage, decode_ms))
+    return ("plan:", *lines, *spares, kv, f"  predicted: {', '.join(expected)}", *bound)
+
+
+def _stage_lines(stage: StagePlan, decode_ms: float | None) -> Iterator[str]:
+    """One for the stage, then one for each device of a worker with GPUs."""
+    yield f"  {stage.worker}: {_sizes(stage)}, {_number(decode_ms)} ms/token"
+    for part in stage.devices:
+        yield f"    {part.device}: {_sizes(part)}"
+
+
+def _sizes(held: StagePlan | DevicePlan) -> str:
+    parts = {"weights": held.weight_bytes, "KV": held.kv_bytes, "workspace": held.workspace_bytes}
+    sizes = " + ".join(f"{value / MIB:.0f} MiB {name}" for name, value in parts.items())
+    room = "" if held.memory_bytes is None else f" of {held.memory_bytes / MIB:.0f} MiB"
+    return f"layers [{held.start}, {held.end}), {sizes} = {held.bytes / MIB:.0f}{room}"
+
+
+def _number(value: float | None) -> str:
+    return "?" if value is None else f"{value:.2f}" if value < 10 else f"{value:.0f}"
+
+
+def _percent(share: float) -> str:
+    return f"{max(1, ceil(100 * share))} %"

@@ -1,0 +1,169 @@
+"""What fits into memory: stages and KV blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from llamaclust.cluster.planner.costs import Counts, StageCosts, Table, WorkerFacts
+from llamaclust.cluster.planner.devices import Division, Held, divide
+from llamaclust.cluster.planner.workspace import Rounding, StagePlace, Workspace, no_rounding
+from llamaclust.cluster.scheduler.kv_groups import WindowGroup, window_group
+from llamaclust.core.limits import MAX_KV_BLOCKS
+from llamaclust.model.program import KV_BLOCK_TOKENS
+
+_WANTED_CONTEXTS = 4
+
+Cut = Sequence[tuple[WorkerFacts, int, int]]
+"""Stages in order: layers [start, end) on a worker."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlanLimits:
+    """What stages are to hold besides weights."""
+
+    context_length: int
+    max_sequences: int
+    workspace: Workspace
+    kv_memory_bytes: int | None  # per worker, at most
+    max_rows: int = 0  # of a microbatch
+    rounding: Rounding = no_rounding
+
+    @property
+    def context_blocks(self) -> int:
+        """KV blocks of one whole context."""
+        return -(-self.context_length // KV_BLOCK_TOKENS)
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Bytes of stages under limits."""
+
+    stages: StageCosts
+    limits: PlanLimits
+
+    @property
+    def wanted_contexts(self) -> tuple[int, ...]:
+        """For how many whole contexts a cut should leave KV memory, best first; one is the least."""
+        return tuple(dict.fromkeys((min(_WANTED_CONTEXTS, self.limits.max_sequences), 1)))
+
+    def workspace_bytes(self, worker: WorkerFacts, start: int, end: int) -> int:
+        """What a stage takes beside weights and KV memory."""
+        rounding = self.limits.rounding(worker.device)
+        of_weights = rounding if isinstance(rounding, int) else int(rounding[start, end])
+        return self._workspace_to(worker, end) + of_weights
+
+    def _workspace_to(self, worker: WorkerFacts, end: int) -> int:
+        limits = self.limits
+        is_last = end == self.stages.layers
+        return limits.workspace(StagePlace(worker.threads, limits.context_length, is_last, worker.device))
+
+    @property
+    def window_group(self) -> WindowGroup | None:
+        """Layers that have KV blocks of their own."""
+        return window_group(self.stages.window, self.limits.context_length, self.limits.max_rows)
+
+    def window_blocks(self, kv_blocks: int) -> int:
+        """Beside so many blocks of other layers; 0 where all layers have these."""
+        group = self.window_group
+        return (
+            0
+            if group is None
+            else group.blocks_beside(kv_blocks, self.limits.context_length, self.limits.max_sequences)
+        )
+
+    def kv_bytes(self, start: int, end: int, kv_blocks: int) -> int:
+        """KV memory of a stage with so many blocks."""
+        return int(self._kv_table(kv_blocks)[start, end])
+
+    def _kv_table(self, kv_blocks: int) -> Counts:
+        """`kv_bytes` of all stages."""
+        stages = self.stages
+        windowed = 0 if self.window_group is None else stages.window_token_bytes
+        table: Counts = ((stages.kv_token_bytes - windowed) * kv_blocks) * KV_BLOCK_TOKENS
+        return table + windowed * (self.window_blocks(kv_blocks) * KV_BLOCK_TOKENS)
+
+    def _blocks_in(self, start: int, end: int, kv_bytes: int, most: int) -> int:
+        """How many blocks such a stage has in so much KV memory, no more than `most`."""
+        if self.window_group is None:
+            return min(most, kv_bytes // (int(self.stages.kv_token_bytes[start, end]) * KV_BLOCK_TOKENS))
+        if self.stages.kv_token_bytes[start, end] == self.stages.window_token_bytes[start, end]:
+            most = min(most, self.limits.context_blocks * self.limits.max_sequences)  # more of them cost nothing
+        least = 0
+        while least < most:
+            middle = (least + most + 1) // 2
+            fits = self.kv_bytes(start, end, middle) <= kv_bytes
+            least, most = (middle, most) if fits else (least, middle - 1)
+        return least
+
+    def context_bytes(self, start: int, end: int, contexts: int = 1) -> int:
+        """KV memory of whole contexts."""
+        return self.kv_bytes(start, end, contexts * self.limits.context_blocks)
+
+    def parts(self, worker: WorkerFacts, start: int, end: int, contexts: int) -> Mapping[str, int]:
+        """What the stage takes, with KV memory for that many whole contexts as far as the given KV memory goes."""
+        kv, given = self.context_bytes(start, end, contexts) if contexts else 0, self.limits.kv_memory_bytes
+        return {
+            "weights": self.stages.weight_bytes(start, end),
+            "KV memory": kv if given is None else min(kv, given),
+            "workspace": self.workspace_bytes(worker, start, end),
+        }
+
+    def kv_blocks(self, cut: Cut) -> int:
+        """Blocks that every stage has room for: at most what all sequences at their longest take, unless the KV memory
+        is given."""
+        most = self.limits.context_blocks * self.limits.max_sequences
+        return min((self._stage_blocks(worker, start, end, most) for worker, start, end in cut), default=0)
+
+    def _stage_blocks(self, worker: WorkerFacts, start: int, end: int, most: int) -> int:
+        given = self.limits.kv_memory_bytes
+        if worker.memory_bytes is None:
+            return most if given is None else self._blocks_in(start, end, given, MAX_KV_BLOCKS)
+        left = worker.memory_bytes - sum(self.parts(worker, start, end, 0).values())
+        if given is not None:
+            return self._blocks_in(start, end, min(given, left), MAX_KV_BLOCKS)
+        least = min(self.context_bytes(start, end), left)
+        return self._blocks_in(start, end, max(least, left // 2), most)
+
+    def missing_kv_bytes(self, start: int, end: int) -> int:
+        """What the given KV memory lacks for one whole context."""
+        given = self.limits.kv_memory_bytes
+        return 0 if given is None else max(0, self.context_bytes(start, end) - given)
+
+    def missing_bytes(self, worker: WorkerFacts, start: int, end: int, contexts: int) -> int:
+        """What the worker's memory lacks for the stage with KV memory for that many contexts."""
+        short_of_given = self.missing_kv_bytes(start, end)
+        if worker.memory_bytes is None:
+            return short_of_given
+        return max(short_of_given, sum(self.parts(worker, start, end, contexts).values()) - worker.memory_bytes, 0)
+
+    def fits(self, worker: WorkerFacts, start: int, end: int, contexts: int) -> bool:
+        return self.missing_bytes(worker, start, end, contexts) == 0
+
+    def missing_table(self, worker: WorkerFacts, contexts: int) -> Table:
+        """`missing_bytes` of all stages, on the worker's devices together; infinite where start >= end."""
+        if worker.gpus:
+            return self.over_devices(worker, contexts, lambda device: self.missing_table(device, contexts))
+        stages, given = self.stages, self.limits.kv_memory_bytes
+        context = self._kv_table(self.limits.context_blocks)
+        missing = np.zeros_like(context) if given is None else np.maximum(context - given, 0)
+        if worker.memory_bytes is not None:
+            kv = self._kv_table(contexts * self.limits.context_blocks)
+            kv = kv if given is None else np.minimum(kv, given)
+            workspace = [self._workspace_to(worker, end) for end in range(stages.layers + 1)]
+            held = stages.held_bytes + self.limits.rounding(worker.device)
+            missing = np.maximum(missing, held + kv + workspace - worker.memory_bytes)
+        return np.where(stages.stages, missing, np.inf)
+
+    def _division(self, worker: WorkerFacts, contexts: int) -> Division:
+        return divide(worker, self.stages.layers, lambda device: self.missing_table(device, contexts))
+
+    def over_devices(self, worker: WorkerFacts, contexts: int, table: Callable[[WorkerFacts], Table]) -> Table:
+        """What `table` has of the worker; of one with cards, of each device for the layers that it holds, together."""
+        return self._division(worker, contexts).sums(table) if worker.gpus else table(worker)
+
+    def held(self, worker: WorkerFacts, start: int, end: int, contexts: int) -> tuple[Held, ...]:
+        """Which of its devices hold which layers of a stage."""
+        return self._division(worker, contexts).held(start, end) if worker.gpus else ((worker, start, end),)

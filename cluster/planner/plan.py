@@ -1,0 +1,102 @@
+"""What a plan says: who holds which layers, what that takes, and how fast it should be. Values only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llamaclust.core.gpus import DeviceLayers
+
+_PROMPT_TOKENS = 512
+
+
+def usual_prompt_tokens(context_length: int) -> int:
+    """Of the prompts that plans are made for."""
+    return min(_PROMPT_TOKENS, context_length)
+
+
+@dataclass(frozen=True, slots=True)
+class DevicePlan:
+    """Layers [start, end) of a stage on one of its worker's devices."""
+
+    device: str
+    start: int
+    end: int
+    weight_bytes: int
+    kv_bytes: int
+    workspace_bytes: int
+    memory_bytes: int | None  # what the worker may take of it; None: unknown
+
+    @property
+    def bytes(self) -> int:
+        """All that it takes there."""
+        return self.weight_bytes + self.kv_bytes + self.workspace_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class StagePlan:
+    """Layers [start, end) on a worker."""
+
+    worker: str
+    start: int
+    end: int
+    weight_bytes: int
+    kv_bytes: int
+    workspace_bytes: int
+    memory_bytes: int | None  # what the worker may take; None: unknown
+    devices: tuple[DevicePlan, ...] = ()  # of a worker with GPUs: what is where; the figures above are their sums
+
+    @property
+    def device_layers(self) -> tuple[DeviceLayers, ...]:
+        """What its worker is told of that."""
+        return tuple(DeviceLayers(one.device, one.start, one.end) for one in self.devices)
+
+    @property
+    def bytes(self) -> int:
+        """All that the stage takes."""
+        return self.weight_bytes + self.kv_bytes + self.workspace_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Spare:
+    """A worker without layers, and why."""
+
+    worker: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class StagePrediction:
+    """How long a stage computes."""
+
+    decode_ms: float  # one token of one sequence
+    prefill_ms: float  # each prompt token
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What a plan should bring."""
+
+    stages: tuple[StagePrediction, ...]
+    token_ms: float  # from token to token of one sequence alone
+    links_ms: float  # of it, on the way from stage to stage
+    ttft_ms: float  # first token after a prompt of `prompt_tokens`
+    tokens_per_s: float  # of as many sequences as may run together
+    limiting: str  # worker whose stage takes longest
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Stages in order, from the embedding to the head."""
+
+    stages: tuple[StagePlan, ...]
+    kv_blocks: int
+    context_length: int
+    spares: tuple[Spare, ...]
+    prediction: Prediction | None  # None where something was not measured
+    window_blocks: int = 0  # of layers with a window, where they have blocks of their own
+    excess: float | None = None  # how far it may be from the best plan; None: nothing better is possible, or by hand
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Of the prompts that plans are made for."""
+        return usual_prompt_tokens(self.context_length)

@@ -1,0 +1,1 @@
+"""Pure: from requests to microbatches. Continuous batching, KV block tables, prefix cache, preemption."""

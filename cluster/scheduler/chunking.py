@@ -1,0 +1,56 @@
+"""How many prompt tokens go into one microbatch."""
+
+from __future__ import annotations
+
+from math import sqrt
+
+from llamaclust.cluster.scheduler.settings import SchedulerSettings
+from llamaclust.cluster.scheduler.stage_times import StageTimes
+
+_FIRST_ROWS = 64
+"""Before anything was measured: small enough for a slow machine, large enough not to matter on a fast one."""
+
+_LEAST_ROWS = 16
+
+
+_EFFICIENT = 4
+"""Computing a chunk's rows is to take so many times as long as what a chunk costs by itself."""
+
+
+def chunk_rows(
+    settings: SchedulerSettings, times: StageTimes, burst: int, left: int, decoding: int, *, alone: bool
+) -> int:
+    """Prefill rows of the next microbatch, which also has `decoding` rows; `burst` prompt tokens came together, `left`
+    of them are still to be computed; `alone`: nobody decodes, in other microbatches neither.
+
+    A chunk takes the slowest stage `prefill_ms` at most, or 16 rows where they take longer, so that those who decode do
+    not wait longer (`prefill_alone_ms` while there are none); and no more than what finishes the burst soonest: k
+    chunks on S stages end after (k + S - 1) * (a + b * burst / k), with stage time a + b * rows, which is least at
+    burst / k = sqrt(burst * a / ((S - 1) * b)). The last chunks are smaller yet, half of what is left each: while later
+    stages compute them, the first ones have nothing to do.
+    """
+    most = settings.max_rows - decoding
+    if settings.prefill_chunk is not None:
+        return min(settings.prefill_chunk, most)
+    slowest = _slowest(times)
+    if slowest is None:
+        return min(_FIRST_ROWS, most)
+    fixed_ns, row_ns = slowest
+    longest_ms = settings.prefill_alone_ms if alone else settings.prefill_ms
+    fit = (longest_ms * 1e6 - fixed_ns) / row_ns - decoding
+    rows = min(most, max(fit, _LEAST_ROWS))
+    if times.stages > 1:
+        soonest = sqrt(burst * max(fixed_ns, row_ns) / ((times.stages - 1) * row_ns))
+        last = max(left / 2, _EFFICIENT * fixed_ns / row_ns)
+        rows = min(rows, max(min(soonest, last), _LEAST_ROWS))
+    return min(most, max(1, int(rows) // _LEAST_ROWS * _LEAST_ROWS))
+
+
+def _slowest(times: StageTimes) -> tuple[float, float] | None:
+    """(ns of a microbatch, ns of a row): a line through the slowest stage's times of small and large chunks."""
+    small, large = times.prefill.predict(_LEAST_ROWS), times.prefill.predict(8 * _LEAST_ROWS)
+    if small is None or large is None:
+        return None
+    stage = large.index(max(large))
+    row_ns = max((large[stage] - small[stage]) / (7 * _LEAST_ROWS), 1.0)
+    return max(small[stage] - row_ns * _LEAST_ROWS, 0.0), row_ns

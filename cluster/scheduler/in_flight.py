@@ -1,0 +1,94 @@
+"""Microbatches in flight: their numbers, what is due next, and what their results say of stage times. Pure."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from llamaclust.cluster.scheduler.sequences import Part
+from llamaclust.cluster.scheduler.stage_times import StageTimes
+from llamaclust.core.errors import WireError
+from llamaclust.wire.microbatch.messages import Microbatch, Result, SamplingInputs
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledMicrobatch:
+    """What goes to the pipeline."""
+
+    microbatch: Microbatch
+    inputs: SamplingInputs
+
+
+@dataclass(slots=True)
+class _Sent:
+    number: int
+    parts: tuple[Part, ...]
+    decoding: int  # parts that are decode: the first ones
+    is_ahead: bool  # follows tokens that were not known when it was sent
+    alone: bool  # nothing is in flight meanwhile but what it follows or what follows it
+    sent_ns: int
+    begun_ns: int  # sent, and what it follows came back
+
+    @property
+    def is_decode(self) -> bool:
+        return self.decoding == len(self.parts)
+
+
+class Flight:
+    """Those of one epoch, in order."""
+
+    def __init__(self, model_id: str, epoch: int, times: StageTimes) -> None:
+        self._model_id = model_id
+        self._epoch = epoch
+        self._times = times
+        self._next_number = 0
+        self._sent: deque[_Sent] = deque()
+
+    def __len__(self) -> int:
+        return len(self._sent)
+
+    @property
+    def decoding(self) -> int:
+        """How many have decode in them."""
+        return sum(sent.decoding > 0 for sent in self._sent)
+
+    @property
+    def oldest_ns(self) -> int | None:
+        """When the one that is in flight for longest was sent."""
+        return self._sent[0].sent_ns if self._sent else None
+
+    def send(self, parts: tuple[Part, ...], decoding: int, now_ns: int) -> ScheduledMicrobatch:
+        """The next microbatch, of these parts."""
+        number = self._next_number
+        self._next_number += 1
+        is_ahead = any(part.chunk.follows for part in parts)
+        if not is_ahead:
+            for other in self._sent:
+                other.alone = False
+        alone = is_ahead or not self._sent
+        self._sent.append(_Sent(number, parts, decoding, is_ahead, alone, now_ns, now_ns))
+        row = 0
+        for part in parts:
+            row += len(part.tasks)
+            if part.is_sampled:
+                part.sequence.sampled_at = (number, row - 1)
+        chunks = tuple(part.chunk for part in parts)
+        tasks = tuple(task for part in parts for task in part.tasks)
+        return ScheduledMicrobatch(
+            Microbatch(self._model_id, self._epoch, number, chunks), SamplingInputs(self._epoch, number, tasks)
+        )
+
+    def landed(self, result: Result, now_ns: int) -> tuple[Part, ...]:
+        """The parts that a result is for. WireError where it is not the answer to the microbatch that is due."""
+        due = self._sent[0] if self._sent else None
+        if due is None or (result.epoch, result.number) != (self._epoch, due.number):
+            expected = f"microbatch {due.number} of epoch {self._epoch}" if due else "nothing"
+            raise WireError(f"a result for microbatch {result.number} of epoch {result.epoch}, but {expected} is due")
+        outputs = sum(len(part.tasks) for part in due.parts)
+        if len(result.rows) != outputs:
+            raise WireError(f"microbatch {due.number} came back with {len(result.rows)} results instead of {outputs}")
+        self._sent.popleft()
+        if self._sent and self._sent[0].is_ahead:
+            self._sent[0].begun_ns = now_ns
+        self._times.learn(result, due.is_decode, due.alone, now_ns - due.begun_ns, was_ahead=due.is_ahead)
+        return due.parts

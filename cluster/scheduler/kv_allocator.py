@@ -1,0 +1,106 @@
+"""KV memory as the scheduler sees it: sequences get blocks, share those of equal beginnings, give them back."""
+
+from __future__ import annotations
+
+from llamaclust.cluster.scheduler.kv_blocks import KvBlocks
+from llamaclust.cluster.scheduler.kv_window import KvWindow
+from llamaclust.cluster.scheduler.prefix_cache import PrefixCache
+from llamaclust.cluster.scheduler.sequences import Sequence
+from llamaclust.cluster.scheduler.settings import SchedulerSettings
+from llamaclust.model.program import KV_BLOCK_TOKENS
+
+
+class KvMemory:
+    """The blocks of all stages and what they are known to hold."""
+
+    def __init__(self, settings: SchedulerSettings) -> None:
+        self.blocks = KvBlocks(settings.kv_blocks)
+        self._cache = _cache(self.blocks, settings)
+        self.window = _window(settings)
+        self._filling: set[bytes] = set()
+
+    def begin_microbatch(self) -> None:
+        """What was filled so far is there for those who come in this microbatch."""
+        self._filling.clear()
+
+    def admit(self, sequence: Sequence, reserve: int) -> bool:
+        """Gives a sequence blocks for all rows to compute, cached ones first, if that leaves `reserve` blocks.
+
+        It waits as well where the microbatch that is being made fills blocks that it could share: rows of one
+        microbatch must not count on each other's.
+        """
+        found, idle = self._cache.find(sequence.chain, sequence.tokens, sequence.first_output)
+        if self.window is not None:
+            if not self.window.can_begin(sequence, reserve):
+                return False
+            found = self.window.usable(sequence.chain, found)
+            idle = sum(self.blocks.holds_idle(key) is True for key in sequence.chain[:found])
+        fresh = sequence.blocks_needed - found
+        if fresh + idle + reserve > self.blocks.available:
+            return False
+        if self._filling and not self._filling.isdisjoint(sequence.chain[:found]):
+            return False
+        for key in sequence.chain[:found]:
+            sequence.table.append(self.blocks.hold(key))
+        for _ in range(fresh):
+            sequence.table.append(self.blocks.take())
+        if self.window is not None:
+            self.window.begin(sequence, found)
+        sequence.rewind(found * KV_BLOCK_TOKENS)
+        return True
+
+    def grow(self, sequence: Sequence) -> bool:
+        """Gives a sequence the blocks for its next row; False where none is left."""
+        if self.window is not None and not self.window.promise(sequence):
+            return False
+        if len(sequence.table) < sequence.blocks_needed:
+            if not self.blocks.available:
+                return False
+            sequence.table.append(self.blocks.take())
+        self.reach(sequence, 1)
+        return True
+
+    def reach(self, sequence: Sequence, rows: int) -> None:
+        """What only rows that are computed now take: so many of a sequence are next."""
+        if self.window is not None:
+            self.window.reach(sequence, rows)
+
+    def filled(self, sequence: Sequence) -> None:
+        """Rows up to `scheduled` are in the microbatch that is being made: later ones may share full blocks of known
+        tokens."""
+        full = min(sequence.scheduled, len(sequence.tokens)) // KV_BLOCK_TOKENS
+        if full > sequence.labelled:
+            self._cache.label(sequence.chain, sequence.tokens, sequence.table.blocks, sequence.labelled, full)
+            if self.window is not None:
+                self.window.label(sequence, full)
+            self._filling.update(sequence.chain[sequence.labelled : full])
+            sequence.labelled = full
+        if self.window is not None:
+            self.window.leave_behind(sequence)
+
+    def end_microbatch(self) -> None:
+        """The microbatch is made: what only its rows still read may be written by those after it."""
+        if self.window is not None:
+            self.window.end_microbatch()
+
+    def distrust(self, sequence: Sequence) -> None:
+        """Nobody is given a block any more for what this sequence's tokens have put into it."""
+        self.blocks.unlabel(sequence.chain)
+        if self.window is not None:
+            self.window.blocks.unlabel(sequence.chain)
+
+    def release(self, sequence: Sequence) -> None:
+        """Takes all blocks from a sequence."""
+        self.blocks.release(sequence.table.clear())
+        if self.window is not None:
+            self.window.release(sequence)
+        sequence.rewind(0)
+
+
+def _cache(blocks: KvBlocks, settings: SchedulerSettings) -> PrefixCache:
+    return PrefixCache(blocks, settings.model_id, settings.kv_type, settings.prefix_cache)
+
+
+def _window(settings: SchedulerSettings) -> KvWindow | None:
+    group = settings.window_group
+    return None if group is None else KvWindow(group, _cache(KvBlocks(settings.window_blocks), settings))

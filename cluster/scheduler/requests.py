@@ -1,0 +1,84 @@
+"""What the engine is asked and what it answers, in token ids: text, stop strings and HTTP are its callers' matter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from llamaclust.core.sampling import RowResult, SamplingParams
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"  # an end-of-generation or stop token (it is the last event's token), or the caller's stop string
+    LENGTH = "length"  # max_tokens or the context is used up
+    ABORT = "abort"  # the caller went away
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """One sequence to run: a prompt and how to go on from it."""
+
+    request_id: str
+    prompt: tuple[int, ...]
+    max_tokens: int  # 0: score the prompt only
+    params: SamplingParams = field(default_factory=SamplingParams)
+    seed: int = 0
+    choice: int = 0
+    stop_token_ids: frozenset[int] = frozenset()
+    min_tokens: int = 0  # stop tokens are suppressed until that many are generated
+    top_logprobs: int = 0
+    penalty_window: int = 64  # tokens (prompt and answer) before the one to be chosen that penalties count
+    dry_window: int = 0  # likewise those that DRY looks at
+    breakers: Mapping[int, tuple[tuple[int, ...], ...]] = field(default_factory=dict)  # for DRY, by first token
+    score_from: int | None = None  # prompt tokens [max(score_from, 1), end) get logprobs; None: none are scored
+
+    @property
+    def looks_for_repetitions(self) -> bool:
+        """Whether DRY is among its samplers."""
+        return self.params.chain is not None and self.params.chain.needs_history
+
+    @property
+    def history_window(self) -> int:
+        """Newest tokens that its samplers look at."""
+        penalties = self.penalty_window if self.params.needs_history else 0
+        return max(penalties, self.dry_window) if self.looks_for_repetitions else penalties
+
+
+@dataclass(frozen=True, slots=True)
+class PromptScored:
+    """Logprobs of prompt tokens [start, start + len(rows)): rows[i].token is the prompt's own token."""
+
+    start: int
+    rows: tuple[RowResult, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenChosen:
+    """One generated token."""
+
+    row: RowResult
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Times of one request, in milliseconds from admission; counts in tokens."""
+
+    queue_ms: float
+    ttft_ms: float
+    prefill_tok_s: float
+    decode_tok_s: float
+    prompt_tokens: int
+    cached_tokens: int
+    generated_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The last event of a request that ended well. One that failed ends with an exception from the stream instead."""
+
+    reason: FinishReason
+    timings: Timings
+
+
+Event = PromptScored | TokenChosen | Finished

@@ -1,0 +1,261 @@
+"""One request's state: tokens, block table, progress, times. Tokens and Mirostat's mu are enough to run it again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from llamaclust.cluster.scheduler.breakers import SeenBreakers
+from llamaclust.cluster.scheduler.kv_blocks import BlockTable, WindowTable
+from llamaclust.cluster.scheduler.requests import (
+    Event,
+    Finished,
+    FinishReason,
+    Generation,
+    PromptScored,
+    Timings,
+    TokenChosen,
+)
+from llamaclust.core.sampling import RowResult, RowTask, SampleTask, ScoreTask
+from llamaclust.model.program import KV_BLOCK_TOKENS
+from llamaclust.wire.microbatch.messages import Chunk
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The last update of a request whose own row had no answer; others go on."""
+
+    message: str
+
+
+Update = Event | Failed
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Some rows of a sequence in a microbatch, and what its output rows are for."""
+
+    sequence: Sequence
+    chunk: Chunk
+    tasks: tuple[RowTask, ...]
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether its last row chooses a token."""
+        return bool(self.tasks) and isinstance(self.tasks[-1], SampleTask)
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A prompt and the tokens chosen so far, and how far their keys and values are computed."""
+
+    key: int  # ascending with arrival
+    generation: Generation
+    max_tokens: int  # chosen tokens at most, the context considered
+    arrived_ns: int
+    tokens: list[int]  # prompt, then answer
+    breakers: SeenBreakers  # for DRY
+    mu: float = 0.0  # of Mirostat, for the next token
+    table: BlockTable = field(default_factory=BlockTable)
+    window: WindowTable = field(default_factory=WindowTable)
+    chain: list[bytes] = field(default_factory=list)  # prefix cache keys of the tokens' full blocks
+    labelled: int = 0  # blocks of the table that the prefix cache knows
+    scheduled: int = 0  # tokens whose keys and values are computed or under way
+    next_score: int = 0  # first prompt row that is still to be scored
+    scored: int = 0  # first prompt row whose score is still to come
+    in_flight: int = 0  # microbatches
+    sampling: int = 0  # tokens that microbatches in flight will choose: 2 at most
+    sampled_at: tuple[int, int] = (0, 0)  # where the last of them is, or was: microbatch and output row
+    is_decoding: bool = False  # tokens[:-1] are computed and the last one was chosen
+    is_finished: bool = False
+    is_retried: bool = False  # since a row had no answer; the next answer ends that
+    is_void: bool = False  # what is in flight is of a computation that was thrown away
+    cached_tokens: int | None = None  # found in the prefix cache at first admission
+    started_ns: int = 0
+    first_ns: int = 0  # first answer
+    last_ns: int = 0
+
+    @property
+    def prompt_length(self) -> int:
+        return len(self.generation.prompt)
+
+    @property
+    def generated(self) -> int:
+        return len(self.tokens) - len(self.generation.prompt)
+
+    @property
+    def target(self) -> int:
+        """Rows to compute: all tokens, but the last one where nothing is chosen after it."""
+        return len(self.tokens) if self.max_tokens else len(self.tokens) - 1
+
+    @property
+    def remaining(self) -> int:
+        return self.target - self.scheduled
+
+    @property
+    def awaits_decode(self) -> bool:
+        """Whether its last token is chosen and not yet on its way."""
+        return self.is_decoding and self.scheduled < len(self.tokens)
+
+    @property
+    def may_go_ahead(self) -> bool:
+        """Whether the row after its last token can be sent now, before that row's token is known."""
+        return (
+            self.is_decoding
+            and self.sampling == 1
+            and self.scheduled == len(self.tokens)
+            and self.generated + 1 < self.max_tokens
+            and not self.generation.params.needs_state
+        )
+
+    @property
+    def first_output(self) -> int:
+        """Rows [first_output, target) are scored or sampled."""
+        if self.next_score < self.prompt_length - 1:
+            return self.next_score
+        return len(self.tokens) - 1
+
+    @property
+    def has_work(self) -> bool:
+        """Whether there is anything to compute for it: a prompt with no token to score and none to choose has not."""
+        return self.max_tokens > 0 or self.next_score < self.prompt_length - 1
+
+    @property
+    def blocks_needed(self) -> int:
+        """Blocks that the rows to compute take."""
+        return -(-max(self.target, self.scheduled + 1) // KV_BLOCK_TOKENS)
+
+    def rows_within(self, rows: int, outputs: int) -> int:
+        """How many of the next rows fit where at most that many rows and output rows do."""
+        before_outputs = max(0, self.first_output - self.scheduled)
+        return min(rows, self.remaining, before_outputs + outputs)
+
+    def take(self, rows: int) -> Part:
+        """The next rows of a prompt, or of tokens that are computed again, as a part of a microbatch."""
+        start, end = self.scheduled, self.scheduled + rows
+        tasks = self._tasks(max(start, self.first_output), end)
+        if tasks:
+            self.next_score = max(self.next_score, min(end, self.prompt_length - 1))
+        return self._part(tuple(self.tokens[start:end]), tasks)
+
+    def take_token(self) -> Part:
+        """The last token of one that awaits decode or may go ahead, as a part of a microbatch."""
+        if self.sampling:
+            return self._part((0,), (self._sample_task(),), self.sampled_at)
+        return self._part((self.tokens[-1],), (self._sample_task(),))
+
+    def _part(
+        self, tokens: tuple[int, ...], tasks: tuple[RowTask, ...], follows: tuple[int, int] | None = None
+    ) -> Part:
+        window = self.window
+        chunk = Chunk(
+            tokens,
+            self.scheduled,
+            self.table.runs,
+            len(tasks),
+            follows,
+            window.runs,
+            window.start if window.blocks else 0,
+        )
+        self.scheduled += len(tokens)
+        self.in_flight += 1
+        part = Part(self, chunk, tasks)
+        self.sampling += part.is_sampled
+        return part
+
+    def rewind(self, cached: int) -> None:
+        """Only the keys and values of tokens[:cached] are there."""
+        self.scheduled = cached
+        self.labelled = cached // KV_BLOCK_TOKENS
+        self.is_decoding = False
+
+    def restart(self) -> None:
+        """Nothing of it is computed or under way: its tokens are there, and what was told stays told."""
+        self.table, self.window = BlockTable(), WindowTable()
+        self.rewind(0)
+        self.in_flight = self.sampling = 0
+        self.is_void = False
+        self.next_score = self.scored
+
+    def _tasks(self, start: int, end: int) -> tuple[RowTask, ...]:
+        score_end = min(end, self.prompt_length - 1)
+        top = self.generation.top_logprobs
+        scores = [ScoreTask(self.tokens[row + 1], top) for row in range(start, score_end)]
+        samples = [self._sample_task()] if self.max_tokens and start < end == len(self.tokens) else []
+        return (*scores, *samples)
+
+    def _sample_task(self) -> SampleTask:
+        """For the token after the next row; `sampling` tokens before it are not known yet."""
+        ask = self.generation
+        window, with_dry = ask.history_window, ask.looks_for_repetitions
+        known = max(0, len(self.tokens) - window + self.sampling)
+        return SampleTask(
+            ask.params,
+            ask.seed,
+            ask.choice,
+            position=len(self.tokens) + self.sampling,
+            history=tuple(self.tokens[known:]) if window else (),
+            suppressed=tuple(sorted(ask.stop_token_ids)) if self.generated + self.sampling < ask.min_tokens else (),
+            top_logprobs=ask.top_logprobs,
+            history_follows=window > 0 and self.sampling > 0,
+            penalty_window=ask.penalty_window if with_dry else None,
+            dry_window=ask.dry_window if with_dry else None,
+            breakers=self.breakers.sequences,
+            mu=self.mu,
+        )
+
+    def answered(self, part: Part, rows: tuple[RowResult, ...], now_ns: int) -> list[Update]:
+        """Takes in the results of a part's output rows."""
+        self.first_ns = self.first_ns or now_ns
+        self.last_ns = now_ns
+        failure = next((row.failure for row in rows if row.failure is not None), None)
+        if failure is not None:
+            return [Failed(failure)]
+        self.is_retried = False
+        updates: list[Update] = []
+        scored = rows[:-1] if part.is_sampled else rows
+        if scored:
+            first_row = part.chunk.position + len(part.chunk.tokens) - len(rows)
+            self.scored = first_row + len(scored)
+            updates.append(PromptScored(first_row + 1, scored))
+        if part.is_sampled:
+            self._append(rows[-1])
+            self.is_decoding = self.scheduled >= len(self.tokens) - 1
+            updates.append(TokenChosen(rows[-1]))
+        reason = self._finish_reason(part.is_sampled)
+        if reason is not None:
+            updates.append(Finished(reason, self.timings()))
+        return updates
+
+    def _append(self, row: RowResult) -> None:
+        self.tokens.append(row.token)
+        self.breakers.add(row.token)
+        if row.mu is not None:
+            self.mu = row.mu
+
+    def _finish_reason(self, is_sampled: bool) -> FinishReason | None:
+        if not is_sampled:
+            is_scored = self.next_score >= self.prompt_length - 1 and self.in_flight == 0
+            return FinishReason.LENGTH if self.max_tokens == 0 and is_scored else None
+        if self.tokens[-1] in self.generation.stop_token_ids:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if self.generated >= self.max_tokens else None
+
+    def timings(self) -> Timings:
+        """In milliseconds from arrival, as far as it came."""
+        started = self.started_ns or self.arrived_ns
+        first = self.first_ns or started
+        cached = self.cached_tokens or 0
+        return Timings(
+            queue_ms=(started - self.arrived_ns) / 1e6,
+            ttft_ms=(first - self.arrived_ns) / 1e6,
+            prefill_tok_s=_rate(self.prompt_length - cached, first - started),
+            decode_tok_s=_rate(self.generated - 1, self.last_ns - first),
+            prompt_tokens=self.prompt_length,
+            cached_tokens=cached,
+            generated_tokens=self.generated,
+        )
+
+
+def _rate(tokens: int, ns: int) -> float:
+    """Tokens per second; 0 where there was nothing to measure."""
+    return tokens / ns * 1e9 if tokens > 0 and ns > 0 else 0.0

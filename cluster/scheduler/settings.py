@@ -1,0 +1,53 @@
+"""What the scheduler and the engine are set to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llamaclust.cluster.scheduler.kv_groups import WindowGroup
+from llamaclust.model.program import KV_BLOCK_TOKENS, KvType
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerSettings:
+    """Fixed for the life of a scheduler. Stages must be loaded with limits that are at least these."""
+
+    model_id: str
+    vocabulary: int
+    context_length: int
+    kv_blocks: int
+    kv_type: KvType = KvType.F16
+    max_sequences: int = 32  # running together; each is in a microbatch at most once
+    max_waiting: int = 256
+    max_rows: int = 512  # of one microbatch; bounds the bytes of its hidden state on a link
+    max_outputs: int = 64  # sampled and scored rows of one microbatch
+    prefill_chunk: int | None = None  # prompt tokens of one microbatch, at most; None: by predicted time
+    prefill_ms: float = 100.0  # predicted time of a microbatch with prefill on the slowest stage, at most
+    prefill_alone_ms: float = 400.0  # the same while nobody decodes: larger chunks read the weights less often
+    prefix_cache: bool = True
+    window: int | None = None  # of layers that have blocks of their own
+    window_blocks: int = 0  # these
+
+    def __post_init__(self) -> None:
+        assert self.max_sequences < self.max_rows, "a microbatch must have room for all that decode and a prefill row"
+        assert self.max_sequences <= self.max_outputs, "all that decode together must have an output row"
+        assert self.kv_blocks >= 1
+        group = self.window_group
+        assert group is None or self.window_blocks >= group.sequence_blocks + group.row_blocks, self.window_blocks
+
+    @property
+    def window_group(self) -> WindowGroup | None:
+        return None if self.window is None else WindowGroup(self.window, self.max_rows)
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of one sequence, prompt and answer: the context, or all of KV memory where that is less."""
+        return min(self.context_length, self.kv_blocks * KV_BLOCK_TOKENS)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """Deadlines, in seconds."""
+
+    request_s: float = 600.0  # from a request's arrival to its last token
+    result_s: float = 300.0  # from a microbatch's start to its result

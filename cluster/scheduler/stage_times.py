@@ -1,0 +1,138 @@
+"""What stages take, learned from results: predictions for the scheduler. Pure: times come in as numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import ceil
+
+from llamaclust.wire.microbatch.messages import Result, StageTiming
+
+_SLOW_WEIGHT = 0.1
+_FAST_WEIGHT = 0.4
+"""A sample above the estimate weighs less than one below it: hiccups make a step slow, nothing makes one too fast."""
+
+_FIXED_ROWS = 10
+"""Reading the weights is taken to cost as much as computing that many rows, while only one number of rows was seen."""
+
+_WORTH_HIDING = 0.02
+"""Of a round: a smaller share for links and coordinator is not worth sending steps ahead, for which newcomers wait."""
+
+_NEGLIGIBLE = 0.02
+"""A bubble of this share of a stage's time is not worth one more microbatch in flight."""
+
+
+def _occupied_ns(timing: StageTiming) -> int:
+    """How long a microbatch keeps a stage from the next one."""
+    return timing.compute_ns + timing.wire_ns
+
+
+def _moved(estimate: float, sample: float) -> float:
+    weight = _SLOW_WEIGHT if sample > estimate else _FAST_WEIGHT
+    return estimate + weight * (sample - estimate)
+
+
+class Curve:
+    """Time of one stage over the rows of a microbatch: one learned point for each power of two, lines between them."""
+
+    __slots__ = ("_points",)
+
+    def __init__(self) -> None:
+        self._points: dict[int, tuple[float, float]] = {}  # bucket: (rows, ns), buckets ascending
+
+    def learn(self, rows: int, ns: float) -> None:
+        bucket = (rows - 1).bit_length()
+        point = self._points.get(bucket)
+        if point is None:
+            self._points[bucket] = (rows, ns)
+            self._points = dict(sorted(self._points.items()))
+        else:
+            self._points[bucket] = (point[0] + 0.25 * (rows - point[0]), _moved(point[1], ns))
+
+    def predict(self, rows: float, other: Curve | None = None) -> float | None:
+        """Nanoseconds for that many rows; None before the first sample.
+
+        One point alone says nothing about the slope: `other`, a curve learned in other circumstances, adds its points.
+        """
+        points = list(self._points.values())
+        if len(points) < 2 and other is not None:
+            points = sorted((other._points | self._points).values())
+        if not points:
+            return None
+        if len(points) == 1:
+            (seen, ns) = points[0]
+            return ns * (_FIXED_ROWS + rows) / (_FIXED_ROWS + seen)
+        index = next((i for i in range(1, len(points) - 1) if rows <= points[i][0]), len(points) - 1)
+        (low, low_ns), (high, high_ns) = points[index - 1], points[index]
+        slope = min(max(0.0, (high_ns - low_ns) / max(high - low, 0.5)), high_ns / high)
+        return max(low_ns + slope * (rows - low), 0.0)
+
+
+class StageCurves:
+    """The curves of all stages for one kind of microbatch."""
+
+    def __init__(self, stages: int) -> None:
+        self._curves = [Curve() for _ in range(stages)]
+
+    def learn(self, rows: int, timings: Sequence[StageTiming]) -> None:
+        for curve, timing in zip(self._curves, timings, strict=True):
+            curve.learn(rows, _occupied_ns(timing))
+
+    def predict(self, rows: float, other: StageCurves | None = None) -> list[float] | None:
+        """Nanoseconds on each stage; None before the first sample. `other` as for curves."""
+        helpers = other._curves if other is not None else [None] * len(self._curves)
+        times = [curve.predict(rows, helper) for curve, helper in zip(self._curves, helpers, strict=True)]
+        return None if None in times else [ns for ns in times if ns is not None]
+
+
+class StageTimes:
+    """Curves by kind: decode alone in the pipeline, decode beside other microbatches, and anything with prefill."""
+
+    def __init__(self, stages: int) -> None:
+        self.stages = stages
+        self.alone = StageCurves(stages)
+        self.beside = StageCurves(stages)
+        self.prefill = StageCurves(stages)
+        self.transit_ns = 0.0  # of a round, beyond the stages' times: links, and the coordinator where it waits for it
+        self.whole_transit_ns = 0.0  # the same where no step was sent ahead
+        self._recent_ns: list[float] | None = None
+
+    def learn(
+        self, result: Result, is_decode: bool, was_alone: bool, elapsed_ns: int, *, was_ahead: bool = False
+    ) -> None:
+        """From a microbatch that took `elapsed_ns` in all, or since the one before came back where it was sent ahead of
+        that; `was_alone`: no other was in flight meanwhile but one ahead of it."""
+        timings = result.timings
+        if len(timings) != self.stages:
+            return
+        decode = self.alone if was_alone else self.beside
+        (decode if is_decode else self.prefill).learn(timings[0].rows, timings)
+        self._learn_recent(timings)
+        if was_alone:  # behind others it would wait where no stage sees it
+            transit = max(0.0, elapsed_ns - sum(t.queue_ns + _occupied_ns(t) for t in timings))
+            self.transit_ns = _moved(self.transit_ns, transit) if self.transit_ns else transit
+            if not was_ahead:
+                whole = self.whole_transit_ns
+                self.whole_transit_ns = _moved(whole, transit) if whole else transit
+
+    def forget_beside(self) -> None:
+        """Decode beside other microbatches is measured anew when it is next tried."""
+        self.beside = StageCurves(self.stages)
+
+    @property
+    def ahead_pays(self) -> bool:
+        """Whether decode steps are to be sent before the tokens that they follow are known."""
+        return self._recent_ns is not None and self.whole_transit_ns > _WORTH_HIDING * sum(self._recent_ns)
+
+    @property
+    def in_flight(self) -> int:
+        """Microbatches that keep the slowest stage busy: ceil(cycle time / slowest stage time), at least the stages."""
+        if self._recent_ns is None:
+            return self.stages + 1
+        slowest = max(*self._recent_ns, 1.0)
+        wanted = ceil((sum(self._recent_ns) + self.transit_ns) / slowest - _NEGLIGIBLE)
+        return max(self.stages, min(wanted, 2 * self.stages + 1))
+
+    def _learn_recent(self, timings: Sequence[StageTiming]) -> None:
+        now = [float(_occupied_ns(timing)) for timing in timings]
+        before = self._recent_ns or now
+        self._recent_ns = [old + 0.2 * (new - old) for old, new in zip(before, now, strict=True)]

@@ -1,0 +1,1 @@
+"""The coordinator process: composition root, status, worker metrics."""

@@ -1,0 +1,142 @@
+"""A running cluster: starts workers, measures, opens the first epoch and the engine; undoes it all at the end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from llamaclust.cluster.config.cluster_config import ClusterConfig
+from llamaclust.cluster.control.epochs import Epochs
+from llamaclust.cluster.control.link_monitor import MeasureLinks
+from llamaclust.cluster.control.link_profiling import hops_matter, measure_links
+from llamaclust.cluster.control.plan_inputs import check_plan
+from llamaclust.cluster.control.planning import Planning
+from llamaclust.cluster.control.profiling import measure_workers
+from llamaclust.cluster.control.resource_shares import worker_specs
+from llamaclust.cluster.control.supervisor import Supervisor
+from llamaclust.cluster.engine.engine import Engine
+from llamaclust.cluster.launchers.base import Launcher
+from llamaclust.cluster.launchers.launch import Launch, launching
+from llamaclust.cluster.membership.registry import Registry
+from llamaclust.cluster.planner.links import UNKNOWN
+from llamaclust.cluster.planner.plan import Plan
+from llamaclust.cluster.scheduler.settings import EngineSettings
+from llamaclust.cluster.server.weight_metrics import WeightMetrics
+from llamaclust.cluster.state.directory import ClusterDir, Measurement
+from llamaclust.cluster.state.events import Watch
+from llamaclust.model.loader import Model
+from llamaclust.wire.control.messages import Deadlines
+from llamaclust.wire.rpc.sched_slice import short_slices
+
+_HEARTBEAT_S = 1.0
+_HEARTBEATS = 5
+"""In the time after which a silent worker counts as lost."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """What runs while `open_cluster` is entered."""
+
+    config: ClusterConfig
+    model: Model
+    registry: Registry
+    launcher: Launcher
+    supervisor: Supervisor
+    engine: Engine
+
+    @property
+    def plan(self) -> Plan:
+        """Of the epoch that serves, or served last."""
+        return self.supervisor.epoch.plan
+
+
+@asynccontextmanager
+async def open_cluster(
+    config: ClusterConfig, model_path: Path, folder: ClusterDir, watch: Watch = lambda event: None
+) -> AsyncIterator[Cluster]:
+    """A cluster that is ready for requests. The caller holds `folder`'s lock. On the way out every worker ends.
+
+    Raises DoesNotFitError, ModelFileError, WorkerError or DeadlineError where a start fails; nothing is left running.
+    """
+    with short_slices(), launching(config, folder, watch) as launch:
+        launcher, registry = launch.launcher, _registry(config, launch)
+        model = await asyncio.to_thread(Model.open, model_path, config.chat_template)
+        with closing(model):
+            check_plan(config, model)
+            launcher.check(worker_specs(config), model)
+            async with _stopping(launcher), registry:
+                await launcher.start(worker_specs(config), registry.address, registry.process_exited)
+                named = asyncio.to_thread(lambda: model.tokenizer)  # a bad one is named now
+                config, _ = await asyncio.gather(launch.joined(registry), named)
+                measured = await measure_workers(config, model, registry.workers, folder.path.parent, watch)
+                meter = _link_meter(config, measured, launch, folder, watch)
+                links = UNKNOWN if meter is None else await meter(registry.present)
+                planning = Planning(config, model, launcher.free_memory_bytes(), measured, links)
+                epochs = Epochs(config, model, registry, launch.credentials)
+                supervisor = Supervisor(config, epochs, planning, registry, launcher, watch, meter)
+                async with _engine(config, supervisor, launcher) as engine:
+                    engine.metrics.registry.register(WeightMetrics(registry.workers))
+                    yield Cluster(config, model, registry, launcher, supervisor, engine)
+
+
+def _registry(config: ClusterConfig, launch: Launch) -> Registry:
+    """Workers show so many signs of life that a few may come late."""
+    silence_s = config.timeouts.worker
+    heartbeat_s = min(_HEARTBEAT_S, silence_s / _HEARTBEATS)
+    return Registry(
+        launch.listen,
+        launch.credentials,
+        silence_s=silence_s,
+        deadlines=Deadlines(heartbeat_s=heartbeat_s, coordinator_s=launch.coordinator_s, peer_s=silence_s),
+        last_words=launch.launcher.last_words,
+        welcomes=launch.welcomes,
+        certify=launch.certify,
+        cluster=config.name,
+    )
+
+
+def _link_meter(
+    config: ClusterConfig, measured: Mapping[str, Measurement], launch: Launch, folder: ClusterDir, watch: Watch
+) -> MeasureLinks | None:
+    """None where links are taken to be the usual ones."""
+    if config.launcher == "local" and not hops_matter(measured):
+        return None
+    return partial(measure_links, credentials=launch.credentials, state_dir=folder.path.parent, watch=watch)
+
+
+@asynccontextmanager
+async def _stopping(launcher: Launcher) -> AsyncIterator[None]:
+    """Ends the workers last: those that heard the registry's goodbye have gone by then."""
+    try:
+        yield
+    finally:
+        await launcher.stop()
+
+
+@asynccontextmanager
+async def _engine(config: ClusterConfig, supervisor: Supervisor, launcher: Launcher) -> AsyncIterator[Engine]:
+    """An engine whose pipeline is kept up."""
+    deadlines = EngineSettings(request_s=config.timeouts.request)
+    with launcher.keeping_up(supervisor.given_up), supervisor.cuts:
+        first = await supervisor.start()
+        try:
+            async with Engine(first.pipeline, first.settings, deadlines, supervisor.lost) as engine:
+                keeping = asyncio.create_task(supervisor.keep(engine))
+                keeping.add_done_callback(partial(_broke, engine))
+                try:
+                    yield engine
+                finally:
+                    keeping.cancel()
+                    await asyncio.gather(keeping, return_exceptions=True)
+        finally:
+            await supervisor.epoch.pipeline.close()
+
+
+def _broke(engine: Engine, keeping: asyncio.Task[None]) -> None:
+    error = None if keeping.cancelled() else keeping.exception()
+    if error is not None:
+        engine.break_down(error)

@@ -1,0 +1,220 @@
+"""A cluster and its HTTP API in one process, from the first lock to the last worker's end."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import uvicorn
+
+from llamaclust.cluster.api.admission import Admission
+from llamaclust.cluster.api.app import create_app
+from llamaclust.cluster.api.server import allow_many_files, server_config
+from llamaclust.cluster.api.settings import ApiSettings, read_api_keys
+from llamaclust.cluster.api.starting import starting_replies
+from llamaclust.cluster.config.cluster_config import ClusterConfig
+from llamaclust.cluster.control.notices import requests_told
+from llamaclust.cluster.engine.engine import Engine
+from llamaclust.cluster.server.coordinator import Cluster, open_cluster
+from llamaclust.cluster.server.status import cluster_status
+from llamaclust.cluster.server.worker_metrics import WorkerMetrics
+from llamaclust.cluster.state.directory import ClusterDir, ClusterRecord
+from llamaclust.cluster.state.events import Ready, Watch
+from llamaclust.cluster.text.service import TextService, TextSettings
+from llamaclust.core.errors import UsageError, WorkerError
+
+_DRAIN_S = 30.0
+_COLLECT_EVERY = 20_000
+"""Objects between two looks for garbage, 700 by default."""
+_START_S = 10.0
+_END_S = 5.0
+_BACKLOG = 128
+_MORE_REQUESTS = 64
+"""Requests beside those that run and wait: they are read, refused, or their replies are written."""
+
+
+def serve(config: ClusterConfig, model_path: Path, watch: Watch) -> None:
+    """Runs a cluster until SIGINT, SIGTERM or SIGHUP; running requests are finished first, a second signal ends them.
+
+    Raises UsageError for a name or port that is taken and for API keys that cannot be used, and what `open_cluster`
+    raises.
+    """
+    folder = ClusterDir(config.state_dir / config.name)
+    settings = _api_settings(config)
+    with folder.locked(), _listening(config) as listener:
+        asyncio.run(_until_signal(config, model_path, folder, _Front(listener, settings, watch)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Front:
+    """What the world sees of a cluster: its socket, who may use it, who watches it."""
+
+    listener: socket.socket
+    settings: ApiSettings
+    watch: Watch
+
+
+class _Signals:
+    """The first signal ends a start at once and a running cluster after its requests; the second ends both at once."""
+
+    def __init__(self) -> None:
+        self.asked = asyncio.Event()
+        self.ready = False
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._hear)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
+            loop.add_signal_handler(signal.SIGHUP, self._lose_terminal)
+
+    def _lose_terminal(self) -> None:
+        """Shell and kernel may both tell of it: that makes no second signal."""
+        if not self.asked.is_set():
+            self._hear()
+
+    def _hear(self) -> None:
+        if not self.ready or self.asked.is_set():
+            self._task.cancel()
+        self.asked.set()
+
+
+async def _until_signal(config: ClusterConfig, model_path: Path, folder: ClusterDir, front: _Front) -> None:
+    signals = _Signals()
+    try:
+        async with (
+            starting_replies(front.listener) as replies,
+            open_cluster(config, model_path, folder, front.watch) as cluster,
+        ):
+            replies.close()
+            _settle_memory()
+            await _answer(cluster, folder, front, signals)
+    except asyncio.CancelledError:
+        if not signals.asked.is_set():
+            raise
+    finally:
+        folder.remove_record()
+
+
+def _settle_memory() -> None:
+    """What is there now stays: looking through it for garbage again and again would hold up every request."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(_COLLECT_EVERY)
+
+
+async def _answer(cluster: Cluster, folder: ClusterDir, front: _Front, signals: _Signals) -> None:
+    """Serves the API of a cluster until it is asked to stop."""
+    config, record = cluster.config, _record(cluster, front.listener)
+    text = TextSettings(record.model, cluster.plan.context_length, config.max_sequences)
+    service = TextService(cluster.engine, cluster.model.tokenizer, cluster.model.chat_template, text)
+    admission = Admission(front.settings)
+    engine, registry = cluster.engine, cluster.registry
+    engine.metrics.registry.register(WorkerMetrics(lambda: registry.workers))
+    show = partial(cluster_status, cluster, record)
+    app = create_app(service, front.settings, engine, show, admission, cluster.supervisor.workforce)
+    allow_many_files()
+    server = _Server(server_config(app, front.settings))
+    serving = asyncio.create_task(server.serve(sockets=[front.listener]))
+    try:
+        await asyncio.wait_for(server.answers.wait(), _START_S)
+        folder.write_record(record)
+        signals.ready = True
+        front.watch(Ready(record.name, record.api, record.model))
+        await signals.asked.wait()
+        async with requests_told(service, _DRAIN_S, front.watch):
+            await _drain(cluster.engine, admission)
+        server.should_exit = True  # replies that are being written have a moment
+        await _ended(serving)
+    finally:
+        server.should_exit = server.force_exit = True
+        await _ended(serving)
+
+
+async def _ended(serving: asyncio.Task[None]) -> None:
+    with suppress(TimeoutError):  # then it is cancelled
+        await asyncio.wait_for(serving, _END_S)
+
+
+async def _drain(engine: Engine, admission: Admission) -> None:
+    """No new requests; those that were accepted are answered, with all their choices. What is left after that is told
+    why it ends."""
+    admission.stop()
+    try:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_DRAIN_S):
+                await engine.drain(_DRAIN_S)
+                await admission.wait_idle()
+    finally:
+        engine.break_down(WorkerError("the cluster is stopping"))
+        admission.end()
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to its owner, and says when it answers."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.answers = asyncio.Event()
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.answers.set()
+
+
+def _api_settings(config: ClusterConfig) -> ApiSettings:
+    return ApiSettings(
+        listen_host=config.host,
+        api_keys=read_api_keys(config.api_keys_file),
+        allowed_hosts=config.allowed_hosts,
+        allowed_origins=config.allowed_origins,
+        max_requests=config.max_sequences + config.max_waiting + _MORE_REQUESTS,
+    )
+
+
+@contextmanager
+def _listening(config: ClusterConfig) -> Iterator[socket.socket]:
+    """The API's socket, taken before anything is started."""
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((config.host, config.port))
+            listener.listen(_BACKLOG)
+        except OSError as error:
+            what = f"cannot listen on {config.host} port {config.port}: {error.strerror}"
+            raise UsageError(f"{what}; choose another with `--port N` or `listen:` (0: any free one)") from error
+        listener.setblocking(False)
+        yield listener
+
+
+def _record(cluster: Cluster, listener: socket.socket) -> ClusterRecord:
+    host, port = listener.getsockname()[:2]
+    host = f"[{host}]" if ":" in host else host
+    keys = cluster.config.api_keys_file
+    return ClusterRecord(
+        name=cluster.config.name,
+        pid=os.getpid(),
+        api=f"http://{host}:{port}",
+        model=_model_name(cluster.config.model),
+        api_keys_file=None if keys is None else str(keys),
+        launcher=cluster.config.launcher,
+    )
+
+
+def _model_name(spec: str) -> str:
+    """What clients call the model: its catalog name, or its file's name without the ending."""
+    return Path(spec).stem if spec.endswith(".gguf") else spec

@@ -1,0 +1,91 @@
+"""What a cluster says of itself: `llamaclust status --json` and `GET /cluster`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from llamaclust.cluster.engine.metrics import StageReport
+from llamaclust.cluster.engine.throughput import MeasuredSpeed
+from llamaclust.cluster.membership.worker_handle import WorkerHandle
+from llamaclust.cluster.planner.format import plan_json
+from llamaclust.cluster.planner.plan import Plan, StagePrediction
+from llamaclust.cluster.server.coordinator import Cluster
+from llamaclust.cluster.state.directory import ClusterRecord
+
+
+def cluster_status(cluster: Cluster, record: ClusterRecord) -> dict[str, Any]:
+    """`status`: who runs what now; `plan`: what was predicted; `stages`: the same figures measured."""
+    reports = cluster.engine.metrics.stage_report()
+    return {
+        "status": _status(cluster, record, {report.worker: report for report in reports}),
+        "plan": plan_json(cluster.plan),
+        "stages": [asdict(report) for report in reports],
+    }
+
+
+def _status(cluster: Cluster, record: ClusterRecord, reports: dict[str, StageReport]) -> dict[str, Any]:
+    counts, error = cluster.engine.scheduler.counts, cluster.engine.error
+    workers, supervisor, metrics = cluster.registry.workers, cluster.supervisor, cluster.engine.metrics
+    predicted = _predicted_stages(cluster.plan)
+    return {
+        "name": record.name,
+        "api": record.api,
+        "pid": record.pid,
+        "state": str(cluster.engine.state),
+        "reason": None if error is None else str(error),
+        "model": record.model,
+        "insecure": cluster.config.insecure,
+        "workers": [
+            _worker(workers[one.name], reports.get(one.name), predicted.get(one.name))
+            | {"spared": one.name in supervisor.workforce.spared}
+            for one in cluster.config.workers
+        ],
+        "requests": {"running": counts.running, "waiting": counts.waiting},
+        "epoch": supervisor.epoch.number,
+        "recoveries": supervisor.recoveries,
+        "recovery_seconds": list(metrics.recovery_s),
+        "speed": _speed(cluster.plan, metrics.speed()),
+    }
+
+
+def _predicted_stages(plan: Plan) -> dict[str, StagePrediction]:
+    if plan.prediction is None:
+        return {}
+    return {stage.worker: one for stage, one in zip(plan.stages, plan.prediction.stages, strict=True)}
+
+
+def _speed(plan: Plan, measured: MeasuredSpeed) -> dict[str, Any]:
+    """Two times the same figures; null for what nobody measured."""
+    known = plan.prediction
+    predicted = {
+        "token_ms": None if known is None else known.token_ms,
+        "ttft_ms": None if known is None else known.ttft_ms,
+        "prompt_tokens": plan.prompt_tokens,
+        "tokens_per_s": None if known is None else known.tokens_per_s,
+        "limiting": None if known is None else known.limiting,
+    }
+    return {"predicted": predicted, "measured": asdict(measured)}
+
+
+def _worker(handle: WorkerHandle, report: StageReport | None, predicted: StagePrediction | None) -> dict[str, Any]:
+    return {
+        "name": handle.name,
+        "pid": handle.registration.pid,
+        "address": handle.registration.address,
+        "device": handle.registration.device,
+        "gpus": [asdict(gpu) for gpu in handle.gpus],
+        "threads": handle.registration.threads,
+        "feature_level": handle.registration.feature_level,
+        "layers": handle.layers,
+        "device_layers": [{"device": one.device, "layers": (one.start, one.end)} for one in handle.device_layers],
+        "state": str(handle.state),
+        "memory_bytes": handle.memory_bytes,
+        "busy": 0.0 if report is None else report.busy,
+        "tokens_per_s": 0.0 if report is None else report.tokens_per_s,
+        "decode_ms": None if report is None else report.decode_ms,
+        "predicted_decode_ms": None if predicted is None else predicted.decode_ms,
+        "prefill_ms": None if report is None else report.prefill_ms,
+        "predicted_prefill_ms": None if predicted is None else predicted.prefill_ms,
+        "heartbeat": None if handle.heartbeat is None else asdict(handle.heartbeat),
+    }

@@ -1,0 +1,248 @@
+"""What a cluster leaves on disk: its lock, the record that `status` and `down` read, logs, measurements.
+
+A cluster's lie under `<state_dir>/<cluster name>/`, measurements in `<state_dir>`; all is readable by its owner alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llamaclust.cluster.config.environment import environment
+from llamaclust.cluster.planner.profile import Trial, read_trial
+from llamaclust.cluster.state.file_lock import FileLock, is_locked
+from llamaclust.core.errors import LlamaclustError, UsageError
+
+_MEASUREMENTS = ".measurements.json"  # no cluster's name begins with a dot
+_ELSEWHERE = ".elsewhere"
+_PROBE_S = 0.05
+"""Longer than whoever looks whether a cluster runs has its lock."""
+_LOOK_S = 0.5
+"""Between two looks whether a running cluster's folder is still there."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterRecord:
+    """A running cluster, as other processes of the same user find it."""
+
+    name: str
+    pid: int
+    api: str  # http://HOST:PORT
+    model: str
+    api_keys_file: str | None = None  # where this user's programs find a key, if the API wants one
+    launcher: str = "local"
+
+
+@dataclass(frozen=True, slots=True)
+class GpuMeasurement:
+    """What a worker measured of one of its GPUs."""
+
+    read_gb_s: float
+    int8_gmac_s: float
+    trial: Trial = ()  # steps of a model on it
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """What a worker measured of its machine."""
+
+    read_gb_s: float
+    int8_gmac_s: float
+    alone: Trial = ()  # steps of a model, while other workers of its machine do nothing
+    together: Trial = ()  # the same while they do as much
+    gpus: tuple[GpuMeasurement, ...] = ()  # in the order of its registration
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterDir:
+    """The folder of one cluster name, and what this process has written into it."""
+
+    path: Path
+    _published: list[ClusterRecord] = field(default_factory=list, init=False, compare=False, repr=False)
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    def log_file(self, worker: str) -> Path:
+        return self.logs / f"{worker}.log"
+
+    @property
+    def _record(self) -> Path:
+        return self.path / "cluster.json"
+
+    @property
+    def _lock(self) -> Path:
+        return self.path / "lock"
+
+    def create(self) -> None:
+        """UsageError where the state directory cannot be written to."""
+        try:
+            self.logs.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.path.chmod(0o700)
+        except OSError as error:
+            what = f"{self.path}: cannot be made: {error.strerror}"
+            raise UsageError(f"{what}; set `state_dir:` or LLAMACLUST_STATE_DIR to a folder of your own") from error
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the cluster's name for this process; what somebody deletes meanwhile comes back."""
+        self.create()
+        lock = FileLock(self._lock)
+        try:
+            if not lock.take():
+                time.sleep(_PROBE_S)
+                if not lock.take():
+                    raise UsageError(self._taken())
+            with self._watched(lock):
+                yield
+        finally:
+            lock.release()
+
+    @contextlib.contextmanager
+    def _watched(self, lock: FileLock) -> Iterator[None]:
+        """Somebody may delete the folder under a cluster: without lock and record nobody would find it any more, and a
+        second one could take its name."""
+        end = threading.Event()
+        watch = threading.Thread(target=self._bring_back, args=(lock, end), name="state", daemon=True)
+        watch.start()
+        try:
+            yield
+        finally:
+            end.set()
+            watch.join()
+
+    def _bring_back(self, lock: FileLock, end: threading.Event) -> None:
+        """Until `end`. Where it fails, as on a full disk or while another has the name, it is tried again."""
+        while not end.wait(_LOOK_S):
+            with contextlib.suppress(OSError, LlamaclustError):
+                if not lock.is_held:
+                    self.create()
+                    if lock.take():
+                        for record in tuple(self._published):
+                            self.write_record(record)
+
+    def _taken(self) -> str:
+        record = self.read_record()
+        where = f" (pid {record.pid}, {record.api})" if record else ""
+        name = self.path.name
+        return (
+            f"a cluster named {name!r} is already running{where}: `llamaclust status --cluster {name}` shows it, "
+            f"`llamaclust down --cluster {name}` stops it; or choose another name (`--set name=...`)"
+        )
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a process holds the lock now."""
+        return is_locked(self._lock)
+
+    def write_record(self, record: ClusterRecord) -> None:
+        """From now on other processes find the cluster, through a link where they would not look in its folder."""
+        write_private(self._record, json.dumps(asdict(record)))
+        self._published[:] = [record]
+        if self._link is not None:
+            with contextlib.suppress(OSError):  # it serves all the same
+                self._link.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                self._link.unlink(missing_ok=True)
+                self._link.symlink_to(self.path.absolute())
+
+    @property
+    def _link(self) -> Path | None:
+        usual = environment().state_dir
+        return None if self.path.parent.absolute() == usual.absolute() else usual / _ELSEWHERE / self.path.name
+
+    def read_record(self) -> ClusterRecord | None:
+        try:
+            return ClusterRecord(**json.loads(self._record.read_text()))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def remove_record(self) -> None:
+        """At the end of a cluster. Another one that runs under its name meanwhile stays to be found."""
+        self._published.clear()
+        record = self.read_record()
+        if record is not None and record.pid != os.getpid() and self.is_running:
+            return
+        self._record.unlink(missing_ok=True)
+        if self._link is not None:
+            with contextlib.suppress(OSError):
+                if self._link.readlink() == self.path.absolute():
+                    self._link.unlink()
+
+
+def write_measurements(state_dir: Path, measured: dict[str, Measurement]) -> None:
+    """Adds to what is known already."""
+    known = read_measurements(state_dir) | measured
+    write_private(state_dir / _MEASUREMENTS, json.dumps({key: asdict(one) for key, one in known.items()}))
+
+
+def read_measurements(state_dir: Path) -> dict[str, Measurement]:
+    """Of all clusters, by `shares.measurement_key`; empty before the first start."""
+    try:
+        values = json.loads((state_dir / _MEASUREMENTS).read_text())
+        return {key: _measurement(value) for key, value in values.items()}
+    except (OSError, ValueError, TypeError, AttributeError, KeyError):
+        return {}
+
+
+def _measurement(value: dict[str, Any]) -> Measurement:
+    speeds = float(value["read_gb_s"]), float(value["int8_gmac_s"])
+    alone, together = (read_trial(value.get(which, ())) for which in ("alone", "together"))
+    return Measurement(*speeds, alone, together, tuple(map(_gpu_measurement, value.get("gpus", ()))))
+
+
+def _gpu_measurement(value: dict[str, Any]) -> GpuMeasurement:
+    return GpuMeasurement(float(value["read_gb_s"]), float(value["int8_gmac_s"]), read_trial(value.get("trial", ())))
+
+
+def write_private(path: Path, text: str) -> None:
+    """Writes a file of mode 0600 so that a reader sees the old text or the new, never a part.
+
+    LlamaclustError that names the file where it cannot be written, as on a full disk; nothing new stays then.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(text)
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        what = f"{path}: cannot be written: {error.strerror}"
+        raise LlamaclustError(f"{what}; make room, or set `state_dir:` or LLAMACLUST_STATE_DIR") from error
+
+
+def running_clusters(state_dir: Path) -> dict[str, tuple[ClusterDir, ClusterRecord]]:
+    """Clusters of this user whose coordinator is alive and serving, by name; `state_dir` comes before elsewhere."""
+    paths = [*sorted((state_dir / _ELSEWHERE).glob("*")), *sorted(state_dir.glob("*"))]
+    folders = [ClusterDir(path) for path in paths if path.is_dir()]
+    found = {folder.path.name: (folder, folder.read_record()) for folder in folders if folder.is_running}
+    return {name: (folder, record) for name, (folder, record) in found.items() if record is not None}
+
+
+def _last_logs(state_dir: Path) -> str:
+    """Where the last cluster's logs are, for somebody who wants to know why it ended."""
+    logs = sorted(state_dir.glob("*/logs"), key=lambda folder: folder.stat().st_mtime)
+    return f"; the last one's logs: {logs[-1]}" if logs else ""
+
+
+def find_running(state_dir: Path, name: str | None) -> tuple[ClusterDir, ClusterRecord]:
+    """The running cluster of that name, or the only one. Raises UsageError that lists what runs."""
+    running = running_clusters(state_dir)
+    if name is None and len(running) == 1:
+        name = next(iter(running))
+    if name is not None and name in running:
+        return running[name]
+    if not running:
+        raise UsageError(f"no cluster is running: start one with `llamaclust up`{_last_logs(state_dir)}")
+    names = ", ".join(running)
+    asked = f"no cluster named {name!r} is running" if name else "several clusters are running"
+    raise UsageError(f"{asked}: choose one of {names} with --cluster")

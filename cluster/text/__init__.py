@@ -1,0 +1,1 @@
+"""Text in, text out: prompts and chats to tokens, through the engine and back."""

@@ -1,0 +1,106 @@
+"""One sequence's events as text: whole characters only, stop strings held back, end tokens not shown."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from llamaclust.cluster.scheduler.requests import Event, Finished, FinishReason, PromptScored, Timings, TokenChosen
+from llamaclust.cluster.text.stop_strings import StopStrings
+from llamaclust.core.sampling import RowResult
+from llamaclust.model.tokenizers.detokenizer import Detokenizer
+from llamaclust.model.tokenizers.tokenizer import Tokenizer
+
+_LEAST_LOGPROB = -9999.0
+
+
+def json_logprob(value: float) -> float:
+    """A float32 logprob, whole: reading it gives the same float32. Minus infinity, which JSON lacks, as -9999."""
+    return value if math.isfinite(value) else _LEAST_LOGPROB
+
+
+@dataclass(frozen=True, slots=True)
+class TextChunk:
+    """What one event adds to choice `index`. Text may come later than its tokens (half characters, stop strings).
+
+    `rows` holds every chosen token with its logprob, also the end token or those of a stop string, whose text is not
+    shown; offsets[i] is where rows[i]'s text begins in the answer, in characters.
+    """
+
+    index: int
+    text: str = ""
+    rows: tuple[RowResult, ...] = ()
+    offsets: tuple[int, ...] = ()
+    prompt_start: int = 0  # prompt_rows score the prompt's tokens from here
+    prompt_rows: tuple[RowResult, ...] = ()
+    finish_reason: FinishReason | None = None  # set on a choice's last chunk, with its timings
+    stopped_by: str | int | None = None  # the stop string or end token
+    timings: Timings | None = None
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return tuple(row.token for row in self.rows)
+
+    @property
+    def logprobs(self) -> tuple[float, ...]:
+        """Float32 values, one a token."""
+        return tuple(row.logprob for row in self.rows)
+
+
+class ChoiceText:
+    """Turns the events of one choice into chunks."""
+
+    def __init__(
+        self, index: int, tokenizer: Tokenizer, end_ids: frozenset[int], stop: tuple[str, ...], min_tokens: int
+    ) -> None:
+        self._index = index
+        self._detokenizer = Detokenizer(tokenizer)
+        self._end_ids = end_ids
+        self._stop = StopStrings(stop)
+        self._min_tokens = min_tokens
+        self._tokens = 0
+        self._characters = 0
+        self._end_token: int | None = None
+
+    @property
+    def is_stopped(self) -> bool:
+        """A stop string was found: the engine need not go on."""
+        return self._stop.matched is not None
+
+    def take(self, event: Event) -> TextChunk:
+        match event:
+            case PromptScored(start, rows):
+                return TextChunk(self._index, prompt_start=start, prompt_rows=rows)
+            case TokenChosen(row):
+                return self._chosen(row)
+            case Finished(reason, timings):
+                return self._finished(reason, timings)
+
+    def stopped(self, timings: Timings) -> TextChunk:
+        """The last chunk of a choice that a stop string ended."""
+        return TextChunk(self._index, finish_reason=FinishReason.STOP, stopped_by=self._stop.matched, timings=timings)
+
+    def _chosen(self, row: RowResult) -> TextChunk:
+        offset = self._characters
+        self._tokens += 1
+        text = ""
+        if row.token in self._end_ids:
+            self._end_token = row.token
+        else:
+            text = self._shown(self._detokenizer.push(row.token))
+        return TextChunk(self._index, text, (row,), (offset,))
+
+    def _shown(self, text: str) -> str:
+        self._characters += len(text)
+        return text if self._tokens <= self._min_tokens else self._stop.push(text)
+
+    def _finished(self, reason: FinishReason, timings: Timings) -> TextChunk:
+        text = self._stop.push(self._detokenizer.flush()) + self._stop.flush()
+        is_stop_string = self._stop.matched is not None
+        return TextChunk(
+            self._index,
+            text,
+            finish_reason=FinishReason.STOP if is_stop_string else reason,
+            stopped_by=self._stop.matched if is_stop_string else self._end_token,
+            timings=timings,
+        )

@@ -1,0 +1,185 @@
+"""Text in, text out: prompts and chats to tokens, through the engine and back. For HTTP and the in-process client."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from llamaclust.cluster.scheduler.breakers import Breakers, BreakerTokens
+from llamaclust.cluster.scheduler.requests import Generation
+from llamaclust.cluster.text.choice import ChoiceText, TextChunk
+from llamaclust.cluster.text.request import SEEDS, CompletionRequest, ParameterError, check_request
+from llamaclust.cluster.text.stream import CompletionStream, TextEngine
+from llamaclust.core.sampler_chain import SamplerChain
+from llamaclust.core.sampling import SamplingParams
+from llamaclust.model.chat.prompt import encode_chat, guard_messages, unguarded
+from llamaclust.model.chat.template import ChatTemplate
+from llamaclust.model.tokenizers.tokenizer import Tokenizer
+
+_DRAWN_SEED_BITS = 53
+"""A drawn seed survives JSON readers that know only doubles."""
+
+_BLOCKING_CHARACTERS = 2048
+"""Texts longer than this are tokenized on a thread of their own."""
+
+_TEMPLATE_ARGUMENTS = frozenset({"self", "messages", "add_generation_prompt"})
+
+
+@dataclass(frozen=True, slots=True)
+class TextSettings:
+    """What a served model is called and how much it takes."""
+
+    model_name: str
+    context_length: int  # tokens of a sequence, prompt and answer together
+    max_sequences: int = 32
+
+
+class TextService:
+    """One served model. Use from one event loop."""
+
+    def __init__(
+        self, engine: TextEngine, tokenizer: Tokenizer, chat_template: ChatTemplate, settings: TextSettings
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.chat_template = chat_template
+        self.settings = settings
+        self._engine = engine
+        self._breaker_tokens = BreakerTokens(tokenizer)
+        self._active: set[CompletionStream] = set()
+
+    @property
+    def active_requests(self) -> int:
+        """Requests that were accepted and have not ended."""
+        return len(self._active)
+
+    async def complete(self, request: CompletionRequest) -> AsyncIterator[TextChunk]:
+        """Chunks of the request's choices. The request ends where the iterator is closed. Raises as `start`."""
+        async with await self.start(request) as stream:
+            async for chunk in stream:
+                yield chunk
+
+    async def start(self, request: CompletionRequest) -> CompletionStream:
+        """Submits a request; whoever asked must close the stream.
+
+        Raises ParameterError for a value out of bounds, QueueFullError, WorkerError. Later errors come from the stream.
+        """
+        if not isinstance(request.prompt, str):
+            self._check_length(len(request.prompt), request.max_tokens != 0)
+        check_request(request, self.tokenizer.vocabulary_size)
+        prompt = await self._prompt_ids(request)
+        generation = self._generation(request, prompt, await self._breakers(request))
+        ends = generation.stop_token_ids
+        choices = [
+            ChoiceText(index, self.tokenizer, ends, request.stop, request.min_tokens) for index in range(request.n)
+        ]
+        stream = CompletionStream(self._engine, generation, choices, self._active.discard)
+        self._active.add(stream)
+        return stream
+
+    async def tokenize(self, text: str, add_special: bool = True, parse_special: bool = True) -> list[int]:
+        """Token ids of a text."""
+        if len(text) <= _BLOCKING_CHARACTERS:
+            return self.tokenizer.encode(text, add_special, parse_special)
+        return await asyncio.to_thread(self.tokenizer.encode, text, add_special, parse_special)
+
+    async def tokenize_all(
+        self, parts: Sequence[str | int], most_tokens: int, param: str, add_special: bool = False
+    ) -> list[list[int]]:
+        """Token ids of each part of a request's field `param`; an id stands for itself, `add_special` is for the first
+        part. ParameterError, before any work, where the parts are more than so many tokens can hold."""
+        if len(parts) > most_tokens:
+            raise ParameterError(param, f"has {len(parts)} parts, at most {most_tokens} tokens are taken")
+        self._check_characters(sum(len(part) for part in parts if isinstance(part, str)), most_tokens, param)
+        return await asyncio.to_thread(self._encode_all, parts, add_special)
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """The text of some tokens. RequestError for an id outside the vocabulary."""
+        return self.tokenizer.decode(ids)
+
+    async def chat_prompt(
+        self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None = None
+    ) -> tuple[int, ...]:
+        """Token ids of a chat, ready for the answer. Control words in the messages stay text. `variables` are the
+        template's. Raises RequestError where the template refuses the messages."""
+        rendered = await self._render(messages, variables or {})
+        self._check_characters(len(unguarded(rendered)), self.settings.context_length, "prompt")
+        return tuple(await asyncio.to_thread(encode_chat, self.tokenizer, rendered))
+
+    async def chat_text(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None = None) -> str:
+        """A chat as the model will see it."""
+        return unguarded(await self._render(messages, variables or {}))
+
+    async def _render(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
+        taken = _TEMPLATE_ARGUMENTS & variables.keys()
+        if taken:
+            raise ParameterError("chat_template_kwargs", f"{min(taken)!r} cannot be set here")
+        *guarded, more = await asyncio.to_thread(guard_messages, [*messages, variables], self.tokenizer)
+        return await self.chat_template.render_async(guarded, **more)
+
+    async def _prompt_ids(self, request: CompletionRequest) -> tuple[int, ...]:
+        if isinstance(request.prompt, str):
+            self._check_characters(len(request.prompt), self.settings.context_length, "prompt")
+            prompt = tuple(await self.tokenize(request.prompt, request.add_special, request.parse_special))
+        else:
+            prompt = request.prompt
+        self._check_length(len(prompt), request.max_tokens != 0)
+        return prompt
+
+    def _encode_all(self, parts: Sequence[str | int], add_special: bool) -> list[list[int]]:
+        encode = self.tokenizer.encode
+        return [
+            [part] if isinstance(part, int) else encode(part, add_special and place == 0, parse_special=True)
+            for place, part in enumerate(parts)
+        ]
+
+    def _check_characters(self, characters: int, most_tokens: int, param: str) -> None:
+        """Refuses without work what is surely too long."""
+        if characters > most_tokens * self.tokenizer.longest_word:
+            reason = f"has {characters} characters, more than {most_tokens} tokens can hold; shorten it"
+            raise ParameterError(param, reason, "context_length_exceeded")
+
+    def _check_length(self, tokens: int, wants_answer: bool) -> None:
+        context = self.settings.context_length
+        if tokens == 0:
+            raise ParameterError("prompt", "is empty; give at least one token")
+        if tokens + wants_answer > context:
+            room = " with no room for an answer" if tokens == context else ""
+            reason = f"has {tokens} tokens{room}, but the model's context length is {context} tokens; shorten it"
+            raise ParameterError("prompt", reason, "context_length_exceeded")
+
+    async def _breakers(self, request: CompletionRequest) -> Breakers:
+        """Only where DRY looks for them."""
+        chain = request.params.chain
+        if chain is None or not chain.needs_history:
+            return {}
+        return await asyncio.to_thread(self._breaker_tokens.of, request.dry_breakers)
+
+    def _params(self, request: CompletionRequest) -> SamplingParams:
+        """With the line break spared, where it is to be."""
+        params = request.params
+        if request.penalize_nl or not params.needs_history:
+            return params
+        line_break = self.tokenizer.encode("\n", add_special=False)[-1:]
+        return replace(params, chain=replace(params.chain or SamplerChain(), unpenalized=tuple(line_break)))
+
+    def _generation(self, request: CompletionRequest, prompt: tuple[int, ...], breakers: Breakers) -> Generation:
+        context = self.settings.context_length
+        room = context - len(prompt)
+        max_tokens = room if request.max_tokens is None else min(request.max_tokens, room)
+        return Generation(
+            request_id=secrets.token_hex(12),
+            prompt=prompt,
+            max_tokens=max_tokens,
+            params=self._params(request),
+            seed=secrets.randbits(_DRAWN_SEED_BITS) if request.seed is None else request.seed % SEEDS,
+            stop_token_ids=self.tokenizer.end_of_generation | request.stop_token_ids,
+            min_tokens=max_tokens if request.ignore_eos else min(request.min_tokens, max_tokens),
+            top_logprobs=request.top_logprobs,
+            penalty_window=context if request.penalty_window is None else request.penalty_window,
+            dry_window=context if request.dry_window is None else request.dry_window,
+            breakers=breakers,
+            score_from=request.score_from,
+        )

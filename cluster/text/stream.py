@@ -1,0 +1,192 @@
+"""A running completion: the choices of one request, their events as chunks of text, and their end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
+from types import TracebackType
+from typing import Protocol, Self
+
+from llamaclust.cluster.scheduler.requests import Event, Generation, Timings
+from llamaclust.cluster.text.choice import ChoiceText, TextChunk
+from llamaclust.core.errors import DeadlineError, QueueFullError, WorkerError
+
+_MAX_UNREAD_ROWS = 4096
+"""Rows that may wait for a reader beside those that were there when it began."""
+
+_QUEUE_S = 120.0
+"""How long a later choice waits for a place in a full queue."""
+
+
+class EventStream(Protocol):
+    """What the engine gives for one generation."""
+
+    def __aiter__(self) -> AsyncIterator[Event]: ...
+
+    @property
+    def timings(self) -> Timings:
+        """As far as the request came."""
+        ...
+
+    def abort(self) -> None:
+        """Ends the generation where it has not ended, and frees what it holds."""
+        ...
+
+
+class TextEngine(Protocol):
+    """The engine as far as text needs it."""
+
+    def submit(self, generation: Generation) -> EventStream:
+        """Queues a generation. Raises RequestError, QueueFullError, WorkerError."""
+        ...
+
+
+class CompletionStream:
+    """Chunks of all choices of one request, in the order in which they come. `aclose` ends what still runs.
+
+    Choices behind the first are submitted once the first has computed the prompt, so that they find it in the prefix
+    cache; the request counts as accepted by then, so they wait where the queue is full, though not for ever.
+
+    A reader that falls too far behind ends the request, and gets the error after what is there.
+    """
+
+    def __init__(
+        self,
+        engine: TextEngine,
+        generation: Generation,
+        choices: Sequence[ChoiceText],
+        on_close: Callable[[CompletionStream], None],
+    ) -> None:
+        """Submits the first choice; raises what the engine raises."""
+        self.request_id = generation.request_id
+        self.prompt_token_ids = generation.prompt
+        self.seed = generation.seed
+        self._engine = engine
+        self._generation = generation
+        self._on_close = on_close
+        self._chunks: asyncio.Queue[TextChunk | BaseException] = asyncio.Queue()
+        self._unread_rows = 0
+        self._most_unread_rows: int | None = None  # None: nobody reads yet, as where prompts are read one by one
+        self._unfinished = len(choices)
+        self._is_primed = asyncio.Event()
+        self._is_closed = False
+        self._head: TextChunk | None = None
+        self._streams = [engine.submit(generation)]
+        self._tasks = [asyncio.create_task(self._run(i, choice)) for i, choice in enumerate(choices)]
+        for task in self._tasks:
+            task.add_done_callback(self._ended)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> TextChunk:
+        """The next chunk; may be cancelled and called again. Raises the error that ended a choice."""
+        head, self._head = self._head, None
+        if head is not None:
+            return head
+        if self._most_unread_rows is None:
+            self._most_unread_rows = self._unread_rows + _MAX_UNREAD_ROWS
+        if self._unfinished == 0 and self._chunks.empty():
+            raise StopAsyncIteration
+        item = await self._chunks.get()
+        if isinstance(item, BaseException):
+            raise item
+        self._unread_rows -= _rows(item)
+        self._unfinished -= item.finish_reason is not None
+        return item
+
+    async def wait_first(self, timeout_s: float) -> None:
+        """Waits until there is a chunk, that long at most. Raises where the request has failed by then."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                self._head = await anext(self)
+        except TimeoutError:
+            return
+
+    async def aclose(self) -> None:
+        """Aborts choices that have not ended. Nothing of the request is left in the engine afterwards."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        for stream in self._streams:
+            stream.abort()
+        for task in self._tasks:
+            task.cancel()
+        self._on_close(self)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _run(self, index: int, choice: ChoiceText) -> None:
+        try:
+            await self._follow(self._streams[0] if index == 0 else await self._submit(index), choice)
+        finally:
+            self._is_primed.set()
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            self._chunks.put_nowait(error)
+
+    async def _submit(self, index: int) -> EventStream:
+        await self._is_primed.wait()
+        generation = self._generation
+        generation = replace(generation, request_id=f"{generation.request_id}-{index}", choice=index)
+        clock = asyncio.get_running_loop().time
+        end = clock() + _QUEUE_S
+        while True:
+            try:
+                stream = self._engine.submit(generation)
+            except QueueFullError as full:
+                if clock() > end:
+                    raise
+                await asyncio.sleep(full.retry_after_s)
+            else:
+                self._streams.append(stream)
+                return stream
+
+    async def _follow(self, stream: EventStream, choice: ChoiceText) -> None:
+        async for event in stream:
+            self._is_primed.set()
+            chunk = choice.take(event)
+            self._put(chunk)
+            if choice.is_stopped and chunk.finish_reason is None:
+                stream.abort()
+                self._chunks.put_nowait(choice.stopped(stream.timings))
+                return
+            if chunk.finish_reason is not None:
+                return
+        raise WorkerError("the request was ended before its answer was complete")
+
+    def _put(self, chunk: TextChunk) -> None:
+        self._unread_rows += _rows(chunk)
+        if self._most_unread_rows is not None and self._unread_rows > self._most_unread_rows:
+            for stream in self._streams:
+                stream.abort()
+            raise DeadlineError(f"the answer was read too slowly: {self._unread_rows} tokens waited for their reader")
+        self._chunks.put_nowait(chunk)
+
+
+def _rows(chunk: TextChunk) -> int:
+    return len(chunk.rows) + len(chunk.prompt_rows)
+
+
+async def chunks_or_silence(stream: CompletionStream, silence_s: float) -> AsyncIterator[TextChunk | None]:
+    """The stream's chunks; None each time that nothing came for so long."""
+    while True:
+        try:
+            async with asyncio.timeout(silence_s):
+                chunk = await anext(stream)
+        except TimeoutError:
+            yield None
+        except StopAsyncIteration:
+            return
+        else:
+            yield chunk

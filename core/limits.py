@@ -1,0 +1,42 @@
+"""Limits that every layer keeps: versions of the arithmetic, sizes of batches and contexts, a stage's capacity."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+NUMERICS_VERSION = 4
+"""Version of the arithmetic rules of docs/numerics.md: workers that compute by others are refused at the handshake."""
+
+MAX_SEQUENCES = 1024
+MAX_TOKENS = 8192
+MAX_CONTEXT_TOKENS = 1 << 20
+MAX_TOP_LOGPROBS = 128
+MAX_VOCABULARY = 1 << 20
+MAX_KV_BLOCKS = 1 << 26
+
+KV_TYPES = ("f16", "q8_0")
+"""How keys and values may lie in KV memory: `model.program.KvType`, which is not imported here."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageLimits:
+    """What a stage's buffers are planned for, fixed at load; nothing larger is sent to it.
+
+    Exceeding one in a stage's `run` is a mistake of the caller (assert).
+    """
+
+    max_tokens: int
+    max_outputs: int
+    max_sequences: int
+    max_context_tokens: int
+    kv_blocks: int
+    kv_type: str = "f16"  # one of KV_TYPES
+    window_blocks: int = 0  # of layers with a window, which then keep no more than that; 0: they are as all others
+
+    def gives_up(self, window: int | None) -> bool:
+        """Whether a layer with this window, or none, gives up its blocks behind it: then its blocks are others."""
+        return window is not None and self.window_blocks > 0
+
+    def layer_blocks(self, window: int | None) -> int:
+        """KV blocks of such a layer."""
+        return self.window_blocks if self.gives_up(window) else self.kv_blocks

@@ -1,0 +1,72 @@
+"""How a token is sampled or scored, and the result of one row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llamaclust.core.sampler_chain import SamplerChain
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How a token is chosen. Defaults choose greedily. Order of work: docs/numerics.md."""
+
+    temperature: float = 0.0  # 0: greedy
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0  # llama.cpp's repeat_penalty: logits of seen tokens divided / multiplied by it
+    frequency_penalty: float = 0.0  # subtracted once per earlier occurrence
+    presence_penalty: float = 0.0  # subtracted once if the token occurred
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, added to its logit), ids ascending
+    chain: SamplerChain | None = None  # more samplers, or another order
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether there are penalties, which count the tokens so far."""
+        return self.repetition_penalty != 1.0 or self.frequency_penalty != 0.0 or self.presence_penalty != 0.0
+
+    @property
+    def needs_state(self) -> bool:
+        """Whether a choice depends on more than tokens: Mirostat's mu, which comes with the token before."""
+        return self.chain is not None and self.chain.mirostat != 0
+
+
+@dataclass(frozen=True, slots=True)
+class SampleTask:
+    """Choose the token after an output row. The draw is keyed by (seed, choice) and counted by `position`."""
+
+    params: SamplingParams
+    seed: int  # 64 bits, unsigned
+    choice: int  # index among a request's n choices
+    position: int  # absolute position of the token to be chosen
+    history: tuple[int, ...] = ()  # tokens that penalties and DRY look at, oldest first; empty where there are none
+    suppressed: tuple[int, ...] = ()  # ids that may not be chosen (min_tokens)
+    top_logprobs: int = 0
+    history_follows: bool = False  # the token that its chunk follows is the newest of the history, too
+    penalty_window: int | None = None  # newest tokens of the history that penalties count; None: all
+    dry_window: int | None = None  # and that DRY looks at
+    breakers: tuple[tuple[int, ...], ...] = ()  # token sequences that DRY does not look beyond
+    mu: float = 0.0  # of Mirostat, from the token before
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreTask:
+    """The logprob of a given token after an output row (perplexity, echo)."""
+
+    token: int
+    top_logprobs: int = 0
+
+
+RowTask = SampleTask | ScoreTask
+
+
+@dataclass(frozen=True, slots=True)
+class RowResult:
+    """A chosen or scored token; logprobs are float32 values of the raw logits' log-softmax."""
+
+    token: int
+    logprob: float
+    top_logprobs: tuple[tuple[int, float], ...] = ()  # (token, logprob), best first
+    failure: str | None = None  # why this row has no answer (logits not finite); then token is -1, logprob NaN
+    mu: float | None = None  # of Mirostat, for the next token

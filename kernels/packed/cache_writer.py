@@ -1,0 +1,149 @@
+"""Writes prepared layers in the background, at the lowest priority, and ends with its process in bounded time."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import logging
+import os
+import sys
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from threading import Lock, Thread, get_native_id
+from weakref import ref
+
+from llamaclust.kernels._native import Memory
+from llamaclust.kernels.packed.cache_folder import BusyError, NoRoomError, PreparedFolder, StoppedError, Writing
+from llamaclust.kernels.packed.packed_layer import LayerImage
+
+_log = logging.getLogger(__name__)
+
+_LOWEST_PRIORITY = 19
+
+_FINISH_S = 1.0
+"""What the end of a process waits for the layer that is being written."""
+
+_STOP_S = 0.2
+"""And then for its writer to hear that it is to stop."""
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A layer to be written as long as somebody has it."""
+
+    image: LayerImage
+    key: str
+    memory: ref[Memory]
+    since_ns: int  # of the load that it belongs to
+
+
+class BackgroundWriter:
+    """Writes into a folder, one layer after the other, in a thread that lives as long as there is something to do."""
+
+    def __init__(self, folder: PreparedFolder) -> None:
+        self.is_usable = True
+        self._folder = folder
+        self._queue: deque[Made] = deque()
+        self._lock = Lock()
+        self._thread: Thread | None = None
+        self._writing = Writing()
+        self._is_heard = False
+
+    def add(self, made: Iterable[Made]) -> None:
+        with self._lock:
+            self._queue.extend(made)
+            if self._queue and self._thread is None:
+                if not self._is_heard:
+                    atexit.register(_end, ref(self))
+                    self._is_heard = True
+                self._thread = Thread(target=self._run, name="prepare-layers", daemon=True)
+                self._thread.start()
+
+    def wait(self) -> None:
+        """Until all is written."""
+        with self._lock:
+            thread = self._thread
+        if thread is not None:
+            thread.join()
+
+    def end(self) -> None:
+        """Finishes the layer that is being written if that takes no longer than a second, and no other one. What is
+        unfinished then is deleted."""
+        with self._lock:
+            self._queue.clear()
+            thread = self._thread
+        if thread is None:
+            return
+        thread.join(0.0 if self._writing.waits else _FINISH_S)
+        self._writing.is_stopped = True
+        thread.join(_STOP_S)
+        unfinished = self._writing.unfinished
+        if thread.is_alive() and unfinished is not None:  # it waits for the disk
+            with contextlib.suppress(OSError):
+                unfinished.unlink()
+
+    def _run(self) -> None:
+        try:
+            self._write_queue()
+        except Exception:  # noqa: BLE001  the border of the thread
+            _log.exception("layers are not kept prepared on disk; the next load packs them anew")
+            with self._lock:
+                self.is_usable, self._thread = False, None
+                self._queue.clear()
+
+    def _write_queue(self) -> None:
+        if sys.platform == "linux":
+            with contextlib.suppress(OSError):  # in a sandbox
+                os.setpriority(os.PRIO_PROCESS, get_native_id(), _LOWEST_PRIORITY)
+        while (made := self._next()) is not None:
+            memory = made.memory()
+            if memory is None:
+                continue
+            try:
+                self._store(made, memory)
+            except StoppedError:
+                self._forget()
+            except NoRoomError as error:
+                _log.info("layers from %s on are not kept prepared on disk: %s", made.image.name, error)
+                self._forget()
+            except BusyError as error:
+                _log.warning("layers from %s on are not kept prepared on disk: %s", made.image.name, error.strerror)
+                self._forget()
+            except OSError as error:
+                self.is_usable = False
+                warn_not_kept(self._folder, error)
+                self._forget()
+
+    def _store(self, made: Made, memory: Memory) -> None:
+        path, layer = str(made.image.tensors[0].origin.absolute()), made.image.name
+        self._folder.store(made.key, path, layer, memory.view.data, memory.checksum(), made.since_ns, self._writing)
+
+    def _forget(self) -> None:
+        with self._lock:
+            self._queue.clear()
+
+    def _next(self) -> Made | None:
+        with self._lock:
+            if self._queue:
+                return self._queue.popleft()
+            self._thread = None
+            return None
+
+
+def warn_not_kept(folder: PreparedFolder, error: OSError) -> None:
+    what = f"{folder.path}: {reason(error)}" if error.filename is None and error.strerror else reason(error)
+    _log.warning("layers are not kept prepared on disk: %s; the next load packs them anew", what)
+
+
+def reason(error: OSError) -> str:
+    """Without the number."""
+    if error.strerror is None:
+        return str(error)
+    return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+
+
+def _end(writer: ref[BackgroundWriter]) -> None:
+    found = writer()
+    if found is not None:
+        found.end()

@@ -1,0 +1,146 @@
+"""Weights of the CPU backend: what a program takes tensors for, which of them can be computed with, and what they
+become."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from math import prod
+
+import numpy as np
+
+from llamaclust.core.errors import ModelFileError
+from llamaclust.kernels._native import PackedMatrix
+from llamaclust.kernels.backend import Float32
+from llamaclust.model.gguf.tensors import Tensor
+from llamaclust.model.program import AddPosition, Embed, LayerNorm, MatMul, Moe, Program, RmsNorm, SigmoidGate, Step
+from llamaclust.model.quant_types import QuantType
+
+SUPPORTED_TYPES = (
+    QuantType.F32,
+    QuantType.F16,
+    QuantType.BF16,
+    QuantType.Q4_0,
+    QuantType.Q4_1,
+    QuantType.Q5_0,
+    QuantType.Q5_1,
+    QuantType.Q8_0,
+    QuantType.Q2_K,
+    QuantType.Q3_K,
+    QuantType.Q4_K,
+    QuantType.Q5_K,
+    QuantType.Q6_K,
+    QuantType.IQ4_NL,
+    QuantType.IQ4_XS,
+    QuantType.MXFP4,
+    QuantType.TQ2_0,
+    QuantType.TQ1_0,
+    QuantType.IQ2_XXS,
+    QuantType.IQ2_XS,
+    QuantType.IQ2_S,
+    QuantType.IQ3_XXS,
+    QuantType.IQ3_S,
+    QuantType.IQ1_S,
+    QuantType.IQ1_M,
+)
+_VECTOR_TYPES = (QuantType.F32, QuantType.F16, QuantType.BF16)
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What a program takes a tensor for; -1 stands for any number of rows."""
+
+    shape: tuple[int, ...]
+
+    @property
+    def is_vector(self) -> bool:
+        return len(self.shape) == 1
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        return len(shape) == len(self.shape) and all(
+            wanted in (-1, found) for wanted, found in zip(self.shape, shape, strict=True)
+        )
+
+
+def needs_of(program: Program) -> dict[str, list[Need]]:
+    """For every tensor of the program, what its steps take it for."""
+    needs: dict[str, list[Need]] = {}
+    for step in program.steps:
+        for name, shape in _shapes(step):
+            needs.setdefault(name, []).append(Need(shape))
+    return needs
+
+
+def _shapes(step: Step) -> Iterator[tuple[str, tuple[int, ...]]]:
+    match step:
+        case Embed():
+            yield step.weight, (-1, step.out.width)
+        case RmsNorm():
+            yield step.weight, (step.width,)
+        case LayerNorm():
+            yield step.weight, (step.x.width,)
+            yield step.bias, (step.x.width,)
+        case AddPosition():
+            yield step.weight, (-1, step.out.width)
+        case SigmoidGate():
+            yield step.weight, (step.x.width,)
+        case MatMul():
+            yield step.weight, (step.out.width, step.x.width)
+            if step.bias is not None:
+                yield step.bias, (step.out.width,)
+        case Moe():
+            yield step.router, (step.experts, step.x.width)
+            yield step.gate, (step.experts, step.ffn_width, step.x.width)
+            yield step.up, (step.experts, step.ffn_width, step.x.width)
+            yield step.down, (step.experts, step.out.width, step.ffn_width)
+
+
+@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
+class Weight:
+    """A loaded tensor: a vector of float32, or packed matrices (one, or one for each expert)."""
+
+    quant_type: QuantType
+    matrices: tuple[PackedMatrix, ...] = ()
+    vector: Float32 = field(default_factory=lambda: np.empty(0, np.float32))
+
+    @property
+    def matrix(self) -> PackedMatrix:
+        (matrix,) = self.matrices
+        return matrix
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(matrix.bytes for matrix in self.matrices) + self.vector.nbytes
+
+
+def shapes_only(program: Program, tensors: Mapping[str, Tensor]) -> dict[str, Weight]:
+    """Stand-ins for the weights of a program, for planning. ModelFileError as for `check_weights`."""
+    check_weights(program, tensors)
+    return {name: _shape_only(tensors[name]) for name in program.weights}
+
+
+def _shape_only(tensor: Tensor) -> Weight:
+    if len(tensor.shape) == 1:
+        return Weight(tensor.quant_type, vector=np.zeros(tensor.shape, np.float32))
+    *count, rows, cols = tensor.shape
+    shape = PackedMatrix.shape_only(int(tensor.quant_type), rows, cols)
+    return Weight(tensor.quant_type, (shape,) * prod(count))
+
+
+def check_weights(program: Program, tensors: Mapping[str, Tensor]) -> None:
+    """ModelFileError for a tensor of the wrong shape or of a type without kernels. Reads no weights."""
+    for name, wanted in needs_of(program).items():
+        for need in wanted:
+            _check(tensors[name], need)
+
+
+def _check(tensor: Tensor, need: Need) -> None:
+    allowed = _VECTOR_TYPES if need.is_vector else SUPPORTED_TYPES
+    if tensor.quant_type not in allowed:
+        known = ", ".join(kind.name for kind in allowed)
+        what = f"type {tensor.quant_type.name} cannot be computed with on cpu, only {known}"
+        raise ModelFileError(f"{tensor.path}: tensor {tensor.name}: {what}; take another file of the model")
+    if not need.fits(tensor.shape) or max(tensor.shape) >= 1 << 31:
+        wanted = [size if size >= 0 else "any" for size in need.shape]
+        what = f"shape {list(tensor.shape)}, the model's own figures ask for {wanted}"
+        raise ModelFileError(f"{tensor.path}: tensor {tensor.name}: {what}; the file is damaged")

@@ -1,0 +1,1 @@
+"""Chat templates: chosen, rendered in a sandboxed child process."""

@@ -1,0 +1,65 @@
+"""From messages to token ids: what a user wrote can never become a control token, what the template wrote does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any, Final
+
+from llamaclust.core.errors import RequestError
+from llamaclust.model.tokenizers.tokenizer import Tokenizer
+
+GUARD: Final = "\ufdd0"
+"""A code point that is no character: put inside a control word of a user's text, it keeps it from being found."""
+
+
+def guard_messages(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    """Messages to be rendered by a template, with every control word in their text made harmless. `encode_chat` and
+    `unguarded` give the text back as it was. RequestError for a text that holds GUARD itself."""
+    words = tuple(text for text in tokenizer.control_texts if len(text) > 1)
+    starts = _starts_of(words)
+    longest = max(map(len, words), default=1) - 1
+
+    def guarded(value: Any) -> Any:
+        if isinstance(value, str):
+            if GUARD in value:
+                raise RequestError("the messages hold U+FDD0, which is no character; take it out")
+            return _guard_end(_guard_words(value, words), starts, longest)
+        if isinstance(value, Mapping):
+            return {guarded(key): guarded(item) for key, item in value.items()}
+        return [guarded(item) for item in value] if isinstance(value, list | tuple) else value
+
+    return [guarded(message) for message in messages]
+
+
+def encode_chat(tokenizer: Tokenizer, rendered: str) -> list[int]:
+    """Token ids of a rendered template, its control words as their tokens; BOS comes first once where the model wants
+    it, whether or not the template wrote it."""
+    parts = tokenizer.split_special(rendered, parse_special=True)
+    ids = tokenizer.encode_parts([unguarded(part) if isinstance(part, str) else part for part in parts])
+    if tokenizer.add_bos and tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:
+        return [tokenizer.bos_id, *ids]
+    return ids
+
+
+def unguarded(rendered: str) -> str:
+    """A rendered template as a reader should see it."""
+    return rendered.replace(GUARD, "")
+
+
+@lru_cache(maxsize=8)
+def _starts_of(words: tuple[str, ...]) -> frozenset[str]:
+    return frozenset(word[:length] for word in words for length in range(1, len(word)))
+
+
+def _guard_words(text: str, words: Sequence[str]) -> str:
+    for word in words:
+        if word in text:
+            text = text.replace(word, word[0] + GUARD + word[1:])
+    return text
+
+
+def _guard_end(text: str, starts: frozenset[str], longest: int) -> str:
+    """Closes a text that ends like a control word begins, lest what is put behind it completes the word."""
+    ends = (text[-length:] for length in range(1, min(longest, len(text)) + 1))
+    return text + GUARD if any(end in starts for end in ends) else text

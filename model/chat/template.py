@@ -1,0 +1,200 @@
+"""Chat templates of model files, rendered in a child process that is bounded in time, memory and length of its text."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Final
+
+from llamaclust.core.errors import DeadlineError, ModelFileError, RequestError
+from llamaclust.model.chat.template_choice import built_in, suggested_template
+from llamaclust.model.chat.template_frames import frame_of
+from llamaclust.model.chat.template_process import NotInTime, ProcessKilled, RenderingStopped, TemplateProcess
+from llamaclust.model.tokenizers.tokenizer import Tokenizer
+
+_NO_TEMPLATE: Final = (
+    "the model carries no chat template, and its name tells none: choose one with chat_template or --chat-template, or "
+    "send the prompt as text to /v1/completions instead"
+)
+_MAX_REPLY_SHARE: Final = 6
+"""JSON may write one byte of text as six."""
+
+Message = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateLimits:
+    """What one render may use. `wait_s` is how long a render may wait for others before it."""
+
+    wall_s: float = 5.0
+    cpu_seconds: int = 4
+    memory_bytes: int = 512 << 20
+    max_text_bytes: int = 8 << 20
+    start_s: float = 30.0
+    wait_s: float = 60.0
+
+
+class ChatTemplate:
+    """A model's chat template and the process that renders it, started at the first render. Safe for many threads."""
+
+    def __init__(
+        self, source: str | None, bos_token: str, eos_token: str, limits: TemplateLimits | None = None
+    ) -> None:
+        """`source` is None for a model without a template: every render is refused then."""
+        self.source = source
+        self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
+        self._limits = limits or TemplateLimits()
+        self._child: TemplateProcess | None = None
+        self._broken: str | None = None
+        self._closed = False
+        # One thread owns the child for its whole life: Linux kills the child when the thread that started it ends.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="chat-template")
+
+    def __enter__(self) -> ChatTemplate:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the child process; renders in progress and those that wait fail. May be called again."""
+        if self._closed:
+            return
+        self._closed = True
+        child = self._child
+        if child is not None:
+            child.stop()
+        self._thread.submit(self._drop_child)
+        self._thread.shutdown(wait=True)
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = True, **extra: Any) -> str:
+        """The prompt for some messages; `extra` are more variables of the template (`tools`, `documents`, ...).
+
+        RequestError where there is no template, it refuses the messages, fails, or uses more than its limits;
+        DeadlineError where it had to wait too long for other renders.
+        """
+        future = self._submit(messages, add_generation_prompt, extra)
+        try:
+            return future.result(self._limits.wait_s)
+        except concurrent.futures.TimeoutError:
+            future.cancel()
+            raise self._waited_too_long() from None
+
+    async def render_async(self, messages: Sequence[Message], add_generation_prompt: bool = True, **extra: Any) -> str:
+        """As `render`, without blocking the event loop."""
+        future = asyncio.wrap_future(self._submit(messages, add_generation_prompt, extra))
+        try:
+            return await asyncio.wait_for(future, self._limits.wait_s)
+        except TimeoutError:
+            raise self._waited_too_long() from None
+
+    def _submit(
+        self, messages: Sequence[Message], add_generation_prompt: bool, extra: Mapping[str, Any]
+    ) -> Future[str]:
+        if self.source is None:
+            raise RequestError(_NO_TEMPLATE)
+        variables = {"tools": None, "documents": None, **self._tokens, **extra}
+        variables |= {"messages": list(messages), "add_generation_prompt": add_generation_prompt}
+        try:
+            frame = frame_of(variables)
+        except RecursionError:
+            raise RequestError("the messages are nested too deeply") from None
+        except (TypeError, ValueError) as error:
+            raise RequestError(f"the messages cannot be written as JSON: {error}") from error
+        return self._thread.submit(self._render, frame)
+
+    def _waited_too_long(self) -> DeadlineError:
+        return DeadlineError(f"the chat template was busy with other requests for {self._limits.wait_s:g} s; try again")
+
+    def _render(self, frame: bytes) -> str:
+        try:
+            reply = self._ask_again(frame)
+        except RenderingStopped as failure:
+            raise RequestError(f"the model's chat template was stopped: {failure}") from None
+        if "error" in reply:
+            raise RequestError(f"the model's chat template: {_line(reply['error'])}")
+        return str(reply["text"])
+
+    def _ask_again(self, frame: bytes) -> dict[str, Any]:
+        """The child's reply; where others killed it, at work or before, that of the next one."""
+        try:
+            return self._ask(frame)
+        except ProcessKilled:
+            return self._ask(frame)
+
+    def _ask(self, frame: bytes) -> dict[str, Any]:
+        if self._closed or self._broken is not None:
+            raise RequestError(self._broken or "the chat template was closed")
+        if self._child is None:
+            self._child = self._start()
+        try:
+            return self._child.ask(frame, self._limits.wall_s)
+        except RenderingStopped:
+            self._drop_child()
+            raise
+
+    def _start(self) -> TemplateProcess:
+        """A child that has compiled the template. A template that does not compile, or not with what it may use, is
+        remembered, not tried again."""
+        limits = self._limits
+        child = TemplateProcess(limits.max_text_bytes * _MAX_REPLY_SHARE + (1 << 16))
+        first = {
+            "source": self.source,
+            "cpu_seconds": limits.cpu_seconds,
+            "memory_bytes": limits.memory_bytes,
+            "max_text_bytes": limits.max_text_bytes,
+        }
+        try:
+            problem = child.ask(frame_of(first), limits.start_s).get("error")
+        except (ProcessKilled, NotInTime):
+            child.kill()
+            raise
+        except RenderingStopped as failure:
+            problem = str(failure)
+        if problem is not None:
+            child.kill()
+            self._broken = f"the model's chat template cannot be used: {_line(problem)}"
+            raise RequestError(self._broken)
+        return child
+
+    def _drop_child(self) -> None:
+        if self._child is not None:
+            self._child.kill()
+            self._child = None
+
+
+def load_chat_template(
+    metadata: Mapping[str, Any],
+    tokenizer: Tokenizer,
+    limits: TemplateLimits | None = None,
+    chosen: str | None = None,
+) -> ChatTemplate:
+    """The template of a GGUF file, in its place the text that a user chose, without one that which vocabulary or name
+    suggest.
+
+    ModelFileError where the field is not text. A model without a template refuses each render.
+    """
+    source = metadata.get("tokenizer.chat_template")
+    if source is not None and not isinstance(source, str):
+        raise ModelFileError("tokenizer.chat_template is not text")
+    if chosen is not None:
+        source = chosen
+    elif not source:
+        name = suggested_template(metadata, tokenizer)
+        source = None if name is None else built_in(name)
+    return ChatTemplate(source, _text(tokenizer, tokenizer.bos_id), _text(tokenizer, tokenizer.eos_id), limits)
+
+
+def _line(text: object) -> str:
+    """What a template says, safe in any terminal and log."""
+    return "".join(character for character in " ".join(str(text).split()) if character.isprintable())
+
+
+def _text(tokenizer: Tokenizer, token_id: int | None) -> str:
+    return "" if token_id is None else tokenizer.token_text(token_id)

@@ -1,0 +1,168 @@
+"""The process that renders chat templates. A template is a program from a file nobody vouches for: it runs sandboxed,
+with little memory and CPU time, where it can be killed. Frames on stdin and stdout: a length and that much JSON."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from functools import partial
+from typing import Any, Final
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
+
+from llamaclust.model.chat.template_frames import FRAME_LENGTH, frame_of
+
+_MAX_REQUEST_BYTES: Final = 1 << 28
+_MAX_MESSAGE_CHARACTERS: Final = 500
+_MAX_FILES: Final = 16
+_SET_PARENT_DEATH_SIGNAL: Final = 1
+
+
+class _GenerationTag(jinja2.ext.Extension):
+    """`{% generation %}...{% endgeneration %}` marks answers for training; here its body is just rendered."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class _TooLong(Exception):
+    """The rendered text passed its bound."""
+
+
+def environment() -> jinja2.Environment:
+    """Jinja as the templates of published models expect it."""
+    made = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationTag]
+    )
+    made.filters["tojson"] = tojson
+    made.globals["raise_exception"] = raise_exception
+    made.globals["strftime_now"] = strftime_now
+    return made
+
+
+def tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """JSON as it is; Jinja's own filter would escape it for HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def raise_exception(message: object = None) -> None:
+    said = "" if message is None else str(message)
+    raise jinja2.TemplateError(said or "it refuses these messages and does not say why")
+
+
+def strftime_now(form: str) -> str:
+    return datetime.now().astimezone().strftime(form)
+
+
+def _render(template: jinja2.Template, variables: Mapping[str, Any], max_bytes: int) -> str:
+    pieces: list[str] = []
+    size = 0
+    for piece in template.generate(**variables):
+        size += len(piece.encode("utf-8", "surrogatepass"))
+        if size > max_bytes:
+            raise _TooLong(f"more than {max_bytes} bytes of text")
+        pieces.append(piece)
+    return "".join(pieces)
+
+
+def _answer(work: Callable[[], str]) -> dict[str, str]:
+    """What to reply: the text, or the reason why there is none."""
+    try:
+        return {"text": work()}
+    except MemoryError:
+        return {"error": "it needs more memory than a template may use"}
+    except RecursionError:
+        return {"error": "it is nested too deeply"}
+    except jinja2.TemplateSyntaxError as error:
+        return {"error": f"line {error.lineno}: {error.message}"[:_MAX_MESSAGE_CHARACTERS]}
+    except Exception as error:  # noqa: BLE001 - the border between a template and the process
+        return {"error": (str(error) or type(error).__name__)[:_MAX_MESSAGE_CHARACTERS]}
+
+
+def _read_exactly(count: int) -> bytes:
+    """The next bytes of stdin; ends the process where the parent has gone."""
+    data = bytearray()
+    while len(data) < count:
+        chunk = os.read(0, min(count - len(data), 1 << 20))
+        if not chunk:
+            sys.exit(0)
+        data += chunk
+    return bytes(data)
+
+
+def _read_frame() -> dict[str, Any]:
+    length = FRAME_LENGTH.unpack(_read_exactly(FRAME_LENGTH.size))[0]
+    if length > _MAX_REQUEST_BYTES:
+        sys.exit(2)
+    frame: dict[str, Any] = json.loads(_read_exactly(length))
+    return frame
+
+
+def _write_frame(frame: Mapping[str, Any]) -> None:
+    rest = memoryview(frame_of(frame))
+    while rest:
+        rest = rest[os.write(1, rest) :]
+
+
+def _die_with_parent() -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+
+
+def _limit_resources(memory_bytes: int) -> None:
+    """Little memory, no files but those that the interpreter itself reads, nothing written but the replies."""
+    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (_MAX_FILES, _MAX_FILES))
+
+
+def _limit_cpu(seconds: int) -> None:
+    """The limit counts from the start of the process, so it is moved ahead before each render."""
+    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + seconds + 1, hard))
+
+
+def main() -> None:
+    """Reads the template and its limits, says whether it compiles, then renders until stdin ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _die_with_parent()
+    first = _read_frame()
+    _limit_resources(first["memory_bytes"])
+    _limit_cpu(first["cpu_seconds"])
+    template: jinja2.Template | None = None
+
+    def compile_it() -> str:
+        nonlocal template
+        template = environment().from_string(first["source"])
+        return ""
+
+    _write_frame(_answer(compile_it))
+    while template is not None:
+        variables = _read_frame()
+        _limit_cpu(first["cpu_seconds"])
+        _write_frame(_answer(partial(_render, template, variables, first["max_text_bytes"])))
+
+
+if __name__ == "__main__":
+    main()

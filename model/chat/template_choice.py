@@ -1,0 +1,81 @@
+"""Chat templates for models whose files carry none: by name, out of a file, or as metadata and vocabulary suggest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from llamaclust.core.errors import UsageError
+from llamaclust.model.tokenizers.tokenizer import Tokenizer
+
+_FOLDER: Final = Path(__file__).with_name("chat_templates")
+_MOST_BYTES: Final = 1 << 20
+_NAME_KEYS: Final = ("general.name", "general.basename", "general.finetune")
+
+_MARKS: Final = (
+    (("<|im_start|>",), "chatml"),
+    (("<|start_header_id|>", "<|eot_id|>"), "llama-3"),
+    (("<start_of_turn>", "<end_of_turn>"), "gemma"),
+    (("[gMASK]", "<sop>", "<|user|>"), "chatglm-4"),
+    (("[gMASK]", "sop", "<|user|>"), "chatglm-3"),
+    (("<|user|>", "<|assistant|>", "<|end|>"), "phi3"),
+)
+"""Words of a vocabulary that are there for one template only."""
+
+_NAMES: Final = (
+    (("linly",), "linly"),
+    (("chatflow",), "linly"),
+    (("tencentpretrain",), "linly"),
+    (("vicuna",), "vicuna"),
+    (("alpaca",), "alpaca"),
+    (("zephyr",), "zephyr"),
+    (("tinyllama", "chat"), "zephyr"),
+    (("baichuan2", "chat"), "baichuan-2"),
+    (("baichuan", "chat"), "baichuan"),
+    (("chatglm2",), "chatglm-2"),
+    (("mistral", "instruct"), "mistral"),
+    (("mixtral", "instruct"), "mistral"),
+    (("llama2", "chat"), "llama-2"),
+)
+"""Parts of a model's name, in small letters without what stands between words. A base model has no template."""
+
+
+def built_in_names() -> tuple[str, ...]:
+    """What `built_in` knows."""
+    return tuple(sorted(path.stem for path in _FOLDER.glob("*.jinja")))
+
+
+def built_in(name: str) -> str:
+    """The Jinja text of one of `built_in_names`."""
+    return (_FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
+
+
+def chosen_template(choice: str) -> str:
+    """The Jinja text that a user names, or has in a file. UsageError, with the names there are, for anything else."""
+    names = built_in_names()
+    if choice in names:
+        return built_in(choice)
+    try:
+        with Path(choice).expanduser().open("rb") as file:
+            text = file.read(_MOST_BYTES + 1)
+        if len(text) > _MOST_BYTES:
+            raise UsageError(f"chat template {choice}: more than {_MOST_BYTES} bytes; it is no template")
+        return text.decode()
+    except (OSError, RuntimeError, ValueError) as error:
+        listed = ", ".join(names)
+        why = "not UTF-8" if isinstance(error, UnicodeDecodeError) else "no file that can be read"
+        raise UsageError(f"chat template {choice}: {why}, and not one of {listed}") from error
+
+
+def suggested_template(metadata: Mapping[str, Any], tokenizer: Tokenizer) -> str | None:
+    """The name of the template that a model without one was most likely made for; None where nothing tells."""
+    for words, name in _MARKS:
+        if all(tokenizer.token_id(word) is not None for word in words):
+            return name
+    called = " ".join(str(metadata.get(key, "")) for key in _NAME_KEYS).lower()
+    called = called.translate({ord(sign): None for sign in "-_. "})
+    for parts, name in _NAMES:
+        if all(part in called for part in parts):
+            return name
+    return "chatglm-2" if metadata.get("general.architecture") == "chatglm" else None

@@ -1,0 +1,159 @@
+"""Files that appear when they are complete: hidden beside their place until then, one alone or several together."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import BinaryIO, Final
+
+from llamaclust.core.errors import UsageError
+from llamaclust.core.sizes import MIB
+
+_RESERVE_BYTES: Final = 1 << 24
+_PART: Final = re.compile(r"(?P<stem>.*)-\d{5}-of-(?P<count>\d{5})\.gguf", re.DOTALL)
+
+Opened = Callable[[Path], AbstractContextManager[BinaryIO]]
+"""Opens one of the files for writing; at the end of its block it is on the disk."""
+
+
+@contextmanager
+def new_file(path: Path, size_bytes: int, advice: str = "") -> Iterator[BinaryIO]:
+    """As `new_files`, for one."""
+    with new_files([path], size_bytes, advice) as opened, opened(path) as file:
+        yield file
+
+
+@contextmanager
+def new_files(paths: Sequence[Path], size_bytes: int, advice: str = "") -> Iterator[Opened]:
+    """Files of one folder that get their names, and replace what had them, when the block ends without an error, the
+    first one last; else nothing is left.
+
+    What a process that was killed left of them is used again, and parts of a model that it cut otherwise are deleted.
+    UsageError, before anything is written, where there is no room (`advice` says what to do) or another process writes.
+    """
+    first = paths[0]
+    for path in paths:
+        _check_place(path)
+    try:
+        with _locked(first):
+            try:
+                _clear(paths)
+                _check_room(first, size_bytes, advice)
+                yield _opened
+                for path in reversed(paths):
+                    hidden_name(path).replace(path)
+            except BaseException:
+                for path in reversed(paths):
+                    hidden_name(path).unlink(missing_ok=True)
+                raise
+            _sync_folder(first.parent)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UsageError(f"{first}: the disk is full; {size_bytes // MIB} MiB are needed") from None
+        raise
+
+
+def part_paths(out: Path, count: int) -> list[Path]:
+    """Names of the files of a model in parts, or `out` alone."""
+    if count == 1:
+        return [out]
+    stem = re.sub(r"-\d{5}-of-\d{5}$", "", out.stem)
+    return [out.with_name(f"{stem}-{number + 1:05}-of-{count:05}.gguf") for number in range(count)]
+
+
+def hidden_name(path: Path) -> Path:
+    """Where the bytes of `path` are until they are complete."""
+    return path.with_name(f".{path.name}.part")
+
+
+def _check_place(path: Path) -> None:
+    if not path.parent.is_dir():
+        raise UsageError(f"{path}: the folder does not exist; make it first")
+    if path.is_dir():
+        raise UsageError(f"{path}: a folder; give the name of a file")
+    if path.exists() and not path.is_file():  # /dev/null, say, would be replaced
+        raise UsageError(f"{path}: no regular file; give the name of one")
+
+
+def _check_room(path: Path, size_bytes: int, advice: str) -> None:
+    free = shutil.disk_usage(path.parent).free
+    if size_bytes + _RESERVE_BYTES > free:
+        needed = -(-(size_bytes + _RESERVE_BYTES) // MIB)
+        raise UsageError(f"{path}: needs {needed} MiB on the disk, {free // MIB} MiB are free{advice}")
+
+
+def _no_links(path: str, flags: int) -> int:
+    """The hidden name can be guessed: in a folder that others write to, it may be a link to another file."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    with open(hidden_name(path), "wb", opener=_no_links) as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """The hidden file of the first one is there and locked: whoever writes the same files waits or goes away."""
+    part = hidden_name(path)
+    while True:
+        with open(part, "ab", opener=_no_links) as file:
+            if not _lock(file):
+                raise UsageError(f"{path}: another process is writing it; wait for it or give another name")
+            if _is_at(file, part):  # else the process that held the lock has given it its name meanwhile
+                file.truncate(0)
+                yield
+                return
+
+
+def _lock(file: BinaryIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_at(file: BinaryIO, path: Path) -> bool:
+    return path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
+
+
+def _clear(paths: Sequence[Path]) -> None:
+    """Deletes what killed runs left of the others of `paths`, and of the same model in more or fewer parts."""
+    for path in paths[1:]:
+        hidden_name(path).unlink(missing_ok=True)
+    mine = _PART.fullmatch(paths[0].name)
+    if mine is None:
+        return
+    others: dict[str, list[Path]] = {}
+    for part in sorted(paths[0].parent.glob(".*.part")):
+        found = _PART.fullmatch(part.name.removeprefix(".").removesuffix(".part"))
+        if found and found["stem"] == mine["stem"] and found["count"] != mine["count"]:
+            others.setdefault(found["count"], []).append(part)
+    for parts in others.values():
+        _delete_unlocked(parts)
+
+
+def _delete_unlocked(parts: Sequence[Path]) -> None:
+    """All, the first one last, unless a process holds the lock, which is on the first one."""
+    with open(parts[0], "ab", opener=_no_links) as file:
+        if _lock(file):
+            for part in reversed(parts):
+                part.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,175 @@
+"""Opens a GGUF model, in one file or split in parts: metadata with typed getters, and tensors not yet read."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+from llamaclust.core.errors import ModelFileError
+from llamaclust.model.gguf.header import Header, read_header
+from llamaclust.model.gguf.tensors import Tensor
+from llamaclust.model.gguf.values import LazyStrings, MetadataValue, fail_at, kind_of, shown
+
+PART_NAME = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFile:
+    """A model as its file or files describe it. `path` is the file, or the first part of a split model.
+
+    `identity` is a SHA-256 in hex over headers, sizes and samples of the weights: the model id that travels.
+    """
+
+    path: Path
+    parts: tuple[Path, ...]
+    size_bytes: int
+    identity: str
+    metadata: Mapping[str, MetadataValue]
+    tensors: Mapping[str, Tensor]
+
+    def error(self, key: str, what: str, advice: str = "the file is not usable, take another one") -> ModelFileError:
+        """The error for metadata `key` that is missing or makes no sense."""
+        return fail_at(self.path, f"metadata {shown(key)}", what, advice)
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor of that name; ModelFileError where there is none."""
+        tensor = self.tensors.get(name)
+        if tensor is None:
+            raise fail_at(self.path, f"tensor {shown(name)}", "missing", "the file is not usable, take another one")
+        return tensor
+
+    def metadata_int(
+        self, key: str, default: int | None = None, *, minimum: int = 0, maximum: int = (1 << 31) - 1
+    ) -> int:
+        """A whole number in [minimum, maximum]. A missing key gives `default`, or an error where that is None."""
+        value = self._value(key, default)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise self.error(key, f"{kind_of(value)}, a whole number expected")
+        if not minimum <= value <= maximum:
+            raise self.error(key, f"{value}, {minimum} to {maximum} expected")
+        return value
+
+    def metadata_float(
+        self, key: str, default: float | None = None, *, minimum: float = -math.inf, maximum: float = math.inf
+    ) -> float:
+        """A finite decimal number in [minimum, maximum]. A missing key gives `default`, or an error if it is None."""
+        value = self._value(key, default)
+        if not isinstance(value, float):
+            raise self.error(key, f"{kind_of(value)}, a decimal number expected")
+        if not math.isfinite(value) or not minimum <= value <= maximum:
+            raise self.error(key, f"{value:g}, {minimum:g} to {maximum:g} expected")
+        return value
+
+    def metadata_str(self, key: str, default: str | None = None) -> str:
+        value = self._value(key, default)
+        if not isinstance(value, str):
+            raise self.error(key, f"{kind_of(value)}, text expected")
+        return value
+
+    def metadata_strings(self, key: str) -> Sequence[str]:
+        """An array of text, decoded on first use; a missing key is an error."""
+        value = self._value(key, None)
+        if not isinstance(value, LazyStrings):
+            raise self.error(key, f"{kind_of(value)}, an array of text expected")
+        return value
+
+    def _value(self, key: str, default: MetadataValue | None) -> MetadataValue:
+        value = self.metadata.get(key, default)
+        if value is None:
+            raise self.error(key, "missing")
+        return value
+
+
+def open_model(path: Path | str) -> ModelFile:
+    """Reads the header of a GGUF file, and of all parts where it is the first part of a split model.
+
+    ModelFileError, naming the file and the place, for anything that is missing, damaged, hostile or not supported.
+    """
+    first = read_header(Path(path))
+    headers = [first, *_other_parts(first)]
+    tensors: dict[str, Tensor] = {}
+    for header in headers:
+        repeated = next((name for name in header.tensors if name in tensors), None)
+        if repeated is not None:
+            what = f"also in {tensors[repeated].path.name}"
+            raise fail_at(header.path, f"tensor {shown(repeated)}", what, "get the parts of one and the same model")
+        tensors.update(header.tensors)
+    if len(headers) > 1:
+        _check_tensor_count(first, len(tensors))
+    return ModelFile(
+        path=first.path,
+        parts=tuple(header.path for header in headers),
+        size_bytes=sum(header.file_identity.size_bytes for header in headers),
+        identity=hashlib.sha256(b"".join(header.digest for header in headers)).hexdigest(),
+        metadata=MappingProxyType(first.metadata),
+        tensors=MappingProxyType(tensors),
+    )
+
+
+def _other_parts(first: Header) -> list[Header]:
+    """Headers of parts 2..N, each checked to be the part that its name and the first one say."""
+    count = _split_number(first, "split.count", default=1, minimum=0)
+    name = PART_NAME.fullmatch(first.path.name)
+    if count <= 1:  # llama-gguf-split leaves 0 in a file that it merged
+        if name and int(name["count"]) > 1:
+            said = count if "split.count" in first.metadata else "missing"
+            raise fail_at(first.path, "split.count", f"{said}, but the name says {name['count']} parts", _RENAME)
+        return []
+    if not name or int(name["count"]) != count:
+        wanted = f"-00001-of-{count:05}.gguf"
+        raise fail_at(first.path, "split.count", f"one part of {count}, but the name does not end in {wanted}", _RENAME)
+    number = _split_number(first, "split.no", default=None, minimum=0)
+    if number != 0 or int(name["number"]) != 1:
+        start = f"{name['stem']}-00001-of-{count:05}.gguf"
+        raise fail_at(first.path, "split.no", f"part {number + 1} of {count}", f"give the first part, {shown(start)}")
+    seen = {_file_key(first): first.path}
+    return [
+        _part(first, f"{name['stem']}-{part + 1:05}-of-{count:05}.gguf", part, count, seen) for part in range(1, count)
+    ]
+
+
+_RENAME = "give the file back the name it was published with"
+_GET_PART = "get the missing part of the same model"
+
+
+def _part(first: Header, name: str, number: int, count: int, seen: dict[tuple[int, int], Path]) -> Header:
+    path = first.path.with_name(name)
+    try:
+        header = read_header(path)
+    except ModelFileError as error:
+        raise ModelFileError(f"{error} (part {number + 1} of {count} of {first.path.name})") from error
+    key = _file_key(header)
+    if key in seen:
+        raise fail_at(path, "split model", f"the same file as {seen[key].name}", _GET_PART)
+    seen[key] = path
+    said = _split_number(header, "split.no", default=None, minimum=0)
+    if said != number:
+        raise fail_at(path, "split.no", f"{said}, {number} expected for part {number + 1}", _RENAME)
+    said = _split_number(header, "split.count", default=None, minimum=1)
+    if said != count:
+        raise fail_at(path, "split.count", f"{said}, but {first.path.name} says {count}", _GET_PART)
+    return header
+
+
+def _check_tensor_count(first: Header, found: int) -> None:
+    said = _split_number(first, "split.tensors.count", default=None, minimum=0)
+    if said != found:
+        raise fail_at(first.path, "split.tensors.count", f"{said}, but the parts hold {found} tensors", _GET_PART)
+
+
+def _split_number(header: Header, key: str, *, default: int | None, minimum: int) -> int:
+    value = header.metadata.get(key, default)
+    if value is None:
+        raise fail_at(header.path, key, "missing", _GET_PART)
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        raise fail_at(header.path, key, f"{kind_of(value)}, a whole number from {minimum} up expected")
+    return value
+
+
+def _file_key(header: Header) -> tuple[int, int]:
+    return header.file_identity.device, header.file_identity.inode

@@ -1,0 +1,145 @@
+"""A tensor in a model file: what it is and where its bytes are. Bytes are read with pread, never mapped: a file that is
+cut short while it is read is then an error with a name and not a crash."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from llamaclust.core.errors import ModelFileError
+from llamaclust.model.quant_types import TILE_ROWS, QuantType
+
+_READ_BYTES = 1 << 26
+"""One read call; large enough for any disk, small enough that a load can be interrupted."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileIdentity:
+    """Tells whether a path still leads to the bytes whose header was read."""
+
+    device: int
+    inode: int
+    size_bytes: int
+    modified_ns: int
+
+    @classmethod
+    def of(cls, descriptor: int) -> FileIdentity:
+        return cls.from_status(os.fstat(descriptor))
+
+    @classmethod
+    def from_status(cls, status: os.stat_result) -> FileIdentity:
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+@contextmanager
+def open_regular(path: Path) -> Iterator[int]:
+    """A read-only descriptor of a regular file; ModelFileError where there is none (a pipe would block for ever)."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise ModelFileError(f"{path}: no such file; check the path") from None
+    except ValueError:
+        raise ModelFileError(f"{str(path)!a}: not a file name; check the path") from None
+    except OSError as error:
+        raise ModelFileError(f"{path}: cannot be opened: {error.strerror}; check its permissions") from error
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise ModelFileError(f"{path}: not a regular file; give the path of a .gguf file")
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def read_exactly(descriptor: int, path: Path, offset: int, buffer: memoryview) -> None:
+    """Fills `buffer` with the file's bytes from `offset` on; ModelFileError where the file ends before that."""
+    done = 0
+    while done < len(buffer):
+        try:
+            count = os.preadv(descriptor, [buffer[done : done + _READ_BYTES]], offset + done)
+        except OSError as error:
+            raise ModelFileError(f"{path}: cannot be read at byte {offset + done}: {error.strerror}") from error
+        if count == 0:
+            wanted = offset + len(buffer)
+            raise ModelFileError(f"{path}: ends at byte {offset + done}, {wanted} expected; the file was cut short")
+        done += count
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """One tensor of a model file, not yet read. `shape` is row-major, slowest first: GGUF's ne = [k, n] is (n, k).
+
+    `content` is the SHA-256 of its bytes in hex, where that is known.
+    """
+
+    name: str
+    quant_type: QuantType
+    shape: tuple[int, ...]
+    path: Path
+    offset: int
+    n_bytes: int
+    file_identity: FileIdentity
+    content: str | None = None
+
+    @property
+    def origin(self) -> Path:
+        """The model file, or the folder that its bytes were brought to."""
+        return self.path if self.content is None else self.path.parent
+
+    @property
+    def layer(self) -> str | None:
+        """`blk.7` of a tensor of layer 7; None outside the layers."""
+        parts = self.name.split(".", 2)
+        return ".".join(parts[:2]) if len(parts) == 3 and parts[0] == "blk" else None
+
+    @property
+    def rows(self) -> int:
+        """Rows of `shape[-1]` weights, over all slower dimensions."""
+        return prod(self.shape[:-1])
+
+    @property
+    def row_bytes(self) -> int:
+        return self.quant_type.info.row_bytes(self.shape[-1])
+
+    @property
+    def resident_bytes(self) -> int:
+        """What it takes in memory to be computed with: a vector as float32, matrices in tiles of sixteen rows."""
+        if len(self.shape) == 1:
+            return 4 * self.shape[0]
+        *count, rows, width = self.shape
+        return prod(count) * -(-rows // TILE_ROWS) * self.quant_type.info.tile_bytes(width)
+
+    def read(self) -> bytes:
+        """All bytes, as they stand in the file. ModelFileError where the file went away, shrank or changed."""
+        return self.read_range(0, self.n_bytes)
+
+    def read_range(self, start: int, end: int) -> bytes:
+        """Bytes [start, end) of the tensor; errors as for `read`."""
+        buffer = bytearray(end - start)
+        self.read_into(buffer, start)
+        return bytes(buffer)
+
+    def read_into(self, buffer: bytearray | memoryview, start: int = 0) -> None:
+        """Fills a writable buffer with the bytes from `start` on; errors as for `read`."""
+        view = memoryview(buffer).cast("B")
+        assert 0 <= start <= start + len(view) <= self.n_bytes
+        with open_regular(self.path) as descriptor:
+            self._check(descriptor)
+            read_exactly(descriptor, self.path, self.offset + start, view)
+            self._check(descriptor)
+
+    def _check(self, descriptor: int) -> None:
+        now = FileIdentity.of(descriptor)
+        if now == self.file_identity:
+            return
+        was = self.file_identity
+        what = (
+            f"shrank from {was.size_bytes} to {now.size_bytes} bytes" if now.size_bytes < was.size_bytes else "changed"
+        )
+        raise ModelFileError(
+            f"{self.path}: {what} since it was opened (reading {self.name}); restore it, or start again"
+        )

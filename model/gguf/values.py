@@ -1,0 +1,91 @@
+"""GGUF metadata as Python sees it: numbers, text, NumPy arrays, and arrays of text that are decoded late."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from struct import Struct
+from typing import Any, overload
+
+from numpy.typing import NDArray
+
+from llamaclust.core.errors import ModelFileError
+
+LENGTH = Struct("<Q")
+
+
+class LazyStrings(Sequence[str]):
+    """An array of strings kept as it stands in the file (a 64-bit length before each) until the first one is used."""
+
+    __slots__ = ("_count", "_data", "_decoded", "_origin")
+
+    def __init__(self, data: bytes, count: int, origin: str) -> None:
+        """`data` holds exactly `count` strings, lengths checked; `origin` names file and key for errors."""
+        self._data = data
+        self._count = count
+        self._origin = origin
+        self._decoded: list[str] | None = None
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        return self.decoded()[index]
+
+    def __repr__(self) -> str:
+        return f"LazyStrings({self._origin}, {self._count} strings)"
+
+    def decoded(self) -> list[str]:
+        """Every string; ModelFileError where one is not UTF-8. Decoded once, so do not change the list."""
+        if self._decoded is None:
+            self._decoded = self._decode()
+            self._data = b""
+        return self._decoded
+
+    def _decode(self) -> list[str]:
+        data, unpack = self._data, LENGTH.unpack_from
+        words: list[str] = []
+        at = 0
+        try:
+            for _ in range(self._count):
+                end = at + 8 + unpack(data, at)[0]
+                words.append(str(data[at + 8 : end], "utf-8"))
+                at = end
+        except UnicodeDecodeError as error:
+            raise ModelFileError(f"{self._origin}: string {len(words)} is not UTF-8 ({error.reason})") from error
+        return words
+
+
+MetadataValue = int | float | bool | str | NDArray[Any] | LazyStrings | tuple["MetadataValue", ...]
+"""A scalar, a read-only array of numbers, an array of strings, or an array of arrays."""
+
+
+def shown(text: str) -> str:
+    """Text from a file made safe for a one-line message: quoted, escaped, at most 64 characters."""
+    return ascii(text if len(text) <= 64 else text[:61] + "...")
+
+
+def kind_of(value: MetadataValue) -> str:
+    """What a value is, in words for a message."""
+    if isinstance(value, bool):
+        return "a truth value"
+    if isinstance(value, int):
+        return "a whole number"
+    if isinstance(value, float):
+        return "a decimal number"
+    if isinstance(value, str):
+        return "text"
+    if isinstance(value, LazyStrings):
+        return "an array of text"
+    return "an array of arrays" if isinstance(value, tuple) else f"an array of {value.dtype.name}"
+
+
+def fail_at(
+    path: Path, place: str, what: str, advice: str = "the file is damaged, download it again"
+) -> ModelFileError:
+    """The error for a bad file: where, what, and what to do, on one line."""
+    return ModelFileError(f"{path}: {place}: {what}; {advice}")

@@ -1,0 +1,161 @@
+"""Writes GGUF version 3 files, one tensor at a time, so that a model larger than memory can be written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from struct import pack
+from typing import Any, BinaryIO, Self
+
+import numpy as np
+
+from llamaclust.core.errors import ModelFileError
+from llamaclust.model.gguf.atomic_file import new_file, new_files
+from llamaclust.model.gguf.header import ARRAY_TYPE, BOOL_TYPE, DEFAULT_ALIGNMENT, MAGIC, NUMBER_FORMATS, STRING_TYPE
+from llamaclust.model.gguf.values import MetadataValue, shown
+from llamaclust.model.quant_types import QuantType
+
+_VERSION = 3
+_NUMBER_TYPES = {np.dtype(code): number for number, code in NUMBER_FORMATS.items()} | {np.dtype(np.bool_): BOOL_TYPE}
+
+
+@dataclass(frozen=True, slots=True)
+class RawValue:
+    """A value as `raw_metadata` reads it from a file, its type before it."""
+
+    data: bytes
+
+
+WritableValue = MetadataValue | np.generic | Sequence[str] | RawValue
+"""What metadata may hold. A Python int becomes uint32 where it fits, else int32 or a 64-bit type, a float becomes
+float32; a NumPy scalar or array keeps its type; a sequence of text becomes an array of strings, any other an array of
+arrays."""
+
+Bytes = bytes | bytearray | memoryview
+Produce = Callable[[], Bytes | Iterator[Bytes]]
+"""A tensor's bytes, whole or in pieces."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSource:
+    """A tensor to be written. `produce` is called once, when its turn comes, for exactly `n_bytes` bytes.
+
+    `shape` is row-major, slowest first; its last number is a multiple of the type's block size.
+    """
+
+    name: str
+    quant_type: QuantType
+    shape: tuple[int, ...]
+    produce: Produce
+
+    @property
+    def n_bytes(self) -> int:
+        return prod(self.shape[:-1]) * self.quant_type.info.row_bytes(self.shape[-1])
+
+
+@dataclass(frozen=True, slots=True)
+class Contents:
+    """What a model file is to hold."""
+
+    header: bytes
+    tensors: tuple[TensorSource, ...]
+    alignment: int
+
+    @classmethod
+    def of(cls, metadata: Mapping[str, WritableValue], tensors: Iterable[TensorSource]) -> Self:
+        """`general.alignment` of the metadata is obeyed."""
+        alignment, sources = int(metadata.get("general.alignment", DEFAULT_ALIGNMENT)), tuple(tensors)  # type: ignore[arg-type]
+        return cls(header_bytes(metadata, sources, alignment), sources, alignment)
+
+    @property
+    def n_bytes(self) -> int:
+        return len(self.header) + sum(_padded(tensor.n_bytes, self.alignment) for tensor in self.tensors)
+
+    def write(self, file: BinaryIO) -> None:
+        file.write(self.header)
+        for tensor in self.tensors:
+            _write_tensor(file, tensor, self.alignment)
+
+
+def write_gguf(path: Path | str, metadata: Mapping[str, WritableValue], tensors: Iterable[TensorSource]) -> None:
+    """Writes a model file: it appears under its name when it is complete, or not at all. UsageError where the disk has
+    too little room."""
+    contents = Contents.of(metadata, tensors)
+    with new_file(Path(path), contents.n_bytes) as file:
+        contents.write(file)
+
+
+def write_gguf_parts(parts: Mapping[Path, Contents]) -> None:
+    """As `write_gguf`, for files that appear together."""
+    with new_files(list(parts), sum(contents.n_bytes for contents in parts.values())) as opened:
+        for path, contents in parts.items():
+            with opened(path) as file:
+                contents.write(file)
+
+
+def header_bytes(
+    metadata: Mapping[str, WritableValue], sources: Sequence[TensorSource] = (), alignment: int = DEFAULT_ALIGNMENT
+) -> bytes:
+    """What stands before the tensors. Equal arguments give equal bytes."""
+    header = bytearray(MAGIC + pack("<IQQ", _VERSION, len(sources), len(metadata)))
+    for key, value in metadata.items():
+        header += _text(key) + _value(value)
+    offset = 0
+    for source in sources:
+        header += _text(source.name) + pack("<I", len(source.shape))
+        header += b"".join(pack("<Q", size) for size in reversed(source.shape))
+        header += pack("<IQ", source.quant_type, offset)
+        offset += _padded(source.n_bytes, alignment)
+    return bytes(header.ljust(_padded(len(header), alignment), b"\0"))
+
+
+def _text(text: str) -> bytes:
+    try:
+        data = text.encode()
+    except UnicodeEncodeError:
+        raise ModelFileError(f"{shown(text)} cannot be written: it is no text, but half of a pair of UTF-16") from None
+    return pack("<Q", len(data)) + data
+
+
+def _value(value: WritableValue) -> bytes:
+    """A value with its type before it."""
+    if isinstance(value, RawValue):
+        return value.data
+    if isinstance(value, str):
+        return pack("<I", STRING_TYPE) + _text(value)
+    if isinstance(value, bool | int | float | np.generic):
+        scalar = value if isinstance(value, np.generic) else _scalar(value)
+        return pack("<I", _NUMBER_TYPES[scalar.dtype]) + scalar.tobytes()
+    if isinstance(value, np.ndarray):
+        return pack("<IIQ", ARRAY_TYPE, _NUMBER_TYPES[value.dtype], value.size) + value.tobytes()
+    if all(isinstance(item, str) for item in value):
+        return pack("<IIQ", ARRAY_TYPE, STRING_TYPE, len(value)) + b"".join(_text(str(item)) for item in value)
+    arrays = b"".join(_value(item).removeprefix(pack("<I", ARRAY_TYPE)) for item in value)
+    return pack("<IIQ", ARRAY_TYPE, ARRAY_TYPE, len(value)) + arrays
+
+
+def _scalar(value: bool | int | float) -> np.generic:
+    if isinstance(value, bool):
+        return np.bool_(value)
+    if isinstance(value, float):
+        return np.float32(value)
+    fitting = next(kind for kind in (np.uint32, np.int32, np.uint64, np.int64) if _fits(value, kind))
+    return fitting(value)
+
+
+def _fits(value: int, kind: type[np.integer[Any]]) -> bool:
+    return bool(np.iinfo(kind).min <= value <= np.iinfo(kind).max)
+
+
+def _padded(count: int, alignment: int) -> int:
+    return -(-count // alignment) * alignment
+
+
+def _write_tensor(file: BinaryIO, source: TensorSource, alignment: int) -> None:
+    made, written = source.produce(), 0
+    for piece in (made,) if isinstance(made, bytes | bytearray | memoryview) else made:
+        written += file.write(memoryview(piece).cast("B"))
+    assert written == source.n_bytes, f"{source.name}: {written} bytes made, {source.n_bytes} announced"
+    file.write(bytes(_padded(written, alignment) - written))

@@ -1,0 +1,1 @@
+"""A model's manifest and the cache of fetched tensors."""

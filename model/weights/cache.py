@@ -1,0 +1,270 @@
+"""The folder of fetched weights: tensors by the SHA-256 of their bytes, and manifests of models. Knows no network.
+
+A file gets its name only when it is whole, checked and on disk. Processes of one machine share the folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import secrets
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+from llamaclust.core.errors import LlamaclustError
+from llamaclust.core.sizes import mib
+from llamaclust.model.gguf.tensors import FileIdentity
+
+WHOLE, UNFINISHED, KNOWN, LEASE = ".weights", ".part", ".manifest", ".load"
+
+_WHOLE_NS = 1_000_000_000 * 10**9
+"""Time of modification of every whole file: one that was written to afterwards has another."""
+
+_LOCK_WAIT_S = 10.0
+_LOCK_RETRY_S = 0.02
+_HASH = re.compile("[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True)
+class Cleared:
+    files: int
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class WeightCache:
+    """`path` and how many bytes it may hold. It is made on first use, for this user alone."""
+
+    path: Path
+    most_bytes: int
+
+    def prepare(self) -> None:
+        """Makes the folder. LlamaclustError where that fails, or where others may write there."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(mode=0o700, exist_ok=True)
+            found = self.path.stat()
+        except OSError as error:
+            raise LlamaclustError(f"{self.path}: weights cannot be kept there: {error.strerror}") from error
+        if found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o022:
+            raise LlamaclustError(f"{self.path}: weights are not kept there, since others may write to it")
+
+    def place(self, content: str) -> Path:
+        """Where the bytes with that SHA-256 are, if they are there."""
+        assert _HASH.fullmatch(content)
+        return self.path / f"{content}{WHOLE}"
+
+    def part_path(self, content: str) -> Path:
+        return self.place(content).with_suffix(UNFINISHED)
+
+    def part_bytes(self, content: str) -> int:
+        """What is there of an unfinished one; it counts as used now. One that a process writes is left as it is: it may
+        be whole at this moment, and then its times say so."""
+        try:
+            descriptor = os.open(self.part_path(content), os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError:
+            return 0
+        try:
+            if take_lock(descriptor):
+                _use(descriptor)
+            return os.fstat(descriptor).st_size
+        finally:
+            os.close(descriptor)
+
+    def find(self, content: str) -> FileIdentity | None:
+        """None where it is not there; what was changed since it was written is deleted. It counts as used now."""
+        path = self.place(content)
+        try:
+            found = path.lstat()
+            if not stat.S_ISREG(found.st_mode) or found.st_mtime_ns != _WHOLE_NS:
+                path.unlink()
+                return None
+            mark_whole(path)
+        except OSError:
+            return None
+        return FileIdentity.from_status(found)
+
+    def known_manifest(self, key: str) -> str | None:
+        """SHA-256 of the manifest that was remembered by that name, if it is still there."""
+        assert _HASH.fullmatch(key)
+        try:
+            content = (self.path / f"{key}{KNOWN}").read_text("ascii")
+        except (OSError, ValueError):
+            return None
+        return content if _HASH.fullmatch(content) and self.find(content) is not None else None
+
+    def keep_manifest(self, key: str, data: bytes) -> str:
+        """Writes a manifest and remembers it by that name; returns its SHA-256. LlamaclustError where it cannot."""
+        content = sha256(data).hexdigest()
+        try:
+            self._write(self.place(content), data, is_whole=True)
+        except OSError as error:
+            raise LlamaclustError(f"{self.path}: a manifest cannot be written: {error.strerror}") from error
+        self.remember_manifest(key, content)
+        return content
+
+    def remember_manifest(self, key: str, content: str) -> None:
+        """LlamaclustError where that cannot be written."""
+        assert _HASH.fullmatch(key)
+        try:
+            self._write(self.path / f"{key}{KNOWN}", content.encode(), is_whole=False)
+        except OSError as error:
+            raise LlamaclustError(f"{self.path}: cannot be written to: {error.strerror}") from error
+
+    def _write(self, path: Path, data: bytes, *, is_whole: bool) -> None:
+        made = self.path / f"{secrets.token_hex(8)}.tmp"
+        try:
+            with made.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            if is_whole:
+                mark_whole(made)
+            made.replace(path)
+        finally:
+            made.unlink(missing_ok=True)
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """What is found or written meanwhile is not deleted to make room."""
+        self.prepare()
+        made = self.path / f"{secrets.token_hex(8)}.tmp"
+        path = made.with_suffix(LEASE)
+        descriptor = os.open(made, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            _use(made)
+            made.rename(path)  # one without a lock would be deleted: its process is gone
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            os.close(descriptor)
+
+    def make_room(self, n_bytes: int) -> None:
+        """Deletes what was not used for longest and is in no load, until there is room for so many bytes more.
+        LlamaclustError where there cannot be."""
+        with self._locked():
+            since_ns = self._oldest_lease_ns()
+            files = sorted(self._files(), key=lambda one: _used_ns(one[1]))
+            held, free = sum(found.st_size for _, found in files), self._free_bytes()
+            for path, found in files:
+                if held + n_bytes <= self.most_bytes and n_bytes <= free:
+                    break
+                with contextlib.suppress(OSError):
+                    if _used_ns(found) < since_ns and _delete(path):
+                        held, free = held - found.st_size, free + found.st_size
+        if held + n_bytes > self.most_bytes:
+            what = f"{mib(n_bytes)} MiB more of weights beside {mib(held)} MiB in use"
+            raise LlamaclustError(
+                f"{self.path}: {what}, {mib(self.most_bytes)} MiB are allowed (LLAMACLUST_WEIGHTS_SIZE)"
+            )
+        if n_bytes > free:
+            raise self.disk_full(n_bytes, free)
+
+    def disk_full(self, n_bytes: int, free_bytes: int) -> LlamaclustError:
+        what = f"the disk has {mib(free_bytes)} MiB free, {mib(n_bytes)} MiB more of weights are needed"
+        return LlamaclustError(f"{self.path}: {what}; make room there, or set LLAMACLUST_HOME to another disk")
+
+    def list_files(self) -> tuple[list[int], list[int]]:
+        """Sizes of whole files, and of unfinished ones."""
+        found = [(path.suffix, status.st_size) for path, status in self._files()]
+        return [size for kind, size in found if kind == WHOLE], [size for kind, size in found if kind == UNFINISHED]
+
+    def clear(self) -> Cleared:
+        """Deletes all of it. BlockingIOError where a load is under way; OSError."""
+        if not self.path.is_dir():
+            return Cleared(0, 0)
+        with self._locked():
+            if self._oldest_lease_ns() <= time.time_ns():
+                raise BlockingIOError(errno.EAGAIN, "a load is using it; try again later")
+            files = list(self._files())
+            for path in (*(path for path, _ in files), *self.path.glob(f"*{KNOWN}"), *self.path.glob("*.tmp")):
+                path.unlink(missing_ok=True)
+        return Cleared(len(files), sum(found.st_size for _, found in files))
+
+    @contextmanager
+    def making(self, key: str) -> Iterator[None]:
+        """One process at a time makes what has that name; the others wait for as long as that takes."""
+        descriptor = os.open(self.path / f"{key}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def _free_bytes(self) -> int:
+        disk = os.statvfs(self.path)
+        return disk.f_bavail * disk.f_frsize
+
+    def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
+        for path in self.path.glob("*"):
+            if path.suffix in (WHOLE, UNFINISHED):
+                with contextlib.suppress(FileNotFoundError):
+                    yield path, path.lstat()
+
+    def _oldest_lease_ns(self) -> int:
+        """When the oldest load that is under way began; the far future where there is none."""
+        begun = [1 << 63]
+        for path in self.path.glob(f"*{LEASE}"):
+            with contextlib.suppress(OSError):
+                begun_ns = path.stat().st_mtime_ns
+                if not _delete(path):
+                    begun.append(begun_ns)
+        return min(begun)
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        descriptor = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            end = time.monotonic() + _LOCK_WAIT_S
+            while not take_lock(descriptor):
+                if time.monotonic() >= end:
+                    raise LlamaclustError(f"{self.path}: another process has had the lock for {_LOCK_WAIT_S:g} s")
+                time.sleep(_LOCK_RETRY_S)
+            yield
+        finally:
+            os.close(descriptor)
+
+
+def take_lock(descriptor: int) -> bool:
+    """False where another process, or another descriptor of this one, has it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def mark_whole(path: Path) -> None:
+    """Its bytes are as its name says; it counts as used now."""
+    os.utime(path, ns=(time.time_ns(), _WHOLE_NS))
+
+
+def _use(path: Path | int) -> None:
+    now_ns = time.time_ns()
+    os.utime(path, ns=(now_ns, now_ns))
+
+
+def _used_ns(found: os.stat_result) -> int:
+    """Of an unfinished file: when it was written to."""
+    return found.st_atime_ns if found.st_mtime_ns == _WHOLE_NS else found.st_mtime_ns
+
+
+def _delete(path: Path) -> bool:
+    """Not what a process has a lock on. OSError where it is gone, or cannot be deleted."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        if not take_lock(descriptor):
+            return False
+        path.unlink()
+        return True
+    finally:
+        os.close(descriptor)

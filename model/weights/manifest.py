@@ -1,0 +1,176 @@
+"""A model without its weights: the numbers that a stage needs, and what each tensor is, with the SHA-256 of its bytes.
+
+It travels as a GGUF file that holds no tensors, so that it is read by what reads model files, with all its checks.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from hashlib import sha256
+from math import prod
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from llamaclust.model.gguf.header import MAX_DIMENSIONS, MAX_ELEMENTS, MAX_TENSORS, read_header
+from llamaclust.model.gguf.model_file import ModelFile
+from llamaclust.model.gguf.tensors import FileIdentity, Tensor
+from llamaclust.model.gguf.values import LazyStrings, MetadataValue, fail_at
+from llamaclust.model.gguf.writer import WritableValue, header_bytes
+from llamaclust.model.hyperparameters import read_architecture, read_hyperparameters
+from llamaclust.model.quant_types import QuantType
+
+_VERSION = 1
+_PREFIX = "llamaclust.manifest."
+_HASH = re.compile("[0-9a-f]{64}")
+_READ_BYTES = 1 << 23
+_NOWHERE = FileIdentity(0, 0, 0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRecord:
+    """One tensor of a manifest."""
+
+    name: str
+    quant_type: QuantType
+    shape: tuple[int, ...]
+    content: str  # SHA-256 of its bytes, in hex
+
+    @property
+    def n_bytes(self) -> int:
+        return prod(self.shape[:-1]) * self.quant_type.info.row_bytes(self.shape[-1])
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """`metadata`: without what belongs to the tokenizer."""
+
+    model_id: str
+    size_bytes: int
+    metadata: Mapping[str, MetadataValue]
+    tensors: tuple[TensorRecord, ...]
+
+    def file(self, path: Path, held: Mapping[str, tuple[Path, FileIdentity]]) -> ModelFile:
+        """The model as its file would be. `path`: what errors name; `held`: where bytes are, by their SHA-256."""
+        tensors = {}
+        for one in self.tensors:
+            place, identity = held.get(one.content, (path, _NOWHERE))
+            tensors[one.name] = Tensor(
+                one.name, one.quant_type, one.shape, place, 0, one.n_bytes, identity, content=one.content
+            )
+        return ModelFile(path, (), self.size_bytes, self.model_id, self.metadata, MappingProxyType(tensors))
+
+
+def make_manifest(
+    file: ModelFile, progress: Callable[[int], None] = lambda n_bytes: None, threads: int | None = None
+) -> bytes:
+    """Reads all bytes of the model, at a gigabyte or so a second and thread; `progress` hears of each piece, from
+    several threads. ModelFileError as of `Tensor.read`."""
+    tensors = list(file.tensors.values())
+    with ThreadPoolExecutor(threads or os.cpu_count() or 1, "hash-weights") as pool:
+        contents = list(pool.map(partial(content_of, progress=progress), tensors))
+    return header_bytes(_own_metadata(file) | _table(file, tensors, contents))
+
+
+def content_of(tensor: Tensor, progress: Callable[[int], None] = lambda n_bytes: None) -> str:
+    """SHA-256 of its bytes, in hex."""
+    hashed = sha256()
+    buffer = memoryview(bytearray(min(_READ_BYTES, tensor.n_bytes)))
+    for start in range(0, tensor.n_bytes, _READ_BYTES):
+        piece = buffer[: min(_READ_BYTES, tensor.n_bytes - start)]
+        tensor.read_into(piece, start)
+        hashed.update(piece)
+        progress(len(piece))
+    return hashed.hexdigest()
+
+
+def _own_metadata(file: ModelFile) -> dict[str, WritableValue]:
+    """The architecture's own keys, the size of the vocabulary among them."""
+    architecture = read_architecture(file)
+    own: dict[str, WritableValue] = {"general.architecture": architecture}
+    for key, value in file.metadata.items():
+        if key.startswith(f"{architecture}."):
+            own[key] = np.float64(value) if isinstance(value, float) else value
+    own[f"{architecture}.vocab_size"] = read_hyperparameters(file).vocabulary_size
+    return own
+
+
+def _table(file: ModelFile, tensors: Sequence[Tensor], contents: Sequence[str]) -> dict[str, WritableValue]:
+    columns: dict[str, WritableValue] = {
+        "version": _VERSION,
+        "model_id": file.identity,
+        "size": np.uint64(file.size_bytes),
+        "names": [tensor.name for tensor in tensors],
+        "types": np.array([int(tensor.quant_type) for tensor in tensors], np.uint32),
+        "dimensions": np.array([len(tensor.shape) for tensor in tensors], np.uint32),
+        "sizes": np.array([size for tensor in tensors for size in tensor.shape], np.uint64),
+        "contents": list(contents),
+    }
+    return {_PREFIX + name: column for name, column in columns.items()}
+
+
+def read_manifest(path: Path) -> Manifest:
+    """ModelFileError for a file that is no manifest, or not of this version."""
+    metadata = read_header(path).metadata
+    own = {key: value for key, value in metadata.items() if not key.startswith(_PREFIX)}
+    try:
+        return _Reader(path, metadata).manifest(own)
+    except (ValueError, OverflowError) as error:
+        raise fail_at(
+            path, "manifest", str(error), "llamaclust of another version made it, or it is damaged"
+        ) from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """ValueError for columns that do not fit together."""
+
+    path: Path
+    metadata: Mapping[str, MetadataValue]
+
+    def manifest(self, own: dict[str, MetadataValue]) -> Manifest:
+        if self._column("version", int) != _VERSION:
+            raise ValueError(f"not of version {_VERSION}")
+        names, contents = self._strings("names"), self._strings("contents")
+        kinds, dimensions = self._numbers("types"), self._numbers("dimensions")
+        sizes = self._numbers("sizes")
+        if not len(names) == len(contents) == len(kinds) == len(dimensions) == len(set(names)) <= MAX_TENSORS:
+            raise ValueError("columns of different lengths, or a name twice")
+        if any(not 1 <= count <= MAX_DIMENSIONS for count in dimensions) or sum(dimensions) != len(sizes):
+            raise ValueError("shapes that make no sense")
+        rest = iter(sizes)
+        shapes = [tuple(next(rest) for _ in range(count)) for count in dimensions]
+        tensors = tuple(map(_record, names, kinds, shapes, contents))
+        model_id, size_bytes = self._column("model_id", str), self._column("size", int)
+        return Manifest(model_id, size_bytes, MappingProxyType(own), tensors)
+
+    def _column(self, name: str, kind: type) -> Any:
+        value = self.metadata.get(_PREFIX + name)
+        if not isinstance(value, kind):
+            raise ValueError(f"no {name}")
+        return value
+
+    def _strings(self, name: str) -> list[str]:
+        return list(self._column(name, LazyStrings))
+
+    def _numbers(self, name: str) -> list[int]:
+        values = self._column(name, np.ndarray)
+        if values.dtype.kind != "u":
+            raise ValueError(f"{name} that are no whole numbers")
+        return [int(value) for value in values]
+
+
+def _record(name: str, kind: int, shape: tuple[int, ...], content: str) -> TensorRecord:
+    quant_type = QuantType(kind)
+    if 0 in shape or prod(shape) > MAX_ELEMENTS or shape[-1] % quant_type.info.block_size:
+        raise ValueError(f"tensor {name!a}: a shape of {list(shape)}")
+    if not _HASH.fullmatch(content):
+        raise ValueError(f"tensor {name!a}: no SHA-256")
+    return TensorRecord(name, quant_type, shape, content)

@@ -1,0 +1,154 @@
+"""`up`, `status`, `plan`, `logs`, `generate`, `down`: what the commands promise, by running them on a tiny model."""
+
+from __future__ import annotations
+
+import re
+import socket
+import stat
+from collections.abc import Iterator
+
+import pytest
+
+from support.clusters.command_line import Cluster, CommandLine, command_line, eventually, float32
+from support.models.hostile_models import tiny
+
+WORKER_KEYS = {"name", "pid", "address", "device", "layers", "state", "memory_bytes", "busy", "tokens_per_s"}
+
+
+@pytest.fixture(scope="module")
+def line() -> Iterator[CommandLine]:
+    with command_line() as line:
+        tiny(line.folder / "good.gguf")
+        yield line
+
+
+@pytest.fixture(scope="module")
+def cluster(line: CommandLine) -> Iterator[Cluster]:
+    with line.cluster("good.gguf", context_length=256) as cluster:
+        yield cluster
+
+
+def test_status_json_has_the_keys_that_were_promised(line: CommandLine, cluster: Cluster) -> None:
+    status = line.run("status", "--json").json
+    assert (status["name"], status["api"], status["state"]) == ("tiny", cluster.api, "ready")
+    assert status["pid"] == cluster.pid == cluster.command.process.pid
+    assert status["model"] == "good"
+    assert status["requests"] == {"running": 0, "waiting": 0}
+    assert [worker["layers"] for worker in status["workers"]] == [[0, 2], [2, 4]]
+    for worker, name in zip(status["workers"], "ab", strict=True):
+        assert worker.keys() >= WORKER_KEYS
+        assert (worker["name"], worker["state"], worker["device"]) == (name, "ready", "cpu")
+        assert worker["memory_bytes"] > 0 and 0 <= worker["busy"] <= 1
+    shown = line.run("status").out
+    assert "tiny: ready" in shown and cluster.api in shown and "[0, 2)" in shown
+
+
+def test_generate_finds_the_cluster_that_runs(line: CommandLine, cluster: Cluster) -> None:
+    arguments = ("generate", "the first word", "-n", "12")
+    found = line.run(*arguments, "--json").json
+    assert (found["token_ids"], float32(found["logprobs"])) == cluster.answer()
+    assert found["finish_reason"] == "length"
+    assert found.keys() >= {"text", "prompt_token_ids", "timings"}
+    assert found["timings"].keys() == {"ttft_ms", "prefill_tok_s", "decode_tok_s"}
+    assert line.run(*arguments, "--endpoint", cluster.api).out.rstrip("\n") == found["text"].rstrip("\n")
+    alone = line.run(*arguments, "--json", "--model", "good.gguf").json
+    assert [alone[key] for key in ("token_ids", "logprobs")] == [found[key] for key in ("token_ids", "logprobs")]
+
+
+def test_logs_are_those_of_the_worker(line: CommandLine, cluster: Cluster) -> None:
+    assert "layers [2, 4) are loaded" in line.run("logs", "b").out
+    assert "layers [2, 4)" not in line.run("logs", "a").out
+    done = line.run("logs", "c")
+    assert done.code == 2 and "there are logs of: a, b" in done.error
+    done = line.run("logs", "x" * 4000)
+    assert done.code == 2 and "there are logs of: a, b" in done.error and len(done.error) < 300
+    following = line.start("logs", "a", "-f")
+    log = line.cluster_dir("tiny") / "logs" / "a.log"
+    with log.open("a") as file:
+        file.write("something new\n")
+    eventually(lambda: "something new" in following.out.read_text(), 30.0, "the new line")
+    following.press_ctrl_c()
+    assert following.wait().code == 130 and "Traceback" not in following.err.read_text()
+
+
+def test_a_second_cluster_of_the_name_is_refused_and_the_first_goes_on(line: CommandLine, cluster: Cluster) -> None:
+    done = line.run("up", line.cluster_file("good.gguf"))
+    assert done.code == 2
+    assert f"'tiny' is already running (pid {cluster.pid}, {cluster.api})" in done.error
+    again = line.run("up", line.cluster_file("good.gguf"), "--detach")
+    assert again.code == 2 and again.error == done.error
+    assert cluster.http.get("/health").status_code == 200
+
+
+def test_a_port_in_use_is_refused_before_a_worker_starts(line: CommandLine, cluster: Cluster) -> None:
+    port = cluster.api.rpartition(":")[2]
+    done = line.run("up", line.cluster_file("good.gguf", "other"), "--port", port)
+    assert done.code == 2
+    assert f"cannot listen on 127.0.0.1 port {port}: Address already in use" in done.error
+    assert not line.cluster_dir("other").joinpath("logs", "a.log").exists()
+
+
+def test_what_is_left_on_disk_is_the_owners_alone(line: CommandLine, cluster: Cluster) -> None:
+    """Sockets are guarded by the directory they lie in."""
+    folder = line.cluster_dir("tiny")
+    found = {path.name: stat.S_IMODE(path.lstat().st_mode) for path in (folder, *folder.rglob("*"))}
+    assert {"tiny", "run", "cluster.json", "token", "a.log"} <= found.keys()
+    assert not {name for name, mode in found.items() if mode & 0o077 and not name.endswith(".sock")}
+
+
+def test_a_detached_cluster_from_start_to_stop(line: CommandLine) -> None:
+    """Its port and a key come from the command line; the process that started it is gone."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    path = line.cluster_file("good.gguf", "apart")
+    done = line.run(
+        "up", path, "--detach", "--port", str(port), "--set", "context_length=128", "--set", "workers.b.threads=2"
+    )
+    assert done.code == 0 and done.out == "" and "apart is ready" in done.err and "Traceback" not in done.err
+    try:
+        status = line.run("status", "--cluster", "apart", "--json").json
+        assert status["api"] == f"http://127.0.0.1:{port}"
+        assert line.run("generate", "the", "-n", "3", "--cluster", "apart", "--json").json["token_ids"]
+        refused = line.run("generate", "the " * 200, "--cluster", "apart")
+        assert refused.code == 2 and "128" in refused.error
+        assert "Traceback" not in line.run("logs", "coordinator", "--cluster", "apart").out
+    finally:
+        stopped = line.run("down", "--cluster", "apart")
+    assert stopped.code == 0 and stopped.err == "apart is stopped\n"
+    assert line.run("down", "--cluster", "apart").code == 2
+    assert not [what for what in line.left_running().values() if "apart" in what]
+
+
+def test_plan_json_says_what_a_start_would_do(line: CommandLine, cluster: Cluster) -> None:
+    plan = line.run("plan", line.cluster_file("good.gguf", context_length=256), "--json").json
+    stages = [(stage["worker"], stage["start"], stage["end"]) for stage in plan["stages"]]
+    assert stages == [(worker["name"], *worker["layers"]) for worker in cluster.status["workers"]]
+    assert plan["token_ms"] > 0 and plan["ttft_ms"] > 0 and plan["limiting"] in ("a", "b")
+    assert plan["stages"][0]["weight_bytes"] > 0 and plan["context_length"] == 256
+    by_hand = line.run(
+        "plan", line.cluster_file("good.gguf"), "--set", "plan=[{worker: a, layers: [0, 4]}]", "--json"
+    ).json
+    assert [(stage["worker"], stage["end"]) for stage in by_hand["stages"]] == [("a", 4)]
+    unknown = line.run("plan", line.cluster_file("good.gguf", "never", workers=[{"name": "a"}]))
+    assert unknown.code == 0 and "? ms/token" in unknown.out
+
+
+def room_mib(said: str) -> int:
+    (room,) = re.findall(r"a: .* of (\d+) MiB", said)
+    return int(room)
+
+
+def test_plan_knows_what_memory_leaves_to_a_worker_and_says_why(line: CommandLine) -> None:
+    """A worker's process counts too: as much as a start finds, within what processes differ by."""
+    worker = {"name": "a", "threads": 1, "bandwidth": 10.0, "int8": 100.0, "memory": "300MiB"}
+    path = line.cluster_file("good.gguf", "capped", workers=[worker])
+    with line.cluster("good.gguf", "capped", workers=[worker]) as cluster:
+        started = room_mib(cluster.command.err.read_text())
+    planned = line.run("plan", path).out
+    (own,) = re.findall(r"`memory` is for all of a worker: its process itself takes about (\d+) MiB of it", planned)
+    assert abs(room_mib(planned) - started) <= 32
+    assert abs(300 - int(own) - room_mib(planned)) <= 1
+    lacking = line.run("plan", path, "--set", "workers.a.memory=10MiB")
+    assert lacking.code == 3 and "a 0;" in lacking.error and "its process itself takes about" in lacking.error
+    assert "its process itself" not in line.run("plan", line.cluster_file("good.gguf")).out

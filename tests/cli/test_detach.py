@@ -1,0 +1,79 @@
+"""`up --detach` that is told to end, or killed, in the middle of its start: nothing is left, as after Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from llamaclust.cluster.state.directory import ClusterDir
+from support.clusters.command_line import COMMAND, CommandLine, Running, command_line, eventually
+from support.models.hostile_models import slow_to_load, tiny
+
+TOLD = (signal.SIGTERM, signal.SIGHUP)
+Moment = Callable[[CommandLine], Running]
+
+
+@pytest.fixture(scope="module")
+def line() -> Iterator[CommandLine]:
+    with command_line() as line:
+        tiny(line.folder / "good.gguf")
+        slow_to_load(line.folder / "slow.gguf")
+        yield line
+
+
+def begun(line: CommandLine, model: str = "slow.gguf") -> Running:
+    """A start that has another process already, which may not yet hear signals."""
+    log = line.cluster_dir("tiny") / "logs" / "coordinator.log"
+    log.unlink(missing_ok=True)
+    running = line.start("up", "-d", line.cluster_file(model, context_length=64, max_sequences=2))
+    eventually(lambda: log.exists() and len(line.left_running()) > 1, 30.0, "the coordinator's process")
+    return running
+
+
+def loading(line: CommandLine) -> Running:
+    running = begun(line)
+    running.says("worker a, layers 0-1: loading")
+    return running
+
+
+def nothing_left(line: CommandLine) -> None:
+    eventually(lambda: not line.left_running(), 30.0, "the end of every process")
+    folder = line.cluster_dir("tiny")
+    assert not (folder / "cluster.json").exists() and not (folder / "run").exists()
+    assert not ClusterDir(folder).is_running
+    assert "Traceback" not in (folder / "logs" / "coordinator.log").read_text()
+
+
+@pytest.mark.parametrize("number", TOLD)
+@pytest.mark.parametrize("moment", [begun, loading])
+def test_a_start_that_is_told_to_end_has_ended_when_its_command_has(
+    line: CommandLine, moment: Moment, number: signal.Signals
+) -> None:
+    running = moment(line)
+    for _ in range(2):  # a service manager and a closed terminal may both send more than one
+        os.kill(running.process.pid, number)
+    done = running.wait()
+    assert done.code == 128 + number and "Traceback" not in done.err
+    assert not line.left_running()
+    nothing_left(line)
+
+
+@pytest.mark.parametrize("moment", [begun, loading])
+def test_a_start_ends_with_the_command_that_was_killed(line: CommandLine, moment: Moment) -> None:
+    moment(line).kill()
+    nothing_left(line)
+
+
+def test_a_cluster_that_is_ready_goes_on_without_the_command_and_its_terminal(
+    line: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("support.clusters.command_line.COMMAND", ("nohup", *COMMAND))
+    running = begun(line, "good.gguf")
+    os.kill(running.process.pid, signal.SIGHUP)
+    assert running.wait().code == 0
+    assert line.run("status", "--json").out.startswith("{")
+    assert line.run("down").code == 0
+    nothing_left(line)

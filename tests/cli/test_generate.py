@@ -1,0 +1,227 @@
+"""`generate` and `chat` as a user runs them: on a scripted server, on a model in the process, on a terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llamaclust import Client
+from llamaclust.cli.main import main
+from llamaclust.cluster.state.directory import ClusterDir, ClusterRecord
+from support.clusters import served
+from support.clusters.scripted_command import Ended, command, scripted, terminal
+from support.clusters.served import END, ids, logprob, run_async
+from support.models.tiny_model import build_tiny_model
+
+Here = Callable[..., Ended]
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Here:
+    """Runs the command in this process, which is faster."""
+
+    def run(*arguments: str) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["llamaclust", *arguments])
+        monkeypatch.setenv("LLAMACLUST_STATE_DIR", "/nonexistent/state")
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capsys.readouterr()
+        assert isinstance(ended.value.code, int)
+        return Ended(ended.value.code, out, err)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_model(tmp_path_factory.mktemp("cli") / "tiny.gguf", layers=1, hidden=64, heads=4, ffn=96)
+
+
+@run_async
+async def test_generate_streams_the_text() -> None:
+    async with scripted("Hello") as (url, engine):
+        ended = await command("generate", "abc", "-n", "9", "--seed", "5", "--temperature", "0.5", "--endpoint", url)
+        assert ended == Ended(0, "Hello\n", "")
+        ask = engine.submitted[0]
+        assert (ask.max_tokens, ask.seed, ask.params.temperature) == (9, 5, 0.5)
+
+
+@run_async
+async def test_generate_as_json() -> None:
+    async with scripted("Hello") as (url, engine):
+        arguments = ("--top-k", "7", "--top-p", "0.5", "--min-p", "0.1", "--stop", "xyz", "--stop", "q", "--json")
+        ended = await command("generate", "abc", *arguments, "--endpoint", url)
+        ask = engine.submitted[0]
+    reply = json.loads(ended.out)
+    logprobs = reply.pop("logprobs")
+    tokens = [*ids("Hello"), END]
+    assert [np.float32(value) for value in logprobs] == [np.float32(logprob(place)) for place in range(len(tokens))]
+    assert max(len(digits.strip("-0.").replace(".", "")) for digits in map(str, logprobs)) == 9
+    assert reply == {
+        "text": "Hello",
+        "token_ids": tokens,
+        "prompt_token_ids": ids("abc"),
+        "finish_reason": "stop",
+        "seed": ask.seed,
+        "timings": {"ttft_ms": 20.0, "prefill_tok_s": 100.0, "decode_tok_s": 50.0},
+    }
+    assert (ask.params.top_k, ask.params.top_p, ask.params.min_p) == (7, 0.5, 0.1)
+    assert ask.params.chain is None
+
+
+@run_async
+async def test_samplers_beyond_the_plain_ones() -> None:
+    async with scripted("Hello") as (url, engine):
+        given = ("--mirostat", "2", "--mirostat-tau", "3", "--repeat-penalty", "1.5", "--typical-p", "0.5")
+        assert (await command("generate", "abc", *given, "--endpoint", url)).code == 0
+        ask = engine.submitted.pop()
+        assert ask.params.chain is not None and ask.params.repetition_penalty == 1.5
+        assert (ask.params.chain.mirostat, ask.params.chain.mirostat_tau) == (2, 3.0)
+        given = ("--samplers", "dry;top_k,temperature", "--dry-multiplier", "1", "--dry-sequence-breaker", "e")
+        assert (await command("generate", "abc", *given, "--endpoint", url)).code == 0
+        ask = engine.submitted.pop()
+        assert ask.params.chain is not None and ask.params.chain.order == ("dry", "top_k", "temperature")
+        assert ask.breakers
+        ended = await command("generate", "abc", "--samplers", "magic", "--endpoint", url)
+        assert (ended.code, ended.out) != (0, "") and "'magic' is none of penalties" in ended.err
+
+
+@run_async
+async def test_prompts_may_be_piped() -> None:
+    async with scripted("a") as (url, engine):
+        for arguments in ((), ("-",)):
+            assert (await command("generate", *arguments, "--endpoint", url, piped="h\u00e9\n".encode())).code == 0
+            assert engine.submitted.pop().prompt == tuple(ids("h\u00e9"))
+        ended = await command("generate", "--endpoint", url, piped=b"\xff")
+        assert (ended.code, ended.out) == (2, "") and "not UTF-8" in ended.err
+
+
+@run_async
+async def test_a_model_in_the_process(tiny: Path) -> None:
+    ended = await command("generate", "Hi", "-n", "4", "--model", str(tiny), "--threads", "1", "--json")
+    assert (ended.code, ended.err) == (0, "")
+    with Client.local(tiny, 1) as client:
+        reply = client.generate("Hi", max_tokens=4)
+    printed = json.loads(ended.out)
+    assert tuple(printed["token_ids"]) == reply.token_ids
+    assert tuple(np.float32(value) for value in printed["logprobs"]) == reply.logprobs
+
+
+@run_async
+async def test_the_running_cluster_is_found_with_its_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLAMACLUST_STATE_DIR", str(tmp_path / "state"))
+    keys = tmp_path / "keys"
+    keys.write_text("# ours\n\nsecret-key\nother-key\n")
+    folder = ClusterDir(tmp_path / "state" / "home")
+    async with scripted("Hi", api_keys=("secret-key",)) as (url, _):
+        with folder.locked():
+            folder.write_record(ClusterRecord("home", os.getpid(), url, served.MODEL, str(keys)))
+            for more in ((), ("--cluster", "home")):
+                ended = await command("generate", "x", *more, state_dir=tmp_path / "state")
+                assert ended == Ended(0, "Hi\n", "")
+            ended = await command("generate", "x", "--cluster", "away", state_dir=tmp_path / "state")
+            assert ended.code == 2 and "choose one of home" in ended.err
+        ended = await command("chat", "--endpoint", url, "--api-key-file", str(keys), piped=b"Hello\n")
+        assert ended == Ended(0, "Hi\n", "")
+        ended = await command("generate", "x", "--endpoint", url)
+        assert ended.code == 2 and "needs a key" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("generate", "x"), 2, "no cluster is running: start one with `llamaclust up`"),
+        (("chat",), 2, "no cluster is running"),
+        (("generate", "x", "--endpoint", "http://127.0.0.1:9"), 1, "does not answer"),
+        (("generate", "x", "--endpoint", "nonsense"), 2, "address"),
+        (("generate", "x", "--endpoint", "http://a", "--model", "b"), 2, "--endpoint and --model"),
+        (("chat", "--cluster", "a", "--model", "b"), 2, "--cluster and --model"),
+        (("generate", "x", "--threads", "2"), 2, "--threads is for --model"),
+        (("generate", "x", "--endpoint", "http://a", "--api-key-file", "/nonexistent"), 2, "cannot read the API key"),
+        (("generate", "x", "--model", "/nonexistent.gguf"), 2, "no such file"),
+        (("generate", "x", "-n", "many"), 2, "valid integer"),
+        (("generate", "h\udcff"), 2, "not UTF-8"),
+        (("chat", "--system", "h\udcff", "--endpoint", "http://127.0.0.1:9"), 2, "not UTF-8"),
+    ],
+)
+def test_mistakes_get_one_line(here: Here, arguments: Sequence[str], code: int, words: str) -> None:
+    ended = here(*arguments)
+    assert (ended.code, ended.out) == (code, "")
+    assert ended.err.startswith("error: ") and words in ended.err and ended.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [("-n", "-1"), ("--temperature", "nan"), ("--top-p", "2"), ("--top-k", "-5")])
+def test_values_out_of_bounds(here: Here, arguments: Sequence[str], tiny: Path) -> None:
+    ended = here("generate", "x", *arguments, "--model", str(tiny))
+    assert (ended.code, ended.out) == (2, "")
+    assert ended.err.startswith("error: ") and ended.err.count("\n") == 1
+
+
+# -- chat --------------------------------------------------------------------------------------------------------------
+
+
+@run_async
+async def test_a_chat_through_a_pipe_remembers_saves_and_loads(tmp_path: Path) -> None:
+    saved = tmp_path / "chat.json"
+    turns = f"Hello\n\n /not a command\n/save {saved}\n/clear\nNew\n/load {saved}\nMore\n/help\n/exit\nnever sent\n"
+    async with scripted("Hi") as (url, engine):
+        ended = await command("chat", "--system", "Be brief.", "--endpoint", url, piped=turns.encode())
+        prompts = [served.tokenizer().decode(ask.prompt) for ask in engine.submitted]
+    assert (ended.code, ended.out) == (0, "Hi\n" * 4)
+    assert "saved 5 messages" in ended.err and "loaded 5 messages" in ended.err and "/clear" in ended.err
+    messages = json.loads(saved.read_text())["messages"]
+    assert [message["role"] for message in messages] == ["system", *("user", "assistant") * 2]
+    assert [message["content"] for message in messages] == ["Be brief.", "Hello", "Hi", "/not a command", "Hi"]
+    assert all("Be brief." in prompt for prompt in prompts)
+    assert ["Hello" in prompt for prompt in prompts] == [True, True, False, True]
+    assert "/not a command" in prompts[3] and "New" not in prompts[3]
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("/sing", "unknown command /sing"),
+        ("/save", "needs the name of a file"),
+        ("/save /nonexistent/a/b", "cannot save"),
+        ("/load /nonexistent", "cannot load"),
+        ("/load FILE", "not a conversation"),
+    ],
+)
+@run_async
+async def test_mistakes_in_a_piped_chat_end_it(line: str, words: str, tmp_path: Path) -> None:
+    other = tmp_path / "other.json"
+    other.write_text('{"messages": [{"role": "judge", "content": "x"}]}')
+    async with scripted("Hi") as (url, engine):
+        ended = await command("chat", "--endpoint", url, piped=f"{line.replace('FILE', str(other))}\nHello\n".encode())
+    assert (ended.code, ended.out, engine.submitted) == (2, "", [])
+    assert words in ended.err and ended.err.count("\n") == 1
+
+
+@run_async
+async def test_control_c_interrupts_an_answer_and_not_the_chat() -> None:
+    async with scripted("Hello" * 30) as (url, engine), terminal("chat", "--endpoint", url) as screen:
+        await screen.shows("> ")
+        engine.gate.clear()
+        screen.type("One\n")
+        await served.until(lambda: engine.running == 1)
+        screen.process.send_signal(signal.SIGINT)
+        await screen.shows("(interrupted)")
+        await served.until(lambda: engine.running == 0)
+        screen.process.send_signal(signal.SIGINT)
+        await screen.shows("/exit or Ctrl-D leaves")
+        engine.gate.set()
+        screen.type("Two\n")
+        await screen.shows("Hello" * 30)
+        screen.type("/nonsense\n")
+        await screen.shows("unknown command")
+        screen.type("\x04")
+        assert await screen.process.wait() == 0
+        prompts = [served.tokenizer().decode(ask.prompt) for ask in engine.submitted]
+        assert len(prompts) == 2 and "Two" in prompts[1] and "One" not in prompts[1]

@@ -1,0 +1,143 @@
+"""`status --watch`, `drain`, `undrain`: what an operator types, on real workers of a tiny model."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from support.clusters.command_line import COMMAND, Cluster, CommandLine, Running, command_line, eventually
+from support.models.hostile_models import tiny
+
+
+@pytest.fixture(scope="module")
+def line() -> Iterator[CommandLine]:
+    with command_line() as line:
+        tiny(line.folder / "good.gguf")
+        yield line
+
+
+@pytest.fixture(scope="module")
+def cluster(line: CommandLine) -> Iterator[Cluster]:
+    with line.cluster("good.gguf", context_length=256, objective="throughput") as cluster:
+        yield cluster
+
+
+def printed(running: Running, lines: int) -> list[str]:
+    eventually(lambda: running.out.read_text().count("\n") >= lines, 30.0, f"{lines} lines")
+    return running.out.read_text().splitlines()
+
+
+def test_status_shows_measured_beside_predicted(line: CommandLine, cluster: Cluster) -> None:
+    assert cluster.answer(max_tokens=30, ignore_eos=True)
+    status = line.run("status", "--json").json
+    predicted, measured = status["speed"]["predicted"], status["speed"]["measured"]
+    assert measured.keys() - {"requests"} == predicted.keys() - {"limiting"}
+    assert predicted["token_ms"] > 0 and predicted["limiting"] in ("a", "b")
+    assert measured["token_ms"] > 0 and measured["ttft_ms"] > 0 and measured["requests"] > 0
+    assert (status["recoveries"], status["recovery_seconds"]) == (0, [])
+    for worker in status["workers"]:
+        assert worker["decode_ms"] > 0 and worker["predicted_decode_ms"] > 0
+    assert cluster.status.keys() == status.keys()
+    shown = line.run("status").out
+    assert re.search(r"^measured:  \S+ ms/token, first token of a \d+-token prompt after", shown, re.MULTILINE)
+    assert re.search(r"^predicted: \S+ ms/token, .* limited by [ab]$", shown, re.MULTILINE)
+    assert max(map(len, shown.splitlines()[-3:])) < 90  # the table
+
+
+def test_watched_in_a_pipe_it_is_a_line_a_second(line: CommandLine, cluster: Cluster) -> None:
+    watching = line.start("status", "--watch")
+    lines = printed(watching, 2)
+    watching.press_ctrl_c()
+    done = watching.wait()
+    assert done.code == 130 and done.err == ""
+    assert all(re.match(r"\d\d:\d\d:\d\d tiny: ready; 0 running, 0 waiting; ", one) for one in lines)
+    assert "busy a " in lines[0] and "\x1b" not in done.out
+
+
+def test_watched_as_json_it_is_an_object_a_line(line: CommandLine, cluster: Cluster) -> None:
+    watching = line.start("status", "--watch", "--json")
+    assert [json.loads(one)["name"] for one in printed(watching, 2)][:2] == ["tiny", "tiny"]
+    watching.press_ctrl_c()
+    assert watching.wait().code == 130
+
+
+def test_watched_on_a_terminal_it_stays_in_its_place(line: CommandLine, cluster: Cluster) -> None:
+    """As high as the terminal at most; after Ctrl-C the cursor is there again."""
+    shown, process = on_terminal(line, "status", "--watch", lines=4)
+    eventually(lambda: b"".join(shown).count(b"tiny: ready") >= 3, 30.0, "three pictures")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    text = b"".join(shown).decode()
+    assert "Traceback" not in text
+    assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")
+    assert "\x1b[1A" in text  # it goes up over what it wrote
+    first = text.partition("\x1b[1A")[0]
+    assert first.count("\n") <= 4
+
+
+def on_terminal(line: CommandLine, *arguments: str, lines: int) -> tuple[list[bytes], subprocess.Popen[bytes]]:
+    """A command on a terminal of so many lines, and what it has written there so far."""
+    ours, its = pty.openpty()
+    size = {"LINES": str(lines), "COLUMNS": "100", "TERM": "xterm-256color"}
+    state = {"LLAMACLUST_STATE_DIR": str(line.state_dir)}
+    process = subprocess.Popen(
+        [*COMMAND, *arguments], stdin=its, stdout=its, stderr=its, env={**os.environ, **size, **state}
+    )
+    os.close(its)
+    shown: list[bytes] = []
+
+    def read() -> None:
+        try:
+            while data := os.read(ours, 1 << 16):
+                shown.append(data)
+        except OSError:  # the other end is closed
+            os.close(ours)
+
+    threading.Thread(target=read, daemon=True).start()
+    return shown, process
+
+
+def test_layers_leave_a_drained_worker_and_come_back(line: CommandLine, cluster: Cluster) -> None:
+    before = cluster.answer()
+    done = line.run("drain", "a")
+    assert (done.code, done.out) == (0, "") and "worker a is drained" in done.err
+    a, b = cluster.status["workers"]
+    assert (a["layers"], a["spared"], b["layers"]) == (None, True, [0, 4])
+    assert re.search(r"^a .* joined, drained ", line.run("status").out, re.MULTILINE)
+    assert cluster.answer() == before
+    assert line.run("drain", "a").code == 0  # it is already
+    last = line.run("drain", "b")
+    assert last.code == 1 and "no other worker is there that is not drained: b keeps" in last.error
+    assert cluster.answer() == before
+    done = line.run("undrain", "a")
+    assert done.code == 0 and "worker a is used again" in done.err
+    eventually(lambda: cluster.status["workers"][0]["layers"] == [0, 2], 30.0, "layers on a")
+    assert cluster.answer() == before
+    assert cluster.status["recoveries"] == 0
+
+
+def test_who_is_not_there_cannot_be_drained(line: CommandLine, cluster: Cluster) -> None:
+    for command in ("drain", "undrain"):
+        done = line.run(command, "c")
+        assert done.code == 2 and "no worker is named 'c'; there are: a, b" in done.error
+    done = line.run("drain", "a/../b" + "x" * 3000)
+    assert done.code == 2 and len(done.error) < 4000
+    assert line.run("drain").code == 2
+    assert line.run("drain", "a", "--cluster", "none").code == 2
+
+
+def test_a_watch_ends_with_its_cluster(line: CommandLine) -> None:
+    with line.cluster("good.gguf", "short") as cluster:
+        watching = line.start("status", "--watch", "--cluster", "short")
+        printed(watching, 1)
+        os.kill(cluster.pid, signal.SIGTERM)
+        done = watching.wait()
+    assert done.code == 0 and done.err == "short is stopped\n"

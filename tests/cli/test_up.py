@@ -1,0 +1,182 @@
+"""What `up` says while it runs in front, and how signals end it: a line for whatever would else be silence."""
+
+from __future__ import annotations
+
+import os
+import pty
+import signal
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+
+from support.clusters.command_line import COMMAND, CommandLine, command_line, eventually, is_there, paused
+from support.hub.download_server import running_server
+from support.models.hostile_models import tiny
+
+_SOON_S = 20.0  # well below the 30 s that requests get to finish
+LONG = {"prompt": "the", "max_tokens": 2000, "ignore_eos": True, "stream": True}
+
+
+@pytest.fixture(scope="module")
+def line() -> Iterator[CommandLine]:
+    with command_line() as line:
+        tiny(line.folder / "good.gguf")
+        yield line
+
+
+@pytest.fixture(autouse=True)
+def _each_ends_what_it_started(line: CommandLine) -> Iterator[None]:
+    yield
+    line.end_commands()
+
+
+def nothing_left(line: CommandLine) -> None:
+    assert not line.left_running()
+    folder = line.cluster_dir("tiny")
+    assert not (folder / "cluster.json").exists() and not (folder / "run").exists()
+
+
+def test_the_first_start_says_that_it_measures(line: CommandLine) -> None:
+    workers = [{"name": "a", "threads": 1}, {"name": "b", "threads": 1}]
+    with line.cluster("good.gguf", workers=workers) as cluster:
+        said = cluster.command.err.read_text()
+        assert said.index("measuring what this machine can do") < said.index("plan:")
+    with line.cluster("good.gguf", workers=workers) as cluster:
+        assert "measuring" not in cluster.command.err.read_text()
+
+
+def test_a_first_download_is_shown(line: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with running_server() as server:
+        server.does.files |= {"/m.gguf": b"GGUF" + bytes(1 << 20), "/page.gguf": b"<html>"}
+        start = line.run("up", line.cluster_file("good.gguf", "web"), "--set", f"model={server.url}/m.gguf")
+        assert "downloading: 1.0 of 1.0 MiB" in start.err and start.code == 2  # it is no whole model
+        pull = line.run("model", "pull", f"{server.url}/page.gguf")
+    assert pull.code == 2 and pull.out == ""
+    assert pull.err.splitlines()[-1].startswith("error: ") and "not a GGUF file" in pull.err
+
+
+def test_a_lost_worker_gets_a_line(line: CommandLine) -> None:
+    with line.cluster("good.gguf") as cluster:
+        os.kill(cluster.worker_pids["b"], signal.SIGKILL)
+        cluster.command.says("worker b (layers [2, 4)) is lost: its process was killed by signal 9 (SIGKILL)")
+        cluster.command.says("its log has no error\nnew plan: a [0, 4), 2 to load\nrecovered in ")
+        cluster.command.says("worker b is here (pid ")
+        cluster.command.press_ctrl_c()
+        ended = cluster.command.wait()
+    assert ended.code == 0 and ended.err.count("is lost") == 1 and "Traceback" not in ended.err
+
+
+def test_a_lost_worker_of_a_detached_cluster_is_in_its_log(line: CommandLine) -> None:
+    assert line.run("up", line.cluster_file("good.gguf"), "--detach").code == 0
+    try:
+        pids = {worker["name"]: worker["pid"] for worker in line.run("status", "--json").json["workers"]}
+        os.kill(pids["a"], signal.SIGKILL)
+        log = line.cluster_dir("tiny") / "logs" / "coordinator.log"
+        eventually(lambda: "worker a (layers [0, 2)) is lost" in log.read_text(), 30.0, "the loss in the log")
+    finally:
+        line.run("down")
+    assert "Traceback" not in log.read_text()
+
+
+def test_ctrl_c_says_what_it_waits_for_and_a_second_one_waits_no_more(line: CommandLine) -> None:
+    with line.cluster("good.gguf") as cluster, cluster.http.stream("POST", "/v1/completions", json=LONG) as reply:
+        parts = reply.iter_raw()  # held, for dropping it is to go away
+        assert next(parts)
+        os.kill(cluster.worker_pids["b"], signal.SIGSTOP)  # so that the request is not finished before
+        cluster.command.press_ctrl_c()
+        cluster.command.says("stopping: 1 request is finished first, for 30 s at most; Ctrl-C again stops at once")
+        cluster.command.press_ctrl_c()
+        done = cluster.command.wait(_SOON_S)
+    assert done.code == 0 and "Traceback" not in done.err
+    nothing_left(line)
+
+
+def test_down_says_what_it_waits_for_and_a_second_one_waits_no_more(line: CommandLine) -> None:
+    with line.cluster("good.gguf") as cluster, cluster.http.stream("POST", "/v1/completions", json=LONG) as reply:
+        parts = reply.iter_raw()
+        assert next(parts)
+        os.kill(cluster.worker_pids["b"], signal.SIGSTOP)
+        down = line.start("down")
+        down.says("running requests are finished first; `llamaclust down` again stops at once")
+        assert line.run("down", within_s=_SOON_S).code == 0
+        done = down.wait(_SOON_S)
+    assert done.code == 0 and done.err.endswith("tiny is stopped\n")
+    nothing_left(line)
+
+
+def test_a_closed_terminal_ends_it_as_sigterm_does(line: CommandLine) -> None:
+    """Requests are finished, although shell and kernel may both send the signal."""
+    with line.cluster("good.gguf") as cluster:
+        with cluster.http.stream("POST", "/v1/completions", json={**LONG, "max_tokens": 300}) as reply:
+            text = reply.iter_lines()
+            assert next(text)
+            processes = cluster.processes
+            with paused(cluster.worker_pids["b"]):
+                for _ in range(2):
+                    os.kill(cluster.pid, signal.SIGHUP)
+                    cluster.command.says("stopping: 1 request")
+            assert [part for part in text if part][-1] == "data: [DONE]"
+        assert cluster.command.wait().code == 0
+    assert not any(map(is_there, processes))
+    nothing_left(line)
+
+
+def test_nohup_is_obeyed(line: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("support.clusters.command_line.COMMAND", ("nohup", *COMMAND))
+    with line.cluster("good.gguf") as cluster:
+        os.kill(cluster.pid, signal.SIGHUP)
+        os.kill(cluster.pid, signal.SIGHUP)
+        assert cluster.answer()[0]
+        os.kill(cluster.pid, signal.SIGTERM)
+        assert cluster.command.wait().code == 0
+    nothing_left(line)
+
+
+def test_a_terminal_that_goes_away_leaves_nothing(line: CommandLine) -> None:
+    """The kernel's own signal, and an error for whatever is still written."""
+    primary, secondary = pty.openpty()
+    process = subprocess.Popen(
+        ["setsid", "--ctty", "--wait", *COMMAND, "up", line.cluster_file("good.gguf")],
+        stdin=secondary,
+        stdout=secondary,
+        stderr=secondary,
+        env={**line._environment, "TERM": "xterm"},
+    )
+    os.close(secondary)
+    try:
+        seen = b""
+        while b"is ready" not in seen:
+            seen += os.read(primary, 1 << 16)
+        os.close(primary)
+        eventually(lambda: not line.left_running(), 30.0, "the end of every process")
+    finally:
+        process.kill()
+        process.wait()
+    nothing_left(line)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (
+            ("-ngl", "99"),
+            "-ngl: is a key of a worker here, `gpu_layers` in the cluster file: --set workers.0.gpu_layers=99",
+        ),
+        (
+            ("--gpu-layers=9",),
+            "--gpu-layers: is a key of a worker here, `gpu_layers` in the cluster file: --set workers.0.",
+        ),
+        (
+            ("--device", "cuda:0"),
+            "--device: is a key of a worker here, `device` in the cluster file: --set workers.0.device=",
+        ),
+    ],
+)
+def test_options_of_other_programs_are_told_how_they_are_written_here(
+    line: CommandLine, words: tuple[str, ...], told: str
+) -> None:
+    for command in ("up", "plan"):
+        done = line.run(command, *words)
+        assert done.code == 2 and told in done.error

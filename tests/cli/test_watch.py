@@ -1,0 +1,141 @@
+"""What a person sees of a cluster and of a download, on a terminal and off it."""
+
+from __future__ import annotations
+
+import errno
+import io
+from pathlib import Path
+
+import pytest
+
+from llamaclust.cli.progress import ProgressLines
+from llamaclust.cli.watch import ClusterView, draining_text, ready_text
+from llamaclust.cluster.membership.log_tail import last_words
+from llamaclust.cluster.state.events import (
+    Draining,
+    Event,
+    Measuring,
+    News,
+    PlanMade,
+    Ready,
+    StartFailed,
+    WorkerLoading,
+    WorkerReading,
+    from_line,
+    to_line,
+)
+
+MIB = 1 << 20
+EVENTS: tuple[Event, ...] = (
+    Measuring(("a", "b")),
+    PlanMade(("plan:",)),
+    WorkerReading("a", 1, 3 * MIB),
+    WorkerLoading("a", 0, 2, 1, 2 * MIB),
+    WorkerLoading("a", 0, 2, 2 * MIB, 2 * MIB),
+    Ready("tiny", "http://127.0.0.1:1", "good"),
+    News("worker a is lost: \x1b[2J"),
+    Draining(2, 30.0),
+    Draining(1, 30.0),
+)
+
+
+class GoneTerminal(io.StringIO):
+    def write(self, text: str) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+
+def shown(capsys: pytest.CaptureFixture[str], *events: Event) -> list[str]:
+    with ClusterView() as view:
+        for event in events:
+            view.show(event)
+    return capsys.readouterr().err.splitlines()
+
+
+def test_off_a_terminal_every_event_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = shown(capsys, *EVENTS)
+    assert lines[:5] == [
+        "measuring what this machine can do, once: some seconds",
+        "plan:",
+        "worker a reads the model for others: reading 3.0 MiB",
+        "worker a, layers 0-1: loading 2.0 MiB",
+        "",
+    ]
+    assert lines[-4:] == [
+        "",
+        "worker a is lost: \\x1b[2J",
+        "stopping: 2 requests are finished first, for 30 s at most; Ctrl-C again stops at once",
+        "stopping: 1 request is left",
+    ]
+
+
+def test_on_a_terminal_the_measurement_is_shown_too(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    text = "\n".join(shown(capsys, *EVENTS))
+    assert "measuring what this machine can do" in text and "some seconds" not in text
+    assert "layers 0-1" in text and "is ready" in text
+
+
+def test_events_cross_a_pipe() -> None:
+    for event in (*EVENTS, StartFailed("why", 3)):
+        assert to_line(from_line(to_line(event))) == to_line(event)
+
+
+def test_commands_can_be_copied() -> None:
+    """A line each, with the cluster's name where one was given."""
+    lines = [line.strip() for line in ready_text(Ready("mine", "http://127.0.0.1:1", "good")).splitlines()]
+    assert {"llamaclust chat --cluster mine", 'llamaclust generate "Once upon a time" --cluster mine'} <= set(lines)
+    assert "llamaclust status --cluster mine" in lines
+    for unnamed in ("demo", "default"):
+        assert "--cluster" not in ready_text(Ready(unnamed, "http://127.0.0.1:1", "good"))
+    assert "1 request is finished" in draining_text(Draining(1, 30.0))
+
+
+@pytest.mark.parametrize(
+    ("log", "words"),
+    [
+        ("", ""),
+        ("2026-01-01 10:00:00,123 INFO layers are loaded\n", ""),
+        (
+            "2026-01-01 10:00:00,123 WARNING low on\tmemory\n2026-01-01 10:00:01,123 INFO goes on\n",
+            "low on memory",
+        ),
+        (
+            "2026-01-01 10:00:00,123 ERROR the worker failed\nTraceback (most recent call last):\n"
+            '  File "x.py", line 1, in f\n    f()\nValueError: seven\n\n',
+            "ValueError: seven",
+        ),
+        ("2026-01-01 10:00:00,123 INFO a\nterminate called \x1b[31mnow\n", "terminate called [31mnow"),
+        ("x" * 100_000, "x" * 997 + "..."),
+    ],
+)
+def test_last_words_tell_of_trouble(log: str, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.log"
+    assert last_words(path) == ""
+    path.write_text(log)
+    assert last_words(path) == words
+
+
+def test_a_terminal_that_is_gone_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stderr", GoneTerminal())
+    with ClusterView() as view:
+        for event in EVENTS:
+            view.show(event)
+
+
+def test_downloads_off_a_terminal_get_a_line_every_tenth(capsys: pytest.CaptureFixture[str]) -> None:
+    now = 0.0
+    lines = ProgressLines(lambda: now)
+    lines("asking", 0, None)
+    for done in range(0, 101):
+        lines("downloading", done * MIB, 100 * MIB)
+    shown = capsys.readouterr().err.splitlines()
+    assert shown == ["asking", *(f"downloading: {done}.0 of 100.0 MiB" for done in range(0, 101, 10))]
+    for now in range(100, 131):
+        lines("of unknown size", (now - 100) * MIB, None)
+    assert capsys.readouterr().err.splitlines() == [
+        "of unknown size",
+        *(f"of unknown size: {done}.0 MiB" for done in (10, 20, 30)),
+    ]

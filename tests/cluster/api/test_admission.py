@@ -1,0 +1,197 @@
+"""Requests that are open while the server stops, or whose clients have gone before anything was computed for them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import pytest
+
+from llamaclust.cluster.api.admission import Admission
+from llamaclust.cluster.api.settings import ApiSettings
+from llamaclust.cluster.engine.engine import EngineState
+from llamaclust.cluster.scheduler.requests import Generation
+from llamaclust.cluster.server import serve
+from support.clusters.served import (
+    ScriptedEngine,
+    ScriptedStream,
+    events_of,
+    make_app,
+    real_engine,
+    run_async,
+    says,
+    serving,
+    until,
+)
+
+ASK = {"prompt": "Hello", "max_tokens": 3}
+CHAT = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3}
+HALF = b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 99\r\n\r\n{"
+
+
+@dataclass
+class SlowTemplate:
+    """Renders once it may."""
+
+    may: asyncio.Event = field(default_factory=asyncio.Event)
+    waiting: int = 0
+    given_up: int = 0
+
+    async def render_async(self, messages: Sequence[Mapping[str, Any]], **extra: Any) -> str:
+        self.waiting += 1
+        try:
+            await self.may.wait()
+        except asyncio.CancelledError:
+            self.given_up += 1
+            raise
+        finally:
+            self.waiting -= 1
+        return "a prompt"
+
+
+@dataclass(frozen=True)
+class Stopping:
+    """A served app that a test stops."""
+
+    admission: Admission
+    template: SlowTemplate
+    http: httpx.AsyncClient
+
+    def post(self, path: str, body: object) -> asyncio.Task[httpx.Response]:
+        return asyncio.create_task(self.http.post(path, json=body))
+
+
+@asynccontextmanager
+async def stoppable(engine: Any) -> AsyncIterator[Stopping]:
+    admission, template = Admission(ApiSettings()), SlowTemplate()
+    async with (
+        serving(make_app(engine, template, admission)) as address,  # type: ignore[arg-type]
+        httpx.AsyncClient(base_url=address, trust_env=False, timeout=20) as http,
+    ):
+        yield Stopping(admission, template, http)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_logged(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    yield
+    assert [record.message for record in caplog.get_records("call") if record.levelno >= logging.WARNING] == []
+
+
+def assert_told(reply: httpx.Response) -> None:
+    assert reply.status_code == 503
+    assert reply.json()["error"]["message"] == "the cluster is stopping and takes no more requests"
+
+
+@run_async
+async def test_a_server_that_stops_answers_what_it_has_and_takes_no_more() -> None:
+    engine = ScriptedEngine(says("Hi"))
+    async with stoppable(engine) as server:
+        engine.gate.clear()
+        asked, chat = server.post("/v1/completions", ASK), server.post("/v1/chat/completions", CHAT)
+        await until(lambda: engine.running == 1 and server.template.waiting == 1)
+        server.admission.stop()
+        assert_told(await server.post("/v1/completions", ASK))
+        assert (await server.http.get("/v1/models")).status_code == 200
+        idle = asyncio.create_task(server.admission.wait_idle())
+        engine.gate.set()
+        assert (await asked).json()["choices"][0]["text"] == "Hi"
+        assert not idle.done()
+        server.template.may.set()
+        assert (await chat).status_code == 200
+        await idle
+
+
+@run_async
+async def test_a_body_that_is_still_to_come_is_not_waited_for() -> None:
+    async with stoppable(ScriptedEngine(says("Hi"))) as server:
+        reader, writer = await asyncio.open_connection(server.http.base_url.host, server.http.base_url.port)
+        writer.write(HALF)
+        await until(lambda: bool(server.admission._open))
+        server.admission.stop()
+        head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+        writer.close()
+        assert head.startswith(b"HTTP/1.1 503 ")
+        assert json.loads(body)["error"]["code"] == "cluster_stopping"
+        await server.admission.wait_idle()
+
+
+@run_async
+async def test_at_the_end_whoever_has_no_reply_yet_is_told() -> None:
+    engine = ScriptedEngine(says("Hi"))
+    async with stoppable(engine) as server:
+        engine.gate.clear()
+        left = [server.post("/v1/completions", ASK), server.post("/v1/chat/completions", CHAT)]
+        await until(lambda: engine.running == 1 and server.template.waiting == 1)
+        server.admission.end()
+        for reply in left:
+            assert_told(await reply)
+        assert engine.running == 0 and server.template.given_up == 1
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/completion"])
+def test_a_request_that_ends_in_the_moment_in_which_it_starts_leaves_nothing(path: str) -> None:
+    @run_async
+    async def check() -> None:
+        engine = ScriptedEngine(says("Hi"))
+        async with stoppable(engine) as server:
+            engine.gate.clear()
+            submit = engine.submit
+
+            def submit_and_end(generation: Generation) -> ScriptedStream:
+                server.admission.end()
+                return submit(generation)
+
+            engine.submit = submit_and_end  # type: ignore[method-assign]
+            assert_told(await server.post(path, {"prompt": "Hello"}))
+            assert len(engine.submitted) == 1 and engine.running == 0
+
+    check()
+
+
+@run_async
+async def test_a_chat_that_is_rendered_while_a_drain_begins_is_answered() -> None:
+    async with real_engine() as (engine, _), stoppable(engine) as server:
+        chat = server.post("/v1/chat/completions", {**CHAT, "max_tokens": 2})
+        await until(lambda: server.template.waiting == 1)
+        draining = asyncio.create_task(serve._drain(engine, server.admission))
+        await until(lambda: engine.state is EngineState.DRAINING)
+        server.template.may.set()
+        assert (await chat).status_code == 200
+        await draining
+
+
+@run_async
+async def test_what_a_drain_does_not_wait_for_is_told_why_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "_DRAIN_S", 0.1)
+    async with real_engine() as (engine, pipeline), stoppable(engine) as server:
+        asked = {"prompt": "Hello", "max_tokens": 100, "ignore_eos": True}
+        async with server.http.stream("POST", "/v1/completions", json={**asked, "stream": True}) as stream:
+            lines = stream.aiter_text()
+            first = await anext(lines)
+            pipeline.gate.clear()
+            left = [server.post("/v1/completions", asked), server.post("/v1/chat/completions", CHAT)]
+            await until(lambda: len(engine.scheduler.sequences) == 2 and server.template.waiting == 1)
+            await serve._drain(engine, server.admission)
+            events = events_of(first + "".join([text async for text in lines]))
+        assert events[-1]["error"]["message"] == "the cluster is stopping"
+        assert [(await reply).status_code for reply in left] == [503, 503]
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/apply-template"])
+def test_a_chat_whose_client_has_gone_is_not_rendered(path: str) -> None:
+    @run_async
+    async def check() -> None:
+        async with stoppable(ScriptedEngine(says("Hi"))) as server:
+            body = CHAT if path == "/v1/chat/completions" else {"messages": CHAT["messages"]}
+            with pytest.raises(httpx.ReadTimeout):
+                await server.http.post(path, json=body, timeout=0.2)
+            await until(lambda: server.template.given_up == 1)
+            await server.admission.wait_idle()
+
+    check()

@@ -1,0 +1,206 @@
+"""Connections that ask for nothing, ask slowly or take no answer: closed in time, in nobody's way, not in the log."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import resource
+import socket
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+
+import httpx
+import pytest
+
+from llamaclust.cluster.api.server import allow_many_files, server_config
+from llamaclust.cluster.api.settings import ApiSettings
+from support.clusters.served import ScriptedEngine, make_app, run_async, says, serving, until
+
+HEALTH = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+ASK = {"prompt": "Hello", "max_tokens": 3}
+FOR_LONG = 60.0
+
+
+@dataclass
+class Peer:
+    """One connection of a client that writes by hand."""
+
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+    received: bytearray = field(default_factory=bytearray)
+
+    @property
+    def is_closed(self) -> bool:
+        return self.reader.at_eof() or self.reader.exception() is not None
+
+    async def head(self) -> bytes:
+        """The head of a reply."""
+        return await self.reader.readuntil(b"\r\n\r\n")
+
+    async def drip(self, data: bytes, every_s: float) -> None:
+        with suppress(ConnectionError):
+            for byte in data:
+                self.writer.write(bytes([byte]))
+                await self.writer.drain()
+                await asyncio.sleep(every_s)
+
+
+@dataclass
+class Server:
+    """A served app, and connections to it that end with the test."""
+
+    address: str
+    engine: ScriptedEngine
+    peers: list[Peer] = field(default_factory=list)
+
+    async def connect(self, count: int = 1) -> list[Peer]:
+        host, _, port = self.address.removeprefix("http://").rpartition(":")
+        made = [Peer(*await asyncio.open_connection(host, int(port))) for _ in range(count)]
+        self.peers += made
+        return made
+
+    async def answers(self) -> bool:
+        async with httpx.AsyncClient(base_url=self.address, trust_env=False, timeout=5) as http:
+            reply = await http.post("/v1/completions", json=ASK)
+        return reply.status_code == 200 and reply.json()["choices"][0]["text"] == "Hi"
+
+
+@asynccontextmanager
+async def served(max_requests: int = 512, **deadlines: float) -> AsyncIterator[Server]:
+    settings = ApiSettings(max_requests=max_requests, **deadlines)
+    engine = ScriptedEngine(says("Hi"))
+    async with serving(make_app(engine), settings) as address:
+        server = Server(address, engine)
+        try:
+            yield server
+        finally:
+            for peer in server.peers:
+                peer.writer.close()
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_logged(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    yield
+    assert [record.message for record in caplog.get_records("call") if record.levelno >= logging.WARNING] == []
+
+
+@run_async
+async def test_silent_connections_are_closed_in_time() -> None:
+    async with served(head_s=0.3) as server:
+        silent = await server.connect(20)
+        drips = [asyncio.create_task(peer.drip(HEALTH, 0.05)) for peer in await server.connect(20)]
+        assert await server.answers()
+        assert not any(peer.is_closed for peer in silent)
+        await until(lambda: all(peer.is_closed for peer in server.peers))
+        await asyncio.gather(*drips)
+        assert await server.answers()
+
+
+@run_async
+async def test_a_kept_connection_that_sends_no_further_head_is_closed_in_time() -> None:
+    async with served(head_s=0.3) as server:
+        (peer,) = await server.connect()
+        for _ in range(3):
+            peer.writer.write(HEALTH)
+            assert (await peer.head()).startswith(b"HTTP/1.1 200")
+            assert await peer.reader.readuntil(b"}") == b'{"status":"ok"}'
+        drip = asyncio.create_task(peer.drip(HEALTH, 0.05))
+        await until(lambda: peer.is_closed)
+        await drip
+
+
+@run_async
+async def test_a_refused_request_whose_body_never_ends_is_closed_in_time() -> None:
+    async with served(head_s=0.3) as server:
+        (peer,) = await server.connect()
+        peer.writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: evil.example\r\nContent-Length: 999\r\n\r\n")
+        assert (await peer.head()).startswith(b"HTTP/1.1 403")
+        drip = asyncio.create_task(peer.drip(b"x" * 900, 0.05))
+        await peer.reader.read()
+        await drip
+
+
+@run_async
+async def test_requests_take_longer_than_a_head_may() -> None:
+    async with served(head_s=0.2) as server:
+        server.engine.gate.clear()
+        answer = asyncio.create_task(server.answers())
+        await until(lambda: server.engine.running == 1)
+        (silent,) = await server.connect()
+        await until(lambda: silent.is_closed)
+        server.engine.gate.set()
+        assert await answer
+
+
+@run_async
+async def test_more_silent_connections_than_there_are_places_stop_nobody() -> None:
+    """Those that were idle longest make room; requests that run keep their places."""
+    async with served(max_requests=8, head_s=FOR_LONG) as server:
+        server.engine.gate.clear()
+        running = asyncio.create_task(server.answers())
+        await until(lambda: server.engine.running == 1)
+        for _ in range(10):
+            await server.connect(30)
+            async with httpx.AsyncClient(base_url=server.address, trust_env=False, timeout=5) as http:
+                assert (await http.get("/health")).status_code == 200
+        await until(lambda: sum(not peer.is_closed for peer in server.peers) <= 15)
+        assert not any(peer.is_closed for peer in server.peers[-10:])
+        server.engine.gate.set()
+        assert await running
+
+
+@run_async
+async def test_where_every_place_is_used_the_next_is_told_to_come_back() -> None:
+    async with served(max_requests=2, head_s=FOR_LONG) as server:
+        for peer in await server.connect(4):  # their bodies are still to come
+            peer.writer.write(b"POST /tokenize HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 9\r\n")
+            peer.writer.write(b"Expect: 100-continue\r\n\r\n")
+        await asyncio.gather(*(peer.head() for peer in server.peers))
+        (late,) = await server.connect()
+        assert (await late.head()).startswith(b"HTTP/1.1 503 ")
+        await until(lambda: late.is_closed)
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="of Linux alone")
+@run_async
+async def test_a_client_that_never_takes_its_answers_is_given_up() -> None:
+    async with served(unread_s=0.5) as server:
+        (peer,) = await server.connect()
+        peer.writer.transport.pause_reading()  # type: ignore[attr-defined]
+        with suppress(ConnectionError):
+            while True:
+                peer.writer.write(HEALTH.replace(b"/health", b"/metrics") * 100)
+                await peer.writer.drain()
+        assert await server.answers()
+
+
+def test_places_are_bounded_by_the_files_that_may_be_open() -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (200, before[1]))
+        kind = server_config(make_app(ScriptedEngine(says("Hi"))), ApiSettings()).http
+        assert kind.room.places == 100  # type: ignore[union-attr]
+        allow_many_files()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == before[1]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@run_async
+async def test_writes_to_a_client_that_has_gone_leave_no_line_in_the_log() -> None:
+    """However many come before its end is noticed."""
+    async with served() as server:
+        (peer,) = await server.connect()
+        peer.writer.transport.abort()
+        for _ in range(20):
+            peer.writer.transport.write(HEALTH)
+
+
+@run_async
+async def test_garbage_leaves_no_line_in_the_log() -> None:
+    async with served() as server:
+        for peer in await server.connect(50):
+            peer.writer.write(b"\x16\x03\x01 garbage\r\n\r\n")
+        for peer in server.peers:
+            assert (await peer.reader.read()).startswith(b"HTTP/1.1 400 ")

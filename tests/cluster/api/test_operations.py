@@ -1,0 +1,245 @@
+"""Health, metrics, state; who may use the API; bounds on bodies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from llamaclust.cluster.api.settings import first_key, read_api_keys
+from llamaclust.core.errors import DoesNotFitError, UsageError, WorkerError
+from llamaclust.wire.control.messages import LogTold
+from support.clusters.served import MODEL, SETTINGS, ScriptedEngine, client, make_app, real_engine, run_async, says
+
+
+def app(**settings: Any) -> Any:
+    return make_app(ScriptedEngine(says("a")), **settings)
+
+
+@run_async
+async def test_health_says_why_not() -> None:
+    async with real_engine() as (engine, pipeline), client(make_app(engine)) as http:
+        assert (await http.get("/health")).json() == (await http.get("/live")).json() == {"status": "ok"}
+        pipeline.lose(WorkerError("worker w1 (layers 2-3) was lost: killed"))
+        await http.post("/v1/completions", json={"prompt": "a"})
+        down = await http.get("/health")
+        assert down.status_code == 503 and "layers 2-3" in down.json()["error"]["message"]
+        assert down.json()["error"]["code"] == "cluster_down"
+        assert (await http.get("/live")).status_code == 503
+        refused = await http.post("/v1/completions", json={"prompt": "a"})
+        assert refused.status_code == 503 and "layers 2-3" in refused.json()["error"]["message"]
+
+
+@run_async
+async def test_a_cluster_that_drains_says_so() -> None:
+    async with real_engine() as (engine, _), client(make_app(engine)) as http:
+        assert await engine.drain(5)
+        assert (await http.get("/health")).json()["error"]["code"] == "cluster_draining"
+        assert (await http.get("/live")).status_code == 200  # no reason to restart it
+
+
+@run_async
+async def test_operators_see_what_happens() -> None:
+    async with real_engine() as (engine, _), client(make_app(engine)) as http:
+        assert (await http.post("/v1/completions", json={"prompt": "Hello", "ignore_eos": True})).status_code == 200
+        metrics = await http.get("/metrics")
+        assert metrics.headers["content-type"].startswith("text/plain; version=0.0.4")
+        assert "llamaclust_generated_tokens_total 16.0" in metrics.text
+        assert (await http.get("/cluster")).json() == {"status": {"name": "test"}}
+        slots = (await http.get("/slots")).json()
+        assert len(slots) == SETTINGS.max_sequences and not any(slot["is_processing"] for slot in slots)
+        props = (await http.get("/props")).json()
+        assert props["model_alias"] == MODEL and props["total_slots"] == SETTINGS.max_sequences
+        assert "im_start" in props["chat_template"] and props["eos_token"] == "<|im_end|>"
+
+
+@dataclass
+class Workers:
+    """Two of them; one is needed."""
+
+    spared: list[str] = field(default_factory=list)
+
+    async def spare(self, name: str) -> None:
+        if name == "b":
+            raise DoesNotFitError("12 MiB are missing")
+        self._check(name)
+        self.spared.append(name)
+
+    def use_again(self, name: str) -> None:
+        self._check(name)
+        self.spared.remove(name)
+
+    async def log(self, name: str) -> LogTold:
+        self._check(name)
+        return LogTold(("one", "two"), 12)
+
+    def _check(self, name: str) -> None:
+        if name not in ("a", "b"):
+            raise UsageError(f"no worker is named {name!r}")
+
+
+DRAIN, UNDRAIN = "/cluster/workers/a/drain", "/cluster/workers/a/undrain"
+
+
+@run_async
+async def test_workers_are_drained_by_who_may_use_the_api() -> None:
+    workers = Workers()
+    key = {"Authorization": "Bearer first-key"}
+    async with client(app(workforce=workers, api_keys=("first-key",))) as http:
+        for headers in ({}, {"Authorization": "Bearer wrong"}):
+            assert (await http.post(DRAIN, headers=headers)).status_code == 401
+        assert (await http.post(DRAIN, headers=key | {"host": "evil.example"})).status_code == 403
+        assert (await http.post(DRAIN, headers=key | {"origin": "https://evil.example"})).status_code == 403
+        assert (await http.get(DRAIN, headers=key)).status_code == 405
+        assert workers.spared == []
+        assert (await http.post(DRAIN, headers=key)).json() == {"worker": "a", "spared": True}
+        assert workers.spared == ["a"]
+        assert (await http.post(UNDRAIN, headers=key)).json() == {"worker": "a", "spared": False}
+        assert workers.spared == []
+    async with client(app(workforce=workers)) as http:
+        assert (await http.post(DRAIN, headers={"origin": "https://evil.example"})).status_code == 403
+        assert workers.spared == []
+        assert (await http.post(DRAIN)).status_code == 200
+
+
+@run_async
+async def test_logs_of_workers_are_told_to_who_may_use_the_api() -> None:
+    key, path = {"Authorization": "Bearer first-key"}, "/cluster/workers/a/log"
+    async with client(app(workforce=Workers(), api_keys=("first-key",))) as http:
+        assert (await http.get(path)).status_code == 401
+        assert (await http.get(path, headers=key | {"host": "evil.example"})).status_code == 403
+        told = (await http.get(path, headers=key)).json()
+        assert told == {"worker": "a", "before": 12, "lines": ["one", "two"]}
+        assert (await http.get("/cluster/workers/x/log", headers=key)).status_code == 400
+
+
+@run_async
+async def test_workers_that_cannot_be_drained() -> None:
+    async with client(app(workforce=Workers())) as http:
+        refused = await http.post("/cluster/workers/b/drain")
+        assert refused.status_code == 507 and refused.json()["error"]["message"] == "12 MiB are missing"
+        unknown = await http.post("/cluster/workers/%0Ac/drain")
+        assert unknown.status_code == 400 and unknown.json()["error"]["message"] == "no worker is named '\\nc'"
+    async with client(app()) as http:
+        assert (await http.post(DRAIN)).status_code == 404  # a model without workers
+
+
+@run_async
+async def test_what_is_not_there() -> None:
+    async with client(app()) as http:
+        missing = await http.get("/v1/embeddings")
+        assert missing.status_code == 404 and missing.json()["error"]["code"] == "not_found"
+        wrong = await http.get("/v1/completions")
+        assert wrong.status_code == 405 and wrong.json()["error"]["code"] == "method_not_allowed"
+
+
+@run_async
+async def test_api_keys() -> None:
+    async with client(app(api_keys=("first-key", "second-key"))) as http:
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic first-key"}):
+            for path in ("/v1/models", "/metrics", "/cluster", "/props", "/slots", "/nothing", "/openapi.json"):
+                refused = await http.get(path, headers=headers)
+                assert refused.status_code == 401 and refused.headers["www-authenticate"] == "Bearer"
+                assert refused.json()["error"]["code"] == "invalid_api_key"
+        assert (await http.get("/health")).status_code == 200
+        for key in ("first-key", "second-key"):
+            assert (await http.get("/v1/models", headers={"Authorization": f"Bearer {key}"})).status_code == 200
+        body = {"prompt": "a"}
+        assert (await http.post("/v1/completions", json=body)).status_code == 401
+
+
+async def get(http: httpx.AsyncClient, **headers: str) -> int:
+    return (await http.get("/v1/models", headers=headers)).status_code
+
+
+@run_async
+async def test_foreign_hosts_are_refused() -> None:
+    async with client(app()) as http:
+        for host in ("127.0.0.1:8080", "localhost", "LOCALHOST:1", "[::1]:80", "127.0.0.1"):
+            assert await get(http, host=host) == 200, host
+        for host in ("evil.example", "evil.example:8080", "localhost.evil.example", "10.0.0.1", "192.168.0.2:8080"):
+            assert await get(http, host=host) == 403, host
+        for host in ("", "a b", "user@127.0.0.1", "127.0.0.1:8080:1", "127.0.0.1/x", "[", "[]"):
+            assert await get(http, host=host) in (400, 403), host
+        refused = await http.get("/health", headers={"host": "evil.example"})
+        assert "'evil.example'" in refused.json()["error"]["message"]
+    async with client(app(allowed_hosts=("llm.example",), listen_host="10.0.0.5")) as http:
+        for host in ("llm.example", "LLM.example:443", "10.0.0.5:8080", "192.168.0.2", "[fe80::1]:8080"):
+            assert await get(http, host=host) == 200, host
+        assert await get(http, host="evil.example") == 403
+    async with client(app(allowed_hosts=("*",))) as http:
+        assert await get(http, host="any.example") == 200
+
+
+@run_async
+async def test_foreign_pages_are_refused() -> None:
+    async with client(app()) as http:
+        assert await get(http, origin="http://127.0.0.1:8080") == 200
+        for origin in ("https://evil.example", "null", "http://127.0.0.1:3000", "http://localhost:8080", "", "x://[a"):
+            assert await get(http, origin=origin) == 403, origin
+        reply = await http.get("/v1/models")
+        assert not [name for name in reply.headers if name.startswith("access-control")]
+    async with client(app(allowed_origins=("https://chat.example",), api_keys=("first-key",))) as http:
+        page = {"origin": "https://chat.example"}
+        asked = page | {"access-control-request-method": "POST", "access-control-request-headers": "authorization"}
+        preflight = await http.options("/v1/chat/completions", headers=asked)
+        assert preflight.status_code == 200
+        assert preflight.headers["access-control-allow-origin"] == "https://chat.example"
+        reply = await http.get("/v1/models", headers=page | {"authorization": "Bearer first-key"})
+        assert reply.status_code == 200 and reply.headers["access-control-allow-origin"] == "https://chat.example"
+        assert await get(http, origin="https://evil.example") == 403
+
+
+@run_async
+async def test_large_bodies_are_refused() -> None:
+    async with client(app(max_body_bytes=1000)) as http:
+        body = b'{"content": "' + b"x" * 2000 + b'"}'
+        assert (await http.post("/tokenize", content=body[:500] + b'"}')).status_code == 200
+        told = await http.post("/tokenize", content=body)
+        assert told.status_code == 413 and "1000 bytes" in told.json()["error"]["message"]
+
+        async def parts() -> Any:
+            for at in range(0, len(body), 100):
+                yield body[at : at + 100]
+
+        assert (await http.post("/tokenize", content=parts())).status_code == 413
+
+
+@run_async
+async def test_a_body_that_never_comes() -> None:
+    async with client(app(body_s=0.05)) as http:
+
+        async def slow() -> Any:
+            import asyncio
+
+            yield b"{"
+            await asyncio.sleep(5)
+            yield b"}"
+
+        assert (await http.post("/tokenize", content=slow())).status_code == 408
+
+
+def test_api_keys_file(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text("# people\nfirst-key\n\n  second-key \n")
+    path.chmod(0o600)
+    assert read_api_keys(path) == ("first-key", "second-key")
+    assert read_api_keys(None) == ()
+    path.chmod(0o640)
+    with pytest.raises(UsageError, match="mode 0640"):
+        read_api_keys(path)
+    path.chmod(0o600)
+    path.write_text("\n # a comment\ngood-key-1\ngood-key-2\n")
+    assert first_key(path) == "good-key-1"
+    path.write_text("# emptied meanwhile\n")
+    with pytest.raises(UsageError, match="no API key"):
+        first_key(path)
+    for text, message in (("\n#\n", "no API key"), ("short\n", "key 1"), ("good-key-1\nwith space\n", "key 2")):
+        path.write_text(text)
+        with pytest.raises(UsageError, match=message):
+            read_api_keys(path)
+    with pytest.raises(UsageError, match="cannot read"):
+        read_api_keys(tmp_path / "none")

@@ -1,0 +1,289 @@
+"""What the OpenAI endpoints refuse, by name, and how failures are told."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from llamaclust.core.errors import QueueFullError, WorkerError
+from support.clusters.served import (
+    CONTEXT,
+    VOCABULARY,
+    ScriptedEngine,
+    client,
+    events_of,
+    make_app,
+    real_engine,
+    run_async,
+    says,
+)
+
+CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
+ANSWER = "The cat sat."
+HTTP_API = Path(__file__).parent.parent / "docs/http-api.md"
+
+
+async def post(path: str, body: Any, engine: ScriptedEngine | None = None) -> httpx.Response:
+    async with client(make_app(engine or ScriptedEngine(says(ANSWER)))) as http:
+        return await http.post(path, json=body) if isinstance(body, dict) else await http.post(path, content=body)
+
+
+TOOL = {"type": "function", "function": {"name": "f"}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"tools": [TOOL]}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"functions": [{"name": "f"}]}, "functions"),
+        ({"grammar": "root ::= a"}, "grammar"),
+        ({"json_schema": {"type": "object"}}, "json_schema"),
+        ({"modalities": ["text", "audio"]}, "modalities"),
+        ({"audio": {"voice": "alloy"}}, "audio"),
+        ({"web_search_options": {"a": 1}}, "web_search_options"),
+        ({"reasoning_effort": "low"}, "reasoning_effort"),
+        ({"prediction": {"type": "content", "content": "x"}}, "prediction"),
+        ({"mirostat": 3}, "mirostat"),
+        ({"xtc_probability": 1.5}, "xtc_probability"),
+        ({"samplers": ["mirostat"]}, "samplers"),
+        ({"store": True}, "store"),
+        ({"best_of": 2}, "best_of"),
+        ({"logits_processors": ["a"]}, "logits_processors"),
+        ({"guided_json": {"a": 1}}, "guided_json"),
+        ({"temprature": 1}, "temprature"),
+        ({"temperature": "1"}, "temperature"),
+        ({"temperature": True}, "temperature"),
+        ({"temperature": -1}, "temperature"),
+        ({"temperature": 10**400}, "temperature"),
+        ({"max_tokens": -1}, "max_tokens"),
+        ({"max_tokens": 1.5}, "max_tokens"),
+        ({"max_tokens": 10**30}, "max_tokens"),
+        ({"max_tokens": 3, "max_completion_tokens": 4}, "max_completion_tokens"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 1000}, "top_logprobs"),
+        ({"n": 0}, "n"),
+        ({"seed": 2**64}, "seed"),
+        ({"seed": "1"}, "seed"),
+        ({"stop": [1]}, "stop"),
+        ({"stop": ["a"] * 17}, "stop"),
+        ({"stop": "x" * 1_000_000}, "stop"),
+        ({"stop_token_ids": [5000]}, "stop_token_ids"),
+        ({"logit_bias": {"a": 1}}, "logit_bias"),
+        ({"logit_bias": {"5": 1000}}, "logit_bias"),
+        ({"logit_bias": [1]}, "logit_bias"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"stream": True, "stream_options": {"chunks": 1}}, "stream_options.chunks"),
+        ({"chat_template_kwargs": {"messages": 1}}, "chat_template_kwargs"),
+        ({"messages": []}, "messages"),
+        ({"messages": None}, "messages"),
+        ({"messages": "Hi"}, "messages"),
+        ({"messages": ["Hi"]}, "messages[0]"),
+        ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]}, "messages[0]"),
+        ({"messages": [{"role": "user"}]}, "messages[0]"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages[0]"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages[0]"),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": [TOOL]}]}, "messages[0]"),
+        ({"messages": [{"role": "user", "content": "x " * 3000}]}, "prompt"),
+    ],
+)
+def test_chat_refusals_name_the_field(fields: dict[str, Any], param: str) -> None:
+    @run_async
+    async def check() -> None:
+        engine = ScriptedEngine(says("a"))
+        reply = await post("/v1/chat/completions", CHAT | fields, engine)
+        assert reply.status_code == 400, reply.text
+        error = reply.json()["error"]
+        assert error["param"] == param and error["message"].startswith(param)
+        assert error["type"] == "invalid_request_error" and error["code"]
+        assert len(error["message"]) < 500
+        assert engine.submitted == []
+
+    check()
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"suffix": "x"}, "suffix"),
+        ({"best_of": 3}, "best_of"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": [[]]}, "prompt"),
+        ({"prompt": None}, "prompt"),
+        ({"prompt": [1, "a"]}, "prompt"),
+        ({"prompt": [True]}, "prompt"),
+        ({"prompt": [320]}, "prompt"),
+        ({"prompt": [2**70]}, "prompt"),
+        ({"prompt": [1.5]}, "prompt"),
+        ({"prompt": ["a"] * 65}, "prompt"),
+        ({"prompt": ["a"] * 64, "n": 3}, "n"),
+        ({"prompt": [1] * (CONTEXT + 1)}, "prompt"),
+        ({"logprobs": True}, "logprobs"),
+        ({"logprobs": -1}, "logprobs"),
+        ({"prompt_logprobs": 1}, "prompt_logprobs"),
+        ({"ignore_eos": True, "stop_token_ids": [4]}, "stop_token_ids"),
+    ],
+)
+def test_completion_refusals_name_the_field(fields: dict[str, Any], param: str) -> None:
+    @run_async
+    async def check() -> None:
+        engine = ScriptedEngine(says("a"))
+        reply = await post("/v1/completions", {"prompt": "a"} | fields, engine)
+        assert reply.status_code == 400, reply.text
+        assert reply.json()["error"]["param"] == param
+        assert engine.running == 0
+
+    check()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"n": 129}, "n: asks for 129 answers, at most 128 are given"),
+        ({"prompt": ["a"] * 64, "n": 3}, "n: asks for 192 answers to 64 prompts, at most 128 are given"),
+    ],
+)
+def test_too_many_answers_are_counted_for_the_user(fields: dict[str, Any], message: str) -> None:
+    @run_async
+    async def check() -> None:
+        reply = await post("/v1/completions", {"prompt": "a"} | fields)
+        assert reply.status_code == 400 and reply.json()["error"]["message"] == message
+
+    check()
+
+
+@run_async
+async def test_tokens_that_may_neither_come_nor_end_the_answer_are_refused() -> None:
+    async with real_engine() as (engine, _), client(make_app(engine)) as http:
+        every = {"prompt": "a", "max_tokens": 9, "stop_token_ids": list(range(VOCABULARY))}
+        reply = await http.post("/v1/completions", json=every | {"min_tokens": 5})
+        assert reply.status_code == 400 and "none is left" in reply.json()["error"]["message"]
+        assert (await http.post("/v1/completions", json=every)).json()["choices"][0]["finish_reason"] == "stop"
+
+
+@run_async
+async def test_a_prompt_that_is_too_long_is_told_both_lengths() -> None:
+    reply = await post("/v1/completions", {"prompt": [1] * (CONTEXT + 7)})
+    error = reply.json()["error"]
+    assert error["code"] == "context_length_exceeded"
+    assert str(CONTEXT + 7) in error["message"] and str(CONTEXT) in error["message"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"null",
+        b"[]",
+        b'"a"',
+        b"{",
+        b'{"prompt": "a" "b"}',
+        b'{"prompt": "\xff\xfe"}',
+        b'{"prompt": "\\ud800"}',
+        b"[" * 100_000,
+        b'{"prompt":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        b'{"a":' * 100_000 + b"1" + b"}" * 100_000,
+        b'{"prompt": [' + b"9" * 10_000 + b"]}",
+        b'{"prompt": "a", "temperature": NaN}',
+        b'{"prompt": "a", "temperature": 1e999}',
+        b'{"prompt": "a", "max_tokens": 1' + b"0" * 4000 + b"}",
+    ],
+)
+def test_bodies_that_are_no_request(body: bytes) -> None:
+    @run_async
+    async def check() -> None:
+        for path in ("/v1/completions", "/v1/chat/completions", "/completion", "/tokenize"):
+            reply = await post(path, body)
+            assert reply.status_code == 400, (path, reply.text)
+            assert len(reply.json()["error"]["message"]) < 500
+
+    check()
+
+
+@run_async
+async def test_neutral_fields_are_taken() -> None:
+    neutral = {
+        "user": "me",
+        "metadata": {"a": "b"},
+        "store": False,
+        "service_tier": "auto",
+        "prompt_cache_key": "k",
+        "response_format": {"type": "text"},
+        "tools": [],
+        "tool_choice": "none",
+        "parallel_tool_calls": True,
+        "modalities": ["text"],
+        "logit_bias": {},
+        "best_of": 1,
+        "mirostat": 0,
+        "typical_p": 1.0,
+        "dry_multiplier": 0,
+        "grammar": "",
+        "temperature": None,
+        "stop": [],
+        "reasoning_effort": "medium",
+        "verbosity": "medium",
+    }
+    assert (await post("/v1/chat/completions", CHAT | neutral)).status_code == 200
+    body = {"prompt": "a", "best_of": 2, "n": 2, "suffix": None, "echo": False}
+    assert (await post("/v1/completions", body)).status_code == 200
+
+
+def documented_no_ops() -> list[str]:
+    line = next(line for line in HTTP_API.read_text().splitlines() if line.startswith("- **No-ops**"))
+    return re.findall(r"`(\w+)`", line)
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/completion"])
+def test_documented_no_ops_are_taken_by_each_endpoint(path: str) -> None:
+    @run_async
+    async def check() -> None:
+        fields = documented_no_ops()
+        assert {"id_slot", "timings_per_token", "return_progress", "user"} <= {*fields}
+        body = CHAT if "chat" in path else {"prompt": "a"}
+        for value in (True, 7, "x", {"a": [1]}):
+            reply = await post(path, body | dict.fromkeys(fields, value))
+            assert reply.status_code == 200, reply.text
+
+    check()
+
+
+@run_async
+async def test_failures_have_their_status() -> None:
+    full = ScriptedEngine(says("a"), refusal=QueueFullError("256 requests wait already", 2.5))
+    reply = await post("/v1/completions", {"prompt": "a"}, full)
+    assert reply.status_code == 429 and reply.headers["retry-after"] == "3"
+    assert reply.json()["error"]["code"] == "rate_limit_exceeded"
+    for stream in (False, True):
+        lost = ScriptedEngine(says("a"), failure=WorkerError("worker b (layers 3-5) is gone"))
+        reply = await post("/v1/completions", {"prompt": "a", "stream": stream}, lost)
+        assert reply.status_code == 503 and "layers 3-5" in reply.json()["error"]["message"]
+        assert lost.running == 0
+
+
+@run_async
+async def test_a_failure_in_a_stream_is_its_last_event() -> None:
+    engine = ScriptedEngine(says(ANSWER), failure=WorkerError("worker b (layers 3-5) is gone"), failure_after=3)
+    reply = await post("/v1/chat/completions", CHAT | {"stream": True}, engine)
+    events = events_of(reply.text)
+    assert reply.status_code == 200 and len(events) > 2
+    assert events[-1]["error"]["code"] == "worker_failed" and "layers 3-5" in events[-1]["error"]["message"]
+    assert "[DONE]" not in events
+    assert engine.running == 0
+
+
+@run_async
+async def test_the_schema_is_whole() -> None:
+    async with client(make_app(ScriptedEngine(says("a")))) as http:
+        schema = (await http.get("/openapi.json")).json()
+        assert (await http.get("/docs")).status_code == 404
+    body = schema["paths"]["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert {"messages", "temperature", "top_k"} <= body["properties"].keys()
+    assert "$ref" not in json.dumps(body)

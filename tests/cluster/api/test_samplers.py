@@ -1,0 +1,177 @@
+"""Samplers beyond the plain ones, from the fields of a request to what the engine is asked, and their answers."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llamaclust.cluster.client.http import Client
+from llamaclust.cluster.client.local import LocalSettings
+from llamaclust.cluster.client.types import Options
+from llamaclust.cluster.scheduler.breakers import BreakerTokens, SeenBreakers
+from llamaclust.cluster.scheduler.requests import Generation
+from llamaclust.core.sampler_chain import PLAIN_ORDER, SamplerChain, Step
+from support.clusters.served import CONTEXT, ScriptedEngine, client, make_app, run_async, says
+from support.models.tiny_model import build_tiny_model
+
+ENDPOINTS = {
+    "/completion": {"prompt": "a"},
+    "/v1/completions": {"prompt": "a"},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "Hi"}]},
+}
+
+
+async def asked(path: str, **given: Any) -> Generation:
+    engine = ScriptedEngine(says("a"))
+    async with client(make_app(engine)) as http:
+        reply = await http.post(path, json={**ENDPOINTS[path], **given})
+    assert reply.status_code == 200, reply.text
+    return engine.submitted[0]
+
+
+async def chain_of(path: str, **given: Any) -> SamplerChain:
+    chain = (await asked(path, **given)).params.chain
+    assert chain is not None
+    return chain
+
+
+SETTINGS = {
+    "top_n_sigma": (Step.TOP_N_SIGMA, 1.5),
+    "tfs_z": (Step.TFS_Z, 0.9),
+    "typical_p": (Step.TYPICAL_P, 0.8),
+    "xtc_probability": (Step.XTC, 0.5),
+    "dry_multiplier": (Step.DRY, 0.7),
+}
+
+
+@pytest.mark.parametrize("path", ENDPOINTS)
+@run_async
+async def test_every_sampler_is_there_where_it_is_asked_for(path: str) -> None:
+    for name, (step, value) in SETTINGS.items():
+        chain = await chain_of(path, **{name: value})
+        assert getattr(chain, name) == value
+        assert set(chain.order) == {*PLAIN_ORDER, step} and list(chain.order) == [s for s in Step if s in chain.order]
+    chain = await chain_of(path, dynatemp_range=0.5, dynatemp_exponent=2)
+    assert (chain.order, chain.dynatemp_range, chain.dynatemp_exponent) == (PLAIN_ORDER, 0.5, 2)
+    chain = await chain_of(path, mirostat=2, mirostat_tau=4, mirostat_eta=0.3)
+    assert chain.order == (Step.PENALTIES, Step.TEMPERATURE)
+    assert (chain.mirostat, chain.mirostat_tau, chain.mirostat_eta) == (2, 4, 0.3)
+
+
+@pytest.mark.parametrize("path", ENDPOINTS)
+@run_async
+async def test_settings_that_do_nothing_need_no_chain(path: str) -> None:
+    for given in (
+        {},
+        {"mirostat_tau": 3.0, "dry_base": 2, "xtc_threshold": 0.3, "dynatemp_exponent": 2.0},
+        {"xtc_probability": 0.5, "xtc_threshold": 0.6},
+        {"samplers": ["penalties", "dry", "top_n_sigma", "top-k", "typ-p", "nucleus", "min_p", "xtc", "temp"]},
+        {"samplers": "edskypmxt", "penalize_nl": False},
+    ):
+        assert (await asked(path, **given)).params.chain is None
+
+
+@run_async
+async def test_the_order_is_the_one_that_is_given() -> None:
+    assert (await chain_of("/completion", samplers=["temperature", "top_k"])).order == (Step.TEMPERATURE, Step.TOP_K)
+    assert (await chain_of("/completion", samplers="pt")).order == (Step.TOP_P, Step.TEMPERATURE)
+    assert (await chain_of("/completion", samplers=[])).order == ()
+
+
+@run_async
+async def test_windows_breakers_and_line_breaks() -> None:
+    ask = await asked("/completion", dry_multiplier=1, dry_sequence_breakers=["\n"], repeat_penalty=1.1)
+    assert (ask.dry_window, ask.penalty_window) == (CONTEXT, 64) and ask.breakers and ask.history_window == CONTEXT
+    assert ask.params.chain is not None and ask.params.chain.unpenalized == ()
+    ask = await asked("/completion", dry_multiplier=1, dry_penalty_last_n=9, dry_sequence_breakers=[])
+    assert (ask.dry_window, ask.breakers, ask.history_window) == (9, {}, 9)
+    chain = await chain_of("/v1/completions", penalize_nl=False, repetition_penalty=1.2)
+    assert chain.order == PLAIN_ORDER and len(chain.unpenalized) == 1
+
+
+class Words:
+    """Enough of a tokenizer: its words, and letters for what is none of them."""
+
+    words = (b"a", b"b", b"ab", b"x a", b"\n\n", "\u00e9".encode()[:1], b"c")
+    vocabulary_size = len(words)
+
+    def token_bytes(self, token: int) -> bytes:
+        return self.words[token]
+
+    def encode(self, text: str, add_special: bool = True) -> list[int]:
+        return [self.words.index(letter.encode()) for letter in text]
+
+
+def test_breakers_are_all_token_sequences_with_the_text() -> None:
+    tokens = BreakerTokens(Words())  # type: ignore[arg-type]
+    assert tokens.of(["\n"]) == {4: ((4,),)}
+    assert tokens.of(["ab"]) == {0: ((0, 1),), 2: ((2,),), 3: ((3, 1),)}
+    assert tokens.of(["ab", "abc", "b"]) == {
+        0: ((0, 1), (0, 1, 6)),
+        1: ((1,),),
+        2: ((2,), (2, 6)),
+        3: ((3, 1), (3, 1, 6)),
+    }
+    assert tokens.of(["\u00e9"]) == {}, "half a character has no rest"
+
+
+def test_only_breakers_that_occurred_are_looked_for() -> None:
+    seen = SeenBreakers({4: ((4,),), 0: ((0, 1),)}, [3, 0, 0])
+    assert seen.sequences == ((0, 1),)
+    seen.add(4)
+    seen.add(4)
+    assert seen.sequences == ((0, 1), (4,))
+
+
+# -- answers of the real engine ----------------------------------------------------------------------------------------
+
+EVERYTHING: dict[str, Options] = {
+    "top_n_sigma": {"top_n_sigma": 1.0},
+    "tfs_z": {"tfs_z": 0.7},
+    "typical_p": {"typical_p": 0.4},
+    "xtc": {"xtc_probability": 0.7, "xtc_threshold": 0.001},
+    "dynatemp": {"dynatemp_range": 0.9},
+    "mirostat 1": {"mirostat": 1, "mirostat_tau": 3.0, "mirostat_eta": 0.5},
+    "mirostat 2": {"mirostat": 2, "mirostat_tau": 3.0, "mirostat_eta": 0.5},
+    "dry": {"dry_multiplier": 30.0, "dry_allowed_length": 1, "dry_sequence_breakers": ["a"]},
+    "penalties": {"repetition_penalty": 1.3, "penalize_nl": False},
+    "order": {"samplers": ["temperature", "xtc", "top_p", "penalties", "typ_p"], "typical_p": 0.9, "top_p": 0.9},
+}
+BASE: Options = {"max_tokens": 60, "temperature": 1.2, "seed": 5, "ignore_eos": True}
+
+
+def answers(path: Path, settings: LocalSettings, *, together: bool) -> list[tuple[tuple[int, ...], tuple[float, ...]]]:
+    prompts = [[3 + number, *range(20, 20 + 3 * number)] for number in range(len(EVERYTHING))]
+    with Client.local(path, 1, settings=settings) as model:
+        streams = [
+            model.generate(prompt, stream=True, **{**BASE, **options})  # type: ignore[typeddict-item]
+            for prompt, options in zip(prompts, EVERYTHING.values(), strict=True)
+        ]
+        if together:
+            chunks: list[list[Any]] = [[next(stream)] for stream in streams]
+        else:
+            chunks = [[] for _ in streams]
+        for place, stream in enumerate(streams):
+            chunks[place] += list(stream)
+    return [(tuple(t for c in one for t in c.token_ids), tuple(p for c in one for p in c.logprobs)) for one in chunks]
+
+
+def test_company_and_preemption_change_no_answer(tmp_path: Path) -> None:
+    """One request for each sampler, alone; together; and with so little memory that they are put back and replayed."""
+    path = build_tiny_model(tmp_path / "m.gguf")
+    alone = answers(path, LocalSettings(context_length=128, prefix_cache=False), together=False)
+    assert len({tokens for tokens, _ in alone}) == len(alone)
+    assert answers(path, LocalSettings(context_length=128, prefill_chunk=3), together=True) == alone
+    assert answers(path, LocalSettings(context_length=128, kv_blocks=12, max_sequences=6), together=True) == alone
+
+
+def test_each_sampler_makes_a_difference(tmp_path: Path) -> None:
+    path = build_tiny_model(tmp_path / "m.gguf")
+    with Client.local(path, 1, settings=LocalSettings(context_length=128)) as model:
+        plain = model.generate([3, 4, 5], **BASE).token_ids
+        for name, options in EVERYTHING.items():
+            assert model.generate([3, 4, 5], **{**BASE, **options}).token_ids != plain, name  # type: ignore[typeddict-item]
+    assert {one.name for one in fields(SamplerChain)} >= set(SETTINGS)

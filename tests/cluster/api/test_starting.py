@@ -1,0 +1,55 @@
+"""The API's port while a cluster starts: it answers, with 503, whatever it is asked."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import httpx
+import pytest
+
+from llamaclust.cluster.api.starting import starting_replies
+from support.clusters.served import run_async
+
+
+@asynccontextmanager
+async def port() -> AsyncIterator[tuple[socket.socket, str]]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setblocking(False)
+        yield listener, f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+@pytest.mark.parametrize("body", [b"", b"x" * 3_000_000], ids=len)
+@run_async
+async def test_every_request_is_told(body: bytes) -> None:
+    async with port() as (listener, url), starting_replies(listener), httpx.AsyncClient(timeout=20) as client:
+        reply = await client.post(f"{url}/v1/completions", content=body)
+        assert reply.status_code == 503 and int(reply.headers["retry-after"]) > 0
+        assert reply.json()["error"]["code"] == "cluster_starting"
+
+
+@run_async
+async def test_clients_that_say_nothing_hold_up_nobody() -> None:
+    async with port() as (listener, url), starting_replies(listener), httpx.AsyncClient(timeout=20) as client:
+        address = listener.getsockname()
+        silent = [await asyncio.open_connection(*address) for _ in range(8)]
+        assert (await client.get(f"{url}/health")).status_code == 503
+        for _, writer in silent:
+            writer.close()
+
+
+@run_async
+async def test_the_socket_is_left_to_whoever_comes_next() -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"mine")
+        writer.close()
+
+    async with port() as (listener, _):
+        async with starting_replies(listener) as replies:
+            replies.close()
+        async with await asyncio.start_server(serve, sock=listener.dup()):
+            reader, writer = await asyncio.open_connection(*listener.getsockname())
+            assert await asyncio.wait_for(reader.read(), 20) == b"mine"
+            writer.close()

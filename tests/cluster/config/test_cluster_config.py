@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llamaclust.cluster.config.cluster_config import ClusterConfig, json_schema, load_config
+from llamaclust.cluster.config.environment import environment
+from llamaclust.cluster.config.values import is_loopback, parse_duration, parse_size, split_address
+from llamaclust.core.errors import UsageError
+from support.paths import ROOT
+
+CONTRACT = """
+name: home
+model: smollm2-135m-instruct
+context_length: 4096
+launcher: local
+listen: 127.0.0.1:8080
+workers:
+  - name: a
+    device: cpu
+    threads: 2
+    memory: 8GiB
+  - name: b
+plan: auto
+objective: latency
+wire: f32
+kv_type: f16
+kv_memory: auto
+max_sequences: 32
+api_keys_file: null
+state_dir: ~/.local/state/llamaclust
+timeouts: {request: 600s, worker: 5s, recovery: 120s, coordinator: 10min}
+"""
+SMALL = "model: m\nworkers: [{name: a}, {name: b}]\n"
+
+
+def load(folder: Path, text: str, *overrides: str) -> ClusterConfig:
+    path = folder / "cluster.yaml"
+    path.write_text(text)
+    return load_config(path, overrides)
+
+
+def failure(folder: Path, text: str, *overrides: str) -> str:
+    with pytest.raises(UsageError) as caught:
+        load(folder, text, *overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message.replace(str(folder / "cluster.yaml"), "FILE")
+
+
+def test_workers_with_gpus(tmp_path: Path) -> None:
+    text = "model: m\nworkers:\n- {name: a, device: cuda, gpu_layers: 20, gpu_memory: 4GiB}\n"
+    config = load(
+        tmp_path, text + "- {name: b, device: [cuda:1, cuda:3], gpu_layers: auto}\n- {name: c, device: cpu}\n"
+    )
+    assert [one.device for one in config.workers] == ["cuda:0", "cuda:1,cuda:3", "cpu"]
+    assert [one.gpu_layers for one in config.workers] == [20, None, None]
+    assert config.workers[0].gpu_memory == 4 << 30 and config.workers[1].gpu_memory is None
+    again = load(tmp_path, "model: m\nworkers: [{name: a, device: 'cuda:1,cuda:3'}]\n")
+    assert again.workers[0].device == "cuda:1,cuda:3"
+    assert "measures itself" in failure(tmp_path, text + "- {name: b, device: cuda, bandwidth: 3, int8: 4}\n")
+
+
+def test_the_whole_contract_is_read(tmp_path: Path) -> None:
+    config = load(tmp_path, CONTRACT)
+    assert (config.name, config.host, config.port, config.context_length) == ("home", "127.0.0.1", 8080, 4096)
+    assert [worker.name for worker in config.workers] == ["a", "b"]
+    assert (config.workers[0].memory, config.workers[0].threads, config.workers[1].memory) == (8 << 30, 2, None)
+    assert config.plan is None and config.kv_memory is None and config.prefill_chunk is None
+    assert config.timeouts.coordinator == 600.0 and config.timeouts.worker == 5.0
+    assert config.state_dir == Path.home() / ".local/state/llamaclust"
+
+
+def test_plan_by_hand_sizes_and_measurements(tmp_path: Path) -> None:
+    plan = "plan: [{worker: a, layers: [0, 12]}, {worker: b, layers: [12, 30]}]\nkv_memory: 512MiB\n"
+    config = load(tmp_path, SMALL + plan, "workers.b.bandwidth=40", "workers.b.int8=900.5")
+    assert config.plan is not None
+    assert [(entry.worker, entry.layers) for entry in config.plan] == [("a", (0, 12)), ("b", (12, 30))]
+    assert config.kv_memory == 512 << 20
+    assert (config.workers[1].bandwidth, config.workers[1].int8) == (40, 900.5)
+
+
+def test_demo_cluster() -> None:
+    config = load_config(None)
+    assert (config.model, [worker.name for worker in config.workers]) == ("smollm2-135m-instruct", ["a", "b"])
+
+
+def test_missing_and_binary_files(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot read the cluster file: No such file"):
+        load_config(tmp_path / "none.yaml")
+    (tmp_path / "model.gguf").write_bytes(b"GGUF\xff\xfe")
+    with pytest.raises(UsageError, match="not UTF-8 text"):
+        load_config(tmp_path / "model.gguf")
+
+
+def test_overrides(tmp_path: Path) -> None:
+    config = load(tmp_path, SMALL, "timeouts.request=90s", "workers.b.threads=1", "listen='[::1]:0'", "prefill_chunk=7")
+    assert (config.timeouts.request, config.workers[1].threads, config.prefill_chunk) == (90.0, 1, 7)
+    assert (config.host, config.port) == ("::1", 0)
+    assert "unknown key 'thread' in workers[1]" in failure(tmp_path, SMALL, "workers.b.thread=1")
+    assert "no item 'c'; there are a, b" in failure(tmp_path, SMALL, "workers.c.threads=1")
+    assert "write it as KEY=VALUE" in failure(tmp_path, SMALL, "listen")
+    assert "has no parts to set" in failure(tmp_path, SMALL, "model.file=1")
+
+
+def test_paths_are_relative_to_the_file(tmp_path: Path) -> None:
+    config = load(tmp_path, "model: files/m.gguf\napi_keys_file: keys\nworkers: [{name: a}]\n")
+    assert (config.model, config.api_keys_file) == (str(tmp_path / "files/m.gguf"), tmp_path / "keys")
+    for model in ("hf:a/b/m.gguf", "pypi:a==1/m.gguf", "https://example.org/m.gguf", "http://[::1]:80/m.gguf"):
+        assert load(tmp_path, f"model: '{model}'\nworkers: [{{name: a}}]\n").model == model
+
+
+def test_environment() -> None:
+    read = environment({"LLAMACLUST_STATE_DIR": "/s", "XDG_CACHE_HOME": "/c", "LLAMACLUST_FEATURE_LEVEL": "avx2"})
+    assert (read.state_dir, read.home, read.feature_level) == (Path("/s"), Path("/c/llamaclust"), "avx2")
+    assert environment({}).home == Path.home() / ".cache/llamaclust"
+    assert (environment({}).prepared_bytes, environment({"LLAMACLUST_CACHE_SIZE": "0"}).prepared_bytes) == (32 << 30, 0)
+    assert environment({"LLAMACLUST_CACHE_SIZE": "3MiB", "LLAMACLUST_HOME": "/h"}).prepared_dir == Path("/h/prepared")
+    assert environment({"LLAMACLUST_CACHE_SIZE": "4194304"}).prepared_bytes == 4 << 20
+    with pytest.raises(UsageError, match="LLAMACLUST_CACHE_SIZE=32 has no unit; write 32GiB or 32MiB, or bytes from"):
+        environment({"LLAMACLUST_CACHE_SIZE": "32"})
+    for digits in ("\uff14\uff10GiB", "\uff14"):  # full-width ones
+        with pytest.raises(UsageError, match="is not a size"):
+            environment({"LLAMACLUST_CACHE_SIZE": digits})
+    assert (environment({}).weights_bytes, environment({"LLAMACLUST_WEIGHTS_SIZE": "0"}).weights_bytes) == (64 << 30, 0)
+    with pytest.raises(UsageError, match="LLAMACLUST_CACHE_SIZE='much' is not a size; write it like 8GiB"):
+        environment({"LLAMACLUST_CACHE_SIZE": "much"})
+    with pytest.raises(UsageError, match="LLAMACLUST_FEATURE_LEVEL=avx3: not one of generic"):
+        environment({"LLAMACLUST_FEATURE_LEVEL": "avx3"})
+    with pytest.raises(
+        UsageError, match="LLAMACLUST_HOME='~no-such-user' begins in a home directory that is not there"
+    ):
+        environment({"LLAMACLUST_HOME": "~no-such-user"})
+
+
+def test_values() -> None:
+    sizes = ("1B", "2kB", "1.5 MiB", "3GB", 1 << 20, "1048576", "24G", "24Gi", "24GiB", "500M")
+    read = [1, 2000, 3 << 19, 3 * 10**9, 1 << 20, 1 << 20, 24 * 10**9, 24 << 30, 24 << 30, 500 * 10**6]
+    assert [parse_size(text) for text in sizes] == read
+    for bad in (24, "24", 24.5, (1 << 20) - 1):
+        with pytest.raises(ValueError, match=f"^{bad} has no unit; write {bad}GiB or {bad}MiB"):
+            parse_size(bad)
+    assert [parse_duration(text) for text in ("250ms", "1.5h", "10min", 3)] == [0.25, 5400.0, 600.0, 3.0]
+    assert split_address("[::1]:80") == ("::1", 80)
+    assert [is_loopback(host) for host in ("127.3.2.1", "::1", "localhost", "0.0.0.0", "example.org")] == [
+        True,
+        True,
+        True,
+        False,
+        False,
+    ]
+    for bad in ("0B", "-1GiB", "8", "nan", "1e3GiB", True, None, "9999999TiB", ["1GiB"], 0, -1, 1e12, "24gib"):
+        with pytest.raises(ValueError):
+            parse_size(bad)
+    for bad in ("0s", "5", "-1s", "infs", float("nan"), float("inf"), True, None, "99999h"):
+        with pytest.raises(ValueError):
+            parse_duration(bad)
+    for bad in ("a", "a:b", ":80", "::1:80", "h:99999"):
+        with pytest.raises(ValueError):
+            split_address(bad)
+
+
+@given(st.text(max_size=200))
+def test_any_text_is_a_config_or_one_clear_line(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    path = tmp_path_factory.getbasetemp() / "fuzz.yaml"
+    path.write_bytes((SMALL + text).encode("utf-8", "surrogatepass"))
+    try:
+        load_config(path)
+    except UsageError as error:
+        assert "\n" not in str(error)
+
+
+def test_schema_file_is_current() -> None:
+    current = ROOT / "deploy/cluster.schema.json"
+    assert current.read_text() == json_schema(), (
+        "run: python -m llamaclust.cluster.config.cluster_config > deploy/cluster.schema.json"
+    )
+
+
+def test_a_silence_too_short_to_tell_a_lost_worker_is_refused(tmp_path: Path) -> None:
+    assert load(tmp_path, SMALL, "timeouts.worker=500ms").timeouts.worker == 0.5
+    assert "--set timeouts.worker=400ms: timeouts.worker: 0.4 s is too short" in failure(
+        tmp_path, SMALL, "timeouts.worker=400ms"
+    )

@@ -1,0 +1,215 @@
+"""What is said about cluster files that are wrong: one line that names the place and what may stand there; exit 2."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llamaclust.cluster.config.cluster_config import ClusterConfig, load_config
+from llamaclust.cluster.config.document import MAX_FILE_BYTES
+from llamaclust.core.errors import UsageError
+
+SMALL = "model: m\nworkers: [{name: a}, {name: b}]\n"
+
+NAME = "is not a name; write 1 to 63 letters, digits, dots, dashes or underscores, a letter or digit at either end"
+COUNT = "give a whole number from 1 to"
+ADDRESS = "is not an address; write it like 127.0.0.1:8080 or [::1]:8080"
+NO_PATH = "no path has a zero byte in it; write the place of a file or folder"
+NO_HOME = "begins in a home directory that is not there; write the whole path"
+SIZE = "is not a size; write it like 8GiB or 512MiB (KiB, MiB, GiB, TiB; kB, MB, GB, TB)"
+
+TOP_KEYS = {
+    "context_lenght: 5": "unknown key 'context_lenght'; did you mean 'context_length'?",
+    "zzz: 5": f"unknown key 'zzz'; known: {', '.join(ClusterConfig.model_fields)}",
+    "timeouts: {requests: 5s}": "unknown key 'requests' in timeouts; did you mean 'request'?",
+    "context_length: 0": f"context_length: 0 is not possible; {COUNT} 1048576",
+    "context_length: 1048577": f"context_length: 1048577 is not possible; {COUNT} 1048576",
+    "context_length: yes": f"context_length: true is not possible; {COUNT} 1048576",
+    "context_length: 4k": f"context_length: '4k' is not possible; {COUNT} 1048576",
+    "context_length: 1.5": f"context_length: 1.5 is not possible; {COUNT} 1048576",
+    "context_length: null": f"context_length: an empty value is not possible; {COUNT} 1048576",
+    "context_length: 2024-13-45": "not valid YAML: '2024-13-45' is no number or date; put it in quotes",
+    "max_sequences: 1000000": f"max_sequences: 1000000 is not possible; {COUNT} 1024",
+    "max_waiting: -1": "max_waiting: -1 is not possible; give a whole number from 0 to 100000",
+    "prefill_chunk: none": "prefill_chunk: 'none' is not possible; give auto or a whole number from 1 to 4096",
+    "prefix_cache: 1": "prefix_cache: 1 is not possible; give true or false",
+    "launcher: foo": "launcher: 'foo' is not possible; give local or static or ray or mpi",
+    "wire: f64": "wire: 'f64' is not possible; give f32",
+    "wire: q8_0": "wire: this build has no wire_type q8_0 yet",
+    "kv_type: 8": "kv_type: 8 is not possible; give f16 or q8_0",
+    "objective: speed": "objective: 'speed' is not possible; give latency or throughput",
+    "kv_memory: 5 pounds": f"kv_memory: '5 pounds' {SIZE}",
+    "kv_memory: [1]": f"kv_memory: [1] {SIZE}",
+    "kv_memory: 24": "kv_memory: 24 has no unit; write 24GiB or 24MiB, or bytes from 1048576 on",
+    "kv_memory: 0": "kv_memory: 0 is not a possible size; 1B to 1024TiB are",
+    "listen: localhost": f"listen: 'localhost' {ADDRESS}",
+    "listen: 8080": f"listen: 8080 {ADDRESS}",
+    "listen: 0.0.0.0:80": "listen: 0.0.0.0:80 can be reached from other machines: set api_keys_file as well",
+    "name: 'a/b'": f"name: 'a/b' {NAME}",
+    "name: ''": f"name: '' {NAME}",
+    f"name: {'a' * 64}": f"name: '{'a' * 59}... {NAME}",
+    "name: 5": "name: 5 is not a name; put it in quotes",
+    "plan: best": "plan: 'best' is not possible; give auto or a list of 1 to 256 items",
+    "plan: []": "plan: [] is not possible; give auto or a list of 1 to 256 items",
+    "plan: [a]": "plan[0]: 'a' is not possible; give keys with values: worker, layers",
+    "plan: [{worker: a}]": "key 'layers' is missing in plan[0]",
+    "plan: [{worker: a, layers: 3}]": (
+        "plan[0].layers: 3 is not a layer range; write it like [0, 12], the end not included"
+    ),
+    "plan: [{worker: a, layers: [3, 3]}]": (
+        "plan[0].layers: [3, 3] holds no layer; ranges are half-open: [start, end) with start < end"
+    ),
+    "plan: [{worker: c, layers: [0, 3]}]": "plan[0].worker: unknown worker 'c'; known: a, b",
+    "allowed_hosts: x.org": "allowed_hosts: 'x.org' is not possible; give a list of 0 to 64 items",
+    "allowed_hosts: [5]": "allowed_hosts[0]: 5 is not possible; give text",
+    "state_dir: 5": "state_dir: 5 is not possible; give text",
+    'state_dir: "a\\0b"': f"state_dir: {NO_PATH}",
+    'state_dir: "~a\\0b"': f"state_dir: {NO_PATH}",
+    'api_keys_file: "k\\0"': f"api_keys_file: {NO_PATH}",
+    "state_dir: ~no-such-user/x": f"state_dir: '~no-such-user/x' {NO_HOME}",
+    "api_keys_file: ''": "api_keys_file: '' is not possible; give text",
+    "timeouts: 5s": (
+        "timeouts: '5s' is not possible; give keys with values: request, worker, load, recovery, coordinator"
+    ),
+    "timeouts: {request: soon}": "timeouts.request: 'soon' is not a duration; write it like 600s, 10min or 250ms",
+    "timeouts: {request: null}": (
+        "timeouts.request: an empty value is not a duration; write it like 600s, 10min or 250ms"
+    ),
+    "timeouts: {request: 31d}": "timeouts.request: '31d' is not a duration; write it like 600s, 10min or 250ms",
+    f"timeouts: {{request: 1{'0' * 400}}}": (
+        f"timeouts.request: 1{'0' * 59}... is not a possible duration; more than 0 and up to 30 days is"
+    ),
+    "timeouts: {load: 900ms}": "timeouts.load: 0.9 s is too short to tell a load that hangs; set 1s or more",
+    "timeouts: {worker: 10ms}": "timeouts.worker: 0.01 s is too short to tell a lost worker; set 500ms or more",
+    "model: x": "not valid YAML: key 'model' stands here twice",
+    "5: x": "not valid YAML: key '5' is no word",
+    "timeouts: {yes: 5s}": "not valid YAML: key 'yes' is no word",
+    "plan: &a [*a]": "not valid YAML: aliases (*name) are not accepted",
+    f"plan: {'[' * 100_000}": "not valid YAML: nested deeper than 16 levels",
+    "name: !!python/object:os.system {}": "not valid YAML: tags (!name) are not accepted",
+    "name: !!bool x": "not valid YAML: tags (!name) are not accepted",
+    'name: "\0"': "not valid YAML: unacceptable character #x0000: special characters are not allowed",
+    f"context_length: {'1' * 5000}": (f"not valid YAML: '{'1' * 60}' is no number or date; put it in quotes"),
+}
+
+
+def failure(folder: Path, text: str, *overrides: str) -> str:
+    path = folder / "cluster.yaml"
+    path.write_text(text)
+    with pytest.raises(UsageError) as caught:
+        load_config(path, overrides)
+    assert caught.value.exit_code == 2
+    message = str(caught.value)
+    assert "\n" not in message and len(message) < 400 + len(str(folder))
+    return message.replace(str(path), "FILE")
+
+
+@pytest.mark.parametrize(("text", "message"), TOP_KEYS.items(), ids=[text[:40] for text in TOP_KEYS])
+def test_mistakes_name_line_place_and_what_is_allowed(tmp_path: Path, text: str, message: str) -> None:
+    assert failure(tmp_path, f"{SMALL}{text}\n") == f"FILE:3: {message}"
+
+
+@pytest.mark.parametrize(
+    ("worker", "line", "message"),
+    [
+        ("- name: a\n  device: tpu", 5, "workers[1].device: 'tpu' is no device; give cpu, cuda:0, or several as"),
+        ("- name: a\n  device: cuda:\u0661", 5, "workers[1].device: 'cuda:\u0661' is no device; give cpu, cuda:0, or"),
+        ("- name: a\n  device: [cpu, cuda:0]", 5, "workers[1].device: 'cpu' stands for itself, and computes beside"),
+        ("- name: a\n  device: [cuda:0, cuda]", 5, "workers[1].device: ['cuda:0', 'cuda']: name each GPU once, 16"),
+        ("- name: a\n  gpu_layers: 3", 5, "workers[1].gpu_layers: is for workers with a GPU: set device to cuda:0 as"),
+        ("- name: a\n  threads: 0", 5, f"workers[1].threads: 0 is not possible; {COUNT} 1024"),
+        ("- name: a\n  memory: much", 5, f"workers[1].memory: 'much' {SIZE}"),
+        ("- name: a\n  bandwidth: 20", 5, "workers[1].bandwidth: bandwidth and int8 go together: give both, or none"),
+        ("- name: a\n  int8: 20", 5, "workers[1].int8: bandwidth and int8 go together: give both, or none"),
+        (
+            "- name: a\n  int8: 1\n  bandwidth: .inf",
+            6,
+            "workers[1].bandwidth: inf is not possible; give a number above 0 and up to 1,000,000",
+        ),
+        ("- name: a\n  thread: 2", 5, "unknown key 'thread' in workers[1]; did you mean 'threads'?"),
+        ("- threads: 2", 4, "key 'name' is missing in workers[1]"),
+        ("- a", 4, "workers[1]: 'a' is not possible; give keys with values: name, device, gpu_layers, gpu_memory"),
+        ("- name: first", 4, "workers[1].name: two workers are named 'first'; give each its own name"),
+        ("-", 4, "workers[1]: an empty value is not possible; give keys with values: name"),
+    ],
+)
+def test_mistakes_in_workers_have_their_own_line(tmp_path: Path, worker: str, line: int, message: str) -> None:
+    text = f"model: m\nworkers:\n- name: first\n{worker}\n"
+    assert failure(tmp_path, text).startswith(f"FILE:{line}: {message}")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("workers: [{name: a}]", "FILE: key 'model' is missing"),
+        ("model: m", "FILE: key 'workers' is missing"),
+        ("model: ''\nworkers: [{name: a}]", "FILE:1: model: '' is not possible; give text of 1 to 4096 characters"),
+        ("model: m\nworkers: []", "FILE:2: workers: [] is not possible; give a list of 1 to 256 items"),
+        ("model: m\nworkers: 2", "FILE:2: workers: name the workers: only launcher static waits for any 2"),
+        (
+            "model: m\nworkers:\n",
+            "FILE:2: workers: an empty value is not possible; "
+            "give a list of 1 to 256 items or a whole number from 1 to 256",
+        ),
+        ("- a", "FILE: not a cluster file"),
+        ("", "FILE: not a cluster file"),
+        ("x" * (MAX_FILE_BYTES + 1), "FILE: larger than 1024 KiB"),
+        ("model: m\nname: [", "FILE:2: not valid YAML: while parsing a flow node"),
+        ("model: m\n---\nmodel: n", "FILE:2: not valid YAML: expected a single document in the stream, but found"),
+    ],
+)
+def test_files_that_are_wrong_as_a_whole(tmp_path: Path, text: str, message: str) -> None:
+    assert failure(tmp_path, text).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("listen", "--set listen: write it as KEY=VALUE, for instance timeouts.request=60s"),
+        ("workers.a.memory=8", "--set workers.a.memory=8: workers[0].memory: 8 has no unit; write 8GiB or 8MiB, or"),
+        ("gpu_layers=9", "--set gpu_layers=9: unknown key 'gpu_layers'; it is a worker's: workers.0.gpu_layers, or by"),
+        ("device=cuda:0", "--set device=cuda:0: unknown key 'device'; it is a worker's: workers.0.device, or by"),
+        ("gpu_memory=9GiB", "--set gpu_memory=9GiB: unknown key 'gpu_memory'; it is a worker's: workers.0.gpu_memory"),
+        ("recovery=9s", "--set recovery=9s: unknown key 'recovery'; it is one of `timeouts`: timeouts.recovery with"),
+        ("worker=9s", "--set worker=9s: unknown key 'worker'; did you mean 'workers'?"),  # two sections have one
+        ("listen=x", f"--set listen=x: listen: 'x' {ADDRESS}"),
+        ("workers.b.threads=x", f"--set workers.b.threads=x: workers[1].threads: 'x' is not possible; {COUNT} 1024"),
+        ("workers.b.thread=1", "--set workers.b.thread=1: unknown key 'thread' in workers[1]; did you mean 'threads'?"),
+        ("workers.c.threads=1", "--set workers.c.threads=1: no item 'c'; there are a, b"),
+        ("model.file=1", "--set model.file=1: 'm' has no parts to set"),
+        ("model=[", "--set model=[:1: not valid YAML"),
+        ("na\nme=1", "--set na me=1: unknown key"),
+    ],
+)
+def test_overrides_are_named_where_they_are_wrong(tmp_path: Path, override: str, message: str) -> None:
+    assert failure(tmp_path, SMALL, override).startswith(message)
+
+
+def test_an_override_leaves_the_lines_of_all_else(tmp_path: Path) -> None:
+    text = "model: m\nworkers:\n- name: a\n- name: b\n  threads: 0\n"
+    assert failure(tmp_path, text, "workers.a.threads=1").startswith("FILE:5: workers[1].threads: 0")
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["name", "worker", "x"]), inner),
+    max_leaves=4,
+)
+
+
+@given(key=st.sampled_from(sorted(ClusterConfig.model_fields)), value=VALUES)
+def test_any_value_of_any_key_is_taken_or_refused_in_plain_words(
+    tmp_path_factory: pytest.TempPathFactory, key: str, value: object
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.yaml"
+    path.write_text(yaml.safe_dump({"model": "m", "workers": [{"name": "a"}], key: value}, sort_keys=False))
+    try:
+        load_config(path)
+    except UsageError as error:
+        message = str(error)
+        assert "\n" not in message and key in message and message.startswith(f"{path}:"), message
+        assert "nput should" not in message and "pydantic" not in message and "alue error" not in message, message

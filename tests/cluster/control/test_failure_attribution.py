@@ -1,0 +1,174 @@
+"""Which worker is named when a pipeline breaks or cannot be opened, whoever tells of it first, on however busy a
+machine."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from llamaclust.cluster.control import failure_attribution
+from llamaclust.cluster.control.failure_attribution import blamed, lost_in
+from llamaclust.cluster.control.remote_pipeline import RemotePipeline
+from llamaclust.cluster.membership.worker_handle import WorkerHandle
+from llamaclust.core.errors import WorkerError
+from llamaclust.wire.control.codec import encode_coordinator_message
+from llamaclust.wire.control.messages import (
+    CoordinatorMessage,
+    Deadlines,
+    Heartbeat,
+    Loaded,
+    PeerLost,
+    Renew,
+    Shutdown,
+    Welcome,
+)
+from llamaclust.wire.rpc.client import ECHO, JOIN, Peer, StreamBrokenError
+from llamaclust.wire.rpc.server import Server, ServerStream
+from llamaclust.wire.security.credentials import Insecure, Principal
+from llamaclust.worker.membership import Member
+from support.clusters.control_messages import LOAD, REGISTER
+from support.clusters.real_cluster import real_cluster
+from support.clusters.served import run_async
+from support.models.tiny_model import build_tiny_model
+
+ALIVE = Heartbeat(0.0, 0, 0, 0, 0)
+INSECURE = Insecure()
+
+
+async def _nothing(message: CoordinatorMessage) -> None: ...
+
+
+def three() -> dict[str, WorkerHandle]:
+    """Workers a, b and c that hold stages of epoch 3."""
+    workers = {name: WorkerHandle(replace(REGISTER, name=name), _nothing, lambda: "") for name in "abc"}
+    for worker in workers.values():
+        worker.stages[3] = (LOAD, Loaded(3, 1, 1, 1))
+    return workers
+
+
+@run_async
+async def test_the_cause_is_whom_others_could_not_reach_then_who_was_lost_first() -> None:
+    workers = three()
+    everyone = list(workers.values())
+    workers["b"].lose("killed")
+    workers["a"].lose("it ended, too")
+    assert [worker.name for worker in lost_in(3, everyone)] == ["b", "a"]
+    workers = three()
+    everyone = list(workers.values())
+    workers["a"].hear(PeerLost(3, "b", "Socket closed"))
+    workers["a"].lose("its process ended with exit code 0")
+    workers["b"].lose("killed")
+    assert [worker.name for worker in lost_in(3, everyone)] == ["b", "a"]
+
+
+@run_async
+async def test_a_loss_is_waited_for_where_others_tell_of_it_sooner(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(failure_attribution, "_BLAME_S", 20.0)
+    workers = three()
+    everyone = list(workers.values())
+    workers["b"].hear(PeerLost(3, "c", "Socket closed"))
+    asking = asyncio.create_task(blamed(3, everyone, WorkerError("the first stage ended its stream")))
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert not asking.done(), "c may have ended"
+    workers["c"].lose("its process was killed by signal 9")
+    error = await asking
+    assert str(error).startswith("worker c (layers [2, 4)) is lost: its process was killed") and error.worker == "c"
+
+
+@run_async
+async def test_whoever_lives_and_is_not_reached_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(failure_attribution, "_BLAME_S", 20.0)
+    workers = three()
+    asking = asyncio.create_task(blamed(3, list(workers.values()), WorkerError("the first stage ended its stream")))
+    await asyncio.sleep(0)
+    workers["a"].hear(PeerLost(3, "b", "no answer"))
+    for _ in range(10):
+        await asyncio.sleep(0)
+    workers["b"].hear(ALIVE)
+    assert str(await asking).startswith("the pipeline of workers a [2, 4), b [2, 4), c [2, 4) broke: the first stage")
+
+
+@pytest.mark.parametrize("guilty", ["b", "c"])
+def test_a_stage_that_cannot_be_opened_is_blamed_on_its_worker_by_name(tmp_path: Path, guilty: str) -> None:
+    """Also where another stage meets it, and nobody says an address."""
+    model = build_tiny_model(tmp_path / "tiny.gguf", layers=3, context=256)
+
+    async def run() -> None:
+        async with real_cluster(tmp_path, 3) as cluster:
+            handles = await cluster.load_stages(model, (0, 1, 2, 3))
+            worker = cluster.registry.workers[guilty]
+            kept = dict(worker.stages)
+            await worker.unload(1)
+            worker.stages.update(kept)  # nobody knows
+            with pytest.raises(WorkerError, match=f"worker {guilty} holds no stage for epoch 1") as caught:
+                await RemotePipeline.open(1, handles, cluster.run.token)
+            assert caught.value.worker == guilty
+
+    asyncio.run(run())
+
+
+class Coordinator:
+    """Welcomes a worker, and reads on when it is let."""
+
+    def __init__(self) -> None:
+        self.reads = asyncio.Event()
+
+    async def join(self, stream: ServerStream) -> None:
+        await stream.accept()
+        await stream.read()
+        await stream.write(encode_coordinator_message(Welcome(Deadlines(heartbeat_s=30.0))))
+        await self.reads.wait()
+        await stream.write(encode_coordinator_message(Shutdown("all is said")))
+        while await stream.read() is not None:
+            pass
+
+
+@run_async
+async def test_a_stage_that_ends_while_it_tells_of_another_one_does_not_end_its_worker() -> None:
+    """The network does not take it at once: a machine is busy, or the coordinator is."""
+    coordinator = Coordinator()
+    server = await Server.start("127.0.0.1:0", INSECURE, {JOIN: coordinator.join})
+    nothing: Any = SimpleNamespace()
+    member = Member("a", INSECURE, nothing, nothing, nothing, nothing)
+    peer = Peer(server.address, INSECURE)
+    async with asyncio.timeout(20):
+        await member.join(peer, REGISTER, 10.0)
+        serving = asyncio.create_task(member.serve())
+        filling = [asyncio.create_task(member._say(Renew(bytes(1 << 18)))) for _ in range(64)]
+        telling = asyncio.create_task(member._tell_lost(3, Peer("127.0.0.1:1", INSECURE, Principal("b")), "gone"))
+        await asyncio.sleep(0.1)
+        assert not filling[-1].done() and not telling.done()
+        for task in (*filling, telling):
+            task.cancel()
+        await asyncio.gather(*filling, telling, return_exceptions=True)
+        coordinator.reads.set()
+        assert await serving == "all is said"
+    await peer.close()
+    await server.stop(0.0)
+
+
+@run_async
+async def test_a_stream_that_another_task_cancels_is_broken_for_the_others() -> None:
+    async def wait(stream: ServerStream) -> None:
+        await stream.accept()
+        await stream.read()
+
+    server = await Server.start("127.0.0.1:0", INSECURE, {ECHO: wait})
+    peer = Peer(server.address, INSECURE, Principal("b"))
+    stream = peer.open(ECHO)
+    async with asyncio.timeout(10):
+        await stream.opened()
+        reading = asyncio.create_task(stream.read())
+        await asyncio.sleep(0)
+        stream.cancel()
+        with pytest.raises(StreamBrokenError, match="was cancelled") as caught:
+            await reading
+        assert caught.value.worker == "b"
+    await peer.close()
+    await server.stop(0.0)

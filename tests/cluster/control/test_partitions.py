@@ -1,0 +1,231 @@
+"""Workers that cannot reach each other: which report is believed, how long that is remembered, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field, replace
+
+import pytest
+
+from llamaclust.cluster.control import partitions
+from llamaclust.cluster.control.partitions import CutPairs
+from llamaclust.cluster.membership.worker_handle import WorkerHandle
+from llamaclust.cluster.planner.adjacency import Pairs
+from llamaclust.cluster.state.events import Event, News
+from llamaclust.wire.control.messages import CoordinatorMessage, Heartbeat, Loaded, PeerLost, PeerTried, TryPeer
+from support.clusters.control_messages import LOAD, REGISTER
+from support.clusters.served import run_async
+
+ALIVE = Heartbeat(0.0, 0, 0, 0, 0)
+AB, BC = frozenset("ab"), frozenset("bc")
+
+
+@dataclass
+class Members:
+    """Workers a, b, ..., of whom nobody runs; and what is told."""
+
+    cut: set[str] = field(default_factory=set)  # "ab": a does not reach b
+    asked: list[str] = field(default_factory=list)
+    told: list[str] = field(default_factory=list)
+    changes: int = 0
+    names: str = "abc"
+    at_once: int = 0  # nobody answers before so many were asked
+
+    def __post_init__(self) -> None:
+        self.enough = asyncio.Event()
+        self.workers = {name: self._worker(name) for name in self.names}
+        self.pairs = CutPairs(self._present, 5.0, self._watch, self._changed)
+
+    def _worker(self, name: str) -> WorkerHandle:
+        async def say(message: CoordinatorMessage) -> None:
+            assert isinstance(message, TryPeer)
+            self.asked.append(name + message.worker)
+            way = name + message.worker
+            if len(self.asked) >= self.at_once:
+                self.enough.set()
+            await self.enough.wait()
+            self.workers[name].hear(PeerTried(message.worker, "no answer" if way in self.cut else "", message.number))
+
+        worker = WorkerHandle(replace(REGISTER, name=name), say, lambda: "")
+        worker.stages[3] = (LOAD, Loaded(3, 1, 1, 1))
+        return worker
+
+    def _present(self) -> dict[str, WorkerHandle]:
+        return {name: worker for name, worker in self.workers.items() if worker.loss is None}
+
+    def _watch(self, event: Event) -> None:
+        assert isinstance(event, News)
+        self.told.append(event.text)
+
+    def _changed(self) -> None:
+        self.changes += 1
+
+    def says(self, caller: str, other: str) -> None:
+        self.pairs.hear(self.workers[caller], PeerLost(3, other, "silence"))
+
+    async def breaks(self, pair: str) -> None:
+        """One of them is cut off from the other, which is alive."""
+        self.cut.add(pair)
+        self.says(*pair)
+        await asyncio.sleep(0)
+        self.workers[pair[1]].hear(ALIVE)
+        await self.pairs.settled()
+
+    async def until_apart(self, pairs: Pairs) -> None:
+        end = asyncio.get_running_loop().time() + 5.0
+        while self.pairs.apart != pairs:
+            assert asyncio.get_running_loop().time() < end, f"apart still: {self.pairs.apart}"
+            await asyncio.sleep(0.001)
+
+
+@pytest.fixture(autouse=True)
+def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(partitions, "_FIRST_PAUSE_S", 0.02)
+
+
+@run_async
+async def test_only_who_is_alive_is_cut_off() -> None:
+    members = Members()
+    with members.pairs:
+        members.says("a", "b")
+        members.says("c", "b")
+        await asyncio.sleep(0.01)
+        assert not members.pairs.apart
+        members.workers["b"].lose("it was killed")
+        await members.pairs.settled()
+        assert not members.pairs.apart and not members.told
+        await members.breaks("ca")
+        assert members.pairs.apart == {frozenset("ac")} and members.changes == 1
+        why = "workers c and a cannot reach each other: silence; until they can, plans keep them apart"
+        assert members.told == [why]
+
+
+@run_async
+async def test_reports_of_nobody_and_of_oneself_count_for_nothing() -> None:
+    members = Members()
+    with members.pairs:
+        members.says("a", "x")
+        members.says("a", "a")
+        await members.pairs.settled()
+        assert not members.pairs.apart
+
+
+@run_async
+async def test_it_is_mended_when_each_reaches_the_other_that_did_not() -> None:
+    members = Members()
+    with members.pairs:
+        await members.breaks("ab")
+        await members.breaks("ba")
+        await members.breaks("bc")
+        assert members.pairs.apart == {AB, BC} and len(members.told) == 2
+        members.cut.discard("ab")
+        members.cut.discard("bc")
+        await members.until_apart(frozenset((AB,)))
+        await asyncio.sleep(0.1)
+        assert members.pairs.apart == {AB}, "b does not reach a"
+        members.cut.clear()
+        await members.until_apart(frozenset())
+        assert set(members.asked) >= {"ab", "ba", "bc"}
+        assert members.told[-1] == "workers a and b reach each other again" and members.changes == 4
+
+
+@run_async
+async def test_a_pair_that_breaks_again_is_tried_after_longer_pauses() -> None:
+    members = Members()
+    with members.pairs:
+        pauses = []
+        for _ in range(4):
+            await members.breaks("ab")
+            pauses.append(members.pairs._cuts[AB].pause_s)
+            members.cut.clear()
+            await members.until_apart(frozenset())
+        assert pauses == sorted(set(pauses)), "each longer than the one before"
+        await members.breaks("ab")
+        before = members.asked.count("ab")
+        await asyncio.sleep(0.5)
+        tries = members.asked.count("ab") - before
+        assert 1 <= tries <= 5, "pauses grow while it is cut"
+
+
+@run_async
+async def test_a_worker_that_is_lost_takes_its_cuts_with_it() -> None:
+    members = Members()
+    with members.pairs:
+        await members.breaks("ab")
+        await members.breaks("bc")
+        members.workers["a"].lose("it was killed")
+        members.pairs.forget("a")
+        assert members.pairs.apart == {BC}
+        members.cut.clear()
+        members.asked.clear()
+        await members.until_apart(frozenset())
+        assert members.asked == ["bc"]
+
+
+@run_async
+async def test_a_network_that_falls_apart_in_two_is_known_after_one_report() -> None:
+    """All ways are tried at the same time: the first plan after that is one that works."""
+    sides = {one + other for one in "ab" for other in "cd"}
+    members = Members(cut=sides | {way[::-1] for way in sides}, names="abcd", at_once=10)
+
+    async def live() -> None:
+        while True:
+            for worker in members.workers.values():
+                worker.hear(ALIVE)
+            await asyncio.sleep(0.001)
+
+    with members.pairs:
+        living = asyncio.create_task(live())
+        members.says("b", "c")
+        async with asyncio.timeout(5.0):
+            await members.pairs.settled()
+        living.cancel()
+        assert members.pairs.apart == {frozenset(way) for way in sides}
+        assert len(members.told) == 4 and len(set(members.asked)) == 10
+
+
+@run_async
+async def test_of_many_workers_those_are_tried_that_are_known_to_be_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(partitions, "_MOST_TRIES", 5)
+    members = Members(cut={"ab"}, names="abcd")
+    with members.pairs:
+        members.pairs._mended[AB] = (0.0, 100.0)  # it is not tried again soon
+        await members.breaks("ab")
+        assert sorted(members.asked) == ["ac", "ad", "bc", "bd", "ca", "cb", "da", "db"]
+
+
+@run_async
+async def test_what_a_stage_says_of_an_epoch_ends_with_it() -> None:
+    worker = Members().workers["a"]
+    worker.hear(PeerLost(2, "b", "late"))
+    worker.hear(PeerLost(3, "b", "silence"))
+    assert not worker.cut_off(2).is_set() and worker.cut_off(3).is_set()
+
+
+@run_async
+async def test_who_says_it_without_end_keeps_nobody_waiting() -> None:
+    members = Members()
+
+    async def say_it() -> None:
+        while True:
+            members.says("a", "b")
+            members.workers["b"].hear(ALIVE)
+            await asyncio.sleep(0)
+
+    with members.pairs:
+        lies = asyncio.create_task(say_it())
+        await asyncio.sleep(0.01)
+        async with asyncio.timeout(20.0):
+            await members.pairs.settled()
+        lies.cancel()
+    assert members.pairs.apart == {AB} and members.changes == 1
+
+
+@run_async
+async def test_a_report_that_is_looked_into_is_not_looked_into_again() -> None:
+    members = Members()
+    with members.pairs:
+        before = len(asyncio.all_tasks())
+        for _ in range(1000):
+            members.says("a", "b")
+        assert len(asyncio.all_tasks()) == before + 1

@@ -1,0 +1,104 @@
+"""Workers whose answers are not to be believed: they are given up like lost ones, and no token changes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+from random import SystemRandom
+from textwrap import dedent
+
+import pytest
+
+from llamaclust.cluster.scheduler.requests import Generation
+from support.clusters.recovering import Answer, asks, config, model_in, recovering, undisturbed
+from support.clusters.served import run_async
+
+SEED = SystemRandom().randrange(1 << 32)
+
+_WRAPPED = dedent(
+    """
+    # Runs in every process that the test starts: the worker named {worker} answers wrongly once, at its {at}th answer.
+    import os, sys
+    from dataclasses import replace
+    from itertools import count
+
+    if "--name" in sys.orig_argv and sys.orig_argv[sys.orig_argv.index("--name") + 1] == "{worker}":
+        import llamaclust.wire.{module} as codec
+
+        encode, answers = codec.{function}, count()
+
+        def wrong(message):
+            if type(message).__name__ == "{kind}" and next(answers) >= {at} and not os.path.exists({marker!r}):
+                open({marker!r}, "w").close()
+                return {answer}
+            return encode(message)
+
+        codec.{function} = wrong
+    """
+)
+
+RESULT = ("codec", "encode_result", "Result", 20)
+CONTROL = ("control_codec", "encode_worker_message", "Heartbeat", 1)
+ANSWERS = {
+    "no message": (*RESULT, r"b'\xff\xff'", "damaged"),
+    "of an older epoch": (*RESULT, "encode(replace(message, epoch=message.epoch - 1))", "result (0, "),
+    "of an older microbatch": (*RESULT, "encode(replace(message, number=message.number - 1))", "where (1, "),
+    "of a later microbatch": (*RESULT, "encode(replace(message, number=message.number + 1))", "where (1, "),
+    "too short": (*RESULT, "encode(replace(message, rows=message.rows[1:]))", "results instead of"),
+    "not finite": (
+        *RESULT,
+        "encode(replace(message, rows=tuple(replace(row, logprob=float('nan')) for row in message.rows)))",
+        "logprob",
+    ),
+    "a sign of life that is none": (*CONTROL, "encode(replace(message, busy=float('nan')))", "busy is nan"),
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return model_in(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def requests() -> tuple[Generation, ...]:
+    print(f"seed {SEED}")
+    return asks(SEED, 100)
+
+
+@pytest.fixture(scope="module")
+def expected(model: Path, requests: tuple[Generation, ...]) -> list[Answer]:
+    return undisturbed(model, requests)
+
+
+@pytest.mark.parametrize("what", ANSWERS)
+def test_wrong_answers_change_no_token(
+    what: str,
+    model: Path,
+    requests: tuple[Generation, ...],
+    expected: list[Answer],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module, function, kind, at, answer, says = ANSWERS[what]
+    marker = tmp_path / "answered"
+    (tmp_path / "sitecustomize.py").write_text(
+        _WRAPPED.format(
+            worker="c", module=module, function=function, kind=kind, at=at, answer=answer, marker=str(marker)
+        )
+    )
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(tmp_path), *filter(None, sys.path))))
+
+    @run_async
+    async def run() -> None:
+        async with recovering(config(model, tmp_path)) as cluster:
+            answers = await asyncio.gather(*cluster.start(requests))
+            await cluster.until("the wrong answer", marker.exists)
+            await cluster.until("the loss", lambda: any("is lost" in text for text in cluster.told))
+            (lost,) = (text for text in cluster.told if "is lost" in text)
+            assert lost.startswith("worker c (layers [4, 6)) is lost: ") and says in lost
+            assert answers == expected
+            await cluster.whole()
+
+    run()

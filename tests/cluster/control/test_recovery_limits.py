@@ -1,0 +1,282 @@
+"""What is left is too little: requests wait for a worker, for a while; the cluster waits for longer."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import sys
+from pathlib import Path
+from random import SystemRandom
+from typing import Any
+
+import pytest
+
+from llamaclust.cluster.control.epoch_opener import EpochOpener
+from llamaclust.cluster.control.epochs import Epoch
+from llamaclust.cluster.control.planning import Planning
+from llamaclust.cluster.engine.engine import EngineState
+from llamaclust.cluster.launchers.local import LocalLauncher
+from llamaclust.cluster.launchers.restarts import Restarts
+from llamaclust.cluster.membership.worker_handle import WorkerHandle
+from llamaclust.cluster.scheduler.requests import Generation
+from llamaclust.core.errors import DoesNotFitError, LlamaclustError, UsageError, WorkerError
+from llamaclust.core.sampling import SamplingParams
+from llamaclust.wire.control.messages import Load, Loaded
+from support.clusters.recovering import Answer, Recovering, answer_of, asks, config, model_in, recovering, undisturbed
+from support.clusters.served import run_async
+
+SEED = SystemRandom().randrange(1 << 32)
+_HALVES = [{"worker": "a", "layers": [0, 3]}, {"worker": "b", "layers": [3, 6]}]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return model_in(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def requests() -> tuple[Generation, ...]:
+    print(f"seed {SEED}")
+    return asks(SEED, 60)
+
+
+@pytest.fixture(scope="module")
+def expected(model: Path, requests: tuple[Generation, ...]) -> list[Answer]:
+    return undisturbed(model, requests)
+
+
+def launcher(run: Recovering) -> LocalLauncher:
+    found = run.cluster.launcher
+    assert isinstance(found, LocalLauncher)
+    return found
+
+
+async def start_by_hand(run: Recovering, name: str) -> asyncio.subprocess.Process:
+    """A worker that no launcher started joins."""
+    token_file = run.cluster.config.state_dir / run.cluster.config.name / "run" / "token"
+    options = {"--name": name, "--join": run.cluster.registry.address, "--token-file": token_file, "--threads": 1}
+    words = [str(word) for option in options.items() for word in option]
+    return await asyncio.create_subprocess_exec(sys.executable, "-P", "-m", "llamaclust.worker", *words)
+
+
+@pytest.mark.parametrize("why", ["memory", "plan"])
+@run_async
+async def test_requests_wait_for_a_worker_to_come_back(
+    why: str,
+    model: Path,
+    requests: tuple[Generation, ...],
+    expected: list[Answer],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Those that come meanwhile too."""
+    if why == "memory":
+        monkeypatch.setattr(Planning, "_memory", lambda self, workers: dict.fromkeys(workers, 13 << 20))
+    values = {"plan": _HALVES} if why == "plan" else {}
+    async with recovering(config(model, tmp_path, workers=2, **values)) as run:
+        tasks = run.start(requests[:4])
+        await run.token(40)
+        run.hurt("b")
+        await run.until("too little", lambda: any("waiting for a worker" in text for text in run.told))
+        assert run.cluster.engine.state is EngineState.RECOVERING
+        tasks += run.start(requests[4:])
+        assert await asyncio.gather(*tasks) == expected
+        says = "MiB are missing" if why == "memory" else "the plan gives layers to b"
+        assert any("waiting for a worker, requests for 120 s at most" in text and says in text for text in run.told)
+        await run.whole()
+
+
+@run_async
+async def test_requests_that_wait_too_long_fail_and_the_cluster_serves_again_when_a_worker_is_back(
+    model: Path, requests: tuple[Generation, ...], expected: list[Answer], tmp_path: Path
+) -> None:
+    timeouts = {"recovery": "300ms", "worker": "3s"}
+    async with recovering(config(model, tmp_path, workers=2, plan=_HALVES, timeouts=timeouts)) as run:
+        engine = run.cluster.engine
+        launcher(run)._upkeep.limits = Restarts(most=0)
+        tasks = run.start(requests)
+        await run.token(40)
+        run.hurt("b")
+        answers = await asyncio.gather(*tasks, return_exceptions=True)
+        (message,) = {str(answer) for answer in answers}
+        assert all(isinstance(answer, WorkerError) for answer in answers)
+        assert "worker b (layers [3, 6)) is lost" in message
+        assert message.endswith("no worker came back within 0.3 s (timeouts.recovery): the plan gives layers to b")
+        assert any("worker b is not started again: its process was killed" in text for text in run.told)
+        assert engine.state is EngineState.DOWN and str(engine.error) == message
+        with pytest.raises(WorkerError, match="no worker came back"):
+            engine.submit(requests[0])
+        assert engine.scheduler.counts.kv_blocks_held == 0
+        by_hand = await start_by_hand(run, "b")
+        await run.whole()
+        assert engine.error is None
+        assert await asyncio.gather(*run.start(requests)) == expected
+    async with asyncio.timeout(30):
+        assert await by_hand.wait() == 0
+
+
+@run_async
+async def test_failures_between_which_requests_are_answered_end_none(
+    model: Path, requests: tuple[Generation, ...], expected: list[Answer], tmp_path: Path
+) -> None:
+    async with recovering(config(model, tmp_path, workers=2)) as run:
+        long = run.start(requests[:1])
+        for number in range(4):
+            await run.token(run.tokens + 2)
+            await answer_of(run.cluster.engine.submit(Generation(f"short {number}", (5, 6), 1, SamplingParams())))
+            assert not long[0].done()
+            run.cluster.engine.interrupt(WorkerError("a failure"))
+        assert await asyncio.gather(*long) == expected[:1]
+        assert run.cluster.supervisor.recoveries == 4
+
+
+@run_async
+async def test_requests_that_fail_again_and_again_end_and_others_are_served(
+    model: Path, requests: tuple[Generation, ...], expected: list[Answer], tmp_path: Path
+) -> None:
+    async with recovering(config(model, tmp_path, workers=2)) as run:
+        engine, supervisor = run.cluster.engine, run.cluster.supervisor
+        failing = run.start(requests[:1])
+        for number in range(3):
+            await run.until("service", lambda: engine.state is EngineState.READY)
+            await run.at_work()
+            engine.interrupt(WorkerError(f"failure {number}"))
+            await run.until("a recovery", lambda number=number: supervisor.recoveries == number + 1)
+        with pytest.raises(WorkerError, match="failure 2"):
+            await failing[0]
+        assert await asyncio.gather(*run.start(requests)) == expected
+
+
+@run_async
+async def test_layers_are_moved_away_without_losing_a_token(
+    model: Path, requests: tuple[Generation, ...], expected: list[Answer], tmp_path: Path
+) -> None:
+    async with recovering(config(model, tmp_path)) as run:
+        supervisor = run.cluster.supervisor
+        tasks = run.start(requests)
+        await run.token(100)
+        await supervisor.workforce.spare("b")
+        assert not run.worker("b").stages and run.worker("b").loss is None
+        assert supervisor.recoveries == 0
+        assert await asyncio.gather(*tasks) == expected
+        run.hurt("a")
+        await run.until("a again", lambda: supervisor.epoch.holds("a") and not supervisor.epoch.lost)
+        assert not supervisor.epoch.holds("b")
+        supervisor.workforce.use_again("b")
+        await run.whole()
+        assert await answer_of(run.cluster.engine.submit(requests[0])) == expected[0]
+
+
+@run_async
+async def test_a_worker_that_cannot_be_spared_is_not(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Planning, "_memory", lambda self, workers: dict.fromkeys(workers, 13 << 20))
+    async with recovering(config(model, tmp_path, workers=2)) as run:
+        with pytest.raises(DoesNotFitError, match="MiB are missing"):
+            await run.cluster.supervisor.workforce.spare("b")
+        with pytest.raises(UsageError, match="no worker is named 'x'; there are: a, b"):
+            await run.cluster.supervisor.workforce.spare("x")
+        assert not run.cluster.supervisor.workforce.spared
+        assert run.cluster.supervisor.epoch.number == 1
+
+
+@run_async
+async def test_a_worker_whose_layers_do_not_load_elsewhere_keeps_them(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with recovering(config(model, tmp_path, workers=2)) as run:
+
+        async def fails(self: EpochOpener, *_: object, **__: object) -> Epoch:
+            raise LlamaclustError("layers do not load")
+
+        workforce, serving = run.cluster.supervisor.workforce, run.cluster.supervisor.epoch
+        name = serving.workers[0].name
+        with monkeypatch.context() as patched:
+            patched.setattr(EpochOpener, "open", fails)
+            with pytest.raises(WorkerError, match=f"the layers of worker {name} could not be moved: see the log"):
+                await workforce.spare(name)
+        assert not workforce.spared and name in workforce.usable
+        assert run.cluster.supervisor.epoch is serving
+
+
+@run_async
+async def test_plans_do_without_who_fails_at_every_load_and_comes_back_at_once(
+    model: Path,
+    requests: tuple[Generation, ...],
+    expected: list[Answer],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with recovering(config(model, tmp_path)) as run:
+        launcher(run)._upkeep.limits = Restarts(most=1000, first_s=0.0)
+        load = WorkerHandle.load
+
+        async def fails(worker: WorkerHandle, order: Load, *rest: Any, **named: Any) -> Loaded:
+            if worker.name == "b":
+                raise WorkerError("its disk is bad")
+            return await load(worker, order, *rest, **named)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(WorkerHandle, "load", fails)
+            tasks = run.start(requests)
+            await run.token(40)
+            run.hurt("a")
+            assert await asyncio.gather(*tasks) == expected
+            assert not run.cluster.supervisor.epoch.holds("b")
+        run.cluster.supervisor._left_out.forget("b")
+        await run.until("b is back", lambda: run.worker("b").loss is None)
+        run.cluster.supervisor.workforce.use_again("b")
+        await run.whole()
+
+
+@run_async
+async def test_a_process_for_which_there_is_no_room_now_is_started_later(
+    model: Path,
+    requests: tuple[Generation, ...],
+    expected: list[Answer],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with recovering(config(model, tmp_path, workers=2)) as run:
+        spawn, refused = asyncio.create_subprocess_exec, 0
+
+        async def refusing(*command: str, **options: Any) -> asyncio.subprocess.Process:
+            nonlocal refused
+            refused += 1
+            if refused == 1:
+                raise BlockingIOError(errno.EAGAIN, "no process more")
+            return await spawn(*command, **options)
+
+        monkeypatch.setattr(asyncio, "create_subprocess_exec", refusing)
+        tasks = run.start(requests)
+        await run.token(40)
+        run.hurt("b")
+        assert await asyncio.gather(*tasks) == expected
+        await run.whole()
+        assert refused == 2
+
+
+@run_async
+async def test_requests_do_not_wait_for_loads_that_fail_again_and_again(
+    model: Path,
+    requests: tuple[Generation, ...],
+    expected: list[Answer],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    values = {"plan": _HALVES, "timeouts": {"recovery": "3s", "worker": "3s"}}
+    async with recovering(config(model, tmp_path, workers=2, **values)) as run:
+        tasks = run.start(requests)
+        await run.token(40)
+
+        async def fails(self: EpochOpener, *_: object, **__: object) -> Epoch:
+            raise LlamaclustError("layers do not load")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(EpochOpener, "open", fails)
+            run.hurt("b")
+            (message,) = {str(answer) for answer in await asyncio.gather(*tasks, return_exceptions=True)}
+            assert message.endswith("no plan could be loaded within 3 s (timeouts.recovery): layers do not load")
+        await run.whole()
+        assert await asyncio.gather(*run.start(requests)) == expected

@@ -1,0 +1,115 @@
+"""Workers that are killed or hang while requests run: a pause, and the very tokens of an undisturbed run."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+from random import Random, SystemRandom
+
+import pytest
+
+from llamaclust.cluster.scheduler.requests import Generation
+from support.clusters.recovering import Answer, asks, config, model_in, recovering, undisturbed, worker_pids
+from support.clusters.served import run_async
+
+SEED = SystemRandom().randrange(1 << 32)
+TOKENS = 100
+VICTIMS = 2  # of the three
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return model_in(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def requests() -> tuple[Generation, ...]:
+    print(f"seed {SEED}")
+    return asks(SEED, TOKENS)
+
+
+@pytest.fixture(scope="module")
+def expected(model: Path, requests: tuple[Generation, ...]) -> list[Answer]:
+    return undisturbed(model, requests)
+
+
+@pytest.mark.parametrize("moment", ["prefill", "decode"])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=lambda number: number.name)
+@run_async
+async def test_any_worker_is_lost_at_any_moment(
+    number: signal.Signals,
+    moment: str,
+    model: Path,
+    requests: tuple[Generation, ...],
+    expected: list[Answer],
+    tmp_path: Path,
+) -> None:
+    source = Random(SEED)
+    async with recovering(config(model, tmp_path)) as run:
+        for victim in source.sample("abc", VICTIMS):
+            tasks, before = run.start(requests), run.tokens
+            at = 0 if moment == "prefill" else source.randrange(1, len(requests) * TOKENS * 3 // 4)
+            print(f"{victim} at token {at}")
+            await run.token(before + at) if at else await run.at_work()
+            run.hurt(victim, number)
+            assert await asyncio.gather(*tasks) == expected
+            await run.until("the loss", lambda victim=victim: f"worker {victim} " in " ".join(run.told))  # type: ignore[misc]
+            await run.whole()
+        assert run.cluster.supervisor.recoveries >= VICTIMS - (number is signal.SIGSTOP)
+
+
+@pytest.mark.parametrize("victims", [("a", "c"), ("b", "a", "c")], ids=len)
+@run_async
+async def test_several_are_lost_in_a_row(
+    victims: tuple[str, ...],
+    model: Path,
+    requests: tuple[Generation, ...],
+    expected: list[Answer],
+    tmp_path: Path,
+) -> None:
+    async with recovering(config(model, tmp_path)) as run:
+        tasks = run.start(requests)
+        await run.token(Random(SEED).randrange(1, 200))
+        for victim in victims:
+            run.hurt(victim)
+        assert await asyncio.gather(*tasks) == expected
+        await run.whole()
+
+
+@run_async
+async def test_another_is_lost_while_a_new_epoch_loads(
+    model: Path, requests: tuple[Generation, ...], expected: list[Answer], tmp_path: Path
+) -> None:
+    source = Random(SEED)
+    first, second = source.sample("abc", 2)
+
+    async with recovering(config(model, tmp_path)) as run:
+
+        def hurt_another(text: str) -> None:
+            if text.startswith("new plan") and first not in run.cluster.registry.present and not hurt:
+                hurt.append(second)
+                run.hurt(second)
+
+        hurt: list[str] = []
+        run.on_news = hurt_another
+        tasks = run.start(requests)
+        await run.token(source.randrange(1, 200))
+        run.hurt(first)
+        assert await asyncio.gather(*tasks) == expected
+        assert hurt == [second]
+        await run.whole()
+
+
+@run_async
+async def test_a_loss_while_the_first_epoch_loads(
+    model: Path, requests: tuple[Generation, ...], expected: list[Answer], tmp_path: Path
+) -> None:
+    victim = Random(SEED).choice("abc")
+    async with recovering(
+        config(model, tmp_path), at_plan=lambda: os.kill(worker_pids()[victim], signal.SIGKILL)
+    ) as run:
+        assert f"worker {victim} " in run.told[0]
+        assert await asyncio.gather(*run.start(requests)) == expected
+        await run.whole()

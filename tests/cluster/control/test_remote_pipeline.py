@@ -1,0 +1,90 @@
+"""The pipeline's ends when a stream breaks in the middle."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from llamaclust.cluster.control.remote_pipeline import RemotePipeline
+from llamaclust.cluster.membership.worker_handle import WorkerHandle
+from llamaclust.core.errors import WorkerError
+from llamaclust.core.limits import StageLimits
+from llamaclust.wire.control.messages import Load, Loaded, Register
+from support.clusters.real_cluster import microbatches
+from support.clusters.served import run_async
+
+
+class Stream:
+    """Reads end with `read`, writes with `write`; what is None does not end."""
+
+    def __init__(self, read: BaseException | None = None, write: BaseException | None = None) -> None:
+        self._ends = {"read": read, "write": write}
+        self.cancelled = False
+
+    async def _end(self, which: str) -> None:
+        try:
+            await asyncio.sleep(0)
+            error = self._ends[which]
+            if error is not None:
+                raise error
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            self.cancelled = True
+            raise
+
+    async def read(self) -> bytes | None:
+        await self._end("read")
+        return None
+
+    async def write(self, data: bytes) -> None:
+        await self._end("write")
+
+
+def _pipeline(forward: Stream, sample: Stream) -> RemotePipeline:
+    register = Register("a", 1, "host", "unix:/a.sock", "cpu", 1, "generic", 1, 1, "nothing")
+    order = Load(1, "m", "m", 0, 2, StageLimits(8, 8, 8, 64, 8), None)
+    stages = {1: (order, Loaded(1, 1, 1, 1))}
+    nothing: Any = None
+    worker = WorkerHandle(register, nothing, lambda: "")
+    worker.stages |= stages
+    peer: Any = SimpleNamespace(close=lambda: asyncio.sleep(0))
+    ends: Any = (forward, sample)
+    return RemotePipeline(1, [worker], (peer, peer), *ends)
+
+
+@run_async
+async def test_nothing_writes_on_after_a_write_that_failed() -> None:
+    sample = Stream()
+    pipeline = _pipeline(Stream(write=WorkerError("gone")), sample)
+    pipeline.submit(*microbatches("m", 1, 1)[0])
+    async with asyncio.timeout(30):
+        with pytest.raises(WorkerError, match="gone"):
+            await pipeline.run(lambda result: None)
+    assert sample.cancelled
+    await pipeline.close()
+
+
+@run_async
+async def test_a_network_that_takes_nothing_ends_the_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llamaclust.cluster.control.remote_pipeline._WRITE_S", 0.02)
+    pipeline = _pipeline(Stream(), Stream())
+    pipeline.submit(*microbatches("m", 1, 1)[0])
+    async with asyncio.timeout(30):
+        with pytest.raises(WorkerError, match=r"handing out a microbatch: not within 0\.02 s"):
+            await pipeline.run(lambda result: None)
+    await pipeline.close()
+
+
+@run_async
+@pytest.mark.parametrize("error", [RuntimeError("a mistake of ours"), asyncio.CancelledError()], ids=str)
+async def test_a_reader_that_ends_otherwise_is_heard_of(error: BaseException) -> None:
+    pipeline = _pipeline(Stream(), Stream(read=error))
+    async with asyncio.timeout(30):
+        with pytest.raises(
+            WorkerError, match=r"workers a \[0, 2\) broke: (RuntimeError: a mistake|a stream was cancel)"
+        ):
+            await pipeline.run(lambda result: None)
+    await pipeline.close()

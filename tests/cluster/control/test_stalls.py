@@ -1,0 +1,134 @@
+"""Workers that live and get no further with a load: lost after `timeouts.load`, and the tokens stay the same."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Awaitable, Callable
+from itertools import cycle
+from pathlib import Path
+from random import SystemRandom
+
+import pytest
+
+from llamaclust.cluster.control import quarantine
+from llamaclust.cluster.membership.worker_handle import WorkerHandle
+from llamaclust.core.errors import StalledError
+from llamaclust.wire.control.messages import (
+    CoordinatorMessage,
+    Loaded,
+    LoadProgress,
+    Located,
+    LocateProgress,
+    WorkerMessage,
+)
+from support.clusters.control_messages import LOAD, REGISTER
+from support.clusters.recovering import asks, config, model_in, recovering, undisturbed
+from support.clusters.served import run_async
+
+SEED = SystemRandom().randrange(1 << 32)
+STALL_S = 0.4
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return model_in(tmp_path_factory.mktemp("model"))
+
+
+def hang_once(monkeypatch: pytest.MonkeyPatch, victims: set[str]) -> None:
+    """The next load of each of these workers does not end, although it goes on to tell how far it is."""
+    hear = WorkerHandle.hear
+    telling = set()
+
+    async def tell(handle: WorkerHandle, epoch: int) -> None:
+        for done in cycle((1 << 20, 0)):  # back and forth is not further
+            if handle.loss is not None:
+                return
+            hear(handle, LoadProgress(epoch, done, 2 << 20))
+            await asyncio.sleep(0.05)
+
+    def deaf(handle: WorkerHandle, message: WorkerMessage) -> None:
+        if isinstance(message, Loaded) and handle.name in victims:
+            victims.discard(handle.name)
+            telling.add(asyncio.create_task(tell(handle, message.epoch)))
+        else:
+            hear(handle, message)
+
+    monkeypatch.setattr(WorkerHandle, "hear", deaf)
+
+
+@run_async
+async def test_loads_that_hang_and_workers_that_stop_while_they_load_change_no_token(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    print(f"seed {SEED}")
+    monkeypatch.setattr(quarantine, "_FIRST_S", 1.0)
+    requests = asks(SEED, 60)
+    expected = await asyncio.to_thread(undisturbed, model, requests)
+    victims = {"c"}
+    hang_once(monkeypatch, victims)
+    async with recovering(config(model, tmp_path, timeouts={"worker": "600ms", "load": "1s"})) as run:
+        assert not victims  # by the first epoch's load
+        said = "is lost: it hangs: worker c gets no further with layers [4, 6) for 1 s (timeouts.load): 1 of 2 MiB"
+        assert said in run.told[0]
+
+        def stop_another(text: str) -> None:
+            if text.startswith("new plan") and "a" not in run.cluster.registry.present and not stopped:
+                stopped.append("b")
+                run.hurt("b", signal.SIGSTOP)
+
+        stopped: list[str] = []
+        await run.whole()
+        victims.add("c")  # in a recovery, too
+        run.on_news = stop_another
+        tasks = run.start(requests)
+        await run.token(40)
+        run.hurt("a")
+        assert await asyncio.gather(*tasks) == expected
+        assert stopped and not victims
+        await run.whole()
+        assert any("worker b (layers" in text and "no sign of life for 0.6 s" in text for text in run.told)
+        assert sum("it hangs: worker c" in text for text in run.told) == 2
+
+
+Asked = Callable[[WorkerHandle], Awaitable[object]]
+
+
+async def _answered(ask: Asked, messages: list[WorkerMessage]) -> object:
+    """What comes of it where a worker says these, at half the time after which it counts as stalled."""
+    said: list[CoordinatorMessage] = []
+
+    async def say(message: CoordinatorMessage) -> None:
+        said.append(message)
+
+    handle = WorkerHandle(REGISTER, say, lambda: "")
+    asking = asyncio.ensure_future(ask(handle))
+    for message in messages:
+        await asyncio.sleep(STALL_S / 2)
+        handle.hear(message)
+    return await asking
+
+
+async def _load(handle: WorkerHandle) -> object:
+    return await handle.load(LOAD, stall_s=STALL_S)
+
+
+async def _locate(handle: WorkerHandle) -> object:
+    return await handle.locate("/m.gguf", "id", describe=True, stall_s=STALL_S)
+
+
+@run_async
+async def test_what_gets_further_is_waited_for_and_what_does_not_is_stalled() -> None:
+    mib, epoch = 1 << 20, LOAD.epoch
+    loaded, located = Loaded(epoch, 1, 2, 3), Located(True, "ab" * 32, 7)
+    loads, reads = ([kind(*epoch_, i * mib, 8 * mib) for i in range(6)]
+                    for kind, epoch_ in ((LoadProgress, (epoch,)), (LocateProgress, ())))  # fmt: skip
+    good = await asyncio.gather(_answered(_load, [*loads, loaded]), _answered(_locate, [*reads, located]))
+    assert good == [loaded, located]
+    bad = await asyncio.gather(
+        _answered(_load, [loads[3]] * 5), _answered(_locate, [reads[2]] * 5), return_exceptions=True
+    )
+    assert all(isinstance(one, StalledError) for one in bad)
+    layers = f"layers [{LOAD.start}, {LOAD.end})"
+    assert f"gets no further with {layers} for 0.4 s (timeouts.load): 3 of 8 MiB" in str(bad[0])
+    assert "gets no further with reading /m.gguf for 0.4 s (timeouts.load): 2 of 8 MiB" in str(bad[1])

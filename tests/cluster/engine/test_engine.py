@@ -1,0 +1,244 @@
+from __future__ import annotations
+
+import asyncio
+import gc
+import re
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from functools import wraps
+
+import pytest
+
+from llamaclust.cluster.engine.engine import Engine, EngineState
+from llamaclust.cluster.engine.request_stream import RequestStream
+from llamaclust.cluster.scheduler.requests import Event, Finished, FinishReason, Generation, PromptScored
+from llamaclust.cluster.scheduler.settings import EngineSettings, SchedulerSettings
+from llamaclust.core.errors import DeadlineError, LlamaclustError, QueueFullError, RequestError, WorkerError
+from llamaclust.wire.microbatch.messages import Result
+from support.clusters.fakes import VOCABULARY, FakePipeline, expected, tokens_of
+
+SETTINGS = SchedulerSettings("m", VOCABULARY, context_length=400, kv_blocks=100, max_sequences=8, max_waiting=4)
+
+
+def run_async(test: Callable[..., Coroutine[None, None, None]]) -> Callable[..., None]:
+    @wraps(test)
+    def run(**arguments: object) -> None:
+        async def bounded() -> None:
+            async with asyncio.timeout(20):
+                await test(**arguments)
+
+        asyncio.run(bounded())
+
+    return run
+
+
+@asynccontextmanager
+async def running(**deadlines: float) -> AsyncIterator[tuple[Engine, FakePipeline]]:
+    pipeline = FakePipeline(SETTINGS.kv_blocks)
+    async with Engine(pipeline, SETTINGS, EngineSettings(**deadlines)) as engine:
+        yield engine, pipeline
+        if engine.state is EngineState.READY:
+            assert engine.scheduler.counts.kv_blocks_held == 0
+
+
+def ask(seed: int = 0, length: int = 20, max_tokens: int = 30, **fields: object) -> Generation:
+    return Generation("r", tuple(range(1, length + 1)), max_tokens, seed=seed, **fields)  # type: ignore[arg-type]
+
+
+async def collect(stream: RequestStream) -> list[Event]:
+    return [event async for event in stream]
+
+
+@run_async
+async def test_requests_together_give_what_each_gives_alone() -> None:
+    async with running() as (engine, _):
+        requests = [ask(seed, length=5 + 13 * seed) for seed in range(8)]
+        answers = await asyncio.gather(*(collect(engine.submit(request)) for request in requests))
+        for request, events in zip(requests, answers, strict=True):
+            rows, _, reason = expected(request, SETTINGS.context_length)
+            assert tokens_of(events) == [row.token for row in rows]
+            last = events[-1]
+            assert isinstance(last, Finished) and last.reason is reason
+            assert last.timings.prompt_tokens == len(request.prompt)
+            assert last.timings.generated_tokens == 30
+            assert last.timings.ttft_ms > 0 and last.timings.decode_tok_s > 0
+
+
+@run_async
+async def test_scoring_and_nothing_to_do() -> None:
+    async with running() as (engine, _):
+        events = await collect(engine.submit(ask(max_tokens=0, score_from=0)))
+        scored = [row for event in events if isinstance(event, PromptScored) for row in event.rows]
+        assert [row.token for row in scored] == list(range(2, 21))
+        events = await collect(engine.submit(ask(max_tokens=0)))
+        (last,) = events
+        assert isinstance(last, Finished) and (last.timings.queue_ms, last.timings.ttft_ms) == (0.0, 0.0)
+
+
+@run_async
+async def test_aborted_while_it_waits_it_has_taken_no_time() -> None:
+    async with running() as (engine, _):
+        stream = engine.submit(ask())
+        stream.abort()
+        (last,) = await collect(stream)
+        assert isinstance(last, Finished) and last.reason is FinishReason.ABORT
+        assert (last.timings.queue_ms, last.timings.ttft_ms) == (0.0, 0.0)
+
+
+@run_async
+async def test_refusals_reach_the_caller_at_once() -> None:
+    async with running() as (engine, pipeline):
+        with pytest.raises(RequestError, match="empty"):
+            engine.submit(ask(length=0))
+        pipeline.gate.clear()
+        streams = [engine.submit(ask(seed)) for seed in range(12)]
+        with pytest.raises(QueueFullError):
+            engine.submit(ask())
+        pipeline.gate.set()
+        for events in await asyncio.gather(*map(collect, streams)):
+            assert len(tokens_of(events)) == 30
+
+
+@run_async
+async def test_abort_frees_memory_at_once_and_ends_the_stream() -> None:
+    async with running() as (engine, _):
+        stream = engine.submit(ask(max_tokens=300))
+        seen = [await anext(stream) for _ in range(3)]
+        assert engine.scheduler.counts.kv_blocks_held > 0
+        stream.abort()
+        assert engine.scheduler.counts.kv_blocks_held == 0
+        events = await collect(stream)
+        last = events[-1]
+        assert isinstance(last, Finished) and last.reason is FinishReason.ABORT
+        assert len(tokens_of([*seen, *events])) == last.timings.generated_tokens
+        stream.abort()
+
+
+@pytest.mark.parametrize("way", ["dropped", "cancelled", "left"])
+@run_async
+async def test_a_reader_that_goes_away_frees_memory(way: str) -> None:
+    async with running() as (engine, pipeline):
+        stream: RequestStream | None = engine.submit(ask(max_tokens=300))
+        assert stream is not None
+        await anext(stream)
+        if way == "dropped":
+            stream = None
+            gc.collect()
+            await asyncio.sleep(0)
+        elif way == "cancelled":
+            pipeline.gate.clear()
+            task = asyncio.ensure_future(collect(stream))
+            for _ in range(10):  # until it waits
+                await asyncio.sleep(0)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            pipeline.gate.set()
+        else:
+            async with stream:
+                await anext(stream)
+        assert engine.scheduler.counts.kv_blocks_held == 0
+        assert not engine.scheduler.sequences
+
+
+async def failing(
+    engine: Engine, pipeline: FakePipeline, break_it: Callable[[], None], kind: type[LlamaclustError]
+) -> str:
+    pipeline.gate.clear()
+    streams = [engine.submit(ask(seed)) for seed in range(12)]
+    await pipeline.taken.wait()
+    break_it()
+    answers = await asyncio.gather(*map(collect, streams), return_exceptions=True)
+    messages = {str(answer) for answer in answers}
+    assert all(isinstance(answer, kind) for answer in answers), answers
+    assert len(messages) == 1
+    assert engine.state is EngineState.DOWN
+    with pytest.raises(WorkerError, match=re.escape(next(iter(messages)))):
+        engine.submit(ask())
+    return messages.pop()
+
+
+@run_async
+async def test_a_lost_worker_fails_every_request_by_name() -> None:
+    async with running() as (engine, pipeline):
+        message = "worker w1 (layers 2-3) is lost: killed"
+        assert await failing(engine, pipeline, lambda: pipeline.lose(WorkerError(message)), WorkerError) == message
+
+
+@run_async
+async def test_a_failed_microbatch_takes_the_engine_down() -> None:
+    async with running() as (engine, pipeline):
+        pipeline.failure = "worker w0: out of memory"
+        assert "out of memory" in await failing(engine, pipeline, pipeline.gate.set, WorkerError)
+
+
+@run_async
+async def test_a_result_out_of_turn_takes_the_engine_down() -> None:
+    async with running() as (engine, pipeline):
+        pipeline.replaced = Result(1, 77)
+        assert "microbatch 77" in await failing(engine, pipeline, pipeline.gate.set, LlamaclustError)
+
+
+@run_async
+async def test_a_microbatch_that_never_comes_back_takes_the_engine_down(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("llamaclust.cluster.engine.engine._WATCH_S", 0.01)
+    async with running(result_s=0.02) as (engine, pipeline):
+        message = await failing(engine, pipeline, lambda: None, DeadlineError)
+        assert "no result of a microbatch" in message and "w0 (layers 0-1)" in message
+
+
+@run_async
+async def test_a_request_ends_at_its_deadline_and_others_go_on() -> None:
+    async with running(request_s=0.05) as (engine, pipeline):
+        pipeline.gate.clear()
+        with pytest.raises(DeadlineError, match=r"longer than 0.05 s \(timeouts.request\)"):
+            await collect(engine.submit(ask()))
+        pipeline.gate.set()
+        assert len(tokens_of(await collect(engine.submit(ask(1))))) == 30
+
+
+@run_async
+async def test_draining_finishes_what_is_there() -> None:
+    async with running() as (engine, pipeline):
+        stream = engine.submit(ask())
+        pipeline.gate.clear()
+        assert not await engine.drain(0.01)
+        later = engine.submit(ask(choice=1))
+        pipeline.gate.set()
+        *answers, drained = await asyncio.gather(collect(stream), collect(later), engine.drain(10))
+        assert drained and [len(tokens_of(events)) for events in answers] == [30, 30]
+
+
+@run_async
+async def test_closing_the_engine_ends_every_stream() -> None:
+    pipeline = FakePipeline(SETTINGS.kv_blocks)
+    pipeline.gate.clear()
+    async with Engine(pipeline, SETTINGS) as engine:
+        stream = engine.submit(ask())
+        await pipeline.taken.wait()
+    with pytest.raises(WorkerError, match="the cluster is stopping"):
+        await collect(stream)
+    assert engine.scheduler.counts.kv_blocks_held == 0
+
+
+@run_async
+async def test_metrics_and_stage_report() -> None:
+    async with running() as (engine, _):
+        await asyncio.gather(*(collect(engine.submit(ask(seed))) for seed in range(3)))
+        engine.submit(replace(ask(), request_id="x")).abort()
+        text = engine.metrics.render().decode()
+        values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+        assert values['llamaclust_requests_finished_total{reason="length"}'] == "3.0"
+        assert values['llamaclust_requests_finished_total{reason="abort"}'] == "1.0"
+        assert float(values["llamaclust_generated_tokens_total"]) == 90
+        assert float(values["llamaclust_time_to_first_token_seconds_count"]) == 3
+        assert float(values['llamaclust_kv_blocks{state="free"}']) == SETTINGS.kv_blocks
+        assert float(values['llamaclust_stage_compute_seconds_total{stage="1",worker="w1"}']) > 0
+        assert float(values["llamaclust_prefix_cache_hit_tokens_total"]) == 32
+        first, second = engine.metrics.stage_report()
+        assert (first.worker, first.layers, second.worker) == ("w0", (0, 2), "w1")
+        assert first.microbatches == second.microbatches > 29
+        assert 0 < first.busy <= 1 and first.compute_ms > 0.1 and first.tokens_per_s > 0

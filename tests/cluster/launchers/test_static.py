@@ -1,0 +1,293 @@
+"""Static workers: they join in any order over mutual TLS, give a single worker's bits, outlive their coordinator."""
+
+from __future__ import annotations
+
+import configparser
+import os
+import re
+import shlex
+import signal
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from llamaclust.cli.gpu_options import Gpus
+from llamaclust.cluster.config.cluster_config import load_config
+from llamaclust.core.errors import UsageError
+from support.clusters.command_line import CommandLine, command_line, eventually
+from support.clusters.launched import Answers, answers, logs_of, model_in, of_one_worker
+from support.clusters.static_cluster import (
+    free_port,
+    join_port,
+    logged,
+    named,
+    new_trust,
+    ready,
+    start_coordinator,
+    start_worker,
+    token_file,
+)
+from support.paths import ROOT
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return model_in(tmp_path_factory)
+
+
+@pytest.fixture
+def line() -> Iterator[CommandLine]:
+    with command_line() as line:
+        yield line
+
+
+@pytest.fixture(scope="module")
+def undisturbed(model: Path) -> Answers:
+    return of_one_worker(model)
+
+
+def test_three_workers_joined_before_and_after_give_the_single_workers_bits(
+    line: CommandLine, model: Path, undisturbed: Answers
+) -> None:
+    new_trust(line)
+    port = free_port()
+    early = start_worker(line, port, "b")
+    logged(early, "waiting for the coordinator")
+    join = {"listen": f"127.0.0.1:{port}", "members": "127.0.0.1:0"}
+    coordinator = start_coordinator(line, model, join=join)
+    coordinator.says("still missing: worker a, worker c")
+    assert "on a machine with an NVIDIA GPU the same with --device cuda:0" in coordinator.err.read_text()
+    late = [start_worker(line, port, name) for name in ("a", "c")]
+    with ready(coordinator, line) as cluster:
+        assert answers(cluster) == undisturbed
+        status = cluster.status
+        assert [worker["layers"] for worker in status["workers"]] == [[0, 2], [2, 4], [4, 6]]
+        assert {worker["address"].rpartition(":")[0] for worker in status["workers"]} == {"127.0.0.1"}
+        assert not status["insecure"]
+        log = logs_of(line, "b")
+        assert "waiting for the coordinator" in log and "layers [2, 4) are loaded" in log
+        assert log in early.err.read_text()
+        assert line.run("down").code == 0
+    for worker in (early, *late):
+        assert worker.wait().code == 0
+    secret = token_file(line).read_text().strip().rpartition(".")[2]
+    told = [path.read_text() for path in line.folder.rglob("*") if path.suffix in (".err", ".out", ".log", ".json")]
+    assert not [text for text in told if secret in text]
+
+
+def test_a_count_takes_workers_of_any_name(line: CommandLine, model: Path, undisturbed: Answers) -> None:
+    coordinator = start_coordinator(line, model, workers=2, plan=[
+        {"worker": "x", "layers": [0, 1]}, {"worker": "y", "layers": [1, 6]}
+    ])  # fmt: skip
+    port = join_port(coordinator)
+    workers = [start_worker(line, port, name) for name in ("y", "x")]
+    with ready(coordinator, line) as cluster:
+        assert answers(cluster) == undisturbed
+        assert [worker["name"] for worker in cluster.status["workers"]] == ["x", "y"]
+        done = start_worker(line, port, "z").wait()
+        assert done.code == 2 and "the cluster has its 2 workers: x, y" in done.err
+    coordinator.press_ctrl_c()
+    for worker in workers:
+        assert worker.wait().code == 0
+
+
+def test_workers_keep_their_weights_and_join_a_coordinator_that_comes_back(
+    line: CommandLine, model: Path, undisturbed: Answers
+) -> None:
+    port = free_port()
+    keys = {"join": {"listen": f"127.0.0.1:{port}", "members": "127.0.0.1:0"}, "kv_memory": "8MiB"}
+    coordinator = start_coordinator(line, model, **keys)
+    join_port(coordinator)
+    workers = [start_worker(line, port, name) for name in ("a", "b", "c")]
+    with ready(coordinator, line) as cluster:
+        assert answers(cluster) == undisturbed
+        coordinator.kill()
+    for worker in workers:
+        logged(worker, "for 600 s at most, weights kept")
+    again = start_coordinator(line, model, **keys)
+    with ready(again, line) as cluster:
+        assert answers(cluster) == undisturbed
+        assert line.run("down").code == 0
+    for worker in workers:
+        assert worker.wait().code == 0
+        assert worker.err.read_text().count("its weights were kept") == 1
+
+
+def test_a_killed_worker_is_done_without_and_may_come_back(
+    line: CommandLine, model: Path, undisturbed: Answers
+) -> None:
+    coordinator = start_coordinator(line, model)
+    port = join_port(coordinator)
+    workers = [start_worker(line, port, name) for name in ("a", "b", "c")]
+    with ready(coordinator, line) as cluster:
+        workers[2].kill()
+        eventually(lambda: cluster.status["workers"][2]["state"] == "lost", 30.0, "the loss of worker c")
+        coordinator.says("worker c (layers [")
+        coordinator.says(f"; look at {workers[2].err} on ")
+        assert answers(cluster) == undisturbed
+        start_worker(line, port, "c")
+        eventually(lambda: cluster.status["workers"][2]["state"] != "lost", 30.0, "worker c's return")
+        assert answers(cluster) == undisturbed
+    coordinator.press_ctrl_c()
+
+
+def test_workers_end_when_the_coordinator_stays_away(line: CommandLine, model: Path) -> None:
+    coordinator = start_coordinator(line, model, workers=named("a"), timeouts={"coordinator": "1s"})
+    worker = start_worker(line, join_port(coordinator), "a")
+    with ready(coordinator, line):
+        coordinator.kill()
+    done = worker.wait()
+    assert done.code == 1 and "has not come back within 1 s" in done.err
+
+
+def test_a_model_file_is_found_by_its_name_elsewhere_or_missed_in_one_line(
+    line: CommandLine, model: Path, tmp_path: Path, undisturbed: Answers
+) -> None:
+    there = tmp_path / "there"
+    there.mkdir()
+    here = tmp_path / "here" / model.name
+    here.parent.mkdir()
+    os.link(model, here)
+    (there / model.name).write_bytes(model.read_bytes())
+    coordinator = start_coordinator(line, here, workers=named("a"), timeouts={"coordinator": "1s"})
+    port = join_port(coordinator)
+    moved = here.rename(tmp_path / "moved.gguf")  # the coordinator has it open
+    worker = start_worker(line, port, "a", "--model-dir", there)
+    with ready(coordinator, line) as cluster:
+        assert answers(cluster) == undisturbed
+    coordinator.press_ctrl_c()
+    assert worker.wait().code == 0
+    moved.rename(here)
+    coordinator = start_coordinator(line, here, workers=named("a"))
+    port = join_port(coordinator)
+    here.rename(moved)
+    start_worker(line, port, "a", "--model-dir", tmp_path)
+    done = coordinator.wait()
+    assert f"{here} and {tmp_path / model.name}: no such file on this machine" in done.err and done.code == 2
+
+
+def test_an_insecure_cluster_is_loud(line: CommandLine, model: Path, undisturbed: Answers) -> None:
+    coordinator = start_coordinator(line, model, workers=named("a", "b"), insecure=True)
+    port = join_port(coordinator)
+    workers = [start_worker(line, port, name, "--insecure") for name in ("a", "b")]
+    with ready(coordinator, line) as cluster:
+        assert answers(cluster) == undisturbed
+        assert cluster.status["insecure"]
+        assert line.run("status").out.count("INSECURE") == 1
+        assert "INSECURE" in coordinator.err.read_text()
+    coordinator.press_ctrl_c()
+    for worker in workers:
+        assert worker.wait().code == 0
+        assert "insecure" in worker.err.read_text()
+    assert not token_file(line).exists()
+
+
+def test_what_the_authority_leaves_is_private(line: CommandLine, model: Path) -> None:
+    coordinator = start_coordinator(line, model)
+    join_port(coordinator)
+    folder = token_file(line).parent
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (folder, *folder.iterdir())}
+    assert modes == {"trust": 0o700, "ca.key": 0o600, "ca.crt": 0o600, "token": 0o600}
+    before = token_file(line).read_text()
+    coordinator.process.send_signal(signal.SIGTERM)
+    coordinator.wait()
+    again = start_coordinator(line, model)
+    join_port(again)
+    assert token_file(line).read_text() == before
+    eventually(lambda: str(token_file(line)) in again.err.read_text(), 30.0, "where the token is")
+
+
+def test_a_worker_that_the_file_does_not_name_is_refused(line: CommandLine, model: Path) -> None:
+    coordinator = start_coordinator(line, model)
+    done = start_worker(line, join_port(coordinator), "stranger").wait()
+    assert done.code == 2 and "the cluster file has no worker named stranger; it has a, b, c" in done.err
+    logged(coordinator, "refused: enrolment of 127.0.0.1: worker stranger")
+
+
+def test_up_gives_up_on_workers_that_do_not_come(line: CommandLine, model: Path) -> None:
+    join = {"listen": "127.0.0.1:0", "members": "127.0.0.1:0", "wait": "1s"}
+    done = start_coordinator(line, model, join=join).wait()
+    assert done.code == 1 and "did not join within 1 s (`join.wait`): worker a, worker b" in done.err
+
+
+MISTAKES = {
+    "workers: [{name: a, threads: 2}]": "is told so where it is started: llamaclust worker ... --threads 2",
+    "workers: [{name: a, memory: 8GiB}]": "where it is started: llamaclust worker ... --memory 8GiB",
+    "workers: [{name: a, gpu_layers: 3}]": "where it is started: llamaclust worker ... --gpu-layers 3",
+    "workers: [{name: a, device: [cuda:0, cuda:1], gpu_layers: 3}]": "--device cuda:0,cuda:1 --gpu-layers 3",
+    "workers: 0": "workers: 0 is not possible; 1 to 256 are",
+    "workers: 257": "257 is not possible",
+    "workers: true": "workers: true is not possible",
+    "workers: [{name: a}]\njoin: {listen: 7100}": "is not an address",
+    "workers: [{name: a}]\njoin: {port: 1}": "unknown key 'port' in join",
+}
+
+
+@pytest.mark.parametrize("text", MISTAKES)
+def test_mistakes_in_a_static_cluster_file_are_named(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(f"model: m\nlauncher: static\n{text}\n")
+    with pytest.raises(UsageError, match=re.escape(MISTAKES[text])):
+        load_config(path)
+
+
+@pytest.mark.parametrize("text", ["join: {wait: 5s}", "insecure: true", "timeouts: {coordinator: 60s}"])
+def test_keys_of_static_clusters_are_refused_elsewhere(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(f"model: m\nworkers: [{{name: a}}]\n{text}\n")
+    with pytest.raises(UsageError, match="is for launcher: static"):
+        load_config(path)
+
+
+BAD_OPTIONS = {
+    ("--join", "nowhere"): "--join: 'nowhere' is not an address",
+    ("--join", "h:1", "--name", "a/b"): "--name: 'a/b' is not a name",
+    ("--join", "h:1", "--memory", "lots"): "--memory: 'lots' is not a size",
+    ("--join", "h:1", "--listen", "h"): "--listen: 'h' is not an address",
+    ("--join", "h:1", "--device", "tpu"): "--device: 'tpu' is no device; give cpu, cuda:0",
+    (
+        "--join",
+        "h:1",
+        "--device",
+        "cpu",
+        "--device",
+        "cuda:0",
+    ): "--device: 'cpu' stands for itself, and computes beside",
+    ("--join", "h:1", "--device", "[cuda:0, cuda]"): "name each GPU once",
+    ("--join", "h:1", "--device", "cuda", "--gpu-layers", "all"): "--gpu-layers: 'all' is no number of layers",
+    ("--join", "h:1", "--gpu-memory", "2GiB"): "--gpu-memory: is for workers with a GPU",
+    ("--join", "h:1", "--insecure", "--token-file", "f"): "--insecure and --token-file: choose one",
+    ("--join", "h:1"): "--token-file: needed, since there is no",
+    (): "Missing option '--join'",
+}
+
+
+@pytest.mark.parametrize("options", BAD_OPTIONS, ids=" ".join)
+def test_mistakes_on_the_workers_command_line_are_named(line: CommandLine, options: tuple[str, ...]) -> None:
+    done = line.run("worker", *options)
+    assert BAD_OPTIONS[options] in done.error and done.code == 2
+
+
+@pytest.mark.parametrize("given", [["[cuda:0, cuda:1]"], ["cuda:0", "cuda:1"], ["cuda:0,cuda:1"]])
+def test_several_gpus_may_be_given_in_any_way(given: list[str]) -> None:
+    assert Gpus(given, "auto", None).parsed == ("cuda:0,cuda:1", None, None)
+    assert Gpus([], "auto", None).parsed[0] == "cpu"
+
+
+def test_the_systemd_unit_starts_what_the_program_accepts(line: CommandLine) -> None:
+    unit = configparser.ConfigParser(strict=False, interpolation=None)
+    unit.optionxform = str  # type: ignore[assignment]
+    unit.read(ROOT / "deploy" / "llamaclust-worker.service")
+    program, *arguments = shlex.split(unit["Service"]["ExecStart"])
+    assert program.endswith("/llamaclust")
+    done = line.run(*arguments)
+    assert done.code == 2 and "token file /etc/llamaclust/join-token: cannot be read" in done.err
+    service = unit["Service"]
+    assert service["DevicePolicy"] == "closed" and service["DeviceAllow"].startswith("char-nvidia*")
+    assert (
+        service["NoNewPrivileges"] == service["ProtectKernelModules"] == "yes" and not service["CapabilityBoundingSet"]
+    )
+    hides_gpus_or_stops_cuda = {"PrivateDevices", "MemoryDenyWriteExecute", "SystemCallFilter"}
+    assert not hides_gpus_or_stops_cuda & set(service)

@@ -1,0 +1,15 @@
+"""Fixtures of memberships."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from llamaclust.cluster.membership.authority import Authority
+from support.clusters.trust import authority
+
+
+@pytest.fixture
+def trust(tmp_path: Path) -> Authority:
+    return authority(tmp_path)

@@ -1,0 +1,75 @@
+"""A cluster's certificate authority and its token on disk: made once, private, whole; it signs for one name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+
+from llamaclust.cluster.membership.authority import Authority
+from llamaclust.core.errors import UsageError
+from llamaclust.wire.security.certificates import NewKey, cluster_id
+from llamaclust.wire.security.credentials import COORDINATOR, Principal
+from llamaclust.wire.security.token import JoinToken
+from support.clusters.trust import authority
+
+
+def test_an_authority_is_the_same_at_every_start_and_private(tmp_path: Path) -> None:
+    first, second = authority(tmp_path), authority(tmp_path)
+    assert first.certificate == second.certificate and first.token == second.token
+    assert first.cluster == cluster_id(first.token.ca_hash)
+    (tmp_path / "trust" / "ca.key").chmod(0o640)
+    with pytest.raises(UsageError, match="other users can read it"):
+        authority(tmp_path)
+    (tmp_path / "trust" / "ca.key").chmod(0o600)
+    (tmp_path / "trust").chmod(0o750)
+    with pytest.raises(UsageError, match="other users can read it"):
+        authority(tmp_path)
+
+
+def test_a_start_that_was_cut_short_leaves_no_half_of_an_authority(tmp_path: Path) -> None:
+    (tmp_path / ".trust.new").mkdir()
+    (tmp_path / ".trust.new" / "ca.key").write_text("half")
+    authority(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["trust"]
+
+
+@pytest.mark.parametrize("name", ["ca.key", "ca.crt", "token"])
+def test_a_damaged_authority_is_named(name: str, tmp_path: Path) -> None:
+    authority(tmp_path)
+    other = authority(tmp_path, "other").token_file.with_name(name).read_bytes()
+    for content in (b"", b"nonsense", other):
+        (tmp_path / "trust" / name).write_bytes(content)
+        with pytest.raises(UsageError, match=str(tmp_path / "trust")):
+            authority(tmp_path)
+
+
+def test_a_join_token_is_private_and_whole(tmp_path: Path, trust: Authority) -> None:
+    text = trust.token.text
+    assert JoinToken.read(trust.token_file) == trust.token and text.startswith("lc1.") and len(text) > 100
+    assert trust.token.secret.decode() not in repr(trust.token)
+    path = tmp_path / "copy"
+    path.touch(mode=0o600)
+    for wrong in ("", text[:-20], text.replace("lc1.", "lc2."), f"{text}\n{text}", text.replace(".", "-"), "x" * 2000):
+        path.write_text(wrong)
+        with pytest.raises(UsageError, match="token file"):
+            JoinToken.read(path)
+    path.write_text(f"{text}\n")
+    path.chmod(0o644)
+    with pytest.raises(UsageError, match="chmod 600"):
+        JoinToken.read(path)
+
+
+def test_the_coordinators_name_is_no_workers(trust: Authority) -> None:
+    named = {Principal(name).host(trust.cluster) for name in ("coordinator", "", "a")}
+    assert COORDINATOR.host(trust.cluster) not in named
+
+
+def test_a_certificate_is_for_its_name_and_nothing_more(trust: Authority) -> None:
+    certificate = x509.load_der_x509_certificate(trust.certify(NewKey().request, Principal("b")))
+    names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert list(names) == [x509.DNSName(f"b.worker.{trust.cluster}.llamaclust")]
+    assert list(certificate.subject) == []
+    assert not certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+    assert not certificate.extensions.get_extension_for_class(x509.KeyUsage).value.key_cert_sign

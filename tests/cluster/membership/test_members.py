@@ -1,0 +1,255 @@
+"""A coordinator's registry over mutual TLS: who a worker says it is must be who its certificate says, and renewals."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import grpc
+import pytest
+from test_wire_control import REGISTER
+
+from llamaclust.cluster.launchers.static import keep_renewed
+from llamaclust.cluster.membership.authority import Authority
+from llamaclust.cluster.membership.registry import Registry
+from llamaclust.core.errors import WireError, WorkerError
+from llamaclust.model.loader import Model
+from llamaclust.wire.control.messages import (
+    Heartbeat,
+    Refused,
+    Renew,
+    Renewed,
+    RenewFailed,
+    Welcome,
+)
+from llamaclust.wire.microbatch.messages import PROTOCOL_VERSION
+from llamaclust.wire.rpc.client import CHOSEN, FORWARD, JOIN, SAMPLE, Peer, StreamBrokenError
+from llamaclust.wire.rpc.deadlines import deadline
+from llamaclust.wire.rpc.server import Server
+from llamaclust.wire.security.certificates import NewKey
+from llamaclust.wire.security.credentials import COORDINATOR, Insecure, Principal
+from llamaclust.worker.renewal import Renewal
+from llamaclust.worker.stage.service import StageService
+from support.clusters.members import ANY, Joined, join, registry
+from support.clusters.real_cluster import microbatches
+from support.clusters.served import run_async
+from support.clusters.stage_chain import chain
+from support.clusters.trust import A, B, refusals
+from support.models.tiny_model import build_tiny_model
+
+SECOND = replace(REGISTER, pid=REGISTER.pid + 1)
+ALIVE = Heartbeat(0.5, 1, 2, 3, 4)
+
+
+@run_async
+async def test_a_worker_that_poses_as_another_is_refused_and_logged_once(
+    trust: Authority, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with registry(trust) as there:
+        member, welcome = await join(there, trust.identity(A), REGISTER)
+        assert isinstance(welcome, Welcome)
+        for who, name in ((B, "a"), (B, "c"), (COORDINATOR, "b")):
+            _, refused = await join(there, trust.identity(who), replace(REGISTER, name=name))
+            assert isinstance(refused, Refused)
+            assert refused.reason == f"the certificate is of {who}, which registers as worker {name}"
+        assert len(refusals(caplog.records)) == 3
+        await member.say(ALIVE)
+        assert [*there.present] == ["a"]
+        joining = asyncio.create_task(join(there, trust.identity(A), SECOND))
+        async with deadline("a refusal", 4):
+            while not joining.done():
+                await member.say(ALIVE)
+                await asyncio.wait((joining,), timeout=0.05)
+        _, second = joining.result()
+        assert isinstance(second, Refused) and "is a member already" in second.reason
+        assert [*there.present] == ["a"] and there.workers["a"].registration.pid == REGISTER.pid
+
+
+@run_async
+async def test_who_hangs_is_waited_for_and_then_replaced_by_who_joins_under_its_name(trust: Authority) -> None:
+    async with registry(trust, silence_s=0.5) as there:
+        hung, _ = await join(there, trust.identity(A), REGISTER)
+        _, welcome = await join(there, trust.identity(A), SECOND)
+        assert isinstance(welcome, Welcome)
+        assert there.workers["a"].registration.pid == SECOND.pid and there.workers["a"].loss is None
+        async with deadline("the end of the first membership", 10):
+            with contextlib.suppress(StreamBrokenError):
+                while await hung.hear():
+                    pass
+
+
+@run_async
+async def test_another_major_version_or_arithmetic_is_refused_by_name(trust: Authority) -> None:
+    major, minor = PROTOCOL_VERSION
+    async with registry(trust) as there:
+        for change, reason in (
+            ({"protocol": (major + 1, 0)}, f"worker a speaks protocol {major + 1}.0, this coordinator {major}.{minor}"),
+            ({"numerics_version": 99}, "worker a computes by numerics_version 99, this cluster needs"),
+        ):
+            _, refused = await join(there, trust.identity(A), replace(REGISTER, **change))
+            assert isinstance(refused, Refused) and refused.reason.startswith(reason)
+        _, welcome = await join(there, trust.identity(A), replace(REGISTER, protocol=(major, 99)))
+        assert isinstance(welcome, Welcome)
+
+
+@run_async
+async def test_a_registry_that_is_closed_leaves_no_task(trust: Authority) -> None:
+    """Members whose calls end with their server, or later, are not waited for any more."""
+    async with registry(trust) as there:
+        members = [
+            await join(there, trust.identity(A), REGISTER),
+            await join(there, trust.identity(B), replace(REGISTER, name="b")),
+        ]
+        assert all(isinstance(welcome, Welcome) for _, welcome in members)
+    async with deadline("the members' calls", 10):
+        for member, _ in members:
+            with contextlib.suppress(StreamBrokenError):
+                while await member.hear():
+                    pass
+    left = [task for task in asyncio.all_tasks() if task is not asyncio.current_task() and not task.done()]
+    assert [task for task in left if "Registry" in str(task.get_coro())] == []
+
+
+@run_async
+async def test_certificates_are_renewed_over_the_membership(trust: Authority) -> None:
+    identity = trust.identity(A, timedelta(seconds=3))
+    short = identity.pair
+    async with registry(trust) as there:
+        member, _ = await join(there, identity, REGISTER)
+        renewal = Renewal(identity, member.say)
+        asking = asyncio.create_task(renewal.run())
+        answer = await member.hear()
+        assert isinstance(answer, Renewed)
+        renewal.hear(answer)
+        asking.cancel()
+        assert identity.pair is not short and identity.pair.ends_at_s > short.ends_at_s + 3600
+        with pytest.raises(WireError, match="was not asked for"):
+            renewal.hear(answer)
+        member.stream.cancel()
+        await there.workers["a"].lost.wait()
+        _, welcome = await join(there, identity, REGISTER)
+        assert isinstance(welcome, Welcome)
+
+
+@run_async
+async def test_the_coordinators_own_certificate_is_renewed(trust: Authority) -> None:
+    identity = trust.identity(COORDINATOR, timedelta(seconds=3))
+    short = identity.pair
+    renewing = asyncio.create_task(keep_renewed(trust, identity))
+    async with deadline("a new certificate", 10):
+        while identity.pair is short:
+            assert not renewing.done()
+            await asyncio.sleep(0.01)
+    renewing.cancel()
+    assert identity.pair.ends_at_s > short.ends_at_s + 3600
+
+
+@run_async
+async def test_a_renewal_is_for_the_name_of_the_present_certificate_and_a_bad_one_harms_nobody(
+    trust: Authority,
+) -> None:
+    async with registry(trust) as there:
+        member, _ = await join(there, trust.identity(A), REGISTER)
+        await member.say(Renew(b"nonsense"))
+        failed = await member.hear()
+        assert isinstance(failed, RenewFailed) and "certificate request" in failed.failure.message
+        key = NewKey()
+        await member.say(Renew(key.request))
+        renewed = await member.hear()
+        assert isinstance(renewed, Renewed)
+        identity = trust.identity(B)
+        identity.pair = key.with_certificate(renewed.certificate)
+        _, refused = await join(there, identity, replace(REGISTER, name="b"))
+        assert isinstance(refused, Refused) and "the certificate is of worker a" in refused.reason
+        with pytest.raises(WireError, match="another key"):
+            NewKey().with_certificate(renewed.certificate)
+
+
+@run_async
+async def test_where_there_are_no_certificates_none_is_renewed() -> None:
+    async with Registry(ANY, Insecure()) as there:
+        member, welcome = await join(there, Insecure(), REGISTER)
+        assert isinstance(welcome, Welcome)
+        await member.say(Renew(NewKey().request))
+        with pytest.raises(StreamBrokenError, match="where there are none"):
+            await member.hear()
+
+
+@run_async
+async def test_messages_that_are_too_large_end_their_own_stream(trust: Authority) -> None:
+    async with registry(trust) as there:
+        member, _ = await join(there, trust.identity(A), REGISTER)
+        for data in (b"x" * (1 << 20), bytes(1 << 28)):
+            other = Joined(Peer(there.address, trust.identity(B), COORDINATOR).open(JOIN))
+            with pytest.raises(StreamBrokenError, match="at most 262144 are taken"):
+                await other.stream.write(data)
+                await other.hear()
+        await member.say(ALIVE)
+        assert there.workers["a"].loss is None
+
+
+@run_async
+async def test_stage_streams_are_for_members(trust: Authority) -> None:
+    server = await Server.start(ANY, trust.identity(A), StageService("a").handlers)
+    try:
+        for who, method, message in (
+            (COORDINATOR, SAMPLE, "worker a holds no stage for epoch 1"),
+            (B, FORWARD, "worker a holds no stage for epoch 1"),
+            (B, SAMPLE, "worker a holds no stage for epoch 1"),
+        ):
+            peer = Peer(server.address, trust.identity(who), A)
+            with pytest.raises(StreamBrokenError, match=message):
+                await peer.open(method, epoch=1).opened()
+            await peer.close()
+        foreign = Authority.open(trust.token_file.parent.with_name("foreign")).identity(Principal("b"))
+        with pytest.raises(WorkerError):
+            await Peer(server.address, foreign, A).open(FORWARD, epoch=1).opened()
+    finally:
+        await server.stop(0.0)
+
+
+@run_async
+async def test_a_stage_takes_streams_from_its_neighbours_alone(trust: Authority, tmp_path: Path) -> None:
+    """The plan names them; other members, with and without layers, and the right one a second time, change nothing."""
+    model = Model.open(build_tiny_model(tmp_path / "tiny.gguf", hidden=64, layers=3, heads=4, ffn=96))
+    async with chain(model, tmp_path, (0, 1, 2, 3), trust=trust) as there:
+        first, middle, last = there.peers
+        spare = Principal("spare")
+        for stage, method, caller, message in (
+            (first, FORWARD, spare, "worker spare opens a stream that is for the coordinator alone"),
+            (first, FORWARD, Principal("w1"), "worker w1 opens a stream that is for the coordinator alone"),
+            (first, FORWARD, COORDINATOR, "a second stream of microbatches for epoch 1"),
+            (first, CHOSEN, spare, "worker spare opens a stream that is for worker w2 alone"),
+            (first, CHOSEN, Principal("w1"), "worker w1 opens a stream that is for worker w2 alone"),
+            (first, CHOSEN, Principal("w2"), "a second stream of chosen tokens for epoch 1"),
+            (middle, FORWARD, spare, "worker spare opens a stream that is for worker w0 alone"),
+            (middle, FORWARD, COORDINATOR, "the coordinator opens a stream that is for worker w0 alone"),
+            (last, FORWARD, Principal("w0"), "worker w0 opens a stream that is for worker w1 alone"),
+            (last, SAMPLE, spare, "worker spare opens a stream that is for the coordinator alone"),
+        ):
+            peer = Peer(stage.address, trust.identity(caller), stage.principal)
+            with pytest.raises(StreamBrokenError, match=message):
+                await peer.open(method, epoch=1).opened()
+            await peer.close()
+        for microbatch, inputs in microbatches(there.model_id, 1, 4):
+            await there.submit(microbatch, inputs)
+            assert (await there.result()).failure is None
+
+
+@run_async
+async def test_methods_that_there_are_not_are_refused(trust: Authority) -> None:
+    """Reflection, health and the like are not served."""
+    async with registry(trust) as there:
+        for method in (
+            "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+            "/grpc.health.v1.Health/Watch",
+            "/llamaclust.v1.Coordinator/Shutdown",
+            "/",
+        ):
+            peer = Peer(there.address, trust.identity(A), COORDINATOR)
+            with pytest.raises((StreamBrokenError, grpc.RpcError)):
+                await peer.open(method).opened()
+            await peer.close()

@@ -1,0 +1,195 @@
+"""What a coordinator asks of workers: answers find their questions, and a start does without steps nobody could try."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from llamaclust.cluster.config.cluster_config import ClusterConfig
+from llamaclust.cluster.control.profiling import measure_workers
+from llamaclust.cluster.membership.worker_handle import WorkerHandle
+from llamaclust.cluster.state.directory import read_measurements
+from llamaclust.cluster.state.events import Event, News
+from llamaclust.core.errors import DeadlineError, UsageError, WorkerError
+from llamaclust.core.profile import GpuSpeed, StageTrial
+from llamaclust.wire.control.messages import (
+    CoordinatorMessage,
+    Failure,
+    LinksMeasured,
+    LinkSpeed,
+    Located,
+    LogTold,
+    Measure,
+    Measured,
+    MeasureLinksFailed,
+    PeerTried,
+    WorkerMessage,
+)
+from support.clusters.control_messages import REGISTER
+from support.clusters.served import run_async
+
+Asks = Callable[[WorkerHandle], Awaitable[object]]
+
+
+async def _nothing(message: CoordinatorMessage) -> None: ...
+
+
+def handle_of(name: str = "a", say: Callable[[CoordinatorMessage], Awaitable[None]] = _nothing) -> WorkerHandle:
+    return WorkerHandle(replace(REGISTER, name=name), say, lambda: "")
+
+
+OTHER = SimpleNamespace(name="b", registration=replace(REGISTER, name="b"))
+QUESTIONS: dict[str, tuple[Asks, WorkerMessage, WorkerMessage, object]] = {
+    "machine": (
+        lambda worker: worker.measure(deadline_s=0.05),
+        Measured(1.0, 1.0, number=1),
+        Measured(2.0, 2.0, number=2),
+        Measured(2.0, 2.0, number=2),
+    ),
+    "link": (
+        lambda worker: worker.measure_link(OTHER, deadline_s=0.05),  # type: ignore[arg-type]
+        LinksMeasured((LinkSpeed(1.0, 1.0),), 1),
+        LinksMeasured((LinkSpeed(2.0, 2.0),), 2),
+        LinkSpeed(2.0, 2.0),
+    ),
+    "way": (
+        lambda worker: worker.tries(OTHER, 0.05),  # type: ignore[arg-type]
+        PeerTried("b", "no answer", 1),
+        PeerTried("b", "", 2),
+        "",
+    ),
+    "weights": (
+        lambda worker: worker.locate("/m", "id", describe=False, stall_s=0.05),
+        Located(True, number=1),
+        Located(False, number=2),
+        Located(False, number=2),
+    ),
+    "log": (
+        lambda worker: worker.log(0.05),
+        LogTold(("old",), 0, 1),
+        LogTold(("new",), 1, 2),
+        LogTold(("new",), 1, 2),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", QUESTIONS)
+@run_async
+async def test_an_answer_after_its_deadline_is_not_taken_for_the_next_ones(what: str) -> None:
+    ask, late, right, expected = QUESTIONS[what]
+    worker = handle_of()
+    with pytest.raises(DeadlineError):
+        await ask(worker)
+    asking = asyncio.ensure_future(ask(worker))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    worker.hear(late)
+    worker.hear(right)
+    assert await asking == expected
+
+
+@run_async
+async def test_failures_have_numbers_and_answers_of_older_workers_none() -> None:
+    worker = handle_of()
+    for failed in (Failure("UsageError", "no", 1), MeasureLinksFailed(Failure("UsageError", "no", 2))):
+        is_link = isinstance(failed, MeasureLinksFailed)
+        ask: Asks = QUESTIONS["link" if is_link else "machine"][0]
+        asking = asyncio.ensure_future(ask(worker))
+        await asyncio.sleep(0)
+        worker.hear(MeasureLinksFailed(Failure("WorkerError", "late", 99)) if is_link else Failure("X", "late", 99))
+        worker.hear(failed)
+        with pytest.raises(UsageError, match="worker a: no"):
+            await asking
+    asking = asyncio.ensure_future(worker.measure())
+    await asyncio.sleep(0)
+    worker.hear(Measured(3.0, 3.0))
+    assert await asking == Measured(3.0, 3.0)
+
+
+class Machines:
+    """Workers a and b of one machine, with what each answers where it is to try steps of a model."""
+
+    def __init__(self, **answers: WorkerMessage | str) -> None:
+        self.answers = answers
+        self.asked: list[tuple[str, bool]] = []
+        self.told: list[str] = []
+        self.workers = {name: handle_of(name, self._sayer(name)) for name in answers}
+
+    def _sayer(self, name: str) -> Callable[[CoordinatorMessage], Awaitable[None]]:
+        async def say(message: CoordinatorMessage) -> None:
+            assert isinstance(message, Measure)
+            self.asked.append((name, bool(message.model_path)))
+            answer = self.answers[name] if message.model_path else Measured(20e9, 300e9)
+            if isinstance(answer, str):
+                self.workers[name].lose(answer)
+                return
+            assert isinstance(answer, Measured | Failure)
+            self.workers[name].hear(replace(answer, number=message.number))
+
+        return say
+
+    def watch(self, event: Event) -> None:
+        if isinstance(event, News):
+            self.told.append(event.text)
+
+    async def measure(self, folder: Path) -> Any:
+        values = {"model": "m.gguf", "workers": [{"name": name} for name in self.workers], "state_dir": folder}
+        model: Any = SimpleNamespace(model_id="ab" * 32, file=SimpleNamespace(path=Path("/m.gguf")))
+        config = ClusterConfig.model_validate(values)
+        return await measure_workers(config, model, self.workers, folder, self.watch)
+
+
+FAILED = Failure("LlamaclustError", "RuntimeError: out of luck")
+TRIED = Measured(10e9, 100e9, (StageTrial(1, 1e-4, 1e-11, 1e-3),))
+
+
+@run_async
+async def test_where_no_steps_can_be_tried_plans_go_by_the_roofline_and_it_is_told(tmp_path: Path) -> None:
+    machines = Machines(a=FAILED, b=FAILED)
+    measured = await machines.measure(tmp_path)
+    assert [(one.read_gb_s, one.int8_gmac_s, one.alone, one.together) for one in measured.values()] == 2 * [
+        (20.0, 300.0, (), ())
+    ]
+    assert machines.asked == [("a", True), ("b", True), ("a", False), ("b", False)]
+    assert machines.told == [
+        f"steps of the model could not be tried on worker {name}, plans go by its bandwidth and dot products alone: "
+        f"worker {name}: RuntimeError: out of luck"
+        for name in "ab"
+    ]
+    kept = read_measurements(tmp_path)
+    assert kept and not [key for key in kept if "model" in key], "the next start tries again"
+
+
+@run_async
+async def test_steps_that_one_of_two_alike_could_try_serve_both(tmp_path: Path) -> None:
+    machines = Machines(a=TRIED, b=FAILED)
+    measured = await machines.measure(tmp_path)
+    assert [one.together[0].head_ms for one in measured.values()] == [1.0, 1.0]
+    assert len(machines.told) == 1 and "worker b" in machines.told[0]
+
+
+@run_async
+async def test_figures_of_gpus_that_a_worker_has_not_are_refused(tmp_path: Path) -> None:
+    machines = Machines(a=replace(TRIED, gpus=(GpuSpeed(1e12, 1e14),)), b=TRIED)
+    await machines.measure(tmp_path)
+    assert len(machines.told) == 1 and "worker a measured 1 GPUs, it has 0" in machines.told[0]
+
+
+@run_async
+async def test_a_worker_that_is_lost_while_it_tries_steps_ends_the_start(tmp_path: Path) -> None:
+    machines = Machines(a=TRIED, b="its process was killed")
+    with pytest.raises(WorkerError, match="worker b is lost: its process was killed"):
+        await machines.measure(tmp_path)
+
+
+@run_async
+async def test_older_workers_do_not_tell_their_log() -> None:
+    worker = WorkerHandle(replace(REGISTER, protocol=(2, 4)), _nothing, lambda: "")
+    with pytest.raises(UsageError, match="worker a is of an older version, which does not tell its log"):
+        await worker.log()

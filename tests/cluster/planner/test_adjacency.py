@@ -1,0 +1,139 @@
+"""Plans of workers of whom some cannot reach each other, beside every plan that there is."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llamaclust.cluster.planner import adjacency
+from llamaclust.cluster.planner.adjacency import Pairs, split
+from llamaclust.cluster.planner.costs import WorkerFacts
+from llamaclust.cluster.planner.plan import Plan
+from llamaclust.cluster.planner.planner import make_plan
+from llamaclust.core.errors import CutOffError, DoesNotFitError
+from llamaclust.model.loader import ModelCosts
+from support.clusters.random_plans import ASK, FILE_ORDER, GB, MODELS, SLACK, WORKERS, Cut, Every, large, named
+
+
+def pairs(*names: str) -> Pairs:
+    return frozenset(map(frozenset, names))
+
+
+@dataclass(frozen=True)
+class EveryApart(Every):
+    """All plans without those pairs side by side."""
+
+    apart: Pairs
+
+    def _cuts(self) -> Iterator[Cut]:
+        for cut in super()._cuts():
+            if split([worker.name for worker, _, _ in cut], self.apart) is None:
+                yield cut
+
+
+def planned(costs: ModelCosts, workers: Sequence[WorkerFacts], apart: Pairs, objective: str) -> Plan | type[Exception]:
+    try:
+        return make_plan(costs, workers, replace(ASK, objective=objective, apart=apart))
+    except (CutOffError, DoesNotFitError) as error:
+        return type(error)
+
+
+CASES = given(
+    costs=MODELS,
+    workers=st.lists(WORKERS, min_size=2, max_size=4).map(named),
+    cut=st.sets(st.sampled_from(range(6)), min_size=1, max_size=4),
+    objective=st.sampled_from(["latency", "throughput"]),
+)
+
+
+def apart_of(workers: Sequence[WorkerFacts], cut: set[int]) -> Pairs:
+    every = list(combinations([worker.name for worker in workers], 2))
+    return frozenset(frozenset(every[number % len(every)]) for number in cut)
+
+
+@settings(max_examples=100, deadline=None)
+@CASES
+def test_no_plan_that_keeps_pairs_apart_is_clearly_better(
+    costs: ModelCosts, workers: list[WorkerFacts], cut: set[int], objective: str
+) -> None:
+    apart = apart_of(workers, cut)
+    every = EveryApart(costs, workers, apart)
+    scores = every.scores()
+    plan = planned(costs, workers, apart, objective)
+    if not isinstance(plan, Plan):
+        assert not scores
+        assert plan is (CutOffError if Every(costs, workers).scores() else DoesNotFitError)
+        return
+    assert split([stage.worker for stage in plan.stages], apart) is None
+    found, fastest = every.score_of(plan), min(score.total for score in scores) * SLACK
+    if objective == "throughput":
+        assert found.slowest * FILE_ORDER <= min(score.slowest for score in scores) * 1.0001
+    else:
+        best = min(score.latency for score in scores if score.total <= fastest)
+        assert found.total <= fastest * 1.0001
+        assert found.latency * FILE_ORDER <= best * 1.0001
+
+
+@settings(max_examples=60, deadline=None)
+@CASES
+def test_where_not_all_orders_are_tried_pairs_are_kept_apart_too(
+    costs: ModelCosts, workers: list[WorkerFacts], cut: set[int], objective: str
+) -> None:
+    apart = apart_of(workers, cut)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adjacency, "_MOST_STEPS", 0)
+        plan = planned(costs, workers, apart, objective)
+    if isinstance(plan, Plan):
+        assert split([stage.worker for stage in plan.stages], apart) is None
+
+
+@pytest.mark.parametrize("most_steps", [1024, 0])
+def test_workers_that_are_all_needed_stand_in_another_order(most_steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adjacency, "_MOST_STEPS", most_steps)
+    workers = [WorkerFacts(name, 3 * GB, 10.0, 200.0) for name in "abcd"]
+    plan = make_plan(large(6), workers, replace(ASK, apart=pairs("ab")))
+    ring = [stage.worker for stage in plan.stages]
+    assert sorted(ring) == list("abcd") and split(ring, pairs("ab")) is None
+
+
+def test_a_worker_apart_is_a_spare_and_the_reason_is_said() -> None:
+    workers = [WorkerFacts(name, 9 * GB, 10.0, 200.0) for name in "abc"]
+    plan = make_plan(large(6), workers, replace(ASK, objective="throughput", apart=pairs("ab")))
+    assert [stage.worker for stage in plan.stages] == ["a", "c"]
+    assert [(spare.worker, spare.reason) for spare in plan.spares] == [("b", "it and a cannot reach each other")]
+
+
+def test_a_plan_by_hand_with_the_pair_is_refused() -> None:
+    workers = [WorkerFacts(name, 9 * GB, 10.0, 200.0) for name in "abc"]
+    by_hand = (("a", 0, 2), ("b", 2, 4), ("c", 4, 6))
+    for pair in ("ab", "bc", "ac"):  # from the last tokens go to the first
+        with pytest.raises(CutOffError, match=f"has workers {pair[0]} and {pair[1]} side by side"):
+            make_plan(large(6), workers, replace(ASK, manual=by_hand, apart=pairs(pair)))
+
+
+def test_many_workers_are_planned_apart_in_a_moment() -> None:
+    drawn = random.Random(11)
+    workers = named(
+        [
+            WorkerFacts("", int(drawn.uniform(2, 6) * GB), drawn.uniform(5, 100), drawn.uniform(100, 1000))
+            for _ in range(64)
+        ]
+    )
+    apart = pairs_of_numbers([(0, 1), (2, 3), (40, 41), (0, 63)])
+    begun = time.process_time()
+    plan = make_plan(large(126), workers, replace(ASK, objective="throughput", apart=apart))
+    assert time.process_time() - begun < 6.0
+    assert split([stage.worker for stage in plan.stages], apart) is None
+    free = make_plan(large(126), workers, replace(ASK, objective="throughput"))
+    assert plan.excess is not None and plan.excess < 0.1 and len(free.stages) - len(plan.stages) < 5
+
+
+def pairs_of_numbers(numbers: Sequence[tuple[int, int]]) -> Pairs:
+    return frozenset(frozenset(f"w{number}" for number in pair) for pair in numbers)

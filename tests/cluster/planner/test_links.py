@@ -1,0 +1,177 @@
+"""Links in plans: what is made of measured ones, and which cuts they make better."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import stat
+from dataclasses import replace
+from functools import partial
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+
+from llamaclust.cluster.control.link_profiling import measure_links
+from llamaclust.cluster.planner.costs import WorkerFacts
+from llamaclust.cluster.planner.links import COORDINATOR, USUAL, Link, Links, Reach
+from llamaclust.cluster.planner.plan import Plan
+from llamaclust.cluster.planner.planner import PlanRequest, make_plan
+from llamaclust.cluster.state.events import Event, News
+from llamaclust.core.sizes import MIB
+from llamaclust.model.loader import LayerCost, ModelCosts
+from support.clusters.real_cluster import real_cluster
+
+MODEL = ModelCosts(20 * MIB, 20 * MIB, 30_000_000, (LayerCost(10 * MIB, 20_000_000, 4096),) * 12, hidden_bytes=16_384)
+
+
+def made(links: Links, names: str, memory_mib: int = 10_000, objective: str = "latency") -> Plan:
+    reaches = links.reaches(names)
+    workers = [WorkerFacts(name, memory_mib * MIB, 20, 300, 1, reaches[name]) for name in names]
+    ask = PlanRequest(1024, 8, lambda place: MIB, objective=objective, links=links)
+    return make_plan(MODEL, workers, ask)
+
+
+def star(reach: dict[str, Reach]) -> Links:
+    """Links whose ends add up."""
+    return Links(
+        {
+            frozenset((one, other)): Link(
+                reach[one].one_way_ms + reach[other].one_way_ms, reach[one].ms_per_mb + reach[other].ms_per_mb
+            )
+            for one, other in combinations(reach, 2)
+        }
+    )
+
+
+@pytest.mark.parametrize("count", [3, 5, 8])
+def test_links_that_add_up_are_taken_apart(count: int) -> None:
+    seed = random.randrange(2**32)
+    print("seed", seed)
+    random_ = random.Random(seed)
+    reach = {
+        f"w{i}": Reach(0.2 * 1.3 ** random_.randint(0, 20), 0.2 * 1.3 ** random_.randint(0, 20)) for i in range(count)
+    }
+    found = star(reach).reaches(list(reach))
+    for name, one in reach.items():
+        assert found[name].one_way_ms == pytest.approx(one.one_way_ms, abs=1e-6)
+        assert found[name].ms_per_mb == pytest.approx(one.ms_per_mb, abs=1e-6)
+
+
+def test_nothing_measured_adds_nothing() -> None:
+    assert Links().reaches("ab") == {"a": Reach(), "b": Reach()}
+    assert Links().between("a", "b") == USUAL
+
+
+def test_noise_keeps_workers_alike() -> None:
+    noisy = Links({frozenset(pair): Link(0.15 + 0.004 * i, 1.0) for i, pair in enumerate(combinations("abcd", 2))})
+    assert len(set(noisy.reaches("abcd").values())) == 1
+
+
+def test_a_token_goes_round_and_one_stage_has_no_link() -> None:
+    links = star({"a": Reach(1.0), "b": Reach(2.0), "c": Reach(4.0), COORDINATOR: Reach(8.0)})
+    assert [link.one_way_ms for link in links.round(["a", "b", "c"])] == [3.0, 6.0, 5.0]
+    assert list(links.round(["a"])) == []
+
+
+def test_a_worker_that_is_far_away_stays_a_spare() -> None:
+    near = {"a": Reach(0.1), "b": Reach(0.1), COORDINATOR: Reach(0.1)}
+    plan = made(star({**near, "c": Reach(20.0)}), "abc")
+    assert {stage.worker for stage in plan.stages} == {"a", "b"}
+    assert [spare.worker for spare in plan.spares] == ["c"]
+    plan = made(star({**near, "c": Reach(0.1)}), "abc")
+    assert len(plan.stages) == 3
+
+
+def test_memory_brings_it_in_and_the_prediction_says_what_that_costs() -> None:
+    far = star({"a": Reach(0.1), "b": Reach(20.0), COORDINATOR: Reach(0.1)})
+    plan = made(far, "ab", memory_mib=130)
+    assert len(plan.stages) == 2 and plan.prediction is not None
+    near = made(star({"a": Reach(0.1), "b": Reach(0.1), COORDINATOR: Reach(0.1)}), "ab", memory_mib=130)
+    assert near.prediction is not None
+    assert plan.prediction.token_ms - near.prediction.token_ms == pytest.approx(2 * 20.1 - 2 * 0.2)
+    assert plan.prediction.ttft_ms - near.prediction.ttft_ms == pytest.approx(2 * 19.9)
+
+
+def test_a_slow_link_makes_prompts_take_longer() -> None:
+    slow = made(star({"a": Reach(0.1, 10.0), "b": Reach(0.1, 70.0), COORDINATOR: Reach(0.1)}), "ab", memory_mib=130)
+    fast = made(star({"a": Reach(0.1, 0.5), "b": Reach(0.1, 0.5), COORDINATOR: Reach(0.1)}), "ab", memory_mib=130)
+    assert slow.prediction is not None and fast.prediction is not None
+    sent_ms = 512 * 16_384 / 1e6 * 80.0
+    assert slow.prediction.ttft_ms > sent_ms
+    assert slow.prediction.token_ms == pytest.approx(fast.prediction.token_ms)
+
+
+# -- measured ----------------------------------------------------------------------------------------------------------
+
+
+def test_links_are_measured_once_between_machines_that_are_alike(tmp_path: Path) -> None:
+    told: list[object] = []
+
+    async def run() -> tuple[Links, Links]:
+        async with real_cluster(tmp_path, 3) as cluster:
+            ask = partial(measure_links, cluster.registry.present, cluster.run.token, tmp_path, told.append)
+            first = await ask()
+            for name in ("a", "b", "c"):
+                cluster.registry.workers[name].say = silent
+            return first, await ask()  # nobody is asked
+
+    async def silent(_: object) -> None:
+        raise AssertionError("asked again")
+
+    first, second = asyncio.run(run())
+    assert first == second and not told
+    ends = [COORDINATOR, "a", "b", "c"]
+    assert set(first.measured) == {frozenset(pair) for pair in combinations(ends, 2)}
+    assert all(0 < link.one_way_ms < 100 and 0 < link.ms_per_mb < 100 for link in first.measured.values())
+    among = {link for pair, link in first.measured.items() if COORDINATOR not in pair}
+    assert len(among) == 1, "on one machine, one pair of workers stands for all"
+    assert stat.S_IMODE((tmp_path / ".links.json").stat().st_mode) == 0o600
+
+
+def test_a_link_that_is_cut_is_told_and_unknown(tmp_path: Path) -> None:
+    told: list[Event] = []
+
+    async def run() -> Links:
+        async with real_cluster(tmp_path, 2) as cluster:
+            a, b = (cluster.registry.workers[name] for name in "ab")
+            b.registration = replace(b.registration, address=f"unix:{tmp_path}/nobody.sock")
+            return await measure_links({"a": a, "b": b}, cluster.run.token, tmp_path, told.append)
+
+    links = asyncio.run(run())
+    assert frozenset("ab") not in links.measured and frozenset((COORDINATOR, "a")) in links.measured
+    texts = [event.text for event in told if isinstance(event, News)]
+    assert any("between a and b" in text and "it cannot reach worker b at unix:" in text for text in texts)
+
+
+def test_a_worker_that_other_machines_cannot_reach_is_told(tmp_path: Path) -> None:
+    told: list[Event] = []
+
+    async def run() -> None:
+        async with real_cluster(tmp_path, 2) as cluster:
+            workers = {name: cluster.registry.workers[name] for name in "ab"}
+            for address in ("127.0.0.1:1", "[::1]:2"):
+                workers["a"].registration = replace(workers["a"].registration, address=address)
+                for other in ("127.0.0.1:3", "192.0.2.7:3"):
+                    workers["b"].registration = replace(workers["b"].registration, address=other)
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(0.01):  # told before anything is measured
+                            await measure_links(workers, cluster.run.token, tmp_path, told.append)
+
+    asyncio.run(run())
+    texts = [event.text for event in told if isinstance(event, News) and "no other machine" in event.text]
+    assert [text.partition(",")[0] for text in texts] == [
+        "worker a is served at 127.0.0.1:1",
+        "worker a is served at [::1]:2",
+    ]
+
+
+def test_a_damaged_file_of_links_is_measured_anew(tmp_path: Path) -> None:
+    (tmp_path / ".links.json").write_text('{"x": [1]}')
+
+    async def run() -> Links:
+        async with real_cluster(tmp_path, 1) as cluster:
+            return await measure_links(cluster.registry.present, cluster.run.token, tmp_path, lambda event: None)
+
+    assert len(asyncio.run(run()).measured) == 1

@@ -1,0 +1,168 @@
+"""Steps that workers try before they hold layers, and what plans make of them; links of who joins later."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from llamaclust.cluster.control.supervisor import Supervisor
+from llamaclust.cluster.control.weight_sources import nearest_first
+from llamaclust.cluster.planner.costs import StageCosts, WorkerFacts
+from llamaclust.cluster.planner.format import plan_json, plan_lines
+from llamaclust.cluster.planner.links import UNKNOWN, Link, Links
+from llamaclust.cluster.planner.planner import PlanRequest, make_plan
+from llamaclust.cluster.planner.profile import TrialPoint, at_rows, mean_trial
+from llamaclust.cluster.state.directory import Measurement, read_measurements, write_measurements
+from llamaclust.core.profile import StageTrial
+from llamaclust.core.sizes import MIB
+from llamaclust.kernels.cpu.backend import CpuBackend
+from llamaclust.model.loader import LayerCost, Model, ModelCosts
+from llamaclust.wire.rpc.cache_flush import largest_cache_bytes
+from llamaclust.worker.devices import profiler
+from llamaclust.worker.devices.profiler import TrialDevice, try_stages
+from support.models.tiny_model import build_tiny_model
+
+GB = 10**9
+ALONE = (TrialPoint(1, 0.2, 30.0, 1.0), TrialPoint(8, 0.3, 90.0, 1.4), TrialPoint(128, 0.6, 900.0, 5.0))
+TOGETHER = tuple(TrialPoint(p.rows, p.stage_ms, 2 * p.layers_ms_per_gb, p.head_ms) for p in ALONE)
+MODEL = ModelCosts(GB, GB, 10**9, (LayerCost(GB // 10, 10**8, 1024),) * 10, hidden_bytes=8192)
+
+
+def test_between_the_points_and_beyond_lie_lines() -> None:
+    assert at_rows(ALONE, 8) == ALONE[1]
+    assert at_rows(ALONE, 4).layers_ms_per_gb == pytest.approx(30 + 3 / 7 * 60)
+    assert at_rows(ALONE, 512).layers_ms_per_gb == pytest.approx(900 + 384 / 120 * 810)
+    assert at_rows(ALONE[:1], 512) == ALONE[0]
+    assert mean_trial([ALONE, (), TOGETHER])[0].layers_ms_per_gb == pytest.approx(45.0)
+    assert mean_trial([(), ()]) == ()
+
+
+def test_plans_predict_what_was_tried_and_what_a_hop_takes() -> None:
+    links = Links({frozenset("ab"): Link(0.5, 1.0)})
+    workers = [WorkerFacts(name, 20 * GB, 20.0, 300.0, 1, alone=ALONE, together=TOGETHER) for name in "ab"]
+    halves = (("a", 0, 5), ("b", 5, 10))
+    ask = PlanRequest(1024, 8, lambda place: MIB, manual=halves, links=links)
+    plan = make_plan(MODEL, workers, ask)
+    assert plan.prediction is not None
+    assert [stage.decode_ms for stage in plan.prediction.stages] == pytest.approx([0.2 + 15, 0.2 + 15 + 1.0])
+    assert plan.prediction.token_ms == pytest.approx(2 * 0.2 + 30 + 1.0 + 2 * 0.5)
+    costs = StageCosts.of(MODEL)
+    assert costs.decode_ms(workers[0], 0, 5, 8) == pytest.approx(0.3 + 45)
+    assert costs.decode_ms(workers[0], 0, 5, 8, together=True) == pytest.approx(0.3 + 90)
+    assert costs.prefill_ms(workers[1], 5, 10, 128) == pytest.approx(0.6 + 450), "prompts have no head"
+
+
+@pytest.mark.parametrize("objective", ["latency", "throughput"])
+def test_steps_that_a_worker_says_take_no_time_make_a_plan(objective: str) -> None:
+    nothing = tuple(TrialPoint(point.rows, 0.0, 0.0, 0.0) for point in ALONE)
+    workers = [WorkerFacts(name, 20 * GB, 20.0, 300.0, 1, alone=nothing, together=nothing) for name in "ab"]
+    plan = make_plan(MODEL, workers, PlanRequest(1024, 8, lambda place: MIB, objective=objective))
+    assert plan.prediction is not None and plan.prediction.tokens_per_s > 0
+    assert plan_lines(plan) and plan_json(plan)
+
+
+def test_a_second_stage_that_costs_more_than_a_tenth_stays_a_spare() -> None:
+    slow_python = (TrialPoint(1, 8.0, 30.0, 1.0), TrialPoint(8, 9.0, 90.0, 1.4), TrialPoint(128, 9.0, 900.0, 5.0))
+    for tried, stages in ((ALONE, 2), (slow_python, 1)):
+        workers = [WorkerFacts(name, 20 * GB, 20.0, 300.0, 1, alone=tried, together=tried) for name in "ab"]
+        plan = make_plan(MODEL, workers, PlanRequest(1024, 8, lambda place: MIB))
+        assert len(plan.stages) == stages
+
+
+def test_a_worker_that_has_all_layers_computes_alone() -> None:
+    """Two that share a machine take more than twice as long together, one that does without the other does not."""
+    crowded = tuple(TrialPoint(p.rows, p.stage_ms, 2.4 * p.layers_ms_per_gb, p.head_ms) for p in ALONE)
+    for together, stages in ((ALONE, 2), (crowded, 1)):
+        workers = [WorkerFacts(name, 20 * GB, 20.0, 300.0, 1, alone=ALONE, together=together) for name in "ab"]
+        plan = make_plan(MODEL, workers, PlanRequest(1024, 8, lambda place: MIB, objective="throughput"))
+        assert len(plan.stages) == stages
+
+
+def test_trials_are_kept_with_measurements(tmp_path: Path) -> None:
+    known = {"a": Measurement(1.0, 2.0, ALONE, TOGETHER), "b": Measurement(3.0, 4.0)}
+    write_measurements(tmp_path, known)
+    assert read_measurements(tmp_path) == known
+
+
+def test_a_worker_tries_steps_of_any_model_that_is_large_enough(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Model.open(build_tiny_model(tmp_path / "m.gguf", layers=6, context=512))
+    backend = CpuBackend(1)
+    device = TrialDevice(backend, 1, backend.feature_level, 1 << 30)
+    assert try_stages(device, model) == (), "it stays in the caches"
+    monkeypatch.setattr(profiler, "_LEAST_BYTES", 0)
+    found = try_stages(device, model)
+    assert [one.rows for one in found] == [1, 8, 128]
+    assert all(isinstance(one, StageTrial) and one.stage_s + one.layers_byte_s > 0 for one in found)
+    assert found[0].head_s >= 0 and found[2].layers_byte_s > found[0].layers_byte_s
+    short = TrialDevice(backend, 1, backend.feature_level, 65 << 20)
+    assert try_stages(short, model) == (), "memory is short"
+    least = replace(device, place=7, size=replace(profiler.PROCESSOR, layers_bytes=0))
+    assert len(try_stages(least, model)) == 3, "layers 2 and 3"
+
+
+def test_workers_that_were_started_one_after_the_other_try_different_layers() -> None:
+    for place in (1, 4096, 32767):
+        tried = [profiler._ranges(22, 3, place + other) for other in range(4)]
+        layers = [layer for ranges in tried for layer in range(*ranges[1])]
+        assert len(set(layers)) == 12 and max(layers) < 21
+        assert all(one == (some[0], some[0] + 1) and last == (21, 22) for one, some, last in tried)
+    assert profiler._ranges(30, 29, 4096) == [(0, 1), (0, 29), (29, 30)]
+
+
+def test_sweeps_are_as_large_as_the_largest_cache(tmp_path: Path) -> None:
+    def cache(*sizes: str) -> int:
+        for index, size in enumerate(sizes):
+            (tmp_path / f"index{index}").mkdir(exist_ok=True)
+            (tmp_path / f"index{index}" / "size").write_text(size)
+        return largest_cache_bytes(tmp_path)
+
+    assert cache() == cache("48K\n", "2048K\n", "32768K\n") == 64 * MIB
+    assert cache("48K", "2048K", "491520K\n") == 480 * MIB
+    assert cache("48K", "what", "98304K\n") == 96 * MIB
+
+
+def test_weights_come_from_the_same_machine_then_over_the_fastest_links() -> None:
+    hosts = {"me": "x", "near": "x", "fast": "y", "alike": "w", "slow": "y", "unknown": "z"}
+    measured = {"fast": Link(0.2, 1.0), "alike": Link(0.2, 1.01), "slow": Link(0.2, 80.0)}
+    links = Links({frozenset(("me", name)): link for name, link in measured.items()})
+    names = ["unknown", "slow", "alike", "fast", "near", "me"]
+    assert nearest_first("me", names, hosts, links) == ["near", "alike", "fast", "slow", "unknown"]
+    assert nearest_first("me", names, hosts, links, place=3) == ["near", "fast", "alike", "slow", "unknown"]
+    assert nearest_first("me", ["a", "b", "c"], dict.fromkeys(["me", *"abc"], "x"), UNKNOWN, 1) == ["b", "c", "a"]
+
+
+def test_links_are_measured_again_when_somebody_joins_once_a_pipeline_serves() -> None:
+    known, asked, present = [], [], {"a": object()}
+    new = Links({frozenset("ab"): Link(3.0, 4.0)})
+
+    async def measure(workers: Any) -> Links:
+        asked.append(dict(workers))
+        return new
+
+    async def run() -> None:
+        planning: Any = SimpleNamespace(know=lambda links: known.append(links) or True)
+        registry: Any = SimpleNamespace(present=present)
+        nothing: Any = None
+        config: Any = SimpleNamespace(timeouts=SimpleNamespace(worker=5.0, load=60.0, recovery=120.0))
+        epochs: Any = SimpleNamespace(joined=lambda handle: None)
+        supervisor = Supervisor(config, epochs, planning, registry, nothing, lambda event: None, measure)
+        registration = SimpleNamespace(host="h", address="h:1", pid=1)
+        handle: Any = SimpleNamespace(name="b", registration=registration)
+        present["b"] = handle
+        supervisor._joined(handle)
+        await asyncio.sleep(0.01)
+        assert not asked, "a pipeline comes first"
+        supervisor._settled.set()
+        supervisor._news.clear()
+        async with asyncio.timeout(30):
+            await supervisor._news.wait()
+
+    asyncio.run(run())
+    assert known == [new] and asked == [present]

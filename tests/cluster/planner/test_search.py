@@ -1,0 +1,167 @@
+"""Plans beside every plan that there is, on clusters small enough to try all sets, orders and cuts."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import combinations, permutations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llamaclust.cluster.planner import search
+from llamaclust.cluster.planner.costs import WorkerFacts
+from llamaclust.cluster.planner.format import plan_lines
+from llamaclust.cluster.planner.links import COORDINATOR, Link, Links, Reach
+from llamaclust.cluster.planner.plan import Plan
+from llamaclust.cluster.planner.planner import make_plan
+from llamaclust.cluster.planner.profile import Trial, TrialPoint
+from llamaclust.core.errors import DoesNotFitError
+from llamaclust.model.loader import ModelCosts
+from support.clusters.random_plans import ASK, FILE_ORDER, GB, MODELS, SLACK, WORKERS, Every, large, named
+
+
+def planned(costs: ModelCosts, workers: Sequence[WorkerFacts], objective: str) -> Plan | None:
+    try:
+        return make_plan(costs, workers, replace(ASK, objective=objective))
+    except DoesNotFitError:
+        return None
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    costs=MODELS,
+    workers=st.lists(WORKERS, min_size=1, max_size=4),
+    objective=st.sampled_from(["latency", "throughput"]),
+)
+def test_no_plan_is_clearly_better_in_whatever_order_workers_stand(
+    costs: ModelCosts, workers: list[WorkerFacts], objective: str
+) -> None:
+    workers = named(workers)
+    every = Every(costs, workers)
+    scores = every.scores()
+    fastest = min((score.total for score in scores), default=0.0) * SLACK
+    best = min((score.latency for score in scores if score.total <= fastest), default=0.0)
+    for order in permutations(workers):
+        plan = planned(costs, order, objective)
+        assert (plan is not None) == bool(scores)
+        if plan is None:
+            continue
+        assert plan.excess is None
+        found = every.score_of(plan)
+        if objective == "throughput":
+            assert found.slowest * FILE_ORDER <= min(score.slowest for score in scores) * 1.0001
+        else:
+            assert found.total <= fastest * 1.0001
+            assert found.latency * FILE_ORDER <= best * 1.0001
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    costs=MODELS,
+    workers=st.lists(WORKERS, min_size=2, max_size=4),
+    objective=st.sampled_from(["latency", "throughput"]),
+)
+def test_where_not_all_orders_are_tried_the_bound_holds(
+    costs: ModelCosts, workers: list[WorkerFacts], objective: str
+) -> None:
+    workers = named(workers)
+    every = Every(costs, workers)
+    scores = every.scores()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search, "_MOST_STEPS", 0)
+        plan = planned(costs, workers, objective)
+    alike = len(set(costs.layers)) == 1
+    assert plan is not None or not scores or not alike
+    if plan is None or not scores or plan.excess is None:
+        return
+    found, slowest = every.score_of(plan), min(score.slowest for score in scores)
+    if objective == "throughput":
+        assert found.slowest / (1 + plan.excess) <= slowest * 1.0001
+        assert not alike or found.slowest * FILE_ORDER <= slowest * 1.02
+    else:
+        assert found.total / (1 + plan.excess) <= min(score.total for score in scores) * 1.0001
+
+
+@pytest.mark.parametrize("objective", ["latency", "throughput"])
+def test_the_best_of_more_workers_than_layers_are_taken(objective: str) -> None:
+    facts = [("a", 1.0), ("b", 1.0), ("c", 100.0)]
+    workers = [WorkerFacts(name, 6 * GB, read, 20 * read) for name, read in facts]
+    for order in permutations(workers):
+        plan = make_plan(large(2), order, replace(ASK, objective=objective))
+        assert [stage.worker for stage in plan.stages] == ["c"]
+
+
+def test_the_one_worker_with_room_for_the_head_is_the_last_wherever_it_stands() -> None:
+    small = [WorkerFacts(f"w{index}", 1_900_000_000, 1.0, 20.0) for index in range(9)]
+    big = WorkerFacts("big", 2_500_000_000, 1.1, 20.0)
+    for workers in ([*small, big], [big, *small], [*small[:4], big, *small[4:]]):
+        for objective in ("latency", "throughput"):
+            plan = make_plan(large(10), workers, replace(ASK, objective=objective))
+            assert plan.stages[-1].worker == "big" and len(plan.stages) == 10
+
+
+def test_both_ends_are_found_among_many_workers_that_are_all_different() -> None:
+    """Two have room for more than layers; the first must have the embedding, the last the head."""
+    shuffled = random.Random(3)
+    inner = [WorkerFacts(f"w{index}", 1_200_000_000 + index, 1.0 + index / 100, 20.0) for index in range(18)]
+    ends = [WorkerFacts("first", 1_650_000_000, 1.0, 20.0), WorkerFacts("last", 2_250_000_000, 1.0, 20.0)]
+    for objective in ("latency", "throughput"):
+        workers = [*inner, *ends]
+        shuffled.shuffle(workers)
+        plan = make_plan(large(20), workers, replace(ASK, objective=objective))
+        assert (plan.stages[0].worker, plan.stages[-1].worker) == ("first", "last")
+
+
+@pytest.mark.parametrize("objective", ["latency", "throughput"])
+def test_many_different_workers_are_planned_in_a_moment_with_a_bound(objective: str) -> None:
+    drawn = random.Random(7)
+    workers = [
+        WorkerFacts(f"w{index}", int(drawn.uniform(2, 6) * GB), drawn.uniform(5, 100), drawn.uniform(100, 1000))
+        for index in range(64)
+    ]
+    begun = time.process_time()
+    plan = make_plan(large(126), workers, replace(ASK, objective=objective))
+    assert time.process_time() - begun < 4.0
+    assert plan.excess is not None and plan.excess < (0.25 if objective == "latency" else 0.05)
+    assert "of the best that could be" in plan_lines(plan)[-1]
+    assert not any("of the best that could be" in line for line in plan_lines(make_plan(large(3), workers[:2], ASK)))
+
+
+def tried(drawn: random.Random) -> Trial:
+    return tuple(
+        TrialPoint(rows, drawn.uniform(0.1, 0.5), drawn.uniform(10, 200) * slower, drawn.uniform(1, 10) * slower)
+        for rows, slower in ((1, 1), (8, 2), (128, 20))
+    )
+
+
+@pytest.mark.alone
+@pytest.mark.parametrize("objective", ["latency", "throughput"])
+def test_64_workers_126_layers_and_their_2080_links_are_planned_in_a_second(objective: str) -> None:
+    drawn = random.Random(7)
+    names = [COORDINATOR, *(f"w{index}" for index in range(64))]
+    reach = {name: Reach(drawn.uniform(0.05, 10), drawn.uniform(0.2, 80)) for name in names}
+    measured = {
+        frozenset((one, two)): Link(
+            reach[one].one_way_ms + reach[two].one_way_ms + drawn.uniform(0, 0.3),
+            reach[one].ms_per_mb + reach[two].ms_per_mb,
+        )
+        for one, two in combinations(names, 2)
+    }
+    facts = [(int(drawn.uniform(2, 6) * GB), 20.0, 300.0, 1) for _ in names[1:]]
+    trials = [(tried(drawn), tried(drawn)) for _ in names[1:]]
+    begun = time.process_time()
+    links = Links(measured)
+    reaches = links.reaches(names[1:])
+    workers = [
+        WorkerFacts(name, *one, reaches[name], *both) for name, one, both in zip(names[1:], facts, trials, strict=True)
+    ]
+    model = replace(large(126), hidden_bytes=65_536)
+    plan = make_plan(model, workers, replace(ASK, objective=objective, links=links))
+    taken_s = time.process_time() - begun
+    print(f"{objective}: {taken_s:.2f} s of one core")
+    assert taken_s < 1.5, "0.5 to 0.8 s where nothing else runs"
+    assert plan.excess is not None and plan.excess < (0.25 if objective == "latency" else 0.05)

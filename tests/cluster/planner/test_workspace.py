@@ -1,0 +1,113 @@
+"""The workspace that plans promise beside what loaded stages take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llamaclust.cluster.control.stage_memory import workspace_of
+from llamaclust.cluster.planner.workspace import StagePlace
+from llamaclust.core.errors import ModelFileError
+from llamaclust.core.limits import StageLimits
+from llamaclust.kernels.cpu.backend import CpuBackend
+from llamaclust.model.loader import Model
+from llamaclust.model.quant_types import QuantType
+from llamaclust.worker.stage.stage_runner import StageRunner, plan_memory
+from support.models.tiny_model import build_tiny_model
+
+LAYERS = 3
+
+SHAPES = st.fixed_dictionaries(
+    {
+        "architecture": st.sampled_from(["llama", "qwen2"]),
+        "heads": st.sampled_from([4, 8]),
+        "kv_heads": st.sampled_from([1, 2, 4]),
+        "hidden": st.sampled_from([256, 512]),
+        "ffn": st.sampled_from([256, 1024]),
+        "experts": st.sampled_from([0, 0, 4]),
+        "tied": st.booleans(),
+        "quant_type": st.sampled_from([QuantType.F16, QuantType.Q4_0, QuantType.Q4_K]),
+    }
+)
+
+MIXES: tuple[dict[str, QuantType], ...] = (
+    {"attn_v": QuantType.F16},
+    {"attn_q": QuantType.F16, "attn_k": QuantType.Q8_0},
+    {"ffn_gate": QuantType.F16, "ffn_down": QuantType.Q6_K},
+    {"output.": QuantType.F16, "token_embd": QuantType.Q8_0},
+)
+
+Open = Callable[..., Model]
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> Open:
+    folder: Path = tmp_path_factory.mktemp("shapes")
+
+    @cache
+    def open_model(mix: int | None, **shape: object) -> Model:
+        name = "-".join(str(value) for value in (mix, *shape.values()))
+        kinds: dict[str, object] = {**shape, "experts": shape["experts"] if shape["architecture"] == "llama" else 0}
+        others = {} if mix is None else MIXES[mix]
+        return Model.open(build_tiny_model(folder / f"{name}.gguf", layers=LAYERS, other_types=others, **kinds))  # type: ignore[arg-type]
+
+    return open_model
+
+
+def taken(model: Model, start: int, end: int, limits: StageLimits, threads: int) -> int:
+    """By the loaded stage, which has to be what its worker expected before."""
+    backend = CpuBackend(threads)
+    runner = StageRunner(backend, model, start, end, limits)
+    runner.close()
+    assert plan_memory(backend, model, start, end, limits).workspace_bytes == runner.memory.workspace_bytes
+    return runner.memory.workspace_bytes
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=SHAPES,
+    mix=st.sampled_from([None, None, *range(len(MIXES))]),
+    tokens=st.integers(1, 600),
+    outputs=st.integers(1, 200),
+    context=st.integers(1, 2048),
+    threads=st.integers(1, 4),
+    stage=st.sampled_from([(0, LAYERS), (0, 1), (1, 2), (2, LAYERS)]),
+)
+def test_the_promise_is_what_a_loaded_stage_takes(
+    opened: Open,
+    shape: dict[str, object],
+    mix: int | None,
+    tokens: int,
+    outputs: int,
+    context: int,
+    threads: int,
+    stage: tuple[int, int],
+) -> None:
+    model, limits = opened(mix, **shape), StageLimits(tokens, min(outputs, tokens), 1, context, 8)
+    place = StagePlace(threads, context, stage[1] == LAYERS)
+    assert workspace_of(model, limits)(place) == taken(model, *stage, limits, threads)
+
+
+def test_layers_of_other_types_make_the_promise_a_little_larger(tmp_path: Path) -> None:
+    """Float weights in the first layer need room for activations that the other layers do not."""
+    path = build_tiny_model(
+        tmp_path / "m.gguf", layers=3, quant_type=QuantType.Q4_K, other_types={"blk.0.": QuantType.F16}
+    )
+    with Model.open(path) as model:
+        limits = StageLimits(544, 64, 32, 1024, 8)
+        promised = workspace_of(model, limits)(StagePlace(2, 1024, False))
+        stages = [taken(model, start, start + 1, limits, 2) for start in (0, 1)]
+    assert stages[1] < stages[0] <= promised <= 1.1 * stages[1]
+
+
+def test_a_model_that_cannot_be_computed_is_named(tmp_path: Path) -> None:
+    path = build_tiny_model(
+        tmp_path / "m.gguf", layers=1, quant_type=QuantType.F32, other_types={"attn_v": QuantType.F16}
+    )
+    with Model.open(path) as model, pytest.raises(ModelFileError, match=r"layers 0 to 1 cannot be computed: program: "):
+        workspace_of(model, StageLimits(8, 8, 1, 1024, 8))(StagePlace(1, 1 << 30, True))

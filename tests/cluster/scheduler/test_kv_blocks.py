@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import pytest
+
+from llamaclust.cluster.scheduler.kv_blocks import BlockTable, KvBlocks
+from llamaclust.cluster.scheduler.prefix_cache import PrefixCache
+from llamaclust.model.program import KV_BLOCK_TOKENS, KvType
+
+
+def test_blocks_are_taken_from_below_and_given_back() -> None:
+    blocks = KvBlocks(4)
+    taken = [blocks.take() for _ in range(3)]
+    assert taken == [0, 1, 2] and (blocks.available, blocks.held) == (1, 3)
+    blocks.release(taken)
+    assert [blocks.take() for _ in range(4)] == [0, 1, 2, 3], "runs stay runs"
+    with pytest.raises(AssertionError, match="released twice"):
+        blocks.release([1, 1])
+
+
+def test_labelled_blocks_stay_until_they_are_needed() -> None:
+    blocks = KvBlocks(3)
+    a, b = blocks.take(), blocks.take()
+    blocks.label(a, b"a")
+    blocks.label(b, b"b")
+    assert blocks.hold(b"a") == a and blocks.holders(a) == 2
+    blocks.release([a, b])
+    blocks.release([a])
+    assert blocks.available == 3
+    assert (blocks.holds_idle(b"a"), blocks.holds_idle(b"c")) == (True, None)
+    assert blocks.take() == 2, "a free block goes first"
+    assert blocks.take() == b, "then the one that is idle for longest"
+    assert blocks.holds_idle(b"b") is None
+    assert blocks.hold(b"a") == a and blocks.holds_idle(b"a") is False
+    assert blocks.available == 0
+
+
+def test_the_first_block_with_a_content_keeps_its_key() -> None:
+    blocks = KvBlocks(2)
+    a, b = blocks.take(), blocks.take()
+    blocks.label(a, b"same")
+    blocks.label(b, b"same")
+    blocks.release([a, b])
+    assert blocks.hold(b"same") == a
+    assert blocks.take() == b
+    assert blocks.available == 0
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_counts_are_right_whatever_happens(seed: int) -> None:
+    random_ = random.Random(seed)
+    blocks = KvBlocks(random_.randint(1, 12))
+    holds: list[int] = []
+    keys: list[bytes] = []
+    for step in range(400):
+        action = random_.random()
+        if action < 0.4 and blocks.available:
+            holds.append(blocks.take())
+        elif action < 0.6 and holds:
+            key = str(step).encode()
+            blocks.label(random_.choice(holds), key)
+            keys.append(key)
+        elif action < 0.7 and keys and blocks.holds_idle(key := random_.choice(keys)) is not None:
+            holds.append(blocks.hold(key))
+        elif holds:
+            blocks.release([holds.pop(random_.randrange(len(holds)))])
+        counts = Counter(holds)
+        assert blocks.held == len(counts)
+        assert all(blocks.holders(block) == counts[block] for block in range(blocks.count))
+    blocks.release(holds)
+    assert sorted(blocks.take() for _ in range(blocks.count)) == list(range(blocks.count))
+
+
+def test_tables_are_runs() -> None:
+    table = BlockTable()
+    for block in (5, 6, 7, 2, 3, 9):
+        table.append(block)
+    assert table.runs == (5, 3, 2, 2, 9, 1)
+    table.append(10)
+    assert table.runs == (5, 3, 2, 2, 9, 2)
+    assert table.clear() == [5, 6, 7, 2, 3, 9, 10]
+    assert table.runs == () and len(table) == 0
+
+
+def filled(cache: PrefixCache, blocks: KvBlocks, tokens: list[int]) -> list[int]:
+    table = [blocks.take() for _ in range(len(tokens) // KV_BLOCK_TOKENS)]
+    cache.label([], tokens, table, 0, len(table))
+    return table
+
+
+def test_the_longest_equal_beginning_is_found() -> None:
+    blocks = KvBlocks(20)
+    cache = PrefixCache(blocks, "model", KvType.F16)
+    tokens = list(range(100))
+    table = filled(cache, blocks, tokens)
+    assert cache.find([], tokens, 99) == (6, 0)
+    assert cache.find([], tokens, 96) == (6, 0)
+    assert cache.find([], tokens, 95) == (5, 0)
+    assert cache.find([], [*tokens[:40], 7, *tokens[41:]], 99) == (2, 0)
+    assert cache.find([], [7, *tokens[1:]], 99) == (0, 0)
+    assert cache.find([], tokens[16:], 80) == (0, 0), "the same tokens elsewhere are something else"
+    blocks.release(table)
+    assert cache.find([], tokens, 99) == (6, 6)
+
+
+def test_another_model_or_kv_type_shares_nothing() -> None:
+    blocks = KvBlocks(20)
+    tokens = list(range(64))
+    filled(PrefixCache(blocks, "model", KvType.F16), blocks, tokens)
+    assert PrefixCache(blocks, "model", KvType.F16).find([], tokens, 64) == (4, 0)
+    assert PrefixCache(blocks, "other", KvType.F16).find([], tokens, 64) == (0, 0)
+    assert PrefixCache(blocks, "model", KvType.Q8_0).find([], tokens, 64) == (0, 0)
+    assert PrefixCache(blocks, "model", KvType.F16, enabled=False).find([], tokens, 64) == (0, 0)

@@ -1,0 +1,238 @@
+"""Layers with a window keep the KV memory of that window: the scheduler's side, on fake stages that check what lies
+there."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field, replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llamaclust.cluster.scheduler.kv_groups import WindowGroup, window_group
+from llamaclust.cluster.scheduler.requests import Generation
+from llamaclust.cluster.scheduler.scheduler import Scheduler
+from llamaclust.cluster.scheduler.settings import SchedulerSettings
+from llamaclust.core.sampling import RowResult
+from llamaclust.model.program import KV_BLOCK_TOKENS
+from llamaclust.wire.microbatch.messages import Chunk, Microbatch, SamplingInputs
+from support.clusters.fakes import VOCABULARY, FakeModel, FakeStages, Simulation, expected, linear
+
+
+@dataclass
+class WindowedModel(FakeModel):
+    """Beside the memory of all layers that of those with a window: whatever a row sees there must be its own."""
+
+    group: WindowGroup = field(default_factory=lambda: WindowGroup(1, 1))
+    window_blocks: int = 0
+    window_kv: dict[tuple[int, int], int] = field(default_factory=dict)
+    most: int = 0  # blocks of one sequence
+
+    def run(self, microbatch: Microbatch, inputs: SamplingInputs) -> tuple[RowResult, ...]:
+        for chunk in microbatch.chunks:
+            self._check(chunk, chunk.position, self._read(self._table(chunk), chunk.position))
+        for chunk in microbatch.chunks:
+            for position, token in enumerate(chunk.tokens, chunk.position):
+                self.window_kv[self._place(chunk, position)] = token
+        rows = super().run(microbatch, inputs)
+        for chunk in microbatch.chunks:  # keys and values of all rows are stored before any row reads them
+            end = chunk.position + len(chunk.tokens)
+            self._check(chunk, end, self._read(self._table(chunk), end))
+        return rows
+
+    def _check(self, chunk: Chunk, end: int, tokens: list[int]) -> None:
+        for position in range(max(0, chunk.position - self.group.window + 1), end):
+            assert self.window_kv[self._place(chunk, position)] == tokens[position]
+
+    def _place(self, chunk: Chunk, position: int) -> tuple[int, int]:
+        runs = zip(chunk.window_table[::2], chunk.window_table[1::2], strict=True)
+        table = [block for start, count in runs for block in range(start, start + count)]
+        self.most = max(self.most, len(table))
+        assert all(0 <= block < self.window_blocks for block in table) and len(set(table)) == len(table)
+        index = position // KV_BLOCK_TOKENS - chunk.window_start
+        assert 0 <= index < len(table), "a block that is not there is needed"
+        return table[index], position % KV_BLOCK_TOKENS
+
+
+def simulation(window: int, spare: int = 0, stages: int = 2, **changes: object) -> Simulation:
+    """With as many window blocks as one sequence takes, and `spare` ones."""
+    base = SchedulerSettings("m", VOCABULARY, context_length=400, kv_blocks=100, max_sequences=6, max_rows=64)
+    chosen = replace(base, max_outputs=32, **changes)  # type: ignore[arg-type]
+    group = WindowGroup(window, chosen.max_rows)
+    blocks = group.sequence_blocks + group.row_blocks + spare
+    chosen = replace(chosen, window=window, window_blocks=blocks)
+    model = WindowedModel(chosen.kv_blocks, group=group, window_blocks=blocks)
+    return Simulation(Scheduler(chosen, 1, stages), FakeStages(model, [linear(100, 10)] * stages, 1000))
+
+
+def ask(length: int, max_tokens: int, start: int = 1, seed: int = 0, score_from: int | None = None) -> Generation:
+    prompt = tuple((start + 7 * i) % VOCABULARY for i in range(length))
+    return Generation("r", prompt, max_tokens, seed=seed, score_from=score_from)
+
+
+def check(run: Simulation, key: int, request: Generation) -> None:
+    chosen, scored, _ = expected(request, run.scheduler.settings.max_tokens)
+    assert run.rows(key) == chosen
+    assert run.scores(key) == scored
+
+
+def all_is_given_back(run: Simulation) -> bool:
+    memory = run.scheduler.memory
+    assert memory.window is not None
+    return memory.blocks.held == memory.window.blocks.held == 0
+
+
+@settings(max_examples=120, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_random_mixes_in_little_memory_end_and_give_the_same_tokens(seed: int) -> None:
+    source = random.Random(seed)
+    run = simulation(
+        source.choice([1, 2, 6, 15, 16, 17, 40, 100]),
+        spare=source.choice([0, 0, 1, 3, 10, 60]),
+        stages=source.randint(1, 4),
+        kv_blocks=source.randint(13, 60),
+        context_length=200,
+        prefill_chunk=source.choice([None, 1, 5, 16, 50]),
+        max_rows=source.choice([16, 64, 128]),
+        prefix_cache=source.random() < 0.8,
+        max_sequences=source.randint(1, 8),
+    )
+    requests: dict[int, Generation] = {}
+    epoch = 1
+    for number in range(source.randint(1, 12)):
+        tokens = source.choice([0, 1, 3, 30, 90])
+        score_from = source.choice([None, 5, 60]) if tokens else 1
+        request = ask(source.choice([2, 15, 16, 17, 48, 97, 150]), tokens, source.randint(0, 2), number, score_from)
+        requests[run.add(request)] = request
+        for _ in range(source.choice([0, 0, 1, 5, 20])):
+            run.step()
+        if source.random() < 0.15:
+            victim = source.choice(list(requests))
+            if run.scheduler.abort(victim) is not None:
+                del requests[victim]
+        if source.random() < 0.1:
+            epoch += 1
+            _restart(run, epoch)
+    run.finish()
+    for key, request in requests.items():
+        check(run, key, request)
+    assert all_is_given_back(run)
+
+
+def _restart(run: Simulation, epoch: int) -> None:
+    """On stages whose memory holds nothing."""
+    run.send_all()
+    run.sent.clear()
+    model = run.stages.model
+    assert isinstance(model, WindowedModel)
+    fresh = WindowedModel(model.kv_blocks, group=model.group, window_blocks=model.window_blocks)
+    run.stages = FakeStages(fresh, run.stages.stage_ns, 1000)
+    run.scheduler.restart(run.scheduler.settings, epoch, len(run.stages.stage_ns))
+
+
+def test_a_long_sequence_holds_its_window_and_the_rows_of_one_microbatch() -> None:
+    run = simulation(64, spare=200, kv_blocks=300, context_length=4800, max_rows=512)
+    held = []
+    memory = run.scheduler.memory.window
+    assert memory is not None
+    run.check = lambda scheduled: held.append(memory.blocks.held)
+    request = ask(4096, 40)
+    key = run.add(request)
+    run.finish()
+    check(run, key, request)
+    model = run.stages.model
+    assert isinstance(model, WindowedModel)
+    assert model.most <= (64 + 512) // 16 + 1
+    assert max(held) <= 64 // 16 + 1, "between microbatches"
+    assert all_is_given_back(run)
+
+
+def test_growth_preempts_where_window_blocks_are_short() -> None:
+    run = simulation(100, spare=3, max_sequences=4)
+    requests = [ask(20, 150, start) for start in range(4)]
+    keys = [run.add(request) for request in requests]
+    run.finish()
+    for key, request in zip(keys, requests, strict=True):
+        check(run, key, request)
+    assert run.scheduler.counts.preemptions > 0
+    assert all_is_given_back(run)
+
+
+@pytest.mark.parametrize("running", [1, 3, 6])
+def test_as_many_run_together_as_there_is_memory_for(running: int) -> None:
+    group = WindowGroup(100, 64)
+    run = simulation(100, spare=(running - 1) * group.sequence_blocks, kv_blocks=200)
+    for start in range(8):
+        run.add(ask(300, 60, start))
+    most = 0
+    while run.step():
+        most = max(most, run.scheduler.counts.running)
+    assert most == running
+    assert run.scheduler.counts.preemptions == 0
+
+
+def test_a_hit_has_the_whole_window_or_is_none() -> None:
+    run = simulation(40, spare=0)
+    first = ask(150, 3)
+    check_later = [run.add(first)]
+    run.finish()
+    assert run.scheduler.memory.window is not None
+    again = run.add(first)
+    run.finish()
+    cached = run.scheduler.counts.cached_tokens
+    assert cached == 144, "the last window is there"
+    branch = replace(first, prompt=(*first.prompt[:80], *range(50)))
+    other = run.add(branch)
+    run.finish()
+    for key, request in ((check_later[0], first), (again, first), (other, branch)):
+        check(run, key, request)
+    hit = run.scheduler.counts.cached_tokens - cached
+    assert hit in range(0, 81, 16)
+
+
+def test_a_hit_is_as_long_as_the_window_before_its_end_is_there() -> None:
+    run = simulation(40, spare=20)
+    run.add(ask(150, 3))
+    run.finish()
+    window, chain = run.scheduler.memory.window, chain_of(run, ask(150, 3))
+    assert window is not None
+    assert [window.usable(chain, found) for found in (0, 1, 5, 9)] == [0, 1, 5, 9]
+    window.blocks.unlabel(chain[:2])
+    assert [window.usable(chain, found) for found in (2, 4, 5, 9)] == [0, 0, 5, 9], "row 80 sees positions 41 to 80"
+    window.blocks.unlabel(chain[2:3])
+    assert [window.usable(chain, found) for found in (5, 6, 9)] == [0, 6, 9]
+    window.blocks.unlabel(chain[7:8])
+    assert window.usable(chain, 9) == 7
+
+
+def chain_of(run: Simulation, request: Generation) -> list[bytes]:
+    chain: list[bytes] = []
+    run.scheduler.memory._cache.find(chain, request.prompt, len(request.prompt) - 1)
+    return chain
+
+
+def test_groups_are_made_where_they_save_memory() -> None:
+    assert window_group(None, 4096, 544) is None
+    assert window_group(4096, 4096, 544) is None
+    assert window_group(1024, 8192, 544) == (group := WindowGroup(1024, 544))
+    assert group.sequence_blocks == 66 and group.row_blocks == 34
+    assert [group.blocks_beside(n * 512, 8192, 32) for n in (0, 1, 2, 99)] == [
+        66 + 34,
+        66 + 34,
+        5 * 66 + 34,
+        32 * 66 + 34,
+    ]
+    assert [group.first_seen(at) for at in (0, 1023, 1024 + 14, 1024 + 15)] == [0, 0, 0, 1]
+
+    assert WindowGroup(4096, 544).blocks_beside(4 * 512, 8192, 32) == 4 * 512
+
+
+@pytest.mark.parametrize("window", range(1, 70))
+def test_a_sequence_never_needs_more_than_it_is_promised(window: int) -> None:
+    group = WindowGroup(window, 64)
+    for at in range(200):
+        for rows in (1, 2, 15, 16, 17, 33):
+            held = -(-(at + rows) // KV_BLOCK_TOKENS) - group.first_seen(at)
+            beside = 0 if rows == 1 else rows / KV_BLOCK_TOKENS
+            assert held <= group.sequence_blocks + beside

@@ -1,0 +1,87 @@
+"""A scheduler that is put on other stages again and again, at any moment: the same tokens and scores."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from random import Random, SystemRandom
+
+import pytest
+
+from llamaclust.cluster.scheduler.requests import Generation
+from llamaclust.cluster.scheduler.scheduler import Scheduler
+from llamaclust.cluster.scheduler.settings import SchedulerSettings
+from llamaclust.core.errors import WireError
+from llamaclust.core.sampler_chain import SamplerChain
+from llamaclust.core.sampling import SamplingParams
+from support.clusters.fakes import VOCABULARY, FakeModel, FakeStages, Simulation, expected, linear
+
+SEED = SystemRandom().randrange(1 << 32)
+SETTINGS = SchedulerSettings(
+    "m", VOCABULARY, context_length=200, kv_blocks=40, max_sequences=6, max_waiting=64, prefill_chunk=24
+)
+
+
+def stages(source: Random, kv_blocks: int) -> FakeStages:
+    """As many as there may be, whose memory holds nothing."""
+    return FakeStages(FakeModel(kv_blocks), [linear(source.randrange(50, 500), 10)] * source.randrange(1, 4))
+
+
+def request(source: Random, number: int) -> Generation:
+    prompt = tuple(source.randrange(VOCABULARY) for _ in range(source.randrange(1, 90)))
+    tokens = source.choice((0, 5, 40))
+    params = source.choice((SamplingParams(), SamplingParams(chain=SamplerChain(mirostat=2))))
+    score_from = source.choice((None, 1)) if tokens else 1
+    return Generation(f"r{number}", prompt, tokens, params, seed=number, score_from=score_from)
+
+
+@pytest.mark.parametrize("number", range(12))
+def test_restarts_at_any_moment_change_nothing(number: int) -> None:
+    print(f"seed {SEED}, {number}")
+    source = Random(f"{SEED} {number}")
+    first = stages(source, SETTINGS.kv_blocks)
+    run = Simulation(Scheduler(SETTINGS, 1, len(first.stage_ns)), first)
+    asks = [request(source, i) for i in range(20)]
+    keys = [run.add(ask) for ask in asks]
+    epoch = 1
+    for _ in range(source.randrange(2, 12)):
+        for _ in range(source.randrange(12)):
+            run.step()
+        run.send_all()
+        epoch += 1
+        kv_blocks = source.randrange(14, 60)
+        run.stages = stages(source, kv_blocks)
+        run.sent.clear()
+        run.scheduler.restart(replace(SETTINGS, kv_blocks=kv_blocks), epoch, len(run.stages.stage_ns))
+        assert run.scheduler.counts.in_flight == run.scheduler.counts.running == 0
+    run.finish()
+    for key, ask in zip(keys, asks, strict=True):
+        rows, scores, _ = expected(ask, SETTINGS.context_length)
+        assert run.rows(key) == rows
+        assert run.scores(key) == scores
+    assert run.scheduler.memory.blocks.held == 0
+
+
+def test_those_that_were_first_are_first_again() -> None:
+    source = Random(SEED)
+    run = Simulation(Scheduler(SETTINGS, 1, 1), stages(source, SETTINGS.kv_blocks))
+    keys = [run.add(replace(request(source, i), max_tokens=30, prompt=(1,) * 40)) for i in range(12)]
+    for _ in range(10):
+        run.step()
+    run.send_all()
+    run.scheduler.restart(SETTINGS, 2, 1)
+    assert [sequence.key for sequence in run.scheduler._waiting] == [
+        key for key in keys if key in run.scheduler._sequences
+    ]
+
+
+def test_an_answer_of_an_older_epoch_is_refused() -> None:
+    source = Random(SEED)
+    run = Simulation(Scheduler(SETTINGS, 1, 1), stages(source, SETTINGS.kv_blocks))
+    run.add(replace(request(source, 0), max_tokens=5))
+    run.send_all()
+    _, late = run.sent.popleft()
+    run.scheduler.restart(SETTINGS, 2, 1)
+    run.stages = stages(source, SETTINGS.kv_blocks)
+    run.send_all()
+    with pytest.raises(WireError, match="of epoch 1, but microbatch 0 of epoch 2 is due"):
+        run.scheduler.complete(late, run.now_ns)

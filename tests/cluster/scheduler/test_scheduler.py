@@ -1,0 +1,323 @@
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llamaclust.cluster.scheduler.in_flight import ScheduledMicrobatch
+from llamaclust.cluster.scheduler.requests import FinishReason, Generation
+from llamaclust.cluster.scheduler.scheduler import Scheduler
+from llamaclust.cluster.scheduler.settings import SchedulerSettings
+from llamaclust.core.errors import QueueFullError, RequestError, WireError
+from llamaclust.core.sampler_chain import SamplerChain, Step
+from llamaclust.core.sampling import SamplingParams
+from llamaclust.core.sampling_bounds import MAX_BREAKERS_TOKENS
+from llamaclust.model.program import KV_BLOCK_TOKENS
+from llamaclust.wire.microbatch.messages import Result
+from support.clusters.fakes import VOCABULARY, FakeModel, FakeStages, Simulation, blocks_of, expected, linear, reason_of
+
+BASE = SchedulerSettings(
+    model_id="m",
+    vocabulary=VOCABULARY,
+    context_length=200,
+    kv_blocks=64,
+    max_sequences=8,
+    max_rows=128,
+    max_outputs=32,
+)
+MIROSTAT = SamplingParams(chain=SamplerChain(mirostat=1))
+DRY = SamplingParams(chain=SamplerChain((Step.DRY,), dry_multiplier=1.0))
+
+
+def simulation(
+    stages: int = 2, fixed_us: float = 100, row_us: float = 10, hop_us: float = 1, **changes: object
+) -> Simulation:
+    chosen = replace(BASE, **changes)  # type: ignore[arg-type]
+    fake = FakeStages(FakeModel(chosen.kv_blocks), [linear(fixed_us, row_us)] * stages, round(hop_us * 1000))
+    return Simulation(Scheduler(chosen, epoch=1, stages=stages), fake)
+
+
+def ask(length: int, max_tokens: int, start: int = 1, **fields: object) -> Generation:
+    prompt = tuple((start + 7 * i) % VOCABULARY for i in range(length))
+    return Generation("r", prompt, max_tokens, **fields)  # type: ignore[arg-type]
+
+
+def check_answer(run: Simulation, key: int, request: Generation) -> None:
+    chosen, scored, reason = expected(request, run.scheduler.settings.max_tokens)
+    assert run.rows(key) == chosen
+    assert run.scores(key) == scored
+    assert reason_of(run.updates[key]) is reason
+
+
+def check_writes(run: Simulation) -> None:
+    """From now on asserts that no microbatch writes a block of another table, or one block for two sequences."""
+
+    def check(scheduled: ScheduledMicrobatch) -> None:
+        written: list[int] = []
+        for chunk in scheduled.microbatch.chunks:
+            table = blocks_of(chunk)
+            end = chunk.position + len(chunk.tokens)
+            written += table[chunk.position // KV_BLOCK_TOKENS : (end - 1) // KV_BLOCK_TOKENS + 1]
+        assert len(set(written)) == len(written), "two sequences write one block"
+        assert all(run.scheduler.memory.blocks.holders(block) == 1 for block in written), "a shared block is written"
+
+    run.check = check
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, 127, None])
+@pytest.mark.parametrize("stages", [1, 2, 5])
+@pytest.mark.parametrize("kv_blocks", [13, 17, 64])
+def test_answers_do_not_depend_on_chunks_stages_or_memory(chunk: int | None, stages: int, kv_blocks: int) -> None:
+    run = simulation(stages, prefill_chunk=chunk, kv_blocks=kv_blocks)
+    check_writes(run)
+    requests = [ask(length, 40, start=length % 5) for length in (1, 2, 16, 17, 33, 100, 100, 150)]
+    keys = [run.add(request) for request in requests]
+    run.finish()
+    for key, request in zip(keys, requests, strict=True):
+        check_answer(run, key, request)
+    assert run.scheduler.counts.kv_blocks_held == 0
+    if kv_blocks == 64:
+        assert run.scheduler.counts.preemptions == 0
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_random_mixes_give_the_same_tokens_and_leak_nothing(seed: int) -> None:
+    random_ = random.Random(seed)
+    run = simulation(
+        stages=random_.randint(1, 4),
+        fixed_us=random_.choice([0, 100, 1000]),
+        row_us=random_.choice([1, 10, 500]),
+        hop_us=random_.choice([0, 1, 50, 1000]),
+        prefill_chunk=random_.choice([None, None, 1, 5, 16, 100]),
+        kv_blocks=random_.randint(13, 40),
+        max_sequences=random_.randint(1, 8),
+        max_outputs=random_.randint(8, 16),
+        prefix_cache=random_.random() < 0.8,
+    )
+    check_writes(run)
+    requests: dict[int, Generation] = {}
+    aborted: set[int] = set()
+    for _ in range(random_.randint(1, 14)):
+        request = random_request(random_)
+        key = run.add(request)
+        requests[key] = request
+        for _ in range(random_.choice([0, 0, 1, 5, 20])):
+            run.step()
+        if random_.random() < 0.15:
+            victim = random_.choice(list(requests))
+            if run.scheduler.abort(victim) is not None:
+                aborted.add(victim)
+    run.finish()
+    for key in requests.keys() - aborted:
+        check_answer(run, key, requests[key])
+    counts = run.scheduler.counts
+    assert (counts.kv_blocks_held, counts.running, counts.waiting, counts.in_flight) == (0, 0, 0, 0)
+    assert run.scheduler.memory.blocks.available == counts.kv_blocks
+
+
+def random_request(random_: random.Random) -> Generation:
+    max_tokens = random_.choice([0, 1, 3, 30, 90])
+    return ask(
+        random_.choice([2, 3, 15, 16, 17, 31, 48, 90, 150]),
+        max_tokens,
+        start=random_.randint(0, 2),
+        seed=random_.randint(0, 3),
+        score_from=random_.choice([None, 0, 5, 20, 60]) if max_tokens else random_.choice([0, 1]),
+        stop_token_ids=frozenset(random_.sample(range(VOCABULARY), random_.choice([0, 3]))),
+        min_tokens=random_.choice([0, 0, 4]),
+        params=random_.choice([SamplingParams(), SamplingParams(repetition_penalty=1.1), MIROSTAT, DRY]),
+        penalty_window=random_.choice([3, 64]),
+        dry_window=random_.choice([0, 9, 200]),
+        breakers={5: ((5,), (5, 6)), 40: ((40, 41, 42),)},
+    )
+
+
+def test_breakers_that_no_last_stage_would_take_are_refused() -> None:
+    run = simulation()
+    many = {5: tuple((5, 1 + number % 9) for number in range(MAX_BREAKERS_TOKENS // 2))}
+    with pytest.raises(RequestError, match=f"dry_sequence_breakers.* at most {MAX_BREAKERS_TOKENS} are taken"):
+        run.add(replace(ask(9, 3, params=DRY), breakers=many | {6: ((6,),)}))
+    run.add(replace(ask(9, 3, params=DRY), breakers=many))
+
+
+def test_shared_prompts_are_computed_once() -> None:
+    run = simulation()
+    check_writes(run)
+    for start in (1, 1, 1, 2):
+        run.add(ask(100, 5, start=start))
+        run.finish()
+    assert run.scheduler.counts.cached_tokens == 2 * 96
+    assert run.scheduler.counts.computed_tokens == 100 + 4 + 4 + 100
+
+
+def test_equal_prompts_that_arrive_together_share_too() -> None:
+    run = simulation(prefill_chunk=100)
+    check_writes(run)
+    keys = [run.add(ask(97, 5, choice=choice)) for choice in range(4)]
+    run.finish()
+    assert run.scheduler.counts.computed_tokens == 97 + 3 * 1
+    for choice, key in enumerate(keys):
+        check_answer(run, key, ask(97, 5, choice=choice))
+
+
+def test_the_last_prompt_token_is_computed_into_a_block_of_its_own() -> None:
+    run = simulation()
+    check_writes(run)
+    for _ in range(2):
+        key = run.add(ask(96, 3))
+        run.finish()
+        check_answer(run, key, ask(96, 3))
+    assert run.scheduler.counts.cached_tokens == 80
+
+
+def test_cached_blocks_are_given_up_when_memory_is_needed() -> None:
+    run = simulation(kv_blocks=13)
+    for start in (1, 2, 1):
+        run.add(ask(190, 2, start=start))
+        run.finish()
+    assert run.scheduler.counts.cached_tokens <= 16
+    assert run.scheduler.memory.blocks.available == 13
+
+
+def test_without_a_prefix_cache_nothing_is_kept() -> None:
+    run = simulation(prefix_cache=False)
+    for _ in range(2):
+        run.add(ask(100, 2))
+        run.finish()
+    assert run.scheduler.counts.computed_tokens == 200
+
+
+def test_scored_rows_are_computed_though_cached() -> None:
+    run = simulation(max_outputs=10)
+    run.add(ask(100, 2))
+    run.finish()
+    request = ask(100, 0, score_from=50)
+    key = run.add(request)
+    run.finish()
+    check_answer(run, key, request)
+    assert run.scheduler.counts.cached_tokens == 48
+    assert max(scheduled.microbatch.outputs for scheduled in run.microbatches) <= 10
+
+
+def test_nothing_to_compute_is_no_work() -> None:
+    run = simulation()
+    for request in (ask(5, 0), ask(1, 0, score_from=0), ask(5, 0, score_from=5)):
+        assert not run.scheduler.add(request, 1).has_work
+    assert run.scheduler.next_microbatch(1) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt": ()}, "prompt is empty"),
+        ({"prompt": (1,) * 201}, "has 201 tokens, the context 200"),
+        ({"prompt": (1,) * 200}, "fills the whole context of 200"),
+        ({"prompt": (1, 101)}, r"prompt: token id 101 is not one of the model's \[0, 101\)"),
+        ({"prompt": (-1,)}, "token id -1"),
+        ({"max_tokens": -1}, "max_tokens is -1"),
+        ({"seed": 1 << 64}, "seed is"),
+        ({"top_logprobs": 129}, "top_logprobs is 129"),
+        ({"score_from": -1}, "score_from is -1"),
+        ({"stop_token_ids": frozenset({500})}, "stop_token_ids: token id 500"),
+        ({"stop_token_ids": frozenset(range(101)), "min_tokens": 1}, "stop_token_ids are all 101 tokens"),
+        ({"params": SamplingParams(temperature=float("nan"))}, "temperature is nan"),
+        ({"params": SamplingParams(top_p=1.5)}, r"top_p is 1.5, must be within 0\.0\.\.1\.0"),
+        ({"params": SamplingParams(repetition_penalty=0.0)}, "repetition_penalty is 0.0"),
+        ({"params": SamplingParams(logit_bias=((3, 1.0), (2, 1.0)))}, "must be ascending"),
+        ({"params": SamplingParams(logit_bias=((3, float("inf")),))}, "logit_bias of token 3 is inf"),
+    ],
+)
+def test_bad_requests_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        simulation().scheduler.add(replace(ask(3, 5), **changes), 1)  # type: ignore[arg-type]
+
+
+def test_max_tokens_ends_with_the_context() -> None:
+    run = simulation()
+    key = run.add(ask(190, 1000))
+    run.finish()
+    assert len(run.rows(key)) == 10
+    assert reason_of(run.updates[key]) is FinishReason.LENGTH
+
+
+def test_a_full_queue_refuses() -> None:
+    run = simulation(max_sequences=2, max_waiting=3)
+    for _ in range(5):
+        run.add(ask(10, 5))
+    with pytest.raises(QueueFullError, match="5 requests wait"):
+        run.add(ask(10, 5))
+    run.finish()
+
+
+def test_results_out_of_turn_are_refused() -> None:
+    run = simulation()
+    with pytest.raises(WireError, match="nothing is due"):
+        run.scheduler.complete(Result(1, 0), 1)
+    run.add(ask(10, 5))
+    run.send_all()
+    with pytest.raises(WireError, match="microbatch 0 of epoch 1 is due"):
+        run.scheduler.complete(Result(1, 1), 1)
+    with pytest.raises(WireError, match="0 results instead of 1"):
+        run.scheduler.complete(Result(1, 0), 1)
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
+    run = simulation(context_length=4096, kv_blocks=600, prefill_chunk=64)
+    long = run.add(ask(4000, 1))
+    run.step()
+    short = run.add(ask(20, 1))
+    while not run.updates[short]:
+        assert run.step()
+    assert not run.updates[long]
+    chunks = [scheduled.microbatch for scheduled in run.microbatches]
+    assert len(chunks) < 10
+    assert all(len(chunk.chunks[-1].tokens) >= 32 for chunk in chunks[:-1]), "the long one must go on meanwhile"
+    run.finish()
+
+
+def test_those_who_decode_go_on_while_a_prompt_is_computed() -> None:
+    run = simulation(context_length=4096, kv_blocks=600, prefill_chunk=64)
+    talking = run.add(ask(10, 200))
+    for _ in range(5):
+        run.step()
+    before = len(run.rows(talking))
+    long = run.add(ask(4000, 1, start=50))
+    while not run.updates[long]:
+        assert run.step()
+    steps = -(-4000 // 64)
+    assert len(run.rows(talking)) - before >= steps // run.scheduler.times.in_flight - 1
+
+
+def test_the_oldest_is_never_preempted() -> None:
+    run = simulation(kv_blocks=13)
+    oldest = run.add(ask(20, 170))
+    others = [run.add(ask(20, 100, start=start)) for start in range(2, 6)]
+    tokens_seen = 0
+    while len(run.rows(oldest)) < 170:
+        assert run.step()
+        first = run.scheduler.sequences[0] if run.scheduler.sequences else None
+        if first is not None and first.key == oldest:
+            assert len(first.table) * KV_BLOCK_TOKENS >= tokens_seen
+            tokens_seen = first.scheduled
+    run.finish()
+    assert run.scheduler.counts.preemptions > 0
+    for start, key in enumerate(others, 2):
+        check_answer(run, key, ask(20, 100, start=start))
+
+
+def test_a_preempted_sequence_waits_for_what_is_in_flight() -> None:
+    run = simulation()
+    request = ask(20, 10)
+    key = run.add(request)
+    run.step()
+    run.send_all()
+    (sequence,) = run.scheduler.sequences
+    assert sequence.in_flight == 1 and sequence.is_decoding
+    run.scheduler._preempt(sequence)
+    assert run.scheduler.next_microbatch(run.now_ns) is None, "its next token is not known yet"
+    run.finish()
+    check_answer(run, key, request)

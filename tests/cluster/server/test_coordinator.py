@@ -1,0 +1,167 @@
+"""What `open_cluster` asks of workers and of the machine, on clusters of real processes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from llamaclust.cli.planning import plan_of
+from llamaclust.cluster.config.cluster_config import ClusterConfig
+from llamaclust.cluster.config.environment import FEATURE_LEVELS
+from llamaclust.cluster.control.plan_inputs import check_plan, plan_cluster
+from llamaclust.cluster.control.resource_shares import memory_shares
+from llamaclust.cluster.membership.worker_handle import WorkerHandle
+from llamaclust.cluster.server.coordinator import Cluster, open_cluster
+from llamaclust.cluster.server.status import cluster_status
+from llamaclust.cluster.state.directory import (
+    ClusterDir,
+    ClusterRecord,
+    Measurement,
+    read_measurements,
+    write_measurements,
+)
+from llamaclust.core.errors import UsageError
+from llamaclust.kernels import _native
+from llamaclust.model.loader import Model
+from llamaclust.model.program import KvType
+from llamaclust.wire.rpc.deadlines import deadline
+from support.clusters.served import run_async
+from support.models.tiny_model import build_tiny_model
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_model(tmp_path_factory.mktemp("model") / "tiny.gguf", layers=4, context=256)
+
+
+@asynccontextmanager
+async def opened(model: Path, folder: Path, **values: object) -> AsyncIterator[Cluster]:
+    speeds = {"bandwidth": 20.0, "int8": 300.0}
+    workers = [{"name": "a", "threads": 1, **speeds}, {"name": "b", "threads": 1, **speeds}]
+    base = {"model": str(model), "workers": workers, "objective": "throughput", "context_length": 256}
+    config = ClusterConfig.model_validate({**base, "state_dir": folder, **values})
+    directory = ClusterDir(folder / config.name)
+    with directory.locked():
+        async with open_cluster(config, model, directory) as cluster:
+            yield cluster
+
+
+async def next_heartbeat(worker: WorkerHandle) -> None:
+    """Waits until the worker has shown another sign of life."""
+    last = worker.heartbeat
+    while worker.heartbeat is last:
+        assert worker.loss is None, worker.loss
+        await asyncio.sleep(0.01)
+
+
+@run_async
+async def test_heartbeats_keep_up_with_a_short_timeout(tiny: Path, tmp_path: Path) -> None:
+    """For longer than the timeout."""
+    silence_s = 0.6
+    async with opened(tiny, tmp_path, timeouts={"worker": silence_s}) as cluster:
+        begun = asyncio.get_running_loop().time()
+        async with deadline("signs of life", 30):
+            while asyncio.get_running_loop().time() < begun + silence_s:
+                await asyncio.gather(*map(next_heartbeat, cluster.registry.workers.values()))
+        assert cluster.engine.error is None
+        status = cluster_status(cluster, ClusterRecord("default", 1, "http://127.0.0.1:1", "tiny"))
+    for worker in status["status"]["workers"]:
+        assert worker["heartbeat"]["resident_bytes"] > 1 << 20 and worker["heartbeat"]["free_memory_bytes"] > 0
+        assert (worker["threads"], worker["feature_level"]) == (
+            1,
+            cluster.registry.workers["a"].registration.feature_level,
+        )
+
+
+@run_async
+async def test_measurements_are_kept_for_every_cluster_of_the_machine(tiny: Path, tmp_path: Path) -> None:
+    """A cluster of another name measures nothing; what a file states is not kept as measured."""
+    async with opened(tiny, tmp_path):
+        assert read_measurements(tmp_path) == {}
+    workers = [{"name": "a", "threads": 1}, {"name": "b", "threads": 1}]
+    async with opened(tiny, tmp_path, name="first", workers=workers):
+        kept = read_measurements(tmp_path)
+    assert len(kept) == 2, "with the model and without it"
+    made_up = dict.fromkeys(kept, Measurement(7.0, 8.0))
+    write_measurements(tmp_path, made_up)
+    async with opened(
+        tiny, tmp_path, name="second", workers=[{**one, "name": f"{one['name']}2"} for one in workers]
+    ) as cluster:
+        assert read_measurements(tmp_path) == made_up
+        plan = cluster.plan
+    file = tmp_path / "cluster.yaml"
+    values = {"name": "third", "model": str(tiny), "objective": "throughput", "context_length": 256}
+    file.write_text(json.dumps({**values, "state_dir": str(tmp_path), "workers": workers}))
+    planned = plan_of(file, [])
+    assert planned.prediction is not None and plan.prediction is not None
+    assert planned.prediction.token_ms == plan.prediction.token_ms
+    assert plan_of(file, ["workers.a.threads=2"]).prediction is None
+
+
+def test_a_feature_level_that_is_not_there_is_refused_before_a_worker_starts(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = _native.available_levels()
+    level = next(level for level in FEATURE_LEVELS if level not in there)
+    monkeypatch.setenv("LLAMACLUST_FEATURE_LEVEL", level)
+    says = f"feature level {level!r} is not available on this machine; there is: {', '.join(there)}"
+
+    async def start() -> None:
+        async with opened(tiny, tmp_path):
+            pass
+
+    with pytest.raises(UsageError) as caught:
+        asyncio.run(start())
+    assert (str(caught.value), caught.value.exit_code) == (says, 2)
+    assert not list(tmp_path.rglob("*.log"))
+    file = tmp_path / "cluster.yaml"
+    file.write_text(json.dumps({"model": str(tiny), "state_dir": str(tmp_path), "workers": [{"name": "a"}]}))
+    with pytest.raises(UsageError) as caught:
+        plan_of(file, [])
+    assert str(caught.value) == says
+
+
+@pytest.mark.parametrize(("workers", "refused"), [(1, False), (2, True)])
+def test_microbatches_that_fit_in_no_message_are_refused(tiny: Path, workers: int, refused: bool) -> None:
+    model: Any = SimpleNamespace(hyperparameters=SimpleNamespace(embedding_length=1 << 17, context_length=256))
+    values = {"model": "m", "context_length": 256, "workers": [{"name": f"w{index}"} for index in range(workers)]}
+    config = ClusterConfig.model_validate(values)
+    with pytest.raises(UsageError, match="544 tokens: 496 tokens") if refused else nullcontext():
+        check_plan(config, model)
+
+
+def test_more_stages_than_a_result_can_name_are_refused(tmp_path: Path) -> None:
+    model = Model.open(build_tiny_model(tmp_path / "deep.gguf", layers=256, context=64))
+    names = [f"w{index}" for index in range(256)]
+    plan = [{"worker": name, "layers": [index, index + 1]} for index, name in enumerate(names)]
+    values = {"model": "m", "context_length": 64, "workers": [{"name": name} for name in names], "plan": plan}
+    config = ClusterConfig.model_validate(values)
+    with pytest.raises(UsageError, match="256 stages, 255 are possible"):
+        plan_cluster(config, model, dict.fromkeys(names, 1 << 40), {})
+
+
+@pytest.mark.parametrize("kv_type", KvType)
+@run_async
+async def test_stages_take_what_the_plan_promised(kv_type: KvType, tiny: Path, tmp_path: Path) -> None:
+    async with opened(tiny, tmp_path, kv_type=kv_type.value) as cluster:
+        layer = cluster.model.program(0, 1).kv_layers[0]
+        promised = cluster.plan.kv_blocks * 16 * layer.kv_heads * kv_type.pair_bytes(layer.head_dim)
+        assert sum(stage.kv_bytes for stage in cluster.plan.stages) == cluster.model.layer_count * promised
+        for stage in cluster.plan.stages:
+            ((_, loaded),) = cluster.registry.workers[stage.worker].stages.values()
+            assert (loaded.kv_bytes, loaded.workspace_bytes) == (stage.kv_bytes, stage.workspace_bytes)
+            assert loaded.weight_bytes == pytest.approx(stage.weight_bytes, rel=0.02)
+
+
+def test_memory_is_promised_once() -> None:
+    assert memory_shares({"a": 60, "b": None}, 100) == {"a": 50, "b": 50}
+    assert memory_shares({"a": 20, "b": None, "c": None}, 100) == {"a": 20, "b": 40, "c": 40}
+    assert memory_shares({"a": 30, "b": 20}, 100) == {"a": 30, "b": 20}
+    assert memory_shares({"a": 300, "b": 20}, 100) == {"a": 80, "b": 20}

@@ -1,0 +1,129 @@
+"""What clusters leave on disk, and how other processes find them."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import resource
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from llamaclust.cluster.launchers.run_directory import run_directory
+from llamaclust.cluster.state.directory import (
+    ClusterDir,
+    ClusterRecord,
+    Measurement,
+    find_running,
+    read_measurements,
+    write_measurements,
+)
+from llamaclust.core.errors import LlamaclustError, UsageError
+from support.clusters.command_line import eventually
+
+
+def test_looking_whether_a_cluster_runs_disturbs_nobody(tmp_path: Path) -> None:
+    """One who looks is neither taken for a cluster by another, nor in the way of a start."""
+    folder = ClusterDir(tmp_path / "home")
+    with folder.locked():
+        assert folder.is_running
+        with pytest.raises(UsageError, match="already running"), folder.locked():
+            pass
+    looking = os.open(folder.path / "lock", os.O_RDWR)
+    fcntl.flock(looking, fcntl.LOCK_SH)
+    assert not folder.is_running
+    leaving = threading.Timer(0.01, os.close, (looking,))
+    leaving.start()
+    with folder.locked():
+        assert folder.is_running
+    leaving.join()
+    assert not folder.is_running
+
+
+def test_a_cluster_of_another_state_directory_is_found_while_it_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = tmp_path / "usual"
+    monkeypatch.setenv("LLAMACLUST_STATE_DIR", str(usual))
+    folder = ClusterDir(tmp_path / "own" / "home")
+    record = ClusterRecord("home", os.getpid(), "http://127.0.0.1:1", "m")
+    with folder.locked():
+        folder.write_record(record)
+        for name in (None, "home"):
+            found, found_record = find_running(usual, name)
+            assert found_record == record and found.log_file("a").parent.samefile(folder.logs)
+            assert found.is_running
+        nearer = ClusterDir(usual / "home")
+        with nearer.locked():
+            nearer.write_record(record)
+            assert find_running(usual, "home")[0] == nearer
+            nearer.remove_record()
+        folder.remove_record()
+    assert list((usual / ".elsewhere").iterdir()) == []
+    with pytest.raises(UsageError, match=rf"no cluster is running: .*; the last one's logs: {nearer.logs}"):
+        find_running(usual, None)
+    with pytest.raises(UsageError, match=r"start one with `llamaclust up`$"):
+        find_running(tmp_path / "nowhere", None)
+
+
+def test_a_folder_that_is_deleted_under_a_cluster_comes_back(tmp_path: Path) -> None:
+    folder = ClusterDir(tmp_path / "home")
+    record = ClusterRecord("home", os.getpid(), "http://127.0.0.1:1", "m")
+    with folder.locked():
+        folder.write_record(record)
+        for _ in range(2):
+            shutil.rmtree(tmp_path / "home")
+            eventually(lambda: folder.is_running and folder.read_record() == record, 30.0, "the folder again")
+            assert folder.logs.is_dir()
+            with pytest.raises(UsageError, match=rf"already running \(pid {os.getpid()}"), folder.locked():
+                pass
+    assert not folder.is_running
+
+
+def test_a_cluster_whose_name_was_taken_meanwhile_leaves_the_other_alone(tmp_path: Path) -> None:
+    folder = ClusterDir(tmp_path / "home")
+    other = ClusterRecord("home", 1, "http://127.0.0.1:2", "m")
+    with folder.locked():
+        (folder.path / "lock").unlink()
+        with folder.locked():
+            folder.write_record(other)
+            folder.remove_record()
+            assert folder.read_record() == other
+    folder.remove_record()
+    assert folder.read_record() is None
+
+
+@contextmanager
+def full_disk(room_bytes: int) -> Iterator[None]:
+    """No file may become longer than that."""
+    before, soft_and_hard = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room_bytes, soft_and_hard[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, soft_and_hard)
+        signal.signal(signal.SIGXFSZ, before)
+
+
+def test_a_full_disk_is_told_with_the_file_and_leaves_none(tmp_path: Path) -> None:
+    known = {"a": Measurement(1.0, 2.0)}
+    write_measurements(tmp_path, known)
+    folder = ClusterDir(tmp_path / "home")
+    folder.create()
+    before = sorted(tmp_path.rglob("*"))
+    with full_disk(10):
+        with pytest.raises(
+            LlamaclustError, match=rf"^{tmp_path}/\.measurements\.json: cannot be written: File too large"
+        ):
+            write_measurements(tmp_path, {"b": Measurement(3.0, 4.0)})
+        with pytest.raises(LlamaclustError, match=r"/home/cluster\.json: cannot be written"):
+            folder.write_record(ClusterRecord("home", 1, "http://127.0.0.1:1", "m"))
+        with pytest.raises(LlamaclustError, match="token: cannot be written"), run_directory(folder.path):
+            pass
+    assert sorted(tmp_path.rglob("*")) == before
+    assert read_measurements(tmp_path) == known

@@ -1,0 +1,100 @@
+"""Text of completions under pressure: full queues, slow readers, drains."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+
+from llamaclust.cluster.engine.engine import EngineState
+from llamaclust.cluster.text import stream
+from llamaclust.cluster.text.answer import Answer, collect
+from llamaclust.cluster.text.request import CompletionRequest
+from llamaclust.core.errors import DeadlineError, QueueFullError
+from support.clusters.served import ScriptedEngine, make_service, real_engine, run_async, says, until
+
+ASK = CompletionRequest("Hello", seed=7)
+
+
+async def answers(engine: ScriptedEngine, ask: CompletionRequest) -> list[Answer]:
+    async with await make_service(engine).start(ask) as stream:
+        return await collect(stream)
+
+
+@run_async
+async def test_later_choices_wait_where_the_queue_is_full() -> None:
+    engine = ScriptedEngine(says("a b"))
+    submit = engine.submit
+    refusals = [QueueFullError("full", 0.01), QueueFullError("full", 0.01)]
+
+    def picky(ask):  # type: ignore[no-untyped-def]
+        if ask.choice and refusals:
+            raise refusals.pop()
+        return submit(ask)
+
+    engine.submit = picky  # type: ignore[method-assign]
+    assert len(await answers(engine, replace(ASK, n=2))) == 2
+    assert not refusals
+
+
+@run_async
+async def test_later_choices_do_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "_QUEUE_S", 0.05)
+    engine = ScriptedEngine(says("a b"))
+    submit = engine.submit
+
+    def picky(ask):  # type: ignore[no-untyped-def]
+        if ask.choice:
+            raise QueueFullError("full", 0.01)
+        return submit(ask)
+
+    engine.submit = picky  # type: ignore[method-assign]
+    with pytest.raises(QueueFullError):
+        await answers(engine, replace(ASK, n=2))
+    assert engine.running == 0
+
+
+@run_async
+async def test_a_reader_that_falls_behind_ends_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "_MAX_UNREAD_ROWS", 20)
+    engine = ScriptedEngine(says("a" * 100))
+    async with await make_service(engine).start(replace(ASK, n=3)) as stream:
+        await anext(stream)
+        await until(lambda: engine.running == 0)
+        with pytest.raises(DeadlineError, match="read too slowly: 21 tokens"):
+            await collect(stream)
+
+
+@run_async
+async def test_a_drained_service_has_answered_every_choice() -> None:
+    async with real_engine() as (engine, pipeline):
+        service = make_service(engine)
+        pipeline.gate.clear()
+        stream = await service.start(replace(ASK, n=4, max_tokens=5))
+
+        async def read() -> list[Answer]:
+            async with stream:
+                return await collect(stream)
+
+        reading = asyncio.create_task(read())
+        draining = asyncio.create_task(engine.drain(10))
+        await until(lambda: engine.state is EngineState.DRAINING)
+        pipeline.gate.set()
+        await draining
+        assert len(await reading) == 4
+        assert service.active_requests == 0
+
+
+@run_async
+async def test_an_answer_that_nobody_reads_yet_is_kept_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts of one request are read one after the other."""
+    monkeypatch.setattr(stream, "_MAX_UNREAD_ROWS", 20)
+    engine = ScriptedEngine(says("a" * 100))
+    async with await make_service(engine).start(ASK) as stream:
+        await until(lambda: engine.running == 0)
+        (answer,) = await collect(stream)
+    assert answer.text == "a" * 100
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,168 @@
+"""Log lines with fields: whatever is in a record, it is one line that programs read back, and it holds no secret."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from random import SystemRandom
+
+import pytest
+
+from llamaclust.cluster.membership.log_tail import last_words
+from llamaclust.cluster.membership.worker_handle import WorkerHandle
+from llamaclust.core.logs import LogFormat, last_lines, last_trouble, name_cluster, read_line, start_logging
+from llamaclust.wire.control.messages import CoordinatorMessage, Heartbeat
+from support.clusters.command_line import CommandLine, command_line, eventually
+from support.clusters.control_messages import REGISTER
+from support.models.hostile_models import tiny
+
+HOSTILE = ('a "b" \\ c', "two\nlines", "\x1b[31mred", "level=info msg=x", "{", "", "naïve ☃", "a=b", "\\x", "\ud800")
+FIELDS = (LogFormat.LOGFMT, LogFormat.JSON)
+
+
+@contextmanager
+def logging_as(form: LogFormat, **where: str) -> Iterator[logging.Logger]:
+    """As a process that has just begun; pytest has handlers of its own."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    root.handlers[:] = []
+    try:
+        start_logging(form, **where)
+        yield logging.getLogger("x")
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
+
+
+@pytest.mark.parametrize("form", FIELDS)
+@pytest.mark.parametrize("text", HOSTILE)
+def test_whatever_is_said_is_one_line(form: LogFormat, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with logging_as(form, cluster="tiny", worker="") as log:
+        log.warning("%s", text, extra={"request": "abc", "tokens": 3})
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 1 and "\x1b" not in shown
+    assert read_line(shown[:-1]) == ("WARNING", text)
+    assert "worker" not in shown.partition("msg")[0]
+    if form is LogFormat.JSON:
+        fields = json.loads(shown)
+        assert (fields["cluster"], fields["request"], fields["tokens"], fields["msg"]) == ("tiny", "abc", 3, text)
+        assert fields["time"].endswith("Z")
+    else:
+        assert "level=warning cluster=tiny msg=" in shown and shown.endswith("request=abc tokens=3\n")
+
+
+@pytest.mark.parametrize("form", FIELDS)
+def test_a_worker_that_joins_names_its_cluster_from_then_on(
+    form: LogFormat, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with logging_as(form, cluster="", worker="a") as log:
+        log.warning("before")
+        assert last_trouble() == "before"
+        name_cluster("home")
+        assert last_trouble() == ""
+        log.error("after %d", 1)
+        log.info("later")
+        assert last_trouble() == "after 1"
+    before, after, _ = capsys.readouterr().err.splitlines()
+    assert "cluster" not in before and "home" in after and "worker" in after
+    assert re.search(r"cluster\W+home\W+worker\W+a\W", after)
+
+
+def test_the_last_lines_are_kept_as_they_were_written(capsys: pytest.CaptureFixture[str]) -> None:
+    with logging_as(LogFormat.TEXT) as log:
+        written = sum(last_lines()[1:], len(last_lines()[0]))
+        for number in range(1500):
+            log.info("line %d", number)
+        log.error("two\nlines")
+        lines, before = last_lines()
+    shown = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1000 and list(lines) == shown[-1000:] and lines[-1] == "lines"
+    assert before + len(lines) == written + 1502
+
+
+def test_the_last_words_of_a_worker_elsewhere_are_those_of_its_last_sign_of_life() -> None:
+    async def say(message: CoordinatorMessage) -> None:
+        """To nobody."""
+
+    handle = WorkerHandle(replace(REGISTER, log="/var/log/a.log", host="far"), say, lambda: "")
+    assert str(handle.error).endswith("is lost: no reason is known; look at /var/log/a.log on far")
+    handle.hear(Heartbeat(0.5, 1, 2, 3, 4, last_words="the disk is full"))
+    handle.lose("its connection broke")
+    words = "its connection broke; its last words: the disk is full; look at /var/log/a.log on far"
+    assert str(handle.error).endswith(words)
+
+
+@pytest.mark.parametrize("form", LogFormat)
+def test_last_words_of_every_format(form: LogFormat, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "a.log"
+
+    def words() -> str:
+        path.write_text(capsys.readouterr().err)
+        return last_words(path)
+
+    with logging_as(form, worker="a") as log:
+        log.info("all is well")
+        assert words() == ""
+        log.warning("low on memory")
+        log.info("goes on")
+        assert words() == "low on memory"
+        try:
+            raise ValueError("seven")
+        except ValueError:
+            log.exception("the worker failed")
+        assert words() == "ValueError: seven"
+
+
+@pytest.mark.parametrize(
+    "line", ["{" * 50_000, "level=info", 'level=info msg="\\q"', "level=1 msg=", "[1]", '{"level": 1}']
+)
+def test_lines_that_no_logger_wrote(line: str) -> None:
+    assert read_line(line) in (None, ("1", ""))
+
+
+@pytest.fixture(scope="module")
+def line() -> Iterator[CommandLine]:
+    with command_line() as line:
+        tiny(line.folder / "good.gguf")
+        yield line
+
+
+def test_a_cluster_tells_of_itself_in_fields(line: CommandLine) -> None:
+    """Coordinator, workers, requests by the ids that their replies have; no key, no token, no prompt."""
+    keys = line.folder / "keys"
+    keys.write_text("a-key-nobody-knows\n")
+    keys.chmod(0o600)
+    header = {"Authorization": "Bearer a-key-nobody-knows"}
+    seed = SystemRandom().randrange(1 << 32)
+    print(f"seed {seed}")
+    with line.logging("json"), line.cluster("good.gguf", api_keys_file=str(keys)) as cluster:
+        body = {"prompt": "a secret prompt", "max_tokens": 3, "ignore_eos": True, "seed": seed}
+        reply = cluster.http.post("/v1/completions", json=body, headers=header).json()
+        token = next(line.cluster_dir("tiny").rglob("token")).read_text().strip()
+        log = cluster.command.err
+        eventually(lambda: "request ended" in log.read_text(), 30.0, "the request's line")
+        records = [json.loads(one) for one in log.read_text().splitlines()]
+        logs = {name: (line.cluster_dir("tiny") / "logs" / f"{name}.log").read_text() for name in "ab"}
+    assert all(record["cluster"] == "tiny" for record in records)
+    [ended] = [record for record in records if record["msg"] == "request ended"]
+    assert reply["id"] == f"cmpl-{ended['request']}"
+    assert (ended["reason"], ended["tokens"]) == ("length", 3) and ended["seconds"] > 0
+    for name, text in logs.items():
+        for one in text.splitlines():
+            record = json.loads(one)
+            assert (record["cluster"], record["worker"]) == ("tiny", name), one
+        assert "are loaded as epoch" in text
+    for text in (log.read_text(), *logs.values()):
+        for secret in ("a-key-nobody-knows", token, "secret prompt"):
+            assert secret not in text
+
+
+def test_another_format_is_refused_by_name(line: CommandLine) -> None:
+    with line.logging("xml"):
+        done = line.run("up", line.cluster_file("good.gguf", "other"))
+    assert done.code == 2 and "LLAMACLUST_LOG=xml: not one of text, logfmt, json" in done.error

@@ -1,0 +1,176 @@
+"""What can be said of the image without building it; `make image-test` builds it and asks it something."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import runpy
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from support.paths import ROOT
+
+DOCKERFILE = (ROOT / "deploy/Dockerfile").read_text()
+
+
+def is_sent(path: str) -> bool:
+    """Whether .dockerignore lets a file through to the builder; the last line that fits says it."""
+    sent = True
+    above = [path, *(str(parent) for parent in Path(path).parents)]
+    for line in (ROOT / ".dockerignore").read_text().splitlines():
+        pattern = line.removeprefix("!")
+        anywhere = pattern.startswith("**/")
+        pattern = pattern.removeprefix("**/")
+        if (
+            pattern
+            and pattern[0] != "#"
+            and any(fnmatch(Path(one).name if anywhere else one, pattern) for one in above)
+        ):
+            sent = line.startswith("!")
+    return sent
+
+
+def test_the_builder_gets_what_the_package_is_made_of() -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode != 0:
+        pytest.skip("not a git checkout")
+    files = listed.stdout.splitlines()
+    needed = re.findall(r"add_subdirectory\((\w+)|foreach\(folder ([\w ]+)\)", (ROOT / "CMakeLists.txt").read_text())
+    folders = {name for pair in needed for name in " ".join(pair).split()} | {"src", "cmake"}
+    assert len(folders) >= 10
+    for file in files:
+        if file.split("/")[0] in folders:
+            assert is_sent(file), file
+        if file.split("/")[0] in ("tests", "benchmarks", "docs", ".ci", ".git", "examples"):
+            assert not is_sent(file), file
+    copied = [
+        word for line in re.findall(r"^COPY (?!--from)(.*)", DOCKERFILE, re.MULTILINE) for word in line.split()[:-1]
+    ]
+    assert copied and all(word == "." or is_sent(word) for word in copied)
+    assert not is_sent("kernels/cpu/native/build.so") and not is_sent("cluster/__pycache__/config.pyc")
+
+
+def test_nobody_is_root_and_pins_are_obeyed() -> None:
+    last = DOCKERFILE.rpartition("\nFROM ")[2]
+    assert re.search(r"^USER 10001:10001$", last, re.MULTILINE) and "HEALTHCHECK" in last
+    installs = [line for line in DOCKERFILE.splitlines() if "pip install" in line or "python install" in line]
+    assert len(installs) > 2
+    assert all("-c constraints.txt" in line or "--no-deps" in line or "'pip>=" in line for line in installs)
+
+
+def packages() -> dict[str, object]:
+    return runpy.run_path(str(ROOT / "deploy/image_packages.py"))
+
+
+def test_requirements_are_the_packages_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    requirements = packages()["requirements"]
+    assert callable(requirements)
+    assert any(one.startswith("numpy") for one in requirements(""))
+    with pytest.raises(ValueError, match="no extra 'nonsense'"):
+        requirements("nonsense")
+
+
+def test_what_is_left_out_is_no_programs(tmp_path: Path) -> None:
+    site = tmp_path / "site-packages"
+    for folder in ("numpy/tests", "numpy/_core/include", "numpy/testing", "llamaclust/tests"):
+        (site / folder).mkdir(parents=True)
+    useless = packages()["useless"]
+    assert callable(useless)
+    found = [str(path.relative_to(site)) for path in useless(site)]
+    assert found == ["numpy/_core/include", "numpy/tests"]
+
+
+# -- health ------------------------------------------------------------------------------------------------------------
+
+
+class _Health(BaseHTTPRequestHandler):
+    status = 200
+
+    def do_GET(self) -> None:
+        self.send_response(self.status if self.path == "/health" else 404)
+        self.end_headers()
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        pass
+
+
+@contextmanager
+def serving(status: int) -> Iterator[int]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Health", (_Health,), {"status": status}))
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield server.server_port
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def record(state: Path, port: int) -> None:
+    (state / "lab").mkdir(parents=True)
+    (state / "lab/cluster.json").write_text(json.dumps({"api": f"http://0.0.0.0:{port}"}))
+
+
+@pytest.mark.parametrize(("status", "code"), [(200, 0), (503, 1)])
+def test_a_coordinator_is_healthy_while_it_takes_requests(status: int, code: int, tmp_path: Path) -> None:
+    with serving(status) as port:
+        record(tmp_path, port)
+        script = [sys.executable, "-I", str(ROOT / "deploy/healthcheck.py")]
+        variables = {"PATH": os.environ["PATH"], "LLAMACLUST_STATE_DIR": str(tmp_path)}
+        done = subprocess.run(script, env=variables, capture_output=True, text=True, timeout=20, check=False)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert done.stdout.count("\n") == 1 and done.stderr == ""
+
+
+def test_a_worker_is_healthy_while_it_listens() -> None:
+    check = runpy.run_path(str(ROOT / "deploy/healthcheck.py"))["check_worker"]
+    with serving(200) as port:
+        assert check(["llamaclust", "worker", "--listen", f"0.0.0.0:{port}"]) == f"listens on 0.0.0.0:{port}"
+        assert check(["llamaclust", "worker", f"--listen=127.0.0.1:{port}"])
+    with pytest.raises(OSError):
+        check(["llamaclust", "worker", "--listen", f"0.0.0.0:{port}"])
+
+
+# -- builders ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("there", "used"), [(["docker", "podman"], "docker"), (["podman", "buildah"], "podman"), (["buildah"], "buildah")]
+)
+def test_the_first_builder_that_works_builds(there: list[str], used: str, tmp_path: Path) -> None:
+    """With commands that only write down what they were told."""
+    for name in ("docker", "podman", "buildah"):
+        script = tmp_path / name
+        script.write_text(
+            f'#!/bin/sh\n[ "$1" = info ] && exit {int(name not in there)}\necho {name} "$@" >> {tmp_path}/told\n'
+        )
+        script.chmod(0o755)
+    variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    make = ["make", "-s", "image", "IMAGE=a:1", "BASE=b:2", "EXTRAS=c", "IMAGE_FLAGS=--quiet"]
+    subprocess.run(make, cwd=ROOT, env=variables, check=True, timeout=20)
+    (told,) = (tmp_path / "told").read_text().splitlines()
+    form = "" if used == "docker" else "--format docker "
+    rest = "--build-arg BASE=b:2 --build-arg EXTRAS=c --quiet -t a:1 -f deploy/Dockerfile ."
+    assert told == f"{used} build {form}{rest}"
+
+
+def test_without_a_builder_one_line_says_so(tmp_path: Path) -> None:
+    for name in ("docker", "podman", "buildah"):
+        (tmp_path / name).write_text("#!/bin/sh\nexit 1\n")
+        (tmp_path / name).chmod(0o755)
+    variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["make", "-s", "image"], cwd=ROOT, env=variables, capture_output=True, text=True, timeout=20, check=False
+    )
+    assert done.returncode != 0 and done.stderr.startswith("error: no docker, podman or buildah")

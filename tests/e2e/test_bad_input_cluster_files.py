@@ -1,0 +1,121 @@
+"""Cluster files and command lines that are wrong, through real processes: one line, exit 2, or 3 and the MiB."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from support.clusters.command_line import CommandLine, command_line
+from support.models.hostile_models import tiny
+
+WORKER = {"name": "a", "threads": 1}
+
+
+def by_hand(*ranges: tuple[str, int, int]) -> dict[str, Any]:
+    return {"plan": [{"worker": worker, "layers": [start, end]} for worker, start, end in ranges]}
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown key": ({"modle": "x"}, "unknown key 'modle'; did you mean 'model'?"),
+    "layers overlap": (by_hand(("a", 0, 3), ("b", 2, 4)), "layers [2, 3) of worker 'b' are on another one too"),
+    "a hole": (by_hand(("a", 0, 1), ("b", 3, 4)), "layers [1, 3) are on no worker"),
+    "context too long": ({"context_length": 4096}, "the model was made for 2048 tokens"),
+    "open to everybody": ({"listen": "0.0.0.0:0"}, "set api_keys_file as well"),
+    "keys that others may read": ({"api_keys_file": "keys"}, "chmod 600"),
+    "a state directory that is none": ({"state_dir": "/dev/null/x"}, "/dev/null/x/tiny: cannot be made"),
+}
+
+
+@pytest.fixture(scope="module")
+def line() -> Iterator[CommandLine]:
+    with command_line() as line:
+        tiny(line.folder / "good.gguf")
+        (line.folder / "keys").write_text("a-good-key\n")
+        (line.folder / "keys").chmod(0o644)
+        yield line
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_cluster_file_is_refused_before_a_worker_starts(line: CommandLine, name: str) -> None:
+    keys, says = WRONG[name]
+    done = line.run("up", line.cluster_file("good.gguf", **keys))
+    assert done.code == 2 and says in done.error
+    assert not line.cluster_dir("tiny").joinpath("logs", "a.log").exists()
+
+
+@pytest.mark.parametrize("name", ["unknown key", "layers overlap", "a hole"])
+def test_plan_refuses_the_same(line: CommandLine, name: str) -> None:
+    keys, says = WRONG[name]
+    done = line.run("plan", line.cluster_file("good.gguf", **keys))
+    assert done.code == 2 and says in done.error
+
+
+@pytest.mark.parametrize(
+    ("launcher", "more"), [("static", {"workers": 2}), ("mpi", {}), ("ray", {"ray": {"address": "auto"}}), ("ray", {})]
+)
+def test_nothing_is_planned_for_machines_that_are_not_known(
+    line: CommandLine, launcher: str, more: dict[str, Any]
+) -> None:
+    done = line.run("plan", line.cluster_file("good.gguf", launcher=launcher, **more))
+    assert done.code == 2 and f"launcher {launcher}: what its machines have is known once" in done.error
+
+
+def test_workers_of_a_ray_that_starts_here_are_planned_as_local_ones(line: CommandLine) -> None:
+    file = line.cluster_file("good.gguf", launcher="ray", ray={"address": "none"})
+    plans = [line.run("plan", path, "--json").json for path in (file, line.cluster_file("good.gguf"))]
+    one, other = ([(stage["worker"], stage["start"], stage["end"]) for stage in plan["stages"]] for plan in plans)
+    assert one == other
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"\xff\xfe", "not UTF-8"),
+        (b"a: " + b"[" * 100_000, "nested deeper"),
+    ],
+)
+def test_what_is_no_cluster_file_is_refused_with_its_line(line: CommandLine, content: bytes, says: str) -> None:
+    path = line.folder / "no.yaml"
+    path.write_bytes(content)
+    done = line.run("plan", path)
+    assert done.code == 2 and says in done.error and "no.yaml" in done.error
+
+
+@pytest.mark.parametrize("command", ["plan", "up", "up --detach"])
+def test_too_little_memory_is_exit_3_and_the_missing_mib(line: CommandLine, command: str) -> None:
+    """`up` knows only once its workers have told what they have: they end with it."""
+    workers = [{"name": name, "threads": 1, "memory": "2MiB", "bandwidth": 1, "int8": 1} for name in ("a", "b")]
+    done = line.run(*command.split(), line.cluster_file("good.gguf", workers=workers))
+    assert done.code == 3
+    assert "MiB are missing" in done.error and "does not fit" in done.error
+    assert not line.left_running()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("up", "--port", "65536"), "--port"),
+        (("up", "--set", "workers"), "write it as KEY=VALUE"),
+        (("status", "--cluster", "../.."), "no cluster is running"),
+        (("logs", "../../keys", "--cluster", "tiny"), "no log"),
+        (("generate", "hello"), "no cluster is running"),
+        (("generate", "hello", "--endpoint", "http://127.0.0.1:1", "--model", "m"), "name different places"),
+        (("generate", "hello", "--model", "good.gguf", "-n", "-5"), "max_tokens"),
+        (("generate", "hello", "--model", "good.gguf", "--temperature", "nan"), "temperature"),
+        (("generate", b"\xff", "--model", "good.gguf"), "not UTF-8"),
+        (("generate", "the " * 3000, "--model", "good.gguf"), "2048"),
+        (("martian",), "martian"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line(line: CommandLine, arguments: tuple[str | bytes, ...], says: str) -> None:
+    line.cluster_dir("tiny").joinpath("logs").mkdir(parents=True, exist_ok=True)
+    done = line.run(*arguments)
+    assert done.code == 2 and says in done.error
+
+
+def test_what_cannot_be_written_is_one_line(line: CommandLine) -> None:
+    (line.folder / "full").symlink_to("/dev/full")
+    done = line.start("plan", line.cluster_file("good.gguf"), out=line.folder / "full").wait()
+    assert done.code == 1 and "No space left on device" in done.error

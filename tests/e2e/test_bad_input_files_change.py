@@ -1,0 +1,88 @@
+"""A model file that changes, shrinks or goes away: what is loaded goes on with the same bits, a load refuses it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from support.clusters.command_line import CommandLine, command_line
+from support.models.hostile_models import tiny
+
+
+def overwrite(path: Path) -> None:
+    """Other bytes of the same length, in the same file."""
+    with path.open("r+b") as file:
+        file.seek(-1000, os.SEEK_END)
+        file.write(bytes(1000))
+
+
+def shrink(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def replace(path: Path) -> None:
+    """Another model under the same name."""
+    other = tiny(path.with_suffix(".other"), seed=7)
+    other.replace(path)
+
+
+CHANGES: tuple[Callable[[Path], None], ...] = (overwrite, replace, shrink, Path.unlink)
+
+
+@pytest.fixture(scope="module")
+def line() -> Iterator[CommandLine]:
+    with command_line() as line:
+        tiny(line.folder / "good.gguf")
+        yield line
+
+
+@pytest.fixture
+def model(line: CommandLine) -> Path:
+    path = line.folder / "model.gguf"
+    path.unlink(missing_ok=True)
+    return Path(shutil.copyfile(line.folder / "good.gguf", path))
+
+
+def test_a_running_cluster_goes_on_with_the_same_bits(line: CommandLine, model: Path) -> None:
+    with line.cluster(model, prefix_cache=False) as cluster:
+        before = cluster.answer()
+        with cluster.http.stream(
+            "POST", "/completion", json={"prompt": "a", "n_predict": 900, "stream": True}
+        ) as reply:
+            lines = reply.iter_lines()
+            assert next(lines)
+            for change in CHANGES:
+                change(model)
+                assert cluster.answer() == before
+            assert sum(1 for _ in lines) > 0
+        assert cluster.status["state"] == "ready"
+        assert cluster.http.post("/tokenize", json={"content": "hello"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (overwrite, "it was changed or replaced"),
+        (shrink, "the file is incomplete"),
+        (Path.unlink, "no such file"),
+    ],
+)
+def test_a_load_refuses_the_file_by_name(
+    line: CommandLine, model: Path, change: Callable[[Path], None], says: str
+) -> None:
+    running = line.start("up", line.cluster_file(model))
+    workers = running.workers(2).values()  # by then the coordinator has opened the model
+    for worker in workers:
+        worker.suspend()
+    change(model)
+    for worker in workers:
+        worker.resume()
+    done = running.wait()
+    assert done.code == 2 and "Traceback" not in done.err
+    last = done.err.splitlines()[-1]
+    assert last.startswith("error: worker ") and str(model) in last and says in last
+    assert not line.left_running()

@@ -1,0 +1,123 @@
+"""Every architecture beside llama.cpp, on every backend and feature level, and in any cut and chunks to the same bits.
+
+Models are made anew from a seed (`tiny_architectures`); `data/architectures` holds the logits that llama.cpp computed
+for them (`record_architectures`).
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from llamaclust.kernels.backend import Backend
+from llamaclust.model.architectures import ARCHITECTURES
+from llamaclust.model.loader import Model
+from llamaclust.model.program import KvType
+from support.arithmetic.backends import BACKENDS, all_threads
+from support.arithmetic.batches import LIMITS, Chain
+from support.models.tiny_architectures import MODELS, TOKENS, VOCABULARY, build_architecture
+from support.paths import DATA
+
+DATA_FOLDER = DATA / "architectures"
+BOUND = 1e-5
+CHECKSUMS = {
+    "llama-experts": "b70dd402",
+    "llama-linear": "a9c34212",
+    "llama-yarn": "a4d9ea9d",
+    "internlm2": "76d55d81",
+    "qwen2moe": "e5a55624",
+    "qwen3": "1ffcda5c",
+    "qwen3moe": "bde20af8",
+    "phi3-short": "17bc2812",
+    "phi3-long": "7d3f9517",
+    "chatglm": "1f00bfa4",
+    "falcon": "3a602c20",
+    "falcon-two-norms": "d951aa7f",
+    "gpt2": "fd1e954a",
+    "starcoder2": "e50c5ae0",
+    "baichuan-13b": "d1da180c",
+    "gemma": "d2cfe8b6",
+    "gemma2": "68c7cbc5",
+    "gemma3": "b9dda0e6",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("architectures")
+
+
+def opened(folder: Path, name: str) -> Model:
+    path = folder / f"{name}.gguf"
+    return Model.open(path if path.exists() else build_architecture(path, name))
+
+
+def recorded(name: str) -> NDArray[np.float32]:
+    return np.fromfile(DATA_FOLDER / f"{name}.f32", "<f4").reshape(len(TOKENS), VOCABULARY)
+
+
+def logits(
+    backend: Backend, model: Model, name: str, chunk: int | None = None, cuts: tuple[int, ...] = (), kv: str = "f16"
+) -> NDArray[np.float32]:
+    limits = replace(LIMITS, max_context_tokens=MODELS[name].context, kv_type=kv)
+    chain = Chain(backend, model, cuts, limits)
+    try:
+        return chain.logits(TOKENS, chunk)
+    finally:
+        chain.close()
+
+
+def error(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> float:
+    """sum((found - wanted)^2) / sum(wanted^2)."""
+    return float(((found.astype(np.float64) - wanted) ** 2).sum() / (wanted.astype(np.float64) ** 2).sum())
+
+
+def test_every_architecture_is_here() -> None:
+    elsewhere = {"baichuan", "qwen2", "glm4"}  # test_golden.py, test_convert_originals.py
+    assert {tiny.architecture for tiny in MODELS.values()} | elsewhere == set(ARCHITECTURES)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_those_of_llama_cpp(folder: Path, name: str) -> None:
+    """On all backends; on the CPU the same bits at every level and number of threads, and on every machine."""
+    model, wanted = opened(folder, name), recorded(name)
+    for backend, make in BACKENDS.items():
+        found = logits(make(), model, name)
+        assert error(found, wanted) <= BOUND, backend
+        for position in range(len(TOKENS)):
+            assert error(found[position], wanted[position]) <= 3 * BOUND, (backend, position)
+        if backend != "reference":
+            assert f"{zlib.crc32(found.astype('<f4').tobytes()):08x}" == CHECKSUMS[name], backend
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_any_cut_and_chunks_give_the_same_bits(folder: Path, name: str) -> None:
+    model, last = opened(folder, name), MODELS[name].layers
+    for kv_type in KvType:
+        backend = all_threads(2)
+        whole = logits(backend, model, name, kv=kv_type)
+        assert error(whole, recorded(name)) <= (BOUND if kv_type is KvType.F16 else 1e-3)
+        ways = [(1, (1,)), (5, (1, 2)), (None, tuple(range(1, last))), (7, ())]
+        for chunk, cuts in ways:
+            found = logits(backend, model, name, chunk, cuts, kv_type)
+            np.testing.assert_array_equal(found.view(np.uint32), whole.view(np.uint32), f"{kv_type} {chunk} {cuts}")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_reference_computes_one_token_as_it_does_all(folder: Path, name: str) -> None:
+    model, backend = opened(folder, name), BACKENDS["reference"]()
+    single, whole = logits(backend, model, name, 1, (1,)), logits(backend, model, name)
+    np.testing.assert_array_equal(single.view(np.uint32), whole.view(np.uint32))
+
+
+def test_what_two_models_differ_in_is_seen() -> None:
+    """The long factors of phi3 are others than the short ones, and no two recordings are alike."""
+    names = sorted(MODELS)
+    assert all(error(recorded(a), recorded(b)) > 1e-3 for a, b in pairwise(names))
+    assert error(recorded("phi3-long")[1:], recorded("phi3-short")[1:]) > 1e-3

@@ -1,0 +1,254 @@
+"""Decode steps that are sent before the token they follow is known."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from llamaclust.cluster.scheduler.requests import Generation
+from llamaclust.cluster.scheduler.scheduler import Scheduler
+from llamaclust.cluster.scheduler.settings import SchedulerSettings
+from llamaclust.core.errors import WireError, WorkerError
+from llamaclust.core.sampler_chain import SamplerChain, Step
+from llamaclust.core.sampling import RowResult, SampleTask, SamplingParams
+from llamaclust.model.loader import Model
+from llamaclust.wire.microbatch.messages import Chosen, Chunk, Microbatch, Result, SamplingInputs
+from llamaclust.wire.rpc.client import CHOSEN, StreamBrokenError
+from llamaclust.worker.stage.sampled_tokens import ChosenTokens, chosen_in
+from support.clusters.fakes import VOCABULARY, FakeModel, FakeStages, Simulation, expected, linear
+from support.clusters.stage_chain import chain, runner_of
+from support.models.tiny_model import build_tiny_model
+
+SETTINGS = SchedulerSettings("m", VOCABULARY, context_length=512, kv_blocks=128)
+STEPS = 6
+
+
+def simulated(stages: int, stage_us: float, hop_us: float) -> Simulation:
+    fake = FakeStages(FakeModel(SETTINGS.kv_blocks), [linear(stage_us, 1)] * stages, round(hop_us * 1000))
+    return Simulation(Scheduler(SETTINGS, epoch=1, stages=stages), fake)
+
+
+def ask(max_tokens: int, **fields: object) -> Generation:
+    return Generation("r", tuple(range(1, 20)), max_tokens, **fields)  # type: ignore[arg-type]
+
+
+def steps_ahead(run: Simulation) -> int:
+    return sum(any(chunk.follows for chunk in sent.microbatch.chunks) for sent in run.microbatches)
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3])
+def test_stages_do_not_wait_for_the_coordinator(stages: int) -> None:
+    run = simulated(stages, stage_us=1000, hop_us=100)
+    key = run.add(ask(100))
+    while len(run.rows(key)) < 10:
+        run.step()
+    start_ns = run.now_ns
+    while len(run.rows(key)) < 90:
+        run.step()
+    hops = 0 if stages == 1 else stages  # from stage to stage, and from the last one to the first
+    assert (run.now_ns - start_ns) / 80 == pytest.approx((1001 * stages + 100 * hops) * 1000, rel=0.001)
+    run.finish()
+    assert steps_ahead(run) >= 95
+
+
+def test_what_comes_after_the_end_is_thrown_away() -> None:
+    alone = simulated(1, stage_us=1000, hop_us=100)
+    key = alone.add(ask(60))
+    alone.finish()
+    tokens = [row.token for row in alone.rows(key)]
+    stop = next(token for index, token in enumerate(tokens) if index > 20 and token not in tokens[:index])
+    run = simulated(1, stage_us=1000, hop_us=100)
+    request = ask(60, stop_token_ids=frozenset({stop}))
+    key = run.add(request)
+    run.finish()
+    assert run.rows(key) == expected(request, 512)[0]
+    assert run.microbatches[-1].microbatch.number == len(run.rows(key)), "one step more than there are tokens"
+    assert run.scheduler.counts.kv_blocks_held == 0
+
+
+@pytest.mark.parametrize("window", [0, 1, 2, 64])
+def test_penalties_count_the_token_that_is_not_known_yet(window: int) -> None:
+    run = simulated(2, stage_us=1000, hop_us=100)
+    request = ask(40, params=SamplingParams(repetition_penalty=1.2), penalty_window=window, min_tokens=30)
+    key = run.add(request)
+    run.finish()
+    assert steps_ahead(run) > 30
+    if window:
+        assert run.rows(key) == expected(request, 512)[0]
+    assert all(len(task.history) + task.history_follows <= window for task in tasks_of(run))
+
+
+def test_mirostat_waits_for_its_state() -> None:
+    """What comes with a token is needed for the next one: others go ahead, its sequence does not."""
+    run = simulated(2, stage_us=1000, hop_us=100)
+    requests = [ask(40, params=SamplingParams(chain=SamplerChain(mirostat=2))), ask(40, seed=1)]
+    keys = [run.add(request) for request in requests]
+    run.finish()
+    assert steps_ahead(run) > 20
+    assert [run.rows(key) for key in keys] == [expected(request, 512)[0] for request in requests]
+    assert all(task.mu and not task.history_follows for task in tasks_of(run) if task.params.needs_state)
+
+
+@pytest.mark.parametrize("windows", [(64, 64), (2, 64), (64, 3)])
+def test_dry_sees_the_token_that_is_not_known_yet(windows: tuple[int, int]) -> None:
+    run = simulated(2, stage_us=1000, hop_us=100)
+    params = SamplingParams(presence_penalty=1.0, chain=SamplerChain((Step.DRY,), dry_multiplier=1.0))
+    breakers = {token: ((token,), (token, 3)) for token in range(0, VOCABULARY, 5)}
+    request = ask(40, params=params, penalty_window=windows[0], dry_window=windows[1], breakers=breakers)
+    key = run.add(request)
+    run.finish()
+    assert steps_ahead(run) > 30
+    assert run.rows(key) == expected(request, 512)[0]
+
+
+def tasks_of(run: Simulation) -> list[SampleTask]:
+    return [task for sent in run.microbatches for task in sent.inputs.tasks if isinstance(task, SampleTask)]
+
+
+def test_nothing_is_sent_ahead_where_it_would_save_too_little() -> None:
+    """Newcomers would wait for it."""
+    run = simulated(1, stage_us=50_000, hop_us=100)
+    run.add(ask(30))
+    run.finish()
+    assert steps_ahead(run) == 0
+
+
+def test_a_newcomer_waits_for_two_steps_at_most() -> None:
+    run = simulated(1, stage_us=1000, hop_us=100)
+    first = run.add(ask(60))
+    while len(run.rows(first)) < 20:
+        run.step()
+    run.send_all()
+    sent, newcomer = len(run.microbatches), run.add(ask(5))
+    while not run.rows(newcomer):
+        run.step()
+    begun = next(i for i, one in enumerate(run.microbatches[sent:]) if len(one.microbatch.chunks) > 1)
+    assert begun == 0, "what is sent next has its prompt"
+    run.finish()
+
+
+# -- stages ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    path = tmp_path_factory.mktemp("model") / "tiny.gguf"
+    return Model.open(build_tiny_model(path, hidden=64, layers=3, heads=4, ffn=96))
+
+
+def task(position: int, history: tuple[int, ...], *, follows: bool = False) -> SampleTask:
+    params = SamplingParams(1.5, repetition_penalty=1.3, frequency_penalty=0.4)
+    return SampleTask(params, seed=5, choice=0, position=position, history=history, history_follows=follows)
+
+
+def one_by_one(model: Model) -> list[RowResult]:
+    """Each step with the token before it."""
+    whole, tokens, rows = runner_of(model, 0, 3), [1, 2, 3, 4], []
+    for step in range(STEPS):
+        chunk = Chunk(tuple(tokens) if step == 0 else (tokens[-1],), 0 if step == 0 else len(tokens) - 1, (0, 2), 1)
+        inputs = SamplingInputs(1, step, (task(len(tokens), tuple(tokens)),))
+        rows += whole.finish(whole.run(Microbatch(model.model_id, 1, step, (chunk,)), None), inputs)
+        tokens.append(rows[-1].token)
+    return rows
+
+
+@pytest.mark.parametrize("cuts", [(0, 3), (0, 1, 3), (0, 1, 2, 3)], ids=str)
+def test_stages_put_in_the_tokens_that_they_chose(model: Model, tmp_path: Path, cuts: tuple[int, ...]) -> None:
+    rows = one_by_one(model)
+    tokens = [1, 2, 3, 4, *(row.token for row in rows)]
+
+    async def run() -> list[Result]:
+        async with chain(model, tmp_path, cuts) as stages:
+            for step in range(STEPS):  # all at once, before anything is chosen; of older tokens some are known
+                first = Chunk((1, 2, 3, 4), 0, (0, 2), 1)
+                after = Chunk((0,), 3 + step, (0, 2), 1, (step - 1, 0))
+                microbatch = Microbatch(model.model_id, 1, step, (after if step else first,))
+                sampling = task(4 + step, tuple(tokens[: 3 + step] if step else tokens[:4]), follows=step > 0)
+                await stages.submit(microbatch, SamplingInputs(1, step, (sampling,)))
+            return [await stages.result() for _ in range(STEPS)]
+
+    assert [row for result in asyncio.run(run()) for row in result.rows] == rows
+
+
+def test_a_token_that_cannot_come_is_a_failure(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def explode(*_: object) -> None:
+        raise WorkerError("it exploded")
+
+    async def run() -> tuple[Result, Result]:
+        async with chain(model, tmp_path, (0, 1, 3)) as stages:
+            monkeypatch.setattr(stages.runners[0], "run", explode)
+            first = Microbatch(model.model_id, 1, 0, (Chunk((1,), 0, (0, 2), 1),))
+            await stages.submit(first, SamplingInputs(1, 0, (task(1, ()),)))
+            after = Microbatch(model.model_id, 1, 1, (Chunk((0,), 4, (0, 2), 1, (0, 0)),))
+            await stages.submit(after, SamplingInputs(1, 1, (task(5, ()),)))
+            failed = await stages.result()
+            monkeypatch.undo()
+            return failed, await stages.result()
+
+    failed, after = asyncio.run(run())
+    assert failed.failure and "it exploded" in failed.failure
+    assert after.failure and "row 0 of microbatch 0 has no token to follow" in after.failure
+
+
+def test_a_step_ahead_without_sampling_inputs_is_a_failure(model: Model, tmp_path: Path) -> None:
+    async def run() -> tuple[Result, Result]:
+        async with chain(model, tmp_path, (0, 3)) as stages:
+            first = Microbatch(model.model_id, 1, 0, (Chunk((1,), 0, (0, 2), 1),))
+            await stages.submit(first, SamplingInputs(1, 0, (task(1, ()),)))
+            await stages.submit(Microbatch(model.model_id, 1, 1, (Chunk((0,), 1, (0, 2), 1, (0, 0)),)), None)
+            return await stages.result(), await stages.result()
+
+    first, after = asyncio.run(run())
+    assert first.failure is None
+    assert after.failure and "sampling inputs of microbatch 1: not within 0.2 s" in after.failure
+
+
+@pytest.mark.parametrize("stage", ["first of one", "last"])
+def test_only_the_first_of_several_stages_is_told_tokens(model: Model, tmp_path: Path, stage: str) -> None:
+    async def run() -> None:
+        async with chain(model, tmp_path, (0, 3) if stage == "first of one" else (0, 1, 3)) as stages:
+            with pytest.raises(StreamBrokenError, match="chosen tokens for a stage that is not the first of several"):
+                await stages.last.open(CHOSEN, epoch=1).opened()
+
+    asyncio.run(run())
+
+
+def test_tokens_out_of_turn_are_refused() -> None:
+    box = ChosenTokens()
+    box.put(Chosen(3, (7,)))
+    with pytest.raises(WireError, match="tokens of microbatch 3 after those of 3"):
+        box.put(Chosen(3, (8,)))
+
+
+def test_a_row_without_an_answer_counts_as_token_0() -> None:
+    assert chosen_in(4, (RowResult(9, -1.0), RowResult(-1, float("nan"), failure="no"))) == Chosen(4, (9, 0))
+
+
+def test_waiting_ends_with_the_stream_of_tokens() -> None:
+    async def run() -> None:
+        box = ChosenTokens()
+        waiting = asyncio.create_task(box.known(Microbatch("m", 1, 1, (Chunk((0,), 4, (0, 2), 1, (0, 0)),)), 5.0))
+        await asyncio.sleep(0)
+        box.fail(WorkerError("the last stage is gone"))
+        with pytest.raises(WorkerError, match="the last stage is gone"):
+            await waiting
+
+    asyncio.run(run())
+
+
+def test_a_history_that_goes_on_needs_a_chunk_that_follows() -> None:
+    microbatch = Microbatch("m", 1, 1, (Chunk((5,), 4, (0, 2), 1),))
+    with pytest.raises(WireError, match="in a chunk that follows none"):
+        ChosenTokens().fill_inputs(SamplingInputs(1, 1, (task(5, (1,), follows=True),)), microbatch)
+
+
+def test_a_stage_runner_never_sees_a_token_that_is_missing(model: Model) -> None:
+    """`fill` is where a microbatch becomes whole; without it the placeholder would be taken for a token."""
+    box = ChosenTokens()
+    box.put(Chosen(0, (7, 11)))
+    chunk = Chunk((0,), 4, (0, 2), 1, (0, 1))
+    assert box.fill(Microbatch(model.model_id, 1, 1, (chunk,))).chunks[0].tokens == (11,)
+    with pytest.raises(WorkerError, match="row 2 of microbatch 0 has no token to follow: 2 are known"):
+        box.fill(Microbatch(model.model_id, 1, 1, (Chunk((0,), 4, (0, 2), 1, (0, 2)),)))

@@ -1,0 +1,88 @@
+"""Experts: rows that are grouped by expert have the bits of rows that come alone."""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from llamaclust.kernels._native import available_levels
+from llamaclust.kernels.reference.backend import ReferenceBackend
+from llamaclust.model.gguf.model_file import open_model
+from llamaclust.model.gguf.tensors import Tensor
+from llamaclust.model.gguf.writer import write_gguf
+from llamaclust.model.program import Buffer, Moe
+from llamaclust.model.quant_types import QuantType
+from support.arithmetic.backends import all_threads
+from support.arithmetic.single_steps import Case, Weight, error, normal, program_of, rows_at, run_case
+
+Float32 = NDArray[np.float32]
+
+WIDTH, FFN, ROWS = 256, 320, 75
+TYPES = [QuantType.F16, QuantType.Q4_1, QuantType.Q8_0, QuantType.MXFP4]
+WAYS = [(level, 2) for level in available_levels()] + [(available_levels()[-1], threads) for threads in (1, 3, 5)]
+
+
+def experts_of(folder: Path, quant_type: QuantType, router: Float32, used: int) -> tuple[Case, dict[str, Tensor]]:
+    """Random experts, down in Q8_0, and rows in a batch of their own, by eights and all together."""
+    experts, x, out = len(router), Buffer("x", WIDTH), Buffer("out", WIDTH)
+    seed = zlib.crc32(repr((quant_type, experts, used)).encode())
+    print("seed", seed)
+    generator = np.random.default_rng(seed)
+    weights = {
+        "router": Weight(router),
+        "gate": Weight(normal(generator, experts, FFN, WIDTH) / np.float32(16), quant_type),
+        "up": Weight(normal(generator, experts, FFN, WIDTH) / np.float32(16), quant_type),
+        "down": Weight(normal(generator, experts, WIDTH, FFN) / np.float32(16), QuantType.Q8_0),
+    }
+    path = folder / "experts.gguf"
+    write_gguf(path, {}, [weight.source(name) for name, weight in weights.items()])
+    hidden = normal(generator, ROWS, WIDTH)
+    parts = [hidden[row : row + 1] for row in range(ROWS)] + np.split(hidden, range(8, ROWS, 8)) + [hidden]
+    step = Moe(x, out, "router", "gate", "up", "down", experts, used, FFN)
+    runs = [(rows_at(range(len(part))), part) for part in parts]
+    return Case(program_of(x, out, step), weights, runs), dict(open_model(path).tensors)
+
+
+def check(case: Case, tensors: dict[str, Tensor]) -> None:
+    expected: Float32 | None = None
+    for level, threads in WAYS:
+        found = run_case(all_threads(threads, level), case, tensors)
+        alone, eights, together = np.concatenate(found[:ROWS]), np.concatenate(found[ROWS:-1]), found[-1]
+        expected = alone if expected is None else expected
+        for rows in (alone, eights, together):
+            np.testing.assert_array_equal(rows.view(np.uint32), expected.view(np.uint32), f"{level}, {threads} threads")
+    assert expected is not None and len(np.unique(expected)) > expected.size // 2
+    wanted = run_case(ReferenceBackend(), Case(case.program, case.weights, case.runs[-1:]), tensors)[0]
+    assert error(expected, wanted) < 2e-4
+
+
+@pytest.mark.parametrize(("experts", "used"), [(4, 2), (3, 3), (24, 5)])
+@pytest.mark.parametrize("quant_type", TYPES, ids=lambda kind: kind.name)
+def test_rows_together_have_the_bits_of_rows_alone(
+    tmp_path: Path, quant_type: QuantType, experts: int, used: int
+) -> None:
+    router = normal(np.random.default_rng(experts), experts, WIDTH)
+    check(*experts_of(tmp_path, quant_type, router / np.float32(16), used))
+
+
+def test_all_rows_may_choose_the_same_experts(tmp_path: Path) -> None:
+    check(*experts_of(tmp_path, QuantType.Q4_1, np.zeros((6, WIDTH), np.float32), 2))
+
+
+def test_rows_whose_router_gives_no_numbers_leave_others_alone(tmp_path: Path) -> None:
+    """Such a row names one expert at every rank, so an expert may have more lines than there are rows."""
+    router = normal(np.random.default_rng(1), 4, WIDTH) / np.float32(16)
+    case, tensors = experts_of(tmp_path, QuantType.Q8_0, router, 3)
+    hidden = case.runs[-1][1]
+    assert hidden is not None
+    poisoned = hidden.copy()
+    poisoned[1::2] = np.nan
+    runs = [(rows_at(range(ROWS)), rows) for rows in (hidden, poisoned)]
+    for level, threads in WAYS:
+        sane, found = run_case(all_threads(threads, level), Case(case.program, case.weights, runs), tensors)
+        assert np.isnan(found[1::2]).all()
+        np.testing.assert_array_equal(found[::2].view(np.uint32), sane[::2].view(np.uint32))

@@ -1,0 +1,108 @@
+"""The feature levels of ARM processors, compiled here and run in an emulator: the same bits as on this machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from llamaclust.kernels import _native
+from support.paths import ROOT
+
+BUILD_DEADLINE_S, RUN_DEADLINE_S = 900.0, 300.0
+CROSS = ("aarch64-linux-gnu-g++", "qemu-aarch64-static")
+QEMU = CROSS[1]
+OBJECTS = "kernels/cpu/native/CMakeFiles"
+HOST_LEVELS = {"x86_64": "avx2", "aarch64": "neon"}
+PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+
+Bits = dict[str, str]
+"""CRC of each operation."""
+
+
+def run(*command: str, deadline_s: float = RUN_DEADLINE_S) -> str:
+    done = subprocess.run(
+        command, env=os.environ | {"PATH": PATH}, capture_output=True, text=True, timeout=deadline_s, check=False
+    )
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+def program(name: str, *options: str) -> Path:
+    """Built in a folder that is kept, so that only what has changed is compiled again."""
+    folder = ROOT / "build" / f"level-bits-{name}"
+    options = ("-DCMAKE_BUILD_TYPE=Release", *options)
+    run("cmake", "-S", str(ROOT / "tests/native"), "-B", str(folder), "-G", "Ninja", *options)
+    run("cmake", "--build", str(folder), "--target", "level_bits", deadline_s=BUILD_DEADLINE_S)
+    return folder / "level_bits"
+
+
+def bits_of(printed: str) -> tuple[dict[str, Bits], str]:
+    """Of each level; and the best of them, as the program chose."""
+    levels: dict[str, Bits] = {}
+    *lines, best = (line.split() for line in printed.splitlines())
+    for level, operation, crc in lines:
+        levels.setdefault(level, {})[operation] = crc
+    assert best[0] == "best"
+    return levels, best[1]
+
+
+def require(tools: tuple[str, ...]) -> None:
+    missing = [tool for tool in tools if shutil.which(tool, path=PATH) is None]
+    if missing:
+        pytest.skip(f"ARM's feature levels are tested with {', '.join(missing)}: sudo make system-deps-test")
+
+
+@pytest.fixture(scope="module")
+def arm() -> Path:
+    require(("cmake", "ninja", *CROSS))
+    system = ("-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", f"-DCMAKE_CXX_COMPILER={CROSS[0]}")
+    quick = "-DLLAMACLUST_OPTIMIZATION=-O1"  # a quarter of the time, for the same bits
+    return program("aarch64", "-DLLAMACLUST_LEVELS=neon;neon_dotprod", quick, *system)
+
+
+@pytest.fixture(scope="module")
+def here() -> Mapping[str, Bits]:
+    """What a level of this machine computes, as `make build` has compiled it. (That all of them agree is tested through
+    the Python module.)"""
+    level = HOST_LEVELS.get(platform.machine())
+    if level is None or level not in _native.available_levels():
+        pytest.skip(f"nothing to compare with on this machine: {platform.machine()} without {level}")
+    built = [folder for folder in (ROOT / "build").glob(f"*/{OBJECTS}") if (folder / f"cpu_{level}.dir").is_dir()]
+    if not built:
+        pytest.skip("there is no build of the kernels here: make build")
+    newest = max(built, key=lambda folder: folder.stat().st_mtime)
+    levels, _ = bits_of(run(str(program("host", f"-DLLAMACLUST_OBJECTS={newest}")), level))
+    assert set(levels) == {level, "any"}
+    return levels
+
+
+def check_equal_bits(arm: Mapping[str, Bits], here: Mapping[str, Bits]) -> None:
+    (expected,) = (bits for level, bits in here.items() if level != "any")
+    assert len(expected) == 98
+    assert len(set(expected.values())) == len(expected), "checksums that do not vary check nothing"
+    for level, bits in arm.items():
+        wanted = here["any"] if level == "any" else expected
+        assert {name: crc for name, crc in bits.items() if crc != wanted[name]} == {}, level
+        assert bits.keys() == wanted.keys()
+
+
+@pytest.mark.timeout(2 * BUILD_DEADLINE_S)
+def test_a_processor_with_dot_products(arm: Path, here: Mapping[str, Bits]) -> None:
+    levels, best = bits_of(run(QEMU, "-cpu", "neoverse-n1", str(arm)))
+    assert (set(levels), best) == ({"neon", "neon_dotprod", "any"}, "neon_dotprod")
+    check_equal_bits(levels, here)
+
+
+@pytest.mark.timeout(2 * BUILD_DEADLINE_S)
+def test_a_processor_without_them_is_never_given_any(arm: Path, here: Mapping[str, Bits]) -> None:
+    """It would end with an illegal instruction."""
+    levels, best = bits_of(run(QEMU, "-cpu", "cortex-a72", str(arm)))
+    assert (set(levels), best) == ({"neon", "any"}, "neon")
+    check_equal_bits(levels, here)

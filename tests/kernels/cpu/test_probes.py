@@ -1,0 +1,113 @@
+"""Probes: figures that this program itself cannot beat, in about the time asked for."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import re
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llamaclust.kernels import _native, probes
+
+
+def test_bandwidth_is_at_least_what_numpy_reads() -> None:
+    """Give or take a busy machine. Both read 64 MiB or more, again and again: little memory has to be found."""
+    x = np.ones(8 << 20, np.uint64)
+    start = time.perf_counter()
+    for _ in range(4):
+        x.max()
+    numpy_gb_s = 4 * x.nbytes / (time.perf_counter() - start) / 1e9
+    assert _native.ReadProbe(1, 2).measure(0.2) / 1e9 > 0.4 * numpy_gb_s
+
+
+def test_peaks_are_plausible() -> None:
+    int8, fma = probes.int8_peak(1, 0.05), probes.fma_peak(1, 0.05)
+    assert all(math.isfinite(v) and v > 0.1 for v in (int8, fma))
+    assert int8 >= 0.9 * fma  # an 8-bit lane is never slower than a float's
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the loops in assembly are for x86-64")
+@pytest.mark.parametrize(
+    ("function", "operations"),
+    [
+        ("int8_avx512vnni", ["vpdpbusd zmm"] * 24),
+        ("int8_avxvnni", ["{vex} vpdpbusd ymm"] * 24),
+        ("int8_avx512", ["vpmaddubsw zmm", "vpmaddwd zmm", "vpaddd zmm"] * 24),
+        ("int8_avx2", ["vpmaddubsw ymm", "vpmaddwd ymm", "vpaddd ymm"] * 24),
+        ("fma_avx512", ["vfmadd231ps zmm"] * 24),
+        ("fma_avx2", ["vfmadd231ps ymm"] * 24),
+    ],
+)
+def test_the_loops_that_show_a_peak_are_what_they_seem(
+    function: str, operations: list[str], disassembly: dict[str, list[tuple[str, str]]]
+) -> None:
+    """Multiply-adds in registers, a counter, a jump to the first of them: nothing spilled, nothing left out."""
+    code = next(lines for name, lines in disassembly.items() if name.startswith(f"{function}()"))
+    end = next(index for index, (_, line) in enumerate(code) if line.startswith("jne"))
+    first = [address for address, _ in code].index(code[end][1].split()[1])
+    loop = [line for _, line in code[first : end + 1]]
+    assert [" ".join(re.findall(r"^(?:{vex} )?\w+|[yz]mm", line)[:2]) for line in loop[:-2]] == operations
+    assert re.match(r"(dec|sub)", loop[-2]) and not any("(" in line for line in loop[:-1])
+    places = [line.rpartition(",")[2] for line in loop[:-2] if not re.match(r"vpmadd", line)]
+    assert len(set(places)) == 12  # sums in a row do not wait for each other
+
+
+@pytest.fixture(scope="module")
+def disassembly(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[str, str]]]:
+    """(address, instruction) of each function, as the compiler that built this program makes them."""
+    path = tmp_path_factory.mktemp("probes") / "probes.o"
+    source = Path(__file__).parents[1] / "kernels/cpu/native/probes/arithmetic.cpp"
+    compiler = os.environ.get("CXX", "c++")
+    subprocess.run(
+        [compiler, "-std=c++20", "-O3", "-fPIC", f"-I{source.parents[1]}", "-c", source, "-o", path],
+        check=True,
+        timeout=60,
+    )
+    command = ["objdump", "--disassemble", "--demangle", "--no-show-raw-insn", path]
+    text = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
+    functions: dict[str, list[tuple[str, str]]] = {}
+    for name, body in re.findall(r"^[0-9a-f]+ <(?:.*::)?(\w+\(.*)>:\n((?:.+\n)*)", text, re.MULTILINE):
+        functions[name] = re.findall(r"^ *([0-9a-f]+):\t(.*?) *$", body, re.MULTILINE)
+    return functions
+
+
+def test_measuring_leaves_other_python_threads_running() -> None:
+    ticks, done = 0, threading.Event()
+
+    def tick() -> None:
+        nonlocal ticks
+        while not done.wait(0.005):
+            ticks += 1
+
+    ticker = threading.Thread(target=tick)
+    ticker.start()
+    try:
+        probes.int8_peak(1, 0.3)
+    finally:
+        done.set()
+        ticker.join()
+    assert ticks >= 3
+
+
+def test_machine_is_measured_quickly() -> None:
+    probes.measure_machine(2)  # touches memory that the system may have to find first
+    start = time.process_time()
+    machine = probes.measure_machine(2)
+    assert machine.read_gb_s > 0.1 and machine.int8_gmac_s > 0.1
+    assert time.process_time() - start < 4.0  # of two threads; half a second on an idle machine
+
+
+@pytest.mark.parametrize(("threads", "seconds"), [(0, 1.0), (-1, 1.0), (1025, 1.0), (1, 0.0), (1, 61.0), (1, math.nan)])
+def test_impossible_requests_are_refused(threads: int, seconds: float) -> None:
+    for probe in (lambda t, s: _native.ReadProbe(t, 1).measure(s), probes.int8_peak, probes.fma_peak):
+        with pytest.raises(ValueError, match=r"threads|seconds"):
+            probe(threads, seconds)
+    with pytest.raises(ValueError, match="cache_multiple"):
+        _native.ReadProbe(1, 65)

@@ -1,0 +1,144 @@
+"""Steps that some architectures have between their matrix products, on every backend: activations, caps, gates and
+parts of rows; and attention whose scores have a soft cap."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from llamaclust.kernels.reference.steps import gelu
+from llamaclust.model.program import (
+    Attention,
+    Buffer,
+    Gelu,
+    GeluKind,
+    MatMul,
+    Moe,
+    Mul,
+    Program,
+    RmsNorm,
+    Scale,
+    SigmoidGate,
+    Slice,
+    SoftCap,
+    Step,
+)
+from llamaclust.model.quant_types import QuantType
+from support.arithmetic.batches import batch_of
+from support.arithmetic.conformance_cases import EXACT, attention_case, generator_of, moe_case
+from support.arithmetic.single_steps import Case, Weight, check_conformance, normal, program_of, rows_at, splitter
+
+Float32 = NDArray[np.float32]
+
+
+def case_of(program: Program, weights: dict[str, Weight], hidden: list[Float32]) -> Case:
+    return Case(program, weights, [(rows_at(range(len(part))), part) for part in hidden])
+
+
+def spread(*parts: float) -> Float32:
+    """Numbers of all magnitudes up to some, both signs, and zero, as one row of 1024."""
+    seed = zlib.crc32(repr(parts).encode())
+    print("seed", seed)
+    generator = np.random.default_rng(seed)
+    values = np.concatenate([generator.uniform(-part, part, 1024 // len(parts)) for part in parts])
+    values[:3] = 0, 1e-30, -1e-30
+    return values.astype(np.float32)[None]
+
+
+@pytest.mark.parametrize("kind", GeluKind)
+@pytest.mark.parametrize("in_place", [True, False])
+def test_gelu(tmp_path: Path, kind: GeluKind, in_place: bool) -> None:
+    x, other = Buffer("x", 1024), Buffer("out", 1024)
+    out = x if in_place else other
+    hidden = [spread(0.1, 1, 5, 9), spread(200), normal(generator_of(kind), 33, 1024)]
+    check_conformance(tmp_path, case_of(program_of(x, out, Gelu(x, out, kind)), {}, hidden), 1e-13)
+
+
+def test_the_kinds_of_gelu_differ() -> None:
+    x = np.linspace(-4, 4, 100)
+    assert gelu(np.array([1.0]), GeluKind.ERF)[0] == pytest.approx(0.8413447460685429, rel=1e-15)
+    assert gelu(np.array([1.0]), GeluKind.TANH)[0] == pytest.approx(0.8411919906082768, rel=1e-15)
+    assert 1e-5 < np.abs(gelu(x, GeluKind.ERF) - gelu(x, GeluKind.TANH)).max() < 1e-3
+
+
+@pytest.mark.parametrize("cap", [1.0, 30.0, 50.0])
+def test_soft_cap(tmp_path: Path, cap: float) -> None:
+    """Small numbers are hardly changed, great ones become the cap."""
+    x, out = Buffer("x", 1024), Buffer("out", 1024)
+    hidden = [spread(cap / 1e3), spread(cap, 4 * cap), spread(1e6)]
+    check_conformance(tmp_path, case_of(program_of(x, out, SoftCap(x, out, cap)), {}, hidden), 1e-13)
+
+
+def test_a_soft_cap_of_a_product_in_place(tmp_path: Path) -> None:
+    """What all threads share is capped where it lies, and nobody reads it before that is done."""
+    generator, x, logits, out = generator_of("cap"), Buffer("x", 64), Buffer("logits", 1000), Buffer("out", 1000)
+    steps: list[Step] = [MatMul(x, logits, "w"), SoftCap(logits, logits, 2.0), Scale(logits, out, 3.0)]
+    weights = {"w": Weight(normal(generator, 1000, 64))}
+    hidden = [normal(generator, rows, 64) for rows in (1, 3, 40, 150)]
+    check_conformance(tmp_path, case_of(program_of(x, out, *steps), weights, hidden), EXACT)
+    check_conformance(tmp_path, case_of(program_of(x, logits, *steps[:2]), weights, hidden), EXACT)
+
+
+@pytest.mark.parametrize("width", [16, 100, 512])
+def test_products_and_factors(tmp_path: Path, width: int) -> None:
+    x, a, b = Buffer("x", 2 * width), Buffer("a", width), Buffer("b", width)
+    copies, weights = splitter(x, [a, b])
+    steps: list[Step] = [*copies, Mul(a, b, a), Scale(b, b, math.sqrt(width)), Mul(a, b, b)]
+    hidden = [normal(generator_of(width), rows, x.width) for rows in (1, 3, 40)]
+    check_conformance(tmp_path, case_of(program_of(x, b, *steps), weights, hidden), EXACT)
+
+
+@pytest.mark.parametrize("start", [0, 16, 37, 80])
+def test_slices(tmp_path: Path, start: int) -> None:
+    x, out = Buffer("x", 100), Buffer("out", 20)
+    hidden = [normal(generator_of(start), rows, 100) for rows in (1, 2, 40)]
+    check_conformance(tmp_path, case_of(program_of(x, out, Slice(x, out, start)), {}, hidden), 0.0)
+
+
+@pytest.mark.parametrize(("heads", "head_dim"), [(1, 64), (5, 16), (3, 100), (8, 128)])
+def test_norms_of_heads(tmp_path: Path, heads: int, head_dim: int) -> None:
+    generator, x = generator_of(heads, head_dim), Buffer("x", heads * head_dim)
+    loud = np.repeat(10.0 ** np.arange(heads), head_dim).astype(np.float32)
+    hidden = [normal(generator, rows, x.width) * loud for rows in (1, 7, 33)]
+    weights = {"w": Weight(normal(generator, head_dim))}
+    check_conformance(tmp_path, case_of(program_of(x, x, RmsNorm(x, x, "w", 1e-6, heads)), weights, hidden), EXACT)
+
+
+@pytest.mark.parametrize("width", [48, 576])
+def test_sigmoid_gates(tmp_path: Path, width: int) -> None:
+    generator = generator_of(width)
+    x, a, b = Buffer("x", width + 64), Buffer("a", width), Buffer("b", 64)
+    copies, weights = splitter(x, [a, b])
+    weights["gate"] = Weight(normal(generator, width) * np.float32(2 / math.sqrt(width)))
+    hidden = [normal(generator, rows, x.width) for rows in (1, 3, 40)]
+    program = program_of(x, b, *copies, SigmoidGate(a, b, b, "gate"))
+    check_conformance(tmp_path, case_of(program, weights, hidden), EXACT)
+
+
+@pytest.mark.parametrize(("experts", "used"), [(3, 3), (40, 6)])
+def test_experts_whose_weights_are_not_normalized(tmp_path: Path, experts: int, used: int) -> None:
+    case = moe_case(QuantType.F16, experts, used, ffn=64)
+    (step,) = case.program.steps
+    assert isinstance(step, Moe)
+    program = program_of(step.x, step.out, replace(step, normalized=False))
+    check_conformance(tmp_path, Case(program, case.weights, case.runs), EXACT)
+
+
+@pytest.mark.parametrize("window", [None, 20, 600])
+def test_attention_with_a_soft_cap(tmp_path: Path, window: int | None) -> None:
+    """Over two spans, as chunks and one token at a time, with scores up to ten times the cap."""
+    case = attention_case(4, 2, 32, [range(0, 100), range(100, 101), range(101, 161)])
+    *copies, step = case.program.steps
+    assert isinstance(step, Attention)
+    capped = replace(step, soft_cap=2.0, window=window)
+    program = program_of(case.program.hidden, case.program.out, *copies, capped)
+    runs = [(batch, hidden * np.float32(3)) for batch, hidden in case.runs if hidden is not None]
+    check_conformance(tmp_path, Case(program, case.weights, runs), EXACT)
+    alone = [(batch_of([([0], [0], [0])]), runs[0][1][:1])]
+    check_conformance(tmp_path, Case(program, case.weights, alone), EXACT)

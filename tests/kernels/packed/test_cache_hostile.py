@@ -1,0 +1,257 @@
+"""What else may lie in the folder of prepared layers: at most a layer is packed anew, nothing hangs, all is named."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from llamaclust.cli.app import app
+from llamaclust.kernels.cpu.backend import CpuBackend
+from llamaclust.kernels.packed import cache_folder, cache_writer
+from llamaclust.kernels.packed.cache_folder import PreparedFolder
+from llamaclust.model.loader import Model
+from llamaclust.model.quant_types import QuantType
+from support.arithmetic.packed_layers import IMAGES, LAYERS, LIMITS, images, run, settled, use_any_disk
+from support.models.tiny_model import build_tiny_model
+from support.paths import TESTS
+
+Change = Callable[[Path], object]
+
+pytestmark = pytest.mark.timeout(60)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return settled(build_tiny_model(tmp_path / "m.gguf", layers=LAYERS, quant_type=QuantType.Q4_0))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> PreparedFolder:
+    return PreparedFolder(tmp_path / "home" / "prepared", 1 << 30)
+
+
+def entries(folder: PreparedFolder) -> list[Path]:
+    return sorted(folder.path.glob("*.json"))
+
+
+def loop(path: Path) -> None:
+    path.symlink_to(path)
+
+
+def full_folder(path: Path) -> None:
+    path.mkdir()
+    (path / "file").write_text("x")
+
+
+def same_sizes(folder: PreparedFolder) -> tuple[Path, Path]:
+    by_size: dict[int, Path] = {}
+    for path in entries(folder):
+        n_bytes = json.loads(path.read_bytes())["n_bytes"]
+        if n_bytes in by_size:
+            return by_size[n_bytes], path
+        by_size[n_bytes] = path
+    raise AssertionError("no two layers are of one size")
+
+
+def test_entries_that_changed_places_are_none(model: Path, folder: PreparedFolder) -> None:
+    wanted = run(model, folder)
+    one, other = same_sizes(folder)
+    was = one.read_bytes(), other.read_bytes()
+    one.write_bytes(was[1]), other.write_bytes(was[0])
+    assert run(model, folder) == wanted
+    assert (one.read_bytes(), other.read_bytes()) == was
+
+
+DAMAGES = [b"", b"\xff\xfe\x00", b"[" * 100_000, b"[[1]]", b'{"model":' + b"9" * 6000 + b"}", b" " * (1 << 19), b"null"]
+
+
+@pytest.mark.parametrize("data", DAMAGES, ids=range(len(DAMAGES)))
+def test_whatever_is_in_an_entry_costs_no_more_than_packing(model: Path, folder: PreparedFolder, data: bytes) -> None:
+    wanted = run(model, folder)
+    for path in entries(folder):
+        path.write_bytes(data)
+    assert folder.list_models() == []
+    assert run(model, folder) == wanted
+    (listed,) = folder.list_models()
+    assert listed.parts == IMAGES
+
+
+THINGS: list[Change] = [
+    os.mkfifo,
+    loop,
+    lambda path: path.symlink_to("nothing"),
+    lambda path: path.symlink_to("/dev/zero"),
+]
+
+
+@pytest.mark.parametrize("pattern", ["*.json", "*.tiles"])
+@pytest.mark.parametrize("thing", THINGS, ids=["pipe", "loop", "dangling", "zero"])
+def test_what_is_no_file_is_replaced(
+    model: Path, folder: PreparedFolder, caplog: pytest.LogCaptureFixture, thing: Change, pattern: str
+) -> None:
+    wanted = run(model, folder)
+    paths = sorted(folder.path.glob(pattern))
+    for path in paths:
+        path.unlink()
+        thing(path)
+    assert folder.in_the_way() == paths
+    assert folder.list_models() == []
+    assert run(model, folder) == wanted
+    assert all(str(path) in caplog.text for path in paths)
+    assert all(path.is_file() and not path.is_symlink() for path in paths)
+
+
+@pytest.mark.parametrize("pattern", ["*.json", "*.tiles"])
+def test_folders_in_the_way_are_named_once(
+    model: Path, folder: PreparedFolder, caplog: pytest.LogCaptureFixture, pattern: str
+) -> None:
+    wanted = run(model, folder)
+    paths = sorted(folder.path.glob(pattern))
+    for path in paths:
+        path.unlink()
+        full_folder(path)
+    assert run(model, folder) == wanted
+    (record,) = caplog.records
+    assert any(str(path) in record.getMessage() for path in paths) and f"{IMAGES - 1} more" in record.getMessage()
+
+
+@pytest.mark.parametrize("thing", [os.mkfifo, Path.mkdir, loop, lambda path: path.symlink_to("/dev/zero")])
+def test_a_lock_that_is_no_file_is_one_warning(
+    model: Path, folder: PreparedFolder, caplog: pytest.LogCaptureFixture, thing: Change
+) -> None:
+    folder.prepare()
+    thing(folder.path / "lock")
+    assert run(model, folder) == run(model, None)
+    (record,) = caplog.records
+    assert str(folder.path / "lock") in record.getMessage() and "Errno" not in record.getMessage()
+
+
+def test_a_file_that_may_not_be_read_is_left_alone(
+    model: Path, folder: PreparedFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As the superuser may read all files, the system's answer is made up."""
+    wanted, opens = run(model, folder), os.open
+    refused = images(folder)[0]
+
+    def open_(path: object, flags: int, mode: int = 0o777) -> int:
+        if path == refused:
+            raise PermissionError(13, "Permission denied", str(path))
+        return opens(path, flags, mode)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "open", open_)
+    assert run(model, folder) == wanted
+    (record,) = caplog.records
+    assert f"{refused}: Permission denied" in record.getMessage()
+    assert refused.exists() and len(images(folder)) == IMAGES
+
+
+def test_clear_deletes_what_it_can_and_names_the_rest(
+    model: Path, folder: PreparedFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLAMACLUST_HOME", str(folder.path.parent))
+    run(model, folder)
+    (folder.path / "lock").unlink(), (folder.path / "lock").mkdir()
+    (folder.path / "a.tmp").mkdir(), os.mkfifo(folder.path / "b.tiles"), loop(folder.path / "c.json")
+    full_folder(folder.path / "d.json")
+    listed = CliRunner().invoke(app, ["model", "cache", "list"])
+    assert listed.exit_code == 0
+    for name in ("lock", "a.tmp", "b.tiles", "c.json", "d.json"):
+        assert f"in the way, as it is no regular file: {folder.path / name}\n" in listed.output
+    result = CliRunner().invoke(app, ["model", "cache", "clear"])
+    assert str(result.exception) == f"{folder.path}: cannot be deleted: {folder.path / 'd.json'}: directory not empty"
+    assert sorted(path.name for path in folder.path.iterdir()) == ["d.json", "lock"]
+
+
+def test_unfinished_files_are_listed(folder: PreparedFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLAMACLUST_HOME", str(folder.path.parent))
+    folder.prepare()
+    (folder.path / "a.tmp").write_bytes(bytes(3 << 20))
+    assert "3.00 MiB     1 unfinished" in CliRunner().invoke(app, ["model", "cache", "list"]).output
+    listed = json.loads(CliRunner().invoke(app, ["model", "cache", "list", "--json"]).output)
+    assert listed["unfinished"] == {"files": 1, "size_bytes": 3 << 20}
+
+
+@pytest.mark.parametrize(
+    ("uid", "mode", "words"), [(1, 0o755, "belongs to another user"), (0, 0o775, "others may write")]
+)
+def test_a_folder_of_others_is_not_used_and_why(folder: PreparedFolder, uid: int, mode: int, words: str) -> None:
+    folder.path.mkdir(parents=True)
+    folder.path.chmod(mode)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "geteuid", lambda: folder.path.stat().st_uid + uid)
+        with pytest.raises(PermissionError, match=words):
+            folder.prepare()
+
+
+def test_the_end_finishes_a_layer_and_no_more(
+    model: Path, folder: PreparedFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The program is one of an answer: it ends as soon as it has it."""
+    code = "import sys, pathlib, test_cache_hostile as test; test.load(*map(pathlib.Path, sys.argv[1:]))"
+    paths = [str(TESTS), str(Path(__file__).parent), *sys.path]
+    before = 0
+    for _ in range(2):
+        subprocess.run(
+            [sys.executable, "-c", code, str(model), str(folder.path)],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+            check=True,
+            timeout=60,
+        )
+        assert before < len(entries(folder)) < IMAGES
+        assert list(folder.path.glob("*.tmp")) == []
+        before = len(entries(folder))
+
+
+def load(model: Path, folder: Path) -> None:
+    """A load that ends while its first layer is being written, which takes a while."""
+    writes, begun = cache_folder._write, threading.Event()
+
+    def slow(*arguments: object) -> None:
+        begun.set()
+        time.sleep(0.1)
+        writes(*arguments)  # type: ignore[arg-type]
+
+    use_any_disk()
+    cache_folder._write = slow  # type: ignore[assignment]
+    cache_writer._FINISH_S = 30.0  # the test machine's disk may be slow
+    opened, backend = Model.open(model), CpuBackend(2, prepared=PreparedFolder(folder, 1 << 30))
+    program = opened.program(0, opened.layer_count)
+    kept = ExitStack()
+    kept.push(backend.load(program, opened.tensors_for(program), LIMITS, lambda done_bytes: None).close)
+    begun.wait(30)
+    globals()["kept"] = kept
+
+
+def test_the_end_waits_no_longer_for_the_disk(
+    model: Path, folder: PreparedFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_writer, "_FINISH_S", 0.05)
+    monkeypatch.setattr(cache_writer, "_STOP_S", 0.05)
+    syncs, goes_on = threading.Event(), threading.Event()
+
+    def stuck(descriptor: int) -> None:
+        syncs.set()
+        goes_on.wait(30)
+
+    monkeypatch.setattr(os, "fsync", stuck)
+    opened, backend = Model.open(model), CpuBackend(2, prepared=folder)
+    program = opened.program(0, opened.layer_count)
+    with closing(backend.load(program, opened.tensors_for(program), LIMITS, lambda done_bytes: None)):
+        assert backend.prepared is not None
+        assert syncs.wait(30) and len(list(folder.path.glob("*.tmp"))) == 1
+        started = time.monotonic()
+        backend.prepared._writer.end()
+        assert time.monotonic() - started < 15 and list(folder.path.glob("*.tmp")) == []
+        goes_on.set()
+        backend.prepared.wait()
+    assert entries(folder) == [] and images(folder) == []

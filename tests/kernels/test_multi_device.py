@@ -1,0 +1,88 @@
+"""Layers of one stage on several backends: the programs of the parts, and the bits of one stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llamaclust.core.errors import DoesNotFitError
+from llamaclust.core.limits import StageLimits
+from llamaclust.kernels.backend import Backend, Progress
+from llamaclust.kernels.cpu.backend import CpuBackend, CpuStage
+from llamaclust.kernels.multi_device import ChainBackend, Part, layers_of
+from llamaclust.model.gguf.tensors import Tensor
+from llamaclust.model.loader import Model
+from llamaclust.model.program import Program
+from support.arithmetic.backends import all_threads
+from support.arithmetic.batches import LIMITS, Chain, load_stage
+from support.models.tiny_architectures import MODELS, TOKENS, build_architecture
+
+MIXED = ("llama-experts", "gemma2", "gpt2", "falcon")
+
+
+@pytest.fixture(scope="module")
+def open_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Model]:
+    folder, models = tmp_path_factory.mktemp("chain"), dict[str, Model]()
+
+    def open_once(name: str) -> Model:
+        if name not in models:
+            models[name] = Model.open(build_architecture(folder / f"{name}.gguf", name))
+        return models[name]
+
+    return open_once
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_layers_are_those_that_the_architecture_emits(open_model: Callable[[str], Model], name: str) -> None:
+    model = open_model(name)
+    whole = model.program(0, model.layer_count)
+    for start in range(model.layer_count):
+        for end in range(start + 1, model.layer_count + 1):
+            assert layers_of(whole, start, end) == model.program(start, end)
+    rest = model.program(1, model.layer_count)
+    assert layers_of(rest, 1, 2) == model.program(1, 2)
+
+
+@pytest.mark.parametrize("name", MIXED)
+@settings(max_examples=4, deadline=None)
+@given(data=st.data())
+def test_any_chain_has_the_bits_of_one_stage(
+    open_model: Callable[[str], Model], name: str, data: st.DataObject
+) -> None:
+    model = open_model(name)
+    layers = model.layer_count
+    bounds = [0, *sorted(data.draw(st.sets(st.integers(1, layers - 1), min_size=1))), layers]
+    backends = [all_threads(data.draw(st.integers(1, 2))) for _ in pairwise(bounds)]
+    chain = ChainBackend([Part(one, *cut) for one, cut in zip(backends, pairwise(bounds), strict=True)])
+    alone = all_threads(2)
+    wanted, found = Chain(alone, model), Chain(chain, model)
+    for stage, backend in ((wanted.stages[0], alone), (found.stages[0], chain)):
+        program = model.program(0, layers)
+        assert stage.kv_bytes == backend.kv_bytes(program, LIMITS)
+        assert stage.weight_bytes >= backend.held_bytes(program, model.tensors_for(program)) > 0
+    assert found.stages[0].kv_bytes == wanted.stages[0].kv_bytes
+    chunk = data.draw(st.sampled_from([1, 5, len(TOKENS)]))
+    np.testing.assert_array_equal(found.logits(TOKENS, chunk).view(np.uint32), wanted.logits(TOKENS).view(np.uint32))
+    found.close()
+    wanted.close()
+
+
+class _Full(CpuBackend):
+    """One that has no room."""
+
+    def load(self, program: Program, tensors: dict[str, Tensor], limits: StageLimits, progress: Progress) -> CpuStage:
+        raise DoesNotFitError("full")
+
+
+def test_what_was_loaded_is_freed_where_a_later_part_does_not_fit(open_model: Callable[[str], Model]) -> None:
+    model, first = open_model("llama-experts"), CpuBackend(1)
+    program = model.program(0, model.layer_count)
+    chain: Backend = ChainBackend([Part(first, 0, 1), Part(_Full(1), 1, model.layer_count)])
+    with pytest.raises(DoesNotFitError):
+        load_stage(chain, model)
+    assert first.held_bytes(program, model.tensors_for(program)) == 0

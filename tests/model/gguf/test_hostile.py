@@ -1,0 +1,142 @@
+"""Damaged and hostile GGUF files: each gets one line that names the file and the place, and costs next to nothing."""
+
+from __future__ import annotations
+
+import os
+import tracemalloc
+from pathlib import Path
+from struct import pack
+
+import pytest
+
+from llamaclust.core.errors import ModelFileError
+from llamaclust.model.gguf.model_file import open_model
+from support.models.gguf_bytes import (
+    ARRAY,
+    BOOL,
+    F16,
+    F32,
+    FLOAT32,
+    INT32,
+    Q4_0,
+    STRING,
+    UINT32,
+    array,
+    gguf,
+    key,
+    number,
+    tensor,
+    text,
+)
+
+HUGE = (1 << 64) - 1
+NESTED = pack("<IQ", ARRAY, 1)
+
+HOSTILE: dict[str, tuple[bytes, str]] = {
+    "empty": (b"", "not a GGUF file"),
+    "text": (b"hello, world! this is no model at all", "not a GGUF file"),
+    "version 1": (gguf(version=1), "GGUF version 1 is not supported"),
+    "version 99": (gguf(version=99), "GGUF version 99 is not supported"),
+    "big-endian": (gguf(version=3 << 24), "big-endian"),
+    "many tensors": (gguf(tensor_count=HUGE), f"{HUGE} tensors"),
+    "many keys": (gguf(key_count=HUGE), f"{HUGE} metadata keys"),
+    "one key too many": (gguf([number("a", 1)], key_count=2), "metadata key 1 .*bytes needed|0 metadata|empty key"),
+    "long key": (gguf([pack("<Q", HUGE) + b"a" * 20]), "a string of 18446744073709551615 bytes"),
+    "key past the end": (gguf([pack("<Q", 60_000) + b"a" * 20]), "60000 bytes needed, the file ends at byte"),
+    "empty key": (gguf([number("", 1)]), "an empty key"),
+    "same key twice": (gguf([number("a", 1), number("a", 2)]), "'a' .*twice"),
+    "key not UTF-8": (gguf([key(b"\xff", UINT32, bytes(4))]), "not UTF-8"),
+    "value type": (gguf([key("a", 77, bytes(8))]), "'a' .*unknown value type 77"),
+    "truth value": (gguf([key("a", BOOL, b"\x02")]), "a truth value of 2"),
+    "long text": (gguf([key("a", STRING, pack("<Q", 1 << 62))]), "a string of 4611686018427387904 bytes"),
+    "long array": (gguf([array("a", INT32, HUGE, bytes(64))]), f"an array of {HUGE} numbers"),
+    "long array, product wraps": (gguf([array("a", INT32, 1 << 62, bytes(64))]), "an array of"),
+    "many strings": (gguf([array("a", STRING, HUGE, bytes(64))]), f"an array of {HUGE} strings"),
+    "strings past the end": (gguf([array("a", STRING, 3, text("b") + pack("<Q", HUGE) + bytes(64))]), "bytes needed"),
+    "last string past the end": (gguf([array("a", STRING, 1, pack("<Q", 99))]), "bytes needed"),
+    "array type": (gguf([array("a", 13, 1, bytes(64))]), "unknown array type 13"),
+    "truth values": (gguf([array("a", BOOL, 2, b"\x01\x03")]), "a truth value of 3"),
+    "deep array": (gguf([array("a", ARRAY, 1, NESTED * 100 + bytes(64))]), "arrays nested 5 deep"),
+    "wide nested array": (gguf([array("a", ARRAY, HUGE, bytes(64))]), "arrays nested"),
+    "alignment 0": (gguf([number("general.alignment", 0)]), "general.alignment.* 0, a power of two"),
+    "alignment 48": (gguf([number("general.alignment", 48)]), "48, a power of two"),
+    "alignment 2^31": (gguf([number("general.alignment", 1 << 31)]), "a power of two up to"),
+    "alignment text": (gguf([key("general.alignment", STRING, text("x"))]), "text, a whole number expected"),
+    "no dimensions": (gguf([], [tensor("x", [])], bytes(64)), "'x' .*0 dimensions, 1 to 4"),
+    "five dimensions": (gguf([], [tensor("x", [1] * 5)], bytes(64)), "5 dimensions"),
+    "zero dimension": (gguf([], [tensor("x", [4, 0])], bytes(64)), r"a shape of \[4, 0\]"),
+    "huge dimension": (gguf([], [tensor("x", [HUGE])], bytes(64)), "a shape of"),
+    "product wraps to zero": (gguf([], [tensor("x", [1 << 32, 1 << 32])], bytes(64)), "a shape of"),
+    "quant type": (gguf([], [tensor("x", [32], 4)], bytes(64)), "'x' .*unknown quant type 4"),
+    "part of a block": (
+        gguf([], [tensor("x", [33], Q4_0)], bytes(64)),
+        "rows of 33 weights, Q4_0 needs a multiple of 32",
+    ),
+    "tensor without name": (gguf([], [tensor("", [1])], bytes(64)), "an empty name"),
+    "same tensor twice": (gguf([], [tensor("x", [1]), tensor("x", [1], F32, 32)], bytes(64)), "'x' .*twice"),
+    "tensor name too long": (gguf([], [tensor("x" * 300, [1])], bytes(64)), "a string of 300 bytes"),
+    "tensor name not UTF-8": (gguf([], [tensor(b"\xfe", [1])], bytes(64)), "not UTF-8"),
+    "data cut short": (
+        gguf([], [tensor("x", [16])], bytes(63)),
+        "'x': ends at byte 128, the file at byte 127; .*incomp",
+    ),
+    "offset wraps": (gguf([], [tensor("x", [16], F32, HUGE - 63)], bytes(64)), "'x': ends at byte"),
+    "overlap": (
+        gguf([], [tensor("x", [16], F32, 0), tensor("y", [16], F16, 32)], bytes(64)),
+        "'y': overlaps tensor 'x'",
+    ),
+    "same place": (gguf([], [tensor("x", [8]), tensor("y", [8])], bytes(64)), "'y': overlaps tensor 'x'"),
+    "line breaks in a name": (gguf([key("a\nb\x1b", 77, b"")]), r"'a\\nb\\x1b'"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_file_gets_one_clear_line(tmp_path: Path, name: str) -> None:
+    content, message = HOSTILE[name]
+    path = tmp_path / "bad.gguf"
+    path.write_bytes(content)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ModelFileError, match=message) as caught:
+            open_model(path)
+        peak_bytes = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    line = str(caught.value)
+    assert str(path) in line and "\n" not in line and len(line) < 400
+    assert caught.value.exit_code == 2
+    assert peak_bytes < 1 << 20
+
+
+def test_every_truncation_of_a_good_file_is_an_error(tmp_path: Path) -> None:
+    keys = [number("a", 1), array("words", STRING, 2, text("one") + text("two")), key("f", FLOAT32, bytes(4))]
+    content = gguf(keys, [tensor("x", [8]), tensor("y", [8, 2], F16, 32)], bytes(64))
+    path = tmp_path / "cut.gguf"
+    path.write_bytes(content)
+    assert len(open_model(path).tensors) == 2
+    for length in range(len(content)):
+        path.write_bytes(content[:length])
+        with pytest.raises(ModelFileError):
+            open_model(path)
+
+
+def test_a_sparse_file_does_not_buy_memory(tmp_path: Path) -> None:
+    """A terabyte of holes costs its maker nothing: the header is bounded by more than the file's size."""
+    path = tmp_path / "sparse.gguf"
+    path.write_bytes(gguf([array("a", STRING, 1 << 22, pack("<Q", 1 << 30))]))
+    os.truncate(path, 1 << 40)
+    with pytest.raises(ModelFileError, match="the header is longer than 256 MiB"):
+        open_model(path)
+
+
+@pytest.mark.parametrize("kind", ["missing", "folder", "pipe", "loop", "nul"])
+def test_what_is_not_a_file_is_refused_and_never_waited_for(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / ("model\0.gguf" if kind == "nul" else "model.gguf")
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "loop":
+        path.symlink_to(path)
+    with pytest.raises(ModelFileError, match=r"no such file|not a regular file|cannot be opened|not a file name"):
+        open_model(path)

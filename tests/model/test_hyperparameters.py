@@ -1,0 +1,122 @@
+"""Hyperparameters: golden values, defaults, and each number that is out of bounds or contradicts another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llamaclust.core.errors import ModelFileError
+from llamaclust.model.gguf.model_file import open_model
+from llamaclust.model.gguf.writer import WritableValue, write_gguf
+from llamaclust.model.hyperparameters import Hyperparameters, RopeScaling, read_hyperparameters
+from support.paths import DATA
+
+BASE: dict[str, WritableValue] = {
+    "general.architecture": "llama",
+    "llama.block_count": 4,
+    "llama.context_length": 4096,
+    "llama.embedding_length": 64,
+    "llama.feed_forward_length": 128,
+    "llama.attention.head_count": 8,
+    "llama.attention.layer_norm_rms_epsilon": 1e-5,
+    "llama.vocab_size": 100,
+}
+
+
+def read(folder: Path, **changes: WritableValue | None) -> Hyperparameters:
+    """`changes` replaces keys of `llama.` (dots written __); None leaves one out."""
+    values = BASE | {f"llama.{key.replace('__', '.')}": value for key, value in changes.items()}
+    path = folder / "m.gguf"
+    write_gguf(path, {key: value for key, value in values.items() if value is not None}, [])
+    return read_hyperparameters(open_model(path))
+
+
+def test_golden_model() -> None:
+    parameters = read_hyperparameters(open_model(DATA / "tiny/qwen2.gguf"))
+    assert (parameters.architecture, parameters.block_count, parameters.embedding_length) == ("qwen2", 3, 256)
+    assert (parameters.head_count, parameters.head_count_kv, parameters.key_length) == (8, 2, 32)
+    assert (parameters.query_width, parameters.kv_width, parameters.vocabulary_size) == (256, 64, 320)
+    assert parameters.rope.frequency_base == 1e6 and parameters.rope.scaling is RopeScaling.NONE
+
+
+def test_defaults(tmp_path: Path) -> None:
+    parameters = read(tmp_path)
+    assert (parameters.head_count_kv, parameters.key_length, parameters.rope.dimension_count) == (8, 8, 8)
+    assert (parameters.rope.frequency_base, parameters.rope.factor) == (10000.0, 1.0)
+    assert parameters.rope.original_context_length == 4096 and parameters.expert_count == 0
+    assert parameters.sliding_window is None and read(tmp_path, attention__sliding_window=0).sliding_window is None
+
+
+def test_sliding_window(tmp_path: Path) -> None:
+    assert read(tmp_path, attention__sliding_window=4096).sliding_window == 4096
+    with pytest.raises(ModelFileError, match="sliding_window': -1, 0 to"):
+        read(tmp_path, attention__sliding_window=-1)
+
+
+def test_scaling(tmp_path: Path) -> None:
+    yarn = read(
+        tmp_path,
+        rope__scaling__type="yarn",
+        rope__scaling__factor=4.0,
+        rope__scaling__original_context_length=1024,
+        rope__scaling__attn_factor=0.5,
+    ).rope
+    assert (yarn.scaling, yarn.factor, yarn.original_context_length, yarn.attention_factor) == ("yarn", 4.0, 1024, 0.5)
+    assert (yarn.beta_fast, yarn.beta_slow, yarn.extrapolation_factor) == (32.0, 1.0, 1.0)
+    assert read(tmp_path, rope__scaling__factor=2.0).rope.scaling is RopeScaling.LINEAR
+    assert read(tmp_path, rope__scale_linear=2.0).rope.factor == 2.0
+    unscaled = read(tmp_path, rope__scaling__type="none", rope__scaling__factor=8.0).rope
+    assert (unscaled.scaling, unscaled.factor) == (RopeScaling.NONE, 1.0)
+
+
+def test_numbers_given_for_each_layer_are_taken_where_they_are_equal(tmp_path: Path) -> None:
+    assert read(tmp_path, attention__head_count_kv=np.array([2, 2, 2, 2], np.uint32)).head_count_kv == 2
+    with pytest.raises(ModelFileError, match=r"head_count_kv.*differs from layer to layer"):
+        read(tmp_path, attention__head_count_kv=np.array([2, 4, 2, 2], np.uint32))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"block_count": None}, r"llama\.block_count': missing"),
+        ({"block_count": 0}, r"block_count': 0, 1 to 1024"),
+        ({"block_count": "4"}, "text, a whole number expected"),
+        ({"block_count": -3}, "-3, 1 to"),
+        ({"block_count": np.array([], np.uint32)}, "an array of uint32, a whole number expected"),
+        ({"block_count": np.array([1 << 31], np.uint32)}, "2147483648, 1 to 1024"),
+        ({"embedding_length": 1 << 31}, "embedding_length': 2147483648"),
+        ({"attention__head_count": 7}, "7, which does not divide a width of 64"),
+        ({"attention__head_count_kv": 3}, "3, which does not divide 8 heads"),
+        ({"attention__head_count_kv": 16}, "16, 1 to 8 expected"),
+        ({"attention__value_length": 16}, "16, keys have 8: not supported"),
+        ({"attention__layer_norm_rms_epsilon": 0.0}, "layer_norm_rms_epsilon': 0, 1e-12 to 0.1"),
+        ({"attention__layer_norm_rms_epsilon": float("nan")}, "nan"),
+        ({"rope__dimension_count": 10}, "10, 1 to 8"),
+        ({"rope__dimension_count": 7}, "7, an even number"),
+        ({"rope__freq_base": float("inf")}, "inf"),
+        ({"rope__scaling__type": "dynamic"}, "'dynamic' is not supported"),
+        ({"rope__scaling__factor": -1.0}, "-1, 0 to"),
+        ({"expert_count": 4}, r"expert_used_count': missing"),
+        ({"expert_count": 4, "expert_used_count": 5}, "5, 1 to 4"),
+        ({"expert_count": 1024, "expert_used_count": 1024}, r"expert_used_count': 1024, 1 to 256"),
+        ({"expert_count": 0, "expert_used_count": 2}, "2, 0 to 0"),
+        ({"vocab_size": None}, r"vocab_size': missing"),
+        ({"vocab_size": 0}, "0, 1 to"),
+    ],
+)
+def test_numbers_that_make_no_sense(tmp_path: Path, changes: dict[str, WritableValue | None], message: str) -> None:
+    with pytest.raises(ModelFileError, match=message):
+        read(tmp_path, **changes)
+
+
+def test_no_architecture_and_no_words(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    write_gguf(path, {"a": 1}, [])
+    with pytest.raises(ModelFileError, match=r"general\.architecture': missing"):
+        read_hyperparameters(open_model(path))
+    words: list[str] = []
+    write_gguf(path, BASE | {"tokenizer.ggml.tokens": words}, [])
+    with pytest.raises(ModelFileError, match=r"tokenizer\.ggml\.tokens': empty"):
+        read_hyperparameters(open_model(path))

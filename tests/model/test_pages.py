@@ -1,0 +1,217 @@
+"""What architectures emit for what files say: windows, scales, rotations, experts; tensors checked, costs complete."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from llamaclust.core.errors import ModelFileError
+from llamaclust.core.limits import StageLimits
+from llamaclust.model.architectures import build_program
+from llamaclust.model.architectures.layers import FACTOR_TENSORS
+from llamaclust.model.gguf.model_file import ModelFile, open_model
+from llamaclust.model.gguf.tensors import FileIdentity
+from llamaclust.model.loader import Model
+from llamaclust.model.program import Attention, KvType, Moe, Program, Rope, RopeTable, Slice, SoftCap
+from llamaclust.model.weights.manifest import make_manifest, read_manifest
+from llamaclust.worker.stage.stage_runner import model_program
+from support.models.tiny_architectures import MODELS, build_architecture
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ModelFile]:
+    """Opens a model of MODELS, with other keys of its own (dots written __) if some are given; None leaves one out."""
+    folder = tmp_path_factory.mktemp("pages")
+
+    def build(name: str, **changes: Any) -> ModelFile:
+        path = folder / f"{name}.gguf"
+        model = open_model(path if path.exists() else build_architecture(path, name))
+        own = {f"{MODELS[name].architecture}.{key.replace('__', '.')}": value for key, value in changes.items()}
+        metadata = {key: value for key, value in (model.metadata | own).items() if value is not None}
+        return replace(model, metadata=metadata)
+
+    return build
+
+
+def whole(model: ModelFile) -> Program:
+    return build_program(model, 0, Model(model).layer_count)
+
+
+def with_layers(model: ModelFile, layers: int) -> ModelFile:
+    """The same with the tensors of its first layer in all of so many."""
+    first = [tensor for name, tensor in model.tensors.items() if name.startswith("blk.0.")]
+    copies = [
+        replace(one, name=one.name.replace("blk.0.", f"blk.{layer}.")) for layer in range(layers) for one in first
+    ]
+    ends = {name: tensor for name, tensor in model.tensors.items() if not name.startswith("blk.")}
+    key = f"{model.metadata['general.architecture']}.block_count"
+    return replace(model, metadata={**model.metadata, key: layers}, tensors=ends | {one.name: one for one in copies})
+
+
+def windows(model: ModelFile) -> list[int | None]:
+    return [step.window for step in whole(model).kv_layers]
+
+
+def tables(model: ModelFile) -> list[RopeTable]:
+    return [step.table for step in whole(model).steps if isinstance(step, Rope)][::2]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_tensor_is_named_checked_and_counted(make: Callable[..., ModelFile], name: str) -> None:
+    file = make(name)
+    program = whole(file)
+    assert set(program.weights) == set(file.tensors) - set(FACTOR_TENSORS)
+    layers = len(program.kv_layers)
+    cut = [build_program(file, layer, layer + 1) for layer in range(layers)]
+    assert [step for stage in cut for step in stage.steps] == list(program.steps)
+    costs = Model(file).costs(KvType.F16)
+    held = costs.head_bytes + sum(layer.weight_bytes for layer in costs.layers)
+    held += costs.embedding_bytes - (file.tensor("token_embd.weight").resident_bytes if MODELS[name].tied else 0)
+    assert held == sum(tensor.resident_bytes for tensor in file.tensors.values() if tensor.name not in FACTOR_TENSORS)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_missing_and_wrong_tensors_are_named(make: Callable[..., ModelFile], name: str) -> None:
+    file = make(name)
+    optional = {"output.weight", *FACTOR_TENSORS} | (
+        {n for n in file.tensors if n.endswith(".bias")} - qwen_biases(file)
+    )
+    for tensor in file.tensors.values():
+        if tensor.name in FACTOR_TENSORS:
+            continue
+        wrong = replace(tensor, shape=(*tensor.shape[:-1], tensor.shape[-1] + 1))
+        with pytest.raises(ModelFileError, match=rf"tensor {tensor.name}: shape \[.*\] expected"):
+            whole(replace(file, tensors={**file.tensors, tensor.name: wrong}))
+        if tensor.name not in optional:
+            others = {name: other for name, other in file.tensors.items() if name != tensor.name}
+            with pytest.raises(ModelFileError, match=rf"{tensor.name.replace('_qkv', '_q')}.*missing"):
+                whole(replace(file, tensors=others))
+
+
+def qwen_biases(file: ModelFile) -> set[str]:
+    return {name for name in file.tensors if str(file.metadata["general.architecture"]).startswith("qwen2")}
+
+
+def test_layers_with_a_window(make: Callable[..., ModelFile]) -> None:
+    assert windows(make("gemma2")) == [6, None, 6, None]
+    assert windows(make("gemma2", attention__sliding_window=None)) == [4096, None, 4096, None]
+    assert windows(make("gemma2", attention__sliding_window_pattern=3)) == [6, 6, None, 6]
+    assert windows(make("gemma2", attention__sliding_window_pattern=0)) == [6, 6, 6, 6]
+    each = np.array([False, True, True, False])
+    assert windows(make("gemma2", attention__sliding_window_pattern=each)) == [None, 6, 6, None]
+    assert windows(make("gemma3")) == [6, 6, 6, 6, 6, None, 6]
+    assert windows(make("gemma3", attention__sliding_window=None)) == [None] * 7
+    for name in ("qwen3", "qwen3moe", "qwen2moe", "internlm2", "gemma", "chatglm"):
+        assert set(windows(make(name, attention__sliding_window=6))) == {None}
+    for name in ("phi3-short", "phi3-long", "starcoder2", "llama-linear"):
+        assert set(windows(make(name, attention__sliding_window=6))) == {6}
+        assert set(windows(make(name, attention__sliding_window=0))) == {None}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [(np.array([True]), "1 numbers for 4 layers"), (-1, "-1, 0 to"), ("all", "sliding_window_pattern")],
+)
+def test_patterns_that_make_no_sense(make: Callable[..., ModelFile], pattern: Any, message: str) -> None:
+    with pytest.raises(ModelFileError, match=message):
+        whole(make("gemma2", attention__sliding_window_pattern=pattern))
+
+
+def test_soft_caps(make: Callable[..., ModelFile]) -> None:
+    program = whole(make("gemma2", attn_logit_softcapping=None, final_logit_softcapping=None))
+    assert {step.soft_cap for step in program.kv_layers} == {50.0}
+    assert [step.cap for step in program.steps if isinstance(step, SoftCap)] == [30.0]
+    plain, capped = whole(make("gemma3")), whole(make("gemma3", final_logit_softcapping=20.0))
+    assert {step.soft_cap for step in plain.kv_layers} == {None}
+    assert len(capped.steps) == len(plain.steps) + 1 and isinstance(capped.steps[-1], SoftCap)
+
+
+@pytest.mark.parametrize(("name", "layers"), [("gemma2", 46), ("gemma3", 62)])
+def test_the_largest_gemmas_scale_scores_by_their_width(make: Callable[..., ModelFile], name: str, layers: int) -> None:
+    usual = whole(with_layers(make(name), layers - 1)).kv_layers
+    largest = whole(with_layers(make(name), layers)).kv_layers
+    assert {step.scale for step in usual} == {1 / math.sqrt(32)}
+    assert {step.scale for step in largest} == {1 / math.sqrt(64 // 4)}
+
+
+def test_windowed_layers_of_gemma3_turn_in_their_own_way(make: Callable[..., ModelFile]) -> None:
+    found = tables(make("gemma3"))
+    assert found[0] == found[4] == found[6] != found[5]
+    np.testing.assert_allclose(found[0].frequencies, 10000.0 ** (-np.arange(16) / 16), rtol=1e-12)
+    np.testing.assert_allclose(found[5].frequencies, 1e6 ** (-np.arange(16) / 16) / 8, rtol=1e-12)
+    other = tables(make("gemma3", rope__freq_base_swa=500.0))
+    np.testing.assert_allclose(other[0].frequencies, 500.0 ** (-np.arange(16) / 16), rtol=1e-12)
+    assert other[5] == found[5]
+    alike = tables(make("gemma3", attention__sliding_window=None))
+    assert set(alike) == {found[5]}
+
+
+def test_factors_are_chosen_by_the_context(make: Callable[..., ModelFile]) -> None:
+    file = make("phi3-short")
+    plain = np.array(tables(replace(file, tensors=without(file, *FACTOR_TENSORS)))[0].frequencies)
+
+    def factors(context: int | None) -> list[float]:
+        program = build_program(file, 0, 1, KvType.F16, context)
+        step = next(step for step in program.steps if isinstance(step, Rope))
+        assert step.table.scale == pytest.approx(1.19)
+        return (plain / np.array(step.table.frequencies)).tolist()
+
+    short, long = (np.frombuffer(file.tensor(name).read(), "<f4") for name in FACTOR_TENSORS[1:])
+    for context, expected in ((512, short), (64, short), (513, long), (None, long)):
+        np.testing.assert_allclose(factors(context), expected, rtol=1e-6)
+
+
+def without(file: ModelFile, *names: str) -> dict[str, Any]:
+    return {name: tensor for name, tensor in file.tensors.items() if name not in names}
+
+
+def test_parts_of_a_product_lie_side_by_side(make: Callable[..., ModelFile]) -> None:
+    program = build_program(make("chatglm"), 1, 2)
+    parts = [
+        (step.x.name, step.start, step.out.name, step.out.width) for step in program.steps if isinstance(step, Slice)
+    ]
+    qkv, ffn = "query+key+value", "gate+up"
+    assert parts[:3] == [(qkv, 0, "query", 64), (qkv, 64, "key", 32), (qkv, 96, "value", 32)]
+    assert parts[3:] == [(ffn, 0, "gate", 96), (ffn, 96, "up", 96)]
+
+
+def test_experts(make: Callable[..., ModelFile]) -> None:
+    for name, normalized in (("qwen2moe", False), ("qwen3moe", True), ("llama-experts", True)):
+        assert {step.normalized for step in whole(make(name)).steps if isinstance(step, Moe)} == {normalized}
+        with pytest.raises(ModelFileError, match=r"expert_weights_scale.*2\.5, which is not supported"):
+            whole(make(name, expert_weights_scale=2.5))
+
+
+def test_values_as_wide_as_keys(make: Callable[..., ModelFile]) -> None:
+    assert {
+        (step.head_dim, step.q.width) for step in whole(make("qwen3")).kv_layers if isinstance(step, Attention)
+    } == {(32, 128)}
+    with pytest.raises(ModelFileError, match=r"value_length.*16, keys have 32"):
+        whole(make("qwen3", attention__value_length=16))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_worker_without_the_file_computes_the_same(make: Callable[..., ModelFile], name: str, tmp_path: Path) -> None:
+    """From the manifest and the tensors that programs are made of, for the context that the stage is planned for."""
+    pattern = {"attention__sliding_window_pattern": np.array([True, True, False, True])} if name == "gemma2" else {}
+    file, limits = make(name, **pattern), StageLimits(8, 8, 2, MODELS[name].context, 64)
+    (tmp_path / "manifest").write_bytes(make_manifest(file))
+    manifest, held = read_manifest(tmp_path / "manifest"), dict[str, tuple[Path, FileIdentity]]()
+    for record in manifest.tensors:
+        if record.name in FACTOR_TENSORS:
+            place = tmp_path / record.content
+            place.write_bytes(file.tensor(record.name).read())
+            with place.open("rb") as opened:
+                held[record.content] = (place, FileIdentity.of(opened.fileno()))
+    absent = Model(manifest.file(tmp_path / "nowhere", held))
+    program = model_program(absent, 0, 2, limits)
+    assert program == build_program(file, 0, 2, KvType.F16, MODELS[name].context)
+    if name.startswith("phi3"):
+        other = model_program(absent, 0, 2, replace(limits, max_context_tokens=1280 - limits.max_context_tokens))
+        assert other != program

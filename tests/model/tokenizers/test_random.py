@@ -1,0 +1,41 @@
+"""Random texts of all Unicode, spaces, emoji, digits and code: the ids that llama.cpp's library gave for them once.
+
+Recorded are CRC-32 sums, of 400 texts, by `python benchmarks/token_ids.py` and a program that calls `llama_tokenize`;
+0 where llama.cpp differs: see docs/models.md."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import zlib
+from pathlib import Path
+
+import pytest
+
+from llamaclust.model.gguf.model_file import open_model
+from llamaclust.model.tokenizers.tokenizer import load_tokenizer
+from support.paths import DATA, ROOT
+
+DATA_FOLDER = DATA / "tokenizers"
+RECORDED = json.loads((DATA_FOLDER / "random-ids.json").read_text())
+
+
+def check(name: str, model: Path) -> None:
+    texts = list(runpy.run_path(str(ROOT / "benchmarks/token_ids.py"))["texts"](RECORDED["seed"], 400))
+    assert zlib.crc32("\n".join(texts).encode()) == RECORDED["texts"], "this Python draws other texts"
+    tokenizer = load_tokenizer(open_model(model).metadata)
+    sums = [zlib.crc32(" ".join(map(str, tokenizer.encode(text))).encode()) for text in texts]
+    wrong = [
+        number for number, (one, said) in enumerate(zip(sums, RECORDED[name], strict=True)) if said not in (0, one)
+    ]
+    assert wrong == [], ascii(texts[wrong[0]])
+
+
+@pytest.mark.parametrize("name", ["gpt-2", "llama-bpe", "llama-spm"])
+def test_vocabularies(name: str) -> None:
+    check(name, DATA_FOLDER / f"ggml-vocab-{name}.gguf")
+
+
+@pytest.mark.model
+def test_the_demo_model(demo_model: Path) -> None:
+    check("smollm2", demo_model)

@@ -1,0 +1,254 @@
+"""Rules of vocabularies, on made-up ones: word types, end of generation, damaged fields, long and odd texts."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llamaclust.core.errors import ModelFileError, RequestError
+from llamaclust.model.tokenizers.byte_pairs import _BYTE_OF
+from llamaclust.model.tokenizers.detokenizer import Detokenizer
+from llamaclust.model.tokenizers.pre_tokenizers import _BY_NAME
+from llamaclust.model.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from llamaclust.model.tokenizers.vocabulary import TokenType
+
+CONTROL, USER_DEFINED, BYTE = TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.BYTE
+
+
+def spm(words: dict[str, int] | None = None, scores: dict[str, float] | None = None, **fields: Any) -> dict[str, Any]:
+    """Metadata of a SentencePiece vocabulary: unknown, BOS, EOS, 256 bytes, then `words` with their types."""
+    every = {"<unk>": 2, "<s>": 3, "</s>": 3} | {f"<0x{byte:02X}>": 6 for byte in range(256)} | (words or {})
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": list(every),
+        "tokenizer.ggml.token_type": np.array(list(every.values()), np.int32),
+        "tokenizer.ggml.scores": np.array([(scores or {}).get(word, 0.0) for word in every], np.float32),
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.unknown_token_id": 0,
+    } | {f"tokenizer.ggml.{name}": value for name, value in fields.items()}
+
+
+def bpe(merges: list[str] | None = None, words: dict[str, int] | None = None, **fields: Any) -> dict[str, Any]:
+    """Metadata of a byte-level vocabulary: the 256 stand-ins, what the merges make, then `words` with their types."""
+    made = ["".join(merge.split(" ")) for merge in merges or []]
+    every = dict.fromkeys([*_BYTE_OF, *made], 1) | (words or {})
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.tokens": list(every),
+        "tokenizer.ggml.token_type": np.array(list(every.values()), np.int32),
+        "tokenizer.ggml.merges": merges or [],
+    } | {f"tokenizer.ggml.{name}": value for name, value in fields.items()}
+
+
+def words_of(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
+    return [tokenizer.token_text(token_id) for token_id in ids]
+
+
+def test_sentencepiece_merges_by_score_and_falls_back_to_bytes() -> None:
+    words = dict.fromkeys(["a", "b", "ab", "bb", "▁"], 1)
+    tokenizer = load_tokenizer(spm(words, {"ab": -2.0, "bb": -1.0}))
+    assert words_of(tokenizer, tokenizer.encode("abbé")) == ["<s>", "▁", "a", "bb", "<0xC3>", "<0xA9>"]
+    tokenizer = load_tokenizer(spm(words, {"ab": -1.0, "bb": -2.0}))
+    assert words_of(tokenizer, tokenizer.encode("abbé")) == ["<s>", "▁", "ab", "b", "<0xC3>", "<0xA9>"]
+
+
+def test_sentencepiece_space_prefix_is_the_files_choice_and_spaces_are_kept() -> None:
+    words = dict.fromkeys(["a", "▁", "▁a"], 1)
+    tokenizer = load_tokenizer(spm(words, add_space_prefix=False, add_bos_token=False))
+    assert words_of(tokenizer, tokenizer.encode("a  a ")) == ["a", "▁", "▁a", "▁"]
+    assert tokenizer.decode(tokenizer.encode(" a")) == " a"
+    tokenizer = load_tokenizer(spm(words, add_bos_token=False, add_eos_token=True))
+    assert words_of(tokenizer, tokenizer.encode("a")) == ["▁a", "</s>"]
+
+
+def test_user_defined_words_are_always_found_and_the_longest_wins() -> None:
+    for metadata in (spm({"<t>": USER_DEFINED, "<t><t>": USER_DEFINED, "▁": 1, "a": 1}, add_space_prefix=False), bpe()):
+        if metadata["tokenizer.ggml.model"] == "gpt2":
+            metadata = bpe(words={"<t>": USER_DEFINED, "<t><t>": USER_DEFINED})
+        tokenizer = load_tokenizer(metadata)
+        found = words_of(tokenizer, tokenizer.encode("a<t><t><t>a", add_special=False))
+        assert found == ["a", "<t><t>", "<t>", "a"]
+        assert tokenizer.decode(tokenizer.encode("a<t>a"), skip_special=True) == "a<t>a"
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_no_text_becomes_a_control_token(kind: str) -> None:
+    """Though merges lead to it, and though llama-bpe takes words of the vocabulary whole."""
+    if kind == "llama":
+        tokenizer = load_tokenizer(spm(dict.fromkeys(["▁", "s", "t", "st", "o", "p", "op"], 1) | {"stop": CONTROL}))
+    else:
+        tokenizer = load_tokenizer(bpe(["s t", "o p", "st op"], {"stop": CONTROL}, pre="llama-bpe"))
+    plain = tokenizer.encode("stop", add_special=False)
+    assert not any(tokenizer.is_control(token_id) for token_id in plain)
+    assert tokenizer.decode(plain) == "stop"
+    parsed = tokenizer.encode("stop", add_special=False, parse_special=True)
+    assert words_of(tokenizer, parsed) == ["stop"]
+
+
+def test_whole_words_of_the_vocabulary_are_not_merged_in_llama_3_models() -> None:
+    merges, words = ["a b", "c d"], {"abcd": 1}
+    assert words_of(load_tokenizer(bpe(merges, words)), load_tokenizer(bpe(merges, words)).encode("abcd")) == [
+        "ab",
+        "cd",
+    ]
+    tokenizer = load_tokenizer(bpe(merges, words, pre="llama-bpe"))
+    assert words_of(tokenizer, tokenizer.encode("abcd")) == ["abcd"]
+
+
+def test_end_of_generation_by_key_and_by_text() -> None:
+    words = {"<|im_end|>": 1, "<|eom_id|>": CONTROL, "stop": 1}
+    tokenizer = load_tokenizer(bpe(words=words, eos_token_id=5, eot_token_id=256 + 2))
+    found = words_of(tokenizer, sorted(tokenizer.end_of_generation))
+    assert found == [tokenizer.token_text(5), "<|im_end|>", "<|eom_id|>", "stop"]
+    assert tokenizer.is_control(256), "a word that looks like a control token is one, whatever the file says"
+    assert tokenizer.encode("<|im_end|>") != [256]
+
+
+def test_end_marks_inside_an_answer_do_not_end_it() -> None:
+    words = {"<|end|>": CONTROL, "<|return|>": CONTROL, "<|call|>": CONTROL, "<|channel|>": CONTROL}
+    tokenizer = load_tokenizer(bpe(words=words))
+    assert set(words_of(tokenizer, list(tokenizer.end_of_generation))) == {"<|return|>", "<|call|>"}
+    assert not tokenizer.is_control(256) and not tokenizer.is_control(259)
+    alone = load_tokenizer(bpe(words={"<|end|>": CONTROL}))
+    assert alone.end_of_generation == {256}
+
+
+def test_special_ids_outside_the_vocabulary_count_as_none() -> None:
+    tokenizer = load_tokenizer(bpe(bos_token_id=2**32 - 1, eos_token_id=256, add_bos_token=True))
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.add_bos) == (None, None, False)
+    assert tokenizer.encode("a") == [tokenizer.token_id("a")]
+
+
+def test_unknown_token_ids_are_refused() -> None:
+    tokenizer = load_tokenizer(bpe())
+    for token_id in (-1, 256, 1 << 40):
+        with pytest.raises(RequestError, match=r"outside the vocabulary \[0, 256\)"):
+            tokenizer.decode([token_id])
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({}, "the file has no tokenizer"),
+        ({"tokenizer.ggml.model": "bert"}, "a tokenizer of kind 'bert'; supported: llama, gpt2, t5"),
+        (bpe(pre="martian"), "unknown pre-tokenizer 'martian'"),
+        (bpe(tokens=["a", "b", "a"], token_type=None), "'a' is there twice"),
+        (bpe(tokens=[]), "tokens is empty"),
+        (bpe(tokens="abc"), "not an array of text"),
+        (bpe(tokens=[1, 2]), "not an array of text"),
+        (bpe(token_type=np.array([1, 1], np.int32)), "not an array of 256 numbers"),
+        (bpe(token_type=["1"] * 256), "not an array of numbers"),
+        (bpe(merges=["ab"]), "'ab' is not two words"),
+        (bpe() | {"tokenizer.ggml.merges": None}, "merges is missing"),
+        (bpe(bos_token_id="x"), "bos_token_id is not a whole number"),
+        (bpe(add_bos_token=1), "add_bos_token is not a truth value"),
+        (spm({"<0x1>": BYTE}), "not <0xNN>"),
+        (spm({"a": 1}, scores_extra=1) | {"tokenizer.ggml.scores": np.zeros(3, np.float32)}, "not an array of 260"),
+    ],
+)
+def test_bad_fields_are_named(metadata: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelFileError) as caught:
+        load_tokenizer(metadata)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_vocabularies_that_lack_the_usual_still_work() -> None:
+    bare = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": ["a", "b", ""]}
+    tokenizer = load_tokenizer(bare)
+    assert tokenizer.encode("abc") == [0, 1]
+    assert tokenizer.token_text(2) == "[EMPTY_2]"
+    two_unknown = {"tokenizer.ggml.token_type": np.array([2, 2, 1])}
+    assert load_tokenizer(bare | two_unknown).encode("b", add_special=False) == [0]
+    lone_byte = {"tokenizer.ggml.tokens": ["<unk>", "a", "<0x41>"], "tokenizer.ggml.token_type": np.array([2, 1, 6])}
+    tokenizer = load_tokenizer(bare | lone_byte)
+    assert tokenizer.token_bytes(2) == b"A"
+
+
+def test_merges_of_words_that_are_missing_are_left_out() -> None:
+    metadata = bpe(["a b"])
+    metadata["tokenizer.ggml.merges"] = ["a b", "ab zz", "q q"]
+    tokenizer = load_tokenizer(metadata)
+    assert words_of(tokenizer, tokenizer.encode("abqq")) == ["ab", "q", "q"]
+
+
+@pytest.mark.parametrize("name", sorted(_BY_NAME))
+def test_every_pre_tokenizer_keeps_every_character(name: str) -> None:
+    tokenizer = load_tokenizer(bpe(pre=name))
+    text = (
+        "It's 12345 héllo's, Ǆ ｗide\t\r\n\n  世界가나ᾼΩ!!! ...\u3000'LL x\u0301 🦙 def f(x):\n    return 1\u2028end  "
+    )
+    assert tokenizer.decode(tokenizer.encode(text, add_special=False)) == text
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "pieces"),
+    [
+        ("gpt-2", "It's 1234  ok", ["It", "'s", "Ġ1234", "Ġ", "Ġok"]),
+        ("smollm", "a 12", ["a", "Ġ", "1", "2"]),
+        ("llama-bpe", "IT'S 1234!\n\nok", ["IT", "'S", "Ġ", "123", "4", "!ĊĊ", "ok"]),
+        ("qwen2", "x 12", ["x", "Ġ", "1", "2"]),
+        ("deepseek-llm", "ab\ncd 12", ["ab", "Ċ", "cd", "Ġ", "12"]),
+        ("falcon", "a1234+b", ["a", "123", "4", "+", "b"]),
+        ("tekken", "HelloWorld/", ["Hello", "World", "/"]),
+        ("gpt-4o", "We're 1234", ["We're", "Ġ", "123", "4"]),
+    ],
+)
+def test_where_the_pre_tokenizers_cut(name: str, text: str, pieces: list[str]) -> None:
+    """With every two-symbol merge there is, each piece becomes one token."""
+    merges: list[str] = []
+    for piece in pieces:
+        merges += [f"{piece[:i]} {piece[i]}" for i in range(1, len(piece)) if f"{piece[:i]} {piece[i]}" not in merges]
+    tokenizer = load_tokenizer(bpe(merges, pre=name))
+    assert words_of(tokenizer, tokenizer.encode(text, add_special=False)) == pieces
+
+
+WORDS = dict.fromkeys(["a", "b", "▁", "▁a", "é", "é▁", "世", "<", "x"], 1) | {"<x>": USER_DEFINED}
+RANDOM = {
+    "llama": load_tokenizer(spm(WORDS, {"▁a": -1.0, "é▁": -2.0}, add_bos_token=False)),
+    "gpt2": load_tokenizer(bpe(["a b", "Ġ a", "Ã ©"], {"<x>": USER_DEFINED}, pre="smollm")),
+}
+
+
+@pytest.mark.parametrize("kind", RANDOM)
+@settings(max_examples=150, deadline=None)
+@given(text=st.text(st.sampled_from("ab é世<x>🦙\n\t\0▁ \ufdd0") | st.characters(), max_size=40))
+def test_any_text_comes_back(kind: str, text: str) -> None:
+    tokenizer = RANDOM[kind]
+    ids = tokenizer.encode(text)
+    readable = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    first, *rest = readable.split("<x>")
+    if kind == "llama":
+        first = first.replace("▁", " ")
+        rest = [part and " " + part.replace("▁", " ") for part in rest]
+    assert tokenizer.decode(ids) == "<x>".join([first, *rest])
+    stream = Detokenizer(tokenizer, text_start=True)
+    assert "".join(map(stream.push, ids)) + stream.flush() == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("kind", RANDOM)
+def test_any_tokens_read_the_same_one_by_one(kind: str) -> None:
+    tokenizer = RANDOM[kind]
+    seed = random.randrange(1 << 32)
+    print("seed", seed)
+    draw = random.Random(seed)
+    for _ in range(200):
+        ids = [draw.randrange(tokenizer.vocabulary_size) for _ in range(draw.randrange(12))]
+        for skip in (False, True):
+            stream = Detokenizer(tokenizer, skip, text_start=True)
+            assert "".join(map(stream.push, ids)) + stream.flush() == tokenizer.decode(ids, skip)
+
+
+@pytest.mark.parametrize("kind", RANDOM)
+@pytest.mark.parametrize("unit", [" ", "a", "\n", " \n", "é ", "<x>"])
+def test_long_monotonous_texts_are_quick(kind: str, unit: str) -> None:
+    tokenizer = RANDOM[kind]
+    text = unit * (200_000 // len(unit)) + "b"
+    assert tokenizer.decode(tokenizer.encode(text)).endswith("b")

@@ -1,0 +1,224 @@
+"""The scripts in benchmarks/: all of them say what they do, and run to their end on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from llamaclust.core.errors import UsageError
+from llamaclust.model.quant_types import QuantType
+from support.models.tiny_model import build_tiny_model
+from support.paths import ROOT
+
+sys.path.append(str(ROOT / "benchmarks"))
+from compare import their_answers, their_speed
+
+FOLDER = ROOT / "benchmarks"
+
+SCRIPTS = sorted(path.name for path in FOLDER.glob("*.py") if "__main__" in path.read_text())
+
+LLAMA_BENCH = """#!/bin/sh
+echo '[{"n_prompt": 16, "n_gen": 0, "avg_ts": 10.0}, {"n_prompt": 0, "n_gen": 2, "avg_ts": 5.0}]'
+"""
+"""Answers as llama.cpp's program of that name."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("benchmarks")
+    build_tiny_model(folder / "Q8_0.gguf", quant_type=QuantType.Q8_0, layers=2)
+    (folder / "llama-bench").write_text(LLAMA_BENCH)
+    (folder / "llama-bench").chmod(0o755)
+    return folder
+
+
+def run(folder: Path, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, FOLDER / script, *arguments],
+        cwd=folder,
+        env=os.environ | {"LLAMACLUST_STATE_DIR": str(folder / "state")},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def output(folder: Path, script: str, *arguments: str) -> str:
+    done = run(folder, script, *arguments)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_says_what_it_does(folder: Path, script: str) -> None:
+    assert output(folder, script, "--help").startswith(f"usage: {script}")
+
+
+def test_kernels(folder: Path) -> None:
+    options = ("--types", "Q8_0", "--shapes", "2048x2048", "--tokens", "1,8", "--threads", "1", "--rounds", "1")
+    out = output(folder, "kernels.py", *options, "--json", "kernels.jsonl")
+    rows = [json.loads(line) for line in (folder / "kernels.jsonl").read_text().splitlines()]
+    assert len(out.splitlines()) == 1 + len(rows) == 3
+    assert all(row["gb_s"] > 0 and row["read_share"]["median"] > 0 and row["peak_share"]["least"] > 0 for row in rows)
+
+
+def test_attention(folder: Path) -> None:
+    options = ("--depths", "32", "--rows", "1,20", "--heads", "4/2x16", "--threads", "1", "--rounds", "2")
+    out = output(folder, "attention.py", *options, "--json", "attention.jsonl")
+    rows = [json.loads(line) for line in (folder / "attention.jsonl").read_text().splitlines()]
+    assert len(out.splitlines()) == 1 + len(rows) == 5
+    assert all(row["ms"] > 0 and 0 < row["read_share"]["least"] <= row["read_share"]["most"] for row in rows)
+
+
+def test_batch(folder: Path) -> None:
+    out = output(folder, "batch.py", "Q8_0.gguf", "--repeats", "1", "--context", "200")
+    assert [line.split(",")[0] for line in out.splitlines()] == [
+        "decode of 8 sequences together",
+        "decode behind 167 tokens",
+        "prefill of 512 tokens",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--only", "batch", "--context", "4096"), "--context is for depth"),
+        (("--only", "batch,width"), "not 'width'"),
+        (("--context", "100"), "--context must be at least 161"),
+    ],
+)
+def test_batch_refuses_what_it_would_not_obey(folder: Path, arguments: tuple[str, ...], words: str) -> None:
+    done = run(folder, "batch.py", "Q8_0.gguf", *arguments)
+    assert done.returncode == 2 and words in done.stderr.splitlines()[-1]
+
+
+def test_compare(folder: Path) -> None:
+    options = ("--prompt", "16", "--generate", "2", "--threads", "1", "--runs", "1", "--repeats", "1")
+    program = str(folder / "llama-bench")
+    out = output(folder, "compare.py", "Q8_0.gguf", "--llama-bench", program, *options, "--json", "pairs.jsonl")
+    assert re.findall(r"(prefill|decode) .* ratio \d", out) == ["prefill", "decode"]
+    assert json.loads((folder / "pairs.jsonl").read_text())["llama.cpp"]["decode"] == 5.0
+
+
+def test_all_types(folder: Path) -> None:
+    options = ("--types", "Q8_0", "--models", ".", "--threads", "1", "--repeats", "1")
+    program = str(folder / "llama-bench")
+    output(folder, "all_types.py", "--llama-bench", program, "--json", "types.jsonl", *options)
+    table = output(folder, "all_types.py", "--table", "types.jsonl").splitlines()
+    assert len(table) == 3 and table[2].startswith("| Q8_0 | 8.5 | 32 | 1.00 |")
+
+
+def test_load(folder: Path) -> None:
+    out = output(folder, "load.py", "Q8_0.gguf", "--threads", "1", "--repeats", "1")
+    kinds = ("and preparing", "from the file", "prepared", "prepared, copied")
+    assert [line[:18].strip() for line in out.splitlines()[1:5]] == list(kinds)
+
+
+def test_split(folder: Path) -> None:
+    out = output(folder, "split.py", "Q8_0.gguf", "--repeats", "1", "--tokens", "4", "--json", "split.jsonl")
+    assert "two workers / one worker" in out
+    assert json.loads((folder / "split.jsonl").read_text())["two"]["single_tok_s"] > 0
+
+
+def test_hop(folder: Path) -> None:
+    assert re.search(r"^a hop [+-]\d+ us$", output(folder, "hop.py", "Q8_0.gguf", "--steps", "20"), re.MULTILINE)
+
+
+def test_tls(folder: Path) -> None:
+    done = run(folder, "tls.py", "Q8_0.gguf", "--repeats", "1", "--tokens", "8", "--hops", "20")
+    assert "16 KiB" in done.stdout and "decode with mutual TLS / insecure" in done.stdout
+    assert done.returncode == 0 and done.stderr.startswith("INSECURE") and done.stderr.count("\n") == 1, done.stderr
+
+
+REFUSED = [
+    ("kernels.py", ("--tokens", "0"), "must be 1 or more"),
+    ("kernels.py", ("--threads", "0"), "must be 1 or more"),
+    ("kernels.py", ("--threads", "5000"), "1024 at most"),
+    ("kernels.py", ("--rounds", "0"), "must be 1 or more"),
+    ("kernels.py", ("--levels", "sse"), "choose from generic"),
+    ("kernels.py", ("--shapes", "3x3"), "give ROWSxCOLS with 65536 weights or more"),
+    ("kernels.py", ("--shapes", "512by512"), "give ROWSxCOLS"),
+    ("kernels.py", ("--shapes", "1000x1000", "--types", "Q4_K"), "steps of 256 or more"),
+    ("kernels.py", ("--types", "Q9"), "choose from F32, F16"),
+    ("all_types.py", ("--table", "nope"), "cannot be read: No such file"),
+    ("all_types.py", ("--table", "words"), "line 1 is not one that --json writes"),
+    ("compare.py", ("Q8_0.gguf", "--llama-bench", "nope"), "no such file; `compare.py --help` says how to build it"),
+    ("compare.py", ("Q8_0.gguf", "--llama-bench", "."), "a folder"),
+    ("compare.py", ("Q8_0.gguf", "--llama-bench", "words"), "not a program that can be run"),
+    ("compare.py", ("nope.gguf", "--llama-bench", "llama-bench"), "nope.gguf: no such file"),
+    ("split.py", ("nope.gguf",), "nope.gguf: no such file"),
+    ("split.py", ("Q8_0.gguf", "--tokens", "0"), "must be 1 or more"),
+]
+
+
+@pytest.mark.parametrize(("script", "arguments", "words"), REFUSED)
+def test_mistakes_are_one_line_before_anything_runs(
+    folder: Path, script: str, arguments: tuple[str, ...], words: str
+) -> None:
+    (folder / "words").write_text("words\n")
+    done = run(folder, script, *arguments)
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and "error: " in last and words in last
+    assert "Traceback" not in done.stderr and done.stdout == ""
+
+
+def other_bench(folder: Path, answer: str) -> Path:
+    program = folder / "other-bench"
+    program.write_text(f"#!/bin/sh\n{answer}\n")
+    program.chmod(0o755)
+    return program
+
+
+@pytest.mark.parametrize("answer", ["echo hello", "echo '[]'", "echo '{}'", "echo no >&2; exit 1"])
+def test_what_answers_otherwise_is_no_llama_bench(folder: Path, answer: str) -> None:
+    program = other_bench(folder, answer)
+    with pytest.raises(UsageError, match=str(program)):
+        their_speed(program, their_answers(program, Path("Q8_0.gguf"), ()))
+
+
+def test_what_is_no_llama_bench_is_one_line(folder: Path) -> None:
+    program = other_bench(folder, "exec /nowhere")
+    options = ("--prompt", "16", "--generate", "2", "--threads", "1", "--runs", "1", "--repeats", "1")
+    done = run(folder, "compare.py", "Q8_0.gguf", "--llama-bench", str(program), *options)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"error: {program}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_script_that_is_told_to_end_leaves_nothing(folder: Path, tmp_path: Path, number: signal.Signals) -> None:
+    """`shape.py` while it writes, `kernels.py` while it measures."""
+    with subprocess.Popen(
+        [sys.executable, FOLDER / "shape.py", "7b", "Q8_0", tmp_path / "m.gguf"], stderr=subprocess.PIPE, text=True
+    ) as process:
+        while not list(tmp_path.iterdir()):
+            time.sleep(0.01)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    assert (process.returncode, err, list(tmp_path.iterdir())) == (128 + number, "", [])
+    with subprocess.Popen(
+        [sys.executable, FOLDER / "kernels.py", "--types", "Q8_0", "--threads", "1"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(0.3)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (128 + number, "")
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not here")
+def test_streaming(folder: Path) -> None:
+    out = output(folder, "streaming.py", "Q8_0.gguf", "--threads", "1", "--tokens", "8", "--repeats", "1")
+    assert [line.split(":")[0] for line in out.splitlines()[1:]] == ["engine / bench", "curl / bench"]

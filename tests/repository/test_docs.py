@@ -1,0 +1,332 @@
+"""Docs say what is: every file, key, option, command, path and link that they name exists, and their examples run."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import runpy
+import subprocess
+import tomllib
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.main import get_command
+
+from llamaclust.cli.app import app
+from llamaclust.cluster.api.app import create_app
+from llamaclust.cluster.api.settings import ApiSettings
+from llamaclust.cluster.client.local import LocalPipeline, LocalSettings, LocalStage
+from llamaclust.cluster.config.cluster_config import load_config
+from llamaclust.cluster.engine.engine import Engine
+from llamaclust.cluster.text.service import TextService, TextSettings
+from llamaclust.core.errors import LlamaclustError, UsageError
+from support.clusters.command_line import command_line
+from support.clusters.served import run_async, serving
+from support.models.tiny_model import build_tiny_model
+from support.paths import ROOT
+
+README = ROOT / "README.md"
+PAGES = (README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
+PRESENT = tuple(page for page in PAGES if page.name != "roadmap.md")  # that one is about what is not there yet
+PACKAGES = ("cli", "tools", "cluster", "worker", "kernels", "model", "wire", "proto")
+FOLDERS = (*PACKAGES, "src", "tests", "benchmarks", "examples", "deploy", "docs", "cmake", ".ci")
+MINIMAL = "model: smollm2-135m-instruct\nworkers: [{name: a}]\n"
+
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+NATIVE = (".h", ".cpp", ".cu", ".cuh")
+CPP = ROOT / "kernels/cpu/native"
+
+
+def page_id(page: Path) -> str:
+    return page.name
+
+
+def fences(page: Path, language: str) -> list[str]:
+    return [text for kind, text in FENCE.findall(page.read_text()) if kind == language]
+
+
+def code(page: Path) -> Iterator[str]:
+    """Everything that is set as code but Python, a line each."""
+    text = page.read_text()
+    for language, block in FENCE.findall(text):
+        if language != "python":
+            yield from block.replace("\\\n", " ").splitlines()
+    yield from re.findall(r"`([^`\n]+)`", FENCE.sub("", text))
+
+
+def section(page: Path, heading: str) -> str:
+    """The text below a heading, to the next of any level."""
+    found = re.search(rf"^#+ {re.escape(heading)}$(.*?)(?=^#|\Z)", page.read_text(), re.MULTILINE | re.DOTALL)
+    assert found is not None, f"{page.name}: no heading {heading!r}"
+    return found[1]
+
+
+def rows(text: str) -> list[list[str]]:
+    """The cells of a table, without its head."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def names(cell: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", cell)
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def modules() -> set[str]:
+    """Every module, and every name of a CUDA source or header."""
+    paths = [path for package in PACKAGES for path in (ROOT / package).rglob("*")]
+    paths += (ROOT / "src/llamaclust").glob("*.py")
+    python = {path for path in paths if path.suffix in (".py", ".proto") and "_pb2" not in path.name}
+    native = {path.with_suffix("") for path in paths if path.suffix in NATIVE and not path.is_relative_to(CPP)}
+    return {str(path.relative_to(ROOT)) for path in python | native if path.name != "__init__.py"}
+
+
+def test_the_architecture_names_every_file_and_no_other() -> None:
+    page = ROOT / "docs/architecture.md"
+    folders = re.findall(r"^### (\S+)$", page.read_text(), re.MULTILINE)
+    named = [f"{folder}/{name}" for folder in folders for row in rows(section(page, folder)) for name in names(row[0])]
+    assert len(named) == len(set(named))
+    assert sorted(modules() - set(named)) == [], "files that docs/architecture.md does not name"
+    assert sorted(set(named) - modules()) == [], "files that are not there"
+
+
+@pytest.mark.parametrize("page", PRESENT, ids=page_id)
+def test_paths_exist(page: Path) -> None:
+    words = {word.strip("`'\",:;()") for line in code(page) for word in line.split()}
+    paths = [word for word in words if re.fullmatch(r"[\w.-]+(/[\w.*-]+)+/?", word) and word.split("/")[0] in FOLDERS]
+    assert [path for path in paths if not any(ROOT.glob(path.rstrip("/")))] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)", page.read_text()):
+        linked = page.parent / target if target else page
+        assert linked.is_file(), f"{page.name} links to {target}"
+        headings = re.findall(r"^#+ (.+)$", linked.read_text(), re.MULTILINE) if anchor else []
+        slugs = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+        assert not anchor or anchor in slugs, f"{page.name} links to {target}#{anchor}"
+
+
+@pytest.mark.parametrize("page", PRESENT, ids=page_id)
+def test_named_tests_exist(page: Path) -> None:
+    for file, test in set(re.findall(r"\b(test_\w+)(?:\.py)?::(test_\w+)", page.read_text())):
+        paths = list((ROOT / "tests").rglob(f"{file}.py"))
+        assert paths and f"def {test}(" in paths[0].read_text(), f"{page.name} names {file}::{test}"
+
+
+def test_every_dependency_has_a_line() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    groups = {"Runtime": project["project"]["dependencies"]}
+    groups |= {name.capitalize(): group for name, group in project["dependency-groups"].items()}
+    for heading, wanted in groups.items():
+        found = [row[0] for row in rows(section(ROOT / "docs/dependencies.md", heading))]
+        assert sorted(found) == sorted(re.split(r"[<>=,]", one)[0] for one in wanted), heading
+
+
+# -- the command line --------------------------------------------------------------------------------------------------
+
+
+def commands() -> dict[tuple[str, ...], Any]:
+    """Every command of the program by its words."""
+    return dict(commands_below((), get_command(app)))
+
+
+def commands_below(words: tuple[str, ...], command: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
+    nested = getattr(command, "commands", None)
+    if nested is None:
+        yield words, command
+    for name, one in (nested or {}).items():
+        yield from commands_below((*words, name), one)
+
+
+def options(command: Any) -> dict[str, Any]:
+    shown = [one for one in command.params if one.param_type_name == "option" and not one.hidden]
+    return {name: one for one in shown for name in one.opts if name != "--help"}
+
+
+def is_placeholder(word: str) -> bool:
+    return word.strip("[]").isupper()
+
+
+def test_every_command_has_a_section() -> None:
+    page = ROOT / "docs/command-line.md"
+    headings = [line.split()[2:] for line in page.read_text().splitlines() if line.startswith("## llamaclust ")]
+    found = {tuple(takewhile(lambda word: not is_placeholder(word), words)): words for words in headings}
+    assert found.keys() == commands().keys()
+    for name, words in found.items():
+        arguments = [one for one in commands()[name].params if one.param_type_name == "argument"]
+        assert [word.startswith("[") for word in words[len(name) :]] == [not one.required for one in arguments], name
+
+
+def test_every_option_has_a_row_with_its_default() -> None:
+    page = ROOT / "docs/command-line.md"
+    for words, command in commands().items():
+        heading = re.search(rf"^## (llamaclust {' '.join(words)}\b(?!-).*)$", page.read_text(), re.MULTILINE)
+        assert heading is not None
+        listed = rows(section(page, heading[1]))
+        named = {name.split()[0]: row[1] for row in listed for name in names(row[0])}
+        assert named.keys() == options(command).keys(), words
+        for name, default in named.items():
+            actual = options(command)[name].default
+            is_number = isinstance(actual, int | float) and not isinstance(actual, bool)
+            assert default == (str(actual) if is_number else default), (words, name)
+
+
+def test_exit_codes_and_variables_are_those_of_the_program() -> None:
+    page = ROOT / "docs/command-line.md"
+    codes = {kind.exit_code for kind in (LlamaclustError, *LlamaclustError.__subclasses__())}
+    listed = re.findall(r"^\| (\d+) \|", section(page, "The command line"), re.MULTILINE)
+    assert {int(one) for one in listed} == codes | {0, 130}
+    read = set(re.findall(r"\b(?:LLAMACLUST|HF)_[A-Z_]*", (ROOT / "cluster/config/cluster_config.py").read_text()))
+    assert {name for row in rows(section(page, "Environment")) for name in names(row[0])} == read - {
+        "LLAMACLUST_",
+        "HF_",
+    }
+
+
+@pytest.mark.parametrize("page", PRESENT, ids=page_id)
+def test_commands_in_examples_exist(page: Path) -> None:
+    for line in code(page):
+        for part in re.split(r"&&|\| ", line.partition(" #")[0]):
+            found = re.search(r"(?:^|[\s'])llamaclust ([a-z].*)", part)
+            if found is not None:
+                check_command(found[1].split())
+
+
+def check_command(words: list[str]) -> None:
+    known = commands()
+    name = next((tuple(words[:n]) for n in (3, 2, 1) if tuple(words[:n]) in known), None)
+    assert name is not None or words in (["model"], ["model", "cache"]), f"no command: llamaclust {' '.join(words)}"
+    given = [word for word in words if word.startswith("-") and word != "-"]
+    assert name is None or [one for one in given if one not in options(known[name])] == [], words
+
+
+@pytest.mark.parametrize("page", PRESENT, ids=page_id)
+def test_make_targets_and_scripts_exist(page: Path) -> None:
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for line in code(page):
+        for target in re.findall(r"(?:^|sudo |then )make ([\w-]+)", line):
+            assert target in targets, line
+        script = re.search(r"python (benchmarks/\w+\.py)(.*)", line.partition(" #")[0])
+        for option in re.findall(r"--[\w-]+", script[2]) if script else ():
+            assert f'"{option}"' in (ROOT / script[1]).read_text(), line
+
+
+def test_the_readmes_demo_runs_what_the_demo_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LLAMACLUST_STATE_DIR", "restored by this")
+    done = subprocess.CompletedProcess([], 0, stdout="Paris\n")
+    monkeypatch.setattr(subprocess, "run", lambda *arguments, **options: done)
+    demo = runpy.run_path(str(ROOT / "examples/demo.py"))
+    demo["main"]()
+    shown = capsys.readouterr().out.splitlines()
+    excerpt = fences(README, "text")[0].splitlines()
+    asked = [re.sub(r"demo-\d+", "demo", line) for line in excerpt if line.startswith("$ ")]
+    ran = [line.replace(demo["NAME"], "demo") for line in shown if line.startswith("$ ")]
+    assert asked and asked == ran[-len(asked) :]
+    assert excerpt[-1] == shown[-1]
+
+
+# -- the cluster file --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def minimal(tmp_path: Path) -> Path:
+    path = tmp_path / "minimal.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("heading", "definition", "prefix"),
+    [
+        ("Keys", None, ""),
+        ("workers", "WorkerConfig", "workers.0."),
+        ("plan", "PlanEntry", "plan.0."),
+        ("timeouts", "Timeouts", "timeouts."),
+        ("join", "Join", "join."),
+        ("ray", "Ray", "ray."),
+    ],
+)
+def test_keys_and_defaults_are_those_of_the_schema(
+    heading: str, definition: str | None, prefix: str, minimal: Path
+) -> None:
+    schema = json.loads((ROOT / "deploy/cluster.schema.json").read_text())
+    part = schema if definition is None else schema["$defs"][definition]
+    listed = {names(row[0])[0]: row[1] for row in rows(section(ROOT / "docs/cluster-file.md", heading))}
+    assert listed.keys() == part["properties"].keys()
+    assert {key for key, default in listed.items() if default == "needed"} == set(part.get("required", ()))
+    plain = load_config(minimal).model_dump()
+    for key, default in listed.items():
+        if names(default):
+            assert load_config(minimal, [f"{prefix}{key}={names(default)[0]}"]).model_dump() == plain, key
+        else:
+            assert not isinstance(part["properties"][key].get("default"), str | int | float | list), key
+
+
+def test_what_is_said_to_be_refused_is_refused(minimal: Path) -> None:
+    listed = rows(section(ROOT / "docs/cluster-file.md", "What is refused today"))
+    assert len(listed) >= 1
+    for key, values in listed:
+        for value in names(values):
+            with pytest.raises(UsageError, match="this build has no"):
+                load_config(minimal, [f"{names(key)[0]}={value}"])
+
+
+def test_cluster_files_can_be_loaded(tmp_path: Path) -> None:
+    pages = (README, *(ROOT / "docs" / name for name in ("cluster-file.md", "clusters-static.md", "gpu.md")))
+    written = [text for page in pages for text in fences(page, "yaml")]
+    assert len(written) >= 4
+    for text in written:
+        path = tmp_path / "written.yaml"
+        path.write_text(text)
+        assert load_config(path).workers
+    two = yaml.safe_load((ROOT / "examples/two-workers.yaml").read_text())
+    assert yaml.safe_load(fences(README, "yaml")[0]) == two
+
+
+@pytest.mark.parametrize(("file", "workers"), [("two-workers.yaml", 2), ("three-workers.yaml", 3)])
+def test_examples_can_be_planned(file: str, workers: int, demo_model: Path, tmp_path: Path) -> None:
+    with command_line() as line:  # in a process of its own: a plan takes a worker's to be as large
+        settings = ("--set", f"model={demo_model}", "--set", f"state_dir={tmp_path}")
+        planned = line.run("plan", ROOT / "examples" / file, "--json", *settings)
+    assert planned.code == 0, planned.err
+    stages = json.loads(planned.out)["stages"]
+    assert len(stages) == workers
+    assert (stages[0]["start"], stages[-1]["end"]) == (0, 30)
+
+
+# -- Python ------------------------------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def demo_api(folder: Path) -> AsyncIterator[str]:
+    """The address of an API like the demo's, with a tiny model of random weights behind it."""
+    model = build_tiny_model(folder / "tiny.gguf", layers=2, hidden=64, heads=4, ffn=96)
+    stage = LocalStage(model, 1, None, LocalSettings(context_length=512))
+    async with stage.serve(), Engine(LocalPipeline(stage), stage.scheduling) as engine:
+        text = TextSettings("smollm2-135m-instruct", 512)
+        service = TextService(engine, stage.model.tokenizer, stage.model.chat_template, text)
+        async with serving(create_app(service, ApiSettings(), engine, dict)) as url:
+            yield url
+
+
+@run_async
+async def test_python_of_the_readme_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    snippets = fences(README, "python")
+    assert len(snippets) >= 2
+    async with demo_api(tmp_path) as url:
+        for snippet in snippets:
+            assert "http://127.0.0.1:8080" in snippet
+            here = compile(snippet.replace("http://127.0.0.1:8080", url), "README.md", "exec")
+            await asyncio.to_thread(exec, here, {})
+            assert len(capsys.readouterr().out) > 1

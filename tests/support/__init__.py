@@ -1,0 +1,1 @@
+"""What tests share: models, clusters, networks and devices made for them."""

@@ -1,0 +1,1 @@
+"""Backends, batches, exact products and quantized blocks."""

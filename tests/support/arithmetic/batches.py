@@ -1,0 +1,76 @@
+"""Batches in short form, and a loaded model that computes logits of a token sequence in any chunks and cuts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llamaclust.core.limits import StageLimits
+from llamaclust.kernels.backend import Backend, Batch, Float32, Stage
+from llamaclust.model.loader import Model
+from llamaclust.model.program import KV_BLOCK_TOKENS, KvType
+
+LIMITS = StageLimits(max_tokens=128, max_outputs=128, max_sequences=8, max_context_tokens=1024, kv_blocks=80)
+
+Rows = tuple[Iterable[int], Iterable[int], Iterable[int]]
+"""Tokens, positions and block table of one sequence."""
+
+
+def batch_of(sequences: Sequence[Rows], *, outputs: Iterable[int] | None = None) -> Batch:
+    """All rows are wanted unless `outputs` says which."""
+    parts = [tuple(np.array(list(part), np.int32) for part in sequence) for sequence in sequences]
+    tokens, positions, tables = (np.concatenate(column) for column in zip(*parts, strict=True))
+    wanted = range(len(tokens)) if outputs is None else outputs
+    return Batch(
+        tokens=tokens,
+        positions=positions,
+        sequence_starts=_starts(part[0] for part in parts),
+        table_starts=_starts(part[2] for part in parts),
+        block_tables=tables,
+        output_rows=np.array(list(wanted), np.int32),
+    )
+
+
+def _starts(parts: Iterable[NDArray[np.int32]]) -> NDArray[np.int32]:
+    return np.cumsum([0, *(len(part) for part in parts)]).astype(np.int32)
+
+
+def load_stage(
+    backend: Backend, model: Model, start: int = 0, end: int | None = None, limits: StageLimits = LIMITS
+) -> Stage:
+    program = model.program(
+        start, model.layer_count if end is None else end, KvType(limits.kv_type), limits.max_context_tokens
+    )
+    return backend.load(program, model.tensors_for(program), limits, lambda done_bytes: None)
+
+
+class Chain:
+    """A model cut into stages at layers `cuts`."""
+
+    def __init__(self, backend: Backend, model: Model, cuts: Sequence[int] = (), limits: StageLimits = LIMITS) -> None:
+        bounds = [0, *cuts, model.layer_count]
+        self.stages = [load_stage(backend, model, start, end, limits) for start, end in pairwise(bounds)]
+
+    def run(self, batch: Batch) -> Float32:
+        hidden: Float32 | None = None
+        for stage in self.stages:
+            hidden = stage.run(batch, hidden)
+        assert hidden is not None
+        return hidden.copy()
+
+    def logits(self, tokens: Sequence[int], chunk: int | None = None, table: Sequence[int] | None = None) -> Float32:
+        """Logits at every position, `chunk` tokens a batch; blocks in descending order unless `table` says which."""
+        blocks = table or range(-(-len(tokens) // KV_BLOCK_TOKENS), -1, -1)
+        size = chunk or len(tokens)
+        parts = [
+            self.run(batch_of([(tokens[at : at + size], range(at, min(at + size, len(tokens))), blocks)]))
+            for at in range(0, len(tokens), size)
+        ]
+        return np.concatenate(parts)
+
+    def close(self) -> None:
+        for stage in self.stages:
+            stage.close()

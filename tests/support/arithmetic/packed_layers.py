@@ -1,0 +1,45 @@
+"""Loads of a tiny model with prepared layers."""
+
+from __future__ import annotations
+
+import time
+from contextlib import closing
+from pathlib import Path
+
+from llamaclust.core.limits import StageLimits
+from llamaclust.kernels.cpu.backend import CpuBackend
+from llamaclust.kernels.packed import cache_folder
+from llamaclust.kernels.packed.cache_folder import PreparedFolder
+from llamaclust.model.loader import Model
+from support.arithmetic.batches import batch_of
+
+LIMITS = StageLimits(max_tokens=32, max_outputs=32, max_sequences=1, max_context_tokens=64, kv_blocks=4)
+TOKENS = list(range(3, 23))
+LAYERS = 3
+IMAGES = LAYERS + 2  # and the embedding, and the output
+
+
+def use_any_disk() -> None:
+    """From now on this process prepares layers however full the disk is."""
+    cache_folder._FREE_BYTES = 0
+
+
+def settled(path: Path) -> Path:
+    """A file so old that it is prepared."""
+    time.sleep(0.15)
+    return path
+
+
+def run(path: Path, folder: PreparedFolder | None, level: str | None = None) -> bytes:
+    """Bits of the logits; all that was packed has been written when it returns."""
+    model, backend = Model.open(path), CpuBackend(2, level, prepared=folder)
+    program = model.program(0, model.layer_count)
+    with closing(backend.load(program, model.tensors_for(program), LIMITS, lambda done_bytes: None)) as stage:
+        if backend.prepared is not None:
+            backend.prepared.wait()
+        rows = range(len(TOKENS))
+        return stage.run(batch_of([(TOKENS, list(rows), range(2))]), None).tobytes()
+
+
+def images(folder: PreparedFolder) -> list[Path]:
+    return sorted(folder.path.glob("*.tiles"))

@@ -1,0 +1,34 @@
+"""One row through the sampler; settings of samplers beyond the plain ones, none of them a default."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llamaclust.cluster.client.types import Options
+from llamaclust.core.sampling import RowResult, RowTask
+from llamaclust.kernels.sampling import Sampler
+
+SAMPLERS: Options = {
+    "top_n_sigma": 2.0,
+    "tfs_z": 0.9,
+    "typical_p": 0.8,
+    "xtc_probability": 0.5,
+    "xtc_threshold": 0.2,
+    "dynatemp_range": 0.3,
+    "dynatemp_exponent": 2.0,
+    "dry_multiplier": 0.7,
+    "dry_base": 2.0,
+    "dry_allowed_length": 3,
+    "dry_penalty_last_n": 50,
+    "dry_sequence_breakers": ["a", "\n"],
+    "mirostat_tau": 4.0,
+    "mirostat_eta": 0.2,
+    "penalize_nl": False,
+    "samplers": ["xtc", "dry", "typ_p"],
+}
+
+
+def sampled(sampler: Sampler, logits_row: NDArray[np.float32], task: RowTask) -> RowResult:
+    """What becomes of one row [vocabulary]."""
+    return sampler.run(logits_row[np.newaxis], (task,))[0]

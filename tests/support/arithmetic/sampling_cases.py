@@ -1,0 +1,52 @@
+"""Random logits and sampling tasks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llamaclust.core.sampling import RowResult, SampleTask, SamplingParams
+
+Logits = NDArray[np.float32]
+
+
+def random_logits(rng: np.random.Generator, vocabulary: int) -> Logits:
+    """Rows of several widths, a third of them on a coarse grid so that values tie."""
+    x = rng.normal(0, rng.choice([0.3, 2.0, 8.0]), vocabulary).astype(np.float32)
+    return np.round(x * 4).astype(np.float32) / 4 if rng.random() < 0.33 else x
+
+
+def random_task(rng: np.random.Generator, vocabulary: int) -> SampleTask:
+    def sometimes(value: Any, default: Any) -> Any:
+        return value if rng.random() < 0.5 else default
+
+    ids = sorted({int(i) for i in rng.integers(0, vocabulary, 5)})
+    params = SamplingParams(
+        temperature=float(rng.choice([0.0, 0.3, 0.8, 1.0, 1.7])),
+        top_k=sometimes(int(rng.choice([1, 2, 40, 1_000])), 0),
+        top_p=sometimes(float(rng.choice([0.0, 0.1, 0.9, 0.999])), 1.0),
+        min_p=sometimes(float(rng.choice([0.02, 0.3, 1.0])), 0.0),
+        repetition_penalty=sometimes(float(rng.choice([0.8, 1.3])), 1.0),
+        frequency_penalty=sometimes(float(rng.uniform(-1, 1)), 0.0),
+        presence_penalty=sometimes(float(rng.uniform(-1, 1)), 0.0),
+        logit_bias=sometimes(tuple((i, float(rng.uniform(-5, 5))) for i in ids), ()),
+    )
+    history = tuple(int(i) for i in rng.integers(0, min(vocabulary, 50), 30)) if params.needs_history else ()
+    seed, position = int(rng.integers(0, 1 << 63)) * 2 + 1, int(rng.integers(0, 1 << 20))
+    suppressed = sometimes((int(rng.integers(vocabulary)),), ())
+    return SampleTask(params, seed, int(rng.integers(4)), position, history, suppressed, int(rng.choice([0, 5])))
+
+
+def same(got: RowResult, expected: RowResult) -> bool:
+    def near(a: float, b: float) -> bool:
+        return abs(a - b) <= 2 * np.spacing(np.float32(max(abs(a), abs(b), 1.0)))
+
+    tops = zip(got.top_logprobs, expected.top_logprobs, strict=True)
+    return (
+        got.failure is None
+        and got.token == expected.token
+        and near(got.logprob, expected.logprob)
+        and all(a == c and near(b, d) for (a, b), (c, d) in tops)
+    )

@@ -1,0 +1,292 @@
+"""The `llamaclust` command as a user runs it: processes with a state directory of their own, and what they leave."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import psutil
+
+from support.clusters.forked_commands import run_forked
+
+COMMAND = (sys.executable, "-P", "-m", "llamaclust")
+_START_S = 60.0
+_END_S = 20.0  # two seconds on an idle machine
+_POLL_S = 0.01
+
+
+def eventually(happens: Callable[[], bool], within_s: float, what: str) -> None:
+    """Returns as soon as `happens()`; fails the test where that takes too long."""
+    end = time.monotonic() + within_s
+    while not happens():
+        assert time.monotonic() < end, f"not within {within_s:g} s: {what}"
+        time.sleep(_POLL_S)
+
+
+def is_there(process: psutil.Process) -> bool:
+    """Whether it runs: neither gone nor dead and not yet reaped."""
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A command that has ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """Its one line of error."""
+        lines = self.err.splitlines()
+        assert "Traceback" not in self.err, self.err
+        assert len(lines) == 1 and lines[0].startswith("error: "), self.err
+        assert self.out == ""
+        return lines[0]
+
+    @property
+    def json(self) -> Any:
+        assert self.code == 0, self.err
+        return json.loads(self.out)
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A command that runs, leader of its own process group as in a terminal."""
+
+    process: subprocess.Popen[bytes]
+    out: Path
+    err: Path
+
+    def press_ctrl_c(self) -> None:
+        """What a terminal does: every process of the group gets it."""
+        os.killpg(self.process.pid, signal.SIGINT)
+
+    def says(self, text: str, within_s: float = _START_S) -> None:
+        """Waits until standard error has the text; fails where the command ends before."""
+
+        def said() -> bool:
+            ended = self.process.poll() is not None
+            if text in self.err.read_text():
+                return True
+            assert not ended, f"ended with {self.process.returncode}: {self.err.read_text()}"
+            return False
+
+        eventually(said, within_s, f"{text!r} on standard error")
+
+    def workers(self, count: int) -> dict[str, psutil.Process]:
+        """Its worker processes by name, as soon as there are so many."""
+        found: dict[str, psutil.Process] = {}
+
+        def there() -> bool:
+            children = [(child, child.cmdline()) for child in psutil.Process(self.process.pid).children()]
+            found.update(
+                (words[words.index("--name") + 1], child) for child, words in children if "llamaclust.worker" in words
+            )
+            return len(found) == count
+
+        eventually(there, _START_S, f"{count} workers")
+        return found
+
+    def wait(self, within_s: float = 60.0) -> Done:
+        code = self.process.wait(within_s)
+        return Done(code, self.out.read_text() if self.out.is_file() else "", self.err.read_text())
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A cluster that is ready, seen from outside."""
+
+    command: Running
+    name: str
+    api: str
+    pid: int
+
+    @cached_property
+    def http(self) -> httpx.Client:
+        return httpx.Client(base_url=self.api, timeout=30.0, trust_env=False)
+
+    @property
+    def status(self) -> dict[str, Any]:
+        status: dict[str, Any] = self.http.get("/cluster").json()["status"]
+        return status
+
+    @property
+    def worker_pids(self) -> dict[str, int]:
+        return {worker["name"]: worker["pid"] for worker in self.status["workers"]}
+
+    @property
+    def processes(self) -> list[psutil.Process]:
+        """All it has started."""
+        return psutil.Process(self.pid).children(recursive=True)
+
+    def metric(self, line_start: str) -> float:
+        """The value of the line of /metrics that begins so."""
+        lines = self.http.get("/metrics").text.splitlines()
+        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(line_start))
+
+    def answer(self, **fields: Any) -> tuple[list[int], list[float]]:
+        """Token ids of a completion and the float32 values of their logprobs."""
+        body = {"prompt": "the first word", "max_tokens": 12, "temperature": 0, "logprobs": 0, "return_token_ids": True}
+        reply = self.http.post("/v1/completions", json=body | fields)
+        assert reply.status_code == 200, reply.text
+        choice = reply.json()["choices"][0]
+        return choice["token_ids"], float32(choice["logprobs"]["token_logprobs"])
+
+
+def float32(written: list[float]) -> list[float]:
+    """The float32 values that were written with nine digits or more."""
+    return [float(np.float32(value)) for value in written]
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """Runs commands in `folder`, where cluster files and models of the test lie too."""
+
+    folder: Path
+    _started: list[Running] = field(default_factory=list)
+    _numbers: Iterator[int] = field(default_factory=count)
+    _variables: dict[str, str] = field(default_factory=dict)
+
+    @contextmanager
+    def logging(self, form: str) -> Iterator[None]:
+        """Commands that are started meanwhile write their logs so."""
+        self._variables["LLAMACLUST_LOG"] = form
+        try:
+            yield
+        finally:
+            self._variables.clear()
+
+    @property
+    def state_dir(self) -> Path:
+        return self.folder / "state"
+
+    def cluster_dir(self, name: str) -> Path:
+        return self.state_dir / name
+
+    @property
+    def _environment(self) -> dict[str, str]:
+        own = {"LLAMACLUST_STATE_DIR": str(self.state_dir), "LLAMACLUST_HOME": str(self.folder / "home")}
+        others = {name: value for name, value in os.environ.items() if not name.startswith("LLAMACLUST_")}
+        return others | own | self._variables
+
+    def start(self, *arguments: str | bytes | Path, out: Path | None = None, before: Sequence[str] = ()) -> Running:
+        """A command in its own session; it reads nothing. `out` is where its standard output goes; `before` are words
+        that run the command in another place, and become it."""
+        number = len(self._started)
+        out, err = out or self.folder / f"{number}.out", self.folder / f"{number}.err"
+        with out.open("wb") as to_out, err.open("wb") as to_err:
+            process = subprocess.Popen(
+                [*before, *COMMAND, *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=to_out,
+                stderr=to_err,
+                cwd=self.folder,
+                env=self._environment,
+                start_new_session=True,
+            )
+        self._started.append(Running(process, out, err))
+        return self._started[-1]
+
+    def run(self, *arguments: str | bytes | Path, within_s: float = 60.0) -> Done:
+        """A command from start to end, without the time that Python and its imports take."""
+        number = f"run-{next(self._numbers)}"
+        out, err = self.folder / f"{number}.out", self.folder / f"{number}.err"
+        code = run_forked(list(map(os.fsdecode, arguments)), self._environment, self.folder, out, err, within_s)
+        return Done(code, out.read_text(), err.read_text())
+
+    def cluster_file(self, model: Path | str, name: str = "tiny", **keys: Any) -> Path:
+        """A cluster of two workers whose speed nobody needs to measure, at any free port."""
+        speed = {"threads": 1, "bandwidth": 10.0, "int8": 100.0}
+        workers = [{"name": "a", **speed}, {"name": "b", **speed}]
+        values = {"name": name, "model": str(model), "listen": "127.0.0.1:0", "workers": workers, **keys}
+        path = self.folder / f"{name}.yaml"
+        path.write_text(json.dumps(values))  # which is YAML too
+        return path
+
+    @contextmanager
+    def cluster(self, model: Path | str, name: str = "tiny", **keys: Any) -> Iterator[Cluster]:
+        """`up` in front, until it is ready; at the end it is killed if it still runs."""
+        running = self.start("up", self.cluster_file(model, name, **keys))
+        try:
+            running.says(f"{name} is ready")
+            record = json.loads((self.cluster_dir(name) / "cluster.json").read_text())
+            cluster = Cluster(running, name, record["api"], record["pid"])
+            with cluster.http:
+                yield cluster
+        finally:
+            running.kill()
+
+    def left_running(self) -> dict[int, str]:
+        """Processes that commands of this folder have started and that are still there: what they are, by id."""
+        found = {process.pid: _description(process) for process in psutil.process_iter()}
+        return {pid: what for pid, what in found.items() if str(self.folder) in what}
+
+    def end_commands(self) -> None:
+        """Kills what runs in front."""
+        for running in self._started:
+            running.kill()
+
+    def close(self) -> None:
+        """Kills what runs in front. Fails where anything else stays."""
+        self.end_commands()
+        try:
+            eventually(lambda: not self.left_running(), _END_S, "the end of every process")
+        finally:
+            left = self.left_running()
+            for pid in left:
+                os.kill(pid, signal.SIGKILL)
+            assert not left
+
+
+def _description(process: psutil.Process) -> str:
+    """Command line and state directory; empty for a process that is gone or belongs to another user."""
+    try:
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return ""
+        return " ".join([*process.cmdline(), process.environ().get("LLAMACLUST_STATE_DIR", "")])
+    except psutil.Error:
+        return ""
+
+
+@contextmanager
+def command_line() -> Iterator[CommandLine]:
+    """In a short path, for sockets lie below it; everything is ended and removed afterwards."""
+    with tempfile.TemporaryDirectory(prefix="llamaclust-test-") as folder:
+        line = CommandLine(Path(folder))
+        try:
+            yield line
+        finally:
+            line.close()
+
+
+@contextmanager
+def paused(pid: int) -> Iterator[None]:
+    """A process that stands still meanwhile, so that what it has to do is not done before it is looked at."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)

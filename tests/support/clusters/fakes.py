@@ -1,0 +1,288 @@
+"""Stand-ins for stages: a model whose tokens are hashes of what KV memory holds, and a clock that is only counted."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
+
+from llamaclust.cluster.engine.pipeline import StageInfo
+from llamaclust.cluster.scheduler.breakers import SeenBreakers
+from llamaclust.cluster.scheduler.in_flight import ScheduledMicrobatch
+from llamaclust.cluster.scheduler.requests import Event, FinishReason, Generation, PromptScored, TokenChosen
+from llamaclust.cluster.scheduler.scheduler import Scheduler
+from llamaclust.cluster.scheduler.sequences import Finished, Update
+from llamaclust.core.sampling import RowResult, RowTask, SampleTask, ScoreTask
+from llamaclust.model.program import KV_BLOCK_TOKENS
+from llamaclust.wire.microbatch.messages import Chunk, Microbatch, Result, SamplingInputs, StageTiming
+from llamaclust.worker.stage.sampled_tokens import ChosenTokens, chosen_in
+
+VOCABULARY = 101
+
+
+def blocks_of(chunk: Chunk) -> list[int]:
+    """The blocks of a chunk's table, one by one."""
+    runs = zip(chunk.table[::2], chunk.table[1::2], strict=True)
+    return [block for start, count in runs for block in range(start, start + count)]
+
+
+def answer(tokens: Sequence[int], task: RowTask) -> RowResult:
+    """What the fake model says after these tokens: anything else than these tokens gives another answer."""
+    if isinstance(task, SampleTask):
+        asked = (
+            task.seed,
+            task.choice,
+            task.position,
+            task.params,
+            task.history,
+            task.top_logprobs,
+            _more(tokens, task),
+        )
+    else:
+        asked = (task.token, task.top_logprobs)
+    digest = sha256(repr((tuple(tokens), asked)).encode()).digest()
+    value = int.from_bytes(digest[:8])
+    if isinstance(task, ScoreTask):
+        return RowResult(task.token, -(value % 4096) / 64)
+    allowed = [token for token in range(VOCABULARY) if token not in task.suppressed]
+    mu = task.mu + value % 7 if task.params.needs_state else None
+    return RowResult(allowed[value % len(allowed)], -(value % 4096) / 64, mu=mu)
+
+
+def _more(tokens: Sequence[int], task: SampleTask) -> tuple[object, ...]:
+    """A breaker that begins with a token which stands nowhere before the last one makes no difference."""
+    breakers = sorted(one for one in task.breakers if one[0] in tokens[:-1])
+    return task.penalty_window, task.dry_window, breakers, task.mu
+
+
+@dataclass
+class FakeModel:
+    """KV memory by block id. Answers are made from what lies in it, so wrong tables or lost blocks change tokens."""
+
+    kv_blocks: int
+    kv: dict[tuple[int, int], int] = field(default_factory=dict)
+    writes: int = 0
+
+    def run(self, microbatch: Microbatch, inputs: SamplingInputs) -> tuple[RowResult, ...]:
+        # Every stage stores a layer's keys and values before others of the same microbatch may count on them,
+        # so a microbatch must not read what another sequence writes in it: rows are read before any is written.
+        tables = [self._table(chunk) for chunk in microbatch.chunks]
+        before = [self._read(tables[i], chunk.position) for i, chunk in enumerate(microbatch.chunks)]
+        tasks = iter(inputs.tasks)
+        rows: list[RowResult] = []
+        for table, context, chunk in zip(tables, before, microbatch.chunks, strict=True):
+            self._write(table, chunk)
+            for row in range(len(chunk.tokens) - chunk.outputs, len(chunk.tokens)):
+                task = next(tasks)
+                if isinstance(task, SampleTask):
+                    assert task.position == chunk.position + row + 1
+                rows.append(answer([*context, *chunk.tokens[: row + 1]], task))
+        assert next(tasks, None) is None
+        return tuple(rows)
+
+    def _table(self, chunk: Chunk) -> list[int]:
+        table = blocks_of(chunk)
+        assert all(0 <= block < self.kv_blocks for block in table)
+        assert len(set(table)) == len(table)
+        return table
+
+    def _read(self, table: list[int], end: int) -> list[int]:
+        return [self.kv[table[p // KV_BLOCK_TOKENS], p % KV_BLOCK_TOKENS] for p in range(end)]
+
+    def _write(self, table: list[int], chunk: Chunk) -> None:
+        for position, token in enumerate(chunk.tokens, chunk.position):
+            self.kv[table[position // KV_BLOCK_TOKENS], position % KV_BLOCK_TOKENS] = token
+            self.writes += 1
+
+
+class ConstantModel(FakeModel):
+    """Says the same for every row, at no cost."""
+
+    def run(self, microbatch: Microbatch, inputs: SamplingInputs) -> tuple[RowResult, ...]:
+        return (RowResult(1, -1.0),) * len(inputs.tasks)
+
+
+StageNs = Callable[[int], float]
+
+
+@dataclass
+class FakeStages:
+    """Stages in a row on a counted clock: each takes `stage_ns[i](rows)` for a microbatch, links take `hop_ns`."""
+
+    model: FakeModel
+    stage_ns: Sequence[StageNs]
+    hop_ns: int = 1000
+    beside: float = 1.0  # how much slower a stage is while another one works too
+    chosen: ChosenTokens = field(default_factory=ChosenTokens)
+    chosen_ns: dict[int, int] = field(default_factory=dict)  # when a microbatch's tokens are at the first stage
+    free_at: list[int] = field(default_factory=list)
+    busy_ns: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.free_at = [0] * len(self.stage_ns)
+        self.busy_ns = [0] * len(self.stage_ns)
+
+    def send(self, scheduled: ScheduledMicrobatch, now_ns: int) -> tuple[int, Result]:
+        """When the result is back, and the result."""
+        microbatch = scheduled.microbatch
+        followed = [chunk.follows[0] for chunk in microbatch.chunks if chunk.follows]
+        timings = []
+        for stage, stage_ns in enumerate(self.stage_ns):
+            now_ns += self.hop_ns
+            if stage == 0:
+                now_ns = max([now_ns, *(self.chosen_ns[number] for number in followed)])
+            start = max(now_ns, self.free_at[stage])
+            is_beside = any(at > start for other, at in enumerate(self.free_at) if other != stage)
+            compute = round(stage_ns(microbatch.rows) * (self.beside if is_beside else 1.0))
+            timings.append(StageTiming(start - now_ns, compute, 0, microbatch.rows))
+            now_ns = self.free_at[stage] = start + compute
+            self.busy_ns[stage] += compute
+        inputs = self.chosen.fill_inputs(scheduled.inputs, microbatch)
+        rows = self.model.run(self.chosen.fill(microbatch), inputs)
+        self.chosen.put(chosen_in(microbatch.number, rows))
+        self.chosen_ns[microbatch.number] = now_ns + self.hop_ns * (len(self.stage_ns) > 1)
+        return now_ns + self.hop_ns, Result(microbatch.epoch, microbatch.number, rows, tuple(timings))
+
+
+def linear(fixed_us: float, row_us: float) -> StageNs:
+    return lambda rows: (fixed_us + row_us * rows) * 1000
+
+
+@dataclass
+class Simulation:
+    """Runs a scheduler on fake stages; `updates` has every sequence's news by key."""
+
+    scheduler: Scheduler
+    stages: FakeStages
+    now_ns: int = 1
+    sent: deque[tuple[int, Result]] = field(default_factory=deque)
+    updates: dict[int, list[Update]] = field(default_factory=dict)
+    microbatches: list[ScheduledMicrobatch] = field(default_factory=list)
+    check: Callable[[ScheduledMicrobatch], None] = lambda scheduled: None
+
+    def add(self, ask: Generation) -> int:
+        key = self.scheduler.add(ask, self.now_ns).key
+        self.updates[key] = []
+        return key
+
+    def send_all(self) -> None:
+        """Sends microbatches until the scheduler has no more."""
+        while (scheduled := self.scheduler.next_microbatch(self.now_ns)) is not None:
+            self.check(scheduled)
+            self.microbatches.append(scheduled)
+            self.sent.append(self.stages.send(scheduled, self.now_ns))
+
+    def step(self) -> bool:
+        """One result; False when nothing is in flight."""
+        self.send_all()
+        if not self.sent:
+            return False
+        self.now_ns, result = self.sent.popleft()
+        for key, updates in self.scheduler.complete(result, self.now_ns):
+            self.updates[key].extend(updates)
+        return True
+
+    def finish(self) -> None:
+        while self.step():
+            pass
+        assert not self.scheduler.sequences
+
+    def rows(self, key: int) -> list[RowResult]:
+        return [update.row for update in self.updates[key] if isinstance(update, TokenChosen)]
+
+    def scores(self, key: int) -> dict[int, RowResult]:
+        """By position of the scored token; each is scored once."""
+        found: dict[int, RowResult] = {}
+        for update in self.updates[key]:
+            if isinstance(update, PromptScored):
+                for position, row in enumerate(update.rows, update.start):
+                    assert position not in found
+                    found[position] = row
+        return found
+
+
+def expected(ask: Generation, context_length: int) -> tuple[list[RowResult], dict[int, RowResult], FinishReason]:
+    """What a request must give, whatever happens around it: (chosen, scored, reason)."""
+    tokens = list(ask.prompt)
+    scored = {}
+    if ask.score_from is not None:
+        for position in range(max(ask.score_from, 1), len(tokens)):
+            task = ScoreTask(tokens[position], ask.top_logprobs)
+            scored[position] = answer(tokens[:position], task)
+    rows: list[RowResult] = []
+    chain = ask.params.chain
+    mu = chain.first_mu if chain else 0.0
+    while len(rows) < ask.max_tokens and len(tokens) < context_length:
+        history = tuple(tokens[-ask.history_window :]) if ask.history_window else ()
+        suppressed = tuple(sorted(ask.stop_token_ids)) if len(rows) < ask.min_tokens else ()
+        task_now = SampleTask(
+            ask.params,
+            ask.seed,
+            ask.choice,
+            len(tokens),
+            history,
+            suppressed,
+            ask.top_logprobs,
+            penalty_window=ask.penalty_window if ask.looks_for_repetitions else None,
+            dry_window=ask.dry_window if ask.looks_for_repetitions else None,
+            breakers=SeenBreakers(ask.breakers, tokens).sequences,
+            mu=mu,
+        )
+        rows.append(answer(tokens, task_now))
+        tokens.append(rows[-1].token)
+        mu = mu if rows[-1].mu is None else rows[-1].mu
+        if tokens[-1] in ask.stop_token_ids:
+            return rows, scored, FinishReason.STOP
+    return rows, scored, FinishReason.LENGTH
+
+
+class FakePipeline:
+    """A `Pipeline` of stages that answer at once, except while `gate` is clear."""
+
+    def __init__(self, kv_blocks: int, stages: int = 2) -> None:
+        self.epoch = 1
+        self.stages = tuple(StageInfo(f"w{i}", i * 2, i * 2 + 2) for i in range(stages))
+        self.fake = FakeStages(FakeModel(kv_blocks), [linear(100, 10)] * stages)
+        self.microbatches: list[Microbatch] = []
+        self.failure: str | None = None  # of the next result
+        self.replaced: Result | None = None  # comes instead of the next result
+        self.gate = asyncio.Event()
+        self.taken = asyncio.Event()  # a microbatch came
+        self.gate.set()
+        self._results: asyncio.Queue[Result | Exception] = asyncio.Queue()
+
+    def submit(self, microbatch: Microbatch, inputs: SamplingInputs) -> None:
+        self.microbatches.append(microbatch)
+        self.taken.set()
+        _, result = self.fake.send(ScheduledMicrobatch(microbatch, inputs), 0)
+        self._results.put_nowait(result)
+
+    def lose(self, error: Exception) -> None:
+        """From now on there are no results but this error."""
+        self._results = asyncio.Queue()
+        self._results.put_nowait(error)
+        self.gate.set()
+
+    async def run(self, on_result: Callable[[Result], None]) -> None:
+        while True:
+            result = await self._results.get()
+            await asyncio.sleep(0)  # no stream answers without letting others run
+            await self.gate.wait()
+            if isinstance(result, Exception):
+                raise result
+            on_result(self.replaced or replace(result, failure=self.failure))
+
+    async def close(self) -> None:
+        self.gate.clear()
+
+
+def tokens_of(events: Sequence[Event]) -> list[int]:
+    return [event.row.token for event in events if isinstance(event, TokenChosen)]
+
+
+def reason_of(updates: Sequence[Update]) -> FinishReason:
+    last = updates[-1]
+    assert isinstance(last, Finished)
+    return last.reason

@@ -1,0 +1,178 @@
+"""The oracle: token ids and logprob bits of any cluster equal those of one undisturbed worker."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import struct
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from llamaclust.cluster.config.cluster_config import load_config
+from llamaclust.cluster.scheduler.requests import Generation, PromptScored, TokenChosen
+from llamaclust.cluster.server.coordinator import Cluster, open_cluster
+from llamaclust.cluster.state.directory import ClusterDir
+from llamaclust.core.sampler_chain import PLAIN_ORDER, STEPS, SamplerChain, Step
+from llamaclust.core.sampling import RowResult, SamplingParams
+from llamaclust.model.program import KV_BLOCK_TOKENS, KvType
+
+Answer = tuple[tuple[int, bytes], ...]
+"""(token id, the four bytes of its float32 logprob) of every scored prompt token, then of every generated one."""
+
+_DEADLINE_S = 240.0
+_OWN = 3
+_SEEDED = SamplingParams(temperature=0.9, top_k=40, top_p=0.95, repetition_penalty=1.1, frequency_penalty=0.1)
+_CHAINS = (
+    SamplerChain(STEPS, mirostat=1, mirostat_tau=3.0),
+    SamplerChain((Step.TEMPERATURE,), mirostat=2, mirostat_tau=4.0),
+    SamplerChain((Step.DRY, *PLAIN_ORDER), dry_multiplier=5.0, dry_allowed_length=1),
+    SamplerChain((Step.TOP_K, Step.XTC, Step.TEMPERATURE), xtc_probability=0.5, xtc_threshold=0.01),
+    SamplerChain((Step.TYPICAL_P, Step.TEMPERATURE), typical_p=0.7, dynatemp_range=0.5),
+    SamplerChain((Step.TEMPERATURE, Step.TOP_N_SIGMA), top_n_sigma=1.5),
+    SamplerChain((Step.TFS_Z, Step.TEMPERATURE, Step.PENALTIES), tfs_z=0.9, unpenalized=(13,)),
+)
+"""For the seven that grow: every sampler there is, state that goes from token to token among them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One way to run the same requests. `cut`: bounds of the stages, one worker a stage."""
+
+    cut: tuple[int, ...]
+    threads: int = 1
+    company: bool = False  # all requests at once, else one after the other
+    prefill_chunk: int | None = None
+    cached: bool = False  # asked twice; the second answers count, with prompts in the prefix cache while it has room
+    preempted: bool = False  # KV memory is so short that sequences are put back
+    feature_level: str | None = None
+    kv_type: KvType = KvType.F16
+    every: bool = False  # the seven that grow as well, although each is alone
+
+    @property
+    def workers(self) -> int:
+        return len(self.cut) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Requests to compare: one greedy, one seeded whose context is longer than a span, one that scores its prompt, and
+    seven that grow long enough to be preempted when KV memory is short."""
+
+    asks: tuple[Generation, ...]
+    kv_heads: int
+    head_dim: int
+
+    def asks_of(self, way: Way) -> tuple[Generation, ...]:
+        """A third of what those that grow do, where they need not grow that long."""
+        if way.every or way.preempted:
+            return self.asks
+        grow = (replace(ask, max_tokens=ask.max_tokens // 3) for ask in self.asks[_OWN:])
+        return self.asks[:_OWN] + (tuple(grow) if way.company else ())
+
+    @property
+    def longest(self) -> int:
+        return max(len(ask.prompt) + ask.max_tokens for ask in self.asks)
+
+
+@cache
+def make_work(seed: int, vocabulary: int, kv_heads: int, head_dim: int, long: int = 530, tokens: int = 12) -> Work:
+    """Random prompts; `long`: tokens of the longest one."""
+    print(f"work: seed {seed}")
+    source = random.Random(seed)
+
+    def prompt(length: int) -> tuple[int, ...]:
+        return tuple(source.randrange(3, vocabulary) for _ in range(length))
+
+    own = (
+        Generation("greedy", prompt(37), tokens),
+        Generation("seeded", prompt(long), tokens, _SEEDED, seed=source.getrandbits(64)),
+        Generation("scored", prompt(70), 2, score_from=1),
+    )
+    others = tuple(
+        Generation(
+            f"other {i}",
+            prompt(source.randrange(5, 12)),
+            8 * tokens,
+            replace(_SEEDED, chain=chain),
+            seed=i,
+            dry_window=40,
+            breakers={3: ((3,), (3, 4))},
+        )
+        for i, chain in enumerate(_CHAINS)
+    )
+    return Work(own + others, kv_heads, head_dim)
+
+
+def run(model: Path, way: Way, work: Work, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[Answer]:
+    """Starts a cluster of real processes, runs `work.asks_of(way)` and returns the answers in that order.
+
+    Requests that are alone are the first three, unless `way.every`.
+    """
+    if way.feature_level is not None:
+        monkeypatch.setenv("LLAMACLUST_FEATURE_LEVEL", way.feature_level)
+    return asyncio.run(_run(model, way, work, folder))
+
+
+async def _run(model: Path, way: Way, work: Work, folder: Path) -> list[Answer]:
+    names = [f"w{index}" for index in range(way.workers)]
+    stages = zip(names, pairwise(way.cut), strict=True)
+    overrides = [
+        f"model={model}",
+        "workers=[" + ", ".join(f"{{name: {name}, threads: {way.threads}, {_FACTS}}}" for name in names) + "]",
+        "plan=[" + ", ".join(f"{{worker: {name}, layers: [{a}, {b}]}}" for name, (a, b) in stages) + "]",
+        f"context_length={max(work.longest, 1024)}",
+        f"prefill_chunk={way.prefill_chunk or 'auto'}",
+        f"kv_type={way.kv_type}",
+    ]
+    if way.preempted:
+        most_layers = max(b - a for a, b in pairwise(way.cut))
+        tokens = -(-work.longest // KV_BLOCK_TOKENS) * KV_BLOCK_TOKENS
+        layer_bytes = work.kv_heads * way.kv_type.pair_bytes(work.head_dim)
+        overrides += [f"kv_memory={tokens * most_layers * layer_bytes}B", f"context_length={work.longest}"]
+    config = load_config(None, overrides)
+    directory = ClusterDir(folder / "cluster")
+    directory.create()
+    async with asyncio.timeout(_DEADLINE_S), open_cluster(config, model, directory) as cluster:
+        answers = await _answers(cluster, way, work)
+        if way.cached:
+            before = cluster.engine.scheduler.counts.cached_tokens
+            answers = await _answers(cluster, way, work)
+            hits = cluster.engine.scheduler.counts.cached_tokens - before
+            assert hits > 0 or way.preempted, "the prefix cache was not hit"
+        if way.preempted:
+            assert cluster.engine.scheduler.counts.preemptions > 0, "nothing was preempted"
+        return answers
+
+
+_FACTS = "bandwidth: 20, int8: 300"
+"""Stated, so that nothing is measured."""
+
+
+def check_answers(answers: list[Answer], expected: list[Answer]) -> None:
+    """The same, as far as they were asked for."""
+    assert answers == [wanted[: len(answer)] for answer, wanted in zip(answers, expected, strict=False)]
+
+
+async def _answers(cluster: Cluster, way: Way, work: Work) -> list[Answer]:
+    asks = work.asks_of(way)
+    if way.company or way.preempted:
+        return await asyncio.gather(*(_ask(cluster, ask) for ask in asks))
+    return [await _ask(cluster, ask) for ask in asks]
+
+
+async def _ask(cluster: Cluster, ask: Generation) -> Answer:
+    rows: list[RowResult] = []
+    tokens = 0
+    async for event in cluster.engine.submit(ask):
+        match event:
+            case PromptScored():
+                rows += event.rows
+            case TokenChosen():
+                rows.append(event.row)
+                tokens += 1
+    assert tokens == ask.max_tokens
+    return tuple((row.token, struct.pack("<f", row.logprob)) for row in rows)

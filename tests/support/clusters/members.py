@@ -1,0 +1,51 @@
+"""A registry that members join."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from llamaclust.cluster.membership.authority import Authority
+from llamaclust.cluster.membership.registry import Registry
+from llamaclust.wire.control.codec import decode_coordinator_message, encode_worker_message
+from llamaclust.wire.control.messages import (
+    CoordinatorMessage,
+    Deadlines,
+    Register,
+    WorkerMessage,
+)
+from llamaclust.wire.rpc.client import JOIN, ClientStream, Peer
+from llamaclust.wire.rpc.deadlines import deadline
+from llamaclust.wire.security.credentials import COORDINATOR, Credentials
+
+ANY = "127.0.0.1:0"
+
+
+@asynccontextmanager
+async def registry(trust: Authority, silence_s: float = 5.0) -> AsyncIterator[Registry]:
+    beats = Deadlines(heartbeat_s=0.1)
+    listening = Registry(ANY, trust.identity(), silence_s=silence_s, deadlines=beats, certify=trust.certify)
+    async with listening as registry:
+        yield registry
+
+
+class Joined:
+    """A worker's end of a membership."""
+
+    def __init__(self, stream: ClientStream) -> None:
+        self.stream = stream
+
+    async def say(self, message: WorkerMessage) -> None:
+        await self.stream.write(encode_worker_message(message))
+
+    async def hear(self) -> CoordinatorMessage | None:
+        async with deadline("an answer", 10):
+            data = await self.stream.read()
+        return None if data is None else decode_coordinator_message(data)
+
+
+async def join(registry: Registry, credentials: Credentials, register: Register) -> tuple[Joined, object]:
+    """And the first answer."""
+    joined = Joined(Peer(registry.address, credentials, COORDINATOR).open(JOIN))
+    await joined.say(register)
+    return joined, await joined.hear()

@@ -1,0 +1,131 @@
+"""Random planning problems, and every plan of small ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations, pairwise, permutations
+
+from hypothesis import strategies as st
+
+from llamaclust.cluster.planner.costs import StageCosts, WorkerFacts
+from llamaclust.cluster.planner.links import Reach
+from llamaclust.cluster.planner.plan import Plan
+from llamaclust.cluster.planner.planner import PlanRequest
+from llamaclust.cluster.planner.workspace import StagePlace
+from llamaclust.model.loader import LayerCost, ModelCosts
+
+GB = 10**9
+
+
+CONTEXT = 1024
+
+
+FILE_ORDER = 0.95  # of the best score that a plan in the file's order is preferred up to
+
+
+SLACK = 1.1  # of the least time per token, under `latency`
+
+
+Cut = tuple[tuple[WorkerFacts, int, int], ...]
+
+
+def workspace(place: StagePlace) -> int:
+    return GB // 10 * (2 if place.is_last else 1) * place.threads
+
+
+ASK = PlanRequest(context_length=CONTEXT, max_sequences=4, workspace=workspace)
+
+
+WORKERS = st.builds(
+    lambda memory, read, macs, reach: WorkerFacts("", int(memory * GB), read, macs, 1, reach),
+    st.sampled_from([1.3, 2.3, 4.0, 9.0, 30.0]),
+    st.sampled_from([1.0, 3.0, 3.2, 10.0, 50.0]),
+    st.sampled_from([50.0, 200.0, 1000.0]),
+    st.builds(Reach, st.sampled_from([0.0, 0.2, 30.0, 300.0]), st.sampled_from([0.0, 1.0, 80.0])),
+)
+
+
+MODELS = st.builds(
+    lambda embedding, head, layers: ModelCosts(
+        embedding * GB // 2, head * GB, head * 10**9, tuple(layers), hidden_bytes=16_384
+    ),
+    st.integers(0, 2),
+    st.integers(0, 2),
+    st.lists(
+        st.builds(lambda tenths: LayerCost(tenths * GB // 10, tenths * 10**8, 100_000), st.sampled_from([8, 10, 10])),
+        min_size=1,
+        max_size=5,
+    ),
+)
+
+
+def named(workers: Sequence[WorkerFacts]) -> list[WorkerFacts]:
+    return [replace(worker, name=f"w{index}") for index, worker in enumerate(workers)]
+
+
+@dataclass(frozen=True)
+class Score:
+    slowest: float
+    total: float
+
+    @property
+    def latency(self) -> float:
+        return self.slowest * self.total**3
+
+
+@dataclass(frozen=True)
+class Every:
+    """All plans of a cluster."""
+
+    costs: ModelCosts
+    workers: Sequence[WorkerFacts]
+
+    def scores(self) -> list[Score]:
+        """Of all that fit, with the KV memory that plans try for first."""
+        for contexts in (4, 1):
+            found = [self.score(cut) for cut in self._cuts() if self._fits(cut, contexts)]
+            if found:
+                return found
+        return []
+
+    def score(self, cut: Cut) -> Score:
+        stages = StageCosts.of(self.costs)
+        linked = len(cut) > 1  # each stage has a link in and one out
+        mixes = (
+            max(
+                stages.prefill_ms(*stage, 512) + stages.decode_ms(*stage, 8) * 16,
+                linked * 2 * stage[0].reach.ms_per_mb * 512 * 16_384 / 1e6,
+            )
+            for stage in cut
+        )
+        hops_ms = sum(linked * 2 * worker.reach.one_way_ms for worker, _, _ in cut)
+        return Score(max(mixes), sum(stages.decode_ms(*stage) for stage in cut) + hops_ms)
+
+    def score_of(self, plan: Plan) -> Score:
+        by_name = {worker.name: worker for worker in self.workers}
+        return self.score(tuple((by_name[stage.worker], stage.start, stage.end) for stage in plan.stages))
+
+    def _cuts(self) -> Iterator[Cut]:
+        layers = len(self.costs.layers)
+        for count in range(1, min(layers, len(self.workers)) + 1):
+            for order in permutations(self.workers, count):
+                for inner in combinations(range(1, layers), count - 1):
+                    bounds = pairwise((0, *inner, layers))
+                    yield tuple((worker, *bound) for worker, bound in zip(order, bounds, strict=True))
+
+    def _fits(self, cut: Cut, contexts: int) -> bool:
+        layers = self.costs.layers
+        for worker, start, end in cut:
+            held = sum(
+                layer.weight_bytes + contexts * CONTEXT * layer.kv_bytes_per_token for layer in layers[start:end]
+            )
+            ends = (start == 0) * self.costs.embedding_bytes + (end == len(layers)) * self.costs.head_bytes
+            place = StagePlace(worker.threads, CONTEXT, end == len(layers))
+            if held + ends + workspace(place) > (worker.memory_bytes or 0):
+                return False
+        return True
+
+
+def large(layers: int) -> ModelCosts:
+    return ModelCosts(GB // 2, GB, 10**9, (LayerCost(GB, 10**9, 1024),) * layers)

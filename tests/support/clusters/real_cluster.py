@@ -1,0 +1,135 @@
+"""A real little cluster for tests: worker processes of this machine, a registry, a loaded pipeline."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from llamaclust.cluster.control.loading import load_stages
+from llamaclust.cluster.control.remote_pipeline import RemotePipeline
+from llamaclust.cluster.engine.pipeline import StageInfo
+from llamaclust.cluster.launchers.base import WorkerSpec
+from llamaclust.cluster.launchers.local import LocalLauncher
+from llamaclust.cluster.launchers.run_directory import RunDirectory, run_directory
+from llamaclust.cluster.membership.registry import OnMember, Registry
+from llamaclust.cluster.membership.worker_handle import WorkerHandle
+from llamaclust.core.limits import StageLimits
+from llamaclust.core.sampling import SampleTask, SamplingParams, ScoreTask
+from llamaclust.model.loader import Model
+from llamaclust.wire.control.messages import Deadlines
+from llamaclust.wire.microbatch.messages import Chunk, Microbatch, Result, SamplingInputs
+
+LIMITS = StageLimits(max_tokens=64, max_outputs=64, max_sequences=8, max_context_tokens=256, kv_blocks=64)
+NAMES = ("a", "b", "c", "d", "e")
+
+
+@dataclass(frozen=True, slots=True)
+class RealCluster:
+    run: RunDirectory
+    launcher: LocalLauncher
+    registry: Registry
+
+    async def load(self, model: Path, cuts: Sequence[int], epoch: int = 1) -> RemotePipeline:
+        """A pipeline of layers [cuts[0], cuts[1]) on worker a, [cuts[1], cuts[2]) on b and so on."""
+        handles = await self.load_stages(model, cuts, epoch)
+        return await RemotePipeline.open(epoch, handles, self.run.token)
+
+    async def load_stages(self, model: Path, cuts: Sequence[int], epoch: int = 1) -> tuple[WorkerHandle, ...]:
+        stages = [StageInfo(name, *layers) for name, layers in zip(NAMES, pairwise(cuts), strict=False)]
+        model_id = Model.open(model).model_id
+        workers = self.registry.workers
+        return await load_stages(epoch, stages, workers, model_path=str(model), model_id=model_id, limits=LIMITS)
+
+
+@asynccontextmanager
+async def real_cluster(
+    folder: Path,
+    workers: int,
+    *,
+    device: str = "cpu",
+    silence_s: float = 20.0,
+    deadlines: Deadlines | None = None,
+    on_lost: OnMember = lambda worker: None,
+) -> AsyncIterator[RealCluster]:
+    """Workers a, b, ... have joined; their processes are gone at the end."""
+    logs = folder / "logs"
+    logs.mkdir(exist_ok=True)
+    with run_directory(folder) as run:
+        launcher = LocalLauncher(run, logs)
+        last_words = launcher.last_words
+        registry = Registry(
+            run.coordinator,
+            run.token,
+            silence_s=silence_s,
+            deadlines=deadlines,
+            last_words=last_words,
+            on_lost=on_lost,
+        )
+        specs = [WorkerSpec(name, device, threads=1) for name in NAMES[:workers]]
+        try:
+            async with registry:
+                await launcher.start(specs, registry.address, registry.process_exited)
+                await registry.wait_for(NAMES[:workers], 30.0)
+                yield RealCluster(run, launcher, registry)
+        finally:
+            await launcher.stop()
+
+
+def microbatches(model_id: str, epoch: int, steps: int) -> list[tuple[Microbatch, SamplingInputs]]:
+    """Two sequences: a prefill in chunks of 16 with scored rows, then decodes with sampling, tokens made up."""
+    work = []
+    tables = ((3, 2, 20, 6), (40, 8))
+    for number in range(steps):
+        chunks, tasks = [], []
+        for sequence, table in enumerate(tables):
+            tokens = tuple((7 * number + 3 * i + sequence) % 300 for i in range(16 if number < 2 else 1))
+            position = 16 * number if number < 2 else 30 + number
+            outputs = 3 if number == 1 else number // 2
+            outputs = min(outputs, len(tokens))
+            chunks.append(Chunk(tokens, position, table, outputs))
+            tasks += [
+                ScoreTask(5 + row, 2) if row % 2 else SampleTask(SamplingParams(0.8, 40), 11, sequence, position + row)
+                for row in range(outputs)
+            ]
+        microbatch = Microbatch(model_id, epoch, number, tuple(chunks))
+        work.append((microbatch, SamplingInputs(epoch, number, tuple(tasks))))
+    return work
+
+
+class Running:
+    """A pipeline at work, its results one by one."""
+
+    def __init__(self, pipeline: RemotePipeline) -> None:
+        self._results: asyncio.Queue[Result] = asyncio.Queue()
+        self._work = asyncio.create_task(pipeline.run(self._results.put_nowait))
+
+    async def next_result(self) -> Result:
+        """The next one, or the pipeline's error. A deadline of its own: the tests' pipelines answer soon."""
+        getting = asyncio.create_task(self._results.get())
+        try:
+            async with asyncio.timeout(30):
+                await asyncio.wait((getting, self._work), return_when=asyncio.FIRST_COMPLETED)
+            if not getting.done():
+                await self._work
+            return await getting
+        finally:
+            getting.cancel()
+
+    async def stop(self) -> None:
+        self._work.cancel()
+        await asyncio.gather(self._work, return_exceptions=True)
+
+
+@asynccontextmanager
+async def running(pipeline: RemotePipeline) -> AsyncIterator[Running]:
+    """The pipeline works meanwhile, and is closed at the end."""
+    work = Running(pipeline)
+    try:
+        yield work
+    finally:
+        await work.stop()
+        await pipeline.close()

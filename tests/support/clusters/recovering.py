@@ -1,0 +1,184 @@
+"""Clusters of real processes whose workers are lost on purpose, and what their requests must answer all the same."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import struct
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from random import Random
+
+import psutil
+
+from llamaclust.cluster.client.local import LocalClient, LocalSettings
+from llamaclust.cluster.config.cluster_config import ClusterConfig
+from llamaclust.cluster.engine.engine import EngineState
+from llamaclust.cluster.membership.worker_handle import WorkerHandle
+from llamaclust.cluster.scheduler.requests import Generation, PromptScored, TokenChosen
+from llamaclust.cluster.server.coordinator import Cluster, open_cluster
+from llamaclust.cluster.state.directory import ClusterDir
+from llamaclust.cluster.state.events import Event, News, PlanMade
+from llamaclust.core.sampling import RowResult, SamplingParams
+from support.models.tiny_model import build_tiny_model
+
+Answer = tuple[tuple[int, bytes], ...]
+"""(token id, the four bytes of its float32 logprob) of every scored prompt token, then of every generated one."""
+
+REQUESTS = 8
+CONTEXT = 512
+_SEEDED = SamplingParams(temperature=0.9, top_k=40, top_p=0.95, repetition_penalty=1.1, frequency_penalty=0.1)
+_SPEED = {"threads": 1, "bandwidth": 20.0, "int8": 300.0}
+
+
+@cache
+def model_in(folder: Path) -> Path:
+    return build_tiny_model(folder / "tiny.gguf", layers=6, context=CONTEXT)
+
+
+def asks(seed: int, tokens: int = 120, longest: int = 90) -> tuple[Generation, ...]:
+    """Half of them greedy, half seeded, one with scores of its prompt, two with a common beginning."""
+    source = Random(seed)
+    prompts = [[source.randrange(3, 320) for _ in range(source.randrange(20, longest))] for _ in range(REQUESTS)]
+    prompts[3] = prompts[2][:16] + prompts[3]
+    return tuple(
+        Generation(
+            f"request {i}",
+            tuple(prompt),
+            tokens,
+            _SEEDED if i % 2 else SamplingParams(),
+            seed=i,
+            score_from=1 if i == REQUESTS - 1 else None,
+        )
+        for i, prompt in enumerate(prompts)
+    )
+
+
+def undisturbed(model: Path, requests: Sequence[Generation]) -> list[Answer]:
+    """What one worker answers, each request alone."""
+
+    async def run() -> list[Answer]:
+        client = LocalClient(model, threads=1, settings=LocalSettings(context_length=CONTEXT))
+        async with client._stage.serve() as service:
+            return [await answer_of(service._engine.submit(ask)) for ask in requests]
+
+    return asyncio.run(run())
+
+
+async def answer_of(events: AsyncIterator[object], on_token: Callable[[], None] = lambda: None) -> Answer:
+    rows: list[RowResult] = []
+    async for event in events:
+        match event:
+            case PromptScored():
+                rows += event.rows
+            case TokenChosen():
+                rows.append(event.row)
+                on_token()
+    return tuple((row.token, struct.pack("<f", row.logprob)) for row in rows)
+
+
+@dataclass
+class Recovering:
+    """A cluster that runs, and what it told."""
+
+    cluster: Cluster
+    told: list[str]
+    on_news: Callable[[str], None] = lambda text: None
+    tokens: int = 0  # that clients have got
+    _token: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def start(self, requests: Sequence[Generation]) -> list[asyncio.Task[Answer]]:
+        return [
+            asyncio.create_task(answer_of(self.cluster.engine.submit(ask), on_token=self._count)) for ask in requests
+        ]
+
+    def _count(self) -> None:
+        self.tokens += 1
+        self._token.set()
+
+    async def token(self, number: int) -> None:
+        """Returns when clients have got so many."""
+        while self.tokens < number:
+            self._token.clear()
+            await self._token.wait()
+
+    async def at_work(self) -> None:
+        """Returns when a microbatch is on its way."""
+        await self.until("a microbatch", lambda: self.cluster.engine.scheduler.counts.in_flight > 0)
+
+    def worker(self, name: str) -> WorkerHandle:
+        return self.cluster.registry.workers[name]
+
+    def hurt(self, name: str, number: signal.Signals = signal.SIGKILL) -> None:
+        os.kill(self.worker(name).registration.pid, number)
+
+    async def until(self, what: str, happens: Callable[[], bool], within_s: float = 60.0) -> None:
+        """Returns as soon as `happens()`; fails where that takes too long."""
+        end = asyncio.get_running_loop().time() + within_s
+        while not happens():
+            assert asyncio.get_running_loop().time() < end, f"not within {within_s:g} s: {what}; told: {self.told}"
+            await asyncio.sleep(0.002)
+
+    async def whole(self) -> None:
+        """Returns when all workers hold layers again, of one epoch."""
+        names = [worker.name for worker in self.cluster.config.workers]
+
+        def at_work() -> bool:
+            epoch, state = self.cluster.supervisor.epoch.number, self.cluster.engine.state
+            return state is EngineState.READY and all(list(self.worker(name).stages) == [epoch] for name in names)
+
+        await self.until("all workers at work", at_work)
+
+
+def worker_pids() -> dict[str, int]:
+    """Worker processes of this one, by name."""
+    found = {}
+    for child in psutil.Process().children():
+        words = child.cmdline()
+        if "llamaclust.worker" in words:
+            found[words[words.index("--name") + 1]] = child.pid
+    return found
+
+
+def config(model: Path, folder: Path, workers: int = 3, **values: object) -> ClusterConfig:
+    base: dict[str, object] = {
+        "model": str(model),
+        "workers": [{"name": name, **_SPEED} for name in "abcde"[:workers]],
+        "objective": "throughput",
+        "context_length": CONTEXT,
+        "state_dir": folder,
+        "timeouts": {"worker": "600ms"},
+    }
+    return ClusterConfig.model_validate({**base, **values})
+
+
+@asynccontextmanager
+async def recovering(
+    settings: ClusterConfig, *, at_plan: Callable[[], None] = lambda: None, deadline_s: float = 120.0
+) -> AsyncIterator[Recovering]:
+    """A cluster whose workers get hurt, within the deadline. `at_plan` is called when there is the first plan."""
+    told: list[str] = []
+    plans: list[Event] = []
+    running: list[Recovering] = []
+
+    def watch(event: Event) -> None:
+        if isinstance(event, News):
+            told.append(event.text)
+            for run in running:
+                run.on_news(event.text)
+        elif isinstance(event, PlanMade) and not plans:
+            plans.append(event)
+            at_plan()
+
+    directory = ClusterDir(settings.state_dir / settings.name)
+    with directory.locked():
+        async with (
+            asyncio.timeout(deadline_s),
+            open_cluster(settings, Path(settings.model), directory, watch) as cluster,
+        ):
+            running.append(Recovering(cluster, told))
+            yield running[0]

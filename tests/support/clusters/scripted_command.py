@@ -1,0 +1,90 @@
+"""The `generate` command against a scripted server."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pty
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from support.clusters import served
+from support.clusters.forked_commands import run_forked
+from support.clusters.served import ScriptedEngine, says, serving
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    code: int
+    out: str
+    err: str
+
+
+async def command(*arguments: str, piped: bytes = b"", state_dir: Path | None = None) -> Ended:
+    """Runs the command to its end with something on standard input."""
+    environment = {**os.environ, "LLAMACLUST_STATE_DIR": str(state_dir or "/nonexistent/state")}
+    return await asyncio.to_thread(_run, arguments, environment, piped)
+
+
+def _run(arguments: Sequence[str], environment: dict[str, str], piped: bytes) -> Ended:
+    with TemporaryDirectory() as folder:
+        out, err = Path(folder, "out"), Path(folder, "err")
+        code = run_forked(arguments, environment, Path.cwd(), out, err, 60.0, piped)
+        return Ended(code, out.read_bytes().decode(), err.read_bytes().decode())
+
+
+@asynccontextmanager
+async def scripted(text: str, **settings: object) -> AsyncIterator[tuple[str, ScriptedEngine]]:
+    engine = ScriptedEngine(says(text))
+    async with serving(served.make_app(engine, **settings)) as url:
+        yield url, engine
+
+
+class Terminal:
+    """The command on a terminal of its own."""
+
+    def __init__(self, primary: int, process: asyncio.subprocess.Process) -> None:
+        self._primary = primary
+        self.process = process
+        self.seen = ""
+
+    def type(self, text: str) -> None:
+        os.write(self._primary, text.encode())
+
+    async def shows(self, text: str, times: int = 1) -> None:
+        """Waits until the text is on the screen."""
+        while self.seen.count(text) < times:
+            await asyncio.sleep(0.01)
+            try:
+                self.seen += os.read(self._primary, 1 << 16).decode()
+            except BlockingIOError:
+                continue
+
+
+@asynccontextmanager
+async def terminal(*arguments: str) -> AsyncIterator[Terminal]:
+    primary, secondary = pty.openpty()
+    os.set_blocking(primary, False)
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "llamaclust", *arguments),
+        stdin=secondary,
+        stdout=secondary,
+        stderr=secondary,
+        env={**os.environ, "TERM": "dumb"},
+        start_new_session=True,
+    )
+    os.close(secondary)
+    shown = Terminal(primary, process)
+    try:
+        yield shown
+    except TimeoutError as error:
+        raise AssertionError(f"the terminal shows {shown.seen!r}") from error
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+        os.close(primary)

@@ -1,0 +1,229 @@
+"""A served model without workers: an engine that speaks a script, or the real engine on stages that answer at once."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from functools import cache, wraps
+from typing import Any
+
+import httpx
+import numpy as np
+import uvicorn
+from fastapi import FastAPI
+
+from llamaclust.cluster.api.admission import Admission
+from llamaclust.cluster.api.app import create_app
+from llamaclust.cluster.api.operations import Workforce
+from llamaclust.cluster.api.server import server_config
+from llamaclust.cluster.api.settings import ApiSettings
+from llamaclust.cluster.engine.engine import Engine
+from llamaclust.cluster.scheduler.requests import (
+    Event,
+    Finished,
+    FinishReason,
+    Generation,
+    PromptScored,
+    Timings,
+    TokenChosen,
+)
+from llamaclust.cluster.scheduler.settings import EngineSettings, SchedulerSettings
+from llamaclust.cluster.text.service import TextService, TextSettings
+from llamaclust.core.errors import LlamaclustError
+from llamaclust.core.sampling import RowResult
+from llamaclust.model.chat.template import ChatTemplate, load_chat_template
+from llamaclust.model.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from support.clusters.fakes import FakePipeline
+from support.models.tiny_tokenizers import byte_level
+
+VOCABULARY = 320
+CONTEXT = 200
+MODEL = "tiny"
+SETTINGS = SchedulerSettings(MODEL, VOCABULARY, CONTEXT, kv_blocks=200, max_sequences=8, max_waiting=64)
+
+END = VOCABULARY - 1  # <|im_end|>
+Script = Callable[[Generation], Sequence[int]]
+
+
+def run_async(test: Callable[..., Coroutine[None, None, None]]) -> Callable[..., None]:
+    @wraps(test)
+    def run(*arguments: object, **named: object) -> None:
+        async def bounded() -> None:
+            async with asyncio.timeout(120):
+                await test(*arguments, **named)
+
+        asyncio.run(bounded())
+
+    return run
+
+
+@cache
+def tokenizer() -> Tokenizer:
+    return load_tokenizer(byte_level(VOCABULARY))
+
+
+@cache
+def chat_template() -> ChatTemplate:
+    """One child process for all tests; it ends with them."""
+    return load_chat_template(byte_level(VOCABULARY), tokenizer())
+
+
+def ids(text: str) -> list[int]:
+    return tokenizer().encode(text, add_special=False)
+
+
+def logprob(place: int) -> float:
+    """A float32 that needs all its digits."""
+    return float(np.float32(-0.1) * np.float32(place + 1) / np.float32(7))
+
+
+@dataclass
+class ScriptedStream:
+    """The events of one scripted request."""
+
+    engine: ScriptedEngine
+    generation: Generation
+    events: deque[Event | LlamaclustError]
+    given: int = 0
+    is_done: bool = False
+
+    def __aiter__(self) -> ScriptedStream:
+        return self
+
+    async def __anext__(self) -> Event:
+        await asyncio.sleep(0)
+        await self.engine.gate.wait()
+        if self.is_done:
+            raise StopAsyncIteration
+        event = self.events.popleft()
+        self.given += isinstance(event, TokenChosen)
+        if isinstance(event, LlamaclustError):
+            self.abort()
+            raise event
+        if isinstance(event, Finished):
+            self.abort()
+        return event
+
+    @property
+    def timings(self) -> Timings:
+        return Timings(1.0, 2.0, 3.0, 4.0, len(self.generation.prompt), 0, self.given)
+
+    def abort(self) -> None:
+        if not self.is_done:
+            self.is_done = True
+            self.engine.running -= 1
+
+
+@dataclass
+class ScriptedEngine:
+    """Says the tokens of a script, an end token after them where there is room; counts what runs."""
+
+    script: Script
+    failure: LlamaclustError | None = None  # comes after `failure_after` tokens
+    failure_after: int = 0
+    refusal: LlamaclustError | None = None  # of each submit
+    submitted: list[Generation] = field(default_factory=list)
+    running: int = 0
+    gate: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self.gate.set()
+
+    def submit(self, generation: Generation) -> ScriptedStream:
+        if self.refusal is not None:
+            raise self.refusal
+        self.submitted.append(generation)
+        self.running += 1
+        return ScriptedStream(self, generation, deque(self._events(generation)))
+
+    def _events(self, ask: Generation) -> list[Event | LlamaclustError]:
+        events: list[Event | LlamaclustError] = []
+        if ask.score_from is not None and len(ask.prompt) > 1:
+            first = max(ask.score_from, 1)
+            events.append(PromptScored(first, tuple(self._row(ask, i) for i in range(first, len(ask.prompt)))))
+        tokens = [*self.script(ask), END][: ask.max_tokens]
+        stop = next((i + 1 for i, token in enumerate(tokens) if token in ask.stop_token_ids), None)
+        rows = [self._chosen(ask, token, place) for place, token in enumerate(tokens[:stop])]
+        events += [TokenChosen(row) for row in rows]
+        if self.failure is not None:
+            return [*events[: self.failure_after], self.failure]
+        reason = FinishReason.LENGTH if stop is None else FinishReason.STOP
+        timings = Timings(1.5, 20.0, 100.0, 50.0, len(ask.prompt), 3, len(rows))
+        return [*events, Finished(reason, timings)]
+
+    def _row(self, ask: Generation, place: int) -> RowResult:
+        return self._chosen(ask, ask.prompt[place], place)
+
+    def _chosen(self, ask: Generation, token: int, place: int) -> RowResult:
+        top = tuple((i, logprob(place + i)) for i in range(ask.top_logprobs))
+        return RowResult(token, logprob(place), top)
+
+
+def says(text: str) -> Script:
+    tokens = ids(text)
+    return lambda ask: tokens
+
+
+def make_service(engine: Any, template: ChatTemplate | None = None) -> TextService:
+    settings = TextSettings(MODEL, CONTEXT, SETTINGS.max_sequences)
+    return TextService(engine, tokenizer(), template or chat_template(), settings)
+
+
+def make_app(
+    engine: Any,
+    chat_template: ChatTemplate | None = None,
+    admission: Admission | None = None,
+    workforce: Workforce | None = None,
+    **settings: Any,
+) -> FastAPI:
+    """An app on a scripted engine; operators see an engine that does nothing."""
+    idle = engine if isinstance(engine, Engine) else Engine(FakePipeline(SETTINGS.kv_blocks), SETTINGS)
+    service = make_service(engine, chat_template)
+    show = {"status": {"name": "test"}}.copy
+    return create_app(service, ApiSettings(**settings), idle, show, admission, workforce)
+
+
+def client(app: FastAPI, **options: Any) -> httpx.AsyncClient:
+    """Calls an app in this process; a reply arrives as a whole."""
+    transport = httpx.ASGITransport(app, raise_app_exceptions=True)
+    return httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8080", **options)
+
+
+@asynccontextmanager
+async def real_engine(**deadlines: float) -> AsyncIterator[tuple[Engine, FakePipeline]]:
+    """The engine on stages that answer at once; afterwards no KV block is held."""
+    pipeline = FakePipeline(SETTINGS.kv_blocks)
+    async with Engine(pipeline, SETTINGS, EngineSettings(**deadlines)) as engine:
+        yield engine, pipeline
+        assert engine.scheduler.counts.kv_blocks_held == 0
+
+
+@asynccontextmanager
+async def serving(app: FastAPI, settings: ApiSettings | None = None) -> AsyncIterator[str]:
+    """A real server on a free port of this machine; its address. `settings` are for its connections."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = uvicorn.Server(server_config(app, settings or ApiSettings()))
+        task = asyncio.create_task(server.serve([listener]))
+        try:
+            await until(lambda: server.started)
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = server.force_exit = True
+            await task
+
+
+def events_of(text: str) -> list[Any]:
+    """The data of server-sent events; comments are skipped, [DONE] stays a string."""
+    lines = [line.removeprefix("data: ").strip() for line in text.split("\n\n") if line.startswith("data: ")]
+    return [line if line == "[DONE]" else json.loads(line) for line in lines]
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Waits for a condition; the test's own deadline ends a wait in vain."""
+    while not condition():  # noqa: ASYNC110  conditions of all kinds, most of them without an event
+        await asyncio.sleep(0.005)

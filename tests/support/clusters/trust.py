@@ -1,0 +1,83 @@
+"""Two processes of a cluster over machines, in one: an authority, identities, a server that echoes, what it logs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+from llamaclust.cluster.membership.authority import Authority
+from llamaclust.cluster.membership.enrolment import EnrolmentServer, Welcomes
+from llamaclust.wire.rpc.client import FORWARD, ClientStream, Peer
+from llamaclust.wire.rpc.server import Server, ServerStream
+from llamaclust.wire.security.credentials import COORDINATOR, Credentials, Identity, KeyPair, Principal
+
+A, B = Principal("a"), Principal("b")
+
+
+def authority(folder: Path, name: str = "trust") -> Authority:
+    return Authority.open(folder / name)
+
+
+def expired(authority: Authority, principal: Principal) -> Identity:
+    """Whose certificate ended a minute ago."""
+    return authority.identity(principal, timedelta(minutes=-1))
+
+
+def with_pair(identity: Identity, pair: KeyPair) -> Identity:
+    """Another one's certificate beside this CA."""
+    return Identity(identity.ca, identity.cluster, identity.principal, pair)
+
+
+@dataclass
+class Echo:
+    """A server that says back what it is told, and keeps who asked."""
+
+    server: Server
+    callers: list[Principal | None]
+
+    def call(self, credentials: Credentials, whom: Principal = A) -> ClientStream:
+        return Peer(self.server.address, credentials, whom).open(FORWARD, epoch=1)
+
+
+@asynccontextmanager
+async def echo(credentials: Credentials, handshake_s: float = 0.3) -> AsyncIterator[Echo]:
+    callers: list[Principal | None] = []
+
+    async def handler(stream: ServerStream) -> None:
+        callers.append(stream.peer)
+        await stream.accept()
+        while (data := await stream.read()) is not None:
+            await stream.write(data)
+
+    server = await Server.start("127.0.0.1:0", credentials, {FORWARD: handler}, handshake_s)
+    try:
+        yield Echo(server, callers)
+    finally:
+        await server.stop(0.0)
+
+
+async def answers(stream: ClientStream) -> bool:
+    """Whether it still says back what it is told."""
+    await stream.write(b"hello")
+    return await stream.read() == b"hello"
+
+
+@asynccontextmanager
+async def enrolment(
+    authority: Authority, welcomes: Welcomes = lambda name: None, port: int = 7
+) -> AsyncIterator[tuple[str, int]]:
+    """Host and port of an enrolment server."""
+    identity = authority.identity(COORDINATOR)
+    async with EnrolmentServer("127.0.0.1:0", authority, identity, welcomes, port) as server:
+        host, _, at = server.address.rpartition(":")
+        yield host, int(at)
+
+
+def refusals(records: list[logging.LogRecord]) -> list[str]:
+    """What was logged of refused peers."""
+    lines = (record.getMessage() for record in records)
+    return [line.removeprefix("refused: ") for line in lines if line.startswith("refused: ")]

@@ -1,0 +1,93 @@
+"""Workers' weights for tests: servers that have a model's file, others that misbehave, and who fetches from them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from llamaclust.model.loader import Model
+from llamaclust.model.weights.cache import WeightCache
+from llamaclust.model.weights.manifest import Manifest, read_manifest
+from llamaclust.wire.control.messages import Locate
+from llamaclust.wire.rpc.client import FETCH, Peer
+from llamaclust.wire.rpc.server import Server, ServerStream
+from llamaclust.wire.security.credentials import Insecure
+from llamaclust.wire.weight_stream import WeightRange, decode_range
+from llamaclust.worker.weights.fetch import Patience, WantedWeights, WeightFetch
+from llamaclust.worker.weights.weights import Weights
+
+ROOM = 1 << 30
+IMPATIENT = Patience(connect_s=1.0, frame_s=1.0, source_s=1.0)
+INSECURE = Insecure()
+
+Answer = Callable[[ServerStream, WeightRange], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """A worker's weights, served."""
+
+    weights: Weights
+    server: Server
+    asked: list[WeightRange]
+
+    @property
+    def peer(self) -> Peer:
+        return Peer(self.server.address, INSECURE)
+
+
+@asynccontextmanager
+async def holder(model: Path, folder: Path, answer: Answer | None = None) -> AsyncIterator[Holder]:
+    """Has the file of a model. `answer`, where there is one, is given in its place."""
+    weights = Weights(WeightCache(folder, ROOM))
+    weights.locate(Locate(str(model), Model.open(model).model_id, describe=True))
+    asked: list[WeightRange] = []
+
+    async def serve(stream: ServerStream) -> None:
+        await stream.accept()
+        while (data := await stream.read()) is not None:
+            asked.append(decode_range(data))
+            await (weights._give if answer is None else answer)(stream, asked[-1])
+
+    server = await Server.start("127.0.0.1:0", INSECURE, {FETCH: serve})
+    try:
+        yield Holder(weights, server, asked)
+    finally:
+        await server.stop(0.0)
+
+
+def manifest_of(one: Holder, model: Path) -> Manifest:
+    located = one.weights.locate(Locate(str(model), Model.open(model).model_id, describe=True))
+    assert located.manifest is not None and one.weights.cache is not None
+    return read_manifest(one.weights.cache.place(located.manifest))
+
+
+def wanted(manifest: Manifest, part: str = "") -> list[WantedWeights]:
+    """All tensors with that in their name."""
+    return [WantedWeights(one.content, one.n_bytes, one.name) for one in manifest.tensors if part in one.name]
+
+
+async def fetch(
+    cache: WeightCache,
+    holders: Iterable[Holder],
+    what: Sequence[WantedWeights],
+    on_bytes: Callable[[int], None] = lambda n_bytes: None,
+) -> int:
+    """Payload bytes that came."""
+    came = 0
+
+    def count(n_bytes: int) -> None:
+        nonlocal came
+        came += n_bytes
+        on_bytes(n_bytes)
+
+    sources = [(f"holder {index}", one.peer) for index, one in enumerate(holders)]
+    with cache.in_use():
+        try:
+            await WeightFetch(cache, sources, count, IMPATIENT).run(what)
+        finally:
+            for _, peer in sources:
+                await peer.close()
+    return came

@@ -1,0 +1,1 @@
+"""A GPU shim and the comparison with the CPU backend."""

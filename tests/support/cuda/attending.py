@@ -1,0 +1,197 @@
+"""Attention on a device beside the CPU backend: sequences whose rows come in any batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llamaclust.core.limits import StageLimits
+from llamaclust.kernels.backend import Batch
+from llamaclust.kernels.cuda.attention import (
+    Inputs,
+    LaunchLimits,
+    Places,
+    Room,
+    Rotation,
+    attention_launches,
+    cut_of,
+    plan_launch,
+    room_of,
+)
+from llamaclust.kernels.cuda.device import LEAST_SHARED_BYTES
+from llamaclust.kernels.cuda.kv import block_bytes
+from llamaclust.kernels.cuda.rows import rotation
+from llamaclust.model.gguf.model_file import open_model
+from llamaclust.model.gguf.writer import write_gguf
+from llamaclust.model.program import KV_BLOCK_TOKENS, Attention, Buffer, KvType, Rope
+from support.arithmetic.backends import all_threads
+from support.arithmetic.batches import batch_of
+from support.arithmetic.single_steps import program_of, splitter
+from support.cuda.launching import Bench
+
+Float32 = NDArray[np.float32]
+Int32 = NDArray[np.int32]
+
+LIMITS = StageLimits(max_tokens=1600, max_outputs=1, max_sequences=8, max_context_tokens=2048, kv_blocks=300)
+SMALL, LARGE = LaunchLimits(2, LEAST_SHARED_BYTES), LaunchLimits(3, 200 << 10)
+NO_SLOPES = np.uint64(0)
+
+
+def attention(
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    kv_type: KvType = KvType.F16,
+    *,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    slopes: tuple[float, ...] | None = None,
+) -> Attention:
+    q, out = (Buffer(name, heads * head_dim) for name in ("q", "out"))
+    k, v = (Buffer(name, kv_heads * head_dim) for name in ("k", "v"))
+    scale = float(np.float32(head_dim**-0.5))
+    return Attention(q, k, v, out, 1, heads, kv_heads, head_dim, scale, kv_type, window, soft_cap, slopes)
+
+
+@dataclass(frozen=True)
+class Told:
+    """A sequence: queries, keys and values of all its rows side by side, its blocks, and what attention gives."""
+
+    rows: Float32
+    table: tuple[int, ...]
+    wanted: Float32
+
+
+def by_the_cpu(folder: Path, step: Attention, rows: Float32, ropes: Sequence[Rope] = ()) -> Float32:
+    """Attention of one sequence, whole, by the CPU backend; rotated before."""
+    parts = [step.q, step.k, step.v]
+    hidden = Buffer("x", sum(part.width for part in parts))
+    copies, weights = splitter(hidden, parts)
+    path = folder / "parts.gguf"
+    write_gguf(path, {}, [weight.source(name) for name, weight in weights.items()])
+    stage = all_threads(2).load(
+        program_of(hidden, step.out, *copies, *ropes, step), open_model(path).tensors, LIMITS, lambda _: None
+    )
+    blocks = range(-(-len(rows) // KV_BLOCK_TOKENS))
+    found = stage.run(batch_of([([0] * len(rows), range(len(rows)), blocks)], outputs=[]), rows).copy()
+    stage.close()
+    return found
+
+
+def sequences_of(
+    folder: Path,
+    step: Attention,
+    lengths: Iterable[int],
+    generator: np.random.Generator,
+    ropes: Sequence[Rope] = (),
+) -> list[Told]:
+    width = step.q.width + step.k.width + step.v.width
+    free = iter(generator.permutation(LIMITS.kv_blocks).tolist())
+    told = []
+    for length in lengths:
+        rows = generator.standard_normal((length, width), np.float32)
+        rows[:, : step.q.width] *= np.float32(2)  # weights that differ
+        table = tuple(next(free) for _ in range(-(-length // KV_BLOCK_TOKENS)))
+        told.append(Told(rows, table, by_the_cpu(folder, step, rows, ropes)))
+    return told
+
+
+class Attender:
+    """One attention step with KV memory on a device. Memory holds NaN at first. `rotation`: what it does on the way."""
+
+    def __init__(
+        self,
+        bench: Bench,
+        step: Attention,
+        gpu: LaunchLimits = SMALL,
+        slots: int | None = None,
+        rotation: Rope | None = None,
+    ) -> None:
+        self.bench, self.step, self.gpu = bench, step, gpu
+        room = room_of((step,), LIMITS.max_tokens, LIMITS.max_context_tokens)
+        self.room = room if slots is None else Room(room.max_rows, slots)
+        self.kv = bench.room(block_bytes(step) * LIMITS.kv_blocks)
+        self.plan = bench.room(self.room.plan_bytes)
+        self.partials = bench.room(max(16, self.room.partial_bytes(step)))
+        self.slopes = None if step.slopes is None else bench.put(np.array(step.slopes, np.float32))
+        self.rotation = rotation
+        self.quantized: dict[str, np.uint64] = {}  # places for the result instead of `out`, by their names in `Places`
+        self.launched: set[str] = set()
+
+    def run(self, batch: Batch, rows: Float32, *, store_only: bool = False, one_row_each: bool = False) -> Float32:
+        """out [rows, heads * head_dim]. Launches are for some more rows than there are."""
+        step, put, spare = self.step, self.bench.put, 3
+        parts = np.split(rows, [step.q.width, step.q.width + step.k.width], axis=1)
+        q, k, v = (put(np.concatenate([part, np.full((spare, part.shape[1]), np.nan, np.float32)])) for part in parts)
+        out = self.bench.room(4 * (len(rows) + spare) * step.out.width)
+        header = np.array([batch.rows, len(batch.sequence_starts) - 1, 0], np.int32)
+        arrays = (header, batch.positions, batch.sequence_starts, batch.table_starts)
+        inputs = Inputs(*(put(array).at() for array in arrays))
+        tables = batch.block_tables if batch.window_tables is None else batch.window_tables
+        slopes = NO_SLOPES if self.slopes is None else self.slopes.at()
+        addresses = (q, k, v, out, put(tables), self.kv)
+        places = Places(*(one.at() for one in addresses), slopes, self.plan.at(), self.partials.at())
+        if self.rotation is not None:
+            places = replace(places, rotation=self._rotation(self.rotation, inputs, len(rows) + spare))
+        places = replace(places, **self.quantized)
+        launches = attention_launches(
+            step,
+            self.gpu,
+            self.room,
+            inputs,
+            places,
+            rows=len(rows) + spare,
+            max_sequences=LIMITS.max_sequences,
+            max_context_tokens=LIMITS.max_context_tokens,
+            one_row_each=one_row_each,
+        )
+        launches = (plan_launch(cut_of(step, self.gpu), self.room, inputs, self.plan.at()), *launches)
+        for launch in launches[: 2 if store_only else None]:
+            self.bench.device.launch(launch)
+            self.launched.add(launch.kernel)
+        return self.bench.get(out, (len(rows) + spare, step.out.width))[: len(rows)]
+
+    def _rotation(self, rope: Rope, inputs: Inputs, rows: int) -> Rotation:
+        table, pairs = rope.table, len(rope.table.frequencies)
+        angles, frequencies = self.bench.room(8 * rows * pairs), self.bench.put(np.array(table.frequencies))
+        given = inputs.positions, frequencies.at(), table.scale, pairs, angles.at(), rows, inputs.header
+        self.bench.device.launch(rotation(*given))
+        return Rotation(angles.at(), pairs, rope.style)
+
+    def fill(self, told: Told, rows: int) -> None:
+        """The sequence's first rows into KV memory."""
+        if rows:
+            self.run(batch_of([([0] * rows, range(rows), told.table)]), told.rows[:rows], store_only=True)
+
+    def check(self, parts: Sequence[tuple[Told, range]], *, one_row_each: bool = False) -> None:
+        """One batch of rows of some sequences, whose earlier rows are there: the CPU's bits."""
+        batch = windowed(batch_of([([0] * len(r), r, told.table) for told, r in parts]), parts, self.step.window)
+        rows = np.concatenate([told.rows[r.start : r.stop] for told, r in parts])
+        wanted = np.concatenate([told.wanted[r.start : r.stop] for told, r in parts])
+        found = self.run(batch, rows, one_row_each=one_row_each)
+        assert np.isfinite(wanted).all()
+        assert len(np.unique(wanted)) > wanted.size // 4
+        np.testing.assert_array_equal(found.view(np.uint32), wanted.view(np.uint32))
+
+
+def windowed(batch: Batch, parts: Sequence[tuple[Told, range]], window: int | None) -> Batch:
+    """With -1 for blocks that no row sees any more."""
+    if window is None:
+        return batch
+    tables = []
+    for told, rows in parts:
+        gone = max(0, rows.start - window + 1) // KV_BLOCK_TOKENS
+        tables += [-1] * gone + list(told.table[gone:])
+    return Batch(
+        batch.tokens,
+        batch.positions,
+        batch.sequence_starts,
+        batch.table_starts,
+        batch.block_tables,
+        batch.output_rows,
+        np.array(tables, np.int32),
+    )

@@ -1,0 +1,80 @@
+"""The CUDA compilers of this machine, for tests that compile what no card here could run."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from llamaclust.core.errors import UsageError
+from llamaclust.kernels.cuda.nvrtc import Nvrtc, open_nvrtc
+from llamaclust.kernels.cuda.sources import OPTIONS
+
+COMPILE_DEADLINE_S = 400.0
+TOOLKIT = Path("/usr/local/cuda")
+NONE = "no CUDA compiler: neither NVRTC (make cuda-matrix installs it) nor nvcc"
+
+
+@dataclass(frozen=True, slots=True)
+class ByNvrtc:
+    """What compiles the kernels for users."""
+
+    nvrtc: Nvrtc
+
+    @property
+    def architectures(self) -> tuple[int, ...]:
+        return self.nvrtc.architectures
+
+    def binary(self, name: str, text: str, architecture: int) -> bytes:
+        binary = self.nvrtc.compile(name, text, architecture)
+        assert binary.kind == "cubin"
+        return binary.data
+
+    def ptx(self, name: str, text: str, architecture: int, options: tuple[str, ...] = OPTIONS) -> str:
+        target = f"--gpu-architecture=compute_{architecture}"
+        return self.nvrtc.translate("ptx", name, text, (*options, target)).decode()
+
+
+@dataclass(frozen=True, slots=True)
+class ByNvcc:
+    """The toolkit's, which has the same back end."""
+
+    nvcc: str
+
+    @property
+    def architectures(self) -> tuple[int, ...]:
+        listed = subprocess.run([self.nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True, timeout=60)
+        return tuple(sorted(int(one) for one in re.findall(r"^sm_(\d+)$", listed.stdout, re.MULTILINE)))
+
+    def binary(self, name: str, text: str, architecture: int) -> bytes:
+        return self._run("-cubin", name, text, architecture, OPTIONS)
+
+    def ptx(self, name: str, text: str, architecture: int, options: tuple[str, ...] = OPTIONS) -> str:
+        return self._run("-ptx", name, text, architecture, options).decode()
+
+    def _run(self, kind: str, name: str, text: str, architecture: int, options: tuple[str, ...]) -> bytes:
+        with TemporaryDirectory() as folder:
+            source, made = Path(folder) / f"{name}.cu", Path(folder) / "made"
+            source.write_text(text)
+            command = [self.nvcc, *options, f"-arch=sm_{architecture}", kind, "-o", str(made), str(source)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_DEADLINE_S, check=False)
+            assert done.returncode == 0, done.stderr[-8000:]
+            return made.read_bytes()
+
+
+def find_compiler() -> ByNvrtc | ByNvcc | None:
+    """NVRTC if it is there, else nvcc."""
+    try:
+        return ByNvrtc(open_nvrtc())
+    except (ImportError, UsageError):
+        pass
+    packages = Path(sysconfig.get_path("purelib")) / "nvidia"
+    libraries = sorted(path for path in packages.glob("*/lib/libnvrtc.so.*") if "builtins" not in path.name)
+    if libraries:
+        return ByNvrtc(Nvrtc(str(libraries[-1])))
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=str(TOOLKIT / "bin"))
+    return None if nvcc is None else ByNvcc(nvcc)

@@ -1,0 +1,85 @@
+"""What a GPU's results are compared with: the CPU backend's, bit for bit."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llamaclust.core.limits import StageLimits
+from llamaclust.kernels._native import Memory, PackedMatrix
+from llamaclust.kernels.backend import Batch
+from llamaclust.kernels.cpu.backend import CpuBackend
+from llamaclust.model.gguf.model_file import open_model
+from llamaclust.model.gguf.writer import write_gguf
+from llamaclust.model.program import Program
+from support.arithmetic.single_steps import Weight
+from support.models.tiny_quantizers import quantize
+
+Float32 = NDArray[np.float32]
+
+LIMITS = StageLimits(max_tokens=64, max_outputs=64, max_sequences=8, max_context_tokens=4096, kv_blocks=260)
+
+
+def random_source() -> np.random.Generator:
+    """Another one in each run; its seed is printed."""
+    seed = np.random.SeedSequence().entropy
+    print("seed", seed)
+    return np.random.default_rng(seed)
+
+
+def awkward(source: np.random.Generator, rows: int, width: int) -> Float32:
+    """Rows of ordinary numbers, of all magnitudes, of subnormal ones, with zeros, with infinities and NaN; again."""
+    x = source.standard_normal((rows, width), np.float32)
+    signs = np.where(source.random((rows, width)) < 0.5, -1, 1)
+    x[1::5] = (signs * 10.0 ** source.uniform(-38, 18, x.shape))[1::5]
+    x[2::5] = (signs * 10.0 ** source.uniform(-45, -37, x.shape))[2::5]
+    x[3::5, ::3], x[3::5, 1::3] = 0.0, -0.0
+    for row in range(4, rows, 5):
+        specials = source.choice(np.array([np.inf, -np.inf, np.nan, 1e38], np.float32), 3)
+        x[row, source.integers(0, width, 3)] = specials
+    return x
+
+
+def same_bits(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> None:
+    """NaN are all the same; both zeros are not."""
+    assert found.shape == wanted.shape
+    np.testing.assert_array_equal(np.isnan(found), np.isnan(wanted))
+    np.testing.assert_array_equal(_bits(found), _bits(wanted))
+
+
+def _bits(x: NDArray[np.float32]) -> NDArray[np.uint32]:
+    return np.where(np.isnan(x), np.float32(0), x).view(np.uint32)
+
+
+def on_cpu(
+    program: Program,
+    weights: Mapping[str, Weight],
+    batch: Batch,
+    hidden: Float32 | None,
+    context_tokens: int = LIMITS.max_context_tokens,
+) -> Float32:
+    """What the CPU backend makes of it."""
+    limits = replace(LIMITS, max_context_tokens=context_tokens)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "weights.gguf"
+        write_gguf(path, {}, [weight.source(name) for name, weight in weights.items()])
+        stage = CpuBackend(1).load(program, dict(open_model(path).tensors), limits, lambda done_bytes: None)
+        try:
+            return stage.run(batch, hidden).copy()
+        finally:
+            stage.close()
+
+
+def tiles_of(weight: Weight) -> tuple[NDArray[np.uint8], int]:
+    """The tiles of a matrix [rows, columns] as the CPU packs them, and the bytes of one tile."""
+    rows, columns = weight.values.shape
+    n_bytes = PackedMatrix.shape_only(int(weight.quant_type), rows, columns).bytes
+    memory = Memory(n_bytes)
+    packed = PackedMatrix(int(weight.quant_type), rows, columns, memory, 0)
+    packed.pack_rows(0, quantize(weight.values, weight.quant_type))
+    return memory.view.copy(), n_bytes // -(-rows // 16)

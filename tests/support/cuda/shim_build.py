@@ -1,0 +1,87 @@
+"""The kernels compiled for the CPU: each source is an object, kept by the hash of all that went into it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+from llamaclust.kernels.cuda.sources import INCLUDE, modules, whole_text
+from support.paths import ROOT, TESTS
+
+SHIM = TESTS / "cuda" / "shim"
+BUILT = ROOT / "build" / "cuda-shim"
+COMPILE_DEADLINE_S = 600.0
+
+_INCLUDE = (*INCLUDE, SHIM)
+_FLAGS = ("-std=c++20", "-O2", "-fPIC", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-Wall", "-Wno-sign-compare")
+# Kernels look at memory as they like; what they do beyond an array or without alignment ends the launch.
+_KERNEL_FLAGS = (
+    "-fno-strict-aliasing",
+    "-fsanitize=alignment,bounds",
+    "-fsanitize-undefined-trap-on-error",
+    "-Wno-unknown-pragmas",
+    "-DLLAMACLUST_SHIM",
+)
+
+
+def compiler() -> str:
+    return os.environ.get("CXX") or shutil.which("g++") or "c++"
+
+
+def build(
+    kernels: Iterable[Path] | None = None, defines: tuple[str, ...] = (), shim_defines: tuple[str, ...] = ()
+) -> Path:
+    """A library of these sources of kernels, of all by default. AssertionError with what the compiler says."""
+    sources = list(modules().values() if kernels is None else kernels)
+    jobs = [(path, (*_KERNEL_FLAGS, f'-DLLAMACLUST_MODULE="{path.stem}"', *defines)) for path in sources]
+    jobs += [(path, shim_defines) for path in sorted(SHIM.glob("*.cpp"))]
+    BUILT.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(lambda job: _compile(*job), jobs))
+    library = BUILT / f"shim-{_hash(*(path.name for path in objects))}.so"
+    if not library.is_file():
+        _run(library, "-shared", *map(str, objects))
+    return library
+
+
+@cache
+def _processor_flags() -> tuple[str, ...]:
+    """Fused multiply-adds and halves without calls, where an x86 processor has them."""
+    if platform.machine() != "x86_64":
+        return ()
+    known = Path("/proc/cpuinfo").read_text().partition("\nflags")[2].partition("\n")[0].split()
+    return tuple(f"-m{one}" for one in ("fma", "f16c") if one in known)
+
+
+def _compile(path: Path, flags: tuple[str, ...]) -> Path:
+    includes = [f"-I{folder}" for folder in _INCLUDE]
+    flags = (*_FLAGS, *flags, *_processor_flags())
+    made = BUILT / f"{path.stem}-{_hash(whole_text(path, _INCLUDE), *flags, compiler())}.o"
+    if not made.is_file():
+        _run(made, *flags, *includes, "-x", "c++", "-c", str(path))
+    return made
+
+
+def _run(made: Path, *arguments: str) -> None:
+    """Another process may make the same file."""
+    partial = made.with_suffix(f".{os.getpid()}{made.suffix}")
+    done = subprocess.run(
+        [compiler(), *arguments, "-o", str(partial)],
+        capture_output=True,
+        text=True,
+        timeout=COMPILE_DEADLINE_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-8000:]
+    partial.rename(made)
+
+
+def _hash(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]

@@ -1,0 +1,1 @@
+"""Web servers that misbehave on request."""

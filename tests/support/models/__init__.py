@@ -1,0 +1,1 @@
+"""Small models, checkpoints and vocabularies made for tests."""

@@ -1,0 +1,75 @@
+"""Converted checkpoints, compared with recorded logits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from llamaclust.kernels.backend import Backend
+from llamaclust.kernels.reference import kv
+from llamaclust.kernels.reference.backend import ReferenceBackend
+from llamaclust.model.loader import Model
+from llamaclust.tools.convert.conversion import convert
+from llamaclust.tools.convert.formats.opening import Hints
+from support.arithmetic.backends import all_threads
+from support.arithmetic.batches import LIMITS, Chain
+from support.models.original_models import MODELS, Shapes, write_original
+from support.models.tiny_architectures import VOCABULARY
+from support.models.tiny_tokenizers import tokenizer_json
+
+EXACT = 5e-7
+"""Without rounding of keys and values; the recordings' own is 6e-8, and Falcon's GELU by tanh instead of erf 2e-7."""
+
+
+ROUNDED = 1e-5
+"""With keys and values in float16."""
+
+
+class WholeRows(kv._HalfRows):
+    """Keys and values of the reference backend in float32, as the originals keep them."""
+
+    def __init__(self, shape: tuple[int, int, int]) -> None:
+        self._values: Any = np.full(shape, np.nan, np.float32)
+
+    def store(self, places: NDArray[np.int32], rows: NDArray[np.float32]) -> None:
+        self._values[places] = rows
+
+
+def converted(folder: Path, config: Mapping[str, Any], shapes: Shapes, seed: int) -> Model:
+    write_original(folder, config, shapes, seed)
+    (folder / "tokenizer.json").write_text(tokenizer_json(VOCABULARY))
+    convert(folder, folder / "model.gguf", "f32", Hints(), lambda done, total: None, None)
+    return Model.open(folder / "model.gguf")
+
+
+def logits(backend: Backend, model: Model, name: str, tokens: list[int]) -> NDArray[np.float32]:
+    context = MODELS[name].context
+    chain = Chain(backend, model, (1,), replace(LIMITS, max_context_tokens=context))
+    try:
+        return chain.logits(tokens)
+    finally:
+        chain.close()
+
+
+def errors(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> NDArray[np.float64]:
+    """sum((found - wanted)^2) / sum(wanted^2) of each position."""
+    squares = np.square(found.astype(np.float64) - wanted).sum(1)
+    result: NDArray[np.float64] = squares / np.square(wanted.astype(np.float64)).sum(1)
+    return result
+
+
+def assert_close(model: Model, name: str, tokens: list[int], wanted: NDArray[np.float32]) -> None:
+    """On the CPU and by the reference; then by the reference without what float16 takes away."""
+    for backend in (ReferenceBackend(), all_threads(1)):
+        found = errors(logits(backend, model, name, tokens), wanted)
+        assert found.max() <= ROUNDED, (backend, found)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kv, "_HalfRows", WholeRows)
+        found = errors(logits(ReferenceBackend(), model, name, tokens), wanted)
+    assert found.max() <= EXACT, found

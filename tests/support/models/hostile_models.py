@@ -1,0 +1,128 @@
+"""Model files that are damaged, hostile or of a kind that is not supported, made from a good tiny one."""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from pathlib import Path
+from struct import pack
+
+from llamaclust.kernels.packed.weights import SUPPORTED_TYPES
+from llamaclust.model.gguf.model_file import open_model
+from llamaclust.model.gguf.writer import TensorSource, WritableValue, write_gguf
+from llamaclust.model.quant_types import QuantType
+from support.models.gguf_bytes import F32, STRING, array, gguf, key, number, tensor
+from support.models.tiny_model import build_tiny_model
+
+HUGE = (1 << 64) - 1
+
+NO_KERNELS = next(kind for kind in QuantType if kind.info.block_size == 32 and kind not in SUPPORTED_TYPES)
+"""A quant type that files may have and the CPU has no kernels for (Q8_1, made for activations, never will)."""
+
+HEADERS: dict[str, tuple[bytes, str]] = {
+    "magic": (gguf(magic=b"GGML"), "not a GGUF file"),
+    "tensors without end": (gguf(tensor_count=HUGE), f"{HUGE} tensors"),
+    "array without end": (gguf([array("a", STRING, HUGE, bytes(64))]), f"an array of {HUGE} strings"),
+    "value type": (gguf([key("a", 77, bytes(8))]), "unknown value type 77"),
+    "zero dimension": (gguf([], [tensor("x", [4, 0])], bytes(64)), "a shape of [4, 0]"),
+    "overlap": (gguf([], [tensor("x", [16]), tensor("y", [16], F32, 32)], bytes(96)), "overlaps tensor 'x'"),
+    "quant type": (gguf([], [tensor("x", [32], 4)], bytes(64)), "unknown quant type 4"),
+}
+"""Content, and what the error says. They are refused by everything that opens a model."""
+
+
+def tiny(path: Path, **options: object) -> Path:
+    """A good model of 4 layers, 0.4 MB."""
+    return build_tiny_model(path, **{"hidden": 64, "layers": 4, "heads": 4, "ffn": 128, **options})  # type: ignore[arg-type]
+
+
+def damaged_files(folder: Path, good: Path) -> dict[str, tuple[Path, str]]:
+    """Files that are refused by everything that opens a model, each with what the error says."""
+    data = good.read_bytes()
+    found = {name: (content, says) for name, (content, says) in HEADERS.items()}
+    found["data cut short"] = data[: len(data) // 2], "the file is incomplete"
+    found["header cut short"] = data[:1500], "the file is damaged"
+    files = {}
+    for name, (content, says) in found.items():
+        path = folder / f"{name}.gguf"
+        path.write_bytes(content)
+        files[name] = path, says
+    return files | _no_files(folder) | _split_files(folder)
+
+
+def _no_files(folder: Path) -> dict[str, tuple[Path, str]]:
+    """What has a name and cannot be read as a file; a pipe must not be waited for."""
+    paths = {name: folder / f"{name}.gguf" for name in ("missing", "folder", "pipe", "loop of links")}
+    paths["folder"].mkdir()
+    os.mkfifo(paths["pipe"])
+    paths["loop of links"].symlink_to(paths["loop of links"])
+    return {name: (path, str(path)) for name, path in paths.items()}
+
+
+def _split_files(folder: Path) -> dict[str, tuple[Path, str]]:
+    """First parts of two whose second part is missing, or is the first one again."""
+    keys = [("split.no", 0), ("split.count", 2), ("split.tensors.count", 2)]
+    content = gguf([number(*pair) for pair in keys], [tensor("x", [16])], bytes(64))
+    first, missing = _parts(folder, "missing")
+    first.write_bytes(content)
+    cyclic, second = _parts(folder, "cyclic")
+    cyclic.write_bytes(content)
+    second.symlink_to(cyclic)
+    return {"missing part": (first, missing.name), "cyclic parts": (cyclic, second.name)}
+
+
+def _parts(folder: Path, name: str) -> tuple[Path, Path]:
+    return folder / f"{name}-00001-of-00002.gguf", folder / f"{name}-00002-of-00002.gguf"
+
+
+def unusable_files(folder: Path, good: Path) -> dict[str, tuple[Path, str]]:
+    """Sound files of models that cannot be run here, each with what the error says."""
+    wrong: dict[str, tuple[dict[str, WritableValue], str]] = {
+        "architecture": ({"general.architecture": "martian"}, "martian"),
+        "layers as text": ({"llama.block_count": "four"}, "llama.block_count"),
+        "layers without end": ({"llama.block_count": 1 << 31}, "llama.block_count"),
+        "one layer more": ({"llama.block_count": 5}, "blk.4."),
+        "no heads": ({"llama.attention.head_count": 0}, "llama.attention.head_count"),
+        "another width": ({"llama.embedding_length": 128}, "token_embd.weight"),
+    }
+    files = {}
+    for name, (extra, says) in wrong.items():
+        files[name] = tiny(folder / f"{name}.gguf", extra=extra), says
+    for name, kind in (("no kernels", NO_KERNELS), ("no vector type", QuantType.Q8_0)):
+        files[name] = retyped(good, folder / f"{name}.gguf", kind, kind is not NO_KERNELS), f"type {kind.name}"
+    return files
+
+
+def retyped(good: Path, path: Path, kind: QuantType, vectors: bool) -> Path:
+    """The model with all matrices, or all vectors, of zeros of another type."""
+    model = open_model(good)
+    sources = []
+    for one in model.tensors.values():
+        source = TensorSource(one.name, one.quant_type, one.shape, one.read)
+        if (len(one.shape) == 1) is vectors:
+            n_bytes = one.rows * kind.info.row_bytes(one.shape[-1])
+            source = TensorSource(one.name, kind, one.shape, partial(bytes, n_bytes))
+        sources.append(source)
+    write_gguf(path, model.metadata, sources)
+    return path
+
+
+def slow_to_load(path: Path, experts: int = 1024) -> Path:
+    """A model whose weights are mostly holes in the file, which cost nothing to make and a while to load."""
+    few = open_model(tiny(path.with_suffix(".small.gguf"), experts=4, ffn=256))
+    metadata = dict(few.metadata) | {"llama.expert_count": experts, "general.alignment": 1}
+    write_gguf(path, metadata, [])
+    keys = path.read_bytes()[len(_start(0, 0)) :]
+    infos, offset = [], 0
+    for one in few.tensors.values():
+        shape = (experts, *one.shape[1:]) if "exps" in one.name or "inp" in one.name else one.shape
+        infos.append(tensor(one.name, list(reversed(shape)), one.quant_type, offset))
+        offset += one.n_bytes // one.shape[0] * shape[0]
+    header = _start(len(infos), len(metadata)) + keys + b"".join(infos)
+    path.write_bytes(header)
+    os.truncate(path, len(header) + offset)
+    return path
+
+
+def _start(tensor_count: int, key_count: int) -> bytes:
+    return b"GGUF" + pack("<IQQ", 3, tensor_count, key_count)

@@ -1,0 +1,199 @@
+"""Small models as transformers' own classes compute them: their configurations, and weights drawn for the names and
+shapes that transformers gives their tensors."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from support.models.checkpoint_files import write_hugging_face
+from support.models.tiny_architectures import TOKENS, VOCABULARY
+from support.paths import DATA
+
+DATA_FOLDER = DATA / "originals"
+SEED = 1
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Original:
+    """A class of transformers' and what its configuration is made of. `context`: tokens that it is set up for here."""
+
+    family: str
+    keys: Mapping[str, Any]
+    context: int = 256
+
+
+def _keys(**more: Any) -> dict[str, Any]:
+    common = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    return common | more
+
+
+def _without(keys: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in keys.items() if name not in names}
+
+
+def _rope(kind: str, **more: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 5000.0, **more}}
+
+
+_MOE = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
+_GEMMA = {"head_dim": 32, "num_key_value_heads": 1}
+_GEMMA2 = {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 6}
+_LONG = {"long_factor": [1.5, 2.0, 3.0, 4.5, 5.0, 6.0], "short_factor": [1.1, 1.2, 1.3, 1.2, 1.4, 1.6]}
+_TWO_ROTATIONS = {
+    "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 20000.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 3000.0},
+    }
+}
+_FALCON = _without(_keys(), "num_key_value_heads", "intermediate_size")
+_VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "image_size": 28,
+    "patch_size": 14,
+}
+
+MODELS: Mapping[str, Original] = MappingProxyType(
+    {
+        "llama-biases": Original(
+            "LlamaForCausalLM",
+            _keys(head_dim=24, attention_bias=True, mlp_bias=True, tie_word_embeddings=True, rms_norm_eps=1e-3),
+        ),
+        "llama-linear": Original("LlamaForCausalLM", _keys(**_rope("linear", factor=4.0))),
+        "llama-llama3": Original(
+            "LlamaForCausalLM",
+            _keys(
+                **_rope(
+                    "llama3",
+                    factor=8.0,
+                    low_freq_factor=1.0,
+                    high_freq_factor=4.0,
+                    original_max_position_embeddings=64,
+                )
+            ),
+        ),
+        "llama-yarn": Original(
+            "LlamaForCausalLM", _keys(**_rope("yarn", factor=4.0, original_max_position_embeddings=64))
+        ),
+        "llama-yarn-factor": Original(
+            "LlamaForCausalLM",
+            _keys(
+                **_rope(
+                    "yarn",
+                    factor=8.0,
+                    original_max_position_embeddings=32,
+                    attention_factor=1.4,
+                    beta_fast=6.0,
+                    beta_slow=0.5,
+                )
+            ),
+        ),
+        "llama-yarn-shares": Original(
+            "LlamaForCausalLM",
+            _keys(**_rope("yarn", factor=16.0, original_max_position_embeddings=16, mscale=1.9, mscale_all_dim=0.3)),
+        ),
+        "llama-dynamic": Original("LlamaForCausalLM", _keys(**_rope("dynamic", factor=4.0))),
+        "mistral": Original("MistralForCausalLM", _keys(head_dim=32, sliding_window=6)),
+        "mixtral": Original("MixtralForCausalLM", _keys(num_local_experts=6, num_experts_per_tok=3, sliding_window=9)),
+        "qwen2": Original("Qwen2ForCausalLM", _keys(tie_word_embeddings=True, sliding_window=4)),
+        "qwen2moe": Original(
+            "Qwen2MoeForCausalLM", _keys(**_MOE, shared_expert_intermediate_size=80, norm_topk_prob=False)
+        ),
+        "qwen3": Original("Qwen3ForCausalLM", _keys(head_dim=32, attention_bias=True, tie_word_embeddings=True)),
+        "qwen3moe": Original("Qwen3MoeForCausalLM", _keys(**_MOE, head_dim=32, norm_topk_prob=True)),
+        "phi3": Original("Phi3ForCausalLM", _keys(partial_rotary_factor=0.75, sliding_window=7)),
+        "phi3-short": Original(
+            "Phi3ForCausalLM",
+            _keys(original_max_position_embeddings=64, partial_rotary_factor=0.75, **_rope("longrope", **_LONG)),
+            context=64,
+        ),
+        "phi3-long": Original(
+            "Phi3ForCausalLM",
+            _keys(original_max_position_embeddings=16, partial_rotary_factor=0.75, **_rope("longrope", **_LONG)),
+        ),
+        "gemma": Original("GemmaForCausalLM", _keys(**_GEMMA, **_rope("default"))),
+        "gemma2": Original(
+            "Gemma2ForCausalLM",
+            _keys(
+                **_GEMMA2,
+                **_rope("default"),
+                num_hidden_layers=4,
+                attn_logit_softcapping=2.0,
+                final_logit_softcapping=4.0,
+            ),
+        ),
+        "gemma3": Original("Gemma3ForCausalLM", _keys(**_GEMMA2, **_TWO_ROTATIONS, num_hidden_layers=7)),
+        "gemma3-layers": Original(
+            "Gemma3ForCausalLM",
+            _keys(**_GEMMA2, layer_types=["full_attention", "sliding_attention", "sliding_attention"]),
+        ),
+        "gemma3-pictures": Original(
+            "Gemma3ForConditionalGeneration",
+            {"text_config": _keys(**_GEMMA2, **_TWO_ROTATIONS), "vision_config": _VISION, "mm_tokens_per_image": 4},
+        ),
+        "falcon": Original("FalconForCausalLM", {**_FALCON, **_rope("default")}),
+        "falcon-apart": Original("FalconForCausalLM", {**_FALCON, "multi_query": False, "ffn_hidden_size": 160}),
+        "falcon-two-norms": Original(
+            "FalconForCausalLM",
+            {**_FALCON, "new_decoder_architecture": True, "num_kv_heads": 2, "tie_word_embeddings": False},
+        ),
+        "starcoder2": Original("Starcoder2ForCausalLM", _keys(sliding_window=6)),
+        "gpt2": Original(
+            "GPT2LMHeadModel",
+            {"vocab_size": VOCABULARY, "n_positions": 64, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_inner": 96},
+            context=64,
+        ),
+        "glm": Original("GlmForCausalLM", _keys(head_dim=32, **_rope("default", partial_rotary_factor=0.5))),
+        "glm4": Original("Glm4ForCausalLM", _keys(head_dim=16, attention_bias=True)),
+    }
+)
+
+
+def draw(name: str, shape: tuple[int, ...], seed: int) -> NDArray[np.float32]:
+    """Weights of one tensor, far enough from neutral that leaving it out is noticed; the same on every machine."""
+    numbers = np.random.default_rng([seed, zlib.crc32(name.encode())]).standard_normal(shape, np.float32)
+    if len(shape) == 1:
+        return np.float32(0.3) * numbers + np.float32("bias" not in name)
+    if any(part in name for part in ("embed", "wte", "wpe")):
+        return np.float32(0.5) * numbers
+    sharp = any(part in name for part in ("q_proj", "k_proj", "qkv", "c_attn", "query_key_value", "gate.weight"))
+    return np.float32((1.2 if sharp else 1.0) / shape[-1] ** 0.5) * numbers
+
+
+def write_original(folder: Path, config: Mapping[str, Any], shapes: Shapes, seed: int) -> Path:
+    """A folder of Hugging Face's form without a tokenizer."""
+    return write_hugging_face(folder, config, {name: draw(name, shape, seed) for name, shape in shapes.items()})
+
+
+def recorded_form(name: str) -> tuple[dict[str, Any], Shapes]:
+    """What transformers wrote of one of MODELS: its configuration, and the shapes of its tensors by name."""
+    said = json.loads((DATA_FOLDER / f"{name}.json").read_text())
+    return said["config"], {tensor: tuple(shape) for tensor, shape in said["tensors"].items()}
+
+
+def recorded_logits(name: str) -> NDArray[np.float32]:
+    """[tokens, vocabulary]"""
+    return np.fromfile(DATA_FOLDER / f"{name}.f16", "<f2").astype(np.float32).reshape(len(TOKENS), VOCABULARY)

@@ -1,0 +1,142 @@
+"""A static cluster whose coordinator and workers have a host of a box each, and requests to it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from support.clusters.command_line import CommandLine, Running, command_line, eventually, float32
+from support.network.box import Box
+
+COORDINATOR = "coordinator"
+TOKENS = 24
+_API = "127.0.0.1:8080"
+_ANSWER_S = 120.0
+_SPEED = {"bandwidth": 10.0, "int8": 100.0}
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    prompt: str
+    max_tokens: int
+    seed: int | None = None  # None: greedy
+
+    @property
+    def body(self) -> dict[str, Any]:
+        chosen = {"temperature": 0.0} if self.seed is None else {"temperature": 0.9, "seed": self.seed}
+        wanted = {"logprobs": 0, "return_token_ids": True, "ignore_eos": True}
+        return {"prompt": self.prompt, "max_tokens": self.max_tokens, **chosen, **wanted}
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]  # float32
+
+    def begin(self, tokens: int) -> Answer:
+        """What a request for fewer tokens gets."""
+        return Answer(self.token_ids[:tokens], self.logprobs[:tokens])
+
+
+def eight(max_tokens: int) -> list[Ask]:
+    """Greedy and seeded in turn, prompts of some twenty to sixty tokens."""
+    tale = (
+        "Once upon a time, in a small town by the sea, there lived an old keeper of the lighthouse who counted ships."
+    )
+    return [
+        Ask(f"{number}. " + tale * (1 + number % 3), max_tokens, number if number % 2 else None) for number in range(8)
+    ]
+
+
+async def ask_all(api: str, asks: Sequence[Ask]) -> list[Answer]:
+    """All at once."""
+    async with httpx.AsyncClient(base_url=api, timeout=_ANSWER_S, trust_env=False) as http:
+        replies = await asyncio.gather(*(http.post("/v1/completions", json=ask.body) for ask in asks))
+    answers = []
+    for reply in replies:
+        assert reply.status_code == 200, reply.text
+        choice = reply.json()["choices"][0]
+        answers.append(Answer(tuple(choice["token_ids"]), tuple(float32(choice["logprobs"]["token_logprobs"]))))
+    return answers
+
+
+def undisturbed(model: Path, asks: Sequence[Ask]) -> list[Answer]:
+    """From one worker beside its coordinator, without a network."""
+    speed = [{"name": "alone", "threads": 1, **_SPEED}]
+    with command_line() as line, line.cluster(model, "alone", workers=speed, context_length=512) as cluster:
+        answers = asyncio.run(ask_all(cluster.api, asks))
+    assert [len(answer.token_ids) for answer in answers] == [ask.max_tokens for ask in asks]
+    return answers
+
+
+@dataclass(frozen=True, slots=True)
+class DistantCluster:
+    box: Box
+    line: CommandLine
+    coordinator: Running
+    workers: dict[str, Running]
+    _asking: ThreadPoolExecutor
+
+    def answers(self, asks: Sequence[Ask]) -> list[Answer]:
+        """As a client on the coordinator's host gets them."""
+        return self.box[COORDINATOR].call(lambda: asyncio.run(ask_all(f"http://{_API}", asks)))
+
+    def asked(self, asks: Sequence[Ask]) -> Future[list[Answer]]:
+        """The same meanwhile."""
+        return self._asking.submit(self.answers, asks)
+
+    def get(self, path: str) -> httpx.Response:
+        def get() -> httpx.Response:
+            return httpx.get(f"http://{_API}{path}", timeout=10.0, trust_env=False)
+
+        return self.box[COORDINATOR].call(get)
+
+    def metric(self, line_start: str) -> float:
+        """The value of the lines of /metrics that begin so."""
+        lines = self.get("/metrics").text.splitlines()
+        return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(line_start))
+
+    @property
+    def status(self) -> dict[str, Any]:
+        status: dict[str, Any] = self.get("/cluster").json()["status"]
+        return status
+
+
+def start_worker(box: Box, line: CommandLine, name: str) -> Running:
+    token = line.cluster_dir("distant") / "trust" / "token"
+    eventually(token.is_file, 30.0, "the join token")
+    join = f"{box[COORDINATOR].address}:7100"
+    own = ("--name", name, "--listen", f"{box[name].address}:7102", "--threads", "1")
+    return line.start("worker", "--join", join, "--token-file", token, *own, before=box[name].prefix)
+
+
+@contextmanager
+def distant_cluster(box: Box, model: Path, **keys: Any) -> Iterator[DistantCluster]:
+    """Ready. Every host of the box but the coordinator's is a worker."""
+    here = box[COORDINATOR].address
+    names = [name for name in box.hosts if name != COORDINATOR]
+    fixed = {
+        "launcher": "static",
+        "listen": _API,
+        "join": {"listen": f"{here}:7100", "members": f"{here}:7101"},
+        "workers": [{"name": name, **_SPEED} for name in names],
+        "objective": "throughput",
+        "context_length": 512,
+        "prefix_cache": False,
+    }
+    with command_line() as line, ThreadPoolExecutor() as asking:
+        file = line.cluster_file(model, "distant", **{**fixed, **keys})
+        coordinator = line.start("up", file, before=box[COORDINATOR].prefix)
+        try:
+            workers = {name: start_worker(box, line, name) for name in names}
+            coordinator.says("distant is ready")
+            yield DistantCluster(box, line, coordinator, workers, asking)
+        finally:
+            line.end_commands()

@@ -1,0 +1,149 @@
+"""A switch in user space whose cables have a length, for kernels without netem: a TUN device per namespace.
+
+    python emulator.py NAMESPACE=ADDRESS/BITS ...
+
+makes a device `eth0` in every namespace, says `up`, and forwards packets by destination address until its standard
+input ends. A line there, `ADDRESS SECONDS`, delays what this address sends from now on; it is answered with `ok`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import heapq
+import ipaddress
+import os
+import select
+import struct
+import sys
+import time
+from contextlib import suppress
+from itertools import count
+
+from support.network.namespaces import inside, run
+
+_TUNSETIFF = 0x400454CA
+_IFF_TUN_NO_PI = 0x1001
+_MTU = "9000"  # a packet costs some 20 us here, however long it is: jumbo frames for a fast network
+_QUEUED = "5000"
+_BURST = 32  # packets of one host before the others have their turn
+_EARLY_NS = 60_000  # a timer comes this much late; the rest is waited for busily
+_OWN_NS = 20_000  # what a packet takes through here without a delay, at least; it is taken off one
+
+
+class Timer:
+    """A descriptor that becomes readable at a time: epoll's own waiting is in milliseconds."""
+
+    def __init__(self) -> None:
+        self._libc = ctypes.CDLL(None, use_errno=True)
+        self.descriptor: int = self._libc.timerfd_create(time.CLOCK_MONOTONIC, os.O_NONBLOCK | os.O_CLOEXEC)
+        assert self.descriptor >= 0
+
+    def set(self, at_ns: int) -> None:
+        """A time that has gone by makes it readable at once; setting it makes it unreadable until then."""
+        seconds, nanoseconds = divmod(max(at_ns, 1), 1_000_000_000)
+        spec = struct.pack("4q", 0, 0, seconds, nanoseconds)
+        self._libc.timerfd_settime(self.descriptor, 1, spec, None)  # 1: the time is absolute
+
+    def clear(self) -> None:
+        with suppress(BlockingIOError):
+            os.read(self.descriptor, 8)
+
+
+def open_tun(namespace: str, address: str) -> int:
+    """The device's descriptor, which can be used out here."""
+
+    def make() -> int:
+        tun = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+        fcntl.ioctl(tun, _TUNSETIFF, struct.pack("16sH22x", b"eth0", _IFF_TUN_NO_PI))
+        return tun
+
+    tun = inside(namespace, make)
+    run("ip", "-n", namespace, "addr", "add", address, "dev", "eth0")
+    run("ip", "-n", namespace, "link", "set", "eth0", "mtu", _MTU, "txqueuelen", _QUEUED, "up")
+    return tun
+
+
+class Switch:
+    def __init__(self, tuns: dict[bytes, int]) -> None:
+        self._tuns = tuns
+        self._delays_ns = dict.fromkeys(tuns.values(), 0)
+        self._on_the_way: list[tuple[int, int, int, bytes]] = []  # due at, number, to, packet
+        self._numbers = count()
+        self._timer = Timer()
+        self._poll = select.epoll()
+        for descriptor in (*tuns.values(), self._timer.descriptor, sys.stdin.fileno()):
+            self._poll.register(descriptor, select.EPOLLIN)
+
+    def forward(self) -> None:
+        """Until standard input ends."""
+        while True:
+            self._deliver()
+            for descriptor, _ in self._poll.poll(self._wait()):
+                if descriptor in self._delays_ns:
+                    self._take(descriptor)
+                elif descriptor == self._timer.descriptor:
+                    self._timer.clear()
+                elif descriptor == sys.stdin.fileno() and not self._obey():
+                    return
+
+    def _wait(self) -> int | None:
+        """0 while a packet is nearly due; else the timer will call."""
+        if not self._on_the_way:
+            return None
+        early_ns = self._on_the_way[0][0] - _EARLY_NS
+        if early_ns <= time.monotonic_ns():
+            return 0
+        self._timer.set(early_ns)
+        return None
+
+    def _take(self, tun: int) -> None:
+        """A packet's time begins when it is read."""
+        for _ in range(_BURST):
+            try:
+                packet = os.read(tun, 65535)
+            except BlockingIOError:
+                return
+            target = self._tuns.get(packet[16:20])
+            if target is None:
+                continue
+            delay_ns = self._delays_ns[tun]
+            if delay_ns == 0:
+                _send(target, packet)
+            else:
+                heapq.heappush(self._on_the_way, (time.monotonic_ns() + delay_ns, next(self._numbers), target, packet))
+
+    def _deliver(self) -> None:
+        while self._on_the_way and self._on_the_way[0][0] <= time.monotonic_ns():
+            _, _, target, packet = heapq.heappop(self._on_the_way)
+            _send(target, packet)
+
+    def _obey(self) -> bool:
+        lines = os.read(sys.stdin.fileno(), 65536).decode()
+        for line in lines.splitlines():
+            address, seconds = line.split()
+            self._delays_ns[self._tuns[_packed(address)]] = max(0, round(float(seconds) * 1e9) - _OWN_NS)
+            print("ok", flush=True)
+        return lines != ""
+
+
+def _send(tun: int, packet: bytes) -> None:
+    with suppress(OSError):  # a device that is down or whose queue is full drops it, as a cable does
+        os.write(tun, packet)
+
+
+def _packed(address: str) -> bytes:
+    return ipaddress.IPv4Interface(address).ip.packed
+
+
+def main() -> None:
+    hosts = [argument.partition("=") for argument in sys.argv[1:]]
+    tuns = {_packed(address): open_tun(namespace, address) for namespace, _, address in hosts}
+    with suppress(PermissionError):  # before anything that computes, or every delay grows by a turn of the scheduler's
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
+    print("up", flush=True)
+    Switch(tuns).forward()
+
+
+if __name__ == "__main__":
+    main()

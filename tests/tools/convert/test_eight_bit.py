@@ -1,0 +1,148 @@
+"""Checkpoints whose weights have eight bits: floats of safetensors with their scales, whole numbers of llama2.c."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from struct import pack
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from llamaclust.core.errors import ModelFileError
+from llamaclust.tools.convert.eight_bit import E4M3
+from llamaclust.tools.convert.formats.hugging_face import read_folder
+from llamaclust.tools.convert.formats.llama2c import read_llama2c
+from llamaclust.tools.convert.formats.source_files import SourceFiles
+from support.models.checkpoint_files import write_hugging_face
+
+ROWS, COLUMNS = 40, 24
+Arrays = dict[str, NDArray[Any]]
+
+
+def test_what_each_byte_stands_for() -> None:
+    """One bit of sign, four of exponent, three of fraction, as OCP's specification of eight-bit floats has them."""
+    for byte in range(256):
+        exponent, fraction = byte >> 3 & 15, byte & 7
+        size = fraction / 8 * 2.0**-6 if exponent == 0 else (1 + fraction / 8) * 2.0 ** (exponent - 7)
+        wanted = np.nan if byte & 127 == 127 else -size if byte >> 7 else size
+        np.testing.assert_equal(E4M3[byte], np.float32(wanted))
+    assert E4M3[0x7E] == 448 and E4M3[1] == 2.0**-9
+
+
+def read_all(folder: Path, said: Mapping[str, Any], tensors: Arrays) -> Arrays:
+    """What the reader makes of a folder; each matrix read in two parts."""
+    write_hugging_face(folder, {"architectures": ["X"], "quantization_config": said}, tensors)
+    with SourceFiles() as files:
+        found = read_folder(files, folder).tensors
+        return {name: np.concatenate([one.read(0, 7), one.read(7, one.shape[0])]) for name, one in found.items()}
+
+
+def matrix(generator: np.random.Generator) -> NDArray[np.uint8]:
+    bytes_ = generator.integers(0, 256, (ROWS, COLUMNS), np.uint8)
+    return np.where(bytes_ & 127 == 127, 0, bytes_).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("said", "name", "shape", "spread"),
+    [
+        ({"quant_method": "fp8", "weight_block_size": [16, 10]}, "weight_scale_inv", (3, 3), (16, 10)),
+        ({"quant_method": "fp8"}, "weight_scale", (), (ROWS, COLUMNS)),
+        ({"quant_method": "compressed-tensors"}, "weight_scale", (ROWS, 1), (1, COLUMNS)),
+        ({"quant_method": "compressed-tensors"}, "weight_scale", (1,), (ROWS, COLUMNS)),
+    ],
+    ids=["blocks", "whole", "rows", "one"],
+)
+def test_floats_are_multiplied_with_their_scales(
+    said: dict[str, Any], name: str, shape: tuple[int, ...], spread: tuple[int, int], tmp_path: Path
+) -> None:
+    generator = np.random.default_rng(4)
+    weights, scales = matrix(generator), generator.random(shape, np.float32).reshape(shape)
+    plain = generator.standard_normal((ROWS, 3), np.float32)
+    tensors = {"m.weight": weights, f"m.{name}": scales, "m.input_scale": scales, "n.weight": plain}
+    found = read_all(tmp_path, said, tensors)
+    each = np.kron(scales.reshape((*shape, 1, 1)[:2]), np.ones(spread, np.float32))[:ROWS, :COLUMNS]
+    assert found.keys() == {"m.weight", "n.weight"}
+    np.testing.assert_array_equal(found["m.weight"], E4M3[weights] * each)
+    np.testing.assert_array_equal(found["n.weight"], plain)
+
+
+@pytest.mark.parametrize(
+    ("said", "change", "message"),
+    [
+        ({"weight_block_size": [16, 16]}, {}, r"scales of shape \[3, 3\] for 40 rows of 24"),
+        ({"weight_block_size": 16}, {}, "'weight_block_size': two whole numbers expected"),
+        ({"weight_block_size": [0, 16]}, {}, "'rows': 0, a whole number of 1"),
+        ({}, {}, r"scales of shape \[3, 3\] for 40 rows of 24"),
+        ({}, {"m.weight_scale_inv": np.ones((ROWS, 1, 2), np.float32)}, r"scales of shape \[40, 1, 2\]"),
+        ({}, {"m.weight": np.zeros((ROWS, COLUMNS), np.float32)}, "no matrix of eight-bit floats"),
+        ({}, {"m.weight_scale_inv": np.zeros((3, 3), np.int32)}, "scales I32: no matrix"),
+    ],
+)
+def test_scales_that_do_not_fit(said: dict[str, Any], change: Arrays, message: str, tmp_path: Path) -> None:
+    tensors = {"m.weight": matrix(np.random.default_rng(5)), "m.weight_scale_inv": np.ones((3, 3), np.float32)}
+    with pytest.raises(ModelFileError, match=message):
+        read_all(tmp_path, {"quant_method": "fp8", **said}, tensors | change)
+
+
+SHAPE = {"dim": 16, "hidden": 20, "layers": 2, "heads": 4, "kv_heads": 2, "vocabulary": 12, "context": 8}
+GROUP = 8  # does not divide a row of the matrix that is 20 wide
+
+
+def version_two(group: int = GROUP) -> tuple[bytes, dict[str, NDArray[np.float32]]]:
+    """A file as llama2.c's export.py writes it, and the weights that its runq.c computes with."""
+    generator = np.random.default_rng(6)
+    layers, width, hidden, key = SHAPE["layers"], SHAPE["dim"], SHAPE["hidden"], 8
+    wanted: dict[str, NDArray[np.float32]] = {}
+    data = pack("<2I7iBi", 0x616B3432, 2, *SHAPE.values(), 0, group).ljust(256, b"\0")
+    for name in (*(f"layers.{n}.{part}_norm" for part in ("attention", "ffn") for n in range(layers)), "norm"):
+        wanted[name] = generator.standard_normal(width, np.float32)
+        data += wanted[name].tobytes()
+    shapes = {
+        "attention.wq": (width, width),
+        "attention.wk": (key, width),
+        "attention.wv": (key, width),
+        "attention.wo": (width, width),
+        "feed_forward.w1": (hidden, width),
+        "feed_forward.w2": (width, hidden),
+        "feed_forward.w3": (hidden, width),
+    }
+    every = {f"layers.{n}.{part}": shape for part, shape in shapes.items() for n in range(layers)}
+    ends = (SHAPE["vocabulary"], width)
+    for name, shape in ({"tok_embeddings": ends} | every | {"output": ends}).items():
+        numbers = generator.integers(-127, 128, shape, np.int8)
+        scales = generator.random(numbers.size // GROUP, np.float32)
+        wanted[name] = (numbers.reshape(-1, GROUP) * scales[:, None]).reshape(shape).astype(np.float32)
+        data += numbers.tobytes() + scales.tobytes()
+    return data, wanted
+
+
+def test_version_two_of_llama2c(tmp_path: Path) -> None:
+    data, wanted = version_two()
+    (tmp_path / "model.bin").write_bytes(data)
+    with SourceFiles() as files:
+        checkpoint = read_llama2c(files, tmp_path / "model.bin")
+        assert checkpoint.tensors.keys() == {f"{name}.weight" for name in wanted}
+        for name, weights in wanted.items():
+            tensor = checkpoint.tensors[f"{name}.weight"]
+            assert tensor.shape == weights.shape
+            found = np.concatenate([tensor.read(0, 3), tensor.read(3, tensor.shape[0])])
+            np.testing.assert_array_equal(found, weights, name)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (version_two()[0][:-4], "was cut short"),
+        (version_two()[0] + b"x", "expected for its header"),
+        (version_two(0)[0], "groups of 0 weights, 1 to 16 expected"),
+        (version_two(7)[0], "192 weights are no whole groups of 7"),
+    ],
+    ids=["short", "long", "none", "seven"],
+)
+def test_files_of_llama2c_that_do_not_fit(data: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "model.bin").write_bytes(data)
+    with SourceFiles() as files, pytest.raises(ModelFileError, match=message):
+        read_llama2c(files, tmp_path / "model.bin")

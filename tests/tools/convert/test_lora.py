@@ -1,0 +1,153 @@
+"""Adapters: what is merged is W + scale * B @ A in float32, and what does not fit is said."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from llamaclust.core.errors import LlamaclustError
+from llamaclust.model.gguf.model_file import ModelFile, open_model
+from llamaclust.tools.convert.formats.opening import Hints
+from llamaclust.tools.convert.merging import merge_adapter
+from support.models.checkpoint_files import safetensors_bytes, write_hugging_face, write_torch
+from support.models.random_checkpoints import HEAD, HIDDEN, INNER, KV_HEADS, WORDS, checkpoint, values
+from support.models.tiny_tokenizers import tokenizer_json
+
+RANK, ALPHA = 4, 6
+PREFIX = "base_model.model.model.layers.0"
+Arrays = dict[str, NDArray[np.float32]]
+
+
+def base(folder: Path, case: str = "LlamaForCausalLM") -> Arrays:
+    config, tensors = checkpoint(case)
+    write_hugging_face(folder, config, tensors, shards=2)
+    (folder / "tokenizer.json").write_text(tokenizer_json())
+    return tensors
+
+
+def factors(module: str, rows: int, columns: int, rank: int = RANK) -> Arrays:
+    name = f"{PREFIX}.{module}"
+    return {
+        f"{name}.lora_{kind}.weight": values(f"{name}{kind}", shape)
+        for kind, shape in (("A", (rank, columns)), ("B", (rows, rank)))
+    }
+
+
+def adapter(folder: Path, tensors: Arrays, *, torch: bool = False, **config: Any) -> Path:
+    folder.mkdir()
+    said = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "bias": "none", **config}
+    (folder / "adapter_config.json").write_text(json.dumps(said))
+    if torch:
+        write_torch(folder / "adapter_model.bin", tensors)
+    else:
+        (folder / "adapter_model.safetensors").write_bytes(safetensors_bytes(tensors))
+    return folder
+
+
+def merge(folder: Path, one: Path, name: str = "out.gguf", kind: str = "f32") -> Path:
+    merge_adapter(folder / "base", one, folder / name, kind, Hints(), lambda done, total: None)
+    return folder / name
+
+
+def floats(model: ModelFile, name: str) -> NDArray[np.float32]:
+    return np.frombuffer(model.tensor(name).read(), "<f4").reshape(model.tensor(name).shape)
+
+
+def product(tensors: Mapping[str, NDArray[np.float32]], module: str) -> NDArray[np.float32]:
+    name = f"{PREFIX}.{module}.lora"
+    return tensors[f"{name}_B.weight"].astype(np.float64) @ tensors[f"{name}_A.weight"]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("torch", [False, True], ids=["safetensors", "torch"])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_products_are_added(torch: bool, rslora: bool, tmp_path: Path) -> None:
+    weights = base(tmp_path / "base")
+    parts = factors("mlp.up_proj", INNER, HIDDEN) | factors("self_attn.k_proj", KV_HEADS * HEAD, HIDDEN)
+    model = open_model(merge(tmp_path, adapter(tmp_path / "a", parts, torch=torch, use_rslora=rslora)))
+    scale = ALPHA / (RANK**0.5 if rslora else RANK)
+    wanted = weights["model.layers.0.mlp.up_proj.weight"] + scale * product(parts, "mlp.up_proj")
+    np.testing.assert_allclose(floats(model, "blk.0.ffn_up.weight"), wanted, atol=3e-6)
+    key = weights["model.layers.0.self_attn.k_proj.weight"] + scale * product(parts, "self_attn.k_proj")
+    pairs = key.reshape(KV_HEADS, 2, HEAD // 2, HIDDEN).swapaxes(1, 2).reshape(key.shape)
+    np.testing.assert_allclose(floats(model, "blk.0.attn_k.weight"), pairs, atol=3e-6)
+    untouched = weights["model.layers.1.mlp.up_proj.weight"]
+    np.testing.assert_array_equal(floats(model, "blk.1.ffn_up.weight"), untouched)
+
+
+def test_a_folder_becomes_the_same_file_as_the_way_straight_to_it(tmp_path: Path) -> None:
+    from llamaclust.tools.convert.conversion import convert
+
+    base(tmp_path / "base")
+    one = adapter(tmp_path / "a", factors("mlp.down_proj", HIDDEN, INNER))
+    folder = merge(tmp_path, one, "merged")
+    straight, around = merge(tmp_path, one), tmp_path / "around.gguf"
+    convert(folder, around, "f32", Hints(), lambda done, total: None, None)
+    wanted = open_model(straight)
+    assert {n: t.read() for n, t in open_model(around).tensors.items()} == {
+        n: t.read() for n, t in wanted.tensors.items()
+    }
+    with pytest.raises(LlamaclustError, match="is there already"):
+        merge(tmp_path, one, "merged")
+
+
+def test_added_words_replace_embedding_and_head(tmp_path: Path) -> None:
+    """As Chinese-LLaMA has it: both matrices whole, of more rows, and the tokenizer beside them."""
+    base(tmp_path / "base")
+    ends = {name: values(name, (WORDS + 9, HIDDEN)) for name in ("embed_tokens", "lm_head")}
+    parts = {
+        "base_model.model.model.embed_tokens.weight": ends["embed_tokens"],
+        "base_model.model.lm_head.modules_to_save.default.weight": ends["lm_head"],
+        **factors("mlp.up_proj", INNER, HIDDEN),
+    }
+    one = adapter(tmp_path / "a", parts, modules_to_save=["embed_tokens", "lm_head"])
+    (one / "tokenizer.json").write_text(tokenizer_json(WORDS + 9))
+    model = open_model(merge(tmp_path, one))
+    np.testing.assert_array_equal(floats(model, "token_embd.weight"), ends["embed_tokens"])
+    np.testing.assert_array_equal(floats(model, "output.weight"), ends["lm_head"])
+    assert len(model.metadata_strings("tokenizer.ggml.tokens")) == WORDS + 9 == model.metadata["llama.vocab_size"]
+
+
+def test_exchanged_matrices_and_ranks_of_their_own(tmp_path: Path) -> None:
+    weights = base(tmp_path / "base", "GPT2LMHeadModel")
+    name = "base_model.model.h.0.mlp.c_fc"
+    left, right = values("left", (4 * HIDDEN, 2)), values("right", (2, HIDDEN))
+    parts = {f"{name}.lora_A.weight": right, f"{name}.lora_B.weight": left}
+    special = {"rank_pattern": {"c_fc": 2}, "alpha_pattern": {"mlp.c_fc": 10}}
+    model = open_model(merge(tmp_path, adapter(tmp_path / "a", parts, fan_in_fan_out=True, **special)))
+    wanted = weights["h.0.mlp.c_fc.weight"].T + 5.0 * (left @ right)
+    np.testing.assert_allclose(floats(model, "blk.0.ffn_up.weight"), wanted, atol=3e-6)
+
+
+@pytest.mark.parametrize(
+    ("parts", "config", "message"),
+    [
+        (factors("mlp.up_proj", INNER, HIDDEN), {"peft_type": "LOHA"}, "'LOHA'; only LORA"),
+        (factors("mlp.up_proj", INNER, HIDDEN), {"use_dora": True}, "'use_dora': set"),
+        (factors("mlp.up_proj", INNER, HIDDEN), {"init_lora_weights": "pissa_niter_4"}, "a base that was changed"),
+        (factors("mlp.up_proj", INNER, HIDDEN), {"alpha_pattern": {r"layers\.\d+": 9}}, "patterns are not supported"),
+        (factors("mlp.up_proj", INNER, HIDDEN), {"r": 8}, "rank 4, adapter_config.json says 8"),
+        (factors("mlp.up_proj", INNER, HIDDEN), {"r": -4}, "-4, a whole number"),
+        (factors("mlp.up_proj", INNER + 1, HIDDEN), {}, r"shape \[97, 64\], the base has \[96, 64\]"),
+        (factors("mlp.other", INNER, HIDDEN), {}, "no tensor of the base"),
+        (dict(list(factors("mlp.up_proj", INNER, HIDDEN).items())[:1]), {}, "only A is there"),
+        ({"base_model.model.model.embed_tokens.weight": values("e", (WORDS, 32))}, {}, "the adapter of another model"),
+        (
+            {f"{PREFIX}.mlp.up_proj.lora_magnitude_vector": values("m", (4,))},
+            {},
+            "neither a factor of LoRA nor a weight",
+        ),
+    ],
+)
+def test_adapters_that_do_not_fit(parts: Arrays, config: dict[str, Any], message: str, tmp_path: Path) -> None:
+    base(tmp_path / "base")
+    one = adapter(tmp_path / "a", parts, **config)
+    for name in ("out.gguf", "folder"):
+        with pytest.raises(LlamaclustError, match=message):
+            merge(tmp_path, one, name)
+        assert not (tmp_path / name).exists()

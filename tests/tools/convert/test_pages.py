@@ -1,0 +1,341 @@
+"""Every architecture's page: GGUF's names as gguf-py's own table has them, shapes, and where each number went."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from llamaclust.core.errors import ModelFileError
+from llamaclust.kernels.reference.dequantize import dequantize
+from llamaclust.model.architectures import ARCHITECTURES, build_program
+from llamaclust.model.architectures.alibi import alibi_slopes
+from llamaclust.model.gguf.model_file import ModelFile, open_model
+from llamaclust.model.program import Rope
+from llamaclust.model.quant_types import QuantType
+from llamaclust.tools.convert.conversion import convert
+from llamaclust.tools.convert.elements import encoded
+from llamaclust.tools.convert.formats.opening import Hints
+from llamaclust.tools.convert.lazy import Storage
+from support.models.checkpoint_files import stored_as, write_hugging_face
+from support.models.random_checkpoints import CASES, HEAD, HEADS, HIDDEN, KV_HEADS, LAYERS, checkpoint
+from support.models.tiny_tokenizers import tokenizer_json
+
+Arrays = Mapping[str, NDArray[Any]]
+_TABLES = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
+_PACKED = ("W_pack", "wqkv", ".experts.")
+"""Tensors that become several, or become one with others."""
+
+
+def converted(folder: Path, config: Mapping[str, Any], tensors: Arrays, kind: str = "f32") -> ModelFile:
+    write_hugging_face(folder, config, tensors)
+    (folder / "tokenizer.json").write_text(tokenizer_json())
+    out = folder / "out.gguf"
+    convert(folder, out, kind, Hints(), lambda done, total: None, "tiny")
+    return open_model(out)
+
+
+def read(model: ModelFile, name: str) -> NDArray[np.float32]:
+    tensor = model.tensor(name)
+    return dequantize(tensor.quant_type, tensor.read(), int(np.prod(tensor.shape))).reshape(tensor.shape)
+
+
+def in_pairs(weights: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
+    """Channel i of a head's first half beside channel i of its second one."""
+    halves = weights.reshape(heads, 2, -1, *weights.shape[1:])
+    return np.stack([halves[:, 0], halves[:, 1]], axis=2).reshape(weights.shape)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_names_and_shapes_are_those_of_gguf_s_own_table(case: str, tmp_path: Path) -> None:
+    config, tensors = checkpoint(case)
+    model = converted(tmp_path, config, tensors)
+    arch = _TABLES[model.metadata_str("general.architecture")]
+    table = gguf.get_tensor_name_map(arch, LAYERS)
+    known = {name: name.removeprefix("transformer.") if case == "ChatGLMModel" else name for name in tensors}
+    mapped = {name: table.get_name(said, (".weight", ".bias")) for name, said in known.items()}
+    plain = {name: new for name, new in mapped.items() if not any(part in name for part in _PACKED)}
+    assert None not in plain.values(), plain
+    others = {name for name in model.tensors if name not in plain.values()}
+    assert len({*plain.values()}) == len(plain) and len(model.tensors) == len(plain) + len(others)
+    stems = {gguf.TENSOR_NAMES[kind] for kind in gguf.MODEL_TENSORS[arch]}
+    for name in others:
+        parts = name.removesuffix(".weight").split(".")
+        assert ".".join("{bid}" if part.isdecimal() else part for part in parts) in stems, name
+    for name, new in plain.items():
+        shape = tensors[name].shape
+        exchanged = case.startswith("GPT2") and ".c_" in name and len(shape) == 2
+        wanted = shape[::-1] if exchanged else shape if shape[0] != 1 else shape[1:]
+        assert model.tensor(str(new)).shape == wanted, name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_can_be_run_here_finds_all_it_needs(case: str, tmp_path: Path) -> None:
+    """Programs check every tensor and key as they are built, and that nothing is left over."""
+    config, tensors = checkpoint(case)
+    model = converted(tmp_path, config, tensors)
+    name = model.metadata_str("general.architecture")
+    if name not in ARCHITECTURES or name == "baichuan":  # of which only the layers of the 7B and 13B models are known
+        pytest.skip(f"{name} of {LAYERS} layers cannot be run")
+    program = build_program(model, 0, LAYERS)
+    assert {*program.weights} <= model.tensors.keys() and len(program.weights) >= len(model.tensors) - 3
+
+
+def test_llama_s_rows_are_in_pairs_and_nothing_else_moves(tmp_path: Path) -> None:
+    config, tensors = checkpoint("LlamaForCausalLM")
+    model = converted(tmp_path, config, tensors)
+    source = "model.layers.1.self_attn"
+    np.testing.assert_array_equal(
+        read(model, "blk.1.attn_q.weight"), in_pairs(tensors[f"{source}.q_proj.weight"], HEADS)
+    )
+    key = in_pairs(tensors[f"{source}.k_proj.weight"], KV_HEADS)
+    np.testing.assert_array_equal(read(model, "blk.1.attn_k.weight"), key)
+    np.testing.assert_array_equal(read(model, "blk.1.attn_v.weight"), tensors[f"{source}.v_proj.weight"])
+    np.testing.assert_array_equal(read(model, "blk.0.ffn_down.weight"), tensors["model.layers.0.mlp.down_proj.weight"])
+    assert model.metadata["llama.rope.dimension_count"] == HEAD and model.metadata["llama.block_count"] == LAYERS
+
+
+def test_packed_matrices_are_taken_apart(tmp_path: Path) -> None:
+    config, tensors = checkpoint("BaichuanForCausalLM")
+    query, key, value = np.split(tensors["model.layers.0.self_attn.W_pack.weight"], 3)
+    model = converted(tmp_path / "baichuan", config, tensors)
+    np.testing.assert_array_equal(read(model, "blk.0.attn_q.weight"), in_pairs(query, HEADS))
+    np.testing.assert_array_equal(read(model, "blk.0.attn_k.weight"), in_pairs(key, HEADS))
+    np.testing.assert_array_equal(read(model, "blk.0.attn_v.weight"), value)
+
+    config, tensors = checkpoint("InternLM2ForCausalLM")
+    groups = tensors["model.layers.0.attention.wqkv.weight"].reshape(KV_HEADS, HEADS // KV_HEADS + 2, HEAD, HIDDEN)
+    model = converted(tmp_path / "internlm2", config, tensors)
+    wanted = in_pairs(groups[:, :-2].reshape(-1, HIDDEN), HEADS)
+    np.testing.assert_array_equal(read(model, "blk.0.attn_q.weight"), wanted)
+    np.testing.assert_array_equal(
+        read(model, "blk.0.attn_k.weight"), in_pairs(groups[:, -2].reshape(-1, HIDDEN), KV_HEADS)
+    )
+    np.testing.assert_array_equal(read(model, "blk.0.attn_v.weight"), groups[:, -1].reshape(-1, HIDDEN))
+
+    config, tensors = checkpoint("FalconForCausalLM")
+    groups = tensors["transformer.h.0.self_attention.query_key_value.weight"].reshape(groups.shape)
+    model = converted(tmp_path / "falcon", config, tensors)
+    parts = [part.reshape(-1, HIDDEN) for part in (groups[:, :-2], groups[:, -2], groups[:, -1])]
+    np.testing.assert_array_equal(read(model, "blk.0.attn_qkv.weight"), np.concatenate(parts))
+
+
+def test_experts_that_are_stored_differently_are_stacked_as_float32(tmp_path: Path) -> None:
+    """As in checkpoints of eight bits that leave some out, and where an adapter changes some."""
+    config, tensors = checkpoint("MixtralForCausalLM")
+    names = [f"model.layers.1.block_sparse_moe.experts.{number}.w2.weight" for number in range(4)]
+    mixed = {name: values.astype(np.float16) if name == names[0] else values for name, values in tensors.items()}
+    model = converted(tmp_path, config, mixed)
+    wanted = np.stack([mixed[name].astype(np.float32) for name in names])
+    np.testing.assert_array_equal(read(model, "blk.1.ffn_down_exps.weight"), wanted)
+
+
+def test_experts_are_stacked_norms_of_gemma_grow_and_gpt2_is_exchanged(tmp_path: Path) -> None:
+    config, tensors = checkpoint("MixtralForCausalLM")
+    model = converted(tmp_path / "mixtral", config, tensors)
+    names = [f"model.layers.1.block_sparse_moe.experts.{number}.w2.weight" for number in range(4)]
+    np.testing.assert_array_equal(
+        read(model, "blk.1.ffn_down_exps.weight"), np.stack([tensors[name] for name in names])
+    )
+
+    config, tensors = checkpoint("Gemma3ForCausalLM")
+    model = converted(tmp_path / "gemma3", config, tensors, "bf16")
+    for name, source in (("output_norm", "model.norm"), ("blk.0.attn_q_norm", "model.layers.0.self_attn.q_norm")):
+        np.testing.assert_array_equal(read(model, f"{name}.weight"), tensors[f"{source}.weight"] + 1)
+
+    config, tensors = checkpoint("GPT2LMHeadModel")
+    model = converted(tmp_path / "gpt2", config, tensors)
+    np.testing.assert_array_equal(read(model, "blk.0.ffn_up.weight"), tensors["h.0.mlp.c_fc.weight"].T)
+    np.testing.assert_array_equal(read(model, "blk.0.ffn_up.bias"), tensors["h.0.mlp.c_fc.bias"])
+
+
+@pytest.mark.parametrize("form", ["language_model.model.{}", "model.language_model.{}"])
+def test_of_a_model_that_sees_pictures_the_text_is_taken(form: str, tmp_path: Path) -> None:
+    config, tensors = checkpoint("Gemma3ForCausalLM")
+    alone = converted(tmp_path / "alone", config, tensors)
+    inner = {form.format(name.removeprefix("model.")): array for name, array in tensors.items()}
+    root = form.split("language_model")[0]
+    pictures = {
+        f"{root}vision_tower.x.weight": np.ones((3, 5), np.float32),
+        f"{root}multi_modal_projector.y": np.ones(4),
+    }
+    text = {name: value for name, value in config.items() if name != "architectures"} | {"query_pre_attn_scalar": HEAD}
+    whole = {"architectures": ["Gemma3ForConditionalGeneration"], "text_config": text}
+    found = converted(tmp_path / "whole", whole, inner | pictures)
+    numbers, wanted = ({k: v for k, v in m.metadata.items() if k.startswith("gemma3.")} for m in (found, alone))
+    assert numbers == wanted and found.tensors.keys() == alone.tensors.keys()
+    for name in alone.tensors:
+        np.testing.assert_array_equal(read(found, name), read(alone, name), name)
+
+
+def test_40_layers_of_baichuan_are_the_13b_model(tmp_path: Path) -> None:
+    config, tensors = checkpoint("BaichuanForCausalLM")
+    first = {name: array for name, array in tensors.items() if "layers.1." not in name}
+    many = {name.replace("layers.0.", f"layers.{at}."): array for at in range(40) for name, array in first.items()}
+    program = build_program(converted(tmp_path, config | {"num_hidden_layers": 40}, many), 0, 40)
+    assert [step.slopes for step in program.kv_layers] == [alibi_slopes(HEADS)] * 40
+    assert not any(isinstance(step, Rope) for step in program.steps)
+
+
+def test_the_head_of_baichuan_2_has_rows_of_length_one(tmp_path: Path) -> None:
+    from llamaclust.tools.convert.formats.checkpoint import Checkpoint
+    from llamaclust.tools.convert.lazy import constant
+    from llamaclust.tools.convert.pages import build_page
+    from llamaclust.tools.convert.settings import Settings
+
+    config, tensors = checkpoint("BaichuanForCausalLM")
+    words = 125696
+    head = np.random.default_rng(3).standard_normal((words, HIDDEN), np.float32)
+    tensors |= {"lm_head.weight": head, "model.embed_tokens.weight": head}
+    lazy = {name: constant(array, name) for name, array in tensors.items()}
+    settings = Settings(config | {"vocab_size": words}, "config.json")
+    page = build_page(Checkpoint("BaichuanForCausalLM", settings, lazy, tmp_path, "tiny"))
+    rows = page.tensors["output.weight"].read(7, 9)
+    np.testing.assert_allclose(rows, head[7:9] / np.linalg.norm(head[7:9], axis=1, keepdims=True), rtol=1e-6)
+
+
+@pytest.mark.parametrize("stored", ["f32", "f16", "bf16"])
+@pytest.mark.parametrize("kind", ["f32", "f16", "bf16", "q8_0"])
+def test_every_type_becomes_every_other(stored: str, kind: str, tmp_path: Path) -> None:
+    config, exact = checkpoint("LlamaForCausalLM")
+    model = converted(tmp_path, config, {name: stored_as(array, stored) for name, array in exact.items()}, kind)
+    found, wanted = read(model, "token_embd.weight"), exact["model.embed_tokens.weight"]
+    assert model.tensor("token_embd.weight").quant_type is QuantType[kind.upper()]
+    assert model.tensor("output_norm.weight").quant_type is QuantType.F32
+    steps = {"f32": 2.0**-23, "f16": 2.0**-11, "bf16": 2.0**-8}
+    bound = steps[stored] + steps.get(kind, 0.0) + (np.abs(wanted).max() / 254 if kind == "q8_0" else 0.0)
+    assert np.abs(found - wanted).max() <= 1.01 * bound * max(1.0, float(np.abs(wanted).max()))
+    if stored == kind:
+        np.testing.assert_array_equal(model.tensor("token_embd.weight").read(), stored_as(wanted, kind).tobytes())
+
+
+def test_rounding_is_that_of_gguf_py() -> None:
+    """On numbers of all sizes, and on those that lie between two."""
+    generator = np.random.default_rng(8)
+    numbers = generator.standard_normal((1000, 256), np.float32) * generator.choice(
+        np.float32([1e-8, 1e-5, 1, 300]), (1000, 1)
+    )
+    numbers[0, :32] = 0
+    numbers[1] = np.arange(256) / 2
+    halves = np.arange(0x7BFF, dtype=np.uint16).view(np.float16).astype(np.float32)
+    between = (halves[1:] + halves[:-1]) / 2
+    near = np.concatenate([halves, between, np.nextafter(between, np.float32(0)), -between])
+    for kind in (QuantType.BF16, QuantType.Q8_0, QuantType.F16):
+        values = numbers if kind is QuantType.Q8_0 else np.concatenate([numbers.reshape(-1), near])
+        wanted = gguf.quants.quantize(values, gguf.GGMLQuantizationType(int(kind)))
+        assert bytes(encoded(values, Storage.F32, kind, "x")) == wanted.tobytes(), kind
+    exact = np.arange(1 << 16, dtype=np.uint16)
+    assert bytes(encoded(exact, Storage.BF16, QuantType.F32, "x")) == (exact.astype(np.uint32) << 16).tobytes()
+    finite = exact[exact & 0x7C00 != 0x7C00].view(np.float16)
+    assert bytes(encoded(finite, Storage.F16, QuantType.F32, "x")) == finite.astype(np.float32).tobytes()
+
+
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan, 65520, 9e6 * 127])
+def test_numbers_that_a_type_cannot_hold(bad: float) -> None:
+    for place in range(0, 320, 37):
+        numbers = np.ones(320, np.float32)
+        numbers[place] = bad
+        for kind in (QuantType.F16, QuantType.Q8_0):
+            if kind is QuantType.F16 or abs(bad) != 65520:
+                with pytest.raises(ModelFileError, match=r"does not fit|no finite number"):
+                    encoded(numbers, Storage.F32, kind, "x")
+    assert bytes(encoded(np.float32([65519]), Storage.F32, QuantType.F16, "x")) == b"\xff\x7b"
+    kept = (
+        np.frombuffer(encoded(np.float32([bad]), Storage.F32, QuantType.BF16, "x"), np.uint16).astype(np.uint32) << 16
+    )
+    assert np.isnan(kept.view(np.float32)[0]) == np.isnan(bad)
+
+
+_LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+_YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+_LONG = {"type": "longrope", "long_factor": [2.0] * 8, "short_factor": [1.5] * 8}
+
+
+@pytest.mark.parametrize(
+    ("said", "keys"),
+    [
+        ({"type": "linear", "factor": 2}, {"scaling.type": "linear", "scaling.factor": 2.0}),
+        (_YARN, {"scaling.type": "yarn", "scaling.factor": 4.0, "scaling.original_context_length": 64}),
+        ({"type": "dynamic", "factor": 2.0}, {}),
+        (_LLAMA3 | {"original_max_position_embeddings": 64}, {}),
+        (_LONG | {"original_max_position_embeddings": 64}, {"scaling.type": "longrope"}),
+    ],
+    ids=lambda value: str(value.get("type", value.get("rope_type"))) if "factor" in value else None,
+)
+def test_stretched_rotation(said: dict[str, Any], keys: dict[str, Any], tmp_path: Path) -> None:
+    config, tensors = checkpoint("LlamaForCausalLM")
+    model = converted(tmp_path, config | {"rope_scaling": said}, tensors)
+    found = {key.removeprefix("llama.rope."): value for key, value in model.metadata.items() if ".rope.scaling" in key}
+    assert {key: found.get(key) for key in keys} == keys and (keys or not found)
+    kind = said.get("type", said.get("rope_type"))
+    assert ("rope_freqs.weight" in model.tensors) == (kind == "llama3")
+    if kind == "llama3":
+        factors = read(model, "rope_freqs.weight")
+        assert factors[0] == 1 and factors[-1] == 8 and (np.diff(factors) >= 0).all()
+    if kind == "longrope":
+        np.testing.assert_array_equal(read(model, "rope_factors_long.weight"), [2.0] * 8)
+        assert found["scaling.attn_factor"] == pytest.approx((1 + np.log(4) / np.log(64)) ** 0.5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rope_scaling": {"type": "magic"}}, "'magic' is not known"),
+        ({"num_hidden_layers": 10**9}, "1000000000, a whole number of 1 to 1024 expected"),
+        ({"hidden_size": -1}, "-1, a whole number"),
+        ({"hidden_size": None}, "'hidden_size': missing"),
+        ({"num_attention_heads": 5, "num_key_value_heads": 5}, "5, which does not divide a width of 64"),
+        ({"num_key_value_heads": 3}, "3, which does not divide 4 heads"),
+        ({"intermediate_size": 128}, r"shape \[96, 64\], \[128, 64\] expected"),
+        ({"num_hidden_layers": 3}, "'model.layers.2.input_layernorm.weight': missing"),
+        ({"num_hidden_layers": 1}, "no part of llama and 8 others"),
+        ({"architectures": ["LlamaForCausalM"]}, "did you mean LlamaForCausalLM"),
+        ({"architectures": None}, "'architectures': missing"),
+        ({"rms_norm_eps": "small"}, "'small', a number expected"),
+    ],
+)
+def test_settings_that_make_no_sense(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    config, tensors = checkpoint("LlamaForCausalLM")
+    with pytest.raises(ModelFileError, match=message):
+        converted(tmp_path, config | change, tensors)
+    assert not list(tmp_path.glob("*.gguf")) and not list(tmp_path.glob(".*"))
+
+
+_STRETCHED = {"full_attention": {"rope_type": "default"}, "sliding_attention": {"rope_type": "linear", "factor": 2.0}}
+
+
+@pytest.mark.parametrize(
+    ("case", "change", "message"),
+    [
+        ("LlamaForCausalLM", {"hidden_act": "gelu"}, "'hidden_act': 'gelu': llama computes silu"),
+        ("Starcoder2ForCausalLM", {"hidden_act": "silu"}, "'silu': starcoder2 computes gelu_pytorch_tanh"),
+        ("LlamaForCausalLM", {"rope_scaling": _YARN | {"truncate": False}}, "'truncate': false is not supported"),
+        ("Qwen3MoeForCausalLM", {"norm_topk_prob": False}, "false is not what qwen3moe computes"),
+        ("Gemma2ForCausalLM", {"query_pre_attn_scalar": 24}, "24, 16 expected of 2 layers"),
+        ("Gemma2ForCausalLM", {"attn_logit_softcapping": None}, "null is not what gemma2 computes"),
+        ("Gemma3ForCausalLM", {"attn_logit_softcapping": 50.0}, "gemma3 caps no scores"),
+        ("Gemma3ForCausalLM", {"use_bidirectional_attention": True}, "true is not supported"),
+        ("Gemma3ForCausalLM", {"layer_types": ["full_attention"]}, "1 entries, 2 kinds of attention expected"),
+        ("Gemma3ForCausalLM", {"layer_types": ["full_attention", "no"]}, "2 entries, 2 kinds of attention expected"),
+        ("Gemma3ForCausalLM", {"rope_parameters": _STRETCHED}, "a window whose rotation is stretched"),
+        ("FalconForCausalLM", {"new_decoder_architecture": False, "parallel_attn": False}, "'parallel_attn': false"),
+        ("GPT2LMHeadModel", {"scale_attn_by_inverse_layer_idx": True}, "scores that are scaled otherwise"),
+    ],
+)
+def test_settings_that_no_key_can_say(case: str, change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    config, tensors = checkpoint(case)
+    with pytest.raises(ModelFileError, match=message):
+        converted(tmp_path, config | change, tensors)
+
+
+def test_f16_that_cannot_hold_a_number_is_named(tmp_path: Path) -> None:
+    config, tensors = checkpoint("LlamaForCausalLM")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = 70000
+    with pytest.raises(ModelFileError, match=r"up_proj.weight': 70000 does not fit f16.*--type bf16"):
+        converted(tmp_path, config, tensors, "f16")
+    assert not list(tmp_path.glob("*.gguf"))

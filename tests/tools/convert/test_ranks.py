@@ -1,0 +1,109 @@
+"""Vocabularies of ranks in the models' own forms give the ids of the programs they were made for (`record_ranks`)."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llamaclust.core.errors import ModelFileError
+from llamaclust.model.tokenizers.tokenizer import load_tokenizer
+from llamaclust.tools.convert.formats.source_files import SourceFiles
+from llamaclust.tools.convert.vocabularies import ranks
+from llamaclust.tools.convert.vocabularies.probe import PROBE
+from llamaclust.tools.convert.vocabularies.reading import read_words
+from llamaclust.tools.convert.vocabularies.words import Words
+from support.models.record_ranks import DATA, SPECIAL, tekken_json
+
+RECORDED = json.loads((DATA / "tokenizers/ranks.json").read_text())
+WORDS = [base64.b64decode(word) for word in RECORDED["words"]]
+
+
+def read(place: Path, rows: int) -> Words:
+    with SourceFiles() as files:
+        return read_words(files, place, rows)
+
+
+def write_ranks(path: Path) -> None:
+    path.write_text("".join(f"{word} {rank}\n" for rank, word in enumerate(RECORDED["words"])))
+
+
+def test_llama_3_s_own_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "_LLAMA3_WORDS", len(WORDS))
+    write_ranks(tmp_path / "tokenizer.model")
+    tokenizer = load_tokenizer(read(tmp_path / "tokenizer.model", len(WORDS) + 256).metadata())
+    assert tokenizer.encode(PROBE) == [len(WORDS), *RECORDED["ids"]["llama3"]]
+    assert tokenizer.decode(RECORDED["ids"]["llama3"]) == PROBE
+    chat = "<|start_header_id|>user<|end_header_id|>\n\nthe<|eot_id|>"
+    ids = tokenizer.encode(chat, add_special=False, parse_special=True)
+    assert [token_id - len(WORDS) for token_id in ids if token_id >= len(WORDS)] == [6, 7, 9]
+    assert len(WORDS) + 9 in tokenizer.end_of_generation and tokenizer.eos_id == len(WORDS) + 1
+    assert tokenizer.token_text(len(WORDS) + 255) == "<|reserved_special_token_246|>"
+
+
+def test_glm_4_s_own_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The words behind the file are in tokenizer_config.json beside it."""
+    monkeypatch.setattr(ranks, "_GLM4_WORDS", len(WORDS))
+    write_ranks(tmp_path / "tokenizer.model")
+    special = ["<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<|system|>", "<|user|>"]
+    added = {str(len(WORDS) + at): {"content": text, "special": True} for at, text in enumerate(special)}
+    said = {"added_tokens_decoder": added, "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(said))
+    words = read(tmp_path, len(WORDS) + len(special))
+    assert words.pre == "chatglm-bpe" and words.ids["eos"] == len(WORDS)
+    tokenizer = load_tokenizer(words.metadata())
+    assert tokenizer.encode(PROBE) == RECORDED["ids"]["glm4"]
+    ids = tokenizer.encode("[gMASK]<sop><|user|>", parse_special=True)
+    assert [token_id - len(WORDS) for token_id in ids] == [2, 4, 7]
+
+
+def test_qwen_s_own_form(tmp_path: Path) -> None:
+    write_ranks(tmp_path / "qwen.tiktoken")
+    tokenizer = load_tokenizer(read(tmp_path, len(WORDS) + 208).metadata())
+    assert tokenizer.encode(PROBE) == RECORDED["ids"]["qwen"]
+
+
+def test_tekken(tmp_path: Path) -> None:
+    """Special tokens come first, and words that the model has no room for are left out."""
+    (tmp_path / "tekken.json").write_text(tekken_json(WORDS))
+    size = len(WORDS) - 4 + SPECIAL
+    words = read(tmp_path, size)
+    assert words.pre == "tekken" and words.texts[:4] == ["<unk>", "<s>", "</s>", "<SPECIAL_3>"]
+    tokenizer = load_tokenizer(words.metadata())
+    assert tokenizer.encode(PROBE) == RECORDED["ids"]["tekken"] and RECORDED["ids"]["tekken"][0] == tokenizer.bos_id
+    assert tokenizer.decode(RECORDED["ids"]["tekken"][1:]) == PROBE
+    said = json.loads(tekken_json(WORDS))
+    del said["special_tokens"]
+    (tmp_path / "tekken.json").write_text(json.dumps(said))
+    assert read(tmp_path, size).texts[3:5] == ["[INST]", "[/INST]"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"config": {"pattern": "x"}}, "'default_num_special_tokens': missing"),
+        ({"vocab": []}, "0 words, 696 expected"),
+        ({"vocab": [{"rank": 0, "token_bytes": "!"}]}, "the word of rank 0 is not base64"),
+        ({"vocab": [{"rank": 0}]}, "a word without rank or bytes"),
+        ({"vocab": 7}, "vocab is no list of objects"),
+        ({"special_tokens": [{"rank": 99, "token_str": "<s>"}]}, "'<s>' has the rank 99 of 30"),
+        ({"pattern": "\\w+"}, "cuts text like none of those that are known"),
+        ({"pattern": "(" * 9}, "its pattern is none"),
+    ],
+)
+def test_damaged_tekken_files_are_named(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    said = json.loads(tekken_json(WORDS))
+    if "pattern" in change:
+        change = {"config": said["config"] | change}
+    (tmp_path / "tekken.json").write_text(json.dumps(said | change))
+    with pytest.raises(ModelFileError, match=message):
+        read(tmp_path, 1000)
+
+
+def test_ranks_of_another_model_are_refused(tmp_path: Path) -> None:
+    write_ranks(tmp_path / "tokenizer.model")
+    with pytest.raises(ModelFileError, match="700 ranks; Llama 3 has 128000, GLM-4 151329"):
+        read(tmp_path / "tokenizer.model", 1000)

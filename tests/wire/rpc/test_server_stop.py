@@ -1,0 +1,71 @@
+"""Servers that stop while they start or while streams are still used: all of it ends without a word."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from llamaclust.wire.rpc.client import JOIN, Peer
+from llamaclust.wire.rpc.server import Server, ServerStream
+from llamaclust.wire.security.token import ClusterToken
+
+
+@pytest.mark.parametrize("use", ["read", "write"])
+def test_a_stream_that_is_used_after_its_server_has_stopped_ends_quietly(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, use: str
+) -> None:
+    token = ClusterToken.create(tmp_path / "token")
+    ended: list[str] = []
+    tasks: list[asyncio.Task[None] | None] = []
+
+    async def run() -> None:
+        stopped, came = asyncio.Event(), asyncio.Event()
+
+        async def handler(stream: ServerStream) -> None:
+            await stream.accept()
+            tasks.append(asyncio.current_task())
+            came.set()
+            with suppress(asyncio.CancelledError):
+                await stopped.wait()
+            await stopped.wait()
+            try:
+                await (stream.read() if use == "read" else stream.write(b"late"))
+            except Exception as error:
+                ended.append(type(error).__name__)
+                raise
+
+        server = await Server.start(f"unix:{tmp_path}/s.sock", token, {JOIN: handler})
+        peer = Peer(server.address, token)
+        await peer.open(JOIN).opened()
+        await came.wait()
+        await server.stop(0.0)
+        stopped.set()
+        await peer.close()
+        await asyncio.wait([task for task in tasks if task], timeout=10.0)
+
+    with caplog.at_level(logging.INFO):
+        asyncio.run(run())
+    assert ended == ["StreamBrokenError"]
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("steps", range(6))
+def test_a_start_that_is_cancelled_ends_quietly(tmp_path: Path, caplog: pytest.LogCaptureFixture, steps: int) -> None:
+    async def run() -> None:
+        token = ClusterToken.create(tmp_path / "token")
+        starting = asyncio.create_task(Server.start(f"unix:{tmp_path}/s.sock", token, {}))
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        starting.cancel()
+        with suppress(asyncio.CancelledError):
+            await (await starting).stop(0.0)
+        del starting
+        gc.collect()
+
+    asyncio.run(run())
+    assert not caplog.records

@@ -1,0 +1,81 @@
+"""Version rules, with stubs of versions that are not there yet: a newer minor is understood as far as it can be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from google.protobuf.message import Message
+
+from llamaclust.proto import control_pb2
+from llamaclust.wire.control.codec import (
+    decode_coordinator_message,
+    decode_worker_message,
+    encode_worker_message,
+)
+from llamaclust.wire.microbatch.messages import PROTOCOL_VERSION
+from support.clusters.control_messages import WORKER_MESSAGES
+from support.clusters.version_cases import CASES
+
+NEW_FIELD = 1000
+NEW_KIND = 1001
+
+
+def newer(stubs: Any) -> dict[str, type[Message]]:
+    """The messages of a .proto file of a later minor version and of what it imports, by name: each has a field more,
+    each choice one more."""
+    pool = descriptor_pool.DescriptorPool()
+    names = [name for file in (*stubs.DESCRIPTOR.dependencies, stubs.DESCRIPTOR) for name in _add_newer(pool, file)]
+    return {
+        name.rpartition(".")[2]: message_factory.GetMessageClass(pool.FindMessageTypeByName(name)) for name in names
+    }
+
+
+def _add_newer(pool: descriptor_pool.DescriptorPool, descriptor: Any) -> list[str]:
+    file = descriptor_pb2.FileDescriptorProto()
+    descriptor.CopyToProto(file)
+    for message in file.message_type:
+        message.field.add(name="from_the_future", number=NEW_FIELD, type=9, label=1)
+        if any(choice.name in ("kind", "task") for choice in message.oneof_decl):
+            assert len(message.oneof_decl) == 1
+            message.field.add(name="kind_of_the_future", number=NEW_KIND, type=12, label=1, oneof_index=0)
+    pool.Add(file)
+    return [f"{file.package}.{message.name}" for message in file.message_type]
+
+
+def with_new_fields(message: Any) -> bytes:
+    """Everywhere in the message, at every depth."""
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for part in value if hasattr(value, "append") or hasattr(value, "add") else (value,):
+                with_new_fields(part)
+    message.from_the_future = "x" * 40
+    return bytes(message.SerializeToString())
+
+
+@pytest.mark.parametrize(("name", "message", "encode", "decode", "stubs"), CASES, ids=lambda one: type(one).__name__)
+def test_fields_of_a_newer_minor_version_are_ignored_everywhere(
+    name: str, message: Any, encode: Callable[[Any], bytes], decode: Callable[[bytes], Any], stubs: Any
+) -> None:
+    sent = newer(stubs)[name].FromString(encode(message))
+    data = with_new_fields(sent)
+    assert len(data) > len(encode(message)) + 40
+    assert decode(data) == message
+
+
+@pytest.mark.parametrize(
+    ("name", "decode"),
+    [("WorkerMessage", decode_worker_message), ("CoordinatorMessage", decode_coordinator_message)],
+)
+def test_kinds_of_a_newer_minor_version_decode_to_nothing(name: str, decode: Callable[[bytes], Any]) -> None:
+    message: Any = newer(control_pb2)[name]()
+    message.kind_of_the_future = b"news"
+    assert decode(message.SerializeToString()) is None
+
+
+def test_a_newer_minor_version_is_told_as_it_is() -> None:
+    register = replace(WORKER_MESSAGES[0], protocol=(PROTOCOL_VERSION[0], 99))  # type: ignore[type-var]
+    assert decode_worker_message(encode_worker_message(register)) == register  # type: ignore[arg-type]

@@ -1,0 +1,141 @@
+"""Control messages: what is sent is what arrives, bounds hold, newer versions are understood as far as they can be."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llamaclust.core.errors import WireError
+from llamaclust.core.gpus import DeviceLayers, Gpu
+from llamaclust.core.limits import KV_TYPES, StageLimits
+from llamaclust.core.profile import GpuSpeed, StageTrial
+from llamaclust.model.program import KvType
+from llamaclust.proto import control_pb2
+from llamaclust.wire.control.codec import (
+    decode_coordinator_message,
+    decode_worker_message,
+    encode_coordinator_message,
+    encode_worker_message,
+)
+from llamaclust.wire.control.messages import (
+    CoordinatorMessage,
+    Failure,
+    Heartbeat,
+    Load,
+    LoadProgress,
+    LocateProgress,
+    LogTold,
+    Measured,
+    WorkerMessage,
+)
+from support.clusters.control_messages import COORDINATOR_MESSAGES, LOAD, REGISTER, WORKER_MESSAGES
+
+
+@pytest.mark.parametrize("message", WORKER_MESSAGES, ids=lambda message: type(message).__name__)
+def test_what_a_worker_says_arrives(message: WorkerMessage) -> None:
+    assert decode_worker_message(encode_worker_message(message)) == message
+
+
+@pytest.mark.parametrize("message", COORDINATOR_MESSAGES, ids=lambda message: type(message).__name__)
+def test_what_a_coordinator_says_arrives(message: CoordinatorMessage) -> None:
+    assert decode_coordinator_message(encode_coordinator_message(message)) == message
+
+
+def test_kv_types_of_the_wire_are_those_of_programs() -> None:
+    assert tuple(KvType) == KV_TYPES and StageLimits(1, 1, 1, 1, 1).kv_type in KV_TYPES
+
+
+def test_kinds_of_a_newer_minor_version_are_told_apart_from_damage() -> None:
+    unknown = b"\xa2\x1f\x00"  # field 500, empty
+    assert decode_worker_message(unknown) is None
+    assert decode_coordinator_message(unknown) is None
+    with pytest.raises(WireError):
+        decode_worker_message(b"\xff")
+
+
+@pytest.mark.parametrize("name", ["", "../a", "a/b", "a b", ".a", "x" * 64, "a\n", "a-"])
+def test_worker_names_that_are_no_file_names_are_refused(name: str) -> None:
+    with pytest.raises(WireError, match="worker name"):
+        decode_worker_message(encode_worker_message(replace(REGISTER, name=name)))
+
+
+BAD_LOADS = [
+    replace(LOAD, end=LOAD.start),
+    replace(LOAD, model_path=""),
+    replace(LOAD, model_path="/a\0b"),
+    replace(LOAD, limits=replace(LOAD.limits, max_tokens=0)),
+    replace(LOAD, limits=replace(LOAD.limits, kv_blocks=0)),
+    replace(LOAD, limits=replace(LOAD.limits, kv_type="q4_0")),
+    replace(LOAD, limits=replace(LOAD.limits, kv_type="")),
+    replace(LOAD, limits=replace(LOAD.limits, max_sequences=1 << 20)),
+]
+
+
+@pytest.mark.parametrize("order", BAD_LOADS)
+def test_loads_out_of_bounds_are_refused(order: Load) -> None:
+    with pytest.raises(WireError):
+        decode_coordinator_message(encode_coordinator_message(order))
+
+
+def test_numbers_that_are_none_are_refused() -> None:
+    for message in (
+        Measured(math.nan, 1.0),
+        Heartbeat(math.inf, 0, 0, 0, 0),
+        LoadProgress(1, 3, 2),
+        LocateProgress(3, 2),
+        Measured(0.0, 1e12),
+        Measured(1e9, 0.0),
+        Measured(1e9, 1e12, (StageTrial(1, -1e-9, 1e-11, 1e-3),)),
+        Measured(1e9, 1e12, gpus=(GpuSpeed(0.0, 1e12),)),
+        Measured(1e9, 1e12, gpus=(GpuSpeed(1e12, 1e12, (StageTrial(8, 0.0, 0.0, 0.0),) * 2),)),
+        Heartbeat(0.5, 0, 0, 0, 1 << 62),
+        Heartbeat(0.5, 0, 0, 1 << 62, 0),
+        replace(REGISTER, total_memory_bytes=1 << 62),
+        replace(REGISTER, free_memory_bytes=1 << 62),
+        replace(REGISTER, machine_free_bytes=1 << 62),
+        replace(REGISTER, gpus=(Gpu("cuda:0", "a card", 1 << 62, 0),)),
+    ):
+        with pytest.raises(WireError):
+            decode_worker_message(encode_worker_message(message))
+
+
+def test_text_from_a_peer_is_safe_to_print() -> None:
+    failure = control_pb2.Failure(kind="X", message="two\nlines \x1b]0;title\x07\u202e")
+    message = control_pb2.WorkerMessage(measure_failed=failure).SerializeToString()
+    assert decode_worker_message(message) == Failure("X", "two lines ]0;title")
+
+
+def test_logs_travel_by_their_last_lines_and_are_safe_to_print() -> None:
+    many = LogTold(tuple(f"line {number} {'x' * 500}" for number in range(2000)), 10, 1)
+    told = decode_worker_message(encode_worker_message(many))
+    assert isinstance(told, LogTold) and 100 < len(told.lines) < 2000
+    assert told.lines == many.lines[-len(told.lines) :] and told.before + len(told.lines) == 2010
+    odd = LogTold(("\t indented \x1b]0;title\x07", "y" * 3000, "\ud800"), 0)
+    told = decode_worker_message(encode_worker_message(odd))
+    assert isinstance(told, LogTold)
+    assert told.lines == ("  indented ]0;title", "y" * 1997 + "...", "\\ud800")
+    for lines in ([""] * 1001, ["z" * 2001]):
+        message = control_pb2.WorkerMessage(log_told=control_pb2.LogTold(lines=lines)).SerializeToString()
+        with pytest.raises(WireError):
+            decode_worker_message(message)
+
+
+@given(st.binary(max_size=200))
+def test_random_bytes_are_refused_or_decoded(data: bytes) -> None:
+    for decode in (decode_worker_message, decode_coordinator_message):
+        with contextlib.suppress(WireError):
+            decode(data)
+
+
+@pytest.mark.parametrize(
+    "held", [[("cpu", 2, 3)], [("cpu", 2, 3), ("cuda:0", 2, 4)], [("cpu", 1, 4)], [("cpu", 2, 4), ("cuda:0", 4, 5)]]
+)
+def test_devices_hold_all_layers_of_a_load_each_once(held: list[tuple[str, int, int]]) -> None:
+    order = replace(LOAD, devices=tuple(DeviceLayers(*one) for one in held))
+    with pytest.raises(WireError, match=r"devices hold layers .* of \[2, 4\)"):
+        decode_coordinator_message(encode_coordinator_message(order))

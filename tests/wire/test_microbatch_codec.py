@@ -1,0 +1,331 @@
+"""Messages and frames: what is sent is what arrives, and hostile bytes are errors and nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import math
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llamaclust.core.errors import WireError
+from llamaclust.core.limits import MAX_CONTEXT_TOKENS, MAX_KV_BLOCKS, MAX_SEQUENCES, MAX_TOKENS, MAX_VOCABULARY
+from llamaclust.core.sampler_chain import STEPS, SamplerChain, Step
+from llamaclust.core.sampling import RowResult, SampleTask, SamplingParams, ScoreTask
+from llamaclust.core.sampling_bounds import CHAIN_BOUNDS
+from llamaclust.proto import microbatch_pb2, sampling_pb2
+from llamaclust.wire.microbatch.codec import (
+    decode_chosen,
+    decode_inputs,
+    decode_microbatch,
+    decode_result,
+    encode_chosen,
+    encode_inputs,
+    encode_microbatch,
+    encode_result,
+)
+from llamaclust.wire.microbatch.frames import Frame, FrameKind, decode_frame, encode_failure, encode_hidden
+from llamaclust.wire.microbatch.messages import Chosen, Chunk, Microbatch, Result, SamplingInputs, StageTiming
+from support.paths import ROOT
+
+PROTO = ROOT / "proto"
+
+tokens = st.integers(0, MAX_VOCABULARY - 1)
+uint64 = st.integers(0, 2**64 - 1)
+reals = st.floats(-100, 100)
+logprobs = st.floats(width=32, allow_nan=False)
+tops = st.lists(st.tuples(tokens, logprobs), max_size=3).map(tuple)
+runs = st.tuples(st.integers(0, MAX_KV_BLOCKS - 1000), st.integers(1, 1000))
+chunks = st.lists(tokens, min_size=1, max_size=9).flatmap(
+    lambda ids: st.builds(
+        Chunk,
+        st.just(tuple(ids)),
+        st.integers(0, MAX_CONTEXT_TOKENS - 10),
+        st.lists(runs, min_size=1, max_size=4).map(lambda runs: tuple(chain.from_iterable(runs))),
+        st.integers(0, len(ids)),
+        st.none(),
+        st.lists(runs, max_size=4).map(lambda runs: tuple(chain.from_iterable(runs))),
+        st.integers(0, MAX_CONTEXT_TOKENS),
+    )
+)
+many_chunks = st.lists(chunks, min_size=1, max_size=5).map(tuple)
+followers = st.builds(
+    Chunk,
+    st.just((0,)),
+    st.integers(0, 99),
+    st.just((0, 9)),
+    st.integers(0, 1),
+    st.tuples(st.integers(0, 99), st.integers(0, 8191)),
+)
+microbatches = st.builds(Microbatch, st.text("0123456789abcdef", max_size=64), uint64, uint64, many_chunks) | st.builds(
+    Microbatch,
+    st.just("ab"),
+    uint64,
+    st.integers(100, 2**64 - 1),
+    st.lists(followers, min_size=1, max_size=5).map(tuple),
+)
+params = st.builds(
+    SamplingParams,
+    temperature=st.floats(0, 10),
+    top_k=st.integers(0, 2**31 - 1),
+    top_p=st.floats(0, 1),
+    min_p=st.floats(0, 1),
+    repetition_penalty=st.floats(0.1, 10),
+    frequency_penalty=reals,
+    presence_penalty=reals,
+    logit_bias=st.lists(st.tuples(tokens, reals), max_size=3).map(tuple),
+    chain=st.none()
+    | st.builds(
+        SamplerChain,
+        order=st.lists(st.sampled_from(STEPS), unique=True).map(tuple),
+        dry_allowed_length=st.integers(1, MAX_CONTEXT_TOKENS),
+        mirostat=st.integers(0, 2),
+        unpenalized=st.lists(tokens, max_size=3).map(tuple),
+        **{name: st.floats(*bounds) for name, bounds in CHAIN_BOUNDS.items()},
+    ),
+)
+windows = st.none() | st.integers(0, MAX_CONTEXT_TOKENS)
+sequences = st.lists(st.lists(tokens, min_size=1, max_size=3).map(tuple), max_size=3).map(tuple)
+ids = st.lists(tokens, max_size=5).map(tuple)
+samples = st.builds(
+    SampleTask,
+    params,
+    uint64,
+    st.integers(0, 2**32 - 1),
+    st.integers(0, MAX_CONTEXT_TOKENS),
+    ids,
+    ids,
+    st.integers(0, 128),
+    st.booleans(),
+    windows,
+    windows,
+    sequences,
+    st.floats(-1e12, 1e12),
+)
+tasks = st.lists(samples | st.builds(ScoreTask, tokens, st.integers(0, 128)), max_size=4).map(tuple)
+inputs = st.builds(SamplingInputs, uint64, uint64, tasks)
+timings = st.lists(st.builds(StageTiming, uint64, uint64, uint64, st.integers(0, MAX_TOKENS)), max_size=3).map(tuple)
+rows = st.lists(st.builds(RowResult, tokens, logprobs, tops, mu=st.none() | st.floats(-1e12, 1e12)), max_size=4).map(
+    tuple
+)
+lines = st.text(st.characters(codec="ascii", categories=("L", "N")), min_size=1, max_size=50)
+results = st.builds(Result, uint64, uint64, rows, timings, st.none() | lines)
+
+
+@given(microbatches, inputs, results)
+def test_what_is_sent_arrives(microbatch: Microbatch, wanted: SamplingInputs, result: Result) -> None:
+    assert decode_microbatch(encode_microbatch(microbatch)) == microbatch
+    assert decode_inputs(encode_inputs(wanted)) == wanted
+    assert decode_result(encode_result(result)) == result
+
+
+@given(st.builds(Chosen, uint64, ids))
+def test_chosen_tokens_arrive(chosen: Chosen) -> None:
+    assert decode_chosen(encode_chosen(chosen)) == chosen
+
+
+@pytest.mark.parametrize("bad", [Chosen(1, (MAX_VOCABULARY,)), Chosen(1, (0,) * (MAX_TOKENS + 1))], ids=["id", "many"])
+def test_chosen_tokens_out_of_bounds_are_refused(bad: Chosen) -> None:
+    with pytest.raises(WireError):
+        decode_chosen(encode_chosen(bad))
+
+
+def test_a_failed_row_arrives_alone() -> None:
+    rows = (RowResult(3, -1.5), RowResult(-1, math.nan, failure="logits are not finite"))
+    decoded = decode_result(encode_result(Result(1, 2, rows)))
+    assert decoded.rows[0] == rows[0]
+    failed = decoded.rows[1]
+    assert (failed.token, failed.failure) == (-1, "logits are not finite")
+    assert math.isnan(failed.logprob)
+
+
+def test_unknown_fields_of_a_newer_minor_version_are_ignored() -> None:
+    result = Result(1, 2, (RowResult(3, -1.5),))
+    unknown = b"\xa2\x1f\x05hello"  # field 500, five bytes
+    assert decode_result(encode_result(result) + unknown) == result
+
+
+GOOD_CHUNK = Chunk((1, 2), 0, (0, 1), 1)
+BAD_CHUNKS = {
+    "no tokens": Chunk((), 0, (0, 1), 0),
+    "token": Chunk((MAX_VOCABULARY,), 0, (0, 1), 0),
+    "last position": Chunk((1, 2), MAX_CONTEXT_TOKENS - 1, (0, 1), 0),
+    "outputs": Chunk((1, 2), 0, (0, 1), 3),
+    "runs": Chunk((1,), 0, (), 0),
+    "half a run": Chunk((1,), 0, (0, 1, 2), 0),
+    "empty run": Chunk((1,), 0, (0, 0), 0),
+    "last block": Chunk((1,), 0, (MAX_KV_BLOCKS - 1, 2), 0),
+    "empty run of a window": Chunk((1,), 0, (0, 1), 0, None, (0, 0)),
+    "window_start": Chunk((1,), 0, (0, 1), 0, None, (0, 1), MAX_CONTEXT_TOKENS + 1),
+    "follows itself": Chunk((0,), 0, (0, 1), 1, (7, 0)),
+    "follows a row that cannot be": Chunk((0,), 0, (0, 1), 1, (6, MAX_TOKENS)),
+    "follows, and brings a token": Chunk((3,), 0, (0, 1), 1, (6, 0)),
+    "follows with two rows": Chunk((0, 0), 0, (0, 1), 1, (6, 0)),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CHUNKS)
+def test_chunks_out_of_bounds_are_refused(name: str) -> None:
+    assert decode_microbatch(encode_microbatch(Microbatch("m", 1, 7, (GOOD_CHUNK,))))
+    with pytest.raises(WireError):
+        decode_microbatch(encode_microbatch(Microbatch("m", 1, 7, (BAD_CHUNKS[name],))))
+
+
+def test_microbatches_out_of_bounds_are_refused() -> None:
+    for chunk, count in ((GOOD_CHUNK, 0), (GOOD_CHUNK, MAX_SEQUENCES + 1), (Chunk((1,) * 8192, 0, (0, 1), 0), 2)):
+        with pytest.raises(WireError):
+            decode_microbatch(encode_microbatch(Microbatch("m", 1, 0, (chunk,) * count)))
+
+
+BAD_PARAMS = [
+    SamplingParams(temperature=math.nan),
+    SamplingParams(temperature=-1.0),
+    SamplingParams(top_p=1.5),
+    SamplingParams(min_p=math.inf),
+    SamplingParams(temperature=100.5),
+    SamplingParams(repetition_penalty=0.0),
+    SamplingParams(presence_penalty=1001.0),
+    SamplingParams(logit_bias=((5, 2e9),)),
+    SamplingParams(frequency_penalty=math.nan),
+    SamplingParams(logit_bias=((5, math.nan),)),
+    SamplingParams(logit_bias=((MAX_VOCABULARY, 1.0),)),
+    SamplingParams(chain=SamplerChain((Step.XTC, Step.XTC))),
+    SamplingParams(chain=SamplerChain(typical_p=1.5)),
+    SamplingParams(chain=SamplerChain(mirostat_tau=math.nan)),
+    SamplingParams(chain=SamplerChain(mirostat=3)),
+    SamplingParams(chain=SamplerChain(dry_allowed_length=0)),
+    SamplingParams(chain=SamplerChain(unpenalized=(MAX_VOCABULARY,))),
+]
+
+
+@pytest.mark.parametrize("params", BAD_PARAMS)
+def test_sampling_parameters_out_of_bounds_are_refused(params: SamplingParams) -> None:
+    with pytest.raises(WireError):
+        decode_inputs(encode_inputs(SamplingInputs(1, 0, (SampleTask(params, 0, 0, 0),))))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"mu": math.inf},
+        {"mu": 1e13},
+        {"penalty_window": MAX_CONTEXT_TOKENS + 1},
+        {"dry_window": MAX_CONTEXT_TOKENS + 1},
+        {"breakers": ((),)},
+        {"breakers": ((1,) * 65,)},
+        {"breakers": ((MAX_VOCABULARY,),)},
+    ],
+)
+def test_what_a_chain_needs_out_of_bounds_is_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(WireError):
+        decode_inputs(encode_inputs(SamplingInputs(1, 0, (SampleTask(SamplingParams(), 0, 0, 0, **fields),))))
+
+
+def test_an_unknown_step_is_refused() -> None:
+    chain = sampling_pb2.SamplerChain(order=[10], dry_base=1, dry_allowed_length=1)
+    task = sampling_pb2.RowTask(sample=sampling_pb2.SampleTask(params=sampling_pb2.SamplingParams(chain=chain)))
+    task.sample.params.repetition_penalty = 1
+    with pytest.raises(WireError, match="step is 10"):
+        decode_inputs(sampling_pb2.SamplingInputs(tasks=[task]).SerializeToString())
+
+
+def test_a_task_of_no_kind_is_refused() -> None:
+    message = sampling_pb2.SamplingInputs(tasks=[sampling_pb2.RowTask()])
+    with pytest.raises(WireError, match="does not know"):
+        decode_inputs(message.SerializeToString())
+
+
+@given(st.binary(max_size=200))
+def test_random_bytes_are_refused_or_decoded(data: bytes) -> None:
+    for decode in (decode_microbatch, decode_inputs, decode_result, decode_frame):
+        with contextlib.suppress(WireError):
+            decode(data)
+
+
+def _frame(rng: np.random.Generator) -> bytes:
+    header = encode_microbatch(Microbatch("m", 1, 0, (GOOD_CHUNK,)))
+    return encode_hidden(header, (StageTiming(1, 2, 3, 4),), rng.standard_normal((2, 8), np.float32))
+
+
+@settings(max_examples=300)
+@given(st.data())
+def test_damaged_frames_are_refused_or_decoded(data: st.DataObject) -> None:
+    """Flips, cuts and insertions of good messages: deeper than random bytes get."""
+    good = [
+        (decode_frame, _frame(np.random.default_rng(1))),
+        (decode_microbatch, encode_microbatch(Microbatch("m", 1, 0, (GOOD_CHUNK,) * 3))),
+        (decode_inputs, encode_inputs(SamplingInputs(1, 0, (SampleTask(SamplingParams(), 1, 2, 3), ScoreTask(4))))),
+    ]
+    decode, message = data.draw(st.sampled_from(good))
+    damaged = bytearray(message)
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(damaged) - 1))
+        damaged[at] = data.draw(st.integers(0, 255))
+    cut = damaged[: data.draw(st.integers(0, len(damaged)))] if data.draw(st.booleans()) else damaged
+    try:
+        decoded = decode(bytes(cut))
+        if isinstance(decoded, Frame):
+            decoded.hidden(2, 8)
+    except WireError:
+        pass
+
+
+def test_a_frame_carries_the_bits_of_the_hidden_state_without_a_copy() -> None:
+    rng = np.random.default_rng(2)
+    hidden = rng.standard_normal((5, 12), np.float32)
+    hidden[0, :4] = np.nan, np.inf, -0.0, np.finfo(np.float32).smallest_subnormal
+    data = encode_hidden(b"header", (StageTiming(2**64 - 1, 2, 3, 4),) * 2, hidden)
+    frame = decode_frame(data)
+    assert (frame.kind, frame.header, frame.timings) == (
+        FrameKind.HIDDEN,
+        b"header",
+        (StageTiming(2**64 - 1, 2, 3, 4),) * 2,
+    )
+    received = frame.hidden(5, 12)
+    assert received.tobytes() == hidden.tobytes()
+    assert np.shares_memory(received, np.frombuffer(data, np.uint8))
+    assert received.ctypes.data % 16 == 0
+    with pytest.raises(WireError, match="240 bytes"):
+        frame.hidden(5, 11)
+
+
+def test_a_failure_frame_is_one_safe_line() -> None:
+    frame = decode_frame(encode_failure(b"header", (), "worker b:\nout of \x1b[31mmemory" + "!" * 5000))
+    assert frame.failure.startswith("worker b: out of [31mmemory!!!")
+    assert len(frame.failure) <= 1000
+
+
+def test_a_frame_of_another_version_is_refused_by_name() -> None:
+    data = bytearray(_frame(np.random.default_rng(3)))
+    data[4] = 2
+    with pytest.raises(WireError, match="version 2"):
+        decode_frame(bytes(data))
+
+
+def test_stubs_belong_to_the_proto_files() -> None:
+    """`make proto` writes both."""
+    names = ("control.proto", "enrolment.proto", "measuring.proto", "microbatch.proto", "sampling.proto")
+    text = b"".join((PROTO / name).read_bytes() for name in names)
+    assert (PROTO / "protos.sha256").read_text().strip() == hashlib.sha256(text).hexdigest()
+    assert {path.name for path in PROTO.glob("*.proto")} == set(names)
+
+
+def test_every_field_of_a_proto_file_has_a_comment() -> None:
+    for path in PROTO.glob("*.proto"):
+        lines = path.read_text().splitlines()
+        for before, text in itertools.pairwise(lines):
+            if text.strip().endswith((";", "{")) and not text.startswith(("syntax", "package")):
+                assert before.strip().startswith("//"), f"{path.name}: {text.strip()}"
+
+
+def test_numbers_of_64_bits_arrive() -> None:
+    chunk = microbatch_pb2.Chunk(tokens=[1], table=[0, 1])
+    message = microbatch_pb2.Microbatch(epoch=2**64 - 1, number=2**64 - 1, chunks=[chunk])
+    decoded = decode_microbatch(message.SerializeToString())
+    assert (decoded.epoch, decoded.number) == (2**64 - 1, 2**64 - 1)

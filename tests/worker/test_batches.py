@@ -1,0 +1,74 @@
+"""Microbatches become the arrays that backends are promised, or an error that names what does not fit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from llamaclust.core.errors import WireError
+from llamaclust.core.limits import StageLimits
+from llamaclust.wire.microbatch.messages import Chunk, Microbatch
+from llamaclust.worker.stage.batches import build_batch
+from support.clusters.fakes import blocks_of
+
+LIMITS = StageLimits(max_tokens=400, max_outputs=100, max_sequences=12, max_context_tokens=512, kv_blocks=200)
+VOCABULARY = 1000
+
+
+def _random_microbatch(rng: np.random.Generator) -> Microbatch:
+    chunks = []
+    for _ in range(rng.integers(1, 13)):
+        length = int(rng.choice([1, 1, 1, 2, 17, 33]))
+        position = int(rng.integers(0, LIMITS.max_context_tokens - length))
+        blocks = -(-(position + length) // 16) + int(rng.integers(0, 1 + (512 - position - length) // 16))
+        table: list[int] = []
+        while blocks:
+            count = int(rng.integers(1, blocks + 1))
+            table += (int(rng.integers(0, LIMITS.kv_blocks - count + 1)), count)
+            blocks -= count
+        tokens = tuple(int(token) for token in rng.integers(0, VOCABULARY, length))
+        chunks.append(Chunk(tokens, position, tuple(table), int(rng.integers(0, min(length, 8) + 1))))
+    return Microbatch("m", 1, 0, tuple(chunks))
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_batches_are_what_a_plain_loop_builds(seed: int) -> None:
+    microbatch = _random_microbatch(np.random.default_rng(seed))
+    batch = build_batch(microbatch, LIMITS, VOCABULARY)
+    row = 0
+    outputs: list[int] = []
+    for number, chunk in enumerate(microbatch.chunks):
+        assert batch.sequence_starts[number] == row
+        blocks = blocks_of(chunk)
+        assert batch.block_tables[batch.table_starts[number] : batch.table_starts[number + 1]].tolist() == blocks
+        rows = slice(row, row + len(chunk.tokens))
+        assert batch.tokens[rows].tolist() == list(chunk.tokens)
+        assert batch.positions[rows].tolist() == list(range(chunk.position, chunk.position + len(chunk.tokens)))
+        row += len(chunk.tokens)
+        outputs += range(row - chunk.outputs, row)
+    assert batch.rows == batch.sequence_starts[-1] == row
+    assert batch.output_rows.tolist() == outputs
+    arrays = (batch.tokens, batch.positions, batch.sequence_starts, batch.table_starts, batch.block_tables)
+    assert all(array.dtype == np.int32 and array.flags.c_contiguous for array in (*arrays, batch.output_rows))
+
+
+GOOD = Chunk((1, 2), 14, (0, 1), 2)
+BAD = {
+    "tokens": (replace(GOOD, tokens=(1,) * 401, position=0, table=(0, 26)),),
+    "sequences": (GOOD,) * 13,
+    "output rows": (replace(GOOD, tokens=(1,) * 101, position=0, table=(0, 7), outputs=101),),
+    "sequence of 513 positions": (replace(GOOD, position=511, table=(0, 33)),),
+    "vocabulary": (replace(GOOD, tokens=(1, VOCABULARY)),),
+    "KV block 200": (replace(GOOD, table=(200, 1)),),
+    "block table": (replace(GOOD, position=15),),
+    "at most 32": (replace(GOOD, table=(0, 150, 0, 150)),),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_microbatches_that_do_not_fit_are_refused_by_name(what: str) -> None:
+    assert build_batch(Microbatch("m", 1, 0, (GOOD,)), LIMITS, VOCABULARY).rows == 2
+    with pytest.raises(WireError, match=what):
+        build_batch(Microbatch("m", 1, 0, BAD[what]), LIMITS, VOCABULARY)

@@ -1,0 +1,215 @@
+"""The small parts of a worker: where jobs run, inputs that wait, settings, the machine."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import threading
+import weakref
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from llamaclust.core.errors import DeadlineError, DeviceLostError, DoesNotFitError, UsageError, WireError
+from llamaclust.wire.control.messages import LoadFailed, WorkerMessage
+from llamaclust.wire.microbatch.messages import SamplingInputs
+from llamaclust.worker import membership
+from llamaclust.worker.__main__ import parse_settings
+from llamaclust.worker.devices import nvidia, system_info
+from llamaclust.worker.devices.devices import Device
+from llamaclust.worker.devices.nvidia import advice
+from llamaclust.worker.membership import Member
+from llamaclust.worker.settings import WorkerSettings
+from llamaclust.worker.stage.compute import INLINE_NS, Compute
+from llamaclust.worker.stage.sampling_inputs import InputsBox
+from llamaclust.worker.stage.service import StageService
+from llamaclust.worker.weights import load
+
+
+def test_short_jobs_run_on_the_event_loop_and_long_ones_beside_it() -> None:
+    async def run() -> None:
+        compute = Compute()
+        here = threading.get_ident()
+        assert await compute.run(threading.get_ident, INLINE_NS - 1) == here
+        assert await compute.run(threading.get_ident, INLINE_NS) != here
+        assert await compute.run(threading.get_ident) != here
+        for expected_ns in (0, INLINE_NS):
+            with pytest.raises(ZeroDivisionError):
+                await compute.run(lambda: 1 // 0, expected_ns)
+        compute.close()
+
+    asyncio.run(run())
+
+
+def test_jobs_never_overlap_not_even_after_a_cancelled_one() -> None:
+    async def run() -> None:
+        compute, begun, go_on = Compute(), threading.Event(), threading.Event()
+
+        def long_job() -> None:
+            begun.set()
+            go_on.wait(10)
+
+        cancelled = asyncio.create_task(compute.run(long_job))
+        await asyncio.to_thread(begun.wait, 10)
+        cancelled.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await cancelled
+        after = asyncio.create_task(compute.run(threading.get_ident, 0))
+        await asyncio.sleep(0.01)
+        assert not after.done()
+        go_on.set()
+        assert await after != threading.get_ident()  # it waited its turn in the queue
+        assert await compute.run(threading.get_ident, 0) == threading.get_ident()
+        compute.close()
+
+    asyncio.run(run())
+
+
+def test_inputs_wait_or_are_waited_for_and_late_ones_are_dropped() -> None:
+    async def run() -> None:
+        box = InputsBox(epoch=1, deadline_s=0.05)
+        inputs = [SamplingInputs(1, number, ()) for number in range(300)]
+        box.put(inputs[0])
+        assert await box.take(0) is inputs[0]
+        box.done(0)
+        taking = asyncio.create_task(box.take(1))
+        await asyncio.sleep(0)
+        box.put(inputs[1])
+        assert await taking is inputs[1]
+        box.done(1)
+        with pytest.raises(DeadlineError, match="sampling inputs of microbatch 2"):
+            await box.take(2)
+        box.done(2)
+        box.put(inputs[2])
+        assert not box._waiting
+        with pytest.raises(WireError, match=r"\(1, 5\) where \(1, 3\)"):
+            box.put(inputs[5])
+        for number in range(3, 3 + 256):
+            box.put(inputs[number])
+        with pytest.raises(WireError, match="more than 256"):
+            box.put(inputs[3 + 256])
+
+    asyncio.run(run())
+
+
+def test_a_launcher_says_all_settings_on_the_command_line() -> None:
+    words = "--name a --join x:1 --token-file t --gpu-layers 7 --gpu-memory-bytes 9"
+    gpus = parse_settings(words.split())
+    assert (gpus.gpu_layers, gpus.gpu_memory_bytes) == (7, 9)
+    given = "--name a --join unix:/c --token-file /t --listen unix:/a --device cpu --threads 3 --memory-bytes 5"
+    more = "--feature-level avx2 --join-s 0.5 --parent-pid 7 --prepared-dir /p --prepared-bytes 9 --kernels-dir /k"
+    assert parse_settings([*given.split(), *more.split()]) == WorkerSettings(
+        "a", "unix:/c", Path("/t"), "unix:/a", "cpu", 3, 5, "avx2", 0.5, 7, Path("/p"), 9, kernels_dir=Path("/k")
+    )
+    assert parse_settings(["--name", "a", "--join", "x:1", "--token-file", "t"]) == WorkerSettings(
+        "a", "x:1", Path("t")
+    )
+
+
+def test_a_device_that_is_not_there_is_refused_by_name() -> None:
+    settings = WorkerSettings("a", "x:1", Path("t"), device="cuda:999")
+    with pytest.raises(UsageError, match="device cuda"):
+        Device.open(settings)
+    with pytest.raises(UsageError, match="device 'toaster'"):
+        Device.open(replace(settings, device="toaster"))
+    with pytest.raises(UsageError, match="feature level 'sse9'"):
+        Device.open(WorkerSettings("a", "x:1", Path("t"), feature_level="sse9", threads=1))
+
+
+def test_what_hides_a_gpu_is_said_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dev, driver = tmp_path / "dev", tmp_path / "proc/driver/nvidia"
+    assert "install NVIDIA's driver, until nvidia-smi lists the GPU; a container takes --gpus all" in advice(tmp_path)
+    driver.mkdir(parents=True)
+    (driver / "version").touch()
+    known = advice(tmp_path)
+    assert (
+        "driver is loaded, but this process has no" in known and "DeviceAllow=char-nvidia* rw and no Private" in known
+    )
+    assert "runtimeClassName" in known and "\n" not in known
+    dev.mkdir()
+    (dev / "nvidiactl").touch()
+    assert "`sudo nvidia-modprobe -u -c 0` makes it" in advice(tmp_path)
+    (dev / "nvidia-uvm").touch()
+    assert advice(tmp_path) == ""
+    (dev / "nvidia-uvm").unlink()
+    (dev / "nvidia-uvm").mkdir()  # as a file that root may not open, either
+    assert "nvidia-uvm: Is a directory: let this user into the file's group (often video)" in advice(tmp_path)
+    (dev / "dxg").touch()
+    assert advice(tmp_path) == "", "of Windows"
+    monkeypatch.setattr(nvidia, "advice", lambda: "do this")
+    with pytest.raises(UsageError, match=r"device cuda.*; do this$"):
+        Device.open(WorkerSettings("a", "x:1", Path("t"), device="cuda:999"))
+
+
+def test_a_cap_on_memory_counts_what_the_process_has() -> None:
+    most = system_info.resident_bytes() + (1 << 28)
+    capped = Device.open(WorkerSettings("a", "x:1", Path("t"), device="reference", memory_bytes=most))
+    assert 0 < capped.free_memory_bytes < 1 << 29
+    assert Device.open(WorkerSettings("a", "x:1", Path("t"), device="reference", memory_bytes=1)).free_memory_bytes == 0
+
+
+def test_the_machine_is_known() -> None:
+    assert 0 < system_info.resident_bytes() < system_info.total_memory_bytes()
+    assert 0 < system_info.available_memory_bytes() <= system_info.total_memory_bytes()
+    assert system_info.processor_name()
+
+
+def test_a_device_that_is_lost_ends_the_workers_life() -> None:
+    async def run(at_once: bool) -> str:
+        compute = Compute()
+        waits = asyncio.Event()
+
+        async def life() -> str:
+            if not at_once:
+                await waits.wait()
+            return "told so"
+
+        try:
+            living = asyncio.create_task(compute.while_able(life()))
+            await asyncio.sleep(0)
+            if not at_once:
+                threading.Thread(target=compute.give_up, args=(DeviceLostError("cuda:0 is lost"),)).start()
+            return await asyncio.wait_for(living, 10)
+        finally:
+            compute.close()
+
+    assert asyncio.run(run(at_once=True)) == "told so"
+    with pytest.raises(DeviceLostError, match="cuda:0 is lost"):
+        asyncio.run(run(at_once=False))
+
+
+class _Layers:
+    """What was loaded until then."""
+
+
+def test_a_load_that_failed_holds_nothing_when_the_coordinator_hears_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[weakref.ref[_Layers]] = []
+    told: list[tuple[WorkerMessage, _Layers | None]] = []
+
+    async def fails(*_: object) -> None:
+        layers = _Layers()
+        loaded.append(weakref.ref(layers))
+        raise DoesNotFitError("no room for the next one")
+
+    async def say(message: WorkerMessage) -> None:
+        told.append((message, loaded[0]()))
+
+    monkeypatch.setattr(load, "_load", fails)
+    monkeypatch.setattr(membership, "_log", logging.getLogger("not kept"))
+    logging.getLogger("not kept").propagate = False
+    nothing: Any = None
+    weights: Any = SimpleNamespace(received_bytes=0)
+    member = Member("a", nothing, nothing, StageService("a"), nothing, weights)
+    monkeypatch.setattr(member, "_say", say)
+    order: Any = SimpleNamespace(epoch=1, start=0, end=2, alone=True)
+    gc.disable()
+    try:
+        asyncio.run(member._load(order))
+    finally:
+        gc.enable()
+    (message, layers), *more = told
+    assert isinstance(message, LoadFailed) and layers is None and not more

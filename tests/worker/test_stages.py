@@ -1,0 +1,341 @@
+"""The streams of a worker: microbatches through stages in one process over real gRPC, hostile peers, failures."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from llamaclust.core.errors import WorkerError
+from llamaclust.model.loader import Model
+from llamaclust.wire.control.messages import Deadlines
+from llamaclust.wire.microbatch.codec import encode_inputs, encode_microbatch
+from llamaclust.wire.microbatch.frames import decode_frame, encode_hidden
+from llamaclust.wire.microbatch.messages import Chunk, Microbatch, Result, SamplingInputs
+from llamaclust.wire.rpc.client import FORWARD, SAMPLE, ClientStream, Peer, StreamBrokenError, UnreachableError
+from llamaclust.wire.rpc.deadlines import recurring_deadline
+from llamaclust.wire.rpc.server import Server, ServerStream
+from llamaclust.worker.stage.compute import INLINE_NS, Compute
+from llamaclust.worker.stage.executor import Answer, Arrival, Counters, StageStep
+from llamaclust.worker.stage.sampled_tokens import ChosenTokens
+from llamaclust.worker.stage.sampling_inputs import InputsBox
+from llamaclust.worker.stage.service import StageService
+from llamaclust.worker.stage.stage_runner import StageRunner
+from llamaclust.worker.stage.streams import Neighbours, StageFlow
+from support.clusters.real_cluster import microbatches
+from support.clusters.stage_chain import DEADLINES, TOKEN, chain, runner_of
+from support.models.tiny_model import build_tiny_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    path = tmp_path_factory.mktemp("model") / "tiny.gguf"
+    return Model.open(build_tiny_model(path, hidden=64, layers=3, heads=4, ffn=96))
+
+
+@pytest.mark.parametrize("cuts", [(0, 3), (0, 1, 3), (0, 1, 2, 3)], ids=str)
+def test_results_come_in_order_with_a_timing_a_stage(model: Model, tmp_path: Path, cuts: tuple[int, ...]) -> None:
+    work = microbatches(model.model_id, 1, 9)
+    whole = runner_of(model, 0, 3)
+
+    async def run() -> list[Result]:
+        async with chain(model, tmp_path, cuts) as stages:
+            for microbatch, inputs in work:
+                await stages.submit(microbatch, inputs)
+            results = [await stages.result() for _ in work]
+            await stages.forward.done_writing()
+            assert await stages.forward.read() is None
+            return results
+
+    for (microbatch, inputs), result in zip(work, asyncio.run(run()), strict=True):
+        assert (result.epoch, result.number, result.failure) == (1, microbatch.number, None)
+        assert result.rows == whole.finish(whole.run(microbatch, None), inputs)
+        assert [timing.rows for timing in result.timings] == [microbatch.rows] * (len(cuts) - 1)
+        assert all(timing.compute_ns > 0 and timing.queue_ns > 0 for timing in result.timings)
+
+
+def test_wire_time_is_not_what_is_computed_while_a_result_is_sent(model: Model) -> None:
+    counters, computed_ns = Counters(), 50_000_000
+
+    class Outlet:
+        async def write(self, data: bytes) -> None:
+            await asyncio.sleep(computed_ns / 1e9)
+            counters.busy_ns += computed_ns
+
+    async def run() -> int:
+        compute = Compute()
+        flow = StageFlow(1, runner_of(model, 0, 3), "w", compute, counters, DEADLINES, Neighbours())
+        answered: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        answered.set_result(Answer(b""))
+        async with recurring_deadline("handing on", 5.0) as limit:
+            await flow._send(Outlet(), answered, limit)
+        compute.close()
+        return flow._wire_ns
+
+    assert asyncio.run(run()) < computed_ns
+
+
+def test_the_first_chunk_with_a_long_context_is_not_expected_to_be_short(model: Model) -> None:
+    class Recording(Compute):
+        async def run(self, job: Callable[[], Any], expected_ns: int = INLINE_NS) -> Any:
+            seen.append(expected_ns)
+            return await super().run(job, expected_ns)
+
+    async def run() -> None:
+        compute = Recording()
+        step = StageStep(runner_of(model, 0, 1), "w", InputsBox(1, 1.0), ChosenTokens(), compute, Counters())
+        for number, position in enumerate((0, 0, 240, 240)):
+            microbatch = Microbatch(model.model_id, 1, number, (Chunk((1,) * 8, position, (0, 16), 0),))
+            header = encode_microbatch(microbatch)
+            await step.begin(Arrival(decode_frame(encode_hidden(header, (), None)), microbatch, 0, 0))
+        compute.close()
+
+    seen: list[int] = []
+    asyncio.run(run())
+    assert [expected_ns < INLINE_NS for expected_ns in seen] == [False, True, False, True]
+
+
+def test_sampling_inputs_may_come_late_but_not_never(model: Model, tmp_path: Path) -> None:
+    (first, first_inputs), (second, second_inputs), (third, third_inputs), *_ = microbatches(model.model_id, 1, 3)
+
+    async def run() -> None:
+        async with chain(model, tmp_path) as stages:
+            await stages.submit(first, None)
+            await asyncio.sleep(0.05)
+            await stages.sample.write(encode_inputs(first_inputs))
+            assert (await stages.result()).failure is None
+            await stages.submit(second, None)
+            failed = await stages.result()
+            assert failed.failure is not None
+            assert "worker w1 (layers [1, 3)): sampling inputs of microbatch 1: not within 0.2 s" in failed.failure
+            await stages.sample.write(encode_inputs(second_inputs))  # too late: dropped
+            await stages.submit(third, third_inputs)
+            assert (await stages.result()).failure is None
+
+    asyncio.run(run())
+
+
+def test_inputs_that_break_the_protocol_end_both_streams_at_once(
+    model: Model, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def run() -> list[str]:
+        async with chain(model, tmp_path, deadlines=Deadlines(sampling_inputs_s=60.0, forward_s=60.0)) as stages:
+            await stages.sample.write(b"\xff\xff")
+            await stages.submit(_good(model), None)
+            return [await _why(stream) for stream in (stages.sample, stages.forward)]
+
+    for why in asyncio.run(asyncio.wait_for(run(), 20.0)):
+        assert "SamplingInputs: damaged" in why
+    assert "Traceback" not in caplog.text
+
+
+async def _why(stream: ClientStream) -> str:
+    """The error that ends it."""
+    with pytest.raises(WorkerError) as caught:
+        await stream.read()
+    return str(caught.value)
+
+
+def test_a_microbatch_that_fails_is_answered_in_its_turn(model: Model, tmp_path: Path) -> None:
+    work = microbatches(model.model_id, 1, 4)
+
+    async def run() -> list[Result]:
+        async with chain(model, tmp_path, (0, 1, 2, 3)) as stages:
+            for stage, number in ((stages.runners[1], 1), (stages.runners[2], 2)):
+                _fail_at(stage, number)
+            for microbatch, inputs in work:
+                await stages.submit(microbatch, inputs)
+            return [await stages.result() for _ in work]
+
+    results = asyncio.run(run())
+    assert [result.number for result in results] == [0, 1, 2, 3]
+    assert [result.failure for result in results] == [
+        None,
+        "worker w1 (layers [1, 2)): MemoryError: no more",
+        "worker w2 (layers [2, 3)): MemoryError: no more",
+        None,
+    ]
+    assert [len(result.timings) for result in results] == [3, 1, 2, 3]
+
+
+def _fail_at(runner: StageRunner, number: int) -> None:
+    whole = runner.run
+
+    def run(microbatch: Microbatch, hidden: object) -> object:
+        if microbatch.number == number:
+            raise MemoryError("no more")
+        return whole(microbatch, hidden)  # type: ignore[arg-type]
+
+    runner.run = run  # type: ignore[method-assign,assignment]
+
+
+def _good(model: Model) -> Microbatch:
+    return Microbatch(model.model_id, 1, 0, (Chunk((1,), 0, (0, 1), 1),))
+
+
+def _hostile(model: Model) -> dict[str, bytes]:
+    good = _good(model)
+    changed = {
+        "another epoch": replace(good, epoch=2),
+        "number out of turn": replace(good, number=1),
+        "another model": replace(good, model_id="00"),
+        "foreign token": replace(good, chunks=(Chunk((320,), 0, (0, 1), 1),)),
+        "foreign block": replace(good, chunks=(Chunk((1,), 0, (64, 1), 1),)),
+        "too many rows": replace(good, chunks=(Chunk((1,) * 65, 0, (0, 5), 1),)),
+    }
+    frames = {name: encode_hidden(encode_microbatch(one), (), None) for name, one in changed.items()}
+    frames["no frame"] = b"GET / HTTP/1.1"
+    frames["empty"] = b""
+    frames["hidden state for a first stage"] = encode_hidden(encode_microbatch(good), (), np.zeros((1, 64), np.float32))
+    return frames
+
+
+HOSTILE = list(_hostile(SimpleNamespace(model_id="")))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_frame_that_breaks_the_protocol_ends_the_stream_by_name(model: Model, tmp_path: Path, name: str) -> None:
+    async def run() -> None:
+        async with chain(model, tmp_path, (0, 3)) as stages:
+            await stages.forward.write(_hostile(model)[name])
+            with pytest.raises(StreamBrokenError) as caught:
+                await stages.forward.read()
+            print(caught.value)
+
+    asyncio.run(run())
+
+
+def test_a_hidden_state_of_another_size_is_refused(model: Model, tmp_path: Path) -> None:
+    async def run() -> None:
+        async with chain(model, tmp_path) as stages:
+            forward = stages.last.open(FORWARD, epoch=1)
+            with pytest.raises(StreamBrokenError, match="second stream"):
+                await forward.opened()
+        async with chain(model, tmp_path, (0, 3)) as stages:
+            hidden = encode_hidden(encode_microbatch(_good(model)), (), np.zeros((1, 63), np.float32))
+            await stages.forward.write(hidden)
+            with pytest.raises(StreamBrokenError, match="252 bytes, 1 x 0"):
+                await stages.forward.read()
+
+    asyncio.run(run())
+
+
+def test_streams_that_do_not_belong_are_refused_by_name(model: Model, tmp_path: Path) -> None:
+    async def run() -> None:
+        async with chain(model, tmp_path) as stages:
+            for peer, method, epoch, why in (
+                (stages.first, FORWARD, 2, "worker w0 holds no stage for epoch 2"),
+                (stages.first, SAMPLE, 1, "not the last"),
+                (stages.first, FORWARD, 1, "second stream"),
+                (stages.last, SAMPLE, 1, "second sampling stream"),
+                (stages.first, FORWARD, None, "a number is expected"),
+            ):
+                with pytest.raises(StreamBrokenError, match=why):
+                    await peer.open(method, epoch=epoch).opened()
+            for microbatch, inputs in microbatches(model.model_id, 1, 2):  # nothing else is disturbed
+                await stages.submit(microbatch, inputs)
+                assert (await stages.result()).failure is None
+
+    asyncio.run(run())
+
+
+def test_bad_sampling_inputs_end_the_stream_by_name(model: Model, tmp_path: Path) -> None:
+    async def run(data: bytes, why: str) -> None:
+        async with chain(model, tmp_path, (0, 3)) as stages:
+            await stages.sample.write(data)
+            with pytest.raises(StreamBrokenError, match=why):
+                await stages.sample.read()
+
+    asyncio.run(run(b"\xff", "damaged"))
+    asyncio.run(run(encode_inputs(SamplingInputs(1, 1, ())), r"\(1, 1\) where \(1, 0\)"))
+    asyncio.run(run(encode_inputs(SamplingInputs(2, 0, ())), r"\(2, 0\) where \(1, 0\)"))
+
+
+def test_another_number_of_tasks_than_rows_ends_the_stream(model: Model, tmp_path: Path) -> None:
+    async def run() -> None:
+        async with chain(model, tmp_path, (0, 3)) as stages:
+            await stages.submit(_good(model), SamplingInputs(1, 0, ()))
+            with pytest.raises(StreamBrokenError, match="0 tasks for 1 output rows"):
+                await stages.forward.read()
+
+    asyncio.run(run())
+
+
+def test_the_loss_of_the_next_stage_reaches_the_coordinator(model: Model, tmp_path: Path) -> None:
+    async def run() -> None:
+        compute = Compute()
+        runner = runner_of(model, 0, 1)
+        service = StageService("w0")
+        nobody = Peer(f"unix:{tmp_path}/nobody.sock", TOKEN)
+        told: list[tuple[Peer, str]] = []
+
+        async def tell(peer: Peer, why: str) -> None:
+            told.append((peer, why))
+
+        service.add(StageFlow(1, runner, "w0", compute, Counters(), DEADLINES, Neighbours(nobody, on_lost=tell)))
+        server = await Server.start(f"unix:{tmp_path}/a.sock", TOKEN, service.handlers)
+        first = Peer(server.address, TOKEN)
+        with pytest.raises(StreamBrokenError, match=r"connection to unix:.*nobody\.sock lost"):
+            await first.open(FORWARD, epoch=1).opened()
+        ((peer, why),) = told
+        assert peer is nobody and "nobody.sock lost" in why
+        await first.close()
+        await server.stop(0.0)
+        await service.remove(1)
+        compute.close()
+
+    asyncio.run(run())
+
+
+def test_only_a_connection_that_fails_is_told(model: Model, tmp_path: Path) -> None:
+    """Not a stage that ends its stream with an error: it can be reached."""
+
+    async def run() -> None:
+        told: list[str] = []
+
+        async def tell(peer: Peer, why: str) -> None:
+            told.append(why)
+
+        async def refusing(stream: ServerStream) -> None:
+            await stream.accept()
+            raise WorkerError("no more")
+
+        other = await Server.start(f"unix:{tmp_path}/b.sock", TOKEN, {FORWARD: refusing})
+        compute, service = Compute(), StageService("w0")
+        neighbours = Neighbours(Peer(other.address, TOKEN), on_lost=tell)
+        service.add(StageFlow(1, runner_of(model, 0, 1), "w0", compute, Counters(), DEADLINES, neighbours))
+        server = await Server.start(f"unix:{tmp_path}/a.sock", TOKEN, service.handlers)
+        first = Peer(server.address, TOKEN)
+        stream = first.open(FORWARD, epoch=1)
+        with pytest.raises(StreamBrokenError, match="no more"):
+            await stream.opened()  # unless it is open before the next one has ended
+            await stream.read()
+        assert not told
+        await first.close()
+        await asyncio.gather(server.stop(0.0), other.stop(0.0))
+        await service.remove(1)
+        compute.close()
+
+    asyncio.run(run())
+
+
+def test_a_connection_that_nobody_answers_fails_in_time() -> None:
+    async def run() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            peer = Peer(f"127.0.0.1:{silent.getsockname()[1]}", TOKEN, patience_s=1.0)
+            peer.open(FORWARD, epoch=1)
+            begun = time.monotonic()
+            with pytest.raises(UnreachableError, match=r"connection to 127\.0\.0\.1:\d+: not within 1 s"):
+                await peer.connected()
+            assert time.monotonic() - begun < 15.0
+            await peer.close()
+
+    asyncio.run(run())

@@ -1,0 +1,148 @@
+"""The folder of fetched weights: room is made from what is in no load, what was changed is not taken for whole."""
+
+from __future__ import annotations
+
+import json
+import os
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from llamaclust.cli.app import app
+from llamaclust.core.errors import LlamaclustError, ModelFileError
+from llamaclust.model.gguf.writer import header_bytes
+from llamaclust.model.loader import Model
+from llamaclust.model.weights.cache import WeightCache
+from llamaclust.model.weights.manifest import make_manifest, read_manifest
+from llamaclust.model.weights.partial_tensor import WeightPart
+from llamaclust.wire.control.messages import Locate
+from llamaclust.worker.weights.weights import Weights
+from support.models.tiny_model import build_tiny_model
+
+
+def put(cache: WeightCache, data: bytes) -> str:
+    cache.prepare()
+    content = sha256(data).hexdigest()
+    part = WeightPart.open(cache, content, len(data))
+    assert part is not None
+    part.write([data])
+    assert part.finish()
+    part.close()
+    return content
+
+
+def test_room_is_made_from_what_was_not_used_for_longest_and_is_in_no_load(tmp_path: Path) -> None:
+    cache = WeightCache(tmp_path / "w", 3000)
+    old, newer = put(cache, os.urandom(1000)), put(cache, os.urandom(1000))
+    cache.find(old)
+    cache.make_room(1500)
+    assert cache.find(old) is not None and cache.find(newer) is None
+    with cache.in_use():
+        held = put(cache, os.urandom(1000))
+        cache.make_room(1500)
+        assert cache.find(held) is not None and cache.find(old) is None
+        with pytest.raises(LlamaclustError, match=r"1 MiB more of weights beside 1 MiB in use, 1 MiB are allowed"):
+            cache.make_room(2500)
+    cache.make_room(2500)
+    assert cache.find(held) is None
+
+
+def test_a_part_that_somebody_writes_is_not_deleted(tmp_path: Path) -> None:
+    cache = WeightCache(tmp_path / "w", 3000)
+    cache.prepare()
+    data = os.urandom(2000)
+    part = WeightPart.open(cache, sha256(data).hexdigest(), 2000)
+    assert part is not None
+    part.write([data[:1500]])
+    with pytest.raises(LlamaclustError, match="are allowed"):
+        cache.make_room(2000)
+    part.close()
+    cache.make_room(2000)
+    assert cache.list_files() == ([], [])
+
+
+def test_what_another_process_has_just_finished_is_not_begun_again(tmp_path: Path) -> None:
+    cache = WeightCache(tmp_path / "w", 1 << 20)
+    content = put(cache, bytes(1000))
+    assert WeightPart.open(cache, content, 1000) is None
+    assert not cache.part_path(content).exists() and cache.find(content) is not None
+
+
+def test_what_was_changed_is_not_there(tmp_path: Path) -> None:
+    cache = WeightCache(tmp_path / "w", 1 << 20)
+    content = put(cache, bytes(1000))
+    with cache.place(content).open("r+b") as file:
+        file.write(b"x")
+    assert cache.find(content) is None and not cache.place(content).exists()
+    cache.place(content).symlink_to("/etc/passwd")
+    assert cache.find(content) is None and not cache.place(content).is_symlink()
+
+
+def test_a_folder_that_others_may_write_to_is_not_used(tmp_path: Path) -> None:
+    cache = WeightCache(tmp_path / "w", 1 << 20)
+    cache.prepare()
+    cache.path.chmod(0o777)
+    with pytest.raises(LlamaclustError, match="others may write to it"):
+        cache.prepare()
+
+
+def test_the_command_lists_and_clears_fetched_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLAMACLUST_HOME", str(tmp_path))
+    monkeypatch.setenv("LLAMACLUST_WEIGHTS_SIZE", "5MiB")
+    cache = WeightCache(tmp_path / "weights", 5 << 20)
+    put(cache, bytes(1000))
+    listed = json.loads(CliRunner().invoke(app, ["model", "cache", "list", "--json"]).output)["fetched"]
+    assert listed == {
+        "folder": str(cache.path), "most_bytes": 5 << 20, "tensors": 1, "size_bytes": 1000, "unfinished_bytes": 0
+    }  # fmt: skip
+    assert "of 5.00 in" in CliRunner().invoke(app, ["model", "cache", "list"]).output
+    with cache.in_use():
+        refused = CliRunner().invoke(app, ["model", "cache", "clear"])
+        assert isinstance(refused.exception, LlamaclustError) and "a load is using it" in str(refused.exception)
+    cleared = json.loads(CliRunner().invoke(app, ["model", "cache", "clear", "--json"]).output)
+    assert (cleared["fetched_files"], cleared["fetched_bytes"]) == (1, 1000)
+    assert cache.list_files() == ([], [])
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_a_manifest_says_what_the_file_says(tmp_path: Path, architecture: str) -> None:
+    model = Model.open(build_tiny_model(tmp_path / "m.gguf", architecture=architecture, layers=2))
+    data = make_manifest(model.file)
+    path = tmp_path / "manifest"
+    path.write_bytes(data)
+    found = read_manifest(path)
+    assert make_manifest(model.file) == data and len(data) < 10_000
+    assert [(one.name, one.n_bytes) for one in found.tensors] == [
+        (name, tensor.n_bytes) for name, tensor in model.file.tensors.items()
+    ]
+    outline = Model(found.file(Path("/nowhere"), {}))
+    assert outline.hyperparameters == model.hyperparameters and outline.model_id == model.model_id
+    assert outline.program(0, 2) == model.program(0, 2)
+    assert not [key for key in found.metadata if key.startswith("tokenizer")]
+    for one in found.tensors:
+        assert sha256(model.file.tensor(one.name).read()).hexdigest() == one.content
+
+
+def test_what_is_no_manifest_is_refused(tmp_path: Path) -> None:
+    for metadata in ({}, {"llamaclust.manifest.version": 2}, {"llamaclust.manifest.version": 1}):
+        path = tmp_path / "manifest"
+        path.write_bytes(header_bytes(metadata))
+        with pytest.raises(ModelFileError, match="manifest"):
+            read_manifest(path)
+
+
+def test_a_manifest_is_made_once_for_a_file_until_that_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = build_tiny_model(tmp_path / "m.gguf", layers=1)
+    order = Locate(str(path), Model.open(path).model_id, describe=True)
+    made = []
+    monkeypatch.setattr(
+        "llamaclust.worker.weights.weights.make_manifest", lambda *given: made.append(1) or make_manifest(*given)
+    )
+    first = Weights(WeightCache(tmp_path / "w", 1 << 30)).locate(order)
+    assert Weights(WeightCache(tmp_path / "w", 1 << 30)).locate(order) == first and len(made) == 1
+    assert first.has_file and first.manifest is not None
+    os.utime(path)
+    assert Weights(WeightCache(tmp_path / "w", 1 << 30)).locate(order) == first and len(made) == 2
+    assert Weights(None).locate(order).manifest is None

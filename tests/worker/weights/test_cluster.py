@@ -1,0 +1,289 @@
+"""Clusters whose workers have no model file: each gets its own layers from the one that has it, and nothing twice."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from llamaclust.cluster.control.loading import load_stages, unload_stages
+from llamaclust.cluster.control.remote_pipeline import RemotePipeline
+from llamaclust.cluster.control.weight_sources import _of_one_manifest
+from llamaclust.cluster.engine.pipeline import StageInfo
+from llamaclust.cluster.launchers.run_directory import RunDirectory, run_directory
+from llamaclust.cluster.membership.registry import Registry
+from llamaclust.cluster.membership.worker_handle import WorkerHandle
+from llamaclust.core.errors import LlamaclustError, ModelFileError
+from llamaclust.kernels.cpu.backend import CpuBackend
+from llamaclust.model.loader import Model
+from llamaclust.wire.control.messages import Deadlines, Located
+from llamaclust.worker.main import _live
+from llamaclust.worker.settings import WorkerSettings
+from llamaclust.worker.stage.stage_runner import StageRunner
+from support.clusters.command_line import eventually
+from support.clusters.real_cluster import LIMITS, microbatches, running
+from support.clusters.served import until
+from support.models.tiny_model import build_tiny_model
+
+NOWHERE = "/nowhere/m.gguf"
+FOUR = ("b", "c", "d", "e")
+CUTS = (0, 1, 3, 4, 6)
+
+
+@pytest.fixture(scope="module", params=["untied", "tied, with frequency factors"])
+def model(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    tied = request.param != "untied"
+    path = tmp_path_factory.mktemp("model") / "m.gguf"
+    return build_tiny_model(path, hidden=512, ffn=1024, layers=6, tied=tied, rope_factors=tied)
+
+
+@dataclass(frozen=True, slots=True)
+class Members:
+    """Workers in this process, each with caches of its own."""
+
+    folder: Path
+    run: RunDirectory
+    registry: Registry
+
+    def start(self, name: str, *, model_dir: Path | None = None, cache: str = "") -> asyncio.Task[str]:
+        own = self.folder / (cache or name)
+        settings = WorkerSettings(
+            name=name,
+            join=self.registry.address,
+            token_file=self.run.token_file,
+            listen=self.run.worker("abcde".index(name)),
+            threads=1,
+            prepared_dir=own / "prepared",
+            prepared_bytes=1 << 30,
+            weights_dir=own / "weights",
+            weights_bytes=1 << 30,
+            model_dir=model_dir,
+        )
+        return asyncio.create_task(_live(settings))
+
+    async def load(
+        self, model: Path, names: Sequence[str], cuts: Sequence[int], path: str = NOWHERE
+    ) -> tuple[WorkerHandle, ...]:
+        stages = [StageInfo(name, *layers) for name, layers in zip(names, pairwise(cuts), strict=True)]
+        model_id = Model.open(model).model_id
+        return await load_stages(1, stages, self.registry.workers, model_path=path, model_id=model_id, limits=LIMITS)
+
+
+@asynccontextmanager
+async def members(folder: Path) -> AsyncIterator[Members]:
+    folder.mkdir(exist_ok=True)  # noqa: ASYNC240
+    with run_directory(folder) as run:
+        registry = Registry(run.coordinator, run.token, deadlines=Deadlines(heartbeat_s=0.05))
+        async with registry:
+            yield Members(folder, run, registry)
+
+
+async def results(cluster: Members, handles: Sequence[WorkerHandle], model: Path) -> list[object]:
+    pipeline = await RemotePipeline.open(1, tuple(handles), cluster.run.token)
+    work = microbatches(Model.open(model).model_id, 1, 8)
+    async with running(pipeline) as at_work:
+        for microbatch, inputs in work:
+            pipeline.submit(microbatch, inputs)
+        return [(await at_work.next_result()).rows for _ in work]
+
+
+def alone(model: Path) -> list[object]:
+    opened = Model.open(model)
+    runner = StageRunner(CpuBackend(1), opened, 0, opened.layer_count, LIMITS)
+    work = microbatches(opened.model_id, 1, 8)
+    return [runner.finish(runner.run(microbatch, None), inputs) for microbatch, inputs in work]
+
+
+def own_bytes(model: Path, start: int, end: int) -> int:
+    """What the layers' tensors take in the file, those that are the same counted once."""
+    opened = Model.open(model)
+    names = {*opened.program(start, end).weights, "rope_freqs.weight"} & set(opened.file.tensors)
+    return sum(opened.file.tensor(name).n_bytes for name in names)
+
+
+def test_four_workers_get_their_own_layers_from_one_and_a_second_start_gets_nothing(
+    model: Path, tmp_path: Path
+) -> None:
+    whole = alone(model)
+
+    async def start(first: bool) -> None:
+        async with members(tmp_path / "run") as cluster:
+            lives = [cluster.start("a", model_dir=model.parent), *map(cluster.start, FOUR)]
+            await cluster.registry.wait_for(("a", *FOUR), 20)
+            begun_s = time.monotonic()
+            handles = await cluster.load(model, FOUR, CUTS)
+            took_s = time.monotonic() - begun_s
+            loaded = [handle.stages[1][1] for handle in handles]
+            orders = [handle.stages[1][0] for handle in handles]
+            assert all(order.weights is not None and order.weights.sources[0].worker == "a" for order in orders)
+            manifest_bytes = orders[0].weights.manifest_bytes if orders[0].weights else 0
+            due = [own_bytes(model, *cut) + manifest_bytes for cut in pairwise(CUTS)]
+            assert [one.fetched_bytes for one in loaded] == (due if first else [0, 0, 0, 0])
+            assert max(due) < sum(due) / 2
+            assert await results(cluster, handles, model) == whole
+            received = {name: one.fetched_bytes for name, one in zip(FOUR, loaded, strict=True)}
+            await until(lambda: moved(cluster) == (sum(due) * first, {"a": 0, **received}))
+            print(f"{'first' if first else 'second'} load: {took_s:.3f} s, {sum(due)} bytes")
+            await asyncio.to_thread(_prepared, tmp_path / "run", 4)
+        await asyncio.gather(*lives, return_exceptions=True)
+
+    async def both() -> None:
+        async with asyncio.timeout(100):
+            await start(first=True)
+            await start(first=False)
+
+    asyncio.run(both())
+
+
+def moved(cluster: Members) -> tuple[int, dict[str, int]]:
+    """Bytes of weights that were sent, and that each worker received, as signs of life tell."""
+    beats = {name: one.heartbeat for name, one in cluster.registry.workers.items()}
+    told = {name: beat for name, beat in beats.items() if beat is not None}
+    sent = sum(beat.weight_bytes_sent for beat in told.values())
+    return sent, {name: beat.weight_bytes_received for name, beat in told.items()}
+
+
+def _prepared(folder: Path, workers: int, layers: int = 4) -> None:
+    """Waits until so many layers, of so many workers, are there, prepared."""
+
+    def within() -> bool:
+        found = list(folder.glob("*/prepared/*.tiles"))
+        return len(found) >= layers and len({path.parent for path in found}) == workers
+
+    eventually(within, 60, "prepared layers")
+
+
+@pytest.mark.alone
+def test_a_second_start_of_the_demo_model_takes_less_than_a_second(demo_model: Path, tmp_path: Path) -> None:
+    async def start() -> tuple[float, int]:
+        async with members(tmp_path / "run") as cluster:
+            lives = [cluster.start("a", model_dir=demo_model.parent), *map(cluster.start, "bcd")]
+            await cluster.registry.wait_for("abcd", 20)
+            begun_s = time.monotonic()
+            handles = await cluster.load(demo_model, "bcd", (0, 10, 20, 30), f"/nowhere/{demo_model.name}")
+            took_s = time.monotonic() - begun_s
+            await asyncio.to_thread(_prepared, tmp_path / "run", 3, 30)
+        await asyncio.gather(*lives, return_exceptions=True)
+        return took_s, sum(handle.stages[1][1].fetched_bytes for handle in handles)
+
+    async def twice() -> None:
+        async with asyncio.timeout(100):
+            first, second = await start(), await start()
+            print(f"first load {first[0]:.2f} s, {first[1]} bytes; second {second[0]:.3f} s, {second[1]} bytes")
+            assert first[1] > 50_000_000 and second[1] == 0
+            assert second[0] < 1.0
+
+    asyncio.run(twice())
+
+
+def test_two_workers_of_one_host_share_a_cache(model: Path, tmp_path: Path) -> None:
+    async def run() -> None:
+        async with asyncio.timeout(100), members(tmp_path / "run") as cluster:
+            names = ("b", "c")
+            lives = [
+                cluster.start("a", model_dir=model.parent),
+                *(cluster.start(name, cache="shared") for name in names),
+            ]
+            await cluster.registry.wait_for(("a", *names), 20)
+            stages = [[StageInfo(name, 0, 6)] for name in names]
+            model_id = Model.open(model).model_id
+            workers = cluster.registry.workers
+            for name in names:  # so that both are asked at once below
+                await workers[name].locate(NOWHERE, model_id, describe=False)
+            loads = [
+                load_stages(1, one, {one[0].worker: workers[one[0].worker], "a": workers["a"]},
+                            model_path=NOWHERE, model_id=model_id, limits=LIMITS)
+                for one in stages
+            ]  # fmt: skip
+            await workers["a"].locate(NOWHERE, model_id, describe=False)
+            await workers["a"].locate(NOWHERE, model_id, describe=True)
+            handles = [one[0] for one in await asyncio.gather(*loads)]
+            order = handles[0].stages[1][0]
+            fetched = [handle.stages[1][1].fetched_bytes for handle in handles]
+            assert order.weights is not None
+            assert sum(fetched) == own_bytes(model, 0, 6) + order.weights.manifest_bytes
+            assert await results(cluster, handles[:1], model) == alone(model)
+        await asyncio.gather(*lives, return_exceptions=True)
+
+    asyncio.run(run())
+
+
+def test_who_has_fetched_gives_to_others_when_the_file_is_gone(model: Path, tmp_path: Path) -> None:
+    async def first() -> None:
+        async with asyncio.timeout(100), members(tmp_path / "run") as cluster:
+            lives = [cluster.start("a", model_dir=model.parent), cluster.start("b")]
+            await cluster.registry.wait_for(("a", "b"), 20)
+            await cluster.load(model, ("b",), (0, 6))
+        await asyncio.gather(*lives, return_exceptions=True)
+
+    async def then() -> None:
+        async with asyncio.timeout(100), members(tmp_path / "run") as cluster:
+            lives = [cluster.start("b"), cluster.start("c")]
+            await cluster.registry.wait_for(("b", "c"), 20)
+            handles = await cluster.load(model, ("c",), (2, 6))
+            assert await results_of_end(handles) > 0
+            await unload_stages(1, handles)
+        await asyncio.gather(*lives, return_exceptions=True)
+
+    async def results_of_end(handles: Sequence[WorkerHandle]) -> int:
+        return handles[0].stages[1][1].fetched_bytes
+
+    asyncio.run(first())
+    asyncio.run(then())
+
+
+def test_without_anybody_who_has_it_the_error_says_so(model: Path, tmp_path: Path) -> None:
+    async def run() -> None:
+        async with asyncio.timeout(100), members(tmp_path / "run") as cluster:
+            lives = [cluster.start("b"), cluster.start("c")]
+            await cluster.registry.wait_for(("b", "c"), 20)
+            with pytest.raises(ModelFileError, match=r"/nowhere/m.gguf: no such file on this machine, and no other"):
+                await cluster.load(model, ("b", "c"), (0, 3, 6))
+        await asyncio.gather(*lives, return_exceptions=True)
+
+    asyncio.run(run())
+
+
+def test_a_cache_that_is_too_small_is_one_error(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def run() -> None:
+        async with asyncio.timeout(100), members(tmp_path / "run") as cluster:
+            lives = [cluster.start("a", model_dir=model.parent)]
+            await cluster.registry.wait_for(("a",), 20)
+            monkeypatch.setattr("llamaclust.worker.weights.weights.WeightCache", lambda path, _: _small(path))
+            lives.append(cluster.start("b"))
+            await cluster.registry.wait_for(("b",), 20)
+            with pytest.raises(LlamaclustError, match=r"are allowed .LLAMACLUST_WEIGHTS_SIZE"):
+                await cluster.load(model, ("b",), (0, 6))
+        await asyncio.gather(*lives, return_exceptions=True)
+
+    asyncio.run(run())
+
+
+def _small(path: Path) -> object:
+    from llamaclust.model.weights.cache import WeightCache
+
+    return WeightCache(path, 1 << 20)
+
+
+def test_most_of_those_that_have_the_file_say_what_it_holds() -> None:
+    has, fetched = partial(Located, True), partial(Located, False)
+    found = {
+        "liar": has("bb" * 32, 9),
+        "a": has("aa" * 32, 7),
+        "b": has("aa" * 32, 7),
+        "c": fetched("bb" * 32, 9),
+        "d": fetched("bb" * 32, 9),
+        "e": fetched(),
+    }
+    assert list(_of_one_manifest(found)) == ["a", "b"]
+    del found["b"]
+    assert list(_of_one_manifest(found)) == ["liar", "c", "d"], "of as many, the first"
+    assert list(_of_one_manifest({"e": fetched(), "d": found["d"]})) == ["d"]
+    assert _of_one_manifest({"e": fetched()}) == {}

@@ -1,0 +1,249 @@
+"""Speed of a model here, beside what this machine could do at best, measured in turns in the same run."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable
+from contextlib import closing
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any, Protocol
+
+from llamaclust.cluster.config.environment import environment
+from llamaclust.core.errors import UsageError
+from llamaclust.kernels.backend import Backend
+from llamaclust.kernels.cpu.backend import CpuBackend
+from llamaclust.model.loader import Model
+from llamaclust.model.program import KvType
+from llamaclust.tools.background import in_background
+from llamaclust.tools.bench.gpu import GpuLimits
+from llamaclust.tools.bench.limits import Limits, MachineLimits, Pair, Spread, paired
+from llamaclust.tools.bench.load import LoadMeter, OtherLoad
+from llamaclust.tools.bench.stage import BenchStage, Sampling
+from llamaclust.tools.model_info import describe
+from llamaclust.worker.devices.backends import open_gpu
+
+OnStep = Callable[[str], None]
+"""Told what is measured next."""
+
+
+@dataclass(frozen=True, slots=True)
+class BenchTask:
+    """What to measure. Prefill and decode are apart, as in llama-bench: decode begins behind `depth` tokens."""
+
+    model: Path
+    threads: int | None  # of each worker; None: the cores, shared out
+    prompt: int = 512
+    generate: int = 128
+    batch: int = 1  # sequences
+    depth: int = 0
+    repeats: int = 5
+    workers: int = 1
+    kv_type: KvType = KvType.F16
+    device: str = "cpu"  # or "cuda:N", in this process
+
+    @property
+    def threads_each(self) -> int:
+        return self.threads or max(1, cores() // self.workers)
+
+    @property
+    def context(self) -> int:
+        """Tokens of a sequence, at most."""
+        return max(self.prompt, self.depth + self.generate) + 1
+
+    @property
+    def steps(self) -> int:
+        """How often `OnStep` is called."""
+        return 1 + 2 * self.repeats
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What one prefill and one decode step cost by count: the weights' multiply-accumulates, bytes that must be read.
+
+    Weights count as the file holds them: tiles that take more get no credit. The embedding is not counted: of it one
+    row a token is read. Nor are experts that a token does not choose, keys and values outside a sliding window.
+    """
+
+    prefill_macs: int
+    float_share: float  # of them, those by float weights
+    decode_bytes: float  # a step, all sequences together, with the keys and values of a step in the mean
+
+    @classmethod
+    def of(cls, model: Model, task: BenchTask) -> Work:
+        costs = model.costs(task.kv_type)
+        macs = task.prompt * sum(layer.macs_per_token for layer in costs.layers) + costs.head_macs
+        float_macs = task.prompt * sum(layer.float_macs_per_token for layer in costs.layers) + costs.float_head_macs
+        weights = costs.head_file_bytes + sum(layer.used_file_bytes for layer in costs.layers)
+        lengths = range(task.depth + 1, task.depth + task.generate + 1)
+        kv_bytes = sum(
+            step.kv_token_bytes * sum(min(length, step.window or length) for length in lengths) / task.generate
+            for step in model.program(0, model.layer_count, task.kv_type).kv_layers
+        )
+        return cls(task.batch * macs, float_macs / macs, weights + task.batch * kv_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class BenchReport:
+    """What was measured, repeat by repeat; figures of the whole are medians. GB are 10^9 bytes."""
+
+    task: BenchTask
+    quant_type: str
+    feature_level: str
+    work: Work
+    prefills: tuple[Pair, ...]  # GMAC/s
+    decodes: tuple[Pair, ...]  # GB/s
+    machine: MachineLimits
+    other_load: OtherLoad | None = None
+    gpu: str = ""  # its name; "": none
+
+    @property
+    def prefill_gmac_s(self) -> float:
+        return median(pair.speed for pair in self.prefills)
+
+    @property
+    def prefill_tok_s(self) -> float:
+        return self.task.batch * self.task.prompt * self.prefill_gmac_s * 1e9 / self.work.prefill_macs
+
+    @property
+    def decode_gb_s(self) -> float:
+        return median(pair.speed for pair in self.decodes)
+
+    @property
+    def decode_tok_s(self) -> float:
+        return self.task.batch * self.decode_gb_s * 1e9 / self.work.decode_bytes
+
+    @property
+    def decode_roofline(self) -> Spread:
+        """Shares of the read bandwidth; more than 1 where weights stay in a cache."""
+        return Spread.of(pair.share for pair in self.decodes)
+
+    @property
+    def prefill_roofline(self) -> Spread:
+        """Shares of the peak of 8-bit multiply-adds, or of float32 ones for float weights."""
+        return Spread.of(pair.share for pair in self.prefills)
+
+    def as_json(self) -> dict[str, Any]:
+        task, prefills, decodes = self.task, self.prefill_roofline, self.decode_roofline
+        return {
+            "model": task.model.stem,
+            "quant_type": self.quant_type,
+            "threads": task.threads_each,
+            "workers": task.workers,
+            "batch": task.batch,
+            "depth": task.depth,
+            "kv_type": task.kv_type,
+            "feature_level": self.feature_level,
+            "gpu": self.gpu or None,
+            "prefill": {"tokens": task.prompt, "tok_s": self.prefill_tok_s, "gmac_s": self.prefill_gmac_s},
+            "decode": {"tokens": task.generate, "tok_s": self.decode_tok_s, "gb_s": self.decode_gb_s},
+            "machine": asdict(self.machine),
+            "other_load": None if self.other_load is None else asdict(self.other_load),
+            "decode_roofline": decodes.median,
+            "decode_roofline_range": [decodes.least, decodes.most],
+            "prefill_roofline": prefills.median,
+            "prefill_roofline_range": [prefills.least, prefills.most],
+            "pairs": {"prefill": list(map(asdict, self.prefills)), "decode": list(map(asdict, self.decodes))},
+        }
+
+
+class Runner(Protocol):
+    """What is measured. Both return seconds."""
+
+    def prefill(self) -> Awaitable[float]: ...
+    def decode(self) -> Awaitable[float]: ...
+
+
+class _StageRunner:
+    """One stage in this process; nothing else runs meanwhile."""
+
+    def __init__(self, stage: BenchStage, task: BenchTask) -> None:
+        self._stage = stage
+        self._task = task
+        if task.depth:
+            stage.prefill(task.depth)
+
+    async def prefill(self) -> float:
+        return self._stage.prefill(self._task.prompt)
+
+    async def decode(self) -> float:
+        return self._stage.decode(self._task.depth, self._task.generate)
+
+
+def run_bench(task: BenchTask, on_step: OnStep) -> BenchReport:
+    """UsageError for more tokens than the model was made for, or workers than it has layers."""
+    with closing(Model.open(task.model)) as model:
+        trained = model.hyperparameters.context_length
+        if task.context > trained:
+            raise UsageError(f"{task.context} tokens are asked for, the model was made for {trained}")
+        backend = CpuBackend(task.threads_each, environment().feature_level)
+        measurement = _Measurement(task, Work.of(model, task), on_step)
+        load, level, gpu_name = LoadMeter(), backend.feature_level, ""
+        if task.device != "cpu":
+            kernels = environment().kernels_dir
+            with closing(open_gpu(task.device, task.threads_each, None, kernels_dir=kernels)) as gpu:
+                level, gpu_name = gpu.feature_level, gpu.gpu().name
+                in_background(partial(_stage_runs, model, gpu, level, measurement, GpuLimits(gpu))).result()
+        elif task.workers > 1:
+            asyncio.run(_cluster_runs(measurement))
+        else:
+            in_background(partial(_stage_runs, model, backend, level, measurement)).result()
+        quant_type = max(describe(model.file).by_type, key=lambda share: share.bytes).name
+        return replace(measurement.report(quant_type, level), other_load=load.measure(), gpu=gpu_name)
+
+
+def _stage_runs(
+    model: Model, backend: Backend, level: str, measurement: _Measurement, limits: GpuLimits | None = None
+) -> None:
+    task = measurement.task
+    sampling = Sampling(task.threads_each, environment().feature_level or "" if limits else level)
+    with closing(BenchStage(model, backend, task.batch, task.context, sampling, task.kv_type)) as stage:
+        asyncio.run(measurement.run(_StageRunner(stage, task), limits))
+
+
+async def _cluster_runs(measurement: _Measurement) -> None:
+    from llamaclust.tools.bench.cluster import ClusterRunner
+    from llamaclust.tools.bench.temporary_cluster import temporary_cluster
+
+    task = measurement.task
+    measurement.on_step("starting the workers")
+    ways = (task.workers, task.threads_each, task.context, task.batch, task.kv_type)
+    async with temporary_cluster(task.model, *ways) as cluster:
+        await measurement.run(ClusterRunner(cluster, task))
+
+
+@dataclass(slots=True)
+class _Measurement:
+    task: BenchTask
+    work: Work
+    on_step: OnStep
+    prefills: list[Pair] = field(default_factory=list)
+    decodes: list[Pair] = field(default_factory=list)
+    machine: MachineLimits | None = None
+
+    async def run(self, runner: Runner, of_gpu: GpuLimits | None = None) -> None:
+        """In turns, so that a change of the machine's mood meets all of them."""
+        task, work = self.task, self.work
+        self.on_step("warming up")
+        threads = min(task.threads_each * task.workers, cores())
+        limits = of_gpu or await Limits.open(threads, work.float_share)
+        await runner.prefill()
+        for number in range(1, task.repeats + 1):
+            self.on_step(f"decode {number}/{task.repeats}")
+            self.decodes.append(await paired(runner.decode, work.decode_bytes * task.generate, limits.read))
+            self.on_step(f"prefill {number}/{task.repeats}")
+            self.prefills.append(await paired(runner.prefill, work.prefill_macs, limits.peak))
+        self.machine = limits.machine
+
+    def report(self, quant_type: str, feature_level: str) -> BenchReport:
+        assert self.machine is not None
+        pairs = (tuple(self.prefills), tuple(self.decodes))
+        return BenchReport(self.task, quant_type, feature_level, self.work, *pairs, self.machine)
+
+
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0))

@@ -1,0 +1,116 @@
+"""What this machine could do at best, measured right before and right after each run: a share is that of a pair, so
+that a machine that changes its speed in between, as virtual ones do, changes one pair and not all."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
+from typing import Self, TypeVar
+
+from llamaclust.core.errors import DoesNotFitError
+from llamaclust.kernels import probes
+from llamaclust.tools.background import in_background
+from llamaclust.wire.rpc.deadlines import deadline
+
+_Result = TypeVar("_Result")
+
+_READ_S = 0.3
+_PEAK_S = 0.1
+_PROBE_S = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Of several runs."""
+
+    median: float
+    least: float
+    most: float
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Self:
+        every = sorted(values)
+        return cls(median(every), every[0], every[-1])
+
+    def __format__(self, spec: str) -> str:
+        return f"{self.median:{spec}} ({self.least:{spec}} .. {self.most:{spec}})"
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """The speed of one run, and the machine's limit right before and right after it; all three in one unit."""
+
+    speed: float
+    before: float
+    after: float
+
+    @property
+    def limit(self) -> float:
+        """The greater one: other work on the machine can only make a limit look smaller than it is."""
+        return max(self.before, self.after)
+
+    @property
+    def share(self) -> float:
+        return self.speed / self.limit
+
+
+@dataclass(frozen=True, slots=True)
+class MachineLimits:
+    """10^9 bytes read from memory, 8-bit and float32 multiply-adds a second: medians over the run."""
+
+    read_gb_s: float
+    int8_gmac_s: float
+    fma_gmac_s: float
+
+
+class Limits:
+    """The machine's limits on some threads, and what was measured of them. `float_share` of a prefill's multiply-adds
+    are by float weights. Holds up to a gigabyte to read from. Each probe runs in a thread that nobody waits for.
+    """
+
+    def __init__(self, probe: probes.ReadProbe, threads: int, float_share: float) -> None:
+        self._probe = probe
+        self._threads = threads
+        self._float_share = float_share
+        self._read_gb_s: list[float] = []
+        self._int8_gmac_s: list[float] = []
+        self._fma_gmac_s: list[float] = []
+
+    @classmethod
+    async def open(cls, threads: int, float_share: float) -> Self:
+        """DoesNotFitError where the system refuses the memory to read from."""
+        try:
+            return cls(await _elsewhere(partial(probes.ReadProbe, threads)), threads, float_share)
+        except MemoryError as error:
+            what = "measuring the read bandwidth takes a quarter of the free memory, up to 1024 MiB"
+            raise DoesNotFitError(f"{what}, which the system refuses; end other programs, or lift the limit") from error
+
+    @property
+    def machine(self) -> MachineLimits:
+        return MachineLimits(median(self._read_gb_s), median(self._int8_gmac_s), median(self._fma_gmac_s))
+
+    async def read(self) -> float:
+        """GB/s."""
+        self._read_gb_s.append(await _elsewhere(partial(self._probe.measure, _READ_S)))
+        return self._read_gb_s[-1]
+
+    async def peak(self) -> float:
+        """10^9 multiply-adds a second, of 8 bits and of float32 in the model's proportion."""
+        self._int8_gmac_s.append(await _elsewhere(partial(probes.int8_peak, self._threads, _PEAK_S)))
+        self._fma_gmac_s.append(await _elsewhere(partial(probes.fma_peak, self._threads, _PEAK_S)))
+        return 1 / ((1 - self._float_share) / self._int8_gmac_s[-1] + self._float_share / self._fma_gmac_s[-1])
+
+
+async def paired(run: Callable[[], Awaitable[float]], work: float, limit: Callable[[], Awaitable[float]]) -> Pair:
+    """`run` tells the seconds that it took to do `work`, in the units of 10^9 a second that `limit` is in."""
+    before = await limit()
+    seconds = await run()
+    return Pair(work / seconds / 1e9, before, await limit())
+
+
+async def _elsewhere(probe: Callable[[], _Result]) -> _Result:
+    async with deadline("measuring the machine's limits", _PROBE_S):
+        return await asyncio.wrap_future(in_background(probe))

@@ -1,0 +1,125 @@
+"""Speed of one stage with a whole model, in this thread: what the engine would run, without the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from time import perf_counter_ns
+
+import numpy as np
+
+from llamaclust.cluster.scheduler.chunking import chunk_rows
+from llamaclust.cluster.scheduler.settings import SchedulerSettings
+from llamaclust.cluster.scheduler.stage_times import StageTimes
+from llamaclust.core.errors import LlamaclustError
+from llamaclust.core.limits import StageLimits
+from llamaclust.core.sampling import RowTask, SampleTask, SamplingParams
+from llamaclust.kernels.backend import Backend, Progress
+from llamaclust.model.loader import Model
+from llamaclust.model.program import KV_BLOCK_TOKENS, KvType
+from llamaclust.wire.microbatch.messages import Chunk, Microbatch, SamplingInputs, StageTiming
+from llamaclust.worker.stage.stage_runner import StageRunner
+
+_EPOCH = 1
+_MOST_ROWS = 512
+_SEED = 20_240_601
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """What the sampler computes with, whatever the backend; "" is the best feature level."""
+
+    threads: int
+    feature_level: str = ""
+
+
+def stage_limits(batch: int, context: int, kv_type: KvType = KvType.F16) -> StageLimits:
+    """Of a `BenchStage`."""
+    blocks = -(-context // KV_BLOCK_TOKENS)
+    return StageLimits(_MOST_ROWS + batch, batch, batch, context, blocks * batch, kv_type)
+
+
+class BenchStage:
+    """A loaded stage and `batch` sequences of random tokens, each of `context` tokens at most."""
+
+    def __init__(
+        self,
+        model: Model,
+        backend: Backend,
+        batch: int,
+        context: int,
+        sampling: Sampling,
+        kv_type: KvType = KvType.F16,
+        progress: Progress = lambda done_bytes: None,
+    ) -> None:
+        """Loads the weights; `progress` is told of every byte."""
+        limits = stage_limits(batch, context, kv_type)
+        blocks = limits.kv_blocks // batch
+        level, layers = sampling.feature_level, model.layer_count
+        self._runner = StageRunner(
+            backend, model, 0, layers, limits, feature_level=level, threads=sampling.threads, progress=progress
+        )
+        self._tables = [(blocks * index, blocks) for index in range(batch)]
+        self._model_id = model.model_id
+        vocabulary = model.hyperparameters.vocabulary_size
+        random = np.random.default_rng(_SEED)
+        self._tokens = [tuple(map(int, random.integers(0, vocabulary, context))) for _ in range(batch)]
+        self._times = StageTimes(1)
+        self._settings = SchedulerSettings(
+            self._model_id,
+            vocabulary,
+            context,
+            limits.kv_blocks,
+            max_sequences=batch,
+            max_rows=limits.max_tokens,
+            max_outputs=batch,
+        )
+
+    def prefill(self, tokens: int, sequences: int | None = None) -> float:
+        """Seconds to compute the first `tokens` of all sequences, or of so many, one after the other, and to choose one
+        after each."""
+        started_ns = perf_counter_ns()
+        for index in range(len(self._tables[:sequences])):
+            for start, rows in self._chunks(tokens):
+                outputs = int(start + rows == tokens)
+                part = self._tokens[index][start : start + rows]
+                self._run([Chunk(part, start, self._tables[index], outputs)], [self._task(tokens)] * outputs)
+        return (perf_counter_ns() - started_ns) / 1e9
+
+    def decode(self, depth: int, steps: int, sequences: int | None = None) -> float:
+        """Seconds of `steps` in which all sequences, or so many, get one more token together, the first one behind
+        `depth`."""
+        last = [tokens[depth] for tokens in self._tokens[:sequences]]
+        started_ns = perf_counter_ns()
+        for position in range(depth, depth + steps):
+            chunks = [Chunk((token,), position, table, 1) for token, table in zip(last, self._tables, strict=False)]
+            last = self._run(chunks, [self._task(position + 1)] * len(chunks))
+        return (perf_counter_ns() - started_ns) / 1e9
+
+    def close(self) -> None:
+        self._runner.close()
+
+    def _chunks(self, tokens: int) -> Iterator[tuple[int, int]]:
+        """(first token, rows) as the scheduler would cut a prompt that comes alone, by what was measured so far."""
+        start = 0
+        while start < tokens:
+            rows = min(chunk_rows(self._settings, self._times, tokens, tokens - start, 0, alone=True), tokens - start)
+            yield start, rows
+            start += rows
+
+    def _run(self, chunks: list[Chunk], tasks: list[RowTask]) -> list[int]:
+        """The chosen tokens."""
+        started_ns = perf_counter_ns()
+        microbatch = Microbatch(self._model_id, _EPOCH, 0, tuple(chunks))
+        logits = self._runner.run(microbatch, None)
+        rows = self._runner.finish(logits, SamplingInputs(_EPOCH, 0, tuple(tasks)))
+        if len(chunks[0].tokens) > 1:
+            timing = StageTiming(0, perf_counter_ns() - started_ns, 0, microbatch.rows)
+            self._times.prefill.learn(microbatch.rows, (timing,))
+        failure = next((row.failure for row in rows if row.failure is not None), None)
+        if failure is not None:
+            raise LlamaclustError(f"the model does not run: {failure}")
+        return [row.token for row in rows]
+
+    def _task(self, position: int) -> SampleTask:
+        return SampleTask(SamplingParams(), seed=0, choice=0, position=position)

@@ -1,0 +1,1 @@
+"""Checkpoint formats that `model convert` reads."""

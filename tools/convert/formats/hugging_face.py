@@ -1,0 +1,112 @@
+"""Folders of Hugging Face's form: config.json and weights in safetensors or PyTorch's files, whole or in shards."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Final
+
+from llamaclust.core.errors import ModelFileError
+from llamaclust.model.gguf.values import shown
+from llamaclust.tools.convert.formats.checkpoint import Checkpoint
+from llamaclust.tools.convert.formats.safetensors import read_safetensors
+from llamaclust.tools.convert.formats.source_files import SourceFiles, read_json
+from llamaclust.tools.convert.formats.torch_files import read_torch
+from llamaclust.tools.convert.lazy import Lazy
+from llamaclust.tools.convert.packed import unpacked
+from llamaclust.tools.convert.settings import Settings
+
+CONFIG: Final = "config.json"
+_STEMS: Final = (("model", "safetensors"), ("pytorch_model", "bin"))
+_SHARD: Final = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.(?P<suffix>safetensors|bin)")
+_FILE_NAME: Final = re.compile(r"(?!\.\.?$)[^/\\]{1,255}")
+
+
+def read_folder(files: SourceFiles, folder: Path) -> Checkpoint:
+    """The checkpoint in a folder; ModelFileError for a shard that is missing, damaged or of another model."""
+    path = folder / CONFIG
+    values = read_json(path)
+    settings = Settings(values, str(path))
+    tensors = read_weights(files, folder)
+    return Checkpoint(
+        family=_family(settings),
+        settings=settings,
+        tensors=unpacked(tensors, settings, files.recent),
+        vocabulary=folder,
+        name=_name(values, folder),
+    )
+
+
+def read_weights(files: SourceFiles, folder: Path) -> dict[str, Lazy]:
+    """All tensors of a folder by name."""
+    for stem, suffix in _STEMS:
+        index = folder / f"{stem}.{suffix}.index.json"
+        if index.is_file():
+            return _indexed(files, index)
+        if (folder / f"{stem}.{suffix}").is_file():
+            return read_weight_file(files, folder / f"{stem}.{suffix}")
+    shards = sorted(path for path in folder.iterdir() if _SHARD.fullmatch(path.name))
+    if not shards:
+        names = " or ".join(f"{stem}.{suffix}" for stem, suffix in _STEMS)
+        raise ModelFileError(f"{folder}: no weights: neither {names} nor shards of them")
+    return _all_shards(files, shards)
+
+
+def read_weight_file(files: SourceFiles, path: Path) -> dict[str, Lazy]:
+    file = files.open(path)
+    return read_safetensors(file) if path.suffix == ".safetensors" else read_torch(file, files.recent)
+
+
+def _indexed(files: SourceFiles, index: Path) -> dict[str, Lazy]:
+    """Tensors from the files that an index says, and no others of them."""
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise ModelFileError(f"{index}: no weight_map")
+    shards: dict[str, dict[str, Lazy]] = {}
+    found = {}
+    for name, shard in places.items():
+        if not isinstance(shard, str) or not _FILE_NAME.fullmatch(shard) or not shard.isprintable():
+            raise ModelFileError(f"{index}: {shown(name)} is said to be in {shown(str(shard))}, which is no file name")
+        if shard not in shards:
+            shards[shard] = _shard(files, index.with_name(shard), index)
+        if name not in shards[shard]:
+            raise ModelFileError(f"{index.with_name(shard)}: no tensor {shown(name)}, which {index.name} says is there")
+        found[name] = shards[shard][name]
+    return found
+
+
+def _shard(files: SourceFiles, path: Path, index: Path) -> dict[str, Lazy]:
+    if not path.is_file():
+        raise ModelFileError(f"{path}: missing, but {index.name} names it; get all shards of the model")
+    return read_weight_file(files, path)
+
+
+def _all_shards(files: SourceFiles, shards: list[Path]) -> dict[str, Lazy]:
+    """Shards without an index are complete where their names count up to what they say."""
+    names = [name for path in shards if (name := _SHARD.fullmatch(path.name))]
+    first = names[0]
+    wanted = [(first["stem"], number, int(first["count"])) for number in range(1, int(first["count"]) + 1)]
+    if [(name["stem"], int(name["number"]), int(name["count"])) for name in names] != wanted:
+        missing = f"{len(names)} shards, {int(first['count'])} expected"
+        raise ModelFileError(f"{shards[0].parent}: {missing} of {shown(first['stem'])}; get all shards of the model")
+    found: dict[str, Lazy] = {}
+    for path in shards:
+        tensors = read_weight_file(files, path)
+        twice = next((name for name in tensors if name in found), None)
+        if twice is not None:
+            raise ModelFileError(f"{path}: tensor {shown(twice)} is in another shard too")
+        found |= tensors
+    return found
+
+
+def _family(settings: Settings) -> str:
+    listed = settings.values.get("architectures")
+    if not isinstance(listed, list) or not listed or not isinstance(listed[0], str):
+        raise settings.error("architectures", "missing, so it is not known what to make of the weights")
+    return listed[0]
+
+
+def _name(values: dict[str, Any], folder: Path) -> str:
+    said = values.get("_name_or_path")
+    last = Path(said).name if isinstance(said, str) else ""
+    return last or folder.resolve().name

@@ -1,0 +1,201 @@
+"""Files of llama2.c: seven numbers and weights in a fixed order, float32 in its first form and in version 1, whole
+numbers of eight bits with a scale for each group of them in version 2."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from struct import unpack
+from typing import Final
+
+import numpy as np
+
+from llamaclust.tools.convert.formats.checkpoint import Checkpoint
+from llamaclust.tools.convert.formats.source_files import SourceFile, SourceFiles
+from llamaclust.tools.convert.lazy import Array, Lazy, Storage, rows
+from llamaclust.tools.convert.settings import MAX_CONTEXT, MAX_HEADS, MAX_LAYERS, MAX_WIDTH, MAX_WORDS, Settings
+
+_MAGIC: Final = 0x616B3432
+_OLD_HEADER: Final = 28
+_HEADER: Final = 256
+_EPSILON: Final = 1e-5
+
+_Place = tuple[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Header:
+    width: int
+    feed_forward: int
+    layers: int
+    heads: int
+    kv_heads: int
+    words: int
+    context: int
+    tied: bool
+    version: int  # 0: the first form
+    group: int  # weights that share a scale, in version 2
+
+    @property
+    def values(self) -> dict[str, object]:
+        """In Hugging Face's words."""
+        return {
+            "hidden_size": self.width,
+            "intermediate_size": self.feed_forward,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "vocab_size": self.words,
+            "max_position_embeddings": self.context,
+            "rms_norm_eps": _EPSILON,
+            "tie_word_embeddings": self.tied,
+        }
+
+
+def is_llama2c(file: SourceFile) -> bool:
+    """Whether a file begins with numbers that fit together and with its size."""
+    if file.size_bytes < _HEADER:
+        return False
+    magic, version = unpack("<2I", file.read(0, 8))
+    return magic == _MAGIC or (version < MAX_WIDTH and 0 < magic < MAX_WIDTH and _old_header(file) is not None)
+
+
+def read_llama2c(files: SourceFiles, path: Path) -> Checkpoint:
+    """The tokenizer is tokenizer.bin beside it, unless another one is named."""
+    file = files.open(path)
+    header = _read_header(file)
+    tensors: dict[str, Lazy] = {}
+    at = _HEADER if header.version else _OLD_HEADER
+    for name, shape in _order(header) if header.version else _old_order(header):
+        if header.version == 2 and len(shape) == 2:
+            found, at = _quantized(file, header, name, shape, at)
+            tensors |= found
+            continue
+        if name:
+            whole = file.tensor(name, at, shape, Storage.F32)
+            tensors |= _layers(name, whole, header.layers) if "{}" in name else {name: whole}
+        at += 4 * prod(shape)
+    if at != file.size_bytes:
+        raise file.error(f"{file.size_bytes} bytes, {at} expected for its header: cut short, or no file of llama2.c")
+    values = header.values
+    return Checkpoint("Meta", Settings(values, str(path)), tensors, path.with_name("tokenizer.bin"), path.stem)
+
+
+def _read_header(file: SourceFile) -> _Header:
+    magic, version = unpack("<2I", file.read(0, 8))
+    if magic != _MAGIC:
+        header = _old_header(file)
+        if header is None:
+            raise file.error("no header of llama2.c")
+        return header
+    if version not in (1, 2):
+        raise file.error(f"version {version} of llama2.c's format; only the first form, 1 and 2 are supported")
+    numbers = unpack("<7i", file.read(8, 28))
+    (group,) = unpack("<i", file.read(37, 4)) if version == 2 else (0,)
+    header = _checked(numbers, tied=file.read(36, 1) == b"\1", version=version, group=group)
+    if header is None:
+        raise file.error(f"its header makes no sense: {list(numbers)}")
+    if version == 2 and not 0 < group <= header.width:
+        raise file.error(f"groups of {group} weights, 1 to {header.width} expected")
+    return header
+
+
+def _old_header(file: SourceFile) -> _Header | None:
+    """A number of words below 0 says that the last matrix is not the embedding."""
+    numbers = list(unpack("<7i", file.read(0, _OLD_HEADER)))
+    tied = numbers[5] > 0
+    numbers[5] = abs(numbers[5])
+    return _checked(tuple(numbers), tied=tied, version=0, group=0)
+
+
+def _checked(numbers: tuple[int, ...], *, tied: bool, version: int, group: int) -> _Header | None:
+    most = (MAX_WIDTH, MAX_WIDTH, MAX_LAYERS, MAX_HEADS, MAX_HEADS, MAX_WORDS, MAX_CONTEXT)
+    if not all(0 < number <= limit for number, limit in zip(numbers, most, strict=True)):
+        return None
+    width, feed_forward, layers, heads, kv_heads, words, context = numbers
+    if width % heads or heads % kv_heads:
+        return None
+    return _Header(width, feed_forward, layers, heads, kv_heads, words, context, tied, version, group)
+
+
+def _layers(name: str, whole: Lazy, layers: int) -> dict[str, Lazy]:
+    """A tensor of all layers as one for each."""
+    count = whole.shape[0] // layers
+    return {name.format(layer): rows(whole, layer * count, (layer + 1) * count) for layer in range(layers)}
+
+
+def _quantized(
+    file: SourceFile, header: _Header, name: str, shape: tuple[int, ...], at: int
+) -> tuple[dict[str, Lazy], int]:
+    """Matrices of version 2, one for each layer, and where they end: each is followed by its scales."""
+    layers = header.layers if "{}" in name else 1
+    shape = (shape[0] // layers, shape[1])
+    count = prod(shape)
+    if count % header.group:
+        raise file.error(f"{name}: {count} weights are no whole groups of {header.group}")
+    found = {}
+    for layer in range(layers):
+        numbers = file.tensor(name, at, shape, Storage.I8)
+        scales = file.tensor(name, at + count, (count // header.group,), Storage.F32)
+        found[name.format(layer)] = _scaled(numbers, scales, header.group)
+        at += count + scales.n_bytes
+    return found, at
+
+
+def _scaled(numbers: Lazy, scales: Lazy, group: int) -> Lazy:
+    """Groups follow each other through the whole matrix; they need not end with a row."""
+    width = numbers.row_elements
+
+    def read(start: int, end: int) -> Array:
+        first, last = start * width // group, -(-end * width // group)
+        each = np.repeat(scales.read(first, last), group)[start * width - first * group :]
+        values: Array = numbers.read(start, end).astype(np.float32)
+        values *= each[: values.size].reshape(values.shape)
+        return values
+
+    return Lazy(numbers.shape, Storage.F32, read, numbers.origin)
+
+
+def _old_order(header: _Header) -> Iterator[_Place]:
+    norms = _norms(header)
+    yield "tok_embeddings.weight", (header.words, header.width)
+    yield norms[0]
+    yield from _matrices(header)[:4]
+    yield norms[1]
+    yield from _matrices(header)[4:]
+    yield norms[2]
+    yield "", (header.context, header.width // header.heads)  # two tables of rotation
+    if not header.tied:
+        yield "output.weight", (header.words, header.width)
+
+
+def _order(header: _Header) -> Iterator[_Place]:
+    yield from _norms(header)
+    yield "tok_embeddings.weight", (header.words, header.width)
+    yield from _matrices(header)
+    if not header.tied:
+        yield "output.weight", (header.words, header.width)
+
+
+def _norms(header: _Header) -> tuple[_Place, _Place, _Place]:
+    shape = (header.layers * header.width,)
+    names = ("layers.{}.attention_norm.weight", "layers.{}.ffn_norm.weight")
+    return (names[0], shape), (names[1], shape), ("norm.weight", (header.width,))
+
+
+def _matrices(header: _Header) -> list[_Place]:
+    """Those of attention, then those of the feed-forward network, each for all layers."""
+    width, inner = header.width, header.feed_forward
+    key = width // header.heads * header.kv_heads
+    shapes = (
+        ("attention.wq", (width, width)),
+        ("attention.wk", (key, width)),
+        ("attention.wv", (key, width)),
+        ("attention.wo", (width, width)),
+        ("feed_forward.w1", (inner, width)),
+        ("feed_forward.w2", (width, inner)),
+        ("feed_forward.w3", (inner, width)),
+    )
+    return [(f"layers.{{}}.{name}.weight", (header.layers * n, k)) for name, (n, k) in shapes]

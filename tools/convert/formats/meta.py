@@ -1,0 +1,110 @@
+"""Meta's own folders: params.json, consolidated.NN.pth (a part of each matrix in each), tokenizer.model."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Final
+
+from llamaclust.core.errors import ModelFileError
+from llamaclust.model.gguf.values import shown
+from llamaclust.tools.convert.formats.checkpoint import Checkpoint
+from llamaclust.tools.convert.formats.source_files import SourceFiles, read_json
+from llamaclust.tools.convert.formats.torch_files import read_torch
+from llamaclust.tools.convert.lazy import Lazy, alike, below, beside
+from llamaclust.tools.convert.settings import MAX_CONTEXT, MAX_HEADS, MAX_LAYERS, Settings
+
+PARAMS: Final = "params.json"
+_PART: Final = re.compile(r"consolidated\.(\d\d)\.pth")
+_ROWS: Final = re.compile(r"output|layers\.\d+\.(attention\.w[qkv]|feed_forward\.w[13])")
+_COLUMNS: Final = re.compile(r"layers\.\d+\.(attention\.wo|feed_forward\.w2)")
+_EMBEDDING: Final = "tok_embeddings"
+
+
+def read_meta(files: SourceFiles, folder: Path, context_length: int | None) -> Checkpoint:
+    """`context_length`: what the user says, for params.json does not tell."""
+    path = folder / PARAMS
+    params = Settings(read_json(path), str(path))
+    width = params.count("dim")
+    tensors = _merged(files, _parts(folder), width)
+    values = _settings(params, width, tensors, context_length)
+    return Checkpoint(
+        family="Meta",
+        settings=Settings(values, str(path)),
+        tensors=tensors,
+        vocabulary=_tokenizer(folder),
+        name=folder.resolve().name,
+    )
+
+
+def _parts(folder: Path) -> list[Path]:
+    found = sorted(path for path in folder.iterdir() if _PART.fullmatch(path.name))
+    numbers = [int(path.name.split(".")[1]) for path in found]
+    if not found or numbers != list(range(len(found))):
+        there = ", ".join(path.name for path in found[:4]) or "none"
+        raise ModelFileError(f"{folder}: consolidated.00.pth and those after it expected, found {there}")
+    return found
+
+
+def _merged(files: SourceFiles, parts: list[Path], width: int) -> dict[str, Lazy]:
+    """Each tensor put together again. ModelFileError where the parts are not of one model."""
+    shards = [read_torch(files.open(path), files.recent) for path in parts]
+    for path, shard in zip(parts, shards, strict=True):
+        if shard.keys() != shards[0].keys():
+            strange = sorted(shard.keys() ^ shards[0].keys())[0]
+            raise ModelFileError(f"{path}: {shown(strange)} is not in all parts; get all parts of one model")
+    return {name: _joined(name, alike([shard[name] for shard in shards]), width) for name in shards[0]}
+
+
+def _joined(name: str, parts: list[Lazy], width: int) -> Lazy:
+    stem = name.removesuffix(".weight")
+    first = parts[0]
+    if len(parts) == 1 or not (_ROWS.fullmatch(stem) or _COLUMNS.fullmatch(stem) or stem == _EMBEDDING):
+        return first  # a norm, which every part has whole
+    strange = next((part for part in parts if part.shape != first.shape or len(part.shape) != 2), None)
+    if strange is not None:
+        raise ModelFileError(f"{strange.origin}: shape {list(strange.shape)}, {list(first.shape)} in the first part")
+    by_columns = first.shape[1] * len(parts) == width if stem == _EMBEDDING else _COLUMNS.fullmatch(stem)
+    return beside(parts) if by_columns else below(parts)
+
+
+def _settings(params: Settings, width: int, tensors: dict[str, Lazy], context_length: int | None) -> dict[str, Any]:
+    """In Hugging Face's words. What params.json leaves out is told by the tensors."""
+    heads = params.count("n_heads", maximum=MAX_HEADS)
+    values: dict[str, Any] = {
+        "hidden_size": width,
+        "num_hidden_layers": params.count("n_layers", maximum=MAX_LAYERS),
+        "num_attention_heads": heads,
+        "num_key_value_heads": params.count("n_kv_heads", default=heads, maximum=heads),
+        "rms_norm_eps": params.real("norm_eps", default=1e-5, minimum=1e-12, maximum=0.1),
+        "rope_theta": params.real("rope_theta", default=10000.0, minimum=1.0),
+        "intermediate_size": _rows(tensors, "layers.0.feed_forward.w1.weight", params),
+        "vocab_size": _rows(tensors, f"{_EMBEDDING}.weight", params),
+    }
+    if params.flag("use_scaled_rope"):
+        factor = params.real("rope_scaling_factor", default=8.0, minimum=1.0)
+        values["rope_scaling"] = {"rope_type": "llama3", "factor": factor}
+    values["max_position_embeddings"] = context_length or _context(params, values)
+    return values
+
+
+def _rows(tensors: dict[str, Lazy], name: str, params: Settings) -> int:
+    if name not in tensors:
+        raise ModelFileError(f"{Path(params.origin).parent}: tensor {shown(name)} is missing")
+    return tensors[name].shape[0]
+
+
+def _context(params: Settings, values: dict[str, Any]) -> int:
+    """What each generation was trained for, told by what else it changed: Code Llama, 3.1, 3, 2, 1."""
+    if params.has("max_seq_len"):
+        return params.count("max_seq_len", maximum=MAX_CONTEXT)
+    if "rope_scaling" in values:
+        return 131072
+    by_base = {500000.0: 8192, 1000000.0: 16384}
+    return by_base.get(values["rope_theta"], 4096 if values["rms_norm_eps"] > 5e-6 else 2048)
+
+
+def _tokenizer(folder: Path) -> Path:
+    """Beside the parts, or a folder above, where Meta's script puts it."""
+    above = folder.resolve().parent / "tokenizer.model"
+    return above if not (folder / "tokenizer.model").is_file() and above.is_file() else folder / "tokenizer.model"

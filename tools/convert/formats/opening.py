@@ -1,0 +1,65 @@
+"""Tells what kind of checkpoint a path leads to, by what is in it, and reads it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from llamaclust.core.errors import ModelFileError, UsageError
+from llamaclust.tools.convert.formats import hugging_face, meta
+from llamaclust.tools.convert.formats.checkpoint import Checkpoint
+from llamaclust.tools.convert.formats.llama2c import is_llama2c, read_llama2c
+from llamaclust.tools.convert.formats.source_files import SourceFiles
+from llamaclust.tools.convert.formats.tencent_pretrain import is_tencent_pretrain, read_tencent_pretrain
+
+_ZIP = b"PK\x03\x04"
+
+
+@dataclass(frozen=True, slots=True)
+class Hints:
+    """What a checkpoint may leave out: the file or folder of its tokenizer, its configuration, its context."""
+
+    tokenizer: Path | None = None
+    config: Path | None = None
+    context_length: int | None = None
+
+    def check(self, kind: str, *, config: bool = False, context_length: bool = False) -> None:
+        """UsageError for what such a checkpoint has no use for, as it says it itself."""
+        if self.config is not None and not config:
+            raise UsageError(f"--config {self.config}: is for TencentPretrain's files, this is {kind}")
+        if self.context_length is not None and not context_length:
+            raise UsageError(f"--context-length {self.context_length}: is not for {kind}, which says it itself")
+
+
+def open_checkpoint(files: SourceFiles, path: Path, hints: Hints) -> Checkpoint:
+    """ModelFileError for a path that leads to no checkpoint, and for one that is damaged or not supported; UsageError
+    for hints that it has no use for."""
+    if not path.exists():
+        raise ModelFileError(f"{path}: no such file or folder; check the path")
+    if not path.is_dir():
+        return _file(files, path, hints)
+    if (path / hugging_face.CONFIG).is_file():
+        hints.check("a folder of Hugging Face's form")
+        return hugging_face.read_folder(files, path)
+    if (path / meta.PARAMS).is_file():
+        hints.check("a folder of Meta's form", context_length=True)
+        return meta.read_meta(files, path, hints.context_length)
+    what = f"neither {hugging_face.CONFIG} (Hugging Face's form) nor {meta.PARAMS} (Meta's)"
+    raise ModelFileError(f"{path}: no checkpoint: {what} is in the folder")
+
+
+def _file(files: SourceFiles, path: Path, hints: Hints) -> Checkpoint:
+    file = files.open(path)
+    if file.size_bytes >= 4 and file.read(0, 4) == _ZIP:
+        tensors = hugging_face.read_weight_file(files, path)
+        if is_tencent_pretrain(tensors):
+            return read_tencent_pretrain(files, path, tensors, hints.config, hints.context_length)
+        raise file.error("weights of PyTorch without their folder: give the folder that has config.json or params.json")
+    if path.suffix == ".safetensors":
+        raise file.error("weights without their folder: give the folder that has config.json")
+    if is_llama2c(file):
+        hints.check("a file of llama2.c's")
+        return read_llama2c(files, path)
+    if file.size_bytes >= 4 and file.read(0, 4) == b"GGUF":
+        raise file.error("is a GGUF file already: run it as it is, or make it smaller with `llamaclust model quantize`")
+    raise file.error("no checkpoint of a known kind: neither a file of PyTorch's nor one of llama2.c")

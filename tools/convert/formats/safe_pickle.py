@@ -1,0 +1,289 @@
+"""Reads the pickle of a state dict with a machine of our own that can make numbers, text, lists, dicts and references
+to tensors, and nothing else: whatever else a pickle names is refused by that name, and nothing of it runs."""
+
+from __future__ import annotations
+
+import pickletools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from llamaclust.core.errors import ModelFileError
+from llamaclust.model.gguf.values import shown
+from llamaclust.tools.convert.lazy import MAX_DIMENSIONS, Storage
+
+_MAX_STEPS: Final = 1 << 24
+
+
+@dataclass(frozen=True, slots=True)
+class StorageRef:
+    """Some numbers of a file: the member that holds them, and how many they are."""
+
+    storage: Storage
+    key: str
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRef:
+    """A view of such numbers; offset and strides in numbers."""
+
+    storage: StorageRef
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Named:
+    """A name that a pickle may use, and what calling it does here."""
+
+    name: str
+    call: Callable[[tuple[Any, ...]], Any]
+
+
+class _Refused(Exception):
+    """What a pickle holds that it may not."""
+
+
+class _Mark:
+    """Where a list of arguments begins on the stack."""
+
+
+_MARK: Final = _Mark()
+_STORAGES: Final = {
+    "DoubleStorage": Storage.F64,
+    "FloatStorage": Storage.F32,
+    "HalfStorage": Storage.F16,
+    "BFloat16Storage": Storage.BF16,
+    "LongStorage": Storage.I64,
+    "IntStorage": Storage.I32,
+    "ShortStorage": Storage.I16,
+    "CharStorage": Storage.I8,
+    "ByteStorage": Storage.U8,
+    "BoolStorage": Storage.BOOL,
+}
+
+
+def read_pickle(data: bytes, origin: str) -> Any:
+    """What the pickle holds; ModelFileError for one that is damaged or holds anything but a state dict."""
+    machine = _Machine()
+    try:
+        for step, (opcode, argument, _) in enumerate(pickletools.genops(data)):
+            if step > _MAX_STEPS:
+                raise _Refused(f"more than {_MAX_STEPS} steps")
+            if opcode.name == "STOP":
+                return machine.pop()
+            machine.run(opcode.name, argument)
+    except _Refused as refused:
+        raise ModelFileError(f"{origin}: {refused}; nothing of it was run, take a checkpoint of safetensors") from None
+    except (ValueError, IndexError, KeyError, TypeError, OverflowError, UnicodeError) as error:
+        what = " ".join(str(error).split())[:100]
+        raise ModelFileError(f"{origin}: a pickle that is damaged or was cut short ({what})") from None
+    raise ModelFileError(f"{origin}: a pickle without an end: it was cut short")
+
+
+class _Machine:
+    """The stack and the memory of a pickle."""
+
+    def __init__(self) -> None:
+        self._stack: list[Any] = []
+        self._memo: dict[int, Any] = {}
+
+    def pop(self) -> Any:
+        return self._stack.pop()
+
+    def run(self, name: str, argument: Any) -> None:
+        if name in _IGNORED:
+            return
+        if name in _LITERALS:
+            self._stack.append(argument)
+        elif name in _CONSTANTS:
+            self._stack.append(_CONSTANTS[name]())
+        elif name in _TUPLES:
+            self._stack.append(self._last(_TUPLES[name]))
+        elif name in _ACTIONS:
+            _ACTIONS[name](self, argument)
+        else:
+            of = f" {shown(argument)}" if isinstance(argument, str) else ""
+            raise _Refused(f"the pickle uses {name}{of}, which no state dict needs")
+
+    def _last(self, count: int) -> tuple[Any, ...]:
+        if count == 0:
+            return ()
+        if len(self._stack) < count:
+            raise IndexError("too few values")
+        values = tuple(self._stack[-count:])
+        del self._stack[-count:]
+        return values
+
+    def _to_mark(self) -> tuple[Any, ...]:
+        place = next((i for i in range(len(self._stack) - 1, -1, -1) if self._stack[i] is _MARK), None)
+        if place is None:
+            raise IndexError("no mark")
+        values = tuple(self._stack[place + 1 :])
+        del self._stack[place:]
+        return values
+
+    def _remember(self, argument: Any) -> None:
+        self._memo[len(self._memo) if argument is None else argument] = self._stack[-1]
+
+    def _recall(self, argument: Any) -> None:
+        self._stack.append(self._memo[argument])
+
+    def _add_items(self, values: tuple[Any, ...]) -> None:
+        target = self._stack[-1]
+        if not isinstance(target, dict) or len(values) % 2:
+            raise _Refused("the pickle puts items into something that is no dict")
+        for key, value in zip(values[::2], values[1::2], strict=True):
+            if not isinstance(key, str | int):
+                raise _Refused("the pickle has a dict whose keys are not names")
+            target[key] = value
+
+    def _dict(self, argument: Any) -> None:
+        values = self._to_mark()
+        self._stack.append({})
+        self._add_items(values)
+
+    def _add_values(self, values: tuple[Any, ...]) -> None:
+        if not isinstance(self._stack[-1], list):
+            raise _Refused("the pickle appends to something that is no list")
+        self._stack[-1].extend(values)
+
+    def _named(self, module: Any, name: Any) -> None:
+        if not isinstance(module, str) or not isinstance(name, str):
+            raise _Refused("the pickle names something by what is no text")
+        self._stack.append(_allowed(module, name))
+
+    def _global(self, argument: Any) -> None:
+        module, _, name = str(argument).partition(" ")
+        self._named(module, name)
+
+    def _stack_global(self, argument: Any) -> None:
+        self._named(*self._last(2))
+
+    def _call(self, argument: Any) -> None:
+        target, arguments = self._last(2)
+        if not isinstance(target, _Named) or not isinstance(arguments, tuple):
+            raise _Refused("the pickle calls something that is no function")
+        self._stack.append(target.call(arguments))
+
+    def _set_state(self, argument: Any) -> None:
+        """State dicts carry the versions of their modules so, which nobody needs here."""
+        target, state = self._last(2)
+        if not isinstance(target, dict) or not isinstance(state, dict):
+            raise _Refused("the pickle sets the state of something that is no dict")
+        self._stack.append(target)
+
+    def _storage(self, argument: Any) -> None:
+        said = self._last(1)[0]
+        if not isinstance(said, tuple) or len(said) != 5 or said[0] != "storage":
+            raise _Refused("the pickle refers to something that is no storage")
+        kind, key, count = said[1], said[2], said[4]
+        if not isinstance(kind, _Named) or kind.name not in _STORAGES or not isinstance(key, str):
+            raise _Refused("the pickle refers to a storage of no known type")
+        if type(count) is not int or not 0 <= count < 1 << 48:
+            raise _Refused("the pickle refers to a storage of no sane size")
+        self._stack.append(StorageRef(_STORAGES[kind.name], key, count))
+
+
+_IGNORED: Final = frozenset({"PROTO", "FRAME"})
+_NUMBERS: Final = ("BININT", "BININT1", "BININT2", "LONG1", "INT", "LONG", "BINFLOAT", "FLOAT")
+_TEXTS: Final = ("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "UNICODE")
+_BYTES: Final = ("BINSTRING", "SHORT_BINSTRING", "STRING", "BINBYTES", "SHORT_BINBYTES")
+_LITERALS: Final = frozenset({*_NUMBERS, *_TEXTS, *_BYTES})
+_CONSTANTS: Final[dict[str, Callable[[], Any]]] = {
+    "NONE": lambda: None,
+    "NEWTRUE": lambda: True,
+    "NEWFALSE": lambda: False,
+    "EMPTY_TUPLE": tuple,
+    "EMPTY_LIST": list,
+    "EMPTY_DICT": dict,
+    "MARK": lambda: _MARK,
+}
+_TUPLES: Final = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_ACTIONS: Final[dict[str, Callable[[_Machine, Any], None]]] = {
+    "TUPLE": lambda machine, _: machine._stack.append(machine._to_mark()),
+    "LIST": lambda machine, _: machine._stack.append(list(machine._to_mark())),
+    "DICT": _Machine._dict,
+    "APPEND": lambda machine, _: machine._add_values(machine._last(1)),
+    "APPENDS": lambda machine, _: machine._add_values(machine._to_mark()),
+    "SETITEM": lambda machine, _: machine._add_items(machine._last(2)),
+    "SETITEMS": lambda machine, _: machine._add_items(machine._to_mark()),
+    "POP": lambda machine, _: machine._stack.pop(),
+    "BINPUT": _Machine._remember,
+    "LONG_BINPUT": _Machine._remember,
+    "PUT": _Machine._remember,
+    "MEMOIZE": _Machine._remember,
+    "BINGET": _Machine._recall,
+    "LONG_BINGET": _Machine._recall,
+    "GET": _Machine._recall,
+    "GLOBAL": _Machine._global,
+    "STACK_GLOBAL": _Machine._stack_global,
+    "REDUCE": _Machine._call,
+    "BUILD": _Machine._set_state,
+    "BINPERSID": _Machine._storage,
+}
+
+
+def _allowed(module: str, name: str) -> _Named:
+    full = f"{module}.{name}"
+    if module in ("torch", "torch.storage") and name in _STORAGES:
+        return _Named(name, _refuse_call)
+    if full not in _FUNCTIONS:
+        raise _Refused(f"the pickle names {shown(full)}, which no state dict needs")
+    return _Named(full, _FUNCTIONS[full])
+
+
+def _refuse_call(arguments: tuple[Any, ...]) -> Any:
+    raise _Refused("the pickle calls a type of storage")
+
+
+def _tensor(arguments: tuple[Any, ...]) -> TensorRef:
+    """(storage, offset, shape, strides, needs a gradient, hooks, ...)"""
+    if len(arguments) < 4 or not isinstance(arguments[0], StorageRef):
+        raise _Refused("the pickle makes a tensor of something that is no storage")
+    numbers = [arguments[1], *_shape(arguments[2]), *_shape(arguments[3])]
+    if not all(type(number) is int and 0 <= number < 1 << 48 for number in numbers):
+        raise _Refused("the pickle makes a tensor whose shape is no numbers")
+    return TensorRef(arguments[0], arguments[1], arguments[2], arguments[3])
+
+
+def _shape(value: Any) -> tuple[Any, ...]:
+    if not isinstance(value, tuple):
+        raise _Refused("the pickle makes a tensor whose shape is no tuple")
+    if len(value) > MAX_DIMENSIONS:
+        raise _Refused(f"the pickle makes a tensor of {len(value)} dimensions, {MAX_DIMENSIONS} at most are known")
+    return value
+
+
+def _parameter(arguments: tuple[Any, ...]) -> TensorRef:
+    """(tensor, needs a gradient, hooks)"""
+    if not arguments or not isinstance(arguments[0], TensorRef):
+        raise _Refused("the pickle makes a parameter of something that is no tensor")
+    return arguments[0]
+
+
+def _ordered_dict(arguments: tuple[Any, ...]) -> dict[str | int, Any]:
+    if not arguments:
+        return {}
+    if len(arguments) > 1 or not isinstance(arguments[0], list):
+        raise _Refused("the pickle makes a dict of something that is no list")
+    pairs: list[Any] = [pair for pair in arguments[0] if isinstance(pair, tuple | list) and len(pair) == 2]
+    if len(pairs) < len(arguments[0]) or not all(isinstance(key, str) for key, _ in pairs):
+        raise _Refused("the pickle makes a dict of what is no list of names and values")
+    found = dict(pairs)
+    arguments[0].clear()  # a small pickle could make any number of dicts of one list
+    return found
+
+
+def _size(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    return _shape(arguments[0])
+
+
+_FUNCTIONS: Final[dict[str, Callable[[tuple[Any, ...]], Any]]] = {
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_parameter": _parameter,
+    "torch.Size": _size,
+    "collections.OrderedDict": _ordered_dict,
+}

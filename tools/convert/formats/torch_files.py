@@ -1,0 +1,163 @@
+"""Files of torch.save: a zip with a pickle and stored members, each of them the numbers of some tensors. Nothing is
+unpacked: members are read where they lie."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Final
+
+from llamaclust.core.errors import ModelFileError
+from llamaclust.model.gguf.values import shown
+from llamaclust.tools.convert.formats.safe_pickle import TensorRef, read_pickle
+from llamaclust.tools.convert.formats.source_files import SourceFile
+from llamaclust.tools.convert.lazy import MAX_DIMENSIONS, Lazy, Recent, transposed
+
+_ZIP: Final = b"PK\x03\x04"
+_MAX_PICKLE_BYTES: Final = 1 << 28
+_MAX_DIRECTORY_BYTES: Final = 1 << 26
+_LOCAL_HEADER_BYTES: Final = 30
+_WRAPPERS: Final = ("state_dict", "model", "module")
+
+
+@dataclass(frozen=True, slots=True)
+class _Member:
+    offset: int
+    n_bytes: int
+
+
+def read_torch(file: SourceFile, recent: Recent) -> dict[str, Lazy]:
+    """All tensors of one file by name; ModelFileError for anything that is damaged, hostile or of another kind."""
+    members = _members(file)
+    pickled = next((name for name in members if name.endswith("/data.pkl") or name == "data.pkl"), None)
+    if pickled is None:
+        raise file.error("a zip file without data.pkl: torch.save did not write it")
+    place = members[pickled]
+    if place.n_bytes > _MAX_PICKLE_BYTES:
+        raise file.error(f"data.pkl has {place.n_bytes >> 20} MiB, at most {_MAX_PICKLE_BYTES >> 20} are read")
+    root = pickled.removesuffix("data.pkl")
+    order = members.get(f"{root}byteorder")
+    if order is not None and file.read(order.offset, min(order.n_bytes, 16)) != b"little":
+        raise file.error("its numbers are not little-endian")
+    found = read_pickle(file.read(place.offset, place.n_bytes), f"{file.path}: data.pkl")
+    storages = {name.removeprefix(f"{root}data/"): member for name, member in members.items()}
+    return {name: _tensor(file, name, ref, storages, recent) for name, ref in _named_tensors(found, file).items()}
+
+
+def _named_tensors(found: Any, file: SourceFile) -> dict[str, TensorRef]:
+    """A state dict, which may lie in another one under a usual name."""
+    for _ in range(2):
+        inner = [found[name] for name in _WRAPPERS if isinstance(found, dict) and isinstance(found.get(name), dict)]
+        if not inner:
+            break
+        found = inner[0]
+    if not isinstance(found, dict):
+        raise file.error(f"holds {type(found).__name__}, names and tensors expected")
+    tensors = {name: value for name, value in found.items() if isinstance(name, str) and isinstance(value, TensorRef)}
+    if not tensors:
+        raise file.error("holds no tensor with a name")
+    return tensors
+
+
+def _tensor(file: SourceFile, name: str, ref: TensorRef, members: dict[str, _Member], recent: Recent) -> Lazy:
+    origin = f"{file.path}: tensor {shown(name)}"
+    member = members.get(ref.storage.key)
+    if member is None:
+        raise ModelFileError(f"{origin}: its numbers, data/{shown(ref.storage.key)[1:-1]}, are missing")
+    count, storage = _count(ref, origin), ref.storage.storage
+    item = storage.dtype.itemsize
+    if ref.storage.count * item > member.n_bytes or ref.offset + count > ref.storage.count:
+        needed = max(ref.storage.count, ref.offset + count) * item
+        raise ModelFileError(f"{origin}: {needed} bytes announced, its member has {member.n_bytes}")
+    start = member.offset + ref.offset * item
+    shape = ref.shape or (1,)
+    if ref.stride == _contiguous(ref.shape):
+        return file.tensor(name, start, shape, storage)
+    if len(shape) == 2 and ref.stride == (1, shape[0]):
+        return transposed(file.tensor(name, start, shape[::-1], storage), recent)
+    raise ModelFileError(f"{origin}: strides {list(ref.stride)} for shape {list(shape)} are not supported")
+
+
+def _count(ref: TensorRef, origin: str) -> int:
+    few = len(ref.stride) == len(ref.shape) <= MAX_DIMENSIONS
+    if not few or min((*ref.shape, 1)) < 1 or prod(ref.shape) >= 1 << 48:
+        raise ModelFileError(f"{origin}: shape {list(ref.shape)[:8]} with strides {list(ref.stride)[:8]}")
+    return prod(ref.shape)
+
+
+def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(prod(shape[place + 1 :]) for place in range(len(shape)))
+
+
+def _members(file: SourceFile) -> dict[str, _Member]:
+    """Where stored members lie. ModelFileError for compressed ones and for sizes beyond the file."""
+    if file.read(0, min(4, file.size_bytes)) != _ZIP:
+        raise file.error("no zip file, as torch.save has written since 1.6; save it again with a newer PyTorch")
+    try:
+        with zipfile.ZipFile(_Window(file)) as archive:
+            listed = archive.infolist()
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, OverflowError) as error:
+        raise file.error(f"a zip file that is damaged or was cut short: {error}") from None
+    members: dict[str, _Member] = {}
+    for one in listed:
+        place = f"member {shown(one.filename)}"
+        if one.compress_type != zipfile.ZIP_STORED or one.flag_bits & 1:
+            raise file.error(f"{place} is compressed or encrypted: torch.save did not write it, and it is not unpacked")
+        if one.file_size != one.compress_size or one.header_offset + one.file_size > file.size_bytes:
+            raise file.error(f"{place} claims {one.file_size} bytes in a file of {file.size_bytes}")
+        if one.filename in members:
+            raise file.error(f"{place} is there twice")
+        members[one.filename] = _Member(_data_offset(file, one), one.file_size)
+    _check_apart(file, members)
+    return members
+
+
+def _data_offset(file: SourceFile, one: zipfile.ZipInfo) -> int:
+    local = file.read(one.header_offset, _LOCAL_HEADER_BYTES)
+    if local[:4] != _ZIP:
+        raise file.error(f"member {shown(one.filename)}: no header where the directory says")
+    lengths = int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
+    return one.header_offset + _LOCAL_HEADER_BYTES + lengths
+
+
+def _check_apart(file: SourceFile, members: dict[str, _Member]) -> None:
+    """No two members share bytes: a small file could claim to hold any number of large tensors."""
+    at = 0
+    for name, member in sorted(members.items(), key=lambda item: (item[1].offset, item[1].n_bytes)):
+        if member.offset < at:
+            raise file.error(f"member {shown(name)} begins inside another")
+        at = member.offset + member.n_bytes
+    if at > file.size_bytes:
+        raise file.error(f"members end at byte {at}, the file at byte {file.size_bytes}: it was cut short")
+
+
+class _Window(io.RawIOBase):
+    """What `zipfile` sees of a file; it never gets more at once than a directory of members may have."""
+
+    def __init__(self, file: SourceFile) -> None:
+        self._file = file
+        self._at = 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        at = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._file.size_bytes}[whence] + offset
+        if at < 0:
+            raise ValueError("a place before the file")
+        self._at = at
+        return at
+
+    def read(self, count: int = -1) -> bytes:
+        left = max(0, self._file.size_bytes - self._at)
+        count = left if count < 0 else min(count, left)
+        if count > _MAX_DIRECTORY_BYTES:
+            raise ValueError(f"its directory has {count >> 20} MiB")
+        data = self._file.read(self._at, count)
+        self._at += count
+        return data

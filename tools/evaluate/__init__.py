@@ -1,0 +1,1 @@
+"""Model quality: perplexity, KL divergence, HellaSwag."""

@@ -1,0 +1,197 @@
+"""How far one model's predictions are from another's, token by token: what llama.cpp's `llama-perplexity
+--kl-divergence` tells. No model is run here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llamaclust.core.errors import LlamaclustError
+from llamaclust.tools.evaluate.logits_file import Float32
+from llamaclust.tools.evaluate.perplexity import MOST_NLL
+
+Float64 = NDArray[np.float64]
+
+_ROWS_AT_ONCE: Final = 16
+"""Logits of that many positions and what is made of them stay in a core's cache."""
+_LEAST_LOGPROB: Final = -16.0
+_FEW: Final = 10
+_QUANTILES: Final = (1.0, 0.999, 0.99, 0.95, 0.9, 0.5, 0.1, 0.05, 0.01, 0.001, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A mean and its standard error; 0 where there are too few values to tell."""
+
+    value: float
+    stderr: float
+
+    @classmethod
+    def of(cls, values: Float64) -> Estimate:
+        mean = float(values.mean())
+        spread = float(np.mean(values**2)) - mean * mean
+        return cls(mean, math.sqrt(spread / (values.size - 1)) if spread > 0 and values.size > _FEW else 0.0)
+
+    def exp(self) -> Estimate:
+        """Of e to that power."""
+        if self.value > MOST_NLL:
+            raise LlamaclustError(
+                f"a model gives this text no chance: {self.value:.4g} nats a token; is it the right one?"
+            )
+        return Estimate(math.exp(self.value), math.exp(self.value) * self.stderr)
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What is told of each token, float64 [tokens]."""
+
+    nll: Float64  # what the model gives the token, as negative logprob
+    base_nll: Float64
+    kld: Float64  # sum over the vocabulary of p_base * (log p_base - log p)
+    same_top: Float64  # 1 where both think the same token the likeliest
+
+    @property
+    def p_difference(self) -> Float64:
+        """How much more probable the model thinks the token than the base does."""
+        return np.exp(-self.nll) - np.exp(-self.base_nll)
+
+
+def compare(logits: Float32, base: Float32, tokens: Sequence[int]) -> Scores:
+    """One model's logits and another's logprobs, [rows, vocabulary], for the tokens that came, [rows]."""
+    parts = [
+        _compare(logits[at : at + _ROWS_AT_ONCE], base[at : at + _ROWS_AT_ONCE], tokens[at : at + _ROWS_AT_ONCE])
+        for at in range(0, len(tokens), _ROWS_AT_ONCE)
+    ]
+    return joined(parts)
+
+
+def joined(parts: Sequence[Scores]) -> Scores:
+    """Those of several pieces of text, in order."""
+    names = ("nll", "base_nll", "kld", "same_top")
+    return Scores(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+
+
+def _compare(logits: Float32, base: Float32, tokens: Sequence[int]) -> Scores:
+    rows, most = np.arange(len(tokens)), logits.max(axis=1, keepdims=True)
+    total = np.log(np.exp(logits - most).sum(axis=1, keepdims=True, dtype=np.float64)).astype(np.float32)
+    logprobs = logits - (most + total)
+    weight = np.exp(base)
+    weight[base <= _LEAST_LOGPROB] = 0
+    kld = (weight * (base - logprobs)).sum(axis=1, dtype=np.float64)
+    same = logits.argmax(axis=1) == base.argmax(axis=1)
+    nll, base_nll = -logprobs[rows, tokens], -base[rows, tokens]
+    return Scores(nll.astype(np.float64), base_nll.astype(np.float64), kld, same.astype(np.float64))
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """Figures over all tokens compared. A `ratio` above 1 means that the model predicts worse than the base."""
+
+    scores: Scores
+    chunks: int
+
+    @property
+    def tokens(self) -> int:
+        return self.scores.nll.size
+
+    @property
+    def perplexity(self) -> Estimate:
+        return Estimate.of(self.scores.nll).exp()
+
+    @property
+    def base_perplexity(self) -> Estimate:
+        return Estimate.of(self.scores.base_nll).exp()
+
+    @property
+    def log_ratio(self) -> Estimate:
+        """Of the logarithm of perplexity over base perplexity; token by token, since both read the same text."""
+        mine, base = Estimate.of(self.scores.nll), Estimate.of(self.scores.base_nll)
+        variance = mine.stderr**2 + base.stderr**2 - 2 * self._covariance
+        return Estimate(mine.value - base.value, math.sqrt(max(0.0, variance)))
+
+    @property
+    def difference(self) -> Estimate:
+        """Of perplexity less base perplexity."""
+        mine, base = self.perplexity, self.base_perplexity
+        variance = mine.stderr**2 + base.stderr**2 - 2 * mine.value * base.value * self._covariance
+        return Estimate(mine.value - base.value, math.sqrt(max(0.0, variance)))
+
+    @property
+    def correlation(self) -> float:
+        """Of the two models' negative logprobs; 0 where there are too few tokens."""
+        errors = Estimate.of(self.scores.nll).stderr * Estimate.of(self.scores.base_nll).stderr
+        return self._covariance / errors if errors else 0.0
+
+    @property
+    def kld(self) -> Estimate:
+        return Estimate.of(self.scores.kld)
+
+    @property
+    def p_difference(self) -> Estimate:
+        return Estimate.of(self.scores.p_difference)
+
+    @property
+    def p_difference_rms(self) -> Estimate:
+        square = Estimate.of(self.scores.p_difference**2)
+        rms = math.sqrt(square.value)
+        return Estimate(rms, 0.5 / rms * square.stderr if rms else 0.0)
+
+    @property
+    def same_top(self) -> Estimate:
+        share = float(self.scores.same_top.mean())
+        return Estimate(share, math.sqrt(share * (1 - share) / max(1, self.tokens - 1)))
+
+    @property
+    def kld_quantiles(self) -> dict[str, float]:
+        return _quantiles(self.scores.kld)
+
+    @property
+    def p_difference_quantiles(self) -> dict[str, float]:
+        return _quantiles(self.scores.p_difference)
+
+    @property
+    def _covariance(self) -> float:
+        mine, base = self.scores.nll, self.scores.base_nll
+        if self.tokens < _FEW:
+            return 0.0
+        return float(np.mean(mine * base) - mine.mean() * base.mean()) / (self.tokens - 1)
+
+    def as_json(self) -> dict[str, Any]:
+        """Shares in [0, 1]; each estimate as a pair of value and standard error."""
+        estimates = (
+            "base_perplexity",
+            "log_ratio",
+            "difference",
+            "kld",
+            "p_difference",
+            "p_difference_rms",
+            "same_top",
+        )
+        mine, ratio = self.perplexity, self.log_ratio.exp()
+        return {
+            "perplexity": mine.value,
+            "stderr": mine.stderr,
+            "chunks": self.chunks,
+            "tokens": self.tokens,
+            **{name: _pair(getattr(self, name)) for name in estimates},
+            "ratio": _pair(ratio),
+            "correlation": self.correlation,
+            "kld_quantiles": self.kld_quantiles,
+            "p_difference_quantiles": self.p_difference_quantiles,
+        }
+
+
+def _pair(estimate: Estimate) -> list[float]:
+    return [estimate.value, estimate.stderr]
+
+
+def _quantiles(values: Float64) -> dict[str, float]:
+    """By their names: maximum, 99.9%, ..., median, ..., minimum; between two values in proportion."""
+    names = {1.0: "maximum", 0.5: "median", 0.0: "minimum"}
+    found = np.quantile(values, _QUANTILES)
+    return {names.get(part, f"{100 * part:.1f}%"): float(value) for part, value in zip(_QUANTILES, found, strict=True)}

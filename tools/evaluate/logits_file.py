@@ -1,0 +1,156 @@
+"""Logits of one model over a text, in a file that another model is compared with. The format is that of llama.cpp's
+`llama-perplexity --kl-divergence-base`, so that either program reads the other's.
+
+Little-endian: `_logits_`; uint32 tokens of a chunk; int32 vocabulary; int32 chunks; int32 tokens [chunks, context];
+then for each chunk and each position in [context // 2, context - 1) float32 step, float32 least and uint16 [vocabulary,
+made even]. A token's logprob is its number times `step` plus `least`; what is 16 below the likeliest has `least`.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Final, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llamaclust.core.errors import LlamaclustError, UsageError
+from llamaclust.model.gguf.atomic_file import new_file
+
+Float32 = NDArray[np.float32]
+
+_MAGIC: Final = b"_logits_"
+_HEAD: Final = struct.Struct("<Iii")
+_SPREAD: Final = 16.0
+_LEVELS: Final = 65535
+_LEAST: Final = -100.0
+_MOST: Final = 0.1
+"""Beyond what such files hold: 16 below the likeliest, which is no less than one over the vocabulary."""
+_MOST_TOKENS: Final = 1 << 24
+
+
+@dataclass(frozen=True, slots=True)
+class LogitsShape:
+    """How much such a file holds."""
+
+    context: int  # tokens of a chunk
+    vocabulary: int
+    chunks: int
+
+    @property
+    def first(self) -> int:
+        """The first position of a chunk whose logits are kept."""
+        return self.context // 2
+
+    @property
+    def rows(self) -> int:
+        """Positions of a chunk whose logits are kept: each is followed by a token."""
+        return self.context - 1 - self.first
+
+    @property
+    def row_bytes(self) -> int:
+        return 8 + 2 * (self.vocabulary + self.vocabulary % 2)
+
+    @property
+    def head_bytes(self) -> int:
+        return len(_MAGIC) + _HEAD.size + 4 * self.context * self.chunks
+
+    @property
+    def total_bytes(self) -> int:
+        return self.head_bytes + self.chunks * self.rows * self.row_bytes
+
+
+class LogitsWriter:
+    """Takes the logits of all chunks in order, some rows at a time."""
+
+    def __init__(self, file: BinaryIO, shape: LogitsShape, chunks: Sequence[Sequence[int]]) -> None:
+        self._file = file
+        self._row_numbers = shape.row_bytes // 2
+        file.write(_MAGIC + _HEAD.pack(shape.context, shape.vocabulary, shape.chunks))
+        file.write(np.array(chunks, "<i4").tobytes())
+
+    def add(self, logits: Float32) -> None:
+        """[rows, vocabulary]."""
+        rows, vocabulary = logits.shape
+        packed = np.zeros((rows, self._row_numbers), "<u2")
+        step, least, numbers = _coded(logits)
+        packed[:, :4] = np.stack([step, least], axis=1).astype("<f4").view("<u2")
+        packed[:, 4 : 4 + vocabulary] = numbers
+        self._file.write(packed.tobytes())
+
+
+@contextmanager
+def writing(path: Path, shape: LogitsShape, chunks: Sequence[Sequence[int]]) -> Iterator[LogitsWriter]:
+    """The file appears under its name when it is complete, or not at all. UsageError where there is no room."""
+    with new_file(path, shape.total_bytes, advice="; take fewer --chunks") as file:
+        yield LogitsWriter(file, shape, chunks)
+
+
+@dataclass(frozen=True, slots=True)
+class LogitsFile:
+    """Such a file, opened: its tokens are read, its logprobs are not."""
+
+    path: Path
+    shape: LogitsShape
+    chunks: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """UsageError for a file that cannot be read, is another thing or is not complete."""
+        try:
+            with path.open("rb") as file:
+                shape = _read_shape(path, file)
+                tokens = np.frombuffer(file.read(4 * shape.context * shape.chunks), "<i4")
+        except OSError as error:
+            raise UsageError(f"{path}: cannot read it: {error.strerror}") from error
+        if not (tokens.min() >= 0 and tokens.max() < shape.vocabulary):
+            raise UsageError(f"{path}: holds a token outside its vocabulary of {shape.vocabulary}; make it anew")
+        return cls(path, shape, tuple(tuple(chunk) for chunk in tokens.reshape(shape.chunks, -1).tolist()))
+
+    def logprobs(self, chunk: int, start: int, end: int) -> Float32:
+        """[end - start, vocabulary]: rows [start, end) of those kept of a chunk."""
+        shape = self.shape
+        with self.path.open("rb") as file:
+            file.seek(shape.head_bytes + (chunk * shape.rows + start) * shape.row_bytes)
+            data = file.read((end - start) * shape.row_bytes)
+        if len(data) != (end - start) * shape.row_bytes:
+            raise LlamaclustError(f"{self.path}: became shorter while it was read")
+        numbers = np.frombuffer(data, "<u2").reshape(end - start, -1)
+        scale = np.ascontiguousarray(numbers[:, :4]).view("<f4").astype(np.float32)
+        step, least = scale.T.astype(np.float64)
+        if not ((step >= 0) & (least > _LEAST) & (least + _LEVELS * step < _MOST)).all():
+            raise UsageError(f"{self.path}: chunk {chunk} has what are no logprobs; make it anew")
+        logprobs = numbers[:, 4 : 4 + shape.vocabulary].astype(np.float32)
+        logprobs *= scale[:, :1]
+        logprobs += scale[:, 1:]
+        return logprobs
+
+
+def _read_shape(path: Path, file: BinaryIO) -> LogitsShape:
+    head = file.read(len(_MAGIC) + _HEAD.size)
+    if len(head) < len(_MAGIC) + _HEAD.size or not head.startswith(_MAGIC):
+        raise UsageError(f"{path}: not a file of logits; make one with --kl-divergence-base {path} and without")
+    shape = LogitsShape(*_HEAD.unpack(head[len(_MAGIC) :]))
+    if not (4 <= shape.context <= _MOST_TOKENS and shape.vocabulary > 0 and shape.chunks > 0):
+        raise UsageError(f"{path}: {shape.chunks} chunks of {shape.context} tokens, vocabulary {shape.vocabulary}?")
+    size = os.fstat(file.fileno()).st_size
+    if size != shape.total_bytes:
+        raise UsageError(f"{path}: {size} bytes, {shape.total_bytes} expected; it was not written to its end")
+    return shape
+
+
+def _coded(logits: Float32) -> tuple[Float32, Float32, NDArray[np.uint16]]:
+    """`step` and `least` [rows] and a number for each logit."""
+    most = logits.max(axis=1)
+    least = np.maximum(logits.min(axis=1), most - np.float32(_SPREAD))
+    step = (most - least) / np.float32(_LEVELS)
+    total = np.log(np.exp(logits - most[:, None]).sum(axis=1, dtype=np.float64)).astype(np.float32)
+    with np.errstate(divide="ignore"):
+        inverse = np.where(step > 0, np.float32(1) / step, np.float32(0)).astype(np.float32)
+    numbers = np.rint((logits - least[:, None]) * inverse[:, None])
+    return step, least - most - total, np.clip(numbers, 0, _LEVELS).astype(np.uint16)

@@ -1,0 +1,102 @@
+"""How well a model predicts a text, by llama.cpp's convention: cut into chunks, the second half of each is scored."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from llamaclust.cluster.client.base import TextClient
+from llamaclust.core.errors import LlamaclustError, UsageError
+from llamaclust.model.tokenizers.tokenizer import Tokenizer
+
+OnChunk = Callable[["Perplexity"], None]
+
+MOST_NLL = 700.0
+_CHECKED_CHARACTERS = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Perplexity:
+    """exp of the mean negative log-likelihood of `tokens` scored tokens, and its standard error."""
+
+    perplexity: float
+    stderr: float
+    chunks: int
+    tokens: int
+
+    def as_json(self) -> dict[str, float | int]:
+        return asdict(self)
+
+
+class Accumulator:
+    """Float64 sums over tokens in their order: the same logprobs give the same digits."""
+
+    def __init__(self) -> None:
+        self._chunks = 0
+        self._tokens = 0
+        self._sum = 0.0
+        self._squares = 0.0
+
+    def add(self, logprobs: Iterable[float]) -> None:
+        """One chunk's scored tokens."""
+        for logprob in logprobs:
+            self._sum -= logprob
+            self._squares += logprob * logprob
+            self._tokens += 1
+        self._chunks += 1
+
+    @property
+    def result(self) -> Perplexity:
+        """LlamaclustError where the text is all but impossible to the model."""
+        mean = self._sum / self._tokens
+        if mean > MOST_NLL:
+            raise LlamaclustError(f"the model gives this text no chance: {mean:.4g} nats a token; is it the right one?")
+        variance = self._squares / self._tokens - mean * mean
+        error = math.sqrt(max(0.0, variance) / max(1, self._tokens - 1))
+        return Perplexity(math.exp(mean), error * math.exp(mean), self._chunks, self._tokens)
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 file without its last line break. UsageError where it cannot be read."""
+    if path.exists() and not (path.is_file() or path.is_fifo()):
+        raise UsageError(f"{path}: no file of text; give the name of one")
+    try:
+        return path.read_bytes().decode().removesuffix("\n")
+    except OSError as error:
+        raise UsageError(f"{path}: cannot read it: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from error
+
+
+def cut(tokenizer: Tokenizer, text: str, context: int, most: int | None) -> list[tuple[int, ...]]:
+    """The text's tokens in whole chunks of `context`, the first `most`, each as `begun`. UsageError for a text shorter
+    than a chunk."""
+    ids = tokenizer.encode(text)
+    if len(ids) < context:
+        raise UsageError(f"the text has {len(ids)} tokens, a chunk {context}: take a longer text or a smaller -c")
+    starts = range(0, len(ids) - context + 1, context)[:most]
+    return [begun(tokenizer, tuple(ids[start : start + context])) for start in starts]
+
+
+def begun(tokenizer: Tokenizer, chunk: tuple[int, ...]) -> tuple[int, ...]:
+    """A chunk that begins with BOS where the model wants it, in place of its first token."""
+    return (tokenizer.bos_id, *chunk[1:]) if tokenizer.add_bos and tokenizer.bos_id is not None else chunk
+
+
+def measure(client: TextClient, chunks: Sequence[tuple[int, ...]], on_chunk: OnChunk) -> Perplexity:
+    """Scores tokens [context / 2 + 1, context) of each chunk; `on_chunk` sees the value so far."""
+    sums = Accumulator()
+    for chunk in chunks:
+        reply = client.generate(chunk, max_tokens=0, score_from=len(chunk) // 2 + 1)
+        sums.add(reply.prompt_logprobs)
+        on_chunk(sums.result)
+    return sums.result
+
+
+def check_same_model(client: TextClient, tokenizer: Tokenizer, text: str) -> None:
+    """UsageError where the server reads a text as other tokens than the model file does."""
+    sample = text[:_CHECKED_CHARACTERS]
+    if client.tokenize(sample, add_special=False) != tokenizer.encode(sample, add_special=False, parse_special=True):
+        raise UsageError("the server serves another model than the file: its tokens are different")

@@ -1,0 +1,1 @@
+"""Model downloads: catalog, sources, HTTP."""

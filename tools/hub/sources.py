@@ -1,0 +1,165 @@
+"""Where a model comes from, as a user writes it: a path, an address, or a file inside a package or repository."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from urllib.parse import quote, unquote, urlsplit
+
+from llamaclust.core.errors import UsageError
+
+_PACKAGE = re.compile(r"(?P<name>[A-Za-z0-9][\w.-]{0,99})==(?P<version>[\w.+!-]{1,99})/(?P<member>[^\s]+)")
+_HUB_FILE = re.compile(
+    r"(?P<repository>[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})/(?P<file>[^\s@?#]{1,500})(@(?P<revision>[\w./-]{1,200}))?",
+    re.ASCII,
+)
+_MAX_NAME_BYTES = 200
+"""File systems take 255; a file that is not complete has a longer name."""
+_MAX_SLUG = 100
+_HASH_FRAGMENT = re.compile(r"sha256=([0-9a-fA-F]{64})")
+
+
+@dataclass(frozen=True, slots=True)
+class LocalFile:
+    """A file that is used where it lies."""
+
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class WebFile:
+    """A file behind an http or https address, without its fragment; `sha256` in lower-case hex where that gave it."""
+
+    url: str
+    sha256: str | None
+
+    @property
+    def file_name(self) -> str:
+        return _safe_file_name(unquote(PurePosixPath(urlsplit(self.url).path).name), self.url)
+
+    def named(self, name: str) -> WebFile:
+        """Another file beside it, of which nothing is known."""
+        parts = urlsplit(self.url)
+        return WebFile(parts._replace(path=_beside(parts.path, quote(name))).geturl(), None)
+
+    @property
+    def directory(self) -> str:
+        """A directory name of its own for every address."""
+        parts = urlsplit(self.url)
+        digest = hashlib.sha256(self.url.encode()).hexdigest()[:12]
+        return f"web-{_slug(parts.hostname or '')}-{digest}"
+
+
+@dataclass(frozen=True, slots=True)
+class PackageFile:
+    """A file inside the wheel of one version of a package on the package index that pip is set up for."""
+
+    package: str
+    version: str
+    member: str
+
+    @property
+    def file_name(self) -> str:
+        return _safe_file_name(PurePosixPath(self.member).name, self.member)
+
+    def named(self, name: str) -> PackageFile:
+        """Another file beside it."""
+        return replace(self, member=_beside(self.member, name))
+
+    @property
+    def directory(self) -> str:
+        return f"pypi-{_slug(self.package)}-{_slug(self.version)}"
+
+
+@dataclass(frozen=True, slots=True)
+class HubFile:
+    """A file of a repository on the Hugging Face hub, at a branch, tag or commit."""
+
+    repository: str
+    file: str
+    revision: str
+
+    def __str__(self) -> str:
+        return f"hf:{self.repository}/{self.file}@{self.revision}"
+
+    @property
+    def file_name(self) -> str:
+        return _safe_file_name(PurePosixPath(self.file).name, str(self))
+
+    @property
+    def directory(self) -> str:
+        digest = hashlib.sha256(str(self).encode()).hexdigest()[:12]
+        return f"hf-{_slug(self.repository)}-{digest}"
+
+    def url(self, endpoint: str, commit: str | None = None) -> str:
+        """Where the hub gives it away."""
+        return f"{endpoint}/{self.repository}/resolve/{quote(commit or self.revision, safe='')}/{quote(self.file)}"
+
+    def named(self, name: str) -> HubFile:
+        """Another file beside it."""
+        return replace(self, file=_beside(self.file, name))
+
+
+Source = LocalFile | WebFile | PackageFile | HubFile
+
+
+def parse_source(spec: str) -> Source:
+    """Reads `hf:REPO/FILE[@REVISION]`, `pypi:PACKAGE==VERSION/FILE`, an http(s) address, a `file:` address or a path;
+    UsageError for the rest."""
+    scheme = spec.partition(":")[0].lower() if ":" in spec else ""
+    if scheme == "pypi":
+        return _package_file(spec)
+    if scheme in ("http", "https"):
+        return _web_file(spec)
+    if scheme == "file":
+        return LocalFile(_file_path(spec))
+    if scheme == "hf":
+        return _hub_file(spec)
+    return LocalFile(Path(spec).expanduser())
+
+
+def _package_file(spec: str) -> PackageFile:
+    match = _PACKAGE.fullmatch(spec.partition(":")[2])
+    if match is None:
+        raise UsageError(f"{spec}: not of the form pypi:PACKAGE==VERSION/FILE")
+    return PackageFile(match["name"], match["version"], match["member"])
+
+
+def _hub_file(spec: str) -> HubFile:
+    match = _HUB_FILE.fullmatch(spec.partition(":")[2])
+    if match is None or any(part in ("", ".", "..") for part in match["file"].split("/")):
+        raise UsageError(f"{spec}: not of the form hf:OWNER/NAME/FILE or hf:OWNER/NAME/FILE@REVISION")
+    return HubFile(match["repository"], match["file"], match["revision"] or "main")
+
+
+def _beside(path: str, name: str) -> str:
+    return "".join((*path.rpartition("/")[:2], name))
+
+
+def _web_file(spec: str) -> WebFile:
+    url, _, fragment = spec.partition("#")
+    match = _HASH_FRAGMENT.fullmatch(fragment)
+    if fragment and match is None:
+        raise UsageError(f"{spec}: the part after # must be sha256= and 64 hexadecimal digits")
+    if not urlsplit(url).hostname:
+        raise UsageError(f"{spec}: the address names no host")
+    return WebFile(url, match[1].lower() if match else None)
+
+
+def _file_path(spec: str) -> Path:
+    parts = urlsplit(spec)
+    if parts.netloc not in ("", "localhost"):
+        raise UsageError(f"{spec}: a file address cannot name a host; write file:///path")
+    return Path(unquote(parts.path))
+
+
+def _safe_file_name(name: str, origin: str) -> str:
+    if not name.isprintable() or "/" in name or name.startswith(".") or not 0 < len(name.encode()) <= _MAX_NAME_BYTES:
+        raise UsageError(f"{origin}: does not end in a file name of up to {_MAX_NAME_BYTES} printable bytes")
+    return name
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:_MAX_SLUG]

@@ -1,0 +1,1 @@
+"""Quantization of model files, importance matrices."""

@@ -1,0 +1,205 @@
+"""Which type each tensor of a model becomes, in the order of llama-quantize's rules."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from llamaclust.core.errors import UsageError
+from llamaclust.model.gguf.model_file import ModelFile
+from llamaclust.model.gguf.tensors import Tensor
+from llamaclust.model.quant_types import QuantType
+from llamaclust.tools.quantize.mixes import (
+    EMBEDDING_RULES,
+    FALCON_RULES,
+    FLOATS,
+    LOWEST,
+    LOWEST_RULES,
+    NARROW_TYPES,
+    NEEDS_IMPORTANCE,
+    RULES,
+    VALUES,
+    Mix,
+    Part,
+    Place,
+    Rule,
+)
+
+EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
+_OUTPUT = "output.weight"
+
+_PARTS = (
+    ("attn_qkv.weight", Part.QKV),
+    ("attn_kv_b.weight", Part.KV_B),
+    ("attn_v.weight", Part.V),
+    ("attn_k.weight", Part.K),
+    ("attn_q.weight", Part.Q),
+    ("attn_output.weight", Part.ATTENTION_OUTPUT),
+    ("ffn_up", Part.UP),
+    ("ffn_gate", Part.GATE),
+    ("ffn_down", Part.DOWN),
+)
+
+_KEPT_NAMES = ("position_embd.weight", "token_types.weight")
+_KEPT = re.compile(
+    r"_norm\.weight|ffn_gate_inp\.weight|ffn_gate_tid2eid\.weight|altup|laurel|per_layer_model_proj|ssm_conv1d"
+    r"|shortconv\.conv\.weight|indexer\.[kq]_proj\.weight"
+    r"|time_mix_(first|w[012]|v[012]|a[012]|g[12]|decay_w[12]|lerp_fused)\.weight|attn_rel_b\.weight"
+    r"|\.position_embd|sam\.(pos_embd|neck\.|net_)|\.rel_pos|\.patch_embd|\.patch_merger|a\.rvq\.codebook|mm\.a\.code_embd"
+)
+"""Matrices that stay as they are: small, or not of the kind that is multiplied with activations."""
+
+_OTHER_RULES = frozenset({"glm5-next", "bailingmoe3"})
+"""Architectures for which llama-quantize chooses by rules that are not known here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What a user wants otherwise than the mix has it; None where the mix decides."""
+
+    mix: Mix
+    has_importance: bool = False
+    pure: bool = False
+    keep_output: bool = False
+    output_type: QuantType | None = None
+    embedding_type: QuantType | None = None
+    by_pattern: tuple[tuple[re.Pattern[str], QuantType], ...] = ()
+
+
+def choose_types(model: ModelFile, wishes: Wishes) -> dict[str, QuantType]:
+    """The type of every tensor, in the model's order. UsageError for an architecture with rules of its own."""
+    architecture = model.metadata_str("general.architecture")
+    if architecture in _OTHER_RULES and not wishes.pure:
+        raise UsageError(f"{model.path}: mixes have other rules for {architecture}: give --pure, and types by name")
+    chooser = _Chooser(model, architecture, wishes)
+    chosen = {tensor.name: chooser.choose(tensor) for tensor in in_layer_order(model)}
+    return {name: chosen[name] for name in model.tensors}
+
+
+def in_layer_order(model: ModelFile) -> Sequence[Tensor]:
+    """Tensors outside the layers, then layer by layer, by name: the order in which rules count."""
+    return sorted(model.tensors.values(), key=lambda tensor: (_layer(tensor.name), tensor.name.encode()))
+
+
+def is_kept(name: str, shape: Sequence[int]) -> bool:
+    """Whether a tensor of that name stays as it is, whatever the mix."""
+    inner = list(shape)
+    while len(inner) > 1 and inner[0] == 1:
+        inner.pop(0)
+    return len(inner) < 2 or not name.endswith("weight") or name in _KEPT_NAMES or _KEPT.search(name) is not None
+
+
+def needs_importance(name: str, quant_type: QuantType, mix: Mix) -> bool:
+    """Whether a tensor is of no use in that type where it is not known which columns matter."""
+    if name in EMBEDDINGS or name == _OUTPUT:
+        return False
+    return quant_type in NEEDS_IMPORTANCE or (quant_type == QuantType.Q2_K and mix.name == "Q2_K_S")
+
+
+class _Chooser:
+    def __init__(self, model: ModelFile, architecture: str, wishes: Wishes) -> None:
+        self._wishes, self._mix = wishes, wishes.mix
+        key = f"{architecture}."
+        self._layers = model.metadata_int(f"{key}block_count", 0)
+        self._experts = model.metadata_int(f"{key}expert_count", 0)
+        heads, pairs = (
+            _first_int(model, f"{key}attention.head_count"),
+            _first_int(model, f"{key}attention.head_count_kv"),
+        )
+        pairs = heads if pairs is None else pairs
+        self._query_share = heads // pairs if heads and pairs else 0
+        self._is_falcon = architecture == "falcon"
+        self._rules = FALCON_RULES if self._is_falcon else RULES
+        self._is_70b = architecture == "llama" and self._layers == 80 and heads != pairs
+        self._values = sum(_part(name) in VALUES for name in model.tensors)
+        self._is_tied = _OUTPUT not in model.tensors
+        self._seen: Counter[Part] = Counter()
+
+    def choose(self, tensor: Tensor) -> QuantType:
+        wishes, part = self._wishes, _part(tensor.name)
+        if is_kept(tensor.name, tensor.shape) or (wishes.keep_output and tensor.name == _OUTPUT):
+            return tensor.quant_type
+        named = next((kind for pattern, kind in wishes.by_pattern if pattern.search(tensor.name)), None)
+        if wishes.embedding_type is not None and part is Part.EMBEDDING and not _named_apart(tensor.name, named):
+            return wishes.embedding_type
+        if wishes.output_type is not None and part is Part.OUTPUT:
+            return wishes.output_type
+        if named is None:
+            plain = wishes.pure or self._mix.base in FLOATS
+            named = self._mix.base if plain else self._of_mix(tensor, part)
+        return _that_fits(named, tensor.shape[-1])
+
+    def _of_mix(self, tensor: Tensor, part: Part) -> QuantType:
+        mix, base = self._mix.name, self._mix.base
+        if part is Part.OUTPUT or (part is Part.EMBEDDING and self._is_tied):
+            return self._of_output(tensor.shape[-1])
+        if mix == "MXFP4_MOE":
+            return base if len(tensor.shape) == 3 and tensor.shape[0] > 1 else QuantType.Q8_0
+        if part is Part.EMBEDDING:
+            return _first(EMBEDDING_RULES, mix, self._place(tensor, part), base)
+        lowest = mix in LOWEST.split()
+        place = self._place(tensor, part, by_name=not lowest)
+        chosen = _first((LOWEST_RULES if lowest else self._rules).get(part, ()), mix, place, base)
+        self._seen[Part.V if part in VALUES else part] += 1
+        if self._is_70b and part in VALUES and not lowest and chosen in (QuantType.Q3_K, QuantType.Q4_K):
+            return QuantType.Q5_K
+        return chosen
+
+    def _of_output(self, width: int) -> QuantType:
+        if self._wishes.output_type is not None:
+            return self._wishes.output_type
+        mix, base = self._mix.name, self._mix.base
+        is_wide = mix == "MXFP4_MOE" or base == QuantType.Q8_0 or self._is_falcon
+        if is_wide or width % base.info.block_size:
+            return QuantType.Q8_0
+        return QuantType.Q5_K if mix in LOWEST.split() or mix == "IQ3_XXS" else QuantType.Q6_K
+
+    def _place(self, tensor: Tensor, part: Part, by_name: bool = True) -> Place:
+        """Layers are counted as they come; where a layer may have several tensors of a part, its name tells."""
+        if part in VALUES:
+            index, count = self._seen[Part.V], self._values
+        else:
+            index, count = self._seen[part], self._layers
+            if by_name and self._experts > 1 and part in (Part.DOWN, Part.GATE, Part.UP):
+                index = _layer(tensor.name)
+        return Place(index, count, self._experts, self._query_share, self._wishes.has_importance)
+
+
+def _first(rules: Sequence[Rule], mix: str, place: Place, otherwise: QuantType) -> QuantType:
+    return next((rule.quant_type for rule in rules if rule.applies(mix, place)), otherwise)
+
+
+def _that_fits(quant_type: QuantType, width: int) -> QuantType:
+    for kind in (quant_type, NARROW_TYPES.get(quant_type, quant_type)):
+        if width % kind.info.block_size == 0:
+            return kind
+    return QuantType.F16
+
+
+def _named_apart(name: str, named: QuantType | None) -> bool:
+    """The table of embeddings for each layer is large: a pattern that names it goes before the embeddings' type."""
+    return name == EMBEDDINGS[1] and named is not None
+
+
+def _part(name: str) -> Part:
+    if name == _OUTPUT:
+        return Part.OUTPUT
+    if name in EMBEDDINGS:
+        return Part.EMBEDDING
+    return next((part for text, part in _PARTS if text in name), Part.OTHER)
+
+
+def _layer(name: str) -> int:
+    """-1 outside the layers."""
+    found = re.match(r"blk\.(\d+)\.", name)
+    return int(found[1]) if found else -1
+
+
+def _first_int(model: ModelFile, key: str) -> int | None:
+    """A number, or the first of several: what each layer has, where they differ."""
+    value = model.metadata.get(key)
+    if value is not None and not isinstance(value, int | float | str | bool):
+        value = next(iter(value), None)
+    return None if value is None else int(value)  # type: ignore[arg-type]

@@ -1,0 +1,1 @@
+"""Microbatches, sampling inputs and results, and their codec."""

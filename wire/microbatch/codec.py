@@ -1,0 +1,287 @@
+"""Microbatches, sampling inputs and results as bytes and back; every field from a peer is checked here or not at all.
+
+What depends on a loaded stage (vocabulary, KV blocks, limits) is checked by the stage.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from operator import add
+from typing import Literal
+
+from llamaclust.core.errors import WireError
+from llamaclust.core.limits import (
+    MAX_CONTEXT_TOKENS,
+    MAX_KV_BLOCKS,
+    MAX_SEQUENCES,
+    MAX_TOKENS,
+    MAX_TOP_LOGPROBS,
+    MAX_VOCABULARY,
+)
+from llamaclust.core.sampling import RowResult, RowTask, SampleTask, SamplingParams, ScoreTask
+from llamaclust.core.sampling_bounds import MAX_BIAS, MAX_MU, MAX_TOP_K, REAL_BOUNDS
+from llamaclust.proto import microbatch_pb2 as microbatch_proto
+from llamaclust.proto import sampling_pb2 as sampling_proto
+from llamaclust.wire.bounds import bounded, finite, line, one_line, parse
+from llamaclust.wire.microbatch.messages import Chosen, Chunk, Microbatch, Result, SamplingInputs, StageTiming
+from llamaclust.wire.microbatch.sampler_chain_codec import breakers_in, chain_in, chain_out
+
+MAX_MICROBATCH_BYTES = 1 << 23
+MAX_INPUTS_BYTES = 1 << 26
+MAX_STAGES = 255
+
+_PLAIN_PARAMS = 256
+
+
+def encode_microbatch(microbatch: Microbatch) -> bytes:
+    message = microbatch_proto.Microbatch(
+        model_id=microbatch.model_id, epoch=microbatch.epoch, number=microbatch.number
+    )
+    for chunk in microbatch.chunks:
+        added = message.chunks.add(
+            tokens=chunk.tokens,
+            position=chunk.position,
+            table=chunk.table,
+            outputs=chunk.outputs,
+            window_table=chunk.window_table,
+            window_start=chunk.window_start,
+        )
+        if chunk.follows is not None:
+            added.follows.number, added.follows.row = chunk.follows
+    return message.SerializeToString()
+
+
+def decode_microbatch(data: bytes) -> Microbatch:
+    """Raises WireError for bytes that are no microbatch or break a bound."""
+    message = parse(microbatch_proto.Microbatch, data, MAX_MICROBATCH_BYTES)
+    bounded("chunks", len(message.chunks), 1, MAX_SEQUENCES)
+    microbatch = Microbatch(
+        line("model_id", message.model_id, 128),
+        message.epoch,
+        message.number,
+        tuple(_chunk(chunk, message.number) for chunk in message.chunks),
+    )
+    bounded("tokens of a microbatch", microbatch.rows, 1, MAX_TOKENS)
+    return microbatch
+
+
+def _chunk(message: microbatch_proto.Chunk, number: int) -> Chunk:
+    tokens = tuple(message.tokens)
+    bounded("tokens of a chunk", len(tokens), 1, MAX_TOKENS)
+    bounded("token", max(tokens), 0, MAX_VOCABULARY - 1)
+    bounded("last position", message.position + len(tokens) - 1, 0, MAX_CONTEXT_TOKENS - 1)
+    bounded("outputs", message.outputs, 0, len(tokens))
+    follows = _follows(message.follows, tokens, number) if message.HasField("follows") else None
+    window = _table(message.window_table) if message.window_table else ()
+    start = bounded("window_start", message.window_start, 0, MAX_CONTEXT_TOKENS)
+    return Chunk(tokens, message.position, _table(message.table), message.outputs, follows, window, start)
+
+
+def _follows(message: microbatch_proto.Follows, tokens: tuple[int, ...], number: int) -> tuple[int, int]:
+    if tokens != (0,):
+        raise WireError("a chunk that follows a row brings tokens of its own")
+    bounded("number of the microbatch that is followed", message.number, 0, number - 1)
+    return message.number, bounded("row that is followed", message.row, 0, MAX_TOKENS - 1)
+
+
+def encode_chosen(chosen: Chosen) -> bytes:
+    return microbatch_proto.Chosen(number=chosen.number, tokens=chosen.tokens).SerializeToString()
+
+
+def decode_chosen(data: bytes) -> Chosen:
+    """Raises WireError for bytes that are not chosen tokens or break a bound."""
+    message = parse(microbatch_proto.Chosen, data, MAX_MICROBATCH_BYTES)
+    bounded("chosen tokens", len(message.tokens), 0, MAX_TOKENS)
+    return Chosen(message.number, _tokens(message.tokens))
+
+
+def _table(numbers: Sequence[int]) -> tuple[int, ...]:
+    table = tuple(numbers)
+    starts, counts = table[::2], table[1::2]
+    bounded("runs of a table", len(counts), 1, MAX_CONTEXT_TOKENS)
+    bounded("numbers of a table", len(table), 2 * len(counts), 2 * len(counts))
+    bounded("blocks of a run", min(counts), 1, MAX_CONTEXT_TOKENS)
+    bounded("last block of a run", max(map(add, starts, counts)) - 1, 0, MAX_KV_BLOCKS - 1)
+    return table
+
+
+def encode_inputs(inputs: SamplingInputs) -> bytes:
+    message = sampling_proto.SamplingInputs(epoch=inputs.epoch, number=inputs.number)
+    for task in inputs.tasks:
+        if isinstance(task, SampleTask):
+            message.tasks.add(sample=_sample_out(task))
+        else:
+            message.tasks.add(score=sampling_proto.ScoreTask(token=task.token, top_logprobs=task.top_logprobs))
+    return message.SerializeToString()
+
+
+def _sample_out(task: SampleTask) -> sampling_proto.SampleTask:
+    return sampling_proto.SampleTask(
+        params=_params_out(task.params) if task.params.logit_bias else _plain_params_out(task.params),
+        seed=task.seed,
+        choice=task.choice,
+        position=task.position,
+        history=task.history,
+        suppressed=task.suppressed,
+        top_logprobs=task.top_logprobs,
+        history_follows=task.history_follows,
+        penalty_window=task.penalty_window,
+        dry_window=task.dry_window,
+        breakers=[sampling_proto.TokenSequence(tokens=tokens) for tokens in task.breakers],
+        mu=task.mu,
+    )
+
+
+@lru_cache(_PLAIN_PARAMS)
+def _plain_params_out(params: SamplingParams) -> sampling_proto.SamplingParams:
+    """Without biases: made once, since a sequence brings the same ones with every token."""
+    return _params_out(params)
+
+
+def _params_out(params: SamplingParams) -> sampling_proto.SamplingParams:
+    return sampling_proto.SamplingParams(
+        temperature=params.temperature,
+        top_k=params.top_k,
+        top_p=params.top_p,
+        min_p=params.min_p,
+        repetition_penalty=params.repetition_penalty,
+        frequency_penalty=params.frequency_penalty,
+        presence_penalty=params.presence_penalty,
+        logit_bias=[sampling_proto.LogitBias(token=token, bias=bias) for token, bias in params.logit_bias],
+        chain=chain_out(params.chain),
+    )
+
+
+def decode_inputs(data: bytes) -> SamplingInputs:
+    """Raises WireError for bytes that are no sampling inputs or break a bound."""
+    message = parse(sampling_proto.SamplingInputs, data, MAX_INPUTS_BYTES)
+    bounded("tasks", len(message.tasks), 0, MAX_TOKENS)
+    return SamplingInputs(message.epoch, message.number, tuple(_task(task) for task in message.tasks))
+
+
+def _task(message: sampling_proto.RowTask) -> RowTask:
+    match message.WhichOneof("task"):
+        case "sample":
+            return _sample_in(message.sample)
+        case "score":
+            return ScoreTask(_token(message.score.token), _top(message.score.top_logprobs))
+        case _:
+            raise WireError("a row task of a kind that this version does not know")
+
+
+def _sample_in(message: sampling_proto.SampleTask) -> SampleTask:
+    bounded("history", len(message.history), 0, MAX_CONTEXT_TOKENS)
+    bounded("suppressed", len(message.suppressed), 0, MAX_VOCABULARY)
+    return SampleTask(
+        _params_in(message.params)
+        if message.params.logit_bias
+        else _plain_params_in(message.params.SerializeToString()),
+        message.seed,
+        message.choice,
+        bounded("position", message.position, 0, MAX_CONTEXT_TOKENS),
+        _tokens(message.history),
+        _tokens(message.suppressed),
+        _top(message.top_logprobs),
+        message.history_follows,
+        _window("penalty_window", message),
+        _window("dry_window", message),
+        breakers_in(message.breakers),
+        _mu(message.mu),
+    )
+
+
+@lru_cache(_PLAIN_PARAMS)
+def _plain_params_in(data: bytes) -> SamplingParams:
+    """Without biases: checked once, since a sequence brings the same ones with every token."""
+    return _params_in(sampling_proto.SamplingParams.FromString(data))
+
+
+def _params_in(message: sampling_proto.SamplingParams) -> SamplingParams:
+    bounded("logit biases", len(message.logit_bias), 0, MAX_VOCABULARY)
+    return SamplingParams(
+        top_k=bounded("top_k", message.top_k, 0, MAX_TOP_K),
+        logit_bias=tuple(_bias(bias) for bias in message.logit_bias),
+        chain=chain_in(message),
+        **{name: finite(name, getattr(message, name), *bounds) for name, bounds in REAL_BOUNDS.items()},
+    )
+
+
+def _window(name: Literal["penalty_window", "dry_window"], message: sampling_proto.SampleTask) -> int | None:
+    return bounded(name, getattr(message, name), 0, MAX_CONTEXT_TOKENS) if message.HasField(name) else None
+
+
+def _mu(value: float) -> float:
+    return finite("mu", value, -MAX_MU, MAX_MU)
+
+
+def _bias(message: sampling_proto.LogitBias) -> tuple[int, float]:
+    return _token(message.token), finite("logit_bias", message.bias, -MAX_BIAS, MAX_BIAS)
+
+
+def _token(value: int) -> int:
+    return bounded("token", value, 0, MAX_VOCABULARY - 1)
+
+
+def _tokens(values: Iterable[int]) -> tuple[int, ...]:
+    tokens = tuple(values)
+    bounded("token", max(tokens, default=0), 0, MAX_VOCABULARY - 1)
+    return tokens
+
+
+def _top(value: int) -> int:
+    return bounded("top_logprobs", value, 0, MAX_TOP_LOGPROBS)
+
+
+def encode_result(result: Result) -> bytes:
+    message = sampling_proto.Result(epoch=result.epoch, number=result.number)
+    for row in result.rows:
+        _row_out(row, message.rows.add())
+    for timing in result.timings:
+        message.timings.add(
+            queue_ns=timing.queue_ns, compute_ns=timing.compute_ns, wire_ns=timing.wire_ns, rows=timing.rows
+        )
+    if result.failure is not None:
+        message.failure = one_line(result.failure)
+    return message.SerializeToString()
+
+
+def _row_out(row: RowResult, to: sampling_proto.RowResult) -> None:
+    if row.failure is not None:
+        to.failure = one_line(row.failure)
+        return
+    to.chosen.token, to.chosen.logprob = row.token, row.logprob
+    for token, logprob in row.top_logprobs:
+        to.top.add(token=token, logprob=logprob)
+    if row.mu is not None:
+        to.mu = row.mu
+
+
+def decode_result(data: bytes) -> Result:
+    """Raises WireError for bytes that are no result or break a bound."""
+    message = parse(sampling_proto.Result, data, MAX_INPUTS_BYTES)
+    bounded("rows", len(message.rows), 0, MAX_TOKENS)
+    bounded("timings", len(message.timings), 0, MAX_STAGES)
+    return Result(
+        message.epoch,
+        message.number,
+        tuple(_row(row) for row in message.rows),
+        tuple(StageTiming(t.queue_ns, t.compute_ns, t.wire_ns, t.rows) for t in message.timings),
+        line("failure", message.failure) if message.HasField("failure") else None,
+    )
+
+
+def _row(message: sampling_proto.RowResult) -> RowResult:
+    if message.HasField("failure"):
+        return RowResult(-1, math.nan, failure=line("failure", message.failure))
+    bounded("top_logprobs", len(message.top), 0, MAX_TOP_LOGPROBS)
+    top = tuple((_token(entry.token), _logprob(entry.logprob)) for entry in message.top)
+    mu = _mu(message.mu) if message.HasField("mu") else None
+    return RowResult(_token(message.chosen.token), _logprob(message.chosen.logprob), top, mu=mu)
+
+
+def _logprob(value: float) -> float:
+    if math.isnan(value):
+        raise WireError("logprob is no number")
+    return value

@@ -1,0 +1,89 @@
+"""What travels, as dataclasses: microbatches between stages, sampling inputs to the last stage, results back.
+
+The codec checks every bound named here; nobody else sees protobuf.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from llamaclust.core.sampling import RowResult, RowTask
+
+PROTOCOL_VERSION = (3, 0)
+"""(major, minor): another major is refused at the handshake; unknown fields of a newer minor are ignored."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Some consecutive tokens of one sequence to compute now: one in decode, more in prefill.
+
+    tokens[i] stands at `position` + i and is stored there in KV memory, which `table` maps in order: position p lives
+    in the table's block p // 16. The table is written as runs of consecutive ids, (start, count, start, count, ...).
+    The last `outputs` rows are sampled or scored. Where it `follows` a row, its only token is the one chosen there,
+    which nobody knew when it was sent; then tokens is (0,). Where layers with a window have KV blocks of their own,
+    `window_table` has those from the table's block number `window_start` to the last token's, in the same manner.
+    """
+
+    tokens: tuple[int, ...]
+    position: int
+    table: tuple[int, ...]
+    outputs: int
+    follows: tuple[int, int] | None = None  # (number of an earlier microbatch, index among its output rows)
+    window_table: tuple[int, ...] = ()
+    window_start: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Microbatch:
+    """One unit of work, which every stage runs in the order of `number` (from 0, without gaps, within an epoch)."""
+
+    model_id: str
+    epoch: int
+    number: int
+    chunks: tuple[Chunk, ...]
+
+    @property
+    def rows(self) -> int:
+        return sum(len(chunk.tokens) for chunk in self.chunks)
+
+    @property
+    def outputs(self) -> int:
+        return sum(chunk.outputs for chunk in self.chunks)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingInputs:
+    """What the last stage does with the output rows of microbatch (epoch, number), one task a row, in row order."""
+
+    epoch: int
+    number: int
+    tasks: tuple[RowTask, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """What the last stage tells the first: the tokens of a microbatch's output rows, for chunks that follow them."""
+
+    number: int
+    tokens: tuple[int, ...]  # 0 for a row without an answer; none where the microbatch failed
+
+
+@dataclass(frozen=True, slots=True)
+class StageTiming:
+    """What one stage did for one microbatch, in nanoseconds of that worker's monotonic clock."""
+
+    queue_ns: int  # received, with the tokens it follows, until started
+    compute_ns: int
+    wire_ns: int  # serializing and handing the previous frame to the network
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """The answer to one microbatch: a row result for each task, or the failure that stopped it."""
+
+    epoch: int
+    number: int
+    rows: tuple[RowResult, ...] = ()
+    timings: tuple[StageTiming, ...] = field(default=())  # first stage first
+    failure: str | None = None  # one line: worker, layers, what happened

@@ -1,0 +1,1 @@
+"""gRPC: client, server, send queues, deadlines, options."""

@@ -1,0 +1,210 @@
+"""The calling side of gRPC: channel options, who we are and whom we expect, broken streams as errors.
+
+This file and `server.py` alone make channels and servers. Streams carry bytes; what they mean is the codecs' matter.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import grpc
+from grpc import aio
+
+from llamaclust.core.errors import DeadlineError, WorkerError
+from llamaclust.wire.bounds import line
+from llamaclust.wire.microbatch.frames import MAX_FRAME_BYTES
+from llamaclust.wire.rpc.deadlines import deadline
+from llamaclust.wire.security.credentials import Credentials, Identity, KeyPair, Principal, check_address
+from llamaclust.wire.security.token import ClusterToken
+
+JOIN = "/llamaclust.v1.Coordinator/Join"
+FORWARD = "/llamaclust.v1.Stage/Forward"
+SAMPLE = "/llamaclust.v1.Stage/Sample"
+CHOSEN = "/llamaclust.v1.Stage/Chosen"
+ECHO = "/llamaclust.v1.Stage/Echo"
+FETCH = "/llamaclust.v1.Weights/Fetch"
+
+TOKEN_KEY = "llamaclust-token"
+EPOCH_KEY = "llamaclust-epoch"
+ACCEPTED_KEY = "llamaclust-accepted"
+BLAME_KEY = "llamaclust-blame"
+"""Of a stream's end: the worker behind it whose fault that is, where it is another than the one that ends it."""
+
+OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_FRAME_BYTES),
+    ("grpc.max_send_message_length", MAX_FRAME_BYTES),
+    ("grpc.enable_retries", 0),
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.so_reuseport", 0),
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.max_ping_strikes", 0),
+)
+
+_EOF: Any = aio.EOF  # type: ignore[attr-defined]
+_TRANSPORT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN)
+_TRYING = (grpc.ChannelConnectivity.IDLE, grpc.ChannelConnectivity.CONNECTING)
+_CONNECT_S = 20.0
+_LONGEST_NAME = 63
+_LEAST_ANSWER_S = 1.0
+"""A lossy link, or a crowded machine, may need so long for an answer."""
+
+
+class StreamBrokenError(WorkerError):
+    """A stream that ended otherwise than by agreement."""
+
+    def __init__(self, message: str, worker: str | None = None) -> None:
+        super().__init__(message)
+        self.worker = worker
+
+
+class UnreachableError(StreamBrokenError):
+    """A stream whose connection cannot be made, broke or stands still, whatever the other side does."""
+
+
+def _options(answer_s: float) -> tuple[tuple[str, int], ...]:
+    """Of a channel whose other side has gone when it acknowledges nothing for so long: bytes on their way, for gRPC
+    sets TCP_USER_TIMEOUT to the timeout, or pings while there are none."""
+    pings = {
+        "grpc.keepalive_time_ms": int(200 * answer_s),
+        "grpc.keepalive_timeout_ms": int(1000 * answer_s),
+        "grpc.http2.max_pings_without_data": 0,
+    }
+    return tuple((dict(OPTIONS) | pings).items())
+
+
+class ClientStream:
+    """Our end of a bidirectional stream that we opened; its errors name the worker to blame, if `worker` is given."""
+
+    def __init__(self, call: Any, address: str, worker: str | None = None) -> None:
+        self._call = call
+        self.address = address
+        self._worker = worker
+
+    async def opened(self) -> None:
+        """Returns when the other side has accepted the stream; StreamBrokenError where it does not."""
+        try:
+            metadata = await self._call.initial_metadata()
+        except asyncio.CancelledError:
+            self._check_told()
+            raise
+        if ACCEPTED_KEY not in dict(metadata or ()):
+            raise await self._broken()
+
+    async def write(self, data: bytes) -> None:
+        """Returns when the network has taken the message; StreamBrokenError where it does not."""
+        try:
+            await self._call.write(data)
+        except (grpc.RpcError, asyncio.InvalidStateError) as error:
+            raise await self._broken() from error
+        except asyncio.CancelledError:
+            self._check_told()
+            raise
+
+    async def read(self) -> bytes | None:
+        """The next message; None once the other side has ended the stream in order."""
+        try:
+            data = await self._call.read()
+        except grpc.RpcError as error:
+            raise await self._broken() from error
+        except asyncio.CancelledError:
+            self._check_told()
+            raise
+        return None if data is _EOF else data
+
+    async def done_writing(self) -> None:
+        """StreamBrokenError where the stream has ended otherwise."""
+        try:
+            await self._call.done_writing()
+        except (grpc.RpcError, asyncio.InvalidStateError) as error:
+            raise await self._broken() from error
+
+    def cancel(self) -> None:
+        self._call.cancel()
+
+    async def _broken(self) -> StreamBrokenError:
+        code = await self._call.code()
+        details = line("details", (await self._call.details() or "")[:2000])
+        if code in _TRANSPORT:
+            kind = UnreachableError if code is grpc.StatusCode.UNAVAILABLE else StreamBrokenError
+            return kind(f"connection to {self.address} lost ({details or code.name})", self._worker)
+        named = dict(await self._call.trailing_metadata() or ()).get(BLAME_KEY)
+        return StreamBrokenError(details or code.name, self._worker if named is None else str(named)[:_LONGEST_NAME])
+
+    def _check_told(self) -> None:
+        """StreamBrokenError where this task was not told to end: gRPC cancels whoever waits for a stream that another
+        task has cancelled, or was cancelled in while it wrote."""
+        task = asyncio.current_task()
+        if task is not None and not task.cancelling():
+            raise StreamBrokenError(f"the stream to {self.address} was cancelled", self._worker)
+
+
+class Peer:
+    """A channel to one process. With a token, every call on it shows that; with certificates, the other side must be
+    `principal`. `patience_s`: within it a connection that cannot be made, broke or stands still is noticed, even where
+    nothing is on its way; None: in its own time."""
+
+    def __init__(
+        self,
+        address: str,
+        credentials: Credentials,
+        principal: Principal | None = None,
+        patience_s: float | None = None,
+    ) -> None:
+        check_address(address, credentials)
+        self.address = address
+        self.principal = principal
+        self._answer_s = _CONNECT_S if patience_s is None else max(patience_s / 2, _LEAST_ANSWER_S)
+        self._options = OPTIONS if patience_s is None else _options(self._answer_s)
+        self._credentials = credentials
+        self._channels: list[Any] = []
+        self._pair: KeyPair | None = None
+
+    @property
+    def worker(self) -> str | None:
+        """Which one is expected there; None: none, or nobody knows."""
+        return None if self.principal is None else self.principal.worker
+
+    def open(self, method: str, *, epoch: int | None = None, wait_for_ready: bool = False) -> ClientStream:
+        """Begins a stream. With `wait_for_ready` it waits for the other side to come up instead of failing."""
+        metadata = []
+        if isinstance(self._credentials, ClusterToken):
+            metadata.append((TOKEN_KEY, self._credentials.value))
+        if epoch is not None:
+            metadata.append((EPOCH_KEY, str(epoch)))
+        call = self._channel().stream_stream(method)
+        return ClientStream(call(metadata=metadata or None, wait_for_ready=wait_for_ready), self.address, self.worker)
+
+    async def connected(self) -> None:
+        """Returns when the connection of the streams opened last is made, or has failed, of which they know.
+        UnreachableError where that takes too long."""
+        channel = self._channel()
+        try:
+            async with deadline(f"connection to {self.address}", self._answer_s):
+                while (state := channel.get_state(try_to_connect=True)) in _TRYING:
+                    await channel.wait_for_state_change(state)
+        except DeadlineError as error:
+            raise UnreachableError(str(error), self.worker) from error
+
+    def _channel(self) -> Any:
+        """Another one after each renewal of our certificate: what a channel shows when it connects is fixed."""
+        if not isinstance(self._credentials, Identity):
+            if not self._channels:
+                self._channels.append(aio.insecure_channel(self.address, options=self._options))
+        elif self._pair is not self._credentials.pair:
+            self._pair = self._credentials.pair
+            self._channels.append(self._secure(self._credentials))
+        return self._channels[-1]
+
+    def _secure(self, identity: Identity) -> Any:
+        from llamaclust.wire.security.tls import TARGET_NAME, channel_credentials
+
+        assert self.principal is not None, "whom to expect"
+        options = (*self._options, (TARGET_NAME, self.principal.host(identity.cluster)))
+        return aio.secure_channel(f"dns:///{self.address}", channel_credentials(identity), options=options)
+
+    async def close(self) -> None:
+        await asyncio.gather(*(channel.close(grace=None) for channel in self._channels))

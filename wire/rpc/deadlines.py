@@ -1,0 +1,80 @@
+"""Every await has a deadline with a name of its own, so that what did not come can be said."""
+
+from __future__ import annotations
+
+import asyncio
+from types import TracebackType
+from typing import Self
+
+from llamaclust.core.errors import DeadlineError
+
+
+class deadline:  # noqa: N801  reads as a statement, like asyncio.timeout
+    """An async context manager that cancels its block after `seconds` and raises a DeadlineError that names `what`."""
+
+    __slots__ = ("_limit", "_seconds", "_what")
+
+    def __init__(self, what: str, seconds: float) -> None:
+        self._what = what
+        self._seconds = seconds
+        self._limit = asyncio.timeout(seconds)
+
+    async def __aenter__(self) -> None:
+        await self._limit.__aenter__()
+
+    def move(self, at_s: float | None) -> None:
+        """To another time of the event loop's clock, which may have passed; None: no end for now."""
+        self._limit.reschedule(at_s)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            await self._limit.__aexit__(kind, error, trace)
+        except TimeoutError as late:
+            raise DeadlineError(f"{self._what}: not within {self._seconds:g} s") from late
+
+
+class recurring_deadline:  # noqa: N801  reads as a statement
+    """A deadline for what is done again and again, at next to no cost each time.
+
+    An async context manager around all of it; within, `with` around each time. Its task is cancelled when one takes
+    longer than `seconds` (looked at now and then, so up to an eighth more), and a DeadlineError names `what`.
+    """
+
+    __slots__ = ("_begun_s", "_deadline", "_loop", "_seconds", "_timer")
+
+    def __init__(self, what: str, seconds: float) -> None:
+        self._seconds = seconds
+        self._deadline = deadline(what, seconds)
+        self._loop = asyncio.get_running_loop()
+        self._begun_s: float | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def __aenter__(self) -> Self:
+        await self._deadline.__aenter__()
+        self._deadline.move(None)
+        self._look()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        await self._deadline.__aexit__(kind, error, trace)
+
+    def __enter__(self) -> None:
+        self._begun_s = self._loop.time()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._begun_s = None
+
+    def _look(self) -> None:
+        now_s = self._loop.time()
+        if self._begun_s is not None and now_s - self._begun_s >= self._seconds:
+            self._deadline.move(now_s)
+        else:
+            self._timer = self._loop.call_later(self._seconds / 8, self._look)

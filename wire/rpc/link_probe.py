@@ -1,0 +1,98 @@
+"""How far another process is: round trip and throughput of a stream to it, over the same gRPC that activations take."""
+
+from __future__ import annotations
+
+import asyncio
+from statistics import median
+from time import perf_counter
+
+from llamaclust.wire.control.messages import LinkSpeed
+from llamaclust.wire.rpc.cache_flush import ColdCaches
+from llamaclust.wire.rpc.client import ECHO, ClientStream, Peer
+from llamaclust.wire.rpc.deadlines import deadline
+from llamaclust.wire.rpc.server import ServerStream
+
+_SERVE_S = 60.0
+_MEASURE_S = 20.0
+_ANSWER = b"here"
+_PING_BYTES = 8192
+"""About what one token's hidden state takes."""
+_WARM_UP, _PINGS = 3, 12
+_BETWEEN_S = 0.002
+"""The other side is ready by then."""
+_FIRST_BYTES, _FRAME_BYTES, _MOST_BYTES = 1 << 16, 1 << 19, 1 << 25
+_LONG_ENOUGH_S = 0.1
+_MOST_MESSAGES = 256
+
+
+async def serve_echo(stream: ServerStream) -> None:
+    """Answers each message with a short one, for as long as a measurement may take. After a ping this process is as
+    cold for the next one as a stage is for the next token."""
+    await stream.accept()
+    caches: ColdCaches | None = None
+    async with deadline("a measurement of a link", _SERVE_S):
+        for _ in range(_MOST_MESSAGES):
+            if (data := await stream.read()) is None:
+                return
+            await stream.write(_ANSWER)
+            if len(data) == _PING_BYTES:
+                if caches is None:
+                    caches = await asyncio.to_thread(ColdCaches)
+                await caches.sweep_in_turns()
+
+
+async def measure_link(peer: Peer) -> LinkSpeed:
+    """In a fraction of a second, or a few on slow links. StreamBrokenError where the peer cannot be reached,
+    DeadlineError where it does not answer."""
+    stream = peer.open(ECHO)
+    try:
+        async with deadline(f"measuring the link to {peer.address}", _MEASURE_S):
+            await stream.opened()
+            round_trip_s = await _round_trip(stream)
+            return LinkSpeed(round_trip_s, await _throughput(stream, round_trip_s))
+    finally:
+        stream.cancel()
+
+
+async def try_link(peer: Peer, seconds: float) -> None:
+    """Whether it answers messages as large as links carry in frames of a prompt. StreamBrokenError where it cannot be
+    reached, DeadlineError where it does not answer."""
+    stream = peer.open(ECHO)
+    try:
+        async with deadline(f"an answer from {peer.address}", seconds):
+            await peer.connected()
+            await stream.opened()
+            await _sent(stream, _FIRST_BYTES)
+    finally:
+        stream.cancel()
+
+
+async def _round_trip(stream: ClientStream) -> float:
+    """The median of some pings that come as tokens do, one now and then."""
+    caches, times = await asyncio.to_thread(ColdCaches), []
+    for _ in range(_WARM_UP + _PINGS):
+        await caches.sweep_in_turns()
+        await asyncio.sleep(_BETWEEN_S)
+        times.append(await _sent(stream, _PING_BYTES))
+    return median(times[_WARM_UP:])
+
+
+async def _throughput(stream: ClientStream, round_trip_s: float) -> float:
+    """Of twice as much data each time, until it takes long enough."""
+    size = _FIRST_BYTES
+    while True:
+        taken_s = max(await _sent(stream, size) - round_trip_s, 1e-6)
+        if taken_s >= _LONG_ENOUGH_S or size >= _MOST_BYTES:
+            return size / taken_s
+        size *= 2
+
+
+async def _sent(stream: ClientStream, size: int) -> float:
+    """Seconds until that many bytes have been taken and answered."""
+    frames = [bytes(min(_FRAME_BYTES, size - at)) for at in range(0, size, _FRAME_BYTES)]
+    begun = perf_counter()
+    for frame in frames:
+        await stream.write(frame)
+    for _ in frames:
+        await stream.read()
+    return perf_counter() - begun

@@ -1,0 +1,211 @@
+"""The serving side of channels: who calls is checked before anything is read, errors become status codes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import grpc
+from grpc import aio
+
+from llamaclust.core.errors import DeadlineError, LlamaclustError, UsageError, WireError
+from llamaclust.wire.bounds import UINT64, one_line
+from llamaclust.wire.rpc.client import ACCEPTED_KEY, BLAME_KEY, EPOCH_KEY, OPTIONS, TOKEN_KEY, StreamBrokenError
+from llamaclust.wire.rpc.handshakes import HANDSHAKE_S, Handshakes
+from llamaclust.wire.rpc.rejections import RefusalLog
+from llamaclust.wire.security.credentials import Credentials, Identity, Principal, check_address
+from llamaclust.wire.security.token import ClusterToken
+
+_EOF: Any = aio.EOF  # type: ignore[attr-defined]
+_log = logging.getLogger(__name__)
+
+_CODES: tuple[tuple[type[LlamaclustError], grpc.StatusCode], ...] = (
+    (WireError, grpc.StatusCode.INVALID_ARGUMENT),
+    (DeadlineError, grpc.StatusCode.DEADLINE_EXCEEDED),
+    (UsageError, grpc.StatusCode.FAILED_PRECONDITION),
+    (LlamaclustError, grpc.StatusCode.ABORTED),
+)
+
+
+@contextmanager
+def _peer_here() -> Iterator[None]:
+    """gRPC's errors, of which it documents none, when the peer or the server has gone."""
+    try:
+        yield
+    except aio.BaseError as error:
+        raise StreamBrokenError("the peer has gone") from error
+
+
+class ServerStream:
+    """Our end of a bidirectional stream that a peer opened. `peer` is who its certificate says; None: links do not
+    tell."""
+
+    def __init__(self, context: Any, peer: Principal | None = None) -> None:
+        self._context = context
+        self.peer = peer
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that the stream is for; WireError where its metadata names none."""
+        text = str(dict(self._context.invocation_metadata()).get(EPOCH_KEY, ""))
+        if not (text.isascii() and text.isdigit() and len(text) <= 20 and int(text) <= UINT64):
+            raise WireError(f"metadata {EPOCH_KEY}: a number is expected")
+        return int(text)
+
+    async def accept(self) -> None:
+        """Tells the other side that the stream is open."""
+        with _peer_here():
+            await self._context.send_initial_metadata(((ACCEPTED_KEY, "yes"),))
+
+    async def read(self) -> bytes | None:
+        """The next message; None once the other side has said its last. StreamBrokenError where it has gone."""
+        with _peer_here():
+            data = await self._context.read()
+        return None if data is _EOF else data
+
+    async def write(self, data: bytes) -> None:
+        """Returns when the network has taken the message. StreamBrokenError, or cancelled, where the peer has gone."""
+        with _peer_here():
+            await self._context.write(data)
+
+
+Handler = Callable[[ServerStream], Awaitable[None]]
+
+
+class _Gate(aio.ServerInterceptor):  # type: ignore[type-arg]
+    """Refuses calls that do not show the token."""
+
+    def __init__(self, token: ClusterToken, refusals: RefusalLog) -> None:
+        self._token = token
+        self._refusals = refusals
+        self._refuse = grpc.stream_stream_rpc_method_handler(self._refused)
+
+    async def intercept_service(self, continuation: Any, details: Any) -> Any:
+        shown = dict(details.invocation_metadata).get(TOKEN_KEY)
+        return await continuation(details) if self._token.matches(shown) else self._refuse
+
+    async def _refused(self, _: Any, context: Any) -> None:
+        why = "the cluster token is missing or wrong"
+        self._refusals.tell(f"a call from {context.peer()}: {why}")
+        await context.abort(grpc.StatusCode.UNAUTHENTICATED, why)
+
+
+class _Entry:
+    """Knows callers by their certificates, where there are any."""
+
+    def __init__(self, identity: Identity | None, handshakes: Handshakes, refusals: RefusalLog) -> None:
+        self._identity = identity
+        self._handshakes = handshakes
+        self._refusals = refusals
+
+    async def principal(self, context: Any) -> Principal | None:
+        """Ends the call of one whose certificate will not do."""
+        if self._identity is None:
+            return None
+        from llamaclust.wire.security.tls import peer_principal
+
+        self._handshakes.done(context.peer())
+        try:
+            return peer_principal(context.auth_context(), self._identity)
+        except UsageError as error:
+            self._refusals.tell(f"a call from {context.peer()}: {error}")
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, one_line(str(error)))
+            raise AssertionError from error  # abort raises
+
+
+def _guarded(handler: Handler, entry: _Entry) -> Any:
+    """The handler as gRPC wants it: an error ends the stream with a status code and one line."""
+
+    async def serve(_: Any, context: Any) -> None:
+        principal = await entry.principal(context)
+        try:
+            await handler(ServerStream(context, principal))
+        except LlamaclustError as error:
+            code = next(code for kind, code in _CODES if isinstance(error, kind))
+            await _end(context, code, str(error), error.worker)
+        except Exception as error:  # noqa: BLE001  a border: the process serves on
+            _log.exception("a stream failed")
+            await _end(context, grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}")
+
+    return grpc.stream_stream_rpc_method_handler(serve)
+
+
+async def _end(context: Any, code: grpc.StatusCode, why: str, blamed: str | None = None) -> None:
+    """Ends a stream with an error, for which another worker may be to blame. Where the peer or the server has gone
+    before, nobody is left to tell."""
+    try:
+        await context.abort(code, one_line(why), () if blamed is None else ((BLAME_KEY, blamed),))
+    except aio.AbortError:
+        raise
+    except aio.BaseError as error:
+        raise asyncio.CancelledError from error
+
+
+async def _started(server: Any) -> None:
+    """Starts the server; one whose start is cancelled is stopped, for gRPC breaks where that happens within it."""
+    starting = asyncio.ensure_future(server.start())
+    try:
+        await asyncio.shield(starting)
+    except asyncio.CancelledError:
+        await starting
+        await server.stop(0.0)
+        raise
+
+
+class Server:
+    """A running gRPC server and the target under which it is reached."""
+
+    def __init__(self, server: Any, address: str, handshakes: Handshakes) -> None:
+        self._server = server
+        self._handshakes = handshakes
+        self.address = address
+
+    @classmethod
+    async def start(
+        cls, address: str, credentials: Credentials, handlers: Mapping[str, Handler], handshake_s: float = HANDSHAKE_S
+    ) -> Server:
+        """Serves streams by full method name; UsageError where the address cannot be had. Port 0 is any free port.
+
+        `handshake_s`: what a peer has to show its certificate.
+        """
+        check_address(address, credentials)
+        refusals = RefusalLog(_log)
+        handshakes = Handshakes(address, handshake_s, refusals)
+        gates = (_Gate(credentials, refusals),) if isinstance(credentials, ClusterToken) else ()
+        limit = ("grpc.server_handshake_timeout_ms", int(1000 * handshake_s))
+        server = aio.server(interceptors=gates, options=(*OPTIONS, limit))
+        entry = _Entry(credentials if isinstance(credentials, Identity) else None, handshakes, refusals)
+        for method, handler in handlers.items():
+            service, _, name = method.strip("/").rpartition("/")
+            generic = grpc.method_handlers_generic_handler(service, {name: _guarded(handler, entry)})
+            server.add_generic_rpc_handlers((generic,))
+        try:
+            port = _add_port(server, address, credentials, handshakes)
+        except RuntimeError as error:
+            raise UsageError(f"cannot listen on {address}: in use or not allowed") from error
+        await _started(server)
+        where = address if address.startswith("unix:") else f"{address.rpartition(':')[0]}:{port}"
+        return cls(server, where, handshakes)
+
+    @property
+    def port(self) -> int:
+        """Of an address that has one."""
+        return int(self.address.rpartition(":")[2])
+
+    async def stop(self, grace_s: float) -> None:
+        """Ends streams after `grace_s` at the latest."""
+        await self._server.stop(grace_s)
+        self._handshakes.close()
+
+
+def _add_port(server: Any, address: str, credentials: Credentials, handshakes: Handshakes) -> int:
+    if isinstance(credentials, Identity):
+        from llamaclust.wire.security.tls import server_credentials
+
+        port: int = server.add_secure_port(address, server_credentials(credentials, handshakes.begun))
+    else:
+        port = server.add_insecure_port(address)
+    return port

@@ -1,0 +1,1 @@
+"""TLS, certificates, tokens, enrolment messages."""

@@ -1,0 +1,91 @@
+"""Keys, requests and certificates as bytes: ECDSA on P-256, made and read by `cryptography`."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
+
+from llamaclust.core.errors import UsageError, WireError
+from llamaclust.wire.security.credentials import KeyPair
+
+
+class NewKey:
+    """A private key that has no certificate yet."""
+
+    def __init__(self) -> None:
+        self._key = ec.generate_private_key(ec.SECP256R1())
+
+    @property
+    def request(self) -> bytes:
+        """A certificate request (DER). It names nobody: whose the certificate is, is said beside it."""
+        builder = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([]))
+        return builder.sign(self._key, hashes.SHA256()).public_bytes(Encoding.DER)
+
+    def with_certificate(self, certificate: bytes) -> KeyPair:
+        """The pair, once the key is certified (DER). WireError for a certificate of another key."""
+        loaded = _certificate(certificate)
+        if loaded.public_key() != self._key.public_key():
+            raise WireError("the certificate is for another key")
+        ends_at_s = loaded.not_valid_after_utc.timestamp()
+        return KeyPair(private_pem(self._key), loaded.public_bytes(Encoding.PEM), time.time(), ends_at_s)
+
+
+def private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+
+
+def load_private(pem: bytes) -> ec.EllipticCurvePrivateKey:
+    """ValueError where it is no P-256 key."""
+    key = load_pem_private_key(pem, None)
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP256R1):
+        raise ValueError("not an ECDSA key on P-256")
+    return key
+
+
+def requested_key(request: bytes) -> ec.EllipticCurvePublicKey:
+    """The key of a certificate request (DER) that it has signed; WireError for anything else."""
+    try:
+        loaded = x509.load_der_x509_csr(request)
+        key = loaded.public_key()
+        if not (isinstance(key, ec.EllipticCurvePublicKey) and isinstance(key.curve, ec.SECP256R1)):
+            raise WireError("certificate request: not an ECDSA key on P-256")
+        if not loaded.is_signature_valid:
+            raise WireError("certificate request: its key has not signed it")
+    except (ValueError, InvalidSignature) as error:
+        raise WireError("certificate request: damaged, cannot be decoded") from error
+    return key
+
+
+def pem(der: bytes) -> bytes:
+    return _certificate(der).public_bytes(Encoding.PEM)
+
+
+def ends_at_s(certificate_pem: bytes) -> float:
+    """Seconds since 1970; UsageError for what is no certificate."""
+    try:
+        return x509.load_pem_x509_certificate(certificate_pem).not_valid_after_utc.timestamp()
+    except ValueError as error:
+        raise UsageError("a certificate cannot be read") from error
+
+
+def ca_hash(ca: bytes) -> bytes:
+    """What a join token pins: SHA-256 of the CA certificate (DER)."""
+    return hashlib.sha256(ca).digest()
+
+
+def cluster_id(hashed: bytes) -> str:
+    """What tells clusters apart in certificates' names."""
+    return hashed.hex()[:16]
+
+
+def _certificate(der: bytes) -> x509.Certificate:
+    try:
+        return x509.load_der_x509_certificate(der)
+    except ValueError as error:
+        raise WireError("certificate: damaged, cannot be decoded") from error

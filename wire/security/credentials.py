@@ -1,0 +1,132 @@
+"""How processes of a cluster know each other: by a token on one machine, by certificates between machines, or not.
+
+Names in certificates are host names below `<cluster>.llamaclust`: `coordinator` and `<name>.worker`.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import time
+from dataclasses import dataclass, field
+
+from llamaclust.core.errors import UsageError
+from llamaclust.wire.security.token import ClusterToken
+
+_DOMAIN = "llamaclust"
+_ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.%]{2,60}\]|[A-Za-z0-9._-]{1,255}):(\d{1,5})")
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """Who a process of a cluster is."""
+
+    worker: str | None  # a worker's name; None: the coordinator
+
+    def __str__(self) -> str:
+        return "the coordinator" if self.worker is None else f"worker {self.worker}"
+
+    def host(self, cluster: str) -> str:
+        """The one name that its certificate has."""
+        return _coordinator_host(cluster) if self.worker is None else f"{_label(self.worker)}{_worker_suffix(cluster)}"
+
+
+COORDINATOR = Principal(None)
+
+
+def principal_of(host: str, cluster: str) -> Principal | None:
+    """Who has the name in a certificate; None for one of another cluster or of no kind that is known."""
+    if host == _coordinator_host(cluster):
+        return COORDINATOR
+    label = host.removesuffix(_worker_suffix(cluster))
+    if label == host:
+        return None
+    named = Principal(re.sub(r"_([0-9a-f]{2})", lambda match: chr(int(match[1], 16)), label))
+    return named if named.host(cluster) == host else None
+
+
+def _coordinator_host(cluster: str) -> str:
+    return f"coordinator.{cluster}.{_DOMAIN}"
+
+
+def _worker_suffix(cluster: str) -> str:
+    return f".worker.{cluster}.{_DOMAIN}"
+
+
+def _label(worker: str) -> str:
+    """One name, one label, whatever becomes of capitals on the way: host names are compared without them."""
+    return re.sub(r"[^a-z0-9.-]", lambda match: f"_{ord(match[0]):02x}", worker)
+
+
+@dataclass(frozen=True, slots=True)
+class KeyPair:
+    """A private key and the certificate for it, both PEM."""
+
+    private_key: bytes = field(repr=False)
+    certificate: bytes
+    made_at_s: float  # seconds since 1970, as this machine counts them
+    ends_at_s: float
+
+    @property
+    def life_s(self) -> float:
+        return max(0.0, self.ends_at_s - self.made_at_s)
+
+    @property
+    def renewal_in_s(self) -> float:
+        """From now until two thirds of its life are over; 0 where they are."""
+        return max(0.0, self.made_at_s + self.life_s * 2 / 3 - time.time())
+
+
+class Identity:
+    """What this process shows and what it accepts: certificates of one CA. A renewed pair takes the old one's place;
+    connections that stand are not disturbed."""
+
+    def __init__(self, ca: bytes, cluster: str, principal: Principal, pair: KeyPair) -> None:
+        """`ca`: its certificate, PEM."""
+        self.ca = ca
+        self.cluster = cluster
+        self.principal = principal
+        self.pair = pair
+
+
+@dataclass(frozen=True, slots=True)
+class Insecure:
+    """Links that anybody can read, change and open: only where the user has said so."""
+
+
+Credentials = ClusterToken | Identity | Insecure
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """(host, port) of HOST:PORT or [IPV6]:PORT; UsageError for anything else."""
+    match = _ADDRESS.fullmatch(address)
+    if match is None or int(match[2]) > 65535:
+        raise UsageError(f"address {address[:300]!r}: HOST:PORT is expected")
+    return match[1].strip("[]"), int(match[2])
+
+
+def joined_address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def check_address(address: str, credentials: Credentials) -> None:
+    """UsageError for an address that must not be used with such credentials, or is none."""
+    if isinstance(credentials, ClusterToken):
+        check_private(address)
+    else:
+        split_address(address)
+
+
+def check_private(address: str) -> None:
+    """UsageError for an address where other machines could listen in: links are not encrypted."""
+    host = address.rpartition(":")[0].strip("[]")
+    if not (address.startswith("unix:") or host == "localhost" or _is_loopback(host)):
+        what = "only unix:PATH and loopback HOST:PORT are possible here, because these links are not encrypted"
+        raise UsageError(f"address {address!r}: {what}")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,52 @@
+"""Mutual TLS for gRPC: both sides show a certificate of the cluster's CA and check the other's name."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import grpc
+
+from llamaclust.core.errors import UsageError
+from llamaclust.wire.security.credentials import Identity, KeyPair, Principal, principal_of
+
+TARGET_NAME = "grpc.ssl_target_name_override"
+
+
+def channel_credentials(identity: Identity) -> Any:
+    pair = identity.pair
+    return grpc.ssl_channel_credentials(identity.ca, pair.private_key, pair.certificate)
+
+
+def server_credentials(identity: Identity, on_handshake: Callable[[], None]) -> Any:
+    """A renewed pair is shown from the next handshake on. `on_handshake` is called as each begins, on any thread."""
+    shown = identity.pair
+
+    def configuration(pair: KeyPair) -> Any:
+        return grpc.ssl_server_certificate_configuration([(pair.private_key, pair.certificate)], identity.ca)
+
+    def fetch() -> Any:
+        nonlocal shown
+        on_handshake()
+        if identity.pair is shown:
+            return None  # as before
+        shown = identity.pair
+        return configuration(shown)
+
+    return grpc.dynamic_ssl_server_credentials(configuration(shown), fetch, True)
+
+
+def peer_principal(auth_context: Mapping[str, Iterable[bytes]], identity: Identity) -> Principal:
+    """Who is at the other end of an authenticated connection. UsageError for a certificate that names nobody of this
+    cluster, or has ended since the handshake: a resumed session does not look at it again."""
+    from llamaclust.wire.security.certificates import ends_at_s
+
+    names = [name.decode("ascii", "replace") for name in auth_context.get("x509_subject_alternative_name", ())]
+    principal = principal_of(names[0], identity.cluster) if len(names) == 1 else None
+    if principal is None:
+        raise UsageError("the certificate names no member of this cluster")
+    (certificate,) = auth_context.get("x509_pem_cert", (b"",))
+    if ends_at_s(certificate) <= time.time():
+        raise UsageError(f"the certificate of {principal} has ended")
+    return principal

@@ -1,0 +1,95 @@
+"""Shared secrets: the token of a cluster on one machine, and the join token of one over machines. They live in files of
+mode 0600."""
+
+from __future__ import annotations
+
+import hmac
+import os
+import re
+import secrets
+import stat
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from llamaclust.core.errors import UsageError
+
+_LEAST_CHARACTERS = 32
+_MOST_CHARACTERS = 1024
+_JOIN_TOKEN = re.compile(r"lc1\.([0-9a-f]{64})\.([A-Za-z0-9_-]{32,128})")
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterToken:
+    """A shared secret; not shown when printed."""
+
+    value: str = field(repr=False)
+
+    @classmethod
+    def create(cls, path: Path) -> ClusterToken:
+        """A new random token, written to a new file that only its owner may read."""
+        token = cls(secrets.token_urlsafe(32))
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(token.value + "\n")
+        return token
+
+    @classmethod
+    def read(cls, path: Path) -> ClusterToken:
+        """The token in a file; UsageError where there is none or others may read it."""
+        value = read_private(path)
+        if not (len(value) >= _LEAST_CHARACTERS and value.isascii() and value.isprintable()):
+            raise UsageError(f"token file {path}: must hold one line of {_LEAST_CHARACTERS} or more printable letters")
+        return cls(value)
+
+    def matches(self, given: str | bytes | None) -> bool:
+        """Compares in a time that does not depend on where they differ."""
+        shown = given.encode() if isinstance(given, str) else given or b""
+        return hmac.compare_digest(shown, self.value.encode())
+
+
+@dataclass(frozen=True, slots=True)
+class JoinToken:
+    """What a worker on another machine needs to join: whom to believe, and proof that it may. Not shown when printed.
+
+    As text: `lc1.<SHA-256 of the CA certificate, hex>.<secret>`.
+    """
+
+    ca_hash: bytes
+    secret: bytes = field(repr=False)
+
+    @classmethod
+    def create(cls, ca_hash: bytes) -> JoinToken:
+        return cls(ca_hash, secrets.token_urlsafe(32).encode())
+
+    @classmethod
+    def read(cls, path: Path) -> JoinToken:
+        """The token in a file; UsageError where there is none or others may read it."""
+        token = cls.parse(read_private(path))
+        if token is None:
+            raise UsageError(f"token file {path}: holds no join token (lc1.<64 hex digits>.<secret>); copy it again")
+        return token
+
+    @classmethod
+    def parse(cls, text: str) -> JoinToken | None:
+        """None where the text is no join token."""
+        match = _JOIN_TOKEN.fullmatch(text)
+        return match and cls(bytes.fromhex(match[1]), match[2].encode())
+
+    @property
+    def text(self) -> str:
+        return f"lc1.{self.ca_hash.hex()}.{self.secret.decode()}"
+
+
+def read_private(path: Path) -> str:
+    """What a secret's file holds, without white space around it; UsageError where others may read it."""
+    try:
+        with path.open() as file:
+            mode = os.fstat(file.fileno()).st_mode
+            value = file.read(_MOST_CHARACTERS + 1).strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"token file {path}: cannot be read: {error}") from error
+    if stat.S_IMODE(mode) & 0o077:
+        raise UsageError(f"token file {path}: other users can read it; run: chmod 600 {path}")
+    if len(value) > _MOST_CHARACTERS:
+        raise UsageError(f"token file {path}: longer than {_MOST_CHARACTERS} letters, so it holds no token")
+    return value

@@ -1,0 +1,70 @@
+"""What is said on a Weights stream: ranges of bytes, named by the SHA-256 of what they are of, and the bytes in frames.
+
+asked     SHA-256 | start u64 | end u64                                      little-endian
+answered  1 | bytes: FRAME_BYTES of them, in the last frame of a range what is left
+          0 | one line of UTF-8: the other side has no such bytes
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from llamaclust.core.errors import WireError
+from llamaclust.wire.bounds import line, one_line
+
+FRAME_BYTES = 1 << 18
+"""A link of 100 kbit/s brings one within a deadline of 30 s; a fast one does not feel it."""
+
+_ASKED = struct.Struct("<32sQQ")
+_MISSING, _BYTES = b"\x00", b"\x01"
+_MAX_LINE, _MAX_LINE_BYTES = 200, 1000
+
+
+class NotThereError(WireError):
+    """The other side does not have those bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightRange:
+    """Bytes [start, end) of what has that SHA-256 (hex)."""
+
+    content: str
+    start: int
+    end: int
+
+
+def encode_range(wanted: WeightRange) -> bytes:
+    return _ASKED.pack(bytes.fromhex(wanted.content), wanted.start, wanted.end)
+
+
+def decode_range(data: bytes) -> WeightRange:
+    """WireError for what is no range."""
+    if len(data) != _ASKED.size:
+        raise WireError(f"a range of weights: {len(data)} bytes, {_ASKED.size} expected")
+    content, start, end = _ASKED.unpack(data)
+    if start > end:
+        raise WireError(f"a range of weights from {start} to {end}")
+    return WeightRange(content.hex(), start, end)
+
+
+def frames_of(data: memoryview) -> Iterator[bytes]:
+    """Of a range, or of a part of one that is a multiple of FRAME_BYTES long."""
+    for start in range(0, len(data), FRAME_BYTES):
+        yield b"".join((_BYTES, data[start : start + FRAME_BYTES]))
+
+
+def encode_missing(why: str) -> bytes:
+    return _MISSING + one_line(why, _MAX_LINE).encode()
+
+
+def decode_frame(data: bytes, left_bytes: int) -> memoryview:
+    """The bytes in a frame; `left_bytes` of the range are due. NotThereError where the other side has none, WireError
+    where it sends other than it should."""
+    if data[:1] == _MISSING and len(data) <= _MAX_LINE_BYTES:
+        raise NotThereError(one_line(line("reason", data[1:].decode("utf-8", "replace")), _MAX_LINE) or "not there")
+    due = min(FRAME_BYTES, left_bytes)
+    if data[:1] != _BYTES or len(data) != due + 1:
+        raise WireError(f"a frame of {len(data)} bytes, {due + 1} expected")
+    return memoryview(data)[1:]

@@ -1,0 +1,1 @@
+"""What a worker computes on: processor, GPUs, their memory and speed."""

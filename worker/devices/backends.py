@@ -1,0 +1,89 @@
+"""Opens what a worker can compute on: its processor, and GPUs by their numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Protocol, cast
+
+from llamaclust.core.errors import UsageError
+from llamaclust.core.gpus import Gpu
+from llamaclust.core.profile import GpuSpeed
+from llamaclust.kernels.backend import Backend
+from llamaclust.kernels.packed.cache_folder import PreparedFolder
+from llamaclust.worker.devices import nvidia
+
+CUDA = "cuda:"
+
+
+class GpuBackend(Backend, Protocol):
+    """A backend on a GPU, which has memory of its own."""
+
+    device: str  # "cuda:N"
+
+    @property
+    def free_bytes(self) -> int:
+        """What may still be taken of its memory, a cap considered."""
+        ...
+
+    def gpu(self) -> Gpu:
+        """What it is."""
+        ...
+
+    def measure(self) -> GpuSpeed:
+        """What its kernels reach; blocks for a moment."""
+        ...
+
+    def limits(self) -> GpuSpeed:
+        """What it can do at best."""
+        ...
+
+    def cold_cache(self) -> AbstractContextManager[Callable[[], None]]:
+        """What makes its cache cold, each time that it is called."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def gpu_names(device: str) -> Sequence[str]:
+    """The GPUs of a device as settings have it: "cuda:0,cuda:1"."""
+    return device.split(",") if device.startswith(CUDA) else ()
+
+
+def open_processor(device: str, threads: int, feature_level: str, prepared: PreparedFolder | None = None) -> Backend:
+    """UsageError for a device or feature level that this machine does not have."""
+    if device == "cpu" or gpu_names(device):
+        from llamaclust.kernels.cpu.backend import CpuBackend
+
+        return CpuBackend(threads, feature_level, prepared=prepared)
+    if device == "reference":
+        from llamaclust.kernels.reference.backend import ReferenceBackend
+
+        return ReferenceBackend()
+    raise UsageError(f"device {device!r}: only cpu, cuda:N and reference are supported")
+
+
+def open_gpu(
+    name: str,
+    threads: int,
+    memory_cap_bytes: int | None,
+    prepared: PreparedFolder | None = None,
+    kernels_dir: Path | None = None,
+    *,
+    graphs: bool = True,
+) -> GpuBackend:
+    """GPU "cuda:N"; `threads` pack weights for it, compiled kernels stay in `kernels_dir`, `graphs` is as in
+    `CudaBackend`. UsageError that says what is missing: CuPy, NVRTC, a driver, the GPU, its devices in this container
+    or service."""
+    from llamaclust.kernels.cuda.backend import CudaBackend
+    from llamaclust.kernels.cuda.cupy_device import CupyDevice
+    from llamaclust.kernels.cuda.device import Device
+
+    try:
+        device = CupyDevice(int(name.removeprefix(CUDA)), memory_cap_bytes, kernels_dir)
+    except UsageError as error:
+        known = nvidia.advice()
+        raise UsageError(f"{error}; {known}" if known else str(error)) from error
+    # A device is given none but its own buffers.
+    return CudaBackend(name, cast(Device, device), threads, prepared, graphs=graphs)

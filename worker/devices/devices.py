@@ -1,0 +1,170 @@
+"""What a worker computes on: its processor and its GPUs, the memory it may take of each, and what they reach."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from llamaclust.core.errors import WireError
+from llamaclust.core.gpus import DeviceLayers, Gpu
+from llamaclust.core.profile import GpuSpeed
+from llamaclust.core.sizes import MIB
+from llamaclust.kernels.backend import Backend
+from llamaclust.kernels.multi_device import ChainBackend, Part
+from llamaclust.kernels.packed.cache_folder import PreparedFolder
+from llamaclust.model.loader import Model
+from llamaclust.wire.control.messages import Load, Measured, Register
+from llamaclust.worker.devices import backends
+from llamaclust.worker.devices.backends import GpuBackend, gpu_names
+from llamaclust.worker.devices.system_info import (
+    available_memory_bytes,
+    processor_name,
+    resident_bytes,
+    total_memory_bytes,
+)
+from llamaclust.worker.settings import WorkerSettings
+
+_CPU = "cpu"
+_REFERENCE = "reference"
+
+
+@dataclass(slots=True)
+class Device:
+    """A processor's backend and its share of the machine, and backends of the cards beside it."""
+
+    kind: str
+    threads: int
+    feature_level: str  # as asked for; "" is the best there is
+    memory_cap_bytes: int | None
+    backend: Backend
+    gpus: tuple[GpuBackend, ...] = ()
+    gpu_layers: int | None = None
+
+    @classmethod
+    def open(cls, settings: WorkerSettings) -> Device:
+        """UsageError for a device or feature level that this machine does not have."""
+        threads = settings.threads or len(os.sched_getaffinity(0))
+        level, prepared = settings.feature_level, _prepared(settings)
+        backend = backends.open_processor(settings.device, threads, level, prepared)
+        cap, kernels = settings.gpu_memory_bytes, settings.kernels_dir
+        gpus = tuple(backends.open_gpu(name, threads, cap, prepared, kernels) for name in gpu_names(settings.device))
+        return cls(settings.device, threads, level, settings.memory_bytes, backend, gpus, settings.gpu_layers)
+
+    @property
+    def free_memory_bytes(self) -> int:
+        """What may still be taken: of the machine, and of the cap that holds for all this process has."""
+        available = available_memory_bytes()
+        if self.memory_cap_bytes is None:
+            return available
+        return max(0, min(available, self.memory_cap_bytes - resident_bytes()))
+
+    def layers(self, order: Load) -> tuple[DeviceLayers, ...]:
+        """Which devices are to hold which layers of a stage."""
+        return order.devices or (DeviceLayers(_CPU, order.start, order.end),)
+
+    def backend_of(self, name: str) -> Backend:
+        """WireError for a device that this worker does not have."""
+        known: dict[str, Backend] = {_CPU: self.backend} | {gpu.device: gpu for gpu in self.gpus}
+        if name not in known:
+            raise WireError(f"a load for device {name!r}, this worker has {', '.join(known)}")
+        return known[name]
+
+    def free_bytes_of(self, name: str) -> int:
+        """What may still be taken of a device's memory."""
+        return next((gpu.free_bytes for gpu in self.gpus if gpu.device == name), self.free_memory_bytes)
+
+    def backend_for(self, order: Load) -> Backend:
+        """What computes the layers of a stage: one device, or several in a chain."""
+        parts = [Part(self.backend_of(one.device), one.start, one.end) for one in self.layers(order)]
+        return parts[0].backend if len(parts) == 1 else ChainBackend(parts)
+
+    def measure(self, model: Model | None = None) -> Measured:
+        """What the machine reaches, and what steps of the model take; blocks for a second, longer for large layers."""
+        from llamaclust.kernels.probes import measure_machine
+        from llamaclust.worker.devices.profiler import TrialDevice, try_stages
+
+        speed = measure_machine(self.threads)
+        measured = Measured(speed.read_gb_s * 1e9, speed.int8_gmac_s * 1e9)
+        if model is not None and self.kind != _REFERENCE:
+            device = TrialDevice(self.backend, self.threads, self.feature_level, self.free_memory_bytes, os.getpid())
+            measured = replace(measured, trials=try_stages(device, model))
+        return replace(measured, gpus=tuple(self._gpu_speed(gpu, model) for gpu in self.gpus))
+
+    def _gpu_speed(self, gpu: GpuBackend, model: Model | None) -> GpuSpeed:
+        from llamaclust.worker.devices.profiler import TrialDevice, try_stages
+
+        speed = gpu.measure()
+        if model is None:
+            return speed
+        return replace(speed, trials=try_stages(TrialDevice.gpu(gpu, self.threads, self.feature_level), model))
+
+    def registration(self, name: str, address: str) -> Register:
+        level = self.backend.feature_level
+        gpus = tuple(gpu.gpu() for gpu in self.gpus)
+        return Register(
+            name=name,
+            pid=os.getpid(),
+            host=socket.gethostname(),
+            address=address,
+            device=self.kind,
+            threads=self.threads,
+            feature_level=level,
+            total_memory_bytes=total_memory_bytes(),
+            free_memory_bytes=self.free_memory_bytes,
+            fingerprint=_fingerprint(self.kind, self.threads, level, gpus),
+            machine_free_bytes=available_memory_bytes(),
+            numerics_version=self.backend.numerics_version,
+            gpus=gpus,
+            gpu_layers=self.gpu_layers,
+        )
+
+
+def gpus_of(device: str, gpu_memory_bytes: int | None) -> tuple[Gpu, ...]:
+    """The cards of such a device on this machine, as a worker would find them. UsageError where one is not there."""
+    found = []
+    for name in gpu_names(device):
+        gpu = backends.open_gpu(name, 1, gpu_memory_bytes)
+        found.append(gpu.gpu())
+        gpu.close()
+    return tuple(found)
+
+
+def fingerprint(kind: str, threads: int, feature_level: str, gpus: tuple[Gpu, ...] = ()) -> str:
+    """Of this machine as such a device uses it; a feature level of "" is the best there is. UsageError for one that is
+    not available here."""
+    level = backends.open_processor(kind, 1, feature_level).feature_level
+    return _fingerprint(kind, threads, level, gpus)
+
+
+def _fingerprint(kind: str, threads: int, level: str, gpus: tuple[Gpu, ...]) -> str:
+    cores = len(os.sched_getaffinity(0))
+    alike = Counter(f"{gpu.name} with {gpu.total_bytes // MIB} MiB" for gpu in gpus)
+    beside = "".join(f", {count} x {gpu}" for gpu, count in alike.items())
+    return f"{processor_name()}, {cores} cores, {threads} threads, {kind} {level}{beside}"
+
+
+def check_devices(devices: Iterable[tuple[str, str]], model: Model) -> None:
+    """What is clear of devices, each with its feature level, before a start and without reading weights.
+
+    UsageError for what this machine does not have, ModelFileError where a device cannot run the model.
+    """
+    for kind, feature_level in sorted(set(devices)):
+        backends.open_processor(kind, 1, feature_level)
+        _check_model(kind, model)
+
+
+def _check_model(kind: str, model: Model) -> None:
+    if kind != "reference":
+        from llamaclust.kernels.packed.weights import check_weights
+
+        program = model.program(0, model.layer_count)
+        check_weights(program, model.tensors_for(program))
+
+
+def _prepared(settings: WorkerSettings) -> PreparedFolder | None:
+    if settings.prepared_dir is None:
+        return None
+    return PreparedFolder(settings.prepared_dir, settings.prepared_bytes)

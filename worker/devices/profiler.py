@@ -1,0 +1,217 @@
+"""What steps of a model take on this worker, tried as a stage computes them, on one layer alone and on some, and on the
+last one with the head.
+
+Between two steps of a cluster this process sleeps, and others read weights. So before each step of a trial memory is
+read that no cache holds, on a GPU its own as well: weights come from memory, and what Python has to run is as cold as
+it will be.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, closing, contextmanager
+from dataclasses import dataclass
+from statistics import median
+from time import perf_counter_ns
+
+import numpy as np
+
+from llamaclust.core.limits import StageLimits
+from llamaclust.core.profile import StageTrial
+from llamaclust.core.sampling import SampleTask, SamplingParams
+from llamaclust.kernels.backend import Backend
+from llamaclust.model.loader import Model
+from llamaclust.model.program import KvType
+from llamaclust.wire.microbatch.codec import decode_inputs, decode_microbatch, encode_inputs, encode_microbatch
+from llamaclust.wire.microbatch.frames import decode_frame, encode_hidden
+from llamaclust.wire.microbatch.messages import Chunk, Microbatch, SamplingInputs
+from llamaclust.wire.rpc.cache_flush import BYTES as SWEEP_BYTES
+from llamaclust.wire.rpc.cache_flush import ColdCaches, largest_cache_bytes
+from llamaclust.worker.devices.backends import GpuBackend
+from llamaclust.worker.stage.compute import Compute
+from llamaclust.worker.stage.executor import Arrival, Counters, StageStep
+from llamaclust.worker.stage.sampled_tokens import ChosenTokens
+from llamaclust.worker.stage.sampling_inputs import InputsBox
+from llamaclust.worker.stage.stage_runner import StageRunner, plan_memory
+
+_DECODE_ROWS = (1, 8)
+_ENOUGH_S = 2.0
+"""Of steps at so many rows: large layers on a slow machine are tried less often, and in the end once."""
+_CONTEXT = 256  # tokens before those of a decode step
+_BLOCKS = (_CONTEXT + 16) // 16
+_LEAST_LAYERS = 3
+_LEAST_BYTES = 32 << 20
+"""Of layers that are tried: fewer stay in caches, and differ by less than a machine's moods."""
+_EPOCH = 1
+_DEADLINE_S = 60.0
+
+
+Sweep = Callable[[], None]
+"""Leaves nothing in caches."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrialSize:
+    """How much is tried."""
+
+    layers_bytes: int  # of the layers that are tried together, where more than two are not above that
+    tries: Mapping[int, int]  # at so many rows so many steps; few of sequences that decode, many of one prompt
+
+    @property
+    def limits(self) -> StageLimits:
+        rows = max(self.tries)
+        return StageLimits(
+            max_tokens=rows,
+            max_outputs=_DECODE_ROWS[-1],
+            max_sequences=_DECODE_ROWS[-1],
+            max_context_tokens=max(_CONTEXT, rows) + 16,
+            kv_blocks=_DECODE_ROWS[-1] * _BLOCKS,
+        )
+
+
+PROCESSOR = TrialSize(96 << 20, {1: 9, 8: 5, 128: 3})
+GPU = TrialSize(1 << 30, {1: 9, 8: 5, 128: 3, 512: 3})
+"""A GPU reads ten times as fast, and makes more of many rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrialDevice:
+    """What stages of a trial are loaded with: a processor, or a GPU of this worker."""
+
+    backend: Backend
+    threads: int
+    feature_level: str
+    free_bytes: int  # of its memory
+    place: int = 0  # workers of other places try other layers
+    size: TrialSize = PROCESSOR
+    own_cache: Callable[[], AbstractContextManager[Sweep]] | None = None  # beside the processor's
+
+    @classmethod
+    def gpu(cls, gpu: GpuBackend, threads: int, feature_level: str) -> TrialDevice:
+        """`feature_level`: the sampler's, on the processor."""
+        free_bytes = gpu.free_bytes * 3 // 4  # the rest is for what makes its cache cold
+        return cls(gpu, threads, feature_level, free_bytes, size=GPU, own_cache=gpu.cold_cache)
+
+    def runner(self, model: Model, start: int, end: int) -> StageRunner:
+        limits, level = self.size.limits, self.feature_level
+        return StageRunner(self.backend, model, start, end, limits, feature_level=level, threads=self.threads)
+
+    @contextmanager
+    def cold(self, most_bytes: int, left_bytes: int) -> Iterator[Sweep]:
+        """A processor's caches need no more than `most_bytes`, and take no more than what is left of its memory."""
+        if self.own_cache is None:
+            yield ColdCaches(min(largest_cache_bytes(), most_bytes, left_bytes)).sweep
+            return
+        processor = ColdCaches()
+        with self.own_cache() as sweep:
+
+            def both() -> None:
+                sweep()
+                processor.sweep()
+
+            yield both
+
+    def left_bytes(self, model: Model, start: int, end: int) -> int:
+        """Of memory, beside such a stage."""
+        return self.free_bytes - plan_memory(self.backend, model, start, end, self.size.limits).total_bytes
+
+    def fits(self, model: Model, start: int, end: int) -> bool:
+        return self.left_bytes(model, start, end) >= SWEEP_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Some layers of the model, and what steps of so many rows took them."""
+
+    layers_bytes: int  # of weights in memory, without embedding and head
+    seconds: Mapping[int, float]
+
+
+def try_stages(device: TrialDevice, model: Model) -> tuple[StageTrial, ...]:
+    """At few rows and many; none where the model is too small to tell layers from what a stage takes anyway, or memory
+    is short."""
+    sizes = [layer.weight_bytes for layer in model.costs(KvType(device.size.limits.kv_type)).layers]
+    layers = len(sizes)
+    if layers < _LEAST_LAYERS or sum(sizes) < _LEAST_BYTES:
+        return ()
+    some = max(2, min(layers - 1, device.size.layers_bytes // max(sizes[0], 1)))
+    while some > 2 and not device.fits(model, 0, some):
+        some = max(2, some * 3 // 4)
+    ranges = _ranges(layers, some, device.place)
+    if sum(sizes[:some]) < _LEAST_BYTES or not all(device.fits(model, start, end) for start, end in ranges):
+        return ()
+    left_bytes = min(device.left_bytes(model, start, end) for start, end in ranges)
+    read_bytes = max(SWEEP_BYTES, sum(sizes))  # by the stages together, for every token
+    parts = []
+    with device.cold(read_bytes, left_bytes) as sweep:
+        for start, end in ranges:
+            with closing(device.runner(model, start, end)) as runner:
+                parts.append(_Part(sum(sizes[start:end]), asyncio.run(_tried(runner, device.size, sweep))))
+    return tuple(_trials(*parts))
+
+
+def _ranges(layers: int, some: int, place: int) -> list[tuple[int, int]]:
+    """One layer, that and the next ones, and the last one. Workers that try at the same time share prepared layers, so
+    each begins elsewhere: otherwise one would find in a cache what another has just read."""
+    start = place * some % (layers - some)
+    return [(start, start + 1), (start, start + some), (layers - 1, layers)]
+
+
+def _trials(one: _Part, some: _Part, last: _Part) -> Iterator[StageTrial]:
+    """Of one layer, of some, and of the last one with the head: by differences."""
+    heads: list[tuple[int, float]] = []  # (rows, seconds)
+    for rows in one.seconds:
+        seconds = one.seconds[rows]
+        byte_s = max(0.0, (some.seconds[rows] - seconds) / (some.layers_bytes - one.layers_bytes))
+        stage_s = max(0.0, seconds - byte_s * one.layers_bytes)
+        if rows in _DECODE_ROWS:
+            head_s = max(0.0, last.seconds[rows] - stage_s - byte_s * last.layers_bytes)
+            heads.append((rows, head_s))
+        else:  # the last layer's prompts have no outputs: on a line through those of few rows
+            (low, low_s), (high, high_s) = heads
+            head_s = high_s + (rows - high) / (high - low) * max(0.0, high_s - low_s)
+        yield StageTrial(rows, stage_s, byte_s, head_s)
+
+
+async def _tried(runner: StageRunner, size: TrialSize, sweep: Sweep) -> dict[int, float]:
+    """Seconds by rows."""
+    return {rows: await _taken_s(runner, rows, tries, sweep) for rows, tries in size.tries.items()}
+
+
+async def _taken_s(runner: StageRunner, rows: int, tries: int, sweep: Sweep) -> float:
+    """The median of some steps, behind one that finds everything for the first time; of that where it takes long."""
+    inputs, compute = InputsBox(_EPOCH, _DEADLINE_S), Compute()
+    step = StageStep(runner, "trial", inputs, ChosenTokens(), compute, Counters())
+    times = []
+    try:
+        for number in range(tries + 1):
+            frame, tasks = _ask(runner, rows, number)
+            sweep()
+            begun_ns = perf_counter_ns()
+            if runner.program.is_last:
+                inputs.put(decode_inputs(tasks))
+            arrived = decode_frame(frame)
+            answer = await step.begin(Arrival(arrived, decode_microbatch(arrived.header), begun_ns, 0))
+            await answer
+            times.append((perf_counter_ns() - begun_ns) / 1e9)
+            if sum(times) > _ENOUGH_S:
+                break
+    finally:
+        compute.close()
+    return median(times[1:] or times)
+
+
+def _ask(runner: StageRunner, rows: int, number: int) -> tuple[bytes, bytes]:
+    """(frame, sampling inputs) of a token for each of some sequences, or of many of one prompt."""
+    program = runner.program
+    if rows in _DECODE_ROWS:
+        outputs = int(program.is_last)
+        chunks = tuple(Chunk((0,), _CONTEXT, (row * _BLOCKS, _BLOCKS), outputs) for row in range(rows))
+    else:
+        chunks = (Chunk((0,) * rows, 0, (0, max(_BLOCKS, rows // 16)), 0),)
+    task = SampleTask(SamplingParams(), 0, 0, _CONTEXT + 1)
+    header = encode_microbatch(Microbatch(runner.model_id, _EPOCH, number, chunks))
+    hidden = None if program.is_first else np.full((rows, program.hidden.width), 0.01, np.float32)
+    tasks = encode_inputs(SamplingInputs(_EPOCH, number, (task,) * sum(chunk.outputs for chunk in chunks)))
+    return encode_hidden(header, (), hidden), tasks

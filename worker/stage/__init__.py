@@ -1,0 +1,1 @@
+"""A loaded stage: receives microbatches, computes them, sends results on."""

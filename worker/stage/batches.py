@@ -1,0 +1,111 @@
+"""Microbatches as arrays for a backend; everything that depends on the loaded stage is checked here."""
+
+from __future__ import annotations
+
+from itertools import accumulate, chain
+from operator import add
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llamaclust.core.errors import WireError
+from llamaclust.core.limits import StageLimits
+from llamaclust.kernels.backend import Batch
+from llamaclust.model.program import KV_BLOCK_TOKENS
+from llamaclust.wire.microbatch.messages import Chunk, Microbatch
+
+_FEW = 256
+"""So many numbers are made faster by plain Python than by NumPy's calls."""
+
+
+def build_batch(microbatch: Microbatch, limits: StageLimits, vocabulary: int, window: int | None = None) -> Batch:
+    """The batch of a microbatch, for layers of which one has that window. WireError where it exceeds the limits, the
+    vocabulary or its own block tables."""
+    chunks = microbatch.chunks
+    lengths = [len(chunk.tokens) for chunk in chunks]
+    outputs = [chunk.outputs for chunk in chunks]
+    row_ends = list(accumulate(lengths))
+    _check_counts(chunks, row_ends[-1], sum(outputs), limits)
+    table_lengths = [_table_length(chunk, limits) for chunk in chunks]
+    return Batch(
+        tokens=_tokens(chunks, row_ends[-1], vocabulary),
+        positions=_ranges([chunk.position for chunk in chunks], lengths),
+        sequence_starts=np.array([0, *row_ends], np.int32),
+        table_starts=np.array([0, *accumulate(table_lengths)], np.int32),
+        block_tables=_ranges(
+            [start for chunk in chunks for start in chunk.table[::2]],
+            [count for chunk in chunks for count in chunk.table[1::2]],
+        ),
+        output_rows=_ranges([end - count for end, count in zip(row_ends, outputs, strict=True)], outputs),
+        window_tables=_window_tables(chunks, table_lengths, limits, window) if limits.gives_up(window) else None,
+    )
+
+
+def _window_tables(
+    chunks: tuple[Chunk, ...], table_lengths: list[int], limits: StageLimits, window: int | None
+) -> NDArray[np.int32]:
+    """As long as the tables; -1 where a block is not there."""
+    tables = np.full(sum(table_lengths), -1, np.int32)
+    for chunk, start in zip(chunks, accumulate(table_lengths, initial=0), strict=False):
+        blocks = _window_blocks(chunk, limits, window or 0)
+        at = start + chunk.window_start
+        tables[at : at + len(blocks)] = blocks
+    return tables
+
+
+def _window_blocks(chunk: Chunk, limits: StageLimits, window: int) -> NDArray[np.int32]:
+    starts, counts = chunk.window_table[::2], chunk.window_table[1::2]
+    if (end := max(map(add, starts, counts), default=0)) > limits.window_blocks:
+        raise WireError(f"window block {end - 1} of {limits.window_blocks}")
+    last = -(-(chunk.position + len(chunk.tokens)) // KV_BLOCK_TOKENS)
+    first = max(0, chunk.position - window + 1) // KV_BLOCK_TOKENS
+    if chunk.window_start > first or chunk.window_start + sum(counts) != last:
+        has = f"[{chunk.window_start}, {chunk.window_start + sum(counts)})"
+        raise WireError(f"window table of blocks {has}, of {window} positions to see needs [{first}, {last})")
+    return _ranges(list(starts), list(counts))
+
+
+def _check_counts(chunks: tuple[Chunk, ...], rows: int, outputs: int, limits: StageLimits) -> None:
+    for what, value, most in (
+        ("tokens", rows, limits.max_tokens),
+        ("output rows", outputs, limits.max_outputs),
+        ("sequences", len(chunks), limits.max_sequences),
+    ):
+        if value > most:
+            raise WireError(f"microbatch with {value} {what}, this stage is planned for {most}")
+
+
+def _table_length(chunk: Chunk, limits: StageLimits) -> int:
+    """Blocks of a chunk's table, which is checked here before it is written out."""
+    context = chunk.position + len(chunk.tokens)
+    if context > limits.max_context_tokens:
+        raise WireError(f"sequence of {context} positions, this stage is planned for {limits.max_context_tokens}")
+    starts, counts = chunk.table[::2], chunk.table[1::2]
+    length, end = sum(counts), max(map(add, starts, counts))
+    if end > limits.kv_blocks:
+        raise WireError(f"KV block {end - 1} of {limits.kv_blocks}")
+    most = -(-limits.max_context_tokens // KV_BLOCK_TOKENS)
+    if length * KV_BLOCK_TOKENS < context or length > most:
+        raise WireError(f"block table of {length} blocks for {context} positions, at most {most}")
+    return length
+
+
+def _tokens(chunks: tuple[Chunk, ...], rows: int, vocabulary: int) -> NDArray[np.int32]:
+    ids = chunks[0].tokens if len(chunks) == 1 else list(chain.from_iterable(chunk.tokens for chunk in chunks))
+    lowest, highest = min(ids), max(ids)
+    if lowest < 0 or highest >= vocabulary:
+        raise WireError(f"token {highest if lowest >= 0 else lowest} is not in the vocabulary of {vocabulary}")
+    return np.fromiter(ids, np.int32, rows)
+
+
+def _ranges(firsts: list[int], counts: list[int]) -> NDArray[np.int32]:
+    """firsts[0] .. firsts[0] + counts[0] - 1, firsts[1] .. and so on."""
+    total = sum(counts)
+    if total <= _FEW:
+        numbers = [
+            number for first, count in zip(firsts, counts, strict=True) for number in range(first, first + count)
+        ]
+        return np.array(numbers, np.int32)
+    ends = np.cumsum(counts)
+    offsets = np.repeat(np.array(firsts) - ends + counts, counts)
+    return (offsets + np.arange(total)).astype(np.int32)

@@ -1,0 +1,94 @@
+"""The Stage service of a worker: finds the stage that a stream is for."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+
+from llamaclust.core.errors import WireError
+from llamaclust.wire.control.messages import Load
+from llamaclust.wire.rpc.client import CHOSEN, ECHO, FORWARD, SAMPLE
+from llamaclust.wire.rpc.link_probe import serve_echo
+from llamaclust.wire.rpc.server import Handler, ServerStream
+from llamaclust.worker.stage.stage_runner import StageRunner
+from llamaclust.worker.stage.streams import StageFlow
+
+
+class StageService:
+    """Stages by epoch; two may be there at a time."""
+
+    def __init__(self, worker: str) -> None:
+        self._worker = worker
+        self._flows: dict[int, StageFlow] = {}
+        self._kept: list[StageFlow] = []
+
+    @property
+    def handlers(self) -> Mapping[str, Handler]:
+        return {FORWARD: self._forward, SAMPLE: self._sample, CHOSEN: self._chosen, ECHO: serve_echo}
+
+    def __contains__(self, epoch: int) -> bool:
+        return epoch in self._flows
+
+    def add(self, flow: StageFlow) -> None:
+        assert flow.epoch not in self._flows
+        self._flows[flow.epoch] = flow
+
+    async def remove(self, epoch: int) -> None:
+        """Frees the stage of an epoch, if it is there."""
+        flow = self._flows.pop(epoch, None)
+        if flow is not None:
+            await flow.close()
+
+    def keep(self) -> None:
+        """The coordinator is gone, and with it all epochs; what is loaded waits for a load that wants the same."""
+        self._kept += self._flows.values()
+        self._flows.clear()
+
+    @property
+    def kept_bytes(self) -> Counter[str]:
+        """By device."""
+        return sum((Counter(flow.runner.device_bytes) for flow in self._kept), Counter())
+
+    async def take_kept(self, order: Load) -> StageRunner | None:
+        """A kept stage's weights and KV memory, where they are what `order` wants; the other ones are freed."""
+        runner = None
+        while self._kept:
+            flow = self._kept.pop()
+            if runner is None and _serves(flow.runner, order):
+                runner = await flow.release()
+            else:
+                await flow.close()
+        return runner
+
+    async def clear(self) -> list[object]:
+        """Frees all stages but kept ones. What this returns keeps the weights of all of them in memory."""
+        weights = [flow.runner.weights for flow in (*self._flows.values(), *self._kept)]
+        for epoch in tuple(self._flows):
+            await self.remove(epoch)
+        return weights
+
+    async def _forward(self, stream: ServerStream) -> None:
+        await self._flow(stream).forward(stream)
+
+    async def _sample(self, stream: ServerStream) -> None:
+        await self._flow(stream).sample(stream)
+
+    async def _chosen(self, stream: ServerStream) -> None:
+        await self._flow(stream).chosen(stream)
+
+    def _flow(self, stream: ServerStream) -> StageFlow:
+        flow = self._flows.get(stream.epoch)
+        if flow is None:
+            raise WireError(f"worker {self._worker} holds no stage for epoch {stream.epoch}")
+        return flow
+
+
+def _serves(held: StageRunner, order: Load) -> bool:
+    """Whether a stage can do what an order wants of one: more KV blocks than asked for do no harm."""
+    same_layers = (held.program.start, held.program.end, held.devices) == (order.start, order.end, order.devices)
+    has, asked = held.limits, order.limits
+    enough = has.kv_blocks >= asked.kv_blocks and has.window_blocks >= asked.window_blocks
+    same_groups = (has.window_blocks > 0) == (asked.window_blocks > 0)
+    same_limits = replace(has, kv_blocks=asked.kv_blocks, window_blocks=asked.window_blocks) == asked
+    return held.model_id == order.model_id and same_layers and enough and same_groups and same_limits

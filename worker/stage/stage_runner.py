@@ -1,0 +1,152 @@
+"""One loaded stage: microbatches in, hidden states or row results out. Knows no network; one call at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llamaclust.core.errors import UsageError, WireError
+from llamaclust.core.gpus import DeviceLayers
+from llamaclust.core.limits import StageLimits
+from llamaclust.core.sampling import RowResult
+from llamaclust.kernels.backend import Backend, Float32, Progress
+from llamaclust.kernels.multi_device import ChainStage
+from llamaclust.kernels.sampling import Sampler
+from llamaclust.model.loader import Model
+from llamaclust.model.program import KvType, Program
+from llamaclust.wire.microbatch.messages import Microbatch, SamplingInputs
+from llamaclust.worker.devices.backends import gpu_names
+from llamaclust.worker.stage.batches import build_batch
+
+
+@dataclass(frozen=True, slots=True)
+class StageMemory:
+    """What a stage takes, as it lies in memory."""
+
+    weight_bytes: int
+    kv_bytes: int
+    workspace_bytes: int
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """By name, for messages."""
+        return {"weights": self.weight_bytes, "KV memory": self.kv_bytes, "workspace": self.workspace_bytes}
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weight_bytes + self.kv_bytes + self.workspace_bytes
+
+
+def plan_memory(backend: Backend, model: Model, start: int, end: int, limits: StageLimits) -> StageMemory:
+    """What layers [start, end) will take."""
+    program = model_program(model, start, end, limits)
+    tensors = model.tensors_for(program)
+    weights = sum(tensor.resident_bytes for tensor in tensors.values())
+    kv_bytes = backend.kv_bytes(program, limits)
+    return StageMemory(weights, kv_bytes, backend.workspace_bytes(program, tensors, limits))
+
+
+def held_weight_bytes(backend: Backend, model: Model, start: int, end: int, limits: StageLimits) -> int:
+    """What of the weights of layers [start, end) is in memory already."""
+    program = model_program(model, start, end, limits)
+    return backend.held_bytes(program, model.tensors_for(program))
+
+
+def planned_workspace_bytes(
+    model: Model, start: int, end: int, limits: StageLimits, threads: int, device: str = "cpu"
+) -> int:
+    """What layers [start, end) will take beside weights and KV memory on `threads` of a CPU, or on a GPU, there without
+    `weight_rounding_bytes`. ModelFileError where they cannot be computed."""
+    program = model_program(model, start, end, limits)
+    tensors = model.tensors_for(program)
+    if gpu_names(device):
+        from llamaclust.kernels.cuda import backend as cuda
+
+        return cuda.most_workspace_bytes(program, tensors, limits)
+    from llamaclust.kernels.cpu.backend import workspace_bytes
+
+    return workspace_bytes(program, tensors, limits, threads)
+
+
+def weight_rounding_bytes(model: Model, start: int, end: int, device: str) -> int:
+    """What weights of layers [start, end) take of a device's memory beyond their bytes."""
+    if not gpu_names(device):
+        return 0
+    from llamaclust.kernels.cuda.backend import rounded_weight_bytes
+
+    program = model.program(start, end)
+    return rounded_weight_bytes(program, model.tensors_for(program))
+
+
+def model_program(model: Model, start: int, end: int, limits: StageLimits) -> Program:
+    """The program of layers [start, end), for the limits' KV type and context; UsageError where the model has no such
+    layers."""
+    if not 0 <= start < end <= model.layer_count:
+        raise UsageError(f"layers [{start}, {end}) of a model that has {model.layer_count}")
+    return model.program(start, end, KvType(limits.kv_type), limits.max_context_tokens)
+
+
+class StageRunner:
+    """Layers [start, end) of a model on a backend."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        model: Model,
+        start: int,
+        end: int,
+        limits: StageLimits,
+        *,
+        feature_level: str = "",
+        threads: int = 1,
+        devices: tuple[DeviceLayers, ...] = (),
+        progress: Progress = lambda done_bytes: None,
+    ) -> None:
+        """Loads weights, which may take long. `feature_level` ("": the best) and `threads` are the sampler's.
+        `devices`: which of the layers the worker's devices hold, where it has several."""
+        program = model_program(model, start, end, limits)
+        self.program = program
+        self.model_id = model.model_id
+        self.limits = limits
+        self.devices = devices
+        self._vocabulary = model.hyperparameters.vocabulary_size
+        self._sampler = Sampler(self._vocabulary, feature_level, threads) if program.is_last else None
+        self._stage = backend.load(program, model.tensors_for(program), limits, progress)
+        stage = self._stage
+        self.memory = StageMemory(stage.weight_bytes, stage.kv_bytes, stage.workspace_bytes)
+
+    def run(self, microbatch: Microbatch, hidden: Float32 | None) -> Float32:
+        """Computes a microbatch; `hidden` [rows, embedding] for any but a first stage.
+
+        Returns hidden [rows, embedding], or on a last stage logits [outputs, vocabulary], valid until the next run.
+        WireError where the microbatch does not fit this stage.
+        """
+        if microbatch.model_id != self.model_id:
+            raise WireError(f"microbatch of model {microbatch.model_id}, this stage holds {self.model_id}")
+        return self._stage.run(build_batch(microbatch, self.limits, self._vocabulary, self.program.window), hidden)
+
+    def finish(self, logits: Float32, inputs: SamplingInputs) -> tuple[RowResult, ...]:
+        """Samples and scores logits [outputs, vocabulary] of a last stage's run. WireError where tasks do not fit."""
+        assert self._sampler is not None, "only a last stage has logits"
+        if len(inputs.tasks) != len(logits):
+            raise WireError(f"{len(inputs.tasks)} tasks for {len(logits)} output rows")
+        return self._sampler.run(logits, inputs.tasks) if inputs.tasks else ()
+
+    @property
+    def device_bytes(self) -> dict[str, int]:
+        """What it takes of the memory of each device."""
+        if not self.devices:
+            return {"cpu": self.memory.total_bytes}
+        stages = self._stage.stages if isinstance(self._stage, ChainStage) else (self._stage,)
+        return {
+            one.device: stage.weight_bytes + stage.kv_bytes + stage.workspace_bytes
+            for one, stage in zip(self.devices, stages, strict=True)
+        }
+
+    @property
+    def weights(self) -> object:
+        """What keeps the weights in memory, for as long as somebody holds it."""
+        return self._stage.weights
+
+    def close(self) -> None:
+        """Frees weights and KV memory."""
+        self._stage.close()

@@ -1,0 +1,1 @@
+"""A worker's weights: model files, and tensors fetched from other workers."""

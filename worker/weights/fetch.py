@@ -1,0 +1,291 @@
+"""Gets weights from other workers: several tensors at once, from several of them; resumes, checks, asks another one."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from llamaclust.core.errors import DeadlineError, LlamaclustError, WireError, WorkerError
+from llamaclust.model.weights.cache import WeightCache
+from llamaclust.model.weights.partial_tensor import WeightPart
+from llamaclust.wire.rpc.client import FETCH, ClientStream, Peer, StreamBrokenError
+from llamaclust.wire.rpc.deadlines import deadline
+from llamaclust.wire.weight_stream import FRAME_BYTES, NotThereError, WeightRange, decode_frame, encode_range
+
+_log = logging.getLogger(__name__)
+
+_LANES = 2
+"""Streams to each source: one can be answered while the other's bytes are checked and written."""
+_MOST_SOURCES = 4
+"""Asked at the same time; others take the place of those that fail."""
+_WRITE_BYTES = 8 * FRAME_BYTES
+_MOST_MIXED = 2
+_LOOK_S = 0.05
+_LEAST_REST_S, _MOST_REST_S = 0.1, 2.0
+
+OnBytes = Callable[[int], None]
+_Value = TypeVar("_Value")
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """Seconds."""
+
+    connect_s: float = 10.0
+    frame_s: float = 30.0  # for one frame
+    source_s: float = 30.0  # for anything at all from a source that fails again and again
+
+
+class DamagedError(LlamaclustError):
+    """Bytes that are not those that were asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class WantedWeights:
+    """`content`: SHA-256 in hex."""
+
+    content: str
+    n_bytes: int
+    name: str
+
+
+@dataclass(slots=True, eq=False)
+class _Item:
+    wanted: WantedWeights
+    there_bytes: int  # as far as it was told
+    lacking: set[str] = field(default_factory=set)  # sources that do not have it, or are not believed
+    mixed: int = 0  # times that it was wrong and more than one source, or an earlier load, may be to blame
+    not_before_s: float = 0.0
+    is_active: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class _Source:
+    name: str
+    peer: Peer
+    given_up: str | None = None  # why
+    failed_since_s: float | None = None
+    rest_s: float = _LEAST_REST_S
+    lanes: list[asyncio.Task[None]] = field(default_factory=list)
+
+    def give_up(self, error: LlamaclustError) -> None:
+        if self.given_up is None:
+            self.given_up = str(error)
+            _log.error("no more weights from %s: %s", self.name, error)
+
+    def works(self) -> None:
+        if self.failed_since_s is not None:
+            _log.info("weights from %s come again", self.name)
+        self.failed_since_s, self.rest_s = None, _LEAST_REST_S
+
+    async def rest(self, error: LlamaclustError, limit_s: float) -> None:
+        """After a failure; gives up after `limit_s` of them."""
+        now_s = asyncio.get_running_loop().time()
+        if self.failed_since_s is None:
+            self.failed_since_s = now_s
+            _log.warning("weights from %s: %s; it is asked again for %g s", self.name, error, limit_s)
+        if now_s + self.rest_s - self.failed_since_s > limit_s:
+            self.give_up(error)
+            return
+        await asyncio.sleep(self.rest_s)
+        self.rest_s = min(_MOST_REST_S, 2 * self.rest_s)
+
+
+class WeightFetch:
+    """`sources` by name, best first. Use once."""
+
+    def __init__(
+        self,
+        cache: WeightCache,
+        sources: Iterable[tuple[str, Peer]],
+        on_bytes: OnBytes,
+        patience: Patience | None = None,
+        on_others_bytes: OnBytes = lambda n_bytes: None,
+    ) -> None:
+        """`on_bytes` hears of what comes; `on_others_bytes` of what another process brings into the same cache."""
+        self._cache = cache
+        self._sources = [_Source(name, peer) for name, peer in sources]
+        self._on_bytes = on_bytes
+        self._on_others_bytes = on_others_bytes
+        self._patience = patience or Patience()
+        self._items: list[_Item] = []
+        self._lanes: asyncio.TaskGroup | None = None
+
+    def renew(self, name: str, peer: Peer) -> None:
+        """From now on this source is asked there, whatever it answered before; it may be a new one."""
+        _log.info("weights are asked of %s at %s", name, peer.address)
+        runs = any(not lane.done() for one in self._sources for lane in one.lanes)
+        known = [place for place, one in enumerate(self._sources) if one.name == name]
+        for place in known:
+            for lane in self._sources[place].lanes:
+                lane.cancel()
+        for item in self._items:
+            item.lacking.discard(name)
+        place = known[0] if known else len(self._sources)
+        self._sources[place : place + 1] = [_Source(name, peer)]
+        if self._lanes is not None and runs:
+            self._begin(self._sources[place], self._lanes)
+
+    async def run(self, wanted: Sequence[WantedWeights]) -> None:
+        """Returns when all are in the cache. The caller holds it `in_use`. WorkerError where a tensor is to be had
+        nowhere, LlamaclustError where it cannot be kept."""
+        by_content = {one.content: one for one in wanted}
+        self._items = [
+            _Item(one, self._cache.part_bytes(one.content))
+            for one in sorted(by_content.values(), key=lambda one: -one.n_bytes)
+        ]
+        try:
+            async with asyncio.TaskGroup() as self._lanes:
+                for source in self._sources:
+                    self._begin(source, self._lanes)
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        finally:
+            self._lanes = None
+        if self._items:
+            raise self._not_found(self._items[0])
+
+    def _begin(self, source: _Source, lanes: asyncio.TaskGroup) -> None:
+        source.lanes = [lanes.create_task(self._lane(source)) for _ in range(_LANES)]
+
+    async def _lane(self, source: _Source) -> None:
+        stream: ClientStream | None = None
+        try:
+            while (item := await self._next(source)) is not None:
+                broken: LlamaclustError | None = None
+                try:
+                    stream = stream or await self._open(source)
+                    await self._get(item, source, stream)
+                except NotThereError as error:
+                    _log.debug("%s of %s: %s", item.wanted.name, source.name, error)
+                    item.lacking.add(source.name)
+                except (WireError, DamagedError) as error:
+                    source.give_up(error)
+                except (StreamBrokenError, DeadlineError) as error:
+                    broken = error
+                finally:
+                    item.is_active = False
+                if broken is not None:
+                    if stream is not None:
+                        stream.cancel()
+                    stream = None
+                    await source.rest(broken, self._patience.source_s)
+        finally:
+            if stream is not None:
+                stream.cancel()
+
+    async def _next(self, source: _Source) -> _Item | None:
+        """What this source is to be asked for next; None: there is nothing, and will be nothing."""
+        clock = asyncio.get_running_loop().time
+        while self._items and source.given_up is None:
+            for item in self._items:
+                if not item.is_active and clock() >= item.not_before_s and source in self._asked_for(item):
+                    item.is_active = True
+                    return item
+            if not any(item.is_active or self._asked_for(item) for item in self._items):
+                return None
+            await asyncio.sleep(_LOOK_S)
+        return None
+
+    def _asked_for(self, item: _Item) -> list[_Source]:
+        """The best of those that may have it."""
+        able = [one for one in self._sources if one.given_up is None and one.name not in item.lacking]
+        return sorted(able, key=lambda one: one.failed_since_s is not None)[:_MOST_SOURCES]
+
+    async def _open(self, source: _Source) -> ClientStream:
+        stream = source.peer.open(FETCH)
+        try:
+            async with deadline(f"reaching {source.name} for weights", self._patience.connect_s):
+                await source.peer.connected()
+                await stream.opened()
+        except BaseException:
+            stream.cancel()
+            raise
+        return stream
+
+    async def _get(self, item: _Item, source: _Source, stream: ClientStream) -> None:
+        """One tensor, from where it is on. WireError and DamagedError are this source's fault."""
+        wanted = item.wanted
+        if self._cache.find(wanted.content) is not None:  # another process has fetched it
+            self._others_brought(item, wanted.n_bytes)
+            self._items.remove(item)
+            return
+        part = await _in_thread(WeightPart.open, self._cache, wanted.content, wanted.n_bytes, undo=_close)
+        if part is None:
+            self._others_brought(item, self._cache.part_bytes(wanted.content))
+            item.not_before_s = asyncio.get_running_loop().time() + _LOOK_S
+            return
+        try:
+            await self._receive(part, item, source, stream)
+            was_resumed = part.resumed
+            is_whole = await _in_thread(part.finish)
+        finally:
+            part.close()
+        if is_whole:
+            self._items.remove(item)
+        elif not was_resumed:
+            raise DamagedError(f"{wanted.name}: other bytes than those with SHA-256 {wanted.content}")
+        else:
+            _log.warning("%s: what was resumed has another SHA-256; it is fetched anew", wanted.name)
+            item.mixed += 1
+            if item.mixed > _MOST_MIXED:
+                item.lacking.add(source.name)
+
+    def _others_brought(self, item: _Item, there_bytes: int) -> None:
+        if there_bytes > item.there_bytes:
+            self._on_others_bytes(there_bytes - item.there_bytes)
+            item.there_bytes = there_bytes
+
+    async def _receive(self, part: WeightPart, item: _Item, source: _Source, stream: ClientStream) -> None:
+        wanted = item.wanted
+        left = wanted.n_bytes - part.done_bytes
+        if left:
+            await stream.write(encode_range(WeightRange(wanted.content, part.done_bytes, wanted.n_bytes)))
+        frames: list[memoryview] = []
+        try:
+            while left:
+                async with deadline(f"weights from {source.name}", self._patience.frame_s):
+                    data = await stream.read()
+                if data is None:
+                    raise StreamBrokenError(f"{source.name} ended the stream")
+                frames.append(decode_frame(data, left))
+                left -= len(frames[-1])
+                source.works()
+                self._on_bytes(len(frames[-1]))
+                item.there_bytes += len(frames[-1])
+                if len(frames) * FRAME_BYTES >= _WRITE_BYTES:
+                    full, frames = frames, []
+                    await _in_thread(part.write, full)
+        except LlamaclustError:
+            part.write(frames)  # to be resumed after them
+            raise
+        await _in_thread(part.write, frames)
+
+    def _not_found(self, item: _Item) -> WorkerError:
+        whys = [f"{one.name}: {one.given_up or 'does not have it'}" for one in self._sources]
+        where = "; ".join(whys) or "nobody to ask"
+        return WorkerError(
+            f"weights of {item.wanted.name} ({item.wanted.n_bytes} bytes) are to be had nowhere ({where})"
+        )
+
+
+async def _in_thread(
+    function: Callable[..., _Value], *arguments: object, undo: Callable[[_Value], None] = lambda value: None
+) -> _Value:
+    """To its end also where the task is cancelled meanwhile: nobody else may have the file before. Then `undo`."""
+    working = asyncio.ensure_future(asyncio.to_thread(function, *arguments))
+    try:
+        return await asyncio.shield(working)
+    except asyncio.CancelledError:
+        await asyncio.wait((working,))
+        if working.exception() is None:
+            undo(working.result())
+        raise
+
+
+def _close(part: WeightPart | None) -> None:
+    if part is not None:
+        part.close()

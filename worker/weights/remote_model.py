@@ -1,0 +1,140 @@
+"""A model whose file is on other machines: of its tensors, those that a stage needs are brought here and checked."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from llamaclust.core.errors import LlamaclustError, ModelFileError
+from llamaclust.model.architectures.layers import FACTOR_TENSORS
+from llamaclust.model.gguf.tensors import FileIdentity
+from llamaclust.model.loader import Model
+from llamaclust.model.weights.cache import WeightCache
+from llamaclust.model.weights.manifest import Manifest, TensorRecord, read_manifest
+from llamaclust.wire.control.messages import WeightSources
+from llamaclust.wire.rpc.client import Peer
+from llamaclust.worker.weights.fetch import WantedWeights, WeightFetch
+from llamaclust.worker.weights.weights import Weights, key_of
+
+
+class AbsentFile:
+    """What is fetched stays while it is entered. LlamaclustError where nothing may be kept here, ModelFileError where
+    the manifest is of another model; what `WeightFetch.run` and `WeightCache.make_room` raise."""
+
+    def __init__(
+        self,
+        model_path: str,
+        model_id: str,
+        known: WeightSources,
+        weights: Weights,
+        sources: Mapping[str, Peer],
+        on_bytes: Callable[[int], None],
+    ) -> None:
+        """`model_path`: where it would be, for messages. `sources`: by worker, best first."""
+        if weights.cache is None:
+            raise LlamaclustError(f"{model_path}: no such file here, and LLAMACLUST_WEIGHTS_SIZE=0: none are fetched")
+        self._cache: WeightCache = weights.cache
+        self._path = Path(model_path)
+        self._model_id = model_id
+        self._known = known
+        self._weights = weights
+        self._sources = dict(sources)
+        self._left: list[Peer] = []  # where sources were before
+        self._fetch_now: WeightFetch | None = None
+        self._on_bytes = on_bytes
+        self._manifest: Manifest | None = None
+        self._stack = ExitStack()
+
+    async def __aenter__(self) -> Self:
+        self._stack.enter_context(self._cache.in_use())
+        self._stack.enter_context(self._weights.fetching(self))
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+        peers = (*self._sources.values(), *self._left)
+        await asyncio.gather(*(peer.close() for peer in peers), return_exceptions=True)
+
+    @property
+    def manifest(self) -> str:
+        return self._known.manifest
+
+    def renew(self, worker: str, peer: Peer) -> None:
+        """From now on this worker is asked there."""
+        if worker in self._sources:
+            self._left.append(self._sources[worker])
+        self._sources[worker] = peer
+        if self._fetch_now is not None:
+            self._fetch_now.renew(_named(worker), peer)
+
+    async def outline(self) -> Model:
+        """The model, with those of its weights that are here."""
+        content = self._known.manifest
+        await self._fetch([WantedWeights(content, self._known.manifest_bytes, "the model's manifest")])
+        manifest = await asyncio.to_thread(read_manifest, self._cache.place(content))
+        if manifest.model_id != self._model_id:
+            raise ModelFileError(f"{self._path}: the manifest is of model {manifest.model_id}, not {self._model_id}")
+        self._cache.remember_manifest(key_of(self._model_id), content)
+        self._manifest = manifest
+        await self._fetch(self._wanted(FACTOR_TENSORS))  # which programs are made of
+        return await asyncio.to_thread(self._model)
+
+    def missing_bytes(self, names: Iterable[str]) -> int:
+        """Of those tensors, what is not here."""
+        wanted = {one.content: one for one in self._wanted(names)}
+        return sum(one.n_bytes - self._cache.part_bytes(one.content) for one in self._missing(wanted.values()))
+
+    async def complete(self, names: Iterable[str]) -> Model:
+        """The model with those tensors."""
+        wanted = self._wanted(names)
+        await self._fetch(wanted)
+        if await asyncio.to_thread(self._missing, wanted):
+            raise LlamaclustError(f"{self._cache.path}: weights were deleted there while they were loaded")
+        return await asyncio.to_thread(self._model)
+
+    def _records(self, names: Iterable[str]) -> list[TensorRecord]:
+        assert self._manifest is not None, "its outline comes first"
+        wanted = set(names)
+        return [record for record in self._manifest.tensors if record.name in wanted]
+
+    def _wanted(self, names: Iterable[str]) -> list[WantedWeights]:
+        return [WantedWeights(one.content, one.n_bytes, f"tensor {one.name}") for one in self._records(names)]
+
+    def _missing(self, wanted: Iterable[WantedWeights]) -> list[WantedWeights]:
+        return [one for one in wanted if self._cache.find(one.content) is None]
+
+    async def _fetch(self, wanted: Sequence[WantedWeights]) -> None:
+        missing = await asyncio.to_thread(self._missing, wanted)
+        if missing:
+            n_bytes = sum(one.n_bytes - self._cache.part_bytes(one.content) for one in missing)
+            await asyncio.to_thread(self._cache.make_room, n_bytes)
+            sources = [(_named(worker), peer) for worker, peer in self._sources.items()]
+            self._fetch_now = WeightFetch(self._cache, sources, self._count, on_others_bytes=self._on_bytes)
+            try:
+                await self._fetch_now.run(missing)
+            finally:
+                self._fetch_now = None
+
+    def _count(self, n_bytes: int) -> None:
+        self._weights.received_bytes += n_bytes
+        self._on_bytes(n_bytes)
+
+    def _model(self) -> Model:
+        assert self._manifest is not None
+        held: dict[str, tuple[Path, FileIdentity]] = {}
+        for record in self._manifest.tensors:
+            found = self._cache.find(record.content)
+            if found is not None:
+                held[record.content] = self._cache.place(record.content), found
+        return Model(self._manifest.file(self._path, held))
+
+
+def _named(worker: str) -> str:
+    """For messages."""
+    return f"worker {worker}"

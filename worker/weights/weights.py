@@ -1,0 +1,223 @@
+"""What a worker has of models' weights: files, and what it fetched from other workers. It gives both to others."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from threading import Lock
+from typing import Protocol
+
+from llamaclust.core.errors import LlamaclustError, ModelFileError, WireError
+from llamaclust.model.gguf.model_file import ModelFile
+from llamaclust.model.gguf.tensors import Tensor, open_regular, read_exactly
+from llamaclust.model.loader import Model
+from llamaclust.model.weights.cache import WeightCache
+from llamaclust.model.weights.manifest import make_manifest, read_manifest
+from llamaclust.wire.control.messages import Locate, Located, NewSource
+from llamaclust.wire.rpc.client import FETCH, Peer
+from llamaclust.wire.rpc.deadlines import deadline
+from llamaclust.wire.rpc.server import Handler, ServerStream
+from llamaclust.wire.weight_stream import FRAME_BYTES, WeightRange, decode_range, encode_missing, frames_of
+from llamaclust.worker.settings import WorkerSettings
+
+_log = logging.getLogger(__name__)
+
+_READ_BYTES = 8 * FRAME_BYTES
+_IDLE_S = 120.0
+_FRAME_S = 30.0
+_MOST_STREAMS = 256
+
+
+class Reading:
+    """How much of a file was read for its SHA-256; told by several threads, and asked by another one."""
+
+    def __init__(self) -> None:
+        self.total_bytes = 0  # 0: it has not begun
+        self.done_bytes = 0
+        self._lock = Lock()
+
+    def begun(self, file: ModelFile) -> Callable[[int], None]:
+        """Whom to tell of each piece."""
+        self.total_bytes = sum(tensor.n_bytes for tensor in file.tensors.values())
+        return self._add
+
+    def _add(self, n_bytes: int) -> None:
+        with self._lock:
+            self.done_bytes += n_bytes
+
+
+Reach = Callable[[str, str], Peer]
+"""A channel to a worker, by address and name."""
+
+
+class Fetching(Protocol):
+    """Weights of one manifest, on their way to here."""
+
+    @property
+    def manifest(self) -> str: ...
+    def renew(self, worker: str, peer: Peer) -> None: ...
+
+
+class Weights:
+    """Of one worker. Without a `cache` it neither fetches nor gives any."""
+
+    def __init__(self, cache: WeightCache | None = None, model_dir: Path | None = None) -> None:
+        """`model_dir`: where files are that are not where the coordinator has them."""
+        self.cache = cache
+        self.sent_bytes = 0
+        self.received_bytes = 0
+        self._model_dir = model_dir
+        self._given: dict[str, Tensor] = {}  # of files, by SHA-256
+        self._located: dict[str, Located] = {}  # of files with a manifest, by model id
+        self._streams = 0
+        self._fetching: list[Fetching] = []
+
+    @property
+    def handlers(self) -> Mapping[str, Handler]:
+        return {FETCH: self._serve}
+
+    @contextmanager
+    def fetching(self, what: Fetching) -> Iterator[None]:
+        """Meanwhile, it is told of new sources."""
+        self._fetching.append(what)
+        try:
+            yield
+        finally:
+            self._fetching.remove(what)
+
+    def hear(self, news: NewSource, reach: Reach) -> None:
+        for one in self._fetching:
+            if one.manifest == news.manifest:
+                one.renew(news.source.worker, reach(news.source.address, news.source.worker))
+
+    def open_file(self, model_path: str, model_id: str) -> Model | None:
+        """The file of that identity, at its path or under its name in `model_dir`; None where there is no file.
+        ModelFileError where there are only others."""
+        there = [place for place in self.places(model_path) if place.is_file()]
+        for place in there:
+            model = Model.open(place)
+            if model.model_id == model_id:
+                return model
+            model.close()
+        if there:
+            what = "not the file that the coordinator opened: it was changed or replaced"
+            raise ModelFileError(f"{there[0]}: {what}; restore it, or start the cluster again")
+        return None
+
+    def places(self, model_path: str) -> list[Path]:
+        """Where the file is looked for."""
+        path = Path(model_path)
+        return [path] if self._model_dir is None else [path, self._model_dir / path.name]
+
+    def locate(self, wanted: Locate, reading: Reading | None = None) -> Located:
+        """What is there of a model. Makes the file's manifest where that is asked for, which reads all of the file;
+        `reading` tells how far that is."""
+        try:
+            model = self.open_file(wanted.model_path, wanted.model_id)
+        except ModelFileError as error:
+            _log.warning("%s", error)
+            model = None
+        if model is None:
+            return self._in_cache(wanted.model_id)
+        with model:
+            if wanted.describe and self.cache is not None and wanted.model_id not in self._located:
+                self._located[wanted.model_id] = self._describe(self.cache, model.file, reading or Reading())
+            return self._located.get(wanted.model_id, Located(True))
+
+    def _in_cache(self, model_id: str) -> Located:
+        content = None if self.cache is None else self.cache.known_manifest(key_of(model_id))
+        if self.cache is None or content is None:
+            return Located(False)
+        return Located(False, content, self.cache.place(content).stat().st_size)
+
+    def _describe(self, cache: WeightCache, file: ModelFile, reading: Reading) -> Located:
+        cache.prepare()
+        key = _file_key(file)
+        with cache.making(key):
+            content = cache.known_manifest(key)
+            if content is None:
+                _log.info("reading %s for the SHA-256 of each tensor", file.path)
+                content = cache.keep_manifest(key, make_manifest(file, reading.begun(file)))
+        path = cache.place(content)
+        for record in read_manifest(path).tensors:
+            self._given[record.content] = file.tensor(record.name)
+        return Located(True, content, path.stat().st_size)
+
+    async def _serve(self, stream: ServerStream) -> None:
+        if self._streams >= _MOST_STREAMS:
+            raise WireError(f"{self._streams} streams of weights are open, more are not served")
+        self._streams += 1
+        try:
+            await stream.accept()
+            while (wanted := await _asked(stream)) is not None:
+                await self._give(stream, wanted)
+        finally:
+            self._streams -= 1
+
+    async def _give(self, stream: ServerStream, wanted: WeightRange) -> None:
+        for start in range(wanted.start, wanted.end, _READ_BYTES):
+            end = min(start + _READ_BYTES, wanted.end)
+            try:
+                data = await asyncio.to_thread(self._read, wanted.content, start, end)
+            except LlamaclustError as error:
+                await _write(stream, encode_missing(str(error)))
+                return
+            for frame in frames_of(memoryview(data)):
+                await _write(stream, frame)
+                self.sent_bytes += len(frame) - 1
+
+    def _read(self, content: str, start: int, end: int) -> bytearray:
+        """ModelFileError where it is not there, or no longer."""
+        data = bytearray(end - start)
+        tensor = self._given.get(content)
+        if tensor is not None:
+            _check_end(content, end, tensor.n_bytes)
+            tensor.read_into(data, start)
+            return data
+        found = None if self.cache is None else self.cache.find(content)
+        if self.cache is None or found is None:
+            raise ModelFileError(f"no weights with SHA-256 {content} are here")
+        _check_end(content, end, found.size_bytes)
+        path = self.cache.place(content)
+        with open_regular(path) as descriptor:
+            read_exactly(descriptor, path, start, memoryview(data))
+        return data
+
+
+def weight_cache(settings: WorkerSettings) -> WeightCache | None:
+    """The one that a worker is started with."""
+    return None if settings.weights_dir is None else WeightCache(settings.weights_dir, settings.weights_bytes)
+
+
+def key_of(model_id: str) -> str:
+    """By what a model's manifest is remembered where its file is not."""
+    return sha256(f"model {model_id}".encode()).hexdigest()
+
+
+def _file_key(file: ModelFile) -> str:
+    """Of the files as they are now: one that is replaced or written to has another."""
+    parts: list[object] = [file.identity]
+    for path in file.parts:
+        found = path.stat()
+        parts += [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+    return sha256(repr(parts).encode()).hexdigest()
+
+
+def _check_end(content: str, end: int, n_bytes: int) -> None:
+    if end > n_bytes:
+        raise ModelFileError(f"weights with SHA-256 {content} are {n_bytes} bytes, asked for up to {end}")
+
+
+async def _asked(stream: ServerStream) -> WeightRange | None:
+    async with deadline("the next range of weights that is asked for", _IDLE_S):
+        data = await stream.read()
+    return None if data is None else decode_range(data)
+
+
+async def _write(stream: ServerStream, frame: bytes) -> None:
+    async with deadline("sending weights", _FRAME_S):
+        await stream.write(frame)

@@ -21,7 +21,7 @@ from llamaclust.kernels import probes
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.model.loader import LayerCost, Model, ModelCosts
 from llamaclust.model.quant_types import QuantType
-from llamaclust.tools.bench import load
+from llamaclust.tools.bench import load as load_module
 from llamaclust.tools.bench.bench import BenchTask, Work, cores, run_bench
 from llamaclust.tools.bench.even_split import even_cut
 from llamaclust.tools.bench.limits import Pair, Spread, paired
@@ -296,8 +296,8 @@ def test_own_work_is_not_that_of_others(monkeypatch: pytest.MonkeyPatch, tmp_pat
         stat.write_text("\n".join([*lines, "cpu4095 9999 9 9 9 9 9 9 9 9 9", "intr 1 2 3"]))
 
     own = os.times()
-    monkeypatch.setattr(load, "_STAT", stat)
-    monkeypatch.setattr(load, "perf_counter", iter([10.0, 20.0]).__next__)
+    monkeypatch.setattr(load_module, "_STAT", stat)
+    monkeypatch.setattr(load_module, "perf_counter", iter([10.0, 20.0]).__next__)
     times = iter(
         [own, os.times_result((own.user + 4.0, own.system + 1.0, own.children_user, own.children_system, 0.0))]
     )

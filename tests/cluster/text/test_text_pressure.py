@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from llamaclust.cluster.engine.engine import EngineState
-from llamaclust.cluster.text import stream
+from llamaclust.cluster.text import stream as stream_module
 from llamaclust.cluster.text.answer import Answer, collect
 from llamaclust.cluster.text.request import CompletionRequest
 from llamaclust.core.errors import DeadlineError, QueueFullError
@@ -40,7 +40,7 @@ async def test_later_choices_wait_where_the_queue_is_full() -> None:
 
 @run_async
 async def test_later_choices_do_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream, "_QUEUE_S", 0.05)
+    monkeypatch.setattr(stream_module, "_QUEUE_S", 0.05)
     engine = ScriptedEngine(says("a b"))
     submit = engine.submit
 
@@ -57,7 +57,7 @@ async def test_later_choices_do_not_wait_for_ever(monkeypatch: pytest.MonkeyPatc
 
 @run_async
 async def test_a_reader_that_falls_behind_ends_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream, "_MAX_UNREAD_ROWS", 20)
+    monkeypatch.setattr(stream_module, "_MAX_UNREAD_ROWS", 20)
     engine = ScriptedEngine(says("a" * 100))
     async with await make_service(engine).start(replace(ASK, n=3)) as stream:
         await anext(stream)
@@ -89,7 +89,7 @@ async def test_a_drained_service_has_answered_every_choice() -> None:
 @run_async
 async def test_an_answer_that_nobody_reads_yet_is_kept_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts of one request are read one after the other."""
-    monkeypatch.setattr(stream, "_MAX_UNREAD_ROWS", 20)
+    monkeypatch.setattr(stream_module, "_MAX_UNREAD_ROWS", 20)
     engine = ScriptedEngine(says("a" * 100))
     async with await make_service(engine).start(ASK) as stream:
         await until(lambda: engine.running == 0)

@@ -11,7 +11,7 @@ import pytest
 
 from llamaclust.cluster.client import local
 from llamaclust.cluster.client.local import LocalClient, LocalSettings
-from llamaclust.cluster.planner import memory
+from llamaclust.cluster.planner import memory as memory_module
 from llamaclust.cluster.scheduler.kv_groups import WindowGroup
 from llamaclust.core.errors import WireError
 from llamaclust.core.limits import StageLimits
@@ -159,6 +159,6 @@ def test_a_cluster_keeps_windows_and_says_the_same(
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     less = run(path, Way(cut, company=True, prefill_chunk=48, cached=True), work, tmp_path / "a", monkeypatch)
-    monkeypatch.setattr(memory, "window_group", lambda *figures: None)
+    monkeypatch.setattr(memory_module, "window_group", lambda *figures: None)
     whole = run(path, Way((0, 7), company=True), work, tmp_path / "b", monkeypatch)
     assert less == whole

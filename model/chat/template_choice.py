@@ -9,7 +9,7 @@ from typing import Any, Final
 from llamaclust.core.errors import UsageError
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
-_FOLDER: Final = Path(__file__).with_name("chat_templates")
+_FOLDER: Final = Path(__file__).with_name("templates")
 _MOST_BYTES: Final = 1 << 20
 _NAME_KEYS: Final = ("general.name", "general.basename", "general.finetune")
 

@@ -34,13 +34,11 @@ from support.paths import ROOT
 README = ROOT / "README.md"
 PAGES = (README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
 PRESENT = tuple(page for page in PAGES if page.name != "roadmap.md")  # that one is about what is not there yet
-PACKAGES = ("cli", "tools", "cluster", "worker", "kernels", "model", "wire", "proto")
+PACKAGES = ("cli", "tools", "cluster", "worker", "kernels", "model", "wire", "core", "proto")
 FOLDERS = (*PACKAGES, "src", "tests", "benchmarks", "examples", "deploy", "docs", "cmake", ".ci")
 MINIMAL = "model: smollm2-135m-instruct\nworkers: [{name: a}]\n"
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-NATIVE = (".h", ".cpp", ".cu", ".cuh")
-CPP = ROOT / "kernels/cpu/native"
 
 
 def page_id(page: Path) -> str:
@@ -80,24 +78,6 @@ def names(cell: str) -> list[str]:
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
-def modules() -> set[str]:
-    """Every module, and every name of a CUDA source or header."""
-    paths = [path for package in PACKAGES for path in (ROOT / package).rglob("*")]
-    paths += (ROOT / "src/llamaclust").glob("*.py")
-    python = {path for path in paths if path.suffix in (".py", ".proto") and "_pb2" not in path.name}
-    native = {path.with_suffix("") for path in paths if path.suffix in NATIVE and not path.is_relative_to(CPP)}
-    return {str(path.relative_to(ROOT)) for path in python | native if path.name != "__init__.py"}
-
-
-def test_the_architecture_names_every_file_and_no_other() -> None:
-    page = ROOT / "docs/architecture.md"
-    folders = re.findall(r"^### (\S+)$", page.read_text(), re.MULTILINE)
-    named = [f"{folder}/{name}" for folder in folders for row in rows(section(page, folder)) for name in names(row[0])]
-    assert len(named) == len(set(named))
-    assert sorted(modules() - set(named)) == [], "files that docs/architecture.md does not name"
-    assert sorted(set(named) - modules()) == [], "files that are not there"
-
-
 @pytest.mark.parametrize("page", PRESENT, ids=page_id)
 def test_paths_exist(page: Path) -> None:
     words = {word.strip("`'\",:;()") for line in code(page) for word in line.split()}
@@ -117,9 +97,9 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PRESENT, ids=page_id)
 def test_named_tests_exist(page: Path) -> None:
-    for file, test in set(re.findall(r"\b(test_\w+)(?:\.py)?::(test_\w+)", page.read_text())):
-        paths = list((ROOT / "tests").rglob(f"{file}.py"))
-        assert paths and f"def {test}(" in paths[0].read_text(), f"{page.name} names {file}::{test}"
+    for file, test in set(re.findall(r"((?:\w+/)*test_\w+)::(test_\w+)", page.read_text())):
+        path = ROOT / "tests" / f"{file}.py"
+        assert path.is_file() and f"def {test}(" in path.read_text(), f"{page.name} names {file}::{test}"
 
 
 def test_every_dependency_has_a_line() -> None:
@@ -185,7 +165,7 @@ def test_exit_codes_and_variables_are_those_of_the_program() -> None:
     codes = {kind.exit_code for kind in (LlamaclustError, *LlamaclustError.__subclasses__())}
     listed = re.findall(r"^\| (\d+) \|", section(page, "The command line"), re.MULTILINE)
     assert {int(one) for one in listed} == codes | {0, 130}
-    read = set(re.findall(r"\b(?:LLAMACLUST|HF)_[A-Z_]*", (ROOT / "cluster/config/cluster_config.py").read_text()))
+    read = set(re.findall(r"\b(?:LLAMACLUST|HF)_[A-Z_]*", (ROOT / "cluster/config/environment.py").read_text()))
     assert {name for row in rows(section(page, "Environment")) for name in names(row[0])} == read - {
         "LLAMACLUST_",
         "HF_",

@@ -12,7 +12,7 @@ import pytest
 from support.paths import ROOT
 
 SOURCES = {".py", ".cpp", ".h", ".cu", ".cuh", ".proto", ".cmake", ".sh"}
-FOLDERS = ("cli", "tools", "cluster", "worker", "kernels", "model", "wire", "proto")
+FOLDERS = ("cli", "tools", "cluster", "worker", "kernels", "model", "wire", "core", "proto")
 VAGUE_NAMES = {"utils", "util", "helpers", "common", "misc"}
 
 

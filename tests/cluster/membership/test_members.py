@@ -10,7 +10,6 @@ from pathlib import Path
 
 import grpc
 import pytest
-from test_wire_control import REGISTER
 
 from llamaclust.cluster.launchers.static import keep_renewed
 from llamaclust.cluster.membership.authority import Authority
@@ -33,6 +32,7 @@ from llamaclust.wire.security.certificates import NewKey
 from llamaclust.wire.security.credentials import COORDINATOR, Insecure, Principal
 from llamaclust.worker.renewal import Renewal
 from llamaclust.worker.stage.service import StageService
+from support.clusters.control_messages import REGISTER
 from support.clusters.members import ANY, Joined, join, registry
 from support.clusters.real_cluster import microbatches
 from support.clusters.served import run_async

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from llamaclust.cluster.config import environment
+from support.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 TOOLS = ("bash", "basename", "dirname", "false", "ln", "mkdir", "mktemp", "realpath", "rm", "stat")
 LARGEST_BYTES = 8 << 20
 DEADLINE_S = 180.0  # for a busy machine: deploy/wheel_test.sh prints what it took

@@ -15,7 +15,7 @@ from typing import Self
 from gpu_work import Amount, Rates, Round, Work
 
 from llamaclust.cluster.config.environment import environment
-from llamaclust.core.errors import DoesNotFitError, UsageError
+from llamaclust.core.errors import InsufficientMemoryError, UsageError
 from llamaclust.core.profile import GpuSpeed
 from llamaclust.core.sizes import mib, missing
 from llamaclust.kernels.backend import Backend
@@ -64,7 +64,8 @@ class Placement:
 
     @classmethod
     def of(cls, model: Model, task: Task, gpu: GpuBackend, processor: Backend, vram_bytes: int) -> Self:
-        """As many layers on the GPU as go into `vram_bytes`. DoesNotFitError where RAM is too small for the others."""
+        """As many layers on the GPU as go into `vram_bytes`. InsufficientMemoryError where RAM is too small for the
+        others."""
         limits, layers = stage_limits(task.sequences, task.context), model.layer_count
 
         def on_gpu(cut: int) -> StageMemory:
@@ -73,14 +74,16 @@ class Placement:
         cut = bisect_left(range(layers), True, key=lambda cut: on_gpu(cut).total_bytes <= vram_bytes)
         if cut == layers:
             need = missing(on_gpu(layers - 1).parts, vram_bytes)
-            raise DoesNotFitError(f"{model.file.path}: the last layer and the head on {task.device} need {need}")
+            raise InsufficientMemoryError(
+                f"{model.file.path}: the last layer and the head on {task.device} need {need}"
+            )
         taken_bytes = on_gpu(cut).total_bytes
         if cut == 0:
             return cls(0, layers, taken_bytes, 0)
         in_ram, free_bytes = plan_memory(processor, model, 0, cut, limits), available_memory_bytes()
         if in_ram.total_bytes > free_bytes:
             where = f"{layers - cut} of {layers} layers go into {mib(vram_bytes)} MiB of VRAM; the others, in RAM,"
-            raise DoesNotFitError(f"{model.file.path}: {where} need {missing(in_ram.parts, free_bytes)}")
+            raise InsufficientMemoryError(f"{model.file.path}: {where} need {missing(in_ram.parts, free_bytes)}")
         return cls(cut, layers, taken_bytes, in_ram.total_bytes)
 
     def backend(self, gpu: GpuBackend, processor: Backend) -> Backend:
@@ -97,8 +100,8 @@ class Loaded:
     """A model that can be measured; holds its memory until it is closed."""
 
     def __init__(self, task: Task, whole: bool = False) -> None:
-        """UsageError without the model or the GPU, or where the GPU is to hold the `whole` and cannot; DoesNotFitError
-        where memory is short."""
+        """UsageError without the model or the GPU, or where the GPU is to hold the `whole` and cannot;
+        InsufficientMemoryError where memory is short."""
         self.task = task
         with ExitStack() as held:
             self.model = held.enter_context(closing(Model.open(task.model)))

@@ -46,7 +46,7 @@ from llamaclust.cluster.planner.plan import Plan, Prediction  # noqa: E402
 from llamaclust.cluster.server.coordinator import Cluster, open_cluster  # noqa: E402
 from llamaclust.cluster.state.directory import ClusterDir  # noqa: E402
 from llamaclust.cluster.state.events import AwaitingWorkers, Event, Watch  # noqa: E402
-from llamaclust.core.errors import DoesNotFitError, UsageError, WorkerError  # noqa: E402
+from llamaclust.core.errors import InsufficientMemoryError, UsageError, WorkerError  # noqa: E402
 from support.network.box import Box, missing  # noqa: E402
 from support.network.namespaces import enter  # noqa: E402
 
@@ -200,7 +200,7 @@ async def random_plans(cluster: Cluster, source: random.Random, count: int) -> l
             by_hand._config = cluster.config.model_copy(update={"plan": random_entries(cluster, source)})
             try:
                 plan = await by_hand.plan(cluster.registry.present)
-            except (DoesNotFitError, UsageError):
+            except (InsufficientMemoryError, UsageError):
                 continue
             if not cluster.supervisor.epoch.is_as(plan):
                 found[layers_of(plan)] = plan

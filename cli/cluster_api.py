@@ -10,14 +10,14 @@ import httpx
 
 from llamaclust.cluster.api.settings import first_key
 from llamaclust.cluster.state.directory import ClusterRecord
-from llamaclust.core.errors import DoesNotFitError, LlamaclustError, UsageError
+from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError, UsageError
 
 _ANSWER_S = 10.0
 _DRAIN_S = 630.0
 """The coordinator gives up a little earlier, and says why."""
 _KINDS: dict[int, type[LlamaclustError]] = {
     UsageError.http_status: UsageError,
-    DoesNotFitError.http_status: DoesNotFitError,
+    InsufficientMemoryError.http_status: InsufficientMemoryError,
 }
 
 
@@ -43,8 +43,8 @@ class ClusterApi:
         return state
 
     def drain(self, worker: str) -> None:
-        """`worker` is a name that a worker may have. Returns when it holds no layers; DoesNotFitError or another error
-        where it has to hold them."""
+        """`worker` is a name that a worker may have. Returns when it holds no layers; InsufficientMemoryError or
+        another error where it has to hold them."""
         self._ask("POST", f"/cluster/workers/{worker}/drain", httpx.Timeout(_ANSWER_S, read=_DRAIN_S))
 
     def undrain(self, worker: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from llamaclust.cli.interrupts import end_at_once, ends_at_once
 from llamaclust.cli.terminal import print_error
-from llamaclust.core.errors import DoesNotFitError, LlamaclustError
+from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError
 
 _INTERRUPTED = 130
 """What typer, too, makes of a KeyboardInterrupt."""
@@ -34,7 +34,7 @@ def main() -> None:
         end_at_once(_INTERRUPTED)
     except MemoryError:
         print_error("the system refuses more memory; end other programs, or lift the limit on this one's memory")
-        sys.exit(DoesNotFitError.exit_code)
+        sys.exit(InsufficientMemoryError.exit_code)
     except OSError as error:
         _end_output()
         if not isinstance(error, BrokenPipeError):

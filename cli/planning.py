@@ -24,7 +24,7 @@ from llamaclust.cluster.planner.format import plan_json, plan_lines
 from llamaclust.cluster.planner.links import Links
 from llamaclust.cluster.planner.plan import Plan
 from llamaclust.cluster.state.directory import Measurement, read_measurements
-from llamaclust.core.errors import DoesNotFitError, UsageError
+from llamaclust.core.errors import InsufficientMemoryError, UsageError
 from llamaclust.core.gpus import Gpu
 from llamaclust.core.sizes import mib
 from llamaclust.model.loader import Model
@@ -41,7 +41,7 @@ def show(file: Path | None, overrides: list[str], as_json: bool) -> None:
 
 
 def plan_of(file: Path | None, overrides: list[str]) -> Plan:
-    """The plan of a cluster file. UsageError for a wrong file, DoesNotFitError with the missing MiB."""
+    """The plan of a cluster file. UsageError for a wrong file, InsufficientMemoryError with the missing MiB."""
     return _planned(load_config(file, overrides))[0]
 
 
@@ -58,8 +58,8 @@ def _planned(config: ClusterConfig) -> tuple[Plan, int]:
         memory, links, gpus = _memory(config, own_bytes), _links(config, measured), _gpus(config)
         try:
             return plan_cluster(config, model, memory, measured, links, gpus=gpus), own_bytes
-        except DoesNotFitError as error:
-            raise DoesNotFitError("; ".join((str(error), *map(str.strip, _room(config, own_bytes))))) from error
+        except InsufficientMemoryError as error:
+            raise InsufficientMemoryError("; ".join((str(error), *map(str.strip, _room(config, own_bytes))))) from error
 
 
 def _is_of_this_machine(config: ClusterConfig) -> bool:

@@ -27,7 +27,7 @@ class ModelFileError(UsageError):
     code = "model_file_error"
 
 
-class DoesNotFitError(LlamaclustError):
+class InsufficientMemoryError(LlamaclustError):
     """A plan or a load that needs more memory than there is; the message carries the missing MiB."""
 
     exit_code = 3
@@ -54,7 +54,7 @@ class QueueFullError(LlamaclustError):
         self.retry_after_s = retry_after_s
 
 
-class WireError(LlamaclustError):
+class ProtocolError(LlamaclustError):
     """A frame or message from a peer that breaks the protocol: too large, out of bounds, of another version."""
 
     http_status = 502
@@ -72,7 +72,7 @@ class DeviceLostError(WorkerError):
     """A device that computes no more, such as a GPU that fell off its bus; the worker that has it ends."""
 
 
-class CutOffError(WorkerError):
+class NetworkPartitionError(WorkerError):
     """Workers cannot reach each other, and no plan does without that."""
 
 
@@ -87,5 +87,5 @@ class StalledError(DeadlineError):
     """A worker that lives and gets no further with what it was told to do."""
 
 
-class PullError(LlamaclustError):
+class DownloadError(LlamaclustError):
     """A download that failed; the message says what was fetched from where, and what to do."""

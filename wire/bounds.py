@@ -1,4 +1,4 @@
-"""Checks on fields from a peer: each returns its value or raises a WireError that names the field and the bound."""
+"""Checks on fields from a peer: each returns its value or raises a ProtocolError that names the field and the bound."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
-from llamaclust.core.errors import WireError
+from llamaclust.core.errors import ProtocolError
 
 MAX_TEXT = 4096
 UINT64 = (1 << 64) - 1
@@ -19,13 +19,13 @@ _Message = TypeVar("_Message", bound=Message)
 
 
 def parse(kind: type[_Message], data: bytes, most_bytes: int) -> _Message:
-    """A protobuf message from bytes; WireError where they are too many or no such message."""
+    """A protobuf message from bytes; ProtocolError where they are too many or no such message."""
     if len(data) > most_bytes:
-        raise WireError(f"{kind.__name__}: {len(data)} bytes, at most {most_bytes} are taken")
+        raise ProtocolError(f"{kind.__name__}: {len(data)} bytes, at most {most_bytes} are taken")
     try:
         message = kind.FromString(data)
     except DecodeError as error:
-        raise WireError(f"{kind.__name__}: damaged, cannot be decoded") from error
+        raise ProtocolError(f"{kind.__name__}: damaged, cannot be decoded") from error
     message.DiscardUnknownFields()  # of a newer version; nothing of a peer's is kept that is not checked
     return message
 
@@ -33,7 +33,7 @@ def parse(kind: type[_Message], data: bytes, most_bytes: int) -> _Message:
 def bounded(what: str, value: int, low: int, high: int) -> int:
     """`value` within [low, high]."""
     if not low <= value <= high:
-        raise WireError(f"{what} is {value}, must be within {low}..{high}")
+        raise ProtocolError(f"{what} is {value}, must be within {low}..{high}")
     return value
 
 
@@ -45,7 +45,7 @@ def memory(what: str, n_bytes: int) -> int:
 def finite(what: str, value: float, low: float = -math.inf, high: float = math.inf) -> float:
     """A number that is neither NaN nor infinite, within [low, high]."""
     if not (math.isfinite(value) and low <= value <= high):
-        raise WireError(f"{what} is {value}, must be a finite number within {low}..{high}")
+        raise ProtocolError(f"{what} is {value}, must be a finite number within {low}..{high}")
     return value
 
 
@@ -60,7 +60,7 @@ def line(what: str, value: str, most: int = MAX_TEXT) -> str:
 def path(what: str, value: str) -> str:
     """What can name a file."""
     if "\0" in value or not value:
-        raise WireError(f"{what} is empty or holds a zero byte")
+        raise ProtocolError(f"{what} is empty or holds a zero byte")
     return value
 
 
@@ -73,7 +73,7 @@ def one_line(text: str, most: int = 1000) -> str:
 def worker_name(value: str) -> str:
     """A name that is safe as a file name."""
     if not _NAME.fullmatch(value):
-        raise WireError(
+        raise ProtocolError(
             f"worker name {value[:80]!r} must be 1 to 63 letters, digits, '_', '.' or '-', no sign at either end"
         )
     return value

@@ -11,7 +11,7 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from llamaclust.core.errors import WireError
+from llamaclust.core.errors import ProtocolError
 from llamaclust.wire.bounds import line, one_line
 
 FRAME_BYTES = 1 << 18
@@ -22,7 +22,7 @@ _MISSING, _BYTES = b"\x00", b"\x01"
 _MAX_LINE, _MAX_LINE_BYTES = 200, 1000
 
 
-class NotThereError(WireError):
+class WeightsNotFoundError(ProtocolError):
     """The other side does not have those bytes."""
 
 
@@ -40,12 +40,12 @@ def encode_range(wanted: WeightRange) -> bytes:
 
 
 def decode_range(data: bytes) -> WeightRange:
-    """WireError for what is no range."""
+    """ProtocolError for what is no range."""
     if len(data) != _ASKED.size:
-        raise WireError(f"a range of weights: {len(data)} bytes, {_ASKED.size} expected")
+        raise ProtocolError(f"a range of weights: {len(data)} bytes, {_ASKED.size} expected")
     content, start, end = _ASKED.unpack(data)
     if start > end:
-        raise WireError(f"a range of weights from {start} to {end}")
+        raise ProtocolError(f"a range of weights from {start} to {end}")
     return WeightRange(content.hex(), start, end)
 
 
@@ -60,11 +60,13 @@ def encode_missing(why: str) -> bytes:
 
 
 def decode_frame(data: bytes, left_bytes: int) -> memoryview:
-    """The bytes in a frame; `left_bytes` of the range are due. NotThereError where the other side has none, WireError
-    where it sends other than it should."""
+    """The bytes in a frame; `left_bytes` of the range are due. WeightsNotFoundError where the other side has none,
+    ProtocolError where it sends other than it should."""
     if data[:1] == _MISSING and len(data) <= _MAX_LINE_BYTES:
-        raise NotThereError(one_line(line("reason", data[1:].decode("utf-8", "replace")), _MAX_LINE) or "not there")
+        raise WeightsNotFoundError(
+            one_line(line("reason", data[1:].decode("utf-8", "replace")), _MAX_LINE) or "not there"
+        )
     due = min(FRAME_BYTES, left_bytes)
     if data[:1] != _BYTES or len(data) != due + 1:
-        raise WireError(f"a frame of {len(data)} bytes, {due + 1} expected")
+        raise ProtocolError(f"a frame of {len(data)} bytes, {due + 1} expected")
     return memoryview(data)[1:]

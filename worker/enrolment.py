@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from llamaclust.core.errors import UsageError, WireError, WorkerError
+from llamaclust.core.errors import ProtocolError, UsageError, WorkerError
 from llamaclust.wire.microbatch.messages import PROTOCOL_VERSION
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.security.certificates import NewKey, ca_hash, cluster_id, pem
@@ -44,7 +44,7 @@ class Enrolled:
 
 async def enrol(host: str, port: int, token: JoinToken, name: str) -> Enrolled:
     """Raises UsageError where token and coordinator do not go together or it refuses, which another try will not mend;
-    WorkerError, WireError or DeadlineError where it cannot be reached or breaks off."""
+    WorkerError, ProtocolError or DeadlineError where it cannot be reached or breaks off."""
     where = f"{host}:{port}"
     async with deadline(f"enrolling at {where}", _EXCHANGE_S):
         authority = await pinned(host, port, token, where)
@@ -80,18 +80,18 @@ async def _challenge(reader: asyncio.StreamReader) -> Challenge:
     data = await read_message(reader)
     message = None if data is None else decode_server_message(data)
     if not isinstance(message, Challenge):
-        raise WireError("no challenge came: is this the enrolment port of a coordinator?")
+        raise ProtocolError("no challenge came: is this the enrolment port of a coordinator?")
     return message
 
 
 def _granted(data: bytes | None, where: str) -> Grant:
     if data is None:
-        raise WireError(f"the coordinator at {where} ended the enrolment")
+        raise ProtocolError(f"the coordinator at {where} ended the enrolment")
     message = decode_server_message(data)
     if isinstance(message, Refusal):
         raise UsageError(f"the coordinator at {where} refused: {message.reason}")
     if not isinstance(message, Grant):
-        raise WireError(f"the coordinator at {where} answered a request with a challenge")
+        raise ProtocolError(f"the coordinator at {where} answered a request with a challenge")
     return message
 
 
@@ -108,7 +108,7 @@ def _verifying(authority: bytes) -> ssl.SSLContext:
     try:
         context.load_verify_locations(cadata=authority)
     except ssl.SSLError as error:
-        raise WireError("the CA certificate is damaged") from error
+        raise ProtocolError("the CA certificate is damaged") from error
     return context
 
 

@@ -16,8 +16,8 @@ from llamaclust.core.errors import (
     DeviceLostError,
     LlamaclustError,
     ModelFileError,
+    ProtocolError,
     UsageError,
-    WireError,
     WorkerError,
 )
 from llamaclust.core.gpus import placed
@@ -116,7 +116,7 @@ class Member:
         if isinstance(welcome, Refused):
             raise UsageError(f"the coordinator refused: {welcome.reason}")
         if not isinstance(welcome, Welcome):
-            raise WireError(f"the coordinator answered {type(welcome).__name__} to a registration")
+            raise ProtocolError(f"the coordinator answered {type(welcome).__name__} to a registration")
         if welcome.protocol[0] != PROTOCOL_VERSION[0]:
             raise UsageError(
                 f"the coordinator speaks protocol {welcome.protocol[0]}, this worker {PROTOCOL_VERSION[0]}"
@@ -164,7 +164,7 @@ class Member:
             case Renewed() | RenewFailed() if self._renewal is not None:
                 self._renewal.hear(message)
             case _:
-                raise WireError(f"the coordinator sent {type(message).__name__} to a member")
+                raise ProtocolError(f"the coordinator sent {type(message).__name__} to a member")
 
     def _start(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(work)
@@ -187,7 +187,7 @@ class Member:
 
     async def _loaded(self, order: Load) -> Loaded:
         if order.epoch in self._service:
-            raise WireError(f"epoch {order.epoch} is loaded already")
+            raise ProtocolError(f"epoch {order.epoch} is loaded already")
         received_bytes = self._weights.received_bytes
         held = await self._service.clear() if order.alone else []
         try:

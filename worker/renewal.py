@@ -7,7 +7,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
-from llamaclust.core.errors import WireError
+from llamaclust.core.errors import ProtocolError
 from llamaclust.wire.control.messages import Renew, Renewed, RenewFailed
 from llamaclust.wire.security.credentials import Identity
 
@@ -37,12 +37,12 @@ class Renewal:
             await asyncio.sleep(min(_AGAIN_S, self._identity.pair.life_s / 10))
 
     def hear(self, answer: Renewed | RenewFailed) -> None:
-        """WireError for an answer to nothing, or of another key."""
+        """ProtocolError for an answer to nothing, or of another key."""
         if isinstance(answer, RenewFailed):
             _log.error("the certificate was not renewed: %s", answer.failure.message)
             return
         key, self._key = self._key, None
         if key is None:
-            raise WireError("the coordinator renews a certificate that was not asked for")
+            raise ProtocolError("the coordinator renews a certificate that was not asked for")
         self._identity.pair = key.with_certificate(answer.certificate)
         _log.info("the certificate is renewed")

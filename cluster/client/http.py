@@ -32,7 +32,7 @@ from llamaclust.cluster.client.types import (
     join,
 )
 from llamaclust.cluster.config.values import is_loopback
-from llamaclust.core.errors import LlamaclustError, UsageError, WireError
+from llamaclust.core.errors import LlamaclustError, ProtocolError, UsageError
 
 if TYPE_CHECKING:
     from llamaclust.cluster.client.local import LocalClient, LocalSettings
@@ -99,7 +99,7 @@ class Client(TextClient):
         except httpx.HTTPError as error:
             raise _unreachable(self._http.base_url, error) from error
         if not events.is_done:
-            raise WireError(_CUT_SHORT)
+            raise ProtocolError(_CUT_SHORT)
 
     def _post(self, path: str, body: Mapping[str, Any]) -> bytes:
         try:
@@ -185,7 +185,7 @@ class AsyncClient:
         except httpx.HTTPError as error:
             raise _unreachable(self._http.base_url, error) from error
         if not events.is_done:
-            raise WireError(_CUT_SHORT)
+            raise ProtocolError(_CUT_SHORT)
 
     async def _post(self, path: str, body: Mapping[str, Any]) -> bytes:
         try:

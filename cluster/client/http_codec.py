@@ -12,11 +12,11 @@ from llamaclust.cluster.client.types import Chunk, Message, Settings
 from llamaclust.cluster.scheduler.requests import Timings
 from llamaclust.core.errors import (
     DeadlineError,
-    DoesNotFitError,
+    InsufficientMemoryError,
     LlamaclustError,
+    ProtocolError,
     QueueFullError,
     RequestError,
-    WireError,
     WorkerError,
 )
 from llamaclust.core.limits import MAX_CONTEXT_TOKENS
@@ -25,7 +25,7 @@ from llamaclust.core.sampling_bounds import CHAIN_BOUNDS
 _SHOWN_BYTES = 300
 _SERVER_ERRORS = 500
 _KINDS: dict[Any, type[LlamaclustError]] = {
-    kind.code: kind for kind in (QueueFullError, WorkerError, DeadlineError, DoesNotFitError)
+    kind.code: kind for kind in (QueueFullError, WorkerError, DeadlineError, InsufficientMemoryError)
 }
 _TIMINGS = tuple(field.name for field in fields(Timings))
 
@@ -129,7 +129,7 @@ class EventReader:
 
 
 class ChunkReader(ABC):
-    """Events of one answer as chunks. WireError for events that this API would not send."""
+    """Events of one answer as chunks. ProtocolError for events that this API would not send."""
 
     def read(self, event: Mapping[str, Any]) -> Chunk:
         try:
@@ -139,7 +139,7 @@ class ChunkReader(ABC):
             return self._chunk(choice)
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             shown = _shown(json.dumps(event).encode())
-            raise WireError(f"the server does not answer as llamaclust does: {shown}") from error
+            raise ProtocolError(f"the server does not answer as llamaclust does: {shown}") from error
 
     @abstractmethod
     def _chunk(self, choice: Mapping[str, Any]) -> Chunk: ...
@@ -175,7 +175,7 @@ def reply_error(status: int, retry_after: str | None, body: bytes) -> Llamaclust
     """The error that a reply other than 200 reports."""
     try:
         report = _object(body)["error"]
-    except (WireError, KeyError):
+    except (ProtocolError, KeyError):
         report = {"message": _shown(body)}
     return reported_error(report, status, retry_after)
 
@@ -195,10 +195,10 @@ def reported_error(report: Any, status: int | None = None, retry_after: str | No
 
 
 def field_of(body: bytes, name: str) -> Any:
-    """One field of a reply's JSON object. WireError where it is not there."""
+    """One field of a reply's JSON object. ProtocolError where it is not there."""
     answer = _object(body)
     if name not in answer:
-        raise WireError(f"the server does not answer as llamaclust does: {_shown(body)}")
+        raise ProtocolError(f"the server does not answer as llamaclust does: {_shown(body)}")
     return answer[name]
 
 
@@ -206,9 +206,9 @@ def _object(payload: bytes) -> dict[str, Any]:
     try:
         value = json.loads(payload)
     except ValueError as error:
-        raise WireError(f"the server sent what is not JSON: {_shown(payload)}") from error
+        raise ProtocolError(f"the server sent what is not JSON: {_shown(payload)}") from error
     if not isinstance(value, dict):
-        raise WireError(f"the server sent what is not a JSON object: {_shown(payload)}")
+        raise ProtocolError(f"the server sent what is not a JSON object: {_shown(payload)}")
     return value
 
 

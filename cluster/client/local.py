@@ -69,7 +69,7 @@ class LocalClient(ServiceClient):
         feature_level: str | None = None,
         settings: LocalSettings | None = None,
     ) -> None:
-        """Loads the model. ModelFileError, UsageError for settings that cannot be, DoesNotFitError."""
+        """Loads the model. ModelFileError, UsageError for settings that cannot be, InsufficientMemoryError."""
         self._stage = LocalStage(Path(path).expanduser(), threads, feature_level, settings or LocalSettings())
         super().__init__(self._stage.serve)
 

@@ -39,8 +39,8 @@ class Workforce:
     async def spare(self, name: str) -> None:
         """Moves a worker's layers to others, without a pause but for the switch; returns when it holds none.
 
-        UsageError for a name that is not known, DoesNotFitError or WorkerError where the others cannot do without it.
-        """
+        UsageError for a name that is not known, InsufficientMemoryError or WorkerError where the others cannot do
+        without it."""
         self._worker(name)
         others = {other: handle for other, handle in self.usable.items() if other != name}
         if not others:

@@ -12,7 +12,7 @@ from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.planner.plan import Plan
 from llamaclust.cluster.state.events import Draining, Watch
 from llamaclust.cluster.text.service import TextService
-from llamaclust.core.errors import CutOffError, LlamaclustError
+from llamaclust.core.errors import LlamaclustError, NetworkPartitionError
 
 _LOOK_S = 0.2
 
@@ -48,7 +48,7 @@ def _loads(layers: int) -> str:
 
 
 def waiting_text(why: LlamaclustError, limit_s: float) -> str:
-    what = "a link" if isinstance(why, CutOffError) else "a worker"
+    what = "a link" if isinstance(why, NetworkPartitionError) else "a worker"
     return f"waiting for {what}, requests for {limit_s:g} s at most: {why}"
 
 

@@ -17,7 +17,7 @@ from llamaclust.cluster.planner.plan import Plan
 from llamaclust.cluster.planner.planner import PlanRequest, make_plan
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.cluster.state.directory import GpuMeasurement, Measurement
-from llamaclust.core.errors import DoesNotFitError, UsageError
+from llamaclust.core.errors import InsufficientMemoryError, UsageError
 from llamaclust.core.gpus import Gpu
 from llamaclust.core.limits import StageLimits
 from llamaclust.model.loader import Model, ModelCosts
@@ -83,8 +83,8 @@ def plan_cluster(
     """The plan of those of `config`'s workers that have memory: `memory_bytes` is what each may take, `cards` the GPUs
     of those that have some. Pairs that are `apart` cannot reach each other.
 
-    Raises DoesNotFitError with the missing MiB, UsageError for a plan by hand that is wrong, CutOffError.
-    """
+    Raises InsufficientMemoryError with the missing MiB, UsageError for a plan by hand that is wrong,
+    NetworkPartitionError."""
     length = context_length(config, model)
     ask = PlanRequest(
         context_length=length,
@@ -112,18 +112,18 @@ def plan_cluster(
 
 
 def _made(costs: ModelCosts, facts: Sequence[WorkerFacts], ask: PlanRequest) -> Plan:
-    """The plan. DoesNotFitError that says so where only the wanted layers on GPUs are too many."""
+    """The plan. InsufficientMemoryError that says so where only the wanted layers on GPUs are too many."""
     try:
         return make_plan(costs, facts, ask)
-    except DoesNotFitError as error:
+    except InsufficientMemoryError as error:
         if all(one.gpu_layers is None for one in facts):
             raise
         try:
             fitting = make_plan(costs, [replace(one, gpu_layers=None) for one in facts], ask)
-        except DoesNotFitError:
+        except InsufficientMemoryError:
             raise error from None
         on_gpus = sum(one.end - one.start for stage in fitting.stages for one in stage.devices if one.device != "cpu")
-        raise DoesNotFitError(
+        raise InsufficientMemoryError(
             f"{error}; or set gpu_layers to auto, which fits: {on_gpus} layers are on GPUs then"
         ) from error
 

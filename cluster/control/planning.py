@@ -45,9 +45,10 @@ class Planning:
         return is_news
 
     async def plan(self, workers: Mapping[str, WorkerHandle], apart: Pairs = frozenset()) -> Plan:
-        """Over these workers, of whom pairs that are `apart` cannot reach each other. DoesNotFitError where they have
-        too little memory, WorkerError where there are none or a plan by hand names another, CutOffError. In a thread:
-        over many workers and layers it takes seconds."""
+        """Over these workers, of whom pairs that are `apart` cannot reach each other. InsufficientMemoryError where
+        they have
+        too little memory, WorkerError where there are none or a plan by hand names another, NetworkPartitionError. In
+        a thread: over many workers and layers it takes seconds."""
         missing = [one.worker for one in self._config.plan or () if one.worker not in workers]
         if missing:
             raise WorkerError(f"the plan gives layers to {', '.join(missing)}")

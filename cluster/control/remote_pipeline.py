@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from llamaclust.cluster.control.failure_attribution import blamed, stage_of
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
-from llamaclust.core.errors import LlamaclustError, WireError, WorkerError
+from llamaclust.core.errors import LlamaclustError, ProtocolError, WorkerError
 from llamaclust.wire.microbatch.codec import decode_result, encode_inputs, encode_microbatch
 from llamaclust.wire.microbatch.frames import encode_hidden
 from llamaclust.wire.microbatch.messages import Microbatch, Result, SamplingInputs
@@ -67,7 +67,7 @@ class RemotePipeline:
 
     async def run(self, on_result: Callable[[Result], None]) -> None:
         """See `Pipeline`: until a stream ends, a write takes too long or a worker is lost, and then says which; with a
-        WireError where the last stage answers what it may not."""
+        ProtocolError where the last stage answers what it may not."""
         work = [
             asyncio.create_task(part)
             for part in (
@@ -81,7 +81,7 @@ class RemotePipeline:
         try:
             await asyncio.wait((*work, *losses), return_when=asyncio.FIRST_COMPLETED)
             ended = next((_ending(task) for task in work if task.done()), None)
-            if isinstance(ended, WireError):  # of the last stage: nobody else answers here
+            if isinstance(ended, ProtocolError):  # of the last stage: nobody else answers here
                 raise ended
             raise await blamed(self.epoch, self._workers, ended)
         finally:
@@ -99,7 +99,7 @@ class RemotePipeline:
             result = decode_result(data)
             if (result.epoch, result.number) != (self.epoch, number):
                 found = f"({result.epoch}, {result.number})"
-                raise WireError(f"result {found} where ({self.epoch}, {number}) was expected")
+                raise ProtocolError(f"result {found} where ({self.epoch}, {number}) was expected")
             on_result(result)
             number += 1
         raise WorkerError("the last stage ended its stream")

@@ -27,7 +27,13 @@ from llamaclust.cluster.planner.adjacency import split
 from llamaclust.cluster.planner.links import Links
 from llamaclust.cluster.planner.plan import Plan
 from llamaclust.cluster.state.events import News, Watch
-from llamaclust.core.errors import CutOffError, DoesNotFitError, LlamaclustError, WireError, WorkerError
+from llamaclust.core.errors import (
+    InsufficientMemoryError,
+    LlamaclustError,
+    NetworkPartitionError,
+    ProtocolError,
+    WorkerError,
+)
 
 _TRIES = 3
 """So often the same workers may fail without one of them being lost or a request being answered."""
@@ -119,7 +125,7 @@ class Supervisor:
         """Without those that are left out, where the others are enough."""
         others = self._left_out.others(workers)
         if len(others) < len(workers):
-            with suppress(DoesNotFitError, WorkerError):
+            with suppress(InsufficientMemoryError, WorkerError):
                 return await self._planned(others)
         return await self._planned(workers)
 
@@ -204,8 +210,8 @@ class Supervisor:
             usable = self.workforce.usable
             try:
                 return await self._planned_without_left_out(usable)
-            except (DoesNotFitError, WorkerError) as error:
-                is_whole = len(usable) == len(self._config.workers) and not isinstance(error, CutOffError)
+            except (InsufficientMemoryError, WorkerError) as error:
+                is_whole = len(usable) == len(self._config.workers) and not isinstance(error, NetworkPartitionError)
                 if self._engine is None and is_whole:
                     raise
                 await self._wait_for_workers(error)
@@ -224,7 +230,7 @@ class Supervisor:
             if self._engine is None:
                 raise why from None
             if self._loss is not None:
-                missed = "link" if isinstance(why, CutOffError) else "worker"
+                missed = "link" if isinstance(why, NetworkPartitionError) else "worker"
                 late = f"no {missed} came back within {limit_s:g} s (timeouts.recovery)"
                 self._engine.give_up(WorkerError(f"{self._cause}; {late}: {why}"))
             await self._news.wait()
@@ -263,7 +269,7 @@ class Supervisor:
     def _judge(self, engine: Engine, loss: LlamaclustError, old: Epoch) -> None:
         """Who answers what no stage may say is given up. Where nobody is to blame, and again and again, requests that
         no workers can compute are: they end."""
-        if isinstance(loss, WireError) and not old.lost:
+        if isinstance(loss, ProtocolError) and not old.lost:
             self._registry.fence(old.workers[-1], str(loss))
         if old.lost or self._is_cut(old.plan):
             self._failures = 0
@@ -300,7 +306,7 @@ class Supervisor:
         must = any(old.holds(name) for name in self.workforce.spared)
         try:
             plan = await self._planned_without_left_out(self.workforce.usable)
-        except (DoesNotFitError, WorkerError) as error:
+        except (InsufficientMemoryError, WorkerError) as error:
             if must:
                 self._watch(News(f"layers cannot be moved now: {error}"))
             return True
@@ -317,7 +323,7 @@ class Supervisor:
     async def _move(self, engine: Engine, plan: Plan, must: bool) -> bool:
         try:
             epoch = await self._open(plan, alone=False)
-        except DoesNotFitError as error:
+        except InsufficientMemoryError as error:
             if must and self._loss is None:  # not beside the old one: then instead of it
                 engine.interrupt(error)
             return not must

@@ -105,7 +105,7 @@ class Authority:
         return key.with_certificate(self.certify(key.request, principal, life))
 
     def certify(self, request: bytes, principal: Principal, life: timedelta = LIFE) -> bytes:
-        """A certificate (DER) for the key of a certificate request. WireError for a request that is none."""
+        """A certificate (DER) for the key of a certificate request. ProtocolError for a request that is none."""
         now = datetime.now(UTC)
         builder = (
             x509.CertificateBuilder()

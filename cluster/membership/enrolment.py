@@ -14,7 +14,7 @@ from pathlib import Path
 
 from llamaclust.cluster.config.values import split_address
 from llamaclust.cluster.membership.authority import Authority
-from llamaclust.core.errors import LlamaclustError, UsageError, WireError
+from llamaclust.core.errors import LlamaclustError, ProtocolError, UsageError
 from llamaclust.wire.microbatch.messages import PROTOCOL_VERSION
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.rejections import RefusalLog
@@ -120,7 +120,7 @@ class EnrolmentServer:
             answer = self._answer(challenge, request)
             await write_message(writer, encode_server_message(answer))
             if isinstance(answer, Refusal):
-                raise WireError(f"worker {request.name}: {answer.reason}")
+                raise ProtocolError(f"worker {request.name}: {answer.reason}")
         finally:
             writer.close()
             with contextlib.suppress(OSError):
@@ -139,7 +139,7 @@ class EnrolmentServer:
             return Refusal(why)
         try:
             certificate = self._authority.certify(request.certificate_request, Principal(request.name))
-        except WireError as error:
+        except ProtocolError as error:
             return Refusal(str(error))
         return Grant(certificate, self._port).proven(token, challenge, request)
 

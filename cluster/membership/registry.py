@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Collection, Mapping
 from types import MappingProxyType
 
 from llamaclust.cluster.membership.worker_handle import WorkerHandle, WorkerState
-from llamaclust.core.errors import DeadlineError, WireError, WorkerError
+from llamaclust.core.errors import DeadlineError, ProtocolError, WorkerError
 from llamaclust.core.limits import NUMERICS_VERSION
 from llamaclust.wire.control.codec import decode_worker_message, encode_coordinator_message
 from llamaclust.wire.control.messages import (
@@ -42,7 +42,7 @@ OnMember = Callable[[WorkerHandle], None]
 OnCut = Callable[[WorkerHandle, PeerLost], None]
 Welcomes = Callable[[str], str | None]
 Certify = Callable[[bytes, Principal], bytes]
-"""A certificate (DER) for a certificate request (DER) of who is named; WireError where that will not do."""
+"""A certificate (DER) for a certificate request (DER) of who is named; ProtocolError where that will not do."""
 
 _log = logging.getLogger(__name__)
 
@@ -187,7 +187,7 @@ class Registry:
             data = await stream.read()
         register = None if data is None else decode_worker_message(data)
         if not isinstance(register, Register):
-            raise WireError("a worker must register first")
+            raise ProtocolError("a worker must register first")
         if refusal := await self._refusal(register, stream.peer):
             self._refusals.tell(refusal)
             async with deadline("refusing a worker", _HANDSHAKE_S):
@@ -249,7 +249,7 @@ class Registry:
             self._tell_change()
             self._on_joined(handle)
             reason = await self._listen_to(handle, stream)
-        except WireError as error:
+        except ProtocolError as error:
             reason = str(error)
             raise
         finally:
@@ -287,11 +287,11 @@ class Registry:
     def _renewal(self, request: Renew, peer: Principal | None) -> Renewed | RenewFailed:
         """Of the name that the present certificate has."""
         if self._certify is None or peer is None:
-            raise WireError("a certificate is to be renewed where there are none")
+            raise ProtocolError("a certificate is to be renewed where there are none")
         try:
             return Renewed(self._certify(request.certificate_request, peer))
-        except WireError as error:
-            return RenewFailed(Failure(WireError.__name__, str(error)))
+        except ProtocolError as error:
+            return RenewFailed(Failure(ProtocolError.__name__, str(error)))
 
     async def _comes(self, reading: asyncio.Task[bytes | None], lost: asyncio.Task[bool]) -> bool:
         """False after silence in which this loop had time to listen: it may have been busy while messages waited."""

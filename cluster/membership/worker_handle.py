@@ -12,7 +12,7 @@ from typing import Any
 
 from llamaclust.cluster.membership.progress_deadline import Further
 from llamaclust.core import errors
-from llamaclust.core.errors import LlamaclustError, UsageError, WireError, WorkerError
+from llamaclust.core.errors import LlamaclustError, ProtocolError, UsageError, WorkerError
 from llamaclust.core.gpus import DeviceLayers, Gpu
 from llamaclust.wire.control.messages import (
     CoordinatorMessage,
@@ -221,13 +221,13 @@ class WorkerHandle:
         self._unreached.pop(epoch, None)
 
     async def measure(self, order: Measure = Measure(), deadline_s: float = _MEASURE_S) -> Measured:  # noqa: B008
-        """Has the worker measure its machine; it should do nothing else meanwhile. WireError for an answer about other
-        GPUs than it has."""
+        """Has the worker measure its machine; it should do nothing else meanwhile. ProtocolError for an answer about
+        other GPUs than it has."""
         limit = deadline(f"worker {self.name}: measurement", deadline_s)
         measured: Measured = await self._ask("measurement", order, limit)
         gpus = len(self.registration.gpus)
         if len(measured.gpus) != gpus:
-            raise WireError(f"worker {self.name} measured {len(measured.gpus)} GPUs, it has {gpus}")
+            raise ProtocolError(f"worker {self.name} measured {len(measured.gpus)} GPUs, it has {gpus}")
         return measured
 
     async def measure_link(self, other: WorkerHandle, deadline_s: float = _LINK_S) -> LinkSpeed:
@@ -236,7 +236,7 @@ class WorkerHandle:
         order = MeasureLinks(((other.name, other.registration.address),))
         measured: LinksMeasured = await self._ask("links", order, limit)
         if len(measured.links) != 1:
-            raise WireError(f"worker {self.name} measured {len(measured.links)} links, asked for one")
+            raise ProtocolError(f"worker {self.name} measured {len(measured.links)} links, asked for one")
         return measured.links[0]
 
     async def tries(self, other: WorkerHandle, deadline_s: float) -> str:
@@ -315,7 +315,7 @@ class WorkerHandle:
             del self._asked[what]
 
     def hear(self, message: WorkerMessage) -> None:
-        """Takes in what the worker says. WireError for what it was not asked."""
+        """Takes in what the worker says. ProtocolError for what it was not asked."""
         self._word.set()
         self._word = asyncio.Event()
         match message:
@@ -354,7 +354,7 @@ class WorkerHandle:
             case LogTold():
                 self._answer("log", message, message.number)
             case Register() | Renew():
-                raise WireError(f"worker {self.name} sends {type(message).__name__} where it has no place")
+                raise ProtocolError(f"worker {self.name} sends {type(message).__name__} where it has no place")
 
     def _answer(self, what: str, answer: object, to: int = 0) -> None:
         """Answers that come after their deadline are dropped. `to`: the number of the question; 0: it had none, or the

@@ -32,7 +32,7 @@ from llamaclust.cluster.planner.search import Best, best_cut
 from llamaclust.cluster.planner.shortage import cut_does_not_fit, does_not_fit
 from llamaclust.cluster.planner.worker_classes import Kind, kinds_of
 from llamaclust.cluster.planner.workspace import Rounding, Workspace, no_rounding
-from llamaclust.core.errors import CutOffError
+from llamaclust.core.errors import NetworkPartitionError
 from llamaclust.model.loader import ModelCosts
 
 _ANSWER_TOKENS = 128
@@ -69,8 +69,8 @@ class PlanRequest:
 
 
 def make_plan(costs: ModelCosts, workers: Sequence[WorkerFacts], ask: PlanRequest) -> Plan:
-    """Raises UsageError for a plan by hand that is wrong, DoesNotFitError with the missing MiB, CutOffError where only
-    `apart` is in the way."""
+    """Raises UsageError for a plan by hand that is wrong, InsufficientMemoryError with the missing MiB,
+    NetworkPartitionError where only `apart` is in the way."""
     stages = StageCosts.of(costs)
     room = ask.kv_memory_bytes, ask.max_rows, ask.rounding
     limits = PlanLimits(ask.context_length, ask.max_sequences, ask.workspace, *room)
@@ -143,7 +143,7 @@ class _Found:
 
 def _check_apart(ring: Sequence[str], apart: Pairs) -> None:
     if (pair := split(ring, apart)) is not None:
-        raise CutOffError(
+        raise NetworkPartitionError(
             f"every plan has workers {' and '.join(sorted(pair))} side by side, who cannot reach each other"
         )
 

@@ -10,17 +10,17 @@ from llamaclust.cluster.planner.devices import devices_of
 from llamaclust.cluster.planner.memory import Cut, Sizes
 from llamaclust.cluster.planner.search import least_total
 from llamaclust.cluster.planner.worker_classes import kinds_of
-from llamaclust.core.errors import DoesNotFitError
+from llamaclust.core.errors import InsufficientMemoryError
 from llamaclust.core.sizes import MIB, mib, missing, needed
 
 _CONTEXT_STEP = 256
 
 
-def cut_does_not_fit(sizes: Sizes, cut: Cut) -> DoesNotFitError:
+def cut_does_not_fit(sizes: Sizes, cut: Cut) -> InsufficientMemoryError:
     """Says what every worker of a cut lacks."""
     lacking = "; ".join(_lacking(sizes, cut))
     tokens = sizes.limits.context_length
-    return DoesNotFitError(
+    return InsufficientMemoryError(
         f"the plan does not fit for {tokens} tokens of context: {lacking}; change the layers, or give more memory"
     )
 
@@ -34,7 +34,7 @@ def _lacking(sizes: Sizes, cut: Cut) -> Iterator[str]:
             yield f"{stage} {missing(sizes.parts(worker, start, end, 1), worker.memory_bytes, 'it has {} MiB')}"
 
 
-def does_not_fit(sizes: Sizes, workers: Sequence[WorkerFacts]) -> DoesNotFitError:
+def does_not_fit(sizes: Sizes, workers: Sequence[WorkerFacts]) -> InsufficientMemoryError:
     """Says what is missing at least, over all cuts, and what it would take."""
     layers = sizes.stages.layers
     parts = {"weights": sizes.stages.weight_bytes(0, layers), "KV memory": sizes.context_bytes(0, layers)}
@@ -42,7 +42,7 @@ def does_not_fit(sizes: Sizes, workers: Sequence[WorkerFacts]) -> DoesNotFitErro
     workspace = max(sizes.workspace_bytes(device, 0, layers) for device in devices)
     given, have = sizes.limits.kv_memory_bytes, [device for device in devices if device.memory_bytes is not None]
     rooms = [f"{worker.name} {(worker.memory_bytes or 0) // MIB}" for worker in have]
-    return DoesNotFitError(
+    return InsufficientMemoryError(
         f"the model does not fit: it needs {needed(parts)} for {sizes.limits.context_length} tokens of context, and "
         f"up to {mib(workspace)} MiB of workspace a worker; the workers have, in MiB: {', '.join(rooms) or '?'}"
         f"{'' if given is None else f', and kv_memory is {given // MIB} MiB each'}; "

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from llamaclust.cluster.scheduler.sequences import Part
 from llamaclust.cluster.scheduler.stage_times import StageTimes
-from llamaclust.core.errors import WireError
+from llamaclust.core.errors import ProtocolError
 from llamaclust.wire.microbatch.messages import Microbatch, Result, SamplingInputs
 
 
@@ -79,14 +79,18 @@ class Flight:
         )
 
     def landed(self, result: Result, now_ns: int) -> tuple[Part, ...]:
-        """The parts that a result is for. WireError where it is not the answer to the microbatch that is due."""
+        """The parts that a result is for. ProtocolError where it is not the answer to the microbatch that is due."""
         due = self._sent[0] if self._sent else None
         if due is None or (result.epoch, result.number) != (self._epoch, due.number):
             expected = f"microbatch {due.number} of epoch {self._epoch}" if due else "nothing"
-            raise WireError(f"a result for microbatch {result.number} of epoch {result.epoch}, but {expected} is due")
+            raise ProtocolError(
+                f"a result for microbatch {result.number} of epoch {result.epoch}, but {expected} is due"
+            )
         outputs = sum(len(part.tasks) for part in due.parts)
         if len(result.rows) != outputs:
-            raise WireError(f"microbatch {due.number} came back with {len(result.rows)} results instead of {outputs}")
+            raise ProtocolError(
+                f"microbatch {due.number} came back with {len(result.rows)} results instead of {outputs}"
+            )
         self._sent.popleft()
         if self._sent and self._sent[0].is_ahead:
             self._sent[0].begun_ns = now_ns

@@ -189,7 +189,7 @@ class Scheduler:
     def complete(self, result: Result, now_ns: int) -> list[tuple[int, list[Update]]]:
         """Takes in a result without a failure; for each sequence that has news, its key and the news.
 
-        WireError where it is not the answer to the microbatch that is due.
+        ProtocolError where it is not the answer to the microbatch that is due.
         """
         news: list[tuple[int, list[Update]]] = []
         row = 0

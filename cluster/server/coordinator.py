@@ -60,8 +60,8 @@ async def open_cluster(
 ) -> AsyncIterator[Cluster]:
     """A cluster that is ready for requests. The caller holds `folder`'s lock. On the way out every worker ends.
 
-    Raises DoesNotFitError, ModelFileError, WorkerError or DeadlineError where a start fails; nothing is left running.
-    """
+    Raises InsufficientMemoryError, ModelFileError, WorkerError or DeadlineError where a start fails; nothing is left
+    running."""
     with short_slices(), launching(config, folder, watch) as launch:
         launcher, registry = launch.launcher, _registry(config, launch)
         model = await asyncio.to_thread(Model.open, model_path, config.chat_template)

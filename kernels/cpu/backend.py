@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llamaclust.core.errors import DoesNotFitError, ModelFileError, UsageError
+from llamaclust.core.errors import InsufficientMemoryError, ModelFileError, UsageError
 from llamaclust.core.limits import NUMERICS_VERSION, StageLimits
 from llamaclust.core.sizes import needed
 from llamaclust.kernels import _native
@@ -122,8 +122,8 @@ class CpuBackend:
         self._weights = WeightStore(threads, self.prepared)
 
     def load(self, program: Program, tensors: dict[str, Tensor], limits: StageLimits, progress: Progress) -> CpuStage:
-        """ModelFileError for weights without kernels or figures that do not fit together; DoesNotFitError where the
-        system refuses the memory."""
+        """ModelFileError for weights without kernels or figures that do not fit together; InsufficientMemoryError
+        where the system refuses the memory."""
         return self._load(program, tensors, limits, progress, None)
 
     def load_observed(
@@ -146,7 +146,7 @@ class CpuBackend:
                 plan = compile_program(program, weights, limits, observed)
                 return CpuStage(_native.Stage(plan, self.feature_level, self._pool), weights, observed or ())
         except MemoryError as error:
-            raise DoesNotFitError(self._does_not_fit(program, tensors, limits)) from error
+            raise InsufficientMemoryError(self._does_not_fit(program, tensors, limits)) from error
 
     def held_bytes(self, program: Program, tensors: Mapping[str, Tensor]) -> int:
         return self._weights.held_bytes(tensors[name] for name in program.weights)

@@ -71,7 +71,8 @@ class CudaBackend:
 
     @contextmanager
     def cold_cache(self) -> Iterator[Callable[[], None]]:
-        """What makes the GPU's cache cold, each time that it is called. DoesNotFitError where memory is short."""
+        """What makes the GPU's cache cold, each time that it is called. InsufficientMemoryError where memory is
+        short."""
         with self._turns.one():
             cache = ColdCache(self._device)
 
@@ -86,8 +87,8 @@ class CudaBackend:
                 cache.close()
 
     def load(self, program: Program, tensors: dict[str, Tensor], limits: StageLimits, progress: Progress) -> CudaStage:
-        """ModelFileError for weights without kernels or figures that do not fit together; DoesNotFitError where the
-        device has too little memory."""
+        """ModelFileError for weights without kernels or figures that do not fit together; InsufficientMemoryError
+        where the device has too little memory."""
         plan = _plan(program, tensors, limits, attention.LaunchLimits(self._device.sms, self._device.shared_bytes))
         memories = self._weights_and_kernels(plan, tensors, progress)
         weights = {name: weight for memory in memories for name, weight in memory.weights.items()}

@@ -16,7 +16,7 @@ class ColdCache:
     """Holds memory to read: `sweep` leaves nothing else in the cache. At most a quarter of what is free."""
 
     def __init__(self, device: Device) -> None:
-        """DoesNotFitError where hardly anything is free."""
+        """InsufficientMemoryError where hardly anything is free."""
         self._device = device
         self._pieces = max(_LEAST_BYTES, min(_MOST_BYTES, device.free_bytes // 4)) // PIECE_BYTES
         self._memory = device.allocate(self._pieces * PIECE_BYTES)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from llamaclust.core.errors import DoesNotFitError, UsageError
+from llamaclust.core.errors import InsufficientMemoryError, UsageError
 from llamaclust.core.sizes import MIB, mib
 from llamaclust.kernels.cuda.binary_folder import BinaryFolder
 from llamaclust.kernels.cuda.cupy_open import GpuProperties, gpu_properties, import_cupy, usable_nvrtc
@@ -119,13 +119,13 @@ class CupyDevice:
         free = self.free_bytes
         try:
             if n_bytes > free:
-                raise DoesNotFitError(self._does_not_fit(n_bytes, free))
+                raise InsufficientMemoryError(self._does_not_fit(n_bytes, free))
             self._choose()
             address = self._runtime.malloc(max(n_bytes, 1))
         except self._runtime.CUDARuntimeError as error:
             if error.status != _OUT_OF_MEMORY:
                 raise
-            raise DoesNotFitError(self._does_not_fit(n_bytes, free)) from error
+            raise InsufficientMemoryError(self._does_not_fit(n_bytes, free)) from error
         buffer = CupyBuffer(self, address, n_bytes)
         self._buffers.add(buffer)
         return buffer
@@ -145,7 +145,7 @@ class CupyDevice:
         except self._runtime.CUDARuntimeError as error:
             if error.status != _OUT_OF_MEMORY:
                 raise
-            raise DoesNotFitError(f"{mib(n_bytes)} MiB of RAM cannot be pinned for {self.name}") from error
+            raise InsufficientMemoryError(f"{mib(n_bytes)} MiB of RAM cannot be pinned for {self.name}") from error
         return np.frombuffer(self._cupy.cuda.PinnedMemoryPointer(memory, 0), np.uint8, n_bytes)
 
     def upload(self, buffer: Buffer, offset_bytes: int, data: Bytes) -> None:

@@ -91,12 +91,12 @@ class Device(Protocol):
         ...
 
     def allocate(self, n_bytes: int) -> Buffer:
-        """DoesNotFitError where there is less."""
+        """InsufficientMemoryError where there is less."""
         ...
 
     def pinned(self, n_bytes: int) -> Bytes:
-        """Memory of the host that the device copies from and to by itself; freed with the array. DoesNotFitError where
-        there is less."""
+        """Memory of the host that the device copies from and to by itself; freed with the array.
+        InsufficientMemoryError where there is less."""
         ...
 
     def upload(self, buffer: Buffer, offset_bytes: int, data: Bytes) -> None:

@@ -120,8 +120,8 @@ class DeviceWeights:
         self._loaded: WeakValueDictionary[tuple[object, ...], LayerMemory] = WeakValueDictionary()
 
     def load(self, program: Program, tensors: Mapping[str, Tensor], progress: Progress) -> tuple[LayerMemory, ...]:
-        """What holds the program's weights. Errors as of the CPU's `WeightStore.load`; DoesNotFitError where the device
-        has too little memory."""
+        """What holds the program's weights. Errors as of the CPU's `WeightStore.load`; InsufficientMemoryError where
+        the device has too little memory."""
         check_weights(program, tensors)
         layers = layers_of_weights(tensors[name] for name in program.weights)
         with self._lock:

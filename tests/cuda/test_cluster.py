@@ -21,7 +21,7 @@ from llamaclust.cluster.server.coordinator import Cluster, open_cluster
 from llamaclust.cluster.server.status import cluster_status
 from llamaclust.cluster.server.worker_metrics import WorkerMetrics
 from llamaclust.cluster.state.directory import ClusterDir, ClusterRecord
-from llamaclust.core.errors import DoesNotFitError
+from llamaclust.core.errors import InsufficientMemoryError
 from llamaclust.core.sampling import SamplingParams
 from llamaclust.kernels.cuda.backend import CudaBackend
 from llamaclust.model.quant_types import QuantType
@@ -184,5 +184,5 @@ def test_a_plan_knows_the_gpu_before_a_start(model: Path, tmp_path: Path, monkey
     device.memory_bytes = 3 << 20
     _gpus_here.cache_clear()
     told = r"a cuda:0 2;.* MiB are missing.*; or set gpu_layers to auto, which fits: [0-3] layers are on GPUs then"
-    with pytest.raises(DoesNotFitError, match=told):
+    with pytest.raises(InsufficientMemoryError, match=told):
         plan_of(None, [*given, "workers=[{name: a, device: cuda, gpu_layers: 4}]"])

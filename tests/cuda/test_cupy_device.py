@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llamaclust.core.errors import DeviceLostError, DoesNotFitError, UsageError
+from llamaclust.core.errors import DeviceLostError, InsufficientMemoryError, UsageError
 from llamaclust.kernels.cuda import cupy_open
 from llamaclust.kernels.cuda.binary_folder import BinaryFolder
 from llamaclust.kernels.cuda.cupy_device import CupyDevice
@@ -128,15 +128,15 @@ def test_what_a_gpu_is(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_memory_that_there_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     cupy = install(monkeypatch)
     device = CupyDevice()
-    with pytest.raises(DoesNotFitError, match="2 MiB are needed, 1 MiB are free; take fewer layers"):
+    with pytest.raises(InsufficientMemoryError, match="2 MiB are needed, 1 MiB are free; take fewer layers"):
         device.allocate(2 << 20)
-    with pytest.raises(DoesNotFitError, match="1 MiB are needed, 1 MiB are free"):
+    with pytest.raises(InsufficientMemoryError, match="1 MiB are needed, 1 MiB are free"):
         device.allocate(700 << 10)  # what is free is in pieces
     cupy.runtime.free_bytes = 1 << 30
     capped = CupyDevice(memory_cap_bytes=4 << 20)
     held = capped.allocate(3 << 20)
     assert capped.free_bytes == 1 << 20
-    with pytest.raises(DoesNotFitError, match="2 MiB are needed, 1 MiB are free of the 4 MiB that may be used"):
+    with pytest.raises(InsufficientMemoryError, match="2 MiB are needed, 1 MiB are free of the 4 MiB that may be used"):
         capped.allocate(2 << 20)
     held.close()
     held.close()
@@ -163,7 +163,7 @@ def test_memory_that_cannot_be_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
         raise CUDARuntimeError(status)
 
     monkeypatch.setattr(cupy.cuda, "PinnedMemory", pin)
-    with pytest.raises(DoesNotFitError, match="16 MiB of RAM cannot be pinned for Card 0"):
+    with pytest.raises(InsufficientMemoryError, match="16 MiB of RAM cannot be pinned for Card 0"):
         device.pinned(16 << 20)
     status = 700
     with pytest.raises(CUDARuntimeError):

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from llamaclust.core.errors import DoesNotFitError, UsageError
+from llamaclust.core.errors import InsufficientMemoryError, UsageError
 from llamaclust.kernels.cuda.backend import CudaBackend
 from llamaclust.kernels.cuda.device import Device
 from llamaclust.kernels.cuda.stage import CudaStage
@@ -179,10 +179,10 @@ def test_what_does_not_fit_on_the_gpu_lies_in_ram(model: Path, device: Device, m
         assert Figures(loaded.work, [found]).decode_share.median == pytest.approx(best_s / found.step_s)
     monkeypatch.setattr(gpu_stage, "available_memory_bytes", lambda: 1 << 10)
     with pytest.raises(
-        DoesNotFitError, match=r"2 of 4 layers go into \d+ MiB of VRAM; the others, in RAM, need .* MiB"
+        InsufficientMemoryError, match=r"2 of 4 layers go into \d+ MiB of VRAM; the others, in RAM, need .* MiB"
     ):
         Loaded(chosen)
-    with pytest.raises(DoesNotFitError, match=r"the last layer and the head on cuda:0 need .* MiB are missing"):
+    with pytest.raises(InsufficientMemoryError, match=r"the last layer and the head on cuda:0 need .* MiB are missing"):
         Loaded(replace(chosen, gpu_memory_bytes=cap_for(model, device, 0)))
 
 

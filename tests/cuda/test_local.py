@@ -12,7 +12,7 @@ import pytest
 from llamaclust.cli.evaluating import Source
 from llamaclust.cli.gpu_options import Gpus
 from llamaclust.cluster.client.local import LocalClient, LocalSettings
-from llamaclust.core.errors import DoesNotFitError, UsageError
+from llamaclust.core.errors import InsufficientMemoryError, UsageError
 from llamaclust.kernels.cuda.backend import CudaBackend
 from llamaclust.kernels.packed.cache_folder import PreparedFolder
 from llamaclust.model.quant_types import QuantType
@@ -107,7 +107,7 @@ def test_more_layers_than_fit_are_refused(shim: None, model: Path) -> None:
     told = (
         r"tiny.gguf, layers \[0, 4\) on cuda:0, needs \d+ MiB .* are missing; take fewer layers on GPUs \(auto: as many"
     )
-    with pytest.raises(DoesNotFitError, match=told):
+    with pytest.raises(InsufficientMemoryError, match=told):
         answered(model, settings("cuda:0", 4, 2 * MIB))
 
 

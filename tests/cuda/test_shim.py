@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from llamaclust.core.errors import DoesNotFitError
+from llamaclust.core.errors import InsufficientMemoryError
 from llamaclust.kernels.cuda.device import Device
 from support.cuda.launching import Bench
 from support.cuda.shim_build import build
@@ -187,7 +187,7 @@ def test_launches_that_do_not_fit(probe: Bench) -> None:
             probe.run("probe.mistakes", grid, block, *args)
     with pytest.raises(KernelError, match=r"no kernel probe\.nothing; there is"):
         probe.run("probe.nothing", 1, 64)
-    with pytest.raises(DoesNotFitError):
+    with pytest.raises(InsufficientMemoryError):
         probe.room(1 << 40)
     out.close()
     with pytest.raises(AssertionError, match="closed"):

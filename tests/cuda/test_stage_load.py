@@ -11,7 +11,7 @@ from threading import Thread, get_ident
 
 import pytest
 
-from llamaclust.core.errors import DeviceLostError, DoesNotFitError, LlamaclustError, ModelFileError
+from llamaclust.core.errors import DeviceLostError, InsufficientMemoryError, LlamaclustError, ModelFileError
 from llamaclust.core.limits import StageLimits
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.kernels.cuda.backend import CudaBackend
@@ -66,7 +66,7 @@ def test_prepared_layers_go_there_as_well(opened: Open, cpu: CpuBackend, device:
 
 def test_what_does_not_fit_leaves_nothing_behind(opened: Open, cuda: CudaBackend, device: Device) -> None:
     model, before = opened("llama"), Free.of(device)
-    with pytest.raises(DoesNotFitError):
+    with pytest.raises(InsufficientMemoryError):
         load_stage(cuda, model, limits=replace(LIMITS, kv_blocks=1 << 26))
     assert before.taken == 0
 

@@ -10,7 +10,7 @@ import pytest
 from llamaclust.cluster.scheduler.requests import Generation
 from llamaclust.cluster.scheduler.scheduler import Scheduler
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
-from llamaclust.core.errors import WireError, WorkerError
+from llamaclust.core.errors import ProtocolError, WorkerError
 from llamaclust.core.sampler_chain import SamplerChain, Step
 from llamaclust.core.sampling import RowResult, SampleTask, SamplingParams
 from llamaclust.model.loader import Model
@@ -218,7 +218,7 @@ def test_only_the_first_of_several_stages_is_told_tokens(model: Model, tmp_path:
 def test_tokens_out_of_turn_are_refused() -> None:
     box = ChosenTokens()
     box.put(Chosen(3, (7,)))
-    with pytest.raises(WireError, match="tokens of microbatch 3 after those of 3"):
+    with pytest.raises(ProtocolError, match="tokens of microbatch 3 after those of 3"):
         box.put(Chosen(3, (8,)))
 
 
@@ -240,7 +240,7 @@ def test_waiting_ends_with_the_stream_of_tokens() -> None:
 
 def test_a_history_that_goes_on_needs_a_chunk_that_follows() -> None:
     microbatch = Microbatch("m", 1, 1, (Chunk((5,), 4, (0, 2), 1),))
-    with pytest.raises(WireError, match="in a chunk that follows none"):
+    with pytest.raises(ProtocolError, match="in a chunk that follows none"):
         ChosenTokens().fill_inputs(SamplingInputs(1, 1, (task(5, (1,), follows=True),)), microbatch)
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llamaclust.core.errors import DoesNotFitError
+from llamaclust.core.errors import InsufficientMemoryError
 from llamaclust.core.limits import StageLimits
 from llamaclust.kernels.backend import Backend, Progress
 from llamaclust.kernels.cpu.backend import CpuBackend, CpuStage
@@ -76,13 +76,13 @@ class _Full(CpuBackend):
     """One that has no room."""
 
     def load(self, program: Program, tensors: dict[str, Tensor], limits: StageLimits, progress: Progress) -> CpuStage:
-        raise DoesNotFitError("full")
+        raise InsufficientMemoryError("full")
 
 
 def test_what_was_loaded_is_freed_where_a_later_part_does_not_fit(open_model: Callable[[str], Model]) -> None:
     model, first = open_model("llama-experts"), CpuBackend(1)
     program = model.program(0, model.layer_count)
     chain: Backend = ChainBackend([Part(first, 0, 1), Part(_Full(1), 1, model.layer_count)])
-    with pytest.raises(DoesNotFitError):
+    with pytest.raises(InsufficientMemoryError):
         load_stage(chain, model)
     assert first.held_bytes(program, model.tensors_for(program)) == 0

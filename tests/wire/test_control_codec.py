@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamaclust.core.errors import WireError
+from llamaclust.core.errors import ProtocolError
 from llamaclust.core.gpus import DeviceLayers, Gpu
 from llamaclust.core.limits import KV_TYPES, StageLimits
 from llamaclust.core.profile import GpuSpeed, StageTrial
@@ -54,13 +54,13 @@ def test_kinds_of_a_newer_minor_version_are_told_apart_from_damage() -> None:
     unknown = b"\xa2\x1f\x00"  # field 500, empty
     assert decode_worker_message(unknown) is None
     assert decode_coordinator_message(unknown) is None
-    with pytest.raises(WireError):
+    with pytest.raises(ProtocolError):
         decode_worker_message(b"\xff")
 
 
 @pytest.mark.parametrize("name", ["", "../a", "a/b", "a b", ".a", "x" * 64, "a\n", "a-"])
 def test_worker_names_that_are_no_file_names_are_refused(name: str) -> None:
-    with pytest.raises(WireError, match="worker name"):
+    with pytest.raises(ProtocolError, match="worker name"):
         decode_worker_message(encode_worker_message(replace(REGISTER, name=name)))
 
 
@@ -78,7 +78,7 @@ BAD_LOADS = [
 
 @pytest.mark.parametrize("order", BAD_LOADS)
 def test_loads_out_of_bounds_are_refused(order: Load) -> None:
-    with pytest.raises(WireError):
+    with pytest.raises(ProtocolError):
         decode_coordinator_message(encode_coordinator_message(order))
 
 
@@ -100,7 +100,7 @@ def test_numbers_that_are_none_are_refused() -> None:
         replace(REGISTER, machine_free_bytes=1 << 62),
         replace(REGISTER, gpus=(Gpu("cuda:0", "a card", 1 << 62, 0),)),
     ):
-        with pytest.raises(WireError):
+        with pytest.raises(ProtocolError):
             decode_worker_message(encode_worker_message(message))
 
 
@@ -121,14 +121,14 @@ def test_logs_travel_by_their_last_lines_and_are_safe_to_print() -> None:
     assert told.lines == ("  indented ]0;title", "y" * 1997 + "...", "\\ud800")
     for lines in ([""] * 1001, ["z" * 2001]):
         message = control_pb2.WorkerMessage(log_told=control_pb2.LogTold(lines=lines)).SerializeToString()
-        with pytest.raises(WireError):
+        with pytest.raises(ProtocolError):
             decode_worker_message(message)
 
 
 @given(st.binary(max_size=200))
 def test_random_bytes_are_refused_or_decoded(data: bytes) -> None:
     for decode in (decode_worker_message, decode_coordinator_message):
-        with contextlib.suppress(WireError):
+        with contextlib.suppress(ProtocolError):
             decode(data)
 
 
@@ -137,5 +137,5 @@ def test_random_bytes_are_refused_or_decoded(data: bytes) -> None:
 )
 def test_devices_hold_all_layers_of_a_load_each_once(held: list[tuple[str, int, int]]) -> None:
     order = replace(LOAD, devices=tuple(DeviceLayers(*one) for one in held))
-    with pytest.raises(WireError, match=r"devices hold layers .* of \[2, 4\)"):
+    with pytest.raises(ProtocolError, match=r"devices hold layers .* of \[2, 4\)"):
         decode_coordinator_message(encode_coordinator_message(order))

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llamaclust.core.errors import WireError
+from llamaclust.core.errors import ProtocolError
 from llamaclust.core.limits import MAX_CONTEXT_TOKENS, MAX_KV_BLOCKS, MAX_SEQUENCES, MAX_TOKENS, MAX_VOCABULARY
 from llamaclust.core.sampler_chain import STEPS, SamplerChain, Step
 from llamaclust.core.sampling import RowResult, SampleTask, SamplingParams, ScoreTask
@@ -132,7 +132,7 @@ def test_chosen_tokens_arrive(chosen: Chosen) -> None:
 
 @pytest.mark.parametrize("bad", [Chosen(1, (MAX_VOCABULARY,)), Chosen(1, (0,) * (MAX_TOKENS + 1))], ids=["id", "many"])
 def test_chosen_tokens_out_of_bounds_are_refused(bad: Chosen) -> None:
-    with pytest.raises(WireError):
+    with pytest.raises(ProtocolError):
         decode_chosen(encode_chosen(bad))
 
 
@@ -173,13 +173,13 @@ BAD_CHUNKS = {
 @pytest.mark.parametrize("name", BAD_CHUNKS)
 def test_chunks_out_of_bounds_are_refused(name: str) -> None:
     assert decode_microbatch(encode_microbatch(Microbatch("m", 1, 7, (GOOD_CHUNK,))))
-    with pytest.raises(WireError):
+    with pytest.raises(ProtocolError):
         decode_microbatch(encode_microbatch(Microbatch("m", 1, 7, (BAD_CHUNKS[name],))))
 
 
 def test_microbatches_out_of_bounds_are_refused() -> None:
     for chunk, count in ((GOOD_CHUNK, 0), (GOOD_CHUNK, MAX_SEQUENCES + 1), (Chunk((1,) * 8192, 0, (0, 1), 0), 2)):
-        with pytest.raises(WireError):
+        with pytest.raises(ProtocolError):
             decode_microbatch(encode_microbatch(Microbatch("m", 1, 0, (chunk,) * count)))
 
 
@@ -206,7 +206,7 @@ BAD_PARAMS = [
 
 @pytest.mark.parametrize("params", BAD_PARAMS)
 def test_sampling_parameters_out_of_bounds_are_refused(params: SamplingParams) -> None:
-    with pytest.raises(WireError):
+    with pytest.raises(ProtocolError):
         decode_inputs(encode_inputs(SamplingInputs(1, 0, (SampleTask(params, 0, 0, 0),))))
 
 
@@ -223,7 +223,7 @@ def test_sampling_parameters_out_of_bounds_are_refused(params: SamplingParams) -
     ],
 )
 def test_what_a_chain_needs_out_of_bounds_is_refused(fields: dict[str, Any]) -> None:
-    with pytest.raises(WireError):
+    with pytest.raises(ProtocolError):
         decode_inputs(encode_inputs(SamplingInputs(1, 0, (SampleTask(SamplingParams(), 0, 0, 0, **fields),))))
 
 
@@ -231,20 +231,20 @@ def test_an_unknown_step_is_refused() -> None:
     chain = sampling_pb2.SamplerChain(order=[10], dry_base=1, dry_allowed_length=1)
     task = sampling_pb2.RowTask(sample=sampling_pb2.SampleTask(params=sampling_pb2.SamplingParams(chain=chain)))
     task.sample.params.repetition_penalty = 1
-    with pytest.raises(WireError, match="step is 10"):
+    with pytest.raises(ProtocolError, match="step is 10"):
         decode_inputs(sampling_pb2.SamplingInputs(tasks=[task]).SerializeToString())
 
 
 def test_a_task_of_no_kind_is_refused() -> None:
     message = sampling_pb2.SamplingInputs(tasks=[sampling_pb2.RowTask()])
-    with pytest.raises(WireError, match="does not know"):
+    with pytest.raises(ProtocolError, match="does not know"):
         decode_inputs(message.SerializeToString())
 
 
 @given(st.binary(max_size=200))
 def test_random_bytes_are_refused_or_decoded(data: bytes) -> None:
     for decode in (decode_microbatch, decode_inputs, decode_result, decode_frame):
-        with contextlib.suppress(WireError):
+        with contextlib.suppress(ProtocolError):
             decode(data)
 
 
@@ -272,7 +272,7 @@ def test_damaged_frames_are_refused_or_decoded(data: st.DataObject) -> None:
         decoded = decode(bytes(cut))
         if isinstance(decoded, Frame):
             decoded.hidden(2, 8)
-    except WireError:
+    except ProtocolError:
         pass
 
 
@@ -291,7 +291,7 @@ def test_a_frame_carries_the_bits_of_the_hidden_state_without_a_copy() -> None:
     assert received.tobytes() == hidden.tobytes()
     assert np.shares_memory(received, np.frombuffer(data, np.uint8))
     assert received.ctypes.data % 16 == 0
-    with pytest.raises(WireError, match="240 bytes"):
+    with pytest.raises(ProtocolError, match="240 bytes"):
         frame.hidden(5, 11)
 
 
@@ -304,7 +304,7 @@ def test_a_failure_frame_is_one_safe_line() -> None:
 def test_a_frame_of_another_version_is_refused_by_name() -> None:
     data = bytearray(_frame(np.random.default_rng(3)))
     data[4] = 2
-    with pytest.raises(WireError, match="version 2"):
+    with pytest.raises(ProtocolError, match="version 2"):
         decode_frame(bytes(data))
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from llamaclust.core.errors import WireError
+from llamaclust.core.errors import ProtocolError
 from llamaclust.core.limits import StageLimits
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch
 from llamaclust.worker.stage.batches import build_batch
@@ -70,5 +70,5 @@ BAD = {
 @pytest.mark.parametrize("what", BAD)
 def test_microbatches_that_do_not_fit_are_refused_by_name(what: str) -> None:
     assert build_batch(Microbatch("m", 1, 0, (GOOD,)), LIMITS, VOCABULARY).rows == 2
-    with pytest.raises(WireError, match=what):
+    with pytest.raises(ProtocolError, match=what):
         build_batch(Microbatch("m", 1, 0, BAD[what]), LIMITS, VOCABULARY)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from llamaclust.core.errors import DeadlineError, DeviceLostError, DoesNotFitError, UsageError, WireError
+from llamaclust.core.errors import DeadlineError, DeviceLostError, InsufficientMemoryError, ProtocolError, UsageError
 from llamaclust.wire.control.messages import LoadFailed, WorkerMessage
 from llamaclust.wire.microbatch.messages import SamplingInputs
 from llamaclust.worker import membership
@@ -86,11 +86,11 @@ def test_inputs_wait_or_are_waited_for_and_late_ones_are_dropped() -> None:
         box.done(2)
         box.put(inputs[2])
         assert not box._waiting
-        with pytest.raises(WireError, match=r"\(1, 5\) where \(1, 3\)"):
+        with pytest.raises(ProtocolError, match=r"\(1, 5\) where \(1, 3\)"):
             box.put(inputs[5])
         for number in range(3, 3 + 256):
             box.put(inputs[number])
-        with pytest.raises(WireError, match="more than 256"):
+        with pytest.raises(ProtocolError, match="more than 256"):
             box.put(inputs[3 + 256])
 
     asyncio.run(run())
@@ -193,7 +193,7 @@ def test_a_load_that_failed_holds_nothing_when_the_coordinator_hears_of_it(monke
     async def fails(*_: object) -> None:
         layers = _Layers()
         loaded.append(weakref.ref(layers))
-        raise DoesNotFitError("no room for the next one")
+        raise InsufficientMemoryError("no room for the next one")
 
     async def say(message: WorkerMessage) -> None:
         told.append((message, loaded[0]()))

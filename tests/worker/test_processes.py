@@ -16,7 +16,7 @@ from llamaclust.cluster.control import failure_attribution
 from llamaclust.cluster.control.remote_pipeline import RemotePipeline
 from llamaclust.cluster.membership import registry
 from llamaclust.cluster.membership.worker_handle import WorkerState
-from llamaclust.core.errors import DoesNotFitError, LlamaclustError, ModelFileError, UsageError, WorkerError
+from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError, ModelFileError, UsageError, WorkerError
 from llamaclust.core.limits import NUMERICS_VERSION
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.model.loader import Model
@@ -164,7 +164,7 @@ BAD_ORDERS: dict[str, tuple[dict[str, object], type[LlamaclustError], str]] = {
     "no such layers": ({"end": 6}, UsageError, r"worker a: layers \[0, 6\) of a model that has 5"),
     "memory": (
         {"limits": replace(LIMITS, kv_blocks=1 << 26)},
-        DoesNotFitError,
+        InsufficientMemoryError,
         r"worker a: layers \[0, 5\) need \d+ MiB .* MiB are missing",
     ),
 }

@@ -10,7 +10,7 @@ from functools import partial
 from statistics import median
 from typing import Self, TypeVar
 
-from llamaclust.core.errors import DoesNotFitError
+from llamaclust.core.errors import InsufficientMemoryError
 from llamaclust.kernels import probes
 from llamaclust.tools.background import in_background
 from llamaclust.wire.rpc.deadlines import deadline
@@ -81,12 +81,14 @@ class Limits:
 
     @classmethod
     async def open(cls, threads: int, float_share: float) -> Self:
-        """DoesNotFitError where the system refuses the memory to read from."""
+        """InsufficientMemoryError where the system refuses the memory to read from."""
         try:
             return cls(await _elsewhere(partial(probes.ReadProbe, threads)), threads, float_share)
         except MemoryError as error:
             what = "measuring the read bandwidth takes a quarter of the free memory, up to 1024 MiB"
-            raise DoesNotFitError(f"{what}, which the system refuses; end other programs, or lift the limit") from error
+            raise InsufficientMemoryError(
+                f"{what}, which the system refuses; end other programs, or lift the limit"
+            ) from error
 
     @property
     def machine(self) -> MachineLimits:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import httpx
 
-from llamaclust.core.errors import PullError
+from llamaclust.core.errors import DownloadError
 from llamaclust.tools.hub.download_ranges import RangeSource
 
 Progress = Callable[[str, int, int | None], None]
@@ -93,8 +93,8 @@ def fetch(
     checked. `room_bytes` must be free on the disk beyond the file itself. `headers` go to that server alone. A large
     file comes over several connections where the server gives ranges.
 
-    PullError where the server refuses, the disk is too small, patience ends or the hash is wrong; a file with a wrong
-    hash is deleted, an incomplete one stays for the next attempt.
+    DownloadError where the server refuses, the disk is too small, patience ends or the hash is wrong; a file with a
+    wrong hash is deleted, an incomplete one stays for the next attempt.
     """
     state = _Partial(partial, url, dict(headers or {}))
     patience = patience or Patience()
@@ -104,7 +104,7 @@ def fetch(
         return
     state.forget()
     if not resumed:
-        raise PullError(f"{url}: wrong SHA-256, {sha256} expected; the bytes were deleted, check the address")
+        raise DownloadError(f"{url}: wrong SHA-256, {sha256} expected; the bytes were deleted, check the address")
     progress("the resumed file has a wrong hash, starting anew", 0, None)
     fetch(client, url, partial, progress, sha256=sha256, room_bytes=room_bytes, headers=headers, patience=patience)
 
@@ -116,11 +116,11 @@ def hash_of(path: Path) -> str:
 
 
 def check_room(directory: Path, needed_bytes: int, what: str) -> None:
-    """PullError where the disk has not `needed_bytes` and a reserve."""
+    """DownloadError where the disk has not `needed_bytes` and a reserve."""
     free = shutil.disk_usage(directory).free
     if free < needed_bytes + _DISK_RESERVE_BYTES:
         needed = (needed_bytes + _DISK_RESERVE_BYTES) >> 20
-        raise PullError(f"{what} needs {needed} MiB on the disk of {directory}, {free >> 20} MiB are free")
+        raise DownloadError(f"{what} needs {needed} MiB on the disk of {directory}, {free >> 20} MiB are free")
 
 
 def _fetch_with_patience(
@@ -132,13 +132,13 @@ def _fetch_with_patience(
         try:
             return _fetch_once(client, state, progress, checked, room_bytes, deadline)
         except (httpx.UnsupportedProtocol, httpx.TooManyRedirects, httpx.InvalidURL) as error:
-            raise PullError(f"{state.url}: {error}") from error
+            raise DownloadError(f"{state.url}: {error}") from error
         except (_TryAgain, httpx.TransportError) as error:
             failures = 1 if state.size_bytes > best else failures + 1
             best = max(best, state.size_bytes)
             pause = min(patience.first_pause_s * 2 ** (failures - 1), patience.longest_pause_s)
             if failures >= patience.tries or time.monotonic() + pause > deadline:
-                raise PullError(
+                raise DownloadError(
                     f"{state.url}: {error or type(error).__name__} ({failures} tries without progress, {best} bytes "
                     "are kept); run the same command again to go on"
                 ) from error
@@ -182,12 +182,12 @@ def _resume_headers(state: _Partial, checked: bool) -> dict[str, str]:
 def _check_status(response: httpx.Response, url: str) -> None:
     if response.status_code in (httpx.codes.OK, httpx.codes.PARTIAL_CONTENT):
         if response.headers.get("content-encoding", "identity") != "identity":
-            raise PullError(f"{url}: the server sent compressed bytes that were not asked for")
+            raise DownloadError(f"{url}: the server sent compressed bytes that were not asked for")
         if url.startswith("https:") and response.url.scheme != "https":
-            raise PullError(f"{url}: redirected to an address without TLS, {response.url}")
+            raise DownloadError(f"{url}: redirected to an address without TLS, {response.url}")
         return
     message = f"{url}: the server answered {response.status_code} {response.reason_phrase}".rstrip()
-    raise _TryAgain(message) if response.status_code in _RETRY_STATUSES else PullError(message)
+    raise _TryAgain(message) if response.status_code in _RETRY_STATUSES else DownloadError(message)
 
 
 def _start_of(response: httpx.Response) -> int:

@@ -14,7 +14,7 @@ from urllib.parse import urljoin, urlsplit
 import httpx
 
 from llamaclust.cluster.config.environment import HubSettings
-from llamaclust.core.errors import PullError, UsageError
+from llamaclust.core.errors import DownloadError, UsageError
 from llamaclust.tools.hub.download import Patience
 from llamaclust.tools.hub.sources import HubFile
 
@@ -36,13 +36,13 @@ class RemoteFile:
 
 
 def find_on_hub(client: httpx.Client, settings: HubSettings, source: HubFile, patience: Patience) -> RemoteFile:
-    """Asks the hub for the file's size and SHA-256, and pins the commit that the revision means now. PullError where it
-    refuses, UsageError for a token file that others may read or a mirror to which no token may go."""
+    """Asks the hub for the file's size and SHA-256, and pins the commit that the revision means now. DownloadError
+    where it refuses, UsageError for a token file that others may read or a mirror to which no token may go."""
     headers = _headers(settings)
     url = source.url(settings.endpoint)
     response = _head(client, url, headers, patience)
     if response.status_code >= 400:
-        raise PullError(_refusal(response, source, "Authorization" in headers))
+        raise DownloadError(_refusal(response, source, "Authorization" in headers))
     said = response.headers
     digest = _SHA256.fullmatch(said.get("x-linked-etag") or said.get("etag", ""))
     size = said.get("x-linked-size") or ("" if response.is_redirect else said.get("content-length", ""))
@@ -106,7 +106,7 @@ def _head(client: httpx.Client, url: str, headers: Mapping[str, str], patience: 
                 return response
         except (httpx.TransportError, httpx.InvalidURL) as error:
             if not tries_left or isinstance(error, httpx.UnsupportedProtocol | httpx.InvalidURL):
-                raise PullError(f"{url}: {error or type(error).__name__}") from error
+                raise DownloadError(f"{url}: {error or type(error).__name__}") from error
         time.sleep(pause)
         pause = min(2 * pause, patience.longest_pause_s)
     raise AssertionError("the last try returns or raises")

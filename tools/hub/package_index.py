@@ -17,7 +17,7 @@ from urllib.parse import unquote, urljoin, urlsplit
 
 import httpx
 
-from llamaclust.core.errors import PullError
+from llamaclust.core.errors import DownloadError
 from llamaclust.tools.hub.sources import PackageFile
 
 _ACCEPT = "application/vnd.pypi.simple.v1+json, application/vnd.pypi.simple.v1+html;q=0.2, text/html;q=0.1"
@@ -40,7 +40,7 @@ class PipSettings:
         try:
             return ssl.create_default_context(cafile=self.certificates) if self.certificates else True
         except OSError as error:
-            raise PullError(f"{self.certificates}: pip's certificate bundle cannot be read: {error}") from error
+            raise DownloadError(f"{self.certificates}: pip's certificate bundle cannot be read: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,8 @@ def pip_settings() -> PipSettings:
 
 
 def find_wheel(client: httpx.Client, settings: PipSettings, wanted: PackageFile) -> WheelLink:
-    """The wheel of that package and version, one for every platform before others; PullError where none is offered."""
+    """The wheel of that package and version, one for every platform before others; DownloadError where none is
+    offered."""
     problems: list[str] = []
     for place in (*settings.find_links, *(_project_page(url, wanted.package) for url in settings.index_urls)):
         try:
@@ -78,7 +79,7 @@ def find_wheel(client: httpx.Client, settings: PipSettings, wanted: PackageFile)
             return min(links, key=lambda link: not link.file_name.endswith("-any.whl"))
     searched = ", ".join(_shown(url) for url in (*settings.find_links, *settings.index_urls)) or "no index configured"
     reasons = f" ({'; '.join(problems)})" if problems else ""
-    raise PullError(f"no wheel of {wanted.package}=={wanted.version} found at {searched}{reasons}")
+    raise DownloadError(f"no wheel of {wanted.package}=={wanted.version} found at {searched}{reasons}")
 
 
 def _run_pip(*arguments: str) -> str:
@@ -86,10 +87,10 @@ def _run_pip(*arguments: str) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_PIP_TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired:
-        raise PullError(f"`{' '.join(command)}` did not end within {_PIP_TIMEOUT_S:.0f} s") from None
+        raise DownloadError(f"`{' '.join(command)}` did not end within {_PIP_TIMEOUT_S:.0f} s") from None
     if done.returncode != 0:
         last = (done.stderr.strip() or "no message").splitlines()[-1]
-        raise PullError(f"pip cannot tell its package index ({last}); install it: {sys.executable} -m ensurepip")
+        raise DownloadError(f"pip cannot tell its package index ({last}); install it: {sys.executable} -m ensurepip")
     return done.stdout
 
 
@@ -109,7 +110,7 @@ def _index_url() -> str:
     """pip's help shows the index it would use, after files, environment and its own default."""
     match = _DEFAULT_INDEX.search(" ".join(_run_pip("download", "--help").split()))
     if match is None:
-        raise PullError("pip's help names no package index; set one: pip config set global.index-url URL")
+        raise DownloadError("pip's help names no package index; set one: pip config set global.index-url URL")
     return match["url"]
 
 

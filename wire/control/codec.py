@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from llamaclust.core.errors import WireError
+from llamaclust.core.errors import ProtocolError
 from llamaclust.core.limits import KV_TYPES, MAX_CONTEXT_TOKENS, MAX_KV_BLOCKS, MAX_SEQUENCES, MAX_TOKENS, StageLimits
 from llamaclust.proto import control_pb2 as proto
 from llamaclust.wire.bounds import UINT64, bounded, finite, line, one_line, parse, path, worker_name
@@ -131,7 +131,7 @@ def _failure_out(failure: Failure) -> proto.Failure:
 
 
 def decode_worker_message(data: bytes) -> WorkerMessage | None:
-    """None for a kind that is not known; WireError for bytes that are no message or break a bound."""
+    """None for a kind that is not known; ProtocolError for bytes that are no message or break a bound."""
     message = parse(proto.WorkerMessage, data, MAX_CONTROL_BYTES)
     match message.WhichOneof("kind"):
         case "register":
@@ -253,7 +253,7 @@ def _load_out(message: Load) -> proto.Load:
 
 
 def decode_coordinator_message(data: bytes) -> CoordinatorMessage | None:
-    """None for a kind that is not known; WireError for bytes that are no message or break a bound."""
+    """None for a kind that is not known; ProtocolError for bytes that are no message or break a bound."""
     message = parse(proto.CoordinatorMessage, data, MAX_CONTROL_BYTES)
     match message.WhichOneof("kind"):
         case "welcome":
@@ -319,7 +319,7 @@ def _load_in(message: proto.Load) -> Load:
 
 def _limits_in(message: proto.StageLimits) -> StageLimits:
     if message.kv_type not in KV_TYPES:
-        raise WireError(f"kv_type {line('kv_type', message.kv_type, 16)!r} is not one of {', '.join(KV_TYPES)}")
+        raise ProtocolError(f"kv_type {line('kv_type', message.kv_type, 16)!r} is not one of {', '.join(KV_TYPES)}")
     return StageLimits(
         bounded("max_tokens", message.max_tokens, 1, MAX_TOKENS),
         bounded("max_outputs", message.max_outputs, 1, MAX_TOKENS),

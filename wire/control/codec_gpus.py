@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
-from llamaclust.core.errors import WireError
+from llamaclust.core.errors import ProtocolError
 from llamaclust.core.gpus import DeviceLayers, Gpu
 from llamaclust.proto import control_pb2 as proto
 from llamaclust.wire.bounds import bounded, line, memory
@@ -52,7 +52,7 @@ def layers_in(devices: Sequence[proto.DeviceLayers], start: int, end: int) -> tu
     gaps = any(one.end != two.start for one, two in pairwise(held))
     if held and (gaps or (held[0].start, held[-1].end) != (start, end)):
         ranges = ", ".join(f"[{one.start}, {one.end})" for one in held)
-        raise WireError(f"devices hold layers {ranges} of [{start}, {end})")
+        raise ProtocolError(f"devices hold layers {ranges} of [{start}, {end})")
     return held
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llamaclust.core.errors import WireError
+from llamaclust.core.errors import ProtocolError
 from llamaclust.proto import control_pb2 as proto
 from llamaclust.wire.bounds import bounded
 from llamaclust.wire.control.messages import LogTold, TellLog
@@ -33,7 +33,7 @@ def told_out(message: LogTold) -> proto.LogTold:
 def told_in(message: proto.LogTold) -> LogTold:
     bounded("lines of a log", len(message.lines), 0, MAX_LINES)
     if any(len(line) > MAX_LINE for line in message.lines):
-        raise WireError(f"a line of a log has more than {MAX_LINE} characters")
+        raise ProtocolError(f"a line of a log has more than {MAX_LINE} characters")
     return LogTold(tuple(map(_printable, message.lines)), message.before, message.number)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
-from llamaclust.core.errors import WireError
+from llamaclust.core.errors import ProtocolError
 from llamaclust.core.profile import GpuSpeed, StageTrial
 from llamaclust.proto import measuring_pb2 as proto
 from llamaclust.wire.bounds import bounded, finite, line, path, worker_name
@@ -64,7 +64,7 @@ def _trials_in(trials: Sequence[proto.StageTrial]) -> tuple[StageTrial, ...]:
     bounded("trials", len(trials), 0, _MAX_TRIALS)
     found = tuple(map(_trial_in, trials))
     if any(one.rows >= two.rows for one, two in pairwise(found)):
-        raise WireError("trials: their rows must ascend")
+        raise ProtocolError("trials: their rows must ascend")
     return found
 
 

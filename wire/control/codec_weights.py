@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llamaclust.core.errors import WireError
+from llamaclust.core.errors import ProtocolError
 from llamaclust.proto import control_pb2 as proto
 from llamaclust.wire.bounds import bounded, line, path, worker_name
 from llamaclust.wire.control.messages import Locate, Located, LocateProgress, NewSource, WeightSource, WeightSources
@@ -81,7 +81,7 @@ def _source_in(source: proto.WeightSource) -> WeightSource:
 
 def _sha256(value: bytes) -> str:
     if len(value) != 32:
-        raise WireError(f"a SHA-256 of {len(value)} bytes")
+        raise ProtocolError(f"a SHA-256 of {len(value)} bytes")
     return value.hex()
 
 

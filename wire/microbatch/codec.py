@@ -11,7 +11,7 @@ from functools import lru_cache
 from operator import add
 from typing import Literal
 
-from llamaclust.core.errors import WireError
+from llamaclust.core.errors import ProtocolError
 from llamaclust.core.limits import (
     MAX_CONTEXT_TOKENS,
     MAX_KV_BLOCKS,
@@ -54,7 +54,7 @@ def encode_microbatch(microbatch: Microbatch) -> bytes:
 
 
 def decode_microbatch(data: bytes) -> Microbatch:
-    """Raises WireError for bytes that are no microbatch or break a bound."""
+    """Raises ProtocolError for bytes that are no microbatch or break a bound."""
     message = parse(microbatch_proto.Microbatch, data, MAX_MICROBATCH_BYTES)
     bounded("chunks", len(message.chunks), 1, MAX_SEQUENCES)
     microbatch = Microbatch(
@@ -81,7 +81,7 @@ def _chunk(message: microbatch_proto.Chunk, number: int) -> Chunk:
 
 def _follows(message: microbatch_proto.Follows, tokens: tuple[int, ...], number: int) -> tuple[int, int]:
     if tokens != (0,):
-        raise WireError("a chunk that follows a row brings tokens of its own")
+        raise ProtocolError("a chunk that follows a row brings tokens of its own")
     bounded("number of the microbatch that is followed", message.number, 0, number - 1)
     return message.number, bounded("row that is followed", message.row, 0, MAX_TOKENS - 1)
 
@@ -91,7 +91,7 @@ def encode_chosen(chosen: Chosen) -> bytes:
 
 
 def decode_chosen(data: bytes) -> Chosen:
-    """Raises WireError for bytes that are not chosen tokens or break a bound."""
+    """Raises ProtocolError for bytes that are not chosen tokens or break a bound."""
     message = parse(microbatch_proto.Chosen, data, MAX_MICROBATCH_BYTES)
     bounded("chosen tokens", len(message.tokens), 0, MAX_TOKENS)
     return Chosen(message.number, _tokens(message.tokens))
@@ -155,7 +155,7 @@ def _params_out(params: SamplingParams) -> sampling_proto.SamplingParams:
 
 
 def decode_inputs(data: bytes) -> SamplingInputs:
-    """Raises WireError for bytes that are no sampling inputs or break a bound."""
+    """Raises ProtocolError for bytes that are no sampling inputs or break a bound."""
     message = parse(sampling_proto.SamplingInputs, data, MAX_INPUTS_BYTES)
     bounded("tasks", len(message.tasks), 0, MAX_TOKENS)
     return SamplingInputs(message.epoch, message.number, tuple(_task(task) for task in message.tasks))
@@ -168,7 +168,7 @@ def _task(message: sampling_proto.RowTask) -> RowTask:
         case "score":
             return ScoreTask(_token(message.score.token), _top(message.score.top_logprobs))
         case _:
-            raise WireError("a row task of a kind that this version does not know")
+            raise ProtocolError("a row task of a kind that this version does not know")
 
 
 def _sample_in(message: sampling_proto.SampleTask) -> SampleTask:
@@ -259,7 +259,7 @@ def _row_out(row: RowResult, to: sampling_proto.RowResult) -> None:
 
 
 def decode_result(data: bytes) -> Result:
-    """Raises WireError for bytes that are no result or break a bound."""
+    """Raises ProtocolError for bytes that are no result or break a bound."""
     message = parse(sampling_proto.Result, data, MAX_INPUTS_BYTES)
     bounded("rows", len(message.rows), 0, MAX_TOKENS)
     bounded("timings", len(message.timings), 0, MAX_STAGES)
@@ -283,5 +283,5 @@ def _row(message: sampling_proto.RowResult) -> RowResult:
 
 def _logprob(value: float) -> float:
     if math.isnan(value):
-        raise WireError("logprob is no number")
+        raise ProtocolError("logprob is no number")
     return value

@@ -17,7 +17,7 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
-from llamaclust.core.errors import WireError
+from llamaclust.core.errors import ProtocolError
 from llamaclust.core.limits import MAX_TOKENS
 from llamaclust.wire.bounds import MAX_TEXT, bounded, line, one_line
 from llamaclust.wire.microbatch.codec import MAX_MICROBATCH_BYTES, MAX_STAGES
@@ -46,9 +46,9 @@ class Frame:
     body: memoryview
 
     def hidden(self, rows: int, width: int) -> NDArray[np.float32]:
-        """The body as float32 [rows, width], read-only, not copied. WireError where its size is another."""
+        """The body as float32 [rows, width], read-only, not copied. ProtocolError where its size is another."""
         if len(self.body) != rows * width * 4:
-            raise WireError(f"hidden state of {len(self.body)} bytes, {rows} x {width} float32 expected")
+            raise ProtocolError(f"hidden state of {len(self.body)} bytes, {rows} x {width} float32 expected")
         return np.frombuffer(self.body, np.dtype("<f4")).reshape(rows, width)
 
     @property
@@ -75,16 +75,16 @@ def _encode(kind: FrameKind, header: bytes, timings: tuple[StageTiming, ...], bo
 
 
 def decode_frame(data: bytes) -> Frame:
-    """Raises WireError for bytes that are no frame, of another version or of other lengths than they say."""
+    """Raises ProtocolError for bytes that are no frame, of another version or of other lengths than they say."""
     if len(data) < _PREFIX.size:
-        raise WireError(f"frame of {len(data)} bytes, shorter than its prefix")
+        raise ProtocolError(f"frame of {len(data)} bytes, shorter than its prefix")
     magic, version, kind, stages, header_bytes, body_bytes = _PREFIX.unpack_from(data)
     _check_prefix(magic, version, kind, stages)
     bounded("header bytes", header_bytes, 1, MAX_MICROBATCH_BYTES)
     body_at = _PREFIX.size + stages * _TIMING.size
     header_at = body_at + body_bytes
     if len(data) != header_at + header_bytes:
-        raise WireError(f"frame of {len(data)} bytes, its prefix says {header_at + header_bytes}")
+        raise ProtocolError(f"frame of {len(data)} bytes, its prefix says {header_at + header_bytes}")
     timings = tuple(StageTiming(*values) for values in _TIMING.iter_unpack(data[_PREFIX.size : body_at]))
     bounded("rows of a timing", max((timing.rows for timing in timings), default=0), 0, MAX_TOKENS)
     frame = Frame(FrameKind(kind), data[header_at:], timings, memoryview(data)[body_at:header_at])
@@ -95,9 +95,9 @@ def decode_frame(data: bytes) -> Frame:
 
 def _check_prefix(magic: bytes, version: int, kind: int, stages: int) -> None:
     if magic != _MAGIC:
-        raise WireError(f"frame begins with {magic!r}, not with {_MAGIC!r}")
+        raise ProtocolError(f"frame begins with {magic!r}, not with {_MAGIC!r}")
     if version != _VERSION:
-        raise WireError(f"frame version {version}, this worker speaks {_VERSION}")
+        raise ProtocolError(f"frame version {version}, this worker speaks {_VERSION}")
     if kind not in (FrameKind.HIDDEN, FrameKind.FAILURE):
-        raise WireError(f"frame kind {kind} is not known")
+        raise ProtocolError(f"frame kind {kind} is not known")
     bounded("stages", stages, 0, MAX_STAGES)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from llamaclust.core.errors import WireError
+from llamaclust.core.errors import ProtocolError
 from llamaclust.core.limits import MAX_CONTEXT_TOKENS, MAX_VOCABULARY
 from llamaclust.core.sampler_chain import STEPS, SamplerChain
 from llamaclust.core.sampling_bounds import CHAIN_BOUNDS, MAX_BREAKER_TOKENS, MAX_BREAKERS, MAX_MIROSTAT
@@ -25,14 +25,14 @@ def chain_out(chain: SamplerChain | None) -> sampling_proto.SamplerChain | None:
 
 
 def chain_in(message: sampling_proto.SamplingParams) -> SamplerChain | None:
-    """The chain of sampling parameters, if they have one. WireError for one out of bounds."""
+    """The chain of sampling parameters, if they have one. ProtocolError for one out of bounds."""
     if not message.HasField("chain"):
         return None
     chain = message.chain
     bounded("steps", len(chain.order), 0, len(STEPS))
     steps = tuple(STEPS[bounded("step", number, 0, len(STEPS) - 1)] for number in chain.order)
     if len(set(steps)) < len(steps):
-        raise WireError("a sampler stands twice in one order")
+        raise ProtocolError("a sampler stands twice in one order")
     bounded("unpenalized", len(chain.unpenalized), 0, MAX_VOCABULARY)
     return SamplerChain(
         steps,
@@ -44,7 +44,7 @@ def chain_in(message: sampling_proto.SamplingParams) -> SamplerChain | None:
 
 
 def breakers_in(messages: Iterable[sampling_proto.TokenSequence]) -> tuple[tuple[int, ...], ...]:
-    """Token sequences of DRY. WireError for too many or one that is empty or too long."""
+    """Token sequences of DRY. ProtocolError for too many or one that is empty or too long."""
     sequences = tuple(_tokens(message.tokens) for message in messages)
     bounded("breakers", len(sequences), 0, MAX_BREAKERS)
     for sequence in sequences:

@@ -11,7 +11,7 @@ from typing import Any
 import grpc
 from grpc import aio
 
-from llamaclust.core.errors import DeadlineError, LlamaclustError, UsageError, WireError
+from llamaclust.core.errors import DeadlineError, LlamaclustError, ProtocolError, UsageError
 from llamaclust.wire.bounds import UINT64, one_line
 from llamaclust.wire.rpc.client import ACCEPTED_KEY, BLAME_KEY, EPOCH_KEY, OPTIONS, TOKEN_KEY, StreamBrokenError
 from llamaclust.wire.rpc.handshakes import HANDSHAKE_S, Handshakes
@@ -23,7 +23,7 @@ _EOF: Any = aio.EOF  # type: ignore[attr-defined]
 _log = logging.getLogger(__name__)
 
 _CODES: tuple[tuple[type[LlamaclustError], grpc.StatusCode], ...] = (
-    (WireError, grpc.StatusCode.INVALID_ARGUMENT),
+    (ProtocolError, grpc.StatusCode.INVALID_ARGUMENT),
     (DeadlineError, grpc.StatusCode.DEADLINE_EXCEEDED),
     (UsageError, grpc.StatusCode.FAILED_PRECONDITION),
     (LlamaclustError, grpc.StatusCode.ABORTED),
@@ -49,10 +49,10 @@ class ServerStream:
 
     @property
     def epoch(self) -> int:
-        """The epoch that the stream is for; WireError where its metadata names none."""
+        """The epoch that the stream is for; ProtocolError where its metadata names none."""
         text = str(dict(self._context.invocation_metadata()).get(EPOCH_KEY, ""))
         if not (text.isascii() and text.isdigit() and len(text) <= 20 and int(text) <= UINT64):
-            raise WireError(f"metadata {EPOCH_KEY}: a number is expected")
+            raise ProtocolError(f"metadata {EPOCH_KEY}: a number is expected")
         return int(text)
 
     async def accept(self) -> None:

@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 
-from llamaclust.core.errors import UsageError, WireError
+from llamaclust.core.errors import ProtocolError, UsageError
 from llamaclust.wire.security.credentials import KeyPair
 
 
@@ -28,10 +28,10 @@ class NewKey:
         return builder.sign(self._key, hashes.SHA256()).public_bytes(Encoding.DER)
 
     def with_certificate(self, certificate: bytes) -> KeyPair:
-        """The pair, once the key is certified (DER). WireError for a certificate of another key."""
+        """The pair, once the key is certified (DER). ProtocolError for a certificate of another key."""
         loaded = _certificate(certificate)
         if loaded.public_key() != self._key.public_key():
-            raise WireError("the certificate is for another key")
+            raise ProtocolError("the certificate is for another key")
         ends_at_s = loaded.not_valid_after_utc.timestamp()
         return KeyPair(private_pem(self._key), loaded.public_bytes(Encoding.PEM), time.time(), ends_at_s)
 
@@ -49,16 +49,16 @@ def load_private(pem: bytes) -> ec.EllipticCurvePrivateKey:
 
 
 def requested_key(request: bytes) -> ec.EllipticCurvePublicKey:
-    """The key of a certificate request (DER) that it has signed; WireError for anything else."""
+    """The key of a certificate request (DER) that it has signed; ProtocolError for anything else."""
     try:
         loaded = x509.load_der_x509_csr(request)
         key = loaded.public_key()
         if not (isinstance(key, ec.EllipticCurvePublicKey) and isinstance(key.curve, ec.SECP256R1)):
-            raise WireError("certificate request: not an ECDSA key on P-256")
+            raise ProtocolError("certificate request: not an ECDSA key on P-256")
         if not loaded.is_signature_valid:
-            raise WireError("certificate request: its key has not signed it")
+            raise ProtocolError("certificate request: its key has not signed it")
     except (ValueError, InvalidSignature) as error:
-        raise WireError("certificate request: damaged, cannot be decoded") from error
+        raise ProtocolError("certificate request: damaged, cannot be decoded") from error
     return key
 
 
@@ -88,4 +88,4 @@ def _certificate(der: bytes) -> x509.Certificate:
     try:
         return x509.load_der_x509_certificate(der)
     except ValueError as error:
-        raise WireError("certificate: damaged, cannot be decoded") from error
+        raise ProtocolError("certificate: damaged, cannot be decoded") from error

@@ -7,7 +7,7 @@ import hashlib
 import hmac
 from dataclasses import dataclass, replace
 
-from llamaclust.core.errors import WireError
+from llamaclust.core.errors import ProtocolError
 from llamaclust.proto import enrolment_pb2 as proto
 from llamaclust.wire.bounds import bounded, line, one_line, parse, worker_name
 from llamaclust.wire.microbatch.messages import PROTOCOL_VERSION
@@ -101,7 +101,7 @@ def encode_server_message(message: ServerMessage) -> bytes:
 
 
 def decode_server_message(data: bytes) -> ServerMessage:
-    """WireError for bytes that are no message or break a bound."""
+    """ProtocolError for bytes that are no message or break a bound."""
     message = parse(proto.EnrolmentServerMessage, data, MAX_ENROLMENT_BYTES)
     match message.WhichOneof("kind"):
         case "challenge":
@@ -115,7 +115,7 @@ def decode_server_message(data: bytes) -> ServerMessage:
         case "refusal":
             return Refusal(line("reason", message.refusal.reason))
         case _:
-            raise WireError("an enrolment message of a kind that this version does not know")
+            raise ProtocolError("an enrolment message of a kind that this version does not know")
 
 
 def encode_request(request: Request) -> bytes:
@@ -131,7 +131,7 @@ def encode_request(request: Request) -> bytes:
 
 
 def decode_request(data: bytes) -> Request:
-    """WireError for bytes that are no request or break a bound."""
+    """ProtocolError for bytes that are no request or break a bound."""
     message = parse(proto.EnrolmentRequest, data, MAX_ENROLMENT_BYTES)
     return Request(
         worker_name(message.name),
@@ -148,7 +148,7 @@ def _sized(what: str, value: bytes, size: int) -> bytes:
 
 
 async def read_message(reader: asyncio.StreamReader) -> bytes | None:
-    """None where the other side has ended the connection. WireError for what is too large or broken off."""
+    """None where the other side has ended the connection. ProtocolError for what is too large or broken off."""
     try:
         head = await reader.read(1)
         if not head:
@@ -157,16 +157,16 @@ async def read_message(reader: asyncio.StreamReader) -> bytes | None:
         bounded("bytes of an enrolment message", size, 1, MAX_ENROLMENT_BYTES)
         return await reader.readexactly(size)
     except asyncio.IncompleteReadError as error:
-        raise WireError("the connection ended within an enrolment message") from error
+        raise ProtocolError("the connection ended within an enrolment message") from error
     except OSError as error:
-        raise WireError(f"the connection broke: {error.strerror or error}") from error
+        raise ProtocolError(f"the connection broke: {error.strerror or error}") from error
 
 
 async def write_message(writer: asyncio.StreamWriter, data: bytes) -> None:
-    """WireError where the connection breaks."""
+    """ProtocolError where the connection breaks."""
     assert len(data) <= MAX_ENROLMENT_BYTES
     writer.write(len(data).to_bytes(_LENGTH_BYTES, "big") + data)
     try:
         await writer.drain()
     except OSError as error:
-        raise WireError(f"the connection broke: {error.strerror or error}") from error
+        raise ProtocolError(f"the connection broke: {error.strerror or error}") from error

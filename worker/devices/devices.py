@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from llamaclust.core.errors import WireError
+from llamaclust.core.errors import ProtocolError
 from llamaclust.core.gpus import DeviceLayers, Gpu
 from llamaclust.core.profile import GpuSpeed
 from llamaclust.core.sizes import MIB
@@ -66,10 +66,10 @@ class Device:
         return order.devices or (DeviceLayers(_CPU, order.start, order.end),)
 
     def backend_of(self, name: str) -> Backend:
-        """WireError for a device that this worker does not have."""
+        """ProtocolError for a device that this worker does not have."""
         known: dict[str, Backend] = {_CPU: self.backend} | {gpu.device: gpu for gpu in self.gpus}
         if name not in known:
-            raise WireError(f"a load for device {name!r}, this worker has {', '.join(known)}")
+            raise ProtocolError(f"a load for device {name!r}, this worker has {', '.join(known)}")
         return known[name]
 
     def free_bytes_of(self, name: str) -> int:

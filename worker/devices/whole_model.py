@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 
-from llamaclust.core.errors import DoesNotFitError
+from llamaclust.core.errors import InsufficientMemoryError
 from llamaclust.core.gpus import DeviceLayers
 from llamaclust.core.limits import StageLimits
 from llamaclust.core.sizes import missing
@@ -20,8 +20,8 @@ _CPU = "cpu"
 
 def held_layers(device: Device, model: Model, limits: StageLimits) -> tuple[DeviceLayers, ...]:
     """Which device holds which layers. The last GPU is filled first; where the user says how many layers GPUs hold,
-    the first one has to take what is left of these. DoesNotFitError where memory is short: it is taken as it is used,
-    and would end the process while it answers."""
+    the first one has to take what is left of these. InsufficientMemoryError where memory is short: it is taken as it
+    is used, and would end the process while it answers."""
     end = model.layer_count
     least = 0 if device.gpu_layers is None else max(0, end - device.gpu_layers)
     held = []
@@ -59,4 +59,4 @@ def _check(device: Device, held: DeviceLayers, model: Model, limits: StageLimits
         which = "" if not device.gpus else f", layers [{held.start}, {held.end}) on {held.device},"
         fewer = "fewer layers on GPUs (auto: as many as fit), or " if held.device != _CPU else ""
         what = f"{model.file.path}{which} needs {missing(planned.parts, free_bytes)}"
-        raise DoesNotFitError(f"{what}; take {fewer}a smaller context_length")
+        raise InsufficientMemoryError(f"{what}; take {fewer}a smaller context_length")

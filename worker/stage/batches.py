@@ -8,7 +8,7 @@ from operator import add
 import numpy as np
 from numpy.typing import NDArray
 
-from llamaclust.core.errors import WireError
+from llamaclust.core.errors import ProtocolError
 from llamaclust.core.limits import StageLimits
 from llamaclust.kernels.backend import Batch
 from llamaclust.model.program import KV_BLOCK_TOKENS
@@ -19,8 +19,8 @@ _FEW = 256
 
 
 def build_batch(microbatch: Microbatch, limits: StageLimits, vocabulary: int, window: int | None = None) -> Batch:
-    """The batch of a microbatch, for layers of which one has that window. WireError where it exceeds the limits, the
-    vocabulary or its own block tables."""
+    """The batch of a microbatch, for layers of which one has that window. ProtocolError where it exceeds the limits,
+    the vocabulary or its own block tables."""
     chunks = microbatch.chunks
     lengths = [len(chunk.tokens) for chunk in chunks]
     outputs = [chunk.outputs for chunk in chunks]
@@ -56,12 +56,12 @@ def _window_tables(
 def _window_blocks(chunk: Chunk, limits: StageLimits, window: int) -> NDArray[np.int32]:
     starts, counts = chunk.window_table[::2], chunk.window_table[1::2]
     if (end := max(map(add, starts, counts), default=0)) > limits.window_blocks:
-        raise WireError(f"window block {end - 1} of {limits.window_blocks}")
+        raise ProtocolError(f"window block {end - 1} of {limits.window_blocks}")
     last = -(-(chunk.position + len(chunk.tokens)) // KV_BLOCK_TOKENS)
     first = max(0, chunk.position - window + 1) // KV_BLOCK_TOKENS
     if chunk.window_start > first or chunk.window_start + sum(counts) != last:
         has = f"[{chunk.window_start}, {chunk.window_start + sum(counts)})"
-        raise WireError(f"window table of blocks {has}, of {window} positions to see needs [{first}, {last})")
+        raise ProtocolError(f"window table of blocks {has}, of {window} positions to see needs [{first}, {last})")
     return _ranges(list(starts), list(counts))
 
 
@@ -72,21 +72,21 @@ def _check_counts(chunks: tuple[Chunk, ...], rows: int, outputs: int, limits: St
         ("sequences", len(chunks), limits.max_sequences),
     ):
         if value > most:
-            raise WireError(f"microbatch with {value} {what}, this stage is planned for {most}")
+            raise ProtocolError(f"microbatch with {value} {what}, this stage is planned for {most}")
 
 
 def _table_length(chunk: Chunk, limits: StageLimits) -> int:
     """Blocks of a chunk's table, which is checked here before it is written out."""
     context = chunk.position + len(chunk.tokens)
     if context > limits.max_context_tokens:
-        raise WireError(f"sequence of {context} positions, this stage is planned for {limits.max_context_tokens}")
+        raise ProtocolError(f"sequence of {context} positions, this stage is planned for {limits.max_context_tokens}")
     starts, counts = chunk.table[::2], chunk.table[1::2]
     length, end = sum(counts), max(map(add, starts, counts))
     if end > limits.kv_blocks:
-        raise WireError(f"KV block {end - 1} of {limits.kv_blocks}")
+        raise ProtocolError(f"KV block {end - 1} of {limits.kv_blocks}")
     most = -(-limits.max_context_tokens // KV_BLOCK_TOKENS)
     if length * KV_BLOCK_TOKENS < context or length > most:
-        raise WireError(f"block table of {length} blocks for {context} positions, at most {most}")
+        raise ProtocolError(f"block table of {length} blocks for {context} positions, at most {most}")
     return length
 
 
@@ -94,7 +94,7 @@ def _tokens(chunks: tuple[Chunk, ...], rows: int, vocabulary: int) -> NDArray[np
     ids = chunks[0].tokens if len(chunks) == 1 else list(chain.from_iterable(chunk.tokens for chunk in chunks))
     lowest, highest = min(ids), max(ids)
     if lowest < 0 or highest >= vocabulary:
-        raise WireError(f"token {highest if lowest >= 0 else lowest} is not in the vocabulary of {vocabulary}")
+        raise ProtocolError(f"token {highest if lowest >= 0 else lowest} is not in the vocabulary of {vocabulary}")
     return np.fromiter(ids, np.int32, rows)
 
 

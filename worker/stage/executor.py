@@ -10,7 +10,7 @@ from functools import partial
 from time import perf_counter_ns
 from typing import TypeVar
 
-from llamaclust.core.errors import DeviceLostError, LlamaclustError, WireError
+from llamaclust.core.errors import DeviceLostError, LlamaclustError, ProtocolError
 from llamaclust.kernels.backend import Float32
 from llamaclust.wire.bounds import one_line
 from llamaclust.wire.microbatch.codec import encode_result
@@ -85,7 +85,7 @@ class StageStep:
         """Returns when the next microbatch may begin: with the answer, or while the thread computes it.
 
         So steps of a whole model that are sent ahead follow each other on that thread without a pause, while messages
-        come and go on the event loop. The answer is a WireError where the frame itself breaks the protocol.
+        come and go on the event loop. The answer is a ProtocolError where the frame itself breaks the protocol.
         """
         microbatch = arrival.microbatch
         is_ahead = any(chunk.follows for chunk in microbatch.chunks)
@@ -109,7 +109,7 @@ class StageStep:
 
     def _failure(self, arrival: Arrival, error: Exception) -> Answer:
         """One microbatch fails, the worker serves on."""
-        if isinstance(error, WireError):
+        if isinstance(error, ProtocolError):
             raise error
         if isinstance(error, DeviceLostError):
             self._compute.give_up(error)

@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import replace
 from time import perf_counter_ns
 
-from llamaclust.core.errors import WireError, WorkerError
+from llamaclust.core.errors import ProtocolError, WorkerError
 from llamaclust.core.sampling import RowResult, RowTask, SampleTask
 from llamaclust.wire.microbatch.messages import Chosen, Chunk, Microbatch, SamplingInputs
 from llamaclust.wire.rpc.deadlines import deadline
@@ -35,9 +35,9 @@ class ChosenTokens:
         self._broken: WorkerError | None = None
 
     def put(self, chosen: Chosen) -> None:
-        """WireError for one out of turn."""
+        """ProtocolError for one out of turn."""
         if self._tokens and chosen.number <= next(reversed(self._tokens)):
-            raise WireError(f"tokens of microbatch {chosen.number} after those of {next(reversed(self._tokens))}")
+            raise ProtocolError(f"tokens of microbatch {chosen.number} after those of {next(reversed(self._tokens))}")
         self._tokens[chosen.number] = chosen.tokens
         self._came_ns[chosen.number] = perf_counter_ns()
         if len(self._tokens) > _MOST_KEPT:
@@ -85,7 +85,7 @@ class ChosenTokens:
         if not (isinstance(task, SampleTask) and task.history_follows):
             return task
         if chunk.follows is None:
-            raise WireError("a history that goes on with a chosen token, in a chunk that follows none")
+            raise ProtocolError("a history that goes on with a chosen token, in a chunk that follows none")
         return replace(task, history=(*task.history, self._token(*chunk.follows)), history_follows=False)
 
     def _filled(self, chunk: Chunk) -> Chunk:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from llamaclust.core.errors import WireError
+from llamaclust.core.errors import ProtocolError
 from llamaclust.wire.microbatch.messages import SamplingInputs
 from llamaclust.wire.rpc.deadlines import deadline
 
@@ -21,21 +21,21 @@ class InputsBox:
         self._done = 0
         self._next = 0
         self._came = asyncio.Event()
-        self._broken: WireError | None = None
+        self._broken: ProtocolError | None = None
 
     def put(self, inputs: SamplingInputs) -> None:
-        """WireError for inputs out of turn, or more than any coordinator has in flight."""
+        """ProtocolError for inputs out of turn, or more than any coordinator has in flight."""
         if inputs.epoch != self._epoch or inputs.number != self._next:
             found = f"({inputs.epoch}, {inputs.number})"
-            raise WireError(f"sampling inputs {found} where ({self._epoch}, {self._next}) was expected")
+            raise ProtocolError(f"sampling inputs {found} where ({self._epoch}, {self._next}) was expected")
         if len(self._waiting) >= _MOST_WAITING:
-            raise WireError(f"sampling inputs for more than {_MOST_WAITING} microbatches that did not come")
+            raise ProtocolError(f"sampling inputs for more than {_MOST_WAITING} microbatches that did not come")
         self._next += 1
         if inputs.number >= self._done:
             self._waiting[inputs.number] = inputs
             self._came.set()
 
-    def fail(self, error: WireError) -> None:
+    def fail(self, error: ProtocolError) -> None:
         """No more will come, since their stream broke the protocol."""
         self._broken = error
         self._came.set()
@@ -43,13 +43,13 @@ class InputsBox:
     async def take(self, number: int) -> SamplingInputs:
         """The inputs of microbatch `number`, which may still be on their way.
 
-        DeadlineError where they do not come, WireError where they cannot any more.
+        DeadlineError where they do not come, ProtocolError where they cannot any more.
         """
         if number not in self._waiting:
             async with deadline(f"sampling inputs of microbatch {number}", self._deadline_s):
                 while number not in self._waiting:
                     if self._broken is not None:
-                        raise WireError(str(self._broken))
+                        raise ProtocolError(str(self._broken))
                     self._came.clear()
                     await self._came.wait()
         return self._waiting[number]

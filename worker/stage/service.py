@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 
-from llamaclust.core.errors import WireError
+from llamaclust.core.errors import ProtocolError
 from llamaclust.wire.control.messages import Load
 from llamaclust.wire.rpc.client import CHOSEN, ECHO, FORWARD, SAMPLE
 from llamaclust.wire.rpc.link_probe import serve_echo
@@ -80,7 +80,7 @@ class StageService:
     def _flow(self, stream: ServerStream) -> StageFlow:
         flow = self._flows.get(stream.epoch)
         if flow is None:
-            raise WireError(f"worker {self._worker} holds no stage for epoch {stream.epoch}")
+            raise ProtocolError(f"worker {self._worker} holds no stage for epoch {stream.epoch}")
         return flow
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llamaclust.core.errors import UsageError, WireError
+from llamaclust.core.errors import ProtocolError, UsageError
 from llamaclust.core.gpus import DeviceLayers
 from llamaclust.core.limits import StageLimits
 from llamaclust.core.sampling import RowResult
@@ -118,17 +118,18 @@ class StageRunner:
         """Computes a microbatch; `hidden` [rows, embedding] for any but a first stage.
 
         Returns hidden [rows, embedding], or on a last stage logits [outputs, vocabulary], valid until the next run.
-        WireError where the microbatch does not fit this stage.
+        ProtocolError where the microbatch does not fit this stage.
         """
         if microbatch.model_id != self.model_id:
-            raise WireError(f"microbatch of model {microbatch.model_id}, this stage holds {self.model_id}")
+            raise ProtocolError(f"microbatch of model {microbatch.model_id}, this stage holds {self.model_id}")
         return self._stage.run(build_batch(microbatch, self.limits, self._vocabulary, self.program.window), hidden)
 
     def finish(self, logits: Float32, inputs: SamplingInputs) -> tuple[RowResult, ...]:
-        """Samples and scores logits [outputs, vocabulary] of a last stage's run. WireError where tasks do not fit."""
+        """Samples and scores logits [outputs, vocabulary] of a last stage's run. ProtocolError where tasks do not
+        fit."""
         assert self._sampler is not None, "only a last stage has logits"
         if len(inputs.tasks) != len(logits):
-            raise WireError(f"{len(inputs.tasks)} tasks for {len(logits)} output rows")
+            raise ProtocolError(f"{len(inputs.tasks)} tasks for {len(logits)} output rows")
         return self._sampler.run(logits, inputs.tasks) if inputs.tasks else ()
 
     @property

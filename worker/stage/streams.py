@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import count
 from time import perf_counter_ns
 
-from llamaclust.core.errors import DeadlineError, WireError, WorkerError
+from llamaclust.core.errors import DeadlineError, ProtocolError, WorkerError
 from llamaclust.wire.control.messages import Deadlines
 from llamaclust.wire.microbatch.codec import decode_chosen, decode_inputs, decode_microbatch, encode_chosen
 from llamaclust.wire.microbatch.frames import decode_frame
@@ -53,9 +53,9 @@ async def _while_open(stream: ClientStream, which: str, work: Coroutine[None, No
 
 
 def _check_caller(stream: ServerStream, expected: Principal) -> None:
-    """WireError where links have identities and another member than this one calls."""
+    """ProtocolError where links have identities and another member than this one calls."""
     if stream.peer not in (None, expected):
-        raise WireError(f"{stream.peer} opens a stream that is for {expected} alone")
+        raise ProtocolError(f"{stream.peer} opens a stream that is for {expected} alone")
 
 
 OnLost = Callable[[Peer, str], Awaitable[None]]
@@ -113,15 +113,15 @@ class StageFlow:
         """The coordinator's stream to the last stage: sampling inputs come, results go."""
         _check_caller(stream, COORDINATOR)
         if self._neighbours.next is not None:
-            raise WireError("sampling inputs for a stage that is not the last")
+            raise ProtocolError("sampling inputs for a stage that is not the last")
         if self._results is not None:
-            raise WireError(f"a second sampling stream for epoch {self.epoch}")
+            raise ProtocolError(f"a second sampling stream for epoch {self.epoch}")
         self._results = stream
         await stream.accept()
         try:
             while (data := await stream.read()) is not None:
                 self._inputs.put(decode_inputs(data))
-        except WireError as error:
+        except ProtocolError as error:
             self._inputs.fail(error)
             raise
 
@@ -129,7 +129,7 @@ class StageFlow:
         """The stream from the stage before, or from the coordinator. It is accepted once the whole chain is open."""
         _check_caller(stream, Principal(self._neighbours.previous_worker))
         if self._forwarding is not None:
-            raise WireError(f"a second stream of microbatches for epoch {self.epoch}")
+            raise ProtocolError(f"a second stream of microbatches for epoch {self.epoch}")
         self._forwarding = asyncio.current_task()
         if self._neighbours.next is None:
             await self._forward_to_coordinator(stream)
@@ -162,10 +162,10 @@ class StageFlow:
     async def chosen(self, stream: ServerStream) -> None:
         """The last stage's stream to the first one: tokens that it chose."""
         if not self.runner.program.is_first or self._neighbours.next is None:
-            raise WireError("chosen tokens for a stage that is not the first of several")
+            raise ProtocolError("chosen tokens for a stage that is not the first of several")
         _check_caller(stream, Principal(self._neighbours.last_worker))
         if self._has_chosen_stream:
-            raise WireError(f"a second stream of chosen tokens for epoch {self.epoch}")
+            raise ProtocolError(f"a second stream of chosen tokens for epoch {self.epoch}")
         self._has_chosen_stream = True
         await stream.accept()
         try:
@@ -176,7 +176,7 @@ class StageFlow:
 
     async def _forward_to_coordinator(self, stream: ServerStream) -> None:
         if self._results is None:
-            raise WireError("microbatches for a last stage before its sampling stream")
+            raise ProtocolError("microbatches for a last stage before its sampling stream")
         first = self._neighbours.first
         if first is None:
             await self._answer(stream, self._results)
@@ -240,7 +240,7 @@ class StageFlow:
         microbatch = decode_microbatch(frame.header)
         if (microbatch.epoch, microbatch.number) != (self.epoch, number):
             found = f"({microbatch.epoch}, {microbatch.number})"
-            raise WireError(f"microbatch {found} where ({self.epoch}, {number}) was expected")
+            raise ProtocolError(f"microbatch {found} where ({self.epoch}, {number}) was expected")
         return Arrival(frame, microbatch, received_ns, self._wire_ns)
 
     async def _send(self, outlet: Writable, answering: asyncio.Future[Answer], limit: recurring_deadline) -> None:

@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from llamaclust.core.errors import DeadlineError, LlamaclustError, WireError, WorkerError
+from llamaclust.core.errors import DeadlineError, LlamaclustError, ProtocolError, WorkerError
 from llamaclust.model.weights.cache import WeightCache
 from llamaclust.model.weights.partial_tensor import WeightPart
 from llamaclust.wire.rpc.client import FETCH, ClientStream, Peer, StreamBrokenError
 from llamaclust.wire.rpc.deadlines import deadline
-from llamaclust.wire.weight_stream import FRAME_BYTES, NotThereError, WeightRange, decode_frame, encode_range
+from llamaclust.wire.weight_stream import FRAME_BYTES, WeightRange, WeightsNotFoundError, decode_frame, encode_range
 
 _log = logging.getLogger(__name__)
 
@@ -159,10 +159,10 @@ class WeightFetch:
                 try:
                     stream = stream or await self._open(source)
                     await self._get(item, source, stream)
-                except NotThereError as error:
+                except WeightsNotFoundError as error:
                     _log.debug("%s of %s: %s", item.wanted.name, source.name, error)
                     item.lacking.add(source.name)
-                except (WireError, DamagedError) as error:
+                except (ProtocolError, DamagedError) as error:
                     source.give_up(error)
                 except (StreamBrokenError, DeadlineError) as error:
                     broken = error
@@ -207,7 +207,7 @@ class WeightFetch:
         return stream
 
     async def _get(self, item: _Item, source: _Source, stream: ClientStream) -> None:
-        """One tensor, from where it is on. WireError and DamagedError are this source's fault."""
+        """One tensor, from where it is on. ProtocolError and DamagedError are this source's fault."""
         wanted = item.wanted
         if self._cache.find(wanted.content) is not None:  # another process has fetched it
             self._others_brought(item, wanted.n_bytes)

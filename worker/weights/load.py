@@ -8,7 +8,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import astuple, dataclass
 
-from llamaclust.core.errors import DoesNotFitError, ModelFileError
+from llamaclust.core.errors import InsufficientMemoryError, ModelFileError
 from llamaclust.core.gpus import DeviceLayers
 from llamaclust.core.sizes import missing
 from llamaclust.model.loader import Model
@@ -36,8 +36,8 @@ class _Progress:
 
 
 async def load_stage(order: Load, device: Device, report: Report, weights: Weights, reach: Reach) -> StageRunner:
-    """The stage of `order`. ModelFileError for a missing, another or a damaged file, DoesNotFitError where memory is
-    short; what `AbsentFile` raises where there is no file."""
+    """The stage of `order`. ModelFileError for a missing, another or a damaged file, InsufficientMemoryError where
+    memory is short; what `AbsentFile` raises where there is no file."""
     progress = _Progress()
     loading = asyncio.create_task(_load(order, device, weights, reach, progress))
     try:
@@ -82,7 +82,7 @@ def _open(order: Load, weights: Weights) -> Model | None:
 
 
 def _planned(order: Load, device: Device, model: Model) -> StageMemory:
-    """What the stage will take, on all devices together. DoesNotFitError names one that has too little."""
+    """What the stage will take, on all devices together. InsufficientMemoryError names one that has too little."""
     parts = [_part(one, order, device, model) for one in device.layers(order)]
     return StageMemory(*(sum(sizes) for sizes in zip(*map(astuple, parts), strict=True)))
 
@@ -94,7 +94,9 @@ def _part(one: DeviceLayers, order: Load, device: Device, model: Model) -> Stage
     free_bytes = device.free_bytes_of(one.device) + held_bytes
     if planned.total_bytes > free_bytes:
         where = f"on {one.device}, " if order.devices else ""
-        raise DoesNotFitError(f"{where}layers [{one.start}, {one.end}) need {missing(planned.parts, free_bytes)}")
+        raise InsufficientMemoryError(
+            f"{where}layers [{one.start}, {one.end}) need {missing(planned.parts, free_bytes)}"
+        )
     return planned
 
 

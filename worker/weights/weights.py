@@ -11,7 +11,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Protocol
 
-from llamaclust.core.errors import LlamaclustError, ModelFileError, WireError
+from llamaclust.core.errors import LlamaclustError, ModelFileError, ProtocolError
 from llamaclust.model.gguf.model_file import ModelFile
 from llamaclust.model.gguf.tensors import Tensor, open_regular, read_exactly
 from llamaclust.model.loader import Model
@@ -149,7 +149,7 @@ class Weights:
 
     async def _serve(self, stream: ServerStream) -> None:
         if self._streams >= _MOST_STREAMS:
-            raise WireError(f"{self._streams} streams of weights are open, more are not served")
+            raise ProtocolError(f"{self._streams} streams of weights are open, more are not served")
         self._streams += 1
         try:
             await stream.accept()

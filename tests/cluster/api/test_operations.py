@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from llamaclust.cluster.api.settings import first_key, read_api_keys
-from llamaclust.core.errors import DoesNotFitError, UsageError, WorkerError
+from llamaclust.core.errors import InsufficientMemoryError, UsageError, WorkerError
 from llamaclust.wire.control.messages import LogTold
 from support.clusters.served import MODEL, SETTINGS, ScriptedEngine, client, make_app, real_engine, run_async, says
 
@@ -64,7 +64,7 @@ class Workers:
 
     async def spare(self, name: str) -> None:
         if name == "b":
-            raise DoesNotFitError("12 MiB are missing")
+            raise InsufficientMemoryError("12 MiB are missing")
         self._check(name)
         self.spared.append(name)
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from llamaclust.cluster.client.http_codec import CompletionReader, EventReader
-from llamaclust.core.errors import LlamaclustError, WireError
+from llamaclust.core.errors import LlamaclustError, ProtocolError
 
 
 def test_events_may_be_cut_anywhere() -> None:
@@ -37,7 +37,7 @@ def test_an_error_event_is_raised() -> None:
     with pytest.raises(LlamaclustError, match="no") as caught:
         list(EventReader().feed(data))
     assert (type(caught.value).__name__, caught.value.code) == ("DeadlineError", "deadline_exceeded")
-    with pytest.raises(WireError):
+    with pytest.raises(ProtocolError):
         list(EventReader().feed(b"data: {\n"))
 
 

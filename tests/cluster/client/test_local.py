@@ -21,7 +21,7 @@ from llamaclust.cluster.client.local import LocalClient, LocalPipeline, LocalSet
 from llamaclust.cluster.client.types import Options, Reply, join
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.text.service import TextService, TextSettings
-from llamaclust.core.errors import DoesNotFitError, LlamaclustError, ModelFileError, RequestError, UsageError
+from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError, ModelFileError, RequestError, UsageError
 from support.clusters.served import run_async, serving
 from support.models.tiny_model import build_tiny_model
 
@@ -245,7 +245,7 @@ def test_files_that_are_no_models(tmp_path: Path) -> None:
 
 
 def test_a_model_that_memory_cannot_hold(tiny: Path) -> None:
-    with pytest.raises(DoesNotFitError, match="MiB are missing"):
+    with pytest.raises(InsufficientMemoryError, match="MiB are missing"):
         LocalClient(tiny, 1, settings=LocalSettings(kv_blocks=1 << 25))
 
 

@@ -19,7 +19,7 @@ from llamaclust.cluster.launchers.local import LocalLauncher
 from llamaclust.cluster.launchers.restarts import Restarts
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.scheduler.requests import Generation
-from llamaclust.core.errors import DoesNotFitError, LlamaclustError, UsageError, WorkerError
+from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError, UsageError, WorkerError
 from llamaclust.core.sampling import SamplingParams
 from llamaclust.wire.control.messages import Load, Loaded
 from support.clusters.recovering import Answer, Recovering, answer_of, asks, config, model_in, recovering, undisturbed
@@ -173,7 +173,7 @@ async def test_a_worker_that_cannot_be_spared_is_not(
 ) -> None:
     monkeypatch.setattr(Planning, "_memory", lambda self, workers: dict.fromkeys(workers, 13 << 20))
     async with recovering(config(model, tmp_path, workers=2)) as run:
-        with pytest.raises(DoesNotFitError, match="MiB are missing"):
+        with pytest.raises(InsufficientMemoryError, match="MiB are missing"):
             await run.cluster.supervisor.workforce.spare("b")
         with pytest.raises(UsageError, match="no worker is named 'x'; there are: a, b"):
             await run.cluster.supervisor.workforce.spare("x")

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from llamaclust.cli.app import app
 from llamaclust.cluster.membership import enrolment as server_module
 from llamaclust.cluster.membership.authority import Authority
-from llamaclust.core.errors import LlamaclustError, UsageError, WireError, WorkerError
+from llamaclust.core.errors import LlamaclustError, ProtocolError, UsageError, WorkerError
 from llamaclust.wire.microbatch.messages import PROTOCOL_VERSION
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.security.certificates import NewKey
@@ -328,9 +328,9 @@ def test_messages_arrive_as_they_were_sent() -> None:
     request = Request("b", b"request", NONCE, NONCE, (1, 9))
     assert decode_request(encode_request(request)) == request
     for nonce in (b"", bytes(31), bytes(33)):
-        with pytest.raises(WireError, match="nonce"):
+        with pytest.raises(ProtocolError, match="nonce"):
             decode_request(encode_request(replace(request, nonce=nonce)))
-    with pytest.raises(WireError, match="port"):
+    with pytest.raises(ProtocolError, match="port"):
         decode_server_message(encode_server_message(Grant(b"", 0, NONCE)))
 
 

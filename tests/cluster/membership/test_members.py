@@ -14,7 +14,7 @@ import pytest
 from llamaclust.cluster.launchers.static import keep_renewed
 from llamaclust.cluster.membership.authority import Authority
 from llamaclust.cluster.membership.registry import Registry
-from llamaclust.core.errors import WireError, WorkerError
+from llamaclust.core.errors import ProtocolError, WorkerError
 from llamaclust.model.loader import Model
 from llamaclust.wire.control.messages import (
     Heartbeat,
@@ -126,7 +126,7 @@ async def test_certificates_are_renewed_over_the_membership(trust: Authority) ->
         renewal.hear(answer)
         asking.cancel()
         assert identity.pair is not short and identity.pair.ends_at_s > short.ends_at_s + 3600
-        with pytest.raises(WireError, match="was not asked for"):
+        with pytest.raises(ProtocolError, match="was not asked for"):
             renewal.hear(answer)
         member.stream.cancel()
         await there.workers["a"].lost.wait()
@@ -164,7 +164,7 @@ async def test_a_renewal_is_for_the_name_of_the_present_certificate_and_a_bad_on
         identity.pair = key.with_certificate(renewed.certificate)
         _, refused = await join(there, identity, replace(REGISTER, name="b"))
         assert isinstance(refused, Refused) and "the certificate is of worker a" in refused.reason
-        with pytest.raises(WireError, match="another key"):
+        with pytest.raises(ProtocolError, match="another key"):
             NewKey().with_certificate(renewed.certificate)
 
 

@@ -17,7 +17,7 @@ from llamaclust.cluster.planner.adjacency import Pairs, split
 from llamaclust.cluster.planner.costs import WorkerFacts
 from llamaclust.cluster.planner.plan import Plan
 from llamaclust.cluster.planner.planner import make_plan
-from llamaclust.core.errors import CutOffError, DoesNotFitError
+from llamaclust.core.errors import InsufficientMemoryError, NetworkPartitionError
 from llamaclust.model.loader import ModelCosts
 from support.clusters.random_plans import ASK, FILE_ORDER, GB, MODELS, SLACK, WORKERS, Cut, Every, large, named
 
@@ -41,7 +41,7 @@ class EveryApart(Every):
 def planned(costs: ModelCosts, workers: Sequence[WorkerFacts], apart: Pairs, objective: str) -> Plan | type[Exception]:
     try:
         return make_plan(costs, workers, replace(ASK, objective=objective, apart=apart))
-    except (CutOffError, DoesNotFitError) as error:
+    except (NetworkPartitionError, InsufficientMemoryError) as error:
         return type(error)
 
 
@@ -69,7 +69,7 @@ def test_no_plan_that_keeps_pairs_apart_is_clearly_better(
     plan = planned(costs, workers, apart, objective)
     if not isinstance(plan, Plan):
         assert not scores
-        assert plan is (CutOffError if Every(costs, workers).scores() else DoesNotFitError)
+        assert plan is (NetworkPartitionError if Every(costs, workers).scores() else InsufficientMemoryError)
         return
     assert split([stage.worker for stage in plan.stages], apart) is None
     found, fastest = every.score_of(plan), min(score.total for score in scores) * SLACK
@@ -114,7 +114,7 @@ def test_a_plan_by_hand_with_the_pair_is_refused() -> None:
     workers = [WorkerFacts(name, 9 * GB, 10.0, 200.0) for name in "abc"]
     by_hand = (("a", 0, 2), ("b", 2, 4), ("c", 4, 6))
     for pair in ("ab", "bc", "ac"):  # from the last tokens go to the first
-        with pytest.raises(CutOffError, match=f"has workers {pair[0]} and {pair[1]} side by side"):
+        with pytest.raises(NetworkPartitionError, match=f"has workers {pair[0]} and {pair[1]} side by side"):
             make_plan(large(6), workers, replace(ASK, manual=by_hand, apart=pairs(pair)))
 
 

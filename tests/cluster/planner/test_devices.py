@@ -19,7 +19,7 @@ from llamaclust.cluster.planner.planner import PlanRequest, make_plan
 from llamaclust.cluster.planner.profile import TrialPoint
 from llamaclust.cluster.planner.workspace import StagePlace
 from llamaclust.cluster.state.directory import GpuMeasurement, Measurement
-from llamaclust.core.errors import DoesNotFitError
+from llamaclust.core.errors import InsufficientMemoryError
 from llamaclust.core.gpus import DeviceLayers, Gpu
 from llamaclust.core.limits import StageLimits
 from llamaclust.core.sizes import MIB
@@ -91,10 +91,10 @@ def test_the_user_says_how_many(gpu_layers: int, on_gpu: int) -> None:
 
 
 def test_more_layers_than_fit_are_refused_with_what_is_missing() -> None:
-    with pytest.raises(DoesNotFitError, match=r"a cuda:0 60.* MiB are missing"):
+    with pytest.raises(InsufficientMemoryError, match=r"a cuda:0 60.* MiB are missing"):
         make_plan(SMALL, [with_gpus(60, gpu_layers=12)], GPU_ASK)
     by_hand = replace(GPU_ASK, manual=(("a", 0, 12),))
-    with pytest.raises(DoesNotFitError, match=r"worker 'a cuda:0': layers \[0, 12\) need .*it has 60 MiB"):
+    with pytest.raises(InsufficientMemoryError, match=r"worker 'a cuda:0': layers \[0, 12\) need .*it has 60 MiB"):
         make_plan(SMALL, [with_gpus(60, gpu_layers=12)], by_hand)
 
 
@@ -127,7 +127,7 @@ def test_random_clusters_keep_to_the_memory_of_every_device(seed: int) -> None:
     print(f"seed {seed}: {workers}")
     try:
         plan = make_plan(SMALL, workers, ask)
-    except DoesNotFitError:
+    except InsufficientMemoryError:
         assert sum(gpu.memory_bytes for one in workers for gpu in one.gpus) < 1000 * MIB
         return
     at = 0

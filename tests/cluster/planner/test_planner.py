@@ -12,7 +12,7 @@ from llamaclust.cluster.planner.format import plan_json, plan_lines
 from llamaclust.cluster.planner.links import COORDINATOR, Link, Links
 from llamaclust.cluster.planner.plan import Plan, Prediction, Spare
 from llamaclust.cluster.planner.planner import make_plan
-from llamaclust.core.errors import DoesNotFitError, UsageError
+from llamaclust.core.errors import InsufficientMemoryError, UsageError
 from llamaclust.core.sizes import MIB
 from llamaclust.model.loader import LayerCost, ModelCosts
 from support.clusters.plan_inputs import ASK, LAYER, SMALL, worker
@@ -105,7 +105,7 @@ def test_plans_cover_all_layers_and_keep_to_memory(seed: int) -> None:
     )
     try:
         plan = make_plan(SMALL, workers, ask)
-    except DoesNotFitError as error:
+    except InsufficientMemoryError as error:
         assert "MiB are missing" in str(error)
         return
     assert layers(plan)[0][1] == 0 and layers(plan)[-1][2] == 12
@@ -142,7 +142,7 @@ def test_layers_with_a_window_are_planned_with_that_much_kv_memory() -> None:
     alone = replace(WINDOWED, layers=WINDOWED.layers[1:2] * 12)
     plan = make_plan(alone, [worker("a")], replace(ask, kv_memory_bytes=4000 * MIB))
     assert (plan.kv_blocks, plan.window_blocks) == (8 * 512, most), "no more than all sequences can use"
-    with pytest.raises(DoesNotFitError, match="KV memory"):
+    with pytest.raises(InsufficientMemoryError, match="KV memory"):
         make_plan(WINDOWED, [worker("a")], replace(ask, kv_memory_bytes=200 * MIB))
 
 
@@ -154,13 +154,13 @@ def test_kv_memory() -> None:
     assert plan.kv_blocks == max(left // 2, 48) * MIB // (12 * 4096 * 16)
     plan = make_plan(SMALL, [worker("a", memory_mib=300)], replace(ASK, kv_memory_bytes=100 * MIB))
     assert plan.kv_blocks == 100 * MIB // (12 * 4096 * 16)
-    with pytest.raises(DoesNotFitError, match=r"KV memory 48\), kv_memory is 10 MiB: 38 MiB are missing"):
+    with pytest.raises(InsufficientMemoryError, match=r"KV memory 48\), kv_memory is 10 MiB: 38 MiB are missing"):
         make_plan(SMALL, [worker("a")], replace(ASK, kv_memory_bytes=10 * MIB, manual=(("a", 0, 12),)))
 
 
 def test_what_does_not_fit_says_how_much_is_missing() -> None:
     workers = [worker("a", memory_mib=120), worker("b", memory_mib=110)]
-    with pytest.raises(DoesNotFitError) as caught:
+    with pytest.raises(InsufficientMemoryError) as caught:
         make_plan(SMALL, workers, replace(ASK, context_length=4096))
     message = str(caught.value)
     assert "needs 352 MiB (weights 160, KV memory 192) for 4096 tokens" in message
@@ -170,9 +170,9 @@ def test_what_does_not_fit_says_how_much_is_missing() -> None:
     assert least <= missing <= least + 20
     longest = int(message.split("context_length to ")[1].split()[0])
     make_plan(SMALL, workers, replace(ASK, context_length=longest))
-    with pytest.raises(DoesNotFitError):
+    with pytest.raises(InsufficientMemoryError):
         make_plan(SMALL, workers, replace(ASK, context_length=longest + 512))
-    with pytest.raises(DoesNotFitError, match="take a smaller model"):
+    with pytest.raises(InsufficientMemoryError, match="take a smaller model"):
         make_plan(SMALL, [worker("a", memory_mib=20)], ASK)
 
 
@@ -213,7 +213,7 @@ def test_wrong_plans_by_hand_are_refused(manual: tuple[tuple[str, int, int], ...
 def test_a_plan_by_hand_that_does_not_fit_names_the_mib_of_every_worker() -> None:
     workers = [worker("a", memory_mib=100), worker("b", memory_mib=40), worker("c")]
     by_hand = (("a", 0, 10), ("b", 10, 11), ("c", 11, 12))
-    with pytest.raises(DoesNotFitError) as caught:
+    with pytest.raises(InsufficientMemoryError) as caught:
         make_plan(SMALL, workers, replace(ASK, manual=by_hand, context_length=8192))
     assert caught.value.exit_code == 3
     assert str(caught.value) == (
@@ -253,7 +253,7 @@ def test_workspace_grows_with_the_threads_of_a_worker() -> None:
     workers = [replace(worker("a"), threads=3), worker("b")]
     plan = make_plan(SMALL, workers, replace(ASK, manual=(("a", 0, 6), ("b", 6, 12))))
     assert [stage.workspace_bytes for stage in plan.stages] == [7 * MIB, 8 * MIB]
-    with pytest.raises(DoesNotFitError, match="up to 10 MiB of workspace a worker"):
+    with pytest.raises(InsufficientMemoryError, match="up to 10 MiB of workspace a worker"):
         make_plan(SMALL, [replace(one, memory_bytes=MIB) for one in workers], ASK)
 
 

@@ -19,7 +19,7 @@ from llamaclust.cluster.planner.links import COORDINATOR, Link, Links, Reach
 from llamaclust.cluster.planner.plan import Plan
 from llamaclust.cluster.planner.planner import make_plan
 from llamaclust.cluster.planner.profile import Trial, TrialPoint
-from llamaclust.core.errors import DoesNotFitError
+from llamaclust.core.errors import InsufficientMemoryError
 from llamaclust.model.loader import ModelCosts
 from support.clusters.random_plans import ASK, FILE_ORDER, GB, MODELS, SLACK, WORKERS, Every, large, named
 
@@ -27,7 +27,7 @@ from support.clusters.random_plans import ASK, FILE_ORDER, GB, MODELS, SLACK, WO
 def planned(costs: ModelCosts, workers: Sequence[WorkerFacts], objective: str) -> Plan | None:
     try:
         return make_plan(costs, workers, replace(ASK, objective=objective))
-    except DoesNotFitError:
+    except InsufficientMemoryError:
         return None
 
 

@@ -10,7 +10,7 @@ import pytest
 from llamaclust.cluster.scheduler.requests import Generation
 from llamaclust.cluster.scheduler.scheduler import Scheduler
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
-from llamaclust.core.errors import WireError
+from llamaclust.core.errors import ProtocolError
 from llamaclust.core.sampler_chain import SamplerChain
 from llamaclust.core.sampling import SamplingParams
 from support.clusters.fakes import VOCABULARY, FakeModel, FakeStages, Simulation, expected, linear
@@ -83,5 +83,5 @@ def test_an_answer_of_an_older_epoch_is_refused() -> None:
     run.scheduler.restart(SETTINGS, 2, 1)
     run.stages = stages(source, SETTINGS.kv_blocks)
     run.send_all()
-    with pytest.raises(WireError, match="of epoch 1, but microbatch 0 of epoch 2 is due"):
+    with pytest.raises(ProtocolError, match="of epoch 1, but microbatch 0 of epoch 2 is due"):
         run.scheduler.complete(late, run.now_ns)

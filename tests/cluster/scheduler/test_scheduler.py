@@ -11,7 +11,7 @@ from llamaclust.cluster.scheduler.in_flight import ScheduledMicrobatch
 from llamaclust.cluster.scheduler.requests import FinishReason, Generation
 from llamaclust.cluster.scheduler.scheduler import Scheduler
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
-from llamaclust.core.errors import QueueFullError, RequestError, WireError
+from llamaclust.core.errors import ProtocolError, QueueFullError, RequestError
 from llamaclust.core.sampler_chain import SamplerChain, Step
 from llamaclust.core.sampling import SamplingParams
 from llamaclust.core.sampling_bounds import MAX_BREAKERS_TOKENS
@@ -255,13 +255,13 @@ def test_a_full_queue_refuses() -> None:
 
 def test_results_out_of_turn_are_refused() -> None:
     run = simulation()
-    with pytest.raises(WireError, match="nothing is due"):
+    with pytest.raises(ProtocolError, match="nothing is due"):
         run.scheduler.complete(Result(1, 0), 1)
     run.add(ask(10, 5))
     run.send_all()
-    with pytest.raises(WireError, match="microbatch 0 of epoch 1 is due"):
+    with pytest.raises(ProtocolError, match="microbatch 0 of epoch 1 is due"):
         run.scheduler.complete(Result(1, 1), 1)
-    with pytest.raises(WireError, match="0 results instead of 1"):
+    with pytest.raises(ProtocolError, match="0 results instead of 1"):
         run.scheduler.complete(Result(1, 0), 1)
 
 

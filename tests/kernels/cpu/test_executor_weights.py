@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llamaclust.core.errors import DoesNotFitError, ModelFileError, UsageError
+from llamaclust.core.errors import InsufficientMemoryError, ModelFileError, UsageError
 from llamaclust.core.limits import StageLimits
 from llamaclust.kernels._native import PackedMatrix
 from llamaclust.kernels.cpu.backend import CpuBackend, CpuStage
@@ -230,7 +230,7 @@ def test_token_ids_are_below_the_rows_of_the_embedding(tmp_path: Path) -> None:
 
 def test_more_memory_than_there_is(tmp_path: Path) -> None:
     tensors = tensors_of(tmp_path, w256=random_weight(256, 256), w64=random_weight(64, 256))
-    with pytest.raises(DoesNotFitError, match="MiB"):
+    with pytest.raises(InsufficientMemoryError, match="MiB"):
         load(attention(), tensors, limits=replace(LIMITS, kv_blocks=1 << 26, max_context_tokens=1 << 20))
 
 

@@ -13,7 +13,7 @@ from llamaclust.cluster.client import local
 from llamaclust.cluster.client.local import LocalClient, LocalSettings
 from llamaclust.cluster.planner import memory as memory_module
 from llamaclust.cluster.scheduler.kv_groups import WindowGroup
-from llamaclust.core.errors import WireError
+from llamaclust.core.errors import ProtocolError
 from llamaclust.core.limits import StageLimits
 from llamaclust.kernels.backend import Backend, Float32
 from llamaclust.kernels.cpu.backend import CpuBackend
@@ -113,7 +113,7 @@ def test_tables_that_lack_what_rows_see_are_refused(bad: Chunk) -> None:
     batch = build_batch(Microbatch("m", 1, 0, (GOOD,)), limits, VOCABULARY, 30)
     assert batch.window_tables is not None and batch.window_tables.tolist() == [-1] * 4 + [2, 3, 4]
     assert build_batch(Microbatch("m", 1, 0, (GOOD,)), limits, VOCABULARY, None).window_tables is None
-    with pytest.raises(WireError, match="window"):
+    with pytest.raises(ProtocolError, match="window"):
         build_batch(Microbatch("m", 1, 0, (bad,)), limits, VOCABULARY, 30)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llamaclust.core.errors import DoesNotFitError
+from llamaclust.core.errors import InsufficientMemoryError
 from llamaclust.kernels.cuda.device import Buffer, Bytes, Launch, Scalar
 
 _LETTERS: dict[str, type[Scalar]] = {"p": np.uint64, "i": np.int32, "f": np.float32, "d": np.float64}
@@ -118,7 +118,7 @@ class ShimDevice:
     def allocate(self, n_bytes: int) -> ShimBuffer:
         assert self._captured is None, "memory is not allocated while a graph is captured"
         if n_bytes > self.free_bytes:
-            raise DoesNotFitError(f"{n_bytes} bytes of the shim's {self.free_bytes}")
+            raise InsufficientMemoryError(f"{n_bytes} bytes of the shim's {self.free_bytes}")
         buffer = ShimBuffer(self, self._native.shim_allocate(n_bytes), n_bytes)
         self._buffers.add(buffer)
         return buffer

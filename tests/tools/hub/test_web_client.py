@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from llamaclust.core.errors import PullError
+from llamaclust.core.errors import DownloadError
 from llamaclust.tools.hub import web_client
 from llamaclust.tools.hub.download import Patience, fetch
 from llamaclust.tools.hub.pull import pull_model
@@ -50,14 +50,14 @@ def test_a_download_tries_again_and_ends(server: Server, tmp_path: Path) -> None
         fetch(client, f"{server.url}/m.gguf", tmp_path / "a", lambda *_: None, sha256=None, patience=QUICK)
         assert (tmp_path / "a").read_bytes() == MODEL
         server.does.drips = 99
-        with pytest.raises(PullError, match=r"headers took longer than 0\.3 s \(3 tries without progress"):
+        with pytest.raises(DownloadError, match=r"headers took longer than 0\.3 s \(3 tries without progress"):
             fetch(client, f"{server.url}/m.gguf", tmp_path / "b", lambda *_: None, sha256=None, patience=QUICK)
 
 
 def test_a_pull_has_that_deadline(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(WebClient.__init__, "__kwdefaults__", {"headers_s": HEADERS_S, "body_s": web_client.BODY_S})
     server.does.drips = 99
-    with pytest.raises(PullError, match="headers took longer"):
+    with pytest.raises(DownloadError, match="headers took longer"):
         pull_model(f"{server.url}/m.gguf", models_dir=tmp_path, patience=QUICK)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from llamaclust.core.errors import DeadlineError, UsageError, WireError
+from llamaclust.core.errors import DeadlineError, ProtocolError, UsageError
 from llamaclust.wire.rpc.client import FORWARD, SAMPLE, Peer, StreamBrokenError
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.server import Server, ServerStream
@@ -25,7 +25,7 @@ async def _echo(stream: ServerStream) -> None:
     await stream.accept()
     while (data := await stream.read()) is not None:
         if data == b"bad":
-            raise WireError("that was bad")
+            raise ProtocolError("that was bad")
         if data == b"bug":
             raise ZeroDivisionError("oops")
         await stream.write(data + str(stream.epoch).encode())
@@ -94,7 +94,7 @@ def test_an_epoch_that_is_no_number_is_refused(epoch: str) -> None:
         def invocation_metadata(self) -> list[tuple[str, str]]:
             return [("llamaclust-epoch", epoch)]
 
-    with pytest.raises(WireError):
+    with pytest.raises(ProtocolError):
         _ = ServerStream(Context()).epoch
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llamaclust.core.errors import LlamaclustError, WireError
+from llamaclust.core.errors import LlamaclustError, ProtocolError
 from llamaclust.wire.control.codec import encode_worker_message
 from llamaclust.wire.control.messages import Heartbeat
 from llamaclust.wire.rpc.client import ECHO, JOIN, Peer, StreamBrokenError
@@ -29,7 +29,7 @@ from support.clusters.trust import A, B, authority, enrolment, refusals
 
 @pytest.mark.parametrize("kind", kinds(), ids=lambda kind: kind.name)
 def test_damaged_messages_are_refused_or_read(kind: Kind) -> None:
-    """A WireError of one line is the only way out beside a message."""
+    """A ProtocolError of one line is the only way out beside a message."""
     source = random.Random(f"{SEED} {kind.name}")
     print(f"{COUNT} cases, FUZZ_SEED={SEED}")
     refused = 0
@@ -37,7 +37,7 @@ def test_damaged_messages_are_refused_or_read(kind: Kind) -> None:
         data = damaged(source, kind.good)
         try:
             kind.decode(data)
-        except WireError as error:
+        except ProtocolError as error:
             refused += 1
             assert "\n" not in str(error) and len(str(error)) < 500, (case, data)
     assert refused > COUNT / 4
@@ -46,7 +46,7 @@ def test_damaged_messages_are_refused_or_read(kind: Kind) -> None:
 @pytest.mark.parametrize("kind", kinds(), ids=lambda kind: kind.name)
 def test_oversized_messages_are_refused_before_they_are_read(kind: Kind) -> None:
     data = kind.good[0] + bytes(1 << 27)
-    with pytest.raises(WireError):
+    with pytest.raises(ProtocolError):
         kind.decode(data)
 
 

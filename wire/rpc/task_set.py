@@ -1,0 +1,51 @@
+"""Background tasks of one owner, which keeps a reference to each until it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine, Iterator
+from typing import Any, TypeVar
+
+_log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+
+class TaskSet:
+    """The event loop itself holds tasks only weakly. A task that ends with an error that nothing awaits is logged."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def __iter__(self) -> Iterator[asyncio.Task[Any]]:
+        return iter(tuple(self._tasks))
+
+    def start(self, work: Coroutine[Any, Any, Result]) -> asyncio.Task[Result]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            _log.error("a background task failed", exc_info=error)
+
+    async def join(self) -> None:
+        """Returns when no task is left, errors included. The caller has a deadline."""
+        while self._tasks:
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def cancel(self) -> None:
+        """Requests the end of all tasks."""
+        for task in self:
+            task.cancel()
+
+    async def close(self) -> None:
+        """Cancels all tasks and returns when they have ended."""
+        self.cancel()
+        await self.join()

@@ -17,7 +17,7 @@ from llamaclust.cli.main import main
 from llamaclust.cluster.state.directory import ClusterDir, ClusterRecord
 from support.clusters import served
 from support.clusters.scripted_command import Ended, command, scripted, terminal
-from support.clusters.served import END, ids, logprob, run_async
+from support.clusters.served import END, ids, logprob
 from support.models.tiny_model import build_tiny_model
 
 Here = Callable[..., Ended]
@@ -44,7 +44,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny_model(tmp_path_factory.mktemp("cli") / "tiny.gguf", layers=1, hidden=64, heads=4, ffn=96)
 
 
-@run_async
 async def test_generate_streams_the_text() -> None:
     async with scripted("Hello") as (url, engine):
         ended = await command("generate", "abc", "-n", "9", "--seed", "5", "--temperature", "0.5", "--endpoint", url)
@@ -53,7 +52,6 @@ async def test_generate_streams_the_text() -> None:
         assert (ask.max_tokens, ask.seed, ask.params.temperature) == (9, 5, 0.5)
 
 
-@run_async
 async def test_generate_as_json() -> None:
     async with scripted("Hello") as (url, engine):
         arguments = ("--top-k", "7", "--top-p", "0.5", "--min-p", "0.1", "--stop", "xyz", "--stop", "q", "--json")
@@ -76,7 +74,6 @@ async def test_generate_as_json() -> None:
     assert ask.params.chain is None
 
 
-@run_async
 async def test_samplers_beyond_the_plain_ones() -> None:
     async with scripted("Hello") as (url, engine):
         given = ("--mirostat", "2", "--mirostat-tau", "3", "--repeat-penalty", "1.5", "--typical-p", "0.5")
@@ -93,7 +90,6 @@ async def test_samplers_beyond_the_plain_ones() -> None:
         assert (ended.code, ended.out) != (0, "") and "'magic' is none of penalties" in ended.err
 
 
-@run_async
 async def test_prompts_may_be_piped() -> None:
     async with scripted("a") as (url, engine):
         for arguments in ((), ("-",)):
@@ -103,7 +99,6 @@ async def test_prompts_may_be_piped() -> None:
         assert (ended.code, ended.out) == (2, "") and "not UTF-8" in ended.err
 
 
-@run_async
 async def test_a_model_in_the_process(tiny: Path) -> None:
     ended = await command("generate", "Hi", "-n", "4", "--model", str(tiny), "--threads", "1", "--json")
     assert (ended.code, ended.err) == (0, "")
@@ -114,7 +109,6 @@ async def test_a_model_in_the_process(tiny: Path) -> None:
     assert tuple(np.float32(value) for value in printed["logprobs"]) == reply.logprobs
 
 
-@run_async
 async def test_the_running_cluster_is_found_with_its_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLAMACLUST_STATE_DIR", str(tmp_path / "state"))
     keys = tmp_path / "keys"
@@ -167,7 +161,6 @@ def test_values_out_of_bounds(here: Here, arguments: Sequence[str], tiny: Path) 
 # -- chat --------------------------------------------------------------------------------------------------------------
 
 
-@run_async
 async def test_a_chat_through_a_pipe_remembers_saves_and_loads(tmp_path: Path) -> None:
     saved = tmp_path / "chat.json"
     turns = f"Hello\n\n /not a command\n/save {saved}\n/clear\nNew\n/load {saved}\nMore\n/help\n/exit\nnever sent\n"
@@ -194,7 +187,6 @@ async def test_a_chat_through_a_pipe_remembers_saves_and_loads(tmp_path: Path) -
         ("/load FILE", "not a conversation"),
     ],
 )
-@run_async
 async def test_mistakes_in_a_piped_chat_end_it(line: str, words: str, tmp_path: Path) -> None:
     other = tmp_path / "other.json"
     other.write_text('{"messages": [{"role": "judge", "content": "x"}]}')
@@ -204,7 +196,6 @@ async def test_mistakes_in_a_piped_chat_end_it(line: str, words: str, tmp_path: 
     assert words in ended.err and ended.err.count("\n") == 1
 
 
-@run_async
 async def test_control_c_interrupts_an_answer_and_not_the_chat() -> None:
     async with scripted("Hello" * 30) as (url, engine), terminal("chat", "--endpoint", url) as screen:
         await screen.shows("> ")

@@ -10,7 +10,6 @@ from llamaclust.cli.terminal import print_error, printable
 from llamaclust.cli.watch import ready_text
 from llamaclust.cluster.state.events import Ready
 from support.clusters.scripted_command import command, scripted, terminal
-from support.clusters.served import run_async
 from support.models.tiny_model import build_tiny_model
 
 EVIL = "\x1b]0;PWN\x07\x1b[2J evil\n\rfake line"
@@ -44,7 +43,6 @@ def test_a_models_name_is_printable() -> None:
     assert "\x1b" not in ready_text(Ready("demo", "http://127.0.0.1:1", EVIL))
 
 
-@run_async
 async def test_a_template_that_refuses_says_so_in_one_line(tmp_path: Path) -> None:
     model = build_tiny_model(tmp_path / "evil.gguf", layers=1, extra={"tokenizer.chat_template": TEMPLATE})
     ended = await command("chat", "--model", str(model), "--threads", "1", piped=b"hello\n")
@@ -57,7 +55,6 @@ async def test_a_template_that_refuses_says_so_in_one_line(tmp_path: Path) -> No
         assert "[2J evil" in screen.seen and "\x1b]" not in screen.seen
 
 
-@run_async
 async def test_a_cluster_file_with_escapes_in_a_name(tmp_path: Path) -> None:
     file = tmp_path / "evil.yaml"
     file.write_text('model: "/tmp/\\e]0;PWN\\a.gguf"\nworkers: [{name: a}]\n')
@@ -66,7 +63,6 @@ async def test_a_cluster_file_with_escapes_in_a_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["generate", "chat"])
-@run_async
 async def test_generated_text_drives_no_terminal(name: str) -> None:
     """Elsewhere it is written as it is."""
     text = "a\x1b[2Jb\x07\tc\x9bd\re\nf"
@@ -102,7 +98,6 @@ async def test_generated_text_drives_no_terminal(name: str) -> None:
     ],
     ids=" ".join,
 )
-@run_async
 async def test_a_name_that_is_too_long_is_bad_usage(arguments: tuple[str, ...]) -> None:
     ended = await command(*(argument.replace("LONG", "x" * 4000) for argument in arguments))
     assert (ended.code, ended.out) == (2, "")

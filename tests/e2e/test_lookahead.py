@@ -206,13 +206,10 @@ def test_a_step_ahead_without_sampling_inputs_is_a_failure(model: Model, tmp_pat
 
 
 @pytest.mark.parametrize("stage", ["first of one", "last"])
-def test_only_the_first_of_several_stages_is_told_tokens(model: Model, tmp_path: Path, stage: str) -> None:
-    async def run() -> None:
-        async with chain(model, tmp_path, (0, 3) if stage == "first of one" else (0, 1, 3)) as stages:
-            with pytest.raises(StreamBrokenError, match="chosen tokens for a stage that is not the first of several"):
-                await stages.last.open(CHOSEN, epoch=1).opened()
-
-    asyncio.run(run())
+async def test_only_the_first_of_several_stages_is_told_tokens(model: Model, tmp_path: Path, stage: str) -> None:
+    async with chain(model, tmp_path, (0, 3) if stage == "first of one" else (0, 1, 3)) as stages:
+        with pytest.raises(StreamBrokenError, match="chosen tokens for a stage that is not the first of several"):
+            await stages.last.open(CHOSEN, epoch=1).opened()
 
 
 def test_tokens_out_of_turn_are_refused() -> None:
@@ -226,16 +223,13 @@ def test_a_row_without_an_answer_counts_as_token_0() -> None:
     assert chosen_in(4, (RowResult(9, -1.0), RowResult(-1, float("nan"), failure="no"))) == Chosen(4, (9, 0))
 
 
-def test_waiting_ends_with_the_stream_of_tokens() -> None:
-    async def run() -> None:
-        box = ChosenTokens()
-        waiting = asyncio.create_task(box.known(Microbatch("m", 1, 1, (Chunk((0,), 4, (0, 2), 1, (0, 0)),)), 5.0))
-        await asyncio.sleep(0)
-        box.fail(WorkerError("the last stage is gone"))
-        with pytest.raises(WorkerError, match="the last stage is gone"):
-            await waiting
-
-    asyncio.run(run())
+async def test_waiting_ends_with_the_stream_of_tokens() -> None:
+    box = ChosenTokens()
+    waiting = asyncio.create_task(box.known(Microbatch("m", 1, 1, (Chunk((0,), 4, (0, 2), 1, (0, 0)),)), 5.0))
+    await asyncio.sleep(0)
+    box.fail(WorkerError("the last stage is gone"))
+    with pytest.raises(WorkerError, match="the last stage is gone"):
+        await waiting
 
 
 def test_a_history_that_goes_on_needs_a_chunk_that_follows() -> None:

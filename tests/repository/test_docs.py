@@ -27,7 +27,7 @@ from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.text.service import TextService, TextSettings
 from llamaclust.core.errors import LlamaclustError, UsageError
 from support.clusters.command_line import command_line
-from support.clusters.served import run_async, serving
+from support.clusters.served import serving
 from support.models.tiny_model import build_tiny_model
 from support.paths import ROOT
 
@@ -300,7 +300,6 @@ async def demo_api(folder: Path) -> AsyncIterator[str]:
             yield url
 
 
-@run_async
 async def test_python_of_the_readme_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     snippets = fences(README, "python")
     assert len(snippets) >= 2

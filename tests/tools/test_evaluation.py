@@ -26,7 +26,7 @@ from llamaclust.model.loader import Model
 from llamaclust.tools.evaluate.hellaswag import Accuracy, Task, _score, read_tasks
 from llamaclust.tools.evaluate.kl_divergence import Divergence, Estimate, compare
 from llamaclust.tools.evaluate.logits_file import Float32, LogitsFile, LogitsShape, writing
-from support.clusters.served import run_async, serving
+from support.clusters.served import serving
 from support.models.tiny_model import build_tiny_model
 
 CONTEXT, VOCABULARY = 16, 37
@@ -252,7 +252,6 @@ def test_tasks_are_six_lines_each(tiny: Path, tasks: Path) -> None:
     assert read_tasks(tasks, tokenizer, 1) == read[:1]
 
 
-@run_async
 async def test_endings_are_chosen_alike_here_and_over_http(
     tiny: Path, tasks: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

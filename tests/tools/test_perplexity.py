@@ -21,7 +21,7 @@ from llamaclust.cluster.text.service import TextService, TextSettings
 from llamaclust.core.errors import LlamaclustError, UsageError
 from llamaclust.model.loader import Model
 from llamaclust.tools.evaluate.perplexity import Accumulator, cut, measure, read_text
-from support.clusters.served import ScriptedEngine, make_app, run_async, says, serving
+from support.clusters.served import ScriptedEngine, make_app, says, serving
 from support.models.tiny_model import build_tiny_model
 from support.paths import DATA
 
@@ -97,7 +97,6 @@ def command(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, s
     return ended.value.code, out, err
 
 
-@run_async
 async def test_the_same_digits_here_and_over_http(tiny: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = (str(tiny), "-f", str(text), "-c", str(CONTEXT), "--chunks", "4", "--json")
     code, here, err = command(capsys, *arguments)
@@ -112,7 +111,6 @@ async def test_the_same_digits_here_and_over_http(tiny: Path, text: Path, capsys
     assert over_http == (0, here, "")
 
 
-@run_async
 async def test_the_same_digits_on_two_workers(tiny: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In a process of its own, since gRPC reads its environment once."""
     arguments = (str(tiny), "-f", str(text), "-c", str(CONTEXT), "--chunks", "3", "--json")
@@ -125,7 +123,6 @@ async def test_the_same_digits_on_two_workers(tiny: Path, text: Path, capsys: py
     assert (process.returncode, out.decode()) == (0, here)
 
 
-@run_async
 async def test_a_server_with_another_vocabulary_is_found_out(
     tiny: Path, text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -30,70 +30,61 @@ from llamaclust.worker.stage.service import StageService
 from llamaclust.worker.weights import load
 
 
-def test_short_jobs_run_on_the_event_loop_and_long_ones_beside_it() -> None:
-    async def run() -> None:
-        compute = Compute()
-        here = threading.get_ident()
-        assert await compute.run(threading.get_ident, INLINE_NS - 1) == here
-        assert await compute.run(threading.get_ident, INLINE_NS) != here
-        assert await compute.run(threading.get_ident) != here
-        for expected_ns in (0, INLINE_NS):
-            with pytest.raises(ZeroDivisionError):
-                await compute.run(lambda: 1 // 0, expected_ns)
-        compute.close()
-
-    asyncio.run(run())
+async def test_short_jobs_run_on_the_event_loop_and_long_ones_beside_it() -> None:
+    compute = Compute()
+    here = threading.get_ident()
+    assert await compute.run(threading.get_ident, INLINE_NS - 1) == here
+    assert await compute.run(threading.get_ident, INLINE_NS) != here
+    assert await compute.run(threading.get_ident) != here
+    for expected_ns in (0, INLINE_NS):
+        with pytest.raises(ZeroDivisionError):
+            await compute.run(lambda: 1 // 0, expected_ns)
+    compute.close()
 
 
-def test_jobs_never_overlap_not_even_after_a_cancelled_one() -> None:
-    async def run() -> None:
-        compute, begun, go_on = Compute(), threading.Event(), threading.Event()
+async def test_jobs_never_overlap_not_even_after_a_cancelled_one() -> None:
+    compute, begun, go_on = Compute(), threading.Event(), threading.Event()
 
-        def long_job() -> None:
-            begun.set()
-            go_on.wait(10)
+    def long_job() -> None:
+        begun.set()
+        go_on.wait(10)
 
-        cancelled = asyncio.create_task(compute.run(long_job))
-        await asyncio.to_thread(begun.wait, 10)
-        cancelled.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await cancelled
-        after = asyncio.create_task(compute.run(threading.get_ident, 0))
-        await asyncio.sleep(0.01)
-        assert not after.done()
-        go_on.set()
-        assert await after != threading.get_ident()  # it waited its turn in the queue
-        assert await compute.run(threading.get_ident, 0) == threading.get_ident()
-        compute.close()
-
-    asyncio.run(run())
+    cancelled = asyncio.create_task(compute.run(long_job))
+    await asyncio.to_thread(begun.wait, 10)
+    cancelled.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await cancelled
+    after = asyncio.create_task(compute.run(threading.get_ident, 0))
+    await asyncio.sleep(0.01)
+    assert not after.done()
+    go_on.set()
+    assert await after != threading.get_ident()  # it waited its turn in the queue
+    assert await compute.run(threading.get_ident, 0) == threading.get_ident()
+    compute.close()
 
 
-def test_inputs_wait_or_are_waited_for_and_late_ones_are_dropped() -> None:
-    async def run() -> None:
-        box = InputsBox(epoch=1, deadline_s=0.05)
-        inputs = [SamplingInputs(1, number, ()) for number in range(300)]
-        box.put(inputs[0])
-        assert await box.take(0) is inputs[0]
-        box.done(0)
-        taking = asyncio.create_task(box.take(1))
-        await asyncio.sleep(0)
-        box.put(inputs[1])
-        assert await taking is inputs[1]
-        box.done(1)
-        with pytest.raises(DeadlineError, match="sampling inputs of microbatch 2"):
-            await box.take(2)
-        box.done(2)
-        box.put(inputs[2])
-        assert not box._waiting
-        with pytest.raises(ProtocolError, match=r"\(1, 5\) where \(1, 3\)"):
-            box.put(inputs[5])
-        for number in range(3, 3 + 256):
-            box.put(inputs[number])
-        with pytest.raises(ProtocolError, match="more than 256"):
-            box.put(inputs[3 + 256])
-
-    asyncio.run(run())
+async def test_inputs_wait_or_are_waited_for_and_late_ones_are_dropped() -> None:
+    box = InputsBox(epoch=1, deadline_s=0.05)
+    inputs = [SamplingInputs(1, number, ()) for number in range(300)]
+    box.put(inputs[0])
+    assert await box.take(0) is inputs[0]
+    box.done(0)
+    taking = asyncio.create_task(box.take(1))
+    await asyncio.sleep(0)
+    box.put(inputs[1])
+    assert await taking is inputs[1]
+    box.done(1)
+    with pytest.raises(DeadlineError, match="sampling inputs of microbatch 2"):
+        await box.take(2)
+    box.done(2)
+    box.put(inputs[2])
+    assert not box._waiting
+    with pytest.raises(ProtocolError, match=r"\(1, 5\) where \(1, 3\)"):
+        box.put(inputs[5])
+    for number in range(3, 3 + 256):
+        box.put(inputs[number])
+    with pytest.raises(ProtocolError, match="more than 256"):
+        box.put(inputs[3 + 256])
 
 
 def test_a_launcher_says_all_settings_on_the_command_line() -> None:

@@ -69,25 +69,22 @@ def test_processes_give_the_bits_of_one_stage_in_this_process(
     assert [result.rows for result in results] == _alone(model, 1)
 
 
-def test_two_epochs_live_side_by_side_and_memory_is_given_back(model: Path, tmp_path: Path) -> None:
-    async def run() -> None:
-        async with real_cluster(tmp_path, 2) as cluster:
-            seen: list[LoadProgress] = []
-            old = await cluster.load(model, (0, 2, 5), epoch=1)
-            new = await cluster.load(model, (0, 4, 5), epoch=2)
-            rows_old, rows_new = await asyncio.gather(_run(old, model), _run(new, model))
-            assert [result.rows for result in rows_old] == [result.rows for result in rows_new]
-            worker = cluster.registry.workers["a"]
-            assert worker.layers == (0, 4)
-            both = worker.memory_bytes
-            await worker.unload(1)
-            assert 0 < worker.memory_bytes < both
-            assert list(worker.stages) == [2]
-            order, _ = worker.stages[2]
-            await worker.load(replace(order, epoch=3), seen.append)
-            assert all(one.epoch == 3 and one.done_bytes <= one.total_bytes for one in seen)
-
-    asyncio.run(run())
+async def test_two_epochs_live_side_by_side_and_memory_is_given_back(model: Path, tmp_path: Path) -> None:
+    async with real_cluster(tmp_path, 2) as cluster:
+        seen: list[LoadProgress] = []
+        old = await cluster.load(model, (0, 2, 5), epoch=1)
+        new = await cluster.load(model, (0, 4, 5), epoch=2)
+        rows_old, rows_new = await asyncio.gather(_run(old, model), _run(new, model))
+        assert [result.rows for result in rows_old] == [result.rows for result in rows_new]
+        worker = cluster.registry.workers["a"]
+        assert worker.layers == (0, 4)
+        both = worker.memory_bytes
+        await worker.unload(1)
+        assert 0 < worker.memory_bytes < both
+        assert list(worker.stages) == [2]
+        order, _ = worker.stages[2]
+        await worker.load(replace(order, epoch=3), seen.append)
+        assert all(one.epoch == 3 and one.done_bytes <= one.total_bytes for one in seen)
 
 
 @pytest.mark.parametrize("victim", ["a", "b", "c"])
@@ -125,32 +122,26 @@ def test_a_killed_worker_is_an_error_that_names_it(
     assert lost == [victim]
 
 
-def test_a_silent_worker_is_lost_after_the_timeout(model: Path, tmp_path: Path) -> None:
-    async def run() -> None:
-        async with real_cluster(tmp_path, 2, silence_s=1.5) as cluster:
-            pipeline = await cluster.load(model, (0, 2, 5))
-            pid = cluster.launcher.pids["b"]
-            os.kill(pid, signal.SIGSTOP)
-            try:
-                async with running(pipeline) as at_work:
-                    with pytest.raises(WorkerError, match=r"worker b .* is lost: no sign of life for 1\.5 s"):
-                        await at_work.next_result()
-            finally:
-                os.kill(pid, signal.SIGCONT)
-
-    asyncio.run(run())
+async def test_a_silent_worker_is_lost_after_the_timeout(model: Path, tmp_path: Path) -> None:
+    async with real_cluster(tmp_path, 2, silence_s=1.5) as cluster:
+        pipeline = await cluster.load(model, (0, 2, 5))
+        pid = cluster.launcher.pids["b"]
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            async with running(pipeline) as at_work:
+                with pytest.raises(WorkerError, match=r"worker b .* is lost: no sign of life for 1\.5 s"):
+                    await at_work.next_result()
+        finally:
+            os.kill(pid, signal.SIGCONT)
 
 
-def test_a_coordinator_that_was_busy_hears_the_heartbeats_that_waited(tmp_path: Path) -> None:
-    async def run() -> None:
-        async with real_cluster(tmp_path, 2, silence_s=1.0, deadlines=Deadlines(heartbeat_s=0.1)) as cluster:
+async def test_a_coordinator_that_was_busy_hears_the_heartbeats_that_waited(tmp_path: Path) -> None:
+    async with real_cluster(tmp_path, 2, silence_s=1.0, deadlines=Deadlines(heartbeat_s=0.1)) as cluster:
+        await asyncio.sleep(0.2)
+        for _ in range(2):
+            time.sleep(1.5)  # noqa: ASYNC251  the loop stands still
             await asyncio.sleep(0.2)
-            for _ in range(2):
-                time.sleep(1.5)  # noqa: ASYNC251  the loop stands still
-                await asyncio.sleep(0.2)
-            assert {worker.state for worker in cluster.registry.workers.values()} == {WorkerState.JOINED}
-
-    asyncio.run(run())
+        assert {worker.state for worker in cluster.registry.workers.values()} == {WorkerState.JOINED}
 
 
 def _order(cluster: RealCluster, model: Path, **changes: object) -> Load:
@@ -171,40 +162,34 @@ BAD_ORDERS: dict[str, tuple[dict[str, object], type[LlamaclustError], str]] = {
 
 
 @pytest.mark.parametrize("name", BAD_ORDERS)
-def test_a_load_that_fails_leaves_a_worker_that_serves(model: Path, tmp_path: Path, name: str) -> None:
+async def test_a_load_that_fails_leaves_a_worker_that_serves(model: Path, tmp_path: Path, name: str) -> None:
     changes, kind, message = BAD_ORDERS[name]
 
-    async def run() -> None:
-        async with real_cluster(tmp_path, 1) as cluster:
-            worker = cluster.registry.workers["a"]
-            with pytest.raises(kind, match=message):
-                await worker.load(_order(cluster, model, **changes))
-            assert (worker.state, worker.layers) == (WorkerState.JOINED, None)
-            pipeline = await cluster.load(model, (0, 5), epoch=2)
-            await _run(pipeline, model, 3)
-            await pipeline.close()
-
-    asyncio.run(run())
+    async with real_cluster(tmp_path, 1) as cluster:
+        worker = cluster.registry.workers["a"]
+        with pytest.raises(kind, match=message):
+            await worker.load(_order(cluster, model, **changes))
+        assert (worker.state, worker.layers) == (WorkerState.JOINED, None)
+        pipeline = await cluster.load(model, (0, 5), epoch=2)
+        await _run(pipeline, model, 3)
+        await pipeline.close()
 
 
-def test_a_worker_measures_its_machine_and_shows_signs_of_life(model: Path, tmp_path: Path) -> None:
-    async def run() -> None:
-        async with real_cluster(tmp_path, 1) as cluster:
-            worker = cluster.registry.workers["a"]
-            measured = await worker.measure()
-            assert measured.read_bytes_s > 1e8
-            assert measured.int8_macs_s > 1e8
-            pipeline = await cluster.load(model, (0, 5))
-            await _run(pipeline, model)
-            async with asyncio.timeout(30):
-                while worker.heartbeat is None or worker.heartbeat.microbatches < 8:  # noqa: ASYNC110  only values come
-                    await asyncio.sleep(0.05)
-            assert 0 < worker.heartbeat.busy <= 1
-            assert worker.heartbeat.tokens == 16 * 4 + 2 * 6
-            assert worker.heartbeat.resident_bytes > 1 << 20
-            await pipeline.close()
-
-    asyncio.run(run())
+async def test_a_worker_measures_its_machine_and_shows_signs_of_life(model: Path, tmp_path: Path) -> None:
+    async with real_cluster(tmp_path, 1) as cluster:
+        worker = cluster.registry.workers["a"]
+        measured = await worker.measure()
+        assert measured.read_bytes_s > 1e8
+        assert measured.int8_macs_s > 1e8
+        pipeline = await cluster.load(model, (0, 5))
+        await _run(pipeline, model)
+        async with asyncio.timeout(30):
+            while worker.heartbeat is None or worker.heartbeat.microbatches < 8:  # noqa: ASYNC110  only values come
+                await asyncio.sleep(0.05)
+        assert 0 < worker.heartbeat.busy <= 1
+        assert worker.heartbeat.tokens == 16 * 4 + 2 * 6
+        assert worker.heartbeat.resident_bytes > 1 << 20
+        await pipeline.close()
 
 
 async def _say_hello(cluster: RealCluster, register: Register) -> object:
@@ -235,56 +220,44 @@ REFUSED: dict[str, tuple[Callable[[Register], Register], str]] = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_workers_that_do_not_fit_are_refused_by_name(tmp_path: Path, what: str) -> None:
+async def test_workers_that_do_not_fit_are_refused_by_name(tmp_path: Path, what: str) -> None:
     change, reason = REFUSED[what]
 
-    async def run() -> None:
-        async with real_cluster(tmp_path, 1) as cluster:
-            answer = await _say_hello(cluster, change(REGISTER))
-            assert isinstance(answer, Refused)
-            assert answer.reason.startswith(reason)
-            assert "x" not in cluster.registry.workers
-            newer = await _say_hello(cluster, replace(REGISTER, protocol=(MAJOR, 99)))
-            assert not isinstance(newer, Refused)
-
-    asyncio.run(run())
+    async with real_cluster(tmp_path, 1) as cluster:
+        answer = await _say_hello(cluster, change(REGISTER))
+        assert isinstance(answer, Refused)
+        assert answer.reason.startswith(reason)
+        assert "x" not in cluster.registry.workers
+        newer = await _say_hello(cluster, replace(REGISTER, protocol=(MAJOR, 99)))
+        assert not isinstance(newer, Refused)
 
 
-def test_a_member_needs_the_token_and_must_register(tmp_path: Path) -> None:
-    async def run() -> None:
-        async with real_cluster(tmp_path, 1) as cluster:
-            with pytest.raises(StreamBrokenError, match="token"):
-                await Peer(cluster.registry.address, ClusterToken("w" * 40)).open(JOIN).opened()
-            worker_address = cluster.registry.workers["a"].registration.address
-            with pytest.raises(StreamBrokenError, match="token"):
-                await Peer(worker_address, ClusterToken("w" * 40)).open("/llamaclust.v1.Stage/Forward").opened()
-            stream = Peer(cluster.registry.address, cluster.run.token).open(JOIN)
-            await stream.write(b"\xff\xff")
-            with pytest.raises(StreamBrokenError, match="damaged"):
-                await stream.read()
-            assert cluster.registry.workers["a"].state is WorkerState.JOINED
-
-    asyncio.run(run())
+async def test_a_member_needs_the_token_and_must_register(tmp_path: Path) -> None:
+    async with real_cluster(tmp_path, 1) as cluster:
+        with pytest.raises(StreamBrokenError, match="token"):
+            await Peer(cluster.registry.address, ClusterToken("w" * 40)).open(JOIN).opened()
+        worker_address = cluster.registry.workers["a"].registration.address
+        with pytest.raises(StreamBrokenError, match="token"):
+            await Peer(worker_address, ClusterToken("w" * 40)).open("/llamaclust.v1.Stage/Forward").opened()
+        stream = Peer(cluster.registry.address, cluster.run.token).open(JOIN)
+        await stream.write(b"\xff\xff")
+        with pytest.raises(StreamBrokenError, match="damaged"):
+            await stream.read()
+        assert cluster.registry.workers["a"].state is WorkerState.JOINED
 
 
-def test_a_worker_that_does_not_start_is_named_with_its_last_words(tmp_path: Path) -> None:
-    async def run() -> None:
-        with pytest.raises(
-            WorkerError, match=r"worker a did not start: .* exit code 2; its last words: .*device 'toaster'"
-        ):
-            async with real_cluster(tmp_path, 1, device="toaster"):
-                pass
-
-    asyncio.run(run())
+async def test_a_worker_that_does_not_start_is_named_with_its_last_words(tmp_path: Path) -> None:
+    with pytest.raises(
+        WorkerError, match=r"worker a did not start: .* exit code 2; its last words: .*device 'toaster'"
+    ):
+        async with real_cluster(tmp_path, 1, device="toaster"):
+            pass
 
 
-def test_workers_on_the_reference_are_a_cluster_among_themselves(tmp_path: Path) -> None:
-    async def run() -> None:
-        async with real_cluster(tmp_path, 2, device="reference") as cluster:
-            assert {one.registration.numerics_version for one in cluster.registry.workers.values()} == {0}
-            answer = await _say_hello(cluster, REGISTER)
-            assert isinstance(answer, Refused) and answer.reason.startswith(
-                f"worker x computes by numerics_version {NUMERICS_VERSION},"
-            )
-
-    asyncio.run(run())
+async def test_workers_on_the_reference_are_a_cluster_among_themselves(tmp_path: Path) -> None:
+    async with real_cluster(tmp_path, 2, device="reference") as cluster:
+        assert {one.registration.numerics_version for one in cluster.registry.workers.values()} == {0}
+        answer = await _say_hello(cluster, REGISTER)
+        assert isinstance(answer, Refused) and answer.reason.startswith(
+            f"worker x computes by numerics_version {NUMERICS_VERSION},"
+        )

@@ -103,24 +103,21 @@ def test_the_first_chunk_with_a_long_context_is_not_expected_to_be_short(model: 
     assert [expected_ns < INLINE_NS for expected_ns in seen] == [False, True, False, True]
 
 
-def test_sampling_inputs_may_come_late_but_not_never(model: Model, tmp_path: Path) -> None:
+async def test_sampling_inputs_may_come_late_but_not_never(model: Model, tmp_path: Path) -> None:
     (first, first_inputs), (second, second_inputs), (third, third_inputs), *_ = microbatches(model.model_id, 1, 3)
 
-    async def run() -> None:
-        async with chain(model, tmp_path) as stages:
-            await stages.submit(first, None)
-            await asyncio.sleep(0.05)
-            await stages.sample.write(encode_inputs(first_inputs))
-            assert (await stages.result()).failure is None
-            await stages.submit(second, None)
-            failed = await stages.result()
-            assert failed.failure is not None
-            assert "worker w1 (layers [1, 3)): sampling inputs of microbatch 1: not within 0.2 s" in failed.failure
-            await stages.sample.write(encode_inputs(second_inputs))  # too late: dropped
-            await stages.submit(third, third_inputs)
-            assert (await stages.result()).failure is None
-
-    asyncio.run(run())
+    async with chain(model, tmp_path) as stages:
+        await stages.submit(first, None)
+        await asyncio.sleep(0.05)
+        await stages.sample.write(encode_inputs(first_inputs))
+        assert (await stages.result()).failure is None
+        await stages.submit(second, None)
+        failed = await stages.result()
+        assert failed.failure is not None
+        assert "worker w1 (layers [1, 3)): sampling inputs of microbatch 1: not within 0.2 s" in failed.failure
+        await stages.sample.write(encode_inputs(second_inputs))  # too late: dropped
+        await stages.submit(third, third_inputs)
+        assert (await stages.result()).failure is None
 
 
 def test_inputs_that_break_the_protocol_end_both_streams_at_once(
@@ -202,49 +199,42 @@ HOSTILE = list(_hostile(SimpleNamespace(model_id="")))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_frame_that_breaks_the_protocol_ends_the_stream_by_name(model: Model, tmp_path: Path, name: str) -> None:
-    async def run() -> None:
-        async with chain(model, tmp_path, (0, 3)) as stages:
-            await stages.forward.write(_hostile(model)[name])
-            with pytest.raises(StreamBrokenError) as caught:
-                await stages.forward.read()
-            print(caught.value)
-
-    asyncio.run(run())
-
-
-def test_a_hidden_state_of_another_size_is_refused(model: Model, tmp_path: Path) -> None:
-    async def run() -> None:
-        async with chain(model, tmp_path) as stages:
-            forward = stages.last.open(FORWARD, epoch=1)
-            with pytest.raises(StreamBrokenError, match="second stream"):
-                await forward.opened()
-        async with chain(model, tmp_path, (0, 3)) as stages:
-            hidden = encode_hidden(encode_microbatch(_good(model)), (), np.zeros((1, 63), np.float32))
-            await stages.forward.write(hidden)
-            with pytest.raises(StreamBrokenError, match="252 bytes, 1 x 0"):
-                await stages.forward.read()
-
-    asyncio.run(run())
+async def test_a_frame_that_breaks_the_protocol_ends_the_stream_by_name(
+    model: Model, tmp_path: Path, name: str
+) -> None:
+    async with chain(model, tmp_path, (0, 3)) as stages:
+        await stages.forward.write(_hostile(model)[name])
+        with pytest.raises(StreamBrokenError) as caught:
+            await stages.forward.read()
+        print(caught.value)
 
 
-def test_streams_that_do_not_belong_are_refused_by_name(model: Model, tmp_path: Path) -> None:
-    async def run() -> None:
-        async with chain(model, tmp_path) as stages:
-            for peer, method, epoch, why in (
-                (stages.first, FORWARD, 2, "worker w0 holds no stage for epoch 2"),
-                (stages.first, SAMPLE, 1, "not the last"),
-                (stages.first, FORWARD, 1, "second stream"),
-                (stages.last, SAMPLE, 1, "second sampling stream"),
-                (stages.first, FORWARD, None, "a number is expected"),
-            ):
-                with pytest.raises(StreamBrokenError, match=why):
-                    await peer.open(method, epoch=epoch).opened()
-            for microbatch, inputs in microbatches(model.model_id, 1, 2):  # nothing else is disturbed
-                await stages.submit(microbatch, inputs)
-                assert (await stages.result()).failure is None
+async def test_a_hidden_state_of_another_size_is_refused(model: Model, tmp_path: Path) -> None:
+    async with chain(model, tmp_path) as stages:
+        forward = stages.last.open(FORWARD, epoch=1)
+        with pytest.raises(StreamBrokenError, match="second stream"):
+            await forward.opened()
+    async with chain(model, tmp_path, (0, 3)) as stages:
+        hidden = encode_hidden(encode_microbatch(_good(model)), (), np.zeros((1, 63), np.float32))
+        await stages.forward.write(hidden)
+        with pytest.raises(StreamBrokenError, match="252 bytes, 1 x 0"):
+            await stages.forward.read()
 
-    asyncio.run(run())
+
+async def test_streams_that_do_not_belong_are_refused_by_name(model: Model, tmp_path: Path) -> None:
+    async with chain(model, tmp_path) as stages:
+        for peer, method, epoch, why in (
+            (stages.first, FORWARD, 2, "worker w0 holds no stage for epoch 2"),
+            (stages.first, SAMPLE, 1, "not the last"),
+            (stages.first, FORWARD, 1, "second stream"),
+            (stages.last, SAMPLE, 1, "second sampling stream"),
+            (stages.first, FORWARD, None, "a number is expected"),
+        ):
+            with pytest.raises(StreamBrokenError, match=why):
+                await peer.open(method, epoch=epoch).opened()
+        for microbatch, inputs in microbatches(model.model_id, 1, 2):  # nothing else is disturbed
+            await stages.submit(microbatch, inputs)
+            assert (await stages.result()).failure is None
 
 
 def test_bad_sampling_inputs_end_the_stream_by_name(model: Model, tmp_path: Path) -> None:
@@ -259,83 +249,71 @@ def test_bad_sampling_inputs_end_the_stream_by_name(model: Model, tmp_path: Path
     asyncio.run(run(encode_inputs(SamplingInputs(2, 0, ())), r"\(2, 0\) where \(1, 0\)"))
 
 
-def test_another_number_of_tasks_than_rows_ends_the_stream(model: Model, tmp_path: Path) -> None:
-    async def run() -> None:
-        async with chain(model, tmp_path, (0, 3)) as stages:
-            await stages.submit(_good(model), SamplingInputs(1, 0, ()))
-            with pytest.raises(StreamBrokenError, match="0 tasks for 1 output rows"):
-                await stages.forward.read()
-
-    asyncio.run(run())
+async def test_another_number_of_tasks_than_rows_ends_the_stream(model: Model, tmp_path: Path) -> None:
+    async with chain(model, tmp_path, (0, 3)) as stages:
+        await stages.submit(_good(model), SamplingInputs(1, 0, ()))
+        with pytest.raises(StreamBrokenError, match="0 tasks for 1 output rows"):
+            await stages.forward.read()
 
 
-def test_the_loss_of_the_next_stage_reaches_the_coordinator(model: Model, tmp_path: Path) -> None:
-    async def run() -> None:
-        compute = Compute()
-        runner = runner_of(model, 0, 1)
-        service = StageService("w0")
-        nobody = Peer(f"unix:{tmp_path}/nobody.sock", TOKEN)
-        told: list[tuple[Peer, str]] = []
+async def test_the_loss_of_the_next_stage_reaches_the_coordinator(model: Model, tmp_path: Path) -> None:
+    compute = Compute()
+    runner = runner_of(model, 0, 1)
+    service = StageService("w0")
+    nobody = Peer(f"unix:{tmp_path}/nobody.sock", TOKEN)
+    told: list[tuple[Peer, str]] = []
 
-        async def tell(peer: Peer, why: str) -> None:
-            told.append((peer, why))
+    async def tell(peer: Peer, why: str) -> None:
+        told.append((peer, why))
 
-        service.add(StageFlow(1, runner, "w0", compute, Counters(), DEADLINES, Neighbours(nobody, on_lost=tell)))
-        server = await Server.start(f"unix:{tmp_path}/a.sock", TOKEN, service.handlers)
-        first = Peer(server.address, TOKEN)
-        with pytest.raises(StreamBrokenError, match=r"connection to unix:.*nobody\.sock lost"):
-            await first.open(FORWARD, epoch=1).opened()
-        ((peer, why),) = told
-        assert peer is nobody and "nobody.sock lost" in why
-        await first.close()
-        await server.stop(0.0)
-        await service.remove(1)
-        compute.close()
-
-    asyncio.run(run())
+    service.add(StageFlow(1, runner, "w0", compute, Counters(), DEADLINES, Neighbours(nobody, on_lost=tell)))
+    server = await Server.start(f"unix:{tmp_path}/a.sock", TOKEN, service.handlers)
+    first = Peer(server.address, TOKEN)
+    with pytest.raises(StreamBrokenError, match=r"connection to unix:.*nobody\.sock lost"):
+        await first.open(FORWARD, epoch=1).opened()
+    ((peer, why),) = told
+    assert peer is nobody and "nobody.sock lost" in why
+    await first.close()
+    await server.stop(0.0)
+    await service.remove(1)
+    compute.close()
 
 
-def test_only_a_connection_that_fails_is_told(model: Model, tmp_path: Path) -> None:
+async def test_only_a_connection_that_fails_is_told(model: Model, tmp_path: Path) -> None:
     """Not a stage that ends its stream with an error: it can be reached."""
 
-    async def run() -> None:
-        told: list[str] = []
+    told: list[str] = []
 
-        async def tell(peer: Peer, why: str) -> None:
-            told.append(why)
+    async def tell(peer: Peer, why: str) -> None:
+        told.append(why)
 
-        async def refusing(stream: ServerStream) -> None:
-            await stream.accept()
-            raise WorkerError("no more")
+    async def refusing(stream: ServerStream) -> None:
+        await stream.accept()
+        raise WorkerError("no more")
 
-        other = await Server.start(f"unix:{tmp_path}/b.sock", TOKEN, {FORWARD: refusing})
-        compute, service = Compute(), StageService("w0")
-        neighbours = Neighbours(Peer(other.address, TOKEN), on_lost=tell)
-        service.add(StageFlow(1, runner_of(model, 0, 1), "w0", compute, Counters(), DEADLINES, neighbours))
-        server = await Server.start(f"unix:{tmp_path}/a.sock", TOKEN, service.handlers)
-        first = Peer(server.address, TOKEN)
-        stream = first.open(FORWARD, epoch=1)
-        with pytest.raises(StreamBrokenError, match="no more"):
-            await stream.opened()  # unless it is open before the next one has ended
-            await stream.read()
-        assert not told
-        await first.close()
-        await asyncio.gather(server.stop(0.0), other.stop(0.0))
-        await service.remove(1)
-        compute.close()
-
-    asyncio.run(run())
+    other = await Server.start(f"unix:{tmp_path}/b.sock", TOKEN, {FORWARD: refusing})
+    compute, service = Compute(), StageService("w0")
+    neighbours = Neighbours(Peer(other.address, TOKEN), on_lost=tell)
+    service.add(StageFlow(1, runner_of(model, 0, 1), "w0", compute, Counters(), DEADLINES, neighbours))
+    server = await Server.start(f"unix:{tmp_path}/a.sock", TOKEN, service.handlers)
+    first = Peer(server.address, TOKEN)
+    stream = first.open(FORWARD, epoch=1)
+    with pytest.raises(StreamBrokenError, match="no more"):
+        await stream.opened()  # unless it is open before the next one has ended
+        await stream.read()
+    assert not told
+    await first.close()
+    await asyncio.gather(server.stop(0.0), other.stop(0.0))
+    await service.remove(1)
+    compute.close()
 
 
-def test_a_connection_that_nobody_answers_fails_in_time() -> None:
-    async def run() -> None:
-        with socket.create_server(("127.0.0.1", 0)) as silent:
-            peer = Peer(f"127.0.0.1:{silent.getsockname()[1]}", TOKEN, patience_s=1.0)
-            peer.open(FORWARD, epoch=1)
-            begun = time.monotonic()
-            with pytest.raises(UnreachableError, match=r"connection to 127\.0\.0\.1:\d+: not within 1 s"):
-                await peer.connected()
-            assert time.monotonic() - begun < 15.0
-            await peer.close()
-
-    asyncio.run(run())
+async def test_a_connection_that_nobody_answers_fails_in_time() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        peer = Peer(f"127.0.0.1:{silent.getsockname()[1]}", TOKEN, patience_s=1.0)
+        peer.open(FORWARD, epoch=1)
+        begun = time.monotonic()
+        with pytest.raises(UnreachableError, match=r"connection to 127\.0\.0\.1:\d+: not within 1 s"):
+            await peer.connected()
+        assert time.monotonic() - begun < 15.0
+        await peer.close()

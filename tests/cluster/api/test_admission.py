@@ -24,7 +24,6 @@ from support.clusters.served import (
     events_of,
     make_app,
     real_engine,
-    run_async,
     says,
     serving,
     until,
@@ -88,7 +87,6 @@ def assert_told(reply: httpx.Response) -> None:
     assert reply.json()["error"]["message"] == "the cluster is stopping and takes no more requests"
 
 
-@run_async
 async def test_a_server_that_stops_answers_what_it_has_and_takes_no_more() -> None:
     engine = ScriptedEngine(says("Hi"))
     async with stoppable(engine) as server:
@@ -107,7 +105,6 @@ async def test_a_server_that_stops_answers_what_it_has_and_takes_no_more() -> No
         await idle
 
 
-@run_async
 async def test_a_body_that_is_still_to_come_is_not_waited_for() -> None:
     async with stoppable(ScriptedEngine(says("Hi"))) as server:
         reader, writer = await asyncio.open_connection(server.http.base_url.host, server.http.base_url.port)
@@ -121,7 +118,6 @@ async def test_a_body_that_is_still_to_come_is_not_waited_for() -> None:
         await server.admission.wait_idle()
 
 
-@run_async
 async def test_at_the_end_whoever_has_no_reply_yet_is_told() -> None:
     engine = ScriptedEngine(says("Hi"))
     async with stoppable(engine) as server:
@@ -135,26 +131,21 @@ async def test_at_the_end_whoever_has_no_reply_yet_is_told() -> None:
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/completion"])
-def test_a_request_that_ends_in_the_moment_in_which_it_starts_leaves_nothing(path: str) -> None:
-    @run_async
-    async def check() -> None:
-        engine = ScriptedEngine(says("Hi"))
-        async with stoppable(engine) as server:
-            engine.gate.clear()
-            submit = engine.submit
+async def test_a_request_that_ends_in_the_moment_in_which_it_starts_leaves_nothing(path: str) -> None:
+    engine = ScriptedEngine(says("Hi"))
+    async with stoppable(engine) as server:
+        engine.gate.clear()
+        submit = engine.submit
 
-            def submit_and_end(generation: Generation) -> ScriptedStream:
-                server.admission.end()
-                return submit(generation)
+        def submit_and_end(generation: Generation) -> ScriptedStream:
+            server.admission.end()
+            return submit(generation)
 
-            engine.submit = submit_and_end  # type: ignore[method-assign]
-            assert_told(await server.post(path, {"prompt": "Hello"}))
-            assert len(engine.submitted) == 1 and engine.running == 0
-
-    check()
+        engine.submit = submit_and_end  # type: ignore[method-assign]
+        assert_told(await server.post(path, {"prompt": "Hello"}))
+        assert len(engine.submitted) == 1 and engine.running == 0
 
 
-@run_async
 async def test_a_chat_that_is_rendered_while_a_drain_begins_is_answered() -> None:
     async with real_engine() as (engine, _), stoppable(engine) as server:
         chat = server.post("/v1/chat/completions", {**CHAT, "max_tokens": 2})
@@ -166,7 +157,6 @@ async def test_a_chat_that_is_rendered_while_a_drain_begins_is_answered() -> Non
         await draining
 
 
-@run_async
 async def test_what_a_drain_does_not_wait_for_is_told_why_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve, "_DRAIN_S", 0.1)
     async with real_engine() as (engine, pipeline), stoppable(engine) as server:
@@ -184,14 +174,10 @@ async def test_what_a_drain_does_not_wait_for_is_told_why_it_ends(monkeypatch: p
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/apply-template"])
-def test_a_chat_whose_client_has_gone_is_not_rendered(path: str) -> None:
-    @run_async
-    async def check() -> None:
-        async with stoppable(ScriptedEngine(says("Hi"))) as server:
-            body = CHAT if path == "/v1/chat/completions" else {"messages": CHAT["messages"]}
-            with pytest.raises(httpx.ReadTimeout):
-                await server.http.post(path, json=body, timeout=0.2)
-            await until(lambda: server.template.given_up == 1)
-            await server.admission.wait_idle()
-
-    check()
+async def test_a_chat_whose_client_has_gone_is_not_rendered(path: str) -> None:
+    async with stoppable(ScriptedEngine(says("Hi"))) as server:
+        body = CHAT if path == "/v1/chat/completions" else {"messages": CHAT["messages"]}
+        with pytest.raises(httpx.ReadTimeout):
+            await server.http.post(path, json=body, timeout=0.2)
+        await until(lambda: server.template.given_up == 1)
+        await server.admission.wait_idle()

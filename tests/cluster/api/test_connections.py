@@ -15,7 +15,7 @@ import pytest
 
 from llamaclust.cluster.api.server import allow_many_files, server_config
 from llamaclust.cluster.api.settings import ApiSettings
-from support.clusters.served import ScriptedEngine, make_app, run_async, says, serving, until
+from support.clusters.served import ScriptedEngine, make_app, says, serving, until
 
 HEALTH = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
 ASK = {"prompt": "Hello", "max_tokens": 3}
@@ -85,7 +85,6 @@ def _nothing_is_logged(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
     assert [record.message for record in caplog.get_records("call") if record.levelno >= logging.WARNING] == []
 
 
-@run_async
 async def test_silent_connections_are_closed_in_time() -> None:
     async with served(head_s=0.3) as server:
         silent = await server.connect(20)
@@ -97,7 +96,6 @@ async def test_silent_connections_are_closed_in_time() -> None:
         assert await server.answers()
 
 
-@run_async
 async def test_a_kept_connection_that_sends_no_further_head_is_closed_in_time() -> None:
     async with served(head_s=0.3) as server:
         (peer,) = await server.connect()
@@ -110,7 +108,6 @@ async def test_a_kept_connection_that_sends_no_further_head_is_closed_in_time() 
         await drip
 
 
-@run_async
 async def test_a_refused_request_whose_body_never_ends_is_closed_in_time() -> None:
     async with served(head_s=0.3) as server:
         (peer,) = await server.connect()
@@ -121,7 +118,6 @@ async def test_a_refused_request_whose_body_never_ends_is_closed_in_time() -> No
         await drip
 
 
-@run_async
 async def test_requests_take_longer_than_a_head_may() -> None:
     async with served(head_s=0.2) as server:
         server.engine.gate.clear()
@@ -133,7 +129,6 @@ async def test_requests_take_longer_than_a_head_may() -> None:
         assert await answer
 
 
-@run_async
 async def test_more_silent_connections_than_there_are_places_stop_nobody() -> None:
     """Those that were idle longest make room; requests that run keep their places."""
     async with served(max_requests=8, head_s=FOR_LONG) as server:
@@ -150,7 +145,6 @@ async def test_more_silent_connections_than_there_are_places_stop_nobody() -> No
         assert await running
 
 
-@run_async
 async def test_where_every_place_is_used_the_next_is_told_to_come_back() -> None:
     async with served(max_requests=2, head_s=FOR_LONG) as server:
         for peer in await server.connect(4):  # their bodies are still to come
@@ -163,7 +157,6 @@ async def test_where_every_place_is_used_the_next_is_told_to_come_back() -> None
 
 
 @pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="of Linux alone")
-@run_async
 async def test_a_client_that_never_takes_its_answers_is_given_up() -> None:
     async with served(unread_s=0.5) as server:
         (peer,) = await server.connect()
@@ -187,7 +180,6 @@ def test_places_are_bounded_by_the_files_that_may_be_open() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
-@run_async
 async def test_writes_to_a_client_that_has_gone_leave_no_line_in_the_log() -> None:
     """However many come before its end is noticed."""
     async with served() as server:
@@ -197,7 +189,6 @@ async def test_writes_to_a_client_that_has_gone_leave_no_line_in_the_log() -> No
             peer.writer.transport.write(HEALTH)
 
 
-@run_async
 async def test_garbage_leaves_no_line_in_the_log() -> None:
     async with served() as server:
         for peer in await server.connect(50):

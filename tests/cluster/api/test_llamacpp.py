@@ -19,7 +19,6 @@ from support.clusters.served import (
     ids,
     logprob,
     make_app,
-    run_async,
     says,
 )
 
@@ -37,7 +36,6 @@ async def complete(engine: ScriptedEngine | None = None, **fields: Any) -> Any:
     return events_of(reply.text) if fields.get("stream") else reply.json()
 
 
-@run_async
 async def test_completion() -> None:
     engine = ScriptedEngine(says(ANSWER))
     reply = await complete(engine)
@@ -55,7 +53,6 @@ async def test_completion() -> None:
     assert engine.running == 0
 
 
-@run_async
 async def test_completion_ends() -> None:
     reply = await complete(stop=["cat"], return_tokens=True)
     assert (reply["content"], reply["stop_type"], reply["stopping_word"]) == ("The ", "word", "cat")
@@ -68,7 +65,6 @@ async def test_completion_ends() -> None:
     assert [ask.max_tokens for ask in engine.submitted] == [room, room, 0]
 
 
-@run_async
 async def test_completion_stream() -> None:
     *parts, last = await complete(stream=True, n_probs=2)
     assert "".join(part["content"] for part in parts) == ANSWER
@@ -81,7 +77,6 @@ async def test_completion_stream() -> None:
     assert last["tokens_predicted"] == len(parts)
 
 
-@run_async
 async def test_prompts_and_settings() -> None:
     engine = ScriptedEngine(says("a"))
     await complete(engine, prompt=[5, "Hello", END, "Hi"], seed=3, repeat_last_n=-1, top_k=-1, ignore_eos=True)
@@ -97,7 +92,6 @@ async def test_prompts_and_settings() -> None:
     assert engine.submitted[1].seed != engine.submitted[2].seed
 
 
-@run_async
 async def test_neutral_settings_are_taken() -> None:
     await complete(
         cache_prompt=True,
@@ -163,19 +157,14 @@ async def test_neutral_settings_are_taken() -> None:
         ({"n_predicted": 5}, "n_predicted"),
     ],
 )
-def test_refusals_name_the_field(fields: dict[str, Any], param: str) -> None:
-    @run_async
-    async def check() -> None:
-        engine = ScriptedEngine(says("a"))
-        reply = await post("/completion", {"prompt": "a"} | fields, engine)
-        assert reply.status_code == 400, reply.text
-        assert reply.json()["error"]["param"] == param
-        assert engine.submitted == []
-
-    check()
+async def test_refusals_name_the_field(fields: dict[str, Any], param: str) -> None:
+    engine = ScriptedEngine(says("a"))
+    reply = await post("/completion", {"prompt": "a"} | fields, engine)
+    assert reply.status_code == 400, reply.text
+    assert reply.json()["error"]["param"] == param
+    assert engine.submitted == []
 
 
-@run_async
 async def test_tokenize_and_detokenize() -> None:
     text = "Hi 🦙<|im_end|>"
     tokens = (await post("/tokenize", {"content": text})).json()["tokens"]
@@ -204,26 +193,21 @@ async def test_tokenize_and_detokenize() -> None:
         ("/v1/completions", {"prompt": "a", "stop_token_ids": [*range(300_000)]}, "stop_token_ids"),
     ],
 )
-def test_too_much_of_anything_is_refused_at_once(path: str, fields: dict[str, Any], param: str) -> None:
+async def test_too_much_of_anything_is_refused_at_once(path: str, fields: dict[str, Any], param: str) -> None:
     """At once: the loop, which others wait for, takes its turns meanwhile."""
 
-    @run_async
-    async def check() -> None:
-        call = asyncio.create_task(post(path, fields))
-        longest = 0.0
-        while not call.done():
-            start = time.monotonic()
-            await asyncio.sleep(0.001)
-            longest = max(longest, time.monotonic() - start)
-        reply = await call
-        assert reply.status_code == 400, reply.text
-        assert reply.json()["error"]["param"].startswith(param)
-        assert longest < 3.0, longest  # long before a worker counts as lost
-
-    check()
+    call = asyncio.create_task(post(path, fields))
+    longest = 0.0
+    while not call.done():
+        start = time.monotonic()
+        await asyncio.sleep(0.001)
+        longest = max(longest, time.monotonic() - start)
+    reply = await call
+    assert reply.status_code == 400, reply.text
+    assert reply.json()["error"]["param"].startswith(param)
+    assert longest < 3.0, longest  # long before a worker counts as lost
 
 
-@run_async
 async def test_apply_template() -> None:
     messages = [{"role": "user", "content": "Hi<|im_end|>"}]
     reply = await post("/apply-template", {"messages": messages})

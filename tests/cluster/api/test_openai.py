@@ -23,7 +23,6 @@ from support.clusters.served import (
     ids,
     logprob,
     make_app,
-    run_async,
     says,
     serving,
     tokenizer,
@@ -53,7 +52,6 @@ async def complete(engine: ScriptedEngine | None = None, **fields: Any) -> Any:
 # -- chat --------------------------------------------------------------------------------------------------------------
 
 
-@run_async
 async def test_chat() -> None:
     engine = ScriptedEngine(says(ANSWER))
     reply = await chat(engine, seed=5)
@@ -76,7 +74,6 @@ async def test_chat() -> None:
     assert engine.submitted[0].max_tokens == CONTEXT - prompt
 
 
-@run_async
 async def test_chat_stream() -> None:
     *chunks, done = await chat(stream=True, return_token_ids=True, n=2)
     assert done == "[DONE]"
@@ -92,7 +89,6 @@ async def test_chat_stream() -> None:
     assert all("usage" not in chunk for chunk in chunks)
 
 
-@run_async
 async def test_chat_stream_usage() -> None:
     *chunks, last, _ = await chat(stream=True, stream_options={"include_usage": True})
     assert all(chunk["usage"] is None for chunk in chunks)
@@ -101,7 +97,6 @@ async def test_chat_stream_usage() -> None:
     assert last["usage"]["prompt_tokens_details"] == {"cached_tokens": 3}
 
 
-@run_async
 async def test_stream_usage_in_each_chunk() -> None:
     """guidellm asks for it."""
     options = {"include_usage": True, "continuous_usage_stats": True}
@@ -116,7 +111,6 @@ async def test_stream_usage_in_each_chunk() -> None:
     assert all("usage" not in chunk for chunk in chunks)
 
 
-@run_async
 async def test_chat_logprobs() -> None:
     reply = await chat(logprobs=True, top_logprobs=2)
     content = reply["choices"][0]["logprobs"]["content"]
@@ -131,7 +125,6 @@ async def test_chat_logprobs() -> None:
     assert [entry for part in parts for entry in part["content"]] == content
 
 
-@run_async
 async def test_chat_messages() -> None:
     engine = ScriptedEngine(says("a"))
     messages = [
@@ -147,7 +140,6 @@ async def test_chat_messages() -> None:
     assert engine.submitted[0].prompt.count(END) == 5
 
 
-@run_async
 async def test_sampling_parameters_reach_the_engine() -> None:
     engine = ScriptedEngine(says("a"))
     given = {"temperature": 0.5, "top_p": 0.9, "top_k": 7, "min_p": 0.1, "repetition_penalty": 1.1}
@@ -166,7 +158,6 @@ async def test_sampling_parameters_reach_the_engine() -> None:
 # -- completions -------------------------------------------------------------------------------------------------------
 
 
-@run_async
 async def test_completion() -> None:
     engine = ScriptedEngine(says(ANSWER))
     reply = await complete(engine, stop="sat")
@@ -177,7 +168,6 @@ async def test_completion() -> None:
     assert engine.running == 0
 
 
-@run_async
 async def test_completion_of_many_prompts() -> None:
     engine = ScriptedEngine(lambda ask: ids(f"{len(ask.prompt)}/{ask.choice}"))
     reply = await complete(engine, prompt=["a", [1, 2, 3]], n=2, return_token_ids=True)
@@ -195,29 +185,24 @@ async def test_completion_of_many_prompts() -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("prompt", ["Hello 🦙 you", ids("Hello 🦙 you")])
-def test_echo_with_logprobs(prompt: Any, stream: bool) -> None:
-    @run_async
-    async def check() -> None:
-        reply = await complete(prompt=prompt, echo=True, logprobs=1, max_tokens=4, stream=stream, return_token_ids=True)
-        parts = [chunk["choices"][0] for chunk in reply[:-1]] if stream else reply["choices"]
-        kept = [part["logprobs"] for part in parts if part["logprobs"]]
-        logprobs = {name: [item for part in kept for item in part[name]] for name in kept[0]}
-        asked, given = ids("Hello 🦙 you"), ids(ANSWER)[:4]
-        assert "".join(part["text"] for part in parts) == "Hello 🦙 you" + tokenizer().decode(given)
-        assert len(logprobs["tokens"]) == len(asked) + 4
-        assert logprobs["token_logprobs"][0] is None and logprobs["top_logprobs"][0] is None
-        expected = [logprob(i) for i in range(1, len(asked))] + [logprob(i) for i in range(4)]
-        assert np.array_equal(np.float32(logprobs["token_logprobs"][1:]), np.float32(expected))
-        assert all(1 <= len(top) <= 2 for top in logprobs["top_logprobs"][1:])
-        assert logprobs["text_offset"] == sorted(logprobs["text_offset"])
-        assert logprobs["text_offset"][len(asked)] == len("Hello 🦙 you")
-        assert any(token.startswith("bytes:\\x") for token in logprobs["tokens"])
-        assert [i for part in parts for i in part.get("token_ids", ())] == given
-
-    check()
+async def test_echo_with_logprobs(prompt: Any, stream: bool) -> None:
+    reply = await complete(prompt=prompt, echo=True, logprobs=1, max_tokens=4, stream=stream, return_token_ids=True)
+    parts = [chunk["choices"][0] for chunk in reply[:-1]] if stream else reply["choices"]
+    kept = [part["logprobs"] for part in parts if part["logprobs"]]
+    logprobs = {name: [item for part in kept for item in part[name]] for name in kept[0]}
+    asked, given = ids("Hello 🦙 you"), ids(ANSWER)[:4]
+    assert "".join(part["text"] for part in parts) == "Hello 🦙 you" + tokenizer().decode(given)
+    assert len(logprobs["tokens"]) == len(asked) + 4
+    assert logprobs["token_logprobs"][0] is None and logprobs["top_logprobs"][0] is None
+    expected = [logprob(i) for i in range(1, len(asked))] + [logprob(i) for i in range(4)]
+    assert np.array_equal(np.float32(logprobs["token_logprobs"][1:]), np.float32(expected))
+    assert all(1 <= len(top) <= 2 for top in logprobs["top_logprobs"][1:])
+    assert logprobs["text_offset"] == sorted(logprobs["text_offset"])
+    assert logprobs["text_offset"][len(asked)] == len("Hello 🦙 you")
+    assert any(token.startswith("bytes:\\x") for token in logprobs["tokens"])
+    assert [i for part in parts for i in part.get("token_ids", ())] == given
 
 
-@run_async
 async def test_prompt_logprobs_alone() -> None:
     reply = await complete(echo=True, logprobs=0, max_tokens=0)
     (choice,) = reply["choices"]
@@ -226,7 +211,6 @@ async def test_prompt_logprobs_alone() -> None:
     assert reply["usage"]["completion_tokens"] == 0
 
 
-@run_async
 async def test_prompt_logprobs_from_a_token_on() -> None:
     engine = ScriptedEngine(says(ANSWER))
     reply = await complete(engine, echo=True, logprobs=0, max_tokens=1, score_from=3)
@@ -240,7 +224,6 @@ async def test_prompt_logprobs_from_a_token_on() -> None:
     assert refused.json()["error"]["param"] == "score_from"
 
 
-@run_async
 async def test_a_template_that_loops_for_ever_hurts_nobody_else() -> None:
     source = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     with ChatTemplate(source, "", "", TemplateLimits(wall_s=0.5)) as template:
@@ -253,7 +236,6 @@ async def test_a_template_that_loops_for_ever_hurts_nobody_else() -> None:
             assert reply.status_code == 400 and "template was stopped" in reply.json()["error"]["message"]
 
 
-@run_async
 async def test_special_tokens_of_prompts() -> None:
     engine = ScriptedEngine(says("a"))
     await complete(engine, prompt="<|im_end|>")
@@ -264,7 +246,6 @@ async def test_special_tokens_of_prompts() -> None:
 # -- models and the official client ------------------------------------------------------------------------------------
 
 
-@run_async
 async def test_models() -> None:
     async with client(make_app(ScriptedEngine(says("a")))) as http:
         listed = (await http.get("/v1/models")).json()
@@ -284,7 +265,6 @@ async def official(engine: ScriptedEngine, **settings: Any) -> AsyncIterator[Asy
         yield openai
 
 
-@run_async
 async def test_the_official_client() -> None:
     async with official(ScriptedEngine(says(ANSWER)), api_keys=("secret-key",)) as openai:
         assert [model.id async for model in openai.models.list()] == [MODEL]
@@ -308,7 +288,6 @@ async def test_the_official_client() -> None:
             assert (await helper.get_final_completion()).choices[0].message.content == ANSWER
 
 
-@run_async
 async def test_the_official_client_understands_errors() -> None:
     async with official(ScriptedEngine(says(ANSWER))) as openai:
         with pytest.raises(NotFoundError, match="gpt-4"):

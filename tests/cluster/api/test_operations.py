@@ -12,14 +12,13 @@ import pytest
 from llamaclust.cluster.api.settings import first_key, read_api_keys
 from llamaclust.core.errors import InsufficientMemoryError, UsageError, WorkerError
 from llamaclust.wire.control.messages import LogTold
-from support.clusters.served import MODEL, SETTINGS, ScriptedEngine, client, make_app, real_engine, run_async, says
+from support.clusters.served import MODEL, SETTINGS, ScriptedEngine, client, make_app, real_engine, says
 
 
 def app(**settings: Any) -> Any:
     return make_app(ScriptedEngine(says("a")), **settings)
 
 
-@run_async
 async def test_health_says_why_not() -> None:
     async with real_engine() as (engine, pipeline), client(make_app(engine)) as http:
         assert (await http.get("/health")).json() == (await http.get("/live")).json() == {"status": "ok"}
@@ -33,7 +32,6 @@ async def test_health_says_why_not() -> None:
         assert refused.status_code == 503 and "layers 2-3" in refused.json()["error"]["message"]
 
 
-@run_async
 async def test_a_cluster_that_drains_says_so() -> None:
     async with real_engine() as (engine, _), client(make_app(engine)) as http:
         assert await engine.drain(5)
@@ -41,7 +39,6 @@ async def test_a_cluster_that_drains_says_so() -> None:
         assert (await http.get("/live")).status_code == 200  # no reason to restart it
 
 
-@run_async
 async def test_operators_see_what_happens() -> None:
     async with real_engine() as (engine, _), client(make_app(engine)) as http:
         assert (await http.post("/v1/completions", json={"prompt": "Hello", "ignore_eos": True})).status_code == 200
@@ -84,7 +81,6 @@ class Workers:
 DRAIN, UNDRAIN = "/cluster/workers/a/drain", "/cluster/workers/a/undrain"
 
 
-@run_async
 async def test_workers_are_drained_by_who_may_use_the_api() -> None:
     workers = Workers()
     key = {"Authorization": "Bearer first-key"}
@@ -105,7 +101,6 @@ async def test_workers_are_drained_by_who_may_use_the_api() -> None:
         assert (await http.post(DRAIN)).status_code == 200
 
 
-@run_async
 async def test_logs_of_workers_are_told_to_who_may_use_the_api() -> None:
     key, path = {"Authorization": "Bearer first-key"}, "/cluster/workers/a/log"
     async with client(app(workforce=Workers(), api_keys=("first-key",))) as http:
@@ -116,7 +111,6 @@ async def test_logs_of_workers_are_told_to_who_may_use_the_api() -> None:
         assert (await http.get("/cluster/workers/x/log", headers=key)).status_code == 400
 
 
-@run_async
 async def test_workers_that_cannot_be_drained() -> None:
     async with client(app(workforce=Workers())) as http:
         refused = await http.post("/cluster/workers/b/drain")
@@ -127,7 +121,6 @@ async def test_workers_that_cannot_be_drained() -> None:
         assert (await http.post(DRAIN)).status_code == 404  # a model without workers
 
 
-@run_async
 async def test_what_is_not_there() -> None:
     async with client(app()) as http:
         missing = await http.get("/v1/embeddings")
@@ -136,7 +129,6 @@ async def test_what_is_not_there() -> None:
         assert wrong.status_code == 405 and wrong.json()["error"]["code"] == "method_not_allowed"
 
 
-@run_async
 async def test_api_keys() -> None:
     async with client(app(api_keys=("first-key", "second-key"))) as http:
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic first-key"}):
@@ -155,7 +147,6 @@ async def get(http: httpx.AsyncClient, **headers: str) -> int:
     return (await http.get("/v1/models", headers=headers)).status_code
 
 
-@run_async
 async def test_foreign_hosts_are_refused() -> None:
     async with client(app()) as http:
         for host in ("127.0.0.1:8080", "localhost", "LOCALHOST:1", "[::1]:80", "127.0.0.1"):
@@ -174,7 +165,6 @@ async def test_foreign_hosts_are_refused() -> None:
         assert await get(http, host="any.example") == 200
 
 
-@run_async
 async def test_foreign_pages_are_refused() -> None:
     async with client(app()) as http:
         assert await get(http, origin="http://127.0.0.1:8080") == 200
@@ -193,7 +183,6 @@ async def test_foreign_pages_are_refused() -> None:
         assert await get(http, origin="https://evil.example") == 403
 
 
-@run_async
 async def test_large_bodies_are_refused() -> None:
     async with client(app(max_body_bytes=1000)) as http:
         body = b'{"content": "' + b"x" * 2000 + b'"}'
@@ -208,7 +197,6 @@ async def test_large_bodies_are_refused() -> None:
         assert (await http.post("/tokenize", content=parts())).status_code == 413
 
 
-@run_async
 async def test_a_body_that_never_comes() -> None:
     async with client(app(body_s=0.05)) as http:
 

@@ -19,7 +19,6 @@ from support.clusters.served import (
     events_of,
     make_app,
     real_engine,
-    run_async,
     says,
 )
 
@@ -93,19 +92,15 @@ TOOL = {"type": "function", "function": {"name": "f"}}
         ({"messages": [{"role": "user", "content": "x " * 3000}]}, "prompt"),
     ],
 )
-def test_chat_refusals_name_the_field(fields: dict[str, Any], param: str) -> None:
-    @run_async
-    async def check() -> None:
-        engine = ScriptedEngine(says("a"))
-        reply = await post("/v1/chat/completions", CHAT | fields, engine)
-        assert reply.status_code == 400, reply.text
-        error = reply.json()["error"]
-        assert error["param"] == param and error["message"].startswith(param)
-        assert error["type"] == "invalid_request_error" and error["code"]
-        assert len(error["message"]) < 500
-        assert engine.submitted == []
-
-    check()
+async def test_chat_refusals_name_the_field(fields: dict[str, Any], param: str) -> None:
+    engine = ScriptedEngine(says("a"))
+    reply = await post("/v1/chat/completions", CHAT | fields, engine)
+    assert reply.status_code == 400, reply.text
+    error = reply.json()["error"]
+    assert error["param"] == param and error["message"].startswith(param)
+    assert error["type"] == "invalid_request_error" and error["code"]
+    assert len(error["message"]) < 500
+    assert engine.submitted == []
 
 
 @pytest.mark.parametrize(
@@ -131,16 +126,12 @@ def test_chat_refusals_name_the_field(fields: dict[str, Any], param: str) -> Non
         ({"ignore_eos": True, "stop_token_ids": [4]}, "stop_token_ids"),
     ],
 )
-def test_completion_refusals_name_the_field(fields: dict[str, Any], param: str) -> None:
-    @run_async
-    async def check() -> None:
-        engine = ScriptedEngine(says("a"))
-        reply = await post("/v1/completions", {"prompt": "a"} | fields, engine)
-        assert reply.status_code == 400, reply.text
-        assert reply.json()["error"]["param"] == param
-        assert engine.running == 0
-
-    check()
+async def test_completion_refusals_name_the_field(fields: dict[str, Any], param: str) -> None:
+    engine = ScriptedEngine(says("a"))
+    reply = await post("/v1/completions", {"prompt": "a"} | fields, engine)
+    assert reply.status_code == 400, reply.text
+    assert reply.json()["error"]["param"] == param
+    assert engine.running == 0
 
 
 @pytest.mark.parametrize(
@@ -150,16 +141,11 @@ def test_completion_refusals_name_the_field(fields: dict[str, Any], param: str) 
         ({"prompt": ["a"] * 64, "n": 3}, "n: asks for 192 answers to 64 prompts, at most 128 are given"),
     ],
 )
-def test_too_many_answers_are_counted_for_the_user(fields: dict[str, Any], message: str) -> None:
-    @run_async
-    async def check() -> None:
-        reply = await post("/v1/completions", {"prompt": "a"} | fields)
-        assert reply.status_code == 400 and reply.json()["error"]["message"] == message
-
-    check()
+async def test_too_many_answers_are_counted_for_the_user(fields: dict[str, Any], message: str) -> None:
+    reply = await post("/v1/completions", {"prompt": "a"} | fields)
+    assert reply.status_code == 400 and reply.json()["error"]["message"] == message
 
 
-@run_async
 async def test_tokens_that_may_neither_come_nor_end_the_answer_are_refused() -> None:
     async with real_engine() as (engine, _), client(make_app(engine)) as http:
         every = {"prompt": "a", "max_tokens": 9, "stop_token_ids": list(range(VOCABULARY))}
@@ -168,7 +154,6 @@ async def test_tokens_that_may_neither_come_nor_end_the_answer_are_refused() -> 
         assert (await http.post("/v1/completions", json=every)).json()["choices"][0]["finish_reason"] == "stop"
 
 
-@run_async
 async def test_a_prompt_that_is_too_long_is_told_both_lengths() -> None:
     reply = await post("/v1/completions", {"prompt": [1] * (CONTEXT + 7)})
     error = reply.json()["error"]
@@ -196,18 +181,13 @@ async def test_a_prompt_that_is_too_long_is_told_both_lengths() -> None:
         b'{"prompt": "a", "max_tokens": 1' + b"0" * 4000 + b"}",
     ],
 )
-def test_bodies_that_are_no_request(body: bytes) -> None:
-    @run_async
-    async def check() -> None:
-        for path in ("/v1/completions", "/v1/chat/completions", "/completion", "/tokenize"):
-            reply = await post(path, body)
-            assert reply.status_code == 400, (path, reply.text)
-            assert len(reply.json()["error"]["message"]) < 500
-
-    check()
+async def test_bodies_that_are_no_request(body: bytes) -> None:
+    for path in ("/v1/completions", "/v1/chat/completions", "/completion", "/tokenize"):
+        reply = await post(path, body)
+        assert reply.status_code == 400, (path, reply.text)
+        assert len(reply.json()["error"]["message"]) < 500
 
 
-@run_async
 async def test_neutral_fields_are_taken() -> None:
     neutral = {
         "user": "me",
@@ -242,20 +222,15 @@ def documented_no_ops() -> list[str]:
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/completion"])
-def test_documented_no_ops_are_taken_by_each_endpoint(path: str) -> None:
-    @run_async
-    async def check() -> None:
-        fields = documented_no_ops()
-        assert {"id_slot", "timings_per_token", "return_progress", "user"} <= {*fields}
-        body = CHAT if "chat" in path else {"prompt": "a"}
-        for value in (True, 7, "x", {"a": [1]}):
-            reply = await post(path, body | dict.fromkeys(fields, value))
-            assert reply.status_code == 200, reply.text
-
-    check()
+async def test_documented_no_ops_are_taken_by_each_endpoint(path: str) -> None:
+    fields = documented_no_ops()
+    assert {"id_slot", "timings_per_token", "return_progress", "user"} <= {*fields}
+    body = CHAT if "chat" in path else {"prompt": "a"}
+    for value in (True, 7, "x", {"a": [1]}):
+        reply = await post(path, body | dict.fromkeys(fields, value))
+        assert reply.status_code == 200, reply.text
 
 
-@run_async
 async def test_failures_have_their_status() -> None:
     full = ScriptedEngine(says("a"), refusal=QueueFullError("256 requests wait already", 2.5))
     reply = await post("/v1/completions", {"prompt": "a"}, full)
@@ -268,7 +243,6 @@ async def test_failures_have_their_status() -> None:
         assert lost.running == 0
 
 
-@run_async
 async def test_a_failure_in_a_stream_is_its_last_event() -> None:
     engine = ScriptedEngine(says(ANSWER), failure=WorkerError("worker b (layers 3-5) is gone"), failure_after=3)
     reply = await post("/v1/chat/completions", CHAT | {"stream": True}, engine)
@@ -279,7 +253,6 @@ async def test_a_failure_in_a_stream_is_its_last_event() -> None:
     assert engine.running == 0
 
 
-@run_async
 async def test_the_schema_is_whole() -> None:
     async with client(make_app(ScriptedEngine(says("a")))) as http:
         schema = (await http.get("/openapi.json")).json()

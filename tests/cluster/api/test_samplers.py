@@ -14,7 +14,7 @@ from llamaclust.cluster.client.types import Options
 from llamaclust.cluster.scheduler.breakers import BreakerTokens, SeenBreakers
 from llamaclust.cluster.scheduler.requests import Generation
 from llamaclust.core.sampler_chain import PLAIN_ORDER, SamplerChain, Step
-from support.clusters.served import CONTEXT, ScriptedEngine, client, make_app, run_async, says
+from support.clusters.served import CONTEXT, ScriptedEngine, client, make_app, says
 from support.models.tiny_model import build_tiny_model
 
 ENDPOINTS = {
@@ -48,7 +48,6 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("path", ENDPOINTS)
-@run_async
 async def test_every_sampler_is_there_where_it_is_asked_for(path: str) -> None:
     for name, (step, value) in SETTINGS.items():
         chain = await chain_of(path, **{name: value})
@@ -62,7 +61,6 @@ async def test_every_sampler_is_there_where_it_is_asked_for(path: str) -> None:
 
 
 @pytest.mark.parametrize("path", ENDPOINTS)
-@run_async
 async def test_settings_that_do_nothing_need_no_chain(path: str) -> None:
     for given in (
         {},
@@ -74,14 +72,12 @@ async def test_settings_that_do_nothing_need_no_chain(path: str) -> None:
         assert (await asked(path, **given)).params.chain is None
 
 
-@run_async
 async def test_the_order_is_the_one_that_is_given() -> None:
     assert (await chain_of("/completion", samplers=["temperature", "top_k"])).order == (Step.TEMPERATURE, Step.TOP_K)
     assert (await chain_of("/completion", samplers="pt")).order == (Step.TOP_P, Step.TEMPERATURE)
     assert (await chain_of("/completion", samplers=[])).order == ()
 
 
-@run_async
 async def test_windows_breakers_and_line_breaks() -> None:
     ask = await asked("/completion", dry_multiplier=1, dry_sequence_breakers=["\n"], repeat_penalty=1.1)
     assert (ask.dry_window, ask.penalty_window) == (CONTEXT, 64) and ask.breakers and ask.history_window == CONTEXT

@@ -11,7 +11,6 @@ import httpx
 import pytest
 
 from llamaclust.cluster.api.starting import starting_replies
-from support.clusters.served import run_async
 
 
 @asynccontextmanager
@@ -22,7 +21,6 @@ async def port() -> AsyncIterator[tuple[socket.socket, str]]:
 
 
 @pytest.mark.parametrize("body", [b"", b"x" * 3_000_000], ids=len)
-@run_async
 async def test_every_request_is_told(body: bytes) -> None:
     async with port() as (listener, url), starting_replies(listener), httpx.AsyncClient(timeout=20) as client:
         reply = await client.post(f"{url}/v1/completions", content=body)
@@ -30,7 +28,6 @@ async def test_every_request_is_told(body: bytes) -> None:
         assert reply.json()["error"]["code"] == "cluster_starting"
 
 
-@run_async
 async def test_clients_that_say_nothing_hold_up_nobody() -> None:
     async with port() as (listener, url), starting_replies(listener), httpx.AsyncClient(timeout=20) as client:
         address = listener.getsockname()
@@ -40,7 +37,6 @@ async def test_clients_that_say_nothing_hold_up_nobody() -> None:
             writer.close()
 
 
-@run_async
 async def test_the_socket_is_left_to_whoever_comes_next() -> None:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"mine")

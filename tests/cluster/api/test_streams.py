@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from llamaclust.cluster.engine.engine import Engine
-from support.clusters.served import CONTEXT, SETTINGS, events_of, make_app, real_engine, run_async, serving, until
+from support.clusters.served import CONTEXT, SETTINGS, events_of, make_app, real_engine, serving, until
 
 PATHS = ("/v1/completions", "/v1/chat/completions", "/completion")
 
@@ -40,22 +40,18 @@ def is_idle(engine: Engine) -> bool:
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_a_stream_shows_signs_of_life(path: str) -> None:
-    @run_async
-    async def check() -> None:
-        async with served(keepalive_s=0.02, first_chunk_s=0.02) as (engine, pipeline, http):
-            pipeline.gate.clear()
-            async with http.stream("POST", path, json=body_of(path, stream=True)) as reply:
-                assert reply.headers["content-type"].startswith("text/event-stream")
-                assert reply.headers["cache-control"] == "no-cache"
-                lines = reply.aiter_lines()
-                assert [await anext(lines) for _ in range(4)] == [": waiting", ""] * 2
-                pipeline.gate.set()
-                rest = [line async for line in lines]
-            assert len(events_of("\n".join(rest))) >= 100
-            assert is_idle(engine)
-
-    check()
+async def test_a_stream_shows_signs_of_life(path: str) -> None:
+    async with served(keepalive_s=0.02, first_chunk_s=0.02) as (engine, pipeline, http):
+        pipeline.gate.clear()
+        async with http.stream("POST", path, json=body_of(path, stream=True)) as reply:
+            assert reply.headers["content-type"].startswith("text/event-stream")
+            assert reply.headers["cache-control"] == "no-cache"
+            lines = reply.aiter_lines()
+            assert [await anext(lines) for _ in range(4)] == [": waiting", ""] * 2
+            pipeline.gate.set()
+            rest = [line async for line in lines]
+        assert len(events_of("\n".join(rest))) >= 100
+        assert is_idle(engine)
 
 
 ASKED = [*((path, {}) for path in PATHS), *((path, {"n": 3}) for path in PATHS[:2])]
@@ -63,57 +59,44 @@ ASKED = [*((path, {}) for path in PATHS), *((path, {"n": 3}) for path in PATHS[:
 
 @pytest.mark.parametrize(("path", "fields"), ASKED)
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_goes_away_frees_its_memory(path: str, fields: dict[str, Any], stream: bool) -> None:
+async def test_a_client_that_goes_away_frees_its_memory(path: str, fields: dict[str, Any], stream: bool) -> None:
     """While its prompt is computed."""
 
-    @run_async
-    async def check() -> None:
-        async with served(first_chunk_s=5) as (engine, pipeline, http):
-            pipeline.gate.clear()
-            task = asyncio.create_task(http.post(path, json=body_of(path, stream=stream, **fields)))
-            await until(lambda: engine.scheduler.counts.kv_blocks_held > 0)
-            task.cancel()
-            await until(lambda: is_idle(engine))
-            pipeline.gate.set()
-            assert (await http.post(path, json=body_of(path))).status_code == 200
-
-    check()
+    async with served(first_chunk_s=5) as (engine, pipeline, http):
+        pipeline.gate.clear()
+        task = asyncio.create_task(http.post(path, json=body_of(path, stream=stream, **fields)))
+        await until(lambda: engine.scheduler.counts.kv_blocks_held > 0)
+        task.cancel()
+        await until(lambda: is_idle(engine))
+        pipeline.gate.set()
+        assert (await http.post(path, json=body_of(path))).status_code == 200
 
 
 @pytest.mark.parametrize(("path", "fields"), ASKED)
-def test_a_client_that_goes_away_in_the_middle_of_a_stream(path: str, fields: dict[str, Any]) -> None:
-    @run_async
-    async def check() -> None:
-        async with served() as (engine, pipeline, http):
-            async with http.stream("POST", path, json=body_of(path, stream=True, **fields)) as reply:
-                await anext(reply.aiter_lines())
-                pipeline.gate.clear()
-                await until(lambda: engine.scheduler.counts.running == fields.get("n", 1))
-                assert engine.scheduler.counts.kv_blocks_held > 0
-            await until(lambda: is_idle(engine))
-            pipeline.gate.set()
-
-    check()
-
-
-@pytest.mark.parametrize(("path", "fields"), ASKED)
-def test_a_client_that_goes_away_before_its_whole_answer_is_there(path: str, fields: dict[str, Any]) -> None:
-    @run_async
-    async def check() -> None:
-        async with served() as (engine, pipeline, http):
-            task = asyncio.create_task(http.post(path, json=body_of(path, **fields)))
-            while engine.scheduler.counts.running < fields.get("n", 1):  # noqa: ASYNC110  an answer takes few turns
-                await asyncio.sleep(0)
+async def test_a_client_that_goes_away_in_the_middle_of_a_stream(path: str, fields: dict[str, Any]) -> None:
+    async with served() as (engine, pipeline, http):
+        async with http.stream("POST", path, json=body_of(path, stream=True, **fields)) as reply:
+            await anext(reply.aiter_lines())
             pipeline.gate.clear()
+            await until(lambda: engine.scheduler.counts.running == fields.get("n", 1))
             assert engine.scheduler.counts.kv_blocks_held > 0
-            task.cancel()
-            await until(lambda: is_idle(engine))
-            pipeline.gate.set()
-
-    check()
+        await until(lambda: is_idle(engine))
+        pipeline.gate.set()
 
 
-@run_async
+@pytest.mark.parametrize(("path", "fields"), ASKED)
+async def test_a_client_that_goes_away_before_its_whole_answer_is_there(path: str, fields: dict[str, Any]) -> None:
+    async with served() as (engine, pipeline, http):
+        task = asyncio.create_task(http.post(path, json=body_of(path, **fields)))
+        while engine.scheduler.counts.running < fields.get("n", 1):  # noqa: ASYNC110  an answer takes few turns
+            await asyncio.sleep(0)
+        pipeline.gate.clear()
+        assert engine.scheduler.counts.kv_blocks_held > 0
+        task.cancel()
+        await until(lambda: is_idle(engine))
+        pipeline.gate.set()
+
+
 async def test_fifty_clients_with_disconnects() -> None:
     seed = random.randrange(1 << 32)
     print(f"seed {seed}")
@@ -142,7 +125,6 @@ async def test_fifty_clients_with_disconnects() -> None:
         assert reply["usage"]["completion_tokens"] == 100
 
 
-@run_async
 async def test_a_full_queue_tells_when_to_come_back() -> None:
     async with served() as (engine, pipeline, http):
         pipeline.gate.clear()
@@ -157,7 +139,6 @@ async def test_a_full_queue_tells_when_to_come_back() -> None:
         assert {reply.status_code for reply in replies} == {200}
 
 
-@run_async
 async def test_more_requests_than_can_be_held_are_refused() -> None:
     async with served(max_requests=3) as (engine, pipeline, http):
         pipeline.gate.clear()
@@ -172,7 +153,6 @@ async def test_more_requests_than_can_be_held_are_refused() -> None:
         assert (await http.post("/v1/completions", json=body)).status_code == 200
 
 
-@run_async
 async def test_more_bytes_than_can_be_held_are_refused() -> None:
     async with served(max_held_bytes=10_000) as (_, _, http):
         large = await http.post("/tokenize", json={"content": "a" * 20_000})
@@ -181,7 +161,6 @@ async def test_more_bytes_than_can_be_held_are_refused() -> None:
             assert (await http.post("/tokenize", json={"content": "a" * 9_000})).status_code == 200
 
 
-@run_async
 async def test_http_answers_what_the_engine_chose() -> None:
     """The same request, streamed or not, by either API, gives the same tokens and float32 bits."""
     async with served() as (_, _, http):

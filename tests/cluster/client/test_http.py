@@ -22,7 +22,7 @@ from llamaclust.core.sampler_chain import SamplerChain
 from llamaclust.core.sampling_bounds import CHAIN_BOUNDS
 from support.arithmetic.sampled import SAMPLERS
 from support.clusters import served
-from support.clusters.served import END, ScriptedEngine, ids, logprob, run_async, says, serving
+from support.clusters.served import END, ScriptedEngine, ids, logprob, says, serving
 
 _Value = TypeVar("_Value")
 _EVERYTHING: Options = {
@@ -62,7 +62,6 @@ async def scripted(text: str = "Hello", **more: Any) -> AsyncIterator[tuple[str,
         await served.until(lambda: engine.running == 0)
 
 
-@run_async
 async def test_a_reply_has_everything_and_the_bits_of_each_logprob() -> None:
     async with scripted("Hello") as (url, _):
         reply = await with_client(url, lambda client: client.generate("abc", max_tokens=9, seed=5))
@@ -73,14 +72,12 @@ async def test_a_reply_has_everything_and_the_bits_of_each_logprob() -> None:
     assert (reply.timings.ttft_ms, reply.timings.decode_tok_s) == (20.0, 50.0)
 
 
-@run_async
 async def test_without_max_tokens_the_context_is_the_limit() -> None:
     async with scripted("abc" * 200) as (url, _):
         reply = await with_client(url, lambda client: client.generate([1, 2, 3]))
     assert (len(reply.token_ids), reply.finish_reason) == (served.CONTEXT - 3, "length")
 
 
-@run_async
 async def test_a_stream_brings_the_same_as_a_reply() -> None:
     async with scripted("Hello World") as (url, _):
 
@@ -93,7 +90,6 @@ async def test_a_stream_brings_the_same_as_a_reply() -> None:
     assert streamed == whole
 
 
-@run_async
 async def test_a_stream_that_is_left_ends_its_request() -> None:
     async with scripted("abc" * 50) as (url, engine):
 
@@ -105,7 +101,6 @@ async def test_a_stream_that_is_left_ends_its_request() -> None:
         await served.until(lambda: engine.running == 0)
 
 
-@run_async
 async def test_a_chat_and_the_tokens_of_its_prompt() -> None:
     async with scripted("Hi") as (url, _):
         reply = await with_client(url, lambda client: client.chat([{"role": "user", "content": "Hello"}]))
@@ -114,7 +109,6 @@ async def test_a_chat_and_the_tokens_of_its_prompt() -> None:
     assert "Hello" in served.tokenizer().decode(reply.prompt_token_ids)
 
 
-@run_async
 async def test_scored_prompt_tokens_begin_where_they_are_asked_for() -> None:
     async with scripted() as (url, engine):
         for start in (0, 1, 2, 4, 6):
@@ -126,7 +120,6 @@ async def test_scored_prompt_tokens_begin_where_they_are_asked_for() -> None:
             assert engine.submitted[-1].score_from == start
 
 
-@run_async
 async def test_the_async_client_does_the_same() -> None:
     async with scripted("Hello") as (url, _), AsyncClient(url) as client:
         reply = await client.generate("abc", seed=5, score_from=2)
@@ -141,14 +134,12 @@ async def test_the_async_client_does_the_same() -> None:
             await anext(left)
 
 
-@run_async
 async def test_tokens_of_a_text_and_back() -> None:
     async with scripted() as (url, _):
         assert await with_client(url, lambda client: client.tokenize("héllo", add_special=False)) == ids("héllo")
         assert await with_client(url, lambda client: client.detokenize(ids("héllo"))) == "héllo"
 
 
-@run_async
 async def test_line_separators_that_json_leaves_alone_stay_text() -> None:
     text = "a\u2028b\u2029c\x85d\x0be\nf"
     async with scripted(text) as (url, _):
@@ -174,7 +165,6 @@ def _submitted(engine: ScriptedEngine) -> list[Generation]:
         {"mirostat": 2},
     ],
 )
-@run_async
 async def test_both_kinds_of_client_ask_for_the_same(more: Options) -> None:
     """Every option reaches the engine, and equally: over HTTP and in this process."""
     options: Options = {**_EVERYTHING, **more}
@@ -210,7 +200,6 @@ def test_an_unknown_option_is_refused() -> None:
 # -- errors ------------------------------------------------------------------------------------------------------------
 
 
-@run_async
 async def test_a_refusal_carries_the_servers_words() -> None:
     async with scripted() as (url, _):
         with pytest.raises(RequestError, match="temperature: must be a number within") as caught:
@@ -226,7 +215,6 @@ async def test_a_refusal_carries_the_servers_words() -> None:
                 await client.chat([{"role": "judge", "content": "x"}])
 
 
-@run_async
 async def test_what_json_cannot_say_is_refused_before_it_is_sent() -> None:
     async with scripted() as (url, engine):
         with pytest.raises(RequestError, match="cannot be sent"):
@@ -234,7 +222,6 @@ async def test_what_json_cannot_say_is_refused_before_it_is_sent() -> None:
         assert not engine.submitted
 
 
-@run_async
 async def test_a_full_queue_says_when_to_try_again() -> None:
     async with scripted(refusal=QueueFullError("12 requests wait", retry_after_s=6.5)) as (url, _):
         with pytest.raises(QueueFullError, match="12 requests wait") as caught:
@@ -242,7 +229,6 @@ async def test_a_full_queue_says_when_to_try_again() -> None:
     assert caught.value.retry_after_s == 7.0
 
 
-@run_async
 async def test_a_failure_in_the_middle_of_an_answer_is_raised() -> None:
     failure = WorkerError("worker b (layers 3-5) ended: killed")
     async with scripted("Hello", failure=failure, failure_after=3) as (url, _):
@@ -257,7 +243,6 @@ async def test_a_failure_in_the_middle_of_an_answer_is_raised() -> None:
     assert 0 < len("".join(seen)) < len("Hello")
 
 
-@run_async
 async def test_api_keys() -> None:
     async with serving(served.make_app(ScriptedEngine(says("Hi")), api_keys=("secret-key",))) as url:
         with pytest.raises(RequestError, match="needs a key") as caught:
@@ -266,7 +251,6 @@ async def test_api_keys() -> None:
         assert (await with_client(url, lambda client: client.generate("x"), api_key="secret-key")).text == "Hi"
 
 
-@run_async
 async def test_no_server() -> None:
     with pytest.raises(LlamaclustError, match=r"does not answer .*is the cluster up"):
         await with_client("http://127.0.0.1:9", lambda client: client.generate("x"))
@@ -299,7 +283,6 @@ async def _answering(reply: bytes) -> tuple[asyncio.Server, str]:
         (b'data: {"error": "kaput"}\n\n', "kaput"),
     ],
 )
-@run_async
 async def test_a_server_that_is_something_else(reply: bytes, words: str) -> None:
     server, url = await _answering(reply)
     async with server:
@@ -307,7 +290,6 @@ async def test_a_server_that_is_something_else(reply: bytes, words: str) -> None
             await with_client(url, lambda client: client.generate("x"))
 
 
-@run_async
 async def test_a_server_that_falls_silent() -> None:
     server, url = await _answering(b"data: {")
     server.close()
@@ -318,7 +300,6 @@ async def test_a_server_that_falls_silent() -> None:
             await with_client(url, lambda client: client.generate("x"), timeout=0.2)
 
 
-@run_async
 async def test_proxies_are_not_used_for_this_machine() -> None:
     async with scripted("Hi") as (url, _):
         with pytest.MonkeyPatch.context() as patch:
@@ -343,7 +324,6 @@ def test_keys_that_are_none(key: str) -> None:
         Client(api_key=key)
 
 
-@run_async
 async def test_the_address_may_end_as_openais_clients_want_it() -> None:
     async with scripted("Hi") as (url, _):
         assert (await with_client(f"{url}/v1/", lambda client: client.generate("x"))).text == "Hi"

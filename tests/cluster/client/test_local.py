@@ -22,7 +22,7 @@ from llamaclust.cluster.client.types import Options, Reply, join
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.text.service import TextService, TextSettings
 from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError, ModelFileError, RequestError, UsageError
-from support.clusters.served import run_async, serving
+from support.clusters.served import serving
 from support.models.tiny_model import build_tiny_model
 
 CONTEXT = 640
@@ -129,7 +129,6 @@ def _answers(client: Client | LocalClient) -> list[object]:
     ]
 
 
-@run_async
 async def test_http_gives_the_same_bits(client: LocalClient, tiny: Path) -> None:
     async with http(tiny) as url:
         with Client(url) as remote:
@@ -174,7 +173,6 @@ def _refusals(client: Client | LocalClient) -> list[str]:
     return messages
 
 
-@run_async
 async def test_http_refuses_in_the_same_words(client: LocalClient, tiny: Path) -> None:
     async with http(tiny) as url:
         with Client(url) as remote:

@@ -33,7 +33,6 @@ from llamaclust.wire.security.credentials import Insecure, Principal
 from llamaclust.worker.membership import Member
 from support.clusters.control_messages import LOAD, REGISTER
 from support.clusters.real_cluster import real_cluster
-from support.clusters.served import run_async
 from support.models.tiny_model import build_tiny_model
 
 ALIVE = Heartbeat(0.0, 0, 0, 0, 0)
@@ -51,7 +50,6 @@ def three() -> dict[str, WorkerHandle]:
     return workers
 
 
-@run_async
 async def test_the_cause_is_whom_others_could_not_reach_then_who_was_lost_first() -> None:
     workers = three()
     everyone = list(workers.values())
@@ -66,7 +64,6 @@ async def test_the_cause_is_whom_others_could_not_reach_then_who_was_lost_first(
     assert [worker.name for worker in lost_in(3, everyone)] == ["b", "a"]
 
 
-@run_async
 async def test_a_loss_is_waited_for_where_others_tell_of_it_sooner(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(failure_attribution, "_BLAME_S", 20.0)
     workers = three()
@@ -81,7 +78,6 @@ async def test_a_loss_is_waited_for_where_others_tell_of_it_sooner(monkeypatch: 
     assert str(error).startswith("worker c (layers [2, 4)) is lost: its process was killed") and error.worker == "c"
 
 
-@run_async
 async def test_whoever_lives_and_is_not_reached_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(failure_attribution, "_BLAME_S", 20.0)
     workers = three()
@@ -95,22 +91,19 @@ async def test_whoever_lives_and_is_not_reached_is_not_waited_for(monkeypatch: p
 
 
 @pytest.mark.parametrize("guilty", ["b", "c"])
-def test_a_stage_that_cannot_be_opened_is_blamed_on_its_worker_by_name(tmp_path: Path, guilty: str) -> None:
+async def test_a_stage_that_cannot_be_opened_is_blamed_on_its_worker_by_name(tmp_path: Path, guilty: str) -> None:
     """Also where another stage meets it, and nobody says an address."""
     model = build_tiny_model(tmp_path / "tiny.gguf", layers=3, context=256)
 
-    async def run() -> None:
-        async with real_cluster(tmp_path, 3) as cluster:
-            handles = await cluster.load_stages(model, (0, 1, 2, 3))
-            worker = cluster.registry.workers[guilty]
-            kept = dict(worker.stages)
-            await worker.unload(1)
-            worker.stages.update(kept)  # nobody knows
-            with pytest.raises(WorkerError, match=f"worker {guilty} holds no stage for epoch 1") as caught:
-                await RemotePipeline.open(1, handles, cluster.run.token)
-            assert caught.value.worker == guilty
-
-    asyncio.run(run())
+    async with real_cluster(tmp_path, 3) as cluster:
+        handles = await cluster.load_stages(model, (0, 1, 2, 3))
+        worker = cluster.registry.workers[guilty]
+        kept = dict(worker.stages)
+        await worker.unload(1)
+        worker.stages.update(kept)  # nobody knows
+        with pytest.raises(WorkerError, match=f"worker {guilty} holds no stage for epoch 1") as caught:
+            await RemotePipeline.open(1, handles, cluster.run.token)
+        assert caught.value.worker == guilty
 
 
 class Coordinator:
@@ -129,7 +122,6 @@ class Coordinator:
             pass
 
 
-@run_async
 async def test_a_stage_that_ends_while_it_tells_of_another_one_does_not_end_its_worker() -> None:
     """The network does not take it at once: a machine is busy, or the coordinator is."""
     coordinator = Coordinator()
@@ -153,7 +145,6 @@ async def test_a_stage_that_ends_while_it_tells_of_another_one_does_not_end_its_
     await server.stop(0.0)
 
 
-@run_async
 async def test_a_stream_that_another_task_cancels_is_broken_for_the_others() -> None:
     async def wait(stream: ServerStream) -> None:
         await stream.accept()

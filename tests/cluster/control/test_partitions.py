@@ -14,7 +14,6 @@ from llamaclust.cluster.planner.adjacency import Pairs
 from llamaclust.cluster.state.events import Event, News
 from llamaclust.wire.control.messages import CoordinatorMessage, Heartbeat, Loaded, PeerLost, PeerTried, TryPeer
 from support.clusters.control_messages import LOAD, REGISTER
-from support.clusters.served import run_async
 
 ALIVE = Heartbeat(0.0, 0, 0, 0, 0)
 AB, BC = frozenset("ab"), frozenset("bc")
@@ -83,7 +82,6 @@ def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(partitions, "_FIRST_PAUSE_S", 0.02)
 
 
-@run_async
 async def test_only_who_is_alive_is_cut_off() -> None:
     members = Members()
     with members.pairs:
@@ -100,7 +98,6 @@ async def test_only_who_is_alive_is_cut_off() -> None:
         assert members.told == [why]
 
 
-@run_async
 async def test_reports_of_nobody_and_of_oneself_count_for_nothing() -> None:
     members = Members()
     with members.pairs:
@@ -110,7 +107,6 @@ async def test_reports_of_nobody_and_of_oneself_count_for_nothing() -> None:
         assert not members.pairs.apart
 
 
-@run_async
 async def test_it_is_mended_when_each_reaches_the_other_that_did_not() -> None:
     members = Members()
     with members.pairs:
@@ -129,7 +125,6 @@ async def test_it_is_mended_when_each_reaches_the_other_that_did_not() -> None:
         assert members.told[-1] == "workers a and b reach each other again" and members.changes == 4
 
 
-@run_async
 async def test_a_pair_that_breaks_again_is_tried_after_longer_pauses() -> None:
     members = Members()
     with members.pairs:
@@ -147,7 +142,6 @@ async def test_a_pair_that_breaks_again_is_tried_after_longer_pauses() -> None:
         assert 1 <= tries <= 5, "pauses grow while it is cut"
 
 
-@run_async
 async def test_a_worker_that_is_lost_takes_its_cuts_with_it() -> None:
     members = Members()
     with members.pairs:
@@ -162,7 +156,6 @@ async def test_a_worker_that_is_lost_takes_its_cuts_with_it() -> None:
         assert members.asked == ["bc"]
 
 
-@run_async
 async def test_a_network_that_falls_apart_in_two_is_known_after_one_report() -> None:
     """All ways are tried at the same time: the first plan after that is one that works."""
     sides = {one + other for one in "ab" for other in "cd"}
@@ -184,7 +177,6 @@ async def test_a_network_that_falls_apart_in_two_is_known_after_one_report() -> 
         assert len(members.told) == 4 and len(set(members.asked)) == 10
 
 
-@run_async
 async def test_of_many_workers_those_are_tried_that_are_known_to_be_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(partitions, "_MOST_TRIES", 5)
     members = Members(cut={"ab"}, names="abcd")
@@ -194,7 +186,6 @@ async def test_of_many_workers_those_are_tried_that_are_known_to_be_cut_off(monk
         assert sorted(members.asked) == ["ac", "ad", "bc", "bd", "ca", "cb", "da", "db"]
 
 
-@run_async
 async def test_what_a_stage_says_of_an_epoch_ends_with_it() -> None:
     worker = Members().workers["a"]
     worker.hear(PeerLost(2, "b", "late"))
@@ -202,7 +193,6 @@ async def test_what_a_stage_says_of_an_epoch_ends_with_it() -> None:
     assert not worker.cut_off(2).is_set() and worker.cut_off(3).is_set()
 
 
-@run_async
 async def test_who_says_it_without_end_keeps_nobody_waiting() -> None:
     members = Members()
 
@@ -221,7 +211,6 @@ async def test_who_says_it_without_end_keeps_nobody_waiting() -> None:
     assert members.pairs.apart == {AB} and members.changes == 1
 
 
-@run_async
 async def test_a_report_that_is_looked_into_is_not_looked_into_again() -> None:
     members = Members()
     with members.pairs:

@@ -17,12 +17,10 @@ from llamaclust.core.errors import ModelFileError
 from llamaclust.wire.rpc import cache_flush
 from llamaclust.wire.rpc.cache_flush import ColdCaches
 from support.clusters.control_messages import REGISTER
-from support.clusters.served import run_async
 
 NOTHING: Any = None
 
 
-@run_async
 async def test_the_event_loop_serves_while_a_plan_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     served = Event()
 
@@ -39,7 +37,6 @@ async def test_the_event_loop_serves_while_a_plan_is_made(monkeypatch: pytest.Mo
     assert await making
 
 
-@run_async
 async def test_others_have_turns_while_caches_are_swept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache_flush, "_REST_S", 0)
     turns = 0
@@ -56,7 +53,6 @@ async def test_others_have_turns_while_caches_are_swept(monkeypatch: pytest.Monk
     assert turns >= 32
 
 
-@run_async
 async def test_what_changes_while_a_plan_is_made_is_seen_to_before_all_is_settled() -> None:
     config: Any = SimpleNamespace(timeouts=SimpleNamespace(worker=5.0, load=60.0, recovery=120.0))
     registry: Any = SimpleNamespace(present={}, workers={})
@@ -77,7 +73,6 @@ async def test_what_changes_while_a_plan_is_made_is_seen_to_before_all_is_settle
     assert settled == [False, False]
 
 
-@run_async
 async def test_whoever_joins_while_a_load_fails_may_be_what_was_missing() -> None:
     """A start goes on, with that worker."""
     timeouts = SimpleNamespace(worker=5.0, load=60.0, recovery=120.0)
@@ -103,7 +98,6 @@ async def test_whoever_joins_while_a_load_fails_may_be_what_was_missing() -> Non
     assert await supervisor._next_epoch() == "opened"
 
 
-@run_async
 async def test_failures_that_go_on_for_hours_do_not_end_the_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     config: Any = SimpleNamespace(timeouts=SimpleNamespace(worker=5.0, load=60.0, recovery=120.0))
     supervisor = Supervisor(config, NOTHING, NOTHING, NOTHING, NOTHING, lambda event: None)

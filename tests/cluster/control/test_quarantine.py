@@ -8,10 +8,8 @@ import pytest
 
 from llamaclust.cluster.control import quarantine
 from llamaclust.cluster.control.quarantine import LeftOut
-from support.clusters.served import run_async
 
 
-@run_async
 async def test_twice_as_long_after_each_failure_and_back_when_the_time_is_over() -> None:
     loop, pauses, changes = asyncio.get_running_loop(), [], asyncio.Event()
     out = LeftOut(changes.set)

@@ -13,7 +13,6 @@ import pytest
 
 from llamaclust.cluster.scheduler.requests import Generation
 from support.clusters.recovering import Answer, asks, config, model_in, recovering, undisturbed
-from support.clusters.served import run_async
 
 SEED = SystemRandom().randrange(1 << 32)
 
@@ -73,7 +72,7 @@ def expected(model: Path, requests: tuple[Generation, ...]) -> list[Answer]:
 
 
 @pytest.mark.parametrize("what", ANSWERS)
-def test_wrong_answers_change_no_token(
+async def test_wrong_answers_change_no_token(
     what: str,
     model: Path,
     requests: tuple[Generation, ...],
@@ -90,15 +89,11 @@ def test_wrong_answers_change_no_token(
     )
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(tmp_path), *filter(None, sys.path))))
 
-    @run_async
-    async def run() -> None:
-        async with recovering(config(model, tmp_path)) as cluster:
-            answers = await asyncio.gather(*cluster.start(requests))
-            await cluster.until("the wrong answer", marker.exists)
-            await cluster.until("the loss", lambda: any("is lost" in text for text in cluster.told))
-            (lost,) = (text for text in cluster.told if "is lost" in text)
-            assert lost.startswith("worker c (layers [4, 6)) is lost: ") and says in lost
-            assert answers == expected
-            await cluster.whole()
-
-    run()
+    async with recovering(config(model, tmp_path)) as cluster:
+        answers = await asyncio.gather(*cluster.start(requests))
+        await cluster.until("the wrong answer", marker.exists)
+        await cluster.until("the loss", lambda: any("is lost" in text for text in cluster.told))
+        (lost,) = (text for text in cluster.told if "is lost" in text)
+        assert lost.startswith("worker c (layers [4, 6)) is lost: ") and says in lost
+        assert answers == expected
+        await cluster.whole()

@@ -23,7 +23,6 @@ from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError, Usa
 from llamaclust.core.sampling import SamplingParams
 from llamaclust.wire.control.messages import Load, Loaded
 from support.clusters.recovering import Answer, Recovering, answer_of, asks, config, model_in, recovering, undisturbed
-from support.clusters.served import run_async
 
 SEED = SystemRandom().randrange(1 << 32)
 _HALVES = [{"worker": "a", "layers": [0, 3]}, {"worker": "b", "layers": [3, 6]}]
@@ -60,7 +59,6 @@ async def start_by_hand(run: Recovering, name: str) -> asyncio.subprocess.Proces
 
 
 @pytest.mark.parametrize("why", ["memory", "plan"])
-@run_async
 async def test_requests_wait_for_a_worker_to_come_back(
     why: str,
     model: Path,
@@ -86,7 +84,6 @@ async def test_requests_wait_for_a_worker_to_come_back(
         await run.whole()
 
 
-@run_async
 async def test_requests_that_wait_too_long_fail_and_the_cluster_serves_again_when_a_worker_is_back(
     model: Path, requests: tuple[Generation, ...], expected: list[Answer], tmp_path: Path
 ) -> None:
@@ -115,7 +112,6 @@ async def test_requests_that_wait_too_long_fail_and_the_cluster_serves_again_whe
         assert await by_hand.wait() == 0
 
 
-@run_async
 async def test_failures_between_which_requests_are_answered_end_none(
     model: Path, requests: tuple[Generation, ...], expected: list[Answer], tmp_path: Path
 ) -> None:
@@ -130,7 +126,6 @@ async def test_failures_between_which_requests_are_answered_end_none(
         assert run.cluster.supervisor.recoveries == 4
 
 
-@run_async
 async def test_requests_that_fail_again_and_again_end_and_others_are_served(
     model: Path, requests: tuple[Generation, ...], expected: list[Answer], tmp_path: Path
 ) -> None:
@@ -147,7 +142,6 @@ async def test_requests_that_fail_again_and_again_end_and_others_are_served(
         assert await asyncio.gather(*run.start(requests)) == expected
 
 
-@run_async
 async def test_layers_are_moved_away_without_losing_a_token(
     model: Path, requests: tuple[Generation, ...], expected: list[Answer], tmp_path: Path
 ) -> None:
@@ -167,7 +161,6 @@ async def test_layers_are_moved_away_without_losing_a_token(
         assert await answer_of(run.cluster.engine.submit(requests[0])) == expected[0]
 
 
-@run_async
 async def test_a_worker_that_cannot_be_spared_is_not(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,7 +174,6 @@ async def test_a_worker_that_cannot_be_spared_is_not(
         assert run.cluster.supervisor.epoch.number == 1
 
 
-@run_async
 async def test_a_worker_whose_layers_do_not_load_elsewhere_keeps_them(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -200,7 +192,6 @@ async def test_a_worker_whose_layers_do_not_load_elsewhere_keeps_them(
         assert run.cluster.supervisor.epoch is serving
 
 
-@run_async
 async def test_plans_do_without_who_fails_at_every_load_and_comes_back_at_once(
     model: Path,
     requests: tuple[Generation, ...],
@@ -230,7 +221,6 @@ async def test_plans_do_without_who_fails_at_every_load_and_comes_back_at_once(
         await run.whole()
 
 
-@run_async
 async def test_a_process_for_which_there_is_no_room_now_is_started_later(
     model: Path,
     requests: tuple[Generation, ...],
@@ -257,7 +247,6 @@ async def test_a_process_for_which_there_is_no_room_now_is_started_later(
         assert refused == 2
 
 
-@run_async
 async def test_requests_do_not_wait_for_loads_that_fail_again_and_again(
     model: Path,
     requests: tuple[Generation, ...],

@@ -12,7 +12,6 @@ import pytest
 
 from llamaclust.cluster.scheduler.requests import Generation
 from support.clusters.recovering import Answer, asks, config, model_in, recovering, undisturbed, worker_pids
-from support.clusters.served import run_async
 
 SEED = SystemRandom().randrange(1 << 32)
 TOKENS = 100
@@ -37,7 +36,6 @@ def expected(model: Path, requests: tuple[Generation, ...]) -> list[Answer]:
 
 @pytest.mark.parametrize("moment", ["prefill", "decode"])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=lambda number: number.name)
-@run_async
 async def test_any_worker_is_lost_at_any_moment(
     number: signal.Signals,
     moment: str,
@@ -61,7 +59,6 @@ async def test_any_worker_is_lost_at_any_moment(
 
 
 @pytest.mark.parametrize("victims", [("a", "c"), ("b", "a", "c")], ids=len)
-@run_async
 async def test_several_are_lost_in_a_row(
     victims: tuple[str, ...],
     model: Path,
@@ -78,7 +75,6 @@ async def test_several_are_lost_in_a_row(
         await run.whole()
 
 
-@run_async
 async def test_another_is_lost_while_a_new_epoch_loads(
     model: Path, requests: tuple[Generation, ...], expected: list[Answer], tmp_path: Path
 ) -> None:
@@ -102,7 +98,6 @@ async def test_another_is_lost_while_a_new_epoch_loads(
         await run.whole()
 
 
-@run_async
 async def test_a_loss_while_the_first_epoch_loads(
     model: Path, requests: tuple[Generation, ...], expected: list[Answer], tmp_path: Path
 ) -> None:

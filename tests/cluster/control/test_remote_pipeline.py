@@ -14,7 +14,6 @@ from llamaclust.core.errors import WorkerError
 from llamaclust.core.limits import StageLimits
 from llamaclust.wire.control.messages import Load, Loaded, Register
 from support.clusters.real_cluster import microbatches
-from support.clusters.served import run_async
 
 
 class Stream:
@@ -55,7 +54,6 @@ def _pipeline(forward: Stream, sample: Stream) -> RemotePipeline:
     return RemotePipeline(1, [worker], (peer, peer), *ends)
 
 
-@run_async
 async def test_nothing_writes_on_after_a_write_that_failed() -> None:
     sample = Stream()
     pipeline = _pipeline(Stream(write=WorkerError("gone")), sample)
@@ -67,7 +65,6 @@ async def test_nothing_writes_on_after_a_write_that_failed() -> None:
     await pipeline.close()
 
 
-@run_async
 async def test_a_network_that_takes_nothing_ends_the_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llamaclust.cluster.control.remote_pipeline._WRITE_S", 0.02)
     pipeline = _pipeline(Stream(), Stream())
@@ -78,7 +75,6 @@ async def test_a_network_that_takes_nothing_ends_the_pipeline(monkeypatch: pytes
     await pipeline.close()
 
 
-@run_async
 @pytest.mark.parametrize("error", [RuntimeError("a mistake of ours"), asyncio.CancelledError()], ids=str)
 async def test_a_reader_that_ends_otherwise_is_heard_of(error: BaseException) -> None:
     pipeline = _pipeline(Stream(), Stream(read=error))

@@ -24,7 +24,6 @@ from llamaclust.wire.control.messages import (
 )
 from support.clusters.control_messages import LOAD, REGISTER
 from support.clusters.recovering import asks, config, model_in, recovering, undisturbed
-from support.clusters.served import run_async
 
 SEED = SystemRandom().randrange(1 << 32)
 STALL_S = 0.4
@@ -57,7 +56,6 @@ def hang_once(monkeypatch: pytest.MonkeyPatch, victims: set[str]) -> None:
     monkeypatch.setattr(WorkerHandle, "hear", deaf)
 
 
-@run_async
 async def test_loads_that_hang_and_workers_that_stop_while_they_load_change_no_token(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -117,7 +115,6 @@ async def _locate(handle: WorkerHandle) -> object:
     return await handle.locate("/m.gguf", "id", describe=True, stall_s=STALL_S)
 
 
-@run_async
 async def test_what_gets_further_is_waited_for_and_what_does_not_is_stalled() -> None:
     mib, epoch = 1 << 20, LOAD.epoch
     loaded, located = Loaded(epoch, 1, 2, 3), Located(True, "ab" * 32, 7)

@@ -3,10 +3,9 @@ from __future__ import annotations
 import asyncio
 import gc
 import re
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from functools import wraps
 
 import pytest
 
@@ -19,18 +18,6 @@ from llamaclust.wire.microbatch.messages import Result
 from support.clusters.fakes import VOCABULARY, FakePipeline, expected, tokens_of
 
 SETTINGS = SchedulerSettings("m", VOCABULARY, context_length=400, kv_blocks=100, max_sequences=8, max_waiting=4)
-
-
-def run_async(test: Callable[..., Coroutine[None, None, None]]) -> Callable[..., None]:
-    @wraps(test)
-    def run(**arguments: object) -> None:
-        async def bounded() -> None:
-            async with asyncio.timeout(20):
-                await test(**arguments)
-
-        asyncio.run(bounded())
-
-    return run
 
 
 @asynccontextmanager
@@ -50,7 +37,6 @@ async def collect(stream: RequestStream) -> list[Event]:
     return [event async for event in stream]
 
 
-@run_async
 async def test_requests_together_give_what_each_gives_alone() -> None:
     async with running() as (engine, _):
         requests = [ask(seed, length=5 + 13 * seed) for seed in range(8)]
@@ -65,7 +51,6 @@ async def test_requests_together_give_what_each_gives_alone() -> None:
             assert last.timings.ttft_ms > 0 and last.timings.decode_tok_s > 0
 
 
-@run_async
 async def test_scoring_and_nothing_to_do() -> None:
     async with running() as (engine, _):
         events = await collect(engine.submit(ask(max_tokens=0, score_from=0)))
@@ -76,7 +61,6 @@ async def test_scoring_and_nothing_to_do() -> None:
         assert isinstance(last, Finished) and (last.timings.queue_ms, last.timings.ttft_ms) == (0.0, 0.0)
 
 
-@run_async
 async def test_aborted_while_it_waits_it_has_taken_no_time() -> None:
     async with running() as (engine, _):
         stream = engine.submit(ask())
@@ -86,7 +70,6 @@ async def test_aborted_while_it_waits_it_has_taken_no_time() -> None:
         assert (last.timings.queue_ms, last.timings.ttft_ms) == (0.0, 0.0)
 
 
-@run_async
 async def test_refusals_reach_the_caller_at_once() -> None:
     async with running() as (engine, pipeline):
         with pytest.raises(RequestError, match="empty"):
@@ -100,7 +83,6 @@ async def test_refusals_reach_the_caller_at_once() -> None:
             assert len(tokens_of(events)) == 30
 
 
-@run_async
 async def test_abort_frees_memory_at_once_and_ends_the_stream() -> None:
     async with running() as (engine, _):
         stream = engine.submit(ask(max_tokens=300))
@@ -116,7 +98,6 @@ async def test_abort_frees_memory_at_once_and_ends_the_stream() -> None:
 
 
 @pytest.mark.parametrize("way", ["dropped", "cancelled", "left"])
-@run_async
 async def test_a_reader_that_goes_away_frees_memory(way: str) -> None:
     async with running() as (engine, pipeline):
         stream: RequestStream | None = engine.submit(ask(max_tokens=300))
@@ -159,28 +140,24 @@ async def failing(
     return messages.pop()
 
 
-@run_async
 async def test_a_lost_worker_fails_every_request_by_name() -> None:
     async with running() as (engine, pipeline):
         message = "worker w1 (layers 2-3) is lost: killed"
         assert await failing(engine, pipeline, lambda: pipeline.lose(WorkerError(message)), WorkerError) == message
 
 
-@run_async
 async def test_a_failed_microbatch_takes_the_engine_down() -> None:
     async with running() as (engine, pipeline):
         pipeline.failure = "worker w0: out of memory"
         assert "out of memory" in await failing(engine, pipeline, pipeline.gate.set, WorkerError)
 
 
-@run_async
 async def test_a_result_out_of_turn_takes_the_engine_down() -> None:
     async with running() as (engine, pipeline):
         pipeline.replaced = Result(1, 77)
         assert "microbatch 77" in await failing(engine, pipeline, pipeline.gate.set, LlamaclustError)
 
 
-@run_async
 async def test_a_microbatch_that_never_comes_back_takes_the_engine_down(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -190,7 +167,6 @@ async def test_a_microbatch_that_never_comes_back_takes_the_engine_down(
         assert "no result of a microbatch" in message and "w0 (layers 0-1)" in message
 
 
-@run_async
 async def test_a_request_ends_at_its_deadline_and_others_go_on() -> None:
     async with running(request_s=0.05) as (engine, pipeline):
         pipeline.gate.clear()
@@ -200,7 +176,6 @@ async def test_a_request_ends_at_its_deadline_and_others_go_on() -> None:
         assert len(tokens_of(await collect(engine.submit(ask(1))))) == 30
 
 
-@run_async
 async def test_draining_finishes_what_is_there() -> None:
     async with running() as (engine, pipeline):
         stream = engine.submit(ask())
@@ -212,7 +187,6 @@ async def test_draining_finishes_what_is_there() -> None:
         assert drained and [len(tokens_of(events)) for events in answers] == [30, 30]
 
 
-@run_async
 async def test_closing_the_engine_ends_every_stream() -> None:
     pipeline = FakePipeline(SETTINGS.kv_blocks)
     pipeline.gate.clear()
@@ -224,7 +198,6 @@ async def test_closing_the_engine_ends_every_stream() -> None:
     assert engine.scheduler.counts.kv_blocks_held == 0
 
 
-@run_async
 async def test_metrics_and_stage_report() -> None:
     async with running() as (engine, _):
         await asyncio.gather(*(collect(engine.submit(ask(seed))) for seed in range(3)))

@@ -21,7 +21,7 @@ from llamaclust.cluster.server.worker_metrics import WorkerMetrics
 from llamaclust.wire.control.messages import Heartbeat, Register
 from llamaclust.wire.microbatch.messages import Result, StageTiming
 from support.clusters.fakes import FakePipeline
-from support.clusters.served import SETTINGS, run_async
+from support.clusters.served import SETTINGS
 from support.paths import ROOT
 
 CHART = ROOT / "deploy/helm/llamaclust"
@@ -134,7 +134,6 @@ def test_the_board_and_its_monitor_ask_for_what_there_is(text: str) -> None:
     assert "path: /metrics" in monitor
 
 
-@run_async
 async def test_measured_speed_is_of_the_last_requests() -> None:
     async with Engine(FakePipeline(SETTINGS.kv_blocks), SETTINGS) as engine:
         assert engine.metrics.speed().token_ms is None and engine.metrics.speed().requests == 0

@@ -76,18 +76,15 @@ def test_a_worker_that_cannot_react_is_killed_too(
     _wait_until_gone(workers)
 
 
-def test_stopping_kills_what_does_not_end_by_itself(tmp_path: Path) -> None:
-    async def run() -> None:
-        async with real_cluster(tmp_path, 2, device="reference") as cluster:
-            workers = [psutil.Process(pid) for pid in cluster.launcher.pids.values()]
-            workers[0].suspend()
-            begun = time.monotonic()
-            await cluster.launcher.stop()
-            assert time.monotonic() - begun < 10.0  # a second on an idle machine
-            assert cluster.launcher.pids == {}
-            assert not any(worker.is_running() for worker in workers)
-
-    asyncio.run(run())
+async def test_stopping_kills_what_does_not_end_by_itself(tmp_path: Path) -> None:
+    async with real_cluster(tmp_path, 2, device="reference") as cluster:
+        workers = [psutil.Process(pid) for pid in cluster.launcher.pids.values()]
+        workers[0].suspend()
+        begun = time.monotonic()
+        await cluster.launcher.stop()
+        assert time.monotonic() - begun < 10.0  # a second on an idle machine
+        assert cluster.launcher.pids == {}
+        assert not any(worker.is_running() for worker in workers)
 
 
 def test_the_registry_ends_its_workers_and_calls_none_lost(tmp_path: Path) -> None:

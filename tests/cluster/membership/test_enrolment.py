@@ -37,7 +37,6 @@ from llamaclust.wire.security.enrolment import (
 from llamaclust.wire.security.token import JoinToken
 from llamaclust.worker.enrolment import enrol
 from support.clusters.enrolment_bytes import raw
-from support.clusters.served import run_async
 from support.clusters.trust import A, authority, echo, enrolment, refusals
 
 MAJOR = PROTOCOL_VERSION[0]
@@ -54,7 +53,6 @@ async def told(caplog: pytest.LogCaptureFixture, times: int) -> list[str]:
     return lines
 
 
-@run_async
 async def test_who_has_the_token_becomes_a_member(trust: Authority, caplog: pytest.LogCaptureFixture) -> None:
     async with enrolment(trust, port=7101) as (host, port):
         enrolled = await enrol(host, port, trust.token, "b")
@@ -68,7 +66,6 @@ async def test_who_has_the_token_becomes_a_member(trust: Authority, caplog: pyte
     assert refusals(caplog.records) == []
 
 
-@run_async
 async def test_a_wrong_secret_is_refused_and_logged_once(trust: Authority, caplog: pytest.LogCaptureFixture) -> None:
     wrong = JoinToken(trust.token.ca_hash, b"w" * 43)
     async with enrolment(trust) as (host, port):
@@ -80,7 +77,6 @@ async def test_a_wrong_secret_is_refused_and_logged_once(trust: Authority, caplo
         await enrol(host, port, trust.token, "b")
 
 
-@run_async
 async def test_a_token_that_was_rotated_is_the_only_one_and_the_authority_stays(
     trust: Authority, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -103,7 +99,6 @@ async def test_a_token_that_was_rotated_is_the_only_one_and_the_authority_stays(
     assert isinstance(missing.exception, UsageError) and "no such folder" in str(missing.exception)
 
 
-@run_async
 async def test_a_coordinator_that_the_token_does_not_name_hears_nothing(trust: Authority, tmp_path: Path) -> None:
     other = authority(tmp_path, "other")
     async with enrolment(other) as (host, port):
@@ -111,7 +106,6 @@ async def test_a_coordinator_that_the_token_does_not_name_hears_nothing(trust: A
             await enrol(host, port, trust.token, "b")
 
 
-@run_async
 async def test_a_server_with_the_right_ca_certificate_but_no_key_of_it_is_refused(
     trust: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,7 +117,6 @@ async def test_a_server_with_the_right_ca_certificate_but_no_key_of_it_is_refuse
             await enrol(host, port, trust.token, "b")
 
 
-@run_async
 async def test_a_member_cannot_play_the_coordinator(trust: Authority) -> None:
     async with server_module.EnrolmentServer("127.0.0.1:0", trust, trust.identity(A), lambda name: None, 7) as server:
         host, _, port = server.address.rpartition(":")
@@ -131,7 +124,6 @@ async def test_a_member_cannot_play_the_coordinator(trust: Authority) -> None:
             await enrol(host, int(port), trust.token, "b")
 
 
-@run_async
 async def test_a_server_that_does_not_know_the_secret_is_refused(
     trust: Authority, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -148,7 +140,6 @@ async def test_a_server_that_does_not_know_the_secret_is_refused(
             await enrol(host, port, trust.token, "b")
 
 
-@run_async
 async def test_a_replayed_request_is_refused(trust: Authority, caplog: pytest.LogCaptureFixture) -> None:
     async with enrolment(trust) as (host, port):
         async with raw(host, port) as first:
@@ -161,7 +152,6 @@ async def test_a_replayed_request_is_refused(trust: Authority, caplog: pytest.Lo
 
 
 @pytest.mark.parametrize("what", ["name", "key", "nonce", "proof"])
-@run_async
 async def test_what_is_changed_on_the_way_is_refused(what: str, trust: Authority) -> None:
     async with enrolment(trust) as (host, port), raw(host, port) as client:
         request = Request("b", NewKey().request, NONCE).proven(trust.token, await client.challenge())
@@ -199,7 +189,6 @@ BAD_REQUESTS = {
 
 
 @pytest.mark.parametrize("what", BAD_REQUESTS)
-@run_async
 async def test_keys_that_will_not_do_are_refused(what: str, trust: Authority) -> None:
     async with enrolment(trust) as (host, port), raw(host, port) as client:
         request = Request("b", BAD_REQUESTS[what], NONCE).proven(trust.token, await client.challenge())
@@ -207,7 +196,6 @@ async def test_keys_that_will_not_do_are_refused(what: str, trust: Authority) ->
         assert isinstance(answer, Refusal) and "certificate request" in answer.reason
 
 
-@run_async
 async def test_names_that_are_not_wanted_are_refused(trust: Authority, caplog: pytest.LogCaptureFixture) -> None:
     async with enrolment(trust, lambda name: None if name == "a" else "there is no such worker") as (host, port):
         await enrol(host, port, trust.token, "a")
@@ -219,7 +207,6 @@ async def test_names_that_are_not_wanted_are_refused(trust: Authority, caplog: p
         assert "worker name '../a'" in (await told(caplog, 2))[-1]
 
 
-@run_async
 async def test_another_major_version_is_refused_by_name(trust: Authority, monkeypatch: pytest.MonkeyPatch) -> None:
     async with enrolment(trust) as (host, port):
         async with raw(host, port) as client:
@@ -253,7 +240,6 @@ MALFORMED = {
 
 
 @pytest.mark.parametrize("what", MALFORMED)
-@run_async
 async def test_malformed_messages_end_the_connection_with_a_line(
     what: str, trust: Authority, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -270,7 +256,6 @@ async def test_malformed_messages_end_the_connection_with_a_line(
         await enrol(host, port, trust.token, "b")
 
 
-@run_async
 async def test_plain_text_gets_no_answer(trust: Authority, caplog: pytest.LogCaptureFixture) -> None:
     async with enrolment(trust) as (host, port):
         reader, writer = await asyncio.open_connection(host, port)
@@ -281,7 +266,6 @@ async def test_plain_text_gets_no_answer(trust: Authority, caplog: pytest.LogCap
         await told(caplog, 1)
 
 
-@run_async
 async def test_old_tls_is_refused(trust: Authority) -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
@@ -291,7 +275,6 @@ async def test_old_tls_is_refused(trust: Authority) -> None:
             await asyncio.open_connection(host, port, ssl=context)
 
 
-@run_async
 async def test_who_says_nothing_is_cut_off_and_more_than_so_many_are_not_heard(
     trust: Authority, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -311,7 +294,6 @@ async def test_who_says_nothing_is_cut_off_and_more_than_so_many_are_not_heard(
         await enrol(host, port, trust.token, "b")
 
 
-@run_async
 async def test_a_flood_of_refusals_does_not_fill_the_log(trust: Authority, caplog: pytest.LogCaptureFixture) -> None:
     async with enrolment(trust) as (host, port):
         for _ in range(60):

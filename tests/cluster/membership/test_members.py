@@ -35,7 +35,6 @@ from llamaclust.worker.stage.service import StageService
 from support.clusters.control_messages import REGISTER
 from support.clusters.members import ANY, Joined, join, registry
 from support.clusters.real_cluster import microbatches
-from support.clusters.served import run_async
 from support.clusters.stage_chain import chain
 from support.clusters.trust import A, B, refusals
 from support.models.tiny_model import build_tiny_model
@@ -44,7 +43,6 @@ SECOND = replace(REGISTER, pid=REGISTER.pid + 1)
 ALIVE = Heartbeat(0.5, 1, 2, 3, 4)
 
 
-@run_async
 async def test_a_worker_that_poses_as_another_is_refused_and_logged_once(
     trust: Authority, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -68,7 +66,6 @@ async def test_a_worker_that_poses_as_another_is_refused_and_logged_once(
         assert [*there.present] == ["a"] and there.workers["a"].registration.pid == REGISTER.pid
 
 
-@run_async
 async def test_who_hangs_is_waited_for_and_then_replaced_by_who_joins_under_its_name(trust: Authority) -> None:
     async with registry(trust, silence_s=0.5) as there:
         hung, _ = await join(there, trust.identity(A), REGISTER)
@@ -81,7 +78,6 @@ async def test_who_hangs_is_waited_for_and_then_replaced_by_who_joins_under_its_
                     pass
 
 
-@run_async
 async def test_another_major_version_or_arithmetic_is_refused_by_name(trust: Authority) -> None:
     major, minor = PROTOCOL_VERSION
     async with registry(trust) as there:
@@ -95,7 +91,6 @@ async def test_another_major_version_or_arithmetic_is_refused_by_name(trust: Aut
         assert isinstance(welcome, Welcome)
 
 
-@run_async
 async def test_a_registry_that_is_closed_leaves_no_task(trust: Authority) -> None:
     """Members whose calls end with their server, or later, are not waited for any more."""
     async with registry(trust) as there:
@@ -113,7 +108,6 @@ async def test_a_registry_that_is_closed_leaves_no_task(trust: Authority) -> Non
     assert [task for task in left if "Registry" in str(task.get_coro())] == []
 
 
-@run_async
 async def test_certificates_are_renewed_over_the_membership(trust: Authority) -> None:
     identity = trust.identity(A, timedelta(seconds=3))
     short = identity.pair
@@ -134,7 +128,6 @@ async def test_certificates_are_renewed_over_the_membership(trust: Authority) ->
         assert isinstance(welcome, Welcome)
 
 
-@run_async
 async def test_the_coordinators_own_certificate_is_renewed(trust: Authority) -> None:
     identity = trust.identity(COORDINATOR, timedelta(seconds=3))
     short = identity.pair
@@ -147,7 +140,6 @@ async def test_the_coordinators_own_certificate_is_renewed(trust: Authority) -> 
     assert identity.pair.ends_at_s > short.ends_at_s + 3600
 
 
-@run_async
 async def test_a_renewal_is_for_the_name_of_the_present_certificate_and_a_bad_one_harms_nobody(
     trust: Authority,
 ) -> None:
@@ -168,7 +160,6 @@ async def test_a_renewal_is_for_the_name_of_the_present_certificate_and_a_bad_on
             NewKey().with_certificate(renewed.certificate)
 
 
-@run_async
 async def test_where_there_are_no_certificates_none_is_renewed() -> None:
     async with Registry(ANY, Insecure()) as there:
         member, welcome = await join(there, Insecure(), REGISTER)
@@ -178,7 +169,6 @@ async def test_where_there_are_no_certificates_none_is_renewed() -> None:
             await member.hear()
 
 
-@run_async
 async def test_messages_that_are_too_large_end_their_own_stream(trust: Authority) -> None:
     async with registry(trust) as there:
         member, _ = await join(there, trust.identity(A), REGISTER)
@@ -191,7 +181,6 @@ async def test_messages_that_are_too_large_end_their_own_stream(trust: Authority
         assert there.workers["a"].loss is None
 
 
-@run_async
 async def test_stage_streams_are_for_members(trust: Authority) -> None:
     server = await Server.start(ANY, trust.identity(A), StageService("a").handlers)
     try:
@@ -211,7 +200,6 @@ async def test_stage_streams_are_for_members(trust: Authority) -> None:
         await server.stop(0.0)
 
 
-@run_async
 async def test_a_stage_takes_streams_from_its_neighbours_alone(trust: Authority, tmp_path: Path) -> None:
     """The plan names them; other members, with and without layers, and the right one a second time, change nothing."""
     model = Model.open(build_tiny_model(tmp_path / "tiny.gguf", hidden=64, layers=3, heads=4, ffn=96))
@@ -239,7 +227,6 @@ async def test_a_stage_takes_streams_from_its_neighbours_alone(trust: Authority,
             assert (await there.result()).failure is None
 
 
-@run_async
 async def test_methods_that_there_are_not_are_refused(trust: Authority) -> None:
     """Reflection, health and the like are not served."""
     async with registry(trust) as there:

@@ -32,7 +32,6 @@ from llamaclust.wire.control.messages import (
     WorkerMessage,
 )
 from support.clusters.control_messages import REGISTER
-from support.clusters.served import run_async
 
 Asks = Callable[[WorkerHandle], Awaitable[object]]
 
@@ -80,7 +79,6 @@ QUESTIONS: dict[str, tuple[Asks, WorkerMessage, WorkerMessage, object]] = {
 
 
 @pytest.mark.parametrize("what", QUESTIONS)
-@run_async
 async def test_an_answer_after_its_deadline_is_not_taken_for_the_next_ones(what: str) -> None:
     ask, late, right, expected = QUESTIONS[what]
     worker = handle_of()
@@ -94,7 +92,6 @@ async def test_an_answer_after_its_deadline_is_not_taken_for_the_next_ones(what:
     assert await asking == expected
 
 
-@run_async
 async def test_failures_have_numbers_and_answers_of_older_workers_none() -> None:
     worker = handle_of()
     for failed in (Failure("UsageError", "no", 1), MeasureLinksFailed(Failure("UsageError", "no", 2))):
@@ -149,7 +146,6 @@ FAILED = Failure("LlamaclustError", "RuntimeError: out of luck")
 TRIED = Measured(10e9, 100e9, (StageTrial(1, 1e-4, 1e-11, 1e-3),))
 
 
-@run_async
 async def test_where_no_steps_can_be_tried_plans_go_by_the_roofline_and_it_is_told(tmp_path: Path) -> None:
     machines = Machines(a=FAILED, b=FAILED)
     measured = await machines.measure(tmp_path)
@@ -166,7 +162,6 @@ async def test_where_no_steps_can_be_tried_plans_go_by_the_roofline_and_it_is_to
     assert kept and not [key for key in kept if "model" in key], "the next start tries again"
 
 
-@run_async
 async def test_steps_that_one_of_two_alike_could_try_serve_both(tmp_path: Path) -> None:
     machines = Machines(a=TRIED, b=FAILED)
     measured = await machines.measure(tmp_path)
@@ -174,21 +169,18 @@ async def test_steps_that_one_of_two_alike_could_try_serve_both(tmp_path: Path) 
     assert len(machines.told) == 1 and "worker b" in machines.told[0]
 
 
-@run_async
 async def test_figures_of_gpus_that_a_worker_has_not_are_refused(tmp_path: Path) -> None:
     machines = Machines(a=replace(TRIED, gpus=(GpuSpeed(1e12, 1e14),)), b=TRIED)
     await machines.measure(tmp_path)
     assert len(machines.told) == 1 and "worker a measured 1 GPUs, it has 0" in machines.told[0]
 
 
-@run_async
 async def test_a_worker_that_is_lost_while_it_tries_steps_ends_the_start(tmp_path: Path) -> None:
     machines = Machines(a=TRIED, b="its process was killed")
     with pytest.raises(WorkerError, match="worker b is lost: its process was killed"):
         await machines.measure(tmp_path)
 
 
-@run_async
 async def test_older_workers_do_not_tell_their_log() -> None:
     worker = WorkerHandle(replace(REGISTER, protocol=(2, 4)), _nothing, lambda: "")
     with pytest.raises(UsageError, match="worker a is of an older version, which does not tell its log"):

@@ -32,7 +32,6 @@ from llamaclust.kernels import _native
 from llamaclust.model.loader import Model
 from llamaclust.model.program import KvType
 from llamaclust.wire.rpc.deadlines import deadline
-from support.clusters.served import run_async
 from support.models.tiny_model import build_tiny_model
 
 
@@ -61,7 +60,6 @@ async def next_heartbeat(worker: WorkerHandle) -> None:
         await asyncio.sleep(0.01)
 
 
-@run_async
 async def test_heartbeats_keep_up_with_a_short_timeout(tiny: Path, tmp_path: Path) -> None:
     """For longer than the timeout."""
     silence_s = 0.6
@@ -80,7 +78,6 @@ async def test_heartbeats_keep_up_with_a_short_timeout(tiny: Path, tmp_path: Pat
         )
 
 
-@run_async
 async def test_measurements_are_kept_for_every_cluster_of_the_machine(tiny: Path, tmp_path: Path) -> None:
     """A cluster of another name measures nothing; what a file states is not kept as measured."""
     async with opened(tiny, tmp_path):
@@ -148,7 +145,6 @@ def test_more_stages_than_a_result_can_name_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kv_type", KvType)
-@run_async
 async def test_stages_take_what_the_plan_promised(kv_type: KvType, tiny: Path, tmp_path: Path) -> None:
     async with opened(tiny, tmp_path, kv_type=kv_type.value) as cluster:
         layer = cluster.model.program(0, 1).kv_layers[0]

@@ -12,7 +12,7 @@ from llamaclust.cluster.text import stream as stream_module
 from llamaclust.cluster.text.answer import Answer, collect
 from llamaclust.cluster.text.request import CompletionRequest
 from llamaclust.core.errors import DeadlineError, QueueFullError
-from support.clusters.served import ScriptedEngine, make_service, real_engine, run_async, says, until
+from support.clusters.served import ScriptedEngine, make_service, real_engine, says, until
 
 ASK = CompletionRequest("Hello", seed=7)
 
@@ -22,7 +22,6 @@ async def answers(engine: ScriptedEngine, ask: CompletionRequest) -> list[Answer
         return await collect(stream)
 
 
-@run_async
 async def test_later_choices_wait_where_the_queue_is_full() -> None:
     engine = ScriptedEngine(says("a b"))
     submit = engine.submit
@@ -38,7 +37,6 @@ async def test_later_choices_wait_where_the_queue_is_full() -> None:
     assert not refusals
 
 
-@run_async
 async def test_later_choices_do_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream_module, "_QUEUE_S", 0.05)
     engine = ScriptedEngine(says("a b"))
@@ -55,7 +53,6 @@ async def test_later_choices_do_not_wait_for_ever(monkeypatch: pytest.MonkeyPatc
     assert engine.running == 0
 
 
-@run_async
 async def test_a_reader_that_falls_behind_ends_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream_module, "_MAX_UNREAD_ROWS", 20)
     engine = ScriptedEngine(says("a" * 100))
@@ -66,7 +63,6 @@ async def test_a_reader_that_falls_behind_ends_the_request(monkeypatch: pytest.M
             await collect(stream)
 
 
-@run_async
 async def test_a_drained_service_has_answered_every_choice() -> None:
     async with real_engine() as (engine, pipeline):
         service = make_service(engine)
@@ -86,7 +82,6 @@ async def test_a_drained_service_has_answered_every_choice() -> None:
         assert service.active_requests == 0
 
 
-@run_async
 async def test_an_answer_that_nobody_reads_yet_is_kept_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts of one request are read one after the other."""
     monkeypatch.setattr(stream_module, "_MAX_UNREAD_ROWS", 20)

@@ -6,10 +6,10 @@ import asyncio
 import json
 import socket
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from functools import cache, wraps
+from functools import cache
 from typing import Any
 
 import httpx
@@ -48,18 +48,6 @@ SETTINGS = SchedulerSettings(MODEL, VOCABULARY, CONTEXT, kv_blocks=200, max_sequ
 
 END = VOCABULARY - 1  # <|im_end|>
 Script = Callable[[Generation], Sequence[int]]
-
-
-def run_async(test: Callable[..., Coroutine[None, None, None]]) -> Callable[..., None]:
-    @wraps(test)
-    def run(*arguments: object, **named: object) -> None:
-        async def bounded() -> None:
-            async with asyncio.timeout(120):
-                await test(*arguments, **named)
-
-        asyncio.run(bounded())
-
-    return run
 
 
 @cache

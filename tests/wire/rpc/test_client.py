@@ -36,21 +36,18 @@ def address(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return f"unix:{tmp_path}/s.sock" if request.param == "unix" else "127.0.0.1:0"
 
 
-def test_a_stream_carries_bytes_both_ways(address: str) -> None:
-    async def run() -> None:
-        server = await Server.start(address, TOKEN, {FORWARD: _echo})
-        peer = Peer(server.address, TOKEN)
-        stream = peer.open(FORWARD, epoch=7)
-        await stream.opened()
-        for size in (0, 1, 1 << 23):
-            await stream.write(b"x" * size)
-            assert await stream.read() == b"x" * size + b"7"
-        await stream.done_writing()
-        assert await stream.read() is None
-        await peer.close()
-        await server.stop(0.0)
-
-    asyncio.run(run())
+async def test_a_stream_carries_bytes_both_ways(address: str) -> None:
+    server = await Server.start(address, TOKEN, {FORWARD: _echo})
+    peer = Peer(server.address, TOKEN)
+    stream = peer.open(FORWARD, epoch=7)
+    await stream.opened()
+    for size in (0, 1, 1 << 23):
+        await stream.write(b"x" * size)
+        assert await stream.read() == b"x" * size + b"7"
+    await stream.done_writing()
+    assert await stream.read() is None
+    await peer.close()
+    await server.stop(0.0)
 
 
 def test_a_wrong_or_missing_token_is_refused_before_anything_is_read(address: str) -> None:
@@ -74,18 +71,15 @@ def test_a_wrong_or_missing_token_is_refused_before_anything_is_read(address: st
 @pytest.mark.parametrize(
     ("sent", "heard"), [(b"bad", "that was bad"), (b"bug", "ZeroDivisionError: oops")], ids=["bad", "bug"]
 )
-def test_an_error_of_the_server_reaches_the_client_in_one_line(address: str, sent: bytes, heard: str) -> None:
-    async def run() -> None:
-        server = await Server.start(address, TOKEN, {FORWARD: _echo})
-        stream = Peer(server.address, TOKEN).open(FORWARD, epoch=1)
-        await stream.write(sent)
-        with pytest.raises(StreamBrokenError, match=heard):
-            await stream.read()
-        with pytest.raises(StreamBrokenError):
-            await stream.write(b"more")
-        await server.stop(0.0)
-
-    asyncio.run(run())
+async def test_an_error_of_the_server_reaches_the_client_in_one_line(address: str, sent: bytes, heard: str) -> None:
+    server = await Server.start(address, TOKEN, {FORWARD: _echo})
+    stream = Peer(server.address, TOKEN).open(FORWARD, epoch=1)
+    await stream.write(sent)
+    with pytest.raises(StreamBrokenError, match=heard):
+        await stream.read()
+    with pytest.raises(StreamBrokenError):
+        await stream.write(b"more")
+    await server.stop(0.0)
 
 
 @pytest.mark.parametrize("epoch", ["", "x", "-1", "1" * 21, str(2**64)])
@@ -98,26 +92,20 @@ def test_an_epoch_that_is_no_number_is_refused(epoch: str) -> None:
         _ = ServerStream(Context()).epoch
 
 
-def test_nobody_there_and_unknown_methods_are_told_apart(address: str, tmp_path: Path) -> None:
-    async def run() -> None:
-        with pytest.raises(StreamBrokenError, match="lost"):
-            await Peer(f"unix:{tmp_path}/nobody.sock", TOKEN).open(FORWARD).opened()
-        server = await Server.start(address, TOKEN, {FORWARD: _echo})
-        with pytest.raises(StreamBrokenError, match="Method not found"):
-            await Peer(server.address, TOKEN).open(SAMPLE).opened()
-        await server.stop(0.0)
-
-    asyncio.run(run())
+async def test_nobody_there_and_unknown_methods_are_told_apart(address: str, tmp_path: Path) -> None:
+    with pytest.raises(StreamBrokenError, match="lost"):
+        await Peer(f"unix:{tmp_path}/nobody.sock", TOKEN).open(FORWARD).opened()
+    server = await Server.start(address, TOKEN, {FORWARD: _echo})
+    with pytest.raises(StreamBrokenError, match="Method not found"):
+        await Peer(server.address, TOKEN).open(SAMPLE).opened()
+    await server.stop(0.0)
 
 
-def test_two_servers_do_not_share_a_port() -> None:
-    async def run() -> None:
-        server = await Server.start("127.0.0.1:0", TOKEN, {})
-        with pytest.raises(UsageError, match="in use"):
-            await Server.start(server.address, TOKEN, {})
-        await server.stop(0.0)
-
-    asyncio.run(run())
+async def test_two_servers_do_not_share_a_port() -> None:
+    server = await Server.start("127.0.0.1:0", TOKEN, {})
+    with pytest.raises(UsageError, match="in use"):
+        await Server.start(server.address, TOKEN, {})
+    await server.stop(0.0)
 
 
 def test_addresses_that_others_could_listen_in_on_are_refused() -> None:
@@ -161,16 +149,13 @@ def test_a_token_file_that_holds_none_is_an_error(tmp_path: Path, content: bytes
         ClusterToken.read(path)
 
 
-def test_a_deadline_names_what_did_not_come() -> None:
-    async def run() -> None:
-        with pytest.raises(DeadlineError, match=r"the answer: not within 0\.01 s"):
-            async with deadline("the answer", 0.01):
-                await asyncio.Event().wait()
-        with pytest.raises(TimeoutError, match="another"):
-            async with deadline("the answer", 5.0):
-                raise TimeoutError("another")
-
-    asyncio.run(run())
+async def test_a_deadline_names_what_did_not_come() -> None:
+    with pytest.raises(DeadlineError, match=r"the answer: not within 0\.01 s"):
+        async with deadline("the answer", 0.01):
+            await asyncio.Event().wait()
+    with pytest.raises(TimeoutError, match="another"):
+        async with deadline("the answer", 5.0):
+            raise TimeoutError("another")
 
 
 def test_grpc_is_tuned_without_a_word_on_standard_error() -> None:

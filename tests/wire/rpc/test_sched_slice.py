@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import platform
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -33,12 +32,9 @@ def test_threads_inherit_short_slices_and_the_usual_ones_come_back() -> None:
         assert pool.submit(time_slice_ns).result() == usual
 
 
-def test_a_worker_computes_in_usual_slices_and_talks_in_short_ones(tmp_path: Path) -> None:
-    async def run() -> None:
-        async with real_cluster(tmp_path, 1) as cluster:
-            pid = cluster.launcher.pids["a"]
-            threads = [thread.id for thread in psutil.Process(pid).threads()]
-            assert time_slice_ns(pid) == time_slice_ns()
-            assert SHORT_SLICE_NS in map(time_slice_ns, threads)
-
-    asyncio.run(run())
+async def test_a_worker_computes_in_usual_slices_and_talks_in_short_ones(tmp_path: Path) -> None:
+    async with real_cluster(tmp_path, 1) as cluster:
+        pid = cluster.launcher.pids["a"]
+        threads = [thread.id for thread in psutil.Process(pid).threads()]
+        assert time_slice_ns(pid) == time_slice_ns()
+        assert SHORT_SLICE_NS in map(time_slice_ns, threads)

@@ -9,7 +9,6 @@ import pytest
 from llamaclust.core.errors import DeadlineError
 from llamaclust.wire.rpc.deadlines import recurring_deadline
 from llamaclust.wire.rpc.send_queue import Outbox
-from support.clusters.served import run_async
 
 
 class Slow:
@@ -27,7 +26,6 @@ class Slow:
             self.all_taken.set()
 
 
-@run_async
 async def test_messages_go_out_in_order_and_nobody_waits() -> None:
     stream = Slow()
     box = Outbox(stream, "a message", 5.0)
@@ -44,7 +42,6 @@ async def test_messages_go_out_in_order_and_nobody_waits() -> None:
     running.cancel()
 
 
-@run_async
 async def test_a_message_that_is_not_taken_is_heard_of_and_waiting_for_one_is_not() -> None:
     stream = Slow()
     box = Outbox(stream, "a message", 0.05)
@@ -57,7 +54,6 @@ async def test_a_message_that_is_not_taken_is_heard_of_and_waiting_for_one_is_no
             await running
 
 
-@run_async
 async def test_a_recurring_deadline_leaves_other_errors_and_cancellation_alone() -> None:
     with pytest.raises(ValueError, match="mine"):
         async with recurring_deadline("it", 0.05) as limit:

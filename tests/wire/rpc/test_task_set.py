@@ -8,10 +8,8 @@ import logging
 import pytest
 
 from llamaclust.wire.rpc.task_set import TaskSet
-from support.clusters.served import run_async
 
 
-@run_async
 async def test_join_waits_for_tasks_that_tasks_start() -> None:
     tasks, ended = TaskSet(), []
 
@@ -26,7 +24,6 @@ async def test_join_waits_for_tasks_that_tasks_start() -> None:
     assert ended == [3, 2, 1, 0] and not len(tasks)
 
 
-@run_async
 async def test_close_cancels_and_waits() -> None:
     tasks, cleaned = TaskSet(), []
 
@@ -43,7 +40,6 @@ async def test_close_cancels_and_waits() -> None:
     assert cleaned == [True, True] and all(task.cancelled() for task in started)
 
 
-@run_async
 async def test_an_error_of_a_task_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     async def work() -> None:
         raise ValueError("out of luck")

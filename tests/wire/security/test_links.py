@@ -28,7 +28,6 @@ from llamaclust.wire.security.credentials import (
 )
 from llamaclust.wire.security.tls import TARGET_NAME, peer_principal
 from llamaclust.wire.security.token import ClusterToken
-from support.clusters.served import run_async
 from support.clusters.trust import A, B, answers, authority, echo, expired, refusals, with_pair
 
 TOLD_S = 3.0
@@ -39,7 +38,6 @@ def trust(tmp_path: Path) -> Authority:
     return authority(tmp_path)
 
 
-@run_async
 async def test_members_know_each_other_by_name(trust: Authority) -> None:
     async with echo(trust.identity(A)) as server:
         for caller in (COORDINATOR, B, Principal("Some_Name.of-63")):
@@ -49,7 +47,6 @@ async def test_members_know_each_other_by_name(trust: Authority) -> None:
         assert server.callers == [COORDINATOR, B, Principal("Some_Name.of-63")]
 
 
-@run_async
 async def test_a_worker_that_sits_at_anothers_address_is_not_spoken_to(trust: Authority) -> None:
     async with echo(trust.identity(B)) as server:
         for expected in (A, COORDINATOR, Principal("B")):
@@ -91,7 +88,6 @@ STRANGERS: dict[str, Callable[[Authority, Path], Credentials]] = {
 
 
 @pytest.mark.parametrize("who", STRANGERS)
-@run_async
 async def test_strangers_are_refused_and_logged_once(
     who: str, trust: Authority, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -105,7 +101,6 @@ async def test_strangers_are_refused_and_logged_once(
         assert server.callers == [COORDINATOR]
 
 
-@run_async
 async def test_a_caller_without_a_certificate_is_refused(trust: Authority, caplog: pytest.LogCaptureFixture) -> None:
     async with echo(trust.identity(A)) as server:
         identity = trust.identity(COORDINATOR)
@@ -128,7 +123,6 @@ async def test_a_caller_without_a_certificate_is_refused(trust: Authority, caplo
     ],
     ids=["http", "http/2", "nothing", "broken tls"],
 )
-@run_async
 async def test_what_is_not_tls_gets_no_answer(sent: bytes, trust: Authority, caplog: pytest.LogCaptureFixture) -> None:
     async with echo(trust.identity(A)) as server:
         member = server.call(trust.identity(COORDINATOR))
@@ -154,7 +148,6 @@ async def _told(caplog: pytest.LogCaptureFixture, times: int) -> None:
     assert len(told) == times and "no certificate of this cluster was shown" in told[-1], told
 
 
-@run_async
 async def test_members_are_not_logged(trust: Authority, caplog: pytest.LogCaptureFixture) -> None:
     async with echo(trust.identity(A), handshake_s=0.1) as server:
         streams = [server.call(trust.identity(COORDINATOR)) for _ in range(5)]
@@ -164,7 +157,6 @@ async def test_members_are_not_logged(trust: Authority, caplog: pytest.LogCaptur
         assert refusals(caplog.records) == []
 
 
-@run_async
 async def test_a_wrong_token_on_a_local_link_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     async with echo(ClusterToken("t" * 40)) as server:
         with pytest.raises(StreamBrokenError, match="token"):
@@ -193,7 +185,6 @@ def test_certificates_that_name_no_member_are_refused(names: list[bytes], trust:
         peer_principal({"x509_subject_alternative_name": names}, trust.identity(A))
 
 
-@run_async
 async def test_a_renewed_certificate_is_shown_from_then_on(trust: Authority) -> None:
     """On a server that runs, to clients old and new; a link that stands is not disturbed."""
     identity = trust.identity(A)
@@ -209,7 +200,6 @@ async def test_a_renewed_certificate_is_shown_from_then_on(trust: Authority) -> 
         assert await answers(standing)
 
 
-@run_async
 async def test_a_caller_shows_its_renewed_certificate(trust: Authority) -> None:
     identity = expired(trust, COORDINATOR)
     async with echo(trust.identity(A)) as server:
@@ -246,7 +236,6 @@ def test_addresses_beyond_this_machine_need_certificates(trust: Authority) -> No
             check_address(address, trust.identity(A))
 
 
-@run_async
 async def test_a_handshake_that_stalls_is_cut_off(trust: Authority) -> None:
     async with echo(trust.identity(A)) as server:
         with socket.create_connection(("127.0.0.1", server.server.port)) as stalled:

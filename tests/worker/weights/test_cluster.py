@@ -108,7 +108,7 @@ def own_bytes(model: Path, start: int, end: int) -> int:
     return sum(opened.file.tensor(name).n_bytes for name in names)
 
 
-def test_four_workers_get_their_own_layers_from_one_and_a_second_start_gets_nothing(
+async def test_four_workers_get_their_own_layers_from_one_and_a_second_start_gets_nothing(
     model: Path, tmp_path: Path
 ) -> None:
     whole = alone(model)
@@ -134,12 +134,9 @@ def test_four_workers_get_their_own_layers_from_one_and_a_second_start_gets_noth
             await asyncio.to_thread(_prepared, tmp_path / "run", 4)
         await asyncio.gather(*lives, return_exceptions=True)
 
-    async def both() -> None:
-        async with asyncio.timeout(100):
-            await start(first=True)
-            await start(first=False)
-
-    asyncio.run(both())
+    async with asyncio.timeout(100):
+        await start(first=True)
+        await start(first=False)
 
 
 def moved(cluster: Members) -> tuple[int, dict[str, int]]:
@@ -161,7 +158,7 @@ def _prepared(folder: Path, workers: int, layers: int = 4) -> None:
 
 
 @pytest.mark.alone
-def test_a_second_start_of_the_demo_model_takes_less_than_a_second(demo_model: Path, tmp_path: Path) -> None:
+async def test_a_second_start_of_the_demo_model_takes_less_than_a_second(demo_model: Path, tmp_path: Path) -> None:
     async def start() -> tuple[float, int]:
         async with members(tmp_path / "run") as cluster:
             lives = [cluster.start("a", model_dir=demo_model.parent), *map(cluster.start, "bcd")]
@@ -173,46 +170,40 @@ def test_a_second_start_of_the_demo_model_takes_less_than_a_second(demo_model: P
         await asyncio.gather(*lives, return_exceptions=True)
         return took_s, sum(handle.stages[1][1].fetched_bytes for handle in handles)
 
-    async def twice() -> None:
-        async with asyncio.timeout(100):
-            first, second = await start(), await start()
-            print(f"first load {first[0]:.2f} s, {first[1]} bytes; second {second[0]:.3f} s, {second[1]} bytes")
-            assert first[1] > 50_000_000 and second[1] == 0
-            assert second[0] < 1.0
-
-    asyncio.run(twice())
+    async with asyncio.timeout(100):
+        first, second = await start(), await start()
+        print(f"first load {first[0]:.2f} s, {first[1]} bytes; second {second[0]:.3f} s, {second[1]} bytes")
+        assert first[1] > 50_000_000 and second[1] == 0
+        assert second[0] < 1.0
 
 
-def test_two_workers_of_one_host_share_a_cache(model: Path, tmp_path: Path) -> None:
-    async def run() -> None:
-        async with asyncio.timeout(100), members(tmp_path / "run") as cluster:
-            names = ("b", "c")
-            lives = [
-                cluster.start("a", model_dir=model.parent),
-                *(cluster.start(name, cache="shared") for name in names),
-            ]
-            await cluster.registry.wait_for(("a", *names), 20)
-            stages = [[StageInfo(name, 0, 6)] for name in names]
-            model_id = Model.open(model).model_id
-            workers = cluster.registry.workers
-            for name in names:  # so that both are asked at once below
-                await workers[name].locate(NOWHERE, model_id, describe=False)
-            loads = [
-                load_stages(1, one, {one[0].worker: workers[one[0].worker], "a": workers["a"]},
-                            model_path=NOWHERE, model_id=model_id, limits=LIMITS)
-                for one in stages
-            ]  # fmt: skip
-            await workers["a"].locate(NOWHERE, model_id, describe=False)
-            await workers["a"].locate(NOWHERE, model_id, describe=True)
-            handles = [one[0] for one in await asyncio.gather(*loads)]
-            order = handles[0].stages[1][0]
-            fetched = [handle.stages[1][1].fetched_bytes for handle in handles]
-            assert order.weights is not None
-            assert sum(fetched) == own_bytes(model, 0, 6) + order.weights.manifest_bytes
-            assert await results(cluster, handles[:1], model) == alone(model)
-        await asyncio.gather(*lives, return_exceptions=True)
-
-    asyncio.run(run())
+async def test_two_workers_of_one_host_share_a_cache(model: Path, tmp_path: Path) -> None:
+    async with asyncio.timeout(100), members(tmp_path / "run") as cluster:
+        names = ("b", "c")
+        lives = [
+            cluster.start("a", model_dir=model.parent),
+            *(cluster.start(name, cache="shared") for name in names),
+        ]
+        await cluster.registry.wait_for(("a", *names), 20)
+        stages = [[StageInfo(name, 0, 6)] for name in names]
+        model_id = Model.open(model).model_id
+        workers = cluster.registry.workers
+        for name in names:  # so that both are asked at once below
+            await workers[name].locate(NOWHERE, model_id, describe=False)
+        loads = [
+            load_stages(1, one, {one[0].worker: workers[one[0].worker], "a": workers["a"]},
+                        model_path=NOWHERE, model_id=model_id, limits=LIMITS)
+            for one in stages
+        ]  # fmt: skip
+        await workers["a"].locate(NOWHERE, model_id, describe=False)
+        await workers["a"].locate(NOWHERE, model_id, describe=True)
+        handles = [one[0] for one in await asyncio.gather(*loads)]
+        order = handles[0].stages[1][0]
+        fetched = [handle.stages[1][1].fetched_bytes for handle in handles]
+        assert order.weights is not None
+        assert sum(fetched) == own_bytes(model, 0, 6) + order.weights.manifest_bytes
+        assert await results(cluster, handles[:1], model) == alone(model)
+    await asyncio.gather(*lives, return_exceptions=True)
 
 
 def test_who_has_fetched_gives_to_others_when_the_file_is_gone(model: Path, tmp_path: Path) -> None:
@@ -239,31 +230,27 @@ def test_who_has_fetched_gives_to_others_when_the_file_is_gone(model: Path, tmp_
     asyncio.run(then())
 
 
-def test_without_anybody_who_has_it_the_error_says_so(model: Path, tmp_path: Path) -> None:
-    async def run() -> None:
-        async with asyncio.timeout(100), members(tmp_path / "run") as cluster:
-            lives = [cluster.start("b"), cluster.start("c")]
-            await cluster.registry.wait_for(("b", "c"), 20)
-            with pytest.raises(ModelFileError, match=r"/nowhere/m.gguf: no such file on this machine, and no other"):
-                await cluster.load(model, ("b", "c"), (0, 3, 6))
-        await asyncio.gather(*lives, return_exceptions=True)
-
-    asyncio.run(run())
+async def test_without_anybody_who_has_it_the_error_says_so(model: Path, tmp_path: Path) -> None:
+    async with asyncio.timeout(100), members(tmp_path / "run") as cluster:
+        lives = [cluster.start("b"), cluster.start("c")]
+        await cluster.registry.wait_for(("b", "c"), 20)
+        with pytest.raises(ModelFileError, match=r"/nowhere/m.gguf: no such file on this machine, and no other"):
+            await cluster.load(model, ("b", "c"), (0, 3, 6))
+    await asyncio.gather(*lives, return_exceptions=True)
 
 
-def test_a_cache_that_is_too_small_is_one_error(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def run() -> None:
-        async with asyncio.timeout(100), members(tmp_path / "run") as cluster:
-            lives = [cluster.start("a", model_dir=model.parent)]
-            await cluster.registry.wait_for(("a",), 20)
-            monkeypatch.setattr("llamaclust.worker.weights.weights.WeightCache", lambda path, _: _small(path))
-            lives.append(cluster.start("b"))
-            await cluster.registry.wait_for(("b",), 20)
-            with pytest.raises(LlamaclustError, match=r"are allowed .LLAMACLUST_WEIGHTS_SIZE"):
-                await cluster.load(model, ("b",), (0, 6))
-        await asyncio.gather(*lives, return_exceptions=True)
-
-    asyncio.run(run())
+async def test_a_cache_that_is_too_small_is_one_error(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with asyncio.timeout(100), members(tmp_path / "run") as cluster:
+        lives = [cluster.start("a", model_dir=model.parent)]
+        await cluster.registry.wait_for(("a",), 20)
+        monkeypatch.setattr("llamaclust.worker.weights.weights.WeightCache", lambda path, _: _small(path))
+        lives.append(cluster.start("b"))
+        await cluster.registry.wait_for(("b",), 20)
+        with pytest.raises(LlamaclustError, match=r"are allowed .LLAMACLUST_WEIGHTS_SIZE"):
+            await cluster.load(model, ("b",), (0, 6))
+    await asyncio.gather(*lives, return_exceptions=True)
 
 
 def _small(path: Path) -> object:

@@ -19,7 +19,6 @@ from llamaclust.model.weights.cache import WeightCache
 from llamaclust.model.weights.partial_tensor import WeightPart
 from llamaclust.wire.rpc.server import ServerStream
 from llamaclust.wire.weight_stream import FRAME_BYTES, WeightRange, frames_of
-from support.clusters.served import run_async
 from support.clusters.weight_peers import Answer, fetch, holder, manifest_of, wanted
 from support.models.tiny_model import build_tiny_model
 
@@ -40,7 +39,6 @@ def check(cache: WeightCache) -> None:
     assert all(sha256(data).hexdigest() == name for name, data in contents(cache).items())
 
 
-@run_async
 async def test_all_tensors_come_once_from_several_peers(model: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("w")
     cache = WeightCache(folder / "cache", ROOM)
@@ -54,7 +52,6 @@ async def test_all_tensors_come_once_from_several_peers(model: Path, tmp_path_fa
     assert contents(cache) == {one.content: opened.tensor(one.name).read() for one in what}
 
 
-@run_async
 async def test_a_cut_link_is_resumed_from_the_bytes_that_are_there(
     model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -82,7 +79,6 @@ async def test_a_cut_link_is_resumed_from_the_bytes_that_are_there(
     check(cache)
 
 
-@run_async
 async def test_a_peer_that_ends_in_the_middle_is_resumed_at_another(
     model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -116,7 +112,6 @@ async def _flip(good: Callable[[str, int, int], bytearray], stream: ServerStream
         await stream.write(frame)
 
 
-@run_async
 async def test_a_flipped_bit_is_refused_and_the_tensor_comes_from_elsewhere(
     model: Path, tmp_path_factory: pytest.TempPathFactory, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -184,27 +179,22 @@ HOSTILE: list[Answer] = [
 
 
 @pytest.mark.parametrize("answer", HOSTILE, ids=lambda one: one.__name__)
-def test_a_hostile_peer_costs_nothing_but_time(
+async def test_a_hostile_peer_costs_nothing_but_time(
     model: Path, tmp_path_factory: pytest.TempPathFactory, answer: Answer
 ) -> None:
-    @run_async
-    async def run() -> None:
-        folder = tmp_path_factory.mktemp("w")
-        cache = WeightCache(folder / "cache", ROOM)
-        async with holder(model, folder / "good") as good, holder(model, folder / "bad", answer) as bad:
-            what = wanted(manifest_of(good, model))
-            await fetch(cache, [bad, good], what)
-            assert bad.asked
-            check(cache)
-            assert len(contents(cache)) == len({one.content for one in what})
-            assert not list(cache.path.glob("*.part"))
-            with pytest.raises(WorkerError, match=r"to be had nowhere .holder 0: "):
-                await fetch(WeightCache(folder / "alone", ROOM), [bad], what[:1])
-
-    run()
+    folder = tmp_path_factory.mktemp("w")
+    cache = WeightCache(folder / "cache", ROOM)
+    async with holder(model, folder / "good") as good, holder(model, folder / "bad", answer) as bad:
+        what = wanted(manifest_of(good, model))
+        await fetch(cache, [bad, good], what)
+        assert bad.asked
+        check(cache)
+        assert len(contents(cache)) == len({one.content for one in what})
+        assert not list(cache.path.glob("*.part"))
+        with pytest.raises(WorkerError, match=r"to be had nowhere .holder 0: "):
+            await fetch(WeightCache(folder / "alone", ROOM), [bad], what[:1])
 
 
-@run_async
 async def test_a_peer_refuses_ranges_that_it_does_not_have(
     model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -220,7 +210,6 @@ async def test_a_peer_refuses_ranges_that_it_does_not_have(
         assert a.weights.sent_bytes == 0
 
 
-@run_async
 async def test_two_fetches_share_a_folder_and_each_tensor_comes_once(
     model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -246,44 +235,35 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", path], check=True)  # streams that were broken off may still close files of it
 
 
-@run_async
 async def test_a_full_disk_is_one_error_before_anything_is_fetched(tmp_path_factory: pytest.TempPathFactory) -> None:
     cache = WeightCache(tmp_path_factory.mktemp("w"), 1 << 60)
     with pytest.raises(LlamaclustError, match=r"the disk has \d+ MiB free, 1073741824 MiB more of weights are needed"):
         cache.make_room(1 << 50)
 
 
-def test_a_disk_that_becomes_full_leaves_nothing_that_is_taken_for_whole(
+async def test_a_disk_that_becomes_full_leaves_nothing_that_is_taken_for_whole(
     model: Path, small_disk: Path, tmp_path: Path
 ) -> None:
-    @run_async
-    async def run() -> None:
-        cache = WeightCache(small_disk / "cache", ROOM)
-        async with holder(model, tmp_path / "a") as a:
-            what = wanted(manifest_of(a, model))
-            with pytest.raises(LlamaclustError, match="of weights cannot be written: no space left on device"):
+    cache = WeightCache(small_disk / "cache", ROOM)
+    async with holder(model, tmp_path / "a") as a:
+        what = wanted(manifest_of(a, model))
+        with pytest.raises(LlamaclustError, match="of weights cannot be written: no space left on device"):
+            await fetch(cache, [a], what)
+    check(cache)
+    assert len(contents(cache)) < len({one.content for one in what})
+
+
+async def test_a_file_that_may_not_grow_is_an_error_too(model: Path, tmp_path: Path) -> None:
+    cache = WeightCache(tmp_path / "cache", ROOM)
+    async with holder(model, tmp_path / "a") as a:
+        what = wanted(manifest_of(a, model), "token_embd")
+        with ExitStack() as stack:
+            stack.callback(resource.setrlimit, resource.RLIMIT_FSIZE, resource.getrlimit(resource.RLIMIT_FSIZE))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+            with pytest.raises(LlamaclustError, match="of weights cannot be written: file too large"):
                 await fetch(cache, [a], what)
-        check(cache)
-        assert len(contents(cache)) < len({one.content for one in what})
-
-    run()
-
-
-def test_a_file_that_may_not_grow_is_an_error_too(model: Path, tmp_path: Path) -> None:
-    @run_async
-    async def run() -> None:
-        cache = WeightCache(tmp_path / "cache", ROOM)
-        async with holder(model, tmp_path / "a") as a:
-            what = wanted(manifest_of(a, model), "token_embd")
-            with ExitStack() as stack:
-                stack.callback(resource.setrlimit, resource.RLIMIT_FSIZE, resource.getrlimit(resource.RLIMIT_FSIZE))
-                resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-                with pytest.raises(LlamaclustError, match="of weights cannot be written: file too large"):
-                    await fetch(cache, [a], what)
-            assert not contents(cache) and not list(cache.path.glob("*.part"))
-            assert await fetch(cache, [a], what) == what[0].n_bytes
-
-    run()
+        assert not contents(cache) and not list(cache.path.glob("*.part"))
+        assert await fetch(cache, [a], what) == what[0].n_bytes
 
 
 def test_a_part_is_written_by_one_at_a_time_and_resumed(tmp_path: Path) -> None:

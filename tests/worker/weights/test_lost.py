@@ -21,7 +21,6 @@ from llamaclust.worker.weights.fetch import Patience, WeightFetch
 from llamaclust.worker.weights.weights import Weights
 from support.clusters.command_line import eventually
 from support.clusters.recovering import Answer, answer_of, asks, undisturbed
-from support.clusters.served import run_async
 from support.clusters.static_cluster import free_port, named
 from support.clusters.weight_peers import IMPATIENT
 from support.models.tiny_model import build_tiny_model
@@ -109,7 +108,6 @@ async def answers(
             return [await answer_of(cluster.engine.submit(ask)) for ask in requests]
 
 
-@run_async
 async def test_a_holder_that_is_back_elsewhere_is_asked_at_once(
     model: Path, expected: list[Answer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -133,7 +131,6 @@ async def test_a_holder_that_is_back_elsewhere_is_asked_at_once(
     assert not [text for text in told if "waiting for a worker" in text], "the load did not fail"
 
 
-@run_async
 async def test_the_holder_is_lost_while_it_sends(
     model: Path,
     expected: list[Answer],

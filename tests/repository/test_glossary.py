@@ -1,0 +1,109 @@
+"""Identifiers use the terms of docs/glossary.md and none of the words in its columns *not*."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from support.paths import ROOT
+
+GLOSSARY = ROOT / "docs/glossary.md"
+C_LIKE = {".cpp", ".h", ".cu", ".cuh"}
+COMMENTS_AND_STRINGS = re.compile(r'//[^\n]*|/\*.*?\*/|"(?:[^"\\\n]|\\.)*"', re.DOTALL)
+WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
+PENDING = """
+    benchmarks cli cluster/api cluster/client cluster/config cluster/control cluster/engine cluster/launchers cluster/membership
+    cluster/planner cluster/scheduler cluster/server cluster/state cluster/text core examples kernels kernels/cpu kernels/cuda
+    kernels/packed kernels/reference model/chat proto tests tools tools/bench tools/convert tools/quantize wire wire/control
+    wire/microbatch wire/rpc worker worker/devices worker/stage worker/weights
+"""
+"""Packages that still have excluded terms."""
+KEY = re.compile(r"[a-z][a-z0-9]*(?:_[a-z0-9]+)*")
+
+
+def table_rows() -> list[list[str]]:
+    lines = [line for line in GLOSSARY.read_text().splitlines() if line.startswith("| ")]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return [row for row in cells if row[0] != "term"]
+
+
+def excluded_terms() -> set[str]:
+    return {term for row in table_rows() for term in re.findall(r"`([^`]+)`", row[2])}
+
+
+def words(identifier: str) -> str:
+    """`StageStep` and `stage_step` are both ` stage step `."""
+    return f" {' '.join(word.lower() for word in WORD.findall(identifier))} "
+
+
+def sources() -> list[Path]:
+    listed = subprocess.run(["git", "ls-files", "-s"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode != 0:
+        pytest.skip("not a git checkout")
+    rows = [line.split(maxsplit=3) for line in listed.stdout.splitlines()]
+    return [ROOT / path for mode, _, _, path in rows if mode != "120000" and "_pb2" not in path]
+
+
+def python_identifiers(path: Path) -> Iterator[str]:
+    """Names that a module defines, and keys of its dictionaries."""
+    yield path.stem
+    for node in ast.walk(ast.parse(path.read_text())):
+        match node:
+            case ast.ClassDef(name=name) | ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name):
+                yield name
+            case ast.arg(arg=name) | ast.Name(id=name, ctx=ast.Store()) | ast.Attribute(attr=name, ctx=ast.Store()):
+                yield name
+            case ast.Dict(keys=keys):
+                constants = [key.value for key in keys if isinstance(key, ast.Constant)]
+                yield from (key for key in constants if isinstance(key, str) and KEY.fullmatch(key))
+            case _:
+                pass
+
+
+def identifiers(path: Path) -> Iterator[str]:
+    if path.suffix in (".py", ".pyi"):
+        yield from python_identifiers(path)
+    elif path.suffix in C_LIKE or path.suffix == ".proto":
+        yield path.stem
+        yield from re.findall(r"[A-Za-z_]\w*", COMMENTS_AND_STRINGS.sub(" ", path.read_text()))
+
+
+def found_terms(path: Path, terms: set[str]) -> set[str]:
+    capitalized = {term for term in terms if term[0].isupper()}
+    spelled = {term: words(term) for term in terms - capitalized}
+    names = {name for name in identifiers(path) if not name.startswith("test_")}
+    inside = "|".join(words(name) for name in names)
+    return (capitalized & names) | {term for term, text in spelled.items() if text in inside}
+
+
+def package(path: Path) -> str:
+    """The first two folders of a source file, the first one of a test."""
+    folders = path.relative_to(ROOT).parts[:-1]
+    return "/".join(folders[: 1 if folders[:1] in (("tests",), ("benchmarks",)) else 2])
+
+
+def test_every_term_has_a_meaning_of_its_own() -> None:
+    rows = table_rows()
+    assert len(rows) > 60 and all(len(row) == 3 and all(row) for row in rows)
+    terms = [term.strip() for row in rows for term in row[0].split(",")]
+    assert len(set(terms)) == len(terms) - terms.count("log tail") + 1
+
+
+def test_words_of_identifiers() -> None:
+    assert words("StageStep") == words("stage_step") == words("STAGE_STEP") == " stage step "
+    assert words("KVBlock16") == " kv block 16 "
+    assert " ask " not in words("task_mask")
+
+
+def test_identifiers_use_no_excluded_term() -> None:
+    terms = excluded_terms()
+    found: dict[str, set[str]] = defaultdict(set)
+    for path in sources():
+        found[package(path)] |= found_terms(path, terms)
+    assert {name: sorted(left) for name, left in found.items() if left and name not in PENDING.split()} == {}

@@ -16,7 +16,7 @@ from gpu_work import Amount, Rates, Round, Work
 
 from llamaclust.cluster.config.environment import environment
 from llamaclust.core.errors import InsufficientMemoryError, UsageError
-from llamaclust.core.profile import GpuSpeed
+from llamaclust.core.profile import GpuProfile
 from llamaclust.core.sizes import mib, missing
 from llamaclust.kernels.backend import Backend
 from llamaclust.kernels.multi_device import ChainBackend, Part
@@ -161,7 +161,7 @@ class Loaded:
         read, int8 = self._ram.measure(_READ_S) * 1e9, int8_peak(threads, _PEAK_S) * 1e9
         return Rates(Amount(gpu.read_bytes_s, read), Amount(gpu.int8_macs_s, int8))
 
-    def kernels(self) -> GpuSpeed:
+    def kernels(self) -> GpuProfile:
         """What products reach on the GPU by themselves."""
         return self._probed.measure()
 

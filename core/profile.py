@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class StageTrial:
+class StageProfile:
     """What a step takes: stage_s + layers_byte_s * bytes of its layers' weights + head_s on the last stage."""
 
     rows: int
@@ -16,9 +16,9 @@ class StageTrial:
 
 
 @dataclass(frozen=True, slots=True)
-class GpuSpeed:
+class GpuProfile:
     """What kernels reach on a GPU, and what steps of the model take there."""
 
     read_bytes_s: float
     int8_macs_s: float
-    trials: tuple[StageTrial, ...] = ()  # as `Measured.trials`
+    trials: tuple[StageProfile, ...] = ()  # as `WorkerProfile.trials`

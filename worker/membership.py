@@ -25,38 +25,38 @@ from llamaclust.core.logs import last_lines, last_trouble, name_cluster
 from llamaclust.wire.bounds import one_line
 from llamaclust.wire.control.codec import decode_coordinator_message, encode_worker_message
 from llamaclust.wire.control.messages import (
+    AddWeightSource,
+    Admitted,
+    CertificateRenewed,
     CoordinatorMessage,
     Deadlines,
     Failure,
+    FindWeights,
+    FindWeightsFailed,
+    FindWeightsProgress,
+    GetLog,
     Heartbeat,
-    LinksMeasured,
-    LinkSpeed,
+    LinkProfile,
+    LinkProfiles,
     Load,
     Loaded,
     LoadFailed,
-    Locate,
-    Located,
-    LocateFailed,
-    LocateProgress,
-    LogTold,
-    Measure,
-    Measured,
-    MeasureLinks,
-    MeasureLinksFailed,
-    NewSource,
-    PeerLost,
-    PeerTried,
-    Refused,
+    LogTail,
+    PeerUnreachable,
+    ProbePeer,
+    ProbeResult,
+    ProfileLinks,
+    ProfileLinksFailed,
+    ProfileWorker,
     Register,
-    Renewed,
-    RenewFailed,
+    Rejected,
+    RenewalFailed,
     Shutdown,
-    TellLog,
-    TryPeer,
     Unload,
     Unloaded,
-    Welcome,
+    WeightsFound,
     WorkerMessage,
+    WorkerProfile,
 )
 from llamaclust.wire.microbatch.messages import PROTOCOL_VERSION
 from llamaclust.wire.rpc.client import JOIN, ClientStream, Peer
@@ -113,9 +113,9 @@ class Member:
             await self._stream.opened()
             await self._say(registration)
             welcome = await self._hear()
-        if isinstance(welcome, Refused):
+        if isinstance(welcome, Rejected):
             raise UsageError(f"the coordinator refused: {welcome.reason}")
-        if not isinstance(welcome, Welcome):
+        if not isinstance(welcome, Admitted):
             raise ProtocolError(f"the coordinator answered {type(welcome).__name__} to a registration")
         if welcome.protocol[0] != PROTOCOL_VERSION[0]:
             raise UsageError(
@@ -149,19 +149,19 @@ class Member:
                 self._start(self._load(message))
             case Unload():
                 self._start(self._unload(message))
-            case Measure():
+            case ProfileWorker():
                 self._start(self._measure(message))
-            case MeasureLinks():
+            case ProfileLinks():
                 self._start(self._measure_links(message))
-            case Locate():
+            case FindWeights():
                 self._start(self._locate(message))
-            case TryPeer():
+            case ProbePeer():
                 self._start(self._try_peer(message))
-            case NewSource():
+            case AddWeightSource():
                 self._weights.hear(message, self._source)
-            case TellLog():
-                self._start(self._say(LogTold(*last_lines(), message.number)))
-            case Renewed() | RenewFailed() if self._renewal is not None:
+            case GetLog():
+                self._start(self._say(LogTail(*last_lines(), message.number)))
+            case CertificateRenewed() | RenewalFailed() if self._renewal is not None:
                 self._renewal.hear(message)
             case _:
                 raise ProtocolError(f"the coordinator sent {type(message).__name__} to a member")
@@ -226,9 +226,9 @@ class Member:
             _log.error("worker %s cannot be reached: %s", peer.worker, why)
             with contextlib.suppress(WorkerError, DeadlineError):
                 async with deadline("telling the coordinator", self._deadlines.peer_s):
-                    await self._say(PeerLost(epoch, peer.worker, why))
+                    await self._say(PeerUnreachable(epoch, peer.worker, why))
 
-    async def _try_peer(self, order: TryPeer) -> None:
+    async def _try_peer(self, order: ProbePeer) -> None:
         """On a connection of its own: the one of a stage may last, or be of use no more."""
         peer = Peer(order.address, self._credentials, Principal(order.worker), self._deadlines.peer_s)
         why = ""
@@ -238,17 +238,17 @@ class Member:
             why = str(error)
         finally:
             await peer.close()
-        await self._say(PeerTried(order.worker, why, order.number))
+        await self._say(ProbeResult(order.worker, why, order.number))
 
     async def _unload(self, order: Unload) -> None:
         async with self._one_order:
             await self._service.remove(order.epoch)
             await self._say(Unloaded(order.epoch))
 
-    async def _measure(self, order: Measure) -> None:
+    async def _measure(self, order: ProfileWorker) -> None:
         async with self._one_order:
             try:
-                answer: Measured | Failure = await asyncio.to_thread(self._measured, order)
+                answer: WorkerProfile | Failure = await asyncio.to_thread(self._measured, order)
             except Exception as error:  # noqa: BLE001  a border: the coordinator is told, the worker stays
                 _log.error("measuring the machine: %s", error)
                 if isinstance(error, DeviceLostError):
@@ -257,7 +257,7 @@ class Member:
                 answer = _failure(error)
             await self._say(replace(answer, number=order.number))
 
-    def _measured(self, order: Measure) -> Measured:
+    def _measured(self, order: ProfileWorker) -> WorkerProfile:
         """Where the model's file is not there, of the machine alone."""
         try:
             model = self._weights.open_file(order.model_path, order.model_id) if order.model_path else None
@@ -268,38 +268,38 @@ class Member:
         with model:
             return self._device.measure(model)
 
-    async def _locate(self, wanted: Locate) -> None:
+    async def _locate(self, wanted: FindWeights) -> None:
         try:
             answer: WorkerMessage = await self._located(wanted)
         except Exception as error:  # noqa: BLE001  a border: the coordinator is told, the worker stays
             _log.error("looking for %s: %s", wanted.model_path, error)
-            answer = LocateFailed(_failure(error, wanted.number))
+            answer = FindWeightsFailed(_failure(error, wanted.number))
         await self._say(answer)
 
-    async def _located(self, wanted: Locate) -> Located:
+    async def _located(self, wanted: FindWeights) -> WeightsFound:
         reading = Reading()
         locating = asyncio.create_task(asyncio.to_thread(self._weights.locate, wanted, reading))
         while not (await asyncio.wait((locating,), timeout=_REPORT_S))[0]:
             if reading.total_bytes:
-                await self._say(LocateProgress(reading.done_bytes, reading.total_bytes))
+                await self._say(FindWeightsProgress(reading.done_bytes, reading.total_bytes))
         return replace(locating.result(), number=wanted.number)
 
     async def _renew(self, renewal: Renewal) -> None:
         with contextlib.suppress(WorkerError):  # as with heartbeats
             await renewal.run()
 
-    async def _measure_links(self, order: MeasureLinks) -> None:
+    async def _measure_links(self, order: ProfileLinks) -> None:
         async with self._one_order:
             answer: WorkerMessage
             try:
                 links = tuple([await self._measured_link(*end) for end in order.ends])
-                answer = LinksMeasured(links, order.number)
+                answer = LinkProfiles(links, order.number)
             except Exception as error:  # noqa: BLE001  a border: the coordinator is told, the worker stays
                 _log.error("measuring links: %s", error)
-                answer = MeasureLinksFailed(_failure(error, order.number))
+                answer = ProfileLinksFailed(_failure(error, order.number))
             await self._say(answer)
 
-    async def _measured_link(self, worker: str, address: str) -> LinkSpeed:
+    async def _measured_link(self, worker: str, address: str) -> LinkProfile:
         peer = self._source(address, worker)
         try:
             return await measure_link(peer)

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
 from llamaclust.core.errors import ProtocolError
-from llamaclust.wire.control.messages import Renew, Renewed, RenewFailed
+from llamaclust.wire.control.messages import CertificateRenewed, RenewalFailed, RenewCertificate
 from llamaclust.wire.security.credentials import Identity
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ _log = logging.getLogger(__name__)
 class Renewal:
     """Of the identity of one member."""
 
-    def __init__(self, identity: Identity, say: Callable[[Renew], Awaitable[None]]) -> None:
+    def __init__(self, identity: Identity, say: Callable[[RenewCertificate], Awaitable[None]]) -> None:
         self._identity = identity
         self._say = say
         self._key: NewKey | None = None
@@ -33,12 +33,12 @@ class Renewal:
         while True:
             await asyncio.sleep(self._identity.pair.renewal_in_s)
             self._key = NewKey()
-            await self._say(Renew(self._key.request))
+            await self._say(RenewCertificate(self._key.request))
             await asyncio.sleep(min(_AGAIN_S, self._identity.pair.life_s / 10))
 
-    def hear(self, answer: Renewed | RenewFailed) -> None:
+    def hear(self, answer: CertificateRenewed | RenewalFailed) -> None:
         """ProtocolError for an answer to nothing, or of another key."""
-        if isinstance(answer, RenewFailed):
+        if isinstance(answer, RenewalFailed):
             _log.error("the certificate was not renewed: %s", answer.failure.message)
             return
         key, self._key = self._key, None

@@ -15,7 +15,7 @@ from llamaclust.cluster.engine.metrics import CONTENT_TYPE, Metrics
 from llamaclust.cluster.scheduler.scheduler import Scheduler
 from llamaclust.cluster.text.service import TextService
 from llamaclust.core.errors import LlamaclustError
-from llamaclust.wire.control.messages import LogTold
+from llamaclust.wire.control.messages import LogTail
 from llamaclust.wire.rpc.deadlines import deadline
 
 _DRAIN_S = 600.0
@@ -40,7 +40,7 @@ class Workforce(Protocol):
 
     async def spare(self, name: str) -> None: ...
     def use_again(self, name: str) -> None: ...
-    async def log(self, name: str) -> LogTold: ...
+    async def log(self, name: str) -> LogTail: ...
 
 
 class Workers:

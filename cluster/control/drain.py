@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.core.errors import UsageError, WorkerError
-from llamaclust.wire.control.messages import LogTold
+from llamaclust.wire.control.messages import LogTail
 
 
 class Workforce:
@@ -59,7 +59,7 @@ class Workforce:
         self.spared.discard(name)
         self._change()
 
-    async def log(self, name: str) -> LogTold:
+    async def log(self, name: str) -> LogTail:
         """The last lines of a worker's log, as it tells them now. UsageError for a name that is not known; what
         `WorkerHandle.log` raises."""
         return await self._worker(name).log()

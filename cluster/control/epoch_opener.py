@@ -14,7 +14,7 @@ from llamaclust.cluster.planner.links import Links
 from llamaclust.cluster.planner.plan import Plan
 from llamaclust.cluster.state.events import News, PlanMade, Watch, WorkerLoading, WorkerReading
 from llamaclust.core.errors import DeadlineError, LlamaclustError, StalledError
-from llamaclust.wire.control.messages import LoadProgress, LocateProgress
+from llamaclust.wire.control.messages import FindWeightsProgress, LoadProgress
 
 
 class EpochOpener:
@@ -54,7 +54,7 @@ class EpochOpener:
             self._watch(WorkerLoading(worker.name, order.start, order.end, loaded.weight_bytes, loaded.weight_bytes))
         return epoch
 
-    def _reading(self, worker: str, news: LocateProgress) -> None:
+    def _reading(self, worker: str, news: FindWeightsProgress) -> None:
         if self._is_start():
             self._watch(WorkerReading(worker, news.done_bytes, news.total_bytes))
 

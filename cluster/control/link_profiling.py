@@ -16,7 +16,7 @@ from llamaclust.cluster.planner.links import COORDINATOR, Link, Links
 from llamaclust.cluster.state.directory import Measurement, write_private
 from llamaclust.cluster.state.events import News, Watch
 from llamaclust.core.errors import LlamaclustError
-from llamaclust.wire.control.messages import LinkSpeed
+from llamaclust.wire.control.messages import LinkProfile
 from llamaclust.wire.rpc.client import Peer
 from llamaclust.wire.rpc.link_probe import measure_link
 from llamaclust.wire.security.credentials import Credentials, Principal
@@ -127,7 +127,7 @@ async def _measured(
     return Link(speed.round_trip_s * 1e3 / 2, 1e9 / speed.bytes_s)
 
 
-async def _from_here(worker: WorkerHandle, credentials: Credentials) -> LinkSpeed:
+async def _from_here(worker: WorkerHandle, credentials: Credentials) -> LinkProfile:
     peer = Peer(worker.registration.address, credentials, Principal(worker.name))
     try:
         return await measure_link(peer)

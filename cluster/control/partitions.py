@@ -14,7 +14,7 @@ from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.planner.adjacency import Pair, Pairs
 from llamaclust.cluster.state.events import News, Watch
 from llamaclust.core.errors import DeadlineError, WorkerError
-from llamaclust.wire.control.messages import PeerLost
+from llamaclust.wire.control.messages import PeerUnreachable
 
 _FIRST_PAUSE_S = 1.0
 _LONGEST_PAUSE_S = 120.0
@@ -64,7 +64,7 @@ class CutPairs:
     def apart(self) -> Pairs:
         return frozenset(self._cuts)
 
-    def hear(self, caller: WorkerHandle, message: PeerLost) -> None:
+    def hear(self, caller: WorkerHandle, message: PeerUnreachable) -> None:
         """A worker says that it cannot reach another one."""
         other = self._workers().get(message.worker)
         if other is not None and other is not caller and (caller, other) not in self._doubts:

@@ -17,9 +17,9 @@ from llamaclust.cluster.planner.profile import Trial, TrialPoint, mean_trial
 from llamaclust.cluster.state.directory import GpuMeasurement, Measurement, read_measurements, write_measurements
 from llamaclust.cluster.state.events import Measuring, News, Watch
 from llamaclust.core.errors import LlamaclustError
-from llamaclust.core.profile import GpuSpeed, StageTrial
+from llamaclust.core.profile import GpuProfile, StageProfile
 from llamaclust.model.loader import Model
-from llamaclust.wire.control.messages import Measure, Measured
+from llamaclust.wire.control.messages import ProfileWorker, WorkerProfile
 
 
 async def measure_workers(
@@ -33,7 +33,7 @@ async def measure_workers(
     missing = [name for name, key in keys.items() if key not in known]
     if missing:
         watch(Measuring(tuple(missing)))
-        order = Measure(str(model.file.path), model.model_id)
+        order = ProfileWorker(str(model.file.path), model.model_id)
         measuring = _Measuring({name: workers[name] for name in missing}, keys, order, watch)
         new = await measuring.run()
         untried = {_key(workers[name], workers): _untried(new[keys[name]]) for name in missing}
@@ -67,7 +67,7 @@ class _Measuring:
     """Of workers whose figures are not known, by their keys."""
 
     def __init__(
-        self, workers: Mapping[str, WorkerHandle], keys: Mapping[str, str], order: Measure, watch: Watch
+        self, workers: Mapping[str, WorkerHandle], keys: Mapping[str, str], order: ProfileWorker, watch: Watch
     ) -> None:
         self._workers = workers
         self._keys = keys
@@ -86,7 +86,7 @@ class _Measuring:
             found |= {key: replace(found[key], alone=trial) for key, trial in alone.items() if trial}
         return found
 
-    async def _together(self) -> list[Measured]:
+    async def _together(self) -> list[WorkerProfile]:
         """In the order of the workers; of those that failed to try steps of the model, of their machines alone."""
         tried = await asyncio.gather(*map(self._try, self._workers.values()))
         without = [name for name, one in zip(self._workers, tried, strict=True) if one is None]
@@ -103,7 +103,7 @@ class _Measuring:
                 trials[key] = _trial(measured.trials)
         return trials
 
-    async def _try(self, worker: WorkerHandle) -> Measured | None:
+    async def _try(self, worker: WorkerHandle) -> WorkerProfile | None:
         """None, and a line that says so, where steps of the model could not be tried. WorkerError where it is lost."""
         try:
             return await worker.measure(self._order)
@@ -115,25 +115,25 @@ class _Measuring:
             return None
 
 
-def _evened(keys: list[str], measured: list[Measured]) -> dict[str, Measurement]:
+def _evened(keys: list[str], measured: list[WorkerProfile]) -> dict[str, Measurement]:
     """Workers that are alike and share a machine get their mean: what tells them apart is noise."""
-    groups: dict[str, list[Measured]] = {}
+    groups: dict[str, list[WorkerProfile]] = {}
     for key, one in zip(keys, measured, strict=True):
         groups.setdefault(key, []).append(one)
     return {key: _mean(group) for key, group in groups.items()}
 
 
-def _mean(group: list[Measured]) -> Measurement:
+def _mean(group: list[WorkerProfile]) -> Measurement:
     read_gb_s, int8_gmac_s, trial = _means(group)
     gpus = tuple(GpuMeasurement(*_means(alike)) for alike in zip(*(one.gpus for one in group), strict=True))
     return Measurement(read_gb_s, int8_gmac_s, alone=trial, together=trial, gpus=gpus)
 
 
-def _means(group: Sequence[Measured | GpuSpeed]) -> tuple[float, float, Trial]:
+def _means(group: Sequence[WorkerProfile | GpuProfile]) -> tuple[float, float, Trial]:
     """GB/s, 10^9 multiply-accumulates a second, steps."""
     read = fmean(one.read_bytes_s for one in group) / 1e9
     return read, fmean(one.int8_macs_s for one in group) / 1e9, mean_trial([_trial(one.trials) for one in group])
 
 
-def _trial(trials: Iterable[StageTrial]) -> Trial:
+def _trial(trials: Iterable[StageProfile]) -> Trial:
     return tuple(TrialPoint(one.rows, one.stage_s * 1e3, one.layers_byte_s * 1e12, one.head_s * 1e3) for one in trials)

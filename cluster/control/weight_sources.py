@@ -12,7 +12,13 @@ from math import inf, log
 from llamaclust.cluster.membership.worker_handle import STALL_S, WorkerHandle
 from llamaclust.cluster.planner.links import UNKNOWN, Links
 from llamaclust.core.errors import DeadlineError, LlamaclustError, WorkerError
-from llamaclust.wire.control.messages import Located, LocateProgress, NewSource, WeightSource, WeightSources
+from llamaclust.wire.control.messages import (
+    AddWeightSource,
+    FindWeightsProgress,
+    WeightsFound,
+    WeightSource,
+    WeightSources,
+)
 from llamaclust.wire.rpc.deadlines import deadline
 
 _log = logging.getLogger(__name__)
@@ -22,7 +28,7 @@ _PIECE_MB = 8.0
 _ALIKE = 1.25
 """Links that differ by less bring as much."""
 
-OnReading = Callable[[str, LocateProgress], None]
+OnReading = Callable[[str, FindWeightsProgress], None]
 """Called with the name of a worker that reads its file for others, and how far it is."""
 
 _SINCE = (2, 2)
@@ -49,7 +55,7 @@ async def weight_sources(
     if not without:
         return {}
 
-    def describe(worker: WorkerHandle) -> Coroutine[None, None, Located]:
+    def describe(worker: WorkerHandle) -> Coroutine[None, None, WeightsFound]:
         told = partial(on_reading, worker.name)
         return worker.locate(model_path, model_id, describe=True, on_reading=told, stall_s=stall_s)
 
@@ -75,7 +81,7 @@ async def tell_source(
             if located.manifest is not None and located.manifest == _fetched(worker):
                 with suppress(WorkerError, DeadlineError):  # it is lost, or will be
                     async with deadline(f"telling worker {worker.name} of a source", _TELL_S):
-                        await worker.say(NewSource(located.manifest, source))
+                        await worker.say(AddWeightSource(located.manifest, source))
 
 
 def _fetched(worker: WorkerHandle) -> str | None:
@@ -107,14 +113,14 @@ def file_is_away(workers: Mapping[str, WorkerHandle], model_id: str) -> bool:
 
 
 async def _located(
-    workers: Collection[WorkerHandle], locate: Callable[[WorkerHandle], Coroutine[None, None, Located]]
-) -> dict[str, Located]:
+    workers: Collection[WorkerHandle], locate: Callable[[WorkerHandle], Coroutine[None, None, WeightsFound]]
+) -> dict[str, WeightsFound]:
     """Without those that fail: they are none to ask."""
     asked = list(workers)
     answers = await asyncio.gather(*map(locate, asked), return_exceptions=True)
     found = {}
     for worker, answer in zip(asked, answers, strict=True):
-        if isinstance(answer, Located):
+        if isinstance(answer, WeightsFound):
             found[worker.name] = answer
         elif isinstance(answer, LlamaclustError):
             _log.warning("weights are not taken from worker %s: %s", worker.name, answer)
@@ -123,7 +129,7 @@ async def _located(
     return found
 
 
-def _of_one_manifest(found: Mapping[str, Located]) -> dict[str, Located]:
+def _of_one_manifest(found: Mapping[str, WeightsFound]) -> dict[str, WeightsFound]:
     """Those that agree with most of those that have the file, or else of all; of as many, with the first."""
     described = {name: one for name, one in found.items() if one.manifest is not None}
     ordered = dict(sorted(described.items(), key=lambda item: not item[1].has_file))
@@ -140,7 +146,7 @@ def _sources(
     asker: WorkerHandle,
     place: int,
     members: Mapping[str, WorkerHandle],
-    givers: Mapping[str, Located],
+    givers: Mapping[str, WeightsFound],
     links: Links,
 ) -> WeightSources:
     """Those with the file first, then the others, who may have fetched what it needs; of both those of its own machine

@@ -13,17 +13,17 @@ from llamaclust.core.errors import DeadlineError, ProtocolError, WorkerError
 from llamaclust.core.limits import NUMERICS_VERSION
 from llamaclust.wire.control.codec import decode_worker_message, encode_coordinator_message
 from llamaclust.wire.control.messages import (
+    Admitted,
+    CertificateRenewed,
     CoordinatorMessage,
     Deadlines,
     Failure,
-    PeerLost,
-    Refused,
+    PeerUnreachable,
     Register,
-    Renew,
-    Renewed,
-    RenewFailed,
+    Rejected,
+    RenewalFailed,
+    RenewCertificate,
     Shutdown,
-    Welcome,
 )
 from llamaclust.wire.microbatch.messages import PROTOCOL_VERSION
 from llamaclust.wire.rpc.client import JOIN
@@ -39,7 +39,7 @@ _EXIT_NEWS_S = 0.5
 """A stream breaks a moment before the launcher hears why the process ended."""
 
 OnMember = Callable[[WorkerHandle], None]
-OnCut = Callable[[WorkerHandle, PeerLost], None]
+OnCut = Callable[[WorkerHandle, PeerUnreachable], None]
 Welcomes = Callable[[str], str | None]
 Certify = Callable[[bytes, Principal], bytes]
 """A certificate (DER) for a certificate request (DER) of who is named; ProtocolError where that will not do."""
@@ -191,7 +191,7 @@ class Registry:
         if refusal := await self._refusal(register, stream.peer):
             self._refusals.tell(refusal)
             async with deadline("refusing a worker", _HANDSHAKE_S):
-                await stream.write(encode_coordinator_message(Refused(refusal)))
+                await stream.write(encode_coordinator_message(Rejected(refusal)))
             return
         await self._serve(register, stream)
 
@@ -245,7 +245,7 @@ class Registry:
         reason = "its connection broke"
         try:
             async with deadline("welcoming a worker", _HANDSHAKE_S):
-                await handle.say(Welcome(self._deadlines, cluster=self._cluster))
+                await handle.say(Admitted(self._deadlines, cluster=self._cluster))
             self._tell_change()
             self._on_joined(handle)
             reason = await self._listen_to(handle, stream)
@@ -270,12 +270,12 @@ class Registry:
                     return "its connection closed"
                 reading = asyncio.create_task(stream.read())
                 message = decode_worker_message(data)
-                if isinstance(message, Renew):
+                if isinstance(message, RenewCertificate):
                     async with deadline("renewing a certificate", _HANDSHAKE_S):
                         await handle.say(self._renewal(message, stream.peer))
                 elif message is not None:
                     handle.hear(message)
-                    if isinstance(message, PeerLost) and message.epoch in handle.stages:
+                    if isinstance(message, PeerUnreachable) and message.epoch in handle.stages:
                         self._on_cut(handle, message)
             silent = f"no sign of life for {self._silence_s:g} s"
             self._lose(handle, silent)  # no news of its end is to be waited for
@@ -284,14 +284,14 @@ class Registry:
             reading.cancel()
             lost.cancel()
 
-    def _renewal(self, request: Renew, peer: Principal | None) -> Renewed | RenewFailed:
+    def _renewal(self, request: RenewCertificate, peer: Principal | None) -> CertificateRenewed | RenewalFailed:
         """Of the name that the present certificate has."""
         if self._certify is None or peer is None:
             raise ProtocolError("a certificate is to be renewed where there are none")
         try:
-            return Renewed(self._certify(request.certificate_request, peer))
+            return CertificateRenewed(self._certify(request.certificate_request, peer))
         except ProtocolError as error:
-            return RenewFailed(Failure(ProtocolError.__name__, str(error)))
+            return RenewalFailed(Failure(ProtocolError.__name__, str(error)))
 
     async def _comes(self, reading: asyncio.Task[bytes | None], lost: asyncio.Task[bool]) -> bool:
         """False after silence in which this loop had time to listen: it may have been busy while messages waited."""

@@ -17,37 +17,37 @@ from llamaclust.core.gpus import DeviceLayers, Gpu
 from llamaclust.wire.control.messages import (
     CoordinatorMessage,
     Failure,
+    FindWeights,
+    FindWeightsFailed,
+    FindWeightsProgress,
+    GetLog,
     Heartbeat,
-    LinksMeasured,
-    LinkSpeed,
+    LinkProfile,
+    LinkProfiles,
     Load,
     Loaded,
     LoadFailed,
     LoadProgress,
-    Locate,
-    Located,
-    LocateFailed,
-    LocateProgress,
-    LogTold,
-    Measure,
-    Measured,
-    MeasureLinks,
-    MeasureLinksFailed,
-    PeerLost,
-    PeerTried,
-    Question,
+    LogTail,
+    PeerUnreachable,
+    ProbePeer,
+    ProbeResult,
+    ProfileLinks,
+    ProfileLinksFailed,
+    ProfileWorker,
     Register,
-    Renew,
-    TellLog,
-    TryPeer,
+    RenewCertificate,
     Unload,
     Unloaded,
+    WeightsFound,
     WorkerMessage,
+    WorkerProfile,
+    WorkerRequest,
 )
 from llamaclust.wire.rpc.deadlines import deadline
 
 OnProgress = Callable[[LoadProgress], None]
-OnReading = Callable[[LocateProgress], None]
+OnReading = Callable[[FindWeightsProgress], None]
 Say = Callable[[CoordinatorMessage], Awaitable[None]]
 
 _MEASURE_S = 300.0
@@ -88,7 +88,7 @@ class WorkerHandle:
         self.say = say
         self.last_words = ""  # of its log, once it is lost
         self._read_last_words = last_words
-        self._located: dict[tuple[str, bool], Located] = {}
+        self._located: dict[tuple[str, bool], WeightsFound] = {}
         self._on_progress: OnProgress | None = None
         self._on_reading: OnReading | None = None
         self._loading: Load | None = None
@@ -220,21 +220,21 @@ class WorkerHandle:
         self._cut_off.pop(epoch, None)
         self._unreached.pop(epoch, None)
 
-    async def measure(self, order: Measure = Measure(), deadline_s: float = _MEASURE_S) -> Measured:  # noqa: B008
+    async def measure(self, order: ProfileWorker = ProfileWorker(), deadline_s: float = _MEASURE_S) -> WorkerProfile:  # noqa: B008
         """Has the worker measure its machine; it should do nothing else meanwhile. ProtocolError for an answer about
         other GPUs than it has."""
         limit = deadline(f"worker {self.name}: measurement", deadline_s)
-        measured: Measured = await self._ask("measurement", order, limit)
+        measured: WorkerProfile = await self._ask("measurement", order, limit)
         gpus = len(self.registration.gpus)
         if len(measured.gpus) != gpus:
             raise ProtocolError(f"worker {self.name} measured {len(measured.gpus)} GPUs, it has {gpus}")
         return measured
 
-    async def measure_link(self, other: WorkerHandle, deadline_s: float = _LINK_S) -> LinkSpeed:
+    async def measure_link(self, other: WorkerHandle, deadline_s: float = _LINK_S) -> LinkProfile:
         """Has it measure its link to another worker. Raises what it met there."""
         limit = deadline(f"worker {self.name}: measuring the link to worker {other.name}", deadline_s)
-        order = MeasureLinks(((other.name, other.registration.address),))
-        measured: LinksMeasured = await self._ask("links", order, limit)
+        order = ProfileLinks(((other.name, other.registration.address),))
+        measured: LinkProfiles = await self._ask("links", order, limit)
         if len(measured.links) != 1:
             raise ProtocolError(f"worker {self.name} measured {len(measured.links)} links, asked for one")
         return measured.links[0]
@@ -245,16 +245,16 @@ class WorkerHandle:
         what = f"way to {other.name}"
         async with self._one_tries.setdefault(other.name, asyncio.Lock()):
             limit = deadline(f"worker {self.name}: the {what}", deadline_s)
-            tried: PeerTried = await self._ask(what, TryPeer(other.name, other.registration.address), limit)
+            tried: ProbeResult = await self._ask(what, ProbePeer(other.name, other.registration.address), limit)
         return tried.reason
 
-    async def log(self, deadline_s: float = _LOG_S) -> LogTold:
+    async def log(self, deadline_s: float = _LOG_S) -> LogTail:
         """The last lines of its log. WorkerError where it is lost, UsageError of one whose version does
         not tell them, DeadlineError."""
         if self.registration.protocol < _TELLS_LOG:
             raise UsageError(f"worker {self.name} is of an older version, which does not tell its log")
         async with self._one_reads:
-            told: LogTold = await self._ask("log", TellLog(), deadline(f"worker {self.name}: its log", deadline_s))
+            told: LogTail = await self._ask("log", GetLog(), deadline(f"worker {self.name}: its log", deadline_s))
         return told
 
     async def locate(
@@ -265,38 +265,38 @@ class WorkerHandle:
         describe: bool,
         on_reading: OnReading | None = None,
         stall_s: float = STALL_S,
-    ) -> Located:
+    ) -> WeightsFound:
         """What it has of a model; asked once. `describe`: with the manifest of its file, for which it may read that.
         StalledError where it gets no further for `stall_s`."""
         async with self._one_locates:
             key = model_id, describe
             if key not in self._located:
-                question = Locate(model_path, model_id, describe)
+                question = FindWeights(model_path, model_id, describe)
                 self._located[key] = await self._locate(question, on_reading, stall_s)
             return self._located[key]
 
-    async def _locate(self, question: Locate, on_reading: OnReading | None, stall_s: float) -> Located:
+    async def _locate(self, question: FindWeights, on_reading: OnReading | None, stall_s: float) -> WeightsFound:
         is_told = not question.describe or self.registration.protocol >= _TELLS
         what = f"worker {self.name} gets no further with reading {question.model_path}"
         further = Further(what, stall_s if is_told else _DESCRIBE_S)
 
-        def progress(news: LocateProgress) -> None:
+        def progress(news: FindWeightsProgress) -> None:
             further.hear(news.done_bytes, news.total_bytes)
             if on_reading is not None:
                 on_reading(news)
 
         self._on_reading = progress
         try:
-            located: Located = await further.wait(partial(self._ask, "weights", question))
+            located: WeightsFound = await further.wait(partial(self._ask, "weights", question))
         finally:
             self._on_reading = None
         return located
 
-    def found(self, model_id: str) -> Located | None:
+    def found(self, model_id: str) -> WeightsFound | None:
         """What it said to have of a model; None: it was not asked, or has not answered."""
         return self._located.get((model_id, True)) or self._located.get((model_id, False))
 
-    async def _ask(self, what: str, question: Question, limit: deadline) -> Any:
+    async def _ask(self, what: str, question: WorkerRequest, limit: deadline) -> Any:
         """An answer that comes after its deadline has an old number, and is nobody's."""
         number = next(self._numbers)
         return await self._order(what, replace(question, number=number), limit, number)
@@ -324,13 +324,13 @@ class WorkerHandle:
             case LoadProgress():
                 if self._on_progress is not None:
                     self._on_progress(message)
-            case Measured():
+            case WorkerProfile():
                 self._answer("measurement", message, message.number)
             case Failure():
                 self._answer("measurement", _error(self.name, message), message.number)
-            case LinksMeasured():
+            case LinkProfiles():
                 self._answer("links", message, message.number)
-            case MeasureLinksFailed(failure):
+            case ProfileLinksFailed(failure):
                 self._answer("links", _error(self.name, failure), failure.number)
             case Loaded(epoch):
                 self._answer(f"load of epoch {epoch}", message)
@@ -338,22 +338,22 @@ class WorkerHandle:
                 self._answer(f"load of epoch {epoch}", _error(self.name, failure))
             case Unloaded(epoch):
                 self._answer(f"unload of epoch {epoch}", None)
-            case Located():
+            case WeightsFound():
                 self._answer("weights", message, message.number)
-            case LocateProgress():
+            case FindWeightsProgress():
                 if self._on_reading is not None:
                     self._on_reading(message)
-            case LocateFailed(failure):
+            case FindWeightsFailed(failure):
                 self._answer("weights", _error(self.name, failure), failure.number)
-            case PeerLost(epoch, other):
+            case PeerUnreachable(epoch, other):
                 if epoch in self.stages:
                     self._unreached.setdefault(epoch, other)
                     self.cut_off(epoch).set()
-            case PeerTried(other):
+            case ProbeResult(other):
                 self._answer(f"way to {other}", message, message.number)
-            case LogTold():
+            case LogTail():
                 self._answer("log", message, message.number)
-            case Register() | Renew():
+            case Register() | RenewCertificate():
                 raise ProtocolError(f"worker {self.name} sends {type(message).__name__} where it has no place")
 
     def _answer(self, what: str, answer: object, to: int = 0) -> None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from llamaclust.core.gpus import Gpu
 from llamaclust.core.limits import NUMERICS_VERSION, StageLimits
-from llamaclust.core.profile import GpuSpeed
+from llamaclust.core.profile import GpuProfile
 from llamaclust.kernels.backend import Progress
 from llamaclust.kernels.cuda import attention
 from llamaclust.kernels.cuda.attention import check_attention
@@ -59,15 +59,15 @@ class CudaBackend:
         device = self._device
         return Gpu(self.device, device.name, device.memory_bytes, self.free_bytes, device.uuid)
 
-    def measure(self) -> GpuSpeed:
+    def measure(self) -> GpuProfile:
         """What kernels reach; blocks for part of a second."""
         with self._turns.one():
-            return GpuSpeed(*measure(self._device))
+            return GpuProfile(*measure(self._device))
 
-    def limits(self) -> GpuSpeed:
+    def limits(self) -> GpuProfile:
         """What the GPU can do at best."""
         with self._turns.one():
-            return GpuSpeed(*limits(self._device))
+            return GpuProfile(*limits(self._device))
 
     @contextmanager
     def cold_cache(self) -> Iterator[Callable[[], None]]:

@@ -14,7 +14,7 @@ from llamaclust.core.errors import ProtocolError, WorkerError
 from llamaclust.core.sampler_chain import SamplerChain, Step
 from llamaclust.core.sampling import RowResult, SampleTask, SamplingParams
 from llamaclust.model.loader import Model
-from llamaclust.wire.microbatch.messages import Chosen, Chunk, Microbatch, Result, SamplingInputs
+from llamaclust.wire.microbatch.messages import Chunk, Microbatch, Result, SampledTokens, SamplingInputs
 from llamaclust.wire.rpc.client import CHOSEN, StreamBrokenError
 from llamaclust.worker.stage.sampled_tokens import ChosenTokens, chosen_in
 from support.clusters.fakes import VOCABULARY, FakeModel, FakeStages, Simulation, expected, linear
@@ -214,13 +214,13 @@ async def test_only_the_first_of_several_stages_is_told_tokens(model: Model, tmp
 
 def test_tokens_out_of_turn_are_refused() -> None:
     box = ChosenTokens()
-    box.put(Chosen(3, (7,)))
+    box.put(SampledTokens(3, (7,)))
     with pytest.raises(ProtocolError, match="tokens of microbatch 3 after those of 3"):
-        box.put(Chosen(3, (8,)))
+        box.put(SampledTokens(3, (8,)))
 
 
 def test_a_row_without_an_answer_counts_as_token_0() -> None:
-    assert chosen_in(4, (RowResult(9, -1.0), RowResult(-1, float("nan"), failure="no"))) == Chosen(4, (9, 0))
+    assert chosen_in(4, (RowResult(9, -1.0), RowResult(-1, float("nan"), failure="no"))) == SampledTokens(4, (9, 0))
 
 
 async def test_waiting_ends_with_the_stream_of_tokens() -> None:
@@ -241,7 +241,7 @@ def test_a_history_that_goes_on_needs_a_chunk_that_follows() -> None:
 def test_a_stage_runner_never_sees_a_token_that_is_missing(model: Model) -> None:
     """`fill` is where a microbatch becomes whole; without it the placeholder would be taken for a token."""
     box = ChosenTokens()
-    box.put(Chosen(0, (7, 11)))
+    box.put(SampledTokens(0, (7, 11)))
     chunk = Chunk((0,), 4, (0, 2), 1, (0, 1))
     assert box.fill(Microbatch(model.model_id, 1, 1, (chunk,))).chunks[0].tokens == (11,)
     with pytest.raises(WorkerError, match="row 2 of microbatch 0 has no token to follow: 2 are known"):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from llamaclust.core.errors import ProtocolError
 from llamaclust.core.gpus import DeviceLayers, Gpu
 from llamaclust.core.limits import KV_TYPES, StageLimits
-from llamaclust.core.profile import GpuSpeed, StageTrial
+from llamaclust.core.profile import GpuProfile, StageProfile
 from llamaclust.model.program import KvType
 from llamaclust.proto import control_pb2
 from llamaclust.wire.control.codec import (
@@ -25,13 +25,13 @@ from llamaclust.wire.control.codec import (
 from llamaclust.wire.control.messages import (
     CoordinatorMessage,
     Failure,
+    FindWeightsProgress,
     Heartbeat,
     Load,
     LoadProgress,
-    LocateProgress,
-    LogTold,
-    Measured,
+    LogTail,
     WorkerMessage,
+    WorkerProfile,
 )
 from support.clusters.control_messages import COORDINATOR_MESSAGES, LOAD, REGISTER, WORKER_MESSAGES
 
@@ -84,15 +84,15 @@ def test_loads_out_of_bounds_are_refused(order: Load) -> None:
 
 def test_numbers_that_are_none_are_refused() -> None:
     for message in (
-        Measured(math.nan, 1.0),
+        WorkerProfile(math.nan, 1.0),
         Heartbeat(math.inf, 0, 0, 0, 0),
         LoadProgress(1, 3, 2),
-        LocateProgress(3, 2),
-        Measured(0.0, 1e12),
-        Measured(1e9, 0.0),
-        Measured(1e9, 1e12, (StageTrial(1, -1e-9, 1e-11, 1e-3),)),
-        Measured(1e9, 1e12, gpus=(GpuSpeed(0.0, 1e12),)),
-        Measured(1e9, 1e12, gpus=(GpuSpeed(1e12, 1e12, (StageTrial(8, 0.0, 0.0, 0.0),) * 2),)),
+        FindWeightsProgress(3, 2),
+        WorkerProfile(0.0, 1e12),
+        WorkerProfile(1e9, 0.0),
+        WorkerProfile(1e9, 1e12, (StageProfile(1, -1e-9, 1e-11, 1e-3),)),
+        WorkerProfile(1e9, 1e12, gpus=(GpuProfile(0.0, 1e12),)),
+        WorkerProfile(1e9, 1e12, gpus=(GpuProfile(1e12, 1e12, (StageProfile(8, 0.0, 0.0, 0.0),) * 2),)),
         Heartbeat(0.5, 0, 0, 0, 1 << 62),
         Heartbeat(0.5, 0, 0, 1 << 62, 0),
         replace(REGISTER, total_memory_bytes=1 << 62),
@@ -111,13 +111,13 @@ def test_text_from_a_peer_is_safe_to_print() -> None:
 
 
 def test_logs_travel_by_their_last_lines_and_are_safe_to_print() -> None:
-    many = LogTold(tuple(f"line {number} {'x' * 500}" for number in range(2000)), 10, 1)
+    many = LogTail(tuple(f"line {number} {'x' * 500}" for number in range(2000)), 10, 1)
     told = decode_worker_message(encode_worker_message(many))
-    assert isinstance(told, LogTold) and 100 < len(told.lines) < 2000
+    assert isinstance(told, LogTail) and 100 < len(told.lines) < 2000
     assert told.lines == many.lines[-len(told.lines) :] and told.before + len(told.lines) == 2010
-    odd = LogTold(("\t indented \x1b]0;title\x07", "y" * 3000, "\ud800"), 0)
+    odd = LogTail(("\t indented \x1b]0;title\x07", "y" * 3000, "\ud800"), 0)
     told = decode_worker_message(encode_worker_message(odd))
-    assert isinstance(told, LogTold)
+    assert isinstance(told, LogTail)
     assert told.lines == ("  indented ]0;title", "y" * 1997 + "...", "\\ud800")
     for lines in ([""] * 1001, ["z" * 2001]):
         message = control_pb2.WorkerMessage(log_told=control_pb2.LogTold(lines=lines)).SerializeToString()

@@ -31,7 +31,7 @@ from llamaclust.wire.microbatch.codec import (
     encode_result,
 )
 from llamaclust.wire.microbatch.frames import Frame, FrameKind, decode_frame, encode_failure, encode_hidden
-from llamaclust.wire.microbatch.messages import Chosen, Chunk, Microbatch, Result, SamplingInputs, StageTiming
+from llamaclust.wire.microbatch.messages import Chunk, Microbatch, Result, SampledTokens, SamplingInputs, StageTiming
 from support.paths import ROOT
 
 PROTO = ROOT / "proto"
@@ -125,13 +125,15 @@ def test_what_is_sent_arrives(microbatch: Microbatch, wanted: SamplingInputs, re
     assert decode_result(encode_result(result)) == result
 
 
-@given(st.builds(Chosen, uint64, ids))
-def test_chosen_tokens_arrive(chosen: Chosen) -> None:
+@given(st.builds(SampledTokens, uint64, ids))
+def test_chosen_tokens_arrive(chosen: SampledTokens) -> None:
     assert decode_chosen(encode_chosen(chosen)) == chosen
 
 
-@pytest.mark.parametrize("bad", [Chosen(1, (MAX_VOCABULARY,)), Chosen(1, (0,) * (MAX_TOKENS + 1))], ids=["id", "many"])
-def test_chosen_tokens_out_of_bounds_are_refused(bad: Chosen) -> None:
+@pytest.mark.parametrize(
+    "bad", [SampledTokens(1, (MAX_VOCABULARY,)), SampledTokens(1, (0,) * (MAX_TOKENS + 1))], ids=["id", "many"]
+)
+def test_chosen_tokens_out_of_bounds_are_refused(bad: SampledTokens) -> None:
     with pytest.raises(ProtocolError):
         decode_chosen(encode_chosen(bad))
 

@@ -21,7 +21,7 @@ from llamaclust.core.limits import NUMERICS_VERSION
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.model.loader import Model
 from llamaclust.wire.control.codec import decode_coordinator_message, encode_worker_message
-from llamaclust.wire.control.messages import Deadlines, Load, LoadProgress, Refused, Register
+from llamaclust.wire.control.messages import Deadlines, Load, LoadProgress, Register, Rejected
 from llamaclust.wire.microbatch.messages import PROTOCOL_VERSION, Result
 from llamaclust.wire.rpc.client import JOIN, Peer, StreamBrokenError
 from llamaclust.wire.security.token import ClusterToken
@@ -225,11 +225,11 @@ async def test_workers_that_do_not_fit_are_refused_by_name(tmp_path: Path, what:
 
     async with real_cluster(tmp_path, 1) as cluster:
         answer = await _say_hello(cluster, change(REGISTER))
-        assert isinstance(answer, Refused)
+        assert isinstance(answer, Rejected)
         assert answer.reason.startswith(reason)
         assert "x" not in cluster.registry.workers
         newer = await _say_hello(cluster, replace(REGISTER, protocol=(MAJOR, 99)))
-        assert not isinstance(newer, Refused)
+        assert not isinstance(newer, Rejected)
 
 
 async def test_a_member_needs_the_token_and_must_register(tmp_path: Path) -> None:
@@ -258,6 +258,6 @@ async def test_workers_on_the_reference_are_a_cluster_among_themselves(tmp_path:
     async with real_cluster(tmp_path, 2, device="reference") as cluster:
         assert {one.registration.numerics_version for one in cluster.registry.workers.values()} == {0}
         answer = await _say_hello(cluster, REGISTER)
-        assert isinstance(answer, Refused) and answer.reason.startswith(
+        assert isinstance(answer, Rejected) and answer.reason.startswith(
             f"worker x computes by numerics_version {NUMERICS_VERSION},"
         )

@@ -35,39 +35,39 @@ from llamaclust.wire.control.codec_weights import (
     sources_out,
 )
 from llamaclust.wire.control.messages import (
+    AddWeightSource,
+    Admitted,
+    CertificateRenewed,
     CoordinatorMessage,
     Deadlines,
     Failure,
+    FindWeights,
+    FindWeightsFailed,
+    FindWeightsProgress,
+    GetLog,
     Heartbeat,
-    LinksMeasured,
+    LinkProfiles,
     Load,
     Loaded,
     LoadFailed,
     LoadProgress,
-    Locate,
-    Located,
-    LocateFailed,
-    LocateProgress,
-    LogTold,
-    Measure,
-    Measured,
-    MeasureLinks,
-    MeasureLinksFailed,
-    NewSource,
-    PeerLost,
-    PeerTried,
-    Refused,
+    LogTail,
+    PeerUnreachable,
+    ProbePeer,
+    ProbeResult,
+    ProfileLinks,
+    ProfileLinksFailed,
+    ProfileWorker,
     Register,
-    Renew,
-    Renewed,
-    RenewFailed,
+    Rejected,
+    RenewalFailed,
+    RenewCertificate,
     Shutdown,
-    TellLog,
-    TryPeer,
     Unload,
     Unloaded,
-    Welcome,
+    WeightsFound,
     WorkerMessage,
+    WorkerProfile,
 )
 
 MAX_CONTROL_BYTES = 1 << 18
@@ -81,29 +81,29 @@ def encode_worker_message(message: WorkerMessage) -> bytes:
     match message:
         case Register():
             out = proto.WorkerMessage(register=register_out(message))
-        case Measured():
+        case WorkerProfile():
             out = proto.WorkerMessage(measured=measured_out(message))
         case Failure():
             out = proto.WorkerMessage(measure_failed=_failure_out(message))
         case Heartbeat():
             out = proto.WorkerMessage(heartbeat=heartbeat_out(message))
-        case Renew(request):
+        case RenewCertificate(request):
             out = proto.WorkerMessage(renew=proto.Renew(certificate_request=request))
-        case LinksMeasured():
+        case LinkProfiles():
             out = proto.WorkerMessage(links_measured=links_out(message))
-        case MeasureLinksFailed(failure):
+        case ProfileLinksFailed(failure):
             out = proto.WorkerMessage(measure_links_failed=_failure_out(failure))
-        case Located():
+        case WeightsFound():
             out = proto.WorkerMessage(located=located_out(message))
-        case LocateFailed(failure):
+        case FindWeightsFailed(failure):
             out = proto.WorkerMessage(locate_failed=_failure_out(failure))
-        case LocateProgress():
+        case FindWeightsProgress():
             out = proto.WorkerMessage(locate_progress=progress_out(message))
-        case PeerLost():
+        case PeerUnreachable():
             out = proto.WorkerMessage(peer_lost=lost_out(message))
-        case PeerTried():
+        case ProbeResult():
             out = proto.WorkerMessage(peer_tried=tried_out(message))
-        case LogTold():
+        case LogTail():
             out = proto.WorkerMessage(log_told=told_out(message))
         case _:
             out = _about_load(message)
@@ -155,15 +155,15 @@ def decode_worker_message(data: bytes) -> WorkerMessage | None:
         case "heartbeat":
             return heartbeat_in(message.heartbeat)
         case "renew":
-            return Renew(message.renew.certificate_request)
+            return RenewCertificate(message.renew.certificate_request)
         case "links_measured":
             return links_in(message.links_measured)
         case "measure_links_failed":
-            return MeasureLinksFailed(_failure_in(message.measure_links_failed))
+            return ProfileLinksFailed(_failure_in(message.measure_links_failed))
         case "located":
             return located_in(message.located)
         case "locate_failed":
-            return LocateFailed(_failure_in(message.locate_failed))
+            return FindWeightsFailed(_failure_in(message.locate_failed))
         case "locate_progress":
             return progress_in(message.locate_progress)
         case "peer_lost":
@@ -181,11 +181,11 @@ def _failure_in(message: proto.Failure) -> Failure:
 
 def encode_coordinator_message(message: CoordinatorMessage) -> bytes:
     match message:
-        case Welcome():
+        case Admitted():
             out = proto.CoordinatorMessage(welcome=_welcome_out(message))
-        case Refused():
+        case Rejected():
             out = proto.CoordinatorMessage(refused=proto.Refused(reason=one_line(message.reason)))
-        case Measure():
+        case ProfileWorker():
             out = proto.CoordinatorMessage(measure=measure_out(message))
         case Load():
             out = proto.CoordinatorMessage(load=_load_out(message))
@@ -193,24 +193,24 @@ def encode_coordinator_message(message: CoordinatorMessage) -> bytes:
             out = proto.CoordinatorMessage(unload=proto.Unload(epoch=message.epoch))
         case Shutdown():
             out = proto.CoordinatorMessage(shutdown=proto.Shutdown(reason=one_line(message.reason)))
-        case Renewed(certificate):
+        case CertificateRenewed(certificate):
             out = proto.CoordinatorMessage(renewed=proto.Renewed(certificate=certificate))
-        case MeasureLinks():
+        case ProfileLinks():
             out = proto.CoordinatorMessage(measure_links=ends_out(message))
-        case RenewFailed(failure):
+        case RenewalFailed(failure):
             out = proto.CoordinatorMessage(renew_failed=_failure_out(failure))
-        case Locate():
+        case FindWeights():
             out = proto.CoordinatorMessage(locate=locate_out(message))
-        case TryPeer():
+        case ProbePeer():
             out = proto.CoordinatorMessage(try_peer=try_out(message))
-        case TellLog():
+        case GetLog():
             out = proto.CoordinatorMessage(tell_log=tell_out(message))
-        case NewSource():
+        case AddWeightSource():
             out = proto.CoordinatorMessage(new_source=new_source_out(message))
     return out.SerializeToString()
 
 
-def _welcome_out(message: Welcome) -> proto.Welcome:
+def _welcome_out(message: Admitted) -> proto.Welcome:
     return proto.Welcome(
         protocol_major=message.protocol[0],
         protocol_minor=message.protocol[1],
@@ -259,7 +259,7 @@ def decode_coordinator_message(data: bytes) -> CoordinatorMessage | None:
         case "welcome":
             return _welcome_in(message.welcome)
         case "refused":
-            return Refused(line("reason", message.refused.reason))
+            return Rejected(line("reason", message.refused.reason))
         case "measure":
             return measure_in(message.measure)
         case "load":
@@ -269,11 +269,11 @@ def decode_coordinator_message(data: bytes) -> CoordinatorMessage | None:
         case "shutdown":
             return Shutdown(line("reason", message.shutdown.reason))
         case "renewed":
-            return Renewed(message.renewed.certificate)
+            return CertificateRenewed(message.renewed.certificate)
         case "measure_links":
             return ends_in(message.measure_links)
         case "renew_failed":
-            return RenewFailed(_failure_in(message.renew_failed))
+            return RenewalFailed(_failure_in(message.renew_failed))
         case "locate":
             return locate_in(message.locate)
         case "try_peer":
@@ -285,14 +285,14 @@ def decode_coordinator_message(data: bytes) -> CoordinatorMessage | None:
     return None
 
 
-def _welcome_in(message: proto.Welcome) -> Welcome:
+def _welcome_in(message: proto.Welcome) -> Admitted:
     values = (message.heartbeat_s, message.sampling_inputs_s, message.forward_s)
     checked = (finite("deadline", value, 0.01, _MAX_DEADLINE_S) for value in values)
     wait_s = finite("coordinator_s", message.coordinator_s, 0.0, _MAX_WAIT_S)
     peer_s = finite("peer_s", message.peer_s, 0.0, _MAX_DEADLINE_S) or Deadlines().peer_s
     deadlines = replace(Deadlines(*checked), coordinator_s=wait_s, peer_s=peer_s)
     cluster = line("cluster", message.cluster, 255)
-    return Welcome(deadlines, (message.protocol_major, message.protocol_minor), cluster)
+    return Admitted(deadlines, (message.protocol_major, message.protocol_minor), cluster)
 
 
 def _load_in(message: proto.Load) -> Load:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from llamaclust.core.errors import ProtocolError
 from llamaclust.proto import control_pb2 as proto
 from llamaclust.wire.bounds import bounded
-from llamaclust.wire.control.messages import LogTold, TellLog
+from llamaclust.wire.control.messages import GetLog, LogTail
 
 MAX_LINES = 1000
 MAX_LINE = 2000
@@ -16,25 +16,25 @@ MAX_LOG_BYTES = 1 << 17
 """Of all lines as UTF-8: what else a control message has beside them is little."""
 
 
-def tell_out(message: TellLog) -> proto.TellLog:
+def tell_out(message: GetLog) -> proto.TellLog:
     return proto.TellLog(number=message.number)
 
 
-def tell_in(message: proto.TellLog) -> TellLog:
-    return TellLog(message.number)
+def tell_in(message: proto.TellLog) -> GetLog:
+    return GetLog(message.number)
 
 
-def told_out(message: LogTold) -> proto.LogTold:
+def told_out(message: LogTail) -> proto.LogTold:
     lines = _bounded(message.lines)
     before = message.before + len(message.lines) - len(lines)
     return proto.LogTold(number=message.number, lines=lines, before=before)
 
 
-def told_in(message: proto.LogTold) -> LogTold:
+def told_in(message: proto.LogTold) -> LogTail:
     bounded("lines of a log", len(message.lines), 0, MAX_LINES)
     if any(len(line) > MAX_LINE for line in message.lines):
         raise ProtocolError(f"a line of a log has more than {MAX_LINE} characters")
-    return LogTold(tuple(map(_printable, message.lines)), message.before, message.number)
+    return LogTail(tuple(map(_printable, message.lines)), message.before, message.number)
 
 
 def _bounded(lines: Sequence[str]) -> list[str]:

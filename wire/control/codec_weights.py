@@ -5,13 +5,20 @@ from __future__ import annotations
 from llamaclust.core.errors import ProtocolError
 from llamaclust.proto import control_pb2 as proto
 from llamaclust.wire.bounds import bounded, line, path, worker_name
-from llamaclust.wire.control.messages import Locate, Located, LocateProgress, NewSource, WeightSource, WeightSources
+from llamaclust.wire.control.messages import (
+    AddWeightSource,
+    FindWeights,
+    FindWeightsProgress,
+    WeightsFound,
+    WeightSource,
+    WeightSources,
+)
 
 MAX_MANIFEST_BYTES = 1 << 26
 MAX_SOURCES = 256
 
 
-def locate_out(message: Locate) -> proto.Locate:
+def locate_out(message: FindWeights) -> proto.Locate:
     return proto.Locate(
         model_path=message.model_path,
         model_id=message.model_id,
@@ -20,12 +27,12 @@ def locate_out(message: Locate) -> proto.Locate:
     )
 
 
-def locate_in(message: proto.Locate) -> Locate:
+def locate_in(message: proto.Locate) -> FindWeights:
     model_path = path("model_path", message.model_path)
-    return Locate(model_path, line("model_id", message.model_id, 128), message.describe, message.number)
+    return FindWeights(model_path, line("model_id", message.model_id, 128), message.describe, message.number)
 
 
-def located_out(message: Located) -> proto.Located:
+def located_out(message: WeightsFound) -> proto.Located:
     manifest = bytes.fromhex(message.manifest or "")
     return proto.Located(
         has_file=message.has_file,
@@ -35,18 +42,18 @@ def located_out(message: Located) -> proto.Located:
     )
 
 
-def located_in(message: proto.Located) -> Located:
+def located_in(message: proto.Located) -> WeightsFound:
     if not message.manifest:
-        return Located(message.has_file, number=message.number)
-    return Located(message.has_file, _sha256(message.manifest), _size(message.manifest_bytes), message.number)
+        return WeightsFound(message.has_file, number=message.number)
+    return WeightsFound(message.has_file, _sha256(message.manifest), _size(message.manifest_bytes), message.number)
 
 
-def progress_out(message: LocateProgress) -> proto.LocateProgress:
+def progress_out(message: FindWeightsProgress) -> proto.LocateProgress:
     return proto.LocateProgress(done_bytes=message.done_bytes, total_bytes=message.total_bytes)
 
 
-def progress_in(message: proto.LocateProgress) -> LocateProgress:
-    return LocateProgress(bounded("done_bytes", message.done_bytes, 0, message.total_bytes), message.total_bytes)
+def progress_in(message: proto.LocateProgress) -> FindWeightsProgress:
+    return FindWeightsProgress(bounded("done_bytes", message.done_bytes, 0, message.total_bytes), message.total_bytes)
 
 
 def sources_out(message: WeightSources) -> proto.WeightSources:
@@ -63,12 +70,12 @@ def sources_in(message: proto.WeightSources) -> WeightSources:
     return WeightSources(_sha256(message.manifest), _size(message.manifest_bytes), sources)
 
 
-def new_source_out(message: NewSource) -> proto.NewSource:
+def new_source_out(message: AddWeightSource) -> proto.NewSource:
     return proto.NewSource(manifest=bytes.fromhex(message.manifest), source=_source_out(message.source))
 
 
-def new_source_in(message: proto.NewSource) -> NewSource:
-    return NewSource(_sha256(message.manifest), _source_in(message.source))
+def new_source_in(message: proto.NewSource) -> AddWeightSource:
+    return AddWeightSource(_sha256(message.manifest), _source_in(message.source))
 
 
 def _source_out(source: WeightSource) -> proto.WeightSource:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from llamaclust.core.gpus import DeviceLayers, Gpu
 from llamaclust.core.limits import NUMERICS_VERSION, StageLimits
-from llamaclust.core.profile import GpuSpeed, StageTrial
+from llamaclust.core.profile import GpuProfile, StageProfile
 from llamaclust.wire.microbatch.messages import PROTOCOL_VERSION
 
 
@@ -44,7 +44,7 @@ class Deadlines:
 
 
 @dataclass(frozen=True, slots=True)
-class Welcome:
+class Admitted:
     """The worker is a member."""
 
     deadlines: Deadlines
@@ -53,14 +53,14 @@ class Welcome:
 
 
 @dataclass(frozen=True, slots=True)
-class Refused:
+class Rejected:
     """The worker is not a member; the stream ends."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
-class Measure:
+class ProfileWorker:
     """Measure the machine; with a model, also what steps of its layers take."""
 
     model_path: str = ""
@@ -69,19 +69,20 @@ class Measure:
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class WorkerProfile:
     """What the worker's own kernels reach on its machine."""
 
     read_bytes_s: float
     int8_macs_s: float
-    trials: tuple[StageTrial, ...] = ()  # by ascending rows; none where the model's file is not there, or no memory
+    trials: tuple[StageProfile, ...] = ()  # by ascending rows; none where the model's file is not there, or no memory
     number: int = 0
-    gpus: tuple[GpuSpeed, ...] = ()  # in the order of its registration
+    gpus: tuple[GpuProfile, ...] = ()  # in the order of its registration
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """An error as it crosses the wire: its class in llamaclust.core.errors and one line. As an answer: to Measure."""
+    """An error as it crosses the wire: its class in llamaclust.core.errors and one line. As an answer: to
+    ProfileWorker."""
 
     kind: str
     message: str
@@ -106,7 +107,7 @@ class WeightSources:
 
 
 @dataclass(frozen=True, slots=True)
-class Locate:
+class FindWeights:
     """Look for a model's weights."""
 
     model_path: str
@@ -116,7 +117,7 @@ class Locate:
 
 
 @dataclass(frozen=True, slots=True)
-class Located:
+class WeightsFound:
     """What a worker has of a model."""
 
     has_file: bool
@@ -126,7 +127,7 @@ class Located:
 
 
 @dataclass(frozen=True, slots=True)
-class LocateFailed:
+class FindWeightsFailed:
     """It could not be looked for."""
 
     failure: Failure
@@ -220,28 +221,28 @@ class Shutdown:
 
 
 @dataclass(frozen=True, slots=True)
-class Renew:
+class RenewCertificate:
     """A new certificate is wanted, before the old one ends."""
 
     certificate_request: bytes  # DER
 
 
 @dataclass(frozen=True, slots=True)
-class Renewed:
+class CertificateRenewed:
     """A certificate of the name that the present one has."""
 
     certificate: bytes  # DER
 
 
 @dataclass(frozen=True, slots=True)
-class RenewFailed:
+class RenewalFailed:
     """There is none."""
 
     failure: Failure
 
 
 @dataclass(frozen=True, slots=True)
-class MeasureLinks:
+class ProfileLinks:
     """Measure the links to other workers, one after the other."""
 
     ends: tuple[tuple[str, str], ...]  # (name, gRPC target of its Stage service)
@@ -249,7 +250,7 @@ class MeasureLinks:
 
 
 @dataclass(frozen=True, slots=True)
-class LinkSpeed:
+class LinkProfile:
     """Of a link, as its caller sees it."""
 
     round_trip_s: float  # until a token's hidden state was taken and answered
@@ -257,22 +258,22 @@ class LinkSpeed:
 
 
 @dataclass(frozen=True, slots=True)
-class LinksMeasured:
+class LinkProfiles:
     """In the order of the question."""
 
-    links: tuple[LinkSpeed, ...]
+    links: tuple[LinkProfile, ...]
     number: int = 0
 
 
 @dataclass(frozen=True, slots=True)
-class MeasureLinksFailed:
+class ProfileLinksFailed:
     """A link could not be measured."""
 
     failure: Failure
 
 
 @dataclass(frozen=True, slots=True)
-class LocateProgress:
+class FindWeightsProgress:
     """How much of the model's file was read, in bytes."""
 
     done_bytes: int
@@ -280,7 +281,7 @@ class LocateProgress:
 
 
 @dataclass(frozen=True, slots=True)
-class PeerLost:
+class PeerUnreachable:
     """A stage's connection to another worker's broke, stands still, or cannot be made."""
 
     epoch: int
@@ -289,7 +290,7 @@ class PeerLost:
 
 
 @dataclass(frozen=True, slots=True)
-class TryPeer:
+class ProbePeer:
     """Look whether another worker can be reached."""
 
     worker: str
@@ -298,7 +299,7 @@ class TryPeer:
 
 
 @dataclass(frozen=True, slots=True)
-class PeerTried:
+class ProbeResult:
     """Whether it answered."""
 
     worker: str
@@ -307,14 +308,14 @@ class PeerTried:
 
 
 @dataclass(frozen=True, slots=True)
-class TellLog:
+class GetLog:
     """Tell the last lines of the log."""
 
     number: int = 0
 
 
 @dataclass(frozen=True, slots=True)
-class LogTold:
+class LogTail:
     """The last lines of a process's log, oldest first."""
 
     lines: tuple[str, ...]
@@ -323,7 +324,7 @@ class LogTold:
 
 
 @dataclass(frozen=True, slots=True)
-class NewSource:
+class AddWeightSource:
     """Loads under way that fetch weights of this manifest may ask this worker, wherever it was before."""
 
     manifest: str  # SHA-256, hex
@@ -332,24 +333,34 @@ class NewSource:
 
 WorkerMessage = (
     Register
-    | Measured
+    | WorkerProfile
     | Failure
     | LoadProgress
     | Loaded
     | LoadFailed
     | Unloaded
     | Heartbeat
-    | Renew
-    | LinksMeasured
-    | MeasureLinksFailed
-    | Located
-    | LocateFailed
-    | LocateProgress
-    | PeerLost
-    | PeerTried
-    | LogTold
+    | RenewCertificate
+    | LinkProfiles
+    | ProfileLinksFailed
+    | WeightsFound
+    | FindWeightsFailed
+    | FindWeightsProgress
+    | PeerUnreachable
+    | ProbeResult
+    | LogTail
 )
-Question = Measure | MeasureLinks | Locate | TryPeer | TellLog
+WorkerRequest = ProfileWorker | ProfileLinks | FindWeights | ProbePeer | GetLog
 """The coordinator counts them, from 1; answers have their `number`, or 0 from workers older than numbers."""
 
-CoordinatorMessage = Welcome | Refused | Load | Unload | Shutdown | Renewed | RenewFailed | NewSource | Question
+CoordinatorMessage = (
+    Admitted
+    | Rejected
+    | Load
+    | Unload
+    | Shutdown
+    | CertificateRenewed
+    | RenewalFailed
+    | AddWeightSource
+    | WorkerRequest
+)

@@ -25,7 +25,7 @@ from llamaclust.core.sampling_bounds import MAX_BIAS, MAX_MU, MAX_TOP_K, REAL_BO
 from llamaclust.proto import microbatch_pb2 as microbatch_proto
 from llamaclust.proto import sampling_pb2 as sampling_proto
 from llamaclust.wire.bounds import bounded, finite, line, one_line, parse
-from llamaclust.wire.microbatch.messages import Chosen, Chunk, Microbatch, Result, SamplingInputs, StageTiming
+from llamaclust.wire.microbatch.messages import Chunk, Microbatch, Result, SampledTokens, SamplingInputs, StageTiming
 from llamaclust.wire.microbatch.sampler_chain_codec import breakers_in, chain_in, chain_out
 
 MAX_MICROBATCH_BYTES = 1 << 23
@@ -86,15 +86,15 @@ def _follows(message: microbatch_proto.Follows, tokens: tuple[int, ...], number:
     return message.number, bounded("row that is followed", message.row, 0, MAX_TOKENS - 1)
 
 
-def encode_chosen(chosen: Chosen) -> bytes:
+def encode_chosen(chosen: SampledTokens) -> bytes:
     return microbatch_proto.Chosen(number=chosen.number, tokens=chosen.tokens).SerializeToString()
 
 
-def decode_chosen(data: bytes) -> Chosen:
+def decode_chosen(data: bytes) -> SampledTokens:
     """Raises ProtocolError for bytes that are not chosen tokens or break a bound."""
     message = parse(microbatch_proto.Chosen, data, MAX_MICROBATCH_BYTES)
     bounded("chosen tokens", len(message.tokens), 0, MAX_TOKENS)
-    return Chosen(message.number, _tokens(message.tokens))
+    return SampledTokens(message.number, _tokens(message.tokens))
 
 
 def _table(numbers: Sequence[int]) -> tuple[int, ...]:

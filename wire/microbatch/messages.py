@@ -61,7 +61,7 @@ class SamplingInputs:
 
 
 @dataclass(frozen=True, slots=True)
-class Chosen:
+class SampledTokens:
     """What the last stage tells the first: the tokens of a microbatch's output rows, for chunks that follow them."""
 
     number: int

@@ -6,7 +6,7 @@ import asyncio
 from statistics import median
 from time import perf_counter
 
-from llamaclust.wire.control.messages import LinkSpeed
+from llamaclust.wire.control.messages import LinkProfile
 from llamaclust.wire.rpc.cache_flush import ColdCaches
 from llamaclust.wire.rpc.client import ECHO, ClientStream, Peer
 from llamaclust.wire.rpc.deadlines import deadline
@@ -41,7 +41,7 @@ async def serve_echo(stream: ServerStream) -> None:
                 await caches.sweep_in_turns()
 
 
-async def measure_link(peer: Peer) -> LinkSpeed:
+async def measure_link(peer: Peer) -> LinkProfile:
     """In a fraction of a second, or a few on slow links. StreamBrokenError where the peer cannot be reached,
     DeadlineError where it does not answer."""
     stream = peer.open(ECHO)
@@ -49,7 +49,7 @@ async def measure_link(peer: Peer) -> LinkSpeed:
         async with deadline(f"measuring the link to {peer.address}", _MEASURE_S):
             await stream.opened()
             round_trip_s = await _round_trip(stream)
-            return LinkSpeed(round_trip_s, await _throughput(stream, round_trip_s))
+            return LinkProfile(round_trip_s, await _throughput(stream, round_trip_s))
     finally:
         stream.cancel()
 

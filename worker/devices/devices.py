@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 
 from llamaclust.core.errors import ProtocolError
 from llamaclust.core.gpus import DeviceLayers, Gpu
-from llamaclust.core.profile import GpuSpeed
+from llamaclust.core.profile import GpuProfile
 from llamaclust.core.sizes import MIB
 from llamaclust.kernels.backend import Backend
 from llamaclust.kernels.multi_device import ChainBackend, Part
 from llamaclust.kernels.packed.cache_folder import PreparedFolder
 from llamaclust.model.loader import Model
-from llamaclust.wire.control.messages import Load, Measured, Register
+from llamaclust.wire.control.messages import Load, Register, WorkerProfile
 from llamaclust.worker.devices import backends
 from llamaclust.worker.devices.backends import GpuBackend, gpu_names
 from llamaclust.worker.devices.system_info import (
@@ -81,19 +81,19 @@ class Device:
         parts = [Part(self.backend_of(one.device), one.start, one.end) for one in self.layers(order)]
         return parts[0].backend if len(parts) == 1 else ChainBackend(parts)
 
-    def measure(self, model: Model | None = None) -> Measured:
+    def measure(self, model: Model | None = None) -> WorkerProfile:
         """What the machine reaches, and what steps of the model take; blocks for a second, longer for large layers."""
         from llamaclust.kernels.probes import measure_machine
         from llamaclust.worker.devices.profiler import TrialDevice, try_stages
 
         speed = measure_machine(self.threads)
-        measured = Measured(speed.read_gb_s * 1e9, speed.int8_gmac_s * 1e9)
+        measured = WorkerProfile(speed.read_gb_s * 1e9, speed.int8_gmac_s * 1e9)
         if model is not None and self.kind != _REFERENCE:
             device = TrialDevice(self.backend, self.threads, self.feature_level, self.free_memory_bytes, os.getpid())
             measured = replace(measured, trials=try_stages(device, model))
         return replace(measured, gpus=tuple(self._gpu_speed(gpu, model) for gpu in self.gpus))
 
-    def _gpu_speed(self, gpu: GpuBackend, model: Model | None) -> GpuSpeed:
+    def _gpu_speed(self, gpu: GpuBackend, model: Model | None) -> GpuProfile:
         from llamaclust.worker.devices.profiler import TrialDevice, try_stages
 
         speed = gpu.measure()

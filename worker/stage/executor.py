@@ -15,7 +15,7 @@ from llamaclust.kernels.backend import Float32
 from llamaclust.wire.bounds import one_line
 from llamaclust.wire.microbatch.codec import encode_result
 from llamaclust.wire.microbatch.frames import Frame, FrameKind, encode_failure, encode_hidden
-from llamaclust.wire.microbatch.messages import Chosen, Microbatch, Result, SamplingInputs, StageTiming
+from llamaclust.wire.microbatch.messages import Microbatch, Result, SampledTokens, SamplingInputs, StageTiming
 from llamaclust.worker.stage.compute import INLINE_NS, Compute
 from llamaclust.worker.stage.sampled_tokens import ChosenTokens, chosen_in
 from llamaclust.worker.stage.sampling_inputs import InputsBox
@@ -55,7 +55,7 @@ class Answer:
     """What a step hands on, as bytes; of a last stage also the tokens it chose."""
 
     data: bytes
-    chosen: Chosen | None = None
+    chosen: SampledTokens | None = None
 
 
 class StageStep:

@@ -8,16 +8,16 @@ from time import perf_counter_ns
 
 from llamaclust.core.errors import ProtocolError, WorkerError
 from llamaclust.core.sampling import RowResult, RowTask, SampleTask
-from llamaclust.wire.microbatch.messages import Chosen, Chunk, Microbatch, SamplingInputs
+from llamaclust.wire.microbatch.messages import Chunk, Microbatch, SampledTokens, SamplingInputs
 from llamaclust.wire.rpc.deadlines import deadline
 
 _MOST_KEPT = 256
 """More microbatches than any coordinator has in flight."""
 
 
-def chosen_in(number: int, rows: tuple[RowResult, ...]) -> Chosen:
+def chosen_in(number: int, rows: tuple[RowResult, ...]) -> SampledTokens:
     """Of a result; a row without an answer counts as token 0, and what follows it is thrown away."""
-    return Chosen(number, tuple(max(row.token, 0) for row in rows))
+    return SampledTokens(number, tuple(max(row.token, 0) for row in rows))
 
 
 def _newest(microbatch: Microbatch) -> int:
@@ -34,7 +34,7 @@ class ChosenTokens:
         self._came = asyncio.Event()
         self._broken: WorkerError | None = None
 
-    def put(self, chosen: Chosen) -> None:
+    def put(self, chosen: SampledTokens) -> None:
         """ProtocolError for one out of turn."""
         if self._tokens and chosen.number <= next(reversed(self._tokens)):
             raise ProtocolError(f"tokens of microbatch {chosen.number} after those of {next(reversed(self._tokens))}")

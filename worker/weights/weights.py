@@ -17,7 +17,7 @@ from llamaclust.model.gguf.tensors import Tensor, open_regular, read_exactly
 from llamaclust.model.loader import Model
 from llamaclust.model.weights.cache import WeightCache
 from llamaclust.model.weights.manifest import make_manifest, read_manifest
-from llamaclust.wire.control.messages import Locate, Located, NewSource
+from llamaclust.wire.control.messages import AddWeightSource, FindWeights, WeightsFound
 from llamaclust.wire.rpc.client import FETCH, Peer
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.server import Handler, ServerStream
@@ -72,7 +72,7 @@ class Weights:
         self.received_bytes = 0
         self._model_dir = model_dir
         self._given: dict[str, Tensor] = {}  # of files, by SHA-256
-        self._located: dict[str, Located] = {}  # of files with a manifest, by model id
+        self._located: dict[str, WeightsFound] = {}  # of files with a manifest, by model id
         self._streams = 0
         self._fetching: list[Fetching] = []
 
@@ -89,7 +89,7 @@ class Weights:
         finally:
             self._fetching.remove(what)
 
-    def hear(self, news: NewSource, reach: Reach) -> None:
+    def hear(self, news: AddWeightSource, reach: Reach) -> None:
         for one in self._fetching:
             if one.manifest == news.manifest:
                 one.renew(news.source.worker, reach(news.source.address, news.source.worker))
@@ -113,7 +113,7 @@ class Weights:
         path = Path(model_path)
         return [path] if self._model_dir is None else [path, self._model_dir / path.name]
 
-    def locate(self, wanted: Locate, reading: Reading | None = None) -> Located:
+    def locate(self, wanted: FindWeights, reading: Reading | None = None) -> WeightsFound:
         """What is there of a model. Makes the file's manifest where that is asked for, which reads all of the file;
         `reading` tells how far that is."""
         try:
@@ -126,15 +126,15 @@ class Weights:
         with model:
             if wanted.describe and self.cache is not None and wanted.model_id not in self._located:
                 self._located[wanted.model_id] = self._describe(self.cache, model.file, reading or Reading())
-            return self._located.get(wanted.model_id, Located(True))
+            return self._located.get(wanted.model_id, WeightsFound(True))
 
-    def _in_cache(self, model_id: str) -> Located:
+    def _in_cache(self, model_id: str) -> WeightsFound:
         content = None if self.cache is None else self.cache.known_manifest(key_of(model_id))
         if self.cache is None or content is None:
-            return Located(False)
-        return Located(False, content, self.cache.place(content).stat().st_size)
+            return WeightsFound(False)
+        return WeightsFound(False, content, self.cache.place(content).stat().st_size)
 
-    def _describe(self, cache: WeightCache, file: ModelFile, reading: Reading) -> Located:
+    def _describe(self, cache: WeightCache, file: ModelFile, reading: Reading) -> WeightsFound:
         cache.prepare()
         key = _file_key(file)
         with cache.making(key):
@@ -145,7 +145,7 @@ class Weights:
         path = cache.place(content)
         for record in read_manifest(path).tensors:
             self._given[record.content] = file.tensor(record.name)
-        return Located(True, content, path.stat().st_size)
+        return WeightsFound(True, content, path.stat().st_size)
 
     async def _serve(self, stream: ServerStream) -> None:
         if self._streams >= _MOST_STREAMS:

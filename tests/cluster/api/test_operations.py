@@ -11,7 +11,7 @@ import pytest
 
 from llamaclust.cluster.api.settings import first_key, read_api_keys
 from llamaclust.core.errors import InsufficientMemoryError, UsageError, WorkerError
-from llamaclust.wire.control.messages import LogTold
+from llamaclust.wire.control.messages import LogTail
 from support.clusters.served import MODEL, SETTINGS, ScriptedEngine, client, make_app, real_engine, says
 
 
@@ -69,9 +69,9 @@ class Workers:
         self._check(name)
         self.spared.remove(name)
 
-    async def log(self, name: str) -> LogTold:
+    async def log(self, name: str) -> LogTail:
         self._check(name)
-        return LogTold(("one", "two"), 12)
+        return LogTail(("one", "two"), 12)
 
     def _check(self, name: str) -> None:
         if name not in ("a", "b"):

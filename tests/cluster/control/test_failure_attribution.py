@@ -18,14 +18,14 @@ from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.core.errors import WorkerError
 from llamaclust.wire.control.codec import encode_coordinator_message
 from llamaclust.wire.control.messages import (
+    Admitted,
     CoordinatorMessage,
     Deadlines,
     Heartbeat,
     Loaded,
-    PeerLost,
-    Renew,
+    PeerUnreachable,
+    RenewCertificate,
     Shutdown,
-    Welcome,
 )
 from llamaclust.wire.rpc.client import ECHO, JOIN, Peer, StreamBrokenError
 from llamaclust.wire.rpc.server import Server, ServerStream
@@ -58,7 +58,7 @@ async def test_the_cause_is_whom_others_could_not_reach_then_who_was_lost_first(
     assert [worker.name for worker in lost_in(3, everyone)] == ["b", "a"]
     workers = three()
     everyone = list(workers.values())
-    workers["a"].hear(PeerLost(3, "b", "Socket closed"))
+    workers["a"].hear(PeerUnreachable(3, "b", "Socket closed"))
     workers["a"].lose("its process ended with exit code 0")
     workers["b"].lose("killed")
     assert [worker.name for worker in lost_in(3, everyone)] == ["b", "a"]
@@ -68,7 +68,7 @@ async def test_a_loss_is_waited_for_where_others_tell_of_it_sooner(monkeypatch: 
     monkeypatch.setattr(failure_attribution, "_BLAME_S", 20.0)
     workers = three()
     everyone = list(workers.values())
-    workers["b"].hear(PeerLost(3, "c", "Socket closed"))
+    workers["b"].hear(PeerUnreachable(3, "c", "Socket closed"))
     asking = asyncio.create_task(blamed(3, everyone, WorkerError("the first stage ended its stream")))
     for _ in range(10):
         await asyncio.sleep(0)
@@ -83,7 +83,7 @@ async def test_whoever_lives_and_is_not_reached_is_not_waited_for(monkeypatch: p
     workers = three()
     asking = asyncio.create_task(blamed(3, list(workers.values()), WorkerError("the first stage ended its stream")))
     await asyncio.sleep(0)
-    workers["a"].hear(PeerLost(3, "b", "no answer"))
+    workers["a"].hear(PeerUnreachable(3, "b", "no answer"))
     for _ in range(10):
         await asyncio.sleep(0)
     workers["b"].hear(ALIVE)
@@ -115,7 +115,7 @@ class Coordinator:
     async def join(self, stream: ServerStream) -> None:
         await stream.accept()
         await stream.read()
-        await stream.write(encode_coordinator_message(Welcome(Deadlines(heartbeat_s=30.0))))
+        await stream.write(encode_coordinator_message(Admitted(Deadlines(heartbeat_s=30.0))))
         await self.reads.wait()
         await stream.write(encode_coordinator_message(Shutdown("all is said")))
         while await stream.read() is not None:
@@ -132,7 +132,7 @@ async def test_a_stage_that_ends_while_it_tells_of_another_one_does_not_end_its_
     async with asyncio.timeout(20):
         await member.join(peer, REGISTER, 10.0)
         serving = asyncio.create_task(member.serve())
-        filling = [asyncio.create_task(member._say(Renew(bytes(1 << 18)))) for _ in range(64)]
+        filling = [asyncio.create_task(member._say(RenewCertificate(bytes(1 << 18)))) for _ in range(64)]
         telling = asyncio.create_task(member._tell_lost(3, Peer("127.0.0.1:1", INSECURE, Principal("b")), "gone"))
         await asyncio.sleep(0.1)
         assert not filling[-1].done() and not telling.done()

@@ -12,7 +12,14 @@ from llamaclust.cluster.control.partitions import CutPairs
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.planner.adjacency import Pairs
 from llamaclust.cluster.state.events import Event, News
-from llamaclust.wire.control.messages import CoordinatorMessage, Heartbeat, Loaded, PeerLost, PeerTried, TryPeer
+from llamaclust.wire.control.messages import (
+    CoordinatorMessage,
+    Heartbeat,
+    Loaded,
+    PeerUnreachable,
+    ProbePeer,
+    ProbeResult,
+)
 from support.clusters.control_messages import LOAD, REGISTER
 
 ALIVE = Heartbeat(0.0, 0, 0, 0, 0)
@@ -37,13 +44,13 @@ class Members:
 
     def _worker(self, name: str) -> WorkerHandle:
         async def say(message: CoordinatorMessage) -> None:
-            assert isinstance(message, TryPeer)
+            assert isinstance(message, ProbePeer)
             self.asked.append(name + message.worker)
             way = name + message.worker
             if len(self.asked) >= self.at_once:
                 self.enough.set()
             await self.enough.wait()
-            self.workers[name].hear(PeerTried(message.worker, "no answer" if way in self.cut else "", message.number))
+            self.workers[name].hear(ProbeResult(message.worker, "no answer" if way in self.cut else "", message.number))
 
         worker = WorkerHandle(replace(REGISTER, name=name), say, lambda: "")
         worker.stages[3] = (LOAD, Loaded(3, 1, 1, 1))
@@ -60,7 +67,7 @@ class Members:
         self.changes += 1
 
     def says(self, caller: str, other: str) -> None:
-        self.pairs.hear(self.workers[caller], PeerLost(3, other, "silence"))
+        self.pairs.hear(self.workers[caller], PeerUnreachable(3, other, "silence"))
 
     async def breaks(self, pair: str) -> None:
         """One of them is cut off from the other, which is alive."""
@@ -188,8 +195,8 @@ async def test_of_many_workers_those_are_tried_that_are_known_to_be_cut_off(monk
 
 async def test_what_a_stage_says_of_an_epoch_ends_with_it() -> None:
     worker = Members().workers["a"]
-    worker.hear(PeerLost(2, "b", "late"))
-    worker.hear(PeerLost(3, "b", "silence"))
+    worker.hear(PeerUnreachable(2, "b", "late"))
+    worker.hear(PeerUnreachable(3, "b", "silence"))
     assert not worker.cut_off(2).is_set() and worker.cut_off(3).is_set()
 
 

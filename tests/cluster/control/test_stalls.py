@@ -16,10 +16,10 @@ from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.core.errors import StalledError
 from llamaclust.wire.control.messages import (
     CoordinatorMessage,
+    FindWeightsProgress,
     Loaded,
     LoadProgress,
-    Located,
-    LocateProgress,
+    WeightsFound,
     WorkerMessage,
 )
 from support.clusters.control_messages import LOAD, REGISTER
@@ -117,9 +117,9 @@ async def _locate(handle: WorkerHandle) -> object:
 
 async def test_what_gets_further_is_waited_for_and_what_does_not_is_stalled() -> None:
     mib, epoch = 1 << 20, LOAD.epoch
-    loaded, located = Loaded(epoch, 1, 2, 3), Located(True, "ab" * 32, 7)
+    loaded, located = Loaded(epoch, 1, 2, 3), WeightsFound(True, "ab" * 32, 7)
     loads, reads = ([kind(*epoch_, i * mib, 8 * mib) for i in range(6)]
-                    for kind, epoch_ in ((LoadProgress, (epoch,)), (LocateProgress, ())))  # fmt: skip
+                    for kind, epoch_ in ((LoadProgress, (epoch,)), (FindWeightsProgress, ())))  # fmt: skip
     good = await asyncio.gather(_answered(_load, [*loads, loaded]), _answered(_locate, [*reads, located]))
     assert good == [loaded, located]
     bad = await asyncio.gather(

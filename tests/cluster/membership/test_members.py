@@ -17,12 +17,12 @@ from llamaclust.cluster.membership.registry import Registry
 from llamaclust.core.errors import ProtocolError, WorkerError
 from llamaclust.model.loader import Model
 from llamaclust.wire.control.messages import (
+    Admitted,
+    CertificateRenewed,
     Heartbeat,
-    Refused,
-    Renew,
-    Renewed,
-    RenewFailed,
-    Welcome,
+    Rejected,
+    RenewalFailed,
+    RenewCertificate,
 )
 from llamaclust.wire.microbatch.messages import PROTOCOL_VERSION
 from llamaclust.wire.rpc.client import CHOSEN, FORWARD, JOIN, SAMPLE, Peer, StreamBrokenError
@@ -48,10 +48,10 @@ async def test_a_worker_that_poses_as_another_is_refused_and_logged_once(
 ) -> None:
     async with registry(trust) as there:
         member, welcome = await join(there, trust.identity(A), REGISTER)
-        assert isinstance(welcome, Welcome)
+        assert isinstance(welcome, Admitted)
         for who, name in ((B, "a"), (B, "c"), (COORDINATOR, "b")):
             _, refused = await join(there, trust.identity(who), replace(REGISTER, name=name))
-            assert isinstance(refused, Refused)
+            assert isinstance(refused, Rejected)
             assert refused.reason == f"the certificate is of {who}, which registers as worker {name}"
         assert len(refusals(caplog.records)) == 3
         await member.say(ALIVE)
@@ -62,7 +62,7 @@ async def test_a_worker_that_poses_as_another_is_refused_and_logged_once(
                 await member.say(ALIVE)
                 await asyncio.wait((joining,), timeout=0.05)
         _, second = joining.result()
-        assert isinstance(second, Refused) and "is a member already" in second.reason
+        assert isinstance(second, Rejected) and "is a member already" in second.reason
         assert [*there.present] == ["a"] and there.workers["a"].registration.pid == REGISTER.pid
 
 
@@ -70,7 +70,7 @@ async def test_who_hangs_is_waited_for_and_then_replaced_by_who_joins_under_its_
     async with registry(trust, silence_s=0.5) as there:
         hung, _ = await join(there, trust.identity(A), REGISTER)
         _, welcome = await join(there, trust.identity(A), SECOND)
-        assert isinstance(welcome, Welcome)
+        assert isinstance(welcome, Admitted)
         assert there.workers["a"].registration.pid == SECOND.pid and there.workers["a"].loss is None
         async with deadline("the end of the first membership", 10):
             with contextlib.suppress(StreamBrokenError):
@@ -86,9 +86,9 @@ async def test_another_major_version_or_arithmetic_is_refused_by_name(trust: Aut
             ({"numerics_version": 99}, "worker a computes by numerics_version 99, this cluster needs"),
         ):
             _, refused = await join(there, trust.identity(A), replace(REGISTER, **change))
-            assert isinstance(refused, Refused) and refused.reason.startswith(reason)
+            assert isinstance(refused, Rejected) and refused.reason.startswith(reason)
         _, welcome = await join(there, trust.identity(A), replace(REGISTER, protocol=(major, 99)))
-        assert isinstance(welcome, Welcome)
+        assert isinstance(welcome, Admitted)
 
 
 async def test_a_registry_that_is_closed_leaves_no_task(trust: Authority) -> None:
@@ -98,7 +98,7 @@ async def test_a_registry_that_is_closed_leaves_no_task(trust: Authority) -> Non
             await join(there, trust.identity(A), REGISTER),
             await join(there, trust.identity(B), replace(REGISTER, name="b")),
         ]
-        assert all(isinstance(welcome, Welcome) for _, welcome in members)
+        assert all(isinstance(welcome, Admitted) for _, welcome in members)
     async with deadline("the members' calls", 10):
         for member, _ in members:
             with contextlib.suppress(StreamBrokenError):
@@ -116,7 +116,7 @@ async def test_certificates_are_renewed_over_the_membership(trust: Authority) ->
         renewal = Renewal(identity, member.say)
         asking = asyncio.create_task(renewal.run())
         answer = await member.hear()
-        assert isinstance(answer, Renewed)
+        assert isinstance(answer, CertificateRenewed)
         renewal.hear(answer)
         asking.cancel()
         assert identity.pair is not short and identity.pair.ends_at_s > short.ends_at_s + 3600
@@ -125,7 +125,7 @@ async def test_certificates_are_renewed_over_the_membership(trust: Authority) ->
         member.stream.cancel()
         await there.workers["a"].lost.wait()
         _, welcome = await join(there, identity, REGISTER)
-        assert isinstance(welcome, Welcome)
+        assert isinstance(welcome, Admitted)
 
 
 async def test_the_coordinators_own_certificate_is_renewed(trust: Authority) -> None:
@@ -145,17 +145,17 @@ async def test_a_renewal_is_for_the_name_of_the_present_certificate_and_a_bad_on
 ) -> None:
     async with registry(trust) as there:
         member, _ = await join(there, trust.identity(A), REGISTER)
-        await member.say(Renew(b"nonsense"))
+        await member.say(RenewCertificate(b"nonsense"))
         failed = await member.hear()
-        assert isinstance(failed, RenewFailed) and "certificate request" in failed.failure.message
+        assert isinstance(failed, RenewalFailed) and "certificate request" in failed.failure.message
         key = NewKey()
-        await member.say(Renew(key.request))
+        await member.say(RenewCertificate(key.request))
         renewed = await member.hear()
-        assert isinstance(renewed, Renewed)
+        assert isinstance(renewed, CertificateRenewed)
         identity = trust.identity(B)
         identity.pair = key.with_certificate(renewed.certificate)
         _, refused = await join(there, identity, replace(REGISTER, name="b"))
-        assert isinstance(refused, Refused) and "the certificate is of worker a" in refused.reason
+        assert isinstance(refused, Rejected) and "the certificate is of worker a" in refused.reason
         with pytest.raises(ProtocolError, match="another key"):
             NewKey().with_certificate(renewed.certificate)
 
@@ -163,8 +163,8 @@ async def test_a_renewal_is_for_the_name_of_the_present_certificate_and_a_bad_on
 async def test_where_there_are_no_certificates_none_is_renewed() -> None:
     async with Registry(ANY, Insecure()) as there:
         member, welcome = await join(there, Insecure(), REGISTER)
-        assert isinstance(welcome, Welcome)
-        await member.say(Renew(NewKey().request))
+        assert isinstance(welcome, Admitted)
+        await member.say(RenewCertificate(NewKey().request))
         with pytest.raises(StreamBrokenError, match="where there are none"):
             await member.hear()
 

@@ -17,19 +17,19 @@ from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.state.directory import read_measurements
 from llamaclust.cluster.state.events import Event, News
 from llamaclust.core.errors import DeadlineError, UsageError, WorkerError
-from llamaclust.core.profile import GpuSpeed, StageTrial
+from llamaclust.core.profile import GpuProfile, StageProfile
 from llamaclust.wire.control.messages import (
     CoordinatorMessage,
     Failure,
-    LinksMeasured,
-    LinkSpeed,
-    Located,
-    LogTold,
-    Measure,
-    Measured,
-    MeasureLinksFailed,
-    PeerTried,
+    LinkProfile,
+    LinkProfiles,
+    LogTail,
+    ProbeResult,
+    ProfileLinksFailed,
+    ProfileWorker,
+    WeightsFound,
     WorkerMessage,
+    WorkerProfile,
 )
 from support.clusters.control_messages import REGISTER
 
@@ -47,33 +47,33 @@ OTHER = SimpleNamespace(name="b", registration=replace(REGISTER, name="b"))
 QUESTIONS: dict[str, tuple[Asks, WorkerMessage, WorkerMessage, object]] = {
     "machine": (
         lambda worker: worker.measure(deadline_s=0.05),
-        Measured(1.0, 1.0, number=1),
-        Measured(2.0, 2.0, number=2),
-        Measured(2.0, 2.0, number=2),
+        WorkerProfile(1.0, 1.0, number=1),
+        WorkerProfile(2.0, 2.0, number=2),
+        WorkerProfile(2.0, 2.0, number=2),
     ),
     "link": (
         lambda worker: worker.measure_link(OTHER, deadline_s=0.05),  # type: ignore[arg-type]
-        LinksMeasured((LinkSpeed(1.0, 1.0),), 1),
-        LinksMeasured((LinkSpeed(2.0, 2.0),), 2),
-        LinkSpeed(2.0, 2.0),
+        LinkProfiles((LinkProfile(1.0, 1.0),), 1),
+        LinkProfiles((LinkProfile(2.0, 2.0),), 2),
+        LinkProfile(2.0, 2.0),
     ),
     "way": (
         lambda worker: worker.tries(OTHER, 0.05),  # type: ignore[arg-type]
-        PeerTried("b", "no answer", 1),
-        PeerTried("b", "", 2),
+        ProbeResult("b", "no answer", 1),
+        ProbeResult("b", "", 2),
         "",
     ),
     "weights": (
         lambda worker: worker.locate("/m", "id", describe=False, stall_s=0.05),
-        Located(True, number=1),
-        Located(False, number=2),
-        Located(False, number=2),
+        WeightsFound(True, number=1),
+        WeightsFound(False, number=2),
+        WeightsFound(False, number=2),
     ),
     "log": (
         lambda worker: worker.log(0.05),
-        LogTold(("old",), 0, 1),
-        LogTold(("new",), 1, 2),
-        LogTold(("new",), 1, 2),
+        LogTail(("old",), 0, 1),
+        LogTail(("new",), 1, 2),
+        LogTail(("new",), 1, 2),
     ),
 }
 
@@ -94,19 +94,19 @@ async def test_an_answer_after_its_deadline_is_not_taken_for_the_next_ones(what:
 
 async def test_failures_have_numbers_and_answers_of_older_workers_none() -> None:
     worker = handle_of()
-    for failed in (Failure("UsageError", "no", 1), MeasureLinksFailed(Failure("UsageError", "no", 2))):
-        is_link = isinstance(failed, MeasureLinksFailed)
+    for failed in (Failure("UsageError", "no", 1), ProfileLinksFailed(Failure("UsageError", "no", 2))):
+        is_link = isinstance(failed, ProfileLinksFailed)
         ask: Asks = QUESTIONS["link" if is_link else "machine"][0]
         asking = asyncio.ensure_future(ask(worker))
         await asyncio.sleep(0)
-        worker.hear(MeasureLinksFailed(Failure("WorkerError", "late", 99)) if is_link else Failure("X", "late", 99))
+        worker.hear(ProfileLinksFailed(Failure("WorkerError", "late", 99)) if is_link else Failure("X", "late", 99))
         worker.hear(failed)
         with pytest.raises(UsageError, match="worker a: no"):
             await asking
     asking = asyncio.ensure_future(worker.measure())
     await asyncio.sleep(0)
-    worker.hear(Measured(3.0, 3.0))
-    assert await asking == Measured(3.0, 3.0)
+    worker.hear(WorkerProfile(3.0, 3.0))
+    assert await asking == WorkerProfile(3.0, 3.0)
 
 
 class Machines:
@@ -120,13 +120,13 @@ class Machines:
 
     def _sayer(self, name: str) -> Callable[[CoordinatorMessage], Awaitable[None]]:
         async def say(message: CoordinatorMessage) -> None:
-            assert isinstance(message, Measure)
+            assert isinstance(message, ProfileWorker)
             self.asked.append((name, bool(message.model_path)))
-            answer = self.answers[name] if message.model_path else Measured(20e9, 300e9)
+            answer = self.answers[name] if message.model_path else WorkerProfile(20e9, 300e9)
             if isinstance(answer, str):
                 self.workers[name].lose(answer)
                 return
-            assert isinstance(answer, Measured | Failure)
+            assert isinstance(answer, WorkerProfile | Failure)
             self.workers[name].hear(replace(answer, number=message.number))
 
         return say
@@ -143,7 +143,7 @@ class Machines:
 
 
 FAILED = Failure("LlamaclustError", "RuntimeError: out of luck")
-TRIED = Measured(10e9, 100e9, (StageTrial(1, 1e-4, 1e-11, 1e-3),))
+TRIED = WorkerProfile(10e9, 100e9, (StageProfile(1, 1e-4, 1e-11, 1e-3),))
 
 
 async def test_where_no_steps_can_be_tried_plans_go_by_the_roofline_and_it_is_told(tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ async def test_steps_that_one_of_two_alike_could_try_serve_both(tmp_path: Path) 
 
 
 async def test_figures_of_gpus_that_a_worker_has_not_are_refused(tmp_path: Path) -> None:
-    machines = Machines(a=replace(TRIED, gpus=(GpuSpeed(1e12, 1e14),)), b=TRIED)
+    machines = Machines(a=replace(TRIED, gpus=(GpuProfile(1e12, 1e14),)), b=TRIED)
     await machines.measure(tmp_path)
     assert len(machines.told) == 1 and "worker a measured 1 GPUs, it has 0" in machines.told[0]
 

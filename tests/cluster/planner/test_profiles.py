@@ -18,7 +18,7 @@ from llamaclust.cluster.planner.links import UNKNOWN, Link, Links
 from llamaclust.cluster.planner.planner import PlanRequest, make_plan
 from llamaclust.cluster.planner.profile import TrialPoint, at_rows, mean_trial
 from llamaclust.cluster.state.directory import Measurement, read_measurements, write_measurements
-from llamaclust.core.profile import StageTrial
+from llamaclust.core.profile import StageProfile
 from llamaclust.core.sizes import MIB
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.model.loader import LayerCost, Model, ModelCosts
@@ -99,7 +99,7 @@ def test_a_worker_tries_steps_of_any_model_that_is_large_enough(
     monkeypatch.setattr(profiler, "_LEAST_BYTES", 0)
     found = try_stages(device, model)
     assert [one.rows for one in found] == [1, 8, 128]
-    assert all(isinstance(one, StageTrial) and one.stage_s + one.layers_byte_s > 0 for one in found)
+    assert all(isinstance(one, StageProfile) and one.stage_s + one.layers_byte_s > 0 for one in found)
     assert found[0].head_s >= 0 and found[2].layers_byte_s > found[0].layers_byte_s
     short = TrialDevice(backend, 1, backend.feature_level, 65 << 20)
     assert try_stages(short, model) == (), "memory is short"

@@ -10,7 +10,7 @@ from pathlib import Path
 from llamaclust.model.loader import Model
 from llamaclust.model.weights.cache import WeightCache
 from llamaclust.model.weights.manifest import Manifest, read_manifest
-from llamaclust.wire.control.messages import Locate
+from llamaclust.wire.control.messages import FindWeights
 from llamaclust.wire.rpc.client import FETCH, Peer
 from llamaclust.wire.rpc.server import Server, ServerStream
 from llamaclust.wire.security.credentials import Insecure
@@ -42,7 +42,7 @@ class Holder:
 async def holder(model: Path, folder: Path, answer: Answer | None = None) -> AsyncIterator[Holder]:
     """Has the file of a model. `answer`, where there is one, is given in its place."""
     weights = Weights(WeightCache(folder, ROOM))
-    weights.locate(Locate(str(model), Model.open(model).model_id, describe=True))
+    weights.locate(FindWeights(str(model), Model.open(model).model_id, describe=True))
     asked: list[WeightRange] = []
 
     async def serve(stream: ServerStream) -> None:
@@ -59,7 +59,7 @@ async def holder(model: Path, folder: Path, answer: Answer | None = None) -> Asy
 
 
 def manifest_of(one: Holder, model: Path) -> Manifest:
-    located = one.weights.locate(Locate(str(model), Model.open(model).model_id, describe=True))
+    located = one.weights.locate(FindWeights(str(model), Model.open(model).model_id, describe=True))
     assert located.manifest is not None and one.weights.cache is not None
     return read_manifest(one.weights.cache.place(located.manifest))
 

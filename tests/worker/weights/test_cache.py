@@ -17,7 +17,7 @@ from llamaclust.model.loader import Model
 from llamaclust.model.weights.cache import WeightCache
 from llamaclust.model.weights.manifest import make_manifest, read_manifest
 from llamaclust.model.weights.partial_tensor import WeightPart
-from llamaclust.wire.control.messages import Locate
+from llamaclust.wire.control.messages import FindWeights
 from llamaclust.worker.weights.weights import Weights
 from support.models.tiny_model import build_tiny_model
 
@@ -135,7 +135,7 @@ def test_what_is_no_manifest_is_refused(tmp_path: Path) -> None:
 
 def test_a_manifest_is_made_once_for_a_file_until_that_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = build_tiny_model(tmp_path / "m.gguf", layers=1)
-    order = Locate(str(path), Model.open(path).model_id, describe=True)
+    order = FindWeights(str(path), Model.open(path).model_id, describe=True)
     made = []
     monkeypatch.setattr(
         "llamaclust.worker.weights.weights.make_manifest", lambda *given: made.append(1) or make_manifest(*given)

@@ -23,7 +23,7 @@ from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.core.errors import LlamaclustError, ModelFileError
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.model.loader import Model
-from llamaclust.wire.control.messages import Deadlines, Located
+from llamaclust.wire.control.messages import Deadlines, WeightsFound
 from llamaclust.worker.main import _live
 from llamaclust.worker.settings import WorkerSettings
 from llamaclust.worker.stage.stage_runner import StageRunner
@@ -260,7 +260,7 @@ def _small(path: Path) -> object:
 
 
 def test_most_of_those_that_have_the_file_say_what_it_holds() -> None:
-    has, fetched = partial(Located, True), partial(Located, False)
+    has, fetched = partial(WeightsFound, True), partial(WeightsFound, False)
     found = {
         "liar": has("bb" * 32, 9),
         "a": has("aa" * 32, 7),

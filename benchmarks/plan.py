@@ -196,8 +196,8 @@ async def random_plans(cluster: Cluster, source: random.Random, count: int) -> l
     found: dict[str, Plan] = {}
     for _ in range(100 * count):
         if len(found) < count:
-            by_hand = copy.copy(cluster.supervisor._planning)
-            by_hand._config = cluster.config.model_copy(update={"plan": random_entries(cluster, source)})
+            by_hand = copy.copy(cluster.supervisor._planner)
+            by_hand.config = cluster.config.model_copy(update={"plan": random_entries(cluster, source)})
             try:
                 plan = await by_hand.plan(cluster.registry.present)
             except (InsufficientMemoryError, UsageError):
@@ -214,13 +214,13 @@ def layers_of(plan: Plan) -> str:
 async def serve(cluster: Cluster, plan: Plan) -> None:
     """The plan's epoch, and no other, in place of the one that serves. TimeoutError where it does not load."""
     supervisor = cluster.supervisor
-    links = supervisor._planning.links
+    links = supervisor._planner.links
 
     async def planned(workers: object, apart: object) -> Plan:
         return plan
 
-    supervisor._planning = SimpleNamespace(  # type: ignore[assignment]
-        plan=planned, links=links, know=lambda links: False
+    supervisor._planner = SimpleNamespace(  # type: ignore[assignment]
+        plan=planned, links=links, update=lambda links: False
     )
     cluster.engine.interrupt(WorkerError("another plan is tried"))
     async with asyncio.timeout(_LOAD_S):

@@ -10,13 +10,11 @@ from pathlib import Path
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig, load_config
 from llamaclust.cluster.control.link_profiling import hops_matter, kept_links
-from llamaclust.cluster.control.plan_inputs import plan_cluster
+from llamaclust.cluster.control.planning import ClusterResources, plan_cluster
 from llamaclust.cluster.control.profiling import stated_speeds
 from llamaclust.cluster.control.resource_shares import (
-    WorkerGpus,
+    WorkerResources,
     measurement_key,
-    memory_shares,
-    shared_gpus,
     worker_specs,
 )
 from llamaclust.cluster.launchers.base import WorkerSpec
@@ -55,9 +53,11 @@ def _planned(config: ClusterConfig) -> tuple[Plan, int]:
     with closing(Model.open(resolve_model(config.model))) as model:
         measured = _measured(config, model.model_id)
         check_devices(((spec.device, spec.feature_level) for spec in worker_specs(config)), model)
-        memory, links, gpus = _memory(config, own_bytes), _links(config, measured), _gpus(config)
+        resources = ClusterResources(
+            _workers(config, own_bytes), measured, _links(config, measured), free_bytes=available_memory_bytes()
+        )
         try:
-            return plan_cluster(config, model, memory, measured, links, gpus=gpus), own_bytes
+            return plan_cluster(config, model, resources), own_bytes
         except InsufficientMemoryError as error:
             raise InsufficientMemoryError("; ".join((str(error), *map(str.strip, _room(config, own_bytes))))) from error
 
@@ -67,10 +67,15 @@ def _is_of_this_machine(config: ClusterConfig) -> bool:
     return config.launcher == "local" or (config.launcher == "ray" and config.ray.address == "none")
 
 
-def _memory(config: ClusterConfig, own_bytes: int) -> dict[str, int]:
-    """As a start would share it out."""
-    caps = {one.name: None if one.memory is None else max(0, one.memory - own_bytes) for one in config.workers}
-    return memory_shares(caps, available_memory_bytes())
+def _workers(config: ClusterConfig, own_bytes: int) -> dict[str, WorkerResources]:
+    """As they would register. Without a cap a worker may take all that is free."""
+    memory = {worker.name: max(0, (worker.memory or 0) - own_bytes) for worker in config.workers}
+    return {
+        spec.name: WorkerResources(
+            "", memory[spec.name], gpus=() if spec.device == "cpu" else _gpus_here(spec), gpu_layers=spec.gpu_layers
+        )
+        for spec in worker_specs(config)
+    }
 
 
 def _room(config: ClusterConfig, own_bytes: int) -> tuple[str, ...]:
@@ -83,13 +88,6 @@ def _room(config: ClusterConfig, own_bytes: int) -> tuple[str, ...]:
 def _links(config: ClusterConfig, measured: Mapping[str, Measurement]) -> Links:
     """Of a start on this machine."""
     return kept_links(_fingerprints(config), config.state_dir) if hops_matter(measured) else Links()
-
-
-def _gpus(config: ClusterConfig) -> dict[str, WorkerGpus]:
-    """Of workers with GPUs, as they are now: those that name the same one share it out."""
-    specs = [spec for spec in worker_specs(config) if spec.device != "cpu"]
-    found = {spec.name: WorkerGpus(_gpus_here(spec), spec.gpu_layers) for spec in specs}
-    return shared_gpus(dict.fromkeys(found, ""), found)
 
 
 @cache

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.control.failure_attribution import lost_in
+from llamaclust.cluster.control.limits import scheduler_settings, stage_limits
 from llamaclust.cluster.control.loading import OnError, OnProgress, load_stages, unload_stages
-from llamaclust.cluster.control.plan_inputs import scheduler_settings, stage_limits
 from llamaclust.cluster.control.remote_pipeline import RemotePipeline
 from llamaclust.cluster.control.weight_sources import OnReading, file_is_away, tell_source
 from llamaclust.cluster.engine.pipeline import StageInfo

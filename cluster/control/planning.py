@@ -1,68 +1,167 @@
-"""Plans of a running cluster: over whoever is there, from what was found out at its start."""
+"""From the state of a cluster to a plan: one function, for a running cluster as for `llamaclust plan`."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
-from llamaclust.cluster.control.plan_inputs import plan_cluster
-from llamaclust.cluster.control.resource_shares import gpu_shares, machine_shares, memory_shares
+from llamaclust.cluster.control.limits import context_length, limits_of, manual_plan, max_rows
+from llamaclust.cluster.control.resource_shares import (
+    WorkerResources,
+    machine_shares,
+    memory_shares,
+    share_gpus,
+    thread_shares,
+)
+from llamaclust.cluster.control.stage_memory import rounding_of, workspace_of
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.planner.adjacency import Pairs
-from llamaclust.cluster.planner.links import Links
+from llamaclust.cluster.planner.costs import GpuFacts, WorkerFacts
+from llamaclust.cluster.planner.links import UNKNOWN, Links
 from llamaclust.cluster.planner.plan import Plan
-from llamaclust.cluster.state.directory import Measurement
-from llamaclust.core.errors import WorkerError
-from llamaclust.model.loader import Model
+from llamaclust.cluster.planner.planner import PlanRequest, make_plan
+from llamaclust.cluster.state.directory import GpuMeasurement, Measurement
+from llamaclust.core.errors import InsufficientMemoryError, UsageError, WorkerError
+from llamaclust.core.gpus import Gpu
+from llamaclust.model.loader import Model, ModelCosts
+from llamaclust.wire.microbatch.codec import MAX_STAGES
 
 
-class Planning:
-    """What plans are made from. `free_bytes` is what was free for all workers together, before any held a layer, where
-    they share one machine."""
+@dataclass(frozen=True, slots=True)
+class ClusterResources:
+    """The input of a plan: workers that may hold layers, by name, and what is known of them."""
+
+    workers: Mapping[str, WorkerResources]
+    measured: Mapping[str, Measurement]  # by worker; workers without a measurement are planned by their memory alone
+    links: Links = UNKNOWN
+    partitions: Pairs = frozenset()  # pairs of workers that cannot reach each other
+    free_bytes: int | None = None
+    """Free memory for all workers together, before any held a layer, where all are on one machine. None: each machine
+    has what its workers reported."""
+
+
+def plan_cluster(config: ClusterConfig, model: Model, resources: ClusterResources) -> Plan:
+    """The plan of those of `config`'s workers that are in `resources`.
+
+    Raises InsufficientMemoryError with the missing MiB, UsageError for a wrong manual plan, NetworkPartitionError.
+    """
+    length = context_length(config, model)
+    request = PlanRequest(
+        context_length=length,
+        max_sequences=config.max_sequences,
+        workspace=workspace_of(model, limits_of(config, length, kv_blocks=1)),
+        objective=config.objective,
+        manual=None if config.plan is None else manual_plan(config),
+        kv_memory_bytes=config.kv_memory,
+        links=resources.links,
+        apart=resources.partitions,
+        max_rows=max_rows(config),
+        rounding=rounding_of(model),
+    )
+    plan = _plan(model.costs(config.kv_type), _worker_facts(config, resources), request)
+    if len(plan.stages) > MAX_STAGES:
+        raise UsageError(f"the plan has {len(plan.stages)} stages, {MAX_STAGES} are possible: use fewer workers")
+    return plan
+
+
+def _plan(costs: ModelCosts, facts: Sequence[WorkerFacts], request: PlanRequest) -> Plan:
+    """The plan. Its InsufficientMemoryError says so where only `gpu_layers` is too large."""
+    try:
+        return make_plan(costs, facts, request)
+    except InsufficientMemoryError as error:
+        if all(worker.gpu_layers is None for worker in facts):
+            raise
+        try:
+            fitting = make_plan(costs, [replace(worker, gpu_layers=None) for worker in facts], request)
+        except InsufficientMemoryError:
+            raise error from None
+        devices = [part for stage in fitting.stages for part in stage.devices if part.device != "cpu"]
+        on_gpus = sum(part.end - part.start for part in devices)
+        raise InsufficientMemoryError(
+            f"{error}; or set gpu_layers to auto, which fits: {on_gpus} layers are on GPUs then"
+        ) from error
+
+
+def _worker_facts(config: ClusterConfig, resources: ClusterResources) -> list[WorkerFacts]:
+    """In the order of the cluster file."""
+    threads, memory = thread_shares(config), _memory_shares(config, resources)
+    gpus = share_gpus(resources.workers)
+    names = [name for name in threads if name in memory]
+    reaches = resources.links.reaches(names)
+    facts = []
+    for name in names:
+        measured = resources.measured.get(name)
+        cpu = replace(_cpu_facts(name, memory[name], measured, threads[name]), reach=reaches[name])
+        facts.append(with_gpus(cpu, gpus[name], measured))
+    return facts
+
+
+def _memory_shares(config: ClusterConfig, resources: ClusterResources) -> dict[str, int]:
+    """Bytes that each worker may take of its machine, which it may share with others."""
+    if resources.free_bytes is None:
+        return machine_shares(resources.workers)
+    capped = {worker.name for worker in config.workers if worker.memory is not None}
+    caps = {name: worker.free_memory_bytes if name in capped else None for name, worker in resources.workers.items()}
+    return memory_shares(caps, resources.free_bytes)
+
+
+def _cpu_facts(name: str, memory_bytes: int, measured: Measurement | None, threads: int) -> WorkerFacts:
+    if measured is None:
+        return WorkerFacts(name, memory_bytes, None, None, threads)
+    facts = WorkerFacts(name, memory_bytes, measured.read_gb_s, measured.int8_gmac_s, threads)
+    return replace(facts, alone=measured.alone, together=measured.together)
+
+
+def with_gpus(facts: WorkerFacts, resources: WorkerResources, measured: Measurement | None) -> WorkerFacts:
+    """Measurements of another number of GPUs do not count."""
+    if not resources.gpus:
+        return facts
+    speeds: Sequence[GpuMeasurement | None] = () if measured is None else measured.gpus
+    if len(speeds) != len(resources.gpus):
+        speeds = (None,) * len(resources.gpus)
+    return replace(facts, gpus=tuple(map(_gpu_facts, resources.gpus, speeds)), gpu_layers=resources.gpu_layers)
+
+
+def _gpu_facts(gpu: Gpu, measured: GpuMeasurement | None) -> GpuFacts:
+    if measured is None:
+        return GpuFacts(gpu.device, gpu.free_bytes)
+    return GpuFacts(gpu.device, gpu.free_bytes, measured.read_gb_s, measured.int8_gmac_s, measured.trial)
+
+
+class ClusterPlanner:
+    """Plans of a running cluster, from what its start measured."""
 
     def __init__(
         self,
         config: ClusterConfig,
         model: Model,
+        *,
         free_bytes: int | None,
         measured: Mapping[str, Measurement],
         links: Links,
     ) -> None:
-        self._config = config
+        """`free_bytes`: see `ClusterResources`."""
+        self.config = config
+        self.links = links
         self._model = model
         self._free_bytes = free_bytes
         self._measured = measured
-        self._links = links
 
-    @property
-    def links(self) -> Links:
-        return self._links
+    def update(self, links: Links) -> bool:
+        """Replaces the links; whether they changed."""
+        changed, self.links = links != self.links, links
+        return changed
 
-    def know(self, links: Links) -> bool:
-        """From now on these are the links; whether that is news."""
-        is_news, self._links = links != self._links, links
-        return is_news
-
-    async def plan(self, workers: Mapping[str, WorkerHandle], apart: Pairs = frozenset()) -> Plan:
-        """Over these workers, of whom pairs that are `apart` cannot reach each other. InsufficientMemoryError where
-        they have
-        too little memory, WorkerError where there are none or a plan by hand names another, NetworkPartitionError. In
-        a thread: over many workers and layers it takes seconds."""
-        missing = [one.worker for one in self._config.plan or () if one.worker not in workers]
+    async def plan(self, workers: Mapping[str, WorkerHandle], partitions: Pairs = frozenset()) -> Plan:
+        """In a thread: over many workers and layers it takes seconds. Raises as `plan_cluster` does, and WorkerError
+        where there are no workers or a manual plan needs others."""
+        missing = [entry.worker for entry in self.config.plan or () if entry.worker not in workers]
         if missing:
             raise WorkerError(f"the plan gives layers to {', '.join(missing)}")
         if not workers:
             raise WorkerError("no worker is left")
-        gpus = gpu_shares({name: worker.registration for name, worker in workers.items()})
-        known = self._memory(workers), self._measured, self._links
-        return await asyncio.to_thread(plan_cluster, self._config, self._model, *known, apart, gpus)
-
-    def _memory(self, workers: Mapping[str, WorkerHandle]) -> dict[str, int]:
-        """What each may take of its machine, which others may share with it."""
-        if self._free_bytes is None:
-            return machine_shares({name: worker.registration for name, worker in workers.items()})
-        configs = [worker for worker in self._config.workers if worker.name in workers]
-        free = {name: worker.registration.free_memory_bytes for name, worker in workers.items()}
-        caps = {worker.name: None if worker.memory is None else free[worker.name] for worker in configs}
-        return memory_shares(caps, self._free_bytes)
+        known = {name: WorkerResources.of(worker.registration) for name, worker in workers.items()}
+        resources = ClusterResources(known, self._measured, self.links, partitions, self._free_bytes)
+        return await asyncio.to_thread(plan_cluster, self.config, self._model, resources)

@@ -1,4 +1,4 @@
-"""How the workers of a cluster file share this machine: threads, memory, and by what their measurements are known."""
+"""Shares of machines: the cores, memory and GPUs of each worker, and the keys of its measurements."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llamaclust.wire.control.messages import Register
 
 
 def thread_shares(config: ClusterConfig) -> dict[str, int]:
-    """Threads of each worker: those that name none share this machine's cores out."""
+    """Threads of each worker: workers without a number of their own share this machine's cores."""
     share = max(1, len(os.sched_getaffinity(0)) // len(config.workers))
     return {worker.name: worker.threads or share for worker in config.workers}
 
@@ -44,7 +44,7 @@ def worker_specs(config: ClusterConfig) -> list[WorkerSpec]:
 
 
 def memory_shares(caps_bytes: Mapping[str, int | None], free_bytes: int) -> dict[str, int]:
-    """What each worker may take: its cap at most, and all together what is free. Small caps leave the others more."""
+    """Bytes for each worker: at most its cap, and all together `free_bytes`. Small caps leave the others more."""
     shares, left = {}, free_bytes
     caps = sorted((free_bytes if cap is None else cap, name) for name, cap in caps_bytes.items())
     for index, (cap, name) in enumerate(caps):
@@ -53,46 +53,52 @@ def memory_shares(caps_bytes: Mapping[str, int | None], free_bytes: int) -> dict
     return shares
 
 
-def machine_shares(registrations: Mapping[str, Register]) -> dict[str, int]:
-    """What each worker may take, by name: those of one machine share out what is free there."""
+@dataclass(frozen=True, slots=True)
+class WorkerResources:
+    """Memory of a worker's machine and GPUs, and how many layers its user wants on GPUs."""
+
+    host: str
+    free_memory_bytes: int  # for this worker
+    machine_free_bytes: int = 0  # for all workers of its machine together; 0: unknown
+    gpus: tuple[Gpu, ...] = ()
+    gpu_layers: int | None = None
+
+    @classmethod
+    def of(cls, registration: Register) -> WorkerResources:
+        return cls(
+            registration.host,
+            registration.free_memory_bytes,
+            registration.machine_free_bytes,
+            registration.gpus,
+            registration.gpu_layers,
+        )
+
+
+def machine_shares(workers: Mapping[str, WorkerResources]) -> dict[str, int]:
+    """Bytes for each worker, by name: workers of one machine share its free memory."""
     shares: dict[str, int] = {}
-    for host in {one.host for one in registrations.values()}:
-        here = {name: one for name, one in registrations.items() if one.host == host}
-        free = min(one.machine_free_bytes or one.free_memory_bytes for one in here.values())
-        shares |= memory_shares({name: one.free_memory_bytes for name, one in here.items()}, free)
+    for host in {worker.host for worker in workers.values()}:
+        here = {name: worker for name, worker in workers.items() if worker.host == host}
+        free = min(worker.machine_free_bytes or worker.free_memory_bytes for worker in here.values())
+        shares |= memory_shares({name: worker.free_memory_bytes for name, worker in here.items()}, free)
     return shares
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerGpus:
-    """A worker's GPUs, of which it may take what is said to be free, and how many layers its user wants there."""
+def share_gpus(workers: Mapping[str, WorkerResources]) -> dict[str, WorkerResources]:
+    """Workers with the same GPU share its free memory. Its UUID identifies it where known: cuda:0 of one worker may be
+    cuda:1 of another."""
 
-    gpus: tuple[Gpu, ...]
-    gpu_layers: int | None
+    def identity(worker: WorkerResources, gpu: Gpu) -> str:
+        return gpu.uuid or f"{gpu.device} of {worker.host}"
 
+    sharers = Counter(identity(worker, gpu) for worker in workers.values() for gpu in worker.gpus)
 
-def gpu_shares(registrations: Mapping[str, Register]) -> dict[str, WorkerGpus]:
-    """Of the workers that have GPUs, by name."""
-    with_gpus = {name: one for name, one in registrations.items() if one.gpus}
-    return shared_gpus(
-        {name: one.host for name, one in with_gpus.items()},
-        {name: WorkerGpus(one.gpus, one.gpu_layers) for name, one in with_gpus.items()},
-    )
+    def share(worker: WorkerResources, gpu: Gpu) -> Gpu:
+        return replace(gpu, free_bytes=gpu.free_bytes // sharers[identity(worker, gpu)])
 
-
-def shared_gpus(hosts: Mapping[str, str], workers: Mapping[str, WorkerGpus]) -> dict[str, WorkerGpus]:
-    """Workers that have the same GPU share out what is free there. What a worker calls cuda:0 may be another one's
-    cuda:1: as far as it is known, its own identity counts."""
-
-    def identity(name: str, gpu: Gpu) -> str:
-        return gpu.uuid or f"{gpu.device} of {hosts[name]}"
-
-    sharers = Counter(identity(name, gpu) for name, one in workers.items() for gpu in one.gpus)
-
-    def share(name: str, gpu: Gpu) -> Gpu:
-        return replace(gpu, free_bytes=gpu.free_bytes // sharers[identity(name, gpu)])
-
-    return {name: replace(one, gpus=tuple(share(name, gpu) for gpu in one.gpus)) for name, one in workers.items()}
+    return {
+        name: replace(worker, gpus=tuple(share(worker, gpu) for gpu in worker.gpus)) for name, worker in workers.items()
+    }
 
 
 def measurement_key(fingerprint: str, company: int, threads: int, model_id: str = "") -> str:

@@ -17,7 +17,7 @@ from llamaclust.cluster.control.epochs import Epoch, Epochs
 from llamaclust.cluster.control.link_monitor import LinkKeeper, MeasureLinks
 from llamaclust.cluster.control.notices import back_text, given_up_text, lost_text, recovered_text, waiting_text
 from llamaclust.cluster.control.partitions import CutPairs
-from llamaclust.cluster.control.planning import Planning
+from llamaclust.cluster.control.planning import ClusterPlanner
 from llamaclust.cluster.control.quarantine import LeftOut
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.launchers.base import Launcher
@@ -53,7 +53,7 @@ class Supervisor:
         self,
         config: ClusterConfig,
         epochs: Epochs,
-        planning: Planning,
+        planner: ClusterPlanner,
         registry: Registry,
         launcher: Launcher,
         watch: Watch,
@@ -63,7 +63,7 @@ class Supervisor:
         self.recoveries = 0
         self._config = config
         self._epochs = epochs
-        self._planning = planning
+        self._planner = planner
         self._registry = registry
         self._launcher = launcher
         self._watch = watch
@@ -119,7 +119,7 @@ class Supervisor:
 
     async def _planned(self, workers: Mapping[str, WorkerHandle]) -> Plan:
         """Over these workers, as things are now."""
-        return await self._planning.plan(workers, self.cuts.apart)
+        return await self._planner.plan(workers, self.cuts.apart)
 
     async def _planned_without_left_out(self, workers: Mapping[str, WorkerHandle]) -> Plan:
         """Without those that are left out, where the others are enough."""
@@ -133,7 +133,7 @@ class Supervisor:
         return self.epoch.holds(name)
 
     def _know(self, links: Links) -> None:
-        if self._planning.know(links):
+        if self._planner.update(links):
             self._change()
 
     # -- news --------------------------------------------------------------------------------------------------------
@@ -238,7 +238,7 @@ class Supervisor:
     async def _open(self, plan: Plan, *, alone: bool) -> Epoch:
         while self._work:  # what is lost frees its memory first
             await asyncio.gather(*self._work, return_exceptions=True)
-        return await self._opener.open(plan, self._planning.links, alone=alone)
+        return await self._opener.open(plan, self._planner.links, alone=alone)
 
     async def _hold_on(self, error: LlamaclustError, failures: int) -> None:
         """After a failure of workers that are all there: a pause, and in the end those who failed are given up. When

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.control.epochs import Epochs
+from llamaclust.cluster.control.limits import check_plan
 from llamaclust.cluster.control.link_monitor import MeasureLinks
 from llamaclust.cluster.control.link_profiling import hops_matter, measure_links
-from llamaclust.cluster.control.plan_inputs import check_plan
-from llamaclust.cluster.control.planning import Planning
+from llamaclust.cluster.control.planning import ClusterPlanner
 from llamaclust.cluster.control.profiling import measure_workers
 from llamaclust.cluster.control.resource_shares import worker_specs
 from llamaclust.cluster.control.supervisor import Supervisor
@@ -75,9 +75,10 @@ async def open_cluster(
                 measured = await measure_workers(config, model, registry.workers, folder.path.parent, watch)
                 meter = _link_meter(config, measured, launch, folder, watch)
                 links = UNKNOWN if meter is None else await meter(registry.present)
-                planning = Planning(config, model, launcher.free_memory_bytes(), measured, links)
+                free_bytes = launcher.free_memory_bytes()
+                planner = ClusterPlanner(config, model, free_bytes=free_bytes, measured=measured, links=links)
                 epochs = Epochs(config, model, registry, launch.credentials)
-                supervisor = Supervisor(config, epochs, planning, registry, launcher, watch, meter)
+                supervisor = Supervisor(config, epochs, planner, registry, launcher, watch, meter)
                 async with _engine(config, supervisor, launcher) as engine:
                     engine.metrics.registry.register(WeightMetrics(registry.workers))
                     yield Cluster(config, model, registry, launcher, supervisor, engine)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from llamaclust.cluster.control import planning
-from llamaclust.cluster.control.planning import Planning
+from llamaclust.cluster.control.planning import ClusterPlanner
 from llamaclust.cluster.control.supervisor import Supervisor
 from llamaclust.cluster.planner.links import UNKNOWN
 from llamaclust.core.errors import ModelFileError
@@ -28,10 +28,11 @@ async def test_the_event_loop_serves_while_a_plan_is_made(monkeypatch: pytest.Mo
         return served.wait(10.0)
 
     monkeypatch.setattr(planning, "plan_cluster", plan)
-    monkeypatch.setattr(Planning, "_memory", lambda self, workers: {})
     config: Any = SimpleNamespace(plan=None)
     worker: Any = SimpleNamespace(registration=REGISTER)
-    making = asyncio.create_task(Planning(config, NOTHING, None, {}, UNKNOWN).plan({"a": worker}))
+    making = asyncio.create_task(
+        ClusterPlanner(config, NOTHING, free_bytes=None, measured={}, links=UNKNOWN).plan({"a": worker})
+    )
     await asyncio.sleep(0.01)
     served.set()
     assert await making

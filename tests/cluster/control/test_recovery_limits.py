@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
+from llamaclust.cluster.config.cluster_config import ClusterConfig
+from llamaclust.cluster.control import planning
 from llamaclust.cluster.control.epoch_opener import EpochOpener
 from llamaclust.cluster.control.epochs import Epoch
-from llamaclust.cluster.control.planning import Planning
 from llamaclust.cluster.engine.engine import EngineState
 from llamaclust.cluster.launchers.local import LocalLauncher
 from llamaclust.cluster.launchers.restarts import Restarts
@@ -50,6 +51,10 @@ def launcher(run: Recovering) -> LocalLauncher:
     return found
 
 
+def small_memory(config: ClusterConfig, resources: planning.ClusterResources) -> dict[str, int]:
+    return dict.fromkeys(resources.workers, 13 << 20)
+
+
 async def start_by_hand(run: Recovering, name: str) -> asyncio.subprocess.Process:
     """A worker that no launcher started joins."""
     token_file = run.cluster.config.state_dir / run.cluster.config.name / "run" / "token"
@@ -69,7 +74,7 @@ async def test_requests_wait_for_a_worker_to_come_back(
 ) -> None:
     """Those that come meanwhile too."""
     if why == "memory":
-        monkeypatch.setattr(Planning, "_memory", lambda self, workers: dict.fromkeys(workers, 13 << 20))
+        monkeypatch.setattr(planning, "_memory_shares", small_memory)
     values = {"plan": _HALVES} if why == "plan" else {}
     async with recovering(config(model, tmp_path, workers=2, **values)) as run:
         tasks = run.start(requests[:4])
@@ -164,7 +169,7 @@ async def test_layers_are_moved_away_without_losing_a_token(
 async def test_a_worker_that_cannot_be_spared_is_not(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Planning, "_memory", lambda self, workers: dict.fromkeys(workers, 13 << 20))
+    monkeypatch.setattr(planning, "_memory_shares", small_memory)
     async with recovering(config(model, tmp_path, workers=2)) as run:
         with pytest.raises(InsufficientMemoryError, match="MiB are missing"):
             await run.cluster.supervisor.workforce.spare("b")

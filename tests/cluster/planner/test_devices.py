@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from llamaclust.cluster.control.plan_inputs import _with_gpus
-from llamaclust.cluster.control.resource_shares import WorkerGpus, shared_gpus
+from llamaclust.cluster.control.planning import with_gpus as add_gpus
+from llamaclust.cluster.control.resource_shares import WorkerResources, share_gpus
 from llamaclust.cluster.planner.costs import GpuFacts, StageCosts, WorkerFacts
 from llamaclust.cluster.planner.devices import devices_of
 from llamaclust.cluster.planner.format import plan_json, plan_lines
@@ -161,30 +161,33 @@ def test_the_plan_says_what_is_where() -> None:
     assert (first["device"], second["device"], second["memory_bytes"]) == ("cpu", "cuda:0", 75 * MIB)
 
 
+def resources(host: str, *gpus: Gpu, gpu_layers: int | None = None) -> WorkerResources:
+    return WorkerResources(host, 1 << 30, gpus=gpus, gpu_layers=gpu_layers)
+
+
 def test_workers_of_one_machine_share_a_gpu() -> None:
     gpu, other = Gpu("cuda:0", "X", 100, 90), Gpu("cuda:1", "X", 100, 80)
-    workers = {"a": WorkerGpus((gpu, other), None), "b": WorkerGpus((gpu,), 3), "c": WorkerGpus((gpu,), None)}
-    shared = shared_gpus({"a": "here", "b": "here", "c": "there"}, workers)
-    free = {name: [one.free_bytes for one in gpus.gpus] for name, gpus in shared.items()}
+    workers = {"a": resources("here", gpu, other), "b": resources("here", gpu), "c": resources("there", gpu)}
+    free = {name: [gpu.free_bytes for gpu in worker.gpus] for name, worker in share_gpus(workers).items()}
     assert free == {"a": [45, 80], "b": [45], "c": [90]}
 
 
 def test_a_gpu_is_known_by_its_identity_not_by_its_number() -> None:
     """Ray gives each actor GPUs of its own, and all of them are cuda:0 there."""
     workers = {
-        name: WorkerGpus((Gpu(device, "X", 100, 90, uuid),), None)
+        name: resources("here", Gpu(device, "X", 100, 90, uuid))
         for name, device, uuid in (("a", "cuda:0", "1"), ("b", "cuda:0", "2"), ("c", "cuda:1", "2"))
     }
-    shared = shared_gpus(dict.fromkeys(workers, "here"), workers)
+    shared = share_gpus(workers)
     assert [shared[name].gpus[0].free_bytes for name in "abc"] == [90, 45, 45]
 
 
 def test_speeds_come_from_measurements_of_as_many_gpus() -> None:
-    facts, gpus = worker("a"), WorkerGpus((Gpu("cuda:0", "X", 100, 90),), 4)
+    facts, gpus = worker("a"), resources("here", Gpu("cuda:0", "X", 100, 90), gpu_layers=4)
     measured = Measurement(20.0, 300.0, gpus=(GpuMeasurement(900.0, 70_000.0, TRIED),))
-    known = _with_gpus(facts, gpus, measured)
+    known = add_gpus(facts, gpus, measured)
     assert known.gpus == (GpuFacts("cuda:0", 90, 900.0, 70_000.0, TRIED),) and known.gpu_layers == 4
-    assert _with_gpus(facts, gpus, replace(measured, gpus=())).gpus == (GpuFacts("cuda:0", 90),)
+    assert add_gpus(facts, gpus, replace(measured, gpus=())).gpus == (GpuFacts("cuda:0", 90),)
 
 
 def test_what_steps_took_on_a_gpu_is_what_a_plan_predicts() -> None:

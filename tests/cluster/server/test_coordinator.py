@@ -15,8 +15,9 @@ import pytest
 from llamaclust.cli.planning import plan_of
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.config.environment import FEATURE_LEVELS
-from llamaclust.cluster.control.plan_inputs import check_plan, plan_cluster
-from llamaclust.cluster.control.resource_shares import memory_shares
+from llamaclust.cluster.control.limits import check_plan
+from llamaclust.cluster.control.planning import ClusterResources, plan_cluster
+from llamaclust.cluster.control.resource_shares import WorkerResources, memory_shares
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.server.coordinator import Cluster, open_cluster
 from llamaclust.cluster.server.status import cluster_status
@@ -141,7 +142,7 @@ def test_more_stages_than_a_result_can_name_are_refused(tmp_path: Path) -> None:
     values = {"model": "m", "context_length": 64, "workers": [{"name": name} for name in names], "plan": plan}
     config = ClusterConfig.model_validate(values)
     with pytest.raises(UsageError, match="256 stages, 255 are possible"):
-        plan_cluster(config, model, dict.fromkeys(names, 1 << 40), {})
+        plan_cluster(config, model, ClusterResources({name: WorkerResources(name, 1 << 40) for name in names}, {}))
 
 
 @pytest.mark.parametrize("kv_type", KvType)

@@ -1,0 +1,97 @@
+"""Limits of a cluster: of its scheduler and of every stage, from the cluster file, the model and the plan."""
+
+from __future__ import annotations
+
+from llamaclust.cluster.config.cluster_config import ClusterConfig
+from llamaclust.cluster.planner.manual import Assignment, checked
+from llamaclust.cluster.planner.plan import Plan
+from llamaclust.cluster.scheduler.settings import SchedulerSettings
+from llamaclust.core.errors import UsageError
+from llamaclust.core.limits import StageLimits
+from llamaclust.model.loader import Model
+from llamaclust.wire.microbatch.codec import MAX_MICROBATCH_BYTES
+from llamaclust.wire.microbatch.frames import MAX_FRAME_BYTES
+
+_ROWS = 512
+_OUTPUTS = 64
+
+
+def context_length(config: ClusterConfig, model: Model) -> int:
+    """Tokens per sequence: the cluster file's value, or else the length that the model was trained for.
+
+    UsageError for a longer one.
+    """
+    trained = model.hyperparameters.context_length
+    if "context_length" in config.model_fields_set and config.context_length > trained:
+        asked = f"context_length: {config.context_length}"
+        raise UsageError(f"{asked}: the model was made for {trained} tokens; set {trained} or less")
+    return min(config.context_length, trained)
+
+
+def check_plan(config: ClusterConfig, model: Model) -> None:
+    """UsageError for mistakes that no worker can mend: context length, frame size, a manual plan."""
+    context_length(config, model)
+    _check_frames(config, model)
+    if config.plan is not None:
+        entries = config.plan if config.awaits_any else ()
+        names = [entry.worker for entry in entries] or [worker.name for worker in config.workers]
+        checked(manual_plan(config), names, model.layer_count)
+
+
+def _check_frames(config: ClusterConfig, model: Model) -> None:
+    """A microbatch and its hidden state cross a link as one message."""
+    width = model.hyperparameters.embedding_length
+    room = (MAX_FRAME_BYTES - MAX_MICROBATCH_BYTES) // (4 * width)
+    if len(config.workers) > 1 and max_rows(config) > room:
+        asked = f"prefill_chunk and max_sequences make microbatches of {max_rows(config)} tokens"
+        raise UsageError(f"{asked}: {room} tokens of {4 * width} bytes fit in a message between workers; lower them")
+
+
+def manual_plan(config: ClusterConfig) -> tuple[Assignment, ...]:
+    """The assignments that the cluster file names; empty where the planner decides."""
+    return tuple((entry.worker, *entry.layers) for entry in config.plan or ())
+
+
+def max_rows(config: ClusterConfig) -> int:
+    """Maximum rows of a microbatch: a prefill chunk and one row of every sequence."""
+    return max(_ROWS, config.prefill_chunk or 0) + config.max_sequences
+
+
+def max_outputs(config: ClusterConfig) -> int:
+    return max(_OUTPUTS, config.max_sequences)
+
+
+def stage_limits(config: ClusterConfig, plan: Plan) -> StageLimits:
+    """The limits that every stage of the plan is loaded with."""
+    return limits_of(config, plan.context_length, plan.kv_blocks, plan.window_blocks)
+
+
+def limits_of(config: ClusterConfig, context_length: int, kv_blocks: int, window_blocks: int = 0) -> StageLimits:
+    return StageLimits(
+        max_tokens=max_rows(config),
+        max_outputs=max_outputs(config),
+        max_sequences=config.max_sequences,
+        max_context_tokens=context_length,
+        kv_blocks=kv_blocks,
+        kv_type=config.kv_type.value,
+        window_blocks=window_blocks,
+    )
+
+
+def scheduler_settings(config: ClusterConfig, model: Model, plan: Plan) -> SchedulerSettings:
+    """The scheduler's limits, which are those of the loaded stages."""
+    return SchedulerSettings(
+        model_id=model.model_id,
+        vocabulary=model.hyperparameters.vocabulary_size,
+        context_length=plan.context_length,
+        kv_blocks=plan.kv_blocks,
+        kv_type=config.kv_type,
+        max_sequences=config.max_sequences,
+        max_waiting=config.max_waiting,
+        max_rows=max_rows(config),
+        max_outputs=max_outputs(config),
+        prefill_chunk=config.prefill_chunk,
+        prefix_cache=config.prefix_cache,
+        window=model.window if plan.window_blocks else None,
+        window_blocks=plan.window_blocks,
+    )

@@ -25,7 +25,7 @@ Out = Annotated[
         help="The new file; MODEL-TYPE.gguf beside the old one by default (here, where that was pulled).",
     ),
 ]
-Type = Annotated[str, typer.Argument(metavar="TYPE", help="Q4_K_M, Q8_0, ...: docs/models.md lists them.")]
+Type = Annotated[str, typer.Argument(metavar="TYPE", help="Q4_K_M, Q8_0, ...: docs/quantize.md lists them.")]
 Threads = Annotated[
     int | None, typer.Option("--threads", "-t", metavar="N", min=1, max=1024, help="Threads; all cores by default.")
 ]

@@ -235,7 +235,7 @@ def test_what_is_not() -> None:
 def test_launches_of_a_layer_in_decode(
     tmp_path: Path, other_types: dict[str, QuantType], context_tokens: int, count: int
 ) -> None:
-    """As docs/gpu.md lists them."""
+    """As docs/gpu-kernels.md lists them."""
     build_tiny_model(
         tmp_path / "m.gguf", layers=4, heads=4, quant_type=QuantType.Q4_K, ffn=256, other_types=other_types
     )

@@ -263,7 +263,7 @@ def test_what_is_said_to_be_refused_is_refused(minimal: Path) -> None:
 
 
 def test_cluster_files_can_be_loaded(tmp_path: Path) -> None:
-    pages = (README, *(ROOT / "docs" / name for name in ("cluster-file.md", "clusters-static.md", "gpu.md")))
+    pages = (README, *(ROOT / "docs" / name for name in ("cluster-file.md", "several-machines.md", "gpu.md")))
     written = [text for page in pages for text in fences(page, "yaml")]
     assert len(written) >= 4
     for text in written:
@@ -300,12 +300,12 @@ async def demo_api(folder: Path) -> AsyncIterator[str]:
             yield url
 
 
-async def test_python_of_the_readme_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    snippets = fences(README, "python")
-    assert len(snippets) >= 2
+async def test_python_of_the_pages_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    snippets = [snippet for page in (README, ROOT / "docs/get-started.md") for snippet in fences(page, "python")]
+    assert len(snippets) >= 3
     async with demo_api(tmp_path) as url:
         for snippet in snippets:
             assert "http://127.0.0.1:8080" in snippet
-            here = compile(snippet.replace("http://127.0.0.1:8080", url), "README.md", "exec")
+            here = compile(snippet.replace("http://127.0.0.1:8080", url), "snippet", "exec")
             await asyncio.to_thread(exec, here, {})
             assert len(capsys.readouterr().out) > 1

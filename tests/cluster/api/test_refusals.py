@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -21,10 +20,11 @@ from support.clusters.served import (
     real_engine,
     says,
 )
+from support.paths import ROOT
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
 ANSWER = "The cat sat."
-HTTP_API = Path(__file__).parent.parent / "docs/http-api.md"
+HTTP_API = ROOT / "docs/api.md"
 
 
 async def post(path: str, body: Any, engine: ScriptedEngine | None = None) -> httpx.Response:

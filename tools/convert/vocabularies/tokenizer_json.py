@@ -86,7 +86,7 @@ def _byte_level(path: Path, texts: list[str], merges: list[tuple[str, str]], sai
     name = recognised(_library(path).pre_tokenizer, _ignores_merges(said), _template_ends(said)[0] is not None)
     if name is None:
         raise ModelFileError(
-            f"{path}: its pre-tokenizer cuts text like none of those that are known (docs/models.md lists them); "
+            f"{path}: its pre-tokenizer cuts text like none of those that are known (docs/convert.md lists them); "
             "a file would give wrong tokens"
         )
     return Words(

@@ -45,7 +45,7 @@ void put_simple(const uint16_t* d, const uint16_t* m, const uint8_t* levels, uin
 }
 
 // Coarser scales would take the outermost level from the largest weight. That makes the error less, but a model that is
-// quantized so predicts worse (docs/models.md).
+// quantized so predicts worse (docs/quantize.md).
 constexpr int kKeepsLargest = -3;
 
 template <int bits>

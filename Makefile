@@ -19,7 +19,7 @@ define need_compiler
   echo "error: no C++ compiler found: install g++ or clang++ (Debian, Ubuntu: sudo make system-deps), or name one in CXX" >&2; exit 1
 endef
 
-.PHONY: demo model test test-clusters test-others test-gpu cuda-matrix lint format build wheel wheel-test proto bench chart image image-test system-deps system-deps-test clean
+.PHONY: demo model check test test-unit test-gpu cuda-matrix lint format build wheel wheel-test proto bench chart image image-test system-deps system-deps-test clean
 
 demo: build ## a real model on two worker processes answers a question
 	$(BIN)/python examples/demo.py
@@ -27,15 +27,15 @@ demo: build ## a real model on two worker processes answers a question
 model: build ## the demo model, downloaded once
 	$(BIN)/llamaclust model pull $(MODEL)
 
+check: build $(VENV)/.lint $(VENV)/.test ## format, style, types, imports and unit tests: less than a minute
+	@$(MAKE) --no-print-directory -j2 lint test-unit
+
+test-unit:
+	$(BIN)/python -m pytest -m unit
+
 test: build $(VENV)/.test $(VENV)/.helm model ## every test; downloads the demo model once
-	$(MAKE) --no-print-directory test-clusters test-others
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not alone"
 	$(BIN)/python -m pytest -m alone
-
-test-clusters: # with `make -j2 test` beside the others
-	$(BIN)/python -m pytest -m "clusters and not alone"
-
-test-others:
-	$(BIN)/python -m pytest -m "not clusters and not alone"
 
 test-gpu: build $(VENV)/.test ## tests of the GPU's kernels on the first NVIDIA card
 	$(BIN)/python -m pytest tests/cuda --gpu

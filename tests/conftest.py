@@ -11,6 +11,7 @@ import pytest
 
 from llamaclust.core.errors import UsageError
 from support.paths import TESTS
+from support.seed import SEED
 
 os.environ.setdefault("LLAMACLUST_CACHE_SIZE", "0")  # a user's prepared layers are not for models that tests make up
 os.environ.setdefault("LLAMACLUST_WEIGHTS_SIZE", "0")
@@ -42,28 +43,35 @@ def _full_disks_are_good_enough() -> None:
     use_any_disk()
 
 
-_CLUSTER_FOLDERS = ("cli", "cluster", "worker", "network", "wire/security")
-_ALONE = "\npytestmark = pytest.mark.alone"
+_UNIT_FOLDERS = (
+    "core",
+    "cluster/config",
+    "cluster/engine",
+    "cluster/planner",
+    "cluster/scheduler",
+    "cluster/text",
+    "wire/rpc",
+    "wire/test_",
+)
+"""Without processes, networks or models of more than a few KiB: seconds in all."""
 
 
-def _is_of_clusters(path: Path) -> bool:
-    return str(path.relative_to(TESTS)).startswith(_CLUSTER_FOLDERS)
+def _is_unit(path: Path) -> bool:
+    return str(path.relative_to(TESTS)).startswith(_UNIT_FOLDERS)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Files without any test that `make test` asks for are not even imported, which takes some seconds."""
-    if not collection_path.name.startswith("test_"):
-        return None
-    text, wanted = collection_path.read_text(), config.option.markexpr
-    skipped = {
-        "alone": "mark.alone" not in text,
-        "clusters and not alone": _ALONE in text or not _is_of_clusters(collection_path),
-        "not clusters and not alone": _ALONE in text or _is_of_clusters(collection_path),
-    }
-    return True if skipped.get(wanted, False) else None
+    """`-m unit` does not import the other test files, which takes some seconds."""
+    is_test = collection_path.name.startswith("test_")
+    return True if is_test and config.option.markexpr == "unit" and not _is_unit(collection_path) else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if _is_of_clusters(item.path):
-            item.add_marker("clusters")
+        if _is_unit(item.path) and item.get_closest_marker("alone") is None:
+            item.add_marker("unit")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if terminalreporter.stats.get("failed"):
+        terminalreporter.line(f"random seed {SEED}; the same again: LLAMACLUST_TEST_SEED={SEED}")

@@ -17,9 +17,9 @@ from llamaclust.kernels.reference.repetitions import repetitions
 from llamaclust.kernels.sampling import Sampler
 from support.arithmetic.sampled import sampled
 from support.arithmetic.sampling_cases import random_logits, random_task, same
+from support.seed import SEED
 
 LEVELS = _native.available_levels()
-SEED = int(np.random.default_rng().integers(1 << 30))
 Logits = NDArray[np.float32]
 
 

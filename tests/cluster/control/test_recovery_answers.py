@@ -6,15 +6,13 @@ import asyncio
 import os
 import sys
 from pathlib import Path
-from random import SystemRandom
 from textwrap import dedent
 
 import pytest
 
 from llamaclust.cluster.scheduler.requests import Generation
 from support.clusters.recovering import Answer, asks, config, model_in, recovering, undisturbed
-
-SEED = SystemRandom().randrange(1 << 32)
+from support.seed import SEED
 
 _WRAPPED = dedent(
     """

@@ -6,7 +6,6 @@ import asyncio
 import errno
 import sys
 from pathlib import Path
-from random import SystemRandom
 from typing import Any
 
 import pytest
@@ -24,8 +23,8 @@ from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError, Usa
 from llamaclust.core.sampling import SamplingParams
 from llamaclust.wire.control.messages import Load, Loaded
 from support.clusters.recovering import Answer, Recovering, answer_of, asks, config, model_in, recovering, undisturbed
+from support.seed import SEED
 
-SEED = SystemRandom().randrange(1 << 32)
 _HALVES = [{"worker": "a", "layers": [0, 3]}, {"worker": "b", "layers": [3, 6]}]
 
 

@@ -6,14 +6,14 @@ import asyncio
 import os
 import signal
 from pathlib import Path
-from random import Random, SystemRandom
+from random import Random
 
 import pytest
 
 from llamaclust.cluster.scheduler.requests import Generation
 from support.clusters.recovering import Answer, asks, config, model_in, recovering, undisturbed, worker_pids
+from support.seed import SEED
 
-SEED = SystemRandom().randrange(1 << 32)
 TOKENS = 100
 VICTIMS = 2  # of the three
 

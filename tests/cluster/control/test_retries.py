@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from random import Random, SystemRandom
+from random import Random
 
 import pytest
 
@@ -14,8 +14,8 @@ from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.core.sampling import RowResult
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, SamplingInputs
 from support.clusters.fakes import VOCABULARY, FakeModel, FakeStages, Simulation, expected, linear
+from support.seed import SEED
 
-SEED = SystemRandom().randrange(1 << 32)
 SETTINGS = SchedulerSettings(
     "m", VOCABULARY, context_length=200, kv_blocks=40, max_sequences=6, max_waiting=64, prefill_chunk=24
 )

@@ -7,7 +7,6 @@ import signal
 from collections.abc import Awaitable, Callable
 from itertools import cycle
 from pathlib import Path
-from random import SystemRandom
 
 import pytest
 
@@ -24,8 +23,8 @@ from llamaclust.wire.control.messages import (
 )
 from support.clusters.control_messages import LOAD, REGISTER
 from support.clusters.recovering import asks, config, model_in, recovering, undisturbed
+from support.seed import SEED
 
-SEED = SystemRandom().randrange(1 << 32)
 STALL_S = 0.4
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from random import Random, SystemRandom
+from random import Random
 
 import pytest
 
@@ -14,8 +14,8 @@ from llamaclust.core.errors import ProtocolError
 from llamaclust.core.sampler_chain import SamplerChain
 from llamaclust.core.sampling import SamplingParams
 from support.clusters.fakes import VOCABULARY, FakeModel, FakeStages, Simulation, expected, linear
+from support.seed import SEED
 
-SEED = SystemRandom().randrange(1 << 32)
 SETTINGS = SchedulerSettings(
     "m", VOCABULARY, context_length=200, kv_blocks=40, max_sequences=6, max_waiting=64, prefill_chunk=24
 )

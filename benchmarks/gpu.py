@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from compare import check_program, positive
-from gpu_llama import LlamaCpp
-from gpu_record import described, write_record
-from gpu_stage import Loaded, Task, tell
-from gpu_work import Figures, Round
+from gpu_support.llama import LlamaCpp
+from gpu_support.record import described, write_record
+from gpu_support.stage import Loaded, Task, tell
+from gpu_support.work import Figures, Round
 
 from llamaclust.cli.interrupts import ends_in_one_line
 from llamaclust.cluster.config.values import parse_size

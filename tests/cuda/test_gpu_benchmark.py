@@ -34,12 +34,12 @@ from support.paths import ROOT
 
 sys.path.append(str(ROOT / "benchmarks"))
 import gpu
-import gpu_record
-import gpu_stage
 from compare import Speed
-from gpu_llama import LlamaCpp
-from gpu_stage import Loaded, Placement, Task
-from gpu_work import Amount, Figures, Rates, Round, Work
+from gpu_support import record as gpu_record
+from gpu_support import stage as gpu_stage
+from gpu_support.llama import LlamaCpp
+from gpu_support.stage import Loaded, Placement, Task
+from gpu_support.work import Amount, Figures, Rates, Round, Work
 
 LAYERS = 4
 ANSWER = {

@@ -24,7 +24,7 @@ from compare import their_answers, their_speed
 
 FOLDER = ROOT / "benchmarks"
 
-SCRIPTS = sorted(path.name for path in FOLDER.glob("*.py") if "__main__" in path.read_text())
+SCRIPTS = sorted(str(path.relative_to(FOLDER)) for path in FOLDER.rglob("*.py") if "__main__" in path.read_text())
 
 LLAMA_BENCH = """#!/bin/sh
 echo '[{"n_prompt": 16, "n_gen": 0, "avg_ts": 10.0}, {"n_prompt": 0, "n_gen": 2, "avg_ts": 5.0}]'

@@ -195,7 +195,7 @@ def test_make_targets_and_scripts_exist(page: Path) -> None:
     for line in code(page):
         for target in re.findall(r"(?:^|sudo |then )make ([\w-]+)", line):
             assert target in targets, line
-        script = re.search(r"python (benchmarks/\w+\.py)(.*)", line.partition(" #")[0])
+        script = re.search(r"python (benchmarks/[\w/]+\.py)(.*)", line.partition(" #")[0])
         for option in re.findall(r"--[\w-]+", script[2]) if script else ():
             assert f'"{option}"' in (ROOT / script[1]).read_text(), line
 

@@ -1,6 +1,6 @@
 """Random texts of all Unicode, spaces, emoji, digits and code: the ids that llama.cpp's library gave for them once.
 
-Recorded are CRC-32 sums, of 400 texts, by `python benchmarks/token_ids.py` and a program that calls `llama_tokenize`;
+Recorded are CRC-32 sums, of 400 texts, by `python benchmarks/models/token_ids.py` and a `llama_tokenize` program;
 0 where llama.cpp differs: see docs/models.md."""
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ RECORDED = json.loads((DATA_FOLDER / "random-ids.json").read_text())
 
 
 def check(name: str, model: Path) -> None:
-    texts = list(runpy.run_path(str(ROOT / "benchmarks/token_ids.py"))["texts"](RECORDED["seed"], 400))
+    texts = list(runpy.run_path(str(ROOT / "benchmarks/models/token_ids.py"))["texts"](RECORDED["seed"], 400))
     assert zlib.crc32("\n".join(texts).encode()) == RECORDED["texts"], "this Python draws other texts"
     tokenizer = load_tokenizer(open_model(model).metadata)
     sums = [zlib.crc32(" ".join(map(str, tokenizer.encode(text))).encode()) for text in texts]

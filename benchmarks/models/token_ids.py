@@ -1,9 +1,9 @@
 """Random texts and their token ids, to be compared with those of another program: `texts` writes them, each behind its
 length in bytes (uint32, little-endian), `compare` takes lines of ids in the same order.
 
-    python benchmarks/token_ids.py texts --seed 1 --count 10000 > texts.bin
+    python benchmarks/models/token_ids.py texts --seed 1 --count 10000 > texts.bin
     other-program model.gguf < texts.bin > ids.txt
-    python benchmarks/token_ids.py compare model.gguf --seed 1 ids.txt
+    python benchmarks/models/token_ids.py compare model.gguf --seed 1 ids.txt
 """
 
 from __future__ import annotations

@@ -13,8 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from gpu_stage import Loaded
-
+from gpu_support.stage import Loaded
 from llamaclust.core.errors import UsageError
 from llamaclust.kernels.cuda.cupy_open import import_cupy
 from llamaclust.kernels.cuda.nvrtc import open_nvrtc

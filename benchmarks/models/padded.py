@@ -1,6 +1,6 @@
 """Writes a model again with rows of zeros: the same function, wide enough for types in blocks of 256, in F16.
 
-python benchmarks/padded.py smollm2-135m-instruct padded.gguf --hidden 768
+python benchmarks/models/padded.py smollm2-135m-instruct padded.gguf --hidden 768
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Quantizers beside llama.cpp's: error and time of every type on a model's own weights, in rows of 2304; with
 --llama-quantize also the time of a whole file.
 
-    python benchmarks/quantize.py smollm2-135m-instruct --ggml BUILD/bin/libggml-base.so
-    python benchmarks/quantize.py 1.1b-f16.gguf --llama-quantize BUILD/bin/llama-quantize --mix Q4_K_M
+    python benchmarks/models/quantize.py smollm2-135m-instruct --ggml BUILD/bin/libggml-base.so
+    python benchmarks/models/quantize.py 1.1b-f16.gguf --llama-quantize BUILD/bin/llama-quantize --mix Q4_K_M
 
 Errors are roots of mean squares, weighted by a random importance where one is given (+). Both sides get the same
 float32 rows and run in one thread; of a whole file, in all of them.

@@ -1,6 +1,6 @@
 """What each quantization of a model costs and brings: size, perplexity, KL divergence from the unquantized one, speed.
 
-    python benchmarks/quantized.py smollm2-135m-instruct TEXT [--hidden 768] [--chunks 8] [--types Q4_K_M,Q6_K]
+    python benchmarks/models/quantized.py smollm2-135m-instruct TEXT [--hidden 768] [--chunks 8] [--types Q4_K_M,Q6_K]
 
 The model is padded with zeros first (`padded.py`), so that all types fit. The importance matrix, which every type gets,
 comes from the second half of TEXT; the first chunks are what is predicted. `fall back` is the share of matrices that

@@ -1,6 +1,6 @@
 """`model convert` on a checkpoint of random weights with the shape of a real model: speed beside dd, and peak memory.
 
-    python benchmarks/convert.py --folder /tmp/checkpoint --shape 7b --layers 8 --stored bf16 --types f16 bf16 q8_0
+    python benchmarks/models/convert.py --folder /tmp/checkpoint --shape 7b --layers 8 --stored bf16 --types f16 q8_0
 
 The checkpoint is made first (all its matrices repeat the same random numbers) and deleted at the end. Every type is
 converted, then `dd` writes as many bytes to the same disk with conv=fsync, then two dd at once read the checkpoint and

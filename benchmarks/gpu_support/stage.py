@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from gpu_work import Amount, Rates, Round, Work
-
+from gpu_support.work import Amount, Rates, Round, Work
 from llamaclust.cluster.config.environment import environment
 from llamaclust.core.errors import InsufficientMemoryError, UsageError
 from llamaclust.core.profile import GpuProfile

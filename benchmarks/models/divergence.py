@@ -1,7 +1,7 @@
 """How far quantizing moves a model's predictions, beside llama-quantize: KL divergence from the unquantized model of
 the files that both make, token by token over the same text.
 
-    python benchmarks/divergence.py smollm2-135m-instruct TEXT --llama-quantize BUILD/bin/llama-quantize [--types Q4_0]
+    python benchmarks/models/divergence.py smollm2-135m-instruct TEXT --llama-quantize PROGRAM [--types Q4_0]
 
 The model is padded with zeros first (`padded.py`), so that all types fit. `+`: both get the same importance matrix,
 from the second half of TEXT; the first chunks are what is predicted. Both files run in our kernels. The ratio's

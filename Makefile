@@ -49,6 +49,7 @@ lint: build $(VENV)/.lint ## format, style, types, arrows
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 format: $(VENV)/.lint
 	$(BIN)/ruff format .

@@ -55,7 +55,7 @@ template <int offset>
 DOT Bytes with_signs(const Bytes& b, const uint8_t* bits) {
   Bytes negative, r;
   for (int i = 0; i < 8; i++) {
-    const uint64_t one_each = bits[i] * 0x0101010101010101 & 0x8040201008040201;
+    const uint64_t one_each = uint64_t{bits[i]} * 0x0101010101010101 & 0x8040201008040201;
     const uint64_t bytes = ((one_each + 0x7f7f7f7f7f7f7f7f) >> 7 & 0x0101010101010101) * 255;
     memcpy(negative.v + 8 * i, &bytes, 8);
   }

@@ -37,7 +37,7 @@ def test_one_small_wheel_is_for_every_python(wheel: Path) -> None:
 def test_it_holds_one_compiled_module_and_what_gpus_compile(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = [Path(name) for name in archive.namelist()]
-    assert [str(name) for name in names if name.suffix == ".so"] == ["llamaclust/kernels/cpu/_native.abi3.so"]
+    assert [str(name) for name in names if name.suffix == ".so"] == ["llamaclust/kernels/_native.abi3.so"]
     suffixes = {name.suffix for name in names}
     assert ".cu" in suffixes and ".h" in suffixes and ".cpp" not in suffixes
     assert {name.parts[0] for name in names if ".dist-info" not in name.parts[0]} == {"llamaclust"}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from llamaclust.cluster.config import environment
+from llamaclust.cluster.config.environment import environment
 from support.paths import ROOT
 
 TOOLS = ("bash", "basename", "dirname", "false", "ln", "mkdir", "mktemp", "realpath", "rm", "stat")

@@ -33,7 +33,7 @@ def check(source: str, folder: Path) -> subprocess.CompletedProcess[str]:
     subprocess.run(["c++", "-c", "-o", compiled, folder / "unit.cpp"], env=environment, timeout=60.0, check=True)
     values = {"NM": "nm", "READELF": "readelf", "LEVEL": "avx2", "OBJECTS": compiled}
     options = [f"-D{name}={value}" for name, value in values.items()]
-    command = ["cmake", *options, "-P", ROOT / "cmake/check_isa.cmake"]
+    command = ["cmake", *options, "-P", str(ROOT / "cmake/check_isa.cmake")]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60.0, check=False)
 
 

@@ -1,34 +1,42 @@
-"""GPUs of workers, as these tell of them and are told what to hold there."""
+"""GPUs of workers: facts, and which layers of a stage they hold."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
+
+from llamaclust.core.bounds import MAX_LAYERS, DeviceName, Integer, Line, MemoryBytes
+from llamaclust.core.errors import ProtocolError
 
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
     """A GPU of a worker."""
 
-    device: str  # "cuda:N"
-    name: str  # as its driver calls it
-    total_bytes: int
-    free_bytes: int  # what the worker may still take of it, its cap considered
-    uuid: str = ""  # the same for all workers that use it, whatever number it has there; "": not known
+    device: DeviceName  # "cuda:N"
+    name: Annotated[str, Line(255)]  # as its driver reports it
+    total_bytes: MemoryBytes
+    free_bytes: MemoryBytes  # what the worker may still take of it, its cap considered
+    uuid: Annotated[str, Line(64)] = ""  # the same for all workers that use it; "": unknown
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceLayers:
     """Layers [start, end) of a stage on one of its worker's devices."""
 
-    device: str  # "cpu" | "cuda:N"
+    device: DeviceName  # "cpu" | "cuda:N"
     start: int
-    end: int
+    end: Annotated[int, Integer(1, MAX_LAYERS)]
+
+    def check(self) -> None:
+        if self.start >= self.end:
+            raise ProtocolError(f"{self.device} holds layers [{self.start}, {self.end})")
 
 
 def placed(devices: Sequence[DeviceLayers]) -> str:
     """'16 of 32 layers on GPUs: [0, 16) cpu, [16, 32) cuda:0'."""
-    counts = {one.device: one.end - one.start for one in devices}
+    counts = {part.device: part.end - part.start for part in devices}
     on_gpus = sum(count for device, count in counts.items() if device != "cpu")
-    where = ", ".join(f"[{one.start}, {one.end}) {one.device}" for one in devices)
+    where = ", ".join(f"[{part.start}, {part.end}) {part.device}" for part in devices)
     return f"{on_gpus} of {sum(counts.values())} layers on GPUs: {where}"

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
+
+from llamaclust.core.bounds import Choice, Integer
 
 NUMERICS_VERSION = 4
 """Version of the arithmetic rules of docs/numerics.md: workers that compute by others are refused at the handshake."""
@@ -25,13 +28,15 @@ class StageLimits:
     Exceeding one in a stage's `run` is a mistake of the caller (assert).
     """
 
-    max_tokens: int
-    max_outputs: int
-    max_sequences: int
-    max_context_tokens: int
-    kv_blocks: int
-    kv_type: str = "f16"  # one of KV_TYPES
-    window_blocks: int = 0  # of layers with a window, which then keep no more than that; 0: they are as all others
+    max_tokens: Annotated[int, Integer(1, MAX_TOKENS)]
+    max_outputs: Annotated[int, Integer(1, MAX_TOKENS)]
+    max_sequences: Annotated[int, Integer(1, MAX_SEQUENCES)]
+    max_context_tokens: Annotated[int, Integer(1, MAX_CONTEXT_TOKENS)]
+    kv_blocks: Annotated[int, Integer(1, MAX_KV_BLOCKS)]
+    kv_type: Annotated[str, Choice(KV_TYPES)] = "f16"
+    window_blocks: Annotated[int, Integer(0, MAX_KV_BLOCKS)] = (
+        0  # of layers with a window, which then keep no more than that; 0: they are as all others
+    )
 
     def gives_up(self, window: int | None) -> bool:
         """Whether a layer with this window, or none, gives up its blocks behind it: then its blocks are others."""

@@ -22,70 +22,47 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
-from llamaclust.proto import measuring_pb2 as llamaclust_dot_proto_dot_measuring__pb2
+from llamaclust.proto import loading_pb2 as llamaclust_dot_proto_dot_loading__pb2
+from llamaclust.proto import profile_pb2 as llamaclust_dot_proto_dot_profile__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ellamaclust/proto/control.proto\x12\rllamaclust.v1\x1a llamaclust/proto/measuring.proto\"\xc7\x06\n\rWorkerMessage\x12+\n\x08register\x18\x01 \x01(\x0b\x32\x17.llamaclust.v1.RegisterH\x00\x12+\n\x08measured\x18\x02 \x01(\x0b\x32\x17.llamaclust.v1.MeasuredH\x00\x12\x34\n\rload_progress\x18\x03 \x01(\x0b\x32\x1b.llamaclust.v1.LoadProgressH\x00\x12\'\n\x06loaded\x18\x04 \x01(\x0b\x32\x15.llamaclust.v1.LoadedH\x00\x12\x30\n\x0bload_failed\x18\x05 \x01(\x0b\x32\x19.llamaclust.v1.LoadFailedH\x00\x12+\n\x08unloaded\x18\x06 \x01(\x0b\x32\x17.llamaclust.v1.UnloadedH\x00\x12-\n\theartbeat\x18\x07 \x01(\x0b\x32\x18.llamaclust.v1.HeartbeatH\x00\x12\x30\n\x0emeasure_failed\x18\x08 \x01(\x0b\x32\x16.llamaclust.v1.FailureH\x00\x12%\n\x05renew\x18\x0e \x01(\x0b\x32\x14.llamaclust.v1.RenewH\x00\x12\x36\n\x0elinks_measured\x18\x10 \x01(\x0b\x32\x1c.llamaclust.v1.LinksMeasuredH\x00\x12\x36\n\x14measure_links_failed\x18\x11 \x01(\x0b\x32\x16.llamaclust.v1.FailureH\x00\x12)\n\x07located\x18\x18 \x01(\x0b\x32\x16.llamaclust.v1.LocatedH\x00\x12/\n\rlocate_failed\x18\x19 \x01(\x0b\x32\x16.llamaclust.v1.FailureH\x00\x12\x38\n\x0flocate_progress\x18\x1a \x01(\x0b\x32\x1d.llamaclust.v1.LocateProgressH\x00\x12,\n\tpeer_lost\x18  \x01(\x0b\x32\x17.llamaclust.v1.PeerLostH\x00\x12.\n\npeer_tried\x18! \x01(\x0b\x32\x18.llamaclust.v1.PeerTriedH\x00\x12*\n\x08log_told\x18\" \x01(\x0b\x32\x16.llamaclust.v1.LogToldH\x00\x42\x06\n\x04kind\"\xda\x04\n\x12\x43oordinatorMessage\x12)\n\x07welcome\x18\x01 \x01(\x0b\x32\x16.llamaclust.v1.WelcomeH\x00\x12)\n\x07refused\x18\x02 \x01(\x0b\x32\x16.llamaclust.v1.RefusedH\x00\x12)\n\x07measure\x18\x03 \x01(\x0b\x32\x16.llamaclust.v1.MeasureH\x00\x12#\n\x04load\x18\x04 \x01(\x0b\x32\x13.llamaclust.v1.LoadH\x00\x12\'\n\x06unload\x18\x05 \x01(\x0b\x32\x15.llamaclust.v1.UnloadH\x00\x12+\n\x08shutdown\x18\x06 \x01(\x0b\x32\x17.llamaclust.v1.ShutdownH\x00\x12)\n\x07renewed\x18\x0e \x01(\x0b\x32\x16.llamaclust.v1.RenewedH\x00\x12.\n\x0crenew_failed\x18\x0f \x01(\x0b\x32\x16.llamaclust.v1.FailureH\x00\x12\x34\n\rmeasure_links\x18\x10 \x01(\x0b\x32\x1b.llamaclust.v1.MeasureLinksH\x00\x12\'\n\x06locate\x18\x18 \x01(\x0b\x32\x15.llamaclust.v1.LocateH\x00\x12*\n\x08try_peer\x18  \x01(\x0b\x32\x16.llamaclust.v1.TryPeerH\x00\x12*\n\x08tell_log\x18\" \x01(\x0b\x32\x16.llamaclust.v1.TellLogH\x00\x12.\n\nnew_source\x18# \x01(\x0b\x32\x18.llamaclust.v1.NewSourceH\x00\x42\x06\n\x04kind\"\x85\x03\n\x08Register\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\r\x12\x0c\n\x04host\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x16\n\x0eprotocol_major\x18\x05 \x01(\r\x12\x16\n\x0eprotocol_minor\x18\x06 \x01(\r\x12\x18\n\x10numerics_version\x18\x07 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x08 \x01(\t\x12\x0f\n\x07threads\x18\t \x01(\r\x12\x15\n\rfeature_level\x18\n \x01(\t\x12\x1a\n\x12total_memory_bytes\x18\x0b \x01(\x04\x12\x19\n\x11\x66ree_memory_bytes\x18\x0c \x01(\x04\x12\x13\n\x0b\x66ingerprint\x18\r \x01(\t\x12\x1a\n\x12machine_free_bytes\x18\x0e \x01(\x04\x12\x0b\n\x03log\x18\x1a \x01(\t\x12 \n\x04gpus\x18( \x03(\x0b\x32\x12.llamaclust.v1.Gpu\x12\x17\n\ngpu_layers\x18) \x01(\rH\x00\x88\x01\x01\x42\r\n\x0b_gpu_layers\"Z\n\x03Gpu\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04\x12\x12\n\nfree_bytes\x18\x04 \x01(\x04\x12\x0c\n\x04uuid\x18\x05 \x01(\t\":\n\x0c\x44\x65viceLayers\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\r\n\x05start\x18\x02 \x01(\r\x12\x0b\n\x03\x65nd\x18\x03 \x01(\r\"8\n\x07\x46\x61ilure\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x0e\n\x06number\x18\x03 \x01(\x04\"\xa4\x01\n\x0bStageLimits\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x13\n\x0bmax_outputs\x18\x02 \x01(\r\x12\x15\n\rmax_sequences\x18\x03 \x01(\r\x12\x1a\n\x12max_context_tokens\x18\x04 \x01(\r\x12\x11\n\tkv_blocks\x18\x05 \x01(\r\x12\x0f\n\x07kv_type\x18\x06 \x01(\t\x12\x15\n\rwindow_blocks\x18\x07 \x01(\r\"\xf5\x02\n\x04Load\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x12\n\nmodel_path\x18\x02 \x01(\t\x12\x10\n\x08model_id\x18\x03 \x01(\t\x12\r\n\x05start\x18\x04 \x01(\r\x12\x0b\n\x03\x65nd\x18\x05 \x01(\r\x12*\n\x06limits\x18\x06 \x01(\x0b\x32\x1a.llamaclust.v1.StageLimits\x12\x14\n\x0cnext_address\x18\x07 \x01(\t\x12\x15\n\rfirst_address\x18\x08 \x01(\t\x12\x13\n\x0bnext_worker\x18\x0e \x01(\t\x12\x14\n\x0c\x66irst_worker\x18\x0f \x01(\t\x12\x17\n\x0fprevious_worker\x18\x10 \x01(\t\x12\x13\n\x0blast_worker\x18\x11 \x01(\t\x12\r\n\x05\x61lone\x18\t \x01(\x08\x12-\n\x07weights\x18\x18 \x01(\x0b\x32\x1c.llamaclust.v1.WeightSources\x12,\n\x07\x64\x65vices\x18( \x03(\x0b\x32\x1b.llamaclust.v1.DeviceLayers\"g\n\rWeightSources\x12\x10\n\x08manifest\x18\x01 \x01(\x0c\x12\x16\n\x0emanifest_bytes\x18\x02 \x01(\x04\x12,\n\x07sources\x18\x03 \x03(\x0b\x32\x1b.llamaclust.v1.WeightSource\"/\n\x0cWeightSource\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x0e\n\x06worker\x18\x02 \x01(\t\"J\n\tNewSource\x12\x10\n\x08manifest\x18\x01 \x01(\x0c\x12+\n\x06source\x18\x02 \x01(\x0b\x32\x1b.llamaclust.v1.WeightSource\"\x19\n\x07TellLog\x12\x0e\n\x06number\x18\x01 \x01(\x04\"8\n\x07LogTold\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\r\n\x05lines\x18\x02 \x03(\t\x12\x0e\n\x06\x62\x65\x66ore\x18\x03 \x01(\x04\"P\n\x06Locate\x12\x12\n\nmodel_path\x18\x01 \x01(\t\x12\x10\n\x08model_id\x18\x02 \x01(\t\x12\x10\n\x08\x64\x65scribe\x18\x03 \x01(\x08\x12\x0e\n\x06number\x18\x04 \x01(\x04\"U\n\x07Located\x12\x10\n\x08has_file\x18\x01 \x01(\x08\x12\x10\n\x08manifest\x18\x02 \x01(\x0c\x12\x16\n\x0emanifest_bytes\x18\x03 \x01(\x04\x12\x0e\n\x06number\x18\x04 \x01(\x04\"9\n\x0eLocateProgress\x12\x12\n\ndone_bytes\x18\x01 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\"F\n\x0cLoadProgress\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x12\n\ndone_bytes\x18\x02 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04\"o\n\x06Loaded\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x14\n\x0cweight_bytes\x18\x02 \x01(\x04\x12\x10\n\x08kv_bytes\x18\x03 \x01(\x04\x12\x17\n\x0fworkspace_bytes\x18\x04 \x01(\x04\x12\x15\n\rfetched_bytes\x18\x18 \x01(\x04\"D\n\nLoadFailed\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\'\n\x07\x66\x61ilure\x18\x02 \x01(\x0b\x32\x16.llamaclust.v1.Failure\"\x17\n\x06Unload\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\"\x19\n\x08Unloaded\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\"\x84\x02\n\tHeartbeat\x12\x0c\n\x04\x62usy\x18\x01 \x01(\x01\x12\x14\n\x0cmicrobatches\x18\x02 \x01(\x04\x12\x0e\n\x06tokens\x18\x03 \x01(\x04\x12\x16\n\x0eresident_bytes\x18\x04 \x01(\x04\x12\x19\n\x11\x66ree_memory_bytes\x18\x05 \x01(\x04\x12\x16\n\x0ereceived_bytes\x18\x06 \x01(\x04\x12\x12\n\nsent_bytes\x18\x07 \x01(\x04\x12\x19\n\x11weight_bytes_sent\x18\x18 \x01(\x04\x12\x1d\n\x15weight_bytes_received\x18\x19 \x01(\x04\x12\x12\n\nlast_words\x18\x1a \x01(\t\x12\x16\n\x0egpu_free_bytes\x18( \x03(\x04\"\xb4\x01\n\x07Welcome\x12\x16\n\x0eprotocol_major\x18\x01 \x01(\r\x12\x16\n\x0eprotocol_minor\x18\x02 \x01(\r\x12\x13\n\x0bheartbeat_s\x18\x03 \x01(\x01\x12\x19\n\x11sampling_inputs_s\x18\x04 \x01(\x01\x12\x11\n\tforward_s\x18\x05 \x01(\x01\x12\x15\n\rcoordinator_s\x18\x0e \x01(\x01\x12\x0f\n\x07\x63luster\x18\x1a \x01(\t\x12\x0e\n\x06peer_s\x18  \x01(\x01\"\x19\n\x07Refused\x12\x0e\n\x06reason\x18\x01 \x01(\t\"\x1a\n\x08Shutdown\x12\x0e\n\x06reason\x18\x01 \x01(\t\"$\n\x05Renew\x12\x1b\n\x13\x63\x65rtificate_request\x18\x01 \x01(\x0c\"\x1e\n\x07Renewed\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\x32Z\n\x0b\x43oordinator\x12K\n\x04Join\x12\x1c.llamaclust.v1.WorkerMessage\x1a!.llamaclust.v1.CoordinatorMessage(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ellamaclust/proto/control.proto\x12\rllamaclust.v1\x1a\x1ellamaclust/proto/loading.proto\x1a\x1ellamaclust/proto/profile.proto\"\xac\x06\n\rWorkerMessage\x12+\n\x08register\x18\x01 \x01(\x0b\x32\x17.llamaclust.v1.RegisterH\x00\x12\x36\n\x0eworker_profile\x18\x02 \x01(\x0b\x32\x1c.llamaclust.v1.WorkerProfileH\x00\x12\x34\n\rload_progress\x18\x03 \x01(\x0b\x32\x1b.llamaclust.v1.LoadProgressH\x00\x12\'\n\x06loaded\x18\x04 \x01(\x0b\x32\x15.llamaclust.v1.LoadedH\x00\x12\x30\n\x0bload_failed\x18\x05 \x01(\x0b\x32\x19.llamaclust.v1.LoadFailedH\x00\x12+\n\x08unloaded\x18\x06 \x01(\x0b\x32\x17.llamaclust.v1.UnloadedH\x00\x12-\n\theartbeat\x18\x07 \x01(\x0b\x32\x18.llamaclust.v1.HeartbeatH\x00\x12\x36\n\x0erequest_failed\x18\x08 \x01(\x0b\x32\x1c.llamaclust.v1.RequestFailedH\x00\x12<\n\x11renew_certificate\x18\t \x01(\x0b\x32\x1f.llamaclust.v1.RenewCertificateH\x00\x12\x34\n\rlink_profiles\x18\n \x01(\x0b\x32\x1b.llamaclust.v1.LinkProfilesH\x00\x12\x34\n\rweights_found\x18\x0b \x01(\x0b\x32\x1b.llamaclust.v1.WeightsFoundH\x00\x12\x43\n\x15\x66ind_weights_progress\x18\x0c \x01(\x0b\x32\".llamaclust.v1.FindWeightsProgressH\x00\x12:\n\x10peer_unreachable\x18\r \x01(\x0b\x32\x1e.llamaclust.v1.PeerUnreachableH\x00\x12\x32\n\x0cprobe_result\x18\x0e \x01(\x0b\x32\x1a.llamaclust.v1.ProbeResultH\x00\x12*\n\x08log_tail\x18\x0f \x01(\x0b\x32\x16.llamaclust.v1.LogTailH\x00\x42\x06\n\x04kind\"\xa4\x05\n\x12\x43oordinatorMessage\x12+\n\x08\x61\x64mitted\x18\x01 \x01(\x0b\x32\x17.llamaclust.v1.AdmittedH\x00\x12+\n\x08rejected\x18\x02 \x01(\x0b\x32\x17.llamaclust.v1.RejectedH\x00\x12\x36\n\x0eprofile_worker\x18\x03 \x01(\x0b\x32\x1c.llamaclust.v1.ProfileWorkerH\x00\x12#\n\x04load\x18\x04 \x01(\x0b\x32\x13.llamaclust.v1.LoadH\x00\x12\'\n\x06unload\x18\x05 \x01(\x0b\x32\x15.llamaclust.v1.UnloadH\x00\x12+\n\x08shutdown\x18\x06 \x01(\x0b\x32\x17.llamaclust.v1.ShutdownH\x00\x12@\n\x13\x63\x65rtificate_renewed\x18\x07 \x01(\x0b\x32!.llamaclust.v1.CertificateRenewedH\x00\x12\x36\n\x0erenewal_failed\x18\x08 \x01(\x0b\x32\x1c.llamaclust.v1.RenewalFailedH\x00\x12\x34\n\rprofile_links\x18\t \x01(\x0b\x32\x1b.llamaclust.v1.ProfileLinksH\x00\x12\x32\n\x0c\x66ind_weights\x18\n \x01(\x0b\x32\x1a.llamaclust.v1.FindWeightsH\x00\x12.\n\nprobe_peer\x18\x0b \x01(\x0b\x32\x18.llamaclust.v1.ProbePeerH\x00\x12(\n\x07get_log\x18\x0c \x01(\x0b\x32\x15.llamaclust.v1.GetLogH\x00\x12;\n\x11\x61\x64\x64_weight_source\x18\r \x01(\x0b\x32\x1e.llamaclust.v1.AddWeightSourceH\x00\x42\x06\n\x04kind\"\xef\x02\n\x08Register\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\r\x12\x0c\n\x04host\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x18\n\x10protocol_version\x18\x05 \x01(\r\x12\x18\n\x10numerics_version\x18\x06 \x01(\r\x12\x0e\n\x06\x64\x65vice\x18\x07 \x01(\t\x12\x0f\n\x07threads\x18\x08 \x01(\r\x12\x15\n\rfeature_level\x18\t \x01(\t\x12\x1a\n\x12total_memory_bytes\x18\n \x01(\x04\x12\x19\n\x11\x66ree_memory_bytes\x18\x0b \x01(\x04\x12\x13\n\x0b\x66ingerprint\x18\x0c \x01(\t\x12\x1a\n\x12machine_free_bytes\x18\r \x01(\x04\x12\x0b\n\x03log\x18\x0e \x01(\t\x12 \n\x04gpus\x18\x0f \x03(\x0b\x32\x12.llamaclust.v1.Gpu\x12\x17\n\ngpu_layers\x18\x10 \x01(\rH\x00\x88\x01\x01\x42\r\n\x0b_gpu_layers\"Z\n\x03Gpu\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04\x12\x12\n\nfree_bytes\x18\x04 \x01(\x04\x12\x0c\n\x04uuid\x18\x05 \x01(\t\"b\n\x08\x41\x64mitted\x12+\n\tdeadlines\x18\x01 \x01(\x0b\x32\x18.llamaclust.v1.Deadlines\x12\x18\n\x10protocol_version\x18\x02 \x01(\r\x12\x0f\n\x07\x63luster\x18\x03 \x01(\t\"u\n\tDeadlines\x12\x13\n\x0bheartbeat_s\x18\x01 \x01(\x01\x12\x19\n\x11sampling_inputs_s\x18\x02 \x01(\x01\x12\x11\n\tforward_s\x18\x03 \x01(\x01\x12\x15\n\rcoordinator_s\x18\x04 \x01(\x01\x12\x0e\n\x06peer_s\x18\x05 \x01(\x01\"\x1a\n\x08Rejected\x12\x0e\n\x06reason\x18\x01 \x01(\t\"L\n\rRequestFailed\x12\'\n\x07\x66\x61ilure\x18\x01 \x01(\x0b\x32\x16.llamaclust.v1.Failure\x12\x12\n\nrequest_id\x18\x02 \x01(\x04\"\x84\x02\n\tHeartbeat\x12\x0c\n\x04\x62usy\x18\x01 \x01(\x01\x12\x14\n\x0cmicrobatches\x18\x02 \x01(\x04\x12\x0e\n\x06tokens\x18\x03 \x01(\x04\x12\x16\n\x0eresident_bytes\x18\x04 \x01(\x04\x12\x19\n\x11\x66ree_memory_bytes\x18\x05 \x01(\x04\x12\x16\n\x0ereceived_bytes\x18\x06 \x01(\x04\x12\x12\n\nsent_bytes\x18\x07 \x01(\x04\x12\x19\n\x11weight_bytes_sent\x18\x08 \x01(\x04\x12\x1d\n\x15weight_bytes_received\x18\t \x01(\x04\x12\x12\n\nlast_error\x18\n \x01(\t\x12\x16\n\x0egpu_free_bytes\x18\x0b \x03(\x04\"\x1a\n\x08Shutdown\x12\x0e\n\x06reason\x18\x01 \x01(\t\"/\n\x10RenewCertificate\x12\x1b\n\x13\x63\x65rtificate_request\x18\x01 \x01(\x0c\")\n\x12\x43\x65rtificateRenewed\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\"8\n\rRenewalFailed\x12\'\n\x07\x66\x61ilure\x18\x01 \x01(\x0b\x32\x16.llamaclust.v1.Failure\"\x1c\n\x06GetLog\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\"<\n\x07LogTail\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\r\n\x05lines\x18\x02 \x03(\t\x12\x0e\n\x06\x62\x65\x66ore\x18\x03 \x01(\x04\x32Z\n\x0b\x43oordinator\x12K\n\x04Join\x12\x1c.llamaclust.v1.WorkerMessage\x1a!.llamaclust.v1.CoordinatorMessage(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'llamaclust.proto.control_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_WORKERMESSAGE']._serialized_start=84
-  _globals['_WORKERMESSAGE']._serialized_end=923
-  _globals['_COORDINATORMESSAGE']._serialized_start=926
-  _globals['_COORDINATORMESSAGE']._serialized_end=1528
-  _globals['_REGISTER']._serialized_start=1531
-  _globals['_REGISTER']._serialized_end=1920
-  _globals['_GPU']._serialized_start=1922
-  _globals['_GPU']._serialized_end=2012
-  _globals['_DEVICELAYERS']._serialized_start=2014
-  _globals['_DEVICELAYERS']._serialized_end=2072
-  _globals['_FAILURE']._serialized_start=2074
-  _globals['_FAILURE']._serialized_end=2130
-  _globals['_STAGELIMITS']._serialized_start=2133
-  _globals['_STAGELIMITS']._serialized_end=2297
-  _globals['_LOAD']._serialized_start=2300
-  _globals['_LOAD']._serialized_end=2673
-  _globals['_WEIGHTSOURCES']._serialized_start=2675
-  _globals['_WEIGHTSOURCES']._serialized_end=2778
-  _globals['_WEIGHTSOURCE']._serialized_start=2780
-  _globals['_WEIGHTSOURCE']._serialized_end=2827
-  _globals['_NEWSOURCE']._serialized_start=2829
-  _globals['_NEWSOURCE']._serialized_end=2903
-  _globals['_TELLLOG']._serialized_start=2905
-  _globals['_TELLLOG']._serialized_end=2930
-  _globals['_LOGTOLD']._serialized_start=2932
-  _globals['_LOGTOLD']._serialized_end=2988
-  _globals['_LOCATE']._serialized_start=2990
-  _globals['_LOCATE']._serialized_end=3070
-  _globals['_LOCATED']._serialized_start=3072
-  _globals['_LOCATED']._serialized_end=3157
-  _globals['_LOCATEPROGRESS']._serialized_start=3159
-  _globals['_LOCATEPROGRESS']._serialized_end=3216
-  _globals['_LOADPROGRESS']._serialized_start=3218
-  _globals['_LOADPROGRESS']._serialized_end=3288
-  _globals['_LOADED']._serialized_start=3290
-  _globals['_LOADED']._serialized_end=3401
-  _globals['_LOADFAILED']._serialized_start=3403
-  _globals['_LOADFAILED']._serialized_end=3471
-  _globals['_UNLOAD']._serialized_start=3473
-  _globals['_UNLOAD']._serialized_end=3496
-  _globals['_UNLOADED']._serialized_start=3498
-  _globals['_UNLOADED']._serialized_end=3523
-  _globals['_HEARTBEAT']._serialized_start=3526
-  _globals['_HEARTBEAT']._serialized_end=3786
-  _globals['_WELCOME']._serialized_start=3789
-  _globals['_WELCOME']._serialized_end=3969
-  _globals['_REFUSED']._serialized_start=3971
-  _globals['_REFUSED']._serialized_end=3996
-  _globals['_SHUTDOWN']._serialized_start=3998
-  _globals['_SHUTDOWN']._serialized_end=4024
-  _globals['_RENEW']._serialized_start=4026
-  _globals['_RENEW']._serialized_end=4062
-  _globals['_RENEWED']._serialized_start=4064
-  _globals['_RENEWED']._serialized_end=4094
-  _globals['_COORDINATOR']._serialized_start=4096
-  _globals['_COORDINATOR']._serialized_end=4186
+  _globals['_WORKERMESSAGE']._serialized_start=114
+  _globals['_WORKERMESSAGE']._serialized_end=926
+  _globals['_COORDINATORMESSAGE']._serialized_start=929
+  _globals['_COORDINATORMESSAGE']._serialized_end=1605
+  _globals['_REGISTER']._serialized_start=1608
+  _globals['_REGISTER']._serialized_end=1975
+  _globals['_GPU']._serialized_start=1977
+  _globals['_GPU']._serialized_end=2067
+  _globals['_ADMITTED']._serialized_start=2069
+  _globals['_ADMITTED']._serialized_end=2167
+  _globals['_DEADLINES']._serialized_start=2169
+  _globals['_DEADLINES']._serialized_end=2286
+  _globals['_REJECTED']._serialized_start=2288
+  _globals['_REJECTED']._serialized_end=2314
+  _globals['_REQUESTFAILED']._serialized_start=2316
+  _globals['_REQUESTFAILED']._serialized_end=2392
+  _globals['_HEARTBEAT']._serialized_start=2395
+  _globals['_HEARTBEAT']._serialized_end=2655
+  _globals['_SHUTDOWN']._serialized_start=2657
+  _globals['_SHUTDOWN']._serialized_end=2683
+  _globals['_RENEWCERTIFICATE']._serialized_start=2685
+  _globals['_RENEWCERTIFICATE']._serialized_end=2732
+  _globals['_CERTIFICATERENEWED']._serialized_start=2734
+  _globals['_CERTIFICATERENEWED']._serialized_end=2775
+  _globals['_RENEWALFAILED']._serialized_start=2777
+  _globals['_RENEWALFAILED']._serialized_end=2833
+  _globals['_GETLOG']._serialized_start=2835
+  _globals['_GETLOG']._serialized_end=2863
+  _globals['_LOGTAIL']._serialized_start=2865
+  _globals['_LOGTAIL']._serialized_end=2925
+  _globals['_COORDINATOR']._serialized_start=2927
+  _globals['_COORDINATOR']._serialized_end=3017
 # @@protoc_insertion_point(module_scope)

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n llamaclust/proto/enrolment.proto\x12\rllamaclust.v1\"\xbc\x01\n\x16\x45nrolmentServerMessage\x12\x36\n\tchallenge\x18\x01 \x01(\x0b\x32!.llamaclust.v1.EnrolmentChallengeH\x00\x12.\n\x05grant\x18\x02 \x01(\x0b\x32\x1d.llamaclust.v1.EnrolmentGrantH\x00\x12\x32\n\x07refusal\x18\x03 \x01(\x0b\x32\x1f.llamaclust.v1.EnrolmentRefusalH\x00\x42\x06\n\x04kind\"k\n\x12\x45nrolmentChallenge\x12\x16\n\x0eprotocol_major\x18\x01 \x01(\r\x12\x16\n\x0eprotocol_minor\x18\x02 \x01(\r\x12\x16\n\x0e\x63\x61_certificate\x18\x03 \x01(\x0c\x12\r\n\x05nonce\x18\x04 \x01(\x0c\"\x8b\x01\n\x10\x45nrolmentRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1b\n\x13\x63\x65rtificate_request\x18\x02 \x01(\x0c\x12\r\n\x05nonce\x18\x03 \x01(\x0c\x12\r\n\x05proof\x18\x04 \x01(\x0c\x12\x16\n\x0eprotocol_major\x18\x05 \x01(\r\x12\x16\n\x0eprotocol_minor\x18\x06 \x01(\r\"B\n\x0e\x45nrolmentGrant\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\x12\x0c\n\x04port\x18\x02 \x01(\r\x12\r\n\x05proof\x18\x03 \x01(\x0c\"\"\n\x10\x45nrolmentRefusal\x12\x0e\n\x06reason\x18\x01 \x01(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n llamaclust/proto/enrolment.proto\x12\rllamaclust.v1\"\xbc\x01\n\x16\x45nrolmentServerMessage\x12\x36\n\tchallenge\x18\x01 \x01(\x0b\x32!.llamaclust.v1.EnrolmentChallengeH\x00\x12.\n\x05grant\x18\x02 \x01(\x0b\x32\x1d.llamaclust.v1.EnrolmentGrantH\x00\x12\x32\n\x07refusal\x18\x03 \x01(\x0b\x32\x1f.llamaclust.v1.EnrolmentRefusalH\x00\x42\x06\n\x04kind\"U\n\x12\x45nrolmentChallenge\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x16\n\x0e\x63\x61_certificate\x18\x02 \x01(\x0c\x12\r\n\x05nonce\x18\x03 \x01(\x0c\"u\n\x10\x45nrolmentRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1b\n\x13\x63\x65rtificate_request\x18\x02 \x01(\x0c\x12\r\n\x05nonce\x18\x03 \x01(\x0c\x12\r\n\x05proof\x18\x04 \x01(\x0c\x12\x18\n\x10protocol_version\x18\x05 \x01(\r\"B\n\x0e\x45nrolmentGrant\x12\x13\n\x0b\x63\x65rtificate\x18\x01 \x01(\x0c\x12\x0c\n\x04port\x18\x02 \x01(\r\x12\r\n\x05proof\x18\x03 \x01(\x0c\"\"\n\x10\x45nrolmentRefusal\x12\x0e\n\x06reason\x18\x01 \x01(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,11 +34,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ENROLMENTSERVERMESSAGE']._serialized_start=52
   _globals['_ENROLMENTSERVERMESSAGE']._serialized_end=240
   _globals['_ENROLMENTCHALLENGE']._serialized_start=242
-  _globals['_ENROLMENTCHALLENGE']._serialized_end=349
-  _globals['_ENROLMENTREQUEST']._serialized_start=352
-  _globals['_ENROLMENTREQUEST']._serialized_end=491
-  _globals['_ENROLMENTGRANT']._serialized_start=493
-  _globals['_ENROLMENTGRANT']._serialized_end=559
-  _globals['_ENROLMENTREFUSAL']._serialized_start=561
-  _globals['_ENROLMENTREFUSAL']._serialized_end=595
+  _globals['_ENROLMENTCHALLENGE']._serialized_end=327
+  _globals['_ENROLMENTREQUEST']._serialized_start=329
+  _globals['_ENROLMENTREQUEST']._serialized_end=446
+  _globals['_ENROLMENTGRANT']._serialized_start=448
+  _globals['_ENROLMENTGRANT']._serialized_end=514
+  _globals['_ENROLMENTREFUSAL']._serialized_start=516
+  _globals['_ENROLMENTREFUSAL']._serialized_end=550
 # @@protoc_insertion_point(module_scope)

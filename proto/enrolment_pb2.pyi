@@ -20,7 +20,7 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class EnrolmentServerMessage(_message.Message):
-    """What the coordinator says."""
+    """From the coordinator."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -37,7 +37,7 @@ class EnrolmentServerMessage(_message.Message):
 
     @_builtins.property
     def refusal(self) -> Global___EnrolmentRefusal:
-        """It has none; the connection ends."""
+        """No certificate is issued; the connection ends."""
 
     def __init__(
         self,
@@ -58,18 +58,15 @@ Global___EnrolmentServerMessage: _TypeAlias = EnrolmentServerMessage  # noqa: Y0
 
 @_typing.final
 class EnrolmentChallenge(_message.Message):
-    """What there is to prove knowledge of the token's secret for."""
+    """To be answered by a proof of knowledge of the token's secret."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    PROTOCOL_MAJOR_FIELD_NUMBER: _builtins.int
-    PROTOCOL_MINOR_FIELD_NUMBER: _builtins.int
+    PROTOCOL_VERSION_FIELD_NUMBER: _builtins.int
     CA_CERTIFICATE_FIELD_NUMBER: _builtins.int
     NONCE_FIELD_NUMBER: _builtins.int
-    protocol_major: _builtins.int
-    """Protocol version: another major is refused."""
-    protocol_minor: _builtins.int
-    """Protocol version: a newer minor may send fields the other side ignores."""
+    protocol_version: _builtins.int
+    """Another version is refused."""
     ca_certificate: _builtins.bytes
     """The cluster's CA certificate (DER); the token names its SHA-256."""
     nonce: _builtins.bytes
@@ -77,14 +74,13 @@ class EnrolmentChallenge(_message.Message):
     def __init__(
         self,
         *,
-        protocol_major: _builtins.int = ...,
-        protocol_minor: _builtins.int = ...,
+        protocol_version: _builtins.int = ...,
         ca_certificate: _builtins.bytes = ...,
         nonce: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ca_certificate", b"ca_certificate", "nonce", b"nonce", "protocol_major", b"protocol_major", "protocol_minor", b"protocol_minor"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ca_certificate", b"ca_certificate", "nonce", b"nonce", "protocol_version", b"protocol_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -92,7 +88,7 @@ Global___EnrolmentChallenge: _TypeAlias = EnrolmentChallenge  # noqa: Y015
 
 @_typing.final
 class EnrolmentRequest(_message.Message):
-    """A worker asks for a certificate; the only message of its side."""
+    """Request for a certificate; the only message of a worker."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -100,8 +96,7 @@ class EnrolmentRequest(_message.Message):
     CERTIFICATE_REQUEST_FIELD_NUMBER: _builtins.int
     NONCE_FIELD_NUMBER: _builtins.int
     PROOF_FIELD_NUMBER: _builtins.int
-    PROTOCOL_MAJOR_FIELD_NUMBER: _builtins.int
-    PROTOCOL_MINOR_FIELD_NUMBER: _builtins.int
+    PROTOCOL_VERSION_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name, which becomes the certificate's."""
     certificate_request: _builtins.bytes
@@ -110,10 +105,8 @@ class EnrolmentRequest(_message.Message):
     """32 random bytes."""
     proof: _builtins.bytes
     """HMAC-SHA256 with the token's secret over a label, the CA's hash, both nonces, the request's hash and the name."""
-    protocol_major: _builtins.int
-    """Protocol version: another major is refused."""
-    protocol_minor: _builtins.int
-    """Protocol version: a newer minor may send fields the other side ignores."""
+    protocol_version: _builtins.int
+    """Another version is refused."""
     def __init__(
         self,
         *,
@@ -121,12 +114,11 @@ class EnrolmentRequest(_message.Message):
         certificate_request: _builtins.bytes = ...,
         nonce: _builtins.bytes = ...,
         proof: _builtins.bytes = ...,
-        protocol_major: _builtins.int = ...,
-        protocol_minor: _builtins.int = ...,
+        protocol_version: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate_request", b"certificate_request", "name", b"name", "nonce", b"nonce", "proof", b"proof", "protocol_major", b"protocol_major", "protocol_minor", b"protocol_minor"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["certificate_request", b"certificate_request", "name", b"name", "nonce", b"nonce", "proof", b"proof", "protocol_version", b"protocol_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -9,7 +9,6 @@ trap 'rm -rf "$tools"' EXIT
 "$tools/venv/bin/python" -m pip --disable-pip-version-check -q install grpcio-tools==1.80.0 mypy-protobuf==5.1.0
 mkdir "$tools/out"
 PATH="$tools/venv/bin:$PATH" "$tools/venv/bin/python" -m grpc_tools.protoc -Illamaclust/proto=proto \
-  --python_out="$tools/out" --mypy_out="$tools/out" llamaclust/proto/control.proto llamaclust/proto/enrolment.proto \
-  llamaclust/proto/measuring.proto llamaclust/proto/microbatch.proto llamaclust/proto/sampling.proto
+  --python_out="$tools/out" --mypy_out="$tools/out" $(ls proto/*.proto | sed 's|^|llamaclust/|')
 cp "$tools"/out/llamaclust/proto/*_pb2.py "$tools"/out/llamaclust/proto/*_pb2.pyi proto/
-cat proto/control.proto proto/enrolment.proto proto/measuring.proto proto/microbatch.proto proto/sampling.proto | sha256sum | cut -d' ' -f1 > proto/protos.sha256
+cat proto/*.proto | sha256sum | cut -d' ' -f1 > proto/protos.sha256

@@ -11,8 +11,8 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from llamaclust.core.bounds import line, one_line
 from llamaclust.core.errors import ProtocolError
-from llamaclust.wire.bounds import line, one_line
 
 FRAME_BYTES = 1 << 18
 """A link of 100 kbit/s brings one within a deadline of 30 s; a fast one does not feel it."""

@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from llamaclust.core.errors import ProtocolError, UsageError, WorkerError
-from llamaclust.wire.microbatch.messages import PROTOCOL_VERSION
+from llamaclust.wire.codec import PROTOCOL_VERSION
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.security.certificates import NewKey, ca_hash, cluster_id, pem
 from llamaclust.wire.security.credentials import COORDINATOR, Identity, Principal
@@ -69,9 +69,8 @@ async def pinned(host: str, port: int, token: JoinToken, where: str) -> bytes:
     if ca_hash(challenge.ca_certificate) != token.ca_hash:
         why = "the token is another cluster's, or somebody is in between"
         raise UsageError(f"the coordinator at {where} is not the one that the token names: {why}")
-    theirs, ours = challenge.protocol, PROTOCOL_VERSION
-    if theirs[0] != ours[0]:
-        versions = f"speaks protocol {theirs[0]}.{theirs[1]}, this worker {ours[0]}.{ours[1]}"
+    if challenge.protocol_version != PROTOCOL_VERSION:
+        versions = f"speaks protocol {challenge.protocol_version}, this worker {PROTOCOL_VERSION}"
         raise UsageError(f"the coordinator at {where} {versions}: install the same version of llamaclust everywhere")
     return challenge.ca_certificate
 

@@ -22,7 +22,7 @@ from llamaclust.core.errors import (
 )
 from llamaclust.core.gpus import placed
 from llamaclust.core.logs import last_lines, last_trouble, name_cluster
-from llamaclust.wire.bounds import one_line
+from llamaclust.wire.codec import PROTOCOL_VERSION
 from llamaclust.wire.control.codec import decode_coordinator_message, encode_worker_message
 from llamaclust.wire.control.messages import (
     AddWeightSource,
@@ -32,7 +32,6 @@ from llamaclust.wire.control.messages import (
     Deadlines,
     Failure,
     FindWeights,
-    FindWeightsFailed,
     FindWeightsProgress,
     GetLog,
     Heartbeat,
@@ -46,11 +45,11 @@ from llamaclust.wire.control.messages import (
     ProbePeer,
     ProbeResult,
     ProfileLinks,
-    ProfileLinksFailed,
     ProfileWorker,
     Register,
     Rejected,
     RenewalFailed,
+    RequestFailed,
     Shutdown,
     Unload,
     Unloaded,
@@ -58,7 +57,6 @@ from llamaclust.wire.control.messages import (
     WorkerMessage,
     WorkerProfile,
 )
-from llamaclust.wire.microbatch.messages import PROTOCOL_VERSION
 from llamaclust.wire.rpc.client import JOIN, ClientStream, Peer
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.link_probe import measure_link, try_link
@@ -117,10 +115,9 @@ class Member:
             raise UsageError(f"the coordinator refused: {welcome.reason}")
         if not isinstance(welcome, Admitted):
             raise ProtocolError(f"the coordinator answered {type(welcome).__name__} to a registration")
-        if welcome.protocol[0] != PROTOCOL_VERSION[0]:
-            raise UsageError(
-                f"the coordinator speaks protocol {welcome.protocol[0]}, this worker {PROTOCOL_VERSION[0]}"
-            )
+        if welcome.protocol_version != PROTOCOL_VERSION:
+            versions = f"{welcome.protocol_version}, this worker {PROTOCOL_VERSION}"
+            raise UsageError(f"the coordinator speaks protocol {versions}")
         self._deadlines = welcome.deadlines
         if welcome.cluster:
             name_cluster(welcome.cluster)
@@ -160,7 +157,7 @@ class Member:
             case AddWeightSource():
                 self._weights.hear(message, self._source)
             case GetLog():
-                self._start(self._say(LogTail(*last_lines(), message.number)))
+                self._start(self._say(LogTail.bounded(*last_lines(), message.request_id)))
             case CertificateRenewed() | RenewalFailed() if self._renewal is not None:
                 self._renewal.hear(message)
             case _:
@@ -189,7 +186,7 @@ class Member:
         if order.epoch in self._service:
             raise ProtocolError(f"epoch {order.epoch} is loaded already")
         received_bytes = self._weights.received_bytes
-        held = await self._service.clear() if order.alone else []
+        held = await self._service.clear() if order.exclusive else []
         try:
             runner = await self._service.take_kept(order)
             if runner is not None:
@@ -238,7 +235,7 @@ class Member:
             why = str(error)
         finally:
             await peer.close()
-        await self._say(ProbeResult(order.worker, why, order.number))
+        await self._say(ProbeResult(order.worker, why, order.request_id))
 
     async def _unload(self, order: Unload) -> None:
         async with self._one_order:
@@ -248,14 +245,14 @@ class Member:
     async def _measure(self, order: ProfileWorker) -> None:
         async with self._one_order:
             try:
-                answer: WorkerProfile | Failure = await asyncio.to_thread(self._measured, order)
+                answer: WorkerMessage = await asyncio.to_thread(self._measured, order)
             except Exception as error:  # noqa: BLE001  a border: the coordinator is told, the worker stays
                 _log.error("measuring the machine: %s", error)
                 if isinstance(error, DeviceLostError):
                     self._compute.give_up(error)
                     return
-                answer = _failure(error)
-            await self._say(replace(answer, number=order.number))
+                answer = RequestFailed(_failure(error), order.request_id)
+            await self._say(answer)
 
     def _measured(self, order: ProfileWorker) -> WorkerProfile:
         """Where the model's file is not there, of the machine alone."""
@@ -264,16 +261,16 @@ class Member:
         except ModelFileError:  # told when its layers are to be loaded
             model = None
         if model is None:
-            return self._device.measure()
+            return replace(self._device.measure(), request_id=order.request_id)
         with model:
-            return self._device.measure(model)
+            return replace(self._device.measure(model), request_id=order.request_id)
 
     async def _locate(self, wanted: FindWeights) -> None:
         try:
             answer: WorkerMessage = await self._located(wanted)
         except Exception as error:  # noqa: BLE001  a border: the coordinator is told, the worker stays
             _log.error("looking for %s: %s", wanted.model_path, error)
-            answer = FindWeightsFailed(_failure(error, wanted.number))
+            answer = RequestFailed(_failure(error), wanted.request_id)
         await self._say(answer)
 
     async def _located(self, wanted: FindWeights) -> WeightsFound:
@@ -282,7 +279,7 @@ class Member:
         while not (await asyncio.wait((locating,), timeout=_REPORT_S))[0]:
             if reading.total_bytes:
                 await self._say(FindWeightsProgress(reading.done_bytes, reading.total_bytes))
-        return replace(locating.result(), number=wanted.number)
+        return replace(locating.result(), request_id=wanted.request_id)
 
     async def _renew(self, renewal: Renewal) -> None:
         with contextlib.suppress(WorkerError):  # as with heartbeats
@@ -292,11 +289,11 @@ class Member:
         async with self._one_order:
             answer: WorkerMessage
             try:
-                links = tuple([await self._measured_link(*end) for end in order.ends])
-                answer = LinkProfiles(links, order.number)
+                links = tuple([await self._measured_link(end.worker, end.address) for end in order.ends])
+                answer = LinkProfiles(links, order.request_id)
             except Exception as error:  # noqa: BLE001  a border: the coordinator is told, the worker stays
                 _log.error("measuring links: %s", error)
-                answer = ProfileLinksFailed(_failure(error, order.number))
+                answer = RequestFailed(_failure(error), order.request_id)
             await self._say(answer)
 
     async def _measured_link(self, worker: str, address: str) -> LinkProfile:
@@ -335,7 +332,7 @@ class Member:
             counters.sent_bytes,
             self._weights.sent_bytes,
             self._weights.received_bytes,
-            one_line(last_trouble()),
+            last_trouble(),
             tuple(gpu.free_bytes for gpu in self._device.gpus),
         )
 
@@ -349,19 +346,15 @@ class Member:
             await self._stream.write(encode_worker_message(message))
 
     async def _hear(self) -> CoordinatorMessage:
-        """The next message of a kind that this version knows."""
+        """The next message."""
         assert self._stream is not None
-        while True:
-            data = await self._stream.read()
-            if data is None:
-                raise WorkerError("the coordinator ended the stream")
-            message = decode_coordinator_message(data)
-            if message is not None:
-                return message
-            _log.warning("ignored a message of a kind that this version does not know")
+        data = await self._stream.read()
+        if data is None:
+            raise WorkerError("the coordinator ended the stream")
+        return decode_coordinator_message(data)
 
 
-def _failure(error: Exception, number: int = 0) -> Failure:
+def _failure(error: Exception) -> Failure:
     known = isinstance(error, LlamaclustError)
     text = str(error) if known else f"{type(error).__name__}: {error}"
-    return Failure(type(error).__name__ if known else LlamaclustError.__name__, one_line(text), number)
+    return Failure(type(error).__name__ if known else LlamaclustError.__name__, text)

@@ -8,8 +8,8 @@ import logging
 import socket
 from dataclasses import replace
 
+from llamaclust.core.bounds import one_line
 from llamaclust.core.errors import DeadlineError, DeviceLostError, LlamaclustError, UsageError, WorkerError
-from llamaclust.wire.bounds import one_line
 from llamaclust.wire.control.messages import Register
 from llamaclust.wire.rpc.client import Peer
 from llamaclust.wire.rpc.deadlines import deadline

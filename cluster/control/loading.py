@@ -51,7 +51,7 @@ async def load_stages(
     for index, (stage, handle) in enumerate(zip(stages, handles, strict=True)):
         layers, fetched = (stage.start, stage.end), weights.get(stage.worker)
         order = Load(
-            epoch, model_path, model_id, *layers, limits, None, alone=alone, weights=fetched, devices=stage.devices
+            epoch, model_path, model_id, *layers, limits, None, exclusive=alone, weights=fetched, devices=stage.devices
         )
         order = _with_neighbours(order, handles, index)
         loads.append(handle.load(order, partial(on_progress, stage.worker), stall_s))

@@ -24,8 +24,6 @@ _MEMORY_S = 600.0
 
 _MOST_TRIES = 256
 """All ways are tried at the same time where they are not more."""
-_TRIES = (2, 4)
-"""The first version of the protocol whose workers do."""
 
 Workers = Callable[[], Mapping[str, WorkerHandle]]
 _Way = tuple[WorkerHandle, WorkerHandle]
@@ -96,7 +94,7 @@ class CutPairs:
 
     def _ways(self, news: set[_Way]) -> set[_Way]:
         """Those that may be cut as well: of many workers, those from and to the ones that are known to be cut off."""
-        there = [one for one in self._workers().values() if one.registration.protocol >= _TRIES]
+        there = self._workers().values()
         ways = {way for way in permutations(there, 2) if frozenset((way[0].name, way[1].name)) not in self._cuts}
         if len(ways) <= _MOST_TRIES:
             return ways

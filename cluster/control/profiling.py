@@ -100,7 +100,7 @@ class _Measuring:
         trials: dict[str, Trial] = {}
         for key, worker in one_of_each.items():
             if key not in self.failed and (measured := await self._try(worker)) is not None:
-                trials[key] = _trial(measured.trials)
+                trials[key] = _trial(measured.stages)
         return trials
 
     async def _try(self, worker: WorkerHandle) -> WorkerProfile | None:
@@ -132,7 +132,7 @@ def _mean(group: list[WorkerProfile]) -> Measurement:
 def _means(group: Sequence[WorkerProfile | GpuProfile]) -> tuple[float, float, Trial]:
     """GB/s, 10^9 multiply-accumulates a second, steps."""
     read = fmean(one.read_bytes_s for one in group) / 1e9
-    return read, fmean(one.int8_macs_s for one in group) / 1e9, mean_trial([_trial(one.trials) for one in group])
+    return read, fmean(one.int8_macs_s for one in group) / 1e9, mean_trial([_trial(one.stages) for one in group])
 
 
 def _trial(trials: Iterable[StageProfile]) -> Trial:

@@ -31,10 +31,6 @@ _ALIKE = 1.25
 OnReading = Callable[[str, FindWeightsProgress], None]
 """Called with the name of a worker that reads its file for others, and how far it is."""
 
-_SINCE = (2, 2)
-"""The first version of the protocol whose workers answer."""
-_HEARS = (2, 5)
-"""The first one whose workers hear of sources while they load."""
 _TELL_S = 5.0
 
 
@@ -49,7 +45,7 @@ async def weight_sources(
 ) -> dict[str, WeightSources]:
     """For each of the workers in `loading` that has not the file, whom to ask for its layers; workers that have it are
     left out, and so are all where nobody has anything."""
-    members = {name: one for name, one in workers.items() if one.loss is None and one.registration.protocol >= _SINCE}
+    members = {name: one for name, one in workers.items() if one.loss is None}
     found = await _located(members.values(), lambda one: one.locate(model_path, model_id, describe=False))
     without = [name for name in loading if name in found and not found[name].has_file]
     if not without:
@@ -72,7 +68,7 @@ async def tell_source(
 ) -> None:
     """Tells those that fetch weights of one that has joined, where it has what they fetch: it may be one that they ask
     in vain, since it is elsewhere now."""
-    fetching = [one for one in workers if one is not newcomer and _fetched(one) and one.registration.protocol >= _HEARS]
+    fetching = [one for one in workers if one is not newcomer and _fetched(one)]
     if not fetching:
         return
     for located in (await _located([newcomer], lambda one: one.locate(model_path, model_id, describe=True))).values():

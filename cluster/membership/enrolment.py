@@ -15,7 +15,7 @@ from pathlib import Path
 from llamaclust.cluster.config.values import split_address
 from llamaclust.cluster.membership.authority import Authority
 from llamaclust.core.errors import LlamaclustError, ProtocolError, UsageError
-from llamaclust.wire.microbatch.messages import PROTOCOL_VERSION
+from llamaclust.wire.codec import PROTOCOL_VERSION
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.rejections import RefusalLog
 from llamaclust.wire.security.credentials import Identity, Principal
@@ -127,14 +127,12 @@ class EnrolmentServer:
                 await writer.wait_closed()
 
     def _answer(self, challenge: Challenge, request: Request) -> ServerMessage:
-        token, ours = self._authority.token, PROTOCOL_VERSION
+        token = self._authority.token
         if not request.is_proven(token, challenge):
             return Refusal("its token belongs to another cluster or was rotated; copy the token file again")
-        if request.protocol[0] != ours[0]:
-            theirs = f"{request.protocol[0]}.{request.protocol[1]}"
-            return Refusal(
-                f"it speaks protocol {theirs}, this coordinator {ours[0]}.{ours[1]}: install the same version"
-            )
+        if request.protocol_version != PROTOCOL_VERSION:
+            versions = f"{request.protocol_version}, this coordinator {PROTOCOL_VERSION}"
+            return Refusal(f"it speaks protocol {versions}: install the same version")
         if (why := self._welcomes(request.name)) is not None:
             return Refusal(why)
         try:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from llamaclust.core.bounds import line, one_line
 from llamaclust.core.logs import read_line
-from llamaclust.wire.bounds import line, one_line
 
 _READ_BYTES = 1 << 16
 _HARMLESS = ("DEBUG", "INFO")

@@ -11,6 +11,7 @@ from types import MappingProxyType
 from llamaclust.cluster.membership.worker_handle import WorkerHandle, WorkerState
 from llamaclust.core.errors import DeadlineError, ProtocolError, WorkerError
 from llamaclust.core.limits import NUMERICS_VERSION
+from llamaclust.wire.codec import PROTOCOL_VERSION
 from llamaclust.wire.control.codec import decode_worker_message, encode_coordinator_message
 from llamaclust.wire.control.messages import (
     Admitted,
@@ -25,7 +26,6 @@ from llamaclust.wire.control.messages import (
     RenewCertificate,
     Shutdown,
 )
-from llamaclust.wire.microbatch.messages import PROTOCOL_VERSION
 from llamaclust.wire.rpc.client import JOIN
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.rejections import RefusalLog
@@ -207,13 +207,13 @@ class Registry:
         return self._welcomes(register.name)
 
     def _misfit(self, register: Register, peer: Principal | None) -> str | None:
-        name, ours = register.name, PROTOCOL_VERSION
+        name = register.name
         if peer is not None and peer.worker != name:
             return f"the certificate is of {peer}, which registers as worker {name}"
         same = "install the same version of llamaclust everywhere"
-        if register.protocol[0] != ours[0]:
-            theirs = f"{register.protocol[0]}.{register.protocol[1]}"
-            return f"worker {name} speaks protocol {theirs}, this coordinator {ours[0]}.{ours[1]}: {same}"
+        if register.protocol_version != PROTOCOL_VERSION:
+            theirs = f"protocol {register.protocol_version}"
+            return f"worker {name} speaks {theirs}, this coordinator {PROTOCOL_VERSION}: {same}"
         if register.numerics_version != (needed := self._numerics_version(register)):
             theirs = f"numerics_version {register.numerics_version}"
             return f"worker {name} computes by {theirs}, this cluster needs {needed}: {same}"
@@ -273,7 +273,7 @@ class Registry:
                 if isinstance(message, RenewCertificate):
                     async with deadline("renewing a certificate", _HANDSHAKE_S):
                         await handle.say(self._renewal(message, stream.peer))
-                elif message is not None:
+                else:
                     handle.hear(message)
                     if isinstance(message, PeerUnreachable) and message.epoch in handle.stages:
                         self._on_cut(handle, message)

@@ -12,16 +12,16 @@ from typing import Any
 
 from llamaclust.cluster.membership.progress_deadline import Further
 from llamaclust.core import errors
-from llamaclust.core.errors import LlamaclustError, ProtocolError, UsageError, WorkerError
+from llamaclust.core.errors import LlamaclustError, ProtocolError, WorkerError
 from llamaclust.core.gpus import DeviceLayers, Gpu
 from llamaclust.wire.control.messages import (
     CoordinatorMessage,
     Failure,
     FindWeights,
-    FindWeightsFailed,
     FindWeightsProgress,
     GetLog,
     Heartbeat,
+    LinkEnd,
     LinkProfile,
     LinkProfiles,
     Load,
@@ -33,10 +33,10 @@ from llamaclust.wire.control.messages import (
     ProbePeer,
     ProbeResult,
     ProfileLinks,
-    ProfileLinksFailed,
     ProfileWorker,
     Register,
     RenewCertificate,
+    RequestFailed,
     Unload,
     Unloaded,
     WeightsFound,
@@ -56,14 +56,8 @@ STALL_S = 60.0
 """Without progress for so long, a load is taken to hang."""
 _LINK_S = 30.0
 _UNLOAD_S = 60.0
-_DESCRIBE_S = 3600.0
-"""For workers that tell nothing of how far they are."""
-_TELLS = (2, 3)
-"""The first version of the protocol whose workers do."""
 _LOG_S = 5.0
 _losses = count()
-_TELLS_LOG = (2, 5)
-"""The first version of the protocol whose workers tell their log."""
 
 
 class WorkerState(StrEnum):
@@ -92,11 +86,11 @@ class WorkerHandle:
         self._on_progress: OnProgress | None = None
         self._on_reading: OnReading | None = None
         self._loading: Load | None = None
-        self._asked: dict[str, tuple[int, asyncio.Future[Any]]] = {}  # (number, answer)
+        self._pending: dict[str | int, asyncio.Future[Any]] = {}  # answers by request id or order
         self._one_locates = asyncio.Lock()
         self._one_reads = asyncio.Lock()  # its log
         self._one_tries: dict[str, asyncio.Lock] = {}  # by the other's name
-        self._numbers = count(1)
+        self._request_ids = count(1)
         self._word = asyncio.Event()  # the next one that it says
         self._cut_off: dict[int, asyncio.Event] = {}  # by epoch
         self._unreached: dict[int, str] = {}  # by epoch: whom its stage cannot reach
@@ -201,7 +195,7 @@ class WorkerHandle:
                 on_progress(news)
 
         self._loading, self._on_progress = order, progress
-        if order.alone:
+        if order.exclusive:
             self.stages.clear()
             self._cut_off.clear()
             self._unreached.clear()
@@ -224,7 +218,7 @@ class WorkerHandle:
         """Has the worker measure its machine; it should do nothing else meanwhile. ProtocolError for an answer about
         other GPUs than it has."""
         limit = deadline(f"worker {self.name}: measurement", deadline_s)
-        measured: WorkerProfile = await self._ask("measurement", order, limit)
+        measured: WorkerProfile = await self._request(order, limit)
         gpus = len(self.registration.gpus)
         if len(measured.gpus) != gpus:
             raise ProtocolError(f"worker {self.name} measured {len(measured.gpus)} GPUs, it has {gpus}")
@@ -233,8 +227,8 @@ class WorkerHandle:
     async def measure_link(self, other: WorkerHandle, deadline_s: float = _LINK_S) -> LinkProfile:
         """Has it measure its link to another worker. Raises what it met there."""
         limit = deadline(f"worker {self.name}: measuring the link to worker {other.name}", deadline_s)
-        order = ProfileLinks(((other.name, other.registration.address),))
-        measured: LinkProfiles = await self._ask("links", order, limit)
+        order = ProfileLinks((LinkEnd(other.name, other.registration.address),))
+        measured: LinkProfiles = await self._request(order, limit)
         if len(measured.links) != 1:
             raise ProtocolError(f"worker {self.name} measured {len(measured.links)} links, asked for one")
         return measured.links[0]
@@ -245,16 +239,13 @@ class WorkerHandle:
         what = f"way to {other.name}"
         async with self._one_tries.setdefault(other.name, asyncio.Lock()):
             limit = deadline(f"worker {self.name}: the {what}", deadline_s)
-            tried: ProbeResult = await self._ask(what, ProbePeer(other.name, other.registration.address), limit)
+            tried: ProbeResult = await self._request(ProbePeer(other.name, other.registration.address), limit)
         return tried.reason
 
     async def log(self, deadline_s: float = _LOG_S) -> LogTail:
-        """The last lines of its log. WorkerError where it is lost, UsageError of one whose version does
-        not tell them, DeadlineError."""
-        if self.registration.protocol < _TELLS_LOG:
-            raise UsageError(f"worker {self.name} is of an older version, which does not tell its log")
+        """The last lines of its log. WorkerError where it is lost, DeadlineError."""
         async with self._one_reads:
-            told: LogTail = await self._ask("log", GetLog(), deadline(f"worker {self.name}: its log", deadline_s))
+            told: LogTail = await self._request(GetLog(), deadline(f"worker {self.name}: its log", deadline_s))
         return told
 
     async def locate(
@@ -276,9 +267,8 @@ class WorkerHandle:
             return self._located[key]
 
     async def _locate(self, question: FindWeights, on_reading: OnReading | None, stall_s: float) -> WeightsFound:
-        is_told = not question.describe or self.registration.protocol >= _TELLS
         what = f"worker {self.name} gets no further with reading {question.model_path}"
-        further = Further(what, stall_s if is_told else _DESCRIBE_S)
+        further = Further(what, stall_s)
 
         def progress(news: FindWeightsProgress) -> None:
             further.hear(news.done_bytes, news.total_bytes)
@@ -287,7 +277,7 @@ class WorkerHandle:
 
         self._on_reading = progress
         try:
-            located: WeightsFound = await further.wait(partial(self._ask, "weights", question))
+            located: WeightsFound = await further.wait(partial(self._request, question))
         finally:
             self._on_reading = None
         return located
@@ -296,23 +286,21 @@ class WorkerHandle:
         """What it said to have of a model; None: it was not asked, or has not answered."""
         return self._located.get((model_id, True)) or self._located.get((model_id, False))
 
-    async def _ask(self, what: str, question: WorkerRequest, limit: deadline) -> Any:
-        """An answer that comes after its deadline has an old number, and is nobody's."""
-        number = next(self._numbers)
-        return await self._order(what, replace(question, number=number), limit, number)
+    async def _request(self, request: WorkerRequest, limit: deadline) -> Any:
+        request_id = next(self._request_ids)
+        return await self._order(request_id, replace(request, request_id=request_id), limit)
 
-    async def _order(self, what: str, message: CoordinatorMessage, limit: deadline, number: int = 0) -> Any:
+    async def _order(self, key: str | int, message: CoordinatorMessage, limit: deadline) -> Any:
         if self.loss is not None:
             raise self.error
-        assert what not in self._asked, f"{what} is under way"
-        answer = asyncio.get_running_loop().create_future()
-        self._asked[what] = number, answer
+        assert key not in self._pending, f"{key} is under way"
+        answer = self._pending[key] = asyncio.get_running_loop().create_future()
         try:
             async with limit:
                 await self.say(message)
                 return await answer
         finally:
-            del self._asked[what]
+            del self._pending[key]
 
     def hear(self, message: WorkerMessage) -> None:
         """Takes in what the worker says. ProtocolError for what it was not asked."""
@@ -324,48 +312,35 @@ class WorkerHandle:
             case LoadProgress():
                 if self._on_progress is not None:
                     self._on_progress(message)
-            case WorkerProfile():
-                self._answer("measurement", message, message.number)
-            case Failure():
-                self._answer("measurement", _error(self.name, message), message.number)
-            case LinkProfiles():
-                self._answer("links", message, message.number)
-            case ProfileLinksFailed(failure):
-                self._answer("links", _error(self.name, failure), failure.number)
+            case WorkerProfile() | LinkProfiles() | WeightsFound() | ProbeResult() | LogTail():
+                self._answer(message.request_id, message)
+            case RequestFailed(failure, request_id):
+                self._answer(request_id, _error(self.name, failure))
             case Loaded(epoch):
                 self._answer(f"load of epoch {epoch}", message)
             case LoadFailed(epoch, failure):
                 self._answer(f"load of epoch {epoch}", _error(self.name, failure))
             case Unloaded(epoch):
                 self._answer(f"unload of epoch {epoch}", None)
-            case WeightsFound():
-                self._answer("weights", message, message.number)
             case FindWeightsProgress():
                 if self._on_reading is not None:
                     self._on_reading(message)
-            case FindWeightsFailed(failure):
-                self._answer("weights", _error(self.name, failure), failure.number)
             case PeerUnreachable(epoch, other):
                 if epoch in self.stages:
                     self._unreached.setdefault(epoch, other)
                     self.cut_off(epoch).set()
-            case ProbeResult(other):
-                self._answer(f"way to {other}", message, message.number)
-            case LogTail():
-                self._answer("log", message, message.number)
             case Register() | RenewCertificate():
                 raise ProtocolError(f"worker {self.name} sends {type(message).__name__} where it has no place")
 
-    def _answer(self, what: str, answer: object, to: int = 0) -> None:
-        """Answers that come after their deadline are dropped. `to`: the number of the question; 0: it had none, or the
-        worker is older than numbers."""
-        number, asked = self._asked.get(what, (0, None))
-        if asked is None or asked.done() or to not in (0, number):
+    def _answer(self, key: str | int, answer: object) -> None:
+        """Answers that come after their deadline are dropped."""
+        pending = self._pending.get(key)
+        if pending is None or pending.done():
             return
         if isinstance(answer, Exception):
-            asked.set_exception(answer)
+            pending.set_exception(answer)
         else:
-            asked.set_result(answer)
+            pending.set_result(answer)
 
     def lose(self, reason: str) -> None:
         """The worker is gone; whoever waits for it hears so. The first reason stays."""
@@ -373,12 +348,12 @@ class WorkerHandle:
             return
         self.loss = reason
         self.loss_number = next(_losses)
-        self.last_words = self._read_last_words() or (self.heartbeat.last_words if self.heartbeat else "")
+        self.last_words = self._read_last_words() or (self.heartbeat.last_error if self.heartbeat else "")
         error = self.error
-        for _, asked in self._asked.values():
-            if not asked.done():
-                asked.set_exception(error)
-                asked.exception()  # seen: who asked may have gone, too
+        for pending in self._pending.values():
+            if not pending.done():
+                pending.set_exception(error)
+                pending.exception()  # retrieved: its caller may be gone, too
         self.lost.set()
 
 

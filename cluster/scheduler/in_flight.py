@@ -61,7 +61,7 @@ class Flight:
         """The next microbatch, of these parts."""
         number = self._next_number
         self._next_number += 1
-        is_ahead = any(part.chunk.follows for part in parts)
+        is_ahead = any(part.chunk.depends_on for part in parts)
         if not is_ahead:
             for other in self._sent:
                 other.alone = False

@@ -91,7 +91,7 @@ def test_the_last_words_of_a_worker_elsewhere_are_those_of_its_last_sign_of_life
 
     handle = WorkerHandle(replace(REGISTER, log="/var/log/a.log", host="far"), say, lambda: "")
     assert str(handle.error).endswith("is lost: no reason is known; look at /var/log/a.log on far")
-    handle.hear(Heartbeat(0.5, 1, 2, 3, 4, last_words="the disk is full"))
+    handle.hear(Heartbeat(0.5, 1, 2, 3, 4, last_error="the disk is full"))
     handle.lose("its connection broke")
     words = "its connection broke; its last words: the disk is full; look at /var/log/a.log on far"
     assert str(handle.error).endswith(words)

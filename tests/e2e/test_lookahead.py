@@ -35,7 +35,7 @@ def ask(max_tokens: int, **fields: object) -> Generation:
 
 
 def steps_ahead(run: Simulation) -> int:
-    return sum(any(chunk.follows for chunk in sent.microbatch.chunks) for sent in run.microbatches)
+    return sum(any(chunk.depends_on for chunk in sent.microbatch.chunks) for sent in run.microbatches)
 
 
 @pytest.mark.parametrize("stages", [1, 2, 3])

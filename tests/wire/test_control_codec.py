@@ -15,7 +15,7 @@ from llamaclust.core.gpus import DeviceLayers, Gpu
 from llamaclust.core.limits import KV_TYPES, StageLimits
 from llamaclust.core.profile import GpuProfile, StageProfile
 from llamaclust.model.program import KvType
-from llamaclust.proto import control_pb2
+from llamaclust.proto import control_pb2, loading_pb2
 from llamaclust.wire.control.codec import (
     decode_coordinator_message,
     decode_worker_message,
@@ -30,6 +30,7 @@ from llamaclust.wire.control.messages import (
     Load,
     LoadProgress,
     LogTail,
+    RequestFailed,
     WorkerMessage,
     WorkerProfile,
 )
@@ -50,12 +51,13 @@ def test_kv_types_of_the_wire_are_those_of_programs() -> None:
     assert tuple(KvType) == KV_TYPES and StageLimits(1, 1, 1, 1, 1).kv_type in KV_TYPES
 
 
-def test_kinds_of_a_newer_minor_version_are_told_apart_from_damage() -> None:
+def test_unknown_kinds_are_told_apart_from_damage() -> None:
     unknown = b"\xa2\x1f\x00"  # field 500, empty
-    assert decode_worker_message(unknown) is None
-    assert decode_coordinator_message(unknown) is None
-    with pytest.raises(ProtocolError):
-        decode_worker_message(b"\xff")
+    for decode in (decode_worker_message, decode_coordinator_message):
+        with pytest.raises(ProtocolError, match="of a kind that this version does not know"):
+            decode(unknown)
+        with pytest.raises(ProtocolError, match="damaged"):
+            decode(b"\xff")
 
 
 @pytest.mark.parametrize("name", ["", "../a", "a/b", "a b", ".a", "x" * 64, "a\n", "a-"])
@@ -105,22 +107,23 @@ def test_numbers_that_are_none_are_refused() -> None:
 
 
 def test_text_from_a_peer_is_safe_to_print() -> None:
-    failure = control_pb2.Failure(kind="X", message="two\nlines \x1b]0;title\x07\u202e")
-    message = control_pb2.WorkerMessage(measure_failed=failure).SerializeToString()
-    assert decode_worker_message(message) == Failure("X", "two lines ]0;title")
+    failure = loading_pb2.Failure(kind="X", message="two\nlines \x1b]0;title\x07\u202e")
+    message = control_pb2.WorkerMessage(request_failed=control_pb2.RequestFailed(failure=failure)).SerializeToString()
+    assert decode_worker_message(message) == RequestFailed(Failure("X", "two lines ]0;title"))
 
 
 def test_logs_travel_by_their_last_lines_and_are_safe_to_print() -> None:
-    many = LogTail(tuple(f"line {number} {'x' * 500}" for number in range(2000)), 10, 1)
+    lines = tuple(f"line {number} {'x' * 500}" for number in range(2000))
+    many = LogTail.bounded(lines, 10, 1)
     told = decode_worker_message(encode_worker_message(many))
     assert isinstance(told, LogTail) and 100 < len(told.lines) < 2000
-    assert told.lines == many.lines[-len(told.lines) :] and told.before + len(told.lines) == 2010
-    odd = LogTail(("\t indented \x1b]0;title\x07", "y" * 3000, "\ud800"), 0)
+    assert told.lines == lines[-len(told.lines) :] and told.before + len(told.lines) == 2010
+    odd = LogTail.bounded(("\t indented \x1b]0;title\x07", "y" * 3000, "\ud800"), 0)
     told = decode_worker_message(encode_worker_message(odd))
     assert isinstance(told, LogTail)
     assert told.lines == ("  indented ]0;title", "y" * 1997 + "...", "\\ud800")
     for lines in ([""] * 1001, ["z" * 2001]):
-        message = control_pb2.WorkerMessage(log_told=control_pb2.LogTold(lines=lines)).SerializeToString()
+        message = control_pb2.WorkerMessage(log_tail=control_pb2.LogTail(lines=lines)).SerializeToString()
         with pytest.raises(ProtocolError):
             decode_worker_message(message)
 

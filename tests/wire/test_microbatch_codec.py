@@ -21,14 +21,14 @@ from llamaclust.core.sampling import RowResult, SampleTask, SamplingParams, Scor
 from llamaclust.core.sampling_bounds import CHAIN_BOUNDS
 from llamaclust.proto import microbatch_pb2, sampling_pb2
 from llamaclust.wire.microbatch.codec import (
-    decode_chosen,
     decode_inputs,
     decode_microbatch,
     decode_result,
-    encode_chosen,
+    decode_sampled_tokens,
     encode_inputs,
     encode_microbatch,
     encode_result,
+    encode_sampled_tokens,
 )
 from llamaclust.wire.microbatch.frames import Frame, FrameKind, decode_frame, encode_failure, encode_hidden
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, Result, SampledTokens, SamplingInputs, StageTiming
@@ -126,16 +126,16 @@ def test_what_is_sent_arrives(microbatch: Microbatch, wanted: SamplingInputs, re
 
 
 @given(st.builds(SampledTokens, uint64, ids))
-def test_chosen_tokens_arrive(chosen: SampledTokens) -> None:
-    assert decode_chosen(encode_chosen(chosen)) == chosen
+def test_sampled_tokens_arrive(sampled: SampledTokens) -> None:
+    assert decode_sampled_tokens(encode_sampled_tokens(sampled)) == sampled
 
 
 @pytest.mark.parametrize(
     "bad", [SampledTokens(1, (MAX_VOCABULARY,)), SampledTokens(1, (0,) * (MAX_TOKENS + 1))], ids=["id", "many"]
 )
-def test_chosen_tokens_out_of_bounds_are_refused(bad: SampledTokens) -> None:
+def test_sampled_tokens_out_of_bounds_are_refused(bad: SampledTokens) -> None:
     with pytest.raises(ProtocolError):
-        decode_chosen(encode_chosen(bad))
+        decode_sampled_tokens(encode_sampled_tokens(bad))
 
 
 def test_a_failed_row_arrives_alone() -> None:
@@ -312,7 +312,7 @@ def test_a_frame_of_another_version_is_refused_by_name() -> None:
 
 def test_stubs_belong_to_the_proto_files() -> None:
     """`make proto` writes both."""
-    names = ("control.proto", "enrolment.proto", "measuring.proto", "microbatch.proto", "sampling.proto")
+    names = ("control.proto", "enrolment.proto", "loading.proto", "microbatch.proto", "profile.proto", "sampling.proto")
     text = b"".join((PROTO / name).read_bytes() for name in names)
     assert (PROTO / "protos.sha256").read_text().strip() == hashlib.sha256(text).hexdigest()
     assert {path.name for path in PROTO.glob("*.proto")} == set(names)

@@ -196,7 +196,7 @@ def test_a_load_that_failed_holds_nothing_when_the_coordinator_hears_of_it(monke
     weights: Any = SimpleNamespace(received_bytes=0)
     member = Member("a", nothing, nothing, StageService("a"), nothing, weights)
     monkeypatch.setattr(member, "_say", say)
-    order: Any = SimpleNamespace(epoch=1, start=0, end=2, alone=True)
+    order: Any = SimpleNamespace(epoch=1, start=0, end=2, exclusive=True)
     gc.disable()
     try:
         asyncio.run(member._load(order))

@@ -1,46 +1,78 @@
-"""What a worker and its coordinator say to each other, as dataclasses: membership, loads, signs of life."""
+"""Control messages between workers and their coordinator: membership, requests, loads, heartbeats.
+
+A message of a new kind is a dataclass here, its place in one of the unions at the end, and a proto message of the same
+name with the same fields.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Annotated
 
+from llamaclust.core.bounds import (
+    MAX_GPUS,
+    MAX_LAYERS,
+    UINT64,
+    Address,
+    Digest,
+    Integer,
+    Line,
+    LogLine,
+    MemoryBytes,
+    ModelId,
+    ModelPath,
+    Rate,
+    Real,
+    Reason,
+    Size,
+    WorkerName,
+    bounded,
+)
+from llamaclust.core.errors import ProtocolError
 from llamaclust.core.gpus import DeviceLayers, Gpu
 from llamaclust.core.limits import NUMERICS_VERSION, StageLimits
-from llamaclust.core.profile import GpuProfile, StageProfile
-from llamaclust.wire.microbatch.messages import PROTOCOL_VERSION
+from llamaclust.core.profile import GpuProfile, StageProfiles, check_ascending
+from llamaclust.wire.codec import PROTOCOL_VERSION
+
+_Timeout = Annotated[float, Real(0.01, 86400.0)]
+_LogLine = LogLine(2000)
+_MAX_LOG_LINES = 1000
+_MAX_LOG_BYTES = 1 << 17
+"""Of all lines as UTF-8: little else is in such a message."""
 
 
 @dataclass(frozen=True, slots=True)
 class Register:
-    """Who a worker is; the first message of a membership."""
+    """Identity and facts of a worker; the first message of a membership."""
 
-    name: str
+    name: WorkerName
     pid: int
-    host: str
-    address: str  # gRPC target of its Stage service
-    device: str  # "cpu" | "cuda:N", or several of the latter with commas between
-    threads: int
-    feature_level: str
-    total_memory_bytes: int
-    free_memory_bytes: int  # what it may still take, its cap considered
-    fingerprint: str  # equal for machines on which measurements would come out equal
-    machine_free_bytes: int = 0  # what all processes of its machine may still take together; 0: not known
-    log: str = ""  # where on its machine its log is, for people; "": the launcher knows
-    gpus: tuple[Gpu, ...] = ()  # beside its processor
-    gpu_layers: int | None = None  # of a stage, on its cards; None: as many as they have memory for
-    protocol: tuple[int, int] = PROTOCOL_VERSION
+    host: Annotated[str, Line(255)]
+    address: Address  # of its Stage service
+    device: Annotated[str, Line(255)]  # "cpu" | "cuda:N", or several of the latter with commas between
+    threads: Annotated[int, Integer(1, 1 << 16)]
+    feature_level: Annotated[str, Line(64)]
+    total_memory_bytes: MemoryBytes
+    free_memory_bytes: MemoryBytes  # what it may still take, its cap considered
+    fingerprint: Annotated[str, Line(512)]  # equal for machines with equal profiles
+    machine_free_bytes: MemoryBytes = 0  # what all processes of its machine may still take together; 0: unknown
+    log: Annotated[str, Line(4096)] = ""  # path of its log on its machine, for people; "": the launcher knows
+    gpus: Annotated[tuple[Gpu, ...], Size(0, MAX_GPUS)] = ()  # beside its processor
+    gpu_layers: int | None = None  # of a stage, on its GPUs; None: as many as fit
+    protocol_version: int = PROTOCOL_VERSION
     numerics_version: int = NUMERICS_VERSION
 
 
 @dataclass(frozen=True, slots=True)
 class Deadlines:
-    """What a worker keeps to, in seconds."""
+    """Intervals and timeouts of a worker, in seconds."""
 
-    heartbeat_s: float = 1.0  # between heartbeats
-    sampling_inputs_s: float = 30.0  # a last stage waits so long for a microbatch's sampling inputs
-    forward_s: float = 30.0  # a stage waits so long for the next one to connect or to take a frame
-    coordinator_s: float = 0.0  # a worker waits so long for its coordinator to come back; 0: it ends at once
-    peer_s: float = 5.0  # another worker that does not answer for so long is cut off
+    heartbeat_s: _Timeout = 1.0  # between heartbeats
+    sampling_inputs_s: _Timeout = 30.0  # a last stage waits so long for a microbatch's sampling inputs
+    forward_s: _Timeout = 30.0  # a stage waits so long for the next one to connect or to take a frame
+    coordinator_s: Annotated[float, Real(0.0, 30 * 86400.0)] = 0.0  # a worker waits so long for a lost coordinator
+    peer_s: _Timeout = 5.0  # without an answer for so long, another worker is unreachable
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,72 +80,121 @@ class Admitted:
     """The worker is a member."""
 
     deadlines: Deadlines
-    protocol: tuple[int, int] = PROTOCOL_VERSION
-    cluster: str = ""
+    protocol_version: int = PROTOCOL_VERSION
+    cluster: Annotated[str, Line(255)] = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
     """The worker is not a member; the stream ends."""
 
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class ProfileWorker:
-    """Measure the machine; with a model, also what steps of its layers take."""
-
-    model_path: str = ""
-    model_id: str = ""
-    number: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerProfile:
-    """What the worker's own kernels reach on its machine."""
-
-    read_bytes_s: float
-    int8_macs_s: float
-    trials: tuple[StageProfile, ...] = ()  # by ascending rows; none where the model's file is not there, or no memory
-    number: int = 0
-    gpus: tuple[GpuProfile, ...] = ()  # in the order of its registration
+    reason: Reason
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """An error as it crosses the wire: its class in llamaclust.core.errors and one line. As an answer: to
-    ProfileWorker."""
+    """An error as it crosses the wire: its class in llamaclust.core.errors and one line."""
 
-    kind: str
-    message: str
-    number: int = 0  # of the question that it answers
+    kind: Annotated[str, Line(64)]
+    message: Reason
+
+
+@dataclass(frozen=True, slots=True)
+class RequestFailed:
+    """Answer to any request of the coordinator that did not succeed."""
+
+    failure: Failure
+    request_id: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ProfileWorker:
+    """Request: measure the machine; with a model, also steps of its layers."""
+
+    model_path: ModelPath | None = None
+    model_id: ModelId = ""
+    request_id: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerProfile:
+    """Rates of the worker's own kernels on its machine, and step times of the model."""
+
+    read_bytes_s: Rate
+    int8_macs_s: Rate
+    stages: StageProfiles = ()
+    request_id: int = 0
+    gpus: Annotated[tuple[GpuProfile, ...], Size(0, MAX_GPUS)] = ()  # in the order of its registration
+
+    def check(self) -> None:
+        check_ascending(self.stages)
+
+
+@dataclass(frozen=True, slots=True)
+class LinkEnd:
+    """Another worker, to which a link is measured."""
+
+    worker: WorkerName
+    address: Address  # of its Stage service
+
+
+@dataclass(frozen=True, slots=True)
+class ProfileLinks:
+    """Request: measure the links to other workers, one after the other."""
+
+    ends: Annotated[tuple[LinkEnd, ...], Size(0, 1 << 12)]
+    request_id: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LinkProfile:
+    """Of a link, as its caller sees it."""
+
+    round_trip_s: Annotated[float, Real(0.0, 86400.0)]  # of a token's hidden state and a short answer
+    bytes_s: Annotated[float, Real(1e-3, 1e18)]  # of a stream of large messages
+
+
+@dataclass(frozen=True, slots=True)
+class LinkProfiles:
+    """In the order of the request."""
+
+    links: Annotated[tuple[LinkProfile, ...], Size(0, 1 << 12)]
+    request_id: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class WeightSource:
     """A worker that may have weights."""
 
-    address: str  # gRPC target
-    worker: str
+    address: Address
+    worker: WorkerName
 
 
 @dataclass(frozen=True, slots=True)
 class WeightSources:
     """Where a worker without the model file gets its layers."""
 
-    manifest: str  # SHA-256, hex
-    manifest_bytes: int
-    sources: tuple[WeightSource, ...]  # best first
+    manifest: Digest
+    manifest_bytes: Annotated[int, Integer(1, 1 << 26)]
+    sources: Annotated[tuple[WeightSource, ...], Size(0, 256)]  # best first
+
+
+@dataclass(frozen=True, slots=True)
+class AddWeightSource:
+    """Running loads that fetch weights of this manifest may also fetch from this worker, at its new address."""
+
+    manifest: Digest
+    source: WeightSource
 
 
 @dataclass(frozen=True, slots=True)
 class FindWeights:
-    """Look for a model's weights."""
+    """Request: look for a model's weights."""
 
-    model_path: str
-    model_id: str
-    describe: bool = False  # make the manifest, where there is none yet
-    number: int = 0
+    model_path: ModelPath
+    model_id: ModelId
+    describe: bool = False  # make the manifest if there is none yet
+    request_id: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,51 +202,69 @@ class WeightsFound:
     """What a worker has of a model."""
 
     has_file: bool
-    manifest: str | None = None  # SHA-256, hex, of what it has; None: it has none
-    manifest_bytes: int = 0
-    number: int = 0
+    manifest: Digest | None = None  # of what it has; None: nothing
+    manifest_bytes: Annotated[int, Integer(0, 1 << 26)] = 0
+    request_id: int = 0
+
+    def check(self) -> None:
+        bounded("manifest_bytes", self.manifest_bytes, int(self.manifest is not None), 1 << 26)
 
 
 @dataclass(frozen=True, slots=True)
-class FindWeightsFailed:
-    """It could not be looked for."""
+class FindWeightsProgress:
+    """Bytes of the model's file read so far for a manifest."""
 
-    failure: Failure
+    done_bytes: int
+    total_bytes: int
+
+    def check(self) -> None:
+        bounded("done_bytes", self.done_bytes, 0, self.total_bytes)
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
     """Load layers [start, end) as the stage of an epoch."""
 
-    epoch: int
-    model_path: str
-    model_id: str
+    epoch: Annotated[int, Integer(0, UINT64 - 1)]
+    model_path: ModelPath
+    model_id: ModelId
     start: int
-    end: int
+    end: Annotated[int, Integer(1, MAX_LAYERS)]
     limits: StageLimits
-    next_address: str | None  # gRPC target of the stage after this one; None: this is the last
-    first_address: str | None = None  # for the last: gRPC target of the first stage; None: this is the first
-    next_worker: str | None = None  # who holds that
-    first_worker: str | None = None
-    previous_worker: str | None = None  # holds the stage before this one and may open FORWARD; None: this is the first
-    last_worker: str | None = None  # for the first of several: holds the last stage and may open CHOSEN
-    alone: bool = False  # stages of other epochs are freed first; weights that this one needs as well stay
+    next_address: Address | None  # of the stage after this one; None: this is the last
+    first_address: Address | None = None  # for the last: of the first stage; None: this is the first
+    next_worker: WorkerName | None = None  # at next_address
+    first_worker: WorkerName | None = None
+    previous_worker: WorkerName | None = None  # which alone may open FORWARD; None: this is the first
+    last_worker: WorkerName | None = None  # for the first of several: alone may open SAMPLED_TOKENS
+    exclusive: bool = False  # stages of other epochs are freed first; weights that this one needs as well stay
     weights: WeightSources | None = None  # None: the file must be there
-    devices: tuple[DeviceLayers, ...] = ()  # which hold these layers, in order; (): the processor holds all
+    devices: Annotated[tuple[DeviceLayers, ...], Size(0, MAX_GPUS + 1)] = ()  # in order; (): the processor alone
+
+    def check(self) -> None:
+        bounded("start", self.start, 0, self.end - 1)
+        held, wanted = self.devices, (self.start, self.end)
+        gaps = any(lower.end != upper.start for lower, upper in pairwise(held))
+        if held and (gaps or (held[0].start, held[-1].end) != wanted):
+            ranges = ", ".join(f"[{part.start}, {part.end})" for part in held)
+            raise ProtocolError(f"devices hold layers {ranges} of [{self.start}, {self.end})")
 
 
 @dataclass(frozen=True, slots=True)
 class LoadProgress:
-    """How far a load is, in weight bytes."""
+    """Weight bytes loaded so far."""
 
     epoch: int
     done_bytes: int
     total_bytes: int
 
+    def check(self) -> None:
+        bounded("done_bytes", self.done_bytes, 0, self.total_bytes)
+
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What a loaded stage takes."""
+    """Memory of a loaded stage."""
 
     epoch: int
     weight_bytes: int
@@ -198,86 +297,47 @@ class Unloaded:
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """A sign of life; counters since the worker's start."""
+    """State of a worker; counters since its start."""
 
-    busy: float  # share of the last interval spent computing, 0 to 1
+    busy: Annotated[float, Real(0.0, 1.0)]  # share of the last interval spent computing
     microbatches: int
     tokens: int
-    resident_bytes: int
-    free_memory_bytes: int
-    received_bytes: int = 0  # of microbatches, from stages before its own; 0 from older workers
+    resident_bytes: MemoryBytes
+    free_memory_bytes: MemoryBytes
+    received_bytes: int = 0  # of microbatches, from stages before its own
     sent_bytes: int = 0  # of microbatches and results
     weight_bytes_sent: int = 0  # to other workers
     weight_bytes_received: int = 0  # from other workers
-    last_words: str = ""  # of its log since it joined that tell of trouble
-    gpu_free_bytes: tuple[int, ...] = ()  # in the order of its registration
+    last_error: Reason = ""  # last warning or error of its log since it joined
+    gpu_free_bytes: Annotated[tuple[MemoryBytes, ...], Size(0, MAX_GPUS)] = ()  # in the order of its registration
 
 
 @dataclass(frozen=True, slots=True)
 class Shutdown:
     """The cluster ends."""
 
-    reason: str
+    reason: Reason
 
 
 @dataclass(frozen=True, slots=True)
 class RenewCertificate:
-    """A new certificate is wanted, before the old one ends."""
+    """A new certificate is needed before the old one expires."""
 
     certificate_request: bytes  # DER
 
 
 @dataclass(frozen=True, slots=True)
 class CertificateRenewed:
-    """A certificate of the name that the present one has."""
+    """A certificate of the same name as the present one."""
 
     certificate: bytes  # DER
 
 
 @dataclass(frozen=True, slots=True)
 class RenewalFailed:
-    """There is none."""
+    """The certificate request was not signed."""
 
     failure: Failure
-
-
-@dataclass(frozen=True, slots=True)
-class ProfileLinks:
-    """Measure the links to other workers, one after the other."""
-
-    ends: tuple[tuple[str, str], ...]  # (name, gRPC target of its Stage service)
-    number: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class LinkProfile:
-    """Of a link, as its caller sees it."""
-
-    round_trip_s: float  # until a token's hidden state was taken and answered
-    bytes_s: float  # of a stream of large messages
-
-
-@dataclass(frozen=True, slots=True)
-class LinkProfiles:
-    """In the order of the question."""
-
-    links: tuple[LinkProfile, ...]
-    number: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class ProfileLinksFailed:
-    """A link could not be measured."""
-
-    failure: Failure
-
-
-@dataclass(frozen=True, slots=True)
-class FindWeightsProgress:
-    """How much of the model's file was read, in bytes."""
-
-    done_bytes: int
-    total_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,56 +345,60 @@ class PeerUnreachable:
     """A stage's connection to another worker's broke, stands still, or cannot be made."""
 
     epoch: int
-    worker: str
-    reason: str
+    worker: WorkerName
+    reason: Reason
 
 
 @dataclass(frozen=True, slots=True)
 class ProbePeer:
-    """Look whether another worker can be reached."""
+    """Request: check whether another worker can be reached."""
 
-    worker: str
-    address: str  # gRPC target of its Stage service
-    number: int = 0
+    worker: WorkerName
+    address: Address  # of its Stage service
+    request_id: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class ProbeResult:
     """Whether it answered."""
 
-    worker: str
-    reason: str = ""  # why it cannot be reached
-    number: int = 0
+    worker: WorkerName
+    reason: Reason = ""  # why it cannot be reached
+    request_id: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class GetLog:
-    """Tell the last lines of the log."""
+    """Request: the last lines of the log."""
 
-    number: int = 0
+    request_id: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class LogTail:
     """The last lines of a process's log, oldest first."""
 
-    lines: tuple[str, ...]
-    before: int  # so many lines were before them
-    number: int = 0
+    lines: Annotated[tuple[Annotated[str, _LogLine], ...], Size(0, _MAX_LOG_LINES)]
+    before: int  # number of lines before them
+    request_id: int = 0
 
-
-@dataclass(frozen=True, slots=True)
-class AddWeightSource:
-    """Loads under way that fetch weights of this manifest may ask this worker, wherever it was before."""
-
-    manifest: str  # SHA-256, hex
-    source: WeightSource
+    @classmethod
+    def bounded(cls, lines: tuple[str, ...], before: int, request_id: int = 0) -> LogTail:
+        """The last of these lines that fit into a message."""
+        kept: list[str] = []
+        left = _MAX_LOG_BYTES
+        for line in map(_LogLine.fit, reversed(lines[-_MAX_LOG_LINES:])):
+            left -= len(line.encode())
+            if left < 0:
+                break
+            kept.append(line)
+        return cls(tuple(kept[::-1]), before + len(lines) - len(kept), request_id)
 
 
 WorkerMessage = (
     Register
     | WorkerProfile
-    | Failure
+    | RequestFailed
     | LoadProgress
     | Loaded
     | LoadFailed
@@ -342,17 +406,14 @@ WorkerMessage = (
     | Heartbeat
     | RenewCertificate
     | LinkProfiles
-    | ProfileLinksFailed
     | WeightsFound
-    | FindWeightsFailed
     | FindWeightsProgress
     | PeerUnreachable
     | ProbeResult
     | LogTail
 )
 WorkerRequest = ProfileWorker | ProfileLinks | FindWeights | ProbePeer | GetLog
-"""The coordinator counts them, from 1; answers have their `number`, or 0 from workers older than numbers."""
-
+"""The coordinator numbers them from 1; the answer has the same `request_id`."""
 CoordinatorMessage = (
     Admitted
     | Rejected

@@ -11,6 +11,7 @@ from functools import lru_cache
 from operator import add
 from typing import Literal
 
+from llamaclust.core.bounds import bounded, finite, line, one_line
 from llamaclust.core.errors import ProtocolError
 from llamaclust.core.limits import (
     MAX_CONTEXT_TOKENS,
@@ -24,7 +25,7 @@ from llamaclust.core.sampling import RowResult, RowTask, SampleTask, SamplingPar
 from llamaclust.core.sampling_bounds import MAX_BIAS, MAX_MU, MAX_TOP_K, REAL_BOUNDS
 from llamaclust.proto import microbatch_pb2 as microbatch_proto
 from llamaclust.proto import sampling_pb2 as sampling_proto
-from llamaclust.wire.bounds import bounded, finite, line, one_line, parse
+from llamaclust.wire.codec import parse
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, Result, SampledTokens, SamplingInputs, StageTiming
 from llamaclust.wire.microbatch.sampler_chain_codec import breakers_in, chain_in, chain_out
 
@@ -48,8 +49,8 @@ def encode_microbatch(microbatch: Microbatch) -> bytes:
             window_table=chunk.window_table,
             window_start=chunk.window_start,
         )
-        if chunk.follows is not None:
-            added.follows.number, added.follows.row = chunk.follows
+        if chunk.depends_on is not None:
+            added.depends_on.number, added.depends_on.row = chunk.depends_on
     return message.SerializeToString()
 
 
@@ -73,27 +74,27 @@ def _chunk(message: microbatch_proto.Chunk, number: int) -> Chunk:
     bounded("token", max(tokens), 0, MAX_VOCABULARY - 1)
     bounded("last position", message.position + len(tokens) - 1, 0, MAX_CONTEXT_TOKENS - 1)
     bounded("outputs", message.outputs, 0, len(tokens))
-    follows = _follows(message.follows, tokens, number) if message.HasField("follows") else None
+    depends_on = _depends_on(message.depends_on, tokens, number) if message.HasField("depends_on") else None
     window = _table(message.window_table) if message.window_table else ()
     start = bounded("window_start", message.window_start, 0, MAX_CONTEXT_TOKENS)
-    return Chunk(tokens, message.position, _table(message.table), message.outputs, follows, window, start)
+    return Chunk(tokens, message.position, _table(message.table), message.outputs, depends_on, window, start)
 
 
-def _follows(message: microbatch_proto.Follows, tokens: tuple[int, ...], number: int) -> tuple[int, int]:
+def _depends_on(message: microbatch_proto.RowReference, tokens: tuple[int, ...], number: int) -> tuple[int, int]:
     if tokens != (0,):
-        raise ProtocolError("a chunk that follows a row brings tokens of its own")
-    bounded("number of the microbatch that is followed", message.number, 0, number - 1)
-    return message.number, bounded("row that is followed", message.row, 0, MAX_TOKENS - 1)
+        raise ProtocolError("a chunk that depends on a row has tokens of its own")
+    bounded("number of the microbatch depended on", message.number, 0, number - 1)
+    return message.number, bounded("row depended on", message.row, 0, MAX_TOKENS - 1)
 
 
-def encode_chosen(chosen: SampledTokens) -> bytes:
-    return microbatch_proto.Chosen(number=chosen.number, tokens=chosen.tokens).SerializeToString()
+def encode_sampled_tokens(sampled: SampledTokens) -> bytes:
+    return microbatch_proto.SampledTokens(number=sampled.number, tokens=sampled.tokens).SerializeToString()
 
 
-def decode_chosen(data: bytes) -> SampledTokens:
-    """Raises ProtocolError for bytes that are not chosen tokens or break a bound."""
-    message = parse(microbatch_proto.Chosen, data, MAX_MICROBATCH_BYTES)
-    bounded("chosen tokens", len(message.tokens), 0, MAX_TOKENS)
+def decode_sampled_tokens(data: bytes) -> SampledTokens:
+    """Raises ProtocolError for bytes that are not sampled tokens or break a bound."""
+    message = parse(microbatch_proto.SampledTokens, data, MAX_MICROBATCH_BYTES)
+    bounded("sampled tokens", len(message.tokens), 0, MAX_TOKENS)
     return SampledTokens(message.number, _tokens(message.tokens))
 
 

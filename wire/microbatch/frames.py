@@ -17,9 +17,9 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
+from llamaclust.core.bounds import MAX_TEXT, bounded, line, one_line
 from llamaclust.core.errors import ProtocolError
 from llamaclust.core.limits import MAX_TOKENS
-from llamaclust.wire.bounds import MAX_TEXT, bounded, line, one_line
 from llamaclust.wire.microbatch.codec import MAX_MICROBATCH_BYTES, MAX_STAGES
 from llamaclust.wire.microbatch.messages import StageTiming
 

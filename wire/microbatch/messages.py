@@ -1,16 +1,10 @@
-"""What travels, as dataclasses: microbatches between stages, sampling inputs to the last stage, results back.
-
-The codec checks every bound named here; nobody else sees protobuf.
-"""
+"""Data messages: microbatches between stages, sampling inputs to the last stage, results back."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 from llamaclust.core.sampling import RowResult, RowTask
-
-PROTOCOL_VERSION = (3, 0)
-"""(major, minor): another major is refused at the handshake; unknown fields of a newer minor are ignored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,8 +13,8 @@ class Chunk:
 
     tokens[i] stands at `position` + i and is stored there in KV memory, which `table` maps in order: position p lives
     in the table's block p // 16. The table is written as runs of consecutive ids, (start, count, start, count, ...).
-    The last `outputs` rows are sampled or scored. Where it `follows` a row, its only token is the one chosen there,
-    which nobody knew when it was sent; then tokens is (0,). Where layers with a window have KV blocks of their own,
+    The last `outputs` rows are sampled or scored. If it `depends_on` a row, its only token is the one sampled there,
+    unknown when it was sent; then tokens is (0,). Where layers with a window have KV blocks of their own,
     `window_table` has those from the table's block number `window_start` to the last token's, in the same manner.
     """
 
@@ -28,7 +22,7 @@ class Chunk:
     position: int
     table: tuple[int, ...]
     outputs: int
-    follows: tuple[int, int] | None = None  # (number of an earlier microbatch, index among its output rows)
+    depends_on: tuple[int, int] | None = None  # (number of an earlier microbatch, index among its output rows)
     window_table: tuple[int, ...] = ()
     window_start: int = 0
 
@@ -62,7 +56,7 @@ class SamplingInputs:
 
 @dataclass(frozen=True, slots=True)
 class SampledTokens:
-    """What the last stage tells the first: the tokens of a microbatch's output rows, for chunks that follow them."""
+    """Sent by the last stage to the first: tokens of a microbatch's output rows, for chunks that depend on them."""
 
     number: int
     tokens: tuple[int, ...]  # 0 for a row without an answer; none where the microbatch failed

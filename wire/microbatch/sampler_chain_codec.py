@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from llamaclust.core.bounds import bounded, finite
 from llamaclust.core.errors import ProtocolError
 from llamaclust.core.limits import MAX_CONTEXT_TOKENS, MAX_VOCABULARY
 from llamaclust.core.sampler_chain import STEPS, SamplerChain
 from llamaclust.core.sampling_bounds import CHAIN_BOUNDS, MAX_BREAKER_TOKENS, MAX_BREAKERS, MAX_MIROSTAT
 from llamaclust.proto import sampling_pb2 as sampling_proto
-from llamaclust.wire.bounds import bounded, finite
 
 
 def chain_out(chain: SamplerChain | None) -> sampling_proto.SamplerChain | None:

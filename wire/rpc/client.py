@@ -11,8 +11,8 @@ from typing import Any
 import grpc
 from grpc import aio
 
+from llamaclust.core.bounds import line
 from llamaclust.core.errors import DeadlineError, WorkerError
-from llamaclust.wire.bounds import line
 from llamaclust.wire.microbatch.frames import MAX_FRAME_BYTES
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.security.credentials import Credentials, Identity, KeyPair, Principal, check_address

@@ -6,7 +6,7 @@ import logging
 import time
 from collections import deque
 
-from llamaclust.wire.bounds import one_line
+from llamaclust.core.bounds import one_line
 
 _MOST = 20
 _SECONDS = 60.0

@@ -11,8 +11,8 @@ from typing import Any
 import grpc
 from grpc import aio
 
+from llamaclust.core.bounds import UINT64, one_line
 from llamaclust.core.errors import DeadlineError, LlamaclustError, ProtocolError, UsageError
-from llamaclust.wire.bounds import UINT64, one_line
 from llamaclust.wire.rpc.client import ACCEPTED_KEY, BLAME_KEY, EPOCH_KEY, OPTIONS, TOKEN_KEY, StreamBrokenError
 from llamaclust.wire.rpc.handshakes import HANDSHAKE_S, Handshakes
 from llamaclust.wire.rpc.rejections import RefusalLog

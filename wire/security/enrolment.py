@@ -1,4 +1,4 @@
-"""What is said on the enrolment port: a challenge, a request, an answer; the proofs in them, and their bytes."""
+"""Messages of the enrolment port: a challenge, a request, an answer; the proofs in them, and their bytes."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ import asyncio
 import hashlib
 import hmac
 from dataclasses import dataclass, replace
+from typing import Annotated
 
+from llamaclust.core.bounds import Integer, Reason, Size, WorkerName, bounded
 from llamaclust.core.errors import ProtocolError
 from llamaclust.proto import enrolment_pb2 as proto
-from llamaclust.wire.bounds import bounded, line, one_line, parse, worker_name
-from llamaclust.wire.microbatch.messages import PROTOCOL_VERSION
+from llamaclust.wire.codec import PROTOCOL_VERSION, Envelope, parse, read, write
 from llamaclust.wire.security.token import JoinToken
 
 MAX_ENROLMENT_BYTES = 8192
 NONCE_BYTES = 32
-_PROOF_BYTES = 32
 _LENGTH_BYTES = 4
+_Nonce = Annotated[bytes, Size(NONCE_BYTES, NONCE_BYTES)]
+_Proof = Annotated[bytes, Size(32, 32)]
 _WORKER = b"llamaclust enrolment 1: worker"
 _COORDINATOR = b"llamaclust enrolment 1: coordinator"
 
@@ -26,35 +28,35 @@ class Challenge:
     """The server's first message."""
 
     ca_certificate: bytes  # DER
-    nonce: bytes
-    protocol: tuple[int, int] = PROTOCOL_VERSION
+    nonce: _Nonce
+    protocol_version: int = PROTOCOL_VERSION
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
     """A worker's only message. Its proof is made by `proven`."""
 
-    name: str
+    name: WorkerName
     certificate_request: bytes  # DER
-    nonce: bytes
-    proof: bytes = b""
-    protocol: tuple[int, int] = PROTOCOL_VERSION
+    nonce: _Nonce
+    proof: _Proof = b""
+    protocol_version: int = PROTOCOL_VERSION
 
     def proven(self, token: JoinToken, challenge: Challenge) -> Request:
         return replace(self, proof=_mac(token, _WORKER, *_transcript(token, challenge, self)))
 
     def is_proven(self, token: JoinToken, challenge: Challenge) -> bool:
-        """Whether who made it knows the token, and has been asked by this challenge."""
+        """Whether its sender knows the token and answers this challenge."""
         return hmac.compare_digest(self.proof, self.proven(token, challenge).proof)
 
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """The server's answer: the certificate, and where it is of use."""
+    """The server's answer: the certificate, and the port where it is used."""
 
     certificate: bytes  # DER
-    port: int
-    proof: bytes = b""
+    port: Annotated[int, Integer(1, 65535)]
+    proof: _Proof = b""
 
     def proven(self, token: JoinToken, challenge: Challenge, request: Request) -> Grant:
         answer = (hashlib.sha256(self.certificate).digest(), self.port.to_bytes(2, "big"))
@@ -66,9 +68,9 @@ class Grant:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """The server's answer to one that gets no certificate."""
+    """The server's answer: no certificate."""
 
-    reason: str
+    reason: Reason
 
 
 ServerMessage = Challenge | Grant | Refusal
@@ -85,66 +87,20 @@ def _mac(token: JoinToken, label: bytes, *parts: bytes) -> bytes:
     return hmac.digest(token.secret, data, "sha256")
 
 
-def encode_server_message(message: ServerMessage) -> bytes:
-    match message:
-        case Challenge(certificate, nonce, (major, minor)):
-            challenge = proto.EnrolmentChallenge(
-                protocol_major=major, protocol_minor=minor, ca_certificate=certificate, nonce=nonce
-            )
-            out = proto.EnrolmentServerMessage(challenge=challenge)
-        case Grant(certificate, port, proof):
-            grant = proto.EnrolmentGrant(certificate=certificate, port=port, proof=proof)
-            out = proto.EnrolmentServerMessage(grant=grant)
-        case Refusal(reason):
-            out = proto.EnrolmentServerMessage(refusal=proto.EnrolmentRefusal(reason=one_line(reason)))
-    return out.SerializeToString()
-
-
-def decode_server_message(data: bytes) -> ServerMessage:
-    """ProtocolError for bytes that are no message or break a bound."""
-    message = parse(proto.EnrolmentServerMessage, data, MAX_ENROLMENT_BYTES)
-    match message.WhichOneof("kind"):
-        case "challenge":
-            challenge = message.challenge
-            nonce = _sized("nonce", challenge.nonce, NONCE_BYTES)
-            return Challenge(challenge.ca_certificate, nonce, (challenge.protocol_major, challenge.protocol_minor))
-        case "grant":
-            grant = message.grant
-            port = bounded("port", grant.port, 1, 65535)
-            return Grant(grant.certificate, port, _sized("proof", grant.proof, _PROOF_BYTES))
-        case "refusal":
-            return Refusal(line("reason", message.refusal.reason))
-        case _:
-            raise ProtocolError("an enrolment message of a kind that this version does not know")
+_server: Envelope[ServerMessage] = Envelope(proto.EnrolmentServerMessage, ServerMessage, MAX_ENROLMENT_BYTES)
+encode_server_message = _server.encode
+decode_server_message = _server.decode
 
 
 def encode_request(request: Request) -> bytes:
-    major, minor = request.protocol
-    return proto.EnrolmentRequest(
-        name=request.name,
-        certificate_request=request.certificate_request,
-        nonce=request.nonce,
-        proof=request.proof,
-        protocol_major=major,
-        protocol_minor=minor,
-    ).SerializeToString()
+    record = proto.EnrolmentRequest()
+    write(request, record)
+    return record.SerializeToString()
 
 
 def decode_request(data: bytes) -> Request:
     """ProtocolError for bytes that are no request or break a bound."""
-    message = parse(proto.EnrolmentRequest, data, MAX_ENROLMENT_BYTES)
-    return Request(
-        worker_name(message.name),
-        message.certificate_request,
-        _sized("nonce", message.nonce, NONCE_BYTES),
-        _sized("proof", message.proof, _PROOF_BYTES),
-        (message.protocol_major, message.protocol_minor),
-    )
-
-
-def _sized(what: str, value: bytes, size: int) -> bytes:
-    bounded(f"bytes of {what}", len(value), size, size)
-    return value
+    return read(Request, parse(proto.EnrolmentRequest, data, MAX_ENROLMENT_BYTES))
 
 
 async def read_message(reader: asyncio.StreamReader) -> bytes | None:

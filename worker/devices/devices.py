@@ -90,7 +90,7 @@ class Device:
         measured = WorkerProfile(speed.read_gb_s * 1e9, speed.int8_gmac_s * 1e9)
         if model is not None and self.kind != _REFERENCE:
             device = TrialDevice(self.backend, self.threads, self.feature_level, self.free_memory_bytes, os.getpid())
-            measured = replace(measured, trials=try_stages(device, model))
+            measured = replace(measured, stages=try_stages(device, model))
         return replace(measured, gpus=tuple(self._gpu_speed(gpu, model) for gpu in self.gpus))
 
     def _gpu_speed(self, gpu: GpuBackend, model: Model | None) -> GpuProfile:
@@ -99,7 +99,7 @@ class Device:
         speed = gpu.measure()
         if model is None:
             return speed
-        return replace(speed, trials=try_stages(TrialDevice.gpu(gpu, self.threads, self.feature_level), model))
+        return replace(speed, stages=try_stages(TrialDevice.gpu(gpu, self.threads, self.feature_level), model))
 
     def registration(self, name: str, address: str) -> Register:
         level = self.backend.feature_level

@@ -10,9 +10,9 @@ from functools import partial
 from time import perf_counter_ns
 from typing import TypeVar
 
+from llamaclust.core.bounds import one_line
 from llamaclust.core.errors import DeviceLostError, LlamaclustError, ProtocolError
 from llamaclust.kernels.backend import Float32
-from llamaclust.wire.bounds import one_line
 from llamaclust.wire.microbatch.codec import encode_result
 from llamaclust.wire.microbatch.frames import Frame, FrameKind, encode_failure, encode_hidden
 from llamaclust.wire.microbatch.messages import Microbatch, Result, SampledTokens, SamplingInputs, StageTiming
@@ -88,7 +88,7 @@ class StageStep:
         come and go on the event loop. The answer is a ProtocolError where the frame itself breaks the protocol.
         """
         microbatch = arrival.microbatch
-        is_ahead = any(chunk.follows for chunk in microbatch.chunks)
+        is_ahead = any(chunk.depends_on for chunk in microbatch.chunks)
         answered: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         try:
             if is_ahead and self._is_whole and arrival.frame.kind is not FrameKind.FAILURE:

@@ -22,7 +22,7 @@ def chosen_in(number: int, rows: tuple[RowResult, ...]) -> SampledTokens:
 
 def _newest(microbatch: Microbatch) -> int:
     """The last microbatch that it follows; -1 where it follows none."""
-    return max((chunk.follows[0] for chunk in microbatch.chunks if chunk.follows), default=-1)
+    return max((chunk.depends_on[0] for chunk in microbatch.chunks if chunk.depends_on), default=-1)
 
 
 class ChosenTokens:
@@ -68,7 +68,7 @@ class ChosenTokens:
 
     def fill(self, microbatch: Microbatch) -> Microbatch:
         """The microbatch with the tokens it follows. WorkerError where one is not known."""
-        if not any(chunk.follows for chunk in microbatch.chunks):
+        if not any(chunk.depends_on for chunk in microbatch.chunks):
             return microbatch
         return replace(microbatch, chunks=tuple(map(self._filled, microbatch.chunks)))
 
@@ -84,12 +84,16 @@ class ChosenTokens:
     def _with_history(self, task: RowTask, chunk: Chunk) -> RowTask:
         if not (isinstance(task, SampleTask) and task.history_follows):
             return task
-        if chunk.follows is None:
+        if chunk.depends_on is None:
             raise ProtocolError("a history that goes on with a chosen token, in a chunk that follows none")
-        return replace(task, history=(*task.history, self._token(*chunk.follows)), history_follows=False)
+        return replace(task, history=(*task.history, self._token(*chunk.depends_on)), history_follows=False)
 
     def _filled(self, chunk: Chunk) -> Chunk:
-        return chunk if chunk.follows is None else replace(chunk, tokens=(self._token(*chunk.follows),), follows=None)
+        return (
+            chunk
+            if chunk.depends_on is None
+            else replace(chunk, tokens=(self._token(*chunk.depends_on),), depends_on=None)
+        )
 
     def _token(self, number: int, row: int) -> int:
         tokens = self._tokens.get(number, ())

@@ -11,7 +11,12 @@ from time import perf_counter_ns
 
 from llamaclust.core.errors import DeadlineError, ProtocolError, WorkerError
 from llamaclust.wire.control.messages import Deadlines
-from llamaclust.wire.microbatch.codec import decode_chosen, decode_inputs, decode_microbatch, encode_chosen
+from llamaclust.wire.microbatch.codec import (
+    decode_inputs,
+    decode_microbatch,
+    decode_sampled_tokens,
+    encode_sampled_tokens,
+)
 from llamaclust.wire.microbatch.frames import decode_frame
 from llamaclust.wire.rpc.client import CHOSEN, FORWARD, ClientStream, Peer, UnreachableError
 from llamaclust.wire.rpc.deadlines import deadline, recurring_deadline
@@ -170,7 +175,7 @@ class StageFlow:
         await stream.accept()
         try:
             while (data := await stream.read()) is not None:
-                self._chosen.put(decode_chosen(data))
+                self._chosen.put(decode_sampled_tokens(data))
         finally:
             self._chosen.fail(WorkerError("the last stage tells no more tokens"))
 
@@ -248,7 +253,7 @@ class StageFlow:
         begun_ns, busy_ns = perf_counter_ns(), self._counters.busy_ns
         with limit:
             if self._to_first is not None and answer.chosen is not None:
-                await self._to_first.write(encode_chosen(answer.chosen))
+                await self._to_first.write(encode_sampled_tokens(answer.chosen))
             await outlet.write(answer.data)
         self._counters.sent_bytes += len(answer.data)
         computed_ns = self._counters.busy_ns - busy_ns  # meanwhile, on the event loop

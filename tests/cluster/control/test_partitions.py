@@ -50,7 +50,9 @@ class Members:
             if len(self.asked) >= self.at_once:
                 self.enough.set()
             await self.enough.wait()
-            self.workers[name].hear(ProbeResult(message.worker, "no answer" if way in self.cut else "", message.number))
+            self.workers[name].hear(
+                ProbeResult(message.worker, "no answer" if way in self.cut else "", message.request_id)
+            )
 
         worker = WorkerHandle(replace(REGISTER, name=name), say, lambda: "")
         worker.stages[3] = (LOAD, Loaded(3, 1, 1, 1))

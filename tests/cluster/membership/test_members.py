@@ -16,6 +16,7 @@ from llamaclust.cluster.membership.authority import Authority
 from llamaclust.cluster.membership.registry import Registry
 from llamaclust.core.errors import ProtocolError, WorkerError
 from llamaclust.model.loader import Model
+from llamaclust.wire.codec import PROTOCOL_VERSION
 from llamaclust.wire.control.messages import (
     Admitted,
     CertificateRenewed,
@@ -24,7 +25,6 @@ from llamaclust.wire.control.messages import (
     RenewalFailed,
     RenewCertificate,
 )
-from llamaclust.wire.microbatch.messages import PROTOCOL_VERSION
 from llamaclust.wire.rpc.client import CHOSEN, FORWARD, JOIN, SAMPLE, Peer, StreamBrokenError
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.server import Server
@@ -78,17 +78,15 @@ async def test_who_hangs_is_waited_for_and_then_replaced_by_who_joins_under_its_
                     pass
 
 
-async def test_another_major_version_or_arithmetic_is_refused_by_name(trust: Authority) -> None:
-    major, minor = PROTOCOL_VERSION
+async def test_another_protocol_version_or_arithmetic_is_refused_by_name(trust: Authority) -> None:
+    other = PROTOCOL_VERSION + 1
     async with registry(trust) as there:
         for change, reason in (
-            ({"protocol": (major + 1, 0)}, f"worker a speaks protocol {major + 1}.0, this coordinator {major}.{minor}"),
+            ({"protocol_version": other}, f"worker a speaks protocol {other}, this coordinator {PROTOCOL_VERSION}:"),
             ({"numerics_version": 99}, "worker a computes by numerics_version 99, this cluster needs"),
         ):
             _, refused = await join(there, trust.identity(A), replace(REGISTER, **change))
             assert isinstance(refused, Rejected) and refused.reason.startswith(reason)
-        _, welcome = await join(there, trust.identity(A), replace(REGISTER, protocol=(major, 99)))
-        assert isinstance(welcome, Admitted)
 
 
 async def test_a_registry_that_is_closed_leaves_no_task(trust: Authority) -> None:

@@ -25,8 +25,8 @@ from llamaclust.wire.control.messages import (
     LinkProfiles,
     LogTail,
     ProbeResult,
-    ProfileLinksFailed,
     ProfileWorker,
+    RequestFailed,
     WeightsFound,
     WorkerMessage,
     WorkerProfile,
@@ -44,12 +44,12 @@ def handle_of(name: str = "a", say: Callable[[CoordinatorMessage], Awaitable[Non
 
 
 OTHER = SimpleNamespace(name="b", registration=replace(REGISTER, name="b"))
-QUESTIONS: dict[str, tuple[Asks, WorkerMessage, WorkerMessage, object]] = {
+REQUESTS: dict[str, tuple[Asks, WorkerMessage, WorkerMessage, object]] = {
     "machine": (
         lambda worker: worker.measure(deadline_s=0.05),
-        WorkerProfile(1.0, 1.0, number=1),
-        WorkerProfile(2.0, 2.0, number=2),
-        WorkerProfile(2.0, 2.0, number=2),
+        WorkerProfile(1.0, 1.0, request_id=1),
+        WorkerProfile(2.0, 2.0, request_id=2),
+        WorkerProfile(2.0, 2.0, request_id=2),
     ),
     "link": (
         lambda worker: worker.measure_link(OTHER, deadline_s=0.05),  # type: ignore[arg-type]
@@ -65,9 +65,9 @@ QUESTIONS: dict[str, tuple[Asks, WorkerMessage, WorkerMessage, object]] = {
     ),
     "weights": (
         lambda worker: worker.locate("/m", "id", describe=False, stall_s=0.05),
-        WeightsFound(True, number=1),
-        WeightsFound(False, number=2),
-        WeightsFound(False, number=2),
+        WeightsFound(True, request_id=1),
+        WeightsFound(False, request_id=2),
+        WeightsFound(False, request_id=2),
     ),
     "log": (
         lambda worker: worker.log(0.05),
@@ -78,9 +78,9 @@ QUESTIONS: dict[str, tuple[Asks, WorkerMessage, WorkerMessage, object]] = {
 }
 
 
-@pytest.mark.parametrize("what", QUESTIONS)
+@pytest.mark.parametrize("what", REQUESTS)
 async def test_an_answer_after_its_deadline_is_not_taken_for_the_next_ones(what: str) -> None:
-    ask, late, right, expected = QUESTIONS[what]
+    ask, late, right, expected = REQUESTS[what]
     worker = handle_of()
     with pytest.raises(DeadlineError):
         await ask(worker)
@@ -92,21 +92,15 @@ async def test_an_answer_after_its_deadline_is_not_taken_for_the_next_ones(what:
     assert await asking == expected
 
 
-async def test_failures_have_numbers_and_answers_of_older_workers_none() -> None:
+@pytest.mark.parametrize("what", ["machine", "link"])
+async def test_failures_answer_their_own_request(what: str) -> None:
     worker = handle_of()
-    for failed in (Failure("UsageError", "no", 1), ProfileLinksFailed(Failure("UsageError", "no", 2))):
-        is_link = isinstance(failed, ProfileLinksFailed)
-        ask: Asks = QUESTIONS["link" if is_link else "machine"][0]
-        asking = asyncio.ensure_future(ask(worker))
-        await asyncio.sleep(0)
-        worker.hear(ProfileLinksFailed(Failure("WorkerError", "late", 99)) if is_link else Failure("X", "late", 99))
-        worker.hear(failed)
-        with pytest.raises(UsageError, match="worker a: no"):
-            await asking
-    asking = asyncio.ensure_future(worker.measure())
+    asking = asyncio.ensure_future(REQUESTS[what][0](worker))
     await asyncio.sleep(0)
-    worker.hear(WorkerProfile(3.0, 3.0))
-    assert await asking == WorkerProfile(3.0, 3.0)
+    worker.hear(RequestFailed(Failure("WorkerError", "late"), 99))
+    worker.hear(RequestFailed(Failure("UsageError", "no"), 1))
+    with pytest.raises(UsageError, match="worker a: no"):
+        await asking
 
 
 class Machines:
@@ -126,8 +120,8 @@ class Machines:
             if isinstance(answer, str):
                 self.workers[name].lose(answer)
                 return
-            assert isinstance(answer, WorkerProfile | Failure)
-            self.workers[name].hear(replace(answer, number=message.number))
+            assert isinstance(answer, WorkerProfile | RequestFailed)
+            self.workers[name].hear(replace(answer, request_id=message.request_id))
 
         return say
 
@@ -142,7 +136,7 @@ class Machines:
         return await measure_workers(config, model, self.workers, folder, self.watch)
 
 
-FAILED = Failure("LlamaclustError", "RuntimeError: out of luck")
+FAILED = RequestFailed(Failure("LlamaclustError", "RuntimeError: out of luck"))
 TRIED = WorkerProfile(10e9, 100e9, (StageProfile(1, 1e-4, 1e-11, 1e-3),))
 
 
@@ -179,9 +173,3 @@ async def test_a_worker_that_is_lost_while_it_tries_steps_ends_the_start(tmp_pat
     machines = Machines(a=TRIED, b="its process was killed")
     with pytest.raises(WorkerError, match="worker b is lost: its process was killed"):
         await machines.measure(tmp_path)
-
-
-async def test_older_workers_do_not_tell_their_log() -> None:
-    worker = WorkerHandle(replace(REGISTER, protocol=(2, 4)), _nothing, lambda: "")
-    with pytest.raises(UsageError, match="worker a is of an older version, which does not tell its log"):
-        await worker.log()

@@ -127,7 +127,7 @@ class FakeStages:
     def send(self, scheduled: ScheduledMicrobatch, now_ns: int) -> tuple[int, Result]:
         """When the result is back, and the result."""
         microbatch = scheduled.microbatch
-        followed = [chunk.follows[0] for chunk in microbatch.chunks if chunk.follows]
+        followed = [chunk.depends_on[0] for chunk in microbatch.chunks if chunk.depends_on]
         timings = []
         for stage, stage_ns in enumerate(self.stage_ns):
             now_ns += self.hop_ns

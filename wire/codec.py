@@ -1,0 +1,170 @@
+"""Messages as protobuf bytes and back: one codec for all dataclasses whose fields are named as their proto message's.
+
+Bounds stand in the fields' `Annotated` types (core/bounds.py) and are applied to everything that is decoded; a method
+`check` of a dataclass holds what concerns several fields. `X | None` is an `optional` field, `tuple[X, ...]` a repeated
+one, a dataclass a nested message.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
+from types import NoneType, UnionType
+from typing import Annotated, Any, Generic, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from google.protobuf.message import DecodeError, Message
+
+from llamaclust.core.bounds import Bound
+from llamaclust.core.errors import ProtocolError
+
+PROTOCOL_VERSION = 1
+"""Other versions are refused at the handshake."""
+
+_Message = TypeVar("_Message", bound=Message)
+_Value = TypeVar("_Value")
+
+
+def parse(kind: type[_Message], data: bytes, most_bytes: int) -> _Message:
+    """A protobuf message from bytes; ProtocolError where they are too many or no such message."""
+    if len(data) > most_bytes:
+        raise ProtocolError(f"{kind.__name__}: {len(data)} bytes, at most {most_bytes} are taken")
+    try:
+        message = kind.FromString(data)
+    except DecodeError as error:
+        raise ProtocolError(f"{kind.__name__}: damaged, cannot be decoded") from error
+    message.DiscardUnknownFields()  # of another version; nothing of a peer's is kept that is not checked
+    return message
+
+
+@dataclass(frozen=True, slots=True)
+class _Field:
+    """One field of a dataclass, compiled from its type."""
+
+    name: str
+    label: str  # in errors
+    nested: type | None
+    is_repeated: bool
+    is_optional: bool
+    bounds: tuple[Bound, ...]  # of each item
+    sizes: tuple[Bound, ...]  # of a repeated field
+
+    def write(self, value: Any, record: Any) -> None:
+        if self.nested is None:
+            if self.is_repeated:
+                getattr(record, self.name).extend(map(self._fit, value))
+            else:
+                setattr(record, self.name, self._fit(value))
+        elif self.is_repeated:
+            for item in value:
+                write(item, getattr(record, self.name).add())
+        else:
+            write(value, getattr(record, self.name))
+
+    def _fit(self, value: Any) -> Any:
+        for bound in self.bounds:
+            fit: Callable[[Any], Any] | None = getattr(bound, "fit", None)
+            value = value if fit is None else fit(value)
+        return value
+
+    def read(self, record: Any) -> Any:
+        if self.is_optional and not record.HasField(self.name):
+            return None
+        value = getattr(record, self.name)
+        if not self.is_repeated:
+            return self._read_item(value)
+        for size in self.sizes:
+            size.check(self.label, value)
+        return tuple(map(self._read_item, value))
+
+    def _read_item(self, value: Any) -> Any:
+        if self.nested is not None:
+            return read(self.nested, value)
+        for bound in self.bounds:
+            value = bound.check(self.label, value)
+        return value
+
+
+_known: dict[type, tuple[_Field, ...]] = {}
+
+
+def _fields(kind: Any) -> tuple[_Field, ...]:
+    if kind not in _known:
+        hints = get_type_hints(kind, include_extras=True)
+        _known[kind] = tuple(_compiled(kind, field.name, hints[field.name]) for field in fields(kind))
+    return _known[kind]
+
+
+def _compiled(kind: type, name: str, hint: Any) -> _Field:
+    hint, is_optional = _without_none(hint)
+    hint, bounds = _without_bounds(hint)
+    is_repeated, sizes = get_origin(hint) is tuple, bounds
+    if is_repeated:
+        hint, bounds = _without_bounds(get_args(hint)[0])
+    label = f"{kind.__name__}.{name}"
+    nested: Any = hint if is_dataclass(hint) else None
+    if not bounds and (hint in (str, float) or (is_repeated and not sizes)):
+        raise TypeError(f"{label} has no bound")
+    return _Field(name, label, nested, is_repeated, is_optional, bounds, sizes if is_repeated else ())
+
+
+def _without_none(hint: Any) -> tuple[Any, bool]:
+    if get_origin(hint) not in (Union, UnionType):
+        return hint, False
+    (inner,) = (choice for choice in get_args(hint) if choice is not NoneType)
+    return inner, True
+
+
+def _without_bounds(hint: Any) -> tuple[Any, tuple[Bound, ...]]:
+    if get_origin(hint) is not Annotated:
+        return hint, ()
+    inner, *bounds = get_args(hint)
+    return inner, tuple(bounds)
+
+
+def write(message: Any, record: Any) -> None:
+    """Fills the protobuf message `record` from a dataclass."""
+    record.SetInParent()
+    for field in _fields(type(message)):
+        value = getattr(message, field.name)
+        if value is not None:
+            field.write(value, record)
+
+
+def read(kind: type[_Value], record: Any) -> _Value:
+    """A dataclass from a protobuf message. ProtocolError for a field out of bounds."""
+    message = kind(**{field.name: field.read(record) for field in _fields(kind)})
+    check: Callable[[], None] | None = getattr(message, "check", None)
+    if check is not None:
+        check()
+    return message
+
+
+class Envelope(Generic[_Value]):
+    """A protobuf message with one `oneof kind`, and the dataclasses that travel in it.
+
+    The class `PeerUnreachable` travels in the field `peer_unreachable`.
+    """
+
+    def __init__(self, record: type[Message], union: Any, most_bytes: int) -> None:
+        self._record = record
+        self._most_bytes = most_bytes
+        kinds: tuple[type, ...] = get_args(union)
+        self._names = {kind: re.sub(r"(?<!^)(?=[A-Z])", "_", kind.__name__).lower() for kind in kinds}
+        self._kinds = {name: kind for kind, name in self._names.items()}
+        known = {field.name for field in record.DESCRIPTOR.oneofs_by_name["kind"].fields}
+        assert known == self._kinds.keys(), known ^ self._kinds.keys()
+
+    def encode(self, message: _Value) -> bytes:
+        record = self._record()
+        write(message, getattr(record, self._names[type(message)]))
+        return record.SerializeToString()
+
+    def decode(self, data: bytes) -> _Value:
+        """ProtocolError for bytes that are no message, of an unknown kind or out of bounds."""
+        record: Any = parse(self._record, data, self._most_bytes)
+        name = record.WhichOneof("kind")
+        if name is None:
+            raise ProtocolError(f"{self._record.__name__}: a message of a kind that this version does not know")
+        message: _Value = read(self._kinds[name], getattr(record, name))
+        return message

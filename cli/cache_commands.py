@@ -129,7 +129,7 @@ def _weights() -> WeightCache:
 def _kernels() -> dict[Path, int]:
     """Files of kernels compiled for GPUs, and their bytes. LlamaclustError where they cannot be listed."""
     from llamaclust.cluster.config.environment import environment
-    from llamaclust.kernels.cuda.binary_folder import kernel_files
+    from llamaclust.kernels.cuda.runtime.cubin_cache import kernel_files
 
     folder = environment().kernels_dir
     try:

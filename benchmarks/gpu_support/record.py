@@ -15,8 +15,8 @@ from typing import Any
 
 from gpu_support.stage import Loaded
 from llamaclust.core.errors import UsageError
-from llamaclust.kernels.cuda.cupy_open import import_cupy
-from llamaclust.kernels.cuda.nvrtc import open_nvrtc
+from llamaclust.kernels.cuda.runtime.cupy_open import import_cupy
+from llamaclust.kernels.cuda.runtime.nvrtc import open_nvrtc
 from llamaclust.model.gguf.atomic_file import new_file
 from llamaclust.tools.model_info import describe
 from llamaclust.worker.devices.system_info import processor_name, total_memory_bytes

@@ -11,17 +11,17 @@ from llamaclust.core.gpus import Gpu
 from llamaclust.core.limits import NUMERICS_VERSION, StageLimits
 from llamaclust.core.profile import GpuProfile
 from llamaclust.kernels.backend import Progress
-from llamaclust.kernels.cuda import attention
-from llamaclust.kernels.cuda.attention import check_attention
-from llamaclust.kernels.cuda.cold_cache import ColdCache
-from llamaclust.kernels.cuda.device import Device
-from llamaclust.kernels.cuda.joint_progress import JointProgress
-from llamaclust.kernels.cuda.memory import allocated, most_rounded_bytes
-from llamaclust.kernels.cuda.plan import ANY_GPU, Plan, kv_bytes
+from llamaclust.kernels.cuda.cache_flush import CacheFlush
+from llamaclust.kernels.cuda.executor.plan import ANY_GPU, Plan, kv_bytes
+from llamaclust.kernels.cuda.executor.stage import CudaStage
+from llamaclust.kernels.cuda.launches import attention
+from llamaclust.kernels.cuda.launches.attention import check_attention
 from llamaclust.kernels.cuda.probe import limits, measure
-from llamaclust.kernels.cuda.stage import CudaStage
-from llamaclust.kernels.cuda.turns import Turns
-from llamaclust.kernels.cuda.weights import DeviceWeight, DeviceWeights, LayerMemory, layers_of_weights
+from llamaclust.kernels.cuda.runtime.device import Device
+from llamaclust.kernels.cuda.runtime.gpu_lock import GpuLock
+from llamaclust.kernels.cuda.runtime.memory import allocated, most_rounded_bytes
+from llamaclust.kernels.cuda.weights.device_weights import DeviceWeight, DeviceWeights, LayerMemory, layers_of_weights
+from llamaclust.kernels.cuda.weights.load_progress import LoadProgress
 from llamaclust.kernels.packed.cache_folder import PreparedFolder
 from llamaclust.kernels.packed.weights import check_weights
 from llamaclust.model.gguf.tensors import Tensor
@@ -46,13 +46,13 @@ class CudaBackend:
         self.feature_level = f"sm_{major}{minor}"
         self._device = device
         self._graphs = graphs
-        self._turns = Turns(name, device)
-        self._weights = DeviceWeights(device, self._turns, threads, prepared)
+        self._gpu_lock = GpuLock(name, device)
+        self._weights = DeviceWeights(device, self._gpu_lock, threads, prepared)
 
     @property
     def free_bytes(self) -> int:
         """Without what kernels and graphs will take."""
-        with self._turns.watched():
+        with self._gpu_lock.driver_errors():
             return max(0, self._device.free_bytes - self._device.memory_bytes // _RESERVED_SHARE)
 
     def gpu(self) -> Gpu:
@@ -61,29 +61,28 @@ class CudaBackend:
 
     def measure(self) -> GpuProfile:
         """What kernels reach; blocks for part of a second."""
-        with self._turns.one():
+        with self._gpu_lock.exclusive():
             return GpuProfile(*measure(self._device))
 
     def limits(self) -> GpuProfile:
         """What the GPU can do at best."""
-        with self._turns.one():
+        with self._gpu_lock.exclusive():
             return GpuProfile(*limits(self._device))
 
     @contextmanager
-    def cold_cache(self) -> Iterator[Callable[[], None]]:
-        """What makes the GPU's cache cold, each time that it is called. InsufficientMemoryError where memory is
-        short."""
-        with self._turns.one():
-            cache = ColdCache(self._device)
+    def cache_flush(self) -> Iterator[Callable[[], None]]:
+        """What makes the GPU's cache cold, each time that it is called. InsufficientMemoryError where memory is short."""
+        with self._gpu_lock.exclusive():
+            cache = CacheFlush(self._device)
 
         def sweep() -> None:
-            with self._turns.one():
-                cache.sweep()
+            with self._gpu_lock.exclusive():
+                cache.flush()
 
         try:
             yield sweep
         finally:
-            with self._turns.one():
+            with self._gpu_lock.exclusive():
                 cache.close()
 
     def load(self, program: Program, tensors: dict[str, Tensor], limits: StageLimits, progress: Progress) -> CudaStage:
@@ -92,12 +91,12 @@ class CudaBackend:
         plan = _plan(program, tensors, limits, attention.LaunchLimits(self._device.sms, self._device.shared_bytes))
         memories = self._weights_and_kernels(plan, tensors, progress)
         weights = {name: weight for memory in memories for name, weight in memory.weights.items()}
-        with self._turns.one(), ExitStack() as held:
+        with self._gpu_lock.exclusive(), ExitStack() as held:
             kv = held.enter_context(closing(self._device.allocate(plan.kv_allocated_bytes)))
             buffers = held.enter_context(closing(self._device.allocate(plan.buffers_allocated_bytes)))
-            plan.place(self._device, {name: weights[name] for name in program.weights}, buffers, kv)
+            plan.bind(self._device, {name: weights[name] for name in program.weights}, buffers, kv)
             held.pop_all()
-        return CudaStage(self._device, self._turns, plan, memories, kv, buffers, self._graphs)
+        return CudaStage(self._device, self._gpu_lock, plan, memories, kv, buffers, self._graphs)
 
     def _weights_and_kernels(
         self, plan: Plan, tensors: Mapping[str, Tensor], progress: Progress
@@ -105,12 +104,12 @@ class CudaBackend:
         """Kernels are compiled while weights are brought, where that is still to be done: seconds."""
         modules: dict[str, list[str]] = {}
         for kernel in plan.kernels:
-            modules.setdefault(kernel.partition(".")[0], []).append(kernel)
-        told = JointProgress(progress, plan.weight_bytes, len(modules))
+            modules.setdefault(kernel.rpartition(".")[0], []).append(kernel)
+        told = LoadProgress(progress, plan.weight_bytes, len(modules))
 
         def compile_kernels() -> None:
             for kernels in modules.values():
-                with self._turns.watched():
+                with self._gpu_lock.driver_errors():
                     self._device.prepare(kernels)
                 told.module_done()
 

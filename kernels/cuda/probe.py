@@ -9,8 +9,8 @@ from time import perf_counter
 
 import numpy as np
 
-from llamaclust.kernels.cuda import products
-from llamaclust.kernels.cuda.device import Device, Launch, Scalar
+from llamaclust.kernels.cuda.launches import matmul
+from llamaclust.kernels.cuda.runtime.device import NULL, Device, Launch, Scalar
 from llamaclust.model.quant_types import QuantType
 
 _KIND = QuantType.Q4_0
@@ -37,7 +37,7 @@ def measure(device: Device) -> tuple[float, float]:
     tile_bytes = _KIND.info.tile_bytes(_COLS)
     activation = _KIND.info.activation
     assert activation is not None
-    x_bytes = products.activation_bytes(activation, _MANY_ROWS, _COLS)
+    x_bytes = matmul.activation_bytes(activation, _MANY_ROWS, _COLS)
     room = (device.free_bytes // 2 - x_bytes) // (2 * tile_bytes + 4 * 16 * _MANY_ROWS)
     most = 16 * max(1, min(_TILES_AN_SM * device.sms, room))
     with ExitStack() as held:
@@ -46,8 +46,8 @@ def measure(device: Device) -> tuple[float, float]:
 
         def product(index: int, rows: int, outputs: int) -> Launch:
             device.upload(count, 0, np.array([rows], np.int32).view(np.uint8))
-            matrix = products.Weights(_KIND, outputs, _COLS, weights.at(index * outputs // 16 * tile_bytes))
-            return products.multiply(matrix, x.at(), np.uint64(0), rows, count.at(), out.at(), device.sms)
+            matrix = matmul.Weights(_KIND, outputs, _COLS, weights.at(index * outputs // 16 * tile_bytes))
+            return matmul.multiply(matrix, x.at(), NULL, rows, count.at(), out.at(), device.sms)
 
         def outputs_at(scale: float) -> int:
             return 16 * max(1, int(most * scale) // 16)

@@ -10,8 +10,8 @@ from llamaclust.cluster.config.environment import environment
 from llamaclust.core.errors import UsageError
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.kernels.cuda.backend import CudaBackend
-from llamaclust.kernels.cuda.cupy_device import CupyDevice
-from llamaclust.kernels.cuda.device import Device
+from llamaclust.kernels.cuda.runtime.cupy_device import CupyDevice
+from llamaclust.kernels.cuda.runtime.device import Device
 from llamaclust.model.loader import Model
 from support.cuda.launching import Bench
 from support.cuda.shim_build import build

@@ -10,9 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llamaclust.kernels.cuda.attention import LaunchLimits, cut_of, few_shared_bytes, many_shared_bytes, room_of
-from llamaclust.kernels.cuda.device import LEAST_SHARED_BYTES, PLAIN_SHARED_BYTES
-from llamaclust.kernels.cuda.sources import SRC
+from llamaclust.kernels.cuda.launches.attention import (
+    LaunchLimits,
+    cut_of,
+    few_shared_bytes,
+    many_shared_bytes,
+    room_of,
+)
+from llamaclust.kernels.cuda.runtime.device import LEAST_SHARED_BYTES, PLAIN_SHARED_BYTES
+from llamaclust.kernels.cuda.runtime.sources import SRC
 from llamaclust.model.architectures.alibi import alibi_slopes
 from llamaclust.model.program import Attention, KvType
 from support.arithmetic.batches import batch_of
@@ -168,16 +174,16 @@ PLANTED = ("sum = add(sum, lane < 16 ? weight : other);", "sum = add(sum, lane <
 
 def test_two_swapped_additions_are_noticed(tmp_path: Path) -> None:
     """In the sum of weights, for decoding: other bits, though nearly the same numbers."""
-    for path in (*SRC.glob("attention_*.cuh"), SRC / "attention_few.cu", SRC / "attention_rows.cu"):
+    for path in (SRC / "attention").iterdir():
         shutil.copy(path, tmp_path)
-    header, kernels = tmp_path / "attention_span.cuh", tmp_path / "attention_few.cu"
+    header, kernels = tmp_path / "span.cuh", tmp_path / "few.cu"
     text = header.read_text()
     assert all(text.count(line) == 1 for line in PLANTED)
     header.write_text(text.replace(PLANTED[0], "@").replace(PLANTED[1], PLANTED[0]).replace("@", PLANTED[1]))
     every = kernels.read_text()
     kernels.write_text(re.sub(r"^FEW\((?!f16, 4,).*\n", "", every, flags=re.MULTILINE))
     assert every.count("\nFEW(") == 6 and kernels.read_text().count("\nFEW(") == 1
-    device = ShimDevice(build([kernels, tmp_path / "attention_rows.cu"]))
+    device = ShimDevice(build({"attention.few": kernels, "attention.rows": tmp_path / "rows.cu"}))
     step = attention(4, 1, 64)
     (told,) = sequences_of(tmp_path, step, (320,), generator())
     with Bench(device) as bench:

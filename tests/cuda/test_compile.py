@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from llamaclust.kernels.cuda.device import MIN_COMPUTE_CAPABILITY
-from llamaclust.kernels.cuda.sources import OPTIONS, modules, whole_text
+from llamaclust.kernels.cuda.runtime.device import MIN_COMPUTE_CAPABILITY
+from llamaclust.kernels.cuda.runtime.sources import OPTIONS, modules, whole_text
 from support.cuda.compilers import NONE, ByNvcc, ByNvrtc, find_compiler
 
 Compiler = ByNvrtc | ByNvcc
@@ -43,7 +43,7 @@ def test_every_module_for_every_architecture(compiler: Compiler, request: pytest
 def test_floats_are_single_ieee_operations(compiler: Compiler) -> None:
     """Subnormals are kept, nothing is approximated, and no multiplication is joined with an addition."""
     operations: set[str] = set()
-    for name in ("rows", "norms", "rope"):
+    for name in ("elementwise.rows", "elementwise.norms", "elementwise.rope"):
         operations |= set(
             re.findall(r"\b\w+\.[\w.]*f(?:32|64)\b", compiler.ptx(name, whole_text(modules()[name]), OLDEST))
         )

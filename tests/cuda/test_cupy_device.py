@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from llamaclust.core.errors import DeviceLostError, InsufficientMemoryError, UsageError
-from llamaclust.kernels.cuda import cupy_open
-from llamaclust.kernels.cuda.binary_folder import BinaryFolder
-from llamaclust.kernels.cuda.cupy_device import CupyDevice
-from llamaclust.kernels.cuda.device import Launch
-from llamaclust.kernels.cuda.nvrtc import Binary
-from llamaclust.kernels.cuda.turns import Turns
+from llamaclust.kernels.cuda.runtime import cupy_open
+from llamaclust.kernels.cuda.runtime.cubin_cache import CubinCache
+from llamaclust.kernels.cuda.runtime.cupy_device import CupyDevice
+from llamaclust.kernels.cuda.runtime.device import Launch
+from llamaclust.kernels.cuda.runtime.gpu_lock import GpuLock
+from llamaclust.kernels.cuda.runtime.nvrtc import Binary
 from support.cuda.fake_cupy import CUDARuntimeError, FakeCupy, FakeRuntime
 
 
@@ -28,7 +28,7 @@ class FakeNvrtc:
         self.compiled: list[tuple[str, int]] = []
 
     def compile(self, name: str, text: str, architecture: int) -> Binary:
-        assert f'#line 1 "{name}.cu"' in text and "KERNEL" in text
+        assert f'#line 1 "{name.rpartition(".")[2]}.cu"' in text and "KERNEL" in text
         self.compiled.append((name, architecture))
         return Binary("cubin", f"{name} for {architecture}".encode())
 
@@ -151,7 +151,7 @@ def test_a_driver_that_fails_when_memory_is_asked_for_is_lost_not_full(monkeypat
         raise CUDARuntimeError(700)  # an illegal address before
 
     monkeypatch.setattr(cupy.runtime, "malloc", malloc)
-    with pytest.raises(DeviceLostError, match=r"cuda:0 .* is lost: status 700"), Turns("cuda:0", device).one():
+    with pytest.raises(DeviceLostError, match=r"cuda:0 .* is lost: status 700"), GpuLock("cuda:0", device).exclusive():
         device.allocate(1 << 10)
 
 
@@ -183,7 +183,7 @@ def test_memory_of_a_lost_gpu_is_dropped_in_silence(monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(cupy.runtime, name, fail)
     buffer.close()
     buffer.close()
-    with pytest.raises(DeviceLostError, match="status 719"), Turns("cuda:0", device).one():
+    with pytest.raises(DeviceLostError, match="status 719"), GpuLock("cuda:0", device).exclusive():
         device.synchronize()
 
 
@@ -198,7 +198,7 @@ def test_a_full_disk_leaves_no_half_of_a_compiled_kernel(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(Path, "write_bytes", write_half)
     compiler: Any = FakeNvrtc()
-    binaries = BinaryFolder(folder)
+    binaries = CubinCache(folder)
     path = binaries.get(compiler, "rows", '#line 1 "rows.cu"\nKERNEL', 90)
     assert path.parent != folder and path.read_bytes() == b"rows for 90"
     binaries.close()
@@ -213,7 +213,7 @@ def test_copies_are_in_order_with_launches(monkeypatch: pytest.MonkeyPatch, nvrt
     np.testing.assert_array_equal(device.download(buffer, 90, 10), np.arange(90, 100))
     pinned[:], back[:] = 7, 0
     device.copy_in(buffer, 30, pinned)
-    launch = Launch("rows.add_rows", (1, 2, 1), (256, 1, 1), (buffer.at(8), np.int32(5)))
+    launch = Launch("elementwise.rows.add_rows", (1, 2, 1), (256, 1, 1), (buffer.at(8), np.int32(5)))
     device.launch(launch)
     device.copy_out(back, buffer, 31)
     assert cupy.launches == [] and not back.any()
@@ -231,8 +231,8 @@ def test_graphs(monkeypatch: pytest.MonkeyPatch, nvrtc: FakeNvrtc, tmp_path: Pat
     cupy = install(monkeypatch)
     device = CupyDevice(0, folder=tmp_path)
     buffer, pinned = device.allocate(16), device.pinned(16)
-    launch = Launch("rows.add_rows", (1, 1, 1), (256, 1, 1), ())
-    device.prepare(["rows.add_rows"])
+    launch = Launch("elementwise.rows.add_rows", (1, 1, 1), (256, 1, 1), ())
+    device.prepare(["elementwise.rows.add_rows"])
 
     def work() -> None:
         device.copy_in(buffer, 0, pinned)
@@ -257,18 +257,26 @@ def test_graphs(monkeypatch: pytest.MonkeyPatch, nvrtc: FakeNvrtc, tmp_path: Pat
 def test_kernels_are_compiled_once(monkeypatch: pytest.MonkeyPatch, nvrtc: FakeNvrtc, tmp_path: Path) -> None:
     """On a machine, for each kind of card; a folder that cannot be written is done without."""
     cupy = install(monkeypatch)
-    kernels = ["rows.add_rows", "rows.slice", "norms.rms_norm"]
+    kernels = ["elementwise.rows.add_rows", "elementwise.rows.slice", "elementwise.norms.rms_norm"]
     for index in (0, 0, 1):
         device = CupyDevice(index, folder=tmp_path / "kernels")
         device.prepare(kernels)
         device.close()
-    assert nvrtc.compiled == [("rows", 86), ("norms", 86), ("rows", 90), ("norms", 90)]
-    assert cupy.loaded == [b"rows for 86", b"norms for 86"] * 2 + [b"rows for 90", b"norms for 90"]
+    assert nvrtc.compiled == [
+        ("elementwise.rows", 86),
+        ("elementwise.norms", 86),
+        ("elementwise.rows", 90),
+        ("elementwise.norms", 90),
+    ]
+    assert cupy.loaded == [b"elementwise.rows for 86", b"elementwise.norms for 86"] * 2 + [
+        b"elementwise.rows for 90",
+        b"elementwise.norms for 90",
+    ]
     assert not list((tmp_path / "kernels").glob("*.tmp"))
     (tmp_path / "file").touch()
     device = CupyDevice(folder=tmp_path / "file")
     device.prepare(kernels[:1])
-    assert cupy.loaded[-1] == b"rows for 86"
+    assert cupy.loaded[-1] == b"elementwise.rows for 86"
     device.close()
     assert not cupy.files[-1].exists()
 
@@ -278,26 +286,26 @@ def test_a_damaged_kernel_is_compiled_anew(
     monkeypatch: pytest.MonkeyPatch, nvrtc: FakeNvrtc, tmp_path: Path, data: bytes
 ) -> None:
     cupy = install(monkeypatch)
-    CupyDevice(folder=tmp_path).prepare(["rows.slice"])
+    CupyDevice(folder=tmp_path).prepare(["elementwise.rows.slice"])
     (kept,) = tmp_path.iterdir()
     kept.write_bytes(data)
     for _ in range(2):
-        CupyDevice(folder=tmp_path).prepare(["rows.slice", "rows.add_rows"])
-    assert nvrtc.compiled == [("rows", 86)] * 2 and kept.read_bytes() == b"rows for 86"
-    assert cupy.loaded == [b"rows for 86", data, b"rows for 86", b"rows for 86"]
+        CupyDevice(folder=tmp_path).prepare(["elementwise.rows.slice", "elementwise.rows.add_rows"])
+    assert nvrtc.compiled == [("elementwise.rows", 86)] * 2 and kept.read_bytes() == b"elementwise.rows for 86"
+    assert cupy.loaded == [b"elementwise.rows for 86", data, b"elementwise.rows for 86", b"elementwise.rows for 86"]
 
 
 def test_a_folder_where_others_could_plant_kernels(
     monkeypatch: pytest.MonkeyPatch, nvrtc: FakeNvrtc, tmp_path: Path
 ) -> None:
     cupy, folder = install(monkeypatch), tmp_path / "kernels"
-    CupyDevice(folder=folder).prepare(["rows.slice"])
+    CupyDevice(folder=folder).prepare(["elementwise.rows.slice"])
     assert folder.stat().st_mode & 0o777 == 0o700
     (kept,) = folder.iterdir()
     kept.write_bytes(b"planted for 86")
     folder.chmod(0o777)
-    CupyDevice(folder=folder).prepare(["rows.slice"])
-    assert cupy.loaded[-1] == b"rows for 86" and cupy.files[-1].parent != folder
+    CupyDevice(folder=folder).prepare(["elementwise.rows.slice"])
+    assert cupy.loaded[-1] == b"elementwise.rows for 86" and cupy.files[-1].parent != folder
 
 
 def test_a_compiler_that_is_newer_than_the_driver(monkeypatch: pytest.MonkeyPatch, nvrtc: FakeNvrtc) -> None:
@@ -311,7 +319,7 @@ def test_much_shared_memory_is_asked_for(monkeypatch: pytest.MonkeyPatch, nvrtc:
     cupy = install(monkeypatch)
     device = CupyDevice(folder=tmp_path)
     for shared_bytes in (48 << 10, 64 << 10, 50 << 10, 90 << 10):
-        device.launch(Launch("rows.slice", (1, 1, 1), (1, 1, 1), (), shared_bytes))
+        device.launch(Launch("elementwise.rows.slice", (1, 1, 1), (1, 1, 1), (), shared_bytes))
     device.synchronize()
     assert [launch[-1] for launch in cupy.launches] == [48 << 10, 64 << 10, 50 << 10, 90 << 10]
 
@@ -330,12 +338,12 @@ def test_kernels_that_nobody_uses_any_more_are_deleted(tmp_path: Path) -> None:
     """With what killed processes left; those in use stay, however old they are."""
     compiler: Any = FakeNvrtc()
     text = '#line 1 "rows.cu"\nKERNEL'
-    used = BinaryFolder(tmp_path).get(compiler, "rows", text, 75)
+    used = CubinCache(tmp_path).get(compiler, "rows", text, 75)
     unused, unfinished = tmp_path / "rows-0.cubin", tmp_path / "rows-0.cubin.1-1.tmp"
     for path, days in ((used, 200), (unused, 100), (unfinished, 1)):
         path.touch()
         os.utime(path, (time.time() - 86400 * days,) * 2)
-    assert BinaryFolder(tmp_path).get(compiler, "rows", text, 75) == used
+    assert CubinCache(tmp_path).get(compiler, "rows", text, 75) == used
     assert unused.exists(), "nothing was compiled"
-    made = BinaryFolder(tmp_path).get(compiler, "rows", text, 90)
+    made = CubinCache(tmp_path).get(compiler, "rows", text, 90)
     assert sorted(tmp_path.iterdir()) == sorted([used, made])

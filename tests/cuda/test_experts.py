@@ -9,8 +9,16 @@ import pytest
 from numpy.typing import NDArray
 
 from llamaclust.core.limits import StageLimits
-from llamaclust.kernels.cuda.device import Buffer as Memory
-from llamaclust.kernels.cuda.experts import ExpertPlaces, choice_bytes, choose, combine, group, items_bytes, max_items
+from llamaclust.kernels.cuda.launches.experts import (
+    ExpertBuffers,
+    choice_bytes,
+    choose,
+    combine,
+    group,
+    items_bytes,
+    max_items,
+)
+from llamaclust.kernels.cuda.runtime.device import Buffer as Memory
 from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.gguf.writer import write_gguf
 from llamaclust.model.program import Buffer, MatMul, Moe, Program, SiluMul
@@ -39,7 +47,7 @@ class OnDevice:
         self.ids, self.weights, self.lines = (bench.room(choice_bytes(step, self.room)) for _ in range(3))
         self.items, self.item_count = bench.room(items_bytes(step, self.room, piece)), bench.room(4)
         arrays = (self.ids, self.weights, self.lines, self.items, self.item_count)
-        self.places = ExpertPlaces(*(array.at() for array in arrays))
+        self.places = ExpertBuffers(*(array.at() for array in arrays))
         self.count = bench.put(np.array([rows], np.int32)).at()
 
     def choose(self, logits: Float32) -> tuple[Int32, Float32]:

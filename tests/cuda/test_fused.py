@@ -10,13 +10,14 @@ from numpy.typing import NDArray
 
 from llamaclust.core.limits import StageLimits
 from llamaclust.kernels import _native
-from llamaclust.kernels.cuda import products, rows
-from llamaclust.kernels.cuda.attention import can_quantize
-from llamaclust.kernels.cuda.device import Buffer as DeviceBuffer
-from llamaclust.kernels.cuda.fuse import Attended, Gated, Norm, fuse_for_gpu
-from llamaclust.kernels.cuda.plan import Plan
-from llamaclust.kernels.cuda.shapes import Shape
-from llamaclust.kernels.cuda.weights import DeviceWeight
+from llamaclust.kernels.cuda.executor.fuse import Attended, Gated, Norm, fuse_for_gpu
+from llamaclust.kernels.cuda.executor.plan import Plan
+from llamaclust.kernels.cuda.executor.shapes import Shape
+from llamaclust.kernels.cuda.launches import elementwise, matmul
+from llamaclust.kernels.cuda.launches.attention import can_quantize
+from llamaclust.kernels.cuda.launches.elementwise import WIDEST_ROW
+from llamaclust.kernels.cuda.runtime.device import Buffer as DeviceBuffer
+from llamaclust.kernels.cuda.weights.device_weights import DeviceWeight
 from llamaclust.kernels.fuse import Attend
 from llamaclust.model.loader import Model
 from llamaclust.model.program import (
@@ -57,7 +58,7 @@ EIGHT_BITS = (ActivationFormat.Q8_32, ActivationFormat.Q8_256)
 
 def cleared(bench: Bench, kind: ActivationFormat, width: int, lines: int = BUCKET) -> DeviceBuffer:
     """Room for quantized rows: what stands for rows that are not there stays zero."""
-    return bench.put(np.zeros(products.activation_bytes(kind, lines, width), np.uint8))
+    return bench.put(np.zeros(matmul.activation_bytes(kind, lines, width), np.uint8))
 
 
 def quantized(bench: Bench, kind: ActivationFormat, x: Float32, multiple: int = 1) -> NDArray[np.uint8]:
@@ -65,11 +66,11 @@ def quantized(bench: Bench, kind: ActivationFormat, x: Float32, multiple: int = 
     lines, width = BUCKET * multiple, x.shape[1]
     out = cleared(bench, kind, width, lines)
     count = rows_of(bench).at()
-    bench.device.launch(products.quantize(kind, bench.put(x).at(), width, lines, count, multiple, out.at()))
+    bench.device.launch(matmul.quantize(kind, bench.put(x).at(), width, lines, count, multiple, out.at()))
     return bench.get(out, out.n_bytes, np.uint8)
 
 
-@pytest.mark.parametrize("width", [1, 7, 100, 1023, 256, 1056, 4096, rows.WIDEST_ROW // 256 * 256, rows.WIDEST_ROW])
+@pytest.mark.parametrize("width", [1, 7, 100, 1023, 256, 1056, 4096, WIDEST_ROW // 256 * 256, WIDEST_ROW])
 @pytest.mark.parametrize("adds", [True, False], ids=["sum", "no sum"])
 def test_sum_norm_and_quantization(bench: Bench, width: int, adds: bool) -> None:
     source = random_source()
@@ -86,7 +87,7 @@ def test_sum_norm_and_quantization(bench: Bench, width: int, adds: bool) -> None
         second, total = (bench.put(y).at(), there.at()) if adds else (NONE, NONE)
         outs = (floats, at[0], at[1])
         where = BUCKET, rows_of(bench).at()
-        launch = rows.add_rms_norm(there.at(), second, bench.put(weight).at(), 1e-5, width, total, outs, *where)
+        launch = elementwise.add_rms_norm(there.at(), second, bench.put(weight).at(), 1e-5, width, total, outs, *where)
         bench.device.launch(launch)
         same_bits(bench.get(there, x.shape), wanted_sum)
         same_bits(bench.get(out, x.shape), wanted)
@@ -109,7 +110,7 @@ def test_gate_and_quantization(
     left, right = bench.put(both[:, :width].copy()), bench.put(both[:, width:].copy())
     out = cleared(bench, kind, width, BUCKET * multiple)
     where = width, BUCKET * multiple, rows_of(bench).at(), multiple, out.at()
-    bench.device.launch(products.quantize_gated(kind, gelu, left.at(), right.at(), *where))
+    bench.device.launch(matmul.quantize_gated(kind, gelu, left.at(), right.at(), *where))
     np.testing.assert_array_equal(bench.get(out, out.n_bytes, np.uint8), quantized(bench, kind, wanted, multiple))
 
 
@@ -128,12 +129,12 @@ def test_products_in_one_launch(bench: Bench, kind: QuantType, rows_there: int, 
         bias = random_activations(generator, 1, n)[0] if number != 1 else None
         out = bench.put(np.full((bucket, n), np.float32(7)))
         at = NONE if bias is None else bench.put(bias).at()
-        them.append((products.Product(loaded.weights, at, out.at()), out))
+        them.append((matmul.Product(loaded.weights, at, out.at()), out))
         wanted.append(_native.matmul(LEVEL, loaded.on_cpu, x, 1, bias))
     (first, _), *others = them
     where = bucket, count_of(bench, rows_there), first.out, 1, [one for one, _ in others]
     activations = activations_of(bench, first.weights, x, bucket)
-    bench.device.launch(products.multiply(first.weights, activations, first.bias, *where))
+    bench.device.launch(matmul.multiply(first.weights, activations, first.bias, *where))
     for (one, out), expected in zip(them, wanted, strict=True):
         found = bench.get(out, (bucket, one.weights.rows))
         check_equal_bits(found[:rows_there], expected, kind, one.weights.rows)
@@ -211,7 +212,7 @@ def test_what_is_fused() -> None:
 
 def test_what_is_not() -> None:
     """Steps one by one, as they stand."""
-    gate, down, wide = MatMul(N, G, "gate"), MatMul(G, Y, "down"), Buffer("x", rows.WIDEST_ROW + 1)
+    gate, down, wide = MatMul(N, G, "gate"), MatMul(G, Y, "down"), Buffer("x", WIDEST_ROW + 1)
     select = SelectRows(X, X)
     for steps in (
         (ADD, select),

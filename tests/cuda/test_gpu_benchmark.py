@@ -17,8 +17,8 @@ import pytest
 
 from llamaclust.core.errors import InsufficientMemoryError, UsageError
 from llamaclust.kernels.cuda.backend import CudaBackend
-from llamaclust.kernels.cuda.device import Device
-from llamaclust.kernels.cuda.stage import CudaStage
+from llamaclust.kernels.cuda.executor.stage import CudaStage
+from llamaclust.kernels.cuda.runtime.device import Device
 from llamaclust.model.loader import Model
 from llamaclust.model.quant_types import QuantType
 from llamaclust.tools.bench.bench import BenchTask

@@ -14,7 +14,7 @@ from llamaclust.core.sampling import SampleTask, SamplingParams
 from llamaclust.kernels.backend import Backend, Float32, Stage
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.kernels.cuda.backend import CudaBackend
-from llamaclust.kernels.cuda.device import Device, Graph
+from llamaclust.kernels.cuda.runtime.device import Device, Graph
 from llamaclust.kernels.multi_device import ChainBackend, Part
 from llamaclust.kernels.sampling import Sampler
 from llamaclust.model.loader import Model

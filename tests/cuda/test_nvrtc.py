@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from llamaclust.core.errors import LlamaclustError, UsageError
-from llamaclust.kernels.cuda.nvrtc import Nvrtc
-from llamaclust.kernels.cuda.sources import OPTIONS, whole_text
+from llamaclust.kernels.cuda.runtime.nvrtc import Nvrtc
+from llamaclust.kernels.cuda.runtime.sources import OPTIONS, whole_text
 from support.cuda.shim_build import compiler
 from support.paths import TESTS
 

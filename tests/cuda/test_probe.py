@@ -11,9 +11,9 @@ from llamaclust.cli import measuring
 from llamaclust.cluster.control.stage_memory import rounding_of, workspace_of
 from llamaclust.cluster.planner.workspace import StagePlace
 from llamaclust.core.limits import StageLimits
-from llamaclust.kernels.cuda import cold_cache
+from llamaclust.kernels.cuda import cache_flush
 from llamaclust.kernels.cuda.backend import CudaBackend
-from llamaclust.kernels.cuda.device import Device
+from llamaclust.kernels.cuda.runtime.device import Device
 from llamaclust.model.loader import Model
 from llamaclust.model.quant_types import QuantType
 from llamaclust.tools.bench import bench
@@ -40,7 +40,7 @@ def test_steps_of_a_model_are_tried_on_a_gpu(device: Device, tmp_path: Path, mon
     path = build_tiny_model(tmp_path / "m.gguf", layers=3, hidden=64, heads=2, ffn=96, context=64)
     gpu = CudaBackend("cuda:0", device, 1)
     monkeypatch.setattr(profiler, "_LEAST_BYTES", 0)
-    monkeypatch.setattr(cold_cache, "_MOST_BYTES", 1 << 20)
+    monkeypatch.setattr(cache_flush, "_MOST_BYTES", 1 << 20)
     free = gpu.free_bytes
     tried = replace(TrialDevice.gpu(gpu, 1, ""), size=replace(profiler.GPU, tries={1: 3, 8: 2, 16: 1}))
     with Model.open(path) as model:

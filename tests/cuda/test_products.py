@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from llamaclust.kernels import _native
-from llamaclust.kernels.cuda.device import Buffer
-from llamaclust.kernels.cuda.products import (
+from llamaclust.kernels.cuda.launches.matmul import (
     SUPPORTED_TYPES,
     Experts,
     Weights,
@@ -16,6 +15,7 @@ from llamaclust.kernels.cuda.products import (
     multiply,
     multiply_experts,
 )
+from llamaclust.kernels.cuda.runtime.device import Buffer
 from llamaclust.model.quant_types import QuantType
 from support.arithmetic.matmul_cases import FLOAT_TYPES, TYPES, check_equal_bits, random_activations, random_weights
 from support.cuda.launching import Bench
@@ -50,7 +50,7 @@ def products(
 
 def test_every_type_of_the_cpu_has_kernels() -> None:
     assert set(SUPPORTED_TYPES) == set(TYPES)
-    assert len({kernel_name("few", kind) for kind in TYPES}) == len(TYPES) - 1  # TQ1_0 lies in tiles as TQ2_0
+    assert len({kernel_name("gemv", kind) for kind in TYPES}) == len(TYPES) - 1  # TQ1_0 lies in tiles as TQ2_0
 
 
 @pytest.mark.parametrize("kind", TYPES, ids=lambda kind: kind.name)

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from llamaclust.kernels import _native
-from llamaclust.kernels.cuda.device import Buffer as DeviceBuffer
-from llamaclust.kernels.cuda.device import Scalar
-from llamaclust.kernels.cuda.sources import modules, whole_text
+from llamaclust.kernels.cuda.runtime.device import Buffer as DeviceBuffer
+from llamaclust.kernels.cuda.runtime.device import Scalar
+from llamaclust.kernels.cuda.runtime.sources import modules, whole_text
 from llamaclust.model.program import (
     Add,
     Buffer,
@@ -56,9 +56,9 @@ def test_steps_of_two_matrices(bench: Bench, width: int) -> None:
     x[4::5, width:] = np.roll(x[4::5, :width], 1, 1)  # infinity less infinity, times zero
     first, second = x[:, :width].copy(), x[:, width:].copy()
     steps: dict[str, Callable[[Buffer, Buffer], Step]] = {
-        "rows.add_rows": lambda a, b: Add(a, b, b),
-        "rows.mul_rows": lambda a, b: Mul(a, b, b),
-        "rows.silu_mul": lambda a, b: SiluMul(a, b, b),
+        "elementwise.rows.add_rows": lambda a, b: Add(a, b, b),
+        "elementwise.rows.mul_rows": lambda a, b: Mul(a, b, b),
+        "elementwise.rows.silu_mul": lambda a, b: SiluMul(a, b, b),
     }
     for kernel, step in steps.items():
         left, right = bench.put(first), bench.put(second)
@@ -70,10 +70,10 @@ def test_steps_of_two_matrices(bench: Bench, width: int) -> None:
 def test_steps_of_one_matrix(bench: Bench, width: int) -> None:
     x = awkward(random_source(), ROWS, width)
     steps: dict[str, tuple[tuple[float, ...], Callable[[Buffer, Buffer], Step]]] = {
-        "rows.scale_rows": ((0.1,), lambda a, out: Scale(a, out, 0.1)),
-        "rows.soft_cap_rows": ((30.0,), lambda a, out: SoftCap(a, out, 30.0)),
-        "rows.gelu_erf_rows": ((), lambda a, out: Gelu(a, out, GeluKind.ERF)),
-        "rows.gelu_tanh_rows": ((), lambda a, out: Gelu(a, out, GeluKind.TANH)),
+        "elementwise.rows.scale_rows": ((0.1,), lambda a, out: Scale(a, out, 0.1)),
+        "elementwise.rows.soft_cap_rows": ((30.0,), lambda a, out: SoftCap(a, out, 30.0)),
+        "elementwise.rows.gelu_erf_rows": ((), lambda a, out: Gelu(a, out, GeluKind.ERF)),
+        "elementwise.rows.gelu_tanh_rows": ((), lambda a, out: Gelu(a, out, GeluKind.TANH)),
     }
     for kernel, (factors, step) in steps.items():
         out = bench.room(x.nbytes)
@@ -87,7 +87,10 @@ def test_functions_of_any_float(bench: Bench) -> None:
     bits = source.integers(0, 1 << 32, (ROWS, 4096), np.uint32)
     bits[:4] = (source.uniform(-110, 95, (4, 4096)).astype(np.float32)).view(np.uint32)
     x = bits.view(np.float32)
-    for kernel, kind in (("rows.gelu_erf_rows", GeluKind.ERF), ("rows.gelu_tanh_rows", GeluKind.TANH)):
+    for kernel, kind in (
+        ("elementwise.rows.gelu_erf_rows", GeluKind.ERF),
+        ("elementwise.rows.gelu_tanh_rows", GeluKind.TANH),
+    ):
         out = bench.room(x.nbytes)
         bench.run(kernel, pieces(4096), 256, bench.put(x), 4096, rows_of(bench), out)
         same_bits(bench.get(out, x.shape), one_part(4096, lambda a, b, kind=kind: Gelu(a, b, kind), x))
@@ -102,7 +105,9 @@ def norm_cases(width: int) -> tuple[Float32, Float32, Float32]:
 def test_rms_norm(bench: Bench, width: int) -> None:
     x, weight, _ = norm_cases(width)
     there = bench.put(x)
-    bench.run("norms.rms_norm", (1, BUCKET), 256, there, bench.put(weight), 1e-5, width, rows_of(bench), there)
+    bench.run(
+        "elementwise.norms.rms_norm", (1, BUCKET), 256, there, bench.put(weight), 1e-5, width, rows_of(bench), there
+    )
     wanted = one_part(width, lambda a, out: RmsNorm(a, out, "w", 1e-5), x, w=weight)
     same_bits(bench.get(there, x.shape), wanted)
 
@@ -112,7 +117,7 @@ def test_rms_norm_of_parts(bench: Bench, parts: int, width: int) -> None:
     x, weight, _ = norm_cases(parts * width)
     out, grid = bench.room(x.nbytes), (-(-parts // 8), BUCKET)
     args = bench.put(x), bench.put(weight[:width]), 1e-6, parts, width, rows_of(bench), out
-    bench.run("norms.rms_norm_parts", grid, 256, *args)
+    bench.run("elementwise.norms.rms_norm_parts", grid, 256, *args)
     step = lambda a, b: RmsNorm(a, b, "w", 1e-6, parts)  # noqa: E731
     same_bits(bench.get(out, x.shape), one_part(parts * width, step, x, w=weight[:width]))
 
@@ -122,7 +127,7 @@ def test_layer_norm(bench: Bench, width: int) -> None:
     x, weight, bias = norm_cases(width)
     there = bench.put(x)
     args = there, bench.put(weight), bench.put(bias), 1e-5, width, rows_of(bench), there
-    bench.run("norms.layer_norm", (1, BUCKET), 256, *args)
+    bench.run("elementwise.norms.layer_norm", (1, BUCKET), 256, *args)
     wanted = one_part(width, lambda a, out: LayerNorm(a, out, "w", "b", 1e-5), x, w=weight, b=bias)
     same_bits(bench.get(there, x.shape), wanted)
 
@@ -136,7 +141,7 @@ def test_sigmoid_gate(bench: Bench, width: int) -> None:
     wanted = on_cpu(program_of(hidden, b, *steps), {"w": Weight(weight)}, rows_at(range(ROWS)), np.hstack([x, y]))
     there = bench.put(y)
     args = bench.put(x), bench.put(weight), there, width, 96, rows_of(bench), there
-    bench.run("norms.sigmoid_gate", (1, BUCKET), 256, *args)
+    bench.run("elementwise.norms.sigmoid_gate", (1, BUCKET), 256, *args)
     same_bits(bench.get(there, y.shape), wanted)
 
 
@@ -154,9 +159,11 @@ def test_rope(bench: Bench, style: RopeStyle, heads: int, head_dim: int, pairs: 
     positions = bench.put(np.arange(first, first + ROWS, dtype=np.int32))
     frequencies = bench.put(np.array(table.frequencies))
     args = positions, frequencies, np.float64(table.scale), pairs, rows, rotation
-    bench.run("rope.rotation", (-(-pairs // 64), BUCKET), 64, *args)
+    bench.run("elementwise.rope.rotation", (-(-pairs // 64), BUCKET), 64, *args)
     grid = -(-heads * pairs // 256), BUCKET
-    bench.run("rope.rope", grid, 256, there, rotation, heads, head_dim, pairs, int(style is RopeStyle.NEOX), rows)
+    bench.run(
+        "elementwise.rope.rope", grid, 256, there, rotation, heads, head_dim, pairs, int(style is RopeStyle.NEOX), rows
+    )
     same_bits(bench.get(there, x.shape), wanted)
 
 
@@ -169,7 +176,7 @@ def test_angles_of_long_contexts(bench: Bench) -> None:
     )
     out = bench.room(ROWS * 8 * 100)
     args = bench.put(positions), bench.put(frequencies), np.float64(1), 100, rows_of(bench), out
-    bench.run("rope.rotation", (2, BUCKET), 64, *args)
+    bench.run("elementwise.rope.rotation", (2, BUCKET), 64, *args)
     wanted = [[_native.sincos(float(position * f)) for f in frequencies] for position in positions]
     sine, cosine = np.array(wanted).astype(np.float32).transpose(2, 0, 1)
     same_bits(bench.get(out, (ROWS, 200)), np.hstack([cosine, sine]))
@@ -179,7 +186,7 @@ def test_angles_of_long_contexts(bench: Bench) -> None:
 def test_slice(bench: Bench, x_width: int, start: int, width: int) -> None:
     x = awkward(random_source(), ROWS, x_width)
     out = bench.room(ROWS * width * 4)
-    bench.run("rows.slice", pieces(width), 256, bench.put(x), x_width, start, width, rows_of(bench), out)
+    bench.run("elementwise.rows.slice", pieces(width), 256, bench.put(x), x_width, start, width, rows_of(bench), out)
     same_bits(bench.get(out, (ROWS, width)), x[:, start : start + width])
 
 
@@ -190,7 +197,9 @@ def test_select_rows(bench: Bench, width: int) -> None:
     batch = batch_of([([0] * ROWS, range(ROWS), range(1))], outputs=chosen)
     wanted = on_cpu(program_of(hidden, out, SelectRows(hidden, out), last=True), {}, batch, x)
     there, outputs = bench.room(4 * 4 * width), bench.put(np.array([4], np.int32))
-    bench.run("rows.select_rows", pieces(width), 256, bench.put(x), width, bench.put(chosen), outputs, there)
+    bench.run(
+        "elementwise.rows.select_rows", pieces(width), 256, bench.put(x), width, bench.put(chosen), outputs, there
+    )
     same_bits(bench.get(there, (4, width)), wanted)
 
 
@@ -204,7 +213,7 @@ def test_rows_of_weights(bench: Bench, quant_type: QuantType, width: int) -> Non
     tiles, tile_bytes = tiles_of(weight)
     there, rows, on_device = bench.room(ROWS * width * 4), rows_of(bench), bench.put(tiles)
     args = bench.put(ids), on_device, tile_bytes, width, rows, there
-    bench.run(f"embed.embed_{quant_type.name.lower()}", pieces(width), 256, *args)
+    bench.run(f"elementwise.embed.embed_{quant_type.name.lower()}", pieces(width), 256, *args)
     batch = batch_of([(ids, range(ROWS), range(1))])
     wanted = on_cpu(program_of(out, out, Embed(out, "w"), first=True), {"w": weight}, batch, None)
     same_bits(bench.get(there, (ROWS, width)), wanted)
@@ -224,7 +233,7 @@ SWAPS = {
 @pytest.mark.parametrize("swap", SWAPS)
 def test_additions_that_change_places_are_noticed(tmp_path: Path, swap: str) -> None:
     """Each kind of order in a sum, on ordinary numbers of both signs."""
-    text = whole_text(modules()["norms"])
+    text = whole_text(modules()["elementwise.norms"])
     for before, after in SWAPS[swap].items():
         assert before in text
         text = text.replace(before, after)
@@ -232,8 +241,10 @@ def test_additions_that_change_places_are_noticed(tmp_path: Path, swap: str) -> 
     source.write_text(text)
     x, ones = random_source().standard_normal((ROWS, 4096), np.float32), np.ones(4096, np.float32)
     wanted = one_part(4096, lambda a, out: LayerNorm(a, out, "w", "b", 1e-5), x, w=ones, b=ones)
-    with Bench(ShimDevice(build([source]))) as bench:
+    with Bench(ShimDevice(build({"elementwise.norms": source}))) as bench:
         there, weight = bench.put(x), bench.put(ones)
-        bench.run("norms.layer_norm", (1, BUCKET), 256, there, weight, weight, 1e-5, 4096, rows_of(bench), there)
+        bench.run(
+            "elementwise.norms.layer_norm", (1, BUCKET), 256, there, weight, weight, 1e-5, 4096, rows_of(bench), there
+        )
         with pytest.raises(AssertionError):
             same_bits(bench.get(there, x.shape), wanted)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from llamaclust.core.errors import InsufficientMemoryError
-from llamaclust.kernels.cuda.device import Device
+from llamaclust.kernels.cuda.runtime.device import Device
 from support.cuda.launching import Bench
 from support.cuda.shim_build import build
 from support.cuda.shim_device import KernelError, ShimDevice
@@ -26,7 +26,7 @@ VARIANTS = {
 def probes(request: pytest.FixtureRequest) -> Iterator[Device]:
     if request.config.getoption("--gpu", default=False):
         pytest.skip("probes are compiled for the shim")
-    made = ShimDevice(build([PROBE], *VARIANTS[request.param]))
+    made = ShimDevice(build({"probe": PROBE}, *VARIANTS[request.param]))
     yield made
     made.close()
 

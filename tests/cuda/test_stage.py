@@ -11,9 +11,9 @@ import pytest
 
 from llamaclust.kernels.backend import Float32
 from llamaclust.kernels.cpu.backend import CpuBackend
-from llamaclust.kernels.cuda import stage as cuda_stage
 from llamaclust.kernels.cuda.backend import CudaBackend
-from llamaclust.kernels.cuda.device import Device, Graph
+from llamaclust.kernels.cuda.executor import stage as cuda_stage
+from llamaclust.kernels.cuda.runtime.device import Device, Graph
 from llamaclust.kernels.multi_device import ChainBackend, Part
 from llamaclust.model.program import KvType
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch

@@ -15,8 +15,8 @@ from llamaclust.core.errors import DeviceLostError, InsufficientMemoryError, Lla
 from llamaclust.core.limits import StageLimits
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.kernels.cuda.backend import CudaBackend
-from llamaclust.kernels.cuda.device import Bytes, Device, Launch
-from llamaclust.kernels.cuda.joint_progress import JointProgress
+from llamaclust.kernels.cuda.runtime.device import Bytes, Device, Launch
+from llamaclust.kernels.cuda.weights.load_progress import LoadProgress
 from llamaclust.kernels.packed.cache_folder import PreparedFolder
 from llamaclust.model.loader import Model
 from llamaclust.worker.stage.stage_runner import planned_workspace_bytes
@@ -167,7 +167,7 @@ def test_a_gpu_that_is_lost_while_memory_is_pinned(
 @pytest.mark.parametrize("order", ["weights first", "kernels first"])
 def test_a_load_that_waits_for_the_compiler_gets_further(order: str) -> None:
     told = list[int]()
-    progress = JointProgress(told.append, 1000, 2)
+    progress = LoadProgress(told.append, 1000, 2)
     more, done = partial(progress.add_bytes, 500), progress.module_done
     for step in (more, more, done, done) if order == "weights first" else (done, done, more, more):
         step()

@@ -39,7 +39,7 @@ class GpuBackend(Backend, Protocol):
         """What it can do at best."""
         ...
 
-    def cold_cache(self) -> AbstractContextManager[Callable[[], None]]:
+    def cache_flush(self) -> AbstractContextManager[Callable[[], None]]:
         """What makes its cache cold, each time that it is called."""
         ...
 
@@ -77,8 +77,8 @@ def open_gpu(
     `CudaBackend`. UsageError that says what is missing: CuPy, NVRTC, a driver, the GPU, its devices in this container
     or service."""
     from llamaclust.kernels.cuda.backend import CudaBackend
-    from llamaclust.kernels.cuda.cupy_device import CupyDevice
-    from llamaclust.kernels.cuda.device import Device
+    from llamaclust.kernels.cuda.runtime.cupy_device import CupyDevice
+    from llamaclust.kernels.cuda.runtime.device import Device
 
     try:
         device = CupyDevice(int(name.removeprefix(CUDA)), memory_cap_bytes, kernels_dir)

@@ -91,7 +91,7 @@ class TrialDevice:
     def gpu(cls, gpu: GpuBackend, threads: int, feature_level: str) -> TrialDevice:
         """`feature_level`: the sampler's, on the processor."""
         free_bytes = gpu.free_bytes * 3 // 4  # the rest is for what makes its cache cold
-        return cls(gpu, threads, feature_level, free_bytes, size=GPU, own_cache=gpu.cold_cache)
+        return cls(gpu, threads, feature_level, free_bytes, size=GPU, own_cache=gpu.cache_flush)
 
     def runner(self, model: Model, start: int, end: int) -> StageRunner:
         limits, level = self.size.limits, self.feature_level

@@ -1,6 +1,6 @@
 // Mixture of experts around its products: which experts a row goes to, which rows an expert has, and their sum. A line is a
 // row and a rank: row * used + rank.
-#include "lines.cuh"
+#include "elementwise/lines.cuh"
 #include "math.cuh"
 
 namespace llamaclust::cuda {

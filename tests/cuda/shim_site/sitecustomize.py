@@ -11,7 +11,7 @@ from pathlib import Path
 
 from llamaclust.core.errors import DeviceLostError
 from llamaclust.kernels.cuda.backend import CudaBackend
-from llamaclust.kernels.cuda.device import Launch
+from llamaclust.kernels.cuda.runtime.device import Launch
 from llamaclust.kernels.packed.cache_folder import PreparedFolder
 from llamaclust.worker.devices import backends
 from llamaclust.worker.devices.backends import GpuBackend

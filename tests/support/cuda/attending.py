@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 
 from llamaclust.core.limits import StageLimits
 from llamaclust.kernels.backend import Batch
-from llamaclust.kernels.cuda.attention import (
+from llamaclust.kernels.cuda.executor.kv import block_bytes
+from llamaclust.kernels.cuda.launches.attention import (
+    AttentionBuffers,
     Inputs,
     LaunchLimits,
-    Places,
     Room,
     Rotation,
     attention_launches,
@@ -22,9 +23,8 @@ from llamaclust.kernels.cuda.attention import (
     plan_launch,
     room_of,
 )
-from llamaclust.kernels.cuda.device import LEAST_SHARED_BYTES
-from llamaclust.kernels.cuda.kv import block_bytes
-from llamaclust.kernels.cuda.rows import rotation
+from llamaclust.kernels.cuda.launches.elementwise import rotation
+from llamaclust.kernels.cuda.runtime.device import LEAST_SHARED_BYTES
 from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.gguf.writer import write_gguf
 from llamaclust.model.program import KV_BLOCK_TOKENS, Attention, Buffer, KvType, Rope
@@ -119,7 +119,9 @@ class Attender:
         self.partials = bench.room(max(16, self.room.partial_bytes(step)))
         self.slopes = None if step.slopes is None else bench.put(np.array(step.slopes, np.float32))
         self.rotation = rotation
-        self.quantized: dict[str, np.uint64] = {}  # places for the result instead of `out`, by their names in `Places`
+        self.quantized: dict[
+            str, np.uint64
+        ] = {}  # places for the result instead of `out`, by their names in `AttentionBuffers`
         self.launched: set[str] = set()
 
     def run(self, batch: Batch, rows: Float32, *, store_only: bool = False, one_row_each: bool = False) -> Float32:
@@ -134,7 +136,7 @@ class Attender:
         tables = batch.block_tables if batch.window_tables is None else batch.window_tables
         slopes = NO_SLOPES if self.slopes is None else self.slopes.at()
         addresses = (q, k, v, out, put(tables), self.kv)
-        places = Places(*(one.at() for one in addresses), slopes, self.plan.at(), self.partials.at())
+        places = AttentionBuffers(*(one.at() for one in addresses), slopes, self.plan.at(), self.partials.at())
         if self.rotation is not None:
             places = replace(places, rotation=self._rotation(self.rotation, inputs, len(rows) + spare))
         places = replace(places, **self.quantized)

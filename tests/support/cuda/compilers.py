@@ -11,8 +11,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from llamaclust.core.errors import UsageError
-from llamaclust.kernels.cuda.nvrtc import Nvrtc, open_nvrtc
-from llamaclust.kernels.cuda.sources import OPTIONS
+from llamaclust.kernels.cuda.runtime.nvrtc import Nvrtc, open_nvrtc
+from llamaclust.kernels.cuda.runtime.sources import OPTIONS
 
 COMPILE_DEADLINE_S = 400.0
 TOOLKIT = Path("/usr/local/cuda")

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llamaclust.kernels.cuda.device import Buffer, Device, Launch, Scalar
+from llamaclust.kernels.cuda.runtime.device import Buffer, Device, Launch, Scalar
 
 Size = int | tuple[int, ...]
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamaclust.kernels import _native
-from llamaclust.kernels.cuda.products import (
+from llamaclust.kernels.cuda.launches.matmul import (
     Weights,
     activation_bytes,
     quantize,

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from llamaclust.kernels.cuda.device import Buffer as DeviceBuffer
+from llamaclust.kernels.cuda.runtime.device import Buffer as DeviceBuffer
 from llamaclust.model.program import (
     Buffer,
     Slice,

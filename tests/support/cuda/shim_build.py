@@ -7,12 +7,12 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
-from llamaclust.kernels.cuda.sources import INCLUDE, modules, whole_text
+from llamaclust.kernels.cuda.runtime.sources import INCLUDE, modules, whole_text
 from support.paths import ROOT, TESTS
 
 SHIM = TESTS / "cuda" / "shim"
@@ -36,11 +36,11 @@ def compiler() -> str:
 
 
 def build(
-    kernels: Iterable[Path] | None = None, defines: tuple[str, ...] = (), shim_defines: tuple[str, ...] = ()
+    kernels: Mapping[str, Path] | None = None, defines: tuple[str, ...] = (), shim_defines: tuple[str, ...] = ()
 ) -> Path:
-    """A library of these sources of kernels, of all by default. AssertionError with what the compiler says."""
-    sources = list(modules().values() if kernels is None else kernels)
-    jobs = [(path, (*_KERNEL_FLAGS, f'-DLLAMACLUST_MODULE="{path.stem}"', *defines)) for path in sources]
+    """A library of these modules, of all by default. AssertionError with what the compiler says."""
+    sources = modules() if kernels is None else kernels
+    jobs = [(path, (*_KERNEL_FLAGS, f'-DLLAMACLUST_MODULE="{name}"', *defines)) for name, path in sources.items()]
     jobs += [(path, shim_defines) for path in sorted(SHIM.glob("*.cpp"))]
     BUILT.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(2) as pool:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from llamaclust.core.errors import InsufficientMemoryError
-from llamaclust.kernels.cuda.device import Buffer, Bytes, Launch, Scalar
+from llamaclust.kernels.cuda.runtime.device import Buffer, Bytes, Launch, Scalar
 
 _LETTERS: dict[str, type[Scalar]] = {"p": np.uint64, "i": np.int32, "f": np.float32, "d": np.float64}
 _MAX_KERNELS, _PROBLEM_BYTES = 10_000, 1000
@@ -69,7 +69,7 @@ class ShimEvent:
 
 @dataclass(eq=False)
 class ShimDevice:
-    """See `kernels.cuda.device.Device`. KernelError for what a GPU answers with an error, or worse, a wrong number."""
+    """See `runtime.device.Device`. KernelError where a GPU would report an error or compute a wrong number."""
 
     library: Path
     memory_bytes: int = 1 << 30

@@ -10,7 +10,7 @@ import numpy as np
 
 from llamaclust.core.limits import StageLimits
 from llamaclust.kernels.backend import Backend, Float32
-from llamaclust.kernels.cuda.device import Device
+from llamaclust.kernels.cuda.runtime.device import Device
 from llamaclust.model.loader import Model
 from llamaclust.model.quant_types import QuantType
 from support.arithmetic.batches import Chain

@@ -1,0 +1,38 @@
+"""Buffers of a plan as named parts of one piece of memory, which is allocated once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from llamaclust.kernels.cuda.runtime.memory import aligned
+
+
+@dataclass(slots=True)
+class BufferLayout:
+    """First it is asked for all parts, to learn how large each has to be; then they are laid out and have addresses."""
+
+    n_bytes: int = 0
+    base: int = 0
+    _sizes: dict[object, int] = field(default_factory=dict)
+    _offsets: dict[object, int] = field(default_factory=dict)
+
+    def at(self, name: object, n_bytes: int) -> np.uint64:
+        """The address of a part; 0 before there is one."""
+        if not self._offsets:
+            self._sizes[name] = max(n_bytes, self._sizes.get(name, 0))
+            return np.uint64(0)
+        assert n_bytes <= self._sizes[name], (name, n_bytes, self._sizes[name])
+        return np.uint64(self.base + self._offsets[name])
+
+    def lay_out(self) -> None:
+        """One part behind the other."""
+        at = 0
+        for name, n_bytes in self._sizes.items():
+            self._offsets[name] = at
+            at = aligned(at + n_bytes)
+        self.n_bytes = at
+
+    def offset(self, name: object) -> int:
+        return self._offsets[name]

@@ -1,0 +1,304 @@
+"""Steps of a program as launches: which kernels, over which buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from llamaclust.kernels.cuda.executor.emit_attention import AttentionSteps
+from llamaclust.kernels.cuda.executor.fuse import Attended, Gated, GpuStep, Norm, fuse_for_gpu
+from llamaclust.kernels.cuda.executor.launch_context import LaunchContext
+from llamaclust.kernels.cuda.executor.shapes import Shape
+from llamaclust.kernels.cuda.launches import attention, elementwise, experts, matmul
+from llamaclust.kernels.cuda.runtime.device import NULL, Launch
+from llamaclust.kernels.fuse import Attend, Products, reads_of, written_by
+from llamaclust.model.program import (
+    Add,
+    AddPosition,
+    Buffer,
+    Embed,
+    Gelu,
+    LayerNorm,
+    MatMul,
+    Moe,
+    Mul,
+    RmsNorm,
+    Rope,
+    RopeTable,
+    RowStep,
+    Scale,
+    SelectRows,
+    SigmoidGate,
+    SiluMul,
+    Slice,
+    SoftCap,
+)
+from llamaclust.model.quant_types import ActivationFormat, QuantType
+
+_FLOAT = 4
+_LEAST_PIECE = 8
+"""Lines of experts that products take together, at least."""
+
+
+@dataclass(slots=True)
+class Emitter:
+    """Of one shape, step by step."""
+
+    context: LaunchContext
+    shape: Shape
+    _selected: bool = False
+    _current: dict[str, np.uint64] = field(default_factory=dict)  # where a buffer's newest values are
+    _quantized: dict[ActivationFormat, str] = field(default_factory=dict)  # whose are there in this format
+
+    def launches(self) -> Iterator[Launch]:
+        program = self.context.program
+        if not program.is_first:
+            self._out(program.hidden)
+        yield from self._rotations()
+        yield from AttentionSteps(self.context, self.shape).plans()
+        for step in fuse_for_gpu(program, lambda name: self.context.weights[name].quant_type):
+            if isinstance(step, SelectRows) and self.shape.outputs == 0:
+                return
+            yield from self._emit(step)
+
+    def _emit(self, step: GpuStep) -> Iterator[Launch]:
+        match step:
+            case Embed():
+                yield self._dequantized(step.weight, self.context.inputs.tokens, self._out(step.out))
+            case Products():
+                yield from self._products(step.x, step.steps)
+            case Attend():
+                yield from self._attend(step)
+            case Attended():
+                yield from self._attend(step.attend, step.format)
+            case Norm():
+                yield self._norm(step)
+            case Gated():
+                yield self._gated(step)
+            case Moe():
+                yield from self._experts(step)
+            case SelectRows():
+                x, self._selected = self._current[step.x.name], True
+                self._quantized.clear()
+                out = self._out(step.out)
+                yield elementwise.select_rows(x, self.context.inputs.output_rows, out, step.x.width, *self._lines)
+            case _:
+                yield from self._row_step(step)
+
+    @property
+    def _lines(self) -> tuple[int, np.uint64]:
+        """Lines of the shape, and where it stands how many there are."""
+        if self._selected:
+            return self.shape.outputs, self.context.inputs.outputs
+        return self.shape.rows, self.context.inputs.rows
+
+    @property
+    def _room(self) -> int:
+        """Lines of a buffer."""
+        return self.context.limits.max_outputs if self._selected else self.context.limits.max_tokens
+
+    def _out(self, buffer: Buffer, multiple: int = 1) -> np.uint64:
+        self._current[buffer.name] = self._scratch(buffer.name, buffer.width, multiple)
+        return self._current[buffer.name]
+
+    def _scratch(self, name: str, width: int, multiple: int = 1) -> np.uint64:
+        self._is_written(name)
+        return self.context.layout.at((name, self._selected), _FLOAT * width * multiple * self._room)
+
+    def _is_written(self, name: str) -> None:
+        self._quantized = {kind: whose for kind, whose in self._quantized.items() if whose != name}
+
+    def _weight(self, name: str) -> matmul.Weights:
+        weight = self.context.weights[name]
+        n_rows, cols = weight.shape[-2:]
+        return matmul.Weights(weight.quant_type, n_rows, cols, weight.address)
+
+    def _vector(self, name: str | None) -> np.uint64:
+        return NULL if name is None else self.context.weights[name].address
+
+    def _dequantized(self, name: str, ids: np.uint64, out: np.uint64) -> Launch:
+        return matmul.embed(self._weight(name), ids, *self._lines, out)
+
+    def _activations(self, kind: ActivationFormat, name: str, width: int, multiple: int = 1) -> np.uint64:
+        """Where `name` is to be put in this format."""
+        self._quantized[kind] = name
+        n_bytes = matmul.activation_bytes(kind, self._room * multiple, width)
+        return self.context.layout.at(("activations", kind), n_bytes)
+
+    def _quantize(
+        self, name: str, x: np.uint64, width: int, weights: Sequence[str], multiple: int = 1
+    ) -> Iterator[Launch]:
+        """x, which is called `name`, in each format that the weights ask for and nobody has made."""
+        most, count = self._lines
+        for kind in dict.fromkeys(self._weight(weight).activation for weight in weights):
+            if kind is not ActivationFormat.F32 and self._quantized.get(kind) != name:
+                out = self._activations(kind, name, width, multiple)
+                yield matmul.quantize(kind, x, width, most * multiple, count, multiple, out)
+
+    def _given(self, weight: matmul.Weights, x: np.uint64) -> np.uint64:
+        """Where products with it find x."""
+        kind = weight.activation
+        return x if kind is ActivationFormat.F32 else self.context.layout.at(("activations", kind), 0)
+
+    def _products(self, x: Buffer, steps: Sequence[MatMul]) -> Iterator[Launch]:
+        at, sms = self._current[x.name], self.context.gpu.sms
+        yield from self._quantize(x.name, at, x.width, [step.weight for step in steps])
+        first, *others = (
+            matmul.Product(self._weight(step.weight), self._vector(step.bias), self._out(step.out)) for step in steps
+        )
+        given = self._given(first.weights, at)
+        yield matmul.multiply(first.weights, given, first.bias, *self._lines, first.out, sms, others)
+
+    def _norm(self, step: Norm) -> Launch:
+        norm, y, total = step.norm, NULL, NULL
+        x = self._current[norm.x.name if step.add is None else step.add.x.name]
+        if step.add is not None:
+            y, total = self._current[step.add.y.name], self._out(step.add.out)
+        floats = self._out(norm.out)
+
+        def place(kind: ActivationFormat) -> np.uint64:
+            if kind not in step.formats:
+                return NULL
+            return floats if kind is ActivationFormat.F32 else self._activations(kind, norm.out.name, norm.width)
+
+        outs = place(ActivationFormat.F32), place(ActivationFormat.Q8_32), place(ActivationFormat.Q8_256)
+        weight = self._vector(norm.weight)
+        return elementwise.add_rms_norm(x, y, weight, norm.epsilon, norm.width, total, outs, *self._lines)
+
+    def _gated(self, step: Gated) -> Launch:
+        gate, up = self._current[step.gate.name], self._current[step.up.name]
+        self._out(step.out)
+        out = self._activations(step.format, step.out.name, step.out.width)
+        return matmul.quantize_gated(step.format, step.kind, gate, up, step.out.width, *self._lines, 1, out)
+
+    def _row_step(self, step: RowStep) -> Iterator[Launch]:
+        x, *others = (self._current[buffer.name] for buffer in reads_of(step))
+        out = x if isinstance(step, Rope) else self._out(written_by(step))
+        width, lines = written_by(step).width, self._lines
+        match step:
+            case RmsNorm():
+                weight = self._vector(step.weight)
+                yield elementwise.rms_norm(x, weight, step.epsilon, step.heads, step.width, out, *lines)
+            case LayerNorm():
+                weight, bias = self._vector(step.weight), self._vector(step.bias)
+                yield elementwise.layer_norm(x, weight, bias, step.epsilon, width, out, *lines)
+            case AddPosition():
+                added = self._scratch("positions", width)
+                yield self._dequantized(step.weight, self.context.inputs.positions, added)
+                yield elementwise.elementwise("add_rows", (x, added), out, width, *lines)
+            case Rope():
+                yield self._rotated(step, x)
+            case SiluMul():
+                yield elementwise.elementwise("silu_mul", (x, *others), out, width, *lines)
+            case Gelu():
+                yield elementwise.gelu(step.kind, x, out, width, *lines)
+            case Add():
+                yield elementwise.elementwise("add_rows", (x, *others), out, width, *lines)
+            case Mul():
+                yield elementwise.elementwise("mul_rows", (x, *others), out, width, *lines)
+            case Scale():
+                yield elementwise.elementwise("scale_rows", (x, np.float32(step.factor)), out, width, *lines)
+            case SoftCap():
+                yield elementwise.elementwise("soft_cap_rows", (x, np.float32(step.cap)), out, width, *lines)
+            case Slice():
+                yield elementwise.slice_of(x, step.x.width, step.start, out, width, *lines)
+            case SigmoidGate():
+                weight = self._vector(step.weight)
+                yield elementwise.sigmoid_gate(x, step.x.width, weight, others[0], out, width, *lines)
+
+    def _rotations(self) -> Iterator[Launch]:
+        """Of every table, once for all layers."""
+        tables = dict.fromkeys(step.table for step in self.context.program.steps if isinstance(step, Rope))
+        for table in tables:
+            pairs = len(table.frequencies)
+            frequencies = self.context.constant(np.array(table.frequencies, np.float64))
+            yield elementwise.rotation(
+                self.context.inputs.positions, frequencies, table.scale, pairs, self._angles(table), *self._lines
+            )
+
+    def _angles(self, table: RopeTable) -> np.uint64:
+        n_bytes = _FLOAT * 2 * len(table.frequencies) * self.context.limits.max_tokens
+        return self.context.layout.at(("rotation", table), n_bytes)
+
+    def _rotated(self, step: Rope, x: np.uint64) -> Launch:
+        self._is_written(step.x.name)
+        return elementwise.rope(step, x, self._angles(step.table), *self._lines)
+
+    def _attend(self, step: Attend, wanted: ActivationFormat | None = None) -> Iterator[Launch]:
+        """`wanted`: in this format alone, if it can be."""
+        steps, rotation = AttentionSteps(self.context, self.shape), self._rotation(step)
+        if rotation is attention.NO_ROTATION:
+            for rope in (step.rotate_q, step.rotate_k):
+                if rope is not None:
+                    yield self._rotated(rope, self._current[rope.x.name])
+        q, k, v = (self._current[buffer.name] for buffer in reads_of(step.attention))
+        out = self._out(step.attention.out)
+        by_32 = by_256 = NULL
+        if wanted is not None and steps.can_quantize(step.attention):
+            at = self._activations(wanted, step.attention.out.name, step.attention.out.width)
+            by_32, by_256 = (at, NULL) if wanted is ActivationFormat.Q8_32 else (NULL, at)
+        yield from steps.launches(step.attention, q, k, v, out, rotation, (by_32, by_256))
+
+    def _rotation(self, step: Attend) -> attention.Rotation:
+        """What queries and keys have in common, so that they rotate while keys are stored."""
+        q, k = step.rotate_q, step.rotate_k
+        if q is None or k is None or (q.table, q.style) != (k.table, k.style):
+            return attention.NO_ROTATION
+        return attention.Rotation(self._angles(q.table), len(q.table.frequencies), q.style)
+
+    def _experts(self, step: Moe) -> Iterator[Launch]:
+        x, used, (most, count) = self._current[step.x.name], step.used, self._lines
+        router = self._weight(step.router)
+        yield from self._quantize(step.x.name, x, step.x.width, [step.router])
+        logits = self._scratch("router logits", step.experts)
+        given, sms = self._given(router, x), self.context.gpu.sms
+        yield matmul.multiply(router, given, NULL, most, count, logits, sms)
+        chosen = self._chosen(step)
+        piece = matmul.expert_piece(most * used, step.experts)
+        yield experts.choose(step, logits, chosen, most, count)
+        yield experts.group(step, chosen, piece, count)
+        gate, up = (self._scratch(f"expert {name}", step.ffn_width, used) for name in ("gate", "up"))
+        yield from self._quantize(step.x.name, x, step.x.width, [step.gate, step.up])
+        yield from self._expert_products(step, x, ((step.gate, gate), (step.up, up)), chosen, piece, used)
+        yield self._expert_gate(step, gate, up)
+        down = self._scratch("expert down", step.out.width, used)
+        yield from self._expert_products(step, gate, ((step.down, down),), chosen, piece, 1)
+        yield experts.combine(step, down, chosen, self._out(step.out), most, count)
+
+    def _expert_gate(self, step: Moe, gate: np.uint64, up: np.uint64) -> Launch:
+        """silu(gate) * up, as floats where it is or quantized."""
+        (most, count), used, kind = self._lines, step.used, self._weight(step.down).activation
+        if kind is ActivationFormat.F32:
+            return elementwise.elementwise("silu_mul", (gate, up), gate, used * step.ffn_width, most, count)
+        out = self._activations(kind, "expert gate", step.ffn_width, used)
+        return matmul.quantize_gated(kind, None, gate, up, step.ffn_width, most * used, count, used, out)
+
+    def _chosen(self, step: Moe) -> experts.ExpertBuffers:
+        at, lines = self.context.layout.at, experts.choice_bytes(step, self._room)
+        names = ("expert ids", "expert weights", "expert lines")
+        items = at("expert items", experts.items_bytes(step, self._room, _LEAST_PIECE))
+        ids, weights, ordered = (at(name, lines) for name in names)
+        return experts.ExpertBuffers(ids, weights, ordered, items, at("expert count", 4))
+
+    def _expert_products(
+        self,
+        step: Moe,
+        x: np.uint64,
+        outs: Sequence[tuple[str, np.uint64]],
+        chosen: experts.ExpertBuffers,
+        piece: int,
+        divisor: int,
+    ) -> Iterator[Launch]:
+        """`divisor`: how many lines share a row of x."""
+        most_items = experts.max_items(step, self._lines[0], piece)
+        lines = matmul.Experts(chosen.items, chosen.item_count, chosen.lines, most_items, piece, divisor)
+        alike: dict[QuantType, list[tuple[str, np.uint64]]] = {}
+        for name, out in outs:
+            alike.setdefault(self._weight(name).quant_type, []).append((name, out))
+        for (name, out), *others in alike.values():
+            weight, matrix_bytes = self._weight(name), self.context.weights[name].matrix_bytes
+            given, sms = self._given(weight, x), self.context.gpu.sms
+            beside = [matmul.Product(self._weight(name), NULL, out) for name, out in others]
+            yield matmul.multiply_experts(weight, matrix_bytes, given, lines, out, sms, beside)

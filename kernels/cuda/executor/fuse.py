@@ -1,0 +1,138 @@
+"""Fusion beyond that of kernels/fuse.py: what a GPU does in one launch. A launch of one row takes about as long as
+the reading of a few megabytes, so that the small ones between two products count as much as these."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from llamaclust.kernels.cuda.launches.elementwise import WIDEST_ROW
+from llamaclust.kernels.cuda.launches.matmul import MOST_PRODUCTS
+from llamaclust.kernels.fuse import Attend, FusedStep, Products, fuse, is_read
+from llamaclust.model.program import Add, Buffer, Gelu, GeluKind, MatMul, Moe, Mul, Program, RmsNorm, SiluMul, Step
+from llamaclust.model.quant_types import ActivationFormat, QuantType
+
+TypeOf = Callable[[str], QuantType]
+"""Of a weight by its name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """A sum, if there is an `add`, and its norm in the formats that the products after it ask for: F32, which later
+    steps may read as well, or others."""
+
+    norm: RmsNorm
+    add: Add | None
+    formats: frozenset[ActivationFormat]
+
+
+@dataclass(frozen=True, slots=True)
+class Gated:
+    """`out` = activation(gate) * up in the format of the product after it, and in no other."""
+
+    gate: Buffer
+    up: Buffer
+    out: Buffer
+    kind: GeluKind | None  # None: silu
+    format: ActivationFormat
+
+
+@dataclass(frozen=True, slots=True)
+class Attended:
+    """Attention whose result is read in this format alone."""
+
+    attend: Attend
+    format: ActivationFormat
+
+
+GpuStep = FusedStep | Norm | Gated | Attended
+
+
+def fuse_for_gpu(program: Program, type_of: TypeOf) -> Iterator[GpuStep]:
+    """The program's steps in groups; nothing that a later step can see is different. `Products` have one type."""
+    steps = tuple(fuse(program))
+    at = done = 0  # of these; of the program's own
+    while at < len(steps):
+        count, step = _fused(steps[at : at + 3], _Reader(program, done, type_of))
+        if isinstance(step, Products):
+            yield from _of_one_type(step, type_of)
+        else:
+            yield step
+        done += sum(len(_plain(one)) for one in steps[at : at + count])
+        at += count
+
+
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """Who reads what steps from `done` on make."""
+
+    program: Program
+    done: int
+    type_of: TypeOf
+
+    def formats(self, out: Buffer, makers: int, reader: FusedStep) -> frozenset[ActivationFormat]:
+        """What has to be made of `out` by the `makers` steps in front of its `reader`; none: that does not read it."""
+        weights = _weights_of(reader, out)
+        found = {activation for name in weights if (activation := self.type_of(name).info.activation) is not None}
+        end = self.done + makers + len(_plain(reader))
+        if found and is_read(self.program, end, out.name):
+            found.add(ActivationFormat.F32)
+        return frozenset(found)
+
+
+def _fused(steps: Sequence[FusedStep], reader: _Reader) -> tuple[int, GpuStep]:
+    """How many of the next steps go together, and as what."""
+    match steps:
+        case [Add() as add, RmsNorm() as norm, after] if norm.x == add.out != norm.out and _fits(norm):
+            if formats := reader.formats(norm.out, 2, after):
+                return 2, Norm(norm, add, formats)
+        case [RmsNorm() as norm, after, *_] if _fits(norm):
+            if formats := reader.formats(norm.out, 1, after):
+                return 1, Norm(norm, None, formats)
+        case [Attend() as attend, after, *_]:
+            if (only := _single(reader.formats(attend.attention.out, len(_plain(attend)), after))) is not None:
+                return 1, Attended(attend, only)
+        case [SiluMul(gate, up, out), after, *_]:
+            if (only := _single(reader.formats(out, 1, after))) is not None:
+                return 1, Gated(gate, up, out, None, only)
+        case [Gelu() as gelu, Mul() as mul, after] if mul.x == gelu.out != mul.y and gelu.out == mul.out:
+            if (only := _single(reader.formats(mul.out, 2, after))) is not None:
+                return 2, Gated(gelu.x, mul.y, mul.out, gelu.kind, only)
+    return 1, steps[0]
+
+
+def _fits(norm: RmsNorm) -> bool:
+    return norm.heads == 1 and norm.width <= WIDEST_ROW
+
+
+def _single(formats: frozenset[ActivationFormat]) -> ActivationFormat | None:
+    """The only one, if it is in eight bits."""
+    return next(iter(formats)) if len(formats) == 1 and ActivationFormat.F32 not in formats else None
+
+
+def _weights_of(step: FusedStep, x: Buffer) -> tuple[str, ...]:
+    """Of a step that multiplies x."""
+    if isinstance(step, Products) and step.x == x:
+        return tuple(one.weight for one in step.steps)
+    return (step.router, step.gate, step.up) if isinstance(step, Moe) and step.x == x else ()
+
+
+def _of_one_type(products: Products, type_of: TypeOf) -> Iterator[Products]:
+    """Those of each type together, as many as a launch takes."""
+    alike: dict[QuantType, list[MatMul]] = {}
+    for step in products.steps:
+        alike.setdefault(type_of(step.weight), []).append(step)
+    for steps in alike.values():
+        for at in range(0, len(steps), MOST_PRODUCTS):
+            yield replace(products, steps=tuple(steps[at : at + MOST_PRODUCTS]))
+
+
+def _plain(step: FusedStep) -> tuple[Step, ...]:
+    """The program's own steps in it."""
+    match step:
+        case Products():
+            return step.steps
+        case Attend():
+            return *(rope for rope in (step.rotate_q, step.rotate_k) if rope is not None), step.attention
+        case _:
+            return (step,)

@@ -1,0 +1,44 @@
+"""What launches are made for: a program with its weights, where its buffers and KV memory are, and on what card."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llamaclust.core.limits import StageLimits
+from llamaclust.kernels.cuda.executor.buffer_layout import BufferLayout
+from llamaclust.kernels.cuda.executor.inputs import Addresses
+from llamaclust.kernels.cuda.launches.attention import LaunchLimits
+from llamaclust.kernels.cuda.weights.device_weights import DeviceWeight
+from llamaclust.model.program import Program
+
+Weights = Mapping[str, DeviceWeight]
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchContext:
+    """Addresses are 0 while only sizes are looked for."""
+
+    program: Program
+    weights: Weights
+    limits: StageLimits
+    layout: BufferLayout
+    inputs: Addresses
+    kv: Mapping[int, np.uint64]  # by layer
+    constants: set[bytes]  # numbers that are there before the first launch
+    gpu: LaunchLimits
+
+    def constant(self, numbers: NDArray[Any]) -> np.uint64:
+        """Where they are on the device."""
+        data = numbers.tobytes()
+        self.constants.add(data)
+        return self.layout.at(constant_name(data), len(data))
+
+
+def constant_name(data: bytes) -> object:
+    """Of its region."""
+    return "constant", data

@@ -1,0 +1,92 @@
+"""From a program to launches over buffers at fixed addresses: for each bucket of rows a list, made once."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from llamaclust.core.limits import StageLimits
+from llamaclust.kernels.cuda.executor.buffer_layout import BufferLayout
+from llamaclust.kernels.cuda.executor.emit import Emitter
+from llamaclust.kernels.cuda.executor.inputs import Inputs
+from llamaclust.kernels.cuda.executor.kv import block_bytes, layer_offsets
+from llamaclust.kernels.cuda.executor.launch_context import LaunchContext, Weights, constant_name
+from llamaclust.kernels.cuda.executor.shapes import Shape
+from llamaclust.kernels.cuda.launches.attention import LaunchLimits
+from llamaclust.kernels.cuda.runtime.device import LEAST_SHARED_BYTES, Buffer, Device, Launch
+from llamaclust.kernels.cuda.runtime.memory import allocated
+from llamaclust.model.program import Program
+
+ANY_GPU = LaunchLimits(1, LEAST_SHARED_BYTES)
+"""Where it is not known which one: what a plan takes is the same."""
+
+
+class Plan:
+    """A program's buffers, and its launches once these have addresses."""
+
+    def __init__(self, program: Program, weights: Weights, limits: StageLimits, gpu: LaunchLimits = ANY_GPU) -> None:
+        """Of the weights all but addresses. What buffers take does not depend on the card. ValueError where the program
+        does not hold together."""
+        self.program = program
+        self.weights = weights
+        self.limits = limits
+        self.inputs = Inputs(program, limits)
+        self._layout = BufferLayout()
+        self._layout.at("inputs", self.inputs.n_bytes)
+        *offsets, self._kv_end = layer_offsets(program.kv_layers, limits)
+        self._kv_offsets = dict(zip((step.layer for step in program.kv_layers), offsets, strict=True))
+        self._constants: set[bytes] = set()
+        self._kv_base, self._gpu = 0, gpu
+        for shape in Shape.all(limits):
+            self.launches(shape)
+        self._layout.lay_out()
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(weight.n_bytes for weight in self.weights.values())
+
+    @property
+    def kv_allocated_bytes(self) -> int:
+        """What KV memory takes, with what lies between its layers."""
+        return allocated(self._kv_end)
+
+    @property
+    def buffers_allocated_bytes(self) -> int:
+        return allocated(self._layout.n_bytes)
+
+    @property
+    def kernels(self) -> frozenset[str]:
+        """All that launches of any shape need."""
+        return frozenset(launch.kernel for shape in Shape.all(self.limits) for launch in self.launches(shape))
+
+    @property
+    def inputs_offset(self) -> int:
+        """Of a microbatch's numbers in the buffers; likewise the others."""
+        return self._layout.offset("inputs")
+
+    @property
+    def hidden_offset(self) -> int:
+        return self._layout.offset((self.program.hidden.name, False))
+
+    @property
+    def out_offset(self) -> int:
+        return self._layout.offset((self.program.out.name, self.program.is_last))
+
+    def bind(self, device: Device, weights: Weights, buffers: Buffer, kv: Buffer) -> None:
+        """Where all that lies from now on; brings what kernels find there before their first launch."""
+        self.weights = weights
+        self._layout.base, self._kv_base = buffers.address, kv.address
+        for data in self._constants:
+            device.upload(buffers, self._layout.offset(constant_name(data)), np.frombuffer(data, np.uint8))
+
+    def launches(self, shape: Shape) -> tuple[Launch, ...]:
+        inputs = self.inputs.addresses(int(self._layout.at("inputs", self.inputs.n_bytes)))
+        kv = {layer: np.uint64(self._kv_base + offset) for layer, offset in self._kv_offsets.items()}
+        context = LaunchContext(
+            self.program, self.weights, self.limits, self._layout, inputs, kv, self._constants, self._gpu
+        )
+        return tuple(Emitter(context, shape).launches())
+
+
+def kv_bytes(program: Program, limits: StageLimits) -> int:
+    """Of KV memory, without what lies between layers: as much as on a CPU."""
+    return sum(block_bytes(step) * limits.layer_blocks(step.window) for step in program.kv_layers)

@@ -1,0 +1,1 @@
+"""Arguments, grids and shared memory of each kernel. Pure: knows addresses only."""

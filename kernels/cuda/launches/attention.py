@@ -1,0 +1,254 @@
+"""Attention on a GPU as launches: which kernels, of what size, over which scratch memory. Pure: knows addresses only.
+
+A plan kernel cuts a microbatch's rows into tiles and these into spans, once for all layers of one shape. A layer stores
+its keys and values, computes tiles of few queries (decoding) and of many (prefill), and merges spans that were apart.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from llamaclust.core.errors import ModelFileError
+from llamaclust.kernels.cuda.runtime.device import NULL, Launch, Scalar
+from llamaclust.model.program import KV_GROUP_CHANNELS, SPAN_TOKENS, Attention, KvType, Program, RopeStyle
+
+MAX_PARTIAL_BYTES = 64 << 20
+"""Memory for sums of spans that are computed apart: where there are more of them, blocks walk whole tiles."""
+
+_MAX_HEAD_DIM = 512
+_FEW_QUERIES = (4, 8, 16)
+_MANY_QUERIES = {KvType.F16: (32, 16), KvType.Q8_0: (16,)}
+_SCORE_STRIDE = SPAN_TOKENS + 4
+_STATIC_SHARED_BYTES = 1024  # what the kernels declare themselves, at most
+_MERGED_CHANNELS, _MERGED_HEAD_DIMS = 256, (32, 64, 128, 256)
+_NO_WINDOW = (1 << 31) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchLimits:
+    """What of a device decides which kernels run."""
+
+    sms: int
+    shared_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Memory that all attention steps of a stage share: for so many rows, and spans of single rows apart (slots)."""
+
+    max_rows: int
+    slots: int
+
+    @property
+    def plan_bytes(self) -> int:
+        """For each `Cut` one plan of this size."""
+        return 4 * (8 + 4 * self.max_rows + 2 * 8 * (self.max_rows + self.slots))
+
+    def partial_bytes(self, step: Attention) -> int:
+        return self.slots * _slot_bytes(step)
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How rows become tiles. Steps with equal cuts share a plan."""
+
+    tile_rows: int
+    few_rows: int
+    window: int
+    split_below: int
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """Device arrays of a microbatch, int32: rows, sequences in `header`, the rest as in `Batch`."""
+
+    header: np.uint64
+    positions: np.uint64
+    sequence_starts: np.uint64
+    table_starts: np.uint64
+
+
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """Of queries, in place, and keys: `angles` of every row, by rope.rotation."""
+
+    angles: np.uint64
+    pairs: int
+    style: RopeStyle
+
+
+NO_ROTATION = Rotation(NULL, 0, RopeStyle.NORM)
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionBuffers:
+    """Where an attention step finds everything; `slopes` is 0 without. `plan` is that of its cut."""
+
+    q: np.uint64
+    k: np.uint64
+    v: np.uint64
+    out: np.uint64
+    tables: np.uint64
+    kv: np.uint64
+    slopes: np.uint64
+    plan: np.uint64
+    partials: np.uint64
+    rotation: Rotation = NO_ROTATION
+    by_32: np.uint64 = NULL  # where quantized rows go instead of `out`; see `can_quantize`
+    by_256: np.uint64 = NULL
+
+
+def _slot_bytes(step: Attention) -> int:
+    return 4 * step.heads * (step.head_dim + 2)
+
+
+def _spans(step: Attention, max_context_tokens: int) -> int:
+    """Spans that a row sees at most."""
+    spans = -(-max_context_tokens // SPAN_TOKENS)
+    return spans if step.window is None else min(spans, (step.window - 2) // SPAN_TOKENS + 2)
+
+
+def room_of(steps: tuple[Attention, ...], max_rows: int, max_context_tokens: int) -> Room:
+    """As many slots as rows can ask for, or as there is memory for."""
+    slots = (min(max_rows * _spans(step, max_context_tokens), MAX_PARTIAL_BYTES // _slot_bytes(step)) for step in steps)
+    return Room(max_rows, max(slots, default=0))
+
+
+def _group(step: Attention) -> int:
+    return step.heads // step.kv_heads
+
+
+def _many_queries(step: Attention, gpu: LaunchLimits) -> int:
+    """Queries of a tile: the more, the less often keys and values are read, as far as scores fit into shared memory."""
+    fits = (queries for queries in _MANY_QUERIES[step.kv_type] if many_shared_bytes(step, queries) <= gpu.shared_bytes)
+    return next(fits)
+
+
+def _few_queries(step: Attention) -> int:
+    """0: too many heads share a KV head."""
+    return next((queries for queries in _FEW_QUERIES if queries >= _group(step)), 0)
+
+
+def _parts(step: Attention, gpu: LaunchLimits) -> int:
+    return -(-_group(step) // _many_queries(step, gpu))
+
+
+def check_attention(program: Program) -> None:
+    """ModelFileError for what the kernels cannot compute; of the rest they have been told by the CPU's checks."""
+    for step in program.kv_layers:
+        if step.head_dim > _MAX_HEAD_DIM:
+            at = f"layers {program.start} to {program.end}"
+            raise ModelFileError(f"{at} cannot be computed: heads of {step.head_dim}, at most {_MAX_HEAD_DIM} channels")
+
+
+def cut_of(step: Attention, gpu: LaunchLimits) -> Cut:
+    group, blocks = _group(step), step.kv_heads * _parts(step, gpu)
+    return Cut(
+        tile_rows=max(1, _many_queries(step, gpu) // group),
+        few_rows=_few_queries(step) // group,
+        window=step.window or _NO_WINDOW,
+        split_below=-(-2 * gpu.sms // blocks),
+    )
+
+
+def _stage_floats(step: Attention, blocks: int) -> int:
+    """Values of some blocks, 64 or 128 channels at a time, and their scales."""
+    channels = 64 if step.head_dim <= 64 else 128
+    scales = channels // KV_GROUP_CHANNELS if step.kv_type is KvType.Q8_0 else 0
+    return blocks * 16 * (channels + scales)
+
+
+def few_shared_bytes(step: Attention, queries: int) -> int:
+    return 4 * (queries * _SCORE_STRIDE + _stage_floats(step, 2 if queries < 16 else 1))
+
+
+def many_shared_bytes(step: Attention, queries: int) -> int:
+    """The scores, or before them the queries (of float16 with a chunk of keys); and values."""
+    if step.kv_type is KvType.F16:
+        staged = 8 * (-(-step.head_dim // 8) * queries + SPAN_TOKENS)
+    else:
+        groups = -(-step.head_dim // KV_GROUP_CHANNELS)
+        staged = queries * (2 * (8 * groups + 4) + groups)
+    return 4 * (max(queries * _SCORE_STRIDE, staged) + _stage_floats(step, 1))
+
+
+def _merges(step: Attention, room: Room, max_context_tokens: int) -> bool:
+    return _spans(step, max_context_tokens) > 1 and room.slots > 0
+
+
+def can_quantize(step: Attention, room: Room, max_context_tokens: int) -> bool:
+    """Whether the kernel that merges spans can: it has whole heads of 256 channels."""
+    fits = step.head_dim in _MERGED_HEAD_DIMS and step.out.width % _MERGED_CHANNELS == 0
+    return fits and _merges(step, room, max_context_tokens)
+
+
+def plan_launch(cut: Cut, room: Room, inputs: Inputs, plan: np.uint64) -> Launch:
+    """Once for a microbatch and cut, before the first attention."""
+    arrays = (inputs.header, inputs.positions, inputs.sequence_starts, inputs.table_starts)
+    figures = (cut.tile_rows, cut.few_rows, cut.window, room.max_rows, room.slots, cut.split_below)
+    return Launch("attention.rows.plan", (1, 1, 1), (256, 1, 1), (*arrays, *map(np.int32, figures), plan))
+
+
+def attention_launches(
+    step: Attention,
+    gpu: LaunchLimits,
+    room: Room,
+    inputs: Inputs,
+    places: AttentionBuffers,
+    *,
+    rows: int,
+    max_sequences: int,
+    max_context_tokens: int,
+    one_row_each: bool = False,
+) -> tuple[Launch, ...]:
+    """For up to `rows` rows; `one_row_each`: of different sequences, as in decoding."""
+    few, spans = _few_queries(step), _spans(step, max_context_tokens)
+    launches = [_store(step, room, inputs, places, rows)]
+    if few:
+        blocks = min(rows * spans, -(-4 * gpu.sms // step.kv_heads))
+        grid, shared_bytes = (blocks, step.kv_heads, 1), few_shared_bytes(step, few)
+        name = f"attention.few.few_{step.kv_type}_{few}"
+        launches.append(Launch(name, grid, (256, 1, 1), _arguments(step, room, inputs, places), shared_bytes))
+    if not (few and one_row_each):
+        many, parts = _many_queries(step, gpu), _parts(step, gpu)
+        tile_rows = max(1, many // _group(step))
+        tiles = min(rows, rows // tile_rows + max_sequences)
+        blocks = max(tiles, min(rows * spans, -(-2 * gpu.sms // (step.kv_heads * parts))))
+        grid, shared_bytes = (blocks, step.kv_heads * parts, 1), many_shared_bytes(step, many)
+        name = f"attention.tile.tile_{step.kv_type}_{many}"
+        launches.append(Launch(name, grid, (256, 1, 1), _arguments(step, room, inputs, places), shared_bytes))
+    if _merges(step, room, max_context_tokens):
+        launches.append(_merge(step, room, inputs, places, rows))
+    return tuple(launches)
+
+
+def _store(step: Attention, room: Room, inputs: Inputs, places: AttentionBuffers, rows: int) -> Launch:
+    turn = places.rotation
+    args: tuple[Scalar, ...] = (
+        *(inputs.header, inputs.positions, places.plan, np.int32(room.max_rows), np.int32(room.slots)),
+        *(places.tables, places.q, places.k, places.v),
+        *map(np.int32, (step.heads, step.kv_heads, step.head_dim)),
+        *(places.kv, turn.angles, np.int32(turn.pairs), np.int32(turn.style is RopeStyle.NEOX)),
+    )
+    return Launch(f"attention.rows.store_{step.kv_type}", (rows, step.kv_heads, 1), (128, 1, 1), args)
+
+
+def _arguments(step: Attention, room: Room, inputs: Inputs, places: AttentionBuffers) -> tuple[Scalar, ...]:
+    figures = (step.heads, step.kv_heads, step.head_dim, step.window or _NO_WINDOW)
+    return (
+        *(places.plan, np.int32(room.max_rows), np.int32(room.slots)),
+        *(inputs.positions, places.tables, places.q, places.kv, places.slopes),
+        *map(np.int32, figures),
+        *(np.float32(step.scale), np.float32(step.soft_cap or 0.0)),
+        *(places.partials, places.out),
+    )
+
+
+def _merge(step: Attention, room: Room, inputs: Inputs, places: AttentionBuffers, rows: int) -> Launch:
+    plan = (inputs.header, places.plan, np.int32(room.max_rows), np.int32(room.slots))
+    outs = (places.out, places.by_32, places.by_256)
+    args = (*plan, places.partials, np.int32(step.heads), np.int32(step.head_dim), *outs)
+    heads = 1 if places.by_32 == places.by_256 else _MERGED_CHANNELS // step.head_dim
+    return Launch("attention.rows.merge", (rows, step.heads // heads, 1), (128, heads, 1), args)

@@ -1,0 +1,58 @@
+"""Mixture of experts on a GPU around its products, as launches. Pure: knows addresses only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from llamaclust.kernels.cuda.runtime.device import Launch
+from llamaclust.model.program import Moe
+
+_PIECE_CHANNELS = 1024  # of a row, for a block
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertBuffers:
+    """Device arrays of one step; `choice_bytes` and `items_bytes` say their sizes."""
+
+    ids: np.uint64  # int32 [rows, used]
+    weights: np.uint64  # float32 [rows, used]
+    lines: np.uint64  # int32 [rows * used]: row * used + rank, ordered by expert
+    items: np.uint64  # int32 [max_items, 3]: expert, first place in lines, count
+    item_count: np.uint64  # int32
+
+
+def choice_bytes(step: Moe, rows: int) -> int:
+    """Of ids; weights and lines take as much."""
+    return 4 * rows * step.used
+
+
+def max_items(step: Moe, rows: int, piece: int) -> int:
+    """Pieces of up to `piece` lines that the experts' lines are cut into, at most."""
+    lines = rows * step.used
+    return min(step.experts, lines) + lines // piece
+
+
+def items_bytes(step: Moe, rows: int, piece: int) -> int:
+    return 3 * 4 * max_items(step, rows, piece)
+
+
+def choose(step: Moe, logits: np.uint64, places: ExpertBuffers, rows: int, count: np.uint64) -> Launch:
+    """logits float32 [rows, experts]; *count rows of `rows` are there."""
+    experts, used, normalized = map(np.int32, (step.experts, step.used, step.normalized))
+    args = (logits, experts, used, normalized, count, places.ids, places.weights)
+    return Launch("experts.choose", (-(-rows // 4), 1, 1), (128, 1, 1), args, shared_bytes=4 * 4 * step.experts)
+
+
+def group(step: Moe, places: ExpertBuffers, piece: int, count: np.uint64) -> Launch:
+    used, experts, most = map(np.int32, (step.used, step.experts, piece))
+    args = (places.ids, used, experts, most, count, places.lines, places.items, places.item_count)
+    return Launch("experts.group", (1, 1, 1), (512, 1, 1), args, shared_bytes=2 * 4 * step.experts)
+
+
+def combine(step: Moe, x: np.uint64, places: ExpertBuffers, out: np.uint64, rows: int, count: np.uint64) -> Launch:
+    """x float32 [rows * used, width], out [rows, width]."""
+    width = step.out.width
+    args = (x, places.weights, np.int32(step.used), np.int32(width), count, out)
+    return Launch("experts.combine", (-(-width // _PIECE_CHANNELS), rows, 1), (256, 1, 1), args)

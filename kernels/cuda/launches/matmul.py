@@ -1,0 +1,274 @@
+"""Matrix products as launches: which kernel, with how many blocks. Activations are quantized once for all products that
+read them; results have the bits of kernels/cpu (docs/numerics.md)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from llamaclust.kernels.cuda.runtime.device import NULL, PLAIN_SHARED_BYTES, Launch, Scalar
+from llamaclust.model.program import GeluKind
+from llamaclust.model.quant_types import TILE_ROWS, ActivationFormat, QuantType
+
+_Q = QuantType
+_MODULES = {
+    "matmul.float": (_Q.F32, _Q.F16, _Q.BF16),
+    "matmul.simple": (_Q.Q4_0, _Q.Q4_1, _Q.Q5_0, _Q.Q5_1, _Q.Q8_0, _Q.IQ4_NL, _Q.MXFP4),
+    "matmul.k": (_Q.Q2_K, _Q.Q3_K, _Q.Q4_K, _Q.Q5_K, _Q.Q6_K, _Q.IQ4_XS, _Q.TQ2_0, _Q.TQ1_0),
+    "matmul.grid": (_Q.IQ1_S, _Q.IQ1_M, _Q.IQ2_XXS, _Q.IQ2_XS, _Q.IQ2_S, _Q.IQ3_XXS, _Q.IQ3_S),
+}
+_MODULE_OF = {kind: module for module, kinds in _MODULES.items() for kind in kinds}
+SUPPORTED_TYPES = tuple(_MODULE_OF)
+
+_WITH_MIN = (_Q.Q4_1, _Q.Q5_1, _Q.Q2_K, _Q.Q4_K, _Q.Q5_K)
+_SUB_BLOCKS = {
+    **dict.fromkeys((_Q.Q4_K, _Q.Q5_K, _Q.IQ4_XS, _Q.IQ2_XXS, _Q.IQ3_XXS, _Q.IQ3_S), 8),
+    **dict.fromkeys((_Q.Q2_K, _Q.Q3_K, _Q.Q6_K, _Q.IQ1_S, _Q.IQ1_M, _Q.IQ2_XS, _Q.IQ2_S), 16),
+}
+"""Integer scales in a segment, of types that have them."""
+
+_GROUP_ROWS, _GEMM_ROWS = 8, 64
+_GROUP_BYTES = {ActivationFormat.Q8_32: 320, ActivationFormat.Q8_256: 2336}
+"""Of a segment of eight rows (src/matmul/activations.cuh)."""
+
+_SEGMENTS_OF_A_WARP = {ActivationFormat.Q8_32: 4, ActivationFormat.Q8_256: 1}
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """A matrix [rows, cols] whose tiles are on the device."""
+
+    quant_type: QuantType
+    rows: int
+    cols: int
+    tiles: np.uint64
+
+    @property
+    def activation(self) -> ActivationFormat:
+        activation = self.quant_type.info.activation
+        assert activation is not None
+        return activation
+
+    @property
+    def tile_count(self) -> int:
+        return -(-self.rows // TILE_ROWS)
+
+    @property
+    def tile_bytes(self) -> int:
+        return self.quant_type.info.tile_bytes(self.cols)
+
+    @property
+    def segments(self) -> int:
+        return self.cols // self.quant_type.info.block_size
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """A matrix, its bias (address 0: none) and its result."""
+
+    weights: Weights
+    bias: np.uint64
+    out: np.uint64
+
+
+MOST_PRODUCTS = 3
+"""Of one launch: queries, keys and values. They have one quant type and one width."""
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """Lines grouped by expert: items [max_items][3] of {expert, first of its `lines`, how many: `piece` at most};
+    *item_count of them are there. Line l takes row l // divisor of the activations and gives row l of the result."""
+
+    items: np.uint64
+    item_count: np.uint64
+    lines: np.uint64
+    max_items: int
+    piece: int
+    divisor: int
+
+
+def expert_piece(lines: int, experts: int) -> int:
+    """How many lines items should have at most, for that many of all experts together."""
+    return _GEMM_ROWS if lines > 2 * _GROUP_ROWS * experts else _GROUP_ROWS
+
+
+def kernel_name(kind: str, quant_type: QuantType) -> str:
+    """TQ1_0 lies in tiles as TQ2_0 does."""
+    name = QuantType.TQ2_0.name if quant_type is QuantType.TQ1_0 else quant_type.name
+    return f"{_MODULE_OF[quant_type]}.{kind}_{name}"
+
+
+def activation_bytes(activation: ActivationFormat, rows: int, cols: int) -> int:
+    """Of quantized rows; none for float32, since products read those as they are."""
+    if activation is ActivationFormat.F32:
+        return 0
+    return -(-rows // _GROUP_ROWS) * (cols // int(activation)) * _GROUP_BYTES[activation]
+
+
+def quantize(
+    activation: ActivationFormat,
+    x: np.uint64,
+    cols: int,
+    rows: int,
+    count: np.uint64,
+    multiple: int,
+    out: np.uint64,
+) -> Launch:
+    """x float32 [rows][cols], of which *count * multiple rows are there."""
+    return _quantize("rows", activation, (x,), cols, rows, count, multiple, out)
+
+
+def quantize_gated(
+    activation: ActivationFormat,
+    kind: GeluKind | None,
+    gate: np.uint64,
+    up: np.uint64,
+    cols: int,
+    rows: int,
+    count: np.uint64,
+    multiple: int,
+    out: np.uint64,
+) -> Launch:
+    """The same of silu(gate) * up, or of gelu(gate) * up."""
+    name = "silu_mul" if kind is None else f"gelu_{kind.value}_mul"
+    return _quantize(name, activation, (gate, up), cols, rows, count, multiple, out)
+
+
+def _quantize(
+    name: str,
+    activation: ActivationFormat,
+    inputs: tuple[np.uint64, ...],
+    cols: int,
+    rows: int,
+    count: np.uint64,
+    multiple: int,
+    out: np.uint64,
+) -> Launch:
+    grid = (-(-cols // 256), -(-rows // _GROUP_ROWS), 1)
+    args: tuple[Scalar, ...] = (*inputs, np.int32(cols), count, np.int32(multiple), out)
+    return Launch(f"elementwise.quantize.{name}_{activation.value}", grid, (256, 1, 1), args)
+
+
+def embed(weights: Weights, ids: np.uint64, rows: int, count: np.uint64, out: np.uint64) -> Launch:
+    """Row i of out, float32, is row ids[i] of the weights."""
+    is_float = weights.activation is ActivationFormat.F32
+    name = (
+        f"elementwise.embed.embed_{weights.quant_type.name.lower()}"
+        if is_float
+        else kernel_name("embed", weights.quant_type)
+    )
+    args = (ids, weights.tiles, np.int32(weights.tile_bytes), np.int32(weights.cols), count, out)
+    return Launch(name, (-(-weights.cols // 1024), rows, 1), (256, 1, 1), args)
+
+
+def multiply(
+    weights: Weights,
+    activations: np.uint64,
+    bias: np.uint64,
+    rows: int,
+    count: np.uint64,
+    out: np.uint64,
+    sms: int,
+    others: Sequence[Product] = (),
+) -> Launch:
+    """out [rows][weights.rows], of which *count rows are there; and the same of `others`."""
+    all_of_them = (Product(weights, bias, out), *others)
+    piece = _GEMM_ROWS if _takes_gemm(all_of_them, rows, sms) else _GROUP_ROWS
+    experts = Experts(NULL, NULL, NULL, -(-rows // piece), piece, 1)
+    return _launch(all_of_them, 0, activations, min(rows, piece), count, experts, sms)
+
+
+def multiply_experts(
+    weights: Weights,
+    matrix_bytes: int,
+    activations: np.uint64,
+    experts: Experts,
+    out: np.uint64,
+    sms: int,
+    others: Sequence[Product] = (),
+) -> Launch:
+    """`weights` is the first expert's matrix, the others follow `matrix_bytes` apart; likewise `others`."""
+    all_of_them = (Product(weights, NULL, out), *others)
+    return _launch(all_of_them, matrix_bytes, activations, experts.piece, NULL, experts, sms)
+
+
+def _blocks(them: Sequence[Product], tiles: int) -> int:
+    """Of so many tiles each, which are of one matrix."""
+    return sum(-(-one.weights.tile_count // tiles) for one in them)
+
+
+def _takes_gemm(them: Sequence[Product], rows: int, sms: int) -> bool:
+    """Up to 32 rows, the kernel for eight reads weights up to four times, but three of them from the cache: that costs
+    less than the bandwidth that a few large blocks would leave unused."""
+    if rows <= _GROUP_ROWS:
+        return False
+    return rows > 4 * _GROUP_ROWS or _blocks(them, 4) * -(-rows // _GEMM_ROWS) >= 2 * sms
+
+
+def _launch(
+    them: Sequence[Product],
+    matrix_bytes: int,
+    activations: np.uint64,
+    rows: int,
+    count: np.uint64,
+    experts: Experts,
+    sms: int,
+) -> Launch:
+    weights, is_gemm = them[0].weights, experts.piece > _GROUP_ROWS
+    args: tuple[Scalar, ...] = (
+        *_matrices(them),
+        *map(np.int32, (weights.tile_bytes, matrix_bytes, weights.cols)),
+        *(activations, count, experts.items, experts.item_count, experts.lines),
+        np.int32(experts.divisor),
+    )
+    name = kernel_name("gemm" if is_gemm else "gemv", weights.quant_type)
+    pieces = experts.max_items
+    if weights.activation is ActivationFormat.F32:
+        return Launch(name, (pieces, _blocks(them, 4 if is_gemm else 1), 1), (256 if is_gemm else 128, 1, 1), args)
+    if is_gemm:
+        warps = _gemm_warps(them, pieces, sms)
+        shared = _gemm_shared_bytes(weights, warps)
+        return Launch(name, (pieces, _blocks(them, warps), 1), (32 * warps, 1, 1), args, shared)
+    warps, together, shared = _gemv_warps(weights, rows)
+    return Launch(name, (pieces, _blocks(them, 1), 1), (32 * warps, 1, 1), (*args, np.int32(together)), shared)
+
+
+def _matrices(them: Sequence[Product]) -> tuple[Scalar, ...]:
+    first = them[0].weights
+    alike = first.quant_type, first.cols
+    assert len(them) <= MOST_PRODUCTS and all((one.weights.quant_type, one.weights.cols) == alike for one in them)
+    found: list[Scalar] = []
+    for one in them:
+        found += (one.weights.tiles, np.int32(one.weights.rows), one.bias, one.out)
+    return (*found, *(MOST_PRODUCTS - len(them)) * (NULL, np.int32(0), NULL, NULL))
+
+
+def _gemv_warps(weights: Weights, rows: int) -> tuple[int, int, int]:
+    """Warps of a block, segments of a round, shared memory: eight warps where a round of theirs fits. A round begins
+    where a warp's segments do."""
+    of_warp = _SEGMENTS_OF_A_WARP[weights.activation]
+    each = rows * (17 * 16 if weights.quant_type in _WITH_MIN else 18 * 8)
+    fits = PLAIN_SHARED_BYTES // each
+    warps = 8
+    of_warps = warps * of_warp
+    if fits < of_warps and weights.segments > fits:
+        warps, of_warps = warps // 2, of_warps // 2
+    together = min(weights.segments, fits // of_warps * of_warps if fits >= of_warps else fits)
+    assert together == weights.segments or together % of_warp == 0, (weights, rows, together)
+    return warps, together, together * each
+
+
+def _gemm_warps(them: Sequence[Product], pieces: int, sms: int) -> int:
+    """The largest blocks that still give every multiprocessor one; they read activations least often."""
+    return next((warps for warps in (16, 8) if _blocks(them, warps) * pieces >= sms), 4)
+
+
+def _gemm_shared_bytes(weights: Weights, warps: int) -> int:
+    """Two stages of 256 columns, and the integer scales of sixteen rows for each warp."""
+    segments = 256 // weights.activation.value
+    sub_blocks = _SUB_BLOCKS.get(weights.quant_type, 0)
+    scales = TILE_ROWS * 4 * (sub_blocks // 2 + 1) if sub_blocks else 0
+    return 2 * 8 * segments * _GROUP_BYTES[weights.activation] + warps * scales

@@ -1,0 +1,1 @@
+"""The CUDA device: memory, launches and graphs through CuPy; kernels compiled by NVRTC."""

@@ -1,0 +1,106 @@
+"""Whether CuPy, a driver and a card are there: each absence is one line that says what to do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from llamaclust.core.errors import UsageError
+from llamaclust.kernels.cuda.runtime.device import MIN_COMPUTE_CAPABILITY
+from llamaclust.kernels.cuda.runtime.nvrtc import Nvrtc, open_nvrtc
+
+_INSTALL = "pip install 'llamaclust[cuda13]', or 'llamaclust[cuda12]' for a driver older than 580"
+_OLDEST_CUPY = 14
+_NO_DEVICE, _OLD_DRIVER = 100, 35  # cudaErrorNoDevice, cudaErrorInsufficientDriver
+
+
+@dataclass(frozen=True, slots=True)
+class GpuProperties:
+    """One card, as the CUDA runtime describes it."""
+
+    name: str
+    uuid: str  # hexadecimal digits
+    memory_bytes: int
+    compute_capability: tuple[int, int]
+    sms: int
+    shared_bytes: int
+
+
+def import_cupy() -> Any:
+    """UsageError where it is missing, broken or too old."""
+    try:
+        import cupy
+    except ModuleNotFoundError as error:
+        if error.name != "cupy":
+            raise UsageError(f"device cuda: CuPy lacks the module {error.name}: {_INSTALL}") from error
+        raise UsageError(f"device cuda needs CuPy: {_INSTALL}") from error
+    except ImportError as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip(" =")]
+        raise UsageError(f"device cuda: CuPy does not start ({lines[-1] if lines else error}): {_INSTALL}") from error
+    if int(cupy.__version__.split(".")[0]) < _OLDEST_CUPY:
+        raise UsageError(f"device cuda needs CuPy {_OLDEST_CUPY} or later, this is {cupy.__version__}: {_INSTALL}")
+    return cupy
+
+
+def gpu_properties(cupy: Any, index: int) -> GpuProperties:
+    """UsageError where there is no such card, or one that kernels are not made for."""
+    count = _count(cupy)
+    gpus = [_properties(cupy, one) for one in range(count)]
+    if index >= count:
+        there = ", ".join(f"cuda:{number} ({gpu.name})" for number, gpu in enumerate(gpus))
+        raise UsageError(f"device cuda:{index}: no such card; there is {there}")
+    gpu, (major, minor) = gpus[index], MIN_COMPUTE_CAPABILITY
+    if gpu.compute_capability < MIN_COMPUTE_CAPABILITY:
+        found = ".".join(map(str, gpu.compute_capability))
+        raise UsageError(
+            f"device cuda:{index}: {gpu.name} has compute capability {found}, kernels need {major}.{minor} (Turing)"
+        )
+    return gpu
+
+
+def usable_nvrtc(cupy: Any) -> Nvrtc:
+    """UsageError where there is none, or one whose machine code the driver does not know."""
+    nvrtc, driver = open_nvrtc(), cupy.cuda.runtime.driverGetVersion()
+    if nvrtc.version[0] > driver // 1000:
+        made_by = ".".join(map(str, nvrtc.version))
+        raise UsageError(
+            f"device cuda: the driver is for CUDA {_version(driver)}, NVRTC is {made_by}: update it, or {_INSTALL}"
+        )
+    return nvrtc
+
+
+def _count(cupy: Any) -> int:
+    """UsageError without a card, or a driver for it."""
+    runtime = cupy.cuda.runtime
+    try:
+        count: int = runtime.getDeviceCount()
+    except runtime.CUDARuntimeError as error:
+        driver, built_for = _version(runtime.driverGetVersion()), _version(runtime.runtimeGetVersion())
+        if error.status == _NO_DEVICE:
+            raise UsageError("device cuda: no NVIDIA GPU is visible (nvidia-smi, CUDA_VISIBLE_DEVICES)") from error
+        if driver == "0.0":
+            raise UsageError("device cuda: no NVIDIA driver is installed, or this container is not given it") from error
+        if error.status == _OLD_DRIVER:
+            raise UsageError(
+                f"device cuda: the driver is for CUDA {driver}, this CuPy for {built_for}: update it, or {_INSTALL}"
+            ) from error
+        raise UsageError(f"device cuda: {error}") from error
+    if count == 0:
+        raise UsageError("device cuda: no NVIDIA GPU is visible (nvidia-smi, CUDA_VISIBLE_DEVICES)")
+    return count
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def _properties(cupy: Any, index: int) -> GpuProperties:
+    found = cupy.cuda.runtime.getDeviceProperties(index)
+    return GpuProperties(
+        name=found["name"].decode(),
+        uuid=bytes(found["uuid"]).hex(),
+        memory_bytes=found["totalGlobalMem"],
+        compute_capability=(found["major"], found["minor"]),
+        sms=found["multiProcessorCount"],
+        shared_bytes=found["sharedMemPerBlockOptin"],
+    )

@@ -1,0 +1,136 @@
+"""What the executor needs of a GPU: memory, copies, launches, graphs. Knows neither CuPy nor the kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Bytes = NDArray[np.uint8]
+
+Scalar = np.int32 | np.float32 | np.float64 | np.uint64
+"""An argument of a kernel as it declares it; a pointer is the np.uint64 of an address (see `Buffer.at`)."""
+
+NULL = np.uint64(0)
+
+MIN_COMPUTE_CAPABILITY = (7, 5)
+"""The oldest cards that CUDA 13 still compiles for; with 8-bit matrix instructions."""
+
+LEAST_SHARED_BYTES = 64 << 10
+"""What `Device.shared_bytes` is on any of these cards, at least."""
+
+PLAIN_SHARED_BYTES = 48 << 10
+"""Shared memory that a block of any card has; more of it, up to `Device.shared_bytes`, has to be dynamic."""
+
+
+class Buffer(Protocol):
+    """Memory of the device, aligned to 16 bytes at least. What stands in it at first is not defined."""
+
+    address: int
+    n_bytes: int
+
+    def at(self, offset_bytes: int = 0) -> np.uint64:
+        """A pointer into it, as an argument of a kernel. AssertionError outside of it."""
+        ...
+
+    def close(self) -> None:
+        """Frees it; no launch that is under way may use it."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One launch of a kernel, named "module.kernel": module `elementwise.rows` is src/elementwise/rows.cu."""
+
+    kernel: str
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    args: tuple[Scalar, ...]
+    shared_bytes: int = 0  # dynamic shared memory
+
+
+class Graph(Protocol):
+    """Launches and copies that were captured. Copies read and write pinned memory anew each time."""
+
+    def launch(self) -> None:
+        """Does all of them again, in order with what else was asked of the device."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Event(Protocol):
+    """A point in the order of the device's work."""
+
+    def wait(self) -> None:
+        """Returns when everything before it is done."""
+        ...
+
+
+class Device(Protocol):
+    """One GPU. Copies, launches and graphs run one after the other, in the order of the calls, while the caller goes
+    on; for one thread at a time, but `prepare` and the `close` of buffers."""
+
+    name: str
+    uuid: str  # of the GPU itself; "": not known
+    compute_capability: tuple[int, int]
+    sms: int  # multiprocessors
+    memory_bytes: int
+    shared_bytes: int  # shared memory that a block can have at most
+    failures: tuple[type[Exception], ...]  # what its driver raises; it computes no more then
+
+    @property
+    def free_bytes(self) -> int:
+        """What `allocate` would give now."""
+        ...
+
+    def prepare(self, kernels: Iterable[str]) -> None:
+        """Compiles what these need: seconds, the first time on a machine. `launch` does it too, if need be, but must
+        not while a graph is captured."""
+        ...
+
+    def allocate(self, n_bytes: int) -> Buffer:
+        """InsufficientMemoryError where there is less."""
+        ...
+
+    def pinned(self, n_bytes: int) -> Bytes:
+        """Memory of the host that the device copies from and to by itself; freed with the array.
+        InsufficientMemoryError where there is less."""
+        ...
+
+    def upload(self, buffer: Buffer, offset_bytes: int, data: Bytes) -> None:
+        """Returns when it is there."""
+        ...
+
+    def download(self, buffer: Buffer, offset_bytes: int, n_bytes: int) -> Bytes:
+        """What stands there after everything before."""
+        ...
+
+    def copy_in(self, buffer: Buffer, offset_bytes: int, pinned: Bytes) -> None:
+        """In order with launches; `pinned`, a part of an array of `pinned`, must stay as it is until then."""
+        ...
+
+    def copy_out(self, pinned: Bytes, buffer: Buffer, offset_bytes: int) -> None:
+        """Fills `pinned`, in order with launches: it is there after `synchronize`, or when an event is reached."""
+        ...
+
+    def launch(self, launch: Launch) -> None: ...
+
+    def capture(self, work: Callable[[], None]) -> Graph:
+        """What `work` launches and copies, as a graph; nothing of it is done yet."""
+        ...
+
+    def event(self) -> Event:
+        """The point that the calls so far have reached."""
+        ...
+
+    def synchronize(self) -> None:
+        """Returns when everything is done."""
+        ...
+
+    def close(self) -> None:
+        """Frees everything that is left."""
+        ...

@@ -1,0 +1,72 @@
+// Queries in shared memory as scores want them: all queries of a channel, or of a pair of channels, side by side.
+#pragma once
+
+#include "span.cuh"
+
+namespace llamaclust::cuda {
+
+// Float32 [channels, filled up to whole chunks of keys][TQ]; others are zero.
+template <int TQ>
+DEVICE void load_queries(const Span<F16Kv, TQ>& span, float* to) {
+  const int channels = key_chunks<F16Kv>(span.step.head_dim) * F16Kv::kChannels;
+  for (int i = threadIdx.x; i < channels * TQ; i += kThreads) {
+    const int query = i % TQ, channel = i / TQ;
+    to[i] = query < span.count() && channel < span.step.head_dim ? span.query(query)[channel] : 0.0f;
+  }
+}
+
+struct RoundedQuery {
+  int32_t q;
+  float scale;
+};
+
+// A group of 32 channels of a query that meets keys in q8_0, one a lane: q = x * (32767 / m) to nearest, scale = m / 32767.
+DEVICE RoundedQuery round_query(float x) {
+  const int32_t greatest = greatest_magnitude(x);
+  const float maximum = __int_as_float(greatest);
+  if (greatest >= kNotFinite) return {0, __int_as_float(0x7fc00000)};
+  if (greatest < kLeastQuery) return {0, 0.0f};
+  return {nearest(mul(x, div(32767.0f, maximum))), div(maximum, 32767.0f)};
+}
+
+// Calls f(query, group, channel of the group, rounded) for every channel of every query; a warp has a group.
+template <int TQ, class F>
+DEVICE void round_queries(const Span<Q8Kv, TQ>& span, F f) {
+  const int groups = groups_of(span.step.head_dim), lane = threadIdx.x % kWarp;
+  for (int i = threadIdx.x / kWarp; i < groups * TQ; i += kWarps) {
+    const int query = i % TQ, group = i / TQ, channel = group * kGroupChannels + lane;
+    const bool there = query < span.count() && channel < span.step.head_dim;
+    f(query, group, lane, round_query(there ? span.query(query)[channel] : 0.0f));
+  }
+}
+
+// Pairs of int16 [16 a group of 32 channels][TQ], then scales [groups][TQ].
+template <int TQ>
+DEVICE void load_queries(const Span<Q8Kv, TQ>& span, int32_t* to) {
+  const int groups = groups_of(span.step.head_dim);
+  round_queries(span, [=](int query, int group, int lane, const RoundedQuery& rounded) {
+    const int32_t other = __shfl_down_sync(kAllLanes, rounded.q, 1);
+    if (lane % 2 == 0) to[(group * 16 + lane / 2) * TQ + query] = (rounded.q & 0xffff) | other << 16;
+    if (lane == 0) to[(groups * 16 + group) * TQ + query] = __float_as_int(rounded.scale);
+  });
+}
+
+// `count` of them from one channel or pair: a multiple of four.
+template <int count>
+DEVICE void read_queries(const float* from, float (&to)[count]) {
+#pragma unroll
+  for (int i = 0; i < count; i += 4) {
+    const float4 four = load_four_floats(from + i);
+    to[i] = four.x, to[i + 1] = four.y, to[i + 2] = four.z, to[i + 3] = four.w;
+  }
+}
+template <int count>
+DEVICE void read_queries(const int32_t* from, int32_t (&to)[count]) {
+#pragma unroll
+  for (int i = 0; i < count; i += 4) {
+    const int4 four = *reinterpret_cast<const int4*>(from + i);
+    to[i] = four.x, to[i + 1] = four.y, to[i + 2] = four.z, to[i + 3] = four.w;
+  }
+}
+
+}  // namespace llamaclust::cuda

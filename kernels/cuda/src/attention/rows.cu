@@ -1,0 +1,288 @@
+// Attention around its sums: what rows are cut into, keys and values into memory, spans put together.
+#include "rounding.cuh"
+#include "work.cuh"
+#include "math.cuh"
+#include "elementwise/quantize.cuh"
+#include "elementwise/rope.cuh"
+
+namespace llamaclust::cuda {
+namespace {
+
+constexpr int kMaxHeadDim = 512;
+
+// The tile that begins with a row.
+struct Tile {
+  int table, rows, span_begin, spans, kind;
+  DEVICE int slots() const { return spans > 1 ? rows * spans : 0; }
+};
+
+// Sequence s with starts[s] <= row < starts[s + 1].
+DEVICE int sequence_of(int row, const int32_t* starts, int sequences) {
+  int low = 0, high = sequences;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    (starts[middle] <= row ? low : high) = middle;
+  }
+  return low;
+}
+
+struct Cutter {
+  const int32_t *positions, *sequence_starts, *table_starts;
+  int sequences, tile_rows, few_rows, window;
+
+  // rows = 0: none begins here.
+  DEVICE Tile tile(int row) const {
+    const int sequence = sequence_of(row, sequence_starts, sequences);
+    if ((row - sequence_starts[sequence]) % tile_rows != 0) return {0, 0, 0, 0, 0};
+    const int left = sequence_starts[sequence + 1] - row, rows = left < tile_rows ? left : tile_rows;
+    const int begin = first_seen(positions[row], window) / kSpanTokens;
+    const int end = positions[row + rows - 1] / kSpanTokens + 1;
+    return {table_starts[sequence], rows, begin, end - begin, rows <= few_rows ? Work::kFew : Work::kMany};
+  }
+};
+
+DEVICE void write_rows(const Cutter& cutter, const Tile& tile, int row, int slot, const Work& work) {
+  for (int i = 0; i < tile.rows; i++) {
+    const int position = cutter.positions[row + i], begin = first_seen(position, cutter.window) / kSpanTokens;
+    work.table(row + i) = tile.table;
+    work.spans(row + i) = slot < 0 ? 0 : position / kSpanTokens + 1 - begin;
+    work.slot(row + i) = slot + (begin - tile.span_begin) * tile.rows + i;
+    work.stride(row + i) = tile.rows;
+  }
+}
+
+DEVICE void write_items(const Tile& tile, int row, int slot, int first, const Work& work) {
+  if (slot < 0) {
+    work.item(tile.kind, first) = {row, tile.rows, tile.table, tile.span_begin, tile.span_begin + tile.spans, -1, {}};
+    return;
+  }
+  for (int i = 0; i < tile.spans; i++) {
+    const int span = tile.span_begin + i;
+    work.item(tile.kind, first + i) = {row, tile.rows, tile.table, span, span + 1, slot + i * tile.rows, {}};
+  }
+}
+
+}  // namespace
+
+// Cuts rows into tiles of up to tile_rows of one sequence, and these into spans, where blocks are wanted and there are
+// slots for all their sums: those of up to few_rows rows always, the others where there are fewer tiles than split_below.
+// Long tiles come first. Once for a microbatch, whatever the number of its rows: one block of 256.
+KERNEL(256, plan, const int32_t* header, const int32_t* positions, const int32_t* sequence_starts,
+       const int32_t* table_starts, int32_t tile_rows, int32_t few_rows, int32_t window, int32_t max_rows,
+       int32_t slots, int32_t split_below, int32_t* to) {
+  const Work work(to, max_rows, slots);
+  const Cutter cutter{positions, sequence_starts, table_starts, header[1], tile_rows, few_rows, window};
+  const int rows = header[0];
+  SHARED(int32_t, tiles, [2]);
+  SHARED(int32_t, wanted, [2]);
+  SHARED(int32_t, items, [2]);
+  SHARED(int32_t, taken, [1]);
+  if (threadIdx.x < 2) tiles[threadIdx.x] = wanted[threadIdx.x] = items[threadIdx.x] = 0;
+  if (threadIdx.x == 0) taken[0] = 0;
+  __syncthreads();
+  for (int row = threadIdx.x; row < rows; row += 256) {
+    const Tile tile = cutter.tile(row);
+    if (tile.rows == 0) continue;
+    atomicAdd(&tiles[tile.kind], 1);
+    atomicAdd(&wanted[tile.kind], tile.slots());
+  }
+  __syncthreads();
+  const bool few = wanted[Work::kFew] <= slots;
+  const bool many = tiles[Work::kMany] < split_below && wanted[Work::kMany] <= slots - (few ? wanted[Work::kFew] : 0);
+  for (int i = threadIdx.x; i < rows; i += 256) {
+    const int row = rows - 1 - i;
+    const Tile tile = cutter.tile(row);
+    if (tile.rows == 0) continue;
+    const bool split = (tile.kind == Work::kFew ? few : many) && tile.spans > 1;
+    const int slot = split ? atomicAdd(&taken[0], tile.slots()) : -1;
+    write_rows(cutter, tile, row, slot, work);
+    write_items(tile, row, slot, atomicAdd(&items[tile.kind], split ? tile.spans : 1), work);
+  }
+  __syncthreads();
+  if (threadIdx.x < 2) work.count(threadIdx.x) = items[threadIdx.x];
+}
+
+namespace {
+
+// What a block stores: key and value of one KV head of a row.
+struct Stored {
+  const float *key, *value;  // the key in shared memory
+  uint8_t* piece;
+  int slot;
+};
+
+// Rotates the key, and in place the queries that share the KV head. All threads together.
+template <class Kv>
+DEVICE Stored rotated(int row, const int32_t* positions, const Work& work, const int32_t* tables, float* q,
+                      const float* k, const float* v, int heads, int kv_heads, int head_dim, uint8_t* kv,
+                      const Rotation& rotation) {
+  SHARED(float, key, [kMaxHeadDim]);
+  const int kv_head = blockIdx.y, position = positions[row], thread = threadIdx.x;
+  const size_t from = (static_cast<size_t>(row) * kv_heads + kv_head) * head_dim;
+  for (int i = thread; i < head_dim; i += 128) key[i] = k[from + i];
+  __syncthreads();
+  if (rotation.angles != nullptr) {
+    const int group = heads / kv_heads, pairs = rotation.pairs;
+    float* queries = q + (static_cast<size_t>(row) * heads + kv_head * group) * head_dim;
+    for (int i = thread; i < (group + 1) * pairs; i += 128)
+      rotation.turn(i < pairs ? key : queries + (i / pairs - 1) * head_dim, i % pairs);
+    __syncthreads();
+  }
+  const int block = tables[work.table(row) + position / kBlockTokens];
+  return {key, v + from, kv + piece_offset<Kv>(block, kv_head, kv_heads, head_dim), position % kBlockTokens};
+}
+
+// Eight channels from x on in float16, `count` of them; others are zero.
+DEVICE uint4 eight_halves(const float* x, int count) {
+  uint4 halves = make_uint4(0, 0, 0, 0);
+#pragma unroll
+  for (int i = 0; i < 8; i++)
+    if (i < count) word_of(halves, i / 2) |= static_cast<uint32_t>(float_to_half(x[i])) << 16 * (i % 2);
+  return halves;
+}
+
+}  // namespace
+
+// Keys and values of all rows into memory, before any is read; where there are `angles` (rope.rotation), keys and queries
+// are rotated before. q [rows][heads * head_dim]; k, v [rows][kv_heads * head_dim]. Grid: (rows, KV heads), blocks of 128.
+#define STORE_ARGUMENTS                                                                                               \
+  const int32_t *rows, const int32_t *positions, int32_t *plan, int32_t max_rows, int32_t slots,                      \
+      const int32_t *tables, float *q, const float *k, const float *v, int32_t heads, int32_t kv_heads,               \
+      int32_t head_dim, uint8_t *kv, const float *angles, int32_t pairs, int32_t neox
+#define STORED(Kv)                                                                                                    \
+  rotated<Kv>(row, positions, Work(plan, max_rows, slots), tables, q, k, v, heads, kv_heads, head_dim, kv,            \
+              {angles == nullptr ? nullptr : angles + 2 * pairs * row, pairs, neox})
+
+KERNEL(128, store_f16, STORE_ARGUMENTS) {
+  const int row = blockIdx.x;
+  if (row >= *rows) return;
+  const Stored stored = STORED(F16Kv);
+  const int chunks = key_chunks<F16Kv>(head_dim);
+  for (int i = threadIdx.x; i < 2 * chunks; i += 128) {
+    const int chunk = i % chunks, channel = chunk * 8, count = head_dim - channel;
+    if (i >= chunks) {
+      uint8_t* value = stored.piece + F16Kv::key_bytes(head_dim) + 2 * (stored.slot * padded_head(head_dim) + channel);
+      *reinterpret_cast<uint4*>(value) = eight_halves(stored.value + channel, count);
+      continue;
+    }
+    uint8_t* key = stored.piece + chunk_offset<F16Kv>(stored.slot, chunk, head_dim);
+    const uint4 halves = eight_halves(stored.key + channel, count);
+    if (count >= 8)
+      *reinterpret_cast<uint4*>(key) = halves;
+    else
+      for (int j = 0; j < count; j++)
+        reinterpret_cast<uint16_t*>(key)[j] = static_cast<uint16_t>(word_of(halves, j / 2) >> 16 * (j % 2));
+  }
+}
+
+namespace {
+
+struct Rounded {
+  int32_t q;
+  uint16_t scale;
+};
+
+// A group of 32 channels, one a lane: m / 127 rounded to float16 is the scale; q = x * (1 / scale) to nearest.
+DEVICE Rounded round_group(float x) {
+  const int32_t greatest = greatest_magnitude(x);
+  if (greatest >= kNotFinite) return {0, 0x7e00};  // not a number
+  const uint16_t half = float_to_half(div(__int_as_float(greatest), 127.0f));
+  const float scale = half_to_float(half), inverse = scale > 0.0f ? div(1.0f, scale) : 0.0f;
+  const float q = mul(x, inverse), low = q > -127.0f ? q : -127.0f;
+  return {nearest(low < 127.0f ? low : 127.0f), half};
+}
+
+}  // namespace
+
+// The same for q8_0: a warp rounds 32 channels.
+KERNEL(128, store_q8_0, STORE_ARGUMENTS) {
+  const int row = blockIdx.x;
+  if (row >= *rows) return;
+  const Stored stored = STORED(Q8Kv);
+  const int groups = groups_of(head_dim), lane = threadIdx.x % kWarp, slot = stored.slot;
+  for (int i = threadIdx.x / kWarp; i < 2 * groups; i += 128 / kWarp) {
+    const bool is_value = i % 2 != 0;
+    const int group = i / 2, channel = group * kGroupChannels + lane;
+    const bool there = channel < head_dim;
+    const Rounded rounded = round_group(there ? (is_value ? stored.value : stored.key)[channel] : 0.0f);
+    uint8_t* values = stored.piece + Q8Kv::key_bytes(head_dim);
+    uint8_t* to = is_value ? values + slot * padded_head(head_dim) + channel
+                           : stored.piece + chunk_offset<Q8Kv>(slot, channel / 16, head_dim) + channel % 16;
+    uint8_t* scale =
+        is_value ? values + Q8Kv::value_scale(slot, group, head_dim) : stored.piece + Q8Kv::key_scale(slot, group, head_dim);
+    if (there) *to = static_cast<uint8_t>(rounded.q);
+    if (lane == 0) *reinterpret_cast<uint16_t*>(scale) = rounded.scale;
+  }
+}
+
+// Merges the spans of rows that have them apart, in ascending order, and divides. The factors of all spans come first, by
+// as many threads: what is left in order is one multiplication and one multiply-add a span. Grid: (rows, heads / those of a
+// block), blocks of 128 by up to 8 heads. Where there is a place for quantized rows, all rows go there and not into out: the
+// heads of a block have 256 channels then.
+KERNEL(1024, merge, const int32_t* rows, int32_t* plan, int32_t max_rows, int32_t slots, float* partials,
+       int32_t heads, int32_t head_dim, float* out, uint8_t* by_32, uint8_t* by_256) {
+  const int row = blockIdx.x, place = threadIdx.y, head = blockIdx.y * blockDim.y + place;
+  if (row >= *rows) return;
+  const Work work(plan, max_rows, slots);
+  const Partials from(partials, slots, heads, head_dim);
+  const int spans = work.spans(row), first = work.slot(row), stride = work.stride(row);
+  const bool quantized = by_32 != nullptr || by_256 != nullptr;
+  if (spans == 0 && !quantized) return;
+  SHARED(float, all_maxima, [8][128]);
+  SHARED(float, all_sums, [8][128]);
+  SHARED(float, all_keep, [8][128]);
+  SHARED(float, all_gain, [8][128]);
+  SHARED(float, merged, [256]);
+  float *maxima = all_maxima[place], *sums = all_sums[place], *keep = all_keep[place], *gain = all_gain[place];
+  float before = 0, sum = 0, total[4];  // of up to 512 channels, 128 a thread
+  for (int begin = 0; begin < spans; begin += 128) {
+    const int count = spans - begin < 128 ? spans - begin : 128, i = threadIdx.x;
+    __syncthreads();
+    if (i < count) {
+      const int index = from.index(first + (begin + i) * stride, head);
+      maxima[i] = from.maxima[index];
+      sums[i] = from.sums[index];
+    }
+    __syncthreads();
+    float top = begin == 0 ? maxima[0] : before, until = top;
+    for (int j = 0; j < count; j++) {
+      if (j == i) before = top;
+      top = greater(top, maxima[j]);
+      if (j == i) until = top;
+    }
+    if (i < count) {
+      keep[i] = exp(sub(before, until));
+      gain[i] = exp(sub(maxima[i], until));
+    }
+    before = top;
+    __syncthreads();
+    for (int j = 0; j < count; j++) sum = begin + j == 0 ? sums[0] : fma(sums[j], gain[j], mul(sum, keep[j]));
+#pragma unroll
+    for (int part = 0; part < 4; part++) {
+      const int channel = part * 128 + threadIdx.x;
+      if (channel >= head_dim) continue;
+#pragma unroll 8
+      for (int j = 0; j < count; j++) {
+        const float x = from.channels(first + (begin + j) * stride, head)[channel];
+        total[part] = begin + j == 0 ? x : fma(x, gain[j], mul(total[part], keep[j]));
+      }
+    }
+  }
+#pragma unroll
+  for (int part = 0; part < 4; part++) {
+    const int channel = part * 128 + threadIdx.x;
+    if (channel >= head_dim) continue;
+    float& to = out[(row * heads + head) * head_dim + channel];
+    const float value = spans == 0 ? to : div(total[part], sum);
+    (quantized ? merged[place * head_dim + channel] : to) = value;
+  }
+  if (!quantized) return;
+  __syncthreads();
+  if (place > 0 || threadIdx.x >= kWarp) return;
+  Eight eight;
+  load_eight(merged + 8 * threadIdx.x, eight);
+  if (by_32 != nullptr) quantize(eight, row, blockIdx.y, heads * head_dim, reinterpret_cast<Activations32*>(by_32));
+  if (by_256 != nullptr) quantize(eight, row, blockIdx.y, heads * head_dim, reinterpret_cast<Activations256*>(by_256));
+}
+
+}  // namespace llamaclust::cuda

@@ -1,0 +1,204 @@
+// One span of positions for the queries of one KV head: what is done around the scores. The order of every sum is that of
+// docs/numerics.md: a warp weighs a query's scores, a thread owns a channel of some queries.
+#pragma once
+
+#include "rounding.cuh"
+#include "work.cuh"
+#include "math.cuh"
+
+namespace llamaclust::cuda {
+
+inline constexpr int kThreads = 256, kWarps = kThreads / kWarp;
+// Scores [queries][kSpanTokens]: neighbouring queries are four banks apart.
+inline constexpr int kScoreStride = kSpanTokens + 4;
+
+struct Step {
+  const int32_t *positions, *tables;
+  const float* q;
+  const uint8_t* kv;
+  const float* slopes;  // null: none
+  float *partials, *out;
+  int heads, kv_heads, head_dim, window, slots;
+  float scale, soft_cap;  // 0: none
+};
+
+// Of up to TQ queries, in shared memory.
+template <int TQ>
+struct Queries {
+  int32_t blocks[kSpanBlocks];   // ids of the span's
+  int32_t firsts[TQ], ends[TQ];  // which of the span's positions a query sees; none where both are 0
+  float maxima[TQ], sums[TQ];    // of the spans so far
+  float keep[TQ], gain[TQ];      // what their values and the span's are multiplied by
+};
+
+// Queries are the tile's rows times `heads` heads that share a KV head.
+template <class Kv, int TQ>
+struct Span {
+  const Step& step;
+  const Item& item;
+  int kv_head, head, heads;
+  int from;  // position of the first row
+  int span;
+  Queries<TQ>& queries;
+  float* scores;
+  float* stage;  // for some blocks' values
+
+  DEVICE int start() const { return span * kSpanTokens; }
+  DEVICE int count() const { return item.rows * heads; }
+  DEVICE int row(int query) const { return item.row + query / heads; }
+  DEVICE int head_of(int query) const { return head + query % heads; }
+  DEVICE int position(int query) const { return from + query / heads; }
+  DEVICE int last() const { return from + item.rows - 1; }
+  DEVICE const float* query(int query) const {
+    return step.q + (row(query) * step.heads + head_of(query)) * step.head_dim;
+  }
+  DEVICE bool sees(int query) const { return queries.ends[query] > queries.firsts[query]; }
+  DEVICE bool begins(int query) const { return first_seen(position(query), step.window) / kSpanTokens == span; }
+  DEVICE bool ends(int query) const { return position(query) / kSpanTokens == span; }
+
+  // Positions of the span, from its start, that some query sees, and that all see.
+  DEVICE int within(int position) const {
+    const int at = position - start();
+    return at < 0 ? 0 : at < kSpanTokens ? at : kSpanTokens;
+  }
+  DEVICE int first() const { return within(first_seen(from, step.window)); }
+  DEVICE int end() const { return within(last() + 1); }
+  DEVICE int all_first() const { return within(first_seen(last(), step.window)); }
+  DEVICE int all_end() const { return within(from + 1); }
+
+  DEVICE const uint8_t* piece(int at) const {
+    const int block = queries.blocks[at / kBlockTokens];
+    return step.kv + piece_offset<Kv>(block, kv_head, step.kv_heads, step.head_dim);
+  }
+
+  DEVICE void begin() const {
+    const int i = threadIdx.x;
+    if (i < kSpanBlocks && i >= first() / kBlockTokens && i * kBlockTokens < end())
+      queries.blocks[i] = step.tables[item.table + span * kSpanBlocks + i];
+    if (i >= TQ) return;
+    const bool there = i < count();
+    const int first = there ? within(first_seen(position(i), step.window)) : 0;
+    const int end = there ? within(position(i) + 1) : 0;
+    queries.firsts[i] = first < end ? first : 0;
+    queries.ends[i] = first < end ? end : 0;
+  }
+
+  // Soft cap, then the linear bias, of which both factors are exact.
+  DEVICE void adjust() const {
+    for (int i = threadIdx.x; i < count() * kSpanTokens; i += kThreads) {
+      const int query = i / kSpanTokens, at = i % kSpanTokens;
+      if (at < queries.firsts[query] || at >= queries.ends[query]) continue;
+      float& score = scores[query * kScoreStride + at];
+      if (step.soft_cap > 0) score = soft_cap(score, step.soft_cap);
+      if (step.slopes != nullptr) {
+        const float ahead = __int2float_rn(start() + at - position(query));
+        score = fma(step.slopes[head_of(query)], ahead, score);
+      }
+    }
+  }
+
+  // Scores become exp(score - maximum); a query is a warp's.
+  DEVICE void weigh() const {
+    for (int query = threadIdx.x / kWarp; query < count(); query += kWarps)
+      if (sees(query)) weigh(query);
+  }
+
+  DEVICE void weigh(int query) const {
+    constexpr int kEach = kSpanTokens / kWarp;
+    const int lane = threadIdx.x % kWarp, first = queries.firsts[query], end = queries.ends[query];
+    float* own = scores + query * kScoreStride;
+    float score[kEach], top = -__int_as_float(kNotFinite);
+#pragma unroll
+    for (int i = 0; i < kEach; i++) {
+      const int at = i * kWarp + lane;
+      score[i] = own[at];
+      if (at >= first && at < end) top = greater(top, score[i]);
+    }
+#pragma unroll
+    for (int with = kWarp / 2; with > 0; with /= 2) top = greater(top, __shfl_xor_sync(kAllLanes, top, with));
+    // Positions 16 apart are added in order: a lane's own ones and those of the lane 16 on take turns.
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < kEach; i++) {
+      const int at = i * kWarp + lane;
+      const float weight = at >= first && at < end ? exp(sub(score[i], top)) : 0.0f;
+      own[at] = weight;
+      const float other = __shfl_xor_sync(kAllLanes, weight, 16);
+      sum = add(sum, lane < 16 ? weight : other);
+      sum = add(sum, lane < 16 ? other : weight);
+    }
+#pragma unroll
+    for (int with = 8; with > 0; with /= 2) sum = add(sum, __shfl_xor_sync(kAllLanes, sum, with));
+    if (lane == 0) keep_sums(query, top, sum);
+  }
+
+  DEVICE void keep_sums(int query, float top, float sum) const {
+    if (item.slot >= 0) {
+      const Partials partials(step.partials, step.slots, step.heads, step.head_dim);
+      const int index = partials.index(item.slot + query / heads, head_of(query));
+      partials.maxima[index] = top;
+      partials.sums[index] = sum;
+    } else if (begins(query)) {
+      queries.maxima[query] = top;
+      queries.sums[query] = sum;
+    } else {
+      const float before = queries.maxima[query], both = greater(before, top);
+      const float keep = exp(sub(before, both)), gain = exp(sub(top, both));
+      queries.maxima[query] = both;
+      queries.sums[query] = fma(sum, gain, mul(queries.sums[query], keep));
+      queries.keep[query] = keep;
+      queries.gain[query] = gain;
+    }
+  }
+
+  // Puts a channel's sum over the span where it belongs: into its slot, or beside the spans before it. These wait in the
+  // output itself until the last span is there and all is divided.
+  DEVICE void keep_value(int query, int channel, float value) const {
+    if (item.slot >= 0) {
+      const Partials partials(step.partials, step.slots, step.heads, step.head_dim);
+      partials.channels(item.slot + query / heads, head_of(query))[channel] = value;
+      return;
+    }
+    float& out = step.out[(row(query) * step.heads + head_of(query)) * step.head_dim + channel];
+    if (!begins(query)) value = fma(value, queries.gain[query], mul(out, queries.keep[query]));
+    out = ends(query) ? div(value, queries.sums[query]) : value;
+  }
+};
+
+// Computes items one after the other, as many as blocks of this head take part. Scores::compute(span) leaves the scores
+// of all positions from span.first() to span.end() in span.scores, as products times the attention scale, and has the
+// threads meet.
+template <class Kv, int TQ, class Scores, class AddValues>
+DEVICE void attend(const Step& step, const Work& work, int kind, Queries<TQ>& queries, float* scores, float* stage,
+                   AddValues add_values) {
+  const int group = step.heads / step.kv_heads, parts = (group + TQ - 1) / TQ;
+  const int kv_head = blockIdx.y / parts, part = blockIdx.y % parts * TQ;
+  const int heads = group - part < TQ ? group - part : TQ;
+  for (int i = blockIdx.x; i < work.count(kind); i += gridDim.x) {
+    const Item item = work.item(kind, i);
+    for (int number = item.span_begin; number < item.span_end; number++) {
+      const int from = step.positions[item.row];
+      const Span<Kv, TQ> span{step, item, kv_head, kv_head * group + part, heads, from, number, queries, scores, stage};
+      __syncthreads();
+      span.begin();
+      __syncthreads();
+      Scores::compute(span);
+      if (step.soft_cap > 0 || step.slopes != nullptr) {
+        span.adjust();
+        __syncthreads();
+      }
+      span.weigh();
+      __syncthreads();
+      add_values(span);
+    }
+  }
+}
+
+#define ATTENTION_ARGUMENTS                                                                                         \
+  int32_t *plan, int32_t max_rows, int32_t slots, const int32_t *positions, const int32_t *tables, const float *q,    \
+      const uint8_t *kv, const float *slopes, int32_t heads, int32_t kv_heads, int32_t head_dim, int32_t window,      \
+      float scale, float soft_cap, float *partials, float *out
+#define ATTENTION_STEP \
+  Step { positions, tables, q, kv, slopes, partials, out, heads, kv_heads, head_dim, window, slots, scale, soft_cap }
+
+}  // namespace llamaclust::cuda

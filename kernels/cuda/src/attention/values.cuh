@@ -1,0 +1,196 @@
+// Weighted values of a span: some blocks' values at a time lie in shared memory as floats, a thread has some channels of
+// some queries and walks the positions in order.
+#pragma once
+
+#include "span.cuh"
+
+namespace llamaclust::cuda {
+
+// C channels at a time, of BLOCKS blocks.
+template <class Kv, int TQ, int BLOCKS, int C>
+struct Values {
+  static constexpr int kPositions = BLOCKS * kBlockTokens;
+  static constexpr int kChannels = TQ >= 16 ? 4 : TQ * C >= 512 ? 2 : 1;  // of a thread
+  static constexpr int kQueries = TQ * C / kThreads / kChannels;          // of a thread
+  static constexpr int kQuerySteps = TQ / kQueries;                       // between two queries of a thread
+  static constexpr int kPieces = kPositions * C / Kv::kChannels;          // of 16 bytes
+  static constexpr int kLoads = (kPieces + kThreads - 1) / kThreads;      // of a thread
+  static constexpr bool kScaled = Kv::kChannelBytes == 1;
+  static constexpr int kScales = C / kGroupChannels;  // of a position, behind all values
+
+  using Block = Span<Kv, TQ>;
+  const Block& span;
+  const int channel;  // the first one
+
+  struct Loaded {
+    uint4 pieces[kLoads];
+    float scale;
+  };
+
+  DEVICE bool there(int at) const { return at >= span.first() && at < span.end(); }
+  DEVICE const uint8_t* values(int at) const { return span.piece(at) + Kv::key_bytes(span.step.head_dim); }
+
+  DEVICE Loaded load(int begin) const {
+    Loaded loaded = {};
+    const int width = padded_head(span.step.head_dim), i = threadIdx.x;
+#pragma unroll
+    for (int n = 0; n < kLoads; n++) {
+      const int piece = n * kThreads + i, at = begin + piece * Kv::kChannels / C;
+      const int c = channel + piece * Kv::kChannels % C;
+      if (piece < kPieces && c < width && there(at))
+        loaded.pieces[n] = load_16_bytes(values(at) + (at % kBlockTokens * width + c) * Kv::kChannelBytes);
+    }
+    if constexpr (kScaled) {
+      const int at = begin + i / kScales, group = channel / kGroupChannels + i % kScales;
+      if (i < kPositions * kScales && group < groups_of(span.step.head_dim) && there(at))
+        loaded.scale = half_to_float(*reinterpret_cast<const uint16_t*>(
+            values(at) + Kv::value_scale(at % kBlockTokens, group, span.step.head_dim)));
+    }
+    return loaded;
+  }
+
+  DEVICE void store(const Loaded& loaded) const {
+    const int i = threadIdx.x;
+#pragma unroll
+    for (int n = 0; n < kLoads; n++) {
+      const int piece = n * kThreads + i;
+      if (piece >= kPieces) continue;
+#pragma unroll
+      for (int c = 0; c < Kv::kChannels; c += 4) {
+        const uint4& x = loaded.pieces[n];
+        store_four_floats(span.stage + piece * Kv::kChannels + c,
+                          make_float4(element_of(Kv{}, x, c), element_of(Kv{}, x, c + 1), element_of(Kv{}, x, c + 2),
+                                      element_of(Kv{}, x, c + 3)));
+      }
+    }
+    if constexpr (kScaled)
+      if (i < kPositions * kScales) span.stage[kPositions * C + i] = loaded.scale;
+  }
+
+  // Which queries and channels a thread has: a warp's lanes share what they read in twos at least.
+  DEVICE static int first_query() {
+    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+    if constexpr (kChannels == 4)
+      return (lane >> 1 & 1) + (lane >> 2 & 6) + warp / (C / 16) * 8;
+    else
+      return threadIdx.x / (C / kChannels);
+  }
+  DEVICE static int first_channel() {
+    const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+    if constexpr (kChannels == 4)
+      return (lane & 1) * 4 + (lane >> 2 & 1) * 8 + warp % (C / 16) * 16;
+    else
+      return threadIdx.x % (C / kChannels) * kChannels;
+  }
+
+  struct Sums {
+    float x[kQueries][kChannels];
+  };
+
+  DEVICE float weight(float weight, int at) const {
+    if constexpr (kScaled)
+      return mul(weight, span.stage[kPositions * C + at * kScales + first_channel() / kGroupChannels]);
+    else
+      return weight;
+  }
+
+  // Position `at` of those that are in shared memory, for the queries that see it.
+  template <class Weight, class Sees>
+  DEVICE void add_position(int at, Weight weight_of, Sees sees, Sums& sums) const {
+    float x[kChannels];
+    const float* from = span.stage + at * C + first_channel();
+    if constexpr (kChannels == 4) {
+      const float4 four = load_four_floats(from);
+      x[0] = four.x, x[1] = four.y, x[2] = four.z, x[3] = four.w;
+    } else if constexpr (kChannels == 2) {
+      const float2 two = *reinterpret_cast<const float2*>(from);
+      x[0] = two.x, x[1] = two.y;
+    } else {
+      x[0] = from[0];
+    }
+#pragma unroll
+    for (int q = 0; q < kQueries; q++) {
+      const float by = weight(weight_of(q), at);
+#pragma unroll
+      for (int c = 0; c < kChannels; c++) {
+        const float sum = fma(by, x[c], sums.x[q][c]);
+        if (sees(q)) sums.x[q][c] = sum;
+      }
+    }
+  }
+
+  // Positions that every query sees, four at a time.
+  DEVICE void add_all(int begin, Sums& sums) const {
+    const float* weights = span.scores + first_query() * kScoreStride + begin;
+#pragma unroll 1
+    for (int at = 0; at < kPositions; at += 4) {
+      float4 four[kQueries];
+#pragma unroll
+      for (int q = 0; q < kQueries; q++) four[q] = load_four_floats(weights + q * kQuerySteps * kScoreStride + at);
+      const auto always = [](int) { return true; };
+      add_position(at, [&](int q) { return four[q].x; }, always, sums);
+      add_position(at + 1, [&](int q) { return four[q].y; }, always, sums);
+      add_position(at + 2, [&](int q) { return four[q].z; }, always, sums);
+      add_position(at + 3, [&](int q) { return four[q].w; }, always, sums);
+    }
+  }
+
+  // Others. What a query does not see is multiplied with nothing: it may be no number.
+  DEVICE void add_some(int begin, Sums& sums) const {
+    const float* weights = span.scores + first_query() * kScoreStride;
+    int firsts[kQueries], ends[kQueries];
+#pragma unroll
+    for (int q = 0; q < kQueries; q++) {
+      firsts[q] = span.queries.firsts[first_query() + q * kQuerySteps];
+      ends[q] = span.queries.ends[first_query() + q * kQuerySteps];
+    }
+    const int from = span.first() > begin ? span.first() : begin;
+    const int to = span.end() < begin + kPositions ? span.end() : begin + kPositions;
+#pragma unroll 1
+    for (int at = from; at < to; at++)
+      add_position(
+          at - begin, [&](int q) { return weights[q * kQuerySteps * kScoreStride + at]; },
+          [&](int q) { return at >= firsts[q] && at < ends[q]; }, sums);
+  }
+
+  // All threads together; the weights are there.
+  DEVICE void run() const {
+    Sums sums = {};
+    const int from = span.first() / kPositions * kPositions, to = span.end();
+    const bool works = channel + first_channel() < span.step.head_dim && first_query() < span.count();
+    Loaded next = load(from);
+    for (int begin = from; begin < to; begin += kPositions) {
+      __syncthreads();
+      store(next);
+      __syncthreads();
+      if (begin + kPositions < to) next = load(begin + kPositions);
+      if (!works) continue;
+      if (begin >= span.all_first() && begin + kPositions <= span.all_end())
+        add_all(begin, sums);
+      else
+        add_some(begin, sums);
+    }
+    if (works) keep(sums);
+  }
+
+  DEVICE void keep(const Sums& sums) const {
+#pragma unroll
+    for (int q = 0; q < kQueries; q++) {
+      const int query = first_query() + q * kQuerySteps;
+      if (query >= span.count() || !span.sees(query)) continue;
+#pragma unroll
+      for (int c = 0; c < kChannels; c++) {
+        const int at = channel + first_channel() + c;
+        if (at < span.step.head_dim) span.keep_value(query, at, sums.x[q][c]);
+      }
+    }
+  }
+};
+
+template <int BLOCKS, class Kv, int TQ>
+DEVICE void add_values(const Span<Kv, TQ>& span) {
+  if (span.step.head_dim <= 64) return Values<Kv, TQ, BLOCKS, 64>{span, 0}.run();
+  for (int channel = 0; channel < span.step.head_dim; channel += 128) Values<Kv, TQ, BLOCKS, 128>{span, channel}.run();
+}
+
+}  // namespace llamaclust::cuda

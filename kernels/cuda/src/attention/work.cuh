@@ -1,0 +1,51 @@
+// What a microbatch's rows are cut into, as attention_rows.plan writes it and the other kernels of attention read it.
+#pragma once
+
+#include "kv.cuh"
+
+namespace llamaclust::cuda {
+
+// Rows of one sequence that attend together, and spans of positions that a block computes for them one after the other.
+// With a slot, it is one span of several: sums go to the slots from there on, one a row, and are merged later.
+struct Item {
+  int32_t row, rows, table, span_begin, span_end, slot, unused[2];
+};
+
+// Items of few queries and of many; of each row where its block table begins and, if its spans are merged later, how
+// many there are, the first one's slot and the step to the next.
+struct Work {
+  DEVICE Work(int32_t* plan, int max_rows, int slots)
+      : base(plan), max_rows(max_rows), max_items(max_rows + slots) {}
+
+  DEVICE int32_t& count(int kind) const { return base[kind]; }
+  DEVICE int32_t& table(int row) const { return base[kCounts + row]; }
+  DEVICE int32_t& spans(int row) const { return base[kCounts + max_rows + row]; }
+  DEVICE int32_t& slot(int row) const { return base[kCounts + 2 * max_rows + row]; }
+  DEVICE int32_t& stride(int row) const { return base[kCounts + 3 * max_rows + row]; }
+  DEVICE Item& item(int kind, int index) const {
+    return reinterpret_cast<Item*>(base + kCounts + 4 * max_rows)[kind * max_items + index];
+  }
+
+  static constexpr int kFew = 0, kMany = 1, kCounts = 8;
+  int32_t* base;
+  int max_rows, max_items;
+};
+
+// Sums of spans that are merged later: for each slot and head the maximum, the sum of weights, the weighted values.
+struct Partials {
+  DEVICE Partials(float* memory, int slots, int heads, int head_dim)
+      : maxima(memory), sums(memory + slots * heads), values(memory + 2 * slots * heads), heads(heads), head_dim(head_dim) {}
+
+  DEVICE int index(int slot, int head) const { return slot * heads + head; }
+  DEVICE float* channels(int slot, int head) const { return values + static_cast<size_t>(index(slot, head)) * head_dim; }
+
+  float *maxima, *sums, *values;
+  int heads, head_dim;
+};
+
+DEVICE float greater(float a, float b) { return a > b ? a : b; }
+
+// The first position that a row sees.
+DEVICE int first_seen(int position, int window) { return position - window + 1 > 0 ? position - window + 1 : 0; }
+
+}  // namespace llamaclust::cuda

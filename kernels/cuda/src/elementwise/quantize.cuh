@@ -1,0 +1,108 @@
+// Activations as int8 with one scale a segment: the rule of kernels/cpu/native/level/matmul/activations.h, in the layout
+// of activations.cuh. A warp has 256 columns of a row, a lane eight of them.
+#pragma once
+
+#include "matmul/activations.cuh"
+
+namespace llamaclust::cuda {
+
+inline constexpr int32_t kSmallestMaximum = 0x04800000;  // 2^-118: below it a segment counts as zero
+inline constexpr int32_t kInfinity = 0x7f800000;
+
+struct SegmentScale {
+  float scale;
+  float inverse;  // 0: every q is 0
+};
+
+DEVICE SegmentScale scale_of(int32_t greatest) {
+  if (greatest >= kInfinity) return {__int_as_float(0x7fc00000), 0.0f};
+  if (greatest < kSmallestMaximum) return {0.0f, 0.0f};
+  const float maximum = __int_as_float(greatest);
+  return {div(maximum, 127.0f), div(127.0f, maximum)};
+}
+
+// Nearest, ties to even.
+DEVICE int32_t quant_of(float x, float inverse) {
+  if (inverse == 0.0f) return 0;
+  return __float_as_int(add(mul(x, inverse), 12582912.0f)) - 0x4b400000;  // 1.5 * 2^23: the integer is in the low bits
+}
+
+DEVICE int32_t magnitude(float x) { return __float_as_int(x) & 0x7fffffff; }
+
+template <int lanes>
+DEVICE int32_t greatest_of(int32_t x) {
+  for (int with = 1; with < lanes; with *= 2) {
+    const int32_t other = __shfl_xor_sync(kAllLanes, x, with);
+    x = other > x ? other : x;
+  }
+  return x;
+}
+
+// Eight columns of one row.
+using Eight = float[8];
+
+DEVICE void load_eight(const float* x, Eight& to) {
+  for (int i = 0; i < 8; i += 4) {
+    const float4 four = load_four_floats(x + i);
+    to[i] = four.x, to[i + 1] = four.y, to[i + 2] = four.z, to[i + 3] = four.w;
+  }
+}
+
+// They as two k-groups and their sum.
+struct QuantizedEight {
+  uint32_t groups[2];
+  int32_t sum;
+  float scale;
+};
+
+// `lanes` have a segment together.
+template <int lanes>
+DEVICE QuantizedEight quantize_eight(const Eight& values) {
+  int32_t greatest = 0;
+  for (int i = 0; i < 8; i++) greatest = magnitude(values[i]) > greatest ? magnitude(values[i]) : greatest;
+  const SegmentScale s = scale_of(greatest_of<lanes>(greatest));
+  QuantizedEight r = {{0, 0}, 0, s.scale};
+  for (int i = 0; i < 8; i++) {
+    const int32_t q = quant_of(values[i], s.inverse);
+    r.groups[i / 4] |= static_cast<uint32_t>(q & 255) << i % 4 * 8;
+    r.sum += q;
+  }
+  return r;
+}
+
+// Lane n of four has k-groups 2 n and 2 n + 1 of 32 columns.
+DEVICE void store_groups(const QuantizedEight& eight, int row, int n, uint2* q) {
+  uint32_t* words = reinterpret_cast<uint32_t*>(q + 4 * row + 2 * n % 4) + n / 2;
+  words[0] = eight.groups[0];
+  words[2] = eight.groups[1];
+}
+
+// Columns 256 * piece to 256 * piece + 255 of a row; values past the last column are zeros.
+DEVICE void quantize(const Eight& values, int row, int piece, int cols, Activations256* out) {
+  const int place = row % kGroupRows, lane = threadIdx.x % kWarp;
+  Activations256& to = out[static_cast<size_t>(row / kGroupRows) * (cols / 256) + piece];
+  const QuantizedEight eight = quantize_eight<32>(values);
+  store_groups(eight, place, lane % 4, to.q[lane / 4]);
+  const int32_t sum = eight.sum + __shfl_xor_sync(kAllLanes, eight.sum, 1);
+  const int32_t high = (sum + 64) >> 7;
+  if (lane % 2 == 0) {
+    reinterpret_cast<int8_t*>(to.high)[16 * place + lane / 2] = static_cast<int8_t>(high);
+    reinterpret_cast<int8_t*>(to.low)[16 * place + lane / 2] = static_cast<int8_t>(sum - 128 * high);
+  }
+  if (lane == 0) to.scale[place] = eight.scale;
+}
+
+DEVICE void quantize(const Eight& values, int row, int piece, int cols, Activations32* out) {
+  const int place = row % kGroupRows, lane = threadIdx.x % kWarp, segment = 8 * piece + lane / 4;
+  const QuantizedEight eight = quantize_eight<4>(values);
+  int32_t sum = eight.sum + __shfl_xor_sync(kAllLanes, eight.sum, 1);
+  sum += __shfl_xor_sync(kAllLanes, sum, 2);
+  if (32 * segment >= cols) return;
+  Activations32& to = out[static_cast<size_t>(row / kGroupRows) * (cols / 32) + segment];
+  store_groups(eight, place, lane % 4, to.q);
+  if (lane % 4 != 0) return;
+  to.scale[place] = eight.scale;
+  to.scaled_sum[place] = mul(eight.scale, __int2float_rn(sum));
+}
+
+}  // namespace llamaclust::cuda

@@ -1,0 +1,132 @@
+// Products with float weights: one fused multiply-add a weight, in k order, one thread an output. Activations are
+// float32 rows.
+#include "float_weights.cuh"
+
+namespace llamaclust::cuda {
+namespace {
+
+constexpr int kGemvColumns = 128, kGemvStages = 3, kGemvRowStride = kGemvColumns + 4;
+
+template <class Type>
+struct GemvStage {
+  uint8_t weights[kGemvColumns * kColumnBytes<Type>];
+  float x[8][kGemvRowStride];
+};
+
+// Up to eight rows: a block has a tile. Bound by memory, or for short matrices by the latency of K dependent
+// multiply-adds: all threads copy, two stages of 128 columns ahead, sixteen a row of activations compute.
+template <class Type>
+DEVICE void gemv_floats(const Products& all) {
+  SHARED(GemvStage<Type>, stages, [kGemvStages]);
+  SHARED(int32_t, of_row, [8]);
+  const Product p = product_of(all, 1);
+  const Share share = share_of(p, blockIdx.x, 8);
+  if (share.n <= 0) return;
+  const int thread = threadIdx.x, row = thread % 16, token = thread / 16;
+  if (thread < 8) of_row[thread] = activation_row(p, share, thread);
+  __syncthreads();
+  const uint8_t* tile = tile_of(p, share, p.block);
+  const auto* x = reinterpret_cast<const float*>(p.activations);
+  const auto copy = [&](int i) {
+    const int first = i * kGemvColumns, count = p.cols - first < kGemvColumns ? p.cols - first : kGemvColumns;
+    GemvStage<Type>& to = stages[i % kGemvStages];
+    copy_bytes(tile + static_cast<size_t>(first) * kColumnBytes<Type>, count * kColumnBytes<Type>, to.weights);
+    for (int n = thread; n < share.n * kGemvColumns; n += blockDim.x)
+      if (n % kGemvColumns < count)
+        copy_async_4(&to.x[n / kGemvColumns][n % kGemvColumns],
+                     x + static_cast<size_t>(of_row[n / kGemvColumns]) * p.cols + first + n % kGemvColumns);
+    copy_async_commit();
+  };
+  copy(0);
+  copy(1);
+  float total = 0.0f;
+  for (int i = 0; i * kGemvColumns < p.cols; i++) {
+    copy(i + 2);
+    copy_async_wait<2>();
+    __syncthreads();
+    const GemvStage<Type>& stage = stages[i % kGemvStages];
+    const int left = p.cols - i * kGemvColumns, count = left < kGemvColumns ? left : kGemvColumns;
+    if (token < share.n)
+      for (int k = 0; k < count; k++)
+        total = fma(Type::value(stage.weights + k * kColumnBytes<Type> + row * Type::kBytes), stage.x[token][k], total);
+    __syncthreads();
+  }
+  if (token < share.n) store_result(p.matrix(), out_row(p, share, token), 16 * p.block + row, total);
+}
+
+constexpr int kGemmColumns = 16, kGemmRows = 64, kGemmTiles = 4, kGemmRowStride = kGemmColumns + 4;
+
+// Tiles begin on other banks than their neighbours.
+template <class Type>
+struct GemmStage {
+  uint8_t weights[kGemmTiles][(kGemmColumns + 1) * kColumnBytes<Type>];
+  float x[kGemmRows][kGemmRowStride];
+};
+
+// Any number of rows: a block has 64 by four tiles, a thread 4 x 4 outputs: per column it reads four weights and, all
+// four columns, four rows of activations. Bound by multiply-adds.
+template <class Type>
+DEVICE void gemm_floats(const Products& all) {
+  SHARED(GemmStage<Type>, stages, [2]);
+  SHARED(int32_t, of_row, [kGemmRows]);
+  const Product p = product_of(all, kGemmTiles);
+  const Share share = share_of(p, blockIdx.x, kGemmRows);
+  if (share.n <= 0) return;
+  const int thread = threadIdx.x, first_tile = kGemmTiles * p.block;
+  if (thread < kGemmRows) of_row[thread] = activation_row(p, share, thread);
+  __syncthreads();
+  const auto* x = reinterpret_cast<const float*>(p.activations);
+  const auto copy = [&](int first, GemmStage<Type>& to) {
+    const int count = p.cols - first < kGemmColumns ? p.cols - first : kGemmColumns;
+    for (int i = 0; i < kGemmTiles && first_tile + i < p.matrix().tile_count(); i++)
+      copy_bytes(tile_of(p, share, first_tile + i) + static_cast<size_t>(first) * kColumnBytes<Type>,
+                 count * kColumnBytes<Type>, to.weights[i]);
+    for (int n = thread; n < kGemmRows * kGemmColumns; n += blockDim.x)
+      if (n % kGemmColumns < count)
+        copy_async_4(&to.x[n / kGemmColumns][n % kGemmColumns],
+                     x + static_cast<size_t>(of_row[n / kGemmColumns]) * p.cols + first + n % kGemmColumns);
+    copy_async_commit();
+  };
+  const int tile = thread % 16 / 4, row = thread % 4 * 4, token = thread / 16 * 4;
+  float totals[4][4] = {};  // [token][row]
+  copy(0, stages[0]);
+  for (int first = 0, at = 0; first < p.cols; first += kGemmColumns, at ^= 1) {
+    if (first + kGemmColumns < p.cols) {
+      copy(first + kGemmColumns, stages[at ^ 1]);
+      copy_async_wait<1>();
+    } else {
+      copy_async_wait<0>();
+    }
+    __syncthreads();
+    const GemmStage<Type>& stage = stages[at];
+    const int count = p.cols - first < kGemmColumns ? p.cols - first : kGemmColumns;
+    for (int k = 0; k < count; k++) {
+      const float4 w = Type::four(stage.weights[tile] + k * kColumnBytes<Type> + row * Type::kBytes);
+      for (int i = 0; i < 4; i++) {
+        const float activation = stage.x[token + i][k];
+        totals[i][0] = fma(w.x, activation, totals[i][0]);
+        totals[i][1] = fma(w.y, activation, totals[i][1]);
+        totals[i][2] = fma(w.z, activation, totals[i][2]);
+        totals[i][3] = fma(w.w, activation, totals[i][3]);
+      }
+    }
+    __syncthreads();
+  }
+  for (int i = 0; i < 4; i++)
+    for (int r = 0; r < 4; r++)
+      if (token + i < share.n)
+        store_result(p.matrix(), out_row(p, share, token + i), 16 * (first_tile + tile) + row + r, totals[i][r]);
+}
+
+}  // namespace
+
+// Grids: (groups of eight rows or items, tiles of all matrices), blocks of 128; (groups of 64 or items, for each matrix
+// tiles / 4 rounded up), blocks of 256.
+#define FLOAT_KERNELS(TYPE)                                                                                           \
+  KERNEL(128, gemv_##TYPE, MATMUL_PARAMETERS) { gemv_floats<TYPE>(MATMUL_ARGUMENTS); }                       \
+  KERNEL(256, gemm_##TYPE, MATMUL_PARAMETERS) { gemm_floats<TYPE>(MATMUL_ARGUMENTS); }
+FLOAT_KERNELS(F32)
+FLOAT_KERNELS(F16)
+FLOAT_KERNELS(BF16)
+
+}  // namespace llamaclust::cuda

@@ -1,0 +1,200 @@
+// Products of many rows: a block has 64 rows of activations and a tile of sixteen rows of weights for each of its 4 to
+// 16 warps.
+//
+// Activations of 256 columns are copied to shared memory while those before are computed with (38 to 41 KB in all, free
+// of bank conflicts: a warp reads 256 bytes in their order); weights are decoded once for all 64 rows, a block of 32
+// columns ahead. With at most 128 registers a thread, sixteen warps share a multiprocessor. Per matrix instruction (16
+// x 8 x 32) a warp issues one shared load and, for types of 256, four integer multiply-adds by sub-block scales (eight
+// where sub-blocks have 16 columns), for Q4_K thirteen instructions in all. On compute capability 8.6, 8.9 and 12.0 a
+// matrix instruction takes 16 cycles of a quarter of a multiprocessor and is the limit; on 8.0 it takes 8, as load and
+// multiply-adds do, on 9.0 fewer: there issuing is. Types of 32 have twelve float operations in their place, which
+// bound them.
+#pragma once
+
+#include "matmul.cuh"
+
+namespace llamaclust::cuda {
+namespace {
+
+constexpr int kBlockRows = 64, kBlockGroups = kBlockRows / kGroupRows;
+constexpr int kStageBlocks = 8;  // of 32 columns
+template <class Type>
+constexpr int kStageSegments = kStageBlocks / kSegmentBlocks<Type>;
+template <class Type>
+using Stage = Activations<Type>[kBlockGroups][kStageSegments<Type>];
+
+// Asks for `count` segments of activations of share.n rows; of_row has their rows.
+template <class Type>
+DEVICE void copy_stage(const Product& p, const int32_t* of_row, int groups, int first, int count, Stage<Type>& to) {
+  const int segments = p.cols / Type::kLayout.segment_cols;
+  const auto* all = reinterpret_cast<const Activations<Type>*>(p.activations) + first;
+  const auto from = [=](int row, int s) -> const Activations<Type>& {
+    return all[static_cast<size_t>(row / 8) * segments + s];
+  };
+  for (int i = threadIdx.x; i < groups * 128; i += blockDim.x) {  // half a row's quants of 32 columns
+    const int g = i / 128, block = i / 16 % 8, place = i / 2 % 8, half = i % 2 * 2;
+    const int row = of_row[8 * g + place];
+    if constexpr (kWide<Type>) {
+      copy_async_16(&to[g][0].q[block][4 * place + half], &from(row, 0).q[block][4 * (row % 8) + half]);
+    } else if (block < count) {
+      copy_async_16(&to[g][block].q[4 * place + half], &from(row, block).q[4 * (row % 8) + half]);
+    }
+  }
+  for (int i = threadIdx.x; i < kBlockRows * kStageSegments<Type>; i += blockDim.x) {
+    const int g = i / 8 / kStageSegments<Type>, s = i / 8 % kStageSegments<Type>, place = i % 8;
+    if (g >= groups || s >= count) continue;
+    const int row = of_row[8 * g + place];
+    const Activations<Type>& source = from(row, s);
+    copy_async_4(&to[g][s].scale[place], &source.scale[row % 8]);
+    if constexpr (kWide<Type> && Type::kHasMin) {
+      copy_async_16(&to[g][s].high[4 * place], &source.high[4 * (row % 8)]);
+      copy_async_16(&to[g][s].low[4 * place], &source.low[4 * (row % 8)]);
+    } else if constexpr (Type::kHasMin) {
+      copy_async_4(&to[g][s].scaled_sum[place], &source.scaled_sum[row % 8]);
+    }
+  }
+  copy_async_commit();
+}
+
+// The sums of a warp: for each group of eight rows as d in mma.cuh.
+using Totals = float[kBlockGroups][4];
+// Groups come by fours or twos, so that those past the last cost little; inside, loads and products overlap. As many as
+// registers allow.
+template <class Type>
+constexpr int kGroupsTogether = kOf16<Type> ? 2 : 4;
+
+// Both ways of adding a stage to the totals are given the weights of its first 32 columns in `next`, and load those of
+// the next ones while products are made.
+template <class Type>
+DEVICE void add_stage(const uint8_t* tile, int first, int count, int segments, int groups, const Stage<Type>& stage,
+                      uint32_t*, int lane, int32_t (&next)[4], Totals& totals)
+  requires(!kWide<Type>)
+{
+  Segment segment = segment_of<Type>(tile, first, segments);
+  for (int s = 0; s < count; s++) {
+    const int32_t w[4] = {next[0], next[1], next[2], next[3]};
+    const RowPair rows = row_scales<Type>(segment.tail, lane);
+    if (s + 1 < count) segment = segment_of<Type>(tile, first + s + 1, segments);
+    load_weights<Type>(segment.body, 0, lane, next);
+    UNROLL for (int begin = 0; begin < kBlockGroups; begin += kGroupsTogether<Type>) if (begin < groups)
+      UNROLL for (int g = begin; g < begin + kGroupsTogether<Type>; g++) {
+        const Activations32& a = stage[g][s];
+        const uint2 q = a.q[lane];
+        int32_t sums[4] = {kFloatBegin, kFloatBegin, kFloatBegin, kFloatBegin};
+        multiply_k32(sums, w, {static_cast<int32_t>(q.x), static_cast<int32_t>(q.y)});
+        UNROLL for (int n = 0; n < 4; n++) {
+          const int place = 2 * (lane % 4) + n % 2;
+          float& total = totals[g][n];
+          total = fma(mul(rows.scale[n / 2], a.scale[place]), sum_as_float(sums[n]), total);
+          if constexpr (Type::kHasMin) total = fma(rows.min[n / 2], a.scaled_sum[place], total);
+        }
+      }
+  }
+}
+
+// Sub-block scales of a warp's tile as int16 [row][sub-block] in shared memory, two in a word; rows on different banks.
+template <class Type>
+constexpr int kScaleWords = kSubScaled<Type> ? Type::kSubBlocks / 2 + 1 : 0;
+template <class Type>
+DEVICE void share_scales(const uint8_t* body, int lane, uint32_t* shared) {
+  if constexpr (kSubScaled<Type>) {
+    Scale scales[Type::kSubBlocks];
+    Type::sub_scales({body, lane % 16}, scales);
+    if (lane < 16) UNROLL for (int i = 0; i < Type::kSubBlocks / 2; i++)
+      shared[lane * kScaleWords<Type> + i] = (scales[2 * i] & 0xffff) | static_cast<uint32_t>(scales[2 * i + 1]) << 16;
+    __syncwarp();
+  }
+}
+// Scales of rows lane / 4 and lane / 4 + 8: of two sub-blocks of 16 columns, or of one of 32.
+template <class Type>
+DEVICE void read_scales(const uint32_t* shared, int i, int lane, Scale (&scales)[2][2]) {
+  if constexpr (kSubScaled<Type>) UNROLL for (int r = 0; r < 2; r++) {
+    const uint32_t* row = shared + (lane / 4 + 8 * r) * kScaleWords<Type>;
+    const uint32_t word = kOf16<Type> ? row[i] : row[i / 2] >> i % 2 * 16;
+    scales[r][0] = static_cast<int16_t>(word);
+    scales[r][1] = static_cast<int16_t>(word >> 16);
+  }
+}
+
+template <class Type>
+DEVICE void add_stage(const uint8_t* tile, int s, int, int segments, int groups, const Stage<Type>& stage,
+                      uint32_t* shared_scales, int lane, int32_t (&next)[4], Totals& totals)
+  requires(kWide<Type>)
+{
+  const Segment segment = segment_of<Type>(tile, s, segments);
+  constexpr int bytes = Type::kLayout.body_bytes + Type::kLayout.tail_bytes;
+  if (s + 2 < segments && lane < (bytes + 127) / 128) prefetch(segment.body + 2 * bytes + 128 * lane);
+  int32_t sums[kBlockGroups][4] = {};
+  NO_UNROLL for (int i = 0; i < 8; i++) {
+    const int32_t w[4] = {next[0], next[1], next[2], next[3]};
+    load_weights<Type>(segment.body, i < 7 ? i + 1 : 7, lane, next);
+    Scale scales[2][2];
+    read_scales<Type>(shared_scales, i, lane, scales);
+    UNROLL for (int begin = 0; begin < kBlockGroups; begin += kGroupsTogether<Type>) if (begin < groups)
+      UNROLL for (int g = begin; g < begin + kGroupsTogether<Type>; g++)
+        add_products<Type>(w, stage[g][0].q[i][lane], scales, sums[g]);
+  }
+  const RowPair rows = row_scales<Type>(segment.tail, lane);
+  int32_t mins[2] = {0, 0};
+  if constexpr (Type::kHasMin) UNROLL for (int r = 0; r < 2; r++)
+    mins[r] = mins_of<Type>({segment.body, lane / 4 + 8 * r}, lane % 4);
+  UNROLL for (int begin = 0; begin < kBlockGroups; begin += kGroupsTogether<Type>) if (begin < groups)
+    UNROLL for (int g = begin; g < begin + kGroupsTogether<Type>; g++) {
+      const Activations256& a = stage[g][0];
+      int32_t minus[4] = {0, 0, 0, 0};
+      if constexpr (Type::kHasMin) minus_mins(mins, a.high[lane], a.low[lane], minus);
+      UNROLL for (int n = 0; n < 4; n++) {
+        const float scale = a.scale[2 * (lane % 4) + n % 2];
+        float& total = totals[g][n];
+        total = fma(mul(rows.scale[n / 2], scale), __int2float_rn(sums[g][n]), total);
+        if constexpr (Type::kHasMin) total = fma(mul(rows.min[n / 2], scale), __int2float_rn(minus[n]), total);
+      }
+    }
+}
+
+// Grid: (groups of 64 rows or items, for each matrix tiles / warps rounded up), so that what reads the same weights runs at the same
+// time; blocks of 128 to 512 threads. Shared memory: two stages and the scales of each warp.
+template <class Type>
+DEVICE void gemm(const Products& all) {
+  SHARED(int32_t, of_row, [kBlockRows]);
+  SHARED(Matrix, matrix, [1]);  // for the end: registers are scarce
+  const Product p = product_of(all, blockDim.x / kWarp);
+  const Share share = share_of(p, blockIdx.x, kBlockRows);
+  if (share.n <= 0) return;
+  const int thread = threadIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  if (thread < kBlockRows) of_row[thread] = activation_row(p, share, thread);
+  if (thread == 0) matrix[0] = p.matrix();
+  __syncthreads();
+  auto* stages = reinterpret_cast<Stage<Type>*>(DYNAMIC_SHARED);
+  uint32_t* scales = reinterpret_cast<uint32_t*>(stages + 2) + warp * 16 * kScaleWords<Type>;
+  const int segments = p.cols / Type::kLayout.segment_cols, groups = (share.n + 7) / 8;
+  const int tile = p.block * warps + warp, last_tile = p.matrix().tile_count() - 1;  // past the last: thrown away
+  const uint8_t* weights = tile_of(p, share, tile < last_tile ? tile : last_tile);
+  constexpr int at_once = kStageSegments<Type>;
+  const auto count_of = [&](int first) { return segments - first < at_once ? segments - first : at_once; };
+  Totals totals = {};
+  copy_stage<Type>(p, of_row, groups, 0, count_of(0), stages[0]);
+  for (int first = 0, at = 0; first < segments; first += at_once, at ^= 1) {
+    const int after = first + at_once;
+    if (after < segments) copy_stage<Type>(p, of_row, groups, after, count_of(after), stages[at ^ 1]);
+    const uint8_t* body = segment_of<Type>(weights, first, segments).body;
+    int32_t next[4];
+    share_scales<Type>(body, lane, scales);
+    load_weights<Type>(body, 0, lane, next);
+    if (after < segments)
+      copy_async_wait<1>();
+    else
+      copy_async_wait<0>();
+    __syncthreads();
+    add_stage<Type>(weights, first, count_of(first), segments, groups, stages[at], scales, lane, next, totals);
+    __syncthreads();
+  }
+  if (tile > last_tile) return;
+  UNROLL for (int g = 0; g < kBlockGroups; g++) UNROLL for (int n = 0; n < 4; n++) {
+    const int i = 8 * g + 2 * (lane % 4) + n % 2;
+    if (i < share.n) store_result(matrix[0], out_row(p, share, i), 16 * tile + lane / 4 + 8 * (n / 2), totals[g][n]);
+  }
+}
+
+}  // namespace
+}  // namespace llamaclust::cuda

@@ -1,0 +1,87 @@
+// Which rows a product is of, for all products: all that there are, or with experts the lines that each has.
+#pragma once
+
+#include "base.cuh"
+
+namespace llamaclust::cuda {
+namespace {
+
+// Arguments of every product. Weights are up to three matrices [out_rows, cols] in tiles, of one type, with a result each;
+// those that are not there have no rows. Without `items`, row i of *count of the activations gives row i of out. With them,
+// block (x, _) serves items[x] = {expert, first, n}: n lines from lines[first] on; line l takes row l / divisor of the
+// activations and gives row l of out; an expert's matrix begins matrix_bytes after the one before.
+#define MATMUL_PARAMETERS                                                                                            \
+  const uint8_t *tiles, int32_t out_rows, const float *bias, float *out, const uint8_t *tiles_2, int32_t out_rows_2,  \
+      const float *bias_2, float *out_2, const uint8_t *tiles_3, int32_t out_rows_3, const float *bias_3,             \
+      float *out_3, int32_t tile_bytes, int32_t matrix_bytes, int32_t cols, const uint8_t *activations,               \
+      const int32_t *count, const int32_t *items, const int32_t *item_count, const int32_t *lines, int32_t divisor
+#define MATMUL_ARGUMENTS                                                                                             \
+  {{tiles, out_rows, bias, out}, {tiles_2, out_rows_2, bias_2, out_2}, {tiles_3, out_rows_3, bias_3, out_3},          \
+   tile_bytes, matrix_bytes, cols, activations, count, items, item_count, lines, divisor}
+
+struct Matrix {
+  const uint8_t* tiles;
+  int out_rows;
+  const float* bias;
+  float* out;
+
+  DEVICE int tile_count() const { return (out_rows + 15) / 16; }
+};
+
+struct Products {
+  Matrix first, second, third;
+  int tile_bytes, matrix_bytes, cols;
+  const uint8_t* activations;
+  const int32_t *count, *items, *item_count, *lines;
+  int divisor;
+};
+
+// What a block has of them: a matrix, and its place among the blocks that have the same one.
+struct Product : Products {
+  int which, block;
+
+  // Chosen anew where it is asked for, so that no registers hold it meanwhile.
+  DEVICE Matrix matrix() const { return which == 0 ? first : which == 1 ? second : third; }
+};
+
+// Blocks have `each` tiles; those of the first matrix come first.
+DEVICE Product product_of(const Products& p, int each) {
+  const int first = (p.first.tile_count() + each - 1) / each, block = blockIdx.y - first;
+  if (block < 0) return {p, 0, static_cast<int>(blockIdx.y)};
+  const int second = (p.second.tile_count() + each - 1) / each;
+  return block < second ? Product{p, 1, block} : Product{p, 2, block - second};
+}
+
+// What one block computes, n rows at most; none: n <= 0.
+struct Share {
+  int expert, first, n;
+};
+DEVICE Share share_of(const Product& p, int place, int most) {
+  if (p.items == nullptr) {
+    const int first = most * place, left = *p.count - first;
+    return {0, first, left < most ? left : most};
+  }
+  if (place >= *p.item_count) return {0, 0, 0};
+  const int32_t* item = p.items + 3 * place;
+  return {item[0], item[1], item[2]};
+}
+DEVICE int out_row(const Product& p, const Share& share, int i) {
+  return p.items == nullptr ? share.first + i : p.lines[share.first + i];
+}
+// Rows past the last are the last one: they are computed like it and thrown away.
+DEVICE int activation_row(const Product& p, const Share& share, int i) {
+  const int row = out_row(p, share, i < share.n ? i : share.n - 1);
+  return p.items == nullptr ? row : row / p.divisor;
+}
+DEVICE const uint8_t* tile_of(const Product& p, const Share& share, int tile) {
+  return p.matrix().tiles + static_cast<size_t>(share.expert) * p.matrix_bytes + static_cast<size_t>(tile) * p.tile_bytes;
+}
+
+DEVICE void store_result(const Matrix& matrix, int line, int row, float x) {
+  if (row >= matrix.out_rows) return;
+  if (matrix.bias != nullptr) x = add(x, matrix.bias[row]);
+  matrix.out[static_cast<size_t>(line) * matrix.out_rows + row] = canonical(x);
+}
+
+}  // namespace
+}  // namespace llamaclust::cuda

@@ -71,7 +71,7 @@ class CudaBackend:
 
     @contextmanager
     def cache_flush(self) -> Iterator[Callable[[], None]]:
-        """What makes the GPU's cache cold, each time that it is called. InsufficientMemoryError where memory is short."""
+        """Yields a function that flushes the GPU's cache. InsufficientMemoryError where memory is short."""
         with self._gpu_lock.exclusive():
             cache = CacheFlush(self._device)
 

@@ -32,7 +32,7 @@ tune_grpc()
 from llamaclust.cluster.config.cluster_config import load_config  # noqa: E402
 from llamaclust.cluster.engine.engine import EngineState  # noqa: E402
 from llamaclust.cluster.membership.worker_handle import WorkerHandle, WorkerState  # noqa: E402
-from llamaclust.cluster.scheduler.requests import Generation, TokenChosen  # noqa: E402
+from llamaclust.cluster.scheduler.requests import GenerationRequest, TokenSampled  # noqa: E402
 from llamaclust.cluster.server.coordinator import Cluster, open_cluster  # noqa: E402
 from llamaclust.cluster.state.directory import ClusterDir  # noqa: E402
 from llamaclust.cluster.state.events import Event, News  # noqa: E402
@@ -92,10 +92,10 @@ class Tally:
                 print(f"{what}: median {median(times):.3f} s, longest {max(times):.3f} s of {len(times)}")
 
 
-def asks(source: Random, count: int, prompt_tokens: int, tokens: int, name: str) -> list[Generation]:
+def asks(source: Random, count: int, prompt_tokens: int, tokens: int, name: str) -> list[GenerationRequest]:
     """Half greedy, half seeded."""
     return [
-        Generation(
+        GenerationRequest(
             f"{name} {i}",
             tuple(source.randrange(100, 40_000) for _ in range(prompt_tokens)),
             tokens,
@@ -125,7 +125,7 @@ class Chaos:
         self._requests = asks(self._source, _SEQUENCES, _PROMPT_TOKENS, _TOKENS, "early")
         self._late = asks(self._source, _LATE, _LATE_PROMPT_TOKENS, _LATE_TOKENS, "late")
         self._expected: dict[str, Answer] = {}
-        self._running: dict[asyncio.Task[Answer], Generation] = {}
+        self._running: dict[asyncio.Task[Answer], GenerationRequest] = {}
         self._struck_s = {worker.name: deque[float](maxlen=_LIVES) for worker in cluster.config.workers}
 
     async def run(self) -> Tally:
@@ -143,13 +143,13 @@ class Chaos:
             self._running.clear()
         return self.tally
 
-    def _ask(self, ask: Generation) -> None:
+    def _ask(self, ask: GenerationRequest) -> None:
         self._running[asyncio.create_task(self._answer(ask))] = ask
 
-    async def _answer(self, ask: Generation) -> Answer:
+    async def _answer(self, ask: GenerationRequest) -> Answer:
         rows: Answer = []
         async for event in self._cluster.engine.submit(ask):
-            if isinstance(event, TokenChosen):
+            if isinstance(event, TokenSampled):
                 self.tally.last_token_s = time.monotonic()
                 rows.append((event.row.token, struct.pack("<f", event.row.logprob)))
         return rows

@@ -27,7 +27,7 @@ from llamaclust.core.sampling import SampleTask, SamplingParams
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, Result, SamplingInputs
 from llamaclust.wire.rpc.grpc_options import tune_grpc
 
-LIMITS = StageLimits(max_tokens=64, max_outputs=16, max_sequences=16, max_context_tokens=512, kv_blocks=512)
+LIMITS = StageLimits(max_batch_tokens=64, max_outputs=16, max_sequences=16, max_context_tokens=512, kv_blocks=512)
 _BLOCKS = LIMITS.max_context_tokens // 16
 
 

@@ -31,7 +31,7 @@ from compare import positive  # noqa: E402
 from llamaclust.cli.interrupts import ends_in_one_line  # noqa: E402
 from llamaclust.cluster.config.cluster_config import load_config  # noqa: E402
 from llamaclust.cluster.engine.metrics import StageReport  # noqa: E402
-from llamaclust.cluster.scheduler.requests import Finished, Generation  # noqa: E402
+from llamaclust.cluster.scheduler.requests import Finished, GenerationRequest  # noqa: E402
 from llamaclust.cluster.server.coordinator import Cluster, open_cluster  # noqa: E402
 from llamaclust.cluster.state.directory import ClusterDir  # noqa: E402
 
@@ -67,7 +67,7 @@ def prompts(source: random.Random, count: int, tokens: int, vocabulary: int) -> 
 
 
 async def run(cluster: Cluster, prompt: tuple[int, ...], tokens: int) -> Finished:
-    ask = Generation("benchmark", prompt, tokens, min_tokens=tokens)
+    ask = GenerationRequest("benchmark", prompt, tokens, min_tokens=tokens)
     async for event in cluster.engine.submit(ask):
         if isinstance(event, Finished):
             return event

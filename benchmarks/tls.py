@@ -30,7 +30,7 @@ import numpy as np  # noqa: E402
 
 from llamaclust.cluster.config.cluster_config import load_config  # noqa: E402
 from llamaclust.cluster.membership.authority import Authority  # noqa: E402
-from llamaclust.cluster.scheduler.requests import Finished, Generation  # noqa: E402
+from llamaclust.cluster.scheduler.requests import Finished, GenerationRequest  # noqa: E402
 from llamaclust.cluster.server.coordinator import Cluster, open_cluster  # noqa: E402
 from llamaclust.cluster.state.directory import ClusterDir  # noqa: E402
 from llamaclust.cluster.state.events import AwaitingWorkers, Event  # noqa: E402
@@ -93,7 +93,7 @@ async def decode(cluster: Cluster, source: random.Random, tokens: int) -> float:
     vocabulary = cluster.model.hyperparameters.vocabulary_size
     prompt = tuple(source.randrange(3, vocabulary) for _ in range(_PROMPT_TOKENS))
     async with deadline("a benchmark's answer", _DEADLINE_S):
-        async for event in cluster.engine.submit(Generation("benchmark", prompt, tokens, min_tokens=tokens)):
+        async for event in cluster.engine.submit(GenerationRequest("benchmark", prompt, tokens, min_tokens=tokens)):
             if isinstance(event, Finished):
                 return event.timings.decode_tok_s
     raise AssertionError("a request ends with Finished")

@@ -11,7 +11,7 @@ NUMERICS_VERSION = 4
 """Version of the arithmetic rules of docs/numerics.md: workers that compute by others are refused at the handshake."""
 
 MAX_SEQUENCES = 1024
-MAX_TOKENS = 8192
+MAX_BATCH_TOKENS = 8192
 MAX_CONTEXT_TOKENS = 1 << 20
 MAX_TOP_LOGPROBS = 128
 MAX_VOCABULARY = 1 << 20
@@ -28,8 +28,8 @@ class StageLimits:
     Exceeding one in a stage's `run` is a mistake of the caller (assert).
     """
 
-    max_tokens: Annotated[int, Integer(1, MAX_TOKENS)]
-    max_outputs: Annotated[int, Integer(1, MAX_TOKENS)]
+    max_batch_tokens: Annotated[int, Integer(1, MAX_BATCH_TOKENS)]
+    max_outputs: Annotated[int, Integer(1, MAX_BATCH_TOKENS)]
     max_sequences: Annotated[int, Integer(1, MAX_SEQUENCES)]
     max_context_tokens: Annotated[int, Integer(1, MAX_CONTEXT_TOKENS)]
     kv_blocks: Annotated[int, Integer(1, MAX_KV_BLOCKS)]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 
-class Step(StrEnum):
+class SamplerName(StrEnum):
     """A sampler by llama.cpp's name. The order here is the default one."""
 
     PENALTIES = "penalties"
@@ -21,10 +21,10 @@ class Step(StrEnum):
     TEMPERATURE = "temperature"
 
 
-STEPS = tuple(Step)
+SAMPLERS = tuple(SamplerName)
 """By the number that they have on the wire and in kernels."""
 
-PLAIN_ORDER = (Step.PENALTIES, Step.TOP_K, Step.TOP_P, Step.MIN_P, Step.TEMPERATURE)
+PLAIN_ORDER = (SamplerName.PENALTIES, SamplerName.TOP_K, SamplerName.TOP_P, SamplerName.MIN_P, SamplerName.TEMPERATURE)
 """What is done without a chain. The same as a chain gives the same tokens."""
 
 
@@ -32,7 +32,7 @@ PLAIN_ORDER = (Step.PENALTIES, Step.TOP_K, Step.TOP_P, Step.MIN_P, Step.TEMPERAT
 class SamplerChain:
     """What is done to logits, step after step; settings of a step that is not in `order` mean nothing."""
 
-    order: tuple[Step, ...] = PLAIN_ORDER  # each once at most
+    order: tuple[SamplerName, ...] = PLAIN_ORDER  # each once at most
     top_n_sigma: float = 0.0  # tokens within so many standard deviations of the best logit
     tfs_z: float = 1.0  # tail-free: the share of the curve's bends that is kept
     typical_p: float = 1.0  # tokens of the most typical surprise, until they reach this probability
@@ -50,7 +50,7 @@ class SamplerChain:
 
     @property
     def needs_history(self) -> bool:
-        return Step.DRY in self.order
+        return SamplerName.DRY in self.order
 
     @property
     def first_mu(self) -> float:

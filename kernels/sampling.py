@@ -7,7 +7,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from llamaclust.core.sampler_chain import STEPS, SamplerChain
+from llamaclust.core.sampler_chain import SAMPLERS, SamplerChain
 from llamaclust.core.sampling import RowResult, RowTask, SampleTask, ScoreTask
 from llamaclust.core.sampling_bounds import CHAIN_BOUNDS
 from llamaclust.kernels import _native
@@ -57,7 +57,7 @@ def _native_task(task: RowTask) -> _native.RowTask:
 
 def _native_chain(chain: SamplerChain, task: SampleTask) -> _native.Chain:
     return _native.Chain.make(
-        order=[STEPS.index(step) for step in chain.order],
+        order=[SAMPLERS.index(step) for step in chain.order],
         dry_allowed_length=chain.dry_allowed_length,
         mirostat=chain.mirostat,
         unpenalized=chain.unpenalized,

@@ -163,14 +163,14 @@ class StageLimits(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    MAX_TOKENS_FIELD_NUMBER: _builtins.int
+    MAX_BATCH_TOKENS_FIELD_NUMBER: _builtins.int
     MAX_OUTPUTS_FIELD_NUMBER: _builtins.int
     MAX_SEQUENCES_FIELD_NUMBER: _builtins.int
     MAX_CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
     KV_BLOCKS_FIELD_NUMBER: _builtins.int
     KV_TYPE_FIELD_NUMBER: _builtins.int
     WINDOW_BLOCKS_FIELD_NUMBER: _builtins.int
-    max_tokens: _builtins.int
+    max_batch_tokens: _builtins.int
     """Rows of one microbatch."""
     max_outputs: _builtins.int
     """Output rows of one microbatch."""
@@ -187,7 +187,7 @@ class StageLimits(_message.Message):
     def __init__(
         self,
         *,
-        max_tokens: _builtins.int = ...,
+        max_batch_tokens: _builtins.int = ...,
         max_outputs: _builtins.int = ...,
         max_sequences: _builtins.int = ...,
         max_context_tokens: _builtins.int = ...,
@@ -197,7 +197,7 @@ class StageLimits(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_blocks", b"kv_blocks", "kv_type", b"kv_type", "max_context_tokens", b"max_context_tokens", "max_outputs", b"max_outputs", "max_sequences", b"max_sequences", "max_tokens", b"max_tokens", "window_blocks", b"window_blocks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kv_blocks", b"kv_blocks", "kv_type", b"kv_type", "max_batch_tokens", b"max_batch_tokens", "max_context_tokens", b"max_context_tokens", "max_outputs", b"max_outputs", "max_sequences", b"max_sequences", "window_blocks", b"window_blocks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -98,7 +98,7 @@ def _most(count: int, fits: Callable[[int], bool]) -> int:
 
 def _limits(tokens: int) -> StageLimits:
     return StageLimits(
-        max_tokens=_ROWS,
+        max_batch_tokens=_ROWS,
         max_outputs=_OUTPUTS,
         max_sequences=1,
         max_context_tokens=tokens,

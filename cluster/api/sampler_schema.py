@@ -9,14 +9,19 @@ from pydantic import BeforeValidator, Field, WithJsonSchema
 from llamaclust.cluster.api.schema import Body
 from llamaclust.cluster.scheduler.breakers import DEFAULT_BREAKERS
 from llamaclust.core.limits import MAX_CONTEXT_TOKENS
-from llamaclust.core.sampler_chain import PLAIN_ORDER, STEPS, SamplerChain, Step
+from llamaclust.core.sampler_chain import PLAIN_ORDER, SAMPLERS, SamplerChain, SamplerName
 from llamaclust.core.sampling_bounds import CHAIN_BOUNDS, MAX_MIROSTAT
 
-_OTHER_NAMES = {"nucleus": Step.TOP_P, "temp": Step.TEMPERATURE, "typ": Step.TYPICAL_P, "typical_p": Step.TYPICAL_P}
-_LETTERS = dict(zip("edskfypmxt", STEPS, strict=True))
+_OTHER_NAMES = {
+    "nucleus": SamplerName.TOP_P,
+    "temp": SamplerName.TEMPERATURE,
+    "typ": SamplerName.TYPICAL_P,
+    "typical_p": SamplerName.TYPICAL_P,
+}
+_LETTERS = dict(zip("edskfypmxt", SAMPLERS, strict=True))
 
 
-def _steps(value: Any) -> tuple[Step, ...]:
+def _steps(value: Any) -> tuple[SamplerName, ...]:
     """A list of names, or a string of llama.cpp's letters for them."""
     if isinstance(value, str):
         steps = [_LETTERS.get(letter) or _unknown(letter) for letter in value]
@@ -29,13 +34,13 @@ def _steps(value: Any) -> tuple[Step, ...]:
     return tuple(steps)
 
 
-def _step(name: str) -> Step:
+def _step(name: str) -> SamplerName:
     plain = name.replace("-", "_")
-    return _OTHER_NAMES.get(plain) or next((step for step in STEPS if step == plain), None) or _unknown(name)
+    return _OTHER_NAMES.get(plain) or next((step for step in SAMPLERS if step == plain), None) or _unknown(name)
 
 
-def _unknown(name: str) -> Step:
-    raise ValueError(f"{name[:60]!r} is none of {', '.join(STEPS)}")
+def _unknown(name: str) -> SamplerName:
+    raise ValueError(f"{name[:60]!r} is none of {', '.join(SAMPLERS)}")
 
 
 def _texts(value: Any) -> tuple[str, ...]:
@@ -49,8 +54,8 @@ def _bounded(name: str) -> Any:
     return Field(ge=low, le=high)
 
 
-_NAMES: dict[str, Any] = {"anyOf": [{"type": "array", "items": {"enum": list(STEPS)}}, {"type": "string"}]}
-StepsField = Annotated[tuple[Step, ...], BeforeValidator(_steps), WithJsonSchema(_NAMES)]
+_NAMES: dict[str, Any] = {"anyOf": [{"type": "array", "items": {"enum": list(SAMPLERS)}}, {"type": "string"}]}
+StepsField = Annotated[tuple[SamplerName, ...], BeforeValidator(_steps), WithJsonSchema(_NAMES)]
 TextsField = Annotated[
     tuple[str, ...], BeforeValidator(_texts), WithJsonSchema({"type": "array", "items": {"type": "string"}})
 ]
@@ -92,7 +97,7 @@ class SamplerFields(Body):
     """How fast it learns."""
     penalize_nl: bool = True
     """Penalties count line breaks too."""
-    samplers: StepsField = STEPS
+    samplers: StepsField = SAMPLERS
     """Which samplers act, and in which order; what is not among them does not act."""
 
     def chain(self) -> SamplerChain | None:
@@ -104,18 +109,20 @@ class SamplerFields(Body):
         is_plain = chain.order == PLAIN_ORDER and not self.mirostat and not self.dynatemp_range
         return None if is_plain else chain
 
-    def _order(self) -> tuple[Step, ...]:
+    def _order(self) -> tuple[SamplerName, ...]:
         """Those that do something."""
         off = {
-            Step.DRY: self.dry_multiplier == 0,
-            Step.TOP_N_SIGMA: self.top_n_sigma <= 0,
-            Step.TFS_Z: self.tfs_z == 1,
-            Step.TYPICAL_P: self.typical_p == 1,
-            Step.XTC: self.xtc_probability == 0 or self.xtc_threshold > 0.5,
+            SamplerName.DRY: self.dry_multiplier == 0,
+            SamplerName.TOP_N_SIGMA: self.top_n_sigma <= 0,
+            SamplerName.TFS_Z: self.tfs_z == 1,
+            SamplerName.TYPICAL_P: self.typical_p == 1,
+            SamplerName.XTC: self.xtc_probability == 0 or self.xtc_threshold > 0.5,
         }
         if self.mirostat:
-            before = [step for step in self.samplers if step in (Step.PENALTIES, Step.DRY) and not off.get(step)]
-            return (*before, Step.TEMPERATURE)
+            before = [
+                step for step in self.samplers if step in (SamplerName.PENALTIES, SamplerName.DRY) and not off.get(step)
+            ]
+            return (*before, SamplerName.TEMPERATURE)
         return tuple(step for step in self.samplers if not off.get(step))
 
     @property

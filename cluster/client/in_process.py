@@ -140,7 +140,7 @@ class ServiceClient(TextClient):
     def _chat(self, messages: Sequence[Message], settings: Settings) -> Generator[Chunk, None, None]:
         async def request() -> CompletionRequest:
             body = read_fields(ChatBody, chat_body(messages, settings))
-            return body.request(await self._service.chat_prompt(body.variables), body.most_tokens, body.top)
+            return body.request(await self._service.chat_prompt(body.variables), body.max_new_tokens, body.top)
 
         return self._stream(request)
 

@@ -23,7 +23,7 @@ from llamaclust.cluster.scheduler.settings import EngineSettings, SchedulerSetti
 from llamaclust.cluster.text.service import TextService, TextSettings
 from llamaclust.core.errors import LlamaclustError, RequestError, UsageError
 from llamaclust.core.gpus import placed
-from llamaclust.core.limits import MAX_KV_BLOCKS, MAX_TOKENS, StageLimits
+from llamaclust.core.limits import MAX_BATCH_TOKENS, MAX_KV_BLOCKS, StageLimits
 from llamaclust.kernels.backend import Float32
 from llamaclust.model.loader import Model
 from llamaclust.model.program import KV_BLOCK_TOKENS, KvType
@@ -254,15 +254,15 @@ def _scheduler_settings(model: Model, settings: LocalSettings) -> SchedulerSetti
         raise UsageError(f"context_length: {context}: the model was made for {trained} tokens; set {trained} or less")
     if not 0 < settings.max_sequences <= _OUTPUTS:
         raise UsageError(f"max_sequences: {settings.max_sequences}: set 1 to {_OUTPUTS}")
-    if chunk is not None and not 0 < chunk <= MAX_TOKENS - settings.max_sequences:
-        raise UsageError(f"prefill_chunk: {chunk}: set 1 to {MAX_TOKENS - settings.max_sequences}")
+    if chunk is not None and not 0 < chunk <= MAX_BATCH_TOKENS - settings.max_sequences:
+        raise UsageError(f"prefill_chunk: {chunk}: set 1 to {MAX_BATCH_TOKENS - settings.max_sequences}")
     if settings.kv_blocks is not None and not 0 < settings.kv_blocks <= MAX_KV_BLOCKS - _blocks(context):
         raise UsageError(f"kv_blocks: {settings.kv_blocks}: set 1 to {MAX_KV_BLOCKS - _blocks(context)}")
     if settings.kv_type not in set(KvType):
         raise UsageError(f"kv_type: {settings.kv_type}: set one of {', '.join(KvType)}")
     kv_blocks = settings.kv_blocks or 2 * _blocks(context)
-    max_rows = max(_ROWS, chunk or 0) + settings.max_sequences
-    group = window_group(model.window, context, max_rows)
+    max_batch_tokens = max(_ROWS, chunk or 0) + settings.max_sequences
+    group = window_group(model.window, context, max_batch_tokens)
     return SchedulerSettings(
         model_id=model.model_id,
         vocabulary=model.hyperparameters.vocabulary_size,
@@ -270,7 +270,7 @@ def _scheduler_settings(model: Model, settings: LocalSettings) -> SchedulerSetti
         kv_blocks=kv_blocks,
         kv_type=KvType(settings.kv_type),
         max_sequences=settings.max_sequences,
-        max_rows=max_rows,
+        max_batch_tokens=max_batch_tokens,
         max_outputs=_OUTPUTS,
         prefill_chunk=chunk,
         prefix_cache=settings.prefix_cache,
@@ -290,7 +290,7 @@ def _blocks(tokens: int) -> int:
 def _limits(scheduling: SchedulerSettings, own: tuple[int, int]) -> StageLimits:
     group = scheduling.window_group
     return StageLimits(
-        max_tokens=scheduling.max_rows,
+        max_batch_tokens=scheduling.max_batch_tokens,
         max_outputs=scheduling.max_outputs,
         max_sequences=scheduling.max_sequences,
         max_context_tokens=scheduling.context_length,

@@ -9,7 +9,7 @@ from typing import Any, Self, TypedDict
 
 from llamaclust.cluster.scheduler.breakers import DEFAULT_BREAKERS
 from llamaclust.cluster.scheduler.requests import Timings
-from llamaclust.core.sampler_chain import STEPS
+from llamaclust.core.sampler_chain import SAMPLERS
 
 Message = Mapping[str, Any]
 """One message of a chat: {"role": "user", "content": "Hello"}."""
@@ -87,7 +87,7 @@ class Settings:
     mirostat_tau: float = 5.0
     mirostat_eta: float = 0.1
     penalize_nl: bool = True
-    samplers: Sequence[str] = STEPS  # which act, and in which order
+    samplers: Sequence[str] = SAMPLERS  # which act, and in which order
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

@@ -27,7 +27,7 @@ from llamaclust.cluster.config.values import (
     split_address,
 )
 from llamaclust.core.errors import UsageError
-from llamaclust.core.limits import MAX_CONTEXT_TOKENS, MAX_SEQUENCES, MAX_TOKENS
+from llamaclust.core.limits import MAX_BATCH_TOKENS, MAX_CONTEXT_TOKENS, MAX_SEQUENCES
 from llamaclust.model.chat.template_choice import built_in_names
 from llamaclust.model.program import KvType
 
@@ -77,7 +77,7 @@ class ClusterConfig(Section):
     """Sequences decoded together; more wait."""
     max_waiting: Annotated[int, Field(ge=0, le=100_000)] = 256
     """Requests that may wait; more are answered 429."""
-    prefill_chunk: Annotated[Annotated[int, Field(ge=1, le=MAX_TOKENS // 2)] | None, OrAuto()] = None
+    prefill_chunk: Annotated[Annotated[int, Field(ge=1, le=MAX_BATCH_TOKENS // 2)] | None, OrAuto()] = None
     """Prompt tokens in one microbatch, at most; auto: as many as the measured stage times advise."""
     prefix_cache: bool = True
     """Whether requests share the KV memory of equal beginnings."""

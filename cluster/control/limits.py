@@ -42,8 +42,8 @@ def _check_frames(config: ClusterConfig, model: Model) -> None:
     """A microbatch and its hidden state cross a link as one message."""
     width = model.hyperparameters.embedding_length
     room = (MAX_FRAME_BYTES - MAX_MICROBATCH_BYTES) // (4 * width)
-    if len(config.workers) > 1 and max_rows(config) > room:
-        asked = f"prefill_chunk and max_sequences make microbatches of {max_rows(config)} tokens"
+    if len(config.workers) > 1 and max_batch_tokens(config) > room:
+        asked = f"prefill_chunk and max_sequences make microbatches of {max_batch_tokens(config)} tokens"
         raise UsageError(f"{asked}: {room} tokens of {4 * width} bytes fit in a message between workers; lower them")
 
 
@@ -52,7 +52,7 @@ def manual_plan(config: ClusterConfig) -> tuple[Assignment, ...]:
     return tuple((entry.worker, *entry.layers) for entry in config.plan or ())
 
 
-def max_rows(config: ClusterConfig) -> int:
+def max_batch_tokens(config: ClusterConfig) -> int:
     """Maximum rows of a microbatch: a prefill chunk and one row of every sequence."""
     return max(_ROWS, config.prefill_chunk or 0) + config.max_sequences
 
@@ -68,7 +68,7 @@ def stage_limits(config: ClusterConfig, plan: Plan) -> StageLimits:
 
 def limits_of(config: ClusterConfig, context_length: int, kv_blocks: int, window_blocks: int = 0) -> StageLimits:
     return StageLimits(
-        max_tokens=max_rows(config),
+        max_batch_tokens=max_batch_tokens(config),
         max_outputs=max_outputs(config),
         max_sequences=config.max_sequences,
         max_context_tokens=context_length,
@@ -88,7 +88,7 @@ def scheduler_settings(config: ClusterConfig, model: Model, plan: Plan) -> Sched
         kv_type=config.kv_type,
         max_sequences=config.max_sequences,
         max_waiting=config.max_waiting,
-        max_rows=max_rows(config),
+        max_batch_tokens=max_batch_tokens(config),
         max_outputs=max_outputs(config),
         prefill_chunk=config.prefill_chunk,
         prefix_cache=config.prefix_cache,

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
-from llamaclust.cluster.control.limits import context_length, limits_of, manual_plan, max_rows
+from llamaclust.cluster.control.limits import context_length, limits_of, manual_plan, max_batch_tokens
 from llamaclust.cluster.control.resource_shares import (
     WorkerResources,
     machine_shares,
@@ -57,7 +57,7 @@ def plan_cluster(config: ClusterConfig, model: Model, resources: ClusterResource
         kv_memory_bytes=config.kv_memory,
         links=resources.links,
         apart=resources.partitions,
-        max_rows=max_rows(config),
+        max_batch_tokens=max_batch_tokens(config),
         rounding=rounding_of(model),
     )
     plan = _plan(model.costs(config.kv_type), _worker_facts(config, resources), request)

@@ -15,7 +15,7 @@ from typing import Concatenate, ParamSpec, Self
 from llamaclust.cluster.engine.metrics import Metrics
 from llamaclust.cluster.engine.pipeline import Pipeline
 from llamaclust.cluster.engine.request_stream import Mailbox, RequestStream
-from llamaclust.cluster.scheduler.requests import Finished, FinishReason, Generation, Timings, TokenChosen
+from llamaclust.cluster.scheduler.requests import Finished, FinishReason, GenerationRequest, Timings, TokenSampled
 from llamaclust.cluster.scheduler.scheduler import Scheduler
 from llamaclust.cluster.scheduler.sequences import Failed, Sequence, Update
 from llamaclust.cluster.scheduler.settings import EngineSettings, SchedulerSettings
@@ -113,7 +113,7 @@ class Engine:
         self._go_down(WorkerError(_STOPPING))
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def submit(self, ask: Generation) -> RequestStream:
+    def submit(self, ask: GenerationRequest) -> RequestStream:
         """Takes a request. Raises RequestError, QueueFullError, or WorkerError where the engine runs no more.
 
         While it drains as well: who comes from outside is refused there, and those who were let in have choices to come
@@ -204,7 +204,7 @@ class Engine:
                 self._close(key, "error", WorkerError(update.message))
                 continue
             self._mailboxes[key].put(update)
-            tokens += isinstance(update, TokenChosen)
+            tokens += isinstance(update, TokenSampled)
             if isinstance(update, Finished):
                 self.answered += 1
                 self._close(key, update.reason)

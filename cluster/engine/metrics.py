@@ -108,7 +108,7 @@ class Metrics:
         self._meters = [_StageMeter(stage, clock_ns()) for stage in stages]
         self._speed = SpeedMeter(clock_ns())
         self._finished = Counter(
-            "llamaclust_requests_finished", "Requests that ended, by reason", ["reason"], registry=self.registry
+            "llamaclust_requests", "Requests that ended, by reason", ["finish_reason"], registry=self.registry
         )
         self._prompt = Counter("llamaclust_prompt_tokens", "Prompt tokens of ended requests", registry=self.registry)
         self._generated = Counter("llamaclust_generated_tokens", "Tokens chosen", registry=self.registry)
@@ -203,7 +203,9 @@ class _Gauges(Collector):
             for values, meter in named:
                 seconds.add_metric(values, getattr(meter, f"{name}_ns") / 1e9)
             yield seconds
-        busy = GaugeMetricFamily("llamaclust_stage_busy_ratio", "Share of the last 10 s spent computing", labels=labels)
+        busy = GaugeMetricFamily(
+            "llamaclust_stage_utilization_ratio", "Share of the last 10 s spent computing", labels=labels
+        )
         for (values, _), report in zip(named, self._report(), strict=True):
             busy.add_metric(values, report.busy)
         yield busy

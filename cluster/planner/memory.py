@@ -28,7 +28,7 @@ class PlanLimits:
     max_sequences: int
     workspace: Workspace
     kv_memory_bytes: int | None  # per worker, at most
-    max_rows: int = 0  # of a microbatch
+    max_batch_tokens: int = 0  # of a microbatch
     rounding: Rounding = no_rounding
 
     @property
@@ -63,7 +63,7 @@ class Sizes:
     @property
     def window_group(self) -> WindowGroup | None:
         """Layers that have KV blocks of their own."""
-        return window_group(self.stages.window, self.limits.context_length, self.limits.max_rows)
+        return window_group(self.stages.window, self.limits.context_length, self.limits.max_batch_tokens)
 
     def window_blocks(self, kv_blocks: int) -> int:
         """Beside so many blocks of other layers; 0 where all layers have these."""

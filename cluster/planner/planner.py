@@ -64,7 +64,7 @@ class PlanRequest:
     kv_memory_bytes: int | None = None  # per worker, at most; None: up to half of what weights and workspace leave
     links: Links = field(default_factory=Links)
     apart: Pairs = frozenset()  # who cannot reach each other: no neighbours
-    max_rows: int = 0  # of a microbatch
+    max_batch_tokens: int = 0  # of a microbatch
     rounding: Rounding = no_rounding
 
 
@@ -72,7 +72,7 @@ def make_plan(costs: ModelCosts, workers: Sequence[WorkerFacts], ask: PlanReques
     """Raises UsageError for a plan by hand that is wrong, InsufficientMemoryError with the missing MiB,
     NetworkPartitionError where only `apart` is in the way."""
     stages = StageCosts.of(costs)
-    room = ask.kv_memory_bytes, ask.max_rows, ask.rounding
+    room = ask.kv_memory_bytes, ask.max_batch_tokens, ask.rounding
     limits = PlanLimits(ask.context_length, ask.max_sequences, ask.workspace, *room)
     sizes = Sizes(stages, limits)
     if ask.manual is not None:

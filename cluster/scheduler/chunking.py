@@ -29,7 +29,7 @@ def chunk_rows(
     burst / k = sqrt(burst * a / ((S - 1) * b)). The last chunks are smaller yet, half of what is left each: while later
     stages compute them, the first ones have nothing to do.
     """
-    most = settings.max_rows - decoding
+    most = settings.max_batch_tokens - decoding
     if settings.prefill_chunk is not None:
         return min(settings.prefill_chunk, most)
     slowest = _slowest(times)

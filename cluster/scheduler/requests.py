@@ -16,12 +16,12 @@ class FinishReason(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Generation:
+class GenerationRequest:
     """One sequence to run: a prompt and how to go on from it."""
 
     request_id: str
     prompt: tuple[int, ...]
-    max_tokens: int  # 0: score the prompt only
+    max_new_tokens: int  # 0: score the prompt only
     params: SamplingParams = field(default_factory=SamplingParams)
     seed: int = 0
     choice: int = 0
@@ -54,7 +54,7 @@ class PromptScored:
 
 
 @dataclass(frozen=True, slots=True)
-class TokenChosen:
+class TokenSampled:
     """One generated token."""
 
     row: RowResult
@@ -81,4 +81,4 @@ class Finished:
     timings: Timings
 
 
-Event = PromptScored | TokenChosen | Finished
+Event = PromptScored | TokenSampled | Finished

@@ -17,7 +17,7 @@ from llamaclust.cluster.scheduler.chunking import chunk_rows
 from llamaclust.cluster.scheduler.in_flight import Flight, ScheduledMicrobatch
 from llamaclust.cluster.scheduler.kv_allocator import KvMemory
 from llamaclust.cluster.scheduler.microbatching import DecodeSplit
-from llamaclust.cluster.scheduler.requests import Finished, Generation
+from llamaclust.cluster.scheduler.requests import Finished, GenerationRequest
 from llamaclust.cluster.scheduler.sequences import Failed, Part, Sequence, Update
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.cluster.scheduler.stage_times import StageTimes
@@ -119,7 +119,7 @@ class Scheduler:
         """When the microbatch that is in flight for longest was sent."""
         return self._flight.oldest_ns
 
-    def add(self, ask: Generation, now_ns: int) -> Sequence:
+    def add(self, ask: GenerationRequest, now_ns: int) -> Sequence:
         """Takes a request into the queue, unless it has no work. Raises RequestError or QueueFullError."""
         check_generation(ask, self.settings)
         sequence = self._sequence(ask, now_ns)
@@ -131,15 +131,15 @@ class Scheduler:
             self._waiting.append(sequence)
         return sequence
 
-    def _sequence(self, ask: Generation, now_ns: int) -> Sequence:
-        room = self.settings.max_tokens - len(ask.prompt)
+    def _sequence(self, ask: GenerationRequest, now_ns: int) -> Sequence:
+        room = self.settings.max_sequence_tokens - len(ask.prompt)
         last = len(ask.prompt) - 1
         first_score = last if ask.score_from is None else min(max(ask.score_from, 1) - 1, last)
         self._next_key += 1
         return Sequence(
             key=self._next_key,
             generation=ask,
-            max_tokens=min(ask.max_tokens, room),
+            max_new_tokens=min(ask.max_new_tokens, room),
             arrived_ns=now_ns,
             tokens=list(ask.prompt),
             breakers=SeenBreakers(ask.breakers, ask.prompt),

@@ -10,10 +10,10 @@ from llamaclust.cluster.scheduler.requests import (
     Event,
     Finished,
     FinishReason,
-    Generation,
+    GenerationRequest,
     PromptScored,
     Timings,
-    TokenChosen,
+    TokenSampled,
 )
 from llamaclust.core.sampling import RowResult, RowTask, SampleTask, ScoreTask
 from llamaclust.model.program import KV_BLOCK_TOKENS
@@ -49,8 +49,8 @@ class Sequence:
     """A prompt and the tokens chosen so far, and how far their keys and values are computed."""
 
     key: int  # ascending with arrival
-    generation: Generation
-    max_tokens: int  # chosen tokens at most, the context considered
+    generation: GenerationRequest
+    max_new_tokens: int  # chosen tokens at most, the context considered
     arrived_ns: int
     tokens: list[int]  # prompt, then answer
     breakers: SeenBreakers  # for DRY
@@ -85,7 +85,7 @@ class Sequence:
     @property
     def target(self) -> int:
         """Rows to compute: all tokens, but the last one where nothing is chosen after it."""
-        return len(self.tokens) if self.max_tokens else len(self.tokens) - 1
+        return len(self.tokens) if self.max_new_tokens else len(self.tokens) - 1
 
     @property
     def remaining(self) -> int:
@@ -103,7 +103,7 @@ class Sequence:
             self.is_decoding
             and self.sampling == 1
             and self.scheduled == len(self.tokens)
-            and self.generated + 1 < self.max_tokens
+            and self.generated + 1 < self.max_new_tokens
             and not self.generation.params.needs_state
         )
 
@@ -117,7 +117,7 @@ class Sequence:
     @property
     def has_work(self) -> bool:
         """Whether there is anything to compute for it: a prompt with no token to score and none to choose has not."""
-        return self.max_tokens > 0 or self.next_score < self.prompt_length - 1
+        return self.max_new_tokens > 0 or self.next_score < self.prompt_length - 1
 
     @property
     def blocks_needed(self) -> int:
@@ -180,7 +180,7 @@ class Sequence:
         score_end = min(end, self.prompt_length - 1)
         top = self.generation.top_logprobs
         scores = [ScoreTask(self.tokens[row + 1], top) for row in range(start, score_end)]
-        samples = [self._sample_task()] if self.max_tokens and start < end == len(self.tokens) else []
+        samples = [self._sample_task()] if self.max_new_tokens and start < end == len(self.tokens) else []
         return (*scores, *samples)
 
     def _sample_task(self) -> SampleTask:
@@ -220,7 +220,7 @@ class Sequence:
         if part.is_sampled:
             self._append(rows[-1])
             self.is_decoding = self.scheduled >= len(self.tokens) - 1
-            updates.append(TokenChosen(rows[-1]))
+            updates.append(TokenSampled(rows[-1]))
         reason = self._finish_reason(part.is_sampled)
         if reason is not None:
             updates.append(Finished(reason, self.timings()))
@@ -235,10 +235,10 @@ class Sequence:
     def _finish_reason(self, is_sampled: bool) -> FinishReason | None:
         if not is_sampled:
             is_scored = self.next_score >= self.prompt_length - 1 and self.in_flight == 0
-            return FinishReason.LENGTH if self.max_tokens == 0 and is_scored else None
+            return FinishReason.LENGTH if self.max_new_tokens == 0 and is_scored else None
         if self.tokens[-1] in self.generation.stop_token_ids:
             return FinishReason.STOP
-        return FinishReason.LENGTH if self.generated >= self.max_tokens else None
+        return FinishReason.LENGTH if self.generated >= self.max_new_tokens else None
 
     def timings(self) -> Timings:
         """In milliseconds from arrival, as far as it came."""

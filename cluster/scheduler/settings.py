@@ -19,7 +19,7 @@ class SchedulerSettings:
     kv_type: KvType = KvType.F16
     max_sequences: int = 32  # running together; each is in a microbatch at most once
     max_waiting: int = 256
-    max_rows: int = 512  # of one microbatch; bounds the bytes of its hidden state on a link
+    max_batch_tokens: int = 512  # of one microbatch; bounds the bytes of its hidden state on a link
     max_outputs: int = 64  # sampled and scored rows of one microbatch
     prefill_chunk: int | None = None  # prompt tokens of one microbatch, at most; None: by predicted time
     prefill_ms: float = 100.0  # predicted time of a microbatch with prefill on the slowest stage, at most
@@ -29,7 +29,9 @@ class SchedulerSettings:
     window_blocks: int = 0  # these
 
     def __post_init__(self) -> None:
-        assert self.max_sequences < self.max_rows, "a microbatch must have room for all that decode and a prefill row"
+        assert self.max_sequences < self.max_batch_tokens, (
+            "a microbatch must have room for all that decode and a prefill row"
+        )
         assert self.max_sequences <= self.max_outputs, "all that decode together must have an output row"
         assert self.kv_blocks >= 1
         group = self.window_group
@@ -37,10 +39,10 @@ class SchedulerSettings:
 
     @property
     def window_group(self) -> WindowGroup | None:
-        return None if self.window is None else WindowGroup(self.window, self.max_rows)
+        return None if self.window is None else WindowGroup(self.window, self.max_batch_tokens)
 
     @property
-    def max_tokens(self) -> int:
+    def max_sequence_tokens(self) -> int:
         """Tokens of one sequence, prompt and answer: the context, or all of KV memory where that is less."""
         return min(self.context_length, self.kv_blocks * KV_BLOCK_TOKENS)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from math import inf
 
-from llamaclust.cluster.scheduler.requests import Generation
+from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.core.errors import RequestError
 from llamaclust.core.limits import MAX_CONTEXT_TOKENS, MAX_TOP_LOGPROBS
@@ -21,10 +21,10 @@ from llamaclust.core.sampling_bounds import (
 )
 
 
-def check_generation(ask: Generation, settings: SchedulerSettings) -> None:
+def check_generation(ask: GenerationRequest, settings: SchedulerSettings) -> None:
     """Raises RequestError that names the field, its value and the bound."""
     _check_prompt(ask, settings)
-    _within("max_tokens", ask.max_tokens, 0, inf)
+    _within("max_tokens", ask.max_new_tokens, 0, inf)
     _within("min_tokens", ask.min_tokens, 0, inf)
     _within("seed", ask.seed, 0, (1 << 64) - 1)
     _within("choice", ask.choice, 0, (1 << 32) - 1)
@@ -41,13 +41,13 @@ def check_generation(ask: Generation, settings: SchedulerSettings) -> None:
     _check_breakers(ask.breakers)
 
 
-def _check_prompt(ask: Generation, settings: SchedulerSettings) -> None:
-    length, most = len(ask.prompt), settings.max_tokens
+def _check_prompt(ask: GenerationRequest, settings: SchedulerSettings) -> None:
+    length, most = len(ask.prompt), settings.max_sequence_tokens
     if length == 0:
         raise RequestError("the prompt is empty: give at least one token")
     if length > most:
         raise RequestError(f"the prompt has {length} tokens, the context {most}: shorten it or raise context_length")
-    if length == most and ask.max_tokens > 0:
+    if length == most and ask.max_new_tokens > 0:
         raise RequestError(f"the prompt fills the whole context of {most} tokens and leaves no room for an answer")
     _check_tokens("prompt", ask.prompt, settings.vocabulary)
 

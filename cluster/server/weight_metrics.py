@@ -17,9 +17,9 @@ class WeightMetrics(Collector):
         self._workers = workers
 
     def collect(self) -> Iterator[Metric]:
-        sent = CounterMetricFamily("llamaclust_weight_bytes_sent", "Weights sent to other workers", labels=["worker"])
+        sent = CounterMetricFamily("llamaclust_weight_sent_bytes", "Weights sent to other workers", labels=["worker"])
         received = CounterMetricFamily(
-            "llamaclust_weight_bytes_received", "Weights fetched from other workers", labels=["worker"]
+            "llamaclust_weight_received_bytes", "Weights fetched from other workers", labels=["worker"]
         )
         for name, worker in self._workers.items():
             if worker.heartbeat is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from llamaclust.cluster.scheduler.requests import Event, Finished, FinishReason, PromptScored, Timings, TokenChosen
+from llamaclust.cluster.scheduler.requests import Event, Finished, FinishReason, PromptScored, Timings, TokenSampled
 from llamaclust.cluster.text.stop_strings import StopStrings
 from llamaclust.core.sampling import RowResult
 from llamaclust.model.tokenizers.detokenizer import Detokenizer
@@ -71,7 +71,7 @@ class ChoiceText:
         match event:
             case PromptScored(start, rows):
                 return TextChunk(self._index, prompt_start=start, prompt_rows=rows)
-            case TokenChosen(row):
+            case TokenSampled(row):
                 return self._chosen(row)
             case Finished(reason, timings):
                 return self._finished(reason, timings)

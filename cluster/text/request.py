@@ -36,7 +36,7 @@ class CompletionRequest:
     """A prompt and how to go on from it. Texts are tokenized as the model file says."""
 
     prompt: str | tuple[int, ...]
-    max_tokens: int | None = None  # None: until the context is full; 0: the prompt is computed, nothing chosen
+    max_new_tokens: int | None = None  # None: until the context is full; 0: the prompt is computed, nothing chosen
     params: SamplingParams = field(default_factory=SamplingParams)
     seed: int | None = None  # -2**63 .. 2**64 - 1, negative ones as two's complement; None: one is drawn
     stop: tuple[str, ...] = ()  # the answer ends before the first of them
@@ -56,9 +56,9 @@ class CompletionRequest:
 
 def check_request(request: CompletionRequest, vocabulary: int) -> None:
     """Raises ParameterError for a value that breaks a bound. A prompt's length is checked once its tokens are known."""
-    _within("max_tokens", request.max_tokens, 0, MAX_CONTEXT_TOKENS)
+    _within("max_tokens", request.max_new_tokens, 0, MAX_CONTEXT_TOKENS)
     _within("min_tokens", request.min_tokens, 0, MAX_CONTEXT_TOKENS)
-    most = request.max_tokens
+    most = request.max_new_tokens
     if most is not None and request.min_tokens > most:
         raise ParameterError("min_tokens", f"{request.min_tokens} is more than max_tokens, which is {most}")
     _within("n", request.n, 1, MAX_CHOICES)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from llamaclust.cluster.scheduler.breakers import Breakers, BreakerTokens
-from llamaclust.cluster.scheduler.requests import Generation
+from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.text.choice import ChoiceText, TextChunk
 from llamaclust.cluster.text.request import SEEDS, CompletionRequest, ParameterError, check_request
 from llamaclust.cluster.text.stream import CompletionStream, TextEngine
@@ -67,7 +67,7 @@ class TextService:
         Raises ParameterError for a value out of bounds, QueueFullError, WorkerError. Later errors come from the stream.
         """
         if not isinstance(request.prompt, str):
-            self._check_length(len(request.prompt), request.max_tokens != 0)
+            self._check_length(len(request.prompt), request.max_new_tokens != 0)
         check_request(request, self.tokenizer.vocabulary_size)
         prompt = await self._prompt_ids(request)
         generation = self._generation(request, prompt, await self._breakers(request))
@@ -125,7 +125,7 @@ class TextService:
             prompt = tuple(await self.tokenize(request.prompt, request.add_special, request.parse_special))
         else:
             prompt = request.prompt
-        self._check_length(len(prompt), request.max_tokens != 0)
+        self._check_length(len(prompt), request.max_new_tokens != 0)
         return prompt
 
     def _encode_all(self, parts: Sequence[str | int], add_special: bool) -> list[list[int]]:
@@ -165,18 +165,18 @@ class TextService:
         line_break = self.tokenizer.encode("\n", add_special=False)[-1:]
         return replace(params, chain=replace(params.chain or SamplerChain(), unpenalized=tuple(line_break)))
 
-    def _generation(self, request: CompletionRequest, prompt: tuple[int, ...], breakers: Breakers) -> Generation:
+    def _generation(self, request: CompletionRequest, prompt: tuple[int, ...], breakers: Breakers) -> GenerationRequest:
         context = self.settings.context_length
         room = context - len(prompt)
-        max_tokens = room if request.max_tokens is None else min(request.max_tokens, room)
-        return Generation(
+        max_new_tokens = room if request.max_new_tokens is None else min(request.max_new_tokens, room)
+        return GenerationRequest(
             request_id=secrets.token_hex(12),
             prompt=prompt,
-            max_tokens=max_tokens,
+            max_new_tokens=max_new_tokens,
             params=self._params(request),
             seed=secrets.randbits(_DRAWN_SEED_BITS) if request.seed is None else request.seed % SEEDS,
             stop_token_ids=self.tokenizer.end_of_generation | request.stop_token_ids,
-            min_tokens=max_tokens if request.ignore_eos else min(request.min_tokens, max_tokens),
+            min_tokens=max_new_tokens if request.ignore_eos else min(request.min_tokens, max_new_tokens),
             top_logprobs=request.top_logprobs,
             penalty_window=context if request.penalty_window is None else request.penalty_window,
             dry_window=context if request.dry_window is None else request.dry_window,

@@ -8,7 +8,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Protocol, Self
 
-from llamaclust.cluster.scheduler.requests import Event, Generation, Timings
+from llamaclust.cluster.scheduler.requests import Event, GenerationRequest, Timings
 from llamaclust.cluster.text.choice import ChoiceText, TextChunk
 from llamaclust.core.errors import DeadlineError, QueueFullError, WorkerError
 
@@ -37,7 +37,7 @@ class EventStream(Protocol):
 class TextEngine(Protocol):
     """The engine as far as text needs it."""
 
-    def submit(self, generation: Generation) -> EventStream:
+    def submit(self, generation: GenerationRequest) -> EventStream:
         """Queues a generation. Raises RequestError, QueueFullError, WorkerError."""
         ...
 
@@ -54,7 +54,7 @@ class CompletionStream:
     def __init__(
         self,
         engine: TextEngine,
-        generation: Generation,
+        generation: GenerationRequest,
         choices: Sequence[ChoiceText],
         on_close: Callable[[CompletionStream], None],
     ) -> None:

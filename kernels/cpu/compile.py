@@ -101,7 +101,7 @@ class _Compiler:
     ) -> None:
         self._observed = observed
         self.plan = Plan(
-            limits.max_tokens,
+            limits.max_batch_tokens,
             limits.max_outputs,
             limits.max_sequences,
             limits.max_context_tokens,

@@ -47,7 +47,7 @@ class ReferenceStage:
 
     def _check(self, batch: Batch) -> None:
         limits = self._limits
-        assert 0 < batch.rows <= limits.max_tokens, batch.rows
+        assert 0 < batch.rows <= limits.max_batch_tokens, batch.rows
         assert len(batch.output_rows) <= limits.max_outputs, len(batch.output_rows)
         assert len(batch.sequence_starts) - 1 <= limits.max_sequences, len(batch.sequence_starts)
         assert int(batch.positions.max()) < limits.max_context_tokens, batch.positions.max()
@@ -89,7 +89,7 @@ def _workspace_bytes(program: Program, limits: StageLimits) -> int:
     """Bytes of all named buffers; temporaries of a step are not counted."""
     fields = (getattr(step, name) for step in program.steps for name in step.__slots__)
     widths = {field.name: field.width for field in fields if isinstance(field, Buffer)}
-    return sum(widths.values()) * limits.max_tokens * np.dtype(np.float32).itemsize
+    return sum(widths.values()) * limits.max_batch_tokens * np.dtype(np.float32).itemsize
 
 
 def _load(tensor: Tensor) -> Float32:

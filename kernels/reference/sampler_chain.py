@@ -11,7 +11,7 @@ from itertools import accumulate
 import numpy as np
 from numpy.typing import NDArray
 
-from llamaclust.core.sampler_chain import SamplerChain, Step
+from llamaclust.core.sampler_chain import SamplerChain, SamplerName
 from llamaclust.core.sampling import SampleTask
 from llamaclust.kernels.reference.exact import LN2, exp64, log64
 from llamaclust.kernels.reference.repetitions import penalize_repetitions
@@ -200,15 +200,15 @@ class ChainRun:
         return next(rank for rank, so_far in enumerate(accumulate(self.w)) if so_far > target)
 
 
-_STEPS: dict[Step, Callable[[ChainRun], None]] = {
-    Step.PENALTIES: ChainRun.penalties,
-    Step.DRY: ChainRun.dry,
-    Step.TOP_N_SIGMA: ChainRun.top_n_sigma,
-    Step.TOP_K: ChainRun.top_k,
-    Step.TFS_Z: ChainRun.tail_free,
-    Step.TYPICAL_P: ChainRun.typical,
-    Step.TOP_P: ChainRun.top_p,
-    Step.MIN_P: ChainRun.min_p,
-    Step.XTC: ChainRun.xtc,
-    Step.TEMPERATURE: ChainRun.temperature,
+_STEPS: dict[SamplerName, Callable[[ChainRun], None]] = {
+    SamplerName.PENALTIES: ChainRun.penalties,
+    SamplerName.DRY: ChainRun.dry,
+    SamplerName.TOP_N_SIGMA: ChainRun.top_n_sigma,
+    SamplerName.TOP_K: ChainRun.top_k,
+    SamplerName.TFS_Z: ChainRun.tail_free,
+    SamplerName.TYPICAL_P: ChainRun.typical,
+    SamplerName.TOP_P: ChainRun.top_p,
+    SamplerName.MIN_P: ChainRun.min_p,
+    SamplerName.XTC: ChainRun.xtc,
+    SamplerName.TEMPERATURE: ChainRun.temperature,
 }

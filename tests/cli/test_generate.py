@@ -49,7 +49,7 @@ async def test_generate_streams_the_text() -> None:
         ended = await command("generate", "abc", "-n", "9", "--seed", "5", "--temperature", "0.5", "--endpoint", url)
         assert ended == Ended(0, "Hello\n", "")
         ask = engine.submitted[0]
-        assert (ask.max_tokens, ask.seed, ask.params.temperature) == (9, 5, 0.5)
+        assert (ask.max_new_tokens, ask.seed, ask.params.temperature) == (9, 5, 0.5)
 
 
 async def test_generate_as_json() -> None:

@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from llamaclust.cli.planning import _gpus_here, plan_of
 from llamaclust.cli.status_view import gpu_lines
 from llamaclust.cluster.config.cluster_config import load_config
-from llamaclust.cluster.scheduler.requests import Generation, TokenChosen
+from llamaclust.cluster.scheduler.requests import GenerationRequest, TokenSampled
 from llamaclust.cluster.server.coordinator import Cluster, open_cluster
 from llamaclust.cluster.server.status import cluster_status
 from llamaclust.cluster.server.worker_metrics import WorkerMetrics
@@ -33,8 +33,8 @@ from support.paths import TESTS
 
 DEADLINE_S = 120.0
 ASKS = (
-    Generation("greedy", (5, 9, 17, 33, 65, 3, 7), 6),
-    Generation("seeded", (4, 8, 15), 6, SamplingParams(temperature=0.9, top_k=20), seed=3),
+    GenerationRequest("greedy", (5, 9, 17, 33, 65, 3, 7), 6),
+    GenerationRequest("seeded", (4, 8, 15), 6, SamplingParams(temperature=0.9, top_k=20), seed=3),
 )
 Answer = list[tuple[int, bytes]]
 
@@ -55,10 +55,10 @@ def shim(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([*map(str, folders), os.environ.get("PYTHONPATH", "")]))
 
 
-async def ask(cluster: Cluster, wanted: Generation, on_token: Callable[[], None]) -> Answer:
+async def ask(cluster: Cluster, wanted: GenerationRequest, on_token: Callable[[], None]) -> Answer:
     rows = []
     async for event in cluster.engine.submit(wanted):
-        if isinstance(event, TokenChosen):
+        if isinstance(event, TokenSampled):
             rows.append(event.row)
             on_token()
     return [(row.token, struct.pack("<f", row.logprob)) for row in rows]

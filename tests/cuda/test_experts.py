@@ -31,7 +31,7 @@ Float32 = NDArray[np.float32]
 Int32 = NDArray[np.int32]
 
 WIDTH, FFN = 40, 24
-LIMITS = StageLimits(max_tokens=64, max_outputs=64, max_sequences=1, max_context_tokens=64, kv_blocks=4)
+LIMITS = StageLimits(max_batch_tokens=64, max_outputs=64, max_sequences=1, max_context_tokens=64, kv_blocks=4)
 
 
 def moe(experts: int, used: int, *, normalized: bool = True) -> Moe:

@@ -22,7 +22,7 @@ from llamaclust.model.quant_types import QuantType
 from support.arithmetic.batches import batch_of, load_stage
 from support.models.tiny_model import build_tiny_model
 
-LIMITS = StageLimits(max_tokens=16, max_outputs=4, max_sequences=2, max_context_tokens=48, kv_blocks=4)
+LIMITS = StageLimits(max_batch_tokens=16, max_outputs=4, max_sequences=2, max_context_tokens=48, kv_blocks=4)
 VOCABULARY, LAYERS = 320, 6
 PROMPT = (5, 9, 17, 33, 65, 3, 7, 11, 201, 40, 12)
 CHOICES = (SamplingParams(temperature=0.0), SamplingParams(temperature=0.9, top_k=20))

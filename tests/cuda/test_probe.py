@@ -54,7 +54,7 @@ def test_steps_of_a_model_are_tried_on_a_gpu(device: Device, tmp_path: Path, mon
 def test_a_plan_counts_what_layers_take(device: Device, tmp_path: Path, start: int, end: int) -> None:
     """With what rounding up adds to each layer; only how KV memory is rounded is not known."""
     path = build_tiny_model(tmp_path / "m.gguf", layers=4, hidden=64, heads=2, ffn=96, context=64)
-    limits = StageLimits(max_tokens=24, max_outputs=8, max_sequences=2, max_context_tokens=64, kv_blocks=5)
+    limits = StageLimits(max_batch_tokens=24, max_outputs=8, max_sequences=2, max_context_tokens=64, kv_blocks=5)
     gpu = CudaBackend("cuda:0", device, 1)
     with Model.open(path) as model:
         rounding = rounding_of(model)("cuda:0")

@@ -39,7 +39,7 @@ def test_prompts_and_single_tokens(
 @pytest.mark.parametrize("name", ["llama", "moe"])
 def test_contexts_of_several_spans(opened: Open, cpu: CpuBackend, cuda: CudaBackend, name: str) -> None:
     """What attention gives goes to its product by the kernel that merges spans, where that can be."""
-    model, limits = opened(name), replace(LIMITS, max_context_tokens=1024, kv_blocks=64, max_tokens=128)
+    model, limits = opened(name), replace(LIMITS, max_context_tokens=1024, kv_blocks=64, max_batch_tokens=128)
     stages = [load_stage(backend, model, 1, 2, limits) for backend in (cpu, cuda)]
     hidden = np.random.default_rng(7).standard_normal((515, model.hyperparameters.embedding_length), np.float32)
     for rows in (range(128), range(128, 256), range(256, 384), range(384, 510), range(510, 514), range(514, 515)):

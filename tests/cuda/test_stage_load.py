@@ -136,7 +136,7 @@ def test_a_gpu_that_is_lost_is_told_by_name(
 
 def test_heads_that_are_too_wide_are_told_before_a_start(tmp_path: Path) -> None:
     path = build_tiny_model(tmp_path / "m.gguf", layers=1, hidden=1040, heads=2, kv_heads=2, ffn=64)
-    limits = StageLimits(max_tokens=8, max_outputs=8, max_sequences=2, max_context_tokens=64, kv_blocks=5)
+    limits = StageLimits(max_batch_tokens=8, max_outputs=8, max_sequences=2, max_context_tokens=64, kv_blocks=5)
     with (
         Model.open(path) as model,
         pytest.raises(ModelFileError, match="cannot be computed: heads of 520"),

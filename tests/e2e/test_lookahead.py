@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from llamaclust.cluster.scheduler.requests import Generation
+from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.scheduler.scheduler import Scheduler
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.core.errors import ProtocolError, WorkerError
-from llamaclust.core.sampler_chain import SamplerChain, Step
+from llamaclust.core.sampler_chain import SamplerChain, SamplerName
 from llamaclust.core.sampling import RowResult, SampleTask, SamplingParams
 from llamaclust.model.loader import Model
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, Result, SampledTokens, SamplingInputs
@@ -30,8 +30,8 @@ def simulated(stages: int, stage_us: float, hop_us: float) -> Simulation:
     return Simulation(Scheduler(SETTINGS, epoch=1, stages=stages), fake)
 
 
-def ask(max_tokens: int, **fields: object) -> Generation:
-    return Generation("r", tuple(range(1, 20)), max_tokens, **fields)  # type: ignore[arg-type]
+def ask(max_new_tokens: int, **fields: object) -> GenerationRequest:
+    return GenerationRequest("r", tuple(range(1, 20)), max_new_tokens, **fields)  # type: ignore[arg-type]
 
 
 def steps_ahead(run: Simulation) -> int:
@@ -94,7 +94,7 @@ def test_mirostat_waits_for_its_state() -> None:
 @pytest.mark.parametrize("windows", [(64, 64), (2, 64), (64, 3)])
 def test_dry_sees_the_token_that_is_not_known_yet(windows: tuple[int, int]) -> None:
     run = simulated(2, stage_us=1000, hop_us=100)
-    params = SamplingParams(presence_penalty=1.0, chain=SamplerChain((Step.DRY,), dry_multiplier=1.0))
+    params = SamplingParams(presence_penalty=1.0, chain=SamplerChain((SamplerName.DRY,), dry_multiplier=1.0))
     breakers = {token: ((token,), (token, 3)) for token in range(0, VOCABULARY, 5)}
     request = ask(40, params=params, penalty_window=windows[0], dry_window=windows[1], breakers=breakers)
     key = run.add(request)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from llamaclust.core.sampler_chain import PLAIN_ORDER, STEPS, SamplerChain, Step
+from llamaclust.core.sampler_chain import PLAIN_ORDER, SAMPLERS, SamplerChain, SamplerName
 from llamaclust.core.sampling import RowResult, SampleTask, SamplingParams
 from llamaclust.kernels import _native
 from llamaclust.kernels.reference import exact
@@ -24,10 +24,10 @@ Logits = NDArray[np.float32]
 
 
 def random_chain(rng: np.random.Generator, vocabulary: int) -> SamplerChain:
-    order = [STEPS[i] for i in rng.permutation(len(STEPS))]
-    order = sorted(order, key=STEPS.index) if rng.random() < 0.5 else order
+    order = [SAMPLERS[i] for i in rng.permutation(len(SAMPLERS))]
+    order = sorted(order, key=SAMPLERS.index) if rng.random() < 0.5 else order
     return SamplerChain(
-        tuple(order[: rng.integers(2, len(STEPS) + 1)]),
+        tuple(order[: rng.integers(2, len(SAMPLERS) + 1)]),
         top_n_sigma=float(rng.choice([0, 0.5, 1, 3])),
         tfs_z=float(rng.choice([1, 0.99, 0.8, 0.0])),
         typical_p=float(rng.choice([1, 0.95, 0.3, 0.0])),
@@ -104,7 +104,9 @@ def probabilities(logits: Logits) -> NDArray[np.float64]:
     return shares / shares.sum()
 
 
-def possible(logits: Logits, order: tuple[Step, ...], history: tuple[int, ...] = (), **settings: float) -> set[int]:
+def possible(
+    logits: Logits, order: tuple[SamplerName, ...], history: tuple[int, ...] = (), **settings: float
+) -> set[int]:
     """Tokens that some draw chooses."""
     chain = SamplerChain(order, **settings)  # type: ignore[arg-type]
     params = SamplingParams(temperature=1.0, chain=chain)
@@ -121,13 +123,13 @@ def few_logits(seed: int) -> Logits:
 def test_top_n_sigma_keeps_what_is_near_the_best(seed: int) -> None:
     x = few_logits(seed)
     expected = set(np.flatnonzero(x >= x.max() - 1.2 * x.astype(np.float64).std()))
-    assert possible(x, (Step.TOP_N_SIGMA,), top_n_sigma=1.2) == expected
+    assert possible(x, (SamplerName.TOP_N_SIGMA,), top_n_sigma=1.2) == expected
 
 
 def test_top_n_sigma_does_not_count_what_a_bias_forbids() -> None:
     x = few_logits(9)
-    expected = possible(x, (Step.TOP_N_SIGMA,), top_n_sigma=1.0)
-    assert possible(np.append(x, np.float32(-1e9)), (Step.TOP_N_SIGMA,), top_n_sigma=1.0) == expected
+    expected = possible(x, (SamplerName.TOP_N_SIGMA,), top_n_sigma=1.0)
+    assert possible(np.append(x, np.float32(-1e9)), (SamplerName.TOP_N_SIGMA,), top_n_sigma=1.0) == expected
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -136,7 +138,7 @@ def test_typical_keeps_what_surprises_most_like_the_mean(seed: int) -> None:
     distance = np.abs(-np.log(p) + (p * np.log(p)).sum())
     order = np.argsort(distance)
     count = int(np.searchsorted(np.cumsum(p[order]), 0.6)) + 1
-    assert possible(x, (Step.TYPICAL_P,), typical_p=0.6) == set(order[:count])
+    assert possible(x, (SamplerName.TYPICAL_P,), typical_p=0.6) == set(order[:count])
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -145,7 +147,7 @@ def test_tail_free_cuts_where_the_curve_is_flat(seed: int) -> None:
     order = np.argsort(-p)
     bends = np.abs(np.diff(p[order], 2))
     count = max(1, int(np.searchsorted(np.cumsum(bends / bends.sum()), 0.9, side="right")))
-    assert possible(x, (Step.TFS_Z,), tfs_z=0.9) == set(order[:count])
+    assert possible(x, (SamplerName.TFS_Z,), tfs_z=0.9) == set(order[:count])
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -153,13 +155,13 @@ def test_xtc_takes_out_the_likely_ones_but_the_last(seed: int) -> None:
     p = probabilities(x := few_logits(seed))
     likely = [int(i) for i in np.argsort(-p) if p[i] >= 0.1]
     expected = set(range(12)) - set(likely[:-1])
-    assert possible(x, (Step.XTC,), xtc_probability=1.0, xtc_threshold=0.1) == expected
-    assert possible(x, (Step.XTC,), xtc_probability=1.0, xtc_threshold=0.6) == set(range(12))
+    assert possible(x, (SamplerName.XTC,), xtc_probability=1.0, xtc_threshold=0.1) == expected
+    assert possible(x, (SamplerName.XTC,), xtc_probability=1.0, xtc_threshold=0.6) == set(range(12))
 
 
 def test_xtc_acts_as_often_as_is_asked_and_independently_of_the_draw() -> None:
     x = np.log(np.array([0.5, 0.3, 0.2], np.float32))
-    chain = SamplerChain((Step.XTC,), xtc_probability=0.25, xtc_threshold=0.2)
+    chain = SamplerChain((SamplerName.XTC,), xtc_probability=0.25, xtc_threshold=0.2)
     tasks = tuple(SampleTask(SamplingParams(1.0, chain=chain), 8, 0, i) for i in range(20_000))
     tokens = [result.token for result in Sampler(3).run(np.tile(x, (len(tasks), 1)), tasks)]
     counts = np.bincount(tokens, minlength=3) / len(tasks)
@@ -173,7 +175,7 @@ def test_the_temperature_goes_with_the_entropy(exponent: float) -> None:
     share = -(p * np.log(p)).sum() / np.log(12)
     temperature = 0.2 + 1.6 * share**exponent
     expected = probabilities((x / temperature).astype(np.float32))
-    chain = SamplerChain((Step.TEMPERATURE,), dynatemp_range=0.8, dynatemp_exponent=exponent)
+    chain = SamplerChain((SamplerName.TEMPERATURE,), dynatemp_range=0.8, dynatemp_exponent=exponent)
     tasks = tuple(SampleTask(SamplingParams(1.0, chain=chain), 8, 0, i) for i in range(20_000))
     tokens = [result.token for result in Sampler(12).run(np.tile(x, (len(tasks), 1)), tasks)]
     assert np.bincount(tokens, minlength=12) / len(tasks) == pytest.approx(expected, abs=0.015)
@@ -185,7 +187,7 @@ def test_mirostat_keeps_the_surprise_near_its_aim(version: int) -> None:
     x = -np.log(np.arange(1, 3001, dtype=np.float64)).astype(np.float32)
     p, sampler = probabilities(x), Sampler(3000)
     for tau in (2.0, 4.0):
-        chain = SamplerChain((Step.TEMPERATURE,), mirostat=version, mirostat_tau=tau, mirostat_eta=0.1)
+        chain = SamplerChain((SamplerName.TEMPERATURE,), mirostat=version, mirostat_tau=tau, mirostat_eta=0.1)
         mu, surprises = chain.first_mu, []
         for position in range(400):
             result = sampled(sampler, x, SampleTask(SamplingParams(1.0, chain=chain), 3, 0, position, mu=mu))
@@ -206,14 +208,15 @@ def test_dry_costs_what_a_repetition_is_long() -> None:
     assert repetitions(history, ((8,),), 1) == {3: 2}
     assert repetitions(history, ((5, 6),), 1) == {8: 1, 3: 1}
     x = np.zeros(10, np.float32)
-    chain = SamplerChain((Step.DRY,), dry_multiplier=2.0, dry_base=3.0, dry_allowed_length=2)
+    chain = SamplerChain((SamplerName.DRY,), dry_multiplier=2.0, dry_base=3.0, dry_allowed_length=2)
     task = SampleTask(SamplingParams(0.0, chain=chain), 1, 0, 0, history)
     for token, penalty in ((8, 6.0), (3, 2.0)):
         for more, chosen in ((-0.01, 0), (0.01, token)):
             x[:] = 0
             x[token] = penalty + more
             greedy = replace(
-                task, params=replace(task.params, chain=replace(chain, order=(Step.DRY, Step.TEMPERATURE)))
+                task,
+                params=replace(task.params, chain=replace(chain, order=(SamplerName.DRY, SamplerName.TEMPERATURE))),
             )
             assert sampled(Sampler(10), x, greedy).token == chosen
 
@@ -230,7 +233,10 @@ def test_the_order_counts() -> None:
     """Top-k before top-p leaves more of the rest's probability to the best."""
     x = np.log(np.array([0.4, 0.3, 0.2, 0.1], np.float32))
     params = SamplingParams(1.0, top_k=2, top_p=0.55)
-    for order, kept in (((Step.TOP_K, Step.TOP_P), {0}), ((Step.TOP_P, Step.TOP_K), {0, 1})):
+    for order, kept in (
+        ((SamplerName.TOP_K, SamplerName.TOP_P), {0}),
+        ((SamplerName.TOP_P, SamplerName.TOP_K), {0, 1}),
+    ):
         chained = replace(params, chain=SamplerChain(order))
         results = Sampler(4).run(np.tile(x, (300, 1)), tuple(SampleTask(chained, 1, 0, i) for i in range(300)))
         assert {result.token for result in results} == kept

@@ -70,7 +70,7 @@ BAD_LOADS = [
     replace(LOAD, end=LOAD.start),
     replace(LOAD, model_path=""),
     replace(LOAD, model_path="/a\0b"),
-    replace(LOAD, limits=replace(LOAD.limits, max_tokens=0)),
+    replace(LOAD, limits=replace(LOAD.limits, max_batch_tokens=0)),
     replace(LOAD, limits=replace(LOAD.limits, kv_blocks=0)),
     replace(LOAD, limits=replace(LOAD.limits, kv_type="q4_0")),
     replace(LOAD, limits=replace(LOAD.limits, kv_type="")),

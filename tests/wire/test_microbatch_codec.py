@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamaclust.core.errors import ProtocolError
-from llamaclust.core.limits import MAX_CONTEXT_TOKENS, MAX_KV_BLOCKS, MAX_SEQUENCES, MAX_TOKENS, MAX_VOCABULARY
-from llamaclust.core.sampler_chain import STEPS, SamplerChain, Step
+from llamaclust.core.limits import MAX_BATCH_TOKENS, MAX_CONTEXT_TOKENS, MAX_KV_BLOCKS, MAX_SEQUENCES, MAX_VOCABULARY
+from llamaclust.core.sampler_chain import SAMPLERS, SamplerChain, SamplerName
 from llamaclust.core.sampling import RowResult, SampleTask, SamplingParams, ScoreTask
 from llamaclust.core.sampling_bounds import CHAIN_BOUNDS
 from llamaclust.proto import microbatch_pb2, sampling_pb2
@@ -83,7 +83,7 @@ params = st.builds(
     chain=st.none()
     | st.builds(
         SamplerChain,
-        order=st.lists(st.sampled_from(STEPS), unique=True).map(tuple),
+        order=st.lists(st.sampled_from(SAMPLERS), unique=True).map(tuple),
         dry_allowed_length=st.integers(1, MAX_CONTEXT_TOKENS),
         mirostat=st.integers(0, 2),
         unpenalized=st.lists(tokens, max_size=3).map(tuple),
@@ -110,7 +110,9 @@ samples = st.builds(
 )
 tasks = st.lists(samples | st.builds(ScoreTask, tokens, st.integers(0, 128)), max_size=4).map(tuple)
 inputs = st.builds(SamplingInputs, uint64, uint64, tasks)
-timings = st.lists(st.builds(StageTiming, uint64, uint64, uint64, st.integers(0, MAX_TOKENS)), max_size=3).map(tuple)
+timings = st.lists(st.builds(StageTiming, uint64, uint64, uint64, st.integers(0, MAX_BATCH_TOKENS)), max_size=3).map(
+    tuple
+)
 rows = st.lists(st.builds(RowResult, tokens, logprobs, tops, mu=st.none() | st.floats(-1e12, 1e12)), max_size=4).map(
     tuple
 )
@@ -131,7 +133,7 @@ def test_sampled_tokens_arrive(sampled: SampledTokens) -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", [SampledTokens(1, (MAX_VOCABULARY,)), SampledTokens(1, (0,) * (MAX_TOKENS + 1))], ids=["id", "many"]
+    "bad", [SampledTokens(1, (MAX_VOCABULARY,)), SampledTokens(1, (0,) * (MAX_BATCH_TOKENS + 1))], ids=["id", "many"]
 )
 def test_sampled_tokens_out_of_bounds_are_refused(bad: SampledTokens) -> None:
     with pytest.raises(ProtocolError):
@@ -166,7 +168,7 @@ BAD_CHUNKS = {
     "empty run of a window": Chunk((1,), 0, (0, 1), 0, None, (0, 0)),
     "window_start": Chunk((1,), 0, (0, 1), 0, None, (0, 1), MAX_CONTEXT_TOKENS + 1),
     "follows itself": Chunk((0,), 0, (0, 1), 1, (7, 0)),
-    "follows a row that cannot be": Chunk((0,), 0, (0, 1), 1, (6, MAX_TOKENS)),
+    "follows a row that cannot be": Chunk((0,), 0, (0, 1), 1, (6, MAX_BATCH_TOKENS)),
     "follows, and brings a token": Chunk((3,), 0, (0, 1), 1, (6, 0)),
     "follows with two rows": Chunk((0, 0), 0, (0, 1), 1, (6, 0)),
 }
@@ -197,7 +199,7 @@ BAD_PARAMS = [
     SamplingParams(frequency_penalty=math.nan),
     SamplingParams(logit_bias=((5, math.nan),)),
     SamplingParams(logit_bias=((MAX_VOCABULARY, 1.0),)),
-    SamplingParams(chain=SamplerChain((Step.XTC, Step.XTC))),
+    SamplingParams(chain=SamplerChain((SamplerName.XTC, SamplerName.XTC))),
     SamplingParams(chain=SamplerChain(typical_p=1.5)),
     SamplingParams(chain=SamplerChain(mirostat_tau=math.nan)),
     SamplingParams(chain=SamplerChain(mirostat=3)),

@@ -13,7 +13,7 @@ from llamaclust.wire.microbatch.messages import Chunk, Microbatch
 from llamaclust.worker.stage.batches import build_batch
 from support.clusters.fakes import blocks_of
 
-LIMITS = StageLimits(max_tokens=400, max_outputs=100, max_sequences=12, max_context_tokens=512, kv_blocks=200)
+LIMITS = StageLimits(max_batch_tokens=400, max_outputs=100, max_sequences=12, max_context_tokens=512, kv_blocks=200)
 VOCABULARY = 1000
 
 

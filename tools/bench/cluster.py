@@ -7,7 +7,7 @@ from time import perf_counter_ns
 
 import numpy as np
 
-from llamaclust.cluster.scheduler.requests import Generation, TokenChosen
+from llamaclust.cluster.scheduler.requests import GenerationRequest, TokenSampled
 from llamaclust.cluster.server.coordinator import Cluster
 from llamaclust.tools.bench.bench import BenchTask
 
@@ -42,5 +42,5 @@ class ClusterRunner:
         """When each token of one request came, in nanoseconds. Nothing ends it early."""
         tokens = tuple(map(int, self._random.integers(0, self._vocabulary, prompt)))
         number = int(self._random.integers(1 << 62))
-        async with self._engine.submit(Generation(f"bench-{number:x}", tokens, generate)) as events:
-            return [perf_counter_ns() async for event in events if isinstance(event, TokenChosen)]
+        async with self._engine.submit(GenerationRequest(f"bench-{number:x}", tokens, generate)) as events:
+            return [perf_counter_ns() async for event in events if isinstance(event, TokenSampled)]

@@ -71,7 +71,7 @@ class BenchStage:
             context,
             limits.kv_blocks,
             max_sequences=batch,
-            max_rows=limits.max_tokens,
+            max_batch_tokens=limits.max_batch_tokens,
             max_outputs=batch,
         )
 

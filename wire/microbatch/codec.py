@@ -14,10 +14,10 @@ from typing import Literal
 from llamaclust.core.bounds import bounded, finite, line, one_line
 from llamaclust.core.errors import ProtocolError
 from llamaclust.core.limits import (
+    MAX_BATCH_TOKENS,
     MAX_CONTEXT_TOKENS,
     MAX_KV_BLOCKS,
     MAX_SEQUENCES,
-    MAX_TOKENS,
     MAX_TOP_LOGPROBS,
     MAX_VOCABULARY,
 )
@@ -64,13 +64,13 @@ def decode_microbatch(data: bytes) -> Microbatch:
         message.number,
         tuple(_chunk(chunk, message.number) for chunk in message.chunks),
     )
-    bounded("tokens of a microbatch", microbatch.rows, 1, MAX_TOKENS)
+    bounded("tokens of a microbatch", microbatch.rows, 1, MAX_BATCH_TOKENS)
     return microbatch
 
 
 def _chunk(message: microbatch_proto.Chunk, number: int) -> Chunk:
     tokens = tuple(message.tokens)
-    bounded("tokens of a chunk", len(tokens), 1, MAX_TOKENS)
+    bounded("tokens of a chunk", len(tokens), 1, MAX_BATCH_TOKENS)
     bounded("token", max(tokens), 0, MAX_VOCABULARY - 1)
     bounded("last position", message.position + len(tokens) - 1, 0, MAX_CONTEXT_TOKENS - 1)
     bounded("outputs", message.outputs, 0, len(tokens))
@@ -84,7 +84,7 @@ def _depends_on(message: microbatch_proto.RowReference, tokens: tuple[int, ...],
     if tokens != (0,):
         raise ProtocolError("a chunk that depends on a row has tokens of its own")
     bounded("number of the microbatch depended on", message.number, 0, number - 1)
-    return message.number, bounded("row depended on", message.row, 0, MAX_TOKENS - 1)
+    return message.number, bounded("row depended on", message.row, 0, MAX_BATCH_TOKENS - 1)
 
 
 def encode_sampled_tokens(sampled: SampledTokens) -> bytes:
@@ -94,7 +94,7 @@ def encode_sampled_tokens(sampled: SampledTokens) -> bytes:
 def decode_sampled_tokens(data: bytes) -> SampledTokens:
     """Raises ProtocolError for bytes that are not sampled tokens or break a bound."""
     message = parse(microbatch_proto.SampledTokens, data, MAX_MICROBATCH_BYTES)
-    bounded("sampled tokens", len(message.tokens), 0, MAX_TOKENS)
+    bounded("sampled tokens", len(message.tokens), 0, MAX_BATCH_TOKENS)
     return SampledTokens(message.number, _tokens(message.tokens))
 
 
@@ -158,7 +158,7 @@ def _params_out(params: SamplingParams) -> sampling_proto.SamplingParams:
 def decode_inputs(data: bytes) -> SamplingInputs:
     """Raises ProtocolError for bytes that are no sampling inputs or break a bound."""
     message = parse(sampling_proto.SamplingInputs, data, MAX_INPUTS_BYTES)
-    bounded("tasks", len(message.tasks), 0, MAX_TOKENS)
+    bounded("tasks", len(message.tasks), 0, MAX_BATCH_TOKENS)
     return SamplingInputs(message.epoch, message.number, tuple(_task(task) for task in message.tasks))
 
 
@@ -262,7 +262,7 @@ def _row_out(row: RowResult, to: sampling_proto.RowResult) -> None:
 def decode_result(data: bytes) -> Result:
     """Raises ProtocolError for bytes that are no result or break a bound."""
     message = parse(sampling_proto.Result, data, MAX_INPUTS_BYTES)
-    bounded("rows", len(message.rows), 0, MAX_TOKENS)
+    bounded("rows", len(message.rows), 0, MAX_BATCH_TOKENS)
     bounded("timings", len(message.timings), 0, MAX_STAGES)
     return Result(
         message.epoch,

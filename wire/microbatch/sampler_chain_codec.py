@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from llamaclust.core.bounds import bounded, finite
 from llamaclust.core.errors import ProtocolError
 from llamaclust.core.limits import MAX_CONTEXT_TOKENS, MAX_VOCABULARY
-from llamaclust.core.sampler_chain import STEPS, SamplerChain
+from llamaclust.core.sampler_chain import SAMPLERS, SamplerChain
 from llamaclust.core.sampling_bounds import CHAIN_BOUNDS, MAX_BREAKER_TOKENS, MAX_BREAKERS, MAX_MIROSTAT
 from llamaclust.proto import sampling_pb2 as sampling_proto
 
@@ -16,7 +16,7 @@ def chain_out(chain: SamplerChain | None) -> sampling_proto.SamplerChain | None:
     if chain is None:
         return None
     return sampling_proto.SamplerChain(
-        order=[STEPS.index(step) for step in chain.order],
+        order=[SAMPLERS.index(step) for step in chain.order],
         dry_allowed_length=chain.dry_allowed_length,
         mirostat=chain.mirostat,
         unpenalized=chain.unpenalized,
@@ -29,8 +29,8 @@ def chain_in(message: sampling_proto.SamplingParams) -> SamplerChain | None:
     if not message.HasField("chain"):
         return None
     chain = message.chain
-    bounded("steps", len(chain.order), 0, len(STEPS))
-    steps = tuple(STEPS[bounded("step", number, 0, len(STEPS) - 1)] for number in chain.order)
+    bounded("steps", len(chain.order), 0, len(SAMPLERS))
+    steps = tuple(SAMPLERS[bounded("step", number, 0, len(SAMPLERS) - 1)] for number in chain.order)
     if len(set(steps)) < len(steps):
         raise ProtocolError("a sampler stands twice in one order")
     bounded("unpenalized", len(chain.unpenalized), 0, MAX_VOCABULARY)

@@ -62,7 +62,7 @@ class TrialSize:
     def limits(self) -> StageLimits:
         rows = max(self.tries)
         return StageLimits(
-            max_tokens=rows,
+            max_batch_tokens=rows,
             max_outputs=_DECODE_ROWS[-1],
             max_sequences=_DECODE_ROWS[-1],
             max_context_tokens=max(_CONTEXT, rows) + 16,

@@ -67,7 +67,7 @@ def _window_blocks(chunk: Chunk, limits: StageLimits, window: int) -> NDArray[np
 
 def _check_counts(chunks: tuple[Chunk, ...], rows: int, outputs: int, limits: StageLimits) -> None:
     for what, value, most in (
-        ("tokens", rows, limits.max_tokens),
+        ("tokens", rows, limits.max_batch_tokens),
         ("output rows", outputs, limits.max_outputs),
         ("sequences", len(chunks), limits.max_sequences),
     ):

@@ -85,7 +85,7 @@ class LlamaCppEndpoints:
     async def _request(self, body: LlamaCppBody) -> CompletionRequest:
         return CompletionRequest(
             await self._prompt(body.prompt),
-            body.max_tokens,
+            body.max_new_tokens,
             body.sampling(await self._biases(body.logit_bias)),
             seed=None if body.seed in RANDOM_SEEDS else body.seed,
             stop=body.stop,

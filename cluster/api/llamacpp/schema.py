@@ -115,7 +115,7 @@ class LlamaCppBody(SamplerFields):
         )
 
     @property
-    def max_tokens(self) -> int | None:
+    def max_new_tokens(self) -> int | None:
         """None: what the context leaves, which llama.cpp writes -1 or -2."""
         return None if self.n_predict < 0 else self.n_predict
 

@@ -38,9 +38,9 @@ class ChatEndpoint:
         return await run.respond(request, self._asked(body), body.streaming)
 
     async def _asked(self, body: ChatBody) -> list[CompletionRequest]:
-        max_tokens, top = body.most_tokens, body.top
+        max_new_tokens, top = body.max_new_tokens, body.top
         prompt = await self._service.chat_prompt(body.variables, body.chat_template_kwargs)
-        return [body.request(prompt, max_tokens, top)]
+        return [body.request(prompt, max_new_tokens, top)]
 
 
 class _ChatShape:

@@ -124,11 +124,11 @@ class _Sampling(SamplerFields):
             chain=self.chain(),
         )
 
-    def request(self, prompt: Prompt, max_tokens: int | None, top_logprobs: int, **more: Any) -> CompletionRequest:
+    def request(self, prompt: Prompt, max_new_tokens: int | None, top_logprobs: int, **more: Any) -> CompletionRequest:
         """The completion of one prompt. `more` are further fields of CompletionRequest."""
         return CompletionRequest(
             prompt,
-            max_tokens,
+            max_new_tokens,
             self.sampling(),
             seed=self.seed,
             stop=self.stop,
@@ -172,7 +172,7 @@ class ChatBody(_Sampling):
         return [message.as_variables() for message in self.messages]
 
     @property
-    def most_tokens(self) -> int | None:
+    def max_new_tokens(self) -> int | None:
         """max_tokens under either name."""
         old, new = self.max_tokens, self.max_completion_tokens
         if old is not None and new is not None and old != new:

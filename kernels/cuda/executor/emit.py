@@ -97,7 +97,7 @@ class Emitter:
     @property
     def _room(self) -> int:
         """Lines of a buffer."""
-        return self.context.limits.max_outputs if self._selected else self.context.limits.max_tokens
+        return self.context.limits.max_outputs if self._selected else self.context.limits.max_batch_tokens
 
     def _out(self, buffer: Buffer, multiple: int = 1) -> np.uint64:
         self._current[buffer.name] = self._scratch(buffer.name, buffer.width, multiple)
@@ -219,7 +219,7 @@ class Emitter:
             )
 
     def _angles(self, table: RopeTable) -> np.uint64:
-        n_bytes = _FLOAT * 2 * len(table.frequencies) * self.context.limits.max_tokens
+        n_bytes = _FLOAT * 2 * len(table.frequencies) * self.context.limits.max_batch_tokens
         return self.context.layout.at(("rotation", table), n_bytes)
 
     def _rotated(self, step: Rope, x: np.uint64) -> Launch:

@@ -71,7 +71,7 @@ class AttentionSteps:
     @property
     def _room(self) -> attention.Room:
         limits = self.context.limits
-        return attention.room_of(self.context.program.kv_layers, limits.max_tokens, limits.max_context_tokens)
+        return attention.room_of(self.context.program.kv_layers, limits.max_batch_tokens, limits.max_context_tokens)
 
     @property
     def _inputs(self) -> attention.Inputs:

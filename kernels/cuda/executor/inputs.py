@@ -41,7 +41,7 @@ class Inputs:
         self._window = limits.gives_up(program.window)
         tables = limits.max_sequences * -(-limits.max_context_tokens // KV_BLOCK_TOKENS)
         starts = limits.max_sequences + 1
-        rows = limits.max_tokens
+        rows = limits.max_batch_tokens
         counts = (_HEADER, rows, rows, starts, starts, limits.max_outputs, tables, tables if self._window else 0)
         self._offsets = (0, *accumulate(aligned(_INT * count) for count in counts))
 
@@ -78,7 +78,7 @@ class Inputs:
     def _check(self, batch: Batch) -> None:
         limits, sequences = self._limits, len(batch.sequence_starts) - 1
         for what, value, most in (
-            ("rows", batch.rows, limits.max_tokens),
+            ("rows", batch.rows, limits.max_batch_tokens),
             ("sequences", sequences, limits.max_sequences),
             ("outputs", len(batch.output_rows), limits.max_outputs),
             ("position", int(batch.positions.max()) + 1, limits.max_context_tokens),

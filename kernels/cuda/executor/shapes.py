@@ -23,13 +23,16 @@ class Shape:
         """The bucket of a microbatch."""
         decode = batch.rows == len(batch.sequence_starts) - 1
         outputs = _bucket(len(batch.output_rows), limits.max_outputs)
-        return cls(_bucket(batch.rows, limits.max_tokens), outputs, decode)
+        return cls(_bucket(batch.rows, limits.max_batch_tokens), outputs, decode)
 
     @classmethod
     def all(cls, limits: StageLimits) -> list[Shape]:
         """Every kind of launch is in one of these, at its largest: few rows and many, of prompts and not."""
         rows = sorted(
-            {_bucket(min(count, limits.max_tokens), limits.max_tokens) for count in (*_EDGES, limits.max_tokens)}
+            {
+                _bucket(min(count, limits.max_batch_tokens), limits.max_batch_tokens)
+                for count in (*_EDGES, limits.max_batch_tokens)
+            }
         )
         return [
             cls(count, min(count, limits.max_outputs), decode)

@@ -50,10 +50,10 @@ class CudaStage:
         self.kv_bytes = kv_bytes(program, limits)
         self.workspace_bytes = kv.n_bytes + buffers.n_bytes - self.kv_bytes
         self.workspace_bytes += sum(memory.buffer.n_bytes for memory in weights) - self.weight_bytes
-        lines = limits.max_outputs if program.is_last else limits.max_tokens
+        lines = limits.max_outputs if program.is_last else limits.max_batch_tokens
         with gpu_lock.driver_errors():
             self._numbers = device.pinned(plan.inputs.n_bytes)
-            self._hidden = device.pinned(_FLOAT * limits.max_tokens * program.hidden.width)
+            self._hidden = device.pinned(_FLOAT * limits.max_batch_tokens * program.hidden.width)
             self._result = device.pinned(_FLOAT * lines * program.out.width)
 
     def run(self, batch: Batch, hidden: Float32 | None) -> Float32:

@@ -16,7 +16,7 @@ import pytest
 from llamaclust.cluster.api.admission import Admission
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.engine.engine import EngineState
-from llamaclust.cluster.scheduler.requests import Generation
+from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.server import serve
 from support.clusters.served import (
     ScriptedEngine,
@@ -137,7 +137,7 @@ async def test_a_request_that_ends_in_the_moment_in_which_it_starts_leaves_nothi
         engine.gate.clear()
         submit = engine.submit
 
-        def submit_and_end(generation: Generation) -> ScriptedStream:
+        def submit_and_end(generation: GenerationRequest) -> ScriptedStream:
             server.admission.end()
             return submit(generation)
 

@@ -62,7 +62,7 @@ async def test_completion_ends() -> None:
     for n_predict in (-1, -2, 0):
         await complete(engine, n_predict=n_predict)
     room = CONTEXT - len(ids("Hello"))
-    assert [ask.max_tokens for ask in engine.submitted] == [room, room, 0]
+    assert [ask.max_new_tokens for ask in engine.submitted] == [room, room, 0]
 
 
 async def test_completion_stream() -> None:

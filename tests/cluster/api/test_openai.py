@@ -71,7 +71,7 @@ async def test_chat() -> None:
     assert choice["timings"]["decode_tok_s"] == 50.0
     text = tokenizer().decode(engine.submitted[0].prompt)
     assert text == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
-    assert engine.submitted[0].max_tokens == CONTEXT - prompt
+    assert engine.submitted[0].max_new_tokens == CONTEXT - prompt
 
 
 async def test_chat_stream() -> None:
@@ -150,7 +150,7 @@ async def test_sampling_parameters_reach_the_engine() -> None:
     (asked, default) = engine.submitted
     assert {name: getattr(asked.params, name) for name in given} == given
     assert asked.params.logit_bias == ((3, 2.5), (7, -5.0))
-    assert asked.seed == 2**64 - 1 and asked.max_tokens == 9 and asked.min_tokens == 2
+    assert asked.seed == 2**64 - 1 and asked.max_new_tokens == 9 and asked.min_tokens == 2
     assert 9 in asked.stop_token_ids and END in asked.stop_token_ids and asked.penalty_window == 20
     assert default.params.temperature == 1.0 and default.params.top_k == 0 and default.penalty_window == CONTEXT
 
@@ -164,7 +164,7 @@ async def test_completion() -> None:
     (choice,) = reply["choices"]
     assert reply["object"] == "text_completion" and reply["id"].startswith("cmpl-")
     assert choice["text"] == "The cat " and choice["stop_reason"] == "sat" and choice["finish_reason"] == "stop"
-    assert engine.submitted[0].max_tokens == 16
+    assert engine.submitted[0].max_new_tokens == 16
     assert engine.running == 0
 
 

@@ -12,8 +12,8 @@ from llamaclust.cluster.client.http import Client
 from llamaclust.cluster.client.local import LocalSettings
 from llamaclust.cluster.client.types import Options
 from llamaclust.cluster.scheduler.breakers import BreakerTokens, SeenBreakers
-from llamaclust.cluster.scheduler.requests import Generation
-from llamaclust.core.sampler_chain import PLAIN_ORDER, SamplerChain, Step
+from llamaclust.cluster.scheduler.requests import GenerationRequest
+from llamaclust.core.sampler_chain import PLAIN_ORDER, SamplerChain, SamplerName
 from support.clusters.served import CONTEXT, ScriptedEngine, client, make_app, says
 from support.models.tiny_model import build_tiny_model
 
@@ -24,7 +24,7 @@ ENDPOINTS = {
 }
 
 
-async def asked(path: str, **given: Any) -> Generation:
+async def asked(path: str, **given: Any) -> GenerationRequest:
     engine = ScriptedEngine(says("a"))
     async with client(make_app(engine)) as http:
         reply = await http.post(path, json={**ENDPOINTS[path], **given})
@@ -39,11 +39,11 @@ async def chain_of(path: str, **given: Any) -> SamplerChain:
 
 
 SETTINGS = {
-    "top_n_sigma": (Step.TOP_N_SIGMA, 1.5),
-    "tfs_z": (Step.TFS_Z, 0.9),
-    "typical_p": (Step.TYPICAL_P, 0.8),
-    "xtc_probability": (Step.XTC, 0.5),
-    "dry_multiplier": (Step.DRY, 0.7),
+    "top_n_sigma": (SamplerName.TOP_N_SIGMA, 1.5),
+    "tfs_z": (SamplerName.TFS_Z, 0.9),
+    "typical_p": (SamplerName.TYPICAL_P, 0.8),
+    "xtc_probability": (SamplerName.XTC, 0.5),
+    "dry_multiplier": (SamplerName.DRY, 0.7),
 }
 
 
@@ -52,11 +52,13 @@ async def test_every_sampler_is_there_where_it_is_asked_for(path: str) -> None:
     for name, (step, value) in SETTINGS.items():
         chain = await chain_of(path, **{name: value})
         assert getattr(chain, name) == value
-        assert set(chain.order) == {*PLAIN_ORDER, step} and list(chain.order) == [s for s in Step if s in chain.order]
+        assert set(chain.order) == {*PLAIN_ORDER, step} and list(chain.order) == [
+            s for s in SamplerName if s in chain.order
+        ]
     chain = await chain_of(path, dynatemp_range=0.5, dynatemp_exponent=2)
     assert (chain.order, chain.dynatemp_range, chain.dynatemp_exponent) == (PLAIN_ORDER, 0.5, 2)
     chain = await chain_of(path, mirostat=2, mirostat_tau=4, mirostat_eta=0.3)
-    assert chain.order == (Step.PENALTIES, Step.TEMPERATURE)
+    assert chain.order == (SamplerName.PENALTIES, SamplerName.TEMPERATURE)
     assert (chain.mirostat, chain.mirostat_tau, chain.mirostat_eta) == (2, 4, 0.3)
 
 
@@ -73,8 +75,11 @@ async def test_settings_that_do_nothing_need_no_chain(path: str) -> None:
 
 
 async def test_the_order_is_the_one_that_is_given() -> None:
-    assert (await chain_of("/completion", samplers=["temperature", "top_k"])).order == (Step.TEMPERATURE, Step.TOP_K)
-    assert (await chain_of("/completion", samplers="pt")).order == (Step.TOP_P, Step.TEMPERATURE)
+    assert (await chain_of("/completion", samplers=["temperature", "top_k"])).order == (
+        SamplerName.TEMPERATURE,
+        SamplerName.TOP_K,
+    )
+    assert (await chain_of("/completion", samplers="pt")).order == (SamplerName.TOP_P, SamplerName.TEMPERATURE)
     assert (await chain_of("/completion", samplers=[])).order == ()
 
 

@@ -15,7 +15,7 @@ from llamaclust import AsyncClient, Client
 from llamaclust.cluster.client.base import TextClient
 from llamaclust.cluster.client.in_process import ServiceClient
 from llamaclust.cluster.client.types import Chunk, Options, Settings, join
-from llamaclust.cluster.scheduler.requests import Generation
+from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.text.service import TextService
 from llamaclust.core.errors import LlamaclustError, QueueFullError, RequestError, UsageError, WorkerError
 from llamaclust.core.sampler_chain import SamplerChain
@@ -151,7 +151,7 @@ def _ask_both_ways(client: TextClient, options: Options) -> None:
     client.chat([{"role": "developer", "content": "be"}, {"role": "user", "content": "hi"}], **options)
 
 
-def _submitted(engine: ScriptedEngine) -> list[Generation]:
+def _submitted(engine: ScriptedEngine) -> list[GenerationRequest]:
     return [dataclasses.replace(ask, request_id="") for ask in engine.submitted]
 
 

@@ -10,7 +10,7 @@ from textwrap import dedent
 
 import pytest
 
-from llamaclust.cluster.scheduler.requests import Generation
+from llamaclust.cluster.scheduler.requests import GenerationRequest
 from support.clusters.recovering import Answer, asks, config, model_in, recovering, undisturbed
 from support.seed import SEED
 
@@ -59,13 +59,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def requests() -> tuple[Generation, ...]:
+def requests() -> tuple[GenerationRequest, ...]:
     print(f"seed {SEED}")
     return asks(SEED, 100)
 
 
 @pytest.fixture(scope="module")
-def expected(model: Path, requests: tuple[Generation, ...]) -> list[Answer]:
+def expected(model: Path, requests: tuple[GenerationRequest, ...]) -> list[Answer]:
     return undisturbed(model, requests)
 
 
@@ -73,7 +73,7 @@ def expected(model: Path, requests: tuple[Generation, ...]) -> list[Answer]:
 async def test_wrong_answers_change_no_token(
     what: str,
     model: Path,
-    requests: tuple[Generation, ...],
+    requests: tuple[GenerationRequest, ...],
     expected: list[Answer],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

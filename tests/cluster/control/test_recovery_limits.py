@@ -18,7 +18,7 @@ from llamaclust.cluster.engine.engine import EngineState
 from llamaclust.cluster.launchers.local import LocalLauncher
 from llamaclust.cluster.launchers.restarts import Restarts
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
-from llamaclust.cluster.scheduler.requests import Generation
+from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError, UsageError, WorkerError
 from llamaclust.core.sampling import SamplingParams
 from llamaclust.wire.control.messages import Load, Loaded
@@ -34,13 +34,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def requests() -> tuple[Generation, ...]:
+def requests() -> tuple[GenerationRequest, ...]:
     print(f"seed {SEED}")
     return asks(SEED, 60)
 
 
 @pytest.fixture(scope="module")
-def expected(model: Path, requests: tuple[Generation, ...]) -> list[Answer]:
+def expected(model: Path, requests: tuple[GenerationRequest, ...]) -> list[Answer]:
     return undisturbed(model, requests)
 
 
@@ -66,7 +66,7 @@ async def start_by_hand(run: Recovering, name: str) -> asyncio.subprocess.Proces
 async def test_requests_wait_for_a_worker_to_come_back(
     why: str,
     model: Path,
-    requests: tuple[Generation, ...],
+    requests: tuple[GenerationRequest, ...],
     expected: list[Answer],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -89,7 +89,7 @@ async def test_requests_wait_for_a_worker_to_come_back(
 
 
 async def test_requests_that_wait_too_long_fail_and_the_cluster_serves_again_when_a_worker_is_back(
-    model: Path, requests: tuple[Generation, ...], expected: list[Answer], tmp_path: Path
+    model: Path, requests: tuple[GenerationRequest, ...], expected: list[Answer], tmp_path: Path
 ) -> None:
     timeouts = {"recovery": "300ms", "worker": "3s"}
     async with recovering(config(model, tmp_path, workers=2, plan=_HALVES, timeouts=timeouts)) as run:
@@ -117,13 +117,15 @@ async def test_requests_that_wait_too_long_fail_and_the_cluster_serves_again_whe
 
 
 async def test_failures_between_which_requests_are_answered_end_none(
-    model: Path, requests: tuple[Generation, ...], expected: list[Answer], tmp_path: Path
+    model: Path, requests: tuple[GenerationRequest, ...], expected: list[Answer], tmp_path: Path
 ) -> None:
     async with recovering(config(model, tmp_path, workers=2)) as run:
         long = run.start(requests[:1])
         for number in range(4):
             await run.token(run.tokens + 2)
-            await answer_of(run.cluster.engine.submit(Generation(f"short {number}", (5, 6), 1, SamplingParams())))
+            await answer_of(
+                run.cluster.engine.submit(GenerationRequest(f"short {number}", (5, 6), 1, SamplingParams()))
+            )
             assert not long[0].done()
             run.cluster.engine.interrupt(WorkerError("a failure"))
         assert await asyncio.gather(*long) == expected[:1]
@@ -131,7 +133,7 @@ async def test_failures_between_which_requests_are_answered_end_none(
 
 
 async def test_requests_that_fail_again_and_again_end_and_others_are_served(
-    model: Path, requests: tuple[Generation, ...], expected: list[Answer], tmp_path: Path
+    model: Path, requests: tuple[GenerationRequest, ...], expected: list[Answer], tmp_path: Path
 ) -> None:
     async with recovering(config(model, tmp_path, workers=2)) as run:
         engine, supervisor = run.cluster.engine, run.cluster.supervisor
@@ -147,7 +149,7 @@ async def test_requests_that_fail_again_and_again_end_and_others_are_served(
 
 
 async def test_layers_are_moved_away_without_losing_a_token(
-    model: Path, requests: tuple[Generation, ...], expected: list[Answer], tmp_path: Path
+    model: Path, requests: tuple[GenerationRequest, ...], expected: list[Answer], tmp_path: Path
 ) -> None:
     async with recovering(config(model, tmp_path)) as run:
         supervisor = run.cluster.supervisor
@@ -198,7 +200,7 @@ async def test_a_worker_whose_layers_do_not_load_elsewhere_keeps_them(
 
 async def test_plans_do_without_who_fails_at_every_load_and_comes_back_at_once(
     model: Path,
-    requests: tuple[Generation, ...],
+    requests: tuple[GenerationRequest, ...],
     expected: list[Answer],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -227,7 +229,7 @@ async def test_plans_do_without_who_fails_at_every_load_and_comes_back_at_once(
 
 async def test_a_process_for_which_there_is_no_room_now_is_started_later(
     model: Path,
-    requests: tuple[Generation, ...],
+    requests: tuple[GenerationRequest, ...],
     expected: list[Answer],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -253,7 +255,7 @@ async def test_a_process_for_which_there_is_no_room_now_is_started_later(
 
 async def test_requests_do_not_wait_for_loads_that_fail_again_and_again(
     model: Path,
-    requests: tuple[Generation, ...],
+    requests: tuple[GenerationRequest, ...],
     expected: list[Answer],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

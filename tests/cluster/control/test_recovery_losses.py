@@ -10,7 +10,7 @@ from random import Random
 
 import pytest
 
-from llamaclust.cluster.scheduler.requests import Generation
+from llamaclust.cluster.scheduler.requests import GenerationRequest
 from support.clusters.recovering import Answer, asks, config, model_in, recovering, undisturbed, worker_pids
 from support.seed import SEED
 
@@ -24,13 +24,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def requests() -> tuple[Generation, ...]:
+def requests() -> tuple[GenerationRequest, ...]:
     print(f"seed {SEED}")
     return asks(SEED, TOKENS)
 
 
 @pytest.fixture(scope="module")
-def expected(model: Path, requests: tuple[Generation, ...]) -> list[Answer]:
+def expected(model: Path, requests: tuple[GenerationRequest, ...]) -> list[Answer]:
     return undisturbed(model, requests)
 
 
@@ -40,7 +40,7 @@ async def test_any_worker_is_lost_at_any_moment(
     number: signal.Signals,
     moment: str,
     model: Path,
-    requests: tuple[Generation, ...],
+    requests: tuple[GenerationRequest, ...],
     expected: list[Answer],
     tmp_path: Path,
 ) -> None:
@@ -62,7 +62,7 @@ async def test_any_worker_is_lost_at_any_moment(
 async def test_several_are_lost_in_a_row(
     victims: tuple[str, ...],
     model: Path,
-    requests: tuple[Generation, ...],
+    requests: tuple[GenerationRequest, ...],
     expected: list[Answer],
     tmp_path: Path,
 ) -> None:
@@ -76,7 +76,7 @@ async def test_several_are_lost_in_a_row(
 
 
 async def test_another_is_lost_while_a_new_epoch_loads(
-    model: Path, requests: tuple[Generation, ...], expected: list[Answer], tmp_path: Path
+    model: Path, requests: tuple[GenerationRequest, ...], expected: list[Answer], tmp_path: Path
 ) -> None:
     source = Random(SEED)
     first, second = source.sample("abc", 2)
@@ -99,7 +99,7 @@ async def test_another_is_lost_while_a_new_epoch_loads(
 
 
 async def test_a_loss_while_the_first_epoch_loads(
-    model: Path, requests: tuple[Generation, ...], expected: list[Answer], tmp_path: Path
+    model: Path, requests: tuple[GenerationRequest, ...], expected: list[Answer], tmp_path: Path
 ) -> None:
     victim = Random(SEED).choice("abc")
     async with recovering(

@@ -8,7 +8,7 @@ from random import Random
 
 import pytest
 
-from llamaclust.cluster.scheduler.requests import Generation
+from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.scheduler.scheduler import Scheduler
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.core.sampling import RowResult
@@ -51,11 +51,11 @@ def simulation(source: Random, model: FakeModel) -> Simulation:
     return Simulation(Scheduler(SETTINGS, 1, len(fake.stage_ns)), fake)
 
 
-def asks(source: Random, count: int) -> list[Generation]:
+def asks(source: Random, count: int) -> list[GenerationRequest]:
     """Of a few beginnings, so that they share blocks."""
     starts = [tuple(source.randrange(VOCABULARY) for _ in range(50)) for _ in range(2)]
     return [
-        Generation(
+        GenerationRequest(
             f"r{i}",
             source.choice(starts) + tuple(source.randrange(VOCABULARY) for _ in range(source.randrange(1, 40))),
             source.choice((5, 40)),
@@ -91,9 +91,9 @@ def test_a_request_that_fails_again_ends_alone() -> None:
     source = Random(SEED)
     model = Glitching(SETTINGS.kv_blocks, hit=lambda number, chunk: 99 in chunk.tokens)
     run = simulation(source, model)
-    good = [Generation(f"g{i}", tuple(range(20 + i)), 30, seed=i) for i in range(3)]
+    good = [GenerationRequest(f"g{i}", tuple(range(20 + i)), 30, seed=i) for i in range(3)]
     keys = [run.add(request) for request in good]
-    bad = run.add(Generation("bad", (1, 2, 99), 30))
+    bad = run.add(GenerationRequest("bad", (1, 2, 99), 30))
     run.finish()
     assert [str(update) for update in run.updates[bad]] == [f"Failed(message='{NONE.failure}')"]
     counts = run.scheduler.counts

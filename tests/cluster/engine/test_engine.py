@@ -11,7 +11,7 @@ import pytest
 
 from llamaclust.cluster.engine.engine import Engine, EngineState
 from llamaclust.cluster.engine.request_stream import RequestStream
-from llamaclust.cluster.scheduler.requests import Event, Finished, FinishReason, Generation, PromptScored
+from llamaclust.cluster.scheduler.requests import Event, Finished, FinishReason, GenerationRequest, PromptScored
 from llamaclust.cluster.scheduler.settings import EngineSettings, SchedulerSettings
 from llamaclust.core.errors import DeadlineError, LlamaclustError, QueueFullError, RequestError, WorkerError
 from llamaclust.wire.microbatch.messages import Result
@@ -29,8 +29,8 @@ async def running(**deadlines: float) -> AsyncIterator[tuple[Engine, FakePipelin
             assert engine.scheduler.counts.kv_blocks_held == 0
 
 
-def ask(seed: int = 0, length: int = 20, max_tokens: int = 30, **fields: object) -> Generation:
-    return Generation("r", tuple(range(1, length + 1)), max_tokens, seed=seed, **fields)  # type: ignore[arg-type]
+def ask(seed: int = 0, length: int = 20, max_new_tokens: int = 30, **fields: object) -> GenerationRequest:
+    return GenerationRequest("r", tuple(range(1, length + 1)), max_new_tokens, seed=seed, **fields)  # type: ignore[arg-type]
 
 
 async def collect(stream: RequestStream) -> list[Event]:
@@ -53,10 +53,10 @@ async def test_requests_together_give_what_each_gives_alone() -> None:
 
 async def test_scoring_and_nothing_to_do() -> None:
     async with running() as (engine, _):
-        events = await collect(engine.submit(ask(max_tokens=0, score_from=0)))
+        events = await collect(engine.submit(ask(max_new_tokens=0, score_from=0)))
         scored = [row for event in events if isinstance(event, PromptScored) for row in event.rows]
         assert [row.token for row in scored] == list(range(2, 21))
-        events = await collect(engine.submit(ask(max_tokens=0)))
+        events = await collect(engine.submit(ask(max_new_tokens=0)))
         (last,) = events
         assert isinstance(last, Finished) and (last.timings.queue_ms, last.timings.ttft_ms) == (0.0, 0.0)
 
@@ -85,7 +85,7 @@ async def test_refusals_reach_the_caller_at_once() -> None:
 
 async def test_abort_frees_memory_at_once_and_ends_the_stream() -> None:
     async with running() as (engine, _):
-        stream = engine.submit(ask(max_tokens=300))
+        stream = engine.submit(ask(max_new_tokens=300))
         seen = [await anext(stream) for _ in range(3)]
         assert engine.scheduler.counts.kv_blocks_held > 0
         stream.abort()
@@ -100,7 +100,7 @@ async def test_abort_frees_memory_at_once_and_ends_the_stream() -> None:
 @pytest.mark.parametrize("way", ["dropped", "cancelled", "left"])
 async def test_a_reader_that_goes_away_frees_memory(way: str) -> None:
     async with running() as (engine, pipeline):
-        stream: RequestStream | None = engine.submit(ask(max_tokens=300))
+        stream: RequestStream | None = engine.submit(ask(max_new_tokens=300))
         assert stream is not None
         await anext(stream)
         if way == "dropped":
@@ -204,8 +204,8 @@ async def test_metrics_and_stage_report() -> None:
         engine.submit(replace(ask(), request_id="x")).abort()
         text = engine.metrics.render().decode()
         values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
-        assert values['llamaclust_requests_finished_total{reason="length"}'] == "3.0"
-        assert values['llamaclust_requests_finished_total{reason="abort"}'] == "1.0"
+        assert values['llamaclust_requests_total{finish_reason="length"}'] == "3.0"
+        assert values['llamaclust_requests_total{finish_reason="abort"}'] == "1.0"
         assert float(values["llamaclust_generated_tokens_total"]) == 90
         assert float(values["llamaclust_time_to_first_token_seconds_count"]) == 3
         assert float(values['llamaclust_kv_blocks{state="free"}']) == SETTINGS.kv_blocks

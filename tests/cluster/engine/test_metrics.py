@@ -15,7 +15,7 @@ from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.engine.metrics import Metrics
 from llamaclust.cluster.engine.pipeline import StageInfo
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
-from llamaclust.cluster.scheduler.requests import Generation, Timings
+from llamaclust.cluster.scheduler.requests import GenerationRequest, Timings
 from llamaclust.cluster.scheduler.scheduler import Counts
 from llamaclust.cluster.server.worker_metrics import WorkerMetrics
 from llamaclust.wire.control.messages import Heartbeat, Register
@@ -74,7 +74,7 @@ def test_every_line_can_be_read(text: str) -> None:
     assert len(samples) == len(lines) > 80
     written = [(one.name, *sorted(one.labels.items())) for one in samples]
     assert len(set(written)) == len(written)
-    assert all(re.fullmatch(r'[a-z_]+(\{([a-z]+="[^"]*",?)+\})? \S+', line) for line in lines)
+    assert all(re.fullmatch(r'[a-z_]+(\{([a-z_]+="[^"]*",?)+\})? \S+', line) for line in lines)
 
 
 def test_names_are_as_prometheus_wants_them(text: str) -> None:
@@ -137,7 +137,7 @@ def test_the_board_and_its_monitor_ask_for_what_there_is(text: str) -> None:
 async def test_measured_speed_is_of_the_last_requests() -> None:
     async with Engine(FakePipeline(SETTINGS.kv_blocks), SETTINGS) as engine:
         assert engine.metrics.speed().token_ms is None and engine.metrics.speed().requests == 0
-        streams = [engine.submit(Generation(str(i), tuple(range(20 + i)), max_tokens=8)) for i in range(3)]
+        streams = [engine.submit(GenerationRequest(str(i), tuple(range(20 + i)), max_new_tokens=8)) for i in range(3)]
         await asyncio.gather(*(drained(stream) for stream in streams))
         speed = engine.metrics.speed()
     assert speed.requests == 3 and speed.tokens_per_s > 0

@@ -217,7 +217,7 @@ def test_layers_stay_on_a_gpu_rather_than_room_for_more_contexts(objective: str)
 def test_a_gpu_has_room_for_what_rounding_adds_to_any_number_of_kv_blocks(tmp_path: Path) -> None:
     """And for the table of window blocks. A plan is made before these numbers are known."""
     model = Model.open(build_architecture(tmp_path / "m.gguf", "gemma3"))
-    limits = StageLimits(max_tokens=544, max_outputs=64, max_sequences=8, max_context_tokens=2048, kv_blocks=1)
+    limits = StageLimits(max_batch_tokens=544, max_outputs=64, max_sequences=8, max_context_tokens=2048, kv_blocks=1)
     promised = planned_workspace_bytes(model, 0, model.layer_count, limits, 1, "cuda:0")
     rounding = weight_rounding_bytes(model, 0, model.layer_count, "cuda:0")
     for blocks, window_blocks in product((1, 73, 74, 75, 999), (0, 74, 75)):

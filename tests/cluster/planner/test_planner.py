@@ -127,7 +127,7 @@ WINDOWED = replace(SMALL, layers=(LAYER, replace(LAYER, window=1000)) * 6)
 
 
 def test_layers_with_a_window_are_planned_with_that_much_kv_memory() -> None:
-    ask = replace(ASK, context_length=8192, max_rows=544)
+    ask = replace(ASK, context_length=8192, max_batch_tokens=544)
     assert make_plan(SMALL, [worker("a")], ask).window_blocks == 0
     plan = make_plan(WINDOWED, [worker("a", memory_mib=None)], ask)
     most = 8 * 65 + 34  # (1000 + 13) // 16 + 2 for each sequence, and the rows of a microbatch

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamaclust.cluster.scheduler.kv_groups import WindowGroup, window_group
-from llamaclust.cluster.scheduler.requests import Generation
+from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.scheduler.scheduler import Scheduler
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.core.sampling import RowResult
@@ -57,22 +57,24 @@ class WindowedModel(FakeModel):
 
 def simulation(window: int, spare: int = 0, stages: int = 2, **changes: object) -> Simulation:
     """With as many window blocks as one sequence takes, and `spare` ones."""
-    base = SchedulerSettings("m", VOCABULARY, context_length=400, kv_blocks=100, max_sequences=6, max_rows=64)
+    base = SchedulerSettings("m", VOCABULARY, context_length=400, kv_blocks=100, max_sequences=6, max_batch_tokens=64)
     chosen = replace(base, max_outputs=32, **changes)  # type: ignore[arg-type]
-    group = WindowGroup(window, chosen.max_rows)
+    group = WindowGroup(window, chosen.max_batch_tokens)
     blocks = group.sequence_blocks + group.row_blocks + spare
     chosen = replace(chosen, window=window, window_blocks=blocks)
     model = WindowedModel(chosen.kv_blocks, group=group, window_blocks=blocks)
     return Simulation(Scheduler(chosen, 1, stages), FakeStages(model, [linear(100, 10)] * stages, 1000))
 
 
-def ask(length: int, max_tokens: int, start: int = 1, seed: int = 0, score_from: int | None = None) -> Generation:
+def ask(
+    length: int, max_new_tokens: int, start: int = 1, seed: int = 0, score_from: int | None = None
+) -> GenerationRequest:
     prompt = tuple((start + 7 * i) % VOCABULARY for i in range(length))
-    return Generation("r", prompt, max_tokens, seed=seed, score_from=score_from)
+    return GenerationRequest("r", prompt, max_new_tokens, seed=seed, score_from=score_from)
 
 
-def check(run: Simulation, key: int, request: Generation) -> None:
-    chosen, scored, _ = expected(request, run.scheduler.settings.max_tokens)
+def check(run: Simulation, key: int, request: GenerationRequest) -> None:
+    chosen, scored, _ = expected(request, run.scheduler.settings.max_sequence_tokens)
     assert run.rows(key) == chosen
     assert run.scores(key) == scored
 
@@ -94,11 +96,11 @@ def test_random_mixes_in_little_memory_end_and_give_the_same_tokens(seed: int) -
         kv_blocks=source.randint(13, 60),
         context_length=200,
         prefill_chunk=source.choice([None, 1, 5, 16, 50]),
-        max_rows=source.choice([16, 64, 128]),
+        max_batch_tokens=source.choice([16, 64, 128]),
         prefix_cache=source.random() < 0.8,
         max_sequences=source.randint(1, 8),
     )
-    requests: dict[int, Generation] = {}
+    requests: dict[int, GenerationRequest] = {}
     epoch = 1
     for number in range(source.randint(1, 12)):
         tokens = source.choice([0, 1, 3, 30, 90])
@@ -132,7 +134,7 @@ def _restart(run: Simulation, epoch: int) -> None:
 
 
 def test_a_long_sequence_holds_its_window_and_the_rows_of_one_microbatch() -> None:
-    run = simulation(64, spare=200, kv_blocks=300, context_length=4800, max_rows=512)
+    run = simulation(64, spare=200, kv_blocks=300, context_length=4800, max_batch_tokens=512)
     held = []
     memory = run.scheduler.memory.window
     assert memory is not None
@@ -206,7 +208,7 @@ def test_a_hit_is_as_long_as_the_window_before_its_end_is_there() -> None:
     assert window.usable(chain, 9) == 7
 
 
-def chain_of(run: Simulation, request: Generation) -> list[bytes]:
+def chain_of(run: Simulation, request: GenerationRequest) -> list[bytes]:
     chain: list[bytes] = []
     run.scheduler.memory._cache.find(chain, request.prompt, len(request.prompt) - 1)
     return chain

@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 
-from llamaclust.cluster.scheduler.requests import Generation
+from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.scheduler.scheduler import Scheduler
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.core.errors import ProtocolError
@@ -26,12 +26,12 @@ def stages(source: Random, kv_blocks: int) -> FakeStages:
     return FakeStages(FakeModel(kv_blocks), [linear(source.randrange(50, 500), 10)] * source.randrange(1, 4))
 
 
-def request(source: Random, number: int) -> Generation:
+def request(source: Random, number: int) -> GenerationRequest:
     prompt = tuple(source.randrange(VOCABULARY) for _ in range(source.randrange(1, 90)))
     tokens = source.choice((0, 5, 40))
     params = source.choice((SamplingParams(), SamplingParams(chain=SamplerChain(mirostat=2))))
     score_from = source.choice((None, 1)) if tokens else 1
-    return Generation(f"r{number}", prompt, tokens, params, seed=number, score_from=score_from)
+    return GenerationRequest(f"r{number}", prompt, tokens, params, seed=number, score_from=score_from)
 
 
 @pytest.mark.parametrize("number", range(12))
@@ -64,7 +64,7 @@ def test_restarts_at_any_moment_change_nothing(number: int) -> None:
 def test_those_that_were_first_are_first_again() -> None:
     source = Random(SEED)
     run = Simulation(Scheduler(SETTINGS, 1, 1), stages(source, SETTINGS.kv_blocks))
-    keys = [run.add(replace(request(source, i), max_tokens=30, prompt=(1,) * 40)) for i in range(12)]
+    keys = [run.add(replace(request(source, i), max_new_tokens=30, prompt=(1,) * 40)) for i in range(12)]
     for _ in range(10):
         run.step()
     run.send_all()
@@ -77,7 +77,7 @@ def test_those_that_were_first_are_first_again() -> None:
 def test_an_answer_of_an_older_epoch_is_refused() -> None:
     source = Random(SEED)
     run = Simulation(Scheduler(SETTINGS, 1, 1), stages(source, SETTINGS.kv_blocks))
-    run.add(replace(request(source, 0), max_tokens=5))
+    run.add(replace(request(source, 0), max_new_tokens=5))
     run.send_all()
     _, late = run.sent.popleft()
     run.scheduler.restart(SETTINGS, 2, 1)

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamaclust.cluster.scheduler.in_flight import ScheduledMicrobatch
-from llamaclust.cluster.scheduler.requests import FinishReason, Generation
+from llamaclust.cluster.scheduler.requests import FinishReason, GenerationRequest
 from llamaclust.cluster.scheduler.scheduler import Scheduler
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.core.errors import ProtocolError, QueueFullError, RequestError
-from llamaclust.core.sampler_chain import SamplerChain, Step
+from llamaclust.core.sampler_chain import SamplerChain, SamplerName
 from llamaclust.core.sampling import SamplingParams
 from llamaclust.core.sampling_bounds import MAX_BREAKERS_TOKENS
 from llamaclust.model.program import KV_BLOCK_TOKENS
@@ -25,11 +25,11 @@ BASE = SchedulerSettings(
     context_length=200,
     kv_blocks=64,
     max_sequences=8,
-    max_rows=128,
+    max_batch_tokens=128,
     max_outputs=32,
 )
 MIROSTAT = SamplingParams(chain=SamplerChain(mirostat=1))
-DRY = SamplingParams(chain=SamplerChain((Step.DRY,), dry_multiplier=1.0))
+DRY = SamplingParams(chain=SamplerChain((SamplerName.DRY,), dry_multiplier=1.0))
 
 
 def simulation(
@@ -40,13 +40,13 @@ def simulation(
     return Simulation(Scheduler(chosen, epoch=1, stages=stages), fake)
 
 
-def ask(length: int, max_tokens: int, start: int = 1, **fields: object) -> Generation:
+def ask(length: int, max_new_tokens: int, start: int = 1, **fields: object) -> GenerationRequest:
     prompt = tuple((start + 7 * i) % VOCABULARY for i in range(length))
-    return Generation("r", prompt, max_tokens, **fields)  # type: ignore[arg-type]
+    return GenerationRequest("r", prompt, max_new_tokens, **fields)  # type: ignore[arg-type]
 
 
-def check_answer(run: Simulation, key: int, request: Generation) -> None:
-    chosen, scored, reason = expected(request, run.scheduler.settings.max_tokens)
+def check_answer(run: Simulation, key: int, request: GenerationRequest) -> None:
+    chosen, scored, reason = expected(request, run.scheduler.settings.max_sequence_tokens)
     assert run.rows(key) == chosen
     assert run.scores(key) == scored
     assert reason_of(run.updates[key]) is reason
@@ -99,7 +99,7 @@ def test_random_mixes_give_the_same_tokens_and_leak_nothing(seed: int) -> None:
         prefix_cache=random_.random() < 0.8,
     )
     check_writes(run)
-    requests: dict[int, Generation] = {}
+    requests: dict[int, GenerationRequest] = {}
     aborted: set[int] = set()
     for _ in range(random_.randint(1, 14)):
         request = random_request(random_)
@@ -119,14 +119,14 @@ def test_random_mixes_give_the_same_tokens_and_leak_nothing(seed: int) -> None:
     assert run.scheduler.memory.blocks.available == counts.kv_blocks
 
 
-def random_request(random_: random.Random) -> Generation:
-    max_tokens = random_.choice([0, 1, 3, 30, 90])
+def random_request(random_: random.Random) -> GenerationRequest:
+    max_new_tokens = random_.choice([0, 1, 3, 30, 90])
     return ask(
         random_.choice([2, 3, 15, 16, 17, 31, 48, 90, 150]),
-        max_tokens,
+        max_new_tokens,
         start=random_.randint(0, 2),
         seed=random_.randint(0, 3),
-        score_from=random_.choice([None, 0, 5, 20, 60]) if max_tokens else random_.choice([0, 1]),
+        score_from=random_.choice([None, 0, 5, 20, 60]) if max_new_tokens else random_.choice([0, 1]),
         stop_token_ids=frozenset(random_.sample(range(VOCABULARY), random_.choice([0, 3]))),
         min_tokens=random_.choice([0, 0, 4]),
         params=random_.choice([SamplingParams(), SamplingParams(repetition_penalty=1.1), MIROSTAT, DRY]),
@@ -218,7 +218,7 @@ def test_nothing_to_compute_is_no_work() -> None:
         ({"prompt": (1,) * 200}, "fills the whole context of 200"),
         ({"prompt": (1, 101)}, r"prompt: token id 101 is not one of the model's \[0, 101\)"),
         ({"prompt": (-1,)}, "token id -1"),
-        ({"max_tokens": -1}, "max_tokens is -1"),
+        ({"max_new_tokens": -1}, "max_tokens is -1"),
         ({"seed": 1 << 64}, "seed is"),
         ({"top_logprobs": 129}, "top_logprobs is 129"),
         ({"score_from": -1}, "score_from is -1"),

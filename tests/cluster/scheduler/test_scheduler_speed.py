@@ -10,7 +10,7 @@ import pytest
 
 from llamaclust.cluster.scheduler.chunking import chunk_rows
 from llamaclust.cluster.scheduler.microbatching import cycle_ns
-from llamaclust.cluster.scheduler.requests import Generation
+from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.scheduler.scheduler import Scheduler
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.cluster.scheduler.stage_times import Curve, StageTimes
@@ -25,8 +25,8 @@ def simulated(stage_ns: list[StageNs], hop_us: float = 100, beside: float = 1.0)
     return Simulation(Scheduler(SETTINGS, 1, len(stage_ns)), fake)
 
 
-def ask(index: int, length: int, max_tokens: int) -> Generation:
-    return Generation("r", tuple((index + i) % VOCABULARY for i in range(length)), max_tokens)
+def ask(index: int, length: int, max_new_tokens: int) -> GenerationRequest:
+    return GenerationRequest("r", tuple((index + i) % VOCABULARY for i in range(length)), max_new_tokens)
 
 
 def prefill_ms(run: Simulation, requests: int, tokens: int) -> float:
@@ -126,7 +126,7 @@ def test_prefill_chunks_take_four_tenths_of_a_second_where_nobody_decodes() -> N
     assert all(160 <= count <= 208 for count in rows), rows
     faster = simulated([linear(1000, 20)])
     prefill_ms(faster, 30, 512)
-    assert faster.microbatches[-10].microbatch.rows == SETTINGS.max_rows
+    assert faster.microbatches[-10].microbatch.rows == SETTINGS.max_batch_tokens
 
 
 def test_the_last_chunks_are_small_where_later_stages_wait_for_them() -> None:
@@ -175,8 +175,11 @@ def test_waiting_behind_others_is_not_taken_for_the_links() -> None:
 def test_fixed_chunks_and_limits_of_rows() -> None:
     times = StageTimes(2)
     assert chunk_rows(replace(SETTINGS, prefill_chunk=7), times, 1000, 1000, 3, alone=False) == 7
-    assert chunk_rows(replace(SETTINGS, prefill_chunk=8192), times, 1000, 1000, 3, alone=False) == SETTINGS.max_rows - 3
-    assert chunk_rows(SETTINGS, times, 1000, 1000, SETTINGS.max_rows - 10, alone=False) == 10
+    assert (
+        chunk_rows(replace(SETTINGS, prefill_chunk=8192), times, 1000, 1000, 3, alone=False)
+        == SETTINGS.max_batch_tokens - 3
+    )
+    assert chunk_rows(SETTINGS, times, 1000, 1000, SETTINGS.max_batch_tokens - 10, alone=False) == 10
 
 
 @pytest.mark.parametrize("seed", range(10))

@@ -99,7 +99,7 @@ async def test_an_answer_ends_at_the_end_token_which_is_not_shown() -> None:
 
 
 async def test_an_answer_ends_at_max_tokens() -> None:
-    answer = await one("The cat sat.", max_tokens=3)
+    answer = await one("The cat sat.", max_new_tokens=3)
     assert answer.text == tokenizer().decode(ids("The cat sat.")[:3])
     assert answer.finish_reason is FinishReason.LENGTH and answer.stopped_by is None
 
@@ -111,7 +111,7 @@ async def test_never_half_a_character() -> None:
     assert "".join(chunk.text for chunk in chunks) == text
     assert all("\ufffd" not in chunk.text for chunk in chunks)
     assert any(chunk.rows and not chunk.text for chunk in chunks), "no character came in parts"
-    half = await one("🦙", max_tokens=2)
+    half = await one("🦙", max_new_tokens=2)
     assert half.text == "\ufffd"
 
 
@@ -128,7 +128,7 @@ async def test_a_stop_string_ends_the_answer_and_the_request() -> None:
 
 async def test_text_that_looked_like_a_stop_string_is_shown() -> None:
     assert (await one("one two", stop=("two!", "o!"))).text == "one two"
-    assert (await one("one two", stop=("two!",), max_tokens=len(ids("one two")))).text == "one two"
+    assert (await one("one two", stop=("two!",), max_new_tokens=len(ids("one two")))).text == "one two"
 
 
 async def test_min_tokens_come_before_any_stop() -> None:
@@ -136,7 +136,7 @@ async def test_min_tokens_come_before_any_stop() -> None:
     answer = await one("stop stop stop", stop=("stop",), min_tokens=count)
     assert answer.text == "stop stop "
     engine = ScriptedEngine(says("a"))
-    await answers(engine, replace(ASK, ignore_eos=True, max_tokens=5))
+    await answers(engine, replace(ASK, ignore_eos=True, max_new_tokens=5))
     assert engine.submitted[0].min_tokens == 5
     assert END in engine.submitted[0].stop_token_ids
 
@@ -174,7 +174,7 @@ async def test_later_choices_are_submitted_once_the_prompt_is_computed() -> None
 
 async def test_choices_find_the_prompt_in_the_prefix_cache() -> None:
     async with real_engine() as (engine, _):
-        ask = CompletionRequest(tuple(range(100)), max_tokens=4, n=3, seed=1)
+        ask = CompletionRequest(tuple(range(100)), max_new_tokens=4, n=3, seed=1)
         async with await make_service(engine).start(ask) as stream:
             found = await collect(stream)
         assert [answer.timings.cached_tokens for answer in found] == [0, 96, 96]
@@ -192,7 +192,7 @@ async def test_seeds() -> None:
 
 
 async def test_prompt_logprobs() -> None:
-    answer = await one("x", score_from=2, max_tokens=0)
+    answer = await one("x", score_from=2, max_new_tokens=0)
     prompt = ids("Hello")
     assert answer.prompt_start == 2
     assert [row.token for row in answer.prompt_rows] == prompt[2:]
@@ -239,8 +239,8 @@ async def test_refusals_come_before_anything_runs() -> None:
         ({"prompt": (1,) * CONTEXT}, f"prompt: has {CONTEXT} tokens with no room"),
         ({"prompt": (1, 320)}, r"prompt: token id 320 is outside the vocabulary \[0, 320\)"),
         ({"prompt": (1, -1)}, "prompt: token id -1"),
-        ({"max_tokens": -1}, "max_tokens: must be a whole number within 0..1048576, is -1"),
-        ({"min_tokens": 4, "max_tokens": 3}, "min_tokens: 4 is more than max_tokens"),
+        ({"max_new_tokens": -1}, "max_tokens: must be a whole number within 0..1048576, is -1"),
+        ({"min_tokens": 4, "max_new_tokens": 3}, "min_tokens: 4 is more than max_tokens"),
         ({"n": 0}, "n: must be"),
         ({"n": 129}, "n: must be a whole number within 1..128"),
         ({"seed": 2**64}, "seed: must be"),
@@ -273,7 +273,7 @@ async def test_the_context_bounds_an_answer() -> None:
     engine = ScriptedEngine(lambda ask: [65] * 1000)
     (answer,) = await answers(engine, CompletionRequest((1,) * (CONTEXT - 5)))
     assert len(answer.rows) == 5 and answer.finish_reason is FinishReason.LENGTH
-    (scored,) = await answers(engine, CompletionRequest((1,) * CONTEXT, max_tokens=0))
+    (scored,) = await answers(engine, CompletionRequest((1,) * CONTEXT, max_new_tokens=0))
     assert scored.text == ""
 
 

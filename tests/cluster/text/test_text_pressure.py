@@ -67,7 +67,7 @@ async def test_a_drained_service_has_answered_every_choice() -> None:
     async with real_engine() as (engine, pipeline):
         service = make_service(engine)
         pipeline.gate.clear()
-        stream = await service.start(replace(ASK, n=4, max_tokens=5))
+        stream = await service.start(replace(ASK, n=4, max_new_tokens=5))
 
         async def read() -> list[Answer]:
             async with stream:

@@ -23,7 +23,7 @@ from support.models.tiny_model import build_tiny_model
 
 Float32 = NDArray[np.float32]
 
-LIMITS = StageLimits(max_tokens=128, max_outputs=128, max_sequences=8, max_context_tokens=1024, kv_blocks=80)
+LIMITS = StageLimits(max_batch_tokens=128, max_outputs=128, max_sequences=8, max_context_tokens=1024, kv_blocks=80)
 TOKENS = np.random.default_rng(7).integers(0, 320, 100).tolist()
 
 

@@ -25,7 +25,7 @@ from llamaclust.worker.stage.batches import build_batch
 from support.clusters.invariance import Way, make_work, run
 from support.models.tiny_architectures import VOCABULARY, build_architecture
 
-LIMITS = StageLimits(max_tokens=1200, max_outputs=1200, max_sequences=2, max_context_tokens=1200, kv_blocks=75)
+LIMITS = StageLimits(max_batch_tokens=1200, max_outputs=1200, max_sequences=2, max_context_tokens=1200, kv_blocks=75)
 
 
 @pytest.fixture(scope="module")

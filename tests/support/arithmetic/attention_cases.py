@@ -27,7 +27,7 @@ from support.arithmetic.single_steps import normal, program_of, splitter
 Float32 = NDArray[np.float32]
 
 
-LIMITS = StageLimits(max_tokens=1200, max_outputs=1, max_sequences=8, max_context_tokens=1200, kv_blocks=256)
+LIMITS = StageLimits(max_batch_tokens=1200, max_outputs=1, max_sequences=8, max_context_tokens=1200, kv_blocks=256)
 
 
 LEVELS = available_levels()

@@ -13,7 +13,7 @@ from llamaclust.kernels.backend import Backend, Batch, Float32, Stage
 from llamaclust.model.loader import Model
 from llamaclust.model.program import KV_BLOCK_TOKENS, KvType
 
-LIMITS = StageLimits(max_tokens=128, max_outputs=128, max_sequences=8, max_context_tokens=1024, kv_blocks=80)
+LIMITS = StageLimits(max_batch_tokens=128, max_outputs=128, max_sequences=8, max_context_tokens=1024, kv_blocks=80)
 
 Rows = tuple[Iterable[int], Iterable[int], Iterable[int]]
 """Tokens, positions and block table of one sequence."""

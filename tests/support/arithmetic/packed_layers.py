@@ -13,7 +13,7 @@ from llamaclust.kernels.packed.cache_folder import PreparedFolder
 from llamaclust.model.loader import Model
 from support.arithmetic.batches import batch_of
 
-LIMITS = StageLimits(max_tokens=32, max_outputs=32, max_sequences=1, max_context_tokens=64, kv_blocks=4)
+LIMITS = StageLimits(max_batch_tokens=32, max_outputs=32, max_sequences=1, max_context_tokens=64, kv_blocks=4)
 TOKENS = list(range(3, 23))
 LAYERS = 3
 IMAGES = LAYERS + 2  # and the embedding, and the output

@@ -11,7 +11,7 @@ from hashlib import sha256
 from llamaclust.cluster.engine.pipeline import StageInfo
 from llamaclust.cluster.scheduler.breakers import SeenBreakers
 from llamaclust.cluster.scheduler.in_flight import ScheduledMicrobatch
-from llamaclust.cluster.scheduler.requests import Event, FinishReason, Generation, PromptScored, TokenChosen
+from llamaclust.cluster.scheduler.requests import Event, FinishReason, GenerationRequest, PromptScored, TokenSampled
 from llamaclust.cluster.scheduler.scheduler import Scheduler
 from llamaclust.cluster.scheduler.sequences import Finished, Update
 from llamaclust.core.sampling import RowResult, RowTask, SampleTask, ScoreTask
@@ -162,7 +162,7 @@ class Simulation:
     microbatches: list[ScheduledMicrobatch] = field(default_factory=list)
     check: Callable[[ScheduledMicrobatch], None] = lambda scheduled: None
 
-    def add(self, ask: Generation) -> int:
+    def add(self, ask: GenerationRequest) -> int:
         key = self.scheduler.add(ask, self.now_ns).key
         self.updates[key] = []
         return key
@@ -190,7 +190,7 @@ class Simulation:
         assert not self.scheduler.sequences
 
     def rows(self, key: int) -> list[RowResult]:
-        return [update.row for update in self.updates[key] if isinstance(update, TokenChosen)]
+        return [update.row for update in self.updates[key] if isinstance(update, TokenSampled)]
 
     def scores(self, key: int) -> dict[int, RowResult]:
         """By position of the scored token; each is scored once."""
@@ -203,7 +203,7 @@ class Simulation:
         return found
 
 
-def expected(ask: Generation, context_length: int) -> tuple[list[RowResult], dict[int, RowResult], FinishReason]:
+def expected(ask: GenerationRequest, context_length: int) -> tuple[list[RowResult], dict[int, RowResult], FinishReason]:
     """What a request must give, whatever happens around it: (chosen, scored, reason)."""
     tokens = list(ask.prompt)
     scored = {}
@@ -214,7 +214,7 @@ def expected(ask: Generation, context_length: int) -> tuple[list[RowResult], dic
     rows: list[RowResult] = []
     chain = ask.params.chain
     mu = chain.first_mu if chain else 0.0
-    while len(rows) < ask.max_tokens and len(tokens) < context_length:
+    while len(rows) < ask.max_new_tokens and len(tokens) < context_length:
         history = tuple(tokens[-ask.history_window :]) if ask.history_window else ()
         suppressed = tuple(sorted(ask.stop_token_ids)) if len(rows) < ask.min_tokens else ()
         task_now = SampleTask(
@@ -279,7 +279,7 @@ class FakePipeline:
 
 
 def tokens_of(events: Sequence[Event]) -> list[int]:
-    return [event.row.token for event in events if isinstance(event, TokenChosen)]
+    return [event.row.token for event in events if isinstance(event, TokenSampled)]
 
 
 def reason_of(updates: Sequence[Update]) -> FinishReason:

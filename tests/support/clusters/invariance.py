@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from llamaclust.cluster.config.cluster_config import load_config
-from llamaclust.cluster.scheduler.requests import Generation, PromptScored, TokenChosen
+from llamaclust.cluster.scheduler.requests import GenerationRequest, PromptScored, TokenSampled
 from llamaclust.cluster.server.coordinator import Cluster, open_cluster
 from llamaclust.cluster.state.directory import ClusterDir
-from llamaclust.core.sampler_chain import PLAIN_ORDER, STEPS, SamplerChain, Step
+from llamaclust.core.sampler_chain import PLAIN_ORDER, SAMPLERS, SamplerChain, SamplerName
 from llamaclust.core.sampling import RowResult, SamplingParams
 from llamaclust.model.program import KV_BLOCK_TOKENS, KvType
 
@@ -27,13 +27,15 @@ _DEADLINE_S = 240.0
 _OWN = 3
 _SEEDED = SamplingParams(temperature=0.9, top_k=40, top_p=0.95, repetition_penalty=1.1, frequency_penalty=0.1)
 _CHAINS = (
-    SamplerChain(STEPS, mirostat=1, mirostat_tau=3.0),
-    SamplerChain((Step.TEMPERATURE,), mirostat=2, mirostat_tau=4.0),
-    SamplerChain((Step.DRY, *PLAIN_ORDER), dry_multiplier=5.0, dry_allowed_length=1),
-    SamplerChain((Step.TOP_K, Step.XTC, Step.TEMPERATURE), xtc_probability=0.5, xtc_threshold=0.01),
-    SamplerChain((Step.TYPICAL_P, Step.TEMPERATURE), typical_p=0.7, dynatemp_range=0.5),
-    SamplerChain((Step.TEMPERATURE, Step.TOP_N_SIGMA), top_n_sigma=1.5),
-    SamplerChain((Step.TFS_Z, Step.TEMPERATURE, Step.PENALTIES), tfs_z=0.9, unpenalized=(13,)),
+    SamplerChain(SAMPLERS, mirostat=1, mirostat_tau=3.0),
+    SamplerChain((SamplerName.TEMPERATURE,), mirostat=2, mirostat_tau=4.0),
+    SamplerChain((SamplerName.DRY, *PLAIN_ORDER), dry_multiplier=5.0, dry_allowed_length=1),
+    SamplerChain(
+        (SamplerName.TOP_K, SamplerName.XTC, SamplerName.TEMPERATURE), xtc_probability=0.5, xtc_threshold=0.01
+    ),
+    SamplerChain((SamplerName.TYPICAL_P, SamplerName.TEMPERATURE), typical_p=0.7, dynatemp_range=0.5),
+    SamplerChain((SamplerName.TEMPERATURE, SamplerName.TOP_N_SIGMA), top_n_sigma=1.5),
+    SamplerChain((SamplerName.TFS_Z, SamplerName.TEMPERATURE, SamplerName.PENALTIES), tfs_z=0.9, unpenalized=(13,)),
 )
 """For the seven that grow: every sampler there is, state that goes from token to token among them."""
 
@@ -62,20 +64,20 @@ class Work:
     """Requests to compare: one greedy, one seeded whose context is longer than a span, one that scores its prompt, and
     seven that grow long enough to be preempted when KV memory is short."""
 
-    asks: tuple[Generation, ...]
+    asks: tuple[GenerationRequest, ...]
     kv_heads: int
     head_dim: int
 
-    def asks_of(self, way: Way) -> tuple[Generation, ...]:
+    def asks_of(self, way: Way) -> tuple[GenerationRequest, ...]:
         """A third of what those that grow do, where they need not grow that long."""
         if way.every or way.preempted:
             return self.asks
-        grow = (replace(ask, max_tokens=ask.max_tokens // 3) for ask in self.asks[_OWN:])
+        grow = (replace(ask, max_new_tokens=ask.max_new_tokens // 3) for ask in self.asks[_OWN:])
         return self.asks[:_OWN] + (tuple(grow) if way.company else ())
 
     @property
     def longest(self) -> int:
-        return max(len(ask.prompt) + ask.max_tokens for ask in self.asks)
+        return max(len(ask.prompt) + ask.max_new_tokens for ask in self.asks)
 
 
 @cache
@@ -88,12 +90,12 @@ def make_work(seed: int, vocabulary: int, kv_heads: int, head_dim: int, long: in
         return tuple(source.randrange(3, vocabulary) for _ in range(length))
 
     own = (
-        Generation("greedy", prompt(37), tokens),
-        Generation("seeded", prompt(long), tokens, _SEEDED, seed=source.getrandbits(64)),
-        Generation("scored", prompt(70), 2, score_from=1),
+        GenerationRequest("greedy", prompt(37), tokens),
+        GenerationRequest("seeded", prompt(long), tokens, _SEEDED, seed=source.getrandbits(64)),
+        GenerationRequest("scored", prompt(70), 2, score_from=1),
     )
     others = tuple(
-        Generation(
+        GenerationRequest(
             f"other {i}",
             prompt(source.randrange(5, 12)),
             8 * tokens,
@@ -164,15 +166,15 @@ async def _answers(cluster: Cluster, way: Way, work: Work) -> list[Answer]:
     return [await _ask(cluster, ask) for ask in asks]
 
 
-async def _ask(cluster: Cluster, ask: Generation) -> Answer:
+async def _ask(cluster: Cluster, ask: GenerationRequest) -> Answer:
     rows: list[RowResult] = []
     tokens = 0
     async for event in cluster.engine.submit(ask):
         match event:
             case PromptScored():
                 rows += event.rows
-            case TokenChosen():
+            case TokenSampled():
                 rows.append(event.row)
                 tokens += 1
-    assert tokens == ask.max_tokens
+    assert tokens == ask.max_new_tokens
     return tuple((row.token, struct.pack("<f", row.logprob)) for row in rows)

@@ -23,7 +23,7 @@ from llamaclust.model.loader import Model
 from llamaclust.wire.control.messages import Deadlines
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, Result, SamplingInputs
 
-LIMITS = StageLimits(max_tokens=64, max_outputs=64, max_sequences=8, max_context_tokens=256, kv_blocks=64)
+LIMITS = StageLimits(max_batch_tokens=64, max_outputs=64, max_sequences=8, max_context_tokens=256, kv_blocks=64)
 NAMES = ("a", "b", "c", "d", "e")
 
 

@@ -19,7 +19,7 @@ from llamaclust.cluster.client.local import LocalClient, LocalSettings
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.engine.engine import EngineState
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
-from llamaclust.cluster.scheduler.requests import Generation, PromptScored, TokenChosen
+from llamaclust.cluster.scheduler.requests import GenerationRequest, PromptScored, TokenSampled
 from llamaclust.cluster.server.coordinator import Cluster, open_cluster
 from llamaclust.cluster.state.directory import ClusterDir
 from llamaclust.cluster.state.events import Event, News, PlanMade
@@ -40,13 +40,13 @@ def model_in(folder: Path) -> Path:
     return build_tiny_model(folder / "tiny.gguf", layers=6, context=CONTEXT)
 
 
-def asks(seed: int, tokens: int = 120, longest: int = 90) -> tuple[Generation, ...]:
+def asks(seed: int, tokens: int = 120, longest: int = 90) -> tuple[GenerationRequest, ...]:
     """Half of them greedy, half seeded, one with scores of its prompt, two with a common beginning."""
     source = Random(seed)
     prompts = [[source.randrange(3, 320) for _ in range(source.randrange(20, longest))] for _ in range(REQUESTS)]
     prompts[3] = prompts[2][:16] + prompts[3]
     return tuple(
-        Generation(
+        GenerationRequest(
             f"request {i}",
             tuple(prompt),
             tokens,
@@ -58,7 +58,7 @@ def asks(seed: int, tokens: int = 120, longest: int = 90) -> tuple[Generation, .
     )
 
 
-def undisturbed(model: Path, requests: Sequence[Generation]) -> list[Answer]:
+def undisturbed(model: Path, requests: Sequence[GenerationRequest]) -> list[Answer]:
     """What one worker answers, each request alone."""
 
     async def run() -> list[Answer]:
@@ -75,7 +75,7 @@ async def answer_of(events: AsyncIterator[object], on_token: Callable[[], None] 
         match event:
             case PromptScored():
                 rows += event.rows
-            case TokenChosen():
+            case TokenSampled():
                 rows.append(event.row)
                 on_token()
     return tuple((row.token, struct.pack("<f", row.logprob)) for row in rows)
@@ -91,7 +91,7 @@ class Recovering:
     tokens: int = 0  # that clients have got
     _token: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def start(self, requests: Sequence[Generation]) -> list[asyncio.Task[Answer]]:
+    def start(self, requests: Sequence[GenerationRequest]) -> list[asyncio.Task[Answer]]:
         return [
             asyncio.create_task(answer_of(self.cluster.engine.submit(ask), on_token=self._count)) for ask in requests
         ]

@@ -27,10 +27,10 @@ from llamaclust.cluster.scheduler.requests import (
     Event,
     Finished,
     FinishReason,
-    Generation,
+    GenerationRequest,
     PromptScored,
     Timings,
-    TokenChosen,
+    TokenSampled,
 )
 from llamaclust.cluster.scheduler.settings import EngineSettings, SchedulerSettings
 from llamaclust.cluster.text.service import TextService, TextSettings
@@ -47,7 +47,7 @@ MODEL = "tiny"
 SETTINGS = SchedulerSettings(MODEL, VOCABULARY, CONTEXT, kv_blocks=200, max_sequences=8, max_waiting=64)
 
 END = VOCABULARY - 1  # <|im_end|>
-Script = Callable[[Generation], Sequence[int]]
+Script = Callable[[GenerationRequest], Sequence[int]]
 
 
 @cache
@@ -75,7 +75,7 @@ class ScriptedStream:
     """The events of one scripted request."""
 
     engine: ScriptedEngine
-    generation: Generation
+    generation: GenerationRequest
     events: deque[Event | LlamaclustError]
     given: int = 0
     is_done: bool = False
@@ -89,7 +89,7 @@ class ScriptedStream:
         if self.is_done:
             raise StopAsyncIteration
         event = self.events.popleft()
-        self.given += isinstance(event, TokenChosen)
+        self.given += isinstance(event, TokenSampled)
         if isinstance(event, LlamaclustError):
             self.abort()
             raise event
@@ -115,39 +115,39 @@ class ScriptedEngine:
     failure: LlamaclustError | None = None  # comes after `failure_after` tokens
     failure_after: int = 0
     refusal: LlamaclustError | None = None  # of each submit
-    submitted: list[Generation] = field(default_factory=list)
+    submitted: list[GenerationRequest] = field(default_factory=list)
     running: int = 0
     gate: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
         self.gate.set()
 
-    def submit(self, generation: Generation) -> ScriptedStream:
+    def submit(self, generation: GenerationRequest) -> ScriptedStream:
         if self.refusal is not None:
             raise self.refusal
         self.submitted.append(generation)
         self.running += 1
         return ScriptedStream(self, generation, deque(self._events(generation)))
 
-    def _events(self, ask: Generation) -> list[Event | LlamaclustError]:
+    def _events(self, ask: GenerationRequest) -> list[Event | LlamaclustError]:
         events: list[Event | LlamaclustError] = []
         if ask.score_from is not None and len(ask.prompt) > 1:
             first = max(ask.score_from, 1)
             events.append(PromptScored(first, tuple(self._row(ask, i) for i in range(first, len(ask.prompt)))))
-        tokens = [*self.script(ask), END][: ask.max_tokens]
+        tokens = [*self.script(ask), END][: ask.max_new_tokens]
         stop = next((i + 1 for i, token in enumerate(tokens) if token in ask.stop_token_ids), None)
         rows = [self._chosen(ask, token, place) for place, token in enumerate(tokens[:stop])]
-        events += [TokenChosen(row) for row in rows]
+        events += [TokenSampled(row) for row in rows]
         if self.failure is not None:
             return [*events[: self.failure_after], self.failure]
         reason = FinishReason.LENGTH if stop is None else FinishReason.STOP
         timings = Timings(1.5, 20.0, 100.0, 50.0, len(ask.prompt), 3, len(rows))
         return [*events, Finished(reason, timings)]
 
-    def _row(self, ask: Generation, place: int) -> RowResult:
+    def _row(self, ask: GenerationRequest, place: int) -> RowResult:
         return self._chosen(ask, ask.prompt[place], place)
 
-    def _chosen(self, ask: Generation, token: int, place: int) -> RowResult:
+    def _chosen(self, ask: GenerationRequest, token: int, place: int) -> RowResult:
         top = tuple((i, logprob(place + i)) for i in range(ask.top_logprobs))
         return RowResult(token, logprob(place), top)
 

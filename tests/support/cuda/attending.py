@@ -36,7 +36,7 @@ from support.cuda.launching import Bench
 Float32 = NDArray[np.float32]
 Int32 = NDArray[np.int32]
 
-LIMITS = StageLimits(max_tokens=1600, max_outputs=1, max_sequences=8, max_context_tokens=2048, kv_blocks=300)
+LIMITS = StageLimits(max_batch_tokens=1600, max_outputs=1, max_sequences=8, max_context_tokens=2048, kv_blocks=300)
 SMALL, LARGE = LaunchLimits(2, LEAST_SHARED_BYTES), LaunchLimits(3, 200 << 10)
 NO_SLOPES = np.uint64(0)
 
@@ -112,8 +112,8 @@ class Attender:
         rotation: Rope | None = None,
     ) -> None:
         self.bench, self.step, self.gpu = bench, step, gpu
-        room = room_of((step,), LIMITS.max_tokens, LIMITS.max_context_tokens)
-        self.room = room if slots is None else Room(room.max_rows, slots)
+        room = room_of((step,), LIMITS.max_batch_tokens, LIMITS.max_context_tokens)
+        self.room = room if slots is None else Room(room.max_batch_tokens, slots)
         self.kv = bench.room(block_bytes(step) * LIMITS.kv_blocks)
         self.plan = bench.room(self.room.plan_bytes)
         self.partials = bench.room(max(16, self.room.partial_bytes(step)))

@@ -22,7 +22,7 @@ from support.models.tiny_quantizers import quantize
 
 Float32 = NDArray[np.float32]
 
-LIMITS = StageLimits(max_tokens=64, max_outputs=64, max_sequences=8, max_context_tokens=4096, kv_blocks=260)
+LIMITS = StageLimits(max_batch_tokens=64, max_outputs=64, max_sequences=8, max_context_tokens=4096, kv_blocks=260)
 
 
 def random_source() -> np.random.Generator:

@@ -16,7 +16,7 @@ from llamaclust.model.quant_types import QuantType
 from support.arithmetic.batches import Chain
 from support.cuda.shim_device import ShimDevice
 
-LIMITS = StageLimits(max_tokens=32, max_outputs=32, max_sequences=4, max_context_tokens=128, kv_blocks=24)
+LIMITS = StageLimits(max_batch_tokens=32, max_outputs=32, max_sequences=4, max_context_tokens=128, kv_blocks=24)
 SMALL: dict[str, Any] = {"layers": 3, "heads": 4, "vocabulary": 320}
 QUANTIZED: dict[str, dict[str, Any]] = {
     "llama": {

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
-from llamaclust.cluster.scheduler.requests import Generation
+from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.server.coordinator import open_cluster
 from llamaclust.cluster.state.directory import ClusterDir
 from llamaclust.cluster.state.events import Event, News
@@ -94,7 +94,7 @@ def places(weights: Weights, model_path: str) -> list[Path]:
 
 
 async def answers(
-    settings: ClusterConfig, model: Path, told: list[str], requests: tuple[Generation, ...]
+    settings: ClusterConfig, model: Path, told: list[str], requests: tuple[GenerationRequest, ...]
 ) -> list[object]:
     """Of a cluster that runs for these requests only."""
 

@@ -159,7 +159,7 @@ def predicted_ms(cluster: Cluster) -> float:
 
 
 def _ms(prediction: Prediction, objective: str) -> float:
-    return prediction.token_ms if objective == "latency" else 1e3 / prediction.tokens_per_s
+    return 1e3 * prediction.token_s if objective == "latency" else 1e3 / prediction.tokens_per_s
 
 
 async def measured_ms(cluster: Cluster, source: random.Random, tokens: int) -> float:

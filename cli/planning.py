@@ -21,9 +21,10 @@ from llamaclust.cluster.launchers.base import WorkerSpec
 from llamaclust.cluster.planner.format import plan_json, plan_lines
 from llamaclust.cluster.planner.links import Links
 from llamaclust.cluster.planner.plan import Plan
-from llamaclust.cluster.state.directory import Measurement, read_measurements
+from llamaclust.cluster.state.directory import read_profiles
 from llamaclust.core.errors import InsufficientMemoryError, UsageError
 from llamaclust.core.gpus import Gpu
+from llamaclust.core.profile import Profile
 from llamaclust.core.sizes import mib
 from llamaclust.model.loader import Model
 from llamaclust.tools.hub.catalog import resolve_model
@@ -85,7 +86,7 @@ def _room(config: ClusterConfig, own_bytes: int) -> tuple[str, ...]:
     return (f"  `memory` is for all of a worker: its process itself takes about {mib(own_bytes)} MiB of it",)
 
 
-def _links(config: ClusterConfig, measured: Mapping[str, Measurement]) -> Links:
+def _links(config: ClusterConfig, measured: Mapping[str, Profile]) -> Links:
     """Of a start on this machine."""
     return kept_links(_fingerprints(config), config.state_dir) if hops_matter(measured) else Links()
 
@@ -102,13 +103,13 @@ def _fingerprints(config: ClusterConfig) -> dict[str, str]:
     }
 
 
-def _measured(config: ClusterConfig, model_id: str) -> dict[str, Measurement]:
+def _measured(config: ClusterConfig, model_id: str) -> dict[str, Profile]:
     """The file's own figures first, then those of a start with the same workers on the same hardware: with this model,
     or else with another."""
-    specs, known = worker_specs(config), read_measurements(config.state_dir)
+    specs, known = worker_specs(config), read_profiles(config.state_dir)
     threads = sum(spec.threads or 0 for spec in specs)
     prints = _fingerprints(config)
-    found: dict[str, Measurement] = {}
+    found: dict[str, Profile] = {}
     for tried in ("", model_id):
         keys = {name: measurement_key(one, len(specs), threads, tried) for name, one in prints.items()}
         found |= {name: known[key] for name, key in keys.items() if key in known}

@@ -1,44 +1,115 @@
-"""What workers measure of themselves, in SI units."""
+"""Measured speeds of a worker's processor and GPUs, in SI units: bytes, seconds, multiply-accumulates (MACs)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
-from typing import Annotated
+from statistics import fmean
+from typing import Annotated, Any
 
-from llamaclust.core.bounds import Integer, Rate, Real, Size
+from llamaclust.core.bounds import MAX_GPUS, Integer, Rate, Real, Size
 from llamaclust.core.errors import ProtocolError
 
 _Seconds = Annotated[float, Real(0.0, 3600.0)]
 
 
 @dataclass(frozen=True, slots=True)
-class StageProfile:
-    """What a step takes: stage_s + layers_byte_s * bytes of its layers' weights + head_s on the last stage."""
+class StepTime:
+    """A step of `rows` rows takes stage_s + layers_byte_s * bytes of layer weights + head_s on the last stage."""
 
     rows: Annotated[int, Integer(1, 1 << 16)]
     stage_s: _Seconds
     layers_byte_s: _Seconds
     head_s: _Seconds
 
+    def interpolate(self, other: StepTime, rows: int) -> StepTime:
+        """The point at `rows` on the line through both."""
+        share = (rows - self.rows) / (other.rows - self.rows)
+        values = (max(0.0, a + share * (b - a)) for a, b in zip(_values(self), _values(other), strict=True))
+        return StepTime(rows, *values)
 
-StageProfiles = Annotated[tuple[StageProfile, ...], Size(0, 16)]
-"""By ascending rows; none where the model's file is missing or memory is short."""
+
+StepTimes = Annotated[tuple[StepTime, ...], Size(0, 16)]
+"""By ascending rows; empty where no steps were measured."""
+
+
+def at_rows(times: StepTimes, rows: int) -> StepTime:
+    """Interpolated between points, extrapolated beyond the last one. `times` is not empty."""
+    if len(times) == 1:
+        return times[0]
+    index = next((i for i in range(1, len(times) - 1) if rows <= times[i].rows), len(times) - 1)
+    return times[index - 1].interpolate(times[index], rows)
 
 
 @dataclass(frozen=True, slots=True)
-class GpuProfile:
-    """Rates of the kernels on a GPU, and step times of the model there."""
+class DeviceProfile:
+    """Speed of one device: kernels by themselves, and steps of the model."""
 
-    read_bytes_s: Rate
+    read_bytes_s: Rate  # of weights
     int8_macs_s: Rate
-    stages: StageProfiles = ()
+    concurrent: StepTimes = ()  # while the other workers of the machine compute too
+    isolated: StepTimes = ()  # while they are idle; empty: as `concurrent`
 
     def check(self) -> None:
-        check_ascending(self.stages)
+        """ProtocolError where rows do not ascend."""
+        for times in (self.concurrent, self.isolated):
+            if any(time.rows >= later.rows for time, later in pairwise(times)):
+                raise ProtocolError("step times: their rows must ascend")
+
+    def step_times(self, *, concurrent: bool) -> StepTimes:
+        return self.concurrent if concurrent else self.isolated or self.concurrent
+
+    def without_steps(self) -> DeviceProfile:
+        return replace(self, concurrent=(), isolated=())
 
 
-def check_ascending(stages: tuple[StageProfile, ...]) -> None:
-    """ProtocolError where rows do not ascend."""
-    if any(first.rows >= second.rows for first, second in pairwise(stages)):
-        raise ProtocolError("stage profiles: their rows must ascend")
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """What a worker measured."""
+
+    cpu: DeviceProfile
+    gpus: Annotated[tuple[DeviceProfile, ...], Size(0, MAX_GPUS)] = ()  # in the order of its registration
+
+    def map(self, change: Callable[[DeviceProfile], DeviceProfile]) -> Profile:
+        return Profile(change(self.cpu), tuple(map(change, self.gpus)))
+
+
+def mean_profile(profiles: Sequence[Profile]) -> Profile:
+    """Of workers with equal hardware."""
+    gpus = zip(*(profile.gpus for profile in profiles), strict=True)
+    return Profile(_mean_device([profile.cpu for profile in profiles]), tuple(map(_mean_device, gpus)))
+
+
+def _mean_device(devices: Sequence[DeviceProfile]) -> DeviceProfile:
+    return DeviceProfile(
+        fmean(device.read_bytes_s for device in devices),
+        fmean(device.int8_macs_s for device in devices),
+        mean_step_times([device.concurrent for device in devices]),
+        mean_step_times([device.isolated for device in devices]),
+    )
+
+
+def mean_step_times(series: Sequence[StepTimes]) -> StepTimes:
+    """Of measurements at the same rows; empty ones do not count."""
+    points = zip(*filter(None, series), strict=False)
+    return tuple(StepTime(group[0].rows, *map(fmean, zip(*map(_values, group), strict=True))) for group in points)
+
+
+def read_profile(value: Mapping[str, Any]) -> Profile:
+    """From the JSON of `dataclasses.asdict`. KeyError, TypeError or ValueError for anything else."""
+    return Profile(_read_device(value["cpu"]), tuple(map(_read_device, value["gpus"])))
+
+
+def _read_device(value: Mapping[str, Any]) -> DeviceProfile:
+    speeds = float(value["read_bytes_s"]), float(value["int8_macs_s"])
+    return DeviceProfile(*speeds, _read_steps(value["concurrent"]), _read_steps(value["isolated"]))
+
+
+def _read_steps(points: Iterable[Mapping[str, Any]]) -> StepTimes:
+    names = [field.name for field in fields(StepTime)[1:]]
+    return tuple(StepTime(int(point["rows"]), *(float(point[name]) for name in names)) for point in points)
+
+
+def _values(point: StepTime) -> tuple[float, ...]:
+    return point.stage_s, point.layers_byte_s, point.head_s

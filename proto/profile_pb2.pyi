@@ -52,49 +52,103 @@ Global___ProfileWorker: _TypeAlias = ProfileWorker  # noqa: Y015
 
 @_typing.final
 class WorkerProfile(_message.Message):
-    """Rates of the worker's own kernels on its machine."""
+    """Answer: the worker's profile, in SI units."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    READ_BYTES_S_FIELD_NUMBER: _builtins.int
-    INT8_MACS_S_FIELD_NUMBER: _builtins.int
-    STAGES_FIELD_NUMBER: _builtins.int
+    PROFILE_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
-    GPUS_FIELD_NUMBER: _builtins.int
-    read_bytes_s: _builtins.float
-    """Bytes of memory read per second."""
-    int8_macs_s: _builtins.float
-    """8-bit integer multiply-adds per second."""
     request_id: _builtins.int
     """Of the request."""
     @_builtins.property
-    def stages(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageProfile]:
-        """Steps of the model, by ascending rows; none where its file is missing or memory is short."""
-
-    @_builtins.property
-    def gpus(self) -> _containers.RepeatedCompositeFieldContainer[Global___GpuProfile]:
-        """Of its GPUs, in the order of its registration."""
-
+    def profile(self) -> Global___Profile: ...
     def __init__(
         self,
         *,
-        read_bytes_s: _builtins.float = ...,
-        int8_macs_s: _builtins.float = ...,
-        stages: _abc.Iterable[Global___StageProfile] | None = ...,
+        profile: Global___Profile | None = ...,
         request_id: _builtins.int = ...,
-        gpus: _abc.Iterable[Global___GpuProfile] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["profile", b"profile"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["gpus", b"gpus", "int8_macs_s", b"int8_macs_s", "read_bytes_s", b"read_bytes_s", "request_id", b"request_id", "stages", b"stages"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["profile", b"profile", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WorkerProfile: _TypeAlias = WorkerProfile  # noqa: Y015
 
 @_typing.final
-class StageProfile(_message.Message):
-    """Step time of a stage: stage_s + layers_byte_s * bytes of its layers + head_s on the last one."""
+class Profile(_message.Message):
+    """Measured speeds of a worker."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CPU_FIELD_NUMBER: _builtins.int
+    GPUS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def cpu(self) -> Global___DeviceProfile:
+        """Its processor."""
+
+    @_builtins.property
+    def gpus(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeviceProfile]:
+        """Its GPUs, in the order of its registration."""
+
+    def __init__(
+        self,
+        *,
+        cpu: Global___DeviceProfile | None = ...,
+        gpus: _abc.Iterable[Global___DeviceProfile] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cpu", b"cpu"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpu", b"cpu", "gpus", b"gpus"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Profile: _TypeAlias = Profile  # noqa: Y015
+
+@_typing.final
+class DeviceProfile(_message.Message):
+    """Measured speed of a processor or a GPU."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    READ_BYTES_S_FIELD_NUMBER: _builtins.int
+    INT8_MACS_S_FIELD_NUMBER: _builtins.int
+    CONCURRENT_FIELD_NUMBER: _builtins.int
+    ISOLATED_FIELD_NUMBER: _builtins.int
+    read_bytes_s: _builtins.float
+    """Bytes of weights read per second."""
+    int8_macs_s: _builtins.float
+    """8-bit integer multiply-accumulates per second."""
+    @_builtins.property
+    def concurrent(self) -> _containers.RepeatedCompositeFieldContainer[Global___StepTime]:
+        """Steps of the model, by ascending rows, while the machine's other workers compute too. Empty where the model's file is
+        missing or memory is short.
+        """
+
+    @_builtins.property
+    def isolated(self) -> _containers.RepeatedCompositeFieldContainer[Global___StepTime]:
+        """The same while these are idle; empty: as `concurrent`."""
+
+    def __init__(
+        self,
+        *,
+        read_bytes_s: _builtins.float = ...,
+        int8_macs_s: _builtins.float = ...,
+        concurrent: _abc.Iterable[Global___StepTime] | None = ...,
+        isolated: _abc.Iterable[Global___StepTime] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["concurrent", b"concurrent", "int8_macs_s", b"int8_macs_s", "isolated", b"isolated", "read_bytes_s", b"read_bytes_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeviceProfile: _TypeAlias = DeviceProfile  # noqa: Y015
+
+@_typing.final
+class StepTime(_message.Message):
+    """Time of a step: stage_s + layers_byte_s * bytes of layers' weights + head_s on the last stage."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -105,9 +159,9 @@ class StageProfile(_message.Message):
     rows: _builtins.int
     """Of the microbatch."""
     stage_s: _builtins.float
-    """Seconds, whatever the stage holds."""
+    """Seconds, independent of the stage's layers."""
     layers_byte_s: _builtins.float
-    """Seconds of each byte of layers' weights in memory."""
+    """Seconds for each byte of layers' weights in memory."""
     head_s: _builtins.float
     """Seconds of the head and of sampling."""
     def __init__(
@@ -124,39 +178,7 @@ class StageProfile(_message.Message):
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___StageProfile: _TypeAlias = StageProfile  # noqa: Y015
-
-@_typing.final
-class GpuProfile(_message.Message):
-    """Rates of kernels on a GPU."""
-
-    DESCRIPTOR: _descriptor.Descriptor
-
-    READ_BYTES_S_FIELD_NUMBER: _builtins.int
-    INT8_MACS_S_FIELD_NUMBER: _builtins.int
-    STAGES_FIELD_NUMBER: _builtins.int
-    read_bytes_s: _builtins.float
-    """Of weights, in bytes a second."""
-    int8_macs_s: _builtins.float
-    """Integer multiply-accumulates a second."""
-    @_builtins.property
-    def stages(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageProfile]:
-        """By ascending rows; none where the model's file is missing or memory is short."""
-
-    def __init__(
-        self,
-        *,
-        read_bytes_s: _builtins.float = ...,
-        int8_macs_s: _builtins.float = ...,
-        stages: _abc.Iterable[Global___StageProfile] | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["int8_macs_s", b"int8_macs_s", "read_bytes_s", b"read_bytes_s", "stages", b"stages"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___GpuProfile: _TypeAlias = GpuProfile  # noqa: Y015
+Global___StepTime: _TypeAlias = StepTime  # noqa: Y015
 
 @_typing.final
 class ProfileLinks(_message.Message):

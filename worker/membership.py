@@ -261,9 +261,9 @@ class Member:
         except ModelFileError:  # told when its layers are to be loaded
             model = None
         if model is None:
-            return replace(self._device.measure(), request_id=order.request_id)
+            return WorkerProfile(self._device.measure(), order.request_id)
         with model:
-            return replace(self._device.measure(model), request_id=order.request_id)
+            return WorkerProfile(self._device.measure(model), order.request_id)
 
     async def _locate(self, wanted: FindWeights) -> None:
         try:

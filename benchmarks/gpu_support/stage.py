@@ -15,7 +15,7 @@ from typing import Self
 from gpu_support.work import Amount, Rates, Round, Work
 from llamaclust.cluster.config.environment import environment
 from llamaclust.core.errors import InsufficientMemoryError, UsageError
-from llamaclust.core.profile import GpuProfile
+from llamaclust.core.profile import DeviceProfile
 from llamaclust.core.sizes import mib, missing
 from llamaclust.kernels.backend import Backend
 from llamaclust.kernels.multi_device import ChainBackend, Part
@@ -160,7 +160,7 @@ class Loaded:
         read, int8 = self._ram.measure(_READ_S) * 1e9, int8_peak(threads, _PEAK_S) * 1e9
         return Rates(Amount(gpu.read_bytes_s, read), Amount(gpu.int8_macs_s, int8))
 
-    def kernels(self) -> GpuProfile:
+    def kernels(self) -> DeviceProfile:
         """What products reach on the GPU by themselves."""
         return self._probed.measure()
 

@@ -13,9 +13,10 @@ from pathlib import Path
 from llamaclust.cluster.config.values import is_loopback, split_address
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.planner.links import COORDINATOR, Link, Links
-from llamaclust.cluster.state.directory import Measurement, write_private
+from llamaclust.cluster.state.directory import write_private
 from llamaclust.cluster.state.events import News, Watch
 from llamaclust.core.errors import LlamaclustError
+from llamaclust.core.profile import Profile
 from llamaclust.wire.control.messages import LinkProfile
 from llamaclust.wire.rpc.client import Peer
 from llamaclust.wire.rpc.link_probe import measure_link
@@ -26,9 +27,9 @@ _FILE = ".links.json"  # no cluster's name begins with a dot
 Pair = tuple[str, str]
 
 
-def hops_matter(measured: Mapping[str, Measurement]) -> bool:
+def hops_matter(measured: Mapping[str, Profile]) -> bool:
     """Whether processes of one machine are worth measuring their links: several, beside whose steps a hop shows."""
-    return len(measured) > 1 and all(one.alone for one in measured.values())
+    return len(measured) > 1 and all(profile.cpu.concurrent for profile in measured.values())
 
 
 async def measure_links(
@@ -72,7 +73,7 @@ def kept_links(fingerprints: Mapping[str, str], state_dir: Path) -> Links:
 def _read(state_dir: Path) -> dict[str, Link]:
     try:
         values = json.loads((state_dir / _FILE).read_text())
-        return {key: Link(float(one["one_way_ms"]), float(one["ms_per_mb"])) for key, one in values.items()}
+        return {key: Link(float(one["one_way_s"]), float(one["byte_s"])) for key, one in values.items()}
     except (OSError, ValueError, TypeError, AttributeError, KeyError):
         return {}
 
@@ -124,7 +125,7 @@ async def _measured(
     except LlamaclustError as error:
         watch(News(f"the link between {one or 'the coordinator'} and {other} could not be measured: {error}"))
         return None
-    return Link(speed.round_trip_s * 1e3 / 2, 1e9 / speed.bytes_s)
+    return Link(speed.round_trip_s / 2, 1 / speed.bytes_s)
 
 
 async def _from_here(worker: WorkerHandle, credentials: Credentials) -> LinkProfile:

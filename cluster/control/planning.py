@@ -22,9 +22,8 @@ from llamaclust.cluster.planner.costs import GpuFacts, WorkerFacts
 from llamaclust.cluster.planner.links import UNKNOWN, Links
 from llamaclust.cluster.planner.plan import Plan
 from llamaclust.cluster.planner.planner import PlanRequest, make_plan
-from llamaclust.cluster.state.directory import GpuMeasurement, Measurement
 from llamaclust.core.errors import InsufficientMemoryError, UsageError, WorkerError
-from llamaclust.core.gpus import Gpu
+from llamaclust.core.profile import DeviceProfile, Profile
 from llamaclust.model.loader import Model, ModelCosts
 from llamaclust.wire.microbatch.codec import MAX_STAGES
 
@@ -34,7 +33,7 @@ class ClusterResources:
     """The input of a plan: workers that may hold layers, by name, and what is known of them."""
 
     workers: Mapping[str, WorkerResources]
-    measured: Mapping[str, Measurement]  # by worker; workers without a measurement are planned by their memory alone
+    profiles: Mapping[str, Profile]  # by worker; workers without one are planned by their memory alone
     links: Links = UNKNOWN
     partitions: Pairs = frozenset()  # pairs of workers that cannot reach each other
     free_bytes: int | None = None
@@ -92,9 +91,10 @@ def _worker_facts(config: ClusterConfig, resources: ClusterResources) -> list[Wo
     reaches = resources.links.reaches(names)
     facts = []
     for name in names:
-        measured = resources.measured.get(name)
-        cpu = replace(_cpu_facts(name, memory[name], measured, threads[name]), reach=reaches[name])
-        facts.append(with_gpus(cpu, gpus[name], measured))
+        profile = resources.profiles.get(name)
+        cpu = None if profile is None else profile.cpu
+        worker = WorkerFacts(name, memory[name], cpu, threads[name], reaches[name])
+        facts.append(with_gpus(worker, gpus[name], profile))
     return facts
 
 
@@ -107,27 +107,16 @@ def _memory_shares(config: ClusterConfig, resources: ClusterResources) -> dict[s
     return memory_shares(caps, resources.free_bytes)
 
 
-def _cpu_facts(name: str, memory_bytes: int, measured: Measurement | None, threads: int) -> WorkerFacts:
-    if measured is None:
-        return WorkerFacts(name, memory_bytes, None, None, threads)
-    facts = WorkerFacts(name, memory_bytes, measured.read_gb_s, measured.int8_gmac_s, threads)
-    return replace(facts, alone=measured.alone, together=measured.together)
-
-
-def with_gpus(facts: WorkerFacts, resources: WorkerResources, measured: Measurement | None) -> WorkerFacts:
-    """Measurements of another number of GPUs do not count."""
+def with_gpus(facts: WorkerFacts, resources: WorkerResources, profile: Profile | None) -> WorkerFacts:
+    """Profiles of another number of GPUs do not count."""
     if not resources.gpus:
         return facts
-    speeds: Sequence[GpuMeasurement | None] = () if measured is None else measured.gpus
-    if len(speeds) != len(resources.gpus):
-        speeds = (None,) * len(resources.gpus)
-    return replace(facts, gpus=tuple(map(_gpu_facts, resources.gpus, speeds)), gpu_layers=resources.gpu_layers)
-
-
-def _gpu_facts(gpu: Gpu, measured: GpuMeasurement | None) -> GpuFacts:
-    if measured is None:
-        return GpuFacts(gpu.device, gpu.free_bytes)
-    return GpuFacts(gpu.device, gpu.free_bytes, measured.read_gb_s, measured.int8_gmac_s, measured.trial)
+    profiles: Sequence[DeviceProfile | None] = () if profile is None else profile.gpus
+    if len(profiles) != len(resources.gpus):
+        profiles = (None,) * len(resources.gpus)
+    known = zip(resources.gpus, profiles, strict=True)
+    gpus = tuple(GpuFacts(gpu.device, gpu.free_bytes, of) for gpu, of in known)
+    return replace(facts, gpus=gpus, gpu_layers=resources.gpu_layers)
 
 
 class ClusterPlanner:
@@ -139,7 +128,7 @@ class ClusterPlanner:
         model: Model,
         *,
         free_bytes: int | None,
-        measured: Mapping[str, Measurement],
+        profiles: Mapping[str, Profile],
         links: Links,
     ) -> None:
         """`free_bytes`: see `ClusterResources`."""
@@ -147,7 +136,7 @@ class ClusterPlanner:
         self.links = links
         self._model = model
         self._free_bytes = free_bytes
-        self._measured = measured
+        self._profiles = profiles
 
     def update(self, links: Links) -> bool:
         """Replaces the links; whether they changed."""
@@ -163,5 +152,5 @@ class ClusterPlanner:
         if not workers:
             raise WorkerError("no worker is left")
         known = {name: WorkerResources.of(worker.registration) for name, worker in workers.items()}
-        resources = ClusterResources(known, self._measured, self.links, partitions, self._free_bytes)
+        resources = ClusterResources(known, self._profiles, self.links, partitions, self._free_bytes)
         return await asyncio.to_thread(plan_cluster, self.config, self._model, resources)

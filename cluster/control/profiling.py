@@ -4,49 +4,47 @@ for the next start."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.control.notices import untried_text
 from llamaclust.cluster.control.resource_shares import measurement_key
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
-from llamaclust.cluster.planner.profile import Trial, TrialPoint, mean_trial
-from llamaclust.cluster.state.directory import GpuMeasurement, Measurement, read_measurements, write_measurements
+from llamaclust.cluster.state.directory import read_profiles, write_profiles
 from llamaclust.cluster.state.events import Measuring, News, Watch
 from llamaclust.core.errors import LlamaclustError
-from llamaclust.core.profile import GpuProfile, StageProfile
+from llamaclust.core.profile import DeviceProfile, Profile, StepTimes, mean_profile
 from llamaclust.model.loader import Model
-from llamaclust.wire.control.messages import ProfileWorker, WorkerProfile
+from llamaclust.wire.control.messages import ProfileWorker
 
 
 async def measure_workers(
     config: ClusterConfig, model: Model, workers: Mapping[str, WorkerHandle], state_dir: Path, watch: Watch
-) -> dict[str, Measurement]:
+) -> dict[str, Profile]:
     """By worker name. Keys of the cluster file come first, then what was measured on the same hardware before."""
     stated = stated_speeds(config)
     members = {spec.name: workers[spec.name] for spec in config.workers if spec.name not in stated}
     keys = {name: _key(worker, workers, model.model_id) for name, worker in members.items()}
-    known = read_measurements(state_dir)
+    known = read_profiles(state_dir)
     missing = [name for name, key in keys.items() if key not in known]
     if missing:
         watch(Measuring(tuple(missing)))
         order = ProfileWorker(str(model.file.path), model.model_id)
         measuring = _Measuring({name: workers[name] for name in missing}, keys, order, watch)
         new = await measuring.run()
-        untried = {_key(workers[name], workers): _untried(new[keys[name]]) for name in missing}
+        untried = {_key(workers[name], workers): new[keys[name]].map(DeviceProfile.without_steps) for name in missing}
         kept = {key: one for key, one in new.items() if key not in measuring.failed}  # those are tried again next time
-        write_measurements(state_dir, untried | kept)
+        write_profiles(state_dir, untried | kept)
         known |= new
     return stated | {name: known[key] for name, key in keys.items()}
 
 
-def stated_speeds(config: ClusterConfig) -> dict[str, Measurement]:
+def stated_speeds(config: ClusterConfig) -> dict[str, Profile]:
     """What the cluster file says itself, by worker name."""
     return {
-        spec.name: Measurement(spec.bandwidth, spec.int8)
+        spec.name: Profile(DeviceProfile(spec.bandwidth * 1e9, spec.int8 * 1e9))
         for spec in config.workers
         if spec.bandwidth is not None and spec.int8 is not None
     }
@@ -56,11 +54,6 @@ def _key(worker: WorkerHandle, workers: Mapping[str, WorkerHandle], model_id: st
     one = worker.registration
     company = [other.registration for other in workers.values() if other.registration.host == one.host]
     return measurement_key(one.fingerprint, len(company), sum(other.threads for other in company), model_id)
-
-
-def _untried(measured: Measurement) -> Measurement:
-    gpus = tuple(replace(gpu, trial=()) for gpu in measured.gpus)
-    return replace(measured, alone=(), together=(), gpus=gpus)
 
 
 class _Measuring:
@@ -75,18 +68,19 @@ class _Measuring:
         self._watch = watch
         self.failed: set[str] = set()  # keys of workers that could not try steps of the model
 
-    async def run(self) -> dict[str, Measurement]:
+    async def run(self) -> dict[str, Profile]:
         """By key. All together first; then, of those that are alike and share a machine, one alone."""
         found = _evened([self._keys[name] for name in self._workers], await self._together())
         machines: dict[str, list[str]] = {}
         for name, worker in self._workers.items():
             machines.setdefault(worker.registration.host, []).append(name)
         shared = [company for company in machines.values() if len(company) > 1]
-        for alone in await asyncio.gather(*map(self._each_alone, shared)):
-            found |= {key: replace(found[key], alone=trial) for key, trial in alone.items() if trial}
+        for isolated in await asyncio.gather(*map(self._each_alone, shared)):
+            for key, times in isolated.items():
+                found[key] = replace(found[key], cpu=replace(found[key].cpu, isolated=times))
         return found
 
-    async def _together(self) -> list[WorkerProfile]:
+    async def _together(self) -> list[Profile]:
         """In the order of the workers; of those that failed to try steps of the model, of their machines alone."""
         tried = await asyncio.gather(*map(self._try, self._workers.values()))
         without = [name for name, one in zip(self._workers, tried, strict=True) if one is None]
@@ -95,15 +89,15 @@ class _Measuring:
         )
         return [one or machines[name] for name, one in zip(self._workers, tried, strict=True)]
 
-    async def _each_alone(self, names: list[str]) -> dict[str, Trial]:
+    async def _each_alone(self, names: list[str]) -> dict[str, StepTimes]:
         one_of_each = {self._keys[name]: self._workers[name] for name in reversed(names)}
-        trials: dict[str, Trial] = {}
+        isolated: dict[str, StepTimes] = {}
         for key, worker in one_of_each.items():
             if key not in self.failed and (measured := await self._try(worker)) is not None:
-                trials[key] = _trial(measured.stages)
-        return trials
+                isolated[key] = measured.cpu.concurrent
+        return isolated
 
-    async def _try(self, worker: WorkerHandle) -> WorkerProfile | None:
+    async def _try(self, worker: WorkerHandle) -> Profile | None:
         """None, and a line that says so, where steps of the model could not be tried. WorkerError where it is lost."""
         try:
             return await worker.measure(self._order)
@@ -115,25 +109,9 @@ class _Measuring:
             return None
 
 
-def _evened(keys: list[str], measured: list[WorkerProfile]) -> dict[str, Measurement]:
+def _evened(keys: list[str], profiles: list[Profile]) -> dict[str, Profile]:
     """Workers that are alike and share a machine get their mean: what tells them apart is noise."""
-    groups: dict[str, list[WorkerProfile]] = {}
-    for key, one in zip(keys, measured, strict=True):
-        groups.setdefault(key, []).append(one)
-    return {key: _mean(group) for key, group in groups.items()}
-
-
-def _mean(group: list[WorkerProfile]) -> Measurement:
-    read_gb_s, int8_gmac_s, trial = _means(group)
-    gpus = tuple(GpuMeasurement(*_means(alike)) for alike in zip(*(one.gpus for one in group), strict=True))
-    return Measurement(read_gb_s, int8_gmac_s, alone=trial, together=trial, gpus=gpus)
-
-
-def _means(group: Sequence[WorkerProfile | GpuProfile]) -> tuple[float, float, Trial]:
-    """GB/s, 10^9 multiply-accumulates a second, steps."""
-    read = fmean(one.read_bytes_s for one in group) / 1e9
-    return read, fmean(one.int8_macs_s for one in group) / 1e9, mean_trial([_trial(one.stages) for one in group])
-
-
-def _trial(trials: Iterable[StageProfile]) -> Trial:
-    return tuple(TrialPoint(one.rows, one.stage_s * 1e3, one.layers_byte_s * 1e12, one.head_s * 1e3) for one in trials)
+    groups: dict[str, list[Profile]] = {}
+    for key, profile in zip(keys, profiles, strict=True):
+        groups.setdefault(key, []).append(profile)
+    return {key: mean_profile(group) for key, group in groups.items()}

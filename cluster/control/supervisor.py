@@ -346,4 +346,4 @@ def _is_cheap(engine: Engine, plan: Plan) -> bool:
     tokens = sum(len(sequence.tokens) for sequence in engine.scheduler.sequences)
     if plan.prediction is None or not tokens:
         return not tokens
-    return tokens * sum(stage.prefill_ms for stage in plan.prediction.stages) < 1e3 * _REPLAY_S
+    return tokens * sum(stage.prefill_s for stage in plan.prediction.stages) < _REPLAY_S

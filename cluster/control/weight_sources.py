@@ -23,7 +23,7 @@ from llamaclust.wire.rpc.deadlines import deadline
 
 _log = logging.getLogger(__name__)
 
-_PIECE_MB = 8.0
+_PIECE_BYTES = 8e6
 """Weights come in pieces of such a size."""
 _ALIKE = 1.25
 """Links that differ by less bring as much."""
@@ -96,8 +96,8 @@ def nearest_first(
 
     def distance(name: str) -> tuple[bool, float]:
         link = links.measured.get(frozenset((asker, name)))
-        piece_ms = inf if link is None else link.one_way_ms + _PIECE_MB * link.ms_per_mb
-        return hosts[name] != hosts[asker], piece_ms if link is None else round(log(piece_ms, _ALIKE))
+        piece_s = inf if link is None else link.one_way_s + _PIECE_BYTES * link.byte_s
+        return hosts[name] != hosts[asker], piece_s if link is None else round(log(1e3 * piece_s, _ALIKE))
 
     return sorted(turned, key=distance)
 

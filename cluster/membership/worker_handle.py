@@ -14,6 +14,7 @@ from llamaclust.cluster.membership.progress_deadline import Further
 from llamaclust.core import errors
 from llamaclust.core.errors import LlamaclustError, ProtocolError, WorkerError
 from llamaclust.core.gpus import DeviceLayers, Gpu
+from llamaclust.core.profile import Profile
 from llamaclust.wire.control.messages import (
     CoordinatorMessage,
     Failure,
@@ -214,15 +215,15 @@ class WorkerHandle:
         self._cut_off.pop(epoch, None)
         self._unreached.pop(epoch, None)
 
-    async def measure(self, order: ProfileWorker = ProfileWorker(), deadline_s: float = _MEASURE_S) -> WorkerProfile:  # noqa: B008
+    async def measure(self, order: ProfileWorker = ProfileWorker(), deadline_s: float = _MEASURE_S) -> Profile:  # noqa: B008
         """Has the worker measure its machine; it should do nothing else meanwhile. ProtocolError for an answer about
         other GPUs than it has."""
         limit = deadline(f"worker {self.name}: measurement", deadline_s)
         measured: WorkerProfile = await self._request(order, limit)
-        gpus = len(self.registration.gpus)
-        if len(measured.gpus) != gpus:
-            raise ProtocolError(f"worker {self.name} measured {len(measured.gpus)} GPUs, it has {gpus}")
-        return measured
+        gpus, measured_gpus = len(self.registration.gpus), len(measured.profile.gpus)
+        if measured_gpus != gpus:
+            raise ProtocolError(f"worker {self.name} measured {measured_gpus} GPUs, it has {gpus}")
+        return measured.profile
 
     async def measure_link(self, other: WorkerHandle, deadline_s: float = _LINK_S) -> LinkProfile:
         """Has it measure its link to another worker. Raises what it met there."""

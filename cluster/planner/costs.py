@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llamaclust.cluster.planner.links import NO_REACH, Reach
-from llamaclust.cluster.planner.profile import Trial, at_rows
+from llamaclust.core.profile import DeviceProfile, at_rows
 from llamaclust.model.loader import ModelCosts
 
 Counts = NDArray[np.int64]
@@ -24,9 +24,7 @@ class GpuFacts:
 
     device: str
     memory_bytes: int  # what the worker may take of it
-    read_gb_s: float | None = None
-    int8_gmac_s: float | None = None
-    trial: Trial = ()  # what steps took; other workers of the machine do not compute on it
+    profile: DeviceProfile | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +33,9 @@ class WorkerFacts:
 
     name: str
     memory_bytes: int | None  # what it may take, in all
-    read_gb_s: float | None
-    int8_gmac_s: float | None
+    profile: DeviceProfile | None  # of its processor
     threads: int = 1
     reach: Reach = NO_REACH  # what it adds to links
-    alone: Trial = ()  # what steps took, while other workers of its machine did nothing
-    together: Trial = ()  # the same while they did as much
     gpus: tuple[GpuFacts, ...] = ()  # beside its processor, of which all the rest is told
     gpu_layers: int | None = None  # of a stage, on its cards; None: as many as they have memory for
     device: str = "cpu"
@@ -94,32 +89,33 @@ class StageCosts:
     def weight_bytes(self, start: int, end: int) -> int:
         return int(self.held_bytes[start, end])
 
-    def decode_ms(self, worker: WorkerFacts, start: int, end: int, rows: int = 1, *, together: bool = False) -> float:
-        """One microbatch in which `rows` sequences get a token each; `together`: other stages compute at the same time.
-        The worker must have been measured."""
-        return float(self.decode_table(worker, rows, together=together)[start, end])
+    def decode_s(self, worker: WorkerFacts, start: int, end: int, rows: int = 1, *, concurrent: bool = False) -> float:
+        """One microbatch that decodes a token of each of `rows` sequences; `concurrent`: other stages of the machine
+        compute too. The worker has a profile."""
+        return float(self.decode_table(worker, rows, concurrent=concurrent)[start, end])
 
-    def prefill_ms(self, worker: WorkerFacts, start: int, end: int, rows: int, *, together: bool = False) -> float:
+    def prefill_s(self, worker: WorkerFacts, start: int, end: int, rows: int, *, concurrent: bool = False) -> float:
         """One microbatch of that many prompt tokens, none of them an output row."""
-        return float(self.prefill_table(worker, rows, together=together)[start, end])
+        return float(self.prefill_table(worker, rows, concurrent=concurrent)[start, end])
 
-    def decode_table(self, worker: WorkerFacts, rows: int = 1, *, together: bool = False) -> Table:
-        """`decode_ms` of all stages."""
-        if tried := worker.together if together else worker.alone:
-            point = at_rows(tried, rows)
-            ends_ms = point.stage_ms + (np.arange(self.layers + 1) == self.layers) * point.head_ms
-            decode: Table = self._layers_read / 1e9 * point.layers_ms_per_gb + ends_ms
+    def decode_table(self, worker: WorkerFacts, rows: int = 1, *, concurrent: bool = False) -> Table:
+        """`decode_s` of all stages."""
+        assert worker.profile is not None
+        if times := worker.profile.step_times(concurrent=concurrent):
+            point = at_rows(times, rows)
+            ends_s = point.stage_s + (np.arange(self.layers + 1) == self.layers) * point.head_s
+            decode: Table = self._layers_read * point.layers_byte_s + ends_s
             return decode
         read = np.minimum(self._read, rows * (self._read - self._idle))
-        return _roofline_ms(worker, read, rows * self._macs)
+        return _roofline_s(worker.profile, read, rows * self._macs)
 
-    def prefill_table(self, worker: WorkerFacts, rows: int, *, together: bool = False) -> Table:
-        """`prefill_ms` of all stages."""
-        if tried := worker.together if together else worker.alone:
-            point = at_rows(tried, rows)
-            prefill: Table = self._layers_read / 1e9 * point.layers_ms_per_gb + point.stage_ms
-            return prefill
-        return _roofline_ms(worker, self._layers_read, rows * self._layers_macs)
+    def prefill_table(self, worker: WorkerFacts, rows: int, *, concurrent: bool = False) -> Table:
+        """`prefill_s` of all stages."""
+        assert worker.profile is not None
+        if times := worker.profile.step_times(concurrent=concurrent):
+            point = at_rows(times, rows)
+            return self._layers_read.astype(np.float64) * point.layers_byte_s + point.stage_s
+        return _roofline_s(worker.profile, self._layers_read, rows * self._layers_macs)
 
 
 def sums(values: Iterable[int]) -> Counts:
@@ -128,6 +124,5 @@ def sums(values: Iterable[int]) -> Counts:
     return before - before[:, np.newaxis]
 
 
-def _roofline_ms(worker: WorkerFacts, read_bytes: Counts, macs: Counts) -> Table:
-    assert worker.read_gb_s is not None and worker.int8_gmac_s is not None
-    return np.maximum(read_bytes / worker.read_gb_s, macs / worker.int8_gmac_s) / 1e6
+def _roofline_s(profile: DeviceProfile, read_bytes: Counts, macs: Counts) -> Table:
+    return np.maximum(read_bytes / profile.read_bytes_s, macs / profile.int8_macs_s)

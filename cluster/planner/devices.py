@@ -24,10 +24,7 @@ def devices_of(worker: WorkerFacts) -> tuple[WorkerFacts, ...]:
             name=f"{worker.name} {gpu.device}",
             device=gpu.device,
             memory_bytes=gpu.memory_bytes,
-            read_gb_s=gpu.read_gb_s,
-            int8_gmac_s=gpu.int8_gmac_s,
-            alone=gpu.trial,
-            together=gpu.trial,
+            profile=gpu.profile,
             gpus=(),
         )
         for gpu in worker.gpus

@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from math import ceil
 from typing import Any
 
-from llamaclust.cluster.planner.plan import DevicePlan, Plan, Prediction, StagePlan, StagePrediction
+from llamaclust.cluster.planner.plan import DevicePlan, Plan, StagePlan, StagePrediction
 from llamaclust.core.sizes import MIB
 from llamaclust.model.program import KV_BLOCK_TOKENS
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:
-    """Every figure of the plan; layers half-open, sizes in bytes, what nobody measured is null."""
+    """Every figure of the plan: layers half-open, sizes in bytes, times in milliseconds, null where not measured."""
     values, predicted = asdict(plan), plan.prediction
-    values |= {"prompt_tokens": plan.prompt_tokens} | _fields(Prediction, values.pop("prediction"))
-    times = [None] * len(plan.stages) if predicted is None else [asdict(stage) for stage in predicted.stages]
-    stages = zip(plan.stages, times, strict=True)
-    return values | {"stages": [asdict(stage) | _fields(StagePrediction, one) for stage, one in stages]}
+    del values["prediction"]
+    values |= {
+        "prompt_tokens": plan.prompt_tokens,
+        "token_ms": predicted and 1e3 * predicted.token_s,
+        "links_ms": predicted and 1e3 * predicted.links_s,
+        "ttft_ms": predicted and 1e3 * predicted.ttft_s,
+        "tokens_per_s": predicted and predicted.tokens_per_s,
+        "limiting": predicted and predicted.limiting,
+    }
+    times = [None] * len(plan.stages) if predicted is None else predicted.stages
+    stages = (asdict(stage) | _stage_times(time) for stage, time in zip(plan.stages, times, strict=True))
+    return values | {"stages": list(stages)}
 
 
-def _fields(kind: type[Prediction | StagePrediction], values: dict[str, Any] | None) -> dict[str, Any]:
-    return dict.fromkeys(field.name for field in fields(kind)) if values is None else values
+def _stage_times(predicted: StagePrediction | None) -> dict[str, float | None]:
+    if predicted is None:
+        return {"decode_ms": None, "prefill_ms": None}
+    return {"decode_ms": 1e3 * predicted.decode_s, "prefill_ms": 1e3 * predicted.prefill_s}
 
 
 def plan_lines(plan: Plan) -> tuple[str, ...]:

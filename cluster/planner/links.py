@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 COORDINATOR = ""
 """Its name among workers' names."""
 
-_NOISE_MS = 0.05
+_NOISE_S = 5e-5
+_NOISE_BYTE_S = 5e-11
 _NOISE = 0.1
 """Smaller differences, or shares, do not tell workers apart: whoever is equally far away is alike to the planner."""
 
@@ -21,11 +22,11 @@ _NOISE = 0.1
 class Link:
     """Between two processes, whichever of them sends."""
 
-    one_way_ms: float  # of one token's hidden state
-    ms_per_mb: float  # that each further megabyte takes
+    one_way_s: float  # of one token's hidden state
+    byte_s: float  # that each further byte takes
 
 
-USUAL = Link(one_way_ms=0.15, ms_per_mb=1.0)
+USUAL = Link(one_way_s=1.5e-4, byte_s=1e-9)
 """Between processes of one machine, where nothing was measured."""
 
 
@@ -33,8 +34,8 @@ USUAL = Link(one_way_ms=0.15, ms_per_mb=1.0)
 class Reach:
     """What one process adds to each link that it has."""
 
-    one_way_ms: float = 0.0
-    ms_per_mb: float = 0.0
+    one_way_s: float = 0.0
+    byte_s: float = 0.0
 
 
 NO_REACH = Reach()
@@ -65,18 +66,18 @@ class Links:
         for row, pair in enumerate(pairs):
             ends[row, [order[name] for name in pair]] = 1.0
         links = [self.measured[frozenset(pair)] for pair in pairs]
-        values = np.array([(link.one_way_ms, link.ms_per_mb) for link in links])
+        values = np.array([(link.one_way_s, link.byte_s) for link in links])
         solved = np.linalg.lstsq(ends.T @ ends, ends.T @ values, rcond=None)[0]
         solved = np.maximum(solved, 0.0)
-        one_way, per_mb = _alike(solved[:, 0]), _alike(solved[:, 1])
-        return {name: Reach(one_way[index], per_mb[index]) for name, index in order.items()}
+        one_way, byte = _alike(solved[:, 0], _NOISE_S), _alike(solved[:, 1], _NOISE_BYTE_S)
+        return {name: Reach(one_way[index], byte[index]) for name, index in order.items()}
 
 
-def _alike(values: NDArray[np.float64]) -> list[float]:
+def _alike(values: NDArray[np.float64], noise: float) -> list[float]:
     """Values that differ by noise become one, their mean."""
     order = np.argsort(values, kind="stable")
     ascending = values[order]
-    apart = np.diff(ascending) > np.maximum(_NOISE_MS, _NOISE * ascending[1:])
+    apart = np.diff(ascending) > np.maximum(noise, _NOISE * ascending[1:])
     alike = np.empty_like(values)
     for group in np.split(order, np.flatnonzero(apart) + 1):
         alike[group] = values[group].mean()

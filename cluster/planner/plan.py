@@ -68,8 +68,8 @@ class Spare:
 class StagePrediction:
     """How long a stage computes."""
 
-    decode_ms: float  # one token of one sequence
-    prefill_ms: float  # each prompt token
+    decode_s: float  # one token of one sequence
+    prefill_s: float  # each prompt token
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +77,9 @@ class Prediction:
     """What a plan should bring."""
 
     stages: tuple[StagePrediction, ...]
-    token_ms: float  # from token to token of one sequence alone
-    links_ms: float  # of it, on the way from stage to stage
-    ttft_ms: float  # first token after a prompt of `prompt_tokens`
+    token_s: float  # from token to token of one sequence alone
+    links_s: float  # of it, on the way from stage to stage
+    ttft_s: float  # first token after a prompt of `prompt_tokens`
     tokens_per_s: float  # of as many sequences as may run together
     limiting: str  # worker whose stage takes longest
 

@@ -20,7 +20,7 @@ from functools import partial
 import numpy as np
 
 from llamaclust.cluster.planner.adjacency import Pairs, names_in, split, ways_apart
-from llamaclust.cluster.planner.costs import GpuFacts, StageCosts, Table, WorkerFacts
+from llamaclust.cluster.planner.costs import StageCosts, Table, WorkerFacts
 from llamaclust.cluster.planner.devices import devices_of
 from llamaclust.cluster.planner.idle_workers import spares
 from llamaclust.cluster.planner.links import Links
@@ -33,6 +33,7 @@ from llamaclust.cluster.planner.shortage import cut_does_not_fit, does_not_fit
 from llamaclust.cluster.planner.worker_classes import Kind, kinds_of
 from llamaclust.cluster.planner.workspace import Rounding, Workspace, no_rounding
 from llamaclust.core.errors import NetworkPartitionError
+from llamaclust.core.profile import DeviceProfile
 from llamaclust.model.loader import ModelCosts
 
 _ANSWER_TOKENS = 128
@@ -40,16 +41,14 @@ _TOGETHER = 8
 _AIMS = {"throughput": (0, np.inf), "latency": (3, 1.1)}
 """(percent by which a percent more time per token makes the slowest stage faster at least, most of its least time)."""
 
-_STAGE_MS = 1e-6
+_STAGE_S = 1e-9
 """Decides between cuts that take as long."""
 
 _WORTH_ROOM = 1.1
 """Less room for keys and values, though for a whole context, has to make a plan faster by so much."""
 
-_NOMINAL_READ_GB_S = 20.0
-_NOMINAL_INT8_GMAC_S = 300.0
-_GPU_READ_GB_S = 500.0
-_GPU_INT8_GMAC_S = 50_000.0
+_NOMINAL_CPU = DeviceProfile(read_bytes_s=20e9, int8_macs_s=300e9)
+_NOMINAL_GPU = DeviceProfile(read_bytes_s=500e9, int8_macs_s=50e12)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +130,7 @@ def _stage(sizes: Sizes, worker: WorkerFacts, stage: StageParts, kv_blocks: int)
 
 def _measured(workers: Sequence[WorkerFacts]) -> bool:
     devices = (device for worker in workers for device in devices_of(worker))
-    return all(device.read_gb_s is not None and device.int8_gmac_s is not None for device in devices)
+    return all(device.profile is not None for device in devices)
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,32 +184,30 @@ def _is_worth(less_room: Best, more_room: Best, objective: str) -> bool:
 
 
 def _nominal(worker: WorkerFacts) -> WorkerFacts:
-    read, int8 = _NOMINAL_READ_GB_S, _NOMINAL_INT8_GMAC_S
-    speeds = _GPU_READ_GB_S, _GPU_INT8_GMAC_S
-    gpus = tuple(GpuFacts(gpu.device, gpu.memory_bytes, *speeds) for gpu in worker.gpus)
-    return replace(worker, read_gb_s=read, int8_gmac_s=int8, alone=(), together=(), gpus=gpus)
+    gpus = tuple(replace(gpu, profile=_NOMINAL_GPU) for gpu in worker.gpus)
+    return replace(worker, profile=_NOMINAL_CPU, gpus=gpus)
 
 
 def _times(stages: StageCosts, sizes: Sizes, contexts: int, worker: WorkerFacts) -> tuple[Table, Table]:
-    """(ms of the mix of work where the stage fits, ms of one token) of each stage on a worker."""
+    """(seconds of the mix of work where the stage fits, seconds of one token) of each stage on a worker."""
     prompt_tokens = usual_prompt_tokens(sizes.limits.context_length)
     answers = _ANSWER_TOKENS / _TOGETHER
     over = partial(sizes.over_devices, worker, contexts)
 
-    def mix_of(*, together: bool) -> Table:
+    def mix_of(*, concurrent: bool) -> Table:
         return over(
             lambda device: (
-                stages.prefill_table(device, prompt_tokens, together=together)
-                + stages.decode_table(device, _TOGETHER, together=together) * answers
+                stages.prefill_table(device, prompt_tokens, concurrent=concurrent)
+                + stages.decode_table(device, _TOGETHER, concurrent=concurrent) * answers
             )
         )
 
-    mix = mix_of(together=True)
-    mix[0, stages.layers] = mix_of(together=False)[0, stages.layers]  # no other stage computes then
+    mix = mix_of(concurrent=True)
+    mix[0, stages.layers] = mix_of(concurrent=False)[0, stages.layers]  # no other stage computes then
     fits = sizes.missing_table(worker, contexts) == 0
-    prompt_mb = prompt_tokens * stages.hidden_bytes / 1e6
+    prompt_bytes = prompt_tokens * stages.hidden_bytes
     others = np.ones_like(mix)
     others[0, stages.layers] = 0  # a stage of all layers has no links
-    sent_ms = others * 2 * worker.reach.ms_per_mb * prompt_mb  # in and out, while it computes
-    hops_ms = others * 2 * worker.reach.one_way_ms
-    return np.where(fits, np.maximum(mix, sent_ms), np.inf), over(stages.decode_table) + hops_ms + _STAGE_MS
+    sent_s = others * 2 * worker.reach.byte_s * prompt_bytes  # in and out, while it computes
+    hops_s = others * 2 * worker.reach.one_way_s
+    return np.where(fits, np.maximum(mix, sent_s), np.inf), over(stages.decode_table) + hops_s + _STAGE_S

@@ -58,11 +58,7 @@ def _least_missing(sizes: Sizes, workers: Sequence[WorkerFacts]) -> float:
         missing_bytes = sizes.missing_table(worker, 1)
         return missing_bytes, missing_bytes
 
-    return least_total(
-        kinds_of(
-            [replace(worker, read_gb_s=None, int8_gmac_s=None, alone=(), together=()) for worker in workers], tables
-        )
-    )
+    return least_total(kinds_of([replace(worker, profile=None) for worker in workers], tables))
 
 
 def _shorter_context(sizes: Sizes, workers: Sequence[WorkerFacts]) -> str:

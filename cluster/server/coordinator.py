@@ -26,8 +26,9 @@ from llamaclust.cluster.planner.links import UNKNOWN
 from llamaclust.cluster.planner.plan import Plan
 from llamaclust.cluster.scheduler.settings import EngineSettings
 from llamaclust.cluster.server.weight_metrics import WeightMetrics
-from llamaclust.cluster.state.directory import ClusterDir, Measurement
+from llamaclust.cluster.state.directory import ClusterDir
 from llamaclust.cluster.state.events import Watch
+from llamaclust.core.profile import Profile
 from llamaclust.model.loader import Model
 from llamaclust.wire.control.messages import Deadlines
 from llamaclust.wire.rpc.sched_slice import short_slices
@@ -76,7 +77,7 @@ async def open_cluster(
                 meter = _link_meter(config, measured, launch, folder, watch)
                 links = UNKNOWN if meter is None else await meter(registry.present)
                 free_bytes = launcher.free_memory_bytes()
-                planner = ClusterPlanner(config, model, free_bytes=free_bytes, measured=measured, links=links)
+                planner = ClusterPlanner(config, model, free_bytes=free_bytes, profiles=measured, links=links)
                 epochs = Epochs(config, model, registry, launch.credentials)
                 supervisor = Supervisor(config, epochs, planner, registry, launcher, watch, meter)
                 async with _engine(config, supervisor, launcher) as engine:
@@ -101,7 +102,7 @@ def _registry(config: ClusterConfig, launch: Launch) -> Registry:
 
 
 def _link_meter(
-    config: ClusterConfig, measured: Mapping[str, Measurement], launch: Launch, folder: ClusterDir, watch: Watch
+    config: ClusterConfig, measured: Mapping[str, Profile], launch: Launch, folder: ClusterDir, watch: Watch
 ) -> MeasureLinks | None:
     """None where links are taken to be the usual ones."""
     if config.launcher == "local" and not hops_matter(measured):

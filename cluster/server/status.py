@@ -59,8 +59,8 @@ def _speed(plan: Plan, measured: MeasuredSpeed) -> dict[str, Any]:
     """Two times the same figures; null for what nobody measured."""
     known = plan.prediction
     predicted = {
-        "token_ms": None if known is None else known.token_ms,
-        "ttft_ms": None if known is None else known.ttft_ms,
+        "token_ms": None if known is None else 1e3 * known.token_s,
+        "ttft_ms": None if known is None else 1e3 * known.ttft_s,
         "prompt_tokens": plan.prompt_tokens,
         "tokens_per_s": None if known is None else known.tokens_per_s,
         "limiting": None if known is None else known.limiting,
@@ -84,8 +84,8 @@ def _worker(handle: WorkerHandle, report: StageReport | None, predicted: StagePr
         "busy": 0.0 if report is None else report.busy,
         "tokens_per_s": 0.0 if report is None else report.tokens_per_s,
         "decode_ms": None if report is None else report.decode_ms,
-        "predicted_decode_ms": None if predicted is None else predicted.decode_ms,
+        "predicted_decode_ms": None if predicted is None else 1e3 * predicted.decode_s,
         "prefill_ms": None if report is None else report.prefill_ms,
-        "predicted_prefill_ms": None if predicted is None else predicted.prefill_ms,
+        "predicted_prefill_ms": None if predicted is None else 1e3 * predicted.prefill_s,
         "heartbeat": None if handle.heartbeat is None else asdict(handle.heartbeat),
     }

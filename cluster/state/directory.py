@@ -13,14 +13,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from llamaclust.cluster.config.environment import environment
-from llamaclust.cluster.planner.profile import Trial, read_trial
 from llamaclust.cluster.state.file_lock import FileLock, is_locked
 from llamaclust.core.errors import LlamaclustError, UsageError
+from llamaclust.core.profile import Profile, read_profile
 
-_MEASUREMENTS = ".measurements.json"  # no cluster's name begins with a dot
+_PROFILES = ".profiles.json"  # no cluster's name begins with a dot
 _ELSEWHERE = ".elsewhere"
 _PROBE_S = 0.05
 """Longer than whoever looks whether a cluster runs has its lock."""
@@ -38,26 +37,6 @@ class ClusterRecord:
     model: str
     api_keys_file: str | None = None  # where this user's programs find a key, if the API wants one
     launcher: str = "local"
-
-
-@dataclass(frozen=True, slots=True)
-class GpuMeasurement:
-    """What a worker measured of one of its GPUs."""
-
-    read_gb_s: float
-    int8_gmac_s: float
-    trial: Trial = ()  # steps of a model on it
-
-
-@dataclass(frozen=True, slots=True)
-class Measurement:
-    """What a worker measured of its machine."""
-
-    read_gb_s: float
-    int8_gmac_s: float
-    alone: Trial = ()  # steps of a model, while other workers of its machine do nothing
-    together: Trial = ()  # the same while they do as much
-    gpus: tuple[GpuMeasurement, ...] = ()  # in the order of its registration
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,29 +156,19 @@ class ClusterDir:
                     self._link.unlink()
 
 
-def write_measurements(state_dir: Path, measured: dict[str, Measurement]) -> None:
+def write_profiles(state_dir: Path, profiles: dict[str, Profile]) -> None:
     """Adds to what is known already."""
-    known = read_measurements(state_dir) | measured
-    write_private(state_dir / _MEASUREMENTS, json.dumps({key: asdict(one) for key, one in known.items()}))
+    known = read_profiles(state_dir) | profiles
+    write_private(state_dir / _PROFILES, json.dumps({key: asdict(profile) for key, profile in known.items()}))
 
 
-def read_measurements(state_dir: Path) -> dict[str, Measurement]:
+def read_profiles(state_dir: Path) -> dict[str, Profile]:
     """Of all clusters, by `shares.measurement_key`; empty before the first start."""
     try:
-        values = json.loads((state_dir / _MEASUREMENTS).read_text())
-        return {key: _measurement(value) for key, value in values.items()}
+        values = json.loads((state_dir / _PROFILES).read_text())
+        return {key: read_profile(value) for key, value in values.items()}
     except (OSError, ValueError, TypeError, AttributeError, KeyError):
         return {}
-
-
-def _measurement(value: dict[str, Any]) -> Measurement:
-    speeds = float(value["read_gb_s"]), float(value["int8_gmac_s"])
-    alone, together = (read_trial(value.get(which, ())) for which in ("alone", "together"))
-    return Measurement(*speeds, alone, together, tuple(map(_gpu_measurement, value.get("gpus", ()))))
-
-
-def _gpu_measurement(value: dict[str, Any]) -> GpuMeasurement:
-    return GpuMeasurement(float(value["read_gb_s"]), float(value["int8_gmac_s"]), read_trial(value.get("trial", ())))
 
 
 def write_private(path: Path, text: str) -> None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from llamaclust.core.gpus import Gpu
 from llamaclust.core.limits import NUMERICS_VERSION, StageLimits
-from llamaclust.core.profile import GpuProfile
+from llamaclust.core.profile import DeviceProfile
 from llamaclust.kernels.backend import Progress
 from llamaclust.kernels.cuda.cache_flush import CacheFlush
 from llamaclust.kernels.cuda.executor.plan import ANY_GPU, Plan, kv_bytes
@@ -59,15 +59,15 @@ class CudaBackend:
         device = self._device
         return Gpu(self.device, device.name, device.memory_bytes, self.free_bytes, device.uuid)
 
-    def measure(self) -> GpuProfile:
+    def measure(self) -> DeviceProfile:
         """What kernels reach; blocks for part of a second."""
         with self._gpu_lock.exclusive():
-            return GpuProfile(*measure(self._device))
+            return DeviceProfile(*measure(self._device))
 
-    def limits(self) -> GpuProfile:
+    def limits(self) -> DeviceProfile:
         """What the GPU can do at best."""
         with self._gpu_lock.exclusive():
-            return GpuProfile(*limits(self._device))
+            return DeviceProfile(*limits(self._device))
 
     @contextmanager
     def cache_flush(self) -> Iterator[Callable[[], None]]:

@@ -22,7 +22,7 @@ def test_delays_and_rates_are_found_and_predicted(demo_model: Path) -> None:
             found = json.loads((cluster.line.cluster_dir("distant").parent / ".links.json").read_text())
     assert len(found) == 3
     for key, link in found.items():
-        assert 9.5 <= link["one_way_ms"] <= 15, key
-        assert 60 <= link["ms_per_mb"] <= 120, key  # 80 by the rate alone
+        assert 9.5e-3 <= link["one_way_s"] <= 15e-3, key
+        assert 60e-9 <= link["byte_s"] <= 120e-9, key  # 80e-9 by the rate alone
     assert plan["links_ms"] == pytest.approx(2 * 10, rel=0.3)
     assert plan["token_ms"] > plan["links_ms"]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from llamaclust.core.errors import ProtocolError
 from llamaclust.core.gpus import DeviceLayers, Gpu
 from llamaclust.core.limits import KV_TYPES, StageLimits
-from llamaclust.core.profile import GpuProfile, StageProfile
+from llamaclust.core.profile import DeviceProfile, Profile, StepTime
 from llamaclust.model.program import KvType
 from llamaclust.proto import control_pb2, loading_pb2
 from llamaclust.wire.control.codec import (
@@ -84,17 +84,23 @@ def test_loads_out_of_bounds_are_refused(order: Load) -> None:
         decode_coordinator_message(encode_coordinator_message(order))
 
 
+def measured(
+    read_bytes_s: float = 1e9, int8_macs_s: float = 1e12, *times: StepTime, gpus: tuple[DeviceProfile, ...] = ()
+) -> WorkerProfile:
+    return WorkerProfile(Profile(DeviceProfile(read_bytes_s, int8_macs_s, times), gpus))
+
+
 def test_numbers_that_are_none_are_refused() -> None:
     for message in (
-        WorkerProfile(math.nan, 1.0),
+        measured(math.nan, 1.0),
         Heartbeat(math.inf, 0, 0, 0, 0),
         LoadProgress(1, 3, 2),
         FindWeightsProgress(3, 2),
-        WorkerProfile(0.0, 1e12),
-        WorkerProfile(1e9, 0.0),
-        WorkerProfile(1e9, 1e12, (StageProfile(1, -1e-9, 1e-11, 1e-3),)),
-        WorkerProfile(1e9, 1e12, gpus=(GpuProfile(0.0, 1e12),)),
-        WorkerProfile(1e9, 1e12, gpus=(GpuProfile(1e12, 1e12, (StageProfile(8, 0.0, 0.0, 0.0),) * 2),)),
+        measured(0.0),
+        measured(1e9, 0.0),
+        measured(1e9, 1e12, StepTime(1, -1e-9, 1e-11, 1e-3)),
+        measured(gpus=(DeviceProfile(0.0, 1e12),)),
+        measured(gpus=(DeviceProfile(1e12, 1e12, (StepTime(8, 0.0, 0.0, 0.0),) * 2),)),
         Heartbeat(0.5, 0, 0, 0, 1 << 62),
         Heartbeat(0.5, 0, 0, 1 << 62, 0),
         replace(REGISTER, total_memory_bytes=1 << 62),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from statistics import median
 
-from llamaclust.core.profile import GpuProfile
+from llamaclust.core.profile import DeviceProfile
 from llamaclust.tools.bench.limits import MachineLimits
 from llamaclust.worker.devices.backends import GpuBackend
 
@@ -14,7 +14,7 @@ class GpuLimits:
 
     def __init__(self, gpu: GpuBackend) -> None:
         self._gpu = gpu
-        self._found: list[GpuProfile] = []
+        self._found: list[DeviceProfile] = []
 
     @property
     def machine(self) -> MachineLimits:

@@ -22,7 +22,6 @@ from llamaclust.core.bounds import (
     MemoryBytes,
     ModelId,
     ModelPath,
-    Rate,
     Real,
     Reason,
     Size,
@@ -32,7 +31,7 @@ from llamaclust.core.bounds import (
 from llamaclust.core.errors import ProtocolError
 from llamaclust.core.gpus import DeviceLayers, Gpu
 from llamaclust.core.limits import NUMERICS_VERSION, StageLimits
-from llamaclust.core.profile import GpuProfile, StageProfiles, check_ascending
+from llamaclust.core.profile import Profile
 from llamaclust.wire.codec import PROTOCOL_VERSION
 
 _Timeout = Annotated[float, Real(0.01, 86400.0)]
@@ -118,16 +117,10 @@ class ProfileWorker:
 
 @dataclass(frozen=True, slots=True)
 class WorkerProfile:
-    """Rates of the worker's own kernels on its machine, and step times of the model."""
+    """Answer: without step times where the model's file or memory is missing."""
 
-    read_bytes_s: Rate
-    int8_macs_s: Rate
-    stages: StageProfiles = ()
+    profile: Profile
     request_id: int = 0
-    gpus: Annotated[tuple[GpuProfile, ...], Size(0, MAX_GPUS)] = ()  # in the order of its registration
-
-    def check(self) -> None:
-        check_ascending(self.stages)
 
 
 @dataclass(frozen=True, slots=True)

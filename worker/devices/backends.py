@@ -9,7 +9,7 @@ from typing import Protocol, cast
 
 from llamaclust.core.errors import UsageError
 from llamaclust.core.gpus import Gpu
-from llamaclust.core.profile import GpuProfile
+from llamaclust.core.profile import DeviceProfile
 from llamaclust.kernels.backend import Backend
 from llamaclust.kernels.packed.cache_folder import PreparedFolder
 from llamaclust.worker.devices import nvidia
@@ -31,11 +31,11 @@ class GpuBackend(Backend, Protocol):
         """What it is."""
         ...
 
-    def measure(self) -> GpuProfile:
+    def measure(self) -> DeviceProfile:
         """What its kernels reach; blocks for a moment."""
         ...
 
-    def limits(self) -> GpuProfile:
+    def limits(self) -> DeviceProfile:
         """What it can do at best."""
         ...
 

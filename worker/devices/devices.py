@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 
 from llamaclust.core.errors import ProtocolError
 from llamaclust.core.gpus import DeviceLayers, Gpu
-from llamaclust.core.profile import GpuProfile
+from llamaclust.core.profile import DeviceProfile, Profile
 from llamaclust.core.sizes import MIB
 from llamaclust.kernels.backend import Backend
 from llamaclust.kernels.multi_device import ChainBackend, Part
 from llamaclust.kernels.packed.cache_folder import PreparedFolder
 from llamaclust.model.loader import Model
-from llamaclust.wire.control.messages import Load, Register, WorkerProfile
+from llamaclust.wire.control.messages import Load, Register
 from llamaclust.worker.devices import backends
 from llamaclust.worker.devices.backends import GpuBackend, gpu_names
 from llamaclust.worker.devices.system_info import (
@@ -81,25 +81,25 @@ class Device:
         parts = [Part(self.backend_of(one.device), one.start, one.end) for one in self.layers(order)]
         return parts[0].backend if len(parts) == 1 else ChainBackend(parts)
 
-    def measure(self, model: Model | None = None) -> WorkerProfile:
+    def measure(self, model: Model | None = None) -> Profile:
         """What the machine reaches, and what steps of the model take; blocks for a second, longer for large layers."""
         from llamaclust.kernels.probes import measure_machine
         from llamaclust.worker.devices.profiler import TrialDevice, try_stages
 
         speed = measure_machine(self.threads)
-        measured = WorkerProfile(speed.read_gb_s * 1e9, speed.int8_gmac_s * 1e9)
+        cpu = DeviceProfile(speed.read_gb_s * 1e9, speed.int8_gmac_s * 1e9)
         if model is not None and self.kind != _REFERENCE:
             device = TrialDevice(self.backend, self.threads, self.feature_level, self.free_memory_bytes, os.getpid())
-            measured = replace(measured, stages=try_stages(device, model))
-        return replace(measured, gpus=tuple(self._gpu_speed(gpu, model) for gpu in self.gpus))
+            cpu = replace(cpu, concurrent=try_stages(device, model))
+        return Profile(cpu, tuple(self._gpu_profile(gpu, model) for gpu in self.gpus))
 
-    def _gpu_speed(self, gpu: GpuBackend, model: Model | None) -> GpuProfile:
+    def _gpu_profile(self, gpu: GpuBackend, model: Model | None) -> DeviceProfile:
         from llamaclust.worker.devices.profiler import TrialDevice, try_stages
 
         speed = gpu.measure()
         if model is None:
             return speed
-        return replace(speed, stages=try_stages(TrialDevice.gpu(gpu, self.threads, self.feature_level), model))
+        return replace(speed, concurrent=try_stages(TrialDevice.gpu(gpu, self.threads, self.feature_level), model))
 
     def registration(self, name: str, address: str) -> Register:
         level = self.backend.feature_level

@@ -18,7 +18,7 @@ from time import perf_counter_ns
 import numpy as np
 
 from llamaclust.core.limits import StageLimits
-from llamaclust.core.profile import StageProfile
+from llamaclust.core.profile import StepTime
 from llamaclust.core.sampling import SampleTask, SamplingParams
 from llamaclust.kernels.backend import Backend
 from llamaclust.model.loader import Model
@@ -128,7 +128,7 @@ class _Part:
     seconds: Mapping[int, float]
 
 
-def try_stages(device: TrialDevice, model: Model) -> tuple[StageProfile, ...]:
+def try_stages(device: TrialDevice, model: Model) -> tuple[StepTime, ...]:
     """At few rows and many; none where the model is too small to tell layers from what a stage takes anyway, or memory
     is short."""
     sizes = [layer.weight_bytes for layer in model.costs(KvType(device.size.limits.kv_type)).layers]
@@ -158,7 +158,7 @@ def _ranges(layers: int, some: int, place: int) -> list[tuple[int, int]]:
     return [(start, start + 1), (start, start + some), (layers - 1, layers)]
 
 
-def _trials(one: _Part, some: _Part, last: _Part) -> Iterator[StageProfile]:
+def _trials(one: _Part, some: _Part, last: _Part) -> Iterator[StepTime]:
     """Of one layer, of some, and of the last one with the head: by differences."""
     heads: list[tuple[int, float]] = []  # (rows, seconds)
     for rows in one.seconds:
@@ -171,7 +171,7 @@ def _trials(one: _Part, some: _Part, last: _Part) -> Iterator[StageProfile]:
         else:  # the last layer's prompts have no outputs: on a line through those of few rows
             (low, low_s), (high, high_s) = heads
             head_s = high_s + (rows - high) / (high - low) * max(0.0, high_s - low_s)
-        yield StageProfile(rows, stage_s, byte_s, head_s)
+        yield StepTime(rows, stage_s, byte_s, head_s)
 
 
 async def _tried(runner: StageRunner, size: TrialSize, sweep: Sweep) -> dict[int, float]:

@@ -31,7 +31,7 @@ async def test_the_event_loop_serves_while_a_plan_is_made(monkeypatch: pytest.Mo
     config: Any = SimpleNamespace(plan=None)
     worker: Any = SimpleNamespace(registration=REGISTER)
     making = asyncio.create_task(
-        ClusterPlanner(config, NOTHING, free_bytes=None, measured={}, links=UNKNOWN).plan({"a": worker})
+        ClusterPlanner(config, NOTHING, free_bytes=None, profiles={}, links=UNKNOWN).plan({"a": worker})
     )
     await asyncio.sleep(0.01)
     served.set()

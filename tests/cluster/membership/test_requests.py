@@ -14,10 +14,10 @@ import pytest
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.control.profiling import measure_workers
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
-from llamaclust.cluster.state.directory import read_measurements
+from llamaclust.cluster.state.directory import read_profiles
 from llamaclust.cluster.state.events import Event, News
 from llamaclust.core.errors import DeadlineError, UsageError, WorkerError
-from llamaclust.core.profile import GpuProfile, StageProfile
+from llamaclust.core.profile import DeviceProfile, Profile, StepTime
 from llamaclust.wire.control.messages import (
     CoordinatorMessage,
     Failure,
@@ -47,9 +47,9 @@ OTHER = SimpleNamespace(name="b", registration=replace(REGISTER, name="b"))
 REQUESTS: dict[str, tuple[Asks, WorkerMessage, WorkerMessage, object]] = {
     "machine": (
         lambda worker: worker.measure(deadline_s=0.05),
-        WorkerProfile(1.0, 1.0, request_id=1),
-        WorkerProfile(2.0, 2.0, request_id=2),
-        WorkerProfile(2.0, 2.0, request_id=2),
+        WorkerProfile(Profile(DeviceProfile(1.0, 1.0)), request_id=1),
+        WorkerProfile(Profile(DeviceProfile(2.0, 2.0)), request_id=2),
+        Profile(DeviceProfile(2.0, 2.0)),
     ),
     "link": (
         lambda worker: worker.measure_link(OTHER, deadline_s=0.05),  # type: ignore[arg-type]
@@ -116,7 +116,7 @@ class Machines:
         async def say(message: CoordinatorMessage) -> None:
             assert isinstance(message, ProfileWorker)
             self.asked.append((name, bool(message.model_path)))
-            answer = self.answers[name] if message.model_path else WorkerProfile(20e9, 300e9)
+            answer = self.answers[name] if message.model_path else WorkerProfile(Profile(DeviceProfile(20e9, 300e9)))
             if isinstance(answer, str):
                 self.workers[name].lose(answer)
                 return
@@ -137,34 +137,32 @@ class Machines:
 
 
 FAILED = RequestFailed(Failure("LlamaclustError", "RuntimeError: out of luck"))
-TRIED = WorkerProfile(10e9, 100e9, (StageProfile(1, 1e-4, 1e-11, 1e-3),))
+TRIED = WorkerProfile(Profile(DeviceProfile(10e9, 100e9, (StepTime(1, 1e-4, 1e-11, 1e-3),))))
 
 
 async def test_where_no_steps_can_be_tried_plans_go_by_the_roofline_and_it_is_told(tmp_path: Path) -> None:
     machines = Machines(a=FAILED, b=FAILED)
     measured = await machines.measure(tmp_path)
-    assert [(one.read_gb_s, one.int8_gmac_s, one.alone, one.together) for one in measured.values()] == 2 * [
-        (20.0, 300.0, (), ())
-    ]
+    assert list(measured.values()) == 2 * [Profile(DeviceProfile(20e9, 300e9))]
     assert machines.asked == [("a", True), ("b", True), ("a", False), ("b", False)]
     assert machines.told == [
         f"steps of the model could not be tried on worker {name}, plans go by its bandwidth and dot products alone: "
         f"worker {name}: RuntimeError: out of luck"
         for name in "ab"
     ]
-    kept = read_measurements(tmp_path)
+    kept = read_profiles(tmp_path)
     assert kept and not [key for key in kept if "model" in key], "the next start tries again"
 
 
 async def test_steps_that_one_of_two_alike_could_try_serve_both(tmp_path: Path) -> None:
     machines = Machines(a=TRIED, b=FAILED)
     measured = await machines.measure(tmp_path)
-    assert [one.together[0].head_ms for one in measured.values()] == [1.0, 1.0]
+    assert [profile.cpu.concurrent[0].head_s for profile in measured.values()] == [1e-3, 1e-3]
     assert len(machines.told) == 1 and "worker b" in machines.told[0]
 
 
 async def test_figures_of_gpus_that_a_worker_has_not_are_refused(tmp_path: Path) -> None:
-    machines = Machines(a=replace(TRIED, gpus=(GpuProfile(1e12, 1e14),)), b=TRIED)
+    machines = Machines(a=WorkerProfile(replace(TRIED.profile, gpus=(DeviceProfile(1e12, 1e14),))), b=TRIED)
     await machines.measure(tmp_path)
     assert len(machines.told) == 1 and "worker a measured 1 GPUs, it has 0" in machines.told[0]
 

@@ -19,6 +19,7 @@ from llamaclust.cluster.planner.plan import Plan
 from llamaclust.cluster.planner.planner import make_plan
 from llamaclust.core.errors import InsufficientMemoryError, NetworkPartitionError
 from llamaclust.model.loader import ModelCosts
+from support.clusters.plan_inputs import profile
 from support.clusters.random_plans import ASK, FILE_ORDER, GB, MODELS, SLACK, WORKERS, Cut, Every, large, named
 
 
@@ -97,21 +98,21 @@ def test_where_not_all_orders_are_tried_pairs_are_kept_apart_too(
 @pytest.mark.parametrize("most_steps", [1024, 0])
 def test_workers_that_are_all_needed_stand_in_another_order(most_steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adjacency, "_MOST_STEPS", most_steps)
-    workers = [WorkerFacts(name, 3 * GB, 10.0, 200.0) for name in "abcd"]
+    workers = [WorkerFacts(name, 3 * GB, profile(10, 200)) for name in "abcd"]
     plan = make_plan(large(6), workers, replace(ASK, apart=pairs("ab")))
     ring = [stage.worker for stage in plan.stages]
     assert sorted(ring) == list("abcd") and split(ring, pairs("ab")) is None
 
 
 def test_a_worker_apart_is_a_spare_and_the_reason_is_said() -> None:
-    workers = [WorkerFacts(name, 9 * GB, 10.0, 200.0) for name in "abc"]
+    workers = [WorkerFacts(name, 9 * GB, profile(10, 200)) for name in "abc"]
     plan = make_plan(large(6), workers, replace(ASK, objective="throughput", apart=pairs("ab")))
     assert [stage.worker for stage in plan.stages] == ["a", "c"]
     assert [(spare.worker, spare.reason) for spare in plan.spares] == [("b", "it and a cannot reach each other")]
 
 
 def test_a_plan_by_hand_with_the_pair_is_refused() -> None:
-    workers = [WorkerFacts(name, 9 * GB, 10.0, 200.0) for name in "abc"]
+    workers = [WorkerFacts(name, 9 * GB, profile(10, 200)) for name in "abc"]
     by_hand = (("a", 0, 2), ("b", 2, 4), ("c", 4, 6))
     for pair in ("ab", "bc", "ac"):  # from the last tokens go to the first
         with pytest.raises(NetworkPartitionError, match=f"has workers {pair[0]} and {pair[1]} side by side"):
@@ -122,7 +123,7 @@ def test_many_workers_are_planned_apart_in_a_moment() -> None:
     drawn = random.Random(11)
     workers = named(
         [
-            WorkerFacts("", int(drawn.uniform(2, 6) * GB), drawn.uniform(5, 100), drawn.uniform(100, 1000))
+            WorkerFacts("", int(drawn.uniform(2, 6) * GB), profile(drawn.uniform(5, 100), drawn.uniform(100, 1000)))
             for _ in range(64)
         ]
     )

@@ -16,17 +16,16 @@ from llamaclust.cluster.planner.devices import devices_of
 from llamaclust.cluster.planner.format import plan_json, plan_lines
 from llamaclust.cluster.planner.plan import DevicePlan, Plan
 from llamaclust.cluster.planner.planner import PlanRequest, make_plan
-from llamaclust.cluster.planner.profile import TrialPoint
 from llamaclust.cluster.planner.workspace import StagePlace
-from llamaclust.cluster.state.directory import GpuMeasurement, Measurement
 from llamaclust.core.errors import InsufficientMemoryError
 from llamaclust.core.gpus import DeviceLayers, Gpu
 from llamaclust.core.limits import StageLimits
+from llamaclust.core.profile import Profile
 from llamaclust.core.sizes import MIB
 from llamaclust.kernels.cuda.backend import workspace_bytes
 from llamaclust.model.loader import Model
 from llamaclust.worker.stage.stage_runner import model_program, planned_workspace_bytes, weight_rounding_bytes
-from support.clusters.plan_inputs import ASK, SMALL, worker
+from support.clusters.plan_inputs import ASK, SMALL, profile, step_time, worker
 from support.models.tiny_architectures import build_architecture
 
 
@@ -37,14 +36,14 @@ def workspace(place: StagePlace) -> int:
 
 GPU_ASK: PlanRequest = replace(ASK, workspace=workspace, max_sequences=1)
 CONTEXT = 1024 * 4096  # KV memory of a layer
-TRIED = tuple(TrialPoint(rows, 0.1 * rows, 5.0 * rows, 0.3) for rows in (1, 8, 128, 512))
+STEPS = tuple(step_time(rows, 0.1 * rows, 5.0 * rows, 0.3) for rows in (1, 8, 128, 512))
 
 
 def with_gpus(
     *memory_mib: int, gpu_layers: int | None = None, ram_mib: int = 10_000, name: str = "a", read: float | None = 400
 ) -> WorkerFacts:
     gpus = tuple(
-        GpuFacts(f"cuda:{number}", mib * MIB, read, None if read is None else 30_000)
+        GpuFacts(f"cuda:{number}", mib * MIB, None if read is None else profile(read, 30_000))
         for number, mib in enumerate(memory_mib)
     )
     return replace(worker(name, ram_mib), gpus=gpus, gpu_layers=gpu_layers)
@@ -62,7 +61,7 @@ def test_all_layers_go_to_a_gpu_that_has_room() -> None:
     assert stage.memory_bytes == 11_000 * MIB
     assert stage.bytes == stage.devices[0].bytes == (160 + 9) * MIB + stage.kv_bytes
     assert plan.prediction is not None
-    assert plan.prediction.token_ms == pytest.approx(140 * MIB / 400e9 * 1e3)
+    assert plan.prediction.token_s == pytest.approx(140 * MIB / 400e9)
     assert stage.device_layers == (DeviceLayers("cuda:0", 0, 12),)
 
 
@@ -79,8 +78,8 @@ def test_what_does_not_fit_there_stays_in_ram() -> None:
         assert cpu.weight_bytes == 20 * MIB + (12 - layers) * 10 * MIB
         assert gpu.bytes <= free
     assert plan.prediction is not None
-    ms = (8 * 10 * MIB / 20e9 + (4 * 10 + 20) * MIB / 400e9) * 1e3
-    assert plan.prediction.token_ms == pytest.approx(ms)
+    seconds = 8 * 10 * MIB / 20e9 + (4 * 10 + 20) * MIB / 400e9
+    assert plan.prediction.token_s == pytest.approx(seconds)
 
 
 @pytest.mark.parametrize(("gpu_layers", "on_gpu"), [(0, 0), (3, 3), (12, 12), (99, 12)])
@@ -184,24 +183,25 @@ def test_a_gpu_is_known_by_its_identity_not_by_its_number() -> None:
 
 def test_speeds_come_from_measurements_of_as_many_gpus() -> None:
     facts, gpus = worker("a"), resources("here", Gpu("cuda:0", "X", 100, 90), gpu_layers=4)
-    measured = Measurement(20.0, 300.0, gpus=(GpuMeasurement(900.0, 70_000.0, TRIED),))
+    gpu = profile(900.0, 70_000.0, STEPS)
+    measured = Profile(profile(), (gpu,))
     known = add_gpus(facts, gpus, measured)
-    assert known.gpus == (GpuFacts("cuda:0", 90, 900.0, 70_000.0, TRIED),) and known.gpu_layers == 4
+    assert known.gpus == (GpuFacts("cuda:0", 90, gpu),) and known.gpu_layers == 4
     assert add_gpus(facts, gpus, replace(measured, gpus=())).gpus == (GpuFacts("cuda:0", 90),)
 
 
 def test_what_steps_took_on_a_gpu_is_what_a_plan_predicts() -> None:
     """Of 12 layers, 5 on the card, whose steps were tried; the others by bandwidth."""
     one = with_gpus(1000, gpu_layers=5)
-    tried = replace(one, gpus=(replace(one.gpus[0], trial=TRIED),))
+    tried = replace(one, gpus=(replace(one.gpus[0], profile=profile(400, 30_000, STEPS)),))
     processor, gpu = devices_of(tried)
     costs = StageCosts.of(SMALL)
-    assert costs.decode_ms(gpu, 7, 12) == pytest.approx(0.1 + 5 * 10 * MIB / 1e9 * 5.0 + 0.3)
-    assert costs.prefill_ms(gpu, 7, 12, 512, together=True) == pytest.approx(51.2 + 5 * 10 * MIB / 1e9 * 2560)
+    assert 1e3 * costs.decode_s(gpu, 7, 12) == pytest.approx(0.1 + 5 * 10 * MIB / 1e9 * 5.0 + 0.3)
+    assert 1e3 * costs.prefill_s(gpu, 7, 12, 512, concurrent=True) == pytest.approx(51.2 + 5 * 10 * MIB / 1e9 * 2560)
     plan = make_plan(SMALL, [tried], GPU_ASK)
     assert plan.prediction is not None
-    both = costs.decode_ms(processor, 0, 7) + costs.decode_ms(gpu, 7, 12)
-    assert plan.prediction.token_ms == pytest.approx(both)
+    both = costs.decode_s(processor, 0, 7) + costs.decode_s(gpu, 7, 12)
+    assert plan.prediction.token_s == pytest.approx(both)
 
 
 @pytest.mark.parametrize("objective", ["latency", "throughput"])

@@ -21,6 +21,9 @@ from llamaclust.cluster.planner.planner import PlanRequest, make_plan
 from llamaclust.cluster.state.events import Event, News
 from llamaclust.core.sizes import MIB
 from llamaclust.model.loader import LayerCost, ModelCosts
+from support.clusters.plan_inputs import link as link_ms
+from support.clusters.plan_inputs import profile
+from support.clusters.plan_inputs import reach as reach_ms
 from support.clusters.real_cluster import real_cluster
 
 MODEL = ModelCosts(20 * MIB, 20 * MIB, 30_000_000, (LayerCost(10 * MIB, 20_000_000, 4096),) * 12, hidden_bytes=16_384)
@@ -28,7 +31,7 @@ MODEL = ModelCosts(20 * MIB, 20 * MIB, 30_000_000, (LayerCost(10 * MIB, 20_000_0
 
 def made(links: Links, names: str, memory_mib: int = 10_000, objective: str = "latency") -> Plan:
     reaches = links.reaches(names)
-    workers = [WorkerFacts(name, memory_mib * MIB, 20, 300, 1, reaches[name]) for name in names]
+    workers = [WorkerFacts(name, memory_mib * MIB, profile(), 1, reaches[name]) for name in names]
     ask = PlanRequest(1024, 8, lambda place: MIB, objective=objective, links=links)
     return make_plan(MODEL, workers, ask)
 
@@ -38,7 +41,7 @@ def star(reach: dict[str, Reach]) -> Links:
     return Links(
         {
             frozenset((one, other)): Link(
-                reach[one].one_way_ms + reach[other].one_way_ms, reach[one].ms_per_mb + reach[other].ms_per_mb
+                reach[one].one_way_s + reach[other].one_way_s, reach[one].byte_s + reach[other].byte_s
             )
             for one, other in combinations(reach, 2)
         }
@@ -51,12 +54,13 @@ def test_links_that_add_up_are_taken_apart(count: int) -> None:
     print("seed", seed)
     random_ = random.Random(seed)
     reach = {
-        f"w{i}": Reach(0.2 * 1.3 ** random_.randint(0, 20), 0.2 * 1.3 ** random_.randint(0, 20)) for i in range(count)
+        f"w{i}": reach_ms(0.2 * 1.3 ** random_.randint(0, 20), 0.2 * 1.3 ** random_.randint(0, 20))
+        for i in range(count)
     }
     found = star(reach).reaches(list(reach))
     for name, one in reach.items():
-        assert found[name].one_way_ms == pytest.approx(one.one_way_ms, abs=1e-6)
-        assert found[name].ms_per_mb == pytest.approx(one.ms_per_mb, abs=1e-6)
+        assert found[name].one_way_s == pytest.approx(one.one_way_s, abs=1e-9)
+        assert found[name].byte_s == pytest.approx(one.byte_s, abs=1e-15)
 
 
 def test_nothing_measured_adds_nothing() -> None:
@@ -65,42 +69,46 @@ def test_nothing_measured_adds_nothing() -> None:
 
 
 def test_noise_keeps_workers_alike() -> None:
-    noisy = Links({frozenset(pair): Link(0.15 + 0.004 * i, 1.0) for i, pair in enumerate(combinations("abcd", 2))})
+    noisy = Links({frozenset(pair): link_ms(0.15 + 0.004 * i, 1.0) for i, pair in enumerate(combinations("abcd", 2))})
     assert len(set(noisy.reaches("abcd").values())) == 1
 
 
 def test_a_token_goes_round_and_one_stage_has_no_link() -> None:
-    links = star({"a": Reach(1.0), "b": Reach(2.0), "c": Reach(4.0), COORDINATOR: Reach(8.0)})
-    assert [link.one_way_ms for link in links.round(["a", "b", "c"])] == [3.0, 6.0, 5.0]
+    links = star({"a": reach_ms(1.0), "b": reach_ms(2.0), "c": reach_ms(4.0), COORDINATOR: reach_ms(8.0)})
+    assert [link.one_way_s for link in links.round(["a", "b", "c"])] == pytest.approx([3e-3, 6e-3, 5e-3])
     assert list(links.round(["a"])) == []
 
 
 def test_a_worker_that_is_far_away_stays_a_spare() -> None:
-    near = {"a": Reach(0.1), "b": Reach(0.1), COORDINATOR: Reach(0.1)}
-    plan = made(star({**near, "c": Reach(20.0)}), "abc")
+    near = {"a": reach_ms(0.1), "b": reach_ms(0.1), COORDINATOR: reach_ms(0.1)}
+    plan = made(star({**near, "c": reach_ms(20.0)}), "abc")
     assert {stage.worker for stage in plan.stages} == {"a", "b"}
     assert [spare.worker for spare in plan.spares] == ["c"]
-    plan = made(star({**near, "c": Reach(0.1)}), "abc")
+    plan = made(star({**near, "c": reach_ms(0.1)}), "abc")
     assert len(plan.stages) == 3
 
 
 def test_memory_brings_it_in_and_the_prediction_says_what_that_costs() -> None:
-    far = star({"a": Reach(0.1), "b": Reach(20.0), COORDINATOR: Reach(0.1)})
+    far = star({"a": reach_ms(0.1), "b": reach_ms(20.0), COORDINATOR: reach_ms(0.1)})
     plan = made(far, "ab", memory_mib=130)
     assert len(plan.stages) == 2 and plan.prediction is not None
-    near = made(star({"a": Reach(0.1), "b": Reach(0.1), COORDINATOR: Reach(0.1)}), "ab", memory_mib=130)
+    near = made(star({"a": reach_ms(0.1), "b": reach_ms(0.1), COORDINATOR: reach_ms(0.1)}), "ab", memory_mib=130)
     assert near.prediction is not None
-    assert plan.prediction.token_ms - near.prediction.token_ms == pytest.approx(2 * 20.1 - 2 * 0.2)
-    assert plan.prediction.ttft_ms - near.prediction.ttft_ms == pytest.approx(2 * 19.9)
+    assert plan.prediction.token_s - near.prediction.token_s == pytest.approx(2 * 20.1e-3 - 2 * 0.2e-3)
+    assert plan.prediction.ttft_s - near.prediction.ttft_s == pytest.approx(2 * 19.9e-3)
 
 
 def test_a_slow_link_makes_prompts_take_longer() -> None:
-    slow = made(star({"a": Reach(0.1, 10.0), "b": Reach(0.1, 70.0), COORDINATOR: Reach(0.1)}), "ab", memory_mib=130)
-    fast = made(star({"a": Reach(0.1, 0.5), "b": Reach(0.1, 0.5), COORDINATOR: Reach(0.1)}), "ab", memory_mib=130)
+    slow = made(
+        star({"a": reach_ms(0.1, 10.0), "b": reach_ms(0.1, 70.0), COORDINATOR: reach_ms(0.1)}), "ab", memory_mib=130
+    )
+    fast = made(
+        star({"a": reach_ms(0.1, 0.5), "b": reach_ms(0.1, 0.5), COORDINATOR: reach_ms(0.1)}), "ab", memory_mib=130
+    )
     assert slow.prediction is not None and fast.prediction is not None
-    sent_ms = 512 * 16_384 / 1e6 * 80.0
-    assert slow.prediction.ttft_ms > sent_ms
-    assert slow.prediction.token_ms == pytest.approx(fast.prediction.token_ms)
+    sent_s = 512 * 16_384 * 80e-9
+    assert slow.prediction.ttft_s > sent_s
+    assert slow.prediction.token_s == pytest.approx(fast.prediction.token_s)
 
 
 # -- measured ----------------------------------------------------------------------------------------------------------
@@ -124,7 +132,7 @@ def test_links_are_measured_once_between_machines_that_are_alike(tmp_path: Path)
     assert first == second and not told
     ends = [COORDINATOR, "a", "b", "c"]
     assert set(first.measured) == {frozenset(pair) for pair in combinations(ends, 2)}
-    assert all(0 < link.one_way_ms < 100 and 0 < link.ms_per_mb < 100 for link in first.measured.values())
+    assert all(0 < link.one_way_s < 0.1 and 0 < link.byte_s < 1e-7 for link in first.measured.values())
     among = {link for pair, link in first.measured.items() if COORDINATOR not in pair}
     assert len(among) == 1, "on one machine, one pair of workers stands for all"
     assert stat.S_IMODE((tmp_path / ".links.json").stat().st_mode) == 0o600

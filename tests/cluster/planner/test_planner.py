@@ -9,13 +9,13 @@ import pytest
 
 from llamaclust.cluster.planner.costs import StageCosts
 from llamaclust.cluster.planner.format import plan_json, plan_lines
-from llamaclust.cluster.planner.links import COORDINATOR, Link, Links
+from llamaclust.cluster.planner.links import COORDINATOR, Links
 from llamaclust.cluster.planner.plan import Plan, Prediction, Spare
 from llamaclust.cluster.planner.planner import make_plan
 from llamaclust.core.errors import InsufficientMemoryError, UsageError
 from llamaclust.core.sizes import MIB
 from llamaclust.model.loader import LayerCost, ModelCosts
-from support.clusters.plan_inputs import ASK, LAYER, SMALL, worker
+from support.clusters.plan_inputs import ASK, LAYER, SMALL, link, worker
 
 DEMO = ModelCosts(  # SmolLM2-135M in Q4_1
     30_000_000, 30_000_000, 28_311_552, (LayerCost(2_217_600, 3_538_944, 768),) * 30
@@ -24,7 +24,7 @@ DEMO = ModelCosts(  # SmolLM2-135M in Q4_1
 
 def links(one_way_ms: float, names: str = "ab") -> Links:
     ends = [COORDINATOR, *names]
-    return Links({frozenset(pair): Link(one_way_ms, 0.0) for pair in itertools.combinations(ends, 2)})
+    return Links({frozenset(pair): link(one_way_ms) for pair in itertools.combinations(ends, 2)})
 
 
 AT_HALF_A_MS = links(0.5)
@@ -55,16 +55,16 @@ def test_predictions_follow_the_measurements() -> None:
     plan = make_plan(SMALL, [worker("a"), worker("b")], replace(ASK, links=AT_HALF_A_MS))
     read_ms = (12 * 10 + 20) * MIB / 20e9 * 1e3
     found = predicted(plan)
-    assert found.token_ms == pytest.approx(read_ms + 2 * 0.5)
-    assert sum(stage.decode_ms for stage in found.stages) == pytest.approx(read_ms)
+    assert 1e3 * found.token_s == pytest.approx(read_ms + 2 * 0.5)
+    assert 1e3 * sum(stage.decode_s for stage in found.stages) == pytest.approx(read_ms)
     macs_ms = 12 * 20e6 / 300e9 * 1e3
-    assert sum(stage.prefill_ms for stage in found.stages) == pytest.approx(macs_ms)
-    assert 512 * macs_ms / 2 < found.ttft_ms < 512 * macs_ms
+    assert 1e3 * sum(stage.prefill_s for stage in found.stages) == pytest.approx(macs_ms)
+    assert 512 * macs_ms / 2 < 1e3 * found.ttft_s < 512 * macs_ms
     assert found.tokens_per_s == pytest.approx(8e3 / (read_ms + 1.0), rel=0.01)
     faster = make_plan(
         SMALL, [worker("a", read=40, int8=600), worker("b", read=40, int8=600)], replace(ASK, links=links(0.0))
     )
-    assert predicted(faster).token_ms == pytest.approx(read_ms / 2)
+    assert 1e3 * predicted(faster).token_s == pytest.approx(read_ms / 2)
 
 
 def test_slow_workers_are_spares_for_latency_but_not_for_throughput() -> None:
@@ -261,8 +261,8 @@ def test_experts_that_a_token_does_not_choose_are_not_read() -> None:
     layer = replace(LAYER, idle_bytes=8 * MIB)
     stages = StageCosts.of(ModelCosts(0, 0, 0, (layer,) * 4))
     facts = worker("a", int8=1e6)
-    assert stages.decode_ms(facts, 0, 4) == pytest.approx(4 * 2 * MIB / 20e6)
-    assert stages.decode_ms(facts, 0, 4, 8) == pytest.approx(4 * 10 * MIB / 20e6)
+    assert 1e3 * stages.decode_s(facts, 0, 4) == pytest.approx(4 * 2 * MIB / 20e6)
+    assert 1e3 * stages.decode_s(facts, 0, 4, 8) == pytest.approx(4 * 10 * MIB / 20e6)
 
 
 def test_large_clusters_are_planned_quickly() -> None:

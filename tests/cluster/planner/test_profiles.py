@@ -14,79 +14,79 @@ from llamaclust.cluster.control.supervisor import Supervisor
 from llamaclust.cluster.control.weight_sources import nearest_first
 from llamaclust.cluster.planner.costs import StageCosts, WorkerFacts
 from llamaclust.cluster.planner.format import plan_json, plan_lines
-from llamaclust.cluster.planner.links import UNKNOWN, Link, Links
+from llamaclust.cluster.planner.links import UNKNOWN, Links
 from llamaclust.cluster.planner.planner import PlanRequest, make_plan
-from llamaclust.cluster.planner.profile import TrialPoint, at_rows, mean_trial
-from llamaclust.cluster.state.directory import Measurement, read_measurements, write_measurements
-from llamaclust.core.profile import StageProfile
+from llamaclust.cluster.state.directory import read_profiles, write_profiles
+from llamaclust.core.profile import Profile, StepTime, at_rows, mean_step_times
 from llamaclust.core.sizes import MIB
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.model.loader import LayerCost, Model, ModelCosts
 from llamaclust.wire.rpc.cache_flush import largest_cache_bytes
 from llamaclust.worker.devices import profiler
 from llamaclust.worker.devices.profiler import TrialDevice, try_stages
+from support.clusters.plan_inputs import link, profile, step_time
 from support.models.tiny_model import build_tiny_model
 
 GB = 10**9
-ALONE = (TrialPoint(1, 0.2, 30.0, 1.0), TrialPoint(8, 0.3, 90.0, 1.4), TrialPoint(128, 0.6, 900.0, 5.0))
-TOGETHER = tuple(TrialPoint(p.rows, p.stage_ms, 2 * p.layers_ms_per_gb, p.head_ms) for p in ALONE)
+ISOLATED = (step_time(1, 0.2, 30.0, 1.0), step_time(8, 0.3, 90.0, 1.4), step_time(128, 0.6, 900.0, 5.0))
+CONCURRENT = tuple(replace(p, layers_byte_s=2 * p.layers_byte_s) for p in ISOLATED)
 MODEL = ModelCosts(GB, GB, 10**9, (LayerCost(GB // 10, 10**8, 1024),) * 10, hidden_bytes=8192)
 
 
 def test_between_the_points_and_beyond_lie_lines() -> None:
-    assert at_rows(ALONE, 8) == ALONE[1]
-    assert at_rows(ALONE, 4).layers_ms_per_gb == pytest.approx(30 + 3 / 7 * 60)
-    assert at_rows(ALONE, 512).layers_ms_per_gb == pytest.approx(900 + 384 / 120 * 810)
-    assert at_rows(ALONE[:1], 512) == ALONE[0]
-    assert mean_trial([ALONE, (), TOGETHER])[0].layers_ms_per_gb == pytest.approx(45.0)
-    assert mean_trial([(), ()]) == ()
+    assert at_rows(ISOLATED, 8) == ISOLATED[1]
+    assert at_rows(ISOLATED, 4).layers_byte_s == pytest.approx((30 + 3 / 7 * 60) / 1e12)
+    assert at_rows(ISOLATED, 512).layers_byte_s == pytest.approx((900 + 384 / 120 * 810) / 1e12)
+    assert at_rows(ISOLATED[:1], 512) == ISOLATED[0]
+    assert mean_step_times([ISOLATED, (), CONCURRENT])[0].layers_byte_s == pytest.approx(45e-12)
+    assert mean_step_times([(), ()]) == ()
 
 
 def test_plans_predict_what_was_tried_and_what_a_hop_takes() -> None:
-    links = Links({frozenset("ab"): Link(0.5, 1.0)})
-    workers = [WorkerFacts(name, 20 * GB, 20.0, 300.0, 1, alone=ALONE, together=TOGETHER) for name in "ab"]
+    links = Links({frozenset("ab"): link(0.5, 1.0)})
+    workers = [WorkerFacts(name, 20 * GB, profile(20, 300, CONCURRENT, ISOLATED)) for name in "ab"]
     halves = (("a", 0, 5), ("b", 5, 10))
     ask = PlanRequest(1024, 8, lambda place: MIB, manual=halves, links=links)
     plan = make_plan(MODEL, workers, ask)
     assert plan.prediction is not None
-    assert [stage.decode_ms for stage in plan.prediction.stages] == pytest.approx([0.2 + 15, 0.2 + 15 + 1.0])
-    assert plan.prediction.token_ms == pytest.approx(2 * 0.2 + 30 + 1.0 + 2 * 0.5)
+    assert [1e3 * stage.decode_s for stage in plan.prediction.stages] == pytest.approx([0.2 + 15, 0.2 + 15 + 1.0])
+    assert 1e3 * plan.prediction.token_s == pytest.approx(2 * 0.2 + 30 + 1.0 + 2 * 0.5)
     costs = StageCosts.of(MODEL)
-    assert costs.decode_ms(workers[0], 0, 5, 8) == pytest.approx(0.3 + 45)
-    assert costs.decode_ms(workers[0], 0, 5, 8, together=True) == pytest.approx(0.3 + 90)
-    assert costs.prefill_ms(workers[1], 5, 10, 128) == pytest.approx(0.6 + 450), "prompts have no head"
+    assert 1e3 * costs.decode_s(workers[0], 0, 5, 8) == pytest.approx(0.3 + 45)
+    assert 1e3 * costs.decode_s(workers[0], 0, 5, 8, concurrent=True) == pytest.approx(0.3 + 90)
+    assert 1e3 * costs.prefill_s(workers[1], 5, 10, 128) == pytest.approx(0.6 + 450), "prompts have no head"
 
 
 @pytest.mark.parametrize("objective", ["latency", "throughput"])
 def test_steps_that_a_worker_says_take_no_time_make_a_plan(objective: str) -> None:
-    nothing = tuple(TrialPoint(point.rows, 0.0, 0.0, 0.0) for point in ALONE)
-    workers = [WorkerFacts(name, 20 * GB, 20.0, 300.0, 1, alone=nothing, together=nothing) for name in "ab"]
+    nothing = tuple(StepTime(point.rows, 0.0, 0.0, 0.0) for point in ISOLATED)
+    workers = [WorkerFacts(name, 20 * GB, profile(20, 300, nothing)) for name in "ab"]
     plan = make_plan(MODEL, workers, PlanRequest(1024, 8, lambda place: MIB, objective=objective))
     assert plan.prediction is not None and plan.prediction.tokens_per_s > 0
     assert plan_lines(plan) and plan_json(plan)
 
 
 def test_a_second_stage_that_costs_more_than_a_tenth_stays_a_spare() -> None:
-    slow_python = (TrialPoint(1, 8.0, 30.0, 1.0), TrialPoint(8, 9.0, 90.0, 1.4), TrialPoint(128, 9.0, 900.0, 5.0))
-    for tried, stages in ((ALONE, 2), (slow_python, 1)):
-        workers = [WorkerFacts(name, 20 * GB, 20.0, 300.0, 1, alone=tried, together=tried) for name in "ab"]
+    slow_python = (step_time(1, 8.0, 30.0, 1.0), step_time(8, 9.0, 90.0, 1.4), step_time(128, 9.0, 900.0, 5.0))
+    for tried, stages in ((ISOLATED, 2), (slow_python, 1)):
+        workers = [WorkerFacts(name, 20 * GB, profile(20, 300, tried)) for name in "ab"]
         plan = make_plan(MODEL, workers, PlanRequest(1024, 8, lambda place: MIB))
         assert len(plan.stages) == stages
 
 
 def test_a_worker_that_has_all_layers_computes_alone() -> None:
     """Two that share a machine take more than twice as long together, one that does without the other does not."""
-    crowded = tuple(TrialPoint(p.rows, p.stage_ms, 2.4 * p.layers_ms_per_gb, p.head_ms) for p in ALONE)
-    for together, stages in ((ALONE, 2), (crowded, 1)):
-        workers = [WorkerFacts(name, 20 * GB, 20.0, 300.0, 1, alone=ALONE, together=together) for name in "ab"]
+    crowded = tuple(replace(p, layers_byte_s=2.4 * p.layers_byte_s) for p in ISOLATED)
+    for concurrent, stages in ((ISOLATED, 2), (crowded, 1)):
+        workers = [WorkerFacts(name, 20 * GB, profile(20, 300, concurrent, ISOLATED)) for name in "ab"]
         plan = make_plan(MODEL, workers, PlanRequest(1024, 8, lambda place: MIB, objective="throughput"))
         assert len(plan.stages) == stages
 
 
 def test_trials_are_kept_with_measurements(tmp_path: Path) -> None:
-    known = {"a": Measurement(1.0, 2.0, ALONE, TOGETHER), "b": Measurement(3.0, 4.0)}
-    write_measurements(tmp_path, known)
-    assert read_measurements(tmp_path) == known
+    known = {"a": Profile(profile(1.0, 2.0, CONCURRENT, ISOLATED), (profile(5.0),)), "b": Profile(profile(3.0, 4.0))}
+    write_profiles(tmp_path, known)
+    assert read_profiles(tmp_path) == known
 
 
 def test_a_worker_tries_steps_of_any_model_that_is_large_enough(
@@ -99,7 +99,7 @@ def test_a_worker_tries_steps_of_any_model_that_is_large_enough(
     monkeypatch.setattr(profiler, "_LEAST_BYTES", 0)
     found = try_stages(device, model)
     assert [one.rows for one in found] == [1, 8, 128]
-    assert all(isinstance(one, StageProfile) and one.stage_s + one.layers_byte_s > 0 for one in found)
+    assert all(isinstance(one, StepTime) and one.stage_s + one.layers_byte_s > 0 for one in found)
     assert found[0].head_s >= 0 and found[2].layers_byte_s > found[0].layers_byte_s
     short = TrialDevice(backend, 1, backend.feature_level, 65 << 20)
     assert try_stages(short, model) == (), "memory is short"
@@ -130,8 +130,8 @@ def test_sweeps_are_as_large_as_the_largest_cache(tmp_path: Path) -> None:
 
 def test_weights_come_from_the_same_machine_then_over_the_fastest_links() -> None:
     hosts = {"me": "x", "near": "x", "fast": "y", "alike": "w", "slow": "y", "unknown": "z"}
-    measured = {"fast": Link(0.2, 1.0), "alike": Link(0.2, 1.01), "slow": Link(0.2, 80.0)}
-    links = Links({frozenset(("me", name)): link for name, link in measured.items()})
+    measured = {"fast": link(0.2, 1.0), "alike": link(0.2, 1.01), "slow": link(0.2, 80.0)}
+    links = Links({frozenset(("me", name)): known for name, known in measured.items()})
     names = ["unknown", "slow", "alike", "fast", "near", "me"]
     assert nearest_first("me", names, hosts, links) == ["near", "alike", "fast", "slow", "unknown"]
     assert nearest_first("me", names, hosts, links, place=3) == ["near", "fast", "alike", "slow", "unknown"]
@@ -140,14 +140,14 @@ def test_weights_come_from_the_same_machine_then_over_the_fastest_links() -> Non
 
 def test_links_are_measured_again_when_somebody_joins_once_a_pipeline_serves() -> None:
     known, asked, present = [], [], {"a": object()}
-    new = Links({frozenset("ab"): Link(3.0, 4.0)})
+    new = Links({frozenset("ab"): link(3.0, 4.0)})
 
     async def measure(workers: Any) -> Links:
         asked.append(dict(workers))
         return new
 
     async def run() -> None:
-        planning: Any = SimpleNamespace(know=lambda links: known.append(links) or True)
+        planning: Any = SimpleNamespace(update=lambda links: known.append(links) or True)
         registry: Any = SimpleNamespace(present=present)
         nothing: Any = None
         config: Any = SimpleNamespace(timeouts=SimpleNamespace(worker=5.0, load=60.0, recovery=120.0))

@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 from llamaclust.cluster.planner import search
 from llamaclust.cluster.planner.costs import WorkerFacts
 from llamaclust.cluster.planner.format import plan_lines
-from llamaclust.cluster.planner.links import COORDINATOR, Link, Links, Reach
+from llamaclust.cluster.planner.links import COORDINATOR, Link, Links
 from llamaclust.cluster.planner.plan import Plan
 from llamaclust.cluster.planner.planner import make_plan
-from llamaclust.cluster.planner.profile import Trial, TrialPoint
 from llamaclust.core.errors import InsufficientMemoryError
+from llamaclust.core.profile import StepTimes
 from llamaclust.model.loader import ModelCosts
+from support.clusters.plan_inputs import profile, reach, step_time
 from support.clusters.random_plans import ASK, FILE_ORDER, GB, MODELS, SLACK, WORKERS, Every, large, named
 
 
@@ -89,15 +90,15 @@ def test_where_not_all_orders_are_tried_the_bound_holds(
 @pytest.mark.parametrize("objective", ["latency", "throughput"])
 def test_the_best_of_more_workers_than_layers_are_taken(objective: str) -> None:
     facts = [("a", 1.0), ("b", 1.0), ("c", 100.0)]
-    workers = [WorkerFacts(name, 6 * GB, read, 20 * read) for name, read in facts]
+    workers = [WorkerFacts(name, 6 * GB, profile(read, 20 * read)) for name, read in facts]
     for order in permutations(workers):
         plan = make_plan(large(2), order, replace(ASK, objective=objective))
         assert [stage.worker for stage in plan.stages] == ["c"]
 
 
 def test_the_one_worker_with_room_for_the_head_is_the_last_wherever_it_stands() -> None:
-    small = [WorkerFacts(f"w{index}", 1_900_000_000, 1.0, 20.0) for index in range(9)]
-    big = WorkerFacts("big", 2_500_000_000, 1.1, 20.0)
+    small = [WorkerFacts(f"w{index}", 1_900_000_000, profile(1, 20)) for index in range(9)]
+    big = WorkerFacts("big", 2_500_000_000, profile(1.1, 20))
     for workers in ([*small, big], [big, *small], [*small[:4], big, *small[4:]]):
         for objective in ("latency", "throughput"):
             plan = make_plan(large(10), workers, replace(ASK, objective=objective))
@@ -107,8 +108,8 @@ def test_the_one_worker_with_room_for_the_head_is_the_last_wherever_it_stands() 
 def test_both_ends_are_found_among_many_workers_that_are_all_different() -> None:
     """Two have room for more than layers; the first must have the embedding, the last the head."""
     shuffled = random.Random(3)
-    inner = [WorkerFacts(f"w{index}", 1_200_000_000 + index, 1.0 + index / 100, 20.0) for index in range(18)]
-    ends = [WorkerFacts("first", 1_650_000_000, 1.0, 20.0), WorkerFacts("last", 2_250_000_000, 1.0, 20.0)]
+    inner = [WorkerFacts(f"w{index}", 1_200_000_000 + index, profile(1 + index / 100, 20)) for index in range(18)]
+    ends = [WorkerFacts("first", 1_650_000_000, profile(1, 20)), WorkerFacts("last", 2_250_000_000, profile(1, 20))]
     for objective in ("latency", "throughput"):
         workers = [*inner, *ends]
         shuffled.shuffle(workers)
@@ -120,7 +121,9 @@ def test_both_ends_are_found_among_many_workers_that_are_all_different() -> None
 def test_many_different_workers_are_planned_in_a_moment_with_a_bound(objective: str) -> None:
     drawn = random.Random(7)
     workers = [
-        WorkerFacts(f"w{index}", int(drawn.uniform(2, 6) * GB), drawn.uniform(5, 100), drawn.uniform(100, 1000))
+        WorkerFacts(
+            f"w{index}", int(drawn.uniform(2, 6) * GB), profile(drawn.uniform(5, 100), drawn.uniform(100, 1000))
+        )
         for index in range(64)
     ]
     begun = time.process_time()
@@ -131,9 +134,9 @@ def test_many_different_workers_are_planned_in_a_moment_with_a_bound(objective: 
     assert not any("of the best that could be" in line for line in plan_lines(make_plan(large(3), workers[:2], ASK)))
 
 
-def tried(drawn: random.Random) -> Trial:
+def step_times(drawn: random.Random) -> StepTimes:
     return tuple(
-        TrialPoint(rows, drawn.uniform(0.1, 0.5), drawn.uniform(10, 200) * slower, drawn.uniform(1, 10) * slower)
+        step_time(rows, drawn.uniform(0.1, 0.5), drawn.uniform(10, 200) * slower, drawn.uniform(1, 10) * slower)
         for rows, slower in ((1, 1), (8, 2), (128, 20))
     )
 
@@ -143,21 +146,22 @@ def tried(drawn: random.Random) -> Trial:
 def test_64_workers_126_layers_and_their_2080_links_are_planned_in_a_second(objective: str) -> None:
     drawn = random.Random(7)
     names = [COORDINATOR, *(f"w{index}" for index in range(64))]
-    reach = {name: Reach(drawn.uniform(0.05, 10), drawn.uniform(0.2, 80)) for name in names}
-    measured = {
+    reaches_of = {name: reach(drawn.uniform(0.05, 10), drawn.uniform(0.2, 80)) for name in names}
+    known = {
         frozenset((one, two)): Link(
-            reach[one].one_way_ms + reach[two].one_way_ms + drawn.uniform(0, 0.3),
-            reach[one].ms_per_mb + reach[two].ms_per_mb,
+            reaches_of[one].one_way_s + reaches_of[two].one_way_s + drawn.uniform(0, 3e-4),
+            reaches_of[one].byte_s + reaches_of[two].byte_s,
         )
         for one, two in combinations(names, 2)
     }
-    facts = [(int(drawn.uniform(2, 6) * GB), 20.0, 300.0, 1) for _ in names[1:]]
-    trials = [(tried(drawn), tried(drawn)) for _ in names[1:]]
+    memory = [int(drawn.uniform(2, 6) * GB) for _ in names[1:]]
+    profiles = [profile(20, 300, step_times(drawn), step_times(drawn)) for _ in names[1:]]
     begun = time.process_time()
-    links = Links(measured)
+    links = Links(known)
     reaches = links.reaches(names[1:])
     workers = [
-        WorkerFacts(name, *one, reaches[name], *both) for name, one, both in zip(names[1:], facts, trials, strict=True)
+        WorkerFacts(name, memory_bytes, measured, 1, reaches[name])
+        for name, memory_bytes, measured in zip(names[1:], memory, profiles, strict=True)
     ]
     model = replace(large(126), hidden_bytes=65_536)
     plan = make_plan(model, workers, replace(ASK, objective=objective, links=links))

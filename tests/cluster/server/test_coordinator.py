@@ -24,11 +24,11 @@ from llamaclust.cluster.server.status import cluster_status
 from llamaclust.cluster.state.directory import (
     ClusterDir,
     ClusterRecord,
-    Measurement,
-    read_measurements,
-    write_measurements,
+    read_profiles,
+    write_profiles,
 )
 from llamaclust.core.errors import UsageError
+from llamaclust.core.profile import DeviceProfile, Profile
 from llamaclust.kernels import _native
 from llamaclust.model.loader import Model
 from llamaclust.model.program import KvType
@@ -82,24 +82,24 @@ async def test_heartbeats_keep_up_with_a_short_timeout(tiny: Path, tmp_path: Pat
 async def test_measurements_are_kept_for_every_cluster_of_the_machine(tiny: Path, tmp_path: Path) -> None:
     """A cluster of another name measures nothing; what a file states is not kept as measured."""
     async with opened(tiny, tmp_path):
-        assert read_measurements(tmp_path) == {}
+        assert read_profiles(tmp_path) == {}
     workers = [{"name": "a", "threads": 1}, {"name": "b", "threads": 1}]
     async with opened(tiny, tmp_path, name="first", workers=workers):
-        kept = read_measurements(tmp_path)
+        kept = read_profiles(tmp_path)
     assert len(kept) == 2, "with the model and without it"
-    made_up = dict.fromkeys(kept, Measurement(7.0, 8.0))
-    write_measurements(tmp_path, made_up)
+    made_up = dict.fromkeys(kept, Profile(DeviceProfile(7.0, 8.0)))
+    write_profiles(tmp_path, made_up)
     async with opened(
         tiny, tmp_path, name="second", workers=[{**one, "name": f"{one['name']}2"} for one in workers]
     ) as cluster:
-        assert read_measurements(tmp_path) == made_up
+        assert read_profiles(tmp_path) == made_up
         plan = cluster.plan
     file = tmp_path / "cluster.yaml"
     values = {"name": "third", "model": str(tiny), "objective": "throughput", "context_length": 256}
     file.write_text(json.dumps({**values, "state_dir": str(tmp_path), "workers": workers}))
     planned = plan_of(file, [])
     assert planned.prediction is not None and plan.prediction is not None
-    assert planned.prediction.token_ms == plan.prediction.token_ms
+    assert planned.prediction.token_s == plan.prediction.token_s
     assert plan_of(file, ["workers.a.threads=2"]).prediction is None
 
 

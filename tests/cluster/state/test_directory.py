@@ -18,12 +18,12 @@ from llamaclust.cluster.launchers.run_directory import run_directory
 from llamaclust.cluster.state.directory import (
     ClusterDir,
     ClusterRecord,
-    Measurement,
     find_running,
-    read_measurements,
-    write_measurements,
+    read_profiles,
+    write_profiles,
 )
 from llamaclust.core.errors import LlamaclustError, UsageError
+from llamaclust.core.profile import DeviceProfile, Profile
 from support.clusters.command_line import eventually
 
 
@@ -111,19 +111,17 @@ def full_disk(room_bytes: int) -> Iterator[None]:
 
 
 def test_a_full_disk_is_told_with_the_file_and_leaves_none(tmp_path: Path) -> None:
-    known = {"a": Measurement(1.0, 2.0)}
-    write_measurements(tmp_path, known)
+    known = {"a": Profile(DeviceProfile(1.0, 2.0))}
+    write_profiles(tmp_path, known)
     folder = ClusterDir(tmp_path / "home")
     folder.create()
     before = sorted(tmp_path.rglob("*"))
     with full_disk(10):
-        with pytest.raises(
-            LlamaclustError, match=rf"^{tmp_path}/\.measurements\.json: cannot be written: File too large"
-        ):
-            write_measurements(tmp_path, {"b": Measurement(3.0, 4.0)})
+        with pytest.raises(LlamaclustError, match=rf"^{tmp_path}/\.profiles\.json: cannot be written: File too large"):
+            write_profiles(tmp_path, {"b": Profile(DeviceProfile(3.0, 4.0))})
         with pytest.raises(LlamaclustError, match=r"/home/cluster\.json: cannot be written"):
             folder.write_record(ClusterRecord("home", 1, "http://127.0.0.1:1", "m"))
         with pytest.raises(LlamaclustError, match="token: cannot be written"), run_directory(folder.path):
             pass
     assert sorted(tmp_path.rglob("*")) == before
-    assert read_measurements(tmp_path) == known
+    assert read_profiles(tmp_path) == known

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from llamaclust.core.gpus import DeviceLayers, Gpu
 from llamaclust.core.limits import StageLimits
-from llamaclust.core.profile import GpuProfile, StageProfile
+from llamaclust.core.profile import DeviceProfile, Profile, StepTime
 from llamaclust.wire.control.messages import (
     AddWeightSource,
     Admitted,
@@ -49,6 +49,9 @@ from llamaclust.wire.control.messages import (
 REGISTER = Register("a", 7, "host", "unix:/run/a.sock", "cpu", 2, "avx2", 1 << 35, 1 << 34, "a chip, 2 cores")
 
 
+CPU = DeviceProfile(4e10, 5e11)
+
+
 GPUS = (Gpu("cuda:0", "NVIDIA X", 1 << 34, 1 << 33, "01ab"), Gpu("cuda:1", "NVIDIA Y", 1 << 33, 5))
 
 
@@ -69,11 +72,11 @@ WORKER_MESSAGES: list[WorkerMessage] = [
     replace(REGISTER, protocol_version=2, numerics_version=99, log="/var/log/worker.log"),
     replace(REGISTER, device="cuda:0,cuda:1", gpus=GPUS, gpu_layers=0),
     replace(REGISTER, device="cuda:0", gpus=GPUS[:1]),
-    WorkerProfile(4e10, 5e11),
+    WorkerProfile(Profile(CPU)),
     WorkerProfile(
-        4e10, 5e11, gpus=(GpuProfile(3e12, 9e14), GpuProfile(1e12, 1e14, (StageProfile(1, 2e-4, 1e-12, 1e-4),)))
+        Profile(CPU, (DeviceProfile(3e12, 9e14), replace(CPU, concurrent=(StepTime(1, 2e-4, 1e-12, 1e-4),))))
     ),
-    WorkerProfile(4e10, 5e11, (StageProfile(1, 2e-4, 3e-11, 1e-3), StageProfile(8, 3e-4, 9e-11, 2e-3))),
+    WorkerProfile(Profile(replace(CPU, concurrent=(StepTime(1, 2e-4, 3e-11, 1e-3), StepTime(8, 3e-4, 9e-11, 2e-3))))),
     RequestFailed(Failure("WorkerError", "no")),
     LoadProgress(3, 10, 20),
     Loaded(3, 1, 2, 3),
@@ -92,7 +95,7 @@ WORKER_MESSAGES: list[WorkerMessage] = [
     PeerUnreachable(3, "b", "connection to host:7102 lost (keepalive watchdog timeout)"),
     ProbeResult("b"),
     ProbeResult("b", "not within 5 s"),
-    WorkerProfile(4e10, 5e11, request_id=7),
+    WorkerProfile(Profile(CPU), request_id=7),
     RequestFailed(Failure("WorkerError", "no"), 7),
     LinkProfiles((LinkProfile(0.001, 1e9),), 7),
     WeightsFound(False, request_id=7),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from llamaclust.cluster.planner.costs import WorkerFacts
+from llamaclust.cluster.planner.links import Link, Reach
 from llamaclust.cluster.planner.planner import PlanRequest
 from llamaclust.cluster.planner.workspace import StagePlace
+from llamaclust.core.profile import DeviceProfile, StepTime, StepTimes
 from llamaclust.core.sizes import MIB
 from llamaclust.model.loader import LayerCost, ModelCosts
 
@@ -21,7 +23,24 @@ def workspace(place: StagePlace) -> int:
 ASK = PlanRequest(context_length=1024, max_sequences=8, workspace=workspace)
 
 
-def worker(
-    name: str, memory_mib: int | None = 10_000, read: float | None = 20, int8: float | None = 300
-) -> WorkerFacts:
-    return WorkerFacts(name, None if memory_mib is None else memory_mib * MIB, read, int8)
+def profile(
+    read_gb_s: float = 20, int8_gmac_s: float = 300, concurrent: StepTimes = (), isolated: StepTimes = ()
+) -> DeviceProfile:
+    return DeviceProfile(read_gb_s * 1e9, int8_gmac_s * 1e9, concurrent, isolated)
+
+
+def step_time(rows: int, stage_ms: float, layers_ms_per_gb: float, head_ms: float) -> StepTime:
+    return StepTime(rows, stage_ms / 1e3, layers_ms_per_gb / 1e12, head_ms / 1e3)
+
+
+def link(one_way_ms: float, ms_per_mb: float = 0.0) -> Link:
+    return Link(one_way_ms / 1e3, ms_per_mb / 1e9)
+
+
+def reach(one_way_ms: float, ms_per_mb: float = 0.0) -> Reach:
+    return Reach(one_way_ms / 1e3, ms_per_mb / 1e9)
+
+
+def worker(name: str, memory_mib: int | None = 10_000, read: float | None = 20, int8: float = 300) -> WorkerFacts:
+    memory_bytes = None if memory_mib is None else memory_mib * MIB
+    return WorkerFacts(name, memory_bytes, None if read is None else profile(read, int8))

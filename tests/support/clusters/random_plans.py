@@ -9,11 +9,11 @@ from itertools import combinations, pairwise, permutations
 from hypothesis import strategies as st
 
 from llamaclust.cluster.planner.costs import StageCosts, WorkerFacts
-from llamaclust.cluster.planner.links import Reach
 from llamaclust.cluster.planner.plan import Plan
 from llamaclust.cluster.planner.planner import PlanRequest
 from llamaclust.cluster.planner.workspace import StagePlace
 from llamaclust.model.loader import LayerCost, ModelCosts
+from support.clusters.plan_inputs import profile, reach
 
 GB = 10**9
 
@@ -38,11 +38,11 @@ ASK = PlanRequest(context_length=CONTEXT, max_sequences=4, workspace=workspace)
 
 
 WORKERS = st.builds(
-    lambda memory, read, macs, reach: WorkerFacts("", int(memory * GB), read, macs, 1, reach),
+    lambda memory, read, macs, reach: WorkerFacts("", int(memory * GB), profile(read, macs), 1, reach),
     st.sampled_from([1.3, 2.3, 4.0, 9.0, 30.0]),
     st.sampled_from([1.0, 3.0, 3.2, 10.0, 50.0]),
     st.sampled_from([50.0, 200.0, 1000.0]),
-    st.builds(Reach, st.sampled_from([0.0, 0.2, 30.0, 300.0]), st.sampled_from([0.0, 1.0, 80.0])),
+    st.builds(reach, st.sampled_from([0.0, 0.2, 30.0, 300.0]), st.sampled_from([0.0, 1.0, 80.0])),
 )
 
 
@@ -94,13 +94,13 @@ class Every:
         linked = len(cut) > 1  # each stage has a link in and one out
         mixes = (
             max(
-                stages.prefill_ms(*stage, 512) + stages.decode_ms(*stage, 8) * 16,
-                linked * 2 * stage[0].reach.ms_per_mb * 512 * 16_384 / 1e6,
+                stages.prefill_s(*stage, 512) + stages.decode_s(*stage, 8) * 16,
+                linked * 2 * stage[0].reach.byte_s * 512 * 16_384,
             )
             for stage in cut
         )
-        hops_ms = sum(linked * 2 * worker.reach.one_way_ms for worker, _, _ in cut)
-        return Score(max(mixes), sum(stages.decode_ms(*stage) for stage in cut) + hops_ms)
+        hops_s = sum(linked * 2 * worker.reach.one_way_s for worker, _, _ in cut)
+        return Score(max(mixes), sum(stages.decode_s(*stage) for stage in cut) + hops_s)
 
     def score_of(self, plan: Plan) -> Score:
         by_name = {worker.name: worker for worker in self.workers}

@@ -119,7 +119,7 @@ class Loaded:
             tell(f"loading {task.model.stem}: {self.placement}")
             started, progress = time.perf_counter(), _Progress()
             backend, sampling = self.placement.backend(self.gpu, processor), Sampling(task.threads)
-            stage = BenchStage(self.model, backend, task.sequences, task.context, sampling, progress=progress.add)
+            stage = BenchStage(self.model, backend, stage_limits(task.sequences, task.context), sampling, progress.add)
             self._stage = held.enter_context(closing(stage))
             self.load_s = time.perf_counter() - started
             tell(f"loaded {progress.done_bytes / 1e9:.1f} GB in {self.load_s:.1f} s")

@@ -22,7 +22,7 @@ from llamaclust.tools.background import in_background
 from llamaclust.tools.bench.gpu import GpuLimits
 from llamaclust.tools.bench.limits import Limits, MachineLimits, Pair, Spread, paired
 from llamaclust.tools.bench.load import LoadMeter, OtherLoad
-from llamaclust.tools.bench.stage import BenchStage, Sampling
+from llamaclust.tools.bench.stage import BenchStage, Sampling, stage_limits
 from llamaclust.tools.model_info import describe
 from llamaclust.worker.devices.backends import open_gpu
 
@@ -200,7 +200,7 @@ def _stage_runs(
 ) -> None:
     task = measurement.task
     sampling = Sampling(task.threads_each, environment().feature_level or "" if limits else level)
-    with closing(BenchStage(model, backend, task.batch, task.context, sampling, task.kv_type)) as stage:
+    with closing(BenchStage(model, backend, stage_limits(task.batch, task.context, task.kv_type), sampling)) as stage:
         asyncio.run(measurement.run(_StageRunner(stage, task), limits))
 
 

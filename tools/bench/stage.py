@@ -34,26 +34,24 @@ class Sampling:
 
 
 def stage_limits(batch: int, context: int, kv_type: KvType = KvType.F16) -> StageLimits:
-    """Of a `BenchStage`."""
+    """Limits of a `BenchStage` with `batch` sequences of at most `context` tokens each."""
     blocks = -(-context // KV_BLOCK_TOKENS)
     return StageLimits(_MOST_ROWS + batch, batch, batch, context, blocks * batch, kv_type)
 
 
 class BenchStage:
-    """A loaded stage and `batch` sequences of random tokens, each of `context` tokens at most."""
+    """A loaded stage and sequences of random tokens: as many and as long as `stage_limits` says."""
 
     def __init__(
         self,
         model: Model,
         backend: Backend,
-        batch: int,
-        context: int,
+        limits: StageLimits,
         sampling: Sampling,
-        kv_type: KvType = KvType.F16,
         progress: Progress = lambda done_bytes: None,
     ) -> None:
         """Loads the weights; `progress` is told of every byte."""
-        limits = stage_limits(batch, context, kv_type)
+        batch, context = limits.max_sequences, limits.max_context_tokens
         blocks = limits.kv_blocks // batch
         level, layers = sampling.feature_level, model.layer_count
         self._runner = StageRunner(

@@ -48,35 +48,37 @@ class Converted:
     notes: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The file to write."""
+
+    path: Path | None  # None: NAME-TYPE.gguf in the current folder
+    type_name: str  # of OUTPUT_TYPES
+    name: str | None = None  # of the model; None: the checkpoint's
+
+
 def convert(source: Path, out: Path | None, type_name: str, hints: Hints, told: Told, name: str | None) -> Converted:
     """Writes the checkpoint at `source` to `out`, by default NAME-TYPE.gguf here.
 
     ModelFileError for a bad checkpoint, UsageError for bad options or a disk without room; no file is left then.
     """
     with SourceFiles() as files:
-        return write_converted(files, open_checkpoint(files, source, hints), out, type_name, hints, told, name)
+        return write_converted(files, open_checkpoint(files, source, hints), Target(out, type_name, name), hints, told)
 
 
-def write_converted(
-    files: SourceFiles,
-    checkpoint: Checkpoint,
-    out: Path | None,
-    type_name: str,
-    hints: Hints,
-    told: Told,
-    name: str | None,
-) -> Converted:
-    """As `convert`, for a checkpoint that is open."""
-    kind = OUTPUT_TYPES.get(type_name)
+def write_converted(files: SourceFiles, checkpoint: Checkpoint, target: Target, hints: Hints, told: Told) -> Converted:
+    """As `convert`, for an open checkpoint."""
+    kind = OUTPUT_TYPES.get(target.type_name)
     if kind is None:
-        raise UsageError(f"--type {type_name}: give one of {', '.join(OUTPUT_TYPES)}")
+        raise UsageError(f"--type {target.type_name}: give one of {', '.join(OUTPUT_TYPES)}")
     page = build_page(checkpoint)
     behind = _CHATGLM_WORDS if page.architecture == "chatglm" else ()
     rows = page.tensors["token_embd.weight"].shape[0]
     words = read_words(files, hints.tokenizer or checkpoint.vocabulary, rows, behind)
-    path = out or Path(f"{_file_name(name or checkpoint.name)}-{type_name}.gguf")
+    name = target.name or checkpoint.name
+    path = target.path or Path(f"{_file_name(name)}-{target.type_name}.gguf")
     outputs = [Output(one, output_type(one, tensor, kind), tensor) for one, tensor in page.tensors.items()]
-    metadata = _general(page, checkpoint, name, kind) | page.metadata | _vocabulary(page, words)
+    metadata = _general(page, name, kind) | page.metadata | _vocabulary(page, words)
     _check_replaceable(path)
     write_stream(path, metadata, outputs, told, thread_count(), files.check_unchanged)
     return Converted(path, page.architecture, len(outputs), tuple(page.notes))
@@ -103,11 +105,11 @@ def output_type(name: str, tensor: Lazy, wanted: QuantType) -> QuantType:
     return wanted if tensor.shape[-1] % wanted.info.block_size == 0 else QuantType.F16
 
 
-def _general(page: Page, checkpoint: Checkpoint, name: str | None, kind: QuantType) -> dict[str, WritableValue]:
+def _general(page: Page, name: str, kind: QuantType) -> dict[str, WritableValue]:
     return {
         "general.architecture": page.architecture,
         "general.type": "model",
-        "general.name": name or checkpoint.name,
+        "general.name": name,
         "general.file_type": FILE_TYPES[kind],
         "general.quantization_version": _QUANTIZATION_VERSION,
     }

@@ -12,7 +12,7 @@ from typing import Final
 from llamaclust.core.errors import ModelFileError, UsageError
 from llamaclust.model.gguf.atomic_file import hidden_name, new_file
 from llamaclust.tools.convert.adapter import merged, read_adapter, words_of
-from llamaclust.tools.convert.conversion import Converted, thread_count, write_converted
+from llamaclust.tools.convert.conversion import Converted, Target, thread_count, write_converted
 from llamaclust.tools.convert.elements import OUTPUT_TYPES
 from llamaclust.tools.convert.formats.checkpoint import Checkpoint
 from llamaclust.tools.convert.formats.hugging_face import CONFIG, read_folder
@@ -47,7 +47,7 @@ def merge_adapter(base: Path, adapter: Path, out: Path, type_name: str, hints: H
         vocabulary = adapter if _has_tokenizer(adapter) else base
         whole = replace(found, tensors=tensors, settings=words_of(tensors, found.settings), vocabulary=vocabulary)
         if out.suffix == ".gguf":
-            return write_converted(files, whole, out, type_name, hints, told, None)
+            return write_converted(files, whole, Target(out, type_name), hints, told)
         return _write_folder(files, whole, base, out, type_name, told)
 
 

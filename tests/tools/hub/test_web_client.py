@@ -15,7 +15,7 @@ import pytest
 
 from llamaclust.core.errors import DownloadError
 from llamaclust.tools.hub import web_client
-from llamaclust.tools.hub.download import Patience, fetch
+from llamaclust.tools.hub.download import Download, Patience, fetch
 from llamaclust.tools.hub.pull import pull_model
 from llamaclust.tools.hub.web_client import WebClient
 from support.hub.download_server import Server, running_server
@@ -47,11 +47,11 @@ def test_header_lines_without_an_end_are_cut_off(server: Server) -> None:
 def test_a_download_tries_again_and_ends(server: Server, tmp_path: Path) -> None:
     with WebClient(headers_s=HEADERS_S, timeout=10.0) as client:
         server.does.drips = 2
-        fetch(client, f"{server.url}/m.gguf", tmp_path / "a", lambda *_: None, sha256=None, patience=QUICK)
+        fetch(client, Download(f"{server.url}/m.gguf", sha256=None), tmp_path / "a", lambda *_: None, QUICK)
         assert (tmp_path / "a").read_bytes() == MODEL
         server.does.drips = 99
         with pytest.raises(DownloadError, match=r"headers took longer than 0\.3 s \(3 tries without progress"):
-            fetch(client, f"{server.url}/m.gguf", tmp_path / "b", lambda *_: None, sha256=None, patience=QUICK)
+            fetch(client, Download(f"{server.url}/m.gguf", sha256=None), tmp_path / "b", lambda *_: None, QUICK)
 
 
 def test_a_pull_has_that_deadline(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

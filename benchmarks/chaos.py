@@ -238,7 +238,7 @@ class Chaos:
 
 async def run(model: Path, seed: int, faults: int, workers: int, silence_s: float, verbose: bool) -> None:
     names = "abcdefgh"[:workers]
-    alike = ", ".join(f"{{name: {name}, threads: 1, bandwidth: 20, int8: 300}}" for name in names)
+    alike = ", ".join(f"{{name: {name}, threads: 1, memory_bandwidth_gb_s: 20, int8_gmac_s: 300}}" for name in names)
     overrides = [f"model={model}", f"workers=[{alike}]", "objective=throughput", "context_length=1024"]
     overrides.append(f"timeouts.worker={silence_s:g}s")
     begun_s = time.monotonic()

@@ -27,7 +27,7 @@ import yaml
 _START_S = 600.0
 _LOOK_S = 0.02
 _PROMPT_WORDS = 40
-_SPEED = {"threads": 1, "bandwidth": 20.0, "int8": 300.0}
+_SPEED = {"threads": 1, "memory_bandwidth_gb_s": 20.0, "int8_gmac_s": 300.0}
 
 
 @contextmanager

@@ -44,18 +44,22 @@ class WorkerConfig(Section):
     """Threads that compute; by default the machine's cores, shared out among its workers."""
     memory: Size | None = None
     """Cap on weights, KV memory and workspace in RAM; by default what is free, shared out among its workers."""
-    bandwidth: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] | None = None
+    memory_bandwidth_gb_s: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] | None = None
     """Memory read bandwidth in GB/s, for plans; measured when the worker starts where it is not given."""
-    int8: Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)] | None = None
+    int8_gmac_s: Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)] | None = None
     """Integer multiply-accumulates in GMAC/s, for plans; measured when the worker starts where it is not given."""
 
     @model_validator(mode="after")
     def _check_speeds(self) -> Self:
-        if (self.bandwidth is None) != (self.int8 is None):
-            given = "bandwidth" if self.int8 is None else "int8"
-            raise PlaceError((given,), "bandwidth and int8 go together: give both, or none to have them measured")
-        if self.bandwidth is not None and self.device != "cpu":
-            raise PlaceError(("bandwidth",), "is of a processor: a worker with GPUs measures itself; leave it out")
+        if (self.memory_bandwidth_gb_s is None) != (self.int8_gmac_s is None):
+            given = "memory_bandwidth_gb_s" if self.int8_gmac_s is None else "int8_gmac_s"
+            raise PlaceError(
+                (given,), "memory_bandwidth_gb_s and int8_gmac_s go together: give both, or none to have them measured"
+            )
+        if self.memory_bandwidth_gb_s is not None and self.device != "cpu":
+            raise PlaceError(
+                ("memory_bandwidth_gb_s",), "is of a processor: a worker with GPUs measures itself; leave it out"
+            )
         return self
 
 

@@ -44,9 +44,9 @@ async def measure_workers(
 def stated_speeds(config: ClusterConfig) -> dict[str, Profile]:
     """What the cluster file says itself, by worker name."""
     return {
-        spec.name: Profile(DeviceProfile(spec.bandwidth * 1e9, spec.int8 * 1e9))
+        spec.name: Profile(DeviceProfile(spec.memory_bandwidth_gb_s * 1e9, spec.int8_gmac_s * 1e9))
         for spec in config.workers
-        if spec.bandwidth is not None and spec.int8 is not None
+        if spec.memory_bandwidth_gb_s is not None and spec.int8_gmac_s is not None
     }
 
 

@@ -141,7 +141,7 @@ def room_mib(said: str) -> int:
 
 def test_plan_knows_what_memory_leaves_to_a_worker_and_says_why(line: CommandLine) -> None:
     """A worker's process counts too: as much as a start finds, within what processes differ by."""
-    worker = {"name": "a", "threads": 1, "bandwidth": 10.0, "int8": 100.0, "memory": "300MiB"}
+    worker = {"name": "a", "threads": 1, "memory_bandwidth_gb_s": 10.0, "int8_gmac_s": 100.0, "memory": "300MiB"}
     path = line.cluster_file("good.gguf", "capped", workers=[worker])
     with line.cluster("good.gguf", "capped", workers=[worker]) as cluster:
         started = room_mib(cluster.command.err.read_text())

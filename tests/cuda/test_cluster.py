@@ -88,7 +88,7 @@ async def run(model: Path, folder: Path, *overrides: str, on_token: Callable[[],
 
 @pytest.fixture(scope="module")
 def wanted(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Answer]:
-    one = "workers=[{name: a, threads: 1, bandwidth: 20, int8: 300}]"
+    one = "workers=[{name: a, threads: 1, memory_bandwidth_gb_s: 20, int8_gmac_s: 300}]"
     return asyncio.run(run(model, tmp_path_factory.mktemp("one"), one)).answers
 
 
@@ -96,7 +96,12 @@ def test_a_gpu_with_layers_in_ram_beside_a_worker_without(model: Path, wanted: l
     gpu = "{name: a, threads: 1, device: cuda:0, gpu_layers: 2}"
     plan = "plan=[{worker: a, layers: [0, 3]}, {worker: b, layers: [3, 4]}]"
     done = asyncio.run(
-        run(model, tmp_path, f"workers=[{gpu}, {{name: b, threads: 1, bandwidth: 20, int8: 300}}]", plan)
+        run(
+            model,
+            tmp_path,
+            f"workers=[{gpu}, {{name: b, threads: 1, memory_bandwidth_gb_s: 20, int8_gmac_s: 300}}]",
+            plan,
+        )
     )
     assert done.answers == wanted
     stage, worker = done.status["plan"]["stages"][0], done.status["status"]["workers"][0]
@@ -122,7 +127,7 @@ def test_stages_on_a_gpu_on_both_and_on_a_processor(model: Path, wanted: list[An
     workers = (
         "{name: gpu, threads: 1, device: cuda:0}",
         "{name: both, threads: 1, device: cuda:0, gpu_layers: 1}",
-        "{name: none, threads: 1, bandwidth: 20, int8: 300}",
+        "{name: none, threads: 1, memory_bandwidth_gb_s: 20, int8_gmac_s: 300}",
     )
     plan = "plan=[{worker: gpu, layers: [0, 1]}, {worker: both, layers: [1, 3]}, {worker: none, layers: [3, 4]}]"
     done = asyncio.run(run(model, tmp_path, f"workers=[{', '.join(workers)}]", plan))

@@ -86,7 +86,10 @@ def test_what_is_no_cluster_file_is_refused_with_its_line(line: CommandLine, con
 @pytest.mark.parametrize("command", ["plan", "up", "up --detach"])
 def test_too_little_memory_is_exit_3_and_the_missing_mib(line: CommandLine, command: str) -> None:
     """`up` knows only once its workers have told what they have: they end with it."""
-    workers = [{"name": name, "threads": 1, "memory": "2MiB", "bandwidth": 1, "int8": 1} for name in ("a", "b")]
+    workers = [
+        {"name": name, "threads": 1, "memory": "2MiB", "memory_bandwidth_gb_s": 1, "int8_gmac_s": 1}
+        for name in ("a", "b")
+    ]
     done = line.run(*command.split(), line.cluster_file("good.gguf", workers=workers))
     assert done.code == 3
     assert "MiB are missing" in done.error and "does not fit" in done.error

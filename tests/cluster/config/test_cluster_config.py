@@ -61,7 +61,9 @@ def test_workers_with_gpus(tmp_path: Path) -> None:
     assert config.workers[0].gpu_memory == 4 << 30 and config.workers[1].gpu_memory is None
     again = load(tmp_path, "model: m\nworkers: [{name: a, device: 'cuda:1,cuda:3'}]\n")
     assert again.workers[0].device == "cuda:1,cuda:3"
-    assert "measures itself" in failure(tmp_path, text + "- {name: b, device: cuda, bandwidth: 3, int8: 4}\n")
+    assert "measures itself" in failure(
+        tmp_path, text + "- {name: b, device: cuda, memory_bandwidth_gb_s: 3, int8_gmac_s: 4}\n"
+    )
 
 
 def test_the_whole_contract_is_read(tmp_path: Path) -> None:
@@ -76,11 +78,11 @@ def test_the_whole_contract_is_read(tmp_path: Path) -> None:
 
 def test_plan_by_hand_sizes_and_measurements(tmp_path: Path) -> None:
     plan = "plan: [{worker: a, layers: [0, 12]}, {worker: b, layers: [12, 30]}]\nkv_memory: 512MiB\n"
-    config = load(tmp_path, SMALL + plan, "workers.b.bandwidth=40", "workers.b.int8=900.5")
+    config = load(tmp_path, SMALL + plan, "workers.b.memory_bandwidth_gb_s=40", "workers.b.int8_gmac_s=900.5")
     assert config.plan is not None
     assert [(entry.worker, entry.layers) for entry in config.plan] == [("a", (0, 12)), ("b", (12, 30))]
     assert config.kv_memory == 512 << 20
-    assert (config.workers[1].bandwidth, config.workers[1].int8) == (40, 900.5)
+    assert (config.workers[1].memory_bandwidth_gb_s, config.workers[1].int8_gmac_s) == (40, 900.5)
 
 
 def test_demo_cluster() -> None:

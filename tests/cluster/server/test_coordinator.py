@@ -43,7 +43,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @asynccontextmanager
 async def opened(model: Path, folder: Path, **values: object) -> AsyncIterator[Cluster]:
-    speeds = {"bandwidth": 20.0, "int8": 300.0}
+    speeds = {"memory_bandwidth_gb_s": 20.0, "int8_gmac_s": 300.0}
     workers = [{"name": "a", "threads": 1, **speeds}, {"name": "b", "threads": 1, **speeds}]
     base = {"model": str(model), "workers": workers, "objective": "throughput", "context_length": 256}
     config = ClusterConfig.model_validate({**base, "state_dir": folder, **values})

@@ -32,7 +32,7 @@ Answer = tuple[tuple[int, bytes], ...]
 REQUESTS = 8
 CONTEXT = 512
 _SEEDED = SamplingParams(temperature=0.9, top_k=40, top_p=0.95, repetition_penalty=1.1, frequency_penalty=0.1)
-_SPEED = {"threads": 1, "bandwidth": 20.0, "int8": 300.0}
+_SPEED = {"threads": 1, "memory_bandwidth_gb_s": 20.0, "int8_gmac_s": 300.0}
 
 
 @cache

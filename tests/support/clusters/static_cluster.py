@@ -14,7 +14,7 @@ from llamaclust.cluster.membership.authority import Authority
 from support.clusters.command_line import Cluster, CommandLine, Running, eventually
 
 ANY_PORT = {"listen": "127.0.0.1:0", "members": "127.0.0.1:0"}
-SPEED = {"bandwidth": 10.0, "int8": 100.0}
+SPEED = {"memory_bandwidth_gb_s": 10.0, "int8_gmac_s": 100.0}
 
 
 def free_port() -> int:

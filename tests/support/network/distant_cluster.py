@@ -19,7 +19,7 @@ COORDINATOR = "coordinator"
 TOKENS = 24
 _API = "127.0.0.1:8080"
 _ANSWER_S = 120.0
-_SPEED = {"bandwidth": 10.0, "int8": 100.0}
+_SPEED = {"memory_bandwidth_gb_s": 10.0, "int8_gmac_s": 100.0}
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,11 +1,11 @@
-"""How a model loads: time until it is ready and peak memory, from its file and from prepared layers, beside the limits.
+"""How a model loads: time until it is ready and peak memory, from its file and from packed layers, beside the limits.
 
     python benchmarks/shape.py 1.1b Q4_K /tmp/shape.gguf
     python benchmarks/load.py /tmp/shape.gguf
 
 Each load runs in a process of its own, with the files in the page cache. "ready" is from opening the file to a stage
 that could run, "process" from the start of Python. The peak is of resident memory, after a prefill; its limit 1.10 of
-the weights held, plus KV memory, plus 150 MiB. "copied" has the prepared layers in small pages of the page cache.
+the weights held, plus KV memory, plus 150 MiB. "copied" has the packed layers in small pages of the page cache.
 """
 
 from __future__ import annotations
@@ -52,15 +52,15 @@ def load_here(model: Path, folder: Path | None, threads: int, started_s: float) 
     """Loads, prefills and decodes once in this process."""
     from llamaclust.core.limits import StageLimits
     from llamaclust.kernels.cpu.backend import CpuBackend
-    from llamaclust.kernels.packed.cache_folder import PreparedFolder
+    from llamaclust.kernels.packed.cache_folder import PackedCacheFolder
     from llamaclust.model.loader import Model
     from llamaclust.wire.microbatch.messages import Chunk, Microbatch
     from llamaclust.worker.stage.stage_runner import StageRunner
 
     begun = perf_counter()
     opened = Model.open(model)
-    kept = None if folder is None else PreparedFolder(folder, _MOST_BYTES)
-    backend = CpuBackend(threads, prepared=kept)
+    kept = None if folder is None else PackedCacheFolder(folder, _MOST_BYTES)
+    backend = CpuBackend(threads, packed_cache=kept)
     blocks = _ROWS // 16 + 4
     limits = StageLimits(_ROWS, 1, 1, blocks * 16, blocks)
     runner = StageRunner(backend, opened, 0, opened.layer_count, limits, threads=threads)
@@ -73,9 +73,9 @@ def load_here(model: Path, folder: Path | None, threads: int, started_s: float) 
         return perf_counter() - begun
 
     written_s = 0.0
-    if backend.prepared is not None:
+    if backend.packed_cache is not None:
         begun = perf_counter()
-        backend.prepared.wait()
+        backend.packed_cache.wait()
         written_s = perf_counter() - begun
     run(0, _ROWS)
     decode_s = sorted(run(_ROWS + step, 1) for step in range(16))[8]
@@ -115,14 +115,14 @@ def measured(model: Path, threads: int, repeats: int) -> Iterator[tuple[str, Loa
         while file.read(1 << 24):
             pass
     with TemporaryDirectory(prefix="llamaclust-load-", dir=model.parent) as name:
-        folder = Path(name) / "prepared"
-        yield "and preparing", load_elsewhere(model, folder, threads)
+        folder = Path(name) / "packed"
+        yield "and packing", load_elsewhere(model, folder, threads)
         for _ in range(repeats):
             yield "from the file", load_elsewhere(model, None, threads)
-            yield "prepared", load_elsewhere(model, folder, threads)
+            yield "packed", load_elsewhere(model, folder, threads)
         into_small_pages(folder)
         for _ in range(repeats):
-            yield "prepared, copied", load_elsewhere(model, folder, threads)
+            yield "packed, copied", load_elsewhere(model, folder, threads)
 
 
 def main() -> None:
@@ -153,7 +153,7 @@ def main() -> None:
             flush=True,
         )
     medians = ", ".join(f"{how} {median(values):.3f} s" for how, values in ready_s.items())
-    print(f"ready, medians: {medians}\nlimits for 1.1B Q4_K on two cores: from the file 2 s, prepared 0.5 s")
+    print(f"ready, medians: {medians}\nlimits for 1.1B Q4_K on two cores: from the file 2 s, packed 0.5 s")
 
 
 if __name__ == "__main__":

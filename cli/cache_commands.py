@@ -1,4 +1,4 @@
-"""`llamaclust model cache ...`: layers kept prepared on disk for the next start, and weights fetched from others."""
+"""`llamaclust model cache ...`: the packed-weight cache, fetched weights and compiled kernels."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from llamaclust.core.errors import LlamaclustError
 from llamaclust.core.sizes import MIB
 
 if TYPE_CHECKING:
-    from llamaclust.kernels.packed.cache_folder import PreparedFolder
+    from llamaclust.kernels.packed.cache_folder import PackedCacheFolder
     from llamaclust.model.weights.cache import WeightCache
 
 app = typer.Typer(
     name="cache",
     cls=PlainGroup,
-    help="List and delete layers that are kept on disk, prepared for the next start, and fetched weights.",
+    help="List and clear the packed-weight cache, fetched weights and compiled kernels.",
     no_args_is_help=True,
 )
 
@@ -30,7 +30,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.
 
 @app.command("list", cls=PlainCommand)
 def list_layers(as_json: JsonOption = False) -> None:
-    """Show of which models layers are kept prepared, how many, and what they take; and weights fetched from workers.
+    """Show the packed-weight cache by model, and weights fetched from workers.
 
     A part is a layer, the embedding or the output matrix."""
     folder = _folder()
@@ -73,7 +73,7 @@ def list_layers(as_json: JsonOption = False) -> None:
 
 @app.command(cls=PlainCommand)
 def clear(as_json: JsonOption = False) -> None:
-    """Delete prepared layers, fetched weights and compiled kernels. Processes that use them go on; the next start makes
+    """Delete packed layers, fetched weights and compiled kernels. Processes that use them go on; the next start makes
     them anew."""
     folder, weights = _folder(), _weights()
     try:
@@ -110,12 +110,12 @@ def _reason(error: OSError) -> str:
     return what if error.filename is None else f"{printable(str(error.filename))}: {what}"
 
 
-def _folder() -> PreparedFolder:
+def _folder() -> PackedCacheFolder:
     from llamaclust.cluster.config.environment import environment
-    from llamaclust.kernels.packed.cache_folder import PreparedFolder
+    from llamaclust.kernels.packed.cache_folder import PackedCacheFolder
 
     variables = environment()
-    return PreparedFolder(variables.prepared_dir, variables.prepared_bytes)
+    return PackedCacheFolder(variables.packed_cache_dir, variables.packed_cache_bytes)
 
 
 def _weights() -> WeightCache:

@@ -13,7 +13,7 @@ from llamaclust.core.errors import UsageError
 from support.paths import TESTS
 from support.seed import SEED
 
-os.environ.setdefault("LLAMACLUST_CACHE_SIZE", "0")  # a user's prepared layers are not for models that tests make up
+os.environ.setdefault("LLAMACLUST_CACHE_SIZE", "0")  # a user's packed layers are not for models that tests make up
 os.environ.setdefault("LLAMACLUST_WEIGHTS_SIZE", "0")
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # hundreds of processes would compile the program anew
 sys.dont_write_bytecode = False
@@ -37,7 +37,7 @@ def demo_model() -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def _full_disks_are_good_enough() -> None:
-    """What the machine's disk has free does not decide whether layers are prepared."""
+    """Free space of the machine's disk does not decide whether layers are cached."""
     from support.arithmetic.packed_layers import use_any_disk
 
     use_any_disk()

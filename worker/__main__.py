@@ -21,11 +21,11 @@ def parse_settings(arguments: list[str]) -> WorkerSettings:
         parser.add_argument(name, required=name in ("--name", "--join"))
     parser.add_argument("--token-file", type=Path, required=True)
     parser.add_argument("--static", action="store_true")
-    for name in ("--prepared-dir", "--weights-dir", "--kernels-dir"):
+    for name in ("--packed-cache-dir", "--weights-dir", "--kernels-dir"):
         parser.add_argument(name, type=Path)
     parser.add_argument("--log-format", type=LogFormat)
     parser.add_argument("--cluster")
-    for name in ("--threads", "--memory-bytes", "--prepared-bytes", "--weights-bytes", "--parent-pid", *_OF_GPUS):
+    for name in ("--threads", "--memory-bytes", "--packed-cache-bytes", "--weights-bytes", "--parent-pid", *_OF_GPUS):
         parser.add_argument(name, type=int)
     parser.add_argument("--join-s", type=float)
     given = {key: value for key, value in vars(parser.parse_args(arguments)).items() if value is not None}

@@ -25,8 +25,8 @@ class WorkerSettings:
     feature_level: str = ""  # "": the best there is
     join_s: float = 60.0  # how long to wait for the coordinator
     parent_pid: int | None = None
-    prepared_dir: Path | None = None  # where layers are kept prepared for the next load; None: nowhere
-    prepared_bytes: int = 0  # what they may take
+    packed_cache_dir: Path | None = None  # the packed-weight cache; None: none
+    packed_cache_bytes: int = 0  # what they may take
     weights_dir: Path | None = None  # where weights fetched from other workers are kept; None: none are fetched
     weights_bytes: int = 0  # what they may take
     kernels_dir: Path | None = None  # where compiled kernels of GPUs are kept; None: nowhere

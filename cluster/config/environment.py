@@ -22,15 +22,15 @@ class Environment:
 
     state_dir: Path  # LLAMACLUST_STATE_DIR; else $XDG_STATE_HOME/llamaclust or ~/.local/state/llamaclust
     home: Path  # LLAMACLUST_HOME: models and caches; else $XDG_CACHE_HOME/llamaclust or ~/.cache/llamaclust
-    prepared_bytes: int  # LLAMACLUST_CACHE_SIZE: what prepared layers may take on disk; 0: none are kept
+    packed_cache_bytes: int  # LLAMACLUST_CACHE_SIZE: what packed layers may take on disk; 0: none are kept
     weights_bytes: int  # LLAMACLUST_WEIGHTS_SIZE: what weights fetched from other workers may take; 0: none are fetched
     feature_level: str | None  # LLAMACLUST_FEATURE_LEVEL: forces the kernels' level; None: the best there is
     log_format: LogFormat  # LLAMACLUST_LOG: how log lines are written
 
     @property
-    def prepared_dir(self) -> Path:
+    def packed_cache_dir(self) -> Path:
         """Where layers that were packed once are kept for the next start."""
-        return self.home / "prepared"
+        return self.home / "packed"
 
     @property
     def weights_dir(self) -> Path:
@@ -55,7 +55,7 @@ def environment(variables: Mapping[str, str] | None = None) -> Environment:
     return Environment(
         state_dir=_folder(variables, "LLAMACLUST_STATE_DIR", "XDG_STATE_HOME", "~/.local/state"),
         home=_folder(variables, "LLAMACLUST_HOME", "XDG_CACHE_HOME", "~/.cache"),
-        prepared_bytes=_size(variables, "LLAMACLUST_CACHE_SIZE", default="32GiB"),
+        packed_cache_bytes=_size(variables, "LLAMACLUST_CACHE_SIZE", default="32GiB"),
         weights_bytes=_size(variables, "LLAMACLUST_WEIGHTS_SIZE", default="64GiB"),
         feature_level=level,
         log_format=LogFormat(form),

@@ -28,8 +28,8 @@ class WorkerSpec:
     threads: int | None = None
     memory_bytes: int | None = None
     feature_level: str = ""
-    prepared_dir: Path | None = None  # where it keeps prepared layers, if any; beside workers of the same machine
-    prepared_bytes: int = 0
+    packed_cache_dir: Path | None = None  # where it keeps packed layers, if any; beside workers of the same machine
+    packed_cache_bytes: int = 0
     log_format: LogFormat = LogFormat.TEXT
     cluster: str = ""  # whose it is, for its log
     weights_dir: Path | None = None  # where it keeps weights that it fetched from others, if it may; shared likewise

@@ -79,8 +79,8 @@ def adapted(spec: WorkerSpec) -> WorkerSpec:
     variables = environment()
     return replace(
         spec,
-        prepared_dir=variables.prepared_dir if variables.prepared_bytes else None,
-        prepared_bytes=variables.prepared_bytes,
+        packed_cache_dir=variables.packed_cache_dir if variables.packed_cache_bytes else None,
+        packed_cache_bytes=variables.packed_cache_bytes,
         weights_dir=variables.weights_dir if variables.weights_bytes else None,
         weights_bytes=variables.weights_bytes,
         kernels_dir=variables.kernels_dir,

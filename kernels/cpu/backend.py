@@ -14,9 +14,9 @@ from llamaclust.core.sizes import needed
 from llamaclust.kernels import _native
 from llamaclust.kernels.backend import Batch, Float32, Int32, Progress
 from llamaclust.kernels.cpu.compile import Observed, compile_program, kv_block_bytes
-from llamaclust.kernels.packed.cache import PreparedLayers
-from llamaclust.kernels.packed.cache_folder import PreparedFolder
-from llamaclust.kernels.packed.weight_store import WeightStore
+from llamaclust.kernels.cpu.weight_store import WeightStore
+from llamaclust.kernels.packed.cache import PackedCache
+from llamaclust.kernels.packed.cache_folder import PackedCacheFolder
 from llamaclust.kernels.packed.weights import Weight, shapes_only
 from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.program import Program
@@ -90,9 +90,8 @@ def _explained(program: Program) -> Iterator[None]:
 
 
 class CpuBackend:
-    """See `kernels.backend.Backend`. `threads` compute, the caller of `run` being one of them; fewer while other
-    programs keep the cores busy, unless `yields` is false. Without a `feature_level`, the best this machine has. Layers
-    are kept `prepared` on disk for the next load, where a folder for them is given."""
+    """See `kernels.backend.Backend`. Computes on `threads` threads including the caller of `run`, or fewer while other
+    programs keep the cores busy, unless `yields` is false. `feature_level` "": the best of this machine."""
 
     name = "cpu"
     numerics_version = NUMERICS_VERSION
@@ -103,7 +102,7 @@ class CpuBackend:
         feature_level: str | None = None,
         *,
         yields: bool = True,
-        prepared: PreparedFolder | None = None,
+        packed_cache: PackedCacheFolder | None = None,
     ) -> None:
         """UsageError for a feature level that is not available here, or too many threads."""
         levels = _native.available_levels()
@@ -118,8 +117,8 @@ class CpuBackend:
         except (ValueError, RuntimeError) as error:
             raise UsageError(f"{threads} threads: {error}; give another number") from error
         self.threads = threads
-        self.prepared = None if prepared is None else PreparedLayers(prepared)
-        self._weights = WeightStore(threads, self.prepared)
+        self.packed_cache = None if packed_cache is None else PackedCache(packed_cache)
+        self._weights = WeightStore(threads, self.packed_cache)
 
     def load(self, program: Program, tensors: dict[str, Tensor], limits: StageLimits, progress: Progress) -> CpuStage:
         """ModelFileError for weights without kernels or figures that do not fit together; InsufficientMemoryError

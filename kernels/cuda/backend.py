@@ -22,7 +22,7 @@ from llamaclust.kernels.cuda.runtime.gpu_lock import GpuLock
 from llamaclust.kernels.cuda.runtime.memory import allocated, most_rounded_bytes
 from llamaclust.kernels.cuda.weights.device_weights import DeviceWeight, DeviceWeights, LayerMemory, layers_of_weights
 from llamaclust.kernels.cuda.weights.load_progress import LoadProgress
-from llamaclust.kernels.packed.cache_folder import PreparedFolder
+from llamaclust.kernels.packed.cache_folder import PackedCacheFolder
 from llamaclust.kernels.packed.weights import check_weights
 from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.program import Program
@@ -38,7 +38,13 @@ class CudaBackend:
     numerics_version = NUMERICS_VERSION
 
     def __init__(
-        self, name: str, device: Device, threads: int, prepared: PreparedFolder | None = None, *, graphs: bool = True
+        self,
+        name: str,
+        device: Device,
+        threads: int,
+        packed_cache: PackedCacheFolder | None = None,
+        *,
+        graphs: bool = True,
     ) -> None:
         """`name`: "cuda:N"."""
         major, minor = device.compute_capability
@@ -47,7 +53,7 @@ class CudaBackend:
         self._device = device
         self._graphs = graphs
         self._gpu_lock = GpuLock(name, device)
-        self._weights = DeviceWeights(device, self._gpu_lock, threads, prepared)
+        self._weights = DeviceWeights(device, self._gpu_lock, threads, packed_cache)
 
     @property
     def free_bytes(self) -> int:

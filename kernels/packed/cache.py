@@ -1,8 +1,8 @@
-"""Prepared layers: tiles that an earlier load packed, kept on disk, for the next to map or read.
+"""The packed-weight cache: tiles that an earlier load packed, kept on disk and mapped or read by later loads.
 
-An image is found by a key: SHA-256 over what packing makes of the layer's quant types, and which bytes went in, told by
-their own SHA-256 where that is known, else by the file's device, inode, size and times. Its checksum is compared each
-time; damage means that the layer is packed anew.
+The key of a layer is a SHA-256 over the packing of its quant types and the identity of the packed bytes: their own
+SHA-256 if known, else device, inode, size and times of the file. The checksum of an image is verified at each load; a
+damaged layer is packed again.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from weakref import ref
 from llamaclust.kernels._native import Memory, packing_fingerprint
 from llamaclust.kernels.backend import Progress
 from llamaclust.kernels.packed.cache_entries import Entry
-from llamaclust.kernels.packed.cache_folder import PreparedFolder
+from llamaclust.kernels.packed.cache_folder import PackedCacheFolder
 from llamaclust.kernels.packed.cache_writer import BackgroundWriter, Made, reason, warn_not_kept
 from llamaclust.kernels.packed.file_systems import is_remote
 from llamaclust.kernels.packed.huge_pages import in_huge_pages
-from llamaclust.kernels.packed.packed_layer import LayerImage
+from llamaclust.kernels.packed.packed_layer import PackedLayer
 from llamaclust.model.gguf.tensors import FileIdentity, Tensor
 
 _log = logging.getLogger(__name__)
@@ -40,55 +40,55 @@ _SETTLED_NS = 100_000_000
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    image: LayerImage
+    layer: PackedLayer
     key: str
     entry: Entry
     memory: Memory | None  # mapped; None where it is to be copied
 
 
-class PreparedLayers:
-    """The prepared layers in a folder, for one process."""
+class PackedCache:
+    """The packed layers of a folder, for one process."""
 
-    def __init__(self, folder: PreparedFolder) -> None:
+    def __init__(self, folder: PackedCacheFolder) -> None:
         self._folder = folder
         self._usable: bool | None = None
-        self._keys: dict[LayerImage, str] = {}
-        self._blocked: dict[LayerImage, OSError] = {}
+        self._keys: dict[PackedLayer, str] = {}
+        self._blocked: dict[PackedLayer, OSError] = {}
         self._started_ns = time.time_ns()
         self._writer = BackgroundWriter(folder)
 
     def open(
         self,
-        images: Sequence[LayerImage],
+        layers: Sequence[PackedLayer],
         pool: Executor,
-        progress: Progress = lambda n_bytes: None,
+        progress: Progress | None,
         since_ns: int | None = None,
-    ) -> dict[LayerImage, Memory]:
-        """Those images that are there and sound. `progress` hears of each piece of them. `since_ns`: when the load
-        began that they belong to, where it has others. MemoryError where the system refuses the memory."""
+    ) -> dict[PackedLayer, Memory]:
+        """The intact cached layers. `progress` counts their bytes. `since_ns`: start of the load they belong to, if it
+        began earlier. MemoryError if the system refuses the memory."""
         if not self._is_usable():
             return {}
         self._started_ns = since_ns or time.time_ns()
-        self._keys = {image: key for image in images if (key := image_key(image)) is not None}
+        self._keys = {layer: key for layer in layers if (key := layer_key(layer)) is not None}
         self._blocked = {}
-        found = [one for one in pool.map(self._find, self._keys.items()) if one is not None]
+        found = [cached for cached in pool.map(self._find, self._keys.items()) if cached is not None]
         self._report_blocked()
         passes = 1
         if not is_remote(self._folder.path):
             passes = 2
-            found = _quickest(list(_told(pool.map(self._map, found), found, passes, progress)))
-        memories = _told(pool.map(self._checked, found), found, passes, progress)
-        return {one.image: memory for one, memory in zip(found, memories, strict=True) if memory is not None}
+            found = _quickest(list(_counted(pool.map(self._map, found), found, passes, progress)))
+        memories = _counted(pool.map(self._checked, found), found, passes, progress)
+        return {cached.layer: memory for cached, memory in zip(found, memories, strict=True) if memory is not None}
 
-    def keep(self, made: Mapping[LayerImage, Memory]) -> None:
-        """Writes images that were not there, in the background, one after the other."""
+    def keep(self, made: Mapping[PackedLayer, Memory]) -> None:
+        """Writes layers that were not cached, in the background, one after the other."""
         if not self._is_usable():
             return
         since_ns = self._started_ns
         self._writer.add(
-            Made(image, self._keys[image], ref(memory), since_ns)
-            for image, memory in made.items()
-            if image in self._keys and image not in self._blocked
+            Made(layer, self._keys[layer], ref(memory), since_ns)
+            for layer, memory in made.items()
+            if layer in self._keys and layer not in self._blocked
         )
 
     def wait(self) -> None:
@@ -98,7 +98,7 @@ class PreparedLayers:
     def _is_usable(self) -> bool:
         if self._usable is None:
             try:
-                self._folder.prepare()
+                self._folder.create()
                 self._usable = True
             except OSError as error:
                 self._usable = False
@@ -106,25 +106,25 @@ class PreparedLayers:
         return self._usable and self._writer.is_usable
 
     def _report_blocked(self) -> None:
-        """Once a load: where one file is in the way, all may be."""
+        """One message a load, as usually all files have the same problem."""
         if self._blocked:
             first, more = next(iter(self._blocked.values())), len(self._blocked) - 1
             others = f", and {more} more" if more else ""
-            _log.warning("prepared layers cannot be used: %s%s; they are packed anew", reason(first), others)
+            _log.warning("packed-weight cache cannot be used: %s%s; they are packed anew", reason(first), others)
 
-    def _find(self, wanted: tuple[LayerImage, str]) -> _Found | None:
-        image, key = wanted
+    def _find(self, wanted: tuple[PackedLayer, str]) -> _Found | None:
+        layer, key = wanted
         try:
             entry = self._folder.find(key)
         except OSError as error:
-            self._blocked[image] = error
+            self._blocked[layer] = error
             return None
         if entry is None:
             return None
-        if entry.n_bytes != image.n_bytes:
+        if entry.n_bytes != layer.n_bytes:
             self._folder.discard(key, entry)
             return None
-        return _Found(image, key, entry, memory=None)
+        return _Found(layer, key, entry, memory=None)
 
     def _map(self, found: _Found) -> _Found:
         try:
@@ -135,13 +135,13 @@ class PreparedLayers:
                 memory = Memory.mapped(descriptor, found.entry.n_bytes)
             finally:
                 os.close(descriptor)
-        except OSError:  # some file systems have no maps; what is the matter otherwise shows when it is read
+        except OSError:  # some file systems have no maps; any other error is found by the read
             return found
         memory.touch()
         return replace(found, memory=memory)
 
     def _checked(self, found: _Found) -> Memory | None:
-        """The image's memory; None where what is there is damaged, or was deleted just now."""
+        """The image in memory; None if it is damaged or deleted meanwhile."""
         memory = found.memory
         try:
             if memory is None:
@@ -150,19 +150,19 @@ class PreparedLayers:
                     return None
                 memory = _read(descriptor, found.entry.n_bytes)
         except OSError as error:
-            _log.warning("prepared layer %s cannot be read: %s", found.image.name, reason(error))
+            _log.warning("packed layer %s cannot be read: %s", found.layer.name, reason(error))
             return None
         if memory is not None and memory.checksum() == found.entry.checksum:
             return memory
-        _log.warning("prepared layer %s is damaged: %s", found.image.name, self._folder.image_path(found.entry))
+        _log.warning("packed layer %s is damaged: %s", found.layer.name, self._folder.image_path(found.entry))
         self._folder.discard(found.key, found.entry)
         return None
 
 
-def image_key(image: LayerImage) -> str | None:
-    """None where the file is gone, or changed so lately that its times may not tell a further change."""
+def layer_key(layer: PackedLayer) -> str | None:
+    """None if the file is gone, or changed so recently that its times may not show a further change."""
     parts: list[object] = [sys.byteorder]
-    for tensor in image.tensors:
+    for tensor in layer.tensors:
         bytes_of_it = _bytes_key(tensor)
         if bytes_of_it is None:
             return None
@@ -172,7 +172,7 @@ def image_key(image: LayerImage) -> str | None:
 
 
 def _bytes_key(tensor: Tensor) -> tuple[object, ...] | None:
-    """Which bytes they are: by their SHA-256 where that is known, else by their place in a file."""
+    """The identity of the bytes: their SHA-256 if known, else their place in a file."""
     if tensor.content is not None:
         return tensor.shape, tensor.content
     try:
@@ -188,24 +188,28 @@ def _bytes_key(tensor: Tensor) -> tuple[object, ...] | None:
 _fingerprint = cache(packing_fingerprint)
 
 
-def _told(results: Iterable[_Result], found: Sequence[_Found], passes: int, progress: Progress) -> Iterator[_Result]:
-    """The results of one of so many passes over what was found, each told as its share of the bytes."""
-    for result, one in zip(results, found, strict=True):
-        progress(one.image.n_bytes // passes)
+def _counted(
+    results: Iterable[_Result], found: Sequence[_Found], passes: int, progress: Progress | None
+) -> Iterator[_Result]:
+    """The results of one of `passes` passes over the layers; each counts as its share of the bytes."""
+    for result, cached in zip(results, found, strict=True):
+        if progress is not None:
+            progress(cached.layer.n_bytes // passes)
         yield result
 
 
 def _quickest(found: Sequence[_Found]) -> list[_Found]:
-    """Without the maps that are slower to compute from than a copy."""
-    maps = [one.memory for one in found if one.memory is not None]
+    """Drops maps without huge pages: computing from them is slower than copying them."""
+    maps = [cached.memory for cached in found if cached.memory is not None]
     huge = {memory.address for memory, is_huge in zip(maps, in_huge_pages(maps), strict=True) if is_huge}
     return [
-        one if one.memory is not None and one.memory.address in huge else replace(one, memory=None) for one in found
+        cached if cached.memory is not None and cached.memory.address in huge else replace(cached, memory=None)
+        for cached in found
     ]
 
 
 def _read(descriptor: int, n_bytes: int) -> Memory | None:
-    """A file in memory of this process; None where it is shorter or the disk fails. Closes it."""
+    """Reads a file into memory and closes it; None if it is too short or the disk fails."""
     done = 0
     try:
         memory = Memory(n_bytes)

@@ -1,4 +1,4 @@
-"""What lies in the folder of prepared layers, opened with suspicion: nothing is waited for, and no link is followed."""
+"""Files of the packed-weight cache, opened defensively: no blocking, no links."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ _MOST_BYTES = 1 << 18
 """Of an entry: names are short, the path of a model file at most 4096 bytes."""
 
 _NOT_A_FILE = (errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.EISDIR)
-"""What the system says of links, sockets, devices without a driver, directories."""
+"""Errors of open for links, sockets, devices without a driver, directories."""
 
 
 class NotAFileError(OSError):
-    """A link, a pipe, a directory or the like in the place of a file."""
+    """A link, a pipe, a directory or the like instead of a file."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A layer that is prepared; found by a key made of all that its image depends on."""
+    """A cached layer; its key covers everything its image depends on."""
 
-    key: str  # also the name of its file: an entry that was moved or copied to another one's place is none
+    key: str  # also the name of its file: a moved or copied entry is invalid
     model: str
     layer: str
     image: str  # SHA-256 of its bytes, in hex
@@ -55,7 +55,7 @@ def open_regular(path: Path, flags: int = os.O_RDONLY) -> int:
 
 
 def read_entry(path: Path) -> Entry | None:
-    """None where there is none, or a damaged one, whatever the damage. Else OSError as of `open_regular`."""
+    """None if it is missing or damaged. OSError as of `open_regular`."""
     try:
         descriptor = open_regular(path)
     except FileNotFoundError:
@@ -63,13 +63,13 @@ def read_entry(path: Path) -> Entry | None:
     with os.fdopen(descriptor, "rb") as file:
         data = file.read(_MOST_BYTES + 1)
     try:
-        said: Any = json.loads(data) if len(data) <= _MOST_BYTES else None
-        is_sound = set(said) == _FIELDS.keys() and all(type(said[name]) is _FIELDS[name] for name in said)
+        fields: Any = json.loads(data) if len(data) <= _MOST_BYTES else None
+        is_sound = set(fields) == _FIELDS.keys() and all(type(fields[name]) is _FIELDS[name] for name in fields)
     except (ValueError, TypeError, RecursionError):
         return None
-    if not is_sound or said["key"] != path.stem or not re.fullmatch("[0-9a-f]{64}", said["image"]):
+    if not is_sound or fields["key"] != path.stem or not re.fullmatch("[0-9a-f]{64}", fields["image"]):
         return None
-    return Entry(**said)
+    return Entry(**fields)
 
 
 def _not_a_file(path: Path) -> NotAFileError:

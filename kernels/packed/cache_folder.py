@@ -1,4 +1,4 @@
-"""The folder of prepared layers: entries that say what is there, images by the SHA-256 of their bytes. No arithmetic.
+"""The folder of packed layers: entries that say what is there, images by the SHA-256 of their bytes. No arithmetic.
 
 A file gets its name only when it is whole, and is never changed after that: whoever has it mapped keeps what it mapped.
 One process writes at a time; readers need no lock.
@@ -80,13 +80,13 @@ class Writing:
 
 
 @dataclass(frozen=True, slots=True)
-class PreparedFolder:
-    """`path` and how many bytes of images it may hold. It is made by `prepare`, for this user alone."""
+class PackedCacheFolder:
+    """`path` and how many bytes of images it may hold. It is made by `create`, for this user alone."""
 
     path: Path
     most_bytes: int
 
-    def prepare(self) -> None:
+    def create(self) -> None:
         """Makes the folder. OSError where that fails, or where others may write there: they could plant weights."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.mkdir(mode=0o700, exist_ok=True)

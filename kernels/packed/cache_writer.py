@@ -1,4 +1,4 @@
-"""Writes prepared layers in the background, at the lowest priority, and ends with its process in bounded time."""
+"""Writes packed layers in the background, at the lowest priority, and ends with its process in bounded time."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from threading import Lock, Thread, get_native_id
 from weakref import ref
 
 from llamaclust.kernels._native import Memory
-from llamaclust.kernels.packed.cache_folder import BusyError, NoRoomError, PreparedFolder, StoppedError, Writing
-from llamaclust.kernels.packed.packed_layer import LayerImage
+from llamaclust.kernels.packed.cache_folder import BusyError, NoRoomError, PackedCacheFolder, StoppedError, Writing
+from llamaclust.kernels.packed.packed_layer import PackedLayer
 
 _log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ _STOP_S = 0.2
 class Made:
     """A layer to be written as long as somebody has it."""
 
-    image: LayerImage
+    layer: PackedLayer
     key: str
     memory: ref[Memory]
     since_ns: int  # of the load that it belongs to
@@ -41,7 +41,7 @@ class Made:
 class BackgroundWriter:
     """Writes into a folder, one layer after the other, in a thread that lives as long as there is something to do."""
 
-    def __init__(self, folder: PreparedFolder) -> None:
+    def __init__(self, folder: PackedCacheFolder) -> None:
         self.is_usable = True
         self._folder = folder
         self._queue: deque[Made] = deque()
@@ -57,7 +57,7 @@ class BackgroundWriter:
                 if not self._is_heard:
                     atexit.register(_end, ref(self))
                     self._is_heard = True
-                self._thread = Thread(target=self._run, name="prepare-layers", daemon=True)
+                self._thread = Thread(target=self._run, name="write-packed-layers", daemon=True)
                 self._thread.start()
 
     def wait(self) -> None:
@@ -87,7 +87,7 @@ class BackgroundWriter:
         try:
             self._write_queue()
         except Exception:  # noqa: BLE001  the border of the thread
-            _log.exception("layers are not kept prepared on disk; the next load packs them anew")
+            _log.exception("packed layers are not cached on disk; the next load packs them anew")
             with self._lock:
                 self.is_usable, self._thread = False, None
                 self._queue.clear()
@@ -105,10 +105,10 @@ class BackgroundWriter:
             except StoppedError:
                 self._forget()
             except NoRoomError as error:
-                _log.info("layers from %s on are not kept prepared on disk: %s", made.image.name, error)
+                _log.info("packed layers from %s on are not cached on disk: %s", made.layer.name, error)
                 self._forget()
             except BusyError as error:
-                _log.warning("layers from %s on are not kept prepared on disk: %s", made.image.name, error.strerror)
+                _log.warning("packed layers from %s on are not cached on disk: %s", made.layer.name, error.strerror)
                 self._forget()
             except OSError as error:
                 self.is_usable = False
@@ -116,7 +116,7 @@ class BackgroundWriter:
                 self._forget()
 
     def _store(self, made: Made, memory: Memory) -> None:
-        path, layer = str(made.image.tensors[0].origin.absolute()), made.image.name
+        path, layer = str(made.layer.tensors[0].origin.absolute()), made.layer.name
         self._folder.store(made.key, path, layer, memory.view.data, memory.checksum(), made.since_ns, self._writing)
 
     def _forget(self) -> None:
@@ -131,9 +131,9 @@ class BackgroundWriter:
             return None
 
 
-def warn_not_kept(folder: PreparedFolder, error: OSError) -> None:
+def warn_not_kept(folder: PackedCacheFolder, error: OSError) -> None:
     what = f"{folder.path}: {reason(error)}" if error.filename is None and error.strerror else reason(error)
-    _log.warning("layers are not kept prepared on disk: %s; the next load packs them anew", what)
+    _log.warning("packed layers are not cached on disk: %s; the next load packs them anew", what)
 
 
 def reason(error: OSError) -> str:

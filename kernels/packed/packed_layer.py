@@ -21,7 +21,7 @@ _CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class LayerImage:
+class PackedLayer:
     """The matrices of a layer, one after the other; or one matrix that is in no layer. No vectors."""
 
     name: str
@@ -46,13 +46,13 @@ class LayerImage:
         return weights
 
 
-def images_of(tensors: Iterable[Tensor]) -> list[LayerImage]:
+def packed_layers_of(tensors: Iterable[Tensor]) -> list[PackedLayer]:
     """The images of all matrices among the tensors."""
     groups: dict[str, list[Tensor]] = {}
     for tensor in tensors:
         if len(tensor.shape) > 1:
             groups.setdefault(tensor.layer or tensor.name, []).append(tensor)
-    return [LayerImage(name, tuple(group)) for name, group in groups.items()]
+    return [PackedLayer(name, tuple(group)) for name, group in groups.items()]
 
 
 @dataclass(frozen=True, slots=True)

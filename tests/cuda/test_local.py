@@ -14,7 +14,7 @@ from llamaclust.cli.gpu_options import Gpus
 from llamaclust.cluster.client.local import LocalClient, LocalSettings
 from llamaclust.core.errors import InsufficientMemoryError, UsageError
 from llamaclust.kernels.cuda.backend import CudaBackend
-from llamaclust.kernels.packed.cache_folder import PreparedFolder
+from llamaclust.kernels.packed.cache_folder import PackedCacheFolder
 from llamaclust.model.quant_types import QuantType
 from llamaclust.worker.devices import backends
 from support.clusters.command_line import command_line
@@ -43,9 +43,9 @@ def shim(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
         return
 
     def open_gpu(
-        name: str, threads: int, cap: int | None, prepared: PreparedFolder | None, kernels_dir: Path | None
+        name: str, threads: int, cap: int | None, packed_cache: PackedCacheFolder | None, kernels_dir: Path | None
     ) -> CudaBackend:
-        return CudaBackend(name, ShimDevice(build(), memory_bytes=min(cap or ROOM, ROOM), sms=1), threads, prepared)
+        return CudaBackend(name, ShimDevice(build(), memory_bytes=min(cap or ROOM, ROOM), sms=1), threads, packed_cache)
 
     monkeypatch.setattr(backends, "open_gpu", open_gpu)
     folders = [TESTS / "cuda" / "shim_site", TESTS]

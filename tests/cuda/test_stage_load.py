@@ -17,7 +17,7 @@ from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.kernels.cuda.backend import CudaBackend
 from llamaclust.kernels.cuda.runtime.device import Bytes, Device, Launch
 from llamaclust.kernels.cuda.weights.load_progress import LoadProgress
-from llamaclust.kernels.packed.cache_folder import PreparedFolder
+from llamaclust.kernels.packed.cache_folder import PackedCacheFolder
 from llamaclust.model.loader import Model
 from llamaclust.worker.stage.stage_runner import planned_workspace_bytes
 from support.arithmetic.batches import batch_of, load_stage
@@ -57,11 +57,11 @@ def test_prepared_layers_go_there_as_well(opened: Open, cpu: CpuBackend, device:
     model = opened("llama")
     tokens = random_tokens(model, 4)
     wanted = run(cpu, model, tokens, 4)
-    folder = PreparedFolder(tmp_path / "prepared", 1 << 30)
+    folder = PackedCacheFolder(tmp_path / "packed", 1 << 30)
     for _ in range(2):
         same(run(CudaBackend("cuda:0", device, 1, folder), model, tokens, 4), wanted)
-    assert list((tmp_path / "prepared").rglob("*")), "nothing was kept"
-    same(run(CpuBackend(1, prepared=folder), model, tokens, 4), wanted)
+    assert list((tmp_path / "packed").rglob("*")), "nothing was kept"
+    same(run(CpuBackend(1, packed_cache=folder), model, tokens, 4), wanted)
 
 
 def test_what_does_not_fit_leaves_nothing_behind(opened: Open, cuda: CudaBackend, device: Device) -> None:

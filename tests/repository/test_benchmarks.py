@@ -119,7 +119,7 @@ def test_all_types(folder: Path) -> None:
 
 def test_load(folder: Path) -> None:
     out = output(folder, "load.py", "Q8_0.gguf", "--threads", "1", "--repeats", "1")
-    kinds = ("and preparing", "from the file", "prepared", "prepared, copied")
+    kinds = ("and packing", "from the file", "packed", "packed, copied")
     assert [line[:18].strip() for line in out.splitlines()[1:5]] == list(kinds)
 
 

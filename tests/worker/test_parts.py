@@ -92,7 +92,9 @@ def test_a_launcher_says_all_settings_on_the_command_line() -> None:
     gpus = parse_settings(words.split())
     assert (gpus.gpu_layers, gpus.gpu_memory_bytes) == (7, 9)
     given = "--name a --join unix:/c --token-file /t --listen unix:/a --device cpu --threads 3 --memory-bytes 5"
-    more = "--feature-level avx2 --join-s 0.5 --parent-pid 7 --prepared-dir /p --prepared-bytes 9 --kernels-dir /k"
+    more = (
+        "--feature-level avx2 --join-s 0.5 --parent-pid 7 --packed-cache-dir /p --packed-cache-bytes 9 --kernels-dir /k"
+    )
     assert parse_settings([*given.split(), *more.split()]) == WorkerSettings(
         "a", "unix:/c", Path("/t"), "unix:/a", "cpu", 3, 5, "avx2", 0.5, 7, Path("/p"), 9, kernels_dir=Path("/k")
     )

@@ -11,7 +11,7 @@ from llamaclust.core.errors import UsageError
 from llamaclust.core.gpus import Gpu
 from llamaclust.core.profile import DeviceProfile
 from llamaclust.kernels.backend import Backend
-from llamaclust.kernels.packed.cache_folder import PreparedFolder
+from llamaclust.kernels.packed.cache_folder import PackedCacheFolder
 from llamaclust.worker.devices import nvidia
 
 CUDA = "cuda:"
@@ -51,12 +51,14 @@ def gpu_names(device: str) -> Sequence[str]:
     return device.split(",") if device.startswith(CUDA) else ()
 
 
-def open_processor(device: str, threads: int, feature_level: str, prepared: PreparedFolder | None = None) -> Backend:
+def open_processor(
+    device: str, threads: int, feature_level: str, packed_cache: PackedCacheFolder | None = None
+) -> Backend:
     """UsageError for a device or feature level that this machine does not have."""
     if device == "cpu" or gpu_names(device):
         from llamaclust.kernels.cpu.backend import CpuBackend
 
-        return CpuBackend(threads, feature_level, prepared=prepared)
+        return CpuBackend(threads, feature_level, packed_cache=packed_cache)
     if device == "reference":
         from llamaclust.kernels.reference.backend import ReferenceBackend
 
@@ -68,7 +70,7 @@ def open_gpu(
     name: str,
     threads: int,
     memory_cap_bytes: int | None,
-    prepared: PreparedFolder | None = None,
+    packed_cache: PackedCacheFolder | None = None,
     kernels_dir: Path | None = None,
     *,
     graphs: bool = True,
@@ -86,4 +88,4 @@ def open_gpu(
         known = nvidia.advice()
         raise UsageError(f"{error}; {known}" if known else str(error)) from error
     # A device is given none but its own buffers.
-    return CudaBackend(name, cast(Device, device), threads, prepared, graphs=graphs)
+    return CudaBackend(name, cast(Device, device), threads, packed_cache, graphs=graphs)

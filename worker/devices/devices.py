@@ -14,7 +14,7 @@ from llamaclust.core.profile import DeviceProfile, Profile
 from llamaclust.core.sizes import MIB
 from llamaclust.kernels.backend import Backend
 from llamaclust.kernels.multi_device import ChainBackend, Part
-from llamaclust.kernels.packed.cache_folder import PreparedFolder
+from llamaclust.kernels.packed.cache_folder import PackedCacheFolder
 from llamaclust.model.loader import Model
 from llamaclust.wire.control.messages import Load, Register
 from llamaclust.worker.devices import backends
@@ -47,10 +47,12 @@ class Device:
     def open(cls, settings: WorkerSettings) -> Device:
         """UsageError for a device or feature level that this machine does not have."""
         threads = settings.threads or len(os.sched_getaffinity(0))
-        level, prepared = settings.feature_level, _prepared(settings)
-        backend = backends.open_processor(settings.device, threads, level, prepared)
+        level, packed_cache = settings.feature_level, _packed_cache(settings)
+        backend = backends.open_processor(settings.device, threads, level, packed_cache)
         cap, kernels = settings.gpu_memory_bytes, settings.kernels_dir
-        gpus = tuple(backends.open_gpu(name, threads, cap, prepared, kernels) for name in gpu_names(settings.device))
+        gpus = tuple(
+            backends.open_gpu(name, threads, cap, packed_cache, kernels) for name in gpu_names(settings.device)
+        )
         return cls(settings.device, threads, level, settings.memory_bytes, backend, gpus, settings.gpu_layers)
 
     @property
@@ -164,7 +166,7 @@ def _check_model(kind: str, model: Model) -> None:
         check_weights(program, model.tensors_for(program))
 
 
-def _prepared(settings: WorkerSettings) -> PreparedFolder | None:
-    if settings.prepared_dir is None:
+def _packed_cache(settings: WorkerSettings) -> PackedCacheFolder | None:
+    if settings.packed_cache_dir is None:
         return None
-    return PreparedFolder(settings.prepared_dir, settings.prepared_bytes)
+    return PackedCacheFolder(settings.packed_cache_dir, settings.packed_cache_bytes)

@@ -152,7 +152,7 @@ def try_stages(device: TrialDevice, model: Model) -> tuple[StepTime, ...]:
 
 
 def _ranges(layers: int, some: int, place: int) -> list[tuple[int, int]]:
-    """One layer, that and the next ones, and the last one. Workers that try at the same time share prepared layers, so
+    """One layer, that and the next ones, and the last one. Workers that try at the same time share packed layers, so
     each begins elsewhere: otherwise one would find in a cache what another has just read."""
     start = place * some % (layers - some)
     return [(start, start + 1), (start, start + some), (layers - 1, layers)]

@@ -1,4 +1,4 @@
-"""Weights on a GPU: the very tiles that the CPU packs or has prepared, brought there layer by layer.
+"""Weights on a GPU: the CPU's packed tiles, uploaded layer by layer.
 
 While a layer goes through two pinned buffers, the next one is packed; then its host memory is given back.
 """
@@ -21,9 +21,9 @@ from llamaclust.kernels.backend import Progress
 from llamaclust.kernels.cuda.runtime.device import Buffer, Bytes, Device, Event
 from llamaclust.kernels.cuda.runtime.gpu_lock import GpuLock
 from llamaclust.kernels.cuda.runtime.memory import aligned, allocated
-from llamaclust.kernels.packed.cache import PreparedLayers
-from llamaclust.kernels.packed.cache_folder import PreparedFolder
-from llamaclust.kernels.packed.packed_layer import Buffers, LayerImage, chunks_of
+from llamaclust.kernels.packed.cache import PackedCache
+from llamaclust.kernels.packed.cache_folder import PackedCacheFolder
+from llamaclust.kernels.packed.packed_layer import Buffers, PackedLayer, chunks_of
 from llamaclust.kernels.packed.weights import Weight, check_weights
 from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.program import Program
@@ -65,12 +65,12 @@ class LayerMemory:
 class LayerTensors:
     """The tensors of one layer in the order of memory: matrices, then vectors; or one tensor that is in no layer."""
 
-    image: LayerImage | None  # the matrices
+    packed: PackedLayer | None  # the matrices
     vectors: tuple[Tensor, ...]
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        return (*(() if self.image is None else self.image.tensors), *self.vectors)
+        return (*(() if self.packed is None else self.packed.tensors), *self.vectors)
 
     @property
     def resident_bytes(self) -> int:
@@ -78,7 +78,7 @@ class LayerTensors:
 
     @property
     def offsets(self) -> Iterator[tuple[Tensor, int]]:
-        """Where each begins. Matrices are as the image has them: multiples of 16 bytes."""
+        """Where each begins. Matrices lie as in the packed layer: multiples of 16 bytes."""
         at = 0
         for tensor in self.tensors:
             yield tensor, at
@@ -103,19 +103,19 @@ def layers_of_weights(tensors: Iterable[Tensor]) -> list[LayerTensors]:
     for name, group in groups.items():
         matrices = tuple(tensor for tensor in group if len(tensor.shape) > 1)
         vectors = tuple(tensor for tensor in group if len(tensor.shape) == 1)
-        layers.append(LayerTensors(LayerImage(name, matrices) if matrices else None, vectors))
+        layers.append(LayerTensors(PackedLayer(name, matrices) if matrices else None, vectors))
     return layers
 
 
 class DeviceWeights:
     """Loads layers, each once for as long as any stage holds it."""
 
-    def __init__(self, device: Device, gpu_lock: GpuLock, threads: int, prepared: PreparedFolder | None) -> None:
+    def __init__(self, device: Device, gpu_lock: GpuLock, threads: int, packed_cache: PackedCacheFolder | None) -> None:
         """Stages may compute while others load."""
         self._device = device
         self._gpu_lock = gpu_lock
         self._threads = threads
-        self._prepared = None if prepared is None else PreparedLayers(prepared)
+        self._packed_cache = None if packed_cache is None else PackedCache(packed_cache)
         self._lock = Lock()
         self._loaded: WeakValueDictionary[tuple[object, ...], LayerMemory] = WeakValueDictionary()
 
@@ -159,14 +159,14 @@ class DeviceWeights:
         return made
 
     def _packed(self, layer: LayerTensors, pool: ThreadPoolExecutor, since_ns: int) -> _HostLayer:
-        image = layer.image
+        packed = layer.packed
         memory: Memory | None = None
-        if image is not None and self._prepared is not None:
-            memory = self._prepared.open([image], pool, since_ns=since_ns).get(image)
-        is_new = image is not None and memory is None
-        if image is not None and memory is None:
-            memory = Memory(image.n_bytes)
-        weights = {} if image is None or memory is None else image.weights(memory)
+        if packed is not None and self._packed_cache is not None:
+            memory = self._packed_cache.open([packed], pool, None, since_ns).get(packed)
+        is_new = packed is not None and memory is None
+        if packed is not None and memory is None:
+            memory = Memory(packed.n_bytes)
+        weights = {} if packed is None or memory is None else packed.weights(memory)
         unread = layer.vectors if not is_new else layer.tensors
         weights |= {one.name: Weight(one.quant_type, vector=np.empty(one.shape, np.float32)) for one in layer.vectors}
         buffers = Buffers()
@@ -177,14 +177,14 @@ class DeviceWeights:
 
     def _kept(self, host: _HostLayer, layer: LayerTensors) -> None:
         """Written for the next load, before its memory is given back."""
-        if self._prepared is not None and host.is_new and layer.image is not None and host.memory is not None:
-            self._prepared.keep({layer.image: host.memory})
-            self._prepared.wait()
+        if self._packed_cache is not None and host.is_new and layer.packed is not None and host.memory is not None:
+            self._packed_cache.keep({layer.packed: host.memory})
+            self._packed_cache.wait()
 
 
 @dataclass(frozen=True, slots=True)
 class _HostLayer:
-    memory: Memory | None  # of the image
+    memory: Memory | None  # of the packed layer
     is_new: bool  # it was packed now
     vectors: Mapping[str, np.ndarray[tuple[int, ...], np.dtype[np.float32]]]
 

@@ -119,9 +119,12 @@ def test_environment() -> None:
     read = environment({"LLAMACLUST_STATE_DIR": "/s", "XDG_CACHE_HOME": "/c", "LLAMACLUST_FEATURE_LEVEL": "avx2"})
     assert (read.state_dir, read.home, read.feature_level) == (Path("/s"), Path("/c/llamaclust"), "avx2")
     assert environment({}).home == Path.home() / ".cache/llamaclust"
-    assert (environment({}).prepared_bytes, environment({"LLAMACLUST_CACHE_SIZE": "0"}).prepared_bytes) == (32 << 30, 0)
-    assert environment({"LLAMACLUST_CACHE_SIZE": "3MiB", "LLAMACLUST_HOME": "/h"}).prepared_dir == Path("/h/prepared")
-    assert environment({"LLAMACLUST_CACHE_SIZE": "4194304"}).prepared_bytes == 4 << 20
+    assert (environment({}).packed_cache_bytes, environment({"LLAMACLUST_CACHE_SIZE": "0"}).packed_cache_bytes) == (
+        32 << 30,
+        0,
+    )
+    assert environment({"LLAMACLUST_CACHE_SIZE": "3MiB", "LLAMACLUST_HOME": "/h"}).packed_cache_dir == Path("/h/packed")
+    assert environment({"LLAMACLUST_CACHE_SIZE": "4194304"}).packed_cache_bytes == 4 << 20
     with pytest.raises(UsageError, match="LLAMACLUST_CACHE_SIZE=32 has no unit; write 32GiB or 32MiB, or bytes from"):
         environment({"LLAMACLUST_CACHE_SIZE": "32"})
     for digits in ("\uff14\uff10GiB", "\uff14"):  # full-width ones

@@ -12,7 +12,7 @@ from pathlib import Path
 from llamaclust.core.errors import DeviceLostError
 from llamaclust.kernels.cuda.backend import CudaBackend
 from llamaclust.kernels.cuda.runtime.device import Launch
-from llamaclust.kernels.packed.cache_folder import PreparedFolder
+from llamaclust.kernels.packed.cache_folder import PackedCacheFolder
 from llamaclust.worker.devices import backends
 from llamaclust.worker.devices.backends import GpuBackend
 from support.cuda.shim_build import build
@@ -44,14 +44,14 @@ def open_gpu(
     name: str,
     threads: int,
     memory_cap_bytes: int | None,
-    prepared: PreparedFolder | None = None,
+    packed_cache: PackedCacheFolder | None = None,
     kernels_dir: Path | None = None,
     *,
     graphs: bool = True,
 ) -> GpuBackend:
     kind = LostDevice if "PYTHON_TEST_LOSE_GPU" in os.environ else ShimDevice
     device = kind(build(), memory_bytes=min(memory_cap_bytes or _MEMORY_BYTES, _MEMORY_BYTES), sms=1)
-    return CudaBackend(name, device, threads, prepared, graphs=graphs)
+    return CudaBackend(name, device, threads, packed_cache, graphs=graphs)
 
 
 backends.open_gpu = open_gpu

@@ -1,4 +1,4 @@
-"""Prepared layers on disk: the same bits from them, damage found, room kept, and nothing half written."""
+"""The packed-weight cache on disk: the same bits from them, damage found, room kept, and nothing half written."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 from llamaclust.cli.app import app
 from llamaclust.kernels._native import Memory, available_levels, packing_fingerprint
 from llamaclust.kernels.packed import cache, cache_folder
-from llamaclust.kernels.packed.cache_folder import PreparedFolder, Writing
-from llamaclust.kernels.packed.packed_layer import images_of
+from llamaclust.kernels.packed.cache_folder import PackedCacheFolder, Writing
+from llamaclust.kernels.packed.packed_layer import packed_layers_of
 from llamaclust.kernels.packed.weights import SUPPORTED_TYPES
 from llamaclust.model.loader import Model
 from llamaclust.model.quant_types import QuantType
@@ -35,13 +35,13 @@ def model(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> PreparedFolder:
-    return PreparedFolder(tmp_path / "home" / "prepared", 1 << 30)
+def folder(tmp_path: Path) -> PackedCacheFolder:
+    return PackedCacheFolder(tmp_path / "home" / "packed", 1 << 30)
 
 
 @pytest.mark.parametrize("mapped", [True, False])
 def test_the_second_load_packs_nothing(
-    model: Path, folder: PreparedFolder, monkeypatch: pytest.MonkeyPatch, mapped: bool
+    model: Path, folder: PackedCacheFolder, monkeypatch: pytest.MonkeyPatch, mapped: bool
 ) -> None:
     wanted = run(model, None)
     assert run(model, folder) == wanted
@@ -53,7 +53,7 @@ def test_the_second_load_packs_nothing(
         assert run(model, folder, level) == wanted
 
 
-def test_what_is_mapped_is_shared_and_read_only(model: Path, folder: PreparedFolder) -> None:
+def test_what_is_mapped_is_shared_and_read_only(model: Path, folder: PackedCacheFolder) -> None:
     run(model, folder)
     path = images(folder)[0]
     with path.open("rb") as file:
@@ -91,7 +91,7 @@ def nonsense(path: Path) -> None:
 @pytest.mark.parametrize("mapped", [True, False])
 def test_damage_is_found_and_mended(
     model: Path,
-    folder: PreparedFolder,
+    folder: PackedCacheFolder,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     damage: Callable[[Path], None],
@@ -131,7 +131,7 @@ def test_every_type_packs_in_its_own_way() -> None:
     assert len(set(marks)) == len(marks)
 
 
-def test_another_file_of_that_name_is_packed(model: Path, folder: PreparedFolder) -> None:
+def test_another_file_of_that_name_is_packed(model: Path, folder: PackedCacheFolder) -> None:
     before = run(model, folder)
     times = model.stat()
     data = bytearray(model.read_bytes())
@@ -143,16 +143,16 @@ def test_another_file_of_that_name_is_packed(model: Path, folder: PreparedFolder
     assert run(model, folder) == after != before
 
 
-def test_a_file_that_may_be_changing_is_not_prepared(model: Path, folder: PreparedFolder) -> None:
+def test_a_file_that_may_be_changing_is_not_prepared(model: Path, folder: PackedCacheFolder) -> None:
     model.touch()
     run(model, folder)
     assert images(folder) == []
 
 
-def test_a_copy_of_the_model_shares_the_images(model: Path, folder: PreparedFolder) -> None:
+def test_a_copy_of_the_model_shares_the_images(model: Path, folder: PackedCacheFolder) -> None:
     wanted = run(model, folder)
     before = {path: path.stat() for path in images(folder)}
-    folder = PreparedFolder(folder.path, folder.used_bytes())  # full
+    folder = PackedCacheFolder(folder.path, folder.used_bytes())  # full
     copy = model.with_name("copy.gguf")
     copy.write_bytes(model.read_bytes())
     assert run(settled(copy), folder) == wanted
@@ -164,12 +164,12 @@ def test_a_copy_of_the_model_shares_the_images(model: Path, folder: PreparedFold
 
 
 def test_what_was_not_used_longest_makes_room(
-    model: Path, folder: PreparedFolder, caplog: pytest.LogCaptureFixture
+    model: Path, folder: PackedCacheFolder, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
     run(model, folder)
     used_bytes = folder.used_bytes()
-    small = PreparedFolder(folder.path, used_bytes + 1000)
+    small = PackedCacheFolder(folder.path, used_bytes + 1000)
     names = [path.name for path in images(folder)]
     for age, name in enumerate(names):
         os.utime(folder.path / name, (age, age))
@@ -187,11 +187,11 @@ def test_what_was_not_used_longest_makes_room(
 
 
 def test_a_model_larger_than_the_room_keeps_what_fits(
-    model: Path, folder: PreparedFolder, caplog: pytest.LogCaptureFixture
+    model: Path, folder: PackedCacheFolder, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
     wanted = run(model, folder)
-    half = PreparedFolder(folder.path, folder.used_bytes() // 2)
+    half = PackedCacheFolder(folder.path, folder.used_bytes() // 2)
     folder.clear()
     for _ in range(2):
         assert run(model, half) == wanted
@@ -201,7 +201,7 @@ def test_a_model_larger_than_the_room_keeps_what_fits(
 
 
 def test_a_part_of_the_disk_stays_free(
-    model: Path, folder: PreparedFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    model: Path, folder: PackedCacheFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(cache_folder, "_FREE_SHARE", 1)
@@ -216,18 +216,18 @@ from pathlib import Path
 sys.path[:0] = {path!r}
 from support.arithmetic import packed_layers
 packed_layers.use_any_disk()
-print(packed_layers.run(Path(sys.argv[1]), packed_layers.PreparedFolder(Path(sys.argv[2]), 1 << 30)).hex())
+print(packed_layers.run(Path(sys.argv[1]), packed_layers.PackedCacheFolder(Path(sys.argv[2]), 1 << 30)).hex())
 """
 
 
-def start(model: Path, folder: PreparedFolder) -> subprocess.Popen[str]:
+def start(model: Path, folder: PackedCacheFolder) -> subprocess.Popen[str]:
     code = LOADER.format(path=[str(TESTS)])
     return subprocess.Popen(
         [sys.executable, "-c", code, str(model), str(folder.path)], stdout=subprocess.PIPE, text=True
     )
 
 
-def test_two_processes_at_once(model: Path, folder: PreparedFolder) -> None:
+def test_two_processes_at_once(model: Path, folder: PackedCacheFolder) -> None:
     wanted = run(model, None).hex()
     for _ in range(2):
         processes = [start(model, folder) for _ in range(2)]
@@ -235,7 +235,7 @@ def test_two_processes_at_once(model: Path, folder: PreparedFolder) -> None:
         assert len(images(folder)) == IMAGES and list(folder.path.glob("*.tmp")) == []
 
 
-def test_a_process_that_is_killed_leaves_nothing_half_written(tmp_path: Path, folder: PreparedFolder) -> None:
+def test_a_process_that_is_killed_leaves_nothing_half_written(tmp_path: Path, folder: PackedCacheFolder) -> None:
     path = settled(build_tiny_model(tmp_path / "m.gguf", hidden=1024, ffn=4096, layers=4, quant_type=QuantType.Q8_0))
     wanted, killed = run(path, None), 0
     for attempt in range(4):
@@ -257,13 +257,13 @@ def test_a_process_that_is_killed_leaves_nothing_half_written(tmp_path: Path, fo
     assert killed > 0
 
 
-def test_weights_that_nobody_has_any_more_are_not_written(model: Path, folder: PreparedFolder) -> None:
+def test_weights_that_nobody_has_any_more_are_not_written(model: Path, folder: PackedCacheFolder) -> None:
     opened = Model.open(model)
     program = opened.program(0, 1)
-    found = images_of(opened.tensors_for(program).values())
-    layers = cache.PreparedLayers(folder)
-    with cache_folder.PreparedFolder._locked(_made(folder), Writing()):
-        layers._keys = {image: cache.image_key(image) or "" for image in found}
+    found = packed_layers_of(opened.tensors_for(program).values())
+    layers = cache.PackedCache(folder)
+    with cache_folder.PackedCacheFolder._locked(_made(folder), Writing()):
+        layers._keys = {image: cache.layer_key(image) or "" for image in found}
         memories = {image: Memory(image.n_bytes) for image in found}
         layers.keep(memories)
         del memories
@@ -271,12 +271,12 @@ def test_weights_that_nobody_has_any_more_are_not_written(model: Path, folder: P
     assert len(images(folder)) <= 1  # the one that it had begun with
 
 
-def _made(folder: PreparedFolder) -> PreparedFolder:
-    folder.prepare()
+def _made(folder: PackedCacheFolder) -> PackedCacheFolder:
+    folder.create()
     return folder
 
 
-def test_the_command_lists_and_clears(model: Path, folder: PreparedFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_lists_and_clears(model: Path, folder: PackedCacheFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     def said(*words: str) -> str:
         result = CliRunner().invoke(app, ["model", "cache", *words])
         assert result.exit_code == 0

@@ -1,4 +1,4 @@
-"""Prepared layers that cannot be mapped, read, written or found: the load goes on, and says what is the matter once."""
+"""A packed-weight cache that cannot be mapped, read, written or found: the load continues and logs the reason once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from llamaclust.core.errors import ModelFileError
 from llamaclust.kernels._native import Memory
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.kernels.packed import cache, cache_folder
-from llamaclust.kernels.packed.cache_folder import PreparedFolder, Writing
+from llamaclust.kernels.packed.cache_folder import PackedCacheFolder, Writing
 from llamaclust.model.loader import Model
 from llamaclust.model.quant_types import QuantType
 from support.arithmetic.packed_layers import IMAGES, LAYERS, LIMITS, images, run, settled
@@ -26,12 +26,12 @@ def model(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> PreparedFolder:
-    return PreparedFolder(tmp_path / "home" / "prepared", 1 << 30)
+def folder(tmp_path: Path) -> PackedCacheFolder:
+    return PackedCacheFolder(tmp_path / "home" / "packed", 1 << 30)
 
 
-def test_a_model_file_that_is_gone_is_reported(model: Path, folder: PreparedFolder) -> None:
-    opened, backend = Model.open(model), CpuBackend(2, prepared=folder)
+def test_a_model_file_that_is_gone_is_reported(model: Path, folder: PackedCacheFolder) -> None:
+    opened, backend = Model.open(model), CpuBackend(2, packed_cache=folder)
     program = opened.program(0, 1)
     tensors = opened.tensors_for(program)
     model.unlink()
@@ -52,7 +52,7 @@ def test_a_file_that_cannot_be_mapped_is_an_error_with_its_number() -> None:
 
 @pytest.mark.parametrize("remote", [True, False])
 def test_what_cannot_or_may_not_be_mapped_is_read(
-    model: Path, folder: PreparedFolder, monkeypatch: pytest.MonkeyPatch, remote: bool
+    model: Path, folder: PackedCacheFolder, monkeypatch: pytest.MonkeyPatch, remote: bool
 ) -> None:
     maps: list[int] = []
 
@@ -69,7 +69,7 @@ def test_what_cannot_or_may_not_be_mapped_is_read(
 
 
 def test_an_image_deleted_before_it_is_read_is_no_damage(
-    model: Path, folder: PreparedFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    model: Path, folder: PackedCacheFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def delete(path: Path) -> bool:
         images(folder)[1].unlink()
@@ -82,7 +82,7 @@ def test_an_image_deleted_before_it_is_read_is_no_damage(
 
 
 def test_a_writer_that_fails_says_so_and_is_done(
-    model: Path, folder: PreparedFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    model: Path, folder: PackedCacheFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(cache_folder, "sha256", None)
     assert run(model, folder) == run(model, None)
@@ -92,10 +92,10 @@ def test_a_writer_that_fails_says_so_and_is_done(
 
 
 def test_a_writer_gives_up_on_a_lock_with_one_line(
-    model: Path, folder: PreparedFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    model: Path, folder: PackedCacheFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(cache_folder, "_LOCK_WAIT_S", 0.05)
-    folder.prepare()
+    folder.create()
     with folder._locked(Writing()):
         run(model, folder)
     (record,) = caplog.records
@@ -116,7 +116,7 @@ def open_to_all(path: Path) -> None:
 
 @pytest.mark.parametrize("spoil", [no_folder, open_to_all])
 def test_a_folder_that_will_not_do_is_one_warning(
-    model: Path, folder: PreparedFolder, caplog: pytest.LogCaptureFixture, spoil: Callable[[Path], None]
+    model: Path, folder: PackedCacheFolder, caplog: pytest.LogCaptureFixture, spoil: Callable[[Path], None]
 ) -> None:
     spoil(folder.path)
     assert run(model, folder) == run(model, None)
@@ -126,7 +126,7 @@ def test_a_folder_that_will_not_do_is_one_warning(
 
 
 def test_a_write_that_fails_is_one_warning(
-    model: Path, folder: PreparedFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    model: Path, folder: PackedCacheFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def full(descriptor: int, data: memoryview) -> None:
         raise OSError(28, "No space left on device")

@@ -1,4 +1,4 @@
-"""The folder of prepared layers: what counts as used, who waits for whom, which file systems it is mapped from."""
+"""The folder of packed layers: what counts as used, who waits for whom, which file systems it is mapped from."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from typer.testing import CliRunner
 
 from llamaclust.cli.app import app
 from llamaclust.kernels.packed import cache_folder
-from llamaclust.kernels.packed.cache_folder import BusyError, PreparedFolder, Writing
+from llamaclust.kernels.packed.cache_folder import BusyError, PackedCacheFolder, Writing
 from llamaclust.kernels.packed.file_systems import file_system, is_remote
 
 DATA = memoryview(bytes(range(256)) * 16)
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> PreparedFolder:
-    made = PreparedFolder(tmp_path / "prepared", 1 << 20)
-    made.prepare()
+def folder(tmp_path: Path) -> PackedCacheFolder:
+    made = PackedCacheFolder(tmp_path / "packed", 1 << 20)
+    made.create()
     return made
 
 
-def store(folder: PreparedFolder, key: str, data: memoryview = DATA, since_ns: int = 0) -> None:
+def store(folder: PackedCacheFolder, key: str, data: memoryview = DATA, since_ns: int = 0) -> None:
     folder.store(key, "m.gguf", "blk.0", data, 7, since_ns, Writing())
 
 
-def test_what_a_load_used_is_never_older_than_the_load(folder: PreparedFolder) -> None:
+def test_what_a_load_used_is_never_older_than_the_load(folder: PackedCacheFolder) -> None:
     """A file's own time stamp may be a tick of the kernel's clock behind."""
     for number in range(50):
         since_ns = time.time_ns()
@@ -45,8 +45,8 @@ def test_what_a_load_used_is_never_older_than_the_load(folder: PreparedFolder) -
         folder.clear()
 
 
-def test_an_image_that_is_there_takes_no_room(folder: PreparedFolder) -> None:
-    full = PreparedFolder(folder.path, len(DATA))
+def test_an_image_that_is_there_takes_no_room(folder: PackedCacheFolder) -> None:
+    full = PackedCacheFolder(folder.path, len(DATA))
     store(full, "a")
     (path,) = full.path.glob("*.tiles")
     before = path.stat()
@@ -57,7 +57,7 @@ def test_an_image_that_is_there_takes_no_room(folder: PreparedFolder) -> None:
     assert full.find("a") is not None and full.find("b") is not None
 
 
-def test_an_image_of_another_size_is_written_again(folder: PreparedFolder) -> None:
+def test_an_image_of_another_size_is_written_again(folder: PackedCacheFolder) -> None:
     store(folder, "a")
     (path,) = folder.path.glob("*.tiles")
     os.truncate(path, 100)
@@ -69,7 +69,7 @@ def test_an_image_of_another_size_is_written_again(folder: PreparedFolder) -> No
     "damage",
     [{"checksum": "7"}, {"n_bytes": None}, {"image": 3}, {"image": "../other"}, {"model": []}, {"more": 1}],
 )
-def test_a_damaged_entry_is_none(folder: PreparedFolder, damage: dict[str, object]) -> None:
+def test_a_damaged_entry_is_none(folder: PackedCacheFolder, damage: dict[str, object]) -> None:
     store(folder, "a")
     (folder.path.parent / "other.tiles").write_bytes(DATA)
     (path,) = folder.path.glob("*.json")
@@ -79,7 +79,7 @@ def test_a_damaged_entry_is_none(folder: PreparedFolder, damage: dict[str, objec
     assert folder.find("a") is not None
 
 
-def test_files_that_go_meanwhile_are_not_counted(folder: PreparedFolder) -> None:
+def test_files_that_go_meanwhile_are_not_counted(folder: PackedCacheFolder) -> None:
     store(folder, "a")
     (folder.path / "gone.tiles").symlink_to("nothing")  # is listed, and has no status
     (folder.path / "gone.json").symlink_to("nothing")
@@ -89,13 +89,13 @@ def test_files_that_go_meanwhile_are_not_counted(folder: PreparedFolder) -> None
 
 
 @contextmanager
-def held(folder: PreparedFolder) -> Iterator[None]:
+def held(folder: PackedCacheFolder) -> Iterator[None]:
     with (folder.path / "lock").open("wb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
-def test_nobody_waits_long_for_the_lock(folder: PreparedFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nobody_waits_long_for_the_lock(folder: PackedCacheFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache_folder, "_LOCK_WAIT_S", 0.1)
     monkeypatch.setenv("LLAMACLUST_HOME", str(folder.path.parent))
     with held(folder):

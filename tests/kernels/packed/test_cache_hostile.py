@@ -1,4 +1,4 @@
-"""What else may lie in the folder of prepared layers: at most a layer is packed anew, nothing hangs, all is named."""
+"""What else may lie in the folder of packed layers: at most a layer is packed anew, nothing hangs, all is named."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from llamaclust.cli.app import app
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.kernels.packed import cache_folder, cache_writer
-from llamaclust.kernels.packed.cache_folder import PreparedFolder
+from llamaclust.kernels.packed.cache_folder import PackedCacheFolder
 from llamaclust.model.loader import Model
 from llamaclust.model.quant_types import QuantType
 from support.arithmetic.packed_layers import IMAGES, LAYERS, LIMITS, images, run, settled, use_any_disk
@@ -36,11 +36,11 @@ def model(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> PreparedFolder:
-    return PreparedFolder(tmp_path / "home" / "prepared", 1 << 30)
+def folder(tmp_path: Path) -> PackedCacheFolder:
+    return PackedCacheFolder(tmp_path / "home" / "packed", 1 << 30)
 
 
-def entries(folder: PreparedFolder) -> list[Path]:
+def entries(folder: PackedCacheFolder) -> list[Path]:
     return sorted(folder.path.glob("*.json"))
 
 
@@ -53,7 +53,7 @@ def full_folder(path: Path) -> None:
     (path / "file").write_text("x")
 
 
-def same_sizes(folder: PreparedFolder) -> tuple[Path, Path]:
+def same_sizes(folder: PackedCacheFolder) -> tuple[Path, Path]:
     by_size: dict[int, Path] = {}
     for path in entries(folder):
         n_bytes = json.loads(path.read_bytes())["n_bytes"]
@@ -63,7 +63,7 @@ def same_sizes(folder: PreparedFolder) -> tuple[Path, Path]:
     raise AssertionError("no two layers are of one size")
 
 
-def test_entries_that_changed_places_are_none(model: Path, folder: PreparedFolder) -> None:
+def test_entries_that_changed_places_are_none(model: Path, folder: PackedCacheFolder) -> None:
     wanted = run(model, folder)
     one, other = same_sizes(folder)
     was = one.read_bytes(), other.read_bytes()
@@ -76,7 +76,9 @@ DAMAGES = [b"", b"\xff\xfe\x00", b"[" * 100_000, b"[[1]]", b'{"model":' + b"9" *
 
 
 @pytest.mark.parametrize("data", DAMAGES, ids=range(len(DAMAGES)))
-def test_whatever_is_in_an_entry_costs_no_more_than_packing(model: Path, folder: PreparedFolder, data: bytes) -> None:
+def test_whatever_is_in_an_entry_costs_no_more_than_packing(
+    model: Path, folder: PackedCacheFolder, data: bytes
+) -> None:
     wanted = run(model, folder)
     for path in entries(folder):
         path.write_bytes(data)
@@ -97,7 +99,7 @@ THINGS: list[Change] = [
 @pytest.mark.parametrize("pattern", ["*.json", "*.tiles"])
 @pytest.mark.parametrize("thing", THINGS, ids=["pipe", "loop", "dangling", "zero"])
 def test_what_is_no_file_is_replaced(
-    model: Path, folder: PreparedFolder, caplog: pytest.LogCaptureFixture, thing: Change, pattern: str
+    model: Path, folder: PackedCacheFolder, caplog: pytest.LogCaptureFixture, thing: Change, pattern: str
 ) -> None:
     wanted = run(model, folder)
     paths = sorted(folder.path.glob(pattern))
@@ -113,7 +115,7 @@ def test_what_is_no_file_is_replaced(
 
 @pytest.mark.parametrize("pattern", ["*.json", "*.tiles"])
 def test_folders_in_the_way_are_named_once(
-    model: Path, folder: PreparedFolder, caplog: pytest.LogCaptureFixture, pattern: str
+    model: Path, folder: PackedCacheFolder, caplog: pytest.LogCaptureFixture, pattern: str
 ) -> None:
     wanted = run(model, folder)
     paths = sorted(folder.path.glob(pattern))
@@ -127,9 +129,9 @@ def test_folders_in_the_way_are_named_once(
 
 @pytest.mark.parametrize("thing", [os.mkfifo, Path.mkdir, loop, lambda path: path.symlink_to("/dev/zero")])
 def test_a_lock_that_is_no_file_is_one_warning(
-    model: Path, folder: PreparedFolder, caplog: pytest.LogCaptureFixture, thing: Change
+    model: Path, folder: PackedCacheFolder, caplog: pytest.LogCaptureFixture, thing: Change
 ) -> None:
-    folder.prepare()
+    folder.create()
     thing(folder.path / "lock")
     assert run(model, folder) == run(model, None)
     (record,) = caplog.records
@@ -137,7 +139,7 @@ def test_a_lock_that_is_no_file_is_one_warning(
 
 
 def test_a_file_that_may_not_be_read_is_left_alone(
-    model: Path, folder: PreparedFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    model: Path, folder: PackedCacheFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As the superuser may read all files, the system's answer is made up."""
     wanted, opens = run(model, folder), os.open
@@ -156,7 +158,7 @@ def test_a_file_that_may_not_be_read_is_left_alone(
 
 
 def test_clear_deletes_what_it_can_and_names_the_rest(
-    model: Path, folder: PreparedFolder, monkeypatch: pytest.MonkeyPatch
+    model: Path, folder: PackedCacheFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LLAMACLUST_HOME", str(folder.path.parent))
     run(model, folder)
@@ -172,9 +174,9 @@ def test_clear_deletes_what_it_can_and_names_the_rest(
     assert sorted(path.name for path in folder.path.iterdir()) == ["d.json", "lock"]
 
 
-def test_unfinished_files_are_listed(folder: PreparedFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unfinished_files_are_listed(folder: PackedCacheFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLAMACLUST_HOME", str(folder.path.parent))
-    folder.prepare()
+    folder.create()
     (folder.path / "a.tmp").write_bytes(bytes(3 << 20))
     assert "3.00 MiB     1 unfinished" in CliRunner().invoke(app, ["model", "cache", "list"]).output
     listed = json.loads(CliRunner().invoke(app, ["model", "cache", "list", "--json"]).output)
@@ -184,17 +186,17 @@ def test_unfinished_files_are_listed(folder: PreparedFolder, monkeypatch: pytest
 @pytest.mark.parametrize(
     ("uid", "mode", "words"), [(1, 0o755, "belongs to another user"), (0, 0o775, "others may write")]
 )
-def test_a_folder_of_others_is_not_used_and_why(folder: PreparedFolder, uid: int, mode: int, words: str) -> None:
+def test_a_folder_of_others_is_not_used_and_why(folder: PackedCacheFolder, uid: int, mode: int, words: str) -> None:
     folder.path.mkdir(parents=True)
     folder.path.chmod(mode)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "geteuid", lambda: folder.path.stat().st_uid + uid)
         with pytest.raises(PermissionError, match=words):
-            folder.prepare()
+            folder.create()
 
 
 def test_the_end_finishes_a_layer_and_no_more(
-    model: Path, folder: PreparedFolder, monkeypatch: pytest.MonkeyPatch
+    model: Path, folder: PackedCacheFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The program is one of an answer: it ends as soon as it has it."""
     code = "import sys, pathlib, test_cache_hostile as test; test.load(*map(pathlib.Path, sys.argv[1:]))"
@@ -224,7 +226,7 @@ def load(model: Path, folder: Path) -> None:
     use_any_disk()
     cache_folder._write = slow  # type: ignore[assignment]
     cache_writer._FINISH_S = 30.0  # the test machine's disk may be slow
-    opened, backend = Model.open(model), CpuBackend(2, prepared=PreparedFolder(folder, 1 << 30))
+    opened, backend = Model.open(model), CpuBackend(2, packed_cache=PackedCacheFolder(folder, 1 << 30))
     program = opened.program(0, opened.layer_count)
     kept = ExitStack()
     kept.push(backend.load(program, opened.tensors_for(program), LIMITS, lambda done_bytes: None).close)
@@ -233,7 +235,7 @@ def load(model: Path, folder: Path) -> None:
 
 
 def test_the_end_waits_no_longer_for_the_disk(
-    model: Path, folder: PreparedFolder, monkeypatch: pytest.MonkeyPatch
+    model: Path, folder: PackedCacheFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cache_writer, "_FINISH_S", 0.05)
     monkeypatch.setattr(cache_writer, "_STOP_S", 0.05)
@@ -244,14 +246,14 @@ def test_the_end_waits_no_longer_for_the_disk(
         goes_on.wait(30)
 
     monkeypatch.setattr(os, "fsync", stuck)
-    opened, backend = Model.open(model), CpuBackend(2, prepared=folder)
+    opened, backend = Model.open(model), CpuBackend(2, packed_cache=folder)
     program = opened.program(0, opened.layer_count)
     with closing(backend.load(program, opened.tensors_for(program), LIMITS, lambda done_bytes: None)):
-        assert backend.prepared is not None
+        assert backend.packed_cache is not None
         assert syncs.wait(30) and len(list(folder.path.glob("*.tmp"))) == 1
         started = time.monotonic()
-        backend.prepared._writer.end()
+        backend.packed_cache._writer.end()
         assert time.monotonic() - started < 15 and list(folder.path.glob("*.tmp")) == []
         goes_on.set()
-        backend.prepared.wait()
+        backend.packed_cache.wait()
     assert entries(folder) == [] and images(folder) == []

@@ -1,4 +1,4 @@
-"""Loads of a tiny model with prepared layers."""
+"""Loads of a tiny model with packed layers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from llamaclust.core.limits import StageLimits
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.kernels.packed import cache_folder
-from llamaclust.kernels.packed.cache_folder import PreparedFolder
+from llamaclust.kernels.packed.cache_folder import PackedCacheFolder
 from llamaclust.model.loader import Model
 from support.arithmetic.batches import batch_of
 
@@ -25,21 +25,21 @@ def use_any_disk() -> None:
 
 
 def settled(path: Path) -> Path:
-    """A file so old that it is prepared."""
+    """A file so old that its layers are cached."""
     time.sleep(0.15)
     return path
 
 
-def run(path: Path, folder: PreparedFolder | None, level: str | None = None) -> bytes:
+def run(path: Path, folder: PackedCacheFolder | None, level: str | None = None) -> bytes:
     """Bits of the logits; all that was packed has been written when it returns."""
-    model, backend = Model.open(path), CpuBackend(2, level, prepared=folder)
+    model, backend = Model.open(path), CpuBackend(2, level, packed_cache=folder)
     program = model.program(0, model.layer_count)
     with closing(backend.load(program, model.tensors_for(program), LIMITS, lambda done_bytes: None)) as stage:
-        if backend.prepared is not None:
-            backend.prepared.wait()
+        if backend.packed_cache is not None:
+            backend.packed_cache.wait()
         rows = range(len(TOKENS))
         return stage.run(batch_of([(TOKENS, list(rows), range(2))]), None).tobytes()
 
 
-def images(folder: PreparedFolder) -> list[Path]:
+def images(folder: PackedCacheFolder) -> list[Path]:
     return sorted(folder.path.glob("*.tiles"))

@@ -60,8 +60,8 @@ class Members:
             token_file=self.run.token_file,
             listen=self.run.worker("abcde".index(name)),
             threads=1,
-            prepared_dir=own / "prepared",
-            prepared_bytes=1 << 30,
+            packed_cache_dir=own / "packed",
+            packed_cache_bytes=1 << 30,
             weights_dir=own / "weights",
             weights_bytes=1 << 30,
             model_dir=model_dir,
@@ -131,7 +131,7 @@ async def test_four_workers_get_their_own_layers_from_one_and_a_second_start_get
             received = {name: one.fetched_bytes for name, one in zip(FOUR, loaded, strict=True)}
             await until(lambda: moved(cluster) == (sum(due) * first, {"a": 0, **received}))
             print(f"{'first' if first else 'second'} load: {took_s:.3f} s, {sum(due)} bytes")
-            await asyncio.to_thread(_prepared, tmp_path / "run", 4)
+            await asyncio.to_thread(_wait_for_layers, tmp_path / "run", 4)
         await asyncio.gather(*lives, return_exceptions=True)
 
     async with asyncio.timeout(100):
@@ -147,14 +147,14 @@ def moved(cluster: Members) -> tuple[int, dict[str, int]]:
     return sent, {name: beat.weight_bytes_received for name, beat in told.items()}
 
 
-def _prepared(folder: Path, workers: int, layers: int = 4) -> None:
-    """Waits until so many layers, of so many workers, are there, prepared."""
+def _wait_for_layers(folder: Path, workers: int, layers: int = 4) -> None:
+    """Waits until so many layers, of so many workers, are in the packed-weight cache."""
 
     def within() -> bool:
-        found = list(folder.glob("*/prepared/*.tiles"))
+        found = list(folder.glob("*/packed/*.tiles"))
         return len(found) >= layers and len({path.parent for path in found}) == workers
 
-    eventually(within, 60, "prepared layers")
+    eventually(within, 60, "packed layers")
 
 
 @pytest.mark.alone
@@ -166,7 +166,7 @@ async def test_a_second_start_of_the_demo_model_takes_less_than_a_second(demo_mo
             begun_s = time.monotonic()
             handles = await cluster.load(demo_model, "bcd", (0, 10, 20, 30), f"/nowhere/{demo_model.name}")
             took_s = time.monotonic() - begun_s
-            await asyncio.to_thread(_prepared, tmp_path / "run", 3, 30)
+            await asyncio.to_thread(_wait_for_layers, tmp_path / "run", 3, 30)
         await asyncio.gather(*lives, return_exceptions=True)
         return took_s, sum(handle.stages[1][1].fetched_bytes for handle in handles)
 

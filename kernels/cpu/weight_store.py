@@ -1,4 +1,4 @@
-"""Weights read from the model file, or taken from the prepared layers on disk, and shared by stages."""
+"""Weights read from the model file, or taken from the packed layers on disk, and shared by stages."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import numpy as np
 
 from llamaclust.kernels._native import Memory
 from llamaclust.kernels.backend import Progress
-from llamaclust.kernels.packed.cache import PreparedLayers
-from llamaclust.kernels.packed.packed_layer import Buffers, Chunk, LayerImage, chunks_of, images_of
+from llamaclust.kernels.packed.cache import PackedCache
+from llamaclust.kernels.packed.packed_layer import Buffers, Chunk, PackedLayer, chunks_of, packed_layers_of
 from llamaclust.kernels.packed.weights import Weight, check_weights, needs_of
 from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.program import Program
@@ -21,9 +21,9 @@ from llamaclust.model.program import Program
 class WeightStore:
     """Loads tensors, each once for as long as any stage holds it."""
 
-    def __init__(self, threads: int, prepared: PreparedLayers | None) -> None:
+    def __init__(self, threads: int, packed_cache: PackedCache | None) -> None:
         self._threads = threads
-        self._prepared = prepared
+        self._packed_cache = packed_cache
         self._lock = Lock()
         self._loaded: WeakValueDictionary[tuple[object, ...], Weight] = WeakValueDictionary()
 
@@ -45,17 +45,17 @@ class WeightStore:
             return sum(tensor.resident_bytes for tensor in tensors if _key(tensor) in self._loaded)
 
     def _load(self, tensors: Sequence[Tensor], progress: Progress) -> dict[str, Weight]:
-        images = images_of(tensors)
+        layers = packed_layers_of(tensors)
         with ThreadPoolExecutor(self._threads, "load-weights") as pool:
-            found = {} if self._prepared is None else self._prepared.open(images, pool, progress)
-            made = {image: Memory(image.n_bytes) for image in images if image not in found}
+            found = {} if self._packed_cache is None else self._packed_cache.open(layers, pool, progress)
+            made = {layer: Memory(layer.n_bytes) for layer in layers if layer not in found}
             weights = _weights(found) | _weights(made)
             vectors = {tensor.name: _vector(tensor) for tensor in tensors if len(tensor.shape) == 1}
-            unread = [tensor for image in made for tensor in image.tensors]
+            unread = [tensor for layer in made for tensor in layer.tensors]
             unread += [tensor for tensor in tensors if tensor.name in vectors]
             _read(unread, weights | vectors, pool, progress)
-        if self._prepared is not None:
-            self._prepared.keep(made)
+        if self._packed_cache is not None:
+            self._packed_cache.keep(made)
         return weights | vectors
 
 
@@ -72,8 +72,8 @@ def _read(
         progress(n_bytes)
 
 
-def _weights(memories: Mapping[LayerImage, Memory]) -> dict[str, Weight]:
-    return {name: weight for image, memory in memories.items() for name, weight in image.weights(memory).items()}
+def _weights(memories: Mapping[PackedLayer, Memory]) -> dict[str, Weight]:
+    return {name: weight for layer, memory in memories.items() for name, weight in layer.weights(memory).items()}
 
 
 def _vector(tensor: Tensor) -> Weight:

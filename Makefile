@@ -19,7 +19,7 @@ define need_compiler
   echo "error: no C++ compiler found: install g++ or clang++ (Debian, Ubuntu: sudo make system-deps), or name one in CXX" >&2; exit 1
 endef
 
-.PHONY: demo model check test test-unit test-gpu cuda-matrix lint format build wheel wheel-test proto bench chart image image-test system-deps system-deps-test clean
+.PHONY: demo model check test test-unit test-gpu cuda-matrix lint structure format build wheel wheel-test proto bench chart image image-test system-deps system-deps-test clean
 
 demo: build ## a real model on two worker processes answers a question
 	$(BIN)/python examples/demo.py
@@ -50,6 +50,9 @@ lint: build $(VENV)/.lint ## format, style, types, arrows
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+
+structure: build ## figures of the source's structure: folders, import depth, classes, functions, lines
+	$(BIN)/python tests/support/structure.py
 
 format: $(VENV)/.lint
 	$(BIN)/ruff format .

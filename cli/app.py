@@ -6,7 +6,6 @@ from typing import Annotated, Any
 
 import typer
 
-from llamaclust import __version__
 from llamaclust.cli import (
     cache_commands,
     cluster_commands,
@@ -21,6 +20,7 @@ from llamaclust.cli import (
     worker_commands,
 )
 from llamaclust.cli.help import PlainGroup
+from llamaclust.core.version import VERSION
 
 BadUsage: type[Any] = typer.BadParameter.__mro__[1]
 """The base of all mistakes on a command line, whose name is no part of typer's interface."""
@@ -28,7 +28,7 @@ BadUsage: type[Any] = typer.BadParameter.__mro__[1]
 
 def _print_version(asked: bool) -> None:
     if asked:
-        print(f"llamaclust {__version__}")
+        print(f"llamaclust {VERSION}")
         raise typer.Exit
 
 

@@ -11,7 +11,6 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 
-import llamaclust
 from llamaclust.cluster.api.admission import Admission, AdmissionGate
 from llamaclust.cluster.api.errors import add_error_handlers
 from llamaclust.cluster.api.llamacpp.endpoints import LlamaCppEndpoints
@@ -24,6 +23,7 @@ from llamaclust.cluster.api.operations import Operations, ServingEngine, Workers
 from llamaclust.cluster.api.security import Security
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.text.service import TextService
+from llamaclust.core.version import VERSION
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 
@@ -38,7 +38,7 @@ def create_app(
 ) -> FastAPI:
     """The app. `cluster_status` gives what `GET /cluster` answers, as JSON can say it; `admission` is of who wants to
     stop it in good order; without a `workforce` there are no workers to drain."""
-    app = FastAPI(title="llamaclust", version=llamaclust.__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(title="llamaclust", version=VERSION, docs_url=None, redoc_url=None)
     add_error_handlers(app)
     _add_openai(app, service, settings)
     _add_llamacpp(app, service, settings)

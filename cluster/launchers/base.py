@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from llamaclust.cluster.config.cluster_config import ClusterConfig
+from llamaclust.cluster.membership.registry import Certify, Registry, Welcomes
 from llamaclust.core.logs import LogFormat
 from llamaclust.model.loader import Model
+from llamaclust.wire.security.credentials import Credentials
 
 Exited = Callable[[str, str], None]
 """Called with a worker's name and how its process ended, such as "killed by signal 9 (SIGKILL)"."""
@@ -69,3 +72,19 @@ class Launcher(Protocol):
     def last_words(self, name: str) -> str:
         """The last trouble that a worker logged; empty where there was none."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """A launcher, where its workers join and how they are known.
+
+    `joined` waits until all that are needed are members, and returns the cluster file with those workers in it.
+    """
+
+    launcher: Launcher
+    listen: str  # gRPC target of the coordinator
+    credentials: Credentials
+    joined: Callable[[Registry], Awaitable[ClusterConfig]]
+    welcomes: Welcomes = lambda name: None
+    certify: Certify | None = None
+    coordinator_s: float = 0.0  # how long workers wait for a coordinator that is gone

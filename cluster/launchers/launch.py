@@ -2,36 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
-from llamaclust.cluster.launchers.base import Launcher
+from llamaclust.cluster.launchers.base import Launch
 from llamaclust.cluster.launchers.local import LocalLauncher
 from llamaclust.cluster.launchers.run_directory import run_directory
-from llamaclust.cluster.membership.registry import Certify, Registry, Welcomes
+from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.state.directory import ClusterDir
 from llamaclust.cluster.state.events import Watch
-from llamaclust.wire.security.credentials import Credentials
 
 _JOIN_S = 60.0
-
-
-@dataclass(frozen=True, slots=True)
-class Launch:
-    """A launcher, where its workers join and how they are known.
-
-    `joined` waits until all that are needed are members, and returns the cluster file with those workers in it.
-    """
-
-    launcher: Launcher
-    listen: str  # gRPC target of the coordinator
-    credentials: Credentials
-    joined: Callable[[Registry], Awaitable[ClusterConfig]]
-    welcomes: Welcomes = lambda name: None
-    certify: Certify | None = None
-    coordinator_s: float = 0.0  # how long workers wait for a coordinator that is gone
 
 
 @contextmanager

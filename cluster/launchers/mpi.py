@@ -14,8 +14,7 @@ from collections.abc import Coroutine, Sequence
 from contextlib import AbstractContextManager
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
-from llamaclust.cluster.launchers.base import Exited, GaveUp, WorkerSpec
-from llamaclust.cluster.launchers.launch import Launch
+from llamaclust.cluster.launchers.base import Exited, GaveUp, Launch, WorkerSpec
 from llamaclust.cluster.launchers.mpi_messages import (
     EndWorker,
     RankLost,

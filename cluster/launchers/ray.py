@@ -12,8 +12,7 @@ from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
-from llamaclust.cluster.launchers.base import Exited, GaveUp, WorkerSpec
-from llamaclust.cluster.launchers.launch import Launch
+from llamaclust.cluster.launchers.base import Exited, GaveUp, Launch, WorkerSpec
 from llamaclust.cluster.launchers.ray_cluster import RayCluster
 from llamaclust.cluster.launchers.ray_workers import RayWorkers, resources
 from llamaclust.cluster.launchers.restarts import Upkeep

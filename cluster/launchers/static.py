@@ -10,8 +10,7 @@ from collections.abc import Collection, Iterator, Sequence
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.config.sections import WorkerConfig
 from llamaclust.cluster.config.values import is_loopback, split_address
-from llamaclust.cluster.launchers.base import Exited, GaveUp, WorkerSpec
-from llamaclust.cluster.launchers.launch import Launch
+from llamaclust.cluster.launchers.base import Exited, GaveUp, Launch, WorkerSpec
 from llamaclust.cluster.membership.authority import Authority
 from llamaclust.cluster.membership.enrolment import EnrolmentServer
 from llamaclust.cluster.membership.registry import Registry

@@ -19,8 +19,8 @@ from llamaclust.cluster.control.profiling import measure_workers
 from llamaclust.cluster.control.resource_shares import worker_specs
 from llamaclust.cluster.control.supervisor import Supervisor
 from llamaclust.cluster.engine.engine import Engine
-from llamaclust.cluster.launchers.base import Launcher
-from llamaclust.cluster.launchers.launch import Launch, launching
+from llamaclust.cluster.launchers.base import Launch, Launcher
+from llamaclust.cluster.launchers.launch import launching
 from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.planner.links import UNKNOWN
 from llamaclust.cluster.planner.plan import Plan

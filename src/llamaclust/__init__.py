@@ -1,14 +1,16 @@
-"""One model, many machines, the same tokens: a quantized LLaMA-family model over the machines people have."""
+"""Run one large language model across several machines."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from llamaclust.core.version import VERSION
+
 if TYPE_CHECKING:
     from llamaclust.cluster.client.http import AsyncClient as AsyncClient
     from llamaclust.cluster.client.http import Client as Client
 
-__version__ = "0.1.0"
+__version__ = VERSION
 __all__ = ["AsyncClient", "Client", "__version__"]
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from time import perf_counter_ns
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from llamaclust.cluster.scheduler.requests import GenerationRequest, TokenSampled
 from llamaclust.cluster.server.coordinator import Cluster
-from llamaclust.tools.bench.bench import BenchTask
+
+if TYPE_CHECKING:
+    from llamaclust.tools.bench.bench import BenchTask
 
 _SEED = 20_240_601
 

@@ -6,15 +6,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-import llamaclust
 from llamaclust.cluster.scheduler.requests import Timings
 from llamaclust.cluster.text.answer import Answer
 from llamaclust.cluster.text.choice import TextChunk, json_logprob
 from llamaclust.core.limits import NUMERICS_VERSION
 from llamaclust.core.sampling import RowResult
+from llamaclust.core.version import VERSION
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
 
-FINGERPRINT = f"llamaclust-{llamaclust.__version__}-numerics-{NUMERICS_VERSION}"
+FINGERPRINT = f"llamaclust-{VERSION}-numerics-{NUMERICS_VERSION}"
 """`system_fingerprint`: equal ones compute alike."""
 
 

@@ -1,0 +1,43 @@
+"""Limits on the structure of the source. `make structure` prints the figures."""
+
+from __future__ import annotations
+
+import subprocess
+from functools import cache
+
+import pytest
+
+from support.paths import ROOT
+from support.structure import Modules, arrows, circle, circle_of, deepest, files_in_folders, folders_in_folders
+
+MOST_FILES = 20
+MOST_FOLDERS = 12
+MOST_DEPTH = {"module-level": 18, "lazy": 27}
+"""Modules in the longest chain of imports from the command line to a native call."""
+
+
+@cache
+def modules() -> Modules:
+    if subprocess.run(["git", "ls-files", "cli"], cwd=ROOT, capture_output=True, check=False).stdout == b"":
+        pytest.skip("not a git checkout")
+    return Modules.read()
+
+
+def test_folders_of_the_program_are_small() -> None:
+    modules()
+    files = {path: count for path, count in files_in_folders().items() if path.parts[:1] == ("cluster",)}
+    assert {path: count for path, count in files.items() if count > MOST_FILES} == {}
+    folders = {path: count for path, count in folders_in_folders().items() if path.parts[:1] != ("tests",)}
+    assert {path: count for path, count in folders.items() if count > MOST_FOLDERS} == {}
+
+
+@pytest.mark.parametrize("kind", MOST_DEPTH)
+def test_imports_have_no_circle_and_a_bounded_depth(kind: str) -> None:
+    graph = modules().graph(lazy=kind == "lazy")
+    assert circle(graph) == []
+    chain = deepest(graph)
+    assert chain and len(chain) <= MOST_DEPTH[kind], " > ".join(chain)
+
+
+def test_rooms_of_the_cluster_have_no_circle() -> None:
+    assert circle_of(arrows(modules().graph(lazy=True))) == "none"

@@ -35,7 +35,7 @@ from llamaclust.cluster.membership.worker_handle import WorkerHandle, WorkerStat
 from llamaclust.cluster.scheduler.requests import GenerationRequest, TokenSampled  # noqa: E402
 from llamaclust.cluster.server.coordinator import Cluster, open_cluster  # noqa: E402
 from llamaclust.cluster.state.directory import ClusterDir  # noqa: E402
-from llamaclust.cluster.state.events import Event, News  # noqa: E402
+from llamaclust.cluster.state.events import Event, Notice  # noqa: E402
 from llamaclust.core.sampling import SamplingParams  # noqa: E402
 
 _SEQUENCES = 8
@@ -185,14 +185,14 @@ class Chaos:
         await self._goes_on(struck)
 
     async def _loading(self, *, provoke: bool) -> list[WorkerHandle]:
-        """Who loads layers now. `provoke`: because somebody is to be spared, whose layers move."""
+        """Who loads layers now. `provoke`: because a worker is drained, whose layers move."""
 
         def loading() -> list[WorkerHandle]:
             return [worker for worker in self._rested if worker.state is WorkerState.LOADING]
 
         supervisor, moving, name = self._cluster.supervisor, None, self._source.choice(sorted(self._struck_s))
         if provoke and not loading():
-            moving = asyncio.create_task(supervisor.workforce.spare(name))
+            moving = asyncio.create_task(supervisor.pool.drain(name))
         try:
             await until(lambda: bool(loading()), 3.0)
             return loading()
@@ -202,7 +202,7 @@ class Chaos:
             if moving is not None:
                 moving.cancel()
                 await asyncio.gather(moving, return_exceptions=True)
-                supervisor.workforce.use_again(name)
+                supervisor.pool.undrain(name)
 
     async def _strike(self, moment: str, among: Sequence[WorkerHandle], victims: int = 1) -> list[Struck]:
         """Strikes some at once, of those that are rested where nobody is named. Returns when it has been noticed."""
@@ -226,7 +226,7 @@ class Chaos:
     async def _goes_on(self, struck: Sequence[Struck]) -> None:
         """Returns when there is a pipeline, and a token, again."""
         engine, supervisor = self._cluster.engine, self._cluster.supervisor
-        await until(lambda: engine.state is EngineState.READY and not supervisor.epoch.lost)
+        await until(lambda: engine.state is EngineState.READY and supervisor.epoch.root_cause is None)
         ready_s = time.monotonic()
         if not any(one.serves for one in struck) or not engine.scheduler.sequences:
             return
@@ -244,7 +244,7 @@ async def run(model: Path, seed: int, faults: int, workers: int, silence_s: floa
     begun_s = time.monotonic()
 
     def watch(event: Event) -> None:
-        if verbose and isinstance(event, News):
+        if verbose and isinstance(event, Notice):
             print(f"{time.monotonic() - begun_s:7.2f} s: {event.text}")
 
     with tempfile.TemporaryDirectory(prefix="llamaclust-chaos-") as folder:

@@ -17,7 +17,8 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import median, quantiles
 
-from llamaclust.cluster.control.loading import load_stages
+from llamaclust.cluster.control.loading import StageLoads, load_stages
+from llamaclust.cluster.control.weight_sources import ModelReference
 from llamaclust.cluster.engine.pipeline import StageInfo
 from llamaclust.cluster.launchers.base import WorkerSpec
 from llamaclust.cluster.launchers.local import LocalLauncher
@@ -54,9 +55,8 @@ async def through_workers(path: Path, cuts: Sequence[int], steps: int, rows: int
                 specs = [WorkerSpec(stage.worker, threads=1) for stage in stages]
                 await launcher.start(specs, registry.address, registry.process_exited)
                 await registry.wait_for([spec.name for spec in specs], 60.0)
-                workers = await load_stages(
-                    1, stages, registry.workers, model_path=str(path), model_id=model_id, limits=LIMITS
-                )
+                loads = StageLoads(1, stages, ModelReference(str(path), model_id), LIMITS)
+                workers = await load_stages(loads, registry.workers)
                 pipeline = await RemotePipeline.open(1, workers, run.token)
                 results: asyncio.Queue[Result] = asyncio.Queue()
                 at_work = asyncio.create_task(pipeline.run(results.put_nowait))

@@ -34,7 +34,7 @@ from llamaclust.cluster.scheduler.scheduler import Scheduler  # noqa: E402
 from llamaclust.cluster.scheduler.stage_times import StageTimes  # noqa: E402
 from llamaclust.cluster.server.coordinator import Cluster, open_cluster  # noqa: E402
 from llamaclust.cluster.state.directory import ClusterDir  # noqa: E402
-from llamaclust.cluster.state.events import AwaitingWorkers, Event, Watch  # noqa: E402
+from llamaclust.cluster.state.events import AwaitingWorkers, Event, Report  # noqa: E402
 from support.network.box import Box, missing  # noqa: E402
 from support.network.link import Link  # noqa: E402
 from support.network.namespaces import enter  # noqa: E402
@@ -122,7 +122,7 @@ async def distant_cluster(box: Box, model: Path, folder: Path) -> AsyncIterator[
 
 @asynccontextmanager
 async def _opened(
-    model: Path, folder: Path, keys: list[str], watch: Watch = lambda event: None
+    model: Path, folder: Path, keys: list[str], watch: Report = lambda event: None
 ) -> AsyncIterator[Cluster]:
     directory = ClusterDir(folder)
     directory.create()

@@ -22,14 +22,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from math import inf
 from pathlib import Path
 from statistics import median
-from types import SimpleNamespace
 
 from llamaclust.wire.rpc.grpc_options import tune_grpc
 
@@ -42,10 +41,15 @@ from split import prompts, run  # noqa: E402
 from llamaclust.cli.interrupts import ends_in_one_line  # noqa: E402
 from llamaclust.cluster.config.cluster_config import load_config  # noqa: E402
 from llamaclust.cluster.config.sections import PlanEntry  # noqa: E402
+from llamaclust.cluster.control.observations import LinksChanged  # noqa: E402
+from llamaclust.cluster.control.planning import ClusterPlanner  # noqa: E402
+from llamaclust.cluster.membership.worker_handle import WorkerHandle  # noqa: E402
+from llamaclust.cluster.planner.adjacency import Pairs  # noqa: E402
+from llamaclust.cluster.planner.links import Links  # noqa: E402
 from llamaclust.cluster.planner.plan import Plan, Prediction  # noqa: E402
 from llamaclust.cluster.server.coordinator import Cluster, open_cluster  # noqa: E402
 from llamaclust.cluster.state.directory import ClusterDir  # noqa: E402
-from llamaclust.cluster.state.events import AwaitingWorkers, Event, Watch  # noqa: E402
+from llamaclust.cluster.state.events import AwaitingWorkers, Event, Report  # noqa: E402
 from llamaclust.core.errors import InsufficientMemoryError, UsageError, WorkerError  # noqa: E402
 from support.network.box import Box, missing  # noqa: E402
 from support.network.namespaces import enter  # noqa: E402
@@ -98,7 +102,7 @@ async def opened(shape: Shape, model: Path, box: Box | None) -> AsyncIterator[Cl
         directory.create()
         keys = [f"model={model}", "context_length=512", "max_sequences=8", f"objective={shape.objective}"]
         keys.append(f"state_dir={folder}")
-        watch: Watch = lambda event: None  # noqa: E731
+        watch: Report = lambda event: None  # noqa: E731
         if box is None:
             keys.append(f"workers=[{', '.join(_worker(name, *own) for name, own in shape.workers.items())}]")
         else:
@@ -115,7 +119,7 @@ def _worker(name: str, threads: int, memory_mib: int | None) -> str:
     return f"{{name: {name}, threads: {threads}{memory}}}"
 
 
-def _starter(shape: Shape, box: Box, token: Path, hosts: ExitStack) -> Watch:
+def _starter(shape: Shape, box: Box, token: Path, hosts: ExitStack) -> Report:
     """Workers that end with `hosts`."""
     here = box[_COORDINATOR].address
 
@@ -196,13 +200,13 @@ async def random_plans(cluster: Cluster, source: random.Random, count: int) -> l
     found: dict[str, Plan] = {}
     for _ in range(100 * count):
         if len(found) < count:
-            by_hand = copy.copy(cluster.supervisor._planner)
+            by_hand = copy.copy(cluster.supervisor.planner)
             by_hand.config = cluster.config.model_copy(update={"plan": random_entries(cluster, source)})
             try:
                 plan = await by_hand.plan(cluster.registry.present)
             except (InsufficientMemoryError, UsageError):
                 continue
-            if not cluster.supervisor.epoch.is_as(plan):
+            if layers_of(cluster.plan) != layers_of(plan):
                 found[layers_of(plan)] = plan
     return list(found.values())
 
@@ -214,18 +218,26 @@ def layers_of(plan: Plan) -> str:
 async def serve(cluster: Cluster, plan: Plan) -> None:
     """The plan's epoch, and no other, in place of the one that serves. TimeoutError where it does not load."""
     supervisor = cluster.supervisor
-    links = supervisor._planner.links
-
-    async def planned(workers: object, apart: object) -> Plan:
-        return plan
-
-    supervisor._planner = SimpleNamespace(  # type: ignore[assignment]
-        plan=planned, links=links, update=lambda links: False
-    )
+    supervisor.planner = OnePlan(supervisor.planner, plan)
+    supervisor.observed.post(LinksChanged())
     cluster.engine.interrupt(WorkerError("another plan is tried"))
     async with asyncio.timeout(_LOAD_S):
-        while supervisor._loss is not None or not supervisor.epoch.is_as(plan):  # noqa: ASYNC110  nothing tells of it
+        while supervisor.observed.state.loss is not None or layers_of(cluster.plan) != layers_of(plan):  # noqa: ASYNC110  nothing reports it
             await asyncio.sleep(0.01)
+
+
+class OnePlan(ClusterPlanner):
+    """Always makes the same plan."""
+
+    def __init__(self, planner: ClusterPlanner, plan: Plan) -> None:
+        vars(self).update(vars(planner))
+        self._one = plan
+
+    def update(self, links: Links) -> bool:
+        return False
+
+    async def plan(self, workers: Mapping[str, WorkerHandle], partitions: Pairs = frozenset()) -> Plan:
+        return self._one
 
 
 async def asked_for_ms(cluster: Cluster, source: random.Random) -> float:

@@ -118,7 +118,7 @@ def _workers(workers: list[dict[str, Any]]) -> Table:
         layers = "-" if worker["layers"] is None else "[{}, {})".format(*worker["layers"])
         figures = (f"{worker['memory_bytes'] / MIB:.0f}", f"{worker['busy']:.0%}", f"{worker['tokens_per_s']:.1f}")
         times = (number(worker["decode_ms"]), number(worker["predicted_decode_ms"]))
-        what = f"{worker['state']}, drained" if worker["spared"] else worker["state"]
+        what = f"{worker['state']}, drained" if worker["drained"] else worker["state"]
         table.add_row(worker["name"], str(worker["pid"]), worker["device"], layers, what, *figures, *times)
     return table
 

@@ -18,7 +18,7 @@ from llamaclust.cluster.state.events import (
     Draining,
     Event,
     Measuring,
-    News,
+    Notice,
     PlanMade,
     Ready,
     StartFailed,
@@ -81,7 +81,7 @@ class ClusterView:
                 self._clear()
                 print(self._text(event), file=sys.stderr)
 
-    def _text(self, event: AwaitingWorkers | WorkerJoined | PlanMade | Ready | News | Draining) -> str:
+    def _text(self, event: AwaitingWorkers | WorkerJoined | PlanMade | Ready | Notice | Draining) -> str:
         match event:
             case PlanMade() | AwaitingWorkers():
                 return "\n".join(event.lines)
@@ -89,7 +89,7 @@ class ClusterView:
                 return joined_text(event)
             case Ready():
                 return ready_text(event)
-            case News():
+            case Notice():
                 return printable(event.text)
             case Draining():
                 text = left_text(event) if self._is_draining else draining_text(event)
@@ -138,7 +138,7 @@ class LoggedCluster:
                 _log.info("%s is ready: %s at %s", event.name, event.model, event.api)
             case WorkerJoined():
                 _log.info("%s", joined_text(event))
-            case News():
+            case Notice():
                 _log.info("%s", event.text)
             case Draining():
                 _log.info("%s", left_text(event))

@@ -19,7 +19,7 @@ from llamaclust.cluster.api.openai.chat import ChatEndpoint
 from llamaclust.cluster.api.openai.completions import CompletionEndpoint
 from llamaclust.cluster.api.openai.models import ModelsEndpoint
 from llamaclust.cluster.api.openai.schema import ChatBody, CompletionBody
-from llamaclust.cluster.api.operations import Operations, ServingEngine, Workers, Workforce
+from llamaclust.cluster.api.operations import Operations, ServingEngine, WorkerPool, Workers
 from llamaclust.cluster.api.security import Security
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.text.service import TextService
@@ -34,17 +34,17 @@ def create_app(
     engine: ServingEngine,
     cluster_status: Callable[[], Mapping[str, Any]],
     admission: Admission | None = None,
-    workforce: Workforce | None = None,
+    pool: WorkerPool | None = None,
 ) -> FastAPI:
     """The app. `cluster_status` gives what `GET /cluster` answers, as JSON can say it; `admission` is of who wants to
-    stop it in good order; without a `workforce` there are no workers to drain."""
+    stop it in good order; without a `pool` there are no workers to drain."""
     app = FastAPI(title="llamaclust", version=VERSION, docs_url=None, redoc_url=None)
     add_error_handlers(app)
     _add_openai(app, service, settings)
     _add_llamacpp(app, service, settings)
     _add_operations(app, Operations(service, engine, cluster_status))
-    if workforce is not None:
-        _add_workers(app, Workers(workforce))
+    if pool is not None:
+        _add_workers(app, Workers(pool))
     if settings.allowed_origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=settings.allowed_origins, allow_methods=["*"], allow_headers=["*"]

@@ -35,11 +35,11 @@ class ServingEngine(Protocol):
     def scheduler(self) -> Scheduler: ...
 
 
-class Workforce(Protocol):
-    """Who decides which workers hold layers, and knows what they log."""
+class WorkerPool(Protocol):
+    """Decides which workers hold layers, and reads their logs."""
 
-    async def spare(self, name: str) -> None: ...
-    def use_again(self, name: str) -> None: ...
+    async def drain(self, name: str) -> None: ...
+    def undrain(self, name: str) -> None: ...
     async def log(self, name: str) -> LogTail: ...
 
 
@@ -47,26 +47,26 @@ class Workers:
     """Takes layers away from workers, and gives them back: `POST /cluster/workers/NAME/drain` and `.../undrain`. Tells
     the last lines of their logs: `GET /cluster/workers/NAME/log`."""
 
-    def __init__(self, workforce: Workforce) -> None:
-        self._workforce = workforce
+    def __init__(self, pool: WorkerPool) -> None:
+        self._pool = pool
 
     async def drain(self, request: Request) -> Response:
         """Answers once the worker holds no layers; whoever is gone by then has asked all the same."""
         name = request.path_params["worker"]
         async with deadline(f"moving the layers of worker {name} to others", _DRAIN_S):
-            await self._workforce.spare(name)
-        return JsonResponse({"worker": name, "spared": True})
+            await self._pool.drain(name)
+        return JsonResponse({"worker": name, "drained": True})
 
     async def undrain(self, request: Request) -> Response:
         """Answers at once; layers come back when that is worth it."""
         name = request.path_params["worker"]
-        self._workforce.use_again(name)
-        return JsonResponse({"worker": name, "spared": False})
+        self._pool.undrain(name)
+        return JsonResponse({"worker": name, "drained": False})
 
     async def log(self, request: Request) -> Response:
         """As many lines as the worker keeps; `before` says how many its process wrote before them."""
         name = request.path_params["worker"]
-        told = await self._workforce.log(name)
+        told = await self._pool.log(name)
         return JsonResponse({"worker": name, "before": told.before, "lines": told.lines})
 
 

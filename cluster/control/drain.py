@@ -1,67 +1,67 @@
-"""What operators ask of workers: to hold no layers, to hold some again, what their logs say last."""
+"""Operators' requests to workers: drain, undrain, the last lines of a log."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from typing import Protocol
 
+from llamaclust.cluster.control.epochs import Epoch
+from llamaclust.cluster.control.observations import DrainRequested, UndrainRequested
+from llamaclust.cluster.control.observed import Observed
+from llamaclust.cluster.control.partitions import PartitionTracker
+from llamaclust.cluster.control.planning import ClusterPlanner
 from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.core.errors import UsageError, WorkerError
 from llamaclust.wire.control.messages import LogTail
 
 
-class Workforce:
-    """Somebody else moves layers: it hears of each change, and asks who is `usable`."""
+class Served(Protocol):
+    """The serving epoch and what plans it."""
 
-    def __init__(
-        self,
-        registry: Registry,
-        can_do: Callable[[Mapping[str, WorkerHandle]], Awaitable[object]],
-        holds: Callable[[str], bool],
-        change: Callable[[], None],
-        settled: asyncio.Event,
-    ) -> None:
-        """`can_do` raises where these workers alone are not enough. `holds`: whether a worker has layers of what
-        serves. `settled` is set when since the last `change` all has been done that can be."""
-        self.spared: set[str] = set()  # names of workers that are to hold no layers
+    planner: ClusterPlanner
+    epoch: Epoch | None
+
+
+class WorkerPool:
+    """The supervisor moves the layers."""
+
+    def __init__(self, registry: Registry, served: Served, observed: Observed, partitions: PartitionTracker) -> None:
         self._registry = registry
-        self._can_do = can_do
-        self._holds = holds
-        self._change = change
-        self._settled = settled
+        self._served = served
+        self._observed = observed
+        self._partitions = partitions
 
     @property
-    def usable(self) -> dict[str, WorkerHandle]:
-        """Those who are here and may hold layers."""
-        return {name: worker for name, worker in self._registry.present.items() if name not in self.spared}
+    def drained(self) -> frozenset[str]:
+        """Names of workers that are to hold no layers."""
+        return self._observed.state.pool.drained
 
-    async def spare(self, name: str) -> None:
-        """Moves a worker's layers to others, without a pause but for the switch; returns when it holds none.
+    async def drain(self, name: str) -> None:
+        """Moves a worker's layers to others, with no pause but for the switch; returns when it holds none.
 
-        UsageError for a name that is not known, InsufficientMemoryError or WorkerError where the others cannot do
-        without it."""
+        UsageError for an unknown name, InsufficientMemoryError or WorkerError where the others do not suffice.
+        """
         self._worker(name)
-        others = {other: handle for other, handle in self.usable.items() if other != name}
+        excluded = self.drained | {name}
+        others = {other: worker for other, worker in self._registry.present.items() if other not in excluded}
         if not others:
             raise WorkerError(f"no other worker is there that is not drained: {name} keeps its layers")
-        await self._can_do(others)
-        self.spared.add(name)
-        self._change()
-        await self._settled.wait()
-        if self._holds(name):
-            self.use_again(name)
+        await self._served.planner.plan(others, self._partitions.pairs)
+        self._observed.post(DrainRequested(name))
+        await self._observed.settled.wait()
+        if self._served.epoch is not None and self._served.epoch.holds(name):
+            self.undrain(name)
+            await self._observed.settled.wait()
             raise WorkerError(f"the layers of worker {name} could not be moved: see the log")
 
-    def use_again(self, name: str) -> None:
-        """Takes `spare` back; layers come when that is worth it. UsageError for a name that is not known."""
+    def undrain(self, name: str) -> None:
+        """Makes the worker available again, also where it is in quarantine; layers move to it when that is worth it.
+        UsageError for an unknown name."""
         self._worker(name)
-        self.spared.discard(name)
-        self._change()
+        self._observed.post(UndrainRequested(name))
 
     async def log(self, name: str) -> LogTail:
-        """The last lines of a worker's log, as it tells them now. UsageError for a name that is not known; what
-        `WorkerHandle.log` raises."""
+        """The last lines of a worker's log. UsageError for an unknown name; raises as `WorkerHandle.log` does."""
         return await self._worker(name).log()
 
     def _worker(self, name: str) -> WorkerHandle:

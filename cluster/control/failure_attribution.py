@@ -1,4 +1,4 @@
-"""Which worker a pipeline was lost by, whoever tells of it first."""
+"""Attributes the failure of a pipeline to a worker, whichever report of it comes first."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from llamaclust.cluster.engine.pipeline import StageInfo
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.core.errors import LlamaclustError, WorkerError
 
-_BLAME_S = 1.0
+_ATTRIBUTION_S = 1.0
 """A stream breaks before the loss of the worker behind it is known."""
 
 
@@ -18,24 +18,26 @@ def stage_of(epoch: int, worker: WorkerHandle) -> StageInfo:
     return StageInfo(worker.name, order.start, order.end)
 
 
-def lost_in(epoch: int, workers: Sequence[WorkerHandle]) -> list[WorkerHandle]:
-    """Those of an epoch that are lost, the cause first: whom another one's stage could not reach, then in the order in
-    which they were lost."""
-    unreached = {worker.unreached(epoch) for worker in workers}
-    lost = [worker for worker in workers if worker.loss is not None]
-    return sorted(lost, key=lambda worker: (worker.name not in unreached, worker.loss_number))
+def root_cause(epoch: int, workers: Sequence[WorkerHandle]) -> WorkerHandle | None:
+    """The lost worker of an epoch that the others followed: one that another stage could not reach, or else the first
+    one that was lost. None where none is lost."""
+    unreachable = {worker.unreachable_peer(epoch) for worker in workers}
+    lost = (worker for worker in workers if worker.loss is not None)
+    return min(lost, key=lambda worker: (worker.name not in unreachable, worker.loss_number), default=None)
 
 
-async def blamed(epoch: int, workers: Sequence[WorkerHandle], ended: LlamaclustError | None) -> LlamaclustError:
-    """The loss of a worker, if there is one or will be in a moment; else what a stream ended with, as soon as it is
-    known that workers who live cannot reach each other."""
-    news: list[asyncio.Task[bool]] = [asyncio.create_task(worker.lost.wait()) for worker in workers]
-    news += [asyncio.create_task(_is_cut_off(epoch, worker, workers)) for worker in workers]
-    await asyncio.wait(news, timeout=_BLAME_S, return_when=asyncio.FIRST_COMPLETED)
-    for task in news:
-        task.cancel()
-    if lost := lost_in(epoch, workers):
-        return lost[0].error
+async def attribute_failure(
+    epoch: int, workers: Sequence[WorkerHandle], ended: LlamaclustError | None
+) -> LlamaclustError:
+    """The loss of a worker, if there is one within a moment; else the error that a stream ended with, as soon as it is
+    known that live workers cannot reach each other."""
+    signs: list[asyncio.Task[bool]] = [asyncio.create_task(worker.lost.wait()) for worker in workers]
+    signs += [asyncio.create_task(_is_partitioned(epoch, worker, workers)) for worker in workers]
+    await asyncio.wait(signs, timeout=_ATTRIBUTION_S, return_when=asyncio.FIRST_COMPLETED)
+    for sign in signs:
+        sign.cancel()
+    if (cause := root_cause(epoch, workers)) is not None:
+        return cause.error
     stages = (stage_of(epoch, worker) for worker in workers)
     names = ", ".join(f"{stage.worker} [{stage.start}, {stage.end})" for stage in stages)
     error = WorkerError(f"the pipeline of workers {names} broke: {ended}")
@@ -43,9 +45,9 @@ async def blamed(epoch: int, workers: Sequence[WorkerHandle], ended: LlamaclustE
     return error
 
 
-async def _is_cut_off(epoch: int, worker: WorkerHandle, workers: Sequence[WorkerHandle]) -> bool:
-    """Returns when it has said that it cannot reach another one who shows life; one that has ended cannot be reached
-    either, and is the cause itself."""
-    await worker.cut_off(epoch).wait()
-    other = next((one for one in workers if one.name == worker.unreached(epoch)), None)
-    return other is None or await other.shows_life()
+async def _is_partitioned(epoch: int, worker: WorkerHandle, workers: Sequence[WorkerHandle]) -> bool:
+    """Returns when it has reported a live peer as unreachable; a peer that has ended is unreachable too, and is the
+    cause itself."""
+    await worker.peer_unreachable(epoch).wait()
+    peer = next((peer for peer in workers if peer.name == worker.unreachable_peer(epoch)), None)
+    return peer is None or await peer.is_responsive()

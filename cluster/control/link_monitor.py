@@ -1,56 +1,58 @@
-"""Links between workers, measured anew when somebody joins."""
+"""Links between workers, measured again when a worker joins."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 
+from llamaclust.cluster.control.observations import LinksChanged
+from llamaclust.cluster.control.observed import Observed
+from llamaclust.cluster.control.planning import ClusterPlanner
 from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.planner.links import Links
-from llamaclust.cluster.state.events import News, Watch
+from llamaclust.cluster.state.events import Notice, Report
 from llamaclust.core.errors import LlamaclustError
+from llamaclust.wire.rpc.task_set import TaskSet
 
 MeasureLinks = Callable[[Mapping[str, WorkerHandle]], Awaitable[Links]]
 
 
-class LinkKeeper:
-    """Without `measure`, links are taken to be what they are known to be."""
+class LinkMonitor:
+    """Without `measure`, links stay as they are known."""
 
     def __init__(
         self,
         measure: MeasureLinks | None,
         registry: Registry,
-        know: Callable[[Links], None],
-        settled: asyncio.Event,
-        watch: Watch,
+        planner: ClusterPlanner,
+        observed: Observed,
+        report: Report,
     ) -> None:
-        """`know` hears of what was measured. `settled` is set while a pipeline serves and nothing is to be done, for
-        that comes first."""
         self._measure = measure
         self._registry = registry
-        self._know = know
-        self._settled = settled
-        self._watch = watch
-        self._measuring: asyncio.Task[None] | None = None
+        self._planner = planner
+        self._observed = observed
+        self._report = report
+        self._measuring = TaskSet()
 
-    def joined(self) -> None:
-        """Somebody has."""
-        if self._measure is not None and (self._measuring is None or self._measuring.done()):
-            self._measuring = asyncio.create_task(self._measure_all(self._measure))
+    def measure_again(self) -> None:
+        """Once the pipeline serves and nothing else is to be done."""
+        if self._measure is not None and not len(self._measuring):
+            self._measuring.start(self._measure_all(self._measure))
 
     def close(self) -> None:
-        if self._measuring is not None:
-            self._measuring.cancel()
+        self._measuring.cancel()
 
     async def _measure_all(self, measure: MeasureLinks) -> None:
-        """Until those that were measured are those who are here."""
-        present: dict[str, WorkerHandle] = {}
-        while present != self._registry.present:
-            await self._settled.wait()
-            present = self._registry.present
+        """Until the measured workers are the present ones."""
+        measured: dict[str, WorkerHandle] = {}
+        while measured != self._registry.present:
+            await self._observed.settled.wait()
+            measured = self._registry.present
             try:
-                self._know(await measure(present))
+                links = await measure(measured)
             except LlamaclustError as error:
-                self._watch(News(f"links were not measured anew: {error}"))
+                self._report(Notice(f"links were not measured again: {error}"))
                 return
+            if self._planner.update(links):
+                self._observed.post(LinksChanged())

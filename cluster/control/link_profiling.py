@@ -14,7 +14,7 @@ from llamaclust.cluster.config.values import is_loopback, split_address
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.planner.links import COORDINATOR, Link, Links
 from llamaclust.cluster.state.directory import write_private
-from llamaclust.cluster.state.events import News, Watch
+from llamaclust.cluster.state.events import Notice, Report
 from llamaclust.core.errors import LlamaclustError
 from llamaclust.core.profile import Profile
 from llamaclust.wire.control.messages import LinkProfile
@@ -33,12 +33,12 @@ def hops_matter(measured: Mapping[str, Profile]) -> bool:
 
 
 async def measure_links(
-    workers: Mapping[str, WorkerHandle], credentials: Credentials, state_dir: Path, watch: Watch
+    workers: Mapping[str, WorkerHandle], credentials: Credentials, state_dir: Path, watch: Report
 ) -> Links:
     """Between all of them and the coordinator. What cannot be measured is told, and unknown to the plan."""
     for name, address in _of_one_machine({name: one.registration.address for name, one in workers.items()}).items():
         what = "start it with --join and an address of its machine that others reach, or with --advertise"
-        watch(News(f"worker {name} is served at {address}, which no other machine can reach: {what}"))
+        watch(Notice(f"worker {name} is served at {address}, which no other machine can reach: {what}"))
     names = [COORDINATOR, *workers]
     keys = {pair: _key(pair, workers) for pair in combinations(names, 2)}
     known, tried = _read(state_dir), set[Pair]()
@@ -114,7 +114,7 @@ def _coordinator() -> str:
 
 
 async def _measured(
-    pair: Pair, workers: Mapping[str, WorkerHandle], credentials: Credentials, watch: Watch
+    pair: Pair, workers: Mapping[str, WorkerHandle], credentials: Credentials, watch: Report
 ) -> Link | None:
     one, other = pair
     try:
@@ -123,7 +123,7 @@ async def _measured(
         else:
             speed = await workers[one].measure_link(workers[other])
     except LlamaclustError as error:
-        watch(News(f"the link between {one or 'the coordinator'} and {other} could not be measured: {error}"))
+        watch(Notice(f"the link between {one or 'the coordinator'} and {other} could not be measured: {error}"))
         return None
     return Link(speed.round_trip_s / 2, 1 / speed.bytes_s)
 

@@ -1,4 +1,4 @@
-"""Pairs of workers that are both there and cannot reach each other: heard of, believed, remembered, tried again."""
+"""Partitions: pairs of live workers that cannot reach each other; reported, confirmed, remembered, probed again."""
 
 from __future__ import annotations
 
@@ -9,142 +9,149 @@ from itertools import permutations
 from types import TracebackType
 from typing import Self
 
-from llamaclust.cluster.control.notices import cut_text, mended_text
+from llamaclust.cluster.control.notices import healed_text, partition_text
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.planner.adjacency import Pair, Pairs
-from llamaclust.cluster.state.events import News, Watch
+from llamaclust.cluster.state.events import Notice, Report
+from llamaclust.core.backoff import Backoff
 from llamaclust.core.errors import DeadlineError, WorkerError
 from llamaclust.wire.control.messages import PeerUnreachable
+from llamaclust.wire.rpc.task_set import TaskSet
 
-_FIRST_PAUSE_S = 1.0
-_LONGEST_PAUSE_S = 120.0
-_LONGER = 1.5  # each time
+_BACKOFF = Backoff(first_s=1.0, max_s=120.0, factor=1.5)
 _MEMORY_S = 600.0
-"""A pair that breaks again within so long after it was mended is tried again after longer pauses than before."""
-
-_MOST_TRIES = 256
-"""All ways are tried at the same time where they are not more."""
+"""A pair that breaks again within this time after it healed is probed after longer pauses than before."""
+_MAX_PROBES = 256
+"""Up to so many links are probed at the same time."""
 
 Workers = Callable[[], Mapping[str, WorkerHandle]]
-_Way = tuple[WorkerHandle, WorkerHandle]
+_Direction = tuple[WorkerHandle, WorkerHandle]
 """From the first to the second."""
 
 
 @dataclass(slots=True)
-class _Cut:
-    pause_s: float  # until it is tried again
-    callers: dict[str, str] = field(default_factory=dict)  # who could not reach whom
+class _Partition:
+    probes: int  # that failed, also before it healed last
+    callers: dict[str, str] = field(default_factory=dict)  # workers that could not reach the other one
 
 
-class CutPairs:
-    """A context manager: pairs are tried again while it is entered. A way that one of two cannot take is not used in
-    either direction; it is mended when all can take it that could not."""
+class PartitionTracker:
+    """A context manager: partitions are probed while it is entered. A link that fails in one direction is not used in
+    either; it is healed when every worker reaches the other one again that did not."""
 
-    def __init__(self, workers: Workers, worker_s: float, watch: Watch, on_change: Callable[[], None]) -> None:
-        """`workers`: those who are there. `worker_s`: within it they show life, and say whether they reach another."""
+    def __init__(
+        self, workers: Workers, heartbeat_timeout_s: float, report: Report, on_change: Callable[[Pairs], None]
+    ) -> None:
+        """`workers`: the present ones. `on_change` gets the new pairs."""
         self._workers = workers
-        self._worker_s = worker_s
-        self._watch = watch
+        self._heartbeat_timeout_s = heartbeat_timeout_s
+        self._report = report
         self._on_change = on_change
-        self._cuts: dict[Pair, _Cut] = {}
-        self._mended: dict[Pair, tuple[float, float]] = {}  # (when, its last pause)
-        self._doubts: dict[tuple[WorkerHandle, WorkerHandle], asyncio.Task[None]] = {}
-        self._trials: dict[Pair, asyncio.Task[None]] = {}
+        self._partitions: dict[Pair, _Partition] = {}
+        self._healed: dict[Pair, tuple[float, int]] = {}  # (when, probes that had failed)
+        self._pending: dict[_Direction, asyncio.Task[None]] = {}
+        self._probing: dict[Pair, asyncio.Task[None]] = {}
+        self._tasks = TaskSet()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        for task in (*self._doubts.values(), *self._trials.values()):
-            task.cancel()
+        self._tasks.cancel()
 
     @property
-    def apart(self) -> Pairs:
-        return frozenset(self._cuts)
+    def pairs(self) -> Pairs:
+        return frozenset(self._partitions)
 
-    def hear(self, caller: WorkerHandle, message: PeerUnreachable) -> None:
-        """A worker says that it cannot reach another one."""
+    def suspect(self, caller: WorkerHandle, message: PeerUnreachable) -> None:
+        """A worker reports that it cannot reach another one."""
         other = self._workers().get(message.worker)
-        if other is not None and other is not caller and (caller, other) not in self._doubts:
-            doubt = asyncio.create_task(self._believe(caller, other, message.reason))
-            self._doubts[caller, other] = doubt
-            doubt.add_done_callback(lambda done: self._doubts.pop((caller, other)))
+        if other is not None and other is not caller and (caller, other) not in self._pending:
+            pending = self._tasks.start(self._investigate(caller, other, message.reason))
+            self._pending[caller, other] = pending
+            pending.add_done_callback(lambda done: self._pending.pop((caller, other)))
 
     async def settled(self) -> None:
-        """Returns when all that was heard so far is believed or not: one who says it without end is not waited for."""
-        if self._doubts:
-            await asyncio.wait(tuple(self._doubts.values()))
+        """Returns when every report so far is confirmed or dropped. Later reports are not waited for."""
+        if self._pending:
+            await asyncio.wait(tuple(self._pending.values()))
 
     def forget(self, name: str) -> None:
-        """A worker is lost; one that comes in its place may be somewhere else."""
-        for pair in [pair for pair in self._cuts if name in pair]:
-            del self._cuts[pair]
-            self._trials.pop(pair).cancel()
+        """A worker is lost; its successor may be on another machine."""
+        pairs = [pair for pair in self._partitions if name in pair]
+        for pair in pairs:
+            del self._partitions[pair]
+            self._probing.pop(pair).cancel()
+        if pairs:
+            self._on_change(self.pairs)
 
-    async def _believe(self, caller: WorkerHandle, other: WorkerHandle, why: str) -> None:
-        """Where a way is cut, others may be as well, and would be found one after the other, each with a plan of its
-        own: they are tried at the same time."""
-        news = {(caller, other)} if await self._believes(caller, other, why) else set()
-        tried: set[_Way] = set()
-        while news:
-            ways = self._ways(news) - tried
-            tried |= ways
-            cut = await asyncio.gather(*(self._find(*way) for way in ways))
-            news = {way for way, is_cut in zip(ways, cut, strict=True) if is_cut}
+    async def _investigate(self, caller: WorkerHandle, other: WorkerHandle, why: str) -> None:
+        """One partition often comes with others, which would be found one by one, each with a plan of its own: all
+        links are probed at the same time."""
+        found = {(caller, other)} if await self._confirm(caller, other, why) else set()
+        probed: set[_Direction] = set()
+        while found:
+            directions = self._candidates(found) - probed
+            probed |= directions
+            broken = await asyncio.gather(*(self._probe(*direction) for direction in directions))
+            found = {direction for direction, is_broken in zip(directions, broken, strict=True) if is_broken}
 
-    def _ways(self, news: set[_Way]) -> set[_Way]:
-        """Those that may be cut as well: of many workers, those from and to the ones that are known to be cut off."""
-        there = self._workers().values()
-        ways = {way for way in permutations(there, 2) if frozenset((way[0].name, way[1].name)) not in self._cuts}
-        if len(ways) <= _MOST_TRIES:
-            return ways
-        ends = {worker for way in news for worker in way}
-        return {way for way in ways if ends.intersection(way)}
+    def _candidates(self, found: set[_Direction]) -> set[_Direction]:
+        """Links that may be broken as well: with many workers, those of the workers that were found."""
+        directions = {
+            direction
+            for direction in permutations(self._workers().values(), 2)
+            if frozenset((direction[0].name, direction[1].name)) not in self._partitions
+        }
+        if len(directions) <= _MAX_PROBES:
+            return directions
+        ends = {worker for direction in found for worker in direction}
+        return {direction for direction in directions if ends.intersection(direction)}
 
-    async def _find(self, caller: WorkerHandle, other: WorkerHandle) -> bool:
+    async def _probe(self, caller: WorkerHandle, other: WorkerHandle) -> bool:
         try:
-            why = await caller.tries(other, self._worker_s)
+            why = await caller.probe(other, self._heartbeat_timeout_s)
         except (WorkerError, DeadlineError):
             return False
-        return bool(why) and await self._believes(caller, other, why)
+        return bool(why) and await self._confirm(caller, other, why)
 
-    async def _believes(self, caller: WorkerHandle, other: WorkerHandle, why: str) -> bool:
-        """Remembers it; whether that is news. Only of one that is alive: one that has ended or hangs cannot be reached
-        either."""
-        if not await other.shows_life() or caller.loss is not None:
+    async def _confirm(self, caller: WorkerHandle, other: WorkerHandle, why: str) -> bool:
+        """Records it; whether the pair is new. Only where the other one is alive: a worker that has ended or hangs is
+        unreachable as well."""
+        if not await other.is_responsive() or caller.loss is not None:
             return False
         pair = frozenset((caller.name, other.name))
-        is_news = pair not in self._cuts
-        if is_news:
-            self._cuts[pair] = _Cut(self._first_pause_s(pair))
-            self._trials[pair] = asyncio.create_task(self._try_again(pair))
-            self._watch(News(cut_text(caller.name, other.name, why)))
-            self._on_change()
-        self._cuts[pair].callers[caller.name] = other.name
-        return is_news
+        is_new = pair not in self._partitions
+        if is_new:
+            self._partitions[pair] = _Partition(self._earlier_probes(pair))
+            self._probing[pair] = self._tasks.start(self._probe_until_healed(pair))
+            self._report(Notice(partition_text(caller.name, other.name, why)))
+            self._on_change(self.pairs)
+        self._partitions[pair].callers[caller.name] = other.name
+        return is_new
 
-    def _first_pause_s(self, pair: Pair) -> float:
-        mended_s, pause_s = self._mended.get(pair, (0.0, 0.0))
-        if pause_s and asyncio.get_running_loop().time() - mended_s < _MEMORY_S:
-            return min(_LONGER * pause_s, _LONGEST_PAUSE_S)
-        return _FIRST_PAUSE_S
+    def _earlier_probes(self, pair: Pair) -> int:
+        if pair not in self._healed:
+            return 0
+        healed_s, probes = self._healed[pair]
+        return probes + 1 if asyncio.get_running_loop().time() - healed_s < _MEMORY_S else 0
 
-    async def _try_again(self, pair: Pair) -> None:
-        cut = self._cuts[pair]
-        await asyncio.sleep(cut.pause_s)
-        while not await self._works(cut):
-            cut.pause_s = min(_LONGER * cut.pause_s, _LONGEST_PAUSE_S)
-            await asyncio.sleep(cut.pause_s)
-        del self._cuts[pair], self._trials[pair]
-        self._mended[pair] = (asyncio.get_running_loop().time(), cut.pause_s)
-        self._watch(News(mended_text(*sorted(pair))))
-        self._on_change()
+    async def _probe_until_healed(self, pair: Pair) -> None:
+        partition = self._partitions[pair]
+        await asyncio.sleep(_BACKOFF.pause_s(partition.probes))
+        while not await self._is_healed(partition):
+            partition.probes += 1
+            await asyncio.sleep(_BACKOFF.pause_s(partition.probes))
+        del self._partitions[pair], self._probing[pair]
+        self._healed[pair] = (asyncio.get_running_loop().time(), partition.probes)
+        self._report(Notice(healed_text(*sorted(pair))))
+        self._on_change(self.pairs)
 
-    async def _works(self, cut: _Cut) -> bool:
+    async def _is_healed(self, partition: _Partition) -> bool:
         workers = self._workers()
         try:
-            for caller, other in tuple(cut.callers.items()):
-                if await workers[caller].tries(workers[other], 2 * self._worker_s):
+            for caller, other in tuple(partition.callers.items()):
+                if await workers[caller].probe(workers[other], 2 * self._heartbeat_timeout_s):
                     return False
         except (WorkerError, DeadlineError, KeyError):
             return False

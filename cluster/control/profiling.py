@@ -9,11 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
-from llamaclust.cluster.control.notices import untried_text
+from llamaclust.cluster.control.notices import not_profiled_text
 from llamaclust.cluster.control.resource_shares import measurement_key
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.state.directory import read_profiles, write_profiles
-from llamaclust.cluster.state.events import Measuring, News, Watch
+from llamaclust.cluster.state.events import Measuring, Notice, Report
 from llamaclust.core.errors import LlamaclustError
 from llamaclust.core.profile import DeviceProfile, Profile, StepTimes, mean_profile
 from llamaclust.model.loader import Model
@@ -21,7 +21,7 @@ from llamaclust.wire.control.messages import ProfileWorker
 
 
 async def measure_workers(
-    config: ClusterConfig, model: Model, workers: Mapping[str, WorkerHandle], state_dir: Path, watch: Watch
+    config: ClusterConfig, model: Model, workers: Mapping[str, WorkerHandle], state_dir: Path, watch: Report
 ) -> dict[str, Profile]:
     """By worker name. Keys of the cluster file come first, then what was measured on the same hardware before."""
     stated = stated_speeds(config)
@@ -60,7 +60,7 @@ class _Measuring:
     """Of workers whose figures are not known, by their keys."""
 
     def __init__(
-        self, workers: Mapping[str, WorkerHandle], keys: Mapping[str, str], order: ProfileWorker, watch: Watch
+        self, workers: Mapping[str, WorkerHandle], keys: Mapping[str, str], order: ProfileWorker, watch: Report
     ) -> None:
         self._workers = workers
         self._keys = keys
@@ -105,7 +105,7 @@ class _Measuring:
             if worker.loss is not None:
                 raise
             self.failed.add(self._keys[worker.name])
-            self._watch(News(untried_text(worker.name, error)))
+            self._watch(Notice(not_profiled_text(worker.name, error)))
             return None
 
 

@@ -1,46 +1,38 @@
-"""Workers that failed at an epoch's beginning again and again: plans do without them for a while, where they can. One
-that joins again at once, as on a machine with a bad disk, would else fail the next plan, too."""
+"""Workers that failed to load: plans exclude them for a time, where the others suffice.
+
+Such a worker often joins again at once, as on a machine with a bad disk, and would fail the next plan, too.
+"""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Collection, Mapping
-from typing import Final, TypeVar
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 
-Handle = TypeVar("Handle")
+from llamaclust.core.backoff import Backoff
 
-_FIRST_S: Final = 10.0
-_LONGEST_S: Final = 600.0
-_MOST_DOUBLINGS: Final = 10
+_BACKOFF = Backoff(first_s=10.0, max_s=600.0)
 
 
-class LeftOut:
-    """By name; twice as long after each failure. `may_change`: called when a worker's time is over."""
+@dataclass(frozen=True, slots=True)
+class Quarantine:
+    """By worker; twice as long after each failure."""
 
-    def __init__(self, may_change: Callable[[], None]) -> None:
-        self._may_change = may_change
-        self._failures: dict[str, int] = {}
-        self._until_s: dict[str, float] = {}
+    failures: Mapping[str, int] = field(default_factory=dict)
+    until_s: Mapping[str, float] = field(default_factory=dict)
 
-    def add(self, name: str) -> None:
-        failures = self._failures.get(name, 0)
-        self._failures[name] = failures + 1
-        pause_s = min(_FIRST_S * 2 ** min(failures, _MOST_DOUBLINGS), _LONGEST_S)
-        loop = asyncio.get_running_loop()
-        until_s = self._until_s[name] = loop.time() + pause_s
-        loop.call_at(until_s, self._end, name, until_s)
+    def add(self, name: str, now_s: float) -> Quarantine:
+        failures = self.failures.get(name, 0)
+        until_s = now_s + _BACKOFF.pause_s(failures)
+        return Quarantine({**self.failures, name: failures + 1}, {**self.until_s, name: until_s})
 
-    def _end(self, name: str, until_s: float) -> None:
-        if self._until_s.get(name) == until_s:
-            del self._until_s[name]
-            self._may_change()
+    def release(self, names: Collection[str]) -> Quarantine:
+        """Workers that took part in an epoch, or that an operator makes available again."""
+        failures = {name: count for name, count in self.failures.items() if name not in names}
+        return Quarantine(failures, {name: end_s for name, end_s in self.until_s.items() if name not in names})
 
-    def forget(self, names: Collection[str]) -> None:
-        """They took part in an epoch."""
-        for name in names:
-            self._failures.pop(name, None)
-            self._until_s.pop(name, None)
+    def names(self, now_s: float) -> frozenset[str]:
+        """The workers that are excluded now."""
+        return frozenset(name for name, end_s in self.until_s.items() if end_s > now_s)
 
-    def others(self, workers: Mapping[str, Handle]) -> dict[str, Handle]:
-        """Those that are not left out now."""
-        return {name: one for name, one in workers.items() if name not in self._until_s}
+    def next_end_s(self, now_s: float) -> float | None:
+        return min((end_s for end_s in self.until_s.values() if end_s > now_s), default=None)

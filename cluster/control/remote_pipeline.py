@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 
-from llamaclust.cluster.control.failure_attribution import blamed, stage_of
+from llamaclust.cluster.control.failure_attribution import attribute_failure, stage_of
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.core.errors import LlamaclustError, ProtocolError, WorkerError
 from llamaclust.wire.microbatch.codec import decode_result, encode_inputs, encode_microbatch
@@ -39,7 +39,7 @@ class RemotePipeline:
         except BaseException as error:
             await asyncio.gather(first.close(), last.close())
             if isinstance(error, LlamaclustError):
-                raise await blamed(epoch, workers, error) from error
+                raise await attribute_failure(epoch, workers, error) from error
             raise
         return cls(epoch, workers, (first, last), forward, sample)
 
@@ -83,7 +83,7 @@ class RemotePipeline:
             ended = next((_ending(task) for task in work if task.done()), None)
             if isinstance(ended, ProtocolError):  # of the last stage: nobody else answers here
                 raise ended
-            raise await blamed(self.epoch, self._workers, ended)
+            raise await attribute_failure(self.epoch, self._workers, ended)
         finally:
             for task in (*work, *losses):
                 task.cancel()

@@ -11,13 +11,13 @@ from llamaclust.cluster.launchers.local import LocalLauncher
 from llamaclust.cluster.launchers.run_directory import run_directory
 from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.state.directory import ClusterDir
-from llamaclust.cluster.state.events import Watch
+from llamaclust.cluster.state.events import Report
 
 _JOIN_S = 60.0
 
 
 @contextmanager
-def launching(config: ClusterConfig, folder: ClusterDir, watch: Watch) -> Iterator[Launch]:
+def launching(config: ClusterConfig, folder: ClusterDir, watch: Report) -> Iterator[Launch]:
     """What the launcher needs on disk is there meanwhile. The caller holds `folder`'s lock."""
     if config.launcher == "static":
         from llamaclust.cluster.launchers.static import static_launch

@@ -28,7 +28,7 @@ from llamaclust.cluster.launchers.restarts import Upkeep
 from llamaclust.cluster.launchers.static import StaticLauncher, cluster_authority
 from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.state.directory import ClusterDir
-from llamaclust.cluster.state.events import Watch
+from llamaclust.cluster.state.events import Report
 from llamaclust.core.errors import UsageError
 from llamaclust.model.loader import Model
 from llamaclust.wire.security.credentials import joined_address, split_address
@@ -39,7 +39,7 @@ _GET_ADDRESS = 0x8915
 """SIOCGIFADDR."""
 
 
-def mpi_launch(config: ClusterConfig, folder: ClusterDir, watch: Watch) -> Launch:
+def mpi_launch(config: ClusterConfig, folder: ClusterDir, watch: Report) -> Launch:
     """Standard input is a socket to the rank that has started this process."""
     authority = cluster_authority(config, folder)
     static = StaticLauncher(config, authority, watch)

@@ -19,7 +19,7 @@ from llamaclust.cluster.launchers.restarts import Upkeep
 from llamaclust.cluster.launchers.static import StaticLauncher, cluster_authority
 from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.state.directory import ClusterDir
-from llamaclust.cluster.state.events import AwaitingWorkers, Watch
+from llamaclust.cluster.state.events import AwaitingWorkers, Report
 from llamaclust.core.errors import DeadlineError
 from llamaclust.model.loader import Model
 from llamaclust.wire.rpc.deadlines import deadline
@@ -33,7 +33,7 @@ _ANYWHERE = ("0.0.0.0", "::")
 _Value = TypeVar("_Value")
 
 
-def ray_launch(config: ClusterConfig, folder: ClusterDir, watch: Watch) -> Launch:
+def ray_launch(config: ClusterConfig, folder: ClusterDir, watch: Report) -> Launch:
     """Makes the cluster's certificate authority where there is none yet. Raises what `Authority.open` does."""
     authority = cluster_authority(config, folder)
     static = StaticLauncher(config, authority, watch)
@@ -52,7 +52,7 @@ def ray_launch(config: ClusterConfig, folder: ClusterDir, watch: Watch) -> Launc
 class RayLauncher:
     """See `Launcher`. Its workers join as static ones do. Calls into Ray block: they have a thread of their own."""
 
-    def __init__(self, config: ClusterConfig, folder: ClusterDir, static: StaticLauncher, watch: Watch) -> None:
+    def __init__(self, config: ClusterConfig, folder: ClusterDir, static: StaticLauncher, watch: Report) -> None:
         self._config = config
         self._static = static
         self._watch = watch

@@ -15,7 +15,7 @@ from llamaclust.cluster.membership.authority import Authority
 from llamaclust.cluster.membership.enrolment import EnrolmentServer
 from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.state.directory import ClusterDir
-from llamaclust.cluster.state.events import AwaitingWorkers, Watch, WorkerJoined
+from llamaclust.cluster.state.events import AwaitingWorkers, Report, WorkerJoined
 from llamaclust.core.errors import DeadlineError
 from llamaclust.model.loader import Model
 from llamaclust.wire.rpc.deadlines import deadline
@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 INSECURE = "INSECURE: links between machines are neither encrypted nor authenticated; whoever reaches them is trusted"
 
 
-def static_launch(config: ClusterConfig, folder: ClusterDir, watch: Watch) -> Launch:
+def static_launch(config: ClusterConfig, folder: ClusterDir, watch: Report) -> Launch:
     """Makes the cluster's certificate authority where there is none yet. Raises what `Authority.open` does."""
     launcher = StaticLauncher(config, None if config.insecure else cluster_authority(config, folder), watch)
     return Launch(
@@ -50,7 +50,7 @@ def cluster_authority(config: ClusterConfig, folder: ClusterDir) -> Authority:
 class StaticLauncher:
     """See `Launcher`. It starts no process: it serves the enrolment port and says what to type elsewhere."""
 
-    def __init__(self, config: ClusterConfig, authority: Authority | None, watch: Watch) -> None:
+    def __init__(self, config: ClusterConfig, authority: Authority | None, watch: Report) -> None:
         """`authority`: None for a cluster that is insecure."""
         self._config = config
         self.authority = authority

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Collection, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 
 from llamaclust.cluster.membership.worker_handle import WorkerHandle, WorkerState
@@ -38,13 +39,32 @@ _LISTEN_S = 0.1
 _EXIT_NEWS_S = 0.5
 """A stream breaks a moment before the launcher hears why the process ended."""
 
-OnMember = Callable[[WorkerHandle], None]
-OnCut = Callable[[WorkerHandle, PeerUnreachable], None]
 Welcomes = Callable[[str], str | None]
 Certify = Callable[[bytes, Principal], bytes]
 """A certificate (DER) for a certificate request (DER) of who is named; ProtocolError where that will not do."""
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class MemberJoined:
+    worker: WorkerHandle
+
+
+@dataclass(frozen=True, slots=True)
+class MemberLost:
+    worker: WorkerHandle
+
+
+@dataclass(frozen=True, slots=True)
+class PeerReported:
+    """A member reports that it cannot reach another one."""
+
+    worker: WorkerHandle
+    report: PeerUnreachable
+
+
+MembershipEvent = MemberJoined | MemberLost | PeerReported
 
 
 class Registry:
@@ -58,7 +78,6 @@ class Registry:
         silence_s: float = 5.0,
         deadlines: Deadlines | None = None,
         last_words: Callable[[str], str] = lambda name: "",
-        on_lost: OnMember = lambda worker: None,
         welcomes: Welcomes = lambda name: None,
         certify: Certify | None = None,
         cluster: str = "",
@@ -75,9 +94,7 @@ class Registry:
         self._silence_s = silence_s
         self._deadlines = deadlines or Deadlines()
         self._last_words = last_words
-        self._on_joined: OnMember = lambda worker: None
-        self._on_lost = on_lost
-        self._on_cut: OnCut = lambda worker, message: None
+        self._subscribers: list[Callable[[MembershipEvent], None]] = []
         self._workers: dict[str, WorkerHandle] = {}
         self._exits: dict[str, str] = {}
         self._changed = asyncio.Event()
@@ -101,9 +118,13 @@ class Registry:
         """Those that are not lost, in the order in which they joined."""
         return {name: handle for name, handle in self._workers.items() if handle.loss is None}
 
-    def tell(self, on_joined: OnMember, on_lost: OnMember, on_cut: OnCut) -> None:
-        """Who hears of members from now on, and of those whom a member cannot reach."""
-        self._on_joined, self._on_lost, self._on_cut = on_joined, on_lost, on_cut
+    def subscribe(self, subscriber: Callable[[MembershipEvent], None]) -> None:
+        """It gets every event from now on, at once."""
+        self._subscribers.append(subscriber)
+
+    def _publish(self, event: MembershipEvent) -> None:
+        for subscriber in self._subscribers:
+            subscriber(event)
 
     async def __aenter__(self) -> Registry:
         self._server = await Server.start(self._listen, self._credentials, {JOIN: self._join})
@@ -153,7 +174,7 @@ class Registry:
         self._changed = asyncio.Event()
 
     def process_exited(self, name: str, how: str) -> None:
-        """News from the launcher that a worker's process is gone."""
+        """Notice from the launcher that a worker's process is gone."""
         if name in self._workers:
             self._lose(self._workers[name], how)
         else:
@@ -161,7 +182,7 @@ class Registry:
         self._tell_change()
 
     def will_not_return(self, name: str, why: str) -> None:
-        """News from the launcher that it starts this worker no more."""
+        """Notice from the launcher that it starts this worker no more."""
         self._exits[name] = why
         self._tell_change()
 
@@ -172,7 +193,7 @@ class Registry:
     def _lose(self, handle: WorkerHandle, reason: str) -> None:
         if handle.state not in (WorkerState.LOST, WorkerState.LEFT):
             handle.lose(reason)
-            self._on_lost(handle)
+            self._publish(MemberLost(handle))
 
     async def _mourn(self, handle: WorkerHandle, reason: str) -> None:
         """Declares the loss; what the launcher says comes first, for it knows of signals and exit codes."""
@@ -200,7 +221,7 @@ class Registry:
         if misfit := self._misfit(register, peer):
             return misfit
         if rival := self._rival(register):
-            await self._shows_life(rival)
+            await self._is_responsive(rival)
         if rival := self._rival(register):
             pid = rival.registration.pid
             return f"a worker named {register.name} is a member already (pid {pid}): choose another name"
@@ -224,11 +245,11 @@ class Registry:
         present = self.present.get(register.name)
         return None if present is None or present.is_same_process(register) else present
 
-    async def _shows_life(self, member: WorkerHandle) -> None:
+    async def _is_responsive(self, member: WorkerHandle) -> None:
         """Waits for its next sign of life, or its loss."""
         with contextlib.suppress(DeadlineError):
             async with deadline("a sign of life", self._silence_s + _HANDSHAKE_S):
-                await member.shows_life()
+                await member.is_responsive()
 
     def _numerics_version(self, register: Register) -> int:
         """What the first member computes by; of a first member, what this version of its device does."""
@@ -247,7 +268,7 @@ class Registry:
             async with deadline("welcoming a worker", _HANDSHAKE_S):
                 await handle.say(Admitted(self._deadlines, cluster=self._cluster))
             self._tell_change()
-            self._on_joined(handle)
+            self._publish(MemberJoined(handle))
             reason = await self._listen_to(handle, stream)
         except ProtocolError as error:
             reason = str(error)
@@ -276,7 +297,7 @@ class Registry:
                 else:
                     handle.hear(message)
                     if isinstance(message, PeerUnreachable) and message.epoch in handle.stages:
-                        self._on_cut(handle, message)
+                        self._publish(PeerReported(handle, message))
             silent = f"no sign of life for {self._silence_s:g} s"
             self._lose(handle, silent)  # no news of its end is to be waited for
             return silent

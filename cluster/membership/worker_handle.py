@@ -53,7 +53,7 @@ Say = Callable[[CoordinatorMessage], Awaitable[None]]
 
 _MEASURE_S = 300.0
 """Layers of a large model are read from a slow disk for it."""
-STALL_S = 60.0
+PROGRESS_TIMEOUT_S = 60.0
 """Without progress for so long, a load is taken to hang."""
 _LINK_S = 30.0
 _UNLOAD_S = 60.0
@@ -93,8 +93,8 @@ class WorkerHandle:
         self._one_tries: dict[str, asyncio.Lock] = {}  # by the other's name
         self._request_ids = count(1)
         self._word = asyncio.Event()  # the next one that it says
-        self._cut_off: dict[int, asyncio.Event] = {}  # by epoch
-        self._unreached: dict[int, str] = {}  # by epoch: whom its stage cannot reach
+        self._unreachable: dict[int, asyncio.Event] = {}  # by epoch
+        self._unreachable_peers: dict[int, str] = {}  # by epoch: whom its stage cannot reach
 
     @property
     def name(self) -> str:
@@ -166,15 +166,15 @@ class WorkerHandle:
             return f"{known}; look at {self.registration.log} on {self.registration.host}"
         return known or "; its log has no error"
 
-    def cut_off(self, epoch: int) -> asyncio.Event:
+    def peer_unreachable(self, epoch: int) -> asyncio.Event:
         """Set once its stage of the epoch has said that it cannot reach another one."""
-        return self._cut_off.setdefault(epoch, asyncio.Event())
+        return self._unreachable.setdefault(epoch, asyncio.Event())
 
-    def unreached(self, epoch: int) -> str | None:
+    def unreachable_peer(self, epoch: int) -> str | None:
         """Which worker that is."""
-        return self._unreached.get(epoch)
+        return self._unreachable_peers.get(epoch)
 
-    async def shows_life(self) -> bool:
+    async def is_responsive(self) -> bool:
         """Returns at the next sign of life; False where it is lost instead."""
         signs = [asyncio.create_task(sign.wait()) for sign in (self._word, self.lost)]
         try:
@@ -184,11 +184,15 @@ class WorkerHandle:
                 sign.cancel()
         return self.loss is None
 
-    async def load(self, order: Load, on_progress: OnProgress | None = None, stall_s: float = STALL_S) -> Loaded:
+    async def load(
+        self, order: Load, on_progress: OnProgress | None = None, progress_timeout_s: float = PROGRESS_TIMEOUT_S
+    ) -> Loaded:
         """Loads a stage. Raises the worker's own error where it fails, WorkerError where the worker is lost,
-        StalledError where it gets no further for `stall_s`."""
+        StalledError where it gets no further for `progress_timeout_s`."""
         assert self._loading is None, "one load at a time"
-        further = Further(f"worker {self.name} gets no further with layers [{order.start}, {order.end})", stall_s)
+        further = Further(
+            f"worker {self.name} gets no further with layers [{order.start}, {order.end})", progress_timeout_s
+        )
 
         def progress(news: LoadProgress) -> None:
             further.hear(news.done_bytes, news.total_bytes)
@@ -198,8 +202,8 @@ class WorkerHandle:
         self._loading, self._on_progress = order, progress
         if order.exclusive:
             self.stages.clear()
-            self._cut_off.clear()
-            self._unreached.clear()
+            self._unreachable.clear()
+            self._unreachable_peers.clear()
         try:
             loaded: Loaded = await further.wait(partial(self._order, f"load of epoch {order.epoch}", order))
         finally:
@@ -212,8 +216,8 @@ class WorkerHandle:
         what = f"unload of epoch {epoch}"
         await self._order(what, Unload(epoch), deadline(f"worker {self.name}: {what}", deadline_s))
         self.stages.pop(epoch, None)
-        self._cut_off.pop(epoch, None)
-        self._unreached.pop(epoch, None)
+        self._unreachable.pop(epoch, None)
+        self._unreachable_peers.pop(epoch, None)
 
     async def measure(self, order: ProfileWorker = ProfileWorker(), deadline_s: float = _MEASURE_S) -> Profile:  # noqa: B008
         """Has the worker measure its machine; it should do nothing else meanwhile. ProtocolError for an answer about
@@ -234,7 +238,7 @@ class WorkerHandle:
             raise ProtocolError(f"worker {self.name} measured {len(measured.links)} links, asked for one")
         return measured.links[0]
 
-    async def tries(self, other: WorkerHandle, deadline_s: float) -> str:
+    async def probe(self, other: WorkerHandle, deadline_s: float) -> str:
         """Why it cannot reach another worker now; "" where it can. WorkerError where it is lost, DeadlineError where it
         does not say."""
         what = f"way to {other.name}"
@@ -256,20 +260,22 @@ class WorkerHandle:
         *,
         describe: bool,
         on_reading: OnReading | None = None,
-        stall_s: float = STALL_S,
+        progress_timeout_s: float = PROGRESS_TIMEOUT_S,
     ) -> WeightsFound:
         """What it has of a model; asked once. `describe`: with the manifest of its file, for which it may read that.
-        StalledError where it gets no further for `stall_s`."""
+        StalledError where it gets no further for `progress_timeout_s`."""
         async with self._one_locates:
             key = model_id, describe
             if key not in self._located:
                 question = FindWeights(model_path, model_id, describe)
-                self._located[key] = await self._locate(question, on_reading, stall_s)
+                self._located[key] = await self._locate(question, on_reading, progress_timeout_s)
             return self._located[key]
 
-    async def _locate(self, question: FindWeights, on_reading: OnReading | None, stall_s: float) -> WeightsFound:
+    async def _locate(
+        self, question: FindWeights, on_reading: OnReading | None, progress_timeout_s: float
+    ) -> WeightsFound:
         what = f"worker {self.name} gets no further with reading {question.model_path}"
-        further = Further(what, stall_s)
+        further = Further(what, progress_timeout_s)
 
         def progress(news: FindWeightsProgress) -> None:
             further.hear(news.done_bytes, news.total_bytes)
@@ -328,8 +334,8 @@ class WorkerHandle:
                     self._on_reading(message)
             case PeerUnreachable(epoch, other):
                 if epoch in self.stages:
-                    self._unreached.setdefault(epoch, other)
-                    self.cut_off(epoch).set()
+                    self._unreachable_peers.setdefault(epoch, other)
+                    self.peer_unreachable(epoch).set()
             case Register() | RenewCertificate():
                 raise ProtocolError(f"worker {self.name} sends {type(message).__name__} where it has no place")
 

@@ -17,7 +17,7 @@ from llamaclust.cluster.control.link_profiling import hops_matter, measure_links
 from llamaclust.cluster.control.planning import ClusterPlanner
 from llamaclust.cluster.control.profiling import measure_workers
 from llamaclust.cluster.control.resource_shares import worker_specs
-from llamaclust.cluster.control.supervisor import Supervisor
+from llamaclust.cluster.control.supervisor import Members, Supervisor
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.launchers.base import Launch, Launcher
 from llamaclust.cluster.launchers.launch import launching
@@ -27,7 +27,7 @@ from llamaclust.cluster.planner.plan import Plan
 from llamaclust.cluster.scheduler.settings import EngineSettings
 from llamaclust.cluster.server.weight_metrics import WeightMetrics
 from llamaclust.cluster.state.directory import ClusterDir
-from llamaclust.cluster.state.events import Watch
+from llamaclust.cluster.state.events import Report
 from llamaclust.core.profile import Profile
 from llamaclust.model.loader import Model
 from llamaclust.wire.control.messages import Deadlines
@@ -57,7 +57,7 @@ class Cluster:
 
 @asynccontextmanager
 async def open_cluster(
-    config: ClusterConfig, model_path: Path, folder: ClusterDir, watch: Watch = lambda event: None
+    config: ClusterConfig, model_path: Path, folder: ClusterDir, watch: Report = lambda event: None
 ) -> AsyncIterator[Cluster]:
     """A cluster that is ready for requests. The caller holds `folder`'s lock. On the way out every worker ends.
 
@@ -79,7 +79,7 @@ async def open_cluster(
                 free_bytes = launcher.free_memory_bytes()
                 planner = ClusterPlanner(config, model, free_bytes=free_bytes, profiles=measured, links=links)
                 epochs = Epochs(config, model, registry, launch.credentials)
-                supervisor = Supervisor(config, epochs, planner, registry, launcher, watch, meter)
+                supervisor = Supervisor(config, epochs, planner, Members(registry, launcher, meter), watch)
                 async with _engine(config, supervisor, launcher) as engine:
                     engine.metrics.registry.register(WeightMetrics(registry.workers))
                     yield Cluster(config, model, registry, launcher, supervisor, engine)
@@ -102,7 +102,7 @@ def _registry(config: ClusterConfig, launch: Launch) -> Registry:
 
 
 def _link_meter(
-    config: ClusterConfig, measured: Mapping[str, Profile], launch: Launch, folder: ClusterDir, watch: Watch
+    config: ClusterConfig, measured: Mapping[str, Profile], launch: Launch, folder: ClusterDir, watch: Report
 ) -> MeasureLinks | None:
     """None where links are taken to be the usual ones."""
     if config.launcher == "local" and not hops_matter(measured):
@@ -121,24 +121,24 @@ async def _stopping(launcher: Launcher) -> AsyncIterator[None]:
 
 @asynccontextmanager
 async def _engine(config: ClusterConfig, supervisor: Supervisor, launcher: Launcher) -> AsyncIterator[Engine]:
-    """An engine whose pipeline is kept up."""
+    """An engine whose pipeline the supervisor replaces when it is lost."""
     deadlines = EngineSettings(request_s=config.timeouts.request)
-    with launcher.keeping_up(supervisor.given_up), supervisor.cuts:
+    with launcher.keeping_up(supervisor.not_restarted), supervisor.partitions, closing(supervisor):
         first = await supervisor.start()
         try:
-            async with Engine(first.pipeline, first.settings, deadlines, supervisor.lost) as engine:
-                keeping = asyncio.create_task(supervisor.keep(engine))
-                keeping.add_done_callback(partial(_broke, engine))
+            async with Engine(first.pipeline, first.settings, deadlines, supervisor.pipeline_lost) as engine:
+                supervising = asyncio.create_task(supervisor.run(engine))
+                supervising.add_done_callback(partial(_broke, engine))
                 try:
                     yield engine
                 finally:
-                    keeping.cancel()
-                    await asyncio.gather(keeping, return_exceptions=True)
+                    supervising.cancel()
+                    await asyncio.gather(supervising, return_exceptions=True)
         finally:
             await supervisor.epoch.pipeline.close()
 
 
-def _broke(engine: Engine, keeping: asyncio.Task[None]) -> None:
-    error = None if keeping.cancelled() else keeping.exception()
+def _broke(engine: Engine, supervising: asyncio.Task[None]) -> None:
+    error = None if supervising.cancelled() else supervising.exception()
     if error is not None:
         engine.break_down(error)

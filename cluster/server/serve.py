@@ -7,8 +7,8 @@ import gc
 import os
 import signal
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,17 +21,17 @@ from llamaclust.cluster.api.server import allow_many_files, server_config
 from llamaclust.cluster.api.settings import ApiSettings, read_api_keys
 from llamaclust.cluster.api.starting import starting_replies
 from llamaclust.cluster.config.cluster_config import ClusterConfig
-from llamaclust.cluster.control.notices import requests_told
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.server.coordinator import Cluster, open_cluster
 from llamaclust.cluster.server.status import cluster_status
 from llamaclust.cluster.server.worker_metrics import WorkerMetrics
 from llamaclust.cluster.state.directory import ClusterDir, ClusterRecord
-from llamaclust.cluster.state.events import Ready, Watch
+from llamaclust.cluster.state.events import Draining, Ready, Report
 from llamaclust.cluster.text.service import TextService, TextSettings
 from llamaclust.core.errors import UsageError, WorkerError
 
 _DRAIN_S = 30.0
+_LOOK_S = 0.2
 _COLLECT_EVERY = 20_000
 """Objects between two looks for garbage, 700 by default."""
 _START_S = 10.0
@@ -41,7 +41,7 @@ _MORE_REQUESTS = 64
 """Requests beside those that run and wait: they are read, refused, or their replies are written."""
 
 
-def serve(config: ClusterConfig, model_path: Path, watch: Watch) -> None:
+def serve(config: ClusterConfig, model_path: Path, watch: Report) -> None:
     """Runs a cluster until SIGINT, SIGTERM or SIGHUP; running requests are finished first, a second signal ends them.
 
     Raises UsageError for a name or port that is taken and for API keys that cannot be used, and what `open_cluster`
@@ -59,7 +59,7 @@ class _Front:
 
     listener: socket.socket
     settings: ApiSettings
-    watch: Watch
+    watch: Report
 
 
 class _Signals:
@@ -121,7 +121,7 @@ async def _answer(cluster: Cluster, folder: ClusterDir, front: _Front, signals: 
     engine, registry = cluster.engine, cluster.registry
     engine.metrics.registry.register(WorkerMetrics(lambda: registry.workers))
     show = partial(cluster_status, cluster, record)
-    app = create_app(service, front.settings, engine, show, admission, cluster.supervisor.workforce)
+    app = create_app(service, front.settings, engine, show, admission, cluster.supervisor.pool)
     allow_many_files()
     server = _Server(server_config(app, front.settings))
     serving = asyncio.create_task(server.serve(sockets=[front.listener]))
@@ -131,13 +131,33 @@ async def _answer(cluster: Cluster, folder: ClusterDir, front: _Front, signals: 
         signals.ready = True
         front.watch(Ready(record.name, record.api, record.model))
         await signals.asked.wait()
-        async with requests_told(service, _DRAIN_S, front.watch):
+        async with _reporting_requests(service, front.watch):
             await _drain(cluster.engine, admission)
         server.should_exit = True  # replies that are being written have a moment
         await _ended(serving)
     finally:
         server.should_exit = server.force_exit = True
         await _ended(serving)
+
+
+@asynccontextmanager
+async def _reporting_requests(service: TextService, report: Report) -> AsyncIterator[None]:
+    """Meanwhile, reports how many requests are left, whenever that changes."""
+    reporting = asyncio.create_task(_report_requests(service, report))
+    try:
+        yield
+    finally:
+        reporting.cancel()
+
+
+async def _report_requests(service: TextService, report: Report) -> None:
+    reported = 0
+    while True:
+        left = service.active_requests
+        if left not in (0, reported):
+            report(Draining(left, _DRAIN_S))
+            reported = left
+        await asyncio.sleep(_LOOK_S)
 
 
 async def _ended(serving: asyncio.Task[None]) -> None:

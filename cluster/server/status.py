@@ -38,7 +38,7 @@ def _status(cluster: Cluster, record: ClusterRecord, reports: dict[str, StageRep
         "insecure": cluster.config.insecure,
         "workers": [
             _worker(workers[one.name], reports.get(one.name), predicted.get(one.name))
-            | {"spared": one.name in supervisor.workforce.spared}
+            | {"drained": one.name in supervisor.pool.drained}
             for one in cluster.config.workers
         ],
         "requests": {"running": counts.running, "waiting": counts.waiting},

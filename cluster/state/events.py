@@ -79,7 +79,7 @@ class StartFailed:
 
 
 @dataclass(frozen=True, slots=True)
-class News:
+class Notice:
     """What has happened to a cluster that runs, in one line: a worker is lost or back, layers move, requests go on."""
 
     text: str
@@ -102,10 +102,10 @@ Event = (
     | WorkerReading
     | Ready
     | StartFailed
-    | News
+    | Notice
     | Draining
 )
-Watch = Callable[[Event], None]
+Report = Callable[[Event], None]
 
 _KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in get_args(Event)}
 

@@ -110,7 +110,7 @@ def test_layers_leave_a_drained_worker_and_come_back(line: CommandLine, cluster:
     done = line.run("drain", "a")
     assert (done.code, done.out) == (0, "") and "worker a is drained" in done.err
     a, b = cluster.status["workers"]
-    assert (a["layers"], a["spared"], b["layers"]) == (None, True, [0, 4])
+    assert (a["layers"], a["drained"], b["layers"]) == (None, True, [0, 4])
     assert re.search(r"^a .* joined, drained ", line.run("status").out, re.MULTILINE)
     assert cluster.answer() == before
     assert line.run("drain", "a").code == 0  # it is already

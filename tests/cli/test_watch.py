@@ -15,7 +15,7 @@ from llamaclust.cluster.state.events import (
     Draining,
     Event,
     Measuring,
-    News,
+    Notice,
     PlanMade,
     Ready,
     StartFailed,
@@ -33,7 +33,7 @@ EVENTS: tuple[Event, ...] = (
     WorkerLoading("a", 0, 2, 1, 2 * MIB),
     WorkerLoading("a", 0, 2, 2 * MIB, 2 * MIB),
     Ready("tiny", "http://127.0.0.1:1", "good"),
-    News("worker a is lost: \x1b[2J"),
+    Notice("worker a is lost: \x1b[2J"),
     Draining(2, 30.0),
     Draining(1, 30.0),
 )

@@ -27,7 +27,7 @@ from llamaclust.wire.microbatch.messages import Result
 from llamaclust.wire.rpc.client import JOIN, Peer, StreamBrokenError
 from llamaclust.wire.security.token import ClusterToken
 from llamaclust.worker.stage.stage_runner import StageRunner
-from support.clusters.real_cluster import LIMITS, NAMES, RealCluster, microbatches, real_cluster, running
+from support.clusters.real_cluster import LIMITS, NAMES, RealCluster, losses, microbatches, real_cluster, running
 from support.models.tiny_model import build_tiny_model
 
 REGISTER = Register("x", 1, "host", "unix:/nobody.sock", "cpu", 1, "generic", 1, 1, "nothing")
@@ -94,12 +94,14 @@ def test_a_killed_worker_is_an_error_that_names_it(
 ) -> None:
     """However late the news of its process is."""
     monkeypatch.setattr(registry, "_EXIT_NEWS_S", 20.0)
-    monkeypatch.setattr(failure_attribution, "_BLAME_S", 20.0)
+    monkeypatch.setattr(failure_attribution, "_ATTRIBUTION_S", 20.0)
     lost: list[str] = []
 
     async def run() -> None:
+        nonlocal lost
         quiet = {"silence_s": 60.0, "deadlines": Deadlines(heartbeat_s=60.0)}  # no sign of life from before its end
-        async with real_cluster(tmp_path, 3, on_lost=lambda worker: lost.append(worker.name), **quiet) as cluster:
+        async with real_cluster(tmp_path, 3, **quiet) as cluster:
+            lost = losses(cluster.registry)
             pipeline = await cluster.load(model, (0, 2, 3, 5))
             async with running(pipeline) as at_work:
                 pipeline.submit(*microbatches(Model.open(model).model_id, 1, 1)[0])

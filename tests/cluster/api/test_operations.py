@@ -57,17 +57,17 @@ async def test_operators_see_what_happens() -> None:
 class Workers:
     """Two of them; one is needed."""
 
-    spared: list[str] = field(default_factory=list)
+    drained: list[str] = field(default_factory=list)
 
-    async def spare(self, name: str) -> None:
+    async def drain(self, name: str) -> None:
         if name == "b":
             raise InsufficientMemoryError("12 MiB are missing")
         self._check(name)
-        self.spared.append(name)
+        self.drained.append(name)
 
-    def use_again(self, name: str) -> None:
+    def undrain(self, name: str) -> None:
         self._check(name)
-        self.spared.remove(name)
+        self.drained.remove(name)
 
     async def log(self, name: str) -> LogTail:
         self._check(name)
@@ -84,26 +84,26 @@ DRAIN, UNDRAIN = "/cluster/workers/a/drain", "/cluster/workers/a/undrain"
 async def test_workers_are_drained_by_who_may_use_the_api() -> None:
     workers = Workers()
     key = {"Authorization": "Bearer first-key"}
-    async with client(app(workforce=workers, api_keys=("first-key",))) as http:
+    async with client(app(pool=workers, api_keys=("first-key",))) as http:
         for headers in ({}, {"Authorization": "Bearer wrong"}):
             assert (await http.post(DRAIN, headers=headers)).status_code == 401
         assert (await http.post(DRAIN, headers=key | {"host": "evil.example"})).status_code == 403
         assert (await http.post(DRAIN, headers=key | {"origin": "https://evil.example"})).status_code == 403
         assert (await http.get(DRAIN, headers=key)).status_code == 405
-        assert workers.spared == []
-        assert (await http.post(DRAIN, headers=key)).json() == {"worker": "a", "spared": True}
-        assert workers.spared == ["a"]
-        assert (await http.post(UNDRAIN, headers=key)).json() == {"worker": "a", "spared": False}
-        assert workers.spared == []
-    async with client(app(workforce=workers)) as http:
+        assert workers.drained == []
+        assert (await http.post(DRAIN, headers=key)).json() == {"worker": "a", "drained": True}
+        assert workers.drained == ["a"]
+        assert (await http.post(UNDRAIN, headers=key)).json() == {"worker": "a", "drained": False}
+        assert workers.drained == []
+    async with client(app(pool=workers)) as http:
         assert (await http.post(DRAIN, headers={"origin": "https://evil.example"})).status_code == 403
-        assert workers.spared == []
+        assert workers.drained == []
         assert (await http.post(DRAIN)).status_code == 200
 
 
 async def test_logs_of_workers_are_told_to_who_may_use_the_api() -> None:
     key, path = {"Authorization": "Bearer first-key"}, "/cluster/workers/a/log"
-    async with client(app(workforce=Workers(), api_keys=("first-key",))) as http:
+    async with client(app(pool=Workers(), api_keys=("first-key",))) as http:
         assert (await http.get(path)).status_code == 401
         assert (await http.get(path, headers=key | {"host": "evil.example"})).status_code == 403
         told = (await http.get(path, headers=key)).json()
@@ -112,7 +112,7 @@ async def test_logs_of_workers_are_told_to_who_may_use_the_api() -> None:
 
 
 async def test_workers_that_cannot_be_drained() -> None:
-    async with client(app(workforce=Workers())) as http:
+    async with client(app(pool=Workers())) as http:
         refused = await http.post("/cluster/workers/b/drain")
         assert refused.status_code == 507 and refused.json()["error"]["message"] == "12 MiB are missing"
         unknown = await http.post("/cluster/workers/%0Ac/drain")

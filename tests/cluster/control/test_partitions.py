@@ -8,10 +8,11 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from llamaclust.cluster.control import partitions
-from llamaclust.cluster.control.partitions import CutPairs
+from llamaclust.cluster.control.partitions import PartitionTracker
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.planner.adjacency import Pairs
-from llamaclust.cluster.state.events import Event, News
+from llamaclust.cluster.state.events import Event, Notice
+from llamaclust.core.backoff import Backoff
 from llamaclust.wire.control.messages import (
     CoordinatorMessage,
     Heartbeat,
@@ -40,7 +41,7 @@ class Members:
     def __post_init__(self) -> None:
         self.enough = asyncio.Event()
         self.workers = {name: self._worker(name) for name in self.names}
-        self.pairs = CutPairs(self._present, 5.0, self._watch, self._changed)
+        self.tracker = PartitionTracker(self._present, 5.0, self._report, self._changed)
 
     def _worker(self, name: str) -> WorkerHandle:
         async def say(message: CoordinatorMessage) -> None:
@@ -61,15 +62,16 @@ class Members:
     def _present(self) -> dict[str, WorkerHandle]:
         return {name: worker for name, worker in self.workers.items() if worker.loss is None}
 
-    def _watch(self, event: Event) -> None:
-        assert isinstance(event, News)
+    def _report(self, event: Event) -> None:
+        assert isinstance(event, Notice)
         self.told.append(event.text)
 
-    def _changed(self) -> None:
+    def _changed(self, pairs: Pairs) -> None:
+        assert pairs == self.tracker.pairs
         self.changes += 1
 
     def says(self, caller: str, other: str) -> None:
-        self.pairs.hear(self.workers[caller], PeerUnreachable(3, other, "silence"))
+        self.tracker.suspect(self.workers[caller], PeerUnreachable(3, other, "silence"))
 
     async def breaks(self, pair: str) -> None:
         """One of them is cut off from the other, which is alive."""
@@ -77,57 +79,57 @@ class Members:
         self.says(*pair)
         await asyncio.sleep(0)
         self.workers[pair[1]].hear(ALIVE)
-        await self.pairs.settled()
+        await self.tracker.settled()
 
     async def until_apart(self, pairs: Pairs) -> None:
         end = asyncio.get_running_loop().time() + 5.0
-        while self.pairs.apart != pairs:
-            assert asyncio.get_running_loop().time() < end, f"apart still: {self.pairs.apart}"
+        while self.tracker.pairs != pairs:
+            assert asyncio.get_running_loop().time() < end, f"apart still: {self.tracker.pairs}"
             await asyncio.sleep(0.001)
 
 
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(partitions, "_FIRST_PAUSE_S", 0.02)
+    monkeypatch.setattr(partitions, "_BACKOFF", Backoff(0.02, 120.0, factor=1.5))
 
 
 async def test_only_who_is_alive_is_cut_off() -> None:
     members = Members()
-    with members.pairs:
+    with members.tracker:
         members.says("a", "b")
         members.says("c", "b")
         await asyncio.sleep(0.01)
-        assert not members.pairs.apart
+        assert not members.tracker.pairs
         members.workers["b"].lose("it was killed")
-        await members.pairs.settled()
-        assert not members.pairs.apart and not members.told
+        await members.tracker.settled()
+        assert not members.tracker.pairs and not members.told
         await members.breaks("ca")
-        assert members.pairs.apart == {frozenset("ac")} and members.changes == 1
+        assert members.tracker.pairs == {frozenset("ac")} and members.changes == 1
         why = "workers c and a cannot reach each other: silence; until they can, plans keep them apart"
         assert members.told == [why]
 
 
 async def test_reports_of_nobody_and_of_oneself_count_for_nothing() -> None:
     members = Members()
-    with members.pairs:
+    with members.tracker:
         members.says("a", "x")
         members.says("a", "a")
-        await members.pairs.settled()
-        assert not members.pairs.apart
+        await members.tracker.settled()
+        assert not members.tracker.pairs
 
 
 async def test_it_is_mended_when_each_reaches_the_other_that_did_not() -> None:
     members = Members()
-    with members.pairs:
+    with members.tracker:
         await members.breaks("ab")
         await members.breaks("ba")
         await members.breaks("bc")
-        assert members.pairs.apart == {AB, BC} and len(members.told) == 2
+        assert members.tracker.pairs == {AB, BC} and len(members.told) == 2
         members.cut.discard("ab")
         members.cut.discard("bc")
         await members.until_apart(frozenset((AB,)))
         await asyncio.sleep(0.1)
-        assert members.pairs.apart == {AB}, "b does not reach a"
+        assert members.tracker.pairs == {AB}, "b does not reach a"
         members.cut.clear()
         await members.until_apart(frozenset())
         assert set(members.asked) >= {"ab", "ba", "bc"}
@@ -136,11 +138,11 @@ async def test_it_is_mended_when_each_reaches_the_other_that_did_not() -> None:
 
 async def test_a_pair_that_breaks_again_is_tried_after_longer_pauses() -> None:
     members = Members()
-    with members.pairs:
+    with members.tracker:
         pauses = []
         for _ in range(4):
             await members.breaks("ab")
-            pauses.append(members.pairs._cuts[AB].pause_s)
+            pauses.append(members.tracker._partitions[AB].probes)
             members.cut.clear()
             await members.until_apart(frozenset())
         assert pauses == sorted(set(pauses)), "each longer than the one before"
@@ -153,12 +155,12 @@ async def test_a_pair_that_breaks_again_is_tried_after_longer_pauses() -> None:
 
 async def test_a_worker_that_is_lost_takes_its_cuts_with_it() -> None:
     members = Members()
-    with members.pairs:
+    with members.tracker:
         await members.breaks("ab")
         await members.breaks("bc")
         members.workers["a"].lose("it was killed")
-        members.pairs.forget("a")
-        assert members.pairs.apart == {BC}
+        members.tracker.forget("a")
+        assert members.tracker.pairs == {BC}
         members.cut.clear()
         members.asked.clear()
         await members.until_apart(frozenset())
@@ -176,21 +178,21 @@ async def test_a_network_that_falls_apart_in_two_is_known_after_one_report() -> 
                 worker.hear(ALIVE)
             await asyncio.sleep(0.001)
 
-    with members.pairs:
+    with members.tracker:
         living = asyncio.create_task(live())
         members.says("b", "c")
         async with asyncio.timeout(5.0):
-            await members.pairs.settled()
+            await members.tracker.settled()
         living.cancel()
-        assert members.pairs.apart == {frozenset(way) for way in sides}
+        assert members.tracker.pairs == {frozenset(way) for way in sides}
         assert len(members.told) == 4 and len(set(members.asked)) == 10
 
 
 async def test_of_many_workers_those_are_tried_that_are_known_to_be_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(partitions, "_MOST_TRIES", 5)
+    monkeypatch.setattr(partitions, "_MAX_PROBES", 5)
     members = Members(cut={"ab"}, names="abcd")
-    with members.pairs:
-        members.pairs._mended[AB] = (0.0, 100.0)  # it is not tried again soon
+    with members.tracker:
+        members.tracker._healed[AB] = (0.0, 20)  # it is not tried again soon
         await members.breaks("ab")
         assert sorted(members.asked) == ["ac", "ad", "bc", "bd", "ca", "cb", "da", "db"]
 
@@ -199,7 +201,7 @@ async def test_what_a_stage_says_of_an_epoch_ends_with_it() -> None:
     worker = Members().workers["a"]
     worker.hear(PeerUnreachable(2, "b", "late"))
     worker.hear(PeerUnreachable(3, "b", "silence"))
-    assert not worker.cut_off(2).is_set() and worker.cut_off(3).is_set()
+    assert not worker.peer_unreachable(2).is_set() and worker.peer_unreachable(3).is_set()
 
 
 async def test_who_says_it_without_end_keeps_nobody_waiting() -> None:
@@ -211,18 +213,18 @@ async def test_who_says_it_without_end_keeps_nobody_waiting() -> None:
             members.workers["b"].hear(ALIVE)
             await asyncio.sleep(0)
 
-    with members.pairs:
+    with members.tracker:
         lies = asyncio.create_task(say_it())
         await asyncio.sleep(0.01)
         async with asyncio.timeout(20.0):
-            await members.pairs.settled()
+            await members.tracker.settled()
         lies.cancel()
-    assert members.pairs.apart == {AB} and members.changes == 1
+    assert members.tracker.pairs == {AB} and members.changes == 1
 
 
 async def test_a_report_that_is_looked_into_is_not_looked_into_again() -> None:
     members = Members()
-    with members.pairs:
+    with members.tracker:
         before = len(asyncio.all_tasks())
         for _ in range(1000):
             members.says("a", "b")

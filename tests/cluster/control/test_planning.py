@@ -11,9 +11,7 @@ import pytest
 
 from llamaclust.cluster.control import planning
 from llamaclust.cluster.control.planning import ClusterPlanner
-from llamaclust.cluster.control.supervisor import Supervisor
 from llamaclust.cluster.planner.links import UNKNOWN
-from llamaclust.core.errors import ModelFileError
 from llamaclust.wire.rpc import cache_flush
 from llamaclust.wire.rpc.cache_flush import ColdCaches
 from support.clusters.control_messages import REGISTER
@@ -52,62 +50,3 @@ async def test_others_have_turns_while_caches_are_swept(monkeypatch: pytest.Monk
     await ColdCaches().sweep_in_turns()
     serving.cancel()
     assert turns >= 32
-
-
-async def test_what_changes_while_a_plan_is_made_is_seen_to_before_all_is_settled() -> None:
-    config: Any = SimpleNamespace(timeouts=SimpleNamespace(worker=5.0, load=60.0, recovery=120.0))
-    registry: Any = SimpleNamespace(present={}, workers={})
-    supervisor = Supervisor(config, NOTHING, NOTHING, registry, NOTHING, lambda event: None)
-    settled: list[bool] = []  # as each plan is made
-
-    async def improve(engine: object) -> bool:
-        settled.append(supervisor._settled.is_set())
-        if len(settled) == 1:
-            supervisor._change()
-        return True
-
-    supervisor._improve = improve  # type: ignore[method-assign,assignment]
-    keeping = asyncio.create_task(supervisor.keep(NOTHING))
-    async with asyncio.timeout(5.0):
-        await supervisor._settled.wait()
-    keeping.cancel()
-    assert settled == [False, False]
-
-
-async def test_whoever_joins_while_a_load_fails_may_be_what_was_missing() -> None:
-    """A start goes on, with that worker."""
-    timeouts = SimpleNamespace(worker=5.0, load=60.0, recovery=120.0)
-    config: Any = SimpleNamespace(timeouts=timeouts, workers=["a", "b"])
-    registry: Any = SimpleNamespace(present={"a": object()}, workers={})
-    epochs: Any = SimpleNamespace(file_is_away=False)
-    supervisor = Supervisor(config, epochs, NOTHING, registry, NOTHING, lambda event: None)
-    tries = 0
-
-    async def plan() -> object:
-        return SimpleNamespace(stages=())
-
-    async def open_epoch(plan: object, *, alone: bool) -> str:
-        nonlocal tries
-        tries += 1
-        if tries == 1:
-            registry.present = {**registry.present, "b": object()}
-            raise ModelFileError("no such file on this machine, and no other worker has it")
-        return "opened"
-
-    supervisor._plan = plan  # type: ignore[method-assign,assignment]
-    supervisor._open = open_epoch  # type: ignore[method-assign,assignment]
-    assert await supervisor._next_epoch() == "opened"
-
-
-async def test_failures_that_go_on_for_hours_do_not_end_the_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
-    config: Any = SimpleNamespace(timeouts=SimpleNamespace(worker=5.0, load=60.0, recovery=120.0))
-    supervisor = Supervisor(config, NOTHING, NOTHING, NOTHING, NOTHING, lambda event: None)
-    pauses: list[float] = []
-
-    async def sleep(seconds: float) -> None:
-        pauses.append(seconds)
-
-    monkeypatch.setattr(asyncio, "sleep", sleep)
-    for failures in (0, 1, 5000):
-        await supervisor._hold_on(ModelFileError("too little of it is there"), failures)
-    assert pauses == [0.1, 0.2, 5.0]

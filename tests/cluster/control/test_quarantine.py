@@ -1,40 +1,24 @@
-"""Who is left out of plans, and for how long."""
+"""Which workers plans exclude, and for how long."""
 
 from __future__ import annotations
 
-import asyncio
-
-import pytest
-
-from llamaclust.cluster.control import quarantine
-from llamaclust.cluster.control.quarantine import LeftOut
+from llamaclust.cluster.control.quarantine import Quarantine
 
 
-async def test_twice_as_long_after_each_failure_and_back_when_the_time_is_over() -> None:
-    loop, pauses, changes = asyncio.get_running_loop(), [], asyncio.Event()
-    out = LeftOut(changes.set)
-    workers = {"a": 1, "b": 2}
-    assert out.others(workers) == workers
+def test_the_time_doubles_after_each_failure() -> None:
+    quarantine, pauses = Quarantine(), []
     for _ in range(12):
-        out.add("b")
-        assert out.others(workers) == {"a": 1}
-        pauses.append(round(out._until_s["b"] - loop.time()))
+        quarantine = quarantine.add("b", 100.0)
+        assert quarantine.names(100.0) == {"b"}
+        pauses.append(quarantine.until_s["b"] - 100.0)
     assert pauses == [10, 20, 40, 80, 160, 320, *[600] * 6]
-    out.forget(["b"])
-    assert out.others(workers) == workers
-    out.add("b")
-    assert round(out._until_s["b"] - loop.time()) == 10
 
 
-def test_its_end_is_news(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def run() -> None:
-        changed = asyncio.Event()
-        out = LeftOut(changed.set)
-        out.add("b")
-        assert out.others({"b": 1}) == {}
-        async with asyncio.timeout(10):
-            await changed.wait()
-        assert out.others({"b": 1}) == {"b": 1}
-
-    monkeypatch.setattr(quarantine, "_FIRST_S", 0.01)
-    asyncio.run(run())
+def test_it_ends_by_itself_or_with_a_release() -> None:
+    quarantine = Quarantine().add("a", 0.0).add("b", 5.0)
+    assert quarantine.next_end_s(0.0) == 10.0 and quarantine.next_end_s(12.0) == 15.0
+    assert quarantine.names(12.0) == {"b"} and quarantine.names(15.0) == frozenset()
+    assert quarantine.next_end_s(15.0) is None
+    released = quarantine.release(["b"])
+    assert released.names(0.0) == {"a"}
+    assert released.add("b", 20.0).until_s["b"] == 30.0, "failures before the release do not count"

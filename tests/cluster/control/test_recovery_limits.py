@@ -12,8 +12,8 @@ import pytest
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.control import planning
-from llamaclust.cluster.control.epoch_opener import EpochOpener
-from llamaclust.cluster.control.epochs import Epoch
+from llamaclust.cluster.control.epochs import Epoch, Epochs
+from llamaclust.cluster.control.loading import StageLoadError
 from llamaclust.cluster.engine.engine import EngineState
 from llamaclust.cluster.launchers.local import LocalLauncher
 from llamaclust.cluster.launchers.restarts import Restarts
@@ -155,14 +155,14 @@ async def test_layers_are_moved_away_without_losing_a_token(
         supervisor = run.cluster.supervisor
         tasks = run.start(requests)
         await run.token(100)
-        await supervisor.workforce.spare("b")
+        await supervisor.pool.drain("b")
         assert not run.worker("b").stages and run.worker("b").loss is None
         assert supervisor.recoveries == 0
         assert await asyncio.gather(*tasks) == expected
         run.hurt("a")
-        await run.until("a again", lambda: supervisor.epoch.holds("a") and not supervisor.epoch.lost)
+        await run.until("a again", lambda: supervisor.epoch.holds("a") and supervisor.epoch.root_cause is None)
         assert not supervisor.epoch.holds("b")
-        supervisor.workforce.use_again("b")
+        supervisor.pool.undrain("b")
         await run.whole()
         assert await answer_of(run.cluster.engine.submit(requests[0])) == expected[0]
 
@@ -173,10 +173,10 @@ async def test_a_worker_that_cannot_be_spared_is_not(
     monkeypatch.setattr(planning, "_memory_shares", small_memory)
     async with recovering(config(model, tmp_path, workers=2)) as run:
         with pytest.raises(InsufficientMemoryError, match="MiB are missing"):
-            await run.cluster.supervisor.workforce.spare("b")
+            await run.cluster.supervisor.pool.drain("b")
         with pytest.raises(UsageError, match="no worker is named 'x'; there are: a, b"):
-            await run.cluster.supervisor.workforce.spare("x")
-        assert not run.cluster.supervisor.workforce.spared
+            await run.cluster.supervisor.pool.drain("x")
+        assert not run.cluster.supervisor.pool.drained
         assert run.cluster.supervisor.epoch.number == 1
 
 
@@ -185,16 +185,16 @@ async def test_a_worker_whose_layers_do_not_load_elsewhere_keeps_them(
 ) -> None:
     async with recovering(config(model, tmp_path, workers=2)) as run:
 
-        async def fails(self: EpochOpener, *_: object, **__: object) -> Epoch:
-            raise LlamaclustError("layers do not load")
+        async def fails(self: Epochs, *_: object, **__: object) -> Epoch:
+            raise StageLoadError(LlamaclustError("layers do not load"), ())
 
-        workforce, serving = run.cluster.supervisor.workforce, run.cluster.supervisor.epoch
+        pool, serving = run.cluster.supervisor.pool, run.cluster.supervisor.epoch
         name = serving.workers[0].name
         with monkeypatch.context() as patched:
-            patched.setattr(EpochOpener, "open", fails)
+            patched.setattr(Epochs, "open", fails)
             with pytest.raises(WorkerError, match=f"the layers of worker {name} could not be moved: see the log"):
-                await workforce.spare(name)
-        assert not workforce.spared and name in workforce.usable
+                await pool.drain(name)
+        assert not pool.drained
         assert run.cluster.supervisor.epoch is serving
 
 
@@ -221,9 +221,8 @@ async def test_plans_do_without_who_fails_at_every_load_and_comes_back_at_once(
             run.hurt("a")
             assert await asyncio.gather(*tasks) == expected
             assert not run.cluster.supervisor.epoch.holds("b")
-        run.cluster.supervisor._left_out.forget("b")
         await run.until("b is back", lambda: run.worker("b").loss is None)
-        run.cluster.supervisor.workforce.use_again("b")
+        run.cluster.supervisor.pool.undrain("b")
         await run.whole()
 
 
@@ -265,11 +264,11 @@ async def test_requests_do_not_wait_for_loads_that_fail_again_and_again(
         tasks = run.start(requests)
         await run.token(40)
 
-        async def fails(self: EpochOpener, *_: object, **__: object) -> Epoch:
-            raise LlamaclustError("layers do not load")
+        async def fails(self: Epochs, *_: object, **__: object) -> Epoch:
+            raise StageLoadError(LlamaclustError("layers do not load"), ())
 
         with monkeypatch.context() as patched:
-            patched.setattr(EpochOpener, "open", fails)
+            patched.setattr(Epochs, "open", fails)
             run.hurt("b")
             (message,) = {str(answer) for answer in await asyncio.gather(*tasks, return_exceptions=True)}
             assert message.endswith("no plan could be loaded within 3 s (timeouts.recovery): layers do not load")

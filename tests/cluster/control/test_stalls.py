@@ -12,6 +12,7 @@ import pytest
 
 from llamaclust.cluster.control import quarantine
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
+from llamaclust.core.backoff import Backoff
 from llamaclust.core.errors import StalledError
 from llamaclust.wire.control.messages import (
     CoordinatorMessage,
@@ -25,7 +26,7 @@ from support.clusters.control_messages import LOAD, REGISTER
 from support.clusters.recovering import asks, config, model_in, recovering, undisturbed
 from support.seed import SEED
 
-STALL_S = 0.4
+PROGRESS_TIMEOUT_S = 0.4
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ async def test_loads_that_hang_and_workers_that_stop_while_they_load_change_no_t
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     print(f"seed {SEED}")
-    monkeypatch.setattr(quarantine, "_FIRST_S", 1.0)
+    monkeypatch.setattr(quarantine, "_BACKOFF", Backoff(first_s=1.0, max_s=600.0))
     requests = asks(SEED, 60)
     expected = await asyncio.to_thread(undisturbed, model, requests)
     victims = {"c"}
@@ -101,17 +102,17 @@ async def _answered(ask: Asked, messages: list[WorkerMessage]) -> object:
     handle = WorkerHandle(REGISTER, say, lambda: "")
     asking = asyncio.ensure_future(ask(handle))
     for message in messages:
-        await asyncio.sleep(STALL_S / 2)
+        await asyncio.sleep(PROGRESS_TIMEOUT_S / 2)
         handle.hear(message)
     return await asking
 
 
 async def _load(handle: WorkerHandle) -> object:
-    return await handle.load(LOAD, stall_s=STALL_S)
+    return await handle.load(LOAD, progress_timeout_s=PROGRESS_TIMEOUT_S)
 
 
 async def _locate(handle: WorkerHandle) -> object:
-    return await handle.locate("/m.gguf", "id", describe=True, stall_s=STALL_S)
+    return await handle.locate("/m.gguf", "id", describe=True, progress_timeout_s=PROGRESS_TIMEOUT_S)
 
 
 async def test_what_gets_further_is_waited_for_and_what_does_not_is_stalled() -> None:

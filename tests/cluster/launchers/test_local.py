@@ -21,12 +21,12 @@ from llamaclust.cluster.launchers.worker_process import describe_exit
 from llamaclust.core.errors import UsageError
 from llamaclust.wire.rpc.server import Server
 from llamaclust.wire.security.token import ClusterToken
-from support.clusters.real_cluster import real_cluster
+from support.clusters.real_cluster import losses, real_cluster
 
 _COORDINATOR = """
 import asyncio, sys
 from pathlib import Path
-from support.clusters.real_cluster import real_cluster
+from support.clusters.real_cluster import losses, real_cluster
 
 async def main():
     async with real_cluster(Path(sys.argv[1]), 2, device="reference") as cluster:
@@ -91,9 +91,9 @@ def test_the_registry_ends_its_workers_and_calls_none_lost(tmp_path: Path) -> No
     lost: list[str] = []
 
     async def run() -> list[psutil.Process]:
-        async with real_cluster(
-            tmp_path, 2, device="reference", on_lost=lambda worker: lost.append(worker.name)
-        ) as cluster:
+        nonlocal lost
+        async with real_cluster(tmp_path, 2, device="reference") as cluster:
+            lost = losses(cluster.registry)
             workers = [psutil.Process(pid) for pid in cluster.launcher.pids.values()]
             await cluster.registry.__aexit__()
             psutil.wait_procs(workers, timeout=2.0)

@@ -15,7 +15,7 @@ from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.control.profiling import measure_workers
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.state.directory import read_profiles
-from llamaclust.cluster.state.events import Event, News
+from llamaclust.cluster.state.events import Event, Notice
 from llamaclust.core.errors import DeadlineError, UsageError, WorkerError
 from llamaclust.core.profile import DeviceProfile, Profile, StepTime
 from llamaclust.wire.control.messages import (
@@ -58,13 +58,13 @@ REQUESTS: dict[str, tuple[Asks, WorkerMessage, WorkerMessage, object]] = {
         LinkProfile(2.0, 2.0),
     ),
     "way": (
-        lambda worker: worker.tries(OTHER, 0.05),  # type: ignore[arg-type]
+        lambda worker: worker.probe(OTHER, 0.05),  # type: ignore[arg-type]
         ProbeResult("b", "no answer", 1),
         ProbeResult("b", "", 2),
         "",
     ),
     "weights": (
-        lambda worker: worker.locate("/m", "id", describe=False, stall_s=0.05),
+        lambda worker: worker.locate("/m", "id", describe=False, progress_timeout_s=0.05),
         WeightsFound(True, request_id=1),
         WeightsFound(False, request_id=2),
         WeightsFound(False, request_id=2),
@@ -126,7 +126,7 @@ class Machines:
         return say
 
     def watch(self, event: Event) -> None:
-        if isinstance(event, News):
+        if isinstance(event, Notice):
             self.told.append(event.text)
 
     async def measure(self, folder: Path) -> Any:

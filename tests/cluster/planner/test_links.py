@@ -18,7 +18,7 @@ from llamaclust.cluster.planner.costs import WorkerFacts
 from llamaclust.cluster.planner.links import COORDINATOR, USUAL, Link, Links, Reach
 from llamaclust.cluster.planner.plan import Plan
 from llamaclust.cluster.planner.planner import PlanRequest, make_plan
-from llamaclust.cluster.state.events import Event, News
+from llamaclust.cluster.state.events import Event, Notice
 from llamaclust.core.sizes import MIB
 from llamaclust.model.loader import LayerCost, ModelCosts
 from support.clusters.plan_inputs import link as link_ms
@@ -149,7 +149,7 @@ def test_a_link_that_is_cut_is_told_and_unknown(tmp_path: Path) -> None:
 
     links = asyncio.run(run())
     assert frozenset("ab") not in links.measured and frozenset((COORDINATOR, "a")) in links.measured
-    texts = [event.text for event in told if isinstance(event, News)]
+    texts = [event.text for event in told if isinstance(event, Notice)]
     assert any("between a and b" in text and "it cannot reach worker b at unix:" in text for text in texts)
 
 
@@ -168,7 +168,7 @@ def test_a_worker_that_other_machines_cannot_reach_is_told(tmp_path: Path) -> No
                             await measure_links(workers, cluster.run.token, tmp_path, told.append)
 
     asyncio.run(run())
-    texts = [event.text for event in told if isinstance(event, News) and "no other machine" in event.text]
+    texts = [event.text for event in told if isinstance(event, Notice) and "no other machine" in event.text]
     assert [text.partition(",")[0] for text in texts] == [
         "worker a is served at 127.0.0.1:1",
         "worker a is served at [::1]:2",

@@ -10,7 +10,10 @@ from typing import Any
 
 import pytest
 
-from llamaclust.cluster.control.supervisor import Supervisor
+from llamaclust.cluster.control.cluster_state import ClusterState, Loss
+from llamaclust.cluster.control.link_monitor import LinkMonitor
+from llamaclust.cluster.control.observations import LinksChanged, Tick
+from llamaclust.cluster.control.observed import Observed
 from llamaclust.cluster.control.weight_sources import nearest_first
 from llamaclust.cluster.planner.costs import StageCosts, WorkerFacts
 from llamaclust.cluster.planner.format import plan_json, plan_lines
@@ -138,31 +141,26 @@ def test_weights_come_from_the_same_machine_then_over_the_fastest_links() -> Non
     assert nearest_first("me", ["a", "b", "c"], dict.fromkeys(["me", *"abc"], "x"), UNKNOWN, 1) == ["b", "c", "a"]
 
 
-def test_links_are_measured_again_when_somebody_joins_once_a_pipeline_serves() -> None:
-    known, asked, present = [], [], {"a": object()}
+def test_links_are_measured_again_once_a_pipeline_serves() -> None:
+    known, measured, present = [], [], {"a": object(), "b": object()}
     new = Links({frozenset("ab"): link(3.0, 4.0)})
 
     async def measure(workers: Any) -> Links:
-        asked.append(dict(workers))
+        measured.append(dict(workers))
         return new
 
     async def run() -> None:
-        planning: Any = SimpleNamespace(update=lambda links: known.append(links) or True)
+        planner: Any = SimpleNamespace(update=lambda links: known.append(links) or True)
         registry: Any = SimpleNamespace(present=present)
-        nothing: Any = None
-        config: Any = SimpleNamespace(timeouts=SimpleNamespace(worker=5.0, load=60.0, recovery=120.0))
-        epochs: Any = SimpleNamespace(joined=lambda handle: None)
-        supervisor = Supervisor(config, epochs, planning, registry, nothing, lambda event: None, measure)
-        registration = SimpleNamespace(host="h", address="h:1", pid=1)
-        handle: Any = SimpleNamespace(name="b", registration=registration)
-        present["b"] = handle
-        supervisor._joined(handle)
+        observed = Observed(ClusterState(120.0, 2, Tick(0.0), Loss(0.0)))
+        monitor = LinkMonitor(measure, registry, planner, observed, lambda event: None)
+        monitor.measure_again()
         await asyncio.sleep(0.01)
-        assert not asked, "a pipeline comes first"
-        supervisor._settled.set()
-        supervisor._news.clear()
+        assert not measured, "a pipeline comes first"
+        observed.settled.set()
         async with asyncio.timeout(30):
-            await supervisor._news.wait()
+            assert await observed.next(None) == LinksChanged()
+        assert not observed.settled.is_set()
 
     asyncio.run(run())
-    assert known == [new] and asked == [present]
+    assert known == [new] and measured == [present]

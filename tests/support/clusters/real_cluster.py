@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from llamaclust.cluster.control.loading import load_stages
+from llamaclust.cluster.control.loading import StageLoadError, StageLoads, load_stages
 from llamaclust.cluster.control.remote_pipeline import RemotePipeline
+from llamaclust.cluster.control.weight_sources import ModelReference
 from llamaclust.cluster.engine.pipeline import StageInfo
 from llamaclust.cluster.launchers.base import WorkerSpec
 from llamaclust.cluster.launchers.local import LocalLauncher
 from llamaclust.cluster.launchers.run_directory import RunDirectory, run_directory
-from llamaclust.cluster.membership.registry import OnMember, Registry
+from llamaclust.cluster.membership.registry import MemberLost, Registry
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.core.limits import StageLimits
 from llamaclust.core.sampling import SampleTask, SamplingParams, ScoreTask
@@ -41,8 +42,18 @@ class RealCluster:
     async def load_stages(self, model: Path, cuts: Sequence[int], epoch: int = 1) -> tuple[WorkerHandle, ...]:
         stages = [StageInfo(name, *layers) for name, layers in zip(NAMES, pairwise(cuts), strict=False)]
         model_id = Model.open(model).model_id
-        workers = self.registry.workers
-        return await load_stages(epoch, stages, workers, model_path=str(model), model_id=model_id, limits=LIMITS)
+        loads = StageLoads(epoch, stages, ModelReference(str(model), model_id), LIMITS)
+        try:
+            return await load_stages(loads, self.registry.workers)
+        except StageLoadError as failed:
+            raise failed.error from failed
+
+
+def losses(registry: Registry) -> list[str]:
+    """The names of workers that are lost from now on, in their order."""
+    lost: list[str] = []
+    registry.subscribe(lambda event: lost.append(event.worker.name) if isinstance(event, MemberLost) else None)
+    return lost
 
 
 @asynccontextmanager
@@ -53,7 +64,6 @@ async def real_cluster(
     device: str = "cpu",
     silence_s: float = 20.0,
     deadlines: Deadlines | None = None,
-    on_lost: OnMember = lambda worker: None,
 ) -> AsyncIterator[RealCluster]:
     """Workers a, b, ... have joined; their processes are gone at the end."""
     logs = folder / "logs"
@@ -67,7 +77,6 @@ async def real_cluster(
             silence_s=silence_s,
             deadlines=deadlines,
             last_words=last_words,
-            on_lost=on_lost,
         )
         specs = [WorkerSpec(name, device, threads=1) for name in NAMES[:workers]]
         try:

@@ -22,7 +22,7 @@ from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.scheduler.requests import GenerationRequest, PromptScored, TokenSampled
 from llamaclust.cluster.server.coordinator import Cluster, open_cluster
 from llamaclust.cluster.state.directory import ClusterDir
-from llamaclust.cluster.state.events import Event, News, PlanMade
+from llamaclust.cluster.state.events import Event, Notice, PlanMade
 from llamaclust.core.sampling import RowResult, SamplingParams
 from support.models.tiny_model import build_tiny_model
 
@@ -166,7 +166,7 @@ async def recovering(
     running: list[Recovering] = []
 
     def watch(event: Event) -> None:
-        if isinstance(event, News):
+        if isinstance(event, Notice):
             told.append(event.text)
             for run in running:
                 run.on_news(event.text)

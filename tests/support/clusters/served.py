@@ -19,7 +19,7 @@ from fastapi import FastAPI
 
 from llamaclust.cluster.api.admission import Admission
 from llamaclust.cluster.api.app import create_app
-from llamaclust.cluster.api.operations import Workforce
+from llamaclust.cluster.api.operations import WorkerPool
 from llamaclust.cluster.api.server import server_config
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.engine.engine import Engine
@@ -166,14 +166,14 @@ def make_app(
     engine: Any,
     chat_template: ChatTemplate | None = None,
     admission: Admission | None = None,
-    workforce: Workforce | None = None,
+    pool: WorkerPool | None = None,
     **settings: Any,
 ) -> FastAPI:
     """An app on a scripted engine; operators see an engine that does nothing."""
     idle = engine if isinstance(engine, Engine) else Engine(FakePipeline(SETTINGS.kv_blocks), SETTINGS)
     service = make_service(engine, chat_template)
     show = {"status": {"name": "test"}}.copy
-    return create_app(service, ApiSettings(**settings), idle, show, admission, workforce)
+    return create_app(service, ApiSettings(**settings), idle, show, admission, pool)
 
 
 def client(app: FastAPI, **options: Any) -> httpx.AsyncClient:

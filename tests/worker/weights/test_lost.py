@@ -12,7 +12,7 @@ from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.cluster.server.coordinator import open_cluster
 from llamaclust.cluster.state.directory import ClusterDir
-from llamaclust.cluster.state.events import Event, News
+from llamaclust.cluster.state.events import Event, Notice
 from llamaclust.wire.rpc.server import ServerStream
 from llamaclust.wire.weight_stream import FRAME_BYTES, WeightRange, frames_of
 from llamaclust.worker.settings import WorkerSettings
@@ -99,7 +99,7 @@ async def answers(
     """Of a cluster that runs for these requests only."""
 
     def watch(event: Event) -> None:
-        if isinstance(event, News):
+        if isinstance(event, Notice):
             told.append(event.text)
 
     directory = ClusterDir(settings.state_dir / settings.name)

@@ -1,0 +1,164 @@
+"""Executes the supervisor's actions: plans, loads, changes of the engine's pipeline."""
+
+from __future__ import annotations
+
+import asyncio
+
+from llamaclust.cluster.control import observations as seen
+from llamaclust.cluster.control import reconcile as act
+from llamaclust.cluster.control.epochs import Epoch, Epochs
+from llamaclust.cluster.control.loading import StageLoadError
+from llamaclust.cluster.control.notices import moving_text, recovered_text
+from llamaclust.cluster.control.observed import Observed
+from llamaclust.cluster.control.partitions import PartitionTracker
+from llamaclust.cluster.control.planning import ClusterPlanner
+from llamaclust.cluster.engine.engine import Engine
+from llamaclust.cluster.membership.registry import Registry
+from llamaclust.cluster.planner.format import plan_lines
+from llamaclust.cluster.planner.plan import Plan
+from llamaclust.cluster.state.events import Notice, PlanMade, Report, WorkerLoading, WorkerReading
+from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError, WorkerError
+from llamaclust.wire.control.messages import FindWeightsProgress, LoadProgress
+from llamaclust.wire.rpc.task_set import TaskSet
+
+
+class ActionRunner:
+    """Owns the epoch that serves. Each result is an observation."""
+
+    def __init__(
+        self,
+        observed: Observed,
+        epochs: Epochs,
+        planner: ClusterPlanner,
+        registry: Registry,
+        partitions: PartitionTracker,
+        report: Report,
+    ) -> None:
+        self.epochs = epochs
+        self.planner = planner
+        self.epoch: Epoch | None = None  # that serves, or served until it was lost
+        self.engine: Engine | None = None  # None: at a start
+        self.recoveries = 0
+        self.ending = TaskSet()  # processes of lost workers, whose memory loads need
+        self._observed = observed
+        self._registry = registry
+        self._partitions = partitions
+        self._report = report
+        self._loaded: Epoch | None = None
+
+    async def run(self, action: act.Action) -> None:
+        match action:
+            case act.MakePlan(inputs):
+                await self._make_plan(inputs)
+            case act.LoadEpoch(plan, is_exclusive):
+                await self._load(plan, is_exclusive=is_exclusive)
+            case act.Serve():
+                await self._serve()
+            case act.ClosePipeline():
+                assert self.epoch is not None
+                await self.epoch.pipeline.close()
+                await self._partitions.settled()
+                self._observed.post(seen.PipelineClosed())
+            case act.Expel(expulsions):
+                for expulsion in expulsions:
+                    name, join = expulsion.worker
+                    if self._observed.state.pool.present.get(name) == join:
+                        self._registry.fence(self._registry.workers[name], expulsion.reason)
+                self._observed.post(seen.WorkersExpelled())
+            case act.FailRequests(reason):
+                self._fail_requests(reason)
+            case act.Interrupt(error):
+                assert self.engine is not None
+                self.engine.interrupt(error)
+            case act.Notify(text):
+                self._report(Notice(text))
+                self._observed.post(seen.Noticed(text))
+
+    async def _make_plan(self, inputs: seen.PlanInputs) -> None:
+        """Without the quarantined workers where the others suffice."""
+        present = self._registry.present
+        usable = {name: present[name] for name, _ in inputs.workers if name in present}
+        others = {name: worker for name, worker in usable.items() if name not in inputs.quarantined}
+        plan, failure = None, None
+        for workers in (others, usable) if len(others) < len(usable) else (usable,):
+            try:
+                plan, failure = await self.planner.plan(workers, inputs.partitions), None
+                break
+            except (InsufficientMemoryError, WorkerError) as error:
+                failure = error
+        self._observed.post(seen.Planned(inputs, plan, failure))
+
+    async def _load(self, plan: Plan, *, is_exclusive: bool) -> None:
+        await self.ending.join()
+        is_start = self.engine is None
+        if is_start:
+            self._report(PlanMade(tuple(plan_lines(plan))))
+        else:
+            held = {name: worker.layers for name, worker in self._registry.workers.items() if worker.layers}
+            self._report(Notice(moving_text(plan, held)))
+        observer = StartObserver(plan, self._report) if is_start else None
+        try:
+            self._loaded = await self.epochs.open(
+                plan, self.planner.links, is_exclusive=is_exclusive, observer=observer
+            )
+        except StageLoadError as failed:
+            if is_exclusive:
+                await self._partitions.settled()
+            absent = self.epochs.file_is_absent
+            self._observed.post(seen.LoadFailed(failed.error, is_exclusive, failed.suspects, absent))
+            return
+        if observer is not None:
+            observer.loaded(self._loaded)
+        self._observed.post(seen.EpochLoaded())
+
+    async def _serve(self) -> None:
+        """The engine continues on the loaded epoch; layers of others are freed."""
+        old, epoch, loss = self.epoch, self._loaded, self._observed.state.loss
+        assert epoch is not None
+        self.epoch, self._loaded = epoch, None
+        if self.engine is not None:
+            self.engine.resume(epoch.pipeline, epoch.settings)
+        self._observed.post(seen.EpochServing())
+        if self.engine is None or old is None:
+            return
+        await old.pipeline.close()
+        if loss is not None:
+            seconds = asyncio.get_running_loop().time() - loss.since_s
+            self.recoveries += 1
+            self.engine.metrics.recovered(seconds)
+            counts = self.engine.scheduler.counts
+            self._report(Notice(recovered_text(seconds, counts.running + counts.waiting)))
+        try:
+            await self.epochs.free_others(epoch)
+        except LlamaclustError as error:
+            self._report(Notice(f"layers that are not needed any more stay in memory: {error}"))
+
+    def _fail_requests(self, reason: str) -> None:
+        loss = self._observed.state.loss
+        assert self.engine is not None and self.epoch is not None and loss is not None and loss.error is not None
+        error = loss.error
+        if reason:
+            lost = self.epoch.root_cause  # also where others reported sooner that they cannot reach it
+            error = WorkerError(f"{error if lost is None else lost.error}; {reason}")
+        self.engine.give_up(error)
+        self._observed.post(seen.RequestsFailed(reason))
+
+
+class StartObserver:
+    """Reports how far the workers of a start are."""
+
+    def __init__(self, plan: Plan, report: Report) -> None:
+        self._stages = {stage.worker: stage for stage in plan.stages}
+        self._report = report
+
+    def loading(self, worker: str, progress: LoadProgress) -> None:
+        stage = self._stages[worker]
+        self._report(WorkerLoading(worker, stage.start, stage.end, progress.done_bytes, progress.total_bytes))
+
+    def reading(self, worker: str, progress: FindWeightsProgress) -> None:
+        self._report(WorkerReading(worker, progress.done_bytes, progress.total_bytes))
+
+    def loaded(self, epoch: Epoch) -> None:
+        for worker in epoch.workers:
+            order, loaded = worker.stages[epoch.number]
+            self._report(WorkerLoading(worker.name, order.start, order.end, loaded.weight_bytes, loaded.weight_bytes))

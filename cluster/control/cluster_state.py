@@ -1,0 +1,277 @@
+"""The state that the supervisor decides from, and how each observation changes it. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from llamaclust.cluster.control import observations as seen
+from llamaclust.cluster.control.observations import Incarnation, PlanInputs
+from llamaclust.cluster.control.quarantine import Quarantine
+from llamaclust.cluster.planner.adjacency import Pairs, split
+from llamaclust.cluster.planner.plan import Plan
+from llamaclust.core.backoff import Backoff
+from llamaclust.core.errors import DeadlineError, LlamaclustError, ProtocolError, StalledError
+from llamaclust.core.gpus import DeviceLayers
+
+MAX_FAILURES = 3
+"""Of the same workers, without one of them being lost or a request being answered."""
+_LOAD_BACKOFF = Backoff(first_s=0.1, max_s=5.0)
+
+
+@dataclass(frozen=True, slots=True)
+class PoolState:
+    """The present workers, and which of them a plan may use."""
+
+    present: Mapping[str, int] = field(default_factory=dict)  # by name, which join it is, in the order of joining
+    joins: int = 0
+    drained: frozenset[str] = frozenset()
+    partitions: Pairs = frozenset()
+    links: int = 0
+    quarantine: Quarantine = field(default_factory=Quarantine)
+
+    @property
+    def usable(self) -> tuple[Incarnation, ...]:
+        return tuple((name, join) for name, join in self.present.items() if name not in self.drained)
+
+    def inputs(self, now_s: float) -> PlanInputs:
+        return PlanInputs(self.usable, self.quarantine.names(now_s), self.partitions, self.links)
+
+    def is_partitioned(self, plan: Plan) -> bool:
+        """Whether neighbouring stages cannot reach each other."""
+        return split([stage.worker for stage in plan.stages], self.partitions) is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Planning:
+    """The newest plan, or why there is none. `rejected`: a load of this plan failed so that it is not repeated."""
+
+    inputs: PlanInputs
+    plan: Plan | None = None
+    error: LlamaclustError | None = None
+    rejected: LlamaclustError | None = None
+    is_noticed: bool = False  # operators were told
+
+
+@dataclass(frozen=True, slots=True)
+class Expulsion:
+    """A worker that is to count as lost, and the notice why."""
+
+    worker: Incarnation
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """Loads since an epoch served last."""
+
+    failures: int = 0
+    error: LlamaclustError | None = None  # of the last one that was counted
+    retry_at_s: float = 0.0
+    is_loaded: bool = False  # and ready to serve
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """The epoch that serves, or served until its pipeline was lost."""
+
+    plan: Plan
+    workers: tuple[Incarnation, ...]  # in the order of their stages
+
+    def has_layers_as(self, plan: Plan) -> bool:
+        return _layers(self.plan) == _layers(plan)
+
+
+def _layers(plan: Plan) -> list[tuple[str, int, int, tuple[DeviceLayers, ...]]]:
+    return [(stage.worker, stage.start, stage.end, stage.device_layers) for stage in plan.stages]
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """A pipeline that is lost, until another one serves. At a start: that none serves yet."""
+
+    since_s: float
+    error: LlamaclustError | None = None
+    is_closed: bool = False
+    ends_requests: bool = False  # they failed again and again
+    failed_because: str | None = None  # requests were failed for this reason
+
+
+@dataclass(frozen=True, slots=True)
+class Failures:
+    """Of pipelines whose workers were all present, since a request was answered."""
+
+    count: int = 0
+    answered: int = 0  # requests, at the last of them
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterState:
+    recovery_s: float  # `timeouts.recovery`
+    worker_count: int  # of the cluster file
+    tick: seen.Tick
+    loss: Loss | None
+    pool: PoolState = field(default_factory=PoolState)
+    planning: Planning | None = None
+    loading: Loading = field(default_factory=Loading)
+    serving: Serving | None = None
+    failures: Failures = field(default_factory=Failures)
+    expulsions: tuple[Expulsion, ...] = ()
+    is_acting: bool = False
+    waits_for: str = ""  # the last notice
+
+    @property
+    def inputs(self) -> PlanInputs:
+        return self.pool.inputs(self.tick.now_s)
+
+    @property
+    def is_start(self) -> bool:
+        return self.serving is None
+
+    @property
+    def is_whole(self) -> bool:
+        return len(self.pool.usable) == self.worker_count
+
+    @property
+    def deadline_s(self) -> float:
+        """Until then requests wait for another pipeline."""
+        assert self.loss is not None
+        return self.loss.since_s + self.recovery_s
+
+    @property
+    def has_lost_workers(self) -> bool:
+        """Whether a worker of the serving epoch is lost."""
+        workers = () if self.serving is None else self.serving.workers
+        return any(self.pool.present.get(name) != join for name, join in workers)
+
+
+def observe(state: ClusterState, observation: seen.Observation) -> ClusterState:
+    """The state after an observation."""
+    match observation:
+        case seen.Tick():
+            return replace(state, tick=observation)
+        case seen.ActionEnded():
+            return replace(state, is_acting=False)
+        case seen.Noticed(text):
+            planning = None if state.planning is None else replace(state.planning, is_noticed=True)
+            return replace(state, planning=planning, waits_for=text)
+        case seen.Planned(inputs, plan, error):
+            return replace(state, planning=Planning(inputs, plan, error))
+        case seen.LoadFailed():
+            return _load_failed(state, observation)
+        case seen.EpochLoaded():
+            return replace(state, loading=replace(state.loading, is_loaded=True))
+        case seen.EpochServing():
+            return _serving(state)
+        case seen.PipelineLost() | seen.PipelineClosed() | seen.RequestsFailed():
+            return _pipeline_lost(state, observation)
+        case seen.WorkersExpelled():
+            return replace(state, expulsions=())
+        case _:
+            return replace(state, pool=_pool_changed(state.pool, observation))
+
+
+def _pool_changed(pool: PoolState, observation: seen.Observation) -> PoolState:
+    match observation:
+        case seen.WorkerJoined(name):
+            return replace(pool, present={**pool.present, name: pool.joins + 1}, joins=pool.joins + 1)
+        case seen.WorkerLost(name):
+            return replace(pool, present={other: join for other, join in pool.present.items() if other != name})
+        case seen.PartitionsChanged(pairs):
+            return replace(pool, partitions=pairs)
+        case seen.LinksChanged():
+            return replace(pool, links=pool.links + 1)
+        case seen.DrainRequested(name):
+            return replace(pool, drained=pool.drained | {name})
+        case seen.UndrainRequested(name):
+            return replace(pool, drained=pool.drained - {name}, quarantine=pool.quarantine.release([name]))
+    raise AssertionError(f"{observation} is no change of the worker pool")
+
+
+def _pipeline_lost(
+    state: ClusterState, observation: seen.PipelineLost | seen.PipelineClosed | seen.RequestsFailed
+) -> ClusterState:
+    if isinstance(observation, seen.PipelineLost):
+        planning = None if state.planning is None else replace(state.planning, rejected=None, is_noticed=False)
+        return replace(state, loss=Loss(state.tick.now_s, observation.error), planning=planning)
+    if state.loss is None:
+        return state
+    if isinstance(observation, seen.RequestsFailed):
+        return replace(state, loss=replace(state.loss, ends_requests=False, failed_because=observation.reason))
+    return _attribute(replace(state, loss=replace(state.loss, is_closed=True)))
+
+
+def _attribute(state: ClusterState) -> ClusterState:
+    """A worker that breaks the protocol is expelled. Where no worker is lost or cut off, and again and again, requests
+    may be what no worker can compute: they end."""
+    loss, serving = state.loss, state.serving
+    assert loss is not None and serving is not None
+    expelled: tuple[Expulsion, ...] = ()
+    if isinstance(loss.error, ProtocolError) and not state.has_lost_workers:
+        expelled = (Expulsion(serving.workers[-1], str(loss.error)),)
+    failures = Failures(answered=state.failures.answered)
+    if not (expelled or state.has_lost_workers or state.pool.is_partitioned(serving.plan)):
+        answered = state.tick.answered
+        count = state.failures.count + 1 if answered == state.failures.answered else 1
+        failures = Failures(count, answered)
+    if failures.count >= MAX_FAILURES:
+        failures, loss = replace(failures, count=0), replace(loss, ends_requests=True)
+    return replace(state, loss=loss, failures=failures, expulsions=(*state.expulsions, *expelled))
+
+
+def _load_failed(state: ClusterState, failed: seen.LoadFailed) -> ClusterState:
+    """Where the inputs changed meanwhile, another plan may be the remedy. Else the load is repeated after a pause, and
+    workers that fail again and again, or do not answer, are expelled."""
+    planning = state.planning
+    assert planning is not None and planning.plan is not None
+    hanging = {
+        suspect.name: f"it hangs: {suspect.error}"
+        for suspect in failed.suspects
+        if isinstance(suspect.error, StalledError)
+    }
+    is_old = planning.inputs != state.inputs or state.pool.is_partitioned(planning.plan)
+    if is_old or hanging:
+        return _expel(state, planning.inputs, hanging)
+    if not failed.is_exclusive:
+        return state if state.loss else replace(state, planning=replace(planning, rejected=failed.error))
+    if failed.file_is_absent and not (state.is_start and state.is_whole):
+        return replace(state, planning=replace(planning, rejected=failed.error))
+    failures = state.loading.failures + 1
+    retry_at_s = state.tick.now_s + _LOAD_BACKOFF.pause_s(failures - 1)
+    state = replace(state, loading=Loading(failures, failed.error, retry_at_s))
+    return state if state.is_start else _expel(state, planning.inputs, _unfit(failed, failures))
+
+
+def _unfit(failed: seen.LoadFailed, failures: int) -> dict[str, str]:
+    """Workers that did not answer, or that fail again and again, and the notice of each."""
+    reason = f"it takes no part in a new epoch: {failed.error}"
+    return {
+        suspect.name: reason
+        for suspect in failed.suspects
+        if failures >= MAX_FAILURES or isinstance(suspect.error, DeadlineError)
+    }
+
+
+def _expel(state: ClusterState, inputs: PlanInputs, reasons: Mapping[str, str]) -> ClusterState:
+    quarantine = state.pool.quarantine
+    for name in reasons:
+        quarantine = quarantine.add(name, state.tick.now_s)
+    workers = dict(inputs.workers)
+    expelled = (Expulsion((name, workers[name]), reason) for name, reason in reasons.items())
+    pool = replace(state.pool, quarantine=quarantine)
+    return replace(state, pool=pool, expulsions=(*state.expulsions, *expelled))
+
+
+def _serving(state: ClusterState) -> ClusterState:
+    planning = state.planning
+    assert planning is not None and planning.plan is not None
+    names = [stage.worker for stage in planning.plan.stages]
+    joins = dict(planning.inputs.workers)
+    return replace(
+        state,
+        pool=replace(state.pool, quarantine=state.pool.quarantine.release(names)),
+        loading=Loading(),
+        serving=Serving(planning.plan, tuple((name, joins[name]) for name in names)),
+        loss=None,
+        waits_for="",
+    )

@@ -1,0 +1,161 @@
+"""What the supervisor observes: plain values, in one queue, in the order in which they happened."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llamaclust.cluster.planner.adjacency import Pairs
+from llamaclust.cluster.planner.plan import Plan
+from llamaclust.core.errors import LlamaclustError
+
+Incarnation = tuple[str, int]
+"""A worker's name and which of its joins it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlanInputs:
+    """Another plan is due when these change."""
+
+    workers: tuple[Incarnation, ...] = ()  # that may hold layers
+    quarantined: frozenset[str] = frozenset()
+    partitions: Pairs = frozenset()
+    links: int = 0  # how often they changed
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerJoined:
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLost:
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class PartitionsChanged:
+    """All pairs of live workers that cannot reach each other now."""
+
+    pairs: Pairs
+
+
+@dataclass(frozen=True, slots=True)
+class LinksChanged:
+    """Links were measured again, with another result."""
+
+
+@dataclass(frozen=True, slots=True)
+class DrainRequested:
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class UndrainRequested:
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineLost:
+    """The engine's pipeline failed; requests wait."""
+
+    error: LlamaclustError
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Figures of the moment, before each decision: the event loop's clock, the requests answered since the start, and
+    the tokens that a change of the pipeline would compute again."""
+
+    now_s: float
+    answered: int = 0
+    replay_tokens: int = 0
+
+
+# Results of actions
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """The plan for these inputs, or why there is none."""
+
+    inputs: PlanInputs
+    plan: Plan | None = None
+    error: LlamaclustError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Suspect:
+    """A worker that failed to load its stage."""
+
+    name: str
+    error: BaseException
+
+
+@dataclass(frozen=True, slots=True)
+class LoadFailed:
+    """`is_exclusive`: see `LoadEpoch`. `file_is_absent`: no present worker has the model's file, and some need it."""
+
+    error: LlamaclustError
+    is_exclusive: bool
+    suspects: tuple[Suspect, ...] = ()
+    file_is_absent: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class EpochLoaded:
+    """The planned epoch is loaded and connected."""
+
+
+@dataclass(frozen=True, slots=True)
+class EpochServing:
+    """The engine runs on the loaded epoch."""
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineClosed:
+    """The lost pipeline is closed, and reports of its workers about each other are confirmed or dropped."""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestsFailed:
+    """For this reason, as the action named it."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkersExpelled:
+    """The workers of the last `Expel` count as lost."""
+
+
+@dataclass(frozen=True, slots=True)
+class Noticed:
+    """Operators were told."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ActionEnded:
+    """The next action may begin."""
+
+
+Observation = (
+    WorkerJoined
+    | WorkerLost
+    | PartitionsChanged
+    | LinksChanged
+    | DrainRequested
+    | UndrainRequested
+    | PipelineLost
+    | Tick
+    | Planned
+    | LoadFailed
+    | EpochLoaded
+    | EpochServing
+    | PipelineClosed
+    | RequestsFailed
+    | WorkersExpelled
+    | Noticed
+    | ActionEnded
+)

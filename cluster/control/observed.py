@@ -1,0 +1,45 @@
+"""The queue of observations, and the state that they make up."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from dataclasses import replace
+
+from llamaclust.cluster.control.cluster_state import ClusterState, observe
+from llamaclust.cluster.control.observations import Observation
+
+
+class Observed:
+    """`settled` is set while, since the last observation, everything has been done that can be."""
+
+    def __init__(self, state: ClusterState) -> None:
+        self.state = state
+        self.settled = asyncio.Event()
+        self._queue: asyncio.Queue[Observation] = asyncio.Queue()
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the state contains every observation."""
+        return self._queue.empty()
+
+    def post(self, observation: Observation) -> None:
+        """Any observation may be a reason to act."""
+        self.settled.clear()
+        self._queue.put_nowait(observation)
+
+    def apply(self, observation: Observation) -> None:
+        self.state = observe(self.state, observation)
+
+    def begin(self) -> None:
+        """An action runs from now on, until it is observed to have ended."""
+        self.state = replace(self.state, is_acting=True)
+
+    async def next(self, until_s: float | None) -> Observation | None:
+        """The next one; None where there is none until a time of the event loop's clock."""
+        if not self._queue.empty():
+            return self._queue.get_nowait()
+        with suppress(TimeoutError):
+            async with asyncio.timeout_at(until_s):
+                return await self._queue.get()
+        return None

@@ -1,0 +1,199 @@
+"""From the observed state of a cluster to the supervisor's next action. Pure.
+
+A start, a loss, a second loss during a recovery, a drain and a better plan all take the same steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llamaclust.cluster.control.cluster_state import ClusterState, Expulsion
+from llamaclust.cluster.control.notices import waiting_text
+from llamaclust.cluster.control.observations import PlanInputs
+from llamaclust.cluster.planner.plan import Plan
+from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError, NetworkPartitionError
+
+_REPLAY_S = 1.0
+"""Requests may pause for so long for a better plan."""
+_LOOK_S = 1.0
+"""Between two looks at whether a move would pause requests for too long."""
+
+
+@dataclass(frozen=True, slots=True)
+class MakePlan:
+    """Without the quarantined workers where the others suffice."""
+
+    inputs: PlanInputs
+
+
+@dataclass(frozen=True, slots=True)
+class LoadEpoch:
+    """`is_exclusive`: the workers' other stages are freed first."""
+
+    plan: Plan
+    is_exclusive: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Serve:
+    """The engine continues on the loaded epoch."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClosePipeline:
+    """The lost one; then failures can be attributed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Expel:
+    """These workers count as lost from now on."""
+
+    expulsions: tuple[Expulsion, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FailRequests:
+    """`reason`: besides the cause of the loss; empty where that is all."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Interrupt:
+    """Ends a working pipeline: the new layers do not fit beside its own."""
+
+    error: LlamaclustError
+
+
+@dataclass(frozen=True, slots=True)
+class Notify:
+    """Operators."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """The start fails."""
+
+    error: LlamaclustError
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """For an observation, or until this time. `is_settled`: nothing is left to do."""
+
+    until_s: float | None
+    is_settled: bool = False
+
+
+Action = MakePlan | LoadEpoch | Serve | ClosePipeline | Expel | FailRequests | Interrupt | Notify | Abort | Wait
+
+
+def reconcile(state: ClusterState) -> Action | None:
+    """None while an action runs."""
+    if state.is_acting:
+        return None
+    return _serve(state) or _end_pipeline(state) or _plan(state) or _recover(state) or _improve(state)
+
+
+def _end_pipeline(state: ClusterState) -> Action | None:
+    loss = state.loss
+    if loss is not None and loss.error is not None and not loss.is_closed:
+        return ClosePipeline()
+    if state.expulsions:
+        return Expel(state.expulsions)
+    if loss is not None and loss.ends_requests:
+        return FailRequests("")
+    return None
+
+
+def _serve(state: ClusterState) -> Action | None:
+    return Serve() if state.loading.is_loaded else None
+
+
+def _plan(state: ClusterState) -> Action | None:
+    if state.planning is None or state.planning.inputs != state.inputs:
+        return MakePlan(state.inputs)
+    return None
+
+
+def _recover(state: ClusterState) -> Action | None:
+    """At a start, or after a loss: a plan over the present workers, as soon as they suffice."""
+    loss, planning, loading = state.loss, state.planning, state.loading
+    if loss is None:
+        return None
+    assert planning is not None
+    now_s = state.tick.now_s
+    if (missing := planning.error or planning.rejected) is not None:
+        return _wait_for_workers(state, missing)
+    if loading.error is not None and state.is_start:
+        return Abort(loading.error)
+    if loading.error is not None and now_s >= state.deadline_s:
+        late = f"no plan could be loaded within {state.recovery_s:g} s (timeouts.recovery): {loading.error}"
+        if late != loss.failed_because:
+            return FailRequests(late)
+    if now_s < loading.retry_at_s:
+        return Wait(_earliest(loading.retry_at_s, state.deadline_s if now_s < state.deadline_s else None))
+    assert planning.plan is not None
+    return LoadEpoch(planning.plan, is_exclusive=True)
+
+
+def _wait_for_workers(state: ClusterState, why: LlamaclustError) -> Action:
+    """The reason is noticed once. After `timeouts.recovery` requests fail, but the cluster waits on; a start fails."""
+    loss = state.loss
+    assert loss is not None and state.planning is not None
+    is_partition = isinstance(why, NetworkPartitionError)
+    if state.is_start and state.planning.error is not None and state.is_whole and not is_partition:
+        return Abort(why)
+    if (text := waiting_text(why, state.recovery_s)) != state.waits_for:
+        return Notify(text)
+    if state.tick.now_s < state.deadline_s:
+        return Wait(_earliest(state.deadline_s, _quarantine_end_s(state)))
+    if state.is_start:
+        return Abort(why)
+    late = (
+        f"no {'link' if is_partition else 'worker'} came back within {state.recovery_s:g} s (timeouts.recovery): {why}"
+    )
+    if late != loss.failed_because:
+        return FailRequests(late)
+    return Wait(_quarantine_end_s(state))
+
+
+def _improve(state: ClusterState) -> Action:
+    """The best plan for the present workers, while the old one serves."""
+    serving, planning = state.serving, state.planning
+    assert serving is not None and planning is not None
+    must_move = any(name in state.pool.drained for name, _ in serving.workers)
+    settled = Wait(_quarantine_end_s(state), is_settled=True)
+    if planning.plan is None:
+        text = f"layers cannot be moved now: {planning.error}"
+        return Notify(text) if must_move and not planning.is_noticed else settled
+    if serving.has_layers_as(planning.plan) and not state.has_lost_workers:
+        return settled
+    if planning.rejected is not None:
+        return _move_failed(planning.rejected, must_move=must_move, is_noticed=planning.is_noticed) or settled
+    if must_move or _is_cheap(planning.plan, state.tick.replay_tokens):
+        return LoadEpoch(planning.plan, is_exclusive=False)
+    return Wait(state.tick.now_s + _LOOK_S)
+
+
+def _move_failed(error: LlamaclustError, *, must_move: bool, is_noticed: bool) -> Action | None:
+    if isinstance(error, InsufficientMemoryError):
+        return Interrupt(error) if must_move else None
+    return None if is_noticed else Notify(f"layers stay where they are: {error}")
+
+
+def _is_cheap(plan: Plan, tokens: int) -> bool:
+    """Whether requests would hardly pause: their tokens so far are soon computed again."""
+    if plan.prediction is None or not tokens:
+        return not tokens
+    return tokens * sum(stage.prefill_s for stage in plan.prediction.stages) < _REPLAY_S
+
+
+def _quarantine_end_s(state: ClusterState) -> float | None:
+    return state.pool.quarantine.next_end_s(state.tick.now_s)
+
+
+def _earliest(first_s: float, second_s: float | None) -> float:
+    return first_s if second_s is None else min(first_s, second_s)

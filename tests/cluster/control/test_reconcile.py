@@ -1,0 +1,340 @@
+"""Observations and the action that follows from them: a table of plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import pytest
+
+from llamaclust.cluster.control import observations as seen
+from llamaclust.cluster.control.cluster_state import ClusterState, Loss, observe
+from llamaclust.cluster.control.observations import Observation, Suspect
+from llamaclust.cluster.control.reconcile import (
+    Abort,
+    Action,
+    ClosePipeline,
+    Expel,
+    FailRequests,
+    Interrupt,
+    LoadEpoch,
+    MakePlan,
+    Notify,
+    Serve,
+    Wait,
+    reconcile,
+)
+from llamaclust.cluster.planner.plan import Plan
+from llamaclust.cluster.planner.planner import make_plan
+from llamaclust.core.errors import (
+    DeadlineError,
+    InsufficientMemoryError,
+    ModelFileError,
+    NetworkPartitionError,
+    ProtocolError,
+    StalledError,
+    WorkerError,
+)
+from support.clusters.plan_inputs import ASK, SMALL, worker
+
+RECOVERY_S = 120.0
+AB = frozenset("ab")
+MEMORY = InsufficientMemoryError("12 MiB are missing")
+LOST = WorkerError("worker b is lost")
+BROKEN = WorkerError("the pipeline broke")
+FAILED = WorkerError("layers do not load")
+FILE = ModelFileError("no such file")
+IDLE = Wait(None, is_settled=True)
+
+
+def plan_of(*names: str) -> Plan:
+    return make_plan(SMALL, [worker(name) for name in names], replace(ASK, objective="throughput"))
+
+
+BOTH, ONLY_A, ONLY_B = plan_of("a", "b"), plan_of("a"), plan_of("b")
+
+
+@dataclass
+class Cluster:
+    """Applies observations to the state of a cluster of two workers. Plans are for the present inputs."""
+
+    state: ClusterState
+    now_s: float = 0.0
+
+    @classmethod
+    def starting(cls) -> Cluster:
+        return cls(ClusterState(RECOVERY_S, 2, seen.Tick(0.0), Loss(0.0)))
+
+    @classmethod
+    def serving(cls) -> Cluster:
+        cluster = cls.starting()
+        cluster.see(seen.WorkerJoined("a"), seen.WorkerJoined("b"))
+        cluster.plan(BOTH)
+        cluster.see(seen.EpochLoaded(), seen.EpochServing())
+        return cluster
+
+    def see(self, *observations: Observation) -> Action | None:
+        for observation in observations:
+            self.state = observe(self.state, observation)
+        return reconcile(self.state)
+
+    def plan(self, outcome: Plan | WorkerError | InsufficientMemoryError) -> Action | None:
+        if isinstance(outcome, Plan):
+            return self.see(seen.Planned(self.state.inputs, plan=outcome))
+        return self.see(seen.Planned(self.state.inputs, error=outcome))
+
+    def at(self, now_s: float, answered: int = 0, replay_tokens: int = 0) -> Action | None:
+        return self.see(seen.Tick(now_s, answered, replay_tokens))
+
+    def lose_pipeline(self, error: WorkerError | ProtocolError = BROKEN) -> Action | None:
+        assert self.see(seen.PipelineLost(error)) == ClosePipeline()
+        return self.see(seen.PipelineClosed())
+
+    def load_failed(
+        self,
+        error: WorkerError | ModelFileError | InsufficientMemoryError,
+        *suspects: Suspect,
+        is_exclusive: bool = True,
+    ) -> Action | None:
+        return self.see(seen.LoadFailed(error, is_exclusive, suspects))
+
+    def notified(self, action: Action | None) -> Action | None:
+        """The action after a notice."""
+        assert isinstance(action, Notify)
+        return self.see(seen.Noticed(action.text))
+
+
+STEPS: list[tuple[str, Sequence[Observation], Action | type[Action] | None]] = [
+    ("nothing has changed", [], IDLE),
+    ("an action runs", [], None),
+    ("a worker joins", [seen.WorkerJoined("c")], MakePlan),
+    ("a worker is lost", [seen.WorkerLost("b")], MakePlan),
+    ("a worker joins again", [seen.WorkerLost("b"), seen.WorkerJoined("b")], MakePlan),
+    ("links changed", [seen.LinksChanged()], MakePlan),
+    ("a partition", [seen.PartitionsChanged(frozenset({AB}))], MakePlan),
+    ("a drain", [seen.DrainRequested("b")], MakePlan),
+    ("a drain taken back", [seen.DrainRequested("b"), seen.UndrainRequested("b")], IDLE),
+    ("the pipeline is lost", [seen.PipelineLost(BROKEN)], ClosePipeline()),
+    ("it is lost and closed", [seen.PipelineLost(BROKEN), seen.PipelineClosed()], LoadEpoch(BOTH, is_exclusive=True)),
+]
+
+
+@pytest.mark.parametrize(("what", "observations", "expected"), STEPS, ids=[step[0] for step in STEPS])
+def test_each_observation_of_a_serving_cluster(
+    what: str, observations: Sequence[Observation], expected: Action | type[Action] | None
+) -> None:
+    cluster = Cluster.serving()
+    if what == "an action runs":
+        cluster.state = replace(cluster.state, is_acting=True)
+    action = cluster.see(*observations)
+    if expected is MakePlan:
+        assert action == MakePlan(cluster.state.inputs)
+    else:
+        assert action == expected
+
+
+def test_a_start_plans_loads_and_serves() -> None:
+    cluster = Cluster.starting()
+    cluster.see(seen.WorkerJoined("a"))
+    assert cluster.see(seen.WorkerJoined("b")) == MakePlan(cluster.state.inputs)
+    assert cluster.plan(BOTH) == LoadEpoch(BOTH, is_exclusive=True)
+    assert cluster.see(seen.EpochLoaded()) == Serve()
+    assert cluster.see(seen.EpochServing()) == IDLE
+    assert cluster.state.serving is not None and cluster.state.serving.workers == (("a", 1), ("b", 2))
+
+
+def test_a_start_ends_with_an_error_that_no_other_worker_can_help() -> None:
+    cluster = Cluster.starting()
+    cluster.see(seen.WorkerJoined("a"), seen.WorkerJoined("b"))
+    assert cluster.plan(MEMORY) == Abort(MEMORY)
+    cluster.plan(BOTH)
+    assert cluster.load_failed(FAILED, Suspect("a", FAILED)) == Abort(FAILED)
+
+
+def test_a_start_waits_for_missing_workers_and_links() -> None:
+    for error in (MEMORY, NetworkPartitionError("a and b cannot reach each other")):
+        cluster = Cluster.starting()
+        cluster.see(seen.WorkerJoined("a"))
+        if error is not MEMORY:
+            cluster.see(seen.WorkerJoined("b"))
+        assert cluster.notified(cluster.plan(error)) == Wait(RECOVERY_S)
+        assert cluster.at(RECOVERY_S) == Abort(error)
+
+
+def test_a_worker_that_joins_while_a_load_fails_may_be_what_was_missing() -> None:
+    cluster = Cluster.starting()
+    cluster.see(seen.WorkerJoined("a"))
+    cluster.plan(ONLY_A)
+    assert cluster.see(seen.WorkerJoined("b")) == MakePlan(cluster.state.inputs)
+    assert cluster.load_failed(FILE, Suspect("a", FILE)) == MakePlan(cluster.state.inputs)
+    assert cluster.plan(BOTH) == LoadEpoch(BOTH, is_exclusive=True)
+
+
+def test_a_change_while_a_plan_is_made_makes_another_one_due() -> None:
+    cluster = Cluster.serving()
+    cluster.see(seen.WorkerJoined("c"))
+    made_for = cluster.state.inputs
+    cluster.see(seen.WorkerLost("c"))
+    assert cluster.see(seen.Planned(made_for, plan_of("a", "b", "c"))) == MakePlan(cluster.state.inputs)
+    assert cluster.plan(BOTH) == IDLE
+
+
+def test_requests_wait_for_workers_until_the_recovery_timeout() -> None:
+    cluster = Cluster.serving()
+    cluster.at(10.0)
+    cluster.see(seen.WorkerLost("b"))
+    cluster.lose_pipeline()
+    action = cluster.plan(MEMORY)
+    assert action == Notify("waiting for a worker, requests for 120 s at most: 12 MiB are missing")
+    assert cluster.notified(action) == Wait(10.0 + RECOVERY_S)
+    late = "no worker came back within 120 s (timeouts.recovery): 12 MiB are missing"
+    assert cluster.at(10.0 + RECOVERY_S) == FailRequests(late)
+    assert cluster.see(seen.RequestsFailed(late)) == Wait(None)
+    assert cluster.see(seen.WorkerJoined("b")) == MakePlan(cluster.state.inputs)
+    assert cluster.plan(BOTH) == LoadEpoch(BOTH, is_exclusive=True)
+
+
+def test_the_same_reason_is_noticed_once() -> None:
+    cluster = Cluster.serving()
+    cluster.see(seen.WorkerLost("b"))
+    cluster.lose_pipeline()
+    assert isinstance(cluster.notified(cluster.plan(MEMORY)), Wait)
+    cluster.see(seen.LinksChanged())
+    assert isinstance(cluster.plan(MEMORY), Wait)
+
+
+def test_loads_that_fail_are_repeated_after_growing_pauses() -> None:
+    cluster, pauses = Cluster.serving(), []
+    cluster.lose_pipeline()
+    for _ in range(8):
+        action = cluster.load_failed(FAILED)
+        assert isinstance(action, Wait) and action.until_s is not None
+        pauses.append(round(action.until_s - cluster.state.tick.now_s, 3))
+        assert cluster.at(action.until_s) == LoadEpoch(BOTH, is_exclusive=True)
+    assert pauses == [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 5.0, 5.0]
+    late = "no plan could be loaded within 120 s (timeouts.recovery): layers do not load"
+    assert cluster.at(RECOVERY_S) == FailRequests(late)
+    assert cluster.see(seen.RequestsFailed(late)) == LoadEpoch(BOTH, is_exclusive=True)
+
+
+@pytest.mark.parametrize("error", [FAILED, DeadlineError("no answer")], ids=["fails", "does not answer"])
+def test_workers_that_do_not_load_are_expelled(error: WorkerError) -> None:
+    """At once without an answer, after three failures otherwise; then plans exclude them for a time."""
+    cluster = Cluster.serving()
+    cluster.lose_pipeline()
+    for _ in range(2 if error is FAILED else 0):
+        assert isinstance(cluster.load_failed(error, Suspect("b", error)), Wait)
+    action = cluster.load_failed(error, Suspect("b", error))
+    assert isinstance(action, Expel)
+    (expulsion,) = action.expulsions
+    assert expulsion.worker == ("b", 2) and expulsion.reason == f"it takes no part in a new epoch: {error}"
+    cluster.see(seen.WorkerLost("b"), seen.WorkersExpelled())
+    cluster.see(seen.WorkerJoined("b"))
+    assert cluster.state.inputs.quarantined == {"b"}
+    cluster.at(10.0)
+    assert cluster.state.inputs.quarantined == frozenset()
+
+
+def test_a_worker_that_hangs_is_expelled_and_the_others_load_at_once() -> None:
+    hangs = StalledError("worker b gets no further")
+    for is_exclusive in (True, False):
+        cluster = Cluster.serving()
+        if is_exclusive:
+            cluster.lose_pipeline()
+        action = cluster.load_failed(FAILED, Suspect("b", hangs), is_exclusive=is_exclusive)
+        assert isinstance(action, Expel) and action.expulsions[0].reason == "it hangs: worker b gets no further"
+        assert isinstance(cluster.see(seen.WorkerLost("b"), seen.WorkersExpelled()), MakePlan)
+
+
+def test_workers_without_the_file_wait_for_one_that_has_it() -> None:
+    cluster = Cluster.serving()
+    cluster.see(seen.WorkerLost("a"))
+    cluster.lose_pipeline()
+    cluster.plan(ONLY_B)
+    action = cluster.see(seen.LoadFailed(FILE, True, (Suspect("b", FILE),), file_is_absent=True))
+    assert isinstance(cluster.notified(action), Wait)
+    cluster.see(seen.WorkerJoined("a"))
+    assert cluster.plan(BOTH) == LoadEpoch(BOTH, is_exclusive=True)
+
+
+def test_a_worker_that_breaks_the_protocol_is_expelled() -> None:
+    cluster = Cluster.serving()
+    last = cluster.state.serving.workers[-1] if cluster.state.serving else None
+    action = cluster.lose_pipeline(ProtocolError("a damaged result"))
+    assert isinstance(action, Expel) and action.expulsions[0].worker == last
+    assert action.expulsions[0].reason == "a damaged result"
+    other = Cluster.serving()
+    other.see(seen.WorkerLost("a"))
+    assert isinstance(other.lose_pipeline(ProtocolError("a damaged result")), MakePlan), "the loss is the cause"
+
+
+def test_requests_end_after_three_failures_without_a_lost_worker_or_an_answer() -> None:
+    cluster = Cluster.serving()
+    for number in range(2):
+        assert cluster.lose_pipeline() == LoadEpoch(BOTH, is_exclusive=True), number
+        cluster.see(seen.EpochLoaded(), seen.EpochServing())
+    assert cluster.lose_pipeline() == FailRequests("")
+    assert cluster.see(seen.RequestsFailed("")) == LoadEpoch(BOTH, is_exclusive=True)
+
+
+def test_failures_between_answers_end_no_request() -> None:
+    cluster = Cluster.serving()
+    for number in range(6):
+        cluster.at(float(number), answered=number)
+        assert cluster.lose_pipeline() == LoadEpoch(BOTH, is_exclusive=True)
+        cluster.see(seen.EpochLoaded(), seen.EpochServing())
+
+
+def test_a_better_plan_waits_until_requests_hardly_pause() -> None:
+    cluster = Cluster.serving()
+    cluster.at(0.0, replay_tokens=1_000_000)
+    cluster.see(seen.WorkerJoined("c"))
+    better = plan_of("a", "b", "c")
+    assert cluster.plan(better) == Wait(1.0)
+    assert cluster.at(1.0, replay_tokens=1_000_000) == Wait(2.0)
+    assert cluster.at(2.0, replay_tokens=10) == LoadEpoch(better, is_exclusive=False)
+
+
+def test_a_drain_moves_layers_whatever_requests_there_are() -> None:
+    cluster = Cluster.serving()
+    cluster.at(0.0, replay_tokens=1_000_000)
+    cluster.see(seen.DrainRequested("b"))
+    assert cluster.plan(ONLY_A) == LoadEpoch(ONLY_A, is_exclusive=False)
+    assert cluster.see(seen.EpochLoaded()) == Serve()
+    assert cluster.see(seen.EpochServing()) == IDLE
+
+
+def test_a_drain_that_does_not_fit_beside_the_old_layers_interrupts_the_pipeline() -> None:
+    cluster = Cluster.serving()
+    cluster.see(seen.DrainRequested("b"))
+    cluster.plan(ONLY_A)
+    assert cluster.load_failed(MEMORY, is_exclusive=False) == Interrupt(MEMORY)
+    assert cluster.lose_pipeline(WorkerError(str(MEMORY))) == LoadEpoch(ONLY_A, is_exclusive=True)
+
+
+def test_a_move_that_fails_is_noticed_once_and_not_repeated() -> None:
+    cluster = Cluster.serving()
+    cluster.see(seen.WorkerJoined("c"))
+    cluster.plan(plan_of("a", "b", "c"))
+    action = cluster.load_failed(FAILED, is_exclusive=False)
+    assert action == Notify("layers stay where they are: layers do not load")
+    assert cluster.notified(action) == IDLE
+    cluster.see(seen.WorkerLost("c"))
+    assert cluster.plan(BOTH) == IDLE
+
+
+def test_a_drain_without_a_plan_is_noticed_and_settled() -> None:
+    cluster = Cluster.serving()
+    cluster.see(seen.DrainRequested("b"))
+    action = cluster.plan(MEMORY)
+    assert action == Notify("layers cannot be moved now: 12 MiB are missing")
+    assert cluster.notified(action) == IDLE
+
+
+def test_a_loss_during_a_move_is_recovered_by_the_move() -> None:
+    cluster = Cluster.serving()
+    cluster.see(seen.WorkerJoined("c"))
+    cluster.plan(plan_of("a", "b", "c"))
+    cluster.see(seen.PipelineLost(LOST))
+    assert cluster.see(seen.EpochLoaded()) == Serve()
+    assert cluster.see(seen.EpochServing()) == IDLE and cluster.state.loss is None

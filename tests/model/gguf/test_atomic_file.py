@@ -28,7 +28,7 @@ from support.models.tiny_model import build_tiny_model
 _WRITES = """
 import sys
 from pathlib import Path
-from llamaclust.model.new_file import new_files
+from llamaclust.model.gguf.atomic_file import new_files
 paths = [Path(one) for one in sys.argv[1:]]
 with new_files(paths, 0) as opened:
     for path in paths:

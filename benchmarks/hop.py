@@ -20,13 +20,13 @@ from statistics import median, quantiles
 from llamaclust.cluster.control.loading import StageLoads, load_stages
 from llamaclust.cluster.control.weight_sources import ModelReference
 from llamaclust.cluster.engine.pipeline import StageInfo
-from llamaclust.cluster.launchers.base import WorkerSpec
 from llamaclust.cluster.launchers.local import LocalLauncher
 from llamaclust.cluster.launchers.run_directory import run_directory
 from llamaclust.core.limits import StageLimits
 from llamaclust.core.sampling import SampleTask, SamplingParams
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, Result, SamplingInputs
 from llamaclust.wire.rpc.grpc_options import tune_grpc
+from llamaclust.worker.settings import WorkerSettings
 
 LIMITS = StageLimits(max_batch_tokens=64, max_outputs=16, max_sequences=16, max_context_tokens=512, kv_blocks=512)
 _BLOCKS = LIMITS.max_context_tokens // 16
@@ -52,7 +52,7 @@ async def through_workers(path: Path, cuts: Sequence[int], steps: int, rows: int
         launcher = LocalLauncher(run, Path(folder))
         async with Registry(run.coordinator, run.token, last_words=launcher.last_words) as registry:
             try:
-                specs = [WorkerSpec(stage.worker, threads=1) for stage in stages]
+                specs = [WorkerSettings(name=stage.worker, threads=1) for stage in stages]
                 await launcher.start(specs, registry.address, registry.process_exited)
                 await registry.wait_for([spec.name for spec in specs], 60.0)
                 loads = StageLoads(1, stages, ModelReference(str(path), model_id), LIMITS)

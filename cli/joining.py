@@ -13,6 +13,7 @@ tune_grpc()
 from llamaclust.cli.gpu_options import Gpus, option_value  # noqa: E402
 from llamaclust.cluster.config.environment import environment  # noqa: E402
 from llamaclust.cluster.config.values import expand_home, parse_name, parse_size, split_address  # noqa: E402
+from llamaclust.cluster.launchers.worker_settings import with_caches  # noqa: E402
 from llamaclust.core.errors import UsageError  # noqa: E402
 from llamaclust.worker.settings import WorkerSettings  # noqa: E402
 
@@ -37,7 +38,7 @@ def settings(
     if insecure and token_file is not None:
         raise UsageError("--insecure and --token-file: choose one; an insecure cluster has no token")
     device, gpu_layers, gpu_memory_bytes = gpus.parsed
-    return WorkerSettings(
+    own = WorkerSettings(
         name=option_value("--name", parse_name, name or socket.gethostname().split(".")[0]),
         join=option_value("--join", _address, join),
         listen=option_value("--listen", _address, listen) if listen else "",
@@ -49,16 +50,12 @@ def settings(
         memory_bytes=None if memory is None else option_value("--memory", parse_size, memory),
         feature_level=variables.feature_level or "",
         join_s=_JOIN_S,
-        packed_cache_dir=variables.packed_cache_dir if variables.packed_cache_bytes else None,
-        packed_cache_bytes=variables.packed_cache_bytes,
-        weights_dir=variables.weights_dir if variables.weights_bytes else None,
-        weights_bytes=variables.weights_bytes,
-        kernels_dir=variables.kernels_dir,
         static=True,
         log_format=variables.log_format,
         model_dir=None if model_dir is None else Path(option_value("--model-dir", expand_home, str(model_dir))),
         token_file=None if insecure else _token_file(token_file, variables.state_dir),
     )
+    return with_caches(own)
 
 
 def work(settings: WorkerSettings) -> NoReturn:

@@ -15,9 +15,8 @@ from llamaclust.cluster.control.profiling import stated_speeds
 from llamaclust.cluster.control.resource_shares import (
     WorkerResources,
     measurement_key,
-    worker_specs,
 )
-from llamaclust.cluster.launchers.base import WorkerSpec
+from llamaclust.cluster.launchers.worker_settings import worker_settings
 from llamaclust.cluster.planner.format import plan_json, plan_lines
 from llamaclust.cluster.planner.links import Links
 from llamaclust.cluster.planner.plan import Plan
@@ -30,6 +29,7 @@ from llamaclust.model.loader import Model
 from llamaclust.tools.hub.catalog import resolve_model
 from llamaclust.worker.devices.devices import check_devices, fingerprint, gpus_of
 from llamaclust.worker.devices.system_info import available_memory_bytes, resident_bytes
+from llamaclust.worker.settings import WorkerSettings
 
 
 def show(file: Path | None, overrides: list[str], as_json: bool) -> None:
@@ -53,7 +53,7 @@ def _planned(config: ClusterConfig) -> tuple[Plan, int]:
     own_bytes = resident_bytes()
     with closing(Model.open(resolve_model(config.model))) as model:
         measured = _measured(config, model.model_id)
-        check_devices(((spec.device, spec.feature_level) for spec in worker_specs(config)), model)
+        check_devices(((spec.device, spec.feature_level) for spec in worker_settings(config)), model)
         resources = ClusterResources(
             _workers(config, own_bytes), measured, _links(config, measured), free_bytes=available_memory_bytes()
         )
@@ -75,7 +75,7 @@ def _workers(config: ClusterConfig, own_bytes: int) -> dict[str, WorkerResources
         spec.name: WorkerResources(
             "", memory[spec.name], gpus=() if spec.device == "cpu" else _gpus_here(spec), gpu_layers=spec.gpu_layers
         )
-        for spec in worker_specs(config)
+        for spec in worker_settings(config)
     }
 
 
@@ -92,12 +92,12 @@ def _links(config: ClusterConfig, measured: Mapping[str, Profile]) -> Links:
 
 
 @cache
-def _gpus_here(spec: WorkerSpec) -> tuple[Gpu, ...]:
+def _gpus_here(spec: WorkerSettings) -> tuple[Gpu, ...]:
     return gpus_of(spec.device, spec.gpu_memory_bytes)
 
 
 def _fingerprints(config: ClusterConfig) -> dict[str, str]:
-    specs = worker_specs(config)
+    specs = worker_settings(config)
     return {
         spec.name: fingerprint(spec.device, spec.threads or 0, spec.feature_level, _gpus_here(spec)) for spec in specs
     }
@@ -106,7 +106,7 @@ def _fingerprints(config: ClusterConfig) -> dict[str, str]:
 def _measured(config: ClusterConfig, model_id: str) -> dict[str, Profile]:
     """The file's own figures first, then those of a start with the same workers on the same hardware: with this model,
     or else with another."""
-    specs, known = worker_specs(config), read_profiles(config.state_dir)
+    specs, known = worker_settings(config), read_profiles(config.state_dir)
     threads = sum(spec.threads or 0 for spec in specs)
     prints = _fingerprints(config)
     found: dict[str, Profile] = {}

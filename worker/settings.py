@@ -1,23 +1,27 @@
-"""What a worker process is started with."""
+"""Settings of a worker process. A launcher hands them on unchanged; the process gets them as JSON on standard input."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 from llamaclust.core.logs import LogFormat
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerSettings:
     """`parent_pid`: the process with which this one ends, for workers that a launcher on this machine started.
 
-    A `static` worker joins by itself: `join` is the enrolment address then, and `token_file` holds a join token.
+    A `static` worker enrols: `join` is the enrolment address then, and the token a join token. Without any token it is
+    insecure.
     """
 
     name: str
-    join: str  # gRPC target of the coordinator
-    token_file: Path | None  # None: insecure
+    join: str = ""  # gRPC target of the coordinator; set when a launcher knows it
+    token_file: Path | None = None
+    token: str = field(default="", repr=False)  # in place of a file
     listen: str = ""  # gRPC target of this worker's Stage service; port 0: any free one
     device: str = "cpu"  # "cpu" | "reference" | "cuda:N", or several of these with commas between
     threads: int | None = None  # None: one a core
@@ -25,15 +29,32 @@ class WorkerSettings:
     feature_level: str = ""  # "": the best there is
     join_s: float = 60.0  # how long to wait for the coordinator
     parent_pid: int | None = None
-    packed_cache_dir: Path | None = None  # the packed-weight cache; None: none
-    packed_cache_bytes: int = 0  # what they may take
-    weights_dir: Path | None = None  # where weights fetched from other workers are kept; None: none are fetched
-    weights_bytes: int = 0  # what they may take
-    kernels_dir: Path | None = None  # where compiled kernels of GPUs are kept; None: nowhere
+    packed_cache_dir: Path | None = None  # cache of packed weights; None: none
+    packed_cache_bytes: int = 0  # its size
+    weights_dir: Path | None = None  # cache of weights fetched from other workers; None: none are fetched
+    weights_bytes: int = 0  # its size
+    kernels_dir: Path | None = None  # cache of compiled GPU kernels; None: none
     static: bool = False
     advertise: str = ""  # HOST or HOST:PORT by which others reach it; "": as it listens
     log_format: LogFormat = LogFormat.TEXT
-    cluster: str = ""  # its name, for the log; "": not known
-    model_dir: Path | None = None  # where model files lie that are not where the coordinator has them
-    gpu_layers: int | None = None  # of a stage on GPUs, its last ones; None: as many as these have memory for
+    cluster: str = ""  # its name, for the log; "": unknown
+    model_dir: Path | None = None  # folder of model files that are not where the coordinator has them
+    gpu_layers: int | None = None  # of a stage on GPUs, its last ones; None: as many as fit
     gpu_memory_bytes: int | None = None  # cap on what is taken of each GPU; None: what is free there
+
+    def to_json(self) -> str:
+        """With the token: for a pipe, not for a log."""
+        return json.dumps(asdict(self), default=str)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> WorkerSettings:
+        hints = get_type_hints(cls)
+        return cls(**{name: _typed(hints[name], value) for name, value in json.loads(text).items()})
+
+
+def _typed(hint: Any, value: Any) -> Any:
+    """JSON has no paths and no enums."""
+    for kind in (Path, LogFormat):
+        if value is not None and kind in (get_args(hint) or (hint,)):
+            return kind(value)
+    return value

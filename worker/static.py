@@ -55,7 +55,7 @@ class _StaticWorker:
     def __init__(self, settings: WorkerSettings) -> None:
         self._settings = settings
         self._host, self._port = split_address(settings.join)
-        self._token = None if settings.token_file is None else JoinToken.read(settings.token_file)
+        self._token = _join_token(settings)
         self._device = Device.open(settings)
         self._service = StageService(settings.name)
         self._weights = Weights(weight_cache(settings), settings.model_dir)
@@ -103,8 +103,7 @@ class _StaticWorker:
                 _log.warning("insecure: links are neither encrypted nor authenticated")
             self._credentials = Insecure()
             return self._settings.join
-        given = self._settings.token_file
-        if given is not None and given.is_file():  # a pipe has been read; a file may hold another one by now
+        if (given := self._settings.token_file) is not None and given.is_file():  # it may hold another one by now
             self._token = JoinToken.read(given)
         enrolled = await enrol(self._host, self._port, self._token, self._settings.name)
         if isinstance(self._credentials, Identity):
@@ -142,6 +141,13 @@ class _StaticWorker:
             with contextlib.suppress(DeadlineError):
                 async with deadline("closing streams", _GRACE_S):
                     await self._server.stop(0.0)
+
+
+def _join_token(settings: WorkerSettings) -> JoinToken | None:
+    """None: insecure."""
+    if settings.token_file is not None:
+        return JoinToken.read(settings.token_file)
+    return JoinToken.parse(settings.token) if settings.token else None
 
 
 class _Patience:

@@ -18,6 +18,7 @@ from llamaclust.cluster.config.environment import environment
 from llamaclust.cluster.config.values import parse_device
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.engine.pipeline import StageInfo
+from llamaclust.cluster.launchers.worker_settings import with_caches
 from llamaclust.cluster.scheduler.kv_groups import window_group
 from llamaclust.cluster.scheduler.settings import EngineSettings, SchedulerSettings
 from llamaclust.cluster.text.service import TextService, TextSettings
@@ -228,22 +229,15 @@ def _open_device(threads: int | None, feature_level: str | None, settings: Local
         raise UsageError("gpu_layers and gpu_memory_bytes are for GPUs: set device to cuda:0 as well")
     if settings.gpu_layers is not None and settings.gpu_layers < 0:
         raise UsageError(f"gpu_layers: {settings.gpu_layers}: set 0 or more")
-    variables = environment()
-    return Device.open(
-        WorkerSettings(
-            "this process",
-            "",
-            None,
-            device=kind,
-            threads=threads,
-            feature_level=feature_level or variables.feature_level or "",
-            packed_cache_dir=variables.packed_cache_dir if variables.packed_cache_bytes else None,
-            packed_cache_bytes=variables.packed_cache_bytes,
-            kernels_dir=variables.kernels_dir,
-            gpu_layers=settings.gpu_layers,
-            gpu_memory_bytes=settings.gpu_memory_bytes,
-        )
+    own = WorkerSettings(
+        name="this process",
+        device=kind,
+        threads=threads,
+        feature_level=feature_level or environment().feature_level or "",
+        gpu_layers=settings.gpu_layers,
+        gpu_memory_bytes=settings.gpu_memory_bytes,
     )
+    return Device.open(with_caches(own))
 
 
 def _scheduler_settings(model: Model, settings: LocalSettings) -> SchedulerSettings:

@@ -13,9 +13,9 @@ from llamaclust.cluster.control.resource_shares import (
     machine_shares,
     memory_shares,
     share_gpus,
-    thread_shares,
 )
 from llamaclust.cluster.control.stage_memory import rounding_of, workspace_of
+from llamaclust.cluster.launchers.worker_settings import thread_shares
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.planner.adjacency import Pairs
 from llamaclust.cluster.planner.costs import GpuFacts, WorkerFacts

@@ -2,45 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from llamaclust.cluster.config.cluster_config import ClusterConfig
-from llamaclust.cluster.config.environment import environment
-from llamaclust.cluster.launchers.base import WorkerSpec
 from llamaclust.core.gpus import Gpu
 from llamaclust.wire.control.messages import Register
-
-
-def thread_shares(config: ClusterConfig) -> dict[str, int]:
-    """Threads of each worker: workers without a number of their own share this machine's cores."""
-    share = max(1, len(os.sched_getaffinity(0)) // len(config.workers))
-    return {worker.name: worker.threads or share for worker in config.workers}
-
-
-def worker_specs(config: ClusterConfig) -> list[WorkerSpec]:
-    threads, variables = thread_shares(config), environment()
-    return [
-        WorkerSpec(
-            worker.name,
-            worker.device,
-            threads[worker.name],
-            worker.memory,
-            variables.feature_level or "",
-            variables.packed_cache_dir if variables.packed_cache_bytes else None,
-            variables.packed_cache_bytes,
-            variables.log_format,
-            config.name,
-            variables.weights_dir if variables.weights_bytes else None,
-            variables.weights_bytes,
-            variables.kernels_dir,
-            worker.gpu_layers,
-            worker.gpu_memory,
-        )
-        for worker in config.workers
-    ]
 
 
 def memory_shares(caps_bytes: Mapping[str, int | None], free_bytes: int) -> dict[str, int]:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.membership.registry import Certify, Registry, Welcomes
-from llamaclust.core.logs import LogFormat
 from llamaclust.model.loader import Model
 from llamaclust.wire.security.credentials import Credentials
+from llamaclust.worker.settings import WorkerSettings
 
 Exited = Callable[[str, str], None]
 """Called with a worker's name and how its process ended, such as "killed by signal 9 (SIGKILL)"."""
@@ -22,34 +21,14 @@ GaveUp = Callable[[str, str], None]
 """Called with a worker's name and why it is not started again."""
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerSpec:
-    """One worker to start. None and "" leave the choice to the worker."""
-
-    name: str
-    device: str = "cpu"
-    threads: int | None = None
-    memory_bytes: int | None = None
-    feature_level: str = ""
-    packed_cache_dir: Path | None = None  # where it keeps packed layers, if any; beside workers of the same machine
-    packed_cache_bytes: int = 0
-    log_format: LogFormat = LogFormat.TEXT
-    cluster: str = ""  # whose it is, for its log
-    weights_dir: Path | None = None  # where it keeps weights that it fetched from others, if it may; shared likewise
-    weights_bytes: int = 0
-    kernels_dir: Path | None = None  # where it keeps compiled kernels of GPUs; shared likewise
-    gpu_layers: int | None = None
-    gpu_memory_bytes: int | None = None
-
-
 class Launcher(Protocol):
     """Workers of one cluster, from start to stop."""
 
-    def check(self, workers: Sequence[WorkerSpec], model: Model) -> None:
+    def check(self, workers: Sequence[WorkerSettings], model: Model) -> None:
         """UsageError or ModelFileError where it is known before a start that a worker cannot run the model."""
         ...
 
-    async def start(self, workers: Sequence[WorkerSpec], join: str, exited: Exited) -> None:
+    async def start(self, workers: Sequence[WorkerSettings], join: str, exited: Exited) -> None:
         """Starts all; they register with the coordinator at `join`. `exited` hears of every end but `stop`'s."""
         ...
 

@@ -1,4 +1,4 @@
-"""A worker as the child of whoever places it on a machine: it enrols and joins by itself, as a static one does."""
+"""A worker as a child process of a Ray actor or an MPI rank; it enrols and joins as a static one does."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import IO
 
-from llamaclust.cluster.config.environment import environment
-from llamaclust.cluster.launchers.base import WorkerSpec
-from llamaclust.cluster.launchers.worker_process import worker_command, worker_environment
+from llamaclust.cluster.launchers.worker_process import worker_command, worker_environment, worker_input
+from llamaclust.cluster.launchers.worker_settings import with_caches
+from llamaclust.worker.settings import WorkerSettings
 
 _JOIN_S = 15.0
 
@@ -23,15 +23,15 @@ Ended = Callable[[int], None]
 class Child:
     """One worker process. It ends with this process, however that ends."""
 
-    def __init__(self, spec: WorkerSpec, join: str, token: str, ended: Ended, log: IO[bytes] | None = None) -> None:
-        """Starts it. `join`: HOST:PORT of the enrolment port. `ended` is called from another thread. `log`: where it
-        writes; None: where this process does."""
+    def __init__(self, settings: WorkerSettings, ended: Ended, log: IO[bytes] | None = None) -> None:
+        """Starts it, with the caches of this machine. `settings`: with the enrolment address and a join token. `ended`
+        is called from another thread. `log`: where it writes; None: where this process does."""
         self._started = threading.Event()
         self._log = log
         self._process: subprocess.Popen[bytes] | None = None
         self._error: OSError | None = None
-        command = worker_command(spec, join, "--static", join_s=_JOIN_S, token_file="/dev/stdin")
-        threading.Thread(target=self._live, args=(command, token, ended), name=spec.name, daemon=True).start()
+        own = replace(with_caches(settings), static=True, join_s=_JOIN_S)
+        threading.Thread(target=self._live, args=(own, ended), name=own.name, daemon=True).start()
         self._started.wait()
         if self._error is not None:
             raise self._error
@@ -45,10 +45,10 @@ class Child:
         assert self._process is not None
         self._process.send_signal(number)
 
-    def _live(self, command: list[str], token: str, ended: Ended) -> None:
+    def _live(self, settings: WorkerSettings, ended: Ended) -> None:
         """In a thread that lives as long as the worker: the kernel ends it with the thread that started it."""
         try:
-            self._process = process = _spawn(command, self._log)
+            self._process = process = _spawn(worker_command(settings), self._log)
         except OSError as error:
             self._error = error
             return
@@ -56,32 +56,19 @@ class Child:
             self._started.set()
         assert process.stdin is not None
         try:
-            process.stdin.write(token.encode())
+            process.stdin.write(worker_input(settings))
             process.stdin.close()
         except BrokenPipeError:
-            pass  # it has ended, which is told in a moment
+            pass  # it has ended, which `wait` reports
         ended(process.wait())
 
 
 def _spawn(command: list[str], log: IO[bytes] | None) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         command,
-        stdin=subprocess.PIPE,  # for the token: it is on no command line, in no environment, on no disk
+        stdin=subprocess.PIPE,  # the token is on no command line, in no environment, on no disk
         stdout=log,
         stderr=log,
         env=worker_environment(os.environ),
         start_new_session=True,
-    )
-
-
-def adapted(spec: WorkerSpec) -> WorkerSpec:
-    """The same worker with what this machine's environment says of its disk."""
-    variables = environment()
-    return replace(
-        spec,
-        packed_cache_dir=variables.packed_cache_dir if variables.packed_cache_bytes else None,
-        packed_cache_bytes=variables.packed_cache_bytes,
-        weights_dir=variables.weights_dir if variables.weights_bytes else None,
-        weights_bytes=variables.weights_bytes,
-        kernels_dir=variables.kernels_dir,
     )

@@ -5,21 +5,28 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from asyncio.subprocess import DEVNULL, STDOUT, Process
+from asyncio.subprocess import PIPE, STDOUT, Process
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
-from llamaclust.cluster.launchers.base import Exited, GaveUp, WorkerSpec
+from llamaclust.cluster.launchers.base import Exited, GaveUp
 from llamaclust.cluster.launchers.restarts import Upkeep
 from llamaclust.cluster.launchers.run_directory import RunDirectory
-from llamaclust.cluster.launchers.worker_process import describe_exit, worker_command, worker_environment
+from llamaclust.cluster.launchers.worker_process import (
+    describe_exit,
+    worker_command,
+    worker_environment,
+    worker_input,
+)
 from llamaclust.cluster.membership.log_tail import last_words
 from llamaclust.model.loader import Model
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.worker.devices.devices import check_devices
 from llamaclust.worker.devices.system_info import available_memory_bytes
+from llamaclust.worker.settings import WorkerSettings
 
 _GRACE_S = 1.0
 
@@ -42,13 +49,14 @@ class LocalLauncher:
     def pids(self) -> Mapping[str, int]:
         return {name: process.pid for name, process in self._processes.items() if process.returncode is None}
 
-    def check(self, workers: Sequence[WorkerSpec], model: Model) -> None:
+    def check(self, workers: Sequence[WorkerSettings], model: Model) -> None:
         check_devices(((worker.device, worker.feature_level) for worker in workers), model)
 
-    async def start(self, workers: Sequence[WorkerSpec], join: str, exited: Exited) -> None:
-        for spec in workers:
-            await self._spawn(spec, join)
-            self._watches.append(asyncio.create_task(self._watch(spec, join, exited)))
+    async def start(self, workers: Sequence[WorkerSettings], join: str, exited: Exited) -> None:
+        for settings in workers:
+            joining = replace(settings, join=join, token_file=self._run.token_file)
+            await self._spawn(joining)
+            self._watches.append(asyncio.create_task(self._watch(joining, exited)))
 
     @contextmanager
     def keeping_up(self, gave_up: GaveUp) -> Iterator[None]:
@@ -88,17 +96,16 @@ class LocalLauncher:
     def _log_file(self, name: str) -> Path:
         return self._logs / f"{name}.log"
 
-    async def _spawn(self, spec: WorkerSpec, join: str) -> None:
+    async def _spawn(self, settings: WorkerSettings) -> None:
         """A new process for a worker. The first one begins its log, others go on with it."""
-        listen = self._run.worker(next(self._sockets))
-        command = worker_command(spec, join, listen=listen, token_file=self._run.token_file)
-        anew = 0 if spec.name in self._processes else os.O_TRUNC
-        log = os.open(self._log_file(spec.name), os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | anew, 0o600)
+        name = settings.name
+        anew = 0 if name in self._processes else os.O_TRUNC
+        log = os.open(self._log_file(name), os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | anew, 0o600)
         try:
-            self._log_starts[spec.name] = os.fstat(log).st_size
-            self._processes[spec.name] = await asyncio.create_subprocess_exec(
-                *command,
-                stdin=DEVNULL,
+            self._log_starts[name] = os.fstat(log).st_size
+            self._processes[name] = process = await asyncio.create_subprocess_exec(
+                *worker_command(settings),
+                stdin=PIPE,
                 stdout=log,
                 stderr=STDOUT,
                 env=worker_environment(os.environ),
@@ -106,25 +113,29 @@ class LocalLauncher:
             )
         finally:
             os.close(log)
+        assert process.stdin is not None
+        listen = self._run.worker(next(self._sockets))
+        process.stdin.write(worker_input(replace(settings, listen=listen)))
+        process.stdin.close()
 
-    async def _watch(self, spec: WorkerSpec, join: str, exited: Exited) -> None:
+    async def _watch(self, settings: WorkerSettings, exited: Exited) -> None:
         """A worker's processes, one after the other."""
         while True:
-            code = await self._processes[spec.name].wait()
+            code = await self._processes[settings.name].wait()
             if self._stopping.is_set():
                 return
-            exited(spec.name, describe_exit(code))
+            exited(settings.name, describe_exit(code))
             await self._kept_up.wait()
-            if not await self._restart(spec, join, describe_exit(code)):
+            if not await self._restart(settings, describe_exit(code)):
                 return
             if self._stopping.is_set():
-                _kill(self._processes[spec.name], signal.SIGKILL)
+                _kill(self._processes[settings.name], signal.SIGKILL)
 
-    async def _restart(self, spec: WorkerSpec, join: str, how: str) -> bool:
+    async def _restart(self, settings: WorkerSettings, how: str) -> bool:
         """False where it is started no more."""
-        while await self._may_restart(spec.name, how):
+        while await self._may_restart(settings.name, how):
             try:
-                await self._spawn(spec, join)
+                await self._spawn(settings)
             except OSError as error:  # no room for a process now may be there later
                 how = f"it cannot be started: {error}"
             else:

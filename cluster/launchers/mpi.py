@@ -12,9 +12,10 @@ import stat
 import struct
 from collections.abc import Coroutine, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
-from llamaclust.cluster.launchers.base import Exited, GaveUp, Launch, WorkerSpec
+from llamaclust.cluster.launchers.base import Exited, GaveUp, Launch
 from llamaclust.cluster.launchers.mpi_messages import (
     EndWorker,
     RankLost,
@@ -32,6 +33,7 @@ from llamaclust.cluster.state.events import Report
 from llamaclust.core.errors import UsageError
 from llamaclust.model.loader import Model
 from llamaclust.wire.security.credentials import joined_address, split_address
+from llamaclust.worker.settings import WorkerSettings
 
 _GRACE_S = 1.0
 _ANYWHERE = ("0.0.0.0", "::")
@@ -61,31 +63,19 @@ class MpiLauncher:
         self._writer: asyncio.StreamWriter | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def check(self, workers: Sequence[WorkerSpec], model: Model) -> None:
+    def check(self, workers: Sequence[WorkerSettings], model: Model) -> None:
         """Nothing is known of other machines yet; their workers say it when they load."""
 
-    async def start(self, workers: Sequence[WorkerSpec], join: str, exited: Exited) -> None:
+    async def start(self, workers: Sequence[WorkerSettings], join: str, exited: Exited) -> None:
         reader, self._writer = await asyncio.open_connection(sock=_own_rank())
         host, port = split_address(await self._static.open(join))
         addresses = tuple(joined_address(one, port) for one in (_own_addresses() if host in _ANYWHERE else [host]))
         assert self._static.authority is not None
         token = self._static.authority.token.text
-        for rank, (spec, config) in enumerate(zip(workers, self._config.workers, strict=True)):
-            self._orders[spec.name] = StartWorker(
-                rank,
-                spec.name,
-                spec.device,
-                config.threads,
-                spec.memory_bytes,
-                spec.feature_level,
-                spec.log_format,
-                spec.cluster,
-                addresses,
-                token,
-                gpu_layers=spec.gpu_layers,
-                gpu_memory_bytes=spec.gpu_memory_bytes,
-            )
-            self._start(spec.name)
+        for rank, (worker, config) in enumerate(zip(workers, self._config.workers, strict=True)):
+            settings = replace(worker, threads=config.threads, token=token)
+            self._orders[worker.name] = StartWorker(rank, settings.to_json(), addresses)
+            self._start(worker.name)
         self._do(self._hear(reader, exited))
 
     async def stop(self) -> None:
@@ -146,7 +136,7 @@ class MpiLauncher:
 
     async def _hear(self, reader: asyncio.StreamReader, exited: Exited) -> None:
         """Until the rank is gone; then this process ends, as by SIGTERM."""
-        names = {order.rank: order.name for order in self._orders.values()}
+        names = {order.rank: name for name, order in self._orders.items()}
         while line := await reader.readline():
             word = from_bytes(line)
             if isinstance(word, WorkerEnded):

@@ -6,41 +6,15 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any, get_args
 
-from llamaclust.cluster.launchers.base import WorkerSpec
-from llamaclust.core.logs import LogFormat
-
 
 @dataclass(frozen=True, slots=True)
 class StartWorker:
     """To a rank. `addresses`: HOST:PORT of the enrolment port, by one of which this rank's machine reaches it."""
 
     rank: int
-    name: str
-    device: str
-    threads: int | None  # None: the rank's share of its machine
-    memory_bytes: int | None
-    feature_level: str
-    log_format: str
-    cluster: str
-    addresses: tuple[str, ...]
-    token: str = field(repr=False)
+    settings: str = field(repr=False)  # JSON of WorkerSettings, with the token; threads None: the rank's share
+    addresses: tuple[str, ...] = ()
     sharers: int = 1  # ranks on this rank's machine, which rank 0 knows
-    gpu_layers: int | None = None
-    gpu_memory_bytes: int | None = None
-
-    @property
-    def spec(self) -> WorkerSpec:
-        return WorkerSpec(
-            self.name,
-            self.device,
-            self.threads,
-            self.memory_bytes,
-            self.feature_level,
-            log_format=LogFormat(self.log_format),
-            cluster=self.cluster,
-            gpu_layers=self.gpu_layers,
-            gpu_memory_bytes=self.gpu_memory_bytes,
-        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
-from llamaclust.cluster.launchers.child import Child, adapted
+from llamaclust.cluster.launchers.child import Child
 from llamaclust.cluster.launchers.mpi_messages import (
     EndWorker,
     Leave,
@@ -37,6 +37,7 @@ from llamaclust.core.errors import LlamaclustError, UsageError, WorkerError
 from llamaclust.wire.security.credentials import split_address
 from llamaclust.wire.security.token import JoinToken
 from llamaclust.worker.enrolment import pinned
+from llamaclust.worker.settings import WorkerSettings
 
 RANKED = "--ranked"
 """The option by which rank 0 starts the coordinator."""
@@ -169,11 +170,12 @@ class _Rank:
             self._child.signal(signal.SIGKILL)
 
     def _start(self, order: StartWorker) -> None:
-        log = self._folder.log_file(order.name)
+        settings = WorkerSettings.from_json(order.settings)
+        log = self._folder.log_file(settings.name)
         log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         start_bytes = log.stat().st_size if self._child is not None else 0
-        threads = order.threads or _share(order.sharers)
-        join = _reachable(order.addresses, order.token)
+        threads = settings.threads or _share(order.sharers)
+        settings = replace(settings, threads=threads, join=_reachable(order.addresses, settings.token))
 
         def ended(code: int) -> None:
             words = last_words(log, start_bytes) if code else ""
@@ -182,7 +184,7 @@ class _Rank:
         anew = os.O_TRUNC if self._child is None else 0
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | anew, 0o600)
         with os.fdopen(descriptor, "ab") as file:
-            self._child = Child(adapted(replace(order.spec, threads=threads)), join, order.token, ended, file)
+            self._child = Child(settings, ended, file)
 
 
 def _share(sharers: int) -> int:

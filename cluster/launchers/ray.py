@@ -9,10 +9,11 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
-from llamaclust.cluster.launchers.base import Exited, GaveUp, Launch, WorkerSpec
+from llamaclust.cluster.launchers.base import Exited, GaveUp, Launch
 from llamaclust.cluster.launchers.ray_cluster import RayCluster
 from llamaclust.cluster.launchers.ray_workers import RayWorkers, resources
 from llamaclust.cluster.launchers.restarts import Upkeep
@@ -24,6 +25,7 @@ from llamaclust.core.errors import DeadlineError
 from llamaclust.model.loader import Model
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.security.credentials import joined_address, split_address
+from llamaclust.worker.settings import WorkerSettings
 
 _PATIENCE_S = 2.0
 _GRACE_S = 1.0
@@ -65,10 +67,10 @@ class RayLauncher:
         self._upkeep = Upkeep()
         self._stopping = False
 
-    def check(self, workers: Sequence[WorkerSpec], model: Model) -> None:
+    def check(self, workers: Sequence[WorkerSettings], model: Model) -> None:
         """Nothing is known of Ray's nodes yet; their workers say it when they load."""
 
-    async def start(self, workers: Sequence[WorkerSpec], join: str, exited: Exited) -> None:
+    async def start(self, workers: Sequence[WorkerSettings], join: str, exited: Exited) -> None:
         where = await self._static.open(join)
         library = await self._call(lambda: self._cluster.open(workers))
         _hear_signals_again()
@@ -79,7 +81,8 @@ class RayLauncher:
 
         from llamaclust.cluster.launchers.ray_actor import Given
 
-        wanted = [Given(worker, join, authority.cluster, authority.token.text) for worker in workers]
+        token = authority.token.text
+        wanted = [Given(replace(worker, join=join, token=token), authority.cluster) for worker in workers]
         if not await self._call(lambda: placed.take_back(wanted)):
             await self._reserve(placed, workers)
             await self._call(lambda: placed.make(wanted))
@@ -141,7 +144,7 @@ class RayLauncher:
         """Where this task is cancelled, the call goes on: what comes next waits for its end."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, function)
 
-    async def _reserve(self, placed: RayWorkers, workers: Sequence[WorkerSpec]) -> None:
+    async def _reserve(self, placed: RayWorkers, workers: Sequence[WorkerSettings]) -> None:
         """DeadlineError after `join.wait`: nodes may still be on their way."""
         await self._call(lambda: placed.reserve(workers, self._config.ray.strategy))
         clock = asyncio.get_running_loop().time
@@ -228,7 +231,7 @@ def _reachable(library: Any, where: str) -> str:
     return joined_address(library.util.get_node_ip_address() if host in _ANYWHERE else host, port)
 
 
-def _shortage(workers: Sequence[WorkerSpec], free: Any) -> tuple[str, ...]:
+def _shortage(workers: Sequence[WorkerSettings], free: Any) -> tuple[str, ...]:
     needed = "; ".join(f"{worker.name}: {_listed(resources(worker))}" for worker in workers)
     has = _listed({name: free.get(name, 0) for name in ("CPU", "memory", "GPU")})
     return (f"waiting for Ray to find room for {needed}", f"  free in the whole Ray cluster: {has}")

@@ -6,18 +6,18 @@ import os
 import secrets
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import ActorDiedError, RayError
 
-from llamaclust.cluster.launchers.base import WorkerSpec
-from llamaclust.cluster.launchers.child import Child, adapted
+from llamaclust.cluster.launchers.child import Child
 from llamaclust.cluster.launchers.worker_process import describe_exit
 from llamaclust.cluster.membership.log_tail import last_words
 from llamaclust.core.errors import UsageError
+from llamaclust.worker.settings import WorkerSettings
 
 PLACEMENT = "llamaclust"
 """Name of the placement group, in the cluster's namespace."""
@@ -31,12 +31,10 @@ _WAIT_S = 30.0
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """What an actor is made with. The token is of the cluster whose CA has this hash; it is not shown when printed."""
+    """Arguments of an actor: settings with enrolment address and token, and the hash of the cluster's CA."""
 
-    spec: WorkerSpec
-    join: str  # HOST:PORT of the enrolment port
+    settings: WorkerSettings
     cluster: str
-    token: str = field(repr=False)
 
 
 class WorkerActor:
@@ -65,7 +63,7 @@ class WorkerActor:
         return self._how if self._over.wait(_WAIT_S) else None
 
     def _start(self) -> None:
-        Child(adapted(self._given.spec), self._given.join, self._given.token, self._hear)
+        Child(self._given.settings, self._hear)
 
     def _hear(self, code: int) -> None:
         """A worker that was killed is started again, with a new process for this actor; one that has ended is not."""

@@ -15,9 +15,9 @@ from typing import Any
 import grpc
 
 from llamaclust.cluster.config.sections import Ray
-from llamaclust.cluster.launchers.base import WorkerSpec
 from llamaclust.cluster.state.directory import write_private
 from llamaclust.core.errors import LlamaclustError, UsageError
+from llamaclust.worker.settings import WorkerSettings
 
 _log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class RayCluster:
         self._own: Path | None = None
         self._ray: Any = None
 
-    def open(self, workers: Sequence[WorkerSpec]) -> Any:
+    def open(self, workers: Sequence[WorkerSettings]) -> Any:
         """Connects, and returns the library. UsageError where the cluster is not to be used, LlamaclustError where
         there is none."""
         settings = self._settings
@@ -73,7 +73,7 @@ class RayCluster:
         if self._own is not None:
             shutil.rmtree(self._own, ignore_errors=True)
 
-    def _start(self, workers: Sequence[WorkerSpec]) -> None:
+    def _start(self, workers: Sequence[WorkerSettings]) -> None:
         """A cluster of this machine, in a folder that nobody else may enter, so that no other program finds it."""
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         token = self._folder / "token"

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from llamaclust.cluster.launchers.base import WorkerSpec
 from llamaclust.core.errors import LlamaclustError, UsageError
+from llamaclust.worker.settings import WorkerSettings
 
 _CALL_S = 10.0
 _GONE_S = 10.0
@@ -36,7 +36,7 @@ class RayWorkers:
         if any(given is not None and given.cluster != self._cluster for given in found.values()):
             why = "has actors of another cluster of this name"
             raise UsageError(f"the Ray cluster {why}: choose another `name:`, or stop that one first")
-        if found == {given.spec.name: given for given in wanted} and not any(
+        if found == {given.settings.name: given for given in wanted} and not any(
             self._ask(name, "is_over") for name in names
         ):
             self.actors = {name: self._ray.get_actor(name) for name in names}
@@ -44,7 +44,7 @@ class RayWorkers:
         self.remove()
         return False
 
-    def reserve(self, workers: Sequence[WorkerSpec], strategy: str) -> None:
+    def reserve(self, workers: Sequence[WorkerSettings], strategy: str) -> None:
         """Asks for room for each; `is_ready` tells when it is there."""
         from llamaclust.cluster.launchers.ray_actor import PLACEMENT
 
@@ -67,9 +67,9 @@ class RayWorkers:
         from llamaclust.cluster.launchers.ray_actor import CONCURRENCY, WorkerActor
 
         for index, given in enumerate(wanted):
-            room = resources(given.spec)
+            room = resources(given.settings)
             options = {
-                "name": given.spec.name,
+                "name": given.settings.name,
                 "lifetime": "detached",
                 "max_restarts": -1,
                 "max_concurrency": CONCURRENCY,
@@ -80,7 +80,7 @@ class RayWorkers:
                     self._group, placement_group_bundle_index=index
                 ),
             }
-            self.actors[given.spec.name] = self._ray.remote(WorkerActor).options(**options).remote(given)
+            self.actors[given.settings.name] = self._ray.remote(WorkerActor).options(**options).remote(given)
 
     def restart(self, name: str) -> None:
         """Kills an actor, and with it its worker; Ray starts both again."""
@@ -117,7 +117,7 @@ class RayWorkers:
             return self._ray.get(getattr(self._ray.get_actor(name), method).remote(), timeout=_CALL_S)
 
 
-def resources(worker: WorkerSpec) -> dict[str, float]:
+def resources(worker: WorkerSettings) -> dict[str, float]:
     """What Ray is to reserve for a worker."""
     needed: dict[str, float] = {"CPU": worker.threads or 1}
     if worker.memory_bytes is not None:

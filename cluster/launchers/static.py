@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Sequence
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.config.sections import WorkerConfig
 from llamaclust.cluster.config.values import is_loopback, split_address
-from llamaclust.cluster.launchers.base import Exited, GaveUp, Launch, WorkerSpec
+from llamaclust.cluster.launchers.base import Exited, GaveUp, Launch
 from llamaclust.cluster.membership.authority import Authority
 from llamaclust.cluster.membership.enrolment import EnrolmentServer
 from llamaclust.cluster.membership.registry import Registry
@@ -20,6 +20,7 @@ from llamaclust.core.errors import DeadlineError
 from llamaclust.model.loader import Model
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.security.credentials import COORDINATOR, Identity, Insecure
+from llamaclust.worker.settings import WorkerSettings
 
 _TRUST = "trust"
 _GPU = "  on a machine with an NVIDIA GPU the same with --device cuda:0"
@@ -60,10 +61,10 @@ class StaticLauncher:
         self._registry: Registry | None = None
         self._ends = contextlib.AsyncExitStack()
 
-    def check(self, workers: Sequence[WorkerSpec], model: Model) -> None:
+    def check(self, workers: Sequence[WorkerSettings], model: Model) -> None:
         """Nothing is known of other machines yet; their workers say it when they load."""
 
-    async def start(self, workers: Sequence[WorkerSpec], join: str, exited: Exited) -> None:
+    async def start(self, workers: Sequence[WorkerSettings], join: str, exited: Exited) -> None:
         self._watch(AwaitingWorkers(tuple(self._instructions(await self.open(join)))))
 
     async def open(self, join: str) -> str:

@@ -16,11 +16,11 @@ from llamaclust.cluster.control.link_monitor import MeasureLinks
 from llamaclust.cluster.control.link_profiling import hops_matter, measure_links
 from llamaclust.cluster.control.planning import ClusterPlanner
 from llamaclust.cluster.control.profiling import measure_workers
-from llamaclust.cluster.control.resource_shares import worker_specs
 from llamaclust.cluster.control.supervisor import Members, Supervisor
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.launchers.base import Launch, Launcher
 from llamaclust.cluster.launchers.launch import launching
+from llamaclust.cluster.launchers.worker_settings import worker_settings
 from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.planner.links import UNKNOWN
 from llamaclust.cluster.planner.plan import Plan
@@ -68,9 +68,9 @@ async def open_cluster(
         model = await asyncio.to_thread(Model.open, model_path, config.chat_template)
         with closing(model):
             check_plan(config, model)
-            launcher.check(worker_specs(config), model)
+            launcher.check(worker_settings(config), model)
             async with _stopping(launcher), registry:
-                await launcher.start(worker_specs(config), registry.address, registry.process_exited)
+                await launcher.start(worker_settings(config), registry.address, registry.process_exited)
                 named = asyncio.to_thread(lambda: model.tokenizer)  # a bad one is named now
                 config, _ = await asyncio.gather(launch.joined(registry), named)
                 measured = await measure_workers(config, model, registry.workers, folder.path.parent, watch)

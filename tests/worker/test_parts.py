@@ -10,15 +10,15 @@ import weakref
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
 from llamaclust.core.errors import DeadlineError, DeviceLostError, InsufficientMemoryError, ProtocolError, UsageError
+from llamaclust.core.logs import LogFormat
 from llamaclust.wire.control.messages import LoadFailed, WorkerMessage
 from llamaclust.wire.microbatch.messages import SamplingInputs
 from llamaclust.worker import membership
-from llamaclust.worker.__main__ import parse_settings
 from llamaclust.worker.devices import nvidia, system_info
 from llamaclust.worker.devices.devices import Device
 from llamaclust.worker.devices.nvidia import advice
@@ -87,30 +87,23 @@ async def test_inputs_wait_or_are_waited_for_and_late_ones_are_dropped() -> None
         box.put(inputs[3 + 256])
 
 
-def test_a_launcher_says_all_settings_on_the_command_line() -> None:
-    words = "--name a --join x:1 --token-file t --gpu-layers 7 --gpu-memory-bytes 9"
-    gpus = parse_settings(words.split())
-    assert (gpus.gpu_layers, gpus.gpu_memory_bytes) == (7, 9)
-    given = "--name a --join unix:/c --token-file /t --listen unix:/a --device cpu --threads 3 --memory-bytes 5"
-    more = (
-        "--feature-level avx2 --join-s 0.5 --parent-pid 7 --packed-cache-dir /p --packed-cache-bytes 9 --kernels-dir /k"
-    )
-    assert parse_settings([*given.split(), *more.split()]) == WorkerSettings(
-        "a", "unix:/c", Path("/t"), "unix:/a", "cpu", 3, 5, "avx2", 0.5, 7, Path("/p"), 9, kernels_dir=Path("/k")
-    )
-    assert parse_settings(["--name", "a", "--join", "x:1", "--token-file", "t"]) == WorkerSettings(
-        "a", "x:1", Path("t")
-    )
+def test_settings_survive_the_pipe_to_a_worker() -> None:
+    kinds = {str: "x", int: 7, float: 0.5, bool: True, Path: Path("/p"), LogFormat: LogFormat.JSON}
+    hints = get_type_hints(WorkerSettings)
+    values = {name: kinds[(get_args(hint) or (hint,))[0]] for name, hint in hints.items()}
+    full, least = WorkerSettings(**values), WorkerSettings(name="a")
+    assert [WorkerSettings.from_json(settings.to_json()) for settings in (full, least)] == [full, least]
+    assert "secret" not in repr(replace(full, token="secret"))
 
 
 def test_a_device_that_is_not_there_is_refused_by_name() -> None:
-    settings = WorkerSettings("a", "x:1", Path("t"), device="cuda:999")
+    settings = WorkerSettings(name="a", device="cuda:999")
     with pytest.raises(UsageError, match="device cuda"):
         Device.open(settings)
     with pytest.raises(UsageError, match="device 'toaster'"):
         Device.open(replace(settings, device="toaster"))
     with pytest.raises(UsageError, match="feature level 'sse9'"):
-        Device.open(WorkerSettings("a", "x:1", Path("t"), feature_level="sse9", threads=1))
+        Device.open(WorkerSettings(name="a", feature_level="sse9", threads=1))
 
 
 def test_what_hides_a_gpu_is_said_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,14 +128,14 @@ def test_what_hides_a_gpu_is_said_with_what_to_do(tmp_path: Path, monkeypatch: p
     assert advice(tmp_path) == "", "of Windows"
     monkeypatch.setattr(nvidia, "advice", lambda: "do this")
     with pytest.raises(UsageError, match=r"device cuda.*; do this$"):
-        Device.open(WorkerSettings("a", "x:1", Path("t"), device="cuda:999"))
+        Device.open(WorkerSettings(name="a", device="cuda:999"))
 
 
 def test_a_cap_on_memory_counts_what_the_process_has() -> None:
     most = system_info.resident_bytes() + (1 << 28)
-    capped = Device.open(WorkerSettings("a", "x:1", Path("t"), device="reference", memory_bytes=most))
+    capped = Device.open(WorkerSettings(name="a", device="reference", memory_bytes=most))
     assert 0 < capped.free_memory_bytes < 1 << 29
-    assert Device.open(WorkerSettings("a", "x:1", Path("t"), device="reference", memory_bytes=1)).free_memory_bytes == 0
+    assert Device.open(WorkerSettings(name="a", device="reference", memory_bytes=1)).free_memory_bytes == 0
 
 
 def test_the_machine_is_known() -> None:

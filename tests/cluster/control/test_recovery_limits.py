@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,13 @@ from llamaclust.cluster.control.loading import StageLoadError
 from llamaclust.cluster.engine.engine import EngineState
 from llamaclust.cluster.launchers.local import LocalLauncher
 from llamaclust.cluster.launchers.restarts import Restarts
+from llamaclust.cluster.launchers.worker_process import worker_command
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.scheduler.requests import GenerationRequest
 from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError, UsageError, WorkerError
 from llamaclust.core.sampling import SamplingParams
 from llamaclust.wire.control.messages import Load, Loaded
+from llamaclust.worker.settings import WorkerSettings
 from support.clusters.recovering import Answer, Recovering, answer_of, asks, config, model_in, recovering, undisturbed
 from support.seed import SEED
 
@@ -57,9 +58,12 @@ def small_memory(config: ClusterConfig, resources: planning.ClusterResources) ->
 async def start_by_hand(run: Recovering, name: str) -> asyncio.subprocess.Process:
     """A worker that no launcher started joins."""
     token_file = run.cluster.config.state_dir / run.cluster.config.name / "run" / "token"
-    options = {"--name": name, "--join": run.cluster.registry.address, "--token-file": token_file, "--threads": 1}
-    words = [str(word) for option in options.items() for word in option]
-    return await asyncio.create_subprocess_exec(sys.executable, "-P", "-m", "llamaclust.worker", *words)
+    settings = WorkerSettings(name=name, join=run.cluster.registry.address, token_file=token_file, threads=1)
+    process = await asyncio.create_subprocess_exec(*worker_command(settings), stdin=asyncio.subprocess.PIPE)
+    assert process.stdin is not None
+    process.stdin.write(settings.to_json().encode())
+    process.stdin.close()
+    return process
 
 
 @pytest.mark.parametrize("why", ["memory", "plan"])

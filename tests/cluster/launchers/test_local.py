@@ -10,17 +10,18 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
-from llamaclust.cluster.launchers.base import WorkerSpec
 from llamaclust.cluster.launchers.local import LocalLauncher
 from llamaclust.cluster.launchers.run_directory import run_directory
-from llamaclust.cluster.launchers.worker_process import describe_exit
+from llamaclust.cluster.launchers.worker_process import describe_exit, worker_command
 from llamaclust.core.errors import UsageError
 from llamaclust.wire.rpc.server import Server
 from llamaclust.wire.security.token import ClusterToken
+from llamaclust.worker.settings import WorkerSettings
 from support.clusters.real_cluster import losses, real_cluster
 
 _COORDINATOR = """
@@ -128,12 +129,18 @@ def test_secrets_are_neither_in_the_environment_nor_on_the_command_line(
 
 def test_a_worker_of_no_launcher_ends_when_its_coordinator_is_gone(tmp_path: Path) -> None:
     """It has no parent to end with: the end of the control stream is what it sees."""
-    command = [sys.executable, "-P", "-m", "llamaclust.worker", "--name", "x", "--device", "reference"]
 
     async def run() -> tuple[int | None, str]:
         async with real_cluster(tmp_path, 1, device="reference") as cluster:
-            options = ["--join", cluster.registry.address, "--token-file", str(cluster.run.token_file)]
-            process = await asyncio.create_subprocess_exec(*command, *options, stderr=subprocess.PIPE)
+            settings = WorkerSettings(
+                name="x", device="reference", join=cluster.registry.address, token_file=cluster.run.token_file
+            )
+            process = await asyncio.create_subprocess_exec(
+                *worker_command(settings), stdin=subprocess.PIPE, stderr=subprocess.PIPE
+            )
+            assert process.stdin is not None
+            process.stdin.write(settings.to_json().encode())
+            process.stdin.close()
             await cluster.registry.wait_for({"x"}, 30.0)
             server = cluster.registry._server
             assert isinstance(server, Server)
@@ -147,11 +154,19 @@ def test_a_worker_of_no_launcher_ends_when_its_coordinator_is_gone(tmp_path: Pat
     assert "the coordinator is gone" in log.splitlines()[-1]
 
 
+def joining_nobody(folder: Path, **more: Any) -> WorkerSettings:
+    return WorkerSettings(name="x", join=f"unix:{folder}/nobody.sock", token_file=folder / "token", **more)
+
+
+def ended(settings: WorkerSettings) -> subprocess.CompletedProcess[str]:
+    """A worker process that ends by itself."""
+    command, text = worker_command(settings), settings.to_json()
+    return subprocess.run(command, input=text, capture_output=True, text=True, timeout=30, check=False)
+
+
 def test_a_worker_that_finds_no_coordinator_gives_up_by_name(tmp_path: Path) -> None:
     ClusterToken.create(tmp_path / "token")
-    command = [sys.executable, "-P", "-m", "llamaclust.worker", "--name", "x", "--device", "reference"]
-    options = ["--join", f"unix:{tmp_path}/nobody.sock", "--token-file", str(tmp_path / "token"), "--join-s", "0.3"]
-    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=30, check=False)
+    done = ended(joining_nobody(tmp_path, device="reference", join_s=0.3))
     assert done.returncode == 1
     assert "joining the coordinator at unix:" in done.stderr.splitlines()[-1]
     assert "not within 0.3 s" in done.stderr.splitlines()[-1]
@@ -160,9 +175,7 @@ def test_a_worker_that_finds_no_coordinator_gives_up_by_name(tmp_path: Path) -> 
 
 def test_a_worker_whose_parent_has_gone_before_it_looks_does_not_start(tmp_path: Path) -> None:
     ClusterToken.create(tmp_path / "token")
-    command = [sys.executable, "-P", "-m", "llamaclust.worker", "--name", "x", "--parent-pid", "1"]
-    options = ["--join", f"unix:{tmp_path}/nobody.sock", "--token-file", str(tmp_path / "token")]
-    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=30, check=False)
+    done = ended(joining_nobody(tmp_path, parent_pid=1))
     assert done.returncode == 1
     assert "the process that started this worker (1) is gone" in done.stderr
 
@@ -214,7 +227,3 @@ def test_ends_of_processes_are_described() -> None:
     assert describe_exit(-11) == "its process was killed by signal 11 (SIGSEGV)"
     assert describe_exit(-9).endswith("signal 9 (SIGKILL), by someone or for lack of memory")
     assert describe_exit(-250) == "its process was killed by signal 250 (unknown)"
-
-
-def test_a_spec_leaves_to_the_worker_what_it_does_not_say() -> None:
-    assert WorkerSpec("a") == WorkerSpec("a", "cpu", None, None, "")

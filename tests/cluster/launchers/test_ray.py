@@ -14,9 +14,9 @@ import psutil
 import pytest
 
 from llamaclust.cluster.config.cluster_config import load_config
-from llamaclust.cluster.launchers.base import WorkerSpec
 from llamaclust.cluster.launchers.ray_workers import resources
 from llamaclust.core.errors import UsageError
+from llamaclust.worker.settings import WorkerSettings
 from support.clusters.command_line import Cluster, CommandLine, Running, command_line, eventually, is_there
 from support.clusters.launched import Answers, answers, logs_of, model_in, of_one_worker
 from support.clusters.ray_nodes import left_in, ray_node
@@ -214,8 +214,12 @@ def test_without_ray_the_way_to_install_it_is_told(
 
 
 def test_ray_reserves_what_the_file_says() -> None:
-    assert resources(WorkerSpec("a", threads=3)) == {"CPU": 3}
-    assert resources(WorkerSpec("a", "cuda:0", 2, 1 << 30)) == {"CPU": 2, "memory": 1 << 30, "GPU": 1}
+    assert resources(WorkerSettings(name="a", threads=3)) == {"CPU": 3}
+    assert resources(WorkerSettings(name="a", device="cuda:0", threads=2, memory_bytes=1 << 30)) == {
+        "CPU": 2,
+        "memory": 1 << 30,
+        "GPU": 1,
+    }
 
 
 MISTAKES = {

@@ -13,7 +13,6 @@ from llamaclust.cluster.control.loading import StageLoadError, StageLoads, load_
 from llamaclust.cluster.control.remote_pipeline import RemotePipeline
 from llamaclust.cluster.control.weight_sources import ModelReference
 from llamaclust.cluster.engine.pipeline import StageInfo
-from llamaclust.cluster.launchers.base import WorkerSpec
 from llamaclust.cluster.launchers.local import LocalLauncher
 from llamaclust.cluster.launchers.run_directory import RunDirectory, run_directory
 from llamaclust.cluster.membership.registry import MemberLost, Registry
@@ -23,6 +22,7 @@ from llamaclust.core.sampling import SampleTask, SamplingParams, ScoreTask
 from llamaclust.model.loader import Model
 from llamaclust.wire.control.messages import Deadlines
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, Result, SamplingInputs
+from llamaclust.worker.settings import WorkerSettings
 
 LIMITS = StageLimits(max_batch_tokens=64, max_outputs=64, max_sequences=8, max_context_tokens=256, kv_blocks=64)
 NAMES = ("a", "b", "c", "d", "e")
@@ -78,7 +78,7 @@ async def real_cluster(
             deadlines=deadlines,
             last_words=last_words,
         )
-        specs = [WorkerSpec(name, device, threads=1) for name in NAMES[:workers]]
+        specs = [WorkerSettings(name=name, device=device, threads=1) for name in NAMES[:workers]]
         try:
             async with registry:
                 await launcher.start(specs, registry.address, registry.process_exited)

@@ -7,7 +7,8 @@ import sys
 
 from llamaclust.cli import given_text, terminal
 from llamaclust.cli.connect import Target
-from llamaclust.cluster.client.types import Options, Reply
+from llamaclust.cluster.client.types import Options
+from llamaclust.cluster.text.answer import Answer
 from llamaclust.core.errors import UsageError
 
 
@@ -35,7 +36,7 @@ def print_json(target: Target, prompt: str, options: Options) -> None:
         print(json.dumps(reply_json(client.generate(prompt, **options))))
 
 
-def reply_json(reply: Reply) -> dict[str, object]:
+def reply_json(reply: Answer) -> dict[str, object]:
     """Logprobs with nine significant digits, from which float32 is read back exactly."""
     timings = reply.timings
     return {

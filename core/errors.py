@@ -43,6 +43,15 @@ class RequestError(LlamaclustError):
     code = "invalid_request_error"
 
 
+class ParameterError(RequestError):
+    """A request refused because of one of its parameters, which `param` names."""
+
+    def __init__(self, param: str, reason: str, code: str = RequestError.code) -> None:
+        super().__init__(f"{param}: {reason}")
+        self.param = param
+        self.code = code
+
+
 class QueueFullError(LlamaclustError):
     """More requests wait than the queue's bound allows; try again after `retry_after_s`."""
 

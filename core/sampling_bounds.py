@@ -39,6 +39,7 @@ CHAIN_BOUNDS: Mapping[str, tuple[float, float]] = MappingProxyType(
 )
 """Likewise among those of a SamplerChain."""
 
+MAX_LOGIT_BIASES = 1024
 MAX_MIROSTAT = 2
 MAX_MU = 1e12
 MAX_BREAKERS = 1 << 16

@@ -12,8 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from llamaclust.cluster.text.request import ParameterError
-from llamaclust.core.errors import LlamaclustError, QueueFullError
+from llamaclust.core.errors import LlamaclustError, ParameterError, QueueFullError
 
 CLIENT_GONE = 499
 

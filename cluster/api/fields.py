@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, WithJsonSchema
 
-from llamaclust.cluster.text.request import MAX_LOGIT_BIASES
+from llamaclust.core.sampling_bounds import MAX_LOGIT_BIASES
 
 Prompt = str | tuple[int, ...]
 
@@ -19,14 +19,14 @@ def is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _stop(value: Any) -> tuple[str, ...]:
+def read_stop(value: Any) -> tuple[str, ...]:
     strings = [value] if isinstance(value, str) else value
     if not isinstance(strings, list) or not all(isinstance(string, str) for string in strings):
         raise ValueError("must be a string or a list of strings")
     return tuple(strings)
 
 
-def _prompts(value: Any) -> tuple[Prompt, ...]:
+def read_prompts(value: Any) -> tuple[Prompt, ...]:
     """One prompt (text, token ids) or a list of them."""
     if isinstance(value, list) and value and all(isinstance(item, str | list) for item in value):
         if len(value) > MAX_PROMPTS:
@@ -63,7 +63,7 @@ def _part(part: Any) -> str:
     return str(part["text"])
 
 
-def _biases(value: Any) -> tuple[tuple[int, float], ...]:
+def read_biases(value: Any) -> tuple[tuple[int, float], ...]:
     """{"token id": bias}."""
     if not isinstance(value, dict):
         raise ValueError("must be an object of token ids and biases")
@@ -95,11 +95,11 @@ _IDS: dict[str, Any] = {"type": "array", "items": {"type": "integer"}}
 _PROMPTS = {"anyOf": [{"type": "string"}, _IDS, {"type": "array", "items": {"anyOf": [{"type": "string"}, _IDS]}}]}
 _PARTS = {"type": "array", "items": {"type": "object", "required": ["type", "text"]}}
 
-StopField = Annotated[tuple[str, ...], BeforeValidator(_stop), WithJsonSchema(_STRINGS)]
-PromptsField = Annotated[tuple[Any, ...], BeforeValidator(_prompts), WithJsonSchema(_PROMPTS)]
+StopField = Annotated[tuple[str, ...], BeforeValidator(read_stop), WithJsonSchema(_STRINGS)]
+PromptsField = Annotated[tuple[Any, ...], BeforeValidator(read_prompts), WithJsonSchema(_PROMPTS)]
 ContentField = Annotated[str, BeforeValidator(_content), WithJsonSchema({"anyOf": [{"type": "string"}, _PARTS]})]
 BiasField = Annotated[
     tuple[tuple[int, float], ...],
-    BeforeValidator(_biases),
+    BeforeValidator(read_biases),
     WithJsonSchema({"type": "object", "additionalProperties": {"type": "number"}}),
 ]

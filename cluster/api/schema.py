@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from llamaclust.cluster.text.request import ParameterError
+from llamaclust.core.errors import ParameterError
 
 _UNKNOWN = "unknown_field"
 _MOST_OF_A_NAME = 200

@@ -7,7 +7,8 @@ from collections.abc import Generator, Sequence
 from types import TracebackType
 from typing import Literal, Self, Unpack, overload
 
-from llamaclust.cluster.client.types import Chunk, ChunkStream, Message, Options, Reply, Settings, join
+from llamaclust.cluster.client.types import ChunkStream, Message, Options, Settings
+from llamaclust.cluster.text.answer import Answer, TextChunk, join
 
 Prompt = str | Sequence[int]
 
@@ -27,14 +28,14 @@ class TextClient(ABC):
         stream: Literal[False] = False,
         score_from: int | None = None,
         **options: Unpack[Options],
-    ) -> Reply: ...
+    ) -> Answer: ...
     @overload
     def generate(
         self, prompt: Prompt, *, stream: Literal[True], score_from: int | None = None, **options: Unpack[Options]
     ) -> ChunkStream: ...
     def generate(
         self, prompt: Prompt, *, stream: bool = False, score_from: int | None = None, **options: Unpack[Options]
-    ) -> Reply | ChunkStream:
+    ) -> Answer | ChunkStream:
         """Goes on from a text or token ids. With `score_from` the prompt's tokens [max(score_from, 1), end) get
         logprobs."""
         chunks = self._complete(prompt, Settings(**options), score_from)
@@ -43,14 +44,14 @@ class TextClient(ABC):
     @overload
     def chat(
         self, messages: Sequence[Message], *, stream: Literal[False] = False, **options: Unpack[Options]
-    ) -> Reply: ...
+    ) -> Answer: ...
     @overload
     def chat(
         self, messages: Sequence[Message], *, stream: Literal[True], **options: Unpack[Options]
     ) -> ChunkStream: ...
     def chat(
         self, messages: Sequence[Message], *, stream: bool = False, **options: Unpack[Options]
-    ) -> Reply | ChunkStream:
+    ) -> Answer | ChunkStream:
         """Answers the last message, as the model's chat template writes them."""
         chunks = self._chat(messages, Settings(**options))
         return ChunkStream(chunks) if stream else join(chunks)
@@ -74,7 +75,9 @@ class TextClient(ABC):
         self.close()
 
     @abstractmethod
-    def _complete(self, prompt: Prompt, settings: Settings, score_from: int | None) -> Generator[Chunk, None, None]: ...
+    def _complete(
+        self, prompt: Prompt, settings: Settings, score_from: int | None
+    ) -> Generator[TextChunk, None, None]: ...
 
     @abstractmethod
-    def _chat(self, messages: Sequence[Message], settings: Settings) -> Generator[Chunk, None, None]: ...
+    def _chat(self, messages: Sequence[Message], settings: Settings) -> Generator[TextChunk, None, None]: ...

@@ -21,23 +21,15 @@ from llamaclust.cluster.client.http_codec import (
     field_of,
     reply_error,
 )
-from llamaclust.cluster.client.types import (
-    AsyncChunkStream,
-    Chunk,
-    ChunkStream,
-    Message,
-    Options,
-    Reply,
-    Settings,
-    join,
-)
+from llamaclust.cluster.client.types import AsyncChunkStream, ChunkStream, Message, Options, Settings
 from llamaclust.cluster.config.values import is_loopback
+from llamaclust.cluster.text.answer import Answer, TextChunk, join
 from llamaclust.core.errors import LlamaclustError, ProtocolError, UsageError
 
 if TYPE_CHECKING:
     from llamaclust.cluster.client.local import LocalClient, LocalSettings
 
-__all__ = ["AsyncChunkStream", "AsyncClient", "Chunk", "ChunkStream", "Client", "Message", "Options", "Reply"]
+__all__ = ["Answer", "AsyncChunkStream", "AsyncClient", "ChunkStream", "Client", "Message", "Options", "TextChunk"]
 
 DEFAULT_URL = "http://127.0.0.1:8080"
 _CONNECT_S = 10.0
@@ -81,14 +73,14 @@ class Client(TextClient):
     def close(self) -> None:
         self._http.close()
 
-    def _complete(self, prompt: Prompt, settings: Settings, score_from: int | None) -> Generator[Chunk, None, None]:
+    def _complete(self, prompt: Prompt, settings: Settings, score_from: int | None) -> Generator[TextChunk, None, None]:
         body = completion_body(prompt, settings, score_from)
         return self._stream("v1/completions", body, CompletionReader())
 
-    def _chat(self, messages: Sequence[Message], settings: Settings) -> Generator[Chunk, None, None]:
+    def _chat(self, messages: Sequence[Message], settings: Settings) -> Generator[TextChunk, None, None]:
         return self._stream("v1/chat/completions", chat_body(messages, settings), ChatReader())
 
-    def _stream(self, path: str, body: Mapping[str, Any], reader: ChunkReader) -> Generator[Chunk, None, None]:
+    def _stream(self, path: str, body: Mapping[str, Any], reader: ChunkReader) -> Generator[TextChunk, None, None]:
         events = EventReader()
         try:
             with self._http.stream("POST", path, content=encode(body)) as reply:
@@ -124,14 +116,14 @@ class AsyncClient:
         stream: Literal[False] = False,
         score_from: int | None = None,
         **options: Unpack[Options],
-    ) -> Coroutine[None, None, Reply]: ...
+    ) -> Coroutine[None, None, Answer]: ...
     @overload
     def generate(
         self, prompt: Prompt, *, stream: Literal[True], score_from: int | None = None, **options: Unpack[Options]
     ) -> AsyncChunkStream: ...
     def generate(
         self, prompt: Prompt, *, stream: bool = False, score_from: int | None = None, **options: Unpack[Options]
-    ) -> Coroutine[None, None, Reply] | AsyncChunkStream:
+    ) -> Coroutine[None, None, Answer] | AsyncChunkStream:
         """As `Client.generate`."""
         body = completion_body(prompt, Settings(**options), score_from)
         chunks = self._stream("v1/completions", body, CompletionReader())
@@ -140,14 +132,14 @@ class AsyncClient:
     @overload
     def chat(
         self, messages: Sequence[Message], *, stream: Literal[False] = False, **options: Unpack[Options]
-    ) -> Coroutine[None, None, Reply]: ...
+    ) -> Coroutine[None, None, Answer]: ...
     @overload
     def chat(
         self, messages: Sequence[Message], *, stream: Literal[True], **options: Unpack[Options]
     ) -> AsyncChunkStream: ...
     def chat(
         self, messages: Sequence[Message], *, stream: bool = False, **options: Unpack[Options]
-    ) -> Coroutine[None, None, Reply] | AsyncChunkStream:
+    ) -> Coroutine[None, None, Answer] | AsyncChunkStream:
         """As `Client.chat`."""
         chunks = self._stream("v1/chat/completions", chat_body(messages, Settings(**options)), ChatReader())
         return AsyncChunkStream(chunks) if stream else _collect(chunks)
@@ -173,7 +165,7 @@ class AsyncClient:
     ) -> None:
         await self.aclose()
 
-    async def _stream(self, path: str, body: Mapping[str, Any], reader: ChunkReader) -> AsyncGenerator[Chunk, None]:
+    async def _stream(self, path: str, body: Mapping[str, Any], reader: ChunkReader) -> AsyncGenerator[TextChunk, None]:
         events = EventReader()
         try:
             async with self._http.stream("POST", path, content=encode(body)) as reply:
@@ -195,7 +187,7 @@ class AsyncClient:
         return _checked(reply)
 
 
-async def _collect(chunks: AsyncGenerator[Chunk, None]) -> Reply:
+async def _collect(chunks: AsyncGenerator[TextChunk, None]) -> Answer:
     return join([chunk async for chunk in chunks])
 
 

@@ -8,8 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from llamaclust.cluster.client.types import Chunk, Message, Settings
-from llamaclust.cluster.scheduler.requests import Timings
+from llamaclust.cluster.client.types import Message, Settings
+from llamaclust.cluster.scheduler.requests import FinishReason, Timings
+from llamaclust.cluster.text.answer import TextChunk
 from llamaclust.core.errors import (
     DeadlineError,
     InsufficientMemoryError,
@@ -20,6 +21,7 @@ from llamaclust.core.errors import (
     WorkerError,
 )
 from llamaclust.core.limits import MAX_CONTEXT_TOKENS
+from llamaclust.core.sampling import RowResult
 from llamaclust.core.sampling_bounds import CHAIN_BOUNDS
 
 _SHOWN_BYTES = 300
@@ -61,7 +63,7 @@ def _shared(settings: Settings) -> dict[str, Any]:
         "presence_penalty": settings.presence_penalty,
         "repeat_last_n": -1 if settings.penalty_window is None else settings.penalty_window,
         "logit_bias": {str(token): bias for token, bias in settings.logit_bias.items()},
-        "stop": list(settings.stop_strings),
+        "stop": settings.stop_strings,
         "stop_token_ids": list(settings.stop_token_ids),
         "min_tokens": settings.min_tokens,
         "ignore_eos": settings.ignore_eos,
@@ -131,44 +133,65 @@ class EventReader:
 class ChunkReader(ABC):
     """Events of one answer as chunks. ProtocolError for events that this API would not send."""
 
-    def read(self, event: Mapping[str, Any]) -> Chunk:
+    def __init__(self) -> None:
+        self._prompt: tuple[int, ...] = ()
+        self._scored = 0  # prompt tokens that have a logprob or never will
+
+    def read(self, event: Mapping[str, Any]) -> TextChunk:
         try:
             choice = event["choices"][0]
             if "prompt_token_ids" in choice:  # the first one: any text in it is the prompt's
-                return Chunk(prompt_token_ids=tuple(choice["prompt_token_ids"]), seed=event["seed"])
+                self._prompt = tuple(choice["prompt_token_ids"])
+                self._scored = len(_token_logprobs(choice))
+                return TextChunk(prompt_token_ids=self._prompt, seed=event["seed"])
             return self._chunk(choice)
-        except (KeyError, IndexError, TypeError, AttributeError) as error:
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
             shown = _shown(json.dumps(event).encode())
             raise ProtocolError(f"the server does not answer as llamaclust does: {shown}") from error
 
+    def _prompt_rows(self, logprobs: Sequence[float]) -> dict[str, Any]:
+        start, self._scored = self._scored, self._scored + len(logprobs)
+        return {"prompt_start": start, "prompt_rows": _rows(self._prompt[start : self._scored], logprobs)}
+
     @abstractmethod
-    def _chunk(self, choice: Mapping[str, Any]) -> Chunk: ...
+    def _chunk(self, choice: Mapping[str, Any]) -> TextChunk: ...
 
 
 class CompletionReader(ChunkReader):
     """Reads `/v1/completions`."""
 
-    def _chunk(self, choice: Mapping[str, Any]) -> Chunk:
-        ids = tuple(choice["token_ids"])
-        logprobs = tuple((choice["logprobs"] or {}).get("token_logprobs", ()))
+    def _chunk(self, choice: Mapping[str, Any]) -> TextChunk:
+        ids, logprobs = choice["token_ids"], _token_logprobs(choice)
         of_prompt = len(logprobs) - len(ids)
-        return Chunk(choice["text"], ids, logprobs[of_prompt:], (), logprobs[:of_prompt], **_ending(choice))
+        scored = self._prompt_rows(logprobs[:of_prompt]) if of_prompt > 0 else {}
+        rows = _rows(ids, logprobs[of_prompt:])
+        return TextChunk(text=choice["text"], rows=rows, **scored, **_ending(choice))
 
 
 class ChatReader(ChunkReader):
     """Reads `/v1/chat/completions`."""
 
-    def _chunk(self, choice: Mapping[str, Any]) -> Chunk:
+    def _chunk(self, choice: Mapping[str, Any]) -> TextChunk:
         entries = (choice["logprobs"] or {}).get("content", ())
-        logprobs = tuple(entry["logprob"] for entry in entries)
-        return Chunk(choice["delta"].get("content") or "", tuple(choice["token_ids"]), logprobs, **_ending(choice))
+        rows = _rows(choice["token_ids"], [entry["logprob"] for entry in entries])
+        return TextChunk(text=choice["delta"].get("content") or "", rows=rows, **_ending(choice))
+
+
+def _token_logprobs(choice: Mapping[str, Any]) -> Sequence[float]:
+    logprobs: Sequence[float] = (choice["logprobs"] or {}).get("token_logprobs", ())
+    return logprobs
+
+
+def _rows(tokens: Sequence[int], logprobs: Sequence[float]) -> tuple[RowResult, ...]:
+    return tuple(RowResult(token, logprob) for token, logprob in zip(tokens, logprobs, strict=True))
 
 
 def _ending(choice: Mapping[str, Any]) -> dict[str, Any]:
     if choice["finish_reason"] is None:
         return {}
     timings = Timings(**{name: choice["timings"][name] for name in _TIMINGS})
-    return {"finish_reason": choice["finish_reason"], "timings": timings}
+    reason = FinishReason(choice["finish_reason"])
+    return {"finish_reason": reason, "stopped_by": choice["stop_reason"], "timings": timings}
 
 
 def reply_error(status: int, retry_after: str | None, body: bytes) -> LlamaclustError:

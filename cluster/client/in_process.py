@@ -1,23 +1,21 @@
-"""A client of a text service in this process, which runs in an event loop on a thread of its own. It asks with the
-HTTP API's bodies, so that both are checked alike."""
+"""A client of a text service in this process, which runs in an event loop on its own thread."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
 import weakref
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Sequence
+from collections.abc import Callable, Coroutine, Generator, Sequence
 from concurrent.futures import CancelledError, Future
 from contextlib import AbstractAsyncContextManager, suppress
 from typing import Any, TypeVar
 
-from llamaclust.cluster.api.openai.schema import ChatBody, CompletionBody
+from llamaclust.cluster.api.openai.schema import Messages
 from llamaclust.cluster.api.schema import read_fields
 from llamaclust.cluster.client.base import Prompt, TextClient
-from llamaclust.cluster.client.http_codec import chat_body, completion_body
-from llamaclust.cluster.client.types import Chunk, Message, Settings
-from llamaclust.cluster.text.choice import TextChunk, json_logprob
-from llamaclust.cluster.text.request import CompletionRequest, ParameterError
+from llamaclust.cluster.client.request import completion_request
+from llamaclust.cluster.client.types import Message, Settings
+from llamaclust.cluster.text.answer import TextChunk
 from llamaclust.cluster.text.service import TextService
 from llamaclust.cluster.text.stream import CompletionStream
 from llamaclust.core.errors import LlamaclustError
@@ -128,45 +126,29 @@ class ServiceClient(TextClient):
     def close(self) -> None:
         self._closed()
 
-    def _complete(self, prompt: Prompt, settings: Settings, score_from: int | None) -> Generator[Chunk, None, None]:
-        async def request() -> CompletionRequest:
-            requests = read_fields(CompletionBody, completion_body(prompt, settings, score_from)).requests()
-            if len(requests) != 1:
-                raise ParameterError("prompt", f"{len(requests)} prompts in one call; give them one by one")
-            return requests[0]
-
-        return self._stream(request)
-
-    def _chat(self, messages: Sequence[Message], settings: Settings) -> Generator[Chunk, None, None]:
-        async def request() -> CompletionRequest:
-            body = read_fields(ChatBody, chat_body(messages, settings))
-            return body.request(await self._service.chat_prompt(body.variables), body.max_new_tokens, body.top)
-
-        return self._stream(request)
-
-    def _stream(self, request: Callable[[], Awaitable[CompletionRequest]]) -> Generator[Chunk, None, None]:
+    def _complete(self, prompt: Prompt, settings: Settings, score_from: int | None) -> Generator[TextChunk, None, None]:
         async def start() -> CompletionStream:
-            return await self._service.start(await request())
+            return await self._service.start(completion_request(prompt, settings, score_from))
 
+        return self._stream(start)
+
+    def _chat(self, messages: Sequence[Message], settings: Settings) -> Generator[TextChunk, None, None]:
+        async def start() -> CompletionStream:
+            chat = read_fields(Messages, {"messages": [dict(message) for message in messages]})
+            prompt = await self._service.chat_prompt(chat.variables)
+            return await self._service.start(completion_request(prompt, settings))
+
+        return self._stream(start)
+
+    def _stream(self, start: Callable[[], Coroutine[Any, Any, CompletionStream]]) -> Generator[TextChunk, None, None]:
         stream = self._thread.call(start())
         try:
-            yield Chunk(prompt_token_ids=stream.prompt_token_ids, seed=stream.seed)
+            yield TextChunk(prompt_token_ids=stream.prompt_token_ids, seed=stream.seed)
             while (chunk := self._thread.call(_next(stream))) is not None:
-                yield _chunk(chunk)
+                yield chunk
         finally:
             self._thread.finish(stream.aclose())
 
 
 async def _next(stream: CompletionStream) -> TextChunk | None:
     return await anext(stream, None)
-
-
-def _chunk(chunk: TextChunk) -> Chunk:
-    return Chunk(
-        text=chunk.text,
-        token_ids=chunk.token_ids,
-        logprobs=tuple(map(json_logprob, chunk.logprobs)),
-        prompt_logprobs=tuple(json_logprob(row.logprob) for row in chunk.prompt_rows),
-        finish_reason=None if chunk.finish_reason is None else str(chunk.finish_reason),
-        timings=chunk.timings,
-    )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Generator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self, TypedDict
 
 from llamaclust.cluster.scheduler.breakers import DEFAULT_BREAKERS
-from llamaclust.cluster.scheduler.requests import Timings
+from llamaclust.cluster.text.answer import TextChunk
 from llamaclust.core.sampler_chain import SAMPLERS
 
 Message = Mapping[str, Any]
@@ -90,66 +90,21 @@ class Settings:
     samplers: Sequence[str] = SAMPLERS  # which act, and in which order
 
     @property
-    def stop_strings(self) -> tuple[str, ...]:
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """What a stream brings at once. Text may come later than its tokens: only whole characters are shown."""
-
-    text: str = ""
-    token_ids: tuple[int, ...] = ()  # also the end token, which has no text
-    logprobs: tuple[float, ...] = ()  # float32 values, one a token; -9999 stands for minus infinity
-    prompt_token_ids: tuple[int, ...] = ()  # on the first chunk
-    prompt_logprobs: tuple[float, ...] = ()  # float32 values of scored prompt tokens, in order
-    seed: int | None = None  # on the first chunk
-    finish_reason: str | None = None  # on the last chunk, with the timings: stop or length
-    timings: Timings | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """A whole answer."""
-
-    text: str
-    token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    prompt_token_ids: tuple[int, ...]
-    prompt_logprobs: tuple[float, ...]
-    seed: int
-    finish_reason: str
-    timings: Timings
-
-
-def join(chunks: Iterable[Chunk]) -> Reply:
-    """The answer that the chunks of one stream, from first to last, make."""
-    parts = list(chunks)
-    first, last = parts[0], parts[-1]
-    assert first.seed is not None and last.finish_reason is not None and last.timings is not None, "a whole stream"
-    return Reply(
-        text="".join(part.text for part in parts),
-        token_ids=tuple(token for part in parts for token in part.token_ids),
-        logprobs=tuple(logprob for part in parts for logprob in part.logprobs),
-        prompt_token_ids=first.prompt_token_ids,
-        prompt_logprobs=tuple(logprob for part in parts for logprob in part.prompt_logprobs),
-        seed=first.seed,
-        finish_reason=last.finish_reason,
-        timings=last.timings,
-    )
+    def stop_strings(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else list(self.stop)
 
 
 class ChunkStream:
     """The chunks of an answer as they come; asked for at the first one. Closing it, leaving `with` and dropping it
     end the request."""
 
-    def __init__(self, chunks: Generator[Chunk, None, None]) -> None:
+    def __init__(self, chunks: Generator[TextChunk, None, None]) -> None:
         self._chunks = chunks
 
     def __iter__(self) -> Self:
         return self
 
-    def __next__(self) -> Chunk:
+    def __next__(self) -> TextChunk:
         return next(self._chunks)
 
     def close(self) -> None:
@@ -165,13 +120,13 @@ class ChunkStream:
 class AsyncChunkStream:
     """`ChunkStream` for `async for` and `async with`."""
 
-    def __init__(self, chunks: AsyncGenerator[Chunk, None]) -> None:
+    def __init__(self, chunks: AsyncGenerator[TextChunk, None]) -> None:
         self._chunks = chunks
 
     def __aiter__(self) -> Self:
         return self
 
-    async def __anext__(self) -> Chunk:
+    async def __anext__(self) -> TextChunk:
         return await anext(self._chunks)
 
     async def aclose(self) -> None:

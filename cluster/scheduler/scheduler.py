@@ -21,7 +21,7 @@ from llamaclust.cluster.scheduler.requests import Finished, GenerationRequest
 from llamaclust.cluster.scheduler.sequences import Failed, Part, Sequence, Update
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.cluster.scheduler.stage_times import StageTimes
-from llamaclust.cluster.scheduler.validation import check_generation
+from llamaclust.cluster.scheduler.validation import validate
 from llamaclust.core.errors import QueueFullError
 from llamaclust.wire.microbatch.messages import Result
 
@@ -121,7 +121,7 @@ class Scheduler:
 
     def add(self, ask: GenerationRequest, now_ns: int) -> Sequence:
         """Takes a request into the queue, unless it has no work. Raises RequestError or QueueFullError."""
-        check_generation(ask, self.settings)
+        validate(ask, self.settings.request_limits)
         sequence = self._sequence(ask, now_ns)
         if sequence.has_work:
             starting = self.settings.max_sequences - len(self._running)

@@ -1,13 +1,13 @@
-"""Which requests are taken: every field of one within bounds, before anything is spent on it."""
+"""The bounds of every field of a request, checked before anything is spent on it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from math import inf
+import math
+from collections.abc import Collection
 
 from llamaclust.cluster.scheduler.requests import GenerationRequest
-from llamaclust.cluster.scheduler.settings import SchedulerSettings
-from llamaclust.core.errors import RequestError
+from llamaclust.cluster.scheduler.settings import RequestLimits
+from llamaclust.core.errors import ParameterError
 from llamaclust.core.limits import MAX_CONTEXT_TOKENS, MAX_TOP_LOGPROBS
 from llamaclust.core.sampler_chain import SamplerChain
 from llamaclust.core.sampling import SamplingParams
@@ -15,84 +15,108 @@ from llamaclust.core.sampling_bounds import (
     CHAIN_BOUNDS,
     MAX_BIAS,
     MAX_BREAKERS_TOKENS,
+    MAX_LOGIT_BIASES,
     MAX_MIROSTAT,
     MAX_TOP_K,
     REAL_BOUNDS,
 )
 
-
-def check_generation(ask: GenerationRequest, settings: SchedulerSettings) -> None:
-    """Raises RequestError that names the field, its value and the bound."""
-    _check_prompt(ask, settings)
-    _within("max_tokens", ask.max_new_tokens, 0, inf)
-    _within("min_tokens", ask.min_tokens, 0, inf)
-    _within("seed", ask.seed, 0, (1 << 64) - 1)
-    _within("choice", ask.choice, 0, (1 << 32) - 1)
-    _within("top_logprobs", ask.top_logprobs, 0, min(MAX_TOP_LOGPROBS, settings.vocabulary))
-    _within("penalty_window", ask.penalty_window, 0, inf)
-    _within("dry_window", ask.dry_window, 0, inf)
-    _within("score_from", ask.score_from or 0, 0, inf)
-    _check_tokens("stop_token_ids", ask.stop_token_ids, settings.vocabulary)
-    if ask.min_tokens and len(ask.stop_token_ids) == settings.vocabulary:
-        raise RequestError(
-            f"min_tokens is {ask.min_tokens}, but stop_token_ids are all {settings.vocabulary} tokens: none is left"
-        )
-    _check_params(ask.params, settings.vocabulary)
-    _check_breakers(ask.breakers)
+MAX_CHOICES = 128
+_UINT64_MAX = (1 << 64) - 1
 
 
-def _check_prompt(ask: GenerationRequest, settings: SchedulerSettings) -> None:
-    length, most = len(ask.prompt), settings.max_sequence_tokens
-    if length == 0:
-        raise RequestError("the prompt is empty: give at least one token")
-    if length > most:
-        raise RequestError(f"the prompt has {length} tokens, the context {most}: shorten it or raise context_length")
-    if length == most and ask.max_new_tokens > 0:
-        raise RequestError(f"the prompt fills the whole context of {most} tokens and leaves no room for an answer")
-    _check_tokens("prompt", ask.prompt, settings.vocabulary)
+def validate(request: GenerationRequest, limits: RequestLimits) -> None:
+    """Raises ParameterError, which names the field as the HTTP API does, its value and the bound."""
+    _check_prompt(request, limits)
+    check_integer("max_tokens", request.max_new_tokens, 0, MAX_CONTEXT_TOKENS)
+    check_integer("min_tokens", request.min_tokens, 0, MAX_CONTEXT_TOKENS)
+    check_integer("seed", request.seed, 0, _UINT64_MAX)
+    check_integer("choice", request.choice, 0, MAX_CHOICES - 1)
+    check_integer("top_logprobs", request.top_logprobs, 0, min(MAX_TOP_LOGPROBS, limits.vocabulary))
+    check_integer("repeat_last_n", request.penalty_window, 0, MAX_CONTEXT_TOKENS)
+    check_integer("dry_penalty_last_n", request.dry_window, 0, MAX_CONTEXT_TOKENS)
+    if request.score_from is not None:
+        check_integer("score_from", request.score_from, 0, MAX_CONTEXT_TOKENS)
+    _check_tokens("stop_token_ids", request.stop_token_ids, limits.vocabulary)
+    if request.min_tokens and len(request.stop_token_ids) == limits.vocabulary:
+        reason = f"is {request.min_tokens}, but stop_token_ids are all {limits.vocabulary} tokens: none is left"
+        raise ParameterError("min_tokens", reason)
+    _check_params(request.params, limits.vocabulary)
+    _check_breakers(request)
+
+
+def check_chain(chain: SamplerChain) -> None:
+    """Raises ParameterError for a setting of a sampler that is out of bounds."""
+    for name, (low, high) in CHAIN_BOUNDS.items():
+        check_number(name, getattr(chain, name), low, high)
+    check_integer("mirostat", chain.mirostat, 0, MAX_MIROSTAT)
+    check_integer("dry_allowed_length", chain.dry_allowed_length, 1, MAX_CONTEXT_TOKENS)
+    if len(set(chain.order)) < len(chain.order):
+        raise ParameterError("samplers", "a sampler is listed twice")
+
+
+def check_integer(name: str, value: object, low: int, high: int) -> None:
+    if type(value) is not int or not low <= value <= high:
+        raise ParameterError(name, f"must be a whole number within {low}..{high}, is {shown(value)}")
+
+
+def check_number(name: str, value: object, low: float, high: float) -> None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or not low <= value <= high:  # type: ignore[arg-type, operator]
+        raise ParameterError(name, f"must be a number within {low:g}..{high:g}, is {shown(value)}")
+
+
+def check_count(name: str, count: int, most: int, items: str) -> None:
+    if count > most:
+        raise ParameterError(name, f"{count} {items}, at most {most} are taken")
+
+
+def shown(value: object) -> str:
+    """A value of a request, short enough for a message."""
+    if isinstance(value, int) and value.bit_length() > 200:
+        return "a number of more than 60 digits"
+    return repr(value)[:60]
+
+
+def _check_prompt(request: GenerationRequest, limits: RequestLimits) -> None:
+    tokens, most = len(request.prompt), limits.max_sequence_tokens
+    if tokens == 0:
+        raise ParameterError("prompt", "is empty; give at least one token")
+    if tokens + (request.max_new_tokens != 0) > most:
+        room = " with no room for an answer" if tokens == most else ""
+        reason = f"has {tokens} tokens{room}, but the model's context length is {most} tokens; shorten it"
+        raise ParameterError("prompt", reason, "context_length_exceeded")
+    _check_tokens("prompt", request.prompt, limits.vocabulary)
 
 
 def _check_params(params: SamplingParams, vocabulary: int) -> None:
     for name, (low, high) in REAL_BOUNDS.items():
-        _within(name, getattr(params, name), low, high)
-    _within("top_k", params.top_k, 0, MAX_TOP_K)
+        check_number(name, getattr(params, name), low, high)
+    check_integer("top_k", params.top_k, 0, MAX_TOP_K)
     if params.chain is not None:
-        _check_chain(params.chain, vocabulary)
+        check_chain(params.chain)
+        _check_tokens("unpenalized", params.chain.unpenalized, vocabulary)
+    check_count("logit_bias", len(params.logit_bias), MAX_LOGIT_BIASES, "token ids")
     biased = [token for token, _ in params.logit_bias]
     _check_tokens("logit_bias", biased, vocabulary)
     if biased != sorted(set(biased)):
-        raise RequestError("logit_bias: token ids must be ascending, each once")
-    for token, bias in params.logit_bias:
-        _within(f"logit_bias of token {token}", bias, -MAX_BIAS, MAX_BIAS)
+        raise ParameterError("logit_bias", "token ids must be ascending, each once")
+    for _, bias in params.logit_bias:
+        check_number("logit_bias", bias, -MAX_BIAS, MAX_BIAS)
 
 
-def _check_chain(chain: SamplerChain, vocabulary: int) -> None:
-    for name, (low, high) in CHAIN_BOUNDS.items():
-        _within(name, getattr(chain, name), low, high)
-    _within("mirostat", chain.mirostat, 0, MAX_MIROSTAT)
-    _within("dry_allowed_length", chain.dry_allowed_length, 1, MAX_CONTEXT_TOKENS)
-    _check_tokens("unpenalized", chain.unpenalized, vocabulary)
-    if len(set(chain.order)) < len(chain.order):
-        raise RequestError("samplers: one stands there twice")
-
-
-def _check_breakers(breakers: Mapping[int, tuple[tuple[int, ...], ...]]) -> None:
-    tokens = sum(len(one) for sequences in breakers.values() for one in sequences)
+def _check_breakers(request: GenerationRequest) -> None:
+    tokens = sum(len(sequence) for sequences in request.breakers.values() for sequence in sequences)
     if tokens > MAX_BREAKERS_TOKENS:
-        raise RequestError(
-            f"dry_sequence_breakers: the vocabulary has them in sequences of {tokens} tokens together, at most "
-            f"{MAX_BREAKERS_TOKENS} are taken: give fewer or rarer texts"
+        reason = (
+            f"the vocabulary has {tokens} tokens in the sequences that contain them, at most {MAX_BREAKERS_TOKENS} are "
+            "taken: give fewer or rarer texts"
         )
+        raise ParameterError("dry_sequence_breakers", reason)
 
 
-def _check_tokens(name: str, tokens: tuple[int, ...] | frozenset[int] | list[int], vocabulary: int) -> None:
-    for bad in (min(tokens, default=0), max(tokens, default=0)):
-        if not 0 <= bad < vocabulary:
-            raise RequestError(f"{name}: token id {bad} is not one of the model's [0, {vocabulary})")
-
-
-def _within(name: str, value: float, low: float, high: float) -> None:
-    """Not a number is within no bounds."""
-    if not low <= value <= high:
-        limit = f"at least {low}" if high == inf else f"within {low}..{high}"
-        raise RequestError(f"{name} is {value}, must be {limit}")
+def _check_tokens(name: str, ids: Collection[int], vocabulary: int) -> None:
+    if not ids or (set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < vocabulary):
+        return
+    wrong = next(token for token in ids if type(token) is not int or not 0 <= token < vocabulary)
+    raise ParameterError(name, f"token id {shown(wrong)} is outside the vocabulary [0, {vocabulary})")

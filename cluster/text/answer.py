@@ -1,18 +1,69 @@
-"""Whole answers: the chunks of a completion put together."""
+"""A completion as text: chunks while it runs, and whole answers put together from them."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable
+import math
+from collections.abc import AsyncIterable, Iterable
 from dataclasses import dataclass
 
 from llamaclust.cluster.scheduler.requests import FinishReason, Timings
-from llamaclust.cluster.text.choice import TextChunk
 from llamaclust.core.sampling import RowResult
+
+_LEAST_LOGPROB = -9999.0
+
+
+def json_logprob(value: float) -> float:
+    """A float32 logprob, whole: reading it gives the same float32. Minus infinity, which JSON lacks, as -9999."""
+    return value if math.isfinite(value) else _LEAST_LOGPROB
+
+
+class _Rows:
+    """Views of sampled and scored rows."""
+
+    __slots__ = ()
+
+    rows: tuple[RowResult, ...]
+    prompt_rows: tuple[RowResult, ...]
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return tuple(row.token for row in self.rows)
+
+    @property
+    def logprobs(self) -> tuple[float, ...]:
+        """Float32 values, one a token; -9999 stands for minus infinity."""
+        return tuple(json_logprob(row.logprob) for row in self.rows)
+
+    @property
+    def prompt_logprobs(self) -> tuple[float, ...]:
+        """Likewise of the scored prompt tokens, in order."""
+        return tuple(json_logprob(row.logprob) for row in self.prompt_rows)
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """One finished choice. `rows` and `offsets` as in TextChunk; prompt_rows score the prompt from prompt_start on."""
+class TextChunk(_Rows):
+    """What one event adds to choice `index`. Text may come later than its tokens (half characters, stop strings).
+
+    `rows` holds every sampled token with its logprob, also the end token or those of a stop string, whose text is not
+    shown; offsets[i] is where rows[i]'s text begins in the answer, in characters, where the server counts them.
+    """
+
+    index: int = 0
+    text: str = ""
+    rows: tuple[RowResult, ...] = ()
+    offsets: tuple[int, ...] = ()
+    prompt_start: int = 0  # prompt_rows score the prompt's tokens from here
+    prompt_rows: tuple[RowResult, ...] = ()
+    finish_reason: FinishReason | None = None  # on the last chunk of a choice, with its timings
+    stopped_by: str | int | None = None  # the stop string or end token
+    timings: Timings | None = None
+    prompt_token_ids: tuple[int, ...] = ()  # on the first chunk that a client gets, with the seed
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Answer(_Rows):
+    """One finished choice; fields as in TextChunk."""
 
     index: int
     text: str
@@ -23,15 +74,8 @@ class Answer:
     finish_reason: FinishReason
     stopped_by: str | int | None
     timings: Timings
-
-    @property
-    def token_ids(self) -> tuple[int, ...]:
-        return tuple(row.token for row in self.rows)
-
-    @property
-    def logprobs(self) -> tuple[float, ...]:
-        """Float32 values, one a token."""
-        return tuple(row.logprob for row in self.rows)
+    prompt_token_ids: tuple[int, ...] = ()
+    seed: int | None = None
 
 
 async def collect(chunks: AsyncIterable[TextChunk]) -> list[Answer]:
@@ -42,19 +86,22 @@ async def collect(chunks: AsyncIterable[TextChunk]) -> list[Answer]:
     return [join(by_index[index]) for index in sorted(by_index)]
 
 
-def join(chunks: list[TextChunk]) -> Answer:
+def join(chunks: Iterable[TextChunk]) -> Answer:
     """The answer that a choice's chunks, from first to last, make."""
-    last = chunks[-1]
+    parts = list(chunks)
+    first, last = parts[0], parts[-1]
     assert last.finish_reason is not None and last.timings is not None, "the last chunk of a choice ends it"
-    scored = [chunk for chunk in chunks if chunk.prompt_rows]
+    scored = [part for part in parts if part.prompt_rows]
     return Answer(
         index=last.index,
-        text="".join(chunk.text for chunk in chunks),
-        rows=tuple(row for chunk in chunks for row in chunk.rows),
-        offsets=tuple(offset for chunk in chunks for offset in chunk.offsets),
+        text="".join(part.text for part in parts),
+        rows=tuple(row for part in parts for row in part.rows),
+        offsets=tuple(offset for part in parts for offset in part.offsets),
         prompt_start=scored[0].prompt_start if scored else 0,
-        prompt_rows=tuple(row for chunk in scored for row in chunk.prompt_rows),
+        prompt_rows=tuple(row for part in scored for row in part.prompt_rows),
         finish_reason=last.finish_reason,
         stopped_by=last.stopped_by,
         timings=last.timings,
+        prompt_token_ids=first.prompt_token_ids,
+        seed=first.seed,
     )

@@ -2,49 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-
 from llamaclust.cluster.scheduler.requests import Event, Finished, FinishReason, PromptScored, Timings, TokenSampled
+from llamaclust.cluster.text.answer import TextChunk
 from llamaclust.cluster.text.stop_strings import StopStrings
 from llamaclust.core.sampling import RowResult
 from llamaclust.model.tokenizers.detokenizer import Detokenizer
 from llamaclust.model.tokenizers.tokenizer import Tokenizer
-
-_LEAST_LOGPROB = -9999.0
-
-
-def json_logprob(value: float) -> float:
-    """A float32 logprob, whole: reading it gives the same float32. Minus infinity, which JSON lacks, as -9999."""
-    return value if math.isfinite(value) else _LEAST_LOGPROB
-
-
-@dataclass(frozen=True, slots=True)
-class TextChunk:
-    """What one event adds to choice `index`. Text may come later than its tokens (half characters, stop strings).
-
-    `rows` holds every chosen token with its logprob, also the end token or those of a stop string, whose text is not
-    shown; offsets[i] is where rows[i]'s text begins in the answer, in characters.
-    """
-
-    index: int
-    text: str = ""
-    rows: tuple[RowResult, ...] = ()
-    offsets: tuple[int, ...] = ()
-    prompt_start: int = 0  # prompt_rows score the prompt's tokens from here
-    prompt_rows: tuple[RowResult, ...] = ()
-    finish_reason: FinishReason | None = None  # set on a choice's last chunk, with its timings
-    stopped_by: str | int | None = None  # the stop string or end token
-    timings: Timings | None = None
-
-    @property
-    def token_ids(self) -> tuple[int, ...]:
-        return tuple(row.token for row in self.rows)
-
-    @property
-    def logprobs(self) -> tuple[float, ...]:
-        """Float32 values, one a token."""
-        return tuple(row.logprob for row in self.rows)
 
 
 class ChoiceText:

@@ -10,9 +10,11 @@ from typing import Any
 
 from llamaclust.cluster.scheduler.breakers import Breakers, BreakerTokens
 from llamaclust.cluster.scheduler.requests import GenerationRequest
-from llamaclust.cluster.text.choice import ChoiceText, TextChunk
-from llamaclust.cluster.text.request import SEEDS, CompletionRequest, ParameterError, check_request
+from llamaclust.cluster.text.answer import TextChunk
+from llamaclust.cluster.text.choice import ChoiceText
+from llamaclust.cluster.text.request import SEEDS, CompletionRequest
 from llamaclust.cluster.text.stream import CompletionStream, TextEngine
+from llamaclust.core.errors import ParameterError
 from llamaclust.core.sampler_chain import SamplerChain
 from llamaclust.core.sampling import SamplingParams
 from llamaclust.model.chat.prompt import encode_chat, guard_messages, unguarded
@@ -66,9 +68,7 @@ class TextService:
 
         Raises ParameterError for a value out of bounds, QueueFullError, WorkerError. Later errors come from the stream.
         """
-        if not isinstance(request.prompt, str):
-            self._check_length(len(request.prompt), request.max_new_tokens != 0)
-        check_request(request, self.tokenizer.vocabulary_size)
+        request.check_text()
         prompt = await self._prompt_ids(request)
         generation = self._generation(request, prompt, await self._breakers(request))
         ends = generation.stop_token_ids
@@ -122,11 +122,8 @@ class TextService:
     async def _prompt_ids(self, request: CompletionRequest) -> tuple[int, ...]:
         if isinstance(request.prompt, str):
             self._check_characters(len(request.prompt), self.settings.context_length, "prompt")
-            prompt = tuple(await self.tokenize(request.prompt, request.add_special, request.parse_special))
-        else:
-            prompt = request.prompt
-        self._check_length(len(prompt), request.max_new_tokens != 0)
-        return prompt
+            return tuple(await self.tokenize(request.prompt, request.add_special, request.parse_special))
+        return request.prompt
 
     def _encode_all(self, parts: Sequence[str | int], add_special: bool) -> list[list[int]]:
         encode = self.tokenizer.encode
@@ -140,15 +137,6 @@ class TextService:
         if characters > most_tokens * self.tokenizer.longest_word:
             reason = f"has {characters} characters, more than {most_tokens} tokens can hold; shorten it"
             raise ParameterError(param, reason, "context_length_exceeded")
-
-    def _check_length(self, tokens: int, wants_answer: bool) -> None:
-        context = self.settings.context_length
-        if tokens == 0:
-            raise ParameterError("prompt", "is empty; give at least one token")
-        if tokens + wants_answer > context:
-            room = " with no room for an answer" if tokens == context else ""
-            reason = f"has {tokens} tokens{room}, but the model's context length is {context} tokens; shorten it"
-            raise ParameterError("prompt", reason, "context_length_exceeded")
 
     async def _breakers(self, request: CompletionRequest) -> Breakers:
         """Only where DRY looks for them."""
@@ -167,8 +155,10 @@ class TextService:
 
     def _generation(self, request: CompletionRequest, prompt: tuple[int, ...], breakers: Breakers) -> GenerationRequest:
         context = self.settings.context_length
-        room = context - len(prompt)
-        max_new_tokens = room if request.max_new_tokens is None else min(request.max_new_tokens, room)
+        max_new_tokens = request.max_new_tokens
+        if max_new_tokens != 0:  # a prompt without room for an answer is refused by the engine
+            room = max(context - len(prompt), 1)
+            max_new_tokens = room if max_new_tokens is None else min(max_new_tokens, room)
         return GenerationRequest(
             request_id=secrets.token_hex(12),
             prompt=prompt,
@@ -176,7 +166,7 @@ class TextService:
             params=self._params(request),
             seed=secrets.randbits(_DRAWN_SEED_BITS) if request.seed is None else request.seed % SEEDS,
             stop_token_ids=self.tokenizer.end_of_generation | request.stop_token_ids,
-            min_tokens=max_new_tokens if request.ignore_eos else min(request.min_tokens, max_new_tokens),
+            min_tokens=max_new_tokens if request.ignore_eos else request.min_tokens,
             top_logprobs=request.top_logprobs,
             penalty_window=context if request.penalty_window is None else request.penalty_window,
             dry_window=context if request.dry_window is None else request.dry_window,

@@ -9,7 +9,8 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from llamaclust.cluster.scheduler.requests import Event, GenerationRequest, Timings
-from llamaclust.cluster.text.choice import ChoiceText, TextChunk
+from llamaclust.cluster.text.answer import TextChunk
+from llamaclust.cluster.text.choice import ChoiceText
 from llamaclust.core.errors import DeadlineError, QueueFullError, WorkerError
 
 _MAX_UNREAD_ROWS = 4096

@@ -25,9 +25,11 @@ from llamaclust.cluster.api.no_op_fields import LLAMACPP, TEMPLATE
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.api.sse import WAITING, begin_events, event, unless_disconnected
 from llamaclust.cluster.text.answer import collect
-from llamaclust.cluster.text.request import MAX_LOGIT_BIASES, CompletionRequest, ParameterError
+from llamaclust.cluster.text.request import CompletionRequest
 from llamaclust.cluster.text.service import TextService
 from llamaclust.cluster.text.stream import CompletionStream, chunks_or_silence
+from llamaclust.core.errors import ParameterError
+from llamaclust.core.sampling_bounds import MAX_LOGIT_BIASES
 
 _MAX_PIECES = 1 << 16
 

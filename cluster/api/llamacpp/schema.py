@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, FailFast, Field, WithJsonSchema
 
 from llamaclust.cluster.api.fields import StopField, is_int, is_token_id
 from llamaclust.cluster.api.openai.schema import MessagesField
-from llamaclust.cluster.api.sampler_schema import SamplerFields
+from llamaclust.cluster.api.sampler_schema import SamplerFields, documented
 from llamaclust.cluster.api.schema import Body
 from llamaclust.core.limits import MAX_CONTEXT_TOKENS, MAX_TOP_LOGPROBS
 from llamaclust.core.sampling import SamplingParams
@@ -80,7 +80,7 @@ class LlamaCppBody(SamplerFields):
     """Keep tokens with at least this fraction of the top token's probability."""
     repeat_penalty: Annotated[float, Field(ge=1 / MAX_PENALTY, le=MAX_PENALTY)] = 1.0
     """Divides positive and multiplies negative logits of tokens that occurred."""
-    repeat_last_n: Annotated[int, Field(ge=-1, le=MAX_CONTEXT_TOKENS)] = 64
+    repeat_last_n: Annotated[int, documented(-1, MAX_CONTEXT_TOKENS)] = 64
     """Last tokens that penalties count; -1: all."""
     presence_penalty: float = 0.0
     """Subtracted from a token's logit if it occurred."""

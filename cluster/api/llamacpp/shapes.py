@@ -7,8 +7,7 @@ from typing import Any
 from llamaclust.cluster.api.llamacpp.schema import LlamaCppBody
 from llamaclust.cluster.api.openai.shapes import row_entry
 from llamaclust.cluster.scheduler.requests import FinishReason, Timings
-from llamaclust.cluster.text.answer import Answer
-from llamaclust.cluster.text.choice import TextChunk
+from llamaclust.cluster.text.answer import Answer, TextChunk
 from llamaclust.cluster.text.service import TextService
 from llamaclust.cluster.text.stream import CompletionStream
 from llamaclust.model.tokenizers.tokenizer import Tokenizer

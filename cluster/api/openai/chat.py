@@ -14,8 +14,7 @@ from llamaclust.cluster.api.openai.run import Choice, OpenAiRun
 from llamaclust.cluster.api.openai.schema import ChatBody
 from llamaclust.cluster.api.openai.shapes import ending, row_entry
 from llamaclust.cluster.api.settings import ApiSettings
-from llamaclust.cluster.text.answer import Answer
-from llamaclust.cluster.text.choice import TextChunk
+from llamaclust.cluster.text.answer import Answer, TextChunk
 from llamaclust.cluster.text.request import CompletionRequest
 from llamaclust.cluster.text.service import TextService
 from llamaclust.cluster.text.stream import CompletionStream

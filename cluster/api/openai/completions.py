@@ -16,11 +16,12 @@ from llamaclust.cluster.api.openai.run import Choice, OpenAiRun
 from llamaclust.cluster.api.openai.schema import CompletionBody
 from llamaclust.cluster.api.openai.shapes import ending
 from llamaclust.cluster.api.settings import ApiSettings
-from llamaclust.cluster.text.answer import Answer
-from llamaclust.cluster.text.choice import TextChunk
-from llamaclust.cluster.text.request import MAX_CHOICES, CompletionRequest, ParameterError, shown
+from llamaclust.cluster.scheduler.validation import MAX_CHOICES, shown
+from llamaclust.cluster.text.answer import Answer, TextChunk
+from llamaclust.cluster.text.request import CompletionRequest
 from llamaclust.cluster.text.service import TextService
 from llamaclust.cluster.text.stream import CompletionStream
+from llamaclust.core.errors import ParameterError
 
 
 class CompletionEndpoint:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llamaclust.cluster.api.fields import Prompt
-from llamaclust.cluster.text.choice import json_logprob
+from llamaclust.cluster.text.answer import json_logprob
 from llamaclust.cluster.text.stream import CompletionStream
 from llamaclust.core.sampling import RowResult
 from llamaclust.model.tokenizers.detokenizer import Detokenizer

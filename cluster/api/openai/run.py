@@ -17,8 +17,7 @@ from llamaclust.cluster.api.openai.shapes import FINGERPRINT, usage
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.api.sse import DONE, WAITING, begin_events, event, unless_disconnected
 from llamaclust.cluster.scheduler.requests import Timings
-from llamaclust.cluster.text.answer import Answer, collect
-from llamaclust.cluster.text.choice import TextChunk
+from llamaclust.cluster.text.answer import Answer, TextChunk, collect
 from llamaclust.cluster.text.request import CompletionRequest
 from llamaclust.cluster.text.service import TextService
 from llamaclust.cluster.text.stream import CompletionStream, chunks_or_silence

@@ -8,11 +8,14 @@ from pydantic import BeforeValidator, FailFast, Field
 
 from llamaclust.cluster.api.fields import BiasField, ContentField, Prompt, PromptsField, StopField
 from llamaclust.cluster.api.no_op_fields import MESSAGE
-from llamaclust.cluster.api.sampler_schema import SamplerFields
+from llamaclust.cluster.api.sampler_schema import SamplerFields, documented
 from llamaclust.cluster.api.schema import Body, read_fields
-from llamaclust.cluster.text.request import MAX_STOP_TOKENS, CompletionRequest, ParameterError, shown
+from llamaclust.cluster.scheduler.validation import shown
+from llamaclust.cluster.text.request import MAX_STOP_TOKENS, CompletionRequest
+from llamaclust.core.errors import ParameterError
 from llamaclust.core.limits import MAX_CONTEXT_TOKENS, MAX_TOP_LOGPROBS
 from llamaclust.core.sampling import SamplingParams
+from llamaclust.core.sampling_bounds import MAX_TOP_K
 
 DEFAULT_TEMPERATURE = 1.0
 DEFAULT_COMPLETION_TOKENS = 16
@@ -74,7 +77,7 @@ class _Sampling(SamplerFields):
     """Subtracted from a token's logit if it occurred."""
     repetition_penalty: float = 1.0
     """Divides positive and multiplies negative logits of tokens that occurred."""
-    repeat_last_n: Annotated[int, Field(ge=-1, le=MAX_CONTEXT_TOKENS)] = -1
+    repeat_last_n: Annotated[int, documented(-1, MAX_CONTEXT_TOKENS)] = -1
     """Last tokens that penalties count, prompt and answer together; -1, the default: all."""
     logit_bias: BiasField = ()
     """Added to the logits of these token ids."""
@@ -82,7 +85,7 @@ class _Sampling(SamplerFields):
     """0 chooses the likeliest token."""
     top_p: float = 1.0
     """Only the likeliest tokens that reach this probability together."""
-    top_k: Annotated[int, Field(ge=-1, lt=1 << 31)] = 0
+    top_k: Annotated[int, documented(-1, MAX_TOP_K)] = 0
     """Only that many of the likeliest tokens; 0 and -1: all."""
     min_p: float = 0.0
     """Keep tokens with at least this fraction of the top token's probability."""
@@ -114,7 +117,7 @@ class _Sampling(SamplerFields):
         """How tokens are chosen."""
         return SamplingParams(
             temperature=self.temperature,
-            top_k=max(0, self.top_k),
+            top_k=0 if self.top_k == -1 else self.top_k,
             top_p=self.top_p,
             min_p=self.min_p,
             repetition_penalty=self.repetition_penalty,
@@ -150,11 +153,21 @@ class _Sampling(SamplerFields):
             raise ParameterError("stream_options", "only makes sense with stream: true")
 
 
-class ChatBody(_Sampling):
-    """`POST /v1/chat/completions`."""
+class Messages(Body):
+    """A chat."""
 
     messages: MessagesField
     """The chat so far."""
+
+    @property
+    def variables(self) -> list[dict[str, str]]:
+        """The messages as chat templates know them."""
+        return [message.as_variables() for message in self.messages]
+
+
+class ChatBody(_Sampling, Messages):
+    """`POST /v1/chat/completions`."""
+
     max_tokens: int | None = None
     """Tokens of an answer, at most; by default what the context leaves."""
     max_completion_tokens: int | None = None
@@ -165,11 +178,6 @@ class ChatBody(_Sampling):
     """Also those of that many of the likeliest tokens; needs `logprobs`."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """More variables for the chat template."""
-
-    @property
-    def variables(self) -> list[dict[str, str]]:
-        """The messages as chat templates know them."""
-        return [message.as_variables() for message in self.messages]
 
     @property
     def max_new_tokens(self) -> int | None:
@@ -199,7 +207,7 @@ class CompletionBody(_Sampling):
     """Logprobs of the chosen tokens and of that many of the likeliest."""
     echo: bool = False
     """The prompt stands before the answer, its logprobs too where they are asked for."""
-    score_from: Annotated[int, Field(ge=0, le=MAX_CONTEXT_TOKENS)] | None = None
+    score_from: Annotated[int, documented(0, MAX_CONTEXT_TOKENS)] | None = None
     """With `echo` and `logprobs`: only the prompt's tokens from this one on get logprobs; saves work."""
     best_of: int | None = None
     """Only n is supported."""

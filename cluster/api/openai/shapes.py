@@ -7,8 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from llamaclust.cluster.scheduler.requests import Timings
-from llamaclust.cluster.text.answer import Answer
-from llamaclust.cluster.text.choice import TextChunk, json_logprob
+from llamaclust.cluster.text.answer import Answer, TextChunk, json_logprob
 from llamaclust.core.limits import NUMERICS_VERSION
 from llamaclust.core.sampling import RowResult
 from llamaclust.core.version import VERSION

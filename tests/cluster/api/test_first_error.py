@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from llamaclust.cluster.api.llamacpp.schema import DetokenizeBody
 from llamaclust.cluster.api.openai.schema import ChatBody, CompletionBody
 from llamaclust.cluster.api.schema import Body, read_fields
-from llamaclust.cluster.text.request import ParameterError
+from llamaclust.core.errors import ParameterError
 
 MANY = 1000
 UNKNOWN = {f"k{number}": 1 for number in range(MANY)}

@@ -14,8 +14,9 @@ import pytest
 from llamaclust import AsyncClient, Client
 from llamaclust.cluster.client.base import TextClient
 from llamaclust.cluster.client.in_process import ServiceClient
-from llamaclust.cluster.client.types import Chunk, Options, Settings, join
+from llamaclust.cluster.client.types import Options, Settings
 from llamaclust.cluster.scheduler.requests import GenerationRequest
+from llamaclust.cluster.text.answer import TextChunk, join
 from llamaclust.cluster.text.service import TextService
 from llamaclust.core.errors import LlamaclustError, QueueFullError, RequestError, UsageError, WorkerError
 from llamaclust.core.sampler_chain import SamplerChain
@@ -93,7 +94,7 @@ async def test_a_stream_brings_the_same_as_a_reply() -> None:
 async def test_a_stream_that_is_left_ends_its_request() -> None:
     async with scripted("abc" * 50) as (url, engine):
 
-        def some(client: Client) -> list[Chunk]:
+        def some(client: Client) -> list[TextChunk]:
             with client.generate("abc", stream=True) as chunks:
                 return [next(chunks), next(chunks)]
 

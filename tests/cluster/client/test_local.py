@@ -18,8 +18,9 @@ from llamaclust import Client
 from llamaclust.cluster.api.app import create_app
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.client.local import LocalClient, LocalPipeline, LocalSettings, LocalStage
-from llamaclust.cluster.client.types import Options, Reply, join
+from llamaclust.cluster.client.types import Options
 from llamaclust.cluster.engine.engine import Engine
+from llamaclust.cluster.text.answer import Answer, join
 from llamaclust.cluster.text.service import TextService, TextSettings
 from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError, ModelFileError, RequestError, UsageError
 from support.clusters.served import serving
@@ -115,7 +116,7 @@ async def http(tiny: Path) -> AsyncIterator[str]:
 
 
 def _answers(client: Client | LocalClient) -> list[object]:
-    def plain(reply: Reply) -> object:
+    def plain(reply: Answer) -> object:
         return reply.text, reply.token_ids, reply.logprobs, reply.prompt_logprobs, reply.prompt_token_ids, reply.seed
 
     return [

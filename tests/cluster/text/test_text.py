@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from llamaclust.cluster.scheduler.requests import FinishReason
 from llamaclust.cluster.text.answer import Answer, collect
-from llamaclust.cluster.text.request import CompletionRequest, ParameterError
+from llamaclust.cluster.text.request import CompletionRequest
 from llamaclust.cluster.text.stop_strings import StopStrings
-from llamaclust.core.errors import LlamaclustError, QueueFullError, RequestError, WorkerError
+from llamaclust.core.errors import LlamaclustError, ParameterError, QueueFullError, RequestError, WorkerError
 from llamaclust.core.sampling import SamplingParams
 from support.clusters.served import (
     CONTEXT,

@@ -253,8 +253,8 @@ def test_keys_and_defaults_are_those_of_the_schema(
             assert not isinstance(part["properties"][key].get("default"), str | int | float | list), key
 
 
-def test_what_is_said_to_be_refused_is_refused(minimal: Path) -> None:
-    listed = rows(section(ROOT / "docs/cluster-file.md", "What is refused today"))
+def test_reserved_values_are_refused(minimal: Path) -> None:
+    listed = rows(section(ROOT / "docs/cluster-file.md", "Errors"))
     assert len(listed) >= 1
     for key, values in listed:
         for value in names(values):

@@ -303,7 +303,7 @@ class Engine:
 def _told(sequence: Sequence, reason: str, timings: Timings) -> dict[str, object]:
     """What a log says of a request that ended: whose it is, and nothing of what it said."""
     return {
-        "request": sequence.generation.request_id,
+        "request": sequence.request.request_id,
         "reason": str(reason),
         "prompt_tokens": timings.prompt_tokens,
         "tokens": timings.generated_tokens,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from llamaclust.cluster.scheduler.sequences import Part
+from llamaclust.cluster.scheduler.sequences import SequenceSlice
 from llamaclust.cluster.scheduler.stage_times import StageTimes
 from llamaclust.core.errors import ProtocolError
 from llamaclust.wire.microbatch.messages import Microbatch, Result, SamplingInputs
@@ -22,8 +22,8 @@ class ScheduledMicrobatch:
 @dataclass(slots=True)
 class _Sent:
     number: int
-    parts: tuple[Part, ...]
-    decoding: int  # parts that are decode: the first ones
+    slices: tuple[SequenceSlice, ...]
+    decoding: int  # slices that are decode: the first ones
     is_ahead: bool  # follows tokens that were not known when it was sent
     alone: bool  # nothing is in flight meanwhile but what it follows or what follows it
     sent_ns: int
@@ -31,10 +31,10 @@ class _Sent:
 
     @property
     def is_decode(self) -> bool:
-        return self.decoding == len(self.parts)
+        return self.decoding == len(self.slices)
 
 
-class Flight:
+class InFlight:
     """Those of one epoch, in order."""
 
     def __init__(self, model_id: str, epoch: int, times: StageTimes) -> None:
@@ -57,36 +57,36 @@ class Flight:
         """When the one that is in flight for longest was sent."""
         return self._sent[0].sent_ns if self._sent else None
 
-    def send(self, parts: tuple[Part, ...], decoding: int, now_ns: int) -> ScheduledMicrobatch:
-        """The next microbatch, of these parts."""
+    def send(self, slices: tuple[SequenceSlice, ...], decoding: int, now_ns: int) -> ScheduledMicrobatch:
+        """The next microbatch, of these slices."""
         number = self._next_number
         self._next_number += 1
-        is_ahead = any(part.chunk.depends_on for part in parts)
+        is_ahead = any(taken.chunk.depends_on for taken in slices)
         if not is_ahead:
             for other in self._sent:
                 other.alone = False
         alone = is_ahead or not self._sent
-        self._sent.append(_Sent(number, parts, decoding, is_ahead, alone, now_ns, now_ns))
+        self._sent.append(_Sent(number, slices, decoding, is_ahead, alone, now_ns, now_ns))
         row = 0
-        for part in parts:
-            row += len(part.tasks)
-            if part.is_sampled:
-                part.sequence.sampled_at = (number, row - 1)
-        chunks = tuple(part.chunk for part in parts)
-        tasks = tuple(task for part in parts for task in part.tasks)
+        for taken in slices:
+            row += len(taken.tasks)
+            if taken.is_sampled:
+                taken.sequence.sampled_at = (number, row - 1)
+        chunks = tuple(taken.chunk for taken in slices)
+        tasks = tuple(task for taken in slices for task in taken.tasks)
         return ScheduledMicrobatch(
             Microbatch(self._model_id, self._epoch, number, chunks), SamplingInputs(self._epoch, number, tasks)
         )
 
-    def landed(self, result: Result, now_ns: int) -> tuple[Part, ...]:
-        """The parts that a result is for. ProtocolError where it is not the answer to the microbatch that is due."""
+    def complete(self, result: Result, now_ns: int) -> tuple[SequenceSlice, ...]:
+        """The slices that a result is for. ProtocolError where it is not the answer to the microbatch that is due."""
         due = self._sent[0] if self._sent else None
         if due is None or (result.epoch, result.number) != (self._epoch, due.number):
             expected = f"microbatch {due.number} of epoch {self._epoch}" if due else "nothing"
             raise ProtocolError(
                 f"a result for microbatch {result.number} of epoch {result.epoch}, but {expected} is due"
             )
-        outputs = sum(len(part.tasks) for part in due.parts)
+        outputs = sum(len(taken.tasks) for taken in due.slices)
         if len(result.rows) != outputs:
             raise ProtocolError(
                 f"microbatch {due.number} came back with {len(result.rows)} results instead of {outputs}"
@@ -95,4 +95,4 @@ class Flight:
         if self._sent and self._sent[0].is_ahead:
             self._sent[0].begun_ns = now_ns
         self._times.learn(result, due.is_decode, due.alone, now_ns - due.begun_ns, was_ahead=due.is_ahead)
-        return due.parts
+        return due.slices

@@ -29,19 +29,19 @@ class KvMemory:
         It waits as well where the microbatch that is being made fills blocks that it could share: rows of one
         microbatch must not count on each other's.
         """
-        found, idle = self._cache.find(sequence.chain, sequence.tokens, sequence.first_output)
+        found, idle = self._cache.find(sequence.block_keys, sequence.tokens, sequence.first_output)
         if self.window is not None:
             if not self.window.can_begin(sequence, reserve):
                 return False
-            found = self.window.usable(sequence.chain, found)
-            idle = sum(self.blocks.holds_idle(key) is True for key in sequence.chain[:found])
+            found = self.window.usable(sequence.block_keys, found)
+            idle = sum(self.blocks.is_idle(key) is True for key in sequence.block_keys[:found])
         fresh = sequence.blocks_needed - found
         if fresh + idle + reserve > self.blocks.available:
             return False
-        if self._filling and not self._filling.isdisjoint(sequence.chain[:found]):
+        if self._filling and not self._filling.isdisjoint(sequence.block_keys[:found]):
             return False
-        for key in sequence.chain[:found]:
-            sequence.table.append(self.blocks.hold(key))
+        for key in sequence.block_keys[:found]:
+            sequence.table.append(self.blocks.acquire(key))
         for _ in range(fresh):
             sequence.table.append(self.blocks.take())
         if self.window is not None:
@@ -51,43 +51,43 @@ class KvMemory:
 
     def grow(self, sequence: Sequence) -> bool:
         """Gives a sequence the blocks for its next row; False where none is left."""
-        if self.window is not None and not self.window.promise(sequence):
+        if self.window is not None and not self.window.commit(sequence):
             return False
         if len(sequence.table) < sequence.blocks_needed:
             if not self.blocks.available:
                 return False
             sequence.table.append(self.blocks.take())
-        self.reach(sequence, 1)
+        self.reserve(sequence, 1)
         return True
 
-    def reach(self, sequence: Sequence, rows: int) -> None:
+    def reserve(self, sequence: Sequence, rows: int) -> None:
         """What only rows that are computed now take: so many of a sequence are next."""
         if self.window is not None:
-            self.window.reach(sequence, rows)
+            self.window.reserve(sequence, rows)
 
     def filled(self, sequence: Sequence) -> None:
         """Rows up to `scheduled` are in the microbatch that is being made: later ones may share full blocks of known
         tokens."""
         full = min(sequence.scheduled, len(sequence.tokens)) // KV_BLOCK_TOKENS
-        if full > sequence.labelled:
-            self._cache.label(sequence.chain, sequence.tokens, sequence.table.blocks, sequence.labelled, full)
+        if full > sequence.registered:
+            self._cache.register(sequence.block_keys, sequence.tokens, sequence.table.blocks, sequence.registered, full)
             if self.window is not None:
-                self.window.label(sequence, full)
-            self._filling.update(sequence.chain[sequence.labelled : full])
-            sequence.labelled = full
+                self.window.register(sequence, full)
+            self._filling.update(sequence.block_keys[sequence.registered : full])
+            sequence.registered = full
         if self.window is not None:
-            self.window.leave_behind(sequence)
+            self.window.release_out_of_window(sequence)
 
     def end_microbatch(self) -> None:
         """The microbatch is made: what only its rows still read may be written by those after it."""
         if self.window is not None:
             self.window.end_microbatch()
 
-    def distrust(self, sequence: Sequence) -> None:
+    def invalidate(self, sequence: Sequence) -> None:
         """Nobody is given a block any more for what this sequence's tokens have put into it."""
-        self.blocks.unlabel(sequence.chain)
+        self.blocks.invalidate(sequence.block_keys)
         if self.window is not None:
-            self.window.blocks.unlabel(sequence.chain)
+            self.window.blocks.invalidate(sequence.block_keys)
 
     def release(self, sequence: Sequence) -> None:
         """Takes all blocks from a sequence."""

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 class KvBlocks:
     """Blocks 0..count, the same ids on every stage. A block is free, held (by one or more tables), or idle.
 
-    A held block may be labelled with a key that stands for its content. When nobody holds it any more it stays idle:
+    A held block may be registered with a key that stands for its content. When nobody holds it any more it stays idle:
     it can be held again by its key, until its memory is needed (the block idle for longest goes first).
     """
 
@@ -44,26 +44,26 @@ class KvBlocks:
         self._holders[block] = 1
         return block
 
-    def hold(self, key: bytes) -> int:
+    def acquire(self, key: bytes) -> int:
         """The block with this content, which there must be, held once more; nobody may write it."""
         block = self._by_key[key]
         self._idle.pop(block, None)
         self._holders[block] += 1
         return block
 
-    def holds_idle(self, key: bytes) -> bool | None:
+    def is_idle(self, key: bytes) -> bool | None:
         """Whether the block with this content is idle; None where there is none."""
         block = self._by_key.get(key)
         return None if block is None else block in self._idle
 
-    def label(self, block: int, key: bytes) -> None:
-        """Lets `hold` find a full block that is never written again. The first block with a content keeps the key."""
+    def register(self, block: int, key: bytes) -> None:
+        """Lets `acquire` find a full block, never written again. The first block with a content keeps the key."""
         assert self._holders[block] > 0
         if key not in self._by_key and block not in self._keys:
             self._by_key[key] = block
             self._keys[block] = key
 
-    def unlabel(self, keys: Iterable[bytes]) -> None:
+    def invalidate(self, keys: Iterable[bytes]) -> None:
         """The blocks with these contents, where there are any, are found by them no more."""
         for block in [self._by_key.pop(key) for key in keys if key in self._by_key]:
             del self._keys[block]
@@ -122,12 +122,12 @@ class BlockTable:
 class WindowTable:
     """The blocks of one sequence that rows to come see, from block number `start` on, in layers with a window."""
 
-    __slots__ = ("_shown", "blocks", "promised", "start")
+    __slots__ = ("_shown", "blocks", "committed", "start")
 
     def __init__(self) -> None:
         self.blocks: list[int] = []
         self.start = 0
-        self.promised = 0  # blocks that it may come to hold
+        self.committed = 0  # blocks that it may come to hold
         self._shown: tuple[int, ...] | None = None
 
     @property
@@ -165,6 +165,6 @@ class WindowTable:
     def clear(self) -> list[int]:
         """Empties the table; the blocks it had."""
         blocks, self.blocks = self.blocks, []
-        self.start = self.promised = 0
+        self.start = self.committed = 0
         self._shown = None
         return blocks

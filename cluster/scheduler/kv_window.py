@@ -11,7 +11,7 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 
 
 class KvWindow:
-    """What sequences may come to hold is promised to them before they begin or grow: then a block that rows need is
+    """What sequences may come to hold is committed to them before they begin or grow: then a block that rows need is
     always there, and nobody waits for one half-way.
 
     Blocks that a microbatch's rows have left behind are given up when the microbatch is made: rows of the same one, of
@@ -23,69 +23,69 @@ class KvWindow:
         self.blocks = cache.blocks
         self._cache = cache
         self._begun = 0
-        self._promised = 0
+        self._committed = 0
         self._most = cache.blocks.count - group.row_blocks
-        self._left_behind: list[int] = []
+        self._out_of_window: list[int] = []
 
-    def usable(self, chain: Items[bytes], found: int) -> int:
+    def usable(self, keys: Items[bytes], found: int) -> int:
         """How many of the first `found` blocks can be shared: rows after them must find their whole window."""
         usable = together = 0
         for index in range(found):
-            together = 0 if self.blocks.holds_idle(chain[index]) is None else together + 1
+            together = 0 if self.blocks.is_idle(keys[index]) is None else together + 1
             end = index + 1
             if together >= end - self.group.first_seen(end * KV_BLOCK_TOKENS):
                 usable = end
         return usable
 
     def can_begin(self, sequence: Sequence, reserve: int) -> bool:
-        """Whether it can be promised blocks so that `reserve` are left to those that still grow."""
-        to_grow = self._begun * self.group.sequence_blocks - self._promised
-        return self._promised + self._need(sequence) + min(reserve, to_grow) <= self._most
+        """Whether it can be committed blocks so that `reserve` are left to those that still grow."""
+        growth = self._begun * self.group.sequence_blocks - self._committed
+        return self._committed + self._need(sequence) + min(reserve, growth) <= self._most
 
     def begin(self, sequence: Sequence, shared: int) -> None:
         """Promises it blocks; its first `shared` blocks are those that others have filled."""
         self._begun += 1
-        self.promise(sequence)
+        self.commit(sequence)
         table = sequence.window
         table.start = self.group.first_seen(shared * KV_BLOCK_TOKENS)
-        for key in sequence.chain[table.start : shared]:
-            table.append(self.blocks.hold(key))
+        for key in sequence.block_keys[table.start : shared]:
+            table.append(self.blocks.acquire(key))
 
-    def promise(self, sequence: Sequence) -> bool:
+    def commit(self, sequence: Sequence) -> bool:
         """What a sequence needs in all; False where that is not there."""
-        more = self._need(sequence) - sequence.window.promised
+        more = self._need(sequence) - sequence.window.committed
         if more > 0:
-            if self._promised + more > self._most:
+            if self._committed + more > self._most:
                 return False
-            self._promised += more
-            sequence.window.promised += more
+            self._committed += more
+            sequence.window.committed += more
         return True
 
     def _need(self, sequence: Sequence) -> int:
         return min(self.group.sequence_blocks, sequence.blocks_needed)
 
-    def reach(self, sequence: Sequence, rows: int) -> None:
+    def reserve(self, sequence: Sequence, rows: int) -> None:
         """Takes blocks for so many next rows."""
         for _ in range(sequence.window.end, -(-(sequence.scheduled + rows) // KV_BLOCK_TOKENS)):
             sequence.window.append(self.blocks.take())
 
-    def label(self, sequence: Sequence, full: int) -> None:
-        """Names blocks up to block `full`, which the sequence's tokens have filled; before `leave_behind`."""
+    def register(self, sequence: Sequence, full: int) -> None:
+        """Names blocks up to block `full`, which the sequence's tokens have filled; before `release_out_of_window`."""
         table = sequence.window
-        first = max(sequence.labelled, table.start)
-        self._cache.label(sequence.chain, sequence.tokens, table.blocks, first, full, table.start)
+        first = max(sequence.registered, table.start)
+        self._cache.register(sequence.block_keys, sequence.tokens, table.blocks, first, full, table.start)
 
-    def leave_behind(self, sequence: Sequence) -> None:
+    def release_out_of_window(self, sequence: Sequence) -> None:
         """No row from `scheduled` on sees what is given up here."""
-        self._left_behind += sequence.window.drop_before(self.group.first_seen(sequence.scheduled))
+        self._out_of_window += sequence.window.drop_before(self.group.first_seen(sequence.scheduled))
 
     def end_microbatch(self) -> None:
-        if self._left_behind:
-            self.blocks.release(self._left_behind)
-            self._left_behind.clear()
+        if self._out_of_window:
+            self.blocks.release(self._out_of_window)
+            self._out_of_window.clear()
 
     def release(self, sequence: Sequence) -> None:
-        """Takes all blocks from a sequence, and what it was promised."""
-        self._begun -= sequence.window.promised > 0
-        self._promised -= sequence.window.promised
+        """Takes all blocks from a sequence, and what it was committed."""
+        self._begun -= sequence.window.committed > 0
+        self._committed -= sequence.window.committed
         self.blocks.release(sequence.window.clear())

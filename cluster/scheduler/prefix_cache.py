@@ -13,7 +13,7 @@ from llamaclust.model.program import KV_BLOCK_TOKENS, KvType
 class PrefixCache:
     """Finds and names blocks by the tokens from position 0 to their end.
 
-    A chain is a list of keys, one a full block, that belongs to one sequence: it depends on its tokens alone and grows.
+    `keys` is a list, one key a full block, that belongs to one sequence: it depends on its tokens alone and grows.
     """
 
     def __init__(self, blocks: KvBlocks, model_id: str, kv_type: KvType, enabled: bool = True) -> None:
@@ -21,38 +21,38 @@ class PrefixCache:
         self._root = sha256(f"{model_id}\0{kv_type}".encode()).digest()
         self._enabled = enabled
 
-    def find(self, chain: list[bytes], tokens: Sequence[int], reusable: int) -> tuple[int, int]:
+    def find(self, keys: list[bytes], tokens: Sequence[int], reusable: int) -> tuple[int, int]:
         """(found, idle): blocks of tokens[:reusable] that are cached from the beginning, and how many of them idle."""
         if not self._enabled:
             return 0, 0
-        self._extend(chain, tokens, reusable // KV_BLOCK_TOKENS)
+        self._extend(keys, tokens, reusable // KV_BLOCK_TOKENS)
         found = idle = 0
-        for key in chain[: reusable // KV_BLOCK_TOKENS]:
-            is_idle = self.blocks.holds_idle(key)
+        for key in keys[: reusable // KV_BLOCK_TOKENS]:
+            is_idle = self.blocks.is_idle(key)
             if is_idle is None:
                 break
             found += 1
             idle += is_idle
         return found, idle
 
-    def label(
+    def register(
         self,
-        chain: list[bytes],
+        keys: list[bytes],
         tokens: Sequence[int],
         table: Sequence[int],
-        labelled: int,
+        registered: int,
         full: int,
         start: int = 0,
     ) -> None:
-        """Names blocks [labelled, full), which the tokens have filled, of a table that begins with block `start`."""
+        """Names blocks [registered, full), which the tokens have filled, of a table that begins with block `start`."""
         if not self._enabled:
             return
-        self._extend(chain, tokens, full)
-        for index in range(labelled, full):
-            self.blocks.label(table[index - start], chain[index])
+        self._extend(keys, tokens, full)
+        for index in range(registered, full):
+            self.blocks.register(table[index - start], keys[index])
 
-    def _extend(self, chain: list[bytes], tokens: Sequence[int], count: int) -> None:
-        for index in range(len(chain), count):
+    def _extend(self, keys: list[bytes], tokens: Sequence[int], count: int) -> None:
+        for index in range(len(keys), count):
             start = index * KV_BLOCK_TOKENS
             part = array("I", tokens[start : start + KV_BLOCK_TOKENS])
-            chain.append(sha256((chain[-1] if chain else self._root) + part.tobytes()).digest())
+            keys.append(sha256((keys[-1] if keys else self._root) + part.tobytes()).digest())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import Enum, auto
 
 from llamaclust.cluster.scheduler.breakers import SeenBreakers
 from llamaclust.cluster.scheduler.kv_blocks import BlockTable, WindowTable
@@ -30,8 +31,21 @@ class Failed:
 Update = Event | Failed
 
 
+class Phase(Enum):
+    """What is done with a sequence."""
+
+    WAITING = auto()  # for KV memory and a place among those that run; results in flight still count
+    DISCARDED = auto()  # waits likewise; results in flight are of a computation that is repeated
+    PREFILL = auto()  # rows of known tokens are computed
+    DECODE = auto()  # tokens[:-1] are computed and the last one was sampled
+    FINISHED = auto()
+
+
+_DECODE = Phase.DECODE
+
+
 @dataclass(frozen=True, slots=True)
-class Part:
+class SequenceSlice:
     """Some rows of a sequence in a microbatch, and what its output rows are for."""
 
     sequence: Sequence
@@ -49,7 +63,7 @@ class Sequence:
     """A prompt and the tokens chosen so far, and how far their keys and values are computed."""
 
     key: int  # ascending with arrival
-    generation: GenerationRequest
+    request: GenerationRequest
     max_new_tokens: int  # chosen tokens at most, the context considered
     arrived_ns: int
     tokens: list[int]  # prompt, then answer
@@ -57,30 +71,41 @@ class Sequence:
     mu: float = 0.0  # of Mirostat, for the next token
     table: BlockTable = field(default_factory=BlockTable)
     window: WindowTable = field(default_factory=WindowTable)
-    chain: list[bytes] = field(default_factory=list)  # prefix cache keys of the tokens' full blocks
-    labelled: int = 0  # blocks of the table that the prefix cache knows
+    block_keys: list[bytes] = field(default_factory=list)  # prefix cache keys of the tokens' full blocks
+    registered: int = 0  # blocks of the table that the prefix cache knows
     scheduled: int = 0  # tokens whose keys and values are computed or under way
     next_score: int = 0  # first prompt row that is still to be scored
     scored: int = 0  # first prompt row whose score is still to come
     in_flight: int = 0  # microbatches
     sampling: int = 0  # tokens that microbatches in flight will choose: 2 at most
     sampled_at: tuple[int, int] = (0, 0)  # where the last of them is, or was: microbatch and output row
-    is_decoding: bool = False  # tokens[:-1] are computed and the last one was chosen
-    is_finished: bool = False
-    is_retried: bool = False  # since a row had no answer; the next answer ends that
-    is_void: bool = False  # what is in flight is of a computation that was thrown away
+    phase: Phase = Phase.WAITING
+    failures: int = 0  # rows without a result since the last result
     cached_tokens: int | None = None  # found in the prefix cache at first admission
     started_ns: int = 0
     first_ns: int = 0  # first answer
     last_ns: int = 0
 
     @property
+    def is_decoding(self) -> bool:
+        return self.phase is _DECODE
+
+    @property
+    def is_running(self) -> bool:
+        return self.phase is _DECODE or self.phase is Phase.PREFILL
+
+    @property
+    def counts_results(self) -> bool:
+        """Whether results in flight belong to the computation that goes on."""
+        return self.phase is not Phase.FINISHED and self.phase is not Phase.DISCARDED
+
+    @property
     def prompt_length(self) -> int:
-        return len(self.generation.prompt)
+        return len(self.request.prompt)
 
     @property
     def generated(self) -> int:
-        return len(self.tokens) - len(self.generation.prompt)
+        return len(self.tokens) - len(self.request.prompt)
 
     @property
     def target(self) -> int:
@@ -94,17 +119,17 @@ class Sequence:
     @property
     def awaits_decode(self) -> bool:
         """Whether its last token is chosen and not yet on its way."""
-        return self.is_decoding and self.scheduled < len(self.tokens)
+        return self.phase is _DECODE and self.scheduled < len(self.tokens)
 
     @property
     def may_go_ahead(self) -> bool:
         """Whether the row after its last token can be sent now, before that row's token is known."""
         return (
-            self.is_decoding
+            self.phase is _DECODE
             and self.sampling == 1
             and self.scheduled == len(self.tokens)
             and self.generated + 1 < self.max_new_tokens
-            and not self.generation.params.needs_state
+            and not self.request.params.needs_state
         )
 
     @property
@@ -129,23 +154,23 @@ class Sequence:
         before_outputs = max(0, self.first_output - self.scheduled)
         return min(rows, self.remaining, before_outputs + outputs)
 
-    def take(self, rows: int) -> Part:
+    def take(self, rows: int) -> SequenceSlice:
         """The next rows of a prompt, or of tokens that are computed again, as a part of a microbatch."""
         start, end = self.scheduled, self.scheduled + rows
         tasks = self._tasks(max(start, self.first_output), end)
         if tasks:
             self.next_score = max(self.next_score, min(end, self.prompt_length - 1))
-        return self._part(tuple(self.tokens[start:end]), tasks)
+        return self._slice(tuple(self.tokens[start:end]), tasks)
 
-    def take_token(self) -> Part:
+    def take_token(self) -> SequenceSlice:
         """The last token of one that awaits decode or may go ahead, as a part of a microbatch."""
         if self.sampling:
-            return self._part((0,), (self._sample_task(),), self.sampled_at)
-        return self._part((self.tokens[-1],), (self._sample_task(),))
+            return self._slice((0,), (self._sample_task(),), self.sampled_at)
+        return self._slice((self.tokens[-1],), (self._sample_task(),))
 
-    def _part(
+    def _slice(
         self, tokens: tuple[int, ...], tasks: tuple[RowTask, ...], follows: tuple[int, int] | None = None
-    ) -> Part:
+    ) -> SequenceSlice:
         window = self.window
         chunk = Chunk(
             tokens,
@@ -158,70 +183,72 @@ class Sequence:
         )
         self.scheduled += len(tokens)
         self.in_flight += 1
-        part = Part(self, chunk, tasks)
-        self.sampling += part.is_sampled
-        return part
+        taken = SequenceSlice(self, chunk, tasks)
+        self.sampling += taken.is_sampled
+        return taken
 
     def rewind(self, cached: int) -> None:
         """Only the keys and values of tokens[:cached] are there."""
         self.scheduled = cached
-        self.labelled = cached // KV_BLOCK_TOKENS
-        self.is_decoding = False
+        self.registered = cached // KV_BLOCK_TOKENS
 
     def restart(self) -> None:
         """Nothing of it is computed or under way: its tokens are there, and what was told stays told."""
         self.table, self.window = BlockTable(), WindowTable()
         self.rewind(0)
         self.in_flight = self.sampling = 0
-        self.is_void = False
+        self.phase = Phase.WAITING
         self.next_score = self.scored
 
     def _tasks(self, start: int, end: int) -> tuple[RowTask, ...]:
         score_end = min(end, self.prompt_length - 1)
-        top = self.generation.top_logprobs
+        top = self.request.top_logprobs
         scores = [ScoreTask(self.tokens[row + 1], top) for row in range(start, score_end)]
         samples = [self._sample_task()] if self.max_new_tokens and start < end == len(self.tokens) else []
         return (*scores, *samples)
 
     def _sample_task(self) -> SampleTask:
         """For the token after the next row; `sampling` tokens before it are not known yet."""
-        ask = self.generation
-        window, with_dry = ask.history_window, ask.looks_for_repetitions
+        request = self.request
+        window, with_dry = request.history_window, request.looks_for_repetitions
         known = max(0, len(self.tokens) - window + self.sampling)
         return SampleTask(
-            ask.params,
-            ask.seed,
-            ask.choice,
+            request.params,
+            request.seed,
+            request.choice,
             position=len(self.tokens) + self.sampling,
             history=tuple(self.tokens[known:]) if window else (),
-            suppressed=tuple(sorted(ask.stop_token_ids)) if self.generated + self.sampling < ask.min_tokens else (),
-            top_logprobs=ask.top_logprobs,
+            suppressed=tuple(sorted(request.stop_token_ids))
+            if self.generated + self.sampling < request.min_tokens
+            else (),
+            top_logprobs=request.top_logprobs,
             history_follows=window > 0 and self.sampling > 0,
-            penalty_window=ask.penalty_window if with_dry else None,
-            dry_window=ask.dry_window if with_dry else None,
+            penalty_window=request.penalty_window if with_dry else None,
+            dry_window=request.dry_window if with_dry else None,
             breakers=self.breakers.sequences,
             mu=self.mu,
         )
 
-    def answered(self, part: Part, rows: tuple[RowResult, ...], now_ns: int) -> list[Update]:
+    def answered(self, taken: SequenceSlice, rows: tuple[RowResult, ...], now_ns: int) -> list[Update]:
         """Takes in the results of a part's output rows."""
         self.first_ns = self.first_ns or now_ns
         self.last_ns = now_ns
         failure = next((row.failure for row in rows if row.failure is not None), None)
         if failure is not None:
             return [Failed(failure)]
-        self.is_retried = False
+        self.failures = 0
         updates: list[Update] = []
-        scored = rows[:-1] if part.is_sampled else rows
+        scored = rows[:-1] if taken.is_sampled else rows
         if scored:
-            first_row = part.chunk.position + len(part.chunk.tokens) - len(rows)
+            first_row = taken.chunk.position + len(taken.chunk.tokens) - len(rows)
             self.scored = first_row + len(scored)
             updates.append(PromptScored(first_row + 1, scored))
-        if part.is_sampled:
+        if taken.is_sampled:
             self._append(rows[-1])
-            self.is_decoding = self.scheduled >= len(self.tokens) - 1
+            if self.is_running:
+                self.phase = _DECODE if self.scheduled >= len(self.tokens) - 1 else Phase.PREFILL
             updates.append(TokenSampled(rows[-1]))
-        reason = self._finish_reason(part.is_sampled)
+        reason = self._finish_reason(taken.is_sampled)
         if reason is not None:
             updates.append(Finished(reason, self.timings()))
         return updates
@@ -236,7 +263,7 @@ class Sequence:
         if not is_sampled:
             is_scored = self.next_score >= self.prompt_length - 1 and self.in_flight == 0
             return FinishReason.LENGTH if self.max_new_tokens == 0 and is_scored else None
-        if self.tokens[-1] in self.generation.stop_token_ids:
+        if self.tokens[-1] in self.request.stop_token_ids:
             return FinishReason.STOP
         return FinishReason.LENGTH if self.generated >= self.max_new_tokens else None
 

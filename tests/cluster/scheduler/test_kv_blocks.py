@@ -23,27 +23,27 @@ def test_blocks_are_taken_from_below_and_given_back() -> None:
 def test_labelled_blocks_stay_until_they_are_needed() -> None:
     blocks = KvBlocks(3)
     a, b = blocks.take(), blocks.take()
-    blocks.label(a, b"a")
-    blocks.label(b, b"b")
-    assert blocks.hold(b"a") == a and blocks.holders(a) == 2
+    blocks.register(a, b"a")
+    blocks.register(b, b"b")
+    assert blocks.acquire(b"a") == a and blocks.holders(a) == 2
     blocks.release([a, b])
     blocks.release([a])
     assert blocks.available == 3
-    assert (blocks.holds_idle(b"a"), blocks.holds_idle(b"c")) == (True, None)
+    assert (blocks.is_idle(b"a"), blocks.is_idle(b"c")) == (True, None)
     assert blocks.take() == 2, "a free block goes first"
     assert blocks.take() == b, "then the one that is idle for longest"
-    assert blocks.holds_idle(b"b") is None
-    assert blocks.hold(b"a") == a and blocks.holds_idle(b"a") is False
+    assert blocks.is_idle(b"b") is None
+    assert blocks.acquire(b"a") == a and blocks.is_idle(b"a") is False
     assert blocks.available == 0
 
 
 def test_the_first_block_with_a_content_keeps_its_key() -> None:
     blocks = KvBlocks(2)
     a, b = blocks.take(), blocks.take()
-    blocks.label(a, b"same")
-    blocks.label(b, b"same")
+    blocks.register(a, b"same")
+    blocks.register(b, b"same")
     blocks.release([a, b])
-    assert blocks.hold(b"same") == a
+    assert blocks.acquire(b"same") == a
     assert blocks.take() == b
     assert blocks.available == 0
 
@@ -60,10 +60,10 @@ def test_counts_are_right_whatever_happens(seed: int) -> None:
             holds.append(blocks.take())
         elif action < 0.6 and holds:
             key = str(step).encode()
-            blocks.label(random_.choice(holds), key)
+            blocks.register(random_.choice(holds), key)
             keys.append(key)
-        elif action < 0.7 and keys and blocks.holds_idle(key := random_.choice(keys)) is not None:
-            holds.append(blocks.hold(key))
+        elif action < 0.7 and keys and blocks.is_idle(key := random_.choice(keys)) is not None:
+            holds.append(blocks.acquire(key))
         elif holds:
             blocks.release([holds.pop(random_.randrange(len(holds)))])
         counts = Counter(holds)
@@ -86,7 +86,7 @@ def test_tables_are_runs() -> None:
 
 def filled(cache: PrefixCache, blocks: KvBlocks, tokens: list[int]) -> list[int]:
     table = [blocks.take() for _ in range(len(tokens) // KV_BLOCK_TOKENS)]
-    cache.label([], tokens, table, 0, len(table))
+    cache.register([], tokens, table, 0, len(table))
     return table
 
 

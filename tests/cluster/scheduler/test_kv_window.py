@@ -80,7 +80,7 @@ def check(run: Simulation, key: int, request: GenerationRequest) -> None:
 
 
 def all_is_given_back(run: Simulation) -> bool:
-    memory = run.scheduler.memory
+    memory = run.scheduler.queues.memory
     assert memory.window is not None
     return memory.blocks.held == memory.window.blocks.held == 0
 
@@ -136,7 +136,7 @@ def _restart(run: Simulation, epoch: int) -> None:
 def test_a_long_sequence_holds_its_window_and_the_rows_of_one_microbatch() -> None:
     run = simulation(64, spare=200, kv_blocks=300, context_length=4800, max_batch_tokens=512)
     held = []
-    memory = run.scheduler.memory.window
+    memory = run.scheduler.queues.memory.window
     assert memory is not None
     run.check = lambda scheduled: held.append(memory.blocks.held)
     request = ask(4096, 40)
@@ -179,7 +179,7 @@ def test_a_hit_has_the_whole_window_or_is_none() -> None:
     first = ask(150, 3)
     check_later = [run.add(first)]
     run.finish()
-    assert run.scheduler.memory.window is not None
+    assert run.scheduler.queues.memory.window is not None
     again = run.add(first)
     run.finish()
     cached = run.scheduler.counts.cached_tokens
@@ -197,20 +197,20 @@ def test_a_hit_is_as_long_as_the_window_before_its_end_is_there() -> None:
     run = simulation(40, spare=20)
     run.add(ask(150, 3))
     run.finish()
-    window, chain = run.scheduler.memory.window, chain_of(run, ask(150, 3))
+    window, chain = run.scheduler.queues.memory.window, chain_of(run, ask(150, 3))
     assert window is not None
     assert [window.usable(chain, found) for found in (0, 1, 5, 9)] == [0, 1, 5, 9]
-    window.blocks.unlabel(chain[:2])
+    window.blocks.invalidate(chain[:2])
     assert [window.usable(chain, found) for found in (2, 4, 5, 9)] == [0, 0, 5, 9], "row 80 sees positions 41 to 80"
-    window.blocks.unlabel(chain[2:3])
+    window.blocks.invalidate(chain[2:3])
     assert [window.usable(chain, found) for found in (5, 6, 9)] == [0, 6, 9]
-    window.blocks.unlabel(chain[7:8])
+    window.blocks.invalidate(chain[7:8])
     assert window.usable(chain, 9) == 7
 
 
 def chain_of(run: Simulation, request: GenerationRequest) -> list[bytes]:
     chain: list[bytes] = []
-    run.scheduler.memory._cache.find(chain, request.prompt, len(request.prompt) - 1)
+    run.scheduler.queues.memory._cache.find(chain, request.prompt, len(request.prompt) - 1)
     return chain
 
 

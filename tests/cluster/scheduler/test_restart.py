@@ -58,7 +58,7 @@ def test_restarts_at_any_moment_change_nothing(number: int) -> None:
         rows, scores, _ = expected(ask, SETTINGS.context_length)
         assert run.rows(key) == rows
         assert run.scores(key) == scores
-    assert run.scheduler.memory.blocks.held == 0
+    assert run.scheduler.queues.memory.blocks.held == 0
 
 
 def test_those_that_were_first_are_first_again() -> None:
@@ -69,7 +69,7 @@ def test_those_that_were_first_are_first_again() -> None:
         run.step()
     run.send_all()
     run.scheduler.restart(SETTINGS, 2, 1)
-    assert [sequence.key for sequence in run.scheduler._waiting] == [
+    assert [sequence.key for sequence in run.scheduler.queues.waiting] == [
         key for key in keys if key in run.scheduler._sequences
     ]
 

@@ -62,7 +62,9 @@ def check_writes(run: Simulation) -> None:
             end = chunk.position + len(chunk.tokens)
             written += table[chunk.position // KV_BLOCK_TOKENS : (end - 1) // KV_BLOCK_TOKENS + 1]
         assert len(set(written)) == len(written), "two sequences write one block"
-        assert all(run.scheduler.memory.blocks.holders(block) == 1 for block in written), "a shared block is written"
+        assert all(run.scheduler.queues.memory.blocks.holders(block) == 1 for block in written), (
+            "a shared block is written"
+        )
 
     run.check = check
 
@@ -116,7 +118,7 @@ def test_random_mixes_give_the_same_tokens_and_leak_nothing(seed: int) -> None:
         check_answer(run, key, requests[key])
     counts = run.scheduler.counts
     assert (counts.kv_blocks_held, counts.running, counts.waiting, counts.in_flight) == (0, 0, 0, 0)
-    assert run.scheduler.memory.blocks.available == counts.kv_blocks
+    assert run.scheduler.queues.memory.blocks.available == counts.kv_blocks
 
 
 def random_request(random_: random.Random) -> GenerationRequest:
@@ -180,7 +182,7 @@ def test_cached_blocks_are_given_up_when_memory_is_needed() -> None:
         run.add(ask(190, 2, start=start))
         run.finish()
     assert run.scheduler.counts.cached_tokens <= 16
-    assert run.scheduler.memory.blocks.available == 13
+    assert run.scheduler.queues.memory.blocks.available == 13
 
 
 def test_without_a_prefix_cache_nothing_is_kept() -> None:
@@ -317,7 +319,7 @@ def test_a_preempted_sequence_waits_for_what_is_in_flight() -> None:
     run.send_all()
     (sequence,) = run.scheduler.sequences
     assert sequence.in_flight == 1 and sequence.is_decoding
-    run.scheduler._preempt(sequence)
+    run.scheduler.queues.preempt(sequence)
     assert run.scheduler.next_microbatch(run.now_ns) is None, "its next token is not known yet"
     run.finish()
     check_answer(run, key, request)

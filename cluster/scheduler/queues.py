@@ -1,0 +1,102 @@
+"""Which sequences run and which wait, in order of arrival, and the KV memory that moves them between both."""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import deque
+from collections.abc import Iterable
+from operator import attrgetter
+
+from llamaclust.cluster.scheduler.kv_allocator import KvMemory
+from llamaclust.cluster.scheduler.sequences import Phase, Sequence
+
+_SPARE_BLOCKS = 2
+"""Left for each running sequence when another one starts: it must not be preempted again at once."""
+
+_by_arrival = attrgetter("key")
+
+
+class SequenceQueues:
+    """The sequences of one scheduler that are not finished. `memory` is replaced with the pipeline."""
+
+    def __init__(self, memory: KvMemory, max_running: int) -> None:
+        self.memory = memory
+        self.max_running = max_running
+        self.running: list[Sequence] = []  # by arrival
+        self.waiting: deque[Sequence] = deque()
+        self.preemptions = 0
+        self.cached_tokens = 0  # prompt tokens found in the prefix cache, in all
+
+    @property
+    def decoding(self) -> int:
+        return sum(sequence.is_decoding for sequence in self.running)
+
+    @property
+    def prefilling(self) -> list[Sequence]:
+        return [sequence for sequence in self.running if not sequence.is_decoding and sequence.remaining]
+
+    @property
+    def can_start(self) -> bool:
+        """Whether a sequence waits and there is a place for it, KV memory apart."""
+        return bool(self.waiting) and len(self.running) < self.max_running
+
+    def restart(self, memory: KvMemory, max_running: int, sequences: Iterable[Sequence]) -> None:
+        """All sequences wait, with nothing computed."""
+        self.memory = memory
+        self.max_running = max_running
+        self.running.clear()
+        self.waiting = deque(sequences)
+        for sequence in self.waiting:
+            sequence.restart()
+
+    def admit(self) -> Sequence | None:
+        """Starts the first sequence that waits, with blocks for all of its tokens; None where it has to wait on.
+
+        Microbatches in flight of a preempted one are awaited: their result may be one more token.
+        """
+        if not self.can_start:
+            return None
+        sequence = self.waiting[0]
+        if sequence.in_flight or not self.memory.admit(sequence, _SPARE_BLOCKS * len(self.running)):
+            return None
+        self.waiting.popleft()
+        sequence.phase = Phase.PREFILL
+        if sequence.cached_tokens is None:
+            sequence.cached_tokens = sequence.scheduled
+            self.cached_tokens += sequence.cached_tokens
+        insort(self.running, sequence, key=_by_arrival)
+        return sequence
+
+    def grow(self, sequence: Sequence) -> None:
+        """Gives a sequence the block it needs by preempting the youngest, which may be the sequence itself."""
+        while sequence.is_decoding and not self.memory.grow(sequence):
+            self.preempt(self.running[-1])
+
+    def preempt(self, sequence: Sequence) -> None:
+        self._put_back(sequence, Phase.WAITING)
+        self.preemptions += 1
+
+    def discard(self, sequence: Sequence) -> None:
+        """Repeats a sequence's computation from its tokens, in blocks that no other sequence has written, in case that
+        a stage's result or KV memory is damaged."""
+        sequence.next_score = sequence.scored
+        self.memory.invalidate(sequence)
+        if sequence.is_running:
+            self._put_back(sequence, Phase.DISCARDED)
+        sequence.phase = Phase.DISCARDED
+
+    def remove(self, sequence: Sequence) -> None:
+        """Frees what a finished sequence holds."""
+        if sequence.is_running:
+            self.running.remove(sequence)
+        else:
+            self.waiting.remove(sequence)
+        sequence.phase = Phase.FINISHED
+        self.memory.release(sequence)
+
+    def _put_back(self, sequence: Sequence, phase: Phase) -> None:
+        """To the front of the queue; its tokens are computed again later, with the same result."""
+        self.running.remove(sequence)
+        self.memory.release(sequence)
+        sequence.phase = phase
+        self.waiting.appendleft(sequence)

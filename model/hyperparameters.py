@@ -114,7 +114,7 @@ def read_hyperparameters(model: ModelFile) -> Hyperparameters:
 
 @dataclass(frozen=True, slots=True)
 class ModelKeys:
-    """Reads a model's own keys, given without the architecture's name; pages read those that only they know."""
+    """Reads a model's own keys, given without the architecture's name."""
 
     model: ModelFile
     architecture: str

@@ -53,7 +53,7 @@ class CudaBackend:
         self._device = device
         self._graphs = graphs
         self._gpu_lock = GpuLock(name, device)
-        self._weights = DeviceWeights(device, self._gpu_lock, threads, packed_cache)
+        self._weights = DeviceWeights(self._gpu_lock, threads, packed_cache)
 
     @property
     def free_bytes(self) -> int:
@@ -102,7 +102,7 @@ class CudaBackend:
             buffers = held.enter_context(closing(self._device.allocate(plan.buffers_allocated_bytes)))
             plan.bind(self._device, {name: weights[name] for name in program.weights}, buffers, kv)
             held.pop_all()
-        return CudaStage(self._device, self._gpu_lock, plan, memories, kv, buffers, self._graphs)
+        return CudaStage(self._gpu_lock, plan, memories, kv, buffers, self._graphs)
 
     def _weights_and_kernels(
         self, plan: Plan, tensors: Mapping[str, Tensor], progress: Progress

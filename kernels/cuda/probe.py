@@ -10,6 +10,7 @@ from time import perf_counter
 import numpy as np
 
 from llamaclust.kernels.cuda.launches import matmul
+from llamaclust.kernels.cuda.launches.row_count import RowCount
 from llamaclust.kernels.cuda.runtime.device import NULL, Device, Launch, Scalar
 from llamaclust.model.quant_types import QuantType
 
@@ -47,7 +48,9 @@ def measure(device: Device) -> tuple[float, float]:
         def product(index: int, rows: int, outputs: int) -> Launch:
             device.upload(count, 0, np.array([rows], np.int32).view(np.uint8))
             matrix = matmul.Weights(_KIND, outputs, _COLS, weights.at(index * outputs // 16 * tile_bytes))
-            return matmul.multiply(matrix, x.at(), NULL, rows, count.at(), out.at(), device.sms)
+            return matmul.multiply(
+                [matmul.Product(matrix, NULL, out.at())], x.at(), RowCount(rows, count.at()), device.sms
+            )
 
         def outputs_at(scale: float) -> int:
             return 16 * max(1, int(most * scale) // 16)

@@ -1,4 +1,4 @@
-"""Architectures as pages that emit programs, by GGUF's name of the architecture."""
+"""Architectures by their GGUF name; each emits a program through a ProgramBuilder."""
 
 from __future__ import annotations
 
@@ -60,12 +60,12 @@ def build_program(
     ModelFileError, naming what is wrong, for an architecture, a key or a tensor that is missing or does not fit.
     """
     check_architecture(model)
-    page = ProgramBuilder(model, read_hyperparameters(model), start, end, kv_type, context_tokens)
-    return ARCHITECTURES[read_architecture(model)](page)
+    builder = ProgramBuilder(model, read_hyperparameters(model), start, end, kv_type, context_tokens)
+    return ARCHITECTURES[read_architecture(model)](builder)
 
 
 def check_architecture(model: ModelFile) -> None:
-    """ModelFileError for an architecture that there is no page for."""
+    """ModelFileError for an unsupported architecture."""
     name = read_architecture(model)
     if name not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from llamaclust.model.architectures.layers import ProgramBuilder
+from llamaclust.model.architectures.layers import AttentionVariant, ProgramBuilder
 from llamaclust.model.program import Program, RopeStyle
 
 
-def build(page: ProgramBuilder) -> Program:
+def build(builder: ProgramBuilder) -> Program:
     """How many channels of a head turn is `rope.dimension_count`, neighbouring ones together."""
-    table = page.rope_table()
-    page.embed()
-    for layer in range(page.start, page.end):
-        page.attention(layer, RopeStyle.NORM, table)
-        page.feed_forward(layer, fused=True)
-    page.head()
-    return page.program()
+    table = builder.rope_table()
+    builder.embed()
+    for layer in range(builder.start, builder.end):
+        builder.attention(layer, AttentionVariant(RopeStyle.NORM, table))
+        builder.feed_forward(layer, fused=True)
+    builder.head()
+    return builder.program()

@@ -6,13 +6,13 @@ from llamaclust.model.architectures.layers import ProgramBuilder
 from llamaclust.model.program import GeluKind, Program, RopeStyle
 
 
-def build(page: ProgramBuilder) -> Program:
+def build(builder: ProgramBuilder) -> Program:
     """Both halves of a layer read the hidden state as it was before it: normed once for both, or, in the larger models,
     for each (`attn_norm_2` is attention's)."""
-    table = page.rope_table()
-    page.use_layer_norms()
-    page.embed()
-    for layer in range(page.start, page.end):
-        page.parallel(layer, RopeStyle.NEOX, table, GeluKind.TANH)
-    page.head()
-    return page.program()
+    table = builder.rope_table()
+    builder.use_layer_norms()
+    builder.embed()
+    for layer in range(builder.start, builder.end):
+        builder.parallel(layer, RopeStyle.NEOX, table, GeluKind.TANH)
+    builder.head()
+    return builder.program()

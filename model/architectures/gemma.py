@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 
-from llamaclust.model.architectures.layers import ProgramBuilder
+from llamaclust.model.architectures.layers import AttentionVariant, ProgramBuilder
 from llamaclust.model.program import GeluKind, Program, RopeStyle
 
 
-def build(page: ProgramBuilder) -> Program:
+def build(builder: ProgramBuilder) -> Program:
     """Norm weights of the model are relative to one, those of GGUF files are not."""
-    table = page.rope_table()
-    page.embed(math.sqrt(page.hyperparameters.embedding_length))
-    for layer in range(page.start, page.end):
-        page.attention(layer, RopeStyle.NEOX, table)
-        page.feed_forward(layer, gelu=GeluKind.TANH)
-    page.head()
-    return page.program()
+    table = builder.rope_table()
+    builder.embed(math.sqrt(builder.hyperparameters.embedding_length))
+    for layer in range(builder.start, builder.end):
+        builder.attention(layer, AttentionVariant(RopeStyle.NEOX, table))
+        builder.feed_forward(layer, gelu=GeluKind.TANH)
+    builder.head()
+    return builder.program()

@@ -6,12 +6,12 @@ from llamaclust.model.architectures.layers import ProgramBuilder
 from llamaclust.model.program import GeluKind, Program
 
 
-def build(page: ProgramBuilder) -> Program:
-    page.use_layer_norms()
-    page.embed(positions=True)
-    for layer in range(page.start, page.end):
-        page.require(layer, "attn_qkv.bias", "attn_output.bias", "ffn_up.bias", "ffn_down.bias")
-        page.attention(layer)
-        page.plain_feed_forward(layer, GeluKind.TANH)
-    page.head()
-    return page.program()
+def build(builder: ProgramBuilder) -> Program:
+    builder.use_layer_norms()
+    builder.embed(positions=True)
+    for layer in range(builder.start, builder.end):
+        builder.require(layer, "attn_qkv.bias", "attn_output.bias", "ffn_up.bias", "ffn_down.bias")
+        builder.attention(layer)
+        builder.plain_feed_forward(layer, GeluKind.TANH)
+    builder.head()
+    return builder.program()

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from llamaclust.model.architectures.layers import ProgramBuilder
+from llamaclust.model.architectures.layers import AttentionVariant, ProgramBuilder
 from llamaclust.model.program import Program, RopeStyle
 
 
-def build(page: ProgramBuilder) -> Program:
+def build(builder: ProgramBuilder) -> Program:
     """GGUF files hold q, k and v apart, their rows permuted for neighbouring pairs as those of LLaMA."""
-    table = page.rope_table()
-    page.embed()
-    for layer in range(page.start, page.end):
-        page.attention(layer, RopeStyle.NORM, table)
-        page.feed_forward(layer)
-    page.head()
-    return page.program()
+    table = builder.rope_table()
+    builder.embed()
+    for layer in range(builder.start, builder.end):
+        builder.attention(layer, AttentionVariant(RopeStyle.NORM, table))
+        builder.feed_forward(layer)
+    builder.head()
+    return builder.program()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -46,6 +47,20 @@ _FACTORS, _SHORT_FACTORS, _LONG_FACTORS = (
 )
 FACTOR_TENSORS = (_FACTORS, _SHORT_FACTORS, _LONG_FACTORS)
 """Tensors that become part of the program and are none of its weights."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionVariant:
+    """Options of an attention block. Without `table` nothing is rotated; `scale`: 1 / sqrt(head_dim) by default;
+    `head_norms`: q and k are normed per head before rotation. `window`, `soft_cap`, `slopes`: as of `Attention`."""
+
+    style: RopeStyle = RopeStyle.NEOX
+    table: RopeTable | None = None
+    window: int | None = None
+    scale: float | None = None
+    soft_cap: float | None = None
+    slopes: tuple[float, ...] | None = None
+    head_norms: bool = False
 
 
 class ProgramBuilder:
@@ -114,29 +129,12 @@ class ProgramBuilder:
         if soft_cap is not None:
             self._steps.append(SoftCap(self._out, self._out, soft_cap))
 
-    def attention(
-        self,
-        layer: int,
-        style: RopeStyle = RopeStyle.NEOX,
-        table: RopeTable | None = None,
-        window: int | None = None,
-        *,
-        scale: float | None = None,
-        soft_cap: float | None = None,
-        slopes: tuple[float, ...] | None = None,
-        head_norms: bool = False,
-        post_norm: bool = False,
-    ) -> None:
-        """hidden += output(attention(rope(q), rope(k), v)) of the normed hidden state; without a table nothing rotates.
-
-        `window`, `scale` (one over the root of a head's channels unless given), `soft_cap`, `slopes`: as of
-        `Attention`.
-        `head_norms`: q and k are normed head by head before they are rotated; `post_norm`: the output is, before it is
-        added.
-        """
+    def attention(self, layer: int, variant: AttentionVariant = AttentionVariant(), *, post_norm: bool = False) -> None:
+        """hidden += output(attention(rope(q), rope(k), v)) of the normed hidden state. `post_norm` norms the output
+        before it is added."""
         prefix = f"blk.{layer}"
         self._norm(f"{prefix}.attn_norm", self._hidden)
-        self._attend(layer, style, table, window, scale, soft_cap, slopes, head_norms=head_norms)
+        self._attend(layer, variant)
         self._add_projected(f"{prefix}.post_attention_norm" if post_norm else None)
 
     def parallel(self, layer: int, style: RopeStyle, table: RopeTable, gelu: GeluKind) -> None:
@@ -144,36 +142,25 @@ class ProgramBuilder:
         prefix, second = f"blk.{layer}", f"blk.{layer}.attn_norm_2"
         two = any(f"{second}.{part}" in self.model.tensors for part in ("weight", "bias"))
         self._norm(second if two else f"{prefix}.attn_norm", self._hidden)
-        self._attend(layer, style, table)
+        self._attend(layer, AttentionVariant(style, table))
         if two:
             self._norm(f"{prefix}.attn_norm", self._hidden)
         self._add_projected()
         self._plain_inner(prefix, gelu)
         self._add_projected()
 
-    def _attend(
-        self,
-        layer: int,
-        style: RopeStyle,
-        table: RopeTable | None,
-        window: int | None = None,
-        scale: float | None = None,
-        soft_cap: float | None = None,
-        slopes: tuple[float, ...] | None = None,
-        *,
-        head_norms: bool = False,
-    ) -> None:
+    def _attend(self, layer: int, variant: AttentionVariant) -> None:
         """projected = output(attention(rope(q), rope(k), v)) of the normed hidden state."""
         hp, prefix = self.hyperparameters, f"blk.{layer}"
         query, out = Buffer("query", hp.query_width), Buffer("attended", hp.query_width)
         key, value = Buffer("key", hp.kv_width), Buffer("value", hp.kv_width)
         self._project(prefix, query, key, value)
-        if head_norms:
+        if variant.head_norms:
             self._norm_heads(f"{prefix}.attn_q_norm", query, hp.head_count)
             self._norm_heads(f"{prefix}.attn_k_norm", key, hp.head_count_kv)
-        if table is not None:
-            self._steps.append(Rope(query, hp.head_count, hp.key_length, style, table))
-            self._steps.append(Rope(key, hp.head_count_kv, hp.key_length, style, table))
+        if variant.table is not None:
+            self._steps.append(Rope(query, hp.head_count, hp.key_length, variant.style, variant.table))
+            self._steps.append(Rope(key, hp.head_count_kv, hp.key_length, variant.style, variant.table))
         self._steps.append(
             Attention(
                 query,
@@ -184,11 +171,11 @@ class ProgramBuilder:
                 heads=hp.head_count,
                 kv_heads=hp.head_count_kv,
                 head_dim=hp.key_length,
-                scale=1 / math.sqrt(hp.key_length) if scale is None else scale,
+                scale=1 / math.sqrt(hp.key_length) if variant.scale is None else variant.scale,
                 kv_type=self._kv_type,
-                window=window,
-                soft_cap=soft_cap,
-                slopes=slopes,
+                window=variant.window,
+                soft_cap=variant.soft_cap,
+                slopes=variant.slopes,
             )
         )
         self._matmul(f"{prefix}.attn_output", out, self._projected)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from llamaclust.model.architectures.layers import ProgramBuilder
+from llamaclust.model.architectures.layers import AttentionVariant, ProgramBuilder
 from llamaclust.model.program import Program, RopeStyle
 
 
-def build(page: ProgramBuilder) -> Program:
+def build(builder: ProgramBuilder) -> Program:
     """A sliding window is obeyed where the file names one: the models for 4096 tokens write nonsense without theirs.
 
     Rotations of a model for long contexts are divided by short or by long factors, whichever belong to the context that
     the cluster is set up for: `context_length` is part of what decides its tokens.
     """
-    table = page.rope_table()
-    page.embed()
-    for layer in range(page.start, page.end):
-        page.attention(layer, RopeStyle.NEOX, table, page.hyperparameters.sliding_window)
-        page.feed_forward(layer, fused=True)
-    page.head()
-    return page.program()
+    table = builder.rope_table()
+    builder.embed()
+    for layer in range(builder.start, builder.end):
+        builder.attention(layer, AttentionVariant(RopeStyle.NEOX, table, builder.hyperparameters.sliding_window))
+        builder.feed_forward(layer, fused=True)
+    builder.head()
+    return builder.program()

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from llamaclust.model.architectures.layers import ProgramBuilder
+from llamaclust.model.architectures.layers import AttentionVariant, ProgramBuilder
 from llamaclust.model.program import Program, RopeStyle
 
 
-def build(page: ProgramBuilder) -> Program:
+def build(builder: ProgramBuilder) -> Program:
     """A sliding window that the file names is not used: the models' configurations name one and switch it off
     (`use_sliding_window`), and GGUF has no key for the switch."""
-    table = page.rope_table()
-    page.embed()
-    for layer in range(page.start, page.end):
-        page.require(layer, "attn_q.bias", "attn_k.bias", "attn_v.bias")
-        page.attention(layer, RopeStyle.NEOX, table)
-        page.feed_forward(layer)
-    page.head()
-    return page.program()
+    table = builder.rope_table()
+    builder.embed()
+    for layer in range(builder.start, builder.end):
+        builder.require(layer, "attn_q.bias", "attn_k.bias", "attn_v.bias")
+        builder.attention(layer, AttentionVariant(RopeStyle.NEOX, table))
+        builder.feed_forward(layer)
+    builder.head()
+    return builder.program()

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from llamaclust.model.architectures.layers import ProgramBuilder
+from llamaclust.model.architectures.layers import AttentionVariant, ProgramBuilder
 from llamaclust.model.program import Program, RopeStyle
 
 
-def build(page: ProgramBuilder) -> Program:
+def build(builder: ProgramBuilder) -> Program:
     """The weights of the chosen experts are their probabilities among all, not normalized; the shared expert's is a
     sigmoid of its own. Biases on q, k and v as of qwen2."""
-    hp = page.hyperparameters
-    shared = page.keys.count("expert_shared_feed_forward_length", hp.feed_forward_length, maximum=1 << 20)
-    table = page.rope_table()
-    page.embed()
-    for layer in range(page.start, page.end):
-        page.require(layer, "attn_q.bias", "attn_k.bias", "attn_v.bias")
-        page.attention(layer, RopeStyle.NEOX, table)
-        page.experts(layer, normalized=False, shared_width=shared)
-    page.head()
-    return page.program()
+    hp = builder.hyperparameters
+    shared = builder.keys.count("expert_shared_feed_forward_length", hp.feed_forward_length, maximum=1 << 20)
+    table = builder.rope_table()
+    builder.embed()
+    for layer in range(builder.start, builder.end):
+        builder.require(layer, "attn_q.bias", "attn_k.bias", "attn_v.bias")
+        builder.attention(layer, AttentionVariant(RopeStyle.NEOX, table))
+        builder.experts(layer, normalized=False, shared_width=shared)
+    builder.head()
+    return builder.program()

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from llamaclust.model.architectures.layers import ProgramBuilder
+from llamaclust.model.architectures.layers import AttentionVariant, ProgramBuilder
 from llamaclust.model.program import Program, RopeStyle
 
 
-def build(page: ProgramBuilder) -> Program:
+def build(builder: ProgramBuilder) -> Program:
     """A head's width is the file's own and no part of the model's; a sliding window is not used, as of qwen2."""
-    table = page.rope_table()
-    page.embed()
-    for layer in range(page.start, page.end):
-        page.attention(layer, RopeStyle.NEOX, table, head_norms=True)
-        page.feed_forward(layer)
-    page.head()
-    return page.program()
+    table = builder.rope_table()
+    builder.embed()
+    for layer in range(builder.start, builder.end):
+        builder.attention(layer, AttentionVariant(RopeStyle.NEOX, table, head_norms=True))
+        builder.feed_forward(layer)
+    builder.head()
+    return builder.program()

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from llamaclust.model.architectures.layers import ProgramBuilder
+from llamaclust.model.architectures.layers import AttentionVariant, ProgramBuilder
 from llamaclust.model.program import GeluKind, Program, RopeStyle
 
 
-def build(page: ProgramBuilder) -> Program:
+def build(builder: ProgramBuilder) -> Program:
     """A sliding window is obeyed where the file names one: these models were trained with it."""
-    table = page.rope_table()
-    page.use_layer_norms()
-    page.embed()
-    for layer in range(page.start, page.end):
-        page.attention(layer, RopeStyle.NEOX, table, page.hyperparameters.sliding_window)
-        page.plain_feed_forward(layer, GeluKind.TANH)
-    page.head()
-    return page.program()
+    table = builder.rope_table()
+    builder.use_layer_norms()
+    builder.embed()
+    for layer in range(builder.start, builder.end):
+        builder.attention(layer, AttentionVariant(RopeStyle.NEOX, table, builder.hyperparameters.sliding_window))
+        builder.plain_feed_forward(layer, GeluKind.TANH)
+    builder.head()
+    return builder.program()

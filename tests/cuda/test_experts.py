@@ -18,6 +18,7 @@ from llamaclust.kernels.cuda.launches.experts import (
     items_bytes,
     max_items,
 )
+from llamaclust.kernels.cuda.launches.row_count import RowCount
 from llamaclust.kernels.cuda.runtime.device import Buffer as Memory
 from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.gguf.writer import write_gguf
@@ -48,11 +49,11 @@ class OnDevice:
         self.items, self.item_count = bench.room(items_bytes(step, self.room, piece)), bench.room(4)
         arrays = (self.ids, self.weights, self.lines, self.items, self.item_count)
         self.places = ExpertBuffers(*(array.at() for array in arrays))
-        self.count = bench.put(np.array([rows], np.int32)).at()
+        self.count = RowCount(self.room, bench.put(np.array([rows], np.int32)).at())
 
     def choose(self, logits: Float32) -> tuple[Int32, Float32]:
         padded = self.bench.put(np.concatenate([logits, np.zeros((3, self.step.experts), np.float32)]))
-        self.bench.device.launch(choose(self.step, padded.at(), self.places, self.room, self.count))
+        self.bench.device.launch(choose(self.step, padded.at(), self.places, self.count))
         return self._chosen(self.ids, np.int32), self._chosen(self.weights, np.float32)
 
     def _chosen(self, memory: Memory, dtype: type) -> NDArray[np.generic]:
@@ -70,7 +71,7 @@ class OnDevice:
         out = self.bench.room(4 * self.room * WIDTH)
         spare = np.full((3 * self.step.used, WIDTH), np.nan, np.float32)
         padded = self.bench.put(np.concatenate([x, spare]))
-        self.bench.device.launch(combine(self.step, padded.at(), self.places, out.at(), self.room, self.count))
+        self.bench.device.launch(combine(self.step, padded.at(), self.places, out.at(), self.count))
         return self.bench.get(out, (self.room, WIDTH))[: self.rows]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from llamaclust.kernels.cuda.executor.shapes import Shape
 from llamaclust.kernels.cuda.launches import elementwise, matmul
 from llamaclust.kernels.cuda.launches.attention import can_quantize
 from llamaclust.kernels.cuda.launches.elementwise import WIDEST_ROW
+from llamaclust.kernels.cuda.launches.row_count import RowCount
 from llamaclust.kernels.cuda.runtime.device import Buffer as DeviceBuffer
 from llamaclust.kernels.cuda.weights.device_weights import DeviceWeight
 from llamaclust.kernels.fuse import Attend
@@ -66,7 +68,7 @@ def quantized(bench: Bench, kind: ActivationFormat, x: Float32, multiple: int = 
     lines, width = BUCKET * multiple, x.shape[1]
     out = cleared(bench, kind, width, lines)
     count = rows_of(bench).at()
-    bench.device.launch(matmul.quantize(kind, bench.put(x).at(), width, lines, count, multiple, out.at()))
+    bench.device.launch(matmul.quantize(kind, bench.put(x).at(), width, RowCount(lines, count, multiple), out.at()))
     return bench.get(out, out.n_bytes, np.uint8)
 
 
@@ -78,6 +80,7 @@ def test_sum_norm_and_quantization(bench: Bench, width: int, adds: bool) -> None
     x, y = parts[:, :width].copy(), parts[:, width:].copy()
     wanted_sum = two_parts(width, lambda a, b: Add(a, b, b), parts) if adds else x
     wanted = one_part(width, lambda a, out: RmsNorm(a, out, "w", 1e-5), wanted_sum, w=weight)
+    step = RmsNorm(Buffer("x", width), Buffer("out", width), "w", 1e-5)
     kinds = [kind for kind in EIGHT_BITS if width % kind == 0]
     there, out = bench.put(x), bench.room(x.nbytes)
     eights = {kind: cleared(bench, kind, width) for kind in kinds}
@@ -86,8 +89,8 @@ def test_sum_norm_and_quantization(bench: Bench, width: int, adds: bool) -> None
         bench.device.upload(there, 0, x.reshape(-1).view(np.uint8))
         second, total = (bench.put(y).at(), there.at()) if adds else (NONE, NONE)
         outs = (floats, at[0], at[1])
-        where = BUCKET, rows_of(bench).at()
-        launch = elementwise.add_rms_norm(there.at(), second, bench.put(weight).at(), 1e-5, width, total, outs, *where)
+        rows, inputs = RowCount(BUCKET, rows_of(bench).at()), (there.at(), second)
+        launch = elementwise.add_rms_norm(step, inputs, bench.put(weight).at(), total, outs, rows)
         bench.device.launch(launch)
         same_bits(bench.get(there, x.shape), wanted_sum)
         same_bits(bench.get(out, x.shape), wanted)
@@ -109,8 +112,8 @@ def test_gate_and_quantization(
     wanted = on_cpu(program_of(hidden, gate, *steps), {}, rows_at(range(lines)), both)
     left, right = bench.put(both[:, :width].copy()), bench.put(both[:, width:].copy())
     out = cleared(bench, kind, width, BUCKET * multiple)
-    where = width, BUCKET * multiple, rows_of(bench).at(), multiple, out.at()
-    bench.device.launch(matmul.quantize_gated(kind, gelu, left.at(), right.at(), *where))
+    rows = RowCount(BUCKET * multiple, rows_of(bench).at(), multiple)
+    bench.device.launch(matmul.quantize_gated(kind, gelu, (left.at(), right.at()), width, rows, out.at()))
     np.testing.assert_array_equal(bench.get(out, out.n_bytes, np.uint8), quantized(bench, kind, wanted, multiple))
 
 
@@ -131,10 +134,9 @@ def test_products_in_one_launch(bench: Bench, kind: QuantType, rows_there: int, 
         at = NONE if bias is None else bench.put(bias).at()
         them.append((matmul.Product(loaded.weights, at, out.at()), out))
         wanted.append(_native.matmul(LEVEL, loaded.on_cpu, x, 1, bias))
-    (first, _), *others = them
-    where = bucket, count_of(bench, rows_there), first.out, 1, [one for one, _ in others]
-    activations = activations_of(bench, first.weights, x, bucket)
-    bench.device.launch(matmul.multiply(first.weights, activations, first.bias, *where))
+    activations = activations_of(bench, them[0][0].weights, x, bucket)
+    rows = RowCount(bucket, count_of(bench, rows_there))
+    bench.device.launch(matmul.multiply([product for product, _ in them], activations, rows, 1))
     for (one, out), expected in zip(them, wanted, strict=True):
         found = bench.get(out, (bucket, one.weights.rows))
         check_equal_bits(found[:rows_there], expected, kind, one.weights.rows)
@@ -167,8 +169,8 @@ def test_spans_together_and_quantization(bench: Bench, tmp_path: Path, kind: Act
     """A row of several spans, and one of a single span, which no other kernel has quantized."""
     long, short = sequences_of(tmp_path, step, (515, 4), random_source())
     attender, width = Attender(bench, step), step.out.width
-    assert can_quantize(step, attender.room, 1024)
-    assert not can_quantize(step, attender.room, 512)
+    assert can_quantize(step, attender.room)
+    assert not can_quantize(step, replace(attender.room, max_context_tokens=512))
     for told in (long, short):
         attender.fill(told, len(told.rows) - 1)
     parts = [(long, range(514, 515)), (short, range(3, 4))]

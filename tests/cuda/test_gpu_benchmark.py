@@ -246,7 +246,7 @@ def test_no_graphs_is_obeyed(model: Path, device: Device, monkeypatch: pytest.Mo
     captured = list[bool]()
 
     def compute(stage: CudaStage, shape: Any) -> None:
-        captured.append(stage._captures)
+        captured.append(stage._launches._captures)
         run(stage, shape)
 
     run = CudaStage._compute

@@ -9,12 +9,14 @@ from llamaclust.kernels import _native
 from llamaclust.kernels.cuda.launches.matmul import (
     SUPPORTED_TYPES,
     Experts,
+    Product,
     Weights,
     embed,
     kernel_name,
     multiply,
     multiply_experts,
 )
+from llamaclust.kernels.cuda.launches.row_count import RowCount
 from llamaclust.kernels.cuda.runtime.device import Buffer
 from llamaclust.model.quant_types import QuantType
 from support.arithmetic.matmul_cases import FLOAT_TYPES, TYPES, check_equal_bits, random_activations, random_weights
@@ -42,7 +44,9 @@ def products(
     bucket = bucket or len(x)
     out = bench.put(np.full((bucket, weights.rows), np.float32(7)))
     activations, address = quantized(bench, weights, x, bucket), NONE if bias is None else bias.at()
-    bench.device.launch(multiply(weights, activations, address, bucket, count_of(bench, len(x)), out.at(), sms))
+    bench.device.launch(
+        multiply([Product(weights, address, out.at())], activations, RowCount(bucket, count_of(bench, len(x))), sms)
+    )
     got: Float32 = bench.get(out, (bucket, weights.rows))
     assert (got[len(x) :] == 7).all()
     return got[: len(x)]
@@ -123,7 +127,9 @@ def test_lines_of_experts(bench: Bench, kind: QuantType, piece: int, divisor: in
     )
     weights = Weights(kind, rows, cols, tiles)
     activations = quantized(bench, weights, x, len(x))
-    bench.device.launch(multiply_experts(weights, matrix_bytes, activations, grouped, out.at(), 4))
+    bench.device.launch(
+        multiply_experts([Product(weights, np.uint64(0), out.at())], matrix_bytes, activations, grouped, 4)
+    )
     expected = np.stack([_native.matmul(LEVEL, one.on_cpu, x) for one in loaded])  # [experts, rows of x, rows]
     every = np.arange(lines)
     check_equal_bits(bench.get(out, (lines, rows)), expected[choice, every // divisor], items)
@@ -136,7 +142,9 @@ def test_embedding_rows(bench: Bench, kind: QuantType) -> None:
     loaded = load(bench, kind, random_weights(generator, kind, 37, cols), 37, cols)
     ids = np.array([36, 0, 15, 16, 16, 5], np.int32)
     out = bench.put(np.full((len(ids) + 1, cols), np.float32(7)))
-    bench.device.launch(embed(loaded.weights, bench.put(ids).at(), len(ids) + 1, count_of(bench, len(ids)), out.at()))
+    bench.device.launch(
+        embed(loaded.weights, bench.put(ids).at(), RowCount(len(ids) + 1, count_of(bench, len(ids))), out.at())
+    )
     got = bench.get(out, (len(ids) + 1, cols))
     check_equal_bits(got[:-1], _native.dequantize(LEVEL, loaded.on_cpu)[ids], kind)
     assert (got[-1] == 7).all()

@@ -79,7 +79,7 @@ def test_graphs_of_shapes_that_were_used_last_are_kept(
         captures.append(capture(work))
         return captures[-1]
 
-    monkeypatch.setattr(cuda_stage, "_MOST_SHAPES", 2)
+    monkeypatch.setattr(cuda_stage, "_MAX_SHAPES", 2)
     monkeypatch.setattr(device, "capture", counted)
     tokens, stages = random_tokens(model, 8), [load_stage(backend, model, limits=LIMITS) for backend in (cpu, cuda)]
     for rows in (1, 2, 1, 2, 4, 4, 4, 2, 8, 8, 4, 2, 2, 1, 1):

@@ -12,6 +12,7 @@ from llamaclust.kernels.cuda.executor.fuse import Attended, Gated, GpuStep, Norm
 from llamaclust.kernels.cuda.executor.launch_context import LaunchContext
 from llamaclust.kernels.cuda.executor.shapes import Shape
 from llamaclust.kernels.cuda.launches import attention, elementwise, experts, matmul
+from llamaclust.kernels.cuda.launches.row_count import RowCount
 from llamaclust.kernels.cuda.runtime.device import NULL, Launch
 from llamaclust.kernels.fuse import Attend, Products, reads_of, written_by
 from llamaclust.model.program import (
@@ -83,20 +84,19 @@ class Emitter:
                 x, self._selected = self._current[step.x.name], True
                 self._quantized.clear()
                 out = self._out(step.out)
-                yield elementwise.select_rows(x, self.context.inputs.output_rows, out, step.x.width, *self._lines)
+                yield elementwise.select_rows(x, self.context.inputs.output_rows, out, step.x.width, self._rows)
             case _:
                 yield from self._row_step(step)
 
     @property
-    def _lines(self) -> tuple[int, np.uint64]:
-        """Lines of the shape, and where it stands how many there are."""
+    def _rows(self) -> RowCount:
         if self._selected:
-            return self.shape.outputs, self.context.inputs.outputs
-        return self.shape.rows, self.context.inputs.rows
+            return RowCount(self.shape.outputs, self.context.inputs.outputs)
+        return RowCount(self.shape.rows, self.context.inputs.rows)
 
     @property
     def _room(self) -> int:
-        """Lines of a buffer."""
+        """Rows of a buffer."""
         return self.context.limits.max_outputs if self._selected else self.context.limits.max_batch_tokens
 
     def _out(self, buffer: Buffer, multiple: int = 1) -> np.uint64:
@@ -119,7 +119,7 @@ class Emitter:
         return NULL if name is None else self.context.weights[name].address
 
     def _dequantized(self, name: str, ids: np.uint64, out: np.uint64) -> Launch:
-        return matmul.embed(self._weight(name), ids, *self._lines, out)
+        return matmul.embed(self._weight(name), ids, self._rows, out)
 
     def _activations(self, kind: ActivationFormat, name: str, width: int, multiple: int = 1) -> np.uint64:
         """Where `name` is to be put in this format."""
@@ -131,11 +131,10 @@ class Emitter:
         self, name: str, x: np.uint64, width: int, weights: Sequence[str], multiple: int = 1
     ) -> Iterator[Launch]:
         """x, which is called `name`, in each format that the weights ask for and nobody has made."""
-        most, count = self._lines
         for kind in dict.fromkeys(self._weight(weight).activation for weight in weights):
             if kind is not ActivationFormat.F32 and self._quantized.get(kind) != name:
                 out = self._activations(kind, name, width, multiple)
-                yield matmul.quantize(kind, x, width, most * multiple, count, multiple, out)
+                yield matmul.quantize(kind, x, width, self._rows.times(multiple), out)
 
     def _given(self, weight: matmul.Weights, x: np.uint64) -> np.uint64:
         """Where products with it find x."""
@@ -145,11 +144,10 @@ class Emitter:
     def _products(self, x: Buffer, steps: Sequence[MatMul]) -> Iterator[Launch]:
         at, sms = self._current[x.name], self.context.gpu.sms
         yield from self._quantize(x.name, at, x.width, [step.weight for step in steps])
-        first, *others = (
+        products = [
             matmul.Product(self._weight(step.weight), self._vector(step.bias), self._out(step.out)) for step in steps
-        )
-        given = self._given(first.weights, at)
-        yield matmul.multiply(first.weights, given, first.bias, *self._lines, first.out, sms, others)
+        ]
+        yield matmul.multiply(products, self._given(products[0].weights, at), self._rows, sms)
 
     def _norm(self, step: Norm) -> Launch:
         norm, y, total = step.norm, NULL, NULL
@@ -165,58 +163,56 @@ class Emitter:
 
         outs = place(ActivationFormat.F32), place(ActivationFormat.Q8_32), place(ActivationFormat.Q8_256)
         weight = self._vector(norm.weight)
-        return elementwise.add_rms_norm(x, y, weight, norm.epsilon, norm.width, total, outs, *self._lines)
+        return elementwise.add_rms_norm(norm, (x, y), weight, total, outs, self._rows)
 
     def _gated(self, step: Gated) -> Launch:
         gate, up = self._current[step.gate.name], self._current[step.up.name]
         self._out(step.out)
         out = self._activations(step.format, step.out.name, step.out.width)
-        return matmul.quantize_gated(step.format, step.kind, gate, up, step.out.width, *self._lines, 1, out)
+        return matmul.quantize_gated(step.format, step.kind, (gate, up), step.out.width, self._rows, out)
 
     def _row_step(self, step: RowStep) -> Iterator[Launch]:
         x, *others = (self._current[buffer.name] for buffer in reads_of(step))
         out = x if isinstance(step, Rope) else self._out(written_by(step))
-        width, lines = written_by(step).width, self._lines
+        width, rows = written_by(step).width, self._rows
         match step:
             case RmsNorm():
                 weight = self._vector(step.weight)
-                yield elementwise.rms_norm(x, weight, step.epsilon, step.heads, step.width, out, *lines)
+                yield elementwise.rms_norm(step, x, weight, out, rows)
             case LayerNorm():
                 weight, bias = self._vector(step.weight), self._vector(step.bias)
-                yield elementwise.layer_norm(x, weight, bias, step.epsilon, width, out, *lines)
+                yield elementwise.layer_norm(step, x, weight, bias, out, rows)
             case AddPosition():
                 added = self._scratch("positions", width)
                 yield self._dequantized(step.weight, self.context.inputs.positions, added)
-                yield elementwise.elementwise("add_rows", (x, added), out, width, *lines)
+                yield elementwise.elementwise("add_rows", (x, added), out, width, rows)
             case Rope():
                 yield self._rotated(step, x)
             case SiluMul():
-                yield elementwise.elementwise("silu_mul", (x, *others), out, width, *lines)
+                yield elementwise.elementwise("silu_mul", (x, *others), out, width, rows)
             case Gelu():
-                yield elementwise.gelu(step.kind, x, out, width, *lines)
+                yield elementwise.gelu(step.kind, x, out, width, rows)
             case Add():
-                yield elementwise.elementwise("add_rows", (x, *others), out, width, *lines)
+                yield elementwise.elementwise("add_rows", (x, *others), out, width, rows)
             case Mul():
-                yield elementwise.elementwise("mul_rows", (x, *others), out, width, *lines)
+                yield elementwise.elementwise("mul_rows", (x, *others), out, width, rows)
             case Scale():
-                yield elementwise.elementwise("scale_rows", (x, np.float32(step.factor)), out, width, *lines)
+                yield elementwise.elementwise("scale_rows", (x, np.float32(step.factor)), out, width, rows)
             case SoftCap():
-                yield elementwise.elementwise("soft_cap_rows", (x, np.float32(step.cap)), out, width, *lines)
+                yield elementwise.elementwise("soft_cap_rows", (x, np.float32(step.cap)), out, width, rows)
             case Slice():
-                yield elementwise.slice_of(x, step.x.width, step.start, out, width, *lines)
+                yield elementwise.slice_rows(step, x, out, rows)
             case SigmoidGate():
                 weight = self._vector(step.weight)
-                yield elementwise.sigmoid_gate(x, step.x.width, weight, others[0], out, width, *lines)
+                yield elementwise.sigmoid_gate(step, x, weight, others[0], out, rows)
 
     def _rotations(self) -> Iterator[Launch]:
         """Of every table, once for all layers."""
         tables = dict.fromkeys(step.table for step in self.context.program.steps if isinstance(step, Rope))
         for table in tables:
-            pairs = len(table.frequencies)
             frequencies = self.context.constant(np.array(table.frequencies, np.float64))
-            yield elementwise.rotation(
-                self.context.inputs.positions, frequencies, table.scale, pairs, self._angles(table), *self._lines
-            )
+            positions = self.context.inputs.positions
+            yield elementwise.rotation(table, positions, frequencies, self._angles(table), self._rows)
 
     def _angles(self, table: RopeTable) -> np.uint64:
         n_bytes = _FLOAT * 2 * len(table.frequencies) * self.context.limits.max_batch_tokens
@@ -224,7 +220,7 @@ class Emitter:
 
     def _rotated(self, step: Rope, x: np.uint64) -> Launch:
         self._is_written(step.x.name)
-        return elementwise.rope(step, x, self._angles(step.table), *self._lines)
+        return elementwise.rope(step, x, self._angles(step.table), self._rows)
 
     def _attend(self, step: Attend, wanted: ActivationFormat | None = None) -> Iterator[Launch]:
         """`wanted`: in this format alone, if it can be."""
@@ -233,13 +229,13 @@ class Emitter:
             for rope in (step.rotate_q, step.rotate_k):
                 if rope is not None:
                     yield self._rotated(rope, self._current[rope.x.name])
-        q, k, v = (self._current[buffer.name] for buffer in reads_of(step.attention))
+        q, k, v = (self._current[buffer.name] for buffer in (step.attention.q, step.attention.k, step.attention.v))
         out = self._out(step.attention.out)
         by_32 = by_256 = NULL
         if wanted is not None and steps.can_quantize(step.attention):
             at = self._activations(wanted, step.attention.out.name, step.attention.out.width)
             by_32, by_256 = (at, NULL) if wanted is ActivationFormat.Q8_32 else (NULL, at)
-        yield from steps.launches(step.attention, q, k, v, out, rotation, (by_32, by_256))
+        yield from steps.launches(step.attention, (q, k, v), out, rotation, (by_32, by_256))
 
     def _rotation(self, step: Attend) -> attention.Rotation:
         """What queries and keys have in common, so that they rotate while keys are stored."""
@@ -249,31 +245,31 @@ class Emitter:
         return attention.Rotation(self._angles(q.table), len(q.table.frequencies), q.style)
 
     def _experts(self, step: Moe) -> Iterator[Launch]:
-        x, used, (most, count) = self._current[step.x.name], step.used, self._lines
+        x, used, rows = self._current[step.x.name], step.used, self._rows
         router = self._weight(step.router)
         yield from self._quantize(step.x.name, x, step.x.width, [step.router])
         logits = self._scratch("router logits", step.experts)
         given, sms = self._given(router, x), self.context.gpu.sms
-        yield matmul.multiply(router, given, NULL, most, count, logits, sms)
+        yield matmul.multiply([matmul.Product(router, NULL, logits)], given, rows, sms)
         chosen = self._chosen(step)
-        piece = matmul.expert_piece(most * used, step.experts)
-        yield experts.choose(step, logits, chosen, most, count)
-        yield experts.group(step, chosen, piece, count)
+        piece = matmul.expert_piece(rows.bucket * used, step.experts)
+        yield experts.choose(step, logits, chosen, rows)
+        yield experts.group(step, chosen, piece, rows)
         gate, up = (self._scratch(f"expert {name}", step.ffn_width, used) for name in ("gate", "up"))
         yield from self._quantize(step.x.name, x, step.x.width, [step.gate, step.up])
         yield from self._expert_products(step, x, ((step.gate, gate), (step.up, up)), chosen, piece, used)
         yield self._expert_gate(step, gate, up)
         down = self._scratch("expert down", step.out.width, used)
         yield from self._expert_products(step, gate, ((step.down, down),), chosen, piece, 1)
-        yield experts.combine(step, down, chosen, self._out(step.out), most, count)
+        yield experts.combine(step, down, chosen, self._out(step.out), rows)
 
     def _expert_gate(self, step: Moe, gate: np.uint64, up: np.uint64) -> Launch:
         """silu(gate) * up, as floats where it is or quantized."""
-        (most, count), used, kind = self._lines, step.used, self._weight(step.down).activation
+        rows, used, kind = self._rows, step.used, self._weight(step.down).activation
         if kind is ActivationFormat.F32:
-            return elementwise.elementwise("silu_mul", (gate, up), gate, used * step.ffn_width, most, count)
+            return elementwise.elementwise("silu_mul", (gate, up), gate, used * step.ffn_width, rows)
         out = self._activations(kind, "expert gate", step.ffn_width, used)
-        return matmul.quantize_gated(kind, None, gate, up, step.ffn_width, most * used, count, used, out)
+        return matmul.quantize_gated(kind, None, (gate, up), step.ffn_width, rows.times(used), out)
 
     def _chosen(self, step: Moe) -> experts.ExpertBuffers:
         at, lines = self.context.layout.at, experts.choice_bytes(step, self._room)
@@ -292,13 +288,13 @@ class Emitter:
         divisor: int,
     ) -> Iterator[Launch]:
         """`divisor`: how many lines share a row of x."""
-        most_items = experts.max_items(step, self._lines[0], piece)
+        most_items = experts.max_items(step, self._rows.bucket, piece)
         lines = matmul.Experts(chosen.items, chosen.item_count, chosen.lines, most_items, piece, divisor)
         alike: dict[QuantType, list[tuple[str, np.uint64]]] = {}
         for name, out in outs:
             alike.setdefault(self._weight(name).quant_type, []).append((name, out))
-        for (name, out), *others in alike.values():
-            weight, matrix_bytes = self._weight(name), self.context.weights[name].matrix_bytes
-            given, sms = self._given(weight, x), self.context.gpu.sms
-            beside = [matmul.Product(self._weight(name), NULL, out) for name, out in others]
-            yield matmul.multiply_experts(weight, matrix_bytes, given, lines, out, sms, beside)
+        for group in alike.values():
+            matrix_bytes = self.context.weights[group[0][0]].matrix_bytes
+            products = [matmul.Product(self._weight(name), NULL, out) for name, out in group]
+            given, sms = self._given(products[0].weights, x), self.context.gpu.sms
+            yield matmul.multiply_experts(products, matrix_bytes, given, lines, sms)

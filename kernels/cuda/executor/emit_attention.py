@@ -29,23 +29,19 @@ class AttentionSteps:
             yield attention.plan_launch(cut, self._room, self._inputs, self._plan(step))
 
     def can_quantize(self, step: Attention) -> bool:
-        return attention.can_quantize(step, self._room, self.context.limits.max_context_tokens)
+        return attention.can_quantize(step, self._room)
 
     def launches(
         self,
         step: Attention,
-        q: np.uint64,
-        k: np.uint64,
-        v: np.uint64,
+        qkv: tuple[np.uint64, np.uint64, np.uint64],
         out: np.uint64,
         rotation: attention.Rotation = attention.NO_ROTATION,
         quantized: tuple[np.uint64, np.uint64] = (NULL, NULL),
     ) -> tuple[Launch, ...]:
         context, limits = self.context, self.context.limits
         places = attention.AttentionBuffers(
-            q=q,
-            k=k,
-            v=v,
+            *qkv,
             out=out,
             tables=context.inputs.window_tables if limits.gives_up(step.window) else context.inputs.block_tables,
             kv=context.kv[step.layer],
@@ -56,17 +52,8 @@ class AttentionSteps:
             by_32=quantized[0],
             by_256=quantized[1],
         )
-        return attention.attention_launches(
-            step,
-            context.gpu,
-            self._room,
-            self._inputs,
-            places,
-            rows=self.shape.rows,
-            max_sequences=limits.max_sequences,
-            max_context_tokens=limits.max_context_tokens,
-            one_row_each=self.shape.decode,
-        )
+        batch = attention.BatchBounds(self.shape.rows, limits.max_sequences, self.shape.decode)
+        return attention.attention_launches(step, context.gpu, self._room, self._inputs, places, batch)
 
     @property
     def _room(self) -> attention.Room:

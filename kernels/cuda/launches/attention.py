@@ -40,6 +40,7 @@ class Room:
 
     max_rows: int
     slots: int
+    max_context_tokens: int
 
     @property
     def plan_bytes(self) -> int:
@@ -58,6 +59,15 @@ class Cut:
     few_rows: int
     window: int
     split_below: int
+
+
+@dataclass(frozen=True, slots=True)
+class BatchBounds:
+    """The largest microbatch of a launch; in `decode`, each row is of another sequence."""
+
+    rows: int
+    max_sequences: int
+    decode: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +123,7 @@ def _spans(step: Attention, max_context_tokens: int) -> int:
 def room_of(steps: tuple[Attention, ...], max_rows: int, max_context_tokens: int) -> Room:
     """As many slots as rows can ask for, or as there is memory for."""
     slots = (min(max_rows * _spans(step, max_context_tokens), MAX_PARTIAL_BYTES // _slot_bytes(step)) for step in steps)
-    return Room(max_rows, max(slots, default=0))
+    return Room(max_rows, max(slots, default=0), max_context_tokens)
 
 
 def _group(step: Attention) -> int:
@@ -174,14 +184,14 @@ def many_shared_bytes(step: Attention, queries: int) -> int:
     return 4 * (max(queries * _SCORE_STRIDE, staged) + _stage_floats(step, 1))
 
 
-def _merges(step: Attention, room: Room, max_context_tokens: int) -> bool:
-    return _spans(step, max_context_tokens) > 1 and room.slots > 0
+def _merges(step: Attention, room: Room) -> bool:
+    return _spans(step, room.max_context_tokens) > 1 and room.slots > 0
 
 
-def can_quantize(step: Attention, room: Room, max_context_tokens: int) -> bool:
+def can_quantize(step: Attention, room: Room) -> bool:
     """Whether the kernel that merges spans can: it has whole heads of 256 channels."""
     fits = step.head_dim in _MERGED_HEAD_DIMS and step.out.width % _MERGED_CHANNELS == 0
-    return fits and _merges(step, room, max_context_tokens)
+    return fits and _merges(step, room)
 
 
 def plan_launch(cut: Cut, room: Room, inputs: Inputs, plan: np.uint64) -> Launch:
@@ -197,29 +207,24 @@ def attention_launches(
     room: Room,
     inputs: Inputs,
     places: AttentionBuffers,
-    *,
-    rows: int,
-    max_sequences: int,
-    max_context_tokens: int,
-    one_row_each: bool = False,
+    batch: BatchBounds,
 ) -> tuple[Launch, ...]:
-    """For up to `rows` rows; `one_row_each`: of different sequences, as in decoding."""
-    few, spans = _few_queries(step), _spans(step, max_context_tokens)
+    few, spans, rows = _few_queries(step), _spans(step, room.max_context_tokens), batch.rows
     launches = [_store(step, room, inputs, places, rows)]
     if few:
         blocks = min(rows * spans, -(-4 * gpu.sms // step.kv_heads))
         grid, shared_bytes = (blocks, step.kv_heads, 1), few_shared_bytes(step, few)
         name = f"attention.few.few_{step.kv_type}_{few}"
         launches.append(Launch(name, grid, (256, 1, 1), _arguments(step, room, inputs, places), shared_bytes))
-    if not (few and one_row_each):
+    if not (few and batch.decode):
         many, parts = _many_queries(step, gpu), _parts(step, gpu)
         tile_rows = max(1, many // _group(step))
-        tiles = min(rows, rows // tile_rows + max_sequences)
+        tiles = min(rows, rows // tile_rows + batch.max_sequences)
         blocks = max(tiles, min(rows * spans, -(-2 * gpu.sms // (step.kv_heads * parts))))
         grid, shared_bytes = (blocks, step.kv_heads * parts, 1), many_shared_bytes(step, many)
         name = f"attention.tile.tile_{step.kv_type}_{many}"
         launches.append(Launch(name, grid, (256, 1, 1), _arguments(step, room, inputs, places), shared_bytes))
-    if _merges(step, room, max_context_tokens):
+    if _merges(step, room):
         launches.append(_merge(step, room, inputs, places, rows))
     return tuple(launches)
 

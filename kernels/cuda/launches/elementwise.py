@@ -1,138 +1,98 @@
-"""Launches of row by row steps. `most`: lines of the bucket; `count`: where it stands how many there are."""
+"""Launches of operations on each row: elementwise functions, norms, rotations."""
 
 from __future__ import annotations
 
 import numpy as np
 
+from llamaclust.kernels.cuda.launches.row_count import RowCount
 from llamaclust.kernels.cuda.runtime.device import PLAIN_SHARED_BYTES, Launch, Scalar
-from llamaclust.model.program import GeluKind, Rope, RopeStyle
+from llamaclust.model.program import GeluKind, LayerNorm, RmsNorm, Rope, RopeStyle, RopeTable, SigmoidGate, Slice
 
 _BLOCK = 256
-_PIECE = 1024
+_BLOCK_CHANNELS = 1024
 """Channels that a block of an elementwise kernel computes."""
-_PARTS = 8
+_HEADS_PER_BLOCK = 8
 _ROTATION_BLOCK = 64
-_FOUR_EACH, _MOST_WARPS = 128, 32  # channels of a warp, four a lane; warps of a block
+_WARP_CHANNELS, _MAX_WARPS = 128, 32  # four channels a lane; warps of a block
 
 WIDEST_ROW = PLAIN_SHARED_BYTES // 4 - 16
-"""Channels of a row that `add_rms_norm` can have."""
+"""Channels of the widest row of `add_rms_norm`."""
 
 
-def _launch(kernel: str, blocks: int, most: int, args: tuple[Scalar, ...], block: int = _BLOCK) -> Launch:
-    return Launch(kernel, (blocks, most, 1), (block, 1, 1), args)
+def _launch(kernel: str, blocks: int, rows: RowCount, args: tuple[Scalar, ...], block: int = _BLOCK) -> Launch:
+    return Launch(f"elementwise.{kernel}", (blocks, rows.bucket, 1), (block, 1, 1), args)
 
 
-def _pieces(width: int) -> int:
-    return -(-width // _PIECE)
+def _blocks(width: int) -> int:
+    return -(-width // _BLOCK_CHANNELS)
 
 
-def elementwise(
-    kernel: str, inputs: tuple[Scalar, ...], out: np.uint64, width: int, most: int, count: np.uint64
-) -> Launch:
-    """out = a function of `inputs`, buffers as wide and numbers."""
-    return _launch(f"elementwise.rows.{kernel}", _pieces(width), most, (*inputs, np.int32(width), count, out))
+def elementwise(kernel: str, inputs: tuple[Scalar, ...], out: np.uint64, width: int, rows: RowCount) -> Launch:
+    """out = a function of `inputs`: buffers [rows, width] and scalars."""
+    return _launch(f"rows.{kernel}", _blocks(width), rows, (*inputs, np.int32(width), rows.address, out))
 
 
-def gelu(kind: GeluKind, x: np.uint64, out: np.uint64, width: int, most: int, count: np.uint64) -> Launch:
-    name = "gelu_tanh_rows" if kind is GeluKind.TANH else "gelu_erf_rows"
-    return elementwise(name, (x,), out, width, most, count)
+def gelu(kind: GeluKind, x: np.uint64, out: np.uint64, width: int, rows: RowCount) -> Launch:
+    return elementwise("gelu_tanh_rows" if kind is GeluKind.TANH else "gelu_erf_rows", (x,), out, width, rows)
 
 
-def slice_of(x: np.uint64, x_width: int, start: int, out: np.uint64, width: int, most: int, count: np.uint64) -> Launch:
-    args = (x, np.int32(x_width), np.int32(start), np.int32(width), count, out)
-    return _launch("elementwise.rows.slice", _pieces(width), most, args)
+def slice_rows(step: Slice, x: np.uint64, out: np.uint64, rows: RowCount) -> Launch:
+    args = (x, np.int32(step.x.width), np.int32(step.start), np.int32(step.out.width), rows.address, out)
+    return _launch("rows.slice", _blocks(step.out.width), rows, args)
 
 
-def select_rows(
-    x: np.uint64, output_rows: np.uint64, out: np.uint64, width: int, most: int, outputs: np.uint64
-) -> Launch:
-    return _launch(
-        "elementwise.rows.select_rows", _pieces(width), most, (x, np.int32(width), output_rows, outputs, out)
-    )
+def select_rows(x: np.uint64, output_rows: np.uint64, out: np.uint64, width: int, rows: RowCount) -> Launch:
+    args = (x, np.int32(width), output_rows, rows.address, out)
+    return _launch("rows.select_rows", _blocks(width), rows, args)
 
 
-def rms_norm(
-    x: np.uint64,
-    weight: np.uint64,
-    epsilon: float,
-    heads: int,
-    width: int,
-    out: np.uint64,
-    most: int,
-    count: np.uint64,
-) -> Launch:
-    """`width`: of each of the `heads` parts of a line."""
-    if heads == 1:
-        return _launch(
-            "elementwise.norms.rms_norm", 1, most, (x, weight, np.float32(epsilon), np.int32(width), count, out)
-        )
-    args = (x, weight, np.float32(epsilon), np.int32(heads), np.int32(width), count, out)
-    return _launch("elementwise.norms.rms_norm_parts", -(-heads // _PARTS), most, args)
+def rms_norm(step: RmsNorm, x: np.uint64, weight: np.uint64, out: np.uint64, rows: RowCount) -> Launch:
+    epsilon, width = np.float32(step.epsilon), np.int32(step.width)
+    if step.heads == 1:
+        return _launch("norms.rms_norm", 1, rows, (x, weight, epsilon, width, rows.address, out))
+    args = (x, weight, epsilon, np.int32(step.heads), width, rows.address, out)
+    return _launch("norms.rms_norm_parts", -(-step.heads // _HEADS_PER_BLOCK), rows, args)
 
 
 def add_rms_norm(
-    x: np.uint64,
-    y: np.uint64,
+    step: RmsNorm,
+    inputs: tuple[np.uint64, np.uint64],
     weight: np.uint64,
-    epsilon: float,
-    width: int,
     total: np.uint64,
     outs: tuple[np.uint64, np.uint64, np.uint64],
-    most: int,
-    count: np.uint64,
+    rows: RowCount,
 ) -> Launch:
-    """total = x + y, or x alone where y is 0; its norm goes to `outs`, of which some may be 0: as float32, and in eight
-    bits for weights with segments of 32 and of 256."""
-    args = (x, y, weight, np.float32(epsilon), np.int32(width), count, total, *outs)
-    warps = min(_MOST_WARPS, -(-width // _FOUR_EACH))
-    return Launch("elementwise.norms.add_rms_norm", (1, most, 1), (32 * warps, 1, 1), args, 4 * width)
+    """total = x + y, or x if the address of y is 0. Its norm goes to each of `outs` that is not 0: float32, and 8 bits
+    for weights with segments of 32 and of 256."""
+    args = (*inputs, weight, np.float32(step.epsilon), np.int32(step.width), rows.address, total, *outs)
+    threads = 32 * min(_MAX_WARPS, -(-step.width // _WARP_CHANNELS))
+    return Launch("elementwise.norms.add_rms_norm", (1, rows.bucket, 1), (threads, 1, 1), args, 4 * step.width)
 
 
 def layer_norm(
-    x: np.uint64,
-    weight: np.uint64,
-    bias: np.uint64,
-    epsilon: float,
-    width: int,
-    out: np.uint64,
-    most: int,
-    count: np.uint64,
+    step: LayerNorm, x: np.uint64, weight: np.uint64, bias: np.uint64, out: np.uint64, rows: RowCount
 ) -> Launch:
-    args = (x, weight, bias, np.float32(epsilon), np.int32(width), count, out)
-    return _launch("elementwise.norms.layer_norm", 1, most, args)
+    args = (x, weight, bias, np.float32(step.epsilon), np.int32(step.out.width), rows.address, out)
+    return _launch("norms.layer_norm", 1, rows, args)
 
 
 def sigmoid_gate(
-    x: np.uint64,
-    x_width: int,
-    weight: np.uint64,
-    y: np.uint64,
-    out: np.uint64,
-    width: int,
-    most: int,
-    count: np.uint64,
+    step: SigmoidGate, x: np.uint64, weight: np.uint64, y: np.uint64, out: np.uint64, rows: RowCount
 ) -> Launch:
-    args = (x, weight, y, np.int32(x_width), np.int32(width), count, out)
-    return _launch("elementwise.norms.sigmoid_gate", 1, most, args)
+    args = (x, weight, y, np.int32(step.x.width), np.int32(step.out.width), rows.address, out)
+    return _launch("norms.sigmoid_gate", 1, rows, args)
 
 
-def rotation(
-    positions: np.uint64,
-    frequencies: np.uint64,
-    scale: float,
-    pairs: int,
-    out: np.uint64,
-    most: int,
-    count: np.uint64,
-) -> Launch:
-    """Cosines and sines of every line, [most, 2 * pairs], from `frequencies` in float64."""
-    args = (positions, frequencies, np.float64(scale), np.int32(pairs), count, out)
-    return _launch("elementwise.rope.rotation", -(-pairs // _ROTATION_BLOCK), most, args, _ROTATION_BLOCK)
+def rotation(table: RopeTable, positions: np.uint64, frequencies: np.uint64, out: np.uint64, rows: RowCount) -> Launch:
+    """Cosines and sines of each row, [rows, 2 * pairs], from `frequencies` in float64."""
+    pairs = len(table.frequencies)
+    args = (positions, frequencies, np.float64(table.scale), np.int32(pairs), rows.address, out)
+    return _launch("rope.rotation", -(-pairs // _ROTATION_BLOCK), rows, args, _ROTATION_BLOCK)
 
 
-def rope(step: Rope, x: np.uint64, angles: np.uint64, most: int, count: np.uint64) -> Launch:
-    """In place, by what `rotation` made of the step's table."""
+def rope(step: Rope, x: np.uint64, angles: np.uint64, rows: RowCount) -> Launch:
+    """In place, with the `angles` that `rotation` computed from the step's table."""
     pairs = len(step.table.frequencies)
     neox = np.int32(step.style is RopeStyle.NEOX)
-    args = (x, angles, np.int32(step.heads), np.int32(step.head_dim), np.int32(pairs), neox, count)
-    return _launch("elementwise.rope.rope", -(-step.heads * pairs // _BLOCK), most, args)
+    args = (x, angles, np.int32(step.heads), np.int32(step.head_dim), np.int32(pairs), neox, rows.address)
+    return _launch("rope.rope", -(-step.heads * pairs // _BLOCK), rows, args)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from llamaclust.kernels.cuda.launches.row_count import RowCount
 from llamaclust.kernels.cuda.runtime.device import Launch
 from llamaclust.model.program import Moe
 
@@ -38,21 +39,21 @@ def items_bytes(step: Moe, rows: int, piece: int) -> int:
     return 3 * 4 * max_items(step, rows, piece)
 
 
-def choose(step: Moe, logits: np.uint64, places: ExpertBuffers, rows: int, count: np.uint64) -> Launch:
-    """logits float32 [rows, experts]; *count rows of `rows` are there."""
+def choose(step: Moe, logits: np.uint64, places: ExpertBuffers, rows: RowCount) -> Launch:
+    """logits float32 [rows, experts]."""
     experts, used, normalized = map(np.int32, (step.experts, step.used, step.normalized))
-    args = (logits, experts, used, normalized, count, places.ids, places.weights)
-    return Launch("experts.choose", (-(-rows // 4), 1, 1), (128, 1, 1), args, shared_bytes=4 * 4 * step.experts)
+    args = (logits, experts, used, normalized, rows.address, places.ids, places.weights)
+    return Launch("experts.choose", (-(-rows.bucket // 4), 1, 1), (128, 1, 1), args, shared_bytes=4 * 4 * step.experts)
 
 
-def group(step: Moe, places: ExpertBuffers, piece: int, count: np.uint64) -> Launch:
+def group(step: Moe, places: ExpertBuffers, piece: int, rows: RowCount) -> Launch:
     used, experts, most = map(np.int32, (step.used, step.experts, piece))
-    args = (places.ids, used, experts, most, count, places.lines, places.items, places.item_count)
+    args = (places.ids, used, experts, most, rows.address, places.lines, places.items, places.item_count)
     return Launch("experts.group", (1, 1, 1), (512, 1, 1), args, shared_bytes=2 * 4 * step.experts)
 
 
-def combine(step: Moe, x: np.uint64, places: ExpertBuffers, out: np.uint64, rows: int, count: np.uint64) -> Launch:
+def combine(step: Moe, x: np.uint64, places: ExpertBuffers, out: np.uint64, rows: RowCount) -> Launch:
     """x float32 [rows * used, width], out [rows, width]."""
     width = step.out.width
-    args = (x, places.weights, np.int32(step.used), np.int32(width), count, out)
-    return Launch("experts.combine", (-(-width // _PIECE_CHANNELS), rows, 1), (256, 1, 1), args)
+    args = (x, places.weights, np.int32(step.used), np.int32(width), rows.address, out)
+    return Launch("experts.combine", (-(-width // _PIECE_CHANNELS), rows.bucket, 1), (256, 1, 1), args)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from llamaclust.kernels.cuda.launches.row_count import RowCount
 from llamaclust.kernels.cuda.runtime.device import NULL, PLAIN_SHARED_BYTES, Launch, Scalar
 from llamaclust.model.program import GeluKind
 from llamaclust.model.quant_types import TILE_ROWS, ActivationFormat, QuantType
@@ -108,33 +109,22 @@ def activation_bytes(activation: ActivationFormat, rows: int, cols: int) -> int:
     return -(-rows // _GROUP_ROWS) * (cols // int(activation)) * _GROUP_BYTES[activation]
 
 
-def quantize(
-    activation: ActivationFormat,
-    x: np.uint64,
-    cols: int,
-    rows: int,
-    count: np.uint64,
-    multiple: int,
-    out: np.uint64,
-) -> Launch:
-    """x float32 [rows][cols], of which *count * multiple rows are there."""
-    return _quantize("rows", activation, (x,), cols, rows, count, multiple, out)
+def quantize(activation: ActivationFormat, x: np.uint64, cols: int, rows: RowCount, out: np.uint64) -> Launch:
+    """x float32 [rows][cols]."""
+    return _quantize("rows", activation, (x,), cols, rows, out)
 
 
 def quantize_gated(
     activation: ActivationFormat,
     kind: GeluKind | None,
-    gate: np.uint64,
-    up: np.uint64,
+    inputs: tuple[np.uint64, np.uint64],
     cols: int,
-    rows: int,
-    count: np.uint64,
-    multiple: int,
+    rows: RowCount,
     out: np.uint64,
 ) -> Launch:
-    """The same of silu(gate) * up, or of gelu(gate) * up."""
+    """silu(gate) * up, or gelu(gate) * up, quantized; `inputs`: gate and up."""
     name = "silu_mul" if kind is None else f"gelu_{kind.value}_mul"
-    return _quantize(name, activation, (gate, up), cols, rows, count, multiple, out)
+    return _quantize(name, activation, inputs, cols, rows, out)
 
 
 def _quantize(
@@ -142,108 +132,85 @@ def _quantize(
     activation: ActivationFormat,
     inputs: tuple[np.uint64, ...],
     cols: int,
-    rows: int,
-    count: np.uint64,
-    multiple: int,
+    rows: RowCount,
     out: np.uint64,
 ) -> Launch:
-    grid = (-(-cols // 256), -(-rows // _GROUP_ROWS), 1)
-    args: tuple[Scalar, ...] = (*inputs, np.int32(cols), count, np.int32(multiple), out)
+    grid = (-(-cols // 256), -(-rows.bucket // _GROUP_ROWS), 1)
+    args: tuple[Scalar, ...] = (*inputs, np.int32(cols), rows.address, np.int32(rows.multiple), out)
     return Launch(f"elementwise.quantize.{name}_{activation.value}", grid, (256, 1, 1), args)
 
 
-def embed(weights: Weights, ids: np.uint64, rows: int, count: np.uint64, out: np.uint64) -> Launch:
+def embed(weights: Weights, ids: np.uint64, rows: RowCount, out: np.uint64) -> Launch:
     """Row i of out, float32, is row ids[i] of the weights."""
-    is_float = weights.activation is ActivationFormat.F32
-    name = (
-        f"elementwise.embed.embed_{weights.quant_type.name.lower()}"
-        if is_float
-        else kernel_name("embed", weights.quant_type)
-    )
-    args = (ids, weights.tiles, np.int32(weights.tile_bytes), np.int32(weights.cols), count, out)
-    return Launch(name, (-(-weights.cols // 1024), rows, 1), (256, 1, 1), args)
+    if weights.activation is ActivationFormat.F32:
+        name = f"elementwise.embed.embed_{weights.quant_type.name.lower()}"
+    else:
+        name = kernel_name("embed", weights.quant_type)
+    args = (ids, weights.tiles, np.int32(weights.tile_bytes), np.int32(weights.cols), rows.address, out)
+    return Launch(name, (-(-weights.cols // 1024), rows.bucket, 1), (256, 1, 1), args)
 
 
-def multiply(
-    weights: Weights,
-    activations: np.uint64,
-    bias: np.uint64,
-    rows: int,
-    count: np.uint64,
-    out: np.uint64,
-    sms: int,
-    others: Sequence[Product] = (),
-) -> Launch:
-    """out [rows][weights.rows], of which *count rows are there; and the same of `others`."""
-    all_of_them = (Product(weights, bias, out), *others)
-    piece = _GEMM_ROWS if _takes_gemm(all_of_them, rows, sms) else _GROUP_ROWS
-    experts = Experts(NULL, NULL, NULL, -(-rows // piece), piece, 1)
-    return _launch(all_of_them, 0, activations, min(rows, piece), count, experts, sms)
+def multiply(products: Sequence[Product], activations: np.uint64, rows: RowCount, sms: int) -> Launch:
+    """out [rows][weights.rows] of each product."""
+    piece = _GEMM_ROWS if _takes_gemm(products, rows.bucket, sms) else _GROUP_ROWS
+    experts = Experts(NULL, NULL, NULL, -(-rows.bucket // piece), piece, 1)
+    return _launch(products, activations, RowCount(min(rows.bucket, piece), rows.address), experts, sms)
 
 
 def multiply_experts(
-    weights: Weights,
-    matrix_bytes: int,
-    activations: np.uint64,
-    experts: Experts,
-    out: np.uint64,
-    sms: int,
-    others: Sequence[Product] = (),
+    products: Sequence[Product], matrix_bytes: int, activations: np.uint64, experts: Experts, sms: int
 ) -> Launch:
-    """`weights` is the first expert's matrix, the others follow `matrix_bytes` apart; likewise `others`."""
-    all_of_them = (Product(weights, NULL, out), *others)
-    return _launch(all_of_them, matrix_bytes, activations, experts.piece, NULL, experts, sms)
+    """`products` have the first expert's matrices; those of the others follow `matrix_bytes` apart."""
+    return _launch(products, activations, RowCount(experts.piece, NULL), experts, sms, matrix_bytes)
 
 
-def _blocks(them: Sequence[Product], tiles: int) -> int:
-    """Of so many tiles each, which are of one matrix."""
-    return sum(-(-one.weights.tile_count // tiles) for one in them)
+def _blocks(products: Sequence[Product], tiles: int) -> int:
+    """Blocks of `tiles` tiles each; a block has tiles of one matrix."""
+    return sum(-(-product.weights.tile_count // tiles) for product in products)
 
 
-def _takes_gemm(them: Sequence[Product], rows: int, sms: int) -> bool:
+def _takes_gemm(products: Sequence[Product], rows: int, sms: int) -> bool:
     """Up to 32 rows, the kernel for eight reads weights up to four times, but three of them from the cache: that costs
     less than the bandwidth that a few large blocks would leave unused."""
     if rows <= _GROUP_ROWS:
         return False
-    return rows > 4 * _GROUP_ROWS or _blocks(them, 4) * -(-rows // _GEMM_ROWS) >= 2 * sms
+    return rows > 4 * _GROUP_ROWS or _blocks(products, 4) * -(-rows // _GEMM_ROWS) >= 2 * sms
 
 
 def _launch(
-    them: Sequence[Product],
-    matrix_bytes: int,
+    products: Sequence[Product],
     activations: np.uint64,
-    rows: int,
-    count: np.uint64,
+    rows: RowCount,
     experts: Experts,
     sms: int,
+    matrix_bytes: int = 0,
 ) -> Launch:
-    weights, is_gemm = them[0].weights, experts.piece > _GROUP_ROWS
+    weights, is_gemm = products[0].weights, experts.piece > _GROUP_ROWS
     args: tuple[Scalar, ...] = (
-        *_matrices(them),
+        *_matrices(products),
         *map(np.int32, (weights.tile_bytes, matrix_bytes, weights.cols)),
-        *(activations, count, experts.items, experts.item_count, experts.lines),
+        *(activations, rows.address, experts.items, experts.item_count, experts.lines),
         np.int32(experts.divisor),
     )
     name = kernel_name("gemm" if is_gemm else "gemv", weights.quant_type)
     pieces = experts.max_items
     if weights.activation is ActivationFormat.F32:
-        return Launch(name, (pieces, _blocks(them, 4 if is_gemm else 1), 1), (256 if is_gemm else 128, 1, 1), args)
+        return Launch(name, (pieces, _blocks(products, 4 if is_gemm else 1), 1), (256 if is_gemm else 128, 1, 1), args)
     if is_gemm:
-        warps = _gemm_warps(them, pieces, sms)
+        warps = _gemm_warps(products, pieces, sms)
         shared = _gemm_shared_bytes(weights, warps)
-        return Launch(name, (pieces, _blocks(them, warps), 1), (32 * warps, 1, 1), args, shared)
-    warps, together, shared = _gemv_warps(weights, rows)
-    return Launch(name, (pieces, _blocks(them, 1), 1), (32 * warps, 1, 1), (*args, np.int32(together)), shared)
+        return Launch(name, (pieces, _blocks(products, warps), 1), (32 * warps, 1, 1), args, shared)
+    warps, together, shared = _gemv_warps(weights, rows.bucket)
+    return Launch(name, (pieces, _blocks(products, 1), 1), (32 * warps, 1, 1), (*args, np.int32(together)), shared)
 
 
-def _matrices(them: Sequence[Product]) -> tuple[Scalar, ...]:
-    first = them[0].weights
-    alike = first.quant_type, first.cols
-    assert len(them) <= MOST_PRODUCTS and all((one.weights.quant_type, one.weights.cols) == alike for one in them)
-    found: list[Scalar] = []
-    for one in them:
-        found += (one.weights.tiles, np.int32(one.weights.rows), one.bias, one.out)
-    return (*found, *(MOST_PRODUCTS - len(them)) * (NULL, np.int32(0), NULL, NULL))
+def _matrices(products: Sequence[Product]) -> tuple[Scalar, ...]:
+    assert len({(product.weights.quant_type, product.weights.cols) for product in products}) == 1
+    assert len(products) <= MOST_PRODUCTS
+    args: list[Scalar] = []
+    for product in products:
+        args += (product.weights.tiles, np.int32(product.weights.rows), product.bias, product.out)
+    return (*args, *(MOST_PRODUCTS - len(products)) * (NULL, np.int32(0), NULL, NULL))
 
 
 def _gemv_warps(weights: Weights, rows: int) -> tuple[int, int, int]:
@@ -261,9 +228,9 @@ def _gemv_warps(weights: Weights, rows: int) -> tuple[int, int, int]:
     return warps, together, together * each
 
 
-def _gemm_warps(them: Sequence[Product], pieces: int, sms: int) -> int:
+def _gemm_warps(products: Sequence[Product], pieces: int, sms: int) -> int:
     """The largest blocks that still give every multiprocessor one; they read activations least often."""
-    return next((warps for warps in (16, 8) if _blocks(them, warps) * pieces >= sms), 4)
+    return next((warps for warps in (16, 8) if _blocks(products, warps) * pieces >= sms), 4)
 
 
 def _gemm_shared_bytes(weights: Weights, warps: int) -> int:

@@ -1,4 +1,4 @@
-"""A device in gpu_lock: who uses it, one thread at a time, and what is said where it computes no more."""
+"""Exclusive use of a GPU by one thread at a time; errors of its driver become DeviceLostError."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from llamaclust.kernels.cuda.runtime.device import Device
 
 
 class GpuLock:
-    """Of one device, by its name among the worker's."""
+    """The lock of one device; `name` is its name in the worker, such as "cuda:0"."""
 
     def __init__(self, name: str, device: Device) -> None:
+        self.device = device
         self._name = name
-        self._device = device
         self._lock = Lock()
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """A thread's turn: what it asks of the device stands together. DeviceLostError with the driver's words."""
+        """Calls of one thread stay together. DeviceLostError with the driver's message."""
         with self._lock, self.driver_errors():
             yield
 
     @contextmanager
     def driver_errors(self) -> Iterator[None]:
-        """What may come between: DeviceLostError likewise."""
+        """For calls that need no exclusive use. DeviceLostError likewise."""
         try:
             yield
-        except self._device.failures as error:
-            words = " ".join(str(error).split())
-            raise DeviceLostError(f"{self._name} ({self._device.name}) is lost: {words}") from error
+        except self.device.failures as error:
+            message = " ".join(str(error).split())
+            raise DeviceLostError(f"{self._name} ({self.device.name}) is lost: {message}") from error

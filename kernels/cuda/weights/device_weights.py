@@ -18,7 +18,7 @@ import numpy as np
 
 from llamaclust.kernels._native import Memory
 from llamaclust.kernels.backend import Progress
-from llamaclust.kernels.cuda.runtime.device import Buffer, Bytes, Device, Event
+from llamaclust.kernels.cuda.runtime.device import Buffer, Bytes, Event
 from llamaclust.kernels.cuda.runtime.gpu_lock import GpuLock
 from llamaclust.kernels.cuda.runtime.memory import aligned, allocated
 from llamaclust.kernels.packed.cache import PackedCache
@@ -110,9 +110,8 @@ def layers_of_weights(tensors: Iterable[Tensor]) -> list[LayerTensors]:
 class DeviceWeights:
     """Loads layers, each once for as long as any stage holds it."""
 
-    def __init__(self, device: Device, gpu_lock: GpuLock, threads: int, packed_cache: PackedCacheFolder | None) -> None:
+    def __init__(self, gpu_lock: GpuLock, threads: int, packed_cache: PackedCacheFolder | None) -> None:
         """Stages may compute while others load."""
-        self._device = device
         self._gpu_lock = gpu_lock
         self._threads = threads
         self._packed_cache = None if packed_cache is None else PackedCache(packed_cache)
@@ -142,7 +141,7 @@ class DeviceWeights:
         if not layers:
             return made
         since_ns = time.time_ns()
-        uploads = _Uploads(self._device, self._gpu_lock)
+        uploads = _Uploads(self._gpu_lock)
         with ThreadPoolExecutor(self._threads, "load-weights") as pool, ThreadPoolExecutor(1, "next-layer") as ahead:
             coming = ahead.submit(self._packed, layers[0], pool, since_ns)
             for index, layer in enumerate(layers):
@@ -150,7 +149,7 @@ class DeviceWeights:
                 if index + 1 < len(layers):
                     coming = ahead.submit(self._packed, layers[index + 1], pool, since_ns)
                 with self._gpu_lock.exclusive():
-                    made[layer] = LayerMemory(layer, self._device.allocate(allocated(layer.n_bytes)))
+                    made[layer] = LayerMemory(layer, self._gpu_lock.device.allocate(allocated(layer.n_bytes)))
                 for (tensor, offset), data in zip(layer.offsets, host.pieces(layer), strict=True):
                     uploads.bring(made[layer].buffer, offset, data)
                     progress(tensor.resident_bytes)
@@ -203,12 +202,11 @@ class _HostLayer:
 class _Uploads:
     """Bytes on their way through two pinned buffers: one is filled while the device copies from the other."""
 
-    def __init__(self, device: Device, gpu_lock: GpuLock) -> None:
-        self._device = device
+    def __init__(self, gpu_lock: GpuLock) -> None:
         self._gpu_lock = gpu_lock
         self._free: list[Event | None] = [None, None]
         with gpu_lock.driver_errors():
-            self._staging = [device.pinned(_STAGING_BYTES) for _ in self._free]
+            self._staging = [gpu_lock.device.pinned(_STAGING_BYTES) for _ in self._free]
         self._numbers = cycle(range(len(self._free)))
 
     def bring(self, buffer: Buffer, offset: int, data: Bytes) -> None:
@@ -218,8 +216,8 @@ class _Uploads:
             staged = self._staging[turn][: len(part)]
             np.copyto(staged, part)
             with self._gpu_lock.exclusive():
-                self._device.copy_in(buffer, offset + start, staged)
-                self._free[turn] = self._device.event()
+                self._gpu_lock.device.copy_in(buffer, offset + start, staged)
+                self._free[turn] = self._gpu_lock.device.event()
 
     def wait(self) -> None:
         """Until all is there."""

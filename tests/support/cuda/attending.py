@@ -14,9 +14,9 @@ from llamaclust.kernels.backend import Batch
 from llamaclust.kernels.cuda.executor.kv import block_bytes
 from llamaclust.kernels.cuda.launches.attention import (
     AttentionBuffers,
+    BatchBounds,
     Inputs,
     LaunchLimits,
-    Room,
     Rotation,
     attention_launches,
     cut_of,
@@ -24,6 +24,7 @@ from llamaclust.kernels.cuda.launches.attention import (
     room_of,
 )
 from llamaclust.kernels.cuda.launches.elementwise import rotation
+from llamaclust.kernels.cuda.launches.row_count import RowCount
 from llamaclust.kernels.cuda.runtime.device import LEAST_SHARED_BYTES
 from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.gguf.writer import write_gguf
@@ -113,7 +114,7 @@ class Attender:
     ) -> None:
         self.bench, self.step, self.gpu = bench, step, gpu
         room = room_of((step,), LIMITS.max_batch_tokens, LIMITS.max_context_tokens)
-        self.room = room if slots is None else Room(room.max_batch_tokens, slots)
+        self.room = room if slots is None else replace(room, slots=slots)
         self.kv = bench.room(block_bytes(step) * LIMITS.kv_blocks)
         self.plan = bench.room(self.room.plan_bytes)
         self.partials = bench.room(max(16, self.room.partial_bytes(step)))
@@ -140,17 +141,8 @@ class Attender:
         if self.rotation is not None:
             places = replace(places, rotation=self._rotation(self.rotation, inputs, len(rows) + spare))
         places = replace(places, **self.quantized)
-        launches = attention_launches(
-            step,
-            self.gpu,
-            self.room,
-            inputs,
-            places,
-            rows=len(rows) + spare,
-            max_sequences=LIMITS.max_sequences,
-            max_context_tokens=LIMITS.max_context_tokens,
-            one_row_each=one_row_each,
-        )
+        bounds = BatchBounds(len(rows) + spare, LIMITS.max_sequences, one_row_each)
+        launches = attention_launches(step, self.gpu, self.room, inputs, places, bounds)
         launches = (plan_launch(cut_of(step, self.gpu), self.room, inputs, self.plan.at()), *launches)
         for launch in launches[: 2 if store_only else None]:
             self.bench.device.launch(launch)
@@ -160,8 +152,8 @@ class Attender:
     def _rotation(self, rope: Rope, inputs: Inputs, rows: int) -> Rotation:
         table, pairs = rope.table, len(rope.table.frequencies)
         angles, frequencies = self.bench.room(8 * rows * pairs), self.bench.put(np.array(table.frequencies))
-        given = inputs.positions, frequencies.at(), table.scale, pairs, angles.at(), rows, inputs.header
-        self.bench.device.launch(rotation(*given))
+        count = RowCount(rows, inputs.header)
+        self.bench.device.launch(rotation(table, inputs.positions, frequencies.at(), angles.at(), count))
         return Rotation(angles.at(), pairs, rope.style)
 
     def fill(self, told: Told, rows: int) -> None:

@@ -14,6 +14,7 @@ from llamaclust.kernels.cuda.launches.matmul import (
     activation_bytes,
     quantize,
 )
+from llamaclust.kernels.cuda.launches.row_count import RowCount
 from llamaclust.model.quant_types import ActivationFormat, QuantType
 from support.arithmetic.matmul_cases import FLOAT_TYPES
 from support.cuda.launching import Bench
@@ -61,8 +62,8 @@ def quantized(bench: Bench, weights: Weights, x: Float32, bucket: int) -> np.uin
     if weights.activation is ActivationFormat.F32:
         return values.at()
     out = bench.room(activation_bytes(weights.activation, bucket, weights.cols))
-    args = (values.at(), weights.cols, bucket, count_of(bench, len(x)), 1, out.at())
-    bench.device.launch(quantize(weights.activation, *args))
+    rows = RowCount(bucket, count_of(bench, len(x)))
+    bench.device.launch(quantize(weights.activation, values.at(), weights.cols, rows, out.at()))
     return out.at()
 
 

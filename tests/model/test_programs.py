@@ -27,7 +27,7 @@ from support.models.tiny_architectures import MODELS, build_architecture
 @pytest.fixture(scope="module")
 def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ModelFile]:
     """Opens a model of MODELS, with other keys of its own (dots written __) if some are given; None leaves one out."""
-    folder = tmp_path_factory.mktemp("pages")
+    folder = tmp_path_factory.mktemp("programs")
 
     def build(name: str, **changes: Any) -> ModelFile:
         path = folder / f"{name}.gguf"

@@ -18,13 +18,10 @@ from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.sched_slice import short_slices
 from llamaclust.wire.rpc.server import Server
 from llamaclust.wire.security.token import ClusterToken
-from llamaclust.worker.devices.devices import Device
 from llamaclust.worker.membership import Member
-from llamaclust.worker.parent_death import die_with
+from llamaclust.worker.parent_death import set_parent_death_signal
 from llamaclust.worker.settings import WorkerSettings
-from llamaclust.worker.stage.compute import Compute
-from llamaclust.worker.stage.service import StageService
-from llamaclust.worker.weights.weights import Weights, weight_cache
+from llamaclust.worker.worker import Worker
 
 _log = logging.getLogger("llamaclust.worker")
 
@@ -46,7 +43,7 @@ def run_worker(settings: WorkerSettings) -> int:
     gc.set_threshold(_COLLECT_EVERY)
     try:
         if settings.parent_pid is not None:
-            die_with(settings.parent_pid)
+            set_parent_death_signal(settings.parent_pid)
         return asyncio.run(_until_signal(settings))
     except LlamaclustError as error:
         _log.error("%s", error)
@@ -66,7 +63,7 @@ def end_process(code: int) -> NoReturn:
 
 async def _until_signal(settings: WorkerSettings) -> int:
     """0 after SIGTERM, SIGINT or the coordinator's word."""
-    life = asyncio.create_task(_chosen_life(settings))
+    life = asyncio.create_task(_run_life(settings))
     received: list[signal.Signals] = []
 
     def stop(number: signal.Signals) -> None:
@@ -83,7 +80,7 @@ async def _until_signal(settings: WorkerSettings) -> int:
     return 0
 
 
-async def _chosen_life(settings: WorkerSettings) -> str:
+async def _run_life(settings: WorkerSettings) -> str:
     if settings.static:
         from llamaclust.worker.static import live_by_itself
 
@@ -94,23 +91,21 @@ async def _chosen_life(settings: WorkerSettings) -> str:
 async def _live(settings: WorkerSettings) -> str:
     assert settings.token_file is not None
     token = ClusterToken.read(settings.token_file)
-    device = Device.open(settings)
-    service, weights = StageService(settings.name), Weights(weight_cache(settings), settings.model_dir)
+    worker = Worker.open(settings)
     with short_slices():  # gRPC's threads
         coordinator = Peer(settings.join, token)
-        server = await Server.start(settings.listen or "127.0.0.1:0", token, {**service.handlers, **weights.handlers})
-    compute = Compute()
+        server = await Server.start(settings.listen or "127.0.0.1:0", token, worker.handlers)
     try:
-        member = Member(settings.name, token, device, service, compute, weights)
-        await member.join(coordinator, device.registration(settings.name, server.address), settings.join_s)
+        member = Member(worker, token)
+        await member.join(coordinator, worker.device.registration(settings.name, server.address), settings.join_s)
         _log.info("worker %s is a member, its stages are served at %s", settings.name, server.address)
-        return await compute.while_able(member.serve())
+        return await worker.compute.while_able(member.serve())
     except DeviceLostError:
         raise
     except WorkerError as error:
         raise WorkerError(f"the coordinator is gone: {error}") from error
     finally:
-        compute.close()
+        worker.compute.close()
         with contextlib.suppress(DeadlineError):
             async with deadline("closing streams", _GRACE_S):
                 await coordinator.close()

@@ -10,7 +10,7 @@ import sys
 _PR_SET_PDEATHSIG = 1
 
 
-def die_with(parent_pid: int) -> None:
+def set_parent_death_signal(parent_pid: int) -> None:
     """Has the kernel kill this process, native calls or not, when its parent ends; ends it now if it has ended.
 
     The kernel means the thread that started this process: the starter does so from a thread that lives as long as it.

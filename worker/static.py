@@ -24,14 +24,11 @@ from llamaclust.wire.security.credentials import (
     split_address,
 )
 from llamaclust.wire.security.token import JoinToken
-from llamaclust.worker.devices.devices import Device
 from llamaclust.worker.devices.system_info import log_place
 from llamaclust.worker.enrolment import enrol
 from llamaclust.worker.membership import Member
 from llamaclust.worker.settings import WorkerSettings
-from llamaclust.worker.stage.compute import Compute
-from llamaclust.worker.stage.service import StageService
-from llamaclust.worker.weights.weights import Weights, weight_cache
+from llamaclust.worker.worker import Worker
 
 _log = logging.getLogger(__name__)
 
@@ -56,10 +53,7 @@ class _StaticWorker:
         self._settings = settings
         self._host, self._port = split_address(settings.join)
         self._token = _join_token(settings)
-        self._device = Device.open(settings)
-        self._service = StageService(settings.name)
-        self._weights = Weights(weight_cache(settings), settings.model_dir)
-        self._compute = Compute()
+        self._worker = Worker.open(settings)
         self._patience = _Patience(settings.join)
         self._credentials: Credentials | None = None
         self._server: Server | None = None
@@ -83,17 +77,15 @@ class _StaticWorker:
         if self._server is None:
             await self._listen(self._credentials)
         peer = Peer(target, self._credentials, COORDINATOR)
-        member = Member(
-            self._settings.name, self._credentials, self._device, self._service, self._compute, self._weights
-        )
+        member = Member(self._worker, self._credentials)
         try:
             await member.join(peer, self._registration(), self._settings.join_s, wait_for_ready=False)
             self._coordinator_s = member.coordinator_s
             self._patience.end()
             _log.info("worker %s is a member, its stages are served at %s", self._settings.name, self._address)
-            return await self._compute.while_able(member.serve())
+            return await self._worker.compute.while_able(member.serve())
         finally:
-            self._service.keep()
+            self._worker.service.keep()
             await peer.close()
 
     async def _enrol(self) -> str:
@@ -116,8 +108,7 @@ class _StaticWorker:
         settings = self._settings
         listen = settings.listen or joined_address(await _own_host(self._host, self._port), 0)
         with short_slices():
-            handlers = {**self._service.handlers, **self._weights.handlers}
-            self._server = await Server.start(listen, credentials, handlers)
+            self._server = await Server.start(listen, credentials, self._worker.handlers)
         host, _ = split_address(listen)
         if host in ("0.0.0.0", "::"):
             host = await _own_host(self._host, self._port)
@@ -128,15 +119,15 @@ class _StaticWorker:
 
     def _registration(self) -> Register:
         """What is kept from before can be had again."""
-        kept = self._service.kept_bytes
-        now = self._device.registration(self._settings.name, self._address)
+        kept = self._worker.service.kept_bytes
+        now = self._worker.device.registration(self._settings.name, self._address)
         free, machine = now.free_memory_bytes + kept["cpu"], now.machine_free_bytes + kept["cpu"]
         gpus = tuple(replace(gpu, free_bytes=gpu.free_bytes + kept[gpu.device]) for gpu in now.gpus)
         here = one_line(log_place())
         return replace(now, free_memory_bytes=free, machine_free_bytes=machine, gpus=gpus, log=here)
 
     async def close(self) -> None:
-        self._compute.close()
+        self._worker.compute.close()
         if self._server is not None:
             with contextlib.suppress(DeadlineError):
                 async with deadline("closing streams", _GRACE_S):

@@ -32,7 +32,7 @@ from llamaclust.wire.microbatch.messages import Chunk, Microbatch, Result, Sampl
 from llamaclust.worker.devices.devices import Device
 from llamaclust.worker.devices.whole_model import backend_of, held_layers
 from llamaclust.worker.settings import WorkerSettings
-from llamaclust.worker.stage.sampled_tokens import ChosenTokens, chosen_in
+from llamaclust.worker.stage.sampled_tokens import SampledTokensBox, sampled_tokens_of
 from llamaclust.worker.stage.stage_runner import StageRunner
 
 _CONTEXT_TOKENS = 4096
@@ -129,7 +129,7 @@ class LocalStage:
             self._gpus = gpus.pop_all()
         self.placement = placed(held) if device.gpus else ""
         self._own = own
-        self._chosen = ChosenTokens()
+        self._chosen = SampledTokensBox()
         self._thread = ThreadPoolExecutor(1, "compute")
 
     @asynccontextmanager
@@ -155,7 +155,7 @@ class LocalStage:
         started_ns = perf_counter_ns()
         logits = self._runner.run(self._chosen.fill(microbatch), None)
         rows = self._runner.finish(logits, self._chosen.fill_inputs(inputs, microbatch))
-        self._chosen.put(chosen_in(microbatch.number, rows))
+        self._chosen.put(sampled_tokens_of(microbatch.number, rows))
         timing = StageTiming(started_ns - queued_ns, perf_counter_ns() - started_ns, 0, microbatch.rows)
         return Result(microbatch.epoch, microbatch.number, rows, (timing,))
 

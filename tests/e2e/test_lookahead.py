@@ -15,8 +15,8 @@ from llamaclust.core.sampler_chain import SamplerChain, SamplerName
 from llamaclust.core.sampling import RowResult, SampleTask, SamplingParams
 from llamaclust.model.loader import Model
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, Result, SampledTokens, SamplingInputs
-from llamaclust.wire.rpc.client import CHOSEN, StreamBrokenError
-from llamaclust.worker.stage.sampled_tokens import ChosenTokens, chosen_in
+from llamaclust.wire.rpc.client import SAMPLED_TOKENS, StreamBrokenError
+from llamaclust.worker.stage.sampled_tokens import SampledTokensBox, sampled_tokens_of
 from support.clusters.fakes import VOCABULARY, FakeModel, FakeStages, Simulation, expected, linear
 from support.clusters.stage_chain import chain, runner_of
 from support.models.tiny_model import build_tiny_model
@@ -208,23 +208,25 @@ def test_a_step_ahead_without_sampling_inputs_is_a_failure(model: Model, tmp_pat
 @pytest.mark.parametrize("stage", ["first of one", "last"])
 async def test_only_the_first_of_several_stages_is_told_tokens(model: Model, tmp_path: Path, stage: str) -> None:
     async with chain(model, tmp_path, (0, 3) if stage == "first of one" else (0, 1, 3)) as stages:
-        with pytest.raises(StreamBrokenError, match="chosen tokens for a stage that is not the first of several"):
-            await stages.last.open(CHOSEN, epoch=1).opened()
+        with pytest.raises(StreamBrokenError, match="sampled tokens for a stage that is not the first of several"):
+            await stages.last.open(SAMPLED_TOKENS, epoch=1).opened()
 
 
 def test_tokens_out_of_turn_are_refused() -> None:
-    box = ChosenTokens()
+    box = SampledTokensBox()
     box.put(SampledTokens(3, (7,)))
     with pytest.raises(ProtocolError, match="tokens of microbatch 3 after those of 3"):
         box.put(SampledTokens(3, (8,)))
 
 
 def test_a_row_without_an_answer_counts_as_token_0() -> None:
-    assert chosen_in(4, (RowResult(9, -1.0), RowResult(-1, float("nan"), failure="no"))) == SampledTokens(4, (9, 0))
+    assert sampled_tokens_of(4, (RowResult(9, -1.0), RowResult(-1, float("nan"), failure="no"))) == SampledTokens(
+        4, (9, 0)
+    )
 
 
 async def test_waiting_ends_with_the_stream_of_tokens() -> None:
-    box = ChosenTokens()
+    box = SampledTokensBox()
     waiting = asyncio.create_task(box.known(Microbatch("m", 1, 1, (Chunk((0,), 4, (0, 2), 1, (0, 0)),)), 5.0))
     await asyncio.sleep(0)
     box.fail(WorkerError("the last stage is gone"))
@@ -235,12 +237,12 @@ async def test_waiting_ends_with_the_stream_of_tokens() -> None:
 def test_a_history_that_goes_on_needs_a_chunk_that_follows() -> None:
     microbatch = Microbatch("m", 1, 1, (Chunk((5,), 4, (0, 2), 1),))
     with pytest.raises(ProtocolError, match="in a chunk that follows none"):
-        ChosenTokens().fill_inputs(SamplingInputs(1, 1, (task(5, (1,), follows=True),)), microbatch)
+        SampledTokensBox().fill_inputs(SamplingInputs(1, 1, (task(5, (1,), follows=True),)), microbatch)
 
 
 def test_a_stage_runner_never_sees_a_token_that_is_missing(model: Model) -> None:
     """`fill` is where a microbatch becomes whole; without it the placeholder would be taken for a token."""
-    box = ChosenTokens()
+    box = SampledTokensBox()
     box.put(SampledTokens(0, (7, 11)))
     chunk = Chunk((0,), 4, (0, 2), 1, (0, 1))
     assert box.fill(Microbatch(model.model_id, 1, 1, (chunk,))).chunks[0].tokens == (11,)

@@ -16,18 +16,20 @@ import pytest
 
 from llamaclust.core.errors import DeadlineError, DeviceLostError, InsufficientMemoryError, ProtocolError, UsageError
 from llamaclust.core.logs import LogFormat
-from llamaclust.wire.control.messages import LoadFailed, WorkerMessage
+from llamaclust.wire.control.messages import Deadlines, LoadFailed, WorkerMessage
 from llamaclust.wire.microbatch.messages import SamplingInputs
-from llamaclust.worker import membership
 from llamaclust.worker.devices import nvidia, system_info
 from llamaclust.worker.devices.devices import Device
 from llamaclust.worker.devices.nvidia import advice
-from llamaclust.worker.membership import Member
+from llamaclust.worker.session import Session
 from llamaclust.worker.settings import WorkerSettings
+from llamaclust.worker.stage import loads
 from llamaclust.worker.stage.compute import INLINE_NS, Compute
-from llamaclust.worker.stage.sampling_inputs import InputsBox
+from llamaclust.worker.stage.executor import Counters
+from llamaclust.worker.stage.sampling_inputs import SamplingInputsBox
 from llamaclust.worker.stage.service import StageService
 from llamaclust.worker.weights import load
+from llamaclust.worker.worker import Worker
 
 
 async def test_short_jobs_run_on_the_event_loop_and_long_ones_beside_it() -> None:
@@ -64,7 +66,7 @@ async def test_jobs_never_overlap_not_even_after_a_cancelled_one() -> None:
 
 
 async def test_inputs_wait_or_are_waited_for_and_late_ones_are_dropped() -> None:
-    box = InputsBox(epoch=1, deadline_s=0.05)
+    box = SamplingInputsBox(epoch=1, deadline_s=0.05)
     inputs = [SamplingInputs(1, number, ()) for number in range(300)]
     box.put(inputs[0])
     assert await box.take(0) is inputs[0]
@@ -185,16 +187,16 @@ def test_a_load_that_failed_holds_nothing_when_the_coordinator_hears_of_it(monke
         told.append((message, loaded[0]()))
 
     monkeypatch.setattr(load, "_load", fails)
-    monkeypatch.setattr(membership, "_log", logging.getLogger("not kept"))
+    monkeypatch.setattr(loads, "_log", logging.getLogger("not kept"))
     logging.getLogger("not kept").propagate = False
     nothing: Any = None
     weights: Any = SimpleNamespace(received_bytes=0)
-    member = Member("a", nothing, nothing, StageService("a"), nothing, weights)
-    monkeypatch.setattr(member, "_say", say)
+    worker = Worker("a", nothing, StageService("a"), nothing, weights)
+    session = Session(worker, nothing, Deadlines(), Counters(), say)
     order: Any = SimpleNamespace(epoch=1, start=0, end=2, exclusive=True)
     gc.disable()
     try:
-        asyncio.run(member._load(order))
+        asyncio.run(loads.Loads(session, asyncio.Lock()).load(order))
     finally:
         gc.enable()
     (message, layers), *more = told

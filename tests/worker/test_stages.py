@@ -24,14 +24,14 @@ from llamaclust.wire.rpc.client import FORWARD, SAMPLE, ClientStream, Peer, Stre
 from llamaclust.wire.rpc.deadlines import recurring_deadline
 from llamaclust.wire.rpc.server import Server, ServerStream
 from llamaclust.worker.stage.compute import INLINE_NS, Compute
-from llamaclust.worker.stage.executor import Answer, Arrival, Counters, StageStep
-from llamaclust.worker.stage.sampled_tokens import ChosenTokens
-from llamaclust.worker.stage.sampling_inputs import InputsBox
+from llamaclust.worker.stage.executor import Answer, Arrival, Counters, StageContext, StageExecutor
+from llamaclust.worker.stage.sampled_tokens import SampledTokensBox
+from llamaclust.worker.stage.sampling_inputs import SamplingInputsBox
 from llamaclust.worker.stage.service import StageService
 from llamaclust.worker.stage.stage_runner import StageRunner
-from llamaclust.worker.stage.streams import Neighbours, StageFlow
+from llamaclust.worker.stage.streams import Neighbours, StageStreams
 from support.clusters.real_cluster import microbatches
-from support.clusters.stage_chain import DEADLINES, TOKEN, chain, runner_of
+from support.clusters.stage_chain import DEADLINES, TOKEN, chain, not_reported, runner_of
 from support.models.tiny_model import build_tiny_model
 
 
@@ -72,7 +72,9 @@ def test_wire_time_is_not_what_is_computed_while_a_result_is_sent(model: Model) 
 
     async def run() -> int:
         compute = Compute()
-        flow = StageFlow(1, runner_of(model, 0, 3), "w", compute, counters, DEADLINES, Neighbours())
+        flow = StageStreams(
+            1, runner_of(model, 0, 3), StageContext("w", compute, counters), DEADLINES, Neighbours(not_reported)
+        )
         answered: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         answered.set_result(Answer(b""))
         async with recurring_deadline("handing on", 5.0) as limit:
@@ -91,7 +93,12 @@ def test_the_first_chunk_with_a_long_context_is_not_expected_to_be_short(model: 
 
     async def run() -> None:
         compute = Recording()
-        step = StageStep(runner_of(model, 0, 1), "w", InputsBox(1, 1.0), ChosenTokens(), compute, Counters())
+        step = StageExecutor(
+            runner_of(model, 0, 1),
+            StageContext("w", compute, Counters()),
+            SamplingInputsBox(1, 1.0),
+            SampledTokensBox(),
+        )
         for number, position in enumerate((0, 0, 240, 240)):
             microbatch = Microbatch(model.model_id, 1, number, (Chunk((1,) * 8, position, (0, 16), 0),))
             header = encode_microbatch(microbatch)
@@ -266,7 +273,7 @@ async def test_the_loss_of_the_next_stage_reaches_the_coordinator(model: Model, 
     async def tell(peer: Peer, why: str) -> None:
         told.append((peer, why))
 
-    service.add(StageFlow(1, runner, "w0", compute, Counters(), DEADLINES, Neighbours(nobody, on_lost=tell)))
+    service.add(StageStreams(1, runner, StageContext("w0", compute, Counters()), DEADLINES, Neighbours(tell, nobody)))
     server = await Server.start(f"unix:{tmp_path}/a.sock", TOKEN, service.handlers)
     first = Peer(server.address, TOKEN)
     with pytest.raises(StreamBrokenError, match=r"connection to unix:.*nobody\.sock lost"):
@@ -293,8 +300,8 @@ async def test_only_a_connection_that_fails_is_told(model: Model, tmp_path: Path
 
     other = await Server.start(f"unix:{tmp_path}/b.sock", TOKEN, {FORWARD: refusing})
     compute, service = Compute(), StageService("w0")
-    neighbours = Neighbours(Peer(other.address, TOKEN), on_lost=tell)
-    service.add(StageFlow(1, runner_of(model, 0, 1), "w0", compute, Counters(), DEADLINES, neighbours))
+    neighbours = Neighbours(tell, Peer(other.address, TOKEN))
+    service.add(StageStreams(1, runner_of(model, 0, 1), StageContext("w0", compute, Counters()), DEADLINES, neighbours))
     server = await Server.start(f"unix:{tmp_path}/a.sock", TOKEN, service.handlers)
     first = Peer(server.address, TOKEN)
     stream = first.open(FORWARD, epoch=1)

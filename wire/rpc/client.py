@@ -21,7 +21,7 @@ from llamaclust.wire.security.token import ClusterToken
 JOIN = "/llamaclust.v1.Coordinator/Join"
 FORWARD = "/llamaclust.v1.Stage/Forward"
 SAMPLE = "/llamaclust.v1.Stage/Sample"
-CHOSEN = "/llamaclust.v1.Stage/Chosen"
+SAMPLED_TOKENS = "/llamaclust.v1.Stage/Chosen"
 ECHO = "/llamaclust.v1.Stage/Echo"
 FETCH = "/llamaclust.v1.Weights/Fetch"
 

@@ -30,9 +30,9 @@ from llamaclust.wire.rpc.cache_flush import BYTES as SWEEP_BYTES
 from llamaclust.wire.rpc.cache_flush import ColdCaches, largest_cache_bytes
 from llamaclust.worker.devices.backends import GpuBackend
 from llamaclust.worker.stage.compute import Compute
-from llamaclust.worker.stage.executor import Arrival, Counters, StageStep
-from llamaclust.worker.stage.sampled_tokens import ChosenTokens
-from llamaclust.worker.stage.sampling_inputs import InputsBox
+from llamaclust.worker.stage.executor import Arrival, Counters, StageContext, StageExecutor
+from llamaclust.worker.stage.sampled_tokens import SampledTokensBox
+from llamaclust.worker.stage.sampling_inputs import SamplingInputsBox
 from llamaclust.worker.stage.stage_runner import StageRunner, plan_memory
 
 _DECODE_ROWS = (1, 8)
@@ -181,8 +181,8 @@ async def _tried(runner: StageRunner, size: TrialSize, sweep: Sweep) -> dict[int
 
 async def _taken_s(runner: StageRunner, rows: int, tries: int, sweep: Sweep) -> float:
     """The median of some steps, behind one that finds everything for the first time; of that where it takes long."""
-    inputs, compute = InputsBox(_EPOCH, _DEADLINE_S), Compute()
-    step = StageStep(runner, "trial", inputs, ChosenTokens(), compute, Counters())
+    inputs, compute = SamplingInputsBox(_EPOCH, _DEADLINE_S), Compute()
+    step = StageExecutor(runner, StageContext("profile", compute, Counters()), inputs, SampledTokensBox())
     times = []
     try:
         for number in range(tries + 1):

@@ -1,4 +1,4 @@
-"""What a stage does with one microbatch: frame in; frame for the next stage, or result for the coordinator, out."""
+"""One microbatch through a stage: frame in; frame for the next stage, or result for the coordinator, out."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from llamaclust.wire.microbatch.codec import encode_result
 from llamaclust.wire.microbatch.frames import Frame, FrameKind, encode_failure, encode_hidden
 from llamaclust.wire.microbatch.messages import Microbatch, Result, SampledTokens, SamplingInputs, StageTiming
 from llamaclust.worker.stage.compute import INLINE_NS, Compute
-from llamaclust.worker.stage.sampled_tokens import ChosenTokens, chosen_in
-from llamaclust.worker.stage.sampling_inputs import InputsBox
+from llamaclust.worker.stage.sampled_tokens import SampledTokensBox, sampled_tokens_of
+from llamaclust.worker.stage.sampling_inputs import SamplingInputsBox
 from llamaclust.worker.stage.stage_runner import StageRunner
 
 _log = logging.getLogger(__name__)
 
 _TOKENS_S = 600.0
-"""A microbatch waits so long for the tokens it follows; a coordinator that misses a result gives up earlier."""
+"""A microbatch waits so long for tokens that it depends on; a coordinator that misses a result gives up earlier."""
 
 _Answer = TypeVar("_Answer")
 
 
 @dataclass(slots=True)
 class Counters:
-    """What a worker has done since its start."""
+    """Totals of a worker since its start."""
 
     busy_ns: int = 0
     microbatches: int = 0
@@ -41,8 +41,17 @@ class Counters:
 
 
 @dataclass(frozen=True, slots=True)
+class StageContext:
+    """Shared by the stages of one membership."""
+
+    worker: str
+    compute: Compute
+    counters: Counters
+
+
+@dataclass(frozen=True, slots=True)
 class Arrival:
-    """A microbatch as it came in; `wire_ns` is what handing on the one before it took."""
+    """A microbatch as received; `wire_ns`: time to send the one before it."""
 
     frame: Frame
     microbatch: Microbatch
@@ -52,31 +61,29 @@ class Arrival:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a step hands on, as bytes; of a last stage also the tokens it chose."""
+    """Bytes to send on; of a last stage also the sampled tokens."""
 
     data: bytes
-    chosen: SampledTokens | None = None
+    sampled: SampledTokens | None = None
 
 
-class StageStep:
-    """The step of one stage. A microbatch that cannot be computed is answered with its failure, in its turn."""
+class StageExecutor:
+    """Computes the microbatches of one stage. A microbatch that fails is answered with its failure, in its turn."""
 
     def __init__(
         self,
         runner: StageRunner,
-        worker: str,
-        inputs: InputsBox,
-        chosen: ChosenTokens,
-        compute: Compute,
-        counters: Counters,
+        context: StageContext,
+        inputs: SamplingInputsBox,
+        sampled: SampledTokensBox,
     ) -> None:
         program = runner.program
         self._runner = runner
-        self._where = f"worker {worker} (layers [{program.start}, {program.end}))"
+        self._where = f"worker {context.worker} (layers [{program.start}, {program.end}))"
         self._inputs = inputs
-        self._chosen = chosen
-        self._compute = compute
-        self._counters = counters
+        self._sampled = sampled
+        self._compute = context.compute
+        self._counters = context.counters
         self._is_whole = program.is_first and program.is_last
         self._width = 0 if program.is_first else program.hidden.width
         self._taken_ns: dict[tuple[str, int, int], int] = {}  # by job and number of bits in rows and attended keys
@@ -122,9 +129,9 @@ class StageStep:
     def _both(self, arrival: Arrival, inputs: SamplingInputs) -> Answer:
         """A whole model's step, in the thread that computes."""
         microbatch, started_ns = arrival.microbatch, perf_counter_ns()
-        ready_ns = max(arrival.received_ns, self._chosen.came_ns(microbatch))
+        ready_ns = max(arrival.received_ns, self._sampled.came_ns(microbatch))
         logits = self._run(arrival)
-        rows = self._runner.finish(logits, self._chosen.fill_inputs(inputs, microbatch))
+        rows = self._runner.finish(logits, self._sampled.fill_inputs(inputs, microbatch))
         timings = self._timings(arrival, started_ns - ready_ns, perf_counter_ns() - started_ns)
         return self._result(Result(microbatch.epoch, microbatch.number, rows, timings))
 
@@ -133,15 +140,15 @@ class StageStep:
         if arrival.frame.kind is FrameKind.FAILURE:
             return self._failed(arrival, arrival.frame.failure)
         if self._runner.program.is_first and not self._is_whole:
-            await self._chosen.known(microbatch, _TOKENS_S)
-        ready_ns = max(arrival.received_ns, self._chosen.came_ns(microbatch))
+            await self._sampled.known(microbatch, _TOKENS_S)
+        ready_ns = max(arrival.received_ns, self._sampled.came_ns(microbatch))
         size, attended = microbatch.rows.bit_length(), _attended_keys(microbatch).bit_length()
         out, started_ns, compute_ns = await self._timed(("run", size, attended), partial(self._run, arrival))
         queue_ns = started_ns - ready_ns
         if not self._runner.program.is_last:
             timings = self._timings(arrival, queue_ns, compute_ns)
             return Answer(encode_hidden(arrival.frame.header, timings, out))
-        inputs = self._chosen.fill_inputs(await self._inputs.take(microbatch.number), microbatch)
+        inputs = self._sampled.fill_inputs(await self._inputs.take(microbatch.number), microbatch)
         rows, _, finish_ns = await self._timed(("finish", size, 0), partial(self._runner.finish, out, inputs))
         timings = self._timings(arrival, queue_ns, compute_ns + finish_ns)
         return self._result(Result(microbatch.epoch, microbatch.number, rows, timings))
@@ -149,14 +156,14 @@ class StageStep:
     def _run(self, arrival: Arrival) -> Float32:
         hidden = arrival.frame.hidden(arrival.microbatch.rows, self._width)
         if self._runner.program.is_first:
-            return self._runner.run(self._chosen.fill(arrival.microbatch), None)
+            return self._runner.run(self._sampled.fill(arrival.microbatch), None)
         return self._runner.run(arrival.microbatch, hidden)
 
     def _result(self, result: Result) -> Answer:
-        chosen = chosen_in(result.number, result.rows)
+        sampled = sampled_tokens_of(result.number, result.rows)
         if result.rows:
-            self._chosen.put(chosen)
-        return Answer(encode_result(result), chosen if result.rows or result.failure else None)
+            self._sampled.put(sampled)
+        return Answer(encode_result(result), sampled if result.rows or result.failure else None)
 
     async def _timed(self, kind: tuple[str, int, int], job: Callable[[], _Answer]) -> tuple[_Answer, int, int]:
         """What `job` returns, when it began, what it took: as long as the last of its kind, it is expected."""

@@ -1,4 +1,4 @@
-"""Tokens that microbatches of an epoch have chosen: for chunks that were sent before their token was known."""
+"""Tokens that microbatches of an epoch have sampled: for chunks that were sent before their token was known."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MOST_KEPT = 256
 """More microbatches than any coordinator has in flight."""
 
 
-def chosen_in(number: int, rows: tuple[RowResult, ...]) -> SampledTokens:
+def sampled_tokens_of(number: int, rows: tuple[RowResult, ...]) -> SampledTokens:
     """Of a result; a row without an answer counts as token 0, and what follows it is thrown away."""
     return SampledTokens(number, tuple(max(row.token, 0) for row in rows))
 
@@ -25,7 +25,7 @@ def _newest(microbatch: Microbatch) -> int:
     return max((chunk.depends_on[0] for chunk in microbatch.chunks if chunk.depends_on), default=-1)
 
 
-class ChosenTokens:
+class SampledTokensBox:
     """The tokens of one epoch's last microbatches. One microbatch waits at a time, in number order."""
 
     def __init__(self) -> None:
@@ -34,12 +34,12 @@ class ChosenTokens:
         self._came = asyncio.Event()
         self._broken: WorkerError | None = None
 
-    def put(self, chosen: SampledTokens) -> None:
+    def put(self, sampled: SampledTokens) -> None:
         """ProtocolError for one out of turn."""
-        if self._tokens and chosen.number <= next(reversed(self._tokens)):
-            raise ProtocolError(f"tokens of microbatch {chosen.number} after those of {next(reversed(self._tokens))}")
-        self._tokens[chosen.number] = chosen.tokens
-        self._came_ns[chosen.number] = perf_counter_ns()
+        if self._tokens and sampled.number <= next(reversed(self._tokens)):
+            raise ProtocolError(f"tokens of microbatch {sampled.number} after those of {next(reversed(self._tokens))}")
+        self._tokens[sampled.number] = sampled.tokens
+        self._came_ns[sampled.number] = perf_counter_ns()
         if len(self._tokens) > _MOST_KEPT:
             oldest = next(iter(self._tokens))
             del self._tokens[oldest], self._came_ns[oldest]
@@ -85,7 +85,7 @@ class ChosenTokens:
         if not (isinstance(task, SampleTask) and task.history_follows):
             return task
         if chunk.depends_on is None:
-            raise ProtocolError("a history that goes on with a chosen token, in a chunk that follows none")
+            raise ProtocolError("a history that goes on with a sampled token, in a chunk that follows none")
         return replace(task, history=(*task.history, self._token(*chunk.depends_on)), history_follows=False)
 
     def _filled(self, chunk: Chunk) -> Chunk:

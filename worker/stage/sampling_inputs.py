@@ -11,7 +11,7 @@ from llamaclust.wire.rpc.deadlines import deadline
 _MOST_WAITING = 256
 
 
-class InputsBox:
+class SamplingInputsBox:
     """The inputs of one epoch, by number. One microbatch takes at a time, in number order."""
 
     def __init__(self, epoch: int, deadline_s: float) -> None:

@@ -8,11 +8,11 @@ from dataclasses import replace
 
 from llamaclust.core.errors import ProtocolError
 from llamaclust.wire.control.messages import Load
-from llamaclust.wire.rpc.client import CHOSEN, ECHO, FORWARD, SAMPLE
+from llamaclust.wire.rpc.client import ECHO, FORWARD, SAMPLE, SAMPLED_TOKENS
 from llamaclust.wire.rpc.link_probe import serve_echo
 from llamaclust.wire.rpc.server import Handler, ServerStream
 from llamaclust.worker.stage.stage_runner import StageRunner
-from llamaclust.worker.stage.streams import StageFlow
+from llamaclust.worker.stage.streams import StageStreams
 
 
 class StageService:
@@ -20,68 +20,68 @@ class StageService:
 
     def __init__(self, worker: str) -> None:
         self._worker = worker
-        self._flows: dict[int, StageFlow] = {}
-        self._kept: list[StageFlow] = []
+        self._stages: dict[int, StageStreams] = {}
+        self._kept: list[StageStreams] = []
 
     @property
     def handlers(self) -> Mapping[str, Handler]:
-        return {FORWARD: self._forward, SAMPLE: self._sample, CHOSEN: self._chosen, ECHO: serve_echo}
+        return {FORWARD: self._forward, SAMPLE: self._sample, SAMPLED_TOKENS: self._sampled_tokens, ECHO: serve_echo}
 
     def __contains__(self, epoch: int) -> bool:
-        return epoch in self._flows
+        return epoch in self._stages
 
-    def add(self, flow: StageFlow) -> None:
-        assert flow.epoch not in self._flows
-        self._flows[flow.epoch] = flow
+    def add(self, streams: StageStreams) -> None:
+        assert streams.epoch not in self._stages
+        self._stages[streams.epoch] = streams
 
     async def remove(self, epoch: int) -> None:
         """Frees the stage of an epoch, if it is there."""
-        flow = self._flows.pop(epoch, None)
-        if flow is not None:
-            await flow.close()
+        streams = self._stages.pop(epoch, None)
+        if streams is not None:
+            await streams.close()
 
     def keep(self) -> None:
         """The coordinator is gone, and with it all epochs; what is loaded waits for a load that wants the same."""
-        self._kept += self._flows.values()
-        self._flows.clear()
+        self._kept += self._stages.values()
+        self._stages.clear()
 
     @property
     def kept_bytes(self) -> Counter[str]:
         """By device."""
-        return sum((Counter(flow.runner.device_bytes) for flow in self._kept), Counter())
+        return sum((Counter(streams.runner.device_bytes) for streams in self._kept), Counter())
 
     async def take_kept(self, order: Load) -> StageRunner | None:
         """A kept stage's weights and KV memory, where they are what `order` wants; the other ones are freed."""
         runner = None
         while self._kept:
-            flow = self._kept.pop()
-            if runner is None and _serves(flow.runner, order):
-                runner = await flow.release()
+            streams = self._kept.pop()
+            if runner is None and _serves(streams.runner, order):
+                runner = await streams.release()
             else:
-                await flow.close()
+                await streams.close()
         return runner
 
     async def clear(self) -> list[object]:
         """Frees all stages but kept ones. What this returns keeps the weights of all of them in memory."""
-        weights = [flow.runner.weights for flow in (*self._flows.values(), *self._kept)]
-        for epoch in tuple(self._flows):
+        weights = [streams.runner.weights for streams in (*self._stages.values(), *self._kept)]
+        for epoch in tuple(self._stages):
             await self.remove(epoch)
         return weights
 
     async def _forward(self, stream: ServerStream) -> None:
-        await self._flow(stream).forward(stream)
+        await self._streams_of(stream).forward(stream)
 
     async def _sample(self, stream: ServerStream) -> None:
-        await self._flow(stream).sample(stream)
+        await self._streams_of(stream).sample(stream)
 
-    async def _chosen(self, stream: ServerStream) -> None:
-        await self._flow(stream).chosen(stream)
+    async def _sampled_tokens(self, stream: ServerStream) -> None:
+        await self._streams_of(stream).sampled_tokens(stream)
 
-    def _flow(self, stream: ServerStream) -> StageFlow:
-        flow = self._flows.get(stream.epoch)
-        if flow is None:
+    def _streams_of(self, stream: ServerStream) -> StageStreams:
+        streams = self._stages.get(stream.epoch)
+        if streams is None:
             raise ProtocolError(f"worker {self._worker} holds no stage for epoch {stream.epoch}")
-        return flow
+        return streams
 
 
 def _serves(held: StageRunner, order: Load) -> bool:

@@ -18,24 +18,23 @@ from llamaclust.wire.microbatch.codec import (
     encode_sampled_tokens,
 )
 from llamaclust.wire.microbatch.frames import decode_frame
-from llamaclust.wire.rpc.client import CHOSEN, FORWARD, ClientStream, Peer, UnreachableError
+from llamaclust.wire.rpc.client import FORWARD, SAMPLED_TOKENS, ClientStream, Peer, UnreachableError
 from llamaclust.wire.rpc.deadlines import deadline, recurring_deadline
 from llamaclust.wire.rpc.send_queue import Writable
 from llamaclust.wire.rpc.server import ServerStream
 from llamaclust.wire.security.credentials import COORDINATOR, Principal
-from llamaclust.worker.stage.compute import Compute
-from llamaclust.worker.stage.executor import Answer, Arrival, Counters, StageStep
-from llamaclust.worker.stage.sampled_tokens import ChosenTokens
-from llamaclust.worker.stage.sampling_inputs import InputsBox
+from llamaclust.worker.stage.executor import Answer, Arrival, StageContext, StageExecutor
+from llamaclust.worker.stage.sampled_tokens import SampledTokensBox
+from llamaclust.worker.stage.sampling_inputs import SamplingInputsBox
 from llamaclust.worker.stage.stage_runner import StageRunner
 
 
-async def together(*work: Coroutine[None, None, None]) -> None:
+async def run_together(*work: Coroutine[None, None, None]) -> None:
     """Runs all to their end; the first error cancels the others and is raised as it is."""
     try:
         async with asyncio.TaskGroup() as group:
-            for one in work:
-                group.create_task(one)
+            for part in work:
+                group.create_task(part)
     except BaseExceptionGroup as errors:
         raise errors.exceptions[0] from None
 
@@ -54,7 +53,7 @@ async def _while_open(stream: ClientStream, which: str, work: Coroutine[None, No
         if not done.is_set():
             raise WorkerError(f"the {which} stage at {stream.address} ended its stream")
 
-    await together(working(), watching())
+    await run_together(working(), watching())
 
 
 def _check_caller(stream: ServerStream, expected: Principal) -> None:
@@ -67,25 +66,21 @@ OnLost = Callable[[Peer, str], Awaitable[None]]
 """Called with a neighbour that cannot be reached and why."""
 
 
-async def _nobody_told(peer: Peer, why: str) -> None:
-    return
-
-
 @dataclass(frozen=True, slots=True)
 class Neighbours:
     """The stages that this one calls, and the workers of those that call it."""
 
+    on_lost: OnLost
     next: Peer | None = None  # None: this is the last
-    first: Peer | None = None  # of the last stage, which tells it the tokens chosen; None: this is the first
+    first: Peer | None = None  # of the last stage, which receives the sampled tokens; None: this is the first
     previous_worker: str | None = None  # opens FORWARD; None: this is the first stage, where the coordinator does
-    last_worker: str | None = None  # of the first of several stages: opens CHOSEN
-    on_lost: OnLost = _nobody_told
+    last_worker: str | None = None  # of the first of several stages: opens SAMPLED_TOKENS
 
     async def close(self) -> None:
         await asyncio.gather(*(peer.close() for peer in (self.next, self.first) if peer is not None))
 
 
-class StageFlow:
+class StageStreams:
     """One loaded stage and its streams: from the stage before, to the one after, or to and from the coordinator; of
     the last one also to the first."""
 
@@ -93,22 +88,19 @@ class StageFlow:
         self,
         epoch: int,
         runner: StageRunner,
-        worker: str,
-        compute: Compute,
-        counters: Counters,
+        context: StageContext,
         deadlines: Deadlines,
         neighbours: Neighbours,
     ) -> None:
         self.epoch = epoch
         self.runner = runner
-        self._compute = compute
+        self._context = context
         self._deadlines = deadlines
         self._neighbours = neighbours
-        self._chosen = ChosenTokens()
-        self._has_chosen_stream = False
-        self._inputs = InputsBox(epoch, deadlines.sampling_inputs_s)
-        self._counters = counters
-        self._step = StageStep(runner, worker, self._inputs, self._chosen, compute, counters)
+        self._sampled = SampledTokensBox()
+        self._has_sampled_stream = False
+        self._inputs = SamplingInputsBox(epoch, deadlines.sampling_inputs_s)
+        self._executor = StageExecutor(runner, context, self._inputs, self._sampled)
         self._to_first: ClientStream | None = None
         self._results: ServerStream | None = None
         self._forwarding: asyncio.Task[None] | None = None
@@ -164,20 +156,20 @@ class StageFlow:
             error.worker = stage.worker
             raise
 
-    async def chosen(self, stream: ServerStream) -> None:
-        """The last stage's stream to the first one: tokens that it chose."""
+    async def sampled_tokens(self, stream: ServerStream) -> None:
+        """The last stage's stream to the first one: tokens that it sampled."""
         if not self.runner.program.is_first or self._neighbours.next is None:
-            raise ProtocolError("chosen tokens for a stage that is not the first of several")
+            raise ProtocolError("sampled tokens for a stage that is not the first of several")
         _check_caller(stream, Principal(self._neighbours.last_worker))
-        if self._has_chosen_stream:
-            raise ProtocolError(f"a second stream of chosen tokens for epoch {self.epoch}")
-        self._has_chosen_stream = True
+        if self._has_sampled_stream:
+            raise ProtocolError(f"a second stream of sampled tokens for epoch {self.epoch}")
+        self._has_sampled_stream = True
         await stream.accept()
         try:
             while (data := await stream.read()) is not None:
-                self._chosen.put(decode_sampled_tokens(data))
+                self._sampled.put(decode_sampled_tokens(data))
         finally:
-            self._chosen.fail(WorkerError("the last stage tells no more tokens"))
+            self._sampled.fail(WorkerError("the last stage sends no more tokens"))
 
     async def _forward_to_coordinator(self, stream: ServerStream) -> None:
         if self._results is None:
@@ -186,49 +178,49 @@ class StageFlow:
         if first is None:
             await self._answer(stream, self._results)
             return
-        async with self._stream_to(first, CHOSEN, "first") as self._to_first:
+        async with self._stream_to(first, SAMPLED_TOKENS, "first") as self._to_first:
             await _while_open(self._to_first, "first", self._answer(stream, self._results))
 
     async def _answer(self, stream: ServerStream, results: ServerStream) -> None:
         await stream.accept()
-        async with self._handing_on() as limit:
-            await self._pass_on(stream, results, limit)
+        async with self._forward_deadline() as limit:
+            await self._run(stream, results, limit)
 
-    def _handing_on(self) -> recurring_deadline:
+    def _forward_deadline(self) -> recurring_deadline:
         return recurring_deadline("handing on a microbatch", self._deadlines.forward_s)
 
     async def _forward_to(self, to_next: ClientStream, stream: ServerStream) -> None:
         await stream.accept()
 
         async def passing() -> None:
-            async with self._handing_on() as limit:
-                await self._pass_on(stream, to_next, limit)
+            async with self._forward_deadline() as limit:
+                await self._run(stream, to_next, limit)
 
         await _while_open(to_next, "next", passing())
 
-    async def _pass_on(self, stream: ServerStream, outlet: Writable, limit: recurring_deadline) -> None:
-        """While one microbatch is computed, the next one is received and the one before is sent.
+    async def _run(self, stream: ServerStream, outlet: Writable, limit: recurring_deadline) -> None:
+        """Receive, compute, send: while one microbatch is computed, the next is received and the one before is sent.
 
-        Where microbatches do not follow each other closely, none waits until the next one's receipt is prepared.
+        Where they are far apart, none waits until the next one's receipt is prepared.
         """
         reading = asyncio.create_task(stream.read())
         sending: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         sending.set_result(None)
         try:
             for number in count():
-                follows = reading.done()
+                is_close = reading.done()  # to the one before
                 data = await reading
                 if data is None:
                     break
                 arrival = self._arrival(data, number)
-                if follows:
+                if is_close:
                     reading = asyncio.create_task(stream.read())
                     await asyncio.sleep(0)  # it begins before a short computation takes the event loop
-                answer = await self._step.begin(arrival)
+                answer = await self._executor.begin(arrival)
                 await sending
-                if not follows:
+                if not is_close:
                     reading = asyncio.create_task(stream.read())
-                if follows or not answer.done():
+                if is_close or not answer.done():
                     sending = asyncio.create_task(self._send(outlet, answer, limit))
                 else:
                     await self._send(outlet, answer, limit)
@@ -240,7 +232,7 @@ class StageFlow:
 
     def _arrival(self, data: bytes, number: int) -> Arrival:
         received_ns = perf_counter_ns()
-        self._counters.received_bytes += len(data)
+        self._context.counters.received_bytes += len(data)
         frame = decode_frame(data)
         microbatch = decode_microbatch(frame.header)
         if (microbatch.epoch, microbatch.number) != (self.epoch, number):
@@ -250,13 +242,13 @@ class StageFlow:
 
     async def _send(self, outlet: Writable, answering: asyncio.Future[Answer], limit: recurring_deadline) -> None:
         answer = await asyncio.shield(answering)
-        begun_ns, busy_ns = perf_counter_ns(), self._counters.busy_ns
+        begun_ns, busy_ns = perf_counter_ns(), self._context.counters.busy_ns
         with limit:
-            if self._to_first is not None and answer.chosen is not None:
-                await self._to_first.write(encode_sampled_tokens(answer.chosen))
+            if self._to_first is not None and answer.sampled is not None:
+                await self._to_first.write(encode_sampled_tokens(answer.sampled))
             await outlet.write(answer.data)
-        self._counters.sent_bytes += len(answer.data)
-        computed_ns = self._counters.busy_ns - busy_ns  # meanwhile, on the event loop
+        self._context.counters.sent_bytes += len(answer.data)
+        computed_ns = self._context.counters.busy_ns - busy_ns  # meanwhile, on the event loop
         self._wire_ns = max(0, perf_counter_ns() - begun_ns - computed_ns)
 
     async def release(self) -> StageRunner:
@@ -268,4 +260,4 @@ class StageFlow:
 
     async def close(self) -> None:
         """Frees the stage after what is being computed. Its streams have ended."""
-        await self._compute.run((await self.release()).close)
+        await self._context.compute.run((await self.release()).close)

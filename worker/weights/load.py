@@ -15,7 +15,7 @@ from llamaclust.model.loader import Model
 from llamaclust.wire.control.messages import Load, LoadProgress
 from llamaclust.worker.devices.devices import Device
 from llamaclust.worker.stage.stage_runner import StageMemory, StageRunner, held_weight_bytes, model_program, plan_memory
-from llamaclust.worker.weights.remote_model import AbsentFile
+from llamaclust.worker.weights.remote_model import RemoteModel
 from llamaclust.worker.weights.weights import Reach, Weights
 
 _log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class _Progress:
 
 async def load_stage(order: Load, device: Device, report: Report, weights: Weights, reach: Reach) -> StageRunner:
     """The stage of `order`. ModelFileError for a missing, another or a damaged file, InsufficientMemoryError where
-    memory is short; what `AbsentFile` raises where there is no file."""
+    memory is short; what `RemoteModel` raises where there is no file."""
     progress = _Progress()
     loading = asyncio.create_task(_load(order, device, weights, reach, progress))
     try:
@@ -56,7 +56,7 @@ async def _load(order: Load, device: Device, weights: Weights, reach: Reach, pro
         return await asyncio.to_thread(_runner, order, device, model, progress)
     assert order.weights is not None
     sources = {one.worker: reach(one.address, one.worker) for one in order.weights.sources}
-    async with AbsentFile(order.model_path, order.model_id, order.weights, weights, sources, progress.add) as absent:
+    async with RemoteModel(order.model_path, order.model_id, order.weights, weights, sources, progress.add) as absent:
         outline = await absent.outline()
         planned = await asyncio.to_thread(_planned, order, device, outline)
         names = model_program(outline, order.start, order.end, order.limits).weights

@@ -21,7 +21,7 @@ from llamaclust.worker.weights.fetch import WantedWeights, WeightFetch
 from llamaclust.worker.weights.weights import Weights, key_of
 
 
-class AbsentFile:
+class RemoteModel:
     """What is fetched stays while it is entered. LlamaclustError where nothing may be kept here, ModelFileError where
     the manifest is of another model; what `WeightFetch.run` and `WeightCache.make_room` raise."""
 

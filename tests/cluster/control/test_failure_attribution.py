@@ -31,6 +31,10 @@ from llamaclust.wire.rpc.client import ECHO, JOIN, Peer, StreamBrokenError
 from llamaclust.wire.rpc.server import Server, ServerStream
 from llamaclust.wire.security.credentials import Insecure, Principal
 from llamaclust.worker.membership import Member
+from llamaclust.worker.session import Session
+from llamaclust.worker.stage.executor import Counters
+from llamaclust.worker.stage.loads import Loads
+from llamaclust.worker.worker import Worker
 from support.clusters.control_messages import LOAD, REGISTER
 from support.clusters.real_cluster import real_cluster
 from support.models.tiny_model import build_tiny_model
@@ -129,13 +133,17 @@ async def test_a_stage_that_ends_while_it_tells_of_another_one_does_not_end_its_
     coordinator = Coordinator()
     server = await Server.start("127.0.0.1:0", INSECURE, {JOIN: coordinator.join})
     nothing: Any = SimpleNamespace()
-    member = Member("a", INSECURE, nothing, nothing, nothing, nothing)
+    worker = Worker("a", nothing, nothing, nothing, nothing)
+    member = Member(worker, INSECURE)
+    loads = Loads(Session(worker, INSECURE, Deadlines(), Counters(), member.send), asyncio.Lock())
     peer = Peer(server.address, INSECURE)
     async with asyncio.timeout(20):
         await member.join(peer, REGISTER, 10.0)
         serving = asyncio.create_task(member.serve())
-        filling = [asyncio.create_task(member._say(RenewCertificate(bytes(1 << 18)))) for _ in range(64)]
-        telling = asyncio.create_task(member._tell_lost(3, Peer("127.0.0.1:1", INSECURE, Principal("b")), "gone"))
+        filling = [asyncio.create_task(member.send(RenewCertificate(bytes(1 << 18)))) for _ in range(64)]
+        telling = asyncio.create_task(
+            loads._report_unreachable(3, Peer("127.0.0.1:1", INSECURE, Principal("b")), "gone")
+        )
         await asyncio.sleep(0.1)
         assert not filling[-1].done() and not telling.done()
         for task in (*filling, telling):

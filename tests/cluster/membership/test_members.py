@@ -25,7 +25,7 @@ from llamaclust.wire.control.messages import (
     RenewalFailed,
     RenewCertificate,
 )
-from llamaclust.wire.rpc.client import CHOSEN, FORWARD, JOIN, SAMPLE, Peer, StreamBrokenError
+from llamaclust.wire.rpc.client import FORWARD, JOIN, SAMPLE, SAMPLED_TOKENS, Peer, StreamBrokenError
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.server import Server
 from llamaclust.wire.security.certificates import NewKey
@@ -208,9 +208,9 @@ async def test_a_stage_takes_streams_from_its_neighbours_alone(trust: Authority,
             (first, FORWARD, spare, "worker spare opens a stream that is for the coordinator alone"),
             (first, FORWARD, Principal("w1"), "worker w1 opens a stream that is for the coordinator alone"),
             (first, FORWARD, COORDINATOR, "a second stream of microbatches for epoch 1"),
-            (first, CHOSEN, spare, "worker spare opens a stream that is for worker w2 alone"),
-            (first, CHOSEN, Principal("w1"), "worker w1 opens a stream that is for worker w2 alone"),
-            (first, CHOSEN, Principal("w2"), "a second stream of chosen tokens for epoch 1"),
+            (first, SAMPLED_TOKENS, spare, "worker spare opens a stream that is for worker w2 alone"),
+            (first, SAMPLED_TOKENS, Principal("w1"), "worker w1 opens a stream that is for worker w2 alone"),
+            (first, SAMPLED_TOKENS, Principal("w2"), "a second stream of sampled tokens for epoch 1"),
             (middle, FORWARD, spare, "worker spare opens a stream that is for worker w0 alone"),
             (middle, FORWARD, COORDINATOR, "the coordinator opens a stream that is for worker w0 alone"),
             (last, FORWARD, Principal("w0"), "worker w0 opens a stream that is for worker w1 alone"),

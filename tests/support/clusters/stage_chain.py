@@ -22,10 +22,10 @@ from llamaclust.wire.rpc.server import Server
 from llamaclust.wire.security.credentials import Credentials, Principal
 from llamaclust.wire.security.token import ClusterToken
 from llamaclust.worker.stage.compute import Compute
-from llamaclust.worker.stage.executor import Counters
+from llamaclust.worker.stage.executor import Counters, StageContext
 from llamaclust.worker.stage.service import StageService
 from llamaclust.worker.stage.stage_runner import StageRunner
-from llamaclust.worker.stage.streams import Neighbours, StageFlow
+from llamaclust.worker.stage.streams import Neighbours, StageStreams
 from support.clusters.real_cluster import LIMITS
 
 TOKEN = ClusterToken("t" * 40)
@@ -66,6 +66,10 @@ class Chain:
         return decode_result(data)
 
 
+async def not_reported(peer: Peer, reason: str) -> None:
+    """For tests in which all stages are reachable."""
+
+
 def neighbours(addresses: Sequence[str], index: int, trust: Authority | None) -> Neighbours:
     """Of the stage at `index`."""
     first, last = index == 0, index + 1 == len(addresses)
@@ -74,6 +78,7 @@ def neighbours(addresses: Sequence[str], index: int, trust: Authority | None) ->
         return Peer(addresses[there], credentials(trust, f"w{index}"), Principal(f"w{there}"))
 
     return Neighbours(
+        not_reported,
         next=None if last else way_to(index + 1),
         first=way_to(0) if last and not first else None,
         previous_worker=None if first else f"w{index - 1}",
@@ -108,7 +113,7 @@ async def chain(
     peers = [Peer(address, credentials(trust), Principal(name)) for address, name in zip(addresses, names, strict=True)]
     for index, (service, runner) in enumerate(zip(services, runners, strict=True)):
         around = neighbours(addresses, index, trust)
-        service.add(StageFlow(1, runner, names[index], compute, Counters(), deadlines, around))
+        service.add(StageStreams(1, runner, StageContext(names[index], compute, Counters()), deadlines, around))
     sample = peers[-1].open(SAMPLE, epoch=1)
     await sample.opened()
     forward = peers[0].open(FORWARD, epoch=1)

@@ -1,0 +1,110 @@
+"""Requests of the coordinator, each with its answer: profiles, weights, probes, logs."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import replace
+
+from llamaclust.core.errors import DeviceLostError, LlamaclustError, ModelFileError, WorkerError
+from llamaclust.core.logs import last_lines
+from llamaclust.wire.control.messages import (
+    FindWeights,
+    FindWeightsProgress,
+    GetLog,
+    LinkProfile,
+    LinkProfiles,
+    LogTail,
+    ProbePeer,
+    ProbeResult,
+    ProfileLinks,
+    ProfileWorker,
+    RequestFailed,
+    WeightsFound,
+    WorkerMessage,
+    WorkerProfile,
+    WorkerRequest,
+)
+from llamaclust.wire.rpc.link_probe import measure_link, try_link
+from llamaclust.worker.session import Session, failure_of
+from llamaclust.worker.weights.weights import Reading
+
+_log = logging.getLogger(__name__)
+
+_REPORT_S = 0.25
+
+
+class Requests:
+    """Of one membership. What uses the machine by itself holds `exclusive`, as loads do."""
+
+    def __init__(self, session: Session, exclusive: asyncio.Lock) -> None:
+        self._session = session
+        self._exclusive = exclusive
+
+    async def answer(self, request: WorkerRequest) -> None:
+        try:
+            answer = await self._answer(request)
+        except Exception as error:  # noqa: BLE001  a border: the answer reports it, the worker stays
+            _log.error("%s: %s", type(request).__name__, error)
+            if isinstance(error, DeviceLostError):
+                self._session.worker.compute.give_up(error)
+                return
+            answer = RequestFailed(failure_of(error), request.request_id)
+        await self._session.send(answer)
+
+    async def _answer(self, request: WorkerRequest) -> WorkerMessage:
+        match request:
+            case ProfileWorker():
+                async with self._exclusive:
+                    return await asyncio.to_thread(self._profile, request)
+            case ProfileLinks(ends, request_id):
+                async with self._exclusive:
+                    links = [await self._profile_link(end.worker, end.address) for end in ends]
+                return LinkProfiles(tuple(links), request_id)
+            case FindWeights():
+                return await self._find_weights(request)
+            case ProbePeer():
+                return await self._probe(request)
+            case GetLog(request_id):
+                return LogTail.bounded(*last_lines(), request_id)
+
+    def _profile(self, request: ProfileWorker) -> WorkerProfile:
+        """Where the model's file is missing, of the machine alone."""
+        worker = self._session.worker
+        try:
+            model = worker.weights.open_file(request.model_path, request.model_id) if request.model_path else None
+        except ModelFileError:  # reported when its layers are to be loaded
+            model = None
+        if model is None:
+            return WorkerProfile(worker.device.measure(), request.request_id)
+        with model:
+            return WorkerProfile(worker.device.measure(model), request.request_id)
+
+    async def _profile_link(self, worker: str, address: str) -> LinkProfile:
+        peer = self._session.peer(address, worker)
+        try:
+            return await measure_link(peer)
+        except WorkerError as error:
+            raise WorkerError(f"it cannot reach worker {worker} at {address}: {error}") from error
+        finally:
+            await peer.close()
+
+    async def _find_weights(self, request: FindWeights) -> WeightsFound:
+        reading = Reading()
+        finding = asyncio.create_task(asyncio.to_thread(self._session.worker.weights.locate, request, reading))
+        while not (await asyncio.wait((finding,), timeout=_REPORT_S))[0]:
+            if reading.total_bytes:
+                await self._session.send(FindWeightsProgress(reading.done_bytes, reading.total_bytes))
+        return replace(finding.result(), request_id=request.request_id)
+
+    async def _probe(self, request: ProbePeer) -> ProbeResult:
+        """On a connection of its own: that of a stage may outlast the link, or be broken."""
+        peer = self._session.peer(request.address, request.worker)
+        reason = ""
+        try:
+            await try_link(peer, self._session.deadlines.peer_s)
+        except LlamaclustError as error:
+            reason = str(error)
+        finally:
+            await peer.close()
+        return ProbeResult(request.worker, reason, request.request_id)

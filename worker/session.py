@@ -1,0 +1,39 @@
+"""What the parts of a membership share: the way to the coordinator and to other workers."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from llamaclust.core.bounds import one_line
+from llamaclust.core.errors import LlamaclustError
+from llamaclust.wire.control.messages import Deadlines, Failure, WorkerMessage
+from llamaclust.wire.rpc.client import Peer
+from llamaclust.wire.security.credentials import Credentials, Principal
+from llamaclust.worker.stage.executor import Counters
+from llamaclust.worker.worker import Worker
+
+Send = Callable[[WorkerMessage], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """One membership, from admission to its end."""
+
+    worker: Worker
+    credentials: Credentials
+    deadlines: Deadlines
+    counters: Counters
+    send: Send
+
+    def peer(self, address: str, worker: str | None) -> Peer:
+        """Another worker, which must show this name where one is given."""
+        principal = None if worker is None else Principal(worker)
+        return Peer(address, self.credentials, principal, self.deadlines.peer_s)
+
+
+def failure_of(error: Exception) -> Failure:
+    """An error as it crosses the wire."""
+    known = isinstance(error, LlamaclustError)
+    text = str(error) if known else f"{type(error).__name__}: {error}"
+    return Failure(type(error).__name__ if known else LlamaclustError.__name__, one_line(text))

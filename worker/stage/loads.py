@@ -1,0 +1,88 @@
+"""Loads and unloads stages as the coordinator orders."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import logging
+from functools import partial
+
+from llamaclust.core.errors import DeadlineError, DeviceLostError, ProtocolError, WorkerError
+from llamaclust.core.gpus import placed
+from llamaclust.wire.control.messages import Load, Loaded, LoadFailed, PeerUnreachable, Unload, Unloaded, WorkerMessage
+from llamaclust.wire.rpc.client import Peer
+from llamaclust.wire.rpc.deadlines import deadline
+from llamaclust.worker.session import Session, failure_of
+from llamaclust.worker.stage.executor import StageContext
+from llamaclust.worker.stage.streams import Neighbours, StageStreams
+from llamaclust.worker.weights.load import load_stage
+
+_log = logging.getLogger(__name__)
+
+
+class Loads:
+    """Of one membership. One order at a time holds `exclusive`."""
+
+    def __init__(self, session: Session, exclusive: asyncio.Lock) -> None:
+        self._session = session
+        self._worker = session.worker
+        self._exclusive = exclusive
+
+    async def load(self, order: Load) -> None:
+        async with self._exclusive:
+            try:
+                answer: WorkerMessage = await self._load(order)
+            except Exception as error:  # noqa: BLE001  a border: the answer reports it, the worker stays
+                _log.error("layers [%d, %d) of epoch %d: %s", order.start, order.end, order.epoch, error)
+                if isinstance(error, DeviceLostError):
+                    self._worker.compute.give_up(error)  # this process ends, which answers all requests
+                    return
+                answer = LoadFailed(order.epoch, failure_of(error))
+            if isinstance(answer, LoadFailed):
+                gc.collect()  # a future and its error hold each other, and what was loaded until then
+            await self._session.send(answer)
+
+    async def unload(self, order: Unload) -> None:
+        async with self._exclusive:
+            await self._worker.service.remove(order.epoch)
+            await self._session.send(Unloaded(order.epoch))
+
+    async def _load(self, order: Load) -> Loaded:
+        session, service, weights = self._session, self._worker.service, self._worker.weights
+        if order.epoch in service:
+            raise ProtocolError(f"epoch {order.epoch} is loaded already")
+        received_bytes = weights.received_bytes
+        held = await service.clear() if order.exclusive else []
+        try:
+            runner = await service.take_kept(order)
+            if runner is not None:
+                _log.info("layers [%d, %d): its weights were kept", order.start, order.end)
+            else:
+                runner = await load_stage(order, self._worker.device, session.send, weights, session.peer)
+        finally:
+            held.clear()
+        context = StageContext(self._worker.name, self._worker.compute, session.counters)
+        service.add(StageStreams(order.epoch, runner, context, session.deadlines, self._neighbours(order)))
+        memory = runner.memory
+        where = f", {placed(order.devices)}" if order.devices else ""
+        _log.info("layers [%d, %d) are loaded as epoch %d%s", order.start, order.end, order.epoch, where)
+        fetched_bytes = weights.received_bytes - received_bytes
+        return Loaded(order.epoch, memory.weight_bytes, memory.kv_bytes, memory.workspace_bytes, fetched_bytes)
+
+    def _neighbours(self, order: Load) -> Neighbours:
+        return Neighbours(
+            partial(self._report_unreachable, order.epoch),
+            self._session.peer(order.next_address, order.next_worker) if order.next_address else None,
+            self._session.peer(order.first_address, order.first_worker) if order.first_address else None,
+            order.previous_worker,
+            order.last_worker,
+        )
+
+    async def _report_unreachable(self, epoch: int, peer: Peer, reason: str) -> None:
+        """To the coordinator, if it can be reached."""
+        if peer.worker is not None:
+            _log.error("worker %s cannot be reached: %s", peer.worker, reason)
+            with contextlib.suppress(WorkerError, DeadlineError):
+                async with deadline("reporting to the coordinator", self._session.deadlines.peer_s):
+                    await self._session.send(PeerUnreachable(epoch, peer.worker, reason))

@@ -1,0 +1,34 @@
+"""The parts of a worker that outlive a membership."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from llamaclust.wire.rpc.server import Handler
+from llamaclust.worker.devices.devices import Device
+from llamaclust.worker.settings import WorkerSettings
+from llamaclust.worker.stage.compute import Compute
+from llamaclust.worker.stage.service import StageService
+from llamaclust.worker.weights.weights import Weights, weight_cache
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """Device, stages, weights, and the thread that computes."""
+
+    name: str
+    device: Device
+    service: StageService
+    compute: Compute
+    weights: Weights
+
+    @classmethod
+    def open(cls, settings: WorkerSettings) -> Worker:
+        """UsageError for a device that this machine does not have."""
+        device, service = Device.open(settings), StageService(settings.name)
+        return cls(settings.name, device, service, Compute(), Weights(weight_cache(settings), settings.model_dir))
+
+    @property
+    def handlers(self) -> Mapping[str, Handler]:
+        return {**self.service.handlers, **self.weights.handlers}

@@ -4,7 +4,7 @@
 #include <numeric>
 
 #include "executor/worker.h"
-#include "level/matrix.h"
+#include "level/activations.h"
 
 namespace llamaclust {
 namespace {

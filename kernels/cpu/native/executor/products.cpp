@@ -1,6 +1,6 @@
 // Matrix products: threads split tiles of 16 output rows, never the sum over k.
 #include "executor/worker.h"
-#include "level/matrix.h"
+#include "level/activations.h"
 
 namespace llamaclust {
 

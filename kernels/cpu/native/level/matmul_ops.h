@@ -1,44 +1,9 @@
 // Matrix products of tiled weights, the part of a level that is compiled per instruction set.
 #pragma once
 
-#include <cstddef>
-#include <cstdint>
+#include "level/quant_types.h"
 
 namespace llamaclust {
-
-// ggml's numbers.
-enum class QuantType : int32_t {
-  F32 = 0,
-  F16 = 1,
-  Q4_0 = 2,
-  Q4_1 = 3,
-  Q5_0 = 6,
-  Q5_1 = 7,
-  Q8_0 = 8,
-  Q2_K = 10,
-  Q3_K = 11,
-  Q4_K = 12,
-  Q5_K = 13,
-  Q6_K = 14,
-  IQ2_XXS = 16,
-  IQ2_XS = 17,
-  IQ3_XXS = 18,
-  IQ1_S = 19,
-  IQ4_NL = 20,
-  IQ3_S = 21,
-  IQ2_S = 22,
-  IQ4_XS = 23,
-  IQ1_M = 29,
-  BF16 = 30,
-  TQ1_0 = 34,
-  TQ2_0 = 35,
-  MXFP4 = 39,
-};
-
-// How a row of activations is stored for a product: float32, or int8 with one float scale per 32 or per 256 values.
-enum class ActivationFormat : int32_t { F32, Q8_32, Q8_256 };
-
-inline constexpr int kTileRows = 16;
 
 // A weight matrix [rows, cols] in tiles of 16 rows, one SIMD lane a row; rows past the end hold zero weights.
 struct Matrix {
@@ -57,7 +22,7 @@ struct TokenLines {
 };
 
 struct MatmulOps {
-  // Quantizes x[cols] into one activation row of activation_bytes(format, cols) (see matrix.h).
+  // Quantizes x[cols] into one activation row of activation_bytes(format, cols) (pack/pack.h).
   void (*quantize)(ActivationFormat format, const float* x, int cols, void* out);
   // out[line of t * out_stride + row] = dot(weights of row, activations of token t) for the rows of tiles [tile_begin,
   // tile_end) and tokens [0, tokens); rows past the matrix's end are not written. bias may be null. `scratch` holds

@@ -39,7 +39,7 @@ void put_scale(int scale, int i, int row, uint8_t* lines) {
   lines[i / 8 * 64 + 4 * row + i % 4] |= static_cast<uint8_t>(scale << (i % 8 / 4 * 4));
 }
 
-// The two points of sub-block j of 16 columns (level/quants/thirds.h).
+// The two points of sub-block j of 16 columns (level/quants/grid.h).
 void put_thirds(const uint16_t (&points)[2], int j, int row, uint8_t* lines) {
   for (int c = 0; c < 4; c++) {
     const auto pair = [&](uint16_t point) { return level_of(point, 8, c) + 3 * level_of(point, 8, 4 + c); };
@@ -56,7 +56,6 @@ void put_thirds(const uint16_t (&points)[2], int j, int row, uint8_t* lines) {
 
 // File: d, then for 32 columns four indices and a word: four times seven sign bits, four bits of scale.
 void pack_iq2_xxs(const Blocks& blocks, uint8_t* body, uint8_t* tail) {
-  memset(body, 0, kIQ2_XXSLayout.body_bytes);
   for (int r = 0; r < kTileRows; r++)
     for (int j = 0; j < 8; j++) {
       const uint8_t* part = blocks.row[r] + 2 + 8 * j;
@@ -72,7 +71,6 @@ void pack_iq2_xxs(const Blocks& blocks, uint8_t* body, uint8_t* tail) {
 
 // File: d, 32 times nine bits of index and seven sign bits, 16 scales of four bits.
 void pack_iq2_xs(const Blocks& blocks, uint8_t* body, uint8_t* tail) {
-  memset(body, 0, kIQ2_XSLayout.body_bytes);
   for (int r = 0; r < kTileRows; r++) {
     const uint8_t* block = blocks.row[r];
     uint32_t ninth = 0;
@@ -90,7 +88,6 @@ void pack_iq2_xs(const Blocks& blocks, uint8_t* body, uint8_t* tail) {
 
 // File: d, 32 low bytes of indices, 32 bytes of signs, 32 times two high bits of indices, 16 scales of four bits.
 void pack_iq2_s(const Blocks& blocks, uint8_t* body, uint8_t* tail) {
-  memset(body, 0, kIQ2_SLayout.body_bytes);
   for (int r = 0; r < kTileRows; r++) {
     const uint8_t* block = blocks.row[r];
     const auto high = [&](int i) { return block[66 + i / 4] >> (i % 4 * 2) & 3; };
@@ -106,7 +103,6 @@ void pack_iq2_s(const Blocks& blocks, uint8_t* body, uint8_t* tail) {
 
 // File: d, 64 indices, then for 32 columns a word: four times seven sign bits, four bits of scale.
 void pack_iq3_xxs(const Blocks& blocks, uint8_t* body, uint8_t* tail) {
-  memset(body, 0, kIQ3_XXSLayout.body_bytes);
   for (int r = 0; r < kTileRows; r++) {
     const uint8_t* block = blocks.row[r];
     for (int i = 0; i < 64; i++) put_index(block[2 + i], i, r, body);
@@ -118,7 +114,6 @@ void pack_iq3_xxs(const Blocks& blocks, uint8_t* body, uint8_t* tail) {
 
 // File: d, 64 low bytes of indices, 64 ninth bits, 32 bytes of signs, 8 scales of four bits.
 void pack_iq3_s(const Blocks& blocks, uint8_t* body, uint8_t* tail) {
-  memset(body, 0, kIQ3_SLayout.body_bytes);
   for (int r = 0; r < kTileRows; r++) {
     const uint8_t* block = blocks.row[r];
     for (int i = 0; i < 64; i++) {
@@ -138,7 +133,6 @@ void pack_iq3_s(const Blocks& blocks, uint8_t* body, uint8_t* tail) {
 // File: d, 32 low bytes of indices, then for 32 columns a half: four times three high bits of indices, three bits of
 // scale, and one that is set for - 1.
 void pack_iq1_s(const Blocks& blocks, uint8_t* body, uint8_t* tail) {
-  memset(body, 0, kIQ1_SLayout.body_bytes);
   for (int r = 0; r < kTileRows; r++) {
     const uint8_t* block = blocks.row[r];
     const auto half = [&](int j) { return half_at(block + 34 + 2 * j); };
@@ -152,7 +146,6 @@ void pack_iq1_s(const Blocks& blocks, uint8_t* body, uint8_t* tail) {
 // File: 32 low bytes of indices, 32 times three high bits and one that is set for - 1, four halves: four times three
 // bits of scale, four bits of d.
 void pack_iq1_m(const Blocks& blocks, uint8_t* body, uint8_t*) {
-  memset(body, 0, kIQ1_MLayout.body_bytes);
   for (int r = 0; r < kTileRows; r++) {
     const uint8_t* block = blocks.row[r];
     const auto high = [&](int i) { return nibble_at(block + 32, i); };

@@ -1,13 +1,12 @@
 // From rows as they lie in a model file to tiles, and the sizes of what kernels read.
 #pragma once
 
-#include "level/matrix.h"
+#include "level/activations.h"
 
 namespace llamaclust {
 
-// Whether the type can be multiplied with; the functions below take no other.
+// Whether the type is in the table of level/quant_types.h; the functions below take no other.
 bool is_supported(QuantType type);
-const TileLayout& tile_layout(QuantType type);
 
 // Bytes of a row in a model file; cols is a multiple of the type's segment_cols.
 size_t file_row_bytes(QuantType type, int cols);

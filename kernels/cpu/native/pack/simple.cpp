@@ -61,4 +61,10 @@ void pack_q8_0(const Blocks& blocks, uint8_t* body, uint8_t* tail) {
   put_half(blocks, 0, tail);
 }
 
+// File: an exponent byte, then nibbles.
+void pack_mxfp4(const Blocks& blocks, uint8_t* body, uint8_t* tail) {
+  for (int g = 0; g < 4; g++) put_group(blocks, 1 + 4 * g, body + 64 * g);
+  for (int r = 0; r < kTileRows; r++) tail[r] = blocks.row[r][0];
+}
+
 }  // namespace llamaclust

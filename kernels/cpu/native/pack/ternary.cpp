@@ -3,7 +3,7 @@
 namespace llamaclust {
 namespace {
 
-// Quants of 256 columns of one row, below four, in sixteen lines (level/quants/tq2_0.h says how).
+// Quants of 256 columns of one row, below four, in sixteen lines (level/quants/ternary.h).
 void put_pairs(const uint8_t (&quants)[256], uint8_t* lines) {
   for (int j = 0; j < 8; j++)
     for (int i = 0; i < 2; i++) {

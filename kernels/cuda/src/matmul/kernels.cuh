@@ -1,11 +1,11 @@
-// The kernels of one quant type, by its name.
+// The kernels of one quant type, by its name; the macro takes a row of level/quant_types.h.
 #pragma once
 
 #include "dequantize.cuh"
 #include "gemv.cuh"
 #include "gemm.cuh"
 
-#define MATMUL_KERNELS(TYPE)                                                                                         \
+#define MATMUL_KERNELS(TYPE, ...)                                                                                    \
   KERNEL_IN_BLOCKS(256, kGemvBlocks<TYPE>, gemv_##TYPE, MATMUL_PARAMETERS, int32_t round) {                            \
     gemv<TYPE>(MATMUL_ARGUMENTS, round);                                                                     \
   }                                                                                                                   \

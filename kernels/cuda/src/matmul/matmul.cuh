@@ -1,5 +1,5 @@
 // What products with quantized weights of few and of many rows share: tiles of the CPU's layout
-// (kernels/cpu/native/level/matrix.h) as operands of matrix units.
+// (kernels/cpu/native/level/quant_types.h) as operands of matrix units.
 //
 // A tile has sixteen rows of weights, a k-group of it is four bytes a row: register a[0] of lane 4 * r + c is k-group c
 // of row r (mma.cuh), so every lane reads its own words from the tile and decodes them, and weights never go through
@@ -9,7 +9,7 @@
 #pragma once
 
 #include "activations.cuh"
-#include "level/quants/fields.h"
+#include "level/quants/decoder.h"
 #include "mma.cuh"
 #include "rows.cuh"
 

@@ -8,19 +8,16 @@ namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {
 
 struct F32 {
-  static constexpr QuantType kType = QuantType::F32;
-  static constexpr TileLayout kLayout = kF32Layout;
+  static constexpr TileLayout kLayout = tile_layout(QuantType::F32);
   static DECODE F32x16 column(const uint8_t* p) { return load(reinterpret_cast<const float*>(p)); }
 };
 struct F16 {
-  static constexpr QuantType kType = QuantType::F16;
-  static constexpr TileLayout kLayout = kF16Layout;
-  static DECODE F32x16 column(const uint8_t* p) { return from_f16(reinterpret_cast<const uint16_t*>(p)); }
+  static constexpr TileLayout kLayout = tile_layout(QuantType::F16);
+  static DECODE F32x16 column(const uint8_t* p) { return from_f16(halves(p)); }
 };
 struct BF16 {
-  static constexpr QuantType kType = QuantType::BF16;
-  static constexpr TileLayout kLayout = kF16Layout;
-  static DECODE F32x16 column(const uint8_t* p) { return from_bf16(reinterpret_cast<const uint16_t*>(p)); }
+  static constexpr TileLayout kLayout = tile_layout(QuantType::BF16);
+  static DECODE F32x16 column(const uint8_t* p) { return from_bf16(halves(p)); }
 };
 
 struct FloatProduct {

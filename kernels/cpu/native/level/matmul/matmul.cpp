@@ -1,32 +1,14 @@
 // The matrix operations of a level: a decoder a quant type, the loops around it the same for all.
 #include "level/matmul_ops.h"
 
-#include "level/matmul/activations.h"
+#include "level/matmul/quantize_activations.h"
 #include "level/matmul/dequantize.h"
 #include "level/matmul/float.h"
 #include "level/matmul/quantized.h"
-#include "level/quants/iq1_m.h"
-#include "level/quants/iq1_s.h"
-#include "level/quants/iq2_s.h"
-#include "level/quants/iq2_xs.h"
-#include "level/quants/iq2_xxs.h"
-#include "level/quants/iq3_s.h"
-#include "level/quants/iq3_xxs.h"
-#include "level/quants/iq4_nl.h"
-#include "level/quants/iq4_xs.h"
-#include "level/quants/mxfp4.h"
-#include "level/quants/q2_k.h"
-#include "level/quants/q3_k.h"
-#include "level/quants/q4_0.h"
-#include "level/quants/q4_1.h"
-#include "level/quants/q4_k.h"
-#include "level/quants/q5_0.h"
-#include "level/quants/q5_1.h"
-#include "level/quants/q5_k.h"
-#include "level/quants/q6_k.h"
-#include "level/quants/q8_0.h"
-#include "level/quants/tq1_0.h"
-#include "level/quants/tq2_0.h"
+#include "level/quants/grid.h"
+#include "level/quants/k.h"
+#include "level/quants/simple.h"
+#include "level/quants/ternary.h"
 #include "pack/pack.h"
 
 namespace llamaclust::LLAMACLUST_LEVEL {
@@ -65,38 +47,10 @@ struct TypeOps {
   void (*dequantize)(const uint8_t* tile, int row, int cols, float* out);
 };
 
-template <class Type>
-constexpr TypeOps kOps{Type::kType, multiply<Type>, dequantize_tile_row<Type>};
+#define OPS(name, ...) {QuantType::name, multiply<name>, dequantize_tile_row<name>},
+constexpr TypeOps kTypes[] = {LLAMACLUST_QUANT_TYPES(OPS)};
+#undef OPS
 
-constexpr TypeOps kTypes[] = {
-    kOps<F32>,
-    kOps<F16>,
-    kOps<BF16>,
-    kOps<Q8_0>,
-    kOps<Q4_0>,
-    kOps<Q4_1>,
-    kOps<Q5_0>,
-    kOps<Q5_1>,
-    kOps<Q2_K>,
-    kOps<Q3_K>,
-    kOps<Q4_K>,
-    kOps<Q5_K>,
-    kOps<Q6_K>,
-    kOps<IQ4_NL>,
-    kOps<IQ4_XS>,
-    kOps<MXFP4>,
-    kOps<TQ2_0>,
-    kOps<TQ1_0>,
-    kOps<IQ2_XXS>,
-    kOps<IQ2_XS>,
-    kOps<IQ2_S>,
-    kOps<IQ3_XXS>,
-    kOps<IQ3_S>,
-    kOps<IQ1_S>,
-    kOps<IQ1_M>,
-};
-
-// Of a type that pack.h supports.
 const TypeOps& ops_of(QuantType type) {
   const TypeOps* ops = kTypes;
   while (ops->type != type) ops++;

@@ -2,7 +2,7 @@
 // segment, then, in k order, total = fma(scale_w * scale_a, sum, total), and a second fma for types with a min.
 #pragma once
 
-#include "level/quants/fields.h"
+#include "level/quants/decoder.h"
 
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {

@@ -4,7 +4,7 @@
 
 #include <cstring>
 
-#include "level/matrix.h"
+#include "level/activations.h"
 
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {

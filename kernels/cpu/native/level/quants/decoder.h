@@ -1,9 +1,9 @@
-// What the decoders of several quant types share. A decoder tells how a segment lies in a tile (its body and tail in
-// matrix.h): k-group g of sub-block j as unsigned bytes of kBits bits, each kOffset above the quant; the float scale,
-// the min where the type has one, and the integer scales and mins of its sub-blocks where there is more than one.
+// What the decoders of quant types share. A decoder tells how a segment lies in a tile (its body and tail in
+// level/quant_types.h): k-group g of sub-block j as unsigned bytes of kBits bits, each kOffset above the quant; the float
+// scale, the min where the type has one, and the integer scales and mins of its sub-blocks where there is more than one.
 #pragma once
 
-#include "level/matrix.h"
+#include "level/quant_types.h"
 #include "simd/dot.h"
 
 #ifndef DECODE
@@ -34,6 +34,22 @@ namespace {
 
 [[maybe_unused]] DECODE F32x16 load_f16(Lines p) { return from_f16(halves(p)); }
 
+// The properties of a type, and its float16 scale at the beginning of the tail.
+template <QuantType type, int sub_blocks, int bits, int offset>
+struct Decoder {
+  static constexpr TileLayout kLayout = tile_layout(type);
+  static constexpr int kSubBlocks = sub_blocks, kBits = bits, kOffset = offset;
+  static constexpr bool kHasMin = false;
+  static DECODE F32x16 scale(Lines tail) { return load_f16(tail); }
+};
+
+// Of a type with a float16 min behind the scale.
+template <QuantType type, int sub_blocks, int bits>
+struct DecoderWithMin : Decoder<type, sub_blocks, bits, 0> {
+  static constexpr bool kHasMin = true;
+  static DECODE F32x16 min(Lines tail) { return load_f16(tail + 32); }
+};
+
 // The four columns of a k-group as scales per row, less `offset`.
 template <int offset = 0>
 [[maybe_unused]] DECODE void unsigned_scales(const Bytes& b, Scale* out) {
@@ -49,17 +65,9 @@ template <int offset = 0>
   out[3] = make_scale(signed_column<3>(b));
 }
 
-// Eight scales s and eight mins m of six bits in three lines, as k-groups over j, six bits and two: s[0-3] | m[4-7] bits
-// 0-1, s[4-7] | m[4-7] bits 2-3, m[0-3] | m[4-7] bits 4-5.
-[[maybe_unused]] DECODE void six_bit_scales(Lines lines, Scale (&out)[8]) {
-  unsigned_scales(field<0, 63>(load_bytes(lines)), out);
-  unsigned_scales(field<0, 63>(load_bytes(lines + 64)), out + 4);
-}
-[[maybe_unused]] DECODE void six_bit_mins(Lines lines, Bytes (&out)[2]) {
-  const Bytes a = load_bytes(lines), b = load_bytes(lines + 64), c = load_bytes(lines + 128);
-  out[0] = field<0, 63>(c);
-  out[1] = merge(field<6, 3>(a), merge(field<4, 12>(b), field<2, 48>(c)));
-}
+// The values of IQ4_NL and IQ4_XS, -127 to 113, plus 128.
+alignas(16) TABLE uint8_t kIQ4Values[16] = {1,   24,  45,  63,  79,  93,  106, 118,
+                                                129, 141, 153, 166, 181, 197, 217, 241};
 
 }  // namespace
 }  // namespace llamaclust::LLAMACLUST_LEVEL

@@ -1,0 +1,102 @@
+// Decoders of types with blocks of 256 columns whose sub-blocks have integer scales.
+#pragma once
+
+#include "level/quants/decoder.h"
+
+namespace llamaclust::LLAMACLUST_LEVEL {
+namespace {
+
+// Q2_K: weight = scale * s[j] * q - min * m[j] in sub-block j of 16; s and m have 4 bits.
+// Body: a line of bit pairs for each of 16 sub-blocks, k-group 0 lowest; then four lines as k-groups over j: s low, m high.
+// Tail: scale, min.
+struct Q2_K : DecoderWithMin<QuantType::Q2_K, 16, 2> {
+  static DECODE Bytes group(Lines body, int j, int g) {
+    constexpr Places pairs{{0, 2, 4, 6}, {3, 3, 3, 3}};
+    return field_of<pairs>(load_bytes(body + 64 * j), g);
+  }
+  static DECODE void sub_scales(Lines body, Scale (&out)[16]) {
+    for (int i = 0; i < 4; i++) unsigned_scales(field<0, 15>(load_bytes(body + 1024 + 64 * i)), out + 4 * i);
+  }
+  static DECODE void sub_mins(Lines body, Bytes (&out)[4]) {
+    for (int i = 0; i < 4; i++) out[i] = field<4, 15>(load_bytes(body + 1024 + 64 * i));
+  }
+};
+
+// Q3_K: weight = scale * s[j] * (q - 4) in sub-block j of 16; s is six bits less 32.
+// Body: three lines for each pair of the 16 sub-blocks, whose k-groups are 0 to 3 and 4 to 7. Bits 0-2 and 3-5 of the
+// lines are groups 0 and 1, 2 and 3, 4 and 5; above them stand bits 0-1 of group 6, the same of group 7, and bit 2 of
+// both. Then three lines as k-groups over j: s[0-3] | s[12-15] bits 0-1, s[4-7] | bits 2-3, s[8-11] | bits 4-5.
+// Tail: scale.
+struct Q3_K : Decoder<QuantType::Q3_K, 16, 3, 4> {
+  static constexpr int kTogether = 2;
+  static DECODE Bytes group(Lines body, int j, int g) {
+    Lines lines = body + 192 * (j / 2);
+    constexpr Places low{{0, 3, 0, 3, 0, 3, 6, 6}, {7, 7, 7, 7, 7, 7, 3, 3}};
+    constexpr Places third{{0, 0, 0, 0, 0, 0, 4, 5}, {0, 0, 0, 0, 0, 0, 4, 4}};
+    const int i = 4 * (j % 2) + g;
+    const Bytes bits = field_of<low>(load_bytes(lines + 64 * (i < 6 ? i / 2 : i - 6)), i);
+    return i < 6 ? bits : merge(bits, field_of<third>(load_bytes(lines + 128), i));
+  }
+  static DECODE void sub_scales(Lines body, Scale (&out)[16]) {
+    const Bytes a = load_bytes(body + 1536), b = load_bytes(body + 1600), c = load_bytes(body + 1664);
+    unsigned_scales<32>(field<0, 63>(a), out);
+    unsigned_scales<32>(field<0, 63>(b), out + 4);
+    unsigned_scales<32>(field<0, 63>(c), out + 8);
+    unsigned_scales<32>(merge(field<6, 3>(a), merge(field<4, 12>(b), field<2, 48>(c))), out + 12);
+  }
+};
+
+// Eight scales s and eight mins m of six bits in three lines, as k-groups over j, six bits and two: s[0-3] | m[4-7] bits
+// 0-1, s[4-7] | m[4-7] bits 2-3, m[0-3] | m[4-7] bits 4-5. `at`: where the lines are in a body.
+template <QuantType type, int bits, int at>
+struct SixBitScales : DecoderWithMin<type, 8, bits> {
+  static DECODE void sub_scales(Lines body, Scale (&out)[8]) {
+    unsigned_scales(field<0, 63>(load_bytes(body + at)), out);
+    unsigned_scales(field<0, 63>(load_bytes(body + at + 64)), out + 4);
+  }
+  static DECODE void sub_mins(Lines body, Bytes (&out)[2]) {
+    const Bytes a = load_bytes(body + at), b = load_bytes(body + at + 64), c = load_bytes(body + at + 128);
+    out[0] = field<0, 63>(c);
+    out[1] = merge(field<6, 3>(a), merge(field<4, 12>(b), field<2, 48>(c)));
+  }
+};
+
+// Q4_K: weight = scale * s[j] * q - min * m[j] in sub-block j of 32; s and m have 6 bits.
+// Body: nibbles of 8 sub-blocks, then s and m. Tail: scale, min.
+struct Q4_K : SixBitScales<QuantType::Q4_K, 4, 2048> {
+  static DECODE Bytes group(Lines body, int j, int g) { return nibble_group(body + 256 * j, g); }
+};
+
+// Q5_K: as Q4_K, with five lines of quants for each of 8 sub-blocks.
+struct Q5_K : SixBitScales<QuantType::Q5_K, 5, 2560> {
+  static DECODE Bytes group(Lines body, int j, int g) { return five_bit_group(body + 320 * j, g); }
+};
+
+// Q6_K: weight = scale * s[j] * (q - 32) in sub-block j of 16; s is signed.
+// Body: per sub-block a line of nibbles for k-groups 0 (low) and 2 (high), one for 1 and 3, one of bits 4-5 of them;
+// then four lines of s as k-groups over j. Tail: scale.
+struct Q6_K : Decoder<QuantType::Q6_K, 16, 6, 32> {
+  static DECODE Bytes group(Lines body, int j, int g) {
+    Lines lines = body + 192 * j;
+    constexpr Places low{{0, 0, 4, 4}, {15, 15, 15, 15}}, high{{-4, -2, 0, 2}, {48, 48, 48, 48}};
+    return merge(field_of<low>(load_bytes(lines + 64 * (g & 1)), g), field_of<high>(load_bytes(lines + 128), g));
+  }
+  static DECODE void sub_scales(Lines body, Scale (&out)[16]) {
+    for (int i = 0; i < 4; i++) signed_scales(load_bytes(body + 3072 + 64 * i), out + 4 * i);
+  }
+};
+
+// IQ4_XS: weight = scale * s[j] * value[q] in sub-block j of 32; s is signed, the values are those of IQ4_NL.
+// A segment's integers stay within 256 * 127 * 127 * 32 < 2^27.
+// Body: nibbles of 8 sub-blocks, then two lines of s as k-groups over j. Tail: scale.
+struct IQ4_XS : Decoder<QuantType::IQ4_XS, 8, 8, 128> {
+  static DECODE Bytes group(Lines body, int j, int g) {
+    return lookup(kIQ4Values, nibble_group(body + 256 * j, g));
+  }
+  static DECODE void sub_scales(Lines body, Scale (&out)[8]) {
+    for (int i = 0; i < 2; i++) signed_scales(load_bytes(body + 2048 + 64 * i), out + 4 * i);
+  }
+};
+
+}  // namespace
+}  // namespace llamaclust::LLAMACLUST_LEVEL

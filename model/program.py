@@ -44,11 +44,13 @@ class RopeStyle(StrEnum):
     NEOX = "neox"
 
 
-class GeluKind(StrEnum):
-    """x times the normal distribution's own function of x, or the usual formula with tanh for it."""
+class ActivationFunction(StrEnum):
+    """silu: x / (1 + exp(-x)); gelu: x * (1 + erf(x / sqrt(2))) / 2, or the same with
+    tanh(sqrt(2 / pi) * (x + 0.044715 x^3)) for erf. Kernels have the names of the values."""
 
-    ERF = "erf"
-    TANH = "tanh"
+    SILU = "silu"
+    GELU_ERF = "gelu_erf"
+    GELU_TANH = "gelu_tanh"
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,13 +178,12 @@ class SiluMul:
 
 
 @dataclass(frozen=True, slots=True)
-class Gelu:
-    """out = gelu(x): x * (1 + erf(x / sqrt(2))) / 2, or the same with tanh(sqrt(2 / pi) * (x + 0.044715 x^3)) for erf;
-    out may be x."""
+class Activate:
+    """out = function(x); out may be x."""
 
     x: Buffer
     out: Buffer
-    kind: GeluKind
+    function: ActivationFunction
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,7 +269,9 @@ class SelectRows:
     out: Buffer
 
 
-RowStep = RmsNorm | LayerNorm | AddPosition | Rope | SiluMul | Gelu | Add | Mul | Scale | SoftCap | Slice | SigmoidGate
+RowStep = (
+    RmsNorm | LayerNorm | AddPosition | Rope | SiluMul | Activate | Add | Mul | Scale | SoftCap | Slice | SigmoidGate
+)
 """Steps that compute a row of the out buffer from the same row of others, its position and weights of one row."""
 
 Step = Embed | MatMul | Attention | Moe | SelectRows | RowStep

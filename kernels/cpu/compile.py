@@ -11,13 +11,12 @@ from llamaclust.kernels._native import kv_block_bytes as native_kv_block_bytes
 from llamaclust.kernels.fuse import Attend, FusedStep, Products, fuse, reads_of, written_by
 from llamaclust.kernels.packed.weights import Weight
 from llamaclust.model.program import (
+    Activate,
     Add,
     AddPosition,
     Attention,
     Buffer,
     Embed,
-    Gelu,
-    GeluKind,
     KvType,
     LayerNorm,
     MatMul,
@@ -144,7 +143,7 @@ class _Compiler:
         plan = self.plan
         x, *others = map(self._buffers.read, reads_of(step))
         if isinstance(step, SoftCap) and step.x == step.out and self._buffers.is_shared(step.x):
-            plan.soft_cap(x, x, step.cap)
+            plan.elementwise("soft_cap", x, x, x, step.cap)
             return
         y = others[0] if others else x
         out = self._buffers.write_rows(written_by(step))
@@ -158,18 +157,9 @@ class _Compiler:
                 plan.add_position(x, out, self._weights[step.weight].matrix)
             case Rope():
                 plan.rope(x, out, step.heads, step.head_dim, self._rotation(step))
-            case SiluMul():
-                plan.silu_mul(x, y, out)
-            case Gelu():
-                plan.gelu(x, out, step.kind is GeluKind.TANH)
-            case Add():
-                plan.add(x, y, out)
-            case Mul():
-                plan.mul(x, y, out)
-            case Scale():
-                plan.scale(x, out, step.factor)
-            case SoftCap():
-                plan.soft_cap(x, out, step.cap)
+            case SiluMul() | Activate() | Add() | Mul() | Scale() | SoftCap():
+                op, number = _elementwise(step)
+                plan.elementwise(op, x, y, out, number)
             case Slice():
                 plan.slice(x, out, step.start)
             case SigmoidGate():
@@ -264,7 +254,8 @@ class _Compiler:
         products = [(weight, buffers.write_shared(inner[name], used)) for name, weight in (("gate", gate), ("up", up))]
         self._multiply_experts(x, products, choice, used, per_rank=False)
         activated = buffers.write_rows(inner["activated"], used)
-        self.plan.silu_mul(buffers.read(inner["gate"]), buffers.read(inner["up"]), activated)
+        gate_and_up = (buffers.read(inner["gate"]), buffers.read(inner["up"]))
+        self.plan.elementwise("silu_mul", *gate_and_up, activated, 0)
         self._observe([step.down], inner["activated"], chosen, used)
         projected = buffers.write_shared(Buffer("expert down", step.out.width), used)
         self._multiply_experts(activated, [(down, projected)], choice, used, per_rank=True)
@@ -289,3 +280,20 @@ def compile_program(
     """ValueError where the program does not hold together (widths, heads, angles). To a list of what is `observed`,
     what each product multiplies is added, and the plan then keeps copies of it; results are the same."""
     return _Compiler(program, weights, limits, observed).run()
+
+
+def _elementwise(step: SiluMul | Activate | Add | Mul | Scale | SoftCap) -> tuple[str, float]:
+    """Name and number of the native operation."""
+    match step:
+        case SiluMul():
+            return "silu_mul", 0
+        case Activate():
+            return step.function, 0
+        case Add():
+            return "add", 0
+        case Mul():
+            return "mul", 0
+        case Scale():
+            return "scale", step.factor
+        case SoftCap():
+            return "soft_cap", step.cap

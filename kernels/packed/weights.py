@@ -10,39 +10,13 @@ from math import prod
 import numpy as np
 
 from llamaclust.core.errors import ModelFileError
-from llamaclust.kernels._native import PackedMatrix
+from llamaclust.kernels._native import PackedMatrix, quant_types
 from llamaclust.kernels.backend import Float32
 from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.program import AddPosition, Embed, LayerNorm, MatMul, Moe, Program, RmsNorm, SigmoidGate, Step
 from llamaclust.model.quant_types import QuantType
 
-SUPPORTED_TYPES = (
-    QuantType.F32,
-    QuantType.F16,
-    QuantType.BF16,
-    QuantType.Q4_0,
-    QuantType.Q4_1,
-    QuantType.Q5_0,
-    QuantType.Q5_1,
-    QuantType.Q8_0,
-    QuantType.Q2_K,
-    QuantType.Q3_K,
-    QuantType.Q4_K,
-    QuantType.Q5_K,
-    QuantType.Q6_K,
-    QuantType.IQ4_NL,
-    QuantType.IQ4_XS,
-    QuantType.MXFP4,
-    QuantType.TQ2_0,
-    QuantType.TQ1_0,
-    QuantType.IQ2_XXS,
-    QuantType.IQ2_XS,
-    QuantType.IQ2_S,
-    QuantType.IQ3_XXS,
-    QuantType.IQ3_S,
-    QuantType.IQ1_S,
-    QuantType.IQ1_M,
-)
+SUPPORTED_TYPES = tuple(map(QuantType, quant_types()))
 _VECTOR_TYPES = (QuantType.F32, QuantType.F16, QuantType.BF16)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,13 +11,13 @@ import numpy as np
 from llamaclust.kernels.backend import Batch, Float32
 from llamaclust.kernels.reference.kv import Float64, LayerKv
 from llamaclust.model.program import (
+    Activate,
+    ActivationFunction,
     Add,
     AddPosition,
     Attention,
     Buffer,
     Embed,
-    Gelu,
-    GeluKind,
     LayerNorm,
     MatMul,
     Moe,
@@ -84,8 +84,8 @@ def run_row_step(step: RowStep, state: State) -> None:
             state[step.x] = rope(step, state[step.x], state.batch)
         case SiluMul():
             state[step.out] = silu(state[step.gate].astype(np.float64)) * state[step.up]
-        case Gelu():
-            state[step.out] = gelu(state[step.x].astype(np.float64), step.kind)
+        case Activate():
+            state[step.out] = ACTIVATIONS[step.function](state[step.x].astype(np.float64))
         case Add():
             state[step.out] = state[step.x] + state[step.y]
         case Mul():
@@ -134,12 +134,22 @@ def sigmoid(x: Float64) -> Float64:
     return out
 
 
-def gelu(x: Float64, kind: GeluKind) -> Float64:
-    if kind is GeluKind.TANH:
-        share: Float64 = np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
-    else:
-        share = np.array([math.erf(value / math.sqrt(2)) for value in x.flat], np.float64).reshape(x.shape)
-    return x / 2 * (1 + share)
+def gelu_erf(x: Float64) -> Float64:
+    share = np.array([math.erf(value / math.sqrt(2)) for value in x.flat], np.float64).reshape(x.shape)
+    out: Float64 = x / 2 * (1 + share)
+    return out
+
+
+def gelu_tanh(x: Float64) -> Float64:
+    out: Float64 = x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    return out
+
+
+ACTIVATIONS: Mapping[ActivationFunction, Callable[[Float64], Float64]] = {
+    ActivationFunction.SILU: silu,
+    ActivationFunction.GELU_ERF: gelu_erf,
+    ActivationFunction.GELU_TANH: gelu_tanh,
+}
 
 
 def soft_cap(x: Float64, cap: float) -> Float64:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llamaclust.model.architectures.layers import ProgramBuilder
-from llamaclust.model.program import GeluKind, Program, RopeStyle
+from llamaclust.model.program import ActivationFunction, Program, RopeStyle
 
 
 def build(builder: ProgramBuilder) -> Program:
@@ -13,6 +13,6 @@ def build(builder: ProgramBuilder) -> Program:
     builder.use_layer_norms()
     builder.embed()
     for layer in range(builder.start, builder.end):
-        builder.parallel(layer, RopeStyle.NEOX, table, GeluKind.TANH)
+        builder.parallel(layer, RopeStyle.NEOX, table, ActivationFunction.GELU_TANH)
     builder.head()
     return builder.program()

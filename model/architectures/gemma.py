@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from llamaclust.model.architectures.layers import AttentionVariant, ProgramBuilder
-from llamaclust.model.program import GeluKind, Program, RopeStyle
+from llamaclust.model.program import ActivationFunction, Program, RopeStyle
 
 
 def build(builder: ProgramBuilder) -> Program:
@@ -14,6 +14,6 @@ def build(builder: ProgramBuilder) -> Program:
     builder.embed(math.sqrt(builder.hyperparameters.embedding_length))
     for layer in range(builder.start, builder.end):
         builder.attention(layer, AttentionVariant(RopeStyle.NEOX, table))
-        builder.feed_forward(layer, gelu=GeluKind.TANH)
+        builder.feed_forward(layer, activation=ActivationFunction.GELU_TANH)
     builder.head()
     return builder.program()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from llamaclust.model.architectures.layers import AttentionVariant, ProgramBuilder
-from llamaclust.model.program import GeluKind, Program, RopeStyle
+from llamaclust.model.program import ActivationFunction, Program, RopeStyle
 
 _LAYERS_27B = 46
 _MAX_CAP = 1e6
@@ -32,6 +32,6 @@ def build(builder: ProgramBuilder) -> Program:
             ),
             post_norm=True,
         )
-        builder.feed_forward(layer, gelu=GeluKind.TANH, post_norm=True)
+        builder.feed_forward(layer, activation=ActivationFunction.GELU_TANH, post_norm=True)
     builder.head(keys.real("final_logit_softcapping", 30.0, minimum=1e-3, maximum=_MAX_CAP))
     return builder.program()

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from llamaclust.model.architectures.layers import AttentionVariant, ProgramBuilder
 from llamaclust.model.hyperparameters import RopeScaling
-from llamaclust.model.program import GeluKind, Program, RopeStyle
+from llamaclust.model.program import ActivationFunction, Program, RopeStyle
 
 _LAYERS_27B = 62
 
@@ -35,7 +35,7 @@ def build(builder: ProgramBuilder) -> Program:
             ),
             post_norm=True,
         )
-        builder.feed_forward(layer, gelu=GeluKind.TANH, post_norm=True)
+        builder.feed_forward(layer, activation=ActivationFunction.GELU_TANH, post_norm=True)
     cap = keys.real("final_logit_softcapping", 0.0, minimum=0.0, maximum=1e6)
     builder.head(cap or None)
     return builder.program()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llamaclust.model.architectures.layers import ProgramBuilder
-from llamaclust.model.program import GeluKind, Program
+from llamaclust.model.program import ActivationFunction, Program
 
 
 def build(builder: ProgramBuilder) -> Program:
@@ -12,6 +12,6 @@ def build(builder: ProgramBuilder) -> Program:
     for layer in range(builder.start, builder.end):
         builder.require(layer, "attn_qkv.bias", "attn_output.bias", "ffn_up.bias", "ffn_down.bias")
         builder.attention(layer)
-        builder.plain_feed_forward(layer, GeluKind.TANH)
+        builder.plain_feed_forward(layer, ActivationFunction.GELU_TANH)
     builder.head()
     return builder.program()

@@ -12,13 +12,13 @@ from llamaclust.model.architectures.rope import rope_table
 from llamaclust.model.gguf.model_file import ModelFile
 from llamaclust.model.hyperparameters import Hyperparameters, ModelKeys, RopeParameters
 from llamaclust.model.program import (
+    Activate,
+    ActivationFunction,
     Add,
     AddPosition,
     Attention,
     Buffer,
     Embed,
-    Gelu,
-    GeluKind,
     KvType,
     LayerNorm,
     MatMul,
@@ -137,8 +137,8 @@ class ProgramBuilder:
         self._attend(layer, variant)
         self._add_projected(f"{prefix}.post_attention_norm" if post_norm else None)
 
-    def parallel(self, layer: int, style: RopeStyle, table: RopeTable, gelu: GeluKind) -> None:
-        """hidden += attention + down(gelu(up)), both of the hidden state before; a norm for both, or one for each."""
+    def parallel(self, layer: int, style: RopeStyle, table: RopeTable, activation: ActivationFunction) -> None:
+        """hidden += attention + down(activation(up)), both of the hidden state before; one or two norms."""
         prefix, second = f"blk.{layer}", f"blk.{layer}.attn_norm_2"
         two = any(f"{second}.{part}" in self.model.tensors for part in ("weight", "bias"))
         self._norm(second if two else f"{prefix}.attn_norm", self._hidden)
@@ -146,7 +146,7 @@ class ProgramBuilder:
         if two:
             self._norm(f"{prefix}.attn_norm", self._hidden)
         self._add_projected()
-        self._plain_inner(prefix, gelu)
+        self._plain_inner(prefix, activation)
         self._add_projected()
 
     def _attend(self, layer: int, variant: AttentionVariant) -> None:
@@ -181,9 +181,14 @@ class ProgramBuilder:
         self._matmul(f"{prefix}.attn_output", out, self._projected)
 
     def feed_forward(
-        self, layer: int, *, fused: bool = False, gelu: GeluKind | None = None, post_norm: bool = False
+        self,
+        layer: int,
+        *,
+        fused: bool = False,
+        activation: ActivationFunction = ActivationFunction.SILU,
+        post_norm: bool = False,
     ) -> None:
-        """hidden += down(silu(gate) * up) of the normed hidden state, or of gelu(gate); `post_norm` as of `attention`.
+        """hidden += down(activation(gate) * up) of the normed hidden state; `post_norm` as of `attention`.
 
         `fused`: the rows of gate and up are one tensor, `ffn_up`, the gate's first.
         """
@@ -195,24 +200,24 @@ class ProgramBuilder:
         else:
             self._matmul(f"{prefix}.ffn_gate", self._normed, gate)
             self._matmul(f"{prefix}.ffn_up", self._normed, up)
-        if gelu is None:
+        if activation is ActivationFunction.SILU:
             self._steps.append(SiluMul(gate, up, gate))
         else:
-            self._steps += [Gelu(gate, gate, gelu), Mul(gate, up, gate)]
+            self._steps += [Activate(gate, gate, activation), Mul(gate, up, gate)]
         self._matmul(f"{prefix}.ffn_down", gate, self._projected)
         self._add_projected(f"{prefix}.post_ffw_norm" if post_norm else None)
 
-    def plain_feed_forward(self, layer: int, gelu: GeluKind) -> None:
-        """hidden += down(gelu(up)) of the normed hidden state: an inner layer without a gate."""
+    def plain_feed_forward(self, layer: int, activation: ActivationFunction) -> None:
+        """hidden += down(activation(up)) of the normed hidden state: an inner layer without a gate."""
         self._norm(f"blk.{layer}.ffn_norm", self._hidden)
-        self._plain_inner(f"blk.{layer}", gelu)
+        self._plain_inner(f"blk.{layer}", activation)
         self._add_projected()
 
-    def _plain_inner(self, prefix: str, gelu: GeluKind) -> None:
+    def _plain_inner(self, prefix: str, activation: ActivationFunction) -> None:
         up = Buffer("up", self.hyperparameters.feed_forward_length)
         activated = Buffer("gate", up.width)
         self._matmul(f"{prefix}.ffn_up", self._normed, up)
-        self._steps.append(Gelu(up, activated, gelu))
+        self._steps.append(Activate(up, activated, activation))
         self._matmul(f"{prefix}.ffn_down", activated, self._projected)
 
     def experts(self, layer: int, *, normalized: bool = True, shared_width: int = 0) -> None:

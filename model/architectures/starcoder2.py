@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llamaclust.model.architectures.layers import AttentionVariant, ProgramBuilder
-from llamaclust.model.program import GeluKind, Program, RopeStyle
+from llamaclust.model.program import ActivationFunction, Program, RopeStyle
 
 
 def build(builder: ProgramBuilder) -> Program:
@@ -13,6 +13,6 @@ def build(builder: ProgramBuilder) -> Program:
     builder.embed()
     for layer in range(builder.start, builder.end):
         builder.attention(layer, AttentionVariant(RopeStyle.NEOX, table, builder.hyperparameters.sliding_window))
-        builder.plain_feed_forward(layer, GeluKind.TANH)
+        builder.plain_feed_forward(layer, ActivationFunction.GELU_TANH)
     builder.head()
     return builder.program()

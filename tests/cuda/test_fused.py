@@ -23,12 +23,12 @@ from llamaclust.kernels.cuda.weights.device_weights import DeviceWeight
 from llamaclust.kernels.fuse import Attend
 from llamaclust.model.loader import Model
 from llamaclust.model.program import (
+    Activate,
+    ActivationFunction,
     Add,
     Attention,
     Buffer,
     Embed,
-    Gelu,
-    GeluKind,
     KvType,
     MatMul,
     Mul,
@@ -100,20 +100,20 @@ def test_sum_norm_and_quantization(bench: Bench, width: int, adds: bool) -> None
 
 @pytest.mark.parametrize("kind", EIGHT_BITS, ids=lambda kind: kind.name)
 @pytest.mark.parametrize(("segments", "multiple"), [(1, 1), (3, 1), (11, 1), (3, 4)])
-@pytest.mark.parametrize("gelu", [None, *GeluKind])
+@pytest.mark.parametrize("function", ActivationFunction)
 def test_gate_and_quantization(
-    bench: Bench, kind: ActivationFormat, segments: int, multiple: int, gelu: GeluKind | None
+    bench: Bench, kind: ActivationFormat, segments: int, multiple: int, function: ActivationFunction
 ) -> None:
     width, lines = segments * kind, ROWS * multiple
     both = awkward(random_source(), lines, 2 * width)
     hidden, gate, up = Buffer("x", 2 * width), Buffer("gate", width), Buffer("up", width)
     steps: list[Step] = [Slice(hidden, gate, 0), Slice(hidden, up, width)]
-    steps += [SiluMul(gate, up, gate)] if gelu is None else [Gelu(gate, gate, gelu), Mul(gate, up, gate)]
+    steps += [Activate(gate, gate, function), Mul(gate, up, gate)]
     wanted = on_cpu(program_of(hidden, gate, *steps), {}, rows_at(range(lines)), both)
     left, right = bench.put(both[:, :width].copy()), bench.put(both[:, width:].copy())
     out = cleared(bench, kind, width, BUCKET * multiple)
     rows = RowCount(BUCKET * multiple, rows_of(bench).at(), multiple)
-    bench.device.launch(matmul.quantize_gated(kind, gelu, (left.at(), right.at()), width, rows, out.at()))
+    bench.device.launch(matmul.quantize_gated(kind, function, (left.at(), right.at()), width, rows, out.at()))
     np.testing.assert_array_equal(bench.get(out, out.n_bytes, np.uint8), quantized(bench, kind, wanted, multiple))
 
 
@@ -198,18 +198,18 @@ def test_what_is_fused() -> None:
     gated, down = SiluMul(G, U, G), MatMul(G, Y, "down")
     found = fused(Y, ADD, NORM, gate, up, gated, down)
     assert found[0] == Norm(NORM, ADD, only)
-    assert found[2] == Gated(G, U, G, None, ActivationFormat.Q8_256)
+    assert found[2] == Gated(G, U, G, ActivationFunction.SILU, ActivationFormat.Q8_256)
     assert len(found) == 4
     assert fused(N, ADD, NORM, gate)[0] == Norm(NORM, ADD, both), "the stage's result"
     assert fused(Y, NORM, gate, Add(N, G, Y))[0] == Norm(NORM, None, both), "read later"
     assert fused(Y, NORM, gate, types={"gate": QuantType.F16})[0] == Norm(NORM, None, both - only)
-    gelu, mul = Gelu(G, G, GeluKind.TANH), Mul(G, U, G)
+    gelu, mul = Activate(G, G, ActivationFunction.GELU_TANH), Mul(G, U, G)
     attend = attention(8, 8, 64)
     output = MatMul(attend.out, Y, "output")
     assert fused(Y, attend, output)[0] == Attended(Attend(attend), ActivationFormat.Q8_256)
     assert fused(Y, attend, output, types={"output": QuantType.F16})[0] == Attend(attend)
     assert fused(attend.out, attend, output)[0] == Attend(attend), "the stage's result"
-    assert fused(Y, gelu, mul, down)[0] == Gated(G, U, G, GeluKind.TANH, ActivationFormat.Q8_256)
+    assert fused(Y, gelu, mul, down)[0] == Gated(G, U, G, ActivationFunction.GELU_TANH, ActivationFormat.Q8_256)
 
 
 def test_what_is_not() -> None:
@@ -221,8 +221,8 @@ def test_what_is_not() -> None:
         (RmsNorm(Y, Y, "post", 1e-5), ADD),
         (RmsNorm(X, N, "norm", 1e-5, heads=2), gate),
         (RmsNorm(wide, Buffer("n", wide.width), "norm", 1e-5), MatMul(Buffer("n", wide.width), G, "gate")),
-        (Gelu(G, G, GeluKind.ERF), down),
-        (Gelu(G, N, GeluKind.ERF), Mul(N, G, G), down),
+        (Activate(G, G, ActivationFunction.GELU_ERF), down),
+        (Activate(G, N, ActivationFunction.GELU_ERF), Mul(N, G, G), down),
     ):
         found = fused(Y, Embed(X, "tokens"), *steps)
         assert not any(isinstance(one, Norm | Gated) for one in found), steps

@@ -13,11 +13,11 @@ from llamaclust.kernels.cuda.runtime.device import Buffer as DeviceBuffer
 from llamaclust.kernels.cuda.runtime.device import Scalar
 from llamaclust.kernels.cuda.runtime.sources import modules, whole_text
 from llamaclust.model.program import (
+    Activate,
+    ActivationFunction,
     Add,
     Buffer,
     Embed,
-    Gelu,
-    GeluKind,
     LayerNorm,
     Mul,
     RmsNorm,
@@ -72,8 +72,10 @@ def test_steps_of_one_matrix(bench: Bench, width: int) -> None:
     steps: dict[str, tuple[tuple[float, ...], Callable[[Buffer, Buffer], Step]]] = {
         "elementwise.rows.scale_rows": ((0.1,), lambda a, out: Scale(a, out, 0.1)),
         "elementwise.rows.soft_cap_rows": ((30.0,), lambda a, out: SoftCap(a, out, 30.0)),
-        "elementwise.rows.gelu_erf_rows": ((), lambda a, out: Gelu(a, out, GeluKind.ERF)),
-        "elementwise.rows.gelu_tanh_rows": ((), lambda a, out: Gelu(a, out, GeluKind.TANH)),
+        **{
+            f"elementwise.rows.{kind}_rows": ((), lambda a, out, kind=kind: Activate(a, out, kind))
+            for kind in ActivationFunction
+        },
     }
     for kernel, (factors, step) in steps.items():
         out = bench.room(x.nbytes)
@@ -87,13 +89,10 @@ def test_functions_of_any_float(bench: Bench) -> None:
     bits = source.integers(0, 1 << 32, (ROWS, 4096), np.uint32)
     bits[:4] = (source.uniform(-110, 95, (4, 4096)).astype(np.float32)).view(np.uint32)
     x = bits.view(np.float32)
-    for kernel, kind in (
-        ("elementwise.rows.gelu_erf_rows", GeluKind.ERF),
-        ("elementwise.rows.gelu_tanh_rows", GeluKind.TANH),
-    ):
+    for kind in ActivationFunction:
         out = bench.room(x.nbytes)
-        bench.run(kernel, pieces(4096), 256, bench.put(x), 4096, rows_of(bench), out)
-        same_bits(bench.get(out, x.shape), one_part(4096, lambda a, b, kind=kind: Gelu(a, b, kind), x))
+        bench.run(f"elementwise.rows.{kind}_rows", pieces(4096), 256, bench.put(x), 4096, rows_of(bench), out)
+        same_bits(bench.get(out, x.shape), one_part(4096, lambda a, b, kind=kind: Activate(a, b, kind), x))
 
 
 def norm_cases(width: int) -> tuple[Float32, Float32, Float32]:

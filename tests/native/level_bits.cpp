@@ -28,17 +28,12 @@ void print_vectors(const Level& level) {
     crc.add(out);
     level.vector.layer_norm(x.data(), y.data(), x.data(), 1e-5f, n, out.data());
     crc.add(out);
-    level.vector.silu_mul(x.data(), y.data(), n, out.data());
-    crc.add(out);
-    for (const GeluKind kind : {GeluKind::Erf, GeluKind::Tanh}) {
-      level.vector.gelu(x.data(), kind, n, out.data());
-      crc.add(out);
-    }
-    level.vector.soft_cap(x.data(), 1.5f, n, out.data());
-    level.vector.mul(out.data(), y.data(), n, out.data());
-    level.vector.scale(out.data(), level.vector.sigmoid_dot(x.data(), y.data(), n), n, out.data());
-    crc.add(out);
-    level.vector.add(x.data(), y.data(), n, out.data());
+    const float number = level.vector.sigmoid_dot(x.data(), y.data(), n);
+#define ADD(op)                                                                         \
+  level.vector.elementwise(RowOp::op, x.data(), y.data(), number, n, out.data()); \
+  crc.add(out);
+    LLAMACLUST_ROW_OPS(ADD)
+#undef ADD
     level.vector.add_scaled(x.data(), 0.37f, n, out.data());
     crc.add(out);
     level.vector.softmax(out.data(), n);

@@ -16,11 +16,12 @@ from llamaclust.kernels.cuda.launches.row_count import RowCount
 from llamaclust.kernels.cuda.runtime.device import NULL, Launch
 from llamaclust.kernels.fuse import Attend, Products, reads_of, written_by
 from llamaclust.model.program import (
+    Activate,
+    ActivationFunction,
     Add,
     AddPosition,
     Buffer,
     Embed,
-    Gelu,
     LayerNorm,
     MatMul,
     Moe,
@@ -169,7 +170,7 @@ class Emitter:
         gate, up = self._current[step.gate.name], self._current[step.up.name]
         self._out(step.out)
         out = self._activations(step.format, step.out.name, step.out.width)
-        return matmul.quantize_gated(step.format, step.kind, (gate, up), step.out.width, self._rows, out)
+        return matmul.quantize_gated(step.format, step.function, (gate, up), step.out.width, self._rows, out)
 
     def _row_step(self, step: RowStep) -> Iterator[Launch]:
         x, *others = (self._current[buffer.name] for buffer in reads_of(step))
@@ -190,8 +191,8 @@ class Emitter:
                 yield self._rotated(step, x)
             case SiluMul():
                 yield elementwise.elementwise("silu_mul", (x, *others), out, width, rows)
-            case Gelu():
-                yield elementwise.gelu(step.kind, x, out, width, rows)
+            case Activate():
+                yield elementwise.elementwise(f"{step.function}_rows", (x,), out, width, rows)
             case Add():
                 yield elementwise.elementwise("add_rows", (x, *others), out, width, rows)
             case Mul():
@@ -269,7 +270,7 @@ class Emitter:
         if kind is ActivationFormat.F32:
             return elementwise.elementwise("silu_mul", (gate, up), gate, used * step.ffn_width, rows)
         out = self._activations(kind, "expert gate", step.ffn_width, used)
-        return matmul.quantize_gated(kind, None, (gate, up), step.ffn_width, rows.times(used), out)
+        return matmul.quantize_gated(kind, ActivationFunction.SILU, (gate, up), step.ffn_width, rows.times(used), out)
 
     def _chosen(self, step: Moe) -> experts.ExpertBuffers:
         at, lines = self.context.layout.at, experts.choice_bytes(step, self._room)

@@ -9,7 +9,19 @@ from dataclasses import dataclass, replace
 from llamaclust.kernels.cuda.launches.elementwise import WIDEST_ROW
 from llamaclust.kernels.cuda.launches.matmul import MOST_PRODUCTS
 from llamaclust.kernels.fuse import Attend, FusedStep, Products, fuse, is_read
-from llamaclust.model.program import Add, Buffer, Gelu, GeluKind, MatMul, Moe, Mul, Program, RmsNorm, SiluMul, Step
+from llamaclust.model.program import (
+    Activate,
+    ActivationFunction,
+    Add,
+    Buffer,
+    MatMul,
+    Moe,
+    Mul,
+    Program,
+    RmsNorm,
+    SiluMul,
+    Step,
+)
 from llamaclust.model.quant_types import ActivationFormat, QuantType
 
 TypeOf = Callable[[str], QuantType]
@@ -33,7 +45,7 @@ class Gated:
     gate: Buffer
     up: Buffer
     out: Buffer
-    kind: GeluKind | None  # None: silu
+    function: ActivationFunction
     format: ActivationFormat
 
 
@@ -94,10 +106,12 @@ def _fused(steps: Sequence[FusedStep], reader: _Reader) -> tuple[int, GpuStep]:
                 return 1, Attended(attend, only)
         case [SiluMul(gate, up, out), after, *_]:
             if (only := _single(reader.formats(out, 1, after))) is not None:
-                return 1, Gated(gate, up, out, None, only)
-        case [Gelu() as gelu, Mul() as mul, after] if mul.x == gelu.out != mul.y and gelu.out == mul.out:
+                return 1, Gated(gate, up, out, ActivationFunction.SILU, only)
+        case [Activate() as activate, Mul() as mul, after] if (
+            mul.x == activate.out != mul.y and activate.out == mul.out
+        ):
             if (only := _single(reader.formats(mul.out, 2, after))) is not None:
-                return 2, Gated(gelu.x, mul.y, mul.out, gelu.kind, only)
+                return 2, Gated(activate.x, mul.y, mul.out, activate.function, only)
     return 1, steps[0]
 
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from llamaclust.kernels.cuda.launches.row_count import RowCount
 from llamaclust.kernels.cuda.runtime.device import PLAIN_SHARED_BYTES, Launch, Scalar
-from llamaclust.model.program import GeluKind, LayerNorm, RmsNorm, Rope, RopeStyle, RopeTable, SigmoidGate, Slice
+from llamaclust.model.program import LayerNorm, RmsNorm, Rope, RopeStyle, RopeTable, SigmoidGate, Slice
 
 _BLOCK = 256
 _BLOCK_CHANNELS = 1024
@@ -30,10 +30,6 @@ def _blocks(width: int) -> int:
 def elementwise(kernel: str, inputs: tuple[Scalar, ...], out: np.uint64, width: int, rows: RowCount) -> Launch:
     """out = a function of `inputs`: buffers [rows, width] and scalars."""
     return _launch(f"rows.{kernel}", _blocks(width), rows, (*inputs, np.int32(width), rows.address, out))
-
-
-def gelu(kind: GeluKind, x: np.uint64, out: np.uint64, width: int, rows: RowCount) -> Launch:
-    return elementwise("gelu_tanh_rows" if kind is GeluKind.TANH else "gelu_erf_rows", (x,), out, width, rows)
 
 
 def slice_rows(step: Slice, x: np.uint64, out: np.uint64, rows: RowCount) -> Launch:

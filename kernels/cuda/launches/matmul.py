@@ -10,7 +10,7 @@ import numpy as np
 
 from llamaclust.kernels.cuda.launches.row_count import RowCount
 from llamaclust.kernels.cuda.runtime.device import NULL, PLAIN_SHARED_BYTES, Launch, Scalar
-from llamaclust.model.program import GeluKind
+from llamaclust.model.program import ActivationFunction
 from llamaclust.model.quant_types import TILE_ROWS, ActivationFormat, QuantType
 
 _Q = QuantType
@@ -116,15 +116,14 @@ def quantize(activation: ActivationFormat, x: np.uint64, cols: int, rows: RowCou
 
 def quantize_gated(
     activation: ActivationFormat,
-    kind: GeluKind | None,
+    function: ActivationFunction,
     inputs: tuple[np.uint64, np.uint64],
     cols: int,
     rows: RowCount,
     out: np.uint64,
 ) -> Launch:
-    """silu(gate) * up, or gelu(gate) * up, quantized; `inputs`: gate and up."""
-    name = "silu_mul" if kind is None else f"gelu_{kind.value}_mul"
-    return _quantize(name, activation, inputs, cols, rows, out)
+    """function(gate) * up, quantized; `inputs`: gate and up."""
+    return _quantize(f"{function}_mul", activation, inputs, cols, rows, out)
 
 
 def _quantize(

@@ -38,6 +38,14 @@ KvType kv_type_of(int number) {
   return static_cast<KvType>(number);
 }
 
+RowOp row_op_named(const std::string& name) {
+#define RETURN(op) \
+  if (name == #op) return RowOp::op;
+  LLAMACLUST_ROW_OPS(RETURN)
+#undef RETURN
+  throw std::invalid_argument("no elementwise operation " + name);
+}
+
 // A plan and the Python objects whose memory it points into.
 struct PlanBuilder {
   Plan plan;
@@ -137,15 +145,10 @@ void bind_row_steps(nb::class_<PlanBuilder>& plan) {
            [](PlanBuilder& b, int x, int out, int heads, int head_dim, std::pair<int, bool> rotation) {
              b.plan.add(RopeStep{x, out, heads, head_dim, *rotation_of(rotation)});
            })
-      .def("silu_mul", [](PlanBuilder& b, int gate, int up, int out) { b.plan.add(SiluMulStep{gate, up, out}); })
-      .def("gelu",
-           [](PlanBuilder& b, int x, int out, bool by_tanh) {
-             b.plan.add(GeluStep{x, out, by_tanh ? GeluKind::Tanh : GeluKind::Erf});
+      .def("elementwise",
+           [](PlanBuilder& b, const std::string& op, int x, int y, int out, float number) {
+             b.plan.add(ElementwiseStep{row_op_named(op), x, y, out, number});
            })
-      .def("add", [](PlanBuilder& b, int x, int y, int out) { b.plan.add(AddStep{x, y, out}); })
-      .def("mul", [](PlanBuilder& b, int x, int y, int out) { b.plan.add(MulStep{x, y, out}); })
-      .def("scale", [](PlanBuilder& b, int x, int out, float factor) { b.plan.add(ScaleStep{x, out, factor}); })
-      .def("soft_cap", [](PlanBuilder& b, int x, int out, float cap) { b.plan.add(SoftCapStep{x, out, cap}); })
       .def("slice", [](PlanBuilder& b, int x, int out, int start) { b.plan.add(SliceStep{x, out, start}); })
       .def("sigmoid_gate", [](PlanBuilder& b, int x, int y, int out,
                               const Floats& weight) { b.plan.add(SigmoidGateStep{x, y, out, vector_of(weight)}); })

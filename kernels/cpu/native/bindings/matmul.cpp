@@ -168,6 +168,12 @@ nb::object dequantize(const std::string& level, const PackedMatrix& packed) {
   return result;
 }
 
+std::vector<int> quant_types() {
+#define NUMBER(name, number, ...) number,
+  return {LLAMACLUST_QUANT_TYPES(NUMBER)};
+#undef NUMBER
+}
+
 }  // namespace
 
 void bind_matmul(nb::module_& module) {
@@ -180,6 +186,7 @@ void bind_matmul(nb::module_& module) {
       .def_static("shape_only", &PackedMatrix::shape_only, "quant_type"_a, "rows"_a, "cols"_a,
                   "A matrix without memory, for planning.")
       .def_prop_ro("bytes", &PackedMatrix::bytes);
+  module.def("quant_types", &quant_types, "ggml's numbers of the types that matrices may have.");
   module.def("matmul", &multiply, "level"_a, "matrix"_a, "x"_a, "threads"_a = 1, "bias"_a = nb::none(),
              "Products [tokens, rows] of a matrix with activations x [tokens, cols], both float32.");
   module.def("matmul_seconds", &multiply_seconds, "level"_a, "matrices"_a, "x"_a, "threads"_a,

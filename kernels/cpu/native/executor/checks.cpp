@@ -75,40 +75,14 @@ Access Plan::check(const RopeStep& step) {
   return {{step.x}, {step.out}, true};
 }
 
-Access Plan::check(const SiluMulStep& step) {
-  check_alike(step.gate, step.up);
-  check_alike(step.gate, step.out);
-  return {{step.gate, step.up}, {step.out}, true};
-}
-
-Access Plan::check(const GeluStep& step) {
-  check_alike(step.x, step.out);
-  return {{step.x}, {step.out}, true};
-}
-
-Access Plan::check(const AddStep& step) {
+Access Plan::check(const ElementwiseStep& step) {
   check_alike(step.x, step.y);
   check_alike(step.x, step.out);
+  const bool in_place = step.x == step.out && step.y == step.out;
+  require(in_place || buffer(step.out).private_copy, "an elementwise step from one shared buffer to another");
+  require(std::isfinite(step.number), "a factor that is no number");
+  require(step.op != RowOp::soft_cap || step.number > 0, "a soft cap that is no positive number");
   return {{step.x, step.y}, {step.out}, true};
-}
-
-Access Plan::check(const MulStep& step) {
-  check_alike(step.x, step.y);
-  check_alike(step.x, step.out);
-  return {{step.x, step.y}, {step.out}, true};
-}
-
-Access Plan::check(const ScaleStep& step) {
-  check_alike(step.x, step.out);
-  require(std::isfinite(step.factor), "a factor that is no number");
-  return {{step.x}, {step.out}, true};
-}
-
-Access Plan::check(const SoftCapStep& step) {
-  check_alike(step.x, step.out);
-  require(step.x == step.out || buffer(step.out).private_copy, "a soft cap from one shared buffer to another");
-  require(std::isfinite(step.cap) && step.cap > 0, "a soft cap that is no positive number");
-  return {{step.x}, {step.out}, true};
 }
 
 Access Plan::check(const SliceStep& step) {

@@ -95,7 +95,8 @@ Meeting Plan::meeting_before(const Access& access, bool waits) {
 void Plan::add(Step step) {
   const Access access = std::visit([this](const auto& body) { return check(body); }, step);
   const bool output = std::holds_alternative<OutputStep>(step);
-  const bool in_place = std::holds_alternative<SoftCapStep>(step) && !buffer(access.writes[0]).private_copy;
+  const bool in_place =
+      std::holds_alternative<ElementwiseStep>(step) && !buffer(access.writes[0]).private_copy;
   for (BufferId id : access.writes) {
     require(buffer(id).private_copy == (access.row_by_row && !output && !in_place),
             "a buffer written by both kinds of steps");
@@ -103,7 +104,7 @@ void Plan::add(Step step) {
   }
   const bool is_select = std::holds_alternative<SelectStep>(step);
   const Meeting before = meeting_before(access, is_select || in_place);
-  after_shared_ = after_shared_ || in_place;  // nobody reads what another thread is still writing
+  after_shared_ = after_shared_ || in_place;  // no thread reads what another is still writing
   steps.push_back({std::move(step), before, access.row_by_row && !is_select});
 }
 

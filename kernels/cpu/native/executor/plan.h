@@ -69,26 +69,10 @@ struct RopeStep {
   int heads, head_dim;
   Rotation rotation;
 };
-struct SiluMulStep {
-  BufferId gate, up, out;
-};
-struct GeluStep {
-  BufferId x, out;
-  GeluKind kind;
-};
-struct AddStep {
+struct ElementwiseStep {  // y is x where the operation has one; in place of a buffer without private copies where all are
+  RowOp op;
   BufferId x, y, out;
-};
-struct MulStep {
-  BufferId x, y, out;
-};
-struct ScaleStep {
-  BufferId x, out;
-  float factor;
-};
-struct SoftCapStep {  // in place where the buffer has no private copies: logits are too many for a second one
-  BufferId x, out;
-  float cap;
+  float number;
 };
 struct SliceStep {  // channels [start, start + width of out) of x
   BufferId x, out;
@@ -150,9 +134,10 @@ struct AttentionStep {
   std::optional<Rotation> rotate_q, rotate_k;
 };
 
-using Step = std::variant<EmbedStep, InputStep, NormStep, LayerNormStep, PositionStep, RopeStep, SiluMulStep, GeluStep, AddStep, MulStep, ScaleStep,
-                          SoftCapStep, SliceStep, SigmoidGateStep, QuantizeStep, ChooseStep, CombineStep, SelectStep,
-                          OutputStep, ProductsStep, ExpertsStep, AttentionStep>;
+using Step =
+    std::variant<EmbedStep, InputStep, NormStep, LayerNormStep, PositionStep, RopeStep, ElementwiseStep, SliceStep,
+                 SigmoidGateStep, QuantizeStep, ChooseStep, CombineStep, SelectStep, OutputStep, ProductsStep,
+                 ExpertsStep, AttentionStep>;
 
 // Whether the threads must meet before a step: at all times, or only where rows were shared out among them.
 enum class Meeting { None, IfShared, Always };
@@ -220,12 +205,7 @@ class Plan {
   Access check(const LayerNormStep& step);
   Access check(const PositionStep& step);
   Access check(const RopeStep& step);
-  Access check(const SiluMulStep& step);
-  Access check(const GeluStep& step);
-  Access check(const AddStep& step);
-  Access check(const MulStep& step);
-  Access check(const ScaleStep& step);
-  Access check(const SoftCapStep& step);
+  Access check(const ElementwiseStep& step);
   Access check(const SliceStep& step);
   Access check(const SigmoidGateStep& step);
   Access check(const QuantizeStep& step);

@@ -36,7 +36,7 @@ void Worker::compute(const PositionStep& step, Range rows) {
   for (int row = rows.begin; row < rows.end; row++) {
     float* out = line(step.out, row);
     run_.level.matmul.dequantize_row(step.weight, run_.batch.positions[static_cast<size_t>(row)], out);
-    run_.level.vector.add(line(step.x, row), out, line_width(step.out), out);
+    run_.level.vector.elementwise(RowOp::add, line(step.x, row), out, 0, line_width(step.out), out);
   }
 }
 
@@ -50,35 +50,11 @@ void Worker::compute(const RopeStep& step, Range rows) {
   }
 }
 
-void Worker::compute(const SiluMulStep& step, Range rows) {
-  for (int row = rows.begin; row < rows.end; row++)
-    run_.level.vector.silu_mul(line(step.gate, row), line(step.up, row), line_width(step.out), line(step.out, row));
-}
-
-void Worker::compute(const GeluStep& step, Range rows) {
-  for (int row = rows.begin; row < rows.end; row++)
-    run_.level.vector.gelu(line(step.x, row), step.kind, line_width(step.out), line(step.out, row));
-}
-
-void Worker::compute(const AddStep& step, Range rows) {
-  for (int row = rows.begin; row < rows.end; row++)
-    run_.level.vector.add(line(step.x, row), line(step.y, row), line_width(step.out), line(step.out, row));
-}
-
-void Worker::compute(const MulStep& step, Range rows) {
-  for (int row = rows.begin; row < rows.end; row++)
-    run_.level.vector.mul(line(step.x, row), line(step.y, row), line_width(step.out), line(step.out, row));
-}
-
-void Worker::compute(const ScaleStep& step, Range rows) {
-  for (int row = rows.begin; row < rows.end; row++)
-    run_.level.vector.scale(line(step.x, row), step.factor, line_width(step.out), line(step.out, row));
-}
-
-void Worker::compute(const SoftCapStep& step, Range rows) {
+void Worker::compute(const ElementwiseStep& step, Range rows) {
   if (!buffer(step.out).private_copy && alone_ && thread_ != 0) return;
   for (int row = rows.begin; row < rows.end; row++)
-    run_.level.vector.soft_cap(line(step.x, row), step.cap, line_width(step.out), line(step.out, row));
+    run_.level.vector.elementwise(step.op, line(step.x, row), line(step.y, row), step.number, line_width(step.out),
+                                  line(step.out, row));
 }
 
 void Worker::compute(const SliceStep& step, Range rows) {
@@ -91,7 +67,8 @@ void Worker::compute(const SigmoidGateStep& step, Range rows) {
   const int cols = static_cast<int>(step.weight.size());
   for (int row = rows.begin; row < rows.end; row++) {
     const float factor = run_.level.vector.sigmoid_dot(line(step.x, row), step.weight.data(), cols);
-    run_.level.vector.scale(line(step.y, row), factor, line_width(step.out), line(step.out, row));
+    const float* y = line(step.y, row);
+    run_.level.vector.elementwise(RowOp::scale, y, y, factor, line_width(step.out), line(step.out, row));
   }
 }
 

@@ -41,12 +41,7 @@ class Worker {
   void compute(const LayerNormStep& step, Range rows);
   void compute(const PositionStep& step, Range rows);
   void compute(const RopeStep& step, Range rows);
-  void compute(const SiluMulStep& step, Range rows);
-  void compute(const GeluStep& step, Range rows);
-  void compute(const AddStep& step, Range rows);
-  void compute(const MulStep& step, Range rows);
-  void compute(const ScaleStep& step, Range rows);
-  void compute(const SoftCapStep& step, Range rows);
+  void compute(const ElementwiseStep& step, Range rows);
   void compute(const SliceStep& step, Range rows);
   void compute(const SigmoidGateStep& step, Range rows);
   void compute(const QuantizeStep& step, Range rows);

@@ -71,33 +71,29 @@ void rope(const float* x, const float* rotation, int pairs, int head_dim, RopeSt
     for (int i = 2 * pairs; i < head_dim; i++) out[i] = x[i];
 }
 
-void silu_mul(const float* gate, const float* up, int n, float* out) {
-  each_lanes(n, [&](int i, auto read, auto write) { write(out + i, mul(silu(read(gate + i)), read(up + i))); });
+template <typename F>
+inline __attribute__((always_inline)) void map(const float* x, int n, float* out, F f) {
+  each_lanes(n, [&](int i, auto read, auto write) { write(out + i, f(read(x + i))); });
 }
 
-void gelu(const float* x, GeluKind kind, int n, float* out) {
-  if (kind == GeluKind::Tanh)
-    each_lanes(n, [&](int i, auto read, auto write) { write(out + i, gelu_tanh(read(x + i))); });
-  else
-    each_lanes(n, [&](int i, auto read, auto write) { write(out + i, gelu_erf(read(x + i))); });
+template <typename F>
+inline __attribute__((always_inline)) void map(const float* x, const float* y, int n, float* out, F f) {
+  each_lanes(n, [&](int i, auto read, auto write) { write(out + i, f(read(x + i), read(y + i))); });
 }
 
-void add_rows(const float* x, const float* y, int n, float* out) {
-  each_lanes(n, [&](int i, auto read, auto write) { write(out + i, add(read(x + i), read(y + i))); });
-}
-
-void mul_rows(const float* x, const float* y, int n, float* out) {
-  each_lanes(n, [&](int i, auto read, auto write) { write(out + i, mul(read(x + i), read(y + i))); });
-}
-
-void scale_row(const float* x, float factor, int n, float* out) {
-  const F32x16 by = broadcast(factor);
-  each_lanes(n, [&](int i, auto read, auto write) { write(out + i, mul(read(x + i), by)); });
-}
-
-void soft_cap_row(const float* x, float cap, int n, float* out) {
-  const F32x16 limit = broadcast(cap);
-  each_lanes(n, [&](int i, auto read, auto write) { write(out + i, soft_cap(read(x + i), limit)); });
+void elementwise(RowOp op, const float* x, const float* y, float number, int n, float* out) {
+  const F32x16 by = broadcast(number);
+  switch (op) {
+    case RowOp::add: return map(x, y, n, out, [](F32x16 a, F32x16 b) { return add(a, b); });
+    case RowOp::mul: return map(x, y, n, out, [](F32x16 a, F32x16 b) { return mul(a, b); });
+    case RowOp::scale: return map(x, n, out, [by](F32x16 a) { return mul(a, by); });
+    case RowOp::soft_cap: return map(x, n, out, [by](F32x16 a) { return soft_cap(a, by); });
+    case RowOp::silu_mul: return map(x, y, n, out, [](F32x16 a, F32x16 b) { return mul(silu(a), b); });
+#define ACTIVATION(function) \
+  case RowOp::function: return map(x, n, out, [](F32x16 a) { return function(a); });
+      LLAMACLUST_ACTIVATIONS(ACTIVATION)
+#undef ACTIVATION
+  }
 }
 
 float sigmoid_dot(const float* x, const float* y, int n) {
@@ -125,7 +121,6 @@ void softmax(float* x, int n) {
 }  // namespace
 
 extern const VectorOps vector_ops;
-const VectorOps vector_ops = {rms_norm, layer_norm, rope,         silu_mul,    gelu,       add_rows,
-                              mul_rows, scale_row,  soft_cap_row, sigmoid_dot, add_scaled, softmax};
+const VectorOps vector_ops = {rms_norm, layer_norm, rope, elementwise, sigmoid_dot, add_scaled, softmax};
 
 }  // namespace llamaclust::LLAMACLUST_LEVEL

@@ -1,6 +1,7 @@
 // exp, silu, tanh and gelu on sixteen lanes: a fixed list of IEEE operations, so every feature level gives the same bits.
 #pragma once
 
+#include "simd/activations.h"
 #include "simd/elementary.h"
 #include "simd/lanes.h"
 

@@ -34,10 +34,7 @@ DEVICE void quantize_gated(const float* gate, const float* up, int cols, int row
          uint8_t* out) {                                                                                              \
     const auto load = [x](size_t at, Eight& values) { load_eight(x + at, values); };                                  \
     quantize_rows<Activations>(cols, *count * multiple, out, load);                                                   \
-  }                                                                                                                   \
-  QUANTIZE_GATED(silu, cols_of_a_segment, Activations)                                                                \
-  QUANTIZE_GATED(gelu_erf, cols_of_a_segment, Activations)                                                            \
-  QUANTIZE_GATED(gelu_tanh, cols_of_a_segment, Activations)
+  }
 #define QUANTIZE_GATED(function, cols_of_a_segment, Activations)                                                      \
   KERNEL(256, function##_mul_##cols_of_a_segment, const float* gate, const float* up, int32_t cols,                   \
          const int32_t* count, int32_t multiple, uint8_t* out) {                                                      \
@@ -45,5 +42,10 @@ DEVICE void quantize_gated(const float* gate, const float* up, int cols, int row
   }
 QUANTIZE_KERNELS(32, Activations32)
 QUANTIZE_KERNELS(256, Activations256)
+
+#define QUANTIZE_GATED_32(function) QUANTIZE_GATED(function, 32, Activations32)
+#define QUANTIZE_GATED_256(function) QUANTIZE_GATED(function, 256, Activations256)
+LLAMACLUST_ACTIVATIONS(QUANTIZE_GATED_32)
+LLAMACLUST_ACTIVATIONS(QUANTIZE_GATED_256)
 
 }  // namespace llamaclust::cuda

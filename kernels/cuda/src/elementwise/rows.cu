@@ -25,13 +25,11 @@ KERNEL(256, soft_cap_rows, const float* x, float cap, int32_t width, const int32
   each(x, width, rows, out, [cap](float a) { return soft_cap(a, cap); });
 }
 
-KERNEL(256, gelu_erf_rows, const float* x, int32_t width, const int32_t* rows, float* out) {
-  each(x, width, rows, out, [](float a) { return gelu_erf(a); });
-}
-
-KERNEL(256, gelu_tanh_rows, const float* x, int32_t width, const int32_t* rows, float* out) {
-  each(x, width, rows, out, [](float a) { return gelu_tanh(a); });
-}
+#define ACTIVATION_ROWS(function)                                                                                   \
+  KERNEL(256, function##_rows, const float* x, int32_t width, const int32_t* rows, float* out) {                    \
+    each(x, width, rows, out, [](float a) { return function(a); });                                                 \
+  }
+LLAMACLUST_ACTIVATIONS(ACTIVATION_ROWS)
 
 // out[row] = channels [start, start + width) of x[row], which has x_width. The grid is that of out, which is not x.
 KERNEL(256, slice, const float* __restrict__ x, int32_t x_width, int32_t start, int32_t width, const int32_t* rows,

@@ -3,6 +3,16 @@
 // A `Bytes` is a k-group: 64 unsigned bytes, byte 4 * row + column. `step` adds one k-group times four activation bytes
 // (each in [-127, 127], packed in an int32) to `Sums`, which hold kGroupsPerSum<kBits> such steps if no byte has more
 // than kBits bits; then they go to int32 lanes, plain or times a scale per row. All of it is exact.
+//
+// field<shift, mask>: each byte shifted right (left where negative), then masked; no bit that crosses into another byte may
+// be in the mask. lookup: each byte becomes an entry of a table, by its low four bits; the highest is clear. column<n>,
+// signed_column<n>: column n of a k-group as lanes.
+//
+// kCentred<kBits>: `step` takes bytes of eight bits as signed, less 128, so that the caller need not subtract it.
+// kSumsFrom: sums may begin with any int32 (sums_from), with what an offset subtracts.
+// kPanelRows, kPanelTokens, kFloatRows, kFloatTokens: tiles times tokens whose sums fit in the registers, for quantized
+// and for float weights. kDirectTokens<kBits>: up to how many tokens decoding a tile again for every eight costs less
+// than a panel.
 #pragma once
 
 #include "simd/lanes.h"

@@ -19,16 +19,13 @@ DOT __m256i field(__m256i b) {
   const __m256i shifted = shift >= 0 ? _mm256_srli_epi16(b, shift & 7) : _mm256_slli_epi16(b, -shift & 7);
   return _mm256_and_si256(shifted, _mm256_set1_epi8(static_cast<char>(mask)));
 }
-// Each byte shifted right (left where negative), then masked; no bit that crosses into another byte may be in the mask.
 template <int shift, int mask>
 DOT Bytes field(Bytes b) { return {field<shift, mask>(b.lo), field<shift, mask>(b.hi)}; }
 DOT Bytes merge(Bytes a, Bytes b) { return {_mm256_or_si256(a.lo, b.lo), _mm256_or_si256(a.hi, b.hi)}; }
-// Each byte becomes an entry of the table, by its low four bits; the highest is clear.
 DOT Bytes lookup(const uint8_t (&table)[16], Bytes b) {
   const __m256i entries = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
   return {_mm256_shuffle_epi8(entries, b.lo), _mm256_shuffle_epi8(entries, b.hi)};
 }
-// Column n of the k-group as lanes.
 template <int n>
 DOT I32x16 column(Bytes b) {
   const __m256i mask = _mm256_set1_epi32(255);

@@ -8,19 +8,16 @@ using Bytes = __m512i;
 
 DOT Bytes load_bytes(const uint8_t* p) { return _mm512_load_si512(p); }
 DOT void store_bytes(uint8_t* p, Bytes b) { _mm512_store_si512(p, b); }
-// Each byte shifted right (left where negative), then masked; no bit that crosses into another byte may be in the mask.
 template <int shift, int mask>
 DOT Bytes field(Bytes b) {
   const __m512i shifted = shift >= 0 ? _mm512_srli_epi16(b, shift & 7) : _mm512_slli_epi16(b, -shift & 7);
   return _mm512_and_si512(shifted, _mm512_set1_epi8(static_cast<char>(mask)));
 }
 DOT Bytes merge(Bytes a, Bytes b) { return _mm512_or_si512(a, b); }
-// Each byte becomes an entry of the table, by its low four bits; the highest is clear.
 DOT Bytes lookup(const uint8_t (&table)[16], Bytes b) {
   const __m128i entries = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
   return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(entries), b);
 }
-// Column n of the k-group as lanes.
 template <int n>
 DOT I32x16 column(Bytes b) {
   return _mm512_and_si512(_mm512_srli_epi32(b, 8 * n), _mm512_set1_epi32(255));

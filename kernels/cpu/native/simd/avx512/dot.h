@@ -2,6 +2,7 @@
 #pragma once
 
 #include "simd/avx512/bytes.h"
+#include "simd/dot_int16.h"
 
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {
@@ -9,17 +10,6 @@ namespace {
 using Sums = __m512i;   // [row][2 pairs of columns], 16 bits
 using Scale = __m512i;  // [row][2 times the same], 16 bits
 
-// 2 columns * 127 * the greatest byte (128 for eight bits, see step) * groups stays below 32768.
-template <int kBits>
-constexpr int kGroupsPerSum = kBits <= 4 ? 8 : kBits == 5 ? 4 : kBits == 6 ? 2 : 1;
-// Whether `step` takes bytes of eight bits as signed, less 128, so that the caller need not subtract it.
-template <int kBits>
-constexpr bool kCentred = kBits == 8;
-
-constexpr bool kSumsFrom = false;
-
-// Tiles times tokens whose sums fit in the registers, for quantized and for float weights; and up to how many tokens
-// decoding a tile again for every eight costs less than a panel.
 constexpr int kPanelRows = 2, kPanelTokens = 6;
 constexpr int kFloatRows = 4, kFloatTokens = 4;
 template <int kBits>

@@ -1,6 +1,8 @@
 // Integer dot products in plain C++: pairs of columns in 16 bits, loops that a compiler turns into whatever there is.
 #pragma once
 
+#include "simd/dot_int16.h"
+
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {
 
@@ -12,17 +14,6 @@ struct Sums {
 };
 using Scale = I32x16;
 
-// 2 columns * 127 * the greatest byte (128 for eight bits, see step) * groups stays below 32768.
-template <int kBits>
-constexpr int kGroupsPerSum = kBits <= 4 ? 8 : kBits == 5 ? 4 : kBits == 6 ? 2 : 1;
-// Whether `step` takes bytes of eight bits as signed, less 128, so that the caller need not subtract it.
-template <int kBits>
-constexpr bool kCentred = kBits == 8;
-
-constexpr bool kSumsFrom = false;
-
-// Tiles times tokens whose sums fit in the registers, for quantized and for float weights; and up to how many tokens
-// decoding a tile again for every eight costs less than a panel.
 constexpr int kPanelRows = 1, kPanelTokens = 4;
 constexpr int kFloatRows = 1, kFloatTokens = 4;
 template <int kBits>
@@ -34,7 +25,6 @@ DOT Bytes load_bytes(const uint8_t* p) {
   return r;
 }
 DOT void store_bytes(uint8_t* p, const Bytes& b) { memcpy(p, b.v, sizeof b.v); }
-// Each byte shifted right (left where negative), then masked; no bit that crosses into another byte may be in the mask.
 template <int shift, int mask>
 DOT Bytes field(const Bytes& b) {
   Bytes r;
@@ -47,13 +37,11 @@ DOT Bytes merge(const Bytes& a, const Bytes& b) {
   for (int i = 0; i < 64; i++) r.v[i] = a.v[i] | b.v[i];
   return r;
 }
-// Each byte becomes an entry of the table, by its low four bits; the highest is clear.
 DOT Bytes lookup(const uint8_t (&table)[16], const Bytes& b) {
   Bytes r;
   for (int i = 0; i < 64; i++) r.v[i] = table[b.v[i] & 15];
   return r;
 }
-// Column n of the k-group as lanes.
 template <int n>
 DOT I32x16 column(const Bytes& b) {
   I32x16 r;

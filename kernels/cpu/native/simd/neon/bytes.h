@@ -22,16 +22,13 @@ DOT uint8x16_t field(uint8x16_t b) {
   constexpr int left = shift >= 0 ? 255 >> shift : 255 << -shift & 255;
   return left == (mask & left) ? b : vandq_u8(b, vdupq_n_u8(mask));
 }
-// Each byte shifted right (left where negative), then masked; no bit that crosses into another byte may be in the mask.
 template <int shift, int mask>
 DOT Bytes field(Bytes b) { EACH_QUARTER(Bytes, (field<shift, mask>(b.v[i]))); }
 DOT Bytes merge(Bytes a, Bytes b) { EACH_QUARTER(Bytes, vorrq_u8(a.v[i], b.v[i])); }
-// Each byte becomes an entry of the table, by its low four bits; the highest is clear.
 DOT Bytes lookup(const uint8_t (&table)[16], Bytes b) {
   const uint8x16_t entries = vld1q_u8(table), low = vdupq_n_u8(15);
   EACH_QUARTER(Bytes, vqtbl1q_u8(entries, vandq_u8(b.v[i], low)));
 }
-// Column n of the k-group as lanes.
 template <int n>
 DOT I32x16 column(Bytes b) { EACH_QUARTER(I32x16, vreinterpretq_s32_u32(vreinterpretq_u32_u8(b.v[i]) >> (8 * n) & 255)); }
 template <int n>
@@ -42,7 +39,6 @@ template <int kBits>
 DOT int8x16_t signed_bytes(uint8x16_t b) {
   return vreinterpretq_s8_u8(kBits < 8 ? b : veorq_u8(b, vdupq_n_u8(0x80)));
 }
-// Whether `step` takes bytes of eight bits as signed, less 128, so that the caller need not subtract it.
 template <int kBits>
 constexpr bool kCentred = kBits == 8;
 

@@ -17,8 +17,6 @@ constexpr int kGroupsPerSum = kBits <= 4 ? 16 : kBits == 5 ? 8 : kBits == 6 ? 4 
 
 constexpr bool kSumsFrom = false;
 
-// Tiles times tokens whose sums fit in the registers, for quantized and for float weights; and up to how many tokens
-// decoding a tile again for every eight costs less than a panel.
 constexpr int kPanelRows = 1, kPanelTokens = 2;
 constexpr int kFloatRows = 1, kFloatTokens = 6;
 template <int kBits>

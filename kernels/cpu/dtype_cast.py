@@ -32,5 +32,5 @@ def narrowed(values: NDArray[Any], stored: StoredType, quant_type: QuantType) ->
     """
     size = values.size // quant_type.info.block_size * quant_type.info.block_bytes
     out = np.empty(size, np.uint8)
-    fits = _native.narrow(values.reshape(-1).view(np.uint8), int(stored), out, _KINDS[quant_type])
+    fits = _native.cast_dtype(values.reshape(-1).view(np.uint8), int(stored), out, _KINDS[quant_type])
     return out if fits else None

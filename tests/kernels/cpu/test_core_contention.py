@@ -9,7 +9,11 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from llamaclust.kernels._native import Crowding
+<<<<<<<< HEAD:tests/kernels/cpu/test_core_contention.py
+from llamaclust.kernels._native import CoreContention
+========
+from llamaclust.kernels.cpu._native import CoreContention
+>>>>>>>> aafc0a3 (kernels: names of the native code by the glossary: lookahead, core contention, dtype cast, synchronization):tests/test_kernels_core_contention.py
 
 PREFILL_ROWS = 512
 LONGEST_RETURN_JOBS = 512 + 8 + 8
@@ -42,7 +46,7 @@ class Machine:
     now_ns: int = 10**9
     random: random.Random = field(default_factory=lambda: random.Random(7))
 
-    def job(self, crowding: Crowding | None) -> int:
+    def job(self, crowding: CoreContention | None) -> int:
         """How many threads did it."""
         threads = self.cores if crowding is None else crowding.threads(self.rows)
         met = max(threads + self.taken - self.cores, 0) / self.taken  # of the cores that are taken
@@ -58,7 +62,7 @@ class Machine:
             crowding.report(self.rows, began_ns, self.now_ns, int(waited_ns))
         return threads
 
-    def jobs(self, crowding: Crowding | None, count: int) -> list[int]:
+    def jobs(self, crowding: CoreContention | None, count: int) -> list[int]:
         return [self.job(crowding) for _ in range(count)]
 
 
@@ -69,7 +73,7 @@ def share(threads: int, chosen: list[int]) -> float:
 @pytest.mark.parametrize("speedup", [memory_bound, arithmetic_bound])
 @pytest.mark.parametrize("rows", [1, PREFILL_ROWS])
 def test_a_quiet_machine_is_used_whole(rows: int, speedup: Speedup) -> None:
-    assert share(2, Machine(speedup, rows).jobs(Crowding(2), 5000)) == 1
+    assert share(2, Machine(speedup, rows).jobs(CoreContention(2), 5000)) == 1
 
 
 @pytest.mark.parametrize("speedup", [memory_bound, arithmetic_bound])
@@ -77,14 +81,14 @@ def test_a_quiet_machine_is_used_whole(rows: int, speedup: Speedup) -> None:
 @pytest.mark.parametrize("hiccup", [0.005, 0.02])
 def test_hiccups_cost_less_than_a_hundredth_more(rows: int, speedup: Speedup, hiccup: float) -> None:
     machine, whole = (Machine(speedup, rows, hiccup=hiccup) for _ in range(2))
-    machine.jobs(Crowding(2), 20_000)
+    machine.jobs(CoreContention(2), 20_000)
     whole.jobs(None, 20_000)
     assert machine.now_ns < 1.01 * whole.now_ns
 
 
 @pytest.mark.parametrize("cores", [2, 4, 6])
 def test_decode_leaves_a_core_to_a_program_that_takes_much_of_it(cores: int) -> None:
-    crowding, machine = Crowding(cores), Machine(memory_bound, cores=cores, stolen=0.4)
+    crowding, machine = CoreContention(cores), Machine(memory_bound, cores=cores, stolen=0.4)
     early = machine.jobs(crowding, 64)
     assert early[:8] == [cores] * 8  # nothing is known yet
     assert share(cores, machine.jobs(crowding, 2000)) < 0.1
@@ -92,16 +96,16 @@ def test_decode_leaves_a_core_to_a_program_that_takes_much_of_it(cores: int) -> 
 
 def test_halved_more_than_once_where_most_cores_are_taken() -> None:
     machine = Machine(memory_bound, cores=8, stolen=0.75, taken=6)
-    assert share(2, machine.jobs(Crowding(8), 4000)) > 0.8
+    assert share(2, machine.jobs(CoreContention(8), 4000)) > 0.8
 
 
 def test_fewer_threads_are_not_kept_where_they_are_a_little_slower() -> None:
     machine = Machine(lambda threads: 1.0 + 0.6 * (threads - 1), stolen=0.3)
-    assert share(2, machine.jobs(Crowding(2), 2000)) > 0.9
+    assert share(2, machine.jobs(CoreContention(2), 2000)) > 0.9
 
 
 def test_a_trial_that_is_far_too_slow_ends_early() -> None:
-    crowding, machine = Crowding(2), Machine(arithmetic_bound, PREFILL_ROWS, stolen=0.85)
+    crowding, machine = CoreContention(2), Machine(arithmetic_bound, PREFILL_ROWS, stolen=0.85)
     chosen = machine.jobs(crowding, 4000)[100:]
     assert {len(run) for run in "".join(map(str, chosen)).split("1") if run} == {2}
 
@@ -109,23 +113,23 @@ def test_a_trial_that_is_far_too_slow_ends_early() -> None:
 def test_a_core_that_only_others_miss_is_left_to_them() -> None:
     """The jobs themselves are as fast, but whoever gives them waits for a core in between."""
     machine = Machine(lambda threads: 1.0 + 0.25 * (threads - 1), stolen=0.15, stolen_gap_ns=1_500_000)
-    assert share(1, machine.jobs(Crowding(2), 2000)) > 0.9
+    assert share(1, machine.jobs(CoreContention(2), 2000)) > 0.9
 
 
 def test_idle_time_between_jobs_is_no_reason() -> None:
     machine = Machine(arithmetic_bound, stolen=0.3, gap_ns=10**9)
-    assert share(2, machine.jobs(Crowding(2), 2000)) > 0.9
+    assert share(2, machine.jobs(CoreContention(2), 2000)) > 0.9
 
 
 @pytest.mark.parametrize(("stolen", "expected"), [(0.3, 2), (0.4, 2), (0.7, 1)])
 def test_prefill_keeps_all_threads_unless_more_than_half_is_taken(stolen: float, expected: int) -> None:
     machine = Machine(arithmetic_bound, PREFILL_ROWS, stolen=stolen)
-    assert share(expected, machine.jobs(Crowding(2), 2000)) > 0.9
+    assert share(expected, machine.jobs(CoreContention(2), 2000)) > 0.9
 
 
 @pytest.mark.parametrize("cores", [2, 4, 6])
 def test_all_threads_are_back_soon_after_the_other_program_ends(cores: int) -> None:
-    crowding, machine = Crowding(cores), Machine(memory_bound, cores=cores, stolen=0.5)
+    crowding, machine = CoreContention(cores), Machine(memory_bound, cores=cores, stolen=0.5)
     assert share(cores, machine.jobs(crowding, 5000)) < 0.1
     machine.stolen = 0.0
     machine.jobs(crowding, LONGEST_RETURN_JOBS * math.ceil(math.log2(cores)))
@@ -133,13 +137,13 @@ def test_all_threads_are_back_soon_after_the_other_program_ends(cores: int) -> N
 
 
 def test_jobs_of_another_kind_are_not_concerned() -> None:
-    crowding, decode = Crowding(2), Machine(memory_bound, stolen=0.4)
+    crowding, decode = CoreContention(2), Machine(memory_bound, stolen=0.4)
     decode.jobs(crowding, 200)
     assert [crowding.threads(rows) for rows in (1, 2, 8, 9, PREFILL_ROWS, 100_000)] == [1, 2, 2, 2, 2, 2]
 
 
 def test_kinds_that_take_turns_learn_apart() -> None:
-    crowding = Crowding(2)
+    crowding = CoreContention(2)
     decode, prefill = Machine(memory_bound, stolen=0.4), Machine(arithmetic_bound, PREFILL_ROWS, stolen=0.4)
     chosen: dict[int, list[int]] = {1: [], PREFILL_ROWS: []}
     for _ in range(1000):
@@ -151,4 +155,4 @@ def test_kinds_that_take_turns_learn_apart() -> None:
 
 
 def test_one_thread_stays_one() -> None:
-    assert set(Machine(memory_bound, cores=1, stolen=0.5).jobs(Crowding(1), 100)) == {1}
+    assert set(Machine(memory_bound, cores=1, stolen=0.5).jobs(CoreContention(1), 100)) == {1}

@@ -10,6 +10,6 @@ void bind_matmul(nanobind::module_& module);
 void bind_sampler(nanobind::module_& module);
 void bind_executor(nanobind::module_& module);
 void bind_quantize(nanobind::module_& module);
-void bind_narrowing(nanobind::module_& module);
+void bind_dtype_cast(nanobind::module_& module);
 
 }  // namespace llamaclust

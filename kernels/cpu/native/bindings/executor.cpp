@@ -50,7 +50,7 @@ RowOp row_op_named(const std::string& name) {
 struct PlanBuilder {
   Plan plan;
   std::vector<nb::object> kept;
-  bool is_runnable = true;  // no weight is a mere shape
+  bool is_runnable = true;  // no weight is of shape_only
 
   const Matrix& keep(nb::handle matrix) {
     kept.push_back(nb::borrow(matrix));
@@ -105,7 +105,7 @@ nb::object result_of(nb::handle self) {
 
 void add_products(PlanBuilder& builder,
                   const std::vector<std::tuple<nb::object, std::optional<Floats>, int, int>>& products) {
-  ProductsStep step;
+  MatmulStep step;
   for (const auto& [weight, bias, out, slot] : products)
     step.products.push_back({builder.keep(weight), bias ? vector_of(*bias) : std::vector<float>{}, out, slot});
   builder.plan.add(std::move(step));
@@ -172,10 +172,10 @@ void bind_executor(nb::module_& module) {
       .def(nb::init<int, bool>(), "threads"_a, "yields"_a)
       .def_prop_ro("threads", &ThreadPool::threads);
 
-  nb::class_<Crowding>(module, "Crowding")  // for tests
+  nb::class_<CoreContention>(module, "CoreContention")  // for tests
       .def(nb::init<int>(), "threads"_a)
-      .def("threads", &Crowding::threads, "rows"_a)
-      .def("report", &Crowding::report, "rows"_a, "began_ns"_a, "ended_ns"_a, "waited_ns"_a);
+      .def("threads", &CoreContention::threads, "rows"_a)
+      .def("report", &CoreContention::report, "rows"_a, "began_ns"_a, "ended_ns"_a, "waited_ns"_a);
 
   nb::class_<PlanBuilder> plan(module, "Plan");
   plan.def(

@@ -98,7 +98,7 @@ class Products final : public ThreadPool::Job {
     const Matrix& first = matrices[0]->matrix();
     for (const PackedMatrix* packed : matrices) {
       const Matrix& matrix = packed->matrix();
-      if (matrix.tiles == nullptr) throw std::invalid_argument("a mere shape has no weights");
+      if (matrix.tiles == nullptr) throw std::invalid_argument("a matrix of shape_only has no weights");
       if (matrix.type != first.type || matrix.rows != first.rows || matrix.cols != first.cols)
         throw std::invalid_argument("matrices of several types or shapes");
     }
@@ -158,7 +158,7 @@ nb::object quantize(const std::string& level, const std::string& format_name, co
 
 nb::object dequantize(const std::string& level, const PackedMatrix& packed) {
   const Matrix& matrix = packed.matrix();
-  if (matrix.tiles == nullptr) throw std::invalid_argument("a mere shape has no weights");
+  if (matrix.tiles == nullptr) throw std::invalid_argument("a matrix of shape_only has no weights");
   const MatmulOps ops = find_level(level).matmul;
   const FloatMode mode;
   float* out;

@@ -51,7 +51,7 @@ void bind_memory(nb::module_& module) {
   nb::class_<Memory>(module, "Memory", nb::is_weak_referenceable(), "Zero at first, or a file's bytes; see memory.h.")
       .def(nb::init<size_t>(), "bytes"_a)
       .def_static("mapped", &mapped, "descriptor"_a, "bytes"_a,
-                  "The first bytes of a file that nobody shortens, shared and read-only; OSError where it has no maps.")
+                  "The first bytes of a file that is never truncated, shared and read-only; OSError where it has no maps.")
       .def_prop_ro("bytes", &Memory::bytes)
       .def_prop_ro("is_writable", &Memory::is_writable)
       .def_prop_ro("address", [](const Memory& memory) { return reinterpret_cast<uintptr_t>(memory.data()); })

@@ -27,5 +27,5 @@ NB_MODULE(_native, module) {
   bind_sampler(module);
   bind_executor(module);
   bind_quantize(module);
-  bind_narrowing(module);
+  bind_dtype_cast(module);
 }

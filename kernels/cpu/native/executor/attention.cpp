@@ -10,7 +10,7 @@ int tile_rows(int group) { return std::max(1, kTileQueries / group); }
 // One attention step in one thread.
 class AttentionWork {
   using Unit = AttentionUnits::Unit;
-  using Part = AttentionUnits::Part;
+  using QueryRange = AttentionUnits::QueryRange;
 
  public:
   AttentionWork(Worker& worker, const AttentionStep& step)
@@ -32,7 +32,7 @@ class AttentionWork {
     else
       worker_.share(units_.count(), 1, [this](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; i++) {
-          worker_.ahead_.fetch();
+          worker_.lookahead_.fetch();
           whole_unit(i);
         }
       });
@@ -63,7 +63,7 @@ class AttentionWork {
               piece(kv_head, table(sequence)[at / kKvBlockTokens]));
   }
 
-  // Keys and values of all rows, before anyone reads them.
+  // Keys and values of all rows, before any thread reads them.
   void store_all() const {
     worker_.share(static_cast<int64_t>(units_.tiles.size()), 1, [this](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) {
@@ -72,10 +72,10 @@ class AttentionWork {
           for (int kv_head = 0; kv_head < step_.kv_heads; kv_head++) store(tile.sequence, row, kv_head);
       }
     });
-    worker_.meet();
+    worker_.synchronize();
   }
 
-  // Where every sequence has one tile, a unit stores the rows that only it reads, and nobody waits.
+  // Where every sequence has one tile, a unit stores the rows that only it reads, without a barrier.
   void store_span(const Unit& unit, int span) const {
     for (int row = unit.tile.row_begin; stores_ && row < unit.tile.row_end; row++)
       if (units_.position(row) / kSpanTokens == span) store(unit.tile.sequence, row, unit.kv_head);
@@ -93,15 +93,15 @@ class AttentionWork {
 
   // Computes one span for those of the loaded queries that see some of it, and fetches the beginning of the next one if
   // this thread goes on there.
-  void compute_span(const Unit& unit, int span, bool goes_on, const Part& part, const SpanSums& sums) const {
+  void compute_span(const Unit& unit, int span, bool goes_on, const QueryRange& queries, const SpanSums& sums) const {
     const int start = span * kSpanTokens;
-    for (int query = part.before; query < part.end; query++) {
+    for (int query = queries.before; query < queries.end; query++) {
       const int row = unit.tile.row_begin + query / unit.heads;
-      scratch_.firsts[query - part.before] = std::max(units_.first_seen(row) - start, 0);
-      scratch_.ends[query - part.before] = std::min(units_.position(row) + 1 - start, kSpanTokens);
+      scratch_.firsts[query - queries.before] = std::max(units_.first_seen(row) - start, 0);
+      scratch_.ends[query - queries.before] = std::min(units_.position(row) + 1 - start, kSpanTokens);
     }
     const bool biased = !step_.slopes.empty();
-    if (biased) load_bias(unit, start, part);
+    if (biased) load_bias(unit, start, queries);
     store_span(unit, span);
     const size_t stride = static_cast<size_t>(step_.kv_heads) * kv_piece_bytes(type_, step_.head_dim);
     const int blocks = units_.position(unit.tile.row_end - 1) / kKvBlockTokens + 1;
@@ -111,21 +111,21 @@ class AttentionWork {
                         goes_on ? std::max(blocks - (span + 1) * kSpanBlocks, 0) : 0,
                         step_.head_dim,
                         step_.scale,
-                        part.end - part.before,
-                        scratch_.q + part.before * padded_head(step_.head_dim),
+                        queries.end - queries.before,
+                        scratch_.q + queries.before * padded_head(step_.head_dim),
                         scratch_.firsts,
                         scratch_.ends,
                         scratch_.scores,
                         step_.soft_cap,
                         biased ? scratch_.slopes : nullptr,
                         biased ? scratch_.positions : nullptr};
-    kv_.span(task, from(sums, part.before));
+    kv_.span(task, from(sums, queries.before));
   }
 
-  void load_bias(const Unit& unit, int start, const Part& part) const {
-    for (int query = part.before; query < part.end; query++) {
-      scratch_.positions[query - part.before] = units_.position(unit.tile.row_begin + query / unit.heads) - start;
-      scratch_.slopes[query - part.before] = step_.slopes[static_cast<size_t>(unit.head + query % unit.heads)];
+  void load_bias(const Unit& unit, int start, const QueryRange& queries) const {
+    for (int query = queries.before; query < queries.end; query++) {
+      scratch_.positions[query - queries.before] = units_.position(unit.tile.row_begin + query / unit.heads) - start;
+      scratch_.slopes[query - queries.before] = step_.slopes[static_cast<size_t>(unit.head + query % unit.heads)];
     }
   }
 
@@ -134,12 +134,12 @@ class AttentionWork {
   }
 
   // Adds a span's sums to those of the spans before it; queries that see nothing before it begin with them.
-  void merge(const Part& part, const SpanSums& total, const SpanSums& next) const {
+  void merge(const QueryRange& queries, const SpanSums& total, const SpanSums& next) const {
     const int head_dim = step_.head_dim;
-    if (part.joined > part.before)
-      level_.attention.merge(from(total, part.before), from(next, part.before), part.joined - part.before, head_dim);
-    const int count = part.end - part.joined;
-    const SpanSums to = from(total, part.joined), source = from(next, part.joined);
+    if (queries.joined > queries.before)
+      level_.attention.merge(from(total, queries.before), from(next, queries.before), queries.joined - queries.before, head_dim);
+    const int count = queries.end - queries.joined;
+    const SpanSums to = from(total, queries.joined), source = from(next, queries.joined);
     std::copy_n(source.maximum, count, to.maximum);
     std::copy_n(source.sum, count, to.sum);
     std::copy_n(source.values, count * padded_head(head_dim), to.values);
@@ -157,10 +157,10 @@ class AttentionWork {
     const Unit unit = units_.unit(index);
     load_queries(unit);
     for (int span = units_.span_begin(unit.tile); span < units_.span_end(unit.tile); span++) {
-      const Part part = units_.part(unit, span);
+      const QueryRange queries = units_.queries(unit, span);
       const bool begins = span == units_.span_begin(unit.tile);
-      compute_span(unit, span, true, part, begins ? scratch_.total : scratch_.next);
-      if (!begins) merge(part, scratch_.total, scratch_.next);
+      compute_span(unit, span, true, queries, begins ? scratch_.total : scratch_.next);
+      if (!begins) merge(queries, scratch_.total, scratch_.next);
     }
     finish(unit, scratch_.total);
   }
@@ -190,12 +190,12 @@ class AttentionWork {
         const int64_t last = std::min(end - first, count);
         for (int64_t at = std::max(begin - first, int64_t{0}); at < last; at++) {
           const int span = units_.span_begin(unit.tile) + static_cast<int>(at);
-          compute_span(unit, span, at + 1 < last, units_.part(unit, span), partial(first + at));
+          compute_span(unit, span, at + 1 < last, units_.queries(unit, span), partial(first + at));
         }
         first += count;
       }
     });
-    worker_.meet();
+    worker_.synchronize();
     worker_.share(units_.count(), 1, [this](int64_t begin, int64_t end) {
       int64_t first = 0;
       for (int64_t i = 0; i < end; i++) {
@@ -209,7 +209,7 @@ class AttentionWork {
   void merge_spans(const Unit& unit, int64_t first) const {
     const SpanSums total = partial(first);
     for (int i = 1; i < units_.spans(unit.tile); i++)
-      merge(units_.part(unit, units_.span_begin(unit.tile) + i), total, partial(first + i));
+      merge(units_.queries(unit, units_.span_begin(unit.tile) + i), total, partial(first + i));
     finish(unit, total);
   }
 

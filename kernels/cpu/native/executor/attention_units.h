@@ -15,9 +15,8 @@ struct AttentionUnits {
     int kv_head, head, heads;
   };
 
-  // Which queries of a unit have to do with a span: [before, end) see some of it, and of those [joined, end) nothing
-  // before it.
-  struct Part {
+  // The queries of a unit that a span concerns: [before, end) see some of it, and of those [joined, end) nothing before it.
+  struct QueryRange {
     int before, joined, end;
   };
 
@@ -25,12 +24,12 @@ struct AttentionUnits {
       : step(step),
         batch(batch),
         group(step.heads / step.kv_heads),
-        parts((group + kTileQueries - 1) / kTileQueries),
+        head_groups((group + kTileQueries - 1) / kTileQueries),
         tiles(std::ranges::find(tilings, tile_rows(group), &Tiling::rows)->tiles) {}
 
   // Every sequence has one tile, and every KV head one unit there.
-  bool one_a_sequence() const { return parts == 1 && static_cast<int>(tiles.size()) == batch.sequences(); }
-  int64_t heads_per_tile() const { return static_cast<int64_t>(step.kv_heads) * parts; }
+  bool one_a_sequence() const { return head_groups == 1 && static_cast<int>(tiles.size()) == batch.sequences(); }
+  int64_t heads_per_tile() const { return static_cast<int64_t>(step.kv_heads) * head_groups; }
   int64_t count() const { return static_cast<int64_t>(tiles.size()) * heads_per_tile(); }
   int position(int row) const { return batch.positions[static_cast<size_t>(row)]; }
   // The first position that a row sees.
@@ -40,15 +39,15 @@ struct AttentionUnits {
   int span_end(const RowTile& tile) const { return position(tile.row_end - 1) / kSpanTokens + 1; }
   int spans(const RowTile& tile) const { return span_end(tile) - span_begin(tile); }
 
-  // The last rows, which see the most, come first: what is left at the end is short.
+  // The last rows, which see the most, come first, so that the last units are short.
   Unit unit(int64_t index) const {
     const RowTile& tile = tiles[tiles.size() - 1 - static_cast<size_t>(index / heads_per_tile())];
-    const int rest = static_cast<int>(index % heads_per_tile()), kv_head = rest / parts, part = rest % parts;
-    const int first = part * kTileQueries;
+    const int rest = static_cast<int>(index % heads_per_tile()), kv_head = rest / head_groups;
+    const int first = rest % head_groups * kTileQueries;
     return {tile, kv_head, kv_head * group + first, std::min(kTileQueries, group - first)};
   }
 
-  Part part(const Unit& unit, int span) const {
+  QueryRange queries(const Unit& unit, int span) const {
     const auto rows_while = [&](auto&& holds) {
       int row = unit.tile.row_begin;
       while (row < unit.tile.row_end && holds(row)) row++;
@@ -72,7 +71,7 @@ struct AttentionUnits {
 
   const AttentionStep& step;
   const Batch& batch;
-  const int group, parts;
+  const int group, head_groups;
   const std::vector<RowTile>& tiles;
 };
 

@@ -140,7 +140,7 @@ Access Plan::check(const OutputStep& step) {
   return {{step.x}, {step.out}, true};
 }
 
-Access Plan::check(const ProductsStep& step) {
+Access Plan::check(const MatmulStep& step) {
   Access access{{}, {}, false};
   require(!step.products.empty(), "a step of no products");
   for (const Product& product : step.products) {

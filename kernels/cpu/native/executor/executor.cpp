@@ -10,7 +10,7 @@ namespace {
 
 struct WorkerJob final : ThreadPool::Job {
   WorkerJob(const Worker::Run& run, const ThreadPool& pool) : run(run), pool(pool) {}
-  void work(int thread) noexcept override { Worker(run, thread, pool.taking_part()).work(); }
+  void work(int thread) noexcept override { Worker(run, thread, pool.active_threads()).work(); }
   const Worker::Run& run;
   const ThreadPool& pool;
 };
@@ -34,11 +34,11 @@ std::vector<Tiling> tilings_of(const Plan& plan) {
 }
 
 // For each step the products that come next, itself included; null after the last ones.
-std::vector<const ProductsStep*> products_from(const Plan& plan) {
-  std::vector<const ProductsStep*> found(plan.steps.size());
-  const ProductsStep* next = nullptr;
+std::vector<const MatmulStep*> next_matmul(const Plan& plan) {
+  std::vector<const MatmulStep*> found(plan.steps.size());
+  const MatmulStep* next = nullptr;
   for (size_t i = plan.steps.size(); i-- > 0; found[i] = next)
-    if (const auto* step = std::get_if<ProductsStep>(&plan.steps[i].step)) next = step;
+    if (const auto* step = std::get_if<MatmulStep>(&plan.steps[i].step)) next = step;
   return found;
 }
 
@@ -56,12 +56,12 @@ void cut_into_tiles(const Batch& batch, Tiling& tiling) {
 void Worker::work() {
   const std::vector<PlannedStep>& steps = run_.plan.steps;
   for (size_t at = 0, end; at < steps.size(); at = end) {
-    const Meeting before = steps[at].before;
-    if (const ProductsStep* next = run_.products_from[at]; next != nullptr && rows_ <= kFewRows)
-      ahead_.aim(*next, thread_, threads_);
-    if (before == Meeting::Always || (before == Meeting::IfShared && !alone_)) meet();
+    const Sync before = steps[at].before;
+    if (const MatmulStep* next = run_.next_matmul[at]; next != nullptr && rows_ <= kFewRows)
+      lookahead_.set_target(*next, thread_, threads_);
+    if (before == Sync::Always || (before == Sync::IfShared && !alone_)) synchronize();
     for (end = at + 1; end < steps.size() && steps[at].row_by_row; end++)
-      if (!steps[end].row_by_row || steps[end].before != Meeting::None) break;
+      if (!steps[end].row_by_row || steps[end].before != Sync::None) break;
     compute(at, end);
   }
 }
@@ -74,7 +74,7 @@ void Worker::compute(size_t begin, size_t end) {
   const Range mine = own_rows();
   for (int row = mine.begin; row < mine.end; row += kRowsAtOnce)
     for (size_t i = begin; i < end; i++) {
-      ahead_.fetch();
+      lookahead_.fetch();
       compute_step(steps[i].step, {row, std::min(row + kRowsAtOnce, mine.end)});
     }
 }
@@ -98,7 +98,7 @@ Executor::Executor(Plan plan, const Level& level, ThreadPool& pool)
       kv_(plan_.kv_layers, plan_.limits.kv_blocks, plan_.limits.window_blocks),
       rotations_(tables_of(plan_)),
       tilings_(tilings_of(plan_)),
-      products_from_(products_from(plan_)) {
+      next_matmul_(next_matmul(plan_)) {
   workspace_.allocate();
 }
 
@@ -107,7 +107,7 @@ int Executor::run(const Batch& batch) {
   for (Tiling& tiling : tilings_) cut_into_tiles(batch, tiling);
   for (Shares::Counter& counter : shares_.counters) counter.taken.store(0, std::memory_order_relaxed);
   const Worker::Run run{plan_,    level_,         workspace_, kv_, rotations_, batch,
-                        tilings_, products_from_, shares_,    pool_.barrier()};
+                        tilings_, next_matmul_, shares_,    pool_.barrier()};
   WorkerJob job(run, pool_);
   pool_.run(job, batch.rows());
   return plan_.selects ? static_cast<int>(batch.output_rows.size()) : batch.rows();

@@ -63,7 +63,7 @@ class Executor {
   KvCache kv_;
   std::vector<RotationTable> rotations_;
   std::vector<Tiling> tilings_;
-  const std::vector<const ProductsStep*> products_from_;
+  const std::vector<const MatmulStep*> next_matmul_;
   Shares shares_;
 };
 

@@ -7,14 +7,14 @@
 
 namespace llamaclust {
 
-// How many tiles every thread is given to begin with where few rows meet them, and memory is the limit. Most: each change
+// How many tiles every thread is given to begin with where few rows synchronize them, and memory is the limit. Most: each change
 // of place costs the fetches that ran ahead.
 inline int64_t fixed_tiles(int64_t tiles, int threads) { return threads == 1 ? tiles : tiles * 7 / (8 * threads); }
 
-class Ahead {
+class Lookahead {
  public:
-  // Towards this thread's own share of the step's tiles.
-  void aim(const ProductsStep& step, int thread, int threads) {
+  // Sets the target to this thread's own share of the step's tiles.
+  void set_target(const MatmulStep& step, int thread, int threads) {
     if (target_ == &step) return;
     target_ = &step;
     int64_t tiles = 0;
@@ -32,7 +32,7 @@ class Ahead {
     }
   }
 
-  // Asks for some cache lines, about as many as can be on their way at once; false where there are none left.
+  // Prefetches some cache lines, about as many as can be in flight at once; false where there are none left.
   bool fetch() {
     for (int lines = kLines; lines > 0 && next_ < end_; lines--, next_ += 64) __builtin_prefetch(next_, 0, 2);
     return next_ < end_;
@@ -42,7 +42,7 @@ class Ahead {
   static constexpr int kLines = 64;
   static constexpr size_t kMostBytes = 256 << 10;  // a quarter of a common second-level cache
 
-  const ProductsStep* target_ = nullptr;
+  const MatmulStep* target_ = nullptr;
   const uint8_t *next_ = nullptr, *end_ = nullptr;
 };
 

@@ -71,25 +71,25 @@ void Plan::set_result(BufferId id) {
 // Rows are shared out among the threads, or computed by each thread for itself where there are few of them; either way
 // row by row steps follow each other without waiting. A shared step has to wait for the rows of the others (if they
 // were shared out), and for slow threads that still read what it is about to overwrite.
-Meeting Plan::meeting_before(const Access& access, bool waits) {
-  Meeting meeting = after_shared_ ? Meeting::Always : Meeting::None;
-  if (meeting == Meeting::None && (!access.row_by_row || waits)) {
+Sync Plan::sync_before(const Access& access, bool waits) {
+  Sync sync = after_shared_ ? Sync::Always : Sync::None;
+  if (sync == Sync::None && (!access.row_by_row || waits)) {
     const auto was_read = [this](BufferId id) {
       return !buffer(id).private_copy && std::ranges::count(read_since_, id) > 0;
     };
     if (std::ranges::any_of(access.writes, was_read))
-      meeting = Meeting::Always;
+      sync = Sync::Always;
     else if (after_rows_)
-      meeting = Meeting::IfShared;
+      sync = Sync::IfShared;
   }
-  if (meeting == Meeting::Always) read_since_.clear();
-  if (meeting != Meeting::None) after_rows_ = false;
+  if (sync == Sync::Always) read_since_.clear();
+  if (sync != Sync::None) after_rows_ = false;
   after_shared_ = !access.row_by_row;
   if (access.row_by_row) {
     after_rows_ = true;
     read_since_.insert(read_since_.end(), access.reads.begin(), access.reads.end());
   }
-  return meeting;
+  return sync;
 }
 
 void Plan::add(Step step) {
@@ -103,7 +103,7 @@ void Plan::add(Step step) {
     require(!buffer(id).outputs_only || selects, "a buffer for wanted rows written before they are selected");
   }
   const bool is_select = std::holds_alternative<SelectStep>(step);
-  const Meeting before = meeting_before(access, is_select || in_place);
+  const Sync before = sync_before(access, is_select || in_place);
   after_shared_ = after_shared_ || in_place;  // no thread reads what another is still writing
   steps.push_back({std::move(step), before, access.row_by_row && !is_select});
 }

@@ -110,7 +110,7 @@ struct Product {
   BufferId out;
   int slot;
 };
-struct ProductsStep {
+struct MatmulStep {
   std::vector<Product> products;
 };
 struct ExpertProduct {
@@ -136,15 +136,15 @@ struct AttentionStep {
 
 using Step =
     std::variant<EmbedStep, InputStep, NormStep, LayerNormStep, PositionStep, RopeStep, ElementwiseStep, SliceStep,
-                 SigmoidGateStep, QuantizeStep, ChooseStep, CombineStep, SelectStep, OutputStep, ProductsStep,
+                 SigmoidGateStep, QuantizeStep, ChooseStep, CombineStep, SelectStep, OutputStep, MatmulStep,
                  ExpertsStep, AttentionStep>;
 
-// Whether the threads must meet before a step: at all times, or only where rows were shared out among them.
-enum class Meeting { None, IfShared, Always };
+// Whether the threads must synchronize before a step: at all times, or only where rows were shared out among them.
+enum class Sync { None, IfShared, Always };
 
 struct PlannedStep {
   Step step;
-  Meeting before;
+  Sync before;
   bool row_by_row;
 };
 
@@ -213,10 +213,10 @@ class Plan {
   Access check(const CombineStep& step);
   Access check(const SelectStep& step);
   Access check(const OutputStep& step);
-  Access check(const ProductsStep& step);
+  Access check(const MatmulStep& step);
   Access check(const ExpertsStep& step);
   Access check(const AttentionStep& step);
-  Meeting meeting_before(const Access& access, bool waits);
+  Sync sync_before(const Access& access, bool waits);
 
   size_t choosable_ = 0;              // experts that a choice may name
   bool after_shared_ = false;         // the last step was shared by all threads

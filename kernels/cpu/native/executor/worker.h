@@ -18,7 +18,7 @@ class Worker {
     const std::vector<RotationTable>& rotations;
     const Batch& batch;
     const std::vector<Tiling>& tilings;
-    const std::vector<const ProductsStep*>& products_from;  // each step
+    const std::vector<const MatmulStep*>& next_matmul;  // each step
     Shares& shares;
     Barrier& barrier;
   };
@@ -51,7 +51,7 @@ class Worker {
 
   // Steps of their own.
   void execute(const SelectStep& step);
-  void execute(const ProductsStep& step);
+  void execute(const MatmulStep& step);
   void execute(const ExpertsStep& step);
   void execute(const AttentionStep& step);
 
@@ -86,13 +86,13 @@ class Worker {
     return {static_cast<int>(rows * thread_ / threads_), static_cast<int>(rows * (thread_ + 1) / threads_)};
   }
 
-  void meet() {
-    run_.barrier.arrive([this] { return ahead_.fetch(); });
+  void synchronize() {
+    run_.barrier.arrive([this] { return lookahead_.fetch(); });
   }
 
   // Calls f(begin, end) with pieces of [0, count) so that the threads together cover it: first `fixed` for each, then
-  // shrinking pieces for whoever is ready. Pieces are multiples of `grain` but for the last. Between two calls the
-  // threads meet.
+  // shrinking pieces for the threads that are ready. Pieces are multiples of `grain` but for the last. Between two calls the
+  // threads synchronize.
   template <typename F>
   void share(int64_t count, int64_t grain, int64_t fixed, F f) {
     if (threads_ == 1) {
@@ -127,7 +127,7 @@ class Worker {
   int rows_ = 0;
   bool alone_ = false;  // row by row steps are not shared out
   uint32_t round_ = 0;
-  Ahead ahead_;
+  Lookahead lookahead_;
 };
 
 }  // namespace llamaclust

@@ -16,7 +16,7 @@ size_t attention_scratch_bytes(int head_dim) {
 }
 
 struct ScratchBytes {
-  size_t operator()(const ProductsStep& step) const {
+  size_t operator()(const MatmulStep& step) const {
     size_t bytes = 0;
     for (const Product& product : step.products) bytes = std::max(bytes, matmul_scratch_bytes(product.weight.cols));
     return bytes;

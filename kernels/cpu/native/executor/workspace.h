@@ -42,7 +42,7 @@ class Workspace {
   // Takes the memory, all zero. To be called once, before anything is read or written.
   void allocate() { memory_ = Memory(bytes_); }
 
-  // First line of a buffer; `thread` >= 0 asks for that thread's own copy, which holds kPrivateRows rows.
+  // First line of a buffer; `own` returns that thread's copy, which holds kPrivateRows rows.
   float* shared(BufferId id) const { return reinterpret_cast<float*>(memory_.data() + shared_[index(id)]); }
   float* own(BufferId id, int thread) const { return reinterpret_cast<float*>(thread_base(thread) + own_[index(id)]); }
   uint8_t* shared_slot(int slot) const { return memory_.data() + shared_slots_[index(slot)]; }

@@ -15,7 +15,7 @@ struct Source {
   const float *x, *w;
   int64_t count;
   const NearPoints* near;  // what points of the type's grid lie near; null where it has none
-  bool has_importance;     // w is more than what the weights tell by themselves
+  bool has_importance;     // w depends on more than the weights
 };
 
 struct QuantizeOps {

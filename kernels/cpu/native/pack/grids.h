@@ -1,5 +1,5 @@
-// The grids of ggml's IQ types: for every index the levels of four or eight weights. What a level stands for is told
-// where it is used (level/quants/).
+// The grids of ggml's IQ types: for every index the levels of four or eight weights. Decoders define what a level
+// stands for (level/quants/).
 #pragma once
 
 #include <cstdint>

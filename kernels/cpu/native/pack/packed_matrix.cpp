@@ -47,7 +47,7 @@ PackedMatrix PackedMatrix::shape_only(int type, int rows, int cols) {
 }
 
 void PackedMatrix::pack_rows(int first_row, std::span<const uint8_t> data) {
-  if (tiles_ == nullptr) throw std::invalid_argument("a mere shape, or weights that are mapped, take no rows");
+  if (tiles_ == nullptr) throw std::invalid_argument("a matrix of shape_only, or of a mapped file, takes no rows");
   const size_t row_bytes = file_row_bytes(matrix_.type, matrix_.cols), rows = data.size() / row_bytes;
   if (data.size() % row_bytes != 0)
     throw std::invalid_argument("not whole rows of " + std::to_string(row_bytes) + " bytes");

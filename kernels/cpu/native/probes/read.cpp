@@ -19,9 +19,9 @@ constexpr size_t kMostBytes = size_t{1} << 30;
 constexpr size_t kUsualCacheBytes = size_t{32} << 20;
 
 // What `threads` reach of the last cache together, at most. The system's own figure may be that of a whole processor, of
-// which a core reaches a slice; Linux tells the slice.
+// which a core reaches a slice; Linux reports the slice.
 size_t cache_bytes(int threads) {
-  const long whole = sysconf(_SC_LEVEL3_CACHE_SIZE);  // 0 or less where nobody says
+  const long whole = sysconf(_SC_LEVEL3_CACHE_SIZE);  // 0 or less where it is unknown
   const size_t most = whole > 0 ? static_cast<size_t>(whole) : kUsualCacheBytes;
   size_t slice_kib = 0;
   std::ifstream("/sys/devices/system/cpu/cpu0/cache/index3/size") >> slice_kib;  // as in "32768K"

@@ -13,7 +13,7 @@ namespace llamaclust {
 struct ReadPattern {
   int streams;          // places that one thread reads from in turn, a cache line each
   bool interleaved;     // threads take turns at chunks; else each has a region of its own
-  int prefetch_chunks;  // how many chunks ahead of the read lines are asked for; 0: left to the hardware
+  int prefetch_chunks;  // how many chunks ahead of the reads lines are prefetched; 0: left to the hardware
 };
 
 inline constexpr ReadPattern kReadPatterns[] = {{1, false, 0}, {1, false, 1}, {1, true, 0}, {1, true, 1}, {2, false, 0},

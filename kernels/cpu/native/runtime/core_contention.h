@@ -1,5 +1,5 @@
 // How many threads are worth using while other programs want the same cores: a thread that is not running keeps all
-// others waiting at the next barrier. Found out by trying; results do not depend on the number.
+// others waiting at the next barrier. Found by experiment; results do not depend on the number.
 #pragma once
 
 #include <algorithm>
@@ -13,12 +13,12 @@
 namespace llamaclust {
 
 // The threads for jobs that are alike.
-class AlikeJobs {
+class SimilarJobs {
  public:
   // Where arithmetic is the limit, half the threads do as well only if one is missing for more than half of the time;
   // where memory is, which it is with few rows, much earlier.
-  AlikeJobs(int threads, bool few_rows)
-      : all_(threads), compared_(few_rows ? 8 : 3), crowded_share_(few_rows ? 0.2 : 0.5), threads_(threads) {}
+  SimilarJobs(int threads, bool few_rows)
+      : all_(threads), compared_(few_rows ? 8 : 3), contended_share_(few_rows ? 0.2 : 0.5), threads_(threads) {}
 
   // How many should take part in the next job.
   int threads() const { return trying_ ? other_ : threads_; }
@@ -33,11 +33,11 @@ class AlikeJobs {
     if (seen_ < compared_) return;
     if (trying_) return end_trial(typical() < kClearlyLess * usual_);
     usual_ = typical();
-    const bool crowded = waited_ > crowded_share_ * compared_;
+    const bool contended = waited_ > contended_share_ * compared_;
     forget();
     if (held_jobs_ > 0) return;
-    if (threads_ == all_ && !crowded) hold_ = kShortestHold;
-    const bool fewer = crowded && (threads_ == all_ || other_ > threads_);  // below all, more and fewer take turns
+    if (threads_ == all_ && !contended) hold_ = kShortestHold;
+    const bool fewer = contended && (threads_ == all_ || other_ > threads_);  // below all, more and fewer take turns
     other_ = fewer ? std::max(threads_ / 2, 1) : std::min(2 * threads_, all_);
     trying_ = other_ != threads_;
   }
@@ -73,7 +73,7 @@ class AlikeJobs {
   }
 
   const int all_, compared_;
-  const double crowded_share_;
+  const double contended_share_;
   int threads_, other_ = 0;  // the one that seems best, the one that is tried or was last
   bool trying_ = false;
   std::array<double, kMostCompared> costs_{};  // of the last jobs with the same number of threads
@@ -82,17 +82,17 @@ class AlikeJobs {
   int hold_ = kShortestHold, held_jobs_ = 0;  // jobs between two trials; how many are left
 };
 
-class Crowding {
+class CoreContention {
  public:
-  explicit Crowding(int threads) {
+  explicit CoreContention(int threads) {
     for (size_t kind = 0; kind < kKinds; kind++) kinds_.emplace_back(threads, kind < kFewRows);
   }
 
   // How many should take part in the next job of so many rows.
   int threads(int rows) const { return kinds_[kind_of(rows)].threads(); }
 
-  // After that job. The time before it counts, too: threads that wait for each other keep whoever gives the jobs from
-  // the cores. More than the job itself took is leisure.
+  // After that job. The time before it counts, too: waiting threads keep the caller that submits jobs
+  // from the cores. No more of it counts than the job itself took.
   void report(int rows, int64_t began_ns, int64_t ended_ns, int64_t waited_ns) {
     const int64_t wall_ns = std::max<int64_t>(ended_ns - began_ns, 1), others = std::max(threads(rows) - 1, 1);
     const int64_t cost_ns = wall_ns + std::clamp<int64_t>(began_ns - last_ended_ns_, 0, wall_ns);
@@ -110,7 +110,7 @@ class Crowding {
     return many <= kFewRows ? many - 1 : std::min<size_t>(kFewRows - 4 + std::bit_width(many), kKinds - 1);
   }
 
-  std::vector<AlikeJobs> kinds_;
+  std::vector<SimilarJobs> kinds_;
   int64_t last_ended_ns_ = 0;
 };
 

@@ -7,11 +7,11 @@
 
 namespace llamaclust {
 
-size_t stored_bytes(Stored stored, size_t count) { return stored == Stored::F32 ? 4 * count : 2 * count; }
+size_t source_bytes(SourceDtype source, size_t count) { return source == SourceDtype::F32 ? 4 * count : 2 * count; }
 
-size_t narrow_bytes(Narrow narrow, size_t count) {
-  if (narrow == Narrow::Q8_0) return count / 32 * 34;
-  return narrow == Narrow::F32 ? 4 * count : 2 * count;
+size_t target_bytes(TargetDtype target, size_t count) {
+  if (target == TargetDtype::Q8_0) return count / 32 * 34;
+  return target == TargetDtype::F32 ? 4 * count : 2 * count;
 }
 
 namespace {
@@ -30,13 +30,13 @@ namespace avx2 {
 #endif
 }  // namespace
 
-bool narrow(const uint8_t* from, Stored stored, size_t count, Narrow narrow, uint8_t* to) {
+bool cast_dtype(const uint8_t* from, SourceDtype source, size_t count, TargetDtype target, uint8_t* to) {
   const FloatMode mode;
 #ifdef LLAMACLUST_WIDE
   static const bool wide = cpu_features().avx2;
-  if (wide) return LLAMACLUST_WIDE(from, stored, count, narrow, to);
+  if (wide) return LLAMACLUST_WIDE(from, source, count, target, to);
 #endif
-  return any::run(from, stored, count, narrow, to);
+  return any::run(from, source, count, target, to);
 }
 
 }  // namespace llamaclust

@@ -6,15 +6,15 @@
 
 namespace llamaclust {
 
-enum class Stored { F32, F16, BF16 };
-enum class Narrow { F32, F16, BF16, Q8_0 };
+enum class SourceDtype { F32, F16, BF16 };
+enum class TargetDtype { F32, F16, BF16, Q8_0 };
 
 // Bytes that `count` weights take; of Q8_0, `count` is a multiple of 32.
-size_t stored_bytes(Stored stored, size_t count);
-size_t narrow_bytes(Narrow narrow, size_t count);
+size_t source_bytes(SourceDtype source, size_t count);
+size_t target_bytes(TargetDtype target, size_t count);
 
 // Rounds to nearest, ties to even; in a block of Q8_0 to the nearest step, halves away from zero. False where a number
 // is none, is infinite or does not fit a float16 that is wanted (Q8_0 has one for its scale).
-bool narrow(const uint8_t* from, Stored stored, size_t count, Narrow narrow, uint8_t* to);
+bool cast_dtype(const uint8_t* from, SourceDtype source, size_t count, TargetDtype target, uint8_t* to);
 
 }  // namespace llamaclust

@@ -25,14 +25,14 @@ inline float widened(int32_t half) {
   return float_of((half & 0x8000 ? -0x7fffffff - 1 : 0) | (a < 0x400 ? small : large));
 }
 
-inline void load_tile(const uint8_t* from, Stored stored, int n, float* x) {
-  if (stored == Stored::F32) {
+inline void load_tile(const uint8_t* from, SourceDtype source, int n, float* x) {
+  if (source == SourceDtype::F32) {
     std::memcpy(x, from, sizeof(float) * n);
     return;
   }
   uint16_t raw[kTile];
   std::memcpy(raw, from, sizeof(uint16_t) * n);
-  if (stored == Stored::BF16)
+  if (source == SourceDtype::BF16)
     for (int i = 0; i < n; i++) x[i] = float_of(static_cast<int32_t>(static_cast<uint32_t>(raw[i]) << 16));
   else
     for (int i = 0; i < n; i++) x[i] = widened(raw[i]);
@@ -80,32 +80,32 @@ inline bool store_block(const float* x, uint8_t* to) {
   return fits;
 }
 
-inline bool store_tile(const float* x, int n, Narrow narrow, uint8_t* to) {
+inline bool store_tile(const float* x, int n, TargetDtype target, uint8_t* to) {
   bool fits = true;
-  switch (narrow) {
-    case Narrow::F32:
+  switch (target) {
+    case TargetDtype::F32:
       std::memcpy(to, x, sizeof(float) * n);
       return true;
-    case Narrow::F16:
+    case TargetDtype::F16:
       return store_half(x, n, to);
-    case Narrow::BF16:
+    case TargetDtype::BF16:
       store_bfloat(x, n, to);
       return true;
-    case Narrow::Q8_0:
+    case TargetDtype::Q8_0:
       for (int i = 0; i < n; i += 32) fits &= store_block(x + i, to + i / 32 * 34);
       return fits;
   }
   return false;
 }
 
-static bool run(const uint8_t* from, Stored stored, size_t count, Narrow narrow, uint8_t* to) {
+static bool run(const uint8_t* from, SourceDtype source, size_t count, TargetDtype target, uint8_t* to) {
   alignas(64) float x[kTile];
-  const size_t in = stored_bytes(stored, kTile), out = narrow_bytes(narrow, kTile);
+  const size_t in = source_bytes(source, kTile), out = target_bytes(target, kTile);
   bool fits = true;
   for (; count > 0; from += in, to += out) {
     const int n = static_cast<int>(count < kTile ? count : kTile);
-    load_tile(from, stored, n, x);
-    fits &= store_tile(x, n, narrow, to);
+    load_tile(from, source, n, x);
+    fits &= store_tile(x, n, target, to);
     count -= n;
   }
   return fits;

@@ -5,7 +5,7 @@
 #include "runtime/cpu_features.h"
 
 // LLAMACLUST_LEVELS(X), of the build: X(name) for each level that is there (arithmetic.cmake).
-// Tables are copied here and not in level/: code of a level must not run before its CPU was asked.
+// Tables are copied here and not in level/: code of a level must not run before the CPU is known to have it.
 #define DECLARE(name)                      \
   namespace llamaclust::name {             \
   extern const MatmulOps matmul_ops;       \

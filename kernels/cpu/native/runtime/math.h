@@ -4,7 +4,7 @@
 
 namespace llamaclust {
 
-// Natural logarithm, error below 1e-15 relative or absolute; -infinity of 0, NaN of what is negative.
+// Natural logarithm, error below 1e-15 relative or absolute; -infinity of 0, NaN of negative numbers.
 double log_double(double x);
 
 // e^x, error below 1e-15 relative; 0 below -746, infinity above 710, NaN of NaN.

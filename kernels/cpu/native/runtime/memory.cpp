@@ -59,7 +59,7 @@ Memory Memory::mapped(int descriptor, size_t bytes) {
   munmap(map(1, PROT_READ, MAP_SHARED, descriptor), 1);
   memory.data_ = map_aligned(bytes, PROT_READ, MAP_SHARED, descriptor);
   memory.bytes_ = bytes;
-  madvise(memory.data_, bytes, MADV_HUGEPAGE);  // what is not in the page cache yet is read into huge pages
+  madvise(memory.data_, bytes, MADV_HUGEPAGE);  // pages that are not in the page cache yet are read into huge pages
   return memory;
 }
 

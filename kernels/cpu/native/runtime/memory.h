@@ -15,8 +15,8 @@ class Memory {
   // Zero, aligned to pages (to huge ones from their size on), and not there until it is touched. std::bad_alloc where
   // the system refuses.
   explicit Memory(size_t bytes);
-  // The first bytes of a file, aligned likewise, shared with everybody who maps it, and read-only. To read what was cut
-  // off the file is a crash: map only files that nobody shortens. std::bad_alloc where memory is short, std::system_error
+  // The first bytes of a file, aligned likewise, shared with every process that maps it, and read-only. Reading
+  // past the end of a truncated file is a crash: map only files that are never truncated. std::bad_alloc where memory is short, std::system_error
   // where the file cannot be mapped: some file systems cannot.
   static Memory mapped(int descriptor, size_t bytes);
   Memory(Memory&& other) noexcept;

@@ -53,7 +53,7 @@ int64_t wait_while_equal(const std::atomic<int32_t>& word, int32_t old) {
 ThreadPool::ThreadPool(int threads, bool yields)
     : threads_(threads >= 1 && threads <= 1024 ? threads : throw std::invalid_argument("threads must be 1 to 1024")),
       yields_(yields),
-      crowding_(threads),
+      contention_(threads),
       calls_(std::make_unique<Call[]>(static_cast<size_t>(threads))) {
   others_.reserve(static_cast<size_t>(threads));
   try {
@@ -79,16 +79,16 @@ void ThreadPool::call(int thread) {
 }
 
 void ThreadPool::run(Job& job, int rows) {
-  const std::lock_guard<std::mutex> lock(one_job_);
+  const std::lock_guard<std::mutex> lock(job_mutex_);
   const FloatMode mode;
   const int64_t start = now_ns();
   job_ = &job;
-  taking_part_ = yields_ ? crowding_.threads(rows) : threads_;
-  barrier_.open(taking_part_);
-  for (int thread = 1; thread < taking_part_; thread++) call(thread);
+  active_threads_ = yields_ ? contention_.threads(rows) : threads_;
+  barrier_.open(active_threads_);
+  for (int thread = 1; thread < active_threads_; thread++) call(thread);
   job.work(0);
   barrier_.arrive();
-  if (yields_) crowding_.report(rows, start, now_ns(), barrier_.waited_ns());
+  if (yields_) contention_.report(rows, start, now_ns(), barrier_.waited_ns());
 }
 
 void ThreadPool::serve(int thread) {

@@ -1,5 +1,5 @@
-// Threads that work on one job together and meet at barriers. They spin for some microseconds, then sleep in the
-// kernel: two workers on one machine must not burn each other's cores.
+// Threads that work on one job together and synchronize at barriers. They spin for some microseconds, then sleep in the
+// kernel: two workers on one machine must not keep each other's cores busy.
 #pragma once
 
 #include <atomic>
@@ -20,7 +20,7 @@ int64_t wait_while_equal(const std::atomic<int32_t>& word, int32_t old);
 // All callers of arrive() leave it together.
 class Barrier {
  public:
-  // For that many callers from now on; nobody may be inside.
+  // For that many callers from now on; no thread may be inside.
   void open(int threads) {
     threads_ = threads;
     waited_ns_.store(0, std::memory_order_relaxed);
@@ -77,7 +77,7 @@ class ThreadPool {
 
   int threads() const { return threads_; }
   // How many take part in the job that is running, all of them unless the pool yields.
-  int taking_part() const { return taking_part_; }
+  int active_threads() const { return active_threads_; }
   Barrier& barrier() { return barrier_; }
 
   // The caller is thread 0; jobs of several callers run one by one. Those with as many rows are taken to be alike.
@@ -94,11 +94,11 @@ class ThreadPool {
 
   const int threads_;
   const bool yields_;
-  std::mutex one_job_;
-  Crowding crowding_;
+  std::mutex job_mutex_;
+  CoreContention contention_;
   Barrier barrier_;
-  Job* job_ = nullptr;  // null asks a called thread to end
-  int taking_part_ = 1;
+  Job* job_ = nullptr;  // null: a called thread ends
+  int active_threads_ = 1;
   const std::unique_ptr<Call[]> calls_;
   std::vector<std::thread> others_;
 };

@@ -50,7 +50,7 @@ void ChainRun::step(Step step) {
   }
 }
 
-int32_t ChainRun::choose(double* mu) {
+int32_t ChainRun::sample(double* mu) {
   for (int32_t number : chain_.order) step(static_cast<Step>(number));
   rank(vocabulary_);
   if (size() == 0) return -1;
@@ -63,10 +63,10 @@ int32_t ChainRun::choose(double* mu) {
     while (count < size() && information(count) / kLn2 <= chain_.mu) count++;
     keep(count);
   }
-  const int chosen = draw();
-  const double surprise = -log_double(static_cast<double>(weights_[chosen]) / static_cast<double>(total_)) / kLn2;
+  const int sampled = draw();
+  const double surprise = -log_double(static_cast<double>(weights_[sampled]) / static_cast<double>(total_)) / kLn2;
   *mu = chain_.mu - chain_.mirostat_eta * (surprise - chain_.mirostat_tau);
-  return ids_[chosen];
+  return ids_[sampled];
 }
 
 // Makes the best candidates ready: all of them, or `most` where the next step keeps no more.

@@ -10,12 +10,12 @@ namespace llamaclust {
 
 class ChainRun {
  public:
-  // values[vocabulary]: logits after bias, -infinity for what may not be chosen, one at least above it. They are changed.
+  // values[vocabulary]: logits after bias, -infinity for what may not be sampled, one at least above it. They are changed.
   ChainRun(const SamplerOps& ops, float* values, int vocabulary, const Choice& choice)
       : ops_(ops), values_(values), vocabulary_(vocabulary), choice_(choice), chain_(*choice.chain) {}
 
-  // Runs the steps; -1 where penalties leave no token. *mu is set where Mirostat chooses.
-  int32_t choose(double* mu);
+  // Runs the steps; -1 where penalties leave no token. *mu is set where Mirostat samples.
+  int32_t sample(double* mu);
 
  private:
   // Candidates are values above -infinity until a step ranks them: then they are the first `ids_`, best first, with their

@@ -1,4 +1,4 @@
-// What is subtracted from the logits of tokens that were there before.
+// Penalties: subtracted from the logits of tokens that occurred before.
 #pragma once
 
 #include "sampler/sampler.h"

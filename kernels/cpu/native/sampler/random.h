@@ -21,7 +21,7 @@ inline PhiloxCounter philox(PhiloxCounter c, PhiloxKey k) {
   return c;
 }
 
-// 64 random bits of the token at `position` of one of a request's choices. `purpose`: 0 chooses it, 1 is for XTC.
+// 64 random bits of the token at `position` of one of a request's choices. `purpose`: 0 samples it, 1 is for XTC.
 inline uint64_t random_bits(uint64_t seed, uint32_t choice, uint32_t position, uint32_t purpose = 0) {
   const PhiloxKey key = {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)};
   const PhiloxCounter r = philox({position, choice, purpose, 0}, key);

@@ -1,4 +1,4 @@
-// Logits ordered by (value descending, id ascending), sorted only as far as somebody asks.
+// Logits ordered by (value descending, id ascending), sorted only as far as it is read.
 #pragma once
 
 #include <cstddef>
@@ -41,7 +41,7 @@ class Ranking {
   std::vector<float> ready_values_;
 };
 
-// Weights of a ranking's entries at one temperature, computed as far as somebody asks.
+// Weights of a ranking's entries at one temperature, computed as far as they are read.
 class RankedWeights {
  public:
   RankedWeights(Ranking& ranking, float divisor) : ranking_(ranking), divisor_(divisor) {}

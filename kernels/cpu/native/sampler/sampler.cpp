@@ -59,7 +59,7 @@ int draw(Ranking& ranking, const Choice& c) {
   return ranking.id(rank);
 }
 
-int choose(Ranking& ranking, const Choice& c) { return c.temperature > 0 ? draw(ranking, c) : ranking.best(); }
+int sample(Ranking& ranking, const Choice& c) { return c.temperature > 0 ? draw(ranking, c) : ranking.best(); }
 
 // Log-softmax over raw logits.
 class Logprobs {
@@ -101,12 +101,12 @@ const float* Sampler::adjusted(const float* logits, const Choice& c, Scratch& sc
   return scratch.data();
 }
 
-// The chosen token; -1 where every one is suppressed.
+// The sampled token; -1 where every one is suppressed.
 int32_t Sampler::plain(Ranking& raw, const float* logits, const Choice& c, Scratch& scratch) const {
   const float* values = adjusted(logits, c, scratch);
   std::optional<Ranking> changed;
   Ranking& ranking = values == logits ? raw : changed.emplace(ops_, values, vocabulary_);
-  return ranking.maximum() == -kInfinity ? -1 : choose(ranking, c);
+  return ranking.maximum() == -kInfinity ? -1 : sample(ranking, c);
 }
 
 // Likewise by all steps of a chain; *mu is set where Mirostat chose.
@@ -115,7 +115,7 @@ int32_t Sampler::chained(const float* logits, const Choice& c, Scratch& scratch,
   for (const auto& [id, bias] : c.logit_bias) scratch[id] = orderly(scratch[id] + bias);
   for (int32_t id : c.suppressed) scratch[id] = -kInfinity;
   if (*std::max_element(scratch.begin(), scratch.end()) == -kInfinity) return -1;
-  return ChainRun(ops_, scratch.data(), vocabulary_, c).choose(mu);
+  return ChainRun(ops_, scratch.data(), vocabulary_, c).sample(mu);
 }
 
 RowOutcome Sampler::run_row(const float* logits, const RowTask& task, Scratch& scratch) const {
@@ -137,7 +137,7 @@ RowOutcome Sampler::run_row(const float* logits, const RowTask& task, Scratch& s
   return outcome;
 }
 
-// The rows of one call; each thread takes the next that nobody has.
+// The rows of one call; each thread takes the next that is free.
 class Sampler::Rows final : public ThreadPool::Job {
  public:
   Rows(Sampler& sampler, const float* logits, const std::vector<RowTask>& tasks)

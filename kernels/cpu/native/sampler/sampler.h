@@ -57,7 +57,7 @@ struct Choice {
 };
 
 struct RowTask {
-  bool scored;     // `token` is given; else it is chosen
+  bool scored;     // `token` is given; else it is sampled
   int32_t token;
   Choice choice;
   int32_t top_logprobs;

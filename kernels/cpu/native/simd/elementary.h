@@ -1,4 +1,4 @@
-// How elementary functions and their coefficients are declared: a compiler for GPUs has been told its own way before.
+// How elementary functions and their coefficients are declared: for a GPU they are defined before (kernels/cuda).
 #pragma once
 
 #ifndef ELEMENTARY

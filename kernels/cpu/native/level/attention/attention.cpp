@@ -26,7 +26,7 @@ constexpr int kWeighed = 4;
 
 // scores[query][position] of R queries, P blocks of 16 positions at a time.
 template <typename Kv, int R, int P>
-void score_tile(const SpanTask& task, const float* queries, int block, const Units<Kv>& units) {
+void score_tile(const SpanTask& task, const float* queries, int block, const KeyValuePrefetch<Kv>& units) {
   const uint8_t *keys[P], *next[P];
   UNROLL for (int p = 0; p < P; p++) {
     keys[p] = keys_at(task, block + p);
@@ -36,7 +36,7 @@ void score_tile(const SpanTask& task, const float* queries, int block, const Uni
 }
 
 template <typename Kv, int R>
-void score_queries(const SpanTask& task, int query, const Units<Kv>& units) {
+void score_queries(const SpanTask& task, int query, const KeyValuePrefetch<Kv>& units) {
   constexpr int P = blocks_at_once(R);
   const float* queries = task.q + query * padded_head(task.head_dim);
   const int end = units.begin + units.blocks;
@@ -45,9 +45,9 @@ void score_queries(const SpanTask& task, int query, const Units<Kv>& units) {
   for (; block < end; block++) score_tile<Kv, R, 1>(task, queries, block, units);
 }
 
-// Puts the soft cap on the scores of R queries, those that nobody sees among them.
+// Puts the soft cap on the scores of R queries, unseen ones included.
 template <typename Kv, int R>
-void cap_scores(const SpanTask& task, const Units<Kv>& units) {
+void cap_scores(const SpanTask& task, const KeyValuePrefetch<Kv>& units) {
   const F32x16 cap = broadcast(task.soft_cap);
   for (int r = 0; r < R; r++)
     for (int block = units.begin; block < units.begin + units.blocks; block++) {
@@ -58,7 +58,7 @@ void cap_scores(const SpanTask& task, const Units<Kv>& units) {
 
 // Adds slope * (position - query's position) to the scores of R queries. Both factors are exact.
 template <typename Kv, int R>
-void bias_scores(const SpanTask& task, int query, const Units<Kv>& units) {
+void bias_scores(const SpanTask& task, int query, const KeyValuePrefetch<Kv>& units) {
   alignas(64) static const float kLanes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   const F32x16 lanes = load(kLanes);
   for (int r = 0; r < R; r++) {
@@ -122,7 +122,7 @@ void weigh(float* scores, const int* firsts, const int* ends, const SpanSums& su
 
 // R queries, a few at a time.
 template <typename Kv, int R>
-void weigh_queries(const SpanTask& task, int query, const SpanSums& sums, const Units<Kv>& units) {
+void weigh_queries(const SpanTask& task, int query, const SpanSums& sums, const KeyValuePrefetch<Kv>& units) {
   static_assert(R <= kMostAhead - kUnitsAhead);
   const auto* cached = reinterpret_cast<const uint8_t*>(task.scores);
   const uint8_t* next[R];
@@ -141,7 +141,7 @@ void weigh_queries(const SpanTask& task, int query, const SpanSums& sums, const 
 // values[query][channel] += weight * value over positions [begin, end), for R queries and C groups of 16 channels.
 template <typename Kv, int R, int C>
 void value_tile(const SpanTask& task, const float* weights, int query, int channel, int begin, int end, float* values,
-                const Units<Kv>& units) {
+                const KeyValuePrefetch<Kv>& units) {
   const int width = padded_head(task.head_dim);
   float* out = values + query * width + channel;
   F32x16 sums[R][C];
@@ -169,7 +169,7 @@ void value_tile(const SpanTask& task, const float* weights, int query, int chann
 
 template <typename Kv, int R>
 void value_range(const SpanTask& task, const float* weights, int query, int begin, int end, float* values,
-                 const Units<Kv>& units) {
+                 const KeyValuePrefetch<Kv>& units) {
   constexpr int C = channels_at_once(R);
   const int width = padded_head(task.head_dim);
   int channel = 0;
@@ -183,7 +183,7 @@ void value_range(const SpanTask& task, const float* weights, int query, int begi
 
 // Positions that all R queries see are walked together, those before and after one query at a time.
 template <typename Kv, int R>
-void value_queries(const SpanTask& task, int query, float* values, const Units<Kv>& units) {
+void value_queries(const SpanTask& task, int query, float* values, const KeyValuePrefetch<Kv>& units) {
   const int width = padded_head(task.head_dim), last = query + R - 1;
   const int common_end = task.ends[query];
   const int common = task.firsts[last] < common_end ? task.firsts[last] : common_end;
@@ -200,7 +200,7 @@ void value_queries(const SpanTask& task, int query, float* values, const Units<K
 }
 
 template <typename Kv, int R>
-void span_queries(const SpanTask& task, int query, const SpanSums& sums, const Units<Kv>& units) {
+void span_queries(const SpanTask& task, int query, const SpanSums& sums, const KeyValuePrefetch<Kv>& units) {
   score_queries<Kv, R>(task, query, units);
   if (task.soft_cap > 0) cap_scores<Kv, R>(task, units);
   if (task.slopes != nullptr) bias_scores<Kv, R>(task, query, units);
@@ -208,11 +208,11 @@ void span_queries(const SpanTask& task, int query, const SpanSums& sums, const U
   value_queries<Kv, R>(task, query, sums.values, units);
 }
 
-// All queries, R at a time, then the rest. The first ones fetch what is read next.
+// All queries, R at a time, then the rest. The first ones prefetch for the next.
 template <typename Kv, int R>
 void span_from(const SpanTask& task, int query, const SpanSums& sums) {
   for (; query + R <= task.queries; query += R) {
-    span_queries<Kv, R>(task, query, sums, Units<Kv>(task, query, R));
+    span_queries<Kv, R>(task, query, sums, KeyValuePrefetch<Kv>(task, query, R));
   }
   if constexpr (R > 1)
     if (query < task.queries) span_from<Kv, R - 1>(task, query, sums);

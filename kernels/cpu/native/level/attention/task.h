@@ -7,8 +7,8 @@
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {
 
-// How many units ahead of what is computed others are fetched: enough for a memory that answers late, and more from
-// where weights are made of scores, which reads nothing, on.
+// How many units ahead of what is computed others are fetched: enough to cover the memory's latency, and more from
+// the softmax on, which reads nothing.
 constexpr int kUnitsAhead = 8, kMostAhead = 16;
 
 #define INLINE inline __attribute__((always_inline))
@@ -30,8 +30,8 @@ INLINE int block_end(const SpanTask& task, int query, int count) {
 // What queries of a span read, in order, in units of the keys or the values of one block: keys, values, and then the
 // keys of the next span. Units are fetched into the cache some time before they are computed with.
 template <typename Kv>
-struct Units {
-  Units(const SpanTask& task, int query, int count)
+struct KeyValuePrefetch {
+  KeyValuePrefetch(const SpanTask& task, int query, int count)
       : task(task),
         begin(block_begin(task, query)),
         blocks(block_end(task, query, count) - begin),

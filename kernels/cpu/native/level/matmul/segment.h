@@ -48,7 +48,7 @@ struct SubMins<Type, true> {
   DECODE explicit SubMins(const uint8_t* body) { Type::sub_mins(body, mins); }
 };
 
-// What the reader of tiles asks memory for in advance: tuned, see benchmarks/kernels.py.
+// How far ahead of the reads tiles are prefetched: tuned with benchmarks/kernels.py.
 constexpr int kPrefetchBytes = 9216;
 
 // A segment of a tile, decoded as it is read.
@@ -79,7 +79,7 @@ DECODE int32_t load_four(const int8_t* p) {
   return r;
 }
 
-// Sum of the activations that sub-block j meets.
+// Sum of the activations that sub-block j is multiplied with.
 template <class Type>
 DECODE int32_t sub_sum(const Q8_256& a, int j) {
   return Type::kSubBlocks == 16 ? a.sums[j] : a.sums[2 * j] + a.sums[2 * j + 1];
@@ -92,7 +92,7 @@ DECODE int32_t sum_of(const Q8_256& a) {
   return sum;
 }
 
-// What the offset of the quants takes off the sum of sub-block j.
+// What the offset of the quants subtracts from the sum of sub-block j.
 template <class Type>
 DECODE I32x16 minus_offset(const Q8_32& a, int) {
   return sub(broadcast(0), mul(broadcast(a.sum), broadcast(Type::kOffset)));
@@ -113,7 +113,7 @@ DECODE Sums first_sums(const Activations& a, int j) {
     return no_sums();
 }
 
-// Whether sums begin with the offset, so that nobody needs to take it off.
+// Whether sums begin with the offset, so that it need not be subtracted.
 template <class Type>
 constexpr bool kOffsetFirst = kSumsFrom && Type::kOffset != 0 && (!kWide<Type> || kSubScaled<Type>);
 

@@ -1,4 +1,4 @@
-// What the decoders of quant types share. A decoder tells how a segment lies in a tile (its body and tail in
+// What the decoders of quant types share. A decoder defines how a segment lies in a tile (its body and tail in
 // level/quant_types.h): k-group g of sub-block j as unsigned bytes of kBits bits, each kOffset above the quant; the float
 // scale, the min where the type has one, and the integer scales and mins of its sub-blocks where there is more than one.
 #pragma once

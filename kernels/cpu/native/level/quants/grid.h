@@ -95,7 +95,7 @@ struct IQ3_S : Decoder<QuantType::IQ3_S, 8, 5, 16> {
 // Lines of n for two sub-blocks each, then of bits 0-1 of m for four, then of bit 2 for eight; the first lowest.
 constexpr int kThirdsBytes = 14 * 64;
 
-// a of k-groups 0 and 1 or b of 2 and 3; what is above 8 stands for 8.
+// a of k-groups 0 and 1 or b of 2 and 3; numbers above 8 stand for 8.
 [[maybe_unused]] DECODE Bytes pair_of_levels(Lines lines, int j, int g) {
   constexpr uint8_t a_of_n[16] = {0, 0, 0, 0, 0, 0, 0, 0, 0, 8, 8};
   constexpr uint8_t b_of_n[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 0, 8};

@@ -11,7 +11,7 @@ void Worker::multiply(const Product& product, int tile_begin, int tile_end) {
                            run_.workspace.scratch(thread_));
 }
 
-void Worker::execute(const ProductsStep& step) {
+void Worker::execute(const MatmulStep& step) {
   int64_t tiles = 0;
   for (const Product& product : step.products) tiles += product.weight.tile_count();
   const auto multiply_tiles = [&](int64_t begin, int64_t end) {

@@ -1,15 +1,29 @@
-// The parts of the Python module, one file each; they share nothing but the module.
+// The parts of the Python module, a function each, and the arrays that they take.
 #pragma once
 
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
 namespace llamaclust {
 
-void bind_memory(nanobind::module_& module);
-void bind_matmul(nanobind::module_& module);
-void bind_sampler(nanobind::module_& module);
-void bind_executor(nanobind::module_& module);
-void bind_quantize(nanobind::module_& module);
-void bind_dtype_cast(nanobind::module_& module);
+namespace nb = nanobind;
+using namespace nb::literals;
+
+template <typename T, int dimensions = 1>
+using Array = nb::ndarray<T, nb::ndim<dimensions>, nb::c_contig, nb::device::cpu>;
+using Ints = Array<const int32_t>;
+using Floats = Array<const float>;
+using FloatRows = Array<const float, 2>;
+
+void bind_memory(nb::module_& module);
+void bind_matmul(nb::module_& module);
+void bind_sampler(nb::module_& module);
+void bind_executor(nb::module_& module);
+void bind_quantize(nb::module_& module);
 
 }  // namespace llamaclust

@@ -1,11 +1,6 @@
 // Plans and stages for Python: a plan is built step by step, a stage runs it in one call without the interpreter's
 // lock.
-#include <nanobind/ndarray.h>
-#include <nanobind/stl/optional.h>
-#include <nanobind/stl/pair.h>
-#include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
-#include <nanobind/stl/vector.h>
 
 #include <limits>
 
@@ -14,15 +9,9 @@
 #include "pack/packed_matrix.h"
 #include "runtime/levels.h"
 
-namespace nb = nanobind;
-using namespace nb::literals;
-
 namespace llamaclust {
 namespace {
 
-using Ints = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using FloatRows = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using PythonRotation = std::optional<std::pair<int, bool>>;  // table, neox
 
 std::vector<float> vector_of(const Floats& x) { return {x.data(), x.data() + x.size()}; }
@@ -74,15 +63,10 @@ struct NativeStage {
         (hidden->shape(0) != positions.size() || hidden->shape(1) != static_cast<size_t>(executor.hidden_width())))
       throw std::invalid_argument("batch: hidden states must be [rows, " + std::to_string(executor.hidden_width()) +
                                   "]");
-    const Batch batch{
-        span_of(tokens),
-        span_of(positions),
-        span_of(sequence_starts),
-        span_of(table_starts),
-        span_of(block_tables),
-        window_tables ? span_of(*window_tables) : std::span<const int32_t>(),
-        span_of(output_rows),
-        hidden ? hidden->data() : nullptr};
+    const Batch batch{span_of(tokens),          span_of(positions),
+                      span_of(sequence_starts), span_of(table_starts),
+                      span_of(block_tables),    window_tables ? span_of(*window_tables) : std::span<const int32_t>(),
+                      span_of(output_rows),     hidden ? hidden->data() : nullptr};
     const nb::gil_scoped_release unlocked;
     return executor.run(batch);
   }
@@ -99,9 +83,7 @@ nb::object contents_of(nb::handle self, int buffer) {
   return nb::cast(nb::ndarray<nb::numpy, float>(executor.contents(buffer), 2, shape, self));
 }
 
-nb::object result_of(nb::handle self) {
-  return contents_of(self, nb::cast<NativeStage&>(self).executor.result());
-}
+nb::object result_of(nb::handle self) { return contents_of(self, nb::cast<NativeStage&>(self).executor.result()); }
 
 void add_products(PlanBuilder& builder,
                   const std::vector<std::tuple<nb::object, std::optional<Floats>, int, int>>& products) {
@@ -122,8 +104,8 @@ void add_experts(PlanBuilder& builder, const std::vector<std::pair<std::vector<n
 }
 
 void add_attention(PlanBuilder& builder, int q, int k, int v, int out, int layer, int heads, int kv_heads, int head_dim,
-                   float scale, std::optional<float> soft_cap, std::vector<float> slopes,
-                   std::optional<int> window, PythonRotation rotate_q, PythonRotation rotate_k) {
+                   float scale, std::optional<float> soft_cap, std::vector<float> slopes, std::optional<int> window,
+                   PythonRotation rotate_q, PythonRotation rotate_k) {
   require(!soft_cap || *soft_cap > 0, "a soft cap that is no positive number");
   builder.plan.add(AttentionStep{q, k, v, out, layer, heads, kv_heads, head_dim, scale, soft_cap.value_or(0.0f),
                                  std::move(slopes), window.value_or(std::numeric_limits<int>::max()),
@@ -145,10 +127,8 @@ void bind_row_steps(nb::class_<PlanBuilder>& plan) {
            [](PlanBuilder& b, int x, int out, int heads, int head_dim, std::pair<int, bool> rotation) {
              b.plan.add(RopeStep{x, out, heads, head_dim, *rotation_of(rotation)});
            })
-      .def("elementwise",
-           [](PlanBuilder& b, const std::string& op, int x, int y, int out, float number) {
-             b.plan.add(ElementwiseStep{row_op_named(op), x, y, out, number});
-           })
+      .def("elementwise", [](PlanBuilder& b, const std::string& op, int x, int y, int out,
+                             float number) { b.plan.add(ElementwiseStep{row_op_named(op), x, y, out, number}); })
       .def("slice", [](PlanBuilder& b, int x, int out, int start) { b.plan.add(SliceStep{x, out, start}); })
       .def("sigmoid_gate", [](PlanBuilder& b, int x, int y, int out,
                               const Floats& weight) { b.plan.add(SigmoidGateStep{x, y, out, vector_of(weight)}); })
@@ -195,11 +175,12 @@ void bind_executor(nb::module_& module) {
           "width"_a, "multiple"_a, "private_copy"_a, "outputs_only"_a)
       .def("add_rotation", [](PlanBuilder& b, std::vector<double> frequencies,
                               double scale) { return b.plan.add_rotation({std::move(frequencies), scale}); })
-      .def("add_kv_layer",
-           [](PlanBuilder& b, int kv_heads, int head_dim, int kv_type, bool windowed) {
-             return b.plan.add_kv_layer({kv_heads, head_dim, kv_type_of(kv_type), windowed});
-           },
-           "kv_heads"_a, "head_dim"_a, "kv_type"_a, "windowed"_a = false)
+      .def(
+          "add_kv_layer",
+          [](PlanBuilder& b, int kv_heads, int head_dim, int kv_type, bool windowed) {
+            return b.plan.add_kv_layer({kv_heads, head_dim, kv_type_of(kv_type), windowed});
+          },
+          "kv_heads"_a, "head_dim"_a, "kv_type"_a, "windowed"_a = false)
       .def("set_result", [](PlanBuilder& b, int buffer) { b.plan.set_result(buffer); })
       .def("multiply", &add_products)
       .def("multiply_experts", &add_experts, "products"_a, "choice"_a, "slot"_a, "used"_a, "per_rank"_a)
@@ -221,9 +202,7 @@ void bind_executor(nb::module_& module) {
       "threads"_a, "Bytes that a stage of the plan needs besides weights and KV memory.");
   module.def(
       "kv_block_bytes",
-      [](int kv_heads, int head_dim, int kv_type) {
-        return kv_block_bytes({kv_heads, head_dim, kv_type_of(kv_type)});
-      },
+      [](int kv_heads, int head_dim, int kv_type) { return kv_block_bytes({kv_heads, head_dim, kv_type_of(kv_type)}); },
       "Bytes that one block of KV memory costs in a layer.");
 }
 

@@ -1,9 +1,4 @@
 // Matrix products for tests, benchmarks and measurements of a machine; a model runs them through the executor.
-#include <nanobind/ndarray.h>
-#include <nanobind/stl/optional.h>
-#include <nanobind/stl/shared_ptr.h>
-#include <nanobind/stl/string.h>
-#include <nanobind/stl/vector.h>
 
 #include <algorithm>
 #include <chrono>
@@ -19,17 +14,10 @@
 #include "runtime/levels.h"
 #include "runtime/thread_pool.h"
 
-namespace nb = nanobind;
-using namespace nb::literals;
-
 namespace llamaclust {
 namespace {
 
-using FileBytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using FloatRows = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-
-void pack_rows(PackedMatrix& matrix, int first_row, FileBytes data) {
+void pack_rows(PackedMatrix& matrix, int first_row, Array<const uint8_t> data) {
   const nb::gil_scoped_release unlocked;
   matrix.pack_rows(first_row, {data.data(), data.size()});
 }
@@ -78,7 +66,7 @@ class Products final : public ThreadPool::Job {
 
   void work(int thread) noexcept override {
     const FloatMode mode;
-    const Memory& scratch = scratch_[static_cast<size_t>(thread)];
+    const Memory& scratch = scratch_[thread];
     std::fill_n(scratch.data(), scratch.bytes(), uint8_t{0});
     pool_->barrier().arrive();
     const auto start = std::chrono::steady_clock::now();

@@ -1,5 +1,4 @@
 // Memory that holds the tiles of several matrices, for loading.
-#include <nanobind/ndarray.h>
 
 #include <cerrno>
 #include <system_error>
@@ -8,9 +7,6 @@
 #include "pack/packed_matrix.h"
 #include "runtime/checksum.h"
 #include "runtime/memory.h"
-
-namespace nb = nanobind;
-using namespace nb::literals;
 
 namespace llamaclust {
 namespace {
@@ -50,8 +46,9 @@ void touch(const Memory& memory) {
 void bind_memory(nb::module_& module) {
   nb::class_<Memory>(module, "Memory", nb::is_weak_referenceable(), "Zero at first, or a file's bytes; see memory.h.")
       .def(nb::init<size_t>(), "bytes"_a)
-      .def_static("mapped", &mapped, "descriptor"_a, "bytes"_a,
-                  "The first bytes of a file that is never truncated, shared and read-only; OSError where it has no maps.")
+      .def_static(
+          "mapped", &mapped, "descriptor"_a, "bytes"_a,
+          "The first bytes of a file that is never truncated, shared and read-only; OSError where it has no maps.")
       .def_prop_ro("bytes", &Memory::bytes)
       .def_prop_ro("is_writable", &Memory::is_writable)
       .def_prop_ro("address", [](const Memory& memory) { return reinterpret_cast<uintptr_t>(memory.data()); })

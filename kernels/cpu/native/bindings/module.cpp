@@ -1,11 +1,6 @@
 #include "bindings/bindings.h"
-
-#include <nanobind/stl/string.h>
-#include <nanobind/stl/vector.h>
-
 #include "runtime/levels.h"
 
-namespace nb = nanobind;
 using namespace llamaclust;
 
 namespace {
@@ -27,5 +22,4 @@ NB_MODULE(_native, module) {
   bind_sampler(module);
   bind_executor(module);
   bind_quantize(module);
-  bind_dtype_cast(module);
 }

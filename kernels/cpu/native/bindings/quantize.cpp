@@ -1,7 +1,4 @@
-// Weights into the blocks of a model file.
-#include <nanobind/ndarray.h>
-#include <nanobind/stl/optional.h>
-#include <nanobind/stl/string.h>
+// Weights into the blocks of a model file, quantized or cast.
 
 #include <algorithm>
 #include <cmath>
@@ -13,24 +10,18 @@
 #include "bindings/bindings.h"
 #include "pack/near_points.h"
 #include "pack/pack.h"
+#include "runtime/dtype_cast.h"
 #include "runtime/float_mode.h"
 #include "runtime/levels.h"
 
-namespace nb = nanobind;
-using namespace nb::literals;
-
 namespace llamaclust {
 namespace {
-
-using FloatRows = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-using FileRows = nb::ndarray<uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
 // Weights that are worked on at a time: they and what belongs to them stay in a core's cache.
 constexpr int64_t kBatchWeights = 1 << 13;
 
 void quantize_rows(const std::string& level, int quant_type, const FloatRows& x,
-                   const std::optional<Floats>& importance, const FileRows& out) {
+                   const std::optional<Floats>& importance, const Array<uint8_t, 2>& out) {
   const QuantizeOps ops = find_level(level).quantize;
   const QuantType type{quant_type};
   const int64_t rows = static_cast<int64_t>(x.shape(0)), cols = static_cast<int64_t>(x.shape(1));
@@ -51,8 +42,21 @@ void quantize_rows(const std::string& level, int quant_type, const FloatRows& x,
     for (int64_t r = 0; r < n; r++)
       ops.weigh(values + r * cols, importance ? importance->data() : nullptr, static_cast<int>(cols),
                 w.data() + r * cols);
-    ops.quantize(type, {values, w.data(), n * cols, near, importance.has_value()}, out.data() + static_cast<size_t>(row) * row_bytes);
+    ops.quantize(type, {values, w.data(), n * cols, near, importance.has_value()},
+                 out.data() + static_cast<size_t>(row) * row_bytes);
   }
+}
+
+bool cast_dtype_checked(Array<const uint8_t> from, int source, Array<uint8_t> to, int target) {
+  if (source < 0 || source > 2 || target < 0 || target > 3) throw nb::value_error("no such type");
+  const auto given = static_cast<SourceDtype>(source);
+  const auto wanted = static_cast<TargetDtype>(target);
+  const size_t count = from.size() / source_bytes(given, 1);
+  const bool whole = wanted != TargetDtype::Q8_0 || count % 32 == 0;
+  if (!whole || source_bytes(given, count) != from.size() || target_bytes(wanted, count) != to.size())
+    throw nb::value_error("sizes that do not fit together");
+  const nb::gil_scoped_release released;
+  return cast_dtype(from.data(), given, count, wanted, to.data());
 }
 
 }  // namespace
@@ -61,6 +65,7 @@ void bind_quantize(nb::module_& module) {
   module.def("quantize_rows", &quantize_rows, "level"_a, "quant_type"_a, "x"_a, "importance"_a.none(), "out"_a,
              "Writes weights x [rows, cols], finite and below 65504, as rows of a model file, out [rows, row bytes]; "
              "importance [cols] says how much an error in a column matters, None where they all do alike.");
+  module.def("cast_dtype", &cast_dtype_checked, "x"_a, "source"_a, "out"_a, "target"_a);
 }
 
 }  // namespace llamaclust

@@ -1,10 +1,4 @@
-#include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
 #include <nanobind/stl/array.h>
-#include <nanobind/stl/pair.h>
-#include <nanobind/stl/shared_ptr.h>
-#include <nanobind/stl/string.h>
-#include <nanobind/stl/vector.h>
 
 #include "bindings/bindings.h"
 #include "probes/probes.h"
@@ -14,13 +8,8 @@
 #include "sampler/random.h"
 #include "sampler/sampler.h"
 
-namespace nb = nanobind;
-using namespace nb::literals;
-
 namespace llamaclust {
 namespace {
-
-using Logits = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 
 RowTask sample_task(float temperature, int32_t top_k, double top_p, double min_p, float repetition_penalty,
                     float frequency_penalty, float presence_penalty, std::vector<TokenValue> logit_bias, uint64_t seed,
@@ -36,16 +25,16 @@ RowTask sample_task(float temperature, int32_t top_k, double top_p, double min_p
 std::shared_ptr<Chain> make_chain(std::vector<int32_t> order, double top_n_sigma, double tfs_z, double typical_p,
                                   double xtc_probability, double xtc_threshold, double dynatemp_range,
                                   double dynatemp_exponent, double dry_multiplier, double dry_base,
-                                  int32_t dry_allowed_length, int32_t mirostat, double mirostat_tau, double mirostat_eta,
-                                  std::vector<int32_t> unpenalized, int32_t penalty_window, int32_t dry_window,
-                                  Breakers breakers, double mu) {
+                                  int32_t dry_allowed_length, int32_t mirostat, double mirostat_tau,
+                                  double mirostat_eta, std::vector<int32_t> unpenalized, int32_t penalty_window,
+                                  int32_t dry_window, Breakers breakers, double mu) {
   return std::make_shared<Chain>(Chain{std::move(order), top_n_sigma, tfs_z, typical_p, xtc_probability, xtc_threshold,
                                        dynatemp_range, dynatemp_exponent, dry_multiplier, dry_base, dry_allowed_length,
                                        mirostat, mirostat_tau, mirostat_eta, std::move(unpenalized), penalty_window,
                                        dry_window, std::move(breakers), mu});
 }
 
-std::vector<RowOutcome> run(Sampler& sampler, Logits logits, const std::vector<RowTask>& tasks) {
+std::vector<RowOutcome> run(Sampler& sampler, FloatRows logits, const std::vector<RowTask>& tasks) {
   if (static_cast<int>(logits.shape(1)) != sampler.vocabulary() || logits.shape(0) != tasks.size())
     throw nb::value_error("logits must be [tasks, vocabulary]");
   const nb::gil_scoped_release released;
@@ -53,8 +42,7 @@ std::vector<RowOutcome> run(Sampler& sampler, Logits logits, const std::vector<R
   return sampler.run(logits.data(), tasks);
 }
 
-void exp_of(nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu> x,
-            nb::ndarray<float, nb::ndim<1>, nb::c_contig, nb::device::cpu> out, const std::string& level) {
+void exp_of(Floats x, Array<float> out, const std::string& level) {
   if (x.size() != out.size()) throw nb::value_error("x and out differ in length");
   find_level(level).sampler.exp(x.data(), static_cast<int>(x.size()), out.data());
 }
@@ -77,8 +65,9 @@ void bind_sampler(nb::module_& module) {
       .def_static("sample", &sample_task, "temperature"_a, "top_k"_a, "top_p"_a, "min_p"_a, "repetition_penalty"_a,
                   "frequency_penalty"_a, "presence_penalty"_a, "logit_bias"_a, "seed"_a, "choice"_a, "position"_a,
                   "history"_a, "suppressed"_a, "top_logprobs"_a, "chain"_a.none() = nb::none())
-      .def_static("score", [](int32_t token, int32_t top) { return RowTask{true, token, {}, top}; }, "token"_a,
-                  "top_logprobs"_a);
+      .def_static(
+          "score", [](int32_t token, int32_t top) { return RowTask{true, token, {}, top}; }, "token"_a,
+          "top_logprobs"_a);
   nb::class_<RowOutcome>(module, "RowOutcome")
       .def_ro("token", &RowOutcome::token)
       .def_ro("logprob", &RowOutcome::logprob)
@@ -86,9 +75,12 @@ void bind_sampler(nb::module_& module) {
       .def_ro("failure", &RowOutcome::failure)
       .def_ro("mu", &RowOutcome::mu);
   nb::class_<Sampler>(module, "Sampler")
-      .def("__init__", [](Sampler* self, int vocabulary, const std::string& level, int threads) {
-             new (self) Sampler(find_level(level).sampler, vocabulary, threads);
-           }, "vocabulary"_a, "feature_level"_a, "threads"_a)
+      .def(
+          "__init__",
+          [](Sampler* self, int vocabulary, const std::string& level, int threads) {
+            new (self) Sampler(find_level(level).sampler, vocabulary, threads);
+          },
+          "vocabulary"_a, "feature_level"_a, "threads"_a)
       .def("run", &run, "logits"_a, "tasks"_a);
   const nb::call_guard<nb::gil_scoped_release> released;
   nb::class_<ReadProbe>(module, "ReadProbe")

@@ -39,19 +39,17 @@ class AttentionWork {
   }
 
  private:
-  const KvShape& shape() const { return worker_.run_.plan.kv_layers[static_cast<size_t>(step_.layer)]; }
+  const KvShape& shape() const { return worker_.run_.plan.kv_layers[step_.layer]; }
   uint8_t* piece(int kv_head, int block) const {
     const size_t piece_index =
         static_cast<size_t>(block) * static_cast<size_t>(step_.kv_heads) + static_cast<size_t>(kv_head);
     return worker_.run_.kv.layer(step_.layer) + piece_index * kv_piece_bytes(type_, step_.head_dim);
   }
-  const int32_t* table(int sequence) const {
-    return tables_.data() + batch_.table_starts[static_cast<size_t>(sequence)];
-  }
+  const int32_t* table(int sequence) const { return tables_.data() + batch_.table_starts[sequence]; }
 
   const float* rotated(const std::optional<Rotation>& rotation, const float* x, int row, float* out) const {
     if (!rotation) return x;
-    const RotationTable& angles = worker_.run_.rotations[static_cast<size_t>(rotation->table)];
+    const RotationTable& angles = worker_.run_.rotations[rotation->table];
     level_.vector.rope(x, angles.row(units_.position(row)), angles.pairs(), step_.head_dim, rotation->style, out);
     return out;
   }
@@ -67,7 +65,7 @@ class AttentionWork {
   void store_all() const {
     worker_.share(static_cast<int64_t>(units_.tiles.size()), 1, [this](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++) {
-        const RowTile& tile = units_.tiles[static_cast<size_t>(i)];
+        const RowTile& tile = units_.tiles[i];
         for (int row = tile.row_begin; row < tile.row_end; row++)
           for (int kv_head = 0; kv_head < step_.kv_heads; kv_head++) store(tile.sequence, row, kv_head);
       }
@@ -125,7 +123,7 @@ class AttentionWork {
   void load_bias(const Unit& unit, int start, const QueryRange& queries) const {
     for (int query = queries.before; query < queries.end; query++) {
       scratch_.positions[query - queries.before] = units_.position(unit.tile.row_begin + query / unit.heads) - start;
-      scratch_.slopes[query - queries.before] = step_.slopes[static_cast<size_t>(unit.head + query % unit.heads)];
+      scratch_.slopes[query - queries.before] = step_.slopes[unit.head + query % unit.heads];
     }
   }
 
@@ -137,7 +135,8 @@ class AttentionWork {
   void merge(const QueryRange& queries, const SpanSums& total, const SpanSums& next) const {
     const int head_dim = step_.head_dim;
     if (queries.joined > queries.before)
-      level_.attention.merge(from(total, queries.before), from(next, queries.before), queries.joined - queries.before, head_dim);
+      level_.attention.merge(from(total, queries.before), from(next, queries.before), queries.joined - queries.before,
+                             head_dim);
     const int count = queries.end - queries.joined;
     const SpanSums to = from(total, queries.joined), source = from(next, queries.joined);
     std::copy_n(source.maximum, count, to.maximum);

@@ -15,7 +15,8 @@ struct AttentionUnits {
     int kv_head, head, heads;
   };
 
-  // The queries of a unit that a span concerns: [before, end) see some of it, and of those [joined, end) nothing before it.
+  // The queries of a unit that a span concerns: [before, end) see some of it, and of those [joined, end) nothing before
+  // it.
   struct QueryRange {
     int before, joined, end;
   };
@@ -31,7 +32,7 @@ struct AttentionUnits {
   bool one_a_sequence() const { return head_groups == 1 && static_cast<int>(tiles.size()) == batch.sequences(); }
   int64_t heads_per_tile() const { return static_cast<int64_t>(step.kv_heads) * head_groups; }
   int64_t count() const { return static_cast<int64_t>(tiles.size()) * heads_per_tile(); }
-  int position(int row) const { return batch.positions[static_cast<size_t>(row)]; }
+  int position(int row) const { return batch.positions[row]; }
   // The first position that a row sees.
   int first_seen(int row) const { return std::max(0, position(row) - step.window + 1); }
   // Spans that a tile's rows see.

@@ -27,11 +27,10 @@ void check_starts(const char* what, std::span<const int32_t> starts, size_t end,
 void check_sequence(const Batch& batch, int sequence, const Limits& limits) {
   const size_t s = static_cast<size_t>(sequence);
   const int begin = batch.sequence_starts[s], end = batch.sequence_starts[s + 1];
-  const int32_t first = batch.positions[static_cast<size_t>(begin)];
+  const int32_t first = batch.positions[begin];
   check_range("position", first, 0, static_cast<int64_t>(limits.max_context_tokens) - (end - begin) + 1);
   for (int row = begin; row < end; row++)
-    if (batch.positions[static_cast<size_t>(row)] != first + (row - begin))
-      refuse("position", batch.positions[static_cast<size_t>(row)], first + (row - begin));
+    if (batch.positions[row] != first + (row - begin)) refuse("position", batch.positions[row], first + (row - begin));
   const int64_t room = (static_cast<int64_t>(batch.table_starts[s + 1]) - batch.table_starts[s]) * kKvBlockTokens;
   if (first + (end - begin) > room) refuse("positions of a block table", first + (end - begin), room);
 }
@@ -39,12 +38,11 @@ void check_sequence(const Batch& batch, int sequence, const Limits& limits) {
 // Blocks that rows of a windowed layer read or write must be there, others may be.
 void check_window(const Batch& batch, int sequence, const Plan& plan) {
   const size_t s = static_cast<size_t>(sequence);
-  const int32_t first = batch.positions[static_cast<size_t>(batch.sequence_starts[s])];
-  const int32_t last = batch.positions[static_cast<size_t>(batch.sequence_starts[s + 1] - 1)];
+  const int32_t first = batch.positions[batch.sequence_starts[s]];
+  const int32_t last = batch.positions[batch.sequence_starts[s + 1] - 1];
   const int begin = std::max(first - plan.window + 1, 0) / kKvBlockTokens, end = last / kKvBlockTokens + 1;
   for (int block = begin; block < end; block++)
-    check_range("window block", batch.window_tables[static_cast<size_t>(batch.table_starts[s] + block)], 0,
-                plan.limits.window_blocks);
+    check_range("window block", batch.window_tables[batch.table_starts[s] + block], 0, plan.limits.window_blocks);
 }
 
 }  // namespace

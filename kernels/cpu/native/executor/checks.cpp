@@ -14,7 +14,7 @@ void Plan::check_alike(BufferId a, BufferId b) const {
 
 void Plan::check_rotation(const Rotation& rotation, int head_dim) const {
   require(rotation.table >= 0 && static_cast<size_t>(rotation.table) < rotations.size(), "unknown rotation table");
-  require(2 * rotations[static_cast<size_t>(rotation.table)].pairs() <= head_dim, "rotation wider than a head");
+  require(2 * rotations[rotation.table].pairs() <= head_dim, "rotation wider than a head");
 }
 
 void Plan::check_product(const Matrix& weight, const std::vector<float>& bias, BufferId out, int index) const {
@@ -25,6 +25,7 @@ void Plan::check_product(const Matrix& weight, const std::vector<float>& bias, B
   require(bias.empty() || bias.size() == static_cast<size_t>(weight.rows), "a bias as wide as its product");
 }
 
+template <>
 Access Plan::check(const EmbedStep& step) {
   require(is_supported(step.weight.type), "an embedding of an unsupported type");
   require(buffer(step.out).width == step.weight.cols && buffer(step.out).multiple == 1, "embedding width");
@@ -33,6 +34,7 @@ Access Plan::check(const EmbedStep& step) {
   return {{}, {step.out}, true};
 }
 
+template <>
 Access Plan::check(const InputStep& step) {
   require(buffer(step.out).multiple == 1 && !selects, "a hidden state is one line a row");
   require(hidden_width == 0 || hidden_width == buffer(step.out).width, "hidden states of two widths");
@@ -40,6 +42,7 @@ Access Plan::check(const InputStep& step) {
   return {{}, {step.out}, true};
 }
 
+template <>
 Access Plan::check(const NormStep& step) {
   check_alike(step.x, step.out);
   require(!step.weight.empty() && static_cast<size_t>(buffer(step.x).width) % step.weight.size() == 0,
@@ -48,6 +51,7 @@ Access Plan::check(const NormStep& step) {
   return {{step.x}, {step.out}, true};
 }
 
+template <>
 Access Plan::check(const LayerNormStep& step) {
   check_alike(step.x, step.out);
   const size_t width = static_cast<size_t>(buffer(step.x).width);
@@ -57,6 +61,7 @@ Access Plan::check(const LayerNormStep& step) {
   return {{step.x}, {step.out}, true};
 }
 
+template <>
 Access Plan::check(const PositionStep& step) {
   check_alike(step.x, step.out);
   require(step.x != step.out && !selects, "positions added in place");
@@ -66,6 +71,7 @@ Access Plan::check(const PositionStep& step) {
   return {{step.x}, {step.out}, true};
 }
 
+template <>
 Access Plan::check(const RopeStep& step) {
   check_alike(step.x, step.out);
   require(step.heads > 0 && step.head_dim > 0 && step.head_dim <= kMaxHeadChannels && buffer(step.x).multiple == 1,
@@ -75,6 +81,7 @@ Access Plan::check(const RopeStep& step) {
   return {{step.x}, {step.out}, true};
 }
 
+template <>
 Access Plan::check(const ElementwiseStep& step) {
   check_alike(step.x, step.y);
   check_alike(step.x, step.out);
@@ -85,6 +92,7 @@ Access Plan::check(const ElementwiseStep& step) {
   return {{step.x, step.y}, {step.out}, true};
 }
 
+template <>
 Access Plan::check(const SliceStep& step) {
   const int width = buffer(step.x).width;
   require(buffer(step.x).multiple == 1 && buffer(step.out).multiple == 1 && step.x != step.out, "a slice in place");
@@ -93,6 +101,7 @@ Access Plan::check(const SliceStep& step) {
   return {{step.x}, {step.out}, true};
 }
 
+template <>
 Access Plan::check(const SigmoidGateStep& step) {
   check_alike(step.y, step.out);
   require(buffer(step.x).multiple == 1 && buffer(step.y).multiple == 1, "a gate is one number a row");
@@ -100,18 +109,20 @@ Access Plan::check(const SigmoidGateStep& step) {
   return {{step.x, step.y}, {step.out}, true};
 }
 
+template <>
 Access Plan::check(const QuantizeStep& step) {
   const Buffer& x = buffer(step.x);
   require(step.slot >= 0 && step.slot < kMaxSlots, "activation slot out of range");
   const int segment = step.format == ActivationFormat::Q8_256 ? 256 : step.format == ActivationFormat::Q8_32 ? 32 : 1;
   require(x.width % segment == 0, "a width that is no multiple of the weights' blocks");
   if (slots.size() <= static_cast<size_t>(step.slot)) slots.resize(static_cast<size_t>(step.slot) + 1);
-  ActivationSlot& slot = slots[static_cast<size_t>(step.slot)];
+  ActivationSlot& slot = slots[step.slot];
   const size_t row_bytes = activation_bytes(step.format, x.width) * static_cast<size_t>(x.multiple);
   slot = {std::max(slot.max_row_bytes, row_bytes), x.width, x.multiple, step.format};
   return {{step.x}, {}, true};
 }
 
+template <>
 Access Plan::check(const ChooseStep& step) {
   require(step.experts > 0 && step.used > 0 && step.used <= step.experts && step.used <= 256, "experts");
   require(buffer(step.logits).width == step.experts && buffer(step.logits).multiple == 1, "router width");
@@ -120,6 +131,7 @@ Access Plan::check(const ChooseStep& step) {
   return {{step.logits}, {step.out}, true};
 }
 
+template <>
 Access Plan::check(const CombineStep& step) {
   require(buffer(step.choice).width == 2 * step.used && buffer(step.choice).multiple == 1, "choice width");
   require(buffer(step.x).multiple == step.used && buffer(step.out).multiple == 1, "a line for each expert used");
@@ -127,6 +139,7 @@ Access Plan::check(const CombineStep& step) {
   return {{step.choice, step.x}, {step.out}, true};
 }
 
+template <>
 Access Plan::check(const SelectStep& step) {
   check_alike(step.x, step.out);
   require(!selects && step.x != step.out && buffer(step.x).multiple == 1, "rows selected twice or in place");
@@ -134,12 +147,14 @@ Access Plan::check(const SelectStep& step) {
   return {{step.x}, {step.out}, true};
 }
 
+template <>
 Access Plan::check(const OutputStep& step) {
   check_alike(step.x, step.out);
   require(!buffer(step.out).private_copy, "a copy for the caller is one that all threads share");
   return {{step.x}, {step.out}, true};
 }
 
+template <>
 Access Plan::check(const MatmulStep& step) {
   Access access{{}, {}, false};
   require(!step.products.empty(), "a step of no products");
@@ -152,6 +167,7 @@ Access Plan::check(const MatmulStep& step) {
   return access;
 }
 
+template <>
 Access Plan::check(const ExpertsStep& step) {
   Access access{{step.choice}, {}, false};
   require(!step.products.empty() && choosable_ > 0, "a step of no experts");
@@ -167,9 +183,10 @@ Access Plan::check(const ExpertsStep& step) {
   return access;
 }
 
+template <>
 Access Plan::check(const AttentionStep& step) {
   require(step.layer >= 0 && static_cast<size_t>(step.layer) < kv_layers.size(), "unknown layer of KV memory");
-  const KvShape& shape = kv_layers[static_cast<size_t>(step.layer)];
+  const KvShape& shape = kv_layers[step.layer];
   require(shape.kv_heads == step.kv_heads && shape.head_dim == step.head_dim, "KV memory of another shape");
   require(step.heads > 0 && step.heads % step.kv_heads == 0 && step.heads <= 65536, "heads in groups");
   const int width = step.heads * step.head_dim, kv_width = step.kv_heads * step.head_dim;
@@ -187,6 +204,10 @@ Access Plan::check(const AttentionStep& step) {
   for (const auto& rotation : {step.rotate_q, step.rotate_k})
     if (rotation) check_rotation(*rotation, step.head_dim);
   return {{step.q, step.k, step.v}, {step.out}, false};
+}
+
+Access Plan::check_step(const Step& step) {
+  return std::visit([this](const auto& body) { return check(body); }, step);
 }
 
 }  // namespace llamaclust

@@ -45,8 +45,8 @@ std::vector<const MatmulStep*> next_matmul(const Plan& plan) {
 void cut_into_tiles(const Batch& batch, Tiling& tiling) {
   tiling.tiles.clear();
   for (int sequence = 0; sequence < batch.sequences(); sequence++) {
-    const int end = batch.sequence_starts[static_cast<size_t>(sequence) + 1];
-    for (int row = batch.sequence_starts[static_cast<size_t>(sequence)]; row < end; row += tiling.rows)
+    const int end = batch.sequence_starts[sequence + 1];
+    for (int row = batch.sequence_starts[sequence]; row < end; row += tiling.rows)
       tiling.tiles.push_back({sequence, row, std::min(row + tiling.rows, end)});
   }
 }
@@ -106,8 +106,8 @@ int Executor::run(const Batch& batch) {
   check_batch(batch, plan_);
   for (Tiling& tiling : tilings_) cut_into_tiles(batch, tiling);
   for (Shares::Counter& counter : shares_.counters) counter.taken.store(0, std::memory_order_relaxed);
-  const Worker::Run run{plan_,    level_,         workspace_, kv_, rotations_, batch,
-                        tilings_, next_matmul_, shares_,    pool_.barrier()};
+  const Worker::Run run{plan_, level_,   workspace_,   kv_,     rotations_,
+                        batch, tilings_, next_matmul_, shares_, pool_.barrier()};
   WorkerJob job(run, pool_);
   pool_.run(job, batch.rows());
   return plan_.selects ? static_cast<int>(batch.output_rows.size()) : batch.rows();

@@ -17,15 +17,22 @@ struct KvShape {
 };
 
 // Bytes that one block costs in a layer of this shape.
-size_t kv_block_bytes(const KvShape& shape);
+inline size_t kv_block_bytes(const KvShape& shape) {
+  return static_cast<size_t>(shape.kv_heads) * kv_piece_bytes(shape.type, shape.head_dim);
+}
 
 class KvCache {
  public:
   KvCache() = default;
-  KvCache(const std::vector<KvShape>& layers, int blocks, int window_blocks);
+  KvCache(const std::vector<KvShape>& layers, int blocks, int window_blocks) {
+    Layout layout;
+    for (const KvShape& shape : layers)
+      offsets_.push_back(layout.add(kv_block_bytes(shape) * (shape.windowed ? window_blocks : blocks)));
+    memory_ = Memory(layout.bytes());
+  }
 
   // The piece of KV head 0 in block 0; heads lie one after another, then comes the next block.
-  uint8_t* layer(int index) const;
+  uint8_t* layer(int index) const { return memory_.data() + offsets_[index]; }
   size_t bytes() const { return memory_.bytes(); }
 
  private:

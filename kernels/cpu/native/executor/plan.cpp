@@ -31,7 +31,7 @@ Plan::Plan(const Limits& limits) : limits(limits) {
 
 const Buffer& Plan::buffer(BufferId id) const {
   require(id >= 0 && static_cast<size_t>(id) < buffers.size(), "unknown buffer");
-  return buffers[static_cast<size_t>(id)];
+  return buffers[id];
 }
 
 BufferId Plan::add_buffer(const Buffer& buffer) {
@@ -52,7 +52,7 @@ int Plan::add_rotation(RotationAngles angles) {
 
 const ActivationSlot& Plan::slot(int index) const {
   require(index >= 0 && static_cast<size_t>(index) < slots.size(), "an activation slot that nothing was written to");
-  return slots[static_cast<size_t>(index)];
+  return slots[index];
 }
 
 int Plan::add_kv_layer(const KvShape& shape) {
@@ -93,10 +93,9 @@ Sync Plan::sync_before(const Access& access, bool waits) {
 }
 
 void Plan::add(Step step) {
-  const Access access = std::visit([this](const auto& body) { return check(body); }, step);
+  const Access access = check_step(step);
   const bool output = std::holds_alternative<OutputStep>(step);
-  const bool in_place =
-      std::holds_alternative<ElementwiseStep>(step) && !buffer(access.writes[0]).private_copy;
+  const bool in_place = std::holds_alternative<ElementwiseStep>(step) && !buffer(access.writes[0]).private_copy;
   for (BufferId id : access.writes) {
     require(buffer(id).private_copy == (access.row_by_row && !output && !in_place),
             "a buffer written by both kinds of steps");

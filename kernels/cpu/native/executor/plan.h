@@ -69,7 +69,8 @@ struct RopeStep {
   int heads, head_dim;
   Rotation rotation;
 };
-struct ElementwiseStep {  // y is x where the operation has one; in place of a buffer without private copies where all are
+struct ElementwiseStep {  // y is x where the operation has one; in place of a buffer without private copies where all
+                          // are
   RowOp op;
   BufferId x, y, out;
   float number;
@@ -128,16 +129,15 @@ struct AttentionStep {
   int layer;  // of the stage's KV memory
   int heads, kv_heads, head_dim;
   float scale;
-  float soft_cap;  // of scores; 0: none
+  float soft_cap;             // of scores; 0: none
   std::vector<float> slopes;  // of a linear bias, one a query head; empty: none
-  int window;  // a row sees its own position and window - 1 before it
+  int window;                 // a row sees its own position and window - 1 before it
   std::optional<Rotation> rotate_q, rotate_k;
 };
 
-using Step =
-    std::variant<EmbedStep, InputStep, NormStep, LayerNormStep, PositionStep, RopeStep, ElementwiseStep, SliceStep,
-                 SigmoidGateStep, QuantizeStep, ChooseStep, CombineStep, SelectStep, OutputStep, MatmulStep,
-                 ExpertsStep, AttentionStep>;
+using Step = std::variant<EmbedStep, InputStep, NormStep, LayerNormStep, PositionStep, RopeStep, ElementwiseStep,
+                          SliceStep, SigmoidGateStep, QuantizeStep, ChooseStep, CombineStep, SelectStep, OutputStep,
+                          MatmulStep, ExpertsStep, AttentionStep>;
 
 // Whether the threads must synchronize before a step: at all times, or only where rows were shared out among them.
 enum class Sync { None, IfShared, Always };
@@ -195,27 +195,13 @@ class Plan {
 
  private:
   const Buffer& buffer(BufferId id) const;
+  const ActivationSlot& slot(int index) const;
   void check_alike(BufferId a, BufferId b) const;
   void check_rotation(const Rotation& rotation, int head_dim) const;
-  const ActivationSlot& slot(int index) const;
   void check_product(const Matrix& weight, const std::vector<float>& bias, BufferId out, int slot) const;
-  Access check(const EmbedStep& step);
-  Access check(const InputStep& step);
-  Access check(const NormStep& step);
-  Access check(const LayerNormStep& step);
-  Access check(const PositionStep& step);
-  Access check(const RopeStep& step);
-  Access check(const ElementwiseStep& step);
-  Access check(const SliceStep& step);
-  Access check(const SigmoidGateStep& step);
-  Access check(const QuantizeStep& step);
-  Access check(const ChooseStep& step);
-  Access check(const CombineStep& step);
-  Access check(const SelectStep& step);
-  Access check(const OutputStep& step);
-  Access check(const MatmulStep& step);
-  Access check(const ExpertsStep& step);
-  Access check(const AttentionStep& step);
+  template <typename Body>
+  Access check(const Body& step);
+  Access check_step(const Step& step);
   Sync sync_before(const Access& access, bool waits);
 
   size_t choosable_ = 0;              // experts that a choice may name

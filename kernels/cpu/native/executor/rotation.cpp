@@ -12,7 +12,7 @@ RotationTable::RotationTable(const RotationAngles& angles, int positions)
     float* row = values_.data() + row_offset(position);
     for (int i = 0; i < pairs_; i++) {
       double sine, cosine;
-      sincos_double(position * angles.frequencies[static_cast<size_t>(i)], &sine, &cosine);
+      sincos_double(position * angles.frequencies[i], &sine, &cosine);
       row[i] = static_cast<float>(cosine * angles.scale);
       row[pairs_ + i] = static_cast<float>(sine * angles.scale);
     }

@@ -8,7 +8,7 @@ namespace llamaclust {
 
 void Worker::compute(const EmbedStep& step, Range rows) {
   for (int row = rows.begin; row < rows.end; row++)
-    run_.level.matmul.dequantize_row(step.weight, run_.batch.tokens[static_cast<size_t>(row)], line(step.out, row));
+    run_.level.matmul.dequantize_row(step.weight, run_.batch.tokens[row], line(step.out, row));
 }
 
 void Worker::compute(const InputStep& step, Range rows) {
@@ -35,15 +35,15 @@ void Worker::compute(const LayerNormStep& step, Range rows) {
 void Worker::compute(const PositionStep& step, Range rows) {
   for (int row = rows.begin; row < rows.end; row++) {
     float* out = line(step.out, row);
-    run_.level.matmul.dequantize_row(step.weight, run_.batch.positions[static_cast<size_t>(row)], out);
+    run_.level.matmul.dequantize_row(step.weight, run_.batch.positions[row], out);
     run_.level.vector.elementwise(RowOp::add, line(step.x, row), out, 0, line_width(step.out), out);
   }
 }
 
 void Worker::compute(const RopeStep& step, Range rows) {
-  const RotationTable& table = run_.rotations[static_cast<size_t>(step.rotation.table)];
+  const RotationTable& table = run_.rotations[step.rotation.table];
   for (int row = rows.begin; row < rows.end; row++) {
-    const float* angles = table.row(run_.batch.positions[static_cast<size_t>(row)]);
+    const float* angles = table.row(run_.batch.positions[row]);
     for (int head = 0; head < step.heads; head++)
       run_.level.vector.rope(line(step.x, row) + head * step.head_dim, angles, table.pairs(), step.head_dim,
                              step.rotation.style, line(step.out, row) + head * step.head_dim);
@@ -120,7 +120,7 @@ void Worker::execute(const SelectStep& step) {
   set_rows(static_cast<int>(run_.batch.output_rows.size()));
   const Range rows = own_rows();
   for (int row = rows.begin; row < rows.end; row++) {
-    const size_t from = static_cast<size_t>(run_.batch.output_rows[static_cast<size_t>(row)]);
+    const size_t from = static_cast<size_t>(run_.batch.output_rows[row]);
     memcpy(line(step.out, row), x + from * width, width * sizeof(float));
   }
 }

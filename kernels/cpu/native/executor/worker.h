@@ -66,7 +66,7 @@ class Worker {
     alone_ = rows <= kPrivateRows || threads_ == 1;
   }
 
-  const Buffer& buffer(BufferId id) const { return run_.plan.buffers[static_cast<size_t>(id)]; }
+  const Buffer& buffer(BufferId id) const { return run_.plan.buffers[id]; }
   int line_width(BufferId id) const { return buffer(id).width * buffer(id).multiple; }
 
   // A row's lines: this thread's own copy where it does all rows for itself.
@@ -91,8 +91,8 @@ class Worker {
   }
 
   // Calls f(begin, end) with pieces of [0, count) so that the threads together cover it: first `fixed` for each, then
-  // shrinking pieces for the threads that are ready. Pieces are multiples of `grain` but for the last. Between two calls the
-  // threads synchronize.
+  // shrinking pieces for the threads that are ready. Pieces are multiples of `grain` but for the last. Between two
+  // calls the threads synchronize.
   template <typename F>
   void share(int64_t count, int64_t grain, int64_t fixed, F f) {
     if (threads_ == 1) {

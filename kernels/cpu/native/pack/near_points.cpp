@@ -25,15 +25,15 @@ NearPoints make(const Grid<points>& grid, int dims, const float* values) {
     for (int p = 0; p < points; p++) {
       float apart = 0;
       for (int i = 0, digits = number; i < dims; i++, digits /= levels) {
-        const float step = values[digits % levels] - values[made.levels[static_cast<size_t>(p * dims + i)]];
+        const float step = values[digits % levels] - values[made.levels[p * dims + i]];
         apart += step * step;
       }
-      order[static_cast<size_t>(p)] = {apart, p};
+      order[p] = {apart, p};
     }
     std::partial_sort(order.begin(), order.begin() + near, order.end());
     for (int k = 0; k < near; k++) {
-      const int p = order[static_cast<size_t>(k)].second;
-      const uint8_t* at = &made.levels[static_cast<size_t>(p * dims)];
+      const int p = order[k].second;
+      const uint8_t* at = &made.levels[p * dims];
       made.points.push_back({static_cast<uint16_t>(p), static_cast<uint8_t>(half_code(at, dims)),
                              static_cast<uint8_t>(half_code(at + dims / 2, dims))});
     }
@@ -45,31 +45,19 @@ NearPoints make(const Grid<points>& grid, int dims, const float* values) {
 
 const NearPoints* near_points(QuantType type) {
   switch (type) {
-    case QuantType::IQ2_XXS: {
-      static const NearPoints made = make(kIQ2_XXSGrid, 8, kThirds);
-      return &made;
-    }
-    case QuantType::IQ2_XS: {
-      static const NearPoints made = make(kIQ2_XSGrid, 8, kThirds);
-      return &made;
-    }
-    case QuantType::IQ2_S: {
-      static const NearPoints made = make(kIQ2_SGrid, 8, kThirds);
-      return &made;
-    }
-    case QuantType::IQ3_XXS: {
-      static const NearPoints made = make(kIQ3_XXSGrid, 4, kEighths);
-      return &made;
-    }
-    case QuantType::IQ3_S: {
-      static const NearPoints made = make(kIQ3_SGrid, 4, kEighths);
-      return &made;
-    }
-    case QuantType::IQ1_S:
-    case QuantType::IQ1_M: {
-      static const NearPoints made = make(kIQ1Grid, 8, kAround);
-      return &made;
-    }
+#define NEAR(name, grid, dims, values)                       \
+  case QuantType::name: {                                    \
+    static const NearPoints made = make(grid, dims, values); \
+    return &made;                                            \
+  }
+    NEAR(IQ2_XXS, kIQ2_XXSGrid, 8, kThirds)
+    NEAR(IQ2_XS, kIQ2_XSGrid, 8, kThirds)
+    NEAR(IQ2_S, kIQ2_SGrid, 8, kThirds)
+    NEAR(IQ3_XXS, kIQ3_XXSGrid, 4, kEighths)
+    NEAR(IQ3_S, kIQ3_SGrid, 4, kEighths)
+    NEAR(IQ1_S, kIQ1Grid, 8, kAround)
+    case QuantType::IQ1_M: return near_points(QuantType::IQ1_S);
+#undef NEAR
     default: return nullptr;
   }
 }

@@ -34,38 +34,21 @@ constexpr int kRounds = 4000;
                    :                                                                                    \
                    : "cc", CLOBBERS)
 
-double int8_avx512vnni() {
-  LOOP(CLEAR_ZMM, CLEAR_ZMM(14) CLEAR_ZMM(15), DOT_ZMM);
-  return 24.0 * 64 * kRounds;
-}
+#define PEAK(name, bytes, clear, op)            \
+  double name() {                               \
+    LOOP(clear, clear(14) clear(15), op);       \
+    return 24.0 * bytes * kRounds;              \
+  }
 
 // As an instruction of AVX-VNNI, which an assembler would not choose by itself.
 #define DOT_VEX(i) "%{vex%} vpdpbusd %%ymm14, %%ymm15, %%ymm" #i "\n"
 
-double int8_avxvnni() {
-  LOOP(CLEAR_YMM, CLEAR_YMM(14) CLEAR_YMM(15), DOT_VEX);
-  return 24.0 * 32 * kRounds;
-}
-
-double int8_avx512() {
-  LOOP(CLEAR_ZMM, CLEAR_ZMM(14) CLEAR_ZMM(15), PAIRS_ZMM);
-  return 24.0 * 64 * kRounds;
-}
-
-double int8_avx2() {
-  LOOP(CLEAR_YMM, CLEAR_YMM(14) CLEAR_YMM(15), PAIRS_YMM);
-  return 24.0 * 32 * kRounds;
-}
-
-double fma_avx512() {
-  LOOP(CLEAR_ZMM, CLEAR_ZMM(14) CLEAR_ZMM(15), FMA_ZMM);
-  return 24.0 * 16 * kRounds;
-}
-
-double fma_avx2() {
-  LOOP(CLEAR_YMM, CLEAR_YMM(14) CLEAR_YMM(15), FMA_YMM);
-  return 24.0 * 8 * kRounds;
-}
+PEAK(int8_avx512vnni, 64, CLEAR_ZMM, DOT_ZMM)
+PEAK(int8_avxvnni, 32, CLEAR_YMM, DOT_VEX)
+PEAK(int8_avx512, 64, CLEAR_ZMM, PAIRS_ZMM)
+PEAK(int8_avx2, 32, CLEAR_YMM, PAIRS_YMM)
+PEAK(fma_avx512, 16, CLEAR_ZMM, FMA_ZMM)
+PEAK(fma_avx2, 8, CLEAR_YMM, FMA_YMM)
 
 #elif defined(__aarch64__)
 

@@ -26,7 +26,7 @@ class SimilarJobs {
   // After a job that cost so much, in which threads waited that share of the time for one that was missing. Another
   // number is tried for a few jobs where they wait much or are not all there, less often each time it is in vain.
   void report(double cost, double waited_share) {
-    costs_[static_cast<size_t>(seen_++)] = cost;
+    costs_[seen_++] = cost;
     waited_ += waited_share;
     if (trying_ && hopeless()) return end_trial(false);
     if (!trying_ && held_jobs_ > 0) held_jobs_--;
@@ -51,14 +51,12 @@ class SimilarJobs {
   // The mean, to which a hiccup adds no more than twice the least.
   double typical() const {
     double sum = 0;
-    for (int i = 0; i < seen_; i++) sum += std::min(costs_[static_cast<size_t>(i)], 2 * least());
+    for (int i = 0; i < seen_; i++) sum += std::min(costs_[i], 2 * least());
     return sum / seen_;
   }
 
   // Each job so far cost far more than usual, or they cost as much as the whole trial may.
-  bool hopeless() const {
-    return seen_ > 1 && (least() > kFarMore * usual_ || seen_ * typical() > compared_ * usual_);
-  }
+  bool hopeless() const { return seen_ > 1 && (least() > kFarMore * usual_ || seen_ * typical() > compared_ * usual_); }
 
   void end_trial(bool pays) {
     if (pays) std::swap(threads_, other_);

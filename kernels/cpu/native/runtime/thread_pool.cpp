@@ -73,7 +73,7 @@ void ThreadPool::stop() {
 }
 
 void ThreadPool::call(int thread) {
-  std::atomic<int32_t>& count = calls_[static_cast<size_t>(thread)].count;
+  std::atomic<int32_t>& count = calls_[thread].count;
   count.fetch_add(1, std::memory_order_release);
   count.notify_one();
 }
@@ -94,7 +94,7 @@ void ThreadPool::run(Job& job, int rows) {
 void ThreadPool::serve(int thread) {
   const FloatMode mode;
   for (int32_t seen = 0;; seen++) {
-    wait_while_equal(calls_[static_cast<size_t>(thread)].count, seen);
+    wait_while_equal(calls_[thread].count, seen);
     if (job_ == nullptr) return;
     job_->work(thread);
     barrier_.arrive();

@@ -4,9 +4,9 @@
 // (each in [-127, 127], packed in an int32) to `Sums`, which hold kGroupsPerSum<kBits> such steps if no byte has more
 // than kBits bits; then they go to int32 lanes, plain or times a scale per row. All of it is exact.
 //
-// field<shift, mask>: each byte shifted right (left where negative), then masked; no bit that crosses into another byte may
-// be in the mask. lookup: each byte becomes an entry of a table, by its low four bits; the highest is clear. column<n>,
-// signed_column<n>: column n of a k-group as lanes.
+// field<shift, mask>: each byte shifted right (left where negative), then masked; no bit that crosses into another byte
+// may be in the mask. lookup: each byte becomes an entry of a table, by its low four bits; the highest is clear.
+// column<n>, signed_column<n>: column n of a k-group as lanes.
 //
 // kCentred<kBits>: `step` takes bytes of eight bits as signed, less 128, so that the caller need not subtract it.
 // kSumsFrom: sums may begin with any int32 (sums_from), with what an offset subtracts.
@@ -68,20 +68,12 @@ DOT Bytes field_of(Bytes line, int g) {
   }
 }
 
-// Two points of a grid a lane, each of 16 bits.
+// Two points of a grid a lane, each of 16 bits. lookup_points<n>: both halves of a lane, below n, become entries of a
+// table that is aligned to 64. spread<bits>: one half of each lane in both, shifted right by `bits` in the upper.
+// with_signs<offset>: bytes offset + x become offset - x where their bit is set, bit i for byte i.
 using Points = I32x16;
 
 }  // namespace
 }  // namespace llamaclust::LLAMACLUST_LEVEL
-
-#if defined(__AVX512BW__)
-#include "simd/avx512/points.h"
-#elif defined(__AVX2__)
-#include "simd/avx2/points.h"
-#elif defined(LLAMACLUST_NEON)
-#include "simd/neon/points.h"
-#else
-#include "simd/generic/points.h"
-#endif
 
 #undef DOT

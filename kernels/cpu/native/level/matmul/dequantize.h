@@ -2,7 +2,6 @@
 #pragma once
 
 #include "level/matmul/float.h"
-#include "level/matmul/tiles.h"
 
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {
@@ -42,8 +41,7 @@ void dequantize_segment(const TileSegment<Type>& w, int row, float* out) {
     UNROLL for (int g = 0; g < kGroups<Type>; g++, out += 4) {
       alignas(64) uint8_t q[64];
       store_bytes(q, w.group(j, g));
-      for (int i = 0; i < 4; i++)
-        out[i] = scale.scale * static_cast<float>(q[4 * row + i] - Type::kOffset) + scale.min;
+      for (int i = 0; i < 4; i++) out[i] = scale.scale * static_cast<float>(q[4 * row + i] - Type::kOffset) + scale.min;
     }
   }
 }

@@ -1,8 +1,7 @@
 // Products with F32, F16 and BF16 weights: one fused multiply-add per weight, in k order.
 #pragma once
 
-#include "level/matmul/segment.h"
-#include "level/matmul/store.h"
+#include "level/matmul/tiles.h"
 
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {
@@ -58,9 +57,9 @@ void multiply_float_block(const FloatProduct& p, int first_tile, int tile_end, i
       UNROLL for (int r = 0; r < R; r++) acc[r][t] = fma(weights[r], activation, acc[r][t]);
     }
   }
-  UNROLL for (int r = 0; r < R; r++) UNROLL for (int t = 0; t < T; t++)
-    if (first_tile + r < tile_end && first_token + t < tokens)
-      store_rows(p.output, first_tile + r, first_token + t, acc[r][t]);
+  UNROLL for (int r = 0; r < R; r++)
+      UNROLL for (int t = 0; t < T; t++) if (first_tile + r < tile_end && first_token + t < tokens)
+          store_rows(p.output, first_tile + r, first_token + t, acc[r][t]);
 }
 
 template <class Type, int R, int T>
@@ -72,7 +71,7 @@ void multiply_in_blocks(const FloatProduct& p, int tokens, int tile_begin, int t
 template <class Type>
 void multiply_floats(const FloatProduct& p, int tokens, int tile_begin, int tile_end) {
   if (tokens == 1) return multiply_in_blocks<Type, 4, 1>(p, tokens, tile_begin, tile_end);
-  if (tokens == 2) return multiply_in_blocks<Type, kFloatRows < 2 ? 2 : kFloatRows, 2>(p, tokens, tile_begin, tile_end);
+  if (tokens == 2) return multiply_in_blocks < Type, kFloatRows<2 ? 2 : kFloatRows, 2>(p, tokens, tile_begin, tile_end);
   multiply_in_blocks<Type, kFloatRows, kFloatTokens>(p, tokens, tile_begin, tile_end);
 }
 

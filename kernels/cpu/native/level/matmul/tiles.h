@@ -1,11 +1,43 @@
-// A product with quantized weights as its loops see it, and where the segments of a tile stand (see matrix.h).
+// A product as its loops see it: where the tokens, the segments of a tile (level/quant_types.h) and finished rows are.
 #pragma once
 
 #include "level/matmul/segment.h"
-#include "level/matmul/store.h"
+#include "level/matmul_ops.h"
 
 namespace llamaclust::LLAMACLUST_LEVEL {
 namespace {
+
+// Of a token among lines that may be given by TokenLines.
+inline __attribute__((always_inline)) size_t line_of(const int32_t* lines, int token) {
+  return static_cast<size_t>(lines ? lines[token] : token);
+}
+
+struct Output {
+  float* out;
+  size_t stride;         // from one line to the next
+  const int32_t* lines;  // of the tokens, or null
+  const float* bias;     // or null
+  int rows;
+};
+
+// Every NaN becomes the same one: which payload survives an operation is the compiler's choice of operand order.
+inline __attribute__((always_inline)) F32x16 canonical(F32x16 x) {
+  const F32x16 infinity = broadcast(__builtin_inff()), nan = broadcast(__builtin_nanf(""));
+  return select_less(x, infinity, x, select_less(zero(), x, x, nan));
+}
+
+[[maybe_unused]] inline __attribute__((always_inline)) void store_rows(const Output& output, int tile, int token,
+                                                                       F32x16 x) {
+  const int first_row = tile * kTileRows, rows = output.rows - first_row;
+  float* out = output.out + line_of(output.lines, token) * output.stride + first_row;
+  if (rows >= kTileRows) {
+    if (output.bias) x = add(x, load(output.bias + first_row));
+    store(out, canonical(x));
+  } else {
+    if (output.bias) x = add(x, load_first(rows, output.bias + first_row));
+    store_first(rows, out, canonical(x));
+  }
+}
 
 template <class Type, bool wide = kWide<Type>>
 struct ActivationOf {

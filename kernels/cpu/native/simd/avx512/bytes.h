@@ -27,5 +27,35 @@ DOT I32x16 signed_column(Bytes b) {
   return _mm512_srai_epi32(_mm512_slli_epi32(b, 24 - 8 * n), 24);
 }
 
+DOT I32x16 as_lanes(Bytes b) { return b; }
+DOT Bytes as_bytes(I32x16 a) { return a; }
+DOT Bytes both(Bytes a, Bytes b) { return _mm512_and_si512(a, b); }
+DOT Bytes add_bytes(Bytes a, Bytes b) { return _mm512_add_epi8(a, b); }
+
+template <int n>
+DOT I32x16 lookup_points(const uint16_t* table, I32x16 index) {
+  if constexpr (n == 64) {
+    return _mm512_permutex2var_epi16(_mm512_load_si512(table), index, _mm512_load_si512(table + 32));
+  } else {
+    const __mmask32 upper = _mm512_test_epi16_mask(index, _mm512_set1_epi16(n / 2));
+    return _mm512_mask_mov_epi16(lookup_points<n / 2>(table, index), upper, lookup_points<n / 2>(table + n / 2, index));
+  }
+}
+
+template <int bits>
+DOT Bytes spread(I32x16 points, int half) {
+  const __m128i lower = _mm_setr_epi8(0, 1, 0, 1, 4, 5, 4, 5, 8, 9, 8, 9, 12, 13, 12, 13);
+  const __m128i upper = _mm_setr_epi8(2, 3, 2, 3, 6, 7, 6, 7, 10, 11, 10, 11, 14, 15, 14, 15);
+  const __m512i twice = _mm512_shuffle_epi8(points, _mm512_broadcast_i32x4(half == 0 ? lower : upper));
+  return _mm512_srlv_epi16(twice, _mm512_set1_epi32(bits << 16));
+}
+
+template <int offset>
+DOT Bytes with_signs(Bytes b, const uint8_t* bits) {
+  uint64_t negative;
+  memcpy(&negative, bits, 8);
+  return _mm512_mask_sub_epi8(b, negative, _mm512_set1_epi8(static_cast<char>(2 * offset)), b);
+}
+
 }  // namespace
 }  // namespace llamaclust::LLAMACLUST_LEVEL

@@ -19,6 +19,12 @@ constexpr int kFloatRows = 1, kFloatTokens = 4;
 template <int kBits>
 constexpr int kDirectTokens = 16;
 
+// Every byte i of the result, or every lane.
+#define EACH(T, n, expression)                         \
+  T r;                                                 \
+  for (int i = 0; i < n; i++) r.v[i] = (expression); \
+  return r
+
 DOT Bytes load_bytes(const uint8_t* p) {
   Bytes r;
   memcpy(r.v, p, sizeof r.v);
@@ -27,33 +33,14 @@ DOT Bytes load_bytes(const uint8_t* p) {
 DOT void store_bytes(uint8_t* p, const Bytes& b) { memcpy(p, b.v, sizeof b.v); }
 template <int shift, int mask>
 DOT Bytes field(const Bytes& b) {
-  Bytes r;
-  for (int i = 0; i < 64; i++)
-    r.v[i] = static_cast<uint8_t>((shift >= 0 ? b.v[i] >> (shift & 7) : b.v[i] << (-shift & 7)) & mask);
-  return r;
+  EACH(Bytes, 64, static_cast<uint8_t>((shift >= 0 ? b.v[i] >> (shift & 7) : b.v[i] << (-shift & 7)) & mask));
 }
-DOT Bytes merge(const Bytes& a, const Bytes& b) {
-  Bytes r;
-  for (int i = 0; i < 64; i++) r.v[i] = a.v[i] | b.v[i];
-  return r;
-}
-DOT Bytes lookup(const uint8_t (&table)[16], const Bytes& b) {
-  Bytes r;
-  for (int i = 0; i < 64; i++) r.v[i] = table[b.v[i] & 15];
-  return r;
-}
+DOT Bytes merge(const Bytes& a, const Bytes& b) { EACH(Bytes, 64, a.v[i] | b.v[i]); }
+DOT Bytes lookup(const uint8_t (&table)[16], const Bytes& b) { EACH(Bytes, 64, table[b.v[i] & 15]); }
 template <int n>
-DOT I32x16 column(const Bytes& b) {
-  I32x16 r;
-  for (int i = 0; i < 16; i++) r.v[i] = b.v[4 * i + n];
-  return r;
-}
+DOT I32x16 column(const Bytes& b) { EACH(I32x16, 16, b.v[4 * i + n]); }
 template <int n>
-DOT I32x16 signed_column(const Bytes& b) {
-  I32x16 r;
-  for (int i = 0; i < 16; i++) r.v[i] = static_cast<int8_t>(b.v[4 * i + n]);
-  return r;
-}
+DOT I32x16 signed_column(const Bytes& b) { EACH(I32x16, 16, static_cast<int8_t>(b.v[4 * i + n])); }
 
 DOT Sums no_sums() { return {}; }
 // Bytes 0 and 2, or 1 and 3, of four activations as every pair's factors.
@@ -97,6 +84,49 @@ DOT I32x16 add_scaled(const I32x16& total, const Sums& sums, const Scale& scale)
 DOT I32x16 add_scaled(const I32x16& total, const Sums& sums, int32_t offset, const Scale& scale) {
   return add(total, mul(sub(in_lanes(sums), broadcast(offset)), scale));
 }
+
+DOT I32x16 as_lanes(const Bytes& b) { return __builtin_bit_cast(I32x16, b); }
+DOT Bytes as_bytes(const I32x16& a) { return __builtin_bit_cast(Bytes, a); }
+DOT Bytes both(const Bytes& a, const Bytes& b) { EACH(Bytes, 64, a.v[i] & b.v[i]); }
+DOT Bytes add_bytes(const Bytes& a, const Bytes& b) { EACH(Bytes, 64, static_cast<uint8_t>(a.v[i] + b.v[i])); }
+
+template <int n>
+DOT I32x16 lookup_points(const uint16_t* table, const I32x16& index) {
+  uint16_t halves[32];
+  memcpy(halves, index.v, sizeof halves);
+  for (uint16_t& half : halves) half = table[half];
+  I32x16 r;
+  memcpy(r.v, halves, sizeof r.v);
+  return r;
+}
+
+template <int bits>
+DOT Bytes spread(const I32x16& points, int half) {
+  uint32_t lanes[16];
+  memcpy(lanes, points.v, sizeof lanes);
+  for (uint32_t& lane : lanes) {
+    const uint32_t point = half == 0 ? lane & 0xffff : lane >> 16;
+    lane = point | point >> bits << 16;
+  }
+  Bytes r;
+  memcpy(r.v, lanes, sizeof r.v);
+  return r;
+}
+
+template <int offset>
+DOT Bytes with_signs(const Bytes& b, const uint8_t* bits) {
+  Bytes negative, r;
+  for (int i = 0; i < 8; i++) {
+    const uint64_t one_each = uint64_t{bits[i]} * 0x0101010101010101 & 0x8040201008040201;
+    const uint64_t bytes = ((one_each + 0x7f7f7f7f7f7f7f7f) >> 7 & 0x0101010101010101) * 255;
+    memcpy(negative.v + 8 * i, &bytes, 8);
+  }
+  for (int i = 0; i < 64; i++)
+    r.v[i] = static_cast<uint8_t>((b.v[i] ^ negative.v[i]) + ((2 * offset + 1) & negative.v[i]));
+  return r;
+}
+
+#undef EACH
 
 }  // namespace
 }  // namespace llamaclust::LLAMACLUST_LEVEL

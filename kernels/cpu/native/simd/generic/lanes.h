@@ -41,32 +41,17 @@ LANES F32x16 select_less(F32x16 a, F32x16 b, F32x16 x, F32x16 y) { EACH(F32x16, 
 // is a call per value where the CPU has none.)
 LANES float half_to_float(uint16_t h) {
   const uint32_t magnitude = (h & 0x7fffu) << 13, special = magnitude >= 0x0f800000u ? 0x7f800000u : 0u;
-  float scaled;
-  memcpy(&scaled, &magnitude, 4);
-  scaled *= 0x1p112f;
-  uint32_t bits;
-  memcpy(&bits, &scaled, 4);
-  bits |= special | (h & 0x8000u) << 16;
-  float r;
-  memcpy(&r, &bits, 4);
-  return r;
+  const float scaled = __builtin_bit_cast(float, magnitude) * 0x1p112f;
+  return __builtin_bit_cast(float, __builtin_bit_cast(uint32_t, scaled) | special | (h & 0x8000u) << 16);
 }
 LANES uint16_t float_to_half(float x) {
 #if defined(__aarch64__)
-  const __fp16 h = static_cast<__fp16>(x);  // g++ 12 knows the other name on x86 only
+  return __builtin_bit_cast(uint16_t, static_cast<__fp16>(x));  // g++ 12 knows the other name on x86 only
 #else
-  const _Float16 h = static_cast<_Float16>(x);
+  return __builtin_bit_cast(uint16_t, static_cast<_Float16>(x));
 #endif
-  uint16_t r;
-  memcpy(&r, &h, 2);
-  return r;
 }
-LANES float bfloat_to_float(uint16_t h) {
-  const uint32_t bits = static_cast<uint32_t>(h) << 16;
-  float r;
-  memcpy(&r, &bits, 4);
-  return r;
-}
+LANES float bfloat_to_float(uint16_t h) { return __builtin_bit_cast(float, static_cast<uint32_t>(h) << 16); }
 LANES F32x16 from_f16(const uint16_t* p) { EACH(F32x16, half_to_float(p[i])); }
 LANES void to_f16(uint16_t* p, F32x16 x) {
   for (int i = 0; i < 16; i++) p[i] = float_to_half(x.v[i]);
@@ -74,10 +59,7 @@ LANES void to_f16(uint16_t* p, F32x16 x) {
 LANES F32x16 from_bf16(const uint16_t* p) { EACH(F32x16, bfloat_to_float(p[i])); }
 // 2^(e - 128) of exponent bytes e: exact, the two least are subnormal.
 LANES float halved_e8m0_to_float(uint8_t e) {
-  const uint32_t bits = e < 2 ? 0x200000u << e : (e - 1u) << 23;
-  float r;
-  memcpy(&r, &bits, 4);
-  return r;
+  return __builtin_bit_cast(float, e < 2 ? 0x200000u << e : (e - 1u) << 23);
 }
 LANES F32x16 from_halved_e8m0(const uint8_t* p) { EACH(F32x16, halved_e8m0_to_float(p[i])); }
 LANES I32x16 broadcast(int32_t x) { EACH(I32x16, x); }
@@ -94,16 +76,8 @@ LANES I32x16 either(I32x16 a, I32x16 b) { EACH(I32x16, a.v[i] | b.v[i]); }
 LANES F32x16 to_float(I32x16 a) { EACH(F32x16, static_cast<float>(a.v[i])); }
 // Nearest, ties to even; |x| < 2^31 is the caller's duty (out of range differs between machines).
 LANES I32x16 to_int(F32x16 a) { EACH(I32x16, static_cast<int32_t>(__builtin_lrintf(a.v[i]))); }
-LANES F32x16 bits_to_float(I32x16 a) {
-  F32x16 r;
-  memcpy(r.v, a.v, sizeof r.v);
-  return r;
-}
-LANES I32x16 float_to_bits(F32x16 a) {
-  I32x16 r;
-  memcpy(r.v, a.v, sizeof r.v);
-  return r;
-}
+LANES F32x16 bits_to_float(I32x16 a) { return __builtin_bit_cast(F32x16, a); }
+LANES I32x16 float_to_bits(F32x16 a) { return __builtin_bit_cast(I32x16, a); }
 
 #undef EACH
 #undef LANES

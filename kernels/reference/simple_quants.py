@@ -1,14 +1,26 @@
-"""Blocks of 32 weights (64 and 128 for two newer types) with one scale, or few; layouts and float order are ggml's."""
+"""Floats, and blocks of 32 weights (or 64, 128) with one scale, or few; layouts and float order are those of ggml."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from llamaclust.kernels.reference.bits import Bytes, Float32, fields, floats16, single_bits
+from llamaclust.kernels.reference.bits import Bytes, Float32, fields, floats16, single_bits, words
 
 IQ4_VALUES = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32)
 FP4_VALUES = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.float32)
 """Twice the numbers of E2M1, so that they are integers; the block scales are halved instead."""
+
+
+def f32(blocks: Bytes) -> Float32:
+    return words(blocks, np.float32).astype(np.float32)
+
+
+def f16(blocks: Bytes) -> Float32:
+    return words(blocks, np.float16).astype(np.float32)
+
+
+def bf16(blocks: Bytes) -> Float32:
+    return (words(blocks, np.uint16).astype(np.uint32) << 16).view(np.float32)
 
 
 def _nibbles(data: Bytes) -> Bytes:

@@ -9,11 +9,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-<<<<<<<< HEAD:tests/kernels/cpu/test_core_contention.py
 from llamaclust.kernels._native import CoreContention
-========
-from llamaclust.kernels.cpu._native import CoreContention
->>>>>>>> aafc0a3 (kernels: names of the native code by the glossary: lookahead, core contention, dtype cast, synchronization):tests/test_kernels_core_contention.py
 
 PREFILL_ROWS = 512
 LONGEST_RETURN_JOBS = 512 + 8 + 8
@@ -46,9 +42,9 @@ class Machine:
     now_ns: int = 10**9
     random: random.Random = field(default_factory=lambda: random.Random(7))
 
-    def job(self, crowding: CoreContention | None) -> int:
+    def job(self, contention: CoreContention | None) -> int:
         """How many threads did it."""
-        threads = self.cores if crowding is None else crowding.threads(self.rows)
+        threads = self.cores if contention is None else contention.threads(self.rows)
         met = max(threads + self.taken - self.cores, 0) / self.taken  # of the cores that are taken
         alone_ns, spread = (2.4e6, 0.5) if self.rows == 1 else (1e8, 0.1)  # long jobs meet the same more evenly
         missing = min(max(self.stolen * met * self.random.gauss(1, spread), 0.0), 0.9)
@@ -58,12 +54,12 @@ class Machine:
             wall_ns, waited_ns = 5 * wall_ns, waited_ns + 4 * (threads - 1) * wall_ns
         began_ns = self.now_ns + self.gap_ns + int(met * self.stolen_gap_ns)
         self.now_ns = began_ns + int(wall_ns)
-        if crowding is not None:
-            crowding.report(self.rows, began_ns, self.now_ns, int(waited_ns))
+        if contention is not None:
+            contention.report(self.rows, began_ns, self.now_ns, int(waited_ns))
         return threads
 
-    def jobs(self, crowding: CoreContention | None, count: int) -> list[int]:
-        return [self.job(crowding) for _ in range(count)]
+    def jobs(self, contention: CoreContention | None, count: int) -> list[int]:
+        return [self.job(contention) for _ in range(count)]
 
 
 def share(threads: int, chosen: list[int]) -> float:
@@ -88,10 +84,10 @@ def test_hiccups_cost_less_than_a_hundredth_more(rows: int, speedup: Speedup, hi
 
 @pytest.mark.parametrize("cores", [2, 4, 6])
 def test_decode_leaves_a_core_to_a_program_that_takes_much_of_it(cores: int) -> None:
-    crowding, machine = CoreContention(cores), Machine(memory_bound, cores=cores, stolen=0.4)
-    early = machine.jobs(crowding, 64)
+    contention, machine = CoreContention(cores), Machine(memory_bound, cores=cores, stolen=0.4)
+    early = machine.jobs(contention, 64)
     assert early[:8] == [cores] * 8  # nothing is known yet
-    assert share(cores, machine.jobs(crowding, 2000)) < 0.1
+    assert share(cores, machine.jobs(contention, 2000)) < 0.1
 
 
 def test_halved_more_than_once_where_most_cores_are_taken() -> None:
@@ -105,8 +101,8 @@ def test_fewer_threads_are_not_kept_where_they_are_a_little_slower() -> None:
 
 
 def test_a_trial_that_is_far_too_slow_ends_early() -> None:
-    crowding, machine = CoreContention(2), Machine(arithmetic_bound, PREFILL_ROWS, stolen=0.85)
-    chosen = machine.jobs(crowding, 4000)[100:]
+    contention, machine = CoreContention(2), Machine(arithmetic_bound, PREFILL_ROWS, stolen=0.85)
+    chosen = machine.jobs(contention, 4000)[100:]
     assert {len(run) for run in "".join(map(str, chosen)).split("1") if run} == {2}
 
 
@@ -129,26 +125,26 @@ def test_prefill_keeps_all_threads_unless_more_than_half_is_taken(stolen: float,
 
 @pytest.mark.parametrize("cores", [2, 4, 6])
 def test_all_threads_are_back_soon_after_the_other_program_ends(cores: int) -> None:
-    crowding, machine = CoreContention(cores), Machine(memory_bound, cores=cores, stolen=0.5)
-    assert share(cores, machine.jobs(crowding, 5000)) < 0.1
+    contention, machine = CoreContention(cores), Machine(memory_bound, cores=cores, stolen=0.5)
+    assert share(cores, machine.jobs(contention, 5000)) < 0.1
     machine.stolen = 0.0
-    machine.jobs(crowding, LONGEST_RETURN_JOBS * math.ceil(math.log2(cores)))
-    assert share(cores, machine.jobs(crowding, 2000)) == 1
+    machine.jobs(contention, LONGEST_RETURN_JOBS * math.ceil(math.log2(cores)))
+    assert share(cores, machine.jobs(contention, 2000)) == 1
 
 
 def test_jobs_of_another_kind_are_not_concerned() -> None:
-    crowding, decode = CoreContention(2), Machine(memory_bound, stolen=0.4)
-    decode.jobs(crowding, 200)
-    assert [crowding.threads(rows) for rows in (1, 2, 8, 9, PREFILL_ROWS, 100_000)] == [1, 2, 2, 2, 2, 2]
+    contention, decode = CoreContention(2), Machine(memory_bound, stolen=0.4)
+    decode.jobs(contention, 200)
+    assert [contention.threads(rows) for rows in (1, 2, 8, 9, PREFILL_ROWS, 100_000)] == [1, 2, 2, 2, 2, 2]
 
 
 def test_kinds_that_take_turns_learn_apart() -> None:
-    crowding = CoreContention(2)
+    contention = CoreContention(2)
     decode, prefill = Machine(memory_bound, stolen=0.4), Machine(arithmetic_bound, PREFILL_ROWS, stolen=0.4)
     chosen: dict[int, list[int]] = {1: [], PREFILL_ROWS: []}
     for _ in range(1000):
         for machine, other in ((decode, prefill), (prefill, decode)):
-            chosen[machine.rows].append(machine.job(crowding))
+            chosen[machine.rows].append(machine.job(contention))
             other.now_ns = machine.now_ns
     assert share(1, chosen[1]) > 0.8
     assert share(2, chosen[PREFILL_ROWS]) > 0.9

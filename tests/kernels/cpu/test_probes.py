@@ -63,7 +63,7 @@ def test_the_loops_that_show_a_peak_are_what_they_seem(
 def disassembly(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[str, str]]]:
     """(address, instruction) of each function, as the compiler that built this program makes them."""
     path = tmp_path_factory.mktemp("probes") / "probes.o"
-    source = Path(__file__).parents[1] / "kernels/cpu/native/probes/arithmetic.cpp"
+    source = Path(__file__).parents[3] / "kernels/cpu/native/probes/arithmetic.cpp"
     compiler = os.environ.get("CXX", "c++")
     subprocess.run(
         [compiler, "-std=c++20", "-O3", "-fPIC", f"-I{source.parents[1]}", "-c", source, "-o", path],

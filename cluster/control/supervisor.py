@@ -145,7 +145,7 @@ class Supervisor:
         if engine is None:
             return seen.Tick(now_s)
         tokens = sum(len(sequence.tokens) for sequence in engine.scheduler.sequences)
-        return seen.Tick(now_s, engine.answered, tokens)
+        return seen.Tick(now_s, engine.requests.answered, tokens)
 
     def _membership_changed(self, event: MembershipEvent) -> None:
         worker = event.worker

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from collections.abc import Sequence as ListLike
-from enum import StrEnum
+from enum import Enum, StrEnum, auto
 from functools import partial, wraps
 from time import monotonic_ns
 from types import TracebackType
@@ -14,44 +13,56 @@ from typing import Concatenate, ParamSpec, Self
 
 from llamaclust.cluster.engine.metrics import Metrics
 from llamaclust.cluster.engine.pipeline import Pipeline
-from llamaclust.cluster.engine.request_stream import Mailbox, RequestStream
-from llamaclust.cluster.scheduler.requests import Finished, FinishReason, GenerationRequest, Timings, TokenSampled
+from llamaclust.cluster.engine.pipeline_run import PipelineRun
+from llamaclust.cluster.engine.request_stream import Mailbox, OpenRequests, RequestStream
+from llamaclust.cluster.scheduler.requests import Finished, FinishReason, GenerationRequest
 from llamaclust.cluster.scheduler.scheduler import Scheduler
-from llamaclust.cluster.scheduler.sequences import Failed, Sequence, Update
 from llamaclust.cluster.scheduler.settings import EngineSettings, SchedulerSettings
 from llamaclust.core.errors import DeadlineError, LlamaclustError, WorkerError
 from llamaclust.wire.microbatch.messages import Result
 
-_WATCH_S = 1.0
 _STOPPING = "the cluster is stopping"
 
 _log = logging.getLogger(__name__)
 
-_Given = ParamSpec("_Given")
+_Arguments = ParamSpec("_Arguments")
 
 
 class EngineState(StrEnum):
+    """What an engine does with requests, for operators."""
+
     READY = "ready"
-    RECOVERING = "recovering"  # the pipeline is lost: requests are taken, and wait with those that are there
-    DRAINING = "draining"  # serves those who were let in to their end; others are refused by whoever lets in
+    RECOVERING = "recovering"  # the pipeline is lost: requests are accepted, and wait
+    DRAINING = "draining"  # accepted requests are served to their end; the API refuses others
     DOWN = "down"  # requests are refused
+
+
+class _Phase(Enum):
+    """What an engine's pipeline does."""
+
+    RUNNING = auto()
+    LOST = auto()  # until `resume` or `give_up`
+    GIVEN_UP = auto()  # until `resume`
+    CLOSED = auto()
 
 
 OnLost = Callable[[LlamaclustError], None]
 """Called with the reason when a pipeline is lost."""
 
 
-def _step(step: Callable[Concatenate[Engine, _Given], None]) -> Callable[Concatenate[Engine, _Given], None]:
-    """A step of an engine, called by the event loop: its error is not lost, so that readers learn of it."""
+def _callback(
+    work: Callable[Concatenate[Engine, _Arguments], None],
+) -> Callable[Concatenate[Engine, _Arguments], None]:
+    """Work that the event loop calls: an error ends the pipeline, so that readers get it."""
 
-    @wraps(step)
-    def run(engine: Engine, /, *given: _Given.args, **named: _Given.kwargs) -> None:
+    @wraps(work)
+    def run(engine: Engine, /, *arguments: _Arguments.args, **named: _Arguments.kwargs) -> None:
         if engine.state is EngineState.DOWN:
             return
         try:
-            step(engine, *given, **named)
+            work(engine, *arguments, **named)
         except Exception as error:  # noqa: BLE001  a border
-            engine._lose(error)
+            engine.interrupt(error)
 
     return run
 
@@ -59,8 +70,8 @@ def _step(step: Callable[Concatenate[Engine, _Given], None]) -> Callable[Concate
 class Engine:
     """A context manager: runs while it is open. Pipelines are their owner's to close, after the engine.
 
-    A pipeline that is lost takes the engine down, unless somebody is told `on_lost`: then requests wait, until that one
-    gives another pipeline to `resume` or says `give_up`.
+    A lost pipeline closes the engine. With `on_lost`, requests wait instead, until `resume` with another pipeline or
+    `give_up`.
     """
 
     def __init__(
@@ -72,241 +83,156 @@ class Engine:
     ) -> None:
         self.scheduler = Scheduler(settings, pipeline.epoch, len(pipeline.stages))
         self.metrics = Metrics(pipeline.stages, lambda: self.scheduler.counts, monotonic_ns)
-        self.error: LlamaclustError | None = None  # why it is down or waits
-        self.answered = 0  # requests that ended without an error
-        self._is_closed = False
-        self._is_refusing = False
+        self.requests = OpenRequests(self.metrics)
+        self.error: LlamaclustError | None = None  # why it is down or recovering
+        self._phase = _Phase.RUNNING
         self._is_draining = False
-        self._is_paused = False
         self._on_lost = on_lost
         self._pipeline = pipeline
         self._deadlines = deadlines or EngineSettings()
-        self._mailboxes: dict[int, Mailbox] = {}
-        self._is_scheduling = False  # soon
-        self._empty = asyncio.Event()
-        self._empty.set()
-        self._tasks: list[asyncio.Task[None]] = []
+        self._run: PipelineRun | None = None
+        self._is_launch_due = False
 
     @property
     def state(self) -> EngineState:
-        if self._is_closed or self._is_refusing:
+        if self._phase in (_Phase.CLOSED, _Phase.GIVEN_UP):
             return EngineState.DOWN
         if self._is_draining:
             return EngineState.DRAINING
-        return EngineState.RECOVERING if self._is_paused else EngineState.READY
+        return EngineState.RECOVERING if self._phase is _Phase.LOST else EngineState.READY
 
     async def __aenter__(self) -> Self:
-        self._run()
+        self._start(self._pipeline)
         return self
-
-    def _run(self) -> None:
-        loop = asyncio.get_running_loop()
-        on_result = partial(self._take, self._pipeline)
-        self._tasks = [loop.create_task(part) for part in (self._pipeline.run(on_result), self._watch())]
-        for task in self._tasks:
-            task.add_done_callback(self._ended)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        tasks = self._tasks
-        self._go_down(WorkerError(_STOPPING))
-        await asyncio.gather(*tasks, return_exceptions=True)
+        self.break_down(WorkerError(_STOPPING))
+        if self._run is not None:
+            await self._run.wait_stopped()
 
-    def submit(self, ask: GenerationRequest) -> RequestStream:
-        """Takes a request. Raises RequestError, QueueFullError, or WorkerError where the engine runs no more.
+    def submit(self, request: GenerationRequest) -> RequestStream:
+        """Queues a request. Raises RequestError, QueueFullError, or WorkerError where the engine is down.
 
-        While it drains as well: who comes from outside is refused there, and those who were let in have choices to come
-        or prompts that are still being made.
+        Requests are accepted while it drains: the API refuses new ones, and accepted ones still submit their further
+        choices.
         """
         if self.state is EngineState.DOWN:
             raise WorkerError(str(self.error or _STOPPING))
-        sequence = self.scheduler.add(ask, monotonic_ns())
+        sequence = self.scheduler.add(request, monotonic_ns())
         mailbox = Mailbox(sequence)
         if sequence.has_work:
-            self._open(sequence, mailbox)
+            self.requests.open(mailbox, self._deadlines.request_s, partial(self._expire, sequence.key))
+            self._launch_soon()
         else:
             mailbox.put(Finished(FinishReason.LENGTH, sequence.timings()))
             mailbox.close()
         return RequestStream(mailbox, partial(self._abort, sequence.key))
 
     async def drain(self, timeout_s: float) -> bool:
-        """Says that it drains, and waits for the requests it has; False where some are left after `timeout_s`."""
+        """Waits for the requests it has; False where some are left after `timeout_s`."""
         self._is_draining = True
         try:
             async with asyncio.timeout(timeout_s):
-                await self._empty.wait()
+                await self.requests.wait_empty()
         except TimeoutError:
             return False
         return True
 
     # -- schedule, run, complete -----------------------------------------------------------------------------------
 
-    def _schedule_soon(self) -> None:
-        """Once everybody who comes now is there: requests that come together start together."""
-        if not self._is_scheduling:
-            self._is_scheduling = True
-            asyncio.get_running_loop().call_soon(self._schedule)
+    def _launch_soon(self) -> None:
+        """After the loop's other callbacks: requests that come together start together."""
+        if not self._is_launch_due:
+            self._is_launch_due = True
+            asyncio.get_running_loop().call_soon(self._launch)
 
-    @_step
-    def _schedule(self) -> None:
-        self._is_scheduling = False
-        self._launch()
-
-    def _take(self, pipeline: Pipeline, result: Result) -> None:
-        """What comes late from a pipeline that was given up counts no more."""
-        if pipeline is self._pipeline and not self._is_paused:
-            self._complete(result)
-
+    @_callback
     def _launch(self) -> None:
-        if self._is_paused:
+        self._is_launch_due = False
+        if self._phase is not _Phase.RUNNING:
             return
         while (scheduled := self.scheduler.next_microbatch(monotonic_ns())) is not None:
             self._pipeline.submit(scheduled.microbatch, scheduled.inputs)
 
-    @_step
+    @_callback
     def _complete(self, result: Result) -> None:
         if result.failure is not None:
             raise WorkerError(result.failure)
         now_ns = monotonic_ns()
-        news = self.scheduler.complete(result, now_ns)
+        updated = self.scheduler.complete(result, now_ns)
         self._launch()
-        tokens = sum(self._deliver(key, updates) for key, updates in news)
+        tokens = sum(self.requests.deliver(key, updates) for key, updates in updated)
         self.metrics.completed(result, tokens, now_ns)
 
-    async def _watch(self) -> None:
-        """A microbatch that never comes back means that the pipeline is lost: nobody waits for ever."""
-        while True:
-            await asyncio.sleep(_WATCH_S)
-            sent_ns = self.scheduler.oldest_sent_ns()
-            age_s = (monotonic_ns() - sent_ns) / 1e9 if sent_ns is not None else 0.0
-            if age_s > self._deadlines.result_s:
-                raise DeadlineError(f"no result of a microbatch for {age_s:.0f} s from the {self._workers}")
-
-    # -- requests --------------------------------------------------------------------------------------------------
-
-    @property
-    def _workers(self) -> str:
-        return "workers " + ", ".join(f"{s.worker} (layers {s.start}-{s.end - 1})" for s in self._pipeline.stages)
-
-    def _open(self, sequence: Sequence, mailbox: Mailbox) -> None:
-        expire = partial(self._expire, sequence.key)
-        mailbox.deadline = asyncio.get_running_loop().call_later(self._deadlines.request_s, expire)
-        self._mailboxes[sequence.key] = mailbox
-        self._empty.clear()
-        self._schedule_soon()
-
-    def _deliver(self, key: int, updates: ListLike[Update]) -> int:
-        """Hands a sequence's news to its reader; how many tokens were among them."""
-        tokens = 0
-        for update in updates:
-            if isinstance(update, Failed):
-                self._close(key, "error", WorkerError(update.message))
-                continue
-            self._mailboxes[key].put(update)
-            tokens += isinstance(update, TokenSampled)
-            if isinstance(update, Finished):
-                self.answered += 1
-                self._close(key, update.reason)
-        return tokens
-
     def _abort(self, key: int) -> None:
-        mailbox = self._mailboxes.get(key)
-        if mailbox is not None:
-            self.scheduler.abort(key)
-            mailbox.put(Finished(FinishReason.ABORT, mailbox.sequence.timings()))
-            self._close(key, FinishReason.ABORT)
-            self._schedule_soon()
+        if self.scheduler.abort(key) is not None:
+            self.requests.abort(key)
+            self._launch_soon()
 
     def _expire(self, key: int) -> None:
         self.scheduler.abort(key)
         limit = f"the request took longer than {self._deadlines.request_s:g} s (timeouts.request)"
-        self._close(key, "error", DeadlineError(limit))
-        self._schedule_soon()
-
-    def _close(self, key: int, reason: str, error: LlamaclustError | None = None) -> None:
-        mailbox = self._mailboxes.pop(key)
-        mailbox.close(error)
-        timings = mailbox.sequence.timings()
-        self.metrics.finished(reason, timings)
-        if _log.isEnabledFor(logging.INFO):
-            _log.info("request ended%s", f": {error}" if error else "", extra=_told(mailbox.sequence, reason, timings))
-        if not self._mailboxes:
-            self._empty.set()
+        self.requests.fail(key, DeadlineError(limit))
+        self._launch_soon()
 
     # -- a lost pipeline, another one, the end -----------------------------------------------------------------------
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        """A task ends only when it is stopped or something broke; a reader must learn of that."""
-        error = None if task.cancelled() else task.exception()
-        if error is not None and task in self._tasks:
-            self._lose(error)
+    def _start(self, pipeline: Pipeline) -> None:
+        self._pipeline = pipeline
+        self._run = PipelineRun(
+            pipeline,
+            self._deadlines,
+            on_result=self._complete,
+            on_lost=self.interrupt,
+            oldest_sent_ns=self.scheduler.oldest_sent_ns,
+        )
 
-    def _lose(self, error: BaseException) -> None:
+    def _stop(self) -> None:
+        if self._run is not None:
+            self._run.stop()
+
+    def interrupt(self, error: BaseException) -> None:
+        """Gives up the pipeline, which is lost or to be replaced."""
         if self._on_lost is None or not isinstance(error, LlamaclustError):
             self.break_down(error)
-        elif not self._is_closed and not self._is_paused:
+        elif self._phase is _Phase.RUNNING:
             self._stop()
-            self._is_paused = True
+            self._phase = _Phase.LOST
             self.error = error
             self._on_lost(error)
 
-    def interrupt(self, why: LlamaclustError) -> None:
-        """Gives up a pipeline that works: as if it were lost."""
-        self._lose(why)
-
-    def _stop(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        self._tasks = []
-
     def resume(self, pipeline: Pipeline, settings: SchedulerSettings) -> None:
-        """Goes on with another pipeline, which is new: every request is computed again from its own tokens."""
-        if self._is_closed:
+        """Continues on a new pipeline: every request is computed again from its own tokens."""
+        if self._phase is _Phase.CLOSED:
             return
         self._stop()
-        self._pipeline = pipeline
         self.scheduler.restart(settings, pipeline.epoch, len(pipeline.stages))
         self.metrics.restart(pipeline.stages)
-        self._is_paused = self._is_refusing = False
+        self._phase = _Phase.RUNNING
         self.error = None
-        self._run()
-        self._schedule_soon()
+        self._start(pipeline)
+        self._launch_soon()
 
     def give_up(self, error: LlamaclustError) -> None:
-        """Ends every request with `error`; no more are taken until `resume`."""
-        if not self._is_closed:
-            self._is_refusing = True
-            self._fail(error)
+        """Ends every request with `error`; no more are accepted until `resume`."""
+        if self._phase is not _Phase.CLOSED:
+            self._fail(_Phase.GIVEN_UP, error)
 
     def break_down(self, error: BaseException) -> None:
-        """Ends every request with `error`; no more are ever taken."""
-        if isinstance(error, LlamaclustError):
-            self._go_down(error)
-        else:
+        """Ends every request with `error`; no more are ever accepted."""
+        if self._phase is _Phase.CLOSED:
+            return
+        if not isinstance(error, LlamaclustError):
             _log.error("the engine broke", exc_info=error)
-            self._go_down(LlamaclustError(f"the engine broke: {type(error).__name__}: {error}"))
+            error = LlamaclustError(f"the engine broke: {type(error).__name__}: {error}")
+        self._stop()
+        self._fail(_Phase.CLOSED, error)
 
-    def _go_down(self, error: LlamaclustError) -> None:
-        if not self._is_closed:
-            self._is_closed = True
-            self._stop()
-            self._fail(error)
-
-    def _fail(self, error: LlamaclustError) -> None:
+    def _fail(self, phase: _Phase, error: LlamaclustError) -> None:
+        self._phase = phase
         self.error = error
-        for key in list(self._mailboxes):
+        for key in self.requests.keys:
             self.scheduler.abort(key)
-            self._close(key, "error", error)
-
-
-def _told(sequence: Sequence, reason: str, timings: Timings) -> dict[str, object]:
-    """What a log says of a request that ended: whose it is, and nothing of what it said."""
-    return {
-        "request": sequence.request.request_id,
-        "reason": str(reason),
-        "prompt_tokens": timings.prompt_tokens,
-        "tokens": timings.generated_tokens,
-        "ttft_ms": round(timings.ttft_ms, 3),
-        "seconds": round((monotonic_ns() - sequence.arrived_ns) / 1e9, 3),
-    }
+            self.requests.fail(key, error)

@@ -41,7 +41,7 @@ class StageReport:
     wire_ms: float
     decode_ms: float | None  # mean of microbatches of one row; None: there was none
     prefill_ms: float | None  # a row, in microbatches of many rows
-    busy: float  # share of the time that it computed
+    utilization: float  # share of the time that it computed
     tokens_per_s: float
 
 
@@ -82,7 +82,7 @@ class _StageMeter:
 
     def report(self, now_ns: int) -> StageReport:
         each = 1e6 * max(self.microbatches, 1)
-        busy, tokens_per_s = self._recent.rates(now_ns, self._since_ns)
+        utilization, tokens_per_s = self._recent.rates(now_ns, self._since_ns)
         return StageReport(
             worker=self.stage.worker,
             layers=(self.stage.start, self.stage.end),
@@ -93,7 +93,7 @@ class _StageMeter:
             wire_ms=self.wire_ns / each,
             decode_ms=self._decode.ms,
             prefill_ms=self._prefill.ms,
-            busy=busy,
+            utilization=utilization,
             tokens_per_s=tokens_per_s,
         )
 
@@ -207,5 +207,5 @@ class _Gauges(Collector):
             "llamaclust_stage_utilization_ratio", "Share of the last 10 s spent computing", labels=labels
         )
         for (values, _), report in zip(named, self._report(), strict=True):
-            busy.add_metric(values, report.busy)
+            busy.add_metric(values, report.utilization)
         yield busy

@@ -1,18 +1,23 @@
-"""What whoever submitted a request holds: its events as they come, and the means to give it up."""
+"""A submitted request: a stream of events, and cancellation. Its engine's side: a mailbox for each open request."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from copy import copy
+from time import monotonic_ns
 from types import TracebackType
 from typing import Self
 
-from llamaclust.cluster.scheduler.requests import Event, Timings
-from llamaclust.cluster.scheduler.sequences import Sequence
-from llamaclust.core.errors import LlamaclustError
+from llamaclust.cluster.engine.metrics import Metrics
+from llamaclust.cluster.scheduler.requests import Event, Finished, FinishReason, Timings, TokenSampled
+from llamaclust.cluster.scheduler.sequences import Failed, Sequence, Update
+from llamaclust.core.errors import LlamaclustError, WorkerError
+
+_log = logging.getLogger(__name__)
 
 
 class Mailbox:
@@ -58,11 +63,80 @@ class Mailbox:
             self._reader.set_result(None)
 
 
+class OpenRequests:
+    """The mailboxes of an engine's requests that have not ended, by their sequences' keys."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self.answered = 0  # requests that ended without an error
+        self._metrics = metrics
+        self._mailboxes: dict[int, Mailbox] = {}
+        self._empty = asyncio.Event()
+        self._empty.set()
+
+    @property
+    def keys(self) -> list[int]:
+        return list(self._mailboxes)
+
+    async def wait_empty(self) -> None:
+        await self._empty.wait()
+
+    def open(self, mailbox: Mailbox, timeout_s: float, expire: Callable[[], None]) -> None:
+        mailbox.deadline = asyncio.get_running_loop().call_later(timeout_s, expire)
+        self._mailboxes[mailbox.sequence.key] = mailbox
+        self._empty.clear()
+
+    def deliver(self, key: int, updates: Iterable[Update]) -> int:
+        """Hands a sequence's updates to its reader; how many tokens were among them."""
+        tokens = 0
+        for update in updates:
+            if isinstance(update, Failed):
+                self.fail(key, WorkerError(update.message))
+                continue
+            self._mailboxes[key].put(update)
+            tokens += isinstance(update, TokenSampled)
+            if isinstance(update, Finished):
+                self.answered += 1
+                self._close(key, update.reason)
+        return tokens
+
+    def abort(self, key: int) -> None:
+        mailbox = self._mailboxes.get(key)
+        if mailbox is not None:
+            mailbox.put(Finished(FinishReason.ABORT, mailbox.sequence.timings()))
+            self._close(key, FinishReason.ABORT)
+
+    def fail(self, key: int, error: LlamaclustError) -> None:
+        self._close(key, "error", error)
+
+    def _close(self, key: int, reason: str, error: LlamaclustError | None = None) -> None:
+        mailbox = self._mailboxes.pop(key)
+        mailbox.close(error)
+        timings = mailbox.sequence.timings()
+        self._metrics.finished(reason, timings)
+        if _log.isEnabledFor(logging.INFO):
+            fields = _log_fields(mailbox.sequence, reason, timings)
+            _log.info("request ended%s", f": {error}" if error else "", extra=fields)
+        if not self._mailboxes:
+            self._empty.set()
+
+
+def _log_fields(sequence: Sequence, reason: str, timings: Timings) -> dict[str, object]:
+    """A request's id, end and figures; none of its text."""
+    return {
+        "request": sequence.request.request_id,
+        "reason": str(reason),
+        "prompt_tokens": timings.prompt_tokens,
+        "tokens": timings.generated_tokens,
+        "ttft_ms": round(timings.ttft_ms, 3),
+        "seconds": round((monotonic_ns() - sequence.arrived_ns) / 1e9, 3),
+    }
+
+
 class RequestStream:
     """The events of one request, `Finished` last; a request that failed ends with an exception instead.
 
-    Leaving `async with`, `abort`, cancelling whoever reads and dropping the stream end the request: it frees its KV
-    memory. It ends by itself at its deadline, so that nobody waits for ever.
+    Leaving `async with`, `abort`, cancelling the reading task and dropping the stream end the request and free its KV
+    memory. It also ends at its deadline.
     """
 
     def __init__(self, mailbox: Mailbox, abort: Callable[[], None]) -> None:

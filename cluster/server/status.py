@@ -81,7 +81,7 @@ def _worker(handle: WorkerHandle, report: StageReport | None, predicted: StagePr
         "device_layers": [{"device": one.device, "layers": (one.start, one.end)} for one in handle.device_layers],
         "state": str(handle.state),
         "memory_bytes": handle.memory_bytes,
-        "busy": 0.0 if report is None else report.busy,
+        "busy": 0.0 if report is None else report.utilization,
         "tokens_per_s": 0.0 if report is None else report.tokens_per_s,
         "decode_ms": None if report is None else report.decode_ms,
         "predicted_decode_ms": None if predicted is None else 1e3 * predicted.decode_s,

@@ -6,20 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from llamaclust.cli import (
-    cache_commands,
-    cluster_commands,
-    convert_commands,
-    evaluation_commands,
-    generate_commands,
-    measure_commands,
-    model_commands,
-    quantize_commands,
-    split_commands,
-    token_commands,
-    worker_commands,
-)
-from llamaclust.cli.help import PlainGroup
+from llamaclust.cli import bench, cache, cluster, convert, generate, model, quantize, worker
+from llamaclust.cli.options import PlainGroup
 from llamaclust.core.version import VERSION
 
 BadUsage: type[Any] = typer.BadParameter.__mro__[1]
@@ -48,14 +36,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.callback(cls=PlainGroup)(_options)
-cluster_commands.register(app)
-worker_commands.register(app)
-app.add_typer(token_commands.app, name="token")
-generate_commands.register(app)
-measure_commands.register(app)
-evaluation_commands.register(model_commands.app)
-split_commands.register(model_commands.app)
-model_commands.app.add_typer(cache_commands.app, name="cache")
-quantize_commands.register(model_commands.app)
-convert_commands.register(model_commands.app)
-app.add_typer(model_commands.app, name="model")
+cluster.register(app)
+worker.register(app)
+app.add_typer(worker.token_app, name="token")
+generate.register(app)
+bench.register(app)
+convert.register(model.app)
+model.app.add_typer(cache.app, name="cache")
+quantize.register(model.app)
+app.add_typer(model.app, name="model")

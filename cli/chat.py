@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from llamaclust.cli import given_text, terminal
+from llamaclust.cli import terminal
 from llamaclust.cluster.client.base import TextClient
 from llamaclust.cluster.client.types import Options
 from llamaclust.core.errors import LlamaclustError, UsageError
@@ -30,7 +30,7 @@ class Chat:
     def __init__(self, client: TextClient, system: str | None, options: Options) -> None:
         self.messages: list[dict[str, str]] = []
         self._client = client
-        self._first = [] if system is None else [{"role": "system", "content": given_text.argument(system)}]
+        self._first = [] if system is None else [{"role": "system", "content": terminal.argument(system)}]
         self._options = options
         self._is_terminal = sys.stdin.isatty()
         self._commands: dict[str, Callable[[str], None]] = {
@@ -75,7 +75,7 @@ class Chat:
             return
         name, _, rest = line.partition(" ")
         if not name.startswith("/"):
-            self._answer(given_text.argument(line.strip()))
+            self._answer(terminal.argument(line.strip()))
         elif name in self._commands:
             self._commands[name](rest.strip())
         else:

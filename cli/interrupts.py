@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from types import FrameType
 from typing import NoReturn
 
@@ -118,3 +118,8 @@ def ends_in_one_line() -> Iterator[None]:
     except OSError as error:
         print_error(error)
         sys.exit(1)
+
+
+def told_to_end(workers: int) -> AbstractContextManager[None]:
+    """A cluster's folders and processes are tidied up, whichever signal ends it."""
+    return heard_as_interrupts(signal.SIGTERM, signal.SIGHUP) if workers > 1 else nullcontext()

@@ -1,12 +1,14 @@
-"""How a download or other long work goes, on standard error: a bar on a terminal, else a line now and then."""
+"""Progress of downloads, of a cluster's start and of other long work."""
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from contextlib import contextmanager, suppress
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
 from rich.progress import (
@@ -15,16 +17,31 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
+    TaskID,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
 
+from llamaclust.cli.terminal import printable
+from llamaclust.cluster.config.environment import environment
+from llamaclust.cluster.state.events import (
+    AwaitingWorkers,
+    Draining,
+    Event,
+    Measuring,
+    Notice,
+    PlanMade,
+    Ready,
+    StartFailed,
+    WorkerJoined,
+    WorkerLoading,
+    WorkerReading,
+)
+from llamaclust.core.logs import LogFormat, start_logging
 from llamaclust.core.sizes import MIB
 
 if TYPE_CHECKING:
-    from rich.progress import TaskID
-
     from llamaclust.tools.hub.download import Progress as Told
 
 _STEPS = 10
@@ -76,3 +93,164 @@ def _line(what: str, done_bytes: int, total_bytes: int | None) -> str:
     if total_bytes:
         return f"{what}: {done_bytes / MIB:.1f} of {total_bytes / MIB:.1f} MiB"
     return f"{what}: {done_bytes / MIB:.1f} MiB" if done_bytes else what
+
+
+_log = logging.getLogger(__name__)
+_UNNAMED = ("default", "demo")
+"""Names of clusters whose user chose none: their commands do without."""
+
+
+class ClusterView:
+    """Shows the events of a cluster on stderr; a context manager that leaves the terminal as it was.
+
+    Where stderr is no terminal there are lines instead of bars.
+    """
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True, highlight=False)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(binary_units=True),
+            TransferSpeedColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._measuring = self._console.status("measuring what this machine can do, once")
+        self._bars: dict[str, TaskID] = {}
+        self._is_draining = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        with suppress(OSError):
+            self._clear()
+
+    def show(self, event: Event) -> None:
+        """A terminal that is gone is no reason to end."""
+        with suppress(OSError):
+            self._show(event)
+
+    def _show(self, event: Event) -> None:
+        match event:
+            case WorkerLoading():
+                self._bar(f"worker {event.worker}, layers {event.start}-{event.end - 1}", "loading", event)
+            case WorkerReading():
+                self._bar(f"worker {event.worker} reads the model for others", "reading", event)
+            case Measuring():
+                self._measure()
+            case StartFailed():
+                self._clear()
+            case _:
+                self._clear()
+                print(self._text(event), file=sys.stderr)
+
+    def _text(self, event: AwaitingWorkers | WorkerJoined | PlanMade | Ready | Notice | Draining) -> str:
+        match event:
+            case PlanMade() | AwaitingWorkers():
+                return "\n".join(event.lines)
+            case WorkerJoined():
+                return joined_text(event)
+            case Ready():
+                return ready_text(event)
+            case Notice():
+                return printable(event.text)
+            case Draining():
+                text = left_text(event) if self._is_draining else draining_text(event)
+                self._is_draining = True
+                return text
+
+    def _clear(self) -> None:
+        self._measuring.stop()
+        self._progress.stop()
+
+    def _measure(self) -> None:
+        if self._console.is_terminal:
+            self._measuring.start()
+        else:
+            print(f"{self._measuring.status}: some seconds", file=sys.stderr)
+
+    def _bar(self, label: str, doing: str, event: WorkerLoading | WorkerReading) -> None:
+        bar = self._bars.get(label)
+        if bar is None:
+            if self._progress.disable:
+                print(f"{label}: {doing} {event.total_bytes / MIB:.1f} MiB", file=sys.stderr)
+            self._progress.start()
+            bar = self._bars[label] = self._progress.add_task(label, total=event.total_bytes)
+        self._progress.update(bar, completed=event.done_bytes, total=event.total_bytes)
+
+
+class LoggedCluster:
+    """The same for whoever gathers logs: a record an event, none while weights load."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """Nothing was put on a terminal."""
+
+    def show(self, event: Event) -> None:
+        match event:
+            case WorkerLoading() | WorkerReading() | StartFailed():  # the command itself says how it failed
+                pass
+            case Measuring():
+                _log.info("workers measure their machine: %s", ", ".join(event.workers))
+            case PlanMade() | AwaitingWorkers():
+                for line in event.lines:
+                    _log.info("%s", line.strip())
+            case Ready():
+                _log.info("%s is ready: %s at %s", event.name, event.model, event.api)
+            case WorkerJoined():
+                _log.info("%s", joined_text(event))
+            case Notice():
+                _log.info("%s", event.text)
+            case Draining():
+                _log.info("%s", left_text(event))
+
+
+def cluster_view(cluster: str) -> ClusterView | LoggedCluster:
+    """For people, or where LLAMACLUST_LOG asks for fields, as log lines."""
+    form = environment().log_format
+    if form is LogFormat.TEXT:
+        return ClusterView()
+    start_logging(form, cluster=cluster)
+    return LoggedCluster()
+
+
+def joined_text(joined: WorkerJoined) -> str:
+    """Who has come, and who has not."""
+    missing = f"; still missing: {', '.join(joined.missing)}" if joined.missing else "; all are there"
+    return f"worker {joined.worker} on {printable(joined.host)} has joined{missing}"
+
+
+def ready_text(ready: Ready) -> str:
+    """How to try a cluster that is ready: a command a line, to be copied."""
+    name = "" if ready.name in _UNNAMED else f" --cluster {ready.name}"
+    return f"""
+{ready.name} is ready: {printable(ready.model)} at {ready.api}
+  llamaclust chat{name}
+  llamaclust generate "Once upon a time"{name}
+  llamaclust status{name}
+  OpenAI clients: base_url={ready.api}/v1
+"""
+
+
+def draining_text(draining: Draining) -> str:
+    """What a cluster that was told to end waits for."""
+    what = f"{_requests(draining)} finished first, for {draining.limit_s:.0f} s at most"
+    return f"stopping: {what}; Ctrl-C again stops at once"
+
+
+def left_text(draining: Draining) -> str:
+    return f"stopping: {_requests(draining)} left"
+
+
+def _requests(draining: Draining) -> str:
+    return "1 request is" if draining.requests == 1 else f"{draining.requests} requests are"
+
+
+def bar_on_stderr(*columns: ProgressColumn) -> Progress:
+    """On standard error, where that is a terminal; gone at the end."""
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)

@@ -1,9 +1,11 @@
-"""What reaches a terminal: text from files, models and networks must not drive it."""
+"""Text that comes from the user and text that reaches a terminal, which it must not control."""
 
 from __future__ import annotations
 
 import re
 import sys
+
+from llamaclust.core.errors import UsageError
 
 _CONTROLS = dict.fromkeys(code for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t")
 _LONG_WORD = re.compile(r"(\S{100})\S{100,}(\S{50})")
@@ -26,3 +28,20 @@ def print_error(message: object) -> None:
     """One line on standard error, short where a name in it is long."""
     short = _LONG_WORD.sub(r"\1...\2", printable(str(message)))
     print(f"error: {short}", file=sys.stderr)
+
+
+def argument(text: str) -> str:
+    """The argument. UsageError where its bytes are not UTF-8, which Python hides in lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"the text is not UTF-8 at character {error.start + 1}: {text[:40]!a}") from error
+    return text
+
+
+def piped() -> str:
+    """Standard input to its end. UsageError where it is not UTF-8."""
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"standard input is not UTF-8: {error}") from error

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from llamaclust.cli.progress import ready_text
 from llamaclust.cli.terminal import print_error, printable
-from llamaclust.cli.watch import ready_text
 from llamaclust.cluster.state.events import Ready
 from support.clusters.scripted_command import command, scripted, terminal
 from support.models.tiny_model import build_tiny_model

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llamaclust.cli.progress import ProgressLines
-from llamaclust.cli.watch import ClusterView, draining_text, ready_text
+from llamaclust.cli.progress import ClusterView, ProgressLines, draining_text, ready_text
 from llamaclust.cluster.membership.log_tail import last_words
 from llamaclust.cluster.state.events import (
     Draining,

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
-from llamaclust.cli.planning import _gpus_here, plan_of
-from llamaclust.cli.status_view import gpu_lines
+from llamaclust.cli.plan import _gpus_here, plan_of
+from llamaclust.cli.status import gpu_lines
 from llamaclust.cluster.config.cluster_config import load_config
 from llamaclust.cluster.scheduler.requests import GenerationRequest, TokenSampled
 from llamaclust.cluster.server.coordinator import Cluster, open_cluster

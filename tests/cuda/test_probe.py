@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llamaclust.cli import measuring
+from llamaclust.cli.bench import _table
 from llamaclust.cluster.control.stage_memory import rounding_of, workspace_of
 from llamaclust.cluster.planner.workspace import StagePlace
 from llamaclust.core.limits import StageLimits
@@ -85,4 +85,4 @@ def test_a_model_on_a_gpu_is_measured(device: Device, tmp_path: Path, monkeypatc
     assert report.feature_level == gpu.feature_level and report.decode_tok_s > 0 < report.prefill_tok_s
     assert report.machine.read_gb_s > 0 < report.machine.int8_gmac_s
     name = gpu.gpu().name
-    assert report.as_json()["gpu"] == name and f"{name} (cuda:0), " in str(measuring._table(report).title)
+    assert report.as_json()["gpu"] == name and f"{name} (cuda:0), " in str(_table(report).title)

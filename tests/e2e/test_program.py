@@ -124,12 +124,12 @@ def parse(words: list[str], container: Manifest) -> str:
 
 def check_worker(options: Mapping[str, Any]) -> None:
     """What the options of a worker say is looked at beyond the parser."""
-    from llamaclust.cli import joining
-    from llamaclust.cli.gpu_options import Gpus
+    from llamaclust.cli.options import Gpus
+    from llamaclust.cli.worker import worker_settings
 
     others = dict(options)
     gpus = Gpus(*(others.pop(name) for name in ("device", "gpu_layers", "gpu_memory")))
-    settings = joining.settings(gpus=gpus, **others)
+    settings = worker_settings(gpus=gpus, **others)
     assert settings.join.startswith(f"{options['join'].partition(':')[0]}:") and settings.name.endswith("-worker-0")
 
 

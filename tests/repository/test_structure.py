@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from functools import cache
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +13,9 @@ from support.structure import Modules, arrows, circle, circle_of, deepest, files
 
 MOST_FILES = 20
 MOST_FOLDERS = 12
-MOST_DEPTH = {"module-level": 18, "lazy": 27}
+LARGE = {Path("cluster/control"), Path("kernels/cpu/native/level/quants")}
+"""Folders with more."""
+MOST_DEPTH = {"module-level": 18, "lazy": 26}
 """Modules in the longest chain of imports from the command line to a native call."""
 
 
@@ -25,8 +28,8 @@ def modules() -> Modules:
 
 def test_folders_of_the_program_are_small() -> None:
     modules()
-    files = {path: count for path, count in files_in_folders().items() if path.parts[:1] == ("cluster",)}
-    assert {path: count for path, count in files.items() if count > MOST_FILES} == {}
+    files = {path for path, count in files_in_folders().items() if count > MOST_FILES and path.parts[0] != "tests"}
+    assert files <= LARGE
     folders = {path: count for path, count in folders_in_folders().items() if path.parts[:1] != ("tests",)}
     assert {path: count for path, count in folders.items() if count > MOST_FOLDERS} == {}
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from llamaclust.cli.gpu_options import Gpus
+from llamaclust.cli.options import Gpus
 from llamaclust.cluster.config.cluster_config import load_config
 from llamaclust.core.errors import UsageError
 from support.clusters.command_line import CommandLine, command_line, eventually

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from llamaclust.cli.planning import plan_of
+from llamaclust.cli.plan import plan_of
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.config.environment import FEATURE_LEVELS
 from llamaclust.cluster.control.limits import check_plan

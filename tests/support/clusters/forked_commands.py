@@ -16,11 +16,11 @@ from pathlib import Path
 
 _IMPORTED = [
     "llamaclust.cli.app",
-    "llamaclust.cli.detach",
-    "llamaclust.cli.generation",
-    "llamaclust.cli.running",
-    "llamaclust.cli.start",
-    "llamaclust.cli.status_view",
+    "llamaclust.cli.up",
+    "llamaclust.cli.generate",
+    "llamaclust.cli.status",
+    "llamaclust.cli.up",
+    "llamaclust.cli.status",
     "llamaclust.cluster.api.app",
     "llamaclust.kernels.cpu.backend",
 ]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from llamaclust.cli.model_commands import app
+from llamaclust.cli.model import app
 from llamaclust.core.errors import LlamaclustError, UsageError
 from llamaclust.model.gguf.model_file import open_model
 from llamaclust.tools.hub.paths import default_models_dir

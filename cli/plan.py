@@ -32,7 +32,7 @@ from llamaclust.worker.devices.system_info import available_memory_bytes, reside
 from llamaclust.worker.settings import WorkerSettings
 
 
-def show(file: Path | None, overrides: list[str], as_json: bool) -> None:
+def show_plan(file: Path | None, overrides: list[str], as_json: bool) -> None:
     """Prints the plan of a cluster file; raises what `plan_of` does."""
     config = load_config(file, overrides)
     plan, own_bytes = _planned(config)

@@ -7,9 +7,8 @@ from typing import Annotated
 
 import typer
 
-from llamaclust.cli.help import PlainCommand
 from llamaclust.cli.interrupts import ends_at_once
-from llamaclust.cli.worker_keys import FileCommand
+from llamaclust.cli.options import FileCommand, PlainCommand
 
 ConfigFile = Annotated[Path | None, typer.Argument(metavar="FILE", help="Cluster file (YAML). Without it: the demo.")]
 Overrides = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Overrides a key of the file.")]
@@ -32,18 +31,18 @@ def up(
 ) -> None:
     """Start the cluster that FILE describes and serve its API until Ctrl-C."""
     with ends_at_once():
-        from llamaclust.cli import start
+        from llamaclust.cli.up import run_cluster, template_of
 
     if chat_template is not None:
-        overrides = [*overrides, f"chat_template={start.template_of(chat_template)}"]
-    start.up(file, overrides, port, detach=detach, notify=notify, ranked=ranked)
+        overrides = [*overrides, f"chat_template={template_of(chat_template)}"]
+    run_cluster(file, overrides, port, detach=detach, notify=notify, ranked=ranked)
 
 
 def down(cluster: ClusterName = None) -> None:
     """Stop a running cluster: running requests are finished first, for a while."""
-    from llamaclust.cli import running
+    from llamaclust.cli.status import stop
 
-    running.stop(cluster)
+    stop(cluster)
 
 
 def status(
@@ -52,27 +51,27 @@ def status(
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Again every second, until Ctrl-C.")] = False,
 ) -> None:
     """Show a running cluster: workers, layers, memory, requests, speed beside the predicted one."""
-    from llamaclust.cli import running
+    from llamaclust.cli.status import show_status
 
-    running.show(cluster, as_json, watch)
+    show_status(cluster, as_json, watch)
 
 
 def drain(
     worker: Annotated[str, typer.Argument(metavar="WORKER", help="A worker's name.")], cluster: ClusterName = None
 ) -> None:
     """Move a worker's layers to others without dropping a token, and give it none until `undrain`."""
-    from llamaclust.cli import running
+    from llamaclust.cli.status import drain
 
-    running.drain(cluster, worker)
+    drain(cluster, worker)
 
 
 def undrain(
     worker: Annotated[str, typer.Argument(metavar="WORKER", help="A worker's name.")], cluster: ClusterName = None
 ) -> None:
     """Let a drained worker have layers again."""
-    from llamaclust.cli import running
+    from llamaclust.cli.status import undrain
 
-    running.undrain(cluster, worker)
+    undrain(cluster, worker)
 
 
 def logs(
@@ -83,16 +82,16 @@ def logs(
     cluster: ClusterName = None,
 ) -> None:
     """Print a worker's log."""
-    from llamaclust.cli import running
+    from llamaclust.cli.status import print_log
 
-    running.print_log(cluster, worker, follow)
+    print_log(cluster, worker, follow)
 
 
 def plan(file: ConfigFile = None, overrides: Overrides = [], as_json: Json = False) -> None:  # noqa: B006
     """Show which layers would go where, and how fast that will be, without starting anything."""
-    from llamaclust.cli import planning
+    from llamaclust.cli.plan import show_plan
 
-    planning.show(file, overrides, as_json)
+    show_plan(file, overrides, as_json)
 
 
 def register(app: typer.Typer) -> None:

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
-from llamaclust.cli.connect import connect
-from llamaclust.cli.gpu_options import NO_GPUS, Gpus
-from llamaclust.cli.measuring import bar_on_stderr, told_to_end
+from llamaclust.cli.generate import connect
+from llamaclust.cli.interrupts import told_to_end
+from llamaclust.cli.options import NO_GPUS, Gpus
+from llamaclust.cli.progress import bar_on_stderr
 from llamaclust.cluster.client.base import TextClient
 from llamaclust.core.errors import UsageError
 from llamaclust.model.loader import Model

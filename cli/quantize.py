@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llamaclust.cli.help import PlainCommand
+from llamaclust.cli.options import PlainCommand
 from llamaclust.core.errors import UsageError
 
 if TYPE_CHECKING:

@@ -1,14 +1,17 @@
-"""`llamaclust model ...`: fetch, list, remove and look into model files."""
+"""`llamaclust model ...`: fetch, list, remove and inspect model files; perplexity."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llamaclust.cli import given_text
-from llamaclust.cli.help import PlainCommand, PlainGroup
+from llamaclust.cli import terminal
+from llamaclust.cli.bench import Json, KvTypeOption, Threads, Workers, known_kv_type
+from llamaclust.cli.bench import ModelArgument as LocalModel
+from llamaclust.cli.options import Devices, GpuLayers, Gpus, PlainCommand, PlainGroup
 from llamaclust.cli.terminal import printable
 from llamaclust.core.errors import LlamaclustError
 from llamaclust.core.sizes import MIB
@@ -19,9 +22,7 @@ if TYPE_CHECKING:
     from llamaclust.tools.model_info import ModelInfo, Share
 
 app = typer.Typer(name="model", cls=PlainGroup, help="Fetch, list and look into model files.", no_args_is_help=True)
-
 _TEXT_WIDTH = 100
-
 ModelArgument = Annotated[
     str,
     typer.Argument(
@@ -126,7 +127,7 @@ def tokenize(
     from llamaclust.tools.hub.catalog import resolve_model
 
     tokenizer = load_tokenizer(open_model(resolve_model(model)).metadata)
-    text = given_text.piped() if text is None else given_text.argument(text)
+    text = terminal.piped() if text is None else terminal.argument(text)
     ids = tokenizer.encode(text, add_special=not no_special, parse_special=parse_special)
     if as_json:
         print(json.dumps({"token_ids": ids, "tokens": [tokenizer.token_text(token_id) for token_id in ids]}))
@@ -182,3 +183,47 @@ def _one_line(value: object) -> str:
 
 def _mib(size_bytes: int) -> str:
     return f"{size_bytes / MIB:10,.2f} MiB"
+
+
+@app.command(cls=PlainCommand)
+def perplexity(
+    model: LocalModel,
+    text: Annotated[Path | None, typer.Option("-f", "--file", metavar="TEXT", help="UTF-8 text to predict.")] = None,
+    context: Annotated[
+        int | None, typer.Option("-c", "--context", metavar="N", min=4, help="Tokens of a chunk; 512 by default.")
+    ] = None,
+    chunks: Annotated[int | None, typer.Option("--chunks", min=1, metavar="N", help="Only the first N.")] = None,
+    base: Annotated[
+        Path | None,
+        typer.Option("--kl-divergence-base", metavar="FILE", help="Keep MODEL's logits there, or compare with them."),
+    ] = None,
+    compare: Annotated[
+        bool, typer.Option("--kl-divergence", help="Compare MODEL with the logits in that FILE, on their text.")
+    ] = False,
+    hellaswag: Annotated[
+        Path | None,
+        typer.Option("--hellaswag", metavar="FILE", help="Choose endings: six lines a task, as llama.cpp has them."),
+    ] = None,
+    tasks: Annotated[int | None, typer.Option("--tasks", min=1, metavar="N", help="Only the first N of those.")] = None,
+    threads: Threads = None,
+    workers: Workers = 1,
+    kv_type: KvTypeOption = None,
+    device: Devices = [],  # noqa: B006  typer reads the default
+    gpu_layers: GpuLayers = "auto",
+    endpoint: Annotated[
+        str | None, typer.Option("--endpoint", metavar="URL", help="Ask a running cluster that serves MODEL.")
+    ] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option("--api-key-file", metavar="FILE", help="File whose first line is the API key.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure how well MODEL predicts a text, as llama.cpp's llama-perplexity does; less is better."""
+    from llamaclust.cli.perplexity import Asked, Source, evaluate
+    from llamaclust.tools.hub.catalog import resolve_model
+
+    asked = Asked(text, context, chunks, base, compare, hellaswag, tasks)
+    asked.check()
+    path, kv, gpus = resolve_model(model), known_kv_type(kv_type), Gpus(tuple(device), gpu_layers)
+    source = Source(path, threads, workers, kv, endpoint, api_key_file, gpus)
+    evaluate(source, asked, as_json)

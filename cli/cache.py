@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from llamaclust.cli.help import PlainCommand, PlainGroup
+from llamaclust.cli.options import PlainCommand, PlainGroup
 from llamaclust.cli.terminal import printable
 from llamaclust.core.errors import LlamaclustError
 from llamaclust.core.sizes import MIB

@@ -1,0 +1,165 @@
+"""`bench`: prefill and decode speed, beside the machine's limits."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from statistics import median
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from llamaclust.cli.interrupts import told_to_end
+from llamaclust.cli.options import PlainCommand
+from llamaclust.cli.terminal import printable
+from llamaclust.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from llamaclust.model.program import KvType
+    from llamaclust.tools.bench.bench import BenchReport, BenchTask
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Catalog name or path of a .gguf.")]
+Threads = Annotated[
+    int | None,
+    typer.Option("--threads", "-t", metavar="N", min=1, max=1024, help="Threads of each worker; all cores by default."),
+]
+Workers = Annotated[
+    int, typer.Option("--workers", min=1, max=64, metavar="K", help="Cut the model over that many local processes.")
+]
+KvTypeOption = Annotated[
+    str | None, typer.Option("--kv-type", metavar="TYPE", help="Keys and values in memory: f16 (default) or q8_0.")
+]
+
+
+def known_kv_type(kv_type: str | None) -> KvType | None:
+    """UsageError for a type that there is not."""
+    from llamaclust.model.program import KvType
+
+    if kv_type is not None and kv_type not in set(KvType):
+        raise UsageError(f"--kv-type {kv_type}: give one of {', '.join(KvType)}")
+    return None if kv_type is None else KvType(kv_type)
+
+
+def known_device(devices: list[str], workers: int) -> str:
+    """UsageError for what is no device, or several."""
+    from llamaclust.cluster.config.values import parse_device
+
+    try:
+        known = parse_device(",".join(devices) or "cpu")
+    except ValueError as error:
+        raise UsageError(f"--device: {error}") from error
+    if "," in known or (known != "cpu" and workers > 1):
+        raise UsageError("--device: one GPU in this process; for several of them, or of workers, start a cluster")
+    return known
+
+
+def bench(
+    model: ModelArgument,
+    threads: Threads = None,
+    prompt: Annotated[
+        int, typer.Option("--prompt", "-p", metavar="N", min=1, help="Prompt tokens of a prefill.")
+    ] = 512,
+    generate: Annotated[
+        int, typer.Option("--generate", "-n", metavar="N", min=1, help="Tokens that are decoded.")
+    ] = 128,
+    batch: Annotated[int, typer.Option("--batch", "-b", metavar="N", min=1, max=256, help="Sequences at a time.")] = 1,
+    depth: Annotated[
+        int, typer.Option("--depth", "-d", metavar="N", min=0, help="Tokens in memory before decode begins.")
+    ] = 0,
+    repeats: Annotated[
+        int, typer.Option("--repeats", "-r", metavar="N", min=1, max=100, help="Runs; medians are shown.")
+    ] = 5,
+    workers: Workers = 1,
+    kv_type: KvTypeOption = None,
+    device: Annotated[
+        list[str],
+        typer.Option("--device", metavar="DEVICE", help="cpu (default), or a GPU as cuda:0, with all layers on it."),
+    ] = [],  # noqa: B006  typer reads the default
+    as_json: Json = False,
+) -> None:
+    """Measure prefill and decode, beside what this machine could do at best."""
+    from llamaclust.model.program import KvType
+    from llamaclust.tools.bench.bench import BenchTask
+    from llamaclust.tools.hub.catalog import resolve_model
+
+    known = known_kv_type(kv_type) or KvType.F16
+    one = known_device(device, workers)
+    task = BenchTask(resolve_model(model), threads, prompt, generate, batch, depth, repeats, workers, known, one)
+    print_bench(task, as_json)
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command of this file."""
+    app.command(cls=PlainCommand)(bench)
+
+
+_WIDE_COLUMNS = 400
+
+
+def print_bench(task: BenchTask, as_json: bool) -> None:
+    """Prints a table, or one JSON object; on standard error what makes the figures doubtful."""
+    from rich.progress import BarColumn, TextColumn
+
+    from llamaclust.cli.progress import bar_on_stderr
+    from llamaclust.tools.bench.bench import cores, run_bench
+    from llamaclust.wire.rpc.grpc_options import tune_grpc
+
+    if task.workers > 1:
+        tune_grpc()
+    with told_to_end(task.workers), bar_on_stderr(TextColumn("{task.description}"), BarColumn()) as bar:
+        shown = bar.add_task("loading", total=task.steps)
+        report = run_bench(task, lambda what: bar.update(shown, description=what, advance=1))
+    if as_json:
+        print(json.dumps(report.as_json()))
+    else:
+        _print_table(_table(report))
+    threads = task.threads_each * task.workers
+    if threads > cores():
+        _note(f"{threads} threads shared {cores()} cores: a thread a core is faster")
+    load = report.other_load
+    if load is not None and load.is_much and not as_json:
+        stolen = f", other virtual machines {load.stolen:.1f}" if load.stolen >= 0.05 else ""
+        busy = f"other programs used {load.others:.1f} of {load.cores} cores{stolen}"
+        _note(f"{busy} meanwhile: on an idle machine the figures are higher")
+
+
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)
+
+
+def _print_table(table: Table) -> None:
+    """As wide as it is, without blanks at the ends of lines, where no terminal would break them."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if console.is_terminal:
+        console.print(table)
+        return
+    wide = Console(highlight=False, width=_WIDE_COLUMNS, file=io.StringIO())
+    with wide.capture() as captured:
+        wide.print(table)
+    print("\n".join(line.rstrip() for line in captured.get().splitlines()))
+
+
+def _table(report: BenchReport) -> Table:
+    from rich.table import Table
+
+    task = report.task
+    model = printable(task.model.stem)
+    where = f"{task.workers} workers with {task.threads_each}" if task.workers > 1 else f"{task.threads_each}"
+    device = f"{printable(report.gpu)} ({task.device}), " if report.gpu else ""
+    title = f"{model} ({report.quant_type}), {device}{where} threads, {report.feature_level}, batch {task.batch}"
+    best_of = "this GPU" if report.gpu else "this machine"
+    table = Table("", "tokens", "tok/s", "achieved", best_of, "share", title=title, title_justify="left")
+    prefill, decode = report.prefill_gmac_s, report.decode_gb_s
+    peak, read = median(pair.limit for pair in report.prefills), median(pair.limit for pair in report.decodes)
+    for name, tokens, rate, unit, done, best, share in (
+        ("prefill", task.prompt, report.prefill_tok_s, "GMAC/s", prefill, peak, report.prefill_roofline),
+        ("decode", task.generate, report.decode_tok_s, "GB/s", decode, read, report.decode_roofline),
+    ):
+        table.add_row(name, str(tokens), f"{rate:.1f}", f"{done:.2f} {unit}", f"{best:.2f} {unit}", f"{share:.0%}")
+    return table

@@ -1,0 +1,240 @@
+"""`generate` and `chat`: options, where the text is computed, and the text of `generate`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llamaclust.cli import terminal
+from llamaclust.cli.options import NO_GPUS, Devices, GpuLayers, Gpus, PlainCommand, with_samplers
+from llamaclust.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from llamaclust.cluster.client.base import TextClient
+    from llamaclust.cluster.client.http import Client
+    from llamaclust.cluster.client.types import Options
+    from llamaclust.cluster.text.answer import Answer
+
+Cluster = Annotated[str | None, typer.Option("--cluster", metavar="NAME", help="Which, where several run.")]
+Endpoint = Annotated[str | None, typer.Option("--endpoint", metavar="URL", help="Address of a cluster's API.")]
+KeyFile = Annotated[
+    Path | None, typer.Option("--api-key-file", metavar="FILE", help="File whose first line is the API key.")
+]
+ModelFile = Annotated[
+    str | None, typer.Option("--model", metavar="FILE", help="Run this model in this process, without a cluster.")
+]
+Threads = Annotated[
+    int | None, typer.Option("--threads", "-t", metavar="N", min=1, max=1024, help="Threads that compute, for --model.")
+]
+Temperature = Annotated[float, typer.Option("--temperature", metavar="X", help="0 chooses the likeliest token.")]
+Seed = Annotated[
+    int | None, typer.Option("--seed", metavar="N", help="The same seed gives the same answer; drawn by default.")
+]
+TopK = Annotated[int, typer.Option("--top-k", metavar="N", help="Only that many of the likeliest tokens; 0: all.")]
+TopP = Annotated[
+    float, typer.Option("--top-p", metavar="P", help="Only the likeliest tokens that reach this probability.")
+]
+MinP = Annotated[
+    float,
+    typer.Option(
+        "--min-p", metavar="P", help="Keep tokens with at least this fraction of the top token's probability."
+    ),
+]
+
+
+@with_samplers
+def generate(
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="PROMPT", help="The text to go on from; `-`: standard input.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option("-n", "--max-tokens", metavar="N", help="Tokens, at most.")] = 128,
+    temperature: Temperature = 0.0,
+    seed: Seed = None,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    stop: Annotated[list[str], typer.Option("--stop", metavar="TEXT", help="End before this text.")] = [],  # noqa: B006
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+    endpoint: Endpoint = None,
+    api_key_file: KeyFile = None,
+    model: ModelFile = None,
+    threads: Threads = None,
+    device: Devices = [],  # noqa: B006  typer reads the default
+    gpu_layers: GpuLayers = "auto",
+    cluster: Cluster = None,
+    *,
+    more: dict[str, Any],
+) -> None:
+    """Go on from PROMPT and print the text as it comes."""
+    text = given_or_piped(prompt)
+    target = Target(cluster, endpoint, api_key_file, model, threads, gpus=Gpus(tuple(device), gpu_layers))
+    options = sampling(max_tokens, temperature, seed, top_k, top_p, min_p, more)
+    options["stop"] = stop
+    (print_json if as_json else print_stream)(target, text, options)
+
+
+@with_samplers
+def chat(
+    system: Annotated[
+        str | None, typer.Option("--system", metavar="TEXT", help="What the model is told first.")
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option("-n", "--max-tokens", metavar="N", help="Tokens of an answer, at most.")
+    ] = None,
+    temperature: Temperature = 0.8,
+    seed: Seed = None,
+    top_k: TopK = 40,
+    top_p: TopP = 0.95,
+    min_p: MinP = 0.05,
+    endpoint: Endpoint = None,
+    api_key_file: KeyFile = None,
+    model: ModelFile = None,
+    chat_template: Annotated[
+        str | None,
+        typer.Option("--chat-template", metavar="NAME", help="Or FILE: instead of the model's, for --model."),
+    ] = None,
+    threads: Threads = None,
+    device: Devices = [],  # noqa: B006  typer reads the default
+    gpu_layers: GpuLayers = "auto",
+    cluster: Cluster = None,
+    *,
+    more: dict[str, Any],
+) -> None:
+    """Chat: Ctrl-C interrupts an answer, /help shows more. Piped input is taken line by line."""
+    from llamaclust.cli.chat import Chat
+
+    target = Target(cluster, endpoint, api_key_file, model, threads, chat_template, Gpus(tuple(device), gpu_layers))
+    with target.open() as client:
+        Chat(client, system, sampling(max_tokens, temperature, seed, top_k, top_p, min_p, more)).run()
+
+
+def sampling(
+    max_tokens: int | None,
+    temperature: float,
+    seed: int | None,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    more: dict[str, Any],
+) -> Options:
+    """The options that both commands take."""
+    plain: Options = {
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "seed": seed,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+    }
+    return {**plain, **more}  # type: ignore[typeddict-item]
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands of this file."""
+    app.command(cls=PlainCommand)(generate)
+    app.command(cls=PlainCommand)(chat)
+
+
+def given_or_piped(prompt: str | None) -> str:
+    """The prompt, or standard input without its last line break. UsageError where there is neither."""
+    if prompt is not None and prompt != "-":
+        return terminal.argument(prompt)
+    if prompt is None and sys.stdin.isatty():
+        raise UsageError('no prompt: give one, as in llamaclust generate "Once upon a time", or pipe it in')
+    return terminal.piped().removesuffix("\n").removesuffix("\r")
+
+
+def print_stream(target: Target, prompt: str, options: Options) -> None:
+    """Prints the text as it comes, and a line break where it does not end with one."""
+    last = "\n"
+    with target.open() as client, client.generate(prompt, stream=True, **options) as chunks:
+        for chunk in chunks:
+            last = chunk.text or last
+            terminal.write(chunk.text)
+    print(end="" if last.endswith("\n") else "\n")
+
+
+def print_json(target: Target, prompt: str, options: Options) -> None:
+    with target.open() as client:
+        print(json.dumps(reply_json(client.generate(prompt, **options))))
+
+
+def reply_json(reply: Answer) -> dict[str, object]:
+    """Logprobs with nine significant digits, from which float32 is read back exactly."""
+    timings = reply.timings
+    return {
+        "text": reply.text,
+        "token_ids": reply.token_ids,
+        "logprobs": [float(f"{logprob:.9g}") for logprob in reply.logprobs],
+        "prompt_token_ids": reply.prompt_token_ids,
+        "finish_reason": reply.finish_reason,
+        "seed": reply.seed,
+        "timings": {
+            "ttft_ms": round(timings.ttft_ms, 3),
+            "prefill_tok_s": round(timings.prefill_tok_s, 3),
+            "decode_tok_s": round(timings.decode_tok_s, 3),
+        },
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What the command line names; nothing: the cluster that runs on this machine."""
+
+    cluster: str | None = None
+    endpoint: str | None = None
+    api_key_file: Path | None = None
+    model: str | None = None
+    threads: int | None = None
+    chat_template: str | None = None
+    gpus: Gpus = NO_GPUS
+
+    def open(self) -> TextClient:
+        """A client of it. UsageError where the options contradict each other or no cluster runs."""
+        from llamaclust.cluster.client.http import Client
+        from llamaclust.cluster.config.environment import environment
+        from llamaclust.cluster.state.directory import find_running
+
+        self._check()
+        if self.model is not None:
+            from llamaclust.cluster.client.local import LocalSettings
+            from llamaclust.tools.hub.catalog import resolve_model
+
+            device, gpu_layers, _ = self.gpus.parsed
+            settings = LocalSettings(chat_template=self.chat_template, device=device, gpu_layers=gpu_layers)
+            client = Client.local(resolve_model(self.model), self.threads, settings=settings)
+            if client.placement:
+                print(client.placement, file=sys.stderr)
+            return client
+        if self.endpoint is not None:
+            return connect(self.endpoint, self.api_key_file)
+        _, record = find_running(environment().state_dir, self.cluster)
+        keys = self.api_key_file or (Path(record.api_keys_file) if record.api_keys_file else None)
+        return connect(record.api, keys)
+
+    def _check(self) -> None:
+        places = {"--cluster": self.cluster, "--endpoint": self.endpoint, "--model": self.model}
+        given = [option for option, value in places.items() if value is not None]
+        if len(given) > 1:
+            raise UsageError(f"{' and '.join(given)} name different places: give one of them")
+        if self.threads is not None and self.model is None:
+            raise UsageError("--threads is for --model: a cluster's workers have theirs in the cluster file")
+        if self.gpus != NO_GPUS and self.model is None:
+            raise UsageError("--device and --gpu-layers are for --model: a cluster's workers have theirs")
+        if self.chat_template is not None and self.model is None:
+            raise UsageError("--chat-template is for --model: a cluster's is in its file, or given to `up`")
+        if self.api_key_file is not None and self.model is not None:
+            raise UsageError("--api-key-file is for a cluster: a model in this process asks for no key")
+
+
+def connect(endpoint: str, api_key_file: Path | None) -> Client:
+    """A client of an address, with the first key of a file. UsageError where there is none in it."""
+    from llamaclust.cluster.api.settings import first_key
+    from llamaclust.cluster.client.http import Client
+
+    return Client(endpoint, None if api_key_file is None else first_key(api_key_file))

@@ -1,4 +1,4 @@
-"""How a worker gets its certificate: it believes the CA that its token names, proves that it has the token, asks."""
+"""Enrolment of a worker: it trusts the CA that its token names, proves possession of the token, gets a certificate."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _EXCHANGE_S = 20.0
 
 @dataclass(frozen=True, slots=True)
 class Enrolled:
-    """Who the worker is now, and the port of the Coordinator service on the host that it asked."""
+    """The worker's identity, and the port of the Coordinator service on the enrolment host."""
 
     identity: Identity
     port: int
@@ -67,7 +67,7 @@ async def pinned(host: str, port: int, token: JoinToken, where: str) -> bytes:
     async with _connected(host, port, _unverifying(), None) as (reader, _):
         challenge = await _challenge(reader)
     if ca_hash(challenge.ca_certificate) != token.ca_hash:
-        why = "the token is another cluster's, or somebody is in between"
+        why = "the token is of another cluster, or the connection is intercepted"
         raise UsageError(f"the coordinator at {where} is not the one that the token names: {why}")
     if challenge.protocol_version != PROTOCOL_VERSION:
         versions = f"speaks protocol {challenge.protocol_version}, this worker {PROTOCOL_VERSION}"

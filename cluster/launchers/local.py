@@ -69,7 +69,7 @@ class LocalLauncher:
                 self._kept_up.clear()
 
     async def end(self, name: str) -> None:
-        """By SIGKILL: whoever is lost hears nothing else."""
+        """By SIGKILL: a lost worker may not react to anything else."""
         process = self._processes.get(name)
         if process is not None and process.returncode is None:
             _kill(process, signal.SIGKILL)

@@ -97,7 +97,7 @@ class MpiLauncher:
         return self._upkeep.on(gave_up)
 
     async def end(self, name: str) -> None:
-        """By SIGKILL: whoever is lost hears nothing else."""
+        """By SIGKILL: a lost worker may not react to anything else."""
         running = self._running.get(name)
         if running is None or running.is_set() or name in self._lost:
             return
@@ -113,7 +113,7 @@ class MpiLauncher:
         return self._words.get(name, "")
 
     async def joined(self, registry: Registry) -> ClusterConfig:
-        """DeadlineError that names who is missing after `join.wait`, WorkerError one that ended before."""
+        """DeadlineError names the missing workers after `join.wait`, WorkerError one that ended before."""
         await registry.wait_for(list(self._orders), self._config.join.wait)
         return self._static.found(registry)
 

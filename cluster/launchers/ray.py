@@ -131,7 +131,7 @@ class RayLauncher:
         return self._words.get(name, "")
 
     async def joined(self, registry: Registry) -> ClusterConfig:
-        """DeadlineError that names who is missing after `join.wait`, WorkerError one that ended before."""
+        """DeadlineError names the missing workers after `join.wait`, WorkerError one that ended before."""
         await registry.wait_for([worker.name for worker in self._config.workers], self._config.join.wait)
         return self._static.found(registry)
 

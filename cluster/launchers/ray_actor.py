@@ -1,4 +1,4 @@
-"""What runs on Ray's nodes: an actor that keeps one worker process, and goes when nobody needs it any more."""
+"""The actor on a Ray node that runs one worker process, and ends when it is no longer needed."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class WorkerActor:
         return self._over.is_set()
 
     def ended(self) -> tuple[str, str] | None:
-        """Waits for the worker's end: how it was, and its last words. None after a while: who asked may be gone."""
+        """Waits for the worker's end: (how it ended, its last error). None after a timeout: the caller may be gone."""
         return self._how if self._over.wait(_WAIT_S) else None
 
     def _start(self) -> None:
@@ -73,7 +73,7 @@ class WorkerActor:
             return
         self._how = (describe_exit(code), last_words(_LOG) if code else "")
         self._over.set()
-        time.sleep(_ANSWER_S)  # whoever waits in `ended` is told
+        time.sleep(_ANSWER_S)  # for callers that wait in `ended`
         if code < 0:
             os._exit(1)
         self._clear_up()

@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 _ALIVE = "/ray.rpc.NodeInfoGcsService/CheckAlive"
 _PROBE_S = 10.0
 _STARTS = 3  # now and then one of Ray's own processes ends as it begins, which Ray notices after 30 s
-_STORE_BYTES = 80_000_000  # Ray's object store, which nobody here needs; it wants 75 MiB at least
+_STORE_BYTES = 80_000_000  # Ray's object store, unused here; the minimum is 75 MiB
 _DASHBOARD = "aiohttp_cors"
 """What `ray[default]` brings for its dashboard, through which `ray logs` and `ray list` ask."""
 _INSTALL = "launcher ray needs Ray: pip install 'llamaclust[ray]'"
@@ -74,7 +74,7 @@ class RayCluster:
             shutil.rmtree(self._own, ignore_errors=True)
 
     def _start(self, workers: Sequence[WorkerSettings]) -> None:
-        """A cluster of this machine, in a folder that nobody else may enter, so that no other program finds it."""
+        """A cluster of this machine, in a private folder, so that no other program finds it."""
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         token = self._folder / "token"
         write_private(token, secrets.token_urlsafe(32))
@@ -92,7 +92,7 @@ class RayCluster:
             except LlamaclustError as error:
                 if start == _STARTS:
                     raise
-                # What it has started until here is in nobody's way: it ends with this thread.
+                # Processes started so far do no harm: they end with this thread.
                 self.close()
                 _log.warning("Ray did not start, next try (%d of %d): %s", start + 1, _STARTS, error)
 
@@ -123,7 +123,7 @@ def _check(address: str, settings: Ray) -> None:
     connect, and that after minutes."""
     open_to_all = _probe(address, None)
     if open_to_all and not settings.allow_unauthenticated:
-        why = "asks nobody for a token, so whoever reaches it can run programs on it and read this cluster's secrets"
+        why = "requires no token, so any client can run programs on it and read this cluster's secrets"
         what = "start it with RAY_AUTH_MODE=token, or set `ray: {allow_unauthenticated: true}`"
         raise UsageError(f"the Ray cluster at {address} {why}; {what}")
     if not open_to_all and not _probe(address, _token()):
@@ -134,7 +134,7 @@ def _check(address: str, settings: Ray) -> None:
 
 
 def _probe(address: str, token: str | None) -> bool:
-    """Whether the head talks to somebody with that token. LlamaclustError where nobody is there."""
+    """Whether the head accepts that token. LlamaclustError where it cannot be reached."""
     metadata = () if token is None else (("authorization", f"Bearer {token}"),)
     with grpc.insecure_channel(address, options=(("grpc.enable_http_proxy", 0),)) as channel:
         try:

@@ -56,7 +56,7 @@ class RayWorkers:
         return bool(self._group.wait(_READY_S))
 
     def free(self) -> Mapping[str, float]:
-        """Ray's resources that nobody has, all nodes together."""
+        """Ray's free resources, all nodes together."""
         free: dict[str, float] = self._ray.available_resources()
         return free
 

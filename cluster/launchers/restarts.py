@@ -24,7 +24,7 @@ class Restarts:
 
 
 class Upkeep:
-    """Workers of one launcher: see `Launcher.keeping_up`. It decides; whoever asks starts them."""
+    """Workers of one launcher: see `Launcher.keeping_up`. It decides; the launcher starts them."""
 
     def __init__(self, limits: Restarts | None = None) -> None:
         self.limits = limits or Restarts()

@@ -1,4 +1,4 @@
-"""Workers that somebody else starts, on any machine: they enrol and join by themselves, in any order."""
+"""Workers that are started by hand or by another system, on any machine; they enrol and join in any order."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ _TRUST = "trust"
 _GPU = "  on a machine with an NVIDIA GPU the same with --device cuda:0"
 _log = logging.getLogger(__name__)
 
-INSECURE = "INSECURE: links between machines are neither encrypted nor authenticated; whoever reaches them is trusted"
+INSECURE = (
+    "INSECURE: links between machines are neither encrypted nor authenticated; any client that reaches them is trusted"
+)
 
 
 def static_launch(config: ClusterConfig, folder: ClusterDir, watch: Report) -> Launch:
@@ -84,7 +86,7 @@ class StaticLauncher:
 
     @contextlib.contextmanager
     def keeping_up(self, gave_up: GaveUp) -> Iterator[None]:
-        """Whoever started them starts them again."""
+        """They are restarted by what started them."""
         yield
 
     async def end(self, name: str) -> None:
@@ -110,7 +112,7 @@ class StaticLauncher:
         return f"the cluster file has no worker named {name}; it has {', '.join(wanted)}"
 
     async def joined(self, registry: Registry) -> ClusterConfig:
-        """DeadlineError that names who is missing after `join.wait`."""
+        """DeadlineError names the missing workers after `join.wait`."""
         self._registry = registry
         told: set[str] = set()
         wait_s = self._config.join.wait
@@ -127,9 +129,9 @@ class StaticLauncher:
                         return self.found(registry)
                     await registry.changed()
         except DeadlineError as error:
-            who, joined = ", ".join(self._missing(registry.present)), len(registry.present)
+            missing_text, joined = ", ".join(self._missing(registry.present)), len(registry.present)
             others = f"; to start with those that did: --set workers={joined}" if joined else ""
-            raise DeadlineError(f"did not join within {wait_s:g} s (`join.wait`): {who}{others}") from error
+            raise DeadlineError(f"did not join within {wait_s:g} s (`join.wait`): {missing_text}{others}") from error
 
     def _missing(self, present: Collection[str]) -> list[str]:
         """In words."""

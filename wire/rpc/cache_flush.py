@@ -15,7 +15,7 @@ _MOST_BYTES = 1 << 30
 _LEVELS = "/sys/devices/system/cpu/cpu0/cache"
 _TURN_BYTES = 1 << 20
 _REST_S = 0.0005
-"""Whoever waits for work sleeps by then."""
+"""Threads that spin for work sleep by then."""
 
 
 def largest_cache_bytes(levels: Path = Path(_LEVELS)) -> int:

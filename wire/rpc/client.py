@@ -1,4 +1,4 @@
-"""The calling side of gRPC: channel options, who we are and whom we expect, broken streams as errors.
+"""The calling side of gRPC: channel options, own and expected identity, broken streams as errors.
 
 This file and `server.py` alone make channels and servers. Streams carry bytes; what they mean is the codecs' matter.
 """
@@ -135,8 +135,8 @@ class ClientStream:
         return StreamBrokenError(details or code.name, self._worker if named is None else str(named)[:_LONGEST_NAME])
 
     def _check_told(self) -> None:
-        """StreamBrokenError where this task was not told to end: gRPC cancels whoever waits for a stream that another
-        task has cancelled, or was cancelled in while it wrote."""
+        """StreamBrokenError where this task was not told to end: gRPC cancels all tasks that wait for a stream that
+        another task has cancelled, or was cancelled in while it wrote."""
         task = asyncio.current_task()
         if task is not None and not task.cancelling():
             raise StreamBrokenError(f"the stream to {self.address} was cancelled", self._worker)
@@ -165,7 +165,7 @@ class Peer:
 
     @property
     def worker(self) -> str | None:
-        """Which one is expected there; None: none, or nobody knows."""
+        """The expected worker; None: none, or unknown."""
         return None if self.principal is None else self.principal.worker
 
     def open(self, method: str, *, epoch: int | None = None, wait_for_ready: bool = False) -> ClientStream:
@@ -202,7 +202,7 @@ class Peer:
     def _secure(self, identity: Identity) -> Any:
         from llamaclust.wire.security.tls import TARGET_NAME, channel_credentials
 
-        assert self.principal is not None, "whom to expect"
+        assert self.principal is not None, "the expected identity"
         options = (*self._options, (TARGET_NAME, self.principal.host(identity.cluster)))
         return aio.secure_channel(f"dns:///{self.address}", channel_credentials(identity), options=options)
 

@@ -1,4 +1,4 @@
-"""Connections that end before they show a certificate: gRPC refuses them without a word, here it is told."""
+"""Connections that end before they show a certificate: gRPC refuses them silently, here they are logged."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Handshakes:
 
     def begun(self) -> None:
         """Called on gRPC's threads."""
-        with contextlib.suppress(RuntimeError):  # the loop has ended, and with it whoever would be told
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and with it the log
             self._loop.call_soon_threadsafe(self._loop.call_later, self._due_s, self._judge)
 
     def done(self, caller: str) -> None:

@@ -1,4 +1,4 @@
-"""Refused peers in the log: a line each, of a bounded number, so that nobody fills a disk by knocking."""
+"""Refused peers in the log: a line each, of a bounded number, so that connection attempts cannot fill a disk."""
 
 from __future__ import annotations
 

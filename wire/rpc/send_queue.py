@@ -1,4 +1,4 @@
-"""Messages on their way into a stream: whoever has one does not wait until the network has taken it."""
+"""Messages on their way into a stream: the sender does not wait until the network has taken them."""
 
 from __future__ import annotations
 

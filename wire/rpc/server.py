@@ -1,4 +1,4 @@
-"""The serving side of channels: who calls is checked before anything is read, errors become status codes."""
+"""The serving side of channels: callers are checked before anything is read, errors become status codes."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def _peer_here() -> Iterator[None]:
 
 
 class ServerStream:
-    """Our end of a bidirectional stream that a peer opened. `peer` is who its certificate says; None: links do not
-    tell."""
+    """Our end of a bidirectional stream that a peer opened. `peer` is the identity in its certificate; None: insecure
+    or shared token."""
 
     def __init__(self, context: Any, peer: Principal | None = None) -> None:
         self._context = context
@@ -135,7 +135,7 @@ def _guarded(handler: Handler, entry: _Entry) -> Any:
 
 async def _end(context: Any, code: grpc.StatusCode, why: str, blamed: str | None = None) -> None:
     """Ends a stream with an error, for which another worker may be to blame. Where the peer or the server has gone
-    before, nobody is left to tell."""
+    before, the error is dropped."""
     try:
         await context.abort(code, one_line(why), () if blamed is None else ((BLAME_KEY, blamed),))
     except aio.AbortError:

@@ -23,7 +23,7 @@ class NewKey:
 
     @property
     def request(self) -> bytes:
-        """A certificate request (DER). It names nobody: whose the certificate is, is said beside it."""
+        """A certificate request (DER). It has no name: that travels beside it."""
         builder = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([]))
         return builder.sign(self._key, hashes.SHA256()).public_bytes(Encoding.DER)
 

@@ -19,7 +19,7 @@ _ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.%]{2,60}\]|[A-Za-z0-9._-]{1,255}):(\d{1,5
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """Who a process of a cluster is."""
+    """Identity of a process in a cluster."""
 
     worker: str | None  # a worker's name; None: the coordinator
 
@@ -35,7 +35,7 @@ COORDINATOR = Principal(None)
 
 
 def principal_of(host: str, cluster: str) -> Principal | None:
-    """Who has the name in a certificate; None for one of another cluster or of no kind that is known."""
+    """The identity in a certificate's name; None for one of another cluster or of an unknown kind."""
     if host == _coordinator_host(cluster):
         return COORDINATOR
     label = host.removesuffix(_worker_suffix(cluster))

@@ -38,7 +38,7 @@ def server_credentials(identity: Identity, on_handshake: Callable[[], None]) -> 
 
 
 def peer_principal(auth_context: Mapping[str, Iterable[bytes]], identity: Identity) -> Principal:
-    """Who is at the other end of an authenticated connection. UsageError for a certificate that names nobody of this
+    """Identity at the other end of an authenticated connection. UsageError for a certificate of no member of this
     cluster, or has ended since the handshake: a resumed session does not look at it again."""
     from llamaclust.wire.security.certificates import ends_at_s
 

@@ -49,7 +49,7 @@ class ClusterToken:
 
 @dataclass(frozen=True, slots=True)
 class JoinToken:
-    """What a worker on another machine needs to join: whom to believe, and proof that it may. Not shown when printed.
+    """Credentials of a worker on another machine: the CA to trust, and the right to join. Not shown when printed.
 
     As text: `lc1.<SHA-256 of the CA certificate, hex>.<secret>`.
     """

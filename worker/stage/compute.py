@@ -64,7 +64,7 @@ class Compute:
     def _settled(self, answer: asyncio.Future[Any]) -> None:
         self._queued -= 1
         if not answer.cancelled():
-            answer.exception()  # whoever waited may be gone
+            answer.exception()  # retrieved: its caller may be gone
 
     def close(self) -> None:
         """Lets the thread end after the jobs that are queued, and does not wait for it."""

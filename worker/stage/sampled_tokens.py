@@ -78,7 +78,7 @@ class SampledTokensBox:
             return inputs
         chunks = [chunk for chunk in microbatch.chunks for _ in range(chunk.outputs)]
         if len(chunks) != len(inputs.tasks):
-            return inputs  # whoever samples says what is wrong
+            return inputs  # the sampler reports it
         return replace(inputs, tasks=tuple(map(self._with_history, inputs.tasks, chunks)))
 
     def _with_history(self, task: RowTask, chunk: Chunk) -> RowTask:

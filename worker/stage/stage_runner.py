@@ -145,7 +145,7 @@ class StageRunner:
 
     @property
     def weights(self) -> object:
-        """What keeps the weights in memory, for as long as somebody holds it."""
+        """Keeps the weights in memory while it is referenced."""
         return self._stage.weights
 
     def close(self) -> None:

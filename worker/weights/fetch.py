@@ -266,7 +266,7 @@ class WeightFetch:
 
     def _not_found(self, item: _Item) -> WorkerError:
         whys = [f"{one.name}: {one.given_up or 'does not have it'}" for one in self._sources]
-        where = "; ".join(whys) or "nobody to ask"
+        where = "; ".join(whys) or "no source is known"
         return WorkerError(
             f"weights of {item.wanted.name} ({item.wanted.n_bytes} bytes) are to be had nowhere ({where})"
         )
@@ -275,7 +275,7 @@ class WeightFetch:
 async def _in_thread(
     function: Callable[..., _Value], *arguments: object, undo: Callable[[_Value], None] = lambda value: None
 ) -> _Value:
-    """To its end also where the task is cancelled meanwhile: nobody else may have the file before. Then `undo`."""
+    """To its end also where the task is cancelled meanwhile: the file is in exclusive use until then. Then `undo`."""
     working = asyncio.ensure_future(asyncio.to_thread(function, *arguments))
     try:
         return await asyncio.shield(working)

@@ -41,7 +41,7 @@ class Reading:
         self._lock = Lock()
 
     def begun(self, file: ModelFile) -> Callable[[int], None]:
-        """Whom to tell of each piece."""
+        """Called with the size of each piece."""
         self.total_bytes = sum(tensor.n_bytes for tensor in file.tensors.values())
         return self._add
 

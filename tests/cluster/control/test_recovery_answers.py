@@ -37,7 +37,7 @@ _WRAPPED = dedent(
 )
 
 RESULT = ("microbatch.codec", "encode_result", "Result", 20)
-CONTROL = ("control.codec", "encode_worker_message", "Heartbeat", 1)
+CONTROL = ("control.codec", "encode_worker_message", "Heartbeat", 40)
 ANSWERS = {
     "no message": (*RESULT, r"b'\xff\xff'", "damaged"),
     "of an older epoch": (*RESULT, "encode(replace(message, epoch=message.epoch - 1))", "result (0, "),

@@ -236,11 +236,11 @@ class Chaos:
             self.tally.pauses_s[what].append(self.tally.last_token_s - struck[0].at_s)
 
 
-async def run(model: Path, seed: int, faults: int, workers: int, silence_s: float, verbose: bool) -> None:
+async def run(model: Path, seed: int, faults: int, workers: int, heartbeat_timeout_s: float, verbose: bool) -> None:
     names = "abcdefgh"[:workers]
     alike = ", ".join(f"{{name: {name}, threads: 1, memory_bandwidth_gb_s: 20, int8_gmac_s: 300}}" for name in names)
     overrides = [f"model={model}", f"workers=[{alike}]", "objective=throughput", "context_length=1024"]
-    overrides.append(f"timeouts.worker={silence_s:g}s")
+    overrides.append(f"timeouts.worker={heartbeat_timeout_s:g}s")
     begun_s = time.monotonic()
 
     def watch(event: Event) -> None:

@@ -43,6 +43,7 @@ def decode_step(model_id: str, epoch: int, number: int, rows: int) -> tuple[Micr
 async def through_workers(path: Path, cuts: Sequence[int], steps: int, rows: int) -> list[tuple[int, Result]]:
     """Nanoseconds from submission to result, and the result."""
     from llamaclust.cluster.control.remote_pipeline import RemotePipeline
+    from llamaclust.cluster.membership.join_handler import JoinSettings
     from llamaclust.cluster.membership.registry import Registry
     from llamaclust.model.loader import Model
 
@@ -50,7 +51,7 @@ async def through_workers(path: Path, cuts: Sequence[int], steps: int, rows: int
     model_id = Model.open(path).model_id
     with tempfile.TemporaryDirectory() as folder, run_directory(Path(folder)) as run:
         launcher = LocalLauncher(run, Path(folder))
-        async with Registry(run.coordinator, run.token, last_words=launcher.last_words) as registry:
+        async with Registry(run.coordinator, run.token, launcher.last_error, JoinSettings()) as registry:
             try:
                 specs = [WorkerSettings(name=stage.worker, threads=1) for stage in stages]
                 await launcher.start(specs, registry.address, registry.process_exited)

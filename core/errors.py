@@ -71,7 +71,7 @@ class ProtocolError(LlamaclustError):
 
 
 class WorkerError(LlamaclustError):
-    """A worker that failed, was lost or cannot be reached; the message names it, its layers and its last words."""
+    """A worker that failed, was lost or cannot be reached; the message names it, its layers and its last error."""
 
     http_status = 503
     code = "worker_failed"

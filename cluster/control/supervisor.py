@@ -23,7 +23,8 @@ from llamaclust.cluster.control.planning import ClusterPlanner
 from llamaclust.cluster.control.reconcile import Abort, Action, Wait, reconcile
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.launchers.base import Launcher
-from llamaclust.cluster.membership.registry import MemberJoined, MembershipEvent, PeerReported, Registry
+from llamaclust.cluster.membership.members import MemberJoined, MembershipEvent, PeerReported
+from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.state.events import Notice, Report
 from llamaclust.core.errors import LlamaclustError

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
-from llamaclust.cluster.membership.registry import Certify, Registry, Welcomes
+from llamaclust.cluster.membership.join_handler import Certify, RefusalReason
+from llamaclust.cluster.membership.registry import Registry
 from llamaclust.model.loader import Model
 from llamaclust.wire.security.credentials import Credentials
 from llamaclust.worker.settings import WorkerSettings
@@ -48,7 +49,7 @@ class Launcher(Protocol):
         """What its workers may take of this machine, all together; None where they are elsewhere."""
         ...
 
-    def last_words(self, name: str) -> str:
+    def last_error(self, name: str) -> str:
         """The last trouble that a worker logged; empty where there was none."""
         ...
 
@@ -64,6 +65,6 @@ class Launch:
     listen: str  # gRPC target of the coordinator
     credentials: Credentials
     joined: Callable[[Registry], Awaitable[ClusterConfig]]
-    welcomes: Welcomes = lambda name: None
+    refusal: RefusalReason | None = None
     certify: Certify | None = None
     coordinator_s: float = 0.0  # how long workers wait for a coordinator that is gone

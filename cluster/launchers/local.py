@@ -21,7 +21,7 @@ from llamaclust.cluster.launchers.worker_process import (
     worker_environment,
     worker_input,
 )
-from llamaclust.cluster.membership.log_tail import last_words
+from llamaclust.cluster.membership.log_tail import last_error
 from llamaclust.model.loader import Model
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.worker.devices.devices import check_devices
@@ -90,8 +90,8 @@ class LocalLauncher:
         """Of this machine, where all of them are."""
         return available_memory_bytes()
 
-    def last_words(self, name: str) -> str:
-        return last_words(self._log_file(name), self._log_starts.get(name, 0))
+    def last_error(self, name: str) -> str:
+        return last_error(self._log_file(name), self._log_starts.get(name, 0))
 
     def _log_file(self, name: str) -> Path:
         return self._logs / f"{name}.log"

@@ -108,7 +108,7 @@ class MpiLauncher:
     def free_memory_bytes(self) -> None:
         """Its workers' machines may be others."""
 
-    def last_words(self, name: str) -> str:
+    def last_error(self, name: str) -> str:
         """As its rank tells them with its end."""
         return self._words.get(name, "")
 

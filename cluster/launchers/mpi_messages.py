@@ -43,7 +43,7 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class WorkerEnded:
-    """To the coordinator: how, and the worker's last words."""
+    """To the coordinator: how, and the worker's last error."""
 
     rank: int
     how: str

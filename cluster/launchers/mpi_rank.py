@@ -31,7 +31,7 @@ from llamaclust.cluster.launchers.mpi_messages import (
     to_bytes,
 )
 from llamaclust.cluster.launchers.worker_process import describe_exit
-from llamaclust.cluster.membership.log_tail import last_words
+from llamaclust.cluster.membership.log_tail import last_error
 from llamaclust.cluster.state.directory import ClusterDir
 from llamaclust.core.errors import LlamaclustError, UsageError, WorkerError
 from llamaclust.wire.security.credentials import split_address
@@ -178,7 +178,7 @@ class _Rank:
         settings = replace(settings, threads=threads, join=_reachable(order.addresses, settings.token))
 
         def ended(code: int) -> None:
-            words = last_words(log, start_bytes) if code else ""
+            words = last_error(log, start_bytes) if code else ""
             self.ends.put(WorkerEnded(order.rank, describe_exit(code), words))
 
         anew = os.O_TRUNC if self._child is None else 0

@@ -126,7 +126,7 @@ class RayLauncher:
     def free_memory_bytes(self) -> None:
         """Its workers' machines may be others."""
 
-    def last_words(self, name: str) -> str:
+    def last_error(self, name: str) -> str:
         """As its actor tells them with its worker's end."""
         return self._words.get(name, "")
 
@@ -200,7 +200,7 @@ async def _answer(reference: Any) -> Any:
 
 
 async def _end_of(actor: Any) -> tuple[str, str]:
-    """How a worker ended that was there, and its last words."""
+    """How a worker ended that was there, and its last error."""
     from ray.exceptions import ActorDiedError, RayError
 
     try:

@@ -95,7 +95,7 @@ class StaticLauncher:
     def free_memory_bytes(self) -> None:
         """Its workers' machines are others."""
 
-    def last_words(self, name: str) -> str:
+    def last_error(self, name: str) -> str:
         """Logs stay where the worker is."""
         return ""
 

@@ -9,11 +9,11 @@ import secrets
 import socket
 import ssl
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 from llamaclust.cluster.config.values import split_address
 from llamaclust.cluster.membership.authority import Authority
+from llamaclust.cluster.membership.join_handler import RefusalReason
 from llamaclust.core.errors import LlamaclustError, ProtocolError, UsageError
 from llamaclust.wire.codec import PROTOCOL_VERSION
 from llamaclust.wire.rpc.deadlines import deadline
@@ -42,19 +42,18 @@ _REST_S = 0.2
 _BACKLOG = 128
 _log = logging.getLogger(__name__)
 
-Welcomes = Callable[[str], str | None]
-"""Why there is no certificate for a worker of this name; None where it may have one."""
-
 
 class EnrolmentServer:
     """Serves while it is entered."""
 
-    def __init__(self, listen: str, authority: Authority, identity: Identity, welcomes: Welcomes, port: int) -> None:
+    def __init__(
+        self, listen: str, authority: Authority, identity: Identity, refusal: RefusalReason | None, port: int
+    ) -> None:
         """`identity`: the coordinator's; `port`: of the Coordinator service."""
         self._listen = listen
         self._authority = authority
         self._identity = identity
-        self._welcomes = welcomes
+        self._refusal = refusal
         self._port = port
         self._refusals = RefusalLog(_log)
         self._connections: set[asyncio.Task[None]] = set()
@@ -133,7 +132,7 @@ class EnrolmentServer:
         if request.protocol_version != PROTOCOL_VERSION:
             versions = f"{request.protocol_version}, this coordinator {PROTOCOL_VERSION}"
             return Refusal(f"it speaks protocol {versions}: install the same version")
-        if (why := self._welcomes(request.name)) is not None:
+        if self._refusal is not None and (why := self._refusal(request.name)) is not None:
             return Refusal(why)
         try:
             certificate = self._authority.certify(request.certificate_request, Principal(request.name))

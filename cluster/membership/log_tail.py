@@ -12,7 +12,7 @@ _READ_BYTES = 1 << 16
 _HARMLESS = ("DEBUG", "INFO")
 
 
-def last_words(log: Path, start: int = 0) -> str:
+def last_error(log: Path, start: int = 0) -> str:
     """The last line that tells of trouble: a warning, an error, or what a traceback or the C library ends with. Empty
     where there is none from byte `start` on."""
     try:
@@ -22,7 +22,7 @@ def last_words(log: Path, start: int = 0) -> str:
     except OSError:
         return ""
     words = next(filter(None, map(_trouble, reversed(lines))), "")
-    return line("last words", one_line(words))
+    return line("last error", one_line(words))
 
 
 def _trouble(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Waits for an answer as long as it gets nearer, and says how far it was when it does not."""
+"""A deadline that each progress report extends; its error says how far the worker was."""
 
 from __future__ import annotations
 
@@ -11,25 +11,24 @@ from llamaclust.core.sizes import mib
 from llamaclust.wire.rpc.deadlines import deadline
 
 
-class Further:
-    """Waits for as long as an answer gets nearer."""
-
-    def __init__(self, what: str, stall_s: float) -> None:
+class ProgressDeadline:
+    def __init__(self, what: str, timeout_s: float) -> None:
         self._what = what
-        self._stall_s = stall_s
-        self._limit = deadline(what, stall_s)
+        self._timeout_s = timeout_s
+        self._limit = deadline(what, timeout_s)
         self._at = 0, 0
 
-    def hear(self, done_bytes: int, total_bytes: int) -> None:
+    def report(self, done_bytes: int, total_bytes: int) -> None:
         is_first = self._at == (0, 0) != (done_bytes, total_bytes)
-        if is_first or done_bytes > self._at[0]:  # what only goes back and forth gets no nearer
+        if is_first or done_bytes > self._at[0]:  # back and forth is no progress
             self._at = done_bytes, total_bytes
-            self._limit.move(asyncio.get_running_loop().time() + self._stall_s)
+            self._limit.move(asyncio.get_running_loop().time() + self._timeout_s)
 
-    async def wait(self, ask: Callable[[deadline], Awaitable[Any]]) -> Any:
+    async def wait(self, request: Callable[[deadline], Awaitable[Any]]) -> Any:
+        """The answer. StalledError where there is no progress for the timeout."""
         try:
-            return await ask(self._limit)
+            return await request(self._limit)
         except DeadlineError as error:
             done_bytes, total_bytes = self._at
             at = f"{mib(done_bytes)} of {mib(total_bytes)} MiB"
-            raise StalledError(f"{self._what} for {self._stall_s:g} s (timeouts.load): {at}") from error
+            raise StalledError(f"{self._what} for {self._timeout_s:g} s (timeouts.load): {at}") from error

@@ -10,7 +10,7 @@ from functools import partial
 from itertools import count
 from typing import Any
 
-from llamaclust.cluster.membership.progress_deadline import Further
+from llamaclust.cluster.membership.progress_deadline import ProgressDeadline
 from llamaclust.core import errors
 from llamaclust.core.errors import LlamaclustError, ProtocolError, WorkerError
 from llamaclust.core.gpus import DeviceLayers, Gpu
@@ -72,7 +72,7 @@ class WorkerState(StrEnum):
 class WorkerHandle:
     """One member. `lost` is set once it is gone for any reason but the cluster's end; then `loss` says how."""
 
-    def __init__(self, registration: Register, say: Say, last_words: Callable[[], str]) -> None:
+    def __init__(self, registration: Register, say: Say, last_error: Callable[[], str]) -> None:
         self.registration = registration
         self.stages: dict[int, tuple[Load, Loaded]] = {}  # by epoch
         self.heartbeat: Heartbeat | None = None
@@ -81,18 +81,18 @@ class WorkerHandle:
         self.loss_number = 0  # of those that are lost, counted as they are
         self.left = False
         self.say = say
-        self.last_words = ""  # of its log, once it is lost
-        self._read_last_words = last_words
+        self.last_error = ""  # of its log, once it is lost
+        self._read_last_words = last_error
         self._located: dict[tuple[str, bool], WeightsFound] = {}
         self._on_progress: OnProgress | None = None
         self._on_reading: OnReading | None = None
         self._loading: Load | None = None
         self._pending: dict[str | int, asyncio.Future[Any]] = {}  # answers by request id or order
-        self._one_locates = asyncio.Lock()
-        self._one_reads = asyncio.Lock()  # its log
-        self._one_tries: dict[str, asyncio.Lock] = {}  # by the other's name
+        self._finding_weights = asyncio.Lock()
+        self._reading_log = asyncio.Lock()  # its log
+        self._probing: dict[str, asyncio.Lock] = {}  # by the other's name
         self._request_ids = count(1)
-        self._word = asyncio.Event()  # the next one that it says
+        self._message = asyncio.Event()  # the next one that it says
         self._unreachable: dict[int, asyncio.Event] = {}  # by epoch
         self._unreachable_peers: dict[int, str] = {}  # by epoch: whom its stage cannot reach
 
@@ -161,7 +161,7 @@ class WorkerHandle:
 
     @property
     def _last_words_text(self) -> str:
-        known = f"; its last words: {self.last_words}" if self.last_words else ""
+        known = f"; its last error: {self.last_error}" if self.last_error else ""
         if self.registration.log:
             return f"{known}; look at {self.registration.log} on {self.registration.host}"
         return known or "; its log has no error"
@@ -176,7 +176,7 @@ class WorkerHandle:
 
     async def is_responsive(self) -> bool:
         """Returns at the next sign of life; False where it is lost instead."""
-        signs = [asyncio.create_task(sign.wait()) for sign in (self._word, self.lost)]
+        signs = [asyncio.create_task(sign.wait()) for sign in (self._message, self.lost)]
         try:
             await asyncio.wait(signs, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -190,12 +190,12 @@ class WorkerHandle:
         """Loads a stage. Raises the worker's own error where it fails, WorkerError where the worker is lost,
         StalledError where it gets no further for `progress_timeout_s`."""
         assert self._loading is None, "one load at a time"
-        further = Further(
+        progress_deadline = ProgressDeadline(
             f"worker {self.name} gets no further with layers [{order.start}, {order.end})", progress_timeout_s
         )
 
         def progress(news: LoadProgress) -> None:
-            further.hear(news.done_bytes, news.total_bytes)
+            progress_deadline.report(news.done_bytes, news.total_bytes)
             if on_progress is not None:
                 on_progress(news)
 
@@ -205,7 +205,7 @@ class WorkerHandle:
             self._unreachable.clear()
             self._unreachable_peers.clear()
         try:
-            loaded: Loaded = await further.wait(partial(self._order, f"load of epoch {order.epoch}", order))
+            loaded: Loaded = await progress_deadline.wait(partial(self._order, f"load of epoch {order.epoch}", order))
         finally:
             self._loading = self._on_progress = None
         self.stages[order.epoch] = (order, loaded)
@@ -242,14 +242,14 @@ class WorkerHandle:
         """Why it cannot reach another worker now; "" where it can. WorkerError where it is lost, DeadlineError where it
         does not say."""
         what = f"way to {other.name}"
-        async with self._one_tries.setdefault(other.name, asyncio.Lock()):
+        async with self._probing.setdefault(other.name, asyncio.Lock()):
             limit = deadline(f"worker {self.name}: the {what}", deadline_s)
             tried: ProbeResult = await self._request(ProbePeer(other.name, other.registration.address), limit)
         return tried.reason
 
     async def log(self, deadline_s: float = _LOG_S) -> LogTail:
         """The last lines of its log. WorkerError where it is lost, DeadlineError."""
-        async with self._one_reads:
+        async with self._reading_log:
             told: LogTail = await self._request(GetLog(), deadline(f"worker {self.name}: its log", deadline_s))
         return told
 
@@ -264,7 +264,7 @@ class WorkerHandle:
     ) -> WeightsFound:
         """What it has of a model; asked once. `describe`: with the manifest of its file, for which it may read that.
         StalledError where it gets no further for `progress_timeout_s`."""
-        async with self._one_locates:
+        async with self._finding_weights:
             key = model_id, describe
             if key not in self._located:
                 question = FindWeights(model_path, model_id, describe)
@@ -275,16 +275,16 @@ class WorkerHandle:
         self, question: FindWeights, on_reading: OnReading | None, progress_timeout_s: float
     ) -> WeightsFound:
         what = f"worker {self.name} gets no further with reading {question.model_path}"
-        further = Further(what, progress_timeout_s)
+        progress_deadline = ProgressDeadline(what, progress_timeout_s)
 
         def progress(news: FindWeightsProgress) -> None:
-            further.hear(news.done_bytes, news.total_bytes)
+            progress_deadline.report(news.done_bytes, news.total_bytes)
             if on_reading is not None:
                 on_reading(news)
 
         self._on_reading = progress
         try:
-            located: WeightsFound = await further.wait(partial(self._request, question))
+            located: WeightsFound = await progress_deadline.wait(partial(self._request, question))
         finally:
             self._on_reading = None
         return located
@@ -309,10 +309,10 @@ class WorkerHandle:
         finally:
             del self._pending[key]
 
-    def hear(self, message: WorkerMessage) -> None:
+    def receive(self, message: WorkerMessage) -> None:
         """Takes in what the worker says. ProtocolError for what it was not asked."""
-        self._word.set()
-        self._word = asyncio.Event()
+        self._message.set()
+        self._message = asyncio.Event()
         match message:
             case Heartbeat():
                 self.heartbeat = message
@@ -355,7 +355,7 @@ class WorkerHandle:
             return
         self.loss = reason
         self.loss_number = next(_losses)
-        self.last_words = self._read_last_words() or (self.heartbeat.last_error if self.heartbeat else "")
+        self.last_error = self._read_last_words() or (self.heartbeat.last_error if self.heartbeat else "")
         error = self.error
         for pending in self._pending.values():
             if not pending.done():

@@ -21,11 +21,12 @@ from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.launchers.base import Launch, Launcher
 from llamaclust.cluster.launchers.launch import launching
 from llamaclust.cluster.launchers.worker_settings import worker_settings
+from llamaclust.cluster.membership.join_handler import JoinSettings
 from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.planner.links import UNKNOWN
 from llamaclust.cluster.planner.plan import Plan
 from llamaclust.cluster.scheduler.settings import EngineSettings
-from llamaclust.cluster.server.weight_metrics import WeightMetrics
+from llamaclust.cluster.server.worker_metrics import WorkerMetrics
 from llamaclust.cluster.state.directory import ClusterDir
 from llamaclust.cluster.state.events import Report
 from llamaclust.core.profile import Profile
@@ -35,7 +36,7 @@ from llamaclust.wire.rpc.sched_slice import short_slices
 
 _HEARTBEAT_S = 1.0
 _HEARTBEATS = 5
-"""In the time after which a silent worker counts as lost."""
+"""In the heartbeat timeout."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,24 +82,22 @@ async def open_cluster(
                 epochs = Epochs(config, model, registry, launch.credentials)
                 supervisor = Supervisor(config, epochs, planner, Members(registry, launcher, meter), watch)
                 async with _engine(config, supervisor, launcher) as engine:
-                    engine.metrics.registry.register(WeightMetrics(registry.workers))
+                    engine.metrics.registry.register(WorkerMetrics(lambda: registry.workers))
                     yield Cluster(config, model, registry, launcher, supervisor, engine)
 
 
 def _registry(config: ClusterConfig, launch: Launch) -> Registry:
-    """Workers show so many signs of life that a few may come late."""
-    silence_s = config.timeouts.worker
-    heartbeat_s = min(_HEARTBEAT_S, silence_s / _HEARTBEATS)
-    return Registry(
-        launch.listen,
-        launch.credentials,
-        silence_s=silence_s,
-        deadlines=Deadlines(heartbeat_s=heartbeat_s, coordinator_s=launch.coordinator_s, peer_s=silence_s),
-        last_words=launch.launcher.last_words,
-        welcomes=launch.welcomes,
-        certify=launch.certify,
+    """Workers send so many heartbeats that a few may be late."""
+    timeout_s = config.timeouts.worker
+    heartbeat_s = min(_HEARTBEAT_S, timeout_s / _HEARTBEATS)
+    settings = JoinSettings(
+        heartbeat_timeout_s=timeout_s,
+        deadlines=Deadlines(heartbeat_s=heartbeat_s, coordinator_s=launch.coordinator_s, peer_s=timeout_s),
         cluster=config.name,
+        refusal=launch.refusal,
+        certify=launch.certify,
     )
+    return Registry(launch.listen, launch.credentials, launch.launcher.last_error, settings)
 
 
 def _link_meter(

@@ -24,7 +24,6 @@ from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.engine.engine import Engine
 from llamaclust.cluster.server.coordinator import Cluster, open_cluster
 from llamaclust.cluster.server.status import cluster_status
-from llamaclust.cluster.server.worker_metrics import WorkerMetrics
 from llamaclust.cluster.state.directory import ClusterDir, ClusterRecord
 from llamaclust.cluster.state.events import Draining, Ready, Report
 from llamaclust.cluster.text.service import TextService, TextSettings
@@ -118,8 +117,7 @@ async def _answer(cluster: Cluster, folder: ClusterDir, front: _Front, signals: 
     text = TextSettings(record.model, cluster.plan.context_length, config.max_sequences)
     service = TextService(cluster.engine, cluster.model.tokenizer, cluster.model.chat_template, text)
     admission = Admission(front.settings)
-    engine, registry = cluster.engine, cluster.registry
-    engine.metrics.registry.register(WorkerMetrics(lambda: registry.workers))
+    engine = cluster.engine
     show = partial(cluster_status, cluster, record)
     app = create_app(service, front.settings, engine, show, admission, cluster.supervisor.pool)
     allow_many_files()

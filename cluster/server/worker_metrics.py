@@ -1,4 +1,4 @@
-"""Metrics of workers: what their last signs of life say. Those of stages are the engine's."""
+"""Prometheus metrics of workers, from their last heartbeats. Those of stages are the engine's."""
 
 from __future__ import annotations
 
@@ -9,61 +9,65 @@ from prometheus_client.registry import Collector
 
 from llamaclust.cluster.membership.worker_handle import WorkerHandle, WorkerState
 
-_COUNTED = {
-    "received_bytes": "Bytes of microbatches that came to a worker's stage, with their hidden states",
-    "sent_bytes": "Bytes of microbatches and results that a worker's stage handed on",
+_COUNTERS = {
+    "worker_received_bytes": ("received_bytes", "Bytes of microbatches, with hidden states, that a stage received"),
+    "worker_sent_bytes": ("sent_bytes", "Bytes of microbatches and results that a stage sent"),
+    "weight_sent_bytes": ("weight_bytes_sent", "Bytes of weights sent to other workers"),
+    "weight_received_bytes": ("weight_bytes_received", "Bytes of weights fetched from other workers"),
 }
-_SHOWN = {
-    "busy_ratio": "Share of its last sign of life's interval that a worker spent computing",
-    "resident_memory_bytes": "Resident memory of a worker's process",
-    "free_memory_bytes": "Memory that a worker's process may still take",
+"""Name, field of the heartbeat, help."""
+_GAUGES = {
+    "worker_busy_ratio": ("busy", "Share of the last heartbeat interval that a worker spent computing"),
+    "worker_resident_memory_bytes": ("resident_bytes", "Resident memory of a worker's process"),
+    "worker_free_memory_bytes": ("free_memory_bytes", "Memory that a worker's process may still take"),
 }
 
 
 class WorkerMetrics(Collector):
-    """Counters begin anew with a worker's process, as Prometheus expects of them."""
+    """Counters begin again with a worker's process, as Prometheus expects."""
 
     def __init__(self, workers: Callable[[], Mapping[str, WorkerHandle]]) -> None:
         self._workers = workers
 
     def collect(self) -> Iterator[Metric]:
-        up = GaugeMetricFamily("llamaclust_worker_up", "Whether a worker is a member now", labels=["worker"])
-        counted = {name: _counter(name, what) for name, what in _COUNTED.items()}
-        shown = {name: _gauge(name, what) for name, what in _SHOWN.items()}
-        layers = GaugeMetricFamily(
-            "llamaclust_worker_layers", "Layers on a worker's processor and GPUs", labels=["worker", "device"]
-        )
-        gpu_total = _gpu_gauge("memory_bytes", "Memory of a worker's GPU")
-        gpu_free = _gpu_gauge("free_memory_bytes", "Memory that a worker may still take of its GPU")
-        for name, handle in self._workers().items():
-            is_up = handle.state not in (WorkerState.LOST, WorkerState.LEFT)
-            up.add_metric([name], float(is_up))
-            for one in handle.device_layers if is_up else ():
-                layers.add_metric([name, one.device], one.end - one.start)
-            beat = handle.heartbeat
-            if beat is None or not is_up:
-                continue
-            counted["received_bytes"].add_metric([name], beat.received_bytes)
-            counted["sent_bytes"].add_metric([name], beat.sent_bytes)
-            shown["busy_ratio"].add_metric([name], beat.busy)
-            shown["resident_memory_bytes"].add_metric([name], beat.resident_bytes)
-            shown["free_memory_bytes"].add_metric([name], beat.free_memory_bytes)
-            for gpu in handle.gpus:
-                gpu_total.add_metric([name, gpu.device], gpu.total_bytes)
-                gpu_free.add_metric([name, gpu.device], gpu.free_bytes)
-        yield up
-        yield from (layers, gpu_total, gpu_free)
-        yield from counted.values()
-        yield from shown.values()
+        workers = self._workers()
+        up = {name: worker for name, worker in workers.items() if worker.state not in _GONE}
+        alive = _gauge("worker_up", "Whether a worker is connected", "worker")
+        for name in workers:
+            alive.add_metric([name], float(name in up))
+        yield alive
+        yield from _of_heartbeats(up)
+        yield from _of_devices(up)
 
 
-def _counter(name: str, what: str) -> CounterMetricFamily:
-    return CounterMetricFamily(f"llamaclust_worker_{name}", what, labels=["worker"])
+_GONE = (WorkerState.LOST, WorkerState.LEFT)
 
 
-def _gauge(name: str, what: str) -> GaugeMetricFamily:
-    return GaugeMetricFamily(f"llamaclust_worker_{name}", what, labels=["worker"])
+def _of_heartbeats(workers: Mapping[str, WorkerHandle]) -> Iterator[Metric]:
+    families: list[tuple[str, CounterMetricFamily | GaugeMetricFamily]] = [
+        (field, CounterMetricFamily(f"llamaclust_{name}", text, labels=["worker"]))
+        for name, (field, text) in _COUNTERS.items()
+    ]
+    families += [(field, _gauge(name, text, "worker")) for name, (field, text) in _GAUGES.items()]
+    for field, family in families:
+        for name, worker in workers.items():
+            if worker.heartbeat is not None:
+                family.add_metric([name], getattr(worker.heartbeat, field))
+        yield family
 
 
-def _gpu_gauge(name: str, what: str) -> GaugeMetricFamily:
-    return GaugeMetricFamily(f"llamaclust_worker_gpu_{name}", what, labels=["worker", "gpu"])
+def _of_devices(workers: Mapping[str, WorkerHandle]) -> Iterator[Metric]:
+    layers = _gauge("worker_layers", "Layers on a worker's CPU and GPUs", "worker", "device")
+    total = _gauge("worker_gpu_memory_bytes", "Memory of a worker's GPU", "worker", "gpu")
+    free = _gauge("worker_gpu_free_memory_bytes", "Memory that a worker may still take of its GPU", "worker", "gpu")
+    for name, worker in workers.items():
+        for part in worker.device_layers:
+            layers.add_metric([name, part.device], part.end - part.start)
+        for gpu in worker.gpus if worker.heartbeat is not None else ():
+            total.add_metric([name, gpu.device], gpu.total_bytes)
+            free.add_metric([name, gpu.device], gpu.free_bytes)
+    yield from (layers, total, free)
+
+
+def _gauge(name: str, text: str, *labels: str) -> GaugeMetricFamily:
+    return GaugeMetricFamily(f"llamaclust_{name}", text, labels=labels)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from llamaclust.cli.progress import ClusterView, ProgressLines, draining_text, ready_text
-from llamaclust.cluster.membership.log_tail import last_words
+from llamaclust.cluster.membership.log_tail import last_error
 from llamaclust.cluster.state.events import (
     Draining,
     Event,
@@ -112,9 +112,9 @@ def test_commands_can_be_copied() -> None:
 )
 def test_last_words_tell_of_trouble(log: str, words: str, tmp_path: Path) -> None:
     path = tmp_path / "a.log"
-    assert last_words(path) == ""
+    assert last_error(path) == ""
     path.write_text(log)
-    assert last_words(path) == words
+    assert last_error(path) == words
 
 
 def test_a_terminal_that_is_gone_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from random import SystemRandom
 
 import pytest
 
-from llamaclust.cluster.membership.log_tail import last_words
+from llamaclust.cluster.membership.log_tail import last_error
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.core.logs import LogFormat, last_lines, last_trouble, name_cluster, read_line, start_logging
 from llamaclust.wire.control.messages import CoordinatorMessage, Heartbeat
@@ -91,9 +91,9 @@ def test_the_last_words_of_a_worker_elsewhere_are_those_of_its_last_sign_of_life
 
     handle = WorkerHandle(replace(REGISTER, log="/var/log/a.log", host="far"), say, lambda: "")
     assert str(handle.error).endswith("is lost: no reason is known; look at /var/log/a.log on far")
-    handle.hear(Heartbeat(0.5, 1, 2, 3, 4, last_error="the disk is full"))
+    handle.receive(Heartbeat(0.5, 1, 2, 3, 4, last_error="the disk is full"))
     handle.lose("its connection broke")
-    words = "its connection broke; its last words: the disk is full; look at /var/log/a.log on far"
+    words = "its connection broke; its last error: the disk is full; look at /var/log/a.log on far"
     assert str(handle.error).endswith(words)
 
 
@@ -103,7 +103,7 @@ def test_last_words_of_every_format(form: LogFormat, capsys: pytest.CaptureFixtu
 
     def words() -> str:
         path.write_text(capsys.readouterr().err)
-        return last_words(path)
+        return last_error(path)
 
     with logging_as(form, worker="a") as log:
         log.info("all is well")

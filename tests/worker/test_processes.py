@@ -14,7 +14,7 @@ import pytest
 
 from llamaclust.cluster.control import failure_attribution
 from llamaclust.cluster.control.remote_pipeline import RemotePipeline
-from llamaclust.cluster.membership import registry
+from llamaclust.cluster.membership import members
 from llamaclust.cluster.membership.worker_handle import WorkerState
 from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError, ModelFileError, UsageError, WorkerError
 from llamaclust.core.limits import NUMERICS_VERSION
@@ -93,13 +93,16 @@ def test_a_killed_worker_is_an_error_that_names_it(
     model: Path, tmp_path: Path, victim: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However late the news of its process is."""
-    monkeypatch.setattr(registry, "_EXIT_NEWS_S", 20.0)
+    monkeypatch.setattr(members, "_EXIT_REPORT_S", 20.0)
     monkeypatch.setattr(failure_attribution, "_ATTRIBUTION_S", 20.0)
     lost: list[str] = []
 
     async def run() -> None:
         nonlocal lost
-        quiet = {"silence_s": 60.0, "deadlines": Deadlines(heartbeat_s=60.0)}  # no sign of life from before its end
+        quiet = {
+            "heartbeat_timeout_s": 60.0,
+            "deadlines": Deadlines(heartbeat_s=60.0),
+        }  # no sign of life from before its end
         async with real_cluster(tmp_path, 3, **quiet) as cluster:
             lost = losses(cluster.registry)
             pipeline = await cluster.load(model, (0, 2, 3, 5))
@@ -126,7 +129,7 @@ def test_a_killed_worker_is_an_error_that_names_it(
 
 
 async def test_a_silent_worker_is_lost_after_the_timeout(model: Path, tmp_path: Path) -> None:
-    async with real_cluster(tmp_path, 2, silence_s=1.5) as cluster:
+    async with real_cluster(tmp_path, 2, heartbeat_timeout_s=1.5) as cluster:
         pipeline = await cluster.load(model, (0, 2, 5))
         pid = cluster.launcher.pids["b"]
         os.kill(pid, signal.SIGSTOP)
@@ -139,7 +142,7 @@ async def test_a_silent_worker_is_lost_after_the_timeout(model: Path, tmp_path: 
 
 
 async def test_a_coordinator_that_was_busy_hears_the_heartbeats_that_waited(tmp_path: Path) -> None:
-    async with real_cluster(tmp_path, 2, silence_s=1.0, deadlines=Deadlines(heartbeat_s=0.1)) as cluster:
+    async with real_cluster(tmp_path, 2, heartbeat_timeout_s=1.0, deadlines=Deadlines(heartbeat_s=0.1)) as cluster:
         await asyncio.sleep(0.2)
         for _ in range(2):
             time.sleep(1.5)  # noqa: ASYNC251  the loop stands still
@@ -249,7 +252,7 @@ async def test_a_member_needs_the_token_and_must_register(tmp_path: Path) -> Non
 
 async def test_a_worker_that_does_not_start_is_named_with_its_last_words(tmp_path: Path) -> None:
     with pytest.raises(
-        WorkerError, match=r"worker a did not start: .* exit code 2; its last words: .*device 'toaster'"
+        WorkerError, match=r"worker a did not start: .* exit code 2; its last error: .*device 'toaster'"
     ):
         async with real_cluster(tmp_path, 1, device="toaster"):
             pass

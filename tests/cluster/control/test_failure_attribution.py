@@ -62,7 +62,7 @@ async def test_the_cause_is_whom_others_could_not_reach_then_who_was_lost_first(
     assert root_cause(3, everyone) is workers["b"]
     workers = three()
     everyone = list(workers.values())
-    workers["a"].hear(PeerUnreachable(3, "b", "Socket closed"))
+    workers["a"].receive(PeerUnreachable(3, "b", "Socket closed"))
     workers["a"].lose("its process ended with exit code 0")
     workers["b"].lose("killed")
     assert root_cause(3, everyone) is workers["b"]
@@ -72,7 +72,7 @@ async def test_a_loss_is_waited_for_where_others_tell_of_it_sooner(monkeypatch: 
     monkeypatch.setattr(failure_attribution, "_ATTRIBUTION_S", 20.0)
     workers = three()
     everyone = list(workers.values())
-    workers["b"].hear(PeerUnreachable(3, "c", "Socket closed"))
+    workers["b"].receive(PeerUnreachable(3, "c", "Socket closed"))
     asking = asyncio.create_task(attribute_failure(3, everyone, WorkerError("the first stage ended its stream")))
     for _ in range(10):
         await asyncio.sleep(0)
@@ -89,10 +89,10 @@ async def test_whoever_lives_and_is_not_reached_is_not_waited_for(monkeypatch: p
         attribute_failure(3, list(workers.values()), WorkerError("the first stage ended its stream"))
     )
     await asyncio.sleep(0)
-    workers["a"].hear(PeerUnreachable(3, "b", "no answer"))
+    workers["a"].receive(PeerUnreachable(3, "b", "no answer"))
     for _ in range(10):
         await asyncio.sleep(0)
-    workers["b"].hear(ALIVE)
+    workers["b"].receive(ALIVE)
     assert str(await asking).startswith("the pipeline of workers a [2, 4), b [2, 4), c [2, 4) broke: the first stage")
 
 

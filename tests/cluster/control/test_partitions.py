@@ -51,7 +51,7 @@ class Members:
             if len(self.asked) >= self.at_once:
                 self.enough.set()
             await self.enough.wait()
-            self.workers[name].hear(
+            self.workers[name].receive(
                 ProbeResult(message.worker, "no answer" if way in self.cut else "", message.request_id)
             )
 
@@ -78,7 +78,7 @@ class Members:
         self.cut.add(pair)
         self.says(*pair)
         await asyncio.sleep(0)
-        self.workers[pair[1]].hear(ALIVE)
+        self.workers[pair[1]].receive(ALIVE)
         await self.tracker.settled()
 
     async def until_apart(self, pairs: Pairs) -> None:
@@ -175,7 +175,7 @@ async def test_a_network_that_falls_apart_in_two_is_known_after_one_report() -> 
     async def live() -> None:
         while True:
             for worker in members.workers.values():
-                worker.hear(ALIVE)
+                worker.receive(ALIVE)
             await asyncio.sleep(0.001)
 
     with members.tracker:
@@ -199,8 +199,8 @@ async def test_of_many_workers_those_are_tried_that_are_known_to_be_cut_off(monk
 
 async def test_what_a_stage_says_of_an_epoch_ends_with_it() -> None:
     worker = Members().workers["a"]
-    worker.hear(PeerUnreachable(2, "b", "late"))
-    worker.hear(PeerUnreachable(3, "b", "silence"))
+    worker.receive(PeerUnreachable(2, "b", "late"))
+    worker.receive(PeerUnreachable(3, "b", "silence"))
     assert not worker.peer_unreachable(2).is_set() and worker.peer_unreachable(3).is_set()
 
 
@@ -210,7 +210,7 @@ async def test_who_says_it_without_end_keeps_nobody_waiting() -> None:
     async def say_it() -> None:
         while True:
             members.says("a", "b")
-            members.workers["b"].hear(ALIVE)
+            members.workers["b"].receive(ALIVE)
             await asyncio.sleep(0)
 
     with members.tracker:

@@ -36,7 +36,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def hang_once(monkeypatch: pytest.MonkeyPatch, victims: set[str]) -> None:
     """The next load of each of these workers does not end, although it goes on to tell how far it is."""
-    hear = WorkerHandle.hear
+    hear = WorkerHandle.receive
     telling = set()
 
     async def tell(handle: WorkerHandle, epoch: int) -> None:
@@ -53,7 +53,7 @@ def hang_once(monkeypatch: pytest.MonkeyPatch, victims: set[str]) -> None:
         else:
             hear(handle, message)
 
-    monkeypatch.setattr(WorkerHandle, "hear", deaf)
+    monkeypatch.setattr(WorkerHandle, "receive", deaf)
 
 
 async def test_loads_that_hang_and_workers_that_stop_while_they_load_change_no_token(
@@ -103,7 +103,7 @@ async def _answered(ask: Asked, messages: list[WorkerMessage]) -> object:
     asking = asyncio.ensure_future(ask(handle))
     for message in messages:
         await asyncio.sleep(PROGRESS_TIMEOUT_S / 2)
-        handle.hear(message)
+        handle.receive(message)
     return await asking
 
 

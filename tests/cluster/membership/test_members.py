@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 
 from llamaclust.cluster.launchers.static import keep_renewed
 from llamaclust.cluster.membership.authority import Authority
-from llamaclust.cluster.membership.registry import Registry
+from llamaclust.cluster.membership.join_handler import JoinSettings
 from llamaclust.core.errors import ProtocolError, WorkerError
 from llamaclust.model.loader import Model
 from llamaclust.wire.codec import PROTOCOL_VERSION
@@ -33,7 +34,7 @@ from llamaclust.wire.security.credentials import COORDINATOR, Insecure, Principa
 from llamaclust.worker.renewal import Renewal
 from llamaclust.worker.stage.service import StageService
 from support.clusters.control_messages import REGISTER
-from support.clusters.members import ANY, Joined, join, registry
+from support.clusters.members import ANY, Joined, join, registry, registry_of
 from support.clusters.real_cluster import microbatches
 from support.clusters.stage_chain import chain
 from support.clusters.trust import A, B, refusals
@@ -67,7 +68,7 @@ async def test_a_worker_that_poses_as_another_is_refused_and_logged_once(
 
 
 async def test_who_hangs_is_waited_for_and_then_replaced_by_who_joins_under_its_name(trust: Authority) -> None:
-    async with registry(trust, silence_s=0.5) as there:
+    async with registry(trust, heartbeat_timeout_s=0.5) as there:
         hung, _ = await join(there, trust.identity(A), REGISTER)
         _, welcome = await join(there, trust.identity(A), SECOND)
         assert isinstance(welcome, Admitted)
@@ -103,7 +104,7 @@ async def test_a_registry_that_is_closed_leaves_no_task(trust: Authority) -> Non
                 while await member.hear():
                     pass
     left = [task for task in asyncio.all_tasks() if task is not asyncio.current_task() and not task.done()]
-    assert [task for task in left if "Registry" in str(task.get_coro())] == []
+    assert [task for task in left if re.search("Registry|Members|JoinHandler", str(task.get_coro()))] == []
 
 
 async def test_certificates_are_renewed_over_the_membership(trust: Authority) -> None:
@@ -159,7 +160,7 @@ async def test_a_renewal_is_for_the_name_of_the_present_certificate_and_a_bad_on
 
 
 async def test_where_there_are_no_certificates_none_is_renewed() -> None:
-    async with Registry(ANY, Insecure()) as there:
+    async with registry_of(Insecure(), JoinSettings()) as there:
         member, welcome = await join(there, Insecure(), REGISTER)
         assert isinstance(welcome, Admitted)
         await member.say(RenewCertificate(NewKey().request))

@@ -87,8 +87,8 @@ async def test_an_answer_after_its_deadline_is_not_taken_for_the_next_ones(what:
     asking = asyncio.ensure_future(ask(worker))
     await asyncio.sleep(0)
     await asyncio.sleep(0)
-    worker.hear(late)
-    worker.hear(right)
+    worker.receive(late)
+    worker.receive(right)
     assert await asking == expected
 
 
@@ -97,8 +97,8 @@ async def test_failures_answer_their_own_request(what: str) -> None:
     worker = handle_of()
     asking = asyncio.ensure_future(REQUESTS[what][0](worker))
     await asyncio.sleep(0)
-    worker.hear(RequestFailed(Failure("WorkerError", "late"), 99))
-    worker.hear(RequestFailed(Failure("UsageError", "no"), 1))
+    worker.receive(RequestFailed(Failure("WorkerError", "late"), 99))
+    worker.receive(RequestFailed(Failure("UsageError", "no"), 1))
     with pytest.raises(UsageError, match="worker a: no"):
         await asking
 
@@ -121,7 +121,7 @@ class Machines:
                 self.workers[name].lose(answer)
                 return
             assert isinstance(answer, WorkerProfile | RequestFailed)
-            self.workers[name].hear(replace(answer, request_id=message.request_id))
+            self.workers[name].receive(replace(answer, request_id=message.request_id))
 
         return say
 

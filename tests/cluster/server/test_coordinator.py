@@ -63,11 +63,11 @@ async def next_heartbeat(worker: WorkerHandle) -> None:
 
 async def test_heartbeats_keep_up_with_a_short_timeout(tiny: Path, tmp_path: Path) -> None:
     """For longer than the timeout."""
-    silence_s = 0.6
-    async with opened(tiny, tmp_path, timeouts={"worker": silence_s}) as cluster:
+    heartbeat_timeout_s = 0.6
+    async with opened(tiny, tmp_path, timeouts={"worker": heartbeat_timeout_s}) as cluster:
         begun = asyncio.get_running_loop().time()
         async with deadline("signs of life", 30):
-            while asyncio.get_running_loop().time() < begun + silence_s:
+            while asyncio.get_running_loop().time() < begun + heartbeat_timeout_s:
                 await asyncio.gather(*map(next_heartbeat, cluster.registry.workers.values()))
         assert cluster.engine.error is None
         status = cluster_status(cluster, ClusterRecord("default", 1, "http://127.0.0.1:1", "tiny"))

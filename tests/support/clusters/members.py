@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from llamaclust.cluster.membership.authority import Authority
+from llamaclust.cluster.membership.join_handler import JoinSettings
 from llamaclust.cluster.membership.registry import Registry
 from llamaclust.wire.control.codec import decode_coordinator_message, encode_worker_message
 from llamaclust.wire.control.messages import (
@@ -21,10 +22,15 @@ from llamaclust.wire.security.credentials import COORDINATOR, Credentials
 ANY = "127.0.0.1:0"
 
 
+def registry_of(credentials: Credentials, settings: JoinSettings) -> Registry:
+    """Workers have no logs."""
+    return Registry(ANY, credentials, lambda name: "", settings)
+
+
 @asynccontextmanager
-async def registry(trust: Authority, silence_s: float = 5.0) -> AsyncIterator[Registry]:
+async def registry(trust: Authority, heartbeat_timeout_s: float = 5.0) -> AsyncIterator[Registry]:
     beats = Deadlines(heartbeat_s=0.1)
-    listening = Registry(ANY, trust.identity(), silence_s=silence_s, deadlines=beats, certify=trust.certify)
+    listening = registry_of(trust.identity(), JoinSettings(heartbeat_timeout_s, beats, certify=trust.certify))
     async with listening as registry:
         yield registry
 

@@ -15,7 +15,9 @@ from llamaclust.cluster.control.weight_sources import ModelReference
 from llamaclust.cluster.engine.pipeline import StageInfo
 from llamaclust.cluster.launchers.local import LocalLauncher
 from llamaclust.cluster.launchers.run_directory import RunDirectory, run_directory
-from llamaclust.cluster.membership.registry import MemberLost, Registry
+from llamaclust.cluster.membership.join_handler import JoinSettings
+from llamaclust.cluster.membership.members import MemberLost
+from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.core.limits import StageLimits
 from llamaclust.core.sampling import SampleTask, SamplingParams, ScoreTask
@@ -62,7 +64,7 @@ async def real_cluster(
     workers: int,
     *,
     device: str = "cpu",
-    silence_s: float = 20.0,
+    heartbeat_timeout_s: float = 20.0,
     deadlines: Deadlines | None = None,
 ) -> AsyncIterator[RealCluster]:
     """Workers a, b, ... have joined; their processes are gone at the end."""
@@ -70,14 +72,8 @@ async def real_cluster(
     logs.mkdir(exist_ok=True)
     with run_directory(folder) as run:
         launcher = LocalLauncher(run, logs)
-        last_words = launcher.last_words
-        registry = Registry(
-            run.coordinator,
-            run.token,
-            silence_s=silence_s,
-            deadlines=deadlines,
-            last_words=last_words,
-        )
+        settings = JoinSettings(heartbeat_timeout_s, deadlines or Deadlines())
+        registry = Registry(run.coordinator, run.token, launcher.last_error, settings)
         specs = [WorkerSettings(name=name, device=device, threads=1) for name in NAMES[:workers]]
         try:
             async with registry:

@@ -10,7 +10,8 @@ from datetime import timedelta
 from pathlib import Path
 
 from llamaclust.cluster.membership.authority import Authority
-from llamaclust.cluster.membership.enrolment import EnrolmentServer, Welcomes
+from llamaclust.cluster.membership.enrolment import EnrolmentServer
+from llamaclust.cluster.membership.join_handler import RefusalReason
 from llamaclust.wire.rpc.client import FORWARD, ClientStream, Peer
 from llamaclust.wire.rpc.server import Server, ServerStream
 from llamaclust.wire.security.credentials import COORDINATOR, Credentials, Identity, KeyPair, Principal
@@ -68,11 +69,11 @@ async def answers(stream: ClientStream) -> bool:
 
 @asynccontextmanager
 async def enrolment(
-    authority: Authority, welcomes: Welcomes = lambda name: None, port: int = 7
+    authority: Authority, refusal: RefusalReason | None = None, port: int = 7
 ) -> AsyncIterator[tuple[str, int]]:
     """Host and port of an enrolment server."""
     identity = authority.identity(COORDINATOR)
-    async with EnrolmentServer("127.0.0.1:0", authority, identity, welcomes, port) as server:
+    async with EnrolmentServer("127.0.0.1:0", authority, identity, refusal, port) as server:
         host, _, at = server.address.rpartition(":")
         yield host, int(at)
 

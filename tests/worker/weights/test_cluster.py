@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from llamaclust.cluster.control.loading import load_stages, unload_stages
+from llamaclust.cluster.control.loading import StageLoads, load_stages
 from llamaclust.cluster.control.remote_pipeline import RemotePipeline
-from llamaclust.cluster.control.weight_sources import _of_one_manifest
+from llamaclust.cluster.control.weight_sources import ModelReference, _of_one_manifest, unload_stages
 from llamaclust.cluster.engine.pipeline import StageInfo
 from llamaclust.cluster.launchers.run_directory import RunDirectory, run_directory
+from llamaclust.cluster.membership.join_handler import JoinSettings
 from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.core.errors import LlamaclustError, ModelFileError
@@ -73,14 +74,17 @@ class Members:
     ) -> tuple[WorkerHandle, ...]:
         stages = [StageInfo(name, *layers) for name, layers in zip(names, pairwise(cuts), strict=True)]
         model_id = Model.open(model).model_id
-        return await load_stages(1, stages, self.registry.workers, model_path=path, model_id=model_id, limits=LIMITS)
+        loads = StageLoads(1, stages, ModelReference(path, model_id), LIMITS)
+        return await load_stages(loads, self.registry.workers)
 
 
 @asynccontextmanager
 async def members(folder: Path) -> AsyncIterator[Members]:
     folder.mkdir(exist_ok=True)  # noqa: ASYNC240
     with run_directory(folder) as run:
-        registry = Registry(run.coordinator, run.token, deadlines=Deadlines(heartbeat_s=0.05))
+        registry = Registry(
+            run.coordinator, run.token, lambda name: "", JoinSettings(deadlines=Deadlines(heartbeat_s=0.05))
+        )
         async with registry:
             yield Members(folder, run, registry)
 

@@ -57,7 +57,7 @@ def test_workers_without_the_file_answer_as_the_one_that_has_it(line: CommandLin
 
 def _moved(cluster: Cluster) -> tuple[float, float]:
     """Bytes of weights that all workers sent and received."""
-    sent, received = (cluster.metric(f"llamaclust_weight_bytes_{way}_total") for way in ("sent", "received"))
+    sent, received = (cluster.metric(f"llamaclust_weight_{way}_bytes_total") for way in ("sent", "received"))
     return sent, received
 
 

@@ -1,0 +1,136 @@
+"""The connected workers: which are present, which were lost and why."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from llamaclust.cluster.membership.worker_handle import WorkerHandle, WorkerState
+from llamaclust.core.errors import DeadlineError, WorkerError
+from llamaclust.wire.control.messages import PeerUnreachable
+from llamaclust.wire.rpc.deadlines import deadline
+from llamaclust.wire.rpc.task_set import TaskSet
+
+_EXIT_REPORT_S = 0.5
+"""A stream breaks a moment before the launcher reports how the process ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemberJoined:
+    worker: WorkerHandle
+
+
+@dataclass(frozen=True, slots=True)
+class MemberLost:
+    worker: WorkerHandle
+
+
+@dataclass(frozen=True, slots=True)
+class PeerReported:
+    """A member reports that it cannot reach another one."""
+
+    worker: WorkerHandle
+    report: PeerUnreachable
+
+
+MembershipEvent = MemberJoined | MemberLost | PeerReported
+
+
+class Members:
+    """By name; a lost one stays until another of its name joins."""
+
+    def __init__(self, read_last_error: Callable[[str], str]) -> None:
+        """`read_last_error`: the last error in a worker's log, by name."""
+        self.read_last_error = read_last_error
+        self._workers: dict[str, WorkerHandle] = {}
+        self._exits: dict[str, str] = {}
+        self._changed = asyncio.Event()
+        self._subscribers: list[Callable[[MembershipEvent], None]] = []
+        self._losing = TaskSet()
+
+    @property
+    def workers(self) -> Mapping[str, WorkerHandle]:
+        return MappingProxyType(self._workers)
+
+    @property
+    def present(self) -> dict[str, WorkerHandle]:
+        """Those that are not lost, in the order in which they joined."""
+        return {name: handle for name, handle in self._workers.items() if handle.loss is None}
+
+    def subscribe(self, subscriber: Callable[[MembershipEvent], None]) -> None:
+        """It gets every event from now on, at once."""
+        self._subscribers.append(subscriber)
+
+    def publish(self, event: MembershipEvent) -> None:
+        for subscriber in self._subscribers:
+            subscriber(event)
+
+    async def changed(self) -> None:
+        """Returns at the next join or loss. The caller has a deadline."""
+        await self._changed.wait()
+
+    async def wait_for(self, names: Collection[str], deadline_s: float) -> None:
+        """Returns when all have joined. DeadlineError names those that have not, WorkerError one that ended before."""
+        missing = sorted(names)
+        try:
+            async with deadline("workers joining", deadline_s):
+                while missing := [name for name in names if name not in self.present]:
+                    self._check_alive(missing)
+                    await self._changed.wait()
+        except DeadlineError as error:
+            raise DeadlineError(f"workers {', '.join(missing)} have not joined within {deadline_s:g} s") from error
+
+    def _check_alive(self, names: Collection[str]) -> None:
+        for name in names:
+            if name in self._exits:
+                error = self.read_last_error(name)
+                last = f"; its last error: {error}" if error else ""
+                raise WorkerError(f"worker {name} did not start: {self._exits[name]}{last}")
+
+    def _set_changed(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def process_exited(self, name: str, how: str) -> None:
+        """The launcher's report that a worker's process has ended."""
+        if name in self._workers:
+            self.fence(self._workers[name], how)
+        else:
+            self._exits[name] = how
+        self._set_changed()
+
+    def will_not_return(self, name: str, why: str) -> None:
+        """The launcher's report that it restarts this worker no more."""
+        self._exits[name] = why
+        self._set_changed()
+
+    def admit(self, handle: WorkerHandle) -> None:
+        self._workers[handle.name] = handle
+        self._exits.pop(handle.name, None)
+
+    def announce(self, handle: WorkerHandle) -> None:
+        """It knows that it is a member."""
+        self._set_changed()
+        self.publish(MemberJoined(handle))
+
+    def fence(self, handle: WorkerHandle, reason: str) -> None:
+        """Counts a worker as lost, although its process may live on: its messages are ignored."""
+        if handle.state not in (WorkerState.LOST, WorkerState.LEFT):
+            handle.lose(reason)
+            self.publish(MemberLost(handle))
+
+    def report_loss(self, handle: WorkerHandle, reason: str) -> None:
+        """Its connection ended. The launcher's report, which knows of signals and exit codes, takes precedence."""
+        self._losing.start(self._lose(handle, reason))
+
+    async def _lose(self, handle: WorkerHandle, reason: str) -> None:
+        with contextlib.suppress(DeadlineError):
+            async with deadline("the report of its process", _EXIT_REPORT_S):
+                await handle.lost.wait()
+        self.fence(handle, reason)
+
+    async def close(self) -> None:
+        await self._losing.close()

@@ -220,7 +220,7 @@ def _attribute(state: ClusterState) -> ClusterState:
 
 
 def _load_failed(state: ClusterState, failed: seen.LoadFailed) -> ClusterState:
-    """Where the inputs changed meanwhile, another plan may be the remedy. Else the load is repeated after a pause, and
+    """Where the plan is outdated, another one may be the remedy. Else the load is repeated after a pause, and
     workers that fail again and again, or do not answer, are expelled."""
     planning = state.planning
     assert planning is not None and planning.plan is not None
@@ -229,17 +229,23 @@ def _load_failed(state: ClusterState, failed: seen.LoadFailed) -> ClusterState:
         for suspect in failed.suspects
         if isinstance(suspect.error, StalledError)
     }
-    is_old = planning.inputs != state.inputs or state.pool.is_partitioned(planning.plan)
-    if is_old or hanging:
+    if hanging or _is_outdated(planning.plan, planning.inputs, state.pool):
         return _expel(state, planning.inputs, hanging)
     if not failed.is_exclusive:
         return state if state.loss else replace(state, planning=replace(planning, rejected=failed.error))
-    if failed.file_is_absent and not (state.is_start and state.is_whole):
-        return replace(state, planning=replace(planning, rejected=failed.error))
+    if failed.file_is_absent and not (state.is_start and state.is_whole):  # even if the holder was lost meanwhile
+        return replace(state, planning=replace(planning, inputs=state.inputs, rejected=failed.error))
     failures = state.loading.failures + 1
     retry_at_s = state.tick.now_s + _LOAD_BACKOFF.pause_s(failures - 1)
     state = replace(state, loading=Loading(failures, failed.error, retry_at_s))
     return state if state.is_start else _expel(state, planning.inputs, _unfit(failed, failures))
+
+
+def _is_outdated(plan: Plan, inputs: PlanInputs, pool: PoolState) -> bool:
+    """Whether a worker of the plan is lost or cut off, or another one joined."""
+    planned = {stage.worker for stage in plan.stages}
+    lost = any(worker not in pool.usable for worker in inputs.workers if worker[0] in planned)
+    return lost or not set(pool.usable) <= set(inputs.workers) or pool.is_partitioned(plan)
 
 
 def _unfit(failed: seen.LoadFailed, failures: int) -> dict[str, str]:

@@ -257,6 +257,16 @@ def test_workers_without_the_file_wait_for_one_that_has_it() -> None:
     assert cluster.plan(BOTH) == LoadEpoch(BOTH, is_exclusive=True)
 
 
+def test_the_loss_of_the_last_holder_is_the_reason_to_wait() -> None:
+    cluster = Cluster.serving()
+    cluster.lose_pipeline()
+    cluster.plan(ONLY_B)
+    cluster.see(seen.WorkerLost("a"))
+    action = cluster.see(seen.LoadFailed(FILE, True, (Suspect("b", FILE),), file_is_absent=True))
+    assert action == Notify("waiting for a worker, requests for 120 s at most: no such file")
+    assert isinstance(cluster.notified(action), Wait)
+
+
 def test_a_worker_that_breaks_the_protocol_is_expelled() -> None:
     cluster = Cluster.serving()
     last = cluster.state.serving.workers[-1] if cluster.state.serving else None

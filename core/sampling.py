@@ -9,7 +9,7 @@ from llamaclust.core.sampler_chain import SamplerChain
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How a token is chosen. Defaults choose greedily. Order of work: docs/numerics.md."""
+    """How a token is sampled. Defaults are greedy. Order of work: docs/numerics.md."""
 
     temperature: float = 0.0  # 0: greedy
     top_k: int = 0  # 0: off
@@ -34,7 +34,7 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class SampleTask:
-    """Choose the token after an output row. The draw is keyed by (seed, choice) and counted by `position`."""
+    """Sample the token after an output row. The draw is keyed by (seed, choice) and counted by `position`."""
 
     params: SamplingParams
     seed: int  # 64 bits, unsigned

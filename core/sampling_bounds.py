@@ -1,4 +1,4 @@
-"""What sampling parameters may be: the API, the scheduler and the wire refuse the same ones."""
+"""Bounds of sampling parameters, for the scheduler and the wire."""
 
 from __future__ import annotations
 

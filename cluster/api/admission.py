@@ -1,5 +1,5 @@
-"""Which requests the API holds at once, and how much of their bodies. Others are told to come back; a server that stops
-takes no more, and answers every one it has."""
+"""Bounds on the requests that the API holds at once and on the bytes of their bodies. Others get 503 with Retry-After;
+a stopping server accepts no more, and answers all that it has."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Admission:
             await asyncio.wait([request.task for request in self._open])
 
     def end(self) -> None:
-        """Ends requests whose replies have not begun: they are told that the cluster stops."""
+        """Ends requests whose replies have not begun, with the error that the cluster stops."""
         self.is_stopping = True
         self._cancel([request for request in self._open if not request.is_answered])
 
@@ -84,7 +84,7 @@ class Admission:
 
 
 class AdmissionGate:
-    """Lets requests with a body through to an app as its admission says; what a stopping server cancels gets a 503."""
+    """Passes requests with a body to an app within its bounds; those that a stopping server cancels get a 503."""
 
     def __init__(self, app: ASGIApp, admission: Admission) -> None:
         self._app = app

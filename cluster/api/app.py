@@ -36,8 +36,8 @@ def create_app(
     admission: Admission | None = None,
     pool: WorkerPool | None = None,
 ) -> FastAPI:
-    """The app. `cluster_status` gives what `GET /cluster` answers, as JSON can say it; `admission` is of who wants to
-    stop it in good order; without a `pool` there are no workers to drain."""
+    """The app. `cluster_status` gives the JSON of `GET /cluster`; `admission` lets its owner drain the app; without a
+    `pool` there are no workers to drain."""
     app = FastAPI(title="llamaclust", version=VERSION, docs_url=None, redoc_url=None)
     add_error_handlers(app)
     _add_openai(app, service, settings)

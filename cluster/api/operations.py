@@ -1,4 +1,4 @@
-"""What operators and tools ask: /health, /live, /metrics, /cluster, /props, /slots; and /cluster/workers/NAME/..."""
+"""Endpoints for operators and tools: /health, /live, /metrics, /cluster, /props, /slots, /cluster/workers/NAME/..."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from llamaclust.wire.control.messages import LogTail
 from llamaclust.wire.rpc.deadlines import deadline
 
 _DRAIN_S = 600.0
-"""Layers are loaded elsewhere meanwhile; who asks again goes on waiting."""
+"""Layers are loaded elsewhere meanwhile; a repeated request waits on."""
 
 
 class ServingEngine(Protocol):
-    """The engine as far as operators see it."""
+    """The engine as operators see it."""
 
     @property
     def state(self) -> EngineState: ...
@@ -51,7 +51,7 @@ class Workers:
         self._pool = pool
 
     async def drain(self, request: Request) -> Response:
-        """Answers once the worker holds no layers; whoever is gone by then has asked all the same."""
+        """Answers once the worker holds no layers; a client that disconnects does not cancel it."""
         name = request.path_params["worker"]
         async with deadline(f"moving the layers of worker {name} to others", _DRAIN_S):
             await self._pool.drain(name)
@@ -91,7 +91,7 @@ class Operations:
         raise HttpError(503, f"cluster_{state}", reason, {"Retry-After": "5"})
 
     async def live(self, request: Request) -> Response:
-        """200 but where only a new start helps; whoever watches processes restarts one that answers something else."""
+        """200 unless only a restart helps: a liveness probe."""
         if self._engine.state is not EngineState.DOWN:
             return JsonResponse({"status": "ok"})
         raise HttpError(503, "cluster_down", str(self._engine.error or "the cluster is down"))

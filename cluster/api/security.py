@@ -1,4 +1,4 @@
-"""Who may use the API: API keys; no foreign Host (DNS rebinding); no foreign web page."""
+"""Access control of the API: API keys, Host headers (DNS rebinding), origins of web pages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The HTTP server under the app: how many connections it holds, and how long one may ask for nothing."""
+"""The HTTP server under the app: bounds on connections and on their idle time."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _BUSY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: clos
 
 
 def server_config(app: FastAPI, settings: ApiSettings) -> uvicorn.Config:
-    """How an app is served. Warnings are not logged: anybody who can connect can cause them without end."""
+    """How an app is served. Warnings are not logged: any client can cause them without end."""
     logging.getLogger("asyncio").setLevel(logging.ERROR)
     return uvicorn.Config(
         app,
@@ -42,7 +42,7 @@ def server_config(app: FastAPI, settings: ApiSettings) -> uvicorn.Config:
 
 
 def allow_many_files() -> None:
-    """Lets this process open as many files as it may give itself leave to."""
+    """Raises this process's limit of open files to the hard limit."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (_MANY_FILES if hard == resource.RLIM_INFINITY else hard, hard))
 

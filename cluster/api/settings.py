@@ -1,4 +1,4 @@
-"""What the HTTP API is set to."""
+"""Settings of the HTTP API."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answers as server-sent events, with signs of life while nothing comes, and an end when the client goes away."""
+"""Answers as server-sent events, with keep-alive comments, cancelled when the client disconnects."""
 
 from __future__ import annotations
 

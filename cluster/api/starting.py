@@ -1,4 +1,4 @@
-"""What the API's port says while a cluster starts: 503 to every request, not nothing until the last worker is there."""
+"""Replies of the API's port while a cluster starts: 503 to every request."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ class StartingReplies:
         self._open += 1
         try:
             if self._open <= _MOST:
-                await self._told(reader, writer)
+                await self._reply_to(reader, writer)
         finally:
             self._open -= 1
             writer.close()
 
-    async def _told(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _reply_to(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, OSError):
             async with asyncio.timeout(_READ_S):
                 await reader.readuntil(b"\r\n\r\n")

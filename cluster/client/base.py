@@ -1,4 +1,4 @@
-"""What every synchronous client offers, whatever is behind it."""
+"""The interface of synchronous clients."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class TextClient(ABC):
     def generate(
         self, prompt: Prompt, *, stream: bool = False, score_from: int | None = None, **options: Unpack[Options]
     ) -> Answer | ChunkStream:
-        """Goes on from a text or token ids. With `score_from` the prompt's tokens [max(score_from, 1), end) get
+        """Completes a text or token ids. With `score_from` the prompt's tokens [max(score_from, 1), end) get
         logprobs."""
         chunks = self._complete(prompt, Settings(**options), score_from)
         return ChunkStream(chunks) if stream else join(chunks)
@@ -66,7 +66,7 @@ class TextClient(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Gives back what the client holds; what still runs is ended."""
+        """Ends what still runs and releases what the client holds."""
 
     def __enter__(self) -> Self:
         return self

@@ -1,4 +1,4 @@
-"""Clients of the HTTP API, and the way to a model in this process that has the same interface."""
+"""Clients of the HTTP API, and a model in this process with the same interface."""
 
 from __future__ import annotations
 

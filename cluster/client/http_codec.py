@@ -1,4 +1,4 @@
-"""What a client says to the HTTP API and how it reads the answers. Pure: bytes and values, no connection."""
+"""Requests and replies of the HTTP API for clients. Pure: bytes and values, no connection."""
 
 from __future__ import annotations
 

@@ -30,8 +30,8 @@ class ServiceThread:
     """Opens a service in a new thread's event loop and keeps it there."""
 
     def __init__(self, open_service: OpenService) -> None:
-        """Returns when the service is open; raises what opening it raises. Whoever is interrupted meanwhile waits
-        until nothing is left of it."""
+        """Returns when the service is open; raises what opening it raises. An interrupt meanwhile ends
+        the thread first."""
         begun: Future[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]]] = Future()
         ready: Future[tuple[asyncio.Event, TextService]] = Future()
         self._thread = threading.Thread(
@@ -51,7 +51,7 @@ class ServiceThread:
         self._is_closed = False
 
     def call(self, work: Coroutine[Any, Any, _Value]) -> _Value:
-        """Runs `work` in the loop; whoever is interrupted meanwhile ends it. LlamaclustError once it is closed."""
+        """Runs `work` in the loop; an interrupt of the caller cancels it. LlamaclustError once it is closed."""
         with self._lock:
             if self._is_closed:
                 work.close()
@@ -67,7 +67,7 @@ class ServiceThread:
             self._pending.discard(future)
 
     def finish(self, work: Coroutine[Any, Any, None]) -> None:
-        """Runs `work`, which gives something back; what a closed service held is back already."""
+        """Runs `work`, which releases a resource; a closed service has released all of them."""
         if self._is_closed:
             work.close()
         elif threading.current_thread() is self._thread:  # the garbage collector may run in any thread
@@ -101,10 +101,10 @@ async def _serve(
         async with open_service() as service:
             ready.set_result((stop, service))
             await stop.wait()
-    except BaseException as error:  # the thread's border: whoever waits is told
+    except BaseException as error:  # the thread's border: the waiting constructor gets the error
         if not ready.done():
             ready.set_exception(error)
-        elif not isinstance(error, asyncio.CancelledError):  # by whoever was interrupted while it waited
+        elif not isinstance(error, asyncio.CancelledError):  # by an interrupted constructor
             raise
 
 

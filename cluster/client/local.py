@@ -45,7 +45,7 @@ _DEADLINES = EngineSettings(request_s=86_400.0, result_s=3_600.0)
 
 @dataclass(frozen=True, slots=True)
 class LocalSettings:
-    """What a model in this process is loaded for."""
+    """Settings of a model in this process."""
 
     context_length: int | None = None  # tokens of a sequence; None: what the model was made for, 4096 at most
     max_sequences: int = 8  # together; more wait
@@ -201,7 +201,7 @@ class LocalPipeline:
 
     def submit(self, microbatch: Microbatch, inputs: SamplingInputs) -> None:
         result = self._stage.start(microbatch, inputs)
-        result.add_done_callback(_look_at)
+        result.add_done_callback(_retrieve)
         self._results.put_nowait(result)
 
     async def run(self, on_result: Callable[[Result], None]) -> None:
@@ -212,8 +212,8 @@ class LocalPipeline:
         """Its owner closes the stage."""
 
 
-def _look_at(result: asyncio.Future[Result]) -> None:
-    """What follows a microbatch that failed fails as well, and nobody asks for it any more."""
+def _retrieve(result: asyncio.Future[Result]) -> None:
+    """Retrieves the error of a microbatch after a failed one: nothing awaits it."""
     if not result.cancelled():
         result.exception()
 

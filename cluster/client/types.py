@@ -1,4 +1,4 @@
-"""What clients are asked and what they answer, the same over HTTP and in this process."""
+"""Options and streams of clients, the same over HTTP and in this process."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Settings:
 
     max_tokens: int | None = None  # None: until the context is full; 0: nothing is chosen
     temperature: float = 0.0  # 0 chooses the likeliest token
-    seed: int | None = None  # None: one is drawn; the reply tells it
+    seed: int | None = None  # None: drawn at random; the answer has it
     top_k: int = 0  # 0: all
     top_p: float = 1.0
     min_p: float = 0.0
@@ -95,8 +95,8 @@ class Settings:
 
 
 class ChunkStream:
-    """The chunks of an answer as they come; asked for at the first one. Closing it, leaving `with` and dropping it
-    end the request."""
+    """The chunks of an answer as they come; the request is sent with the first. Closing it, leaving `with` and dropping
+    it end the request."""
 
     def __init__(self, chunks: Generator[TextChunk, None, None]) -> None:
         self._chunks = chunks

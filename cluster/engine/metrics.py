@@ -1,4 +1,4 @@
-"""What is counted: Prometheus metrics in a registry of their own, and each stage's times for `GET /cluster`."""
+"""Prometheus metrics in a registry of their own, and each stage's times for `GET /cluster`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 _RECOVERIES = 16
 _PREFILL_ROWS = 32
-"""A microbatch of so many rows is bound by arithmetic, as prompts are."""
+"""Microbatches of at least so many rows are bound by arithmetic, as prompts are."""
 _TTFT_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 _TPOT_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 _RECOVERY_BUCKETS = (0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60, 120, 300)
@@ -123,7 +123,7 @@ class Metrics:
         self._meters[:] = [_StageMeter(stage, self._clock_ns()) for stage in stages]
 
     def recovered(self, seconds: float) -> None:
-        """Requests go on that waited for so long because something was lost."""
+        """Requests continue after a pause of so many seconds for a recovery."""
         self._recovery.observe(seconds)
         self.recovery_s.append(seconds)
 
@@ -165,7 +165,7 @@ class Metrics:
 
 
 class _Gauges(Collector):
-    """Numbers that others keep, read when they are asked for."""
+    """Values of the scheduler and the stages, read at each scrape."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""The seam between the engine and whatever runs microbatches: workers over gRPC, or a stage in this process."""
+"""The interface between the engine and the stages: workers over gRPC, or a stage in this process."""
 
 from __future__ import annotations
 

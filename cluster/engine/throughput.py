@@ -1,4 +1,4 @@
-"""What a cluster reached lately, in the figures that a plan predicts."""
+"""A cluster's recent speed, in the figures that a plan predicts."""
 
 from __future__ import annotations
 

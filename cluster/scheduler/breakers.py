@@ -1,4 +1,4 @@
-"""Texts that DRY does not look beyond, as token sequences: a repetition ends where one of them stands. Pure."""
+"""Sequence breakers of DRY as token sequences: a repetition does not extend over one. Pure."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ _KEPT = 256
 
 
 class BreakerTokens:
-    """Which token sequences hold a text, for one tokenizer. Slow for a text that was not asked for before; may be used
-    from several threads."""
+    """The token sequences that contain a text, for one tokenizer. The first use of a text is slow; thread-safe."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -61,7 +60,7 @@ class BreakerTokens:
 
 
 class SeenBreakers:
-    """Those of a request's sequences whose first token has occurred: others cannot stand in its history."""
+    """A request's sequences whose first token has occurred: others cannot be in its history."""
 
     __slots__ = ("_by_head", "_seen", "sequences")
 

@@ -8,24 +8,23 @@ from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.cluster.scheduler.stage_times import StageTimes
 
 _FIRST_ROWS = 64
-"""Before anything was measured: small enough for a slow machine, large enough not to matter on a fast one."""
+"""Without measurements: small enough for a slow machine, large enough not to matter on a fast one."""
 
 _LEAST_ROWS = 16
 
 
 _EFFICIENT = 4
-"""Computing a chunk's rows is to take so many times as long as what a chunk costs by itself."""
+"""Least ratio of the time for a chunk's rows to the fixed cost of a chunk."""
 
 
 def chunk_rows(
     settings: SchedulerSettings, times: StageTimes, burst: int, left: int, decoding: int, *, alone: bool
 ) -> int:
     """Prefill rows of the next microbatch, which also has `decoding` rows; `burst` prompt tokens came together, `left`
-    of them are still to be computed; `alone`: nobody decodes, in other microbatches neither.
+    of them are still to be computed; `alone`: no sequence decodes, in other microbatches neither.
 
-    A chunk takes the slowest stage `prefill_ms` at most, or 16 rows where they take longer, so that those who decode do
-    not wait longer (`prefill_alone_ms` while there are none); and no more than what finishes the burst soonest: k
-    chunks on S stages end after (k + S - 1) * (a + b * burst / k), with stage time a + b * rows, which is least at
+    A chunk takes the slowest stage `prefill_ms` at most, or 16 rows where they take longer, so that decode does
+    not wait longer (`prefill_alone_ms` without decode); and no more than what finishes the burst soonest: k chunks on S stages end after (k + S - 1) * (a + b * burst / k), with stage time a + b * rows, which is least at
     burst / k = sqrt(burst * a / ((S - 1) * b)). The last chunks are smaller yet, half of what is left each: while later
     stages compute them, the first ones have nothing to do.
     """

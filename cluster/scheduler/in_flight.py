@@ -1,4 +1,4 @@
-"""Microbatches in flight: their numbers, what is due next, and what their results say of stage times. Pure."""
+"""Microbatches in flight: numbers, the result that is due next, and stage times learned from results. Pure."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class _Sent:
 
 
 class InFlight:
-    """Those of one epoch, in order."""
+    """The microbatches of one epoch, in order."""
 
     def __init__(self, model_id: str, epoch: int, times: StageTimes) -> None:
         self._model_id = model_id
@@ -49,12 +49,12 @@ class InFlight:
 
     @property
     def decoding(self) -> int:
-        """How many have decode in them."""
+        """How many contain decode."""
         return sum(sent.decoding > 0 for sent in self._sent)
 
     @property
     def oldest_ns(self) -> int | None:
-        """When the one that is in flight for longest was sent."""
+        """When the oldest was sent."""
         return self._sent[0].sent_ns if self._sent else None
 
     def send(self, slices: tuple[SequenceSlice, ...], decoding: int, now_ns: int) -> ScheduledMicrobatch:

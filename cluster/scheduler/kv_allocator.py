@@ -1,4 +1,4 @@
-"""KV memory as the scheduler sees it: sequences get blocks, share those of equal beginnings, give them back."""
+"""KV memory as the scheduler sees it: allocates blocks to sequences, shares those of equal prefixes, frees them."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class KvMemory:
         self._filling: set[bytes] = set()
 
     def begin_microbatch(self) -> None:
-        """What was filled so far is there for those who come in this microbatch."""
+        """Blocks filled by earlier microbatches can be shared in this one."""
         self._filling.clear()
 
     def admit(self, sequence: Sequence, reserve: int) -> bool:
         """Gives a sequence blocks for all rows to compute, cached ones first, if that leaves `reserve` blocks.
 
-        It waits as well where the microbatch that is being made fills blocks that it could share: rows of one
-        microbatch must not count on each other's.
+        False also where the microbatch being made fills blocks that it could share: rows of one microbatch must not
+        depend on each other's.
         """
         found, idle = self._cache.find(sequence.block_keys, sequence.tokens, sequence.first_output)
         if self.window is not None:
@@ -61,7 +61,7 @@ class KvMemory:
         return True
 
     def reserve(self, sequence: Sequence, rows: int) -> None:
-        """What only rows that are computed now take: so many of a sequence are next."""
+        """Takes the window blocks of the next rows of a sequence."""
         if self.window is not None:
             self.window.reserve(sequence, rows)
 
@@ -79,12 +79,12 @@ class KvMemory:
             self.window.release_out_of_window(sequence)
 
     def end_microbatch(self) -> None:
-        """The microbatch is made: what only its rows still read may be written by those after it."""
+        """Later microbatches may write the blocks that only this one's rows still read."""
         if self.window is not None:
             self.window.end_microbatch()
 
     def invalidate(self, sequence: Sequence) -> None:
-        """Nobody is given a block any more for what this sequence's tokens have put into it."""
+        """Blocks that this sequence's tokens have filled are shared no more."""
         self.blocks.invalidate(sequence.block_keys)
         if self.window is not None:
             self.window.blocks.invalidate(sequence.block_keys)

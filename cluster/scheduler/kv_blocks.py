@@ -1,4 +1,4 @@
-"""KV blocks as numbers: who holds which, which may be found again by their content, and tables as runs of ids."""
+"""KV blocks as numbers: reference counts, blocks found again by their content, and tables as runs of ids."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from collections.abc import Iterable
 class KvBlocks:
     """Blocks 0..count, the same ids on every stage. A block is free, held (by one or more tables), or idle.
 
-    A held block may be registered with a key that stands for its content. When nobody holds it any more it stays idle:
-    it can be held again by its key, until its memory is needed (the block idle for longest goes first).
+    A held block may be registered with a key that stands for its content. Without holders it stays idle:
+    it can be acquired again by its key, until its memory is needed (the block idle for longest goes first).
     """
 
     def __init__(self, count: int) -> None:
@@ -34,7 +34,7 @@ class KvBlocks:
         return self._holders[block]
 
     def take(self) -> int:
-        """A block of one's own, its content undefined. There must be one available."""
+        """A block with one holder and undefined content. There must be one available."""
         if self._free:
             block = self._free.pop()
         else:
@@ -45,7 +45,7 @@ class KvBlocks:
         return block
 
     def acquire(self, key: bytes) -> int:
-        """The block with this content, which there must be, held once more; nobody may write it."""
+        """The block with this content, which must exist, with one more holder; it must not be written."""
         block = self._by_key[key]
         self._idle.pop(block, None)
         self._holders[block] += 1
@@ -64,7 +64,7 @@ class KvBlocks:
             self._keys[block] = key
 
     def invalidate(self, keys: Iterable[bytes]) -> None:
-        """The blocks with these contents, where there are any, are found by them no more."""
+        """Forgets which blocks have these contents."""
         for block in [self._by_key.pop(key) for key in keys if key in self._by_key]:
             del self._keys[block]
             if block in self._idle:
@@ -72,7 +72,7 @@ class KvBlocks:
                 self._free.append(block)
 
     def release(self, blocks: Iterable[int]) -> None:
-        """Gives back one hold on each block; those at the end of a table are the first to be taken again."""
+        """Removes one holder of each block; those at the end of a table are the first to be taken again."""
         for block in reversed(list(blocks)):
             self._holders[block] -= 1
             assert self._holders[block] >= 0, "a block was released twice"
@@ -152,7 +152,7 @@ class WindowTable:
         self._shown = None
 
     def drop_before(self, first: int) -> list[int]:
-        """Those before block number `first`, which it has no more."""
+        """Removes and returns the blocks before block number `first`."""
         count = max(0, first - self.start)
         if not count:
             return []

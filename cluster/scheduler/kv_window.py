@@ -1,4 +1,4 @@
-"""Blocks of layers with a window: each sequence has those that rows still to come see, and no others."""
+"""Blocks of layers with a window: each sequence has those that later rows see, and no others."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from llamaclust.model.program import KV_BLOCK_TOKENS
 
 
 class KvWindow:
-    """What sequences may come to hold is committed to them before they begin or grow: then a block that rows need is
-    always there, and nobody waits for one half-way.
+    """The most blocks that a sequence may hold are committed to it before it begins or grows: then a block that rows
+    need is always available.
 
-    Blocks that a microbatch's rows have left behind are given up when the microbatch is made: rows of the same one, of
-    other sequences, must not be stored in what these rows still read.
+    Blocks out of the window are released when the microbatch is made: rows of other sequences in the same microbatch
+    must not overwrite what its rows still read.
     """
 
     def __init__(self, group: WindowGroup, cache: PrefixCache) -> None:
@@ -38,12 +38,12 @@ class KvWindow:
         return usable
 
     def can_begin(self, sequence: Sequence, reserve: int) -> bool:
-        """Whether it can be committed blocks so that `reserve` are left to those that still grow."""
+        """Whether it can be given a commitment so that `reserve` are left to sequences that still grow."""
         growth = self._begun * self.group.sequence_blocks - self._committed
         return self._committed + self._need(sequence) + min(reserve, growth) <= self._most
 
     def begin(self, sequence: Sequence, shared: int) -> None:
-        """Promises it blocks; its first `shared` blocks are those that others have filled."""
+        """Commits blocks to it; its first `shared` blocks are filled by other sequences."""
         self._begun += 1
         self.commit(sequence)
         table = sequence.window
@@ -52,7 +52,7 @@ class KvWindow:
             table.append(self.blocks.acquire(key))
 
     def commit(self, sequence: Sequence) -> bool:
-        """What a sequence needs in all; False where that is not there."""
+        """Commits all blocks that a sequence needs; False where there are too few."""
         more = self._need(sequence) - sequence.window.committed
         if more > 0:
             if self._committed + more > self._most:
@@ -70,13 +70,13 @@ class KvWindow:
             sequence.window.append(self.blocks.take())
 
     def register(self, sequence: Sequence, full: int) -> None:
-        """Names blocks up to block `full`, which the sequence's tokens have filled; before `release_out_of_window`."""
+        """Registers blocks up to block `full`, filled by the sequence's tokens; before `release_out_of_window`."""
         table = sequence.window
         first = max(sequence.registered, table.start)
         self._cache.register(sequence.block_keys, sequence.tokens, table.blocks, first, full, table.start)
 
     def release_out_of_window(self, sequence: Sequence) -> None:
-        """No row from `scheduled` on sees what is given up here."""
+        """Releases the blocks that no row from `scheduled` on sees."""
         self._out_of_window += sequence.window.drop_before(self.group.first_seen(sequence.scheduled))
 
     def end_microbatch(self) -> None:

@@ -1,12 +1,12 @@
-"""Into how many microbatches the sequences that decode are split, so that stages work at the same time.
+"""Into how many microbatches decoding sequences are split, so that stages work at the same time.
 
 Every microbatch reads all weights once, so two microbatches of n / 2 sequences take each stage longer than one of n;
 they pay only where the stages would otherwise wait for each other. With stage times t_i(rows) and `transit` for links
-and coordinator, everybody gets a token once in
+and coordinator, each sequence gets a token once in
 
     cycle(groups) = max(sum_i t_i(n / groups) + transit,  groups * max_i t_i(n / groups))
 
-the way of one microbatch through all stages, or the slowest stage's time for all of them, whichever is longer.
+the time of one microbatch through all stages, or the slowest stage's time for all of them, whichever is longer.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 from llamaclust.cluster.scheduler.stage_times import StageTimes
 
 _MARGIN = 0.05
-"""A split must promise this much before it is tried again; one that was never measured, or runs, must cost nothing."""
+"""Predicted gain before a split is tried again; one that was never measured, or runs, must cost nothing."""
 
 _DECIDE_EVERY = 16
 _RETRY_EVERY = 4096

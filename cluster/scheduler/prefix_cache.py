@@ -1,4 +1,4 @@
-"""Which KV blocks hold which tokens: a SHA-256 chain over model, KV type and tokens names each full block's content."""
+"""Which KV blocks hold which tokens: a full block's key is a SHA-256 chain over model, KV type and tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llamaclust.model.program import KV_BLOCK_TOKENS, KvType
 
 
 class PrefixCache:
-    """Finds and names blocks by the tokens from position 0 to their end.
+    """Finds and registers blocks by the tokens from position 0 to their end.
 
     `keys` is a list, one key a full block, that belongs to one sequence: it depends on its tokens alone and grows.
     """
@@ -44,7 +44,7 @@ class PrefixCache:
         full: int,
         start: int = 0,
     ) -> None:
-        """Names blocks [registered, full), which the tokens have filled, of a table that begins with block `start`."""
+        """Registers blocks [registered, full), filled by the tokens, of a table that begins with block `start`."""
         if not self._enabled:
             return
         self._extend(keys, tokens, full)

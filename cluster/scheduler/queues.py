@@ -13,6 +13,7 @@ from llamaclust.cluster.scheduler.sequences import Phase, Sequence
 _SPARE_BLOCKS = 2
 """Left for each running sequence when another one starts: it must not be preempted again at once."""
 
+_PREFILL, _DECODE = Phase.PREFILL, Phase.DECODE
 _by_arrival = attrgetter("key")
 
 
@@ -29,11 +30,11 @@ class SequenceQueues:
 
     @property
     def decoding(self) -> int:
-        return sum(sequence.is_decoding for sequence in self.running)
+        return sum([sequence.phase is _DECODE for sequence in self.running])
 
     @property
     def prefilling(self) -> list[Sequence]:
-        return [sequence for sequence in self.running if not sequence.is_decoding and sequence.remaining]
+        return [sequence for sequence in self.running if sequence.phase is _PREFILL and sequence.remaining]
 
     @property
     def can_start(self) -> bool:
@@ -69,7 +70,7 @@ class SequenceQueues:
 
     def grow(self, sequence: Sequence) -> None:
         """Gives a sequence the block it needs by preempting the youngest, which may be the sequence itself."""
-        while sequence.is_decoding and not self.memory.grow(sequence):
+        while sequence.phase is _DECODE and not self.memory.grow(sequence):
             self.preempt(self.running[-1])
 
     def preempt(self, sequence: Sequence) -> None:

@@ -1,4 +1,4 @@
-"""What the engine is asked and what it answers, in token ids: text, stop strings and HTTP are its callers' matter."""
+"""Requests and events of the engine, in token ids; text, stop strings and HTTP belong to its callers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llamaclust.core.sampling import RowResult, SamplingParams
 class FinishReason(StrEnum):
     STOP = "stop"  # an end-of-generation or stop token (it is the last event's token), or the caller's stop string
     LENGTH = "length"  # max_tokens or the context is used up
-    ABORT = "abort"  # the caller went away
+    ABORT = "abort"  # the caller cancelled it
 
 
 @dataclass(frozen=True, slots=True)

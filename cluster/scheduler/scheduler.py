@@ -149,7 +149,8 @@ class Scheduler:
         self.queues.memory.begin_microbatch()
         # Without decode, one more microbatch in flight keeps a stage from idling after a chunk that was quicker than
         # expected; beside decode it would delay every token.
-        if len(self._in_flight) >= self.times.in_flight + (self.queues.decoding == 0):
+        room = self.times.in_flight - len(self._in_flight)
+        if room < 0 or (room == 0 and self.queues.decoding):
             return self._next_ahead(now_ns)
         ready = self._ready_to_decode()
         prefill = self._prefill_slices(len(ready), now_ns)

@@ -41,7 +41,8 @@ class Phase(Enum):
     FINISHED = auto()
 
 
-_DECODE = Phase.DECODE
+_PREFILL, _DECODE = Phase.PREFILL, Phase.DECODE
+_DISCARDED, _FINISHED = Phase.DISCARDED, Phase.FINISHED
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,12 +93,12 @@ class Sequence:
 
     @property
     def is_running(self) -> bool:
-        return self.phase is _DECODE or self.phase is Phase.PREFILL
+        return self.phase is _DECODE or self.phase is _PREFILL
 
     @property
     def counts_results(self) -> bool:
         """Whether results in flight belong to the computation that goes on."""
-        return self.phase is not Phase.FINISHED and self.phase is not Phase.DISCARDED
+        return self.phase is not _FINISHED and self.phase is not _DISCARDED
 
     @property
     def prompt_length(self) -> int:
@@ -245,8 +246,8 @@ class Sequence:
             updates.append(PromptScored(first_row + 1, scored))
         if taken.is_sampled:
             self._append(rows[-1])
-            if self.is_running:
-                self.phase = _DECODE if self.scheduled >= len(self.tokens) - 1 else Phase.PREFILL
+            if self.phase is _PREFILL or self.phase is _DECODE:
+                self.phase = _DECODE if self.scheduled >= len(self.tokens) - 1 else _PREFILL
             updates.append(TokenSampled(rows[-1]))
         reason = self._finish_reason(taken.is_sampled)
         if reason is not None:

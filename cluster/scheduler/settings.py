@@ -1,4 +1,4 @@
-"""What the scheduler and the engine are set to."""
+"""Settings of the scheduler and the engine."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class SchedulerSettings:
     max_outputs: int = 64  # sampled and scored rows of one microbatch
     prefill_chunk: int | None = None  # prompt tokens of one microbatch, at most; None: by predicted time
     prefill_ms: float = 100.0  # predicted time of a microbatch with prefill on the slowest stage, at most
-    prefill_alone_ms: float = 400.0  # the same while nobody decodes: larger chunks read the weights less often
+    prefill_alone_ms: float = 400.0  # the same without decode: larger chunks read the weights less often
     prefix_cache: bool = True
     window: int | None = None  # of layers that have blocks of their own
     window_blocks: int = 0  # these

@@ -1,4 +1,4 @@
-"""What stages take, learned from results: predictions for the scheduler. Pure: times come in as numbers."""
+"""Stage times learned from results, and predictions for the scheduler. Pure: times are arguments."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _FIXED_ROWS = 10
 """Reading the weights is taken to cost as much as computing that many rows, while only one number of rows was seen."""
 
 _WORTH_HIDING = 0.02
-"""Of a round: a smaller share for links and coordinator is not worth sending steps ahead, for which newcomers wait."""
+"""Of a round: a smaller share for links and coordinator does not justify lookahead steps, which delay new requests."""
 
 _NEGLIGIBLE = 0.02
 """A bubble of this share of a stage's time is not worth one more microbatch in flight."""

@@ -64,7 +64,7 @@ class TextService:
                 yield chunk
 
     async def start(self, request: CompletionRequest) -> CompletionStream:
-        """Submits a request; whoever asked must close the stream.
+        """Submits a request; the caller must close the stream.
 
         Raises ParameterError for a value out of bounds, QueueFullError, WorkerError. Later errors come from the stream.
         """

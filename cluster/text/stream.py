@@ -21,7 +21,7 @@ _QUEUE_S = 120.0
 
 
 class EventStream(Protocol):
-    """What the engine gives for one generation."""
+    """The engine's events of one request."""
 
     def __aiter__(self) -> AsyncIterator[Event]: ...
 
@@ -36,7 +36,7 @@ class EventStream(Protocol):
 
 
 class TextEngine(Protocol):
-    """The engine as far as text needs it."""
+    """The engine as text needs it."""
 
     def submit(self, generation: GenerationRequest) -> EventStream:
         """Queues a generation. Raises RequestError, QueueFullError, WorkerError."""
@@ -68,7 +68,7 @@ class CompletionStream:
         self._on_close = on_close
         self._chunks: asyncio.Queue[TextChunk | BaseException] = asyncio.Queue()
         self._unread_rows = 0
-        self._most_unread_rows: int | None = None  # None: nobody reads yet, as where prompts are read one by one
+        self._most_unread_rows: int | None = None  # None: not read yet, as where prompts are read one by one
         self._unfinished = len(choices)
         self._is_primed = asyncio.Event()
         self._is_closed = False

@@ -34,9 +34,9 @@ class ChatEndpoint:
         check_model(body.model, self._service)
         body.check_stream()
         run = OpenAiRun(self._service, self._settings, _ChatShape(self._service.tokenizer, body))
-        return await run.respond(request, self._asked(body), body.streaming)
+        return await run.respond(request, self._requests(body), body.streaming)
 
-    async def _asked(self, body: ChatBody) -> list[CompletionRequest]:
+    async def _requests(self, body: ChatBody) -> list[CompletionRequest]:
         max_new_tokens, top = body.max_new_tokens, body.top
         prompt = await self._service.chat_prompt(body.variables, body.chat_template_kwargs)
         return [body.request(prompt, max_new_tokens, top)]

@@ -36,10 +36,10 @@ class CompletionEndpoint:
         check_model(body.model, self._service)
         _check(body)
         run = OpenAiRun(self._service, self._settings, _CompletionShape(self._service, body))
-        return await run.respond(request, _asked(body), body.streaming)
+        return await run.respond(request, _requests(body), body.streaming)
 
 
-async def _asked(body: CompletionBody) -> list[CompletionRequest]:
+async def _requests(body: CompletionBody) -> list[CompletionRequest]:
     return body.requests()
 
 

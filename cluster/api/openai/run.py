@@ -1,4 +1,4 @@
-"""Runs the completions of one request: all its prompts, streamed or whole, until the client goes away."""
+"""Runs the completions of one HTTP request: all its prompts, streamed or whole, until the client disconnects."""
 
 from __future__ import annotations
 
@@ -55,21 +55,21 @@ class OpenAiRun:
         self._opened: set[tuple[int, int]] = set()
 
     async def respond(
-        self, request: Request, asked: Awaitable[Sequence[CompletionRequest]], streaming: StreamOptions | None
+        self, request: Request, requests: Awaitable[Sequence[CompletionRequest]], streaming: StreamOptions | None
     ) -> Response:
-        """The reply to what is asked, or its beginning where it is streamed. Whatever happens, nothing runs on when it
-        ends; where one prompt is refused, none runs."""
+        """The whole reply, or its beginning where it is streamed. No completion outlives the reply; where one prompt is
+        refused, none runs."""
         async with AsyncExitStack() as cleanup:
             cleanup.push_async_callback(self._close)
-            await unless_disconnected(request, self._start(asked))
+            await unless_disconnected(request, self._start(requests))
             if streaming is not None:
                 first = self.streams[0].wait_first(self._settings.first_chunk_s)
                 return await begin_events(request, first, self._events(streaming), cleanup)
             return JsonResponse(await unless_disconnected(request, self._whole()))
 
-    async def _start(self, asked: Awaitable[Sequence[CompletionRequest]]) -> None:
+    async def _start(self, requests: Awaitable[Sequence[CompletionRequest]]) -> None:
         """Submits all prompts, with one seed."""
-        for request in await asked:
+        for request in await requests:
             seed = self.streams[0].seed if self.streams else request.seed
             self.streams.append(await self._service.start(replace(request, seed=seed)))
 

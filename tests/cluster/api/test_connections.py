@@ -1,4 +1,4 @@
-"""Connections that ask for nothing, ask slowly or take no answer: closed in time, in nobody's way, not in the log."""
+"""Idle and slow connections are closed in time, do not block others and are not logged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Health, metrics, state; who may use the API; bounds on bodies."""
+"""Health, metrics, state; access control; bounds on bodies."""
 
 from __future__ import annotations
 

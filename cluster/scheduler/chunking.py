@@ -23,10 +23,11 @@ def chunk_rows(
     """Prefill rows of the next microbatch, which also has `decoding` rows; `burst` prompt tokens came together, `left`
     of them are still to be computed; `alone`: no sequence decodes, in other microbatches neither.
 
-    A chunk takes the slowest stage `prefill_ms` at most, or 16 rows where they take longer, so that decode does
-    not wait longer (`prefill_alone_ms` without decode); and no more than what finishes the burst soonest: k chunks on S stages end after (k + S - 1) * (a + b * burst / k), with stage time a + b * rows, which is least at
-    burst / k = sqrt(burst * a / ((S - 1) * b)). The last chunks are smaller yet, half of what is left each: while later
-    stages compute them, the first ones have nothing to do.
+    A chunk takes the slowest stage `prefill_ms` at most, or 16 rows where they take longer, so that decode does not
+    wait longer (`prefill_alone_ms` without decode); and no more than what finishes the burst soonest: k chunks on S
+    stages end after (k + S - 1) * (a + b * burst / k), with stage time a + b * rows, which is least at burst / k =
+    sqrt(burst * a / ((S - 1) * b)). The last chunks are smaller yet, half of what is left each: while later stages
+    compute them, the first ones are idle.
     """
     most = settings.max_batch_tokens - decoding
     if settings.prefill_chunk is not None:

@@ -55,7 +55,7 @@ def load_here(model: Path, folder: Path | None, threads: int, started_s: float) 
     from llamaclust.kernels.packed.cache_folder import PackedCacheFolder
     from llamaclust.model.loader import Model
     from llamaclust.wire.microbatch.messages import Chunk, Microbatch
-    from llamaclust.worker.stage.stage_runner import StageRunner
+    from llamaclust.worker.stage.stage_runner import StageOptions, StageRunner
 
     begun = perf_counter()
     opened = Model.open(model)
@@ -63,7 +63,7 @@ def load_here(model: Path, folder: Path | None, threads: int, started_s: float) 
     backend = CpuBackend(threads, packed_cache=kept)
     blocks = _ROWS // 16 + 4
     limits = StageLimits(_ROWS, 1, 1, blocks * 16, blocks)
-    runner = StageRunner(backend, opened, 0, opened.layer_count, limits, threads=threads)
+    runner = StageRunner(backend, opened, 0, opened.layer_count, limits, StageOptions(threads=threads))
     ready_s, process_s = perf_counter() - begun, time() - started_s
 
     def run(position: int, tokens: int) -> float:

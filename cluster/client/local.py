@@ -33,7 +33,7 @@ from llamaclust.worker.devices.devices import Device
 from llamaclust.worker.devices.whole_model import backend_of, held_layers
 from llamaclust.worker.settings import WorkerSettings
 from llamaclust.worker.stage.sampled_tokens import SampledTokensBox, sampled_tokens_of
-from llamaclust.worker.stage.stage_runner import StageRunner
+from llamaclust.worker.stage.stage_runner import StageOptions, StageRunner
 
 _CONTEXT_TOKENS = 4096
 _EPOCH = 1
@@ -122,9 +122,7 @@ class LocalStage:
                 0,
                 self.model.layer_count,
                 limits,
-                feature_level=self.feature_level,
-                threads=device.threads,
-                devices=held if device.gpus else (),
+                StageOptions(self.feature_level, device.threads, held if device.gpus else ()),
             )
             self._gpus = gpus.pop_all()
         self.placement = placed(held) if device.gpus else ""

@@ -18,7 +18,7 @@ from llamaclust.kernels.backend import Backend, Progress
 from llamaclust.model.loader import Model
 from llamaclust.model.program import KV_BLOCK_TOKENS, KvType
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, SamplingInputs, StageTiming
-from llamaclust.worker.stage.stage_runner import StageRunner
+from llamaclust.worker.stage.stage_runner import StageOptions, StageRunner
 
 _EPOCH = 1
 _MOST_ROWS = 512
@@ -53,10 +53,8 @@ class BenchStage:
         """Loads the weights; `progress` is told of every byte."""
         batch, context = limits.max_sequences, limits.max_context_tokens
         blocks = limits.kv_blocks // batch
-        level, layers = sampling.feature_level, model.layer_count
-        self._runner = StageRunner(
-            backend, model, 0, layers, limits, feature_level=level, threads=sampling.threads, progress=progress
-        )
+        options = StageOptions(sampling.feature_level, sampling.threads, progress=progress)
+        self._runner = StageRunner(backend, model, 0, model.layer_count, limits, options)
         self._tables = [(blocks * index, blocks) for index in range(batch)]
         self._model_id = model.model_id
         vocabulary = model.hyperparameters.vocabulary_size

@@ -33,7 +33,7 @@ from llamaclust.worker.stage.compute import Compute
 from llamaclust.worker.stage.executor import Arrival, Counters, StageContext, StageExecutor
 from llamaclust.worker.stage.sampled_tokens import SampledTokensBox
 from llamaclust.worker.stage.sampling_inputs import SamplingInputsBox
-from llamaclust.worker.stage.stage_runner import StageRunner, plan_memory
+from llamaclust.worker.stage.stage_runner import StageOptions, StageRunner, plan_memory
 
 _DECODE_ROWS = (1, 8)
 _ENOUGH_S = 2.0
@@ -95,7 +95,7 @@ class TrialDevice:
 
     def runner(self, model: Model, start: int, end: int) -> StageRunner:
         limits, level = self.size.limits, self.feature_level
-        return StageRunner(self.backend, model, start, end, limits, feature_level=level, threads=self.threads)
+        return StageRunner(self.backend, model, start, end, limits, StageOptions(level, self.threads))
 
     @contextmanager
     def cold(self, most_bytes: int, left_bytes: int) -> Iterator[Sweep]:

@@ -80,8 +80,8 @@ class StageExecutor:
         program = runner.program
         self._runner = runner
         self._where = f"worker {context.worker} (layers [{program.start}, {program.end}))"
-        self._inputs = inputs
-        self._sampled = sampled
+        self.inputs = inputs
+        self.sampled = sampled
         self._compute = context.compute
         self._counters = context.counters
         self._is_whole = program.is_first and program.is_last
@@ -99,13 +99,13 @@ class StageExecutor:
         answered: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         try:
             if is_ahead and self._is_whole and arrival.frame.kind is not FrameKind.FAILURE:
-                inputs = await self._inputs.take(microbatch.number)
+                inputs = await self.inputs.take(microbatch.number)
                 return self._compute.queue(partial(self._guarded, arrival, partial(self._both, arrival, inputs)))
             answered.set_result(await self._answer(arrival))
         except Exception as error:  # noqa: BLE001  a border, see there
             answered.set_result(self._failure(arrival, error))
         finally:
-            self._inputs.done(microbatch.number)
+            self.inputs.done(microbatch.number)
         return answered
 
     def _guarded(self, arrival: Arrival, job: Callable[[], Answer]) -> Answer:
@@ -129,9 +129,9 @@ class StageExecutor:
     def _both(self, arrival: Arrival, inputs: SamplingInputs) -> Answer:
         """A whole model's step, in the thread that computes."""
         microbatch, started_ns = arrival.microbatch, perf_counter_ns()
-        ready_ns = max(arrival.received_ns, self._sampled.came_ns(microbatch))
+        ready_ns = max(arrival.received_ns, self.sampled.came_ns(microbatch))
         logits = self._run(arrival)
-        rows = self._runner.finish(logits, self._sampled.fill_inputs(inputs, microbatch))
+        rows = self._runner.finish(logits, self.sampled.fill_inputs(inputs, microbatch))
         timings = self._timings(arrival, started_ns - ready_ns, perf_counter_ns() - started_ns)
         return self._result(Result(microbatch.epoch, microbatch.number, rows, timings))
 
@@ -140,15 +140,15 @@ class StageExecutor:
         if arrival.frame.kind is FrameKind.FAILURE:
             return self._failed(arrival, arrival.frame.failure)
         if self._runner.program.is_first and not self._is_whole:
-            await self._sampled.known(microbatch, _TOKENS_S)
-        ready_ns = max(arrival.received_ns, self._sampled.came_ns(microbatch))
+            await self.sampled.known(microbatch, _TOKENS_S)
+        ready_ns = max(arrival.received_ns, self.sampled.came_ns(microbatch))
         size, attended = microbatch.rows.bit_length(), _attended_keys(microbatch).bit_length()
         out, started_ns, compute_ns = await self._timed(("run", size, attended), partial(self._run, arrival))
         queue_ns = started_ns - ready_ns
         if not self._runner.program.is_last:
             timings = self._timings(arrival, queue_ns, compute_ns)
             return Answer(encode_hidden(arrival.frame.header, timings, out))
-        inputs = self._sampled.fill_inputs(await self._inputs.take(microbatch.number), microbatch)
+        inputs = self.sampled.fill_inputs(await self.inputs.take(microbatch.number), microbatch)
         rows, _, finish_ns = await self._timed(("finish", size, 0), partial(self._runner.finish, out, inputs))
         timings = self._timings(arrival, queue_ns, compute_ns + finish_ns)
         return self._result(Result(microbatch.epoch, microbatch.number, rows, timings))
@@ -156,13 +156,13 @@ class StageExecutor:
     def _run(self, arrival: Arrival) -> Float32:
         hidden = arrival.frame.hidden(arrival.microbatch.rows, self._width)
         if self._runner.program.is_first:
-            return self._runner.run(self._sampled.fill(arrival.microbatch), None)
+            return self._runner.run(self.sampled.fill(arrival.microbatch), None)
         return self._runner.run(arrival.microbatch, hidden)
 
     def _result(self, result: Result) -> Answer:
         sampled = sampled_tokens_of(result.number, result.rows)
         if result.rows:
-            self._sampled.put(sampled)
+            self.sampled.put(sampled)
         return Answer(encode_result(result), sampled if result.rows or result.failure else None)
 
     async def _timed(self, kind: tuple[str, int, int], job: Callable[[], _Answer]) -> tuple[_Answer, int, int]:

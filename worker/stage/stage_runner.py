@@ -85,6 +85,20 @@ def model_program(model: Model, start: int, end: int, limits: StageLimits) -> Pr
     return model.program(start, end, KvType(limits.kv_type), limits.max_context_tokens)
 
 
+@dataclass(frozen=True, slots=True)
+class StageOptions:
+    """`feature_level` ("": the best) and `threads` are the sampler's."""
+
+    feature_level: str = ""
+    threads: int = 1
+    devices: tuple[DeviceLayers, ...] = ()  # of a worker with several, which of the layers they hold
+    progress: Progress | None = None  # called with weight bytes as they are loaded
+
+
+def _not_reported(done_bytes: int) -> None:
+    pass
+
+
 class StageRunner:
     """Layers [start, end) of a model on a backend."""
 
@@ -95,22 +109,17 @@ class StageRunner:
         start: int,
         end: int,
         limits: StageLimits,
-        *,
-        feature_level: str = "",
-        threads: int = 1,
-        devices: tuple[DeviceLayers, ...] = (),
-        progress: Progress = lambda done_bytes: None,
+        options: StageOptions = StageOptions(),
     ) -> None:
-        """Loads weights, which may take long. `feature_level` ("": the best) and `threads` are the sampler's.
-        `devices`: which of the layers the worker's devices hold, where it has several."""
+        """Loads weights, which may take long."""
         program = model_program(model, start, end, limits)
         self.program = program
         self.model_id = model.model_id
         self.limits = limits
-        self.devices = devices
+        self.devices = options.devices
         self._vocabulary = model.hyperparameters.vocabulary_size
-        self._sampler = Sampler(self._vocabulary, feature_level, threads) if program.is_last else None
-        self._stage = backend.load(program, model.tensors_for(program), limits, progress)
+        self._sampler = Sampler(self._vocabulary, options.feature_level, options.threads) if program.is_last else None
+        self._stage = backend.load(program, model.tensors_for(program), limits, options.progress or _not_reported)
         stage = self._stage
         self.memory = StageMemory(stage.weight_bytes, stage.kv_bytes, stage.workspace_bytes)
 

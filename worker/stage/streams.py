@@ -97,10 +97,9 @@ class StageStreams:
         self._context = context
         self._deadlines = deadlines
         self._neighbours = neighbours
-        self._sampled = SampledTokensBox()
         self._has_sampled_stream = False
-        self._inputs = SamplingInputsBox(epoch, deadlines.sampling_inputs_s)
-        self._executor = StageExecutor(runner, context, self._inputs, self._sampled)
+        inputs = SamplingInputsBox(epoch, deadlines.sampling_inputs_s)
+        self._executor = StageExecutor(runner, context, inputs, SampledTokensBox())
         self._to_first: ClientStream | None = None
         self._results: ServerStream | None = None
         self._forwarding: asyncio.Task[None] | None = None
@@ -117,9 +116,9 @@ class StageStreams:
         await stream.accept()
         try:
             while (data := await stream.read()) is not None:
-                self._inputs.put(decode_inputs(data))
+                self._executor.inputs.put(decode_inputs(data))
         except ProtocolError as error:
-            self._inputs.fail(error)
+            self._executor.inputs.fail(error)
             raise
 
     async def forward(self, stream: ServerStream) -> None:
@@ -167,9 +166,9 @@ class StageStreams:
         await stream.accept()
         try:
             while (data := await stream.read()) is not None:
-                self._sampled.put(decode_sampled_tokens(data))
+                self._executor.sampled.put(decode_sampled_tokens(data))
         finally:
-            self._sampled.fail(WorkerError("the last stage sends no more tokens"))
+            self._executor.sampled.fail(WorkerError("the last stage sends no more tokens"))
 
     async def _forward_to_coordinator(self, stream: ServerStream) -> None:
         if self._results is None:

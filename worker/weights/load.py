@@ -14,7 +14,14 @@ from llamaclust.core.sizes import missing
 from llamaclust.model.loader import Model
 from llamaclust.wire.control.messages import Load, LoadProgress
 from llamaclust.worker.devices.devices import Device
-from llamaclust.worker.stage.stage_runner import StageMemory, StageRunner, held_weight_bytes, model_program, plan_memory
+from llamaclust.worker.stage.stage_runner import (
+    StageMemory,
+    StageOptions,
+    StageRunner,
+    held_weight_bytes,
+    model_program,
+    plan_memory,
+)
 from llamaclust.worker.weights.remote_model import RemoteModel
 from llamaclust.worker.weights.weights import Reach, Weights
 
@@ -107,8 +114,5 @@ def _runner(order: Load, device: Device, model: Model, progress: _Progress) -> S
         order.start,
         order.end,
         order.limits,
-        feature_level=device.feature_level,
-        threads=device.threads,
-        devices=order.devices,
-        progress=progress.add,
+        StageOptions(device.feature_level, device.threads, order.devices, progress.add),
     )

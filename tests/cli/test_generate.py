@@ -76,7 +76,16 @@ async def test_generate_as_json() -> None:
 
 async def test_samplers_beyond_the_plain_ones() -> None:
     async with scripted("Hello") as (url, engine):
-        given = ("--mirostat", "2", "--mirostat-tau", "3", "--repeat-penalty", "1.5", "--typical-p", "0.5")
+        given: tuple[str, ...] = (
+            "--mirostat",
+            "2",
+            "--mirostat-tau",
+            "3",
+            "--repeat-penalty",
+            "1.5",
+            "--typical-p",
+            "0.5",
+        )
         assert (await command("generate", "abc", *given, "--endpoint", url)).code == 0
         ask = engine.submitted.pop()
         assert ask.params.chain is not None and ask.params.repetition_penalty == 1.5

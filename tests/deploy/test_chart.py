@@ -18,7 +18,6 @@ from support.clusters.charts import (
     CHART,
     MATRIX,
     RELEASE,
-    ROOT,
     Manifest,
     PodTemplate,
     containers,
@@ -28,6 +27,7 @@ from support.clusters.charts import (
     refusal,
     render,
 )
+from support.paths import ROOT
 
 VERSIONS = ("1.30", "1.31", "1.32", "1.33", "1.34", "1.35", "1.36", "1.37")
 OURS = {"ServiceMonitor", "RayCluster"}

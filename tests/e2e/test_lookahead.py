@@ -145,7 +145,8 @@ def task(position: int, history: tuple[int, ...], *, follows: bool = False) -> S
 
 def one_by_one(model: Model) -> list[RowResult]:
     """Each step with the token before it."""
-    whole, tokens, rows = runner_of(model, 0, 3), [1, 2, 3, 4], []
+    whole, tokens = runner_of(model, 0, 3), [1, 2, 3, 4]
+    rows: list[RowResult] = []
     for step in range(STEPS):
         chunk = Chunk(tuple(tokens) if step == 0 else (tokens[-1],), 0 if step == 0 else len(tokens) - 1, (0, 2), 1)
         inputs = SamplingInputs(1, step, (task(len(tokens), tuple(tokens)),))

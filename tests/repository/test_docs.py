@@ -162,7 +162,8 @@ def test_every_option_has_a_row_with_its_default() -> None:
 
 def test_exit_codes_and_variables_are_those_of_the_program() -> None:
     page = ROOT / "docs/command-line.md"
-    codes = {kind.exit_code for kind in (LlamaclustError, *LlamaclustError.__subclasses__())}
+    kinds: list[type[LlamaclustError]] = [LlamaclustError, *LlamaclustError.__subclasses__()]
+    codes = {kind.exit_code for kind in kinds}
     listed = re.findall(r"^\| (\d+) \|", section(page, "The command line"), re.MULTILINE)
     assert {int(one) for one in listed} == codes | {0, 130}
     read = set(re.findall(r"\b(?:LLAMACLUST|HF)_[A-Z_]*", (ROOT / "cluster/config/environment.py").read_text()))
@@ -196,8 +197,9 @@ def test_make_targets_and_scripts_exist(page: Path) -> None:
         for target in re.findall(r"(?:^|sudo |then )make ([\w-]+)", line):
             assert target in targets, line
         script = re.search(r"python (benchmarks/[\w/]+\.py)(.*)", line.partition(" #")[0])
+        source = (ROOT / script[1]).read_text() if script else ""
         for option in re.findall(r"--[\w-]+", script[2]) if script else ():
-            assert f'"{option}"' in (ROOT / script[1]).read_text(), line
+            assert f'"{option}"' in source, line
 
 
 def test_the_readmes_demo_runs_what_the_demo_runs(

@@ -126,8 +126,9 @@ def deepest(graph: Graph, target: str = _NATIVE) -> list[str]:
         longest = max((tail for tail in tails if tail), key=len, default=())
         return (module, *longest) if longest else ()
 
-    starts = (chain(module) for module in graph if module.startswith("llamaclust.cli"))
-    return list(max(starts, key=len, default=()))
+    starts: list[tuple[str, ...]] = [chain(module) for module in graph if module.startswith("llamaclust.cli")]
+    longest: tuple[str, ...] = max(starts, key=len, default=())
+    return list(longest)
 
 
 def arrows(graph: Graph, package: str = "llamaclust.cluster") -> dict[str, set[str]]:

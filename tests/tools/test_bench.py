@@ -13,6 +13,7 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import pytest
 
@@ -167,7 +168,7 @@ def test_a_stage_does_the_steps_that_are_timed(tiny: Path) -> None:
         stage.close()
 
 
-def check(report: dict[str, object], **expected: object) -> None:
+def check(report: dict[str, Any], **expected: object) -> None:
     assert {
         "model", "quant_type", "threads", "workers", "feature_level", "prefill", "decode", "machine",
         "decode_roofline", "prefill_roofline",
@@ -177,7 +178,7 @@ def check(report: dict[str, object], **expected: object) -> None:
     assert prefill["tok_s"] > 0 and decode["tok_s"] > 0
     assert machine["read_gb_s"] > 0 and machine["int8_gmac_s"] > 0 and machine["fma_gmac_s"] > 0
     for name in ("prefill", "decode"):
-        pairs, (least, most) = report["pairs"][name], report[f"{name}_roofline_range"]  # type: ignore[index]
+        pairs, (least, most) = report["pairs"][name], report[f"{name}_roofline_range"]
         shares = [pair["speed"] / max(pair["before"], pair["after"]) for pair in pairs]
         assert (min(shares), median(shares), max(shares)) == (least, report[f"{name}_roofline"], most)
     assert {name: report[name] for name in expected} == expected
@@ -306,7 +307,7 @@ def test_own_work_is_not_that_of_others(monkeypatch: pytest.MonkeyPatch, tmp_pat
     meter = LoadMeter()
     says(108, 8)
     load = meter.measure()
-    assert load is not None and (load.others, load.stolen) == (pytest.approx(0.3), pytest.approx(0.1))
+    assert load is not None and (load.others, load.stolen) == pytest.approx((0.3, 0.1))
     assert OtherLoad(2, 0.1, 0.11).is_much and not OtherLoad(2, 0.1, 0.09).is_much
 
 

@@ -13,7 +13,7 @@ from llamaclust.core.limits import StageLimits
 from llamaclust.kernels.backend import Batch
 from llamaclust.kernels.cpu.quantize import as_importance, quantize
 from llamaclust.kernels.reference import backend as reference
-from llamaclust.kernels.reference.steps import State, matmul, silu
+from llamaclust.kernels.reference.steps import State, matmul, run_step, silu
 from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.imatrix import Importance, ImportanceMatrix
 from llamaclust.model.loader import Model
@@ -37,7 +37,8 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _squares(x: Floats) -> Floats:
-    return np.einsum("rk,rk->k", x, x, dtype=np.float64)
+    squares: Floats = np.einsum("rk,rk->k", x, x, dtype=np.float64)
+    return squares
 
 
 def _expected(model: Model, tokens: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[int, Floats]]:
@@ -51,7 +52,6 @@ def _expected(model: Model, tokens: tuple[int, ...], monkeypatch: pytest.MonkeyP
             _of_experts(step, state, found)
         run_step(step, state)
 
-    run_step = reference.run_step
     monkeypatch.setattr(reference, "run_step", watched)
     program = model.program(0, model.layer_count)
     rows, blocks = np.arange(TOKENS, dtype=np.int32), np.arange(-(-TOKENS // 16), dtype=np.int32)

@@ -17,7 +17,7 @@ from llamaclust.cli.app import app
 from llamaclust.core.errors import LlamaclustError
 from llamaclust.kernels.reference.dequantize import dequantize
 from llamaclust.model.gguf.model_file import ModelFile, open_model
-from llamaclust.model.gguf.writer import TensorSource, write_gguf
+from llamaclust.model.gguf.writer import TensorSource, WritableValue, write_gguf
 from llamaclust.model.imatrix import Importance, ImportanceMatrix, read_imatrix, write_imatrix
 from llamaclust.model.quant_types import QuantType
 from support.clusters.command_line import eventually
@@ -81,11 +81,15 @@ def test_a_split_model_stays_split_where_that_is_wanted(model: Path, tmp_path: P
     whole, half = open_model(model), len(open_model(model).tensors) // 2
     for number in range(2):
         part = list(whole.tensors.values())[number * half : None if number else half]
-        split = {"split.no": np.uint16(number), "split.count": np.uint16(2), "split.tensors.count": len(whole.tensors)}
+        split: dict[str, WritableValue] = {
+            "split.no": np.uint16(number),
+            "split.count": np.uint16(2),
+            "split.tensors.count": len(whole.tensors),
+        }
         sources = [TensorSource(t.name, t.quant_type, t.shape, t.read) for t in part]
         write_gguf(
             tmp_path / f"in-{number + 1:05}-of-00002.gguf",
-            (dict(whole.metadata) if not number else {}) | split,
+            split if number else {**whole.metadata, **split},
             sources,
         )
     first = tmp_path / "in-00001-of-00002.gguf"
@@ -192,7 +196,7 @@ def test_weights_that_are_no_numbers_are_named(tmp_path: Path, bad: float, dtype
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     path = tmp_path / "disk"
     path.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=18m", "none", path]
+    command = ["mount", "-t", "tmpfs", "-o", "size=18m", "none", str(path)]
     if os.geteuid() != 0 or subprocess.run(command, check=False, capture_output=True).returncode != 0:
         pytest.skip("a small file system cannot be mounted here")
     yield path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from llamaclust.cli.main import main
 from llamaclust.core.errors import LlamaclustError, UsageError
 from llamaclust.model.gguf.header import raw_metadata
 from llamaclust.model.gguf.model_file import open_model
-from llamaclust.model.gguf.writer import TensorSource, write_gguf
+from llamaclust.model.gguf.writer import TensorSource, WritableValue, write_gguf
 from llamaclust.model.quant_types import QuantType
 from llamaclust.tools import split
 from llamaclust.tools.split import SplitRules, plan_merge, plan_split, write_parts
@@ -25,7 +26,13 @@ from support.models.tiny_model import build_tiny_model
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """With metadata of every type that Python's numbers do not tell apart."""
-    odd = {"x.i32": np.int32(7), "x.u64": np.uint64(8), "x.f64": np.float64(0.1), "x.i8": np.int8(3), "x.b": True}
+    odd: dict[str, WritableValue] = {
+        "x.i32": np.int32(7),
+        "x.u64": np.uint64(8),
+        "x.f64": np.float64(0.1),
+        "x.i8": np.int8(3),
+        "x.b": True,
+    }
     path = tmp_path_factory.mktemp("split") / "tiny.gguf"
     return build_tiny_model(path, layers=3, hidden=64, heads=4, ffn=96, extra={**odd, "x.bools": np.array([True])})
 
@@ -88,7 +95,7 @@ def test_values_keep_their_types(tiny: Path, tmp_path: Path) -> None:
 def test_an_alignment_of_its_own_is_kept(tmp_path: Path) -> None:
     data = [np.full(5, number, np.float32).tobytes() for number in range(3)]
     sources = [
-        TensorSource(f"t{number}", QuantType.F32, (5,), lambda made=made: made) for number, made in enumerate(data)
+        TensorSource(f"t{number}", QuantType.F32, (5,), partial(bytes, stored)) for number, stored in enumerate(data)
     ]
     write_gguf(tmp_path / "a.gguf", {"general.architecture": "llama", "general.alignment": np.uint32(128)}, sources)
     paths = split_into(tmp_path / "a.gguf", tmp_path, SplitRules(most_tensors=1))

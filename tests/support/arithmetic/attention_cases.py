@@ -144,4 +144,5 @@ def in_float64(model: Model, hidden: Float32) -> NDArray[np.float64]:
     scores[:, (ahead < 0) | (ahead >= (step.window or rows))] = -np.inf
     weights = np.exp(scores - scores.max(axis=2, keepdims=True))
     weights /= weights.sum(axis=2, keepdims=True)
-    return (weights @ values.transpose(1, 0, 2)).transpose(1, 0, 2).reshape(rows, -1)
+    sums: NDArray[np.float64] = (weights @ values.transpose(1, 0, 2)).transpose(1, 0, 2).reshape(rows, -1)
+    return sums

@@ -71,7 +71,7 @@ def q8_0(blocks: Bytes) -> Segments:
 def bit_pairs(data: Bytes) -> Integers:
     """Bytes [..., 64] -> quants [..., 16 sub-blocks, 16]: 128 in 32 bytes, the first 32 in the lowest bits."""
     shape = data.shape[:-1]
-    pairs = data.reshape(*shape, 2, 1, 32).astype(np.int64) >> np.array([0, 2, 4, 6])[:, None] & 3
+    pairs: Integers = data.reshape(*shape, 2, 1, 32).astype(np.int64) >> np.array([0, 2, 4, 6])[:, None] & 3
     return pairs.reshape(*shape, 16, 16)
 
 
@@ -174,7 +174,8 @@ def on_a_grid(quant_type: QuantType, unit: float) -> Callable[[Bytes], Segments]
 
 def iq1_m_scales(blocks: Bytes) -> Float32:
     quarters = (blocks[..., 49::2] >> 4).astype(np.uint16) << np.array([0, 4, 8, 12], np.uint16)
-    return quarters.sum(-1, dtype=np.uint16).view(np.float16).astype(np.float32)
+    bits: NDArray[np.uint16] = quarters.sum(-1, dtype=np.uint16)
+    return bits.view(np.float16).astype(np.float32)
 
 
 DECODERS = {

@@ -15,7 +15,7 @@ Logits = NDArray[np.float32]
 def random_logits(rng: np.random.Generator, vocabulary: int) -> Logits:
     """Rows of several widths, a third of them on a coarse grid so that values tie."""
     x = rng.normal(0, rng.choice([0.3, 2.0, 8.0]), vocabulary).astype(np.float32)
-    return np.round(x * 4).astype(np.float32) / 4 if rng.random() < 0.33 else x
+    return np.round(x * 4).astype(np.float32) / np.float32(4) if rng.random() < 0.33 else x
 
 
 def random_task(rng: np.random.Generator, vocabulary: int) -> SampleTask:
@@ -41,7 +41,7 @@ def random_task(rng: np.random.Generator, vocabulary: int) -> SampleTask:
 
 def same(got: RowResult, expected: RowResult) -> bool:
     def near(a: float, b: float) -> bool:
-        return abs(a - b) <= 2 * np.spacing(np.float32(max(abs(a), abs(b), 1.0)))
+        return bool(abs(a - b) <= 2 * np.spacing(np.float32(max(abs(a), abs(b), 1.0))))
 
     tops = zip(got.top_logprobs, expected.top_logprobs, strict=True)
     return (

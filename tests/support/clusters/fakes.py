@@ -11,9 +11,16 @@ from hashlib import sha256
 from llamaclust.cluster.engine.pipeline import StageInfo
 from llamaclust.cluster.scheduler.breakers import SeenBreakers
 from llamaclust.cluster.scheduler.in_flight import ScheduledMicrobatch
-from llamaclust.cluster.scheduler.requests import Event, FinishReason, GenerationRequest, PromptScored, TokenSampled
+from llamaclust.cluster.scheduler.requests import (
+    Event,
+    Finished,
+    FinishReason,
+    GenerationRequest,
+    PromptScored,
+    TokenSampled,
+)
 from llamaclust.cluster.scheduler.scheduler import Scheduler
-from llamaclust.cluster.scheduler.sequences import Finished, Update
+from llamaclust.cluster.scheduler.sequences import Update
 from llamaclust.core.sampling import RowResult, RowTask, SampleTask, ScoreTask
 from llamaclust.model.program import KV_BLOCK_TOKENS
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, Result, SamplingInputs, StageTiming
@@ -31,7 +38,7 @@ def blocks_of(chunk: Chunk) -> list[int]:
 def answer(tokens: Sequence[int], task: RowTask) -> RowResult:
     """What the fake model says after these tokens: anything else than these tokens gives another answer."""
     if isinstance(task, SampleTask):
-        asked = (
+        inputs: tuple[object, ...] = (
             task.seed,
             task.choice,
             task.position,
@@ -41,8 +48,8 @@ def answer(tokens: Sequence[int], task: RowTask) -> RowResult:
             _more(tokens, task),
         )
     else:
-        asked = (task.token, task.top_logprobs)
-    digest = sha256(repr((tuple(tokens), asked)).encode()).digest()
+        inputs = (task.token, task.top_logprobs)
+    digest = sha256(repr((tuple(tokens), inputs)).encode()).digest()
     value = int.from_bytes(digest[:8])
     if isinstance(task, ScoreTask):
         return RowResult(task.token, -(value % 4096) / 64)

@@ -33,7 +33,7 @@ def ray_node(
     *where: str, cpus: int = 3, address: str, before: Sequence[str] = (), **environment: str
 ) -> Iterator[psutil.Process]:
     """A node that is up: a head, or one that joins, by `where`; its raylet."""
-    options = (f"--num-cpus={cpus}", f"--object-store-memory={_STORE}", f"--node-ip-address={address}")
+    options: tuple[str, ...] = (f"--num-cpus={cpus}", f"--object-store-memory={_STORE}", f"--node-ip-address={address}")
     if "--head" in where:
         options += ("--include-dashboard=false",)
     command = [*before, str(RAY), "start", *where, *options, "--disable-usage-stats"]
@@ -50,8 +50,14 @@ def _started(command: Sequence[str], folder: Path, environment: dict[str, str]) 
     for start in range(_STARTS):
         own = folder / str(start)
         try:
-            how = {"env": environment, "capture_output": True, "text": True, "timeout": 60}
-            done = subprocess.run([*command, f"--temp-dir={own}"], check=False, **how)
+            done = subprocess.run(
+                [*command, f"--temp-dir={own}"],
+                env=environment,
+                check=False,
+                capture_output=True,
+                text=True,
+                timeout=60,
+            )
             if done.returncode == 0:
                 return _of(own)
             said += done.stdout + done.stderr

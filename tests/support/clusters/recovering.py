@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 import struct
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -69,7 +69,7 @@ def undisturbed(model: Path, requests: Sequence[GenerationRequest]) -> list[Answ
     return asyncio.run(run())
 
 
-async def answer_of(events: AsyncIterator[object], on_token: Callable[[], None] = lambda: None) -> Answer:
+async def answer_of(events: AsyncIterable[object], on_token: Callable[[], None] = lambda: None) -> Answer:
     rows: list[RowResult] = []
     async for event in events:
         match event:

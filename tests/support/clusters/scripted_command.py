@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from support.clusters import served
 from support.clusters.forked_commands import run_forked
@@ -38,7 +39,7 @@ def _run(arguments: Sequence[str], environment: dict[str, str], piped: bytes) ->
 
 
 @asynccontextmanager
-async def scripted(text: str, **settings: object) -> AsyncIterator[tuple[str, ScriptedEngine]]:
+async def scripted(text: str, **settings: Any) -> AsyncIterator[tuple[str, ScriptedEngine]]:
     engine = ScriptedEngine(says(text))
     async with serving(served.make_app(engine, **settings)) as url:
         yield url, engine

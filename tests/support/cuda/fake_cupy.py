@@ -125,7 +125,11 @@ class FakeRuntime:
         place = to if kind == self.memcpyHostToDevice else begin
         assert stream == self.stream.ptr
         assert any(at <= place and place + n_bytes <= at + len(memory) for at, memory in self.memory.items())
-        self.stream.add(lambda: ctypes.memmove(to, begin, n_bytes) and None)
+
+        def copy() -> None:
+            ctypes.memmove(to, begin, n_bytes)
+
+        self.stream.add(copy)
 
 
 @dataclass

@@ -42,7 +42,8 @@ class Bench:
     def get(self, buffer: Buffer, shape: Size, dtype: type[Any] = np.float32) -> NDArray[Any]:
         """What stands in the buffer, from its begin."""
         n_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        return self.device.download(buffer, 0, n_bytes).view(dtype).reshape(shape)
+        values: NDArray[Any] = self.device.download(buffer, 0, n_bytes).view(dtype).reshape(shape)
+        return values
 
     def run(
         self, kernel: str, grid: Size, block: Size, *args: Buffer | Scalar | int | float, shared_bytes: int = 0

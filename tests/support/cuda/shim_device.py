@@ -47,7 +47,7 @@ class ShimBuffer:
 def _view(buffer: Buffer, offset_bytes: int, n_bytes: int) -> Bytes:
     assert offset_bytes + n_bytes <= buffer.n_bytes, f"{offset_bytes} + {n_bytes} of {buffer.n_bytes} bytes"
     memory = (ctypes.c_uint8 * n_bytes).from_address(int(buffer.at(offset_bytes)))
-    return np.frombuffer(memory, np.uint8)
+    return np.ctypeslib.as_array(memory)
 
 
 @dataclass(slots=True)

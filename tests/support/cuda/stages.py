@@ -54,7 +54,8 @@ class Free:
 
 def random_tokens(model: Model, count: int = ROWS) -> list[int]:
     seed = 7
-    return np.random.default_rng(seed).integers(3, model.hyperparameters.vocabulary_size, count).tolist()
+    tokens: list[int] = np.random.default_rng(seed).integers(3, model.hyperparameters.vocabulary_size, count).tolist()
+    return tokens
 
 
 def same(found: Float32, wanted: Float32) -> None:

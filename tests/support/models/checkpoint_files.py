@@ -89,7 +89,7 @@ class _Storage:
     count: int
 
 
-class _Pickler(pickle._Pickler):  # type: ignore[name-defined]
+class _Pickler(pickle._Pickler):
     """As torch.save does it; what PyTorch would be is made up here."""
 
     def persistent_id(self, value: Any) -> Any:

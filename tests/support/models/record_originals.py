@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from support.models.original_models import DATA, MODELS, SEED, Original, Shapes, write_original
+from support.models.original_models import DATA_FOLDER, MODELS, SEED, Original, Shapes, write_original
 from support.models.tiny_architectures import TOKENS, VOCABULARY
 
 
@@ -51,14 +51,14 @@ def original_logits(original: Original, folder: Path, tokens: Sequence[int]) -> 
 
 
 def main() -> None:
-    DATA.mkdir(exist_ok=True)
+    DATA_FOLDER.mkdir(exist_ok=True)
     for name in sys.argv[1:] or MODELS:
         with tempfile.TemporaryDirectory() as place:
             config, shapes = saved_form(MODELS[name], Path(place) / "saved")
             folder = write_original(Path(place) / "drawn", config, shapes, SEED)
             logits = original_logits(MODELS[name], folder, TOKENS)
-        (DATA / f"{name}.json").write_text(json.dumps({"config": config, "tensors": shapes}) + "\n")
-        (DATA / f"{name}.f16").write_bytes(logits.astype("<f2").tobytes())
+        (DATA_FOLDER / f"{name}.json").write_text(json.dumps({"config": config, "tensors": shapes}) + "\n")
+        (DATA_FOLDER / f"{name}.f16").write_bytes(logits.astype("<f2").tobytes())
         print(name, f"{logits.std():.2f}")
 
 

@@ -112,7 +112,8 @@ def _q5_1(blocks: Float32) -> Bytes:
 def _bit_pairs(quants: Bytes) -> Bytes:
     """Values [blocks, 16, 16] below 4 in [blocks, 64] bytes: 128 in 32, the first 32 in the lowest bits."""
     parts = quants.reshape(-1, 2, 4, 32) << np.array([0, 2, 4, 6], np.uint8)[:, None]
-    return parts.sum(2, dtype=np.uint8).reshape(-1, 64)
+    packed: Bytes = parts.sum(2, dtype=np.uint8).reshape(-1, 64)
+    return packed
 
 
 def _q2_k(blocks: Float32) -> Bytes:
@@ -150,12 +151,14 @@ def _with_mins(blocks: Float32, greatest: int) -> tuple[list[Bytes], Bytes]:
     mins = np.clip(np.rint(_divide(-lows, dmin)), 0, 63).astype(np.uint8)
     step, offset = (d * scales)[..., None], (dmin * mins)[..., None]
     quants = np.clip(np.rint(_divide(parts + offset, step)), 0, greatest).astype(np.uint8)
-    packed = [
-        scales[:, :4] | (scales[:, 4:] >> 4) << 6,
-        mins[:, :4] | (mins[:, 4:] >> 4) << 6,
-        (scales[:, 4:] & 15) | (mins[:, 4:] & 15) << 4,
-    ]
-    return [scale, minimum, *packed], quants
+    packed = np.hstack(
+        [
+            scales[:, :4] | (scales[:, 4:] >> 4) << 6,
+            mins[:, :4] | (mins[:, 4:] >> 4) << 6,
+            (scales[:, 4:] & 15) | (mins[:, 4:] & 15) << 4,
+        ]
+    ).astype(np.uint8)
+    return [scale, minimum, packed], quants
 
 
 def _q4_k(blocks: Float32) -> Bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -100,7 +101,8 @@ _CHATML_TEMPLATE = (
 def tokenizer_json(vocabulary: int = 320, **changes: object) -> str:
     """The byte-level vocabulary of `byte_level` as Hugging Face's library keeps it, cut as GPT-2's text is."""
     said = byte_level(vocabulary)
-    tokens = said["tokenizer.ggml.tokens"]
+    tokens, merges = said["tokenizer.ggml.tokens"], said["tokenizer.ggml.merges"]
+    assert isinstance(tokens, Sequence) and isinstance(merges, Sequence)
     special = [{"id": vocabulary - 3 + i, "content": str(word), "special": True} for i, word in enumerate(tokens[-3:])]
     plain = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
     cutter = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
@@ -112,7 +114,7 @@ def tokenizer_json(vocabulary: int = 320, **changes: object) -> str:
         "model": {
             "type": "BPE",
             "vocab": {str(word): i for i, word in enumerate(tokens[:-3])},
-            "merges": list(said["tokenizer.ggml.merges"]),
+            "merges": list(merges),
         },
     }
     return json.dumps(whole | changes)

@@ -16,7 +16,7 @@ from llamaclust.tools.convert.formats.opening import Hints
 from llamaclust.tools.convert.formats.safe_pickle import read_pickle
 from llamaclust.tools.convert.formats.source_files import SourceFiles
 from llamaclust.tools.convert.vocabularies.ranks import read_ranks
-from support.models.checkpoint_files import write_hugging_face
+from support.models.checkpoint_files import Arrays, write_hugging_face
 from support.models.random_checkpoints import checkpoint
 from support.models.tiny_tokenizers import tokenizer_json
 
@@ -62,7 +62,10 @@ def test_a_scale_for_more_columns_than_there_are(tmp_path: Path) -> None:
     """Repeating a scale for every column of its block would take terabytes."""
     rows = 1 << 16
     said = {"quant_method": "fp8", "weight_block_size": [1, 1 << 20]}
-    tensors = {"m.weight": np.full((rows, 2), 0x38, np.uint8), "m.weight_scale_inv": np.full((rows, 1), 2, np.float32)}
+    tensors: Arrays = {
+        "m.weight": np.full((rows, 2), 0x38, np.uint8),
+        "m.weight_scale_inv": np.full((rows, 1), 2, np.float32),
+    }
     write_hugging_face(tmp_path / "m", {"architectures": ["X"], "quantization_config": said}, tensors)
     with SourceFiles() as files:
         assert (read_folder(files, tmp_path / "m").tensors["m.weight"].all() == 2).all()

@@ -61,7 +61,7 @@ def test_floats_are_multiplied_with_their_scales(
     generator = np.random.default_rng(4)
     weights, scales = matrix(generator), generator.random(shape, np.float32).reshape(shape)
     plain = generator.standard_normal((ROWS, 3), np.float32)
-    tensors = {"m.weight": weights, f"m.{name}": scales, "m.input_scale": scales, "n.weight": plain}
+    tensors: Arrays = {"m.weight": weights, f"m.{name}": scales, "m.input_scale": scales, "n.weight": plain}
     found = read_all(tmp_path, said, tensors)
     each = np.kron(scales.reshape((*shape, 1, 1)[:2]), np.ones(spread, np.float32))[:ROWS, :COLUMNS]
     assert found.keys() == {"m.weight", "n.weight"}
@@ -82,7 +82,8 @@ def test_floats_are_multiplied_with_their_scales(
     ],
 )
 def test_scales_that_do_not_fit(said: dict[str, Any], change: Arrays, message: str, tmp_path: Path) -> None:
-    tensors = {"m.weight": matrix(np.random.default_rng(5)), "m.weight_scale_inv": np.ones((3, 3), np.float32)}
+    weights = matrix(np.random.default_rng(5))
+    tensors: Arrays = {"m.weight": weights, "m.weight_scale_inv": np.ones((3, 3), np.float32)}
     with pytest.raises(ModelFileError, match=message):
         read_all(tmp_path, {"quant_method": "fp8", **said}, tensors | change)
 

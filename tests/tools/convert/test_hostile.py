@@ -357,8 +357,9 @@ def test_values_that_no_program_writes(file: str, change: dict[str, Any], messag
 def test_what_is_of_another_kind_than_it_should_be_is_taken_for_missing(tmp_path: Path) -> None:
     model = folder(tmp_path)
     said = json.loads((model / "tokenizer.json").read_text())
-    for one in (1, {"SpecialToken": 5}, {"SpecialToken": {"id": []}}):
-        odd = {"post_processor": {"type": "TemplateProcessing", "single": [one, one]}}
+    entries: tuple[Any, ...] = (1, {"SpecialToken": 5}, {"SpecialToken": {"id": []}})
+    for entry in entries:
+        odd = {"post_processor": {"type": "TemplateProcessing", "single": [entry, entry]}}
         assert _template_ends(said | odd) == (None, None)
     (model / "tokenizer_config.json").write_text(
         json.dumps({"chat_template": [{"name": {}}], "added_tokens_decoder": {"9" * 5000: {"content": "x"}}})

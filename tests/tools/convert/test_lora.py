@@ -59,9 +59,9 @@ def floats(model: ModelFile, name: str) -> NDArray[np.float32]:
     return np.frombuffer(model.tensor(name).read(), "<f4").reshape(model.tensor(name).shape)
 
 
-def product(tensors: Mapping[str, NDArray[np.float32]], module: str) -> NDArray[np.float32]:
+def product(tensors: Mapping[str, NDArray[np.float32]], module: str) -> NDArray[np.float64]:
     name = f"{PREFIX}.{module}.lora"
-    return tensors[f"{name}_B.weight"].astype(np.float64) @ tensors[f"{name}_A.weight"]  # type: ignore[no-any-return]
+    return tensors[f"{name}_B.weight"].astype(np.float64) @ tensors[f"{name}_A.weight"]
 
 
 @pytest.mark.parametrize("torch", [False, True], ids=["safetensors", "torch"])
@@ -118,7 +118,7 @@ def test_exchanged_matrices_and_ranks_of_their_own(tmp_path: Path) -> None:
     name = "base_model.model.h.0.mlp.c_fc"
     left, right = values("left", (4 * HIDDEN, 2)), values("right", (2, HIDDEN))
     parts = {f"{name}.lora_A.weight": right, f"{name}.lora_B.weight": left}
-    special = {"rank_pattern": {"c_fc": 2}, "alpha_pattern": {"mlp.c_fc": 10}}
+    special: dict[str, Any] = {"rank_pattern": {"c_fc": 2}, "alpha_pattern": {"mlp.c_fc": 10}}
     model = open_model(merge(tmp_path, adapter(tmp_path / "a", parts, fan_in_fan_out=True, **special)))
     wanted = weights["h.0.mlp.c_fc.weight"].T + 5.0 * (left @ right)
     np.testing.assert_allclose(floats(model, "blk.0.ffn_up.weight"), wanted, atol=3e-6)

@@ -160,7 +160,7 @@ def test_of_a_model_that_sees_pictures_the_text_is_taken(form: str, tmp_path: Pa
     alone = converted(tmp_path / "alone", config, tensors)
     inner = {form.format(name.removeprefix("model.")): array for name, array in tensors.items()}
     root = form.split("language_model")[0]
-    pictures = {
+    pictures: dict[str, NDArray[Any]] = {
         f"{root}vision_tower.x.weight": np.ones((3, 5), np.float32),
         f"{root}multi_modal_projector.y": np.ones(4),
     }
@@ -218,7 +218,7 @@ def test_rounding_is_that_of_gguf_py() -> None:
     """On numbers of all sizes, and on those that lie between two."""
     generator = np.random.default_rng(8)
     numbers = generator.standard_normal((1000, 256), np.float32) * generator.choice(
-        np.float32([1e-8, 1e-5, 1, 300]), (1000, 1)
+        np.array([1e-8, 1e-5, 1, 300], np.float32), (1000, 1)
     )
     numbers[0, :32] = 0
     numbers[1] = np.arange(256) / 2
@@ -244,10 +244,9 @@ def test_numbers_that_a_type_cannot_hold(bad: float) -> None:
             if kind is QuantType.F16 or abs(bad) != 65520:
                 with pytest.raises(ModelFileError, match=r"does not fit|no finite number"):
                     encoded(numbers, Storage.F32, kind, "x")
-    assert bytes(encoded(np.float32([65519]), Storage.F32, QuantType.F16, "x")) == b"\xff\x7b"
-    kept = (
-        np.frombuffer(encoded(np.float32([bad]), Storage.F32, QuantType.BF16, "x"), np.uint16).astype(np.uint32) << 16
-    )
+    assert bytes(encoded(np.array([65519], np.float32), Storage.F32, QuantType.F16, "x")) == b"\xff\x7b"
+    stored = encoded(np.array([bad], np.float32), Storage.F32, QuantType.BF16, "x")
+    kept = np.frombuffer(stored, np.uint16).astype(np.uint32) << 16
     assert np.isnan(kept.view(np.float32)[0]) == np.isnan(bad)
 
 

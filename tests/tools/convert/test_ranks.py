@@ -16,7 +16,8 @@ from llamaclust.tools.convert.vocabularies import ranks
 from llamaclust.tools.convert.vocabularies.probe import PROBE
 from llamaclust.tools.convert.vocabularies.reading import read_words
 from llamaclust.tools.convert.vocabularies.words import Words
-from support.models.record_ranks import DATA, SPECIAL, tekken_json
+from support.models.record_ranks import SPECIAL, tekken_json
+from support.paths import DATA
 
 RECORDED = json.loads((DATA / "tokenizers/ranks.json").read_text())
 WORDS = [base64.b64decode(word) for word in RECORDED["words"]]

@@ -41,7 +41,7 @@ TEXTS = [
 def trained(**how: Any) -> bytes:
     """A model of 400 pieces."""
     model = io.BytesIO()
-    options = {
+    options: dict[str, Any] = {
         "vocab_size": 400,
         "model_type": "unigram",
         "hard_vocab_limit": False,

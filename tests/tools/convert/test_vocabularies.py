@@ -99,8 +99,8 @@ def test_sentence_piece_s_files_and_tokenizer_json_say_the_same(tmp_path: Path) 
     (tmp_path / "tokenizer.model").write_bytes(proto(texts, scores, types))
     found = read(tmp_path, len(texts)).metadata()
     assert found["tokenizer.ggml.tokens"] == texts
-    np.testing.assert_array_equal(found["tokenizer.ggml.scores"], scores)  # type: ignore[arg-type]
-    np.testing.assert_array_equal(found["tokenizer.ggml.token_type"], types)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(found["tokenizer.ggml.scores"], scores)
+    np.testing.assert_array_equal(found["tokenizer.ggml.token_type"], types)
     (tmp_path / "tokenizer.model").unlink()
     (tmp_path / "tokenizer.json").write_text(json.dumps(library_form(texts, scores)))
     tokenizer, original = load_tokenizer(read(tmp_path, len(texts)).metadata()), load_tokenizer(wanted)

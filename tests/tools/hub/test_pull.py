@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -307,10 +308,8 @@ def test_pips_own_settings_are_obeyed(server: Server, monkeypatch: pytest.Monkey
 
 
 def test_a_full_disk_is_noticed_first(tiny: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = download.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(
-        download.shutil, "disk_usage", lambda _: usage._replace(free=download._DISK_RESERVE_BYTES + 400_000)
-    )
+    usage = shutil.disk_usage(tmp_path)._replace(free=download._DISK_RESERVE_BYTES + 400_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(DownloadError, match=r"needs 64 MiB on the disk of .*, 64 MiB are free"):
         pull_model("tiny", models_dir=tmp_path, patience=QUICK)
     assert not any(path.stat().st_size for path in tmp_path.rglob("*.part"))

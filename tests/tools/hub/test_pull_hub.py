@@ -8,6 +8,7 @@ import random
 import shutil
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -167,7 +168,9 @@ def test_what_is_read_of_specs_and_variables(tmp_path: Path) -> None:
 def parts(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("parts")
     data = [np.full(9000, number, np.float32).tobytes() for number in range(3)]
-    sources = [TensorSource(f"t{number}", QuantType.F32, (9000,), lambda one=one: one) for number, one in enumerate(data)]  # fmt: skip # noqa: E501
+    sources = [
+        TensorSource(f"t{number}", QuantType.F32, (9000,), partial(bytes, stored)) for number, stored in enumerate(data)
+    ]
     write_gguf(folder / "whole.gguf", {"general.architecture": "llama"}, sources)
     planned = plan_split(open_model(folder / "whole.gguf"), folder / "m", SplitRules(most_tensors=1))
     write_parts(planned)
@@ -217,7 +220,7 @@ def test_room_for_all_parts_is_asked_for_first(
     for part in parts:
         offer(hub, store, "some/repo", part.name, part.read_bytes())
     free = (1 << 26) + sum(part.stat().st_size for part in parts) - 1
-    monkeypatch.setattr(download.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1 << 40, 0, free))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1 << 40, 0, free))
     with pytest.raises(DownloadError, match="are free"):
         pull_model(f"hf:some/repo/{parts[0].name}", models_dir=tmp_path, patience=QUICK)
     assert store.does.requests == 0

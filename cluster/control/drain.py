@@ -11,6 +11,7 @@ from llamaclust.cluster.control.partitions import PartitionTracker
 from llamaclust.cluster.control.planning import ClusterPlanner
 from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
+from llamaclust.cluster.membership.worker_requests import log_tail
 from llamaclust.core.errors import UsageError, WorkerError
 from llamaclust.wire.control.messages import LogTail
 
@@ -61,8 +62,8 @@ class WorkerPool:
         self._observed.post(UndrainRequested(name))
 
     async def log(self, name: str) -> LogTail:
-        """The last lines of a worker's log. UsageError for an unknown name; raises as `WorkerHandle.log` does."""
-        return await self._worker(name).log()
+        """The last lines of a worker's log. UsageError for an unknown name; raises as `log_tail` does."""
+        return await log_tail(self._worker(name))
 
     def _worker(self, name: str) -> WorkerHandle:
         workers = self._registry.workers

@@ -21,9 +21,13 @@ def stage_of(epoch: int, worker: WorkerHandle) -> StageInfo:
 def root_cause(epoch: int, workers: Sequence[WorkerHandle]) -> WorkerHandle | None:
     """The lost worker of an epoch that the others followed: one that another stage could not reach, or else the first
     one that was lost. None where none is lost."""
-    unreachable = {worker.unreachable_peer(epoch) for worker in workers}
+    unreachable = {worker.unreachable_peer(epoch).name for worker in workers}
     lost = (worker for worker in workers if worker.loss is not None)
-    return min(lost, key=lambda worker: (worker.name not in unreachable, worker.loss_number), default=None)
+    return min(
+        lost,
+        key=lambda worker: (worker.name not in unreachable, worker.loss.number if worker.loss else 0),
+        default=None,
+    )
 
 
 async def attribute_failure(
@@ -48,6 +52,7 @@ async def attribute_failure(
 async def _is_partitioned(epoch: int, worker: WorkerHandle, workers: Sequence[WorkerHandle]) -> bool:
     """Returns when it has reported a live peer as unreachable; a peer that has ended is unreachable too, and is the
     cause itself."""
-    await worker.peer_unreachable(epoch).wait()
-    peer = next((peer for peer in workers if peer.name == worker.unreachable_peer(epoch)), None)
+    unreachable = worker.unreachable_peer(epoch)
+    await unreachable.reported.wait()
+    peer = next((peer for peer in workers if peer.name == unreachable.name), None)
     return peer is None or await peer.is_responsive()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from llamaclust.cluster.config.values import is_loopback, split_address
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
+from llamaclust.cluster.membership.worker_requests import profile_link
 from llamaclust.cluster.planner.links import COORDINATOR, Link, Links
 from llamaclust.cluster.state.directory import write_private
 from llamaclust.cluster.state.events import Notice, Report
@@ -121,7 +122,7 @@ async def _measured(
         if one == COORDINATOR:
             speed = await _from_here(workers[other], credentials)
         else:
-            speed = await workers[one].measure_link(workers[other])
+            speed = await profile_link(workers[one], workers[other])
     except LlamaclustError as error:
         watch(Notice(f"the link between {one or 'the coordinator'} and {other} could not be measured: {error}"))
         return None

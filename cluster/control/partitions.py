@@ -11,6 +11,7 @@ from typing import Self
 
 from llamaclust.cluster.control.notices import healed_text, partition_text
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
+from llamaclust.cluster.membership.worker_requests import probe
 from llamaclust.cluster.planner.adjacency import Pair, Pairs
 from llamaclust.cluster.state.events import Notice, Report
 from llamaclust.core.backoff import Backoff
@@ -110,7 +111,7 @@ class PartitionTracker:
 
     async def _probe(self, caller: WorkerHandle, other: WorkerHandle) -> bool:
         try:
-            why = await caller.probe(other, self._heartbeat_timeout_s)
+            why = await probe(caller, other, self._heartbeat_timeout_s)
         except (WorkerError, DeadlineError):
             return False
         return bool(why) and await self._confirm(caller, other, why)
@@ -151,7 +152,7 @@ class PartitionTracker:
         workers = self._workers()
         try:
             for caller, other in tuple(partition.callers.items()):
-                if await workers[caller].probe(workers[other], 2 * self._heartbeat_timeout_s):
+                if await probe(workers[caller], workers[other], 2 * self._heartbeat_timeout_s):
                     return False
         except (WorkerError, DeadlineError, KeyError):
             return False

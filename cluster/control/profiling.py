@@ -12,6 +12,7 @@ from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.control.notices import not_profiled_text
 from llamaclust.cluster.control.resource_shares import measurement_key
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
+from llamaclust.cluster.membership.worker_requests import profile_worker
 from llamaclust.cluster.state.directory import read_profiles, write_profiles
 from llamaclust.cluster.state.events import Measuring, Notice, Report
 from llamaclust.core.errors import LlamaclustError
@@ -84,9 +85,8 @@ class _Measuring:
         """In the order of the workers; of those that failed to try steps of the model, of their machines alone."""
         tried = await asyncio.gather(*map(self._try, self._workers.values()))
         without = [name for name, one in zip(self._workers, tried, strict=True) if one is None]
-        machines = dict(
-            zip(without, await asyncio.gather(*(self._workers[name].measure() for name in without)), strict=True)
-        )
+        plain = await asyncio.gather(*(profile_worker(self._workers[name], ProfileWorker()) for name in without))
+        machines = dict(zip(without, plain, strict=True))
         return [one or machines[name] for name, one in zip(self._workers, tried, strict=True)]
 
     async def _each_alone(self, names: list[str]) -> dict[str, StepTimes]:
@@ -100,7 +100,7 @@ class _Measuring:
     async def _try(self, worker: WorkerHandle) -> Profile | None:
         """None, and a line that says so, where steps of the model could not be tried. WorkerError where it is lost."""
         try:
-            return await worker.measure(self._order)
+            return await profile_worker(worker, self._order)
         except LlamaclustError as error:
             if worker.loss is not None:
                 raise

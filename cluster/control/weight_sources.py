@@ -12,10 +12,12 @@ from math import inf, log
 from typing import Protocol
 
 from llamaclust.cluster.membership.worker_handle import PROGRESS_TIMEOUT_S, WorkerHandle
+from llamaclust.cluster.membership.worker_requests import find_weights
 from llamaclust.cluster.planner.links import UNKNOWN, Links
 from llamaclust.core.errors import DeadlineError, LlamaclustError, WorkerError
 from llamaclust.wire.control.messages import (
     AddWeightSource,
+    FindWeights,
     FindWeightsProgress,
     WeightsFound,
     WeightSource,
@@ -39,6 +41,9 @@ class ModelReference:
     path: str
     model_id: str
 
+    def request(self, *, describe: bool) -> FindWeights:
+        return FindWeights(self.path, self.model_id, describe)
+
 
 class ReadObserver(Protocol):
     """Observes workers that read their model file for others."""
@@ -58,16 +63,14 @@ async def weight_sources(
     """The sources of each worker in `loading` without the file; workers with the file are left out, and so are all
     where there is no source."""
     members = {name: worker for name, worker in workers.items() if worker.loss is None}
-    found = await _find(members.values(), lambda worker: worker.locate(model.path, model.model_id, describe=False))
+    found = await _find(members.values(), lambda worker: find_weights(worker, model.request(describe=False)))
     without = [name for name in loading if name in found and not found[name].has_file]
     if not without:
         return {}
 
     def describe(worker: WorkerHandle) -> Coroutine[None, None, WeightsFound]:
         on_reading = None if observer is None else partial(observer.reading, worker.name)
-        return worker.locate(
-            model.path, model.model_id, describe=True, on_reading=on_reading, progress_timeout_s=progress_timeout_s
-        )
+        return find_weights(worker, model.request(describe=True), on_reading, progress_timeout_s)
 
     holders = [members[name] for name, weights in found.items() if weights.has_file]
     found |= await _find(holders, describe)
@@ -83,14 +86,14 @@ async def announce_source(newcomer: WorkerHandle, workers: Collection[WorkerHand
     fetching = [worker for worker in workers if worker is not newcomer and _fetched(worker)]
     if not fetching:
         return
-    found = await _find([newcomer], lambda worker: worker.locate(model.path, model.model_id, describe=True))
+    found = await _find([newcomer], lambda worker: find_weights(worker, model.request(describe=True)))
     for weights in found.values():
         source = WeightSource(newcomer.registration.address, newcomer.name)
         for worker in fetching:
             if weights.manifest is not None and weights.manifest == _fetched(worker):
                 with suppress(WorkerError, DeadlineError):  # it is lost, or will be
                     async with deadline(f"announcing a source to worker {worker.name}", _ANNOUNCE_S):
-                        await worker.say(AddWeightSource(weights.manifest, source))
+                        await worker.channel.send(AddWeightSource(weights.manifest, source))
 
 
 def _fetched(worker: WorkerHandle) -> str | None:
@@ -117,7 +120,11 @@ def nearest_first(
 
 def is_file_absent(workers: Mapping[str, WorkerHandle], model_id: str) -> bool:
     """Whether no present worker has the model's file, so that the others must wait."""
-    found = [worker.found(model_id) for worker in workers.values() if worker.loss is None]
+    found = [
+        worker.weights_found.get((model_id, True)) or worker.weights_found.get((model_id, False))
+        for worker in workers.values()
+        if worker.loss is None
+    ]
     return any(found) and not any(weights is not None and weights.has_file for weights in found)
 
 

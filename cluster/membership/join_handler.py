@@ -102,7 +102,7 @@ class JoinHandler:
     def _duplicate(self, register: Register) -> WorkerHandle | None:
         """Another process that is a member of that name."""
         present = self._members.present.get(register.name)
-        return None if present is None or present.is_same_process(register) else present
+        return None if present is None or _is_same_process(present.registration, register) else present
 
     async def _probe(self, member: WorkerHandle) -> None:
         """Waits for its next message, or its loss."""
@@ -124,7 +124,7 @@ class JoinHandler:
         reason = "its connection broke"
         try:
             async with deadline("welcoming a worker", _HANDSHAKE_S):
-                await handle.say(Admitted(self._settings.deadlines, cluster=self._settings.cluster))
+                await handle.channel.send(Admitted(self._settings.deadlines, cluster=self._settings.cluster))
             self._members.announce(handle)
             reason = await self._listen_to(handle, stream)
         except ProtocolError as error:
@@ -148,7 +148,7 @@ class JoinHandler:
                 message = decode_worker_message(data)
                 if isinstance(message, RenewCertificate):
                     async with deadline("renewing a certificate", _HANDSHAKE_S):
-                        await handle.say(self._renewal(message, stream.peer))
+                        await handle.channel.send(self._renewal(message, stream.peer))
                 else:
                     handle.receive(message)
                     if isinstance(message, PeerUnreachable) and message.epoch in handle.stages:
@@ -181,6 +181,11 @@ class JoinHandler:
             done, _ = await asyncio.wait(tasks, timeout=_LISTEN_S, return_when=asyncio.FIRST_COMPLETED)
             late = clock() - begun > 2 * _LISTEN_S
         return bool(done)
+
+
+def _is_same_process(known: Register, register: Register) -> bool:
+    """Whether a member registers again, and not another worker of its name."""
+    return (known.host, known.pid, known.address) == (register.host, register.pid, register.address)
 
 
 def _speaker(stream: ServerStream) -> Callable[[CoordinatorMessage], Awaitable[None]]:

@@ -48,7 +48,7 @@ class Registry(Members):
         goodbye = Shutdown("the cluster was stopped")
         with contextlib.suppress(DeadlineError):
             async with deadline("saying goodbye", _GOODBYE_S):
-                await asyncio.gather(*(handle.say(goodbye) for handle in present), return_exceptions=True)
+                await asyncio.gather(*(handle.channel.send(goodbye) for handle in present), return_exceptions=True)
         assert self._server is not None
         self._joining.is_closed = True
         await self._server.stop(_GOODBYE_S)

@@ -16,13 +16,14 @@ from llamaclust.cluster.control import failure_attribution
 from llamaclust.cluster.control.remote_pipeline import RemotePipeline
 from llamaclust.cluster.membership import members
 from llamaclust.cluster.membership.worker_handle import WorkerState
+from llamaclust.cluster.membership.worker_requests import profile_worker
 from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError, ModelFileError, UsageError, WorkerError
 from llamaclust.core.limits import NUMERICS_VERSION
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.model.loader import Model
 from llamaclust.wire.codec import PROTOCOL_VERSION
 from llamaclust.wire.control.codec import decode_coordinator_message, encode_worker_message
-from llamaclust.wire.control.messages import Deadlines, Load, LoadProgress, Register, Rejected
+from llamaclust.wire.control.messages import Deadlines, Load, LoadProgress, ProfileWorker, Register, Rejected
 from llamaclust.wire.microbatch.messages import Result
 from llamaclust.wire.rpc.client import JOIN, Peer, StreamBrokenError
 from llamaclust.wire.security.token import ClusterToken
@@ -184,7 +185,7 @@ async def test_a_load_that_fails_leaves_a_worker_that_serves(model: Path, tmp_pa
 async def test_a_worker_measures_its_machine_and_shows_signs_of_life(model: Path, tmp_path: Path) -> None:
     async with real_cluster(tmp_path, 1) as cluster:
         worker = cluster.registry.workers["a"]
-        measured = await worker.measure()
+        measured = await profile_worker(worker, ProfileWorker())
         assert measured.cpu.read_bytes_s > 1e8
         assert measured.cpu.int8_macs_s > 1e8
         pipeline = await cluster.load(model, (0, 5))

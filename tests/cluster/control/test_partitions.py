@@ -201,7 +201,7 @@ async def test_what_a_stage_says_of_an_epoch_ends_with_it() -> None:
     worker = Members().workers["a"]
     worker.receive(PeerUnreachable(2, "b", "late"))
     worker.receive(PeerUnreachable(3, "b", "silence"))
-    assert not worker.peer_unreachable(2).is_set() and worker.peer_unreachable(3).is_set()
+    assert not worker.unreachable_peer(2).reported.is_set() and worker.unreachable_peer(3).reported.is_set()
 
 
 async def test_who_says_it_without_end_keeps_nobody_waiting() -> None:

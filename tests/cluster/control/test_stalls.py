@@ -12,10 +12,12 @@ import pytest
 
 from llamaclust.cluster.control import quarantine
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
+from llamaclust.cluster.membership.worker_requests import find_weights
 from llamaclust.core.backoff import Backoff
 from llamaclust.core.errors import StalledError
 from llamaclust.wire.control.messages import (
     CoordinatorMessage,
+    FindWeights,
     FindWeightsProgress,
     Loaded,
     LoadProgress,
@@ -112,7 +114,7 @@ async def _load(handle: WorkerHandle) -> object:
 
 
 async def _locate(handle: WorkerHandle) -> object:
-    return await handle.locate("/m.gguf", "id", describe=True, progress_timeout_s=PROGRESS_TIMEOUT_S)
+    return await find_weights(handle, FindWeights("/m.gguf", "id", True), None, PROGRESS_TIMEOUT_S)
 
 
 async def test_what_gets_further_is_waited_for_and_what_does_not_is_stalled() -> None:

@@ -14,6 +14,7 @@ import pytest
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.control.profiling import measure_workers
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
+from llamaclust.cluster.membership.worker_requests import find_weights, log_tail, probe, profile_link, profile_worker
 from llamaclust.cluster.state.directory import read_profiles
 from llamaclust.cluster.state.events import Event, Notice
 from llamaclust.core.errors import DeadlineError, UsageError, WorkerError
@@ -21,6 +22,7 @@ from llamaclust.core.profile import DeviceProfile, Profile, StepTime
 from llamaclust.wire.control.messages import (
     CoordinatorMessage,
     Failure,
+    FindWeights,
     LinkProfile,
     LinkProfiles,
     LogTail,
@@ -46,31 +48,31 @@ def handle_of(name: str = "a", say: Callable[[CoordinatorMessage], Awaitable[Non
 OTHER = SimpleNamespace(name="b", registration=replace(REGISTER, name="b"))
 REQUESTS: dict[str, tuple[Asks, WorkerMessage, WorkerMessage, object]] = {
     "machine": (
-        lambda worker: worker.measure(deadline_s=0.05),
+        lambda worker: profile_worker(worker, ProfileWorker(), deadline_s=0.05),
         WorkerProfile(Profile(DeviceProfile(1.0, 1.0)), request_id=1),
         WorkerProfile(Profile(DeviceProfile(2.0, 2.0)), request_id=2),
         Profile(DeviceProfile(2.0, 2.0)),
     ),
     "link": (
-        lambda worker: worker.measure_link(OTHER, deadline_s=0.05),  # type: ignore[arg-type]
+        lambda worker: profile_link(worker, OTHER, deadline_s=0.05),  # type: ignore[arg-type]
         LinkProfiles((LinkProfile(1.0, 1.0),), 1),
         LinkProfiles((LinkProfile(2.0, 2.0),), 2),
         LinkProfile(2.0, 2.0),
     ),
     "way": (
-        lambda worker: worker.probe(OTHER, 0.05),  # type: ignore[arg-type]
+        lambda worker: probe(worker, OTHER, 0.05),  # type: ignore[arg-type]
         ProbeResult("b", "no answer", 1),
         ProbeResult("b", "", 2),
         "",
     ),
     "weights": (
-        lambda worker: worker.locate("/m", "id", describe=False, progress_timeout_s=0.05),
+        lambda worker: find_weights(worker, FindWeights("/m", "id", False), progress_timeout_s=0.05),
         WeightsFound(True, request_id=1),
         WeightsFound(False, request_id=2),
         WeightsFound(False, request_id=2),
     ),
     "log": (
-        lambda worker: worker.log(0.05),
+        lambda worker: log_tail(worker, 0.05),
         LogTail(("old",), 0, 1),
         LogTail(("new",), 1, 2),
         LogTail(("new",), 1, 2),

@@ -21,10 +21,11 @@ from llamaclust.cluster.launchers.run_directory import RunDirectory, run_directo
 from llamaclust.cluster.membership.join_handler import JoinSettings
 from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
+from llamaclust.cluster.membership.worker_requests import find_weights
 from llamaclust.core.errors import LlamaclustError, ModelFileError
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.model.loader import Model
-from llamaclust.wire.control.messages import Deadlines, WeightsFound
+from llamaclust.wire.control.messages import Deadlines, FindWeights, WeightsFound
 from llamaclust.worker.main import _live
 from llamaclust.worker.settings import WorkerSettings
 from llamaclust.worker.stage.stage_runner import StageRunner
@@ -193,14 +194,14 @@ async def test_two_workers_of_one_host_share_a_cache(model: Path, tmp_path: Path
         model_id = Model.open(model).model_id
         workers = cluster.registry.workers
         for name in names:  # so that both are asked at once below
-            await workers[name].locate(NOWHERE, model_id, describe=False)
+            await find_weights(workers[name], FindWeights(NOWHERE, model_id, False))
         loads = [
             load_stages(1, one, {one[0].worker: workers[one[0].worker], "a": workers["a"]},
                         model_path=NOWHERE, model_id=model_id, limits=LIMITS)
             for one in stages
         ]  # fmt: skip
-        await workers["a"].locate(NOWHERE, model_id, describe=False)
-        await workers["a"].locate(NOWHERE, model_id, describe=True)
+        await find_weights(workers["a"], FindWeights(NOWHERE, model_id, False))
+        await find_weights(workers["a"], FindWeights(NOWHERE, model_id, True))
         handles = [one[0] for one in await asyncio.gather(*loads)]
         order = handles[0].stages[1][0]
         fetched = [handle.stages[1][1].fetched_bytes for handle in handles]

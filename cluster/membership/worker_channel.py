@@ -1,0 +1,71 @@
+"""Requests to one worker, and the answers that are awaited."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from itertools import count
+from typing import Any
+
+from llamaclust.core.errors import LlamaclustError
+from llamaclust.wire.control.messages import CoordinatorMessage, WorkerMessage, WorkerRequest
+from llamaclust.wire.rpc.deadlines import deadline
+
+Send = Callable[[CoordinatorMessage], Awaitable[None]]
+Key = str | int
+"""Of an answer: the epoch's order, or the request id."""
+
+
+class WorkerChannel:
+    def __init__(self, send: Send) -> None:
+        self.send = send
+        self.observers: dict[type[WorkerMessage], Callable[[Any], None]] = {}
+        """Of progress messages, by their type."""
+        self._pending: dict[Key, asyncio.Future[Any]] = {}
+        self._ids = count(1)
+        self._locks: dict[str, asyncio.Lock] = {}
+        self._error: LlamaclustError | None = None  # once the worker is lost
+
+    def one_at_a_time(self, what: str) -> asyncio.Lock:
+        return self._locks.setdefault(what, asyncio.Lock())
+
+    async def request(self, request: WorkerRequest, limit: deadline) -> Any:
+        """The answer. Raises the worker's own error, WorkerError where it is lost, and what `limit` raises."""
+        request_id = next(self._ids)
+        return await self.order(request_id, replace(request, request_id=request_id), limit)
+
+    async def order(self, key: Key, message: CoordinatorMessage, limit: deadline) -> Any:
+        if self._error is not None:
+            raise self._error
+        assert key not in self._pending, f"{key} is under way"
+        answer = self._pending[key] = asyncio.get_running_loop().create_future()
+        try:
+            async with limit:
+                await self.send(message)
+                return await answer
+        finally:
+            del self._pending[key]
+
+    def answer(self, key: Key, answer: object) -> None:
+        """Answers that come after their deadline are dropped."""
+        pending = self._pending.get(key)
+        if pending is None or pending.done():
+            return
+        if isinstance(answer, Exception):
+            pending.set_exception(answer)
+        else:
+            pending.set_result(answer)
+
+    def observe(self, message: WorkerMessage) -> None:
+        """A progress message."""
+        if (observer := self.observers.get(type(message))) is not None:
+            observer(message)
+
+    def fail(self, error: LlamaclustError) -> None:
+        """The worker is lost."""
+        self._error = error
+        for pending in self._pending.values():
+            if not pending.done():
+                pending.set_exception(error)
+                pending.exception()  # retrieved: its caller may be gone, too

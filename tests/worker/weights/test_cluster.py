@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from llamaclust.cluster.control.loading import StageLoads, load_stages
+from llamaclust.cluster.control.loading import StageLoadError, StageLoads, load_stages, unload_stages
 from llamaclust.cluster.control.remote_pipeline import RemotePipeline
-from llamaclust.cluster.control.weight_sources import ModelReference, _of_one_manifest, unload_stages
+from llamaclust.cluster.control.weight_sources import ModelReference, _of_one_manifest
 from llamaclust.cluster.engine.pipeline import StageInfo
 from llamaclust.cluster.launchers.run_directory import RunDirectory, run_directory
 from llamaclust.cluster.membership.join_handler import JoinSettings
@@ -76,7 +76,10 @@ class Members:
         stages = [StageInfo(name, *layers) for name, layers in zip(names, pairwise(cuts), strict=True)]
         model_id = Model.open(model).model_id
         loads = StageLoads(1, stages, ModelReference(path, model_id), LIMITS)
-        return await load_stages(loads, self.registry.workers)
+        try:
+            return await load_stages(loads, self.registry.workers)
+        except StageLoadError as failed:
+            raise failed.error from failed
 
 
 @asynccontextmanager
@@ -196,8 +199,8 @@ async def test_two_workers_of_one_host_share_a_cache(model: Path, tmp_path: Path
         for name in names:  # so that both are asked at once below
             await find_weights(workers[name], FindWeights(NOWHERE, model_id, False))
         loads = [
-            load_stages(1, one, {one[0].worker: workers[one[0].worker], "a": workers["a"]},
-                        model_path=NOWHERE, model_id=model_id, limits=LIMITS)
+            load_stages(StageLoads(1, one, ModelReference(NOWHERE, model_id), LIMITS),
+                        {one[0].worker: workers[one[0].worker], "a": workers["a"]})
             for one in stages
         ]  # fmt: skip
         await find_weights(workers["a"], FindWeights(NOWHERE, model_id, False))

@@ -41,7 +41,7 @@ def usage(prompts: Iterable[int], completion_tokens: int, timings: Sequence[Timi
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": sum(one.cached_tokens for one in timings)},
+        "prompt_tokens_details": {"cached_tokens": sum(timing.cached_tokens for timing in timings)},
     }
 
 

@@ -87,7 +87,7 @@ def assert_told(reply: httpx.Response) -> None:
     assert reply.json()["error"]["message"] == "the cluster is stopping and takes no more requests"
 
 
-async def test_a_server_that_stops_answers_what_it_has_and_takes_no_more() -> None:
+async def test_a_stopping_server_answers_open_requests_and_refuses_new_ones() -> None:
     engine = ScriptedEngine(says("Hi"))
     async with stoppable(engine) as server:
         engine.gate.clear()
@@ -118,7 +118,7 @@ async def test_a_body_that_is_still_to_come_is_not_waited_for() -> None:
         await server.admission.wait_idle()
 
 
-async def test_at_the_end_whoever_has_no_reply_yet_is_told() -> None:
+async def test_requests_without_reply_get_an_error_at_the_end() -> None:
     engine = ScriptedEngine(says("Hi"))
     async with stoppable(engine) as server:
         engine.gate.clear()
@@ -157,7 +157,7 @@ async def test_a_chat_that_is_rendered_while_a_drain_begins_is_answered() -> Non
         await draining
 
 
-async def test_what_a_drain_does_not_wait_for_is_told_why_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_requests_beyond_the_drain_get_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve, "_DRAIN_S", 0.1)
     async with real_engine() as (engine, pipeline), stoppable(engine) as server:
         asked = {"prompt": "Hello", "max_tokens": 100, "ignore_eos": True}
@@ -174,7 +174,7 @@ async def test_what_a_drain_does_not_wait_for_is_told_why_it_ends(monkeypatch: p
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/apply-template"])
-async def test_a_chat_whose_client_has_gone_is_not_rendered(path: str) -> None:
+async def test_a_disconnected_client_cancels_chat_rendering(path: str) -> None:
     async with stoppable(ScriptedEngine(says("Hi"))) as server:
         body = CHAT if path == "/v1/chat/completions" else {"messages": CHAT["messages"]}
         with pytest.raises(httpx.ReadTimeout):

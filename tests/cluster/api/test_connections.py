@@ -129,7 +129,7 @@ async def test_requests_take_longer_than_a_head_may() -> None:
         assert await answer
 
 
-async def test_more_silent_connections_than_there_are_places_stop_nobody() -> None:
+async def test_idle_connections_beyond_the_bound_do_not_block_requests() -> None:
     """Those that were idle longest make room; requests that run keep their places."""
     async with served(max_requests=8, head_s=FOR_LONG) as server:
         server.engine.gate.clear()
@@ -145,7 +145,7 @@ async def test_more_silent_connections_than_there_are_places_stop_nobody() -> No
         assert await running
 
 
-async def test_where_every_place_is_used_the_next_is_told_to_come_back() -> None:
+async def test_a_full_server_answers_503_with_retry_after() -> None:
     async with served(max_requests=2, head_s=FOR_LONG) as server:
         for peer in await server.connect(4):  # their bodies are still to come
             peer.writer.write(b"POST /tokenize HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 9\r\n")
@@ -157,7 +157,7 @@ async def test_where_every_place_is_used_the_next_is_told_to_come_back() -> None
 
 
 @pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="of Linux alone")
-async def test_a_client_that_never_takes_its_answers_is_given_up() -> None:
+async def test_a_client_that_never_reads_is_disconnected() -> None:
     async with served(unread_s=0.5) as server:
         (peer,) = await server.connect()
         peer.writer.transport.pause_reading()  # type: ignore[attr-defined]
@@ -180,7 +180,7 @@ def test_places_are_bounded_by_the_files_that_may_be_open() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
-async def test_writes_to_a_client_that_has_gone_leave_no_line_in_the_log() -> None:
+async def test_writes_to_a_disconnected_client_are_not_logged() -> None:
     """However many come before its end is noticed."""
     async with served() as server:
         (peer,) = await server.connect()

@@ -27,7 +27,7 @@ WRONG: dict[str, tuple[type[Body], dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_the_first_error_is_told(name: str) -> None:
+def test_the_first_error_is_reported(name: str) -> None:
     kind, fields, says = WRONG[name]
     with pytest.raises(ParameterError) as caught:
         read_fields(kind, fields)

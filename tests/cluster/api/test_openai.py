@@ -224,7 +224,7 @@ async def test_prompt_logprobs_from_a_token_on() -> None:
     assert refused.json()["error"]["param"] == "score_from"
 
 
-async def test_a_template_that_loops_for_ever_hurts_nobody_else() -> None:
+async def test_an_endless_template_does_not_block_other_requests() -> None:
     source = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     with ChatTemplate(source, "", "", TemplateLimits(wall_s=0.5)) as template:
         app = make_app(ScriptedEngine(says(ANSWER)), chat_template=template)

@@ -19,7 +19,7 @@ def app(**settings: Any) -> Any:
     return make_app(ScriptedEngine(says("a")), **settings)
 
 
-async def test_health_says_why_not() -> None:
+async def test_health_reports_the_reason() -> None:
     async with real_engine() as (engine, pipeline), client(make_app(engine)) as http:
         assert (await http.get("/health")).json() == (await http.get("/live")).json() == {"status": "ok"}
         pipeline.lose(WorkerError("worker w1 (layers 2-3) was lost: killed"))
@@ -32,7 +32,7 @@ async def test_health_says_why_not() -> None:
         assert refused.status_code == 503 and "layers 2-3" in refused.json()["error"]["message"]
 
 
-async def test_a_cluster_that_drains_says_so() -> None:
+async def test_health_reports_draining() -> None:
     async with real_engine() as (engine, _), client(make_app(engine)) as http:
         assert await engine.drain(5)
         assert (await http.get("/health")).json()["error"]["code"] == "cluster_draining"
@@ -81,7 +81,7 @@ class Workers:
 DRAIN, UNDRAIN = "/cluster/workers/a/drain", "/cluster/workers/a/undrain"
 
 
-async def test_workers_are_drained_by_who_may_use_the_api() -> None:
+async def test_draining_workers_needs_an_api_key() -> None:
     workers = Workers()
     key = {"Authorization": "Bearer first-key"}
     async with client(app(pool=workers, api_keys=("first-key",))) as http:
@@ -101,7 +101,7 @@ async def test_workers_are_drained_by_who_may_use_the_api() -> None:
         assert (await http.post(DRAIN)).status_code == 200
 
 
-async def test_logs_of_workers_are_told_to_who_may_use_the_api() -> None:
+async def test_logs_of_workers_need_an_api_key() -> None:
     key, path = {"Authorization": "Bearer first-key"}, "/cluster/workers/a/log"
     async with client(app(pool=Workers(), api_keys=("first-key",))) as http:
         assert (await http.get(path)).status_code == 401
@@ -121,7 +121,7 @@ async def test_workers_that_cannot_be_drained() -> None:
         assert (await http.post(DRAIN)).status_code == 404  # a model without workers
 
 
-async def test_what_is_not_there() -> None:
+async def test_unknown_paths_and_methods() -> None:
     async with client(app()) as http:
         missing = await http.get("/v1/embeddings")
         assert missing.status_code == 404 and missing.json()["error"]["code"] == "not_found"
@@ -197,7 +197,7 @@ async def test_large_bodies_are_refused() -> None:
         assert (await http.post("/tokenize", content=parts())).status_code == 413
 
 
-async def test_a_body_that_never_comes() -> None:
+async def test_a_body_that_never_arrives() -> None:
     async with client(app(body_s=0.05)) as http:
 
         async def slow() -> Any:

@@ -154,7 +154,7 @@ async def test_tokens_that_may_neither_come_nor_end_the_answer_are_refused() -> 
         assert (await http.post("/v1/completions", json=every)).json()["choices"][0]["finish_reason"] == "stop"
 
 
-async def test_a_prompt_that_is_too_long_is_told_both_lengths() -> None:
+async def test_the_error_of_a_too_long_prompt_has_both_lengths() -> None:
     reply = await post("/v1/completions", {"prompt": [1] * (CONTEXT + 7)})
     error = reply.json()["error"]
     assert error["code"] == "context_length_exceeded"

@@ -48,7 +48,7 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("path", ENDPOINTS)
-async def test_every_sampler_is_there_where_it_is_asked_for(path: str) -> None:
+async def test_every_sampler_can_be_requested(path: str) -> None:
     for name, (step, value) in SETTINGS.items():
         chain = await chain_of(path, **{name: value})
         assert getattr(chain, name) == value
@@ -74,7 +74,7 @@ async def test_settings_that_do_nothing_need_no_chain(path: str) -> None:
         assert (await asked(path, **given)).params.chain is None
 
 
-async def test_the_order_is_the_one_that_is_given() -> None:
+async def test_the_requested_order_of_samplers_is_kept() -> None:
     assert (await chain_of("/completion", samplers=["temperature", "top_k"])).order == (
         SamplerName.TEMPERATURE,
         SamplerName.TOP_K,
@@ -157,7 +157,10 @@ def answers(path: Path, settings: LocalSettings, *, together: bool) -> list[tupl
             chunks = [[] for _ in streams]
         for place, stream in enumerate(streams):
             chunks[place] += list(stream)
-    return [(tuple(t for c in one for t in c.token_ids), tuple(p for c in one for p in c.logprobs)) for one in chunks]
+    return [
+        (tuple(t for c in answer for t in c.token_ids), tuple(p for c in answer for p in c.logprobs))
+        for answer in chunks
+    ]
 
 
 def test_company_and_preemption_change_no_answer(tmp_path: Path) -> None:
@@ -175,4 +178,4 @@ def test_each_sampler_makes_a_difference(tmp_path: Path) -> None:
         plain = model.generate([3, 4, 5], **BASE).token_ids
         for name, options in EVERYTHING.items():
             assert model.generate([3, 4, 5], **{**BASE, **options}).token_ids != plain, name  # type: ignore[typeddict-item]
-    assert {one.name for one in fields(SamplerChain)} >= set(SETTINGS)
+    assert {field.name for field in fields(SamplerChain)} >= set(SETTINGS)

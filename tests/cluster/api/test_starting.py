@@ -21,14 +21,14 @@ async def port() -> AsyncIterator[tuple[socket.socket, str]]:
 
 
 @pytest.mark.parametrize("body", [b"", b"x" * 3_000_000], ids=len)
-async def test_every_request_is_told(body: bytes) -> None:
+async def test_every_request_gets_the_starting_error(body: bytes) -> None:
     async with port() as (listener, url), starting_replies(listener), httpx.AsyncClient(timeout=20) as client:
         reply = await client.post(f"{url}/v1/completions", content=body)
         assert reply.status_code == 503 and int(reply.headers["retry-after"]) > 0
         assert reply.json()["error"]["code"] == "cluster_starting"
 
 
-async def test_clients_that_say_nothing_hold_up_nobody() -> None:
+async def test_silent_clients_do_not_block_others() -> None:
     async with port() as (listener, url), starting_replies(listener), httpx.AsyncClient(timeout=20) as client:
         address = listener.getsockname()
         silent = [await asyncio.open_connection(*address) for _ in range(8)]
@@ -37,7 +37,7 @@ async def test_clients_that_say_nothing_hold_up_nobody() -> None:
             writer.close()
 
 
-async def test_the_socket_is_left_to_whoever_comes_next() -> None:
+async def test_the_socket_stays_open_for_the_server() -> None:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"mine")
         writer.close()

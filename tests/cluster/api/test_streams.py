@@ -59,7 +59,7 @@ ASKED = [*((path, {}) for path in PATHS), *((path, {"n": 3}) for path in PATHS[:
 
 @pytest.mark.parametrize(("path", "fields"), ASKED)
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_client_that_goes_away_frees_its_memory(path: str, fields: dict[str, Any], stream: bool) -> None:
+async def test_a_disconnected_client_frees_its_memory(path: str, fields: dict[str, Any], stream: bool) -> None:
     """While its prompt is computed."""
 
     async with served(first_chunk_s=5) as (engine, pipeline, http):
@@ -73,7 +73,7 @@ async def test_a_client_that_goes_away_frees_its_memory(path: str, fields: dict[
 
 
 @pytest.mark.parametrize(("path", "fields"), ASKED)
-async def test_a_client_that_goes_away_in_the_middle_of_a_stream(path: str, fields: dict[str, Any]) -> None:
+async def test_a_client_that_disconnects_within_a_stream(path: str, fields: dict[str, Any]) -> None:
     async with served() as (engine, pipeline, http):
         async with http.stream("POST", path, json=body_of(path, stream=True, **fields)) as reply:
             await anext(reply.aiter_lines())
@@ -85,7 +85,7 @@ async def test_a_client_that_goes_away_in_the_middle_of_a_stream(path: str, fiel
 
 
 @pytest.mark.parametrize(("path", "fields"), ASKED)
-async def test_a_client_that_goes_away_before_its_whole_answer_is_there(path: str, fields: dict[str, Any]) -> None:
+async def test_a_client_that_disconnects_before_its_whole_answer(path: str, fields: dict[str, Any]) -> None:
     async with served() as (engine, pipeline, http):
         task = asyncio.create_task(http.post(path, json=body_of(path, **fields)))
         while engine.scheduler.counts.running < fields.get("n", 1):  # noqa: ASYNC110  an answer takes few turns

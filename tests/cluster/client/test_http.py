@@ -91,7 +91,7 @@ async def test_a_stream_brings_the_same_as_a_reply() -> None:
     assert streamed == whole
 
 
-async def test_a_stream_that_is_left_ends_its_request() -> None:
+async def test_a_closed_stream_ends_its_request() -> None:
     async with scripted("abc" * 50) as (url, engine):
 
         def some(client: Client) -> list[TextChunk]:
@@ -110,7 +110,7 @@ async def test_a_chat_and_the_tokens_of_its_prompt() -> None:
     assert "Hello" in served.tokenizer().decode(reply.prompt_token_ids)
 
 
-async def test_scored_prompt_tokens_begin_where_they_are_asked_for() -> None:
+async def test_scored_prompt_tokens_start_at_score_from() -> None:
     async with scripted() as (url, engine):
         for start in (0, 1, 2, 4, 6):
 
@@ -223,7 +223,7 @@ async def test_what_json_cannot_say_is_refused_before_it_is_sent() -> None:
         assert not engine.submitted
 
 
-async def test_a_full_queue_says_when_to_try_again() -> None:
+async def test_a_full_queue_has_retry_after() -> None:
     async with scripted(refusal=QueueFullError("12 requests wait", retry_after_s=6.5)) as (url, _):
         with pytest.raises(QueueFullError, match="12 requests wait") as caught:
             await with_client(url, lambda client: client.generate("x"))

@@ -100,7 +100,7 @@ def test_settings_change_no_bit(client: LocalClient, tiny: Path, settings: Local
     with LocalClient(tiny, 2, "generic", settings) as other:
         assert other.feature_level == "generic"
         for seed in (4, 5):
-            mine, theirs = (one.generate(prompt(seed, 100), score_from=5, **SEEDED) for one in (client, other))
+            mine, theirs = (model.generate(prompt(seed, 100), score_from=5, **SEEDED) for model in (client, other))
             assert (mine.token_ids, mine.logprobs) == (theirs.token_ids, theirs.logprobs)
             assert mine.prompt_logprobs == theirs.prompt_logprobs
 
@@ -180,7 +180,7 @@ async def test_http_refuses_in_the_same_words(client: LocalClient, tiny: Path) -
             assert await asyncio.to_thread(_refusals, remote) == _refusals(client)
 
 
-def test_a_stream_that_is_left_frees_its_memory(tiny: Path) -> None:
+def test_a_closed_stream_frees_its_memory(tiny: Path) -> None:
     settings = LocalSettings(context_length=64, max_sequences=1, kv_blocks=4)
     with LocalClient(tiny, 1, settings=settings) as client:
         for _ in range(6):  # each could have all of the memory
@@ -194,7 +194,7 @@ def test_a_stream_that_is_left_frees_its_memory(tiny: Path) -> None:
         assert len(client.generate(prompt(7, 20), ignore_eos=True).token_ids) == 44
 
 
-def test_mistakes_are_named(client: LocalClient) -> None:
+def test_errors_name_the_field(client: LocalClient) -> None:
     for wrong, words in (
         ([], "0 tokens"),
         ([1] * (CONTEXT + 1), f"{CONTEXT + 1} tokens"),
@@ -248,7 +248,7 @@ def test_a_model_that_memory_cannot_hold(tiny: Path) -> None:
         LocalClient(tiny, 1, settings=LocalSettings(kv_blocks=1 << 25))
 
 
-def test_a_closed_client_says_so_and_leaves_no_thread(tiny: Path) -> None:
+def test_a_closed_client_raises_and_leaves_no_thread(tiny: Path) -> None:
     before = set(threading.enumerate())
     client = Client.local(tiny, 1)
     client.generate([5], max_tokens=1)

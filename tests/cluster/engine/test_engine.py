@@ -98,7 +98,7 @@ async def test_abort_frees_memory_at_once_and_ends_the_stream() -> None:
 
 
 @pytest.mark.parametrize("way", ["dropped", "cancelled", "left"])
-async def test_a_reader_that_goes_away_frees_memory(way: str) -> None:
+async def test_a_cancelled_reader_frees_memory(way: str) -> None:
     async with running() as (engine, pipeline):
         stream: RequestStream | None = engine.submit(ask(max_new_tokens=300))
         assert stream is not None
@@ -146,13 +146,13 @@ async def test_a_lost_worker_fails_every_request_by_name() -> None:
         assert await failing(engine, pipeline, lambda: pipeline.lose(WorkerError(message)), WorkerError) == message
 
 
-async def test_a_failed_microbatch_takes_the_engine_down() -> None:
+async def test_a_failed_microbatch_closes_the_engine() -> None:
     async with running() as (engine, pipeline):
         pipeline.failure = "worker w0: out of memory"
         assert "out of memory" in await failing(engine, pipeline, pipeline.gate.set, WorkerError)
 
 
-async def test_a_result_out_of_turn_takes_the_engine_down() -> None:
+async def test_a_result_out_of_order_closes_the_engine() -> None:
     async with running() as (engine, pipeline):
         pipeline.replaced = Result(1, 77)
         assert "microbatch 77" in await failing(engine, pipeline, pipeline.gate.set, LlamaclustError)
@@ -173,7 +173,7 @@ async def test_a_request_ends_at_its_deadline_and_others_go_on() -> None:
         assert len(tokens_of(await collect(engine.submit(ask(1))))) == 30
 
 
-async def test_draining_finishes_what_is_there() -> None:
+async def test_draining_finishes_accepted_requests() -> None:
     async with running() as (engine, pipeline):
         stream = engine.submit(ask())
         pipeline.gate.clear()

@@ -58,8 +58,8 @@ def families(text: str) -> dict[str, Metric]:
 
 
 def value(text: str, name: str, **labels: str) -> float:
-    samples = [one for family in families(text).values() for one in family.samples]
-    [found] = [one.value for one in samples if one.name == name and one.labels == labels]
+    samples = [sample for family in families(text).values() for sample in family.samples]
+    [found] = [sample.value for sample in samples if sample.name == name and sample.labels == labels]
     return float(found)
 
 
@@ -70,9 +70,9 @@ def text() -> str:
 
 def test_every_line_can_be_read(text: str) -> None:
     lines = [line for line in text.splitlines() if not line.startswith("#")]
-    samples = [one for family in families(text).values() for one in family.samples]
+    samples = [sample for family in families(text).values() for sample in family.samples]
     assert len(samples) == len(lines) > 80
-    written = [(one.name, *sorted(one.labels.items())) for one in samples]
+    written = [(sample.name, *sorted(sample.labels.items())) for sample in samples]
     assert len(set(written)) == len(written)
     assert all(re.fullmatch(r'[a-z_]+(\{([a-z_]+="[^"]*",?)+\})? \S+', line) for line in lines)
 
@@ -86,11 +86,13 @@ def test_names_are_as_prometheus_wants_them(text: str) -> None:
         assert not re.search(r"_(ms|ns|mib|kb|percent|milliseconds)(_|$)", name), name
         assert not name.endswith(("_total", "_count", "_sum", "_bucket")), name
         if family.type == "counter":
-            kinds = {one.name.removeprefix(name) for one in family.samples}
+            kinds = {sample.name.removeprefix(name) for sample in family.samples}
             assert kinds <= {"_total", "_created"}, name
         if family.type == "histogram":
             assert name.endswith(UNITS), name
-    ratios = [one.value for name, family in families(text).items() if name.endswith("_ratio") for one in family.samples]
+    ratios = [
+        sample.value for name, family in families(text).items() if name.endswith("_ratio") for sample in family.samples
+    ]
     assert ratios and all(0 <= ratio <= 1 for ratio in ratios)
 
 
@@ -106,7 +108,7 @@ def test_workers_say_what_went_between_them(text: str) -> None:
     )
 
 
-def test_a_lost_worker_is_down_and_says_nothing() -> None:
+def test_a_lost_worker_is_down_and_has_no_other_metrics() -> None:
     metrics, workers = whole()
     workers["a"].lose("killed")
     text = metrics.render().decode()
@@ -114,13 +116,15 @@ def test_a_lost_worker_is_down_and_says_nothing() -> None:
     assert "llamaclust_worker_sent_bytes_total{" not in text
 
 
-def test_the_board_and_its_monitor_ask_for_what_there_is(text: str) -> None:
+def test_dashboard_and_monitor_use_existing_metrics(text: str) -> None:
     """Also in its variables, and with labels that the metrics have or that Prometheus adds."""
     board = (CHART / "files/dashboard.json").read_text()
     panels = json.loads(board)["panels"]
     known = families(text)
-    samples = {one.name: set(one.labels) for family in known.values() for one in family.samples}
-    labels = {name: {key for one in family.samples for key in one.labels} for name, family in known.items()} | samples
+    samples = {sample.name: set(sample.labels) for family in known.values() for sample in family.samples}
+    labels = {
+        name: {key for sample in family.samples for key in sample.labels} for name, family in known.items()
+    } | samples
     asked = set(re.findall(r"llamaclust_\w+", board))
     assert len(asked) > 16 and asked <= labels.keys(), asked - labels.keys()
     for panel in panels:

@@ -10,7 +10,7 @@ from llamaclust.cluster.scheduler.prefix_cache import PrefixCache
 from llamaclust.model.program import KV_BLOCK_TOKENS, KvType
 
 
-def test_blocks_are_taken_from_below_and_given_back() -> None:
+def test_blocks_are_allocated_from_low_ids_and_released() -> None:
     blocks = KvBlocks(4)
     taken = [blocks.take() for _ in range(3)]
     assert taken == [0, 1, 2] and (blocks.available, blocks.held) == (1, 3)

@@ -162,7 +162,7 @@ def test_growth_preempts_where_window_blocks_are_short() -> None:
 
 
 @pytest.mark.parametrize("running", [1, 3, 6])
-def test_as_many_run_together_as_there_is_memory_for(running: int) -> None:
+def test_kv_memory_bounds_the_running_sequences(running: int) -> None:
     group = WindowGroup(100, 64)
     run = simulation(100, spare=(running - 1) * group.sequence_blocks, kv_blocks=200)
     for start in range(8):
@@ -174,7 +174,7 @@ def test_as_many_run_together_as_there_is_memory_for(running: int) -> None:
     assert run.scheduler.counts.preemptions == 0
 
 
-def test_a_hit_has_the_whole_window_or_is_none() -> None:
+def test_a_prefix_hit_needs_the_whole_window() -> None:
     run = simulation(40, spare=0)
     first = ask(150, 3)
     check_later = [run.add(first)]
@@ -193,7 +193,7 @@ def test_a_hit_has_the_whole_window_or_is_none() -> None:
     assert hit in range(0, 81, 16)
 
 
-def test_a_hit_is_as_long_as_the_window_before_its_end_is_there() -> None:
+def test_the_longest_prefix_with_a_whole_window_is_shared() -> None:
     run = simulation(40, spare=20)
     run.add(ask(150, 3))
     run.finish()

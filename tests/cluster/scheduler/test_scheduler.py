@@ -176,7 +176,7 @@ def test_the_last_prompt_token_is_computed_into_a_block_of_its_own() -> None:
     assert run.scheduler.counts.cached_tokens == 80
 
 
-def test_cached_blocks_are_given_up_when_memory_is_needed() -> None:
+def test_cached_blocks_are_evicted_when_memory_is_needed() -> None:
     run = simulation(kv_blocks=13)
     for start in (1, 2, 1):
         run.add(ask(190, 2, start=start))
@@ -281,7 +281,7 @@ def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
     run.finish()
 
 
-def test_those_who_decode_go_on_while_a_prompt_is_computed() -> None:
+def test_decode_continues_during_prefill() -> None:
     run = simulation(context_length=4096, kv_blocks=600, prefill_chunk=64)
     talking = run.add(ask(10, 200))
     for _ in range(5):

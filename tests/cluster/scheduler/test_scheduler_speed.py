@@ -57,7 +57,7 @@ def test_prefill_keeps_two_stages_busy() -> None:
         assert ratios[0] <= 0.60 and ratios[1] <= 0.56
 
 
-def test_one_prompt_alone_is_cut_so_that_stages_overlap() -> None:
+def test_a_single_prompt_is_chunked_so_that_stages_overlap() -> None:
     one, two = simulated([linear(3000, 200)]), simulated([linear(1500, 100)] * 2)
     for run in (one, two):
         prefill_ms(run, 4, 512)
@@ -119,7 +119,7 @@ def test_a_stage_is_idle_only_for_links_while_there_is_prefill() -> None:
     assert max(run.stages.busy_ns) / 1e6 / spent >= 0.95
 
 
-def test_prefill_chunks_take_four_tenths_of_a_second_where_nobody_decodes() -> None:
+def test_prefill_chunks_take_400_ms_without_decode() -> None:
     run = simulated([linear(5000, 2000)])
     prefill_ms(run, 5, 512)
     rows = [scheduled.microbatch.rows for scheduled in run.microbatches[3:-2]]
@@ -142,7 +142,7 @@ def test_the_last_chunks_are_small_where_later_stages_wait_for_them() -> None:
     assert len(set(rows[1])) == 1
 
 
-def test_chunks_are_larger_where_nobody_decodes_meanwhile() -> None:
+def test_chunks_are_larger_without_decode() -> None:
     times = StageTimes(1)
     for rows in (16, 64, 128):
         times.learn(Result(1, 0, timings=(StageTiming(0, 1_000_000 + 1_000_000 * rows, 0, rows),)), False, False, 1)

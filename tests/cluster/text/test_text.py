@@ -202,7 +202,7 @@ async def test_prompt_logprobs() -> None:
 # -- ends --------------------------------------------------------------------------------------------------------------
 
 
-async def test_whoever_goes_away_ends_the_request() -> None:
+async def test_a_cancelled_reader_ends_the_request() -> None:
     async with real_engine() as (engine, _):
         service = make_service(engine)
         chunks = service.complete(replace(ASK, n=4))
@@ -301,7 +301,7 @@ async def test_tokens_and_back() -> None:
         service.detokenize([320])
 
 
-async def test_the_loop_goes_on_while_a_long_text_is_tokenized() -> None:
+async def test_tokenizing_a_long_text_does_not_block_the_loop() -> None:
     """A thread cannot help where the library holds the interpreter: the library must let go of it."""
     text = "hello there " * 40_000
     done = asyncio.create_task(make_service(ScriptedEngine(says("a"))).tokenize(text, add_special=False))

@@ -82,7 +82,7 @@ async def test_a_drained_service_has_answered_every_choice() -> None:
         assert service.active_requests == 0
 
 
-async def test_an_answer_that_nobody_reads_yet_is_kept_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_unread_answer_is_kept_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts of one request are read one after the other."""
     monkeypatch.setattr(stream_module, "_MAX_UNREAD_ROWS", 20)
     engine = ScriptedEngine(says("a" * 100))

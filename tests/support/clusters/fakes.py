@@ -60,7 +60,7 @@ def answer(tokens: Sequence[int], task: RowTask) -> RowResult:
 
 def _more(tokens: Sequence[int], task: SampleTask) -> tuple[object, ...]:
     """A breaker that begins with a token which stands nowhere before the last one makes no difference."""
-    breakers = sorted(one for one in task.breakers if one[0] in tokens[:-1])
+    breakers = sorted(breaker for breaker in task.breakers if breaker[0] in tokens[:-1])
     return task.penalty_window, task.dry_window, breakers, task.mu
 
 

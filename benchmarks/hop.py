@@ -17,7 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import median, quantiles
 
-from llamaclust.cluster.control.loading import StageLoads, load_stages
+from llamaclust.cluster.control.epochs import StageLoads, load_stages
 from llamaclust.cluster.control.weight_sources import ModelReference
 from llamaclust.cluster.engine.pipeline import StageInfo
 from llamaclust.cluster.launchers.local import LocalLauncher

@@ -6,8 +6,7 @@ import asyncio
 
 from llamaclust.cluster.control import observations as seen
 from llamaclust.cluster.control import reconcile as act
-from llamaclust.cluster.control.epochs import Epoch, Epochs
-from llamaclust.cluster.control.loading import StageLoadError
+from llamaclust.cluster.control.epochs import Epoch, Epochs, StageLoadError
 from llamaclust.cluster.control.notices import moving_text, recovered_text
 from llamaclust.cluster.control.observed import Observed
 from llamaclust.cluster.control.partitions import PartitionTracker

@@ -1,16 +1,20 @@
-"""How far the machines of a cluster are from each other: measured at its start, and kept for the next one."""
+"""Links between the machines of a cluster: measured at its start and when a worker joins, kept for the next start."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import socket
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
 
 from llamaclust.cluster.config.values import is_loopback, split_address
+from llamaclust.cluster.control.observations import LinksChanged
+from llamaclust.cluster.control.observed import Observed
+from llamaclust.cluster.control.planning import ClusterPlanner
+from llamaclust.cluster.membership.registry import Registry
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.membership.worker_requests import profile_link
 from llamaclust.cluster.planner.links import COORDINATOR, Link, Links
@@ -21,6 +25,7 @@ from llamaclust.core.profile import Profile
 from llamaclust.wire.control.messages import LinkProfile
 from llamaclust.wire.rpc.client import Peer
 from llamaclust.wire.rpc.link_probe import measure_link
+from llamaclust.wire.rpc.task_set import TaskSet
 from llamaclust.wire.security.credentials import Credentials, Principal
 
 _FILE = ".links.json"  # no cluster's name begins with a dot
@@ -135,3 +140,47 @@ async def _from_here(worker: WorkerHandle, credentials: Credentials) -> LinkProf
         return await measure_link(peer)
     finally:
         await peer.close()
+
+
+MeasureLinks = Callable[[Mapping[str, WorkerHandle]], Awaitable[Links]]
+
+
+class LinkMonitor:
+    """Without `measure`, links stay as they are known."""
+
+    def __init__(
+        self,
+        measure: MeasureLinks | None,
+        registry: Registry,
+        planner: ClusterPlanner,
+        observed: Observed,
+        report: Report,
+    ) -> None:
+        self._measure = measure
+        self._registry = registry
+        self._planner = planner
+        self._observed = observed
+        self._report = report
+        self._measuring = TaskSet()
+
+    def measure_again(self) -> None:
+        """Once the pipeline serves and nothing else is to be done."""
+        if self._measure is not None and not len(self._measuring):
+            self._measuring.start(self._measure_all(self._measure))
+
+    def close(self) -> None:
+        self._measuring.cancel()
+
+    async def _measure_all(self, measure: MeasureLinks) -> None:
+        """Until the measured workers are the present ones."""
+        measured: dict[str, WorkerHandle] = {}
+        while measured != self._registry.present:
+            await self._observed.settled.wait()
+            measured = self._registry.present
+            try:
+                links = await measure(measured)
+            except LlamaclustError as error:
+                self._report(Notice(f"links were not measured again: {error}"))
+                return
+            if self._planner.update(links):
+                self._observed.post(LinksChanged())

@@ -22,7 +22,7 @@ _WRITE_S = 20.0
 
 
 class RemotePipeline:
-    """See `Pipeline`. Its stages are loaded before and unloaded after by whoever owns the workers."""
+    """See `Pipeline`. The owner of the workers loads and unloads its stages."""
 
     @classmethod
     async def open(cls, epoch: int, workers: Sequence[WorkerHandle], credentials: Credentials) -> RemotePipeline:
@@ -61,7 +61,7 @@ class RemotePipeline:
         self._inputs = Outbox(sample, "handing out sampling inputs", _WRITE_S)
 
     def submit(self, microbatch: Microbatch, inputs: SamplingInputs) -> None:
-        """See `Pipeline`. How much waits to be sent is bounded by whoever counts the microbatches in flight."""
+        """See `Pipeline`. The engine bounds the microbatches in flight, and so the send queues."""
         self._microbatches.put(encode_hidden(encode_microbatch(microbatch), (), None))
         self._inputs.put(encode_inputs(inputs))
 
@@ -81,7 +81,7 @@ class RemotePipeline:
         try:
             await asyncio.wait((*work, *losses), return_when=asyncio.FIRST_COMPLETED)
             ended = next((_ending(task) for task in work if task.done()), None)
-            if isinstance(ended, ProtocolError):  # of the last stage: nobody else answers here
+            if isinstance(ended, ProtocolError):  # of the last stage, which alone answers here
                 raise ended
             raise await attribute_failure(self.epoch, self._workers, ended)
         finally:

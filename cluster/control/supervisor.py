@@ -15,7 +15,7 @@ from llamaclust.cluster.control.actions import ActionRunner
 from llamaclust.cluster.control.cluster_state import ClusterState, Loss
 from llamaclust.cluster.control.drain import WorkerPool
 from llamaclust.cluster.control.epochs import Epoch, Epochs
-from llamaclust.cluster.control.link_monitor import LinkMonitor, MeasureLinks
+from llamaclust.cluster.control.link_profiling import LinkMonitor, MeasureLinks
 from llamaclust.cluster.control.notices import joined_text, lost_text, not_restarted_text
 from llamaclust.cluster.control.observed import Observed
 from llamaclust.cluster.control.partitions import PartitionTracker

@@ -83,7 +83,7 @@ class Authority:
         return self._token
 
     def rotate_token(self) -> None:
-        """Another one in its place: who has the old one enrols no more, whoever is a member stays."""
+        """Replaces it: the old token enrols no more, members stay."""
         write_private(self.token_file, JoinToken.create(self._token.ca_hash).text + "\n")
 
     @property
@@ -124,7 +124,7 @@ class Authority:
         return builder.sign(self._key, hashes.SHA256()).public_bytes(Encoding.DER)
 
     def _key_identifier(self) -> x509.AuthorityKeyIdentifier:
-        """As the CA's certificate calls its key: whoever else made it, such as Helm, may number keys in another way."""
+        """As the CA's certificate calls its key: other programs, such as Helm, may number keys in another way."""
         try:
             named = self._certificate.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
         except x509.ExtensionNotFound:

@@ -49,7 +49,7 @@ class Members:
         self._exits: dict[str, str] = {}
         self._changed = asyncio.Event()
         self._subscribers: list[Callable[[MembershipEvent], None]] = []
-        self._losing = TaskSet()
+        self.losing = TaskSet()
 
     @property
     def workers(self) -> Mapping[str, WorkerHandle]:
@@ -78,17 +78,12 @@ class Members:
         try:
             async with deadline("workers joining", deadline_s):
                 while missing := [name for name in names if name not in self.present]:
-                    self._check_alive(missing)
+                    for name in missing:
+                        if name in self._exits:
+                            raise _start_failed(name, self._exits[name], self.read_last_error(name))
                     await self._changed.wait()
         except DeadlineError as error:
             raise DeadlineError(f"workers {', '.join(missing)} have not joined within {deadline_s:g} s") from error
-
-    def _check_alive(self, names: Collection[str]) -> None:
-        for name in names:
-            if name in self._exits:
-                error = self.read_last_error(name)
-                last = f"; its last error: {error}" if error else ""
-                raise WorkerError(f"worker {name} did not start: {self._exits[name]}{last}")
 
     def _set_changed(self) -> None:
         self._changed.set()
@@ -124,7 +119,7 @@ class Members:
 
     def report_loss(self, handle: WorkerHandle, reason: str) -> None:
         """Its connection ended. The launcher's report, which knows of signals and exit codes, takes precedence."""
-        self._losing.start(self._lose(handle, reason))
+        self.losing.start(self._lose(handle, reason))
 
     async def _lose(self, handle: WorkerHandle, reason: str) -> None:
         with contextlib.suppress(DeadlineError):
@@ -132,5 +127,6 @@ class Members:
                 await handle.lost.wait()
         self.fence(handle, reason)
 
-    async def close(self) -> None:
-        await self._losing.close()
+
+def _start_failed(name: str, how: str, last_error: str) -> WorkerError:
+    return WorkerError(f"worker {name} did not start: {how}{f'; its last error: {last_error}' if last_error else ''}")

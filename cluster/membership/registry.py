@@ -52,4 +52,4 @@ class Registry(Members):
         assert self._server is not None
         self._joining.is_closed = True
         await self._server.stop(_GOODBYE_S)
-        await self.close()
+        await self.losing.close()

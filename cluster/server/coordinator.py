@@ -12,8 +12,7 @@ from pathlib import Path
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.control.epochs import Epochs
 from llamaclust.cluster.control.limits import check_plan
-from llamaclust.cluster.control.link_monitor import MeasureLinks
-from llamaclust.cluster.control.link_profiling import hops_matter, measure_links
+from llamaclust.cluster.control.link_profiling import MeasureLinks, hops_matter, measure_links
 from llamaclust.cluster.control.planning import ClusterPlanner
 from llamaclust.cluster.control.profiling import measure_workers
 from llamaclust.cluster.control.supervisor import Members, Supervisor

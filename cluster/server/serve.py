@@ -54,7 +54,7 @@ def serve(config: ClusterConfig, model_path: Path, watch: Report) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Front:
-    """What the world sees of a cluster: its socket, who may use it, who watches it."""
+    """The public side of a cluster: its socket, its API settings, the receiver of its events."""
 
     listener: socket.socket
     settings: ApiSettings

@@ -15,7 +15,7 @@ from llamaclust.cluster.state.directory import ClusterRecord
 
 
 def cluster_status(cluster: Cluster, record: ClusterRecord) -> dict[str, Any]:
-    """`status`: who runs what now; `plan`: what was predicted; `stages`: the same figures measured."""
+    """`status`: the workers and their layers now; `plan`: what was predicted; `stages`: the same figures measured."""
     reports = cluster.engine.metrics.stage_report()
     return {
         "status": _status(cluster, record, {report.worker: report for report in reports}),
@@ -56,7 +56,7 @@ def _predicted_stages(plan: Plan) -> dict[str, StagePrediction]:
 
 
 def _speed(plan: Plan, measured: MeasuredSpeed) -> dict[str, Any]:
-    """Two times the same figures; null for what nobody measured."""
+    """Two times the same figures; null where nothing was measured."""
     known = plan.prediction
     predicted = {
         "token_ms": None if known is None else 1e3 * known.token_s,

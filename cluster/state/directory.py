@@ -22,7 +22,7 @@ from llamaclust.core.profile import Profile, read_profile
 _PROFILES = ".profiles.json"  # no cluster's name begins with a dot
 _ELSEWHERE = ".elsewhere"
 _PROBE_S = 0.05
-"""Longer than whoever looks whether a cluster runs has its lock."""
+"""Longer than a process that checks for a running cluster has its lock."""
 _LOOK_S = 0.5
 """Between two looks whether a running cluster's folder is still there."""
 
@@ -72,7 +72,7 @@ class ClusterDir:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Holds the cluster's name for this process; what somebody deletes meanwhile comes back."""
+        """Holds the cluster's name for this process; files that are deleted meanwhile are restored."""
         self.create()
         lock = FileLock(self._lock)
         try:
@@ -87,7 +87,7 @@ class ClusterDir:
 
     @contextlib.contextmanager
     def _watched(self, lock: FileLock) -> Iterator[None]:
-        """Somebody may delete the folder under a cluster: without lock and record nobody would find it any more, and a
+        """The folder of a running cluster may be deleted: without lock and record it could not be found, and a
         second one could take its name."""
         end = threading.Event()
         watch = threading.Thread(target=self._bring_back, args=(lock, end), name="state", daemon=True)
@@ -198,7 +198,7 @@ def running_clusters(state_dir: Path) -> dict[str, tuple[ClusterDir, ClusterReco
 
 
 def _last_logs(state_dir: Path) -> str:
-    """Where the last cluster's logs are, for somebody who wants to know why it ended."""
+    """Where the last cluster's logs are, which say why it ended."""
     logs = sorted(state_dir.glob("*/logs"), key=lambda folder: folder.stat().st_mtime)
     return f"; the last one's logs: {logs[-1]}" if logs else ""
 

@@ -1,4 +1,4 @@
-"""What a coordinator tells whoever watches it: how its start goes, what happens to it, requests that hold up its end.
+"""Events that a coordinator reports: progress of its start, notices, requests that its end waits for.
 
 Events cross a pipe as JSON lines when the coordinator runs detached from the command that started it.
 """
@@ -20,7 +20,7 @@ class AwaitingWorkers:
 
 @dataclass(frozen=True, slots=True)
 class WorkerJoined:
-    """One of those is a member; who is missing still, in words."""
+    """One of those is a member; the missing ones, in words."""
 
     worker: str
     host: str

@@ -1,4 +1,7 @@
-"""A lock that is a file: one process has it, others see so, and the kernel releases it however its holder ends."""
+"""A lock that is a file: one process has it, others see so, and the kernel releases it however its holder ends.
+
+The `filelock` package offers neither a check without taking the lock nor the detection of a lock file that was deleted.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,7 @@ class FileLock:
 
     @property
     def is_held(self) -> bool:
-        """Whether others who look at the path find it locked by this one."""
+        """Whether other processes find the path locked by this one."""
         return self._descriptor is not None and _is_at(self._descriptor, self._path)
 
     def release(self) -> None:
@@ -36,7 +39,7 @@ class FileLock:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a process holds the lock now. Who looks has a lock of its own for a moment."""
+    """Whether a process holds the lock now. The check takes a shared lock for a moment."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError:

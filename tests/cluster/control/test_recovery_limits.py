@@ -11,8 +11,7 @@ import pytest
 
 from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.control import planning
-from llamaclust.cluster.control.epochs import Epoch, Epochs
-from llamaclust.cluster.control.loading import StageLoadError
+from llamaclust.cluster.control.epochs import Epoch, Epochs, StageLoadError
 from llamaclust.cluster.engine.engine import EngineState
 from llamaclust.cluster.launchers.local import LocalLauncher
 from llamaclust.cluster.launchers.restarts import Restarts

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from llamaclust.cluster.control.cluster_state import ClusterState, Loss
-from llamaclust.cluster.control.link_monitor import LinkMonitor
+from llamaclust.cluster.control.link_profiling import LinkMonitor
 from llamaclust.cluster.control.observations import LinksChanged, Tick
 from llamaclust.cluster.control.observed import Observed
 from llamaclust.cluster.control.weight_sources import nearest_first

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from llamaclust.cluster.control.loading import StageLoadError, StageLoads, load_stages
+from llamaclust.cluster.control.epochs import StageLoadError, StageLoads, load_stages
 from llamaclust.cluster.control.remote_pipeline import RemotePipeline
 from llamaclust.cluster.control.weight_sources import ModelReference
 from llamaclust.cluster.engine.pipeline import StageInfo

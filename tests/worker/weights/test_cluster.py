@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from llamaclust.cluster.control.loading import StageLoadError, StageLoads, load_stages, unload_stages
+from llamaclust.cluster.control.epochs import StageLoadError, StageLoads, load_stages, unload_stages
 from llamaclust.cluster.control.remote_pipeline import RemotePipeline
 from llamaclust.cluster.control.weight_sources import ModelReference, _of_one_manifest
 from llamaclust.cluster.engine.pipeline import StageInfo

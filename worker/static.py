@@ -8,6 +8,7 @@ import logging
 import socket
 from dataclasses import replace
 
+from llamaclust.core.backoff import Backoff
 from llamaclust.core.bounds import one_line
 from llamaclust.core.errors import DeadlineError, DeviceLostError, LlamaclustError, UsageError, WorkerError
 from llamaclust.wire.control.messages import Register
@@ -32,7 +33,7 @@ from llamaclust.worker.worker import Worker
 
 _log = logging.getLogger(__name__)
 
-_LEAST_REST_S, _MOST_REST_S = 0.2, 5.0
+_BACKOFF = Backoff(0.2, 5.0)
 _TOLD_EVERY_S = 60.0
 _RESOLVE_S = 10.0
 _GRACE_S = 0.5
@@ -142,7 +143,7 @@ def _join_token(settings: WorkerSettings) -> JoinToken | None:
 
 
 class _Patience:
-    """Between two tries: longer and longer, and told what is waited for."""
+    """Pauses between attempts to join, with backoff, and a log line about what is waited for."""
 
     def __init__(self, where: str) -> None:
         self._where = where
@@ -152,14 +153,15 @@ class _Patience:
         """There is nothing to wait for."""
         self._begun_s: float | None = None
         self._told: tuple[str, float] | None = None
-        self._rest_s = _LEAST_REST_S
+        self._attempts = 0
 
     async def rest(self, error: LlamaclustError, limit_s: float | None) -> None:
         """WorkerError after `limit_s` of it; None: there is no limit."""
         now_s = asyncio.get_running_loop().time()
         if self._begun_s is None:
             self._begun_s = now_s
-        if limit_s is not None and now_s + self._rest_s - self._begun_s > limit_s:
+        pause_s = _BACKOFF.pause_s(self._attempts)
+        if limit_s is not None and now_s + pause_s - self._begun_s > limit_s:
             raise WorkerError(
                 f"the coordinator is gone, and has not come back within {limit_s:g} s: {error}"
             ) from error
@@ -167,8 +169,8 @@ class _Patience:
             limit = "" if limit_s is None else f" for {limit_s:g} s at most, weights kept"
             _log.warning("waiting for the coordinator at %s%s: %s", self._where, limit, error)
             self._told = (str(error), now_s)
-        await asyncio.sleep(self._rest_s)
-        self._rest_s = min(_MOST_REST_S, 2 * self._rest_s)
+        await asyncio.sleep(pause_s)
+        self._attempts += 1
 
 
 async def _own_host(host: str, port: int) -> str:

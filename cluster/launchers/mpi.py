@@ -10,7 +10,7 @@ import signal
 import socket
 import stat
 import struct
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 
@@ -32,6 +32,7 @@ from llamaclust.cluster.state.directory import ClusterDir
 from llamaclust.cluster.state.events import Report
 from llamaclust.core.errors import UsageError
 from llamaclust.model.loader import Model
+from llamaclust.wire.rpc.task_set import TaskSet
 from llamaclust.wire.security.credentials import joined_address, split_address
 from llamaclust.worker.settings import WorkerSettings
 
@@ -61,7 +62,7 @@ class MpiLauncher:
         self._lost: set[str] = set()
         self._upkeep = Upkeep()
         self._writer: asyncio.StreamWriter | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = TaskSet()
 
     def check(self, workers: Sequence[WorkerSettings], model: Model) -> None:
         """Nothing is known of other machines yet; their workers say it when they load."""
@@ -76,7 +77,7 @@ class MpiLauncher:
             settings = replace(worker, threads=config.threads, token=token)
             self._orders[worker.name] = StartWorker(rank, settings.to_json(), addresses)
             self._start(worker.name)
-        self._do(self._hear(reader, exited))
+        self._tasks.start(self._hear(reader, exited))
 
     async def stop(self) -> None:
         """SIGTERM to those that are still there, and SIGKILL a second later."""
@@ -86,8 +87,7 @@ class MpiLauncher:
                 for name in self._running:
                     self._say(EndWorker(self._orders[name].rank, number))
         await self._ended(_GRACE_S)
-        for task in self._tasks:
-            task.cancel()
+        self._tasks.cancel()
         if self._writer is not None:
             self._writer.close()
         await self._static.stop()
@@ -144,7 +144,7 @@ class MpiLauncher:
                 self._words[name] = word.words
                 self._running[name].set()
                 exited(name, word.how)
-                self._do(self._restart(name, word.how))
+                self._tasks.start(self._restart(name, word.how))
             elif isinstance(word, RankLost):
                 name = names[word.rank]
                 self._lost.add(name)
@@ -159,11 +159,6 @@ class MpiLauncher:
         await asyncio.sleep(pause_s)
         if self._upkeep.is_on and name not in self._lost:
             self._start(name)
-
-    def _do(self, work: Coroutine[None, None, None]) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
 
 def _own_rank() -> socket.socket:

@@ -1,4 +1,4 @@
-"""Whether a worker is started again whose process has ended, after which pause, and how often."""
+"""Restarts of workers whose process ended: how often, with exponential backoff."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from llamaclust.cluster.launchers.base import GaveUp
+from llamaclust.core.backoff import Backoff
 
 
 @dataclass(frozen=True, slots=True)
 class Restarts:
-    """How often a worker whose process ends is started again, and after which pause."""
+    """Limits: the first restart is immediate, later ones within `within_s` seconds back off."""
 
     most: int = 6
     within_s: float = 60.0
-    first_s: float = 0.1  # the second time within so long; the first time at once, and then twice as long each time
+    first_s: float = 0.1
 
     def pause_s(self, before: int) -> float:
-        """Where it was started again so often already."""
-        return self.first_s * 2 ** (before - 1) if before else 0.0
+        """After `before` earlier restarts."""
+        return Backoff(self.first_s, self.within_s).pause_s(before - 1) if before else 0.0
 
 
 class Upkeep:
@@ -29,7 +30,7 @@ class Upkeep:
     def __init__(self, limits: Restarts | None = None) -> None:
         self.limits = limits or Restarts()
         self._gave_up: GaveUp | None = None
-        self._starts_s: dict[str, list[float]] = {}  # of each worker that was started again
+        self._starts_s: dict[str, list[float]] = {}  # restarts of each worker
 
     @property
     def is_on(self) -> bool:
@@ -37,7 +38,7 @@ class Upkeep:
 
     @contextmanager
     def on(self, gave_up: GaveUp) -> Iterator[None]:
-        """Meanwhile, workers are started again; one that ends too often is given up."""
+        """Meanwhile, workers are restarted; one that ends too often is given up."""
         self._gave_up = gave_up
         try:
             yield
@@ -45,7 +46,7 @@ class Upkeep:
             self.end()
 
     def end(self) -> None:
-        """From now on no worker is started again."""
+        """No more restarts."""
         self._gave_up = None
 
     def give_up(self, name: str, why: str) -> None:
@@ -60,7 +61,7 @@ class Upkeep:
         now_s, limits = asyncio.get_running_loop().time(), self.limits
         starts_s = [start_s for start_s in self._starts_s.get(name, ()) if start_s > now_s - limits.within_s]
         if len(starts_s) >= limits.most:
-            often = f"it was started again {limits.most} times within {limits.within_s:g} s, which did not help"
+            often = f"it was restarted {limits.most} times within {limits.within_s:g} s"
             self._gave_up(name, f"{how}; {often}")
             return None
         self._starts_s[name] = [*starts_s, now_s]

@@ -10,11 +10,10 @@ from starlette.responses import Response
 
 from llamaclust.cluster.api.body import read_body
 from llamaclust.cluster.api.no_op_fields import COMPLETION
-from llamaclust.cluster.api.openai.logprobs import NO_ECHO, Echo, ShownToken, completion_logprobs, make_echo
 from llamaclust.cluster.api.openai.models import check_model
 from llamaclust.cluster.api.openai.run import Choice, OpenAiRun
 from llamaclust.cluster.api.openai.schema import CompletionBody
-from llamaclust.cluster.api.openai.shapes import ending
+from llamaclust.cluster.api.openai.shapes import NO_ECHO, Echo, ShownToken, completion_logprobs, ending, make_echo
 from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.scheduler.validation import MAX_CHOICES, shown
 from llamaclust.cluster.text.answer import Answer, TextChunk

@@ -17,7 +17,7 @@ Float32 = NDArray[np.float32]
 Int32 = NDArray[np.int32]
 
 Progress = Callable[[int], None]
-"""Called with the number of weight bytes made ready since the last call, from the loading thread."""
+"""Called by the loading thread with the number of weight bytes loaded since the last call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class Stage(Protocol):
 
     @property
     def weights(self) -> object:
-        """What keeps them in memory: also after `close`, for whoever holds it."""
+        """A reference that keeps the weights in memory, also after `close`."""
         ...
 
     def run(self, batch: Batch, hidden: Float32 | None) -> Float32:

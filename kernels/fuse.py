@@ -1,4 +1,4 @@
-"""Fusion over a program: products of one input go together, rotations go into the attention that follows them."""
+"""Fusion for every backend: groups products of one input, and puts rotations into the attention after them."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ FusedStep = Embed | Products | Attend | Moe | SelectRows | RowStep
 
 
 def fuse(program: Program) -> Iterator[FusedStep]:
-    """The program's steps in groups; nothing that a later step can see is different."""
+    """Groups the program's steps. All buffers that later steps read are unchanged."""
     steps, at = program.steps, 0
     while at < len(steps):
         step = steps[at]
@@ -76,7 +76,7 @@ def _products(steps: Sequence[Step]) -> tuple[MatMul, ...]:
 
 
 def _attend(program: Program, at: int) -> Attend | None:
-    """Attention at `at`, with the rotations of its q and k in front of it if nobody else sees what they write."""
+    """Attention at `at`, with the rotations of its q and k before it if no other step reads their results."""
     ropes: dict[str, Rope] = {}
     step = program.steps[at]
     while isinstance(step, Rope):

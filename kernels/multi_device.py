@@ -1,4 +1,4 @@
-"""Several backends as one: layers of a stage on a processor and on cards, one after the other in one process."""
+"""Layers of one stage on several devices of a worker: each backend computes its layers in turn."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llamaclust.model.program import Attention, Program, Step
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class BackendLayers:
     """Layers [start, end) on a backend."""
 
     backend: Backend
@@ -22,18 +22,20 @@ class Part:
     end: int
 
 
-class ChainBackend:
-    """See `kernels.backend.Backend`: for one program, whose layers its parts hold in order. KV memory lies beside its
-    layer."""
+class MultiDeviceBackend:
+    """See `kernels.backend.Backend`. Loads one program, divided into `parts` in order of layers. KV memory is on
+    the device of its layer."""
 
-    def __init__(self, parts: Sequence[Part]) -> None:
-        assert parts and all(one.end == two.start for one, two in pairwise(parts)), parts
+    def __init__(self, parts: Sequence[BackendLayers]) -> None:
+        assert parts and all(part.end == after.start for part, after in pairwise(parts)), parts
         (self.numerics_version,) = {part.backend.numerics_version for part in parts}
         self.name = "+".join(part.backend.name for part in parts)
         self.feature_level = "+".join(part.backend.feature_level for part in parts)
         self.parts = tuple(parts)
 
-    def load(self, program: Program, tensors: dict[str, Tensor], limits: StageLimits, progress: Progress) -> ChainStage:
+    def load(
+        self, program: Program, tensors: dict[str, Tensor], limits: StageLimits, progress: Progress
+    ) -> MultiDeviceStage:
         """What was loaded is freed again where a later part cannot be."""
         stages: list[Stage] = []
         with ExitStack() as loaded:
@@ -41,7 +43,7 @@ class ChainBackend:
                 stages.append(part.backend.load(own, _named(own, tensors), limits, progress))
                 loaded.callback(stages[-1].close)
             loaded.pop_all()
-        return ChainStage(stages)
+        return MultiDeviceStage(stages)
 
     def held_bytes(self, program: Program, tensors: Mapping[str, Tensor]) -> int:
         return sum(part.backend.held_bytes(own, _named(own, tensors)) for part, own in self._programs(program))
@@ -54,13 +56,13 @@ class ChainBackend:
             part.backend.workspace_bytes(own, _named(own, tensors), limits) for part, own in self._programs(program)
         )
 
-    def _programs(self, program: Program) -> Iterator[tuple[Part, Program]]:
+    def _programs(self, program: Program) -> Iterator[tuple[BackendLayers, Program]]:
         assert (program.start, program.end) == (self.parts[0].start, self.parts[-1].end), "another stage's parts"
         for part in self.parts:
             yield part, layers_of(program, part.start, part.end)
 
 
-class ChainStage:
+class MultiDeviceStage:
     """See `kernels.backend.Stage`."""
 
     def __init__(self, stages: Sequence[Stage]) -> None:
@@ -86,8 +88,8 @@ class ChainStage:
 
 
 def layers_of(program: Program, start: int, end: int) -> Program:
-    """The program of layers [start, end) of those of `program`. A layer begins with the first step that names it: what
-    stands before the first one is the embedding, what stands behind the last one's the head."""
+    """The steps of layers [start, end). A layer begins with the first step that names it; steps before the first layer
+    are the embedding, steps after the last one the head."""
     assert program.start <= start < end <= program.end, (start, end)
     bounds = {program.start: 0, program.end: len(program.steps)}
     for at, step in enumerate(program.steps):
@@ -100,7 +102,7 @@ def layers_of(program: Program, start: int, end: int) -> Program:
 
 
 def _layer(step: Step) -> int | None:
-    """The layer that a step names, by its KV memory or a weight."""
+    """The layer of a step's KV memory or weight."""
     if isinstance(step, Attention):
         return step.layer
     parts = str(getattr(step, "weight", None) or getattr(step, "router", "")).split(".")

@@ -174,7 +174,7 @@ class Model:
         return sum(macs for name, macs in _macs(step) if self.file.tensor(name).quant_type.info.activation is _F32)
 
     def _refuse_unknown_tensors(self) -> None:
-        """A tensor that nobody reads may be a scale or a norm without which every answer is wrong."""
+        """An unread tensor may be a scale or a norm, without which every answer is wrong."""
         unknown = set(self.file.tensors) - set(self._whole.weights) - set(FACTOR_TENSORS)
         if unknown:
             what = f"not part of architecture {self.hyperparameters.architecture} as it is known here"

@@ -18,7 +18,7 @@ from llamaclust.core.errors import InsufficientMemoryError, UsageError
 from llamaclust.core.profile import DeviceProfile
 from llamaclust.core.sizes import mib, missing
 from llamaclust.kernels.backend import Backend
-from llamaclust.kernels.multi_device import ChainBackend, Part
+from llamaclust.kernels.multi_device import BackendLayers, MultiDeviceBackend
 from llamaclust.kernels.probes import ReadProbe, int8_peak
 from llamaclust.model.loader import Model
 from llamaclust.tools.bench.stage import BenchStage, Sampling, stage_limits
@@ -88,7 +88,7 @@ class Placement:
     def backend(self, gpu: GpuBackend, processor: Backend) -> Backend:
         if self.cut == 0:
             return gpu
-        return ChainBackend([Part(processor, 0, self.cut), Part(gpu, self.cut, self.layers)])
+        return MultiDeviceBackend([BackendLayers(processor, 0, self.cut), BackendLayers(gpu, self.cut, self.layers)])
 
     def __str__(self) -> str:
         gpu = f"{self.layers - self.cut} of {self.layers} layers in {mib(self.vram_bytes)} MiB of VRAM"

@@ -51,8 +51,8 @@ def kv_block_bytes(step: Attention) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Observed:
-    """What matrices multiply in a run: `buffer` has a copy. Of experts it has `used` lines a row where each has an
-    input of its own, else one; `choice` has their ids."""
+    """The inputs of some matrices in a run: `buffer` has a copy. For experts it has `used` lines a row if each expert
+    has its own input, else one; `choice` has their ids."""
 
     weights: tuple[str, ...]
     buffer: int
@@ -188,7 +188,7 @@ class _Compiler:
         return [slots[kind.info.activation] for kind in types if kind.info.activation is not None]
 
     def _observe(self, names: Sequence[str], x: Buffer, choice: int | None = None, used: int = 1) -> None:
-        """Keeps a copy of what the next products multiply, where somebody wants to know."""
+        """Copies the inputs of the next products, if they are observed."""
         if self._observed is None:
             return
         copy = self._copy(self._buffers.read(x), x.width, used)

@@ -1,4 +1,4 @@
-"""A GPU's cache as it is between two tokens: other weights have been read meanwhile."""
+"""Flushes a GPU's cache before a measurement, as other weights do between two tokens."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ _LEAST_BYTES = 4 * PIECE_BYTES
 
 
 class CacheFlush:
-    """Holds memory to read: `flush` leaves nothing else in the cache. At most a quarter of what is free."""
+    """Memory whose read replaces the content of the cache; at most a quarter of the free memory."""
 
     def __init__(self, device: Device) -> None:
-        """InsufficientMemoryError where hardly anything is free."""
+        """InsufficientMemoryError if too little is free."""
         self._device = device
         self._pieces = max(_LEAST_BYTES, min(_MOST_BYTES, device.free_bytes // 4)) // PIECE_BYTES
         self._memory = device.allocate(self._pieces * PIECE_BYTES)
 
     def flush(self) -> None:
-        """Returns when it is done: after a millisecond, or less. What is read is nothing; it goes nowhere."""
+        """Returns after the read, at most about a millisecond."""
         args = self._memory.at(), np.int32(self._pieces), self._memory.at()
         self._device.launch(Launch("limits.read", (8 * self._device.sms, 1, 1), (BLOCK, 1, 1), args))
         self._device.synchronize()

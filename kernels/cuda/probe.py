@@ -1,5 +1,5 @@
-"""What a GPU reaches with our products, bytes of weights read with one row and multiply-accumulates with many, and what
-it can do at best."""
+"""Measures a GPU: rates of matrix products (weight bytes with one row, multiply-accumulates with many rows), and peak
+rates."""
 
 from __future__ import annotations
 

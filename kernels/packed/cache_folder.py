@@ -1,6 +1,6 @@
-"""The folder of packed layers: entries that say what is there, images by the SHA-256 of their bytes. No arithmetic.
+"""The folder of the packed-weight cache: entries by key, images by the SHA-256 of their bytes.
 
-A file gets its name only when it is whole, and is never changed after that: whoever has it mapped keeps what it mapped.
+A file is renamed into place when complete and never changed, so existing maps stay valid.
 One process writes at a time; readers need no lock.
 """
 
@@ -28,7 +28,7 @@ _WRITE_BYTES = 1 << 21
 """One write call, at a multiple of it: some file systems then keep the file in huge pages (ext4 of Linux 6.16)."""
 
 _FREE_SHARE, _FREE_BYTES = 20, 2 << 30
-"""What is left free of the disk: a twentieth of it, at most 2 GiB."""
+"""Reserved free space of the disk: a twentieth of it, at most 2 GiB."""
 
 _LOCK_WAIT_S = 10.0
 """How long a writer waits for another one, which has the lock while it writes one image."""
@@ -48,7 +48,7 @@ class NoRoomError(OSError):
 
 
 class StoppedError(Exception):
-    """A write that was told to stop."""
+    """A stopped write."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ class Listed:
 
 @dataclass(frozen=True, slots=True)
 class Cleared:
-    """What was deleted, and why the rest was not."""
+    """The number and size of deleted files, and the errors of those left."""
 
     files: int
     size_bytes: int
@@ -71,7 +71,7 @@ class Cleared:
 
 
 class Writing:
-    """What a writer does at the moment, for whoever wants it to stop."""
+    """The state of a writer, and the means to stop it."""
 
     def __init__(self) -> None:
         self.is_stopped = False
@@ -87,7 +87,7 @@ class PackedCacheFolder:
     most_bytes: int
 
     def create(self) -> None:
-        """Makes the folder. OSError where that fails, or where others may write there: they could plant weights."""
+        """Makes the folder. OSError if that fails or other users may write there: they could plant weights."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.mkdir(mode=0o700, exist_ok=True)
         found = self.path.stat()
@@ -129,7 +129,7 @@ class PackedCacheFolder:
         return None
 
     def discard(self, key: str, entry: Entry) -> None:
-        """Deletes an entry and its image; whoever has that mapped keeps it."""
+        """Deletes an entry and its image; existing maps stay valid."""
         for path in (self._entry_path(key), self.image_path(entry)):
             _remove(path)
 
@@ -143,7 +143,7 @@ class PackedCacheFolder:
             return
         entry = Entry(key, model, layer, sha256(data).hexdigest(), len(data), checksum)
         with self._locked(writing):
-            for left, _ in self._files("*.tmp"):  # by a process that was killed: who has the lock is the only one
+            for left, _ in self._files("*.tmp"):  # of killed processes: the lock excludes other writers
                 _remove(left)
             if self.find(key) is not None:
                 return
@@ -167,7 +167,7 @@ class PackedCacheFolder:
         ]
 
     def in_the_way(self) -> list[Path]:
-        """What has the name of a file of this folder, and is none: links, directories and the like."""
+        """Links, directories and the like with the name of a file of this folder."""
         paths = (path for pattern in (*_PATTERNS, "lock") for path in self.path.glob(pattern))
         return sorted(path for path in paths if path.is_symlink() or not path.is_file())
 
@@ -176,12 +176,12 @@ class PackedCacheFolder:
         return [found.st_size for _, found in self._files("*.tmp")]
 
     def used_bytes(self) -> int:
-        """What all images take; those of several models, such as copies of one file, once."""
+        """Bytes of all images; an image of several models counts once."""
         return _total(found for _, found in self._files("*.tiles"))
 
     def clear(self) -> Cleared:
-        """Deletes all of it but what cannot be. Processes that use them go on. OSError where no file can be deleted,
-        BusyError where others write long."""
+        """Deletes what can be deleted. Processes that use the files continue. OSError if no file can be deleted,
+        BusyError if another process writes for long."""
         if not self.path.is_dir():
             return Cleared(0, 0, ())
         files, size_bytes, left = 0, 0, []
@@ -203,7 +203,7 @@ class PackedCacheFolder:
         return self.path / f"{key}.json"
 
     def _files(self, pattern: str) -> Iterator[tuple[Path, os.stat_result]]:
-        """Without those that other processes delete meanwhile: to drop an entry takes no lock."""
+        """Skips files that other processes delete meanwhile, as deleting needs no lock."""
         for path in self.path.glob(pattern):
             with contextlib.suppress(FileNotFoundError):
                 found = path.lstat()
@@ -222,7 +222,7 @@ class PackedCacheFolder:
         return True
 
     def _make_room(self, n_bytes: int, since_ns: int) -> None:
-        images = sorted(self._files("*.tiles"), key=lambda one: one[1].st_mtime_ns)
+        images = sorted(self._files("*.tiles"), key=lambda image: image[1].st_mtime_ns)
         held_bytes, evicted = _total(found for _, found in images), False
         disk = os.statvfs(self.path)
         kept_bytes = min(disk.f_blocks * disk.f_frsize // _FREE_SHARE, _FREE_BYTES)
@@ -305,7 +305,7 @@ def _use(descriptor: int) -> None:
 
 
 def _drop(found: NotAFileError) -> None:
-    """Deletes what is no file. OSError, which says what is in the way, where that is a directory."""
+    """Deletes a path that is no regular file. OSError that names it if that fails."""
     try:
         Path(found.filename).unlink()
     except FileNotFoundError:
@@ -337,4 +337,4 @@ def _write_all(descriptor: int, data: memoryview) -> None:
 
 
 def _total(found: Iterable[os.stat_result]) -> int:
-    return sum(one.st_size for one in found)
+    return sum(status.st_size for status in found)

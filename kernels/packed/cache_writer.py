@@ -1,4 +1,4 @@
-"""Writes packed layers in the background, at the lowest priority, and ends with its process in bounded time."""
+"""Writes packed layers in the background at the lowest priority; exits with its process in bounded time."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _log = logging.getLogger(__name__)
 _LOWEST_PRIORITY = 19
 
 _FINISH_S = 1.0
-"""What the end of a process waits for the layer that is being written."""
+"""How long process exit waits for the current write."""
 
 _STOP_S = 0.2
-"""And then for its writer to hear that it is to stop."""
+"""How long it then waits for the stopped writer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """A layer to be written as long as somebody has it."""
+    """A layer to write, unless it is freed before."""
 
     layer: PackedLayer
     key: str
@@ -39,7 +39,7 @@ class Made:
 
 
 class BackgroundWriter:
-    """Writes into a folder, one layer after the other, in a thread that lives as long as there is something to do."""
+    """Writes one layer after another in a thread that ends with an empty queue."""
 
     def __init__(self, folder: PackedCacheFolder) -> None:
         self.is_usable = True
@@ -48,28 +48,28 @@ class BackgroundWriter:
         self._lock = Lock()
         self._thread: Thread | None = None
         self._writing = Writing()
-        self._is_heard = False
+        self._is_registered = False
 
     def add(self, made: Iterable[Made]) -> None:
         with self._lock:
             self._queue.extend(made)
             if self._queue and self._thread is None:
-                if not self._is_heard:
+                if not self._is_registered:
                     atexit.register(_end, ref(self))
-                    self._is_heard = True
+                    self._is_registered = True
                 self._thread = Thread(target=self._run, name="write-packed-layers", daemon=True)
                 self._thread.start()
 
     def wait(self) -> None:
-        """Until all is written."""
+        """Returns when all layers are written."""
         with self._lock:
             thread = self._thread
         if thread is not None:
             thread.join()
 
     def end(self) -> None:
-        """Finishes the layer that is being written if that takes no longer than a second, and no other one. What is
-        unfinished then is deleted."""
+        """Finishes the current write if that takes at most a second, and drops the queue. An unfinished file is
+        deleted."""
         with self._lock:
             self._queue.clear()
             thread = self._thread

@@ -1,4 +1,4 @@
-"""Whether a file lies on this machine: to read a map of one that does not can be a crash, as its server may go away."""
+"""Detects remote file systems: reading a map of a remote file crashes if its server goes away."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _REMOTE = frozenset(
 
 
 def is_remote(path: Path) -> bool:
-    """Also where the system does not tell."""
+    """Also if the system does not report it."""
     try:
         mounts = Path("/proc/self/mountinfo").read_text(errors="surrogateescape")
     except OSError:

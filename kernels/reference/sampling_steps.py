@@ -48,9 +48,11 @@ def weights(logits: Float32, maximum: np.float32, temperature: float) -> list[in
     return [int(w) for w in np.rint(exact.astype(np.float64) * UNIT_WEIGHT)]
 
 
-def penalize(logits: Float32, history: tuple[int, ...], params: SamplingParams, spared: tuple[int, ...] = ()) -> None:
+def penalize(
+    logits: Float32, history: tuple[int, ...], params: SamplingParams, unpenalized: tuple[int, ...] = ()
+) -> None:
     """Repetition, frequency and presence penalties, each step in float32."""
-    for token in set(history).difference(spared):
+    for token in set(history).difference(unpenalized):
         logits[token] = _penalized(logits[token], history.count(token), params)
 
 

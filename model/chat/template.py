@@ -114,27 +114,27 @@ class ChatTemplate:
 
     def _render(self, frame: bytes) -> str:
         try:
-            reply = self._ask_again(frame)
+            reply = self._request_again(frame)
         except RenderingStopped as failure:
             raise RequestError(f"the model's chat template was stopped: {failure}") from None
         if "error" in reply:
             raise RequestError(f"the model's chat template: {_line(reply['error'])}")
         return str(reply["text"])
 
-    def _ask_again(self, frame: bytes) -> dict[str, Any]:
+    def _request_again(self, frame: bytes) -> dict[str, Any]:
         """The child's reply; where others killed it, at work or before, that of the next one."""
         try:
-            return self._ask(frame)
+            return self._request(frame)
         except ProcessKilled:
-            return self._ask(frame)
+            return self._request(frame)
 
-    def _ask(self, frame: bytes) -> dict[str, Any]:
+    def _request(self, frame: bytes) -> dict[str, Any]:
         if self._closed or self._broken is not None:
             raise RequestError(self._broken or "the chat template was closed")
         if self._child is None:
             self._child = self._start()
         try:
-            return self._child.ask(frame, self._limits.wall_s)
+            return self._child.request(frame, self._limits.wall_s)
         except RenderingStopped:
             self._drop_child()
             raise
@@ -151,7 +151,7 @@ class ChatTemplate:
             "max_text_bytes": limits.max_text_bytes,
         }
         try:
-            problem = child.ask(frame_of(first), limits.start_s).get("error")
+            problem = child.request(frame_of(first), limits.start_s).get("error")
         except (ProcessKilled, NotInTime):
             child.kill()
             raise

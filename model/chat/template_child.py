@@ -1,4 +1,4 @@
-"""The process that renders chat templates. A template is a program from a file nobody vouches for: it runs sandboxed,
+"""The process that renders chat templates. A template is a program from an untrusted file: it runs sandboxed,
 with little memory and CPU time, where it can be killed. Frames on stdin and stdout: a length and that much JSON."""
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def _write_frame(frame: Mapping[str, Any]) -> None:
         rest = rest[os.write(1, rest) :]
 
 
-def _die_with_parent() -> None:
+def _set_parent_death_signal() -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
 
@@ -146,7 +146,7 @@ def _limit_cpu(seconds: int) -> None:
 def main() -> None:
     """Reads the template and its limits, says whether it compiles, then renders until stdin ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _die_with_parent()
+    _set_parent_death_signal()
     first = _read_frame()
     _limit_resources(first["memory_bytes"])
     _limit_cpu(first["cpu_seconds"])

@@ -1,4 +1,4 @@
-"""The life of the process that renders chat templates, seen from its parent: started, asked with a deadline, ended."""
+"""The parent's side of the process that renders chat templates."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from typing import Any
 from llamaclust.model.chat.template_frames import FRAME_LENGTH
 
 _KEPT_VARIABLES = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "TZ", "LANG", "LC_ALL")
-"""What Python needs to start, and templates to tell the date; keys and tokens stay here."""
+"""Variables for Python's start and for dates in templates; keys and tokens are not passed."""
 _OTHERS_SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGHUP)
 _END_S = 1.0
-"""From the last byte of the child to its end."""
+"""Deadline from the child's last byte to its exit."""
 
 
 class RenderingStopped(Exception):
@@ -25,11 +25,11 @@ class RenderingStopped(Exception):
 
 
 class ProcessKilled(RenderingStopped):
-    """Somebody else ended the child: nothing that a template does."""
+    """The child was killed from outside, not by a template."""
 
 
 class NotInTime(RenderingStopped):
-    """No answer within the deadline: a template that takes long, or a machine that stood still."""
+    """No reply within the deadline: a slow template or a stalled machine."""
 
 
 class TemplateProcess:
@@ -53,7 +53,7 @@ class TemplateProcess:
     def pid(self) -> int:
         return self._process.pid
 
-    def ask(self, frame: bytes, timeout_s: float) -> dict[str, Any]:
+    def request(self, frame: bytes, timeout_s: float) -> dict[str, Any]:
         """Sends a request and waits for the reply."""
         deadline = time.monotonic() + timeout_s
         try:

@@ -103,7 +103,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """The hidden file of the first one is there and locked: whoever writes the same files waits or goes away."""
+    """The hidden file of the first one is there and locked: other writers of the same files wait or give up."""
     part = hidden_name(path)
     while True:
         with open(part, "ab", opener=_no_links) as file:

@@ -17,7 +17,7 @@ _READ_BYTES = 1 << 22
 class WeightPart:
     """Open for writing by one process at a time. Every method blocks; they may be called from any thread.
 
-    `done_bytes` are there; `resumed`: some of them were before this one was opened, whoever sent them.
+    `done_bytes` are there; `resumed`: some of them were there before it was opened.
     """
 
     def __init__(self, cache: WeightCache, content: str, n_bytes: int, descriptor: int) -> None:

@@ -91,7 +91,7 @@ def test_a_cupy_that_does_not_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         (FakeRuntime(status=100), "no NVIDIA GPU is visible"),
         (FakeRuntime(gpus=()), "no NVIDIA GPU is visible"),
         (FakeRuntime(status=999), "device cuda: status 999"),
-        (FakeRuntime(gpus=((9, 0),)), r"device cuda:1: no such card; there is cuda:0 \(Card 0\)"),
+        (FakeRuntime(gpus=((9, 0),)), r"device cuda:1: no such GPU; available: cuda:0 \(Card 0\)"),
         (FakeRuntime(gpus=((9, 0), (7, 0))), "Card 1 has compute capability 7.0, kernels need 7.5"),
     ],
 )

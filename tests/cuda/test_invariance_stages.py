@@ -15,7 +15,7 @@ from llamaclust.kernels.backend import Backend, Float32, Stage
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.kernels.cuda.backend import CudaBackend
 from llamaclust.kernels.cuda.runtime.device import Device, Graph
-from llamaclust.kernels.multi_device import ChainBackend, Part
+from llamaclust.kernels.multi_device import BackendLayers, MultiDeviceBackend
 from llamaclust.kernels.sampling import Sampler
 from llamaclust.model.loader import Model
 from llamaclust.model.quant_types import QuantType
@@ -52,7 +52,7 @@ def stages(model: Model, device: Device) -> Iterator[Stages]:
     def backend(kind: str, start: int, end: int, graphs: bool) -> Backend:
         if kind == "mixed":
             middle = (start + end) // 2
-            return ChainBackend([Part(cpu, start, middle), Part(gpus[graphs], middle, end)])
+            return MultiDeviceBackend([BackendLayers(cpu, start, middle), BackendLayers(gpus[graphs], middle, end)])
         return cpu if kind == "cpu" else gpus[graphs]
 
     def stages_of(kinds: Sequence[str], graphs: bool) -> list[Stage]:

@@ -14,7 +14,7 @@ from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.kernels.cuda.backend import CudaBackend
 from llamaclust.kernels.cuda.executor import stage as cuda_stage
 from llamaclust.kernels.cuda.runtime.device import Device, Graph
-from llamaclust.kernels.multi_device import ChainBackend, Part
+from llamaclust.kernels.multi_device import BackendLayers, MultiDeviceBackend
 from llamaclust.model.program import KvType
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch
 from llamaclust.worker.stage.batches import build_batch
@@ -122,9 +122,11 @@ def test_chains_of_processors_and_gpus(
     model = opened("llama-experts")
     tokens = random_tokens(model, 9)
     bounds = [*range(len(kinds)), model.layer_count]
-    parts = [Part(cpu if kind == "c" else cuda, *cut) for kind, cut in zip(kinds, pairwise(bounds), strict=True)]
+    parts = [
+        BackendLayers(cpu if kind == "c" else cuda, *cut) for kind, cut in zip(kinds, pairwise(bounds), strict=True)
+    ]
     wanted = run(cpu, model, tokens, 9)
-    same(run(ChainBackend(parts), model, tokens, 7), wanted)
+    same(run(MultiDeviceBackend(parts), model, tokens, 7), wanted)
     stages = [load_stage(part.backend, model, part.start, part.end, LIMITS) for part in parts]
     hidden: Float32 | None = None
     for stage in stages:
@@ -142,7 +144,13 @@ def test_window_blocks_of_their_own(opened: Open, cpu: CpuBackend, cuda: CudaBac
     assert window is not None and window < 40
     limits = replace(LIMITS, max_context_tokens=96, kv_blocks=6, window_blocks=4)
     tokens = random_tokens(model, 90)
-    backends = cpu, cuda, ChainBackend([Part(cuda, 0, 1), Part(cpu, 1, 2), Part(cuda, 2, model.layer_count)])
+    backends = (
+        cpu,
+        cuda,
+        MultiDeviceBackend(
+            [BackendLayers(cuda, 0, 1), BackendLayers(cpu, 1, 2), BackendLayers(cuda, 2, model.layer_count)]
+        ),
+    )
     rows: list[list[Float32]] = []
     for backend in backends:
         stage = load_stage(backend, model, limits=limits)

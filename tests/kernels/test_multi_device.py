@@ -14,7 +14,7 @@ from llamaclust.core.errors import InsufficientMemoryError
 from llamaclust.core.limits import StageLimits
 from llamaclust.kernels.backend import Backend, Progress
 from llamaclust.kernels.cpu.backend import CpuBackend, CpuStage
-from llamaclust.kernels.multi_device import ChainBackend, Part, layers_of
+from llamaclust.kernels.multi_device import BackendLayers, MultiDeviceBackend, layers_of
 from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.loader import Model
 from llamaclust.model.program import Program
@@ -58,7 +58,7 @@ def test_any_chain_has_the_bits_of_one_stage(
     layers = model.layer_count
     bounds = [0, *sorted(data.draw(st.sets(st.integers(1, layers - 1), min_size=1))), layers]
     backends = [all_threads(data.draw(st.integers(1, 2))) for _ in pairwise(bounds)]
-    chain = ChainBackend([Part(one, *cut) for one, cut in zip(backends, pairwise(bounds), strict=True)])
+    chain = MultiDeviceBackend([BackendLayers(one, *cut) for one, cut in zip(backends, pairwise(bounds), strict=True)])
     alone = all_threads(2)
     wanted, found = Chain(alone, model), Chain(chain, model)
     for stage, backend in ((wanted.stages[0], alone), (found.stages[0], chain)):
@@ -82,7 +82,7 @@ class _Full(CpuBackend):
 def test_what_was_loaded_is_freed_where_a_later_part_does_not_fit(open_model: Callable[[str], Model]) -> None:
     model, first = open_model("llama-experts"), CpuBackend(1)
     program = model.program(0, model.layer_count)
-    chain: Backend = ChainBackend([Part(first, 0, 1), Part(_Full(1), 1, model.layer_count)])
+    chain: Backend = MultiDeviceBackend([BackendLayers(first, 0, 1), BackendLayers(_Full(1), 1, model.layer_count)])
     with pytest.raises(InsufficientMemoryError):
         load_stage(chain, model)
     assert first.held_bytes(program, model.tensors_for(program)) == 0

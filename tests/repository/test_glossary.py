@@ -20,7 +20,7 @@ WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 PENDING = """
     benchmarks cli cluster/api cluster/client cluster/config cluster/control cluster/engine cluster/launchers
     cluster/membership cluster/planner cluster/scheduler cluster/server cluster/state cluster/text core
-    examples kernels kernels/cpu kernels/cuda kernels/packed kernels/reference model/chat proto tests tools
+    examples kernels/cpu proto tests tools
     tools/bench tools/convert tools/quantize wire wire/control wire/microbatch wire/rpc worker worker/devices
     worker/stage worker/weights
 """

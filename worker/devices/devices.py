@@ -13,7 +13,7 @@ from llamaclust.core.gpus import DeviceLayers, Gpu
 from llamaclust.core.profile import DeviceProfile, Profile
 from llamaclust.core.sizes import MIB
 from llamaclust.kernels.backend import Backend
-from llamaclust.kernels.multi_device import ChainBackend, Part
+from llamaclust.kernels.multi_device import BackendLayers, MultiDeviceBackend
 from llamaclust.kernels.packed.cache_folder import PackedCacheFolder
 from llamaclust.model.loader import Model
 from llamaclust.wire.control.messages import Load, Register
@@ -80,8 +80,8 @@ class Device:
 
     def backend_for(self, order: Load) -> Backend:
         """What computes the layers of a stage: one device, or several in a chain."""
-        parts = [Part(self.backend_of(one.device), one.start, one.end) for one in self.layers(order)]
-        return parts[0].backend if len(parts) == 1 else ChainBackend(parts)
+        parts = [BackendLayers(self.backend_of(one.device), one.start, one.end) for one in self.layers(order)]
+        return parts[0].backend if len(parts) == 1 else MultiDeviceBackend(parts)
 
     def measure(self, model: Model | None = None) -> Profile:
         """What the machine reaches, and what steps of the model take; blocks for a second, longer for large layers."""

@@ -10,7 +10,7 @@ from llamaclust.core.gpus import DeviceLayers
 from llamaclust.core.limits import StageLimits
 from llamaclust.core.sizes import missing
 from llamaclust.kernels.backend import Backend
-from llamaclust.kernels.multi_device import ChainBackend, Part
+from llamaclust.kernels.multi_device import BackendLayers, MultiDeviceBackend
 from llamaclust.model.loader import Model
 from llamaclust.worker.devices.devices import Device
 from llamaclust.worker.stage.stage_runner import plan_memory
@@ -43,8 +43,8 @@ def held_layers(device: Device, model: Model, limits: StageLimits) -> tuple[Devi
 
 def backend_of(device: Device, held: tuple[DeviceLayers, ...]) -> Backend:
     """What computes these layers: one device, or several in a chain."""
-    parts = [Part(device.backend_of(one.device), one.start, one.end) for one in held]
-    return parts[0].backend if len(parts) == 1 else ChainBackend(parts)
+    parts = [BackendLayers(device.backend_of(one.device), one.start, one.end) for one in held]
+    return parts[0].backend if len(parts) == 1 else MultiDeviceBackend(parts)
 
 
 def _lacking_bytes(device: Device, held: DeviceLayers, model: Model, limits: StageLimits) -> int:

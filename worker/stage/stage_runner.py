@@ -9,7 +9,7 @@ from llamaclust.core.gpus import DeviceLayers
 from llamaclust.core.limits import StageLimits
 from llamaclust.core.sampling import RowResult
 from llamaclust.kernels.backend import Backend, Float32, Progress
-from llamaclust.kernels.multi_device import ChainStage
+from llamaclust.kernels.multi_device import MultiDeviceStage
 from llamaclust.kernels.sampling import Sampler
 from llamaclust.model.loader import Model
 from llamaclust.model.program import KvType, Program
@@ -146,7 +146,7 @@ class StageRunner:
         """What it takes of the memory of each device."""
         if not self.devices:
             return {"cpu": self.memory.total_bytes}
-        stages = self._stage.stages if isinstance(self._stage, ChainStage) else (self._stage,)
+        stages = self._stage.stages if isinstance(self._stage, MultiDeviceStage) else (self._stage,)
         return {
             one.device: stage.weight_bytes + stage.kv_bytes + stage.workspace_bytes
             for one, stage in zip(self.devices, stages, strict=True)

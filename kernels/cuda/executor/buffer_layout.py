@@ -1,4 +1,4 @@
-"""Buffers of a plan as named parts of one piece of memory, which is allocated once."""
+"""Named buffers of a plan in one allocation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llamaclust.kernels.cuda.runtime.memory import aligned
 
 @dataclass(slots=True)
 class BufferLayout:
-    """First it is asked for all parts, to learn how large each has to be; then they are laid out and have addresses."""
+    """Before `lay_out`, `at` records the size of each buffer; afterwards it gives addresses."""
 
     n_bytes: int = 0
     base: int = 0
@@ -19,7 +19,7 @@ class BufferLayout:
     _offsets: dict[object, int] = field(default_factory=dict)
 
     def at(self, name: object, n_bytes: int) -> np.uint64:
-        """The address of a part; 0 before there is one."""
+        """The address of a buffer; 0 before `lay_out`."""
         if not self._offsets:
             self._sizes[name] = max(n_bytes, self._sizes.get(name, 0))
             return np.uint64(0)
@@ -27,7 +27,7 @@ class BufferLayout:
         return np.uint64(self.base + self._offsets[name])
 
     def lay_out(self) -> None:
-        """One part behind the other."""
+        """Assigns consecutive offsets."""
         at = 0
         for name, n_bytes in self._sizes.items():
             self._offsets[name] = at

@@ -46,13 +46,13 @@ _LEAST_PIECE = 8
 
 @dataclass(slots=True)
 class Emitter:
-    """Of one shape, step by step."""
+    """Emits the launches of a program for one shape."""
 
     context: LaunchContext
     shape: Shape
     _selected: bool = False
     _current: dict[str, np.uint64] = field(default_factory=dict)  # where a buffer's newest values are
-    _quantized: dict[ActivationFormat, str] = field(default_factory=dict)  # whose are there in this format
+    _quantized: dict[ActivationFormat, str] = field(default_factory=dict)  # the buffer that is there in this format
 
     def launches(self) -> Iterator[Launch]:
         program = self.context.program
@@ -109,7 +109,7 @@ class Emitter:
         return self.context.layout.at((name, self._selected), _FLOAT * width * multiple * self._room)
 
     def _is_written(self, name: str) -> None:
-        self._quantized = {kind: whose for kind, whose in self._quantized.items() if whose != name}
+        self._quantized = {kind: owner for kind, owner in self._quantized.items() if owner != name}
 
     def _weight(self, name: str) -> matmul.Weights:
         weight = self.context.weights[name]
@@ -123,7 +123,7 @@ class Emitter:
         return matmul.embed(self._weight(name), ids, self._rows, out)
 
     def _activations(self, kind: ActivationFormat, name: str, width: int, multiple: int = 1) -> np.uint64:
-        """Where `name` is to be put in this format."""
+        """The destination of `name` in this format."""
         self._quantized[kind] = name
         n_bytes = matmul.activation_bytes(kind, self._room * multiple, width)
         return self.context.layout.at(("activations", kind), n_bytes)
@@ -131,14 +131,14 @@ class Emitter:
     def _quantize(
         self, name: str, x: np.uint64, width: int, weights: Sequence[str], multiple: int = 1
     ) -> Iterator[Launch]:
-        """x, which is called `name`, in each format that the weights ask for and nobody has made."""
+        """Quantizes x, whose name is `name`, in each format of the weights that is not there yet."""
         for kind in dict.fromkeys(self._weight(weight).activation for weight in weights):
             if kind is not ActivationFormat.F32 and self._quantized.get(kind) != name:
                 out = self._activations(kind, name, width, multiple)
                 yield matmul.quantize(kind, x, width, self._rows.times(multiple), out)
 
-    def _given(self, weight: matmul.Weights, x: np.uint64) -> np.uint64:
-        """Where products with it find x."""
+    def _activation_of(self, weight: matmul.Weights, x: np.uint64) -> np.uint64:
+        """The address of x in the format of the weight."""
         kind = weight.activation
         return x if kind is ActivationFormat.F32 else self.context.layout.at(("activations", kind), 0)
 
@@ -148,7 +148,7 @@ class Emitter:
         products = [
             matmul.Product(self._weight(step.weight), self._vector(step.bias), self._out(step.out)) for step in steps
         ]
-        yield matmul.multiply(products, self._given(products[0].weights, at), self._rows, sms)
+        yield matmul.multiply(products, self._activation_of(products[0].weights, at), self._rows, sms)
 
     def _norm(self, step: Norm) -> Launch:
         norm, y, total = step.norm, NULL, NULL
@@ -224,7 +224,7 @@ class Emitter:
         return elementwise.rope(step, x, self._angles(step.table), self._rows)
 
     def _attend(self, step: Attend, wanted: ActivationFormat | None = None) -> Iterator[Launch]:
-        """`wanted`: in this format alone, if it can be."""
+        """`wanted`: the only format of the result, if the kernel supports it."""
         steps, rotation = AttentionSteps(self.context, self.shape), self._rotation(step)
         if rotation is attention.NO_ROTATION:
             for rope in (step.rotate_q, step.rotate_k):
@@ -250,7 +250,7 @@ class Emitter:
         router = self._weight(step.router)
         yield from self._quantize(step.x.name, x, step.x.width, [step.router])
         logits = self._scratch("router logits", step.experts)
-        given, sms = self._given(router, x), self.context.gpu.sms
+        given, sms = self._activation_of(router, x), self.context.gpu.sms
         yield matmul.multiply([matmul.Product(router, NULL, logits)], given, rows, sms)
         chosen = self._chosen(step)
         piece = matmul.expert_piece(rows.bucket * used, step.experts)
@@ -297,5 +297,5 @@ class Emitter:
         for group in alike.values():
             matrix_bytes = self.context.weights[group[0][0]].matrix_bytes
             products = [matmul.Product(self._weight(name), NULL, out) for name, out in group]
-            given, sms = self._given(products[0].weights, x), self.context.gpu.sms
+            given, sms = self._activation_of(products[0].weights, x), self.context.gpu.sms
             yield matmul.multiply_experts(products, matrix_bytes, given, lines, sms)

@@ -16,13 +16,13 @@ from llamaclust.model.program import Attention
 
 @dataclass(frozen=True, slots=True)
 class AttentionSteps:
-    """Of one shape."""
+    """Emits attention launches for one shape."""
 
     context: LaunchContext
     shape: Shape
 
     def plans(self) -> Iterator[Launch]:
-        """How rows become tiles and spans: once for all layers that are alike."""
+        """Divides rows into tiles and spans, once for all layers of equal shape."""
         alike = {_likeness(step): step for step in self.context.program.kv_layers}
         for step in alike.values():
             cut = attention.cut_of(step, self.context.gpu)
@@ -70,5 +70,5 @@ class AttentionSteps:
 
 
 def _likeness(step: Attention) -> tuple[object, ...]:
-    """Equal for layers whose rows become the same tiles on any card."""
+    """Equal for layers whose rows become the same tiles on any GPU."""
     return step.heads, step.kv_heads, step.head_dim, step.kv_type, step.window

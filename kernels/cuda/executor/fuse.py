@@ -1,5 +1,5 @@
-"""Fusion beyond that of kernels/fuse.py: what a GPU does in one launch. A launch of one row takes about as long as
-the reading of a few megabytes, so that the small ones between two products count as much as these."""
+"""Fusion into GPU launches, on top of kernels/fuse.py. A launch for one row takes as long as reading a few megabytes,
+so the small steps between two products are fused into one launch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from llamaclust.model.program import (
 from llamaclust.model.quant_types import ActivationFormat, QuantType
 
 TypeOf = Callable[[str], QuantType]
-"""Of a weight by its name."""
+"""The quant type of a weight, by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,20 +70,20 @@ def fuse_for_gpu(program: Program, type_of: TypeOf) -> Iterator[GpuStep]:
             yield from _of_one_type(step, type_of)
         else:
             yield step
-        done += sum(len(_plain(one)) for one in steps[at : at + count])
+        done += sum(len(_plain(step)) for step in steps[at : at + count])
         at += count
 
 
 @dataclass(frozen=True, slots=True)
 class _Reader:
-    """Who reads what steps from `done` on make."""
+    """Finds the readers of buffers that steps from `done` on write."""
 
     program: Program
     done: int
     type_of: TypeOf
 
     def formats(self, out: Buffer, makers: int, reader: FusedStep) -> frozenset[ActivationFormat]:
-        """What has to be made of `out` by the `makers` steps in front of its `reader`; none: that does not read it."""
+        """The formats of `out` that the `makers` steps before `reader` must write; empty if it does not read it."""
         weights = _weights_of(reader, out)
         found = {activation for name in weights if (activation := self.type_of(name).info.activation) is not None}
         end = self.done + makers + len(_plain(reader))
@@ -120,19 +120,19 @@ def _fits(norm: RmsNorm) -> bool:
 
 
 def _single(formats: frozenset[ActivationFormat]) -> ActivationFormat | None:
-    """The only one, if it is in eight bits."""
+    """The only format, if it has eight bits."""
     return next(iter(formats)) if len(formats) == 1 and ActivationFormat.F32 not in formats else None
 
 
 def _weights_of(step: FusedStep, x: Buffer) -> tuple[str, ...]:
-    """Of a step that multiplies x."""
+    """The weights of a step that multiplies x."""
     if isinstance(step, Products) and step.x == x:
-        return tuple(one.weight for one in step.steps)
+        return tuple(product.weight for product in step.steps)
     return (step.router, step.gate, step.up) if isinstance(step, Moe) and step.x == x else ()
 
 
 def _of_one_type(products: Products, type_of: TypeOf) -> Iterator[Products]:
-    """Those of each type together, as many as a launch takes."""
+    """Groups of equal type, at most as large as a launch takes."""
     alike: dict[QuantType, list[MatMul]] = {}
     for step in products.steps:
         alike.setdefault(type_of(step.weight), []).append(step)
@@ -142,7 +142,7 @@ def _of_one_type(products: Products, type_of: TypeOf) -> Iterator[Products]:
 
 
 def _plain(step: FusedStep) -> tuple[Step, ...]:
-    """The program's own steps in it."""
+    """The steps of the program that it fuses."""
     match step:
         case Products():
             return step.steps

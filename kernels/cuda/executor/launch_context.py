@@ -1,4 +1,4 @@
-"""What launches are made for: a program with its weights, where its buffers and KV memory are, and on what card."""
+"""The context of launches: a program, addresses of its weights, buffers and KV memory, and limits of the GPU."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Weights = Mapping[str, DeviceWeight]
 
 @dataclass(frozen=True, slots=True)
 class LaunchContext:
-    """Addresses are 0 while only sizes are looked for."""
+    """Addresses are 0 while sizes are computed."""
 
     program: Program
     weights: Weights
@@ -29,16 +29,16 @@ class LaunchContext:
     layout: BufferLayout
     inputs: Addresses
     kv: Mapping[int, np.uint64]  # by layer
-    constants: set[bytes]  # numbers that are there before the first launch
+    constants: set[bytes]  # uploaded before the first launch
     gpu: LaunchLimits
 
     def constant(self, numbers: NDArray[Any]) -> np.uint64:
-        """Where they are on the device."""
+        """Their address on the device."""
         data = numbers.tobytes()
         self.constants.add(data)
         return self.layout.at(constant_name(data), len(data))
 
 
 def constant_name(data: bytes) -> object:
-    """Of its region."""
+    """The name of its buffer."""
     return "constant", data

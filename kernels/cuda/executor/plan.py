@@ -1,6 +1,8 @@
-"""From a program to launches over buffers at fixed addresses: for each bucket of rows a list, made once."""
+"""Compiles a program to launches over buffers at fixed addresses, one list for each bucket of rows."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -8,23 +10,25 @@ from llamaclust.core.limits import StageLimits
 from llamaclust.kernels.cuda.executor.buffer_layout import BufferLayout
 from llamaclust.kernels.cuda.executor.emit import Emitter
 from llamaclust.kernels.cuda.executor.inputs import Inputs
-from llamaclust.kernels.cuda.executor.kv import block_bytes, layer_offsets
 from llamaclust.kernels.cuda.executor.launch_context import LaunchContext, Weights, constant_name
 from llamaclust.kernels.cuda.executor.shapes import Shape
 from llamaclust.kernels.cuda.launches.attention import LaunchLimits
 from llamaclust.kernels.cuda.runtime.device import LEAST_SHARED_BYTES, Buffer, Device, Launch
 from llamaclust.kernels.cuda.runtime.memory import allocated
-from llamaclust.model.program import Program
+from llamaclust.model.program import KV_BLOCK_TOKENS, Attention, Program
 
 ANY_GPU = LaunchLimits(1, LEAST_SHARED_BYTES)
-"""Where it is not known which one: what a plan takes is the same."""
+"""For planning without a GPU: sizes are equal on all."""
+
+
+_LAYER_ALIGNMENT_BYTES = 256
 
 
 class Plan:
     """A program's buffers, and its launches once these have addresses."""
 
     def __init__(self, program: Program, weights: Weights, limits: StageLimits, gpu: LaunchLimits = ANY_GPU) -> None:
-        """Of the weights all but addresses. What buffers take does not depend on the card. ValueError where the program
+        """Weights without addresses. The size of buffers does not depend on the GPU. ValueError where the program
         does not hold together."""
         self.program = program
         self.weights = weights
@@ -46,7 +50,7 @@ class Plan:
 
     @property
     def kv_allocated_bytes(self) -> int:
-        """What KV memory takes, with what lies between its layers."""
+        """KV memory with gaps between layers."""
         return allocated(self._kv_end)
 
     @property
@@ -55,7 +59,7 @@ class Plan:
 
     @property
     def kernels(self) -> frozenset[str]:
-        """All that launches of any shape need."""
+        """The kernels of all shapes."""
         return frozenset(launch.kernel for shape in Shape.all(self.limits) for launch in self.launches(shape))
 
     @property
@@ -72,7 +76,7 @@ class Plan:
         return self._layout.offset((self.program.out.name, self.program.is_last))
 
     def bind(self, device: Device, weights: Weights, buffers: Buffer, kv: Buffer) -> None:
-        """Where all that lies from now on; brings what kernels find there before their first launch."""
+        """Sets all addresses and uploads constants."""
         self.weights = weights
         self._layout.base, self._kv_base = buffers.address, kv.address
         for data in self._constants:
@@ -88,5 +92,19 @@ class Plan:
 
 
 def kv_bytes(program: Program, limits: StageLimits) -> int:
-    """Of KV memory, without what lies between layers: as much as on a CPU."""
+    """KV memory without gaps between layers: equal to the CPU's."""
     return sum(block_bytes(step) * limits.layer_blocks(step.window) for step in program.kv_layers)
+
+
+def block_bytes(step: Attention) -> int:
+    """Bytes of one block of a layer, equal to the CPU's. The layout is that of src/attention/kv.cuh."""
+    return KV_BLOCK_TOKENS * step.kv_token_bytes
+
+
+def layer_offsets(steps: Sequence[Attention], limits: StageLimits) -> list[int]:
+    """The offset of each layer's block 0 in one allocation, and its size as the last element."""
+    offsets = [0]
+    for step in steps:
+        end = offsets[-1] + block_bytes(step) * limits.layer_blocks(step.window)
+        offsets.append(-(-end // _LAYER_ALIGNMENT_BYTES) * _LAYER_ALIGNMENT_BYTES)
+    return offsets

@@ -1,4 +1,4 @@
-"""Compiled kernels on disk, for all processes of a user."""
+"""Compiled kernels on disk, shared by all processes of a user."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _UNFINISHED_S = 3600.0
 
 
 class CubinCache:
-    """Compiled modules on disk, each by the hash of all that it depends on. What `folder` does not take, or
-    where others could plant theirs, is kept until `close`."""
+    """Compiled modules by the hash of source, options, architecture and compiler. If `folder` cannot be written, or
+    other users can write there, modules are kept in a temporary folder until `close`."""
 
     def __init__(self, folder: Path | None) -> None:
-        """None: nothing stays."""
+        """None: no persistent folder."""
         self._folder = folder
         self._instead: TemporaryDirectory[str] | None = None
 
@@ -33,27 +33,27 @@ class CubinCache:
             self._instead.cleanup()
 
     def get(self, nvrtc: Nvrtc, name: str, text: str, architecture: int, *, anew: bool = False) -> Path:
-        """A file to load, compiled now if it is not there, or is to be made `anew`."""
+        """The file of a module; compiled if it is missing or if `anew`."""
         of = "\0".join((text, *OPTIONS, str(architecture), str(nvrtc.version)))
         stem = f"{name}-{hashlib.sha256(of.encode()).hexdigest()[:32]}"
         folder = self._folder if self._folder is not None and _is_safe(self._folder) else None
         if folder is not None and not anew:
             for path in (folder / f"{stem}.{kind}" for kind in _KINDS):
                 if path.is_file():
-                    _used_now(path)
+                    _touch(path)
                     return path
         binary = nvrtc.compile(name, text, architecture)
         file = f"{stem}.{binary.kind}"
         if folder is not None:
             with suppress(OSError):
-                _forget_unused(folder)
+                _evict_unused(folder)
                 return _write(folder / file, binary.data)
         self._instead = self._instead or TemporaryDirectory(prefix="llamaclust-kernels-")
         return _write(Path(self._instead.name) / file, binary.data)
 
 
 def _is_safe(folder: Path) -> bool:
-    """Whether it can be read, and nobody else writes there; it is made where it is not there."""
+    """Creates the folder if needed. Whether it is readable, and only this user may write there."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = folder.stat()
@@ -64,7 +64,7 @@ def _is_safe(folder: Path) -> bool:
 
 
 def kernel_files(folder: Path) -> list[tuple[Path, os.stat_result]]:
-    """What is kept there, and what was left unfinished. OSError."""
+    """Compiled and unfinished files. OSError."""
     found = []
     for pattern in (*(f"*.{kind}" for kind in _KINDS), "*.tmp"):
         for path in folder.glob(pattern):
@@ -73,13 +73,13 @@ def kernel_files(folder: Path) -> list[tuple[Path, os.stat_result]]:
     return found
 
 
-def _used_now(path: Path) -> None:
+def _touch(path: Path) -> None:
     with suppress(OSError):  # of another user
         os.utime(path)
 
 
-def _forget_unused(folder: Path) -> None:
-    """Kernels of earlier versions and cards that are gone, and what processes that were killed left unfinished."""
+def _evict_unused(folder: Path) -> None:
+    """Deletes kernels that were unused for long, and unfinished files of killed processes."""
     now_s = time.time()
     for path, found in kernel_files(folder):
         if now_s - found.st_mtime > (_UNFINISHED_S if path.suffix == ".tmp" else _UNUSED_S):
@@ -87,7 +87,7 @@ def _forget_unused(folder: Path) -> None:
 
 
 def _write(path: Path, data: bytes) -> Path:
-    """Whole or not at all."""
+    """Atomic."""
     partial = path.with_name(f"{path.name}.{os.getpid()}-{get_ident()}.tmp")
     try:
         partial.write_bytes(data)

@@ -1,4 +1,4 @@
-"""A card through CuPy: memory, copies, launches and graphs on a stream of its own."""
+"""A GPU through CuPy: memory, copies, launches and graphs on a stream of its own."""
 
 from __future__ import annotations
 
@@ -74,9 +74,8 @@ class CupyDevice:
     """See `kernels.cuda.runtime.device.Device`."""
 
     def __init__(self, index: int = 0, memory_cap_bytes: int | None = None, folder: Path | None = None) -> None:
-        """The card that CUDA numbers so, of whose memory at most the cap is taken; compiled kernels stay in the folder,
-        if there is one. UsageError that says what is missing: CuPy, NVRTC, a driver, the card, a newer one, or one that
-        can be had."""
+        """GPU number `index` of CUDA, limited to `memory_cap_bytes`; compiled kernels are kept in `folder`. UsageError
+        that names what is missing: CuPy, NVRTC, a driver, the GPU, a newer GPU, or a GPU that is free."""
         self._cupy = import_cupy()
         self._index, self._cap_bytes = index, memory_cap_bytes
         self._runtime = self._cupy.cuda.runtime
@@ -85,7 +84,9 @@ class CupyDevice:
             gpu, self._stream = self._opened()
         except self.failures as error:
             words = " ".join(str(error).split())
-            raise UsageError(f"device cuda:{index} cannot be opened: {words}; nvidia-smi shows who uses it") from error
+            raise UsageError(
+                f"device cuda:{index} cannot be opened: {words}; nvidia-smi lists its processes"
+            ) from error
         self.name, self.uuid, self.memory_bytes, self.sms = gpu.name, gpu.uuid, gpu.memory_bytes, gpu.sms
         self.compute_capability, self.shared_bytes = gpu.compute_capability, gpu.shared_bytes
         self._nvrtc = usable_nvrtc(self._cupy)
@@ -96,22 +97,22 @@ class CupyDevice:
         self._buffers: set[CupyBuffer] = set()
 
     def _opened(self) -> tuple[GpuProperties, Any]:
-        """With the context in its memory that a process has there."""
+        """Creates the CUDA context of this process."""
         gpu = gpu_properties(self._cupy, self._index)
-        self._choose()
+        self._select()
         return gpu, self._cupy.cuda.Stream(non_blocking=True)
 
     @property
     def free_bytes(self) -> int:
-        self._choose()
+        self._select()
         free: int = self._runtime.memGetInfo()[0]
         if self._cap_bytes is None:
             return free
-        held = tuple(self._buffers)  # weights are freed by whichever thread drops them
+        held = tuple(self._buffers)  # any thread may free weights
         return max(0, min(free, self._cap_bytes - sum(buffer.n_bytes for buffer in held)))
 
     def prepare(self, kernels: Iterable[str]) -> None:
-        self._choose()
+        self._select()
         for name in kernels:
             self._kernel(name)
 
@@ -120,7 +121,7 @@ class CupyDevice:
         try:
             if n_bytes > free:
                 raise InsufficientMemoryError(self._does_not_fit(n_bytes, free))
-            self._choose()
+            self._select()
             address = self._runtime.malloc(max(n_bytes, 1))
         except self._runtime.CUDARuntimeError as error:
             if error.status != _OUT_OF_MEMORY:
@@ -133,13 +134,13 @@ class CupyDevice:
     def free(self, buffer: CupyBuffer) -> None:
         if buffer in self._buffers:
             self._buffers.remove(buffer)
-            with suppress(*self.failures):  # of a lost card nothing can be given back, and whoever uses it is told
-                self._choose()
+            with suppress(*self.failures):  # a lost GPU fails every call; its users get the error
+                self._select()
                 self._runtime.free(buffer.address)
             buffer.address = 0
 
     def pinned(self, n_bytes: int) -> Bytes:
-        self._choose()
+        self._select()
         try:
             memory = self._cupy.cuda.PinnedMemory(max(n_bytes, 1))
         except self._runtime.CUDARuntimeError as error:
@@ -164,50 +165,50 @@ class CupyDevice:
 
     def _copy_in(self, buffer: Buffer, offset_bytes: int, data: Bytes) -> None:
         to, runtime = _part(buffer, offset_bytes, data.nbytes), self._runtime
-        self._choose()
+        self._select()
         runtime.memcpyAsync(to, data.ctypes.data, data.nbytes, runtime.memcpyHostToDevice, self._stream.ptr)
 
     def copy_out(self, pinned: Bytes, buffer: Buffer, offset_bytes: int) -> None:
         assert pinned.flags.c_contiguous
         begin, runtime = _part(buffer, offset_bytes, pinned.nbytes), self._runtime
-        self._choose()
+        self._select()
         runtime.memcpyAsync(pinned.ctypes.data, begin, pinned.nbytes, runtime.memcpyDeviceToHost, self._stream.ptr)
 
     def launch(self, launch: Launch) -> None:
-        self._choose()
+        self._select()
         kernel = self._kernel(launch.kernel)
         self._allow_shared(kernel, launch)
         kernel(launch.grid, launch.block, launch.args, shared_mem=launch.shared_bytes, stream=self._stream)
 
     def _allow_shared(self, kernel: Any, launch: Launch) -> None:
-        """More than 48 KiB have to be asked for, once."""
+        """More than 48 KiB need an attribute, set once."""
         if launch.shared_bytes > max(PLAIN_SHARED_BYTES, self._shared.get(launch.kernel, 0)):
             kernel.max_dynamic_shared_size_bytes = launch.shared_bytes
             self._shared[launch.kernel] = launch.shared_bytes
 
     def capture(self, work: Callable[[], None]) -> CupyGraph:
-        self._choose()
+        self._select()
         self._stream.begin_capture()
         try:
             work()
         except BaseException:
-            with suppress(self._runtime.CUDARuntimeError):  # of a capture that is no good: the first error counts
+            with suppress(self._runtime.CUDARuntimeError):  # the first error counts
                 self._stream.end_capture()
             raise
         return CupyGraph(self, self._stream.end_capture())
 
     def replay(self, graph: Any) -> None:
-        self._choose()
+        self._select()
         graph.launch(stream=self._stream)
 
     def event(self) -> CupyEvent:
-        self._choose()
+        self._select()
         event = self._cupy.cuda.Event(disable_timing=True)
         event.record(self._stream)
         return CupyEvent(event)
 
     def synchronize(self) -> None:
-        self._choose()
+        self._select()
         self._stream.synchronize()
 
     def close(self) -> None:
@@ -218,8 +219,8 @@ class CupyDevice:
         self._modules.clear()
         self._binaries.close()
 
-    def _choose(self) -> None:
-        """CUDA's calls are about the card that a thread has chosen last."""
+    def _select(self) -> None:
+        """CUDA calls use the GPU that the thread selected last."""
         self._runtime.setDevice(self._index)
 
     def _kernel(self, name: str) -> Any:
@@ -229,7 +230,7 @@ class CupyDevice:
         return self._kernels[name]
 
     def _function(self, module: str, function: str) -> Any:
-        """Of a file that the driver does not take, such as half of one after a crash, the module is compiled anew."""
+        """If the driver rejects a file, such as a truncated one, the module is compiled again."""
         if module not in self._modules:
             self._modules[module] = self._module(module)
         try:

@@ -1,4 +1,4 @@
-"""Whether CuPy, a driver and a card are there: each absence is one line that says what to do."""
+"""Checks for CuPy, a driver and a GPU; each missing part is a one-line error with the remedy."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NO_DEVICE, _OLD_DRIVER = 100, 35  # cudaErrorNoDevice, cudaErrorInsufficientDri
 
 @dataclass(frozen=True, slots=True)
 class GpuProperties:
-    """One card, as the CUDA runtime describes it."""
+    """One GPU, as the CUDA runtime describes it."""
 
     name: str
     uuid: str  # hexadecimal digits
@@ -43,12 +43,12 @@ def import_cupy() -> Any:
 
 
 def gpu_properties(cupy: Any, index: int) -> GpuProperties:
-    """UsageError where there is no such card, or one that kernels are not made for."""
+    """UsageError if there is no such GPU or it is too old."""
     count = _count(cupy)
-    gpus = [_properties(cupy, one) for one in range(count)]
+    gpus = [_properties(cupy, number) for number in range(count)]
     if index >= count:
         there = ", ".join(f"cuda:{number} ({gpu.name})" for number, gpu in enumerate(gpus))
-        raise UsageError(f"device cuda:{index}: no such card; there is {there}")
+        raise UsageError(f"device cuda:{index}: no such GPU; available: {there}")
     gpu, (major, minor) = gpus[index], MIN_COMPUTE_CAPABILITY
     if gpu.compute_capability < MIN_COMPUTE_CAPABILITY:
         found = ".".join(map(str, gpu.compute_capability))
@@ -70,7 +70,7 @@ def usable_nvrtc(cupy: Any) -> Nvrtc:
 
 
 def _count(cupy: Any) -> int:
-    """UsageError without a card, or a driver for it."""
+    """UsageError without a GPU or driver."""
     runtime = cupy.cuda.runtime
     try:
         count: int = runtime.getDeviceCount()

@@ -1,4 +1,4 @@
-"""What the executor needs of a GPU: memory, copies, launches, graphs. Knows neither CuPy nor the kernels."""
+"""The interface to a GPU: memory, copies, launches, graphs."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ Scalar = np.int32 | np.float32 | np.float64 | np.uint64
 NULL = np.uint64(0)
 
 MIN_COMPUTE_CAPABILITY = (7, 5)
-"""The oldest cards that CUDA 13 still compiles for; with 8-bit matrix instructions."""
+"""The oldest GPUs that CUDA 13 compiles for; they have 8-bit matrix instructions."""
 
 LEAST_SHARED_BYTES = 64 << 10
-"""What `Device.shared_bytes` is on any of these cards, at least."""
+"""The least `Device.shared_bytes` of these GPUs."""
 
 PLAIN_SHARED_BYTES = 48 << 10
-"""Shared memory that a block of any card has; more of it, up to `Device.shared_bytes`, has to be dynamic."""
+"""Shared memory of a block without an attribute; more, up to `Device.shared_bytes`, must be dynamic."""
 
 
 class Buffer(Protocol):
-    """Memory of the device, aligned to 16 bytes at least. What stands in it at first is not defined."""
+    """Memory of the device, aligned to 16 bytes at least. The initial content is undefined."""
 
     address: int
     n_bytes: int
@@ -56,7 +56,7 @@ class Graph(Protocol):
     """Launches and copies that were captured. Copies read and write pinned memory anew each time."""
 
     def launch(self) -> None:
-        """Does all of them again, in order with what else was asked of the device."""
+        """Executes all of them, in order with other calls of the device."""
         ...
 
     def close(self) -> None: ...
@@ -80,16 +80,16 @@ class Device(Protocol):
     sms: int  # multiprocessors
     memory_bytes: int
     shared_bytes: int  # shared memory that a block can have at most
-    failures: tuple[type[Exception], ...]  # what its driver raises; it computes no more then
+    failures: tuple[type[Exception], ...]  # errors of the driver, after which the device is lost
 
     @property
     def free_bytes(self) -> int:
-        """What `allocate` would give now."""
+        """The most that `allocate` can give now."""
         ...
 
     def prepare(self, kernels: Iterable[str]) -> None:
-        """Compiles what these need: seconds, the first time on a machine. `launch` does it too, if need be, but must
-        not while a graph is captured."""
+        """Compiles the modules of these kernels: seconds, once on a machine. `launch` also compiles, except during
+        the capture of a graph."""
         ...
 
     def allocate(self, n_bytes: int) -> Buffer:
@@ -102,11 +102,11 @@ class Device(Protocol):
         ...
 
     def upload(self, buffer: Buffer, offset_bytes: int, data: Bytes) -> None:
-        """Returns when it is there."""
+        """Returns when the copy is complete."""
         ...
 
     def download(self, buffer: Buffer, offset_bytes: int, n_bytes: int) -> Bytes:
-        """What stands there after everything before."""
+        """The content after all earlier calls."""
         ...
 
     def copy_in(self, buffer: Buffer, offset_bytes: int, pinned: Bytes) -> None:
@@ -120,7 +120,7 @@ class Device(Protocol):
     def launch(self, launch: Launch) -> None: ...
 
     def capture(self, work: Callable[[], None]) -> Graph:
-        """What `work` launches and copies, as a graph; nothing of it is done yet."""
+        """Records the launches and copies of `work` without executing them."""
         ...
 
     def event(self) -> Event:

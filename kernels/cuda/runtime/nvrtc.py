@@ -18,7 +18,7 @@ _OLDEST = (12, 0)
 
 @dataclass(frozen=True, slots=True)
 class Binary:
-    """What a card loads: machine code of one architecture ("cubin"), or PTX for a card that NVRTC does not know."""
+    """Machine code of one architecture ("cubin"), or PTX for an architecture that NVRTC does not know."""
 
     kind: str
     data: bytes
@@ -58,7 +58,7 @@ class Nvrtc:
     def translate(self, kind: str, name: str, text: str, options: Sequence[str]) -> bytes:
         """Machine code ("cubin") or PTX ("ptx") by these options alone."""
         program = ctypes.c_void_p()
-        source, given = text.encode(), [one.encode() for one in (*options, _ALL_ON_DEVICE)]
+        source, given = text.encode(), [option.encode() for option in (*options, _ALL_ON_DEVICE)]
         made = self._library.nvrtcCreateProgram(ctypes.byref(program), source, f"{name}.cu".encode(), 0, None, None)
         self._check(made)
         try:

@@ -1,4 +1,4 @@
-// What a card can do at best: memory read, 8-bit multiply-accumulates. Results are written where they are a number that
+// Peak rates of a GPU: memory read, 8-bit multiply-accumulates. Results are written where they are a number that
 // none of them is, so that compilers keep the work.
 #include "mma.cuh"
 

@@ -1,4 +1,4 @@
-// Products of 8-bit matrices by a warp: d[16][8] += a[16][k] b[k][8], on cards of any age with the same (exact) result.
+// Products of 8-bit matrices by a warp: d[16][8] += a[16][k] b[k][8], on GPUs of any age with the same (exact) result.
 //
 // With row = lane / 4 and column = lane % 4:
 //   a[0]: a[row][4 column + 0..3]     a[1]: a[row + 8][the same]     a[2], a[3] (k = 32): the same rows, 16 columns on

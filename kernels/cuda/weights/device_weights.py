@@ -53,7 +53,7 @@ class DeviceWeight:
 
 
 class LayerMemory:
-    """What holds a layer's weights, or one that is in no layer. Freed when nobody has it any more."""
+    """GPU memory of a layer's weights, or of one weight outside layers. Freed with the last reference."""
 
     def __init__(self, layer: LayerTensors, buffer: Buffer) -> None:
         self.buffer = buffer
@@ -91,7 +91,7 @@ class LayerTensors:
 
     @property
     def key(self) -> tuple[object, ...]:
-        return tuple((one.path, one.file_identity, one.name) for one in self.tensors)
+        return tuple((tensor.path, tensor.file_identity, tensor.name) for tensor in self.tensors)
 
 
 def layers_of_weights(tensors: Iterable[Tensor]) -> list[LayerTensors]:
@@ -108,7 +108,7 @@ def layers_of_weights(tensors: Iterable[Tensor]) -> list[LayerTensors]:
 
 
 class DeviceWeights:
-    """Loads layers, each once for as long as any stage holds it."""
+    """Loads layers and shares them between stages."""
 
     def __init__(self, gpu_lock: GpuLock, threads: int, packed_cache: PackedCacheFolder | None) -> None:
         """Stages may compute while others load."""
@@ -119,7 +119,7 @@ class DeviceWeights:
         self._loaded: WeakValueDictionary[tuple[object, ...], LayerMemory] = WeakValueDictionary()
 
     def load(self, program: Program, tensors: Mapping[str, Tensor], progress: Progress) -> tuple[LayerMemory, ...]:
-        """What holds the program's weights. Errors as of the CPU's `WeightStore.load`; InsufficientMemoryError where
+        """The memory of the program's weights. Errors as of the CPU's `WeightStore.load`; InsufficientMemoryError where
         the device has too little memory."""
         check_weights(program, tensors)
         layers = layers_of_weights(tensors[name] for name in program.weights)
@@ -131,7 +131,7 @@ class DeviceWeights:
         return (*held.values(), *made.values())
 
     def held_bytes(self, tensors: Iterable[Tensor]) -> int:
-        """Of those tensors whose layers a stage holds now."""
+        """Bytes of those tensors whose layers a stage holds now."""
         with self._lock:
             layers = layers_of_weights(tensors)
             return sum(layer.resident_bytes for layer in layers if layer.key in self._loaded)
@@ -153,7 +153,7 @@ class DeviceWeights:
                 for (tensor, offset), data in zip(layer.offsets, host.pieces(layer), strict=True):
                     uploads.bring(made[layer].buffer, offset, data)
                     progress(tensor.resident_bytes)
-                self._kept(host, layer)
+                self._cache(host, layer)
         uploads.wait()
         return made
 
@@ -174,8 +174,8 @@ class DeviceWeights:
             pass
         return _HostLayer(memory, is_new, {one.name: weights[one.name].vector for one in layer.vectors})
 
-    def _kept(self, host: _HostLayer, layer: LayerTensors) -> None:
-        """Written for the next load, before its memory is given back."""
+    def _cache(self, host: _HostLayer, layer: LayerTensors) -> None:
+        """Writes a new layer to the packed-weight cache before its memory is freed."""
         if self._packed_cache is not None and host.is_new and layer.packed is not None and host.memory is not None:
             self._packed_cache.keep({layer.packed: host.memory})
             self._packed_cache.wait()
@@ -200,7 +200,7 @@ class _HostLayer:
 
 
 class _Uploads:
-    """Bytes on their way through two pinned buffers: one is filled while the device copies from the other."""
+    """Uploads through two pinned buffers: one is filled while the device copies from the other."""
 
     def __init__(self, gpu_lock: GpuLock) -> None:
         self._gpu_lock = gpu_lock
@@ -220,7 +220,7 @@ class _Uploads:
                 self._free[turn] = self._gpu_lock.device.event()
 
     def wait(self) -> None:
-        """Until all is there."""
+        """Returns when all uploads are complete."""
         for turn in range(len(self._free)):
             self._wait(turn)
 

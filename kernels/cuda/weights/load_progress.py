@@ -1,4 +1,4 @@
-"""How far a load is whose kernels are compiled while its weights are brought."""
+"""Progress of a load that compiles kernels while it uploads weights."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ _KERNELS_SHARE = 10
 
 
 class LoadProgress:
-    """Tells of all bytes in the end, one part in `_KERNELS_SHARE` of them as kernels are there: so that a load which
-    waits for a compiler is seen to get further. For several threads."""
+    """Reports all weight bytes; 1 / `_KERNELS_SHARE` of them as modules are compiled, so that a load that waits for the
+    compiler makes progress. Thread-safe."""
 
     def __init__(self, progress: Progress, total_bytes: int, modules: int) -> None:
         self._progress = progress
         self._total_bytes = total_bytes
         self._modules = self._modules_left = modules
-        self._there_bytes = self._told_bytes = 0
+        self._uploaded_bytes = self._reported_bytes = 0
         self._lock = Lock()
 
     def add_bytes(self, n_bytes: int) -> None:
-        """Of weights that are there."""
+        """Counts uploaded weights."""
         with self._lock:
-            self._there_bytes += n_bytes
-            self._tell()
+            self._uploaded_bytes += n_bytes
+            self._report()
 
     def module_done(self) -> None:
         with self._lock:
             self._modules_left -= 1
-            self._tell()
+            self._report()
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         withheld = self._total_bytes * self._modules_left // (_KERNELS_SHARE * max(1, self._modules))
-        known = min(self._there_bytes, self._total_bytes - withheld)
-        if known > self._told_bytes:
-            more, self._told_bytes = known - self._told_bytes, known
+        known = min(self._uploaded_bytes, self._total_bytes - withheld)
+        if known > self._reported_bytes:
+            more, self._reported_bytes = known - self._reported_bytes, known
             self._progress(more)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from llamaclust.core.limits import StageLimits
 from llamaclust.kernels.backend import Batch
-from llamaclust.kernels.cuda.executor.kv import block_bytes
+from llamaclust.kernels.cuda.executor.plan import block_bytes
 from llamaclust.kernels.cuda.launches.attention import (
     AttentionBuffers,
     BatchBounds,

@@ -156,7 +156,7 @@ DEVICE void add_segments(const uint8_t* tile, int first, int left, int segments,
 
 // Asks for the weights that a warp reads first, while it is still to learn which rows there are.
 template <class Type>
-DEVICE void ask_for_weights(const Product& p, int warp, int lane) {
+DEVICE void prefetch_weights(const Product& p, int warp, int lane) {
   constexpr int bytes = Type::kLayout.body_bytes + Type::kLayout.tail_bytes, piece = kTogether<Type> * bytes;
   const int from = warp * piece + 128 * lane;
   if (128 * lane < piece && from < p.tile_bytes)
@@ -171,7 +171,7 @@ DEVICE void gemv(const Products& all, int round) {
   constexpr int together = kTogether<Type>;
   const Product p = product_of(all, 1);
   const int thread = threadIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  if (p.items == nullptr) ask_for_weights<Type>(p, warp, lane);
+  if (p.items == nullptr) prefetch_weights<Type>(p, warp, lane);
   const Share share = share_of(p, blockIdx.x, kGroupRows);
   if (share.n <= 0) return;
   auto* shared = reinterpret_cast<Term*>(DYNAMIC_SHARED);

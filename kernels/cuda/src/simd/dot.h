@@ -81,7 +81,7 @@ DECODE Bytes lookup(const uint8_t (&table)[16], Bytes b) {
   const uint32_t index = b & 0x0f0f0f0fu;
   const uint32_t selectors = __byte_perm(index | index >> 4, 0, 0x4420);
   const uint32_t low = __byte_perm(words[0], words[1], selectors & 0x7777);
-  if ((words[2] | words[3]) == 0) return low;  // known when it is compiled: nobody asks for what such tables have not
+  if ((words[2] | words[3]) == 0) return low;  // known at compile time: such tables have no higher half
   const uint32_t high = __byte_perm(words[2], words[3], selectors & 0x7777);
   return __byte_perm(low, high, 0x3210 | (selectors & 0x8888) >> 1);
 }

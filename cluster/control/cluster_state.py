@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 
 from llamaclust.cluster.control import observations as seen
 from llamaclust.cluster.control.observations import Incarnation, PlanInputs
-from llamaclust.cluster.control.quarantine import Quarantine
 from llamaclust.cluster.planner.adjacency import Pairs, split
 from llamaclust.cluster.planner.plan import Plan
 from llamaclust.core.backoff import Backoff
@@ -17,6 +16,34 @@ from llamaclust.core.gpus import DeviceLayers
 MAX_FAILURES = 3
 """Of the same workers, without one of them being lost or a request being answered."""
 _LOAD_BACKOFF = Backoff(first_s=0.1, max_s=5.0)
+_QUARANTINE_BACKOFF = Backoff(first_s=10.0, max_s=600.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Quarantine:
+    """Workers that failed to load: plans exclude them for a time, twice as long after each failure, where the others
+    suffice. Such a worker often joins again at once, as on a machine with a bad disk, and would fail the next plan, too.
+    """
+
+    failures: Mapping[str, int] = field(default_factory=dict)
+    until_s: Mapping[str, float] = field(default_factory=dict)
+
+    def add(self, name: str, now_s: float) -> Quarantine:
+        failures = self.failures.get(name, 0)
+        until_s = now_s + _QUARANTINE_BACKOFF.pause_s(failures)
+        return Quarantine({**self.failures, name: failures + 1}, {**self.until_s, name: until_s})
+
+    def release(self, names: Collection[str]) -> Quarantine:
+        """Workers that took part in an epoch, or that an operator makes available again."""
+        failures = {name: count for name, count in self.failures.items() if name not in names}
+        return Quarantine(failures, {name: end_s for name, end_s in self.until_s.items() if name not in names})
+
+    def names(self, now_s: float) -> frozenset[str]:
+        """The workers that are excluded now."""
+        return frozenset(name for name, end_s in self.until_s.items() if end_s > now_s)
+
+    def next_end_s(self, now_s: float) -> float | None:
+        return min((end_s for end_s in self.until_s.values() if end_s > now_s), default=None)
 
 
 @dataclass(frozen=True, slots=True)

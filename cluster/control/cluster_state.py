@@ -22,7 +22,7 @@ _QUARANTINE_BACKOFF = Backoff(first_s=10.0, max_s=600.0)
 @dataclass(frozen=True, slots=True)
 class Quarantine:
     """Workers that failed to load: plans exclude them for a time, twice as long after each failure, where the others
-    suffice. Such a worker often joins again at once, as on a machine with a bad disk, and would fail the next plan, too.
+    suffice. Such a worker often joins again at once, as on a machine with a bad disk, and would fail the next plan.
     """
 
     failures: Mapping[str, int] = field(default_factory=dict)

@@ -97,7 +97,7 @@ def test_every_term_has_a_meaning_of_its_own() -> None:
 
 
 def test_words_of_identifiers() -> None:
-    assert words("StageExecutor") == words("stage_step") == words("STAGE_STEP") == " stage step "
+    assert words("StageStep") == words("stage_step") == words("STAGE_STEP") == " stage step "
     assert words("KVBlock16") == " kv block 16 "
     assert " ask " not in words("task_mask")
 

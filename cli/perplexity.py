@@ -65,7 +65,7 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Who computes: this process, workers of this machine, or a cluster that runs already."""
+    """What computes: this process, workers of this machine, or a cluster that runs already."""
 
     model: Path
     threads: int | None

@@ -182,7 +182,7 @@ class ClusterView:
 
 
 class LoggedCluster:
-    """The same for whoever gathers logs: a record an event, none while weights load."""
+    """Events as log records: a record an event, none while weights load."""
 
     def __enter__(self) -> Self:
         return self
@@ -219,7 +219,7 @@ def cluster_view(cluster: str) -> ClusterView | LoggedCluster:
 
 
 def joined_text(joined: WorkerJoined) -> str:
-    """Who has come, and who has not."""
+    """The workers that have joined, and those that have not."""
     missing = f"; still missing: {', '.join(joined.missing)}" if joined.missing else "; all are there"
     return f"worker {joined.worker} on {printable(joined.host)} has joined{missing}"
 

@@ -273,8 +273,8 @@ def head_lines(state: State) -> Iterator[str]:
     predicted, measured = state["speed"]["predicted"], state["speed"]["measured"]
     if measured["requests"]:
         yield f"measured:  {_speed(measured)} in the last 10 s"
-    limiting = f", limited by {predicted['limiting']}" if predicted["limiting"] else ""
-    yield f"predicted: {_speed(predicted)} for many requests{limiting}"
+    bottleneck = f", bottleneck: {predicted['bottleneck']}" if predicted["bottleneck"] else ""
+    yield f"predicted: {_speed(predicted)} for many requests{bottleneck}"
     if state["recoveries"]:
         last = ", ".join(f"{seconds:.2f}" for seconds in state["recovery_seconds"][-_RECOVERIES:])
         yield f"recoveries: {state['recoveries']}; the last took {last} s"

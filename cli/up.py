@@ -116,7 +116,7 @@ class Starter:
 
     def _outlive(self, descriptor: int) -> None:
         poll = select.poll()
-        poll.register(descriptor, 0)  # that nobody reads any more is always told
+        poll.register(descriptor, 0)  # a closed reading end is always reported
         poll.poll()
         with self._telling:
             if self.waits:

@@ -167,7 +167,7 @@ def rotate(
 ) -> None:
     """Put a new join token in the place of the old one, while the cluster runs or not, and print its file.
 
-    With the old one nobody joins any more. Who is a member stays, and needs the new one to join again."""
+    The old one admits no worker any more. Members stay, and need the new one to rejoin."""
     from llamaclust.cluster.config.environment import environment
     from llamaclust.cluster.config.values import parse_name
     from llamaclust.cluster.membership.authority import Authority
@@ -185,7 +185,7 @@ def rotate(
     authority.rotate_token()
     print(authority.token_file)
     print(
-        "copy it over the old one on every worker's machine: members stay, but whoever joins again needs it, so do all"
+        "copy it over the old one on every worker's machine: members stay, but workers that rejoin need it, as do all"
         " of them once the coordinator was restarted",
         file=sys.stderr,
     )

@@ -48,13 +48,13 @@ class ClusterConfig(Section):
     context_length: Annotated[int, Field(ge=1, le=MAX_CONTEXT_TOKENS)] = 4096
     """Tokens per sequence, prompt and answer together."""
     launcher: Literal["local", "static", "ray", "mpi"] = "local"
-    """Who starts the workers: local, this program on this machine; static, somebody; ray and mpi, Ray and mpirun."""
+    """What starts the workers: local, this program on this machine; static, you; ray and mpi, Ray and mpirun."""
     join: Join = Join()
     """Where workers that are not local come in."""
     ray: Ray = Ray()
     """The Ray cluster that starts the workers."""
     insecure: bool = False
-    """A static cluster without encryption and authentication: whoever reaches its ports is trusted."""
+    """A static cluster without encryption and authentication: every client that reaches its ports is trusted."""
     listen: Address = "127.0.0.1:8080"
     """HOST:PORT of the HTTP API; port 0 takes a free one."""
     workers: Annotated[
@@ -168,7 +168,7 @@ class ClusterConfig(Section):
 
 
 _THEIR_OWN = ("device", "gpu_layers", "gpu_memory", "threads", "memory")
-"""Keys of workers that are options of `llamaclust worker` where these are started by somebody."""
+"""Keys of workers that are options of `llamaclust worker` of a static cluster."""
 _ELSEWHERE = ("hf:", "pypi:", "http:", "https:")
 """How models begin that are no paths."""
 

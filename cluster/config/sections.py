@@ -88,7 +88,7 @@ class Ray(Section):
     strategy: Literal["SPREAD", "STRICT_SPREAD", "PACK", "STRICT_PACK"] = "SPREAD"
     """How the workers are placed over Ray's nodes; Ray's own words."""
     allow_unauthenticated: bool = False
-    """Whether a Ray cluster may be used that asks nobody for a token: whoever reaches it can run programs on it."""
+    """Whether a Ray cluster may be used that requires no token: every client that reaches it can run programs on it."""
 
 
 class PlanEntry(Section):

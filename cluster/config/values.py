@@ -19,7 +19,7 @@ _NAME = r"[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"
 _SIZE = r"(\d{1,15}(?:\.\d{1,6})?) ?(B|[kKMGT]B?|[KMGT]iB?)"
 _SIZE_POWERS = {"": 0, "k": 1, "K": 1, "M": 2, "G": 3, "T": 4}
 _LEAST_WITHOUT_UNIT = 1 << 20
-"""Whoever writes fewer bytes without a unit means another one."""
+"""A smaller number without a unit is taken for a mistake: the user meant another unit."""
 _DURATION = r"(\d{1,15}(?:\.\d{1,6})?) ?(ms|s|min|h)"
 _DURATION_UNITS = {"ms": 0.001, "s": 1.0, "min": 60.0, "h": 3600.0}
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from llamaclust.cluster.control import observations as seen
 from llamaclust.cluster.control.observations import Incarnation, PlanInputs
-from llamaclust.cluster.planner.adjacency import Pairs, split
+from llamaclust.cluster.planner.adjacency import Pairs, violated_pair
 from llamaclust.cluster.planner.plan import Plan
 from llamaclust.core.backoff import Backoff
 from llamaclust.core.errors import DeadlineError, LlamaclustError, ProtocolError, StalledError
@@ -66,7 +66,7 @@ class PoolState:
 
     def is_partitioned(self, plan: Plan) -> bool:
         """Whether neighbouring stages cannot reach each other."""
-        return split([stage.worker for stage in plan.stages], self.partitions) is not None
+        return violated_pair([stage.worker for stage in plan.stages], self.partitions) is not None
 
 
 @dataclass(frozen=True, slots=True)

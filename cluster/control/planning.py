@@ -55,7 +55,7 @@ def plan_cluster(config: ClusterConfig, model: Model, resources: ClusterResource
         manual=None if config.plan is None else manual_plan(config),
         kv_memory_bytes=config.kv_memory,
         links=resources.links,
-        apart=resources.partitions,
+        partitions=resources.partitions,
         max_batch_tokens=max_batch_tokens(config),
         rounding=rounding_of(model),
     )

@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import cache
 
 from llamaclust.cluster.planner.costs import Counts, sums
-from llamaclust.cluster.planner.workspace import Rounding, StagePlace, Workspace
+from llamaclust.cluster.planner.memory import Rounding, StagePlace, Workspace
 from llamaclust.core.limits import StageLimits
 from llamaclust.model.loader import Model
 from llamaclust.worker.stage.stage_runner import planned_workspace_bytes, weight_rounding_bytes

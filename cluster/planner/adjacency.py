@@ -1,68 +1,75 @@
-"""Cuts in which some workers are not neighbours: pairs that cannot reach each other. Pure.
+"""Adjacency constraints: pairs of workers that cannot reach each other and so must not hold neighbouring stages. Pure.
 
-Neighbours are stages that follow each other, and the last and the first one, for tokens go from that to this.
+Neighbours are consecutive stages, and the last and the first one, since tokens go from that to this.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from llamaclust.cluster.planner.dynamic_program import Steps, Ways, any_order, any_order_steps, ends_apart, in_order
-from llamaclust.cluster.planner.worker_classes import Kind, Order
+from llamaclust.cluster.planner.dynamic_program import (
+    Steps,
+    Ways,
+    any_order,
+    any_order_steps,
+    constrained_ends,
+    in_order,
+)
+from llamaclust.cluster.planner.worker_classes import Order, WorkerClass
 
 Pair = frozenset[str]
 Pairs = frozenset[Pair]
-"""Workers that are no neighbours, by name."""
+"""Pairs of workers that must not be neighbours, by name."""
 
 _MOST_STEPS = 1024
 """All orders are tried where that takes no more."""
 
 
-def split(ring: Sequence[str], apart: Pairs) -> Pair | None:
-    """A pair that is apart and whose workers are neighbours in these stages' order; None where there is none."""
+def violated_pair(ring: Sequence[str], partitions: Pairs) -> Pair | None:
+    """A pair of neighbours in this order of stages that cannot reach each other; None where there is none."""
     neighbours = (frozenset((one, ring[place - 1])) for place, one in enumerate(ring))
-    return next((pair for pair in neighbours if pair in apart), None)
+    return next((pair for pair in neighbours if pair in partitions), None)
 
 
 def names_in(pairs: Pairs) -> frozenset[str]:
     return frozenset[str]().union(*pairs)
 
 
-def ways_apart(kinds: Sequence[Kind], names: Sequence[str], apart: Pairs) -> list[Steps]:
-    """Ways that keep pairs apart. Workers of pairs must each be of a kind of its own; `names`: of all, in the file's
-    order."""
+def constrained_steps(classes: Sequence[WorkerClass], names: Sequence[str], partitions: Pairs) -> list[Steps]:
+    """Steps along which no pair is adjacent. Workers of pairs each have a class of their own. `names`: of all workers,
+    in the order of the cluster file."""
     places = {name: place for place, name in enumerate(names)}
-    ways = frozenset(frozenset(places[name] for name in pair) for pair in apart if pair <= places.keys())
-    ends = ends_apart(range(len(names)), ways)
-    file = sorted((worker, kind) for kind in kinds for worker in kind.workers)
-    if any_order_steps(kinds) * len(ends) <= _MOST_STEPS:
-        return [Steps(in_order(file, ways), ends), Steps(any_order(kinds, ways), ends)]
+    ways = frozenset(frozenset(places[name] for name in pair) for pair in partitions if pair <= places.keys())
+    ends = constrained_ends(range(len(names)), ways)
+    file = sorted((worker, worker_class) for worker_class in classes for worker in worker_class.workers)
+    if any_order_steps(classes) * len(ends) <= _MOST_STEPS:
+        return [Steps(in_order(file, ways), ends), Steps(any_order(classes, ways), ends)]
     orders = [file, _spread(file, ways), _spread(file[::-1], ways)[::-1]]
     return [Steps(in_order(order, ways), ends) for order in orders]
 
 
-def _spread(order: Order, apart: Ways) -> Order:
-    """As like the order as can be with no pair side by side; who finds no such place stands at the end."""
-    spread: list[tuple[int, Kind]] = []
+def _spread(order: Order, partitions: Ways) -> Order:
+    """The order, changed as little as possible so that no pair is adjacent; workers without such a place come last."""
+    spread: list[tuple[int, WorkerClass]] = []
     waiting = list(order)
     while waiting:
-        fitting = (one for one in waiting if not spread or _fine(one[0], spread[-1][0], apart))
+        fitting = (one for one in waiting if not spread or _fine(one[0], spread[-1][0], partitions))
         taken = next(fitting, None)
         if taken is None:
             break
         waiting.remove(taken)
         spread.append(taken)
     for one in waiting:
-        spread.insert(next(_gaps(spread, one[0], apart), len(spread)), one)
+        spread.insert(next(_gaps(spread, one[0], partitions), len(spread)), one)
     return spread
 
 
-def _gaps(order: Order, worker: int, apart: Ways) -> Iterator[int]:
-    """Where a worker can stand with neighbours that it reaches."""
+def _gaps(order: Order, worker: int, partitions: Ways) -> Iterator[int]:
+    """Positions between neighbours that the worker reaches."""
     for place in range(len(order)):
-        if all(_fine(worker, other, apart) for other in (order[place - 1][0], order[place][0])):
+        if all(_fine(worker, other, partitions) for other in (order[place - 1][0], order[place][0])):
             yield place
 
 
-def _fine(one: int, other: int, apart: Ways) -> bool:
-    return frozenset((one, other)) not in apart
+def _fine(one: int, other: int, partitions: Ways) -> bool:
+    return frozenset((one, other)) not in partitions

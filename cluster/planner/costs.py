@@ -1,5 +1,5 @@
-"""What a stage costs on a worker: bytes of memory, and time as steps of the model took there; where none were tried, by
-the roofline of bandwidth and dot products."""
+"""Costs of a stage on a worker: bytes of memory, and seconds by measured steps of the model, or else by the roofline of
+memory bandwidth and 8-bit products."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Table = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class GpuFacts:
-    """A GPU of a worker as the planner sees it; None is what nobody knows."""
+    """A GPU of a worker as the planner sees it; None where unknown."""
 
     device: str
     memory_bytes: int  # what the worker may take of it
@@ -29,7 +29,7 @@ class GpuFacts:
 
 @dataclass(frozen=True, slots=True)
 class WorkerFacts:
-    """A worker as the planner sees it; None is what nobody knows."""
+    """A worker as the planner sees it; None where unknown."""
 
     name: str
     memory_bytes: int | None  # what it may take, in all

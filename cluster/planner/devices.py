@@ -1,5 +1,5 @@
-"""Which layers of a stage go to which of its worker's devices: the last ones to its cards, as many as these have memory
-for or the user wants there, the others to its processor."""
+"""Division of a stage among the devices of its worker: the last layers go to its GPUs, as many as fit there or as the
+user set, the others to its processor."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Held = tuple[WorkerFacts, int, int]
 
 
 def devices_of(worker: WorkerFacts) -> tuple[WorkerFacts, ...]:
-    """The worker's processor and its cards, in the order in which layers go to them."""
+    """The worker's processor and its GPUs, in the order in which layers go to them."""
     if not worker.gpus:
         return (worker,)
     gpus = (
@@ -54,8 +54,8 @@ class Division:
 
 
 def divide(worker: WorkerFacts, layers: int, missing: Callable[[WorkerFacts], Table]) -> Division:
-    """`missing`: the bytes that a device lacks for layers [start, end). Where the user says how many layers the cards
-    hold, the first card has to take what is left of these."""
+    """`missing`: the bytes that a device lacks for layers [start, end). Where the user says how many layers the GPUs
+    hold, the first GPU has to take what is left of these."""
     devices = devices_of(worker)
     starts, ends = np.indices((layers + 1, layers + 1))
     wanted = layers if worker.gpu_layers is None else worker.gpu_layers

@@ -1,8 +1,7 @@
-"""Cuts along steps, each of which gives the next layers to one more worker: the least total, by dynamic programming.
+"""Splits with the least total cost, by dynamic programming over steps: each gives the next layers to one more worker.
 Pure.
 
-Which steps there are says which workers may be used in which orders, and who may stand behind whom: every search of the
-planner is one along some steps.
+The steps define which workers may be used in which orders, and which may follow which.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from math import inf, prod
 import numpy as np
 
 from llamaclust.cluster.planner.costs import Table
-from llamaclust.cluster.planner.worker_classes import Kind, Order
+from llamaclust.cluster.planner.worker_classes import Order, WorkerClass
 
 Stage = tuple[int, int, int]
 """(worker, start, end): layers [start, end) on a worker, by its place in the file."""
@@ -24,7 +23,7 @@ Ways = frozenset[frozenset[int]]
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
+class Split:
     """Stages in order, from the first layer to the last."""
 
     stages: tuple[Stage, ...]
@@ -34,45 +33,45 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One more worker has layers: the last ones so far. What was before it, by place among steps and choices."""
+    """One more worker gets the next layers. `before`: positions of possible predecessors among steps and choices."""
 
     worker: int
-    kind: Kind
+    worker_class: WorkerClass
     before: tuple[int, ...]
     is_first: bool  # it may be
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Whichever of these is best, the first one of those that are as good."""
+    """The best of these; the first one of equals."""
 
     before: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Ends:
-    """Who may be first, and who is not the last one then; `first` None: all."""
+    """Workers that may be first (None: all), and those that must not be last then."""
 
     first: Collection[int] | None = None
     not_last: Collection[int] = ()
 
 
 class Steps:
-    """Every cut along them, with any of those `ends`."""
+    """All splits along steps, with any of `ends`."""
 
     def __init__(self, places: Sequence[Step | Choice], ends: Sequence[Ends] = (Ends(),)) -> None:
         self._places = places
         self._ends = ends
-        self._kinds = {id(place.kind): place.kind for place in places if isinstance(place, Step)}
+        self._kinds = {id(place.worker_class): place.worker_class for place in places if isinstance(place, Step)}
         self._layers = next(iter(self._kinds.values())).layers
 
-    def least(self, limit: float) -> Cut | None:
-        """The one with the least total of those whose slowest stage is within the limit; None where there is none."""
-        allowed = {key: kind.allowed(limit) for key, kind in self._kinds.items()}
-        cuts = [cut for ends in self._ends if (cut := self._least(allowed, ends)) is not None]
-        return min(cuts, key=lambda cut: cut.total, default=None)
+    def least(self, limit: float) -> Split | None:
+        """The split with the least total whose slowest stage is within the limit; None where there is none."""
+        allowed = {key: worker_class.allowed(limit) for key, worker_class in self._kinds.items()}
+        splits = [split for ends in self._ends if (split := self._least(allowed, ends)) is not None]
+        return min(splits, key=lambda split: split.total, default=None)
 
-    def _least(self, allowed: dict[int, Table], ends: Ends) -> Cut | None:
+    def _least(self, allowed: dict[int, Table], ends: Ends) -> Split | None:
         never = np.full(self._layers + 1, inf)
         best: list[Table] = []  # of each place: [layers covered]
         before: list[Table] = []  # the same without its own stage
@@ -87,24 +86,26 @@ class Steps:
                 costs = costs.copy()
                 costs[0] = 0.0
             before.append(costs)
-            best.append(never if costs is never else (costs[:, np.newaxis] + allowed[id(place.kind)]).min(axis=0))
+            best.append(
+                never if costs is never else (costs[:, np.newaxis] + allowed[id(place.worker_class)]).min(axis=0)
+            )
             if best[-1][self._layers] < least and place.worker not in ends.not_last:
                 last, least = number, float(best[-1][self._layers])
         return None if last is None else self._walk(allowed, before, best, last)
 
-    def _walk(self, allowed: dict[int, Table], before: Sequence[Table], best: Sequence[Table], last: int) -> Cut:
-        """The cut behind best[last][layers]."""
-        stages: list[tuple[int, Kind, int, int]] = []
+    def _walk(self, allowed: dict[int, Table], before: Sequence[Table], best: Sequence[Table], last: int) -> Split:
+        """The split behind best[last][layers]."""
+        stages: list[tuple[int, WorkerClass, int, int]] = []
         number, end = last, self._layers
         while end:
             place = self._places[number]
             if isinstance(place, Step):
-                start = int((before[number] + allowed[id(place.kind)][:, end]).argmin())
-                stages.append((place.worker, place.kind, start, end))
+                start = int((before[number] + allowed[id(place.worker_class)][:, end]).argmin())
+                stages.append((place.worker, place.worker_class, start, end))
                 end = start
             if end:
                 number = min(place.before, key=lambda one: float(best[one][end]))
-        return _cut(stages)
+        return _split(stages)
 
 
 def _cheapest(best: Sequence[Table], places: tuple[int, ...], never: Table) -> Table:
@@ -114,43 +115,45 @@ def _cheapest(best: Sequence[Table], places: tuple[int, ...], never: Table) -> T
     return least
 
 
-def _cut(backwards: Sequence[tuple[int, Kind, int, int]]) -> Cut:
+def _split(backwards: Sequence[tuple[int, WorkerClass, int, int]]) -> Split:
     """Of stages from the last to the first."""
     stages = tuple((worker, start, end) for worker, _, start, end in reversed(backwards))
-    slowest = max(float(kind.slow[start, end]) for _, kind, start, end in backwards)
-    return Cut(stages, slowest, sum(float(kind.total[start, end]) for _, kind, start, end in backwards))
+    slowest = max(float(worker_class.slow[start, end]) for _, worker_class, start, end in backwards)
+    return Split(
+        stages, slowest, sum(float(worker_class.total[start, end]) for _, worker_class, start, end in backwards)
+    )
 
 
-def in_order(order: Order, apart: Ways = frozenset()) -> list[Step | Choice]:
-    """Of workers in one order; each may be left out. Pairs that are `apart` do not stand side by side."""
+def in_order(order: Order, partitions: Ways = frozenset()) -> list[Step | Choice]:
+    """Workers in one order, any of which may be unused. Pairs in `partitions` are not adjacent."""
     places: list[Step | Choice] = []
     steps: list[Step] = []
     at: list[int] = []  # places of the steps
     so_far: tuple[int, ...] = ()  # the choice of all of them
-    for worker, kind in order:
-        before = _beside(worker, steps, at, apart) if _is_bound(worker, apart) else so_far
-        steps.append(Step(worker, kind, before, is_first=True))
+    for worker, worker_class in order:
+        before = _beside(worker, steps, at, partitions) if _is_bound(worker, partitions) else so_far
+        steps.append(Step(worker, worker_class, before, is_first=True))
         at.append(len(places))
         places += (steps[-1], Choice((*so_far, at[-1])))
         so_far = (len(places) - 1,)
     return places
 
 
-def any_order(kinds: Sequence[Kind], apart: Ways = frozenset()) -> list[Step | Choice]:
-    """Of any workers in any order, of those that are alike the first ones: a step for each number of workers used of
-    each kind, and for each kind of the last of them. Workers of pairs that are `apart` are each of their own kind."""
+def any_order(classes: Sequence[WorkerClass], partitions: Ways = frozenset()) -> list[Step | Choice]:
+    """Any workers in any order, the first ones of a class before its others: a step for each combination of numbers of
+    workers used of each class, and for each class of the last worker. Workers of pairs have classes of their own."""
     places: list[Step | Choice] = []
     found: dict[tuple[int, ...], tuple[list[Step], list[int], tuple[int, ...]]] = {}  # by workers used
-    for used in np.ndindex(*(len(kind.workers) + 1 for kind in kinds)):
+    for used in np.ndindex(*(len(worker_class.workers) + 1 for worker_class in classes)):
         steps: list[Step] = []
         first = len(places)
-        for number, kind in enumerate(kinds):
+        for number, worker_class in enumerate(classes):
             if used[number]:
                 fewer = (*used[:number], used[number] - 1, *used[number + 1 :])
-                worker = kind.workers[used[number] - 1]
+                worker = worker_class.workers[used[number] - 1]
                 others, at, choice = found[fewer]
-                before = _beside(worker, others, at, apart) if _is_bound(worker, apart) else choice
-                steps.append(Step(worker, kind, before, is_first=not any(fewer)))
+                before = _beside(worker, others, at, partitions) if _is_bound(worker, partitions) else choice
+                steps.append(Step(worker, worker_class, before, is_first=not any(fewer)))
         places += steps
         own = list(range(first, len(places)))
         if own:
@@ -159,27 +162,27 @@ def any_order(kinds: Sequence[Kind], apart: Ways = frozenset()) -> list[Step | C
     return places
 
 
-def any_order_steps(kinds: Sequence[Kind]) -> int:
+def any_order_steps(classes: Sequence[WorkerClass]) -> int:
     """How many steps those are."""
-    sizes = [len(kind.workers) + 1 for kind in kinds]
+    sizes = [len(worker_class.workers) + 1 for worker_class in classes]
     return sum(prod(sizes) // size * (size - 1) for size in sizes)
 
 
-def ends_apart(workers: Collection[int], apart: Ways) -> list[Ends]:
-    """The last worker stands beside the first one. Which one is first decides who may be the last one, so it is tried
-    with each of those that are apart from somebody, and with all the others at once."""
-    bound = sorted(worker for worker in workers if _is_bound(worker, apart))
+def constrained_ends(workers: Collection[int], partitions: Ways) -> list[Ends]:
+    """The last worker is adjacent to the first one. So each worker of a pair is tried as the first,
+    and all others at once."""
+    bound = sorted(worker for worker in workers if _is_bound(worker, partitions))
     ends = [Ends(frozenset(workers) - frozenset(bound))]
     for first in bound:
-        ends.append(Ends({first}, {other for other in bound if frozenset((first, other)) in apart}))
+        ends.append(Ends({first}, {other for other in bound if frozenset((first, other)) in partitions}))
     return ends
 
 
-def _is_bound(worker: int, apart: Ways) -> bool:
-    return any(worker in pair for pair in apart)
+def _is_bound(worker: int, partitions: Ways) -> bool:
+    return any(worker in pair for pair in partitions)
 
 
-def _beside(worker: int, steps: Sequence[Step], at: Sequence[int], apart: Ways) -> tuple[int, ...]:
-    """Places of the steps whose workers it may stand behind."""
-    reached = (frozenset((worker, step.worker)) not in apart for step in steps)
+def _beside(worker: int, steps: Sequence[Step], at: Sequence[int], partitions: Ways) -> tuple[int, ...]:
+    """Positions of the steps whose workers it may follow."""
+    reached = (frozenset((worker, step.worker)) not in partitions for step in steps)
     return tuple(place for place, is_fine in zip(at, reached, strict=True) if is_fine)

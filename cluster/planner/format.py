@@ -1,4 +1,4 @@
-"""A plan for people and for programs."""
+"""A plan as text and as JSON."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "links_ms": predicted and 1e3 * predicted.links_s,
         "ttft_ms": predicted and 1e3 * predicted.ttft_s,
         "tokens_per_s": predicted and predicted.tokens_per_s,
-        "limiting": predicted and predicted.limiting,
+        "bottleneck": predicted and predicted.bottleneck,
     }
     times = [None] * len(plan.stages) if predicted is None else predicted.stages
     stages = (asdict(stage) | _stage_times(time) for stage, time in zip(plan.stages, times, strict=True))
@@ -36,22 +36,24 @@ def _stage_times(predicted: StagePrediction | None) -> dict[str, float | None]:
 
 
 def plan_lines(plan: Plan) -> tuple[str, ...]:
-    """One line a stage, then what to expect; `?` for what nobody measured."""
+    """One line a stage, then what to expect; `?` where not measured."""
     values = plan_json(plan)
     expected = [
         f"{_number(values['token_ms'])} ms/token ({_number(values['links_ms'])} of it between workers)",
         f"first token of a {plan.prompt_tokens}-token prompt after {_number(values['ttft_ms'])} ms",
         f"{_number(values['tokens_per_s'])} tok/s for many requests",
-        f"limited by {values['limiting'] or '?'}",
+        f"bottleneck: {values['bottleneck'] or '?'}",
     ]
-    bound = [] if plan.excess is None else [f"  within {_percent(plan.excess)} of the best that could be"]
+    bound = (
+        [] if plan.optimality_gap is None else [f"  within {_percent(plan.optimality_gap)} of the best that could be"]
+    )
     stages = zip(plan.stages, (stage["decode_ms"] for stage in values["stages"]), strict=True)
-    spares = (f"  {spare.worker}: not used: {spare.reason}" for spare in plan.spares)
+    idle_workers = (f"  {idle.worker}: not used: {idle.reason}" for idle in plan.idle_workers)
     kv = f"  KV memory for {plan.kv_blocks * KV_BLOCK_TOKENS} tokens, {plan.context_length} per sequence at most"
     if plan.window_blocks:
         kv += f"; for {plan.window_blocks * KV_BLOCK_TOKENS} in layers with a window"
     lines = (line for stage, decode_ms in stages for line in _stage_lines(stage, decode_ms))
-    return ("plan:", *lines, *spares, kv, f"  predicted: {', '.join(expected)}", *bound)
+    return ("plan:", *lines, *idle_workers, kv, f"  predicted: {', '.join(expected)}", *bound)
 
 
 def _stage_lines(stage: StagePlan, decode_ms: float | None) -> Iterator[str]:

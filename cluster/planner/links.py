@@ -1,4 +1,4 @@
-"""How far workers and coordinator are from each other. Pure."""
+"""Latency and transfer time between workers and coordinator. Pure."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COORDINATOR = ""
 _NOISE_S = 5e-5
 _NOISE_BYTE_S = 5e-11
 _NOISE = 0.1
-"""Smaller differences, or shares, do not tell workers apart: whoever is equally far away is alike to the planner."""
+"""Smaller differences are noise: such workers count as equally far away."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Plans made by hand: every layer exactly once, every worker known."""
+"""Manual plans: every layer exactly once, every worker known."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What fits into memory: stages and KV blocks."""
+"""Memory of stages: weights, KV blocks, workspace; what fits, and shortfalls."""
 
 from __future__ import annotations
 
@@ -9,14 +9,35 @@ import numpy as np
 
 from llamaclust.cluster.planner.costs import Counts, StageCosts, Table, WorkerFacts
 from llamaclust.cluster.planner.devices import Division, Held, divide
-from llamaclust.cluster.planner.workspace import Rounding, StagePlace, Workspace, no_rounding
 from llamaclust.cluster.scheduler.kv_groups import WindowGroup, window_group
 from llamaclust.core.limits import MAX_KV_BLOCKS
 from llamaclust.model.program import KV_BLOCK_TOKENS
 
-_WANTED_CONTEXTS = 4
 
-Cut = Sequence[tuple[WorkerFacts, int, int]]
+@dataclass(frozen=True, slots=True)
+class StagePlace:
+    """What a stage's workspace depends on, besides the model and the rows of a microbatch."""
+
+    threads: int
+    context_length: int
+    is_last: bool  # it has the head
+    device: str = "cpu"
+
+
+Workspace = Callable[[StagePlace], int]
+"""Bytes of any stage at such a place, at most. Asked often for equal places: it is to remember."""
+Rounding = Callable[[str], Counts | int]
+"""What weights of layers [start, end) take of a device's memory beyond their bytes: a table by start and end, or the
+same for all. It is to remember likewise."""
+
+
+def no_rounding(device: str) -> int:
+    """Memory is given out to the byte."""
+    return 0
+
+
+_WANTED_CONTEXTS = 4
+Split = Sequence[tuple[WorkerFacts, int, int]]
 """Stages in order: layers [start, end) on a worker."""
 
 
@@ -38,7 +59,7 @@ class PlanLimits:
 
 
 @dataclass(frozen=True, slots=True)
-class Sizes:
+class MemoryModel:
     """Bytes of stages under limits."""
 
     stages: StageCosts
@@ -46,7 +67,7 @@ class Sizes:
 
     @property
     def wanted_contexts(self) -> tuple[int, ...]:
-        """For how many whole contexts a cut should leave KV memory, best first; one is the least."""
+        """For how many whole contexts a split should leave KV memory, best first; one is the least."""
         return tuple(dict.fromkeys((min(_WANTED_CONTEXTS, self.limits.max_sequences), 1)))
 
     def workspace_bytes(self, worker: WorkerFacts, start: int, end: int) -> int:
@@ -111,11 +132,11 @@ class Sizes:
             "workspace": self.workspace_bytes(worker, start, end),
         }
 
-    def kv_blocks(self, cut: Cut) -> int:
+    def kv_blocks(self, split: Split) -> int:
         """Blocks that every stage has room for: at most what all sequences at their longest take, unless the KV memory
         is given."""
         most = self.limits.context_blocks * self.limits.max_sequences
-        return min((self._stage_blocks(worker, start, end, most) for worker, start, end in cut), default=0)
+        return min((self._stage_blocks(worker, start, end, most) for worker, start, end in split), default=0)
 
     def _stage_blocks(self, worker: WorkerFacts, start: int, end: int, most: int) -> int:
         given = self.limits.kv_memory_bytes
@@ -127,25 +148,25 @@ class Sizes:
         least = min(self.context_bytes(start, end), left)
         return self._blocks_in(start, end, max(least, left // 2), most)
 
-    def missing_kv_bytes(self, start: int, end: int) -> int:
+    def kv_shortfall_bytes(self, start: int, end: int) -> int:
         """What the given KV memory lacks for one whole context."""
         given = self.limits.kv_memory_bytes
         return 0 if given is None else max(0, self.context_bytes(start, end) - given)
 
-    def missing_bytes(self, worker: WorkerFacts, start: int, end: int, contexts: int) -> int:
+    def shortfall_bytes(self, worker: WorkerFacts, start: int, end: int, contexts: int) -> int:
         """What the worker's memory lacks for the stage with KV memory for that many contexts."""
-        short_of_given = self.missing_kv_bytes(start, end)
+        short_of_given = self.kv_shortfall_bytes(start, end)
         if worker.memory_bytes is None:
             return short_of_given
         return max(short_of_given, sum(self.parts(worker, start, end, contexts).values()) - worker.memory_bytes, 0)
 
     def fits(self, worker: WorkerFacts, start: int, end: int, contexts: int) -> bool:
-        return self.missing_bytes(worker, start, end, contexts) == 0
+        return self.shortfall_bytes(worker, start, end, contexts) == 0
 
-    def missing_table(self, worker: WorkerFacts, contexts: int) -> Table:
-        """`missing_bytes` of all stages, on the worker's devices together; infinite where start >= end."""
+    def shortfall_table(self, worker: WorkerFacts, contexts: int) -> Table:
+        """`shortfall_bytes` of all stages, on the worker's devices together; infinite where start >= end."""
         if worker.gpus:
-            return self.over_devices(worker, contexts, lambda device: self.missing_table(device, contexts))
+            return self.over_devices(worker, contexts, lambda device: self.shortfall_table(device, contexts))
         stages, given = self.stages, self.limits.kv_memory_bytes
         context = self._kv_table(self.limits.context_blocks)
         missing = np.zeros_like(context) if given is None else np.maximum(context - given, 0)
@@ -158,7 +179,7 @@ class Sizes:
         return np.where(stages.stages, missing, np.inf)
 
     def _division(self, worker: WorkerFacts, contexts: int) -> Division:
-        return divide(worker, self.stages.layers, lambda device: self.missing_table(device, contexts))
+        return divide(worker, self.stages.layers, lambda device: self.shortfall_table(device, contexts))
 
     def over_devices(self, worker: WorkerFacts, contexts: int, table: Callable[[WorkerFacts], Table]) -> Table:
         """What `table` has of the worker; of one with cards, of each device for the layers that it holds, together."""

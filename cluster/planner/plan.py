@@ -1,4 +1,4 @@
-"""What a plan says: who holds which layers, what that takes, and how fast it should be. Values only."""
+"""A plan: the layers of each worker, their memory, and the predicted speed. Values only."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class StagePlan:
 
 
 @dataclass(frozen=True, slots=True)
-class Spare:
+class IdleWorker:
     """A worker without layers, and why."""
 
     worker: str
@@ -81,7 +81,7 @@ class Prediction:
     links_s: float  # of it, on the way from stage to stage
     ttft_s: float  # first token after a prompt of `prompt_tokens`
     tokens_per_s: float  # of as many sequences as may run together
-    limiting: str  # worker whose stage takes longest
+    bottleneck: str  # the worker whose stage takes longest
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,10 +91,10 @@ class Plan:
     stages: tuple[StagePlan, ...]
     kv_blocks: int
     context_length: int
-    spares: tuple[Spare, ...]
+    idle_workers: tuple[IdleWorker, ...]
     prediction: Prediction | None  # None where something was not measured
     window_blocks: int = 0  # of layers with a window, where they have blocks of their own
-    excess: float | None = None  # how far it may be from the best plan; None: nothing better is possible, or by hand
+    optimality_gap: float | None = None  # from the optimum, at most; None: it is the optimum, or a manual plan
 
     @property
     def prompt_tokens(self) -> int:

@@ -1,14 +1,14 @@
-"""Decides which worker holds which layers, and says what that should bring. Pure.
+"""Assigns layers to workers and predicts the speed of the plan. Pure.
 
-`throughput`: the slowest stage is as fast as can be, at a mix of work that has the head (on the last stage) in its
-decode part: 512 tokens of prompt and 128 of answer for each of eight sequences that run together. `latency`: the
-computing time per token is within 10 % of the least one, and of such cuts it is the one where a percent more of it has
-made the slowest stage three percent faster. So workers that are alike share the layers, since they cost no more than a
-hop, and slower ones stay spares unless memory needs them. Of cuts that are equal, the one with fewer stages. There is
-room for the keys and values of some whole contexts, but for one alone where that makes a tenth of the time.
+Objective `throughput`: the slowest stage is as fast as possible for a mix of work that includes the head (on the last
+stage): 512 prompt tokens and 128 output tokens for each of eight concurrent sequences. Objective `latency`: the compute
+time per token is within 10 % of its minimum; of these splits, the one where a percent more of it has made the slowest
+stage three percent faster. So equal workers share the layers, since each costs only a hop, and slower ones stay idle
+unless their memory is needed. Of equal splits, the one with fewer stages. There is KV memory for several whole
+contexts, or for one where that makes a step faster by a tenth.
 
-Workers stand in the file's order unless another one is clearly better. Without measurements of every worker all are
-taken to be alike.
+Workers keep the file's order unless another one is clearly better. Unless every worker has a profile, all are taken to
+be equal.
 """
 
 from __future__ import annotations
@@ -19,19 +19,17 @@ from functools import partial
 
 import numpy as np
 
-from llamaclust.cluster.planner.adjacency import Pairs, names_in, split, ways_apart
+from llamaclust.cluster.planner.adjacency import Pairs, constrained_steps, names_in, violated_pair
 from llamaclust.cluster.planner.costs import StageCosts, Table, WorkerFacts
 from llamaclust.cluster.planner.devices import devices_of
-from llamaclust.cluster.planner.idle_workers import spares
+from llamaclust.cluster.planner.explain import does_not_fit, idle_workers, split_does_not_fit
 from llamaclust.cluster.planner.links import Links
 from llamaclust.cluster.planner.manual import Assignment, checked
-from llamaclust.cluster.planner.memory import PlanLimits, Sizes
+from llamaclust.cluster.planner.memory import MemoryModel, PlanLimits, Rounding, Workspace, no_rounding
 from llamaclust.cluster.planner.plan import DevicePlan, Plan, StagePlan, usual_prompt_tokens
 from llamaclust.cluster.planner.predict import StageParts, predict
-from llamaclust.cluster.planner.search import Best, best_cut
-from llamaclust.cluster.planner.shortage import cut_does_not_fit, does_not_fit
-from llamaclust.cluster.planner.worker_classes import Kind, kinds_of
-from llamaclust.cluster.planner.workspace import Rounding, Workspace, no_rounding
+from llamaclust.cluster.planner.search import Best, best_split
+from llamaclust.cluster.planner.worker_classes import WorkerClass, worker_classes
 from llamaclust.core.errors import NetworkPartitionError
 from llamaclust.core.profile import DeviceProfile
 from llamaclust.model.loader import ModelCosts
@@ -42,7 +40,7 @@ _AIMS = {"throughput": (0, np.inf), "latency": (3, 1.1)}
 """(percent by which a percent more time per token makes the slowest stage faster at least, most of its least time)."""
 
 _STAGE_S = 1e-9
-"""Decides between cuts that take as long."""
+"""Decides between splits that take as long."""
 
 _WORTH_ROOM = 1.1
 """Less room for keys and values, though for a whole context, has to make a plan faster by so much."""
@@ -53,7 +51,7 @@ _NOMINAL_GPU = DeviceProfile(read_bytes_s=500e9, int8_macs_s=50e12)
 
 @dataclass(frozen=True, slots=True)
 class PlanRequest:
-    """What is asked of a plan."""
+    """Constraints and objective of a plan."""
 
     context_length: int
     max_sequences: int
@@ -62,47 +60,56 @@ class PlanRequest:
     manual: tuple[Assignment, ...] | None = None
     kv_memory_bytes: int | None = None  # per worker, at most; None: up to half of what weights and workspace leave
     links: Links = field(default_factory=Links)
-    apart: Pairs = frozenset()  # who cannot reach each other: no neighbours
+    partitions: Pairs = frozenset()  # pairs that cannot reach each other: not adjacent
     max_batch_tokens: int = 0  # of a microbatch
     rounding: Rounding = no_rounding
 
 
-def make_plan(costs: ModelCosts, workers: Sequence[WorkerFacts], ask: PlanRequest) -> Plan:
-    """Raises UsageError for a plan by hand that is wrong, InsufficientMemoryError with the missing MiB,
-    NetworkPartitionError where only `apart` is in the way."""
+def make_plan(costs: ModelCosts, workers: Sequence[WorkerFacts], request: PlanRequest) -> Plan:
+    """Raises UsageError for a wrong manual plan, InsufficientMemoryError with the missing MiB, NetworkPartitionError
+    where only `partitions` prevents a plan."""
     stages = StageCosts.of(costs)
-    room = ask.kv_memory_bytes, ask.max_batch_tokens, ask.rounding
-    limits = PlanLimits(ask.context_length, ask.max_sequences, ask.workspace, *room)
-    sizes = Sizes(stages, limits)
-    if ask.manual is not None:
-        by_hand = checked(ask.manual, [worker.name for worker in workers], stages.layers)
-        _check_apart([name for name, _, _ in by_hand], ask.apart)
-        found = _Found(by_hand, contexts=1, excess=None)
+    room = request.kv_memory_bytes, request.max_batch_tokens, request.rounding
+    limits = PlanLimits(request.context_length, request.max_sequences, request.workspace, *room)
+    sizes = MemoryModel(stages, limits)
+    if request.manual is not None:
+        by_hand = checked(request.manual, [worker.name for worker in workers], stages.layers)
+        _check_adjacency([name for name, _, _ in by_hand], request.partitions)
+        found = _Found(by_hand, contexts=1, optimality_gap=None)
     else:
-        found = _automatic(stages, sizes, workers, ask.objective, ask.apart)
+        found = _automatic(stages, sizes, workers, request.objective, request.partitions)
     by_name = {worker.name: worker for worker in workers}
     stage_parts = [
-        StageParts(name, sizes.held(by_name[name], start, end, found.contexts)) for name, start, end in found.cut
+        StageParts(name, sizes.held(by_name[name], start, end, found.contexts)) for name, start, end in found.split
     ]
-    cut = [part for stage in stage_parts for part in stage.parts]
-    kv_blocks = sizes.kv_blocks(cut)
+    split = [part for stage in stage_parts for part in stage.parts]
+    kv_blocks = sizes.kv_blocks(split)
     if kv_blocks < sizes.limits.context_blocks:
-        raise cut_does_not_fit(sizes, cut)
-    used = {name for name, _, _ in found.cut}
-    prompt_tokens = usual_prompt_tokens(ask.context_length)
-    measured = _measured([worker for worker, _, _ in cut])
+        raise split_does_not_fit(sizes, split)
+    used = {name for name, _, _ in found.split}
+    prompt_tokens = usual_prompt_tokens(request.context_length)
+    measured = _measured([worker for worker, _, _ in split])
     return Plan(
         stages=tuple(_stage(sizes, by_name[stage.worker], stage, kv_blocks) for stage in stage_parts),
         kv_blocks=kv_blocks,
         window_blocks=sizes.window_blocks(kv_blocks),
-        context_length=ask.context_length,
-        spares=spares(sizes, workers, used, by_hand=ask.manual is not None, contexts=found.contexts, apart=ask.apart),
-        prediction=predict(stages, stage_parts, prompt_tokens, ask.max_sequences, ask.links) if measured else None,
-        excess=found.excess,
+        context_length=request.context_length,
+        idle_workers=idle_workers(
+            sizes,
+            workers,
+            used,
+            by_hand=request.manual is not None,
+            contexts=found.contexts,
+            partitions=request.partitions,
+        ),
+        prediction=predict(stages, stage_parts, prompt_tokens, request.max_sequences, request.links)
+        if measured
+        else None,
+        optimality_gap=found.optimality_gap,
     )
 
 
-def _stage(sizes: Sizes, worker: WorkerFacts, stage: StageParts, kv_blocks: int) -> StagePlan:
+def _stage(sizes: MemoryModel, worker: WorkerFacts, stage: StageParts, kv_blocks: int) -> StagePlan:
     parts = tuple(
         DevicePlan(
             device=device.device,
@@ -135,49 +142,53 @@ def _measured(workers: Sequence[WorkerFacts]) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    cut: tuple[Assignment, ...]
+    split: tuple[Assignment, ...]
     contexts: int  # for so many whole contexts there is KV memory at least
-    excess: float | None  # see `Plan`
+    optimality_gap: float | None  # see `Plan`
 
 
-def _check_apart(ring: Sequence[str], apart: Pairs) -> None:
-    if (pair := split(ring, apart)) is not None:
+def _check_adjacency(ring: Sequence[str], partitions: Pairs) -> None:
+    if (pair := violated_pair(ring, partitions)) is not None:
         raise NetworkPartitionError(
-            f"every plan has workers {' and '.join(sorted(pair))} side by side, who cannot reach each other"
+            f"every plan has workers {' and '.join(sorted(pair))} next to each other, which cannot reach each other"
         )
 
 
 def _automatic(
-    stages: StageCosts, sizes: Sizes, workers: Sequence[WorkerFacts], objective: str, apart: Pairs = frozenset()
+    stages: StageCosts,
+    sizes: MemoryModel,
+    workers: Sequence[WorkerFacts],
+    objective: str,
+    partitions: Pairs = frozenset(),
 ) -> _Found:
     if not _measured(workers):
         workers = [_nominal(worker) for worker in workers]
     weight, slack = _AIMS[objective]
     chosen: tuple[Best, int] | None = None
-    before: list[Kind] = []
+    before: list[WorkerClass] = []
     for contexts in sizes.wanted_contexts:
-        kinds = kinds_of(workers, partial(_times, stages, sizes, contexts), names_in(apart))
-        if chosen is not None and all(map(Kind.costs_as, kinds, before)):
+        classes = worker_classes(workers, partial(_times, stages, sizes, contexts), names_in(partitions))
+        if chosen is not None and all(map(WorkerClass.costs_as, classes, before)):
             break  # memory is not what decides
-        before = kinds
-        ways = ways_apart(kinds, [worker.name for worker in workers], apart) if apart else None
-        best = best_cut(kinds, weight, slack, ways)
+        before = classes
+        ways = constrained_steps(classes, [worker.name for worker in workers], partitions) if partitions else None
+        best = best_split(classes, weight, slack, ways)
         if best is not None and (chosen is None or _is_worth(best, chosen[0], objective)):
             chosen = best, contexts
     if chosen is not None:
         best, contexts = chosen
-        cut = tuple((workers[index].name, start, end) for index, start, end in best.cut.stages)
-        return _Found(cut, contexts, best.excess)
-    if apart:
+        split = tuple((workers[index].name, start, end) for index, start, end in best.split.stages)
+        return _Found(split, contexts, best.optimality_gap)
+    if partitions:
         found = _automatic(stages, sizes, workers, objective)
-        _check_apart([name for name, _, _ in found.cut], apart)
+        _check_adjacency([name for name, _, _ in found.split], partitions)
         return found
     raise does_not_fit(sizes, workers)
 
 
 def _is_worth(less_room: Best, more_room: Best, objective: str) -> bool:
     """Whether it is so much faster where there is room for fewer contexts: fewer layers beside a GPU, say."""
-    fast, slow = less_room.cut, more_room.cut
+    fast, slow = less_room.split, more_room.split
     if objective == "latency":
         return fast.total * _WORTH_ROOM < slow.total
     return fast.slowest * _WORTH_ROOM < slow.slowest
@@ -188,7 +199,7 @@ def _nominal(worker: WorkerFacts) -> WorkerFacts:
     return replace(worker, profile=_NOMINAL_CPU, gpus=gpus)
 
 
-def _times(stages: StageCosts, sizes: Sizes, contexts: int, worker: WorkerFacts) -> tuple[Table, Table]:
+def _times(stages: StageCosts, sizes: MemoryModel, contexts: int, worker: WorkerFacts) -> tuple[Table, Table]:
     """(seconds of the mix of work where the stage fits, seconds of one token) of each stage on a worker."""
     prompt_tokens = usual_prompt_tokens(sizes.limits.context_length)
     answers = _ANSWER_TOKENS / _TOGETHER
@@ -204,7 +215,7 @@ def _times(stages: StageCosts, sizes: Sizes, contexts: int, worker: WorkerFacts)
 
     mix = mix_of(concurrent=True)
     mix[0, stages.layers] = mix_of(concurrent=False)[0, stages.layers]  # no other stage computes then
-    fits = sizes.missing_table(worker, contexts) == 0
+    fits = sizes.shortfall_table(worker, contexts) == 0
     prompt_bytes = prompt_tokens * stages.hidden_bytes
     others = np.ones_like(mix)
     others[0, stages.layers] = 0  # a stage of all layers has no links

@@ -1,4 +1,4 @@
-"""What a plan should bring: seconds per token, time to the first token, throughput, the limiting worker."""
+"""Predicted speed of a plan: seconds per token, time to the first token, throughput, bottleneck."""
 
 from __future__ import annotations
 
@@ -50,38 +50,38 @@ class StageParts:
 
 
 def predict(
-    costs: StageCosts, cut: Sequence[StageParts], prompt_tokens: int, max_sequences: int, links: Links
+    costs: StageCosts, split: Sequence[StageParts], prompt_tokens: int, max_sequences: int, links: Links
 ) -> Prediction:
     """Of stages whose workers were all measured."""
-    path = _Path.of(links, [stage.worker for stage in cut], costs.hidden_bytes)
+    path = _Path.of(links, [stage.worker for stage in split], costs.hidden_bytes)
     stages = tuple(
-        StagePrediction(stage.decode_s(costs), stage.prefill_s(costs, prompt_tokens) / prompt_tokens) for stage in cut
+        StagePrediction(stage.decode_s(costs), stage.prefill_s(costs, prompt_tokens) / prompt_tokens) for stage in split
     )
-    slowest = max(range(len(cut)), key=lambda index: stages[index].decode_s)
+    slowest = max(range(len(split)), key=lambda index: stages[index].decode_s)
     return Prediction(
         stages=stages,
         token_s=sum(stage.decode_s for stage in stages) + path.round_s,
         links_s=path.round_s,
-        ttft_s=min(_ttft_s(costs, cut, prompt_tokens, chunks, path) for chunks in _CHUNKS),
-        tokens_per_s=max(_tokens_per_s(costs, cut, max_sequences, groups, path) for groups in _CHUNKS),
-        limiting=cut[slowest].worker,
+        ttft_s=min(_ttft_s(costs, split, prompt_tokens, chunks, path) for chunks in _CHUNKS),
+        tokens_per_s=max(_tokens_per_s(costs, split, max_sequences, groups, path) for groups in _CHUNKS),
+        bottleneck=split[slowest].worker,
     )
 
 
-def _ttft_s(costs: StageCosts, cut: Sequence[StageParts], prompt_tokens: int, chunks: int, path: _Path) -> float:
+def _ttft_s(costs: StageCosts, split: Sequence[StageParts], prompt_tokens: int, chunks: int, path: _Path) -> float:
     """A prompt in equal chunks, one behind the other through stages and links; the last stage's head for its last
     row."""
     rows = -(-prompt_tokens // chunks)
-    times = [stage.prefill_s(costs, rows, concurrent=chunks > 1) for stage in cut]
+    times = [stage.prefill_s(costs, rows, concurrent=chunks > 1) for stage in split]
     sent = [rows * ms for ms in path.row_s]
-    head_s = cut[-1].decode_s(costs) - cut[-1].prefill_s(costs, 1)
+    head_s = split[-1].decode_s(costs) - split[-1].prefill_s(costs, 1)
     return sum(times) + sum(sent) + (chunks - 1) * max(*times, *sent, 0.0) + max(head_s, 0.0) + path.there_s
 
 
-def _tokens_per_s(costs: StageCosts, cut: Sequence[StageParts], sequences: int, groups: int, path: _Path) -> float:
+def _tokens_per_s(costs: StageCosts, split: Sequence[StageParts], sequences: int, groups: int, path: _Path) -> float:
     """Decode of that many sequences in that many microbatches."""
     rows = -(-sequences // groups)
-    times = [stage.decode_s(costs, rows, concurrent=groups > 1) * _NS for stage in cut]
+    times = [stage.decode_s(costs, rows, concurrent=groups > 1) * _NS for stage in split]
     sent_s = rows * sum(path.row_s)
     cycle = cycle_ns(times, groups, (path.round_s + sent_s) * _NS)
     return sequences / max(cycle, 1.0) * 1e9  # 0: what a worker says of itself

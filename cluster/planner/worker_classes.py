@@ -1,4 +1,4 @@
-"""Workers by what stages cost on them: the plan's search treats those that are alike as one kind."""
+"""Classes of workers on which stages cost the same: the search treats their workers as interchangeable."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from llamaclust.cluster.planner.costs import Table, WorkerFacts
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Kind:
-    """Workers that are alike, and what a stage of layers [start, end) costs on one of them."""
+class WorkerClass:
+    """Interchangeable workers, and the cost of a stage of layers [start, end) on one of them."""
 
     workers: tuple[int, ...]
     slow: Table  # of which the slowest stage should have little; infinite where a stage cannot be
@@ -24,7 +24,7 @@ class Kind:
     def layers(self) -> int:
         return len(self.slow) - 1
 
-    def costs_as(self, other: Kind) -> bool:
+    def costs_as(self, other: WorkerClass) -> bool:
         """Whether every stage costs the same on both."""
         return np.array_equal(self.slow, other.slow) and np.array_equal(self.total, other.total)
 
@@ -37,18 +37,17 @@ class Kind:
         return np.where(self.within(limit), self.total, inf)
 
 
-def kinds_of(
+def worker_classes(
     workers: Sequence[WorkerFacts],
     tables: Callable[[WorkerFacts], tuple[Table, Table]],
     unlike: Collection[str] = (),
-) -> list[Kind]:
-    """Workers by kind, those named in `unlike` each of its own; `tables` says what is slow and what the total is of,
-    for one of each."""
+) -> list[WorkerClass]:
+    """Workers grouped by cost, those in `unlike` each alone; `tables` has (slow, total) of one worker of each."""
     alike: dict[WorkerFacts, list[int]] = {}
     for index, worker in enumerate(workers):
         alike.setdefault(worker if worker.name in unlike else replace(worker, name=""), []).append(index)
-    return [Kind(tuple(indices), *tables(facts)) for facts, indices in alike.items()]
+    return [WorkerClass(tuple(indices), *tables(facts)) for facts, indices in alike.items()]
 
 
-Order = Sequence[tuple[int, Kind]]
-"""Workers one behind the other, each with its kind."""
+Order = Sequence[tuple[int, WorkerClass]]
+"""Workers in order, each with its class."""

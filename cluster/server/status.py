@@ -63,7 +63,7 @@ def _speed(plan: Plan, measured: MeasuredSpeed) -> dict[str, Any]:
         "ttft_ms": None if known is None else 1e3 * known.ttft_s,
         "prompt_tokens": plan.prompt_tokens,
         "tokens_per_s": None if known is None else known.tokens_per_s,
-        "limiting": None if known is None else known.limiting,
+        "bottleneck": None if known is None else known.bottleneck,
     }
     return {"predicted": predicted, "measured": asdict(measured)}
 

@@ -124,7 +124,7 @@ def test_plan_json_says_what_a_start_would_do(line: CommandLine, cluster: Cluste
     plan = line.run("plan", line.cluster_file("good.gguf", context_length=256), "--json").json
     stages = [(stage["worker"], stage["start"], stage["end"]) for stage in plan["stages"]]
     assert stages == [(worker["name"], *worker["layers"]) for worker in cluster.status["workers"]]
-    assert plan["token_ms"] > 0 and plan["ttft_ms"] > 0 and plan["limiting"] in ("a", "b")
+    assert plan["token_ms"] > 0 and plan["ttft_ms"] > 0 and plan["bottleneck"] in ("a", "b")
     assert plan["stages"][0]["weight_bytes"] > 0 and plan["context_length"] == 256
     by_hand = line.run(
         "plan", line.cluster_file("good.gguf"), "--set", "plan=[{worker: a, layers: [0, 4]}]", "--json"

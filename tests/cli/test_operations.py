@@ -39,8 +39,8 @@ def test_status_shows_measured_beside_predicted(line: CommandLine, cluster: Clus
     assert cluster.answer(max_tokens=30, ignore_eos=True)
     status = line.run("status", "--json").json
     predicted, measured = status["speed"]["predicted"], status["speed"]["measured"]
-    assert measured.keys() - {"requests"} == predicted.keys() - {"limiting"}
-    assert predicted["token_ms"] > 0 and predicted["limiting"] in ("a", "b")
+    assert measured.keys() - {"requests"} == predicted.keys() - {"bottleneck"}
+    assert predicted["token_ms"] > 0 and predicted["bottleneck"] in ("a", "b")
     assert measured["token_ms"] > 0 and measured["ttft_ms"] > 0 and measured["requests"] > 0
     assert (status["recoveries"], status["recovery_seconds"]) == (0, [])
     for worker in status["workers"]:
@@ -48,7 +48,7 @@ def test_status_shows_measured_beside_predicted(line: CommandLine, cluster: Clus
     assert cluster.status.keys() == status.keys()
     shown = line.run("status").out
     assert re.search(r"^measured:  \S+ ms/token, first token of a \d+-token prompt after", shown, re.MULTILINE)
-    assert re.search(r"^predicted: \S+ ms/token, .* limited by [ab]$", shown, re.MULTILINE)
+    assert re.search(r"^predicted: \S+ ms/token, .* bottleneck: [ab]$", shown, re.MULTILINE)
     assert max(map(len, shown.splitlines()[-3:])) < 90  # the table
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from llamaclust.cli.bench import _table
 from llamaclust.cluster.control.stage_memory import rounding_of, workspace_of
-from llamaclust.cluster.planner.workspace import StagePlace
+from llamaclust.cluster.planner.memory import StagePlace
 from llamaclust.core.limits import StageLimits
 from llamaclust.kernels.cuda import cache_flush
 from llamaclust.kernels.cuda.backend import CudaBackend

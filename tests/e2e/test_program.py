@@ -16,7 +16,7 @@ import pytest
 from typer.main import get_command
 
 from llamaclust.cli.app import app
-from llamaclust.cluster.config import cluster_config as config_module
+from llamaclust.cluster.config import environment as environment_module
 from llamaclust.cluster.config.cluster_config import ClusterConfig, load_config
 from llamaclust.core.errors import UsageError
 from support.clusters.charts import (
@@ -135,7 +135,7 @@ def check_worker(options: Mapping[str, Any]) -> None:
 
 def variables() -> set[str]:
     """That the program reads."""
-    source = inspect.getsource(config_module)
+    source = inspect.getsource(environment_module)
     return set(re.findall(r"LLAMACLUST_[A-Z_]+", source))
 
 

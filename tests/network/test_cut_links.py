@@ -91,7 +91,7 @@ def test_where_it_takes_both_requests_wait_for_the_link(demo_model: Path, expect
     by_hand = [{"worker": "a", "layers": [0, 15]}, {"worker": "b", "layers": [15, 30]}]
     with workers(demo_model, "ab", plan=by_hand) as cluster:
         asked = cut(cluster, lambda box: box.black_hole("a", "b"))
-        why = "every plan has workers a and b side by side, who cannot reach each other"
+        why = "every plan has workers a and b next to each other, which cannot reach each other"
         cluster.coordinator.says(f"waiting for a link, requests for 120 s at most: {why}")
         assert cluster.get("/health").json()["status"] == "recovering"
         cluster.box.heal()

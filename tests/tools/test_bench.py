@@ -24,7 +24,7 @@ from llamaclust.model.loader import LayerCost, Model, ModelCosts
 from llamaclust.model.quant_types import QuantType
 from llamaclust.tools.bench import load as load_module
 from llamaclust.tools.bench.bench import BenchTask, Work, cores, run_bench
-from llamaclust.tools.bench.even_split import even_cut
+from llamaclust.tools.bench.even_split import even_split
 from llamaclust.tools.bench.limits import Pair, Spread, paired
 from llamaclust.tools.bench.load import LoadMeter, OtherLoad
 from llamaclust.tools.bench.stage import BenchStage, Sampling, stage_limits
@@ -224,12 +224,12 @@ def test_a_cut_has_exactly_so_many_stages_and_the_slowest_is_quick() -> None:
     layer = LayerCost(0, 10, 0, used_file_bytes=100)
     costs = ModelCosts(0, 0, 0, (layer,) * 30, head_file_bytes=8 * 121)  # eight layers' time
     for workers in range(1, 31):
-        cut = even_cut(costs, workers)
+        cut = even_split(costs, workers)
         assert len(cut) == workers and cut[0][0] == 0 and cut[-1][1] == 30
         assert all(start < end for start, end in cut)
         assert all(one[1] == other[0] for one, other in pairwise(cut))
-    assert even_cut(costs, 2) == [(0, 19), (19, 30)]
-    assert [end - start for start, end in even_cut(costs, 5)][-1] == 1
+    assert even_split(costs, 2) == [(0, 19), (19, 30)]
+    assert [end - start for start, end in even_split(costs, 5)][-1] == 1
 
 
 @pytest.mark.parametrize(("number", "command"), [(signal.SIGTERM, "bench"), (signal.SIGINT, "perplexity")])

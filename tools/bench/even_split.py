@@ -15,7 +15,7 @@ _SHARPNESS = 8
 """So high a power of the stages' times that the slowest one counts, and of others that are as good the evenest cut."""
 
 
-def even_cut(costs: ModelCosts, workers: int) -> list[tuple[int, int]]:
+def even_split(costs: ModelCosts, workers: int) -> list[tuple[int, int]]:
     """Half-open ranges of layers, one for each of 1 to as many workers as there are layers; the last one also has the
     head. The slowest stage is as fast as can be."""
     times = [_time(layer.macs_per_token, layer.used_file_bytes) for layer in costs.layers]

@@ -15,7 +15,7 @@ from llamaclust.cluster.text.service import TextService, TextSettings
 from llamaclust.core.errors import UsageError
 from llamaclust.model.loader import Model
 from llamaclust.model.program import KvType
-from llamaclust.tools.bench.even_split import even_cut
+from llamaclust.tools.bench.even_split import even_split
 
 _ALIKE = {"memory_bandwidth_gb_s": 20.0, "int8_gmac_s": 300.0}
 """The workers share one machine: nothing is measured when they start."""
@@ -30,7 +30,7 @@ async def temporary_cluster(
     with closing(Model.open(model)) as opened:
         if workers > opened.layer_count:
             raise UsageError(f"{model} has {opened.layer_count} layers, too few for {workers} workers; give fewer")
-        cut = even_cut(opened.costs(kv_type), workers)
+        cut = even_split(opened.costs(kv_type), workers)
     with TemporaryDirectory(prefix="llamaclust-") as folder:
         values = {
             "name": "measurement",

@@ -35,7 +35,7 @@ from llamaclust.core.errors import (
     StalledError,
     WorkerError,
 )
-from support.clusters.plan_inputs import ASK, SMALL, worker
+from support.clusters.plan_inputs import REQUEST, SMALL, worker
 
 RECOVERY_S = 120.0
 AB = frozenset("ab")
@@ -48,7 +48,7 @@ IDLE = Wait(None, is_settled=True)
 
 
 def plan_of(*names: str) -> Plan:
-    return make_plan(SMALL, [worker(name) for name in names], replace(ASK, objective="throughput"))
+    return make_plan(SMALL, [worker(name) for name in names], replace(REQUEST, objective="throughput"))
 
 
 BOTH, ONLY_A, ONLY_B = plan_of("a", "b"), plan_of("a"), plan_of("b")

@@ -13,14 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamaclust.cluster.planner import adjacency
-from llamaclust.cluster.planner.adjacency import Pairs, split
+from llamaclust.cluster.planner.adjacency import Pairs, violated_pair
 from llamaclust.cluster.planner.costs import WorkerFacts
 from llamaclust.cluster.planner.plan import Plan
 from llamaclust.cluster.planner.planner import make_plan
 from llamaclust.core.errors import InsufficientMemoryError, NetworkPartitionError
 from llamaclust.model.loader import ModelCosts
 from support.clusters.plan_inputs import profile
-from support.clusters.random_plans import ASK, FILE_ORDER, GB, MODELS, SLACK, WORKERS, Cut, Every, large, named
+from support.clusters.random_plans import FILE_ORDER, GB, MODELS, REQUEST, SLACK, WORKERS, Every, Split, large, named
 
 
 def pairs(*names: str) -> Pairs:
@@ -31,17 +31,19 @@ def pairs(*names: str) -> Pairs:
 class EveryApart(Every):
     """All plans without those pairs side by side."""
 
-    apart: Pairs
+    partitions: Pairs
 
-    def _cuts(self) -> Iterator[Cut]:
-        for cut in super()._cuts():
-            if split([worker.name for worker, _, _ in cut], self.apart) is None:
-                yield cut
+    def _splits(self) -> Iterator[Split]:
+        for split in super()._splits():
+            if violated_pair([worker.name for worker, _, _ in split], self.partitions) is None:
+                yield split
 
 
-def planned(costs: ModelCosts, workers: Sequence[WorkerFacts], apart: Pairs, objective: str) -> Plan | type[Exception]:
+def planned(
+    costs: ModelCosts, workers: Sequence[WorkerFacts], partitions: Pairs, objective: str
+) -> Plan | type[Exception]:
     try:
-        return make_plan(costs, workers, replace(ASK, objective=objective, apart=apart))
+        return make_plan(costs, workers, replace(REQUEST, objective=objective, partitions=partitions))
     except (NetworkPartitionError, InsufficientMemoryError) as error:
         return type(error)
 
@@ -49,30 +51,30 @@ def planned(costs: ModelCosts, workers: Sequence[WorkerFacts], apart: Pairs, obj
 CASES = given(
     costs=MODELS,
     workers=st.lists(WORKERS, min_size=2, max_size=4).map(named),
-    cut=st.sets(st.sampled_from(range(6)), min_size=1, max_size=4),
+    split=st.sets(st.sampled_from(range(6)), min_size=1, max_size=4),
     objective=st.sampled_from(["latency", "throughput"]),
 )
 
 
-def apart_of(workers: Sequence[WorkerFacts], cut: set[int]) -> Pairs:
+def apart_of(workers: Sequence[WorkerFacts], split: set[int]) -> Pairs:
     every = list(combinations([worker.name for worker in workers], 2))
-    return frozenset(frozenset(every[number % len(every)]) for number in cut)
+    return frozenset(frozenset(every[number % len(every)]) for number in split)
 
 
 @settings(max_examples=100, deadline=None)
 @CASES
 def test_no_plan_that_keeps_pairs_apart_is_clearly_better(
-    costs: ModelCosts, workers: list[WorkerFacts], cut: set[int], objective: str
+    costs: ModelCosts, workers: list[WorkerFacts], split: set[int], objective: str
 ) -> None:
-    apart = apart_of(workers, cut)
-    every = EveryApart(costs, workers, apart)
+    partitions = apart_of(workers, split)
+    every = EveryApart(costs, workers, partitions)
     scores = every.scores()
-    plan = planned(costs, workers, apart, objective)
+    plan = planned(costs, workers, partitions, objective)
     if not isinstance(plan, Plan):
         assert not scores
         assert plan is (NetworkPartitionError if Every(costs, workers).scores() else InsufficientMemoryError)
         return
-    assert split([stage.worker for stage in plan.stages], apart) is None
+    assert violated_pair([stage.worker for stage in plan.stages], partitions) is None
     found, fastest = every.score_of(plan), min(score.total for score in scores) * SLACK
     if objective == "throughput":
         assert found.slowest * FILE_ORDER <= min(score.slowest for score in scores) * 1.0001
@@ -85,38 +87,38 @@ def test_no_plan_that_keeps_pairs_apart_is_clearly_better(
 @settings(max_examples=60, deadline=None)
 @CASES
 def test_where_not_all_orders_are_tried_pairs_are_kept_apart_too(
-    costs: ModelCosts, workers: list[WorkerFacts], cut: set[int], objective: str
+    costs: ModelCosts, workers: list[WorkerFacts], split: set[int], objective: str
 ) -> None:
-    apart = apart_of(workers, cut)
+    partitions = apart_of(workers, split)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(adjacency, "_MOST_STEPS", 0)
-        plan = planned(costs, workers, apart, objective)
+        plan = planned(costs, workers, partitions, objective)
     if isinstance(plan, Plan):
-        assert split([stage.worker for stage in plan.stages], apart) is None
+        assert violated_pair([stage.worker for stage in plan.stages], partitions) is None
 
 
 @pytest.mark.parametrize("most_steps", [1024, 0])
 def test_workers_that_are_all_needed_stand_in_another_order(most_steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adjacency, "_MOST_STEPS", most_steps)
     workers = [WorkerFacts(name, 3 * GB, profile(10, 200)) for name in "abcd"]
-    plan = make_plan(large(6), workers, replace(ASK, apart=pairs("ab")))
+    plan = make_plan(large(6), workers, replace(REQUEST, partitions=pairs("ab")))
     ring = [stage.worker for stage in plan.stages]
-    assert sorted(ring) == list("abcd") and split(ring, pairs("ab")) is None
+    assert sorted(ring) == list("abcd") and violated_pair(ring, pairs("ab")) is None
 
 
 def test_a_worker_apart_is_a_spare_and_the_reason_is_said() -> None:
     workers = [WorkerFacts(name, 9 * GB, profile(10, 200)) for name in "abc"]
-    plan = make_plan(large(6), workers, replace(ASK, objective="throughput", apart=pairs("ab")))
+    plan = make_plan(large(6), workers, replace(REQUEST, objective="throughput", partitions=pairs("ab")))
     assert [stage.worker for stage in plan.stages] == ["a", "c"]
-    assert [(spare.worker, spare.reason) for spare in plan.spares] == [("b", "it and a cannot reach each other")]
+    assert [(idle.worker, idle.reason) for idle in plan.idle_workers] == [("b", "it and a cannot reach each other")]
 
 
 def test_a_plan_by_hand_with_the_pair_is_refused() -> None:
     workers = [WorkerFacts(name, 9 * GB, profile(10, 200)) for name in "abc"]
     by_hand = (("a", 0, 2), ("b", 2, 4), ("c", 4, 6))
     for pair in ("ab", "bc", "ac"):  # from the last tokens go to the first
-        with pytest.raises(NetworkPartitionError, match=f"has workers {pair[0]} and {pair[1]} side by side"):
-            make_plan(large(6), workers, replace(ASK, manual=by_hand, apart=pairs(pair)))
+        with pytest.raises(NetworkPartitionError, match=f"has workers {pair[0]} and {pair[1]} next to each other"):
+            make_plan(large(6), workers, replace(REQUEST, manual=by_hand, partitions=pairs(pair)))
 
 
 def test_many_workers_are_planned_apart_in_a_moment() -> None:
@@ -127,13 +129,13 @@ def test_many_workers_are_planned_apart_in_a_moment() -> None:
             for _ in range(64)
         ]
     )
-    apart = pairs_of_numbers([(0, 1), (2, 3), (40, 41), (0, 63)])
+    partitions = pairs_of_numbers([(0, 1), (2, 3), (40, 41), (0, 63)])
     begun = time.process_time()
-    plan = make_plan(large(126), workers, replace(ASK, objective="throughput", apart=apart))
+    plan = make_plan(large(126), workers, replace(REQUEST, objective="throughput", partitions=partitions))
     assert time.process_time() - begun < 6.0
-    assert split([stage.worker for stage in plan.stages], apart) is None
-    free = make_plan(large(126), workers, replace(ASK, objective="throughput"))
-    assert plan.excess is not None and plan.excess < 0.1 and len(free.stages) - len(plan.stages) < 5
+    assert violated_pair([stage.worker for stage in plan.stages], partitions) is None
+    free = make_plan(large(126), workers, replace(REQUEST, objective="throughput"))
+    assert plan.optimality_gap is not None and plan.optimality_gap < 0.1 and len(free.stages) - len(plan.stages) < 5
 
 
 def pairs_of_numbers(numbers: Sequence[tuple[int, int]]) -> Pairs:

@@ -14,9 +14,9 @@ from llamaclust.cluster.control.resource_shares import WorkerResources, share_gp
 from llamaclust.cluster.planner.costs import GpuFacts, StageCosts, WorkerFacts
 from llamaclust.cluster.planner.devices import devices_of
 from llamaclust.cluster.planner.format import plan_json, plan_lines
+from llamaclust.cluster.planner.memory import StagePlace
 from llamaclust.cluster.planner.plan import DevicePlan, Plan
 from llamaclust.cluster.planner.planner import PlanRequest, make_plan
-from llamaclust.cluster.planner.workspace import StagePlace
 from llamaclust.core.errors import InsufficientMemoryError
 from llamaclust.core.gpus import DeviceLayers, Gpu
 from llamaclust.core.limits import StageLimits
@@ -25,7 +25,7 @@ from llamaclust.core.sizes import MIB
 from llamaclust.kernels.cuda.backend import workspace_bytes
 from llamaclust.model.loader import Model
 from llamaclust.worker.stage.stage_runner import model_program, planned_workspace_bytes, weight_rounding_bytes
-from support.clusters.plan_inputs import ASK, SMALL, profile, step_time, worker
+from support.clusters.plan_inputs import REQUEST, SMALL, profile, step_time, worker
 from support.models.tiny_architectures import build_architecture
 
 
@@ -34,7 +34,7 @@ def workspace(place: StagePlace) -> int:
     return (9 if place.is_last else 3) * MIB if place.device != "cpu" else (7 if place.is_last else 4) * MIB
 
 
-GPU_ASK: PlanRequest = replace(ASK, workspace=workspace, max_sequences=1)
+GPU_REQUEST: PlanRequest = replace(REQUEST, workspace=workspace, max_sequences=1)
 CONTEXT = 1024 * 4096  # KV memory of a layer
 STEPS = tuple(step_time(rows, 0.1 * rows, 5.0 * rows, 0.3) for rows in (1, 8, 128, 512))
 
@@ -55,7 +55,7 @@ def devices(plan: Plan) -> list[tuple[str, int, int]]:
 
 
 def test_all_layers_go_to_a_gpu_that_has_room() -> None:
-    plan = make_plan(SMALL, [with_gpus(1000)], GPU_ASK)
+    plan = make_plan(SMALL, [with_gpus(1000)], GPU_REQUEST)
     assert devices(plan) == [("cuda:0", 0, 12)]
     (stage,) = plan.stages
     assert stage.memory_bytes == 11_000 * MIB
@@ -71,7 +71,7 @@ def test_what_does_not_fit_there_stays_in_ram() -> None:
     facts = with_gpus(0)
     for free, layers in ((room, 5), (room - 1, 4)):
         gpu = replace(facts.gpus[0], memory_bytes=free)
-        plan = make_plan(SMALL, [replace(facts, gpus=(gpu,))], GPU_ASK)
+        plan = make_plan(SMALL, [replace(facts, gpus=(gpu,))], GPU_REQUEST)
         assert devices(plan) == [("cpu", 0, 12 - layers), ("cuda:0", 12 - layers, 12)]
         cpu, gpu = plan.stages[0].devices
         assert cpu.workspace_bytes == 4 * MIB and gpu.workspace_bytes == 9 * MIB
@@ -84,21 +84,21 @@ def test_what_does_not_fit_there_stays_in_ram() -> None:
 
 @pytest.mark.parametrize(("gpu_layers", "on_gpu"), [(0, 0), (3, 3), (12, 12), (99, 12)])
 def test_the_user_says_how_many(gpu_layers: int, on_gpu: int) -> None:
-    plan = make_plan(SMALL, [with_gpus(1000, gpu_layers=gpu_layers)], GPU_ASK)
+    plan = make_plan(SMALL, [with_gpus(1000, gpu_layers=gpu_layers)], GPU_REQUEST)
     wanted = [("cpu", 0, 12 - on_gpu), ("cuda:0", 12 - on_gpu, 12)]
     assert devices(plan) == [one for one in wanted if one[1] < one[2]]
 
 
 def test_more_layers_than_fit_are_refused_with_what_is_missing() -> None:
     with pytest.raises(InsufficientMemoryError, match=r"a cuda:0 60.* MiB are missing"):
-        make_plan(SMALL, [with_gpus(60, gpu_layers=12)], GPU_ASK)
-    by_hand = replace(GPU_ASK, manual=(("a", 0, 12),))
+        make_plan(SMALL, [with_gpus(60, gpu_layers=12)], GPU_REQUEST)
+    by_hand = replace(GPU_REQUEST, manual=(("a", 0, 12),))
     with pytest.raises(InsufficientMemoryError, match=r"worker 'a cuda:0': layers \[0, 12\) need .*it has 60 MiB"):
         make_plan(SMALL, [with_gpus(60, gpu_layers=12)], by_hand)
 
 
 def test_two_gpus_and_ram() -> None:
-    plan = make_plan(SMALL, [with_gpus(60, 80)], GPU_ASK)
+    plan = make_plan(SMALL, [with_gpus(60, 80)], GPU_REQUEST)
     found = devices(plan)
     assert [one[0] for one in found] == ["cpu", "cuda:0", "cuda:1"]
     assert found[0][1] == 0 and found[-1][2] == 12 and all(a[2] == b[1] for a, b in pairwise(found))
@@ -107,7 +107,7 @@ def test_two_gpus_and_ram() -> None:
 
 
 def test_a_gpu_without_room_for_a_layer_is_left_out() -> None:
-    assert devices(make_plan(SMALL, [with_gpus(5)], GPU_ASK)) == [("cpu", 0, 12)]
+    assert devices(make_plan(SMALL, [with_gpus(5)], GPU_REQUEST)) == [("cpu", 0, 12)]
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -122,10 +122,12 @@ def test_random_clusters_keep_to_the_memory_of_every_device(seed: int) -> None:
         )
         for number in range(source.randrange(1, 5))
     ]
-    ask = replace(GPU_ASK, objective=source.choice(["latency", "throughput"]), max_sequences=source.choice([1, 8]))
+    request = replace(
+        GPU_REQUEST, objective=source.choice(["latency", "throughput"]), max_sequences=source.choice([1, 8])
+    )
     print(f"seed {seed}: {workers}")
     try:
-        plan = make_plan(SMALL, workers, ask)
+        plan = make_plan(SMALL, workers, request)
     except InsufficientMemoryError:
         assert sum(gpu.memory_bytes for one in workers for gpu in one.gpus) < 1000 * MIB
         return
@@ -146,14 +148,14 @@ def test_random_clusters_keep_to_the_memory_of_every_device(seed: int) -> None:
 
 
 def test_a_worker_with_a_gpu_takes_what_slower_ones_would() -> None:
-    plan = make_plan(SMALL, [worker("slow"), with_gpus(1000, name="fast")], GPU_ASK)
+    plan = make_plan(SMALL, [worker("slow"), with_gpus(1000, name="fast")], GPU_REQUEST)
     assert [stage.worker for stage in plan.stages] == ["fast"]
-    unmeasured = make_plan(SMALL, [worker("slow"), with_gpus(1000, name="fast", read=None)], GPU_ASK)
+    unmeasured = make_plan(SMALL, [worker("slow"), with_gpus(1000, name="fast", read=None)], GPU_REQUEST)
     assert [stage.worker for stage in unmeasured.stages] == ["fast"] and unmeasured.prediction is None
 
 
 def test_the_plan_says_what_is_where() -> None:
-    plan = make_plan(SMALL, [with_gpus(75)], GPU_ASK)
+    plan = make_plan(SMALL, [with_gpus(75)], GPU_REQUEST)
     lines = [line for line in plan_lines(plan) if line.startswith("    ")]
     assert [line.split(":")[0].strip() for line in lines] == ["cpu", "cuda"] and "of 75 MiB" in lines[1]
     first, second = plan_json(plan)["stages"][0]["devices"]
@@ -198,7 +200,7 @@ def test_what_steps_took_on_a_gpu_is_what_a_plan_predicts() -> None:
     costs = StageCosts.of(SMALL)
     assert 1e3 * costs.decode_s(gpu, 7, 12) == pytest.approx(0.1 + 5 * 10 * MIB / 1e9 * 5.0 + 0.3)
     assert 1e3 * costs.prefill_s(gpu, 7, 12, 512, concurrent=True) == pytest.approx(51.2 + 5 * 10 * MIB / 1e9 * 2560)
-    plan = make_plan(SMALL, [tried], GPU_ASK)
+    plan = make_plan(SMALL, [tried], GPU_REQUEST)
     assert plan.prediction is not None
     both = costs.decode_s(processor, 0, 7) + costs.decode_s(gpu, 7, 12)
     assert plan.prediction.token_s == pytest.approx(both)
@@ -207,10 +209,10 @@ def test_what_steps_took_on_a_gpu_is_what_a_plan_predicts() -> None:
 @pytest.mark.parametrize("objective", ["latency", "throughput"])
 def test_layers_stay_on_a_gpu_rather_than_room_for_more_contexts(objective: str) -> None:
     """All layers and one context fit on the card; with four contexts, half of the layers."""
-    ask = replace(GPU_ASK, max_sequences=8, objective=objective)
-    plan = make_plan(SMALL, [with_gpus(250), worker("b", 10_000)], ask)
+    request = replace(GPU_REQUEST, max_sequences=8, objective=objective)
+    plan = make_plan(SMALL, [with_gpus(250), worker("b", 10_000)], request)
     assert devices(plan) == [("cuda:0", 0, 12)] and plan.kv_blocks >= 64
-    roomy = make_plan(SMALL, [with_gpus(400), worker("b", 10_000)], ask)
+    roomy = make_plan(SMALL, [with_gpus(400), worker("b", 10_000)], request)
     assert devices(roomy) == [("cuda:0", 0, 12)] and roomy.kv_blocks > 2 * 64
 
 

@@ -83,7 +83,7 @@ def test_a_worker_that_is_far_away_stays_a_spare() -> None:
     near = {"a": reach_ms(0.1), "b": reach_ms(0.1), COORDINATOR: reach_ms(0.1)}
     plan = made(star({**near, "c": reach_ms(20.0)}), "abc")
     assert {stage.worker for stage in plan.stages} == {"a", "b"}
-    assert [spare.worker for spare in plan.spares] == ["c"]
+    assert [idle.worker for idle in plan.idle_workers] == ["c"]
     plan = made(star({**near, "c": reach_ms(0.1)}), "abc")
     assert len(plan.stages) == 3
 

@@ -49,8 +49,8 @@ def test_plans_predict_what_was_tried_and_what_a_hop_takes() -> None:
     links = Links({frozenset("ab"): link(0.5, 1.0)})
     workers = [WorkerFacts(name, 20 * GB, profile(20, 300, CONCURRENT, ISOLATED)) for name in "ab"]
     halves = (("a", 0, 5), ("b", 5, 10))
-    ask = PlanRequest(1024, 8, lambda place: MIB, manual=halves, links=links)
-    plan = make_plan(MODEL, workers, ask)
+    request = PlanRequest(1024, 8, lambda place: MIB, manual=halves, links=links)
+    plan = make_plan(MODEL, workers, request)
     assert plan.prediction is not None
     assert [1e3 * stage.decode_s for stage in plan.prediction.stages] == pytest.approx([0.2 + 15, 0.2 + 15 + 1.0])
     assert 1e3 * plan.prediction.token_s == pytest.approx(2 * 0.2 + 30 + 1.0 + 2 * 0.5)

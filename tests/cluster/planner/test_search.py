@@ -1,4 +1,4 @@
-"""Plans beside every plan that there is, on clusters small enough to try all sets, orders and cuts."""
+"""Plans beside every plan that there is, on clusters small enough to try all sets, orders and splits."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from llamaclust.core.errors import InsufficientMemoryError
 from llamaclust.core.profile import StepTimes
 from llamaclust.model.loader import ModelCosts
 from support.clusters.plan_inputs import profile, reach, step_time
-from support.clusters.random_plans import ASK, FILE_ORDER, GB, MODELS, SLACK, WORKERS, Every, large, named
+from support.clusters.random_plans import FILE_ORDER, GB, MODELS, REQUEST, SLACK, WORKERS, Every, large, named
 
 
 def planned(costs: ModelCosts, workers: Sequence[WorkerFacts], objective: str) -> Plan | None:
     try:
-        return make_plan(costs, workers, replace(ASK, objective=objective))
+        return make_plan(costs, workers, replace(REQUEST, objective=objective))
     except InsufficientMemoryError:
         return None
 
@@ -51,7 +51,7 @@ def test_no_plan_is_clearly_better_in_whatever_order_workers_stand(
         assert (plan is not None) == bool(scores)
         if plan is None:
             continue
-        assert plan.excess is None
+        assert plan.optimality_gap is None
         found = every.score_of(plan)
         if objective == "throughput":
             assert found.slowest * FILE_ORDER <= min(score.slowest for score in scores) * 1.0001
@@ -77,14 +77,14 @@ def test_where_not_all_orders_are_tried_the_bound_holds(
         plan = planned(costs, workers, objective)
     alike = len(set(costs.layers)) == 1
     assert plan is not None or not scores or not alike
-    if plan is None or not scores or plan.excess is None:
+    if plan is None or not scores or plan.optimality_gap is None:
         return
     found, slowest = every.score_of(plan), min(score.slowest for score in scores)
     if objective == "throughput":
-        assert found.slowest / (1 + plan.excess) <= slowest * 1.0001
+        assert found.slowest / (1 + plan.optimality_gap) <= slowest * 1.0001
         assert not alike or found.slowest * FILE_ORDER <= slowest * 1.02
     else:
-        assert found.total / (1 + plan.excess) <= min(score.total for score in scores) * 1.0001
+        assert found.total / (1 + plan.optimality_gap) <= min(score.total for score in scores) * 1.0001
 
 
 @pytest.mark.parametrize("objective", ["latency", "throughput"])
@@ -92,7 +92,7 @@ def test_the_best_of_more_workers_than_layers_are_taken(objective: str) -> None:
     facts = [("a", 1.0), ("b", 1.0), ("c", 100.0)]
     workers = [WorkerFacts(name, 6 * GB, profile(read, 20 * read)) for name, read in facts]
     for order in permutations(workers):
-        plan = make_plan(large(2), order, replace(ASK, objective=objective))
+        plan = make_plan(large(2), order, replace(REQUEST, objective=objective))
         assert [stage.worker for stage in plan.stages] == ["c"]
 
 
@@ -101,7 +101,7 @@ def test_the_one_worker_with_room_for_the_head_is_the_last_wherever_it_stands() 
     big = WorkerFacts("big", 2_500_000_000, profile(1.1, 20))
     for workers in ([*small, big], [big, *small], [*small[:4], big, *small[4:]]):
         for objective in ("latency", "throughput"):
-            plan = make_plan(large(10), workers, replace(ASK, objective=objective))
+            plan = make_plan(large(10), workers, replace(REQUEST, objective=objective))
             assert plan.stages[-1].worker == "big" and len(plan.stages) == 10
 
 
@@ -113,7 +113,7 @@ def test_both_ends_are_found_among_many_workers_that_are_all_different() -> None
     for objective in ("latency", "throughput"):
         workers = [*inner, *ends]
         shuffled.shuffle(workers)
-        plan = make_plan(large(20), workers, replace(ASK, objective=objective))
+        plan = make_plan(large(20), workers, replace(REQUEST, objective=objective))
         assert (plan.stages[0].worker, plan.stages[-1].worker) == ("first", "last")
 
 
@@ -127,11 +127,13 @@ def test_many_different_workers_are_planned_in_a_moment_with_a_bound(objective: 
         for index in range(64)
     ]
     begun = time.process_time()
-    plan = make_plan(large(126), workers, replace(ASK, objective=objective))
+    plan = make_plan(large(126), workers, replace(REQUEST, objective=objective))
     assert time.process_time() - begun < 4.0
-    assert plan.excess is not None and plan.excess < (0.25 if objective == "latency" else 0.05)
+    assert plan.optimality_gap is not None and plan.optimality_gap < (0.25 if objective == "latency" else 0.05)
     assert "of the best that could be" in plan_lines(plan)[-1]
-    assert not any("of the best that could be" in line for line in plan_lines(make_plan(large(3), workers[:2], ASK)))
+    assert not any(
+        "of the best that could be" in line for line in plan_lines(make_plan(large(3), workers[:2], REQUEST))
+    )
 
 
 def step_times(drawn: random.Random) -> StepTimes:
@@ -164,8 +166,8 @@ def test_64_workers_126_layers_and_their_2080_links_are_planned_in_a_second(obje
         for name, memory_bytes, measured in zip(names[1:], memory, profiles, strict=True)
     ]
     model = replace(large(126), hidden_bytes=65_536)
-    plan = make_plan(model, workers, replace(ASK, objective=objective, links=links))
+    plan = make_plan(model, workers, replace(REQUEST, objective=objective, links=links))
     taken_s = time.process_time() - begun
     print(f"{objective}: {taken_s:.2f} s of one core")
     assert taken_s < 1.5, "0.5 to 0.8 s where nothing else runs"
-    assert plan.excess is not None and plan.excess < (0.25 if objective == "latency" else 0.05)
+    assert plan.optimality_gap is not None and plan.optimality_gap < (0.25 if objective == "latency" else 0.05)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamaclust.cluster.control.stage_memory import workspace_of
-from llamaclust.cluster.planner.workspace import StagePlace
+from llamaclust.cluster.planner.memory import StagePlace
 from llamaclust.core.errors import ModelFileError
 from llamaclust.core.limits import StageLimits
 from llamaclust.kernels.cpu.backend import CpuBackend
@@ -52,9 +52,9 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Open:
     @cache
     def open_model(mix: int | None, **shape: object) -> Model:
         name = "-".join(str(value) for value in (mix, *shape.values()))
-        kinds: dict[str, object] = {**shape, "experts": shape["experts"] if shape["architecture"] == "llama" else 0}
+        classes: dict[str, object] = {**shape, "experts": shape["experts"] if shape["architecture"] == "llama" else 0}
         others = {} if mix is None else MIXES[mix]
-        return Model.open(build_tiny_model(folder / f"{name}.gguf", layers=LAYERS, other_types=others, **kinds))  # type: ignore[arg-type]
+        return Model.open(build_tiny_model(folder / f"{name}.gguf", layers=LAYERS, other_types=others, **classes))  # type: ignore[arg-type]
 
     return open_model
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from llamaclust.cluster.planner.costs import WorkerFacts
 from llamaclust.cluster.planner.links import Link, Reach
+from llamaclust.cluster.planner.memory import StagePlace
 from llamaclust.cluster.planner.planner import PlanRequest
-from llamaclust.cluster.planner.workspace import StagePlace
 from llamaclust.core.profile import DeviceProfile, StepTime, StepTimes
 from llamaclust.core.sizes import MIB
 from llamaclust.model.loader import LayerCost, ModelCosts
@@ -20,7 +20,7 @@ def workspace(place: StagePlace) -> int:
     return (7 if place.is_last else 4) * MIB + place.threads * MIB
 
 
-ASK = PlanRequest(context_length=1024, max_sequences=8, workspace=workspace)
+REQUEST = PlanRequest(context_length=1024, max_sequences=8, workspace=workspace)
 
 
 def profile(

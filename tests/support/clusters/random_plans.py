@@ -9,9 +9,9 @@ from itertools import combinations, pairwise, permutations
 from hypothesis import strategies as st
 
 from llamaclust.cluster.planner.costs import StageCosts, WorkerFacts
+from llamaclust.cluster.planner.memory import StagePlace
 from llamaclust.cluster.planner.plan import Plan
 from llamaclust.cluster.planner.planner import PlanRequest
-from llamaclust.cluster.planner.workspace import StagePlace
 from llamaclust.model.loader import LayerCost, ModelCosts
 from support.clusters.plan_inputs import profile, reach
 
@@ -27,14 +27,14 @@ FILE_ORDER = 0.95  # of the best score that a plan in the file's order is prefer
 SLACK = 1.1  # of the least time per token, under `latency`
 
 
-Cut = tuple[tuple[WorkerFacts, int, int], ...]
+Split = tuple[tuple[WorkerFacts, int, int], ...]
 
 
 def workspace(place: StagePlace) -> int:
     return GB // 10 * (2 if place.is_last else 1) * place.threads
 
 
-ASK = PlanRequest(context_length=CONTEXT, max_sequences=4, workspace=workspace)
+REQUEST = PlanRequest(context_length=CONTEXT, max_sequences=4, workspace=workspace)
 
 
 WORKERS = st.builds(
@@ -84,29 +84,29 @@ class Every:
     def scores(self) -> list[Score]:
         """Of all that fit, with the KV memory that plans try for first."""
         for contexts in (4, 1):
-            found = [self.score(cut) for cut in self._cuts() if self._fits(cut, contexts)]
+            found = [self.score(split) for split in self._splits() if self._fits(split, contexts)]
             if found:
                 return found
         return []
 
-    def score(self, cut: Cut) -> Score:
+    def score(self, split: Split) -> Score:
         stages = StageCosts.of(self.costs)
-        linked = len(cut) > 1  # each stage has a link in and one out
+        linked = len(split) > 1  # each stage has a link in and one out
         mixes = (
             max(
                 stages.prefill_s(*stage, 512) + stages.decode_s(*stage, 8) * 16,
                 linked * 2 * stage[0].reach.byte_s * 512 * 16_384,
             )
-            for stage in cut
+            for stage in split
         )
-        hops_s = sum(linked * 2 * worker.reach.one_way_s for worker, _, _ in cut)
-        return Score(max(mixes), sum(stages.decode_s(*stage) for stage in cut) + hops_s)
+        hops_s = sum(linked * 2 * worker.reach.one_way_s for worker, _, _ in split)
+        return Score(max(mixes), sum(stages.decode_s(*stage) for stage in split) + hops_s)
 
     def score_of(self, plan: Plan) -> Score:
         by_name = {worker.name: worker for worker in self.workers}
         return self.score(tuple((by_name[stage.worker], stage.start, stage.end) for stage in plan.stages))
 
-    def _cuts(self) -> Iterator[Cut]:
+    def _splits(self) -> Iterator[Split]:
         layers = len(self.costs.layers)
         for count in range(1, min(layers, len(self.workers)) + 1):
             for order in permutations(self.workers, count):
@@ -114,9 +114,9 @@ class Every:
                     bounds = pairwise((0, *inner, layers))
                     yield tuple((worker, *bound) for worker, bound in zip(order, bounds, strict=True))
 
-    def _fits(self, cut: Cut, contexts: int) -> bool:
+    def _fits(self, split: Split, contexts: int) -> bool:
         layers = self.costs.layers
-        for worker, start, end in cut:
+        for worker, start, end in split:
             held = sum(
                 layer.weight_bytes + contexts * CONTEXT * layer.kv_bytes_per_token for layer in layers[start:end]
             )

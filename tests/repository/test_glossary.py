@@ -39,7 +39,7 @@ def excluded_terms() -> set[str]:
 
 
 def words(identifier: str) -> str:
-    """`StageExecutor` and `stage_step` are both ` stage step `."""
+    """`StageStep` and `stage_step` are both ` stage step `."""
     return f" {' '.join(word.lower() for word in WORD.findall(identifier))} "
 
 

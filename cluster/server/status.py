@@ -80,7 +80,7 @@ def _worker(handle: WorkerHandle, report: StageReport | None, predicted: StagePr
         "layers": handle.layers,
         "device_layers": [{"device": one.device, "layers": (one.start, one.end)} for one in handle.device_layers],
         "state": str(handle.state),
-        "memory_bytes": _memory_bytes(handle),
+        "memory_bytes": memory_bytes(handle),
         "busy": 0.0 if report is None else report.utilization,
         "tokens_per_s": 0.0 if report is None else report.tokens_per_s,
         "decode_ms": None if report is None else report.decode_ms,
@@ -91,7 +91,7 @@ def _worker(handle: WorkerHandle, report: StageReport | None, predicted: StagePr
     }
 
 
-def _memory_bytes(handle: WorkerHandle) -> int:
+def memory_bytes(handle: WorkerHandle) -> int:
     """Of all its stages together."""
     stages = (loaded for _, loaded in handle.stages.values())
     return sum(stage.weight_bytes + stage.kv_bytes + stage.workspace_bytes for stage in stages)

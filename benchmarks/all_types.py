@@ -94,7 +94,9 @@ def _facts(quant_type: QuantType) -> list[str]:
 
 
 def _speeds(pairs: list[Pair], name: str) -> list[str]:
-    ours, theirs = (Spread.of(getattr(getattr(pair, who), name) for pair in pairs) for who in ("ours", "theirs"))
+    ours, theirs = (
+        Spread.of(getattr(getattr(pair, program), name) for pair in pairs) for program in ("ours", "theirs")
+    )
     share = Spread.of(getattr(pair.ours, f"{name}_share") for pair in pairs)
     ratio = Spread.of(getattr(pair, name) for pair in pairs)
     return [f"{ours.median:.0f}", f"{share.median:.2f}", f"{theirs.median:.0f}", f"{ratio.median:.2f}"]

@@ -92,7 +92,7 @@ class Tally:
                 print(f"{what}: median {median(times):.3f} s, longest {max(times):.3f} s of {len(times)}")
 
 
-def asks(source: Random, count: int, prompt_tokens: int, tokens: int, name: str) -> list[GenerationRequest]:
+def make_requests(source: Random, count: int, prompt_tokens: int, tokens: int, name: str) -> list[GenerationRequest]:
     """Half greedy, half seeded."""
     return [
         GenerationRequest(
@@ -122,33 +122,33 @@ class Chaos:
         self._cluster = cluster
         self._left = faults
         self._source = Random(seed)
-        self._requests = asks(self._source, _SEQUENCES, _PROMPT_TOKENS, _TOKENS, "early")
-        self._late = asks(self._source, _LATE, _LATE_PROMPT_TOKENS, _LATE_TOKENS, "late")
+        self._requests = make_requests(self._source, _SEQUENCES, _PROMPT_TOKENS, _TOKENS, "early")
+        self._late = make_requests(self._source, _LATE, _LATE_PROMPT_TOKENS, _LATE_TOKENS, "late")
         self._expected: dict[str, Answer] = {}
         self._running: dict[asyncio.Task[Answer], GenerationRequest] = {}
         self._struck_s = {worker.name: deque[float](maxlen=_LIVES) for worker in cluster.config.workers}
 
     async def run(self) -> Tally:
         every = [*self._requests, *self._late]
-        answers = await asyncio.gather(*(self._answer(ask) for ask in every))
-        self._expected = {ask.request_id: answer for ask, answer in zip(every, answers, strict=True)}
+        answers = await asyncio.gather(*(self._answer(request) for request in every))
+        self._expected = {request.request_id: answer for request, answer in zip(every, answers, strict=True)}
         while self._left > 0:
-            for ask in self._requests:
-                self._ask(ask)
+            for request in self._requests:
+                self._start(request)
             while self._left > 0 and not all(task.done() for task in self._running):
                 await asyncio.sleep(self._source.uniform(0.0, 1.0))
                 await self._incident()
-            for task, ask in self._running.items():
-                self.tally.compare(self._expected[ask.request_id], await task)
+            for task, request in self._running.items():
+                self.tally.compare(self._expected[request.request_id], await task)
             self._running.clear()
         return self.tally
 
-    def _ask(self, ask: GenerationRequest) -> None:
-        self._running[asyncio.create_task(self._answer(ask))] = ask
+    def _start(self, request: GenerationRequest) -> None:
+        self._running[asyncio.create_task(self._answer(request))] = request
 
-    async def _answer(self, ask: GenerationRequest) -> Answer:
+    async def _answer(self, request: GenerationRequest) -> Answer:
         rows: Answer = []
-        async for event in self._cluster.engine.submit(ask):
+        async for event in self._cluster.engine.submit(request):
             if isinstance(event, TokenSampled):
                 self.tally.last_token_s = time.monotonic()
                 rows.append((event.row.token, struct.pack("<f", event.row.logprob)))
@@ -158,7 +158,7 @@ class Chaos:
 
     @property
     def _rested(self) -> list[WorkerHandle]:
-        """Who may be struck: those that are here, and have lives left."""
+        """Connected workers that have restarts left."""
         now_s = time.monotonic()
         struck = self._struck_s
         return [
@@ -174,7 +174,7 @@ class Chaos:
             return
         moment = self._source.choice(_MOMENTS)
         if moment == "prefill":
-            self._ask(self._source.choice(self._late))
+            self._start(self._source.choice(self._late))
             await until(lambda: self._cluster.engine.scheduler.counts.in_flight > 0)
             await asyncio.sleep(self._source.uniform(0.0, 0.15))
         among = await self._loading(provoke=True) if moment == "loading" else []
@@ -185,7 +185,7 @@ class Chaos:
         await self._goes_on(struck)
 
     async def _loading(self, *, provoke: bool) -> list[WorkerHandle]:
-        """Who loads layers now. `provoke`: because a worker is drained, whose layers move."""
+        """Workers that load layers now. `provoke`: drains a worker, so that its layers move."""
 
         def loading() -> list[WorkerHandle]:
             return [worker for worker in self._rested if worker.state is WorkerState.LOADING]
@@ -205,7 +205,7 @@ class Chaos:
                 supervisor.pool.undrain(name)
 
     async def _strike(self, moment: str, among: Sequence[WorkerHandle], victims: int = 1) -> list[Struck]:
-        """Strikes some at once, of those that are rested where nobody is named. Returns when it has been noticed."""
+        """Stops or kills several workers at once, by default rested ones. Returns when the cluster has noticed."""
         able = among or self._rested
         struck = []
         for worker in self._source.sample(able, min(victims, len(able), self._left)):
@@ -267,7 +267,7 @@ def main() -> None:
     parser.add_argument(
         "--silence", type=float, default=1.0, help="timeouts.worker in seconds (a cluster's default: 5)"
     )
-    parser.add_argument("--verbose", action="store_true", help="what the cluster tells of its workers")
+    parser.add_argument("--verbose", action="store_true", help="print the cluster's events")
     given = parser.parse_args()
     print(f"seed {given.seed}, {given.workers} workers, timeouts.worker {given.silence:g} s")
     asyncio.run(run(given.model, given.seed, given.faults, given.workers, given.silence, given.verbose))

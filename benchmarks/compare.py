@@ -145,7 +145,9 @@ def show(model: str, pairs: Sequence[Pair]) -> None:
     for name in ("prefill", "decode"):
         if getattr(pairs[0].ours, name) is None:
             continue
-        ours, theirs = (Spread.of(getattr(getattr(pair, who), name) for pair in pairs) for who in ("ours", "theirs"))
+        ours, theirs = (
+            Spread.of(getattr(getattr(pair, program), name) for pair in pairs) for program in ("ours", "theirs")
+        )
         share = Spread.of(getattr(pair.ours, f"{name}_share") for pair in pairs)
         ratio = Spread.of(getattr(pair, name) for pair in pairs)
         speeds = f"{ours.median:9.1f} tok/s, {share.median:4.0%} of the limit   llama.cpp {theirs.median:9.1f}"

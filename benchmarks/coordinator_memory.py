@@ -69,12 +69,12 @@ async def load(api: str, requests: int, tokens: int) -> None:
     """Completions with prompts of their own, streamed or not."""
     async with httpx.AsyncClient(base_url=api, timeout=600.0, limits=httpx.Limits(max_connections=requests)) as client:
 
-        async def ask(number: int) -> None:
+        async def complete(number: int) -> None:
             prompt = " ".join(f"word {number} {i}" for i in range(_PROMPT_WORDS))
             body = {"prompt": prompt, "max_tokens": tokens, "stream": number % 2 == 0, "logprobs": 2}
             (await client.post("/v1/completions", json=body)).raise_for_status()
 
-        await asyncio.gather(*map(ask, range(requests)))
+        await asyncio.gather(*map(complete, range(requests)))
 
 
 async def peak_during(asking: Coroutine[None, None, None], process: psutil.Process) -> float:

@@ -26,7 +26,7 @@ from typing import Any
 from compare import check_program, positive
 from gpu_support.llama import LlamaCpp
 from gpu_support.record import described, write_record
-from gpu_support.stage import Loaded, Task, tell
+from gpu_support.stage import Loaded, Task, report
 from gpu_support.work import Figures, Round
 
 from llamaclust.cli.interrupts import ends_in_one_line
@@ -38,25 +38,25 @@ from llamaclust.worker.devices.backends import CUDA
 def measured(task: Task, llama: LlamaCpp | None, repeats: int, folder: Path | None = None) -> dict[str, Any]:
     """The record, which is also written to the folder after each round."""
     with closing(Loaded(task, whole=llama is not None)) as loaded:
-        tell("warming up")
+        report("warming up")
         loaded.warm_up()
         rounds: list[Round] = []
         about = described(loaded, sys.orig_argv)
         for number in range(1, repeats + 1):
             one = loaded.measure()
-            tell(f"round {number}/{repeats}: {_line(task, one)}")
+            report(f"round {number}/{repeats}: {_line(task, one)}")
             if llama is not None:
                 one = replace(one, theirs=llama.measure(task.model))
                 about["llama_bench"] = llama.build
-                tell(f"round {number}/{repeats}: llama.cpp {_their_line(one)}")
+                report(f"round {number}/{repeats}: llama.cpp {_their_line(one)}")
             rounds.append(one)
             figures = Figures(loaded.work, rounds)
             record = about | {"rounds": len(rounds)} | figures.as_json()
             path = write_record(folder, record) if folder is not None else None
     for wanted in figures.wanted():
-        tell(str(wanted))
+        report(str(wanted))
     if path is not None:
-        tell(f"written: {path}")
+        report(f"written: {path}")
     return record
 
 

@@ -132,16 +132,16 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--child", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    if asked.child is not None:
-        found = load_here(asked.model, asked.folder, asked.threads, asked.child)
+    options = parser.parse_args()
+    if options.child is not None:
+        found = load_here(options.model, options.folder, options.threads, options.child)
         print(json.dumps([getattr(found, name) for name in Loaded.__slots__]))
         return
-    if not asked.model.is_file():
-        raise UsageError(f"{asked.model}: no such file; make one with benchmarks/shape.py")
+    if not options.model.is_file():
+        raise UsageError(f"{options.model}: no such file; make one with benchmarks/shape.py")
     print(f"{'':18}{'ready':>9}{'process':>9}{'decode':>10}{'weights':>10}{'KV':>6}{'peak':>8}{'limit':>8} MiB")
     ready_s: dict[str, list[float]] = {}
-    for how, one in measured(asked.model, asked.threads, asked.repeats):
+    for how, one in measured(options.model, options.threads, options.repeats):
         ready_s.setdefault(how, []).append(one.ready_s)
         sizes = (one.weight_bytes, one.kv_bytes, one.peak_bytes, one.limit_bytes)
         weights, kv, peak, limit = (round(size / MIB) for size in sizes)

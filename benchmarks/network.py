@@ -70,10 +70,10 @@ async def alone_tok_s(cluster: Cluster, source: random.Random, tokens: int) -> f
 
 
 async def together(cluster: Cluster, source: random.Random, tokens: int) -> Together:
-    asks = prompts(source, _REQUESTS, 1, cluster.model.hyperparameters.vocabulary_size)
+    requested = prompts(source, _REQUESTS, 1, cluster.model.hyperparameters.vocabulary_size)
     before = cluster.engine.metrics.stage_report()
     begun = time.perf_counter()
-    await asyncio.gather(*(run(cluster, prompt, tokens) for prompt in asks))
+    await asyncio.gather(*(run(cluster, prompt, tokens) for prompt in requested))
     took_s = time.perf_counter() - begun
     rows, stage_ms = difference(before, cluster.engine.metrics.stage_report())
     round_s = _LINKS * _FAR_S / 2 + sum(stage_ms) / 1e3
@@ -82,9 +82,9 @@ async def together(cluster: Cluster, source: random.Random, tokens: int) -> Toge
 
 async def prefill_s(cluster: Cluster, source: random.Random, tokens: int) -> float:
     """From the first submission to the last first token."""
-    asks = prompts(source, _REQUESTS, tokens, cluster.model.hyperparameters.vocabulary_size)
+    requested = prompts(source, _REQUESTS, tokens, cluster.model.hyperparameters.vocabulary_size)
     begun = time.perf_counter()
-    await asyncio.gather(*(run(cluster, prompt, 1) for prompt in asks))
+    await asyncio.gather(*(run(cluster, prompt, 1) for prompt in requested))
     return time.perf_counter() - begun
 
 

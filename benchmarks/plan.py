@@ -172,9 +172,9 @@ async def measured_ms(cluster: Cluster, source: random.Random, tokens: int) -> f
     if cluster.config.objective == "latency":
         finished = await run(cluster, prompts(source, 1, _PROMPT, vocabulary)[0], tokens)
         return 1e3 / finished.timings.decode_tok_s
-    asks = prompts(source, _TOGETHER, 1, vocabulary)
+    requested = prompts(source, _TOGETHER, 1, vocabulary)
     begun = time.perf_counter()
-    await asyncio.gather(*(run(cluster, prompt, 2 * tokens) for prompt in asks))
+    await asyncio.gather(*(run(cluster, prompt, 2 * tokens) for prompt in requested))
     return (time.perf_counter() - begun) * 1e3 / (_TOGETHER * 2 * tokens)
 
 
@@ -245,9 +245,9 @@ async def asked_for_ms(cluster: Cluster, source: random.Random) -> float:
     tokens of prompt as of answer."""
     if cluster.config.objective == "latency":
         return await measured_ms(cluster, source, _TOKENS // 2)
-    asks = prompts(source, _TOGETHER, 2 * _TOKENS, cluster.model.hyperparameters.vocabulary_size)
+    requested = prompts(source, _TOGETHER, 2 * _TOKENS, cluster.model.hyperparameters.vocabulary_size)
     begun = time.perf_counter()
-    await asyncio.gather(*(run(cluster, prompt, _TOKENS // 2) for prompt in asks))
+    await asyncio.gather(*(run(cluster, prompt, _TOKENS // 2) for prompt in requested))
     return (time.perf_counter() - begun) * 1e3
 
 

@@ -67,8 +67,8 @@ def prompts(source: random.Random, count: int, tokens: int, vocabulary: int) -> 
 
 
 async def run(cluster: Cluster, prompt: tuple[int, ...], tokens: int) -> Finished:
-    ask = GenerationRequest("benchmark", prompt, tokens, min_tokens=tokens)
-    async for event in cluster.engine.submit(ask):
+    request = GenerationRequest("benchmark", prompt, tokens, min_tokens=tokens)
+    async for event in cluster.engine.submit(request):
         if isinstance(event, Finished):
             return event
     raise AssertionError("a request ends with Finished")
@@ -82,10 +82,10 @@ async def measure(cluster: Cluster, source: random.Random, tokens: int) -> Sampl
         *(run(cluster, prompt, 1) for prompt in prompts(source, _REQUESTS, _PROMPT_TOKENS, vocabulary))
     )
     prefill_s = time.perf_counter() - start
-    asks = prompts(source, _REQUESTS, 1, vocabulary)
+    requested = prompts(source, _REQUESTS, 1, vocabulary)
     before = cluster.engine.metrics.stage_report()
     start = time.perf_counter()
-    await asyncio.gather(*(run(cluster, prompt, tokens) for prompt in asks))
+    await asyncio.gather(*(run(cluster, prompt, tokens) for prompt in requested))
     together_s = time.perf_counter() - start
     rows, stage_ms = difference(before, cluster.engine.metrics.stage_report())
     rounds_ms = max(_REQUESTS / rows * max(stage_ms), sum(stage_ms))
@@ -113,16 +113,16 @@ async def compare(model: Path, repeats: int, tokens: int) -> list[tuple[Sample, 
     pairs = []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
-        tell("starting one worker, and two")
+        report("starting one worker, and two")
         async with cluster_of(1, model, path) as one, cluster_of(2, model, path) as two:
             for number in range(repeats + 1):
-                tell(f"turn {number} of {repeats}" if number else "warming up")
+                report(f"turn {number} of {repeats}" if number else "warming up")
                 pairs.append((await measure(one, source, tokens), await measure(two, source, tokens)))
     return pairs[1:]
 
 
-def tell(what: str) -> None:
-    """What is done next, for who waits at a terminal."""
+def report(what: str) -> None:
+    """Prints the next step on standard error."""
     if sys.stderr.isatty():
         print(what, file=sys.stderr, flush=True)
 

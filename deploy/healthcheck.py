@@ -1,4 +1,4 @@
-"""Whether the image's program does its work: a coordinator takes requests, a worker can be connected to.
+"""Health check of the image's program: a coordinator accepts requests, a worker accepts connections.
 
 Exit code 0 or 1, and one line. It imports nothing of the program, so that it costs little each time.
 """
@@ -30,7 +30,7 @@ def _listens(arguments: list[str]) -> Iterator[tuple[int, str]]:
 
 
 def check_worker(arguments: list[str]) -> str:
-    """Raises OSError where nobody listens at --listen."""
+    """Raises OSError where no process listens at --listen."""
     listen = next(after or arguments[place + 1] for place, after in _listens(arguments))
     host, _, port = listen.rpartition(":")
     host = host.strip("[]")

@@ -1,4 +1,4 @@
-"""What the image's environment is made of: what pip is told to install, and what is left out again at the end."""
+"""Packages of the image's environment: what pip installs, and what is removed at the end."""
 
 from __future__ import annotations
 

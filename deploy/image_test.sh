@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Whether an image answers: as its own user, a cluster of two workers inside it is asked the demo's question. One argument, the image;
+# Tests an image: a cluster of two workers inside it, as its own user, answers the demo's question. One argument, the image;
 # docker, podman or buildah, whichever is there. The model comes from this machine where it lies here already.
 set -euo pipefail
 image=${1:?which image?}
 models=${LLAMACLUST_HOME:-${XDG_CACHE_HOME:-$HOME/.cache}/llamaclust}/models
 
-ask='set -e
+script='set -e
 test "$(id -u)" = 10001
 if [ -d /models ]; then mkdir -p "$LLAMACLUST_HOME"; ln -s /models "$LLAMACLUST_HOME/models"; fi
 llamaclust up --detach >&2
@@ -19,10 +19,10 @@ case ${BUILDER:=$(cd "$(dirname "$0")" && ./builder.sh)} in
   buildah)
     container=$(buildah from --pull-never "$image")
     trap 'buildah rm "$container" >/dev/null' EXIT
-    answer=$(buildah run --isolation "${BUILDAH_ISOLATION:-chroot}" "${mount[@]}" "$container" -- sh -c "$ask") ;;
+    answer=$(buildah run --isolation "${BUILDAH_ISOLATION:-chroot}" "${mount[@]}" "$container" -- sh -c "$script") ;;
   *)
     answer=$("$BUILDER" run --rm --read-only --tmpfs /tmp --tmpfs /var/lib/llamaclust:uid=10001,gid=10001,mode=0700 --cap-drop ALL \
-      --security-opt no-new-privileges "${mount[@]}" --entrypoint sh "$image" -c "$ask") ;;
+      --security-opt no-new-privileges "${mount[@]}" --entrypoint sh "$image" -c "$script") ;;
 esac
 echo "$answer"
 case $answer in *Paris*) ;; *) echo "error: the image's answer is wrong" >&2; exit 1 ;; esac

@@ -1,1 +1,1 @@
-"""Programs on the layers below: benchmark, perplexity, model catalog."""
+"""Commands on models: download, convert, quantize, split, evaluate, benchmark."""

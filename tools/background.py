@@ -1,5 +1,4 @@
-"""Work in a thread that nobody waits for at the end: native calls hear no signal, and Ctrl-C is not to take as long
-as they do."""
+"""Runs work in a daemon thread: a native call cannot be interrupted, and Ctrl-C must not wait for it."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ _Result = TypeVar("_Result")
 
 
 def in_background(work: Callable[[], _Result]) -> Future[_Result]:
-    """What `work` returns or raises."""
+    """The result or the error of `work`."""
     done: Future[_Result] = Future()
     done.set_running_or_notify_cancel()
     Thread(target=_run, args=(work, done), daemon=True).start()

@@ -1,5 +1,5 @@
-"""A model file cut into parts, and parts put together: every tensor byte for byte, metadata as it stands in the file.
-Names and keys are llama.cpp's, so that its programs read what is written here and the other way round."""
+"""Splits a model file into parts and merges parts: tensors byte for byte, metadata unchanged. Names and keys are
+llama.cpp's; files are compatible in both directions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from llamaclust.model.gguf.tensors import Tensor
 from llamaclust.model.gguf.writer import Contents, RawValue, TensorSource, WritableValue, header_bytes, write_gguf_parts
 
 OnBytes = Callable[[str, int, int], None]
-"""Told the file that is written, bytes of tensors done and in all."""
+"""Called with the name of the file, the tensor bytes written and the total."""
 
 DEFAULT_TENSORS: Final = 128
 _MOST_PARTS: Final = 99_999
@@ -124,7 +124,7 @@ def _source(tensor: Tensor, on_read: Callable[[int], None] = lambda count: None)
 
 
 def _whole_metadata(model: ModelFile) -> dict[str, WritableValue]:
-    """All but what a split adds; the alignment as a number, for whoever writes the file."""
+    """All but what a split adds; the alignment as a number, for the writer."""
     raw: dict[str, WritableValue] = {
         key: RawValue(data) for key, data in raw_metadata(model.path).items() if not _SPLIT_KEYS.fullmatch(key)
     }

@@ -116,13 +116,13 @@ class Loaded:
             self.placement = Placement.of(self.model, task, self.gpu, processor, self._room())
             if whole and self.placement.cut:
                 raise UsageError(f"beside llama-bench all layers must be on the GPU: {self.placement}")
-            tell(f"loading {task.model.stem}: {self.placement}")
+            report(f"loading {task.model.stem}: {self.placement}")
             started, progress = time.perf_counter(), _Progress()
             backend, sampling = self.placement.backend(self.gpu, processor), Sampling(task.threads)
             stage = BenchStage(self.model, backend, stage_limits(task.sequences, task.context), sampling, progress.add)
             self._stage = held.enter_context(closing(stage))
             self.load_s = time.perf_counter() - started
-            tell(f"loaded {progress.done_bytes / 1e9:.1f} GB in {self.load_s:.1f} s")
+            report(f"loaded {progress.done_bytes / 1e9:.1f} GB in {self.load_s:.1f} s")
             self.work = Work.of(self.model, self.placement.cut, task.prompt, task.generate, task.sequences)
             self._ram = ReadProbe(task.threads) if self.placement.cut else None
             self._held = held.pop_all()
@@ -130,7 +130,7 @@ class Loaded:
     def _check(self) -> None:
         trained = self.model.hyperparameters.context_length
         if self.task.context > trained:
-            raise UsageError(f"{self.task.context} tokens are asked for, the model was made for {trained}")
+            raise UsageError(f"{self.task.context} tokens requested, the model's context length is {trained}")
 
     def _room(self) -> int:
         """Of VRAM, for the model."""
@@ -180,8 +180,8 @@ class _Progress:
         self.done_bytes += more_bytes
         if self._now_s() - self._told_s > _REPORT_S:
             self._told_s = self._now_s()
-            tell(f"loaded {self.done_bytes / 1e9:.1f} GB")
+            report(f"loaded {self.done_bytes / 1e9:.1f} GB")
 
 
-def tell(line: str) -> None:
+def report(line: str) -> None:
     print(line, file=sys.stderr, flush=True)

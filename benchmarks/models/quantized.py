@@ -55,7 +55,7 @@ def llamaclust(*arguments: str | Path) -> str:
     return done.stdout
 
 
-def asked(*arguments: str | Path) -> Any:
+def json_of(*arguments: str | Path) -> Any:
     return json.loads(llamaclust(*arguments, "--json"))
 
 
@@ -68,7 +68,7 @@ def fall_back(narrow: ModelFile, wide: ModelFile, mix: str) -> float:
 
 def speeds(model: Path, base: Path) -> tuple[float, float]:
     """Decode and prefill, in parts of the other model's."""
-    one, other = (asked("bench", path, "-p", "256", "-n", "48") for path in (model, base))
+    one, other = (json_of("bench", path, "-p", "256", "-n", "48") for path in (model, base))
     decode, prefill = (one[phase]["tok_s"] / other[phase]["tok_s"] for phase in ("decode", "prefill"))
     return decode, prefill
 
@@ -85,7 +85,7 @@ class Bench:
         path = folder / f"{mix}.gguf"
         llamaclust("model", "quantize", self.padded, path, mix, "--imatrix", self.matrix)
         comparing = ("--kl-divergence", "--kl-divergence-base", self.logits)
-        found = asked("model", "perplexity", path, *comparing)
+        found = json_of("model", "perplexity", path, *comparing)
         decode, prefill = speeds(path, self.padded) if self.speed else (None, None)
         model = open_model(path)
         weights = sum(tensor.rows * tensor.shape[-1] for tensor in model.tensors.values())
@@ -124,7 +124,7 @@ class Prepared:
         matrix, logits = folder / "imatrix.gguf", folder / "logits"
         llamaclust("model", "imatrix", padded, "-f", half, "-o", matrix, "--chunks", "32")
         keeping = ("--chunks", str(chunks), "--kl-divergence-base", logits)
-        base = asked("model", "perplexity", padded, "-f", text, *keeping)
+        base = json_of("model", "perplexity", padded, "-f", text, *keeping)
         return cls(narrow, padded, matrix, logits, base["perplexity"])
 
 

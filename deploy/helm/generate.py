@@ -1,5 +1,5 @@
-"""What of the chart follows from elsewhere: README.md from the comments of values.yaml, the `config` part of
-values.schema.json from the cluster file's classes. Run after a change of either; tests compare."""
+"""Generates parts of the chart: README.md from the comments of values.yaml, the `config` part of values.schema.json
+from the cluster file's classes. Run after a change of either; tests compare."""
 
 from __future__ import annotations
 

@@ -280,7 +280,7 @@ def test_mistakes_are_told_before_anything_runs(
         gpu.main(["nope.gguf"])
     with pytest.raises(UsageError, match=r"no such file; docs/gpu\.md says how to build it"):
         gpu.main([str(model), "--llama-bench", str(tmp_path / "llama-bench")])
-    with pytest.raises(UsageError, match="10001 tokens are asked for, the model was made for 2048"):
+    with pytest.raises(UsageError, match="10001 tokens requested, the model's context length is 2048"):
         gpu.main([str(model), "--prompt", "10000"])
     for option in (("--gpu-memory", "much"), ("--device", "cpu"), ("--repeats", "0")):
         with pytest.raises(SystemExit):

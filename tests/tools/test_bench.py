@@ -37,7 +37,7 @@ MATRICES = LAYERS * (2 * HIDDEN * HIDDEN + 2 * HIDDEN * KV_WIDTH + 3 * HIDDEN * 
 
 @pytest.fixture(autouse=True)
 def quick_probes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The probes have tests of their own, and a machine that is asked for half a gigabyte may need long to find it."""
+    """The probes have tests of their own, and half a gigabyte may take a machine long to provide."""
     monkeypatch.setattr(probes, "ReadProbe", FakeProbe)
 
 
@@ -315,7 +315,7 @@ def test_own_work_is_not_that_of_others(monkeypatch: pytest.MonkeyPatch, tmp_pat
     ("arguments", "words"),
     [
         (("TINY", "-p", "2048"), "the model was made for 2048"),
-        (("TINY", "-d", "2000", "-n", "100"), "2101 tokens are asked for"),
+        (("TINY", "-d", "2000", "-n", "100"), "2101 tokens requested"),
         (("/nonexistent.gguf",), "no such file"),
         (("TINY", "-p", "0"), "--prompt"),
         (("TINY", "--workers", "0"), "--workers"),

@@ -108,12 +108,12 @@ def test_an_alignment_of_its_own_is_kept(tmp_path: Path) -> None:
 
 def test_large_tensors_pass_in_pieces(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(split, "_PIECE_BYTES", 1000)
-    told: list[tuple[str, int, int]] = []
+    reported: list[tuple[str, int, int]] = []
     parts = plan_split(open_model(tiny), tmp_path / "m", SplitRules(most_tensors=9))
-    write_parts(parts, lambda *what: told.append(what))
+    write_parts(parts, lambda *what: reported.append(what))
     total = sum(tensor.n_bytes for tensor in open_model(tiny).tensors.values())
-    assert told[-1][1:] == (total, total)
-    assert max(after[1] - before[1] for before, after in pairwise(told)) == 1000
+    assert reported[-1][1:] == (total, total)
+    assert max(after[1] - before[1] for before, after in pairwise(reported)) == 1000
 
 
 def test_nothing_is_left_where_it_fails(tiny: Path, tmp_path: Path) -> None:

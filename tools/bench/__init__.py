@@ -1,1 +1,1 @@
-"""The `bench` command's measurements."""
+"""Measurements of the `bench` command."""

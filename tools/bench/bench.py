@@ -1,4 +1,4 @@
-"""Speed of a model here, beside what this machine could do at best, measured in turns in the same run."""
+"""Measures the speed of a model and the limits of this machine, interleaved in one run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from llamaclust.tools.model_info import describe
 from llamaclust.worker.devices.backends import open_gpu
 
 OnStep = Callable[[str], None]
-"""Told what is measured next."""
+"""Called with the name of the next measurement."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +151,7 @@ class BenchReport:
 
 
 class Runner(Protocol):
-    """What is measured. Both return seconds."""
+    """The measured operations; both return seconds."""
 
     def prefill(self) -> Awaitable[float]: ...
     def decode(self) -> Awaitable[float]: ...
@@ -178,7 +178,7 @@ def run_bench(task: BenchTask, on_step: OnStep) -> BenchReport:
     with closing(Model.open(task.model)) as model:
         trained = model.hyperparameters.context_length
         if task.context > trained:
-            raise UsageError(f"{task.context} tokens are asked for, the model was made for {trained}")
+            raise UsageError(f"{task.context} tokens requested, the model's context length is {trained}")
         backend = CpuBackend(task.threads_each, environment().feature_level)
         measurement = _Measurement(task, Work.of(model, task), on_step)
         load, level, gpu_name = LoadMeter(), backend.feature_level, ""
@@ -225,7 +225,7 @@ class _Measurement:
     machine: MachineLimits | None = None
 
     async def run(self, runner: Runner, of_gpu: GpuLimits | None = None) -> None:
-        """In turns, so that a change of the machine's mood meets all of them."""
+        """Interleaves decode and prefill, so that a change of the machine's speed affects both."""
         task, work = self.task, self.work
         self.on_step("warming up")
         threads = min(task.threads_each * task.workers, cores())
@@ -245,5 +245,5 @@ class _Measurement:
 
 
 def cores() -> int:
-    """That this process may use."""
+    """Cores that this process may use."""
     return len(os.sched_getaffinity(0))

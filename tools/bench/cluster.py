@@ -1,4 +1,4 @@
-"""Speed of a cluster as its engine's users see it."""
+"""Speed of a cluster, measured at its engine."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ class ClusterRunner:
 
     async def decode(self) -> float:
         """Seconds from the moment when all have their first token to the last one's end, for as many tokens as the
-        task asks for: those that were early count less."""
-        asks = (self._token_times(self._task.depth + 1, self._task.generate + 1) for _ in range(self._task.batch))
-        times = await asyncio.gather(*asks)
+        task requests for: those that were early count less."""
+        requests = (self._token_times(self._task.depth + 1, self._task.generate + 1) for _ in range(self._task.batch))
+        times = await asyncio.gather(*requests)
         start_ns, end_ns = max(each[0] for each in times), max(each[-1] for each in times)
         within = sum(time_ns > start_ns for each in times for time_ns in each)
         return (end_ns - start_ns) / 1e9 * self._task.generate * self._task.batch / within

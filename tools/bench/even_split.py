@@ -1,4 +1,4 @@
-"""Cuts a model's layers over exactly so many workers that are alike. Pure."""
+"""Splits a model's layers over a given number of equal workers. Pure."""
 
 from __future__ import annotations
 

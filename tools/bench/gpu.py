@@ -1,4 +1,4 @@
-"""The limits of a GPU around each run of a benchmark."""
+"""Limits of a GPU, measured before and after each run of a benchmark."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ class GpuLimits:
 
     @property
     def machine(self) -> MachineLimits:
-        read, macs = (median(getattr(one, name) for one in self._found) for name in ("read_bytes_s", "int8_macs_s"))
+        read, macs = (
+            median(getattr(profile, name) for profile in self._found) for name in ("read_bytes_s", "int8_macs_s")
+        )
         return MachineLimits(read / 1e9, macs / 1e9, fma_gmac_s=0.0)
 
     async def read(self) -> float:

@@ -1,5 +1,5 @@
-"""What this machine could do at best, measured right before and right after each run: a share is that of a pair, so
-that a machine that changes its speed in between, as virtual ones do, changes one pair and not all."""
+"""The limits of this machine, measured immediately before and after each run. Shares are of such pairs: where a virtual
+machine changes its speed, one pair changes, not all."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _PROBE_S = 600.0
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Of several runs."""
+    """Median and range of several runs."""
 
     median: float
     least: float
@@ -67,9 +67,8 @@ class MachineLimits:
 
 
 class Limits:
-    """The machine's limits on some threads, and what was measured of them. `float_share` of a prefill's multiply-adds
-    are by float weights. Holds up to a gigabyte to read from. Each probe runs in a thread that nobody waits for.
-    """
+    """Measures the machine's limits on `threads` threads. `float_share` of a prefill's multiply-adds use float weights.
+    Holds a buffer of up to 1 GiB to read from. Probes run in daemon threads."""
 
     def __init__(self, probe: probes.ReadProbe, threads: int, float_share: float) -> None:
         self._probe = probe
@@ -107,7 +106,7 @@ class Limits:
 
 
 async def paired(run: Callable[[], Awaitable[float]], work: float, limit: Callable[[], Awaitable[float]]) -> Pair:
-    """`run` tells the seconds that it took to do `work`, in the units of 10^9 a second that `limit` is in."""
+    """`run` returns the seconds taken by `work`; `limit` is in 10^9 of its units a second."""
     before = await limit()
     seconds = await run()
     return Pair(work / seconds / 1e9, before, await limit())

@@ -1,4 +1,4 @@
-"""What other programs took of the processor meanwhile: a measurement beside much of that says little."""
+"""Processor load of other programs during a measurement, which much of it makes meaningless."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class LoadMeter:
         self._started = _read()
 
     def measure(self) -> OtherLoad | None:
-        """None where the system does not tell, or after too short a time."""
+        """None where /proc/stat is unavailable, or after less than 0.1 s."""
         before, after = self._started, _read()
         if before is None or after is None or after.at - before.at < 0.1:
             return None

@@ -1,4 +1,4 @@
-"""Speed of one stage with a whole model, in this thread: what the engine would run, without the engine."""
+"""Speed of one stage that holds a whole model, in this thread, without the engine."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class BenchStage:
         sampling: Sampling,
         progress: Progress = lambda done_bytes: None,
     ) -> None:
-        """Loads the weights; `progress` is told of every byte."""
+        """Loads the weights; `progress` is called with the bytes loaded."""
         batch, context = limits.max_sequences, limits.max_context_tokens
         blocks = limits.kv_blocks // batch
         options = StageOptions(sampling.feature_level, sampling.threads, progress=progress)

@@ -1,4 +1,4 @@
-"""A cluster of local workers for one measurement: real processes and links, gone at the end."""
+"""A temporary cluster of local worker processes for one measurement."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""From any checkpoint to a GGUF file: readers, pages of architectures, vocabularies, and a writer that streams."""
+"""Converts a checkpoint to GGUF: readers of formats, architectures (pages), vocabularies, and a streaming writer."""

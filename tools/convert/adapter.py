@@ -1,4 +1,4 @@
-"""Adapters of PEFT (LoRA): small factors beside the matrices of a checkpoint, and matrices that replace its own."""
+"""PEFT adapters (LoRA): low-rank factors for matrices of a checkpoint, and matrices that replace its own."""
 
 from __future__ import annotations
 

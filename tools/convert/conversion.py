@@ -1,4 +1,4 @@
-"""From a checkpoint to a GGUF file: reader, page, vocabulary, writer."""
+"""Converts a checkpoint to a GGUF file: reader, page, vocabulary, writer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from llamaclust.tools.convert.formats.source_files import SourceFiles
 from llamaclust.tools.convert.lazy import Lazy
 from llamaclust.tools.convert.page import Page
 from llamaclust.tools.convert.pages import build_page
-from llamaclust.tools.convert.stream import Output, Told, write_stream
+from llamaclust.tools.convert.stream import OnProgress, Output, write_stream
 from llamaclust.tools.convert.vocabularies.reading import read_words
 from llamaclust.tools.convert.vocabularies.words import Words
 
@@ -57,16 +57,22 @@ class Target:
     name: str | None = None  # of the model; None: the checkpoint's
 
 
-def convert(source: Path, out: Path | None, type_name: str, hints: Hints, told: Told, name: str | None) -> Converted:
+def convert(
+    source: Path, out: Path | None, type_name: str, hints: Hints, on_progress: OnProgress, name: str | None
+) -> Converted:
     """Writes the checkpoint at `source` to `out`, by default NAME-TYPE.gguf here.
 
     ModelFileError for a bad checkpoint, UsageError for bad options or a disk without room; no file is left then.
     """
     with SourceFiles() as files:
-        return write_converted(files, open_checkpoint(files, source, hints), Target(out, type_name, name), hints, told)
+        return write_converted(
+            files, open_checkpoint(files, source, hints), Target(out, type_name, name), hints, on_progress
+        )
 
 
-def write_converted(files: SourceFiles, checkpoint: Checkpoint, target: Target, hints: Hints, told: Told) -> Converted:
+def write_converted(
+    files: SourceFiles, checkpoint: Checkpoint, target: Target, hints: Hints, on_progress: OnProgress
+) -> Converted:
     """As `convert`, for an open checkpoint."""
     kind = OUTPUT_TYPES.get(target.type_name)
     if kind is None:
@@ -80,7 +86,7 @@ def write_converted(files: SourceFiles, checkpoint: Checkpoint, target: Target, 
     outputs = [Output(one, output_type(one, tensor, kind), tensor) for one, tensor in page.tensors.items()]
     metadata = _general(page, name, kind) | page.metadata | _vocabulary(page, words)
     _check_replaceable(path)
-    write_stream(path, metadata, outputs, told, thread_count(), files.check_unchanged)
+    write_stream(path, metadata, outputs, on_progress, thread_count(), files.check_unchanged)
     return Converted(path, page.architecture, len(outputs), tuple(page.notes))
 
 

@@ -1,4 +1,4 @@
-"""Weights of eight-bit floats (E4M3) with scales beside them, turned back into decimal numbers on the way."""
+"""Dequantizes 8-bit floats (E4M3) with separate scales while they are read."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _block(said: Settings) -> tuple[int, int] | None:
 
 
 def _scaled(tensor: Lazy, scales: Lazy, block: tuple[int, int] | None) -> Lazy:
-    """A scale for each block, for each row, or for the whole matrix, told by their shape."""
+    """A scale for each block, for each row, or for the whole matrix, recognized by its shape."""
     if len(tensor.shape) != 2 or tensor.storage is not Storage.U8 or not scales.storage.is_real:
         kinds = f"{tensor.storage.name} {list(tensor.shape)}, scales {scales.storage.name}"
         raise ModelFileError(f"{tensor.origin}: {kinds}: no matrix of eight-bit floats with its scales")

@@ -1,4 +1,4 @@
-"""Numbers as checkpoints store them to numbers as GGUF files do, for some rows at a time."""
+"""Converts element types of checkpoints to those of GGUF files, a range of rows at a time."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Tensors that are not read yet: a shape, how numbers are stored, and a function that brings some rows. What a
-conversion does to a tensor (rows in another order, parts put together) is done when its rows are asked for."""
+"""Lazy tensors: a shape, a storage type and a function that reads a range of rows. Transformations (permuted rows,
+concatenation) run when rows are read."""
 
 from __future__ import annotations
 

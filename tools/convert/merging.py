@@ -1,4 +1,4 @@
-"""A checkpoint and an adapter on it as one model: a GGUF file, or a folder of Hugging Face's form again."""
+"""Merges an adapter into its checkpoint: into a GGUF file or a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from llamaclust.tools.convert.formats.hugging_face import CONFIG, read_folder
 from llamaclust.tools.convert.formats.opening import Hints
 from llamaclust.tools.convert.formats.source_files import SourceFiles
 from llamaclust.tools.convert.lazy import Lazy, Storage
-from llamaclust.tools.convert.stream import Output, Told, write_pieces
+from llamaclust.tools.convert.stream import OnProgress, Output, write_pieces
 
 _TOKENIZER_FILES: Final = (
     "tokenizer.model",
@@ -34,7 +34,9 @@ _TOKENIZER_FILES: Final = (
 _STORAGE: Final = {"f32": Storage.F32, "f16": Storage.F16, "bf16": Storage.BF16}
 
 
-def merge_adapter(base: Path, adapter: Path, out: Path, type_name: str, hints: Hints, told: Told) -> Converted:
+def merge_adapter(
+    base: Path, adapter: Path, out: Path, type_name: str, hints: Hints, on_progress: OnProgress
+) -> Converted:
     """Writes W + scale * B @ A of every matrix to `out`: a GGUF file where its name ends so, else a folder.
 
     The tokenizer is the adapter's where it has one. ModelFileError where the two do not fit together.
@@ -47,8 +49,8 @@ def merge_adapter(base: Path, adapter: Path, out: Path, type_name: str, hints: H
         vocabulary = adapter if _has_tokenizer(adapter) else base
         whole = replace(found, tensors=tensors, settings=words_of(tensors, found.settings), vocabulary=vocabulary)
         if out.suffix == ".gguf":
-            return write_converted(files, whole, Target(out, type_name), hints, told)
-        return _write_folder(files, whole, base, out, type_name, told)
+            return write_converted(files, whole, Target(out, type_name), hints, on_progress)
+        return _write_folder(files, whole, base, out, type_name, on_progress)
 
 
 def _has_tokenizer(folder: Path) -> bool:
@@ -56,7 +58,7 @@ def _has_tokenizer(folder: Path) -> bool:
 
 
 def _write_folder(
-    files: SourceFiles, whole: Checkpoint, base: Path, out: Path, type_name: str, told: Told
+    files: SourceFiles, whole: Checkpoint, base: Path, out: Path, type_name: str, on_progress: OnProgress
 ) -> Converted:
     """config.json, the tokenizer's files and model.safetensors; the latter comes last."""
     if type_name not in _STORAGE:
@@ -68,7 +70,7 @@ def _write_folder(
     out.mkdir(exist_ok=True)
     made: list[Path] = []
     try:
-        _write_weights(whole.tensors, weights, type_name, told)
+        _write_weights(whole.tensors, weights, type_name, on_progress)
         made.append(weights)
         files.check_unchanged()
         for name in _TOKENIZER_FILES:
@@ -90,7 +92,7 @@ def _write_folder(
     return Converted(out, whole.family, len(whole.tensors), ())
 
 
-def _write_weights(tensors: Mapping[str, Lazy], path: Path, type_name: str, told: Told) -> None:
+def _write_weights(tensors: Mapping[str, Lazy], path: Path, type_name: str, on_progress: OnProgress) -> None:
     kind, storage = OUTPUT_TYPES[type_name], _STORAGE[type_name]
     outputs = [Output(name, kind, tensor) for name, tensor in tensors.items() if tensor.storage.is_real]
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -104,4 +106,4 @@ def _write_weights(tensors: Mapping[str, Lazy], path: Path, type_name: str, told
     head = len(text).to_bytes(8, "little") + text
     with new_file(path, len(head) + at) as file:
         file.write(head)
-        write_pieces(file, outputs, told, thread_count(), alignment=1)
+        write_pieces(file, outputs, on_progress, thread_count(), alignment=1)

@@ -1,4 +1,4 @@
-"""Weights of four bits as GPTQ and AWQ pack them eight to a number, turned back into decimal numbers on the way."""
+"""Dequantizes 4-bit weights that GPTQ and AWQ pack eight to an int32, while they are read."""
 
 from __future__ import annotations
 

@@ -1,6 +1,5 @@
-"""What a page of `pages/` is given: it takes tensors by the names of its checkpoint, says what shape they must have,
-and puts them under GGUF's names. A tensor that no page takes is an error: it may be a scale that nothing is right
-without."""
+"""The interface of the pages of `pages/`: a page takes tensors by their names in the checkpoint, states their shapes
+and assigns GGUF names. A tensor that the page does not take is an error: it may be a scale that the result needs."""
 
 from __future__ import annotations
 

@@ -22,8 +22,8 @@ from llamaclust.tools.convert.lazy import Lazy
 _CHUNK_ELEMENTS: Final = 1 << 21
 _FLUSH_BYTES: Final = 1 << 26
 
-Told = Callable[[int, int], None]
-"""Told of bytes done and bytes in all."""
+OnProgress = Callable[[int, int], None]
+"""Called with the bytes done and the total."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ def write_stream(
     path: Path,
     metadata: Mapping[str, WritableValue],
     outputs: Sequence[Output],
-    told: Told,
+    on_progress: OnProgress,
     threads: int,
     check: Callable[[], None],
 ) -> None:
@@ -54,23 +54,23 @@ def write_stream(
     total = len(header) + sum(_padded(source.n_bytes, DEFAULT_ALIGNMENT) for source in sources)
     with new_file(path, total) as file:
         file.write(header)
-        write_pieces(file, outputs, lambda done, _: told(len(header) + done, total), threads)
+        write_pieces(file, outputs, lambda done, _: on_progress(len(header) + done, total), threads)
         check()
 
 
 def write_pieces(
-    file: BinaryIO, outputs: Sequence[Output], told: Told, threads: int, alignment: int = DEFAULT_ALIGNMENT
+    file: BinaryIO, outputs: Sequence[Output], on_progress: OnProgress, threads: int, alignment: int = DEFAULT_ALIGNMENT
 ) -> None:
     """All tensors' bytes from where the file stands on, each from a multiple of `alignment` on."""
     total = sum(_padded(output.source.n_bytes, alignment) for output in outputs)
     start = file.tell()
     done = flushed = 0
-    told(done, total)
+    on_progress(done, total)
     with ThreadPoolExecutor(threads, thread_name_prefix="convert") as pool:
         for data in _pieces(outputs, pool, threads, alignment):
             file.write(data)
             done += len(data)
-            told(done, total)
+            on_progress(done, total)
             if done - flushed > _FLUSH_BYTES:
                 _begin_writing(file, start + flushed, done - flushed)
                 flushed = done

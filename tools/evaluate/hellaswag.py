@@ -58,8 +58,8 @@ class Accuracy:
 
     def plus(self, task: Task, logprobs: Sequence[Sequence[float]]) -> Accuracy:
         """With one more task, given each ending's logprobs; the first of equals counts as the likeliest."""
-        sums = [math.fsum(one) for one in logprobs]
-        means = [total / len(one) for total, one in zip(sums, logprobs, strict=True)]
+        sums = [math.fsum(ending) for ending in logprobs]
+        means = [total / len(ending) for total, ending in zip(sums, logprobs, strict=True)]
         right, norm = sums.index(max(sums)) == task.right, means.index(max(means)) == task.right
         return Accuracy(self.tasks + 1, self.right + right, self.right_norm + norm)
 

@@ -26,7 +26,7 @@ _QUANTILES: Final = (1.0, 0.999, 0.99, 0.95, 0.9, 0.5, 0.1, 0.05, 0.01, 0.001, 0
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A mean and its standard error; 0 where there are too few values to tell."""
+    """A mean and its standard error; 0 for too few values."""
 
     value: float
     stderr: float
@@ -48,7 +48,7 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """What is told of each token, float64 [tokens]."""
+    """Statistics of each token, float64 [tokens]."""
 
     nll: Float64  # what the model gives the token, as negative logprob
     base_nll: Float64

@@ -41,7 +41,7 @@ def measure_divergence(
     chunks: int,
     on_chunk: Callable[[int, float], None],
 ) -> Divergence:
-    """Compares the model with the first `chunks` of a file of logits; `on_chunk` is told how many are done and the mean
+    """Compares the model with the first `chunks` of a file of logits; `on_chunk` gets the number done and the mean
     divergence so far. UsageError where the file is of another vocabulary."""
     shape = base.shape
     if shape.vocabulary != client.vocabulary_size:

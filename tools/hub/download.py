@@ -17,7 +17,7 @@ from llamaclust.core.errors import DownloadError
 from llamaclust.tools.hub.download_ranges import RangeSource
 
 Progress = Callable[[str, int, int | None], None]
-"""Told what is being done, bytes done and bytes in all (None where unknown)."""
+"""Called with the step, the bytes done and the total (None: unknown)."""
 
 _COUNT = re.compile("[0-9]{1,18}")
 _DISK_RESERVE_BYTES = 1 << 26
@@ -170,7 +170,7 @@ def _fetch_once(
 
 
 def _resume_headers(state: _Partial, checked: bool) -> dict[str, str]:
-    """A range where the bytes already here can be told to be of the same file, or are checked afterwards."""
+    """A range where the bytes already here are known to be of the same file, or are checked afterwards."""
     headers = {**state.headers, "Accept-Encoding": "identity"}
     validator = state.validator()
     if state.size_bytes and (validator or checked):
@@ -183,7 +183,7 @@ def _resume_headers(state: _Partial, checked: bool) -> dict[str, str]:
 def _check_status(response: httpx.Response, url: str) -> None:
     if response.status_code in (httpx.codes.OK, httpx.codes.PARTIAL_CONTENT):
         if response.headers.get("content-encoding", "identity") != "identity":
-            raise DownloadError(f"{url}: the server sent compressed bytes that were not asked for")
+            raise DownloadError(f"{url}: the server sent compressed bytes that were not requested")
         if url.startswith("https:") and response.url.scheme != "https":
             raise DownloadError(f"{url}: redirected to an address without TLS, {response.url}")
         return
@@ -223,7 +223,7 @@ def _append(
 
 
 def _is_for_ranges(response: httpx.Response, state: _Partial, rest: int, checked: bool) -> bool:
-    """Whether the rest is worth several connections, and its pieces can be told to be of the same file."""
+    """Whether the rest is worth several connections, and its pieces are known to be of the same file."""
     gives = response.status_code == httpx.codes.PARTIAL_CONTENT or response.headers.get("accept-ranges") == "bytes"
     return rest >= _LARGE_BYTES and gives and (checked or state.validator() is not None)
 

@@ -28,7 +28,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class RangeSource:
-    """What is asked. `headers` are those of every request; a validator among them keeps pieces of one file."""
+    """A request. `headers` are those of every request; a validator among them keeps pieces of one file."""
 
     client: httpx.Client
     url: str
@@ -69,7 +69,7 @@ class RangeSource:
                 for chunk in response.iter_raw():
                     data += chunk
                     if len(data) > end - start:
-                        return Piece(b"", "the server sent more than a range asked for")
+                        return Piece(b"", "the server sent more than the requested range")
                     if stop.is_set() or time.monotonic() > self.deadline:
                         return Piece(bytes(data[: end - start]), "the time for this download is over")
         except httpx.TransportError as error:

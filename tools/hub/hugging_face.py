@@ -124,7 +124,7 @@ def _origin(url: str) -> tuple[str, str | None, int | None] | None:
         parts = urlsplit(url)
         return parts.scheme, parts.hostname, parts.port
     except ValueError:
-        return None  # no address: nobody follows it
+        return None  # no address to follow
 
 
 def _refusal(response: httpx.Response, source: HubFile, has_token: bool) -> str:

@@ -45,7 +45,7 @@ class PipSettings:
 
 @dataclass(frozen=True, slots=True)
 class WheelLink:
-    """A wheel's address and, where the index told it, its SHA-256 in lower-case hex."""
+    """A wheel's address and, where the index has it, its SHA-256 in lower-case hex."""
 
     url: str
     sha256: str | None
@@ -90,7 +90,7 @@ def _run_pip(*arguments: str) -> str:
         raise DownloadError(f"`{' '.join(command)}` did not end within {_PIP_TIMEOUT_S:.0f} s") from None
     if done.returncode != 0:
         last = (done.stderr.strip() or "no message").splitlines()[-1]
-        raise DownloadError(f"pip cannot tell its package index ({last}); install it: {sys.executable} -m ensurepip")
+        raise DownloadError(f"pip does not show its package index ({last}); install it: {sys.executable} -m ensurepip")
     return done.stdout
 
 
@@ -123,7 +123,7 @@ def _normalized(name: str) -> str:
 
 
 def _read_links(client: httpx.Client, place: str) -> list[WheelLink]:
-    """All links of a place; a server that is busy or cannot be reached is asked again."""
+    """All links of a place; a busy or unreachable server is retried."""
     for pause_s in _PAUSES_S:
         try:
             return list(_links_at(client, place))

@@ -210,7 +210,7 @@ def _discard(wheel: Path, part: Path) -> str:
     """Deletes what was fetched, but no wheel in a folder of the user's; says what to do now."""
     part.unlink(missing_ok=True)
     if wheel.parent != part.parent:
-        return f"it lies in a folder that pip is told to look in and was left there: replace {wheel}"
+        return f"it is in a folder that pip is configured to search and was left there: replace {wheel}"
     wheel.unlink(missing_ok=True)
     wheel.with_name(wheel.name + ".json").unlink(missing_ok=True)
     return "it was deleted: pull again, or check the package index"

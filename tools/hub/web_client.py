@@ -41,7 +41,7 @@ class WebClient(httpx.Client):
 
 
 class _Connections:
-    """Sockets of a client. Which of them a request uses is not told where it is an older one."""
+    """Sockets of a client. httpcore does not report which of them a request reuses."""
 
     def __init__(self) -> None:
         self._lock = Lock()
@@ -52,16 +52,16 @@ class _Connections:
             self._sockets.add(stream.get_extra_info("socket"))
 
     def cut(self) -> None:
-        """Whoever reads from one finds that it has ended; closing it would not wake them."""
+        """Shuts the sockets down: pending reads end, which closing would not do."""
         with self._lock:
             sockets = list(self._sockets)
-        for one in sockets:
+        for connection in sockets:
             with suppress(OSError):
-                socket.socket.shutdown(one, socket.SHUT_RDWR)  # not TLS's own, which another thread may be in
+                socket.socket.shutdown(connection, socket.SHUT_RDWR)  # not TLS's own, which another thread may be in
 
 
 class _Watch:
-    """Is told by httpcore what a request is doing; the timer of each phase ends with it."""
+    """Receives httpcore's trace events; each phase of a request has a timer."""
 
     def __init__(self, connections: _Connections, deadlines_s: Mapping[str, float]) -> None:
         self._connections, self._deadlines_s = connections, deadlines_s

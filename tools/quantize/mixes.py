@@ -1,5 +1,5 @@
-"""What quantizing a model can be asked for: types by name, and which tensors get another type than the rest. All is as
-llama-quantize has it, so that a file of one name has one size whoever made it."""
+"""Quantization mixes by name, and the tensors that get another type than the rest. Mixes equal those of llama-quantize,
+so that files of the same name have the same size."""
 
 from __future__ import annotations
 

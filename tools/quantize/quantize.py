@@ -110,14 +110,14 @@ def _importance(matrix: ImportanceMatrix, tensor: Tensor) -> NDArray[np.float32]
 def write_quantized(job: Quantizing, out: Path, threads: int, keep_split: bool, progress: Progress) -> None:
     """Writes `out`, or its parts where `keep_split` and the model has several. UsageError, with nothing written, where
     the disk has too little room and for weights that are no finite numbers."""
-    told = _Told(progress, sum(change.n_bytes for change in job.changes))
+    done_bytes = _ByteProgress(progress, sum(change.n_bytes for change in job.changes))
     count = len(job.model.parts) if keep_split else 1
     files = {}
     with _Workers(threads) as workers:
         for number, path in enumerate(part_paths(out, count)):
             part = job.model.parts[number] if count > 1 else None
             changes = [change for change in job.changes if part is None or change.tensor.path == part]
-            sources = [_source(change, workers, told) for change in changes]
+            sources = [_source(change, workers, done_bytes) for change in changes]
             files[path] = Contents.of(_metadata(job, number, count), sources)
         write_gguf_parts(files)
 
@@ -136,7 +136,7 @@ def _metadata(job: Quantizing, number: int, count: int) -> dict[str, WritableVal
     return metadata
 
 
-class _Told:
+class _ByteProgress:
     def __init__(self, progress: Progress, total_bytes: int) -> None:
         self._progress, self._total, self._done = progress, total_bytes, 0
 
@@ -161,7 +161,7 @@ class _Workers:
         yield from self._pool.map(lambda task: task(), tasks)
 
 
-def _source(change: Change, workers: _Workers, told: _Told) -> TensorSource:
+def _source(change: Change, workers: _Workers, done_bytes: _ByteProgress) -> TensorSource:
     tensor = change.tensor
 
     def produce() -> memoryview:
@@ -170,7 +170,7 @@ def _source(change: Change, workers: _Workers, told: _Told) -> TensorSource:
         for piece in workers.in_order(_tasks(change)):
             out[done : done + piece.size] = piece.reshape(-1)
             done += piece.size
-            told.add(piece.size)
+            done_bytes.add(piece.size)
         return out.data
 
     return TensorSource(tensor.name, change.quant_type, tensor.shape, produce)

@@ -157,7 +157,7 @@ class _Chooser:
         return QuantType.Q5_K if mix in LOWEST.split() or mix == "IQ3_XXS" else QuantType.Q6_K
 
     def _place(self, tensor: Tensor, part: Part, by_name: bool = True) -> Place:
-        """Layers are counted as they come; where a layer may have several tensors of a part, its name tells."""
+        """Layers are counted as they come; where a layer may have several tensors of a part, its name decides."""
         if part in VALUES:
             index, count = self._seen[Part.V], self._values
         else:

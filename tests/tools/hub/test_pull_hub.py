@@ -311,4 +311,4 @@ def test_a_range_that_does_not_end_is_hung_up_on() -> None:
     with httpx.Client(transport=httpx.MockTransport(answer)) as client:
         source = download_ranges.RangeSource(client, "http://x/m.gguf", {}, time.monotonic() + 30)
         (piece,) = source.pieces(0, 5000)
-    assert piece.failure == "the server sent more than a range asked for" and not piece.data and given < 10_000
+    assert piece.failure == "the server sent more than the requested range" and not piece.data and given < 10_000

@@ -1,4 +1,4 @@
-"""A checkpoint as its reader leaves it: settings and tensors by their names there, and where its words are."""
+"""A checkpoint after reading: settings, tensors by their original names, and the path of its vocabulary."""
 
 from __future__ import annotations
 

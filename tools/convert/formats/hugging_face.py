@@ -1,4 +1,4 @@
-"""Folders of Hugging Face's form: config.json and weights in safetensors or PyTorch's files, whole or in shards."""
+"""Hugging Face folders: config.json and weights in safetensors or PyTorch files, whole or sharded."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Files of llama2.c: seven numbers and weights in a fixed order, float32 in its first form and in version 1, whole
-numbers of eight bits with a scale for each group of them in version 2."""
+"""llama2.c files: seven header numbers and weights in a fixed order: float32 in the legacy format and version 1, int8
+with a scale for each group in version 2."""
 
 from __future__ import annotations
 

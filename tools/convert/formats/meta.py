@@ -1,4 +1,4 @@
-"""Meta's own folders: params.json, consolidated.NN.pth (a part of each matrix in each), tokenizer.model."""
+"""Meta's folders: params.json, consolidated.NN.pth (each has a part of every matrix), tokenizer.model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _EMBEDDING: Final = "tok_embeddings"
 
 
 def read_meta(files: SourceFiles, folder: Path, context_length: int | None) -> Checkpoint:
-    """`context_length`: what the user says, for params.json does not tell."""
+    """`context_length` comes from the user: params.json lacks it."""
     path = folder / PARAMS
     params = Settings(read_json(path), str(path))
     width = params.count("dim")
@@ -69,7 +69,7 @@ def _joined(name: str, parts: list[Lazy], width: int) -> Lazy:
 
 
 def _settings(params: Settings, width: int, tensors: dict[str, Lazy], context_length: int | None) -> dict[str, Any]:
-    """In Hugging Face's words. What params.json leaves out is told by the tensors."""
+    """The settings under Hugging Face's names. Values missing in params.json come from the tensors' shapes."""
     heads = params.count("n_heads", maximum=MAX_HEADS)
     values: dict[str, Any] = {
         "hidden_size": width,
@@ -95,7 +95,7 @@ def _rows(tensors: dict[str, Lazy], name: str, params: Settings) -> int:
 
 
 def _context(params: Settings, values: dict[str, Any]) -> int:
-    """What each generation was trained for, told by what else it changed: Code Llama, 3.1, 3, 2, 1."""
+    """The trained context length, by the generation (Code Llama, 3.1, 3, 2, 1) that other settings identify."""
     if params.has("max_seq_len"):
         return params.count("max_seq_len", maximum=MAX_CONTEXT)
     if "rope_scaling" in values:

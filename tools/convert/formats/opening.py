@@ -1,4 +1,4 @@
-"""Tells what kind of checkpoint a path leads to, by what is in it, and reads it."""
+"""Detects the format of a checkpoint by its contents, and reads it."""
 
 from __future__ import annotations
 

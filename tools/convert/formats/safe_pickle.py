@@ -1,5 +1,5 @@
-"""Reads the pickle of a state dict with a machine of our own that can make numbers, text, lists, dicts and references
-to tensors, and nothing else: whatever else a pickle names is refused by that name, and nothing of it runs."""
+"""Reads the pickle of a state dict with a restricted interpreter: it builds numbers, text, lists, dicts and references
+to tensors only; any other name in a pickle is refused, and no code of it runs."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ class _Machine:
         self._stack.append(target.call(arguments))
 
     def _set_state(self, argument: Any) -> None:
-        """State dicts carry the versions of their modules so, which nobody needs here."""
+        """Ignored: state dicts carry the versions of their modules this way."""
         target, state = self._last(2)
         if not isinstance(target, dict) or not isinstance(state, dict):
             raise _Refused("the pickle sets the state of something that is no dict")

@@ -1,4 +1,4 @@
-"""Files of safetensors: the length of a header, the header in JSON, and bytes."""
+"""safetensors files: header length, JSON header, data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The files of a checkpoint, each opened once and read with pread, and checked at the end to be the same still."""
+"""Files of a checkpoint, each opened once, read with pread, and checked for changes at the end."""
 
 from __future__ import annotations
 
@@ -122,5 +122,5 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _refuse_constant(name: str) -> Any:
-    """NaN and infinities, which some configurations hold for numbers that nobody needs."""
+    """NaN and infinities, which some configurations hold in unused settings."""
     return None

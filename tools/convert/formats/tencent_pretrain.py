@@ -1,4 +1,4 @@
-"""LLaMA as TencentPretrain saves it: one file of PyTorch's, and a configuration in JSON with words of its own."""
+"""LLaMA saved by TencentPretrain: one PyTorch file, and a JSON configuration with its own key names."""
 
 from __future__ import annotations
 

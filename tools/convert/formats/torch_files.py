@@ -1,5 +1,5 @@
-"""Files of torch.save: a zip with a pickle and stored members, each of them the numbers of some tensors. Nothing is
-unpacked: members are read where they lie."""
+"""Files of torch.save: a ZIP archive with a pickle and uncompressed members that hold tensor data. Members are read in
+place."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Architectures as checkpoints name them, each with the page that maps it."""
+"""Pages by architecture: the name in a checkpoint, and the page that maps its tensors."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from llamaclust.tools.convert.pages import decoder
 from llamaclust.tools.convert.rotation import rotation
 
 _WORDS_OF_2 = 125696
-"""The second generation divides each row of its last matrix by its length; its configuration does not tell."""
+"""The second generation divides each row of its last matrix by its length; its configuration does not show it."""
 
 
 def build(page: Page) -> None:

@@ -1,4 +1,4 @@
-"""What the architectures share that descend from Hugging Face's LLaMA: names of layers and of their parts."""
+"""Names of layers and their parts, shared by architectures derived from Hugging Face's LLaMA."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which of the known pre-tokenizers a tokenizer.json has: told by what it makes of a text, not by its name."""
+"""Recognizes the pre-tokenizer of a tokenizer.json by its output for a text, not by its name."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@
   env:
     {{- include "llamaclust.folders" . | nindent 4 }}
     {{- if .Values.ray.enabled }}
-    # KubeRay tells its token to containers of Ray alone.
+    # KubeRay passes its token to Ray's containers only.
     - {name: RAY_AUTH_MODE, value: token}
     - {name: RAY_AUTH_TOKEN_PATH, value: /run/llamaclust/auth_token}
     - {name: RAY_USAGE_STATS_ENABLED, value: "0"}

@@ -41,7 +41,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- end }}
 {{- end }}
 
-{{/* The port of gRPC with mutual TLS, which enrolment tells. */}}
+{{/* The port of gRPC with mutual TLS, which enrolment returns. */}}
 {{- define "llamaclust.controlPort" -}}
 {{ add1 .Values.coordinator.ports.join }}
 {{- end }}

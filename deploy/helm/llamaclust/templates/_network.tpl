@@ -1,4 +1,4 @@
-{{/* All addresses of a pod, and the one that others know, as a listener is told them. */}}
+{{/* A listener's options: all addresses of a pod, and the advertised one. */}}
 {{- define "llamaclust.anywhere" -}}
 {{ ternary "[::]" "0.0.0.0" .Values.ipv6 }}
 {{- end }}

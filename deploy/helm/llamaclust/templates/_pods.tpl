@@ -68,7 +68,7 @@ securityContext:
 {{- end }}
 {{- end }}
 
-{{/* What the program is told: where the file lies, or what was fetched. */}}
+{{/* The program's model argument: the path of the file, or the name of the downloaded model. */}}
 {{- define "llamaclust.modelSource" -}}
 {{- if .Values.model.pull }}{{ .Values.model.source }}
 {{- else }}/var/lib/llamaclust/home/models/{{ .Values.model.source | trimPrefix "/" }}
@@ -80,7 +80,7 @@ securityContext:
   emptyDir: {medium: Memory, sizeLimit: 1Mi}
 {{- end }}
 
-{{/* A volume of secrets belongs to root and its group; the program wants files and folders that nobody else may read. */}}
+{{/* A volume of secrets belongs to root and its group; the program requires files and folders that other users cannot read. */}}
 {{- define "llamaclust.privateFiles" -}}
 - name: private-files
   {{- include "llamaclust.container" .root | nindent 2 }}

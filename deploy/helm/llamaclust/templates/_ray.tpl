@@ -1,4 +1,4 @@
-{{/* Ray is told what each worker takes; it has no pod to read it from. */}}
+{{/* Resources of each worker, declared to Ray, which has no pod to read them from. */}}
 {{- define "llamaclust.rayWorkers" -}}
 {{- range $index := until (int .Values.workers.count) }}
 - name: worker-{{ $index }}

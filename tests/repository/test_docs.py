@@ -32,7 +32,11 @@ from support.models.tiny_model import build_tiny_model
 from support.paths import ROOT
 
 README = ROOT / "README.md"
-PAGES = (README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
+PAGES = (
+    README,
+    *(ROOT / f"{name}.md" for name in ("CONTRIBUTING", "CHANGELOG", "SECURITY")),
+    *sorted((ROOT / "docs").glob("*.md")),
+)
 PRESENT = tuple(page for page in PAGES if page.name != "roadmap.md")  # that one is about what is not there yet
 PACKAGES = ("cli", "tools", "cluster", "worker", "kernels", "model", "wire", "core", "proto")
 FOLDERS = (*PACKAGES, "src", "tests", "benchmarks", "examples", "deploy", "docs", "cmake", ".ci")

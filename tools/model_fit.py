@@ -15,7 +15,8 @@ from llamaclust.core.limits import StageLimits
 from llamaclust.model.loader import LayerCost, Model
 from llamaclust.model.program import KV_BLOCK_TOKENS, KvType
 from llamaclust.worker.devices.system_info import available_memory_bytes
-from llamaclust.worker.stage.stage_runner import model_program, planned_workspace_bytes
+from llamaclust.worker.devices.workspace import planned_workspace_bytes
+from llamaclust.worker.stage.stage_runner import model_program
 
 _ROWS: Final = 512
 _OUTPUTS: Final = 256

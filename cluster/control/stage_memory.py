@@ -9,7 +9,7 @@ from llamaclust.cluster.planner.costs import Counts, sums
 from llamaclust.cluster.planner.memory import Rounding, StagePlace, Workspace
 from llamaclust.core.limits import StageLimits
 from llamaclust.model.loader import Model
-from llamaclust.worker.stage.stage_runner import planned_workspace_bytes, weight_rounding_bytes
+from llamaclust.worker.devices.workspace import planned_workspace_bytes, weight_rounding_bytes
 
 
 def workspace_of(model: Model, limits: StageLimits) -> Workspace:

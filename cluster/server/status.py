@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llamaclust.cluster.engine.metrics import StageReport
 from llamaclust.cluster.engine.throughput import MeasuredSpeed
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.planner.format import plan_json
 from llamaclust.cluster.planner.plan import Plan, StagePrediction
-from llamaclust.cluster.server.coordinator import Cluster
 from llamaclust.cluster.state.directory import ClusterRecord
+
+if TYPE_CHECKING:
+    from llamaclust.cluster.server.coordinator import Cluster
 
 
 def cluster_status(cluster: Cluster, record: ClusterRecord) -> dict[str, Any]:

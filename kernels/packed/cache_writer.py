@@ -11,11 +11,14 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from threading import Lock, Thread, get_native_id
+from typing import TYPE_CHECKING
 from weakref import ref
 
 from llamaclust.kernels._native import Memory
 from llamaclust.kernels.packed.cache_folder import BusyError, NoRoomError, PackedCacheFolder, StoppedError, Writing
-from llamaclust.kernels.packed.packed_layer import PackedLayer
+
+if TYPE_CHECKING:
+    from llamaclust.kernels.packed.packed_layer import PackedLayer
 
 _log = logging.getLogger(__name__)
 

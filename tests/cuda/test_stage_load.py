@@ -19,7 +19,7 @@ from llamaclust.kernels.cuda.runtime.device import Bytes, Device, Launch
 from llamaclust.kernels.cuda.weights.load_progress import LoadProgress
 from llamaclust.kernels.packed.cache_folder import PackedCacheFolder
 from llamaclust.model.loader import Model
-from llamaclust.worker.stage.stage_runner import planned_workspace_bytes
+from llamaclust.worker.devices.workspace import planned_workspace_bytes
 from support.arithmetic.batches import batch_of, load_stage
 from support.cuda.stages import LIMITS, MODELS, Free, Open, random_tokens, run, same
 from support.models.tiny_model import build_tiny_model

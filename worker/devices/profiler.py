@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter_ns
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -28,12 +29,14 @@ from llamaclust.wire.microbatch.frames import decode_frame, encode_hidden
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, SamplingInputs
 from llamaclust.wire.rpc.cache_flush import BYTES as SWEEP_BYTES
 from llamaclust.wire.rpc.cache_flush import ColdCaches, largest_cache_bytes
-from llamaclust.worker.devices.backends import GpuBackend
 from llamaclust.worker.stage.compute import Compute
 from llamaclust.worker.stage.executor import Arrival, Counters, StageContext, StageExecutor
 from llamaclust.worker.stage.sampled_tokens import SampledTokensBox
 from llamaclust.worker.stage.sampling_inputs import SamplingInputsBox
 from llamaclust.worker.stage.stage_runner import StageOptions, StageRunner, plan_memory
+
+if TYPE_CHECKING:
+    from llamaclust.worker.devices.backends import GpuBackend
 
 _DECODE_ROWS = (1, 8)
 _ENOUGH_S = 2.0

@@ -14,7 +14,6 @@ from llamaclust.kernels.sampling import Sampler
 from llamaclust.model.loader import Model
 from llamaclust.model.program import KvType, Program
 from llamaclust.wire.microbatch.messages import Microbatch, SamplingInputs
-from llamaclust.worker.devices.backends import gpu_names
 from llamaclust.worker.stage.batches import build_batch
 
 
@@ -49,32 +48,6 @@ def held_weight_bytes(backend: Backend, model: Model, start: int, end: int, limi
     """What of the weights of layers [start, end) is in memory already."""
     program = model_program(model, start, end, limits)
     return backend.held_bytes(program, model.tensors_for(program))
-
-
-def planned_workspace_bytes(
-    model: Model, start: int, end: int, limits: StageLimits, threads: int, device: str = "cpu"
-) -> int:
-    """What layers [start, end) will take beside weights and KV memory on `threads` of a CPU, or on a GPU, there without
-    `weight_rounding_bytes`. ModelFileError where they cannot be computed."""
-    program = model_program(model, start, end, limits)
-    tensors = model.tensors_for(program)
-    if gpu_names(device):
-        from llamaclust.kernels.cuda import backend as cuda
-
-        return cuda.most_workspace_bytes(program, tensors, limits)
-    from llamaclust.kernels.cpu.backend import workspace_bytes
-
-    return workspace_bytes(program, tensors, limits, threads)
-
-
-def weight_rounding_bytes(model: Model, start: int, end: int, device: str) -> int:
-    """What weights of layers [start, end) take of a device's memory beyond their bytes."""
-    if not gpu_names(device):
-        return 0
-    from llamaclust.kernels.cuda.backend import rounded_weight_bytes
-
-    program = model.program(start, end)
-    return rounded_weight_bytes(program, model.tensors_for(program))
 
 
 def model_program(model: Model, start: int, end: int, limits: StageLimits) -> Program:

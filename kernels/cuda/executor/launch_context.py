@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,10 +13,10 @@ from llamaclust.core.limits import StageLimits
 from llamaclust.kernels.cuda.executor.buffer_layout import BufferLayout
 from llamaclust.kernels.cuda.executor.inputs import Addresses
 from llamaclust.kernels.cuda.launches.attention import LaunchLimits
-from llamaclust.kernels.cuda.weights.device_weights import DeviceWeight
 from llamaclust.model.program import Program
 
-Weights = Mapping[str, DeviceWeight]
+if TYPE_CHECKING:
+    from llamaclust.kernels.cuda.weights.device_weights import DeviceWeight
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class LaunchContext:
     """Addresses are 0 while sizes are computed."""
 
     program: Program
-    weights: Weights
+    weights: Mapping[str, DeviceWeight]
     limits: StageLimits
     layout: BufferLayout
     inputs: Addresses

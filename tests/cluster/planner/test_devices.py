@@ -24,7 +24,8 @@ from llamaclust.core.profile import Profile
 from llamaclust.core.sizes import MIB
 from llamaclust.kernels.cuda.backend import workspace_bytes
 from llamaclust.model.loader import Model
-from llamaclust.worker.stage.stage_runner import model_program, planned_workspace_bytes, weight_rounding_bytes
+from llamaclust.worker.devices.workspace import planned_workspace_bytes, weight_rounding_bytes
+from llamaclust.worker.stage.stage_runner import model_program
 from support.clusters.plan_inputs import REQUEST, SMALL, profile, step_time, worker
 from support.models.tiny_architectures import build_architecture
 

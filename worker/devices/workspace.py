@@ -1,0 +1,34 @@
+"""What a stage takes on a device that need not be there: nothing is opened or loaded."""
+
+from __future__ import annotations
+
+from llamaclust.core.limits import StageLimits
+from llamaclust.model.loader import Model
+from llamaclust.worker.devices.backends import gpu_names
+from llamaclust.worker.stage.stage_runner import model_program
+
+
+def planned_workspace_bytes(
+    model: Model, start: int, end: int, limits: StageLimits, threads: int, device: str = "cpu"
+) -> int:
+    """What layers [start, end) will take beside weights and KV memory on `threads` of a CPU, or on a GPU, there without
+    `weight_rounding_bytes`. ModelFileError where they cannot be computed."""
+    program = model_program(model, start, end, limits)
+    tensors = model.tensors_for(program)
+    if gpu_names(device):
+        from llamaclust.kernels.cuda import backend as cuda
+
+        return cuda.most_workspace_bytes(program, tensors, limits)
+    from llamaclust.kernels.cpu.backend import workspace_bytes
+
+    return workspace_bytes(program, tensors, limits, threads)
+
+
+def weight_rounding_bytes(model: Model, start: int, end: int, device: str) -> int:
+    """What weights of layers [start, end) take of a device's memory beyond their bytes."""
+    if not gpu_names(device):
+        return 0
+    from llamaclust.kernels.cuda.backend import rounded_weight_bytes
+
+    program = model.program(start, end)
+    return rounded_weight_bytes(program, model.tensors_for(program))

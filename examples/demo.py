@@ -1,6 +1,6 @@
-"""The demo: starts a cluster of two workers, asks it a question, shows what it did, stops it.
+"""The demo: starts a cluster of two workers, sends a prompt, shows the status, stops the cluster.
 
-Every command it runs is printed, so that you can type it yourself.
+It prints every command that it runs.
 """
 
 from __future__ import annotations

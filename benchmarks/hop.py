@@ -17,16 +17,19 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import median, quantiles
 
-from llamaclust.cluster.control.epochs import StageLoads, load_stages
-from llamaclust.cluster.control.weight_sources import ModelReference
-from llamaclust.cluster.engine.pipeline import StageInfo
-from llamaclust.cluster.launchers.local import LocalLauncher
-from llamaclust.cluster.launchers.run_directory import run_directory
-from llamaclust.core.limits import StageLimits
-from llamaclust.core.sampling import SampleTask, SamplingParams
-from llamaclust.wire.microbatch.messages import Chunk, Microbatch, Result, SamplingInputs
 from llamaclust.wire.rpc.grpc_options import tune_grpc
-from llamaclust.worker.settings import WorkerSettings
+
+tune_grpc()
+
+from llamaclust.cluster.control.epochs import StageLoads, load_stages  # noqa: E402
+from llamaclust.cluster.control.weight_sources import ModelReference  # noqa: E402
+from llamaclust.cluster.engine.pipeline import StageInfo  # noqa: E402
+from llamaclust.cluster.launchers.local import LocalLauncher  # noqa: E402
+from llamaclust.cluster.launchers.run_directory import run_directory  # noqa: E402
+from llamaclust.core.limits import StageLimits  # noqa: E402
+from llamaclust.core.sampling import SampleTask, SamplingParams  # noqa: E402
+from llamaclust.wire.microbatch.messages import Chunk, Microbatch, Result, SamplingInputs  # noqa: E402
+from llamaclust.worker.settings import WorkerSettings  # noqa: E402
 
 LIMITS = StageLimits(max_batch_tokens=64, max_outputs=16, max_sequences=16, max_context_tokens=512, kv_blocks=512)
 _BLOCKS = LIMITS.max_context_tokens // 16
@@ -130,5 +133,4 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    tune_grpc()
     sys.exit(asyncio.run(main()))

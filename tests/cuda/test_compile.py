@@ -36,7 +36,7 @@ def test_every_module_for_every_architecture(compiler: Compiler, request: pytest
     with ThreadPoolExecutor(2) as pool:
         for binary in pool.map(lambda job: compiler.binary(*job), jobs):
             assert binary.startswith(b"\x7fELF")
-        for ptx in pool.map(lambda job: compiler.ptx(*job, known[-1]), texts):
+        for ptx in pool.map(lambda text: compiler.ptx(text[0], text[1], known[-1]), texts):
             assert f".target sm_{known[-1]}" in ptx
 
 

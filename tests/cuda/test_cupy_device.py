@@ -247,8 +247,13 @@ def test_graphs(monkeypatch: pytest.MonkeyPatch, nvrtc: FakeNvrtc, tmp_path: Pat
         np.testing.assert_array_equal(device.download(buffer, 0, 16), [value] * 16)
     assert len(cupy.launches) == 2
     graph.close()
+
+    def failing() -> None:
+        device.launch(launch)
+        raise ZeroDivisionError
+
     with pytest.raises(ZeroDivisionError):
-        device.capture(lambda: device.launch(launch) or 1 // 0)
+        device.capture(failing)
     device.launch(launch)
     device.synchronize()
     assert len(cupy.launches) == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from support.cuda.random_numbers import generator
 
 Float32 = NDArray[np.float32]
 Int32 = NDArray[np.int32]
+_Number = TypeVar("_Number", np.int32, np.float32)
 
 WIDTH, FFN = 40, 24
 LIMITS = StageLimits(max_batch_tokens=64, max_outputs=64, max_sequences=1, max_context_tokens=64, kv_blocks=4)
@@ -56,8 +58,9 @@ class OnDevice:
         self.bench.device.launch(choose(self.step, padded.at(), self.places, self.count))
         return self._chosen(self.ids, np.int32), self._chosen(self.weights, np.float32)
 
-    def _chosen(self, memory: Memory, dtype: type) -> NDArray[np.generic]:
-        return self.bench.get(memory, (self.room, self.step.used), dtype)[: self.rows]
+    def _chosen(self, memory: Memory, dtype: type[_Number]) -> NDArray[_Number]:
+        chosen: NDArray[_Number] = self.bench.get(memory, (self.room, self.step.used), dtype)[: self.rows]
+        return chosen
 
     def group(self) -> tuple[Int32, Int32]:
         """Lines, and items of expert, first place and count."""
@@ -78,7 +81,7 @@ class OnDevice:
 def run(folder: Path, program: Program, weights: dict[str, Weight], rows: Float32) -> Float32:
     path = folder / "weights.gguf"
     write_gguf(path, {}, [weight.source(name) for name, weight in weights.items()])
-    stage = all_threads(2).load(program, open_model(path).tensors, LIMITS, lambda _: None)
+    stage = all_threads(2).load(program, dict(open_model(path).tensors), LIMITS, lambda _: None)
     found = stage.run(rows_at(range(len(rows))), rows).copy()
     stage.close()
     return found

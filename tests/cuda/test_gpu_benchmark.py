@@ -17,7 +17,7 @@ import pytest
 
 from llamaclust.core.errors import InsufficientMemoryError, UsageError
 from llamaclust.kernels.cuda.backend import CudaBackend
-from llamaclust.kernels.cuda.executor.stage import CudaStage
+from llamaclust.kernels.cuda.executor.stage import LaunchCache
 from llamaclust.kernels.cuda.runtime.device import Device
 from llamaclust.model.loader import Model
 from llamaclust.model.quant_types import QuantType
@@ -131,13 +131,14 @@ def test_layers_on_the_gpu_alone_are_held_against_it_and_llama_cpp() -> None:
     one = Round(Rates(Amount(1e12, 0), Amount(100e12, 0)), 5.0, 2.625, 2.5, Speed(prefill=204.8, decode=0.2))
     figures = Figures(work, [one])
     found = {wanted.what: (wanted.found, wanted.is_met) for wanted in figures.wanted()}
-    assert found == {
+    expected: dict[str, tuple[object, bool | None]] = {
         "decode, of the bandwidth": (pytest.approx(0.8), True),
         "prefill, of the peak of 8-bit products": (pytest.approx(0.6), True),
         "8 sequences, times one": (pytest.approx(8.4), True),
         "decode, times llama.cpp": (pytest.approx(1 / 0.525), True),
         "prefill, times llama.cpp": (pytest.approx(0.5), None),
     }
+    assert found == expected
     slow = Figures(work, [replace(one, prefill_s=10.0, step_s=6.0, many_s=9.0)]).wanted()
     assert [wanted.is_met for wanted in slow] == [False, False, False, False, None]
     assert "ram_read_gb_s" not in figures.as_json()["rates"]
@@ -245,12 +246,12 @@ def test_a_record_names_the_software(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_no_graphs_is_obeyed(model: Path, device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     captured = list[bool]()
 
-    def compute(stage: CudaStage, shape: Any) -> None:
-        captured.append(stage._launches._captures)
-        run(stage, shape)
+    def compute(launches: LaunchCache, shape: Any) -> None:
+        captured.append(launches._captures)
+        run(launches, shape)
 
-    run = CudaStage._compute
-    monkeypatch.setattr(CudaStage, "_compute", compute)
+    run = LaunchCache.run
+    monkeypatch.setattr(LaunchCache, "run", compute)
     for graphs in (True, False):
         with closing(Loaded(task_of(model, graphs=graphs))) as loaded:
             loaded.warm_up()

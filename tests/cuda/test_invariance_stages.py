@@ -75,7 +75,7 @@ def answers(stages: Sequence[Stage]) -> Answer:
     rows = [list(PROMPT), [*reversed(PROMPT)]]
     found: Answer = []
 
-    def run(parts: list[tuple[Sequence[int], Sequence[int], Sequence[int]]], outputs: Sequence[int]) -> Float32:
+    def run(parts: Sequence[tuple[Sequence[int], Sequence[int], Sequence[int]]], outputs: Sequence[int]) -> Float32:
         hidden: Float32 | None = None
         for stage in stages:
             hidden = stage.run(batch_of(parts, outputs=outputs), hidden)

@@ -61,7 +61,7 @@ def settings(device: str = "cpu", gpu_layers: int | None = None, gpu_memory_byte
 def answered(model: Path, given: LocalSettings) -> tuple[Answer, str]:
     with LocalClient(model, 1, settings=given) as client:
         reply = client.generate(PROMPT, max_tokens=6, temperature=0.9, seed=3)
-        return (reply.token_ids, [struct.pack("<f", one) for one in reply.logprobs]), client.placement
+        return (list(reply.token_ids), [struct.pack("<f", one) for one in reply.logprobs]), client.placement
 
 
 @pytest.fixture(scope="module")

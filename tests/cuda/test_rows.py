@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -72,10 +73,7 @@ def test_steps_of_one_matrix(bench: Bench, width: int) -> None:
     steps: dict[str, tuple[tuple[float, ...], Callable[[Buffer, Buffer], Step]]] = {
         "elementwise.rows.scale_rows": ((0.1,), lambda a, out: Scale(a, out, 0.1)),
         "elementwise.rows.soft_cap_rows": ((30.0,), lambda a, out: SoftCap(a, out, 30.0)),
-        **{
-            f"elementwise.rows.{kind}_rows": ((), lambda a, out, kind=kind: Activate(a, out, kind))
-            for kind in ActivationFunction
-        },
+        **{f"elementwise.rows.{kind}_rows": ((), partial(Activate, function=kind)) for kind in ActivationFunction},
     }
     for kernel, (factors, step) in steps.items():
         out = bench.room(x.nbytes)
@@ -92,7 +90,7 @@ def test_functions_of_any_float(bench: Bench) -> None:
     for kind in ActivationFunction:
         out = bench.room(x.nbytes)
         bench.run(f"elementwise.rows.{kind}_rows", pieces(4096), 256, bench.put(x), 4096, rows_of(bench), out)
-        same_bits(bench.get(out, x.shape), one_part(4096, lambda a, b, kind=kind: Activate(a, b, kind), x))
+        same_bits(bench.get(out, x.shape), one_part(4096, partial(Activate, function=kind), x))
 
 
 def norm_cases(width: int) -> tuple[Float32, Float32, Float32]:

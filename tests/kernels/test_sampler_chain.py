@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -101,7 +102,8 @@ def test_the_plain_samplers_as_a_chain_choose_the_same_tokens() -> None:
 
 def probabilities(logits: Logits) -> NDArray[np.float64]:
     shares = np.exp(logits.astype(np.float64) - float(logits.max()))
-    return shares / shares.sum()
+    normalized: NDArray[np.float64] = shares / shares.sum()
+    return normalized
 
 
 def possible(
@@ -244,7 +246,12 @@ def test_the_order_counts() -> None:
 
 def test_extreme_values_end_in_a_token_or_a_failure() -> None:
     rng = np.random.default_rng([SEED, 6])
-    largest = {"mirostat_tau": 100.0, "mirostat_eta": 100.0, "dry_multiplier": 1000.0, "dry_base": 1000.0}
+    largest: dict[str, Any] = {
+        "mirostat_tau": 100.0,
+        "mirostat_eta": 100.0,
+        "dry_multiplier": 1000.0,
+        "dry_base": 1000.0,
+    }
     for _ in range(300):
         task = chained_task(rng, 50)
         chain = replace(task.params.chain, **largest) if task.params.chain else None

@@ -14,12 +14,11 @@ from llamaclust.model.loader import Model
 from llamaclust.model.program import AddPosition, LayerNorm, MatMul, RmsNorm, Rope
 from support.models import tiny_architectures
 from support.models.tiny_architectures import build_architecture
-from support.models.tiny_model import RandomTensor
+from support.models.tiny_model import RandomTensor, source_of
 
 
 def changed(path: Path, name: str, monkeypatch: pytest.MonkeyPatch, **shapes: Any) -> Path:
     """A model with tensors of other shapes, or without them."""
-    source_of = tiny_architectures.source_of
 
     def other(tensor: RandomTensor, *rest: Any, **named: Any) -> Any:
         key = tensor.name.replace(".", "__")

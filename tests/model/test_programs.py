@@ -33,7 +33,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ModelFile]:
         path = folder / f"{name}.gguf"
         model = open_model(path if path.exists() else build_architecture(path, name))
         own = {f"{MODELS[name].architecture}.{key.replace('__', '.')}": value for key, value in changes.items()}
-        metadata = {key: value for key, value in (model.metadata | own).items() if value is not None}
+        metadata = {key: value for key, value in {**model.metadata, **own}.items() if value is not None}
         return replace(model, metadata=metadata)
 
     return build
@@ -160,7 +160,8 @@ def test_factors_are_chosen_by_the_context(make: Callable[..., ModelFile]) -> No
         program = build_program(file, 0, 1, KvType.F16, context)
         step = next(step for step in program.steps if isinstance(step, Rope))
         assert step.table.scale == pytest.approx(1.19)
-        return (plain / np.array(step.table.frequencies)).tolist()
+        quotients: list[float] = (plain / np.array(step.table.frequencies)).tolist()
+        return quotients
 
     short, long = (np.frombuffer(file.tensor(name).read(), "<f4") for name in FACTOR_TENSORS[1:])
     for context, expected in ((512, short), (64, short), (513, long), (None, long)):

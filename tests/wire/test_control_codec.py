@@ -128,8 +128,8 @@ def test_logs_travel_by_their_last_lines_and_are_safe_to_print() -> None:
     told = decode_worker_message(encode_worker_message(odd))
     assert isinstance(told, LogTail)
     assert told.lines == ("  indented ]0;title", "y" * 1997 + "...", "\\ud800")
-    for lines in ([""] * 1001, ["z" * 2001]):
-        message = control_pb2.WorkerMessage(log_tail=control_pb2.LogTail(lines=lines)).SerializeToString()
+    for long in ([""] * 1001, ["z" * 2001]):
+        message = control_pb2.WorkerMessage(log_tail=control_pb2.LogTail(lines=long)).SerializeToString()
         with pytest.raises(ProtocolError):
             decode_worker_message(message)
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -101,7 +102,7 @@ def test_a_killed_worker_is_an_error_that_names_it(
 
     async def run() -> None:
         nonlocal lost
-        quiet = {
+        quiet: dict[str, Any] = {
             "heartbeat_timeout_s": 60.0,
             "deadlines": Deadlines(heartbeat_s=60.0),
         }  # no sign of life from before its end

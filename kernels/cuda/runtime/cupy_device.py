@@ -79,7 +79,10 @@ class CupyDevice:
         self._cupy = import_cupy()
         self._index, self._cap_bytes = index, memory_cap_bytes
         self._runtime = self._cupy.cuda.runtime
-        self.failures = (self._runtime.CUDARuntimeError, self._cupy.cuda.driver.CUDADriverError)
+        self.failures: tuple[type[Exception], ...] = (
+            self._runtime.CUDARuntimeError,
+            self._cupy.cuda.driver.CUDADriverError,
+        )
         try:
             gpu, self._stream = self._opened()
         except self.failures as error:

@@ -9,6 +9,7 @@ import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 import httpx
 import pytest
@@ -67,7 +68,7 @@ class Server:
 
 
 @asynccontextmanager
-async def served(max_requests: int = 512, **deadlines: float) -> AsyncIterator[Server]:
+async def served(max_requests: int = 512, **deadlines: Any) -> AsyncIterator[Server]:
     settings = ApiSettings(max_requests=max_requests, **deadlines)
     engine = ScriptedEngine(says("Hi"))
     async with serving(make_app(engine), settings) as address:

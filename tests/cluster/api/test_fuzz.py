@@ -10,13 +10,14 @@ from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
 from llamaclust.cluster.api.llamacpp.schema import DetokenizeBody, LlamaCppBody, TemplateBody, TokenizeBody
 from llamaclust.cluster.api.no_op_fields import CHAT, COMPLETION, LLAMACPP
 from llamaclust.cluster.api.openai.schema import ChatBody, CompletionBody
 from support.clusters.served import VOCABULARY, client, make_app, real_engine
 
-BODIES = {
+BODIES: dict[str, tuple[type[BaseModel], Any]] = {
     "/v1/chat/completions": (ChatBody, CHAT),
     "/v1/completions": (CompletionBody, COMPLETION),
     "/completion": (LlamaCppBody, LLAMACPP),

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from openai import AsyncOpenAI, BadRequestError, NotFoundError
+from openai import AsyncOpenAI, BadRequestError, DefaultAsyncHttpxClient, NotFoundError
 
 from llamaclust.model.chat.template import ChatTemplate, TemplateLimits
 from support.clusters.served import (
@@ -195,7 +195,7 @@ async def test_echo_with_logprobs(prompt: Any, stream: bool) -> None:
     assert len(logprobs["tokens"]) == len(asked) + 4
     assert logprobs["token_logprobs"][0] is None and logprobs["top_logprobs"][0] is None
     expected = [logprob(i) for i in range(1, len(asked))] + [logprob(i) for i in range(4)]
-    assert np.array_equal(np.float32(logprobs["token_logprobs"][1:]), np.float32(expected))
+    assert np.array_equal(np.array(logprobs["token_logprobs"][1:], np.float32), np.array(expected, np.float32))
     assert all(1 <= len(top) <= 2 for top in logprobs["top_logprobs"][1:])
     assert logprobs["text_offset"] == sorted(logprobs["text_offset"])
     assert logprobs["text_offset"][len(asked)] == len("Hello 🦙 you")
@@ -259,7 +259,7 @@ async def test_models() -> None:
 async def official(engine: ScriptedEngine, **settings: Any) -> AsyncIterator[AsyncOpenAI]:
     async with (
         serving(make_app(engine, **settings)) as address,
-        httpx.AsyncClient(trust_env=False) as http,
+        DefaultAsyncHttpxClient(trust_env=False) as http,
         AsyncOpenAI(base_url=f"{address}/v1", api_key="secret-key", http_client=http, max_retries=0) as openai,
     ):
         yield openai
@@ -271,13 +271,15 @@ async def test_the_official_client() -> None:
         messages: Any = [{"role": "user", "content": "Hi"}]
         reply = await openai.chat.completions.create(model=MODEL, messages=messages, logprobs=True, top_logprobs=1)
         assert reply.choices[0].message.content == ANSWER
-        assert reply.choices[0].logprobs.content[0].logprob == logprob(0)
+        logprobs = reply.choices[0].logprobs
+        assert logprobs is not None and logprobs.content is not None and logprobs.content[0].logprob == logprob(0)
         stream = await openai.chat.completions.create(
             model=MODEL, messages=messages, stream=True, stream_options={"include_usage": True}
         )
         chunks = [chunk async for chunk in stream]
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == ANSWER
-        assert chunks[-1].usage.completion_tokens == len(ids(ANSWER)) + 1
+        usage = chunks[-1].usage
+        assert usage is not None and usage.completion_tokens == len(ids(ANSWER)) + 1
         completion = await openai.completions.create(model=MODEL, prompt="Hi", logprobs=1, max_tokens=50)
         assert completion.choices[0].text == ANSWER
         streamed = await openai.completions.create(model=MODEL, prompt=[1, 2], stream=True, max_tokens=50)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -17,7 +18,7 @@ from llamaclust.core.sampler_chain import PLAIN_ORDER, SamplerChain, SamplerName
 from support.clusters.served import CONTEXT, ScriptedEngine, client, make_app, says
 from support.models.tiny_model import build_tiny_model
 
-ENDPOINTS = {
+ENDPOINTS: dict[str, dict[str, Any]] = {
     "/completion": {"prompt": "a"},
     "/v1/completions": {"prompt": "a"},
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "Hi"}]},
@@ -124,7 +125,7 @@ def test_only_breakers_that_occurred_are_looked_for() -> None:
     assert seen.sequences == ((0, 1),)
     seen.add(4)
     seen.add(4)
-    assert seen.sequences == ((0, 1), (4,))
+    assert list(seen.sequences) == [(0, 1), (4,)]
 
 
 # -- answers of the real engine ----------------------------------------------------------------------------------------
@@ -144,11 +145,15 @@ EVERYTHING: dict[str, Options] = {
 BASE: Options = {"max_tokens": 60, "temperature": 1.2, "seed": 5, "ignore_eos": True}
 
 
+def _with(options: Mapping[str, Any]) -> Options:
+    return cast(Options, {**BASE, **options})
+
+
 def answers(path: Path, settings: LocalSettings, *, together: bool) -> list[tuple[tuple[int, ...], tuple[float, ...]]]:
     prompts = [[3 + number, *range(20, 20 + 3 * number)] for number in range(len(EVERYTHING))]
     with Client.local(path, 1, settings=settings) as model:
         streams = [
-            model.generate(prompt, stream=True, **{**BASE, **options})  # type: ignore[typeddict-item]
+            model.generate(prompt, stream=True, **_with(options))
             for prompt, options in zip(prompts, EVERYTHING.values(), strict=True)
         ]
         if together:
@@ -177,5 +182,5 @@ def test_each_sampler_makes_a_difference(tmp_path: Path) -> None:
     with Client.local(path, 1, settings=LocalSettings(context_length=128)) as model:
         plain = model.generate([3, 4, 5], **BASE).token_ids
         for name, options in EVERYTHING.items():
-            assert model.generate([3, 4, 5], **{**BASE, **options}).token_ids != plain, name  # type: ignore[typeddict-item]
+            assert model.generate([3, 4, 5], **_with(options)).token_ids != plain, name
     assert {field.name for field in fields(SamplerChain)} >= set(SETTINGS)

@@ -42,10 +42,16 @@ def test_an_error_event_is_raised() -> None:
 
 
 def test_scored_rows_that_come_in_several_events() -> None:
-    rows, reader, seen = [[0.5, 1.5], [2.5], [3.5, 4.5]], CompletionReader(), []
+    rows, reader = [[0.5, 1.5], [2.5], [3.5, 4.5]], CompletionReader()
+    seen: list[float] = []
     opening = {"text": "", "prompt_token_ids": [9, 8, 7, 6, 5, 4], "logprobs": {"token_logprobs": [None]}}
     reader.read({"seed": 1, "choices": [opening]})
     for logprobs in rows:
-        choice = {"text": "", "token_ids": [], "logprobs": {"token_logprobs": logprobs}, "finish_reason": None}
+        choice: dict[str, object] = {
+            "text": "",
+            "token_ids": [],
+            "logprobs": {"token_logprobs": logprobs},
+            "finish_reason": None,
+        }
         seen += reader.read({"choices": [choice]}).prompt_logprobs
     assert seen == [0.5, 1.5, 2.5, 3.5, 4.5]

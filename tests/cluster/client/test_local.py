@@ -20,7 +20,7 @@ from llamaclust.cluster.api.settings import ApiSettings
 from llamaclust.cluster.client.local import LocalClient, LocalPipeline, LocalSettings, LocalStage
 from llamaclust.cluster.client.types import Options
 from llamaclust.cluster.engine.engine import Engine
-from llamaclust.cluster.text.answer import Answer, join
+from llamaclust.cluster.text.answer import Answer, TextChunk, join
 from llamaclust.cluster.text.service import TextService, TextSettings
 from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError, ModelFileError, RequestError, UsageError
 from support.clusters.served import serving
@@ -43,7 +43,8 @@ def client(tiny: Path) -> Iterator[LocalClient]:
 
 
 def prompt(seed: int, length: int) -> list[int]:
-    return np.random.default_rng(seed).integers(3, 320, length).tolist()
+    tokens: list[int] = np.random.default_rng(seed).integers(3, 320, length).tolist()
+    return tokens
 
 
 def test_greedy_tokens_and_logprobs_are_those_of_the_logits(client: LocalClient) -> None:
@@ -71,7 +72,7 @@ def test_logits_of_long_texts_do_not_depend_on_how_they_are_cut(client: LocalCli
 
 def test_logits_do_not_disturb_answers_that_run(client: LocalClient) -> None:
     alone = client.generate(prompt(3, 30), **SEEDED)
-    chunks = []
+    chunks: list[TextChunk] = []
     for chunk in client.generate(prompt(3, 30), stream=True, **SEEDED):
         client.logits(prompt(len(chunks), 40))
         chunks.append(chunk)
@@ -80,7 +81,8 @@ def test_logits_do_not_disturb_answers_that_run(client: LocalClient) -> None:
 
 def test_many_threads_get_what_each_gets_alone(client: LocalClient) -> None:
     def ask(seed: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
-        reply = client.generate(prompt(seed, 10 + 7 * seed), **{**SEEDED, "seed": seed})
+        options: Options = {**SEEDED, "seed": seed}
+        reply = client.generate(prompt(seed, 10 + 7 * seed), **options)
         return reply.token_ids, reply.logprobs
 
     alone = [ask(seed) for seed in range(12)]
@@ -152,7 +154,7 @@ def _refusals(client: Client | LocalClient) -> list[str]:
     ]
     chats: list[list[dict[str, object]]] = [
         [],
-        [CHAT[0], {"role": "tool", "content": "x"}],
+        [{**CHAT[0]}, {"role": "tool", "content": "x"}],
         [{"role": "nobody", "content": "x"}],
         [{"role": "user", "content": 5}],
         [{"role": "user"}],
@@ -212,7 +214,7 @@ def test_errors_name_the_field(client: LocalClient) -> None:
     with pytest.raises(RequestError, match=r"messages\[0\]: content"):
         client.chat([{"role": "user", "content": 5}])
     with pytest.raises(RequestError, match="2 prompts in one call"):
-        client.generate(["a", "b"])  # type: ignore[arg-type]
+        client.generate(["a", "b"])  # type: ignore[list-item]  # a list of texts
 
 
 @pytest.mark.parametrize(

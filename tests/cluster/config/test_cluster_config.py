@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -157,12 +158,28 @@ def test_values() -> None:
         False,
         False,
     ]
-    for bad in ("0B", "-1GiB", "8", "nan", "1e3GiB", True, None, "9999999TiB", ["1GiB"], 0, -1, 1e12, "24gib"):
+    bad_sizes: tuple[Any, ...] = (
+        "0B",
+        "-1GiB",
+        "8",
+        "nan",
+        "1e3GiB",
+        True,
+        None,
+        "9999999TiB",
+        ["1GiB"],
+        0,
+        -1,
+        1e12,
+        "24gib",
+    )
+    for size in bad_sizes:
         with pytest.raises(ValueError):
-            parse_size(bad)
-    for bad in ("0s", "5", "-1s", "infs", float("nan"), float("inf"), True, None, "99999h"):
+            parse_size(size)
+    bad_durations: tuple[Any, ...] = ("0s", "5", "-1s", "infs", float("nan"), float("inf"), True, None, "99999h")
+    for duration in bad_durations:
         with pytest.raises(ValueError):
-            parse_duration(bad)
+            parse_duration(duration)
     for bad in ("a", "a:b", ":80", "::1:80", "h:99999"):
         with pytest.raises(ValueError):
             split_address(bad)

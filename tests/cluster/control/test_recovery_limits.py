@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -141,11 +142,15 @@ async def test_requests_that_fail_again_and_again_end_and_others_are_served(
     async with recovering(config(model, tmp_path, workers=2)) as run:
         engine, supervisor = run.cluster.engine, run.cluster.supervisor
         failing = run.start(requests[:1])
+
+        def recovered(times: int) -> bool:
+            return supervisor.recoveries == times
+
         for number in range(3):
             await run.until("service", lambda: engine.state is EngineState.READY)
             await run.at_work()
             engine.interrupt(WorkerError(f"failure {number}"))
-            await run.until("a recovery", lambda number=number: supervisor.recoveries == number + 1)
+            await run.until("a recovery", partial(recovered, number + 1))
         with pytest.raises(WorkerError, match="failure 2"):
             await failing[0]
         assert await asyncio.gather(*run.start(requests)) == expected

@@ -120,10 +120,10 @@ async def _locate(handle: WorkerHandle) -> object:
 async def test_what_gets_further_is_waited_for_and_what_does_not_is_stalled() -> None:
     mib, epoch = 1 << 20, LOAD.epoch
     loaded, located = Loaded(epoch, 1, 2, 3), WeightsFound(True, "ab" * 32, 7, request_id=1)
-    loads, reads = ([kind(*epoch_, i * mib, 8 * mib) for i in range(6)]
-                    for kind, epoch_ in ((LoadProgress, (epoch,)), (FindWeightsProgress, ())))  # fmt: skip
+    loads = [LoadProgress(epoch, done * mib, 8 * mib) for done in range(6)]
+    reads = [FindWeightsProgress(done * mib, 8 * mib) for done in range(6)]
     good = await asyncio.gather(_answered(_load, [*loads, loaded]), _answered(_locate, [*reads, located]))
-    assert good == [loaded, located]
+    assert list(good) == [loaded, located]
     bad = await asyncio.gather(
         _answered(_load, [loads[3]] * 5), _answered(_locate, [reads[2]] * 5), return_exceptions=True
     )

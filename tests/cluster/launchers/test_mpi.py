@@ -141,10 +141,10 @@ def test_ranks_on_hosts_of_their_own(line: CommandLine, model: Path, undisturbed
     with Box(["a", "b", "c"]) as box:
         agent = remote_shell(line.folder / "agent", box)
         hosts = ",".join(f"{host.address}:1" for host in box.hosts.values())
-        values = {"launcher": "mpi", "workers": [{**one, "threads": 1} for one in named("a", "b", "c")]}
+        values: dict[str, Any] = {"launcher": "mpi", "workers": [{**one, "threads": 1} for one in named("a", "b", "c")]}
         file = line.cluster_file(model, objective="throughput", **{**values, "listen": "127.0.0.1:8080"})
         one = box["a"]
-        mpirun = (str(MPIRUN), *ONE_MACHINE, "--host", hosts, "--map-by", "node", "--prtemca")
+        mpirun: tuple[str, ...] = (str(MPIRUN), *ONE_MACHINE, "--host", hosts, "--map-by", "node", "--prtemca")
         mpirun += ("plm_ssh_agent", str(agent), "-n", "3")
         command = line.start("up", file, before=(*one.prefix, *mpirun))
         command.says("tiny is ready")

@@ -27,7 +27,7 @@ pytest.importorskip("ray", reason="Ray is not installed here: pip install 'llama
 pytestmark = pytest.mark.alone
 
 API = "127.0.0.1:8080"
-SOON = {
+SOON: dict[str, Any] = {
     f"RAY_health_check_{name}": value
     for name, value in {
         "initial_delay_ms": "500",
@@ -124,7 +124,7 @@ def test_two_nodes_on_hosts_of_their_own_one_of_which_is_lost(
 ) -> None:
     if (reason := missing()) is not None:
         pytest.skip(reason)
-    auth = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_urlsafe(32)}
+    auth: dict[str, Any] = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_urlsafe(32)}
     with Box(["a", "b"]) as box:
         one, other = box["a"], box["b"]
         head = f"{one.address}:6379"
@@ -183,7 +183,11 @@ def test_a_ray_cluster_without_authentication_is_used_only_where_that_is_allowed
     with ray_node("--head", f"--port={port}", address="127.0.0.1", RAY_AUTH_MODE="disabled"):
         done = start(line, model, ray={"address": head}).wait()
         assert done.code == 2 and "requires no token" in done.err and "allow_unauthenticated: true" in done.err
-        keys = {"ray": {"address": head, "allow_unauthenticated": True}, "join": fixed_ports(), "kv_memory": "8MiB"}
+        keys: dict[str, Any] = {
+            "ray": {"address": head, "allow_unauthenticated": True},
+            "join": fixed_ports(),
+            "kv_memory": "8MiB",
+        }
         command = start(line, model, **keys)
         with ready(command, line) as cluster:
             assert answers(cluster) == undisturbed

@@ -7,6 +7,7 @@ import secrets
 import ssl
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography import x509
@@ -155,7 +156,7 @@ async def test_a_replayed_request_is_refused(trust: Authority, caplog: pytest.Lo
 async def test_what_is_changed_on_the_way_is_refused(what: str, trust: Authority) -> None:
     async with enrolment(trust) as (host, port), raw(host, port) as client:
         request = Request("b", NewKey().request, NONCE).proven(trust.token, await client.challenge())
-        changes = {
+        changes: dict[str, dict[str, Any]] = {
             "name": {"name": "c"},
             "key": {"certificate_request": NewKey().request},
             "nonce": {"nonce": bytes(32)},

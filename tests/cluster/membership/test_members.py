@@ -8,6 +8,7 @@ import re
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -82,10 +83,11 @@ async def test_who_hangs_is_waited_for_and_then_replaced_by_who_joins_under_its_
 async def test_another_protocol_version_or_arithmetic_is_refused_by_name(trust: Authority) -> None:
     other = PROTOCOL_VERSION + 1
     async with registry(trust) as there:
-        for change, reason in (
+        changes: tuple[tuple[dict[str, Any], str], ...] = (
             ({"protocol_version": other}, f"worker a speaks protocol {other}, this coordinator {PROTOCOL_VERSION}:"),
             ({"numerics_version": 99}, "worker a computes by numerics_version 99, this cluster needs"),
-        ):
+        )
+        for change, reason in changes:
             _, refused = await join(there, trust.identity(A), replace(REGISTER, **change))
             assert isinstance(refused, Rejected) and refused.reason.startswith(reason)
 

@@ -74,10 +74,10 @@ def test_what_does_not_fit_there_stays_in_ram() -> None:
         gpu = replace(facts.gpus[0], memory_bytes=free)
         plan = make_plan(SMALL, [replace(facts, gpus=(gpu,))], GPU_REQUEST)
         assert devices(plan) == [("cpu", 0, 12 - layers), ("cuda:0", 12 - layers, 12)]
-        cpu, gpu = plan.stages[0].devices
-        assert cpu.workspace_bytes == 4 * MIB and gpu.workspace_bytes == 9 * MIB
+        cpu, gpu_part = plan.stages[0].devices
+        assert cpu.workspace_bytes == 4 * MIB and gpu_part.workspace_bytes == 9 * MIB
         assert cpu.weight_bytes == 20 * MIB + (12 - layers) * 10 * MIB
-        assert gpu.bytes <= free
+        assert gpu_part.bytes <= free
     assert plan.prediction is not None
     seconds = 8 * 10 * MIB / 20e9 + (4 * 10 + 20) * MIB / 400e9
     assert plan.prediction.token_s == pytest.approx(seconds)

@@ -122,7 +122,7 @@ def test_links_are_measured_once_between_machines_that_are_alike(tmp_path: Path)
             ask = partial(measure_links, cluster.registry.present, cluster.run.token, tmp_path, told.append)
             first = await ask()
             for name in ("a", "b", "c"):
-                cluster.registry.workers[name].say = silent
+                cluster.registry.workers[name].channel.send = silent
             return first, await ask()  # nobody is asked
 
     async def silent(_: object) -> None:

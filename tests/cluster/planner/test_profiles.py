@@ -150,7 +150,11 @@ def test_links_are_measured_again_once_a_pipeline_serves() -> None:
         return new
 
     async def run() -> None:
-        planner: Any = SimpleNamespace(update=lambda links: known.append(links) or True)
+        def update(links: Links) -> bool:
+            known.append(links)
+            return True
+
+        planner: Any = SimpleNamespace(update=update)
         registry: Any = SimpleNamespace(present=present)
         observed = Observed(ClusterState(120.0, 2, Tick(0.0), Loss(0.0)))
         monitor = LinkMonitor(measure, registry, planner, observed, lambda event: None)

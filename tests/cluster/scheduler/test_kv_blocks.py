@@ -81,7 +81,7 @@ def test_tables_are_runs() -> None:
     table.append(10)
     assert table.runs == (5, 3, 2, 2, 9, 2)
     assert table.clear() == [5, 6, 7, 2, 3, 9, 10]
-    assert table.runs == () and len(table) == 0
+    assert len(table.runs) == len(table) == 0
 
 
 def filled(cache: PrefixCache, blocks: KvBlocks, tokens: list[int]) -> list[int]:

@@ -131,8 +131,8 @@ def test_prefill_chunks_take_400_ms_without_decode() -> None:
 
 def test_the_last_chunks_are_small_where_later_stages_wait_for_them() -> None:
     times = {stages: StageTimes(stages) for stages in (1, 2)}
-    for stages, rows in itertools.product((1, 2), (16, 64, 128, 256)):
-        timings = (StageTiming(0, 1_000_000 + 100_000 * rows, 0, rows),) * stages
+    for stages, count in itertools.product((1, 2), (16, 64, 128, 256)):
+        timings = (StageTiming(0, 1_000_000 + 100_000 * count, 0, count),) * stages
         times[stages].learn(Result(1, 0, timings=timings), False, False, 1)
     rows = {
         stages: [chunk_rows(SETTINGS, times[stages], 4000, left, 0, alone=False) for left in (4000, 200, 64)]

@@ -74,7 +74,7 @@ def check(quant_type: QuantType, rows: int, cols: int) -> list[float]:
     else:
         of_eight_bits, of_sums = quantized_bounds(quant_type, data, rows, x)
         rounded = activations_of(x, quant_type.info.block_size)
-        seen = (rounded.quants * rounded.scales[..., None].astype(np.float64)).reshape(x.shape)
+        seen: Float64 = np.multiply(rounded.quants, rounded.scales[..., None], dtype=np.float64).reshape(x.shape)
         targets["rounded"] = (exact(weights, seen), of_sums)
         targets["exact"] = (exact(weights, x.astype(np.float64)), of_eight_bits + of_sums)
     used = []

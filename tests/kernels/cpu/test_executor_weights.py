@@ -67,7 +67,7 @@ def load(
 def test_progress_covers_every_byte_once(tmp_path: Path) -> None:
     tensors = tensors_of(tmp_path, w=random_weight(9000, 256, kind=QuantType.Q8_0), n=random_weight(256))
     done: list[int] = []
-    steps = [RmsNorm(X, OUT, "n", 1e-5), MatMul(OUT, Buffer("big", 9000), "w")]
+    steps: list[Step] = [RmsNorm(X, OUT, "n", 1e-5), MatMul(OUT, Buffer("big", 9000), "w")]
     program = program_of(X, Buffer("big", 9000), *steps)
     backend = CpuBackend(2)
     stage = backend.load(program, tensors, LIMITS, done.append)
@@ -126,7 +126,7 @@ def test_plans_know_what_keys_and_values_take(kv_type: KvType) -> None:
 
 @pytest.mark.parametrize("kind", [QuantType.F16, QuantType.BF16])
 def test_vectors_of_half_floats(tmp_path: Path, kind: QuantType) -> None:
-    values = np.arange(256, dtype=np.float32) / 8 - 16
+    values = np.arange(256, dtype=np.float32) / np.float32(8) - np.float32(16)
     tensors = tensors_of(tmp_path, n=Weight(values, kind))
     stage = load([RmsNorm(X, OUT, "n", 0.0)], tensors)
     found = stage.run(rows_at(range(1)), np.ones((1, 256), np.float32))
@@ -167,7 +167,7 @@ def test_a_norm_of_blocks_is_refused(tmp_path: Path) -> None:
 
 
 def attention(q: int = 256, kv: int = 64, heads: int = 8, kv_heads: int = 2, dim: int = 32) -> list[Step]:
-    buffers = [Buffer("q", q), Buffer("k", kv), Buffer("v", kv)]
+    buffers = (Buffer("q", q), Buffer("k", kv), Buffer("v", kv))
     steps: list[Step] = [MatMul(X, buffer, f"w{buffer.width}") for buffer in buffers]
     return [*steps, Attention(*buffers, OUT, 1, heads, kv_heads, dim, 1.0)]
 

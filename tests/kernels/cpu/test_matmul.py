@@ -86,8 +86,8 @@ def test_the_order_of_operations_is_the_documented_one(quant_type: QuantType) ->
 def test_the_greatest_sums_are_exact(quant_type: QuantType) -> None:
     """Rows of the same bits in every quant, sub-block scale and min meet activations that are all 127 or all -127."""
     cols, fills = 2 * quant_type.info.block_size, [0x00, 0xFF, 0x7F, 0x80, 0x55, 0xAA]
-    blocks = np.repeat(np.array(fills, np.uint8), 2 * quant_type.info.block_bytes)
-    blocks = blocks.reshape(-1, quant_type.info.block_bytes)
+    bytes_ = np.repeat(np.array(fills, np.uint8), 2 * quant_type.info.block_bytes)
+    blocks = bytes_.reshape(-1, quant_type.info.block_bytes)
     set_scales(quant_type, blocks, SCALE_PLACES.get(quant_type, (0,)), 0.75)
     x = np.repeat(np.array([[2.0], [-2.0]], np.float32), cols, axis=1)
     weights = segments_of(quant_type, blocks.tobytes(), len(fills))

@@ -15,7 +15,7 @@ FLAGS = ("-std=c++20", "-O1", "-g", "-pthread", "-fsanitize=thread")
 
 
 def build(program: Path, *sources: Path) -> subprocess.CompletedProcess[str]:
-    command = ["c++", *FLAGS, "-I", NATIVE, *sources, "-o", program]
+    command: list[str | Path] = ["c++", *FLAGS, "-I", NATIVE, *sources, "-o", program]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 

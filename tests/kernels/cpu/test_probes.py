@@ -70,7 +70,7 @@ def disassembly(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tupl
         check=True,
         timeout=60,
     )
-    command = ["objdump", "--disassemble", "--demangle", "--no-show-raw-insn", path]
+    command: list[str | Path] = ["objdump", "--disassemble", "--demangle", "--no-show-raw-insn", path]
     text = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
     functions: dict[str, list[tuple[str, str]]] = {}
     for name, body in re.findall(r"^[0-9a-f]+ <(?:.*::)?(\w+\(.*)>:\n((?:.+\n)*)", text, re.MULTILINE):

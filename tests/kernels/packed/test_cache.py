@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -248,7 +249,7 @@ def test_a_process_that_is_killed_leaves_nothing_half_written(tmp_path: Path, fo
         process.communicate()
         killed += process.returncode == -signal.SIGKILL
         for image in images(folder):
-            assert cache_folder.sha256(image.read_bytes()).hexdigest() == image.stem
+            assert hashlib.sha256(image.read_bytes()).hexdigest() == image.stem
         assert run(path, folder) == wanted
         assert (
             list(folder.path.glob("*.tmp")) == [] and len(images(folder)) == len(list(folder.path.glob("*.json"))) == 6

@@ -47,7 +47,8 @@ def test_a_file_that_cannot_be_mapped_is_an_error_with_its_number() -> None:
             Memory.mapped(reading, size)
         assert caught.value.errno == errno.ENODEV
     assert len(Path("/proc/self/maps").read_text().splitlines()) <= maps + 1
-    os.close(reading), os.close(writing)
+    os.close(reading)
+    os.close(writing)
 
 
 @pytest.mark.parametrize("remote", [True, False])

@@ -162,8 +162,11 @@ def test_clear_deletes_what_it_can_and_names_the_rest(
 ) -> None:
     monkeypatch.setenv("LLAMACLUST_HOME", str(folder.path.parent))
     run(model, folder)
-    (folder.path / "lock").unlink(), (folder.path / "lock").mkdir()
-    (folder.path / "a.tmp").mkdir(), os.mkfifo(folder.path / "b.tiles"), loop(folder.path / "c.json")
+    (folder.path / "lock").unlink()
+    (folder.path / "lock").mkdir()
+    (folder.path / "a.tmp").mkdir()
+    os.mkfifo(folder.path / "b.tiles")
+    loop(folder.path / "c.json")
     full_folder(folder.path / "d.json")
     listed = CliRunner().invoke(app, ["model", "cache", "list"])
     assert listed.exit_code == 0
@@ -229,7 +232,7 @@ def load(model: Path, folder: Path) -> None:
     opened, backend = Model.open(model), CpuBackend(2, packed_cache=PackedCacheFolder(folder, 1 << 30))
     program = opened.program(0, opened.layer_count)
     kept = ExitStack()
-    kept.push(backend.load(program, opened.tensors_for(program), LIMITS, lambda done_bytes: None).close)
+    kept.callback(backend.load(program, opened.tensors_for(program), LIMITS, lambda done_bytes: None).close)
     begun.wait(30)
     globals()["kept"] = kept
 

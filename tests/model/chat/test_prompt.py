@@ -86,7 +86,7 @@ def test_the_files_template_is_used_and_chatml_where_only_the_vocabulary_has_it(
     gpt2 = load_tokenizer(metadata)
     with load_chat_template({**metadata, "tokenizer.chat_template": "{{ eos_token }}!"}, gpt2) as template:
         assert template.render([]) == "<|endoftext|>!"
-    words = [*metadata["tokenizer.ggml.tokens"][:-1], "<|im_start|>"]  # type: ignore[index,misc]
+    words = [*metadata["tokenizer.ggml.tokens"][:-1], "<|im_start|>"]  # type: ignore[index]  # a list of texts in this file
     marked = {**metadata, "tokenizer.ggml.tokens": words}
     assert load_chat_template(marked, load_tokenizer(marked)).source == built_in("chatml")
     with load_chat_template(metadata, gpt2) as template, pytest.raises(RequestError, match="no chat template"):

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -26,7 +27,7 @@ FOR_EVER = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{%
 SHORT = TemplateLimits(wall_s=1.0)
 
 
-def rendered(source: str, **extra: object) -> str:
+def rendered(source: str, **extra: Any) -> str:
     with ChatTemplate(source, "<s>", "</s>") as template:
         return template.render(HELLO, **extra)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,6 @@ import numpy as np
 import pytest
 
 from llamaclust.core.errors import UsageError
-from llamaclust.model.gguf import atomic_file as module
 from llamaclust.model.gguf.atomic_file import hidden_name, new_file, new_files, part_paths
 from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.imatrix import Importance, ImportanceMatrix, write_imatrix
@@ -98,7 +98,7 @@ def test_a_lock_on_a_file_that_has_its_name_by_now_is_none(tmp_path: Path, monke
             first.__exit__(None, None, None)
             flock(*arguments)
 
-        patched.setattr(module.fcntl, "flock", late)
+        patched.setattr(fcntl, "flock", late)
         with new_file(path, 0) as file:
             assert path.read_bytes() == b"first"
             file.write(b"second")
@@ -137,8 +137,8 @@ def test_whatever_writes_says_first_that_there_is_no_room(
     write: Callable[[Path, Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = build_tiny_model(tmp_path / "tiny.gguf", layers=1, hidden=64, heads=4, ffn=96)
-    usage = module.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: usage._replace(free=1 << 24))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1 << 24))
     with pytest.raises(UsageError, match=r"needs 17 MiB on the disk, 16 MiB are free"):
         write(model, tmp_path / "out.gguf")
     assert names(tmp_path) == ["tiny.gguf"]

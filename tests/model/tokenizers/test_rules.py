@@ -112,7 +112,7 @@ def test_end_of_generation_by_key_and_by_text() -> None:
 
 
 def test_end_marks_inside_an_answer_do_not_end_it() -> None:
-    words = {"<|end|>": CONTROL, "<|return|>": CONTROL, "<|call|>": CONTROL, "<|channel|>": CONTROL}
+    words: dict[str, int] = {"<|end|>": CONTROL, "<|return|>": CONTROL, "<|call|>": CONTROL, "<|channel|>": CONTROL}
     tokenizer = load_tokenizer(bpe(words=words))
     assert set(words_of(tokenizer, list(tokenizer.end_of_generation))) == {"<|return|>", "<|call|>"}
     assert not tokenizer.is_control(256) and not tokenizer.is_control(259)

@@ -25,7 +25,7 @@ from llamaclust.kernels.cuda.launches.attention import (
 )
 from llamaclust.kernels.cuda.launches.elementwise import rotation
 from llamaclust.kernels.cuda.launches.row_count import RowCount
-from llamaclust.kernels.cuda.runtime.device import LEAST_SHARED_BYTES
+from llamaclust.kernels.cuda.runtime.device import LEAST_SHARED_BYTES, NULL
 from llamaclust.model.gguf.model_file import open_model
 from llamaclust.model.gguf.writer import write_gguf
 from llamaclust.model.program import KV_BLOCK_TOKENS, Attention, Buffer, KvType, Rope
@@ -75,7 +75,7 @@ def by_the_cpu(folder: Path, step: Attention, rows: Float32, ropes: Sequence[Rop
     path = folder / "parts.gguf"
     write_gguf(path, {}, [weight.source(name) for name, weight in weights.items()])
     stage = all_threads(2).load(
-        program_of(hidden, step.out, *copies, *ropes, step), open_model(path).tensors, LIMITS, lambda _: None
+        program_of(hidden, step.out, *copies, *ropes, step), dict(open_model(path).tensors), LIMITS, lambda _: None
     )
     blocks = range(-(-len(rows) // KV_BLOCK_TOKENS))
     found = stage.run(batch_of([([0] * len(rows), range(len(rows)), blocks)], outputs=[]), rows).copy()
@@ -136,11 +136,21 @@ class Attender:
         inputs = Inputs(*(put(array).at() for array in arrays))
         tables = batch.block_tables if batch.window_tables is None else batch.window_tables
         slopes = NO_SLOPES if self.slopes is None else self.slopes.at()
-        addresses = (q, k, v, out, put(tables), self.kv)
-        places = AttentionBuffers(*(one.at() for one in addresses), slopes, self.plan.at(), self.partials.at())
+        places = AttentionBuffers(
+            q.at(),
+            k.at(),
+            v.at(),
+            out.at(),
+            put(tables).at(),
+            self.kv.at(),
+            slopes,
+            self.plan.at(),
+            self.partials.at(),
+            by_32=self.quantized.get("by_32", NULL),
+            by_256=self.quantized.get("by_256", NULL),
+        )
         if self.rotation is not None:
             places = replace(places, rotation=self._rotation(self.rotation, inputs, len(rows) + spare))
-        places = replace(places, **self.quantized)
         bounds = BatchBounds(len(rows) + spare, LIMITS.max_sequences, one_row_each)
         launches = attention_launches(step, self.gpu, self.room, inputs, places, bounds)
         launches = (plan_launch(cut_of(step, self.gpu), self.room, inputs, self.plan.at()), *launches)

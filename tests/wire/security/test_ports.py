@@ -41,7 +41,7 @@ def listening(running: Running) -> list[tuple[str, int]]:
     """Addresses and ports that a process and its children listen on."""
     process = psutil.Process(running.process.pid)
     found = [connection for one in (process, *process.children(recursive=True)) for connection in one.net_connections()]
-    return [tuple(one.laddr) for one in found if one.status == psutil.CONN_LISTEN]
+    return [(one.laddr.ip, one.laddr.port) for one in found if one.status == psutil.CONN_LISTEN]
 
 
 def says(port: int, sent: bytes) -> bytes:

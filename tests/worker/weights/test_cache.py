@@ -6,6 +6,7 @@ import json
 import os
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -136,10 +137,13 @@ def test_what_is_no_manifest_is_refused(tmp_path: Path) -> None:
 def test_a_manifest_is_made_once_for_a_file_until_that_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = build_tiny_model(tmp_path / "m.gguf", layers=1)
     order = FindWeights(str(path), Model.open(path).model_id, describe=True)
-    made = []
-    monkeypatch.setattr(
-        "llamaclust.worker.weights.weights.make_manifest", lambda *given: made.append(1) or make_manifest(*given)
-    )
+    made: list[Any] = []
+
+    def make(*given: Any) -> Any:
+        made.append(given)
+        return make_manifest(*given)
+
+    monkeypatch.setattr("llamaclust.worker.weights.weights.make_manifest", make)
     first = Weights(WeightCache(tmp_path / "w", 1 << 30)).locate(order)
     assert Weights(WeightCache(tmp_path / "w", 1 << 30)).locate(order) == first and len(made) == 1
     assert first.has_file and first.manifest is not None

@@ -32,7 +32,7 @@ from gpu_support.work import Figures, Round
 from llamaclust.cli.interrupts import ends_in_one_line
 from llamaclust.cluster.config.values import parse_size
 from llamaclust.core.errors import UsageError
-from llamaclust.worker.devices.backends import CUDA
+from llamaclust.core.gpus import CUDA
 
 
 def measured(task: Task, llama: LlamaCpp | None, repeats: int, folder: Path | None = None) -> dict[str, Any]:

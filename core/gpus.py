@@ -9,6 +9,8 @@ from typing import Annotated
 from llamaclust.core.bounds import MAX_LAYERS, DeviceName, Integer, Line, MemoryBytes
 from llamaclust.core.errors import ProtocolError
 
+CUDA = "cuda:"
+
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
@@ -40,3 +42,8 @@ def placed(devices: Sequence[DeviceLayers]) -> str:
     on_gpus = sum(count for device, count in counts.items() if device != "cpu")
     where = ", ".join(f"[{part.start}, {part.end}) {part.device}" for part in devices)
     return f"{on_gpus} of {sum(counts.values())} layers on GPUs: {where}"
+
+
+def gpu_names(device: str) -> Sequence[str]:
+    """The GPUs of a device as settings name it: "cuda:0,cuda:1"."""
+    return device.split(",") if device.startswith(CUDA) else ()

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol, cast
 
 from llamaclust.core.errors import UsageError
-from llamaclust.core.gpus import Gpu
+from llamaclust.core.gpus import CUDA, Gpu, gpu_names
 from llamaclust.core.profile import DeviceProfile
 from llamaclust.kernels.backend import Backend
 from llamaclust.kernels.packed.cache_folder import PackedCacheFolder
 from llamaclust.worker.devices import nvidia
-
-CUDA = "cuda:"
 
 
 class GpuBackend(Backend, Protocol):
@@ -44,11 +42,6 @@ class GpuBackend(Backend, Protocol):
         ...
 
     def close(self) -> None: ...
-
-
-def gpu_names(device: str) -> Sequence[str]:
-    """The GPUs of a device as settings have it: "cuda:0,cuda:1"."""
-    return device.split(",") if device.startswith(CUDA) else ()
 
 
 def open_processor(

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from llamaclust.core.errors import ProtocolError
-from llamaclust.core.gpus import DeviceLayers, Gpu
+from llamaclust.core.gpus import DeviceLayers, Gpu, gpu_names
 from llamaclust.core.profile import DeviceProfile, Profile
 from llamaclust.core.sizes import MIB
 from llamaclust.kernels.backend import Backend
@@ -18,7 +18,7 @@ from llamaclust.kernels.packed.cache_folder import PackedCacheFolder
 from llamaclust.model.loader import Model
 from llamaclust.wire.control.messages import Load, Register
 from llamaclust.worker.devices import backends
-from llamaclust.worker.devices.backends import GpuBackend, gpu_names
+from llamaclust.worker.devices.backends import GpuBackend
 from llamaclust.worker.devices.system_info import (
     available_memory_bytes,
     processor_name,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from llamaclust.core.gpus import gpu_names
 from llamaclust.core.limits import StageLimits
 from llamaclust.model.loader import Model
-from llamaclust.worker.devices.backends import gpu_names
 from llamaclust.worker.stage.stage_runner import model_program
 
 

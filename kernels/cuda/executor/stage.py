@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 from weakref import finalize
 
 import numpy as np
@@ -13,7 +14,9 @@ from llamaclust.kernels.cuda.executor.plan import Plan, kv_bytes
 from llamaclust.kernels.cuda.executor.shapes import Shape
 from llamaclust.kernels.cuda.runtime.device import Buffer, Bytes, Device, Graph, Launch
 from llamaclust.kernels.cuda.runtime.gpu_lock import GpuLock
-from llamaclust.kernels.cuda.weights.device_weights import LayerMemory
+
+if TYPE_CHECKING:
+    from llamaclust.kernels.cuda.weights.device_weights import LayerMemory
 
 _FLOAT = 4
 _MAX_SHAPES = 64

@@ -12,19 +12,15 @@ from llamaclust.wire.control.messages import (
     FindWeights,
     FindWeightsProgress,
     GetLog,
-    LinkProfile,
-    LinkProfiles,
     LogTail,
     ProbePeer,
     ProbeResult,
-    ProfileLinks,
-    ProfileWorker,
     RequestFailed,
     WeightsFound,
     WorkerMessage,
-    WorkerProfile,
     WorkerRequest,
 )
+from llamaclust.wire.control.profiles import LinkProfile, LinkProfiles, ProfileLinks, ProfileWorker, WorkerProfile
 from llamaclust.wire.rpc.link_probe import measure_link, try_link
 from llamaclust.worker.session import Session, failure_of
 from llamaclust.worker.weights.weights import Reading

@@ -22,7 +22,7 @@ from llamaclust.cluster.state.directory import write_private
 from llamaclust.cluster.state.events import Notice, Report
 from llamaclust.core.errors import LlamaclustError
 from llamaclust.core.profile import Profile
-from llamaclust.wire.control.messages import LinkProfile
+from llamaclust.wire.control.profiles import LinkProfile
 from llamaclust.wire.rpc.client import Peer
 from llamaclust.wire.rpc.link_probe import measure_link
 from llamaclust.wire.rpc.task_set import TaskSet

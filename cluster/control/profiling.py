@@ -18,7 +18,7 @@ from llamaclust.cluster.state.events import Measuring, Notice, Report
 from llamaclust.core.errors import LlamaclustError
 from llamaclust.core.profile import DeviceProfile, Profile, StepTimes, mean_profile
 from llamaclust.model.loader import Model
-from llamaclust.wire.control.messages import ProfileWorker
+from llamaclust.wire.control.profiles import ProfileWorker
 
 
 async def measure_workers(

@@ -18,7 +18,6 @@ from llamaclust.wire.control.messages import (
     Failure,
     FindWeightsProgress,
     Heartbeat,
-    LinkProfiles,
     Load,
     Loaded,
     LoadFailed,
@@ -33,8 +32,8 @@ from llamaclust.wire.control.messages import (
     Unloaded,
     WeightsFound,
     WorkerMessage,
-    WorkerProfile,
 )
+from llamaclust.wire.control.profiles import LinkProfiles, WorkerProfile
 from llamaclust.wire.rpc.deadlines import deadline
 
 PROGRESS_TIMEOUT_S = 60.0

@@ -13,15 +13,17 @@ from llamaclust.wire.control.messages import (
     FindWeights,
     FindWeightsProgress,
     GetLog,
-    LinkEnd,
-    LinkProfile,
-    LinkProfiles,
     LogTail,
     ProbePeer,
     ProbeResult,
+    WeightsFound,
+)
+from llamaclust.wire.control.profiles import (
+    LinkEnd,
+    LinkProfile,
+    LinkProfiles,
     ProfileLinks,
     ProfileWorker,
-    WeightsFound,
     WorkerProfile,
 )
 from llamaclust.wire.rpc.deadlines import deadline

@@ -32,8 +32,8 @@ from llamaclust.wire.control.messages import (
     LogTail,
     RequestFailed,
     WorkerMessage,
-    WorkerProfile,
 )
+from llamaclust.wire.control.profiles import WorkerProfile
 from support.clusters.control_messages import COORDINATOR_MESSAGES, LOAD, REGISTER, WORKER_MESSAGES
 
 

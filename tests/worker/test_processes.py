@@ -25,7 +25,14 @@ from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.model.loader import Model
 from llamaclust.wire.codec import PROTOCOL_VERSION
 from llamaclust.wire.control.codec import decode_coordinator_message, encode_worker_message
-from llamaclust.wire.control.messages import Deadlines, Load, LoadProgress, ProfileWorker, Register, Rejected
+from llamaclust.wire.control.messages import (
+    Deadlines,
+    Load,
+    LoadProgress,
+    Register,
+    Rejected,
+)
+from llamaclust.wire.control.profiles import ProfileWorker
 from llamaclust.wire.microbatch.messages import Result
 from llamaclust.wire.rpc.client import JOIN, Peer, StreamBrokenError
 from llamaclust.wire.security.token import ClusterToken

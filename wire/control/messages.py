@@ -31,8 +31,13 @@ from llamaclust.core.bounds import (
 from llamaclust.core.errors import ProtocolError
 from llamaclust.core.gpus import DeviceLayers, Gpu
 from llamaclust.core.limits import NUMERICS_VERSION, StageLimits
-from llamaclust.core.profile import Profile
 from llamaclust.wire.codec import PROTOCOL_VERSION
+from llamaclust.wire.control.profiles import (
+    LinkProfiles,
+    ProfileLinks,
+    ProfileWorker,
+    WorkerProfile,
+)
 
 _Timeout = Annotated[float, Real(0.01, 86400.0)]
 _LogLine = LogLine(2000)
@@ -103,55 +108,6 @@ class RequestFailed:
     """Answer to any request of the coordinator that did not succeed."""
 
     failure: Failure
-    request_id: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class ProfileWorker:
-    """Request: measure the machine; with a model, also steps of its layers."""
-
-    model_path: ModelPath | None = None
-    model_id: ModelId = ""
-    request_id: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerProfile:
-    """Answer: without step times where the model's file or memory is missing."""
-
-    profile: Profile
-    request_id: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class LinkEnd:
-    """Another worker, to which a link is measured."""
-
-    worker: WorkerName
-    address: Address  # of its Stage service
-
-
-@dataclass(frozen=True, slots=True)
-class ProfileLinks:
-    """Request: measure the links to other workers, one after the other."""
-
-    ends: Annotated[tuple[LinkEnd, ...], Size(0, 1 << 12)]
-    request_id: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class LinkProfile:
-    """Of a link, as its caller sees it."""
-
-    round_trip_s: Annotated[float, Real(0.0, 86400.0)]  # of a token's hidden state and a short answer
-    bytes_s: Annotated[float, Real(1e-3, 1e18)]  # of a stream of large messages
-
-
-@dataclass(frozen=True, slots=True)
-class LinkProfiles:
-    """In the order of the request."""
-
-    links: Annotated[tuple[LinkProfile, ...], Size(0, 1 << 12)]
     request_id: int = 0
 
 

@@ -6,7 +6,7 @@ import asyncio
 from statistics import median
 from time import perf_counter
 
-from llamaclust.wire.control.messages import LinkProfile
+from llamaclust.wire.control.profiles import LinkProfile
 from llamaclust.wire.rpc.cache_flush import ColdCaches
 from llamaclust.wire.rpc.client import ECHO, ClientStream, Peer
 from llamaclust.wire.rpc.deadlines import deadline

@@ -23,16 +23,13 @@ from llamaclust.wire.control.messages import (
     CoordinatorMessage,
     Failure,
     FindWeights,
-    LinkProfile,
-    LinkProfiles,
     LogTail,
     ProbeResult,
-    ProfileWorker,
     RequestFailed,
     WeightsFound,
     WorkerMessage,
-    WorkerProfile,
 )
+from llamaclust.wire.control.profiles import LinkProfile, LinkProfiles, ProfileWorker, WorkerProfile
 from support.clusters.control_messages import REGISTER
 
 Asks = Callable[[WorkerHandle], Awaitable[object]]

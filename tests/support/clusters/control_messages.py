@@ -18,9 +18,6 @@ from llamaclust.wire.control.messages import (
     FindWeightsProgress,
     GetLog,
     Heartbeat,
-    LinkEnd,
-    LinkProfile,
-    LinkProfiles,
     Load,
     Loaded,
     LoadFailed,
@@ -29,8 +26,6 @@ from llamaclust.wire.control.messages import (
     PeerUnreachable,
     ProbePeer,
     ProbeResult,
-    ProfileLinks,
-    ProfileWorker,
     Register,
     Rejected,
     RenewalFailed,
@@ -43,6 +38,13 @@ from llamaclust.wire.control.messages import (
     WeightSource,
     WeightSources,
     WorkerMessage,
+)
+from llamaclust.wire.control.profiles import (
+    LinkEnd,
+    LinkProfile,
+    LinkProfiles,
+    ProfileLinks,
+    ProfileWorker,
     WorkerProfile,
 )
 

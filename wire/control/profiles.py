@@ -1,0 +1,65 @@
+"""Control messages about what workers measure of themselves and of their links."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from llamaclust.core.bounds import (
+    Address,
+    ModelId,
+    ModelPath,
+    Real,
+    Size,
+    WorkerName,
+)
+from llamaclust.core.profile import Profile
+
+
+@dataclass(frozen=True, slots=True)
+class ProfileWorker:
+    """Request: measure the machine; with a model, also steps of its layers."""
+
+    model_path: ModelPath | None = None
+    model_id: ModelId = ""
+    request_id: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerProfile:
+    """Answer: without step times where the model's file or memory is missing."""
+
+    profile: Profile
+    request_id: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LinkEnd:
+    """Another worker, to which a link is measured."""
+
+    worker: WorkerName
+    address: Address  # of its Stage service
+
+
+@dataclass(frozen=True, slots=True)
+class ProfileLinks:
+    """Request: measure the links to other workers, one after the other."""
+
+    ends: Annotated[tuple[LinkEnd, ...], Size(0, 1 << 12)]
+    request_id: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LinkProfile:
+    """Of a link, as its caller sees it."""
+
+    round_trip_s: Annotated[float, Real(0.0, 86400.0)]  # of a token's hidden state and a short answer
+    bytes_s: Annotated[float, Real(1e-3, 1e18)]  # of a stream of large messages
+
+
+@dataclass(frozen=True, slots=True)
+class LinkProfiles:
+    """In the order of the request."""
+
+    links: Annotated[tuple[LinkProfile, ...], Size(0, 1 << 12)]
+    request_id: int = 0

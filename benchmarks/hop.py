@@ -1,4 +1,4 @@
-"""What a hop costs: one-row microbatches, one at a time, through a stage in this process, one worker and two.
+"""Cost of a hop: one-row microbatches, one at a time, through a stage in this process, one worker and two.
 
     python benchmarks/hop.py MODEL.gguf --steps 500
 

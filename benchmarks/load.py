@@ -1,4 +1,4 @@
-"""How a model loads: time until it is ready and peak memory, from its file and from packed layers, beside the limits.
+"""Time until a model is ready and peak memory, from its file and from packed layers, beside the machine's limits.
 
     python benchmarks/shape.py 1.1b Q4_K /tmp/shape.gguf
     python benchmarks/load.py /tmp/shape.gguf

@@ -1,4 +1,4 @@
-"""What links cost: two workers of one thread each on hosts of a network in a box, beside one worker without a network.
+"""Cost of network links: two workers of one thread each on emulated hosts, beside one worker without a network.
 
     python benchmarks/network.py MODEL.gguf [--repeats 5]       (as root: network namespaces)
 

@@ -1,4 +1,4 @@
-"""Whether plans say beforehand what will happen: predicted beside measured speed, over clusters of ten shapes.
+"""Accuracy of plans: predicted and measured speed of clusters of ten shapes.
 
     python benchmarks/plan.py SMALL.gguf LARGE.gguf [--shapes one,two] [--repeats 3] [--random 20] [--json PATH]
 

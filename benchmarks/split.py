@@ -1,4 +1,4 @@
-"""What a cut costs and brings: two workers of one thread each beside one worker of one thread, in turn, in one run.
+"""Cost and gain of a split: two workers of one thread each beside one worker of one thread, in turn, in one run.
 
     python benchmarks/split.py MODEL.gguf [--repeats 5] [--json PATH]
 

@@ -1,4 +1,4 @@
-"""What a client sees of the engine's speed: one answer streamed by a cluster's HTTP server to `curl -N`, and
+"""Streaming overhead of the HTTP server: one answer streamed by a cluster's HTTP server to `curl -N`, and
 `llamaclust bench` decoding as many tokens in one process, in turns, as ratios of pairs.
 
     python benchmarks/streaming.py [MODEL] [--threads 2] [--tokens 256] [--repeats 5]

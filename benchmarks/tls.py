@@ -1,4 +1,4 @@
-"""What mutual TLS costs: static clusters of two 1-thread workers on loopback with it and without, in turn; and one hop.
+"""Cost of mutual TLS: static clusters of two 1-thread workers on loopback with it and without, in turn; and one hop.
 
     python benchmarks/tls.py MODEL.gguf [--repeats 9] [--tokens 128] [--hops 2000]
 

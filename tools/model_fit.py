@@ -1,4 +1,4 @@
-"""What a model takes in memory, and how much of it fits: layers, or tokens of context."""
+"""Memory use of a model, and how much of it fits: layers, or tokens of context."""
 
 from __future__ import annotations
 

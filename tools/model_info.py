@@ -1,4 +1,4 @@
-"""What a model file holds, in figures: parameters, bits a weight, bytes a layer and a type."""
+"""Figures of a model file: parameters, bits per weight, bytes per layer and per type."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far quantizing moves a model's predictions, beside llama-quantize: KL divergence from the unquantized model of
+"""Effect of quantizing on a model's predictions, beside llama-quantize: KL divergence from the unquantized model of
 the files that both make, token by token over the same text.
 
     python benchmarks/models/divergence.py smollm2-135m-instruct TEXT --llama-quantize PROGRAM [--types Q4_0]

@@ -1,4 +1,4 @@
-"""What each quantization of a model costs and brings: size, perplexity, KL divergence from the unquantized one, speed.
+"""Compares the quantizations of a model: size, perplexity, KL divergence from the unquantized one, speed.
 
     python benchmarks/models/quantized.py smollm2-135m-instruct TEXT [--hidden 768] [--chunks 8] [--types Q4_K_M,Q6_K]
 

@@ -238,7 +238,7 @@ def referenced(spec: Manifest) -> list[tuple[str, str]]:
 
 @matrix
 def test_no_pod_may_do_more_than_it_must(values: Mapping[str, Any]) -> None:
-    """What Kubernetes calls the restricted standard, and a root file system that nobody writes to."""
+    """Pods meet Kubernetes's restricted standard and have a read-only root file system."""
     for spec in (pod.spec for pod in pod_templates(render(values))):
         assert spec["automountServiceAccountToken"] is False
         assert not {"hostNetwork", "hostPID", "hostIPC"} & spec.keys()

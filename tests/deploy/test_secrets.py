@@ -35,7 +35,7 @@ def test_the_join_token_names_the_authority() -> None:
 
 
 def test_the_program_signs_with_what_helm_made(tmp_path: Path) -> None:
-    """Certificates name the authority's key as Helm's library has it, or nobody would find it."""
+    """Certificates name the authority's key in the form of Helm's library, or verification would not find it."""
     trust = pytest.importorskip("llamaclust.cluster.membership.authority", reason="this build has no launcher static")
     x509 = pytest.importorskip("cryptography.x509")
     folder = tmp_path / "trust"

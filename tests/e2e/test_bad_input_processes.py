@@ -1,4 +1,4 @@
-"""Signals and lost processes, end to end: clean ends, errors that name who was lost and how, and nobody left behind."""
+"""Signals and lost processes, end to end: clean exits, errors that name the lost worker and the cause, no orphans."""
 
 from __future__ import annotations
 

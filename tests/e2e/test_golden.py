@@ -42,7 +42,7 @@ BOUNDS = {
 
 
 def golden_path(name: str) -> Path:
-    """Where NAME.gguf is; skips where it is too big to be here and nobody says where it is."""
+    """The path of NAME.gguf; skips where it is too large to be here and no path is given."""
     inside = DATA / f"{name}.gguf"
     if inside.exists():
         return inside

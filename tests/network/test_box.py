@@ -1,4 +1,4 @@
-"""A network in a box: hosts reach each other and nobody else, and nothing of it stays."""
+"""Emulated networks: hosts reach each other only, and no namespace is left."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_a_box_sweeps_what_others_left_and_only_that() -> None:
     ended = subprocess.Popen(["true"])
     ended.wait()
     left = f"lcbox-{ended.pid}-12345-1-a"  # its owner's process is gone
-    reused = f"lcbox-{os.getpid()}-12345-1-a"  # its owner's number is somebody else's by now
+    reused = f"lcbox-{os.getpid()}-12345-1-a"  # its owner's pid belongs to another process by now
     ours, foreign = f"{new_prefix()}a", "lcboxer-1-a"
     try:
         for name in (left, reused, ours, foreign):

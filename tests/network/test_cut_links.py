@@ -58,7 +58,7 @@ def goes_on(cluster: DistantCluster, strike: Strike) -> list[Answer]:
 
 
 def holding(cluster: DistantCluster) -> set[str]:
-    """Who has layers; nobody is lost."""
+    """The workers that have layers; no worker is lost."""
     found = cluster.status["workers"]
     assert all(worker["state"] != "lost" for worker in found)
     return {worker["name"] for worker in found if worker["layers"]}

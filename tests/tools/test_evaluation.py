@@ -122,7 +122,7 @@ def test_a_file_that_is_not_whole_is_no_file(tmp_path: Path) -> None:
         _ = 1 / 0
     assert not list(tmp_path.iterdir())
     write(tmp_path / "x", some_chunks(2), random_logits(13, 1))
-    with pytest.raises(UsageError, match=r"not written to its end"):
+    with pytest.raises(UsageError, match=r"the file is incomplete"):
         LogitsFile.open(tmp_path / "x")
     with pytest.raises(LlamaclustError, match=r"needs \d+ MiB on the disk, \d+ MiB are free"):
         writing(tmp_path / "y", LogitsShape(1 << 24, 1 << 20, 1 << 20), []).__enter__()
@@ -153,7 +153,7 @@ def test_what_are_no_logprobs_is_refused(step: float, least: float, tmp_path: Pa
     data[at : at + 8] = struct.pack("<ff", step, least)
     (tmp_path / "x").write_bytes(data)
     assert kept.logprobs(0, 0, 1).shape == (1, VOCABULARY)
-    with pytest.raises(UsageError, match="chunk 0 has what are no logprobs"):
+    with pytest.raises(UsageError, match="chunk 0 holds values that are no logprobs"):
         kept.logprobs(0, 0, 3)
 
 

@@ -1,4 +1,4 @@
-"""The numbers of a checkpoint's configuration, read with bounds; what is missing or absurd is named."""
+"""Numbers of a checkpoint's configuration, read with bounds; errors name a missing or invalid key."""
 
 from __future__ import annotations
 

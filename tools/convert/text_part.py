@@ -1,4 +1,4 @@
-"""The text model inside a model that sees pictures too: its settings, and its tensors by the names it has alone."""
+"""Extracts the text model of a multimodal checkpoint: its settings, and its tensors under the text model's names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which of four endings a model thinks likeliest, over tasks in the text format of llama.cpp's `--hellaswag`."""
+"""HellaSwag: the most likely of four endings, for tasks in the text format of llama.cpp's `--hellaswag`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llamaclust.model.tokenizers.tokenizer import Tokenizer
 from llamaclust.tools.evaluate.perplexity import read_text
 
 AT_ONCE: Final = 8
-"""Endings that are computed together."""
+"""Endings computed concurrently."""
 
 _LINES: Final = 6
 _ENDINGS: Final = 4

@@ -1,5 +1,5 @@
-"""How far one model's predictions are from another's, token by token: what llama.cpp's `llama-perplexity
---kl-divergence` tells. No model is run here."""
+"""Compares two models' predictions token by token, with the statistics of llama.cpp's `llama-perplexity
+--kl-divergence`. Runs no model."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Scores:
 
 
 def compare(logits: Float32, base: Float32, tokens: Sequence[int]) -> Scores:
-    """One model's logits and another's logprobs, [rows, vocabulary], for the tokens that came, [rows]."""
+    """One model's logits and another's logprobs, [rows, vocabulary], for the actual tokens, [rows]."""
     parts = [
         _compare(logits[at : at + _ROWS_AT_ONCE], base[at : at + _ROWS_AT_ONCE], tokens[at : at + _ROWS_AT_ONCE])
         for at in range(0, len(tokens), _ROWS_AT_ONCE)

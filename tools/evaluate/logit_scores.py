@@ -1,4 +1,4 @@
-"""Runs a model in this process for its logits: they are kept in a file, or compared with those in one."""
+"""Runs a model in this process and writes its logits to a file, or compares them with those of a file."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def measure_divergence(
 
 
 def _logprobs(logits: Float32, tokens: Sequence[int]) -> list[float]:
-    """Of the tokens that came, [rows]."""
+    """Logprobs of the actual tokens, [rows]."""
     most = logits.max(axis=1)
     total = np.log(np.exp(logits - most[:, None]).sum(axis=1, dtype=np.float64))
     chosen: list[float] = (logits[np.arange(len(tokens)), list(tokens)] - most - total).tolist()

@@ -1,5 +1,5 @@
-"""Logits of one model over a text, in a file that another model is compared with. The format is that of llama.cpp's
-`llama-perplexity --kl-divergence-base`, so that either program reads the other's.
+"""A file of one model's logits over a text, for comparison with another model. The format is that of llama.cpp's
+`llama-perplexity --kl-divergence-base`: both programs read each other's files.
 
 Little-endian: `_logits_`; uint32 tokens of a chunk; int32 vocabulary; int32 chunks; int32 tokens [chunks, context];
 then for each chunk and each position in [context // 2, context - 1) float32 step, float32 least and uint16 [vocabulary,
@@ -36,7 +36,7 @@ _MOST_TOKENS: Final = 1 << 24
 
 @dataclass(frozen=True, slots=True)
 class LogitsShape:
-    """How much such a file holds."""
+    """The dimensions of a file of logits."""
 
     context: int  # tokens of a chunk
     vocabulary: int
@@ -66,7 +66,7 @@ class LogitsShape:
 
 
 class LogitsWriter:
-    """Takes the logits of all chunks in order, some rows at a time."""
+    """Writes the logits of all chunks in order, some rows at a time."""
 
     def __init__(self, file: BinaryIO, shape: LogitsShape, chunks: Sequence[Sequence[int]]) -> None:
         self._file = file
@@ -93,7 +93,7 @@ def writing(path: Path, shape: LogitsShape, chunks: Sequence[Sequence[int]]) -> 
 
 @dataclass(frozen=True, slots=True)
 class LogitsFile:
-    """Such a file, opened: its tokens are read, its logprobs are not."""
+    """An open file of logits: its tokens are read, its logprobs are read on demand."""
 
     path: Path
     shape: LogitsShape
@@ -109,7 +109,7 @@ class LogitsFile:
         except OSError as error:
             raise UsageError(f"{path}: cannot read it: {error.strerror}") from error
         if not (tokens.min() >= 0 and tokens.max() < shape.vocabulary):
-            raise UsageError(f"{path}: holds a token outside its vocabulary of {shape.vocabulary}; make it anew")
+            raise UsageError(f"{path}: holds a token outside its vocabulary of {shape.vocabulary}; create it again")
         return cls(path, shape, tuple(tuple(chunk) for chunk in tokens.reshape(shape.chunks, -1).tolist()))
 
     def logprobs(self, chunk: int, start: int, end: int) -> Float32:
@@ -124,7 +124,7 @@ class LogitsFile:
         scale = np.ascontiguousarray(numbers[:, :4]).view("<f4").astype(np.float32)
         step, least = scale.T.astype(np.float64)
         if not ((step >= 0) & (least > _LEAST) & (least + _LEVELS * step < _MOST)).all():
-            raise UsageError(f"{self.path}: chunk {chunk} has what are no logprobs; make it anew")
+            raise UsageError(f"{self.path}: chunk {chunk} holds values that are no logprobs; create the file again")
         logprobs = numbers[:, 4 : 4 + shape.vocabulary].astype(np.float32)
         logprobs *= scale[:, :1]
         logprobs += scale[:, 1:]
@@ -140,7 +140,7 @@ def _read_shape(path: Path, file: BinaryIO) -> LogitsShape:
         raise UsageError(f"{path}: {shape.chunks} chunks of {shape.context} tokens, vocabulary {shape.vocabulary}?")
     size = os.fstat(file.fileno()).st_size
     if size != shape.total_bytes:
-        raise UsageError(f"{path}: {size} bytes, {shape.total_bytes} expected; it was not written to its end")
+        raise UsageError(f"{path}: {size} bytes, {shape.total_bytes} expected; the file is incomplete")
     return shape
 
 

@@ -1,4 +1,4 @@
-"""How well a model predicts a text, by llama.cpp's convention: cut into chunks, the second half of each is scored."""
+"""Perplexity by llama.cpp's convention: the text is cut into chunks, and the second half of each is scored."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Which weights of a model matter most: it runs over a text, and the squares of what each matrix multiplies are summed
-up by column, as llama-imatrix does it."""
+"""Computes an importance matrix: runs the model over a text and sums the squares of each matrix's inputs by column, as
+llama-imatrix does."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ Progress = Callable[[str, int, int | None], None]
 def collect(
     model: Model, chunks: Sequence[tuple[int, ...]], threads: int, text: str, with_output: bool, progress: Progress
 ) -> ImportanceMatrix:
-    """Of the layers' matrices, and `with_output` of the output matrix, over chunks of tokens that know nothing of each
-    other. LlamaclustError where a sum is no finite number."""
+    """Of the layers' matrices, and `with_output` of the output matrix, over independent chunks of
+    tokens. LlamaclustError where a sum is no finite number."""
     context = len(chunks[0])
     blocks = -(-context // KV_BLOCK_TOKENS)
     rows = min(_ROWS, context)

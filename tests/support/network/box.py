@@ -144,7 +144,7 @@ class Box:
             self._filters.add((target, *rule))
 
     def unplug(self, name: str) -> None:
-        """The host's network device is down: it hears nobody, and nobody hears it."""
+        """The host's network device is down: it neither receives nor sends."""
         run("ip", "-n", self.hosts[name].namespace, "link", "set", "eth0", "down")
 
     def plug(self, name: str) -> None:

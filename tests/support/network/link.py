@@ -25,7 +25,7 @@ class Link:
 
 
 def queue_commands(link: Link, device: str, *, netem: bool) -> list[list[str]]:
-    """Arguments of `tc` for a device without a queue of its own. Without netem somebody else makes the delay."""
+    """Arguments of `tc` for a device without a queue of its own. Without netem, `emulator` adds the delay."""
     add = ["qdisc", "add", "dev", device]
     delayed = netem and link.delay_s > 0
     commands = []
@@ -46,7 +46,7 @@ def loss_rule(loss: float) -> list[str]:
 
 
 def drop_rule(source: str) -> list[str]:
-    """Of iptables: nothing that comes from this address arrives, and nobody is told."""
+    """Arguments of `iptables`: packets from this address are dropped silently."""
     return ["INPUT", "-s", source, "-j", "DROP"]
 
 

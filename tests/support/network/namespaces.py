@@ -66,7 +66,7 @@ def stale() -> list[str]:
 
 
 def remove(names: Iterable[str]) -> None:
-    """Ends every process in them, and them; one that somebody else removed meanwhile is no error."""
+    """Ends every process in the namespaces and removes them; one that is removed already is no error."""
     for name in names:
         while pids := _pids(name):  # again, for what one of them started meanwhile
             for pid in pids:

@@ -1,4 +1,4 @@
-"""Servers on this machine that go on sending header lines, or the end of a body: whoever asks them hears of it."""
+"""Local servers that send header lines, or the end of a body, without end: the client fails in time."""
 
 from __future__ import annotations
 

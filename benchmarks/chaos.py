@@ -228,7 +228,7 @@ class Chaos:
         engine, supervisor = self._cluster.engine, self._cluster.supervisor
         await until(lambda: engine.state is EngineState.READY and supervisor.epoch.root_cause is None)
         ready_s = time.monotonic()
-        if not any(one.serves for one in struck) or not engine.scheduler.sequences:
+        if not any(strike.serves for strike in struck) or not engine.scheduler.sequences:
             return
         await until(lambda: self.tally.last_token_s > ready_s or not engine.scheduler.sequences)
         if self.tally.last_token_s > ready_s:

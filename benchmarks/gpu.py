@@ -43,13 +43,13 @@ def measured(task: Task, llama: LlamaCpp | None, repeats: int, folder: Path | No
         rounds: list[Round] = []
         about = described(loaded, sys.orig_argv)
         for number in range(1, repeats + 1):
-            one = loaded.measure()
-            report(f"round {number}/{repeats}: {_line(task, one)}")
+            round_ = loaded.measure()
+            report(f"round {number}/{repeats}: {_line(task, round_)}")
             if llama is not None:
-                one = replace(one, theirs=llama.measure(task.model))
+                round_ = replace(round_, theirs=llama.measure(task.model))
                 about["llama_bench"] = llama.build
-                report(f"round {number}/{repeats}: llama.cpp {_their_line(one)}")
-            rounds.append(one)
+                report(f"round {number}/{repeats}: llama.cpp {_their_line(round_)}")
+            rounds.append(round_)
             figures = Figures(loaded.work, rounds)
             record = about | {"rounds": len(rounds)} | figures.as_json()
             path = write_record(folder, record) if folder is not None else None
@@ -60,17 +60,17 @@ def measured(task: Task, llama: LlamaCpp | None, repeats: int, folder: Path | No
     return record
 
 
-def _line(task: Task, one: Round) -> str:
-    rates = f"VRAM {one.rates.read.gpu / 1e9:.0f} GB/s"
-    if one.rates.read.cpu:
-        rates += f", RAM {one.rates.read.cpu / 1e9:.0f} GB/s"
-    speeds = f"decode {1 / one.step_s:.1f} tok/s, prefill {task.prompt / one.prefill_s:.0f} tok/s"
-    return f"{speeds}, {task.sequences} sequences {task.sequences / one.many_s:.1f} tok/s; {rates}"
+def _line(task: Task, round_: Round) -> str:
+    rates = f"VRAM {round_.rates.read.gpu / 1e9:.0f} GB/s"
+    if round_.rates.read.cpu:
+        rates += f", RAM {round_.rates.read.cpu / 1e9:.0f} GB/s"
+    speeds = f"decode {1 / round_.step_s:.1f} tok/s, prefill {task.prompt / round_.prefill_s:.0f} tok/s"
+    return f"{speeds}, {task.sequences} sequences {task.sequences / round_.many_s:.1f} tok/s; {rates}"
 
 
-def _their_line(one: Round) -> str:
-    assert one.theirs is not None
-    return f"decode {one.theirs.decode:.1f} tok/s, prefill {one.theirs.prefill or 0:.0f} tok/s"
+def _their_line(round_: Round) -> str:
+    assert round_.theirs is not None
+    return f"decode {round_.theirs.decode:.1f} tok/s, prefill {round_.theirs.prefill or 0:.0f} tok/s"
 
 
 def _size(text: str) -> int:

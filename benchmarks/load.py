@@ -141,14 +141,14 @@ def main() -> None:
         raise UsageError(f"{options.model}: no such file; make one with benchmarks/shape.py")
     print(f"{'':18}{'ready':>9}{'process':>9}{'decode':>10}{'weights':>10}{'KV':>6}{'peak':>8}{'limit':>8} MiB")
     ready_s: dict[str, list[float]] = {}
-    for how, one in measured(options.model, options.threads, options.repeats):
-        ready_s.setdefault(how, []).append(one.ready_s)
-        sizes = (one.weight_bytes, one.kv_bytes, one.peak_bytes, one.limit_bytes)
+    for how, sample in measured(options.model, options.threads, options.repeats):
+        ready_s.setdefault(how, []).append(sample.ready_s)
+        sizes = (sample.weight_bytes, sample.kv_bytes, sample.peak_bytes, sample.limit_bytes)
         weights, kv, peak, limit = (round(size / MIB) for size in sizes)
-        note = f"   written {one.written_s:.2f} s later" if one.written_s > 0.01 else ""
-        over = "" if one.peak_bytes <= one.limit_bytes else "   OVER THE LIMIT"
+        note = f"   written {sample.written_s:.2f} s later" if sample.written_s > 0.01 else ""
+        over = "" if sample.peak_bytes <= sample.limit_bytes else "   OVER THE LIMIT"
         print(
-            f"{how:18}{one.ready_s:7.3f} s{one.process_s:7.3f} s{one.decode_ms:7.2f} ms"
+            f"{how:18}{sample.ready_s:7.3f} s{sample.process_s:7.3f} s{sample.decode_ms:7.2f} ms"
             f"{weights:10}{kv:6}{peak:8}{limit:8}{note}{over}",
             flush=True,
         )

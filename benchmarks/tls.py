@@ -109,7 +109,7 @@ async def compare(model: Path, repeats: int, tokens: int) -> list[Turn]:
         ):
             for turn in range(repeats + 1):
                 order = (tls, insecure) if turn % 2 else (insecure, tls)
-                speeds = {id(one): await decode(one, source, tokens) for one in order}
+                speeds = {id(setup): await decode(setup, source, tokens) for setup in order}
                 turns.append(Turn(speeds[id(tls)], speeds[id(insecure)]))
     return turns[1:]
 
@@ -175,7 +175,7 @@ async def measure_hops(count: int) -> None:
             secure = await hops(identity, secure_address, count)
     print("one hop, us one way       insecure p50 / p99      mutual TLS p50 / p99    (target: < 120)")
     for kib in _KIB:
-        figures = [(median(one[kib]), quantiles(one[kib], n=100)[-1]) for one in (plain, secure)]
+        figures = [(median(times[kib]), quantiles(times[kib], n=100)[-1]) for times in (plain, secure)]
         columns = "".join(f"{p50:12.0f} / {p99:6.0f}   " for p50, p99 in figures)
         print(f"{kib:4} KiB            {columns}", flush=True)
 

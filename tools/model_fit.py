@@ -60,7 +60,9 @@ def fit(path: Path, available_bytes: int, threads: int) -> Fit:
             available_bytes=available_bytes,
             weight_bytes=_weights(model, count),
             layer_bytes=tuple(layer.weight_bytes for layer in costs[KvType.F16]),
-            kv_bytes_per_token={str(kind): sum(one.kv_bytes_per_token for one in each) for kind, each in costs.items()},
+            kv_bytes_per_token={
+                str(kind): sum(layer_cost.kv_bytes_per_token for layer_cost in each) for kind, each in costs.items()
+            },
             workspace_bytes=_workspace(model, count, context, threads),
             context_length=context,
             total_bytes=needed(count, context),

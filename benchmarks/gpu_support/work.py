@@ -102,30 +102,30 @@ class Figures:
     def decode_share(self) -> Spread:
         """The time in which the memories can be read, of the time that a token took."""
         step = self.work.step_bytes(1)
-        return self.spread(lambda one: step.seconds(one.rates.read) / one.step_s)
+        return self.spread(lambda round_: step.seconds(round_.rates.read) / round_.step_s)
 
     @property
     def many_share(self) -> Spread:
         step = self.work.step_bytes(self.work.sequences)
-        return self.spread(lambda one: step.seconds(one.rates.read) / one.many_s)
+        return self.spread(lambda round_: step.seconds(round_.rates.read) / round_.many_s)
 
     @property
     def prefill_share(self) -> Spread:
-        return self.spread(lambda one: self.work.prefill_macs.seconds(one.rates.int8) / one.prefill_s)
+        return self.spread(lambda round_: self.work.prefill_macs.seconds(round_.rates.int8) / round_.prefill_s)
 
     @property
     def times_one(self) -> Spread:
         """Tokens a second of all sequences, of those of one."""
-        return self.spread(lambda one: self.work.sequences * one.step_s / one.many_s)
+        return self.spread(lambda round_: self.work.sequences * round_.step_s / round_.many_s)
 
     @property
     def decode_ratio(self) -> Spread:
         """Above 1 where llama.cpp is slower."""
-        return self.spread(lambda one: 1 / one.step_s / _theirs(one).decode)
+        return self.spread(lambda round_: 1 / round_.step_s / _theirs(round_).decode)
 
     @property
     def prefill_ratio(self) -> Spread:
-        return self.spread(lambda one: self.work.prompt / one.prefill_s / (_theirs(one).prefill or 1.0))
+        return self.spread(lambda round_: self.work.prompt / round_.prefill_s / (_theirs(round_).prefill or 1.0))
 
     @property
     def is_mixed(self) -> bool:
@@ -133,7 +133,7 @@ class Figures:
 
     @property
     def is_compared(self) -> bool:
-        return all(one.theirs is not None for one in self.rounds)
+        return all(round_.theirs is not None for round_ in self.rounds)
 
     def as_json(self) -> dict[str, Any]:
         """GB are 10^9 bytes; spreads are median, least and most."""
@@ -141,44 +141,44 @@ class Figures:
         found: dict[str, Any] = {
             "rates": self._rates(),
             "decode": {
-                "tok_s": self.spread(lambda one: 1 / one.step_s),
-                "token_ms": self.spread(lambda one: 1e3 * one.step_s),
-                "best_token_ms": self.spread(lambda one: 1e3 * step.seconds(one.rates.read)),
+                "tok_s": self.spread(lambda round_: 1 / round_.step_s),
+                "token_ms": self.spread(lambda round_: 1e3 * round_.step_s),
+                "best_token_ms": self.spread(lambda round_: 1e3 * step.seconds(round_.rates.read)),
                 "vram_bytes": step.gpu,
                 "ram_bytes": step.cpu,
                 "share": self.decode_share,
             },
             "prefill": {
-                "tok_s": self.spread(lambda one: work.prompt / one.prefill_s),
+                "tok_s": self.spread(lambda round_: work.prompt / round_.prefill_s),
                 "gpu_gmac": work.prefill_macs.gpu / 1e9,
                 "processor_gmac": work.prefill_macs.cpu / 1e9,
                 "share": self.prefill_share,
             },
             "sequences": {
                 "count": work.sequences,
-                "tok_s": self.spread(lambda one: work.sequences / one.many_s),
+                "tok_s": self.spread(lambda round_: work.sequences / round_.many_s),
                 "times_one": self.times_one,
                 "share": self.many_share,
             },
         }
         if self.is_compared:
             found["llama_cpp"] = {
-                "decode_tok_s": self.spread(lambda one: _theirs(one).decode),
-                "prefill_tok_s": self.spread(lambda one: _theirs(one).prefill or 0.0),
+                "decode_tok_s": self.spread(lambda round_: _theirs(round_).decode),
+                "prefill_tok_s": self.spread(lambda round_: _theirs(round_).prefill or 0.0),
                 "decode_ratio": self.decode_ratio,
                 "prefill_ratio": self.prefill_ratio,
             }
-        return _plain(found) | {"wanted": [asdict(one) | {"met": one.is_met} for one in self.wanted()]}
+        return _plain(found) | {"wanted": [asdict(target) | {"met": target.is_met} for target in self.wanted()]}
 
     def _rates(self) -> dict[str, Spread]:
         """Of the processor only where it has layers."""
         found = {
-            "vram_read_gb_s": self.spread(lambda one: one.rates.read.gpu / 1e9),
-            "gpu_int8_gmac_s": self.spread(lambda one: one.rates.int8.gpu / 1e9),
+            "vram_read_gb_s": self.spread(lambda round_: round_.rates.read.gpu / 1e9),
+            "gpu_int8_gmac_s": self.spread(lambda round_: round_.rates.int8.gpu / 1e9),
         }
         if self.is_mixed:
-            found["ram_read_gb_s"] = self.spread(lambda one: one.rates.read.cpu / 1e9)
-            found["processor_int8_gmac_s"] = self.spread(lambda one: one.rates.int8.cpu / 1e9)
+            found["ram_read_gb_s"] = self.spread(lambda round_: round_.rates.read.cpu / 1e9)
+            found["processor_int8_gmac_s"] = self.spread(lambda round_: round_.rates.int8.cpu / 1e9)
         return found
 
     def wanted(self) -> list[Wanted]:
@@ -214,9 +214,9 @@ class Wanted:
         return f"{self.what}: {self.found:.2f}{least}"
 
 
-def _theirs(one: Round) -> Speed:
-    assert one.theirs is not None
-    return one.theirs
+def _theirs(round_: Round) -> Speed:
+    assert round_.theirs is not None
+    return round_.theirs
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

@@ -69,9 +69,9 @@ class Settings:
         if not isinstance(value, list) or len(value) != count:
             there = f"{len(value)} entries" if isinstance(value, list) else _shown(value)
             raise self.error(name, f"{there}, {count} numbers expected")
-        if not all(isinstance(one, int | float) and 0 < one <= _MAX_REAL for one in value):
+        if not all(isinstance(number, int | float) and 0 < number <= _MAX_REAL for number in value):
             raise self.error(name, "holds what is no positive number")
-        return [float(one) for one in value]
+        return [float(number) for number in value]
 
     def inner(self, *names: str) -> Settings:
         """The object of that name; an empty one where there is none."""

@@ -101,25 +101,25 @@ def _members(file: SourceFile) -> dict[str, _Member]:
     except (zipfile.BadZipFile, ValueError, NotImplementedError, OverflowError) as error:
         raise file.error(f"a zip file that is damaged or was cut short: {error}") from None
     members: dict[str, _Member] = {}
-    for one in listed:
-        place = f"member {shown(one.filename)}"
-        if one.compress_type != zipfile.ZIP_STORED or one.flag_bits & 1:
+    for entry in listed:
+        place = f"member {shown(entry.filename)}"
+        if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
             raise file.error(f"{place} is compressed or encrypted: torch.save did not write it, and it is not unpacked")
-        if one.file_size != one.compress_size or one.header_offset + one.file_size > file.size_bytes:
-            raise file.error(f"{place} claims {one.file_size} bytes in a file of {file.size_bytes}")
-        if one.filename in members:
+        if entry.file_size != entry.compress_size or entry.header_offset + entry.file_size > file.size_bytes:
+            raise file.error(f"{place} claims {entry.file_size} bytes in a file of {file.size_bytes}")
+        if entry.filename in members:
             raise file.error(f"{place} is there twice")
-        members[one.filename] = _Member(_data_offset(file, one), one.file_size)
+        members[entry.filename] = _Member(_data_offset(file, entry), entry.file_size)
     _check_apart(file, members)
     return members
 
 
-def _data_offset(file: SourceFile, one: zipfile.ZipInfo) -> int:
-    local = file.read(one.header_offset, _LOCAL_HEADER_BYTES)
+def _data_offset(file: SourceFile, entry: zipfile.ZipInfo) -> int:
+    local = file.read(entry.header_offset, _LOCAL_HEADER_BYTES)
     if local[:4] != _ZIP:
-        raise file.error(f"member {shown(one.filename)}: no header where the directory says")
+        raise file.error(f"member {shown(entry.filename)}: no header where the directory says")
     lengths = int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
-    return one.header_offset + _LOCAL_HEADER_BYTES + lengths
+    return entry.header_offset + _LOCAL_HEADER_BYTES + lengths
 
 
 def _check_apart(file: SourceFile, members: dict[str, _Member]) -> None:

@@ -22,9 +22,9 @@ def read_special(words: Words, folder: Path, config: dict[str, Any]) -> None:
     for text, token_id in _optional(folder / "added_tokens.json").items():
         if type(token_id) is int and token_id >= 0:
             _add_new(words, token_id, text, special=False)
-    for number, one in _mapping(said.get("added_tokens_decoder")).items():
-        if _NUMBER.fullmatch(number) and isinstance(one, dict) and isinstance(one.get("content"), str):
-            _add_new(words, int(number), one["content"], one.get("special") is True)
+    for number, token in _mapping(said.get("added_tokens_decoder")).items():
+        if _NUMBER.fullmatch(number) and isinstance(token, dict) and isinstance(token.get("content"), str):
+            _add_new(words, int(number), token["content"], token.get("special") is True)
     _read_parts(words, said, _optional(folder / "special_tokens_map.json"), config)
     for name in ("bos", "eos"):
         flag = f"add_{name}_token"
@@ -79,7 +79,7 @@ def _template(folder: Path, said: dict[str, Any]) -> str | None:
             raise ModelFileError(f"{path}: cannot be read: {error.strerror}") from None
     template = said.get("chat_template") or _optional(folder / "chat_template.json").get("chat_template")
     if isinstance(template, list):
-        defaults = [one for one in template if isinstance(one, dict) and one.get("name") == "default"]
+        defaults = [token for token in template if isinstance(token, dict) and token.get("name") == "default"]
         template = defaults[-1].get("template") if defaults else None
     return template if isinstance(template, str) else None
 

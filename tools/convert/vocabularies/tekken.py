@@ -55,8 +55,8 @@ def _special(said: dict[str, Any], path: Path, count: int) -> list[str]:
     listed = said.get("special_tokens")
     if listed is None:
         listed = [{"rank": rank, "token_str": text} for rank, text in enumerate(_OLD_SPECIAL)]
-    for one in _objects(listed, path, "special_tokens"):
-        rank, text = one.get("rank"), one.get("token_str")
+    for entry in _objects(listed, path, "special_tokens"):
+        rank, text = entry.get("rank"), entry.get("token_str")
         if type(rank) is not int or not 0 <= rank < count or not isinstance(text, str):
             raise ModelFileError(f"{path}: the special token {shown(str(text))} has the rank {rank} of {count}")
         texts[rank] = text
@@ -66,8 +66,8 @@ def _special(said: dict[str, Any], path: Path, count: int) -> list[str]:
 def _ranks(said: dict[str, Any], path: Path, count: int) -> dict[bytes, int]:
     """The first `count` words; the file may have more than the model."""
     ranks: dict[bytes, int] = {}
-    for one in _objects(said.get("vocab"), path, "vocab"):
-        rank, word = one.get("rank"), one.get("token_bytes")
+    for entry in _objects(said.get("vocab"), path, "vocab"):
+        rank, word = entry.get("rank"), entry.get("token_bytes")
         if type(rank) is not int or not isinstance(word, str):
             raise ModelFileError(f"{path}: a word without rank or bytes")
         if rank >= count:
@@ -95,6 +95,6 @@ def _pre_tokenizer(path: Path, pattern: str) -> str:
 
 
 def _objects(value: Any, path: Path, name: str) -> list[dict[str, Any]]:
-    if not isinstance(value, list) or not all(isinstance(one, dict) for one in value):
+    if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
         raise ModelFileError(f"{path}: {name} is no list of objects")
     return value

@@ -28,8 +28,8 @@ def read_tokenizer_json(path: Path) -> Words:
     model = _object(said.get("model"), path, "model")
     is_unigram = model.get("type") == "Unigram"
     words = _unigrams(path, model, said) if is_unigram else _merged(path, model, said)
-    for one in _list(said.get("added_tokens"), path, "added_tokens"):
-        _add(words, _object(one, path, "added_tokens"))
+    for entry in _list(said.get("added_tokens"), path, "added_tokens"):
+        _add(words, _object(entry, path, "added_tokens"))
     if is_unigram:
         check_alike(words, _library(path))
     _read_ends(words, said)
@@ -80,7 +80,7 @@ def _merges(model: dict[str, Any], path: Path) -> list[tuple[str, str]]:
 
 def _byte_level(path: Path, texts: list[str], merges: list[tuple[str, str]], said: dict[str, Any]) -> Words:
     normalizers = _parts(said.get("normalizer"), "normalizers")
-    strange = next((one.get("type") for one in normalizers if one.get("type") not in _HARMLESS), None)
+    strange = next((entry.get("type") for entry in normalizers if entry.get("type") not in _HARMLESS), None)
     if strange is not None:
         raise ModelFileError(f"{path}: the normalizer {shown(str(strange))} is not supported for byte-level BPE")
     name = recognised(_library(path).pre_tokenizer, _ignores_merges(said), _template_ends(said)[0] is not None)
@@ -136,13 +136,13 @@ def _sentence_pieces(path: Path, texts: list[str], merges: list[tuple[str, str]]
     return words
 
 
-def _add(words: Words, one: dict[str, Any]) -> None:
-    token_id, text = one.get("id"), one.get("content")
+def _add(words: Words, entry: dict[str, Any]) -> None:
+    token_id, text = entry.get("id"), entry.get("content")
     if type(token_id) is not int or not isinstance(text, str):
         raise ModelFileError(f"{words.origin}: an added token without id or content")
     if token_id == words.ids.get("unknown"):
         return
-    words.add(token_id, text, one.get("special") is True)
+    words.add(token_id, text, entry.get("special") is True)
 
 
 def _read_ends(words: Words, said: dict[str, Any]) -> None:

@@ -79,7 +79,7 @@ def _template(folder: Path, said: dict[str, Any]) -> str | None:
             raise ModelFileError(f"{path}: cannot be read: {error.strerror}") from None
     template = said.get("chat_template") or _optional(folder / "chat_template.json").get("chat_template")
     if isinstance(template, list):
-        defaults = [token for token in template if isinstance(token, dict) and token.get("name") == "default"]
+        defaults = [variant for variant in template if isinstance(variant, dict) and variant.get("name") == "default"]
         template = defaults[-1].get("template") if defaults else None
     return template if isinstance(template, str) else None
 

@@ -31,7 +31,7 @@ from llamaclust.core.sizes import MIB
 _ANSWER_S = 10.0
 _STOP_S = 60.0
 _POLL_S = 0.05
-_SILENCE_S = 1.5
+_IDLE_S = 1.5
 _LOOK_S = 0.5
 _COORDINATOR = "coordinator"
 
@@ -40,7 +40,7 @@ def stop(name: str | None) -> None:
     """Ends a cluster and waits until it is gone; running requests have a minute to finish."""
     folder, record = find_running(environment().state_dir, name)
     os.kill(record.pid, signal.SIGTERM)
-    if not _gone_within(folder, _SILENCE_S):
+    if not _gone_within(folder, _IDLE_S):
         print("running requests are finished first; `llamaclust down` again stops at once", file=sys.stderr)
     if not _gone_within(folder, _STOP_S):
         print(f"{record.name} still answers requests after {_STOP_S:.0f} s: ending it now", file=sys.stderr)
@@ -173,23 +173,23 @@ class ClusterApi:
 
     def status(self) -> dict[str, Any]:
         """The `status` part of GET /cluster."""
-        state: dict[str, Any] = self._ask("GET", "/cluster")["status"]
+        state: dict[str, Any] = self._request("GET", "/cluster")["status"]
         return state
 
     def drain(self, worker: str) -> None:
         """`worker` is a name that a worker may have. Returns when it holds no layers; InsufficientMemoryError or
         another error where it has to hold them."""
-        self._ask("POST", f"/cluster/workers/{worker}/drain", httpx.Timeout(_ANSWER_S, read=_DRAIN_S))
+        self._request("POST", f"/cluster/workers/{worker}/drain", httpx.Timeout(_ANSWER_S, read=_DRAIN_S))
 
     def undrain(self, worker: str) -> None:
-        self._ask("POST", f"/cluster/workers/{worker}/undrain")
+        self._request("POST", f"/cluster/workers/{worker}/undrain")
 
     def log(self, worker: str) -> tuple[int, list[str]]:
         """(how many lines its process wrote before, the last ones)."""
-        told = self._ask("GET", f"/cluster/workers/{worker}/log")
+        told = self._request("GET", f"/cluster/workers/{worker}/log")
         return told["before"], told["lines"]
 
-    def _ask(self, method: str, path: str, timeout: httpx.Timeout | None = None) -> dict[str, Any]:
+    def _request(self, method: str, path: str, timeout: httpx.Timeout | None = None) -> dict[str, Any]:
         try:
             answer = self._client.request(method, path, timeout=timeout or _ANSWER_S)
         except httpx.HTTPError as error:

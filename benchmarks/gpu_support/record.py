@@ -21,7 +21,7 @@ from llamaclust.model.gguf.atomic_file import new_file
 from llamaclust.tools.model_info import describe
 from llamaclust.worker.devices.system_info import processor_name, total_memory_bytes
 
-_ASK_S = 30.0
+_QUERY_S = 30.0
 
 
 def described(loaded: Loaded, command: Sequence[str]) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def described(loaded: Loaded, command: Sequence[str]) -> dict[str, Any]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(command),
         "llamaclust": {"version": version("llamaclust"), "commit": _commit()},
-        "card": {
+        "gpu": {
             "name": gpu.name,
             "memory_bytes": gpu.total_bytes,
             "compute_capability": f"{level[:-1]}.{level[-1]}",
@@ -66,9 +66,9 @@ def described(loaded: Loaded, command: Sequence[str]) -> dict[str, Any]:
 
 
 def record_name(record: dict[str, Any]) -> str:
-    """`<card>-<model>.json`; with the cap where there is one, so that runs with and without stand side by side."""
+    """`<gpu>-<model>.json`; with the cap where there is one, so that runs with and without stand side by side."""
     cap = record["settings"]["gpu_memory_bytes"]
-    parts = [record["card"]["name"], record["model"]["name"], *([f"{cap >> 20}mib"] if cap else [])]
+    parts = [record["gpu"]["name"], record["model"]["name"], *([f"{cap >> 20}mib"] if cap else [])]
     return "-".join(re.sub(r"[^a-z0-9._]+", "-", part.lower()).strip("-") for part in parts) + ".json"
 
 
@@ -103,7 +103,7 @@ def _commit() -> str | None:
 
 def _first_line(*command: str) -> str | None:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_ASK_S, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_QUERY_S, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
     lines = done.stdout.split("\n") if done.returncode == 0 else []

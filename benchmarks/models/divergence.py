@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from quantized import Prepared, llamaclust
+from quantized import PaddedModels, llamaclust
 
 from llamaclust.cluster.client.local import LocalClient, LocalSettings
 from llamaclust.model.gguf.model_file import open_model
@@ -57,7 +57,7 @@ def ratio(ours: Float64, theirs: Float64) -> tuple[float, float]:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    made: Prepared
+    made: PaddedModels
     program: Path  # llama-quantize
     folder: Path
 
@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--types", default=",".join(MIXES), help="all mixes by default")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="llamaclust-") as folder:
-        made = Prepared.of(given.model, given.hidden, given.text, given.chunks, Path(folder))
+        made = PaddedModels.of(given.model, given.hidden, given.text, given.chunks, Path(folder))
         print(f"KL divergence over {given.chunks} chunks\nTYPE            ours    theirs   ratio")
         comparison = Comparison(made, given.llama_quantize, Path(folder))
         for mix, weighted in wanted(made.padded, given.types.split(",")):

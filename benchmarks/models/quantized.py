@@ -105,7 +105,7 @@ class Bench:
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
+class PaddedModels:
     """A padded model in F16, what it makes of a text, and which of its weights matter."""
 
     narrow: Path
@@ -115,7 +115,7 @@ class Prepared:
     perplexity: float
 
     @classmethod
-    def of(cls, name: str, hidden: int, text: Path, chunks: int, folder: Path) -> Prepared:
+    def of(cls, name: str, hidden: int, text: Path, chunks: int, folder: Path) -> PaddedModels:
         narrow, padded = resolve_model(name), folder / "padded.gguf"
         write_padded(narrow, padded, hidden)
         words = text.read_text()
@@ -129,7 +129,7 @@ class Prepared:
 
 
 def measure(given: argparse.Namespace, folder: Path) -> None:
-    made = Prepared.of(given.model, given.hidden, given.text, given.chunks, folder)
+    made = PaddedModels.of(given.model, given.hidden, given.text, given.chunks, folder)
     print(f"F16: {made.padded.stat().st_size / (1 << 20):.0f} MiB, perplexity {made.perplexity:.2f}\n")
     print("| TYPE | MiB | bits | fall back | perplexity | KL divergence | same top | decode | prefill |")
     print("|---|--:|--:|--:|--:|--:|--:|--:|--:|")

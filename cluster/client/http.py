@@ -33,7 +33,7 @@ __all__ = ["Answer", "AsyncChunkStream", "AsyncClient", "ChunkStream", "Client",
 
 DEFAULT_URL = "http://127.0.0.1:8080"
 _CONNECT_S = 10.0
-_SILENCE_S = 60.0
+_IDLE_S = 60.0
 _CUT_SHORT = "the server ended the answer before it was complete"
 
 
@@ -43,7 +43,7 @@ class Client(TextClient):
     Proxies of the environment are used, but never to this machine itself.
     """
 
-    def __init__(self, base_url: str = DEFAULT_URL, api_key: str | None = None, *, timeout: float = _SILENCE_S) -> None:
+    def __init__(self, base_url: str = DEFAULT_URL, api_key: str | None = None, *, timeout: float = _IDLE_S) -> None:
         """UsageError for what is not the address of an HTTP server. Connects with the first call."""
         self._http = httpx.Client(**_options(base_url, api_key, timeout))
 
@@ -104,7 +104,7 @@ class Client(TextClient):
 class AsyncClient:
     """`Client` for asyncio: `await client.generate(...)`, or `async for` over what it gives with `stream=True`."""
 
-    def __init__(self, base_url: str = DEFAULT_URL, api_key: str | None = None, *, timeout: float = _SILENCE_S) -> None:
+    def __init__(self, base_url: str = DEFAULT_URL, api_key: str | None = None, *, timeout: float = _IDLE_S) -> None:
         """As for `Client`."""
         self._http = httpx.AsyncClient(**_options(base_url, api_key, timeout))
 

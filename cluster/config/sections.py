@@ -19,8 +19,8 @@ from llamaclust.cluster.config.values import (
     parse_ray_address,
 )
 
-_LEAST_SILENCE_S = 0.5
-_LEAST_STALL_S = 1.0
+_LEAST_HEARTBEAT_TIMEOUT_S = 0.5
+_LEAST_PROGRESS_TIMEOUT_S = 1.0
 
 
 class Section(BaseModel):
@@ -116,9 +116,9 @@ class Timeouts(Section):
 
     @model_validator(mode="after")
     def _check_worker(self) -> Self:
-        if self.worker < _LEAST_SILENCE_S:
+        if self.worker < _LEAST_HEARTBEAT_TIMEOUT_S:
             why = "is too short to tell a lost worker; set 500ms or more"
             raise PlaceError(("worker",), f"{self.worker:g} s {why}")
-        if self.load < _LEAST_STALL_S:
+        if self.load < _LEAST_PROGRESS_TIMEOUT_S:
             raise PlaceError(("load",), f"{self.load:g} s is too short to tell a load that hangs; set 1s or more")
         return self

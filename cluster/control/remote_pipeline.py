@@ -13,7 +13,7 @@ from llamaclust.wire.microbatch.frames import encode_hidden
 from llamaclust.wire.microbatch.messages import Microbatch, Result, SamplingInputs
 from llamaclust.wire.rpc.client import FORWARD, SAMPLE, ClientStream, Peer
 from llamaclust.wire.rpc.deadlines import deadline
-from llamaclust.wire.rpc.send_queue import Outbox
+from llamaclust.wire.rpc.send_queue import SendQueue
 from llamaclust.wire.security.credentials import Credentials, Principal
 
 _OPEN_S = 30.0
@@ -57,8 +57,8 @@ class RemotePipeline:
         self._peers = peers
         self._forward = forward
         self._sample = sample
-        self._microbatches = Outbox(forward, "handing out a microbatch", _WRITE_S)
-        self._inputs = Outbox(sample, "handing out sampling inputs", _WRITE_S)
+        self._microbatches = SendQueue(forward, "handing out a microbatch", _WRITE_S)
+        self._inputs = SendQueue(sample, "handing out sampling inputs", _WRITE_S)
 
     def submit(self, microbatch: Microbatch, inputs: SamplingInputs) -> None:
         """See `Pipeline`. The engine bounds the microbatches in flight, and so the send queues."""

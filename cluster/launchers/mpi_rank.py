@@ -140,7 +140,7 @@ class _Rank:
                         self.ranks.with_all = word.with_all
                         return 0
                     self.obey(word)
-                for end in self.news():
+                for end in self.update():
                     self.ranks.send(end, 0)
             except RankLostError:
                 break
@@ -160,7 +160,7 @@ class _Rank:
         elif isinstance(word, EndWorker) and self._child is not None:
             self._child.signal(signal.Signals(word.number))
 
-    def news(self) -> Iterator[WorkerEnded]:
+    def update(self) -> Iterator[WorkerEnded]:
         with suppress(queue.Empty):
             while True:
                 yield self.ends.get_nowait()
@@ -257,14 +257,14 @@ class _Coordinator:
             elif word.rank not in self._rank.ranks.lost:
                 with suppress(RankLostError):  # which `received` tells
                     self._rank.ranks.send(word, word.rank)
-        news: list[Word] = [*self._rank.news()]
+        update: list[Word] = [*self._rank.update()]
         for other in self._others():
             try:
-                news += self._rank.ranks.received(other)
+                update += self._rank.ranks.received(other)
             except RankLostError:
-                news.append(RankLost(other))
+                update.append(RankLost(other))
         with suppress(BrokenPipeError, ConnectionResetError):  # it is ending
-            for word in news:
+            for word in update:
                 to_coordinator.sendall(to_bytes(word))
 
     def _orders(self, coordinator: socket.socket) -> list[Word]:

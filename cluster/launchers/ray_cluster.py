@@ -138,8 +138,8 @@ def _probe(address: str, token: str | None) -> bool:
     metadata = () if token is None else (("authorization", f"Bearer {token}"),)
     with grpc.insecure_channel(address, options=(("grpc.enable_http_proxy", 0),)) as channel:
         try:
-            ask = channel.unary_unary(_ALIVE, request_serializer=None, response_deserializer=None)
-            ask(b"", timeout=_PROBE_S, metadata=metadata)
+            call = channel.unary_unary(_ALIVE, request_serializer=None, response_deserializer=None)
+            call(b"", timeout=_PROBE_S, metadata=metadata)
         except grpc.RpcError as error:
             if error.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
                 return False

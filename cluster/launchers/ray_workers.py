@@ -32,12 +32,12 @@ class RayWorkers:
         UsageError where they are another cluster's.
         """
         names = self._names()
-        found = {name: self._ask(name, "given") for name in names}
+        found = {name: self._request(name, "given") for name in names}
         if any(given is not None and given.cluster != self._cluster for given in found.values()):
             why = "has actors of another cluster of this name"
             raise UsageError(f"the Ray cluster {why}: choose another `name:`, or stop that one first")
         if found == {given.settings.name: given for given in wanted} and not any(
-            self._ask(name, "is_over") for name in names
+            self._request(name, "is_over") for name in names
         ):
             self.actors = {name: self._ray.get_actor(name) for name in names}
             return True
@@ -109,7 +109,7 @@ class RayWorkers:
     def _names(self) -> list[str]:
         return sorted(self._ray.util.list_named_actors())
 
-    def _ask(self, name: str, method: str) -> Any:
+    def _request(self, name: str, method: str) -> Any:
         """None where the actor is not there to answer."""
         from ray.exceptions import RayError
 

@@ -24,7 +24,7 @@ class _Sent:
     number: int
     slices: tuple[SequenceSlice, ...]
     decoding: int  # slices that are decode: the first ones
-    is_ahead: bool  # follows tokens that were not known when it was sent
+    is_lookahead: bool  # follows tokens that were not known when it was sent
     alone: bool  # nothing is in flight meanwhile but what it follows or what follows it
     sent_ns: int
     begun_ns: int  # sent, and what it follows came back
@@ -61,12 +61,12 @@ class InFlight:
         """The next microbatch, of these slices."""
         number = self._next_number
         self._next_number += 1
-        is_ahead = any(taken.chunk.depends_on for taken in slices)
-        if not is_ahead:
+        is_lookahead = any(taken.chunk.depends_on for taken in slices)
+        if not is_lookahead:
             for other in self._sent:
                 other.alone = False
-        alone = is_ahead or not self._sent
-        self._sent.append(_Sent(number, slices, decoding, is_ahead, alone, now_ns, now_ns))
+        alone = is_lookahead or not self._sent
+        self._sent.append(_Sent(number, slices, decoding, is_lookahead, alone, now_ns, now_ns))
         row = 0
         for taken in slices:
             row += len(taken.tasks)
@@ -92,7 +92,7 @@ class InFlight:
                 f"microbatch {due.number} came back with {len(result.rows)} results instead of {outputs}"
             )
         self._sent.popleft()
-        if self._sent and self._sent[0].is_ahead:
+        if self._sent and self._sent[0].is_lookahead:
             self._sent[0].begun_ns = now_ns
-        self._times.learn(result, due.is_decode, due.alone, now_ns - due.begun_ns, was_ahead=due.is_ahead)
+        self._times.learn(result, due.is_decode, due.alone, now_ns - due.begun_ns, was_lookahead=due.is_lookahead)
         return due.slices

@@ -10,7 +10,7 @@ from operator import attrgetter
 from llamaclust.cluster.scheduler.kv_allocator import KvMemory
 from llamaclust.cluster.scheduler.sequences import Phase, Sequence
 
-_SPARE_BLOCKS = 2
+_RESERVE_BLOCKS = 2
 """Left for each running sequence when another one starts: it must not be preempted again at once."""
 
 _PREFILL, _DECODE = Phase.PREFILL, Phase.DECODE
@@ -58,7 +58,7 @@ class SequenceQueues:
         if not self.can_start:
             return None
         sequence = self.waiting[0]
-        if sequence.in_flight or not self.memory.admit(sequence, _SPARE_BLOCKS * len(self.running)):
+        if sequence.in_flight or not self.memory.admit(sequence, _RESERVE_BLOCKS * len(self.running)):
             return None
         self.waiting.popleft()
         sequence.phase = Phase.PREFILL

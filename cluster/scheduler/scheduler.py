@@ -212,7 +212,7 @@ class Scheduler:
         One step ahead, where all decode together: with several groups, stages compute one while another one's results
         travel. And only without prompts to compute: these would wait behind it.
         """
-        if len(self._in_flight) != 1 or not self.times.ahead_pays:
+        if len(self._in_flight) != 1 or not self.times.lookahead_pays:
             return None
         queues = self.queues
         if queues.can_start or queues.prefilling or self._split.groups(queues.decoding) > 1:

@@ -97,7 +97,7 @@ class StageTimes:
         self._recent_ns: list[float] | None = None
 
     def learn(
-        self, result: Result, is_decode: bool, was_alone: bool, elapsed_ns: int, *, was_ahead: bool = False
+        self, result: Result, is_decode: bool, was_alone: bool, elapsed_ns: int, *, was_lookahead: bool = False
     ) -> None:
         """From a microbatch that took `elapsed_ns` in all, or since the one before came back where it was sent ahead of
         that; `was_alone`: no other was in flight meanwhile but one ahead of it."""
@@ -110,7 +110,7 @@ class StageTimes:
         if was_alone:  # behind others it would wait where no stage sees it
             transit = max(0.0, elapsed_ns - sum(t.queue_ns + _occupied_ns(t) for t in timings))
             self.transit_ns = _moved(self.transit_ns, transit) if self.transit_ns else transit
-            if not was_ahead:
+            if not was_lookahead:
                 whole = self.whole_transit_ns
                 self.whole_transit_ns = _moved(whole, transit) if whole else transit
 
@@ -119,7 +119,7 @@ class StageTimes:
         self.beside = StageCurves(self.stages)
 
     @property
-    def ahead_pays(self) -> bool:
+    def lookahead_pays(self) -> bool:
         """Whether decode steps are to be sent before the tokens that they follow are known."""
         return self._recent_ns is not None and self.whole_transit_ns > _WORTH_HIDING * sum(self._recent_ns)
 

@@ -179,11 +179,11 @@ def _rows(chunk: TextChunk) -> int:
     return len(chunk.rows) + len(chunk.prompt_rows)
 
 
-async def chunks_or_silence(stream: CompletionStream, silence_s: float) -> AsyncIterator[TextChunk | None]:
+async def chunks_or_silence(stream: CompletionStream, idle_s: float) -> AsyncIterator[TextChunk | None]:
     """The stream's chunks; None each time that nothing came for so long."""
     while True:
         try:
-            async with asyncio.timeout(silence_s):
+            async with asyncio.timeout(idle_s):
                 chunk = await anext(stream)
         except TimeoutError:
             yield None

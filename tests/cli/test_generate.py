@@ -48,15 +48,19 @@ async def test_generate_streams_the_text() -> None:
     async with scripted("Hello") as (url, engine):
         ended = await command("generate", "abc", "-n", "9", "--seed", "5", "--temperature", "0.5", "--endpoint", url)
         assert ended == Ended(0, "Hello\n", "")
-        ask = engine.submitted[0]
-        assert (ask.max_new_tokens, ask.seed, ask.params.temperature) == (9, 5, 0.5)
+        generation = engine.submitted[0]
+        assert (generation.max_new_tokens, generation.seed, generation.params.temperature) == (
+            9,
+            5,
+            0.5,
+        )
 
 
 async def test_generate_as_json() -> None:
     async with scripted("Hello") as (url, engine):
         arguments = ("--top-k", "7", "--top-p", "0.5", "--min-p", "0.1", "--stop", "xyz", "--stop", "q", "--json")
         ended = await command("generate", "abc", *arguments, "--endpoint", url)
-        ask = engine.submitted[0]
+        generation = engine.submitted[0]
     reply = json.loads(ended.out)
     logprobs = reply.pop("logprobs")
     tokens = [*ids("Hello"), END]
@@ -67,11 +71,15 @@ async def test_generate_as_json() -> None:
         "token_ids": tokens,
         "prompt_token_ids": ids("abc"),
         "finish_reason": "stop",
-        "seed": ask.seed,
+        "seed": generation.seed,
         "timings": {"ttft_ms": 20.0, "prefill_tok_s": 100.0, "decode_tok_s": 50.0},
     }
-    assert (ask.params.top_k, ask.params.top_p, ask.params.min_p) == (7, 0.5, 0.1)
-    assert ask.params.chain is None
+    assert (generation.params.top_k, generation.params.top_p, generation.params.min_p) == (
+        7,
+        0.5,
+        0.1,
+    )
+    assert generation.params.chain is None
 
 
 async def test_samplers_beyond_the_plain_ones() -> None:
@@ -87,14 +95,18 @@ async def test_samplers_beyond_the_plain_ones() -> None:
             "0.5",
         )
         assert (await command("generate", "abc", *given, "--endpoint", url)).code == 0
-        ask = engine.submitted.pop()
-        assert ask.params.chain is not None and ask.params.repetition_penalty == 1.5
-        assert (ask.params.chain.mirostat, ask.params.chain.mirostat_tau) == (2, 3.0)
+        generation = engine.submitted.pop()
+        assert generation.params.chain is not None and generation.params.repetition_penalty == 1.5
+        assert (generation.params.chain.mirostat, generation.params.chain.mirostat_tau) == (2, 3.0)
         given = ("--samplers", "dry;top_k,temperature", "--dry-multiplier", "1", "--dry-sequence-breaker", "e")
         assert (await command("generate", "abc", *given, "--endpoint", url)).code == 0
-        ask = engine.submitted.pop()
-        assert ask.params.chain is not None and ask.params.chain.order == ("dry", "top_k", "temperature")
-        assert ask.breakers
+        generation = engine.submitted.pop()
+        assert generation.params.chain is not None and generation.params.chain.order == (
+            "dry",
+            "top_k",
+            "temperature",
+        )
+        assert generation.breakers
         ended = await command("generate", "abc", "--samplers", "magic", "--endpoint", url)
         assert (ended.code, ended.out) != (0, "") and "'magic' is none of penalties" in ended.err
 
@@ -175,7 +187,7 @@ async def test_a_chat_through_a_pipe_remembers_saves_and_loads(tmp_path: Path) -
     turns = f"Hello\n\n /not a command\n/save {saved}\n/clear\nNew\n/load {saved}\nMore\n/help\n/exit\nnever sent\n"
     async with scripted("Hi") as (url, engine):
         ended = await command("chat", "--system", "Be brief.", "--endpoint", url, piped=turns.encode())
-        prompts = [served.tokenizer().decode(ask.prompt) for ask in engine.submitted]
+        prompts = [served.tokenizer().decode(generation.prompt) for generation in engine.submitted]
     assert (ended.code, ended.out) == (0, "Hi\n" * 4)
     assert "saved 5 messages" in ended.err and "loaded 5 messages" in ended.err and "/clear" in ended.err
     messages = json.loads(saved.read_text())["messages"]
@@ -223,5 +235,5 @@ async def test_control_c_interrupts_an_answer_and_not_the_chat() -> None:
         await screen.shows("unknown command")
         screen.type("\x04")
         assert await screen.process.wait() == 0
-        prompts = [served.tokenizer().decode(ask.prompt) for ask in engine.submitted]
+        prompts = [served.tokenizer().decode(generation.prompt) for generation in engine.submitted]
         assert len(prompts) == 2 and "Two" in prompts[1] and "One" not in prompts[1]

@@ -32,7 +32,7 @@ from support.models.tiny_model import build_tiny_model
 from support.paths import TESTS
 
 DEADLINE_S = 120.0
-ASKS = (
+GENERATIONS = (
     GenerationRequest("greedy", (5, 9, 17, 33, 65, 3, 7), 6),
     GenerationRequest("seeded", (4, 8, 15), 6, SamplingParams(temperature=0.9, top_k=20), seed=3),
 )
@@ -55,7 +55,7 @@ def shim(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([*map(str, folders), os.environ.get("PYTHONPATH", "")]))
 
 
-async def ask(cluster: Cluster, wanted: GenerationRequest, on_token: Callable[[], None]) -> Answer:
+async def generation(cluster: Cluster, wanted: GenerationRequest, on_token: Callable[[], None]) -> Answer:
     rows = []
     async for event in cluster.engine.submit(wanted):
         if isinstance(event, TokenSampled):
@@ -79,7 +79,7 @@ async def run(model: Path, folder: Path, *overrides: str, on_token: Callable[[],
     directory = ClusterDir(folder)
     directory.create()
     async with asyncio.timeout(DEADLINE_S), open_cluster(config, model, directory) as cluster:
-        found = await asyncio.gather(*(ask(cluster, one, on_token) for one in ASKS))
+        found = await asyncio.gather(*(generation(cluster, one, on_token) for one in GENERATIONS))
         status = cluster_status(cluster, ClusterRecord("x", 1, "http://x", "m"))
         registry = CollectorRegistry()
         registry.register(WorkerMetrics(lambda: cluster.registry.workers))

@@ -72,8 +72,8 @@ class OnDevice:
 
     def combine(self, x: Float32) -> Float32:
         out = self.bench.room(4 * self.room * WIDTH)
-        spare = np.full((3 * self.step.used, WIDTH), np.nan, np.float32)
-        padded = self.bench.put(np.concatenate([x, spare]))
+        unused = np.full((3 * self.step.used, WIDTH), np.nan, np.float32)
+        padded = self.bench.put(np.concatenate([x, unused]))
         self.bench.device.launch(combine(self.step, padded.at(), self.places, out.at(), self.count))
         return self.bench.get(out, (self.room, WIDTH))[: self.rows]
 

@@ -221,8 +221,8 @@ def test_a_run_beside_llama_cpp_and_its_record(
     assert record["llama_cpp"]["prefill_ratio"]["median"] == pytest.approx(0.5)
     assert record["llama_bench"]["gpu_info"] == ANSWER["gpu_info"] and record["rounds"] == 2
     assert record["placement"]["gpu_layers"] == LAYERS and record["model"]["quant_type"] == "Q8_0"
-    assert record["settings"]["graphs"] is True and "." in record["card"]["compute_capability"]
-    assert {"driver", "cuda", "cupy", "nvrtc", "name", "memory_bytes"} < set(record["card"])
+    assert record["settings"]["graphs"] is True and "." in record["gpu"]["compute_capability"]
+    assert {"driver", "cuda", "cupy", "nvrtc", "name", "memory_bytes"} < set(record["gpu"])
     assert record["kernels"]["read_gb_s"] > 0 < record["kernels"]["int8_gmac_s"]
     assert record["date"].endswith("+00:00") and record["command"] and record["llamaclust"]["version"]
     assert "round 2/2: llama.cpp decode 5.0 tok/s" in err and "times llama.cpp: 0.80 (1.00 wanted: short)" in err

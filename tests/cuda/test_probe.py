@@ -19,7 +19,7 @@ from llamaclust.model.quant_types import QuantType
 from llamaclust.tools.bench import bench
 from llamaclust.tools.bench.bench import BenchTask, run_bench
 from llamaclust.worker.devices import profiler
-from llamaclust.worker.devices.profiler import TrialDevice, try_stages
+from llamaclust.worker.devices.profiler import ProfiledDevice, try_stages
 from llamaclust.worker.stage.stage_runner import StageRunner
 from support.cuda.shim_build import build
 from support.cuda.shim_device import ShimDevice
@@ -42,7 +42,7 @@ def test_steps_of_a_model_are_tried_on_a_gpu(device: Device, tmp_path: Path, mon
     monkeypatch.setattr(profiler, "_LEAST_BYTES", 0)
     monkeypatch.setattr(cache_flush, "_MOST_BYTES", 1 << 20)
     free = gpu.free_bytes
-    tried = replace(TrialDevice.gpu(gpu, 1, ""), size=replace(profiler.GPU, tries={1: 3, 8: 2, 16: 1}))
+    tried = replace(ProfiledDevice.gpu(gpu, 1, ""), size=replace(profiler.GPU, tries={1: 3, 8: 2, 16: 1}))
     with Model.open(path) as model:
         found = try_stages(tried, model)
     assert [one.rows for one in found] == [1, 8, 16]

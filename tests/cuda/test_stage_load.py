@@ -178,10 +178,10 @@ def test_kernels_are_compiled_while_weights_are_brought(
     opened: Open, device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In another thread, and all of them before the first launch."""
-    prepared, launched, threads, launch = set[str](), set[str](), set[int](), device.launch
+    packed_layers, launched, threads, launch = set[str](), set[str](), set[int](), device.launch
 
     def prepare(kernels: Iterable[str]) -> None:
-        prepared.update(kernels)
+        packed_layers.update(kernels)
         threads.add(get_ident())
 
     def note(one: Launch) -> None:
@@ -193,4 +193,4 @@ def test_kernels_are_compiled_while_weights_are_brought(
     with closing(load_stage(CudaBackend("cuda:0", device, 1), opened("llama"), limits=LIMITS)) as stage:
         assert threads and get_ident() not in threads
         stage.run(batch_of([([1] * 9, range(9), range(1))]), None)
-    assert launched and launched <= prepared
+    assert launched and launched <= packed_layers

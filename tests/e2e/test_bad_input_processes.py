@@ -53,15 +53,15 @@ def nothing_left(line: CommandLine, name: str = "tiny") -> None:
 
 
 def test_a_killed_worker_is_a_pause_for_its_requests_and_the_cluster_says_so(line: CommandLine) -> None:
-    ask = LONG | {"max_tokens": 600, "seed": 7}
+    generation = LONG | {"max_tokens": 600, "seed": 7}
 
     def text(stream: Iterator[Any]) -> str:
         return "".join(event["choices"][0]["text"] for event in stream if event != "[DONE]")
 
     with line.cluster("good.gguf") as cluster:
-        with cluster.http.stream("POST", COMPLETIONS, json=ask) as reply:
+        with cluster.http.stream("POST", COMPLETIONS, json=generation) as reply:
             undisturbed = text(events(reply))
-        with cluster.http.stream("POST", COMPLETIONS, json=ask) as reply:
+        with cluster.http.stream("POST", COMPLETIONS, json=generation) as reply:
             stream = events(reply)
             first = text(iter([next(stream)]))
             os.kill(cluster.worker_pids["b"], signal.SIGKILL)

@@ -30,7 +30,7 @@ def simulated(stages: int, stage_us: float, hop_us: float) -> Simulation:
     return Simulation(Scheduler(SETTINGS, epoch=1, stages=stages), fake)
 
 
-def ask(max_new_tokens: int, **fields: object) -> GenerationRequest:
+def generation(max_new_tokens: int, **fields: object) -> GenerationRequest:
     return GenerationRequest("r", tuple(range(1, 20)), max_new_tokens, **fields)  # type: ignore[arg-type]
 
 
@@ -41,7 +41,7 @@ def steps_ahead(run: Simulation) -> int:
 @pytest.mark.parametrize("stages", [1, 2, 3])
 def test_stages_do_not_wait_for_the_coordinator(stages: int) -> None:
     run = simulated(stages, stage_us=1000, hop_us=100)
-    key = run.add(ask(100))
+    key = run.add(generation(100))
     while len(run.rows(key)) < 10:
         run.step()
     start_ns = run.now_ns
@@ -55,12 +55,12 @@ def test_stages_do_not_wait_for_the_coordinator(stages: int) -> None:
 
 def test_what_comes_after_the_end_is_thrown_away() -> None:
     alone = simulated(1, stage_us=1000, hop_us=100)
-    key = alone.add(ask(60))
+    key = alone.add(generation(60))
     alone.finish()
     tokens = [row.token for row in alone.rows(key)]
     stop = next(token for index, token in enumerate(tokens) if index > 20 and token not in tokens[:index])
     run = simulated(1, stage_us=1000, hop_us=100)
-    request = ask(60, stop_token_ids=frozenset({stop}))
+    request = generation(60, stop_token_ids=frozenset({stop}))
     key = run.add(request)
     run.finish()
     assert run.rows(key) == expected(request, 512)[0]
@@ -71,7 +71,7 @@ def test_what_comes_after_the_end_is_thrown_away() -> None:
 @pytest.mark.parametrize("window", [0, 1, 2, 64])
 def test_penalties_count_the_token_that_is_not_known_yet(window: int) -> None:
     run = simulated(2, stage_us=1000, hop_us=100)
-    request = ask(40, params=SamplingParams(repetition_penalty=1.2), penalty_window=window, min_tokens=30)
+    request = generation(40, params=SamplingParams(repetition_penalty=1.2), penalty_window=window, min_tokens=30)
     key = run.add(request)
     run.finish()
     assert steps_ahead(run) > 30
@@ -83,7 +83,10 @@ def test_penalties_count_the_token_that_is_not_known_yet(window: int) -> None:
 def test_mirostat_waits_for_its_state() -> None:
     """What comes with a token is needed for the next one: others go ahead, its sequence does not."""
     run = simulated(2, stage_us=1000, hop_us=100)
-    requests = [ask(40, params=SamplingParams(chain=SamplerChain(mirostat=2))), ask(40, seed=1)]
+    requests = [
+        generation(40, params=SamplingParams(chain=SamplerChain(mirostat=2))),
+        generation(40, seed=1),
+    ]
     keys = [run.add(request) for request in requests]
     run.finish()
     assert steps_ahead(run) > 20
@@ -96,7 +99,7 @@ def test_dry_sees_the_token_that_is_not_known_yet(windows: tuple[int, int]) -> N
     run = simulated(2, stage_us=1000, hop_us=100)
     params = SamplingParams(presence_penalty=1.0, chain=SamplerChain((SamplerName.DRY,), dry_multiplier=1.0))
     breakers = {token: ((token,), (token, 3)) for token in range(0, VOCABULARY, 5)}
-    request = ask(40, params=params, penalty_window=windows[0], dry_window=windows[1], breakers=breakers)
+    request = generation(40, params=params, penalty_window=windows[0], dry_window=windows[1], breakers=breakers)
     key = run.add(request)
     run.finish()
     assert steps_ahead(run) > 30
@@ -110,18 +113,18 @@ def tasks_of(run: Simulation) -> list[SampleTask]:
 def test_nothing_is_sent_ahead_where_it_would_save_too_little() -> None:
     """Newcomers would wait for it."""
     run = simulated(1, stage_us=50_000, hop_us=100)
-    run.add(ask(30))
+    run.add(generation(30))
     run.finish()
     assert steps_ahead(run) == 0
 
 
 def test_a_newcomer_waits_for_two_steps_at_most() -> None:
     run = simulated(1, stage_us=1000, hop_us=100)
-    first = run.add(ask(60))
+    first = run.add(generation(60))
     while len(run.rows(first)) < 20:
         run.step()
     run.send_all()
-    sent, newcomer = len(run.microbatches), run.add(ask(5))
+    sent, newcomer = len(run.microbatches), run.add(generation(5))
     while not run.rows(newcomer):
         run.step()
     begun = next(i for i, one in enumerate(run.microbatches[sent:]) if len(one.microbatch.chunks) > 1)

@@ -18,7 +18,7 @@ from support.network.link import Link
 
 pytestmark = pytest.mark.model
 
-ASKS = eight(max_tokens=TOKENS)
+GENERATIONS = eight(max_tokens=TOKENS)
 WORKER_S = 2.0  # timeouts.worker
 WITHIN_S = WORKER_S + 10.0  # less than WORKER_S and a second on an idle machine
 BEFORE_TOKENS = 60  # so many are chosen when the link is cut, of 192
@@ -39,7 +39,7 @@ def workers(model: Path, names: str, **keys: Any) -> Iterator[DistantCluster]:
 
 def cut(cluster: DistantCluster, strike: Strike) -> Future[list[Answer]]:
     """Eight requests in whose midst a link is cut."""
-    asked = cluster.asked(ASKS)
+    asked = cluster.asked(GENERATIONS)
     eventually(lambda: cluster.metric("llamaclust_generated_tokens_total") > BEFORE_TOKENS, 30.0, "some tokens")
     strike(cluster.box)
     return asked
@@ -84,7 +84,7 @@ def test_of_two_one_serves_alone(demo_model: Path, expected: list[Answer]) -> No
         assert holding(cluster) == {"a"}
         cluster.box.heal()
         eventually(lambda: holding(cluster) == set("ab"), 20.0, "both at work again")
-        assert cluster.answers(ASKS[:2]) == expected[:2]
+        assert cluster.answers(GENERATIONS[:2]) == expected[:2]
 
 
 def test_where_it_takes_both_requests_wait_for_the_link(demo_model: Path, expected: list[Answer]) -> None:

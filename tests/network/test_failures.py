@@ -19,11 +19,11 @@ from support.network.link import Link
 
 pytestmark = pytest.mark.model
 
-ASKS = eight(max_tokens=TOKENS)
+GENERATIONS = eight(max_tokens=TOKENS)
 WORKERS = ("a", "b", "c")
-SILENCE_S = 2.0
+HEARTBEAT_TIMEOUT_S = 2.0
 DEAD_S = 10.0  # less than a second on an idle machine
-SILENT_S = SILENCE_S + DEAD_S
+SILENT_S = HEARTBEAT_TIMEOUT_S + DEAD_S
 BEFORE_TOKENS = 60  # so many are chosen when the fault comes, of 192
 
 
@@ -32,7 +32,7 @@ def cluster(demo_model: Path) -> Iterator[DistantCluster]:
     """At a round trip of 20 ms a token takes 40 ms or more: there is time for a fault."""
     with (
         Box((COORDINATOR, *WORKERS), delays=True) as box,
-        distant_cluster(box, demo_model, timeouts={"worker": f"{SILENCE_S:g}s"}) as cluster,
+        distant_cluster(box, demo_model, timeouts={"worker": f"{HEARTBEAT_TIMEOUT_S:g}s"}) as cluster,
     ):
         box.set_link(Link.of_round_trip(0.02))
         yield cluster
@@ -79,7 +79,7 @@ def test_requests_go_on_with_the_same_bits(cluster: DistantCluster, expected: li
 
 def interrupted(cluster: DistantCluster, fault: Fault) -> Future[list[Answer]]:
     """Eight requests that go on after a fault in their midst."""
-    asked = cluster.asked(ASKS)
+    asked = cluster.asked(GENERATIONS)
     eventually(lambda: cluster.metric("llamaclust_generated_tokens_total") > BEFORE_TOKENS, 30.0, "some tokens")
     begun = time.monotonic()
     fault.strike(cluster, fault.lost)
@@ -99,4 +99,4 @@ def test_a_worker_that_was_cut_off_comes_back(cluster: DistantCluster, expected:
     cluster.box.heal()
     assert asked.result(60.0) == expected
     eventually(lambda: states(cluster) == dict.fromkeys(WORKERS, "ready"), 30.0, "its return")
-    assert cluster.answers(ASKS) == expected
+    assert cluster.answers(GENERATIONS) == expected

@@ -14,7 +14,7 @@ from support.network.link import Link
 
 pytestmark = pytest.mark.model
 
-ASKS = eight(max_tokens=12)
+GENERATIONS = eight(max_tokens=12)
 HOSTS = (COORDINATOR, "a", "b", "c")
 
 
@@ -41,10 +41,10 @@ def test_same_tokens_and_bits(cluster: DistantCluster, expected: list[Answer], l
     cluster.box.set_link(link)
     begun = time.monotonic()
     try:
-        assert cluster.answers(ASKS) == [answer.begin(ASKS[0].max_tokens) for answer in expected]
+        assert cluster.answers(GENERATIONS) == [answer.begin(GENERATIONS[0].max_tokens) for answer in expected]
     finally:
         cluster.box.set_link(Link())
-    rounds = ASKS[0].max_tokens
+    rounds = GENERATIONS[0].max_tokens
     assert time.monotonic() - begun >= rounds * len(HOSTS) * link.delay_s, "every token goes through all links"
 
 

@@ -17,22 +17,6 @@ GLOSSARY = ROOT / "docs/glossary.md"
 C_LIKE = {".cpp", ".h", ".cu", ".cuh"}
 COMMENTS_AND_STRINGS = re.compile(r'//[^\n]*|/\*.*?\*/|"(?:[^"\\\n]|\\.)*"', re.DOTALL)
 WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
-PENDING: dict[str, set[str]] = {
-    "benchmarks": {"ask", "card", "prepared"},
-    "cli": {"ask", "silence_s"},
-    "cluster/client": {"silence_s"},
-    "cluster/config": {"silence_s", "stall_s"},
-    "cluster/launchers": {"ask", "news"},
-    "cluster/scheduler": {"ahead_pays", "is_ahead", "spare", "was_ahead"},
-    "cluster/text": {"silence_s"},
-    "kernels/cpu": {"trial"},
-    "tests": {"ask", "asks", "cards", "flow", "left_out", "news", "prepared", "silence_s", "spare"},
-    "wire/rpc": {"ask", "blame", "blamed", "cold_caches", "left_out", "outbox"},
-    "worker/devices": {"ask", "trial", "trials"},
-    "worker/stage": {"is_ahead"},
-    "worker/weights": {"news"},
-}
-"""Excluded terms that a package still uses."""
 KEY = re.compile(r"[a-z][a-z0-9]*(?:_[a-z0-9]+)*")
 
 
@@ -115,5 +99,4 @@ def test_identifiers_use_no_excluded_term() -> None:
     found: dict[str, set[str]] = defaultdict(set)
     for path in sources():
         found[package(path)] |= found_terms(path, terms)
-    left = {name: sorted(words - PENDING.get(name, set())) for name, words in found.items()}
-    assert {name: words for name, words in left.items() if words} == {}
+    assert {name: sorted(words) for name, words in found.items() if words} == {}

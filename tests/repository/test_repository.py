@@ -49,9 +49,9 @@ def test_the_package_is_made_of_links(folder: str) -> None:
 def test_what_is_compiled_on_a_users_machine_is_packed() -> None:
     """CUDA sources and the headers of the CPU's kernels that they include."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["scikit-build"]["wheel"]
-    left_out = pathspec.GitIgnoreSpec.from_lines(settings["exclude"])
+    excluded = pathspec.GitIgnoreSpec.from_lines(settings["exclude"])
     needed = [path for path in tracked_sources() if path.suffix in (".cu", ".cuh", ".h") and "kernels" in path.parts]
     packed = [f"llamaclust/{path.relative_to(ROOT)}" for path in needed if "tests" not in path.parts]
     assert any(name.endswith(".cu") for name in packed) and any("native/level/quants" in name for name in packed)
-    assert list(left_out.match_files(packed)) == []
-    assert left_out.match_file("llamaclust/kernels/cpu/native/level/matmul/matmul.cpp")
+    assert list(excluded.match_files(packed)) == []
+    assert excluded.match_file("llamaclust/kernels/cpu/native/level/matmul/matmul.cpp")

@@ -72,15 +72,15 @@ def test_wire_time_is_not_what_is_computed_while_a_result_is_sent(model: Model) 
 
     async def run() -> int:
         compute = Compute()
-        flow = StageStreams(
+        stage_streams = StageStreams(
             1, runner_of(model, 0, 3), StageContext("w", compute, counters), DEADLINES, Neighbours(not_reported)
         )
         answered: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         answered.set_result(Answer(b""))
         async with recurring_deadline("handing on", 5.0) as limit:
-            await flow._send(Outlet(), answered, limit)
+            await stage_streams._send(Outlet(), answered, limit)
         compute.close()
-        return flow._wire_ns
+        return stage_streams._wire_ns
 
     assert asyncio.run(run()) < computed_ns
 

@@ -27,7 +27,7 @@ def largest_cache_bytes(levels: Path = Path(_LEVELS)) -> int:
     return min(max(sizes), _MOST_BYTES)
 
 
-class ColdCaches:
+class CacheFlush:
     """Holds memory to read: `sweep` leaves nothing else in caches of that size."""
 
     def __init__(self, n_bytes: int = BYTES) -> None:

@@ -28,7 +28,7 @@ FETCH = "/llamaclust.v1.Weights/Fetch"
 TOKEN_KEY = "llamaclust-token"
 EPOCH_KEY = "llamaclust-epoch"
 ACCEPTED_KEY = "llamaclust-accepted"
-BLAME_KEY = "llamaclust-blame"
+ROOT_CAUSE_KEY = "llamaclust-blame"
 """Of a stream's end: the worker behind it whose fault that is, where it is another than the one that ends it."""
 
 OPTIONS = (
@@ -131,7 +131,7 @@ class ClientStream:
         if code in _TRANSPORT:
             kind = UnreachableError if code is grpc.StatusCode.UNAVAILABLE else StreamBrokenError
             return kind(f"connection to {self.address} lost ({details or code.name})", self._worker)
-        named = dict(await self._call.trailing_metadata() or ()).get(BLAME_KEY)
+        named = dict(await self._call.trailing_metadata() or ()).get(ROOT_CAUSE_KEY)
         return StreamBrokenError(details or code.name, self._worker if named is None else str(named)[:_LONGEST_NAME])
 
     def _check_told(self) -> None:

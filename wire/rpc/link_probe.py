@@ -7,7 +7,7 @@ from statistics import median
 from time import perf_counter
 
 from llamaclust.wire.control.profiles import LinkProfile
-from llamaclust.wire.rpc.cache_flush import ColdCaches
+from llamaclust.wire.rpc.cache_flush import CacheFlush
 from llamaclust.wire.rpc.client import ECHO, ClientStream, Peer
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.server import ServerStream
@@ -29,7 +29,7 @@ async def serve_echo(stream: ServerStream) -> None:
     """Answers each message with a short one, for as long as a measurement may take. After a ping this process is as
     cold for the next one as a stage is for the next token."""
     await stream.accept()
-    caches: ColdCaches | None = None
+    caches: CacheFlush | None = None
     async with deadline("a measurement of a link", _SERVE_S):
         for _ in range(_MOST_MESSAGES):
             if (data := await stream.read()) is None:
@@ -37,7 +37,7 @@ async def serve_echo(stream: ServerStream) -> None:
             await stream.write(_ANSWER)
             if len(data) == _PING_BYTES:
                 if caches is None:
-                    caches = await asyncio.to_thread(ColdCaches)
+                    caches = await asyncio.to_thread(CacheFlush)
                 await caches.sweep_in_turns()
 
 
@@ -69,7 +69,7 @@ async def try_link(peer: Peer, seconds: float) -> None:
 
 async def _round_trip(stream: ClientStream) -> float:
     """The median of some pings that come as tokens do, one now and then."""
-    caches, times = await asyncio.to_thread(ColdCaches), []
+    caches, times = await asyncio.to_thread(CacheFlush), []
     for _ in range(_WARM_UP + _PINGS):
         await caches.sweep_in_turns()
         await asyncio.sleep(_BETWEEN_S)

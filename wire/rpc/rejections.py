@@ -18,14 +18,14 @@ class RefusalLog:
     def __init__(self, log: logging.Logger) -> None:
         self._log = log
         self._told_at_s: deque[float] = deque(maxlen=_MOST)
-        self._left_out = 0
+        self._omitted = 0
 
     def tell(self, text: str) -> None:
         now_s = time.monotonic()
         if len(self._told_at_s) == _MOST and now_s - self._told_at_s[0] < _SECONDS:
-            self._left_out += 1
+            self._omitted += 1
             return
         self._told_at_s.append(now_s)
-        more = f" (and {self._left_out} more like this)" if self._left_out else ""
-        self._left_out = 0
+        more = f" (and {self._omitted} more like this)" if self._omitted else ""
+        self._omitted = 0
         self._log.warning("refused: %s%s", one_line("".join(c for c in text if c.isprintable())), more)

@@ -23,7 +23,7 @@ def time_slice_ns(thread_id: int = 0) -> int | None:
     return None if attributes is None else attributes[5]
 
 
-def ask_for_slices(slice_ns: int) -> None:
+def request_slices(slice_ns: int) -> None:
     """Of this thread, and of those that it starts from now on: SHORT_SLICE_NS or USUAL_SLICE_NS."""
     attributes = _attributes(0)
     if attributes is not None:
@@ -35,11 +35,11 @@ def ask_for_slices(slice_ns: int) -> None:
 @contextmanager
 def short_slices() -> Iterator[None]:
     """For this thread meanwhile, and for those that it starts."""
-    ask_for_slices(SHORT_SLICE_NS)
+    request_slices(SHORT_SLICE_NS)
     try:
         yield
     finally:
-        ask_for_slices(USUAL_SLICE_NS)
+        request_slices(USUAL_SLICE_NS)
 
 
 def _attributes(thread_id: int) -> tuple[int, ...] | None:

@@ -15,7 +15,7 @@ class Writable(Protocol):
     async def write(self, data: bytes) -> None: ...
 
 
-class Outbox:
+class SendQueue:
     """Messages for one stream, sent in order by `run`. What comes after how many others is its users' matter."""
 
     def __init__(self, stream: Writable, what: str, seconds: float) -> None:

@@ -13,7 +13,7 @@ from grpc import aio
 
 from llamaclust.core.bounds import UINT64, one_line
 from llamaclust.core.errors import DeadlineError, LlamaclustError, ProtocolError, UsageError
-from llamaclust.wire.rpc.client import ACCEPTED_KEY, BLAME_KEY, EPOCH_KEY, OPTIONS, TOKEN_KEY, StreamBrokenError
+from llamaclust.wire.rpc.client import ACCEPTED_KEY, EPOCH_KEY, OPTIONS, ROOT_CAUSE_KEY, TOKEN_KEY, StreamBrokenError
 from llamaclust.wire.rpc.handshakes import HANDSHAKE_S, Handshakes
 from llamaclust.wire.rpc.rejections import RefusalLog
 from llamaclust.wire.security.credentials import Credentials, Identity, Principal, check_address
@@ -133,11 +133,11 @@ def _guarded(handler: Handler, entry: _Entry) -> Any:
     return grpc.stream_stream_rpc_method_handler(serve)
 
 
-async def _end(context: Any, code: grpc.StatusCode, why: str, blamed: str | None = None) -> None:
+async def _end(context: Any, code: grpc.StatusCode, why: str, attributed: str | None = None) -> None:
     """Ends a stream with an error, for which another worker may be to blame. Where the peer or the server has gone
     before, the error is dropped."""
     try:
-        await context.abort(code, one_line(why), () if blamed is None else ((BLAME_KEY, blamed),))
+        await context.abort(code, one_line(why), () if attributed is None else ((ROOT_CAUSE_KEY, attributed),))
     except aio.AbortError:
         raise
     except aio.BaseError as error:

@@ -86,22 +86,22 @@ class Device:
     def measure(self, model: Model | None = None) -> Profile:
         """What the machine reaches, and what steps of the model take; blocks for a second, longer for large layers."""
         from llamaclust.kernels.probes import measure_machine
-        from llamaclust.worker.devices.profiler import TrialDevice, try_stages
+        from llamaclust.worker.devices.profiler import ProfiledDevice, try_stages
 
         speed = measure_machine(self.threads)
         cpu = DeviceProfile(speed.read_gb_s * 1e9, speed.int8_gmac_s * 1e9)
         if model is not None and self.kind != _REFERENCE:
-            device = TrialDevice(self.backend, self.threads, self.feature_level, self.free_memory_bytes, os.getpid())
+            device = ProfiledDevice(self.backend, self.threads, self.feature_level, self.free_memory_bytes, os.getpid())
             cpu = replace(cpu, concurrent=try_stages(device, model))
         return Profile(cpu, tuple(self._gpu_profile(gpu, model) for gpu in self.gpus))
 
     def _gpu_profile(self, gpu: GpuBackend, model: Model | None) -> DeviceProfile:
-        from llamaclust.worker.devices.profiler import TrialDevice, try_stages
+        from llamaclust.worker.devices.profiler import ProfiledDevice, try_stages
 
         speed = gpu.measure()
         if model is None:
             return speed
-        return replace(speed, concurrent=try_stages(TrialDevice.gpu(gpu, self.threads, self.feature_level), model))
+        return replace(speed, concurrent=try_stages(ProfiledDevice.gpu(gpu, self.threads, self.feature_level), model))
 
     def registration(self, name: str, address: str) -> Register:
         level = self.backend.feature_level

@@ -28,7 +28,7 @@ from llamaclust.wire.microbatch.codec import decode_inputs, decode_microbatch, e
 from llamaclust.wire.microbatch.frames import decode_frame, encode_hidden
 from llamaclust.wire.microbatch.messages import Chunk, Microbatch, SamplingInputs
 from llamaclust.wire.rpc.cache_flush import BYTES as SWEEP_BYTES
-from llamaclust.wire.rpc.cache_flush import ColdCaches, largest_cache_bytes
+from llamaclust.wire.rpc.cache_flush import CacheFlush, largest_cache_bytes
 from llamaclust.worker.stage.compute import Compute
 from llamaclust.worker.stage.executor import Arrival, Counters, StageContext, StageExecutor
 from llamaclust.worker.stage.sampled_tokens import SampledTokensBox
@@ -55,7 +55,7 @@ Sweep = Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True)
-class TrialSize:
+class ProfileSize:
     """How much is tried."""
 
     layers_bytes: int  # of the layers that are tried together, where more than two are not above that
@@ -73,13 +73,13 @@ class TrialSize:
         )
 
 
-PROCESSOR = TrialSize(96 << 20, {1: 9, 8: 5, 128: 3})
-GPU = TrialSize(1 << 30, {1: 9, 8: 5, 128: 3, 512: 3})
+PROCESSOR = ProfileSize(96 << 20, {1: 9, 8: 5, 128: 3})
+GPU = ProfileSize(1 << 30, {1: 9, 8: 5, 128: 3, 512: 3})
 """A GPU reads ten times as fast, and makes more of many rows."""
 
 
 @dataclass(frozen=True, slots=True)
-class TrialDevice:
+class ProfiledDevice:
     """What stages of a trial are loaded with: a processor, or a GPU of this worker."""
 
     backend: Backend
@@ -87,11 +87,11 @@ class TrialDevice:
     feature_level: str
     free_bytes: int  # of its memory
     place: int = 0  # workers of other places try other layers
-    size: TrialSize = PROCESSOR
+    size: ProfileSize = PROCESSOR
     own_cache: Callable[[], AbstractContextManager[Sweep]] | None = None  # beside the processor's
 
     @classmethod
-    def gpu(cls, gpu: GpuBackend, threads: int, feature_level: str) -> TrialDevice:
+    def gpu(cls, gpu: GpuBackend, threads: int, feature_level: str) -> ProfiledDevice:
         """`feature_level`: the sampler's, on the processor."""
         free_bytes = gpu.free_bytes * 3 // 4  # the rest is for what makes its cache cold
         return cls(gpu, threads, feature_level, free_bytes, size=GPU, own_cache=gpu.cache_flush)
@@ -104,9 +104,9 @@ class TrialDevice:
     def cold(self, most_bytes: int, left_bytes: int) -> Iterator[Sweep]:
         """A processor's caches need no more than `most_bytes`, and take no more than what is left of its memory."""
         if self.own_cache is None:
-            yield ColdCaches(min(largest_cache_bytes(), most_bytes, left_bytes)).sweep
+            yield CacheFlush(min(largest_cache_bytes(), most_bytes, left_bytes)).sweep
             return
-        processor = ColdCaches()
+        processor = CacheFlush()
         with self.own_cache() as sweep:
 
             def both() -> None:
@@ -131,7 +131,7 @@ class _Part:
     seconds: Mapping[int, float]
 
 
-def try_stages(device: TrialDevice, model: Model) -> tuple[StepTime, ...]:
+def try_stages(device: ProfiledDevice, model: Model) -> tuple[StepTime, ...]:
     """At few rows and many; none where the model is too small to tell layers from what a stage takes anyway, or memory
     is short."""
     sizes = [layer.weight_bytes for layer in model.costs(KvType(device.size.limits.kv_type)).layers]
@@ -151,7 +151,7 @@ def try_stages(device: TrialDevice, model: Model) -> tuple[StepTime, ...]:
         for start, end in ranges:
             with closing(device.runner(model, start, end)) as runner:
                 parts.append(_Part(sum(sizes[start:end]), asyncio.run(_tried(runner, device.size, sweep))))
-    return tuple(_trials(*parts))
+    return tuple(_step_times(*parts))
 
 
 def _ranges(layers: int, some: int, place: int) -> list[tuple[int, int]]:
@@ -161,7 +161,7 @@ def _ranges(layers: int, some: int, place: int) -> list[tuple[int, int]]:
     return [(start, start + 1), (start, start + some), (layers - 1, layers)]
 
 
-def _trials(one: _Part, some: _Part, last: _Part) -> Iterator[StepTime]:
+def _step_times(one: _Part, some: _Part, last: _Part) -> Iterator[StepTime]:
     """Of one layer, of some, and of the last one with the head: by differences."""
     heads: list[tuple[int, float]] = []  # (rows, seconds)
     for rows in one.seconds:
@@ -177,7 +177,7 @@ def _trials(one: _Part, some: _Part, last: _Part) -> Iterator[StepTime]:
         yield StepTime(rows, stage_s, byte_s, head_s)
 
 
-async def _tried(runner: StageRunner, size: TrialSize, sweep: Sweep) -> dict[int, float]:
+async def _tried(runner: StageRunner, size: ProfileSize, sweep: Sweep) -> dict[int, float]:
     """Seconds by rows."""
     return {rows: await _taken_s(runner, rows, tries, sweep) for rows, tries in size.tries.items()}
 
@@ -189,7 +189,7 @@ async def _taken_s(runner: StageRunner, rows: int, tries: int, sweep: Sweep) -> 
     times = []
     try:
         for number in range(tries + 1):
-            frame, tasks = _ask(runner, rows, number)
+            frame, tasks = _task(runner, rows, number)
             sweep()
             begun_ns = perf_counter_ns()
             if runner.program.is_last:
@@ -205,7 +205,7 @@ async def _taken_s(runner: StageRunner, rows: int, tries: int, sweep: Sweep) -> 
     return median(times[1:] or times)
 
 
-def _ask(runner: StageRunner, rows: int, number: int) -> tuple[bytes, bytes]:
+def _task(runner: StageRunner, rows: int, number: int) -> tuple[bytes, bytes]:
     """(frame, sampling inputs) of a token for each of some sequences, or of many of one prompt."""
     program = runner.program
     if rows in _DECODE_ROWS:

@@ -95,10 +95,10 @@ class StageExecutor:
         come and go on the event loop. The answer is a ProtocolError where the frame itself breaks the protocol.
         """
         microbatch = arrival.microbatch
-        is_ahead = any(chunk.depends_on for chunk in microbatch.chunks)
+        is_lookahead = any(chunk.depends_on for chunk in microbatch.chunks)
         answered: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         try:
-            if is_ahead and self._is_whole and arrival.frame.kind is not FrameKind.FAILURE:
+            if is_lookahead and self._is_whole and arrival.frame.kind is not FrameKind.FAILURE:
                 inputs = await self.inputs.take(microbatch.number)
                 return self._compute.queue(partial(self._guarded, arrival, partial(self._both, arrival, inputs)))
             answered.set_result(await self._answer(arrival))

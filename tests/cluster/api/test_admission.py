@@ -29,7 +29,7 @@ from support.clusters.served import (
     until,
 )
 
-ASK = {"prompt": "Hello", "max_tokens": 3}
+GENERATION = {"prompt": "Hello", "max_tokens": 3}
 CHAT = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3}
 HALF = b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 99\r\n\r\n{"
 
@@ -91,10 +91,10 @@ async def test_a_stopping_server_answers_open_requests_and_refuses_new_ones() ->
     engine = ScriptedEngine(says("Hi"))
     async with stoppable(engine) as server:
         engine.gate.clear()
-        asked, chat = server.post("/v1/completions", ASK), server.post("/v1/chat/completions", CHAT)
+        asked, chat = server.post("/v1/completions", GENERATION), server.post("/v1/chat/completions", CHAT)
         await until(lambda: engine.running == 1 and server.template.waiting == 1)
         server.admission.stop()
-        assert_told(await server.post("/v1/completions", ASK))
+        assert_told(await server.post("/v1/completions", GENERATION))
         assert (await server.http.get("/v1/models")).status_code == 200
         idle = asyncio.create_task(server.admission.wait_idle())
         engine.gate.set()
@@ -122,7 +122,7 @@ async def test_requests_without_reply_get_an_error_at_the_end() -> None:
     engine = ScriptedEngine(says("Hi"))
     async with stoppable(engine) as server:
         engine.gate.clear()
-        left = [server.post("/v1/completions", ASK), server.post("/v1/chat/completions", CHAT)]
+        left = [server.post("/v1/completions", GENERATION), server.post("/v1/chat/completions", CHAT)]
         await until(lambda: engine.running == 1 and server.template.waiting == 1)
         server.admission.end()
         for reply in left:

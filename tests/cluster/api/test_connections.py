@@ -19,7 +19,7 @@ from llamaclust.cluster.api.settings import ApiSettings
 from support.clusters.served import ScriptedEngine, make_app, says, serving, until
 
 HEALTH = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
-ASK = {"prompt": "Hello", "max_tokens": 3}
+GENERATION = {"prompt": "Hello", "max_tokens": 3}
 FOR_LONG = 60.0
 
 
@@ -63,7 +63,7 @@ class Server:
 
     async def answers(self) -> bool:
         async with httpx.AsyncClient(base_url=self.address, trust_env=False, timeout=5) as http:
-            reply = await http.post("/v1/completions", json=ASK)
+            reply = await http.post("/v1/completions", json=GENERATION)
         return reply.status_code == 200 and reply.json()["choices"][0]["text"] == "Hi"
 
 

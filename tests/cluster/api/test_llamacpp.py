@@ -62,7 +62,7 @@ async def test_completion_ends() -> None:
     for n_predict in (-1, -2, 0):
         await complete(engine, n_predict=n_predict)
     room = CONTEXT - len(ids("Hello"))
-    assert [ask.max_new_tokens for ask in engine.submitted] == [room, room, 0]
+    assert [generation.max_new_tokens for generation in engine.submitted] == [room, room, 0]
 
 
 async def test_completion_stream() -> None:
@@ -80,13 +80,18 @@ async def test_completion_stream() -> None:
 async def test_prompts_and_settings() -> None:
     engine = ScriptedEngine(says("a"))
     await complete(engine, prompt=[5, "Hello", END, "Hi"], seed=3, repeat_last_n=-1, top_k=-1, ignore_eos=True)
-    ask = engine.submitted[0]
-    assert ask.prompt == (5, *ids("Hello"), END, *ids("Hi"))
-    assert ask.seed == 3 and ask.penalty_window == CONTEXT and ask.params.top_k == 0 and ask.min_tokens > 0
+    generation = engine.submitted[0]
+    assert generation.prompt == (5, *ids("Hello"), END, *ids("Hi"))
+    assert (
+        generation.seed == 3
+        and generation.penalty_window == CONTEXT
+        and generation.params.top_k == 0
+        and generation.min_tokens > 0
+    )
     await complete(engine, prompt="<|im_end|>", seed=-1, logit_bias=[[7, -2], ["Hi", False]])
-    ask = engine.submitted[1]
-    assert ask.prompt == (END,)
-    assert dict(ask.params.logit_bias) == {7: -2.0} | dict.fromkeys(ids("Hi"), -1e9)
+    generation = engine.submitted[1]
+    assert generation.prompt == (END,)
+    assert dict(generation.params.logit_bias) == {7: -2.0} | dict.fromkeys(ids("Hi"), -1e9)
     await complete(engine, logit_bias={"9": 1.5})
     assert engine.submitted[2].params.logit_bias == ((9, 1.5),)
     assert engine.submitted[1].seed != engine.submitted[2].seed

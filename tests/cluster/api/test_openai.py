@@ -169,13 +169,13 @@ async def test_completion() -> None:
 
 
 async def test_completion_of_many_prompts() -> None:
-    engine = ScriptedEngine(lambda ask: ids(f"{len(ask.prompt)}/{ask.choice}"))
+    engine = ScriptedEngine(lambda generation: ids(f"{len(generation.prompt)}/{generation.choice}"))
     reply = await complete(engine, prompt=["a", [1, 2, 3]], n=2, return_token_ids=True)
     assert [choice["index"] for choice in reply["choices"]] == [0, 1, 2, 3]
     assert [choice["text"] for choice in reply["choices"]] == ["1/0", "1/1", "3/0", "3/1"]
     assert reply["choices"][2]["prompt_token_ids"] == [1, 2, 3]
     assert reply["usage"]["prompt_tokens"] == 4
-    assert len({ask.seed for ask in engine.submitted}) == 1
+    assert len({generation.seed for generation in engine.submitted}) == 1
     streamed = await complete(engine, prompt=["a", [1, 2, 3]], n=2, stream=True)
     texts = ["", "", "", ""]
     for chunk in streamed[:-1]:

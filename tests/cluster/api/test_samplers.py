@@ -85,11 +85,15 @@ async def test_the_requested_order_of_samplers_is_kept() -> None:
 
 
 async def test_windows_breakers_and_line_breaks() -> None:
-    ask = await asked("/completion", dry_multiplier=1, dry_sequence_breakers=["\n"], repeat_penalty=1.1)
-    assert (ask.dry_window, ask.penalty_window) == (CONTEXT, 64) and ask.breakers and ask.history_window == CONTEXT
-    assert ask.params.chain is not None and ask.params.chain.unpenalized == ()
-    ask = await asked("/completion", dry_multiplier=1, dry_penalty_last_n=9, dry_sequence_breakers=[])
-    assert (ask.dry_window, ask.breakers, ask.history_window) == (9, {}, 9)
+    generation = await asked("/completion", dry_multiplier=1, dry_sequence_breakers=["\n"], repeat_penalty=1.1)
+    assert (
+        (generation.dry_window, generation.penalty_window) == (CONTEXT, 64)
+        and generation.breakers
+        and generation.history_window == CONTEXT
+    )
+    assert generation.params.chain is not None and generation.params.chain.unpenalized == ()
+    generation = await asked("/completion", dry_multiplier=1, dry_penalty_last_n=9, dry_sequence_breakers=[])
+    assert (generation.dry_window, generation.breakers, generation.history_window) == (9, {}, 9)
     chain = await chain_of("/v1/completions", penalize_nl=False, repetition_penalty=1.2)
     assert chain.order == PLAIN_ORDER and len(chain.unpenalized) == 1
 

@@ -147,13 +147,13 @@ async def test_line_separators_that_json_leaves_alone_stay_text() -> None:
         assert (await with_client(url, lambda client: client.generate("x"))).text == text
 
 
-def _ask_both_ways(client: TextClient, options: Options) -> None:
+def _request_both_ways(client: TextClient, options: Options) -> None:
     client.generate("hi", score_from=0, **options)
     client.chat([{"role": "developer", "content": "be"}, {"role": "user", "content": "hi"}], **options)
 
 
 def _submitted(engine: ScriptedEngine) -> list[GenerationRequest]:
-    return [dataclasses.replace(ask, request_id="") for ask in engine.submitted]
+    return [dataclasses.replace(generation, request_id="") for generation in engine.submitted]
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ async def test_both_kinds_of_client_ask_for_the_same(more: Options) -> None:
     """Every option reaches the engine, and equally: over HTTP and in this process."""
     options: Options = {**_EVERYTHING, **more}
     async with scripted("a") as (url, engine):
-        await with_client(url, lambda client: _ask_both_ways(client, options))
+        await with_client(url, lambda client: _request_both_ways(client, options))
     local = ScriptedEngine(says("a"))
 
     @asynccontextmanager
@@ -178,7 +178,7 @@ async def test_both_kinds_of_client_ask_for_the_same(more: Options) -> None:
         yield served.make_service(local)
 
     with ServiceClient(service) as client:
-        await asyncio.to_thread(_ask_both_ways, client, options)
+        await asyncio.to_thread(_request_both_ways, client, options)
     assert _submitted(local) == _submitted(engine)
     assert (local.submitted[0].seed, local.submitted[1].params.top_k) == (2**63 + 5, 3)
     chain = local.submitted[1].params.chain

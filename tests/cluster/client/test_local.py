@@ -80,14 +80,14 @@ def test_logits_do_not_disturb_answers_that_run(client: LocalClient) -> None:
 
 
 def test_many_threads_get_what_each_gets_alone(client: LocalClient) -> None:
-    def ask(seed: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    def generation(seed: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
         options: Options = {**SEEDED, "seed": seed}
         reply = client.generate(prompt(seed, 10 + 7 * seed), **options)
         return reply.token_ids, reply.logprobs
 
-    alone = [ask(seed) for seed in range(12)]
+    alone = [generation(seed) for seed in range(12)]
     with ThreadPoolExecutor(12) as threads:
-        assert list(threads.map(ask, range(12))) == alone
+        assert list(threads.map(generation, range(12))) == alone
 
 
 @pytest.mark.parametrize(

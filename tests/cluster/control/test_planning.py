@@ -13,7 +13,7 @@ from llamaclust.cluster.control import planning
 from llamaclust.cluster.control.planning import ClusterPlanner
 from llamaclust.cluster.planner.links import UNKNOWN
 from llamaclust.wire.rpc import cache_flush
-from llamaclust.wire.rpc.cache_flush import ColdCaches
+from llamaclust.wire.rpc.cache_flush import CacheFlush
 from support.clusters.control_messages import REGISTER
 
 NOTHING: Any = None
@@ -47,6 +47,6 @@ async def test_others_have_turns_while_caches_are_swept(monkeypatch: pytest.Monk
             await asyncio.sleep(0)
 
     serving = asyncio.create_task(serve())
-    await ColdCaches().sweep_in_turns()
+    await CacheFlush().sweep_in_turns()
     serving.cancel()
     assert turns >= 32

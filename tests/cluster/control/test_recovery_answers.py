@@ -11,7 +11,7 @@ from textwrap import dedent
 import pytest
 
 from llamaclust.cluster.scheduler.requests import GenerationRequest
-from support.clusters.recovering import Answer, asks, config, model_in, recovering, undisturbed
+from support.clusters.recovering import Answer, config, generations, model_in, recovering, undisturbed
 from support.seed import SEED
 
 _WRAPPED = dedent(
@@ -61,7 +61,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def requests() -> tuple[GenerationRequest, ...]:
     print(f"seed {SEED}")
-    return asks(SEED, 100)
+    return generations(SEED, 100)
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,16 @@ from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError, Usa
 from llamaclust.core.sampling import SamplingParams
 from llamaclust.wire.control.messages import Load, Loaded
 from llamaclust.worker.settings import WorkerSettings
-from support.clusters.recovering import Answer, Recovering, answer_of, asks, config, model_in, recovering, undisturbed
+from support.clusters.recovering import (
+    Answer,
+    Recovering,
+    answer_of,
+    config,
+    generations,
+    model_in,
+    recovering,
+    undisturbed,
+)
 from support.seed import SEED
 
 _HALVES = [{"worker": "a", "layers": [0, 3]}, {"worker": "b", "layers": [3, 6]}]
@@ -37,7 +46,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def requests() -> tuple[GenerationRequest, ...]:
     print(f"seed {SEED}")
-    return asks(SEED, 60)
+    return generations(SEED, 60)
 
 
 @pytest.fixture(scope="module")

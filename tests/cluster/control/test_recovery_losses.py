@@ -11,7 +11,15 @@ from random import Random
 import pytest
 
 from llamaclust.cluster.scheduler.requests import GenerationRequest
-from support.clusters.recovering import Answer, asks, config, model_in, recovering, undisturbed, worker_pids
+from support.clusters.recovering import (
+    Answer,
+    config,
+    generations,
+    model_in,
+    recovering,
+    undisturbed,
+    worker_pids,
+)
 from support.seed import SEED
 
 TOKENS = 100
@@ -26,7 +34,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def requests() -> tuple[GenerationRequest, ...]:
     print(f"seed {SEED}")
-    return asks(SEED, TOKENS)
+    return generations(SEED, TOKENS)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +97,7 @@ async def test_another_is_lost_while_a_new_epoch_loads(
                 run.hurt(second)
 
         hurt: list[str] = []
-        run.on_news = hurt_another
+        run.on_event = hurt_another
         tasks = run.start(requests)
         await run.token(source.randrange(1, 200))
         run.hurt(first)

@@ -51,7 +51,7 @@ def simulation(source: Random, model: FakeModel) -> Simulation:
     return Simulation(Scheduler(SETTINGS, 1, len(fake.stage_ns)), fake)
 
 
-def asks(source: Random, count: int) -> list[GenerationRequest]:
+def generations(source: Random, count: int) -> list[GenerationRequest]:
     """Of a few beginnings, so that they share blocks."""
     starts = [tuple(source.randrange(VOCABULARY) for _ in range(50)) for _ in range(2)]
     return [
@@ -74,14 +74,14 @@ def test_a_stage_that_is_wrong_once_changes_no_token(number: int) -> None:
     model = Glitching(SETTINGS.kv_blocks)
     model.hit = lambda number, chunk: number >= at and not model.glitches
     run = simulation(source, model)
-    requests = asks(source, 14)
+    requests = generations(source, 14)
     keys = [run.add(request) for request in requests]
     run.finish()
     for key, request in zip(keys, requests, strict=True):
         chosen, scored, _ = expected(request, 200)
         assert (run.rows(key), run.scores(key)) == (chosen, scored)
     assert model.glitches == 1 and run.scheduler.counts.kv_blocks_held == 0
-    late = asks(Random(f"{SEED} {number}"), 14)[:2]  # what was damaged is not in the prefix cache either
+    late = generations(Random(f"{SEED} {number}"), 14)[:2]  # what was damaged is not in the prefix cache either
     again = [run.add(request) for request in late]
     run.finish()
     assert [run.rows(key) for key in again] == [expected(request, 200)[0] for request in late]

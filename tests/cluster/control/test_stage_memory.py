@@ -14,7 +14,7 @@ MOST_BYTES = 400 * MIB
 REQUESTS = 16
 
 
-def ask(cluster: Cluster, number: int) -> None:
+def complete(cluster: Cluster, number: int) -> None:
     """A chat goes through the template, a stream through server-sent events."""
     text, common = f"Tell me about number {number}. " * 20, {"max_tokens": 4, "stream": number % 2 == 0}
     if number % 4 == 0:
@@ -31,7 +31,7 @@ def test_a_coordinator_of_the_demo_model_stays_below_400_mib(demo_model: Path) -
         coordinator = psutil.Process(cluster.pid)
         idle_bytes = coordinator.memory_info().rss
         with ThreadPoolExecutor(REQUESTS) as pool:
-            list(pool.map(lambda number: ask(cluster, number), range(REQUESTS)))
+            list(pool.map(lambda number: complete(cluster, number), range(REQUESTS)))
         busy_bytes = coordinator.memory_info().rss
         print(
             f"coordinator: {idle_bytes // MIB} MiB after the start, {busy_bytes // MIB} MiB after {REQUESTS} requests"

@@ -25,7 +25,7 @@ from llamaclust.wire.control.messages import (
     WorkerMessage,
 )
 from support.clusters.control_messages import LOAD, REGISTER
-from support.clusters.recovering import asks, config, model_in, recovering, undisturbed
+from support.clusters.recovering import config, generations, model_in, recovering, undisturbed
 from support.seed import SEED
 
 PROGRESS_TIMEOUT_S = 0.4
@@ -63,7 +63,7 @@ async def test_loads_that_hang_and_workers_that_stop_while_they_load_change_no_t
 ) -> None:
     print(f"seed {SEED}")
     monkeypatch.setattr(cluster_state, "_QUARANTINE_BACKOFF", Backoff(first_s=1.0, max_s=600.0))
-    requests = asks(SEED, 60)
+    requests = generations(SEED, 60)
     expected = await asyncio.to_thread(undisturbed, model, requests)
     victims = {"c"}
     hang_once(monkeypatch, victims)
@@ -80,7 +80,7 @@ async def test_loads_that_hang_and_workers_that_stop_while_they_load_change_no_t
         stopped: list[str] = []
         await run.whole()
         victims.add("c")  # in a recovery, too
-        run.on_news = stop_another
+        run.on_event = stop_another
         tasks = run.start(requests)
         await run.token(40)
         run.hurt("a")
@@ -94,7 +94,7 @@ async def test_loads_that_hang_and_workers_that_stop_while_they_load_change_no_t
 Asked = Callable[[WorkerHandle], Awaitable[object]]
 
 
-async def _answered(ask: Asked, messages: list[WorkerMessage]) -> object:
+async def _answered(send: Asked, messages: list[WorkerMessage]) -> object:
     """What comes of it where a worker says these, at half the time after which it counts as stalled."""
     said: list[CoordinatorMessage] = []
 
@@ -102,7 +102,7 @@ async def _answered(ask: Asked, messages: list[WorkerMessage]) -> object:
         said.append(message)
 
     handle = WorkerHandle(REGISTER, say, lambda: "")
-    asking = asyncio.ensure_future(ask(handle))
+    asking = asyncio.ensure_future(send(handle))
     for message in messages:
         await asyncio.sleep(PROGRESS_TIMEOUT_S / 2)
         handle.receive(message)

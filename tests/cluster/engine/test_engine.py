@@ -29,7 +29,7 @@ async def running(**deadlines: float) -> AsyncIterator[tuple[Engine, FakePipelin
             assert engine.scheduler.counts.kv_blocks_held == 0
 
 
-def ask(seed: int = 0, length: int = 20, max_new_tokens: int = 30, **fields: object) -> GenerationRequest:
+def generation(seed: int = 0, length: int = 20, max_new_tokens: int = 30, **fields: object) -> GenerationRequest:
     return GenerationRequest("r", tuple(range(1, length + 1)), max_new_tokens, seed=seed, **fields)  # type: ignore[arg-type]
 
 
@@ -39,7 +39,7 @@ async def collect(stream: RequestStream) -> list[Event]:
 
 async def test_requests_together_give_what_each_gives_alone() -> None:
     async with running() as (engine, _):
-        requests = [ask(seed, length=5 + 13 * seed) for seed in range(8)]
+        requests = [generation(seed, length=5 + 13 * seed) for seed in range(8)]
         answers = await asyncio.gather(*(collect(engine.submit(request)) for request in requests))
         for request, events in zip(requests, answers, strict=True):
             rows, _, reason = expected(request, SETTINGS.context_length)
@@ -53,17 +53,17 @@ async def test_requests_together_give_what_each_gives_alone() -> None:
 
 async def test_scoring_and_nothing_to_do() -> None:
     async with running() as (engine, _):
-        events = await collect(engine.submit(ask(max_new_tokens=0, score_from=0)))
+        events = await collect(engine.submit(generation(max_new_tokens=0, score_from=0)))
         scored = [row for event in events if isinstance(event, PromptScored) for row in event.rows]
         assert [row.token for row in scored] == list(range(2, 21))
-        events = await collect(engine.submit(ask(max_new_tokens=0)))
+        events = await collect(engine.submit(generation(max_new_tokens=0)))
         (last,) = events
         assert isinstance(last, Finished) and (last.timings.queue_ms, last.timings.ttft_ms) == (0.0, 0.0)
 
 
 async def test_aborted_while_it_waits_it_has_taken_no_time() -> None:
     async with running() as (engine, _):
-        stream = engine.submit(ask())
+        stream = engine.submit(generation())
         stream.abort()
         (last,) = await collect(stream)
         assert isinstance(last, Finished) and last.reason is FinishReason.ABORT
@@ -73,11 +73,11 @@ async def test_aborted_while_it_waits_it_has_taken_no_time() -> None:
 async def test_refusals_reach_the_caller_at_once() -> None:
     async with running() as (engine, pipeline):
         with pytest.raises(RequestError, match="empty"):
-            engine.submit(ask(length=0))
+            engine.submit(generation(length=0))
         pipeline.gate.clear()
-        streams = [engine.submit(ask(seed)) for seed in range(12)]
+        streams = [engine.submit(generation(seed)) for seed in range(12)]
         with pytest.raises(QueueFullError):
-            engine.submit(ask())
+            engine.submit(generation())
         pipeline.gate.set()
         for events in await asyncio.gather(*map(collect, streams)):
             assert len(tokens_of(events)) == 30
@@ -85,7 +85,7 @@ async def test_refusals_reach_the_caller_at_once() -> None:
 
 async def test_abort_frees_memory_at_once_and_ends_the_stream() -> None:
     async with running() as (engine, _):
-        stream = engine.submit(ask(max_new_tokens=300))
+        stream = engine.submit(generation(max_new_tokens=300))
         seen = [await anext(stream) for _ in range(3)]
         assert engine.scheduler.counts.kv_blocks_held > 0
         stream.abort()
@@ -100,7 +100,7 @@ async def test_abort_frees_memory_at_once_and_ends_the_stream() -> None:
 @pytest.mark.parametrize("way", ["dropped", "cancelled", "left"])
 async def test_a_cancelled_reader_frees_memory(way: str) -> None:
     async with running() as (engine, pipeline):
-        stream: RequestStream | None = engine.submit(ask(max_new_tokens=300))
+        stream: RequestStream | None = engine.submit(generation(max_new_tokens=300))
         assert stream is not None
         await anext(stream)
         if way == "dropped":
@@ -127,7 +127,7 @@ async def failing(
     engine: Engine, pipeline: FakePipeline, break_it: Callable[[], None], kind: type[LlamaclustError]
 ) -> str:
     pipeline.gate.clear()
-    streams = [engine.submit(ask(seed)) for seed in range(12)]
+    streams = [engine.submit(generation(seed)) for seed in range(12)]
     await pipeline.taken.wait()
     break_it()
     answers = await asyncio.gather(*map(collect, streams), return_exceptions=True)
@@ -136,7 +136,7 @@ async def failing(
     assert len(messages) == 1
     assert engine.state is EngineState.DOWN
     with pytest.raises(WorkerError, match=re.escape(next(iter(messages)))):
-        engine.submit(ask())
+        engine.submit(generation())
     return messages.pop()
 
 
@@ -168,17 +168,17 @@ async def test_a_request_ends_at_its_deadline_and_others_go_on() -> None:
     async with running(request_s=0.05) as (engine, pipeline):
         pipeline.gate.clear()
         with pytest.raises(DeadlineError, match=r"longer than 0.05 s \(timeouts.request\)"):
-            await collect(engine.submit(ask()))
+            await collect(engine.submit(generation()))
         pipeline.gate.set()
-        assert len(tokens_of(await collect(engine.submit(ask(1))))) == 30
+        assert len(tokens_of(await collect(engine.submit(generation(1))))) == 30
 
 
 async def test_draining_finishes_accepted_requests() -> None:
     async with running() as (engine, pipeline):
-        stream = engine.submit(ask())
+        stream = engine.submit(generation())
         pipeline.gate.clear()
         assert not await engine.drain(0.01)
-        later = engine.submit(ask(choice=1))
+        later = engine.submit(generation(choice=1))
         pipeline.gate.set()
         *answers, drained = await asyncio.gather(collect(stream), collect(later), engine.drain(10))
         assert drained and [len(tokens_of(events)) for events in answers] == [30, 30]
@@ -188,7 +188,7 @@ async def test_closing_the_engine_ends_every_stream() -> None:
     pipeline = FakePipeline(SETTINGS.kv_blocks)
     pipeline.gate.clear()
     async with Engine(pipeline, SETTINGS) as engine:
-        stream = engine.submit(ask())
+        stream = engine.submit(generation())
         await pipeline.taken.wait()
     with pytest.raises(WorkerError, match="the cluster is stopping"):
         await collect(stream)
@@ -197,8 +197,8 @@ async def test_closing_the_engine_ends_every_stream() -> None:
 
 async def test_metrics_and_stage_report() -> None:
     async with running() as (engine, _):
-        await asyncio.gather(*(collect(engine.submit(ask(seed))) for seed in range(3)))
-        engine.submit(replace(ask(), request_id="x")).abort()
+        await asyncio.gather(*(collect(engine.submit(generation(seed))) for seed in range(3)))
+        engine.submit(replace(generation(), request_id="x")).abort()
         text = engine.metrics.render().decode()
         values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
         assert values['llamaclust_requests_total{finish_reason="length"}'] == "3.0"

@@ -206,18 +206,18 @@ async def test_a_stage_takes_streams_from_its_neighbours_alone(trust: Authority,
     model = Model.open(build_tiny_model(tmp_path / "tiny.gguf", hidden=64, layers=3, heads=4, ffn=96))
     async with chain(model, tmp_path, (0, 1, 2, 3), trust=trust) as there:
         first, middle, last = there.peers
-        spare = Principal("spare")
+        idle = Principal("spare")
         for stage, method, caller, message in (
-            (first, FORWARD, spare, "worker spare opens a stream that is for the coordinator alone"),
+            (first, FORWARD, idle, "worker spare opens a stream that is for the coordinator alone"),
             (first, FORWARD, Principal("w1"), "worker w1 opens a stream that is for the coordinator alone"),
             (first, FORWARD, COORDINATOR, "a second stream of microbatches for epoch 1"),
-            (first, SAMPLED_TOKENS, spare, "worker spare opens a stream that is for worker w2 alone"),
+            (first, SAMPLED_TOKENS, idle, "worker spare opens a stream that is for worker w2 alone"),
             (first, SAMPLED_TOKENS, Principal("w1"), "worker w1 opens a stream that is for worker w2 alone"),
             (first, SAMPLED_TOKENS, Principal("w2"), "a second stream of sampled tokens for epoch 1"),
-            (middle, FORWARD, spare, "worker spare opens a stream that is for worker w0 alone"),
+            (middle, FORWARD, idle, "worker spare opens a stream that is for worker w0 alone"),
             (middle, FORWARD, COORDINATOR, "the coordinator opens a stream that is for worker w0 alone"),
             (last, FORWARD, Principal("w0"), "worker w0 opens a stream that is for worker w1 alone"),
-            (last, SAMPLE, spare, "worker spare opens a stream that is for the coordinator alone"),
+            (last, SAMPLE, idle, "worker spare opens a stream that is for the coordinator alone"),
         ):
             peer = Peer(stage.address, trust.identity(caller), stage.principal)
             with pytest.raises(StreamBrokenError, match=message):

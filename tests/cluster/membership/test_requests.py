@@ -32,7 +32,7 @@ from llamaclust.wire.control.messages import (
 from llamaclust.wire.control.profiles import LinkProfile, LinkProfiles, ProfileWorker, WorkerProfile
 from support.clusters.control_messages import REGISTER
 
-Asks = Callable[[WorkerHandle], Awaitable[object]]
+RequestCall = Callable[[WorkerHandle], Awaitable[object]]
 
 
 async def _nothing(message: CoordinatorMessage) -> None: ...
@@ -43,7 +43,7 @@ def handle_of(name: str = "a", say: Callable[[CoordinatorMessage], Awaitable[Non
 
 
 OTHER = SimpleNamespace(name="b", registration=replace(REGISTER, name="b"))
-REQUESTS: dict[str, tuple[Asks, WorkerMessage, WorkerMessage, object]] = {
+REQUESTS: dict[str, tuple[RequestCall, WorkerMessage, WorkerMessage, object]] = {
     "machine": (
         lambda worker: profile_worker(worker, ProfileWorker(), deadline_s=0.05),
         WorkerProfile(Profile(DeviceProfile(1.0, 1.0)), request_id=1),
@@ -79,11 +79,11 @@ REQUESTS: dict[str, tuple[Asks, WorkerMessage, WorkerMessage, object]] = {
 
 @pytest.mark.parametrize("what", REQUESTS)
 async def test_an_answer_after_its_deadline_is_not_taken_for_the_next_ones(what: str) -> None:
-    ask, late, right, expected = REQUESTS[what]
+    send, late, right, expected = REQUESTS[what]
     worker = handle_of()
     with pytest.raises(DeadlineError):
-        await ask(worker)
-    asking = asyncio.ensure_future(ask(worker))
+        await send(worker)
+    asking = asyncio.ensure_future(send(worker))
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     worker.receive(late)

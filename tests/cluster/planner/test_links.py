@@ -32,8 +32,8 @@ MODEL = ModelCosts(20 * MIB, 20 * MIB, 30_000_000, (LayerCost(10 * MIB, 20_000_0
 def made(links: Links, names: str, memory_mib: int = 10_000, objective: str = "latency") -> Plan:
     reaches = links.reaches(names)
     workers = [WorkerFacts(name, memory_mib * MIB, profile(), 1, reaches[name]) for name in names]
-    ask = PlanRequest(1024, 8, lambda place: MIB, objective=objective, links=links)
-    return make_plan(MODEL, workers, ask)
+    measure = PlanRequest(1024, 8, lambda place: MIB, objective=objective, links=links)
+    return make_plan(MODEL, workers, measure)
 
 
 def star(reach: dict[str, Reach]) -> Links:
@@ -119,11 +119,11 @@ def test_links_are_measured_once_between_machines_that_are_alike(tmp_path: Path)
 
     async def run() -> tuple[Links, Links]:
         async with real_cluster(tmp_path, 3) as cluster:
-            ask = partial(measure_links, cluster.registry.present, cluster.run.token, tmp_path, told.append)
-            first = await ask()
+            measure = partial(measure_links, cluster.registry.present, cluster.run.token, tmp_path, told.append)
+            first = await measure()
             for name in ("a", "b", "c"):
                 cluster.registry.workers[name].channel.send = silent
-            return first, await ask()  # nobody is asked
+            return first, await measure()  # nobody is asked
 
     async def silent(_: object) -> None:
         raise AssertionError("asked again")

@@ -26,7 +26,7 @@ from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.model.loader import LayerCost, Model, ModelCosts
 from llamaclust.wire.rpc.cache_flush import largest_cache_bytes
 from llamaclust.worker.devices import profiler
-from llamaclust.worker.devices.profiler import TrialDevice, try_stages
+from llamaclust.worker.devices.profiler import ProfiledDevice, try_stages
 from support.clusters.plan_inputs import link, profile, step_time
 from support.models.tiny_model import build_tiny_model
 
@@ -97,14 +97,14 @@ def test_a_worker_tries_steps_of_any_model_that_is_large_enough(
 ) -> None:
     model = Model.open(build_tiny_model(tmp_path / "m.gguf", layers=6, context=512))
     backend = CpuBackend(1)
-    device = TrialDevice(backend, 1, backend.feature_level, 1 << 30)
+    device = ProfiledDevice(backend, 1, backend.feature_level, 1 << 30)
     assert try_stages(device, model) == (), "it stays in the caches"
     monkeypatch.setattr(profiler, "_LEAST_BYTES", 0)
     found = try_stages(device, model)
     assert [one.rows for one in found] == [1, 8, 128]
     assert all(isinstance(one, StepTime) and one.stage_s + one.layers_byte_s > 0 for one in found)
     assert found[0].head_s >= 0 and found[2].layers_byte_s > found[0].layers_byte_s
-    short = TrialDevice(backend, 1, backend.feature_level, 65 << 20)
+    short = ProfiledDevice(backend, 1, backend.feature_level, 65 << 20)
     assert try_stages(short, model) == (), "memory is short"
     least = replace(device, place=7, size=replace(profiler.PROCESSOR, layers_bytes=0))
     assert len(try_stages(least, model)) == 3, "layers 2 and 3"

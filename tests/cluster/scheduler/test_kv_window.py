@@ -55,18 +55,18 @@ class WindowedModel(FakeModel):
         return table[index], position % KV_BLOCK_TOKENS
 
 
-def simulation(window: int, spare: int = 0, stages: int = 2, **changes: object) -> Simulation:
+def simulation(window: int, free: int = 0, stages: int = 2, **changes: object) -> Simulation:
     """With as many window blocks as one sequence takes, and `spare` ones."""
     base = SchedulerSettings("m", VOCABULARY, context_length=400, kv_blocks=100, max_sequences=6, max_batch_tokens=64)
     chosen = replace(base, max_outputs=32, **changes)  # type: ignore[arg-type]
     group = WindowGroup(window, chosen.max_batch_tokens)
-    blocks = group.sequence_blocks + group.row_blocks + spare
+    blocks = group.sequence_blocks + group.row_blocks + free
     chosen = replace(chosen, window=window, window_blocks=blocks)
     model = WindowedModel(chosen.kv_blocks, group=group, window_blocks=blocks)
     return Simulation(Scheduler(chosen, 1, stages), FakeStages(model, [linear(100, 10)] * stages, 1000))
 
 
-def ask(
+def generation(
     length: int, max_new_tokens: int, start: int = 1, seed: int = 0, score_from: int | None = None
 ) -> GenerationRequest:
     prompt = tuple((start + 7 * i) % VOCABULARY for i in range(length))
@@ -91,7 +91,7 @@ def test_random_mixes_in_little_memory_end_and_give_the_same_tokens(seed: int) -
     source = random.Random(seed)
     run = simulation(
         source.choice([1, 2, 6, 15, 16, 17, 40, 100]),
-        spare=source.choice([0, 0, 1, 3, 10, 60]),
+        free=source.choice([0, 0, 1, 3, 10, 60]),
         stages=source.randint(1, 4),
         kv_blocks=source.randint(13, 60),
         context_length=200,
@@ -105,7 +105,9 @@ def test_random_mixes_in_little_memory_end_and_give_the_same_tokens(seed: int) -
     for number in range(source.randint(1, 12)):
         tokens = source.choice([0, 1, 3, 30, 90])
         score_from = source.choice([None, 5, 60]) if tokens else 1
-        request = ask(source.choice([2, 15, 16, 17, 48, 97, 150]), tokens, source.randint(0, 2), number, score_from)
+        request = generation(
+            source.choice([2, 15, 16, 17, 48, 97, 150]), tokens, source.randint(0, 2), number, score_from
+        )
         requests[run.add(request)] = request
         for _ in range(source.choice([0, 0, 1, 5, 20])):
             run.step()
@@ -134,12 +136,12 @@ def _restart(run: Simulation, epoch: int) -> None:
 
 
 def test_a_long_sequence_holds_its_window_and_the_rows_of_one_microbatch() -> None:
-    run = simulation(64, spare=200, kv_blocks=300, context_length=4800, max_batch_tokens=512)
+    run = simulation(64, free=200, kv_blocks=300, context_length=4800, max_batch_tokens=512)
     held = []
     memory = run.scheduler.queues.memory.window
     assert memory is not None
     run.check = lambda scheduled: held.append(memory.blocks.held)
-    request = ask(4096, 40)
+    request = generation(4096, 40)
     key = run.add(request)
     run.finish()
     check(run, key, request)
@@ -151,8 +153,8 @@ def test_a_long_sequence_holds_its_window_and_the_rows_of_one_microbatch() -> No
 
 
 def test_growth_preempts_where_window_blocks_are_short() -> None:
-    run = simulation(100, spare=3, max_sequences=4)
-    requests = [ask(20, 150, start) for start in range(4)]
+    run = simulation(100, free=3, max_sequences=4)
+    requests = [generation(20, 150, start) for start in range(4)]
     keys = [run.add(request) for request in requests]
     run.finish()
     for key, request in zip(keys, requests, strict=True):
@@ -164,9 +166,9 @@ def test_growth_preempts_where_window_blocks_are_short() -> None:
 @pytest.mark.parametrize("running", [1, 3, 6])
 def test_kv_memory_bounds_the_running_sequences(running: int) -> None:
     group = WindowGroup(100, 64)
-    run = simulation(100, spare=(running - 1) * group.sequence_blocks, kv_blocks=200)
+    run = simulation(100, free=(running - 1) * group.sequence_blocks, kv_blocks=200)
     for start in range(8):
-        run.add(ask(300, 60, start))
+        run.add(generation(300, 60, start))
     most = 0
     while run.step():
         most = max(most, run.scheduler.counts.running)
@@ -175,8 +177,8 @@ def test_kv_memory_bounds_the_running_sequences(running: int) -> None:
 
 
 def test_a_prefix_hit_needs_the_whole_window() -> None:
-    run = simulation(40, spare=0)
-    first = ask(150, 3)
+    run = simulation(40, free=0)
+    first = generation(150, 3)
     check_later = [run.add(first)]
     run.finish()
     assert run.scheduler.queues.memory.window is not None
@@ -194,10 +196,10 @@ def test_a_prefix_hit_needs_the_whole_window() -> None:
 
 
 def test_the_longest_prefix_with_a_whole_window_is_shared() -> None:
-    run = simulation(40, spare=20)
-    run.add(ask(150, 3))
+    run = simulation(40, free=20)
+    run.add(generation(150, 3))
     run.finish()
-    window, chain = run.scheduler.queues.memory.window, chain_of(run, ask(150, 3))
+    window, chain = run.scheduler.queues.memory.window, chain_of(run, generation(150, 3))
     assert window is not None
     assert [window.usable(chain, found) for found in (0, 1, 5, 9)] == [0, 1, 5, 9]
     window.blocks.invalidate(chain[:2])

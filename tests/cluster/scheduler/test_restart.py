@@ -40,8 +40,8 @@ def test_restarts_at_any_moment_change_nothing(number: int) -> None:
     source = Random(f"{SEED} {number}")
     first = stages(source, SETTINGS.kv_blocks)
     run = Simulation(Scheduler(SETTINGS, 1, len(first.stage_ns)), first)
-    asks = [request(source, i) for i in range(20)]
-    keys = [run.add(ask) for ask in asks]
+    generations = [request(source, i) for i in range(20)]
+    keys = [run.add(generation) for generation in generations]
     epoch = 1
     for _ in range(source.randrange(2, 12)):
         for _ in range(source.randrange(12)):
@@ -54,8 +54,8 @@ def test_restarts_at_any_moment_change_nothing(number: int) -> None:
         run.scheduler.restart(replace(SETTINGS, kv_blocks=kv_blocks), epoch, len(run.stages.stage_ns))
         assert run.scheduler.counts.in_flight == run.scheduler.counts.running == 0
     run.finish()
-    for key, ask in zip(keys, asks, strict=True):
-        rows, scores, _ = expected(ask, SETTINGS.context_length)
+    for key, generation in zip(keys, generations, strict=True):
+        rows, scores, _ = expected(generation, SETTINGS.context_length)
         assert run.rows(key) == rows
         assert run.scores(key) == scores
     assert run.scheduler.queues.memory.blocks.held == 0

@@ -40,7 +40,7 @@ def simulation(
     return Simulation(Scheduler(chosen, epoch=1, stages=stages), fake)
 
 
-def ask(length: int, max_new_tokens: int, start: int = 1, **fields: object) -> GenerationRequest:
+def generation(length: int, max_new_tokens: int, start: int = 1, **fields: object) -> GenerationRequest:
     prompt = tuple((start + 7 * i) % VOCABULARY for i in range(length))
     return GenerationRequest("r", prompt, max_new_tokens, **fields)  # type: ignore[arg-type]
 
@@ -75,7 +75,7 @@ def check_writes(run: Simulation) -> None:
 def test_answers_do_not_depend_on_chunks_stages_or_memory(chunk: int | None, stages: int, kv_blocks: int) -> None:
     run = simulation(stages, prefill_chunk=chunk, kv_blocks=kv_blocks)
     check_writes(run)
-    requests = [ask(length, 40, start=length % 5) for length in (1, 2, 16, 17, 33, 100, 100, 150)]
+    requests = [generation(length, 40, start=length % 5) for length in (1, 2, 16, 17, 33, 100, 100, 150)]
     keys = [run.add(request) for request in requests]
     run.finish()
     for key, request in zip(keys, requests, strict=True):
@@ -123,7 +123,7 @@ def test_random_mixes_give_the_same_tokens_and_leak_nothing(seed: int) -> None:
 
 def random_request(random_: random.Random) -> GenerationRequest:
     max_new_tokens = random_.choice([0, 1, 3, 30, 90])
-    return ask(
+    return generation(
         random_.choice([2, 3, 15, 16, 17, 31, 48, 90, 150]),
         max_new_tokens,
         start=random_.randint(0, 2),
@@ -142,15 +142,15 @@ def test_breakers_that_no_last_stage_would_take_are_refused() -> None:
     run = simulation()
     many = {5: tuple((5, 1 + number % 9) for number in range(MAX_BREAKERS_TOKENS // 2))}
     with pytest.raises(RequestError, match=f"dry_sequence_breakers.* at most {MAX_BREAKERS_TOKENS} are taken"):
-        run.add(replace(ask(9, 3, params=DRY), breakers=many | {6: ((6,),)}))
-    run.add(replace(ask(9, 3, params=DRY), breakers=many))
+        run.add(replace(generation(9, 3, params=DRY), breakers=many | {6: ((6,),)}))
+    run.add(replace(generation(9, 3, params=DRY), breakers=many))
 
 
 def test_shared_prompts_are_computed_once() -> None:
     run = simulation()
     check_writes(run)
     for start in (1, 1, 1, 2):
-        run.add(ask(100, 5, start=start))
+        run.add(generation(100, 5, start=start))
         run.finish()
     assert run.scheduler.counts.cached_tokens == 2 * 96
     assert run.scheduler.counts.computed_tokens == 100 + 4 + 4 + 100
@@ -159,27 +159,27 @@ def test_shared_prompts_are_computed_once() -> None:
 def test_equal_prompts_that_arrive_together_share_too() -> None:
     run = simulation(prefill_chunk=100)
     check_writes(run)
-    keys = [run.add(ask(97, 5, choice=choice)) for choice in range(4)]
+    keys = [run.add(generation(97, 5, choice=choice)) for choice in range(4)]
     run.finish()
     assert run.scheduler.counts.computed_tokens == 97 + 3 * 1
     for choice, key in enumerate(keys):
-        check_answer(run, key, ask(97, 5, choice=choice))
+        check_answer(run, key, generation(97, 5, choice=choice))
 
 
 def test_the_last_prompt_token_is_computed_into_a_block_of_its_own() -> None:
     run = simulation()
     check_writes(run)
     for _ in range(2):
-        key = run.add(ask(96, 3))
+        key = run.add(generation(96, 3))
         run.finish()
-        check_answer(run, key, ask(96, 3))
+        check_answer(run, key, generation(96, 3))
     assert run.scheduler.counts.cached_tokens == 80
 
 
 def test_cached_blocks_are_evicted_when_memory_is_needed() -> None:
     run = simulation(kv_blocks=13)
     for start in (1, 2, 1):
-        run.add(ask(190, 2, start=start))
+        run.add(generation(190, 2, start=start))
         run.finish()
     assert run.scheduler.counts.cached_tokens <= 16
     assert run.scheduler.queues.memory.blocks.available == 13
@@ -188,16 +188,16 @@ def test_cached_blocks_are_evicted_when_memory_is_needed() -> None:
 def test_without_a_prefix_cache_nothing_is_kept() -> None:
     run = simulation(prefix_cache=False)
     for _ in range(2):
-        run.add(ask(100, 2))
+        run.add(generation(100, 2))
         run.finish()
     assert run.scheduler.counts.computed_tokens == 200
 
 
 def test_scored_rows_are_computed_though_cached() -> None:
     run = simulation(max_outputs=10)
-    run.add(ask(100, 2))
+    run.add(generation(100, 2))
     run.finish()
-    request = ask(100, 0, score_from=50)
+    request = generation(100, 0, score_from=50)
     key = run.add(request)
     run.finish()
     check_answer(run, key, request)
@@ -207,7 +207,11 @@ def test_scored_rows_are_computed_though_cached() -> None:
 
 def test_nothing_to_compute_is_no_work() -> None:
     run = simulation()
-    for request in (ask(5, 0), ask(1, 0, score_from=0), ask(5, 0, score_from=5)):
+    for request in (
+        generation(5, 0),
+        generation(1, 0, score_from=0),
+        generation(5, 0, score_from=5),
+    ):
         assert not run.scheduler.add(request, 1).has_work
     assert run.scheduler.next_microbatch(1) is None
 
@@ -235,12 +239,12 @@ def test_nothing_to_compute_is_no_work() -> None:
 )
 def test_bad_requests_are_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(RequestError, match=message):
-        simulation().scheduler.add(replace(ask(3, 5), **changes), 1)  # type: ignore[arg-type]
+        simulation().scheduler.add(replace(generation(3, 5), **changes), 1)  # type: ignore[arg-type]
 
 
 def test_max_tokens_ends_with_the_context() -> None:
     run = simulation()
-    key = run.add(ask(190, 1000))
+    key = run.add(generation(190, 1000))
     run.finish()
     assert len(run.rows(key)) == 10
     assert reason_of(run.updates[key]) is FinishReason.LENGTH
@@ -249,9 +253,9 @@ def test_max_tokens_ends_with_the_context() -> None:
 def test_a_full_queue_refuses() -> None:
     run = simulation(max_sequences=2, max_waiting=3)
     for _ in range(5):
-        run.add(ask(10, 5))
+        run.add(generation(10, 5))
     with pytest.raises(QueueFullError, match="5 requests wait"):
-        run.add(ask(10, 5))
+        run.add(generation(10, 5))
     run.finish()
 
 
@@ -259,7 +263,7 @@ def test_results_out_of_turn_are_refused() -> None:
     run = simulation()
     with pytest.raises(ProtocolError, match="nothing is due"):
         run.scheduler.complete(Result(1, 0), 1)
-    run.add(ask(10, 5))
+    run.add(generation(10, 5))
     run.send_all()
     with pytest.raises(ProtocolError, match="microbatch 0 of epoch 1 is due"):
         run.scheduler.complete(Result(1, 1), 1)
@@ -269,9 +273,9 @@ def test_results_out_of_turn_are_refused() -> None:
 
 def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
     run = simulation(context_length=4096, kv_blocks=600, prefill_chunk=64)
-    long = run.add(ask(4000, 1))
+    long = run.add(generation(4000, 1))
     run.step()
-    short = run.add(ask(20, 1))
+    short = run.add(generation(20, 1))
     while not run.updates[short]:
         assert run.step()
     assert not run.updates[long]
@@ -283,11 +287,11 @@ def test_a_short_prompt_does_not_wait_for_a_long_one() -> None:
 
 def test_decode_continues_during_prefill() -> None:
     run = simulation(context_length=4096, kv_blocks=600, prefill_chunk=64)
-    talking = run.add(ask(10, 200))
+    talking = run.add(generation(10, 200))
     for _ in range(5):
         run.step()
     before = len(run.rows(talking))
-    long = run.add(ask(4000, 1, start=50))
+    long = run.add(generation(4000, 1, start=50))
     while not run.updates[long]:
         assert run.step()
     steps = -(-4000 // 64)
@@ -296,8 +300,8 @@ def test_decode_continues_during_prefill() -> None:
 
 def test_the_oldest_is_never_preempted() -> None:
     run = simulation(kv_blocks=13)
-    oldest = run.add(ask(20, 170))
-    others = [run.add(ask(20, 100, start=start)) for start in range(2, 6)]
+    oldest = run.add(generation(20, 170))
+    others = [run.add(generation(20, 100, start=start)) for start in range(2, 6)]
     tokens_seen = 0
     while len(run.rows(oldest)) < 170:
         assert run.step()
@@ -308,12 +312,12 @@ def test_the_oldest_is_never_preempted() -> None:
     run.finish()
     assert run.scheduler.counts.preemptions > 0
     for start, key in enumerate(others, 2):
-        check_answer(run, key, ask(20, 100, start=start))
+        check_answer(run, key, generation(20, 100, start=start))
 
 
 def test_a_preempted_sequence_waits_for_what_is_in_flight() -> None:
     run = simulation()
-    request = ask(20, 10)
+    request = generation(20, 10)
     key = run.add(request)
     run.step()
     run.send_all()

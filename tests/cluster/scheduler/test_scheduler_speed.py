@@ -25,21 +25,21 @@ def simulated(stage_ns: list[StageNs], hop_us: float = 100, beside: float = 1.0)
     return Simulation(Scheduler(SETTINGS, 1, len(stage_ns)), fake)
 
 
-def ask(index: int, length: int, max_new_tokens: int) -> GenerationRequest:
+def generation(index: int, length: int, max_new_tokens: int) -> GenerationRequest:
     return GenerationRequest("r", tuple((index + i) % VOCABULARY for i in range(length)), max_new_tokens)
 
 
 def prefill_ms(run: Simulation, requests: int, tokens: int) -> float:
     start = run.now_ns
     for index in range(requests):
-        run.add(ask(index, tokens, 1))
+        run.add(generation(index, tokens, 1))
     run.finish()
     return (run.now_ns - start) / 1e6
 
 
 def decode_ms(run: Simulation, sequences: int, tokens: int = 200, skipped: int = 80) -> float:
     """Mean time per token of each, after the first ones."""
-    keys = [run.add(ask(index, 10, tokens)) for index in range(sequences)]
+    keys = [run.add(generation(index, 10, tokens)) for index in range(sequences)]
     while min(len(run.rows(key)) for key in keys) < skipped:
         assert run.step()
     start, before = run.now_ns, sum(len(run.rows(key)) for key in keys)
@@ -93,7 +93,7 @@ def test_stages_that_slow_each_other_down_are_not_overlapped(beside: float) -> N
 def test_requests_that_come_apart_come_together_again() -> None:
     run = simulated([linear(1000, 10)])
     for index in range(8):
-        run.add(ask(index, 10 + index, 200))
+        run.add(generation(index, 10 + index, 200))
         for _ in range(3):
             run.step()
     for _ in range(20):
@@ -105,7 +105,7 @@ def test_never_more_in_flight_than_keeps_stages_busy() -> None:
     for stages in (1, 2, 4):
         run = simulated([linear(1000, 100)] * stages)
         for index in range(10):
-            run.add(ask(index, 500, 30))
+            run.add(generation(index, 500, 30))
         while run.step():
             run.send_all()
             assert len(run.sent) <= 2 * stages + 1

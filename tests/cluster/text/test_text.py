@@ -29,17 +29,17 @@ from support.clusters.served import (
     until,
 )
 
-ASK = CompletionRequest("Hello", seed=7)
+GENERATION = CompletionRequest("Hello", seed=7)
 
 
-async def answers(engine: ScriptedEngine, ask: CompletionRequest) -> list[Answer]:
-    async with await make_service(engine).start(ask) as stream:
+async def answers(engine: ScriptedEngine, generation: CompletionRequest) -> list[Answer]:
+    async with await make_service(engine).start(generation) as stream:
         return await collect(stream)
 
 
 async def one(text: str, **fields: object) -> Answer:
     engine = ScriptedEngine(says(text))
-    (answer,) = await answers(engine, replace(ASK, **fields))  # type: ignore[arg-type]
+    (answer,) = await answers(engine, replace(GENERATION, **fields))  # type: ignore[arg-type]
     assert engine.running == 0
     return answer
 
@@ -107,7 +107,7 @@ async def test_an_answer_ends_at_max_tokens() -> None:
 async def test_never_half_a_character() -> None:
     text = "a 🦙 é 中文"
     engine = ScriptedEngine(says(text))
-    chunks = [chunk async for chunk in make_service(engine).complete(ASK)]
+    chunks = [chunk async for chunk in make_service(engine).complete(GENERATION)]
     assert "".join(chunk.text for chunk in chunks) == text
     assert all("\ufffd" not in chunk.text for chunk in chunks)
     assert any(chunk.rows and not chunk.text for chunk in chunks), "no character came in parts"
@@ -118,7 +118,7 @@ async def test_never_half_a_character() -> None:
 async def test_a_stop_string_ends_the_answer_and_the_request() -> None:
     engine = ScriptedEngine(says("one two three four"))
     service = make_service(engine)
-    async with await service.start(replace(ASK, stop=("zzz", "o th", "our"))) as stream:
+    async with await service.start(replace(GENERATION, stop=("zzz", "o th", "our"))) as stream:
         (answer,) = await collect(stream)
         assert engine.running == 0, "the engine goes on after the stop string"
     assert answer.text == "one tw"
@@ -136,7 +136,7 @@ async def test_min_tokens_come_before_any_stop() -> None:
     answer = await one("stop stop stop", stop=("stop",), min_tokens=count)
     assert answer.text == "stop stop "
     engine = ScriptedEngine(says("a"))
-    await answers(engine, replace(ASK, ignore_eos=True, max_new_tokens=5))
+    await answers(engine, replace(GENERATION, ignore_eos=True, max_new_tokens=5))
     assert engine.submitted[0].min_tokens == 5
     assert END in engine.submitted[0].stop_token_ids
 
@@ -155,18 +155,18 @@ async def test_offsets_are_where_each_token_begins() -> None:
 
 
 async def test_choices_share_a_prompt_and_have_their_own_numbers() -> None:
-    engine = ScriptedEngine(lambda ask: ids(f"choice {ask.choice}"))
-    found = await answers(engine, replace(ASK, n=3))
+    engine = ScriptedEngine(lambda generation: ids(f"choice {generation.choice}"))
+    found = await answers(engine, replace(GENERATION, n=3))
     assert [answer.text for answer in found] == ["choice 0", "choice 1", "choice 2"]
-    assert len({ask.request_id for ask in engine.submitted}) == 3
-    assert {(ask.seed, ask.prompt) for ask in engine.submitted} == {(7, tuple(ids("Hello")))}
+    assert len({generation.request_id for generation in engine.submitted}) == 3
+    assert {(generation.seed, generation.prompt) for generation in engine.submitted} == {(7, tuple(ids("Hello")))}
     assert engine.running == 0
 
 
 async def test_later_choices_are_submitted_once_the_prompt_is_computed() -> None:
     engine = ScriptedEngine(says("a b c"))
     engine.gate.clear()
-    async with await make_service(engine).start(replace(ASK, n=3)) as stream:
+    async with await make_service(engine).start(replace(GENERATION, n=3)) as stream:
         await until(lambda: len(engine.submitted) == 1)
         engine.gate.set()
         assert len(await collect(stream)) == 3
@@ -174,8 +174,8 @@ async def test_later_choices_are_submitted_once_the_prompt_is_computed() -> None
 
 async def test_choices_find_the_prompt_in_the_prefix_cache() -> None:
     async with real_engine() as (engine, _):
-        ask = CompletionRequest(tuple(range(100)), max_new_tokens=4, n=3, seed=1)
-        async with await make_service(engine).start(ask) as stream:
+        generation = CompletionRequest(tuple(range(100)), max_new_tokens=4, n=3, seed=1)
+        async with await make_service(engine).start(generation) as stream:
             found = await collect(stream)
         assert [answer.timings.cached_tokens for answer in found] == [0, 96, 96]
 
@@ -183,11 +183,11 @@ async def test_choices_find_the_prompt_in_the_prefix_cache() -> None:
 async def test_seeds() -> None:
     engine = ScriptedEngine(says("a"))
     for seed in (0, 5, -1, 2**64 - 1, None, None):
-        await answers(engine, replace(ASK, seed=seed))
-    first, second, minus_one, most, drawn, other = (ask.seed for ask in engine.submitted)
+        await answers(engine, replace(GENERATION, seed=seed))
+    first, second, minus_one, most, drawn, other = (generation.seed for generation in engine.submitted)
     assert (first, second, minus_one, most) == (0, 5, 2**64 - 1, 2**64 - 1)
     assert drawn != other and max(drawn, other) < 2**53
-    async with await make_service(engine).start(ASK) as stream:
+    async with await make_service(engine).start(GENERATION) as stream:
         assert stream.seed == 7
 
 
@@ -205,7 +205,7 @@ async def test_prompt_logprobs() -> None:
 async def test_a_cancelled_reader_ends_the_request() -> None:
     async with real_engine() as (engine, _):
         service = make_service(engine)
-        chunks = service.complete(replace(ASK, n=4))
+        chunks = service.complete(replace(GENERATION, n=4))
         await anext(chunks)
         assert service.active_requests == 1 and engine.scheduler.counts.running >= 1
         await chunks.aclose()  # type: ignore[attr-defined]
@@ -217,7 +217,7 @@ async def test_an_error_reaches_the_reader_and_ends_all_choices() -> None:
     engine = ScriptedEngine(says("a b c d"), failure=WorkerError("worker b (layers 3-5) is gone"), failure_after=2)
     texts = []
     with pytest.raises(WorkerError, match="layers 3-5"):
-        async for chunk in make_service(engine).complete(replace(ASK, n=2)):
+        async for chunk in make_service(engine).complete(replace(GENERATION, n=2)):
             texts.append(chunk.text)
     assert texts and engine.running == 0
 
@@ -226,7 +226,7 @@ async def test_refusals_come_before_anything_runs() -> None:
     engine = ScriptedEngine(says("a"), refusal=QueueFullError("full", 3.0))
     service = make_service(engine)
     with pytest.raises(QueueFullError):
-        await service.start(ASK)
+        await service.start(GENERATION)
     assert service.active_requests == 0
 
 
@@ -264,14 +264,14 @@ async def test_refusals_come_before_anything_runs() -> None:
 async def test_bad_requests_are_refused_by_name(fields: dict[str, object], message: str) -> None:
     engine = ScriptedEngine(says("a"))
     with pytest.raises(ParameterError, match=message) as refused:
-        await make_service(engine).start(replace(ASK, **fields))  # type: ignore[arg-type]
+        await make_service(engine).start(replace(GENERATION, **fields))  # type: ignore[arg-type]
     field = {"max_tokens": "max_new_tokens"}.get(refused.value.param, refused.value.param)
     assert field in fields or field in str(fields.get("params"))
     assert engine.submitted == []
 
 
 async def test_the_context_bounds_an_answer() -> None:
-    engine = ScriptedEngine(lambda ask: [65] * 1000)
+    engine = ScriptedEngine(lambda generation: [65] * 1000)
     (answer,) = await answers(engine, CompletionRequest((1,) * (CONTEXT - 5)))
     assert len(answer.rows) == 5 and answer.finish_reason is FinishReason.LENGTH
     (scored,) = await answers(engine, CompletionRequest((1,) * CONTEXT, max_new_tokens=0))
@@ -318,7 +318,7 @@ async def test_what_is_surely_too_long_is_refused_before_it_is_tokenized(monkeyp
     longest = service.tokenizer.longest_word
     monkeypatch.setattr(type(service.tokenizer), "encode_plain", None)
     for call in (
-        service.start(replace(ASK, prompt="a" * (CONTEXT * longest + 1))),
+        service.start(replace(GENERATION, prompt="a" * (CONTEXT * longest + 1))),
         service.chat_prompt([{"role": "user", "content": "a" * (CONTEXT * longest + 1)}]),
         service.tokenize_all(["a"] * (CONTEXT + 1), CONTEXT, "prompt"),
         service.tokenize_all(["a" * (CONTEXT * longest), "a"], CONTEXT, "prompt"),
@@ -329,9 +329,9 @@ async def test_what_is_surely_too_long_is_refused_before_it_is_tokenized(monkeyp
 
 async def test_a_bug_in_a_choice_does_not_leave_the_reader_waiting() -> None:
     engine = ScriptedEngine(says("a"))
-    engine.script = lambda ask: [VOCABULARY_ERROR]
+    engine.script = lambda generation: [VOCABULARY_ERROR]
     with pytest.raises(LlamaclustError):
-        await answers(engine, ASK)
+        await answers(engine, GENERATION)
 
 
 VOCABULARY_ERROR = 10_000

@@ -14,11 +14,11 @@ from llamaclust.cluster.text.request import CompletionRequest
 from llamaclust.core.errors import DeadlineError, QueueFullError
 from support.clusters.served import ScriptedEngine, make_service, real_engine, says, until
 
-ASK = CompletionRequest("Hello", seed=7)
+GENERATION = CompletionRequest("Hello", seed=7)
 
 
-async def answers(engine: ScriptedEngine, ask: CompletionRequest) -> list[Answer]:
-    async with await make_service(engine).start(ask) as stream:
+async def answers(engine: ScriptedEngine, generation: CompletionRequest) -> list[Answer]:
+    async with await make_service(engine).start(generation) as stream:
         return await collect(stream)
 
 
@@ -27,13 +27,13 @@ async def test_later_choices_wait_where_the_queue_is_full() -> None:
     submit = engine.submit
     refusals = [QueueFullError("full", 0.01), QueueFullError("full", 0.01)]
 
-    def picky(ask):  # type: ignore[no-untyped-def]
-        if ask.choice and refusals:
+    def picky(generation):  # type: ignore[no-untyped-def]
+        if generation.choice and refusals:
             raise refusals.pop()
-        return submit(ask)
+        return submit(generation)
 
     engine.submit = picky  # type: ignore[method-assign]
-    assert len(await answers(engine, replace(ASK, n=2))) == 2
+    assert len(await answers(engine, replace(GENERATION, n=2))) == 2
     assert not refusals
 
 
@@ -42,21 +42,21 @@ async def test_later_choices_do_not_wait_for_ever(monkeypatch: pytest.MonkeyPatc
     engine = ScriptedEngine(says("a b"))
     submit = engine.submit
 
-    def picky(ask):  # type: ignore[no-untyped-def]
-        if ask.choice:
+    def picky(generation):  # type: ignore[no-untyped-def]
+        if generation.choice:
             raise QueueFullError("full", 0.01)
-        return submit(ask)
+        return submit(generation)
 
     engine.submit = picky  # type: ignore[method-assign]
     with pytest.raises(QueueFullError):
-        await answers(engine, replace(ASK, n=2))
+        await answers(engine, replace(GENERATION, n=2))
     assert engine.running == 0
 
 
 async def test_a_reader_that_falls_behind_ends_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream_module, "_MAX_UNREAD_ROWS", 20)
     engine = ScriptedEngine(says("a" * 100))
-    async with await make_service(engine).start(replace(ASK, n=3)) as stream:
+    async with await make_service(engine).start(replace(GENERATION, n=3)) as stream:
         await anext(stream)
         await until(lambda: engine.running == 0)
         with pytest.raises(DeadlineError, match="read too slowly: 21 tokens"):
@@ -67,7 +67,7 @@ async def test_a_drained_service_has_answered_every_choice() -> None:
     async with real_engine() as (engine, pipeline):
         service = make_service(engine)
         pipeline.gate.clear()
-        stream = await service.start(replace(ASK, n=4, max_new_tokens=5))
+        stream = await service.start(replace(GENERATION, n=4, max_new_tokens=5))
 
         async def read() -> list[Answer]:
             async with stream:
@@ -86,7 +86,7 @@ async def test_an_unread_answer_is_kept_whole(monkeypatch: pytest.MonkeyPatch) -
     """Prompts of one request are read one after the other."""
     monkeypatch.setattr(stream_module, "_MAX_UNREAD_ROWS", 20)
     engine = ScriptedEngine(says("a" * 100))
-    async with await make_service(engine).start(ASK) as stream:
+    async with await make_service(engine).start(GENERATION) as stream:
         await until(lambda: engine.running == 0)
         (answer,) = await collect(stream)
     assert answer.text == "a" * 100

@@ -169,8 +169,8 @@ class Simulation:
     microbatches: list[ScheduledMicrobatch] = field(default_factory=list)
     check: Callable[[ScheduledMicrobatch], None] = lambda scheduled: None
 
-    def add(self, ask: GenerationRequest) -> int:
-        key = self.scheduler.add(ask, self.now_ns).key
+    def add(self, generation: GenerationRequest) -> int:
+        key = self.scheduler.add(generation, self.now_ns).key
         self.updates[key] = []
         return key
 
@@ -210,37 +210,39 @@ class Simulation:
         return found
 
 
-def expected(ask: GenerationRequest, context_length: int) -> tuple[list[RowResult], dict[int, RowResult], FinishReason]:
+def expected(
+    generation: GenerationRequest, context_length: int
+) -> tuple[list[RowResult], dict[int, RowResult], FinishReason]:
     """What a request must give, whatever happens around it: (chosen, scored, reason)."""
-    tokens = list(ask.prompt)
+    tokens = list(generation.prompt)
     scored = {}
-    if ask.score_from is not None:
-        for position in range(max(ask.score_from, 1), len(tokens)):
-            task = ScoreTask(tokens[position], ask.top_logprobs)
+    if generation.score_from is not None:
+        for position in range(max(generation.score_from, 1), len(tokens)):
+            task = ScoreTask(tokens[position], generation.top_logprobs)
             scored[position] = answer(tokens[:position], task)
     rows: list[RowResult] = []
-    chain = ask.params.chain
+    chain = generation.params.chain
     mu = chain.first_mu if chain else 0.0
-    while len(rows) < ask.max_new_tokens and len(tokens) < context_length:
-        history = tuple(tokens[-ask.history_window :]) if ask.history_window else ()
-        suppressed = tuple(sorted(ask.stop_token_ids)) if len(rows) < ask.min_tokens else ()
+    while len(rows) < generation.max_new_tokens and len(tokens) < context_length:
+        history = tuple(tokens[-generation.history_window :]) if generation.history_window else ()
+        suppressed = tuple(sorted(generation.stop_token_ids)) if len(rows) < generation.min_tokens else ()
         task_now = SampleTask(
-            ask.params,
-            ask.seed,
-            ask.choice,
+            generation.params,
+            generation.seed,
+            generation.choice,
             len(tokens),
             history,
             suppressed,
-            ask.top_logprobs,
-            penalty_window=ask.penalty_window if ask.looks_for_repetitions else None,
-            dry_window=ask.dry_window if ask.looks_for_repetitions else None,
-            breakers=SeenBreakers(ask.breakers, tokens).sequences,
+            generation.top_logprobs,
+            penalty_window=generation.penalty_window if generation.looks_for_repetitions else None,
+            dry_window=generation.dry_window if generation.looks_for_repetitions else None,
+            breakers=SeenBreakers(generation.breakers, tokens).sequences,
             mu=mu,
         )
         rows.append(answer(tokens, task_now))
         tokens.append(rows[-1].token)
         mu = mu if rows[-1].mu is None else rows[-1].mu
-        if tokens[-1] in ask.stop_token_ids:
+        if tokens[-1] in generation.stop_token_ids:
             return rows, scored, FinishReason.STOP
     return rows, scored, FinishReason.LENGTH
 

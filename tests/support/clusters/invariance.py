@@ -64,20 +64,22 @@ class Work:
     """Requests to compare: one greedy, one seeded whose context is longer than a span, one that scores its prompt, and
     seven that grow long enough to be preempted when KV memory is short."""
 
-    asks: tuple[GenerationRequest, ...]
+    generations: tuple[GenerationRequest, ...]
     kv_heads: int
     head_dim: int
 
-    def asks_of(self, way: Way) -> tuple[GenerationRequest, ...]:
+    def requests_of(self, way: Way) -> tuple[GenerationRequest, ...]:
         """A third of what those that grow do, where they need not grow that long."""
         if way.every or way.preempted:
-            return self.asks
-        grow = (replace(ask, max_new_tokens=ask.max_new_tokens // 3) for ask in self.asks[_OWN:])
-        return self.asks[:_OWN] + (tuple(grow) if way.company else ())
+            return self.generations
+        grow = (
+            replace(generation, max_new_tokens=generation.max_new_tokens // 3) for generation in self.generations[_OWN:]
+        )
+        return self.generations[:_OWN] + (tuple(grow) if way.company else ())
 
     @property
     def longest(self) -> int:
-        return max(len(ask.prompt) + ask.max_new_tokens for ask in self.asks)
+        return max(len(generation.prompt) + generation.max_new_tokens for generation in self.generations)
 
 
 @cache
@@ -160,21 +162,21 @@ def check_answers(answers: list[Answer], expected: list[Answer]) -> None:
 
 
 async def _answers(cluster: Cluster, way: Way, work: Work) -> list[Answer]:
-    asks = work.asks_of(way)
+    generations = work.requests_of(way)
     if way.company or way.preempted:
-        return await asyncio.gather(*(_ask(cluster, ask) for ask in asks))
-    return [await _ask(cluster, ask) for ask in asks]
+        return await asyncio.gather(*(_answer_to(cluster, generation) for generation in generations))
+    return [await _answer_to(cluster, generation) for generation in generations]
 
 
-async def _ask(cluster: Cluster, ask: GenerationRequest) -> Answer:
+async def _answer_to(cluster: Cluster, generation: GenerationRequest) -> Answer:
     rows: list[RowResult] = []
     tokens = 0
-    async for event in cluster.engine.submit(ask):
+    async for event in cluster.engine.submit(generation):
         match event:
             case PromptScored():
                 rows += event.rows
             case TokenSampled():
                 rows.append(event.row)
                 tokens += 1
-    assert tokens == ask.max_new_tokens
+    assert tokens == generation.max_new_tokens
     return tuple((row.token, struct.pack("<f", row.logprob)) for row in rows)

@@ -40,7 +40,7 @@ def model_in(folder: Path) -> Path:
     return build_tiny_model(folder / "tiny.gguf", layers=6, context=CONTEXT)
 
 
-def asks(seed: int, tokens: int = 120, longest: int = 90) -> tuple[GenerationRequest, ...]:
+def generations(seed: int, tokens: int = 120, longest: int = 90) -> tuple[GenerationRequest, ...]:
     """Half of them greedy, half seeded, one with scores of its prompt, two with a common beginning."""
     source = Random(seed)
     prompts = [[source.randrange(3, 320) for _ in range(source.randrange(20, longest))] for _ in range(REQUESTS)]
@@ -64,7 +64,7 @@ def undisturbed(model: Path, requests: Sequence[GenerationRequest]) -> list[Answ
     async def run() -> list[Answer]:
         client = LocalClient(model, threads=1, settings=LocalSettings(context_length=CONTEXT))
         async with client._stage.serve() as service:
-            return [await answer_of(service._engine.submit(ask)) for ask in requests]
+            return [await answer_of(service._engine.submit(generation)) for generation in requests]
 
     return asyncio.run(run())
 
@@ -87,13 +87,14 @@ class Recovering:
 
     cluster: Cluster
     told: list[str]
-    on_news: Callable[[str], None] = lambda text: None
+    on_event: Callable[[str], None] = lambda text: None
     tokens: int = 0  # that clients have got
     _token: asyncio.Event = field(default_factory=asyncio.Event)
 
     def start(self, requests: Sequence[GenerationRequest]) -> list[asyncio.Task[Answer]]:
         return [
-            asyncio.create_task(answer_of(self.cluster.engine.submit(ask), on_token=self._count)) for ask in requests
+            asyncio.create_task(answer_of(self.cluster.engine.submit(generation), on_token=self._count))
+            for generation in requests
         ]
 
     def _count(self) -> None:
@@ -169,7 +170,7 @@ async def recovering(
         if isinstance(event, Notice):
             told.append(event.text)
             for run in running:
-                run.on_news(event.text)
+                run.on_event(event.text)
         elif isinstance(event, PlanMade) and not plans:
             plans.append(event)
             at_plan()

@@ -131,32 +131,34 @@ class ScriptedEngine:
         self.running += 1
         return ScriptedStream(self, generation, deque(self._events(generation)))
 
-    def _events(self, ask: GenerationRequest) -> list[Event | LlamaclustError]:
+    def _events(self, generation: GenerationRequest) -> list[Event | LlamaclustError]:
         events: list[Event | LlamaclustError] = []
-        if ask.score_from is not None and len(ask.prompt) > 1:
-            first = max(ask.score_from, 1)
-            events.append(PromptScored(first, tuple(self._row(ask, i) for i in range(first, len(ask.prompt)))))
-        tokens = [*self.script(ask), END][: ask.max_new_tokens]
-        stop = next((i + 1 for i, token in enumerate(tokens) if token in ask.stop_token_ids), None)
-        rows = [self._chosen(ask, token, place) for place, token in enumerate(tokens[:stop])]
+        if generation.score_from is not None and len(generation.prompt) > 1:
+            first = max(generation.score_from, 1)
+            events.append(
+                PromptScored(first, tuple(self._row(generation, i) for i in range(first, len(generation.prompt))))
+            )
+        tokens = [*self.script(generation), END][: generation.max_new_tokens]
+        stop = next((i + 1 for i, token in enumerate(tokens) if token in generation.stop_token_ids), None)
+        rows = [self._chosen(generation, token, place) for place, token in enumerate(tokens[:stop])]
         events += [TokenSampled(row) for row in rows]
         if self.failure is not None:
             return [*events[: self.failure_after], self.failure]
         reason = FinishReason.LENGTH if stop is None else FinishReason.STOP
-        timings = Timings(1.5, 20.0, 100.0, 50.0, len(ask.prompt), 3, len(rows))
+        timings = Timings(1.5, 20.0, 100.0, 50.0, len(generation.prompt), 3, len(rows))
         return [*events, Finished(reason, timings)]
 
-    def _row(self, ask: GenerationRequest, place: int) -> RowResult:
-        return self._chosen(ask, ask.prompt[place], place)
+    def _row(self, generation: GenerationRequest, place: int) -> RowResult:
+        return self._chosen(generation, generation.prompt[place], place)
 
-    def _chosen(self, ask: GenerationRequest, token: int, place: int) -> RowResult:
-        top = tuple((i, logprob(place + i)) for i in range(ask.top_logprobs))
+    def _chosen(self, generation: GenerationRequest, token: int, place: int) -> RowResult:
+        top = tuple((i, logprob(place + i)) for i in range(generation.top_logprobs))
         return RowResult(token, logprob(place), top)
 
 
 def says(text: str) -> Script:
     tokens = ids(text)
-    return lambda ask: tokens
+    return lambda generation: tokens
 
 
 def make_service(engine: Any, template: ChatTemplate | None = None) -> TextService:

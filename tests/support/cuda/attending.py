@@ -127,10 +127,10 @@ class Attender:
 
     def run(self, batch: Batch, rows: Float32, *, store_only: bool = False, one_row_each: bool = False) -> Float32:
         """out [rows, heads * head_dim]. Launches are for some more rows than there are."""
-        step, put, spare = self.step, self.bench.put, 3
+        step, put, unused = self.step, self.bench.put, 3
         parts = np.split(rows, [step.q.width, step.q.width + step.k.width], axis=1)
-        q, k, v = (put(np.concatenate([part, np.full((spare, part.shape[1]), np.nan, np.float32)])) for part in parts)
-        out = self.bench.room(4 * (len(rows) + spare) * step.out.width)
+        q, k, v = (put(np.concatenate([part, np.full((unused, part.shape[1]), np.nan, np.float32)])) for part in parts)
+        out = self.bench.room(4 * (len(rows) + unused) * step.out.width)
         header = np.array([batch.rows, len(batch.sequence_starts) - 1, 0], np.int32)
         arrays = (header, batch.positions, batch.sequence_starts, batch.table_starts)
         inputs = Inputs(*(put(array).at() for array in arrays))
@@ -150,14 +150,14 @@ class Attender:
             by_256=self.quantized.get("by_256", NULL),
         )
         if self.rotation is not None:
-            places = replace(places, rotation=self._rotation(self.rotation, inputs, len(rows) + spare))
-        bounds = BatchBounds(len(rows) + spare, LIMITS.max_sequences, one_row_each)
+            places = replace(places, rotation=self._rotation(self.rotation, inputs, len(rows) + unused))
+        bounds = BatchBounds(len(rows) + unused, LIMITS.max_sequences, one_row_each)
         launches = attention_launches(step, self.gpu, self.room, inputs, places, bounds)
         launches = (plan_launch(cut_of(step, self.gpu), self.room, inputs, self.plan.at()), *launches)
         for launch in launches[: 2 if store_only else None]:
             self.bench.device.launch(launch)
             self.launched.add(launch.kernel)
-        return self.bench.get(out, (len(rows) + spare, step.out.width))[: len(rows)]
+        return self.bench.get(out, (len(rows) + unused, step.out.width))[: len(rows)]
 
     def _rotation(self, rope: Rope, inputs: Inputs, rows: int) -> Rotation:
         table, pairs = rope.table, len(rope.table.frequencies)

@@ -23,7 +23,7 @@ _SPEED = {"memory_bandwidth_gb_s": 10.0, "int8_gmac_s": 100.0}
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class PlainRequest:
     prompt: str
     max_tokens: int
     seed: int | None = None  # None: greedy
@@ -45,20 +45,23 @@ class Answer:
         return Answer(self.token_ids[:tokens], self.logprobs[:tokens])
 
 
-def eight(max_tokens: int) -> list[Ask]:
+def eight(max_tokens: int) -> list[PlainRequest]:
     """Greedy and seeded in turn, prompts of some twenty to sixty tokens."""
     tale = (
         "Once upon a time, in a small town by the sea, there lived an old keeper of the lighthouse who counted ships."
     )
     return [
-        Ask(f"{number}. " + tale * (1 + number % 3), max_tokens, number if number % 2 else None) for number in range(8)
+        PlainRequest(f"{number}. " + tale * (1 + number % 3), max_tokens, number if number % 2 else None)
+        for number in range(8)
     ]
 
 
-async def ask_all(api: str, asks: Sequence[Ask]) -> list[Answer]:
+async def request_all(api: str, generations: Sequence[PlainRequest]) -> list[Answer]:
     """All at once."""
     async with httpx.AsyncClient(base_url=api, timeout=_ANSWER_S, trust_env=False) as http:
-        replies = await asyncio.gather(*(http.post("/v1/completions", json=ask.body) for ask in asks))
+        replies = await asyncio.gather(
+            *(http.post("/v1/completions", json=generation.body) for generation in generations)
+        )
     answers = []
     for reply in replies:
         assert reply.status_code == 200, reply.text
@@ -67,12 +70,12 @@ async def ask_all(api: str, asks: Sequence[Ask]) -> list[Answer]:
     return answers
 
 
-def undisturbed(model: Path, asks: Sequence[Ask]) -> list[Answer]:
+def undisturbed(model: Path, generations: Sequence[PlainRequest]) -> list[Answer]:
     """From one worker beside its coordinator, without a network."""
     speed = [{"name": "alone", "threads": 1, **_SPEED}]
     with command_line() as line, line.cluster(model, "alone", workers=speed, context_length=512) as cluster:
-        answers = asyncio.run(ask_all(cluster.api, asks))
-    assert [len(answer.token_ids) for answer in answers] == [ask.max_tokens for ask in asks]
+        answers = asyncio.run(request_all(cluster.api, generations))
+    assert [len(answer.token_ids) for answer in answers] == [generation.max_tokens for generation in generations]
     return answers
 
 
@@ -84,13 +87,13 @@ class DistantCluster:
     workers: dict[str, Running]
     _asking: ThreadPoolExecutor
 
-    def answers(self, asks: Sequence[Ask]) -> list[Answer]:
+    def answers(self, generations: Sequence[PlainRequest]) -> list[Answer]:
         """As a client on the coordinator's host gets them."""
-        return self.box[COORDINATOR].call(lambda: asyncio.run(ask_all(f"http://{_API}", asks)))
+        return self.box[COORDINATOR].call(lambda: asyncio.run(request_all(f"http://{_API}", generations)))
 
-    def asked(self, asks: Sequence[Ask]) -> Future[list[Answer]]:
+    def asked(self, generations: Sequence[PlainRequest]) -> Future[list[Answer]]:
         """The same meanwhile."""
-        return self._asking.submit(self.answers, asks)
+        return self._asking.submit(self.answers, generations)
 
     def get(self, path: str) -> httpx.Response:
         def get() -> httpx.Response:

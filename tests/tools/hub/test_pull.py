@@ -61,7 +61,7 @@ def settings_in_variables() -> PipSettings:
 
 
 @pytest.fixture
-def asks_pip(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def queries_pip(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pull, "pip_settings", pip_settings)
 
 

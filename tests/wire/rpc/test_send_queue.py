@@ -8,7 +8,7 @@ import pytest
 
 from llamaclust.core.errors import DeadlineError
 from llamaclust.wire.rpc.deadlines import recurring_deadline
-from llamaclust.wire.rpc.send_queue import Outbox
+from llamaclust.wire.rpc.send_queue import SendQueue
 
 
 class Slow:
@@ -28,7 +28,7 @@ class Slow:
 
 async def test_messages_go_out_in_order_and_nobody_waits() -> None:
     stream = Slow()
-    box = Outbox(stream, "a message", 5.0)
+    box = SendQueue(stream, "a message", 5.0)
     box.put(b"0")  # before anybody sends
     running = asyncio.create_task(box.run())
     for number in range(1, 9):
@@ -44,7 +44,7 @@ async def test_messages_go_out_in_order_and_nobody_waits() -> None:
 
 async def test_a_message_that_is_not_taken_is_heard_of_and_waiting_for_one_is_not() -> None:
     stream = Slow()
-    box = Outbox(stream, "a message", 0.05)
+    box = SendQueue(stream, "a message", 0.05)
     running = asyncio.create_task(box.run())
     await asyncio.wait((running,), timeout=0.2)
     assert not running.done(), "there was nothing to send"

@@ -20,13 +20,13 @@ from llamaclust.worker.static import live_by_itself
 from llamaclust.worker.weights.fetch import Patience, WeightFetch
 from llamaclust.worker.weights.weights import Weights
 from support.clusters.command_line import eventually
-from support.clusters.recovering import Answer, answer_of, asks, undisturbed
+from support.clusters.recovering import Answer, answer_of, generations, undisturbed
 from support.clusters.static_cluster import free_port, named
 from support.clusters.weight_peers import IMPATIENT
 from support.models.tiny_model import build_tiny_model
 
 PLAN = [{"worker": "b", "layers": [0, 2]}]
-REQUESTS = asks(1, 8)[:2]
+REQUESTS = generations(1, 8)[:2]
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ async def answers(
     directory = ClusterDir(settings.state_dir / settings.name)
     with directory.locked():
         async with open_cluster(settings, model, directory, watch) as cluster:
-            return [await answer_of(cluster.engine.submit(ask)) for ask in requests]
+            return [await answer_of(cluster.engine.submit(generation)) for generation in requests]
 
 
 async def test_a_holder_that_is_back_elsewhere_is_asked_at_once(

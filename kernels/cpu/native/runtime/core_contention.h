@@ -28,10 +28,10 @@ class SimilarJobs {
   void report(double cost, double waited_share) {
     costs_[seen_++] = cost;
     waited_ += waited_share;
-    if (trying_ && hopeless()) return end_trial(false);
+    if (trying_ && hopeless()) return end_probe(false);
     if (!trying_ && held_jobs_ > 0) held_jobs_--;
     if (seen_ < compared_) return;
-    if (trying_) return end_trial(typical() < kClearlyLess * usual_);
+    if (trying_) return end_probe(typical() < kClearlyLess * usual_);
     usual_ = typical();
     const bool contended = waited_ > contended_share_ * compared_;
     forget();
@@ -58,7 +58,7 @@ class SimilarJobs {
   // Each job so far cost far more than usual, or they cost as much as the whole trial may.
   bool hopeless() const { return seen_ > 1 && (least() > kFarMore * usual_ || seen_ * typical() > compared_ * usual_); }
 
-  void end_trial(bool pays) {
+  void end_probe(bool pays) {
     if (pays) std::swap(threads_, other_);
     held_jobs_ = hold_ = std::clamp(pays ? hold_ / 4 : 2 * hold_, kShortestHold, kLongestHold);
     trying_ = false;

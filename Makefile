@@ -44,7 +44,7 @@ cuda-matrix: build $(VENV)/.test ## those kernels compiled for every architectur
 	$(PIP) install -c constraints.txt --group cuda
 	$(BIN)/python -m pytest tests/cuda/test_compile.py --all-architectures
 
-lint: build $(VENV)/.lint ## format, style, types, arrows
+lint: build $(VENV)/.lint $(VENV)/.test ## format, style, types of program and tests, imports between packages
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy

@@ -96,6 +96,18 @@ def test_names_are_as_prometheus_wants_them(text: str) -> None:
     assert ratios and all(0 <= ratio <= 1 for ratio in ratios)
 
 
+def test_the_api_page_lists_every_metric_and_no_other(text: str) -> None:
+    page = (ROOT / "docs/api.md").read_text()
+    table = page.partition("## Metrics\n")[2].partition("\n## ")[0]
+    listed = {name for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}
+    written = {
+        name.removeprefix("llamaclust_") + "_total" * (family.type == "counter")
+        for name, family in families(text).items()
+        if not name.endswith("_created")
+    }
+    assert listed == written
+
+
 def test_workers_say_what_went_between_them(text: str) -> None:
     assert value(text, "llamaclust_worker_received_bytes_total", worker="a") == 5000
     assert value(text, "llamaclust_worker_sent_bytes_total", worker="a") == 6000

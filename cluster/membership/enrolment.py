@@ -101,7 +101,7 @@ class EnrolmentServer:
             async with deadline("an enrolment", _EXCHANGE_S):
                 await self._exchange(connection)
         except (LlamaclustError, OSError) as error:
-            self._refusals.tell(f"enrolment of {peer}: {error}")
+            self._refusals.tell(f"enrolment of {peer}: {str(error) or 'the connection was closed'}")
         except Exception:  # noqa: BLE001  a border: the port serves on
             _log.exception("an enrolment failed")
         finally:

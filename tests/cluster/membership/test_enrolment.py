@@ -261,6 +261,16 @@ async def test_plain_text_gets_no_answer(trust: Authority, caplog: pytest.LogCap
         await told(caplog, 1)
 
 
+async def test_a_connection_closed_in_the_handshake_is_logged_with_its_reason(
+    trust: Authority, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with enrolment(trust) as (host, port):
+        _, writer = await asyncio.open_connection(host, port)
+        writer.close()
+        [line] = await told(caplog, 1)
+        assert line == "enrolment of 127.0.0.1: the connection was closed"
+
+
 async def test_old_tls_is_refused(trust: Authority) -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE

@@ -43,6 +43,7 @@ class WorkerMessage(_message.Message):
     PEER_UNREACHABLE_FIELD_NUMBER: _builtins.int
     PROBE_RESULT_FIELD_NUMBER: _builtins.int
     LOG_TAIL_FIELD_NUMBER: _builtins.int
+    UNLOAD_FAILED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def register(self) -> Global___Register:
         """First message of the stream."""
@@ -103,6 +104,10 @@ class WorkerMessage(_message.Message):
     def log_tail(self) -> Global___LogTail:
         """Answer to GetLog."""
 
+    @_builtins.property
+    def unload_failed(self) -> _loading_pb2.UnloadFailed:
+        """Unload did not succeed."""
+
     def __init__(
         self,
         *,
@@ -121,12 +126,13 @@ class WorkerMessage(_message.Message):
         peer_unreachable: _profile_pb2.PeerUnreachable | None = ...,
         probe_result: _profile_pb2.ProbeResult | None = ...,
         log_tail: Global___LogTail | None = ...,
+        unload_failed: _loading_pb2.UnloadFailed | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["find_weights_progress", b"find_weights_progress", "heartbeat", b"heartbeat", "kind", b"kind", "link_profiles", b"link_profiles", "load_failed", b"load_failed", "load_progress", b"load_progress", "loaded", b"loaded", "log_tail", b"log_tail", "peer_unreachable", b"peer_unreachable", "probe_result", b"probe_result", "register", b"register", "renew_certificate", b"renew_certificate", "request_failed", b"request_failed", "unloaded", b"unloaded", "weights_found", b"weights_found", "worker_profile", b"worker_profile"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["find_weights_progress", b"find_weights_progress", "heartbeat", b"heartbeat", "kind", b"kind", "link_profiles", b"link_profiles", "load_failed", b"load_failed", "load_progress", b"load_progress", "loaded", b"loaded", "log_tail", b"log_tail", "peer_unreachable", b"peer_unreachable", "probe_result", b"probe_result", "register", b"register", "renew_certificate", b"renew_certificate", "request_failed", b"request_failed", "unload_failed", b"unload_failed", "unloaded", b"unloaded", "weights_found", b"weights_found", "worker_profile", b"worker_profile"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["find_weights_progress", b"find_weights_progress", "heartbeat", b"heartbeat", "kind", b"kind", "link_profiles", b"link_profiles", "load_failed", b"load_failed", "load_progress", b"load_progress", "loaded", b"loaded", "log_tail", b"log_tail", "peer_unreachable", b"peer_unreachable", "probe_result", b"probe_result", "register", b"register", "renew_certificate", b"renew_certificate", "request_failed", b"request_failed", "unloaded", b"unloaded", "weights_found", b"weights_found", "worker_profile", b"worker_profile"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["find_weights_progress", b"find_weights_progress", "heartbeat", b"heartbeat", "kind", b"kind", "link_profiles", b"link_profiles", "load_failed", b"load_failed", "load_progress", b"load_progress", "loaded", b"loaded", "log_tail", b"log_tail", "peer_unreachable", b"peer_unreachable", "probe_result", b"probe_result", "register", b"register", "renew_certificate", b"renew_certificate", "request_failed", b"request_failed", "unload_failed", b"unload_failed", "unloaded", b"unloaded", "weights_found", b"weights_found", "worker_profile", b"worker_profile"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["register", "worker_profile", "load_progress", "loaded", "load_failed", "unloaded", "heartbeat", "request_failed", "renew_certificate", "link_profiles", "weights_found", "find_weights_progress", "peer_unreachable", "probe_result", "log_tail"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["register", "worker_profile", "load_progress", "loaded", "load_failed", "unloaded", "heartbeat", "request_failed", "renew_certificate", "link_profiles", "weights_found", "find_weights_progress", "peer_unreachable", "probe_result", "log_tail", "unload_failed"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 

@@ -374,6 +374,34 @@ class Unloaded(_message.Message):
 Global___Unloaded: _TypeAlias = Unloaded  # noqa: Y015
 
 @_typing.final
+class UnloadFailed(_message.Message):
+    """Why it was not freed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: _builtins.int
+    FAILURE_FIELD_NUMBER: _builtins.int
+    epoch: _builtins.int
+    """Of the Unload."""
+    @_builtins.property
+    def failure(self) -> Global___Failure:
+        """The error."""
+
+    def __init__(
+        self,
+        *,
+        epoch: _builtins.int = ...,
+        failure: Global___Failure | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "failure", b"failure"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnloadFailed: _TypeAlias = UnloadFailed  # noqa: Y015
+
+@_typing.final
 class WeightSources(_message.Message):
     """A model without its weights, and workers that have those (wire/weight_stream.py). All is known by SHA-256."""
 

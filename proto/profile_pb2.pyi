@@ -61,7 +61,9 @@ class WorkerProfile(_message.Message):
     request_id: _builtins.int
     """Of the request."""
     @_builtins.property
-    def profile(self) -> Global___Profile: ...
+    def profile(self) -> Global___Profile:
+        """Of the machine."""
+
     def __init__(
         self,
         *,

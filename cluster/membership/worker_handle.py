@@ -30,6 +30,7 @@ from llamaclust.wire.control.messages import (
     RequestFailed,
     Unload,
     Unloaded,
+    UnloadFailed,
     WeightsFound,
     WorkerMessage,
 )
@@ -188,7 +189,8 @@ class WorkerHandle:
         return loaded
 
     async def unload(self, epoch: int, deadline_s: float = _UNLOAD_S) -> None:
-        """Frees the stage of an epoch; returns when it is freed."""
+        """Frees the stage of an epoch. Raises the worker's own error where it fails, WorkerError where the worker is
+        lost, DeadlineError."""
         what = f"unload of epoch {epoch}"
         await self.channel.order(what, Unload(epoch), deadline(f"worker {self.name}: {what}", deadline_s))
         self.stages.pop(epoch, None)
@@ -213,6 +215,8 @@ class WorkerHandle:
                 self.channel.answer(f"load of epoch {epoch}", _error(self.name, failure))
             case Unloaded(epoch):
                 self.channel.answer(f"unload of epoch {epoch}", None)
+            case UnloadFailed(epoch, failure):
+                self.channel.answer(f"unload of epoch {epoch}", _error(self.name, failure))
             case PeerUnreachable(epoch, other):
                 if epoch in self.stages:
                     self.unreachable_peer(epoch).report(other)

@@ -16,7 +16,7 @@ import pytest
 
 from llamaclust.core.errors import DeadlineError, DeviceLostError, InsufficientMemoryError, ProtocolError, UsageError
 from llamaclust.core.logs import LogFormat
-from llamaclust.wire.control.messages import Deadlines, LoadFailed, WorkerMessage
+from llamaclust.wire.control.messages import Deadlines, Failure, LoadFailed, Unload, UnloadFailed, WorkerMessage
 from llamaclust.wire.microbatch.messages import SamplingInputs
 from llamaclust.worker.devices import nvidia, system_info
 from llamaclust.worker.devices.devices import Device
@@ -201,3 +201,24 @@ def test_a_load_that_failed_holds_nothing_when_the_coordinator_hears_of_it(monke
         gc.enable()
     (message, layers), *more = told
     assert isinstance(message, LoadFailed) and layers is None and not more
+
+
+@pytest.mark.parametrize("lost", [False, True])
+async def test_an_unload_that_fails_is_answered_or_ends_the_process_of_a_lost_device(lost: bool) -> None:
+    answers: list[WorkerMessage] = []
+    given_up: list[DeviceLostError] = []
+    error = DeviceLostError("cuda:0 is lost") if lost else InsufficientMemoryError("no room")
+
+    async def remove(epoch: int) -> None:
+        raise error
+
+    async def send(message: WorkerMessage) -> None:
+        answers.append(message)
+
+    nothing: Any = None
+    compute: Any = SimpleNamespace(give_up=given_up.append)
+    service: Any = SimpleNamespace(remove=remove)
+    session = Session(Worker("a", nothing, service, compute, nothing), nothing, Deadlines(), Counters(), send)
+    await loads.Loads(session, asyncio.Lock()).unload(Unload(3))
+    assert given_up == ([error] if lost else [])
+    assert answers == ([] if lost else [UnloadFailed(3, Failure("InsufficientMemoryError", "no room"))])

@@ -245,6 +245,14 @@ class Unloaded:
 
 
 @dataclass(frozen=True, slots=True)
+class UnloadFailed:
+    """The epoch's stage serves no more; its memory may not be free."""
+
+    epoch: int
+    failure: Failure
+
+
+@dataclass(frozen=True, slots=True)
 class Heartbeat:
     """State of a worker; counters since its start."""
 
@@ -352,6 +360,7 @@ WorkerMessage = (
     | Loaded
     | LoadFailed
     | Unloaded
+    | UnloadFailed
     | Heartbeat
     | RenewCertificate
     | LinkProfiles

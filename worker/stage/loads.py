@@ -6,11 +6,22 @@ import asyncio
 import contextlib
 import gc
 import logging
+from collections.abc import Awaitable, Callable
 from functools import partial
 
 from llamaclust.core.errors import DeadlineError, DeviceLostError, ProtocolError, WorkerError
 from llamaclust.core.gpus import placed
-from llamaclust.wire.control.messages import Load, Loaded, LoadFailed, PeerUnreachable, Unload, Unloaded, WorkerMessage
+from llamaclust.wire.control.messages import (
+    Failure,
+    Load,
+    Loaded,
+    LoadFailed,
+    PeerUnreachable,
+    Unload,
+    Unloaded,
+    UnloadFailed,
+    WorkerMessage,
+)
 from llamaclust.wire.rpc.client import Peer
 from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.worker.session import Session, failure_of
@@ -31,22 +42,34 @@ class Loads:
 
     async def load(self, order: Load) -> None:
         async with self._exclusive:
-            try:
-                answer: WorkerMessage = await self._load(order)
-            except Exception as error:  # noqa: BLE001  a border: the answer reports it, the worker stays
-                _log.error("layers [%d, %d) of epoch %d: %s", order.start, order.end, order.epoch, error)
-                if isinstance(error, DeviceLostError):
-                    self._worker.compute.give_up(error)  # this process ends, which answers all requests
-                    return
-                answer = LoadFailed(order.epoch, failure_of(error))
-            if isinstance(answer, LoadFailed):
-                gc.collect()  # a future and its error hold each other, and what was loaded until then
-            await self._session.send(answer)
+            layers = f"layers [{order.start}, {order.end}) of epoch {order.epoch}"
+            await self._answer(self._load(order), partial(LoadFailed, order.epoch), layers)
 
     async def unload(self, order: Unload) -> None:
         async with self._exclusive:
-            await self._worker.service.remove(order.epoch)
-            await self._session.send(Unloaded(order.epoch))
+            await self._answer(
+                self._unload(order), partial(UnloadFailed, order.epoch), f"unload of epoch {order.epoch}"
+            )
+
+    async def _answer(
+        self, work: Awaitable[WorkerMessage], failed: Callable[[Failure], WorkerMessage], what: str
+    ) -> None:
+        """Sends the result of an order, or its failure. The end of a process without its device answers all orders."""
+        try:
+            answer = await work
+        except Exception as error:  # noqa: BLE001  a border: the answer reports it, the worker stays
+            _log.error("%s: %s", what, error)
+            if isinstance(error, DeviceLostError):
+                self._worker.compute.give_up(error)
+                return
+            answer = failed(failure_of(error))
+        if isinstance(answer, LoadFailed):
+            gc.collect()  # a future and its error hold each other, and what was loaded until then
+        await self._session.send(answer)
+
+    async def _unload(self, order: Unload) -> Unloaded:
+        await self._worker.service.remove(order.epoch)
+        return Unloaded(order.epoch)
 
     async def _load(self, order: Load) -> Loaded:
         session, service, weights = self._session, self._worker.service, self._worker.weights

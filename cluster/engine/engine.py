@@ -213,6 +213,7 @@ class Engine:
         self._phase = _Phase.RUNNING
         self.error = None
         self._start(pipeline)
+        self._is_launch_due = False  # one that was due while it was down did nothing
         self._launch_soon()
 
     def give_up(self, error: LlamaclustError) -> None:

@@ -195,6 +195,21 @@ async def test_closing_the_engine_ends_every_stream() -> None:
     assert engine.scheduler.counts.kv_blocks_held == 0
 
 
+async def test_an_engine_that_was_down_when_a_launch_was_due_serves_again() -> None:
+    lost: list[LlamaclustError] = []
+    pipeline, error = FakePipeline(SETTINGS.kv_blocks), WorkerError("worker w1 is lost")
+    async with asyncio.timeout(30), Engine(pipeline, SETTINGS, on_lost=lost.append) as engine:
+        failed = engine.submit(generation())
+        engine.interrupt(error)
+        engine.give_up(error)
+        with pytest.raises(WorkerError, match="worker w1 is lost"):
+            await collect(failed)
+        await asyncio.sleep(0)  # the launch that was due runs
+        engine.resume(FakePipeline(SETTINGS.kv_blocks), SETTINGS)
+        assert len(tokens_of(await collect(engine.submit(generation(1))))) == 30
+    assert lost == [error]
+
+
 async def test_metrics_and_stage_report() -> None:
     async with running() as (engine, _):
         await asyncio.gather(*(collect(engine.submit(generation(seed))) for seed in range(3)))

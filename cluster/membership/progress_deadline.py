@@ -19,6 +19,8 @@ class ProgressDeadline:
         self._at = 0, 0
 
     def report(self, done_bytes: int, total_bytes: int) -> None:
+        if self._limit.is_expired:
+            return
         is_first = self._at == (0, 0) != (done_bytes, total_bytes)
         if is_first or done_bytes > self._at[0]:  # back and forth is no progress
             self._at = done_bytes, total_bytes

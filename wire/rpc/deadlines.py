@@ -22,6 +22,10 @@ class deadline:  # noqa: N801  reads as a statement, like asyncio.timeout
     async def __aenter__(self) -> None:
         await self._limit.__aenter__()
 
+    @property
+    def is_expired(self) -> bool:
+        return self._limit.expired()
+
     def move(self, at_s: float | None) -> None:
         """To another time of the event loop's clock, which may have passed; None: no end for now."""
         self._limit.reschedule(at_s)

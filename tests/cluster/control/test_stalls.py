@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from llamaclust.cluster.control import cluster_state
+from llamaclust.cluster.membership.progress_deadline import ProgressDeadline
 from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.membership.worker_requests import find_weights
 from llamaclust.core.backoff import Backoff
@@ -24,6 +25,7 @@ from llamaclust.wire.control.messages import (
     WeightsFound,
     WorkerMessage,
 )
+from llamaclust.wire.rpc.deadlines import deadline
 from support.clusters.control_messages import LOAD, REGISTER
 from support.clusters.recovering import config, generations, model_in, recovering, undisturbed
 from support.seed import SEED
@@ -131,3 +133,14 @@ async def test_what_gets_further_is_waited_for_and_what_does_not_is_stalled() ->
     layers = f"layers [{LOAD.start}, {LOAD.end})"
     assert f"gets no further with {layers} for 0.4 s (timeouts.load): 3 of 8 MiB" in str(bad[0])
     assert "gets no further with reading /m.gguf for 0.4 s (timeouts.load): 2 of 8 MiB" in str(bad[1])
+
+
+async def test_progress_after_the_deadline_is_ignored() -> None:
+    async def request(limit: deadline) -> None:
+        async with limit:
+            await asyncio.Event().wait()
+
+    progress = ProgressDeadline("worker a gets no further", 0.02)
+    with pytest.raises(StalledError, match=r"worker a gets no further for 0\.02 s"):
+        await progress.wait(request)
+    progress.report(1 << 20, 2 << 20)

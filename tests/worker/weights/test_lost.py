@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -138,7 +139,8 @@ async def test_the_holder_is_lost_while_it_sends(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr("llamaclust.worker.weights.remote_model.WeightFetch", partial(WeightFetch, patience=IMPATIENT))
+    patience = replace(IMPATIENT, source_s=4.0)  # the loss of worker a is known before worker b's load fails
+    monkeypatch.setattr("llamaclust.worker.weights.remote_model.WeightFetch", partial(WeightFetch, patience=patience))
     join, told = f"127.0.0.1:{free_port()}", list[str]()
     monkeypatch.setattr(Weights, "places", places)
     async with asyncio.timeout(100):
@@ -154,6 +156,6 @@ async def test_the_holder_is_lost_while_it_sends(
         assert await answering == expected
         await asyncio.gather(first, second, other, return_exceptions=True)
     print("\n".join(told))
-    assert "it is asked again for 1 s" in caplog.text and "no more weights from worker a" in caplog.text
+    assert "it is asked again for 4 s" in caplog.text and "no more weights from worker a" in caplog.text
     waiting = [text for text in told if "waiting for a worker" in text]
     assert "are to be had nowhere (worker a: " in waiting[0]

@@ -18,7 +18,10 @@ from llamaclust.cluster.planner.plan import Plan
 from llamaclust.cluster.state.events import Notice, PlanMade, Report, WorkerLoading, WorkerReading
 from llamaclust.core.errors import InsufficientMemoryError, LlamaclustError, WorkerError
 from llamaclust.wire.control.messages import FindWeightsProgress, LoadProgress
+from llamaclust.wire.rpc.deadlines import deadline
 from llamaclust.wire.rpc.task_set import TaskSet
+
+_ENDING_S = 30.0
 
 
 class ActionRunner:
@@ -61,7 +64,7 @@ class ActionRunner:
             case act.Expel(expulsions):
                 for expulsion in expulsions:
                     name, join = expulsion.worker
-                    if self._observed.state.pool.present.get(name) == join:
+                    if self._registry.joins[name] == join:
                         self._registry.fence(self._registry.workers[name], expulsion.reason)
                 self._observed.post(seen.WorkersExpelled())
             case act.FailRequests(reason):
@@ -88,7 +91,20 @@ class ActionRunner:
         self._observed.post(seen.Planned(inputs, plan, failure))
 
     async def _load(self, plan: Plan, *, is_exclusive: bool) -> None:
-        await self.ending.join()
+        """Any error of a worker is a failed load."""
+        try:
+            await self._open(plan, is_exclusive=is_exclusive)
+        except (StageLoadError, LlamaclustError) as failed:
+            if is_exclusive:
+                await self._partitions.settled()
+            error, suspects = (failed.error, failed.suspects) if isinstance(failed, StageLoadError) else (failed, ())
+            self._observed.post(seen.LoadFailed(error, is_exclusive, suspects, self.epochs.file_is_absent))
+            return
+        self._observed.post(seen.EpochLoaded())
+
+    async def _open(self, plan: Plan, *, is_exclusive: bool) -> None:
+        async with deadline("the end of lost workers' processes", _ENDING_S):
+            await self.ending.join()
         is_start = self.engine is None
         if is_start:
             self._report(PlanMade(tuple(plan_lines(plan))))
@@ -96,19 +112,9 @@ class ActionRunner:
             held = {name: worker.layers for name, worker in self._registry.workers.items() if worker.layers}
             self._report(Notice(moving_text(plan, held)))
         observer = StartObserver(plan, self._report) if is_start else None
-        try:
-            self._loaded = await self.epochs.open(
-                plan, self.planner.links, is_exclusive=is_exclusive, observer=observer
-            )
-        except StageLoadError as failed:
-            if is_exclusive:
-                await self._partitions.settled()
-            absent = self.epochs.file_is_absent
-            self._observed.post(seen.LoadFailed(failed.error, is_exclusive, failed.suspects, absent))
-            return
+        self._loaded = await self.epochs.open(plan, self.planner.links, is_exclusive=is_exclusive, observer=observer)
         if observer is not None:
             observer.loaded(self._loaded)
-        self._observed.post(seen.EpochLoaded())
 
     async def _serve(self) -> None:
         """The engine continues on the loaded epoch; layers of others are freed."""

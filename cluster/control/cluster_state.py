@@ -51,7 +51,6 @@ class PoolState:
     """The present workers, and which of them a plan may use."""
 
     present: Mapping[str, int] = field(default_factory=dict)  # by name, which join it is, in the order of joining
-    joins: int = 0
     drained: frozenset[str] = frozenset()
     partitions: Pairs = frozenset()
     links: int = 0
@@ -165,6 +164,14 @@ class ClusterState:
         assert self.loss is not None
         return self.loss.since_s + self.recovery_s
 
+    def is_freed(self, name: str) -> bool:
+        """Whether a drained worker has no layers, and gets none from an action or plan of before the drain."""
+        serving, planning = self.serving, self.planning
+        holders = () if serving is None else serving.workers
+        usable = () if planning is None else planning.inputs.workers
+        is_held = self.is_acting or any(name == other for other, _ in (*holders, *usable))
+        return name in self.pool.drained and not is_held
+
     @property
     def has_lost_workers(self) -> bool:
         """Whether a worker of the serving epoch is lost."""
@@ -200,8 +207,8 @@ def observe(state: ClusterState, observation: seen.Observation) -> ClusterState:
 
 def _pool_changed(pool: PoolState, observation: seen.Observation) -> PoolState:
     match observation:
-        case seen.WorkerJoined(name):
-            return replace(pool, present={**pool.present, name: pool.joins + 1}, joins=pool.joins + 1)
+        case seen.WorkerJoined(name, join):
+            return replace(pool, present={**pool.present, name: join})
         case seen.WorkerLost(name):
             return replace(pool, present={other: join for other, join in pool.present.items() if other != name})
         case seen.PartitionsChanged(pairs):

@@ -49,7 +49,7 @@ class WorkerPool:
             raise WorkerError(f"no other worker is there that is not drained: {name} keeps its layers")
         await self._served.planner.plan(others, self._partitions.pairs)
         self._observed.post(DrainRequested(name))
-        await self._observed.settled.wait()
+        await self._observed.settled_or(lambda state: state.is_freed(name))
         if self._served.epoch is not None and self._served.epoch.holds(name):
             self.undrain(name)
             await self._observed.settled.wait()

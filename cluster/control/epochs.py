@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,6 +26,8 @@ from llamaclust.core.limits import StageLimits
 from llamaclust.model.loader import Model
 from llamaclust.wire.control.messages import FindWeightsProgress, Load, Loaded, LoadProgress
 from llamaclust.wire.security.credentials import Credentials
+
+_log = logging.getLogger(__name__)
 
 
 class LoadObserver(Protocol):
@@ -87,7 +90,7 @@ async def load_stages(
     errors = _errors(handles, answers)
     if errors:
         if not loads.is_exclusive:
-            await unload_stages(loads.epoch, handles)
+            await _discard(loads.epoch, handles)
         raise StageLoadError(errors[0][1], tuple(Suspect(handle.name, error) for handle, error in errors))
     return handles
 
@@ -141,9 +144,20 @@ def _with_neighbours(order: Load, handles: Sequence[WorkerHandle], index: int) -
 
 
 async def unload_stages(epoch: int, workers: Iterable[WorkerHandle]) -> None:
-    """Frees the stages of an epoch on those workers that have it and are present."""
+    """Frees the stages of an epoch on those workers that have it and are present. Raises the first error once all have
+    answered."""
     present = [worker for worker in workers if epoch in worker.stages and worker.loss is None]
-    await asyncio.gather(*(_unload(worker, epoch) for worker in present))
+    answers = await asyncio.gather(*(_unload(worker, epoch) for worker in present), return_exceptions=True)
+    for error in filter(None, answers):
+        raise error
+
+
+async def _discard(epoch: int, workers: Iterable[WorkerHandle]) -> None:
+    """Frees stages of an epoch that did not load; the failure of the load matters more than one of this."""
+    try:
+        await unload_stages(epoch, workers)
+    except LlamaclustError as error:
+        _log.warning("layers of epoch %d stay in memory: %s", epoch, error)
 
 
 async def _unload(worker: WorkerHandle, epoch: int) -> None:
@@ -212,12 +226,15 @@ class Epochs:
             pipeline = await RemotePipeline.open(number, workers, self._credentials)
         except LlamaclustError as error:
             if not is_exclusive:
-                await unload_stages(number, workers)
+                await _discard(number, workers)
             suspects = tuple(Suspect(worker.name, error) for worker in workers if worker.name == error.worker)
             raise StageLoadError(error, suspects) from error
         return Epoch(number, plan, workers, pipeline, scheduler_settings(self._config, self._model, plan))
 
     async def free_others(self, epoch: Epoch) -> None:
-        """Frees the stages of all epochs but this one."""
-        others = [(number, worker) for worker in self._registry.present.values() for number in worker.stages]
-        await asyncio.gather(*(unload_stages(number, [worker]) for number, worker in others if number != epoch.number))
+        """Frees the stages of all epochs but this one. Raises the first error once all have answered."""
+        workers = tuple(self._registry.present.values())
+        numbers = {number for worker in workers for number in worker.stages} - {epoch.number}
+        answers = await asyncio.gather(*(unload_stages(number, workers) for number in numbers), return_exceptions=True)
+        for error in filter(None, answers):
+            raise error

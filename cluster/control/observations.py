@@ -24,7 +24,10 @@ class PlanInputs:
 
 @dataclass(frozen=True, slots=True)
 class WorkerJoined:
+    """It is a member; seen again, the same `join` is the same membership."""
+
     name: str
+    join: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 
@@ -16,6 +17,7 @@ class Observed:
     def __init__(self, state: ClusterState) -> None:
         self.state = state
         self.settled = asyncio.Event()
+        self._waiting: dict[asyncio.Future[None], Callable[[ClusterState], bool]] = {}
         self._queue: asyncio.Queue[Observation] = asyncio.Queue()
 
     @property
@@ -30,6 +32,27 @@ class Observed:
 
     def apply(self, observation: Observation) -> None:
         self.state = observe(self.state, observation)
+        self._notify()
+
+    def settle(self) -> None:
+        """Nothing is left to do."""
+        self.settled.set()
+        self._notify()
+
+    async def settled_or(self, is_enough: Callable[[ClusterState], bool]) -> None:
+        """Returns when it is settled, or sooner when a state is enough."""
+        reached = asyncio.get_running_loop().create_future()
+        self._waiting[reached] = is_enough
+        self._notify()
+        try:
+            await reached
+        finally:
+            del self._waiting[reached]
+
+    def _notify(self) -> None:
+        for reached, is_enough in self._waiting.items():
+            if not reached.done() and (self.settled.is_set() or is_enough(self.state)):
+                reached.set_result(None)
 
     def begin(self) -> None:
         """An action runs from now on, until it is observed to have ended."""

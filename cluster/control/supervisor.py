@@ -86,17 +86,18 @@ class Supervisor:
         """The first epoch, whose workers have joined. Raises an error that no other worker can help, and after
         `timeouts.recovery` why there is none."""
         for name in self._members.registry.present:
-            self.observed.post(seen.WorkerJoined(name))
+            self.observed.post(seen.WorkerJoined(name, self._members.registry.joins[name]))
         self._members.registry.subscribe(self._membership_changed)
         await self._loop(is_start=True)
         return self.epoch
 
-    def close(self) -> None:
-        """Cancels what runs in the background."""
+    async def aclose(self) -> None:
+        """Cancels what runs in the background; returns when it has ended."""
         self._links.close()
-        self._announcing.cancel()
         if self._action is not None:
             self._action.cancel()
+            await asyncio.wait([self._action])
+        await asyncio.gather(self._announcing.close(), self._runner.ending.close())
 
     async def run(self, engine: Engine) -> None:
         """Until it is cancelled; an error is a bug."""
@@ -134,7 +135,7 @@ class Supervisor:
                 raise error
             case Wait(until_s, is_settled):
                 if is_settled and self.observed.is_current:
-                    self.observed.settled.set()
+                    self.observed.settle()
                 return until_s
         self.observed.begin()
         self._action = asyncio.create_task(self._runner.run(action))
@@ -154,7 +155,7 @@ class Supervisor:
             self.partitions.suspect(worker, event.report)
         elif isinstance(event, MemberJoined):
             self._report(Notice(joined_text(worker.name, worker.registration.pid)))
-            self.observed.post(seen.WorkerJoined(worker.name))
+            self.observed.post(seen.WorkerJoined(worker.name, self._members.registry.joins[worker.name]))
             self._links.measure_again()
             self._announcing.start(self._runner.epochs.announce(worker))
         else:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from itertools import count
 from types import MappingProxyType
 
 from llamaclust.cluster.membership.worker_handle import WorkerHandle, WorkerState
@@ -45,7 +46,10 @@ class Members:
     def __init__(self, read_last_error: Callable[[str], str]) -> None:
         """`read_last_error`: the last error in a worker's log, by name."""
         self.read_last_error = read_last_error
+        self.joins: dict[str, int] = {}
+        """By name, the number of the newest join, in the order of all joins."""
         self._workers: dict[str, WorkerHandle] = {}
+        self._numbers = count(1)
         self._exits: dict[str, str] = {}
         self._changed = asyncio.Event()
         self._subscribers: list[Callable[[MembershipEvent], None]] = []
@@ -104,10 +108,13 @@ class Members:
 
     def admit(self, handle: WorkerHandle) -> None:
         self._workers[handle.name] = handle
+        self.joins[handle.name] = next(self._numbers)
         self._exits.pop(handle.name, None)
 
     def announce(self, handle: WorkerHandle) -> None:
-        """It knows that it is a member."""
+        """It knows that it is a member, unless it is lost meanwhile."""
+        if handle.loss is not None:
+            return
         self._set_changed()
         self.publish(MemberJoined(handle))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager, closing
+from contextlib import aclosing, asynccontextmanager, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -121,19 +121,20 @@ async def _stopping(launcher: Launcher) -> AsyncIterator[None]:
 async def _engine(config: ClusterConfig, supervisor: Supervisor, launcher: Launcher) -> AsyncIterator[Engine]:
     """An engine whose pipeline the supervisor replaces when it is lost."""
     deadlines = EngineSettings(request_s=config.timeouts.request)
-    with launcher.keeping_up(supervisor.not_restarted), supervisor.partitions, closing(supervisor):
-        first = await supervisor.start()
-        try:
-            async with Engine(first.pipeline, first.settings, deadlines, supervisor.pipeline_lost) as engine:
-                supervising = asyncio.create_task(supervisor.run(engine))
-                supervising.add_done_callback(partial(_broke, engine))
-                try:
-                    yield engine
-                finally:
-                    supervising.cancel()
-                    await asyncio.gather(supervising, return_exceptions=True)
-        finally:
-            await supervisor.epoch.pipeline.close()
+    with launcher.keeping_up(supervisor.not_restarted), supervisor.partitions:
+        async with aclosing(supervisor):
+            first = await supervisor.start()
+            try:
+                async with Engine(first.pipeline, first.settings, deadlines, supervisor.pipeline_lost) as engine:
+                    supervising = asyncio.create_task(supervisor.run(engine))
+                    supervising.add_done_callback(partial(_broke, engine))
+                    try:
+                        yield engine
+                    finally:
+                        supervising.cancel()
+                        await asyncio.gather(supervising, return_exceptions=True)
+            finally:
+                await supervisor.epoch.pipeline.close()
 
 
 def _broke(engine: Engine, supervising: asyncio.Task[None]) -> None:

@@ -38,7 +38,7 @@ class TaskSet:
     async def join(self) -> None:
         """Returns when no task is left, errors included. The caller has a deadline."""
         while self._tasks:
-            await asyncio.gather(*self._tasks, return_exceptions=True)
+            await asyncio.wait(self._tasks)  # unlike gather, it leaves them alone where it is cancelled
 
     def cancel(self) -> None:
         """Requests the end of all tasks."""

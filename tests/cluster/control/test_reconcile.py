@@ -68,7 +68,7 @@ class Cluster:
     @classmethod
     def serving(cls) -> Cluster:
         cluster = cls.starting()
-        cluster.see(seen.WorkerJoined("a"), seen.WorkerJoined("b"))
+        cluster.see(seen.WorkerJoined("a", 1), seen.WorkerJoined("b", 2))
         cluster.plan(BOTH)
         cluster.see(seen.EpochLoaded(), seen.EpochServing())
         return cluster
@@ -107,9 +107,9 @@ class Cluster:
 STEPS: list[tuple[str, Sequence[Observation], Action | type[Action] | None]] = [
     ("nothing has changed", [], IDLE),
     ("an action runs", [], None),
-    ("a worker joins", [seen.WorkerJoined("c")], MakePlan),
+    ("a worker joins", [seen.WorkerJoined("c", 3)], MakePlan),
     ("a worker is lost", [seen.WorkerLost("b")], MakePlan),
-    ("a worker joins again", [seen.WorkerLost("b"), seen.WorkerJoined("b")], MakePlan),
+    ("a worker joins again", [seen.WorkerLost("b"), seen.WorkerJoined("b", 4)], MakePlan),
     ("links changed", [seen.LinksChanged()], MakePlan),
     ("a partition", [seen.PartitionsChanged(frozenset({AB}))], MakePlan),
     ("a drain", [seen.DrainRequested("b")], MakePlan),
@@ -135,8 +135,8 @@ def test_each_observation_of_a_serving_cluster(
 
 def test_a_start_plans_loads_and_serves() -> None:
     cluster = Cluster.starting()
-    cluster.see(seen.WorkerJoined("a"))
-    assert cluster.see(seen.WorkerJoined("b")) == MakePlan(cluster.state.inputs)
+    cluster.see(seen.WorkerJoined("a", 1))
+    assert cluster.see(seen.WorkerJoined("b", 2)) == MakePlan(cluster.state.inputs)
     assert cluster.plan(BOTH) == LoadEpoch(BOTH, is_exclusive=True)
     assert cluster.see(seen.EpochLoaded()) == Serve()
     assert cluster.see(seen.EpochServing()) == IDLE
@@ -145,7 +145,7 @@ def test_a_start_plans_loads_and_serves() -> None:
 
 def test_a_start_ends_with_an_error_that_no_other_worker_can_help() -> None:
     cluster = Cluster.starting()
-    cluster.see(seen.WorkerJoined("a"), seen.WorkerJoined("b"))
+    cluster.see(seen.WorkerJoined("a", 1), seen.WorkerJoined("b", 2))
     assert cluster.plan(MEMORY) == Abort(MEMORY)
     cluster.plan(BOTH)
     assert cluster.load_failed(FAILED, Suspect("a", FAILED)) == Abort(FAILED)
@@ -154,25 +154,25 @@ def test_a_start_ends_with_an_error_that_no_other_worker_can_help() -> None:
 def test_a_start_waits_for_missing_workers_and_links() -> None:
     for error in (MEMORY, NetworkPartitionError("a and b cannot reach each other")):
         cluster = Cluster.starting()
-        cluster.see(seen.WorkerJoined("a"))
+        cluster.see(seen.WorkerJoined("a", 1))
         if error is not MEMORY:
-            cluster.see(seen.WorkerJoined("b"))
+            cluster.see(seen.WorkerJoined("b", 2))
         assert cluster.notified(cluster.plan(error)) == Wait(RECOVERY_S)
         assert cluster.at(RECOVERY_S) == Abort(error)
 
 
 def test_a_worker_that_joins_while_a_load_fails_may_be_what_was_missing() -> None:
     cluster = Cluster.starting()
-    cluster.see(seen.WorkerJoined("a"))
+    cluster.see(seen.WorkerJoined("a", 1))
     cluster.plan(ONLY_A)
-    assert cluster.see(seen.WorkerJoined("b")) == MakePlan(cluster.state.inputs)
+    assert cluster.see(seen.WorkerJoined("b", 2)) == MakePlan(cluster.state.inputs)
     assert cluster.load_failed(FILE, Suspect("a", FILE)) == MakePlan(cluster.state.inputs)
     assert cluster.plan(BOTH) == LoadEpoch(BOTH, is_exclusive=True)
 
 
 def test_a_change_while_a_plan_is_made_makes_another_one_due() -> None:
     cluster = Cluster.serving()
-    cluster.see(seen.WorkerJoined("c"))
+    cluster.see(seen.WorkerJoined("c", 3))
     made_for = cluster.state.inputs
     cluster.see(seen.WorkerLost("c"))
     assert cluster.see(seen.Planned(made_for, plan_of("a", "b", "c"))) == MakePlan(cluster.state.inputs)
@@ -190,7 +190,7 @@ def test_requests_wait_for_workers_until_the_recovery_timeout() -> None:
     late = "no worker came back within 120 s (timeouts.recovery): 12 MiB are missing"
     assert cluster.at(10.0 + RECOVERY_S) == FailRequests(late)
     assert cluster.see(seen.RequestsFailed(late)) == Wait(None)
-    assert cluster.see(seen.WorkerJoined("b")) == MakePlan(cluster.state.inputs)
+    assert cluster.see(seen.WorkerJoined("b", 2)) == MakePlan(cluster.state.inputs)
     assert cluster.plan(BOTH) == LoadEpoch(BOTH, is_exclusive=True)
 
 
@@ -229,7 +229,7 @@ def test_workers_that_do_not_load_are_expelled(error: WorkerError) -> None:
     (expulsion,) = action.expulsions
     assert expulsion.worker == ("b", 2) and expulsion.reason == f"it takes no part in a new epoch: {error}"
     cluster.see(seen.WorkerLost("b"), seen.WorkersExpelled())
-    cluster.see(seen.WorkerJoined("b"))
+    cluster.see(seen.WorkerJoined("b", 2))
     assert cluster.state.inputs.quarantined == {"b"}
     cluster.at(10.0)
     assert cluster.state.inputs.quarantined == frozenset()
@@ -253,7 +253,7 @@ def test_workers_without_the_file_wait_for_one_that_has_it() -> None:
     cluster.plan(ONLY_B)
     action = cluster.see(seen.LoadFailed(FILE, True, (Suspect("b", FILE),), file_is_absent=True))
     assert isinstance(cluster.notified(action), Wait)
-    cluster.see(seen.WorkerJoined("a"))
+    cluster.see(seen.WorkerJoined("a", 1))
     assert cluster.plan(BOTH) == LoadEpoch(BOTH, is_exclusive=True)
 
 
@@ -298,7 +298,7 @@ def test_failures_between_answers_end_no_request() -> None:
 def test_a_better_plan_waits_until_requests_hardly_pause() -> None:
     cluster = Cluster.serving()
     cluster.at(0.0, replay_tokens=1_000_000)
-    cluster.see(seen.WorkerJoined("c"))
+    cluster.see(seen.WorkerJoined("c", 3))
     better = plan_of("a", "b", "c")
     assert cluster.plan(better) == Wait(1.0)
     assert cluster.at(1.0, replay_tokens=1_000_000) == Wait(2.0)
@@ -324,7 +324,7 @@ def test_a_drain_that_does_not_fit_beside_the_old_layers_interrupts_the_pipeline
 
 def test_a_move_that_fails_is_noticed_once_and_not_repeated() -> None:
     cluster = Cluster.serving()
-    cluster.see(seen.WorkerJoined("c"))
+    cluster.see(seen.WorkerJoined("c", 3))
     cluster.plan(plan_of("a", "b", "c"))
     action = cluster.load_failed(FAILED, is_exclusive=False)
     assert action == Notify("layers stay where they are: layers do not load")
@@ -343,7 +343,7 @@ def test_a_drain_without_a_plan_is_noticed_and_settled() -> None:
 
 def test_a_loss_during_a_move_is_recovered_by_the_move() -> None:
     cluster = Cluster.serving()
-    cluster.see(seen.WorkerJoined("c"))
+    cluster.see(seen.WorkerJoined("c", 3))
     cluster.plan(plan_of("a", "b", "c"))
     cluster.see(seen.PipelineLost(LOST))
     assert cluster.see(seen.EpochLoaded()) == Serve()

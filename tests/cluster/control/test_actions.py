@@ -1,0 +1,234 @@
+"""Actions that fail, hang or are cancelled: each is a failed load or ends, and the supervisor goes on."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partialmethod
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from llamaclust.cluster.config.cluster_config import ClusterConfig
+from llamaclust.cluster.control import actions, epochs
+from llamaclust.cluster.control import observations as seen
+from llamaclust.cluster.control.actions import ActionRunner
+from llamaclust.cluster.control.cluster_state import ClusterState, Loss, PoolState
+from llamaclust.cluster.control.drain import WorkerPool
+from llamaclust.cluster.control.epochs import Epochs, StageLoadError
+from llamaclust.cluster.control.observed import Observed
+from llamaclust.cluster.control.reconcile import LoadEpoch
+from llamaclust.cluster.control.remote_pipeline import RemotePipeline
+from llamaclust.cluster.control.supervisor import Members as SupervisedMembers
+from llamaclust.cluster.control.supervisor import Supervisor
+from llamaclust.cluster.membership.members import Members
+from llamaclust.cluster.membership.worker_handle import WorkerHandle
+from llamaclust.cluster.planner.links import UNKNOWN
+from llamaclust.cluster.planner.plan import Plan
+from llamaclust.cluster.planner.planner import make_plan
+from llamaclust.core.errors import DeadlineError, LlamaclustError, UsageError, WorkerError
+from llamaclust.wire.control.messages import (
+    CoordinatorMessage,
+    Failure,
+    FindWeights,
+    Load,
+    Loaded,
+    LoadFailed,
+    Unload,
+    UnloadFailed,
+    WeightsFound,
+)
+from support.clusters.control_messages import LOAD, REGISTER
+from support.clusters.plan_inputs import REQUEST, SMALL, worker
+
+ANYTHING: Any = SimpleNamespace()
+
+
+def plan_of(*names: str) -> Plan:
+    return make_plan(SMALL, [worker(name) for name in names], replace(REQUEST, objective="throughput"))
+
+
+def worker_handle(name: str, *, loads: bool = True, unload_failure: Failure | None = None) -> WorkerHandle:
+    """A worker that loads, or does not; it never answers an unload, or with a failure."""
+
+    async def send(message: CoordinatorMessage) -> None:
+        match message:
+            case FindWeights(request_id=request_id):
+                handle.receive(WeightsFound(True, request_id=request_id))
+            case Load(epoch) if loads:
+                handle.receive(Loaded(epoch, 1, 2, 3))
+            case Load(epoch):
+                handle.receive(LoadFailed(epoch, Failure("WorkerError", "its disk is bad")))
+            case Unload(epoch) if unload_failure is not None:
+                handle.receive(UnloadFailed(epoch, unload_failure))
+
+    handle = WorkerHandle(replace(REGISTER, name=name), send, lambda: "")
+    return handle
+
+
+async def test_an_unload_that_fails_raises_the_workers_own_error() -> None:
+    handle = worker_handle("a", unload_failure=Failure("UsageError", "its memory is not free"))
+    await handle.load(LOAD)
+    with pytest.raises(UsageError, match="worker a: its memory is not free"):
+        await handle.unload(LOAD.epoch, 30)
+
+
+@pytest.mark.parametrize("fails", ["load", "connection"])
+@pytest.mark.parametrize("unload_failure", [None, Failure("WorkerError", "no GPU")], ids=["no answer", "failure"])
+async def test_a_load_whose_stages_cannot_be_unloaded_is_a_failed_load(
+    fails: str, unload_failure: Failure | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def refused(*_: object) -> None:
+        raise WorkerError("no connection")
+
+    monkeypatch.setattr(WorkerHandle, "unload", partialmethod(WorkerHandle.unload, deadline_s=0.05))
+    monkeypatch.setattr(epochs, "stage_limits", lambda config, plan: LOAD.limits)
+    monkeypatch.setattr(RemotePipeline, "open", refused)
+    workers = {
+        "a": worker_handle("a", unload_failure=unload_failure),
+        "b": worker_handle("b", loads=fails == "connection"),
+    }
+    model: Any = SimpleNamespace(file=SimpleNamespace(path="/m.gguf"), model_id="ab" * 32)
+    config: Any = SimpleNamespace(timeouts=SimpleNamespace(load=30.0))
+    opened = Epochs(config, model, SimpleNamespace(workers=workers, present=workers), ANYTHING)  # type: ignore[arg-type]
+    with pytest.raises(StageLoadError, match="its disk is bad" if fails == "load" else "no connection"):
+        await opened.open(plan_of("a", "b"), UNKNOWN, is_exclusive=False)
+    assert "layers of epoch 1 stay in memory: worker a" in caplog.text
+
+
+def observed_cluster() -> Observed:
+    return Observed(ClusterState(120.0, 2, seen.Tick(0.0), Loss(0.0)))
+
+
+def action_runner(observed: Observed, open_epoch: Callable[..., Any]) -> ActionRunner:
+    """Of a cluster that serves."""
+
+    async def settled() -> None: ...
+
+    loading: Any = SimpleNamespace(open=open_epoch, file_is_absent=False)
+    planner: Any = SimpleNamespace(links=UNKNOWN)
+    registry: Any = SimpleNamespace(workers={})
+    partitions: Any = SimpleNamespace(settled=settled)
+    runner = ActionRunner(observed, loading, planner, registry, partitions, lambda event: None)
+    runner.engine = ANYTHING
+    return runner
+
+
+async def load_failure(runner: ActionRunner, observed: Observed, *, is_exclusive: bool) -> LlamaclustError:
+    await runner.run(LoadEpoch(plan_of("a"), is_exclusive))
+    observation = await observed.next(None)
+    assert isinstance(observation, seen.LoadFailed)
+    assert observation.is_exclusive is is_exclusive and observation.suspects == ()
+    return observation.error
+
+
+@pytest.mark.parametrize("is_exclusive", [True, False])
+async def test_any_error_of_a_worker_is_a_failed_load(is_exclusive: bool) -> None:
+    late = DeadlineError("worker a: unload of epoch 2: not within 60 s")
+
+    async def open_epoch(*_: object, **__: object) -> None:
+        raise late
+
+    observed = observed_cluster()
+    assert await load_failure(action_runner(observed, open_epoch), observed, is_exclusive=is_exclusive) is late
+
+
+async def test_a_load_does_not_wait_for_ever_for_the_end_of_lost_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(actions, "_ENDING_S", 0.05)
+    observed = observed_cluster()
+    runner = action_runner(observed, ANYTHING)
+    ending = runner.ending.start(asyncio.sleep(60))
+    async with asyncio.timeout(30):
+        error = await load_failure(runner, observed, is_exclusive=True)
+    assert str(error) == "the end of lost workers' processes: not within 0.05 s"
+    assert not ending.done(), "a later load waits for it again"
+    await runner.ending.close()
+
+
+def supervisor_of(registry: Members) -> Supervisor:
+    async def nothing(_: object) -> None: ...
+
+    config = ClusterConfig.model_validate({"model": "m.gguf", "workers": [{"name": "a"}], "state_dir": Path("/none")})
+    opener: Any = SimpleNamespace(announce=nothing)
+    launcher: Any = SimpleNamespace(end=nothing)
+    members: Any = SupervisedMembers(registry, launcher)  # type: ignore[arg-type]
+    return Supervisor(config, opener, ANYTHING, members, lambda event: None)
+
+
+async def test_closing_waits_for_the_action_and_for_the_end_of_lost_workers() -> None:
+    supervisor, ended = supervisor_of(Members(lambda name: "")), list[str]()
+
+    async def hang(what: str) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0.05 if what == "action" else 0.01)
+            ended.append(what)
+
+    supervisor._action = asyncio.create_task(hang("action"))
+    supervisor._runner.ending.start(hang("ending"))
+    await asyncio.sleep(0)
+    async with asyncio.timeout(30):
+        await supervisor.aclose()
+    assert ended == ["action", "ending"]
+
+
+async def test_a_worker_that_is_admitted_while_the_supervisor_starts_joins_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def no_loop(supervisor: Supervisor, *, is_start: bool) -> None: ...
+
+    monkeypatch.setattr(Supervisor, "_loop", no_loop)
+    registry = Members(lambda name: "")
+    supervisor, handle = supervisor_of(registry), worker_handle("a")
+    supervisor._runner.epoch = ANYTHING
+    registry.admit(handle)
+    await supervisor.start()
+    registry.announce(handle)  # once it has got the answer to its registration
+    joined = [await supervisor.observed.next(None) for _ in range(2)]
+    assert joined == [seen.WorkerJoined("a", 1)] * 2
+    for observation in joined:
+        assert observation is not None
+        supervisor.observed.apply(observation)
+    assert supervisor.observed.state.pool.present == {"a": 1}
+    registry.fence(handle, "it joins again")
+    registry.announce(handle)
+    assert await supervisor.observed.next(None) == seen.WorkerLost("a")
+    assert supervisor.observed.is_current, "a lost worker does not join"
+    registry.admit(worker_handle("a"))
+    assert registry.joins == {"a": 2}
+    await supervisor.aclose()
+
+
+async def test_a_drain_of_a_worker_without_layers_returns_although_requests_delay_a_better_plan() -> None:
+    async def plan(*_: object) -> None: ...
+
+    observed = observed_cluster()
+    workers = dict.fromkeys("abc", ANYTHING)
+    served: Any = SimpleNamespace(planner=SimpleNamespace(plan=plan), epoch=SimpleNamespace(holds="ab".__contains__))
+    registry: Any = SimpleNamespace(workers=workers, present=workers)
+    joins = {"a": 1, "b": 2, "c": 3}
+    observed.state = replace(observed.state, pool=PoolState(joins))
+    observed.apply(seen.Planned(observed.state.inputs, plan_of("a", "b")))
+    observed.apply(seen.EpochServing())
+    pool = WorkerPool(registry, served, observed, SimpleNamespace(pairs=frozenset()))  # type: ignore[arg-type]
+    drains = {name: asyncio.create_task(pool.drain(name)) for name in "cb"}
+    for _ in drains:
+        observation = await observed.next(None)
+        assert observation is not None
+        observed.apply(observation)
+    await asyncio.sleep(0.01)
+    assert not any(drain.done() for drain in drains.values()), "an older plan may give it layers"
+    observed.begin()
+    observed.apply(seen.Planned(observed.state.inputs, plan_of("a")))
+    await asyncio.sleep(0)
+    assert not drains["c"].done(), "an action runs"
+    observed.apply(seen.ActionEnded())
+    async with asyncio.timeout(30):
+        await drains["c"]
+    assert not drains["b"].done(), "its layers are not moved yet"
+    drains["b"].cancel()
+    await asyncio.wait(drains.values())

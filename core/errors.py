@@ -10,7 +10,7 @@ class LlamaclustError(Exception):
     http_status = 500
     code = "internal_error"
     worker: str | None = None
-    """Name of the worker that is to blame, where that is known."""
+    """Name of the worker that is the root cause, where that is known."""
 
 
 class UsageError(LlamaclustError):
@@ -32,7 +32,7 @@ class InsufficientMemoryError(LlamaclustError):
 
     exit_code = 3
     http_status = 507
-    code = "does_not_fit"
+    code = "insufficient_memory"
 
 
 class RequestError(LlamaclustError):

@@ -37,7 +37,7 @@ class WorkerFacts:
     threads: int = 1
     reach: Reach = NO_REACH  # what it adds to links
     gpus: tuple[GpuFacts, ...] = ()  # beside its processor, of which all the rest is told
-    gpu_layers: int | None = None  # of a stage, on its cards; None: as many as they have memory for
+    gpu_layers: int | None = None  # of a stage, on its GPUs; None: as many as they have memory for
     device: str = "cpu"
 
 

@@ -18,7 +18,7 @@ from llamaclust.core.sizes import MIB, mib, missing, needed
 _CONTEXT_STEP = 256
 
 
-def split_does_not_fit(sizes: MemoryModel, split: Split) -> InsufficientMemoryError:
+def split_memory_error(sizes: MemoryModel, split: Split) -> InsufficientMemoryError:
     """Says what every worker of a split lacks."""
     lacking = "; ".join(_lacking(sizes, split))
     tokens = sizes.limits.context_length
@@ -36,7 +36,7 @@ def _lacking(sizes: MemoryModel, split: Split) -> Iterator[str]:
             yield f"{stage} {missing(sizes.parts(worker, start, end, 1), worker.memory_bytes, 'it has {} MiB')}"
 
 
-def does_not_fit(sizes: MemoryModel, workers: Sequence[WorkerFacts]) -> InsufficientMemoryError:
+def model_memory_error(sizes: MemoryModel, workers: Sequence[WorkerFacts]) -> InsufficientMemoryError:
     """Says what is missing at least, over all splits, and what it would take."""
     layers = sizes.stages.layers
     parts = {"weights": sizes.stages.weight_bytes(0, layers), "KV memory": sizes.context_bytes(0, layers)}
@@ -87,12 +87,14 @@ def idle_workers(
     if by_hand:
         return tuple(IdleWorker(worker.name, "the plan gives it no layers") for worker in idle)
     return tuple(
-        IdleWorker(worker.name, _apart(worker.name, used, partitions) or _reason(sizes, worker, len(used), contexts))
+        IdleWorker(
+            worker.name, _unreachable(worker.name, used, partitions) or _reason(sizes, worker, len(used), contexts)
+        )
         for worker in idle
     )
 
 
-def _apart(name: str, used: Collection[str], partitions: Pairs) -> str | None:
+def _unreachable(name: str, used: Collection[str], partitions: Pairs) -> str | None:
     others = sorted(other for other in used if frozenset((name, other)) in partitions)
     return f"it and {', '.join(others)} cannot reach each other" if others else None
 
@@ -102,7 +104,7 @@ def _reason(sizes: MemoryModel, worker: WorkerFacts, stages: int, contexts: int)
     open_to = range(layers) if stages > 1 else (0, layers - 1)  # beside one other worker, it is the first or the last
     least = min(sum(sizes.parts(worker, layer, layer + 1, contexts).values()) for layer in open_to)
     rooms = [device.memory_bytes for device in devices_of(worker)]
-    room = max(least if one is None else one for one in rooms)
+    room = max(least if memory_bytes is None else memory_bytes for memory_bytes in rooms)
     if room < least:
         return f"too little memory: it has {room // MIB} MiB, a stage of one layer needs {mib(least)} MiB"
     if stages == layers:

@@ -182,7 +182,7 @@ class MemoryModel:
         return divide(worker, self.stages.layers, lambda device: self.shortfall_table(device, contexts))
 
     def over_devices(self, worker: WorkerFacts, contexts: int, table: Callable[[WorkerFacts], Table]) -> Table:
-        """What `table` has of the worker; of one with cards, of each device for the layers that it holds, together."""
+        """What `table` has of the worker; with GPUs, the sum over its devices, each for the layers that it holds."""
         return self._division(worker, contexts).sums(table) if worker.gpus else table(worker)
 
     def held(self, worker: WorkerFacts, start: int, end: int, contexts: int) -> tuple[Held, ...]:

@@ -22,7 +22,7 @@ import numpy as np
 from llamaclust.cluster.planner.adjacency import Pairs, constrained_steps, names_in, violated_pair
 from llamaclust.cluster.planner.costs import StageCosts, Table, WorkerFacts
 from llamaclust.cluster.planner.devices import devices_of
-from llamaclust.cluster.planner.explain import does_not_fit, idle_workers, split_does_not_fit
+from llamaclust.cluster.planner.explain import idle_workers, model_memory_error, split_memory_error
 from llamaclust.cluster.planner.links import Links
 from llamaclust.cluster.planner.manual import Assignment, checked
 from llamaclust.cluster.planner.memory import MemoryModel, PlanLimits, Rounding, Workspace, no_rounding
@@ -85,7 +85,7 @@ def make_plan(costs: ModelCosts, workers: Sequence[WorkerFacts], request: PlanRe
     split = [part for stage in stage_parts for part in stage.parts]
     kv_blocks = sizes.kv_blocks(split)
     if kv_blocks < sizes.limits.context_blocks:
-        raise split_does_not_fit(sizes, split)
+        raise split_memory_error(sizes, split)
     used = {name for name, _, _ in found.split}
     prompt_tokens = usual_prompt_tokens(request.context_length)
     measured = _measured([worker for worker, _, _ in split])
@@ -183,7 +183,7 @@ def _automatic(
         found = _automatic(stages, sizes, workers, objective)
         _check_adjacency([name for name, _, _ in found.split], partitions)
         return found
-    raise does_not_fit(sizes, workers)
+    raise model_memory_error(sizes, workers)
 
 
 def _is_worth(less_room: Best, more_room: Best, objective: str) -> bool:

@@ -145,7 +145,7 @@ class CpuBackend:
                 plan = compile_program(program, weights, limits, observed)
                 return CpuStage(_native.Stage(plan, self.feature_level, self._pool), weights, observed or ())
         except MemoryError as error:
-            raise InsufficientMemoryError(self._does_not_fit(program, tensors, limits)) from error
+            raise InsufficientMemoryError(self._memory_error_text(program, tensors, limits)) from error
 
     def held_bytes(self, program: Program, tensors: Mapping[str, Tensor]) -> int:
         return self._weights.held_bytes(tensors[name] for name in program.weights)
@@ -156,7 +156,7 @@ class CpuBackend:
     def workspace_bytes(self, program: Program, tensors: Mapping[str, Tensor], limits: StageLimits) -> int:
         return workspace_bytes(program, tensors, limits, self.threads)
 
-    def _does_not_fit(self, program: Program, tensors: dict[str, Tensor], limits: StageLimits) -> str:
+    def _memory_error_text(self, program: Program, tensors: dict[str, Tensor], limits: StageLimits) -> str:
         parts = {
             "weights": sum(tensors[name].resident_bytes for name in program.weights),
             "KV memory": self.kv_bytes(program, limits),

@@ -312,7 +312,7 @@ def test_groups_of_workers_are_of_one_cluster() -> None:
     )
     assert "groups" in refusal({"workers": {"groups": {"gpu": {"groups": {}}}}})
     assert "'much-too-long'" in refusal({"workers": {"groups": {"much-too-long": {}}}})
-    assert "take shorter names" in refusal({"fullnameOverride": "a" * 40, "workers": {"groups": {"gpus": {}}}})
+    assert "take shorter names" in refusal({"fullnameOverride": "a" * 40, "workers": {"groups": {"large": {}}}})
 
 
 def test_the_boards_file_is_in_the_config_map() -> None:

@@ -181,7 +181,7 @@ def manifests() -> tuple[Manifest, ...]:
     small = {"requests": {"cpu": "1", "memory": "512Mi"}, "limits": {"memory": "2Gi"}}
     values = {
         "coordinator": {"ports": {"api": api, "join": join}, "startupSeconds": 60},
-        "workers": {"port": grpc, "preparedSize": "0", "resources": small},
+        "workers": {"port": grpc, "packedCacheSize": "0", "resources": small},
         "service": {"port": api},
         "config": {"context_length": 512, "max_sequences": 2},
     }

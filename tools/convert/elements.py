@@ -36,11 +36,11 @@ def encoded(values: Array, storage: Storage, quant_type: QuantType, origin: str)
         values, storage = as_floats(values, storage), Storage.F32
     found = narrowed(values, _STORED[storage], quant_type)
     if found is None:
-        raise _does_not_fit(as_floats(values, storage), quant_type, origin)
+        raise _range_error(as_floats(values, storage), quant_type, origin)
     return found.data
 
 
-def _does_not_fit(values: NDArray[np.float32], quant_type: QuantType, origin: str) -> ModelFileError:
+def _range_error(values: NDArray[np.float32], quant_type: QuantType, origin: str) -> ModelFileError:
     if not np.isfinite(values).all():
         return ModelFileError(f"{origin}: holds what is no finite number; only --type f32 or bf16 can keep that")
     what = f"{np.abs(values).max():g} does not fit {quant_type.name.lower()}"

@@ -19,7 +19,6 @@ AT_ONCE: Final = 8
 """Endings computed concurrently."""
 
 _LINES: Final = 6
-_ENDINGS: Final = 4
 _NORMAL_95: Final = 1.95996398454
 
 

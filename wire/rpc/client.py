@@ -21,14 +21,14 @@ from llamaclust.wire.security.token import ClusterToken
 JOIN = "/llamaclust.v1.Coordinator/Join"
 FORWARD = "/llamaclust.v1.Stage/Forward"
 SAMPLE = "/llamaclust.v1.Stage/Sample"
-SAMPLED_TOKENS = "/llamaclust.v1.Stage/Chosen"
+SAMPLED_TOKENS = "/llamaclust.v1.Stage/SampledTokens"
 ECHO = "/llamaclust.v1.Stage/Echo"
 FETCH = "/llamaclust.v1.Weights/Fetch"
 
 TOKEN_KEY = "llamaclust-token"
 EPOCH_KEY = "llamaclust-epoch"
 ACCEPTED_KEY = "llamaclust-accepted"
-ROOT_CAUSE_KEY = "llamaclust-blame"
+ROOT_CAUSE_KEY = "llamaclust-root-cause"
 """Of a stream's end: the worker behind it whose fault that is, where it is another than the one that ends it."""
 
 OPTIONS = (
@@ -77,7 +77,7 @@ def _options(answer_s: float) -> tuple[tuple[str, int], ...]:
 
 
 class ClientStream:
-    """Our end of a bidirectional stream that we opened; its errors name the worker to blame, if `worker` is given."""
+    """Our end of a bidirectional stream that we opened; its errors name the peer `worker`, if given."""
 
     def __init__(self, call: Any, address: str, worker: str | None = None) -> None:
         self._call = call

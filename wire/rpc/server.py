@@ -134,7 +134,7 @@ def _guarded(handler: Handler, entry: _Entry) -> Any:
 
 
 async def _end(context: Any, code: grpc.StatusCode, why: str, attributed: str | None = None) -> None:
-    """Ends a stream with an error, for which another worker may be to blame. Where the peer or the server has gone
+    """Ends a stream with an error, whose root cause may be another worker. Where the peer or the server has gone
     before, the error is dropped."""
     try:
         await context.abort(code, one_line(why), () if attributed is None else ((ROOT_CAUSE_KEY, attributed),))

@@ -57,7 +57,7 @@ class _Item:
     wanted: WantedWeights
     there_bytes: int  # as far as it was told
     lacking: set[str] = field(default_factory=set)  # sources that do not have it, or are not believed
-    mixed: int = 0  # times that it was wrong and more than one source, or an earlier load, may be to blame
+    mixed: int = 0  # times that it was wrong and more than one source, or an earlier load, may be the cause
     not_before_s: float = 0.0
     is_active: bool = False
 

@@ -21,7 +21,6 @@ _MAX_HEAD_DIM = 512
 _FEW_QUERIES = (4, 8, 16)
 _MANY_QUERIES = {KvType.F16: (32, 16), KvType.Q8_0: (16,)}
 _SCORE_STRIDE = SPAN_TOKENS + 4
-_STATIC_SHARED_BYTES = 1024  # what the kernels declare themselves, at most
 _MERGED_CHANNELS, _MERGED_HEAD_DIMS = 256, (32, 64, 128, 256)
 _NO_WINDOW = (1 << 31) - 1
 

@@ -123,13 +123,13 @@ class CupyDevice:
         free = self.free_bytes
         try:
             if n_bytes > free:
-                raise InsufficientMemoryError(self._does_not_fit(n_bytes, free))
+                raise InsufficientMemoryError(self._memory_error_text(n_bytes, free))
             self._select()
             address = self._runtime.malloc(max(n_bytes, 1))
         except self._runtime.CUDARuntimeError as error:
             if error.status != _OUT_OF_MEMORY:
                 raise
-            raise InsufficientMemoryError(self._does_not_fit(n_bytes, free)) from error
+            raise InsufficientMemoryError(self._memory_error_text(n_bytes, free)) from error
         buffer = CupyBuffer(self, address, n_bytes)
         self._buffers.add(buffer)
         return buffer
@@ -250,7 +250,7 @@ class CupyDevice:
         path = self._binaries.get(self._nvrtc, name, text, 10 * major + minor, anew=anew)
         return self._cupy.RawModule(path=str(path))
 
-    def _does_not_fit(self, n_bytes: int, free_bytes: int) -> str:
+    def _memory_error_text(self, n_bytes: int, free_bytes: int) -> str:
         what = f"{mib(n_bytes)} MiB are needed, {free_bytes // MIB} MiB are free"
         cap = "" if self._cap_bytes is None else f" of the {self._cap_bytes // MIB} MiB that may be used"
         return f"{self.name}: {what}{cap}; take fewer layers or a shorter context"

@@ -24,5 +24,5 @@
 env:
   {{- include "llamaclust.folders" . | nindent 2 }}
   - {name: RAY_USAGE_STATS_ENABLED, value: "0"}
-  - {name: LLAMACLUST_CACHE_SIZE, value: {{ .Values.workers.preparedSize | quote }}}
+  - {name: LLAMACLUST_CACHE_SIZE, value: {{ .Values.workers.packedCacheSize | quote }}}
 {{- end }}

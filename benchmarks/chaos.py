@@ -243,14 +243,14 @@ async def run(model: Path, seed: int, faults: int, workers: int, heartbeat_timeo
     overrides.append(f"timeouts.worker={heartbeat_timeout_s:g}s")
     begun_s = time.monotonic()
 
-    def watch(event: Event) -> None:
+    def report(event: Event) -> None:
         if verbose and isinstance(event, Notice):
             print(f"{time.monotonic() - begun_s:7.2f} s: {event.text}")
 
     with tempfile.TemporaryDirectory(prefix="llamaclust-chaos-") as folder:
         directory = ClusterDir(Path(folder) / "chaos")
         with directory.locked():
-            async with open_cluster(load_config(None, overrides), model, directory, watch) as cluster:
+            async with open_cluster(load_config(None, overrides), model, directory, report) as cluster:
                 tally = await Chaos(cluster, seed, faults).run()
                 tally.show(cluster.supervisor.recoveries)
     print(f"{time.monotonic() - begun_s:.0f} s in all")

@@ -110,24 +110,24 @@ async def distant_cluster(box: Box, model: Path, folder: Path) -> AsyncIterator[
     keys.append(f"workers=[{', '.join(f'{{name: {name}}}' for name in _WORKERS)}]")
     token = folder / "two" / "trust" / "token"
 
-    def watch(event: Event) -> None:
+    def report(event: Event) -> None:
         if isinstance(event, AwaitingWorkers):
             for name in _WORKERS:
                 command = f"-P -m llamaclust worker --join {here}:7100 --name {name} --threads 1 --token-file {token}"
                 box.start(name, sys.executable, *command.split(), stderr=subprocess.DEVNULL)
 
-    async with _opened(model, folder / "two", keys, watch) as cluster:
+    async with _opened(model, folder / "two", keys, report) as cluster:
         yield cluster
 
 
 @asynccontextmanager
 async def _opened(
-    model: Path, folder: Path, keys: list[str], watch: Report = lambda event: None
+    model: Path, folder: Path, keys: list[str], report: Report = lambda event: None
 ) -> AsyncIterator[Cluster]:
     directory = ClusterDir(folder)
     directory.create()
     config = load_config(None, [f"model={model}", "context_length=1024", "objective=throughput", *keys])
-    async with open_cluster(config, model, directory, watch) as cluster:
+    async with open_cluster(config, model, directory, report) as cluster:
         yield cluster
 
 

@@ -102,15 +102,15 @@ async def opened(shape: Shape, model: Path, box: Box | None) -> AsyncIterator[Cl
         directory.create()
         keys = [f"model={model}", "context_length=512", "max_sequences=8", f"objective={shape.objective}"]
         keys.append(f"state_dir={folder}")
-        watch: Report = lambda event: None  # noqa: E731
+        report: Report = lambda event: None  # noqa: E731
         if box is None:
             keys.append(f"workers=[{', '.join(_worker(name, *own) for name, own in shape.workers.items())}]")
         else:
             here = box[_COORDINATOR].address
             keys += ["launcher=static", f"join={{listen: {here}:7100, members: {here}:7101}}"]
             keys.append(f"workers=[{', '.join(f'{{name: {name}}}' for name in shape.workers)}]")
-            watch = _starter(shape, box, directory.path / "trust" / "token", hosts)
-        async with open_cluster(load_config(None, keys), model, directory, watch) as cluster:
+            report = _starter(shape, box, directory.path / "trust" / "token", hosts)
+        async with open_cluster(load_config(None, keys), model, directory, report) as cluster:
             yield cluster
 
 
@@ -123,7 +123,7 @@ def _starter(shape: Shape, box: Box, token: Path, hosts: ExitStack) -> Report:
     """Workers that end with `hosts`."""
     here = box[_COORDINATOR].address
 
-    def watch(event: Event) -> None:
+    def report(event: Event) -> None:
         if not isinstance(event, AwaitingWorkers):
             return
         for name, (threads, memory_mib) in shape.workers.items():
@@ -133,7 +133,7 @@ def _starter(shape: Shape, box: Box, token: Path, hosts: ExitStack) -> Report:
             worker = box.start(name, sys.executable, *command.split(), stderr=subprocess.DEVNULL)
             hosts.callback(_end, worker)
 
-    return watch
+    return report
 
 
 def _end(worker: subprocess.Popen[bytes]) -> None:

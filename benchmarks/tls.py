@@ -65,7 +65,7 @@ async def cluster_of(model: Path, folder: Path, *, insecure: bool) -> AsyncItera
     directory.create()
     with ExitStack() as workers:
 
-        def watch(event: Event) -> None:
+        def report(event: Event) -> None:
             if isinstance(event, AwaitingWorkers):
                 found = re.search(r"--join (\S+)", " ".join(event.lines))
                 assert found is not None
@@ -75,7 +75,7 @@ async def cluster_of(model: Path, folder: Path, *, insecure: bool) -> AsyncItera
                         program("worker", "--join", found[1], "--name", name, *known, "--threads", "1")
                     )
 
-        async with open_cluster(load_config(None, overrides), model, directory, watch) as cluster:
+        async with open_cluster(load_config(None, overrides), model, directory, report) as cluster:
             yield cluster
 
 

@@ -81,7 +81,7 @@ def _workers(config: ClusterConfig, own_bytes: int) -> dict[str, WorkerResources
 
 def _room(config: ClusterConfig, own_bytes: int) -> tuple[str, ...]:
     """Why workers with `memory` have less than that, as lines; none where no worker has it."""
-    if all(one.memory is None for one in config.workers):
+    if all(worker.memory is None for worker in config.workers):
         return ()
     return (f"  `memory` is for all of a worker: its process itself takes about {mib(own_bytes)} MiB of it",)
 
@@ -110,7 +110,7 @@ def _measured(config: ClusterConfig, model_id: str) -> dict[str, Profile]:
     threads = sum(spec.threads or 0 for spec in specs)
     prints = _fingerprints(config)
     found: dict[str, Profile] = {}
-    for tried in ("", model_id):
-        keys = {name: measurement_key(one, len(specs), threads, tried) for name, one in prints.items()}
+    for profiled in ("", model_id):
+        keys = {name: measurement_key(text, len(specs), threads, profiled) for name, text in prints.items()}
         found |= {name: known[key] for name, key in keys.items() if key in known}
     return found | stated_speeds(config)

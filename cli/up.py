@@ -84,13 +84,13 @@ def _run_notifying(config: ClusterConfig, starter: Starter) -> None:
 
     view = cluster_view(config.name)
 
-    def watch(event: Event) -> None:
+    def report(event: Event) -> None:
         (starter.tell if starter.waits else view.show)(event)
 
     try:
-        serve(config, pull(config, silent), watch)
+        serve(config, pull(config, silent), report)
     except LlamaclustError as error:
-        watch(StartFailed(str(error), error.exit_code))
+        report(StartFailed(str(error), error.exit_code))
         raise
 
 

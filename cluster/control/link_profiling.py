@@ -39,28 +39,30 @@ def hops_matter(measured: Mapping[str, Profile]) -> bool:
 
 
 async def measure_links(
-    workers: Mapping[str, WorkerHandle], credentials: Credentials, state_dir: Path, watch: Report
+    workers: Mapping[str, WorkerHandle], credentials: Credentials, state_dir: Path, report: Report
 ) -> Links:
-    """Between all of them and the coordinator. What cannot be measured is told, and unknown to the plan."""
-    for name, address in _of_one_machine({name: one.registration.address for name, one in workers.items()}).items():
+    """Between all of them and the coordinator. What cannot be measured is reported, and unknown to the plan."""
+    for name, address in _unreachable_by_others(
+        {name: worker.registration.address for name, worker in workers.items()}
+    ).items():
         what = "start it with --join and an address of its machine that others reach, or with --advertise"
-        watch(Notice(f"worker {name} is served at {address}, which no other machine can reach: {what}"))
+        report(Notice(f"worker {name} is served at {address}, which no other machine can reach: {what}"))
     names = [COORDINATOR, *workers]
     keys = {pair: _key(pair, workers) for pair in combinations(names, 2)}
-    known, tried = _read(state_dir), set[Pair]()
+    known, attempted = _read(state_dir), set[Pair]()
     new: dict[str, Link] = {}
-    while missing := [pair for pair, key in keys.items() if key not in known | new and pair not in tried]:
-        together = _apart(missing, keys)
-        tried.update(together)
-        found = await asyncio.gather(*(_measured(pair, workers, credentials, watch) for pair in together))
-        new |= {keys[pair]: link for pair, link in zip(together, found, strict=True) if link is not None}
+    while missing := [pair for pair, key in keys.items() if key not in known | new and pair not in attempted]:
+        concurrent = _disjoint(missing, keys)
+        attempted.update(concurrent)
+        found = await asyncio.gather(*(_measured(pair, workers, credentials, report) for pair in concurrent))
+        new |= {keys[pair]: link for pair, link in zip(concurrent, found, strict=True) if link is not None}
     if new:
         write_private(state_dir / _FILE, json.dumps({key: asdict(link) for key, link in (known | new).items()}))
     known |= new
     return Links({frozenset(pair): known[key] for pair, key in keys.items() if key in known})
 
 
-def _of_one_machine(addresses: Mapping[str, str]) -> dict[str, str]:
+def _unreachable_by_others(addresses: Mapping[str, str]) -> dict[str, str]:
     """Of workers, by name, those that only their own machine can reach, where others are reached over a network."""
     hosts = {name: split_address(address)[0] for name, address in addresses.items() if not address.startswith("unix:")}
     loopback = {name: addresses[name] for name, host in hosts.items() if is_loopback(host)}
@@ -69,7 +71,9 @@ def _of_one_machine(addresses: Mapping[str, str]) -> dict[str, str]:
 
 def kept_links(fingerprints: Mapping[str, str], state_dir: Path) -> Links:
     """What is known of local workers, given by name: from a start on the same machine."""
-    machines = {name: machine_of(socket.gethostname(), "unix:", one) for name, one in fingerprints.items()}
+    machines = {
+        name: machine_of(socket.gethostname(), "unix:", fingerprint) for name, fingerprint in fingerprints.items()
+    }
     machines[COORDINATOR] = _coordinator()
     known = _read(state_dir)
     keys = {pair: _key_of(machines[pair[0]], machines[pair[1]]) for pair in combinations(machines, 2)}
@@ -79,20 +83,20 @@ def kept_links(fingerprints: Mapping[str, str], state_dir: Path) -> Links:
 def _read(state_dir: Path) -> dict[str, Link]:
     try:
         values = json.loads((state_dir / _FILE).read_text())
-        return {key: Link(float(one["one_way_s"]), float(one["byte_s"])) for key, one in values.items()}
+        return {key: Link(float(link["one_way_s"]), float(link["byte_s"])) for key, link in values.items()}
     except (OSError, ValueError, TypeError, AttributeError, KeyError):
         return {}
 
 
-def _apart(pairs: list[Pair], keys: Mapping[Pair, str]) -> list[Pair]:
-    """Of those that are alike one, and no two that share an end: each has its links for itself."""
-    together: list[Pair] = []
+def _disjoint(pairs: list[Pair], keys: Mapping[Pair, str]) -> list[Pair]:
+    """Pairs to measure concurrently: one of each key, and no two that share an end."""
+    disjoint: list[Pair] = []
     taken: set[str] = set()
     for pair in pairs:
         if not taken.intersection((*pair, keys[pair])):
-            together.append(pair)
+            disjoint.append(pair)
             taken.update((*pair, keys[pair]))
-    return together
+    return disjoint
 
 
 def _key(pair: Pair, workers: Mapping[str, WorkerHandle]) -> str:
@@ -107,8 +111,8 @@ def _key_of(*machines: str) -> str:
 def _machine(name: str, workers: Mapping[str, WorkerHandle]) -> str:
     if name == COORDINATOR:
         return _coordinator()
-    one = workers[name].registration
-    return machine_of(one.host, one.address, one.fingerprint)
+    registration = workers[name].registration
+    return machine_of(registration.host, registration.address, registration.fingerprint)
 
 
 def machine_of(host: str, address: str, fingerprint: str) -> str:
@@ -120,16 +124,16 @@ def _coordinator() -> str:
 
 
 async def _measured(
-    pair: Pair, workers: Mapping[str, WorkerHandle], credentials: Credentials, watch: Report
+    pair: Pair, workers: Mapping[str, WorkerHandle], credentials: Credentials, report: Report
 ) -> Link | None:
-    one, other = pair
+    source, target = pair
     try:
-        if one == COORDINATOR:
-            speed = await _from_here(workers[other], credentials)
+        if source == COORDINATOR:
+            speed = await _from_here(workers[target], credentials)
         else:
-            speed = await profile_link(workers[one], workers[other])
+            speed = await profile_link(workers[source], workers[target])
     except LlamaclustError as error:
-        watch(Notice(f"the link between {one or 'the coordinator'} and {other} could not be measured: {error}"))
+        report(Notice(f"the link between {source or 'the coordinator'} and {target} could not be measured: {error}"))
         return None
     return Link(speed.round_trip_s / 2, 1 / speed.bytes_s)
 

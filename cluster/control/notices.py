@@ -23,8 +23,8 @@ def not_restarted_text(worker: str, why: str) -> str:
 
 
 def not_profiled_text(worker: str, why: LlamaclustError) -> str:
-    what = f"steps of the model could not be tried on worker {worker}"
-    return f"{what}, plans go by its bandwidth and dot products alone: {why}"
+    fallback = "plans use only its memory bandwidth and integer throughput"
+    return f"could not time the model's steps on worker {worker}; {fallback}: {why}"
 
 
 def moving_text(plan: Plan, held: Mapping[str, tuple[int, int]]) -> str:

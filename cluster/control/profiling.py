@@ -1,5 +1,4 @@
-"""What workers reach on their machines and with the model: measured alone and together where they share one, and kept
-for the next start."""
+"""Profiles of workers: measured isolated and concurrently where workers share a machine, kept for the next start."""
 
 from __future__ import annotations
 
@@ -22,7 +21,7 @@ from llamaclust.wire.control.profiles import ProfileWorker
 
 
 async def measure_workers(
-    config: ClusterConfig, model: Model, workers: Mapping[str, WorkerHandle], state_dir: Path, watch: Report
+    config: ClusterConfig, model: Model, workers: Mapping[str, WorkerHandle], state_dir: Path, report: Report
 ) -> dict[str, Profile]:
     """By worker name. Keys of the cluster file come first, then what was measured on the same hardware before."""
     stated = stated_speeds(config)
@@ -31,13 +30,13 @@ async def measure_workers(
     known = read_profiles(state_dir)
     missing = [name for name, key in keys.items() if key not in known]
     if missing:
-        watch(Measuring(tuple(missing)))
+        report(Measuring(tuple(missing)))
         order = ProfileWorker(str(model.file.path), model.model_id)
-        measuring = _Measuring({name: workers[name] for name in missing}, keys, order, watch)
-        new = await measuring.run()
-        untried = {_key(workers[name], workers): new[keys[name]].map(DeviceProfile.without_steps) for name in missing}
-        kept = {key: one for key, one in new.items() if key not in measuring.failed}  # those are tried again next time
-        write_profiles(state_dir, untried | kept)
+        measuring = _Measuring({name: workers[name] for name in missing}, keys, order, report)
+        new = await measuring.profiles()
+        hardware = {_key(workers[name], workers): new[keys[name]].map(DeviceProfile.without_steps) for name in missing}
+        kept = {key: profile for key, profile in new.items() if key not in measuring.failed}  # the next start retries
+        write_profiles(state_dir, hardware | kept)
         known |= new
     return stated | {name: known[key] for name, key in keys.items()}
 
@@ -52,65 +51,67 @@ def stated_speeds(config: ClusterConfig) -> dict[str, Profile]:
 
 
 def _key(worker: WorkerHandle, workers: Mapping[str, WorkerHandle], model_id: str = "") -> str:
-    one = worker.registration
-    company = [other.registration for other in workers.values() if other.registration.host == one.host]
-    return measurement_key(one.fingerprint, len(company), sum(other.threads for other in company), model_id)
+    registration = worker.registration
+    sharers = [other.registration for other in workers.values() if other.registration.host == registration.host]
+    threads = sum(sharer.threads for sharer in sharers)
+    return measurement_key(registration.fingerprint, len(sharers), threads, model_id)
 
 
 class _Measuring:
-    """Of workers whose figures are not known, by their keys."""
+    """Of workers whose profiles are not known, by their keys."""
 
     def __init__(
-        self, workers: Mapping[str, WorkerHandle], keys: Mapping[str, str], order: ProfileWorker, watch: Report
+        self, workers: Mapping[str, WorkerHandle], keys: Mapping[str, str], order: ProfileWorker, report: Report
     ) -> None:
         self._workers = workers
         self._keys = keys
         self._order = order
-        self._watch = watch
-        self.failed: set[str] = set()  # keys of workers that could not try steps of the model
+        self._report = report
+        self.failed: set[str] = set()  # keys of workers whose steps of the model could not be timed
 
-    async def run(self) -> dict[str, Profile]:
-        """By key. All together first; then, of those that are alike and share a machine, one alone."""
-        found = _evened([self._keys[name] for name in self._workers], await self._together())
+    async def profiles(self) -> dict[str, Profile]:
+        """By key. All concurrently first; then, of workers with equal keys on a shared machine, one isolated."""
+        found = _mean_profiles([self._keys[name] for name in self._workers], await self._concurrent())
         machines: dict[str, list[str]] = {}
         for name, worker in self._workers.items():
             machines.setdefault(worker.registration.host, []).append(name)
-        shared = [company for company in machines.values() if len(company) > 1]
-        for isolated in await asyncio.gather(*map(self._each_alone, shared)):
+        shared = [names for names in machines.values() if len(names) > 1]
+        for isolated in await asyncio.gather(*map(self._isolated, shared)):
             for key, times in isolated.items():
                 found[key] = replace(found[key], cpu=replace(found[key].cpu, isolated=times))
         return found
 
-    async def _together(self) -> list[Profile]:
-        """In the order of the workers; of those that failed to try steps of the model, of their machines alone."""
-        tried = await asyncio.gather(*map(self._try, self._workers.values()))
-        without = [name for name, one in zip(self._workers, tried, strict=True) if one is None]
-        plain = await asyncio.gather(*(profile_worker(self._workers[name], ProfileWorker()) for name in without))
-        machines = dict(zip(without, plain, strict=True))
-        return [one or machines[name] for name, one in zip(self._workers, tried, strict=True)]
+    async def _concurrent(self) -> list[Profile]:
+        """In the order of the workers; without step times where those could not be measured."""
+        profiled = await asyncio.gather(*map(self._profile, self._workers.values()))
+        failed = [name for name, profile in zip(self._workers, profiled, strict=True) if profile is None]
+        hardware = await asyncio.gather(*(profile_worker(self._workers[name], ProfileWorker()) for name in failed))
+        fallback = dict(zip(failed, hardware, strict=True))
+        return [profile or fallback[name] for name, profile in zip(self._workers, profiled, strict=True)]
 
-    async def _each_alone(self, names: list[str]) -> dict[str, StepTimes]:
-        one_of_each = {self._keys[name]: self._workers[name] for name in reversed(names)}
+    async def _isolated(self, names: list[str]) -> dict[str, StepTimes]:
+        """Step times by key, of one worker after the other on their machine."""
+        first_of_key = {self._keys[name]: self._workers[name] for name in reversed(names)}
         isolated: dict[str, StepTimes] = {}
-        for key, worker in one_of_each.items():
-            if key not in self.failed and (measured := await self._try(worker)) is not None:
-                isolated[key] = measured.cpu.concurrent
+        for key, worker in first_of_key.items():
+            if key not in self.failed and (profile := await self._profile(worker)) is not None:
+                isolated[key] = profile.cpu.concurrent
         return isolated
 
-    async def _try(self, worker: WorkerHandle) -> Profile | None:
-        """None, and a line that says so, where steps of the model could not be tried. WorkerError where it is lost."""
+    async def _profile(self, worker: WorkerHandle) -> Profile | None:
+        """None, and a notice, where the model's steps could not be timed. WorkerError where it is lost."""
         try:
             return await profile_worker(worker, self._order)
         except LlamaclustError as error:
             if worker.loss is not None:
                 raise
             self.failed.add(self._keys[worker.name])
-            self._watch(Notice(not_profiled_text(worker.name, error)))
+            self._report(Notice(not_profiled_text(worker.name, error)))
             return None
 
 
-def _evened(keys: list[str], profiles: list[Profile]) -> dict[str, Profile]:
-    """Workers that are alike and share a machine get their mean: what tells them apart is noise."""
+def _mean_profiles(keys: list[str], profiles: list[Profile]) -> dict[str, Profile]:
+    """By key: equal workers of one machine get their mean, because their differences are noise."""
     groups: dict[str, list[Profile]] = {}
     for key, profile in zip(keys, profiles, strict=True):
         groups.setdefault(key, []).append(profile)

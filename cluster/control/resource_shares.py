@@ -68,8 +68,8 @@ def share_gpus(workers: Mapping[str, WorkerResources]) -> dict[str, WorkerResour
     }
 
 
-def measurement_key(fingerprint: str, company: int, threads: int, model_id: str = "") -> str:
-    """Equal where measurements would come out equal: `company` workers with `threads` in all share the machine. With a
-    model where its steps were tried."""
-    tried = f", model {model_id[:32]}" if model_id else ""
-    return f"{fingerprint}, one of {company} workers with {threads} threads{tried}"
+def measurement_key(fingerprint: str, sharers: int, threads: int, model_id: str = "") -> str:
+    """Equal where measurements would be equal: `sharers` workers with `threads` in all share the machine. With
+    `model_id` where the model's steps were timed."""
+    profiled = f", model {model_id[:32]}" if model_id else ""
+    return f"{fingerprint}, one of {sharers} workers with {threads} threads{profiled}"

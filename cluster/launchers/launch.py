@@ -17,22 +17,22 @@ _JOIN_S = 60.0
 
 
 @contextmanager
-def launching(config: ClusterConfig, folder: ClusterDir, watch: Report) -> Iterator[Launch]:
+def launching(config: ClusterConfig, folder: ClusterDir, report: Report) -> Iterator[Launch]:
     """What the launcher needs on disk is there meanwhile. The caller holds `folder`'s lock."""
     if config.launcher == "static":
         from llamaclust.cluster.launchers.static import static_launch
 
-        yield static_launch(config, folder, watch)
+        yield static_launch(config, folder, report)
         return
     if config.launcher == "ray":
         from llamaclust.cluster.launchers.ray import ray_launch
 
-        yield ray_launch(config, folder, watch)
+        yield ray_launch(config, folder, report)
         return
     if config.launcher == "mpi":
         from llamaclust.cluster.launchers.mpi import mpi_launch
 
-        yield mpi_launch(config, folder, watch)
+        yield mpi_launch(config, folder, report)
         return
     with run_directory(folder.path) as run:
 

@@ -42,10 +42,10 @@ _GET_ADDRESS = 0x8915
 """SIOCGIFADDR."""
 
 
-def mpi_launch(config: ClusterConfig, folder: ClusterDir, watch: Report) -> Launch:
+def mpi_launch(config: ClusterConfig, folder: ClusterDir, report: Report) -> Launch:
     """Standard input is a socket to the rank that has started this process."""
     authority = cluster_authority(config, folder)
-    static = StaticLauncher(config, authority, watch)
+    static = StaticLauncher(config, authority, report)
     launcher = MpiLauncher(config, static)
     return Launch(launcher, config.join.members, static.credentials, launcher.joined, static.refusal, authority.certify)
 

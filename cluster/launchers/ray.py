@@ -35,11 +35,11 @@ _ANYWHERE = ("0.0.0.0", "::")
 _Value = TypeVar("_Value")
 
 
-def ray_launch(config: ClusterConfig, folder: ClusterDir, watch: Report) -> Launch:
+def ray_launch(config: ClusterConfig, folder: ClusterDir, report: Report) -> Launch:
     """Makes the cluster's certificate authority where there is none yet. Raises what `Authority.open` does."""
     authority = cluster_authority(config, folder)
-    static = StaticLauncher(config, authority, watch)
-    launcher = RayLauncher(config, folder, static, watch)
+    static = StaticLauncher(config, authority, report)
+    launcher = RayLauncher(config, folder, static, report)
     return Launch(
         launcher,
         config.join.members,
@@ -54,10 +54,10 @@ def ray_launch(config: ClusterConfig, folder: ClusterDir, watch: Report) -> Laun
 class RayLauncher:
     """See `Launcher`. Its workers join as static ones do. Calls into Ray block: they have a thread of their own."""
 
-    def __init__(self, config: ClusterConfig, folder: ClusterDir, static: StaticLauncher, watch: Report) -> None:
+    def __init__(self, config: ClusterConfig, folder: ClusterDir, static: StaticLauncher, report: Report) -> None:
         self._config = config
         self._static = static
-        self._watch = watch
+        self._report = report
         self._cluster = RayCluster(config.ray, f"llamaclust-{config.name}", folder.path / "ray")
         self._workers: RayWorkers | None = None
         self._thread = ThreadPoolExecutor(1, "ray")  # Ray's own processes end with the thread that has started them
@@ -153,7 +153,7 @@ class RayLauncher:
             while not await self._call(placed.is_ready):
                 if tell_s is not None and clock() > tell_s:
                     tell_s = None
-                    self._watch(AwaitingWorkers(_shortage(workers, await self._call(placed.free))))
+                    self._report(AwaitingWorkers(_shortage(workers, await self._call(placed.free))))
 
     async def _follow(self, name: str, actor: Any, exited: Exited) -> None:
         """Tells each end of a worker, as often as Ray starts it again."""

@@ -31,9 +31,9 @@ INSECURE = (
 )
 
 
-def static_launch(config: ClusterConfig, folder: ClusterDir, watch: Report) -> Launch:
+def static_launch(config: ClusterConfig, folder: ClusterDir, report: Report) -> Launch:
     """Makes the cluster's certificate authority where there is none yet. Raises what `Authority.open` does."""
-    launcher = StaticLauncher(config, None if config.insecure else cluster_authority(config, folder), watch)
+    launcher = StaticLauncher(config, None if config.insecure else cluster_authority(config, folder), report)
     return Launch(
         launcher,
         config.join.listen if config.insecure else config.join.members,
@@ -53,11 +53,11 @@ def cluster_authority(config: ClusterConfig, folder: ClusterDir) -> Authority:
 class StaticLauncher:
     """See `Launcher`. It starts no process: it serves the enrolment port and says what to type elsewhere."""
 
-    def __init__(self, config: ClusterConfig, authority: Authority | None, watch: Report) -> None:
+    def __init__(self, config: ClusterConfig, authority: Authority | None, report: Report) -> None:
         """`authority`: None for a cluster that is insecure."""
         self._config = config
         self.authority = authority
-        self._watch = watch
+        self._report = report
         self.credentials: Identity | Insecure = Insecure() if authority is None else authority.identity()
         self._names = None if config.awaits_any else [worker.name for worker in config.workers]
         self._registry: Registry | None = None
@@ -67,7 +67,7 @@ class StaticLauncher:
         """Nothing is known of other machines yet; their workers say it when they load."""
 
     async def start(self, workers: Sequence[WorkerSettings], join: str, exited: Exited) -> None:
-        self._watch(AwaitingWorkers(tuple(self._instructions(await self.open(join)))))
+        self._report(AwaitingWorkers(tuple(self._instructions(await self.open(join)))))
 
     async def open(self, join: str) -> str:
         """Lets workers in; returns the address (HOST:PORT) that they are to join."""
@@ -124,7 +124,7 @@ class StaticLauncher:
                         if name not in told:
                             told.add(name)
                             host = registry.workers[name].registration.host
-                            self._watch(WorkerJoined(name, host, tuple(missing)))
+                            self._report(WorkerJoined(name, host, tuple(missing)))
                     if not missing:
                         return self.found(registry)
                     await registry.changed()

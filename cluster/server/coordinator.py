@@ -57,13 +57,13 @@ class Cluster:
 
 @asynccontextmanager
 async def open_cluster(
-    config: ClusterConfig, model_path: Path, folder: ClusterDir, watch: Report = lambda event: None
+    config: ClusterConfig, model_path: Path, folder: ClusterDir, report: Report = lambda event: None
 ) -> AsyncIterator[Cluster]:
     """A cluster that is ready for requests. The caller holds `folder`'s lock. On the way out every worker ends.
 
     Raises InsufficientMemoryError, ModelFileError, WorkerError or DeadlineError where a start fails; nothing is left
     running."""
-    with short_slices(), launching(config, folder, watch) as launch:
+    with short_slices(), launching(config, folder, report) as launch:
         launcher, registry = launch.launcher, _registry(config, launch)
         model = await asyncio.to_thread(Model.open, model_path, config.chat_template)
         with closing(model):
@@ -73,13 +73,13 @@ async def open_cluster(
                 await launcher.start(worker_settings(config), registry.address, registry.process_exited)
                 named = asyncio.to_thread(lambda: model.tokenizer)  # a bad one is named now
                 config, _ = await asyncio.gather(launch.joined(registry), named)
-                measured = await measure_workers(config, model, registry.workers, folder.path.parent, watch)
-                meter = _link_meter(config, measured, launch, folder, watch)
+                measured = await measure_workers(config, model, registry.workers, folder.path.parent, report)
+                meter = _link_meter(config, measured, launch, folder, report)
                 links = UNKNOWN if meter is None else await meter(registry.present)
                 free_bytes = launcher.free_memory_bytes()
                 planner = ClusterPlanner(config, model, free_bytes=free_bytes, profiles=measured, links=links)
                 epochs = Epochs(config, model, registry, launch.credentials)
-                supervisor = Supervisor(config, epochs, planner, Members(registry, launcher, meter), watch)
+                supervisor = Supervisor(config, epochs, planner, Members(registry, launcher, meter), report)
                 async with _engine(config, supervisor, launcher) as engine:
                     engine.metrics.registry.register(WorkerMetrics(lambda: registry.workers))
                     yield Cluster(config, model, registry, launcher, supervisor, engine)
@@ -100,12 +100,12 @@ def _registry(config: ClusterConfig, launch: Launch) -> Registry:
 
 
 def _link_meter(
-    config: ClusterConfig, measured: Mapping[str, Profile], launch: Launch, folder: ClusterDir, watch: Report
+    config: ClusterConfig, measured: Mapping[str, Profile], launch: Launch, folder: ClusterDir, report: Report
 ) -> MeasureLinks | None:
     """None where links are taken to be the usual ones."""
     if config.launcher == "local" and not hops_matter(measured):
         return None
-    return partial(measure_links, credentials=launch.credentials, state_dir=folder.path.parent, watch=watch)
+    return partial(measure_links, credentials=launch.credentials, state_dir=folder.path.parent, report=report)
 
 
 @asynccontextmanager

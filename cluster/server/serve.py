@@ -40,7 +40,7 @@ _MORE_REQUESTS = 64
 """Requests beside those that run and wait: they are read, refused, or their replies are written."""
 
 
-def serve(config: ClusterConfig, model_path: Path, watch: Report) -> None:
+def serve(config: ClusterConfig, model_path: Path, report: Report) -> None:
     """Runs a cluster until SIGINT, SIGTERM or SIGHUP; running requests are finished first, a second signal ends them.
 
     Raises UsageError for a name or port that is taken and for API keys that cannot be used, and what `open_cluster`
@@ -49,7 +49,7 @@ def serve(config: ClusterConfig, model_path: Path, watch: Report) -> None:
     folder = ClusterDir(config.state_dir / config.name)
     settings = _api_settings(config)
     with folder.locked(), _listening(config) as listener:
-        asyncio.run(_until_signal(config, model_path, folder, _Front(listener, settings, watch)))
+        asyncio.run(_until_signal(config, model_path, folder, _Front(listener, settings, report)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class _Front:
 
     listener: socket.socket
     settings: ApiSettings
-    watch: Report
+    report: Report
 
 
 class _Signals:
@@ -92,7 +92,7 @@ async def _until_signal(config: ClusterConfig, model_path: Path, folder: Cluster
     try:
         async with (
             starting_replies(front.listener) as replies,
-            open_cluster(config, model_path, folder, front.watch) as cluster,
+            open_cluster(config, model_path, folder, front.report) as cluster,
         ):
             replies.close()
             _settle_memory()
@@ -127,9 +127,9 @@ async def _answer(cluster: Cluster, folder: ClusterDir, front: _Front, signals: 
         await asyncio.wait_for(server.answers.wait(), _START_S)
         folder.write_record(record)
         signals.ready = True
-        front.watch(Ready(record.name, record.api, record.model))
+        front.report(Ready(record.name, record.api, record.model))
         await signals.asked.wait()
-        async with _reporting_requests(service, front.watch):
+        async with _reporting_requests(service, front.report):
             await _drain(cluster.engine, admission)
         server.should_exit = True  # replies that are being written have a moment
         await _ended(serving)

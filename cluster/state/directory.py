@@ -163,7 +163,7 @@ def write_profiles(state_dir: Path, profiles: dict[str, Profile]) -> None:
 
 
 def read_profiles(state_dir: Path) -> dict[str, Profile]:
-    """Of all clusters, by `shares.measurement_key`; empty before the first start."""
+    """Of all clusters, by `resource_shares.measurement_key`; empty before the first start."""
     try:
         values = json.loads((state_dir / _PROFILES).read_text())
         return {key: read_profile(value) for key, value in values.items()}

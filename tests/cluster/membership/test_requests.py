@@ -103,7 +103,7 @@ async def test_failures_answer_their_own_request(what: str) -> None:
 
 
 class Machines:
-    """Workers a and b of one machine, with what each answers where it is to try steps of a model."""
+    """Workers a and b of one machine, with what each answers to an order to profile steps of a model."""
 
     def __init__(self, **answers: WorkerMessage | str) -> None:
         self.answers = answers
@@ -124,7 +124,7 @@ class Machines:
 
         return say
 
-    def watch(self, event: Event) -> None:
+    def report(self, event: Event) -> None:
         if isinstance(event, Notice):
             self.told.append(event.text)
 
@@ -132,41 +132,41 @@ class Machines:
         values = {"model": "m.gguf", "workers": [{"name": name} for name in self.workers], "state_dir": folder}
         model: Any = SimpleNamespace(model_id="ab" * 32, file=SimpleNamespace(path=Path("/m.gguf")))
         config = ClusterConfig.model_validate(values)
-        return await measure_workers(config, model, self.workers, folder, self.watch)
+        return await measure_workers(config, model, self.workers, folder, self.report)
 
 
 FAILED = RequestFailed(Failure("LlamaclustError", "RuntimeError: out of luck"))
-TRIED = WorkerProfile(Profile(DeviceProfile(10e9, 100e9, (StepTime(1, 1e-4, 1e-11, 1e-3),))))
+PROFILED = WorkerProfile(Profile(DeviceProfile(10e9, 100e9, (StepTime(1, 1e-4, 1e-11, 1e-3),))))
 
 
-async def test_where_no_steps_can_be_tried_plans_go_by_the_roofline_and_it_is_told(tmp_path: Path) -> None:
+async def test_without_step_times_plans_use_the_roofline_and_a_notice_says_so(tmp_path: Path) -> None:
     machines = Machines(a=FAILED, b=FAILED)
     measured = await machines.measure(tmp_path)
     assert list(measured.values()) == 2 * [Profile(DeviceProfile(20e9, 300e9))]
     assert machines.asked == [("a", True), ("b", True), ("a", False), ("b", False)]
     assert machines.told == [
-        f"steps of the model could not be tried on worker {name}, plans go by its bandwidth and dot products alone: "
-        f"worker {name}: RuntimeError: out of luck"
+        f"could not time the model's steps on worker {name}; plans use only its memory bandwidth and "
+        f"integer throughput: worker {name}: RuntimeError: out of luck"
         for name in "ab"
     ]
     kept = read_profiles(tmp_path)
-    assert kept and not [key for key in kept if "model" in key], "the next start tries again"
+    assert kept and not [key for key in kept if "model" in key], "the next start measures again"
 
 
-async def test_steps_that_one_of_two_alike_could_try_serve_both(tmp_path: Path) -> None:
-    machines = Machines(a=TRIED, b=FAILED)
+async def test_step_times_of_one_of_two_equal_workers_serve_both(tmp_path: Path) -> None:
+    machines = Machines(a=PROFILED, b=FAILED)
     measured = await machines.measure(tmp_path)
     assert [profile.cpu.concurrent[0].head_s for profile in measured.values()] == [1e-3, 1e-3]
     assert len(machines.told) == 1 and "worker b" in machines.told[0]
 
 
 async def test_figures_of_gpus_that_a_worker_has_not_are_refused(tmp_path: Path) -> None:
-    machines = Machines(a=WorkerProfile(replace(TRIED.profile, gpus=(DeviceProfile(1e12, 1e14),))), b=TRIED)
+    machines = Machines(a=WorkerProfile(replace(PROFILED.profile, gpus=(DeviceProfile(1e12, 1e14),))), b=PROFILED)
     await machines.measure(tmp_path)
     assert len(machines.told) == 1 and "worker a measured 1 GPUs, it has 0" in machines.told[0]
 
 
-async def test_a_worker_that_is_lost_while_it_tries_steps_ends_the_start(tmp_path: Path) -> None:
-    machines = Machines(a=TRIED, b="its process was killed")
+async def test_a_worker_lost_while_it_times_steps_ends_the_start(tmp_path: Path) -> None:
+    machines = Machines(a=PROFILED, b="its process was killed")
     with pytest.raises(WorkerError, match="worker b is lost: its process was killed"):
         await machines.measure(tmp_path)

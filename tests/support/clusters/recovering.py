@@ -166,7 +166,7 @@ async def recovering(
     plans: list[Event] = []
     running: list[Recovering] = []
 
-    def watch(event: Event) -> None:
+    def report(event: Event) -> None:
         if isinstance(event, Notice):
             told.append(event.text)
             for run in running:
@@ -179,7 +179,7 @@ async def recovering(
     with directory.locked():
         async with (
             asyncio.timeout(deadline_s),
-            open_cluster(settings, Path(settings.model), directory, watch) as cluster,
+            open_cluster(settings, Path(settings.model), directory, report) as cluster,
         ):
             running.append(Recovering(cluster, told))
             yield running[0]

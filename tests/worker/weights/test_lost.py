@@ -99,13 +99,13 @@ async def answers(
 ) -> list[object]:
     """Of a cluster that runs for these requests only."""
 
-    def watch(event: Event) -> None:
+    def report(event: Event) -> None:
         if isinstance(event, Notice):
             told.append(event.text)
 
     directory = ClusterDir(settings.state_dir / settings.name)
     with directory.locked():
-        async with open_cluster(settings, model, directory, watch) as cluster:
+        async with open_cluster(settings, model, directory, report) as cluster:
             return [await answer_of(cluster.engine.submit(generation)) for generation in requests]
 
 

@@ -62,33 +62,33 @@ def end_process(code: int) -> NoReturn:
 
 
 async def _until_signal(settings: WorkerSettings) -> int:
-    """0 after SIGTERM, SIGINT or the coordinator's word."""
-    life = asyncio.create_task(_run_life(settings))
+    """0 after SIGTERM, SIGINT or the coordinator's Shutdown."""
+    running = asyncio.create_task(_run(settings))
     received: list[signal.Signals] = []
 
     def stop(number: signal.Signals) -> None:
         received.append(number)
-        life.cancel()
+        running.cancel()
 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop, number)
     try:
-        _log.info("ends: %s", await life)
+        _log.info("ends: %s", await running)
     except asyncio.CancelledError:
         _log.info("stopping: received %s", " and ".join(number.name for number in received))
     return 0
 
 
-async def _run_life(settings: WorkerSettings) -> str:
+async def _run(settings: WorkerSettings) -> str:
     if settings.static:
-        from llamaclust.worker.static import live_by_itself
+        from llamaclust.worker.static import run_static_worker
 
-        return await live_by_itself(settings)
-    return await _live(settings)
+        return await run_static_worker(settings)
+    return await _run_started_worker(settings)
 
 
-async def _live(settings: WorkerSettings) -> str:
+async def _run_started_worker(settings: WorkerSettings) -> str:
     assert settings.token_file is not None
     token = ClusterToken.read(settings.token_file)
     worker = Worker.open(settings)

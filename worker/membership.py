@@ -96,9 +96,9 @@ class Member:
             case Unload():
                 self._tasks.start(loads.unload(message))
             case AddWeightSource():
-                self._worker.weights.hear(message, session.peer)
+                self._worker.weights.add_source(message, session.peer)
             case CertificateRenewed() | RenewalFailed() if self._renewal is not None:
-                self._renewal.hear(message)
+                self._renewal.receive(message)
             case _ if isinstance(message, WorkerRequest):
                 self._tasks.start(requests.answer(message))
             case _:

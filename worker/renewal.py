@@ -21,9 +21,9 @@ _log = logging.getLogger(__name__)
 class Renewal:
     """Of the identity of one member."""
 
-    def __init__(self, identity: Identity, say: Callable[[RenewCertificate], Awaitable[None]]) -> None:
+    def __init__(self, identity: Identity, send: Callable[[RenewCertificate], Awaitable[None]]) -> None:
         self._identity = identity
-        self._say = say
+        self._send = send
         self._key: NewKey | None = None
 
     async def run(self) -> None:
@@ -33,10 +33,10 @@ class Renewal:
         while True:
             await asyncio.sleep(self._identity.pair.renewal_in_s)
             self._key = NewKey()
-            await self._say(RenewCertificate(self._key.request))
+            await self._send(RenewCertificate(self._key.request))
             await asyncio.sleep(min(_AGAIN_S, self._identity.pair.life_s / 10))
 
-    def hear(self, answer: CertificateRenewed | RenewalFailed) -> None:
+    def receive(self, answer: CertificateRenewed | RenewalFailed) -> None:
         """ProtocolError for an answer to nothing, or of another key."""
         if isinstance(answer, RenewalFailed):
             _log.error("the certificate was not renewed: %s", answer.failure.message)

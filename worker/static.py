@@ -1,4 +1,4 @@
-"""A worker that joins by itself, and again, its weights kept, when its coordinator was gone."""
+"""A worker of a static cluster: it joins, and rejoins with its weights kept after a loss of its coordinator."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ from llamaclust.worker.worker import Worker
 _log = logging.getLogger(__name__)
 
 _BACKOFF = Backoff(0.2, 5.0)
-_TOLD_EVERY_S = 60.0
+_LOG_EVERY_S = 60.0
 _RESOLVE_S = 10.0
 _GRACE_S = 0.5
 
 
-async def live_by_itself(settings: WorkerSettings) -> str:
+async def run_static_worker(settings: WorkerSettings) -> str:
     """Until the coordinator ends the cluster; returns its reason. UsageError where it refuses the worker at first,
     WorkerError where it was gone for longer than it said to wait."""
     worker = _StaticWorker(settings)
     try:
-        return await worker.live()
+        return await worker.run()
     finally:
         await worker.close()
 
@@ -55,23 +55,23 @@ class _StaticWorker:
         self._host, self._port = split_address(settings.join)
         self._token = _join_token(settings)
         self._worker = Worker.open(settings)
-        self._patience = _Patience(settings.join)
+        self._rejoin = _RejoinLimit(settings.join)
         self._credentials: Credentials | None = None
         self._server: Server | None = None
         self._address = ""
         self._coordinator_s: float | None = None  # None: it has never been a member
 
-    async def live(self) -> str:
+    async def run(self) -> str:
         while True:
             try:
-                return await self._live_once()
+                return await self._run_membership()
             except LlamaclustError as error:
                 is_refused = isinstance(error, UsageError) and self._coordinator_s is None
                 if is_refused or isinstance(error, DeviceLostError):
                     raise
-                await self._patience.rest(error, self._coordinator_s)
+                await self._rejoin.pause(error, self._coordinator_s)
 
-    async def _live_once(self) -> str:
+    async def _run_membership(self) -> str:
         """One membership."""
         target = await self._enrol()
         assert self._credentials is not None
@@ -82,7 +82,7 @@ class _StaticWorker:
         try:
             await member.join(peer, self._registration(), self._settings.join_s, wait_for_ready=False)
             self._coordinator_s = member.coordinator_s
-            self._patience.end()
+            self._rejoin.end()
             _log.info("worker %s is a member, its stages are served at %s", self._settings.name, self._address)
             return await self._worker.compute.while_able(member.serve())
         finally:
@@ -142,7 +142,7 @@ def _join_token(settings: WorkerSettings) -> JoinToken | None:
     return JoinToken.parse(settings.token) if settings.token else None
 
 
-class _Patience:
+class _RejoinLimit:
     """Pauses between attempts to join, with backoff, and a log line about what is waited for."""
 
     def __init__(self, where: str) -> None:
@@ -152,10 +152,10 @@ class _Patience:
     def end(self) -> None:
         """There is nothing to wait for."""
         self._begun_s: float | None = None
-        self._told: tuple[str, float] | None = None
+        self._logged: tuple[str, float] | None = None
         self._attempts = 0
 
-    async def rest(self, error: LlamaclustError, limit_s: float | None) -> None:
+    async def pause(self, error: LlamaclustError, limit_s: float | None) -> None:
         """WorkerError after `limit_s` of it; None: there is no limit."""
         now_s = asyncio.get_running_loop().time()
         if self._begun_s is None:
@@ -165,10 +165,10 @@ class _Patience:
             raise WorkerError(
                 f"the coordinator is gone, and has not come back within {limit_s:g} s: {error}"
             ) from error
-        if self._told is None or self._told[0] != str(error) or now_s - self._told[1] >= _TOLD_EVERY_S:
+        if self._logged is None or self._logged[0] != str(error) or now_s - self._logged[1] >= _LOG_EVERY_S:
             limit = "" if limit_s is None else f" for {limit_s:g} s at most, weights kept"
             _log.warning("waiting for the coordinator at %s%s: %s", self._where, limit, error)
-            self._told = (str(error), now_s)
+            self._logged = (str(error), now_s)
         await asyncio.sleep(pause_s)
         self._attempts += 1
 

@@ -111,7 +111,6 @@ class Supervisor:
     def not_restarted(self, name: str, why: str) -> None:
         """The launcher's report that it restarts a worker no more."""
         self._report(Notice(not_restarted_text(name, why)))
-        self._members.registry.will_not_return(name, why)
 
     async def _loop(self, *, is_start: bool) -> None:
         while not (is_start and self._runner.epoch is not None and self._action is None):

@@ -18,9 +18,9 @@ from llamaclust.cluster.config.cluster_config import ClusterConfig
 from llamaclust.cluster.launchers.base import Exited, GaveUp, Launch
 from llamaclust.cluster.launchers.mpi_messages import (
     EndWorker,
+    Message,
     RankLost,
     StartWorker,
-    Word,
     WorkerEnded,
     from_bytes,
     to_bytes,
@@ -58,7 +58,7 @@ class MpiLauncher:
         self._static = static
         self._orders: dict[str, StartWorker] = {}  # by name
         self._running: dict[str, asyncio.Event] = {}  # set when that process has ended
-        self._words: dict[str, str] = {}
+        self._last_errors: dict[str, str] = {}
         self._lost: set[str] = set()
         self._upkeep = Upkeep()
         self._writer: asyncio.StreamWriter | None = None
@@ -77,7 +77,7 @@ class MpiLauncher:
             settings = replace(worker, threads=config.threads, token=token)
             self._orders[worker.name] = StartWorker(rank, settings.to_json(), addresses)
             self._start(worker.name)
-        self._tasks.start(self._hear(reader, exited))
+        self._tasks.start(self._receive(reader, exited))
 
     async def stop(self) -> None:
         """SIGTERM to those that are still there, and SIGKILL a second later."""
@@ -85,7 +85,7 @@ class MpiLauncher:
         for number in (signal.SIGTERM, signal.SIGKILL):
             if not await self._ended(_GRACE_S):
                 for name in self._running:
-                    self._say(EndWorker(self._orders[name].rank, number))
+                    self._send(EndWorker(self._orders[name].rank, number))
         await self._ended(_GRACE_S)
         self._tasks.cancel()
         if self._writer is not None:
@@ -101,7 +101,7 @@ class MpiLauncher:
         running = self._running.get(name)
         if running is None or running.is_set() or name in self._lost:
             return
-        self._say(EndWorker(self._orders[name].rank, signal.SIGKILL))
+        self._send(EndWorker(self._orders[name].rank, signal.SIGKILL))
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(running.wait(), _GRACE_S)
 
@@ -110,7 +110,7 @@ class MpiLauncher:
 
     def last_error(self, name: str) -> str:
         """As its rank tells them with its end."""
-        return self._words.get(name, "")
+        return self._last_errors.get(name, "")
 
     async def joined(self, registry: Registry) -> ClusterConfig:
         """DeadlineError names the missing workers after `join.wait`, WorkerError one that ended before."""
@@ -119,11 +119,11 @@ class MpiLauncher:
 
     def _start(self, name: str) -> None:
         self._running[name] = asyncio.Event()
-        self._say(self._orders[name])
+        self._send(self._orders[name])
 
-    def _say(self, word: Word) -> None:
+    def _send(self, message: Message) -> None:
         assert self._writer is not None
-        self._writer.write(to_bytes(word))
+        self._writer.write(to_bytes(message))
 
     async def _ended(self, within_s: float) -> bool:
         """Whether all workers of ranks that are there have ended."""
@@ -134,22 +134,22 @@ class MpiLauncher:
             return False
         return True
 
-    async def _hear(self, reader: asyncio.StreamReader, exited: Exited) -> None:
+    async def _receive(self, reader: asyncio.StreamReader, exited: Exited) -> None:
         """Until the rank is gone; then this process ends, as by SIGTERM."""
         names = {order.rank: name for name, order in self._orders.items()}
         while line := await reader.readline():
-            word = from_bytes(line)
-            if isinstance(word, WorkerEnded):
-                name = names[word.rank]
-                self._words[name] = word.words
+            message = from_bytes(line)
+            if isinstance(message, WorkerEnded):
+                name = names[message.rank]
+                self._last_errors[name] = message.last_error
                 self._running[name].set()
-                exited(name, word.how)
-                self._tasks.start(self._restart(name, word.how))
-            elif isinstance(word, RankLost):
-                name = names[word.rank]
+                exited(name, message.how)
+                self._tasks.start(self._restart(name, message.how))
+            elif isinstance(message, RankLost):
+                name = names[message.rank]
                 self._lost.add(name)
-                exited(name, f"its rank {word.rank} is gone")
-                self._upkeep.give_up(name, f"its rank {word.rank} is gone, and MPI starts no other")
+                exited(name, f"its rank {message.rank} is gone")
+                self._upkeep.give_up(name, f"its rank {message.rank} is gone, and MPI starts no other")
         os.kill(os.getpid(), signal.SIGTERM)
 
     async def _restart(self, name: str, how: str) -> None:

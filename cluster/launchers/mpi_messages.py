@@ -1,4 +1,4 @@
-"""What the coordinator and the ranks of an MPI job say to each other, as JSON."""
+"""What the coordinator and the ranks of an MPI job exchange, as JSON."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class WorkerEnded:
-    """To the coordinator: how, and the worker's last error."""
+    """To the coordinator: how its worker ended."""
 
     rank: int
     how: str
-    words: str
+    last_error: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,17 +57,17 @@ class RankLost:
     rank: int
 
 
-Word = StartWorker | EndWorker | Leave | Machine | WorkerEnded | RankLost
-_KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in get_args(Word)}
+Message = StartWorker | EndWorker | Leave | Machine | WorkerEnded | RankLost
+_KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in get_args(Message)}
 
 
-def to_bytes(word: Word) -> bytes:
+def to_bytes(message: Message) -> bytes:
     """One line."""
-    return json.dumps({"word": type(word).__name__, **asdict(word)}).encode() + b"\n"
+    return json.dumps({"message": type(message).__name__, **asdict(message)}).encode() + b"\n"
 
 
-def from_bytes(data: bytes) -> Word:
+def from_bytes(data: bytes) -> Message:
     """What `to_bytes` wrote, in this job."""
     fields = json.loads(data)
-    word: Word = _KINDS[fields.pop("word")](**fields)
-    return word
+    message: Message = _KINDS[fields.pop("message")](**fields)
+    return message

@@ -23,9 +23,9 @@ from llamaclust.cluster.launchers.mpi_messages import (
     EndWorker,
     Leave,
     Machine,
+    Message,
     RankLost,
     StartWorker,
-    Word,
     WorkerEnded,
     from_bytes,
     to_bytes,
@@ -87,12 +87,12 @@ class _Ranks:
         self.lost: set[int] = set()
         self.with_all = True  # as far as the others know
 
-    def send(self, word: Word, rank: int) -> None:
+    def send(self, message: Message, rank: int) -> None:
         """RankLostError where it is gone."""
         with self._losing(rank):
-            self._world.Send([bytearray(to_bytes(word)), self._mpi.BYTE], dest=rank)
+            self._world.Send([bytearray(to_bytes(message)), self._mpi.BYTE], dest=rank)
 
-    def received(self, rank: int) -> Iterator[Word]:
+    def received(self, rank: int) -> Iterator[Message]:
         """What has come from it. RankLostError where it is gone."""
         with self._losing(rank):
             status = self._mpi.Status()
@@ -134,12 +134,12 @@ class _Rank:
         self.ranks.send(Machine(self.ranks.own, _BOOT_ID.read_text()), 0)
         while not self._is_time():
             try:
-                for word in self.ranks.received(0):
-                    if isinstance(word, Leave):
+                for message in self.ranks.received(0):
+                    if isinstance(message, Leave):
                         self.kill()
-                        self.ranks.with_all = word.with_all
+                        self.ranks.with_all = message.with_all
                         return 0
-                    self.obey(word)
+                    self.obey(message)
                 for end in self.update():
                     self.ranks.send(end, 0)
             except RankLostError:
@@ -149,16 +149,16 @@ class _Rank:
         return 1
 
     def _is_time(self) -> bool:
-        """Whether it was told to end long ago: until then the coordinator has the word, which was told, too."""
+        """Whether it was told to end long ago: until then the coordinator has the last message, too."""
         if self.told and self._leave_s is None:
             self._leave_s = time.monotonic() + _DRAIN_S
         return self._leave_s is not None and time.monotonic() > self._leave_s
 
-    def obey(self, word: Word) -> None:
-        if isinstance(word, StartWorker):
-            self._start(word)
-        elif isinstance(word, EndWorker) and self._child is not None:
-            self._child.signal(signal.Signals(word.number))
+    def obey(self, message: Message) -> None:
+        if isinstance(message, StartWorker):
+            self._start(message)
+        elif isinstance(message, EndWorker) and self._child is not None:
+            self._child.signal(signal.Signals(message.number))
 
     def update(self) -> Iterator[WorkerEnded]:
         with suppress(queue.Empty):
@@ -178,8 +178,8 @@ class _Rank:
         settings = replace(settings, threads=threads, join=_reachable(order.addresses, settings.token))
 
         def ended(code: int) -> None:
-            words = last_error(log, start_bytes) if code else ""
-            self.ends.put(WorkerEnded(order.rank, describe_exit(code), words))
+            error = last_error(log, start_bytes) if code else ""
+            self.ends.put(WorkerEnded(order.rank, describe_exit(code), error))
 
         anew = os.O_TRUNC if self._child is None else 0
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | anew, 0o600)
@@ -200,7 +200,7 @@ class _Coordinator:
         self._rank = rank
         self._config = config
         self._arguments = arguments
-        self._begun = b""  # of a word that has not come whole
+        self._begun = b""  # of an incomplete message
         self._machines = {0: _BOOT_ID.read_text()}  # by rank
 
     def run(self) -> int:
@@ -221,9 +221,9 @@ class _Coordinator:
         """Waits until every rank has said where it is; MPI starts them all or none."""
         while len(self._machines) < self._rank.ranks.count:
             for other in self._others():
-                for word in self._rank.ranks.received(other):
-                    assert isinstance(word, Machine)
-                    self._machines[other] = word.boot_id
+                for message in self._rank.ranks.received(other):
+                    assert isinstance(message, Machine)
+                    self._machines[other] = message.boot_id
             time.sleep(_REST_S)
 
     def _others(self) -> list[int]:
@@ -248,26 +248,26 @@ class _Coordinator:
 
     def _carry(self, to_coordinator: socket.socket) -> None:
         """Everything that has come since the last time."""
-        for word in self._orders(to_coordinator):
-            if isinstance(word, StartWorker):
-                sharers = list(self._machines.values()).count(self._machines[word.rank])
-                word = replace(word, sharers=sharers)
-            if word.rank == 0:
-                self._rank.obey(word)
-            elif word.rank not in self._rank.ranks.lost:
+        for message in self._orders(to_coordinator):
+            if isinstance(message, StartWorker):
+                sharers = list(self._machines.values()).count(self._machines[message.rank])
+                message = replace(message, sharers=sharers)
+            if message.rank == 0:
+                self._rank.obey(message)
+            elif message.rank not in self._rank.ranks.lost:
                 with suppress(RankLostError):  # which `received` tells
-                    self._rank.ranks.send(word, word.rank)
-        update: list[Word] = [*self._rank.update()]
+                    self._rank.ranks.send(message, message.rank)
+        update: list[Message] = [*self._rank.update()]
         for other in self._others():
             try:
                 update += self._rank.ranks.received(other)
             except RankLostError:
                 update.append(RankLost(other))
         with suppress(BrokenPipeError, ConnectionResetError):  # it is ending
-            for word in update:
-                to_coordinator.sendall(to_bytes(word))
+            for message in update:
+                to_coordinator.sendall(to_bytes(message))
 
-    def _orders(self, coordinator: socket.socket) -> list[Word]:
+    def _orders(self, coordinator: socket.socket) -> list[Message]:
         with suppress(BlockingIOError, ConnectionResetError):
             while data := coordinator.recv(1 << 16):
                 self._begun += data

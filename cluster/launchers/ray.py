@@ -62,7 +62,7 @@ class RayLauncher:
         self._workers: RayWorkers | None = None
         self._thread = ThreadPoolExecutor(1, "ray")  # Ray's own processes end with the thread that has started them
         self._watches: list[asyncio.Task[None]] = []
-        self._words: dict[str, str] = {}
+        self._last_errors: dict[str, str] = {}
         self._incarnations: dict[str, str] = {}  # of the actors that are followed
         self._upkeep = Upkeep()
         self._stopping = False
@@ -128,7 +128,7 @@ class RayLauncher:
 
     def last_error(self, name: str) -> str:
         """As its actor tells them with its worker's end."""
-        return self._words.get(name, "")
+        return self._last_errors.get(name, "")
 
     async def joined(self, registry: Registry) -> ClusterConfig:
         """DeadlineError names the missing workers after `join.wait`, WorkerError one that ended before."""
@@ -162,7 +162,7 @@ class RayLauncher:
         while True:
             try:
                 self._incarnations[name] = await _answer(actor.incarnation.remote())
-                how, self._words[name] = await _end_of(actor)
+                how, self._last_errors[name] = await _end_of(actor)
             except ActorDiedError as error:
                 exited(name, _gone(error))
                 return
@@ -206,8 +206,8 @@ async def _end_of(actor: Any) -> tuple[str, str]:
     try:
         while (end := await _answer(actor.ended.remote())) is None:
             pass
-        how, words = end
-        return how, words
+        how, error = end
+        return how, error
     except ActorDiedError:
         raise
     except RayError as error:

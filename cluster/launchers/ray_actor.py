@@ -63,9 +63,9 @@ class WorkerActor:
         return self._how if self._over.wait(_WAIT_S) else None
 
     def _start(self) -> None:
-        Child(self._given.settings, self._hear)
+        Child(self._given.settings, self._worker_ended)
 
-    def _hear(self, code: int) -> None:
+    def _worker_ended(self, code: int) -> None:
         """A worker that was killed is started again, with a new process for this actor; one that has ended is not."""
         if code == UsageError.exit_code and self._is_again:  # refused: the lost one still counts as a member
             time.sleep(_LOOK_S)

@@ -119,11 +119,11 @@ class JoinHandler:
         name = register.name
         if name in self._members.present:
             self._members.fence(self._members.workers[name], "it joins again")
-        handle = WorkerHandle(register, _speaker(stream), lambda: self._members.read_last_error(name))
+        handle = WorkerHandle(register, _serial_sender(stream), lambda: self._members.read_last_error(name))
         self._members.admit(handle)
         reason = "its connection broke"
         try:
-            async with deadline("welcoming a worker", _HANDSHAKE_S):
+            async with deadline("admission of a worker", _HANDSHAKE_S):
                 await handle.channel.send(Admitted(self._settings.deadlines, cluster=self._settings.cluster))
             self._members.announce(handle)
             reason = await self._listen_to(handle, stream)
@@ -188,15 +188,15 @@ def _is_same_process(known: Register, register: Register) -> bool:
     return (known.host, known.pid, known.address) == (register.host, register.pid, register.address)
 
 
-def _speaker(stream: ServerStream) -> Callable[[CoordinatorMessage], Awaitable[None]]:
+def _serial_sender(stream: ServerStream) -> Callable[[CoordinatorMessage], Awaitable[None]]:
     """Writes messages one at a time, as gRPC wants it."""
     writing = asyncio.Lock()
 
-    async def said(message: CoordinatorMessage) -> None:
+    async def write(message: CoordinatorMessage) -> None:
         async with writing:
             await stream.write(encode_coordinator_message(message))
 
-    async def say(message: CoordinatorMessage) -> None:
-        await asyncio.shield(said(message))  # where its deadline passes, gRPC still has the message
+    async def send(message: CoordinatorMessage) -> None:
+        await asyncio.shield(write(message))  # where its deadline passes, gRPC still has the message
 
-    return say
+    return send

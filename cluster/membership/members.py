@@ -101,11 +101,6 @@ class Members:
             self._exits[name] = how
         self._set_changed()
 
-    def will_not_return(self, name: str, why: str) -> None:
-        """The launcher's report that it restarts this worker no more."""
-        self._exits[name] = why
-        self._set_changed()
-
     def admit(self, handle: WorkerHandle) -> None:
         self._workers[handle.name] = handle
         self.joins[handle.name] = next(self._numbers)

@@ -72,16 +72,16 @@ class _Signals:
         self._task = task
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._hear)
+            loop.add_signal_handler(number, self._received)
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
             loop.add_signal_handler(signal.SIGHUP, self._lose_terminal)
 
     def _lose_terminal(self) -> None:
         """Shell and kernel may both tell of it: that makes no second signal."""
         if not self.asked.is_set():
-            self._hear()
+            self._received()
 
-    def _hear(self) -> None:
+    def _received(self) -> None:
         if not self.ready or self.asked.is_set():
             self._task.cancel()
         self.asked.set()

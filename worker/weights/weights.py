@@ -89,10 +89,10 @@ class Weights:
         finally:
             self._fetching.remove(what)
 
-    def hear(self, update: AddWeightSource, reach: Reach) -> None:
-        for one in self._fetching:
-            if one.manifest == update.manifest:
-                one.renew(update.source.worker, reach(update.source.address, update.source.worker))
+    def add_source(self, update: AddWeightSource, reach: Reach) -> None:
+        for fetch in self._fetching:
+            if fetch.manifest == update.manifest:
+                fetch.renew(update.source.worker, reach(update.source.address, update.source.worker))
 
     def open_file(self, model_path: str, model_id: str) -> Model | None:
         """The file of that identity, at its path or under its name in `model_dir`; None where there is no file.

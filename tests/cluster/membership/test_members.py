@@ -118,11 +118,11 @@ async def test_certificates_are_renewed_over_the_membership(trust: Authority) ->
         asking = asyncio.create_task(renewal.run())
         answer = await member.hear()
         assert isinstance(answer, CertificateRenewed)
-        renewal.hear(answer)
+        renewal.receive(answer)
         asking.cancel()
         assert identity.pair is not short and identity.pair.ends_at_s > short.ends_at_s + 3600
         with pytest.raises(ProtocolError, match="was not asked for"):
-            renewal.hear(answer)
+            renewal.receive(answer)
         member.stream.cancel()
         await there.workers["a"].lost.wait()
         _, welcome = await join(there, identity, REGISTER)

@@ -26,7 +26,7 @@ from llamaclust.core.errors import LlamaclustError, ModelFileError
 from llamaclust.kernels.cpu.backend import CpuBackend
 from llamaclust.model.loader import Model
 from llamaclust.wire.control.messages import Deadlines, FindWeights, WeightsFound
-from llamaclust.worker.main import _live
+from llamaclust.worker.main import _run_started_worker
 from llamaclust.worker.settings import WorkerSettings
 from llamaclust.worker.stage.stage_runner import StageRunner
 from support.clusters.command_line import eventually
@@ -68,7 +68,7 @@ class Members:
             weights_bytes=1 << 30,
             model_dir=model_dir,
         )
-        return asyncio.create_task(_live(settings))
+        return asyncio.create_task(_run_started_worker(settings))
 
     async def load(
         self, model: Path, names: Sequence[str], cuts: Sequence[int], path: str = NOWHERE

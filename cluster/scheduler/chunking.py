@@ -9,10 +9,7 @@ from llamaclust.cluster.scheduler.stage_times import StageTimes
 
 _FIRST_ROWS = 64
 """Without measurements: small enough for a slow machine, large enough not to matter on a fast one."""
-
 _LEAST_ROWS = 16
-
-
 _EFFICIENT = 4
 """Least ratio of the time for a chunk's rows to the fixed cost of a chunk."""
 

@@ -74,23 +74,19 @@ class InFlight:
                 taken.sequence.sampled_at = (number, row - 1)
         chunks = tuple(taken.chunk for taken in slices)
         tasks = tuple(task for taken in slices for task in taken.tasks)
-        return ScheduledMicrobatch(
-            Microbatch(self._model_id, self._epoch, number, chunks), SamplingInputs(self._epoch, number, tasks)
-        )
+        microbatch = Microbatch(self._model_id, self._epoch, number, chunks)
+        return ScheduledMicrobatch(microbatch, SamplingInputs(self._epoch, number, tasks))
 
     def complete(self, result: Result, now_ns: int) -> tuple[SequenceSlice, ...]:
         """The slices that a result is for. ProtocolError where it is not the answer to the microbatch that is due."""
         due = self._sent[0] if self._sent else None
         if due is None or (result.epoch, result.number) != (self._epoch, due.number):
             expected = f"microbatch {due.number} of epoch {self._epoch}" if due else "nothing"
-            raise ProtocolError(
-                f"a result for microbatch {result.number} of epoch {result.epoch}, but {expected} is due"
-            )
+            given = f"microbatch {result.number} of epoch {result.epoch}"
+            raise ProtocolError(f"a result for {given}, but {expected} is due")
         outputs = sum(len(taken.tasks) for taken in due.slices)
-        if len(result.rows) != outputs:
-            raise ProtocolError(
-                f"microbatch {due.number} came back with {len(result.rows)} results instead of {outputs}"
-            )
+        if (found := len(result.rows)) != outputs:
+            raise ProtocolError(f"microbatch {due.number} came back with {found} results instead of {outputs}")
         self._sent.popleft()
         if self._sent and self._sent[0].is_lookahead:
             self._sent[0].begun_ns = now_ns

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from llamaclust.cluster.scheduler.kv_blocks import KvBlocks
 from llamaclust.cluster.scheduler.kv_window import KvWindow
 from llamaclust.cluster.scheduler.prefix_cache import PrefixCache
@@ -14,9 +16,13 @@ class KvMemory:
     """The blocks of all stages and what they are known to hold."""
 
     def __init__(self, settings: SchedulerSettings) -> None:
+        cache = partial(
+            PrefixCache, model_id=settings.model_id, kv_type=settings.kv_type, enabled=settings.prefix_cache
+        )
+        group = settings.window_group
         self.blocks = KvBlocks(settings.kv_blocks)
-        self._cache = _cache(self.blocks, settings)
-        self.window = _window(settings)
+        self._cache = cache(self.blocks)
+        self.window = None if group is None else KvWindow(group, cache(KvBlocks(settings.window_blocks)))
         self._filling: set[bytes] = set()
 
     def begin_microbatch(self) -> None:
@@ -95,12 +101,3 @@ class KvMemory:
         if self.window is not None:
             self.window.release(sequence)
         sequence.rewind(0)
-
-
-def _cache(blocks: KvBlocks, settings: SchedulerSettings) -> PrefixCache:
-    return PrefixCache(blocks, settings.model_id, settings.kv_type, settings.prefix_cache)
-
-
-def _window(settings: SchedulerSettings) -> KvWindow | None:
-    group = settings.window_group
-    return None if group is None else KvWindow(group, _cache(KvBlocks(settings.window_blocks), settings))

@@ -84,17 +84,24 @@ class KvBlocks:
 
 
 class BlockTable:
-    """The blocks of one sequence: position p lives in block p // KV_BLOCK_TOKENS of the table."""
+    """The blocks of one sequence, from block number `start` on: 0, or in layers with a window the first one that rows to
+    come see. Position p lives in block number p // KV_BLOCK_TOKENS."""
 
-    __slots__ = ("_runs", "_shown", "blocks")
+    __slots__ = ("_runs", "_shown", "blocks", "committed", "start")
 
     def __init__(self) -> None:
         self.blocks: list[int] = []
+        self.start = 0
+        self.committed = 0  # blocks that it may come to hold, in layers with a window
         self._runs: list[int] = []  # as in `Chunk.table`
         self._shown: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.blocks)
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.blocks)
 
     @property
     def runs(self) -> tuple[int, ...]:
@@ -111,60 +118,21 @@ class BlockTable:
         else:
             self._runs += (block, 1)
 
-    def clear(self) -> list[int]:
-        """Empties the table; the blocks it had."""
-        blocks, self.blocks = self.blocks, []
-        self._runs.clear()
-        self._shown = None
-        return blocks
-
-
-class WindowTable:
-    """The blocks of one sequence that rows to come see, from block number `start` on, in layers with a window."""
-
-    __slots__ = ("_shown", "blocks", "committed", "start")
-
-    def __init__(self) -> None:
-        self.blocks: list[int] = []
-        self.start = 0
-        self.committed = 0  # blocks that it may come to hold
-        self._shown: tuple[int, ...] | None = None
-
-    @property
-    def end(self) -> int:
-        return self.start + len(self.blocks)
-
-    @property
-    def runs(self) -> tuple[int, ...]:
-        """As in `Chunk.window_table`."""
-        if self._shown is None:
-            runs: list[int] = []
-            for block in self.blocks:
-                if runs and runs[-2] + runs[-1] == block:
-                    runs[-1] += 1
-                else:
-                    runs += (block, 1)
-            self._shown = tuple(runs)
-        return self._shown
-
-    def append(self, block: int) -> None:
-        self.blocks.append(block)
-        self._shown = None
-
     def drop_before(self, first: int) -> list[int]:
         """Removes and returns the blocks before block number `first`."""
-        count = max(0, first - self.start)
-        if not count:
+        count = first - self.start
+        if count <= 0:
             return []
-        dropped = self.blocks[:count]
-        del self.blocks[:count]
-        self.start += count
-        self._shown = None
-        return dropped
+        committed, blocks = self.committed, self.clear()
+        self.start, self.committed = first, committed
+        for block in blocks[count:]:
+            self.append(block)
+        return blocks[:count]
 
     def clear(self) -> list[int]:
         """Empties the table; the blocks it had."""
         blocks, self.blocks = self.blocks, []
         self.start = self.committed = 0
+        self._runs.clear()
         self._shown = None
         return blocks

@@ -17,7 +17,7 @@ from llamaclust.cluster.scheduler.kv_allocator import KvMemory
 from llamaclust.cluster.scheduler.microbatching import DecodeSplit
 from llamaclust.cluster.scheduler.queues import SequenceQueues
 from llamaclust.cluster.scheduler.requests import Finished, GenerationRequest
-from llamaclust.cluster.scheduler.sequences import Failed, Sequence, SequenceSlice, Update
+from llamaclust.cluster.scheduler.sequences import Failed, Phase, Sequence, SequenceSlice, Update
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.cluster.scheduler.stage_times import StageTimes
 from llamaclust.cluster.scheduler.validation import validate
@@ -58,10 +58,6 @@ class _PrefillBatch:
     rows_left: int
     outputs_left: int
     slices: dict[int, SequenceSlice] = field(default_factory=dict)  # by the sequence's key
-
-    @property
-    def tokens(self) -> int:
-        return sum(len(taken.chunk.tokens) for taken in self.slices.values())
 
     def add(self, sequence: Sequence, most: int) -> None:
         """Up to `most` rows of a sequence, as far as rows and outputs go."""
@@ -116,7 +112,7 @@ class Scheduler:
 
     def add(self, request: GenerationRequest, now_ns: int) -> Sequence:
         """Queues a request, unless it has no work. Raises ParameterError or QueueFullError."""
-        validate(request, self.settings.request_limits)
+        validate(request, self.settings.vocabulary, self.settings.max_sequence_tokens)
         self._next_key += 1
         sequence = _sequence(self._next_key, request, self.settings.max_sequence_tokens, now_ns)
         if sequence.has_work:
@@ -192,7 +188,7 @@ class Scheduler:
         awaiting = [sequence for sequence in self.queues.running if sequence.awaits_decode]
         for sequence in awaiting:
             self.queues.grow(sequence)
-        return [sequence for sequence in awaiting if sequence.is_decoding]
+        return [sequence for sequence in awaiting if sequence.phase is Phase.DECODE]
 
     def _decode_rows(self, ready: int) -> int:
         """How many of the ready sequences form a microbatch of their own now.
@@ -239,8 +235,9 @@ class Scheduler:
             batch.add(sequence, batch.rows_left)
         while batch.rows_left > 0 and (admitted := self.queues.admit()) is not None:
             batch.add(admitted, batch.rows_left)
-        self._computed_tokens += batch.tokens
-        return list(batch.slices.values())
+        slices = list(batch.slices.values())
+        self._computed_tokens += sum(len(taken.chunk.tokens) for taken in slices)
+        return slices
 
     def _prefill_rows(self, prefilling: list[Sequence], decoding: int) -> int:
         waiting = islice(self.queues.waiting, _VISIBLE_WAITING)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from llamaclust.cluster.scheduler.breakers import SeenBreakers
-from llamaclust.cluster.scheduler.kv_blocks import BlockTable, WindowTable
+from llamaclust.cluster.scheduler.kv_blocks import BlockTable
 from llamaclust.cluster.scheduler.requests import (
     Event,
     Finished,
@@ -71,7 +71,7 @@ class Sequence:
     breakers: SeenBreakers  # for DRY
     mu: float = 0.0  # of Mirostat, for the next token
     table: BlockTable = field(default_factory=BlockTable)
-    window: WindowTable = field(default_factory=WindowTable)
+    window: BlockTable = field(default_factory=BlockTable)  # of layers with a window
     block_keys: list[bytes] = field(default_factory=list)  # prefix cache keys of the tokens' full blocks
     registered: int = 0  # blocks of the table that the prefix cache knows
     scheduled: int = 0  # tokens whose keys and values are computed or under way
@@ -86,10 +86,6 @@ class Sequence:
     started_ns: int = 0
     first_ns: int = 0  # first answer
     last_ns: int = 0
-
-    @property
-    def is_decoding(self) -> bool:
-        return self.phase is _DECODE
 
     @property
     def is_running(self) -> bool:
@@ -172,16 +168,9 @@ class Sequence:
     def _slice(
         self, tokens: tuple[int, ...], tasks: tuple[RowTask, ...], follows: tuple[int, int] | None = None
     ) -> SequenceSlice:
-        window = self.window
-        chunk = Chunk(
-            tokens,
-            self.scheduled,
-            self.table.runs,
-            len(tasks),
-            follows,
-            window.runs,
-            window.start if window.blocks else 0,
-        )
+        table, window = self.table.runs, self.window
+        start = window.start if window.blocks else 0
+        chunk = Chunk(tokens, self.scheduled, table, len(tasks), follows, window.runs, start)
         self.scheduled += len(tokens)
         self.in_flight += 1
         taken = SequenceSlice(self, chunk, tasks)
@@ -195,7 +184,7 @@ class Sequence:
 
     def restart(self) -> None:
         """Nothing of it is computed or under way: its tokens are there, and what was told stays told."""
-        self.table, self.window = BlockTable(), WindowTable()
+        self.table, self.window = BlockTable(), BlockTable()
         self.rewind(0)
         self.in_flight = self.sampling = 0
         self.phase = Phase.WAITING
@@ -213,15 +202,14 @@ class Sequence:
         request = self.request
         window, with_dry = request.history_window, request.looks_for_repetitions
         known = max(0, len(self.tokens) - window + self.sampling)
+        is_early = self.generated + self.sampling < request.min_tokens
         return SampleTask(
             request.params,
             request.seed,
             request.choice,
             position=len(self.tokens) + self.sampling,
             history=tuple(self.tokens[known:]) if window else (),
-            suppressed=tuple(sorted(request.stop_token_ids))
-            if self.generated + self.sampling < request.min_tokens
-            else (),
+            suppressed=tuple(sorted(request.stop_token_ids)) if is_early else (),
             top_logprobs=request.top_logprobs,
             history_follows=window > 0 and self.sampling > 0,
             penalty_window=request.penalty_window if with_dry else None,
@@ -245,20 +233,16 @@ class Sequence:
             self.scored = first_row + len(scored)
             updates.append(PromptScored(first_row + 1, scored))
         if taken.is_sampled:
-            self._append(rows[-1])
+            row = rows[-1]
+            self.tokens.append(row.token)
+            self.breakers.add(row.token)
+            self.mu = self.mu if row.mu is None else row.mu
             if self.phase is _PREFILL or self.phase is _DECODE:
                 self.phase = _DECODE if self.scheduled >= len(self.tokens) - 1 else _PREFILL
-            updates.append(TokenSampled(rows[-1]))
-        reason = self._finish_reason(taken.is_sampled)
-        if reason is not None:
+            updates.append(TokenSampled(row))
+        if (reason := self._finish_reason(taken.is_sampled)) is not None:
             updates.append(Finished(reason, self.timings()))
         return updates
-
-    def _append(self, row: RowResult) -> None:
-        self.tokens.append(row.token)
-        self.breakers.add(row.token)
-        if row.mu is not None:
-            self.mu = row.mu
 
     def _finish_reason(self, is_sampled: bool) -> FinishReason | None:
         if not is_sampled:

@@ -9,14 +9,6 @@ from llamaclust.model.program import KV_BLOCK_TOKENS, KvType
 
 
 @dataclass(frozen=True, slots=True)
-class RequestLimits:
-    """What a request's tokens may be."""
-
-    vocabulary: int
-    max_sequence_tokens: int  # of prompt and answer together
-
-
-@dataclass(frozen=True, slots=True)
 class SchedulerSettings:
     """Fixed for the life of a scheduler. Stages must be loaded with limits that are at least these."""
 
@@ -44,10 +36,6 @@ class SchedulerSettings:
         assert self.kv_blocks >= 1
         group = self.window_group
         assert group is None or self.window_blocks >= group.sequence_blocks + group.row_blocks, self.window_blocks
-
-    @property
-    def request_limits(self) -> RequestLimits:
-        return RequestLimits(self.vocabulary, self.max_sequence_tokens)
 
     @property
     def window_group(self) -> WindowGroup | None:

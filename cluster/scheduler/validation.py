@@ -6,7 +6,6 @@ import math
 from collections.abc import Collection
 
 from llamaclust.cluster.scheduler.requests import GenerationRequest
-from llamaclust.cluster.scheduler.settings import RequestLimits
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.limits import MAX_CONTEXT_TOKENS, MAX_TOP_LOGPROBS
 from llamaclust.core.sampler_chain import SamplerChain
@@ -25,23 +24,23 @@ MAX_CHOICES = 128
 _UINT64_MAX = (1 << 64) - 1
 
 
-def validate(request: GenerationRequest, limits: RequestLimits) -> None:
+def validate(request: GenerationRequest, vocabulary: int, max_sequence_tokens: int) -> None:
     """Raises ParameterError, which names the field as the HTTP API does, its value and the bound."""
-    _check_prompt(request, limits)
+    _check_prompt(request, vocabulary, max_sequence_tokens)
     check_integer("max_tokens", request.max_new_tokens, 0, MAX_CONTEXT_TOKENS)
     check_integer("min_tokens", request.min_tokens, 0, MAX_CONTEXT_TOKENS)
     check_integer("seed", request.seed, 0, _UINT64_MAX)
     check_integer("choice", request.choice, 0, MAX_CHOICES - 1)
-    check_integer("top_logprobs", request.top_logprobs, 0, min(MAX_TOP_LOGPROBS, limits.vocabulary))
+    check_integer("top_logprobs", request.top_logprobs, 0, min(MAX_TOP_LOGPROBS, vocabulary))
     check_integer("repeat_last_n", request.penalty_window, 0, MAX_CONTEXT_TOKENS)
     check_integer("dry_penalty_last_n", request.dry_window, 0, MAX_CONTEXT_TOKENS)
     if request.score_from is not None:
         check_integer("score_from", request.score_from, 0, MAX_CONTEXT_TOKENS)
-    _check_tokens("stop_token_ids", request.stop_token_ids, limits.vocabulary)
-    if request.min_tokens and len(request.stop_token_ids) == limits.vocabulary:
-        reason = f"is {request.min_tokens}, but stop_token_ids are all {limits.vocabulary} tokens: none is left"
+    _check_tokens("stop_token_ids", request.stop_token_ids, vocabulary)
+    if request.min_tokens and len(request.stop_token_ids) == vocabulary:
+        reason = f"is {request.min_tokens}, but stop_token_ids are all {vocabulary} tokens: none is left"
         raise ParameterError("min_tokens", reason)
-    _check_params(request.params, limits.vocabulary)
+    _check_params(request.params, vocabulary)
     _check_breakers(request)
 
 
@@ -78,15 +77,15 @@ def shown(value: object) -> str:
     return repr(value)[:60]
 
 
-def _check_prompt(request: GenerationRequest, limits: RequestLimits) -> None:
-    tokens, most = len(request.prompt), limits.max_sequence_tokens
+def _check_prompt(request: GenerationRequest, vocabulary: int, most: int) -> None:
+    tokens = len(request.prompt)
     if tokens == 0:
         raise ParameterError("prompt", "is empty; give at least one token")
     if tokens + (request.max_new_tokens != 0) > most:
         room = " with no room for an answer" if tokens == most else ""
         reason = f"has {tokens} tokens{room}, but the model's context length is {most} tokens; shorten it"
         raise ParameterError("prompt", reason, "context_length_exceeded")
-    _check_tokens("prompt", request.prompt, limits.vocabulary)
+    _check_tokens("prompt", request.prompt, vocabulary)
 
 
 def _check_params(params: SamplingParams, vocabulary: int) -> None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from llamaclust.cluster.scheduler.in_flight import ScheduledMicrobatch
 from llamaclust.cluster.scheduler.requests import FinishReason, GenerationRequest
 from llamaclust.cluster.scheduler.scheduler import Scheduler
+from llamaclust.cluster.scheduler.sequences import Phase
 from llamaclust.cluster.scheduler.settings import SchedulerSettings
 from llamaclust.core.errors import ProtocolError, QueueFullError, RequestError
 from llamaclust.core.sampler_chain import SamplerChain, SamplerName
@@ -322,7 +323,7 @@ def test_a_preempted_sequence_waits_for_what_is_in_flight() -> None:
     run.step()
     run.send_all()
     (sequence,) = run.scheduler.sequences
-    assert sequence.in_flight == 1 and sequence.is_decoding
+    assert sequence.in_flight == 1 and sequence.phase is Phase.DECODE
     run.scheduler.queues.preempt(sequence)
     assert run.scheduler.next_microbatch(run.now_ns) is None, "its next token is not known yet"
     run.finish()

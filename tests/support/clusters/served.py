@@ -32,7 +32,7 @@ from llamaclust.cluster.scheduler.requests import (
     Timings,
     TokenSampled,
 )
-from llamaclust.cluster.scheduler.settings import EngineSettings, RequestLimits, SchedulerSettings
+from llamaclust.cluster.scheduler.settings import EngineSettings, SchedulerSettings
 from llamaclust.cluster.scheduler.validation import validate
 from llamaclust.cluster.text.service import TextService, TextSettings
 from llamaclust.core.errors import LlamaclustError
@@ -126,7 +126,7 @@ class ScriptedEngine:
     def submit(self, generation: GenerationRequest) -> ScriptedStream:
         if self.refusal is not None:
             raise self.refusal
-        validate(generation, RequestLimits(VOCABULARY, CONTEXT))
+        validate(generation, VOCABULARY, CONTEXT)
         self.submitted.append(generation)
         self.running += 1
         return ScriptedStream(self, generation, deque(self._events(generation)))

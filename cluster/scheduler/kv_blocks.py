@@ -84,8 +84,8 @@ class KvBlocks:
 
 
 class BlockTable:
-    """The blocks of one sequence, from block number `start` on: 0, or in layers with a window the first one that rows to
-    come see. Position p lives in block number p // KV_BLOCK_TOKENS."""
+    """The blocks of one sequence, from block number `start` on: 0, or in layers with a window the first one that rows
+    to come see. Position p lives in block number p // KV_BLOCK_TOKENS."""
 
     __slots__ = ("_runs", "_shown", "blocks", "committed", "start")
 

@@ -6,19 +6,11 @@ import math
 from collections.abc import Collection
 
 from llamaclust.cluster.scheduler.requests import GenerationRequest
+from llamaclust.core import sampling_bounds as bounds
 from llamaclust.core.errors import ParameterError
 from llamaclust.core.limits import MAX_CONTEXT_TOKENS, MAX_TOP_LOGPROBS
 from llamaclust.core.sampler_chain import SamplerChain
 from llamaclust.core.sampling import SamplingParams
-from llamaclust.core.sampling_bounds import (
-    CHAIN_BOUNDS,
-    MAX_BIAS,
-    MAX_BREAKERS_TOKENS,
-    MAX_LOGIT_BIASES,
-    MAX_MIROSTAT,
-    MAX_TOP_K,
-    REAL_BOUNDS,
-)
 
 MAX_CHOICES = 128
 _UINT64_MAX = (1 << 64) - 1
@@ -46,9 +38,9 @@ def validate(request: GenerationRequest, vocabulary: int, max_sequence_tokens: i
 
 def check_chain(chain: SamplerChain) -> None:
     """Raises ParameterError for a setting of a sampler that is out of bounds."""
-    for name, (low, high) in CHAIN_BOUNDS.items():
+    for name, (low, high) in bounds.CHAIN_BOUNDS.items():
         check_number(name, getattr(chain, name), low, high)
-    check_integer("mirostat", chain.mirostat, 0, MAX_MIROSTAT)
+    check_integer("mirostat", chain.mirostat, 0, bounds.MAX_MIROSTAT)
     check_integer("dry_allowed_length", chain.dry_allowed_length, 1, MAX_CONTEXT_TOKENS)
     if len(set(chain.order)) < len(chain.order):
         raise ParameterError("samplers", "a sampler is listed twice")
@@ -89,29 +81,27 @@ def _check_prompt(request: GenerationRequest, vocabulary: int, most: int) -> Non
 
 
 def _check_params(params: SamplingParams, vocabulary: int) -> None:
-    for name, (low, high) in REAL_BOUNDS.items():
+    for name, (low, high) in bounds.REAL_BOUNDS.items():
         check_number(name, getattr(params, name), low, high)
-    check_integer("top_k", params.top_k, 0, MAX_TOP_K)
+    check_integer("top_k", params.top_k, 0, bounds.MAX_TOP_K)
     if params.chain is not None:
         check_chain(params.chain)
         _check_tokens("unpenalized", params.chain.unpenalized, vocabulary)
-    check_count("logit_bias", len(params.logit_bias), MAX_LOGIT_BIASES, "token ids")
+    check_count("logit_bias", len(params.logit_bias), bounds.MAX_LOGIT_BIASES, "token ids")
     biased = [token for token, _ in params.logit_bias]
     _check_tokens("logit_bias", biased, vocabulary)
     if biased != sorted(set(biased)):
         raise ParameterError("logit_bias", "token ids must be ascending, each once")
     for _, bias in params.logit_bias:
-        check_number("logit_bias", bias, -MAX_BIAS, MAX_BIAS)
+        check_number("logit_bias", bias, -bounds.MAX_BIAS, bounds.MAX_BIAS)
 
 
 def _check_breakers(request: GenerationRequest) -> None:
     tokens = sum(len(sequence) for sequences in request.breakers.values() for sequence in sequences)
-    if tokens > MAX_BREAKERS_TOKENS:
-        reason = (
-            f"the vocabulary has {tokens} tokens in the sequences that contain them, at most {MAX_BREAKERS_TOKENS} are "
-            "taken: give fewer or rarer texts"
-        )
-        raise ParameterError("dry_sequence_breakers", reason)
+    most = bounds.MAX_BREAKERS_TOKENS
+    if tokens > most:
+        reason = f"the vocabulary has {tokens} tokens in the sequences that contain them, at most {most} are taken"
+        raise ParameterError("dry_sequence_breakers", f"{reason}: give fewer or rarer texts")
 
 
 def _check_tokens(name: str, ids: Collection[int], vocabulary: int) -> None:

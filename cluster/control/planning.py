@@ -20,8 +20,9 @@ from llamaclust.cluster.membership.worker_handle import WorkerHandle
 from llamaclust.cluster.planner.adjacency import Pairs
 from llamaclust.cluster.planner.costs import GpuFacts, WorkerFacts
 from llamaclust.cluster.planner.links import UNKNOWN, Links
+from llamaclust.cluster.planner.memory import PlanRequest
 from llamaclust.cluster.planner.plan import Plan
-from llamaclust.cluster.planner.planner import PlanRequest, make_plan
+from llamaclust.cluster.planner.planner import make_plan
 from llamaclust.core.errors import InsufficientMemoryError, UsageError, WorkerError
 from llamaclust.core.profile import DeviceProfile, Profile
 from llamaclust.model.loader import Model, ModelCosts

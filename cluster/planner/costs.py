@@ -10,7 +10,7 @@ from itertools import accumulate
 import numpy as np
 from numpy.typing import NDArray
 
-from llamaclust.cluster.planner.links import NO_REACH, Reach
+from llamaclust.cluster.planner.links import NO_REACH, Link
 from llamaclust.core.profile import DeviceProfile, at_rows
 from llamaclust.model.loader import ModelCosts
 
@@ -35,7 +35,7 @@ class WorkerFacts:
     memory_bytes: int | None  # what it may take, in all
     profile: DeviceProfile | None  # of its processor
     threads: int = 1
-    reach: Reach = NO_REACH  # what it adds to links
+    reach: Link = NO_REACH  # what it adds to links
     gpus: tuple[GpuFacts, ...] = ()  # beside its processor, of which all the rest is told
     gpu_layers: int | None = None  # of a stage, on its GPUs; None: as many as they have memory for
     device: str = "cpu"

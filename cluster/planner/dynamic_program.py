@@ -86,9 +86,8 @@ class Steps:
                 costs = costs.copy()
                 costs[0] = 0.0
             before.append(costs)
-            best.append(
-                never if costs is never else (costs[:, np.newaxis] + allowed[id(place.worker_class)]).min(axis=0)
-            )
+            own = allowed[id(place.worker_class)]
+            best.append(never if costs is never else (costs[:, np.newaxis] + own).min(axis=0))
             if best[-1][self._layers] < least and place.worker not in ends.not_last:
                 last, least = number, float(best[-1][self._layers])
         return None if last is None else self._walk(allowed, before, best, last)
@@ -119,9 +118,8 @@ def _split(backwards: Sequence[tuple[int, WorkerClass, int, int]]) -> Split:
     """Of stages from the last to the first."""
     stages = tuple((worker, start, end) for worker, _, start, end in reversed(backwards))
     slowest = max(float(worker_class.slow[start, end]) for _, worker_class, start, end in backwards)
-    return Split(
-        stages, slowest, sum(float(worker_class.total[start, end]) for _, worker_class, start, end in backwards)
-    )
+    total = sum(float(worker_class.total[start, end]) for _, worker_class, start, end in backwards)
+    return Split(stages, slowest, total)
 
 
 def in_order(order: Order, partitions: Ways = frozenset()) -> list[Step | Choice]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
-from llamaclust.cluster.planner.adjacency import Pairs
 from llamaclust.cluster.planner.costs import Table, WorkerFacts
 from llamaclust.cluster.planner.devices import devices_of
 from llamaclust.cluster.planner.memory import MemoryModel, Split
@@ -21,7 +21,7 @@ _CONTEXT_STEP = 256
 def split_memory_error(sizes: MemoryModel, split: Split) -> InsufficientMemoryError:
     """Says what every worker of a split lacks."""
     lacking = "; ".join(_lacking(sizes, split))
-    tokens = sizes.limits.context_length
+    tokens = sizes.request.context_length
     return InsufficientMemoryError(
         f"the plan does not fit for {tokens} tokens of context: {lacking}; change the layers, or give more memory"
     )
@@ -29,11 +29,12 @@ def split_memory_error(sizes: MemoryModel, split: Split) -> InsufficientMemoryEr
 
 def _lacking(sizes: MemoryModel, split: Split) -> Iterator[str]:
     for worker, start, end in split:
-        stage, given = f"worker {worker.name!r}: layers [{start}, {end}) need", sizes.limits.kv_memory_bytes
-        if given is not None and sizes.kv_shortfall_bytes(start, end):
-            yield f"{stage} {missing({'KV memory': sizes.context_bytes(start, end)}, given, 'kv_memory is {} MiB')}"
-        elif worker.memory_bytes is not None and not sizes.fits(worker, start, end, 1):
-            yield f"{stage} {missing(sizes.parts(worker, start, end, 1), worker.memory_bytes, 'it has {} MiB')}"
+        stage, given = f"worker {worker.name!r}: layers [{start}, {end}) need", sizes.request.kv_memory_bytes
+        parts, context_bytes = sizes.parts(worker, start, end, 1), sizes.context_bytes(start, end)
+        if given is not None and context_bytes > given:
+            yield f"{stage} {missing({'KV memory': context_bytes}, given, 'kv_memory is {} MiB')}"
+        elif worker.memory_bytes is not None and sum(parts.values()) > worker.memory_bytes:
+            yield f"{stage} {missing(parts, worker.memory_bytes, 'it has {} MiB')}"
 
 
 def model_memory_error(sizes: MemoryModel, workers: Sequence[WorkerFacts]) -> InsufficientMemoryError:
@@ -42,10 +43,10 @@ def model_memory_error(sizes: MemoryModel, workers: Sequence[WorkerFacts]) -> In
     parts = {"weights": sizes.stages.weight_bytes(0, layers), "KV memory": sizes.context_bytes(0, layers)}
     devices = [device for worker in workers for device in devices_of(worker)]
     workspace = max(sizes.workspace_bytes(device, 0, layers) for device in devices)
-    given, have = sizes.limits.kv_memory_bytes, [device for device in devices if device.memory_bytes is not None]
+    given, have = sizes.request.kv_memory_bytes, [device for device in devices if device.memory_bytes is not None]
     rooms = [f"{worker.name} {(worker.memory_bytes or 0) // MIB}" for worker in have]
     return InsufficientMemoryError(
-        f"the model does not fit: it needs {needed(parts)} for {sizes.limits.context_length} tokens of context, and "
+        f"the model does not fit: it needs {needed(parts)} for {sizes.request.context_length} tokens of context, and "
         f"up to {mib(workspace)} MiB of workspace a worker; the workers have, in MiB: {', '.join(rooms) or '?'}"
         f"{'' if given is None else f', and kv_memory is {given // MIB} MiB each'}; "
         f"{mib(_least_shortfall(sizes, workers))} MiB are missing. Add a worker, give them more memory"
@@ -65,42 +66,33 @@ def _least_shortfall(sizes: MemoryModel, workers: Sequence[WorkerFacts]) -> floa
 
 def _shorter_context(sizes: MemoryModel, workers: Sequence[WorkerFacts]) -> str:
     """The longest context that fits, as a piece of advice."""
-    low, high = 0, sizes.limits.context_length // _CONTEXT_STEP
-    while low < high:
-        middle = (low + high + 1) // 2
-        shorter = replace(sizes, limits=replace(sizes.limits, context_length=middle * _CONTEXT_STEP))
-        low, high = (middle, high) if _least_shortfall(shorter, workers) == 0 else (low, middle - 1)
-    return f", or set context_length to {low * _CONTEXT_STEP} or less" if low else ", or take a smaller model"
+
+    def is_too_long(length: int) -> bool:
+        request = replace(sizes.request, context_length=length)
+        return _least_shortfall(replace(sizes, request=request), workers) > 0
+
+    lengths = range(_CONTEXT_STEP, sizes.request.context_length + 1, _CONTEXT_STEP)
+    fitting = bisect_left(lengths, True, key=is_too_long)
+    return f", or set context_length to {lengths[fitting - 1]} or less" if fitting else ", or take a smaller model"
 
 
 def idle_workers(
     sizes: MemoryModel,
     workers: Sequence[WorkerFacts],
     used: Collection[str],
-    *,
-    by_hand: bool,
     contexts: int,
-    partitions: Pairs = frozenset(),
 ) -> tuple[IdleWorker, ...]:
     """Workers without layers. `contexts`: the whole contexts for which the plan has KV memory."""
     idle = [worker for worker in workers if worker.name not in used]
-    if by_hand:
+    if sizes.request.manual is not None:
         return tuple(IdleWorker(worker.name, "the plan gives it no layers") for worker in idle)
-    return tuple(
-        IdleWorker(
-            worker.name, _unreachable(worker.name, used, partitions) or _reason(sizes, worker, len(used), contexts)
-        )
-        for worker in idle
-    )
+    return tuple(IdleWorker(worker.name, _reason(sizes, worker, used, contexts)) for worker in idle)
 
 
-def _unreachable(name: str, used: Collection[str], partitions: Pairs) -> str | None:
-    others = sorted(other for other in used if frozenset((name, other)) in partitions)
-    return f"it and {', '.join(others)} cannot reach each other" if others else None
-
-
-def _reason(sizes: MemoryModel, worker: WorkerFacts, stages: int, contexts: int) -> str:
-    layers = sizes.stages.layers
+def _reason(sizes: MemoryModel, worker: WorkerFacts, used: Collection[str], contexts: int) -> str:
+    if others := sorted(other for other in used if frozenset((worker.name, other)) in sizes.request.partitions):
+        return f"it and {', '.join(others)} cannot reach each other"
+    layers, stages = sizes.stages.layers, len(used)
     open_to = range(layers) if stages > 1 else (0, layers - 1)  # beside one other worker, it is the first or the last
     least = min(sum(sizes.parts(worker, layer, layer + 1, contexts).values()) for layer in open_to)
     rooms = [device.memory_bytes for device in devices_of(worker)]

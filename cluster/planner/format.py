@@ -44,9 +44,8 @@ def plan_lines(plan: Plan) -> tuple[str, ...]:
         f"{_number(values['tokens_per_s'])} tok/s for many requests",
         f"bottleneck: {values['bottleneck'] or '?'}",
     ]
-    bound = (
-        [] if plan.optimality_gap is None else [f"  within {_percent(plan.optimality_gap)} of the best that could be"]
-    )
+    gap = plan.optimality_gap
+    bound = [] if gap is None else [f"  within {max(1, ceil(100 * gap))} % of the best that could be"]
     stages = zip(plan.stages, (stage["decode_ms"] for stage in values["stages"]), strict=True)
     idle_workers = (f"  {idle.worker}: not used: {idle.reason}" for idle in plan.idle_workers)
     kv = f"  KV memory for {plan.kv_blocks * KV_BLOCK_TOKENS} tokens, {plan.context_length} per sequence at most"
@@ -72,7 +71,3 @@ def _sizes(held: StagePlan | DevicePlan) -> str:
 
 def _number(value: float | None) -> str:
     return "?" if value is None else f"{value:.2f}" if value < 10 else f"{value:.0f}"
-
-
-def _percent(share: float) -> str:
-    return f"{max(1, ceil(100 * share))} %"

@@ -30,15 +30,8 @@ USUAL = Link(one_way_s=1.5e-4, byte_s=1e-9)
 """Between processes of one machine, where nothing was measured."""
 
 
-@dataclass(frozen=True, slots=True)
-class Reach:
-    """What one process adds to each link that it has."""
-
-    one_way_s: float = 0.0
-    byte_s: float = 0.0
-
-
-NO_REACH = Reach()
+NO_REACH = Link(one_way_s=0.0, byte_s=0.0)
+"""What a process of which nothing is known adds to each link that it has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +48,12 @@ class Links:
         path = [*stages, stages[0]] if len(stages) > 1 else []
         return (self.between(one, other) for one, other in pairwise(path))
 
-    def reaches(self, names: Collection[str]) -> dict[str, Reach]:
+    def reaches(self, names: Collection[str]) -> dict[str, Link]:
         """Links as sums of what their two ends add, as far as that goes (least squares): then the order of stages does
         not change what links take, and a plan can be searched worker by worker."""
         pairs = [pair for pair in combinations(sorted(names), 2) if frozenset(pair) in self.measured]
         if not pairs:
-            return {name: Reach() for name in names}
+            return dict.fromkeys(names, NO_REACH)
         order = {name: index for index, name in enumerate(sorted(names))}
         ends = np.zeros((len(pairs), len(order)))
         for row, pair in enumerate(pairs):
@@ -70,7 +63,7 @@ class Links:
         solved = np.linalg.lstsq(ends.T @ ends, ends.T @ values, rcond=None)[0]
         solved = np.maximum(solved, 0.0)
         one_way, byte = _alike(solved[:, 0], _NOISE_S), _alike(solved[:, 1], _NOISE_BYTE_S)
-        return {name: Reach(one_way[index], byte[index]) for name, index in order.items()}
+        return {name: Link(one_way[index], byte[index]) for name, index in order.items()}
 
 
 def _alike(values: NDArray[np.float64], noise: float) -> list[float]:

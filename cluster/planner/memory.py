@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from llamaclust.cluster.planner.adjacency import Pairs
 from llamaclust.cluster.planner.costs import Counts, StageCosts, Table, WorkerFacts
 from llamaclust.cluster.planner.devices import Division, Held, divide
+from llamaclust.cluster.planner.links import UNKNOWN, Links
+from llamaclust.cluster.planner.manual import Assignment
 from llamaclust.cluster.scheduler.kv_groups import WindowGroup, window_group
 from llamaclust.core.limits import MAX_KV_BLOCKS
 from llamaclust.model.program import KV_BLOCK_TOKENS
@@ -42,13 +46,17 @@ Split = Sequence[tuple[WorkerFacts, int, int]]
 
 
 @dataclass(frozen=True, slots=True)
-class PlanLimits:
-    """What stages are to hold besides weights."""
+class PlanRequest:
+    """Constraints and objective of a plan."""
 
     context_length: int
     max_sequences: int
     workspace: Workspace
-    kv_memory_bytes: int | None  # per worker, at most
+    objective: str = "latency"  # latency | throughput
+    manual: tuple[Assignment, ...] | None = None
+    kv_memory_bytes: int | None = None  # per worker, at most; None: up to half of what weights and workspace leave
+    links: Links = UNKNOWN
+    partitions: Pairs = frozenset()  # pairs that cannot reach each other: not adjacent
     max_batch_tokens: int = 0  # of a microbatch
     rounding: Rounding = no_rounding
 
@@ -60,40 +68,35 @@ class PlanLimits:
 
 @dataclass(frozen=True, slots=True)
 class MemoryModel:
-    """Bytes of stages under limits."""
+    """Bytes of stages under the limits of a request."""
 
     stages: StageCosts
-    limits: PlanLimits
+    request: PlanRequest
 
     @property
     def wanted_contexts(self) -> tuple[int, ...]:
         """For how many whole contexts a split should leave KV memory, best first; one is the least."""
-        return tuple(dict.fromkeys((min(_WANTED_CONTEXTS, self.limits.max_sequences), 1)))
+        return tuple(dict.fromkeys((min(_WANTED_CONTEXTS, self.request.max_sequences), 1)))
 
     def workspace_bytes(self, worker: WorkerFacts, start: int, end: int) -> int:
         """What a stage takes beside weights and KV memory."""
-        rounding = self.limits.rounding(worker.device)
+        rounding = self.request.rounding(worker.device)
         of_weights = rounding if isinstance(rounding, int) else int(rounding[start, end])
         return self._workspace_to(worker, end) + of_weights
 
     def _workspace_to(self, worker: WorkerFacts, end: int) -> int:
-        limits = self.limits
-        is_last = end == self.stages.layers
-        return limits.workspace(StagePlace(worker.threads, limits.context_length, is_last, worker.device))
+        place = StagePlace(worker.threads, self.request.context_length, end == self.stages.layers, worker.device)
+        return self.request.workspace(place)
 
     @property
     def window_group(self) -> WindowGroup | None:
         """Layers that have KV blocks of their own."""
-        return window_group(self.stages.window, self.limits.context_length, self.limits.max_batch_tokens)
+        return window_group(self.stages.window, self.request.context_length, self.request.max_batch_tokens)
 
     def window_blocks(self, kv_blocks: int) -> int:
         """Beside so many blocks of other layers; 0 where all layers have these."""
-        group = self.window_group
-        return (
-            0
-            if group is None
-            else group.blocks_beside(kv_blocks, self.limits.context_length, self.limits.max_sequences)
-        )
+        group, request = self.window_group, self.request
+        return 0 if group is None else group.blocks_beside(kv_blocks, request.context_length, request.max_sequences)
 
     def kv_bytes(self, start: int, end: int, kv_blocks: int) -> int:
         """KV memory of a stage with so many blocks."""
@@ -111,21 +114,16 @@ class MemoryModel:
         if self.window_group is None:
             return min(most, kv_bytes // (int(self.stages.kv_token_bytes[start, end]) * KV_BLOCK_TOKENS))
         if self.stages.kv_token_bytes[start, end] == self.stages.window_token_bytes[start, end]:
-            most = min(most, self.limits.context_blocks * self.limits.max_sequences)  # more of them cost nothing
-        least = 0
-        while least < most:
-            middle = (least + most + 1) // 2
-            fits = self.kv_bytes(start, end, middle) <= kv_bytes
-            least, most = (middle, most) if fits else (least, middle - 1)
-        return least
+            most = min(most, self.request.context_blocks * self.request.max_sequences)  # more of them cost nothing
+        return bisect_right(range(1, most + 1), kv_bytes, key=lambda blocks: self.kv_bytes(start, end, blocks))
 
     def context_bytes(self, start: int, end: int, contexts: int = 1) -> int:
         """KV memory of whole contexts."""
-        return self.kv_bytes(start, end, contexts * self.limits.context_blocks)
+        return self.kv_bytes(start, end, contexts * self.request.context_blocks)
 
     def parts(self, worker: WorkerFacts, start: int, end: int, contexts: int) -> Mapping[str, int]:
         """What the stage takes, with KV memory for that many whole contexts as far as the given KV memory goes."""
-        kv, given = self.context_bytes(start, end, contexts) if contexts else 0, self.limits.kv_memory_bytes
+        kv, given = self.context_bytes(start, end, contexts) if contexts else 0, self.request.kv_memory_bytes
         return {
             "weights": self.stages.weight_bytes(start, end),
             "KV memory": kv if given is None else min(kv, given),
@@ -135,11 +133,11 @@ class MemoryModel:
     def kv_blocks(self, split: Split) -> int:
         """Blocks that every stage has room for: at most what all sequences at their longest take, unless the KV memory
         is given."""
-        most = self.limits.context_blocks * self.limits.max_sequences
+        most = self.request.context_blocks * self.request.max_sequences
         return min((self._stage_blocks(worker, start, end, most) for worker, start, end in split), default=0)
 
     def _stage_blocks(self, worker: WorkerFacts, start: int, end: int, most: int) -> int:
-        given = self.limits.kv_memory_bytes
+        given = self.request.kv_memory_bytes
         if worker.memory_bytes is None:
             return most if given is None else self._blocks_in(start, end, given, MAX_KV_BLOCKS)
         left = worker.memory_bytes - sum(self.parts(worker, start, end, 0).values())
@@ -148,33 +146,19 @@ class MemoryModel:
         least = min(self.context_bytes(start, end), left)
         return self._blocks_in(start, end, max(least, left // 2), most)
 
-    def kv_shortfall_bytes(self, start: int, end: int) -> int:
-        """What the given KV memory lacks for one whole context."""
-        given = self.limits.kv_memory_bytes
-        return 0 if given is None else max(0, self.context_bytes(start, end) - given)
-
-    def shortfall_bytes(self, worker: WorkerFacts, start: int, end: int, contexts: int) -> int:
-        """What the worker's memory lacks for the stage with KV memory for that many contexts."""
-        short_of_given = self.kv_shortfall_bytes(start, end)
-        if worker.memory_bytes is None:
-            return short_of_given
-        return max(short_of_given, sum(self.parts(worker, start, end, contexts).values()) - worker.memory_bytes, 0)
-
-    def fits(self, worker: WorkerFacts, start: int, end: int, contexts: int) -> bool:
-        return self.shortfall_bytes(worker, start, end, contexts) == 0
-
     def shortfall_table(self, worker: WorkerFacts, contexts: int) -> Table:
-        """`shortfall_bytes` of all stages, on the worker's devices together; infinite where start >= end."""
+        """Bytes that the worker's devices together lack for stages with KV memory for that many contexts, or the given
+        KV memory for one; infinite where start >= end."""
         if worker.gpus:
             return self.over_devices(worker, contexts, lambda device: self.shortfall_table(device, contexts))
-        stages, given = self.stages, self.limits.kv_memory_bytes
-        context = self._kv_table(self.limits.context_blocks)
+        stages, given = self.stages, self.request.kv_memory_bytes
+        context = self._kv_table(self.request.context_blocks)
         missing = np.zeros_like(context) if given is None else np.maximum(context - given, 0)
         if worker.memory_bytes is not None:
-            kv = self._kv_table(contexts * self.limits.context_blocks)
+            kv = self._kv_table(contexts * self.request.context_blocks)
             kv = kv if given is None else np.minimum(kv, given)
             workspace = [self._workspace_to(worker, end) for end in range(stages.layers + 1)]
-            held = stages.held_bytes + self.limits.rounding(worker.device)
+            held = stages.held_bytes + self.request.rounding(worker.device)
             missing = np.maximum(missing, held + kv + workspace - worker.memory_bytes)
         return np.where(stages.stages, missing, np.inf)
 

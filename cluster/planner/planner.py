@@ -14,7 +14,7 @@ be equal.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -23,9 +23,8 @@ from llamaclust.cluster.planner.adjacency import Pairs, constrained_steps, names
 from llamaclust.cluster.planner.costs import StageCosts, Table, WorkerFacts
 from llamaclust.cluster.planner.devices import devices_of
 from llamaclust.cluster.planner.explain import idle_workers, model_memory_error, split_memory_error
-from llamaclust.cluster.planner.links import Links
 from llamaclust.cluster.planner.manual import Assignment, checked
-from llamaclust.cluster.planner.memory import MemoryModel, PlanLimits, Rounding, Workspace, no_rounding
+from llamaclust.cluster.planner.memory import MemoryModel, PlanRequest
 from llamaclust.cluster.planner.plan import DevicePlan, Plan, StagePlan, usual_prompt_tokens
 from llamaclust.cluster.planner.predict import StageParts, predict
 from llamaclust.cluster.planner.search import Best, best_split
@@ -49,62 +48,35 @@ _NOMINAL_CPU = DeviceProfile(read_bytes_s=20e9, int8_macs_s=300e9)
 _NOMINAL_GPU = DeviceProfile(read_bytes_s=500e9, int8_macs_s=50e12)
 
 
-@dataclass(frozen=True, slots=True)
-class PlanRequest:
-    """Constraints and objective of a plan."""
-
-    context_length: int
-    max_sequences: int
-    workspace: Workspace
-    objective: str = "latency"  # latency | throughput
-    manual: tuple[Assignment, ...] | None = None
-    kv_memory_bytes: int | None = None  # per worker, at most; None: up to half of what weights and workspace leave
-    links: Links = field(default_factory=Links)
-    partitions: Pairs = frozenset()  # pairs that cannot reach each other: not adjacent
-    max_batch_tokens: int = 0  # of a microbatch
-    rounding: Rounding = no_rounding
-
-
 def make_plan(costs: ModelCosts, workers: Sequence[WorkerFacts], request: PlanRequest) -> Plan:
     """Raises UsageError for a wrong manual plan, InsufficientMemoryError with the missing MiB, NetworkPartitionError
     where only `partitions` prevents a plan."""
     stages = StageCosts.of(costs)
-    room = request.kv_memory_bytes, request.max_batch_tokens, request.rounding
-    limits = PlanLimits(request.context_length, request.max_sequences, request.workspace, *room)
-    sizes = MemoryModel(stages, limits)
+    sizes = MemoryModel(stages, request)
     if request.manual is not None:
         by_hand = checked(request.manual, [worker.name for worker in workers], stages.layers)
         _check_adjacency([name for name, _, _ in by_hand], request.partitions)
         found = _Found(by_hand, contexts=1, optimality_gap=None)
     else:
-        found = _automatic(stages, sizes, workers, request.objective, request.partitions)
+        found = _automatic(sizes, workers)
     by_name = {worker.name: worker for worker in workers}
-    stage_parts = [
-        StageParts(name, sizes.held(by_name[name], start, end, found.contexts)) for name, start, end in found.split
-    ]
-    split = [part for stage in stage_parts for part in stage.parts]
+    contexts = found.contexts
+    parts = [StageParts(name, sizes.held(by_name[name], start, end, contexts)) for name, start, end in found.split]
+    split = [held for stage in parts for held in stage.parts]
     kv_blocks = sizes.kv_blocks(split)
-    if kv_blocks < sizes.limits.context_blocks:
+    if kv_blocks < request.context_blocks:
         raise split_memory_error(sizes, split)
-    used = {name for name, _, _ in found.split}
-    prompt_tokens = usual_prompt_tokens(request.context_length)
-    measured = _measured([worker for worker, _, _ in split])
+    prediction = None
+    if _is_measured([worker for worker, _, _ in split]):
+        prompt_tokens = usual_prompt_tokens(request.context_length)
+        prediction = predict(stages, parts, prompt_tokens, request.max_sequences, request.links)
     return Plan(
-        stages=tuple(_stage(sizes, by_name[stage.worker], stage, kv_blocks) for stage in stage_parts),
+        stages=tuple(_stage(sizes, by_name[stage.worker], stage, kv_blocks) for stage in parts),
         kv_blocks=kv_blocks,
         window_blocks=sizes.window_blocks(kv_blocks),
         context_length=request.context_length,
-        idle_workers=idle_workers(
-            sizes,
-            workers,
-            used,
-            by_hand=request.manual is not None,
-            contexts=found.contexts,
-            partitions=request.partitions,
-        ),
-        prediction=predict(stages, stage_parts, prompt_tokens, request.max_sequences, request.links)
-        if measured
-        else None,
+        idle_workers=idle_workers(sizes, workers, {stage.worker for stage in parts}, contexts),
+        prediction=prediction,
         optimality_gap=found.optimality_gap,
     )
 
@@ -122,7 +94,7 @@ def _stage(sizes: MemoryModel, worker: WorkerFacts, stage: StageParts, kv_blocks
         )
         for device, start, end in stage.parts
     )
-    rooms = [worker.memory_bytes] if not worker.gpus else [device.memory_bytes for device in devices_of(worker)]
+    rooms = [device.memory_bytes for device in devices_of(worker)]
     return StagePlan(
         worker=worker.name,
         start=parts[0].start,
@@ -135,7 +107,7 @@ def _stage(sizes: MemoryModel, worker: WorkerFacts, stage: StageParts, kv_blocks
     )
 
 
-def _measured(workers: Sequence[WorkerFacts]) -> bool:
+def _is_measured(workers: Sequence[WorkerFacts]) -> bool:
     devices = (device for worker in workers for device in devices_of(worker))
     return all(device.profile is not None for device in devices)
 
@@ -154,20 +126,15 @@ def _check_adjacency(ring: Sequence[str], partitions: Pairs) -> None:
         )
 
 
-def _automatic(
-    stages: StageCosts,
-    sizes: MemoryModel,
-    workers: Sequence[WorkerFacts],
-    objective: str,
-    partitions: Pairs = frozenset(),
-) -> _Found:
-    if not _measured(workers):
+def _automatic(sizes: MemoryModel, workers: Sequence[WorkerFacts]) -> _Found:
+    objective, partitions = sizes.request.objective, sizes.request.partitions
+    if not _is_measured(workers):
         workers = [_nominal(worker) for worker in workers]
     weight, slack = _AIMS[objective]
     chosen: tuple[Best, int] | None = None
     before: list[WorkerClass] = []
     for contexts in sizes.wanted_contexts:
-        classes = worker_classes(workers, partial(_times, stages, sizes, contexts), names_in(partitions))
+        classes = worker_classes(workers, partial(_times, sizes, contexts), names_in(partitions))
         if chosen is not None and all(map(WorkerClass.costs_as, classes, before)):
             break  # memory is not what decides
         before = classes
@@ -180,7 +147,7 @@ def _automatic(
         split = tuple((workers[index].name, start, end) for index, start, end in best.split.stages)
         return _Found(split, contexts, best.optimality_gap)
     if partitions:
-        found = _automatic(stages, sizes, workers, objective)
+        found = _automatic(replace(sizes, request=replace(sizes.request, partitions=frozenset())), workers)
         _check_adjacency([name for name, _, _ in found.split], partitions)
         return found
     raise model_memory_error(sizes, workers)
@@ -199,9 +166,9 @@ def _nominal(worker: WorkerFacts) -> WorkerFacts:
     return replace(worker, profile=_NOMINAL_CPU, gpus=gpus)
 
 
-def _times(stages: StageCosts, sizes: MemoryModel, contexts: int, worker: WorkerFacts) -> tuple[Table, Table]:
+def _times(sizes: MemoryModel, contexts: int, worker: WorkerFacts) -> tuple[Table, Table]:
     """(seconds of the mix of work where the stage fits, seconds of one token) of each stage on a worker."""
-    prompt_tokens = usual_prompt_tokens(sizes.limits.context_length)
+    stages, prompt_tokens = sizes.stages, usual_prompt_tokens(sizes.request.context_length)
     answers = _ANSWER_TOKENS / _TOGETHER
     over = partial(sizes.over_devices, worker, contexts)
 

@@ -139,9 +139,8 @@ def likely_orders(order: Order, limits: Table) -> list[Order]:
 def _best_ends(order: Order, limit: float) -> Order | None:
     """The order with another first and last worker that covers all layers within the limit; None where none does."""
     layers, numbers = order[0][1].layers, np.arange(len(order))
-    reach = np.array(
-        [_reach(worker_class, limit) for _, worker_class in order]
-    )  # [workers, layers]: where a stage ends at most
+    # [workers, layers]: where a stage ends at most
+    reach = np.array([_reach(worker_class, limit) for _, worker_class in order])
     first, last = numbers[:, np.newaxis], numbers[np.newaxis, :]
     covered = np.repeat(reach[:, :1], len(order), axis=1)  # [first worker, last worker]
     for number in numbers:
@@ -170,9 +169,8 @@ def least_possible(classes: Sequence[WorkerClass], limits: Table) -> tuple[float
     upto = np.concatenate([[0.0], np.cumsum(rooms[by_rate])])
     costs = np.concatenate([[0.0], np.cumsum((rooms * rates)[by_rate])])
     before = np.interp(np.arange(layers + 1), upto, costs, right=inf)  # of the layers before the last stage
-    return float(limits[index]), min(
-        float((before + worker_class.allowed(inf)[:, -1]).min()) for worker_class in classes
-    )
+    total = min(float((before + worker_class.allowed(inf)[:, -1]).min()) for worker_class in classes)
+    return float(limits[index]), total
 
 
 def _most_layers(classes: Sequence[WorkerClass], limit: float) -> int:

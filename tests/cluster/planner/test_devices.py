@@ -14,9 +14,9 @@ from llamaclust.cluster.control.resource_shares import WorkerResources, share_gp
 from llamaclust.cluster.planner.costs import GpuFacts, StageCosts, WorkerFacts
 from llamaclust.cluster.planner.devices import devices_of
 from llamaclust.cluster.planner.format import plan_json, plan_lines
-from llamaclust.cluster.planner.memory import StagePlace
+from llamaclust.cluster.planner.memory import PlanRequest, StagePlace
 from llamaclust.cluster.planner.plan import DevicePlan, Plan
-from llamaclust.cluster.planner.planner import PlanRequest, make_plan
+from llamaclust.cluster.planner.planner import make_plan
 from llamaclust.core.errors import InsufficientMemoryError
 from llamaclust.core.gpus import DeviceLayers, Gpu
 from llamaclust.core.limits import StageLimits

@@ -15,9 +15,10 @@ import pytest
 
 from llamaclust.cluster.control.link_profiling import measure_links
 from llamaclust.cluster.planner.costs import WorkerFacts
-from llamaclust.cluster.planner.links import COORDINATOR, USUAL, Link, Links, Reach
+from llamaclust.cluster.planner.links import COORDINATOR, NO_REACH, USUAL, Link, Links
+from llamaclust.cluster.planner.memory import PlanRequest
 from llamaclust.cluster.planner.plan import Plan
-from llamaclust.cluster.planner.planner import PlanRequest, make_plan
+from llamaclust.cluster.planner.planner import make_plan
 from llamaclust.cluster.state.events import Event, Notice
 from llamaclust.core.sizes import MIB
 from llamaclust.model.loader import LayerCost, ModelCosts
@@ -36,7 +37,7 @@ def made(links: Links, names: str, memory_mib: int = 10_000, objective: str = "l
     return make_plan(MODEL, workers, measure)
 
 
-def star(reach: dict[str, Reach]) -> Links:
+def star(reach: dict[str, Link]) -> Links:
     """Links whose ends add up."""
     return Links(
         {
@@ -64,7 +65,7 @@ def test_links_that_add_up_are_taken_apart(count: int) -> None:
 
 
 def test_nothing_measured_adds_nothing() -> None:
-    assert Links().reaches("ab") == {"a": Reach(), "b": Reach()}
+    assert Links().reaches("ab") == {"a": NO_REACH, "b": NO_REACH}
     assert Links().between("a", "b") == USUAL
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from llamaclust.cluster.planner.costs import WorkerFacts
-from llamaclust.cluster.planner.links import Link, Reach
-from llamaclust.cluster.planner.memory import StagePlace
-from llamaclust.cluster.planner.planner import PlanRequest
+from llamaclust.cluster.planner.links import Link
+from llamaclust.cluster.planner.memory import PlanRequest, StagePlace
 from llamaclust.core.profile import DeviceProfile, StepTime, StepTimes
 from llamaclust.core.sizes import MIB
 from llamaclust.model.loader import LayerCost, ModelCosts
@@ -37,8 +36,9 @@ def link(one_way_ms: float, ms_per_mb: float = 0.0) -> Link:
     return Link(one_way_ms / 1e3, ms_per_mb / 1e9)
 
 
-def reach(one_way_ms: float, ms_per_mb: float = 0.0) -> Reach:
-    return Reach(one_way_ms / 1e3, ms_per_mb / 1e9)
+def reach(one_way_ms: float, ms_per_mb: float = 0.0) -> Link:
+    """What a process adds to each of its links."""
+    return link(one_way_ms, ms_per_mb)
 
 
 def worker(name: str, memory_mib: int | None = 10_000, read: float | None = 20, int8: float = 300) -> WorkerFacts:

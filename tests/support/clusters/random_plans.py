@@ -9,9 +9,8 @@ from itertools import combinations, pairwise, permutations
 from hypothesis import strategies as st
 
 from llamaclust.cluster.planner.costs import StageCosts, WorkerFacts
-from llamaclust.cluster.planner.memory import StagePlace
+from llamaclust.cluster.planner.memory import PlanRequest, StagePlace
 from llamaclust.cluster.planner.plan import Plan
-from llamaclust.cluster.planner.planner import PlanRequest
 from llamaclust.model.loader import LayerCost, ModelCosts
 from support.clusters.plan_inputs import profile, reach
 
